@@ -1,0 +1,87 @@
+# Every target sets itself up: Python >= 3.11, make and git are all that it needs.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+CODEGEN := .venv-codegen
+CODEGEN_READY := $(CODEGEN)/.ready
+GENERATED := client/runrecovery/v1
+PYTEST_WORKERS ?= 4
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test serve proto docs verify lint types imports breaking packaging bench lock clean
+
+help: ## Show these targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
+
+$(READY): requirements/dev.txt
+	@echo "Setting up $(VENV) (once)…"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "runrecovery needs Python 3.11 or newer; name one with PYTHON=…")'
+	@rm -rf $(VENV)
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --require-hashes -r requirements/dev.txt
+	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e client -e .
+	@touch $@
+
+$(CODEGEN_READY): requirements/codegen.txt
+	@rm -rf $(CODEGEN)
+	@$(PYTHON) -m venv $(CODEGEN)
+	@$(CODEGEN)/bin/python -m pip install --quiet --require-hashes -r requirements/codegen.txt
+	@touch $@
+
+demo: $(READY) ## Watch runs survive a kill -9, explained run by run (under a minute)
+	@$(BIN)/runrecovery demo
+
+test: $(READY) ## Run the tests
+	@$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --ignore=tests/packaging $(ARGS)
+
+serve: $(READY) ## Start the service here (Ctrl-C stops it)
+	@$(BIN)/runrecovery serve
+
+proto: $(CODEGEN_READY) ## Regenerate client/runrecovery/v1 from proto/
+	@rm -rf $(GENERATED)
+	@mkdir -p $(GENERATED)
+	@PATH="$(CODEGEN)/bin:$$PATH" $(CODEGEN)/bin/python -m grpc_tools.protoc -I proto \
+		--python_out=client --grpc_python_out=client --mypy_out=quiet:client --mypy_grpc_out=quiet:client \
+		$$(find proto -name '*.proto' | sort)
+	@echo '"""Messages and stubs generated from proto/runrecovery/v1 (make proto)."""' > $(GENERATED)/__init__.py
+
+docs: $(READY) ## Regenerate the matrix in docs/recovery.md
+	@$(BIN)/python docs/generate.py
+
+verify: proto docs ## Prove that the generated code and pages are current
+	@git diff --exit-code -- $(GENERATED) docs/recovery.md
+	@test -z "$$(git ls-files --others --exclude-standard -- $(GENERATED))"
+
+lint: $(READY) ## ruff and buf lint
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/buf lint
+
+breaking: $(READY) ## Compare the contract with the last released one
+	@.ci/breaking $(BIN)/buf
+
+types: $(READY) ## mypy, strict
+	@$(BIN)/mypy
+
+imports: $(READY) ## The import rules of the house
+	@$(BIN)/lint-imports --no-cache
+
+packaging: $(READY) ## Build both wheels; try the client's alone, at its oldest and newest dependencies
+	@$(BIN)/python -m pytest tests/packaging
+
+bench: $(READY) ## Short form of every benchmark, as ratios
+	@$(BIN)/python bench/recovery.py --runs 20000 --rounds 3
+	@$(BIN)/python bench/rpc.py --seconds 3 --rounds 3
+	@$(BIN)/python bench/start.py --rounds 5
+
+lock: $(READY) ## Recompile the hash-pinned requirements
+	@for name in codegen service dev client-floor; do \
+		$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-config \
+			--custom-compile-command 'make lock' requirements/$$name.in -o requirements/$$name.txt; done
+
+clean: ## Remove what the targets made
+	@rm -rf $(VENV) $(CODEGEN) dist .mypy_cache .ruff_cache .hypothesis
