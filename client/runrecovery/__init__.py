@@ -1,0 +1,121 @@
+"""Typed client of runrecovery, for threads and for asyncio.
+
+Quick start:
+
+    from runrecovery import RunRecoveryClient
+
+    with RunRecoveryClient("127.0.0.1:50051") as client:
+        client.wait_until_ready(timeout_s=30)
+        run = client.runs.create(engine="demo", input={"task": "hello"})
+        print(client.wait_for_run(run.run_id, timeout_s=60).status)
+
+`AsyncRunRecoveryClient` has the same methods to await. Answers are the generated messages of
+`runrecovery.v1`; failures are the classes of `runrecovery.errors`.
+"""
+
+from __future__ import annotations
+
+from runrecovery._channel import channel_options
+from runrecovery._requests import ServingStatus
+from runrecovery._values import JsonValue
+from runrecovery._waiting import TERMINAL_STATUSES
+from runrecovery.aio import AsyncHealth, AsyncRecovery, AsyncRunRecoveryClient, AsyncRuns
+from runrecovery.client import Health, Recovery, RunRecoveryClient, Runs
+from runrecovery.errors import (
+    DeadlineExceeded,
+    ErrorDetails,
+    EtagMismatch,
+    FieldViolation,
+    InteractionSuperseded,
+    InternalError,
+    InvalidRequest,
+    NotFound,
+    OutputOutOfRange,
+    Overloaded,
+    PageTokenInvalid,
+    ReconciliationNotFound,
+    RecoveryInProgress,
+    RequestIdReused,
+    ResourceExhausted,
+    RunAlreadyExists,
+    RunAlreadyTerminal,
+    RunNotFound,
+    RunNotWaiting,
+    RunQuarantined,
+    RunRecoveryClientError,
+    ShuttingDown,
+    StorageFull,
+    Unavailable,
+    UnknownEngine,
+    UnrecognizedError,
+)
+from runrecovery.v1.recovery_pb2 import Reconciliation, ReconciliationState, ServiceState
+from runrecovery.v1.run_pb2 import (
+    Interaction,
+    InteractionKind,
+    InteractiveProfileKind,
+    RecoveryInfo,
+    RecoveryState,
+    RestartPolicy,
+    Run,
+    RunStatus,
+)
+from runrecovery.v1.run_service_pb2 import OutputChannel, StreamOutputResponse
+
+__all__ = [
+    # clients
+    "RunRecoveryClient",
+    "AsyncRunRecoveryClient",
+    "Runs",
+    "AsyncRuns",
+    "Recovery",
+    "AsyncRecovery",
+    "Health",
+    "AsyncHealth",
+    "channel_options",
+    # values
+    "JsonValue",
+    "ServingStatus",
+    "TERMINAL_STATUSES",
+    # messages and enums of runrecovery.v1
+    "Run",
+    "RunStatus",
+    "RestartPolicy",
+    "InteractiveProfileKind",
+    "Interaction",
+    "InteractionKind",
+    "OutputChannel",
+    "StreamOutputResponse",
+    "RecoveryInfo",
+    "RecoveryState",
+    "Reconciliation",
+    "ReconciliationState",
+    "ServiceState",
+    # errors
+    "RunRecoveryClientError",
+    "ErrorDetails",
+    "FieldViolation",
+    "NotFound",
+    "RunNotFound",
+    "ReconciliationNotFound",
+    "InvalidRequest",
+    "UnknownEngine",
+    "PageTokenInvalid",
+    "RunAlreadyExists",
+    "RequestIdReused",
+    "RunNotWaiting",
+    "InteractionSuperseded",
+    "RunAlreadyTerminal",
+    "RunQuarantined",
+    "EtagMismatch",
+    "OutputOutOfRange",
+    "Unavailable",
+    "RecoveryInProgress",
+    "ShuttingDown",
+    "ResourceExhausted",
+    "Overloaded",
+    "StorageFull",
+    "DeadlineExceeded",
+    "InternalError",
+    "UnrecognizedError",
+]

@@ -1,0 +1,76 @@
+"""How a channel to the service is set up: retries, keepalive, sizes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TypeAlias
+
+ChannelOption: TypeAlias = tuple[str, "int | str"]
+
+DEFAULT_TIMEOUT_S = 10.0
+DEFAULT_PAGE_SIZE = 50
+# gRPC's own 4 MiB is four runs of the largest input. The service is trusted with more.
+DEFAULT_MAX_RECEIVE_BYTES = 64 * 1024 * 1024
+
+# A request above this size is not kept and so not sent again; gRPC's own 256 KiB is less than
+# the 1 MiB that the service accepts.
+_RETRY_BUFFER_BYTES = 4 * 1024 * 1024
+
+# gRPC adds jitter, stops at 5 attempts, and obeys the pushback trailer of the service.
+_RETRY_POLICY = {
+    "maxAttempts": 5,
+    "initialBackoff": "0.2s",
+    "maxBackoff": "3s",
+    "backoffMultiplier": 2,
+    "retryableStatusCodes": ["UNAVAILABLE"],
+}
+
+_SERVICE_CONFIG = {
+    "methodConfig": [
+        {
+            "name": [
+                {"service": "runrecovery.v1.RunService"},
+                {"service": "runrecovery.v1.RecoveryService"},
+            ],
+            "retryPolicy": _RETRY_POLICY,
+        },
+        # The more specific name wins: a stream is resumed by offset, not repeated.
+        {"name": [{"service": "runrecovery.v1.RunService", "method": "StreamOutput"}]},
+    ]
+}
+
+
+def channel_options(
+    *, max_receive_bytes: int = DEFAULT_MAX_RECEIVE_BYTES, options: Sequence[ChannelOption] = ()
+) -> list[ChannelOption]:
+    """The options that a channel to the service needs for retries and long waits.
+
+    Give them to a channel that you make yourself; the clients use them for theirs.
+
+    Args:
+        max_receive_bytes: the largest answer to accept; a page of runs holds the inputs and
+            outputs of its runs. -1 means any size.
+        options: further gRPC channel options; they win over these.
+    """
+    own: dict[str, int | str] = {
+        "grpc.service_config": json.dumps(_SERVICE_CONFIG),
+        "grpc.enable_retries": 1,
+        "grpc.per_rpc_retry_buffer_size": _RETRY_BUFFER_BYTES,
+        # The service allows a ping every 10 s; a follower may hear nothing for hours.
+        "grpc.keepalive_time_ms": 30_000,
+        "grpc.keepalive_timeout_ms": 10_000,
+        "grpc.http2.max_pings_without_data": 0,
+        # gRPC backs off up to 2 minutes, longer than a restart and any deadline here.
+        "grpc.initial_reconnect_backoff_ms": 200,
+        "grpc.max_reconnect_backoff_ms": 2_000,
+        "grpc.max_receive_message_length": max_receive_bytes,
+    }
+    return list((own | dict(options)).items())
+
+
+def required_target(target: str | None) -> str:
+    """The target, which a client without a channel of its caller needs."""
+    if not target:
+        raise TypeError("give a target, for example '127.0.0.1:50051', or a channel")
+    return target

@@ -1,0 +1,113 @@
+"""Turns a gRPC error into the client's own, by what its trailers say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TypeVar, cast
+
+import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.message import DecodeError, Message
+from google.rpc import error_details_pb2, status_pb2
+
+from runrecovery import errors
+from runrecovery.errors import ErrorDetails, FieldViolation, RunRecoveryClientError
+
+DOMAIN = "runrecovery"
+STATUS_TRAILER = "grpc-status-details-bin"
+PUSHBACK_TRAILER = "grpc-retry-pushback-ms"
+
+BY_REASON: Mapping[str, type[RunRecoveryClientError]] = {
+    "RUN_NOT_FOUND": errors.RunNotFound,
+    "RECONCILIATION_NOT_FOUND": errors.ReconciliationNotFound,
+    "INVALID_FIELD": errors.InvalidRequest,
+    "UNKNOWN_ENGINE": errors.UnknownEngine,
+    "PAGE_TOKEN_INVALID": errors.PageTokenInvalid,
+    "PAGE_TOKEN_MISMATCH": errors.PageTokenInvalid,
+    "RUN_ALREADY_EXISTS": errors.RunAlreadyExists,
+    "REQUEST_ID_REUSED": errors.RequestIdReused,
+    "RUN_NOT_WAITING": errors.RunNotWaiting,
+    "INTERACTION_SUPERSEDED": errors.InteractionSuperseded,
+    "RUN_ALREADY_TERMINAL": errors.RunAlreadyTerminal,
+    "RUN_QUARANTINED": errors.RunQuarantined,
+    "ETAG_MISMATCH": errors.EtagMismatch,
+    "RECONCILIATION_IN_PROGRESS": errors.RecoveryInProgress,
+    "SHUTTING_DOWN": errors.ShuttingDown,
+    "STORAGE_BUSY": errors.Unavailable,
+    "STORAGE_UNAVAILABLE": errors.Unavailable,
+    "OVERLOADED": errors.Overloaded,
+    "STORAGE_FULL": errors.StorageFull,
+    "OUTPUT_OUT_OF_RANGE": errors.OutputOutOfRange,
+    "INTERNAL": errors.InternalError,
+}
+
+# Codes that mean one thing whoever sends them. The others (FAILED_PRECONDITION, ABORTED, …)
+# stand for several of our cases and say nothing without a reason.
+BY_CODE: Mapping[grpc.StatusCode, type[RunRecoveryClientError]] = {
+    grpc.StatusCode.NOT_FOUND: errors.NotFound,
+    grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidRequest,
+    grpc.StatusCode.UNAVAILABLE: errors.Unavailable,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: errors.ResourceExhausted,
+    grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
+    grpc.StatusCode.INTERNAL: errors.InternalError,
+}
+
+MessageT = TypeVar("MessageT", bound=Message)
+
+
+def from_rpc_error(error: grpc.RpcError) -> RunRecoveryClientError:
+    """The client's error for a gRPC one. Raise it `from` the latter."""
+    pairs = cast("Iterable[tuple[str, str | bytes]]", error.trailing_metadata() or ())
+    # A tuple first: the metadata of grpc.aio has keys(), which misleads dict().
+    details = read_details(error.code(), dict(tuple(pairs)))
+    kind = BY_REASON.get(details.reason) or BY_CODE.get(details.code, errors.UnrecognizedError)
+    return kind(error.details() or details.code.name, details=details)
+
+
+def read_details(code: grpc.StatusCode, trailers: Mapping[str, str | bytes]) -> ErrorDetails:
+    """Everything that the trailers of a failed call say, in one value."""
+    packed = _packed_details(trailers.get(STATUS_TRAILER))
+    info = _unpack(packed, error_details_pb2.ErrorInfo)
+    ours = info.domain == DOMAIN
+    return ErrorDetails(
+        code=code,
+        reason=info.reason if ours else "",
+        metadata=dict(info.metadata) if ours else {},
+        violations=tuple(
+            FieldViolation(violation.field, violation.description)
+            for violation in _unpack(packed, error_details_pb2.BadRequest).field_violations
+        ),
+        resource_name=_unpack(packed, error_details_pb2.ResourceInfo).resource_name,
+        retry_after_s=_retry_after_s(packed, trailers.get(PUSHBACK_TRAILER)),
+    )
+
+
+def _packed_details(trailer: str | bytes | None) -> list[AnyMessage]:
+    if not isinstance(trailer, bytes):
+        return []
+    try:
+        return list(status_pb2.Status.FromString(trailer).details)
+    except DecodeError:  # a proxy's own idea of the trailer must not hide the error itself
+        return []
+
+
+def _unpack(packed: Iterable[AnyMessage], kind: type[MessageT]) -> MessageT:
+    """The first detail of this kind, or an empty one."""
+    found = kind()
+    for detail in packed:
+        if detail.TypeName() == kind.DESCRIPTOR.full_name:
+            try:
+                detail.Unpack(found)
+            except DecodeError:
+                return kind()
+            return found
+    return found
+
+
+def _retry_after_s(packed: Iterable[AnyMessage], pushback: str | bytes | None) -> float | None:
+    retry = _unpack(packed, error_details_pb2.RetryInfo)
+    if retry.HasField("retry_delay"):
+        return max(0.0, float(retry.retry_delay.ToTimedelta().total_seconds()))
+    if isinstance(pushback, str) and pushback.isdecimal():
+        return int(pushback) / 1000
+    return None

@@ -1,0 +1,282 @@
+"""Every call of the contract as a value: its path, its request, how to read its answer.
+
+Both clients perform these values, so what is asked and what is answered is said once.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Generic, Protocol, TypeAlias, TypeVar
+
+from google.protobuf import wrappers_pb2
+from google.protobuf.message import Message
+
+from runrecovery._values import JsonValue, to_struct, to_timestamp, to_value
+from runrecovery.v1 import recovery_pb2, recovery_service_pb2, run_pb2, run_service_pb2
+
+_RUNS = "/runrecovery.v1.RunService/"
+_RECOVERY = "/runrecovery.v1.RecoveryService/"
+
+ResultT_co = TypeVar("ResultT_co", covariant=True)
+RowT = TypeVar("RowT")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call(Generic[ResultT_co]):
+    """One call, ready to be sent.
+
+    Attributes:
+        path: `/package.Service/Method`.
+        request: the message to send.
+        decode: makes the result from the bytes of the answer.
+        wait_for_ready: wait for a server that is not there yet, as long as the deadline lasts.
+    """
+
+    path: str
+    request: Message
+    decode: Callable[[bytes], ResultT_co]
+    wait_for_ready: bool = True
+
+    def encode(self, request: Message) -> bytes:
+        """The bytes of the request."""
+        return request.SerializeToString()
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Generic[RowT]):
+    """Rows, and the token of the next page: empty on the last one, and only there."""
+
+    rows: Sequence[RowT]
+    next_token: str
+
+
+Listing: TypeAlias = Callable[[str], Call[Page[RowT]]]
+"""The call for the page that a token names; the empty token names the first."""
+
+
+class ServingStatus(StrEnum):
+    """What a health check answers, as in grpc.health.v1."""
+
+    UNKNOWN = "UNKNOWN"
+    SERVING = "SERVING"
+    NOT_SERVING = "NOT_SERVING"
+    SERVICE_UNKNOWN = "SERVICE_UNKNOWN"
+
+
+def create_run(
+    *,
+    engine: str,
+    input: Mapping[str, JsonValue] | None,  # noqa: A002 - the contract's name
+    run_id: str | None,
+    labels: Mapping[str, str] | None,
+    restart_policy: run_pb2.RestartPolicy.ValueType,
+    interactive_profile: run_pb2.InteractiveProfileKind.ValueType,
+    request_id: str | None,
+) -> Call[run_pb2.Run]:
+    profile = run_pb2.InteractiveProfile(kind=interactive_profile) if interactive_profile else None
+    request = run_service_pb2.CreateRunRequest(
+        run_id=run_id or "",
+        engine=engine,
+        labels=labels or {},
+        input=None if input is None else to_struct(input),
+        restart_policy=restart_policy,
+        interactive_profile=profile,
+        request_id=request_id or new_request_id(),
+    )
+    return Call(
+        path=_RUNS + "CreateRun",
+        request=request,
+        decode=lambda data: run_service_pb2.CreateRunResponse.FromString(data).run,
+    )
+
+
+def get_run(run_id: str) -> Call[run_pb2.Run]:
+    return Call(
+        path=_RUNS + "GetRun",
+        request=run_service_pb2.GetRunRequest(run_id=run_id),
+        decode=lambda data: run_service_pb2.GetRunResponse.FromString(data).run,
+    )
+
+
+def list_runs(
+    *, statuses: Iterable[run_pb2.RunStatus.ValueType], engine: str | None, page_size: int
+) -> Listing[run_pb2.Run]:
+    chosen = run_service_pb2.RunFilter(statuses=statuses, engine=engine or "")
+    return _listing(
+        _RUNS + "ListRuns",
+        lambda token: run_service_pb2.ListRunsRequest(
+            filter=chosen, page_size=page_size, page_token=token
+        ),
+        run_service_pb2.ListRunsResponse.FromString,
+        lambda response: response.runs,
+    )
+
+
+def submit_reply(
+    run_id: str,
+    interaction_id: int,
+    response: JsonValue,
+    *,
+    etag: str | None,
+    request_id: str | None,
+) -> Call[run_pb2.Run]:
+    request = run_service_pb2.SubmitReplyRequest(
+        run_id=run_id,
+        interaction_id=interaction_id,
+        response=to_value(response),
+        etag=etag or "",
+        request_id=request_id or new_request_id(),
+    )
+    return Call(
+        path=_RUNS + "SubmitReply",
+        request=request,
+        decode=lambda data: run_service_pb2.SubmitReplyResponse.FromString(data).run,
+    )
+
+
+def cancel_run(run_id: str, *, etag: str | None, request_id: str | None) -> Call[run_pb2.Run]:
+    request = run_service_pb2.CancelRunRequest(
+        run_id=run_id, etag=etag or "", request_id=request_id or new_request_id()
+    )
+    return Call(
+        path=_RUNS + "CancelRun",
+        request=request,
+        decode=lambda data: run_service_pb2.CancelRunResponse.FromString(data).run,
+    )
+
+
+def list_interactions(run_id: str, *, page_size: int) -> Listing[run_pb2.Interaction]:
+    return _listing(
+        _RUNS + "ListInteractions",
+        lambda token: run_service_pb2.ListInteractionsRequest(
+            run_id=run_id, page_size=page_size, page_token=token
+        ),
+        run_service_pb2.ListInteractionsResponse.FromString,
+        lambda response: response.interactions,
+    )
+
+
+def stream_output(
+    request: run_service_pb2.StreamOutputRequest,
+) -> Call[run_service_pb2.StreamOutputResponse]:
+    return Call(
+        path=_RUNS + "StreamOutput",
+        request=request,
+        decode=run_service_pb2.StreamOutputResponse.FromString,
+        # It has no deadline: the client's own reconnecting bounds the wait for a server.
+        wait_for_ready=False,
+    )
+
+
+def get_recovery_info(run_id: str) -> Call[recovery_service_pb2.GetRecoveryInfoResponse]:
+    return Call(
+        path=_RECOVERY + "GetRecoveryInfo",
+        request=recovery_service_pb2.GetRecoveryInfoRequest(run_id=run_id),
+        decode=recovery_service_pb2.GetRecoveryInfoResponse.FromString,
+    )
+
+
+def list_recovered(
+    *,
+    recovery_states: Iterable[run_pb2.RecoveryState.ValueType],
+    recovery_reason: str | None,
+    engine: str | None,
+    recovered_after: datetime | None,
+    recovered_before: datetime | None,
+    reconciliation_id: str | None,
+    page_size: int,
+) -> Listing[run_pb2.Run]:
+    chosen = recovery_service_pb2.RecoveredFilter(
+        recovery_states=recovery_states,
+        recovery_reason=recovery_reason or "",
+        engine=engine or "",
+        recovered_after=to_timestamp(recovered_after),
+        recovered_before=to_timestamp(recovered_before),
+        reconciliation_id=reconciliation_id or "",
+    )
+    return _listing(
+        _RECOVERY + "ListRecovered",
+        lambda token: recovery_service_pb2.ListRecoveredRequest(
+            filter=chosen, page_size=page_size, page_token=token
+        ),
+        recovery_service_pb2.ListRecoveredResponse.FromString,
+        lambda response: response.runs,
+    )
+
+
+def get_recovery_status() -> Call[recovery_service_pb2.GetRecoveryStatusResponse]:
+    return Call(
+        path=_RECOVERY + "GetRecoveryStatus",
+        request=recovery_service_pb2.GetRecoveryStatusRequest(),
+        decode=recovery_service_pb2.GetRecoveryStatusResponse.FromString,
+    )
+
+
+def list_reconciliations(*, page_size: int) -> Listing[recovery_pb2.Reconciliation]:
+    return _listing(
+        _RECOVERY + "ListReconciliations",
+        lambda token: recovery_service_pb2.ListReconciliationsRequest(
+            page_size=page_size, page_token=token
+        ),
+        recovery_service_pb2.ListReconciliationsResponse.FromString,
+        lambda response: response.reconciliations,
+    )
+
+
+def get_reconciliation(reconciliation_id: str) -> Call[recovery_pb2.Reconciliation]:
+    return Call(
+        path=_RECOVERY + "GetReconciliation",
+        request=recovery_service_pb2.GetReconciliationRequest(reconciliation_id=reconciliation_id),
+        decode=lambda data: (
+            recovery_service_pb2.GetReconciliationResponse.FromString(data).reconciliation
+        ),
+    )
+
+
+def check_health(service: str) -> Call[ServingStatus]:
+    """A health check that needs no grpcio-health-checking.
+
+    HealthCheckRequest and HealthCheckResponse have one field each, and on the wire they are
+    the same as these wrappers; so nothing is registered that another package registers too.
+    """
+    return Call(
+        path="/grpc.health.v1.Health/Check",
+        request=wrappers_pb2.StringValue(value=service),
+        decode=_serving_status,
+        wait_for_ready=False,  # a probe tells what is, and at once
+    )
+
+
+def new_request_id() -> str:
+    """One id for one logical call, however often it is sent."""
+    return str(uuid.uuid4())
+
+
+def _serving_status(data: bytes) -> ServingStatus:
+    number = wrappers_pb2.Int32Value.FromString(data).value
+    statuses = tuple(ServingStatus)
+    return statuses[number] if 0 <= number < len(statuses) else ServingStatus.UNKNOWN
+
+
+class _PageMessage(Protocol):
+    next_page_token: str
+
+
+PageMessageT = TypeVar("PageMessageT", bound=_PageMessage)
+
+
+def _listing(
+    path: str,
+    request: Callable[[str], Message],
+    parse: Callable[[bytes], PageMessageT],
+    rows: Callable[[PageMessageT], Sequence[RowT]],
+) -> Listing[RowT]:
+    def decode(data: bytes) -> Page[RowT]:
+        response = parse(data)
+        return Page(rows(response), response.next_page_token)
+
+    return lambda token: Call(path=path, request=request(token), decode=decode)

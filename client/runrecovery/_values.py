@@ -1,0 +1,77 @@
+"""Plain Python values as the contract's messages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import TypeAlias
+
+from google.protobuf import struct_pb2, timestamp_pb2
+
+JsonValue: TypeAlias = (
+    "bool | int | float | str | Sequence[JsonValue] | Mapping[str, JsonValue] | None"
+)
+"""What JSON can say."""
+
+# Numbers travel as doubles; a larger integer would arrive as another one.
+LARGEST_INTEGER = 2**53
+
+
+def to_struct(fields: Mapping[str, JsonValue]) -> struct_pb2.Struct:
+    """A JSON object as a message.
+
+    Raises:
+        TypeError: something in it is not JSON.
+        ValueError: a number in it cannot be sent unchanged.
+    """
+    return struct_pb2.Struct(fields={_key(key): to_value(value) for key, value in fields.items()})
+
+
+def to_value(value: JsonValue) -> struct_pb2.Value:
+    """A JSON value as a message; errors as in `to_struct`."""
+    match value:
+        case None:
+            return struct_pb2.Value(null_value=struct_pb2.NULL_VALUE)
+        case bool():
+            return struct_pb2.Value(bool_value=value)
+        case int() | float():
+            return struct_pb2.Value(number_value=_number(value))
+        case str():
+            return struct_pb2.Value(string_value=value)
+        case Mapping():
+            return struct_pb2.Value(struct_value=to_struct(value))
+        case list() | tuple():
+            values = struct_pb2.ListValue(values=[to_value(item) for item in value])
+            return struct_pb2.Value(list_value=values)
+        case _:
+            raise TypeError(f"not a JSON value: {type(value).__name__}")
+
+
+def to_timestamp(at: datetime | None) -> timestamp_pb2.Timestamp | None:
+    """An aware time as a message; None stays None.
+
+    Raises:
+        ValueError: the time has no zone.
+    """
+    if at is None:
+        return None
+    if at.utcoffset() is None:
+        raise ValueError("a time needs a zone, for example datetime.now(timezone.utc)")
+    stamp = timestamp_pb2.Timestamp()
+    stamp.FromDatetime(at)
+    return stamp
+
+
+def _key(key: object) -> str:
+    if not isinstance(key, str):
+        raise TypeError(f"a JSON object's keys are strings, not {type(key).__name__}")
+    return key
+
+
+def _number(value: float) -> float:
+    if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+        raise ValueError(f"{value} does not fit a JSON number exactly; send it as a string")
+    if not math.isfinite(value):
+        raise ValueError(f"{value} is not a JSON number")
+    return float(value)

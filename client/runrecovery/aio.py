@@ -1,0 +1,347 @@
+"""The client for asyncio: `runrecovery.client` with `await`, where the methods are explained."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import aclosing
+from datetime import datetime
+from types import TracebackType
+from typing import Self, TypeVar
+
+import grpc
+import grpc.aio
+
+from runrecovery import _requests as requests
+from runrecovery import _waiting as waiting
+from runrecovery._channel import (
+    DEFAULT_MAX_RECEIVE_BYTES,
+    DEFAULT_PAGE_SIZE,
+    DEFAULT_TIMEOUT_S,
+    ChannelOption,
+    channel_options,
+    required_target,
+)
+from runrecovery._failures import from_rpc_error
+from runrecovery._requests import Call, Listing, ServingStatus
+from runrecovery._values import JsonValue
+from runrecovery.errors import Unavailable
+from runrecovery.v1 import recovery_pb2, recovery_service_pb2, run_pb2, run_service_pb2
+
+ResultT = TypeVar("ResultT")
+RowT = TypeVar("RowT")
+
+
+class _AsyncWire:
+    """Performs calls on a channel and raises the client's own errors."""
+
+    def __init__(self, channel: grpc.aio.Channel, *, timeout_s: float) -> None:
+        self.channel = channel
+        self.timeout_s = timeout_s
+
+    async def unary(self, call: Call[ResultT], *, timeout_s: float | None) -> ResultT:
+        invoke = self.channel.unary_unary(
+            call.path, request_serializer=call.encode, response_deserializer=call.decode
+        )
+        try:
+            return await invoke(
+                call.request,
+                timeout=self.timeout_s if timeout_s is None else timeout_s,
+                wait_for_ready=call.wait_for_ready,
+            )
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from error
+
+    async def rows(self, listing: Listing[RowT], *, timeout_s: float | None) -> AsyncIterator[RowT]:
+        token = ""
+        while True:
+            page = await self.unary(listing(token), timeout_s=timeout_s)
+            for row in page.rows:
+                yield row
+            token = page.next_token
+            if not token:
+                return
+
+    async def stream(
+        self, call: Call[ResultT], *, timeout_s: float | None
+    ) -> AsyncGenerator[ResultT, None]:
+        invoke = self.channel.unary_stream(
+            call.path, request_serializer=call.encode, response_deserializer=call.decode
+        )
+        answers = invoke(call.request, timeout=timeout_s, wait_for_ready=call.wait_for_ready)
+        try:
+            async for answer in answers:
+                yield answer
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from error
+        finally:
+            answers.cancel()
+
+
+class AsyncRuns:
+    """RunService; see `runrecovery.client.Runs`."""
+
+    def __init__(self, wire: _AsyncWire) -> None:
+        self._wire = wire
+
+    async def create(
+        self,
+        *,
+        engine: str,
+        input: Mapping[str, JsonValue] | None = None,  # noqa: A002 - the contract's name
+        run_id: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        restart_policy: run_pb2.RestartPolicy.ValueType = run_pb2.RESTART_POLICY_UNSPECIFIED,
+        interactive_profile: run_pb2.InteractiveProfileKind.ValueType = (
+            run_pb2.INTERACTIVE_PROFILE_KIND_UNSPECIFIED
+        ),
+        request_id: str | None = None,
+        timeout_s: float | None = None,
+    ) -> run_pb2.Run:
+        """Record and queue a run. It is durable when this returns."""
+        call = requests.create_run(
+            engine=engine,
+            input=input,
+            run_id=run_id,
+            labels=labels,
+            restart_policy=restart_policy,
+            interactive_profile=interactive_profile,
+            request_id=request_id,
+        )
+        return await self._wire.unary(call, timeout_s=timeout_s)
+
+    async def get(self, run_id: str, *, timeout_s: float | None = None) -> run_pb2.Run:
+        """One run with its recovery fields; raises RunNotFound."""
+        return await self._wire.unary(requests.get_run(run_id), timeout_s=timeout_s)
+
+    def list(
+        self,
+        *,
+        statuses: Iterable[run_pb2.RunStatus.ValueType] = (),
+        engine: str | None = None,
+        page_size: int = DEFAULT_PAGE_SIZE,
+        timeout_s: float | None = None,
+    ) -> AsyncIterator[run_pb2.Run]:
+        """All runs that match, newest first, page by page as they are consumed."""
+        listing = requests.list_runs(statuses=statuses, engine=engine, page_size=page_size)
+        return self._wire.rows(listing, timeout_s=timeout_s)
+
+    async def reply(
+        self,
+        run_id: str,
+        interaction_id: int,
+        response: JsonValue,
+        *,
+        etag: str | None = None,
+        request_id: str | None = None,
+        timeout_s: float | None = None,
+    ) -> run_pb2.Run:
+        """Answer the open question of a waiting run; the same answer again changes nothing."""
+        call = requests.submit_reply(
+            run_id, interaction_id, response, etag=etag, request_id=request_id
+        )
+        return await self._wire.unary(call, timeout_s=timeout_s)
+
+    async def cancel(
+        self,
+        run_id: str,
+        *,
+        etag: str | None = None,
+        request_id: str | None = None,
+        timeout_s: float | None = None,
+    ) -> run_pb2.Run:
+        """Ask for the end of a run. A live process is ended first: see `cancel_requested`."""
+        call = requests.cancel_run(run_id, etag=etag, request_id=request_id)
+        return await self._wire.unary(call, timeout_s=timeout_s)
+
+    def interactions(
+        self, run_id: str, *, page_size: int = DEFAULT_PAGE_SIZE, timeout_s: float | None = None
+    ) -> AsyncIterator[run_pb2.Interaction]:
+        """All questions of a run and what became of them, oldest first; raises RunNotFound."""
+        listing = requests.list_interactions(run_id, page_size=page_size)
+        return self._wire.rows(listing, timeout_s=timeout_s)
+
+    def output(
+        self,
+        run_id: str,
+        *,
+        attempt: int = 0,
+        channel: run_service_pb2.OutputChannel.ValueType = (
+            run_service_pb2.OUTPUT_CHANNEL_UNSPECIFIED
+        ),
+        offset: int = 0,
+        follow: bool = False,
+        reconnect_s: float = 60.0,
+        timeout_s: float | None = None,
+    ) -> AsyncIterator[run_service_pb2.StreamOutputResponse]:
+        """What the processes of one attempt wrote, without gap or repeat.
+
+        When you leave the loop early, `contextlib.aclosing` around the iterator ends the stream
+        at once.
+        """
+        asked = run_service_pb2.StreamOutputRequest(
+            run_id=run_id, attempt=attempt, channel=channel, offset=offset, follow=follow
+        )
+        cursor = waiting.OutputCursor(asked, reconnect_s=reconnect_s, timeout_s=timeout_s)
+        return self._pieces(cursor)
+
+    async def _pieces(
+        self, cursor: waiting.OutputCursor
+    ) -> AsyncIterator[run_service_pb2.StreamOutputResponse]:
+        while True:
+            request, left_s = cursor.open()
+            stream = self._wire.stream(requests.stream_output(request), timeout_s=left_s)
+            try:
+                async with aclosing(stream):
+                    async for piece in stream:
+                        cursor.took(piece)
+                        yield piece
+            except Unavailable as failure:
+                pause_s = cursor.pause_s(failure)
+            else:
+                return
+            await asyncio.sleep(pause_s)
+
+
+class AsyncRecovery:
+    """RecoveryService; see `runrecovery.client.Recovery`."""
+
+    def __init__(self, wire: _AsyncWire) -> None:
+        self._wire = wire
+
+    async def info(
+        self, run_id: str, *, timeout_s: float | None = None
+    ) -> recovery_service_pb2.GetRecoveryInfoResponse:
+        """The latest decision for a run and the history of all; raises RunNotFound."""
+        return await self._wire.unary(requests.get_recovery_info(run_id), timeout_s=timeout_s)
+
+    def recovered(
+        self,
+        *,
+        recovery_states: Iterable[run_pb2.RecoveryState.ValueType] = (),
+        recovery_reason: str | None = None,
+        engine: str | None = None,
+        recovered_after: datetime | None = None,
+        recovered_before: datetime | None = None,
+        reconciliation_id: str | None = None,
+        page_size: int = DEFAULT_PAGE_SIZE,
+        timeout_s: float | None = None,
+    ) -> AsyncIterator[run_pb2.Run]:
+        """All runs that a restart decided for, newest decision first, page by page."""
+        listing = requests.list_recovered(
+            recovery_states=recovery_states,
+            recovery_reason=recovery_reason,
+            engine=engine,
+            recovered_after=recovered_after,
+            recovered_before=recovered_before,
+            reconciliation_id=reconciliation_id,
+            page_size=page_size,
+        )
+        return self._wire.rows(listing, timeout_s=timeout_s)
+
+    async def status(
+        self, *, timeout_s: float | None = None
+    ) -> recovery_service_pb2.GetRecoveryStatusResponse:
+        """What the service is doing; answers while a recovery is at work."""
+        return await self._wire.unary(requests.get_recovery_status(), timeout_s=timeout_s)
+
+    def reconciliations(
+        self, *, page_size: int = DEFAULT_PAGE_SIZE, timeout_s: float | None = None
+    ) -> AsyncIterator[recovery_pb2.Reconciliation]:
+        """All reports, newest first; answers while a recovery is at work."""
+        listing = requests.list_reconciliations(page_size=page_size)
+        return self._wire.rows(listing, timeout_s=timeout_s)
+
+    async def reconciliation(
+        self, reconciliation_id: str, *, timeout_s: float | None = None
+    ) -> recovery_pb2.Reconciliation:
+        """One report; raises ReconciliationNotFound."""
+        call = requests.get_reconciliation(reconciliation_id)
+        return await self._wire.unary(call, timeout_s=timeout_s)
+
+
+class AsyncHealth:
+    """grpc.health.v1; see `runrecovery.client.Health`."""
+
+    def __init__(self, wire: _AsyncWire) -> None:
+        self._wire = wire
+
+    async def check(self, service: str = "", *, timeout_s: float | None = None) -> ServingStatus:
+        """Ask once, without retries and without waiting for a server."""
+        return await self._wire.unary(requests.check_health(service), timeout_s=timeout_s)
+
+
+class AsyncRunRecoveryClient:
+    """A connection to the service for one event loop; make it inside that loop and keep it.
+
+    The arguments are those of `RunRecoveryClient`; `channel` is one of `grpc.aio`.
+    """
+
+    def __init__(
+        self,
+        target: str | None = None,
+        *,
+        channel: grpc.aio.Channel | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        max_receive_bytes: int = DEFAULT_MAX_RECEIVE_BYTES,
+        options: Sequence[ChannelOption] = (),
+    ) -> None:
+        asyncio.get_running_loop()  # grpc would take any loop, and hang on the wrong one
+        if channel is not None and target is not None:
+            raise TypeError("give a target or a channel, not both")
+        settings = channel_options(max_receive_bytes=max_receive_bytes, options=options)
+        self._owns_channel = channel is None
+        self._channel = channel or _open(required_target(target), credentials, settings)
+        self._timeout_s = timeout_s
+        wire = _AsyncWire(self._channel, timeout_s=timeout_s)
+        self.runs = AsyncRuns(wire)
+        self.recovery = AsyncRecovery(wire)
+        self.health = AsyncHealth(wire)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connection; open calls end. A channel of your own stays open."""
+        if self._owns_channel:
+            await self._channel.close()
+
+    async def wait_until_ready(self, timeout_s: float | None = 60.0, *, service: str = "") -> None:
+        """Return once the service says SERVING; raises DeadlineExceeded after `timeout_s`."""
+        wait = waiting.wait_until_serving(service, timeout_s=timeout_s)
+        while True:
+            with wait.attempt():
+                limit_s = wait.attempt_timeout_s(self._timeout_s)
+                if wait.is_over(await self.health.check(service, timeout_s=limit_s)):
+                    return
+            await asyncio.sleep(wait.pause_s())
+
+    async def wait_for_run(
+        self, run_id: str, *, timeout_s: float | None, or_waiting: bool = False
+    ) -> run_pb2.Run:
+        """Return a run once it has ended, through restarts of the service."""
+        wait = waiting.wait_for_run(run_id, timeout_s=timeout_s, or_waiting=or_waiting)
+        while True:
+            with wait.attempt():
+                limit_s = wait.attempt_timeout_s(self._timeout_s)
+                run = await self.runs.get(run_id, timeout_s=limit_s)
+                if wait.is_over(run):
+                    return run
+            await asyncio.sleep(wait.pause_s())
+
+
+def _open(
+    target: str, credentials: grpc.ChannelCredentials | None, options: Sequence[ChannelOption]
+) -> grpc.aio.Channel:
+    if credentials is None:
+        return grpc.aio.insecure_channel(target, options=options)
+    return grpc.aio.secure_channel(target, credentials, options=options)

@@ -1,0 +1,446 @@
+"""The client for threads. `runrecovery.aio` has the same for asyncio."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from datetime import datetime
+from types import TracebackType
+from typing import Self, TypeVar
+
+import grpc
+
+from runrecovery import _requests as requests
+from runrecovery import _waiting as waiting
+from runrecovery._channel import (
+    DEFAULT_MAX_RECEIVE_BYTES,
+    DEFAULT_PAGE_SIZE,
+    DEFAULT_TIMEOUT_S,
+    ChannelOption,
+    channel_options,
+    required_target,
+)
+from runrecovery._failures import from_rpc_error
+from runrecovery._requests import Call, Listing, ServingStatus
+from runrecovery._values import JsonValue
+from runrecovery.errors import Unavailable
+from runrecovery.v1 import recovery_pb2, recovery_service_pb2, run_pb2, run_service_pb2
+
+ResultT = TypeVar("ResultT")
+RowT = TypeVar("RowT")
+
+
+class _Wire:
+    """Performs calls on a channel and raises the client's own errors."""
+
+    def __init__(self, channel: grpc.Channel, *, timeout_s: float) -> None:
+        self.channel = channel
+        self.timeout_s = timeout_s
+
+    def unary(self, call: Call[ResultT], *, timeout_s: float | None) -> ResultT:
+        invoke = self.channel.unary_unary(
+            call.path, request_serializer=call.encode, response_deserializer=call.decode
+        )
+        try:
+            return invoke(
+                call.request,
+                timeout=self.timeout_s if timeout_s is None else timeout_s,
+                wait_for_ready=call.wait_for_ready,
+            )
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from error
+
+    def rows(self, listing: Listing[RowT], *, timeout_s: float | None) -> Iterator[RowT]:
+        token = ""
+        while True:
+            page = self.unary(listing(token), timeout_s=timeout_s)
+            yield from page.rows
+            token = page.next_token
+            if not token:
+                return
+
+    def stream(
+        self, call: Call[ResultT], *, timeout_s: float | None
+    ) -> Generator[ResultT, None, None]:
+        invoke = self.channel.unary_stream(
+            call.path, request_serializer=call.encode, response_deserializer=call.decode
+        )
+        answers = invoke(call.request, timeout=timeout_s, wait_for_ready=call.wait_for_ready)
+        try:
+            yield from answers
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from error
+        finally:
+            answers.cancel()
+
+
+class Runs:
+    """RunService. Every method raises a `RunRecoveryClientError` when the call fails.
+
+    `timeout_s` is the deadline of one call in seconds; None is the client's own. A lost
+    connection and an UNAVAILABLE answer are tried again within it.
+    """
+
+    def __init__(self, wire: _Wire) -> None:
+        self._wire = wire
+
+    def create(
+        self,
+        *,
+        engine: str,
+        input: Mapping[str, JsonValue] | None = None,  # noqa: A002 - the contract's name
+        run_id: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        restart_policy: run_pb2.RestartPolicy.ValueType = run_pb2.RESTART_POLICY_UNSPECIFIED,
+        interactive_profile: run_pb2.InteractiveProfileKind.ValueType = (
+            run_pb2.INTERACTIVE_PROFILE_KIND_UNSPECIFIED
+        ),
+        request_id: str | None = None,
+        timeout_s: float | None = None,
+    ) -> run_pb2.Run:
+        """Record and queue a run. It is durable when this returns.
+
+        Args:
+            engine: a configured engine of the service.
+            input: a JSON object for the engine.
+            run_id: an id of your own, `[a-z0-9][a-z0-9_-]{0,63}`; otherwise the service makes one.
+            labels: your own labels, at most 32.
+            restart_policy: what a restart does with the run while QUEUED or RUNNING.
+            interactive_profile: must be the engine's own where it is set.
+            request_id: a UUID that makes the call safe to repeat; otherwise one is made, which
+                covers the retries of this call only.
+
+        Raises:
+            UnknownEngine, RunAlreadyExists, RequestIdReused, InvalidRequest, Overloaded,
+                StorageFull: see each.
+            TypeError: the input is not JSON.
+            ValueError: a number of the input cannot be sent unchanged.
+        """
+        call = requests.create_run(
+            engine=engine,
+            input=input,
+            run_id=run_id,
+            labels=labels,
+            restart_policy=restart_policy,
+            interactive_profile=interactive_profile,
+            request_id=request_id,
+        )
+        return self._wire.unary(call, timeout_s=timeout_s)
+
+    def get(self, run_id: str, *, timeout_s: float | None = None) -> run_pb2.Run:
+        """One run with its recovery fields; raises RunNotFound."""
+        return self._wire.unary(requests.get_run(run_id), timeout_s=timeout_s)
+
+    def list(
+        self,
+        *,
+        statuses: Iterable[run_pb2.RunStatus.ValueType] = (),
+        engine: str | None = None,
+        page_size: int = DEFAULT_PAGE_SIZE,
+        timeout_s: float | None = None,
+    ) -> Iterator[run_pb2.Run]:
+        """All runs that match, newest first, page by page as they are consumed.
+
+        Args:
+            statuses: any of these; empty means every status.
+            engine: this engine only.
+            page_size: runs a call, 1 to 1000. A page must fit `max_receive_bytes`.
+            timeout_s: the deadline of each page.
+        """
+        listing = requests.list_runs(statuses=statuses, engine=engine, page_size=page_size)
+        return self._wire.rows(listing, timeout_s=timeout_s)
+
+    def reply(
+        self,
+        run_id: str,
+        interaction_id: int,
+        response: JsonValue,
+        *,
+        etag: str | None = None,
+        request_id: str | None = None,
+        timeout_s: float | None = None,
+    ) -> run_pb2.Run:
+        """Answer the open question of a waiting run; the same answer again changes nothing.
+
+        Args:
+            run_id: the waiting run.
+            interaction_id: its `pending_interaction.interaction_id`.
+            response: the answer, handed to the engine as it is.
+            etag: the run's etag that you saw; refused if the run has changed since.
+            request_id: as in `create`.
+
+        Raises:
+            RunNotFound, RunNotWaiting, InteractionSuperseded, RunQuarantined, EtagMismatch,
+                RequestIdReused, InvalidRequest: see each.
+        """
+        call = requests.submit_reply(
+            run_id, interaction_id, response, etag=etag, request_id=request_id
+        )
+        return self._wire.unary(call, timeout_s=timeout_s)
+
+    def cancel(
+        self,
+        run_id: str,
+        *,
+        etag: str | None = None,
+        request_id: str | None = None,
+        timeout_s: float | None = None,
+    ) -> run_pb2.Run:
+        """Ask for the end of a run. A live process is ended first: see `cancel_requested`.
+
+        Raises:
+            RunNotFound, RunAlreadyTerminal, RunQuarantined, EtagMismatch, RequestIdReused: see
+                each. Canceling a CANCELED run is fine.
+        """
+        call = requests.cancel_run(run_id, etag=etag, request_id=request_id)
+        return self._wire.unary(call, timeout_s=timeout_s)
+
+    def interactions(
+        self, run_id: str, *, page_size: int = DEFAULT_PAGE_SIZE, timeout_s: float | None = None
+    ) -> Iterator[run_pb2.Interaction]:
+        """All questions of a run and what became of them, oldest first; raises RunNotFound."""
+        listing = requests.list_interactions(run_id, page_size=page_size)
+        return self._wire.rows(listing, timeout_s=timeout_s)
+
+    def output(
+        self,
+        run_id: str,
+        *,
+        attempt: int = 0,
+        channel: run_service_pb2.OutputChannel.ValueType = (
+            run_service_pb2.OUTPUT_CHANNEL_UNSPECIFIED
+        ),
+        offset: int = 0,
+        follow: bool = False,
+        reconnect_s: float = 60.0,
+        timeout_s: float | None = None,
+    ) -> Iterator[run_service_pb2.StreamOutputResponse]:
+        """What the processes of one attempt wrote, in pieces of at most 64 KiB.
+
+        A stream that breaks is reopened where it stopped: no byte is missing or repeated.
+
+        Args:
+            run_id: the run.
+            attempt: the attempt; 0 means the latest.
+            channel: standard output (the default) or standard error.
+            offset: bytes to skip.
+            follow: go on until the run is terminal instead of ending at what is there.
+            reconnect_s: seconds without a new piece for which a broken stream is reopened.
+            timeout_s: seconds for the whole reading; None is no limit.
+
+        Raises:
+            RunNotFound, OutputOutOfRange, Unavailable, DeadlineExceeded: see each.
+        """
+        asked = run_service_pb2.StreamOutputRequest(
+            run_id=run_id, attempt=attempt, channel=channel, offset=offset, follow=follow
+        )
+        cursor = waiting.OutputCursor(asked, reconnect_s=reconnect_s, timeout_s=timeout_s)
+        return self._pieces(cursor)
+
+    def _pieces(
+        self, cursor: waiting.OutputCursor
+    ) -> Iterator[run_service_pb2.StreamOutputResponse]:
+        while True:
+            request, left_s = cursor.open()
+            stream = self._wire.stream(requests.stream_output(request), timeout_s=left_s)
+            try:
+                with closing(stream):
+                    for piece in stream:
+                        cursor.took(piece)
+                        yield piece
+            except Unavailable as failure:
+                pause_s = cursor.pause_s(failure)
+            else:
+                return
+            time.sleep(pause_s)
+
+
+class Recovery:
+    """RecoveryService: what restarts decided, and why. Errors and `timeout_s` as in `Runs`."""
+
+    def __init__(self, wire: _Wire) -> None:
+        self._wire = wire
+
+    def info(
+        self, run_id: str, *, timeout_s: float | None = None
+    ) -> recovery_service_pb2.GetRecoveryInfoResponse:
+        """The latest decision for a run and the history of all; raises RunNotFound."""
+        return self._wire.unary(requests.get_recovery_info(run_id), timeout_s=timeout_s)
+
+    def recovered(
+        self,
+        *,
+        recovery_states: Iterable[run_pb2.RecoveryState.ValueType] = (),
+        recovery_reason: str | None = None,
+        engine: str | None = None,
+        recovered_after: datetime | None = None,
+        recovered_before: datetime | None = None,
+        reconciliation_id: str | None = None,
+        page_size: int = DEFAULT_PAGE_SIZE,
+        timeout_s: float | None = None,
+    ) -> Iterator[run_pb2.Run]:
+        """All runs that a restart decided for, newest decision first, page by page.
+
+        Args:
+            recovery_states: any of these; empty means every state but NONE.
+            recovery_reason: the rule that decided.
+            engine: this engine only.
+            recovered_after: decided at or after this time, which needs a zone.
+            recovered_before: decided before this time, which needs a zone.
+            reconciliation_id: runs whose latest decision belongs to this report.
+            page_size: runs a call, 1 to 1000. A page must fit `max_receive_bytes`.
+            timeout_s: the deadline of each page.
+        """
+        listing = requests.list_recovered(
+            recovery_states=recovery_states,
+            recovery_reason=recovery_reason,
+            engine=engine,
+            recovered_after=recovered_after,
+            recovered_before=recovered_before,
+            reconciliation_id=reconciliation_id,
+            page_size=page_size,
+        )
+        return self._wire.rows(listing, timeout_s=timeout_s)
+
+    def status(
+        self, *, timeout_s: float | None = None
+    ) -> recovery_service_pb2.GetRecoveryStatusResponse:
+        """What the service is doing; answers while a recovery is at work."""
+        return self._wire.unary(requests.get_recovery_status(), timeout_s=timeout_s)
+
+    def reconciliations(
+        self, *, page_size: int = DEFAULT_PAGE_SIZE, timeout_s: float | None = None
+    ) -> Iterator[recovery_pb2.Reconciliation]:
+        """All reports, newest first; answers while a recovery is at work."""
+        listing = requests.list_reconciliations(page_size=page_size)
+        return self._wire.rows(listing, timeout_s=timeout_s)
+
+    def reconciliation(
+        self, reconciliation_id: str, *, timeout_s: float | None = None
+    ) -> recovery_pb2.Reconciliation:
+        """One report; raises ReconciliationNotFound."""
+        call = requests.get_reconciliation(reconciliation_id)
+        return self._wire.unary(call, timeout_s=timeout_s)
+
+
+class Health:
+    """grpc.health.v1."""
+
+    def __init__(self, wire: _Wire) -> None:
+        self._wire = wire
+
+    def check(self, service: str = "", *, timeout_s: float | None = None) -> ServingStatus:
+        """Ask once, without retries and without waiting for a server.
+
+        Args:
+            service: a health name of the service; empty is the service as a whole.
+
+        Raises:
+            NotFound: there is no such name.
+            Unavailable: there is no connection.
+        """
+        return self._wire.unary(requests.check_health(service), timeout_s=timeout_s)
+
+
+class RunRecoveryClient:
+    """A connection to the service. Safe to share between threads; make one and keep it.
+
+    Args:
+        target: `host:port` or any gRPC target.
+        channel: a channel of your own instead of a target (see `channel_options`); it stays
+            yours to close.
+        credentials: for TLS; without them the connection is not encrypted.
+        timeout_s: deadline of every unary call, in seconds, unless the call says otherwise.
+        max_receive_bytes: the largest answer to accept.
+        options: further gRPC channel options; they win over the client's own.
+    """
+
+    def __init__(
+        self,
+        target: str | None = None,
+        *,
+        channel: grpc.Channel | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        max_receive_bytes: int = DEFAULT_MAX_RECEIVE_BYTES,
+        options: Sequence[ChannelOption] = (),
+    ) -> None:
+        settings = channel_options(max_receive_bytes=max_receive_bytes, options=options)
+        if channel is not None and target is not None:
+            raise TypeError("give a target or a channel, not both")
+        self._owns_channel = channel is None
+        self._channel = channel or _open(required_target(target), credentials, settings)
+        self._timeout_s = timeout_s
+        wire = _Wire(self._channel, timeout_s=timeout_s)
+        self.runs = Runs(wire)
+        self.recovery = Recovery(wire)
+        self.health = Health(wire)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; open calls end. A channel of your own stays open."""
+        if self._owns_channel:
+            self._channel.close()
+
+    def wait_until_ready(self, timeout_s: float | None = 60.0, *, service: str = "") -> None:
+        """Return once the service says SERVING, that is, once its recovery has committed.
+
+        Args:
+            timeout_s: seconds to wait, also for a server that is not there yet; None: for ever.
+            service: a health name of the service; empty is the service as a whole.
+
+        Raises:
+            DeadlineExceeded: it was not SERVING in time.
+            NotFound: there is no such name.
+        """
+        wait = waiting.wait_until_serving(service, timeout_s=timeout_s)
+        while True:
+            with wait.attempt():
+                limit_s = wait.attempt_timeout_s(self._timeout_s)
+                if wait.is_over(self.health.check(service, timeout_s=limit_s)):
+                    return
+            time.sleep(wait.pause_s())
+
+    def wait_for_run(
+        self, run_id: str, *, timeout_s: float | None, or_waiting: bool = False
+    ) -> run_pb2.Run:
+        """Return a run once it has ended, through restarts of the service.
+
+        It asks at growing intervals of up to 2 s.
+
+        Args:
+            run_id: the run.
+            timeout_s: seconds to wait; None: for ever.
+            or_waiting: return it also when it is WAITING_USER.
+
+        Raises:
+            DeadlineExceeded: it has not ended in time.
+            RunNotFound: there is no such run.
+            RunQuarantined: the run is set aside and will not end by itself.
+        """
+        wait = waiting.wait_for_run(run_id, timeout_s=timeout_s, or_waiting=or_waiting)
+        while True:
+            with wait.attempt():
+                run = self.runs.get(run_id, timeout_s=wait.attempt_timeout_s(self._timeout_s))
+                if wait.is_over(run):
+                    return run
+            time.sleep(wait.pause_s())
+
+
+def _open(
+    target: str, credentials: grpc.ChannelCredentials | None, options: Sequence[ChannelOption]
+) -> grpc.Channel:
+    if credentials is None:
+        return grpc.insecure_channel(target, options=options)
+    return grpc.secure_channel(target, credentials, options=options)

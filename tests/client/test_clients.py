@@ -1,0 +1,169 @@
+"""The clients as objects: health, ownership, and that the two are one."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import pytest
+import runrecovery as rr
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from runrecovery import errors
+from runrecovery.v1 import run_pb2, run_service_pb2
+
+if TYPE_CHECKING:
+    from tests.client.conftest import Caller, Connect, ScriptedServer
+
+TWINS = [
+    (rr.RunRecoveryClient, rr.AsyncRunRecoveryClient),
+    (rr.Runs, rr.AsyncRuns),
+    (rr.Recovery, rr.AsyncRecovery),
+    (rr.Health, rr.AsyncHealth),
+]
+
+
+def _shape(kind: type[Any]) -> dict[str, list[tuple[str, Any, Any]]]:
+    return {
+        name: [(p.name, p.kind, p.default) for p in inspect.signature(method).parameters.values()]
+        for name, method in vars(kind).items()
+        if inspect.isfunction(method) and not name.startswith("_")
+    }
+
+
+@pytest.mark.parametrize(("sync", "aio"), TWINS, ids=lambda kind: kind.__name__)
+def test_both_clients_have_the_same_methods_with_the_same_arguments(
+    sync: type[Any], aio: type[Any]
+) -> None:
+    assert _shape(sync) == _shape(aio)
+
+
+def test_everything_public_is_exported_and_exists() -> None:
+    public_errors = {
+        name
+        for name, value in vars(errors).items()
+        if inspect.isclass(value) and value.__module__ == errors.__name__
+    }
+
+    assert len(rr.__all__) == len(set(rr.__all__))
+    assert all(hasattr(rr, name) for name in rr.__all__)
+    assert public_errors <= set(rr.__all__)
+
+
+@pytest.mark.parametrize("serving", [True, False])
+async def test_tells_the_health_of_a_name(
+    serving: bool,  # noqa: FBT001 - a parameter of the test
+    caller: Caller,
+    server: ScriptedServer,
+) -> None:
+    server.set_health("liveness", serving=serving)
+
+    status = await caller.call("health.check", "liveness")
+
+    assert status is (rr.ServingStatus.SERVING if serving else rr.ServingStatus.NOT_SERVING)
+
+
+@pytest.mark.parametrize("name", list(rr.ServingStatus))
+async def test_knows_every_health_status(name: str, caller: Caller, server: ScriptedServer) -> None:
+    server.health.set("x", health_pb2.HealthCheckResponse.ServingStatus.Value(name))
+
+    assert await caller.call("health.check", "x") == name
+
+
+async def test_a_health_name_that_does_not_exist_is_not_found(caller: Caller) -> None:
+    with pytest.raises(rr.NotFound):
+        await caller.call("health.check", "nothing")
+
+
+async def test_a_health_check_without_a_server_fails_at_once(
+    connect: Connect, reserved: str
+) -> None:
+    with pytest.raises(rr.Unavailable):
+        await connect(reserved).call("health.check", timeout_s=30)
+
+
+def test_lives_beside_grpcio_health_checking(server: ScriptedServer) -> None:
+    target = server.start()
+    with rr.RunRecoveryClient(target) as client, grpc.insecure_channel(target) as channel:
+        theirs = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+
+        assert client.health.check() == "SERVING"
+        assert theirs.status == health_pb2.HealthCheckResponse.SERVING
+
+
+@pytest.mark.parametrize(
+    "imports", ["runrecovery, grpc_health.v1.health", "grpc_health.v1.health, runrecovery"]
+)
+def test_can_be_imported_before_and_after_grpcio_health_checking(imports: str) -> None:
+    subprocess.run([sys.executable, "-c", f"import {imports}"], check=True, timeout=60)
+
+
+def test_imports_nothing_that_it_does_not_depend_on() -> None:
+    code = """
+import sys, grpc, grpc.aio
+def roots():
+    return {name.partition(".")[0] for name in sys.modules} - set(sys.stdlib_module_names)
+before = roots()
+import runrecovery
+print(*sorted(roots() - before - {"google"}))
+"""
+
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, timeout=60, capture_output=True, text=True
+    )
+
+    assert done.stdout.split() == ["runrecovery"]
+
+
+def test_needs_a_target_or_a_channel_and_not_both() -> None:
+    with pytest.raises(TypeError, match="target"):
+        rr.RunRecoveryClient()
+    with (
+        grpc.insecure_channel("127.0.0.1:1") as channel,
+        pytest.raises(TypeError, match="not both"),
+    ):
+        rr.RunRecoveryClient("127.0.0.1:1", channel=channel)
+
+
+def test_an_async_client_is_made_inside_a_loop() -> None:
+    with pytest.raises(RuntimeError, match="loop"):
+        rr.AsyncRunRecoveryClient("127.0.0.1:1")
+
+
+def test_leaves_a_channel_of_the_caller_open(server: ScriptedServer) -> None:
+    server.on("GetRun", run_service_pb2.GetRunResponse(run=run_pb2.Run(run_id="r")))
+    with grpc.insecure_channel(server.start(), options=rr.channel_options()) as channel:
+        with rr.RunRecoveryClient(channel=channel) as client:
+            client.runs.get("r")
+        with rr.RunRecoveryClient(channel=channel) as again:
+            assert again.runs.get("r").run_id == "r"
+
+
+async def test_leaves_an_async_channel_of_the_caller_open(server: ScriptedServer) -> None:
+    server.on("GetRun", run_service_pb2.GetRunResponse(run=run_pb2.Run(run_id="r")))
+    async with grpc.aio.insecure_channel(server.start()) as channel:
+        async with rr.AsyncRunRecoveryClient(channel=channel) as client:
+            await client.runs.get("r")
+        async with rr.AsyncRunRecoveryClient(channel=channel) as again:
+            assert (await again.runs.get("r")).run_id == "r"
+
+
+def test_closes_a_channel_of_its_own(server: ScriptedServer) -> None:
+    with rr.RunRecoveryClient(server.start()) as client:
+        client.health.check()
+
+    with pytest.raises(ValueError, match="closed"):
+        client.health.check()
+
+
+def test_the_callers_options_win() -> None:
+    options = dict(rr.channel_options(options=[("grpc.keepalive_time_ms", 60_000)]))
+
+    assert options["grpc.keepalive_time_ms"] == 60_000
+    assert options["grpc.enable_retries"] == 1
+
+
+def test_pings_no_more_often_than_the_service_allows() -> None:
+    assert int(dict(rr.channel_options())["grpc.keepalive_time_ms"]) >= 30_000

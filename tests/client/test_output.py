@@ -1,0 +1,163 @@
+"""Reading output, through broken streams."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from typing import TYPE_CHECKING
+
+import grpc
+import pytest
+import runrecovery as rr
+from runrecovery._waiting import OutputCursor
+from runrecovery.v1 import run_service_pb2
+
+if TYPE_CHECKING:
+    from tests.client.conftest import Caller, Connect, Fail, ScriptedServer, Stream
+
+
+def _piece(
+    offset: int, data: bytes, *, attempt: int = 2, truncated: bool = False
+) -> run_service_pb2.StreamOutputResponse:
+    return run_service_pb2.StreamOutputResponse(
+        attempt=attempt, offset=offset, data=data, truncated=truncated
+    )
+
+
+async def test_resumes_by_offset_in_the_same_attempt_after_unavailable(
+    caller: Caller, server: ScriptedServer, fail: type[Fail], stream: type[Stream]
+) -> None:
+    gone = fail(code=grpc.StatusCode.UNAVAILABLE, reason="SHUTTING_DOWN")
+    server.on(
+        "StreamOutput",
+        stream([_piece(0, b"one "), _piece(4, b"two ")], then=gone),
+        gone,
+        stream([_piece(8, b"three", truncated=True)]),
+    )
+
+    pieces = await caller.collect(
+        "runs.output", "r", follow=True, channel=rr.OutputChannel.OUTPUT_CHANNEL_STDERR
+    )
+
+    assert b"".join(piece.data for piece in pieces) == b"one two three"
+    assert pieces[-1].truncated
+    asked = server.asked("StreamOutput")
+    assert [(request.attempt, request.offset) for request in asked] == [(0, 0), (2, 8), (2, 8)]
+    assert {(request.run_id, request.follow, request.channel) for request in asked} == {
+        ("r", True, run_service_pb2.OUTPUT_CHANNEL_STDERR)
+    }
+
+
+async def test_starts_at_the_callers_offset(
+    caller: Caller, server: ScriptedServer, stream: type[Stream]
+) -> None:
+    server.on("StreamOutput", stream([_piece(5, b"tail", attempt=1)]))
+
+    pieces = await caller.collect("runs.output", "r", attempt=1, offset=5)
+
+    (request,) = server.asked("StreamOutput")
+    assert [piece.data for piece in pieces] == [b"tail"]
+    assert (request.attempt, request.offset, request.follow) == (1, 5, False)
+
+
+async def test_does_not_resume_after_another_error(
+    caller: Caller, server: ScriptedServer, fail: type[Fail], stream: type[Stream]
+) -> None:
+    cut = fail(code=grpc.StatusCode.RESOURCE_EXHAUSTED, reason="OVERLOADED")
+    server.on("StreamOutput", stream([_piece(0, b"x")], then=cut))
+
+    with pytest.raises(rr.Overloaded):
+        await caller.collect("runs.output", "r")
+
+    assert len(server.asked("StreamOutput")) == 1
+
+
+async def test_raises_what_lasts_longer_than_it_may(
+    caller: Caller, server: ScriptedServer, fail: type[Fail]
+) -> None:
+    server.on("StreamOutput", fail(code=grpc.StatusCode.UNAVAILABLE, reason="STORAGE_UNAVAILABLE"))
+
+    with pytest.raises(rr.Unavailable) as raised:
+        await caller.collect("runs.output", "r", reconnect_s=0.3)
+
+    assert raised.value.reason == "STORAGE_UNAVAILABLE"
+    assert len(server.asked("StreamOutput")) > 1
+
+
+async def test_waits_for_a_server_that_is_not_there_yet(
+    connect: Connect, server: ScriptedServer, stream: type[Stream], reserved: str
+) -> None:
+    server.on("StreamOutput", stream([_piece(0, b"x")]))
+    caller = connect(reserved)
+    reading = asyncio.create_task(caller.collect("runs.output", "r"))
+    with pytest.raises(rr.Unavailable):
+        await caller.call("health.check")
+
+    server.start(reserved)
+
+    assert [piece.data for piece in await reading] == [b"x"]
+
+
+async def test_ends_at_the_callers_deadline(
+    caller: Caller, server: ScriptedServer, stream: type[Stream]
+) -> None:
+    server.on("StreamOutput", stream([_piece(0, b"x")], hold=True))
+
+    with pytest.raises(rr.DeadlineExceeded):
+        await caller.collect("runs.output", "r", follow=True, timeout_s=0.3)
+
+
+async def test_leaving_the_loop_ends_the_stream_on_the_server(
+    caller: Caller, server: ScriptedServer, stream: type[Stream]
+) -> None:
+    server.on("StreamOutput", stream([_piece(0, b"x")], hold=True))
+
+    await caller.collect("runs.output", "r", follow=True, limit=1)
+
+    assert await asyncio.to_thread(server.left.wait, 10)
+
+
+def test_a_long_quiet_stream_gets_the_whole_time_to_reconnect() -> None:
+    clock = itertools.chain([0.0, 0.0], itertools.repeat(3600.0))
+    cursor = OutputCursor(
+        run_service_pb2.StreamOutputRequest(run_id="r"),
+        reconnect_s=60,
+        timeout_s=None,
+        clock=lambda: next(clock),
+    )
+    cursor.open()
+
+    assert cursor.pause_s(rr.Unavailable("gone")) <= 0.2
+
+
+def test_progress_renews_the_time_to_reconnect() -> None:
+    now = 0.0
+    cursor = OutputCursor(
+        run_service_pb2.StreamOutputRequest(run_id="r"),
+        reconnect_s=60,
+        timeout_s=None,
+        clock=lambda: now,
+    )
+    for now in (0.0, 50.0, 100.0, 150.0):  # noqa: B007 - the clock reads it
+        cursor.open()
+        cursor.took(_piece(0, b"x"))
+        assert cursor.pause_s(rr.Unavailable("gone")) <= 0.2
+
+
+def test_waits_as_long_as_the_service_asks_for() -> None:
+    cursor = OutputCursor(
+        run_service_pb2.StreamOutputRequest(run_id="r"), reconnect_s=60, timeout_s=None
+    )
+    hint = rr.ErrorDetails(code=grpc.StatusCode.UNAVAILABLE, retry_after_s=3.0)
+
+    assert cursor.pause_s(rr.Unavailable("gone", details=hint)) == 3.0
+
+
+def test_does_not_pause_beyond_the_callers_deadline() -> None:
+    cursor = OutputCursor(
+        run_service_pb2.StreamOutputRequest(run_id="r"), reconnect_s=60, timeout_s=1
+    )
+    hint = rr.ErrorDetails(code=grpc.StatusCode.UNAVAILABLE, retry_after_s=3.0)
+
+    with pytest.raises(rr.Unavailable):
+        cursor.pause_s(rr.Unavailable("gone", details=hint))

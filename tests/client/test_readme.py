@@ -1,0 +1,55 @@
+"""The lines of the client's README work."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from runrecovery.v1 import recovery_service_pb2, run_pb2, run_service_pb2
+
+if TYPE_CHECKING:
+    from tests.client.conftest import ScriptedServer, Stream
+
+README = Path(__file__).parents[2] / "client" / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+PRINTED = ["Go on?\nRUN_STATUS_SUCCEEDED \nbye", "r sticky_process_lost GONE", "SERVING"]
+
+
+def _script(server: ScriptedServer, stream: type[Stream]) -> None:
+    question = run_pb2.PendingInteraction(interaction_id=1, prompt="Go on?")
+    waiting = run_pb2.Run(
+        run_id="r", status=run_pb2.RUN_STATUS_WAITING_USER, pending_interaction=question
+    )
+    ended = run_pb2.Run(run_id="r", status=run_pb2.RUN_STATUS_SUCCEEDED)
+    lost = run_pb2.Run(
+        run_id="r",
+        recovery=run_pb2.RecoveryInfo(recovery_reason="sticky_process_lost"),
+        error=run_pb2.RunError(code="GONE"),
+    )
+    server.on("CreateRun", run_service_pb2.CreateRunResponse(run=waiting))
+    server.on(
+        "GetRun",
+        run_service_pb2.GetRunResponse(run=waiting),
+        run_service_pb2.GetRunResponse(run=ended),
+    )
+    server.on("SubmitReply", run_service_pb2.SubmitReplyResponse(run=waiting))
+    server.on("StreamOutput", stream([run_service_pb2.StreamOutputResponse(data=b"bye")]))
+    server.on("ListRecovered", recovery_service_pb2.ListRecoveredResponse(runs=[lost]))
+
+
+@pytest.mark.parametrize(("block", "printed"), zip(BLOCKS, PRINTED, strict=True))
+def test_example_of_the_readme_works(
+    block: str, printed: str, server: ScriptedServer, stream: type[Stream]
+) -> None:
+    _script(server, stream)
+    code = block.replace("127.0.0.1:50051", server.start())
+
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, timeout=60, capture_output=True, text=True
+    )
+
+    assert done.stdout.strip() == printed
