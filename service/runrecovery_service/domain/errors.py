@@ -1,0 +1,294 @@
+"""Every failure that a caller can meet, one class each. `rpc/errors.py` maps them to gRPC codes.
+
+RunRecoveryError
+├── NotFound: RunNotFound, ReconciliationNotFound
+├── Invalid: InvalidFields, UnknownEngine, PageTokenInvalid, PageTokenMismatch
+├── Conflict: RunAlreadyExists, RequestIdReused
+├── Refused: RunNotWaiting, InteractionSuperseded, RunAlreadyTerminal, RunQuarantined
+├── EtagMismatch
+├── NotNow: ReconciliationInProgress, ShuttingDown, StorageBusy, StorageUnavailable
+├── Exhausted: Overloaded, StorageFull
+├── OutputOutOfRange
+└── Fenced
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+class RunRecoveryError(Exception):
+    """Root of the tree. Subclasses carry fields; their text is for people."""
+
+
+class NotFound(RunRecoveryError):
+    """Something that was named does not exist."""
+
+
+@dataclass(eq=False)
+class RunNotFound(NotFound):
+    """No run has this id."""
+
+    run_id: str
+
+    def __str__(self) -> str:
+        return f"no run {self.run_id!r}"
+
+
+@dataclass(eq=False)
+class ReconciliationNotFound(NotFound):
+    """No reconciliation has this id."""
+
+    reconciliation_id: str
+
+    def __str__(self) -> str:
+        return f"no reconciliation {self.reconciliation_id!r}"
+
+
+class Invalid(RunRecoveryError):
+    """The request is wrong whatever the state of the service."""
+
+
+@dataclass(frozen=True, slots=True)
+class FieldViolation:
+    """One bad field of a request: its path in the message, and what is wrong."""
+
+    field: str
+    description: str
+
+
+@dataclass(eq=False)
+class InvalidFields(Invalid):
+    """Fields of the request are bad; all of them are listed."""
+
+    violations: tuple[FieldViolation, ...]
+
+    def __str__(self) -> str:
+        return "; ".join(f"{v.field}: {v.description}" for v in self.violations[:3])
+
+
+@dataclass(eq=False)
+class UnknownEngine(Invalid):
+    """The configuration has no engine of this name."""
+
+    engine: str
+    known: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"no engine {self.engine!r}; known: {', '.join(self.known) or 'none'}"
+
+
+class PageTokenInvalid(Invalid):
+    """The page token was not made by this service."""
+
+    def __str__(self) -> str:
+        return "the page token was not made by this service"
+
+
+class PageTokenMismatch(Invalid):
+    """The page token was made for another filter."""
+
+    def __str__(self) -> str:
+        return "the page token belongs to another filter"
+
+
+class Conflict(RunRecoveryError):
+    """Something with this name exists and is different."""
+
+
+@dataclass(eq=False)
+class RunAlreadyExists(Conflict):
+    """Another CreateRun made a run with this id."""
+
+    run_id: str
+
+    def __str__(self) -> str:
+        return f"run {self.run_id!r} exists"
+
+
+@dataclass(eq=False)
+class RequestIdReused(Conflict):
+    """The request_id was used before with another payload."""
+
+    request_id: str
+
+    def __str__(self) -> str:
+        return f"request_id {self.request_id} was used with another payload"
+
+
+@dataclass(eq=False)
+class Refused(RunRecoveryError):
+    """The run is not in a state that allows this."""
+
+    run_id: str
+
+
+class RunNotWaiting(Refused):
+    """A reply came while the run does not wait for one."""
+
+    def __str__(self) -> str:
+        return f"run {self.run_id!r} does not wait for a reply"
+
+
+class InteractionSuperseded(Refused):
+    """A reply named a question that is not the open one, or was answered otherwise."""
+
+    def __str__(self) -> str:
+        return f"that question of run {self.run_id!r} is not open"
+
+
+class RunAlreadyTerminal(Refused):
+    """A cancel came after the run had SUCCEEDED or FAILED."""
+
+    def __str__(self) -> str:
+        return f"run {self.run_id!r} has ended"
+
+
+class RunQuarantined(Refused):
+    """The run's record is damaged and set aside for an operator."""
+
+    def __str__(self) -> str:
+        return f"run {self.run_id!r} is quarantined: its record is damaged"
+
+
+@dataclass(eq=False)
+class EtagMismatch(RunRecoveryError):
+    """The run changed since the caller saw it."""
+
+    run_id: str
+    current_etag: str
+
+    def __str__(self) -> str:
+        return f"run {self.run_id!r} has changed"
+
+
+@dataclass(eq=False)
+class NotNow(RunRecoveryError):
+    """The service cannot answer yet or any more; try again after `retry_after_s` seconds."""
+
+    retry_after_s: float = field(default=1.0, kw_only=True)
+
+
+class ReconciliationInProgress(NotNow):
+    """The recovery of this start has not committed."""
+
+    def __str__(self) -> str:
+        return "recovery has not finished"
+
+
+class ShuttingDown(NotNow):
+    """The service is ending."""
+
+    def __str__(self) -> str:
+        return "the service is shutting down"
+
+
+class StorageBusy(NotNow):
+    """Somebody else holds the database's lock."""
+
+    def __str__(self) -> str:
+        return "the database is busy"
+
+
+class StorageUnavailable(NotNow):
+    """The database does not answer."""
+
+    def __str__(self) -> str:
+        return "the database does not answer"
+
+
+@dataclass(eq=False)
+class Exhausted(RunRecoveryError):
+    """A limit is reached; try again after `retry_after_s` seconds."""
+
+    retry_after_s: float = field(default=1.0, kw_only=True)
+
+
+class Overloaded(Exhausted):
+    """The queue of runs, or the number of calls under way, is at its limit."""
+
+    def __str__(self) -> str:
+        return "the service is at its limit"
+
+
+class StorageFull(Exhausted):
+    """The database's disk is full."""
+
+    def __str__(self) -> str:
+        return "the disk of the database is full"
+
+
+@dataclass(eq=False)
+class OutputOutOfRange(RunRecoveryError):
+    """The attempt was never made, or its output does not reach the offset."""
+
+    run_id: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"output of run {self.run_id!r}: {self.reason}"
+
+
+@dataclass(eq=False)
+class Fenced(RunRecoveryError):
+    """A newer epoch owns what this one wanted to write; whoever meets it must stop."""
+
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.what} belongs to a newer epoch"
+
+
+class StartRefused(Exception):
+    """The service will not start (or go on) like this. Not a gRPC error: nobody is served yet."""
+
+
+@dataclass(eq=False)
+class Held(StartRefused):
+    """Another service holds the data directory, the database or the instance name."""
+
+    what: str
+    holder: str
+
+    def __str__(self) -> str:
+        return f"{self.what} is held by {self.holder}"
+
+
+@dataclass(eq=False)
+class DatabaseRefused(StartRefused):
+    """The database is not one that this version may open; nothing in it was touched."""
+
+    place: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.reason}"
+
+
+@dataclass(eq=False)
+class DataDirRefused(StartRefused):
+    """The data directory cannot be used."""
+
+    place: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.reason}"
+
+
+@dataclass(eq=False)
+class RecoveryGaveUp(StartRefused):
+    """Recovery failed as often as the configuration allows; nothing was served."""
+
+    tries: int
+    last_error: str
+
+    def __str__(self) -> str:
+        return f"recovery failed {self.tries} times, last with {self.last_error}"
+
+
+class RecoveryInterrupted(StartRefused):
+    """The service was told to stop while it recovered; the next start goes on from there."""
+
+    def __str__(self) -> str:
+        return "recovery was interrupted by a stop"

@@ -1,0 +1,92 @@
+"""The report of one restart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+
+from runrecovery_service.domain.run import RecoveryState
+
+
+class ReconciliationState(StrEnum):
+    """How far a reconciliation has come."""
+
+    RUNNING = "RUNNING"
+    COMPLETED = "COMPLETED"
+    FAILED = "FAILED"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """One part of a reconciliation and the wall time it took, in seconds."""
+
+    name: str
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecisionCount:
+    """How many runs one rule decided."""
+
+    rule: str
+    recovery_state: RecoveryState
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OrphanCounts:
+    """Processes of earlier epochs: found alive, ended, not ended; launches with nothing left."""
+
+    found: int = 0
+    ended: int = 0
+    already_gone: int = 0
+    refused: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BindingCounts:
+    """What ended runs still held and what was therefore cleared."""
+
+    sessions: int = 0
+    pending_interactions: int = 0
+    slots: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reconciliation:
+    """The report of one restart, complete or as far as it has come.
+
+    `runs_scanned` of `runs_total` are done; of these `runs_unchanged` kept the decision of an
+    earlier restart. `decisions` are in the order of the matrix.
+    """
+
+    reconciliation_id: str
+    instance: str
+    epoch: int
+    state: ReconciliationState
+    started_at: datetime
+    finished_at: datetime | None
+    phases: tuple[Phase, ...]
+    decisions: tuple[DecisionCount, ...]
+    orphans: OrphanCounts
+    bindings: BindingCounts
+    quarantined: int
+    warnings: tuple[str, ...]
+    runs_scanned: int
+    runs_total: int
+    runs_unchanged: int
+    safe_mode: bool
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecoveredFilter:
+    """Which recovered runs to list; empty fields do not filter. Times: after <= t < before."""
+
+    states: frozenset[RecoveryState] = field(default_factory=frozenset)
+    reason: str | None = None
+    engine: str | None = None
+    after: datetime | None = None
+    before: datetime | None = None
+    reconciliation_id: str | None = None

@@ -1,0 +1,87 @@
+"""How one turn of a run, the life of one process, can end. A cancel is not among the ends: it is
+accepted apart from the turn, and wins over whatever the turn brought."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from runrecovery_service.domain.run import ErrorCode, JsonObject, Question, RunError
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A resumable process asked its user a question and ended."""
+
+    question: Question
+
+
+@dataclass(frozen=True, slots=True)
+class Succeeded:
+    """The engine reported a result and ended well."""
+
+    output: JsonObject
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The turn cannot be gone on with."""
+
+    error: RunError
+
+
+TurnEnd: TypeAlias = Asked | Succeeded | Failed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observed:
+    """What was seen of a process until its end.
+
+    Attributes:
+        said: the question or the result that it printed last, None if neither.
+        broken: how it broke the protocol, None if it did not.
+        exit_code: None when it was still alive and had to be ended; negative for a signal.
+        in_wait: it ended while its user was still being waited for.
+        stderr_tail: the last lines of its standard error.
+    """
+
+    said: Asked | Succeeded | None
+    broken: str | None
+    exit_code: int | None
+    in_wait: bool
+    stderr_tail: str
+
+
+def judge(seen: Observed) -> TurnEnd:
+    """Return how the turn ended.
+
+    A process that said its last word and then lingered is taken at its word; one that exits
+    badly is not, whatever it said.
+    """
+    if seen.broken is not None:
+        return _failed(ErrorCode.ENGINE_PROTOCOL_ERROR, seen.broken)
+    if seen.in_wait:
+        return _failed(
+            ErrorCode.INTERACTION_PROCESS_LOST, "The process ended while it waited for the reply."
+        )
+    if seen.exit_code not in {None, 0}:
+        return _failed(ErrorCode.ENGINE_FAILED, _how_it_ended(seen))
+    if seen.said is not None:
+        return seen.said
+    if seen.exit_code is None:
+        return _failed(
+            ErrorCode.ENGINE_PROTOCOL_ERROR,
+            "The process closed its output without a result or a question, and lived on.",
+        )
+    return _failed(ErrorCode.ENGINE_FAILED, _how_it_ended(seen))
+
+
+def _how_it_ended(seen: Observed) -> str:
+    code = seen.exit_code or 0
+    how = f"was ended by signal {-code}" if code < 0 else f"exited with {code}"
+    tail = f": {seen.stderr_tail}" if seen.stderr_tail else "."
+    return f"The process {how} without a usable result{tail}"
+
+
+def _failed(code: ErrorCode, message: str) -> Failed:
+    return Failed(RunError(code=code, message=message))

@@ -1,0 +1,442 @@
+"""Opens a store: which database it is, whether it is ours, the settings that keep it durable."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import sqlite3
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import peewee as pw
+
+from runrecovery_service.domain.errors import (
+    DatabaseRefused,
+    Held,
+    RunRecoveryError,
+    StorageBusy,
+    StorageFull,
+    StorageUnavailable,
+)
+
+APPLICATION_ID: Final = 0x52524356
+"""`RRCV`, in the header of every SQLite file of ours."""
+
+MIGRATIONS: Final = Path(__file__).parent / "migrations"
+
+# Measured (docs/operations.md): synchronous=NORMAL loses acknowledged commits in a power cut;
+# deferred transactions fail with "database is locked" in spite of the timeout.
+SQLITE_PRAGMAS: Final = {
+    "journal_mode": "wal",
+    "synchronous": 2,  # FULL
+    "foreign_keys": 1,
+    "busy_timeout": 5000,
+    "trusted_schema": 0,
+    "cell_size_check": 1,
+}
+SQLITE_FLOOR: Final = (3, 37, 0)  # STRICT tables
+POSTGRESQL_FLOOR: Final = 160000  # IS JSON
+
+POSTGRESQL_SESSION: Final = (
+    "-c synchronous_commit=on -c statement_timeout=60s -c lock_timeout=10s"
+    " -c idle_in_transaction_session_timeout=60s -c timezone=UTC"
+)
+
+Row = tuple[Any, ...]  # a row is whatever the columns hold; it is typed where it is decoded
+T = TypeVar("T")
+
+
+class Kind(StrEnum):
+    """The databases that a store can live in."""
+
+    SQLITE = "sqlite"
+    POSTGRESQL = "postgresql"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dialect:
+    """What differs between the databases in the SQL that we write by hand."""
+
+    kind: Kind
+    param: str
+    now_us: str
+    """Microseconds UTC by the database's clock; not frozen at the start of a transaction."""
+
+    def is_json(self, expression: str) -> str:
+        """Return a condition that is true when a text column can be parsed as JSON."""
+        if self.kind is Kind.SQLITE:
+            return f"json_valid({expression})"
+        return f"({expression}) IS JSON"
+
+
+SQLITE: Final = Dialect(
+    kind=Kind.SQLITE,
+    param="?",
+    now_us="CAST((julianday('now') - 2440587.5) * 86400000000 AS INTEGER)",
+)
+POSTGRESQL: Final = Dialect(
+    kind=Kind.POSTGRESQL,
+    param="%s",
+    now_us="CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS BIGINT)",
+)
+
+
+class Database:
+    """An open store. Each thread that uses it gets a connection of its own."""
+
+    def __init__(self, peewee: pw.Database, dialect: Dialect, place: str) -> None:
+        self.peewee = peewee
+        self.dialect = dialect
+        self.place = place
+
+    def execute(self, sql: str, params: Sequence[object] = ()) -> Any:
+        """Run SQL written with `?` for parameters and return the driver's cursor."""
+        if self.dialect.param != "?":
+            sql = sql.replace("?", self.dialect.param)
+        return self.peewee.execute_sql(sql, params)
+
+    def fetch_one(self, sql: str, params: Sequence[object] = ()) -> Row | None:
+        """Return the first row, or None."""
+        row: Row | None = self.execute(sql, params).fetchone()
+        return row
+
+    def fetch_all(self, sql: str, params: Sequence[object] = ()) -> list[Row]:
+        """Return all rows."""
+        rows: list[Row] = self.execute(sql, params).fetchall()
+        return rows
+
+    def transaction(self) -> contextlib.AbstractContextManager[object]:
+        """One transaction; inside another one a savepoint."""
+        atomic: contextlib.AbstractContextManager[object] = self.peewee.atomic()
+        return atomic
+
+    def close(self) -> None:
+        """Close the calling thread's connection."""
+        self.peewee.close()
+
+
+class Statement:
+    """A peewee query that is compiled once per kind of database, its values left open.
+
+    Building a peewee query costs ~230 µs, running its compiled SQL 17 µs.
+    Values are left open by `slot("name")` and given to `run` by name.
+    """
+
+    def __init__(self, build: Callable[[], Any]) -> None:
+        self._build = build
+        self._compiled: dict[Kind, tuple[str, tuple[object, ...]]] = {}
+
+    def run(self, db: Database, **values: object) -> Any:
+        """Execute with these values and return the driver's cursor."""
+        compiled = self._compiled.get(db.dialect.kind)
+        if compiled is None:
+            sql, params = db.peewee.get_sql_context().parse(self._build())
+            compiled = self._compiled[db.dialect.kind] = (sql, tuple(params))
+        sql, params = compiled
+        return db.peewee.execute_sql(
+            sql, [values[p.name] if type(p) is _Slot else p for p in params]
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    name: str
+
+
+def slot(name: str) -> pw.Value:
+    """A value of a `Statement` that is given when it runs."""
+    return pw.Value(_Slot(name), converter=False)
+
+
+# -- errors ------------------------------------------------------------------------------------
+
+_BUSY_SQLSTATES: Final = {"55P03", "40001", "40P01", "57014"}
+_FULL_SQLSTATES: Final = {"53100"}
+
+
+def translate(error: pw.PeeweeException) -> RunRecoveryError | None:
+    """Return the domain's word for a driver error, or None for one that is a defect of ours."""
+    cause = getattr(error, "orig", None) or error.__cause__
+    sqlstate = getattr(cause, "sqlstate", None)
+    text = str(error).lower()
+    if sqlstate in _FULL_SQLSTATES or "disk is full" in text:
+        return StorageFull()
+    if sqlstate in _BUSY_SQLSTATES or "is locked" in text:
+        return StorageBusy()
+    if isinstance(error, pw.OperationalError | pw.InterfaceError) or "malformed" in text:
+        return StorageUnavailable()
+    return None
+
+
+# -- opening -----------------------------------------------------------------------------------
+
+
+def sqlite_path(url: str, data_dir: Path) -> Path | None:
+    """Return the file that `database` names, or None when it names a PostgreSQL database."""
+    if not url:
+        return data_dir / "runrecovery.db"
+    if url.startswith("sqlite:///"):
+        return Path(url.removeprefix("sqlite:///"))
+    return None
+
+
+def open_database(url: str, data_dir: Path) -> Database:
+    """Open the store that the configuration names, creating and migrating it as needed.
+
+    The caller holds the lock of the data directory.
+
+    Raises:
+        DatabaseRefused: it is empty, foreign, newer, damaged, out of reach or too old a kind.
+    """
+    path = sqlite_path(url, data_dir)
+    try:
+        db = _open_postgresql(url) if path is None else _open_sqlite(path)
+        try:
+            migrate(db)
+        except BaseException:
+            db.close()
+            raise
+    except pw.PeeweeException as error:
+        place = str(path) if path is not None else "the PostgreSQL database"
+        raise DatabaseRefused(place, str(translate(error) or error)) from error
+    return db
+
+
+def _open_postgresql(url: str) -> Database:
+    try:
+        import psycopg  # noqa: F401, PLC0415 - an extra; without it say so instead of a traceback
+    except ImportError as error:
+        raise DatabaseRefused(
+            "postgresql", "needs `pip install runrecovery-service[postgres]`"
+        ) from error
+    peewee = pw.PostgresqlDatabase(
+        url,
+        prefer_psycopg3=True,
+        options=POSTGRESQL_SESSION,
+        connect_timeout=5,
+        tcp_user_timeout=10_000,
+        prepare_threshold=None,
+    )
+    db = Database(peewee, POSTGRESQL, "the PostgreSQL database")
+    row = db.fetch_one("SELECT current_setting('server_version_num')")
+    if row is None or int(row[0]) < POSTGRESQL_FLOOR:
+        raise DatabaseRefused(db.place, "PostgreSQL 16 or newer is needed")
+    if db.peewee.table_exists("run") and not db.peewee.table_exists("schema_migration"):
+        raise DatabaseRefused(db.place, "has a table `run` that is not ours")
+    return db
+
+
+def _open_sqlite(path: Path) -> Database:
+    if sqlite3.sqlite_version_info < SQLITE_FLOOR:
+        raise DatabaseRefused(str(path), "SQLite 3.37 or newer is needed")
+    marker = path.with_name(path.name + ".installed")
+    if path.exists():
+        _check_header(path)
+    elif marker.exists():
+        raise DatabaseRefused(
+            str(path), f"is gone, but {marker.name} says that it was here; restore a backup"
+        )
+    else:
+        _create_sqlite(path)
+    if not marker.exists():
+        _durably_write(marker, b"A runrecovery database was created beside this file.\n")
+    return _connect_sqlite(path)
+
+
+def _check_header(path: Path) -> None:
+    """Refuse what is not ours by its first 100 bytes, before SQLite opens (and may touch) it."""
+    with path.open("rb") as file:
+        header = file.read(100)
+    if not header:
+        raise DatabaseRefused(str(path), "is empty; it was truncated, or is not ours")
+    if not header.startswith(b"SQLite format 3\0") or len(header) < 100:
+        raise DatabaseRefused(str(path), "is not a SQLite database")
+    (application_id,) = struct.unpack(">I", header[68:72])
+    if application_id != APPLICATION_ID:
+        raise DatabaseRefused(str(path), "belongs to another application")
+
+
+def _create_sqlite(path: Path) -> None:
+    """Make the file under another name and rename it, so that a crash leaves no half of one."""
+    new = path.with_name(path.name + ".new")
+    for stale in (new, new.with_name(new.name + "-wal"), new.with_name(new.name + "-shm")):
+        stale.unlink(missing_ok=True)
+    new.touch(mode=0o600)
+    db = _connect_sqlite(new)
+    try:
+        db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        migrate(db)
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    finally:
+        db.close()
+    new.rename(path)
+    _sync_directory(path.parent)
+
+
+def _connect_sqlite(path: Path) -> Database:
+    peewee = pw.SqliteDatabase(
+        str(path), lock_type="IMMEDIATE", pragmas=SQLITE_PRAGMAS, check_same_thread=False
+    )
+    db = Database(peewee, SQLITE, str(path))
+    for name, wanted in SQLITE_PRAGMAS.items():
+        row = db.fetch_one(f"PRAGMA {name}")
+        if row is None or row[0] != wanted:
+            db.close()
+            raise DatabaseRefused(str(path), f"PRAGMA {name} is {row}, not {wanted}")
+    return db
+
+
+def _durably_write(path: Path, data: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        os.write(descriptor, data)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    _sync_directory(path.parent)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# -- migrations --------------------------------------------------------------------------------
+
+
+def known_migrations() -> dict[str, str]:
+    """Return the name and checksum of every migration of this version, in order."""
+    files = sorted(MIGRATIONS.glob("[0-9]*.py"))
+    return {file.stem: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def migrate(db: Database) -> list[str]:
+    """Bring the schema up to date and return the names of the steps that were missing.
+
+    Raises:
+        DatabaseRefused: a newer version was here, or a released step was edited since.
+    """
+    known = known_migrations()
+    applied = _recorded_migrations(db)
+    for name, checksum in applied.items():
+        if name not in known:
+            raise DatabaseRefused(db.place, f"was made by a newer version (step {name})")
+        if checksum not in {known[name], ""}:
+            raise DatabaseRefused(db.place, f"step {name} is not what was applied here")
+    missing = [name for name in known if name not in applied]
+    if missing:
+        _apply_missing(db, known)
+    return missing
+
+
+def applied_migrations(db: Database) -> list[str]:
+    """Return the names of the steps that this store has had, in order."""
+    return sorted(_recorded_migrations(db))
+
+
+def _recorded_migrations(db: Database) -> dict[str, str]:
+    if not db.peewee.table_exists("migration_checksum"):
+        return {}
+    return dict(
+        db.fetch_all(
+            "SELECT m.name, COALESCE(c.checksum, '') FROM schema_migration m"
+            " LEFT JOIN migration_checksum c ON c.name = m.name"
+        )
+    )
+
+
+def _apply_missing(db: Database, known: dict[str, str]) -> None:
+    from playhouse.migrations import Runner  # noqa: PLC0415 - slow to import, seldom needed
+
+    with _migration_lock(db):
+        db.execute(
+            "CREATE TABLE IF NOT EXISTS migration_checksum"
+            " (name TEXT NOT NULL PRIMARY KEY, checksum TEXT NOT NULL)"
+        )
+        applied = Runner(db.peewee, directory=str(MIGRATIONS)).up()
+        for name in applied:
+            db.execute("INSERT INTO migration_checksum VALUES (?, ?)", (name, known[name]))
+
+
+@contextlib.contextmanager
+def _migration_lock(db: Database) -> Iterator[None]:
+    """All steps and their records in one transaction, one migrator at a time."""
+    with db.transaction():
+        if db.dialect.kind is Kind.POSTGRESQL:
+            db.execute("SELECT pg_advisory_xact_lock(?)", (APPLICATION_ID,))
+        yield
+
+
+# -- copies ------------------------------------------------------------------------------------
+
+
+def backup_sqlite(path: Path, destination: Path) -> None:
+    """Copy a SQLite store, also while a service uses it, and prove that the copy is sound.
+
+    Raises:
+        DatabaseRefused: there is no such store, the destination exists, or the copy is damaged.
+    """
+    if not path.exists():
+        raise DatabaseRefused(str(path), "does not exist")
+    _check_header(path)
+    if destination.exists():
+        raise DatabaseRefused(str(destination), "exists; a backup overwrites nothing")
+    try:
+        destination.touch(mode=0o600, exist_ok=False)
+        with (
+            contextlib.closing(sqlite3.connect(path)) as source,
+            contextlib.closing(sqlite3.connect(destination)) as copy,
+        ):
+            source.backup(copy)
+    except (OSError, sqlite3.Error) as error:
+        destination.unlink(missing_ok=True)
+        raise DatabaseRefused(str(destination), f"could not be written: {error}") from error
+    if problems := integrity_problems(destination):
+        raise DatabaseRefused(str(destination), problems[0])
+
+
+def integrity_problems(path: Path) -> list[str]:
+    """Return what is wrong with a SQLite store, one sentence each; it is only read."""
+    try:
+        _check_header(path)
+        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
+            found = [row[0] for row in connection.execute("PRAGMA integrity_check(20)")]
+    except (DatabaseRefused, sqlite3.Error, OSError) as error:
+        return [str(error)]
+    return [] if found == ["ok"] else [f"{path}: {problem}" for problem in found]
+
+
+# -- locks -------------------------------------------------------------------------------------
+
+
+class HoldFile:
+    """A lock file that is held for life: one service per data directory and per SQLite file."""
+
+    def __init__(self, path: Path, what: str, holder: str) -> None:
+        """Take the lock.
+
+        Raises:
+            Held: somebody else has it; the error names the holder that the file tells.
+        """
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            told = os.pread(self._descriptor, 500, 0).decode(errors="replace").strip()
+            os.close(self._descriptor)
+            raise Held(what, told or "an unknown process") from error
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, holder.encode(), 0)
+
+    def release(self) -> None:
+        """Give the lock back. The kernel does the same when the process dies."""
+        os.close(self._descriptor)

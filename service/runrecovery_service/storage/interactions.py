@@ -1,0 +1,138 @@
+"""Questions of runs: answered and listed."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Final
+
+from runrecovery_service.domain.errors import (
+    InteractionSuperseded,
+    RunNotWaiting,
+    RunQuarantined,
+)
+from runrecovery_service.domain.run import (
+    Interaction,
+    InteractionState,
+    JsonValue,
+    Page,
+    Profile,
+    Run,
+    RunStatus,
+)
+from runrecovery_service.storage import requests, runs, tables
+from runrecovery_service.storage.database import Database, Statement, slot
+from runrecovery_service.storage.instances import Owner
+from runrecovery_service.storage.requests import Receipt
+from runrecovery_service.storage.rows import (
+    INTERACTION_COLUMNS,
+    interaction_from_row,
+    to_json,
+    to_us,
+)
+
+_I: Final = tables.Interaction
+
+_FIND = Statement(
+    lambda: _I.select(*INTERACTION_COLUMNS).where((_I.run == slot("run")) & (_I.no == slot("no")))
+)
+
+
+def find(db: Database, run_key: int, interaction_id: int) -> Interaction | None:
+    """Return one question of a run, None if it never asked it."""
+    row = _FIND.run(db, run=run_key, no=interaction_id).fetchone()
+    return None if row is None else interaction_from_row(row)
+
+
+@runs.retried
+def reply(
+    db: Database,
+    run_id: str,
+    interaction_id: int,
+    response: JsonValue,
+    *,
+    owner: Owner,
+    etag: str | None,
+    receipt: Receipt | None,
+    now: datetime,
+) -> Run:
+    """Accept the answer to the open question: from here on it is never lost.
+
+    A resumable run is QUEUED for its next turn, a sticky one RUNNING again. The answer that is
+    on record already gives the run as it is.
+
+    Raises:
+        RunNotFound, RunNotWaiting, InteractionSuperseded, RunQuarantined, EtagMismatch,
+        RequestIdReused.
+    """
+    earlier = requests.find(db, receipt)
+    if earlier is not None:
+        return runs.get_by_key(db, earlier)
+    run = runs.get(db, run_id)
+    if not _is_answered_so(db, run, interaction_id, response):
+        _demand_open(run, interaction_id)
+        runs.demand_etag(run, etag)
+        _accept(db, run, response, owner=owner, now=now)
+    requests.add(db, receipt, run_key=run.key, now=now)
+    return runs.get_by_key(db, run.key)
+
+
+def _is_answered_so(db: Database, run: Run, interaction_id: int, response: JsonValue) -> bool:
+    """True when this very answer was accepted before; another one is refused."""
+    asked = find(db, run.key, interaction_id)
+    if asked is None or asked.replied_at is None:
+        return False
+    if to_json(asked.response) != to_json(response):
+        raise InteractionSuperseded(run.run_id)
+    return True
+
+
+def _demand_open(run: Run, interaction_id: int) -> None:
+    if run.status is None:
+        raise RunQuarantined(run.run_id)
+    if run.status is not RunStatus.WAITING_USER or run.pending is None or run.cancel_requested:
+        raise RunNotWaiting(run.run_id)
+    if run.pending.interaction_id != interaction_id:
+        raise InteractionSuperseded(run.run_id)
+
+
+def _accept(db: Database, run: Run, response: JsonValue, *, owner: Owner, now: datetime) -> None:
+    resumable = run.profile is Profile.RESUMABLE
+    runs.change(
+        db,
+        run,
+        owner=owner,
+        now=now,
+        status=RunStatus.QUEUED if resumable else RunStatus.RUNNING,
+        queued_at=to_us(now),
+    )
+    answered = db.execute(
+        "UPDATE interaction SET state = ?, response = ?, replied_at = ?"
+        " WHERE run = ? AND no = ? AND state = 'OPEN'",
+        (
+            InteractionState.ANSWERED.value,
+            to_json(response),
+            to_us(now),
+            run.key,
+            run.interaction_count,
+        ),
+    ).rowcount
+    if answered != 1:
+        raise runs.Stale
+
+
+def page(
+    db: Database, run_id: str, *, after: tuple[int, ...] | None, limit: int
+) -> Page[Interaction]:
+    """Return a page of the run's questions, oldest first.
+
+    Raises:
+        RunNotFound: there is no such run.
+    """
+    run = runs.get(db, run_id)
+    query = _I.select(*INTERACTION_COLUMNS).where(
+        (_I.run == run.key) & (_I.no > (after[0] if after else 0))
+    )
+    rows = db.peewee.execute(query.order_by(_I.no).limit(limit + 1)).fetchall()
+    return runs.cut(
+        [interaction_from_row(row) for row in rows], limit, lambda row: (row.interaction_id,)
+    )

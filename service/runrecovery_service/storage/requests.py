@@ -1,0 +1,68 @@
+"""Receipts: a request_id has its effect once, and the same answer afterwards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from runrecovery_service.domain.errors import RequestIdReused
+from runrecovery_service.storage import tables
+from runrecovery_service.storage.database import Database, Statement, slot
+from runrecovery_service.storage.rows import to_us
+
+_T = tables.RequestReceipt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """A request_id, the method it was sent to, and a digest of the rest of the request."""
+
+    request_id: str
+    method: str
+    fingerprint: bytes
+
+
+_FIND = Statement(
+    lambda: _T.select(_T.method, _T.fingerprint, _T.run).where(_T.request_id == slot("request_id"))
+)
+_ADD = Statement(
+    lambda: _T.insert(
+        {
+            _T.request_id: slot("request_id"),
+            _T.method: slot("method"),
+            _T.fingerprint: slot("fingerprint"),
+            _T.run: slot("run"),
+            _T.created_at: slot("now"),
+        }
+    )
+)
+
+
+def find(db: Database, receipt: Receipt | None) -> int | None:
+    """Return the key of the run that this request has had its effect on, None if it has had none.
+
+    Raises:
+        RequestIdReused: the id was used with another method or payload.
+    """
+    if receipt is None:
+        return None
+    row = _FIND.run(db, request_id=receipt.request_id).fetchone()
+    if row is None:
+        return None
+    method, fingerprint, run_key = row
+    if (method, fingerprint) != (receipt.method, receipt.fingerprint.hex()):
+        raise RequestIdReused(receipt.request_id)
+    return int(run_key)
+
+
+def add(db: Database, receipt: Receipt | None, *, run_key: int, now: datetime) -> None:
+    """Record the effect, in the caller's transaction."""
+    if receipt is not None:
+        _ADD.run(
+            db,
+            request_id=receipt.request_id,
+            method=receipt.method,
+            fingerprint=receipt.fingerprint.hex(),
+            run=run_key,
+            now=to_us(now),
+        )

@@ -1,0 +1,225 @@
+"""Between columns and domain values.
+
+Decoding is lenient on purpose: a column that cannot be read shows as empty or None, so that one
+damaged row spoils no answer. Recovery is where damage is found and set aside.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from typing import Any, Final, TypeVar
+
+from runrecovery_service.domain.run import (
+    Interaction,
+    InteractionKind,
+    InteractionState,
+    JsonObject,
+    JsonValue,
+    Option,
+    Profile,
+    RecoveryInfo,
+    RecoveryState,
+    RestartPolicy,
+    Run,
+    RunError,
+    RunStatus,
+    Session,
+)
+from runrecovery_service.storage import tables
+from runrecovery_service.storage.database import Row
+
+EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND: Final = timedelta(microseconds=1)
+
+E = TypeVar("E", bound=StrEnum)
+
+
+def to_us(time: datetime) -> int:
+    """Return an aware time as microseconds since 1970 UTC."""
+    return (time - EPOCH) // _MICROSECOND
+
+
+def from_us(us: int) -> datetime:
+    """Return microseconds since 1970 as an aware UTC time."""
+    return EPOCH + timedelta(microseconds=us)
+
+
+def from_us_or_none(us: int | None) -> datetime | None:
+    """As `from_us`; None stays None."""
+    return None if us is None else from_us(us)
+
+
+def to_json(value: JsonValue) -> str:
+    """Return compact JSON."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def json_object(text: str | None) -> JsonObject:
+    """Return the stored object; empty when it cannot be read."""
+    value = json_value(text)
+    return value if isinstance(value, dict) else {}
+
+
+def json_value(text: str | None) -> JsonValue:
+    """Return the stored value; None when it cannot be read."""
+    if text is None:
+        return None
+    try:
+        value: JsonValue = json.loads(text)
+    except ValueError:
+        return None
+    return value
+
+
+_WORDS: Final[dict[type[StrEnum], dict[str, Any]]] = {
+    kind: {member.value: member for member in kind}
+    for kind in (
+        RunStatus,
+        Profile,
+        RestartPolicy,
+        RecoveryState,
+        InteractionKind,
+        InteractionState,
+    )
+}
+
+
+def word(kind: type[E], text: str | None) -> E | None:
+    """Return the enum member of a stored word, None for a missing or unknown one."""
+    member: E | None = _WORDS[kind].get(text or "")
+    return member
+
+
+# -- runs --------------------------------------------------------------------------------------
+
+_R, _I, _E, _C = (
+    tables.Run,
+    tables.Interaction,
+    tables.RecoveryEvent,
+    tables.Reconciliation,
+)
+
+RUN_COLUMNS: Final = (
+    _R.id, _R.run_id, _R.engine, _R.labels, _R.status, _R.profile, _R.restart_policy,
+    _R.max_attempts, _R.input, _R.output, _R.error_code, _R.error_message,
+    _R.session_type, _R.session_value, _R.session_turn, _R.interaction_count, _R.attempt,
+    _R.turn, _R.cancel_requested_at, _R.owner, _R.owner_epoch, _R.version, _R.created_at,
+    _R.started_at, _R.updated_at, _R.ended_at, _R.recovery_state, _R.recovery_count,
+)  # fmt: skip
+INTERACTION_COLUMNS: Final = (
+    _I.no, _I.kind, _I.prompt, _I.options, _I.state, _I.asked_at, _I.replied_at, _I.response,
+)  # fmt: skip
+RECOVERY_COLUMNS: Final = (
+    _E.recovery_state, _E.recovered_at, _E.rule, _E.status_before, _E.status_after,
+    _E.error_code, _E.no, _E.processes_ended, _C.reconciliation_id, _C.instance, _C.epoch,
+)  # fmt: skip
+
+_INTERACTION_AT: Final = len(RUN_COLUMNS)
+_RECOVERY_AT: Final = _INTERACTION_AT + len(INTERACTION_COLUMNS)
+
+
+def run_from_row(row: Row) -> Run:
+    """Decode the columns of `runs.SELECT`: the run, its open question, its latest decision."""
+    (
+        key, run_id, engine, labels, status, profile, restart_policy,
+        max_attempts, input_, output, error_code, error_message,
+        session_type, session_value, session_turn, interaction_count, attempt,
+        turn, cancel_requested_at, owner, owner_epoch, version, created_at,
+        started_at, updated_at, ended_at, recovery_state, recovery_count,
+    ) = row[:_INTERACTION_AT]  # fmt: skip
+    quarantined = recovery_state == RecoveryState.QUARANTINED
+    waiting = status == RunStatus.WAITING_USER and row[_INTERACTION_AT] is not None
+    return Run(
+        key=key,
+        run_id=run_id,
+        engine=engine,
+        labels={} if labels == "{}" else {k: str(v) for k, v in json_object(labels).items()},
+        # What was set aside is neither active nor ended, whatever its row says.
+        status=None if quarantined else word(RunStatus, status),
+        profile=word(Profile, profile),
+        restart_policy=word(RestartPolicy, restart_policy) or RestartPolicy.FAIL,
+        max_attempts=max_attempts,
+        input=json_object(input_),
+        output=None if output is None else json_object(output),
+        error=None
+        if error_code is None
+        else RunError(code=error_code, message=error_message or ""),
+        pending=interaction_from_row(row[_INTERACTION_AT:_RECOVERY_AT]) if waiting else None,
+        session=session_from_columns(session_type, session_value, session_turn),
+        interaction_count=interaction_count,
+        attempt=attempt,
+        turn=turn,
+        cancel_requested=cancel_requested_at is not None,
+        recovery=recovery_from_row(row[_RECOVERY_AT:]) if recovery_count else None,
+        owner=owner,
+        owner_epoch=owner_epoch,
+        version=version,
+        created_at=from_us(created_at),
+        started_at=from_us_or_none(started_at),
+        updated_at=from_us(updated_at),
+        ended_at=from_us_or_none(ended_at),
+    )
+
+
+def session_from_columns(kind: str | None, handle: str | None, turn: int | None) -> Session | None:
+    """Return the stored session, None when any part of it is missing."""
+    if not kind or not handle:
+        return None
+    return Session(type=kind, handle=handle, turn=turn or 0)
+
+
+def recovery_from_row(row: Row) -> RecoveryInfo | None:
+    """Decode RECOVERY_COLUMNS; None when the decision or its report is not there."""
+    state, at, rule, before, after, error_code, count, ended, report, instance, epoch = row
+    if state is None or report is None:
+        return None
+    return RecoveryInfo(
+        recovery_state=word(RecoveryState, state) or RecoveryState.NONE,
+        recovered_at=from_us(at),
+        recovery_reason=rule,
+        status_before=word(RunStatus, before),
+        status_after=word(RunStatus, after),
+        error_code=error_code,
+        reconciliation_id=report,
+        instance=instance,
+        epoch=epoch,
+        recovery_count=count,
+        processes_ended=ended,
+    )
+
+
+# -- interactions ------------------------------------------------------------------------------
+
+
+def interaction_from_row(row: Row) -> Interaction:
+    """Decode INTERACTION_COLUMNS."""
+    no, kind, prompt, options, state, asked_at, replied_at, response = row
+    return Interaction(
+        interaction_id=no,
+        kind=word(InteractionKind, kind),
+        prompt=prompt,
+        options=options_from_json(options),
+        state=word(InteractionState, state) or InteractionState.CLOSED,
+        asked_at=from_us(asked_at),
+        replied_at=from_us_or_none(replied_at),
+        response=json_value(response),
+    )
+
+
+def options_to_json(options: tuple[Option, ...]) -> str:
+    """Return the options as stored."""
+    return to_json([{"label": option.label, "value": option.value} for option in options])
+
+
+def options_from_json(text: str) -> tuple[Option, ...]:
+    """Return the stored options; what cannot be read is left out."""
+    stored = json_value(text)
+    if not isinstance(stored, list):
+        return ()
+    return tuple(
+        Option(label=str(item.get("label", "")), value=item.get("value"))
+        for item in stored
+        if isinstance(item, dict)
+    )

@@ -1,0 +1,343 @@
+"""Runs: created, read, listed, canceled; and the one compare-and-set that changes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime
+from functools import wraps
+from typing import Concatenate, Final, ParamSpec, TypeVar
+
+import peewee as pw
+
+from runrecovery_service.domain.errors import (
+    EtagMismatch,
+    Fenced,
+    Overloaded,
+    RunAlreadyExists,
+    RunAlreadyTerminal,
+    RunNotFound,
+    RunQuarantined,
+    StorageBusy,
+)
+from runrecovery_service.domain.run import (
+    InteractionState,
+    NewRun,
+    Page,
+    RecoveryState,
+    Run,
+    RunStatus,
+)
+from runrecovery_service.domain.transitions import is_legal
+from runrecovery_service.storage import instances, requests, tables
+from runrecovery_service.storage.database import Database, Statement, slot
+from runrecovery_service.storage.instances import Owner
+from runrecovery_service.storage.requests import Receipt
+from runrecovery_service.storage.rows import (
+    INTERACTION_COLUMNS,
+    RECOVERY_COLUMNS,
+    RUN_COLUMNS,
+    run_from_row,
+    to_json,
+    to_us,
+)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_R = tables.Run
+TRIES: Final = 8
+"""How often a use case starts over when another writer was quicker (PostgreSQL only)."""
+
+
+class Stale(Exception):
+    """Another writer changed the row between our read and our write."""
+
+
+def retried(
+    use: Callable[Concatenate[Database, P], R],
+) -> Callable[Concatenate[Database, P], R]:
+    """Run a use case in one transaction, and again from the start when it was overtaken."""
+
+    @wraps(use)
+    def run(db: Database, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        for _ in range(TRIES):
+            try:
+                with db.transaction():
+                    return use(db, *args, **kwargs)
+            except Stale:
+                continue
+        raise StorageBusy
+
+    return run
+
+
+# -- reading -----------------------------------------------------------------------------------
+
+
+def select() -> pw.ModelSelect[tables.Run]:
+    """A query for whole runs: the run, its latest question if open, its latest decision."""
+    question, event, report = tables.Interaction, tables.RecoveryEvent, tables.Reconciliation
+    return (
+        _R.select(*RUN_COLUMNS, *INTERACTION_COLUMNS, *RECOVERY_COLUMNS)
+        .join(
+            question,
+            pw.JOIN.LEFT_OUTER,
+            on=(
+                (question.run == _R.id)
+                & (question.no == _R.interaction_count)
+                & (question.state == InteractionState.OPEN.value)
+            ),
+        )
+        .join_from(
+            _R,
+            event,
+            pw.JOIN.LEFT_OUTER,
+            on=((event.run == _R.id) & (event.no == _R.recovery_count)),
+        )
+        .join_from(event, report, pw.JOIN.LEFT_OUTER, on=(report.id == event.reconciliation))
+    )
+
+
+_BY_RUN_ID = Statement(lambda: select().where(_R.run_id == slot("run_id")))
+_BY_KEY = Statement(lambda: select().where(_R.id == slot("key")))
+
+
+def get(db: Database, run_id: str) -> Run:
+    """Return the run.
+
+    Raises:
+        RunNotFound: there is none.
+    """
+    row = _BY_RUN_ID.run(db, run_id=run_id).fetchone()
+    if row is None:
+        raise RunNotFound(run_id)
+    return run_from_row(row)
+
+
+def get_by_key(db: Database, key: int) -> Run:
+    """Return the run of a key that the store itself gave out."""
+    row = _BY_KEY.run(db, key=key).fetchone()
+    if row is None:
+        raise RunNotFound(f"#{key}")
+    return run_from_row(row)
+
+
+def page(
+    db: Database,
+    *,
+    statuses: frozenset[RunStatus],
+    engine: str | None,
+    after: tuple[int, ...] | None,
+    limit: int,
+) -> Page[Run]:
+    """Return a page of runs, newest first; empty `statuses` means every status."""
+    query = select()
+    if statuses:
+        query = query.where(
+            _R.status.in_([status.value for status in statuses])
+            & (_R.recovery_state != RecoveryState.QUARANTINED.value)
+        )
+    if engine is not None:
+        query = query.where(_R.engine == engine)
+    if after is not None:
+        query = query.where(_R.id < after[0])
+    runs = rows_of(db, query.order_by(_R.id.desc()).limit(limit + 1))
+    return cut(runs, limit, lambda run: (run.key,))
+
+
+def rows_of(db: Database, query: pw.ModelSelect[tables.Run]) -> list[Run]:
+    """Run a query built on `select()` and decode its rows."""
+    return [run_from_row(row) for row in db.peewee.execute(query).fetchall()]
+
+
+def cut(rows: list[R], limit: int, key: Callable[[R], tuple[int, ...]]) -> Page[R]:
+    """Make a page of `limit` rows out of up to one more."""
+    if len(rows) <= limit:
+        return Page(rows=tuple(rows), after=None)
+    return Page(rows=tuple(rows[:limit]), after=key(rows[limit - 1]))
+
+
+# -- creating ----------------------------------------------------------------------------------
+
+_INSERT = Statement(
+    lambda: (
+        _R.insert(
+            {
+                _R.run_id: slot("run_id"),
+                _R.engine: slot("engine"),
+                _R.labels: slot("labels"),
+                _R.input: slot("input"),
+                _R.status: RunStatus.QUEUED.value,
+                _R.profile: slot("profile"),
+                _R.restart_policy: slot("restart_policy"),
+                _R.max_attempts: slot("max_attempts"),
+                _R.attempt: 0,
+                _R.turn: 0,
+                _R.interaction_count: 0,
+                _R.owner: slot("owner"),
+                _R.owner_epoch: slot("epoch"),
+                _R.version: 1,
+                _R.queued_at: slot("now"),
+                _R.created_at: slot("now"),
+                _R.updated_at: slot("now"),
+                _R.recovery_state: RecoveryState.NONE.value,
+                _R.recovery_count: 0,
+            }
+        )
+        .on_conflict_ignore()
+        .returning(_R.id)
+    )
+)
+
+
+@retried
+def create(
+    db: Database,
+    new: NewRun,
+    *,
+    owner: Owner,
+    max_queued: int,
+    receipt: Receipt | None,
+    now: datetime,
+) -> Run:
+    """Record a run as QUEUED. The same receipt again gives the run as it is now.
+
+    Raises:
+        RunAlreadyExists: the id is taken by another request.
+        RequestIdReused: the receipt belongs to another request.
+        Overloaded: `max_queued` runs are waiting already.
+    """
+    earlier = requests.find(db, receipt)
+    if earlier is not None:
+        return get_by_key(db, earlier)
+    instances.demand_current(db, owner)
+    _demand_room(db, owner, max_queued)
+    row = _INSERT.run(
+        db,
+        run_id=new.run_id,
+        engine=new.engine,
+        labels=to_json(dict(new.labels)),
+        input=to_json(new.input),
+        profile=new.profile.value,
+        restart_policy=new.restart_policy.value,
+        max_attempts=new.max_attempts,
+        owner=owner.instance,
+        epoch=owner.epoch,
+        now=to_us(now),
+    ).fetchone()
+    if row is None:
+        raise RunAlreadyExists(new.run_id)
+    requests.add(db, receipt, run_key=row[0], now=now)
+    return get_by_key(db, row[0])
+
+
+def _demand_room(db: Database, owner: Owner, max_queued: int) -> None:
+    full = db.fetch_one(
+        "SELECT 1 FROM run WHERE owner = ? AND status = 'QUEUED' LIMIT 1 OFFSET ?",
+        (owner.instance, max_queued - 1),
+    )
+    if full is not None:
+        raise Overloaded
+
+
+# -- changing ----------------------------------------------------------------------------------
+
+
+def change(
+    db: Database,
+    run: Run,
+    *,
+    owner: Owner,
+    now: datetime,
+    status: RunStatus | None = None,
+    **columns: object,
+) -> None:
+    """Compare-and-set: the only way, beside recovery, in which a run changes.
+
+    `run` is what was read in this transaction; `status` is the new one, None to keep it. A
+    terminal status also ends what the run held: its session and its open question.
+
+    Raises:
+        Stale: the row is not what was read; `retried` starts the use case over.
+        Fenced: the run belongs to a newer epoch.
+    """
+    if run.owner_epoch > owner.epoch or run.owner != owner.instance:
+        raise Fenced(f"run {run.run_id!r}")
+    if run.status is None:
+        raise RunQuarantined(run.run_id)
+    if status is not None:
+        if not is_legal(run.status, status):
+            raise ValueError(f"{run.status} may not become {status}")
+        columns["status"] = status.value
+        if status.is_terminal:
+            columns |= {"ended_at": to_us(now), "session_type": None, "session_value": None}
+            close_questions(db, run)
+    columns |= {"updated_at": to_us(now), "version": run.version + 1}
+    assignments = ", ".join(f"{name} = ?" for name in columns)
+    changed = db.execute(
+        f"UPDATE run SET {assignments}"
+        " WHERE id = ? AND owner = ? AND owner_epoch = ? AND status = ? AND version = ?",
+        (
+            *columns.values(),
+            run.key,
+            owner.instance,
+            run.owner_epoch,
+            run.status.value,
+            run.version,
+        ),
+    ).rowcount
+    if changed != 1:
+        raise Stale
+
+
+def close_questions(db: Database, run: Run) -> None:
+    """End every question of the run that no process can get an answer to any more."""
+    db.execute(
+        "UPDATE interaction SET state = 'CLOSED' WHERE run = ? AND state IN ('OPEN', 'ANSWERED')",
+        (run.key,),
+    )
+
+
+def demand_etag(run: Run, etag: str | None) -> None:
+    """Raise EtagMismatch when the caller saw another state of the run."""
+    if etag and etag != run.etag:
+        raise EtagMismatch(run.run_id, run.etag)
+
+
+@retried
+def cancel(
+    db: Database,
+    run_id: str,
+    *,
+    owner: Owner,
+    etag: str | None,
+    receipt: Receipt | None,
+    now: datetime,
+) -> Run:
+    """Accept a cancel. A run without a process is CANCELED at once; otherwise the cancel is on
+    record and the run ends CANCELED as soon as its process has ended. Idempotent.
+
+    Raises:
+        RunNotFound, RunAlreadyTerminal, RunQuarantined, EtagMismatch, RequestIdReused.
+    """
+    earlier = requests.find(db, receipt)
+    if earlier is not None:
+        return get_by_key(db, earlier)
+    run = get(db, run_id)
+    if run.status is None:
+        raise RunQuarantined(run_id)
+    if run.status is not RunStatus.CANCELED and run.status.is_terminal:
+        raise RunAlreadyTerminal(run_id)
+    if run.status is not RunStatus.CANCELED and not run.cancel_requested:
+        demand_etag(run, etag)
+        has_process = run.holds_slot
+        change(
+            db,
+            run,
+            owner=owner,
+            now=now,
+            status=None if has_process else RunStatus.CANCELED,
+            cancel_requested_at=to_us(now),
+        )
+    requests.add(db, receipt, run_key=run.key, now=now)
+    return get_by_key(db, run.key)

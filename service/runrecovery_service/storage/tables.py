@@ -1,0 +1,207 @@
+"""The tables as this version reads and writes them. `migrations/` holds how they came to be."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import peewee as pw
+
+from runrecovery_service.domain.run import TERMINAL, RecoveryState
+
+
+def sql_words(words: frozenset[str] | tuple[str, ...]) -> str:
+    """Return constant words as the inside of a SQL `IN (…)`. For our own words only."""
+    return ", ".join(f"'{word}'" for word in sorted(words))
+
+
+def live(of: str = "") -> str:
+    """Return the condition for runs that a restart must decide on; `of` is a prefix like `r.`.
+
+    The partial index has the same words, or it would go unused.
+    """
+    return (
+        f"{of}status NOT IN ({sql_words(frozenset(TERMINAL))})"
+        f" AND {of}recovery_state <> '{RecoveryState.QUARANTINED}'"
+    )
+
+
+LIVE: Final = live()
+
+
+class Run(pw.Model):
+    """One row a run, clustered by `id`.
+
+    `status`, `profile` and `restart_policy` bear no CHECK: a newer version running beside this one
+    may write a word that is unknown here, and recovery sets such a row aside instead of failing.
+    """
+
+    id = pw.BigAutoField()
+    run_id = pw.TextField(unique=True)
+    engine = pw.TextField()
+    labels = pw.TextField()
+    input = pw.TextField()
+    output = pw.TextField(null=True)
+    status = pw.TextField()
+    profile = pw.TextField(null=True)
+    restart_policy = pw.TextField()
+    max_attempts = pw.BigIntegerField()
+    attempt = pw.BigIntegerField()
+    turn = pw.BigIntegerField()
+    interaction_count = pw.BigIntegerField()
+    session_type = pw.TextField(null=True)
+    session_value = pw.TextField(null=True)
+    session_turn = pw.BigIntegerField(null=True)
+    session_verdict = pw.TextField(null=True)
+    error_code = pw.TextField(null=True)
+    error_message = pw.TextField(null=True)
+    cancel_requested_at = pw.BigIntegerField(null=True)
+    owner = pw.TextField()
+    owner_epoch = pw.BigIntegerField()
+    version = pw.BigIntegerField()
+    queued_at = pw.BigIntegerField()
+    created_at = pw.BigIntegerField()
+    started_at = pw.BigIntegerField(null=True)
+    updated_at = pw.BigIntegerField()
+    ended_at = pw.BigIntegerField(null=True)
+    recovery_state = pw.TextField()
+    recovered_at = pw.BigIntegerField(null=True)
+    recovery_reason = pw.TextField(null=True)
+    recovered_version = pw.BigIntegerField(null=True)
+    recovery_count = pw.BigIntegerField()
+    reconciliation = pw.BigIntegerField(null=True)
+
+    class Meta:
+        table_name = "run"
+
+
+class Interaction(pw.Model):
+    """A question of a run; `no` is its interaction_id."""
+
+    run = pw.BigIntegerField()
+    no = pw.BigIntegerField()
+    kind = pw.TextField()
+    prompt = pw.TextField()
+    options = pw.TextField()
+    state = pw.TextField()
+    asked_at = pw.BigIntegerField()
+    replied_at = pw.BigIntegerField(null=True)
+    response = pw.TextField(null=True)
+
+    class Meta:
+        table_name = "interaction"
+        primary_key = pw.CompositeKey("run", "no")
+
+
+class RecoveryEvent(pw.Model):
+    """One decision of one restart for one run. Append-only; `no` counts the run's decisions."""
+
+    run = pw.BigIntegerField()
+    no = pw.BigIntegerField()
+    reconciliation = pw.BigIntegerField()
+    rule = pw.TextField()
+    facts = pw.BigIntegerField()
+    status_before = pw.TextField()
+    status_after = pw.TextField()
+    error_code = pw.TextField(null=True)
+    recovery_state = pw.TextField()
+    recovered_at = pw.BigIntegerField()
+    processes_ended = pw.BigIntegerField()
+
+    class Meta:
+        table_name = "recovery_event"
+        primary_key = pw.CompositeKey("run", "no")
+
+
+class Reconciliation(pw.Model):
+    """The report of one restart. JSON columns hold what is only ever read as a whole."""
+
+    id = pw.BigAutoField()
+    reconciliation_id = pw.TextField(unique=True)
+    instance = pw.TextField()
+    epoch = pw.BigIntegerField()
+    state = pw.TextField()
+    started_at = pw.BigIntegerField()
+    finished_at = pw.BigIntegerField(null=True)
+    phases = pw.TextField()
+    decisions = pw.TextField()
+    orphans = pw.TextField()
+    bindings = pw.TextField()
+    warnings = pw.TextField()
+    quarantined = pw.BigIntegerField()
+    runs_scanned = pw.BigIntegerField()
+    runs_total = pw.BigIntegerField()
+    runs_unchanged = pw.BigIntegerField()
+    safe_mode = pw.BigIntegerField()
+    error = pw.TextField(null=True)
+
+    class Meta:
+        table_name = "reconciliation"
+
+
+class Quarantine(pw.Model):
+    """Why a run was set aside."""
+
+    id = pw.BigAutoField()
+    run = pw.BigIntegerField(index=True)
+    reconciliation = pw.BigIntegerField()
+    reason = pw.TextField()
+    detail = pw.TextField()
+    quarantined_at = pw.BigIntegerField()
+
+    class Meta:
+        table_name = "quarantine"
+
+
+class Instance(pw.Model):
+    """A running copy of the service, by name. `epoch` is its boot counter and only rises."""
+
+    name = pw.TextField(primary_key=True)
+    epoch = pw.BigIntegerField()
+    boot_token = pw.TextField()
+    host_id = pw.TextField()
+    data_dir = pw.TextField()
+    pid = pw.BigIntegerField()
+    lease_until = pw.BigIntegerField()
+    started_at = pw.BigIntegerField()
+
+    class Meta:
+        table_name = "instance"
+
+
+class ProcessLease(pw.Model):
+    """One launch of a process, recorded before it happens."""
+
+    id = pw.BigAutoField()
+    run = pw.BigIntegerField()
+    attempt = pw.BigIntegerField()
+    turn = pw.BigIntegerField()
+    instance = pw.TextField()
+    epoch = pw.BigIntegerField()
+    host_id = pw.TextField()
+    boot_id = pw.TextField()
+    pid_namespace = pw.BigIntegerField()
+    cookie = pw.TextField()
+    pid = pw.BigIntegerField(null=True)
+    start_ticks = pw.BigIntegerField(null=True)
+    state = pw.TextField()
+    exit_code = pw.BigIntegerField(null=True)
+    ended_by = pw.BigIntegerField(null=True)
+    processes_ended = pw.BigIntegerField()
+    created_at = pw.BigIntegerField()
+    closed_at = pw.BigIntegerField(null=True)
+
+    class Meta:
+        table_name = "process_lease"
+
+
+class RequestReceipt(pw.Model):
+    """Proof that a request_id had its effect; commits together with it."""
+
+    request_id = pw.TextField(primary_key=True)
+    method = pw.TextField()
+    fingerprint = pw.TextField()
+    run = pw.BigIntegerField()
+    created_at = pw.BigIntegerField()
+
+    class Meta:
+        table_name = "request_receipt"

@@ -1,0 +1,186 @@
+"""One turn of a run: taken from the queue, launched, followed, ended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from runrecovery_service.domain.errors import Fenced, RunQuarantined
+from runrecovery_service.domain.run import (
+    Interaction,
+    InteractionState,
+    Question,
+    Run,
+    RunError,
+    RunStatus,
+    Session,
+)
+from runrecovery_service.domain.turn import Asked, Succeeded, TurnEnd
+from runrecovery_service.storage import interactions, processes, runs
+from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.instances import Owner
+from runrecovery_service.storage.processes import Ended, Lease, Place
+from runrecovery_service.storage.rows import options_to_json, to_json, to_us
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """A run that was taken from the queue, and what its process is to be given.
+
+    `reply` is the accepted answer that a resuming process gets; None when the run starts from
+    the beginning.
+    """
+
+    run: Run
+    lease: Lease
+    reply: Interaction | None
+
+
+@runs.retried
+def take_next(
+    db: Database, *, owner: Owner, busy_engines: Sequence[str], place: Place, now: datetime
+) -> Turn | None:
+    """Take the run that waits longest, of an engine that is not busy; None when there is none.
+
+    The run is RUNNING and its lease on record (write-ahead) when this returns.
+    """
+    marks = ", ".join("?" for _ in busy_engines)
+    row = db.fetch_one(
+        "SELECT id FROM run WHERE owner = ? AND status = 'QUEUED' AND owner_epoch = ?"
+        " AND recovery_state <> 'QUARANTINED'"
+        + (f" AND engine NOT IN ({marks})" if marks else "")
+        + " ORDER BY queued_at, id LIMIT 1",
+        (owner.instance, owner.epoch, *busy_engines),
+    )
+    if row is None:
+        return None
+    run = runs.get_by_key(db, row[0])
+    last = interactions.find(db, run.key, run.interaction_count)
+    reply = last if last is not None and last.state is InteractionState.ANSWERED else None
+    columns = (
+        {"turn": run.turn + 1}
+        if reply is not None
+        else {
+            "attempt": run.attempt + 1,
+            "turn": 1,
+            "started_at": to_us(now),
+            "session_type": None,
+            "session_value": None,
+        }
+    )
+    runs.change(db, run, owner=owner, now=now, status=RunStatus.RUNNING, **columns)
+    run = runs.get_by_key(db, run.key)
+    lease = processes.intend(db, run, owner=owner, place=place, now=now)
+    return Turn(run=run, lease=lease, reply=reply)
+
+
+@runs.retried
+def keep_session(
+    db: Database, run_key: int, *, owner: Owner, session: Session, now: datetime
+) -> None:
+    """Record the handle that the conversation can be resumed by."""
+    run = _own(db, run_key, owner)
+    runs.change(
+        db,
+        run,
+        owner=owner,
+        now=now,
+        session_type=session.type,
+        session_value=session.handle,
+        session_turn=session.turn,
+        session_verdict=None,
+    )
+
+
+@runs.retried
+def delivered(db: Database, run_key: int, *, owner: Owner) -> None:
+    """Record that a process has been given the accepted answer."""
+    run = _own(db, run_key, owner)
+    db.execute(
+        "UPDATE interaction SET state = 'DELIVERED'"
+        " WHERE run = ? AND no = ? AND state = 'ANSWERED'",
+        (run.key, run.interaction_count),
+    )
+
+
+@runs.retried
+def ask_and_stay(
+    db: Database, run_key: int, *, owner: Owner, question: Question, now: datetime
+) -> Run:
+    """Record the question of a sticky process, which lives on: WAITING_USER."""
+    run = _own(db, run_key, owner)
+    _ask(db, run, question, owner=owner, now=now)
+    return runs.get_by_key(db, run_key)
+
+
+@runs.retried
+def end(
+    db: Database,
+    run_key: int,
+    *,
+    owner: Owner,
+    lease_key: int,
+    end: TurnEnd,
+    ended: Ended,
+    now: datetime,
+) -> Run:
+    """Record how a turn ended, and close its lease, in one step. An accepted cancel wins."""
+    run = _own(db, run_key, owner)
+    processes.close(db, lease_key, ended, now=now)
+    if run.cancel_requested:
+        runs.change(db, run, owner=owner, now=now, status=RunStatus.CANCELED)
+    elif isinstance(end, Asked):
+        _ask(db, run, end.question, owner=owner, now=now)
+    elif isinstance(end, Succeeded):
+        runs.change(
+            db,
+            run,
+            owner=owner,
+            now=now,
+            status=RunStatus.SUCCEEDED,
+            output=to_json(end.output),
+        )
+    else:
+        _fail(db, run, end.error, owner=owner, now=now)
+    return runs.get_by_key(db, run_key)
+
+
+def _own(db: Database, run_key: int, owner: Owner) -> Run:
+    run = runs.get_by_key(db, run_key)
+    if run.status is None:
+        raise RunQuarantined(run.run_id)
+    if run.owner_epoch != owner.epoch or run.owner != owner.instance:
+        raise Fenced(f"run {run.run_id!r}")
+    return run
+
+
+def _ask(db: Database, run: Run, question: Question, *, owner: Owner, now: datetime) -> None:
+    number = run.interaction_count + 1
+    runs.change(
+        db, run, owner=owner, now=now, status=RunStatus.WAITING_USER, interaction_count=number
+    )
+    db.execute(
+        "INSERT INTO interaction (run, no, kind, prompt, options, state, asked_at)"
+        " VALUES (?, ?, ?, ?, ?, 'OPEN', ?)",
+        (
+            run.key,
+            number,
+            question.kind.value,
+            question.prompt,
+            options_to_json(question.options),
+            to_us(now),
+        ),
+    )
+
+
+def _fail(db: Database, run: Run, error: RunError, *, owner: Owner, now: datetime) -> None:
+    runs.change(
+        db,
+        run,
+        owner=owner,
+        now=now,
+        status=RunStatus.FAILED,
+        error_code=error.code,
+        error_message=error.message,
+    )
