@@ -1,0 +1,210 @@
+"""A scriptable agent that keeps to the protocol: for `runrecovery demo`, tests and first steps.
+
+`python -m runrecovery_service.engines.demo_agent --profile resumable|sticky` obeys its input:
+
+- `questions`: asked one after the other, each `{"kind", "prompt", "options"}`.
+- `work_s`: how long it works before each question and before the result; progress every 0.1 s.
+- `children`: processes that it leaves sleeping; the last one double-forked into its own session.
+- `result`: members of the output, beside `answers`.
+- `fail`: `"exit<N>"` ends it with that code, after the work and instead of a question or result.
+- `hold`: true: it works until it is told to stop.
+- `ignore_sigterm`: true: and SIGTERM does not tell it.
+
+A resumable one keeps its conversation in `<workspace>/session-<id>.json`. Like a real agent it
+does not notice that its service died while it works. Nothing of it lives longer than 600 s.
+Standard library only: it has to start fast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import Any, Final
+
+LIFETIME_S: Final = 600
+PROGRESS_S: Final = 0.1
+CHILD_MARK: Final = "runrecovery-demo-child"
+"""A word on the command line of every process that the agent leaves behind."""
+
+EXIT_NO_SESSION: Final = 4
+EXIT_NO_REPLY: Final = 5
+EXIT_BAD_INPUT: Final = 6
+
+Json = dict[str, Any]  # whatever the caller put into the run's input
+
+
+class Stop(Exception):
+    """The agent ends with an exit code and a sentence on stderr."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def main() -> int:
+    """Run one turn (or, sticky, one whole run) as stdin says; return the exit code."""
+    parser = argparse.ArgumentParser(description="The demo agent of runrecovery.")
+    parser.add_argument("--profile", choices=("resumable", "sticky"), required=True)
+    profile = parser.parse_args().profile
+    signal.alarm(LIFETIME_S)  # its default action ends the process, whatever that is doing
+    try:
+        (_resumable if profile == "resumable" else _sticky)(_first())
+    except Stop as stop:
+        print(stop, file=sys.stderr)  # noqa: T201
+        return stop.code
+    return 0
+
+
+def _first() -> Json:
+    message = _read()
+    if message is None:
+        raise Stop(EXIT_BAD_INPUT, "stdin ended before the first message")
+    return message
+
+
+def _read() -> Json | None:
+    """Read the next message; None at the end of stdin."""
+    line = sys.stdin.readline()
+    if not line:
+        return None
+    try:
+        message = json.loads(line)
+    except ValueError:
+        message = None
+    if not isinstance(message, dict):
+        raise Stop(EXIT_BAD_INPUT, "stdin is not JSON lines")
+    return message
+
+
+def _emit(kind: str, /, **fields: object) -> None:
+    try:
+        sys.stdout.write(json.dumps({**fields, "type": kind}) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The service is dead. A real agent works on; from now on nobody listens.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def _resumable(message: Json) -> None:
+    if message.get("type") == "resume":
+        session, state = _load(message)
+        reply = message["reply"]
+        # By id: a reply that is delivered twice, around a crash, counts once.
+        state["answers"][str(reply["interaction_id"])] = reply["response"]
+    else:
+        session, state = uuid.uuid4().hex, {"answers": {}}
+    _save(Path(message["workspace"]), session, state)
+    _emit("session", value=session)
+    answers = list(state["answers"].values())
+    _work(message)
+    _ask_or_finish(message["input"], answers)
+
+
+def _sticky(message: Json) -> None:
+    answers: list[Any] = []
+    _work(message)
+    while _ask_or_finish(message["input"], answers):
+        reply = _read()
+        if reply is None:
+            raise Stop(EXIT_NO_REPLY, "stdin ended while waiting for a reply")
+        answers.append(reply.get("response"))
+        _labour(message["input"])
+
+
+def _ask_or_finish(given: Json, answers: list[Any]) -> bool:
+    """Ask the question after the last answer (True), or print the result (False)."""
+    questions = given.get("questions", [])
+    if len(answers) >= len(questions):
+        _emit("result", output={**given.get("result", {}), "answers": answers})
+        return False
+    _emit("ask", **{"kind": "open_text", "prompt": "What next?", **questions[len(answers)]})
+    return True
+
+
+def _work(message: Json) -> None:
+    given = message["input"]
+    if given.get("ignore_sigterm"):
+        signal.signal(signal.SIGTERM, lambda *_: None)
+    count = int(given.get("children", 0))
+    for number in range(1, count + 1):
+        (_leave_detached if number == count else _leave)(message["run_id"])
+    _labour(given)
+
+
+def _labour(given: Json) -> None:
+    hold = given.get("hold")
+    until = time.monotonic() + (LIFETIME_S if hold else float(given.get("work_s", 0)))
+    began = time.monotonic()
+    while (left := until - time.monotonic()) > 0:
+        time.sleep(min(PROGRESS_S, left))
+        _emit("progress", message=f"worked {time.monotonic() - began:.1f} s")
+    fail = re.fullmatch(r"exit(\d{1,3})", str(given.get("fail", "")))
+    if fail:
+        raise Stop(int(fail[1]), f"the demo agent was told to fail: {fail[0]}")
+
+
+def _child_command(run_id: str) -> list[str]:
+    code = f"import time; time.sleep({LIFETIME_S})"
+    return [sys.executable, "-I", "-S", "-c", code, CHILD_MARK, run_id]
+
+
+def _leave(run_id: str) -> None:
+    nothing = subprocess.DEVNULL
+    child = subprocess.Popen(  # noqa: S603 - its own interpreter, its own words
+        _child_command(run_id), stdin=nothing, stdout=nothing, stderr=nothing
+    )
+    _emit("progress", message=f"child {child.pid}")
+
+
+def _leave_detached(run_id: str) -> None:
+    """Leave a process that is neither our child nor in our session: only its environment tells."""
+    first = os.fork()
+    if first:
+        os.waitpid(first, 0)
+        return
+    os.setsid()
+    if os.fork():
+        os._exit(0)
+    _emit("progress", message=f"detached child {os.getpid()}")
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(nothing, stream)
+    command = _child_command(run_id)
+    os.execv(command[0], command)  # noqa: S606 - its own interpreter, its own words
+
+
+def _session_file(workspace: Path, session: str) -> Path:
+    return workspace / f"session-{session}.json"
+
+
+def _load(message: Json) -> tuple[str, Json]:
+    session = str(message["session"]["value"])
+    if not re.fullmatch(r"[0-9a-f]{32}", session):
+        raise Stop(EXIT_NO_SESSION, "that is not a session of the demo agent")
+    path = _session_file(Path(message["workspace"]), session)
+    try:
+        return session, json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        raise Stop(EXIT_NO_SESSION, "the session cannot be resumed: its file is lost") from None
+
+
+def _save(workspace: Path, session: str, state: Json) -> None:
+    path = _session_file(workspace, session)
+    fresh = path.with_suffix(".new")
+    with fresh.open("w", encoding="utf-8") as file:
+        json.dump(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

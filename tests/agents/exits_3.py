@@ -1,0 +1,9 @@
+"""Says on stderr what is wrong and exits 3."""
+
+from __future__ import annotations
+
+import sys
+
+sys.stdin.readline()
+print("the model refused to answer", file=sys.stderr)
+sys.exit(3)

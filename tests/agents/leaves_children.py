@@ -1,0 +1,20 @@
+"""Gives its result and exits, leaving two processes (60 s at most): one that cleaned its
+environment but kept the session, one that left the session but kept the environment."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+sys.stdin.readline()
+nothing = subprocess.DEVNULL
+command = [sys.executable, "-I", "-S", "-c", "import time; time.sleep(60)"]
+scrubbed = subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing, env={})
+moved = subprocess.Popen(
+    command, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True
+)
+output = {"scrubbed": scrubbed.pid, "moved": moved.pid}
+print(json.dumps({"type": "result", "output": output}), flush=True)
+os._exit(0)  # without the interpreter's complaint about children that it leaves

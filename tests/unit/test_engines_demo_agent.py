@@ -1,0 +1,217 @@
+"""The demo agent keeps to the protocol, and its sessions survive it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from runrecovery_service.domain.run import JsonObject, Session
+from runrecovery_service.engines import demo_agent, jsonl
+from runrecovery_service.engines.jsonl import (
+    AskMessage,
+    Message,
+    ProgressMessage,
+    ResultMessage,
+    SessionMessage,
+    Task,
+)
+
+Start = Callable[..., subprocess.Popen[bytes]]
+
+TWO_QUESTIONS: JsonObject = {
+    "questions": [
+        {"kind": "confirm", "prompt": "Go on?", "options": ["yes", "no"]},
+        {"prompt": "Where to?"},
+    ],
+    "result": {"summary": "done"},
+}
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start demo agents; end what is left of them."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def make(profile: str, message: bytes) -> subprocess.Popen[bytes]:
+        agent = subprocess.Popen(
+            [sys.executable, "-m", demo_agent.__name__, "--profile", profile],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            bufsize=0,
+        )
+        started.append(agent)
+        assert agent.stdin is not None
+        agent.stdin.write(message)
+        return agent
+
+    yield make
+    for agent in started:
+        agent.kill()
+        agent.wait()
+        for pipe in (agent.stdin, agent.stdout, agent.stderr):
+            assert pipe is not None
+            pipe.close()
+
+
+def task(workspace: Path, given: JsonObject) -> Task:
+    return Task(run_id="r-1", attempt=1, input=given, workspace=str(workspace))
+
+
+def said(agent: subprocess.Popen[bytes]) -> Message:
+    """The next message that is not progress."""
+    assert agent.stdout is not None
+    while True:
+        message = jsonl.parse(agent.stdout.readline())
+        if not isinstance(message, ProgressMessage):
+            return message
+
+
+def turn(start: Start, task: Task, session: str | None, reply: str) -> tuple[str, Message]:
+    """One process of a resumable run."""
+    if session is None:
+        agent = start("resumable", jsonl.start_message(task))
+        number = 0
+    else:
+        number = int(reply.removeprefix("answer "))
+        held = Session(type="jsonl", handle=session, turn=number)
+        agent = start(
+            "resumable",
+            jsonl.resume_message(task, session=held, interaction_id=number, response=reply),
+        )
+    named, then = said(agent), said(agent)
+    assert agent.wait(30) == 0
+    assert isinstance(named, SessionMessage)
+    return named.value, then
+
+
+def test_a_resumable_agent_lives_through_its_processes(start: Start, tmp_path: Path) -> None:
+    work = task(tmp_path, TWO_QUESTIONS)
+
+    session, first = turn(start, work, None, "")
+    same, second = turn(start, work, session, "answer 1")
+    still, last = turn(start, work, session, "answer 2")
+
+    assert session == same == still
+    assert isinstance(first, AskMessage)
+    assert first.question.prompt == "Go on?"
+    assert isinstance(second, AskMessage)
+    assert second.question.prompt == "Where to?"
+    assert last == ResultMessage(output={"summary": "done", "answers": ["answer 1", "answer 2"]})
+
+
+def test_a_reply_that_is_delivered_twice_counts_once(start: Start, tmp_path: Path) -> None:
+    work = task(tmp_path, TWO_QUESTIONS)
+    session, _ = turn(start, work, None, "")
+
+    turn(start, work, session, "answer 1")
+    _, again = turn(start, work, session, "answer 1")
+
+    assert isinstance(again, AskMessage)
+    assert again.question.prompt == "Where to?"
+
+
+def test_a_lost_session_is_refused(start: Start, tmp_path: Path) -> None:
+    lost = Session(type="jsonl", handle="0" * 32, turn=1)
+    work = task(tmp_path, TWO_QUESTIONS)
+
+    agent = start(
+        "resumable", jsonl.resume_message(work, session=lost, interaction_id=1, response="x")
+    )
+    _, complaint = agent.communicate(timeout=30)
+
+    assert agent.returncode == demo_agent.EXIT_NO_SESSION
+    assert b"cannot be resumed" in complaint
+
+
+def test_a_sticky_agent_answers_in_one_process(start: Start, tmp_path: Path) -> None:
+    agent = start("sticky", jsonl.start_message(task(tmp_path, TWO_QUESTIONS)))
+    assert agent.stdin is not None
+
+    first = said(agent)
+    agent.stdin.write(jsonl.reply_message(interaction_id=1, response=True))
+    second = said(agent)
+    agent.stdin.write(jsonl.reply_message(interaction_id=2, response={"city": "Ulm"}))
+    last = said(agent)
+
+    assert isinstance(first, AskMessage)
+    assert isinstance(second, AskMessage)
+    assert last == ResultMessage(output={"summary": "done", "answers": [True, {"city": "Ulm"}]})
+    assert agent.wait(30) == 0
+
+
+def test_a_sticky_agent_ends_when_nobody_can_reply(start: Start, tmp_path: Path) -> None:
+    agent = start("sticky", jsonl.start_message(task(tmp_path, TWO_QUESTIONS)))
+    assert agent.stdin is not None
+    said(agent)
+
+    agent.stdin.close()
+
+    assert agent.wait(30) == demo_agent.EXIT_NO_REPLY
+
+
+def test_fails_on_demand(start: Start, tmp_path: Path) -> None:
+    agent = start("resumable", jsonl.start_message(task(tmp_path, {"fail": "exit3"})))
+
+    _, complaint = agent.communicate(timeout=30)
+
+    assert agent.returncode == 3
+    assert b"told to fail" in complaint
+
+
+def test_works_on_when_its_service_is_dead(start: Start, tmp_path: Path) -> None:
+    agent = start("resumable", jsonl.start_message(task(tmp_path, {"work_s": 0.4})))
+    assert isinstance(said(agent), SessionMessage)
+    assert agent.stdin is not None
+    assert agent.stdout is not None
+
+    agent.stdin.close()
+    agent.stdout.close()
+
+    assert agent.wait(30) == 0
+
+
+def test_ignores_sigterm_on_demand(start: Start, tmp_path: Path) -> None:
+    given: JsonObject = {"ignore_sigterm": True, "work_s": 0.5, "result": {"kept": "on"}}
+    agent = start("resumable", jsonl.start_message(task(tmp_path, given)))
+    assert agent.stdout is not None
+    said(agent)
+    agent.stdout.readline()  # it works, so it has set its handler
+
+    agent.terminate()
+
+    assert said(agent) == ResultMessage(output={"kept": "on", "answers": []})
+
+
+def test_stops_when_it_is_told_to(start: Start, tmp_path: Path) -> None:
+    agent = start("resumable", jsonl.start_message(task(tmp_path, {"hold": True})))
+    said(agent)
+
+    agent.terminate()
+
+    assert agent.wait(30) == -15
+
+
+@pytest.mark.parametrize("nonsense", [b"hello\n", b"[]\n", b""])
+def test_says_that_it_was_not_understood(start: Start, nonsense: bytes) -> None:
+    agent = start("resumable", nonsense)
+
+    agent.communicate(timeout=30)
+
+    assert agent.returncode == demo_agent.EXIT_BAD_INPUT
+
+
+def test_starts_without_the_heavy_rooms() -> None:
+    code = (
+        "import sys, runrecovery_service.engines.demo_agent;"
+        "print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+
+    assert "runrecovery_service" in loaded
+    assert not {"asyncio", "grpc", "google", "peewee", "structlog", "cattrs"} & set(loaded)
