@@ -1,0 +1,313 @@
+"""How long a restart takes to recover many runs, beside the plainest SQL that does such work.
+
+    python bench/recovery.py --runs 100000 --rounds 3 --database sqlite
+
+Three ways, each on a fresh copy of one seeded store, in a process of its own, in turns:
+
+floor    Plain SQL on the same tables and indexes, batches of 20,000 by integer key: one CASE for
+         the statuses, the history by INSERT ... SELECT, the questions closed. It checks nothing:
+         no damaged rows, no cancels, no replies, no owners, no epochs, no idempotence, no report.
+stand-in A peer's published shape rebuilt: an object-relational save per run, 1,000 to a commit,
+         on a smaller sample and scaled to the number of runs. It is not that peer.
+ours     `Recovery.run` as the service calls it, with no process left to end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+import structlog
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from runrecovery_service.recovery.startup import Limits, Recovery
+from runrecovery_service.storage import tables
+from runrecovery_service.storage.database import Database, open_database
+
+from bench.postgres import ScratchPostgres, scratch_postgres
+from bench.seed import DEFAULT_MIX, Seeding, claim, fill
+
+BATCH: Final = 20_000
+STAND_IN_SAMPLE: Final = 5_000
+INSTANCE: Final = "default"
+
+_LIVE: Final = "status IN ('QUEUED', 'RUNNING', 'WAITING_USER')"
+_KEPT: Final = "status = 'WAITING_USER' AND profile = 'RESUMABLE' AND session_value IS NOT NULL"
+_CODE: Final = (
+    "CASE WHEN status <> 'WAITING_USER' THEN 'ORCHESTRATOR_RESTART_INTERRUPTED'"
+    " WHEN profile = 'STICKY_PROCESS' THEN 'INTERACTION_PROCESS_LOST'"
+    " WHEN session_value IS NULL THEN 'SESSION_RESUME_FAILED' END"
+)
+_RULE: Final = (
+    "CASE WHEN status = 'QUEUED' THEN 'queued_interrupted'"
+    " WHEN status = 'RUNNING' THEN 'running_interrupted'"
+    " WHEN profile = 'STICKY_PROCESS' THEN 'sticky_process_lost'"
+    " WHEN session_value IS NULL THEN 'session_handle_lost'"
+    " ELSE 'resumable_waiting_preserved' END"
+)
+_STATE: Final = f"CASE WHEN {_KEPT} THEN 'RECOVERED_WAITING' ELSE 'FAILED_RECONCILED' END"
+_MESSAGE: Final = (
+    "CASE WHEN status = 'QUEUED' THEN 'The service restarted before the run was started.'"
+    " WHEN status = 'RUNNING' THEN 'The service restarted while the run was running.'"
+    " WHEN profile = 'STICKY_PROCESS'"
+    " THEN 'The process that waited for the reply ended with the service.'"
+    " WHEN session_value IS NULL"
+    " THEN 'It waited for a reply, but the session that a reply would resume is lost.' END"
+)
+_REMEMBER: Final = (
+    "INSERT INTO recovery_event (run, no, reconciliation, rule, facts, status_before,"
+    " status_after, error_code, recovery_state, recovered_at, processes_ended)"
+    f" SELECT id, recovery_count + 1, 1, {_RULE}, 0, status,"
+    f" CASE WHEN {_KEPT} THEN status ELSE 'FAILED' END, {_CODE}, {_STATE}, {{now}}, 0"
+    f" FROM run WHERE id BETWEEN ? AND ? AND {_LIVE}"
+)
+_CLOSE: Final = (
+    "UPDATE interaction SET state = 'CLOSED' WHERE run BETWEEN ? AND ? AND state = 'OPEN'"
+    f" AND run NOT IN (SELECT id FROM run WHERE id BETWEEN ? AND ? AND {_KEPT})"
+)
+_APPLY: Final = (
+    f"UPDATE run SET status = CASE WHEN {_KEPT} THEN status ELSE 'FAILED' END,"
+    f" error_code = {_CODE}, error_message = {_MESSAGE},"
+    f" session_type = CASE WHEN {_KEPT} THEN session_type END,"
+    f" session_value = CASE WHEN {_KEPT} THEN session_value END,"
+    f" ended_at = CASE WHEN {_KEPT} THEN ended_at ELSE {{now}} END,"
+    f" updated_at = CASE WHEN {_KEPT} THEN updated_at ELSE {{now}} END,"
+    f" version = CASE WHEN {_KEPT} THEN version ELSE version + 1 END,"
+    f" recovered_version = CASE WHEN {_KEPT} THEN version ELSE version + 1 END,"
+    f" recovery_state = {_STATE}, recovered_at = {{now}}, recovery_reason = {_RULE},"
+    " recovery_count = recovery_count + 1, reconciliation = 1, owner_epoch = owner_epoch + 1"
+    f" WHERE id BETWEEN ? AND ? AND {_LIVE}"
+)
+FLOOR: Final = (_REMEMBER, _CLOSE, _APPLY)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """One run of one way: seconds in all, of its longest transaction, and MiB of memory grown."""
+
+    seconds: float
+    longest_s: float
+    grown_mib: float
+
+
+class TimedDatabase(Database):
+    """A database that remembers its longest transaction, in seconds."""
+
+    longest_s = 0.0
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        begun = time.perf_counter()
+        with super().transaction():
+            yield
+        self.longest_s = max(self.longest_s, time.perf_counter() - begun)
+
+
+# -- the three ways ----------------------------------------------------------------------------
+
+
+def floor(db: Database, _data_dir: Path) -> None:
+    """Plain SQL, in batches of BATCH keys."""
+    row = db.fetch_one("SELECT max(id) FROM run")
+    now = int(time.time() * 1e6)
+    for first in range(1, (row[0] if row else 0) + 1, BATCH):
+        reach = (first, first + BATCH - 1)
+        with db.transaction():
+            for sql in FLOOR:
+                db.execute(sql.format(now=now), reach * (sql.count("?") // 2))
+
+
+def stand_in(db: Database, _data_dir: Path) -> None:
+    """Load a run as an object, decide in Python, save it; a history row each."""
+    with db.peewee.bind_ctx([tables.Run, tables.RecoveryEvent]):
+        after, now = 0, int(time.time() * 1e6)
+        while keys := db.fetch_all(
+            f"SELECT id FROM run WHERE {_LIVE} AND id > ? ORDER BY id LIMIT 1000", (after,)
+        ):
+            with db.transaction():
+                for (key,) in keys:
+                    _save_one(tables.Run.get_by_id(key), now)
+            after = keys[-1][0]
+
+
+def _save_one(run: tables.Run, now: int) -> None:
+    before, kept = run.status, run.status == "WAITING_USER" and bool(run.session_value)
+    if not kept:
+        run.status, run.error_code, run.ended_at = "FAILED", "INTERRUPTED", now
+    run.recovery_state = "RECOVERED_WAITING" if kept else "FAILED_RECONCILED"
+    run.recovery_count += 1
+    run.save()
+    tables.RecoveryEvent.create(
+        run=run.id, no=run.recovery_count, reconciliation=1, rule="stand_in", facts=0,
+        status_before=before, status_after=run.status, recovery_state=run.recovery_state,
+        recovered_at=now, processes_ended=0,
+    )  # fmt: skip
+
+
+def ours(db: Database, data_dir: Path) -> None:
+    """The service's own recovery; its log goes to /dev/null."""
+    with Path(os.devnull).open("w") as nowhere:
+        structlog.configure(
+            processors=[structlog.processors.JSONRenderer()],
+            logger_factory=structlog.PrintLoggerFactory(file=nowhere),
+        )
+        Recovery(
+            owner=claim(db, instance=INSTANCE, data_dir=data_dir),
+            limits=Limits(batch_rows=BATCH, batch_s=1.0, safe_mode_after=0, safe_mode_window_s=0),
+            sweep=lambda leases: {},
+            session_checks={},
+            workspace=lambda key, attempt: data_dir,
+            now=lambda: datetime.now(UTC),
+            stopping=lambda: False,
+        ).run(db, lambda reconciliation_id: None)
+
+
+WAYS: Final[dict[str, Callable[[Database, Path], None]]] = {
+    "floor": floor,
+    "stand-in": stand_in,
+    "ours": ours,
+}
+
+
+def measure(way: str, url: str, data_dir: Path) -> Measured:
+    """Run one way on a store, in this process."""
+    opened = open_database(url, data_dir)
+    db = TimedDatabase(opened.peewee, opened.dialect, opened.place)
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    begun = time.perf_counter()
+    WAYS[way](db, data_dir)
+    seconds = time.perf_counter() - begun
+    before_kib = pages * resource.getpagesize() // 1024
+    grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib
+    db.close()
+    return Measured(seconds=seconds, longest_s=db.longest_s, grown_mib=grown_kib / 1024)
+
+
+# -- stores ------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Stores:
+    """Seeded stores and fresh copies of them."""
+
+    top: Path
+    server: ScratchPostgres | None
+    made: int = field(default=0, init=False)
+
+    def seeded(self, name: str, runs: int) -> str:
+        """Make a store with so many live runs and return its name."""
+        (self.top / name).mkdir()
+        url = self.server.create(name) if self.server else ""
+        db = open_database(url, self.top / name)
+        owner = claim(db, instance=INSTANCE, data_dir=self.top)
+        fill(db, owner, Seeding(runs=runs, mix=DEFAULT_MIX), now=datetime.now(UTC))
+        if self.server:
+            db.peewee.connection().autocommit = True
+            db.peewee.cursor().execute("VACUUM ANALYZE")
+        db.close()
+        return name
+
+    def measure(self, way: str, seeded: str) -> Measured:
+        """Run one way on a fresh copy, in a process of its own."""
+        self.made += 1
+        name = f"copy{self.made}"
+        shutil.copytree(self.top / seeded, self.top / name)
+        url = self.server.create(name, template=seeded) if self.server else ""
+        answer = subprocess.run(
+            [sys.executable, __file__, "--measure", way, "--url", url, "--dir", self.top / name],
+            check=True,
+            stdout=subprocess.PIPE,
+        ).stdout
+        shutil.rmtree(self.top / name)
+        if self.server:
+            self.server.drop(name)
+        return Measured(**json.loads(answer))
+
+
+@contextmanager
+def stores(database: str) -> Iterator[Stores]:
+    """Make a place for stores that is gone afterwards."""
+    with ExitStack() as stack:
+        top = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="runrecovery-bench-")))
+        server = stack.enter_context(scratch_postgres()) if database == "postgresql" else None
+        if server:
+            server.set_up(max_wal_size="'4GB'")
+        yield Stores(top, server)
+
+
+# -- the table ---------------------------------------------------------------------------------
+
+
+def compare(stores: Stores, *, runs: int, rounds: int) -> dict[str, list[Measured]]:
+    """Measure floor and ours in turns, and the stand-in once a round on its sample."""
+    full = stores.seeded("full", runs)
+    sample = stores.seeded("sample", min(runs, STAND_IN_SAMPLE))
+    measured: dict[str, list[Measured]] = {way: [] for way in WAYS}
+    for _ in range(rounds):
+        for way in WAYS:
+            measured[way].append(stores.measure(way, sample if way == "stand-in" else full))
+    return measured
+
+
+def show(measured: dict[str, list[Measured]], *, runs: int, database: str) -> None:
+    """Print the table."""
+    table = Table(title=f"Recovery of {runs:,} runs, {database}")
+    for heading in (
+        "way", "µs per run, min", "median", "max", "seconds, median", "ratio to floor",
+        "longest transaction, s", "memory grown, MiB",
+    ):  # fmt: skip
+        table.add_column(heading, justify="left" if heading == "way" else "right")
+    best = statistics.median(m.seconds for m in measured["floor"]) / runs
+    for way, results in measured.items():
+        rows = min(runs, STAND_IN_SAMPLE) if way == "stand-in" else runs
+        each = sorted(m.seconds / rows for m in results)
+        middle = statistics.median(each)
+        table.add_row(
+            way,
+            *(f"{1e6 * s:.1f}" for s in (each[0], middle, each[-1])),
+            f"{middle * runs:.2f}" + (" (scaled)" if rows != runs else ""),
+            f"{middle / best:.2f}",
+            f"{max(m.longest_s for m in results):.3f}",
+            f"{max(m.grown_mib for m in results):.1f}",
+        )
+    Console(width=130).print(table)
+
+
+def main() -> None:
+    """Compare, or (as the process that compares starts it) measure one way."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", type=int, default=100_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--database", choices=("sqlite", "postgresql"), default="sqlite")
+    for inner in ("--measure", "--url", "--dir"):
+        parser.add_argument(inner, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(asdict(measure(args.measure, args.url, Path(args.dir)))))
+        return
+    with stores(args.database) as places:
+        measured = compare(places, runs=args.runs, rounds=args.rounds)
+    show(measured, runs=args.runs, database=args.database)
+
+
+if __name__ == "__main__":
+    main()

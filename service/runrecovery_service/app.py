@@ -1,0 +1,470 @@
+"""Builds every object, in one place, and holds the order of a start and of a stop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import structlog
+import uvloop
+
+from runrecovery_service import clock
+from runrecovery_service.config import Settings
+from runrecovery_service.domain.errors import (
+    DatabaseRefused,
+    DataDirRefused,
+    Exhausted,
+    Fenced,
+    NotNow,
+    RecoveryGaveUp,
+    RecoveryInterrupted,
+)
+from runrecovery_service.domain.reconciliation import Reconciliation
+from runrecovery_service.engines.catalog import Catalog, Engine, check_session
+from runrecovery_service.execution.dispatcher import Dispatcher
+from runrecovery_service.execution.output import OutputFiles
+from runrecovery_service.execution.session import Workshop, evidence_of
+from runrecovery_service.process.evidence import Host
+from runrecovery_service.process.launch import why_not_launchable
+from runrecovery_service.process.sweep import Ending, end_trees
+from runrecovery_service.recovery.startup import Limits, Recovery, SessionCheck
+from runrecovery_service.rpc.gate import Gate
+from runrecovery_service.rpc.recovery_service import RecoveryRooms
+from runrecovery_service.rpc.run_service import RunLimits, RunRooms
+from runrecovery_service.rpc.server import GrpcServer, ServerLimits, build_server
+from runrecovery_service.storage import instances
+from runrecovery_service.storage.adapter import Storage
+from runrecovery_service.storage.database import (
+    Database,
+    HoldFile,
+    applied_migrations,
+    backup_sqlite,
+    integrity_problems,
+    open_database,
+    sqlite_path,
+)
+from runrecovery_service.storage.instances import Boot, Owner
+from runrecovery_service.storage.processes import Lease, Place
+
+log = structlog.get_logger()
+
+LOCK_NAME: Final = "lock"
+RECOVERY_BACKOFF_MOST_S: Final = 30.0
+SELF_FENCE_S: Final = instances.LEASE_TTL_S - 5.0
+"""An instance that could not renew its lease for this long stops before it runs out."""
+
+
+def serve(settings: Settings) -> None:
+    """Run the service until it is told to stop.
+
+    Raises:
+        StartRefused: it will not start, or recovery gave up.
+        Fenced: a newer epoch of this instance has taken over.
+    """
+    with Holdings.take(settings) as held:
+        db = open_database(settings.database, held.data_dir)
+        try:
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(_serve(settings, held.data_dir, db))
+        finally:
+            db.close()
+
+
+async def _serve(settings: Settings, data_dir: Path, db: Database) -> None:
+    service = Service.build(settings, data_dir, db)
+    await service.run()
+
+
+# -- the data directory ------------------------------------------------------------------------
+
+
+def prepare_data_dir(path: Path) -> Path:
+    """Make the data directory, for nobody else to read, and return its absolute path.
+
+    Raises:
+        DataDirRefused: it cannot be made or written to.
+    """
+    path = path.absolute()
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.chmod(0o700)
+    except OSError as error:
+        raise DataDirRefused(str(path), error.strerror or "cannot be used") from error
+    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+        raise DataDirRefused(str(path), "cannot be written to")
+    return path
+
+
+@dataclass(frozen=True, slots=True)
+class Holdings:
+    """The locks that a service holds for life: of its data directory, and of a SQLite file that
+    lies elsewhere."""
+
+    data_dir: Path
+    locks: tuple[HoldFile, ...]
+
+    @classmethod
+    def take(cls, settings: Settings) -> Holdings:
+        """Take them.
+
+        Raises:
+            DataDirRefused: the directory cannot be used.
+            Held: another service has them; it is named.
+        """
+        data_dir = prepare_data_dir(settings.data_dir)
+        holder = f"instance {settings.instance!r}, pid {os.getpid()}, on {settings.listen}"
+        try:
+            locks = [HoldFile(data_dir / LOCK_NAME, f"data directory {data_dir}", holder)]
+            database = sqlite_path(settings.database, data_dir)
+            if database is not None and database.parent.absolute() != data_dir:
+                beside = database.with_name(database.name + ".lock")
+                locks.append(HoldFile(beside, f"database {database}", holder))
+        except OSError as error:
+            raise DataDirRefused(str(data_dir), error.strerror or "cannot be used") from error
+        return cls(data_dir, tuple(locks))
+
+    def __enter__(self) -> Holdings:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for lock in self.locks:
+            lock.release()
+
+
+# -- the service -------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Service:
+    """All the parts of a running service."""
+
+    settings: Settings
+    storage: Storage
+    owner: Owner
+    gate: Gate
+    server: GrpcServer
+    recovery: Recovery
+    dispatcher: Dispatcher
+    threads: ThreadPoolExecutor
+    report_id: str | None = None
+    _stop: asyncio.Event = field(default_factory=asyncio.Event)
+    _stop_asked: int = 0
+    _failure: Exception | None = None
+
+    @classmethod
+    def build(cls, settings: Settings, data_dir: Path, db: Database) -> Service:
+        """Claim the next epoch and put everything together; nothing runs yet.
+
+        Raises:
+            Held: an instance of this name is alive elsewhere.
+        """
+        host = Host.here()
+        owner = instances.claim(db, _boot(settings, data_dir, host), now=clock.utc_now())
+        db.close()
+        log.info("service.epoch_claimed", instance=owner.instance, epoch=owner.epoch)
+        catalog = _catalog(settings)
+        storage = Storage(db)
+        output = OutputFiles(data_dir, max_bytes=settings.max_output_bytes)
+        threads = ThreadPoolExecutor(settings.capacity * 4 + 4, thread_name_prefix="process")
+        service: Service
+        shop = Workshop(
+            storage=storage,
+            owner=owner,
+            catalog=catalog,
+            output=output,
+            threads=threads,
+            environ=dict(os.environ),
+            cancel_grace_s=settings.cancel_grace_s,
+            exit_grace_s=settings.exit_grace_s,
+            now=clock.utc_now,
+        )
+        dispatcher = Dispatcher(
+            shop=shop,
+            place=_place(host),
+            capacity=settings.capacity,
+            fenced=lambda: service.fail(Fenced(f"instance {owner.instance!r}")),
+        )
+        gate = Gate(retry_after_s=settings.retry_hint_s)
+        server = build_server(
+            gate,
+            run_rooms=RunRooms(
+                storage=storage,
+                owner=owner,
+                catalog=catalog,
+                dispatcher=dispatcher,
+                output=output,
+                limits=RunLimits(
+                    max_queued=settings.max_queued, max_attempts=settings.max_attempts
+                ),
+                now=clock.utc_now,
+            ),
+            recovery_rooms=RecoveryRooms(
+                storage=storage, owner=owner, current_report=lambda: service.report_id
+            ),
+            limits=ServerLimits(
+                max_concurrent_calls=settings.max_concurrent_calls,
+                max_request_bytes=settings.max_request_bytes,
+            ),
+        )
+        service = cls(
+            settings=settings,
+            storage=storage,
+            owner=owner,
+            gate=gate,
+            server=server,
+            recovery=_recovery(settings, owner, catalog, output, lambda: service.stopping),
+            dispatcher=dispatcher,
+            threads=threads,
+        )
+        return service
+
+    @property
+    def stopping(self) -> bool:
+        """True once a stop was asked for."""
+        return self._stop.is_set()
+
+    def fail(self, error: Exception) -> None:
+        """Stop because of an error that the service cannot go on with."""
+        self._failure = self._failure or error
+        self._stop.set()
+
+    async def run(self) -> None:
+        """Bind, recover, serve, drain. Raises what the service ended by, if not by a signal."""
+        self._listen_to_signals()
+        renewal = asyncio.create_task(self._renew())
+        try:
+            port = await self.server.bind(self.settings.listen)
+            log.info("service.listening", address=_address(self.settings.listen, port))
+            report = await self._recover()
+            if report is not None:
+                self._open(report)
+            await self._stop.wait()
+        finally:
+            renewal.cancel()
+            await asyncio.gather(renewal, return_exceptions=True)
+            await self._shut_down()
+        if self._failure is not None:
+            raise self._failure
+
+    def _open(self, report: Reconciliation) -> None:
+        if not self.settings.engines:
+            log.warning("service.no_engines")
+        self.gate.open()
+        log.info("service.serving", epoch=self.owner.epoch)
+        if not report.safe_mode:
+            self.dispatcher.start()
+
+    # -- recovering ----------------------------------------------------------------------------
+
+    async def _recover(self) -> Reconciliation | None:
+        """Recover, again after a failure; None when the service is to stop instead."""
+        pause_s = self.settings.recovery_backoff_s
+        for left in reversed(range(self.settings.recovery_tries)):
+            try:
+                return await self.storage.alone(
+                    lambda db: self.recovery.run(db, self._report_begun)
+                )
+            except RecoveryInterrupted:
+                return None
+            except Exception as error:  # whatever it was: say so, stay NOT_SERVING, try again
+                log.exception("recovery.try_failed", tries_left=left)
+                self.gate.recovery_failed()
+                failure = RecoveryGaveUp(self.settings.recovery_tries, type(error).__name__)
+            if left and not await self._stopped_within(pause_s):
+                pause_s = min(pause_s * 2, RECOVERY_BACKOFF_MOST_S)
+                self.gate.recovering()
+            elif self.stopping:
+                return None
+        self.fail(failure)
+        return None
+
+    def _report_begun(self, reconciliation_id: str) -> None:
+        self.report_id = reconciliation_id
+
+    async def _stopped_within(self, seconds: float) -> bool:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._stop.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    # -- staying the owner ---------------------------------------------------------------------
+
+    async def _renew(self) -> None:
+        renewed = time.monotonic()
+        while True:
+            await asyncio.sleep(instances.RENEWAL_S)
+            begun = time.monotonic()
+            try:
+                await self.storage.write(instances.renew, self.owner)
+            except Fenced as error:
+                self.fail(error)
+                return
+            except (NotNow, Exhausted) as error:
+                log.warning("service.lease_not_renewed", error=type(error).__name__)
+                self.gate.set_storage_answers(answers=False)
+            else:
+                renewed = begun
+                self.gate.set_storage_answers(answers=True)
+            if time.monotonic() - renewed > SELF_FENCE_S:
+                self.fail(Fenced(f"instance {self.owner.instance!r} (lease not renewed)"))
+                return
+
+    # -- stopping ------------------------------------------------------------------------------
+
+    def _listen_to_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._asked_to_stop, number)
+
+    def _asked_to_stop(self, number: int) -> None:
+        self._stop_asked += 1
+        log.info("service.stop_asked", signal=signal.Signals(number).name, times=self._stop_asked)
+        if self._stop_asked > 1:
+            os._exit(128 + number)  # at once; the next start converges what is left
+        self._stop.set()
+
+    async def _shut_down(self) -> None:
+        self.gate.drain()
+        if self._failure is None:
+            await asyncio.sleep(self.settings.drain_delay_s)
+        await self.server.stop(grace_s=self.settings.stop_grace_s)
+        await self.dispatcher.stop()
+        self.threads.shutdown()
+        try:
+            await self.storage.write(instances.resign, self.owner)
+        except (NotNow, Exhausted) as error:
+            log.warning("service.lease_not_resigned", error=type(error).__name__)
+        await asyncio.to_thread(self.storage.close)
+        log.info("service.stopped", epoch=self.owner.epoch)
+
+
+def _address(listen: str, port: int) -> str:
+    """Return what a client connects to: the port that was really bound."""
+    host, colon, _ = listen.rpartition(":")
+    return f"{host}:{port}" if colon and not listen.startswith("unix:") else listen
+
+
+# -- parts -------------------------------------------------------------------------------------
+
+
+def _boot(settings: Settings, data_dir: Path, host: Host) -> Boot:
+    return Boot(
+        instance=settings.instance,
+        boot_token=secrets.token_hex(16),
+        host_id=host.host_id,
+        data_dir=str(data_dir),
+        pid=os.getpid(),
+    )
+
+
+def _place(host: Host) -> Place:
+    return Place(host_id=host.host_id, boot_id=host.boot_id, pid_namespace=host.pid_namespace)
+
+
+def _catalog(settings: Settings) -> Catalog:
+    return Catalog(
+        Engine(
+            name=name,
+            command=engine.command,
+            profile=engine.profile,
+            env_allow=engine.env_allow,
+            max_concurrent=engine.max_concurrent,
+            session_file=engine.session_file,
+        )
+        for name, engine in settings.engines.items()
+    )
+
+
+def _recovery(
+    settings: Settings,
+    owner: Owner,
+    catalog: Catalog,
+    output: OutputFiles,
+    stopping: Callable[[], bool],
+) -> Recovery:
+    def sweep(leases: Sequence[Lease]) -> Mapping[int, Ending]:
+        return end_trees(
+            [evidence_of(lease) for lease in leases],
+            grace_s=settings.orphan_grace_s,
+            deadline_s=settings.orphan_deadline_s,
+        )
+
+    return Recovery(
+        owner=owner,
+        limits=Limits(
+            batch_rows=settings.recovery_batch_rows,
+            batch_s=settings.recovery_batch_s,
+            safe_mode_after=settings.safe_mode_after,
+            safe_mode_window_s=settings.safe_mode_window_s,
+        ),
+        sweep=sweep,
+        session_checks=_session_checks(catalog),
+        workspace=output.workspace,
+        now=clock.utc_now,
+        stopping=stopping,
+    )
+
+
+def _session_checks(catalog: Catalog) -> dict[str, SessionCheck]:
+    """Only engines that say where they keep a session can be checked."""
+    engines = [catalog.get(name) for name in catalog.names]
+
+    def check(engine: Engine) -> SessionCheck:
+        return lambda workspace, handle: check_session(engine, workspace, handle)
+
+    return {engine.name: check(engine) for engine in engines if engine.session_file is not None}
+
+
+# -- offline commands --------------------------------------------------------------------------
+
+
+def migrate(settings: Settings) -> list[str]:
+    """Open the store of a stopped service as a start does, which creates and migrates it.
+
+    Returns:
+        The names of all steps that the store has now.
+
+    Raises:
+        StartRefused: it is held, or may not be opened.
+    """
+    with Holdings.take(settings) as held:
+        db = open_database(settings.database, held.data_dir)
+        try:
+            return applied_migrations(db)
+        finally:
+            db.close()
+
+
+def backup(settings: Settings, destination: Path) -> None:
+    """Copy the SQLite store of a running or stopped service, and prove the copy.
+
+    Raises:
+        DatabaseRefused: it is not SQLite, is not there, or the copy is not sound.
+    """
+    path = sqlite_path(settings.database, settings.data_dir.absolute())
+    if path is None:
+        raise DatabaseRefused("PostgreSQL", "is backed up with its own tools (pg_dump)")
+    backup_sqlite(path, destination)
+
+
+def check(settings: Settings) -> list[str]:
+    """Look for what would go wrong at a start, changing nothing; return one sentence each."""
+    problems = [
+        f"engine {name!r}: {reason}"
+        for name, engine in settings.engines.items()
+        if (reason := why_not_launchable(engine.command, env_allow=engine.env_allow)) is not None
+    ]
+    path = sqlite_path(settings.database, settings.data_dir.absolute())
+    if path is not None and path.exists():
+        problems += integrity_problems(path)
+    return problems

@@ -1,0 +1,71 @@
+"""The `runrecovery` command. Each subcommand's module is imported when it is called."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Final, NoReturn
+
+import click
+
+from runrecovery_service import __version__
+
+INTERRUPTED: Final = 130
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A subcommand: its module in this package, its name there, its line in the help."""
+
+    module: str
+    name: str
+    summary: str
+
+
+COMMANDS: Final[Mapping[str, _Entry]] = {
+    "serve": _Entry("local", "serve", "Run the service until it is told to stop."),
+    "demo": _Entry("local", "demo", "Watch runs survive a kill -9, explained run by run."),
+    "runs": _Entry("runs", "runs", "Create, show, answer and cancel runs."),
+    "recovery": _Entry("recovery", "recovery", "Show what restarts decided, and why."),
+    "health": _Entry("health", "health", "Ask whether the service is SERVING."),
+    "check": _Entry("local", "check", "Check a stopped service's configuration and store."),
+    "migrate": _Entry("local", "migrate", "Bring a stopped service's database up to date."),
+    "backup": _Entry("local", "backup", "Copy the SQLite database to a new file."),
+}
+
+
+class _LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        entry = COMMANDS.get(cmd_name)
+        if entry is None:
+            return None
+        command: click.Command = getattr(import_module(f"{__name__}.{entry.module}"), entry.name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        # click's own would import every command for its summary.
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, entry.summary) for name, entry in COMMANDS.items()])
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="runrecovery")
+def root() -> None:
+    """Run long, interactive agent runs and account for every one of them after a restart."""
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line (sys.argv by default) and exit with one of `exit_codes.ExitCode`."""
+    try:
+        code = root.main(arguments, prog_name="runrecovery", standalone_mode=False)
+    except click.ClickException as failure:
+        failure.show()
+        sys.exit(failure.exit_code)
+    except click.Abort:
+        sys.exit(INTERRUPTED)
+    sys.exit(code or 0)

@@ -1,0 +1,156 @@
+"""What every command that asks a running service has: options, a client, one way to fail."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar
+
+import click
+
+from runrecovery_service.cli.exit_codes import ExitCode
+from runrecovery_service.cli.failure import Failure
+
+# gRPC's own log lines on standard error would stand between ours.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+from google.protobuf.message import Message
+from runrecovery import RunRecoveryClient, errors
+from runrecovery.errors import RunRecoveryClientError
+
+from runrecovery_service.cli.printing import Columns, json_line, print_table
+
+P = ParamSpec("P")
+MessageT = TypeVar("MessageT", bound=Message)
+
+EXIT_CODES: Final[dict[type[Exception], ExitCode]] = {
+    RunRecoveryClientError: ExitCode.FAILED,
+    errors.NotFound: ExitCode.NOT_FOUND,
+    errors.InvalidRequest: ExitCode.USAGE,
+    errors.RunAlreadyExists: ExitCode.REFUSED,
+    errors.RequestIdReused: ExitCode.REFUSED,
+    errors.RunNotWaiting: ExitCode.REFUSED,
+    errors.InteractionSuperseded: ExitCode.REFUSED,
+    errors.RunAlreadyTerminal: ExitCode.REFUSED,
+    errors.RunQuarantined: ExitCode.REFUSED,
+    errors.EtagMismatch: ExitCode.REFUSED,
+    errors.OutputOutOfRange: ExitCode.REFUSED,
+    errors.Unavailable: ExitCode.UNAVAILABLE,
+    errors.Overloaded: ExitCode.UNAVAILABLE,
+    errors.StorageFull: ExitCode.UNAVAILABLE,
+    errors.DeadlineExceeded: ExitCode.UNAVAILABLE,
+}
+"""By class; a class that is missing has the code of its parent."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """The service that a command asks, and how its answers are wanted.
+
+    Attributes:
+        timeout_s: the deadline of one call.
+        as_json: JSON lines for programs instead of text for people.
+    """
+
+    client: RunRecoveryClient
+    timeout_s: float
+    as_json: bool
+
+    def show(self, message: MessageT, for_people: Callable[[MessageT], str]) -> None:
+        """Print one answer."""
+        click.echo(json_line(message) if self.as_json else for_people(message))
+
+    def show_rows(
+        self, rows: Iterator[MessageT], columns: Columns[MessageT], *, limit: int = 0
+    ) -> None:
+        """Print at most `limit` rows (0: all) as they come."""
+        shown = (row for _, row in zip(range(limit), rows, strict=False)) if limit else rows
+        if self.as_json:
+            for row in shown:
+                click.echo(json_line(row))
+            return
+        print_table(shown, columns)
+        if limit and next(rows, None) is not None:
+            click.echo(f"(the first {limit}; --limit 0 shows all)", err=True)
+
+
+_OPTIONS: Final = (
+    click.option(
+        "--server",
+        envvar="RUNRECOVERY_SERVER",
+        default="127.0.0.1:50051",
+        show_default=True,
+        show_envvar=True,
+        metavar="HOST:PORT",
+        help="The service to ask.",
+    ),
+    click.option(
+        "--timeout",
+        "timeout_s",
+        type=click.FloatRange(min=0, min_open=True),
+        default=10.0,
+        show_default=True,
+        metavar="SECONDS",
+        help="How long one call may take, also while no service is there.",
+    ),
+    click.option(
+        "--json", "as_json", is_flag=True, help="One JSON object a line, as in the contract."
+    ),
+)
+
+
+def with_service(
+    function: Callable[Concatenate[Service, P], ExitCode | None],
+) -> Callable[..., ExitCode | None]:
+    """Give a command the options of a client and, as its first argument, the service."""
+
+    @wraps(function)
+    def call(**parameters: Any) -> ExitCode | None:  # click passes every parameter by its name
+        server, timeout_s = parameters.pop("server"), parameters.pop("timeout_s")
+        as_json = parameters.pop("as_json")
+        with failures(server), RunRecoveryClient(server, timeout_s=timeout_s) as client:
+            service = Service(client=client, timeout_s=timeout_s, as_json=as_json)
+            return function(service, **parameters)
+
+    for option in reversed(_OPTIONS):
+        call = option(call)
+    return call
+
+
+@contextmanager
+def failures(server: str) -> Iterator[None]:
+    """Turn the client's errors into one sentence, a hint and an exit code."""
+    try:
+        yield
+    except RunRecoveryClientError as error:
+        sentence = str(error) or type(error).__name__
+        raise Failure(sentence, code=exit_code(error), hint=hint(error, server)) from error
+
+
+def exit_code(error: RunRecoveryClientError) -> ExitCode:
+    """Return the exit code for a failed call."""
+    return next(EXIT_CODES[kind] for kind in type(error).__mro__ if kind in EXIT_CODES)
+
+
+def hint(error: RunRecoveryClientError, server: str) -> str:
+    """Return what the person at the terminal can do about it; empty when nothing is certain."""
+    match error:
+        case errors.RecoveryInProgress():
+            return "`runrecovery recovery status --watch` shows how far the recovery is"
+        case errors.DeadlineExceeded() | errors.Unavailable(reason=""):
+            return f"is a service running at {server}? Start one with `runrecovery serve`," + (
+                " or name another with --server"
+            )
+        case errors.UnknownEngine(known_engines=known):
+            return f"engines of this service: {', '.join(known) or 'none is configured'}"
+        case errors.InvalidRequest(violations=violations) if violations:
+            return "; ".join(f"{bad.field}: {bad.description}" for bad in violations)
+        case errors.RunNotWaiting() | errors.InteractionSuperseded() | errors.RunAlreadyTerminal():
+            return "`runrecovery runs get RUN_ID` shows where the run stands"
+        case errors.InternalError(error_id=error_id) if error_id:
+            return f"the service's log says more under error_id {error_id}"
+        case _:
+            return ""

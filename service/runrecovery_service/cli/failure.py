@@ -1,0 +1,24 @@
+"""How a command ends when it cannot do its work."""
+
+from __future__ import annotations
+
+from typing import IO, Any
+
+import click
+
+from runrecovery_service.cli.exit_codes import ExitCode
+
+
+class Failure(click.ClickException):
+    """Ends the command: one sentence on standard error, perhaps a hint, and an exit code."""
+
+    def __init__(self, sentence: str, *, code: ExitCode, hint: str = "") -> None:
+        super().__init__(sentence)
+        self.exit_code = code
+        self.hint = hint
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Write it for the person at the terminal."""
+        click.echo(f"error: {self.message}", file=file, err=file is None)
+        if self.hint:
+            click.echo(f"hint: {self.hint}", file=file, err=file is None)

@@ -1,0 +1,156 @@
+"""Commands that work on this machine's data directory, without a running service to ask."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any, Concatenate, Final, ParamSpec
+
+import click
+
+from runrecovery_service import config
+from runrecovery_service.cli.exit_codes import ExitCode
+from runrecovery_service.cli.failure import Failure
+from runrecovery_service.config import ConfigError, LogFormat, LogLevel, Settings
+from runrecovery_service.domain.errors import (
+    DatabaseRefused,
+    DataDirRefused,
+    Fenced,
+    Held,
+    RecoveryGaveUp,
+    StartRefused,
+)
+
+P = ParamSpec("P")
+
+EXIT_CODES: Final[dict[type[Exception], ExitCode]] = {
+    Held: ExitCode.HELD,
+    DatabaseRefused: ExitCode.STORAGE,
+    DataDirRefused: ExitCode.STORAGE,
+    RecoveryGaveUp: ExitCode.RECOVERY,
+    Fenced: ExitCode.FENCED,
+}
+
+HINTS: Final[dict[type[Exception], str]] = {
+    Held: "stop that service, or give this one its own --data-dir and --instance",
+    RecoveryGaveUp: "the log says why; no run was changed without a record",
+    Fenced: "another service runs under this instance's name; it goes on",
+}
+
+_STORE_OPTIONS: Final = (
+    click.option(
+        "--config",
+        "path",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Configuration; otherwise $RUNRECOVERY_CONFIG, else ./runrecovery.toml if it exists.",
+    ),
+    click.option("--data-dir", metavar="DIR", help="Where outputs and the database are kept."),
+    click.option("--database", metavar="URL", help="postgresql://… or sqlite:///path."),
+    click.option("--instance", metavar="NAME", help="The name of this copy of the service."),
+)
+
+
+def _with_settings(
+    function: Callable[Concatenate[Settings, P], ExitCode],
+) -> Callable[..., ExitCode]:
+    """Give a command the options that say where the store is, and the settings they lead to."""
+
+    @wraps(function)
+    def call(**parameters: Any) -> ExitCode:  # click passes every parameter by its name
+        path = parameters.pop("path")
+        flags = {key: parameters.pop(key) for key in config.SCALARS if key in parameters}
+        settings = _load(path, flags)
+        with _refusals():
+            return function(settings, **parameters)
+
+    for option in reversed(_STORE_OPTIONS):
+        call = option(call)
+    return call
+
+
+def _load(path: Path | None, flags: dict[str, object]) -> Settings:
+    try:
+        return config.load(path=path, flags=flags, environ=os.environ)
+    except ConfigError as error:
+        listed = "".join(f"\n  {problem}" for problem in error.problems)
+        raise Failure(f"the configuration is refused:{listed}", code=ExitCode.USAGE) from error
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    try:
+        yield
+    except (StartRefused, Fenced) as error:
+        kind = type(error)
+        code = EXIT_CODES.get(kind, ExitCode.FAILED)
+        raise Failure(str(error), code=code, hint=HINTS.get(kind, "")) from error
+
+
+@click.command()
+@_with_settings
+@click.option("--listen", metavar="ADDRESS", help="HOST:PORT, [IPV6]:PORT or unix:PATH.")
+@click.option("--log-format", type=click.Choice([form.value for form in LogFormat]))
+@click.option("--log-level", type=click.Choice([level.value for level in LogLevel]))
+def serve(settings: Settings) -> ExitCode:
+    """Run the service until it is told to stop (SIGTERM or Ctrl-C; twice: at once)."""
+    from runrecovery_service import logs  # first: it keeps the import of structlog short
+
+    logs.configure(settings.log_format, settings.log_level)
+    from runrecovery_service import app
+    from runrecovery_service.rpc.server import ListenFailed
+
+    try:
+        app.serve(settings)
+    except ListenFailed as error:
+        hint = "something else may listen there; choose another with --listen"
+        raise Failure(str(error), code=ExitCode.LISTEN, hint=hint) from error
+    return ExitCode.OK
+
+
+@click.command()
+@_with_settings
+def migrate(settings: Settings) -> ExitCode:
+    """Bring the database of a stopped service up to date, as its next start would."""
+    from runrecovery_service import app
+
+    for name in app.migrate(settings):
+        click.echo(name)
+    return ExitCode.OK
+
+
+@click.command()
+@_with_settings
+def check(settings: Settings) -> ExitCode:
+    """Check the configuration, the engines and the store; nothing is changed."""
+    from runrecovery_service import app
+
+    problems = app.check(settings)
+    for problem in problems:
+        click.echo(problem)
+    if problems:
+        return ExitCode.FAILED
+    click.echo("no problem found")
+    return ExitCode.OK
+
+
+@click.command()
+@_with_settings
+@click.argument("dest", type=click.Path(path_type=Path))
+def backup(settings: Settings, dest: Path) -> ExitCode:
+    """Copy the SQLite database to DEST, which must not exist."""
+    from runrecovery_service import app
+
+    app.backup(settings, dest)
+    return ExitCode.OK
+
+
+@click.command()
+def demo() -> ExitCode:
+    """Watch runs survive a kill -9, explained run by run; nothing is left behind."""
+    from runrecovery_service.cli.demo import run_demo
+
+    return ExitCode(run_demo())

@@ -1,0 +1,89 @@
+"""Messages of the contract as text: for programs as JSON lines, for people as words."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC
+from typing import TypeAlias, TypeVar
+
+import click
+from google.protobuf import json_format
+from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
+
+MessageT = TypeVar("MessageT", bound=Message)
+
+Columns: TypeAlias = Sequence[tuple[str, Callable[[MessageT], str]]]
+"""Heading and text of each column."""
+
+
+def json_line(message: Message) -> str:
+    """Return a message as one line of JSON, with the contract's names and every plain field."""
+    return json_format.MessageToJson(
+        message,
+        indent=None,
+        preserving_proto_field_name=True,
+        always_print_fields_with_no_presence=True,
+    )
+
+
+def word(message: Message, field: str) -> str:
+    """Return the value of an enum field without the prefix that all its values share."""
+    kind = message.DESCRIPTOR.fields_by_name[field].enum_type
+    if kind is None:
+        raise TypeError(f"{field} is not an enum field")
+    number = getattr(message, field)
+    value = kind.values_by_number.get(number)
+    if value is None:
+        return str(number)  # from a newer service
+    name: str = value.name
+    return name.removeprefix(kind.values_by_number[0].name.removesuffix("UNSPECIFIED"))
+
+
+def time(at: Timestamp) -> str:
+    """Return a time in UTC to the second; a dash for none."""
+    if not (at.seconds or at.nanos):
+        return "-"
+    return at.ToDatetime(tzinfo=UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+
+
+def safe(text: str) -> str:
+    """Return text whose control characters are written out: agents must not steer a terminal."""
+    if text.isprintable():
+        return text
+    return "".join(
+        mark if mark.isprintable() else mark.encode("unicode_escape").decode() for mark in text
+    )
+
+
+def facts(*pairs: tuple[str, object]) -> str:
+    """Return aligned `name: value` lines; pairs with an empty value are left out."""
+    kept = [(name, safe(str(value))) for name, value in pairs if value not in ("", None)]
+    width = max((len(name) for name, _ in kept), default=0) + 1
+    return "\n".join(f"{name + ':':<{width}} {value}" for name, value in kept)
+
+
+def print_table(rows: Iterable[MessageT], columns: Columns[MessageT]) -> None:
+    """Print a table: on a terminal drawn by rich, elsewhere plain, with tabs and nothing cut."""
+    headings = [heading for heading, _ in columns]
+    cells = ([safe(text(row)) for _, text in columns] for row in rows)
+    if sys.stdout.isatty():
+        _draw(headings, cells)
+        return
+    click.echo("\t".join(headings))
+    for line in cells:
+        click.echo("\t".join(line))
+
+
+def _draw(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in headings:
+        table.add_column(heading, overflow="fold")  # an id is copied: never cut it short
+    for line in lines:
+        table.add_row(*(Text(cell) for cell in line))
+    Console().print(table)

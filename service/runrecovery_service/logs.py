@@ -1,0 +1,164 @@
+"""Where events are written and in what form.
+
+Every event is one line on standard error: a JSON object, or for a terminal a coloured line.
+What the standard library's loggers say (grpc, asyncio) takes the same way.
+
+Secrets are never given to a log call. As a last line of defence, values of keys that end in one
+of `SECRET_WORDS` and passwords inside URLs are blotted out here, also inside exceptions.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from typing import Any, Final, TextIO
+
+from runrecovery_service.config import LogFormat, LogLevel
+
+
+@contextmanager
+def _without(module: str) -> Iterator[None]:
+    """Let `import module` fail meanwhile, unless it was imported before."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment] # documented: makes the import fail
+    try:
+        yield
+    finally:
+        del sys.modules[module]
+
+
+# structlog takes rich along if it can, for tracebacks that we do not use (they show local
+# variables): a third of its import time, in every start of the service.
+with _without("rich"):
+    import structlog
+
+SECRET_WORDS: Final = frozenset(
+    {
+        "handle",
+        "session_value",
+        "token",
+        "password",
+        "secret",
+        "cookie",
+        "authorization",
+        "response",
+        "prompt",
+        "input",
+    }
+)
+BLOT: Final = "[redacted]"
+
+_URL_PASSWORD: Final = re.compile(r"(\b[a-z][a-z0-9+.-]*://[^\s/:@\"']*):[^\s\"']*@", re.IGNORECASE)
+_PARAMETER: Final = re.compile(r"\b(password=)('[^']*'|[^\s&\"']+)", re.IGNORECASE)
+
+# peewee logs every statement with its values at DEBUG: prompts, replies and session handles.
+_NEVER_DEBUG: Final = ("peewee", "peewee.pool")
+
+Event = MutableMapping[str, Any]  # structlog's own type of an event
+
+
+def configure(
+    format: LogFormat,  # noqa: A002 - the configuration's word
+    level: LogLevel,
+    stream: TextIO | None = None,
+) -> None:
+    """Send every event of the process to one stream.
+
+    Args:
+        format: how a line looks; AUTO is CONSOLE when the stream is a terminal, else JSON.
+        level: less important events are dropped where they are made.
+        stream: standard error unless given.
+    """
+    stream = stream or sys.stderr
+    people = stream.isatty() if format is LogFormat.AUTO else format is LogFormat.CONSOLE
+    number = logging.getLevelNamesMapping()[level.upper()]
+    common = _common()
+    form = _for_people(colors=stream.isatty()) if people else _for_programs()
+    structlog.configure(
+        processors=[structlog.contextvars.merge_contextvars, *common, *form],
+        wrapper_class=structlog.make_filtering_bound_logger(number),
+        logger_factory=structlog.WriteLoggerFactory(file=stream),
+        cache_logger_on_first_use=False,  # or a second configure would not reach old loggers
+    )
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[structlog.stdlib.add_logger_name, *common],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *form],
+        )
+    )
+    logging.basicConfig(handlers=[handler], level=number, force=True)
+    logging.captureWarnings(capture=True)
+    for name in _NEVER_DEBUG:
+        logging.getLogger(name).setLevel(max(number, logging.INFO))
+
+
+def _common() -> list[structlog.typing.Processor]:
+    return [
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+
+
+def _for_programs() -> list[structlog.typing.Processor]:
+    frames = structlog.tracebacks.ExceptionDictTransformer(show_locals=False, use_rich=False)
+    return [
+        structlog.processors.ExceptionRenderer(frames),
+        redact,
+        _event_first,
+        structlog.processors.JSONRenderer(default=repr),
+    ]
+
+
+def _for_people(*, colors: bool) -> list[structlog.typing.Processor]:
+    return [
+        structlog.processors.format_exc_info,
+        redact,
+        structlog.dev.ConsoleRenderer(
+            colors=colors,
+            repr_native_str=True,  # an escape sequence in a value must not reach the terminal
+            exception_formatter=structlog.dev.plain_traceback,
+        ),
+    ]
+
+
+def _event_first(_logger: object, _method: str, event: Event) -> Event:
+    first = {key: event.pop(key) for key in ("event", "level", "timestamp") if key in event}
+    return {**first, **event}
+
+
+def redact(_logger: object, _method: str, event: Event) -> Event:
+    """Blot out secrets in an event (a structlog processor)."""
+    return {key: _redacted(key, value) for key, value in event.items()}
+
+
+def _redacted(key: str, value: object) -> object:
+    if _is_secret(key) and value is not None and not isinstance(value, bool):
+        return BLOT
+    match value:
+        case str():
+            return _without_passwords(value)
+        case Mapping():
+            return {str(name): _redacted(str(name), inner) for name, inner in value.items()}
+        case list() | tuple() | set() | frozenset():
+            return [_redacted("", inner) for inner in value]
+        case None | bool() | int() | float():
+            return value
+        case _:
+            return _without_passwords(str(value))
+
+
+def _is_secret(key: str) -> bool:
+    key = key.lower()
+    return key in SECRET_WORDS or key.rpartition("_")[2] in SECRET_WORDS
+
+
+def _without_passwords(text: str) -> str:
+    if "://" in text:
+        text = _URL_PASSWORD.sub(rf"\1:{BLOT}@", text)
+    return _PARAMETER.sub(rf"\1{BLOT}", text) if "assword=" in text else text

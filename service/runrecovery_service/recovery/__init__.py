@@ -1,0 +1,1 @@
+"""What happens between a start and SERVING: orphans, convergence, bindings, the report."""

@@ -1,0 +1,233 @@
+"""The order of a restart. Each step may be cut off anywhere and is done again by the next start.
+
+1. Orphans are ended before any state changes: one of them may still write to a run that is about
+   to fail. 2. Session handles are checked where their engine can tell. 3. Every run of an
+earlier epoch is converged, in batches. 4. What ended runs still hold is cleared. 5. The report
+is committed. Only then may the gate open.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from runrecovery_service.domain.errors import RecoveryInterrupted
+from runrecovery_service.domain.reconciliation import OrphanCounts, Reconciliation
+from runrecovery_service.process.sweep import Ending
+from runrecovery_service.recovery.report import ReportBook
+from runrecovery_service.storage import converge, processes, recovery
+from runrecovery_service.storage.converge import Batch, Scope
+from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.instances import Owner
+from runrecovery_service.storage.processes import Ended, Lease
+
+log = structlog.get_logger()
+
+SMALLEST_BATCH: Final = 500
+SESSIONS_PER_CHECK: Final = 5000
+DECISIONS_LOGGED: Final = 1000
+"""Per recovery, runs whose decision gets a log line of its own; the history has all."""
+
+Sweep = Callable[[Sequence[Lease]], Mapping[int, Ending]]
+"""Ends everything that is alive of these launches; the answer is by lease key."""
+
+SessionCheck = Callable[[Path, str], bool]
+"""True when the handle can be resumed by, given the workspace of the attempt."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """How a recovery is bounded: rows and seconds of one batch, unfinished starts before safe
+    mode (0: never) and the seconds in which they count."""
+
+    batch_rows: int
+    batch_s: float
+    safe_mode_after: int
+    safe_mode_window_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recovery:
+    """One start's recovery and what it works with."""
+
+    owner: Owner
+    limits: Limits
+    sweep: Sweep
+    session_checks: Mapping[str, SessionCheck]
+    workspace: Callable[[int, int], Path]
+    now: Callable[[], datetime]
+    stopping: Callable[[], bool]
+
+    def run(self, db: Database, begun: Callable[[str], None]) -> Reconciliation:
+        """Recover, and return the completed report. Blocking.
+
+        Args:
+            begun: told the reconciliation_id as soon as the report can be read.
+
+        Raises:
+            RecoveryInterrupted: the service is to stop.
+            RunRecoveryError, peewee errors: the report is FAILED; trying again is safe.
+        """
+        book = ReportBook(
+            owner=self.owner,
+            reconciliation_id=str(uuid.uuid4()),
+            safe_mode=self._is_safe_mode(db),
+            now=self.now,
+        )
+        book.open(db)
+        begun(book.reconciliation_id)
+        log.info("recovery.started", **_identity(book), safe_mode=book.safe_mode)
+        try:
+            with book.phase("orphans"):
+                self._end_orphans(db, book)
+            with book.phase("sessions"):
+                self._check_sessions(db)
+            with book.phase("converge"):
+                self._converge(db, book)
+            with book.phase("bindings"):
+                book.tally += converge.clear_stale_bindings(db, self.owner)
+            report = book.complete(db)
+        except Exception as error:
+            self._fail(db, book, error)
+            raise
+        _log_completed(book, report)
+        return report
+
+    def _is_safe_mode(self, db: Database) -> bool:
+        limits = self.limits
+        if not limits.safe_mode_after:
+            return False
+        since = self.now() - timedelta(seconds=limits.safe_mode_window_s)
+        unfinished = recovery.unfinished_since(db, self.owner.instance, since)
+        return unfinished >= limits.safe_mode_after
+
+    def _fail(self, db: Database, book: ReportBook, error: Exception) -> None:
+        log.error("recovery.failed", **_identity(book), error=type(error).__name__)
+        try:
+            book.fail(db, type(error).__name__)
+        except Exception:  # noqa: BLE001 - the store may be what failed; the next start closes it
+            log.warning("recovery.report_not_closed", **_identity(book))
+
+    # -- orphans -------------------------------------------------------------------------------
+
+    def _end_orphans(self, db: Database, book: ReportBook) -> None:
+        leases = processes.open_of_earlier_epochs(db, self.owner)
+        if not leases:
+            return
+        endings = self.sweep(leases)
+        for lease in leases:
+            ending = endings[lease.key]
+            ended = Ended(exit_code=None, processes_ended=ending.ended, gone=ending.gone)
+            processes.close(db, lease.key, ended, now=self.now(), reconciliation_key=book.key)
+            for refusal in ending.refused:
+                log.warning("recovery.orphan_refused", **_identity(book), run_id=lease.run_id)
+                book.warnings.append(f"run {lease.run_id}: {refusal}")
+        book.orphans = OrphanCounts(
+            found=sum(ending.found for ending in endings.values()),
+            ended=sum(ending.ended for ending in endings.values()),
+            already_gone=sum(ending.gone and not ending.found for ending in endings.values()),
+            refused=sum(len(ending.refused) for ending in endings.values()),
+        )
+        book.write(db)
+
+    # -- sessions ------------------------------------------------------------------------------
+
+    def _check_sessions(self, db: Database) -> None:
+        for engine, check in self.session_checks.items():
+            after = 0
+            while stored := converge.sessions_to_check(
+                db, self.owner, engine=engine, after=after, limit=SESSIONS_PER_CHECK
+            ):
+                verdicts = {
+                    session.run_key: "VALID"
+                    if check(self.workspace(session.run_key, session.attempt), session.handle)
+                    else "INVALID"
+                    for session in stored
+                }
+                known = {session.run_key: session.verdict for session in stored}
+                converge.record_verdicts(
+                    db, self.owner, {k: v for k, v in verdicts.items() if known[k] != v}
+                )
+                after = stored[-1].run_key
+
+    # -- convergence ---------------------------------------------------------------------------
+
+    def _converge(self, db: Database, book: ReportBook) -> None:
+        book.runs_total = converge.total(db, self.owner)
+        book.write(db)
+        scope = Scope(owner=self.owner, reconciliation_key=book.key, now=self.now())
+        rows, logged, after = self.limits.batch_rows, 0, 0
+        while batch := converge.next_batch(db, self.owner, after=after, rows=rows):
+            if self.stopping():
+                raise RecoveryInterrupted
+            begun = time.monotonic()
+            book.tally += converge.converge(db, scope, batch, report=book.write)
+            rows = next_batch_rows(
+                rows,
+                time.monotonic() - begun,
+                most=self.limits.batch_rows,
+                batch_s=self.limits.batch_s,
+            )
+            logged += self._log_decisions(db, book, batch, DECISIONS_LOGGED - logged)
+            log.info(
+                "recovery.progress",
+                **_identity(book),
+                runs_scanned=book.tally.scanned,
+                runs_total=book.runs_total,
+            )
+            after = batch.last
+
+    def _log_decisions(self, db: Database, book: ReportBook, batch: Batch, room: int) -> int:
+        decided = converge.decided_in(db, book.key, batch, limit=max(room, 0))
+        for run_id, rule, status_before, status_after in decided:
+            log.info(
+                "recovery.run_decided",
+                **_identity(book),
+                run_id=run_id,
+                rule=rule,
+                status_before=status_before,
+                status_after=status_after,
+            )
+        return len(decided)
+
+
+def next_batch_rows(rows: int, elapsed_s: float, *, most: int, batch_s: float) -> int:
+    """Return the size of the next batch: smaller after a slow one, larger after a quick one."""
+    if elapsed_s > batch_s:
+        return max(min(SMALLEST_BATCH, most), rows // 2)
+    if elapsed_s < batch_s / 4:
+        return min(most, rows * 2)
+    return rows
+
+
+def _identity(book: ReportBook) -> dict[str, object]:
+    return {
+        "reconciliation_id": book.reconciliation_id,
+        "instance": book.owner.instance,
+        "epoch": book.owner.epoch,
+    }
+
+
+def _log_completed(book: ReportBook, report: Reconciliation) -> None:
+    log.info(
+        "recovery.completed",
+        **_identity(book),
+        decisions={count.rule: count.count for count in report.decisions},
+        runs_scanned=report.runs_scanned,
+        runs_unchanged=report.runs_unchanged,
+        quarantined=report.quarantined,
+        orphans_ended=report.orphans.ended,
+        orphans_refused=report.orphans.refused,
+        seconds=round(sum(phase.duration_s for phase in report.phases), 3),
+    )
+    if report.safe_mode:
+        log.warning("recovery.safe_mode", **_identity(book))
+    for warning in report.warnings:
+        log.warning("recovery.warning", **_identity(book), warning=warning)

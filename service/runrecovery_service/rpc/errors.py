@@ -1,0 +1,273 @@
+"""The one table from what went wrong to what a caller sees. Nothing else aborts a call of ours.
+
+Every error carries google.rpc details: an ErrorInfo with the reason (errors.proto), and by case
+BadRequest, PreconditionFailure, ResourceInfo or RetryInfo. All of it stays below the 8 KiB that
+a gRPC client takes as trailers; above, the client would see RESOURCE_EXHAUSTED instead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Final
+
+import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
+from google.rpc import error_details_pb2, status_pb2
+from runrecovery.v1 import errors_pb2
+
+from runrecovery_service.domain import errors
+from runrecovery_service.domain.errors import FieldViolation, RunRecoveryError
+
+DOMAIN: Final = "runrecovery"
+STATUS_TRAILER: Final = "grpc-status-details-bin"
+PUSHBACK_TRAILER: Final = "grpc-retry-pushback-ms"
+"""gRPC's own retry waits this long; it knows nothing of RetryInfo."""
+
+MAX_VIOLATIONS: Final = 20
+MAX_VIOLATIONS_BYTES: Final = 4000
+"""With base64, message and ErrorInfo around them still below 8 KiB."""
+MAX_TEXT_CHARS: Final = 200
+MAX_MESSAGE_BYTES: Final = 300
+MAX_METADATA_BYTES: Final = 1000
+
+Reason = errors_pb2.ErrorReason
+_PREFIX: Final = "ERROR_REASON_"
+
+Trailers = tuple[tuple[str, str | bytes], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """How a call ends: what goes to grpc's `abort`."""
+
+    code: grpc.StatusCode
+    message: str
+    trailers: Trailers
+
+
+# The table pairs a class with functions of that class; that they match is tested, not typed.
+# google.rpc ships no types that mypy may see, so the details are Any as well.
+_Details = Callable[[Any], Any]
+_Metadata = Callable[[Any], Mapping[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """How one class of errors is told."""
+
+    code: grpc.StatusCode
+    reason: errors_pb2.ErrorReason.ValueType
+    details: tuple[_Details, ...] = ()
+    metadata: _Metadata = lambda _: {}
+    message: str | None = None
+    """Said instead of the error's own text."""
+
+
+def failure(error: RunRecoveryError) -> Failure:
+    """Return how a call ends that met this error.
+
+    Raises:
+        KeyError: the class is not in the table; a test walks the tree.
+    """
+    case = TABLE[type(error)]
+    message = clip_bytes(case.message or str(error), MAX_MESSAGE_BYTES)
+    details = [error_info(case.reason, case.metadata(error))]
+    details += [build(error) for build in case.details]
+    trailers: Trailers = ((STATUS_TRAILER, _packed(case.code, message, details)),)
+    if case.details and case.details[0] is retry_info:
+        trailers += ((PUSHBACK_TRAILER, str(math.ceil(_retry_after_s(error) * 1000))),)
+    return Failure(case.code, message, trailers)
+
+
+def internal(error_id: str) -> Failure:
+    """Return how a call ends that met a defect: the id is in the log, nothing else is told."""
+    message = f"internal error {error_id}"
+    info = error_info(Reason.ERROR_REASON_INTERNAL, {"error_id": error_id})
+    status = _packed(grpc.StatusCode.INTERNAL, message, [info])
+    return Failure(grpc.StatusCode.INTERNAL, message, ((STATUS_TRAILER, status),))
+
+
+def clip(text: str, chars: int = MAX_TEXT_CHARS) -> str:
+    """Return the text, or its beginning and an ellipsis."""
+    return text if len(text) <= chars else text[: chars - 1] + "…"
+
+
+def clip_bytes(text: str, limit: int) -> str:
+    """Return the text, or what fits of it into `limit` bytes of UTF-8 with an ellipsis."""
+    data = text.encode("utf-8", "replace")
+    if len(data) <= limit:
+        return data.decode()
+    return data[: limit - 3].decode("utf-8", "ignore") + "…"
+
+
+# -- details -----------------------------------------------------------------------------------
+
+
+def error_info(reason: errors_pb2.ErrorReason.ValueType, metadata: Mapping[str, str]) -> Any:
+    """The detail that every error has."""
+    return error_details_pb2.ErrorInfo(
+        reason=Reason.Name(reason).removeprefix(_PREFIX),
+        domain=DOMAIN,
+        metadata={key: clip_bytes(text, MAX_METADATA_BYTES) for key, text in metadata.items()},
+    )
+
+
+def retry_info(error: RunRecoveryError) -> Any:
+    """When to try again."""
+    seconds, rest = divmod(_retry_after_s(error), 1)
+    delay = Duration(seconds=int(seconds), nanos=int(rest * 1e9))
+    return error_details_pb2.RetryInfo(retry_delay=delay)
+
+
+def _retry_after_s(error: RunRecoveryError) -> float:
+    if isinstance(error, errors.NotNow | errors.Exhausted):
+        return error.retry_after_s
+    return 1.0
+
+
+def bad_request(violations: tuple[FieldViolation, ...]) -> Any:
+    """The bad fields, at most 20 and 4000 bytes of them, then one that says `truncated`."""
+    bad = error_details_pb2.BadRequest()
+    for violation in violations:
+        told = error_details_pb2.BadRequest.FieldViolation(
+            field=clip(violation.field), description=clip(violation.description)
+        )
+        if (
+            len(bad.field_violations) == MAX_VIOLATIONS
+            or bad.ByteSize() + told.ByteSize() > MAX_VIOLATIONS_BYTES
+        ):
+            more = len(violations) - len(bad.field_violations)
+            bad.field_violations.add(field="", description=f"truncated: {more} more")
+            break
+        bad.field_violations.append(told)
+    return bad
+
+
+def _page_token(error: RunRecoveryError) -> Any:
+    return bad_request((FieldViolation("page_token", str(error)),))
+
+
+def _engine(error: errors.UnknownEngine) -> Any:
+    return bad_request((FieldViolation("engine", f"no engine {clip(error.engine, 80)!r}"),))
+
+
+def _run(error: errors.RunNotFound | errors.RunAlreadyExists) -> Any:
+    return error_details_pb2.ResourceInfo(
+        resource_type="runrecovery.v1.Run",
+        resource_name=clip(error.run_id),
+        description=clip(str(error)),
+    )
+
+
+def _reconciliation(error: errors.ReconciliationNotFound) -> Any:
+    return error_details_pb2.ResourceInfo(
+        resource_type="runrecovery.v1.Reconciliation",
+        resource_name=clip(error.reconciliation_id),
+        description=clip(str(error)),
+    )
+
+
+def _precondition(error: errors.Refused) -> Any:
+    reason = Reason.Name(TABLE[type(error)].reason).removeprefix(_PREFIX)
+    failed = error_details_pb2.PreconditionFailure()
+    failed.violations.add(
+        type=reason, subject=f"runs/{clip(error.run_id)}", description=clip(str(error))
+    )
+    return failed
+
+
+def _packed(code: grpc.StatusCode, message: str, details: list[Any]) -> bytes:
+    status = status_pb2.Status(code=code.value[0], message=message)
+    for detail in details:
+        packed = AnyMessage()
+        packed.Pack(detail)
+        status.details.append(packed)
+    data: bytes = status.SerializeToString()
+    return data
+
+
+# -- the table ---------------------------------------------------------------------------------
+
+_Code = grpc.StatusCode
+
+TABLE: Final[Mapping[type[RunRecoveryError], Case]] = MappingProxyType(
+    {
+        errors.RunNotFound: Case(_Code.NOT_FOUND, Reason.ERROR_REASON_RUN_NOT_FOUND, (_run,)),
+        errors.ReconciliationNotFound: Case(
+            _Code.NOT_FOUND, Reason.ERROR_REASON_RECONCILIATION_NOT_FOUND, (_reconciliation,)
+        ),
+        errors.InvalidFields: Case(
+            _Code.INVALID_ARGUMENT,
+            Reason.ERROR_REASON_INVALID_FIELD,
+            (lambda error: bad_request(error.violations),),
+        ),
+        errors.UnknownEngine: Case(
+            _Code.INVALID_ARGUMENT,
+            Reason.ERROR_REASON_UNKNOWN_ENGINE,
+            (_engine,),
+            metadata=lambda error: {"known_engines": ",".join(error.known)},
+        ),
+        errors.PageTokenInvalid: Case(
+            _Code.INVALID_ARGUMENT, Reason.ERROR_REASON_PAGE_TOKEN_INVALID, (_page_token,)
+        ),
+        errors.PageTokenMismatch: Case(
+            _Code.INVALID_ARGUMENT, Reason.ERROR_REASON_PAGE_TOKEN_MISMATCH, (_page_token,)
+        ),
+        errors.RunAlreadyExists: Case(
+            _Code.ALREADY_EXISTS, Reason.ERROR_REASON_RUN_ALREADY_EXISTS, (_run,)
+        ),
+        errors.RequestIdReused: Case(
+            _Code.ALREADY_EXISTS,
+            Reason.ERROR_REASON_REQUEST_ID_REUSED,
+            metadata=lambda error: {"request_id": error.request_id},
+        ),
+        errors.RunNotWaiting: Case(
+            _Code.FAILED_PRECONDITION, Reason.ERROR_REASON_RUN_NOT_WAITING, (_precondition,)
+        ),
+        errors.InteractionSuperseded: Case(
+            _Code.FAILED_PRECONDITION,
+            Reason.ERROR_REASON_INTERACTION_SUPERSEDED,
+            (_precondition,),
+        ),
+        errors.RunAlreadyTerminal: Case(
+            _Code.FAILED_PRECONDITION, Reason.ERROR_REASON_RUN_ALREADY_TERMINAL, (_precondition,)
+        ),
+        errors.RunQuarantined: Case(
+            _Code.FAILED_PRECONDITION, Reason.ERROR_REASON_RUN_QUARANTINED, (_precondition,)
+        ),
+        errors.EtagMismatch: Case(
+            _Code.ABORTED,
+            Reason.ERROR_REASON_ETAG_MISMATCH,
+            metadata=lambda error: {"current_etag": error.current_etag},
+        ),
+        errors.ReconciliationInProgress: Case(
+            _Code.UNAVAILABLE, Reason.ERROR_REASON_RECONCILIATION_IN_PROGRESS, (retry_info,)
+        ),
+        errors.ShuttingDown: Case(
+            _Code.UNAVAILABLE, Reason.ERROR_REASON_SHUTTING_DOWN, (retry_info,)
+        ),
+        errors.Fenced: Case(
+            _Code.UNAVAILABLE,
+            Reason.ERROR_REASON_SHUTTING_DOWN,
+            (retry_info,),
+            message="this instance was superseded and is stopping",
+        ),
+        errors.StorageBusy: Case(
+            _Code.UNAVAILABLE, Reason.ERROR_REASON_STORAGE_BUSY, (retry_info,)
+        ),
+        errors.StorageUnavailable: Case(
+            _Code.UNAVAILABLE, Reason.ERROR_REASON_STORAGE_UNAVAILABLE, (retry_info,)
+        ),
+        errors.Overloaded: Case(
+            _Code.RESOURCE_EXHAUSTED, Reason.ERROR_REASON_OVERLOADED, (retry_info,)
+        ),
+        errors.StorageFull: Case(
+            _Code.RESOURCE_EXHAUSTED, Reason.ERROR_REASON_STORAGE_FULL, (retry_info,)
+        ),
+        errors.OutputOutOfRange: Case(_Code.OUT_OF_RANGE, Reason.ERROR_REASON_OUTPUT_OUT_OF_RANGE),
+    }
+)

@@ -1,0 +1,106 @@
+"""Page tokens: opaque to callers, bound to method and filter, refused when altered.
+
+A token is urlsafe base64 without padding of: version (1 byte), digest of method and filter (8),
+the keys to go on after (8 each), checksum of all that (8). The checksum is against accidents,
+not attackers: a forged token shows nothing that the same caller could not list anyway.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import struct
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from google.protobuf.message import Message
+
+from runrecovery_service.domain.errors import PageTokenInvalid, PageTokenMismatch
+
+DEFAULT_PAGE_SIZE: Final = 50
+MAX_PAGE_SIZE: Final = 1000
+
+_VERSION: Final = b"\x01"
+_DIGEST_BYTES: Final = 8
+_MAX_TOKEN_CHARS: Final = 200
+
+
+class PagedRequest(Protocol):
+    """What every request for a page has."""
+
+    page_size: int
+    page_token: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scope:
+    """What a token belongs to: a method with a filter, whose keys are `width` numbers."""
+
+    digest: bytes
+    width: int
+
+
+def scope(request: Message, *, width: int) -> Scope:
+    """Return the scope of a request for a page: its type and all of it but page size and token."""
+    wanted = type(request)()
+    wanted.CopyFrom(request)
+    wanted.ClearField("page_size")
+    wanted.ClearField("page_token")
+    named = request.DESCRIPTOR.full_name.encode() + b"\0"
+    return Scope(digest=_digest(named + wanted.SerializeToString(deterministic=True)), width=width)
+
+
+def page_size(requested: int) -> int:
+    """Return the rows of a page: 0 means 50, more than 1000 means 1000."""
+    return min(requested or DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE)
+
+
+def encode(scope: Scope, after: tuple[int, ...] | None) -> str:
+    """Return the token that goes on after these keys; empty for None, the last page."""
+    if after is None:
+        return ""
+    if len(after) != scope.width:
+        raise ValueError(f"{len(after)} keys for a scope of {scope.width}")
+    payload = _VERSION + scope.digest + struct.pack(f">{len(after)}q", *after)
+    return _to_text(payload + _digest(payload))
+
+
+def decode(scope: Scope, token: str) -> tuple[int, ...] | None:
+    """Return the keys to go on after; None for the first page.
+
+    Raises:
+        PageTokenInvalid: this service did not make the token.
+        PageTokenMismatch: it was made for another filter.
+    """
+    if not token:
+        return None
+    payload = _checked_payload(token)
+    body = 1 + _DIGEST_BYTES
+    if payload[1:body] != scope.digest:
+        raise PageTokenMismatch
+    if len(payload) != body + 8 * scope.width:
+        raise PageTokenInvalid
+    return struct.unpack(f">{scope.width}q", payload[body:])
+
+
+def _checked_payload(token: str) -> bytes:
+    if len(token) > _MAX_TOKEN_CHARS:
+        raise PageTokenInvalid
+    try:
+        raw = base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True)
+    except (binascii.Error, ValueError):  # ValueError: not ASCII
+        raise PageTokenInvalid from None
+    payload, checksum = raw[:-_DIGEST_BYTES], raw[-_DIGEST_BYTES:]
+    # The text is compared too: base64 has several spellings of the same bytes.
+    if payload[:1] != _VERSION or checksum != _digest(payload) or _to_text(raw) != token:
+        raise PageTokenInvalid
+    return payload
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()[:_DIGEST_BYTES]
+
+
+def _to_text(raw: bytes) -> str:
+    return base64.urlsafe_b64encode(raw).rstrip(b"=").decode()

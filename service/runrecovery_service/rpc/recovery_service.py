@@ -1,0 +1,122 @@
+"""RecoveryService: what restarts decided, and what the service is doing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from runrecovery.v1 import recovery_service_pb2 as pb
+
+from runrecovery_service.domain.reconciliation import RecoveredFilter
+from runrecovery_service.rpc import mapping, paging, validation
+from runrecovery_service.rpc.gate import Gate
+from runrecovery_service.storage import recovery
+from runrecovery_service.storage.adapter import Storage
+from runrecovery_service.storage.instances import Owner
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecoveryRooms:
+    """What RecoveryService works with.
+
+    `current_report` gives the reconciliation_id of this start, None until its report is open.
+    """
+
+    storage: Storage
+    owner: Owner
+    current_report: Callable[[], str | None]
+
+
+class RecoveryService:
+    """The methods of runrecovery.v1.RecoveryService; `server.py` finds them by name."""
+
+    def __init__(self, rooms: RecoveryRooms, gate: Gate) -> None:
+        self._storage = rooms.storage
+        self._owner = rooms.owner
+        self._current_report = rooms.current_report
+        self._gate = gate
+
+    async def get_recovery_info(
+        self, request: pb.GetRecoveryInfoRequest
+    ) -> pb.GetRecoveryInfoResponse:
+        """Return the decisions for one run."""
+        validation.demand_run_id(request.run_id)
+        history = await self._storage.read(recovery.history, request.run_id)
+        response = pb.GetRecoveryInfoResponse()
+        mapping.put_recovery(response.recovery, history[0] if history else None)
+        for decision in history:
+            mapping.put_recovery(response.history.add(), decision)
+        return response
+
+    async def list_recovered(self, request: pb.ListRecoveredRequest) -> pb.ListRecoveredResponse:
+        """Return a page of recovered runs, newest decision first."""
+        validation.demand_valid(validation.list_recovered(request))
+        scope = paging.scope(request, width=2)
+        page = await self._storage.read(
+            recovery.recovered_page,
+            _wanted(request.filter),
+            after=paging.decode(scope, request.page_token),
+            limit=paging.page_size(request.page_size),
+        )
+        response = pb.ListRecoveredResponse(next_page_token=paging.encode(scope, page.after))
+        for run in page.rows:
+            mapping.put_run(response.runs.add(), run)
+        return response
+
+    async def get_recovery_status(
+        self, _request: pb.GetRecoveryStatusRequest
+    ) -> pb.GetRecoveryStatusResponse:
+        """Return what the service is doing, and the report of this start."""
+        current = self._current_report()
+        report = (
+            None if current is None else await self._storage.point(recovery.reconciliation, current)
+        )
+        response = pb.GetRecoveryStatusResponse(
+            instance=self._owner.instance, epoch=self._owner.epoch
+        )
+        mapping.put_status(response, state=self._gate.state, report=report)
+        return response
+
+    async def list_reconciliations(
+        self, request: pb.ListReconciliationsRequest
+    ) -> pb.ListReconciliationsResponse:
+        """Return a page of reports, newest first."""
+        validation.demand_valid(validation.list_reconciliations(request))
+        scope = paging.scope(request, width=1)
+        page = await self._storage.read(
+            recovery.reconciliation_page,
+            after=paging.decode(scope, request.page_token),
+            limit=paging.page_size(request.page_size),
+        )
+        response = pb.ListReconciliationsResponse(next_page_token=paging.encode(scope, page.after))
+        for report in page.rows:
+            mapping.put_reconciliation(response.reconciliations.add(), report)
+        return response
+
+    async def get_reconciliation(
+        self, request: pb.GetReconciliationRequest
+    ) -> pb.GetReconciliationResponse:
+        """Return one report."""
+        wanted = request.reconciliation_id
+        validation.demand_valid(validation.reconciliation_id_violations(wanted))
+        report = await self._storage.point(recovery.reconciliation, wanted.lower())
+        response = pb.GetReconciliationResponse()
+        mapping.put_reconciliation(response.reconciliation, report)
+        return response
+
+
+def _wanted(asked: pb.RecoveredFilter) -> RecoveredFilter:
+    """Return the filter in the domain's words; UNSPECIFIED among the states means every state."""
+    any_state = 0 in asked.recovery_states
+    return RecoveredFilter(
+        states=frozenset(
+            () if any_state else (mapping.RECOVERY_STATE_OF[n] for n in asked.recovery_states)
+        ),
+        reason=asked.recovery_reason or None,
+        engine=asked.engine or None,
+        after=mapping.time_of(asked.recovered_after) if asked.HasField("recovered_after") else None,
+        before=(
+            mapping.time_of(asked.recovered_before) if asked.HasField("recovered_before") else None
+        ),
+        reconciliation_id=asked.reconciliation_id.lower() or None,
+    )

@@ -1,0 +1,165 @@
+"""Server reflection, v1 and v1alpha, for grpcurl, `buf curl` and the like.
+
+The two versions are the same on the wire, so one servicer with the v1alpha messages serves both;
+only the descriptor of v1 has to be made, for those who ask for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import Any, Final, TypeAlias
+
+import grpc
+from google.protobuf import descriptor_pb2, descriptor_pool
+from google.protobuf.descriptor import FileDescriptor
+
+# Imported for the pool: callers look the details of our errors up by name.
+from google.rpc import error_details_pb2  # noqa: F401
+from grpc_reflection.v1alpha import reflection_pb2 as pb
+
+from runrecovery_service.rpc.gate import Gate
+
+V1: Final = "grpc.reflection.v1.ServerReflection"
+V1ALPHA: Final = "grpc.reflection.v1alpha.ServerReflection"
+_V1_FILE: Final = "grpc/reflection/v1/reflection.proto"
+
+# The package ships no types that mypy may see.
+Request: TypeAlias = Any
+Response: TypeAlias = Any
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+def add_v1_descriptor(pool: descriptor_pool.DescriptorPool) -> None:
+    """Put the file of reflection v1 into the pool, once."""
+    try:
+        pool.FindFileByName(_V1_FILE)
+    except KeyError:
+        pool.AddSerializedFile(_v1_file().SerializeToString())
+
+
+def _v1_file() -> descriptor_pb2.FileDescriptorProto:
+    file = descriptor_pb2.FileDescriptorProto()
+    pb.DESCRIPTOR.CopyToProto(file)
+    alpha, file.name, file.package = f".{file.package}.", _V1_FILE, "grpc.reflection.v1"
+    typed = [field for message in file.message_type for field in message.field if field.type_name]
+    for field in typed:
+        field.type_name = field.type_name.replace(alpha, ".grpc.reflection.v1.")
+    for method in file.service[0].method:
+        method.input_type = method.input_type.replace(alpha, ".grpc.reflection.v1.")
+        method.output_type = method.output_type.replace(alpha, ".grpc.reflection.v1.")
+    return file
+
+
+class ReflectionServicer:
+    """Answers questions about the services in the default descriptor pool."""
+
+    def __init__(self, services: Iterable[str], gate: Gate) -> None:
+        self._pool = descriptor_pool.Default()
+        add_v1_descriptor(self._pool)
+        self._services = tuple(sorted({*services, V1, V1ALPHA}))
+        self._gate = gate
+        self._answers: dict[str, Callable[[Request], Response]] = {
+            "list_services": self._list_services,
+            "file_by_filename": self._file_by_name,
+            "file_containing_symbol": self._file_of_symbol,
+            "file_containing_extension": self._file_of_extension,
+            "all_extension_numbers_of_type": self._extension_numbers,
+        }
+
+    async def ServerReflectionInfo(  # noqa: N802 - gRPC's name
+        self, requests: AsyncIterator[Request], _context: Context
+    ) -> AsyncIterator[Response]:
+        """Answer each request in turn; ends with the requests, or once the service drains."""
+        draining = asyncio.create_task(self._drained())
+        try:
+            while (request := await _next(requests, draining)) is not None:
+                yield self._answer(request)
+        finally:
+            draining.cancel()
+
+    async def _drained(self) -> None:
+        while not self._gate.draining:
+            await self._gate.change.wait()
+
+    def _answer(self, request: Request) -> Response:
+        answer = self._answers.get(request.WhichOneof("message_request"))
+        if answer is None:
+            response = _error(grpc.StatusCode.INVALID_ARGUMENT, "the request asks for nothing")
+        else:
+            try:
+                response = answer(request)
+            except KeyError:
+                response = _error(grpc.StatusCode.NOT_FOUND, "not found")
+        response.valid_host = request.host
+        response.original_request.CopyFrom(request)
+        return response
+
+    def _list_services(self, _request: Request) -> Response:
+        response = pb.ServerReflectionResponse()
+        for name in self._services:
+            response.list_services_response.service.add(name=name)
+        return response
+
+    def _file_by_name(self, request: Request) -> Response:
+        return _files(self._pool.FindFileByName(request.file_by_filename))
+
+    def _file_of_symbol(self, request: Request) -> Response:
+        return _files(self._find(request.file_containing_symbol))
+
+    def _find(self, symbol: str) -> FileDescriptor:
+        try:
+            return self._pool.FindFileContainingSymbol(symbol)
+        except KeyError:
+            # The pool does not find methods by their full name; grpcurl asks for them.
+            service, _, method = symbol.rpartition(".")
+            found = self._pool.FindServiceByName(service)
+            return found.methods_by_name[method].containing_service.file
+
+    def _file_of_extension(self, request: Request) -> Response:
+        wanted = request.file_containing_extension
+        extended = self._pool.FindMessageTypeByName(wanted.containing_type)
+        found: Any = self._pool.FindExtensionByNumber(extended, wanted.extension_number)
+        return _files(found.file)  # the stubs do not know `file`
+
+    def _extension_numbers(self, request: Request) -> Response:
+        extended = self._pool.FindMessageTypeByName(request.all_extension_numbers_of_type)
+        response = pb.ServerReflectionResponse()
+        response.all_extension_numbers_response.base_type_name = extended.full_name
+        response.all_extension_numbers_response.extension_number.extend(
+            sorted(extension.number for extension in self._pool.FindAllExtensions(extended))
+        )
+        return response
+
+
+async def _next(requests: AsyncIterator[Request], stop: asyncio.Task[None]) -> Request | None:
+    """Return the next request; None when there is none, or `stop` is done first."""
+    coming = asyncio.ensure_future(anext(requests, None))
+    try:
+        await asyncio.wait({coming, stop}, return_when=asyncio.FIRST_COMPLETED)
+        return coming.result() if coming.done() else None
+    finally:
+        coming.cancel()
+
+
+def _files(file: FileDescriptor) -> Response:
+    """Answer with a file and everything that it imports, each once."""
+    response = pb.ServerReflectionResponse()
+    seen: dict[str, FileDescriptor] = {}
+    waiting = [file]
+    while waiting:
+        next_file = waiting.pop()
+        if next_file.name not in seen:
+            seen[next_file.name] = next_file
+            waiting.extend(next_file.dependencies)
+    response.file_descriptor_response.file_descriptor_proto.extend(
+        one.serialized_pb for one in seen.values()
+    )
+    return response
+
+
+def _error(code: grpc.StatusCode, message: str) -> Response:
+    response = pb.ServerReflectionResponse()
+    response.error_response.error_code = code.value[0]
+    response.error_response.error_message = message
+    return response

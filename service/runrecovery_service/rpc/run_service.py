@@ -1,0 +1,311 @@
+"""RunService: runs are created, read, answered, canceled, and their output streamed."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final, TypeVar
+
+from runrecovery.v1 import run_service_pb2 as pb
+
+from runrecovery_service.domain.errors import OutputOutOfRange, ShuttingDown
+from runrecovery_service.domain.run import NewRun, Run
+from runrecovery_service.engines.catalog import Catalog, Engine
+from runrecovery_service.execution.dispatcher import Dispatcher
+from runrecovery_service.execution.output import OutputChannel, OutputFiles
+from runrecovery_service.rpc import ids, mapping, paging, validation
+from runrecovery_service.rpc.gate import Gate
+from runrecovery_service.storage import interactions, runs
+from runrecovery_service.storage.adapter import Storage
+from runrecovery_service.storage.instances import Owner
+from runrecovery_service.storage.requests import Receipt
+
+PIECE_BYTES: Final = 65_536
+POLL_S: Final = 0.2
+"""How often a follower looks for more output."""
+
+_CHANNELS: Final = {
+    pb.OUTPUT_CHANNEL_UNSPECIFIED: OutputChannel.STDOUT,
+    pb.OUTPUT_CHANNEL_STDOUT: OutputChannel.STDOUT,
+    pb.OUTPUT_CHANNEL_STDERR: OutputChannel.STDERR,
+}
+
+MutationT = TypeVar("MutationT", pb.CreateRunRequest, pb.SubmitReplyRequest, pb.CancelRunRequest)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunLimits:
+    """What CreateRun is bound by: runs that may wait, and starts that a run may have."""
+
+    max_queued: int
+    max_attempts: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRooms:
+    """What RunService works with. `now` gives aware UTC times."""
+
+    storage: Storage
+    owner: Owner
+    catalog: Catalog
+    dispatcher: Dispatcher
+    output: OutputFiles
+    limits: RunLimits
+    now: Callable[[], datetime]
+
+
+class RunService:
+    """The methods of runrecovery.v1.RunService; `server.py` finds them by name."""
+
+    def __init__(self, rooms: RunRooms, gate: Gate) -> None:
+        self._rooms = rooms
+        self._storage = rooms.storage
+        self._gate = gate
+        self._committing: set[asyncio.Task[Run]] = set()
+
+    async def create_run(self, request: pb.CreateRunRequest) -> pb.CreateRunResponse:
+        """Record a run and queue it."""
+        validation.demand_valid(validation.create_run(request))
+        engine = self._rooms.catalog.get(request.engine)
+        validation.demand_valid(
+            validation.profile(request.interactive_profile.kind, engine.name, engine.profile)
+        )
+        now = self._rooms.now()
+        write = self._storage.write(
+            runs.create,
+            self._new_run(request, engine, now),
+            owner=self._rooms.owner,
+            max_queued=self._rooms.limits.max_queued,
+            receipt=receipt(request),
+            now=now,
+        )
+        response = pb.CreateRunResponse()
+        mapping.put_run(response.run, await self._commit(write))
+        return response
+
+    async def get_run(self, request: pb.GetRunRequest) -> pb.GetRunResponse:
+        """Return one run."""
+        validation.demand_run_id(request.run_id)
+        run = await self._storage.point(runs.get, request.run_id)
+        response = pb.GetRunResponse()
+        mapping.put_run(response.run, run)
+        return response
+
+    async def list_runs(self, request: pb.ListRunsRequest) -> pb.ListRunsResponse:
+        """Return a page of runs, newest first."""
+        validation.demand_valid(validation.list_runs(request))
+        scope = paging.scope(request, width=1)
+        page = await self._storage.read(
+            runs.page,
+            statuses=frozenset(mapping.STATUS_OF[n] for n in request.filter.statuses),
+            engine=request.filter.engine or None,
+            after=paging.decode(scope, request.page_token),
+            limit=paging.page_size(request.page_size),
+        )
+        response = pb.ListRunsResponse(next_page_token=paging.encode(scope, page.after))
+        for run in page.rows:
+            mapping.put_run(response.runs.add(), run)
+        return response
+
+    async def submit_reply(self, request: pb.SubmitReplyRequest) -> pb.SubmitReplyResponse:
+        """Accept the answer to a question."""
+        validation.demand_valid(validation.submit_reply(request))
+        write = self._storage.write(
+            interactions.reply,
+            request.run_id,
+            request.interaction_id,
+            mapping.json_of_value(request.response),
+            owner=self._rooms.owner,
+            etag=request.etag or None,
+            receipt=receipt(request),
+            now=self._rooms.now(),
+        )
+        response = pb.SubmitReplyResponse()
+        mapping.put_run(response.run, await self._commit(write))
+        return response
+
+    async def cancel_run(self, request: pb.CancelRunRequest) -> pb.CancelRunResponse:
+        """Accept a cancel."""
+        validation.demand_valid(validation.cancel_run(request))
+        write = self._storage.write(
+            runs.cancel,
+            request.run_id,
+            owner=self._rooms.owner,
+            etag=request.etag or None,
+            receipt=receipt(request),
+            now=self._rooms.now(),
+        )
+        response = pb.CancelRunResponse()
+        mapping.put_run(response.run, await self._commit(write))
+        return response
+
+    async def list_interactions(
+        self, request: pb.ListInteractionsRequest
+    ) -> pb.ListInteractionsResponse:
+        """Return a page of a run's questions, oldest first."""
+        validation.demand_valid(validation.list_interactions(request))
+        scope = paging.scope(request, width=1)
+        page = await self._storage.read(
+            interactions.page,
+            request.run_id,
+            after=paging.decode(scope, request.page_token),
+            limit=paging.page_size(request.page_size),
+        )
+        response = pb.ListInteractionsResponse(next_page_token=paging.encode(scope, page.after))
+        for question in page.rows:
+            mapping.put_interaction(response.interactions.add(), question)
+        return response
+
+    def stream_output(
+        self, request: pb.StreamOutputRequest
+    ) -> AsyncGenerator[pb.StreamOutputResponse, None]:
+        """Stream what the processes of one attempt wrote."""
+        return OutputReader(self._storage, self._rooms.output, self._gate).stream(request)
+
+    def _new_run(self, request: pb.CreateRunRequest, engine: Engine, now: datetime) -> NewRun:
+        return NewRun(
+            run_id=request.run_id or str(ids.uuid7(now, secrets.token_bytes(ids.RANDOM_BYTES))),
+            engine=engine.name,
+            labels=dict(request.labels),
+            profile=engine.profile,
+            restart_policy=mapping.RESTART_POLICY_OF[request.restart_policy],
+            max_attempts=self._rooms.limits.max_attempts,
+            input=mapping.json_of_struct(request.input),
+        )
+
+    async def _commit(self, write: Coroutine[object, object, Run]) -> Run:
+        """Write, and tell the dispatcher: also when the caller hangs up in between."""
+        task = asyncio.create_task(self._write_and_tell(write))
+        self._committing.add(task)
+        task.add_done_callback(self._committed)
+        return await asyncio.shield(task)
+
+    async def _write_and_tell(self, write: Coroutine[object, object, Run]) -> Run:
+        run = await write
+        self._rooms.dispatcher.changed(run)
+        return run
+
+    def _committed(self, task: asyncio.Task[Run]) -> None:
+        self._committing.discard(task)
+        if not task.cancelled():
+            task.exception()  # the caller has it, unless it hung up; then nobody wants it
+
+
+def receipt(request: MutationT) -> Receipt | None:
+    """Return what makes a repeated request have its effect once; None without a request_id."""
+    if not request.request_id:
+        return None
+    payload = type(request)()
+    payload.CopyFrom(request)
+    payload.ClearField("request_id")
+    return Receipt(
+        request_id=request.request_id.lower(),
+        method=request.DESCRIPTOR.name.removesuffix("Request"),
+        fingerprint=hashlib.sha256(payload.SerializeToString(deterministic=True)).digest(),
+    )
+
+
+@dataclass(slots=True, kw_only=True)
+class _Cursor:
+    """Where a reader of output stands."""
+
+    run_key: int
+    attempt: int
+    channel: OutputChannel
+    offset: int
+    at_limit: bool = False
+    """True when the end of what is kept was reached: nothing will follow."""
+
+
+class OutputReader:
+    """Reads the output of one attempt to its end, or follows it."""
+
+    def __init__(self, storage: Storage, output: OutputFiles, gate: Gate) -> None:
+        self._storage = storage
+        self._output = output
+        self._gate = gate
+
+    async def stream(
+        self, request: pb.StreamOutputRequest
+    ) -> AsyncGenerator[pb.StreamOutputResponse, None]:
+        """Yield the output in pieces.
+
+        Raises:
+            InvalidFields, RunNotFound, OutputOutOfRange: nothing of it can be read.
+            ShuttingDown: a follower has to go; it can resume elsewhere by its offset.
+        """
+        validation.demand_valid(validation.stream_output(request))
+        cursor: _Cursor | None = None
+        while True:
+            change = self._gate.change
+            # The look at the run comes before the read: what was written until its end is read.
+            run = await self._storage.point(runs.get, request.run_id)
+            if cursor is None or not cursor.attempt:
+                cursor = _cursor(run, request)
+                await self._demand_offset(run, cursor, follow=request.follow)
+            live = request.follow and _goes_on(run, cursor)
+            async for piece in self._pieces(cursor):
+                yield piece
+            if not live or cursor.at_limit:
+                return
+            if self._gate.draining:
+                raise ShuttingDown
+            await self._gate.wait(change, timeout_s=POLL_S)
+
+    async def _pieces(self, cursor: _Cursor) -> AsyncGenerator[pb.StreamOutputResponse, None]:
+        """Yield what there is from the cursor on, and move it."""
+        while not cursor.at_limit:
+            try:
+                piece = await asyncio.to_thread(
+                    self._output.read,
+                    cursor.run_key,
+                    cursor.attempt,
+                    cursor.channel,
+                    cursor.offset,
+                    PIECE_BYTES,
+                )
+            except FileNotFoundError:
+                return
+            cursor.at_limit = piece.truncated
+            if not piece.data and not piece.truncated:
+                return
+            yield pb.StreamOutputResponse(
+                attempt=cursor.attempt,
+                offset=cursor.offset,
+                data=piece.data,
+                truncated=piece.truncated,
+            )
+            cursor.offset += len(piece.data)
+
+    async def _demand_offset(self, run: Run, cursor: _Cursor, *, follow: bool) -> None:
+        """Refuse an offset that the output does not reach and never will."""
+        if not cursor.offset or (follow and _goes_on(run, cursor)):
+            return
+        size = await asyncio.to_thread(
+            self._output.size, cursor.run_key, cursor.attempt, cursor.channel
+        )
+        if cursor.offset > size:
+            raise OutputOutOfRange(run.run_id, f"offset {cursor.offset} is behind its end, {size}")
+
+
+def _cursor(run: Run, request: pb.StreamOutputRequest) -> _Cursor:
+    if request.attempt > run.attempt:
+        raise OutputOutOfRange(
+            run.run_id, f"attempt {request.attempt} was never made, the latest is {run.attempt}"
+        )
+    return _Cursor(
+        run_key=run.key,
+        attempt=request.attempt or run.attempt,
+        channel=_CHANNELS[request.channel],
+        offset=request.offset,
+    )
+
+
+def _goes_on(run: Run, cursor: _Cursor) -> bool:
+    """True while the attempt may still write."""
+    over = run.status is None or run.status.is_terminal or run.quarantined
+    return not over and cursor.attempt == run.attempt

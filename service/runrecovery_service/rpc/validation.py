@@ -1,0 +1,224 @@
+"""What a request may say. Every function yields all that is wrong with its request."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Final
+
+from google.protobuf.struct_pb2 import Struct, Value
+from google.protobuf.timestamp_pb2 import Timestamp
+from runrecovery.v1 import recovery_service_pb2 as recovery_pb
+from runrecovery.v1 import run_pb2
+from runrecovery.v1 import run_service_pb2 as run_pb
+
+from runrecovery_service.domain.errors import FieldViolation, InvalidFields
+from runrecovery_service.domain.run import Profile
+from runrecovery_service.rpc import mapping
+from runrecovery_service.rpc.errors import clip
+
+RUN_ID: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+LABEL_KEY: Final = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
+UUID: Final = re.compile(r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}", re.IGNORECASE)
+MAX_LABELS: Final = 32
+MAX_LABEL_CHARS: Final = 256
+MAX_NAME_CHARS: Final = 200
+"""Names of engines and rules, and etags: longer than any that exists."""
+
+Violations = Iterator[FieldViolation]
+
+
+def demand_valid(violations: Iterable[FieldViolation]) -> None:
+    """Raise InvalidFields with all of them, if there are any."""
+    found = tuple(violations)
+    if found:
+        raise InvalidFields(found)
+
+
+def demand_run_id(run_id: str) -> None:
+    """Raise InvalidFields unless it can be the id of a run: the whole check of a quick read."""
+    if not RUN_ID.fullmatch(run_id):
+        raise InvalidFields(tuple(run_id_violations(run_id)))
+
+
+# -- requests ----------------------------------------------------------------------------------
+
+
+def create_run(request: run_pb.CreateRunRequest) -> Violations:
+    """Check what can be checked without knowing the engine."""
+    if request.run_id:
+        yield from run_id_violations(request.run_id)
+    yield from _required_name("engine", request.engine)
+    yield from _labels(request.labels)
+    yield from _json("input", request.input)
+    if request.restart_policy not in mapping.RESTART_POLICY_OF:
+        yield _unknown("restart_policy", request.restart_policy)
+    kind = request.interactive_profile.kind
+    if kind and kind not in mapping.PROFILE_OF:
+        yield _unknown("interactive_profile.kind", kind)
+    yield from _request_id(request.request_id)
+
+
+def profile(
+    kind: run_pb2.InteractiveProfileKind.ValueType, engine: str, own: Profile
+) -> Violations:
+    """Check the wish for a profile, if there is one, against the engine's own."""
+    if kind and mapping.PROFILE_OF[kind] is not own:
+        yield FieldViolation(
+            "interactive_profile.kind", f"engine {clip(engine)!r} is {own.value}; leave this unset"
+        )
+
+
+def list_runs(request: run_pb.ListRunsRequest) -> Violations:
+    """Check a request for a page of runs."""
+    for at, status in enumerate(request.filter.statuses):
+        if status not in mapping.STATUS_OF:
+            yield _unknown(f"filter.statuses[{at}]", status)
+    yield from _name("filter.engine", request.filter.engine)
+    yield from _page_size(request.page_size)
+
+
+def submit_reply(request: run_pb.SubmitReplyRequest) -> Violations:
+    """Check an answer."""
+    yield from run_id_violations(request.run_id)
+    if request.interaction_id < 1:
+        yield FieldViolation("interaction_id", "must be 1 or more")
+    if request.response.WhichOneof("kind") is None:
+        yield FieldViolation("response", "is required")
+    else:
+        yield from _json("response", request.response)
+    yield from _request_id(request.request_id)
+    yield from _name("etag", request.etag)
+
+
+def cancel_run(request: run_pb.CancelRunRequest) -> Violations:
+    """Check a cancel."""
+    yield from run_id_violations(request.run_id)
+    yield from _request_id(request.request_id)
+    yield from _name("etag", request.etag)
+
+
+def list_interactions(request: run_pb.ListInteractionsRequest) -> Violations:
+    """Check a request for a page of questions."""
+    yield from run_id_violations(request.run_id)
+    yield from _page_size(request.page_size)
+
+
+def stream_output(request: run_pb.StreamOutputRequest) -> Violations:
+    """Check a request for output."""
+    yield from run_id_violations(request.run_id)
+    if request.attempt < 0:
+        yield FieldViolation("attempt", "must not be negative")
+    if request.channel not in run_pb.OutputChannel.values():
+        yield _unknown("channel", request.channel)
+    if request.offset < 0:
+        yield FieldViolation("offset", "must not be negative")
+
+
+def list_recovered(request: recovery_pb.ListRecoveredRequest) -> Violations:
+    """Check a request for a page of recovered runs."""
+    wanted = request.filter
+    for at, state in enumerate(wanted.recovery_states):
+        if state == run_pb2.RECOVERY_STATE_NONE:
+            yield FieldViolation(
+                f"filter.recovery_states[{at}]", "NONE is the state of runs never recovered"
+            )
+        elif state and state not in mapping.RECOVERY_STATE_OF:
+            yield _unknown(f"filter.recovery_states[{at}]", state)
+    yield from _name("filter.recovery_reason", wanted.recovery_reason)
+    yield from _name("filter.engine", wanted.engine)
+    yield from _time_range(wanted)
+    if wanted.reconciliation_id:
+        yield from reconciliation_id_violations(
+            wanted.reconciliation_id, field="filter.reconciliation_id"
+        )
+    yield from _page_size(request.page_size)
+
+
+def list_reconciliations(request: recovery_pb.ListReconciliationsRequest) -> Violations:
+    """Check a request for a page of reports."""
+    yield from _page_size(request.page_size)
+
+
+# -- fields ------------------------------------------------------------------------------------
+
+
+def run_id_violations(run_id: str) -> Violations:
+    """Check a run's id."""
+    if not run_id:
+        yield FieldViolation("run_id", "is required")
+    elif not RUN_ID.fullmatch(run_id):
+        yield FieldViolation("run_id", f"must match {RUN_ID.pattern}")
+
+
+def reconciliation_id_violations(
+    reconciliation_id: str, *, field: str = "reconciliation_id"
+) -> Violations:
+    """Check a report's id."""
+    if not reconciliation_id:
+        yield FieldViolation(field, "is required")
+    elif not UUID.fullmatch(reconciliation_id):
+        yield FieldViolation(field, "must be a UUID")
+
+
+def _required_name(field: str, text: str) -> Violations:
+    if not text:
+        yield FieldViolation(field, "is required")
+    yield from _name(field, text)
+
+
+def _name(field: str, text: str) -> Violations:
+    if len(text) > MAX_NAME_CHARS:
+        yield FieldViolation(field, f"must be at most {MAX_NAME_CHARS} characters")
+    if "\0" in text:
+        yield FieldViolation(field, "must not hold a NUL character")
+
+
+def _labels(labels: Mapping[str, str]) -> Violations:
+    if len(labels) > MAX_LABELS:
+        yield FieldViolation("labels", f"must be at most {MAX_LABELS}")
+    for key, value in sorted(labels.items()):
+        field = f"labels[{clip(key, 70)!r}]"
+        if not LABEL_KEY.fullmatch(key):
+            yield FieldViolation(field, f"the key must match {LABEL_KEY.pattern}")
+        if len(value) > MAX_LABEL_CHARS:
+            yield FieldViolation(field, f"must be at most {MAX_LABEL_CHARS} characters")
+        if "\0" in value:
+            yield FieldViolation(field, "must not hold a NUL character")
+
+
+def _json(field: str, value: Struct | Value) -> Violations:
+    try:
+        if isinstance(value, Struct):
+            mapping.json_of_struct(value)
+        else:
+            mapping.json_of_value(value)
+    except mapping.BadJson as bad:
+        yield FieldViolation(field, str(bad))
+
+
+def _request_id(request_id: str) -> Violations:
+    if request_id and not UUID.fullmatch(request_id):
+        yield FieldViolation("request_id", "must be a UUID")
+
+
+def _page_size(size: int) -> Violations:
+    if size < 0:
+        yield FieldViolation("page_size", "must not be negative")
+
+
+def _time_range(wanted: recovery_pb.RecoveredFilter) -> Violations:
+    bounds = {}
+    for name in ("recovered_after", "recovered_before"):
+        if wanted.HasField(name):
+            stamp: Timestamp = getattr(wanted, name)
+            try:
+                bounds[name] = mapping.time_of(stamp)
+            except ValueError as error:
+                yield FieldViolation(f"filter.{name}", str(error))
+    if len(bounds) == 2 and bounds["recovered_after"] >= bounds["recovered_before"]:
+        yield FieldViolation("filter.recovered_after", "must be before recovered_before")
+
+
+def _unknown(field: str, number: int) -> FieldViolation:
+    return FieldViolation(field, f"{number} is not a value of this version")

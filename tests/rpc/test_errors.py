@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2, status_pb2
+from runrecovery.v1 import errors_pb2
+from runrecovery_service.domain import errors as domain
+from runrecovery_service.domain.errors import FieldViolation, RunRecoveryError
+from runrecovery_service.rpc import errors
+
+EXAMPLES: tuple[RunRecoveryError, ...] = (
+    domain.RunNotFound("r1"),
+    domain.ReconciliationNotFound("c1"),
+    domain.InvalidFields((FieldViolation("run_id", "is required"),)),
+    domain.UnknownEngine("x", ("demo", "reviewer")),
+    domain.PageTokenInvalid(),
+    domain.PageTokenMismatch(),
+    domain.RunAlreadyExists("r1"),
+    domain.RequestIdReused("q1"),
+    domain.RunNotWaiting("r1"),
+    domain.InteractionSuperseded("r1"),
+    domain.RunAlreadyTerminal("r1"),
+    domain.RunQuarantined("r1"),
+    domain.EtagMismatch("r1", "5-2"),
+    domain.ReconciliationInProgress(retry_after_s=2.5),
+    domain.ShuttingDown(),
+    domain.StorageBusy(),
+    domain.StorageUnavailable(),
+    domain.Overloaded(),
+    domain.StorageFull(),
+    domain.OutputOutOfRange("r1", "too far"),
+    domain.Fenced("instance 'secret'"),
+)
+
+
+def leaves(kind: type[RunRecoveryError] = RunRecoveryError) -> Iterator[type[RunRecoveryError]]:
+    below = kind.__subclasses__()
+    if not below:
+        yield kind
+    for one in below:
+        yield from leaves(one)
+
+
+def details_of(failure: errors.Failure) -> dict[str, Any]:
+    packed = dict(failure.trailers)[errors.STATUS_TRAILER]
+    assert isinstance(packed, bytes)
+    status = status_pb2.Status.FromString(packed)
+    assert (status.code, status.message) == (failure.code.value[0], failure.message)
+    found = {}
+    for detail in status.details:
+        name = detail.TypeName().rpartition(".")[2]
+        found[name] = getattr(error_details_pb2, name)()
+        assert detail.Unpack(found[name])
+    return found
+
+
+def test_every_domain_error_is_in_the_table() -> None:
+    assert set(leaves()) == set(errors.TABLE)
+    assert {type(example) for example in EXAMPLES} == set(errors.TABLE)
+
+
+def test_every_reason_is_told_by_somebody() -> None:
+    told = {case.reason for case in errors.TABLE.values()}
+    elsewhere = {errors_pb2.ERROR_REASON_UNSPECIFIED, errors_pb2.ERROR_REASON_INTERNAL}
+
+    assert told | elsewhere == set(errors_pb2.ErrorReason.values())
+
+
+@pytest.mark.parametrize("error", EXAMPLES, ids=lambda error: type(error).__name__)
+def test_error_becomes_a_status_with_its_reason(error: RunRecoveryError) -> None:
+    case = errors.TABLE[type(error)]
+
+    failure = errors.failure(error)
+
+    info = details_of(failure)["ErrorInfo"]
+    reason = errors_pb2.ErrorReason.Name(case.reason)
+    assert (failure.code, f"ERROR_REASON_{info.reason}") == (case.code, reason)
+    assert info.domain == "runrecovery"
+    assert failure.message
+
+
+@pytest.mark.parametrize("error", EXAMPLES, ids=lambda error: type(error).__name__)
+def test_what_can_be_retried_says_when_in_details_and_trailer(error: RunRecoveryError) -> None:
+    failure = errors.failure(error)
+
+    retriable = failure.code in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED}
+    assert ("RetryInfo" in details_of(failure)) is retriable
+    assert (errors.PUSHBACK_TRAILER in dict(failure.trailers)) is retriable
+
+
+def test_retry_delay_is_the_errors_own() -> None:
+    failure = errors.failure(domain.ReconciliationInProgress(retry_after_s=2.5))
+
+    delay = details_of(failure)["RetryInfo"].retry_delay
+    assert (delay.seconds, delay.nanos) == (2, 500_000_000)
+    assert dict(failure.trailers)[errors.PUSHBACK_TRAILER] == "2500"
+
+
+def test_known_engines_and_current_etag_are_metadata() -> None:
+    unknown = details_of(errors.failure(domain.UnknownEngine("x", ("a", "b"))))["ErrorInfo"]
+    changed = details_of(errors.failure(domain.EtagMismatch("r1", "5-2")))["ErrorInfo"]
+
+    assert dict(unknown.metadata) == {"known_engines": "a,b"}
+    assert dict(changed.metadata) == {"current_etag": "5-2"}
+
+
+def test_all_bad_fields_are_told_at_once() -> None:
+    bad = tuple(FieldViolation(f"field{n}", "is bad") for n in range(20))
+
+    told = details_of(errors.failure(domain.InvalidFields(bad)))["BadRequest"].field_violations
+
+    assert [v.field for v in told] == [v.field for v in bad]
+
+
+def test_more_than_twenty_bad_fields_are_truncated() -> None:
+    bad = tuple(FieldViolation(f"field{n}", "is bad") for n in range(50))
+
+    told = details_of(errors.failure(domain.InvalidFields(bad)))["BadRequest"].field_violations
+
+    assert len(told) == 21
+    assert told[-1].description == "truncated: 30 more"
+
+
+@pytest.mark.parametrize("letter", ["x", "é", "\U0001f600"], ids=ascii)
+def test_status_stays_below_what_a_client_takes(letter: str) -> None:
+    # Only ASCII arrives as one byte of a trailer; the message is percent-encoded beside it.
+    long = letter * 5000
+    bad = tuple(FieldViolation(long, long) for _ in range(500))
+    for error in (domain.InvalidFields(bad), domain.UnknownEngine(long, (long,) * 50)):
+        failure = errors.failure(error)
+
+        packed = dict(failure.trailers)[errors.STATUS_TRAILER]
+        assert len(packed) * 4 / 3 + len(failure.message.encode()) * 3 < 8000
+
+
+def test_defect_tells_nothing_but_its_id() -> None:
+    failure = errors.internal("abc")
+
+    assert failure.message == "internal error abc"
+    assert dict(details_of(failure)["ErrorInfo"].metadata) == {"error_id": "abc"}
+
+
+def test_fenced_instance_does_not_tell_what_it_lost() -> None:
+    assert "secret" not in repr(errors.failure(domain.Fenced("instance 'secret'")))
+
+
+def test_long_text_is_clipped_within_its_limit() -> None:
+    assert errors.clip("x" * 300) == "x" * 199 + "…"
+    assert len(errors.clip_bytes("é" * 300, 100).encode()) <= 100

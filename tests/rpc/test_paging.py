@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from runrecovery.v1 import recovery_service_pb2, run_pb2, run_service_pb2
+from runrecovery_service.domain.errors import PageTokenInvalid, PageTokenMismatch
+from runrecovery_service.rpc import paging
+
+SCOPE = paging.scope(
+    run_service_pb2.ListRunsRequest(filter=run_service_pb2.RunFilter(engine="demo")), width=2
+)
+KEYS = st.integers(min_value=-(2**63), max_value=2**63 - 1)
+
+
+@given(st.tuples(KEYS, KEYS))
+def test_token_gives_back_the_keys_it_was_made_of(after: tuple[int, ...]) -> None:
+    assert paging.decode(SCOPE, paging.encode(SCOPE, after)) == after
+
+
+@given(st.tuples(KEYS, KEYS), st.data())
+def test_altered_token_is_refused(after: tuple[int, ...], data: st.DataObject) -> None:
+    token = paging.encode(SCOPE, after)
+    at = data.draw(st.integers(0, len(token) - 1))
+    char = data.draw(st.characters(exclude_characters=token[at]))
+
+    for altered in (
+        token[:at] + char + token[at + 1 :],
+        token[:at] + token[at + 1 :],
+        token[:at] + char + token[at:],
+    ):
+        if altered != token:
+            with pytest.raises(PageTokenInvalid):
+                paging.decode(SCOPE, altered)
+
+
+@given(st.text(min_size=1))
+def test_any_text_is_refused_as_a_token(text: str) -> None:
+    with pytest.raises(PageTokenInvalid):
+        paging.decode(SCOPE, text)
+
+
+def test_another_filter_refuses_the_token() -> None:
+    other = paging.scope(
+        run_service_pb2.ListRunsRequest(filter=run_service_pb2.RunFilter(engine="other")), width=2
+    )
+
+    with pytest.raises(PageTokenMismatch):
+        paging.decode(other, paging.encode(SCOPE, (1, 2)))
+
+
+def test_another_method_refuses_the_token() -> None:
+    first = paging.scope(run_service_pb2.ListRunsRequest(), width=1)
+    second = paging.scope(recovery_service_pb2.ListReconciliationsRequest(), width=1)
+
+    with pytest.raises(PageTokenMismatch):
+        paging.decode(second, paging.encode(first, (1,)))
+
+
+def test_page_size_and_token_do_not_belong_to_the_filter() -> None:
+    wanted = run_service_pb2.RunFilter(statuses=[run_pb2.RUN_STATUS_QUEUED])
+    first = run_service_pb2.ListRunsRequest(filter=wanted, page_size=7)
+    second = run_service_pb2.ListRunsRequest(filter=wanted, page_size=9)
+    second.page_token = paging.encode(paging.scope(first, width=1), (1,))
+
+    assert paging.scope(first, width=1) == paging.scope(second, width=1)
+
+
+def test_last_page_has_no_token_and_no_token_is_the_first_page() -> None:
+    assert paging.encode(SCOPE, None) == ""
+    assert paging.decode(SCOPE, "") is None
+
+
+def test_keys_of_another_number_are_a_defect() -> None:
+    with pytest.raises(ValueError, match="1 keys for a scope of 2"):
+        paging.encode(SCOPE, (1,))
+
+
+@pytest.mark.parametrize(("asked", "given"), [(0, 50), (1, 1), (1000, 1000), (1001, 1000)])
+def test_page_size_has_a_default_and_a_limit(asked: int, given: int) -> None:
+    assert paging.page_size(asked) == given
