@@ -59,7 +59,8 @@ log = structlog.get_logger()
 LOCK_NAME: Final = "lock"
 RECOVERY_BACKOFF_MOST_S: Final = 30.0
 SELF_FENCE_S: Final = instances.LEASE_TTL_S - 5.0
-"""An instance that could not renew its lease for this long stops before it runs out."""
+"""An instance that could not renew its lease for this long stops before it runs out. Not on
+SQLite: there the lock on the file fences, and a disk that is full is no reason to go."""
 
 
 def serve(settings: Settings) -> None:
@@ -300,13 +301,14 @@ class Service:
     # -- staying the owner ---------------------------------------------------------------------
 
     async def _renew(self) -> None:
+        """Prolong the lease for ever; stop the service once it cannot be sure to be the owner."""
         renewed = time.monotonic()
         while True:
             await asyncio.sleep(instances.RENEWAL_S)
             begun = time.monotonic()
             try:
                 await self.storage.write(instances.renew, self.owner)
-            except Fenced as error:
+            except (Fenced, DatabaseRefused) as error:
                 self.fail(error)
                 return
             except (NotNow, Exhausted) as error:
@@ -315,7 +317,7 @@ class Service:
             else:
                 renewed = begun
                 self.gate.set_storage_answers(answers=True)
-            if time.monotonic() - renewed > SELF_FENCE_S:
+            if self.storage.is_shared and time.monotonic() - renewed > SELF_FENCE_S:
                 self.fail(Fenced(f"instance {self.owner.instance!r} (lease not renewed)"))
                 return
 

@@ -53,11 +53,13 @@ SECRET_WORDS: Final = frozenset(
 )
 BLOT: Final = "[redacted]"
 
+_SECRET_KEY: Final = re.compile(rf"(?:^|_)(?:{'|'.join(sorted(SECRET_WORDS))})$", re.IGNORECASE)
 _URL_PASSWORD: Final = re.compile(r"(\b[a-z][a-z0-9+.-]*://[^\s/:@\"']*):[^\s\"']*@", re.IGNORECASE)
 _PARAMETER: Final = re.compile(r"\b(password=)('[^']*'|[^\s&\"']+)", re.IGNORECASE)
 
 # peewee logs every statement with its values at DEBUG: prompts, replies and session handles.
 _NEVER_DEBUG: Final = ("peewee", "peewee.pool")
+_WARNINGS_ONLY: Final = ("peewee.migrations",)  # we say `storage.migrated` ourselves
 
 Event = MutableMapping[str, Any]  # structlog's own type of an event
 
@@ -96,6 +98,8 @@ def configure(
     logging.captureWarnings(capture=True)
     for name in _NEVER_DEBUG:
         logging.getLogger(name).setLevel(max(number, logging.INFO))
+    for name in _WARNINGS_ONLY:
+        logging.getLogger(name).setLevel(max(number, logging.WARNING))
 
 
 def _common() -> list[structlog.typing.Processor]:
@@ -138,7 +142,7 @@ def redact(_logger: object, _method: str, event: Event) -> Event:
 
 
 def _redacted(key: str, value: object) -> object:
-    if _is_secret(key) and value is not None and not isinstance(value, bool):
+    if _SECRET_KEY.search(key) and value is not None and not isinstance(value, bool):
         return BLOT
     match value:
         case str():
@@ -151,11 +155,6 @@ def _redacted(key: str, value: object) -> object:
             return value
         case _:
             return _without_passwords(str(value))
-
-
-def _is_secret(key: str) -> bool:
-    key = key.lower()
-    return key in SECRET_WORDS or key.rpartition("_")[2] in SECRET_WORDS
 
 
 def _without_passwords(text: str) -> str:

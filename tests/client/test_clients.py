@@ -15,7 +15,7 @@ from runrecovery import errors
 from runrecovery.v1 import run_pb2, run_service_pb2
 
 if TYPE_CHECKING:
-    from tests.client.conftest import Caller, Connect, ScriptedServer
+    from client.conftest import Caller, Connect, ScriptedServer
 
 TWINS = [
     (rr.RunRecoveryClient, rr.AsyncRunRecoveryClient),

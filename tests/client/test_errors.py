@@ -15,7 +15,7 @@ from runrecovery._failures import BY_REASON, from_rpc_error, read_details
 from runrecovery.v1 import errors_pb2
 
 if TYPE_CHECKING:
-    from tests.client.conftest import Caller, Fail, ScriptedServer
+    from client.conftest import Caller, Fail, ScriptedServer
 
 CODES = {
     errors.NotFound: grpc.StatusCode.NOT_FOUND,

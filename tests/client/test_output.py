@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 from typing import TYPE_CHECKING
 
 import grpc
@@ -13,7 +12,7 @@ from runrecovery._waiting import OutputCursor
 from runrecovery.v1 import run_service_pb2
 
 if TYPE_CHECKING:
-    from tests.client.conftest import Caller, Connect, Fail, ScriptedServer, Stream
+    from client.conftest import Caller, Connect, Fail, ScriptedServer, Stream
 
 
 def _piece(
@@ -117,17 +116,40 @@ async def test_leaving_the_loop_ends_the_stream_on_the_server(
     assert await asyncio.to_thread(server.left.wait, 10)
 
 
-def test_a_long_quiet_stream_gets_the_whole_time_to_reconnect() -> None:
-    clock = itertools.chain([0.0, 0.0], itertools.repeat(3600.0))
+def test_a_long_quiet_stream_gets_the_whole_time_to_reconnect_again() -> None:
+    now = 0.0
     cursor = OutputCursor(
         run_service_pb2.StreamOutputRequest(run_id="r"),
         reconnect_s=60,
         timeout_s=None,
-        clock=lambda: next(clock),
+        clock=lambda: now,
     )
     cursor.open()
+    cursor.pause_s(rr.Unavailable("a first restart"))
+    cursor.open()
 
-    assert cursor.pause_s(rr.Unavailable("gone")) <= 0.2
+    now = 3600.0
+
+    assert cursor.pause_s(rr.Unavailable("a second restart")) <= 0.2
+
+
+def test_the_time_to_reconnect_ends() -> None:
+    now = 0.0
+    cursor = OutputCursor(
+        run_service_pb2.StreamOutputRequest(run_id="r"),
+        reconnect_s=60,
+        timeout_s=None,
+        clock=lambda: now,
+    )
+    cursor.open()
+    cursor.pause_s(rr.Unavailable("gone"))
+    now = 59.0
+    cursor.open()
+
+    now = 61.0
+
+    with pytest.raises(rr.Unavailable):
+        cursor.pause_s(rr.Unavailable("still gone"))
 
 
 def test_progress_renews_the_time_to_reconnect() -> None:

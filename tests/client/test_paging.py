@@ -11,7 +11,7 @@ import runrecovery as rr
 from runrecovery.v1 import recovery_pb2, recovery_service_pb2, run_pb2, run_service_pb2
 
 if TYPE_CHECKING:
-    from tests.client.conftest import Caller, Connect, Fail, ScriptedServer
+    from client.conftest import Caller, Connect, Fail, ScriptedServer
 
 
 def _runs(*ids: str, then: str = "") -> run_service_pb2.ListRunsResponse:

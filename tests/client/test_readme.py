@@ -12,7 +12,7 @@ import pytest
 from runrecovery.v1 import recovery_service_pb2, run_pb2, run_service_pb2
 
 if TYPE_CHECKING:
-    from tests.client.conftest import ScriptedServer, Stream
+    from client.conftest import ScriptedServer, Stream
 
 README = Path(__file__).parents[2] / "client" / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
@@ -41,7 +41,7 @@ def _script(server: ScriptedServer, stream: type[Stream]) -> None:
     server.on("ListRecovered", recovery_service_pb2.ListRecoveredResponse(runs=[lost]))
 
 
-@pytest.mark.parametrize(("block", "printed"), zip(BLOCKS, PRINTED, strict=True))
+@pytest.mark.parametrize(("block", "printed"), list(zip(BLOCKS, PRINTED, strict=True)))
 def test_example_of_the_readme_works(
     block: str, printed: str, server: ScriptedServer, stream: type[Stream]
 ) -> None:

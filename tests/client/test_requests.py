@@ -17,9 +17,8 @@ from runrecovery.v1 import recovery_pb2, recovery_service_pb2, run_pb2, run_serv
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from client.conftest import Caller, ScriptedServer, Stream
     from google.protobuf.descriptor import MethodDescriptor
-
-    from tests.client.conftest import Caller, ScriptedServer, Stream
 
 json_values = st.recursive(
     st.none()

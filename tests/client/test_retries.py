@@ -12,7 +12,7 @@ import runrecovery as rr
 from runrecovery.v1 import recovery_service_pb2, run_pb2, run_service_pb2
 
 if TYPE_CHECKING:
-    from tests.client.conftest import Caller, Connect, Fail, ScriptedServer
+    from client.conftest import Caller, Connect, Fail, ScriptedServer
 
 RUN = run_pb2.Run(run_id="r", status=run_pb2.RUN_STATUS_QUEUED)
 MUTATIONS = [
@@ -143,7 +143,8 @@ async def test_a_caller_that_starts_before_the_server_just_works(
     connect: Connect, server: ScriptedServer, reserved: str
 ) -> None:
     server.on("CreateRun", run_service_pb2.CreateRunResponse(run=RUN))
-    caller = connect(reserved)
+    # Retries alone would also bridge a short absence, but not a longer one.
+    caller = connect(reserved, options=[("grpc.enable_retries", 0)])
     with pytest.raises(rr.Unavailable):
         await caller.call("health.check")  # so the first connection has been refused
 

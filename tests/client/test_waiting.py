@@ -15,7 +15,7 @@ from runrecovery._waiting import Pacer
 from runrecovery.v1 import run_pb2, run_service_pb2
 
 if TYPE_CHECKING:
-    from tests.client.conftest import Caller, Connect, Fail, ScriptedServer
+    from client.conftest import Caller, Connect, Fail, ScriptedServer
 
 
 def _run(status: run_pb2.RunStatus.ValueType) -> run_service_pb2.GetRunResponse:

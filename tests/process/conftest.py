@@ -126,7 +126,7 @@ class Signals:
 
     warning = info
 
-    def names(self, pid: int) -> list[object]:
+    def names(self, pid: object) -> list[object]:
         """Return what one process was sent."""
         return [line["signal"] for line in self.lines if line["pid"] == pid]
 

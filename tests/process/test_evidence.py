@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,13 @@ def test_zombies_prove_but_bear_no_cookie_of_their_own() -> None:
     found = judge(proc(10, state="Z"), proc(11, session=10))
 
     assert kinds(found) == {10: Evidence.LEADER, 11: Evidence.SESSION}
+
+
+@pytest.mark.parametrize("cookie", ["", "0123", COOKIE.upper(), COOKIE + "0"])
+def test_a_damaged_cookie_proves_nothing(cookie: str) -> None:
+    damaged = replace(lease(), cookie=cookie)
+
+    assert judge(proc(20), bearers=(20,), of=damaged).hits == {}
 
 
 def test_what_was_held_before_still_proves_its_children() -> None:

@@ -110,7 +110,10 @@ def test_finds_the_command_on_the_childs_path(tmp_path: Path) -> None:
     assert said == b"found\n"
 
 
-def test_a_relative_entry_of_the_path_chooses_nothing(tmp_path: Path) -> None:
+def test_a_relative_entry_of_the_path_chooses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     tool = tmp_path / "some-tool"
     tool.write_text("#!/bin/sh\n")
     tool.chmod(0o755)
@@ -234,13 +237,24 @@ def test_many_waits_end_with_their_own_process(tmp_path: Path, run: Loop) -> Non
 
 
 @both_loops
-def test_a_cancelled_wait_leaves_nothing_behind(tmp_path: Path, run: Loop) -> None:
+def test_a_cancelled_wait_leaves_nothing_behind(
+    tmp_path: Path, run: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[int] = []
+    real = os.pidfd_open
+
+    def pidfd_open(pid: int) -> int:
+        opened.append(real(pid))
+        return opened[-1]
+
     async def give_up(process: LaunchedProcess) -> int:
         before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(wait_exit(process.popen), 0.05)
+        assert not asyncio.get_running_loop().remove_reader(opened[0])
         return len(os.listdir("/proc/self/fd")) - before  # noqa: PTH208
 
+    monkeypatch.setattr(os, "pidfd_open", pidfd_open)
     with python("input()", tmp_path) as process:
         assert run(give_up(process)) == 0
 

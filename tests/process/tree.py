@@ -4,7 +4,8 @@ Nothing of it lives longer than 60 s. Roles: child, session (setsid), daemon (do
 setsid), thread (its first thread ends, another lives), zombie, stopped; scrubbed (a child with an
 empty environment), scrubbed-session, scrubbed-daemon. "stubborn" makes all that follow, and the
 leader, ignore SIGTERM. "hydra" makes the leader answer SIGTERM with a child that nothing but its
-descent ties to it.
+descent ties to it; "scrubbed-hydra" is a child that does so, with an empty environment and in a
+session of its own.
 """
 
 from __future__ import annotations
@@ -22,6 +23,22 @@ SCRUBBED = (
     "import os, sys, time; os.write(1, f'{sys.argv[1]} {os.getpid()}\\n'.encode());"
     f" time.sleep({LIFETIME_S})"
 )
+
+HYDRA = f"""
+import os, signal, sys, time
+def answer(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if os.fork() == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.setsid()
+        time.sleep({LIFETIME_S})
+        os._exit(0)
+signal.signal(signal.SIGTERM, answer)
+os.write(1, f"{{sys.argv[1]}} {{os.getpid()}}\\n".encode())
+until = time.monotonic() + {LIFETIME_S}
+while time.monotonic() < until:
+    time.sleep(1)
+"""
 
 
 def announce(role: str, pid: int) -> None:
@@ -130,6 +147,12 @@ def be_a_hydra(role: str) -> None:
     signal.signal(signal.SIGTERM, answer)
 
 
+def scrub_hydra(role: str) -> None:
+    """Become a scrubbed program that answers its first SIGTERM with a child in a new session."""
+    command = [sys.executable, "-I", "-S", "-c", HYDRA, role]
+    os.execve(command[0], command, {})  # noqa: S606 - no shell is the point
+
+
 GROW: dict[str, Callable[[str], object]] = {
     "child": lambda role: fork(lambda: rest(role)),
     "session": lambda role: fork(lambda: in_session(lambda: rest(role))),
@@ -138,6 +161,7 @@ GROW: dict[str, Callable[[str], object]] = {
     "scrubbed-session": lambda role: fork(lambda: in_session(lambda: scrub(role))),
     "scrubbed-daemon": lambda role: fork_twice(lambda: scrub(role), setsid=False),
     "thread": lambda role: fork(lambda: lose_first_thread(role)),
+    "scrubbed-hydra": lambda role: fork(lambda: in_session(lambda: scrub_hydra(role))),
     "zombie": leave_zombie,
     "stopped": leave_stopped,
     "stubborn": be_stubborn,

@@ -270,7 +270,9 @@ async def test_stream_is_refused_while_the_gate_is_closed() -> None:
 
 async def test_bytes_that_are_no_message_are_an_invalid_argument() -> None:
     async with serving(gate_that(Gate.open), FakeRuns()) as channel:
-        call = channel.unary_unary("/runrecovery.v1.RunService/GetRun")
+        call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(
+            "/runrecovery.v1.RunService/GetRun"
+        )
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call(b"\x0a\xff")
 

@@ -30,9 +30,9 @@ COMMANDS: Final[Mapping[str, _Entry]] = {
     "runs": _Entry("runs", "runs", "Create, show, answer and cancel runs."),
     "recovery": _Entry("recovery", "recovery", "Show what restarts decided, and why."),
     "health": _Entry("health", "health", "Ask whether the service is SERVING."),
-    "check": _Entry("local", "check", "Check a stopped service's configuration and store."),
+    "check": _Entry("local", "check", "Check the configuration, the engines and the store."),
     "migrate": _Entry("local", "migrate", "Bring a stopped service's database up to date."),
-    "backup": _Entry("local", "backup", "Copy the SQLite database to a new file."),
+    "backup": _Entry("local", "backup", "Copy the SQLite database, also while the service runs."),
 }
 
 

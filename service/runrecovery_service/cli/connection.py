@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, Concatenate, Final, ParamSpec, TypeVar
+from typing import Any, Final, TypeVar
 
 import click
 
@@ -23,7 +23,6 @@ from runrecovery.errors import RunRecoveryClientError
 
 from runrecovery_service.cli.printing import Columns, json_line, print_table
 
-P = ParamSpec("P")
 MessageT = TypeVar("MessageT", bound=Message)
 
 EXIT_CODES: Final[dict[type[Exception], ExitCode]] = {
@@ -103,7 +102,7 @@ _OPTIONS: Final = (
 
 
 def with_service(
-    function: Callable[Concatenate[Service, P], ExitCode | None],
+    function: Callable[..., ExitCode | None],
 ) -> Callable[..., ExitCode | None]:
     """Give a command the options of a client and, as its first argument, the service."""
 
@@ -141,13 +140,10 @@ def hint(error: RunRecoveryClientError, server: str) -> str:
         case errors.RecoveryInProgress():
             return "`runrecovery recovery status --watch` shows how far the recovery is"
         case errors.DeadlineExceeded() | errors.Unavailable(reason=""):
-            return f"is a service running at {server}? Start one with `runrecovery serve`," + (
-                " or name another with --server"
-            )
-        case errors.UnknownEngine(known_engines=known):
-            return f"engines of this service: {', '.join(known) or 'none is configured'}"
-        case errors.InvalidRequest(violations=violations) if violations:
-            return "; ".join(f"{bad.field}: {bad.description}" for bad in violations)
+            return f"is a service running at {server}? `runrecovery serve` starts one"
+        case errors.InvalidRequest(violations=violations):
+            untold = (bad for bad in violations if bad.description not in str(error))
+            return "; ".join(f"{bad.field}: {bad.description}" for bad in untold)
         case errors.RunNotWaiting() | errors.InteractionSuperseded() | errors.RunAlreadyTerminal():
             return "`runrecovery runs get RUN_ID` shows where the run stands"
         case errors.InternalError(error_id=error_id) if error_id:

@@ -14,7 +14,7 @@ class Failure(click.ClickException):
 
     def __init__(self, sentence: str, *, code: ExitCode, hint: str = "") -> None:
         super().__init__(sentence)
-        self.exit_code = code
+        self.exit_code = code  # type: ignore[misc] # click reads it from the instance
         self.hint = hint
 
     def show(self, file: IO[Any] | None = None) -> None:

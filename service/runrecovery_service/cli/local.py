@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import Any, Concatenate, Final, ParamSpec
+from typing import Any, Final
 
 import click
 
@@ -23,8 +23,6 @@ from runrecovery_service.domain.errors import (
     RecoveryGaveUp,
     StartRefused,
 )
-
-P = ParamSpec("P")
 
 EXIT_CODES: Final[dict[type[Exception], ExitCode]] = {
     Held: ExitCode.HELD,
@@ -54,9 +52,7 @@ _STORE_OPTIONS: Final = (
 )
 
 
-def _with_settings(
-    function: Callable[Concatenate[Settings, P], ExitCode],
-) -> Callable[..., ExitCode]:
+def _with_settings(function: Callable[..., ExitCode]) -> Callable[..., ExitCode]:
     """Give a command the options that say where the store is, and the settings they lead to."""
 
     @wraps(function)
@@ -64,6 +60,10 @@ def _with_settings(
         path = parameters.pop("path")
         flags = {key: parameters.pop(key) for key in config.SCALARS if key in parameters}
         settings = _load(path, flags)
+        # Before `app`: importing it first keeps the import of structlog short.
+        from runrecovery_service import logs
+
+        logs.configure(settings.log_format, settings.log_level)
         with _refusals():
             return function(settings, **parameters)
 
@@ -97,9 +97,8 @@ def _refusals() -> Iterator[None]:
 @click.option("--log-level", type=click.Choice([level.value for level in LogLevel]))
 def serve(settings: Settings) -> ExitCode:
     """Run the service until it is told to stop (SIGTERM or Ctrl-C; twice: at once)."""
-    from runrecovery_service import logs  # first: it keeps the import of structlog short
-
-    logs.configure(settings.log_format, settings.log_level)
+    # gRPC's own lines on standard error are not JSON; what they tell, our events tell too.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from runrecovery_service import app
     from runrecovery_service.rpc.server import ListenFailed
 
@@ -141,7 +140,7 @@ def check(settings: Settings) -> ExitCode:
 @_with_settings
 @click.argument("dest", type=click.Path(path_type=Path))
 def backup(settings: Settings, dest: Path) -> ExitCode:
-    """Copy the SQLite database to DEST, which must not exist."""
+    """Copy the SQLite database to DEST, also while the service runs."""
     from runrecovery_service import app
 
     app.backup(settings, dest)

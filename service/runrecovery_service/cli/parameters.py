@@ -1,8 +1,9 @@
-"""Kinds of values on the command line that click does not know."""
+"""Reads values of the command line that click does not know; to be given as `callback`."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,61 +12,51 @@ from typing import Any
 import click
 
 
-class JsonText(click.ParamType[dict[str, Any]]):
-    """A JSON object: as it is, `@FILE`, or `-` for standard input."""
-
-    name = "json"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> dict[str, Any]:
-        """Return the object; a usage error for anything else."""
-        try:
-            found = json.loads(_text(value))
-        except (OSError, UnicodeDecodeError) as error:
-            self.fail(f"{value}: {getattr(error, 'strerror', None) or 'not UTF-8'}", param, ctx)
-        except ValueError as error:
-            self.fail(f"not JSON: {error}", param, ctx)
-        if not isinstance(found, dict):
-            self.fail('must be a JSON object, for example {"task": "hello"}', param, ctx)
-        return found
+def json_object(
+    _ctx: click.Context, _param: click.Parameter, value: str | None
+) -> dict[str, Any] | None:
+    """Return the JSON object that was given as it is, as `@FILE`, or on standard input by `-`."""
+    if value is None:
+        return None
+    try:
+        found = json.loads(_text(value))
+    except OSError as error:
+        raise click.BadParameter(f"{value[1:]}: {error.strerror}") from error
+    except ValueError as error:
+        raise click.BadParameter(f"not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise click.BadParameter('must be a JSON object, for example {"task": "hello"}')
+    return found
 
 
 def _text(value: str) -> str:
     if value == "-":
-        return click.get_text_stream("stdin").read()
+        return sys.stdin.read()
     return Path(value[1:]).read_text(encoding="utf-8") if value.startswith("@") else value
 
 
-class Time(click.ParamType[datetime]):
-    """An ISO 8601 time; UTC unless it says otherwise."""
-
-    name = "time"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> datetime:
-        """Return the aware time; a usage error for anything else."""
-        try:
-            at = value if isinstance(value, datetime) else datetime.fromisoformat(value)
-        except ValueError:
-            self.fail(f"{value!r} is not a time such as 2026-11-24T10:00:00Z", param, ctx)
-        return at if at.tzinfo else at.replace(tzinfo=UTC)
+def time(_ctx: click.Context, _param: click.Parameter, value: str | None) -> datetime | None:
+    """Return the aware time that was given in ISO 8601, in UTC unless it says otherwise."""
+    if value is None:
+        return None
+    try:
+        at = datetime.fromisoformat(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is not like 2026-11-24T10:00:00Z") from error
+    return at if at.tzinfo else at.replace(tzinfo=UTC)
 
 
-class Label(click.ParamType[tuple[str, str]]):
-    """KEY=VALUE."""
-
-    name = "label"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, str]:
-        """Return key and value; a usage error when there is no `=`."""
-        key, equals, text = value if isinstance(value, tuple) else value.partition("=")
+def labels(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    """Return the labels that were given as KEY=VALUE, each key once."""
+    found: dict[str, str] = {}
+    for text in values:
+        key, equals, value = text.partition("=")
         if not equals or not key:
-            self.fail(f"{value!r} is not KEY=VALUE", param, ctx)
-        return key, text
+            raise click.BadParameter(f"{text!r} is not KEY=VALUE")
+        if key in found:
+            raise click.BadParameter(f"{key!r} is given twice")
+        found[key] = value
+    return found
 
 
 def choices(names: Iterable[str], prefix: str) -> list[str]:

@@ -84,7 +84,8 @@ class Workshop:
 class _Signal(Enum):
     """What can come beside a message of the agent."""
 
-    OUTPUT_ENDED = auto()
+    STDOUT_ENDED = auto()
+    STDERR_ENDED = auto()
     CANCELED = auto()
     REPLIED = auto()
 
@@ -130,7 +131,7 @@ class RunSession:
     _canceled: bool = False
     _in_wait: bool = False
     _has_session: bool = False
-    _output_ended: bool = False
+    _open_outputs: int = 2
     _stderr_tail: bytes = b""
     _deadline: float | None = None
     _process: LaunchedProcess | None = None
@@ -260,7 +261,8 @@ class RunSession:
             await self._take(news, process)
 
     def _is_over(self) -> bool:
-        ended = self._exit_code is not None and self._output_ended
+        # Its whole output comes before its end: whoever follows it must miss nothing.
+        ended = self._exit_code is not None and not self._open_outputs
         return ended or self._canceled or self._broken is not None
 
     async def _take(self, news: _News, process: LaunchedProcess) -> None:
@@ -269,9 +271,11 @@ class RunSession:
                 self._canceled = True
             case _Signal.REPLIED:
                 await self._hand_over_reply(process)
-            case _Signal.OUTPUT_ENDED:
-                self._output_ended = True
+            case _Signal.STDOUT_ENDED:
+                self._open_outputs -= 1
                 self._expect_end_within(self.shop.exit_grace_s)
+            case _Signal.STDERR_ENDED:
+                self._open_outputs -= 1
             case _Exited(code):
                 self._exit_code = code
                 self._expect_end_within(LAST_OUTPUT_S)
@@ -377,7 +381,7 @@ class RunSession:
                     self._news.put_nowait(_Broken(how))
                     return
         self._parse(begun)
-        self._news.put_nowait(_Signal.OUTPUT_ENDED)
+        self._news.put_nowait(_Signal.STDOUT_ENDED)
 
     def _parse(self, line: bytes) -> None:
         if not line.strip():
@@ -392,6 +396,7 @@ class RunSession:
             while data := await reader.read(READ_BYTES):
                 self._stderr_tail = (self._stderr_tail + data)[-STDERR_TAIL_BYTES:]
                 await self._keep(OutputChannel.STDERR, data)
+        self._news.put_nowait(_Signal.STDERR_ENDED)
 
     async def _keep(self, channel: OutputChannel, data: bytes) -> None:
         run = self.turn.run

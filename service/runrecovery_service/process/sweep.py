@@ -34,6 +34,8 @@ CERTAIN_SCANS, CERTAIN_S = 5, 0.1
 not atomic: a process that forks fast enough can stay ahead of it."""
 UNTOUCHED_SCANS, UNTOUCHED_S = 2, TICK_S
 """The same for a lease of which nothing was ever found."""
+KILLING_S: Final = 2.0
+"""Of the deadline, kept for SIGKILL and the empty scans after it."""
 _FREEZES: Final = 10
 """Rounds of SIGSTOP that look for newcomers before SIGKILL comes anyway."""
 
@@ -66,11 +68,13 @@ def end_trees(
 
     All leases share each scan, one grace and the deadline, so that many trees take as long as
     one. Nothing is reaped: children of this process stay zombies, which counts as dead.
-    Processes of an earlier boot or another pid namespace are gone; leases of another host are
-    refused. Run it in a thread: it takes some 20 ms where nothing is found, else at least 100 ms.
+    Processes of an earlier boot or another pid namespace are gone; of another host's it is told
+    that they cannot be seen. Run it in a thread: it takes some 20 ms where nothing is found, else
+    at least 100 ms.
 
     Args:
-        grace_s: between SIGTERM and SIGKILL, for all together; at most half the deadline counts.
+        grace_s: between SIGTERM and SIGKILL, for all together; cut short where the deadline would
+            leave less than 2 s (or less than half of itself) for the killing.
         deadline_s: for everything; what lives then is reported in `Ending.refused`.
 
     Returns:
@@ -90,11 +94,17 @@ def end_trees(
 
 def _elsewhere(lease: LeaseEvidence, here: Host) -> Ending | None:
     """Judge a lease whose pids mean nothing here; None for all others."""
-    if lease.host_id != here.host_id:
-        return Ending(refused=(f"lease {lease.lease_key} belongs to another host",), gone=False)
-    if (lease.boot_id, lease.pid_namespace) != (here.boot_id, here.pid_namespace):
-        return Ending(gone=True)
-    return None
+    if (lease.boot_id, lease.pid_namespace) == (here.boot_id, here.pid_namespace):
+        return None
+    # A boot id is one kernel's. Under another one, the same host has been started again since;
+    # of a host that it is not, nothing can be seen from here, and a container that moved would
+    # be suspected for ever: it is told once.
+    if lease.boot_id != here.boot_id and lease.host_id != here.host_id:
+        told = (
+            f"was launched on another host ({lease.host_id}), which cannot be looked at from here"
+        )
+        return Ending(refused=(told,), gone=True)
+    return Ending(gone=True)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -212,7 +222,7 @@ class _Sweep:
         self._trees = {lease.lease_key: _Tree(lease=lease) for lease in leases}
         self._clock = clock
         start = clock()
-        self._kill_at = start + min(grace_s, deadline_s / 2)
+        self._kill_at = start + min(grace_s, max(deadline_s - KILLING_S, deadline_s / 2))
         self._stop_at = start + deadline_s
         self._freezes = 0
         # Scans need descriptors too, and so does the service around us: what is over a quarter

@@ -79,8 +79,13 @@ def failure(error: RunRecoveryError) -> Failure:
     details += [build(error) for build in case.details]
     trailers: Trailers = ((STATUS_TRAILER, _packed(case.code, message, details)),)
     if case.details and case.details[0] is retry_info:
-        trailers += ((PUSHBACK_TRAILER, str(math.ceil(_retry_after_s(error) * 1000))),)
+        trailers += ((PUSHBACK_TRAILER, str(_pushback_ms(error))),)
     return Failure(case.code, message, trailers)
+
+
+def _pushback_ms(error: RunRecoveryError) -> int:
+    # gRPC's own clients never repeat a call that is told 0.
+    return max(1, math.ceil(_retry_after_s(error) * 1000))
 
 
 def internal(error_id: str) -> Failure:

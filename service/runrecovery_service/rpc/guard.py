@@ -1,8 +1,8 @@
 """What stands around every method of ours: gate, limit of calls, and the one place that aborts.
 
-A wrapper at registration, not an interceptor: those cost a grpc.aio server a good part of its
-calls. Requests are parsed and answers serialized here too, so that neither can leak as UNKNOWN
-with the text of an exception.
+A wrapper at registration, not an interceptor, which would cost each call some 10 µs more. Requests
+are parsed and answers serialized here too, so that neither can leak as UNKNOWN with the text of an
+exception.
 """
 
 from __future__ import annotations

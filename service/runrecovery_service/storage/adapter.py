@@ -43,6 +43,11 @@ class Storage:
         )
         self._writer = GroupCommitWriter(db) if self._inline else None
 
+    @property
+    def is_shared(self) -> bool:
+        """True when other machines may use the same store, so that only leases fence."""
+        return not self._inline
+
     async def point(self, use: Use[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Run a read of a row or two."""
         if self._inline:

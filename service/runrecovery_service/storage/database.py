@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import peewee as pw
+import structlog
 
 from runrecovery_service.domain.errors import (
     DatabaseRefused,
@@ -24,6 +25,8 @@ from runrecovery_service.domain.errors import (
     StorageFull,
     StorageUnavailable,
 )
+
+log = structlog.get_logger()
 
 APPLICATION_ID: Final = 0x52524356
 """`RRCV`, in the header of every SQLite file of ours."""
@@ -50,6 +53,10 @@ POSTGRESQL_SESSION: Final = (
 
 Row = tuple[Any, ...]  # a row is whatever the columns hold; it is typed where it is decoded
 T = TypeVar("T")
+
+
+class Stale(Exception):
+    """Another writer was quicker between our read and our write; start the use case over."""
 
 
 class Kind(StrEnum):
@@ -90,10 +97,14 @@ POSTGRESQL: Final = Dialect(
 class Database:
     """An open store. Each thread that uses it gets a connection of its own."""
 
-    def __init__(self, peewee: pw.Database, dialect: Dialect, place: str) -> None:
+    def __init__(
+        self, peewee: pw.Database, dialect: Dialect, place: str, *, file: Path | None = None
+    ) -> None:
         self.peewee = peewee
         self.dialect = dialect
         self.place = place
+        self._file = file
+        self._identity = _file_identity(file)
 
     def execute(self, sql: str, params: Sequence[object] = ()) -> Any:
         """Run SQL written with `?` for parameters and return the driver's cursor."""
@@ -116,9 +127,26 @@ class Database:
         atomic: contextlib.AbstractContextManager[object] = self.peewee.atomic()
         return atomic
 
+    def demand_in_place(self) -> None:
+        """Refuse to go on with a SQLite file that was removed or replaced: it would still "work".
+
+        Raises:
+            DatabaseRefused: another file, or none, has its name now.
+        """
+        if _file_identity(self._file) != self._identity:
+            raise DatabaseRefused(self.place, "was removed or replaced under the running service")
+
     def close(self) -> None:
         """Close the calling thread's connection."""
         self.peewee.close()
+
+
+def _file_identity(file: Path | None) -> tuple[int, int] | None:
+    try:
+        found = None if file is None else file.stat()
+    except FileNotFoundError:
+        found = None
+    return None if found is None else (found.st_dev, found.st_ino)
 
 
 class Statement:
@@ -283,7 +311,7 @@ def _connect_sqlite(path: Path) -> Database:
     peewee = pw.SqliteDatabase(
         str(path), lock_type="IMMEDIATE", pragmas=SQLITE_PRAGMAS, check_same_thread=False
     )
-    db = Database(peewee, SQLITE, str(path))
+    db = Database(peewee, SQLITE, str(path), file=path)
     for name, wanted in SQLITE_PRAGMAS.items():
         row = db.fetch_one(f"PRAGMA {name}")
         if row is None or row[0] != wanted:
@@ -365,6 +393,7 @@ def _apply_missing(db: Database, known: dict[str, str]) -> None:
         applied = Runner(db.peewee, directory=str(MIGRATIONS)).up()
         for name in applied:
             db.execute("INSERT INTO migration_checksum VALUES (?, ?)", (name, known[name]))
+            log.info("storage.migrated", step=name)
 
 
 @contextlib.contextmanager

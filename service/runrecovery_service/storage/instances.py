@@ -84,7 +84,9 @@ def renew(db: Database, owner: Owner) -> None:
 
     Raises:
         Fenced: a newer epoch of this instance has started.
+        DatabaseRefused: the SQLite file is not in its place any more.
     """
+    db.demand_in_place()
     with db.transaction():
         changed = db.execute(
             f"UPDATE instance SET lease_until = {db.dialect.now_us} + {int(LEASE_TTL_S * 1e6)}"

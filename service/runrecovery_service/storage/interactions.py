@@ -20,7 +20,7 @@ from runrecovery_service.domain.run import (
     RunStatus,
 )
 from runrecovery_service.storage import requests, runs, tables
-from runrecovery_service.storage.database import Database, Statement, slot
+from runrecovery_service.storage.database import Database, Stale, Statement, slot
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.requests import Receipt
 from runrecovery_service.storage.rows import (
@@ -117,7 +117,7 @@ def _accept(db: Database, run: Run, response: JsonValue, *, owner: Owner, now: d
         ),
     ).rowcount
     if answered != 1:
-        raise runs.Stale
+        raise Stale
 
 
 def page(

@@ -7,7 +7,7 @@ from datetime import datetime
 
 from runrecovery_service.domain.errors import RequestIdReused
 from runrecovery_service.storage import tables
-from runrecovery_service.storage.database import Database, Statement, slot
+from runrecovery_service.storage.database import Database, Stale, Statement, slot
 from runrecovery_service.storage.rows import to_us
 
 _T = tables.RequestReceipt
@@ -26,14 +26,16 @@ _FIND = Statement(
     lambda: _T.select(_T.method, _T.fingerprint, _T.run).where(_T.request_id == slot("request_id"))
 )
 _ADD = Statement(
-    lambda: _T.insert(
-        {
-            _T.request_id: slot("request_id"),
-            _T.method: slot("method"),
-            _T.fingerprint: slot("fingerprint"),
-            _T.run: slot("run"),
-            _T.created_at: slot("now"),
-        }
+    lambda: (
+        _T.insert(
+            {
+                _T.request_id: slot("request_id"),
+                _T.method: slot("method"),
+                _T.fingerprint: slot("fingerprint"),
+                _T.run: slot("run"),
+                _T.created_at: slot("now"),
+            }
+        ).on_conflict_ignore()
     )
 )
 
@@ -56,9 +58,14 @@ def find(db: Database, receipt: Receipt | None) -> int | None:
 
 
 def add(db: Database, receipt: Receipt | None, *, run_key: int, now: datetime) -> None:
-    """Record the effect, in the caller's transaction."""
-    if receipt is not None:
-        _ADD.run(
+    """Record the effect, in the caller's transaction.
+
+    Raises:
+        Stale: the same request_id has had its effect since `find`.
+    """
+    if receipt is None:
+        return
+    added = _ADD.run(
             db,
             request_id=receipt.request_id,
             method=receipt.method,
@@ -66,3 +73,5 @@ def add(db: Database, receipt: Receipt | None, *, run_key: int, now: datetime) -
             run=run_key,
             now=to_us(now),
         )
+    if added.rowcount != 1:
+        raise Stale

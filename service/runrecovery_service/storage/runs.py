@@ -29,7 +29,7 @@ from runrecovery_service.domain.run import (
 )
 from runrecovery_service.domain.transitions import is_legal
 from runrecovery_service.storage import instances, requests, tables
-from runrecovery_service.storage.database import Database, Statement, slot
+from runrecovery_service.storage.database import Database, Stale, Statement, slot
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.requests import Receipt
 from runrecovery_service.storage.rows import (
@@ -47,10 +47,6 @@ R = TypeVar("R")
 _R = tables.Run
 TRIES: Final = 8
 """How often a use case starts over when another writer was quicker (PostgreSQL only)."""
-
-
-class Stale(Exception):
-    """Another writer changed the row between our read and our write."""
 
 
 def retried(
@@ -226,6 +222,8 @@ def create(
         now=to_us(now),
     ).fetchone()
     if row is None:
+        if requests.find(db, receipt) is not None:  # this very request, by another caller
+            raise Stale
         raise RunAlreadyExists(new.run_id)
     requests.add(db, receipt, run_key=row[0], now=now)
     return get_by_key(db, row[0])

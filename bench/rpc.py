@@ -1,0 +1,288 @@
+"""How many calls the service answers, beside the least that a server of its kind must do.
+
+    python bench/rpc.py --seconds 3 --rounds 3 --rows 100000
+
+get      GetRun by random ids out of a store of so many rows, all of which a restart has recovered,
+         with 1 and 16 callers. Floor: a grpc.aio server on uvloop, in a process of its own, that
+         gives the same bytes to every call; no row is read, nothing guards it.
+page     A page of 50 of ListRecovered, at the start and at the far end. Floor: the start.
+create   CreateRun, each durable when it is answered. Floor: a process that inserts one row of
+         that size at a time into SQLite with synchronous=FULL, a commit each.
+
+Floor and ours are measured in turns, by the generator in load.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sqlite3
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+import grpc
+from rich.console import Console
+from rich.table import Table
+from runrecovery.v1 import recovery_service_pb2 as recovery_pb
+from runrecovery.v1 import recovery_service_pb2_grpc as recovery_grpc
+from runrecovery.v1 import run_service_pb2 as pb
+from runrecovery.v1 import run_service_pb2_grpc as pb_grpc
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from runrecovery_service.storage.database import open_database
+
+from bench.load import Load, generate
+from bench.seed import DEFAULT_MIX, Seeding, claim, fill
+from bench.servers import Server, floor, service
+
+CALLERS: Final = (1, 16)
+IDS: Final = 5000
+INPUT_BYTES: Final = 100
+"""Makes a Run of about 500 bytes on the wire."""
+GET: Final = "/runrecovery.v1.RunService/GetRun"
+CREATE: Final = "/runrecovery.v1.RunService/CreateRun"
+PAGE: Final = "/runrecovery.v1.RecoveryService/ListRecovered"
+
+CONSTANT_ANSWER: Final = """
+import asyncio, sys
+import grpc, uvloop
+from runrecovery.v1 import run_service_pb2, run_service_pb2_grpc
+
+answer = run_service_pb2.GetRunResponse.FromString(bytes.fromhex(sys.argv[1]))
+
+class Constant(run_service_pb2_grpc.RunServiceServicer):
+    async def GetRun(self, request, context):
+        return answer
+
+async def main():
+    server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
+    run_service_pb2_grpc.add_RunServiceServicer_to_server(Constant(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    print(f"127.0.0.1:{port}", flush=True)
+    await server.wait_for_termination()
+
+uvloop.run(main())
+"""
+
+SINGLE_COMMITS: Final = """
+import json, sqlite3, statistics, sys, time
+
+db = sqlite3.connect(sys.argv[1], isolation_level=None)
+db.execute("PRAGMA journal_mode = wal")
+db.execute("PRAGMA synchronous = FULL")
+db.execute("CREATE TABLE IF NOT EXISTS row (id INTEGER PRIMARY KEY, text TEXT)")
+text, took = "x" * int(sys.argv[3]), []
+begun = now = time.perf_counter()
+while now < begun + float(sys.argv[2]):
+    db.execute("INSERT INTO row (text) VALUES (?)", (text,))
+    took.append(-now + (now := time.perf_counter()))
+print(json.dumps([len(took) / (now - begun), 1e3 * statistics.median(took)]))
+"""
+
+Measure = Callable[[], Load]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """A floor and ours, each measured once a round."""
+
+    name: str
+    floor: list[Load]
+    ours: list[Load]
+
+    @property
+    def rate(self) -> float:
+        """Calls per second as a share of the floor's: the median of the rounds' ratios."""
+        return statistics.median(
+            ours.calls_per_s / base.calls_per_s
+            for ours, base in zip(self.ours, self.floor, strict=True)
+        )
+
+    @property
+    def latency(self) -> float:
+        """The p50 as a multiple of the floor's, likewise."""
+        return statistics.median(
+            ours.p50_ms / base.p50_ms for ours, base in zip(self.ours, self.floor, strict=True)
+        )
+
+
+def compare(name: str, *, rounds: int, floor: Measure, ours: Measure) -> Comparison:
+    """Measure both in turns."""
+    result = Comparison(name=name, floor=[], ours=[])
+    for _ in range(rounds):
+        result.floor.append(floor())
+        result.ours.append(ours())
+    return result
+
+
+# -- the store and what is asked of it ---------------------------------------------------------
+
+
+def seed(data_dir: Path, rows: int) -> list[str]:
+    """Make a store with so many runs for a restart to recover; return some of their ids."""
+    db = open_database("", data_dir)
+    owner = claim(db, instance="default", data_dir=data_dir)
+    seeding = Seeding(runs=rows, mix=DEFAULT_MIX, input_bytes=INPUT_BYTES)
+    fill(db, owner, seeding, now=datetime.now(UTC))
+    db.close()
+    with closing(sqlite3.connect(data_dir / "runrecovery.db")) as connection:
+        ids = [row[0] for row in connection.execute("SELECT run_id FROM run")]
+    return random.Random(1).sample(ids, min(IDS, rows))  # noqa: S311 - the same in every run
+
+
+def far_page(channel: grpc.Channel, rows: int) -> str:
+    """Walk the recovered runs to the last 1,000 or so and return that page's token."""
+    stub, token, seen = recovery_grpc.RecoveryServiceStub(channel), "", 0
+    while seen + 1000 < rows:
+        request = recovery_pb.ListRecoveredRequest(page_size=1000, page_token=token)
+        page = stub.ListRecovered(request)
+        token, seen = page.next_page_token, seen + len(page.runs)
+    return token
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What all measurements share."""
+
+    top: Path
+    seconds: float
+    rounds: int
+
+    def payloads(self, name: str, payloads: list[bytes]) -> Path:
+        """Write requests down for the generator."""
+        file = self.top / f"{name}.payloads"
+        file.write_text("\n".join(payload.hex() for payload in payloads))
+        return file
+
+    def load(self, server: Server, method: str, payloads: Path, callers: int) -> Measure:
+        """Return a measurement of a server."""
+        return lambda: generate(
+            server.address, method, payloads, callers=callers, seconds=self.seconds, pid=server.pid
+        )
+
+    # -- the comparisons -----------------------------------------------------------------------
+
+    def get(self, ours: Server, ids: list[str]) -> list[Comparison]:
+        """GetRun beside a constant answer."""
+        with grpc.insecure_channel(ours.address) as channel:
+            answer = pb_grpc.RunServiceStub(channel).GetRun(pb.GetRunRequest(run_id=ids[0]))
+        payloads = self.payloads(
+            "get", [pb.GetRunRequest(run_id=run_id).SerializeToString() for run_id in ids]
+        )
+        with floor(CONSTANT_ANSWER, answer.SerializeToString().hex()) as constant:
+            return [
+                compare(
+                    f"GetRun ({answer.ByteSize()} bytes), {callers} callers",
+                    rounds=self.rounds,
+                    floor=self.load(constant, GET, payloads, callers),
+                    ours=self.load(ours, GET, payloads, callers),
+                )
+                for callers in CALLERS
+            ]
+
+    def page(self, ours: Server, rows: int) -> Comparison:
+        """The far end of ListRecovered beside its start."""
+        with grpc.insecure_channel(ours.address) as channel:
+            token = far_page(channel, rows)
+        requests = {
+            name: recovery_pb.ListRecoveredRequest(page_size=50, page_token=token)
+            for name, token in {"first": "", "far": token}.items()
+        }
+        first, far = (
+            self.load(ours, PAGE, self.payloads(name, [request.SerializeToString()]), 1)
+            for name, request in requests.items()
+        )
+        return compare(
+            f"ListRecovered, 50 from {rows:,} against the first 50",
+            rounds=self.rounds, floor=first, ours=far,
+        )  # fmt: skip
+
+    def create(self, ours: Server) -> list[Comparison]:
+        """CreateRun beside single commits."""
+        request = pb.CreateRunRequest(engine="demo")
+        request.input.update({"prompt": "x" * INPUT_BYTES})
+        payloads = self.payloads("create", [request.SerializeToString()])
+        return [
+            compare(
+                f"CreateRun, {callers} callers",
+                rounds=self.rounds,
+                floor=self._single_commits,
+                ours=self.load(ours, CREATE, payloads, callers),
+            )
+            for callers in CALLERS
+        ]
+
+    def _single_commits(self) -> Load:
+        command = [sys.executable, "-c", SINGLE_COMMITS, self.top / "raw.db", str(self.seconds)]
+        answer = subprocess.run([*command, str(INPUT_BYTES)], check=True, stdout=subprocess.PIPE)
+        rate, p50_ms = (float(text) for text in answer.stdout.strip(b"[]\n").split(b","))
+        return Load(calls_per_s=rate, p50_ms=p50_ms, p99_ms=0.0, server_cpu_us=0.0)
+
+
+# -- the table ---------------------------------------------------------------------------------
+
+
+def show(comparisons: list[Comparison]) -> None:
+    """Print the table."""
+    table = Table(title="Calls, min / median / max of the rounds")
+    for heading in ("what", "", "calls/s", "p50 ms", "server CPU µs", "rate", "p50"):
+        table.add_column(heading, justify="left" if heading in {"what", ""} else "right")
+    for one in comparisons:
+        table.add_row(one.name, "floor", *_columns(one.floor))
+        ratios = (f"{one.rate:.2f} x", f"{one.latency:.2f} x")
+        table.add_row("", "ours", *_columns(one.ours), *ratios, end_section=True)
+    Console(width=130).print(table)
+
+
+def _columns(loads: list[Load]) -> tuple[str, str, str]:
+    cpu_us = statistics.median(load.server_cpu_us for load in loads)
+    return (
+        _spread([load.calls_per_s for load in loads], "{:,.0f}"),
+        _spread([load.p50_ms for load in loads], "{:.2f}"),
+        f"{cpu_us:.0f}" if cpu_us else "",
+    )
+
+
+def _spread(values: list[float], form: str) -> str:
+    shown = (min(values), statistics.median(values), max(values))
+    return " / ".join(form.format(value) for value in shown)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--only", choices=("get", "page", "create"))
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="runrecovery-bench-") as top:
+        bench = Bench(Path(top), args.seconds, args.rounds)
+        data_dir = Path(top, "data")
+        data_dir.mkdir(mode=0o700)
+        ids = seed(data_dir, args.rows)
+        comparisons: list[Comparison] = []
+        with service(data_dir, until="service.serving") as ours:
+            if args.only in {None, "get"}:
+                comparisons += bench.get(ours, ids)
+            if args.only in {None, "page"}:
+                comparisons.append(bench.page(ours, args.rows))
+            if args.only in {None, "create"}:
+                comparisons += bench.create(ours)
+    show(comparisons)
+
+
+if __name__ == "__main__":
+    main()

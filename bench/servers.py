@@ -1,0 +1,93 @@
+"""Servers that live as long as a `with` block: the service itself, and the floors beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+STOP_S: Final = 15.0
+
+# One agent that does nothing holds the only slot, so that runs which are created stay queued.
+CONFIG: Final = """\
+max_concurrent = 1
+max_queued = 10000000
+cancel_grace_s = 0.2
+
+[engines.demo]
+command = ["/bin/sleep", "3600"]
+profile = "resumable"
+"""
+
+_WITHOUT: Final = (
+    "import sys; sys.modules.update(dict.fromkeys(({names}))); "
+    "from runrecovery_service.cli import main; main()"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server that answers at `address`."""
+
+    address: str
+    pid: int
+
+
+def service_command(*, hidden: Sequence[str] = ()) -> list[str]:
+    """Return the command of the service. `hidden`: modules that it shall not find."""
+    if not hidden:
+        return [sys.executable, "-m", "runrecovery_service"]
+    names = "".join(f"{name!r}, " for name in hidden)
+    return [sys.executable, "-c", _WITHOUT.format(names=names)]
+
+
+@contextmanager
+def service(data_dir: Path, *, hidden: Sequence[str] = (), until: str) -> Iterator[Server]:
+    """Run the service on a store in `data_dir`, from the event `until` in its log on."""
+    config = data_dir / "bench.toml"
+    config.write_text(CONFIG)
+    command = [
+        *service_command(hidden=hidden), "serve", "--config", str(config), "--data-dir",
+        str(data_dir), "--listen", "127.0.0.1:0", "--log-format", "json",
+    ]  # fmt: skip
+    with _process(command, stream="stderr") as popen:
+        address = ""
+        for line in popen.stderr or ():
+            event = json.loads(line)
+            address = event.get("address", address)
+            if event["event"] == until:
+                break
+        else:
+            raise ChildProcessError(f"the service ended before {until}")
+        yield Server(address, popen.pid)
+
+
+@contextmanager
+def floor(script: str, *arguments: str) -> Iterator[Server]:
+    """Run a Python program that prints its address once it answers there."""
+    with _process([sys.executable, "-c", script, *arguments], stream="stdout") as popen:
+        line = popen.stdout.readline() if popen.stdout else b""
+        if not line:
+            raise ChildProcessError("the floor did not start")
+        yield Server(line.decode().strip(), popen.pid)
+
+
+@contextmanager
+def _process(command: Sequence[str], *, stream: str) -> Iterator[subprocess.Popen[bytes]]:
+    to: Mapping[str, int] = {stream: subprocess.PIPE}
+    popen = subprocess.Popen(command, env=os.environ | {"PYTHONUNBUFFERED": "1"}, **to)  # type: ignore[call-overload] # of a mapping it knows nothing
+    try:
+        yield popen
+    finally:
+        popen.terminate()
+        try:
+            popen.communicate(timeout=STOP_S)
+        except subprocess.TimeoutExpired:
+            popen.kill()
+            popen.communicate()

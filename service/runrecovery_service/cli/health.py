@@ -1,0 +1,38 @@
+"""`runrecovery health`: a probe for scripts and containers."""
+
+from __future__ import annotations
+
+import json
+
+import click
+from runrecovery import ServingStatus
+
+from runrecovery_service.cli.connection import Service, with_service
+from runrecovery_service.cli.exit_codes import ExitCode
+
+
+@click.command()
+@with_service
+@click.option(
+    "--service",
+    "name",
+    default="",
+    metavar="NAME",
+    help="A health name, for example liveness; otherwise the service as a whole.",
+)
+@click.option(
+    "--wait",
+    "wait_s",
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    help="Wait so long for SERVING, also for a service that is not there yet.",
+)
+def health(service: Service, name: str, wait_s: float | None) -> ExitCode:
+    """Ask whether the service is SERVING; the exit code is 0 only then."""
+    if wait_s is None:
+        status = service.client.health.check(name)
+    else:
+        service.client.wait_until_ready(timeout_s=wait_s, service=name)
+        status = ServingStatus.SERVING
+    click.echo(json.dumps({"service": name, "status": status}) if service.as_json else status)
+    return ExitCode.OK if status is ServingStatus.SERVING else ExitCode.UNAVAILABLE

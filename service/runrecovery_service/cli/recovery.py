@@ -1,0 +1,261 @@
+"""`runrecovery recovery`: everything that RecoveryService offers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from time import sleep
+from typing import Final, TypeAlias
+
+import click
+from runrecovery.v1 import recovery_pb2, recovery_service_pb2, run_pb2
+
+from runrecovery_service.cli import parameters
+from runrecovery_service.cli.connection import Service, with_service
+from runrecovery_service.cli.exit_codes import ExitCode
+from runrecovery_service.cli.failure import Failure
+from runrecovery_service.cli.printing import Columns, facts, safe, time, word
+
+Status: TypeAlias = recovery_service_pb2.GetRecoveryStatusResponse
+
+_STATE: Final = "RECOVERY_STATE_"
+_AT_WORK: Final = frozenset(
+    {recovery_pb2.SERVICE_STATE_RECOVERING, recovery_pb2.SERVICE_STATE_RECOVERY_FAILED}
+)
+_LOOK_EVERY_S: Final = 0.2
+
+RECOVERED_COLUMNS: Final[Columns[run_pb2.Run]] = (
+    ("RUN ID", lambda run: run.run_id),
+    ("STATUS", lambda run: word(run, "status")),
+    ("RECOVERY", lambda run: word(run.recovery, "recovery_state")),
+    ("DECIDED BY", lambda run: run.recovery.recovery_reason),
+    ("BEFORE", lambda run: word(run.recovery, "status_before")),
+    ("ERROR", lambda run: run.recovery.error_code or "-"),
+    ("RECOVERED", lambda run: time(run.recovery.recovered_at)),
+)
+
+HISTORY_COLUMNS: Final[Columns[run_pb2.RecoveryInfo]] = (
+    ("RECOVERED", lambda info: time(info.recovered_at)),
+    ("RECOVERY", lambda info: word(info, "recovery_state")),
+    ("DECIDED BY", lambda info: info.recovery_reason),
+    ("BEFORE", lambda info: word(info, "status_before")),
+    ("AFTER", lambda info: word(info, "status_after")),
+    ("ERROR", lambda info: info.error_code or "-"),
+    ("REPORT", lambda info: info.reconciliation_id),
+)
+
+REPORT_COLUMNS: Final[Columns[recovery_pb2.Reconciliation]] = (
+    ("REPORT", lambda report: report.reconciliation_id),
+    ("STATE", lambda report: word(report, "state")),
+    ("INSTANCE", lambda report: report.instance),
+    ("EPOCH", lambda report: str(report.epoch)),
+    ("RUNS", lambda report: str(report.runs_scanned)),
+    ("STARTED", lambda report: time(report.started_at)),
+)
+
+
+@click.group()
+def recovery() -> None:
+    """Show what restarts decided, and why."""
+
+
+@recovery.command()
+@with_service
+@click.option("--watch", is_flag=True, help="Go on until the service has recovered.")
+def status(service: Service, *, watch: bool) -> ExitCode:
+    """Show what the service is doing and how far its recovery is."""
+    if not watch:
+        service.show(service.client.recovery.status(), describe_status)
+        return ExitCode.OK
+    last = _watch(service)
+    serving = last.state == recovery_pb2.SERVICE_STATE_SERVING
+    return ExitCode.OK if serving else ExitCode.UNAVAILABLE
+
+
+def _watch(service: Service) -> Status:
+    """Show every change until nothing is at work any more; return the last answer."""
+    progress = _changes(service) if service.as_json or not sys.stdout.isatty() else _bar()
+    with progress as show:
+        while True:
+            answer = service.client.recovery.status()
+            show(answer)
+            if answer.state not in _AT_WORK:
+                break
+            sleep(_LOOK_EVERY_S)
+    if not service.as_json:
+        click.echo(describe_status(answer))
+    return answer
+
+
+@contextmanager
+def _changes(service: Service) -> Iterator[Callable[[Status], None]]:
+    """One line whenever something is new."""
+    shown: set[bytes] = set()
+
+    def show(answer: Status) -> None:
+        seen = answer.SerializeToString(deterministic=True)
+        if seen not in shown:
+            shown.clear()
+            shown.add(seen)
+            service.show(answer, progress_line)
+
+    yield show
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[Status], None]]:
+    """One living line on a terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, transient=True) as bar:
+        task = bar.add_task("", total=None)
+
+        def show(answer: Status) -> None:
+            report = answer.reconciliation
+            bar.update(
+                task,
+                description=f"{word(answer, 'state')} {_phase(report)}",
+                completed=report.runs_scanned,
+                total=report.runs_total or None,
+            )
+
+        yield show
+
+
+@recovery.command(name="list")
+@with_service
+@click.option(
+    "--state",
+    "states",
+    multiple=True,
+    type=click.Choice(parameters.choices(run_pb2.RecoveryState.keys(), _STATE)),
+    help="Only this recovery state; may be repeated.",
+)
+@click.option("--reason", metavar="RULE", help="Only runs that this rule decided.")
+@click.option("--engine", metavar="NAME", help="Only runs of this engine.")
+@click.option("--report", metavar="ID", help="Only runs whose latest decision is in this report.")
+@click.option("--after", callback=parameters.time, metavar="TIME", help="Decided at or after it.")
+@click.option("--before", callback=parameters.time, metavar="TIME", help="Decided before it.")
+@click.option("--limit", type=click.IntRange(min=0), default=50, show_default=True, help="0: all.")
+def list_recovered(
+    service: Service,
+    states: tuple[str, ...],
+    reason: str | None,
+    engine: str | None,
+    report: str | None,
+    after: datetime | None,
+    before: datetime | None,
+    limit: int,
+) -> None:
+    """List the runs that a restart decided for, newest decision first.
+
+    TIME is ISO 8601, in UTC unless it says otherwise.
+    """
+    rows = service.client.recovery.recovered(
+        recovery_states=[run_pb2.RecoveryState.Value(_STATE + state.upper()) for state in states],
+        recovery_reason=reason,
+        engine=engine,
+        reconciliation_id=report,
+        recovered_after=after,
+        recovered_before=before,
+    )
+    service.show_rows(rows, RECOVERED_COLUMNS, limit=limit)
+
+
+@recovery.command()
+@with_service
+@click.argument("run_id")
+def info(service: Service, run_id: str) -> None:
+    """Show every decision about one run, newest first."""
+    service.show_rows(iter(service.client.recovery.info(run_id).history), HISTORY_COLUMNS)
+
+
+@recovery.command()
+@with_service
+@click.option("--limit", type=click.IntRange(min=0), default=50, show_default=True, help="0: all.")
+def reports(service: Service, limit: int) -> None:
+    """List the reports of all restarts, newest first."""
+    service.show_rows(service.client.recovery.reconciliations(), REPORT_COLUMNS, limit=limit)
+
+
+@recovery.command()
+@with_service
+@click.argument("report", default="latest")
+def show(service: Service, report: str) -> None:
+    """Show the report of one restart: its id, or `latest` (the default)."""
+    if report != "latest":
+        service.show(service.client.recovery.reconciliation(report), describe_report)
+        return
+    latest = next(service.client.recovery.reconciliations(page_size=1), None)
+    if latest is None:
+        raise Failure("there is no report yet", code=ExitCode.NOT_FOUND)
+    service.show(latest, describe_report)
+
+
+def describe_status(answer: Status) -> str:
+    """Return the state of the service for people, with the report of this start."""
+    own = facts(
+        ("service", word(answer, "state")),
+        ("instance", f"{answer.instance}, epoch {answer.epoch}"),
+    )
+    if not answer.HasField("reconciliation"):
+        return own
+    return f"{own}\n\n{describe_report(answer.reconciliation)}"
+
+
+def progress_line(answer: Status) -> str:
+    """Return how far the recovery is, in one line."""
+    report = answer.reconciliation
+    done = f"{report.runs_scanned} of {report.runs_total} runs"
+    return " ".join(part for part in (word(answer, "state"), _phase(report), done) if part)
+
+
+def describe_report(report: recovery_pb2.Reconciliation) -> str:
+    """Return the report of one restart for people."""
+    orphans, cleared = report.orphans, report.bindings
+    processes = (
+        f"{orphans.found} found, {orphans.ended} ended, {orphans.already_gone} gone,"
+        f" {orphans.refused} refused"
+    )
+    freed = (
+        f"{cleared.sessions} sessions, {cleared.pending_interactions} questions,"
+        f" {cleared.slots} slots"
+    )
+    summary = facts(
+        ("report", report.reconciliation_id),
+        ("state", word(report, "state") + (" (safe mode)" if report.safe_mode else "")),
+        ("error", report.error),
+        ("instance", f"{report.instance}, epoch {report.epoch}"),
+        ("started", time(report.started_at)),
+        ("finished", time(report.finished_at)),
+        (
+            "runs",
+            f"{report.runs_scanned} of {report.runs_total}, {report.runs_unchanged} unchanged",
+        ),
+        ("quarantined", report.quarantined),
+        ("orphans", processes),
+        ("cleared", freed),
+    )
+    return "\n".join((summary, *_decisions(report), *_phases(report), *_warnings(report)))
+
+
+def _decisions(report: recovery_pb2.Reconciliation) -> Iterator[str]:
+    for made in report.decisions:
+        yield f"  {made.count:>8} x {made.rule} → {word(made, 'recovery_state')}"
+
+
+def _phases(report: recovery_pb2.Reconciliation) -> Iterator[str]:
+    for phase in report.phases:
+        yield f"  {phase.duration.ToTimedelta().total_seconds():>8.3f} s {phase.name}"
+
+
+def _warnings(report: recovery_pb2.Reconciliation) -> Iterator[str]:
+    for warning in report.warnings:
+        yield f"warning: {safe(warning)}"
+
+
+def _phase(report: recovery_pb2.Reconciliation) -> str:
+    return report.phases[-1].name if report.phases else ""

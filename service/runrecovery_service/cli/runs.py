@@ -1,0 +1,251 @@
+"""`runrecovery runs`: everything that RunService offers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any, Final
+
+import click
+from google.protobuf import json_format
+from runrecovery import JsonValue
+from runrecovery.v1 import run_pb2, run_service_pb2
+
+from runrecovery_service.cli import parameters
+from runrecovery_service.cli.connection import Service, with_service
+from runrecovery_service.cli.exit_codes import ExitCode
+from runrecovery_service.cli.failure import Failure
+from runrecovery_service.cli.printing import Columns, facts, json_line, time, word
+
+_STATUS: Final = "RUN_STATUS_"
+_POLICY: Final = "RESTART_POLICY_"
+_DID_NOT_SUCCEED: Final = frozenset({run_pb2.RUN_STATUS_FAILED, run_pb2.RUN_STATUS_CANCELED})
+
+
+def _response(asked: run_pb2.Interaction) -> str:
+    return _json(asked.response) if asked.HasField("response") else "-"
+
+
+def _json(message: Any) -> str:  # a Struct or a Value; the stubs of json_format take any message
+    return json.dumps(json_format.MessageToDict(message), ensure_ascii=False)
+
+
+RUN_COLUMNS: Final[Columns[run_pb2.Run]] = (
+    ("RUN ID", lambda run: run.run_id),
+    ("STATUS", lambda run: word(run, "status")),
+    ("ENGINE", lambda run: run.engine),
+    ("ATTEMPT", lambda run: str(run.attempt)),
+    ("RECOVERY", lambda run: word(run.recovery, "recovery_state")),
+    ("CREATED", lambda run: time(run.created_at)),
+)
+
+INTERACTION_COLUMNS: Final[Columns[run_pb2.Interaction]] = (
+    ("ID", lambda asked: str(asked.interaction_id)),
+    ("KIND", lambda asked: word(asked, "kind")),
+    ("PROMPT", lambda asked: asked.prompt),
+    ("RESPONSE", _response),
+    ("ASKED", lambda asked: time(asked.asked_at)),
+    ("REPLIED", lambda asked: time(asked.replied_at)),
+)
+
+
+@click.group()
+def runs() -> None:
+    """Create, show, answer and cancel runs."""
+
+
+@runs.command()
+@with_service
+@click.argument("engine")
+@click.option(
+    "--input",
+    "given",
+    callback=parameters.json_object,
+    metavar="JSON|@FILE|-",
+    help="A JSON object for the engine.",
+)
+@click.option(
+    "--label",
+    "labels",
+    multiple=True,
+    callback=parameters.labels,
+    metavar="KEY=VALUE",
+    help="A label of your own; may be repeated.",
+)
+@click.option("--run-id", metavar="ID", help="An id of your own instead of a new one.")
+@click.option(
+    "--restart-policy",
+    type=click.Choice(parameters.choices(run_pb2.RestartPolicy.keys(), _POLICY)),
+    help="What a restart does with the run while it is QUEUED or RUNNING.",
+)
+@click.option("--wait", is_flag=True, help="Return once the run has ended or asks its user.")
+def create(
+    service: Service,
+    engine: str,
+    given: Mapping[str, JsonValue] | None,
+    labels: Mapping[str, str],
+    run_id: str | None,
+    restart_policy: str | None,
+    *,
+    wait: bool,
+) -> ExitCode:
+    """Record a run of ENGINE and queue it."""
+    policy = run_pb2.RestartPolicy.Value(_POLICY + (restart_policy or "unspecified").upper())
+    try:
+        run = service.client.runs.create(
+            engine=engine, input=given, labels=labels, run_id=run_id, restart_policy=policy
+        )
+    except ValueError as error:  # a number that a message cannot hold
+        raise click.BadParameter(str(error), param_hint="--input") from error
+    if wait:
+        click.echo(f"waiting for run {run.run_id}", err=True)
+        run = service.client.wait_for_run(run.run_id, timeout_s=None, or_waiting=True)
+    service.show(run, describe)
+    return ExitCode.FAILED if run.status in _DID_NOT_SUCCEED else ExitCode.OK
+
+
+@runs.command()
+@with_service
+@click.argument("run_id")
+def get(service: Service, run_id: str) -> None:
+    """Show one run with its recovery fields."""
+    service.show(service.client.runs.get(run_id), describe)
+
+
+@runs.command(name="list")
+@with_service
+@click.option(
+    "--status",
+    "statuses",
+    multiple=True,
+    type=click.Choice(parameters.choices(run_pb2.RunStatus.keys(), _STATUS)),
+    help="Only this status; may be repeated.",
+)
+@click.option("--engine", metavar="NAME", help="Only runs of this engine.")
+@click.option("--limit", type=click.IntRange(min=0), default=50, show_default=True, help="0: all.")
+def list_runs(service: Service, statuses: tuple[str, ...], engine: str | None, limit: int) -> None:
+    """List runs, newest first."""
+    wanted = [run_pb2.RunStatus.Value(_STATUS + status.upper()) for status in statuses]
+    rows = service.client.runs.list(statuses=wanted, engine=engine)
+    service.show_rows(rows, RUN_COLUMNS, limit=limit)
+
+
+@runs.command()
+@with_service
+@click.argument("run_id")
+@click.argument("value", required=False)
+@click.option("--json-value", metavar="JSON", help="The answer as JSON instead of a plain string.")
+@click.option(
+    "--interaction",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="The question that is answered; otherwise the one that is open now.",
+)
+def reply(
+    service: Service,
+    run_id: str,
+    value: str | None,
+    json_value: str | None,
+    interaction: int | None,
+) -> None:
+    """Answer the question of a waiting run with the string VALUE."""
+    answer = _answer(value, json_value)
+    asked = interaction or _open_question(service, run_id)
+    try:
+        run = service.client.runs.reply(run_id, asked, answer)
+    except ValueError as error:  # a number that a message cannot hold
+        raise click.BadParameter(str(error), param_hint="--json-value") from error
+    service.show(run, describe)
+
+
+def _answer(value: str | None, json_value: str | None) -> JsonValue:
+    if (value is None) == (json_value is None):
+        raise click.UsageError("Give the answer as VALUE or by --json-value.")
+    if json_value is None:
+        return value
+    try:
+        answer: JsonValue = json.loads(json_value)
+    except ValueError as error:
+        raise click.BadParameter(f"not JSON: {error}", param_hint="--json-value") from error
+    return answer
+
+
+def _open_question(service: Service, run_id: str) -> int:
+    run = service.client.runs.get(run_id)
+    if not run.HasField("pending_interaction"):
+        raise Failure(
+            f"run {run_id} is {word(run, 'status')} and has no open question",
+            code=ExitCode.REFUSED,
+        )
+    return run.pending_interaction.interaction_id
+
+
+@runs.command()
+@with_service
+@click.argument("run_id")
+def cancel(service: Service, run_id: str) -> None:
+    """Ask for the end of a run; a live process is ended first."""
+    service.show(service.client.runs.cancel(run_id), describe)
+
+
+@runs.command()
+@with_service
+@click.argument("run_id")
+def interactions(service: Service, run_id: str) -> None:
+    """List the questions of a run and their answers, oldest first."""
+    service.show_rows(service.client.runs.interactions(run_id), INTERACTION_COLUMNS)
+
+
+@runs.command()
+@with_service
+@click.argument("run_id")
+@click.option("--stderr", is_flag=True, help="Standard error instead of standard output.")
+@click.option(
+    "--attempt", type=click.IntRange(min=1), metavar="N", help="Otherwise the latest attempt."
+)
+@click.option("--follow", is_flag=True, help="Go on until the run has ended.")
+def output(
+    service: Service, run_id: str, attempt: int | None, *, stderr: bool, follow: bool
+) -> None:
+    """Write what the processes of a run wrote, byte for byte."""
+    channel = run_service_pb2.OUTPUT_CHANNEL_STDOUT
+    pieces = service.client.runs.output(
+        run_id,
+        attempt=attempt or 0,
+        channel=run_service_pb2.OUTPUT_CHANNEL_STDERR if stderr else channel,
+        follow=follow,
+        # A follower outlives a restart of the service; a reader of what is there need not.
+        reconnect_s=60.0 if follow else service.timeout_s,
+    )
+    sink = sys.stdout.buffer
+    for piece in pieces:
+        sink.write(json_line(piece).encode() + b"\n" if service.as_json else piece.data)
+        sink.flush()
+        if piece.truncated:
+            click.echo("(the process wrote more than is kept)", err=True)
+
+
+def describe(run: run_pb2.Run) -> str:
+    """Return a run for people, a fact a line."""
+    pending, decided = run.pending_interaction, run.recovery
+    offered = ", ".join(option.label for option in pending.options)
+    return facts(
+        ("run", run.run_id),
+        ("status", word(run, "status") + (" (cancel requested)" if run.cancel_requested else "")),
+        ("engine", f"{run.engine} ({word(run.interactive_profile, 'kind')})"),
+        ("labels", " ".join(f"{key}={run.labels[key]}" for key in sorted(run.labels))),
+        ("attempt", run.attempt),
+        ("restart policy", word(run, "restart_policy")),
+        ("question", f"#{pending.interaction_id} {pending.prompt}" if pending.prompt else ""),
+        ("options", offered),
+        ("error", f"{run.error.code}: {run.error.message}" if run.error.code else ""),
+        ("output", _json(run.output) if run.HasField("output") else ""),
+        ("recovery", word(decided, "recovery_state")),
+        ("decided by", decided.recovery_reason),
+        ("recovered", time(decided.recovered_at) if decided.HasField("recovered_at") else ""),
+        ("report", decided.reconciliation_id),
+        ("created", time(run.created_at)),
+        ("updated", time(run.updated_at)),
+        ("ended", time(run.ended_at) if run.HasField("ended_at") else ""),
+    )

@@ -1,0 +1,51 @@
+"""Real databases: every test that takes `database` runs on SQLite and on PostgreSQL."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from runrecovery_service.storage.database import Database, open_database
+
+from bench.postgres import ScratchPostgres, scratch_postgres
+
+_NAMES = itertools.count(1)
+_TEMPLATE = "migrated"
+
+
+@pytest.fixture(scope="session")
+def _postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScratchPostgres]:
+    """A server of this worker, started by the first test that needs it."""
+    with scratch_postgres() as server:
+        # Durability is PostgreSQL's own; without it the tests need a fraction of the time.
+        server.set_up(fsync="off", full_page_writes="off")
+        open_database(server.create(_TEMPLATE), tmp_path_factory.mktemp("template")).close()
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def new_database_url(request: pytest.FixtureRequest) -> Iterator[Callable[[], str]]:
+    """Make stores; the URL of a SQLite one is empty: it lies in the data directory."""
+    if request.param == "sqlite":
+        yield lambda: ""
+        return
+    server: ScratchPostgres = request.getfixturevalue("_postgres")
+    made: list[str] = []
+
+    def make() -> str:
+        made.append(f"test{next(_NAMES)}")
+        return server.create(made[-1], template=_TEMPLATE)
+
+    yield make
+    for name in made:
+        server.drop(name)
+
+
+@pytest.fixture
+def database(new_database_url: Callable[[], str], tmp_path: Path) -> Iterator[Database]:
+    """An open, empty store."""
+    db = open_database(new_database_url(), tmp_path)
+    yield db
+    db.close()

@@ -1,0 +1,381 @@
+"""The whole server with stand-ins behind it: binding, sizes, output, what a hang-up leaves."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, cast
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2, status_pb2
+from runrecovery.v1 import recovery_service_pb2 as recovery_pb
+from runrecovery.v1 import run_pb2
+from runrecovery.v1 import run_service_pb2 as pb
+from runrecovery.v1.recovery_service_pb2_grpc import RecoveryServiceStub
+from runrecovery.v1.run_service_pb2_grpc import RunServiceStub
+from runrecovery_service.domain import run as domain
+from runrecovery_service.domain.run import NewRun, Run, RunStatus
+from runrecovery_service.engines.catalog import Catalog, Engine
+from runrecovery_service.execution.output import OutputChannel, OutputFiles
+from runrecovery_service.rpc.gate import Gate
+from runrecovery_service.rpc.recovery_service import RecoveryRooms
+from runrecovery_service.rpc.run_service import PIECE_BYTES, RunLimits, RunRooms
+from runrecovery_service.rpc.server import ListenFailed, ServerLimits, build_server
+from runrecovery_service.storage.instances import Owner
+
+AT = datetime(2026, 11, 24, tzinfo=UTC)
+OWNER = Owner("here", 3)
+MAX_OUTPUT_BYTES = 200_000
+STDOUT = OutputChannel.STDOUT
+
+
+def run(**changes: Any) -> Run:
+    made = Run(
+        key=5,
+        run_id="r1",
+        engine="demo",
+        labels={},
+        status=RunStatus.RUNNING,
+        profile=domain.Profile.RESUMABLE,
+        restart_policy=domain.RestartPolicy.FAIL,
+        max_attempts=1,
+        input={},
+        output=None,
+        error=None,
+        pending=None,
+        session=None,
+        interaction_count=0,
+        attempt=1,
+        turn=1,
+        cancel_requested=False,
+        recovery=None,
+        owner="here",
+        owner_epoch=3,
+        version=2,
+        created_at=AT,
+        started_at=None,
+        updated_at=AT,
+        ended_at=None,
+    )
+    return replace(made, **changes)
+
+
+@dataclass
+class FakeStorage:
+    """Knows one run. A write waits for `commit` and gives the run back."""
+
+    run: Run = field(default_factory=run)
+    writes: list[tuple[Any, ...]] = field(default_factory=list)
+    began: asyncio.Event = field(default_factory=asyncio.Event)
+    commit: asyncio.Event = field(default_factory=asyncio.Event)
+    looks: int = 0
+    looked: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def point(self, *_: Any) -> Run:
+        self.looks += 1
+        self.looked.set()
+        return self.run
+
+    async def write(self, *arguments: Any, **keywords: Any) -> Run:
+        self.writes.append((*arguments, keywords))
+        self.began.set()
+        await self.commit.wait()
+        return self.run
+
+
+@dataclass
+class FakeDispatcher:
+    told: list[Run] = field(default_factory=list)
+    called: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def changed(self, changed: Run) -> None:
+        self.told.append(changed)
+        self.called.set()
+
+
+@dataclass
+class House:
+    """A server with its stand-ins."""
+
+    gate: Gate
+    storage: FakeStorage
+    dispatcher: FakeDispatcher
+    output: OutputFiles
+    runs: Any
+    recovery: Any
+    address: str
+
+    def write(self, data: bytes, *, attempt: int = 1) -> None:
+        self.output.prepare(5, attempt)
+        self.output.append(5, attempt, STDOUT, data)
+
+
+def engine() -> Engine:
+    return Engine(
+        name="demo",
+        command=("demo",),
+        profile=domain.Profile.RESUMABLE,
+        env_allow=(),
+        max_concurrent=None,
+        session_file=None,
+    )
+
+
+def rooms(house: tuple[FakeStorage, FakeDispatcher, OutputFiles]) -> tuple[RunRooms, RecoveryRooms]:
+    storage, dispatcher, output = house
+    return (
+        RunRooms(
+            storage=cast("Any", storage),
+            owner=OWNER,
+            catalog=Catalog([engine()]),
+            dispatcher=cast("Any", dispatcher),
+            output=output,
+            limits=RunLimits(max_queued=7, max_attempts=2),
+            now=lambda: AT,
+        ),
+        RecoveryRooms(storage=cast("Any", storage), owner=OWNER, current_report=lambda: None),
+    )
+
+
+@pytest.fixture
+async def house(tmp_path: Path) -> AsyncIterator[House]:
+    gate, storage, dispatcher = Gate(), FakeStorage(), FakeDispatcher()
+    output = OutputFiles(tmp_path, max_bytes=MAX_OUTPUT_BYTES)
+    run_rooms, recovery_rooms = rooms((storage, dispatcher, output))
+    server = build_server(
+        gate,
+        run_rooms=run_rooms,
+        recovery_rooms=recovery_rooms,
+        limits=ServerLimits(max_concurrent_calls=10, max_request_bytes=100_000),
+    )
+    port = await server.bind("127.0.0.1:0")
+    gate.open()
+    address = f"127.0.0.1:{port}"
+    async with grpc.aio.insecure_channel(address) as channel:
+        yield House(
+            gate=gate,
+            storage=storage,
+            dispatcher=dispatcher,
+            output=output,
+            runs=RunServiceStub(channel),
+            recovery=RecoveryServiceStub(channel),
+            address=address,
+        )
+    storage.commit.set()
+    await server.stop(grace_s=0)
+
+
+def reason(error: grpc.aio.AioRpcError) -> str:
+    packed = dict(error.trailing_metadata())["grpc-status-details-bin"]
+    assert isinstance(packed, bytes)
+    info = error_details_pb2.ErrorInfo()
+    status_pb2.Status.FromString(packed).details[0].Unpack(info)
+    return str(info.reason)
+
+
+# -- the server --------------------------------------------------------------------------------
+
+
+async def test_taken_port_is_refused(house: House, tmp_path: Path) -> None:
+    run_rooms, recovery_rooms = rooms(
+        (house.storage, house.dispatcher, OutputFiles(tmp_path, max_bytes=1))
+    )
+    second = build_server(
+        Gate(),
+        run_rooms=run_rooms,
+        recovery_rooms=recovery_rooms,
+        limits=ServerLimits(max_concurrent_calls=1, max_request_bytes=1000),
+    )
+
+    with pytest.raises(ListenFailed, match=house.address):
+        await second.bind(house.address)
+    await second.stop(grace_s=0)
+
+
+async def test_request_over_the_limit_is_refused_by_grpc_itself(house: House) -> None:
+    request = pb.CreateRunRequest(engine="demo")
+    request.input["text"] = "x" * 100_001
+
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await house.runs.CreateRun(request)
+
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "larger than max" in str(caught.value.details())
+
+
+async def test_status_tells_the_state_and_who_answers(house: House) -> None:
+    answer = await house.recovery.GetRecoveryStatus(recovery_pb.GetRecoveryStatusRequest())
+
+    assert answer == recovery_pb.GetRecoveryStatusResponse(
+        state=3,  # type: ignore[arg-type]
+        instance="here",
+        epoch=3,
+    )
+
+
+async def test_largest_refusal_arrives_whole(house: House) -> None:
+    labels = {"É" * 200 + str(n): "x" * 300 for n in range(50)}
+
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await house.runs.CreateRun(pb.CreateRunRequest(engine="e" * 300, labels=labels))
+
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert reason(caught.value) == "INVALID_FIELD"
+
+
+# -- mutations ---------------------------------------------------------------------------------
+
+
+async def test_create_records_what_was_asked_and_tells_the_dispatcher(house: House) -> None:
+    house.storage.commit.set()
+    request = pb.CreateRunRequest(
+        engine="demo",
+        labels={"a": "b"},
+        restart_policy=run_pb2.RESTART_POLICY_REQUEUE,
+        run_id="mine",
+        request_id="0192F0C1-aaaa-4bbb-8ccc-0123456789ab",
+    )
+    request.input["n"] = 1
+
+    await house.runs.CreateRun(request)
+
+    ((_, new, keywords),) = house.storage.writes
+    assert new == NewRun(
+        run_id="mine",
+        engine="demo",
+        labels={"a": "b"},
+        profile=domain.Profile.RESUMABLE,
+        restart_policy=domain.RestartPolicy.REQUEUE,
+        max_attempts=2,
+        input={"n": 1},
+    )
+    assert (keywords["owner"], keywords["max_queued"], keywords["now"]) == (OWNER, 7, AT)
+    assert keywords["receipt"].request_id == "0192f0c1-aaaa-4bbb-8ccc-0123456789ab"
+    assert house.dispatcher.told == [house.storage.run]
+
+
+async def test_unknown_engine_is_refused_with_the_known_ones(house: House) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await house.runs.CreateRun(pb.CreateRunRequest(engine="nobody"))
+
+    assert reason(caught.value) == "UNKNOWN_ENGINE"
+    assert house.storage.writes == []
+
+
+async def test_commit_reaches_the_dispatcher_though_its_caller_hung_up(house: House) -> None:
+    call = house.runs.CancelRun(pb.CancelRunRequest(run_id="r1"))
+    await house.storage.began.wait()
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    # A round trip on the same connection: the server has met the cancel by now.
+    await house.runs.GetRun(pb.GetRunRequest(run_id="r1"))
+    house.storage.commit.set()
+
+    await asyncio.wait_for(house.dispatcher.called.wait(), 10)
+    assert house.dispatcher.told == [house.storage.run]
+
+
+# -- output ------------------------------------------------------------------------------------
+
+
+async def output(house: House, **asked: Any) -> list[pb.StreamOutputResponse]:
+    request = pb.StreamOutputRequest(run_id="r1", **asked)
+    return [piece async for piece in house.runs.StreamOutput(request)]
+
+
+async def test_output_comes_in_pieces_with_their_places(house: House) -> None:
+    data = bytes(range(256)) * 300
+    house.write(data)
+
+    pieces = await output(house, offset=10)
+
+    assert b"".join(piece.data for piece in pieces) == data[10:]
+    assert [piece.offset for piece in pieces] == [10, 10 + PIECE_BYTES]
+    assert {piece.attempt for piece in pieces} == {1}
+
+
+async def test_only_the_last_piece_says_that_more_was_written_than_kept(house: House) -> None:
+    house.write(b"x" * (MAX_OUTPUT_BYTES + 1))
+
+    pieces = await output(house, follow=True)
+
+    assert sum(len(piece.data) for piece in pieces) == MAX_OUTPUT_BYTES
+    assert [piece.truncated for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+
+
+@pytest.mark.parametrize("attempt", [0, 1])
+async def test_run_that_wrote_nothing_has_no_output(attempt: int, house: House) -> None:
+    house.storage.run = run(attempt=attempt)
+
+    assert await output(house) == []
+
+
+async def test_earlier_attempt_can_be_read_and_is_not_followed(house: House) -> None:
+    house.storage.run = run(attempt=2)
+    house.write(b"first", attempt=1)
+    house.write(b"second", attempt=2)
+
+    assert [p.data for p in await output(house, attempt=1, follow=True)] == [b"first"]
+    assert [p.data for p in await output(house)] == [b"second"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "asked"),
+    [
+        ({}, {"attempt": 2}),
+        ({}, {"attempt": 2, "follow": True}),
+        ({}, {"offset": 5}),
+        ({"status": RunStatus.FAILED}, {"offset": 5, "follow": True}),
+        ({"status": None}, {"offset": 5, "follow": True}),
+    ],
+)
+async def test_output_that_there_is_not_is_out_of_range(
+    changes: dict[str, Any], asked: dict[str, Any], house: House
+) -> None:
+    house.storage.run = run(**changes)
+    house.write(b"four")
+
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await output(house, **asked)
+
+    assert caught.value.code() is grpc.StatusCode.OUT_OF_RANGE
+    assert reason(caught.value) == "OUTPUT_OUT_OF_RANGE"
+
+
+async def test_end_of_the_output_is_in_range(house: House) -> None:
+    house.write(b"four")
+
+    assert await output(house, offset=4) == []
+
+
+async def test_follower_sees_all_that_was_written_before_the_end(house: House) -> None:
+    house.storage.run = run(attempt=0, status=RunStatus.QUEUED)
+    following = asyncio.create_task(output(house, follow=True))
+    await house.storage.looked.wait()
+    house.write(b"one")
+    house.storage.run = run()
+    looks = house.storage.looks
+    while house.storage.looks < looks + 2:
+        house.storage.looked.clear()
+        await asyncio.wait_for(house.storage.looked.wait(), 10)
+    house.write(b"two")
+    house.storage.run = run(status=RunStatus.SUCCEEDED)
+
+    pieces = await asyncio.wait_for(following, 10)
+    assert b"".join(piece.data for piece in pieces) == b"onetwo"
+    assert [piece.offset for piece in pieces] == [0, 3]
+
+
+async def test_draining_service_sends_followers_away(house: House) -> None:
+    following = asyncio.create_task(output(house, follow=True))
+    await house.storage.looked.wait()
+    house.gate.drain()
+
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await asyncio.wait_for(following, 10)
+    assert reason(caught.value) == "SHUTTING_DOWN"

@@ -1,0 +1,254 @@
+"""A store with an owner, and short ways to bring runs where a test needs them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any, TypeVar
+
+import pytest
+from runrecovery_service.domain.run import (
+    InteractionKind,
+    NewRun,
+    Option,
+    Profile,
+    Question,
+    RestartPolicy,
+    Run,
+    Session,
+)
+from runrecovery_service.domain.turn import Asked, TurnEnd
+from runrecovery_service.storage import converge, instances, interactions, recovery, runs, turns
+from runrecovery_service.storage.converge import Scope, Tally
+from runrecovery_service.storage.database import Database, Kind
+from runrecovery_service.storage.instances import Boot, Owner
+from runrecovery_service.storage.processes import Ended, Place
+from runrecovery_service.storage.requests import Receipt
+from runrecovery_service.storage.turns import Turn
+
+T = TypeVar("T")
+
+PLACE = Place(host_id="host", boot_id="boot", pid_namespace=1)
+GONE = Ended(exit_code=0, processes_ended=0, gone=True)
+QUESTION = Question(
+    kind=InteractionKind.CONFIRM,
+    prompt="Shall I go on?",
+    options=(Option(label="Yes", value=True), Option(label="No", value={"why": None})),
+)
+TABLES = (
+    "run", "interaction", "recovery_event", "reconciliation", "quarantine", "instance",
+    "process_lease", "request_receipt",
+)  # fmt: skip
+
+
+def boot(instance: str = "default", **changes: Any) -> Boot:
+    """A start of the service on one host."""
+    start = Boot(instance=instance, boot_token="t", host_id="host", data_dir="/d", pid=7)
+    return replace(start, **changes)
+
+
+def receipt(request_id: str = "request", *, payload: bytes = b"p", method: str = "M") -> Receipt:
+    """A receipt of a request."""
+    return Receipt(request_id=request_id, method=method, fingerprint=payload)
+
+
+@dataclass
+class World:
+    """An open store, the epoch that writes, and a clock that a test moves."""
+
+    db: Database
+    owner: Owner
+    now: datetime = datetime(2026, 11, 24, 12, tzinfo=UTC)
+    count: Iterable[int] = field(default_factory=lambda: itertools.count(1))
+
+    # -- a service at work -----------------------------------------------------------------
+
+    def tick(self) -> datetime:
+        """Move the clock on by a second."""
+        self.now += timedelta(seconds=1)
+        return self.now
+
+    def create(
+        self,
+        *,
+        owner: Owner | None = None,
+        max_queued: int = 10_000,
+        with_receipt: Receipt | None = None,
+        **changes: Any,
+    ) -> Run:
+        """Create a run."""
+        new = NewRun(
+            run_id=f"run-{next(iter(self.count)):04}",
+            engine="demo",
+            labels={"team": "blue"},
+            profile=Profile.RESUMABLE,
+            restart_policy=RestartPolicy.FAIL,
+            max_attempts=1,
+            input={"prompt": "hello"},
+        )
+        return runs.create(
+            self.db,
+            replace(new, **changes),
+            owner=owner or self.owner,
+            max_queued=max_queued,
+            receipt=with_receipt,
+            now=self.tick(),
+        )
+
+    def take(self, *, busy: tuple[str, ...] = (), owner: Owner | None = None) -> Turn | None:
+        """Take the next run from the queue."""
+        return turns.take_next(
+            self.db, owner=owner or self.owner, busy_engines=busy, place=PLACE, now=self.tick()
+        )
+
+    def running(self, **changes: Any) -> Turn:
+        """A run whose process was launched."""
+        run = self.create(**changes)
+        turn = self.take()
+        assert turn is not None
+        assert turn.run.key == run.key
+        return turn
+
+    def end(self, turn: Turn, how: TurnEnd) -> Run:
+        """End a turn."""
+        return turns.end(
+            self.db,
+            turn.run.key,
+            owner=self.owner,
+            lease_key=turn.lease.key,
+            end=how,
+            ended=GONE,
+            now=self.tick(),
+        )
+
+    def keep_session(self, turn: Turn, handle: str = "secret") -> None:
+        """Record a session."""
+        session = Session(type="demo", handle=handle, turn=1)
+        turns.keep_session(
+            self.db, turn.run.key, owner=self.owner, session=session, now=self.tick()
+        )
+
+    def waiting(self, **changes: Any) -> Run:
+        """A run that waits for its user: without a process, or a sticky one with it."""
+        turn = self.running(**changes)
+        if turn.run.profile is Profile.STICKY_PROCESS:
+            return turns.ask_and_stay(
+                self.db, turn.run.key, owner=self.owner, question=QUESTION, now=self.tick()
+            )
+        self.keep_session(turn)
+        return self.end(turn, Asked(QUESTION))
+
+    def reply(self, run: Run, response: Any = True, *, no: int = 1, **named: Any) -> Run:
+        """Answer a question."""
+        given: dict[str, Any] = {"owner": self.owner, "etag": None, "receipt": None} | named
+        return interactions.reply(self.db, run.run_id, no, response, now=self.tick(), **given)
+
+    def cancel(self, run: Run, **named: Any) -> Run:
+        """Cancel a run."""
+        given: dict[str, Any] = {"owner": self.owner, "etag": None, "receipt": None} | named
+        return runs.cancel(self.db, run.run_id, now=self.tick(), **given)
+
+    def get(self, run: Run) -> Run:
+        """Read a run again."""
+        return runs.get(self.db, run.run_id)
+
+    # -- a restart -------------------------------------------------------------------------
+
+    def restart(self) -> Owner:
+        """Take the next epoch, as the next start of the service does."""
+        self.owner = instances.claim(self.db, boot(self.owner.instance), now=self.tick())
+        return self.owner
+
+    def begin(self) -> Scope:
+        """Open a report, and say what its recovery may touch."""
+        key = recovery.begin(
+            self.db,
+            self.owner,
+            reconciliation_id=f"report-{next(iter(self.count))}",
+            safe_mode=False,
+            now=self.tick(),
+        )
+        return Scope(owner=self.owner, reconciliation_key=key, now=self.tick())
+
+    def converge(self, *, rows: int = 1000, report: converge.Report | None = None) -> Tally:
+        """Converge everything, in batches."""
+        scope, tally, after = self.begin(), Tally(), 0
+        while batch := converge.next_batch(self.db, self.owner, after=after, rows=rows):
+            tally += converge.converge(
+                self.db, scope, batch, report=report or (lambda db, tally: None)
+            )
+            after = batch.last
+        return tally
+
+    def recover(self, **named: Any) -> Tally:
+        """Restart and converge."""
+        self.restart()
+        return self.converge(**named)
+
+    # -- the store as it is ------------------------------------------------------------------
+
+    def set(self, run: Run, **columns: object) -> None:
+        """Change columns of a run behind the service's back."""
+        names = ", ".join(f"{name} = ?" for name in columns)
+        with self.db.transaction():
+            self.db.execute(f"UPDATE run SET {names} WHERE id = ?", (*columns.values(), run.key))  # noqa: S608
+
+    def set_question(self, run: Run, **columns: object) -> None:
+        """Change columns of a run's questions behind the service's back."""
+        names = ", ".join(f"{name} = ?" for name in columns)
+        with self.db.transaction():
+            self.db.execute(
+                f"UPDATE interaction SET {names} WHERE run = ?",  # noqa: S608
+                (*columns.values(), run.key),
+            )
+
+    def column(self, run: Run, name: str) -> Any:
+        """Return one stored column of a run."""
+        row = self.db.fetch_one(f"SELECT {name} FROM run WHERE id = ?", (run.key,))  # noqa: S608
+        assert row is not None
+        return row[0]
+
+    def rows(self, sql: str, *params: object) -> list[tuple[Any, ...]]:
+        """Run a query."""
+        return [tuple(row) for row in self.db.fetch_all(sql, params)]
+
+    def dump(self, *tables: str) -> dict[str, list[dict[str, Any]]]:
+        """Return the whole content of tables (all by default), in a stable order."""
+        return {table: self._dump(table) for table in tables or TABLES}
+
+    def _dump(self, table: str) -> list[dict[str, Any]]:
+        cursor = self.db.execute(f"SELECT * FROM {table}")  # noqa: S608
+        names = [column[0] for column in cursor.description]
+        rows = [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+        return sorted(rows, key=lambda row: [str(value) for value in row.values()])
+
+    # -- concurrency -------------------------------------------------------------------------
+
+    def all_at_once(self, uses: Iterable[Callable[[], T]], *, threads: int) -> list[T | Exception]:
+        """Run uses in threads of their own and return results and errors in order.
+
+        SQLite has one writer thread by design; PostgreSQL as many as there are.
+        """
+        if self.db.dialect.kind is Kind.SQLITE:
+            threads = 1
+
+        def guarded(use: Callable[[], T]) -> T | Exception:
+            try:
+                return use()
+            except Exception as error:
+                return error
+            finally:
+                self.db.close()
+
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(guarded, uses))
+
+
+@pytest.fixture
+def world(database: Database) -> World:
+    """A store with the first epoch of instance `default`."""
+    owner = instances.claim(database, boot(), now=datetime(2026, 11, 24, 11, tzinfo=UTC))
+    return World(db=database, owner=owner)

@@ -1,0 +1,230 @@
+"""Turns are taken in order, numbered, and ended in one step with their lease."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+from runrecovery_service.domain.errors import Fenced, RunQuarantined
+from runrecovery_service.domain.run import InteractionState, Profile, RunError, RunStatus, Session
+from runrecovery_service.domain.turn import Asked, Failed, Succeeded, TurnEnd
+from runrecovery_service.storage import interactions, processes, turns
+from runrecovery_service.storage.processes import Ended
+from runrecovery_service.storage.turns import Turn
+
+from .conftest import GONE, PLACE, QUESTION, World
+
+FAILED = Failed(RunError(code="ENGINE_FAILED", message="broke"))
+ENDS = [Asked(QUESTION), Succeeded({"x": 1}), FAILED]
+
+
+def test_runs_are_taken_in_the_order_of_their_coming(world: World) -> None:
+    made = [world.create().run_id for _ in range(4)]
+
+    taken = [world.take() for _ in range(5)]
+
+    assert [*made, None] == [turn and turn.run.run_id for turn in taken]
+
+
+def test_a_replied_run_queues_behind_what_waits_already(world: World) -> None:
+    waiting = world.waiting()
+    first = world.create()
+    world.reply(waiting)
+
+    taken = [world.take(), world.take()]
+
+    assert [first.run_id, waiting.run_id] == [turn.run.run_id for turn in taken if turn]
+
+
+def test_runs_of_busy_engines_are_passed_over(world: World) -> None:
+    for engine in ("a", "b", "c"):
+        world.create(engine=engine)
+
+    turn = world.take(busy=("a", "b"))
+
+    assert turn is not None
+    assert ("c", None) == (turn.run.engine, world.take(busy=("a", "b")))
+
+
+def test_taking_records_the_launch_before_it_happens(world: World) -> None:
+    turn = world.running()
+
+    assert (RunStatus.RUNNING, 1, 1) == (turn.run.status, turn.run.attempt, turn.run.turn)
+    assert turn.run.started_at == world.now
+    assert [(turn.lease.key, "INTENT", 1, 1, None)] == world.rows(
+        "SELECT id, state, attempt, turn, pid FROM process_lease"
+    )
+    assert (turn.run.key, PLACE, 32) == (
+        turn.lease.run_key, turn.lease.place, len(turn.lease.cookie)
+    )  # fmt: skip
+
+
+def test_a_resumed_run_gets_its_reply_in_the_next_turn_of_its_attempt(world: World) -> None:
+    run = world.waiting()
+    world.reply(run, {"a": 1})
+
+    turn = world.take()
+
+    assert turn is not None
+    assert (1, 2) == (turn.run.attempt, turn.run.turn)
+    assert turn.reply is not None
+    assert ({"a": 1}, 1) == (turn.reply.response, turn.reply.interaction_id)
+    assert run.session == turn.run.session
+
+
+def test_a_run_that_starts_over_gets_a_new_attempt_and_no_session(world: World) -> None:
+    turn = world.running()
+    world.keep_session(turn)
+    world.set(turn.run, status="QUEUED")
+
+    again = world.take()
+
+    assert again is not None
+    assert (2, 1, None, None) == (
+        again.run.attempt, again.run.turn, again.run.session, again.reply
+    )  # fmt: skip
+
+
+def test_a_quarantined_or_unowned_run_is_not_taken(world: World) -> None:
+    world.set(world.create(), recovery_state="QUARANTINED")
+    world.set(world.create(), owner="other")
+    world.set(world.create(), owner_epoch=0)
+
+    assert world.take() is None
+
+
+def test_of_many_takers_at_once_each_gets_a_run_of_its_own(world: World) -> None:
+    made = [world.create().run_id for _ in range(12)]
+
+    results = world.all_at_once([world.take] * 12, threads=4)
+
+    turns_taken = [result for result in results if isinstance(result, Turn)]
+    assert sorted(made) == sorted(turn.run.run_id for turn in turns_taken)
+
+
+def test_a_kept_session_is_read_back_and_never_shown(world: World) -> None:
+    turn = world.running()
+    world.keep_session(turn, "very secret")
+
+    run = world.get(turn.run)
+
+    assert Session(type="demo", handle="very secret", turn=1) == run.session
+    assert "very secret" not in repr(run)
+
+
+def test_a_delivered_answer_is_on_record(world: World) -> None:
+    run = world.waiting()
+    world.reply(run)
+    world.take()
+
+    turns.delivered(world.db, run.key, owner=world.owner)
+    turns.delivered(world.db, run.key, owner=world.owner)
+
+    asked = interactions.find(world.db, run.key, 1)
+    assert asked is not None
+    assert InteractionState.DELIVERED is asked.state
+
+
+def test_a_turn_that_asks_waits(world: World) -> None:
+    run = world.end(world.running(), Asked(QUESTION))
+
+    assert (RunStatus.WAITING_USER, 1) == (run.status, run.interaction_count)
+    assert run.pending is not None
+    assert [("CLOSED", 0)] == world.rows("SELECT state, exit_code FROM process_lease")
+
+
+def test_a_turn_that_succeeds_ends_the_run_with_its_output(world: World) -> None:
+    turn = world.running()
+    world.keep_session(turn)
+
+    run = world.end(turn, Succeeded({"x": 1}))
+
+    assert (RunStatus.SUCCEEDED, {"x": 1}, None) == (run.status, run.output, run.session)
+    assert run.ended_at == world.now
+
+
+def test_a_turn_that_fails_ends_the_run_with_its_error(world: World) -> None:
+    run = world.end(world.running(), FAILED)
+
+    assert (RunStatus.FAILED, FAILED.error) == (run.status, run.error)
+
+
+@pytest.mark.parametrize("end", ENDS, ids=lambda end: type(end).__name__)
+def test_an_accepted_cancel_wins_over_every_end(world: World, end: TurnEnd) -> None:
+    turn = world.running()
+    world.cancel(turn.run)
+
+    run = world.end(turn, end)
+
+    assert (RunStatus.CANCELED, None, None) == (run.status, run.output, run.error)
+    assert [] == world.rows("SELECT * FROM interaction")
+
+
+def test_an_undelivered_answer_is_closed_with_its_run(world: World) -> None:
+    run = world.waiting()
+    world.reply(run)
+    turn = world.take()
+    assert turn is not None
+
+    world.end(turn, FAILED)
+
+    assert [("CLOSED",)] == world.rows("SELECT state FROM interaction")
+
+
+def test_a_tree_that_could_not_be_ended_keeps_its_lease(world: World) -> None:
+    turn = world.running()
+    processes.launched(world.db, turn.lease.key, pid=4242, start_ticks=99)
+    left = Ended(exit_code=None, processes_ended=2, gone=False)
+
+    processes.close(world.db, turn.lease.key, left, now=world.now)
+    world.restart()
+
+    (lease,) = processes.open_of_earlier_epochs(world.db, world.owner)
+    assert (turn.lease.key, 4242, 99) == (lease.key, lease.pid, lease.start_ticks)
+    processes.close(world.db, lease.key, GONE, now=world.now, reconciliation_key=5)
+    assert [] == processes.open_of_earlier_epochs(world.db, world.owner)
+    assert [("CLOSED", 2, 5)] == world.rows(
+        "SELECT state, processes_ended, ended_by FROM process_lease"
+    )
+
+
+def test_leases_of_this_epoch_and_of_other_instances_are_not_orphans(world: World) -> None:
+    world.running()
+
+    assert [] == processes.open_of_earlier_epochs(world.db, world.owner)
+
+
+def test_an_older_epoch_is_refused_everywhere(world: World) -> None:
+    turn, waiting = world.running(), world.waiting(profile=Profile.STICKY_PROCESS)
+    old, world.owner = world.owner, world.restart()
+    for run in (turn.run, waiting):
+        world.set(run, owner_epoch=world.owner.epoch)
+    before = world.dump()
+    session = Session(type="demo", handle="h", turn=1)
+    key, now = turn.run.key, world.now
+    writes = [
+        partial(turns.keep_session, world.db, key, owner=old, session=session, now=now),
+        partial(turns.delivered, world.db, key, owner=old),
+        partial(turns.ask_and_stay, world.db, key, owner=old, question=QUESTION, now=now),
+        *(
+            partial(
+                turns.end, world.db, key, owner=old, lease_key=turn.lease.key, end=end,
+                ended=GONE, now=now,
+            )
+            for end in ENDS
+        ),
+    ]  # fmt: skip
+
+    for write in writes:
+        with pytest.raises(Fenced):
+            write()
+
+    assert before == world.dump()
+
+
+def test_a_quarantined_run_takes_no_end(world: World) -> None:
+    turn = world.running()
+    world.set(turn.run, status="NEWER_WORD")
+
+    with pytest.raises(RunQuarantined):
+        world.end(turn, FAILED)

@@ -1,0 +1,556 @@
+"""The command line: help, exit codes, and what it prints; against a scripted server."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import grpc
+import pytest
+from google.protobuf import any_pb2, json_format
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+from runrecovery import errors
+from runrecovery.v1 import recovery_pb2, recovery_service_pb2, run_pb2, run_service_pb2
+from runrecovery_service import logs
+from runrecovery_service.cli import COMMANDS, connection, local, main, printing, root
+from runrecovery_service.cli.exit_codes import ExitCode
+from runrecovery_service.domain import errors as domain
+
+CLIENT_ERRORS = [
+    kind
+    for _, kind in inspect.getmembers(errors, inspect.isclass)
+    if issubclass(kind, errors.RunRecoveryClientError)
+]
+START_ERRORS = {
+    ExitCode.HELD: domain.Held("data directory /d", "pid 7"),
+    ExitCode.STORAGE: domain.DatabaseRefused("/d/x.db", "is not one of ours"),
+    ExitCode.RECOVERY: domain.RecoveryGaveUp(5, "StorageFull"),
+    ExitCode.FENCED: domain.Fenced("instance 'a'"),
+}
+
+
+@dataclass
+class Ended:
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ended]
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """Runs a command line in this process, in an empty directory, with logging left alone."""
+    monkeypatch.setattr(logs, "configure", lambda *_: None)
+    monkeypatch.setenv("GRPC_VERBOSITY", "NONE")
+    monkeypatch.chdir(tmp_path)
+    for variable in [name for name in os.environ if name.startswith("RUNRECOVERY_")]:
+        monkeypatch.delenv(variable)
+
+    def run(*arguments: str) -> Ended:
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        said = capfd.readouterr()
+        assert isinstance(ended.value.code, int)
+        return Ended(int(ended.value.code), said.out, said.err)
+
+    return run
+
+
+@dataclass
+class Script(grpc.GenericRpcHandler):
+    """A server that answers each method as it is told, and keeps what it was asked."""
+
+    answers: dict[str, list[Message] | tuple[grpc.StatusCode, str]] = field(default_factory=dict)
+    asked: list[tuple[str, bytes]] = field(default_factory=list)
+    address: str = ""
+
+    def service(
+        self, details: grpc.HandlerCallDetails
+    ) -> grpc.RpcMethodHandler[bytes, Message] | None:
+        name = details.method.rpartition("/")[2]
+
+        def answer(request: bytes, context: grpc.ServicerContext) -> Iterator[Message]:
+            self.asked.append((name, request))
+            said = self.answers[name]
+            if isinstance(said, tuple):
+                _abort(context, *said)
+            else:
+                yield from said
+
+        return grpc.unary_stream_rpc_method_handler(
+            answer, response_serializer=lambda message: message.SerializeToString()
+        )
+
+
+def _abort(context: grpc.ServicerContext, code: grpc.StatusCode, reason: str) -> None:
+    info = any_pb2.Any()
+    info.Pack(error_details_pb2.ErrorInfo(reason=reason, domain="runrecovery"))
+    status = status_pb2.Status(code=code.value[0], message="scripted", details=[info])
+    context.set_trailing_metadata((("grpc-status-details-bin", status.SerializeToString()),))
+    context.abort(code, "scripted")
+
+
+@pytest.fixture
+def server() -> Iterator[Script]:
+    script = Script()
+    with ExitStack() as stack:
+        threads = stack.enter_context(ThreadPoolExecutor(2))
+        grpc_server = grpc.server(threads, handlers=[script])
+        script.address = f"127.0.0.1:{grpc_server.add_insecure_port('127.0.0.1:0')}"
+        grpc_server.start()
+        stack.callback(lambda: grpc_server.stop(None).wait())
+        yield script
+
+
+def commands(group: click.Group, *path: str) -> Iterator[tuple[str, ...]]:
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        yield (*path, name)
+        if isinstance(command, click.Group):
+            yield from commands(command, *path, name)
+
+
+@pytest.mark.parametrize("path", [(), *commands(root)], ids=" ".join)
+def test_every_command_explains_itself(run: Run, path: Sequence[str]) -> None:
+    ended = run(*path, "--help")
+
+    assert ended.code == ExitCode.OK
+    assert ended.out.startswith(f"Usage: {' '.join(('runrecovery', *path))} ")
+
+
+def test_the_overview_names_every_command_without_importing_grpc() -> None:
+    code = "import sys; from runrecovery_service.cli import main\ntry: main(['--help'])\n"
+    code += "finally: print('grpc' in sys.modules or 'structlog' in sys.modules)"
+
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+
+    assert all(f"  {name} " in said.stdout for name in COMMANDS)
+    assert said.stdout.splitlines()[-1] == "False"
+
+
+def test_the_version_is_the_packages(run: Run) -> None:
+    from runrecovery_service import __version__
+
+    assert __version__ in run("--version").out
+
+
+def test_python_m_is_the_same_command() -> None:
+    command = [sys.executable, "-m", "runrecovery_service", "no-such-command"]
+
+    ended = subprocess.run(command, check=False, capture_output=True, text=True)
+
+    assert ended.returncode == ExitCode.USAGE
+    assert "No such command" in ended.stderr
+
+
+# -- commands on this machine's store ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [["serve"], ["check"], ["migrate"], ["backup", "copy.db"]])
+def test_a_refused_configuration_is_told_completely(run: Run, command: list[str]) -> None:
+    Path("runrecovery.toml").write_text("max_queued = 0\nlistn = 1", encoding="utf-8")
+
+    ended = run(*command, "--instance", "Not This")
+
+    assert ended.code == ExitCode.USAGE
+    assert ended.out == ""
+    for place in ("runrecovery.toml: max_queued", "runrecovery.toml: listn", "flag --instance"):
+        assert f"\n  {place}: " in ended.err
+
+
+@pytest.mark.parametrize("code", START_ERRORS)
+def test_a_refused_start_has_its_own_exit_code(
+    run: Run, monkeypatch: pytest.MonkeyPatch, code: ExitCode
+) -> None:
+    from runrecovery_service import app
+
+    def refuse(_settings: object) -> None:
+        raise START_ERRORS[code]
+
+    monkeypatch.setattr(app, "serve", refuse)
+
+    ended = run("serve")
+
+    assert ended.code == code
+    assert f"error: {START_ERRORS[code]}\n" in ended.err
+
+
+def test_a_taken_port_has_its_own_exit_code(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        listen = f"127.0.0.1:{taken.getsockname()[1]}"
+        command = [sys.executable, "-m", "runrecovery_service", "serve", "--listen", listen]
+
+        ended = subprocess.run(
+            command, cwd=tmp_path, check=False, capture_output=True, text=True, timeout=60
+        )
+
+    assert ended.returncode == ExitCode.LISTEN
+    *log, error, hint = ended.stderr.splitlines()
+    assert all(json.loads(line)["event"] for line in log)
+    assert (error[:6], hint[:5]) == ("error:", "hint:")
+
+
+def test_flags_reach_the_service(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from runrecovery_service import app
+
+    taken: list[Any] = []
+    monkeypatch.setattr(app, "serve", taken.append)
+
+    assert (
+        run("serve", "--listen", "127.0.0.1:0", "--data-dir", "d", "--log-level", "error").code == 0
+    )
+    assert [("127.0.0.1:0", Path("d"), "error")] == [
+        (settings.listen, settings.data_dir, settings.log_level) for settings in taken
+    ]
+
+
+def test_every_start_error_that_is_mapped_is_a_start_error() -> None:
+    assert all(issubclass(kind, domain.StartRefused | domain.Fenced) for kind in local.EXIT_CODES)
+    assert local.HINTS.keys() <= local.EXIT_CODES.keys()
+
+
+# -- commands that ask a service ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", CLIENT_ERRORS)
+def test_every_failed_call_has_an_exit_code_and_no_hint_breaks(
+    kind: type[errors.RunRecoveryClientError],
+) -> None:
+    error = kind("sentence")
+
+    assert connection.exit_code(error) in set(ExitCode) - {ExitCode.OK}
+    assert "\n" not in connection.hint(error, "h:1")
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "exit_code"),
+    [
+        (grpc.StatusCode.NOT_FOUND, "RUN_NOT_FOUND", ExitCode.NOT_FOUND),
+        (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD", ExitCode.USAGE),
+        (grpc.StatusCode.FAILED_PRECONDITION, "RUN_ALREADY_TERMINAL", ExitCode.REFUSED),
+        (grpc.StatusCode.FAILED_PRECONDITION, "RUN_QUARANTINED", ExitCode.REFUSED),
+        (grpc.StatusCode.ABORTED, "ETAG_MISMATCH", ExitCode.REFUSED),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED", ExitCode.UNAVAILABLE),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, "", ExitCode.UNAVAILABLE),
+        (grpc.StatusCode.INTERNAL, "INTERNAL", ExitCode.FAILED),
+        (grpc.StatusCode.DATA_LOSS, "NEW_REASON", ExitCode.FAILED),
+    ],
+)
+def test_a_refused_call_ends_in_its_exit_code_with_one_sentence(
+    run: Run, server: Script, code: grpc.StatusCode, reason: str, exit_code: ExitCode
+) -> None:
+    server.answers["CancelRun"] = (code, reason)
+
+    ended = run("runs", "cancel", "r", "--server", server.address)
+
+    assert (ended.code, ended.out) == (exit_code, "")
+    assert ended.err.splitlines()[0] == "error: scripted"
+
+
+def test_an_absent_service_is_unavailable_and_the_hint_names_it(run: Run) -> None:
+    ended = run("health", "--server", "127.0.0.1:1")
+
+    assert ended.code == ExitCode.UNAVAILABLE
+    assert "is a service running at 127.0.0.1:1?" in ended.err
+
+
+def test_the_server_may_come_from_the_environment(
+    run: Run, server: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RUNRECOVERY_SERVER", server.address)
+    server.answers["GetRun"] = [run_service_pb2.GetRunResponse(run=a_run())]
+
+    assert run("runs", "get", "r").code == ExitCode.OK
+
+
+def test_json_is_one_message_a_line_in_the_contracts_names(run: Run, server: Script) -> None:
+    rows = [a_run(run_id="a"), a_run(run_id="b", status=run_pb2.RUN_STATUS_RUNNING)]
+    server.answers["ListRuns"] = [run_service_pb2.ListRunsResponse(runs=rows)]
+
+    ended = run("runs", "list", "--json", "--server", server.address)
+
+    found = [json_format.Parse(line, run_pb2.Run()) for line in ended.out.splitlines()]
+    assert found == rows
+    assert "run_id" in ended.out
+    assert '"holds_slot": false' in ended.out
+
+
+def test_a_table_in_a_pipe_is_plain_and_complete(run: Run, server: Script) -> None:
+    long_id = "r" * 64
+    row = a_run(run_id=long_id, engine="e" * 63)
+    server.answers["ListRuns"] = [run_service_pb2.ListRunsResponse(runs=[row])]
+
+    ended = run("runs", "list", "--server", server.address)
+
+    heading, line = ended.out.splitlines()
+    assert heading.split("\t")[:3] == ["RUN ID", "STATUS", "ENGINE"]
+    assert line.split("\t")[:3] == [long_id, "QUEUED", "e" * 63]
+
+
+@pytest.mark.parametrize(("limit", "shown", "notes"), [(1, 1, 1), (2, 2, 0), (0, 2, 0)])
+def test_a_limited_list_says_when_there_is_more(
+    run: Run, server: Script, limit: int, shown: int, notes: int
+) -> None:
+    rows = [a_run(run_id="a"), a_run(run_id="b")]
+    server.answers["ListRuns"] = [run_service_pb2.ListRunsResponse(runs=rows)]
+
+    ended = run("runs", "list", "--limit", str(limit), "--server", server.address)
+
+    assert len(ended.out.splitlines()) == 1 + shown
+    assert ended.err.count("--limit 0 shows all") == notes
+
+
+def test_create_sends_what_was_said(run: Run, server: Script) -> None:
+    server.answers["CreateRun"] = [run_service_pb2.CreateRunResponse(run=a_run())]
+    Path("input.json").write_text('{"task": "hello"}', encoding="utf-8")
+
+    said = ["--input", "@input.json", "--label", "a=b=c", "--restart-policy", "requeue"]
+    assert run("runs", "create", "e", *said, "--server", server.address).code == ExitCode.OK
+
+    request = run_service_pb2.CreateRunRequest.FromString(server.asked[0][1])
+    assert json_format.MessageToDict(request.input) == {"task": "hello"}
+    assert dict(request.labels) == {"a": "b=c"}
+    assert request.restart_policy == run_pb2.RESTART_POLICY_REQUEUE
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        ["--input", "[1]"],
+        ["--input", "{"],
+        ["--input", "@none.json"],
+        ["--input", '{"n": 9007199254740993}'],
+        ["--label", "a"],
+        ["--label", "a=1", "--label", "a=2"],
+        ["--restart-policy", "unspecified"],
+    ],
+)
+def test_what_cannot_be_sent_is_a_usage_error_and_nothing_is_sent(
+    run: Run, server: Script, said: list[str]
+) -> None:
+    assert run("runs", "create", "e", *said, "--server", server.address).code == ExitCode.USAGE
+    assert server.asked == []
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        (run_pb2.RUN_STATUS_SUCCEEDED, ExitCode.OK),
+        (run_pb2.RUN_STATUS_WAITING_USER, ExitCode.OK),
+        (run_pb2.RUN_STATUS_FAILED, ExitCode.FAILED),
+        (run_pb2.RUN_STATUS_CANCELED, ExitCode.FAILED),
+    ],
+)
+def test_create_and_wait_tells_how_the_run_ended(
+    run: Run, server: Script, status: run_pb2.RunStatus.ValueType, code: ExitCode
+) -> None:
+    server.answers["CreateRun"] = [run_service_pb2.CreateRunResponse(run=a_run())]
+    server.answers["GetRun"] = [run_service_pb2.GetRunResponse(run=a_run(status=status))]
+
+    assert run("runs", "create", "e", "--wait", "--server", server.address).code == code
+
+
+@pytest.mark.parametrize(
+    ("said", "answer"),
+    [(["yes"], "yes"), (["--json-value", "true"], True), (["--json-value", "null"], None)],
+)
+def test_reply_answers_the_open_question(
+    run: Run, server: Script, said: list[str], answer: object
+) -> None:
+    waiting = a_run(status=run_pb2.RUN_STATUS_WAITING_USER)
+    waiting.pending_interaction.interaction_id = 3
+    server.answers["GetRun"] = [run_service_pb2.GetRunResponse(run=waiting)]
+    server.answers["SubmitReply"] = [run_service_pb2.SubmitReplyResponse(run=a_run())]
+
+    assert run("runs", "reply", "r", *said, "--server", server.address).code == ExitCode.OK
+
+    request = run_service_pb2.SubmitReplyRequest.FromString(server.asked[-1][1])
+    assert request.interaction_id == 3
+    assert json_format.MessageToDict(request.response) == answer
+
+
+def test_reply_without_an_open_question_is_refused(run: Run, server: Script) -> None:
+    server.answers["GetRun"] = [run_service_pb2.GetRunResponse(run=a_run())]
+
+    ended = run("runs", "reply", "r", "yes", "--server", server.address)
+
+    assert ended.code == ExitCode.REFUSED
+    assert [name for name, _ in server.asked] == ["GetRun"]
+
+
+@pytest.mark.parametrize("said", [[], ["a", "--json-value", "1"], ["--json-value", "{"]])
+def test_reply_needs_exactly_one_answer(run: Run, server: Script, said: list[str]) -> None:
+    ended = run("runs", "reply", "r", *said, "--server", server.address)
+
+    assert ended.code == ExitCode.USAGE
+    assert server.asked == []
+
+
+def test_output_is_written_byte_for_byte(server: Script) -> None:
+    data = bytes(range(256))
+    server.answers["StreamOutput"] = [
+        run_service_pb2.StreamOutputResponse(attempt=1, offset=0, data=data),
+        run_service_pb2.StreamOutputResponse(attempt=1, offset=256, data=data, truncated=True),
+    ]
+    command = [sys.executable, "-m", "runrecovery_service", "runs", "output", "r", "--stderr"]
+
+    ended = subprocess.run(
+        [*command, "--server", server.address], check=True, capture_output=True, timeout=60
+    )
+
+    assert ended.stdout == data * 2
+    assert b"more than is kept" in ended.stderr
+    request = run_service_pb2.StreamOutputRequest.FromString(server.asked[0][1])
+    assert request.channel == run_service_pb2.OUTPUT_CHANNEL_STDERR
+
+
+def test_a_reader_that_goes_away_is_no_error(server: Script) -> None:
+    rows = [a_run(run_id=f"r{number}") for number in range(1000)]
+    page = run_service_pb2.ListRunsResponse(runs=rows, next_page_token=rows[0].run_id)
+    server.answers["ListRuns"] = [page]
+    command = [sys.executable, "-m", "runrecovery_service", "runs", "list", "--limit", "0"]
+
+    with subprocess.Popen(
+        [*command, "--server", server.address], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        said = process.stderr.read()
+
+    assert said == b""
+
+
+def test_ctrl_c_ends_it_quietly_with_130(server: Script) -> None:
+    running = recovery_service_pb2.GetRecoveryStatusResponse(
+        state=recovery_pb2.SERVICE_STATE_RECOVERING
+    )
+    server.answers["GetRecoveryStatus"] = [running]
+    command = [sys.executable, "-m", "runrecovery_service", "recovery", "status", "--watch"]
+
+    with subprocess.Popen(
+        [*command, "--server", server.address],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert "RECOVERING" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.read()
+
+    assert process.returncode == 130
+    assert said.strip() == ""
+
+
+def test_watching_ends_when_the_service_serves(run: Run, server: Script) -> None:
+    serving = recovery_service_pb2.GetRecoveryStatusResponse(
+        state=recovery_pb2.SERVICE_STATE_SERVING, instance="default", epoch=3
+    )
+    server.answers["GetRecoveryStatus"] = [serving]
+
+    ended = run("recovery", "status", "--watch", "--server", server.address)
+
+    assert ended.code == ExitCode.OK
+    assert "default, epoch 3" in ended.out
+
+
+def test_a_list_of_recovered_runs_is_filtered_as_said(run: Run, server: Script) -> None:
+    server.answers["ListRecovered"] = [recovery_service_pb2.ListRecoveredResponse()]
+
+    said = ["--state", "failed_reconciled", "--reason", "x", "--after", "2026-11-24T10:00:00"]
+    assert run("recovery", "list", *said, "--server", server.address).code == ExitCode.OK
+
+    request = recovery_service_pb2.ListRecoveredRequest.FromString(server.asked[0][1]).filter
+    assert list(request.recovery_states) == [run_pb2.RECOVERY_STATE_FAILED_RECONCILED]
+    assert request.recovery_reason == "x"
+    assert request.recovered_after.ToJsonString() == "2026-11-24T10:00:00Z"
+
+
+def test_the_latest_report_is_shown_with_its_decisions_and_warnings(
+    run: Run, server: Script
+) -> None:
+    report = recovery_pb2.Reconciliation(
+        reconciliation_id="id-7",
+        state=recovery_pb2.RECONCILIATION_STATE_COMPLETED,
+        decisions=[
+            recovery_pb2.DecisionCount(
+                rule="running_interrupted",
+                recovery_state=run_pb2.RECOVERY_STATE_FAILED_RECONCILED,
+                count=12,
+            )
+        ],
+        warnings=["pid 7 \x1b[2J refused"],
+    )
+    page = recovery_service_pb2.ListReconciliationsResponse(reconciliations=[report])
+    server.answers["ListReconciliations"] = [page]
+
+    ended = run("recovery", "show", "--server", server.address)
+
+    assert "id-7" in ended.out
+    assert "12 x running_interrupted → FAILED_RECONCILED" in ended.out
+    assert r"warning: pid 7 \x1b[2J refused" in ended.out
+
+
+def test_no_report_yet_is_not_found(run: Run, server: Script) -> None:
+    server.answers["ListReconciliations"] = [recovery_service_pb2.ListReconciliationsResponse()]
+
+    assert run("recovery", "show", "--server", server.address).code == ExitCode.NOT_FOUND
+
+
+@pytest.mark.parametrize(("status", "code"), [(1, ExitCode.OK), (2, ExitCode.UNAVAILABLE)])
+def test_health_is_ok_only_when_serving(
+    run: Run, server: Script, status: int, code: ExitCode
+) -> None:
+    from google.protobuf import wrappers_pb2
+
+    server.answers["Check"] = [wrappers_pb2.Int32Value(value=status)]
+
+    ended = run("health", "--json", "--service", "liveness", "--server", server.address)
+
+    assert ended.code == code
+    assert json.loads(ended.out)["service"] == "liveness"
+
+
+def test_waiting_for_health_ends_in_time(run: Run) -> None:
+    ended = run("health", "--wait", "0.2", "--server", "127.0.0.1:1")
+
+    assert ended.code == ExitCode.UNAVAILABLE
+
+
+def test_an_enum_value_of_a_newer_service_is_shown_as_its_number() -> None:
+    run = a_run()
+    run.MergeFromString(b"\x20\x63")  # status = 99
+
+    assert printing.word(run, "status") == "99"
+
+
+def test_exit_codes_are_told_apart() -> None:
+    assert len({code.value for code in ExitCode}) == len(ExitCode.__members__)
+
+
+def a_run(
+    run_id: str = "r",
+    *,
+    engine: str = "e",
+    status: run_pb2.RunStatus.ValueType = run_pb2.RUN_STATUS_QUEUED,
+) -> run_pb2.Run:
+    return run_pb2.Run(run_id=run_id, engine=engine, status=status)

@@ -1,0 +1,393 @@
+"""What the operator may say, where it may be said, and how it is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from runrecovery_service import config
+from runrecovery_service.config import (
+    CgroupLimits,
+    ConfigError,
+    EngineSettings,
+    LogFormat,
+    LogLevel,
+    Settings,
+)
+from runrecovery_service.domain.run import Profile
+
+CANARY = "canary-9f1c"
+ENGINE = '[engines.reviewer]\ncommand = ["agent", "--jsonl"]\nprofile = "resumable"\n'
+
+Load = Callable[..., Settings]
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Load:
+    def load(
+        toml: str = "",
+        *,
+        flags: Mapping[str, object] | None = None,
+        environ: Mapping[str, str] | None = None,
+    ) -> Settings:
+        path = tmp_path / "runrecovery.toml"
+        path.write_text(toml, encoding="utf-8")
+        return config.load(path=path, flags=flags or {}, environ=environ or {})
+
+    return load
+
+
+def problems(load: Load, *args: object, **kwargs: object) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        load(*args, **kwargs)
+    return caught.value.problems
+
+
+def test_an_empty_configuration_means_the_defaults(load: Load) -> None:
+    assert Settings() == load()
+
+
+def test_every_default_is_a_value_that_may_be_written(load: Load) -> None:
+    written = {key: getattr(Settings(), key) for key in config.SCALARS}
+    toml = "\n".join(f"{key} = {_toml(value)}" for key, value in written.items())
+
+    assert Settings() == load(toml)
+
+
+def test_every_default_may_be_given_by_the_environment(load: Load) -> None:
+    environ = {
+        f"RUNRECOVERY_{key.upper()}": _toml(getattr(Settings(), key)).strip('"')
+        for key in config.SCALARS
+    }
+
+    assert Settings() == load(environ=environ)
+
+
+LAYERED = st.fixed_dictionaries(
+    {
+        key: st.fixed_dictionaries(
+            {}, optional=dict.fromkeys(("file", "environment", "flag"), values)
+        )
+        for key, values in {
+            "instance": st.from_regex(r"[a-z0-9][a-z0-9_-]{0,10}", fullmatch=True),
+            "max_queued": st.integers(1, 10_000_000),
+            "stop_grace_s": st.integers(0, 3_600).map(float),
+            "log_level": st.sampled_from([level.value for level in LogLevel]),
+        }.items()
+    }
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(LAYERED)
+def test_a_flag_wins_over_the_environment_over_the_file_over_the_default(
+    load: Load, layered: dict[str, dict[str, object]]
+) -> None:
+    def layer(source: str) -> dict[str, object]:
+        return {key: said[source] for key, said in layered.items() if source in said}
+
+    loaded = load(
+        "\n".join(f"{key} = {_toml(value)}" for key, value in layer("file").items()),
+        environ={f"RUNRECOVERY_{k.upper()}": str(v) for k, v in layer("environment").items()},
+        flags=layer("flag"),
+    )
+
+    expected = {
+        key: said.get("flag", said.get("environment", said.get("file", getattr(Settings(), key))))
+        for key, said in layered.items()
+    }
+    assert expected == {key: getattr(loaded, key) for key in layered}
+
+
+def test_an_engine_is_read_with_all_its_keys(load: Load) -> None:
+    more = 'env_allow = ["API_KEY"]\nmax_concurrent = 4\nsession_file = "{workspace}/{value}.json"'
+
+    loaded = load(ENGINE + more)
+
+    assert {
+        "reviewer": EngineSettings(
+            command=("agent", "--jsonl"),
+            profile=Profile.RESUMABLE,
+            env_allow=("API_KEY",),
+            max_concurrent=4,
+            session_file="{workspace}/{value}.json",
+        )
+    } == loaded.engines
+
+
+def test_an_engine_gets_a_usable_environment_unless_told_otherwise(load: Load) -> None:
+    engine = load(ENGINE).engines["reviewer"]
+
+    assert engine.env_allow == ("PATH", "HOME", "LANG", "LC_ALL", "TZ")
+    assert (engine.max_concurrent, engine.session_file) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("toml", "place", "says"),
+    [
+        ("listn = 'a'", "listn", 'unknown key (did you mean "listen"?)'),
+        ("zzz = 1", "zzz", "unknown key"),
+        ("[engine.x]", "engine", 'did you mean "engines"'),
+        ("engines = 3", "engines", "must be a table of engines, not 3"),
+        ("engines.x = 3", "engines.x", "must be a table, not 3"),
+        (ENGINE + "profil = 'x'", "engines.reviewer.profil", 'did you mean "profile"'),
+        ("[engines.x]\nprofile = 'resumable'", "engines.x.command", "is missing"),
+        ("[engines.x]\ncommand = ['a']", "engines.x.profile", "is missing"),
+        ("engines.x.command = 'agent --jsonl'", "engines.x.command", "a list, not a shell line"),
+        ("engines.x.command = []", "engines.x.command", "must name a program"),
+        ("engines.x.command = ['a', '']", "engines.x.command[1]", "must not be empty"),
+        ("engines.x.command = ['a', 1]", "engines.x.command[1]", "must be a string, not 1"),
+        ("engines.x.profile = 'RESUMABLE'", "engines.x.profile", 'or "sticky_process", not'),
+        ("engines.x.env_allow = ['A', 'B C']", "engines.x.env_allow[1]", '"B C"'),
+        ("engines.x.env_allow = 'A'", "engines.x.env_allow", "must be a list of strings"),
+        ("engines.x.max_concurrent = 0", "engines.x.max_concurrent", "from 1 to 10000"),
+        ("engines.x.session_file = 'a'", "engines.x.session_file", "must contain {value}"),
+        (ENGINE.replace("reviewer", "Bad"), "engines.Bad", "must be 1 to 63 of a-z"),
+        ("insecure_listen = 'yes'", "insecure_listen", 'must be true or false, not "yes"'),
+        ("insecure_listen = 1", "insecure_listen", "must be true or false, not 1"),
+        ("max_queued = 1.5", "max_queued", "must be a whole number, not 1.5"),
+        ("max_queued = 1.0", "max_queued", "must be a whole number, not 1.0"),
+        ("max_queued = true", "max_queued", "must be a whole number, not true"),
+        ("max_queued = '1'", "max_queued", 'must be a whole number, not "1"'),
+        ("max_queued = 0", "max_queued", "must be from 1 to 10000000, not 0"),
+        ("stop_grace_s = -0.1", "stop_grace_s", "must be from 0 to 3600 seconds, not -0.1"),
+        ("stop_grace_s = nan", "stop_grace_s", "not nan"),
+        ("stop_grace_s = inf", "stop_grace_s", "not inf"),
+        ("stop_grace_s = '5'", "stop_grace_s", "must be a number of seconds"),
+        ("instance = 'Über'", "instance", "must be 1 to 63 of a-z"),
+        ("instance = ''", "instance", "must be 1 to 63 of a-z"),
+        ("data_dir = ''", "data_dir", "must not be empty"),
+        ("data_dir = ['a']", "data_dir", "must be a string, not a list"),
+        ("log_format = 'xml'", "log_format", 'must be "auto", "json" or "console", not "xml"'),
+        ("database = 'mysql://h/d'", "database", "must be empty, postgresql://… or sqlite:///path"),
+        ("database = 'sqlite://x.db'", "database", "sqlite:////absolute/path"),
+        ("database = 'sqlite:///'", "database", "sqlite:////absolute/path"),
+        ("listen = '50051'", "listen", "must be HOST:PORT"),
+        ("listen = ':50051'", "listen", "must be HOST:PORT"),
+        ("listen = '::1:50051'", "listen", "must be HOST:PORT"),
+        ("listen = 'dns:///h:1'", "listen", "must be HOST:PORT"),
+        ("listen = '127.0.0.1:65536'", "listen", "the port must be from 0"),
+        ("listen = '127.0.0.1:http'", "listen", "the port must be from 0"),
+        ("listen = 'unix:'", "listen", "needs a path"),
+        ("orphan_grace_s = 11", "orphan_grace_s", "must not be less than orphan_grace_s"),
+    ],
+)
+def test_a_bad_value_in_the_file_is_refused_with_its_place(
+    load: Load, tmp_path: Path, toml: str, place: str, says: str
+) -> None:
+    found = problems(load, toml)
+
+    mine = [text for text in found if text.startswith(f"{tmp_path}/runrecovery.toml: {place}: ")]
+    assert len(mine) == 1, found
+    assert says in mine[0]
+
+
+def test_everything_that_is_wrong_is_told_at_once_with_its_place(
+    load: Load, tmp_path: Path
+) -> None:
+    found = problems(
+        load,
+        "listen = '0.0.0.0:1'\nmax_queued = 0\n[engines.a]\ncommand = 'x'\n[engines.b]\nprofil = 1",
+        environ={"RUNRECOVERY_LISTN": "x", "RUNRECOVERY_MAX_ATTEMPTS": "many"},
+        flags={"data_dir": "", "log_level": None},
+    )
+
+    file = f"{tmp_path}/runrecovery.toml"
+    assert sorted(
+        [
+            "environment RUNRECOVERY_LISTN",
+            "environment RUNRECOVERY_MAX_ATTEMPTS",
+            "flag --data-dir",
+            f"{file}: engines.a.command",
+            f"{file}: engines.a.profile",
+            f"{file}: engines.b.command",
+            f"{file}: engines.b.profil",
+            f"{file}: engines.b.profile",
+            f"{file}: listen",
+            f"{file}: max_queued",
+        ]
+    ) == sorted(_place(text, file) for text in found)
+
+
+def test_a_bad_value_is_refused_also_where_another_source_overrides_it(load: Load) -> None:
+    found = problems(load, "max_queued = 0", flags={"max_queued": 5})
+
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize(
+    ("variable", "text"),
+    [
+        ("INSECURE_LISTEN", "yes"),
+        ("INSECURE_LISTEN", "1"),
+        ("INSECURE_LISTEN", "True"),
+        ("MAX_QUEUED", "1.5"),
+        ("MAX_QUEUED", "1_000"),
+        ("MAX_QUEUED", " 5"),
+        ("MAX_QUEUED", ""),
+        ("STOP_GRACE_S", "nan"),
+        ("STOP_GRACE_S", "5s"),
+        ("LOG_LEVEL", "INFO"),
+    ],
+)
+def test_a_variable_is_taken_literally_or_refused(load: Load, variable: str, text: str) -> None:
+    (problem,) = problems(load, environ={f"RUNRECOVERY_{variable}": text})
+
+    assert problem.startswith(f"environment RUNRECOVERY_{variable}: must be ")
+
+
+def test_variables_that_share_only_the_prefix_are_nobodys_mistake(load: Load) -> None:
+    others = {
+        "RUNRECOVERY_PORT": "tcp://10.0.0.1:50051",
+        "RUNRECOVERY_SERVICE_HOST": "10.0.0.1",
+        "RUNRECOVERY_PORT_50051_TCP_ADDR": "10.0.0.1",
+        "RUNRECOVERY_SERVER": "h:1",
+        "RUNRECOVERY_RUN_ID": "r",
+        "runrecovery_listen": "0.0.0.0:1",
+    }
+
+    assert Settings() == load(environ=others)
+
+
+@pytest.mark.parametrize(
+    "listen",
+    ["127.0.0.1:0", "127.8.9.1:1", "localhost:1", "LOCALHOST:1", "[::1]:1", "unix:/run/a.sock"],
+)
+def test_listening_on_this_machine_only_needs_no_leave(load: Load, listen: str) -> None:
+    assert listen == load(flags={"listen": listen}).listen
+
+
+@pytest.mark.parametrize(
+    "listen",
+    ["0.0.0.0:1", "[::]:1", "10.0.0.1:1", "example.com:1", "127.0.0.1.nip.io:1", "127.1:1"],
+)
+def test_listening_beyond_this_machine_needs_leave(load: Load, listen: str) -> None:
+    (problem,) = problems(load, flags={"listen": listen})
+
+    assert problem.startswith(f"flag --listen: {listen} can be reached from other machines")
+    assert listen == load("insecure_listen = true", flags={"listen": listen}).listen
+
+
+@pytest.mark.parametrize("path_from", ["flag", "environment"])
+def test_a_file_that_was_named_must_exist(tmp_path: Path, path_from: str) -> None:
+    path = tmp_path / "none.toml"
+    environ = {"RUNRECOVERY_CONFIG": str(path)} if path_from == "environment" else {}
+
+    with pytest.raises(ConfigError) as caught:
+        config.load(path=path if path_from == "flag" else None, flags={}, environ=environ)
+
+    assert (f"{path}: No such file or directory",) == caught.value.problems
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(b"a = ", "not valid TOML"), (b"\xff", "not valid UTF-8"), (b"a = " + b"9" * 5000, "TOML")],
+)
+def test_an_unreadable_file_does_not_hide_other_problems(
+    tmp_path: Path, content: bytes, says: str
+) -> None:
+    path = tmp_path / "broken.toml"
+    path.write_bytes(content)
+
+    with pytest.raises(ConfigError) as caught:
+        config.load(path=path, flags={"instance": "-"}, environ={})
+
+    of_file, of_flag = caught.value.problems
+    assert says in of_file
+    assert of_flag.startswith("flag --instance: ")
+
+
+def test_the_file_in_the_working_directory_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runrecovery.toml").write_text("instance = 'here'", encoding="utf-8")
+
+    assert config.load(path=None, flags={}, environ={}).instance == "here"
+
+
+SECRET_URLS = [
+    f"postgresql://user:{CANARY}@host:5432/db",
+    f"postgresql://user:{CANARY}/@:?{CANARY}@host/db",
+    f"postgresql://user@host/db?password={CANARY}",
+    f"postgresql://user:x@host/db?sslpassword={CANARY}&a=b@c",
+    f"postgresql://:{CANARY}@/db?host=/run",
+    f"mysql://user:{CANARY}@host/db",
+    f"user:{CANARY}@host/db",
+]
+
+
+@pytest.mark.parametrize("url", SECRET_URLS)
+def test_a_databases_password_is_never_shown(url: str) -> None:
+    settings = Settings(database=url)
+
+    assert CANARY not in repr(settings) + str(settings) + settings.redacted_database
+
+
+@pytest.mark.parametrize("url", SECRET_URLS[-2:])
+def test_a_refused_databases_password_is_never_shown(load: Load, url: str) -> None:
+    found = problems(load, f"database = '{url}'", environ={"RUNRECOVERY_DATABASE": url})
+
+    assert len(found) == 2
+    assert CANARY not in "".join(found)
+
+
+def test_a_redacted_database_can_still_be_recognised() -> None:
+    settings = Settings(database="postgresql://user:pw@host:5432/db?sslmode=require")
+
+    assert settings.redacted_database == "postgresql://user:***@host:5432/db?***"
+    assert Settings().redacted_database == ""
+
+
+def test_settings_cannot_be_changed() -> None:
+    with pytest.raises(FrozenInstanceError):
+        Settings().listen = "x"  # type: ignore[misc]
+
+
+@given(cores=st.integers(1, 4096), memory_bytes=st.integers(0, 2**50))
+def test_a_machine_carries_two_runs_a_core_and_one_a_gib_but_always_one(
+    cores: int, memory_bytes: int
+) -> None:
+    capacity = config.default_capacity(cores, memory_bytes)
+
+    assert 1 <= capacity <= 2 * cores
+    assert capacity == 1 or capacity * 1024**3 <= memory_bytes
+    assert capacity == 2 * cores or (capacity + 1) * 1024**3 > memory_bytes
+
+
+def test_the_configured_capacity_wins_over_the_machines() -> None:
+    assert Settings(max_concurrent=7).capacity == 7
+    assert config.machine_capacity() == Settings().capacity >= 1
+
+
+def test_the_tightest_cgroup_on_the_way_up_counts(tmp_path: Path) -> None:
+    leaf = tmp_path / "system.slice" / "app.service"
+    leaf.mkdir(parents=True)
+    (leaf / "memory.max").write_text("max\n")
+    (leaf / "cpu.max").write_text("150000 100000\n")
+    (leaf.parent / "memory.max").write_text("1048576\n")
+    (leaf.parent / "cpu.max").write_text("max 100000\n")
+
+    limits = config.cgroup_limits("0::/system.slice/app.service\n", tmp_path)
+
+    assert CgroupLimits(cores=2, memory_bytes=1048576) == limits
+
+
+@pytest.mark.parametrize("membership", ["", "0::/\n", "3:memory:/a\n", "0::/gone\n", "0::/../..\n"])
+def test_without_cgroup_limits_there_are_none(tmp_path: Path, membership: str) -> None:
+    assert CgroupLimits(cores=None, memory_bytes=None) == config.cgroup_limits(membership, tmp_path)
+
+
+def _toml(value: object) -> str:
+    return json.dumps(str(value) if isinstance(value, Path | LogFormat | LogLevel) else value)
+
+
+def _place(problem: str, file: str) -> str:
+    if problem.startswith(file):
+        return f"{file}: {problem.removeprefix(file + ': ').partition(': ')[0]}"
+    return problem.partition(": ")[0]

@@ -1,0 +1,198 @@
+"""What a line of the log looks like, and what never stands in one."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+from hypothesis import given
+from hypothesis import strategies as st
+from runrecovery_service import logs
+from runrecovery_service.config import LogFormat, LogLevel
+
+CANARY = "canary-9f1c"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    logging.captureWarnings(capture=False)
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    for name in ("peewee", "peewee.pool"):
+        logging.getLogger(name).setLevel(logging.NOTSET)
+    structlog.reset_defaults()
+
+
+def configured(
+    form: LogFormat = LogFormat.JSON, level: LogLevel = LogLevel.DEBUG
+) -> tuple[io.StringIO, Any]:
+    stream = io.StringIO()
+    logs.configure(form, level, stream)
+    return stream, structlog.get_logger()
+
+
+def only(stream: io.StringIO) -> dict[str, Any]:
+    (line,) = stream.getvalue().splitlines()
+    event: dict[str, Any] = json.loads(line)
+    return event
+
+
+def test_an_event_is_one_line_of_json_with_the_event_first_and_the_time_in_utc() -> None:
+    stream, log = configured()
+
+    log.info("recovery.run_decided", run_id="r", path=Path("/x"))
+
+    event = only(stream)
+    assert list(event) == ["event", "level", "timestamp", "run_id", "path"]
+    assert (event["event"], event["level"], event["path"]) == ("recovery.run_decided", "info", "/x")
+    assert timedelta(0) == datetime.fromisoformat(event["timestamp"]).utcoffset()
+
+
+def test_auto_is_json_unless_a_person_looks_on() -> None:
+    file, terminal = io.StringIO(), Terminal()
+    for stream in (file, terminal):
+        logs.configure(LogFormat.AUTO, LogLevel.INFO, stream)
+        structlog.get_logger().info("service.serving")
+
+    assert file.getvalue().startswith("{")
+    assert not terminal.getvalue().startswith("{")
+    assert "service.serving" in terminal.getvalue()
+
+
+@pytest.mark.parametrize("form", [LogFormat.JSON, LogFormat.CONSOLE])
+def test_less_important_events_are_dropped_whoever_makes_them(form: LogFormat) -> None:
+    stream, log = configured(form, LogLevel.WARNING)
+
+    log.info("a.b")
+    logging.getLogger("grpc").info("c")
+
+    assert stream.getvalue() == ""
+
+
+def test_what_the_standard_librarys_loggers_say_takes_the_same_way() -> None:
+    stream, _ = configured()
+
+    logging.getLogger("grpc._server").warning("no %s", "answer")
+
+    event = only(stream)
+    assert (
+        event["event"],
+        event["level"],
+        event["logger"],
+    ) == ("no answer", "warning", "grpc._server")
+
+
+def test_warnings_take_the_same_way() -> None:
+    stream, _ = configured()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        warnings.warn("old", stacklevel=1)
+
+    assert only(stream)["logger"] == "py.warnings"
+
+
+def test_an_exception_is_structured_and_shows_no_local_variable() -> None:
+    stream, log = configured()
+
+    _fail_with_a_secret(log)
+
+    event = only(stream)
+    assert [one["exc_type"] for one in event["exception"]] == ["ValueError", "ZeroDivisionError"]
+    assert CANARY not in stream.getvalue()
+
+
+@pytest.mark.parametrize("form", [LogFormat.JSON, LogFormat.CONSOLE])
+def test_no_secret_comes_through_at_any_depth(form: LogFormat) -> None:
+    stream, log = configured(form)
+    for word in logs.SECRET_WORDS:
+        secret = {word: CANARY, f"the_{word}": CANARY, word.upper(): [CANARY]}
+        log.info("a.b", **secret, deep=[{"er": (secret,)}], pair=(1, {word: {"x": CANARY}}))
+    url = f"postgresql://user:{CANARY}@host/db"
+    event = f"cannot reach {url}"
+    log.info(event, place=url, error=ValueError(url), info=f"password={CANARY} x=1")
+    logging.getLogger("grpc").error("cannot reach %s", url)
+    _fail_with_a_secret(log)
+
+    assert CANARY not in stream.getvalue()
+    assert "a.b" in stream.getvalue()
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=8,
+)
+
+
+@given(
+    word=st.sampled_from(sorted(logs.SECRET_WORDS)),
+    around=st.dictionaries(st.text(), JSON_VALUES),
+    depth=st.integers(0, 4),
+)
+def test_redaction_finds_a_secret_wherever_it_is_nested(
+    word: str, around: dict[str, Any], depth: int
+) -> None:
+    event: dict[str, Any] = {**around, word: CANARY}
+    for _ in range(depth):
+        event = {**around, "below": [event]}
+
+    assert CANARY not in json.dumps(logs.redact(None, "info", event))
+
+
+def test_facts_about_secrets_may_be_told() -> None:
+    event = {"has_handle": True, "token": None, "input_bytes": 5, "run_id": "r"}
+
+    assert event == logs.redact(None, "info", event)
+
+
+def test_statements_with_their_values_are_not_logged_at_any_level() -> None:
+    stream, _ = configured(level=LogLevel.DEBUG)
+
+    logging.getLogger("peewee").debug(("SELECT ?", [CANARY]))
+
+    assert stream.getvalue() == ""
+
+
+def test_an_agent_cannot_steer_the_terminal() -> None:
+    stream, log = configured(LogFormat.CONSOLE)
+
+    log.info("a.b", error="\x1b[2J")
+
+    assert "\x1b" not in stream.getvalue()
+
+
+def test_logging_does_not_load_rich() -> None:
+    code = "import sys, runrecovery_service.logs; sys.exit('rich' in sys.modules)"
+
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def _fail_with_a_secret(log: Any) -> None:
+    kept = CANARY
+    try:
+        try:
+            len(kept) / 0
+        except ZeroDivisionError as error:
+            url = f"postgresql://user:{kept}@host/db"
+            raise ValueError(f"cannot reach {url}") from error
+    except ValueError:
+        log.exception("storage.failed")
