@@ -79,7 +79,7 @@ bench: $(READY) ## Short form of every benchmark, as ratios
 	@$(BIN)/python bench/start.py --rounds 5
 
 lock: $(READY) ## Recompile the hash-pinned requirements
-	@for name in codegen service dev client-floor; do \
+	@for name in codegen service dev client-floor client-latest; do \
 		$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-config \
 			--custom-compile-command 'make lock' requirements/$$name.in -o requirements/$$name.txt; done
 

@@ -141,7 +141,9 @@ class Connection:
             after = at + 9 + (head >> 8)
             if after > len(unread):
                 break
-            if (result := self._take(head & 0xFF, flags, stream, unread[at + 9 : after])) is not None:
+            if (
+                result := self._take(head & 0xFF, flags, stream, unread[at + 9 : after])
+            ) is not None:
                 yield result
             at = after
         self._unread = unread[at:]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -101,7 +102,7 @@ class Stranger:
         answer = invoke(message, timeout=PATIENCE_S)
         if not described.server_streaming:
             return [MessageToDict(answer)]
-        answers = [MessageToDict(one) for one, _ in zip(answer, range(take or 10_000))]  # noqa: B905
+        answers = [MessageToDict(one) for one in islice(answer, take)]
         answer.cancel()
         return answers
 
@@ -221,7 +222,12 @@ def test_reflection_alone_is_enough_to_ask_for_health(stranger: Stranger) -> Non
     (listed,) = stranger.call(f"{HEALTH}/List", {})
 
     serving = {"status": "SERVING"}
-    assert listed["statuses"] == {"": serving, RUNS: serving, RECOVERY: serving, "liveness": serving}
+    assert listed["statuses"] == {
+        "": serving,
+        RUNS: serving,
+        RECOVERY: serving,
+        "liveness": serving,
+    }
 
 
 @pytest.mark.parametrize("method", sorted(EVERY_METHOD | {f"{HEALTH}/Check"}))

@@ -46,8 +46,13 @@ TABLES = (
 
 def boot(instance: str = "default", **changes: Any) -> Boot:
     """A start of the service on one host."""
-    start = Boot(instance=instance, boot_token="t", host_id="host", data_dir="/d", pid=7)
-    return replace(start, **changes)
+    given: dict[str, Any] = {
+        "boot_token": "t",
+        "host_id": "host",
+        "data_dir": "/d",
+        "pid": 7,
+    } | changes
+    return Boot(instance=instance, **given)
 
 
 def receipt(request_id: str = "request", *, payload: bytes = b"p", method: str = "M") -> Receipt:
@@ -141,7 +146,7 @@ class World:
         self.keep_session(turn)
         return self.end(turn, Asked(QUESTION))
 
-    def reply(self, run: Run, response: Any = True, *, no: int = 1, **named: Any) -> Run:
+    def reply(self, run: Run, response: Any = "yes", *, no: int = 1, **named: Any) -> Run:
         """Answer a question."""
         given: dict[str, Any] = {"owner": self.owner, "etag": None, "receipt": None} | named
         return interactions.reply(self.db, run.run_id, no, response, now=self.tick(), **given)
@@ -161,6 +166,10 @@ class World:
         """Take the next epoch, as the next start of the service does."""
         self.owner = instances.claim(self.db, boot(self.owner.instance), now=self.tick())
         return self.owner
+
+    def restart_with(self, db: Database) -> None:
+        """Take the next epoch over another view of the store."""
+        self.owner = instances.claim(db, boot(self.owner.instance), now=self.tick())
 
     def begin(self) -> Scope:
         """Open a report, and say what its recovery may touch."""
@@ -238,7 +247,7 @@ class World:
         def guarded(use: Callable[[], T]) -> T | Exception:
             try:
                 return use()
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - the test looks at it
                 return error
             finally:
                 self.db.close()

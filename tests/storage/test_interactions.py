@@ -54,7 +54,7 @@ def test_a_reply_moves_the_run_on(world: World, profile: Profile, becomes: RunSt
 
     assert (becomes, None, run.version + 1) == (replied.status, replied.pending, replied.version)
     asked = latest(world, run)
-    assert (InteractionState.ANSWERED, {"answer": [1, "ä"]}) == (asked.state, asked.response)
+    assert (asked.state, asked.response) == (InteractionState.ANSWERED, {"answer": [1, "ä"]})
     assert world.now == asked.replied_at
 
 
@@ -161,9 +161,9 @@ def test_of_a_reply_and_a_cancel_at_once_both_or_the_cancel_hold(world: World) -
 
     results = world.all_at_once(uses, threads=8)
 
-    assert {RunStatus.CANCELED} == {world.get(run).status for run in made}
     assert {Run, RunNotWaiting} >= {type(result) for result in results}
-    assert [("CLOSED", 10)] == world.rows("SELECT state, count(*) FROM interaction GROUP BY state")
+    assert {RunStatus.CANCELED} == {world.get(run).status for run in made}
+    assert world.rows("SELECT state, count(*) FROM interaction GROUP BY state") == [("CLOSED", 10)]
 
 
 def test_questions_are_listed_oldest_first_in_pages(world: World) -> None:
@@ -179,9 +179,9 @@ def test_questions_are_listed_oldest_first_in_pages(world: World) -> None:
     last = interactions.page(world.db, run.run_id, after=first.after, limit=3)
 
     listed = [*first.rows, *last.rows]
-    assert [1, 2, 3, 4, 5] == [row.interaction_id for row in listed]
-    assert [1, 2, 3, 4, None] == [row.response for row in listed]
-    assert ["DELIVERED"] * 4 + ["OPEN"] == [row.state for row in listed]
+    assert [row.interaction_id for row in listed] == [1, 2, 3, 4, 5]
+    assert [row.response for row in listed] == [1, 2, 3, 4, None]
+    assert [row.state for row in listed] == ["DELIVERED"] * 4 + ["OPEN"]
     assert last.after is None
     with pytest.raises(RunNotFound):
         interactions.page(world.db, "nobody", after=None, limit=3)

@@ -99,7 +99,7 @@ def test_fifty_callers_with_one_request_and_run_id_get_one_run(world: World) -> 
 
     results = world.all_at_once([use] * 50, threads=50)
 
-    assert ["one"] * 50 == [r.run_id if isinstance(r, Run) else repr(r) for r in results]
+    assert [r.run_id if isinstance(r, Run) else repr(r) for r in results] == ["one"] * 50
 
 
 def test_fifty_callers_with_one_run_id_make_one_run(world: World) -> None:
@@ -147,7 +147,7 @@ def test_a_full_last_page_says_that_it_is_the_last(world: World) -> None:
 
     page = runs.page(world.db, statuses=frozenset(), engine=None, after=None, limit=3)
 
-    assert (3, None) == (len(page.rows), page.after)
+    assert (len(page.rows), page.after) == (3, None)
 
 
 def test_pages_filter_by_status_and_engine(world: World) -> None:
@@ -161,7 +161,7 @@ def test_pages_filter_by_status_and_engine(world: World) -> None:
 
     assert [running.run_id] == listed(frozenset({RunStatus.RUNNING}), None)
     assert [queued.run_id] == listed(both, "b")
-    assert [] == listed(frozenset({RunStatus.FAILED}), None)
+    assert listed(frozenset({RunStatus.FAILED}), None) == []
     assert [queued.run_id, running.run_id] == listed(frozenset(), None)
 
 
@@ -174,7 +174,7 @@ def test_a_quarantined_run_is_listed_under_no_status(world: World) -> None:
     )
     every = runs.page(world.db, statuses=frozenset(), engine=None, after=None, limit=9)
 
-    assert ((), [None]) == (queued.rows, [row.status for row in every.rows])
+    assert (queued.rows, [row.status for row in every.rows]) == ((), [None])
 
 
 # -- cancel ------------------------------------------------------------------------------------
@@ -193,8 +193,8 @@ def test_a_running_run_is_canceled_when_its_process_ends(world: World) -> None:
     asked = world.cancel(turn.run)
     ended = world.end(turn, Succeeded({"x": 1}))
 
-    assert (RunStatus.RUNNING, True) == (asked.status, asked.cancel_requested)
-    assert (RunStatus.CANCELED, None) == (ended.status, ended.output)
+    assert (asked.status, asked.cancel_requested) == (RunStatus.RUNNING, True)
+    assert (ended.status, ended.output) == (RunStatus.CANCELED, None)
 
 
 def test_a_waiting_run_without_a_process_is_canceled_with_its_question(world: World) -> None:
@@ -268,8 +268,8 @@ def test_of_many_cancels_and_creates_at_once_none_is_lost(world: World) -> None:
     results = world.all_at_once(uses, threads=8)
 
     assert {RunStatus.CANCELED} == {result.status for result in results if isinstance(result, Run)}
-    assert 60 == len(results)
-    assert [(2, 20)] == world.rows("SELECT version, count(*) FROM run GROUP BY version")
+    assert len(results) == 60
+    assert world.rows("SELECT version, count(*) FROM run GROUP BY version") == [(2, 20)]
 
 
 # -- fencing -----------------------------------------------------------------------------------

@@ -42,6 +42,12 @@ NO_RETRY: Final = (
     ("grpc.max_receive_message_length", 64 << 20),
 )
 
+ENDED: Final = (
+    run_pb2.RUN_STATUS_SUCCEEDED,
+    run_pb2.RUN_STATUS_FAILED,
+    run_pb2.RUN_STATUS_CANCELED,
+)
+
 T = TypeVar("T")
 Json: TypeAlias = dict[str, Any]
 
@@ -251,6 +257,7 @@ class Api:
 
         def look() -> run_pb2.Run | None:
             run = self.get(run_id)
+            assert run.status in wanted or run.status not in ENDED, f"it ended: {run}"
             return run if run.status in wanted else None
 
         return until(look, f"run {run_id} is {' or '.join(statuses)}")  # type: ignore[return-value]
@@ -476,6 +483,19 @@ class Home:
         service = self.listen(*arguments)
         return service, service.until_serving()
 
+    def seed(self, runs: int, *, mix: str = "", instance: str = "default") -> None:
+        """Fill the store with live runs, as a service that was killed would leave them."""
+        subprocess.run(
+            [
+                sys.executable, str(REPOSITORY / "bench" / "seed.py"),
+                "--data-dir", str(self.data), "--runs", str(runs), "--instance", instance,
+                "--engine", "resumable", *(["--mix", mix] if mix else []),
+            ],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            timeout=PATIENCE_S,
+        )  # fmt: skip
+
     def agents(self) -> list[int]:
         """Return the living processes of all runs: whoever works below the runs' folder."""
         return processes_below(self.data / "runs")
@@ -483,9 +503,7 @@ class Home:
     def agents_of(self, run_id: str) -> list[int]:
         """Return the living processes whose environment names the run."""
         return [
-            pid
-            for pid in self.agents()
-            if environment_of(pid).get("RUNRECOVERY_RUN_ID") == run_id
+            pid for pid in self.agents() if environment_of(pid).get("RUNRECOVERY_RUN_ID") == run_id
         ]
 
     @contextmanager

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Executor
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import Enum, auto
@@ -259,6 +258,7 @@ class RunSession:
             except TimeoutError:
                 return
             await self._take(news, process)
+            self._news.task_done()
 
     def _is_over(self) -> bool:
         # Its whole output comes before its end: whoever follows it must miss nothing.
@@ -349,6 +349,9 @@ class RunSession:
             process.stdin.close()
 
     async def _hand_over_reply(self, process: LaunchedProcess) -> None:
+        if not self._in_wait:
+            # A reply that was sent twice: a resumed process has it from its greeting.
+            return
         run = await self.shop.storage.point(runs.get_by_key, self.turn.run.key)
         reply = await self.shop.storage.point(interactions.find, run.key, run.interaction_count)
         accepted = reply is not None and reply.state is InteractionState.ANSWERED
@@ -370,16 +373,16 @@ class RunSession:
 
     async def _read_stdout(self, pipe: IO[bytes]) -> None:
         begun = b""
-        async with _open_reader(pipe) as reader:
-            while data := await reader.read(READ_BYTES):
-                await self._keep(OutputChannel.STDOUT, data)
-                *lines, begun = (begun + data).split(b"\n")
-                for line in lines:
-                    self._parse(line)
-                if len(begun) > jsonl.MAX_LINE_BYTES:
-                    how = f"A line of the agent is longer than {jsonl.MAX_LINE_BYTES} bytes."
-                    self._news.put_nowait(_Broken(how))
-                    return
+        while data := await _read(pipe.fileno()):
+            await self._keep(OutputChannel.STDOUT, data)
+            *lines, begun = (begun + data).split(b"\n")
+            for line in lines:
+                self._parse(line)
+            await self._news.join()  # an agent that floods us waits in its pipe
+            if len(begun) > jsonl.MAX_LINE_BYTES:
+                how = f"A line of the agent is longer than {jsonl.MAX_LINE_BYTES} bytes."
+                self._news.put_nowait(_Broken(how))
+                return
         self._parse(begun)
         self._news.put_nowait(_Signal.STDOUT_ENDED)
 
@@ -392,10 +395,9 @@ class RunSession:
             self._news.put_nowait(_Broken(f"The agent broke the protocol: {error}."))
 
     async def _read_stderr(self, pipe: IO[bytes]) -> None:
-        async with _open_reader(pipe) as reader:
-            while data := await reader.read(READ_BYTES):
-                self._stderr_tail = (self._stderr_tail + data)[-STDERR_TAIL_BYTES:]
-                await self._keep(OutputChannel.STDERR, data)
+        while data := await _read(pipe.fileno()):
+            self._stderr_tail = (self._stderr_tail + data)[-STDERR_TAIL_BYTES:]
+            await self._keep(OutputChannel.STDERR, data)
         self._news.put_nowait(_Signal.STDERR_ENDED)
 
     async def _keep(self, channel: OutputChannel, data: bytes) -> None:
@@ -478,39 +480,46 @@ class RunSession:
             pause_s = min(pause_s * 2, RETRY_MOST_S)
 
 
-@asynccontextmanager
-async def _open_reader(pipe: IO[bytes]) -> AsyncIterator[asyncio.StreamReader]:
-    reader = asyncio.StreamReader()
-    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(reader), pipe
-    )
-    try:
-        yield reader
-    finally:
-        transport.close()
+# Pipes are read and written by their descriptors, not as the loop's transports: uvloop closes the
+# descriptor of a pipe transport twice, and the second time it may be another thread's new one.
+
+
+async def _read(descriptor: int) -> bytes:
+    """Return what a pipe holds, as soon as it holds something; nothing at its end."""
+    os.set_blocking(descriptor, False)
+    loop = asyncio.get_running_loop()
+    while True:
+        try:
+            return os.read(descriptor, READ_BYTES)
+        except BlockingIOError:
+            await _until_ready(descriptor, loop.add_reader, loop.remove_reader)
 
 
 async def _write_all(descriptor: int, data: bytes) -> None:
     """Write to a pipe whose reader may be slow, or may never read."""
     os.set_blocking(descriptor, False)
+    loop = asyncio.get_running_loop()
     left = memoryview(data)
     while left:
         try:
             left = left[os.write(descriptor, left) :]
         except BlockingIOError:
-            await _writable(descriptor)
+            await _until_ready(descriptor, loop.add_writer, loop.remove_writer)
 
 
-async def _writable(descriptor: int) -> None:
-    loop = asyncio.get_running_loop()
-    ready: asyncio.Future[None] = loop.create_future()
+async def _until_ready(
+    descriptor: int,
+    watch: Callable[[int, Callable[[], None]], None],
+    unwatch: Callable[[int], object],
+) -> None:
+    ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def note() -> None:
         if not ready.done():
             ready.set_result(None)
 
-    loop.add_writer(descriptor, note)
+    watch(descriptor, note)
     try:
         await ready
     finally:
-        loop.remove_writer(descriptor)
+        unwatch(descriptor)

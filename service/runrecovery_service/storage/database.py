@@ -252,12 +252,20 @@ def _open_postgresql(url: str) -> Database:
         prepare_threshold=None,
     )
     db = Database(peewee, POSTGRESQL, "the PostgreSQL database")
+    try:
+        _check_postgresql(db)
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _check_postgresql(db: Database) -> None:
     row = db.fetch_one("SELECT current_setting('server_version_num')")
     if row is None or int(row[0]) < POSTGRESQL_FLOOR:
         raise DatabaseRefused(db.place, "PostgreSQL 16 or newer is needed")
     if db.peewee.table_exists("run") and not db.peewee.table_exists("schema_migration"):
         raise DatabaseRefused(db.place, "has a table `run` that is not ours")
-    return db
 
 
 def _open_sqlite(path: Path) -> Database:

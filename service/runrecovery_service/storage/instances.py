@@ -65,11 +65,14 @@ def claim(db: Database, boot: Boot, *, now: datetime) -> Owner:
         )
         lease = f"{db.dialect.now_us} + {int(LEASE_TTL_S * 1e6)}"
         if row is None:
-            db.execute(
+            added = db.execute(
                 "INSERT INTO instance (epoch, boot_token, host_id, data_dir, pid, started_at,"
-                f" name, lease_until) VALUES (?, ?, ?, ?, ?, ?, ?, {lease})",
+                f" name, lease_until) VALUES (?, ?, ?, ?, ?, ?, ?, {lease})"
+                " ON CONFLICT (name) DO NOTHING",
                 values,
-            )
+            ).rowcount
+            if added != 1:
+                raise Held(f"instance {boot.instance!r}", "another first start, at this moment")
         else:
             db.execute(
                 "UPDATE instance SET epoch = ?, boot_token = ?, host_id = ?, data_dir = ?,"

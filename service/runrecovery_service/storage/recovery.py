@@ -86,8 +86,8 @@ def recovered_page(
         query = query.where(
             (_R.recovered_at < at) | ((_R.recovered_at == at) & (_R.id < key))
         ).where(_R.recovered_at <= at)  # the bound that an index can seek to
-    query = query.order_by(_R.recovered_at.desc(), _R.id.desc()).limit(limit + 1)
-    return runs.cut(runs.rows_of(db, query), limit, _recovered_key)
+    query = query.order_by(_R.recovered_at.desc(), _R.id.desc())
+    return runs.page_of(db, query, limit, _recovered_key)
 
 
 def _recovered_key(run: Run) -> tuple[int, ...]:

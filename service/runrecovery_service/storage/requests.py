@@ -26,17 +26,15 @@ _FIND = Statement(
     lambda: _T.select(_T.method, _T.fingerprint, _T.run).where(_T.request_id == slot("request_id"))
 )
 _ADD = Statement(
-    lambda: (
-        _T.insert(
-            {
-                _T.request_id: slot("request_id"),
-                _T.method: slot("method"),
-                _T.fingerprint: slot("fingerprint"),
-                _T.run: slot("run"),
-                _T.created_at: slot("now"),
-            }
-        ).on_conflict_ignore()
-    )
+    lambda: _T.insert(
+        {
+            _T.request_id: slot("request_id"),
+            _T.method: slot("method"),
+            _T.fingerprint: slot("fingerprint"),
+            _T.run: slot("run"),
+            _T.created_at: slot("now"),
+        }
+    ).on_conflict_ignore()
 )
 
 
@@ -66,12 +64,12 @@ def add(db: Database, receipt: Receipt | None, *, run_key: int, now: datetime) -
     if receipt is None:
         return
     added = _ADD.run(
-            db,
-            request_id=receipt.request_id,
-            method=receipt.method,
-            fingerprint=receipt.fingerprint.hex(),
-            run=run_key,
-            now=to_us(now),
-        )
+        db,
+        request_id=receipt.request_id,
+        method=receipt.method,
+        fingerprint=receipt.fingerprint.hex(),
+        run=run_key,
+        now=to_us(now),
+    )
     if added.rowcount != 1:
         raise Stale

@@ -11,6 +11,8 @@ from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any, Final, TypeVar
 
+import peewee as pw
+
 from runrecovery_service.domain.run import (
     Interaction,
     InteractionKind,
@@ -101,14 +103,14 @@ _R, _I, _E, _C = (
     tables.Reconciliation,
 )
 
-RUN_COLUMNS: Final = (
+RUN_COLUMNS: Final[tuple[pw.Field, ...]] = (
     _R.id, _R.run_id, _R.engine, _R.labels, _R.status, _R.profile, _R.restart_policy,
     _R.max_attempts, _R.input, _R.output, _R.error_code, _R.error_message,
     _R.session_type, _R.session_value, _R.session_turn, _R.interaction_count, _R.attempt,
     _R.turn, _R.cancel_requested_at, _R.owner, _R.owner_epoch, _R.version, _R.created_at,
     _R.started_at, _R.updated_at, _R.ended_at, _R.recovery_state, _R.recovery_count,
 )  # fmt: skip
-INTERACTION_COLUMNS: Final = (
+INTERACTION_COLUMNS: Final[tuple[pw.Field, ...]] = (
     _I.no, _I.kind, _I.prompt, _I.options, _I.state, _I.asked_at, _I.replied_at, _I.response,
 )  # fmt: skip
 RECOVERY_COLUMNS: Final = (
@@ -118,6 +120,13 @@ RECOVERY_COLUMNS: Final = (
 
 _INTERACTION_AT: Final = len(RUN_COLUMNS)
 _RECOVERY_AT: Final = _INTERACTION_AT + len(INTERACTION_COLUMNS)
+
+LARGE_COLUMNS: Final = tuple(
+    at
+    for at, column in enumerate((*RUN_COLUMNS, *INTERACTION_COLUMNS))
+    if column.name in {"input", "output", "prompt", "options"}
+)
+"""Where in a row of `runs.select()` the texts of any size are."""
 
 
 def run_from_row(row: Row) -> Run:

@@ -34,6 +34,7 @@ from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.requests import Receipt
 from runrecovery_service.storage.rows import (
     INTERACTION_COLUMNS,
+    LARGE_COLUMNS,
     RECOVERY_COLUMNS,
     RUN_COLUMNS,
     run_from_row,
@@ -45,6 +46,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _R = tables.Run
+PAGE_CHARS: Final = 1_000_000
+"""Input, output and question of the runs of one page, so that it fits what clients take."""
 TRIES: Final = 8
 """How often a use case starts over when another writer was quicker (PostgreSQL only)."""
 
@@ -137,13 +140,24 @@ def page(
         query = query.where(_R.engine == engine)
     if after is not None:
         query = query.where(_R.id < after[0])
-    runs = rows_of(db, query.order_by(_R.id.desc()).limit(limit + 1))
-    return cut(runs, limit, lambda run: (run.key,))
+    return page_of(db, query.order_by(_R.id.desc()), limit, lambda run: (run.key,))
 
 
-def rows_of(db: Database, query: pw.ModelSelect[tables.Run]) -> list[Run]:
-    """Run a query built on `select()` and decode its rows."""
-    return [run_from_row(row) for row in db.peewee.execute(query).fetchall()]
+def page_of(
+    db: Database,
+    query: pw.ModelSelect[tables.Run],
+    limit: int,
+    key: Callable[[Run], tuple[int, ...]],
+) -> Page[Run]:
+    """Return a page of a query built on `select()`: `limit` runs, fewer when they are large."""
+    found: list[Run] = []
+    chars = 0
+    for row in db.peewee.execute(query.limit(limit + 1)):
+        chars += sum(len(row[at] or "") for at in LARGE_COLUMNS)
+        if len(found) == limit or (found and chars > PAGE_CHARS):
+            return Page(rows=tuple(found), after=key(found[-1]))
+        found.append(run_from_row(row))
+    return Page(rows=tuple(found), after=None)
 
 
 def cut(rows: list[R], limit: int, key: Callable[[R], tuple[int, ...]]) -> Page[R]:
@@ -269,7 +283,6 @@ def change(
         columns["status"] = status.value
         if status.is_terminal:
             columns |= {"ended_at": to_us(now), "session_type": None, "session_value": None}
-            close_questions(db, run)
     columns |= {"updated_at": to_us(now), "version": run.version + 1}
     assignments = ", ".join(f"{name} = ?" for name in columns)
     changed = db.execute(
@@ -286,6 +299,9 @@ def change(
     ).rowcount
     if changed != 1:
         raise Stale
+    if status is not None and status.is_terminal:
+        # After the run, as a reply does it: in one order there is no deadlock.
+        close_questions(db, run)
 
 
 def close_questions(db: Database, run: Run) -> None:

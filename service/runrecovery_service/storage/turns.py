@@ -18,7 +18,7 @@ from runrecovery_service.domain.run import (
 )
 from runrecovery_service.domain.turn import Asked, Succeeded, TurnEnd
 from runrecovery_service.storage import interactions, processes, runs
-from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.database import Database, Stale
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.processes import Ended, Lease, Place
 from runrecovery_service.storage.rows import options_to_json, to_json, to_us
@@ -56,6 +56,8 @@ def take_next(
     if row is None:
         return None
     run = runs.get_by_key(db, row[0])
+    if run.status is not RunStatus.QUEUED:
+        raise Stale
     last = interactions.find(db, run.key, run.interaction_count)
     reply = last if last is not None and last.state is InteractionState.ANSWERED else None
     columns = (

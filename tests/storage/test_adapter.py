@@ -1,0 +1,217 @@
+"""Writes that wait share a commit, and fail each for itself."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+
+import peewee as pw
+import pytest
+from runrecovery_service.domain.errors import RunNotFound, StorageUnavailable
+from runrecovery_service.storage import runs
+from runrecovery_service.storage.adapter import WRITES_PER_COMMIT, GroupCommitWriter, Storage
+from runrecovery_service.storage.database import Database, Kind
+
+from .conftest import World
+
+
+class CountingDatabase(Database):
+    """Counts outermost transactions that committed; the next `failing` of them fail to."""
+
+    commits = 0
+    failing = 0
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        outermost = not self.peewee.in_transaction()
+        with super().transaction():
+            yield
+            if outermost and self.failing:
+                self.failing -= 1
+                raise pw.IntegrityError("the shared commit fails")
+        self.commits += outermost
+
+
+@pytest.fixture
+def counting(world: World) -> CountingDatabase:
+    """The world's database, counting. SQLite only: the writer thread is SQLite's."""
+    if world.db.dialect.kind is not Kind.SQLITE:
+        pytest.skip("PostgreSQL commits each write by itself")
+    return CountingDatabase(world.db.peewee, world.db.dialect, world.db.place)
+
+
+def add(name: str) -> Callable[[Database], str]:
+    """A write that leaves a trace."""
+
+    def use(db: Database) -> str:
+        db.execute("INSERT INTO request_receipt VALUES (?, 'm', 'f', 1, 1)", (name,))
+        return name
+
+    return use
+
+
+def refused(name: str) -> Callable[[Database], str]:
+    """A write that the domain refuses after it has written."""
+
+    def use(db: Database) -> str:
+        add(name)(db)
+        raise RunNotFound(name)
+
+    return use
+
+
+def broken(name: str) -> Callable[[Database], str]:
+    """A write that is a defect."""
+
+    def use(db: Database) -> str:
+        add(name)(db)
+        raise ZeroDivisionError
+
+    return use
+
+
+def traces(db: Database) -> list[str]:
+    return [row[0] for row in db.fetch_all("SELECT request_id FROM request_receipt ORDER BY 1")]
+
+
+def submit_together(db: Database, uses: list[Callable[[Database], str]]) -> list[Future[str]]:
+    """Let writes pile up behind one that waits, so that they make one batch."""
+    writer, release, begun = GroupCommitWriter(db), threading.Event(), threading.Event()
+
+    def wait(db: Database) -> None:
+        begun.set()
+        release.wait()
+
+    writer.submit(wait)
+    begun.wait()
+    futures = [writer.submit(use) for use in uses]
+    release.set()
+    writer.close()
+    return futures
+
+
+def test_writes_that_wait_share_a_commit(counting: CountingDatabase) -> None:
+    names = [f"w{n:03}" for n in range(WRITES_PER_COMMIT)]
+
+    futures = submit_together(counting, [add(name) for name in names])
+
+    assert names == [future.result() for future in futures] == traces(counting)
+    assert counting.commits == 2  # the one that was waited for, and all the others
+
+
+def test_more_writes_than_a_commit_holds_take_another(counting: CountingDatabase) -> None:
+    futures = submit_together(counting, [add(f"w{n}") for n in range(WRITES_PER_COMMIT + 1)])
+
+    assert len({future.result() for future in futures}) == WRITES_PER_COMMIT + 1
+    assert counting.commits == 3
+
+
+def test_a_refused_write_fails_alone_within_the_shared_commit(counting: CountingDatabase) -> None:
+    good, bad, last = submit_together(counting, [add("a"), refused("b"), add("c")])
+
+    assert (good.result(), last.result()) == ("a", "c")
+    assert isinstance(bad.exception(), RunNotFound)
+    assert traces(counting) == ["a", "c"]
+    assert counting.commits == 2
+
+
+def test_a_broken_write_takes_no_other_down(counting: CountingDatabase) -> None:
+    uses = [add("a"), broken("b"), add("c"), add("a")]
+
+    good, bad, last, twice = submit_together(counting, uses)
+
+    assert (good.result(), last.result()) == ("a", "c")
+    assert isinstance(bad.exception(), ZeroDivisionError)
+    assert isinstance(twice.exception(), pw.IntegrityError)
+    assert traces(counting) == ["a", "c"]
+
+
+def test_a_shared_commit_that_fails_is_done_one_by_one(counting: CountingDatabase) -> None:
+    names = ["a", "b", "c"]
+    writer, release, begun = GroupCommitWriter(counting), threading.Event(), threading.Event()
+
+    def wait(db: Database) -> None:
+        begun.set()
+        release.wait()
+
+    first = writer.submit(wait)
+    begun.wait()
+    futures = [writer.submit(add(name)) for name in names]
+    first.add_done_callback(lambda done: setattr(counting, "failing", 1))
+    release.set()
+    writer.close()
+
+    assert names == [future.result() for future in futures] == traces(counting)
+    assert 1 + len(names) == counting.commits
+
+
+def test_a_write_that_was_given_up_before_it_began_is_not_done(counting: CountingDatabase) -> None:
+    writer, release, begun = GroupCommitWriter(counting), threading.Event(), threading.Event()
+
+    def wait(db: Database) -> None:
+        begun.set()
+        release.wait()
+
+    writer.submit(wait)
+    begun.wait()
+    given_up, kept = writer.submit(add("a")), writer.submit(add("b"))
+    assert given_up.cancel()
+    release.set()
+    writer.close()
+
+    assert (kept.result(), traces(counting)) == ("b", ["b"])
+
+
+# -- Storage -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def storage(world: World) -> AsyncIterator[Storage]:
+    storage = Storage(world.db)
+    yield storage
+    await asyncio.to_thread(storage.close)
+
+
+async def test_reads_and_writes_answer_and_raise_the_words_of_the_domain(
+    world: World, storage: Storage
+) -> None:
+    run = await storage.write(lambda db: world.create())
+
+    assert run == await storage.point(runs.get, run.run_id)
+    assert run == await storage.read(runs.get, run.run_id)
+    assert run == await storage.alone(lambda db: runs.get(db, run.run_id))
+    for way in (storage.point, storage.read, storage.write):
+        with pytest.raises(RunNotFound):
+            await way(runs.get, "nobody")
+
+
+async def test_many_callers_at_once_are_all_answered(world: World, storage: Storage) -> None:
+    made = await asyncio.gather(*(storage.write(lambda db: world.create()) for _ in range(100)))
+
+    read = await asyncio.gather(*(storage.read(runs.get, run.run_id) for run in made))
+
+    assert len({run.run_id for run in read}) == 100
+
+
+async def test_a_failing_driver_is_told_in_the_words_of_the_domain(storage: Storage) -> None:
+    def fail(db: Database) -> None:
+        raise pw.OperationalError("the connection is lost")
+
+    with pytest.raises(StorageUnavailable):
+        await storage.read(fail)
+
+
+async def test_closing_leaves_no_thread(world: World) -> None:
+    before = set(threading.enumerate())
+    storage = Storage(world.db)
+    await asyncio.gather(*(storage.write(lambda db: world.create()) for _ in range(5)))
+    await storage.read(lambda db: None)
+    await asyncio.to_thread(lambda: None)  # the loop's own thread pool is not ours
+
+    await asyncio.to_thread(storage.close)
+
+    left = {t.name for t in set(threading.enumerate()) - before if t.name.startswith("storage")}
+    assert set() == left

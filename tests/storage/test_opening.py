@@ -1,0 +1,250 @@
+"""A store is opened only when it is ours; what is refused is not touched."""
+
+from __future__ import annotations
+
+import sqlite3
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from runrecovery_service.domain.errors import DatabaseRefused, Held
+from runrecovery_service.storage import database
+from runrecovery_service.storage.database import (
+    SQLITE_PRAGMAS,
+    Database,
+    HoldFile,
+    Kind,
+    known_migrations,
+    migrate,
+    open_database,
+)
+
+NAME = "runrecovery.db"
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def refusal(directory: Path, url: str = "") -> str:
+    with pytest.raises(DatabaseRefused) as refused:
+        open_database(url, directory).close()
+    return refused.value.reason
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    """A directory with a closed store of ours."""
+    open_database("", tmp_path).close()
+    return tmp_path
+
+
+# -- both databases ----------------------------------------------------------------------------
+
+
+def test_a_store_opens_again_with_nothing_left_to_migrate(database: Database) -> None:
+    assert migrate(database) == []
+
+
+def test_a_store_of_a_newer_version_is_refused(
+    new_database_url: Callable[[], str], tmp_path: Path
+) -> None:
+    url = new_database_url()
+    db = open_database(url, tmp_path)
+    with db.transaction():
+        db.execute(
+            "INSERT INTO schema_migration (name, applied) VALUES ('9999_later', ?)",
+            ("2026-11-24",),
+        )
+    db.close()
+    before = contents(tmp_path)
+
+    assert "newer version (step 9999_later)" in refusal(tmp_path, url)
+    assert before == contents(tmp_path)
+
+
+def test_a_step_that_was_edited_since_is_refused(
+    new_database_url: Callable[[], str], tmp_path: Path
+) -> None:
+    url = new_database_url()
+    db = open_database(url, tmp_path)
+    with db.transaction():
+        db.execute("UPDATE migration_checksum SET checksum = 'other'")
+    db.close()
+
+    assert f"step {next(iter(known_migrations()))} is not" in refusal(tmp_path, url)
+
+
+def test_a_foreign_table_run_in_postgresql_is_refused(
+    new_database_url: Callable[[], str], tmp_path: Path
+) -> None:
+    url = new_database_url()
+    if not url:
+        pytest.skip("SQLite tells by its header")
+    db = open_database(url, tmp_path)
+    for table in ("schema_migration", "migration_checksum"):
+        db.execute(f"DROP TABLE {table}")
+    db.close()
+
+    assert "not ours" in refusal(tmp_path, url)
+
+
+def test_a_postgresql_that_does_not_answer_is_refused(tmp_path: Path) -> None:
+    reason = refusal(tmp_path, f"postgresql://nobody@/nothing?host={tmp_path}")
+
+    assert reason == "the database does not answer"
+
+
+# -- SQLite ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "is empty"),
+        (b"hello, world" * 100, "is not a SQLite database"),
+        (b"SQLite format 3\0", "is not a SQLite database"),
+    ],
+    ids=["empty", "foreign", "cut short"],
+)
+def test_what_is_no_store_is_refused_untouched(tmp_path: Path, content: bytes, reason: str) -> None:
+    (tmp_path / NAME).write_bytes(content)
+
+    assert reason in refusal(tmp_path)
+    assert {NAME: content} == contents(tmp_path)
+
+
+def test_the_file_of_another_application_is_refused_untouched(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / NAME)) as theirs:
+        theirs.execute("PRAGMA application_id = 7")
+        theirs.execute("CREATE TABLE run (id)")
+        theirs.commit()
+    before = contents(tmp_path)
+
+    assert "another application" in refusal(tmp_path)
+    assert before == contents(tmp_path)
+
+
+def test_a_vanished_file_is_refused_and_not_made_anew(made: Path) -> None:
+    (made / NAME).unlink()
+    before = contents(made)
+
+    assert "is gone" in refusal(made)
+    assert before == contents(made)
+
+
+def test_a_file_that_was_truncated_is_refused(made: Path) -> None:
+    (made / NAME).write_bytes(b"")
+
+    assert "is empty" in refusal(made)
+
+
+def test_what_a_crashed_first_start_left_is_no_hindrance(tmp_path: Path) -> None:
+    for suffix in (".new", ".new-wal", ".new-shm"):
+        (tmp_path / (NAME + suffix)).write_bytes(b"half of a database")
+
+    open_database("", tmp_path).close()
+
+    assert {NAME, NAME + ".installed"} == set(contents(tmp_path))
+
+
+def test_a_crash_before_the_marker_is_mended(made: Path) -> None:
+    (made / (NAME + ".installed")).unlink()
+
+    open_database("", made).close()
+
+    assert (made / (NAME + ".installed")).exists()
+
+
+def test_a_locked_file_is_refused_clearly(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SQLITE_PRAGMAS, "busy_timeout", 20)
+    with closing(sqlite3.connect(made / NAME)) as other:
+        other.execute("PRAGMA locking_mode = EXCLUSIVE")
+        other.execute("UPDATE instance SET epoch = epoch")
+        other.commit()
+
+        assert refusal(made) == "the database is busy"
+
+
+def test_the_files_are_for_their_owner_only(tmp_path: Path) -> None:
+    db = open_database("", tmp_path)
+    with db.transaction():
+        db.execute("UPDATE run SET version = version")
+
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    db.close()
+
+    assert {NAME, NAME + "-wal", NAME + "-shm", NAME + ".installed"} == set(modes)
+    assert {0o600} == set(modes.values())
+
+
+def test_every_thread_gets_the_durable_settings(world_of_sqlite: Database) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    def read() -> dict[str, object]:
+        rows = {name: world_of_sqlite.fetch_one(f"PRAGMA {name}") for name in SQLITE_PRAGMAS}
+        world_of_sqlite.close()
+        return {name: row and row[0] for name, row in rows.items()}
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(read).result() == SQLITE_PRAGMAS
+
+
+def test_a_setting_that_does_not_hold_is_refused(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SQLITE_PRAGMAS, "synchronous", 99)
+
+    assert "PRAGMA synchronous" in refusal(made)
+
+
+def test_a_store_can_be_named_by_url(tmp_path: Path) -> None:
+    place = tmp_path / "elsewhere.db"
+
+    open_database(f"sqlite:///{place}", tmp_path).close()
+
+    assert place.exists()
+    assert database.sqlite_path("postgresql://x", tmp_path) is None
+
+
+def test_postgresql_commits_are_durable_and_bounded(database: Database) -> None:
+    if database.dialect.kind is not Kind.POSTGRESQL:
+        pytest.skip("settings of PostgreSQL")
+
+    def setting(name: str) -> object:
+        row = database.fetch_one("SELECT current_setting(?)", (name,))
+        return row and row[0]
+
+    assert tuple(
+        map(
+            setting,
+            (
+                "synchronous_commit", "statement_timeout", "lock_timeout",
+                "idle_in_transaction_session_timeout", "timezone",
+            ),
+        )
+    ) == ("on", "1min", "10s", "1min", "UTC")  # fmt: skip
+
+
+@pytest.fixture
+def world_of_sqlite(tmp_path: Path) -> Iterator[Database]:
+    db = open_database("", tmp_path)
+    yield db
+    db.close()
+
+
+# -- the lock file -----------------------------------------------------------------------------
+
+
+def test_a_held_file_is_refused_naming_its_holder(tmp_path: Path) -> None:
+    held = HoldFile(tmp_path / "lock", "the data directory", "pid 4711")
+
+    with pytest.raises(Held, match=r"the data directory is held by pid 4711"):
+        HoldFile(tmp_path / "lock", "the data directory", "pid 4712")
+    held.release()
+
+    again = HoldFile(tmp_path / "lock", "the data directory", "pid 3")
+    assert (tmp_path / "lock").read_text() == "pid 3"
+    again.release()

@@ -1,0 +1,242 @@
+"""What the pages say of names is complete: keys, calls, reasons, events, exit codes."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Final
+
+import pytest
+from google.protobuf.descriptor import Descriptor, MethodDescriptor
+from runrecovery.v1 import errors_pb2, recovery_service_pb2, run_pb2, run_service_pb2
+from runrecovery_service import config
+from runrecovery_service.cli import COMMANDS
+from runrecovery_service.cli.exit_codes import ExitCode
+from runrecovery_service.config import EngineSettings, Settings
+from runrecovery_service.domain.recovery_matrix import MATRIX, QUARANTINE_RULE
+from runrecovery_service.domain.run import ErrorCode
+from runrecovery_service.rpc import errors
+from runrecovery_service.rpc.health import NAMES
+
+ROOT: Final = Path(__file__).parents[2]
+SERVICE: Final = ROOT / "service" / "runrecovery_service"
+LEVELS: Final = {"debug", "info", "warning", "error", "exception", "critical", "_log"}
+EVENT: Final = re.compile(r"[a-z]+\.[a-z_]+")
+LINK: Final = re.compile(r"\]\((?!https?:)([^)#]*)(#[^)]*)?\)")
+METHODS: Final = [
+    method
+    for file in (run_service_pb2, recovery_service_pb2)
+    for service in file.DESCRIPTOR.services_by_name.values()
+    for method in service.methods
+]
+PAGES: Final = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+
+def _page(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def _section(page: str, heading: str) -> str:
+    """Return the lines below a heading, up to the next one of its level or above."""
+    _, _, rest = page.partition(f"\n{heading}\n")
+    level = heading.split(" ", maxsplit=1)[0]
+    return re.split(rf"\n#{{1,{len(level)}}} ", rest)[0]
+
+
+def _rows(text: str) -> dict[str, str]:
+    """Return the second cell of every table row, by its first one without backticks."""
+    cells = (
+        re.split(r"(?<!\\)\|", line)[1:-1] for line in text.splitlines() if line.startswith("| ")
+    )
+    return {row[0].strip().strip("`"): row[1].strip() for row in cells}
+
+
+def _shown(default: object) -> str:
+    if isinstance(default, tuple):
+        return json.dumps(list(default))
+    if default is None or default == {}:
+        return "none"
+    if isinstance(default, bool | int | float):
+        return str(default).lower()
+    return f'"./{default}"' if isinstance(default, Path) else f'"{default}"'
+
+
+def _configuration() -> tuple[dict[str, str], dict[str, str]]:
+    service, engine = _section(_page("docs/operations.md"), "## Configuration").split(
+        "| key of `[engines.NAME]`"
+    )
+    return _rows(service), _rows(engine)
+
+
+def test_every_key_of_the_configuration_is_told_with_its_default() -> None:
+    told, _ = _configuration()
+    del told["key"]  # the heading
+    settings = Settings()
+
+    assert {key: text.strip("`") for key, text in told.items()} == {
+        key.name: _shown(getattr(settings, key.name)) for key in fields(Settings)
+    }
+
+
+def test_every_key_of_an_engine_is_told_with_its_default() -> None:
+    _, told = _configuration()
+    defaults = {
+        key.name: "required" if key.name in {"command", "profile"} else _shown(key.default)
+        for key in fields(EngineSettings)
+    }
+
+    assert {key: text.strip("`") for key, text in told.items() if key in defaults} == defaults
+
+
+def test_every_reason_is_told_with_its_code() -> None:
+    told = _rows(_section(_page("docs/api.md"), "## Errors"))
+    sent = {case.reason: case.code.name for case in errors.TABLE.values()}
+    sent[errors_pb2.ERROR_REASON_INTERNAL] = "INTERNAL"
+    reasons = {
+        errors_pb2.ErrorReason.Name(number).removeprefix("ERROR_REASON_"): code
+        for number, code in sent.items()
+    }
+
+    assert {reason: told.get(reason) for reason in reasons} == reasons
+    assert len(reasons) == len(errors_pb2.ErrorReason.keys()) - 1
+
+
+def _fields(message: Descriptor | None) -> Iterator[str]:
+    """Yield the names of a request's fields, and of those of its filter instead of `filter`."""
+    for field in message.fields if message is not None else ():
+        if field.name == "filter":
+            yield from _fields(field.message_type)
+        else:
+            yield field.name
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_every_call_is_told_with_the_fields_of_its_request(method: MethodDescriptor) -> None:
+    page = _page("docs/api.md")
+    section = _section(page, f"### {method.name}")
+
+    assert f"/{method.containing_service.full_name}/{method.name}\n" in section
+    assert f"| `{method.containing_service.name}/{method.name}` |" in page
+    assert [
+        name
+        for name in _fields(method.input_type)
+        if not re.search(rf"`(\w+\.)?{name}[`.]", section)
+    ] == []
+
+
+def test_every_recovery_field_and_status_is_told() -> None:
+    run = _section(_page("docs/api.md"), "## A run")
+
+    names = [field.name for field in run_pb2.RecoveryInfo.DESCRIPTOR.fields]
+    assert [name for name in names if f"`{name}`" not in run] == []
+    statuses = run_pb2.RunStatus.DESCRIPTOR.values_by_name
+    assert [name for name in statuses if f"`{name}`" not in run] == []
+
+
+def test_every_rule_error_code_and_recovery_state_is_told() -> None:
+    page = _page("docs/recovery.md")
+    states = [
+        name.removeprefix("RECOVERY_STATE_")
+        for name in run_pb2.RecoveryState.DESCRIPTOR.values_by_name
+        if not name.endswith("UNSPECIFIED")
+    ]
+    words = [*(rule.name for rule in MATRIX), QUARANTINE_RULE, *ErrorCode, *states]
+
+    assert [word for word in words if word not in page] == []
+
+
+def test_every_health_name_is_told() -> None:
+    health = _section(_page("docs/api.md"), "## Health")
+
+    assert [name for name in NAMES if f"`{name}`" not in health and name] == []
+
+
+def _events() -> Iterator[str]:
+    """Yield the first argument of every call that logs, if it looks like an event's name."""
+    for file in SERVICE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            match node:
+                case ast.Call(
+                    func=ast.Attribute(attr=attribute), args=[ast.Constant(value=str(name)), *_]
+                ) if attribute in LEVELS and EVENT.fullmatch(name):
+                    yield name
+
+
+def test_events_in_the_code_are_the_events_on_the_page() -> None:
+    told = {name for name in _rows(_page("docs/events.md")) if EVENT.fullmatch(name)}
+
+    assert told == set(_events())
+
+
+def test_every_exit_code_is_told() -> None:
+    told = _rows(_section(_page("docs/operations.md"), "## The command"))
+
+    assert {str(int(code)): code.name for code in ExitCode}.items() <= told.items()
+
+
+def test_every_command_is_told() -> None:
+    page = _section(_page("docs/operations.md"), "## The command")
+
+    assert [name for name in COMMANDS if f"`runrecovery {name}" not in page] == []
+
+
+def test_example_configuration_is_accepted() -> None:
+    settings = config.load(path=ROOT / "runrecovery.example.toml", flags={}, environ={})
+
+    assert sorted(settings.engines) == ["demo", "demo-sticky"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    broken = [
+        f"{target}{anchor}"
+        for target, anchor in LINK.findall(page.read_text(encoding="utf-8"))
+        if not _leads_somewhere(page.parent / target if target else page, anchor)
+    ]
+
+    assert broken == []
+
+
+def _leads_somewhere(target: Path, anchor: str) -> bool:
+    if not anchor:
+        return target.exists()
+    headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+    return anchor[1:] in {
+        re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings
+    }
+
+
+def test_engine_of_the_readme_works(tmp_path: Path) -> None:
+    readme = _page("README.md")
+    (code,) = (
+        block
+        for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+        if "def say" in block
+    )
+    task = {"run_id": "r", "attempt": 1, "input": {"greeting": "Hi"}, "workspace": str(tmp_path)}
+    reply = {"interaction_id": 1, "response": "Ada"}
+    session = {"type": "jsonl", "value": "1"}
+
+    asked = _turn(code, {"type": "start", **task})
+    ended = _turn(code, {"type": "resume", **task, "session": session, "reply": reply})
+
+    assert [message["type"] for message in asked] == ["session", "ask"]
+    assert ended == [{"type": "result", "output": {"text": "Hi, Ada!"}}]
+
+
+def _turn(code: str, message: dict[str, object]) -> list[dict[str, object]]:
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        input=json.dumps(message) + "\n",
+        check=True,
+        timeout=60,
+        capture_output=True,
+        text=True,
+    )
+    return [json.loads(line) for line in done.stdout.splitlines()]

@@ -1,0 +1,181 @@
+"""The recovery matrix: one rule for everything that a restart can find, read alike by SQL."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from itertools import product
+from typing import Final
+
+import pytest
+from runrecovery_service.domain.recovery_matrix import MATRIX, QUARANTINE_RULE, Fact, Rule, decide
+from runrecovery_service.domain.run import TERMINAL, Profile, RecoveryState, RunStatus
+from runrecovery_service.domain.transitions import is_legal
+from runrecovery_service.storage import converge, instances, recovery
+from runrecovery_service.storage.converge import Scope, Tally
+from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.instances import Boot, Owner
+
+LIVE: Final = tuple(status for status in RunStatus if status not in TERMINAL)
+PROFILES: Final = (*Profile, None)
+FACTS: Final = tuple(Fact(bits) for bits in range(2 ** len(Fact)))
+Case = tuple[RunStatus, Profile | None, Fact]
+EVERYTHING: Final = tuple(product(LIVE, PROFILES, FACTS))
+CAN_BE_STORED: Final = tuple(
+    # A run's latest question is open, or answered and not delivered, or neither; never both.
+    case
+    for case in EVERYTHING
+    if Fact.PENDING | Fact.REPLY not in case[2]
+)
+NOW: Final = datetime(2026, 11, 24, tzinfo=UTC)
+
+
+def test_every_live_run_has_exactly_one_first_rule() -> None:
+    for status, profile, facts in EVERYTHING:
+        first = next(rule for rule in MATRIX if rule.matches(status, profile, facts))
+
+        assert first is decide(status, profile, facts)
+
+
+def test_every_rule_is_reached() -> None:
+    assert set(MATRIX) == {decide(*case) for case in CAN_BE_STORED}
+
+
+def test_every_decision_is_a_legal_transition() -> None:
+    assert all(is_legal(case[0], decide(*case).becomes) for case in EVERYTHING)
+
+
+def test_nothing_is_decided_for_what_has_ended() -> None:
+    for status, profile, facts in product(TERMINAL, PROFILES, FACTS):
+        with pytest.raises(ValueError, match="no rule"):
+            decide(status, profile, facts)
+
+
+@pytest.mark.parametrize("rule", MATRIX, ids=lambda rule: rule.name)
+def test_a_rule_agrees_with_itself(rule: Rule) -> None:
+    assert (rule.error is not None) == (rule.becomes is RunStatus.FAILED)
+    assert rule.keeps <= (rule.becomes not in TERMINAL)
+    assert (rule.state is RecoveryState.RECOVERED_WAITING) == (
+        rule.becomes is RunStatus.WAITING_USER
+    )
+    assert not rule.needs & rule.lacks
+
+
+def test_names_are_unique_and_texts_are_safe_inside_sql() -> None:
+    names = [rule.name for rule in MATRIX]
+
+    assert len(set(names)) == len(names)
+    assert QUARANTINE_RULE not in names
+    for text in (*names, *(rule.because for rule in MATRIX)):
+        assert not set("?%'\"\\") & set(text)
+
+
+def test_a_cancel_wins_over_everything() -> None:
+    for status, profile, facts in EVERYTHING:
+        if Fact.CANCEL in facts:
+            assert RunStatus.CANCELED is decide(status, profile, facts).becomes
+
+
+# -- SQL ---------------------------------------------------------------------------------------
+
+
+def owner_of(db: Database) -> Owner:
+    boot = Boot(instance="default", boot_token="", host_id="h", data_dir="/d", pid=1)
+    return instances.claim(db, boot, now=NOW)
+
+
+def store(db: Database, owner: Owner, cases: tuple[Case, ...]) -> None:
+    """Write a run for each case, with its real question, session, cancel and policy."""
+    with db.transaction():
+        for key, (status, profile, facts) in enumerate(cases, 1):
+            _store_run(db, owner, key, status, profile, facts)
+            if facts & (Fact.PENDING | Fact.REPLY):
+                state = "OPEN" if Fact.PENDING in facts else "ANSWERED"
+                response = "true" if Fact.REPLY in facts else None
+                db.execute(
+                    "INSERT INTO interaction (run, no, kind, prompt, options, state, asked_at,"
+                    " response) VALUES (?, 1, 'confirm', 'Go on.', '[]', ?, 1, ?)",
+                    (key, state, response),
+                )
+
+
+def _store_run(
+    db: Database, owner: Owner, key: int, status: RunStatus, profile: Profile | None, facts: Fact
+) -> None:
+    session = ("demo", "handle") if Fact.HANDLE in facts else (None, None)
+    row: dict[str, object] = {
+        "id": key, "run_id": f"run-{key}", "engine": "demo", "labels": "{}", "input": "{}",
+        "status": status.value, "profile": profile.value if profile else None,
+        "restart_policy": "REQUEUE" if Fact.REQUEUE in facts else "FAIL", "max_attempts": 2,
+        "attempt": 1, "turn": 1, "interaction_count": 1, "session_type": session[0],
+        "session_value": session[1], "owner": owner.instance, "owner_epoch": owner.epoch,
+        "cancel_requested_at": 1 if Fact.CANCEL in facts else None,
+        "version": 5, "queued_at": 1, "created_at": 1, "updated_at": 1,
+    }  # fmt: skip
+    marks = ", ".join("?" for _ in row)
+    db.execute(f"INSERT INTO run ({', '.join(row)}) VALUES ({marks})", tuple(row.values()))  # noqa: S608
+
+
+def converged(db: Database) -> Iterator[tuple[object, ...]]:
+    """Converge all in one batch and return what became of each run, in order of its key."""
+    owner = owner_of(db)
+    key = recovery.begin(db, owner, reconciliation_id="r", safe_mode=False, now=NOW)
+    batch = converge.next_batch(db, owner, after=0, rows=100_000)
+    assert batch is not None
+    scope = Scope(owner=owner, reconciliation_key=key, now=NOW)
+    converge.converge(db, scope, batch, report=lambda db, tally: None)
+    yield from db.fetch_all(
+        "SELECT r.recovery_reason, e.facts, r.status, r.error_code, r.error_message,"
+        " r.recovery_state, r.session_value, i.state, r.version, r.owner_epoch, r.ended_at"
+        " FROM run r JOIN recovery_event e ON e.run = r.id"
+        " LEFT JOIN interaction i ON i.run = r.id ORDER BY r.id"
+    )
+
+
+def expected(case: Case) -> tuple[object, ...]:
+    """What the matrix in Python says of a case, in the words of the store."""
+    rule, facts = decide(*case), case[2]
+    question = "OPEN" if Fact.PENDING in facts else "ANSWERED" if Fact.REPLY in facts else None
+    ended = rule.becomes in TERMINAL
+    kept_waiting = rule.state is RecoveryState.RECOVERED_WAITING
+    return (
+        rule.name,
+        facts.value,
+        rule.becomes.value,
+        rule.error.value if rule.error else None,
+        rule.because if rule.error else None,
+        rule.state.value,
+        "handle" if Fact.HANDLE in facts and rule.keeps else None,
+        question if rule.keeps or question is None else "CLOSED",
+        5 if kept_waiting else 6,
+        2,
+        int(NOW.timestamp() * 1e6) if ended else None,
+    )
+
+
+def test_sql_decides_as_python_does(database: Database) -> None:
+    store(database, owner_of(database), CAN_BE_STORED)
+
+    became = [tuple(row) for row in converged(database)]
+
+    assert [expected(case) for case in CAN_BE_STORED] == became
+
+
+def test_the_rules_are_all_counted(database: Database) -> None:
+    store(database, owner_of(database), CAN_BE_STORED)
+    owner = owner_of(database)
+    batch = converge.next_batch(database, owner, after=0, rows=100_000)
+    assert batch is not None
+    tallies: list[Tally] = []
+
+    tally = converge.converge(
+        database,
+        Scope(owner=owner, reconciliation_key=1, now=NOW),
+        batch,
+        report=lambda db, tally: tallies.append(tally),
+    )
+
+    rules = [decide(*case) for case in CAN_BE_STORED]
+    assert {rule.name: rules.count(rule) for rule in MATRIX} == tally.decisions
+    assert len(CAN_BE_STORED) == tally.scanned
+    assert [tally] == tallies

@@ -1,0 +1,134 @@
+"""The report of a restart, as it grows in the store."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from runrecovery_service.domain.reconciliation import (
+    BindingCounts,
+    DecisionCount,
+    OrphanCounts,
+    Reconciliation,
+    ReconciliationState,
+)
+from runrecovery_service.domain.run import RecoveryState
+from runrecovery_service.recovery.report import ReportBook
+from runrecovery_service.recovery.startup import next_batch_rows
+from runrecovery_service.storage import recovery
+from runrecovery_service.storage.converge import DAMAGED_NAMED, Tally
+from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.instances import Owner
+
+START = datetime(2026, 11, 24, tzinfo=UTC)
+
+
+@pytest.fixture
+def book(database: Database) -> ReportBook:
+    times = (START + timedelta(seconds=n) for n in range(1000))
+    book = ReportBook(
+        owner=Owner("default", 3), reconciliation_id="r", safe_mode=True, now=lambda: next(times)
+    )
+    book.open(database)
+    return book
+
+
+def stored(db: Database) -> Reconciliation:
+    return recovery.reconciliation(db, "r")
+
+
+def test_an_opened_report_is_running_and_empty(database: Database, book: ReportBook) -> None:
+    report = stored(database)
+
+    assert (
+        report.state, report.started_at, report.finished_at
+    ) == (ReconciliationState.RUNNING, START, None)  # fmt: skip
+    assert (
+        report.instance, report.epoch, report.safe_mode, report.decisions
+    ) == ("default", 3, True, ())  # fmt: skip
+
+
+def test_a_batch_is_written_before_it_counts(database: Database, book: ReportBook) -> None:
+    book.tally = Tally(scanned=2, decisions={"requeued": 2})
+
+    book.write(database, Tally(scanned=3, decisions={"requeued": 1, "cancel_completed": 2}))
+
+    assert stored(database).runs_scanned == 5
+    assert (
+        DecisionCount(
+            rule="cancel_completed", recovery_state=RecoveryState.CANCELED_RECONCILED, count=2
+        ),
+        DecisionCount(rule="requeued", recovery_state=RecoveryState.RECOVERED_QUEUED, count=3),
+    ) == stored(database).decisions
+    assert book.tally.scanned == 2
+
+
+def test_a_completed_report_is_read_back_as_it_was_told(
+    database: Database, book: ReportBook
+) -> None:
+    book.runs_total = 9
+    book.tally = Tally(
+        scanned=9, unchanged=1, quarantined=1, sessions=2, questions=3, slots=4, damaged=("d",),
+        decisions={"record_damaged": 1},
+    )  # fmt: skip
+    book.orphans = OrphanCounts(found=5, ended=4, already_gone=2, refused=1)
+    book.warnings.append("w")
+    with book.phase("converge"):
+        pass
+
+    report = book.complete(database)
+
+    assert report == stored(database)
+    assert (report.state, report.warnings) == (ReconciliationState.COMPLETED, ("w", "d"))
+    assert BindingCounts(sessions=2, pending_interactions=3, slots=4) == report.bindings
+    assert [phase.name for phase in report.phases] == ["converge"]
+
+
+def test_a_failed_report_says_why(database: Database, book: ReportBook) -> None:
+    report = book.fail(database, "StorageFull")
+
+    assert report == stored(database)
+    assert (report.state, report.error) == (ReconciliationState.FAILED, "StorageFull")
+
+
+def test_warnings_are_bounded(database: Database, book: ReportBook) -> None:
+    book.warnings.extend(str(n) for n in range(1000))
+
+    book.write(database)
+
+    assert len(stored(database).warnings) == recovery.WARNINGS_LIMIT
+
+
+def test_tallies_add_up() -> None:
+    one = Tally(
+        scanned=1, unchanged=2, quarantined=3, sessions=4, questions=5, slots=6,
+        decisions={"a": 1, "b": 2}, damaged=("x",) * 60,
+    )  # fmt: skip
+
+    both = one + replace(one, decisions={"b": 3, "c": 4})
+
+    assert (
+        both.scanned, both.unchanged, both.quarantined, both.sessions, both.questions, both.slots
+    ) == (2, 4, 6, 8, 10, 12)  # fmt: skip
+    assert both.decisions == {"a": 1, "b": 5, "c": 4}
+    assert len(both.damaged) == DAMAGED_NAMED
+    assert one == one + Tally()
+
+
+@pytest.mark.parametrize(
+    ("rows", "seconds", "becomes"),
+    [
+        (20_000, 1.5, 10_000),  # slow: half
+        (20_000, 0.5, 20_000),
+        (10_000, 0.1, 20_000),  # quick: double
+        (20_000, 0.1, 20_000),  # never above the limit
+        (600, 9.0, 500),  # never below the smallest
+    ],
+)
+def test_batches_keep_to_their_time(rows: int, seconds: float, becomes: int) -> None:
+    assert becomes == next_batch_rows(rows, seconds, most=20_000, batch_s=1.0)
+
+
+def test_a_limit_below_the_smallest_batch_holds() -> None:
+    assert next_batch_rows(10, 9.0, most=10, batch_s=1.0) == 10
