@@ -49,6 +49,7 @@ from runrecovery_service.storage.database import (
     backup_sqlite,
     integrity_problems,
     open_database,
+    postgresql_problems,
     sqlite_path,
 )
 from runrecovery_service.storage.instances import Boot, Owner
@@ -467,6 +468,8 @@ def check(settings: Settings) -> list[str]:
         if (reason := why_not_launchable(engine.command, env_allow=engine.env_allow)) is not None
     ]
     path = sqlite_path(settings.database, settings.data_dir.absolute())
-    if path is not None and path.exists():
+    if path is None:
+        problems += postgresql_problems(settings.database)
+    elif path.exists():
         problems += integrity_problems(path)
     return problems

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import socket
-import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -386,7 +385,7 @@ def test_every_mistake_of_a_configuration_comes_in_one_answer_and_nothing_is_mad
     assert not home.data.exists()
 
 
-@pytest.mark.parametrize("listen", ["0.0.0.0:0", "[::]:0"])  # noqa: S104 - to be refused
+@pytest.mark.parametrize("listen", ["0.0.0.0:0", "[::]:0"])
 def test_an_address_for_others_needs_a_word(new_home: NewHome, listen: str) -> None:
     home = new_home()
 

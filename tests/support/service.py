@@ -25,8 +25,8 @@ import grpc
 from google.protobuf.struct_pb2 import Struct, Value
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from runrecovery.v1 import recovery_service_pb2_grpc, run_pb2, run_service_pb2_grpc
 from runrecovery.v1 import recovery_service_pb2 as recovery_pb
+from runrecovery.v1 import recovery_service_pb2_grpc, run_pb2, run_service_pb2_grpc
 from runrecovery.v1 import run_service_pb2 as pb
 
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
@@ -484,12 +484,15 @@ class Home:
         return service, service.until_serving()
 
     def seed(self, runs: int, *, mix: str = "", instance: str = "default") -> None:
-        """Fill the store with live runs, as a service that was killed would leave them."""
+        """Fill the store with live runs, as a service that was killed would leave them.
+
+        Their engine, `seeded`, is not configured, so that their sessions are not looked for.
+        """
         subprocess.run(
             [
                 sys.executable, str(REPOSITORY / "bench" / "seed.py"),
                 "--data-dir", str(self.data), "--runs", str(runs), "--instance", instance,
-                "--engine", "resumable", *(["--mix", mix] if mix else []),
+                "--engine", "seeded", *(["--mix", mix] if mix else []),
             ],
             check=True,
             stdout=subprocess.DEVNULL,

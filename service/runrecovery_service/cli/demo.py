@@ -282,7 +282,7 @@ class Stage:
 
 def run_demo(console: Console | None = None) -> int:
     """Play the demo; 0 when every claim was true, else 1."""
-    console = console or Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+    console = console or Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     began = time.monotonic()
     with _home() as home:
         stage = Stage(console, Claims(console), home)
@@ -426,12 +426,14 @@ def _show_recovery(stage: Stage, client: RunRecoveryClient) -> None:
 
 def _show_report(stage: Stage, report: recovery.Reconciliation) -> None:
     milliseconds = sum(phase.duration.ToMilliseconds() for phase in report.phases)
+    orphans, held = report.orphans, report.bindings
     stage.console.print(
-        f"  report {report.reconciliation_id}: epoch {report.epoch}, {report.runs_scanned} runs"
-        f" in {milliseconds} ms; {report.orphans.ended} orphans ended,"
-        f" {report.orphans.refused} refused; {report.bindings.slots} slots,"
-        f" {report.bindings.sessions} sessions and"
-        f" {report.bindings.pending_interactions} questions released"
+        f"  report {report.reconciliation_id}: epoch {report.epoch},"
+        f" {report.runs_scanned} runs in {milliseconds} ms"
+    )
+    stage.console.print(
+        f"  {orphans.ended} orphans ended, {orphans.refused} refused; released: {held.slots} slots,"
+        f" {held.sessions} sessions, {held.pending_interactions} questions"
     )
 
 

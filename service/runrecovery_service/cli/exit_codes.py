@@ -28,7 +28,8 @@ class ExitCode(IntEnum):
     """The listen address cannot be bound."""
 
     UNAVAILABLE = 6
-    """The service does not answer, not yet, or not in time; trying again may help."""
+    """The service (for `serve`: its database) does not answer, not yet, or not in time; trying
+    again may help."""
 
     NOT_FOUND = 7
     """What was named does not exist."""

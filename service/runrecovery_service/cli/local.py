@@ -16,6 +16,7 @@ from runrecovery_service.cli.exit_codes import ExitCode
 from runrecovery_service.cli.failure import Failure
 from runrecovery_service.config import ConfigError, LogFormat, LogLevel, Settings
 from runrecovery_service.domain.errors import (
+    DatabaseOutOfReach,
     DatabaseRefused,
     DataDirRefused,
     Fenced,
@@ -27,6 +28,7 @@ from runrecovery_service.domain.errors import (
 EXIT_CODES: Final[dict[type[Exception], ExitCode]] = {
     Held: ExitCode.HELD,
     DatabaseRefused: ExitCode.STORAGE,
+    DatabaseOutOfReach: ExitCode.UNAVAILABLE,
     DataDirRefused: ExitCode.STORAGE,
     RecoveryGaveUp: ExitCode.RECOVERY,
     Fenced: ExitCode.FENCED,

@@ -265,6 +265,10 @@ class DatabaseRefused(StartRefused):
         return f"{self.place}: {self.reason}"
 
 
+class DatabaseOutOfReach(DatabaseRefused):
+    """The database does not answer now; a later start may succeed."""
+
+
 @dataclass(eq=False)
 class DataDirRefused(StartRefused):
     """The data directory cannot be used."""

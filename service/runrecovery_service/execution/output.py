@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -42,8 +43,16 @@ class OutputFiles:
         """Return the folder that the agent works in; it may not exist yet."""
         return self._attempt(run_key, attempt) / "workspace"
 
-    def prepare(self, run_key: int, attempt: int) -> Path:
-        """Make the folder that the agent works in, and return it."""
+    def prepare(self, run_key: int, attempt: int, *, fresh: bool) -> Path:
+        """Make the folder that the agent works in, and return it.
+
+        Args:
+            fresh: the attempt begins. A folder that is there already is another run's, from
+                before an older database was restored; it is moved aside.
+        """
+        attempts = self._attempt(run_key, attempt)
+        if fresh and attempts.exists():
+            attempts.rename(attempts.with_name(f"{attempt}.found-{time.time_ns()}"))
         workspace = self.workspace(run_key, attempt)
         for folder in (*reversed(workspace.parents[:3]), workspace):
             folder.mkdir(mode=0o700, exist_ok=True)

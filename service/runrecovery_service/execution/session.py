@@ -57,6 +57,8 @@ R = TypeVar("R")
 
 SESSION_TYPE: Final = "jsonl"
 READ_BYTES: Final = 65536
+SESSION_SHOWN: Final = b'{"type":"session","value":"[secret]"}'
+"""What stands in the kept output for the line that names a session."""
 STDERR_TAIL_BYTES: Final = 2000
 LAST_OUTPUT_S: Final = 1.0
 """How long a process that has exited may leave its output open (a child may hold it)."""
@@ -154,7 +156,7 @@ class RunSession:
         try:
             process = await self._launch()
         except LaunchFailed as error:
-            self._log("execution.launch_failed", reason=error.reason)
+            self._warn("execution.launch_failed", reason=error.reason)
             failed = Failed(RunError(code=ErrorCode.LAUNCH_FAILED, message=error.reason))
             await self._record(failed, Ended(exit_code=None, processes_ended=0, gone=True))
             return
@@ -211,7 +213,7 @@ class RunSession:
     def _spawn(self, engine: Engine) -> LaunchedProcess:
         run = self.turn.run
         try:
-            workspace = self.shop.output.prepare(run.key, run.attempt)
+            workspace = self.shop.output.prepare(run.key, run.attempt, fresh=run.turn == 1)
         except OSError as error:
             raise LaunchFailed(f"the workspace cannot be made: {error.strerror}") from error
         extra = {
@@ -374,25 +376,25 @@ class RunSession:
     async def _read_stdout(self, pipe: IO[bytes]) -> None:
         begun = b""
         while data := await _read(pipe.fileno()):
-            await self._keep(OutputChannel.STDOUT, data)
             *lines, begun = (begun + data).split(b"\n")
-            for line in lines:
-                self._parse(line)
-            await self._news.join()  # an agent that floods us waits in its pipe
+            await self._take_lines(lines)
             if len(begun) > jsonl.MAX_LINE_BYTES:
+                await self._keep(OutputChannel.STDOUT, begun)
                 how = f"A line of the agent is longer than {jsonl.MAX_LINE_BYTES} bytes."
                 self._news.put_nowait(_Broken(how))
                 return
-        self._parse(begun)
+        if begun:
+            await self._take_lines([begun], end=b"")
         self._news.put_nowait(_Signal.STDOUT_ENDED)
 
-    def _parse(self, line: bytes) -> None:
-        if not line.strip():
-            return
-        try:
-            self._news.put_nowait(jsonl.parse(line))
-        except ProtocolError as error:
-            self._news.put_nowait(_Broken(f"The agent broke the protocol: {error}."))
+    async def _take_lines(self, lines: list[bytes], *, end: bytes = b"\n") -> None:
+        """Keep what the lines say, then act on it."""
+        heard = [_understand(line) for line in lines]
+        await self._keep(OutputChannel.STDOUT, b"".join(shown + end for shown, _ in heard))
+        for _, news in heard:
+            if news is not None:
+                self._news.put_nowait(news)
+        await self._news.join()  # an agent that floods us waits in its pipe
 
     async def _read_stderr(self, pipe: IO[bytes]) -> None:
         while data := await _read(pipe.fileno()):
@@ -402,10 +404,12 @@ class RunSession:
 
     async def _keep(self, channel: OutputChannel, data: bytes) -> None:
         run = self.turn.run
+        if not data:
+            return
         try:
             await self._in_thread(self.shop.output.append, run.key, run.attempt, channel, data)
         except OSError as error:
-            self._log("execution.output_lost", channel=channel.value, error=error.strerror)
+            self._warn("execution.output_lost", channel=channel.value, error=error.strerror)
 
     async def _watch_exit(self, process: LaunchedProcess) -> None:
         self._news.put_nowait(_Exited(await wait_exit(process.popen)))
@@ -422,7 +426,7 @@ class RunSession:
         )
         ending = endings[self.turn.lease.key]
         for refusal in ending.refused:
-            self._log("execution.tree_not_ended", reason=refusal)
+            self._warn("execution.tree_not_ended", reason=refusal)
         return ending
 
     def _observed(self) -> Observed:
@@ -461,6 +465,10 @@ class RunSession:
         run = self.turn.run
         log.info(event, run_id=run.run_id, attempt=run.attempt, turn=run.turn, **facts)
 
+    def _warn(self, event: str, **facts: object) -> None:
+        run = self.turn.run
+        log.warning(event, run_id=run.run_id, attempt=run.attempt, turn=run.turn, **facts)
+
     async def _in_thread(self, do: Callable[..., R], *args: object) -> R:
         return await asyncio.get_running_loop().run_in_executor(self.shop.threads, do, *args)
 
@@ -475,9 +483,20 @@ class RunSession:
             try:
                 return await write()
             except (NotNow, Exhausted) as error:
-                self._log("execution.write_retried", error=type(error).__name__)
+                self._warn("execution.write_retried", error=type(error).__name__)
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, RETRY_MOST_S)
+
+
+def _understand(line: bytes) -> tuple[bytes, _News | None]:
+    """Return what of a line may be kept and shown, and the news that it is."""
+    if not line.strip():
+        return line, None
+    try:
+        message = jsonl.parse(line)
+    except ProtocolError as error:
+        return line, _Broken(f"The agent broke the protocol: {error}.")
+    return (SESSION_SHOWN if isinstance(message, SessionMessage) else line), message
 
 
 # Pipes are read and written by their descriptors, not as the loop's transports: uvloop closes the

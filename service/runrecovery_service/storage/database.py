@@ -18,6 +18,7 @@ import peewee as pw
 import structlog
 
 from runrecovery_service.domain.errors import (
+    DatabaseOutOfReach,
     DatabaseRefused,
     Held,
     RunRecoveryError,
@@ -184,22 +185,72 @@ def slot(name: str) -> pw.Value:
 
 # -- errors ------------------------------------------------------------------------------------
 
-_BUSY_SQLSTATES: Final = {"55P03", "40001", "40P01", "57014"}
-_FULL_SQLSTATES: Final = {"53100"}
+# Primary result codes of SQLite and SQLSTATEs (or their first two letters, the class) of
+# PostgreSQL. What is in neither table is a defect of ours, or of one row.
+_SQLITE_CODES: Final[dict[int, type[RunRecoveryError]]] = {
+    sqlite3.SQLITE_BUSY: StorageBusy,
+    sqlite3.SQLITE_LOCKED: StorageBusy,
+    sqlite3.SQLITE_FULL: StorageFull,
+    sqlite3.SQLITE_NOMEM: StorageUnavailable,
+    sqlite3.SQLITE_READONLY: StorageUnavailable,
+    sqlite3.SQLITE_IOERR: StorageUnavailable,
+    sqlite3.SQLITE_CORRUPT: StorageUnavailable,
+    sqlite3.SQLITE_CANTOPEN: StorageUnavailable,
+    sqlite3.SQLITE_PROTOCOL: StorageUnavailable,
+    sqlite3.SQLITE_NOTADB: StorageUnavailable,
+}
+_SQLSTATES: Final[dict[str, type[RunRecoveryError]]] = {
+    "40001": StorageBusy,  # serialization failure
+    "40P01": StorageBusy,  # deadlock
+    "55P03": StorageBusy,  # lock timeout
+    "57014": StorageBusy,  # statement timeout
+    "53100": StorageFull,
+    "08": StorageUnavailable,  # connection
+    "25006": StorageUnavailable,  # read-only: a standby, or a failover under way
+    "53": StorageUnavailable,  # resources
+    "57": StorageUnavailable,  # shutdown
+    "58": StorageUnavailable,  # its own system errors
+}
 
 
 def translate(error: pw.PeeweeException) -> RunRecoveryError | None:
-    """Return the domain's word for a driver error, or None for one that is a defect of ours."""
-    cause = getattr(error, "orig", None) or error.__cause__
-    sqlstate = getattr(cause, "sqlstate", None)
-    text = str(error).lower()
-    if sqlstate in _FULL_SQLSTATES or "disk is full" in text:
-        return StorageFull()
-    if sqlstate in _BUSY_SQLSTATES or "is locked" in text:
-        return StorageBusy()
-    if isinstance(error, pw.OperationalError | pw.InterfaceError) or "malformed" in text:
-        return StorageUnavailable()
+    """Return the domain's word for a driver error, or None for one that is a defect of ours.
+
+    The whole chain is looked at: a rollback that fails because SQLite has rolled back already
+    hides why it did.
+    """
+    for link in _chain(error):
+        meaning = _meaning(link)
+        if meaning is not None:
+            return meaning()
     return None
+
+
+def _meaning(error: BaseException) -> type[RunRecoveryError] | None:
+    code = getattr(error, "sqlite_errorcode", None)
+    if code is not None:
+        return _SQLITE_CODES.get(code & 0xFF)
+    sqlstate = getattr(error, "sqlstate", None)
+    if sqlstate is not None:
+        return _SQLSTATES.get(sqlstate) or _SQLSTATES.get(sqlstate[:2])
+    # PostgreSQL's driver gives no state when the connection itself is gone.
+    lost = type(error).__module__.startswith("psycopg") and type(error).__name__ in {
+        "OperationalError",
+        "InterfaceError",
+        "ConnectionTimeout",
+    }
+    return StorageUnavailable if lost else None
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        link = waiting.pop()
+        if link is not None and id(link) not in seen:
+            seen.add(id(link))
+            yield link
+            waiting += [link.__context__, link.__cause__]
 
 
 # -- opening -----------------------------------------------------------------------------------
@@ -220,9 +271,11 @@ def open_database(url: str, data_dir: Path) -> Database:
     The caller holds the lock of the data directory.
 
     Raises:
-        DatabaseRefused: it is empty, foreign, newer, damaged, out of reach or too old a kind.
+        DatabaseRefused: it is empty, foreign, newer, damaged or too old a kind.
+        DatabaseOutOfReach: it does not answer, or not in time; a later start may succeed.
     """
     path = sqlite_path(url, data_dir)
+    place = str(path) if path is not None else "the PostgreSQL database"
     try:
         db = _open_postgresql(url) if path is None else _open_sqlite(path)
         try:
@@ -231,8 +284,12 @@ def open_database(url: str, data_dir: Path) -> Database:
             db.close()
             raise
     except pw.PeeweeException as error:
-        place = str(path) if path is not None else "the PostgreSQL database"
-        raise DatabaseRefused(place, str(translate(error) or error)) from error
+        meaning = translate(error)
+        if meaning is None:
+            raise DatabaseRefused(place, str(error)) from error
+        raise DatabaseOutOfReach(place, str(meaning)) from error
+    except OSError as error:
+        raise DatabaseRefused(place, error.strerror or "cannot be opened") from error
     return db
 
 
@@ -443,13 +500,27 @@ def backup_sqlite(path: Path, destination: Path) -> None:
 
 def integrity_problems(path: Path) -> list[str]:
     """Return what is wrong with a SQLite store, one sentence each; it is only read."""
+    # Without a -wal file nobody has it open, and SQLite need not leave files beside it.
+    unused = not path.with_name(path.name + "-wal").exists()
+    uri = f"{path.absolute().as_uri()}?{'immutable=1' if unused else 'mode=ro'}"
     try:
         _check_header(path)
-        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
+        with contextlib.closing(sqlite3.connect(uri, uri=True)) as connection:
             found = [row[0] for row in connection.execute("PRAGMA integrity_check(20)")]
     except (DatabaseRefused, sqlite3.Error, OSError) as error:
         return [str(error)]
     return [] if found == ["ok"] else [f"{path}: {problem}" for problem in found]
+
+
+def postgresql_problems(url: str) -> list[str]:
+    """Return what stands against a start on this PostgreSQL database; nothing is changed."""
+    try:
+        _open_postgresql(url).close()
+    except DatabaseRefused as error:
+        return [str(error)]
+    except pw.PeeweeException as error:
+        return [f"the PostgreSQL database: {translate(error) or 'cannot be opened'}"]
+    return []
 
 
 # -- locks -------------------------------------------------------------------------------------
