@@ -301,6 +301,7 @@ def main() -> None:
     for inner in ("--measure", "--url", "--dir"):
         parser.add_argument(inner, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(file=sys.stderr))
     if args.measure:
         print(json.dumps(asdict(measure(args.measure, args.url, Path(args.dir)))))
         return

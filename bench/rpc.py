@@ -223,8 +223,9 @@ class Bench:
         ]
 
     def _single_commits(self) -> Load:
-        command = [sys.executable, "-c", SINGLE_COMMITS, self.top / "raw.db", str(self.seconds)]
-        answer = subprocess.run([*command, str(INPUT_BYTES)], check=True, stdout=subprocess.PIPE)
+        arguments = (str(self.top / "raw.db"), str(self.seconds), str(INPUT_BYTES))
+        command = [sys.executable, "-c", SINGLE_COMMITS, *arguments]
+        answer = subprocess.run(command, check=True, stdout=subprocess.PIPE)
         rate, p50_ms = (float(text) for text in answer.stdout.strip(b"[]\n").split(b","))
         return Load(calls_per_s=rate, p50_ms=p50_ms, p99_ms=0.0, server_cpu_us=0.0)
 

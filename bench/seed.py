@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import secrets
+import sys
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
+import structlog
 from runrecovery_service.domain.run import InteractionKind, Option
 from runrecovery_service.process.evidence import Host
 from runrecovery_service.storage import instances
@@ -176,6 +178,8 @@ def _parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Seed the store that the command line names and print what was made, as JSON."""
     args = _parser().parse_args()
+    # The log goes where it does not mix with the JSON.
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(file=sys.stderr))
     args.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     data_dir = args.data_dir.resolve()
     db = open_database(args.database, data_dir)

@@ -21,13 +21,16 @@ def main() -> None:
 
 def table() -> str:
     """Return the matrix as a Markdown table."""
-    rows = [
-        "| # | rule = `recovery_reason` | status, profile | facts | becomes | `error.code`"
-        " | `recovery_state` | why |",
-        "|---|---|---|---|---|---|---|---|",
-        *(row(number, rule) for number, rule in enumerate(MATRIX, 1)),
-    ]
-    return "\n".join(rows)
+    names = tuple(
+        "#|rule|status, profile|facts|becomes|`error.code`|`recovery_state`|why".split("|")
+    )
+    rows = [row(number, rule) for number, rule in enumerate(MATRIX, 1)]
+    return "\n".join([line(names), line(("---",) * len(names)), *rows])
+
+
+def line(cells: tuple[str, ...]) -> str:
+    """Return cells as a line of a table."""
+    return f"| {' | '.join(cells)} |"
 
 
 def row(number: int, rule: Rule) -> str:
@@ -47,7 +50,7 @@ def row(number: int, rule: Rule) -> str:
         rule.state,
         rule.because,
     )
-    return f"| {' | '.join(cells)} |"
+    return line(cells)
 
 
 if __name__ == "__main__":

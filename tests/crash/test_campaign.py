@@ -29,10 +29,13 @@ SLOTS: Final = 3
 ENDED: Final = {"SUCCEEDED", "FAILED", "CANCELED"}
 # Quick to start and to end, so that a round sees many changes of state.
 QUICK: Final = """
-import json, os, sys
+import json, signal, sys, time
 message = json.loads(sys.stdin.readline())
 say = lambda **fields: print(json.dumps(fields), flush=True)
-if message["type"] == "start" and message["input"].get("asks"):
+if message["input"].get("stubborn"):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(60)
+elif message["type"] == "start" and message["input"].get("asks"):
     say(type="session", value="s")
     say(type="ask", kind="open_text", prompt="?")
 else:
@@ -49,8 +52,6 @@ class Acknowledged:
     """Run ids, and whether the run asks."""
     replied: dict[str, str] = field(default_factory=dict)
     canceled: set[str] = field(default_factory=set)
-    tried: set[str] = field(default_factory=set)
-    """Runs to which a cancel or reply was sent that got no answer."""
 
 
 class Worker(threading.Thread):
@@ -76,6 +77,8 @@ class Worker(threading.Thread):
 
     def _work(self, api: Api) -> None:
         while True:
+            if self._dice.random() < 0.2:
+                self._cancel_a_stubborn_one(api)
             asks = self._dice.random() < 0.6
             run_id = f"c-{uuid.uuid4()}"
             policy = self._dice.choice(list(run_pb2.RestartPolicy.values()))
@@ -87,8 +90,15 @@ class Worker(threading.Thread):
             elif asks and choice < 0.8:
                 self._reply(api, run_id)
 
+    def _cancel_a_stubborn_one(self, api: Api) -> None:
+        """Cancel a run whose process takes its time to end, so that a kill comes in between."""
+        run_id = f"c-{uuid.uuid4()}"
+        api.create("quick", {"stubborn": True}, run_id=run_id)
+        self._known.created[run_id] = False
+        until(lambda: status_word(api.get(run_id)) == "RUNNING", "it runs")
+        self._cancel(api, run_id)
+
     def _cancel(self, api: Api, run_id: str) -> None:
-        self._known.tried.add(run_id)
         try:
             api.cancel(run_id)
         except grpc.RpcError as error:
@@ -102,13 +112,12 @@ class Worker(threading.Thread):
         run = until(lambda: self._waiting_or_over(api, run_id), "it waits")
         if status_word(run) == "WAITING_USER":
             answer = uuid.uuid4().hex
-            self._known.tried.add(run_id)
             api.reply(run_id, 1, answer)
             self._known.replied[run_id] = answer
 
     def _waiting_or_over(self, api: Api, run_id: str) -> run_pb2.Run:
         run: Any = api.get(run_id)
-        return run if status_word(run) in {"WAITING_USER", *ENDED} else None  # type: ignore[return-value]
+        return run if status_word(run) in {"WAITING_USER", *ENDED} else None
 
 
 def play(home: Home, known: Acknowledged, dice: random.Random) -> None:
@@ -167,7 +176,9 @@ def assert_all_stands(home: Home, api: Api, known: Acknowledged) -> None:
 
 @pytest.mark.timeout(120 + 5 * ROUNDS)
 def test_whatever_was_acknowledged_stands_after_any_number_of_kills(new_home: NewHome) -> None:
-    home = new_home(engines={**GOOD_ENGINES, "quick": script(QUICK)}, max_concurrent=SLOTS)
+    home = new_home(
+        engines={**GOOD_ENGINES, "quick": script(QUICK)}, max_concurrent=SLOTS, cancel_grace_s=0.3
+    )
     seed = int(os.environ.get("CAMPAIGN_SEED", time.time_ns()))
     print(f"CAMPAIGN_SEED={seed}")
     dice, known = random.Random(seed), Acknowledged()  # noqa: S311 - moments, not secrets

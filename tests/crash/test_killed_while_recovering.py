@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+import pytest
 from google.protobuf.duration_pb2 import Duration
 from runrecovery.v1 import recovery_pb2
 from runrecovery.v1 import recovery_service_pb2 as recovery_rpc
@@ -66,6 +67,7 @@ def kill_during_recovery(home: Home, decisions: int, delay_s: float = 0.0) -> Se
     return service
 
 
+@pytest.mark.timeout(300)  # 21 starts of a service; on a machine that is busy they take long
 def test_twenty_kills_in_a_recovery_of_20000_runs_leave_one_decision_each(
     new_home: NewHome,
 ) -> None:

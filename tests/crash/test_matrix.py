@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 from google.protobuf.json_format import MessageToDict
@@ -132,7 +133,7 @@ def play_until_the_crash(home: Home, api: Api) -> None:
         api.create("resumable", STUBBORN, run_id=run_id)
     api.create("resumable", HOLDS, run_id="again", restart_policy=REQUEUE)
     for run_id in ("tree", "stubborn", "canceling", "again"):
-        until(lambda run_id=run_id: b"worked" in printed(api, run_id), f"{run_id} is at work")
+        until(partial(at_work, api, run_id), f"{run_id} is at work")
     # Every slot is taken: what comes now stays QUEUED.
     api.create("resumable", HOLDS, run_id="queued")
     api.create("resumable", HOLDS, run_id="again-queued", restart_policy=REQUEUE)
@@ -141,9 +142,10 @@ def play_until_the_crash(home: Home, api: Api) -> None:
     assert api.cancel("canceling").cancel_requested
 
 
-def printed(api: Api, run_id: str) -> bytes:
-    run = api.get(run_id)
-    return b"".join(p.data for p in api.output(run_id)) if run.attempt else b""
+def at_work(api: Api, run_id: str) -> bool:
+    """True once the process of a run has its children and its signals as it wants them."""
+    started = api.get(run_id).attempt > 0
+    return started and b"worked" in b"".join(piece.data for piece in api.output(run_id))
 
 
 def damage(home: Home) -> None:
@@ -311,7 +313,7 @@ def test_a_requeued_run_starts_afresh_until_its_budget_is_spent(new_home: NewHom
     for attempt in (1, 2, 3):
         run = until_attempt(api, attempt)
         (pid,) = until(lambda: home.agents_of("again"), "its process lives")
-        workspaces.add(os.readlink(f"/proc/{pid}/cwd"))
+        workspaces.add(Path(f"/proc/{pid}/cwd").readlink())
         assert run.recovery.recovery_count == attempt - 1
         service.kill()
         service, api = home.start()

@@ -1,4 +1,4 @@
-"""A recovery that cannot write: nobody is served, the state can be read, and it goes on by itself."""
+"""A recovery that cannot write: nobody is served, all can be read, and it goes on by itself."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def joined(pieces: list[pb.StreamOutputResponse]) -> bytes:
     return data
 
 
-# -- how an engine can fail ------------------------------------------------------------------------
+# -- how an engine can fail --------------------------------------------------------------------
 
 
 def test_a_command_that_is_not_there_fails_the_launch(new_home: Callable[..., Home]) -> None:
@@ -190,7 +190,7 @@ def test_a_sticky_process_gets_every_answer_once(api: Api) -> None:
     assert output == {"answers": ["answer 1", "answer 2", "answer 3"]}
 
 
-# -- what an engine gets ---------------------------------------------------------------------------
+# -- what an engine gets -----------------------------------------------------------------------
 
 
 def test_an_engine_gets_the_variables_that_are_allowed_and_no_descriptor_of_the_service(
@@ -222,7 +222,7 @@ def test_a_living_agent_holds_nothing_of_the_service(home: Home, api: Api) -> No
     (first,), (second,) = (home.agents_of(run.run_id) for run in runs)
 
     holds = {
-        pid: {os.readlink(entry.path) for entry in os.scandir(f"/proc/{pid}/fd")}
+        pid: {str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir()}
         for pid in (first, second)
     }
     assert not any(link.startswith("socket:") for links in holds.values() for link in links)
@@ -237,7 +237,7 @@ def mode_of(path: Path) -> str:
 
 
 def test_only_the_owner_can_read_what_is_kept(new_home: Callable[..., Home]) -> None:
-    home = new_home(engines=GOOD_ENGINES | {"exits_3": agent("exits_3")})
+    home = new_home(engines={**GOOD_ENGINES, "exits_3": agent("exits_3")})
     _, api = home.start()
     run = api.until_ended(api.create("resumable", {}).run_id)
     ended(api, "exits_3")
@@ -263,7 +263,7 @@ def test_the_cookie_of_a_lease_is_seen_by_its_owner_only(home: Home, api: Api) -
     api.cancel(run.run_id)
 
 
-# -- its output --------------------------------------------------------------------------------------
+# -- its output --------------------------------------------------------------------------------
 
 
 def test_output_can_be_read_from_any_offset(api: Api) -> None:

@@ -248,4 +248,4 @@ def test_health_does_not_know_other_names(api: Api) -> None:
     with pytest.raises(grpc.RpcError) as failed:
         api.health_of("nobody")
 
-    assert failed.value.code() is grpc.StatusCode.NOT_FOUND  # type: ignore[attr-defined]
+    assert failed.value.code() is grpc.StatusCode.NOT_FOUND

@@ -56,7 +56,9 @@ def test_health_never_says_serving_before_the_report_is_committed(new_home: NewH
     service = home.spawn("--listen", f"unix:{address}")
     until_bound(address, service)
     service.address = f"unix:{address}"
-    api, seen, gaps = service.api(), [], []
+    api = service.api()
+    seen: list[tuple[str, str | None]] = []
+    gaps: list[float] = []
     scanned: list[int] = []
     with home.store() as store:
         began = time.monotonic()
@@ -84,7 +86,7 @@ def test_health_never_says_serving_before_the_report_is_committed(new_home: NewH
     assert api.status().reconciliation.runs_scanned == SEEDED
 
 
-# -- held in the middle of a recovery ----------------------------------------------------------------
+# -- held in the middle of a recovery ----------------------------------------------------------
 
 
 @contextmanager
@@ -196,11 +198,11 @@ def test_a_stop_in_the_middle_of_a_recovery_leaves_the_rest_to_the_next_start(
     reports = api.recovery.ListReconciliations(
         recovery_rpc.ListReconciliationsRequest(), timeout=LONG_S
     ).reconciliations
-    assert [report.state for report in reports][0] == COMPLETED
+    assert reports[0].state == COMPLETED
     assert reports[1].state == recovery_pb2.RECONCILIATION_STATE_FAILED
 
 
-# -- stopping ------------------------------------------------------------------------------------------
+# -- stopping ----------------------------------------------------------------------------------
 
 
 def test_a_draining_service_answers_reads_and_refuses_changes(new_home: NewHome) -> None:
@@ -276,7 +278,7 @@ def test_what_a_stop_interrupts_the_next_start_explains(new_home: NewHome) -> No
     assert run.recovery.recovery_reason == "running_interrupted"
 
 
-# -- starts that are refused ---------------------------------------------------------------------------
+# -- starts that are refused -------------------------------------------------------------------
 
 
 def refused_start(home: Home, *arguments: str) -> tuple[int, str]:

@@ -110,7 +110,7 @@ class House:
     address: str
 
     def write(self, data: bytes, *, attempt: int = 1) -> None:
-        self.output.prepare(5, attempt)
+        self.output.prepare(5, attempt, fresh=False)
         self.output.append(5, attempt, STDOUT, data)
 
 

@@ -196,12 +196,25 @@ async def test_many_callers_at_once_are_all_answered(world: World, storage: Stor
     assert len({run.run_id for run in read}) == 100
 
 
-async def test_a_failing_driver_is_told_in_the_words_of_the_domain(storage: Storage) -> None:
+async def test_a_failing_database_is_told_in_the_words_of_the_domain(
+    world: World, storage: Storage
+) -> None:
+    sqlite = world.db.dialect.kind is Kind.SQLITE
+
     def fail(db: Database) -> None:
-        raise pw.OperationalError("the connection is lost")
+        if sqlite:
+            db.execute("ATTACH '/nowhere/at/all.db' AS gone")
+        db.execute("SELECT pg_terminate_backend(pg_backend_pid())")
 
     with pytest.raises(StorageUnavailable):
         await storage.read(fail)
+
+    assert await storage.read(lambda db: db.fetch_one("SELECT 1")) == (1,)
+
+
+async def test_a_defect_of_ours_is_not_told_as_the_databases(storage: Storage) -> None:
+    with pytest.raises(pw.PeeweeException):
+        await storage.read(lambda db: db.execute("SELECT nothing FROM nowhere"))
 
 
 async def test_closing_leaves_no_thread(world: World) -> None:

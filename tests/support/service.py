@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TypeAlias, TypeVar
@@ -131,7 +132,7 @@ class Refusal:
 def refusal_of(error: grpc.RpcError) -> Refusal:
     """Decode the details of an error."""
     call: Any = error  # a failed call is an RpcError and a Call at once; the types do not say so
-    trailers = {key: value for key, value in call.trailing_metadata() or ()}
+    trailers = dict(call.trailing_metadata() or ())
     status = status_pb2.Status()
     status.ParseFromString(trailers.get("grpc-status-details-bin", b""))
     info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
@@ -295,6 +296,10 @@ def _is_dead(pid: int) -> bool:
     return stat[stat.rindex(b")") + 2 : stat.rindex(b")") + 3] in b"ZXx"
 
 
+def _are_dead(pids: Sequence[int]) -> bool:
+    return all(_is_dead(pid) for pid in pids)
+
+
 def processes_below(place: Path) -> list[int]:
     """Return the living processes that work below a directory."""
     pids = [int(entry.name) for entry in os.scandir("/proc") if entry.name.isdigit()]
@@ -330,7 +335,7 @@ def kill_below(place: Path) -> list[int]:
     return ended
 
 
-# -- the service ------------------------------------------------------------------------------------
+# -- the service ----------------------------------------------------------------------------------
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -538,7 +543,7 @@ class Home:
         left: list[int] = []
         while ended := kill_below(self.path):
             left += ended
-            until(lambda gone=ended: all(_is_dead(pid) for pid in gone), "the processes are gone")
+            until(partial(_are_dead, ended), "the processes are gone")
         return left
 
     def __enter__(self) -> Self:

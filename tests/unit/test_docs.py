@@ -26,7 +26,7 @@ from runrecovery_service.rpc.health import NAMES
 
 ROOT: Final = Path(__file__).parents[2]
 SERVICE: Final = ROOT / "service" / "runrecovery_service"
-LEVELS: Final = {"debug", "info", "warning", "error", "exception", "critical", "_log"}
+LEVELS: Final = {"debug", "info", "warning", "error", "exception", "critical", "_log", "_warn"}
 EVENT: Final = re.compile(r"[a-z]+\.[a-z_]+")
 LINK: Final = re.compile(r"\]\((?!https?:)([^)#]*)(#[^)]*)?\)")
 METHODS: Final = [

@@ -125,8 +125,23 @@ class Database:
 
     def transaction(self) -> contextlib.AbstractContextManager[object]:
         """One transaction; inside another one a savepoint."""
-        atomic: contextlib.AbstractContextManager[object] = self.peewee.atomic()
-        return atomic
+        if self.peewee.in_transaction():
+            return self._savepoint()
+        whole: contextlib.AbstractContextManager[object] = self.peewee.transaction()
+        return whole
+
+    @contextlib.contextmanager
+    def _savepoint(self) -> Iterator[None]:
+        # Always by one name, which may nest: with a new one each time, as peewee does it, the
+        # driver would have to prepare it each time, and forget a statement of ours for it.
+        self.peewee.execute_sql("SAVEPOINT inner_step")
+        try:
+            yield
+        except BaseException:
+            self.peewee.execute_sql("ROLLBACK TO SAVEPOINT inner_step")
+            raise
+        finally:
+            self.peewee.execute_sql("RELEASE SAVEPOINT inner_step")
 
     def demand_in_place(self) -> None:
         """Refuse to go on with a SQLite file that was removed or replaced: it would still "work".

@@ -81,13 +81,16 @@ def recovered_page(
     if wanted.reconciliation_id is not None:
         reports = _C.select(_C.id).where(_C.reconciliation_id == wanted.reconciliation_id)
         query = query.where(_R.reconciliation.in_(reports))
-    if after is not None:
-        at, key = after
-        query = query.where(
-            (_R.recovered_at < at) | ((_R.recovered_at == at) & (_R.id < key))
-        ).where(_R.recovered_at <= at)  # the bound that an index can seek to
     query = query.order_by(_R.recovered_at.desc(), _R.id.desc())
-    return runs.page_of(db, query, limit, _recovered_key)
+    if after is None:
+        return runs.page_of(db, [query], limit, _recovered_key)
+    at, key = after
+    # A restart may have decided on all of them at one time. Two queries: an index seeks to the
+    # place of each, while in one, an OR, it would pass by everything of that time.
+    rest_of_that_time = query.where(_R.recovered_at == at, _R.id < key)
+    return runs.page_of(
+        db, [rest_of_that_time, query.where(_R.recovered_at < at)], limit, _recovered_key
+    )
 
 
 def _recovered_key(run: Run) -> tuple[int, ...]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from functools import wraps
+from itertools import chain
 from typing import Concatenate, Final, ParamSpec, TypeVar
 
 import peewee as pw
@@ -140,19 +141,20 @@ def page(
         query = query.where(_R.engine == engine)
     if after is not None:
         query = query.where(_R.id < after[0])
-    return page_of(db, query.order_by(_R.id.desc()), limit, lambda run: (run.key,))
+    return page_of(db, [query.order_by(_R.id.desc())], limit, lambda run: (run.key,))
 
 
 def page_of(
     db: Database,
-    query: pw.ModelSelect[tables.Run],
+    queries: Iterable[pw.ModelSelect[tables.Run]],
     limit: int,
     key: Callable[[Run], tuple[int, ...]],
 ) -> Page[Run]:
-    """Return a page of a query built on `select()`: `limit` runs, fewer when they are large."""
+    """Return a page of queries built on `select()`, one after the other: `limit` runs, fewer
+    when they are large. A query is run only if those before it did not fill the page."""
     found: list[Run] = []
     chars = 0
-    for row in db.peewee.execute(query.limit(limit + 1)):
+    for row in chain.from_iterable(db.peewee.execute(query.limit(limit + 1)) for query in queries):
         chars += sum(len(row[at] or "") for at in LARGE_COLUMNS)
         if len(found) == limit or (found and chars > PAGE_CHARS):
             return Page(rows=tuple(found), after=key(found[-1]))
