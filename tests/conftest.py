@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+import uvloop
 from runrecovery_service.storage.database import Database, open_database
 
 from bench.postgres import ScratchPostgres, scratch_postgres
@@ -49,3 +51,12 @@ def database(new_database_url: Callable[[], str], tmp_path: Path) -> Iterator[Da
     db = open_database(new_database_url(), tmp_path)
     yield db
     db.close()
+
+
+def pytest_asyncio_loop_factories(
+    item: pytest.Item,
+) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """What the service does on its loop is tried on the loop that it has in production."""
+    if "execution" in item.path.parts:
+        return {"uvloop": uvloop.new_event_loop}
+    return {"asyncio": asyncio.new_event_loop}

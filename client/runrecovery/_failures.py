@@ -33,6 +33,7 @@ BY_REASON: Mapping[str, type[RunRecoveryClientError]] = {
     "ETAG_MISMATCH": errors.EtagMismatch,
     "RECONCILIATION_IN_PROGRESS": errors.RecoveryInProgress,
     "SHUTTING_DOWN": errors.ShuttingDown,
+    "SAFE_MODE": errors.SafeMode,
     "STORAGE_BUSY": errors.Unavailable,
     "STORAGE_UNAVAILABLE": errors.Unavailable,
     "OVERLOADED": errors.Overloaded,

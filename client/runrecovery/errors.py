@@ -11,7 +11,7 @@ RunRecoveryClientError
 ├── RunQuarantined
 ├── EtagMismatch
 ├── OutputOutOfRange
-├── Unavailable: RecoveryInProgress, ShuttingDown
+├── Unavailable: RecoveryInProgress, ShuttingDown, SafeMode
 ├── ResourceExhausted: Overloaded, StorageFull
 ├── DeadlineExceeded
 ├── InternalError
@@ -182,6 +182,10 @@ class RecoveryInProgress(Unavailable):
 
 class ShuttingDown(Unavailable):
     """The service is stopping."""
+
+
+class SafeMode(Unavailable):
+    """Earlier starts died while they recovered, so this one launches and takes no runs."""
 
 
 class ResourceExhausted(RunRecoveryClientError):

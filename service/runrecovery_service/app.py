@@ -7,7 +7,7 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +21,7 @@ from runrecovery_service.config import Settings
 from runrecovery_service.domain.errors import (
     DatabaseRefused,
     DataDirRefused,
-    Exhausted,
     Fenced,
-    NotNow,
     RecoveryGaveUp,
     RecoveryInterrupted,
 )
@@ -246,7 +244,7 @@ class Service:
             port = await self.server.bind(self.settings.listen)
             log.info("service.listening", address=_address(self.settings.listen, port))
             report = await self._recover()
-            if report is not None:
+            if report is not None and not self.stopping:
                 self._open(report)
             await self._stop.wait()
         finally:
@@ -259,7 +257,7 @@ class Service:
     def _open(self, report: Reconciliation) -> None:
         if not self.settings.engines:
             log.warning("service.no_engines")
-        self.gate.open()
+        self.gate.open(safe_mode=report.safe_mode)
         log.info("service.serving", epoch=self.owner.epoch)
         if not report.safe_mode:
             self.dispatcher.start()
@@ -303,22 +301,23 @@ class Service:
 
     async def _renew(self) -> None:
         """Prolong the lease for ever; stop the service once it cannot be sure to be the owner."""
-        renewed = time.monotonic()
+        renewed = _boot_time()
         while True:
             await asyncio.sleep(instances.RENEWAL_S)
-            begun = time.monotonic()
+            begun = _boot_time()
             try:
-                await self.storage.write(instances.renew, self.owner)
+                async with asyncio.timeout(max(0.1, renewed + SELF_FENCE_S - begun)):
+                    await self.storage.renewal(instances.renew, self.owner)
             except (Fenced, DatabaseRefused) as error:
                 self.fail(error)
                 return
-            except (NotNow, Exhausted) as error:
+            except Exception as error:  # noqa: BLE001 - whatever it was, the lease is not renewed
                 log.warning("service.lease_not_renewed", error=type(error).__name__)
                 self.gate.set_storage_answers(answers=False)
             else:
                 renewed = begun
                 self.gate.set_storage_answers(answers=True)
-            if self.storage.is_shared and time.monotonic() - renewed > SELF_FENCE_S:
+            if self.storage.is_shared and _boot_time() - renewed > SELF_FENCE_S:
                 self.fail(Fenced(f"instance {self.owner.instance!r} (lease not renewed)"))
                 return
 
@@ -338,17 +337,29 @@ class Service:
 
     async def _shut_down(self) -> None:
         self.gate.drain()
+        self.dispatcher.pause()  # what stays in the queue may survive; what starts now will not
         if self._failure is None:
             await asyncio.sleep(self.settings.drain_delay_s)
-        await self.server.stop(grace_s=self.settings.stop_grace_s)
-        await self.dispatcher.stop()
-        self.threads.shutdown()
-        try:
-            await self.storage.write(instances.resign, self.owner)
-        except (NotNow, Exhausted) as error:
-            log.warning("service.lease_not_resigned", error=type(error).__name__)
-        await asyncio.to_thread(self.storage.close)
+        else:  # perhaps another one owns the runs already: first of all, nothing of ours may act
+            await self._step("processes", self.dispatcher.stop())
+        await self._step("server", self.server.stop(grace_s=self.settings.stop_grace_s))
+        await self._step("processes", self.dispatcher.stop())
+        await self._step("threads", asyncio.to_thread(self.threads.shutdown))
+        await self._step("lease", self.storage.write(instances.resign, self.owner))
+        await self._step("storage", asyncio.to_thread(self.storage.close))
         log.info("service.stopped", epoch=self.owner.epoch)
+
+    async def _step(self, name: str, doing: Awaitable[object]) -> None:
+        """Do one part of the stop; none of them keeps the others from being done."""
+        try:
+            await doing
+        except Exception:  # the service is ending, and the next start converges what is left
+            log.exception("service.stop_step_failed", step=name)
+
+
+def _boot_time() -> float:
+    """Seconds that also pass while the machine sleeps: a lease runs out meanwhile."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def _address(listen: str, port: int) -> str:

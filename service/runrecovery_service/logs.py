@@ -13,8 +13,9 @@ import logging
 import re
 import sys
 from collections.abc import Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
-from typing import Any, Final, TextIO
+from contextlib import contextmanager, suppress
+from io import TextIOBase
+from typing import Any, Final, TextIO, cast
 
 from runrecovery_service.config import LogFormat, LogLevel
 
@@ -54,12 +55,44 @@ SECRET_WORDS: Final = frozenset(
 BLOT: Final = "[redacted]"
 
 _SECRET_KEY: Final = re.compile(rf"(?:^|_)(?:{'|'.join(sorted(SECRET_WORDS))})$", re.IGNORECASE)
+# PostgreSQL quotes whole rows in the detail of an error.
+_DETAIL: Final = re.compile(r"^(DETAIL|CONTEXT):.*$", re.MULTILINE)
 _URL_PASSWORD: Final = re.compile(r"(\b[a-z][a-z0-9+.-]*://[^\s/:@\"']*):[^\s\"']*@", re.IGNORECASE)
 _PARAMETER: Final = re.compile(r"\b(password=)('[^']*'|[^\s&\"']+)", re.IGNORECASE)
 
 # peewee logs every statement with its values at DEBUG: prompts, replies and session handles.
 _NEVER_DEBUG: Final = ("peewee", "peewee.pool")
 _WARNINGS_ONLY: Final = ("peewee.migrations",)  # we say `storage.migrated` ourselves
+
+
+class Unfailing(TextIOBase):
+    """A stream that loses a line rather than failing its writer.
+
+    A log on a full disk, or in a pipe that nobody reads any more, must not end the thread that
+    writes to the store. `lost` counts.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.lost = 0
+
+    def write(self, text: str) -> int:
+        """Write, or count what could not be written."""
+        try:
+            return self._stream.write(text)
+        except (OSError, ValueError):  # full, gone, closed
+            self.lost += 1
+            return len(text)
+
+    def flush(self) -> None:
+        """Flush, if that is possible."""
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def isatty(self) -> bool:
+        """True when the stream is a terminal."""
+        return self._stream.isatty()
+
 
 Event = MutableMapping[str, Any]  # structlog's own type of an event
 
@@ -76,18 +109,18 @@ def configure(
         level: less important events are dropped where they are made.
         stream: standard error unless given.
     """
-    stream = stream or sys.stderr
-    people = stream.isatty() if format is LogFormat.AUTO else format is LogFormat.CONSOLE
+    out = Unfailing(stream or sys.stderr)
+    people = out.isatty() if format is LogFormat.AUTO else format is LogFormat.CONSOLE
     number = logging.getLevelNamesMapping()[level.upper()]
     common = _common()
-    form = _for_people(colors=stream.isatty()) if people else _for_programs()
+    form = _for_people(colors=out.isatty()) if people else _for_programs()
     structlog.configure(
         processors=[structlog.contextvars.merge_contextvars, *common, *form],
         wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=structlog.WriteLoggerFactory(file=stream),
+        logger_factory=structlog.WriteLoggerFactory(file=cast("TextIO", out)),
         cache_logger_on_first_use=False,  # or a second configure would not reach old loggers
     )
-    handler = logging.StreamHandler(stream)
+    handler = logging.StreamHandler(out)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[structlog.stdlib.add_logger_name, *common],
@@ -160,4 +193,6 @@ def _redacted(key: str, value: object) -> object:
 def _without_passwords(text: str) -> str:
     if "://" in text:
         text = _URL_PASSWORD.sub(rf"\1:{BLOT}@", text)
+    if "DETAIL:" in text or "CONTEXT:" in text:
+        text = _DETAIL.sub(rf"\1: {BLOT}", text)
     return _PARAMETER.sub(rf"\1{BLOT}", text) if "assword=" in text else text

@@ -110,13 +110,13 @@ class Worker(threading.Thread):
 
     def _reply(self, api: Api, run_id: str) -> None:
         run = until(lambda: self._waiting_or_over(api, run_id), "it waits")
-        if status_word(run) == "WAITING_USER":
+        if run is not None and status_word(run) == "WAITING_USER":
             answer = uuid.uuid4().hex
             api.reply(run_id, 1, answer)
             self._known.replied[run_id] = answer
 
-    def _waiting_or_over(self, api: Api, run_id: str) -> run_pb2.Run:
-        run: Any = api.get(run_id)
+    def _waiting_or_over(self, api: Api, run_id: str) -> run_pb2.Run | None:
+        run = api.get(run_id)
         return run if status_word(run) in {"WAITING_USER", *ENDED} else None
 
 

@@ -7,11 +7,12 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from runrecovery.v1 import recovery_pb2
 from runrecovery.v1 import recovery_service_pb2 as recovery_rpc
-from support.service import Home, ServiceProcess, until
+from support.service import Home, ServiceProcess, refused, status_word, until
 
 NewHome = Callable[..., Home]
 
@@ -142,11 +143,12 @@ def test_five_unfinished_starts_lead_to_safe_mode_and_one_finished_start_out_of_
     assert service.events("recovery.safe_mode")
     assert decided(home) == 3001
     api.reply("waits", 1, "yes")
-    created = api.create("resumable", {})
+    refusal = refused(lambda: api.create("resumable", {}))
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "SAFE_MODE")
     assert home.agents() == []
     assert home.rows("SELECT count(*) FROM process_lease WHERE epoch > 1") == [(0,)]
     service.kill()
     service, api = home.start()
     assert not api.status().reconciliation.safe_mode
     assert api.until_ended("waits").recovery.recovery_reason == "accepted_reply_redriven"
-    assert api.get(created.run_id).error.code == "ORCHESTRATOR_RESTART_INTERRUPTED"
+    assert status_word(api.until_ended(api.create("resumable", {}).run_id)) == "SUCCEEDED"

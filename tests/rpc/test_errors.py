@@ -27,6 +27,7 @@ EXAMPLES: tuple[RunRecoveryError, ...] = (
     domain.EtagMismatch("r1", "5-2"),
     domain.ReconciliationInProgress(retry_after_s=2.5),
     domain.ShuttingDown(),
+    domain.SafeMode(),
     domain.StorageBusy(),
     domain.StorageUnavailable(),
     domain.Overloaded(),

@@ -58,31 +58,26 @@ def test_health_never_says_serving_before_the_report_is_committed(new_home: NewH
     service.address = f"unix:{address}"
     api = service.api()
     seen: list[tuple[str, str | None]] = []
-    gaps: list[float] = []
     scanned: list[int] = []
+    began = time.monotonic()
     with home.store() as store:
-        began = time.monotonic()
         while not seen or seen[-1][0] != "SERVING":
-            asked = time.monotonic()
             health = api.health_of()
-            # After the answer: whatever had not committed by now had not committed before it.
+            # After the answer: what has not committed by now had not committed before it.
             (row,) = store.execute(
                 "SELECT (SELECT state FROM reconciliation ORDER BY id DESC LIMIT 1)"
             ).fetchall()
             seen.append((health, row[0]))
-            scanned.append(api.status().reconciliation.runs_scanned)
-            if health != "SERVING":
-                assert api.health_of("liveness") == "SERVING"
-                assert api.health_of(RECOVERY) == "SERVING"
-            gaps.append(time.monotonic() - asked)
+            if len(seen) % 16 == 1:
+                scanned.append(api.status().reconciliation.runs_scanned)
+                assert api.health_of("liveness") == api.health_of(RECOVERY) == "SERVING"
             assert time.monotonic() - began < LONG_S
 
-    assert seen[0] == ("NOT_SERVING", seen[0][1])
-    assert {health for health, _ in seen} == {"NOT_SERVING", "SERVING"}
-    assert [state for health, state in seen if health == "SERVING"] == ["COMPLETED"]
-    assert sorted(gaps)[len(gaps) // 2] < 0.02
+    assert [health for health, _ in seen] == ["NOT_SERVING"] * (len(seen) - 1) + ["SERVING"]
+    assert seen[-1][1] == "COMPLETED"
+    assert len(seen) > 20
     assert scanned == sorted(scanned)
-    assert len(set(scanned)) > 3
+    assert len(set(scanned)) > 2
     assert api.status().reconciliation.runs_scanned == SEEDED
 
 

@@ -141,7 +141,12 @@ class World:
         turn = self.running(**changes)
         if turn.run.profile is Profile.STICKY_PROCESS:
             return turns.ask_and_stay(
-                self.db, turn.run.key, owner=self.owner, question=QUESTION, now=self.tick()
+                self.db,
+                turn.run.key,
+                owner=self.owner,
+                number=1,
+                question=QUESTION,
+                now=self.tick(),
             )
         self.keep_session(turn)
         return self.end(turn, Asked(QUESTION))

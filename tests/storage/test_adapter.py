@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import peewee as pw
 import pytest
 from runrecovery_service.domain.errors import RunNotFound, StorageUnavailable
-from runrecovery_service.storage import runs
+from runrecovery_service.storage import adapter, runs
 from runrecovery_service.storage.adapter import WRITES_PER_COMMIT, GroupCommitWriter, Storage
 from runrecovery_service.storage.database import Database, Kind
 
@@ -146,6 +146,24 @@ def test_a_shared_commit_that_fails_is_done_one_by_one(counting: CountingDatabas
 
     assert names == [future.result() for future in futures] == traces(counting)
     assert 1 + len(names) == counting.commits
+
+
+def test_a_log_that_fails_does_not_end_the_writer(
+    counting: CountingDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken:
+        def info(self, *_: object, **__: object) -> None:
+            raise OSError("No space left on device")
+
+    monkeypatch.setattr(adapter, "log", Broken())
+    batch = submit_together(counting, [broken("a"), add("b")])
+    writer = GroupCommitWriter(counting)
+
+    later = writer.submit(add("c"))
+    writer.close()
+
+    assert later.result() == "c"
+    assert all(future.exception() is not None for future in batch)
 
 
 def test_a_write_that_was_given_up_before_it_began_is_not_done(counting: CountingDatabase) -> None:

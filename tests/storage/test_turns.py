@@ -8,7 +8,14 @@ from functools import partial
 
 import pytest
 from runrecovery_service.domain.errors import Fenced, RunQuarantined, StorageBusy
-from runrecovery_service.domain.run import InteractionState, Profile, RunError, RunStatus, Session
+from runrecovery_service.domain.run import (
+    InteractionState,
+    Profile,
+    RestartPolicy,
+    RunError,
+    RunStatus,
+    Session,
+)
 from runrecovery_service.domain.turn import Asked, Failed, Succeeded, TurnEnd
 from runrecovery_service.storage import interactions, processes, turns
 from runrecovery_service.storage.processes import Ended
@@ -212,7 +219,9 @@ def test_an_older_epoch_is_refused_everywhere(world: World) -> None:
     writes: list[Callable[[], object]] = [
         partial(turns.keep_session, world.db, key, owner=old, session=session, now=now),
         partial(turns.delivered, world.db, key, owner=old),
-        partial(turns.ask_and_stay, world.db, key, owner=old, question=QUESTION, now=now),
+        partial(
+            turns.ask_and_stay, world.db, key, owner=old, number=1, question=QUESTION, now=now
+        ),
         *(
             partial(
                 turns.end, world.db, key, owner=old, lease_key=turn.lease.key, end=end,
@@ -235,3 +244,44 @@ def test_a_quarantined_run_takes_no_end(world: World) -> None:
 
     with pytest.raises(RunQuarantined):
         world.end(turn, FAILED)
+
+
+def test_an_end_that_is_written_again_changes_nothing_even_in_a_later_turn(world: World) -> None:
+    turn = world.running()
+    world.keep_session(turn)
+    waiting = world.end(turn, Asked(QUESTION))
+    world.reply(waiting)
+    world.take()
+    before = world.dump()
+
+    world.end(turn, Asked(QUESTION))
+
+    assert world.dump() == before
+
+
+def test_a_question_that_is_written_again_is_asked_once(world: World) -> None:
+    run = world.waiting(profile=Profile.STICKY_PROCESS)
+
+    again = turns.ask_and_stay(
+        world.db, run.key, owner=world.owner, number=1, question=QUESTION, now=world.tick()
+    )
+
+    assert again == run
+
+
+def test_a_run_whose_process_could_not_be_ended_is_not_started(world: World) -> None:
+    turn = world.running(restart_policy=RestartPolicy.REQUEUE, max_attempts=2)
+    stuck = Ended(exit_code=None, processes_ended=0, gone=False)
+    processes.close(world.db, turn.lease.key, stuck, now=world.tick())
+    world.recover()
+
+    assert world.get(turn.run).status is RunStatus.QUEUED
+    assert world.take() is None
+
+
+def test_a_lease_that_was_closed_meanwhile_cannot_be_launched(world: World) -> None:
+    turn = world.running()
+    processes.close(world.db, turn.lease.key, GONE, now=world.tick())
+
+    with pytest.raises(Fenced):
+        processes.launched(world.db, turn.lease.key, pid=1, start_ticks=1)

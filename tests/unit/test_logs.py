@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
@@ -196,3 +197,28 @@ def _fail_with_a_secret(log: Any) -> None:
             raise ValueError(f"cannot reach {url}") from error
     except ValueError:
         log.exception("storage.failed")
+
+
+class Full(io.StringIO):
+    """A log on a full disk."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_log_that_cannot_be_written_fails_nobody() -> None:
+    logs.configure(LogFormat.JSON, LogLevel.INFO, Full())
+
+    structlog.get_logger().warning("storage.failed")
+    logging.getLogger("grpc").warning("also lost")
+
+
+def test_the_detail_of_a_database_error_is_not_logged() -> None:
+    stream = io.StringIO()
+    logs.configure(LogFormat.JSON, LogLevel.INFO, stream)
+    text = "null value\nDETAIL: Failing row contains (7, s3cr3t).\n"
+
+    structlog.get_logger().error("rpc.internal_error", error=text)
+
+    assert "s3cr3t" not in stream.getvalue()
+    assert "null value" in stream.getvalue()

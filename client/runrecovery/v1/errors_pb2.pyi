@@ -31,7 +31,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_INVALID_FIELD: _ErrorReason.ValueType  # 3
     """INVALID_ARGUMENT. BadRequest lists every bad field, at most 20."""
     ERROR_REASON_UNKNOWN_ENGINE: _ErrorReason.ValueType  # 4
-    """INVALID_ARGUMENT. No engine has this name; metadata `known_engines` lists them."""
+    """INVALID_ARGUMENT. No engine has this name; metadata `known_engines`
+    lists them, separated by commas.
+    """
     ERROR_REASON_PAGE_TOKEN_INVALID: _ErrorReason.ValueType  # 5
     """INVALID_ARGUMENT. The page token was not made by this service."""
     ERROR_REASON_PAGE_TOKEN_MISMATCH: _ErrorReason.ValueType  # 6
@@ -66,6 +68,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """OUT_OF_RANGE. The output does not reach this far, or no such attempt was made."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 21
     """INTERNAL. A defect of the service; metadata `error_id` is in its log."""
+    ERROR_REASON_SAFE_MODE: _ErrorReason.ValueType  # 22
+    """UNAVAILABLE. Repeated unfinished recoveries made this start launch nothing:
+    CreateRun is refused until the next restart. RetryInfo.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """The `reason` of the google.rpc.ErrorInfo that every error carries, without the
@@ -81,7 +87,9 @@ ERROR_REASON_RECONCILIATION_NOT_FOUND: ErrorReason.ValueType  # 2
 ERROR_REASON_INVALID_FIELD: ErrorReason.ValueType  # 3
 """INVALID_ARGUMENT. BadRequest lists every bad field, at most 20."""
 ERROR_REASON_UNKNOWN_ENGINE: ErrorReason.ValueType  # 4
-"""INVALID_ARGUMENT. No engine has this name; metadata `known_engines` lists them."""
+"""INVALID_ARGUMENT. No engine has this name; metadata `known_engines`
+lists them, separated by commas.
+"""
 ERROR_REASON_PAGE_TOKEN_INVALID: ErrorReason.ValueType  # 5
 """INVALID_ARGUMENT. The page token was not made by this service."""
 ERROR_REASON_PAGE_TOKEN_MISMATCH: ErrorReason.ValueType  # 6
@@ -116,4 +124,8 @@ ERROR_REASON_OUTPUT_OUT_OF_RANGE: ErrorReason.ValueType  # 20
 """OUT_OF_RANGE. The output does not reach this far, or no such attempt was made."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 21
 """INTERNAL. A defect of the service; metadata `error_id` is in its log."""
+ERROR_REASON_SAFE_MODE: ErrorReason.ValueType  # 22
+"""UNAVAILABLE. Repeated unfinished recoveries made this start launch nothing:
+CreateRun is refused until the next restart. RetryInfo.
+"""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -276,7 +276,8 @@ class Reconciliation(_message.Message):
     """
     safe_mode: _builtins.bool
     """OUTPUT_ONLY. True when repeated unfinished recoveries made this start mark
-    states only: until the next restart nothing is launched.
+    states only: until the next restart nothing is launched, and CreateRun is
+    refused.
     """
     error: _builtins.str
     """OUTPUT_ONLY. Why it FAILED; empty otherwise."""

@@ -93,7 +93,9 @@ class RecoveredFilter(_message.Message):
     """OPTIONAL. Runs whose latest decision belongs to this report."""
     @_builtins.property
     def recovery_states(self) -> _containers.RepeatedScalarFieldContainer[_run_pb2.RecoveryState.ValueType]:
-        """OPTIONAL. Any of these; empty means every state but NONE."""
+        """OPTIONAL. Any of these; empty, or UNSPECIFIED among them, means every state
+        but NONE. NONE is refused.
+        """
 
     @_builtins.property
     def recovered_after(self) -> _timestamp_pb2.Timestamp:
@@ -165,7 +167,9 @@ class ListRecoveredResponse(_message.Message):
     """Token of the next page; empty on the last one, and only there."""
     @_builtins.property
     def runs(self) -> _containers.RepeatedCompositeFieldContainer[_run_pb2.Run]:
-        """The runs, newest recovered_at first."""
+        """The runs, newest recovered_at first. A page may hold fewer than page_size
+        when they are large.
+        """
 
     def __init__(
         self,

@@ -98,8 +98,9 @@ class CreateRunRequest(_message.Message):
 
     @_builtins.property
     def input(self) -> _struct_pb2.Struct:
-        """OPTIONAL. Handed to the engine as it is. The whole request is at most 1 MiB
-        by default (configuration `max_request_bytes`).
+        """OPTIONAL. Handed to the engine as it is. Nested at most 32 levels deep;
+        numbers are doubles. The whole request is at most 1 MiB by default
+        (configuration `max_request_bytes`).
         """
 
     @_builtins.property
@@ -207,7 +208,9 @@ class RunFilter(_message.Message):
     """OPTIONAL. This engine only."""
     @_builtins.property
     def statuses(self) -> _containers.RepeatedScalarFieldContainer[_run_pb2.RunStatus.ValueType]:
-        """OPTIONAL. Any of these; empty means every status."""
+        """OPTIONAL. Any of these; empty means every status. UNSPECIFIED is refused.
+        A quarantined run has no status and matches none.
+        """
 
     def __init__(
         self,
@@ -267,7 +270,9 @@ class ListRunsResponse(_message.Message):
     """Token of the next page; empty on the last one, and only there."""
     @_builtins.property
     def runs(self) -> _containers.RepeatedCompositeFieldContainer[_run_pb2.Run]:
-        """The runs, newest created_at first."""
+        """The runs, newest created_at first. A page may hold fewer than page_size
+        when they are large, so that it fits the 4 MiB that clients take by default.
+        """
 
     def __init__(
         self,
@@ -304,7 +309,9 @@ class SubmitReplyRequest(_message.Message):
     """OPTIONAL. The etag that the caller saw; ABORTED if the run has changed."""
     @_builtins.property
     def response(self) -> _struct_pb2.Value:
-        """REQUIRED. The answer, handed to the engine as it is."""
+        """REQUIRED. The answer, handed to the engine as it is. Nested at most 32
+        levels deep.
+        """
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ RunRecoveryError
 ├── Conflict: RunAlreadyExists, RequestIdReused
 ├── Refused: RunNotWaiting, InteractionSuperseded, RunAlreadyTerminal, RunQuarantined
 ├── EtagMismatch
-├── NotNow: ReconciliationInProgress, ShuttingDown, StorageBusy, StorageUnavailable
+├── NotNow: ReconciliationInProgress, ShuttingDown, SafeMode, StorageBusy, StorageUnavailable
 ├── Exhausted: Overloaded, StorageFull
 ├── OutputOutOfRange
 └── Fenced
@@ -181,6 +181,13 @@ class ShuttingDown(NotNow):
 
     def __str__(self) -> str:
         return "the service is shutting down"
+
+
+class SafeMode(NotNow):
+    """This start launches nothing, so that a new run would only wait to be failed."""
+
+    def __str__(self) -> str:
+        return "the service is in safe mode and starts no runs; the next restart may"
 
 
 class StorageBusy(NotNow):

@@ -36,8 +36,8 @@ class Dispatcher:
     place: Place
     capacity: int
     fenced: Callable[[], None]
-    _sessions: dict[int, RunSession] = field(default_factory=dict)
-    _tasks: dict[int, asyncio.Task[None]] = field(default_factory=dict)
+    _sessions: dict[RunSession, asyncio.Task[None]] = field(default_factory=dict)
+    _taking: bool = True
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _loop: asyncio.Task[None] | None = None
 
@@ -53,23 +53,30 @@ class Dispatcher:
 
     def changed(self, run: Run) -> None:
         """Tell that a create, a reply or a cancel has been committed for this run."""
-        session = self._sessions.get(run.key)
-        if session is not None and run.cancel_requested:
-            session.cancel()
-        elif session is not None and run.status is RunStatus.RUNNING:
-            session.deliver()
+        for session in self._sessions:
+            if session.turn.run.key != run.key:
+                continue
+            if run.cancel_requested:
+                session.cancel()
+            elif run.status is RunStatus.RUNNING:
+                session.deliver()
         self._changed.set()
+
+    def pause(self) -> None:
+        """Take no run from the queue any more; what is under way goes on."""
+        self._taking = False
 
     async def stop(self) -> None:
         """Launch nothing any more and end every process tree; the runs stay as they are on
         record, for the next start to decide on."""
-        tasks = list(self._tasks.values())
+        self.pause()
+        tasks = list(self._sessions.values())
         if self._loop is not None:
             tasks.append(self._loop)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        sessions = list(self._sessions.values())
+        sessions = list(self._sessions)
         if not sessions:
             return
         grace_s = self.shop.cancel_grace_s
@@ -82,16 +89,19 @@ class Dispatcher:
         )
         for session in sessions:
             await asyncio.to_thread(session.release)
+        self._sessions.clear()
 
     async def _work(self) -> None:
         while True:
             try:
                 await self._launch_what_fits()
-            except (NotNow, Exhausted) as error:
-                log.warning("execution.queue_unreadable", error=type(error).__name__)
             except Fenced:
                 self.fenced()
                 return
+            except (NotNow, Exhausted) as error:
+                log.warning("execution.queue_unreadable", error=type(error).__name__)
+            except Exception:  # the edge of this task: nothing would be launched any more
+                log.exception("execution.dispatch_failed")
             await self._wait_for_change()
 
     async def _wait_for_change(self) -> None:
@@ -103,7 +113,7 @@ class Dispatcher:
         self._changed.clear()
 
     async def _launch_what_fits(self) -> None:
-        while self.slots_in_use < self.capacity:
+        while self._taking and self.slots_in_use < self.capacity:
             turn = await self.shop.storage.write(
                 turns.take_next,
                 owner=self.shop.owner,
@@ -114,18 +124,16 @@ class Dispatcher:
             if turn is None:
                 return
             session = RunSession(turn=turn, shop=self.shop)
-            key = turn.run.key
-            self._sessions[key] = session
-            self._tasks[key] = asyncio.create_task(self._follow(key, session))
+            self._sessions[session] = asyncio.create_task(self._follow(session))
 
     def _busy_engines(self) -> tuple[str, ...]:
-        in_use = Counter(session.turn.run.engine for session in self._sessions.values())
+        in_use = Counter(session.turn.run.engine for session in self._sessions)
         limits = self.shop.catalog.limits
         return tuple(
             name for name, count in in_use.items() if count >= limits.get(name, self.capacity)
         )
 
-    async def _follow(self, key: int, session: RunSession) -> None:
+    async def _follow(self, session: RunSession) -> None:
         try:
             await session.follow()
         except Fenced:
@@ -133,5 +141,5 @@ class Dispatcher:
         except Exception:  # the edge of this task: nobody above would hear of it
             log.exception("execution.session_failed", run_id=session.turn.run.run_id)
         # Not in a `finally`: a cancelled session still has a process, which `stop` ends.
-        del self._sessions[key], self._tasks[key]
+        del self._sessions[session]
         self._changed.set()

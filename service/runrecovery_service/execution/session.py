@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
@@ -13,11 +14,12 @@ from typing import IO, Final, TypeAlias, TypeVar
 
 import structlog
 
-from runrecovery_service.domain.errors import Exhausted, NotNow
+from runrecovery_service.domain.errors import Exhausted, Fenced, NotNow
 from runrecovery_service.domain.run import (
     ErrorCode,
     InteractionState,
     Profile,
+    Run,
     RunError,
     RunStatus,
     Session,
@@ -57,6 +59,10 @@ R = TypeVar("R")
 
 SESSION_TYPE: Final = "jsonl"
 READ_BYTES: Final = 65536
+LONG_LINE_BYTES: Final = 16384
+"""Longer lines are parsed in a thread: one of 1 MiB takes the loop a second and more."""
+IGNORED_TYPES: Final = 100
+"""Unknown message types of one turn that are told apart in the log."""
 SESSION_SHOWN: Final = b'{"type":"session","value":"[secret]"}'
 """What stands in the kept output for the line that names a session."""
 STDERR_TAIL_BYTES: Final = 2000
@@ -88,7 +94,6 @@ class _Signal(Enum):
     STDOUT_ENDED = auto()
     STDERR_ENDED = auto()
     CANCELED = auto()
-    REPLIED = auto()
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +131,7 @@ class RunSession:
     shop: Workshop
     evidence: LeaseEvidence = field(init=False)
     _news: asyncio.Queue[_News] = field(default_factory=asyncio.Queue)
+    _replied: asyncio.Event = field(default_factory=asyncio.Event)
     _said: Asked | Succeeded | None = None
     _broken: str | None = None
     _exit_code: int | None = None
@@ -133,6 +139,7 @@ class RunSession:
     _in_wait: bool = False
     _has_session: bool = False
     _open_outputs: int = 2
+    _ignored: Counter[str] = field(default_factory=Counter)
     _stderr_tail: bytes = b""
     _deadline: float | None = None
     _process: LaunchedProcess | None = None
@@ -146,12 +153,15 @@ class RunSession:
 
     def deliver(self) -> None:
         """Give the process the reply that has been accepted."""
-        self._news.put_nowait(_Signal.REPLIED)
+        self._replied.set()
 
     async def follow(self) -> None:
-        """Launch, converse, end, record.
+        """Launch, converse, end, record. What is not on record is tried until it is.
 
         Cancelling the task leaves the run as it is on record: the next start converges it.
+
+        Raises:
+            Fenced: a newer epoch owns the run.
         """
         try:
             process = await self._launch()
@@ -196,7 +206,7 @@ class RunSession:
             raise
         self._adopt(process)
         self._log("execution.launched", pid=process.pid)
-        await self._persist(
+        await self._insist(
             lambda: shop.storage.write(
                 processes.launched,
                 self.turn.lease.key,
@@ -211,6 +221,12 @@ class RunSession:
         self.evidence = replace(self.evidence, pid=process.pid, start_ticks=process.start_ticks)
 
     def _spawn(self, engine: Engine) -> LaunchedProcess:
+        try:
+            return self._spawn_or_fail(engine)
+        except (OSError, RuntimeError) as error:  # no descriptor, no thread, no memory left
+            raise LaunchFailed(f"the system refused: {error}") from error
+
+    def _spawn_or_fail(self, engine: Engine) -> LaunchedProcess:
         run = self.turn.run
         try:
             workspace = self.shop.output.prepare(run.key, run.attempt, fresh=run.turn == 1)
@@ -229,7 +245,11 @@ class RunSession:
     async def _conversation_end(self, process: LaunchedProcess) -> TurnEnd:
         try:
             await self._converse(process)
-        except Exception:  # the edge of this process's task: the run must not stay RUNNING
+        except (
+            ExceptionGroup
+        ) as group:  # the edge of this process's task: the run must not stay RUNNING
+            if group.subgroup(Fenced) is not None:
+                raise Fenced(f"run {self.turn.run.run_id!r}") from None
             log.exception("execution.session_failed", run_id=self.turn.run.run_id)
             message = "The service failed while it followed the process; its log says how."
             return Failed(RunError(code=ErrorCode.INTERNAL_ERROR, message=message))
@@ -243,23 +263,29 @@ class RunSession:
                 group.create_task(self._read_stderr(process.stderr)),
                 group.create_task(self._watch_exit(process)),
                 group.create_task(self._greet(process)),
+                group.create_task(self._hand_over_replies(process)),
             ]
             # A cancel that came before this session was known to anybody is only on record.
-            run = await self.shop.storage.point(runs.get_by_key, self.turn.run.key)
-            if run.cancel_requested:
+            if (await self._look()).cancel_requested:
                 self.cancel()
-            await self._take_news(process)
+            await self._take_news()
             for task in tasks:
                 task.cancel()
 
-    async def _take_news(self, process: LaunchedProcess) -> None:
+    async def _look(self) -> Run:
+        """Return the run as it is on record now."""
+        return await self._insist(
+            lambda: self.shop.storage.point(runs.get_by_key, self.turn.run.key)
+        )
+
+    async def _take_news(self) -> None:
         while not self._is_over():
             try:
                 async with asyncio.timeout_at(self._deadline):
                     news = await self._news.get()
             except TimeoutError:
                 return
-            await self._take(news, process)
+            await self._take(news)
             self._news.task_done()
 
     def _is_over(self) -> bool:
@@ -267,12 +293,10 @@ class RunSession:
         ended = self._exit_code is not None and not self._open_outputs
         return ended or self._canceled or self._broken is not None
 
-    async def _take(self, news: _News, process: LaunchedProcess) -> None:
+    async def _take(self, news: _News) -> None:
         match news:
             case _Signal.CANCELED:
                 self._canceled = True
-            case _Signal.REPLIED:
-                await self._hand_over_reply(process)
             case _Signal.STDOUT_ENDED:
                 self._open_outputs -= 1
                 self._expect_end_within(self.shop.exit_grace_s)
@@ -302,9 +326,15 @@ class RunSession:
                 self._said = Succeeded(output)
                 self._expect_end_within(self.shop.exit_grace_s)
             case UnknownMessage(type=kind):
-                self._log("execution.message_ignored", type=kind)
+                self._ignore(kind)
             case ProgressMessage():
                 pass
+
+    def _ignore(self, kind: str) -> None:
+        if not self._ignored[kind]:
+            self._log("execution.message_ignored", type=kind)
+        if len(self._ignored) < IGNORED_TYPES:
+            self._ignored[kind] += 1
 
     async def _keep_session(self, handle: str) -> None:
         session = Session(type=SESSION_TYPE, handle=handle, turn=self.turn.run.turn)
@@ -322,8 +352,11 @@ class RunSession:
         if self._in_wait:
             self._broken = "The agent asked while its last question was open."
             return
-        await self._write(turns.ask_and_stay, question=asked.question, now=self.shop.now())
-        self._in_wait = True
+        number = (await self._look()).interaction_count + 1
+        self._in_wait = True  # before the commit: the reply may come right after it
+        await self._write(
+            turns.ask_and_stay, number=number, question=asked.question, now=self.shop.now()
+        )
         self._log("execution.waiting")
 
     # -- speaking ------------------------------------------------------------------------------
@@ -344,32 +377,44 @@ class RunSession:
                 interaction_id=reply.interaction_id,
                 response=reply.response,
             )
-            await self._say(process, line)
             # After it was handed over, not before: a crash in between gives it again.
-            await self._write(turns.delivered)
+            if await self._say(process, line):
+                await self._write(turns.delivered)
         if run.profile is Profile.RESUMABLE:
             process.stdin.close()
 
+    async def _hand_over_replies(self, process: LaunchedProcess) -> None:
+        """Give a sticky process each reply as it is accepted.
+
+        Beside the news, so that a cancel is heard while the process does not read.
+        """
+        while True:
+            await self._replied.wait()
+            self._replied.clear()
+            if self._in_wait:  # else it was told twice, or was a resumed process's greeting
+                await self._hand_over_reply(process)
+
     async def _hand_over_reply(self, process: LaunchedProcess) -> None:
-        if not self._in_wait:
-            # A reply that was sent twice: a resumed process has it from its greeting.
-            return
-        run = await self.shop.storage.point(runs.get_by_key, self.turn.run.key)
-        reply = await self.shop.storage.point(interactions.find, run.key, run.interaction_count)
+        run = await self._look()
+        reply = await self._insist(
+            lambda: self.shop.storage.point(interactions.find, run.key, run.interaction_count)
+        )
         accepted = reply is not None and reply.state is InteractionState.ANSWERED
         if reply is None or not accepted or run.status is not RunStatus.RUNNING:
             return
         self._in_wait = False
         line = jsonl.reply_message(interaction_id=reply.interaction_id, response=reply.response)
-        await self._say(process, line)
-        await self._write(turns.delivered)
+        if await self._say(process, line):
+            await self._write(turns.delivered)
 
-    async def _say(self, process: LaunchedProcess, line: bytes) -> None:
+    async def _say(self, process: LaunchedProcess, line: bytes) -> bool:
+        """Write a line to the process; False when it does not listen any more."""
         try:
             await _write_all(process.stdin.fileno(), line)
         except (BrokenPipeError, ValueError):
-            # It does not listen any more; its exit or its silence will tell.
             self._log("execution.input_refused")
+            return False
+        return True
 
     # -- listening -----------------------------------------------------------------------------
 
@@ -389,7 +434,10 @@ class RunSession:
 
     async def _take_lines(self, lines: list[bytes], *, end: bytes = b"\n") -> None:
         """Keep what the lines say, then act on it."""
-        heard = [_understand(line) for line in lines]
+        if any(len(line) > LONG_LINE_BYTES for line in lines):
+            heard = await self._in_thread(lambda: [_understand(line) for line in lines])
+        else:
+            heard = [_understand(line) for line in lines]
         await self._keep(OutputChannel.STDOUT, b"".join(shown + end for shown, _ in heard))
         for _, news in heard:
             if news is not None:
@@ -419,9 +467,11 @@ class RunSession:
     async def _end_tree(self) -> Ending:
         """End what is left of the process's tree, if only a child that it forgot."""
         grace_s = self.shop.cancel_grace_s
-        endings = await self._in_thread(
-            lambda: end_trees(
-                [self.evidence], grace_s=grace_s, deadline_s=grace_s + ENDING_DEADLINE_S
+        endings = await self._insist(
+            lambda: self._in_thread(
+                lambda: end_trees(
+                    [self.evidence], grace_s=grace_s, deadline_s=grace_s + ENDING_DEADLINE_S
+                )
             )
         )
         ending = endings[self.turn.lease.key]
@@ -440,7 +490,7 @@ class RunSession:
         )
 
     async def _record(self, end: TurnEnd, ended: Ended) -> None:
-        run = await self._persist(
+        run = await self._insist(
             lambda: self.shop.storage.write(
                 turns.end,
                 self.turn.run.key,
@@ -474,16 +524,22 @@ class RunSession:
 
     async def _write(self, use: Callable[..., object], **facts: object) -> None:
         storage, owner = self.shop.storage, self.shop.owner
-        await self._persist(lambda: storage.write(use, self.turn.run.key, owner=owner, **facts))
+        await self._insist(lambda: storage.write(use, self.turn.run.key, owner=owner, **facts))
 
-    async def _persist(self, write: Callable[[], Awaitable[R]]) -> R:
-        """Write until it is durable: what a process did is not forgotten over a full disk."""
+    async def _insist(self, do: Callable[[], Awaitable[R]]) -> R:
+        """Do it until it is done: what a process did is not forgotten over a full disk, a database
+        that is away, or a defect. Meanwhile the run keeps its slot, and the log says why."""
         pause_s = RETRY_FIRST_S
         while True:
             try:
-                return await write()
-            except (NotNow, Exhausted) as error:
-                self._warn("execution.write_retried", error=type(error).__name__)
+                return await do()
+            except Fenced:
+                raise
+            except Exception as error:  # noqa: BLE001 - giving up would leave a run half told
+                known = isinstance(error, NotNow | Exhausted)
+                self._warn(
+                    "execution.write_retried", error=type(error).__name__, exc_info=not known
+                )
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, RETRY_MOST_S)
 

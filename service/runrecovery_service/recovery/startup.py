@@ -18,13 +18,13 @@ from typing import Final
 
 import structlog
 
-from runrecovery_service.domain.errors import RecoveryInterrupted
+from runrecovery_service.domain.errors import RecoveryInterrupted, StorageBusy
 from runrecovery_service.domain.reconciliation import OrphanCounts, Reconciliation
 from runrecovery_service.process.sweep import Ending
 from runrecovery_service.recovery.report import ReportBook
 from runrecovery_service.storage import converge, processes, recovery
 from runrecovery_service.storage.converge import Batch, Scope
-from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.database import DRIVER_ERRORS, Database, translate
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.processes import Ended, Lease
 
@@ -109,9 +109,11 @@ class Recovery:
         return unfinished >= limits.safe_mode_after
 
     def _fail(self, db: Database, book: ReportBook, error: Exception) -> None:
-        log.error("recovery.failed", **_identity(book), error=type(error).__name__)
+        interrupted = isinstance(error, RecoveryInterrupted)
+        reason = recovery.INTERRUPTED if interrupted else type(error).__name__
+        log.error("recovery.failed", **_identity(book), error=reason)
         try:
-            book.fail(db, type(error).__name__)
+            book.fail(db, reason)
         except Exception:  # noqa: BLE001 - the store may be what failed; the next start closes it
             log.warning("recovery.report_not_closed", **_identity(book))
 
@@ -168,7 +170,13 @@ class Recovery:
             if self.stopping():
                 raise RecoveryInterrupted
             begun = time.monotonic()
-            book.tally += converge.converge(db, scope, batch, report=book.write)
+            try:
+                book.tally += converge.converge(db, scope, batch, report=book.write)
+            except DRIVER_ERRORS as error:
+                if rows <= SMALLEST_BATCH or not isinstance(translate(error), StorageBusy):
+                    raise
+                rows //= 2  # it took longer than the database allows a statement
+                continue
             rows = next_batch_rows(
                 rows,
                 time.monotonic() - begun,

@@ -6,7 +6,7 @@ import asyncio
 from contextlib import suppress
 from enum import Enum, StrEnum, auto
 
-from runrecovery_service.domain.errors import ReconciliationInProgress, ShuttingDown
+from runrecovery_service.domain.errors import ReconciliationInProgress, SafeMode, ShuttingDown
 
 
 class ServiceState(StrEnum):
@@ -44,6 +44,7 @@ class Gate:
         self._state = ServiceState.RECOVERING
         self._recovered = False
         self._storage_answers = True
+        self._safe_mode = False
         self._change = asyncio.Event()
 
     @property
@@ -74,8 +75,9 @@ class Gate:
         """The recovery failed and will be tried again."""
         self._become(ServiceState.RECOVERY_FAILED)
 
-    def open(self) -> None:
-        """Recovery has committed: let everybody in."""
+    def open(self, *, safe_mode: bool = False) -> None:
+        """Recovery has committed: let everybody in. In safe mode no run may be created."""
+        self._safe_mode = safe_mode
         self._recovered = self._recovered or not self.draining
         self._become(ServiceState.SERVING)
 
@@ -103,6 +105,15 @@ class Gate:
             raise ReconciliationInProgress(retry_after_s=self._retry_after_s)
         if access is Access.MUTATION or not self._recovered:
             raise ShuttingDown(retry_after_s=self._retry_after_s)
+
+    def demand_launches(self) -> None:
+        """Let a new run pass.
+
+        Raises:
+            SafeMode: this start launches nothing.
+        """
+        if self._safe_mode:
+            raise SafeMode(retry_after_s=self._retry_after_s)
 
     async def wait(self, change: asyncio.Event, *, timeout_s: float) -> None:
         """Return at the change, or after `timeout_s` seconds without one."""

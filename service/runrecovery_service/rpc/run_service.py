@@ -69,6 +69,7 @@ class RunService:
 
     async def create_run(self, request: pb.CreateRunRequest) -> pb.CreateRunResponse:
         """Record a run and queue it."""
+        self._gate.demand_launches()
         validation.demand_valid(validation.create_run(request))
         engine = self._rooms.catalog.get(request.engine)
         validation.demand_valid(

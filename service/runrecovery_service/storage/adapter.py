@@ -14,11 +14,10 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Concatenate, Final, ParamSpec, TypeVar
 
-import peewee as pw
 import structlog
 
 from runrecovery_service.domain.errors import RunRecoveryError
-from runrecovery_service.storage.database import Database, Kind, translate
+from runrecovery_service.storage.database import DRIVER_ERRORS, Database, Kind, translate
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -66,6 +65,12 @@ class Storage:
             return await self.read(use, *args, **kwargs)
         return await asyncio.wrap_future(self._writer.submit(lambda db: use(db, *args, **kwargs)))
 
+    async def renewal(self, use: Use[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run the small write that keeps this instance the owner; it never queues behind reads."""
+        if self._writer is not None:
+            return await self.write(use, *args, **kwargs)
+        return await self.alone(lambda db: use(db, *args, **kwargs))
+
     async def alone(self, use: Callable[[Database], R]) -> R:
         """Run a long use, of many transactions, on a thread and a connection of its own."""
         return await asyncio.to_thread(self._alone, use)
@@ -94,7 +99,7 @@ class Storage:
 def _translated(db: Database, use: Use[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     try:
         return use(db, *args, **kwargs)
-    except pw.PeeweeException as error:
+    except DRIVER_ERRORS as error:
         meaning = translate(error)
         if meaning is None:
             raise
@@ -132,8 +137,11 @@ class GroupCommitWriter:
         open_for_work = True
         while open_for_work:
             batch, open_for_work = self._next_batch()
-            if batch:
+            try:
                 self._commit(batch)
+            except BaseException as error:  # noqa: BLE001 - the edge of the thread: it must go on
+                for write in batch:
+                    write.fail(error)
         self._db.close()
 
     def _next_batch(self) -> tuple[list[_Write], bool]:
@@ -153,7 +161,7 @@ class GroupCommitWriter:
                 with self._db.transaction():
                     for write in batch:
                         write.attempt(self._db)
-            except (pw.PeeweeException, _Undecided):
+            except SHARED_COMMIT_ERRORS:
                 log.info("storage.shared_commit_failed", writes=len(batch))
             else:
                 for write in batch:
@@ -165,6 +173,9 @@ class GroupCommitWriter:
 
 class _Undecided(Exception):
     """A write met something that may have ended the shared transaction."""
+
+
+SHARED_COMMIT_ERRORS: Final[tuple[type[Exception], ...]] = (*DRIVER_ERRORS, _Undecided)
 
 
 class _Write:
@@ -193,6 +204,11 @@ class _Write:
             self.future.set_exception(self._error)
         else:
             self.future.set_result(self._result)
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the caller of something unforeseen, unless it has its answer."""
+        if not self.future.done():
+            self.future.set_exception(error)
 
     def perform(self, db: Database) -> None:
         """Do it in a transaction of its own and tell the caller."""

@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Final
 
-import peewee as pw
-
 from runrecovery_service.domain.recovery_matrix import MATRIX, QUARANTINE_RULE, Fact, Rule
 from runrecovery_service.domain.run import (
     InteractionKind,
@@ -25,7 +23,7 @@ from runrecovery_service.domain.run import (
     RestartPolicy,
     RunStatus,
 )
-from runrecovery_service.storage.database import Database, Dialect, Kind, translate
+from runrecovery_service.storage.database import DRIVER_ERRORS, Database, Dialect, Kind, translate
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.rows import to_us
 from runrecovery_service.storage.tables import LIVE, live, sql_words
@@ -280,7 +278,7 @@ def converge(
         with db.transaction():
             tally = _converge_range(db, scope, batch)
             report(db, tally)
-    except pw.PeeweeException as error:
+    except DRIVER_ERRORS as error:
         if translate(error) is not None:
             raise
         return _isolate(db, scope, batch, error, report=report)
@@ -291,14 +289,14 @@ def _isolate(
     db: Database,
     scope: Scope,
     batch: Batch,
-    error: pw.PeeweeException,
+    error: Exception,
     *,
     report: Report,
 ) -> Tally:
     """Split a batch that the database refuses; quarantine the row when it is alone."""
     if batch.rows <= 1:
         with db.transaction():
-            tally = _quarantine(db, scope, batch, str(error))
+            tally = _quarantine(db, scope, batch, type(error).__name__)
             report(db, tally)
         return tally
     tally = Tally()
@@ -422,11 +420,13 @@ def _count_decisions(db: Database, scope: Scope, reach: tuple[int, int, str, int
 
 
 def _count_processes(db: Database, scope: Scope, batch: Batch) -> None:
-    """Tell the history how many processes of each run this restart ended."""
+    """Tell the history how many processes of each run were ended since the last recovery that
+    completed: by this one, or by one before it that was cut off."""
     rows = db.fetch_all(
         "SELECT run, sum(processes_ended) FROM process_lease"
-        " WHERE ended_by = ? AND run BETWEEN ? AND ? GROUP BY run",
-        (scope.reconciliation_key, batch.first, batch.last),
+        " WHERE run BETWEEN ? AND ? AND ended_by > (SELECT COALESCE(max(id), 0)"
+        " FROM reconciliation WHERE instance = ? AND state = 'COMPLETED') GROUP BY run",
+        (batch.first, batch.last, scope.owner.instance),
     )
     for run_key, ended in rows:
         db.execute(

@@ -52,6 +52,13 @@ POSTGRESQL_SESSION: Final = (
     " -c idle_in_transaction_session_timeout=60s -c timezone=UTC"
 )
 
+_PSYCOPG: Final = getattr(pw, "psycopg", None)  # peewee's own import of the extra, if it is there
+DRIVER_ERRORS: Final[tuple[type[Exception], ...]] = (
+    pw.PeeweeException,
+    sqlite3.Error,  # what fetching rows raises does not pass through peewee
+    *((_PSYCOPG.Error,) if _PSYCOPG is not None else ()),
+)
+
 Row = tuple[Any, ...]  # a row is whatever the columns hold; it is typed where it is decoded
 T = TypeVar("T")
 
@@ -228,7 +235,7 @@ _SQLSTATES: Final[dict[str, type[RunRecoveryError]]] = {
 }
 
 
-def translate(error: pw.PeeweeException) -> RunRecoveryError | None:
+def translate(error: Exception) -> RunRecoveryError | None:
     """Return the domain's word for a driver error, or None for one that is a defect of ours.
 
     The whole chain is looked at: a rollback that fails because SQLite has rolled back already
@@ -298,7 +305,7 @@ def open_database(url: str, data_dir: Path) -> Database:
         except BaseException:
             db.close()
             raise
-    except pw.PeeweeException as error:
+    except DRIVER_ERRORS as error:
         meaning = translate(error)
         if meaning is None:
             raise DatabaseRefused(place, str(error)) from error
@@ -387,8 +394,21 @@ def _create_sqlite(path: Path) -> None:
     _sync_directory(path.parent)
 
 
+class _LenientSqlite(pw.SqliteDatabase):
+    """Reads text that is not UTF-8 as far as it is: one such column must not fail a whole query,
+    with what it holds in the driver's error."""
+
+    def _add_conn_hooks(self, conn: sqlite3.Connection) -> None:
+        super()._add_conn_hooks(conn)  # type: ignore[misc] # the stubs leave the hook out
+        conn.text_factory = _lenient_text
+
+
+def _lenient_text(raw: bytes) -> str:
+    return raw.decode("utf-8", "replace")
+
+
 def _connect_sqlite(path: Path) -> Database:
-    peewee = pw.SqliteDatabase(
+    peewee = _LenientSqlite(
         str(path), lock_type="IMMEDIATE", pragmas=SQLITE_PRAGMAS, check_same_thread=False
     )
     db = Database(peewee, SQLITE, str(path), file=path)
@@ -533,7 +553,7 @@ def postgresql_problems(url: str) -> list[str]:
         _open_postgresql(url).close()
     except DatabaseRefused as error:
         return [str(error)]
-    except pw.PeeweeException as error:
+    except DRIVER_ERRORS as error:
         return [f"the PostgreSQL database: {translate(error) or 'cannot be opened'}"]
     return []
 

@@ -132,7 +132,11 @@ def page(
     query = _I.select(*INTERACTION_COLUMNS).where(
         (_I.run == run.key) & (_I.no > (after[0] if after else 0))
     )
-    rows = db.peewee.execute(query.order_by(_I.no).limit(limit + 1)).fetchall()
-    return runs.cut(
-        [interaction_from_row(row) for row in rows], limit, lambda row: (row.interaction_id,)
-    )
+    found: list[Interaction] = []
+    chars = 0
+    for row in db.peewee.execute(query.order_by(_I.no).limit(limit + 1)):
+        chars += sum(len(text) for text in row if isinstance(text, str))
+        if len(found) == limit or (found and chars > runs.PAGE_CHARS):
+            return Page(rows=tuple(found), after=(found[-1].interaction_id,))
+        found.append(interaction_from_row(row))
+    return Page(rows=tuple(found), after=None)

@@ -6,6 +6,7 @@ import secrets
 from dataclasses import dataclass
 from datetime import datetime
 
+from runrecovery_service.domain.errors import Fenced
 from runrecovery_service.domain.run import Run
 from runrecovery_service.storage.database import Database, Row
 from runrecovery_service.storage.instances import Owner
@@ -78,13 +79,25 @@ def intend(db: Database, run: Run, *, owner: Owner, place: Place, now: datetime)
 
 
 def launched(db: Database, lease_key: int, *, pid: int, start_ticks: int) -> None:
-    """Record which process it became."""
+    """Record which process it became.
+
+    Raises:
+        Fenced: the lease has been closed meanwhile, by a newer epoch.
+    """
     with db.transaction():
-        db.execute(
+        changed = db.execute(
             "UPDATE process_lease SET pid = ?, start_ticks = ?, state = 'RUNNING'"
-            " WHERE id = ? AND state = 'INTENT'",
+            " WHERE id = ? AND state IN ('INTENT', 'RUNNING')",
             (pid, start_ticks, lease_key),
-        )
+        ).rowcount
+    if changed != 1:
+        raise Fenced(f"lease {lease_key}")
+
+
+def is_over(db: Database, lease_key: int) -> bool:
+    """True when the end of this launch is on record."""
+    row = db.fetch_one("SELECT state FROM process_lease WHERE id = ?", (lease_key,))
+    return row is not None and row[0] in {"CLOSED", "KILL_PENDING"}
 
 
 def close(

@@ -33,6 +33,8 @@ from runrecovery_service.storage.rows import (
 
 _C, _E, _R = tables.Reconciliation, tables.RecoveryEvent, tables.Run
 
+INTERRUPTED: Final = "interrupted by a stop"
+"""The error of a report whose service was told to stop: nothing was wrong with the recovery."""
 HISTORY_LIMIT: Final = 1000
 WARNINGS_LIMIT: Final = 100
 
@@ -134,8 +136,8 @@ def unfinished_since(db: Database, instance: str, since: datetime) -> int:
     """Return how many starts of the instance in a row, up to now, did not finish recovering."""
     rows = db.fetch_all(
         "SELECT epoch, state FROM reconciliation WHERE instance = ? AND started_at >= ?"
-        " ORDER BY id DESC LIMIT 1000",
-        (instance, to_us(since)),
+        " AND COALESCE(error, '') <> ? ORDER BY id DESC LIMIT 1000",
+        (instance, to_us(since), INTERRUPTED),
     )
     unfinished = takewhile(lambda row: row[1] != ReconciliationState.COMPLETED, rows)
     return len({epoch for epoch, _ in unfinished})

@@ -45,7 +45,10 @@ def to_us(time: datetime) -> int:
 
 def from_us(us: int) -> datetime:
     """Return microseconds since 1970 as an aware UTC time."""
-    return EPOCH + timedelta(0, 0, us)  # by position: half as long, and every run has several
+    try:
+        return EPOCH + timedelta(0, 0, us)  # by position: half as long, and every run has several
+    except OverflowError:  # a damaged time; nobody must fail over it
+        return EPOCH
 
 
 def from_us_or_none(us: int | None) -> datetime | None:

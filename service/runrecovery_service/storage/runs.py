@@ -247,7 +247,8 @@ def create(
 
 def _demand_room(db: Database, owner: Owner, max_queued: int) -> None:
     full = db.fetch_one(
-        "SELECT 1 FROM run WHERE owner = ? AND status = 'QUEUED' LIMIT 1 OFFSET ?",
+        "SELECT 1 FROM run WHERE owner = ? AND status = 'QUEUED'"
+        f" AND recovery_state <> '{RecoveryState.QUARANTINED}' LIMIT 1 OFFSET ?",
         (owner.instance, max_queued - 1),
     )
     if full is not None:
@@ -280,7 +281,8 @@ def change(
     if run.status is None:
         raise RunQuarantined(run.run_id)
     if status is not None:
-        if not is_legal(run.status, status):
+        # A status that stays is recovery's alone to give: here it would be a write done twice.
+        if status is run.status or not is_legal(run.status, status):
             raise ValueError(f"{run.status} may not become {status}")
         columns["status"] = status.value
         if status.is_terminal:

@@ -49,6 +49,9 @@ def take_next(
     row = db.fetch_one(
         "SELECT id FROM run WHERE owner = ? AND status = 'QUEUED' AND owner_epoch = ?"
         " AND recovery_state <> 'QUARANTINED'"
+        # Nobody works beside a process that could not be ended.
+        " AND NOT EXISTS (SELECT 1 FROM process_lease l"
+        " WHERE l.run = run.id AND l.state = 'KILL_PENDING')"
         + (f" AND engine NOT IN ({marks})" if marks else "")
         + " ORDER BY queued_at, id LIMIT 1",
         (owner.instance, owner.epoch, *busy_engines),
@@ -108,10 +111,16 @@ def delivered(db: Database, run_key: int, *, owner: Owner) -> None:
 
 @runs.retried
 def ask_and_stay(
-    db: Database, run_key: int, *, owner: Owner, question: Question, now: datetime
+    db: Database, run_key: int, *, owner: Owner, number: int, question: Question, now: datetime
 ) -> Run:
-    """Record the question of a sticky process, which lives on: WAITING_USER."""
+    """Record the question of a sticky process, which lives on: WAITING_USER.
+
+    Args:
+        number: the question's interaction_id; one that is on record is not asked again.
+    """
     run = _own(db, run_key, owner)
+    if run.interaction_count >= number:
+        return run
     _ask(db, run, question, owner=owner, now=now)
     return runs.get_by_key(db, run_key)
 
@@ -127,8 +136,13 @@ def end(
     ended: Ended,
     now: datetime,
 ) -> Run:
-    """Record how a turn ended, and close its lease, in one step. An accepted cancel wins."""
+    """Record how a turn ended, and close its lease, in one step. An accepted cancel wins.
+
+    Safe to repeat when it is not known whether it was committed: the run may be in a later turn.
+    """
     run = _own(db, run_key, owner)
+    if processes.is_over(db, lease_key):
+        return run
     processes.close(db, lease_key, ended, now=now)
     if run.cancel_requested:
         runs.change(db, run, owner=owner, now=now, status=RunStatus.CANCELED)

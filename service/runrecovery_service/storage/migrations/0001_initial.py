@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from peewee import SqliteDatabase
+
 TABLES = """
 CREATE TABLE run (
   id {key},
@@ -163,7 +165,7 @@ POSTGRESQL = {
 
 def up(migrator: object, db: Any) -> None:
     """Create every table. `db` is the migration runner's peewee database."""
-    words = SQLITE if type(db).__name__ == "SqliteDatabase" else POSTGRESQL
+    words = SQLITE if isinstance(db, SqliteDatabase) else POSTGRESQL
     for statement in TABLES.format(live=LIVE, **words).split(";\n"):
         if statement.strip():
             db.execute_sql(statement)

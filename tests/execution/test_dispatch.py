@@ -1,0 +1,150 @@
+"""What must hold of launching and following, whatever goes wrong around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import peewee as pw
+import pytest
+from runrecovery_service.domain.errors import StorageUnavailable
+from runrecovery_service.domain.run import RunStatus
+from runrecovery_service.execution import session
+from runrecovery_service.process import sweep
+from runrecovery_service.storage import turns
+
+from .conftest import Floor
+
+MANY = 150
+
+
+def failing_first(times: int, error: Exception, use: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a function so that its first calls fail."""
+    left = [times]
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if left[0] > 0:
+            left[0] -= 1
+            raise error
+        return use(*args, **kwargs)
+
+    return call
+
+
+async def test_many_short_runs_at_once_all_end_well(floor: Floor) -> None:
+    made = [await floor.create("quick") for _ in range(MANY)]
+
+    ended = [await floor.until_ended(run_id) for run_id in made]
+
+    assert {run.status for run in ended} == {RunStatus.SUCCEEDED}
+    assert [run.error for run in ended if run.error] == []
+
+
+@pytest.mark.parametrize(
+    "error", [pw.InternalError("never seen"), StorageUnavailable(), OSError(24, "EMFILE")]
+)
+async def test_an_end_that_could_not_be_recorded_is_recorded_later(
+    floor: Floor, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(turns, "end", failing_first(2, error, turns.end))
+
+    run = await floor.until_ended(await floor.create("quick"))
+
+    assert run.status is RunStatus.SUCCEEDED
+
+
+async def test_a_tree_that_could_not_be_looked_for_is_looked_for_again(
+    floor: Floor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = OSError(24, "too many open files")
+    monkeypatch.setattr(session, "end_trees", failing_first(2, error, sweep.end_trees))
+
+    run = await floor.until_ended(await floor.create("quick"))
+
+    assert run.status is RunStatus.SUCCEEDED
+
+
+async def test_a_defect_while_taking_a_run_does_not_end_the_dispatcher(
+    floor: Floor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = OverflowError("a damaged row")
+    monkeypatch.setattr(turns, "take_next", failing_first(1, error, turns.take_next))
+    first = await floor.create("quick")
+    second = await floor.create("quick")
+
+    ended = [await floor.until_ended(first), await floor.until_ended(second)]
+
+    assert [run.status for run in ended] == [RunStatus.SUCCEEDED] * 2
+
+
+async def test_a_launch_that_the_system_refuses_fails_the_run(
+    floor: Floor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(session, "launch", refuse)
+
+    run = await floor.until_ended(await floor.create("quick"))
+
+    assert run.error is not None
+    assert run.error.code == "LAUNCH_FAILED"
+
+
+async def test_a_cancel_is_heard_while_the_process_does_not_read_its_reply(floor: Floor) -> None:
+    run_id = await floor.create("deaf")
+    await floor.until_status(run_id, RunStatus.WAITING_USER)
+    await floor.reply(run_id, "x" * 300_000)
+
+    await floor.cancel(run_id)
+    run = await floor.until_ended(run_id)
+
+    assert run.status is RunStatus.CANCELED
+
+
+async def test_a_reply_that_was_not_read_is_not_called_delivered(floor: Floor) -> None:
+    run_id = await floor.create("deaf")
+    await floor.until_status(run_id, RunStatus.WAITING_USER)
+    await floor.reply(run_id, "x" * 300_000)
+    await floor.until_status(run_id, RunStatus.RUNNING)
+
+    rows = await floor.storage.read(lambda db: db.fetch_all("SELECT state FROM interaction"))
+
+    assert rows == [("ANSWERED",)]
+
+
+async def test_nothing_is_taken_from_the_queue_after_a_pause(floor: Floor) -> None:
+    busy = [await floor.create("sticky", {"hold": True}) for _ in range(8)]
+    for run_id in busy:
+        await floor.until_status(run_id, RunStatus.RUNNING)
+    queued = await floor.create("quick")
+
+    floor.dispatcher.pause()
+    await floor.cancel(busy[0])
+    await floor.until_ended(busy[0])
+    await floor.until_free(1)
+
+    assert (await floor.get(queued)).status is RunStatus.QUEUED
+
+
+async def test_a_resumable_run_leaves_its_slot_while_it_waits(floor: Floor) -> None:
+    question = {"questions": [{"kind": "confirm", "prompt": "Go on?"}]}
+    run_id = await floor.create("resumable", question)
+
+    waiting = await floor.until_status(run_id, RunStatus.WAITING_USER)
+    await floor.until_free(floor.dispatcher.capacity)
+    await floor.reply(run_id, "yes")
+    run = await floor.until_ended(run_id)
+
+    assert not waiting.holds_slot
+    assert run.output == {"answers": ["yes"]}
+
+
+async def test_a_stop_ends_every_tree_and_leaves_the_runs_on_record(floor: Floor) -> None:
+    run_id = await floor.create("resumable", {"hold": True, "children": 3})
+    await floor.until_status(run_id, RunStatus.RUNNING)
+
+    await floor.dispatcher.stop()
+
+    assert floor.dispatcher.slots_in_use == 0
+    assert (await floor.get(run_id)).status is RunStatus.RUNNING
