@@ -77,6 +77,36 @@ async def test_a_defect_while_taking_a_run_does_not_end_the_dispatcher(
     assert [run.status for run in ended] == [RunStatus.SUCCEEDED] * 2
 
 
+async def test_a_run_that_was_taken_without_an_answer_is_taken_again(
+    floor: Floor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = turns.take_next
+    lost: list[Any] = []
+
+    def take_and_lose_the_answer(*args: Any, **kwargs: Any) -> Any:
+        turn = take(*args, **kwargs)
+        if turn is not None and not lost:
+            lost.append(turn)
+        return turn
+
+    def write_and_lose_the_answer(write: Callable[..., Any]) -> Callable[..., Any]:
+        async def call(use: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            answer = await write(use, *args, **kwargs)
+            if lost == [answer]:
+                lost.append(None)
+                raise StorageUnavailable
+            return answer
+
+        return call
+
+    monkeypatch.setattr(turns, "take_next", take_and_lose_the_answer)
+    monkeypatch.setattr(floor.storage, "write", write_and_lose_the_answer(floor.storage.write))
+    run = await floor.until_ended(await floor.create("quick"))
+
+    assert (run.status, run.attempt, run.turn) == (RunStatus.SUCCEEDED, 1, 1)
+    assert len(lost) > 1
+
+
 async def test_a_launch_that_the_system_refuses_fails_the_run(
     floor: Floor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,6 +38,7 @@ class Dispatcher:
     fenced: Callable[[], None]
     _sessions: dict[RunSession, asyncio.Task[None]] = field(default_factory=dict)
     _taking: bool = True
+    _unsure: bool = False
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _loop: asyncio.Task[None] | None = None
 
@@ -99,6 +100,7 @@ class Dispatcher:
                 self.fenced()
                 return
             except (NotNow, Exhausted) as error:
+                self._unsure = True
                 log.warning("execution.queue_unreadable", error=type(error).__name__)
             except Exception:  # the edge of this task: nothing would be launched any more
                 log.exception("execution.dispatch_failed")
@@ -113,6 +115,8 @@ class Dispatcher:
         self._changed.clear()
 
     async def _launch_what_fits(self) -> None:
+        if self._unsure:
+            await self._give_back()
         while self._taking and self.slots_in_use < self.capacity:
             turn = await self.shop.storage.write(
                 turns.take_next,
@@ -125,6 +129,18 @@ class Dispatcher:
                 return
             session = RunSession(turn=turn, shop=self.shop)
             self._sessions[session] = asyncio.create_task(self._follow(session))
+
+    async def _give_back(self) -> None:
+        """Undo takes that were committed although we were told that they had failed."""
+        count = await self.shop.storage.write(
+            turns.give_back,
+            owner=self.shop.owner,
+            held=[session.turn.lease.key for session in self._sessions],
+            now=self.shop.now(),
+        )
+        self._unsure = False
+        if count:
+            log.warning("execution.given_back", runs=count)
 
     def _busy_engines(self) -> tuple[str, ...]:
         in_use = Counter(session.turn.run.engine for session in self._sessions)

@@ -81,6 +81,30 @@ def take_next(
 
 
 @runs.retried
+def give_back(db: Database, *, owner: Owner, held: Sequence[int], now: datetime) -> int:
+    """Put runs back into the queue that were taken by a commit whose answer never came.
+
+    Args:
+        held: keys of the leases that somebody follows; a run of any other one whose process was
+            never launched goes back, and its lease with it.
+
+    Returns:
+        How many runs went back.
+    """
+    rows = db.fetch_all(
+        "SELECT id, run FROM process_lease WHERE instance = ? AND epoch = ? AND state = 'INTENT'",
+        (owner.instance, owner.epoch),
+    )
+    lost = [(lease_key, run_key) for lease_key, run_key in rows if lease_key not in set(held)]
+    for lease_key, run_key in lost:
+        run = _own(db, run_key, owner)
+        before = {"turn": run.turn - 1} if run.turn > 1 else {"attempt": run.attempt - 1, "turn": 0}
+        runs.change(db, run, owner=owner, now=now, status=RunStatus.QUEUED, **before)
+        db.execute("DELETE FROM process_lease WHERE id = ?", (lease_key,))
+    return len(lost)
+
+
+@runs.retried
 def keep_session(
     db: Database, run_key: int, *, owner: Owner, session: Session, now: datetime
 ) -> None:
