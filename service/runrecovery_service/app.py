@@ -147,13 +147,11 @@ class Service:
     """All the parts of a running service."""
 
     settings: Settings
-    storage: Storage
-    owner: Owner
+    shop: Workshop
     gate: Gate
     server: GrpcServer
     recovery: Recovery
     dispatcher: Dispatcher
-    threads: ThreadPoolExecutor
     report_id: str | None = None
     _stop: asyncio.Event = field(default_factory=asyncio.Event)
     _stop_asked: int = 0
@@ -170,59 +168,22 @@ class Service:
         owner = instances.claim(db, _boot(settings, data_dir, host), now=clock.utc_now())
         db.close()
         log.info("service.epoch_claimed", instance=owner.instance, epoch=owner.epoch)
-        catalog = _catalog(settings)
-        storage = Storage(db)
-        output = OutputFiles(data_dir, max_bytes=settings.max_output_bytes)
-        threads = ThreadPoolExecutor(settings.capacity * 4 + 4, thread_name_prefix="process")
+        shop = _workshop(settings, data_dir, Storage(db), owner)
+        gate = Gate(retry_after_s=settings.retry_hint_s)
         service: Service
-        shop = Workshop(
-            storage=storage,
-            owner=owner,
-            catalog=catalog,
-            output=output,
-            threads=threads,
-            environ=dict(os.environ),
-            cancel_grace_s=settings.cancel_grace_s,
-            exit_grace_s=settings.exit_grace_s,
-            now=clock.utc_now,
-        )
         dispatcher = Dispatcher(
             shop=shop,
             place=_place(host),
             capacity=settings.capacity,
             fenced=lambda: service.fail(Fenced(f"instance {owner.instance!r}")),
         )
-        gate = Gate(retry_after_s=settings.retry_hint_s)
-        server = build_server(
-            gate,
-            run_rooms=RunRooms(
-                storage=storage,
-                owner=owner,
-                catalog=catalog,
-                dispatcher=dispatcher,
-                output=output,
-                limits=RunLimits(
-                    max_queued=settings.max_queued, max_attempts=settings.max_attempts
-                ),
-                now=clock.utc_now,
-            ),
-            recovery_rooms=RecoveryRooms(
-                storage=storage, owner=owner, current_report=lambda: service.report_id
-            ),
-            limits=ServerLimits(
-                max_concurrent_calls=settings.max_concurrent_calls,
-                max_request_bytes=settings.max_request_bytes,
-            ),
-        )
         service = cls(
             settings=settings,
-            storage=storage,
-            owner=owner,
+            shop=shop,
             gate=gate,
-            server=server,
-            recovery=_recovery(settings, owner, catalog, output, lambda: service.stopping),
+            server=_server(settings, gate, dispatcher, report_id=lambda: service.report_id),
+            recovery=_recovery(settings, shop, stopping=lambda: service.stopping),
             dispatcher=dispatcher,
-            threads=threads,
         )
         return service
 
@@ -258,7 +219,7 @@ class Service:
         if not self.settings.engines:
             log.warning("service.no_engines")
         self.gate.open(safe_mode=report.safe_mode)
-        log.info("service.serving", epoch=self.owner.epoch)
+        log.info("service.serving", epoch=self.shop.owner.epoch)
         if not report.safe_mode:
             self.dispatcher.start()
 
@@ -269,7 +230,7 @@ class Service:
         pause_s = self.settings.recovery_backoff_s
         for left in reversed(range(self.settings.recovery_tries)):
             try:
-                return await self.storage.alone(
+                return await self.shop.storage.alone(
                     lambda db: self.recovery.run(db, self._report_begun)
                 )
             except RecoveryInterrupted:
@@ -307,7 +268,7 @@ class Service:
             begun = _boot_time()
             try:
                 async with asyncio.timeout(max(0.1, renewed + SELF_FENCE_S - begun)):
-                    await self.storage.renewal(instances.renew, self.owner)
+                    await self.shop.storage.renewal(instances.renew, self.shop.owner)
             except (Fenced, DatabaseRefused) as error:
                 self.fail(error)
                 return
@@ -317,8 +278,8 @@ class Service:
             else:
                 renewed = begun
                 self.gate.set_storage_answers(answers=True)
-            if self.storage.is_shared and _boot_time() - renewed > SELF_FENCE_S:
-                self.fail(Fenced(f"instance {self.owner.instance!r} (lease not renewed)"))
+            if self.shop.storage.is_shared and _boot_time() - renewed > SELF_FENCE_S:
+                self.fail(Fenced(f"instance {self.shop.owner.instance!r} (lease not renewed)"))
                 return
 
     # -- stopping ------------------------------------------------------------------------------
@@ -344,10 +305,10 @@ class Service:
             await self._step("processes", self.dispatcher.stop())
         await self._step("server", self.server.stop(grace_s=self.settings.stop_grace_s))
         await self._step("processes", self.dispatcher.stop())
-        await self._step("threads", asyncio.to_thread(self.threads.shutdown))
-        await self._step("lease", self.storage.write(instances.resign, self.owner))
-        await self._step("storage", asyncio.to_thread(self.storage.close))
-        log.info("service.stopped", epoch=self.owner.epoch)
+        await self._step("threads", asyncio.to_thread(self.shop.threads.shutdown))
+        await self._step("lease", self.shop.storage.write(instances.resign, self.shop.owner))
+        await self._step("storage", asyncio.to_thread(self.shop.storage.close))
+        log.info("service.stopped", epoch=self.shop.owner.epoch)
 
     async def _step(self, name: str, doing: Awaitable[object]) -> None:
         """Do one part of the stop; none of them keeps the others from being done."""
@@ -399,13 +360,50 @@ def _catalog(settings: Settings) -> Catalog:
     )
 
 
-def _recovery(
+def _workshop(settings: Settings, data_dir: Path, storage: Storage, owner: Owner) -> Workshop:
+    return Workshop(
+        storage=storage,
+        owner=owner,
+        catalog=_catalog(settings),
+        output=OutputFiles(data_dir, max_bytes=settings.max_output_bytes),
+        threads=ThreadPoolExecutor(settings.capacity * 4 + 4, thread_name_prefix="process"),
+        environ=dict(os.environ),
+        cancel_grace_s=settings.cancel_grace_s,
+        exit_grace_s=settings.exit_grace_s,
+        now=clock.utc_now,
+    )
+
+
+def _server(
     settings: Settings,
-    owner: Owner,
-    catalog: Catalog,
-    output: OutputFiles,
-    stopping: Callable[[], bool],
-) -> Recovery:
+    gate: Gate,
+    dispatcher: Dispatcher,
+    *,
+    report_id: Callable[[], str | None],
+) -> GrpcServer:
+    shop = dispatcher.shop
+    return build_server(
+        gate,
+        run_rooms=RunRooms(
+            storage=shop.storage,
+            owner=shop.owner,
+            catalog=shop.catalog,
+            dispatcher=dispatcher,
+            output=shop.output,
+            limits=RunLimits(max_queued=settings.max_queued, max_attempts=settings.max_attempts),
+            now=shop.now,
+        ),
+        recovery_rooms=RecoveryRooms(
+            storage=shop.storage, owner=shop.owner, current_report=report_id
+        ),
+        limits=ServerLimits(
+            max_concurrent_calls=settings.max_concurrent_calls,
+            max_request_bytes=settings.max_request_bytes,
+        ),
+    )
+
+
+def _recovery(settings: Settings, shop: Workshop, *, stopping: Callable[[], bool]) -> Recovery:
     def sweep(leases: Sequence[Lease]) -> Mapping[int, Ending]:
         return end_trees(
             [evidence_of(lease) for lease in leases],
@@ -414,7 +412,7 @@ def _recovery(
         )
 
     return Recovery(
-        owner=owner,
+        owner=shop.owner,
         limits=Limits(
             batch_rows=settings.recovery_batch_rows,
             batch_s=settings.recovery_batch_s,
@@ -422,8 +420,8 @@ def _recovery(
             safe_mode_window_s=settings.safe_mode_window_s,
         ),
         sweep=sweep,
-        session_checks=_session_checks(catalog),
-        workspace=output.workspace,
+        session_checks=_session_checks(shop.catalog),
+        workspace=shop.output.workspace,
         now=clock.utc_now,
         stopping=stopping,
     )
