@@ -10,6 +10,7 @@ CODEGEN := .venv-codegen
 CODEGEN_READY := $(CODEGEN)/.ready
 GENERATED := client/runrecovery/v1
 PYTEST_WORKERS ?= 4
+CONFIG ?= runrecovery.example.toml
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo test serve proto docs verify lint types imports breaking packaging bench lock clean
@@ -38,8 +39,8 @@ demo: $(READY) ## Watch runs survive a kill -9, explained run by run (under a mi
 test: $(READY) ## Run the tests
 	@$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --ignore=tests/packaging $(ARGS)
 
-serve: $(READY) ## Start the service here (Ctrl-C stops it)
-	@$(BIN)/runrecovery serve
+serve: $(READY) ## Start the service here, with CONFIG=runrecovery.example.toml (Ctrl-C stops it)
+	@$(BIN)/runrecovery serve --config $(CONFIG)
 
 proto: $(CODEGEN_READY) ## Regenerate client/runrecovery/v1 from proto/
 	@rm -rf $(GENERATED)

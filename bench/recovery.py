@@ -63,14 +63,6 @@ _RULE: Final = (
     " ELSE 'resumable_waiting_preserved' END"
 )
 _STATE: Final = f"CASE WHEN {_KEPT} THEN 'RECOVERED_WAITING' ELSE 'FAILED_RECONCILED' END"
-_MESSAGE: Final = (
-    "CASE WHEN status = 'QUEUED' THEN 'The service restarted before the run was started.'"
-    " WHEN status = 'RUNNING' THEN 'The service restarted while the run was running.'"
-    " WHEN profile = 'STICKY_PROCESS'"
-    " THEN 'The process that waited for the reply ended with the service.'"
-    " WHEN session_value IS NULL"
-    " THEN 'It waited for a reply, but the session that a reply would resume is lost.' END"
-)
 _REMEMBER: Final = (
     "INSERT INTO recovery_event (run, no, reconciliation, rule, facts, status_before,"
     " status_after, error_code, recovery_state, recovered_at, processes_ended)"
@@ -84,7 +76,7 @@ _CLOSE: Final = (
 )
 _APPLY: Final = (
     f"UPDATE run SET status = CASE WHEN {_KEPT} THEN status ELSE 'FAILED' END,"
-    f" error_code = {_CODE}, error_message = {_MESSAGE},"
+    f" error_code = {_CODE},"
     f" session_type = CASE WHEN {_KEPT} THEN session_type END,"
     f" session_value = CASE WHEN {_KEPT} THEN session_value END,"
     f" ended_at = CASE WHEN {_KEPT} THEN ended_at ELSE {{now}} END,"

@@ -45,6 +45,7 @@ from runrecovery_service.storage.database import (
     HoldFile,
     applied_migrations,
     backup_sqlite,
+    install_marker,
     integrity_problems,
     open_database,
     postgresql_problems,
@@ -441,7 +442,7 @@ def _session_checks(catalog: Catalog) -> dict[str, SessionCheck]:
 
 
 def migrate(settings: Settings) -> list[str]:
-    """Open the store of a stopped service as a start does, which creates and migrates it.
+    """Open the store of a stopped service as a start does, which migrates it.
 
     Returns:
         The names of all steps that the store has now.
@@ -449,6 +450,9 @@ def migrate(settings: Settings) -> list[str]:
     Raises:
         StartRefused: it is held, or may not be opened.
     """
+    path = sqlite_path(settings.database, settings.data_dir.absolute())
+    if path is not None and not path.exists():
+        raise DatabaseRefused(str(path), "does not exist; a first start creates it")
     with Holdings.take(settings) as held:
         db = open_database(settings.database, held.data_dir)
         try:
@@ -481,4 +485,6 @@ def check(settings: Settings) -> list[str]:
         problems += postgresql_problems(settings.database)
     elif path.exists():
         problems += integrity_problems(path)
+    elif install_marker(path).exists():
+        problems.append(f"{path}: is gone; restore a backup")
     return problems

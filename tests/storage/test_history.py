@@ -157,3 +157,13 @@ def test_unfinished_starts_are_counted_up_to_the_last_that_finished(world: World
     complete(world)
 
     assert count(begun) == 0
+
+
+def test_the_error_of_a_recovery_says_why(world: World) -> None:
+    run = world.running().run
+    world.recover()
+
+    error = world.get(run).error
+
+    assert error is not None
+    assert error.message == "The service restarted while the run was running."

@@ -125,7 +125,7 @@ def converged(db: Database) -> Iterator[tuple[object, ...]]:
     scope = Scope(owner=owner, reconciliation_key=key, now=NOW)
     converge.converge(db, scope, batch, report=lambda db, tally: None)
     yield from db.fetch_all(
-        "SELECT r.recovery_reason, e.facts, r.status, r.error_code, r.error_message,"
+        "SELECT r.recovery_reason, e.facts, r.status, r.error_code,"
         " r.recovery_state, r.session_value, i.state, r.version, r.owner_epoch, r.ended_at"
         " FROM run r JOIN recovery_event e ON e.run = r.id"
         " LEFT JOIN interaction i ON i.run = r.id ORDER BY r.id"
@@ -143,7 +143,6 @@ def expected(case: Case) -> tuple[object, ...]:
         facts.value,
         rule.becomes.value,
         rule.error.value if rule.error else None,
-        rule.because if rule.error else None,
         rule.state.value,
         "handle" if Fact.HANDLE in facts and rule.keeps else None,
         question if rule.keeps or question is None else "CLOSED",

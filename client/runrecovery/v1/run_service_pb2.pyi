@@ -488,7 +488,9 @@ class StreamOutputRequest(_message.Message):
     offset: _builtins.int
     """OPTIONAL. Bytes to skip; continue with the last offset + size."""
     follow: _builtins.bool
-    """OPTIONAL. Go on until the run is terminal instead of ending at what is there."""
+    """OPTIONAL. Go on until the run is terminal, or a later attempt has begun,
+    instead of ending at what is there.
+    """
     def __init__(
         self,
         *,
@@ -521,7 +523,7 @@ class StreamOutputResponse(_message.Message):
     offset: _builtins.int
     """Position of the first byte of data."""
     data: _builtins.bytes
-    """At most 64 KiB as written; a piece may end within a character."""
+    """At most 64 KiB; a piece may end within a character."""
     truncated: _builtins.bool
     """True on the last piece when more was written than is kept (configuration
     `max_output_bytes`).

@@ -123,7 +123,8 @@ class RunServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def StreamOutput(self, request, context):
-        """Streams what the processes of one attempt wrote.
+        """Streams what the processes of one attempt wrote. In the lines that name a
+        session its handle is masked.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -52,7 +52,9 @@ class RunServiceStub:
     ListInteractions: _grpc.UnaryUnaryMultiCallable[_run_service_pb2.ListInteractionsRequest, _run_service_pb2.ListInteractionsResponse]
     """Pages through the questions of one run, in the order asked."""
     StreamOutput: _grpc.UnaryStreamMultiCallable[_run_service_pb2.StreamOutputRequest, _run_service_pb2.StreamOutputResponse]
-    """Streams what the processes of one attempt wrote."""
+    """Streams what the processes of one attempt wrote. In the lines that name a
+    session its handle is masked.
+    """
 
 @_typing.type_check_only
 class RunServiceAsyncStub(RunServiceStub):
@@ -78,7 +80,9 @@ class RunServiceAsyncStub(RunServiceStub):
     ListInteractions: _aio.UnaryUnaryMultiCallable[_run_service_pb2.ListInteractionsRequest, _run_service_pb2.ListInteractionsResponse]  # type: ignore[assignment]
     """Pages through the questions of one run, in the order asked."""
     StreamOutput: _aio.UnaryStreamMultiCallable[_run_service_pb2.StreamOutputRequest, _run_service_pb2.StreamOutputResponse]  # type: ignore[assignment]
-    """Streams what the processes of one attempt wrote."""
+    """Streams what the processes of one attempt wrote. In the lines that name a
+    session its handle is masked.
+    """
 
 class RunServiceServicer(metaclass=_abc_1.ABCMeta):
     """Creates runs, answers their questions, ends and shows them. Every method
@@ -143,6 +147,8 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _run_service_pb2.StreamOutputRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_run_service_pb2.StreamOutputResponse], _abc.AsyncIterator[_run_service_pb2.StreamOutputResponse]]:
-        """Streams what the processes of one attempt wrote."""
+        """Streams what the processes of one attempt wrote. In the lines that name a
+        session its handle is masked.
+        """
 
 def add_RunServiceServicer_to_server(servicer: RunServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -361,6 +361,11 @@ def _create_all(stage: Stage, client: RunRecoveryClient) -> None:
             for session in set(data.rglob("session-*.json")) - sessions:
                 session.unlink()
     _wait_until(lambda: _tree_is_up(stage), "the process tree is up")
+    running = [cast.name for cast in CAST if cast.found == pb.RUN_STATUS_RUNNING]
+    _wait_until(
+        lambda: all(client.runs.get(name).session.has_handle for name in running),
+        "the running agents have named their sessions",
+    )
 
 
 def _tree_is_up(stage: Stage) -> bool:
@@ -406,7 +411,10 @@ def _show_recovery(stage: Stage, client: RunRecoveryClient) -> None:
     report = client.recovery.status().reconciliation
     left = processes_of(stage.home, {n: i for n, i in stage.ids.items() if n != "again"})
     _show_report(stage, report)
-    table = Table("run", "before", "decision", "why", "processes")
+    table = Table("run", "before")
+    table.add_column("decision", overflow="fold")
+    table.add_column("why", overflow="fold")
+    table.add_column("processes")
     for cast in CAST:
         _show_decision(stage, client, cast, len(left.get(cast.name, ())), table)
     stage.console.print(table)

@@ -118,8 +118,7 @@ def migrate(settings: Settings) -> ExitCode:
     """Bring the database of a stopped service up to date, as its next start would."""
     from runrecovery_service import app
 
-    for name in app.migrate(settings):
-        click.echo(name)
+    click.echo(f"up to date: {', '.join(app.migrate(settings))}")
     return ExitCode.OK
 
 
@@ -145,7 +144,10 @@ def backup(settings: Settings, dest: Path) -> ExitCode:
     """Copy the SQLite database to DEST, also while the service runs."""
     from runrecovery_service import app
 
+    if dest.exists():
+        raise Failure(f"{dest} exists; a backup overwrites nothing", code=ExitCode.REFUSED)
     app.backup(settings, dest)
+    click.echo(f"copied to {dest} ({dest.stat().st_size} bytes), and found sound")
     return ExitCode.OK
 
 

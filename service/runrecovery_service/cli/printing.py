@@ -83,7 +83,10 @@ def _draw(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> None:
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in headings:
-        table.add_column(heading, overflow="fold")  # an id is copied: never cut it short
+        table.add_column(heading, no_wrap=True)
     for line in lines:
         table.add_row(*(Text(cell) for cell in line))
-    Console().print(table)
+    # An id is copied: never fold or cut it. A long line runs over, as in other tools.
+    console = Console()
+    wide = max(console.width, console.measure(table).maximum)
+    console.print(table, width=wide, soft_wrap=True, crop=False)

@@ -204,11 +204,11 @@ def interactions(service: Service, run_id: str) -> None:
 @click.option(
     "--attempt", type=click.IntRange(min=1), metavar="N", help="Otherwise the latest attempt."
 )
-@click.option("--follow", is_flag=True, help="Go on until the run has ended.")
+@click.option("--follow", is_flag=True, help="Go on until the attempt has ended.")
 def output(
     service: Service, run_id: str, attempt: int | None, *, stderr: bool, follow: bool
 ) -> None:
-    """Write what the processes of a run wrote, byte for byte."""
+    """Write what the processes of an attempt wrote (session handles masked)."""
     channel = run_service_pb2.OUTPUT_CHANNEL_STDOUT
     pieces = service.client.runs.output(
         run_id,
@@ -226,13 +226,18 @@ def output(
             click.echo("(the process wrote more than is kept)", err=True)
 
 
+def _is_ending(run: run_pb2.Run) -> bool:
+    """True while a cancel is being carried out."""
+    return run.cancel_requested and not run.HasField("ended_at")
+
+
 def describe(run: run_pb2.Run) -> str:
     """Return a run for people, a fact a line."""
     pending, decided = run.pending_interaction, run.recovery
     offered = ", ".join(option.label for option in pending.options)
     return facts(
         ("run", run.run_id),
-        ("status", word(run, "status") + (" (cancel requested)" if run.cancel_requested else "")),
+        ("status", word(run, "status") + (" (cancel requested)" if _is_ending(run) else "")),
         ("engine", f"{run.engine} ({word(run.interactive_profile, 'kind')})"),
         ("labels", " ".join(f"{key}={run.labels[key]}" for key in sorted(run.labels))),
         ("attempt", run.attempt),

@@ -180,6 +180,9 @@ MATRIX: Final[tuple[Rule, ...]] = (
     ),
 )
 
+BECAUSE: Final = {rule.name: rule.because for rule in MATRIX if rule.error is not None}
+"""What the error of a run says that one of these rules ended."""
+
 QUARANTINE_RULE: Final = "record_damaged"
 """The recovery_reason of a run whose record cannot be read, so that no rule can speak of it."""
 

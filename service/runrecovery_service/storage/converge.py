@@ -212,13 +212,6 @@ def decisions_sql(dialect: Dialect) -> str:
     )
 
 
-def _message_sql() -> str:
-    whens = " ".join(
-        f"WHEN '{rule.name}' THEN '{rule.because}'" for rule in MATRIX if rule.error is not None
-    )
-    return f"CASE e.rule {whens} END"
-
-
 _TERMINAL: Final = sql_words(tuple(s.value for s in RunStatus if s.is_terminal))
 _KEEPING: Final = sql_words((*(r.name for r in MATRIX if r.keeps), QUARANTINE_RULE))
 _UNTOUCHED: Final = sql_words(
@@ -227,32 +220,48 @@ _UNTOUCHED: Final = sql_words(
 
 # A run that is kept waiting, or set aside, keeps its version: its own state is what it was, and a
 # reply prepared before the restart (with that etag) must be accepted after it.
-_APPLY: Final = (
-    "UPDATE run SET status = e.status_after, error_code = COALESCE(e.error_code, run.error_code),"
-    f" error_message = COALESCE({_message_sql()}, run.error_message),"
-    f" session_type = CASE WHEN e.rule IN ({_KEEPING}) THEN session_type END,"
-    f" session_value = CASE WHEN e.rule IN ({_KEEPING}) THEN session_value END,"
-    f" ended_at = CASE WHEN e.status_after IN ({_TERMINAL}) THEN e.recovered_at"
-    " ELSE ended_at END,"
-    f" updated_at = CASE WHEN e.recovery_state IN ({_UNTOUCHED}) THEN updated_at"
-    " ELSE e.recovered_at END,"
-    f" version = version + CASE WHEN e.recovery_state IN ({_UNTOUCHED}) THEN 0 ELSE 1 END,"
-    f" recovered_version = version + CASE WHEN e.recovery_state IN ({_UNTOUCHED}) THEN 0"
-    " ELSE 1 END,"
-    " recovery_state = e.recovery_state, recovered_at = e.recovered_at,"
-    " recovery_reason = e.rule, recovery_count = e.no, reconciliation = e.reconciliation,"
-    " owner_epoch = ?"
-    " FROM recovery_event e"
-    " WHERE run.id BETWEEN ? AND ? AND run.owner = ? AND run.owner_epoch < ?"
-    " AND e.run = run.id AND e.no = run.recovery_count + 1 AND e.reconciliation = ?"
+_APPLIED: Final = {
+    "status": "e.status_after",
+    "error_code": "COALESCE(e.error_code, run.error_code)",
+    "session_type": f"CASE WHEN e.rule IN ({_KEEPING}) THEN run.session_type END",
+    "session_value": f"CASE WHEN e.rule IN ({_KEEPING}) THEN run.session_value END",
+    "ended_at": f"CASE WHEN e.status_after IN ({_TERMINAL}) THEN e.recovered_at"
+    " ELSE run.ended_at END",
+    "updated_at": f"CASE WHEN e.recovery_state IN ({_UNTOUCHED}) THEN run.updated_at"
+    " ELSE e.recovered_at END",
+    "version": f"run.version + CASE WHEN e.recovery_state IN ({_UNTOUCHED}) THEN 0 ELSE 1 END",
+    "recovered_version": "run.version +"
+    f" CASE WHEN e.recovery_state IN ({_UNTOUCHED}) THEN 0 ELSE 1 END",
+    "recovery_state": "e.recovery_state",
+    "recovered_at": "e.recovered_at",
+    "recovery_reason": "e.rule",
+    "recovery_count": "e.no",
+    "reconciliation": "e.reconciliation",
+    "owner_epoch": "?",
+}
+_EVENT: Final = (
+    "FROM recovery_event e WHERE e.run = run.id AND e.no = run.recovery_count + 1"
+    " AND e.reconciliation = ?"
 )
 
 
-def _apply_sql(batch: Batch) -> str:
-    """Return _APPLY as it finds its rows soonest: by walking the table where most rows of the
-    range are live, by the index of live rows where few are."""
-    sparse = batch.rows * 4 < batch.last - batch.first + 1
-    return f"{_APPLY} AND {live('run.')}" if sparse else _APPLY
+def _apply_sql(dialect: Dialect, batch: Batch, *, all_decided: bool) -> str:
+    """Return the change of a batch's runs into what their newest history says.
+
+    Parameters: our epoch, report, first and last key, instance, epoch; and the report once more
+    unless all were decided: a run whose earlier decision stands has no new event.
+
+    Each row looks its event up: a join would copy every new row aside first.
+    """
+    # SQLite: with a `+`, conditions do not lead to the index of live rows, which pays only where
+    # few rows of the range are live.
+    dense = batch.rows * 4 >= batch.last - batch.first + 1
+    column = "+run." if dense and dialect.kind is Kind.SQLITE else "run."
+    return (
+        f"UPDATE run SET ({', '.join(_APPLIED)}) = (SELECT {', '.join(_APPLIED.values())} {_EVENT})"
+        f" WHERE run.id BETWEEN ? AND ? AND {live(column)} AND run.owner = ?"
+        " AND run.owner_epoch < ?" + ("" if all_decided else f" AND EXISTS (SELECT 1 {_EVENT})")
+    )
 
 
 # -- doing it ----------------------------------------------------------------------------------
@@ -339,10 +348,15 @@ def _converge_range(db: Database, scope: Scope, batch: Batch) -> Tally:
     quarantined = decided.decisions.get(QUARANTINE_RULE, 0)
     damaged = _record_damaged(db, scope, reach) if quarantined else ()
     questions = _close_questions(db, scope, batch)
-    db.execute(_apply_sql(batch), (owner.epoch, *reach, scope.reconciliation_key))
-    _count_processes(db, scope, batch)
     changed = sum(decided.decisions.values())
-    unchanged = 0 if changed == batch.rows else _adopt_unchanged(db, scope, reach)
+    all_decided = changed == batch.rows
+    report = (scope.reconciliation_key,)
+    db.execute(
+        _apply_sql(db.dialect, batch, all_decided=all_decided),
+        (owner.epoch, *report, *reach, *(() if all_decided else report)),
+    )
+    _count_processes(db, scope, batch)
+    unchanged = 0 if all_decided else _adopt_unchanged(db, scope, reach)
     return Tally(
         scanned=changed + unchanged,
         unchanged=unchanged,

@@ -287,6 +287,11 @@ def sqlite_path(url: str, data_dir: Path) -> Path | None:
     return None
 
 
+def install_marker(path: Path) -> Path:
+    """Return the file that says that a database was created at `path` once."""
+    return path.with_name(path.name + ".installed")
+
+
 def open_database(url: str, data_dir: Path) -> Database:
     """Open the store that the configuration names, creating and migrating it as needed.
 
@@ -350,7 +355,7 @@ def _check_postgresql(db: Database) -> None:
 def _open_sqlite(path: Path) -> Database:
     if sqlite3.sqlite_version_info < SQLITE_FLOOR:
         raise DatabaseRefused(str(path), "SQLite 3.37 or newer is needed")
-    marker = path.with_name(path.name + ".installed")
+    marker = install_marker(path)
     if path.exists():
         _check_header(path)
     elif marker.exists():
@@ -581,5 +586,7 @@ class HoldFile:
         os.pwrite(self._descriptor, holder.encode(), 0)
 
     def release(self) -> None:
-        """Give the lock back. The kernel does the same when the process dies."""
+        """Give the lock back, and forget the holder. When the process dies, the kernel gives it
+        back, and the file still tells who died."""
+        os.ftruncate(self._descriptor, 0)
         os.close(self._descriptor)

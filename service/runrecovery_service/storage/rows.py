@@ -13,6 +13,7 @@ from typing import Any, Final, TypeVar
 
 import peewee as pw
 
+from runrecovery_service.domain.recovery_matrix import BECAUSE
 from runrecovery_service.domain.run import (
     Interaction,
     InteractionKind,
@@ -123,6 +124,7 @@ RECOVERY_COLUMNS: Final = (
 
 _INTERACTION_AT: Final = len(RUN_COLUMNS)
 _RECOVERY_AT: Final = _INTERACTION_AT + len(INTERACTION_COLUMNS)
+_RULE_AT: Final = _RECOVERY_AT + 2
 
 LARGE_COLUMNS: Final = tuple(
     at
@@ -155,9 +157,7 @@ def run_from_row(row: Row) -> Run:
         max_attempts=max_attempts,
         input=json_object(input_),
         output=None if output is None else json_object(output),
-        error=None
-        if error_code is None
-        else RunError(code=error_code, message=error_message or ""),
+        error=None if error_code is None else _error(error_code, error_message, row),
         pending=interaction_from_row(row[_INTERACTION_AT:_RECOVERY_AT]) if waiting else None,
         session=session_from_columns(session_type, session_value, session_turn),
         interaction_count=interaction_count,
@@ -173,6 +173,11 @@ def run_from_row(row: Row) -> Run:
         updated_at=from_us(updated_at),
         ended_at=from_us_or_none(ended_at),
     )
+
+
+def _error(code: str, message: str | None, row: Row) -> RunError:
+    """A recovery stores no message: it is its rule's."""
+    return RunError(code=code, message=message or BECAUSE.get(row[_RULE_AT]) or "")
 
 
 def session_from_columns(kind: str | None, handle: str | None, turn: int | None) -> Session | None:
