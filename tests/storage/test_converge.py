@@ -15,6 +15,7 @@ from runrecovery_service.domain.errors import Fenced
 from runrecovery_service.domain.run import Profile, RecoveryState, RestartPolicy, Run, RunStatus
 from runrecovery_service.domain.turn import Succeeded
 from runrecovery_service.storage import converge, instances, recovery, runs
+from runrecovery_service.storage.adapter import Storage
 from runrecovery_service.storage.converge import Batch, Tally
 from runrecovery_service.storage.database import Database, Kind, open_database
 from runrecovery_service.storage.rows import EPOCH
@@ -564,7 +565,7 @@ def test_few_live_runs_among_many_ended_ones_are_found_by_index(world: World) ->
     assert RecoveryState.FAILED_RECONCILED.value == world.column(second, "recovery_state")
 
 
-def test_text_that_is_no_utf8_stops_neither_recovery_nor_lists(world: World) -> None:
+async def test_text_that_is_no_utf8_stops_neither_recovery_nor_lists(world: World) -> None:
     if world.db.dialect.kind is not Kind.SQLITE:
         pytest.skip("PostgreSQL stores no such text")
     sound, damaged = world.waiting(), world.waiting()
@@ -572,12 +573,18 @@ def test_text_that_is_no_utf8_stops_neither_recovery_nor_lists(world: World) -> 
         "UPDATE run SET session_value = CAST(x'ff41ff' AS TEXT) WHERE id = ?", (damaged.key,)
     )
     world.restart()
+    storage = Storage(world.db)
 
-    sessions = converge.sessions_to_check(world.db, world.owner, engine="demo", after=0, limit=10)
-    world.converge()
-    page = runs.page(world.db, statuses=frozenset(), engine=None, after=None, limit=10)
+    sessions = await storage.alone(
+        lambda db: converge.sessions_to_check(db, world.owner, engine="demo", after=0, limit=10)
+    )
+    await storage.alone(lambda _: world.converge())
+    one = await storage.point(runs.get, damaged.run_id)
+    page = await storage.read(runs.page, statuses=frozenset(), engine=None, after=None, limit=10)
+    storage.close()
 
     assert [session.run_key for session in sessions] == [sound.key, damaged.key]
+    assert one.run_id == damaged.run_id
     assert {run.run_id for run in page.rows} == {sound.run_id, damaged.run_id}
 
 

@@ -17,7 +17,13 @@ from typing import Concatenate, Final, ParamSpec, TypeVar
 import structlog
 
 from runrecovery_service.domain.errors import RunRecoveryError
-from runrecovery_service.storage.database import DRIVER_ERRORS, Database, Kind, translate
+from runrecovery_service.storage.database import (
+    DRIVER_ERRORS,
+    Database,
+    Kind,
+    is_undecodable,
+    translate,
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -77,6 +83,7 @@ class Storage:
 
     def _alone(self, use: Callable[[Database], R]) -> R:
         try:
+            self._db.read_leniently()  # a recovery that has begun is not begun again
             return _translated(self._db, use)
         finally:
             self._db.close()
@@ -98,7 +105,7 @@ class Storage:
 
 def _translated(db: Database, use: Use[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     try:
-        return use(db, *args, **kwargs)
+        return _decoded(db, use, *args, **kwargs)
     except DRIVER_ERRORS as error:
         meaning = translate(error)
         if meaning is None:
@@ -107,6 +114,17 @@ def _translated(db: Database, use: Use[P, R], *args: P.args, **kwargs: P.kwargs)
         if db.dialect.kind is Kind.POSTGRESQL and not db.peewee.in_transaction():
             db.close()  # the connection may be dead; the next use opens a new one
         raise meaning from error
+
+
+def _decoded(db: Database, use: Use[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Use the store, once more and leniently if it holds text that cannot be read."""
+    try:
+        return use(db, *args, **kwargs)
+    except DRIVER_ERRORS as error:
+        if not is_undecodable(error):
+            raise
+    db.read_leniently()
+    return use(db, *args, **kwargs)
 
 
 class GroupCommitWriter:

@@ -159,6 +159,15 @@ class Database:
         if _file_identity(self._file) != self._identity:
             raise DatabaseRefused(self.place, "was removed or replaced under the running service")
 
+    def read_leniently(self) -> None:
+        """Read text that is not UTF-8 as far as it is, on the calling thread's connection.
+
+        One such column would fail a whole query, with what it holds in the driver's error. Not
+        the default, since it doubles the time of a row.
+        """
+        if self.dialect.kind is Kind.SQLITE:
+            self.peewee.connection().text_factory = _lenient_text
+
     def close(self) -> None:
         """Close the calling thread's connection."""
         self.peewee.close()
@@ -170,6 +179,15 @@ def _file_identity(file: Path | None) -> tuple[int, int] | None:
     except FileNotFoundError:
         found = None
     return None if found is None else (found.st_dev, found.st_ino)
+
+
+def _lenient_text(raw: bytes) -> str:
+    return raw.decode("utf-8", "replace")
+
+
+def is_undecodable(error: Exception) -> bool:
+    """True when a query failed over text that is not UTF-8; see `Database.read_leniently`."""
+    return isinstance(error, sqlite3.OperationalError) and "decode" in str(error)
 
 
 class Statement:
@@ -399,21 +417,8 @@ def _create_sqlite(path: Path) -> None:
     _sync_directory(path.parent)
 
 
-class _LenientSqlite(pw.SqliteDatabase):
-    """Reads text that is not UTF-8 as far as it is: one such column must not fail a whole query,
-    with what it holds in the driver's error."""
-
-    def _add_conn_hooks(self, conn: sqlite3.Connection) -> None:
-        super()._add_conn_hooks(conn)  # type: ignore[misc] # the stubs leave the hook out
-        conn.text_factory = _lenient_text
-
-
-def _lenient_text(raw: bytes) -> str:
-    return raw.decode("utf-8", "replace")
-
-
 def _connect_sqlite(path: Path) -> Database:
-    peewee = _LenientSqlite(
+    peewee = pw.SqliteDatabase(
         str(path), lock_type="IMMEDIATE", pragmas=SQLITE_PRAGMAS, check_same_thread=False
     )
     db = Database(peewee, SQLITE, str(path), file=path)

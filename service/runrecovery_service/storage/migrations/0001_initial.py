@@ -46,7 +46,8 @@ CREATE INDEX run_live ON run (owner, id, owner_epoch) WHERE {live};
 -- Normally empty: what has ended holds nothing.
 CREATE INDEX run_stale_session ON run (owner)
   WHERE session_value IS NOT NULL AND status IN ('CANCELED', 'FAILED', 'SUCCEEDED');
-CREATE INDEX run_queue ON run (owner, queued_at, id) WHERE status = 'QUEUED';
+CREATE INDEX run_queue ON run (owner, queued_at, id)
+  WHERE status = 'QUEUED' AND recovery_state <> 'QUARANTINED';
 CREATE INDEX run_recovered ON run (recovered_at, id) WHERE recovered_at IS NOT NULL;
 CREATE TABLE interaction (
   run {int} NOT NULL,
