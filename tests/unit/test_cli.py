@@ -455,7 +455,10 @@ def test_ctrl_c_ends_it_quietly_with_130(server: Script) -> None:
         assert process.stderr is not None
         assert "RECOVERING" in process.stdout.readline()
         process.send_signal(signal.SIGINT)
-        said = process.stderr.read()
+        try:
+            _, said = process.communicate(timeout=30)
+        finally:
+            process.kill()  # or leaving the block would wait for ever
 
     assert process.returncode == 130
     assert said.strip() == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -77,9 +78,10 @@ def status(service: Service, *, watch: bool) -> ExitCode:
 def _watch(service: Service) -> Status:
     """Show every change until nothing is at work any more; return the last answer."""
     progress = _changes(service) if service.as_json or not sys.stdout.isatty() else _bar()
-    with progress as show:
+    with progress as show, _remembered_interrupts() as demand_none:
         while True:
             answer = service.client.recovery.status()
+            demand_none()
             show(answer)
             if answer.state not in _AT_WORK:
                 break
@@ -87,6 +89,26 @@ def _watch(service: Service) -> Status:
     if not service.as_json:
         click.echo(describe_status(answer))
     return answer
+
+
+@contextmanager
+def _remembered_interrupts() -> Iterator[Callable[[], None]]:
+    """Remember a Ctrl-C: a KeyboardInterrupt that is raised in a callback of gRPC is lost."""
+    seen: list[int] = []
+
+    def note(number: int, _frame: object) -> None:
+        seen.append(number)
+        raise KeyboardInterrupt
+
+    def demand_none() -> None:
+        if seen:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield demand_none
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
