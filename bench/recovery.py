@@ -37,6 +37,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from runrecovery_service.domain.reconciliation import Cause
 from runrecovery_service.recovery.startup import Limits, Recovery
 from runrecovery_service.storage import tables
 from runrecovery_service.storage.database import Database, open_database
@@ -162,6 +163,8 @@ def ours(db: Database, data_dir: Path) -> None:
         )
         Recovery(
             owner=claim(db, instance=INSTANCE, data_dir=data_dir),
+            cause=Cause.STARTUP,
+            containment=None,
             limits=Limits(batch_rows=BATCH, batch_s=1.0, safe_mode_after=0, safe_mode_window_s=0),
             sweep=lambda leases: {},
             session_checks={},

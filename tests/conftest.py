@@ -45,6 +45,18 @@ def new_database_url(request: pytest.FixtureRequest) -> Iterator[Callable[[], st
         server.drop(name)
 
 
+@pytest.fixture(params=["sqlite", "postgresql"])
+def empty_database_url(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The URL of a store that no version has been in yet."""
+    if request.param == "sqlite":
+        yield ""
+        return
+    server: ScratchPostgres = request.getfixturevalue("_postgres")
+    name = f"test{next(_NAMES)}"
+    yield server.create(name)
+    server.drop(name)
+
+
 @pytest.fixture
 def database(new_database_url: Callable[[], str], tmp_path: Path) -> Iterator[Database]:
     """An open, empty store."""

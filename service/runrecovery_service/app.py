@@ -6,9 +6,9 @@ import asyncio
 import os
 import secrets
 import signal
-import time
+import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -17,21 +17,32 @@ import structlog
 import uvloop
 
 from runrecovery_service import clock
-from runrecovery_service.config import Settings
+from runrecovery_service.config import ContainmentPolicy, Settings
 from runrecovery_service.domain.errors import (
+    CgroupRefused,
+    ContainmentRefused,
     DatabaseRefused,
     DataDirRefused,
     Fenced,
     RecoveryGaveUp,
     RecoveryInterrupted,
 )
-from runrecovery_service.domain.reconciliation import Reconciliation
+from runrecovery_service.domain.reconciliation import Cause, Containment, Reconciliation
 from runrecovery_service.engines.catalog import Catalog, Engine, check_session
 from runrecovery_service.execution.dispatcher import Dispatcher
 from runrecovery_service.execution.output import OutputFiles
-from runrecovery_service.execution.session import Workshop, evidence_of
+from runrecovery_service.execution.patrol import Patrol
+from runrecovery_service.execution.workshop import Heart, Workshop, evidence_of
+from runrecovery_service.process import prctl
+from runrecovery_service.process.cgroup import CgroupParent, CgroupUnusable
 from runrecovery_service.process.evidence import Host
-from runrecovery_service.process.launch import why_not_launchable
+from runrecovery_service.process.launch import (
+    boot_time_ns,
+    killed_by_shim,
+    watermark_bits,
+    why_not_launchable,
+)
+from runrecovery_service.process.probe import prove_containment
 from runrecovery_service.process.sweep import Ending, end_trees
 from runrecovery_service.recovery.startup import Limits, Recovery, SessionCheck
 from runrecovery_service.rpc.gate import Gate
@@ -58,9 +69,13 @@ log = structlog.get_logger()
 
 LOCK_NAME: Final = "lock"
 RECOVERY_BACKOFF_MOST_S: Final = 30.0
-SELF_FENCE_S: Final = instances.LEASE_TTL_S - 5.0
-"""An instance that could not renew its lease for this long stops before it runs out. Not on
+RENEWALS_PER_LEASE: Final = 5
+SELF_FENCE_SHARE: Final = 2 / 3
+"""An instance that could not renew its lease for this part of it stops before it runs out. Not on
 SQLite: there the lock on the file fences, and a disk that is full is no reason to go."""
+TREES_BEFORE_LEASE_S: Final = 1.0
+"""Process trees end themselves so long before the lease of a silent service runs out: whoever
+takes over then finds nothing alive."""
 
 
 def serve(settings: Settings) -> None:
@@ -70,17 +85,24 @@ def serve(settings: Settings) -> None:
         StartRefused: it will not start, or recovery gave up.
         Fenced: a newer epoch of this instance has taken over.
     """
-    with Holdings.take(settings) as held:
+    if sys.platform == "linux":
+        prctl.hide()  # agents of the same user must not get at our ends of the shims' pipes
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whoever started us may have blocked some
+    with Holdings.take(settings) as held, ThreadPoolExecutor(1, "probe") as prober:
+        # Beside the rest of the start: it is some 30 ms of waiting for processes.
+        containment = prober.submit(prove_containment, watermark_bits())
         db = open_database(settings.database, held.data_dir)
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                runner.run(_serve(settings, held.data_dir, db))
+                runner.run(_serve(settings, held.data_dir, db, containment))
         finally:
             db.close()
 
 
-async def _serve(settings: Settings, data_dir: Path, db: Database) -> None:
-    service = Service.build(settings, data_dir, db)
+async def _serve(
+    settings: Settings, data_dir: Path, db: Database, containment: Future[Containment]
+) -> None:
+    service = Service.build(settings, data_dir, db, containment)
     await service.run()
 
 
@@ -152,29 +174,39 @@ class Service:
     gate: Gate
     server: GrpcServer
     recovery: Recovery
+    closing: Recovery
     dispatcher: Dispatcher
+    patrol: Patrol
+    containment: Future[Containment]
     report_id: str | None = None
     _stop: asyncio.Event = field(default_factory=asyncio.Event)
     _stop_asked: int = 0
     _failure: Exception | None = None
 
     @classmethod
-    def build(cls, settings: Settings, data_dir: Path, db: Database) -> Service:
+    def build(
+        cls, settings: Settings, data_dir: Path, db: Database, containment: Future[Containment]
+    ) -> Service:
         """Claim the next epoch and put everything together; nothing runs yet.
 
         Raises:
             Held: an instance of this name is alive elsewhere.
+            ContainmentRefused: this is not a system on which processes can be contained.
         """
-        host = Host.here()
-        owner = instances.claim(db, _boot(settings, data_dir, host), now=clock.utc_now())
+        host = _host()
+        cgroups = _cgroups(settings)
+        heart = Heart(_trees_until(settings, boot_time_ns()))
+        owner = instances.claim(
+            db, _boot(settings, data_dir, host), now=clock.utc_now(), ttl_s=settings.lease_ttl_s
+        )
         db.close()
         log.info("service.epoch_claimed", instance=owner.instance, epoch=owner.epoch)
-        shop = _workshop(settings, data_dir, Storage(db), owner)
+        shop = _workshop(settings, data_dir, Storage(db), owner, heart=heart, cgroups=cgroups)
         gate = Gate(retry_after_s=settings.retry_hint_s)
         service: Service
         dispatcher = Dispatcher(
             shop=shop,
-            place=_place(host),
+            place=_place(host, cgroups),
             capacity=settings.capacity,
             fenced=lambda: service.fail(Fenced(f"instance {owner.instance!r}")),
         )
@@ -182,9 +214,25 @@ class Service:
             settings=settings,
             shop=shop,
             gate=gate,
-            server=_server(settings, gate, dispatcher, report_id=lambda: service.report_id),
-            recovery=_recovery(settings, shop, stopping=lambda: service.stopping),
+            server=_server(
+                settings,
+                gate,
+                dispatcher,
+                report_id=lambda: service.report_id,
+                containment=lambda: containment.result() if containment.done() else None,
+            ),
+            recovery=_recovery(
+                settings, shop, stopping=lambda: service.stopping, containment=containment.result
+            ),
+            closing=_closing(settings, shop),
             dispatcher=dispatcher,
+            patrol=Patrol(
+                shop=shop,
+                followed=lambda: dispatcher.leases_followed,
+                look_at_shims=dispatcher.look_at_shims,
+                changed=dispatcher.look_again,
+            ),
+            containment=containment,
         )
         return service
 
@@ -201,26 +249,46 @@ class Service:
     async def run(self) -> None:
         """Bind, recover, serve, drain. Raises what the service ended by, if not by a signal."""
         self._listen_to_signals()
-        renewal = asyncio.create_task(self._renew())
+        staying = [asyncio.create_task(self._renew())]
+        if not self.shop.storage.is_shared:
+            staying.append(asyncio.create_task(self._keep_trees()))
+        for task in staying:
+            task.add_done_callback(self._stays_no_longer)
         try:
             port = await self.server.bind(self.settings.listen)
             log.info("service.listening", address=_address(self.settings.listen, port))
+            await self._demand_containment()
             report = await self._recover()
             if report is not None and not self.stopping:
                 self._open(report)
             await self._stop.wait()
         finally:
-            renewal.cancel()
-            await asyncio.gather(renewal, return_exceptions=True)
-            await self._shut_down()
+            await self._shut_down(staying)
         if self._failure is not None:
             raise self._failure
+
+    async def _demand_containment(self) -> None:
+        """Say what the probe proved. Strictly: stop the start if that is not enough."""
+        strict = self.settings.containment is ContainmentPolicy.STRICT
+        if not strict:
+            self.containment.add_done_callback(_log_containment)
+            return
+        proved = await asyncio.wrap_future(self.containment)
+        _log_containment(self.containment)
+        if not proved.level.is_strict:
+            self.fail(
+                ContainmentRefused(
+                    f'containment = "strict", but {proved.level} is what was proved here:'
+                    f" {proved.detail}"
+                )
+            )
 
     def _open(self, report: Reconciliation) -> None:
         if not self.settings.engines:
             log.warning("service.no_engines")
         self.gate.open(safe_mode=report.safe_mode)
         log.info("service.serving", epoch=self.shop.owner.epoch)
+        self.patrol.start()
         if not report.safe_mode:
             self.dispatcher.start()
 
@@ -228,6 +296,8 @@ class Service:
 
     async def _recover(self) -> Reconciliation | None:
         """Recover, again after a failure; None when the service is to stop instead."""
+        if self.stopping:
+            return None
         pause_s = self.settings.recovery_backoff_s
         for left in reversed(range(self.settings.recovery_tries)):
             try:
@@ -263,13 +333,19 @@ class Service:
 
     async def _renew(self) -> None:
         """Prolong the lease for ever; stop the service once it cannot be sure to be the owner."""
-        renewed = _boot_time()
+        ttl_s = self.settings.lease_ttl_s
+        self_fence_s = ttl_s * SELF_FENCE_SHARE
+        renewed = last = boot_time_ns() / 1e9
         while True:
-            await asyncio.sleep(instances.RENEWAL_S)
-            begun = _boot_time()
+            await asyncio.sleep(ttl_s / RENEWALS_PER_LEASE)
+            begun_ns = boot_time_ns()
+            begun = begun_ns / 1e9
+            if begun - last > ttl_s - TREES_BEFORE_LEASE_S:
+                log.warning("service.stood_still", seconds=round(begun - last, 1))
+            last = begun
             try:
-                async with asyncio.timeout(max(0.1, renewed + SELF_FENCE_S - begun)):
-                    await self.shop.storage.renewal(instances.renew, self.shop.owner)
+                async with asyncio.timeout(max(0.1, renewed + self_fence_s - begun)):
+                    await self.shop.storage.renewal(instances.renew, self.shop.owner, ttl_s=ttl_s)
             except (Fenced, DatabaseRefused) as error:
                 self.fail(error)
                 return
@@ -278,10 +354,30 @@ class Service:
                 self.gate.set_storage_answers(answers=False)
             else:
                 renewed = begun
+                if self.shop.storage.is_shared:
+                    self._heartbeat(begun_ns)
                 self.gate.set_storage_answers(answers=True)
-            if self.shop.storage.is_shared and _boot_time() - renewed > SELF_FENCE_S:
+            if self.shop.storage.is_shared and boot_time_ns() / 1e9 - renewed > self_fence_s:
                 self.fail(Fenced(f"instance {self.shop.owner.instance!r} (lease not renewed)"))
                 return
+
+    def _stays_no_longer(self, task: asyncio.Task[None]) -> None:
+        """A defect in what keeps us the owner, or the trees alive, must not go unnoticed."""
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, Exception):
+            log.error("service.defect", exc_info=error)
+            self.fail(error)
+
+    async def _keep_trees(self) -> None:
+        """Where nobody can take over, let the process trees live as long as the service does: a
+        full disk, which makes renewals fail or hang, ends none."""
+        while True:
+            await asyncio.sleep(self.settings.lease_ttl_s / RENEWALS_PER_LEASE)
+            self._heartbeat(boot_time_ns())
+
+    def _heartbeat(self, begun_ns: int) -> None:
+        """Let the process trees live on: the lease was, or needed not be, renewed at `begun_ns`."""
+        self.dispatcher.heartbeat(_trees_until(self.settings, begun_ns))
 
     # -- stopping ------------------------------------------------------------------------------
 
@@ -297,7 +393,9 @@ class Service:
             os._exit(128 + number)  # at once; the next start converges what is left
         self._stop.set()
 
-    async def _shut_down(self) -> None:
+    async def _shut_down(self, staying: Sequence[asyncio.Task[None]]) -> None:
+        """Drain, end, decide, let go. The lease is renewed, and process trees live, until the
+        last of them has been ended in order."""
         self.gate.drain()
         self.dispatcher.pause()  # what stays in the queue may survive; what starts now will not
         if self._failure is None:
@@ -305,11 +403,23 @@ class Service:
         else:  # perhaps another one owns the runs already: first of all, nothing of ours may act
             await self._step("processes", self.dispatcher.stop())
         await self._step("server", self.server.stop(grace_s=self.settings.stop_grace_s))
+        await self._step("patrol", self.patrol.stop())
+        if self._failure is None and self.gate.recovered:
+            await self._step("runs", self._decide_on_runs())
         await self._step("processes", self.dispatcher.stop())
+        for task in staying:
+            task.cancel()
+        await asyncio.gather(*staying, return_exceptions=True)
         await self._step("threads", asyncio.to_thread(self.shop.threads.shutdown))
         await self._step("lease", self.shop.storage.write(instances.resign, self.shop.owner))
         await self._step("storage", asyncio.to_thread(self.shop.storage.close))
         log.info("service.stopped", epoch=self.shop.owner.epoch)
+
+    async def _decide_on_runs(self) -> None:
+        """End the processes and record what becomes of every run, as the next start would."""
+        await self.dispatcher.detach()
+        await self.shop.storage.alone(lambda db: self.closing.run(db, lambda _: None))
+        await self.dispatcher.release()
 
     async def _step(self, name: str, doing: Awaitable[object]) -> None:
         """Do one part of the stop; none of them keeps the others from being done."""
@@ -319,9 +429,20 @@ class Service:
             log.exception("service.stop_step_failed", step=name)
 
 
-def _boot_time() -> float:
-    """Seconds that also pass while the machine sleeps: a lease runs out meanwhile."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
+def _trees_until(settings: Settings, renewed_ns: int) -> int:
+    """Return until when (CLOCK_BOOTTIME, which also runs while the machine sleeps) process trees
+    may live after a renewal that began at `renewed_ns`."""
+    return renewed_ns + int((settings.lease_ttl_s - TREES_BEFORE_LEASE_S) * 1e9)
+
+
+def _log_containment(proved: Future[Containment]) -> None:
+    if proved.cancelled():
+        return
+    found = proved.result()
+    if found.level.is_strict:
+        log.info("service.containment", proved=found.level.value, detail=found.detail)
+    else:
+        log.warning("service.containment", proved=found.level.value, detail=found.detail)
 
 
 def _address(listen: str, port: int) -> str:
@@ -331,6 +452,14 @@ def _address(listen: str, port: int) -> str:
 
 
 # -- parts -------------------------------------------------------------------------------------
+
+
+def _host() -> Host:
+    try:
+        return Host.here()
+    except OSError as error:
+        reason = f"the service needs Linux with a mounted /proc ({error.strerror})"
+        raise ContainmentRefused(reason) from error
 
 
 def _boot(settings: Settings, data_dir: Path, host: Host) -> Boot:
@@ -343,8 +472,28 @@ def _boot(settings: Settings, data_dir: Path, host: Host) -> Boot:
     )
 
 
-def _place(host: Host) -> Place:
-    return Place(host_id=host.host_id, boot_id=host.boot_id, pid_namespace=host.pid_namespace)
+def _place(host: Host, cgroups: CgroupParent | None) -> Place:
+    return Place(
+        host_id=host.host_id,
+        boot_id=host.boot_id,
+        pid_namespace=host.pid_namespace,
+        watermark_bits=watermark_bits(),
+        cgroup_parent=None if cgroups is None else cgroups.below,
+    )
+
+
+def _cgroups(settings: Settings) -> CgroupParent | None:
+    """Open the delegated cgroup, if one is configured.
+
+    Raises:
+        CgroupRefused: it cannot be used.
+    """
+    if not settings.cgroup_parent:
+        return None
+    try:
+        return CgroupParent.open(Path(settings.cgroup_parent))
+    except CgroupUnusable as error:
+        raise CgroupRefused(settings.cgroup_parent, str(error)) from error
 
 
 def _catalog(settings: Settings) -> Catalog:
@@ -356,12 +505,25 @@ def _catalog(settings: Settings) -> Catalog:
             env_allow=engine.env_allow,
             max_concurrent=engine.max_concurrent,
             session_file=engine.session_file,
+            session_timeout_s=engine.session_timeout_s,
+            niceness=engine.nice,
+            max_memory=engine.max_memory,
+            max_open_files=engine.max_open_files,
+            max_processes=engine.max_processes,
         )
         for name, engine in settings.engines.items()
     )
 
 
-def _workshop(settings: Settings, data_dir: Path, storage: Storage, owner: Owner) -> Workshop:
+def _workshop(
+    settings: Settings,
+    data_dir: Path,
+    storage: Storage,
+    owner: Owner,
+    *,
+    heart: Heart,
+    cgroups: CgroupParent | None,
+) -> Workshop:
     return Workshop(
         storage=storage,
         owner=owner,
@@ -369,6 +531,8 @@ def _workshop(settings: Settings, data_dir: Path, storage: Storage, owner: Owner
         output=OutputFiles(data_dir, max_bytes=settings.max_output_bytes),
         threads=ThreadPoolExecutor(settings.capacity * 4 + 4, thread_name_prefix="process"),
         environ=dict(os.environ),
+        heart=heart,
+        cgroups=cgroups,
         cancel_grace_s=settings.cancel_grace_s,
         exit_grace_s=settings.exit_grace_s,
         now=clock.utc_now,
@@ -381,6 +545,7 @@ def _server(
     dispatcher: Dispatcher,
     *,
     report_id: Callable[[], str | None],
+    containment: Callable[[], Containment | None],
 ) -> GrpcServer:
     shop = dispatcher.shop
     return build_server(
@@ -395,7 +560,10 @@ def _server(
             now=shop.now,
         ),
         recovery_rooms=RecoveryRooms(
-            storage=shop.storage, owner=shop.owner, current_report=report_id
+            storage=shop.storage,
+            owner=shop.owner,
+            current_report=report_id,
+            containment=containment,
         ),
         limits=ServerLimits(
             max_concurrent_calls=settings.max_concurrent_calls,
@@ -404,28 +572,81 @@ def _server(
     )
 
 
-def _recovery(settings: Settings, shop: Workshop, *, stopping: Callable[[], bool]) -> Recovery:
-    def sweep(leases: Sequence[Lease]) -> Mapping[int, Ending]:
-        return end_trees(
-            [evidence_of(lease) for lease in leases],
-            grace_s=settings.orphan_grace_s,
-            deadline_s=settings.orphan_deadline_s,
-        )
-
+def _recovery(
+    settings: Settings,
+    shop: Workshop,
+    *,
+    stopping: Callable[[], bool],
+    containment: Callable[[], Containment],
+) -> Recovery:
     return Recovery(
         owner=shop.owner,
-        limits=Limits(
-            batch_rows=settings.recovery_batch_rows,
-            batch_s=settings.recovery_batch_s,
-            safe_mode_after=settings.safe_mode_after,
-            safe_mode_window_s=settings.safe_mode_window_s,
+        cause=Cause.STARTUP,
+        containment=containment,
+        limits=_limits(settings),
+        sweep=_sweep(
+            shop,
+            why="orphan",
+            grace_s=settings.orphan_grace_s,
+            deadline_s=settings.orphan_deadline_s,
         ),
-        sweep=sweep,
         session_checks=_session_checks(shop.catalog),
         workspace=shop.output.workspace,
         now=clock.utc_now,
         stopping=stopping,
     )
+
+
+def _closing(settings: Settings, shop: Workshop) -> Recovery:
+    """The recovery of the next start, done by a planned stop. A second signal cuts it off."""
+    grace_s = settings.cancel_grace_s
+    return Recovery(
+        owner=shop.owner,
+        cause=Cause.SHUTDOWN,
+        containment=None,
+        limits=_limits(settings),
+        sweep=_sweep(
+            shop, why="stop", grace_s=grace_s, deadline_s=grace_s + settings.orphan_deadline_s
+        ),
+        session_checks=_session_checks(shop.catalog),
+        workspace=shop.output.workspace,
+        now=clock.utc_now,
+        stopping=lambda: False,
+    )
+
+
+def _limits(settings: Settings) -> Limits:
+    return Limits(
+        batch_rows=settings.recovery_batch_rows,
+        batch_s=settings.recovery_batch_s,
+        safe_mode_after=settings.safe_mode_after,
+        safe_mode_window_s=settings.safe_mode_window_s,
+    )
+
+
+def _sweep(
+    shop: Workshop, *, why: str, grace_s: float, deadline_s: float
+) -> Callable[[Sequence[Lease]], Mapping[int, Ending]]:
+    """What ends the trees of leases, and reads in the shims' books what they did themselves."""
+
+    def sweep(leases: Sequence[Lease]) -> Mapping[int, Ending]:
+        endings = end_trees(
+            [evidence_of(lease) for lease in leases],
+            why=why,
+            grace_s=grace_s,
+            deadline_s=deadline_s,
+        )
+        for lease in leases:
+            if endings[lease.key].gone:
+                shop.remove_cgroup(lease)
+        return {
+            lease.key: endings[lease.key].with_book(
+                killed_by_shim(shop.output.shim_book(lease.run_key, lease.attempt, lease.turn))
+            )
+            for lease in leases
+        }
+
+    return sweep
 
 
 def _session_checks(catalog: Catalog) -> dict[str, SessionCheck]:
@@ -480,6 +701,7 @@ def check(settings: Settings) -> list[str]:
         for name, engine in settings.engines.items()
         if (reason := why_not_launchable(engine.command, env_allow=engine.env_allow)) is not None
     ]
+    problems += _containment_problems(settings)
     path = sqlite_path(settings.database, settings.data_dir.absolute())
     if path is None:
         problems += postgresql_problems(settings.database)
@@ -487,4 +709,19 @@ def check(settings: Settings) -> list[str]:
         problems += integrity_problems(path)
     elif install_marker(path).exists():
         problems.append(f"{path}: is gone; restore a backup")
+    return problems
+
+
+def _containment_problems(settings: Settings) -> list[str]:
+    problems = []
+    try:
+        _cgroups(settings)
+    except CgroupRefused as error:
+        problems.append(str(error))
+    if settings.containment is ContainmentPolicy.STRICT:
+        proved = prove_containment(watermark_bits())
+        if not proved.level.is_strict:
+            problems.append(
+                f'containment = "strict", but {proved.level} is proved: {proved.detail}'
+            )
     return problems

@@ -32,6 +32,8 @@ BYTES_A_RUN: Final = 1024**3
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PORT: Final = re.compile(r"[0-9]{1,5}")
+_SIZE: Final = re.compile(r"([0-9]{1,12}) ?([KMGT]?)(?:iB|B)?", re.IGNORECASE)
+_UNITS: Final = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
 _CGROUPS: Final = Path("/sys/fs/cgroup")
 _DAY_S: Final = 86_400.0
 
@@ -67,6 +69,15 @@ class LogFormat(StrEnum):
     AUTO = "auto"
     JSON = "json"
     CONSOLE = "console"
+
+
+class ContainmentPolicy(StrEnum):
+    """What a start does when its probe cannot prove that every process would be found."""
+
+    BEST_EFFORT = "best_effort"
+    """Say so and go on."""
+    STRICT = "strict"
+    """Refuse to start."""
 
 
 class _Wrong(ValueError):
@@ -113,6 +124,18 @@ def _seconds(least: float, most: float) -> Reader[float]:
         if not least <= value <= most:  # also true of nan
             raise _Wrong(f"must be from {least:g} to {most:g} seconds, not {value}")
         return float(value)
+
+    return read
+
+
+def _bytes(least: int, most: int) -> Reader[int]:
+    def read(value: object) -> int:
+        found = _SIZE.fullmatch(value) if isinstance(value, str) else None
+        if found is not None:
+            value = int(found[1]) * _UNITS[found[2].upper()]
+        elif isinstance(value, str):
+            raise _Wrong(f'must be bytes, or a text like "512M" or "2G", not {_shown(value)}')
+        return _whole(least, most)(value)
 
     return read
 
@@ -227,6 +250,12 @@ def _variables(value: object) -> tuple[str, ...]:
     return names
 
 
+def _cgroup_parent(value: object) -> str:
+    if _text(value) and not _text(value).startswith("/"):
+        raise _Wrong(f"must be empty or an absolute path, not {_shown(value)}")
+    return _text(value)
+
+
 def _session_file(value: object) -> str:
     if "{value}" not in _text(value):
         raise _Wrong("must contain {value}, which the session handle takes the place of")
@@ -269,6 +298,11 @@ class EngineSettings:
         max_concurrent: its processes at one time; without it only the service's own limit holds.
         session_file: where it keeps a conversation, with `{workspace}` and `{value}` (the session
             handle) filled in, so that a restart can see whether it is still there.
+        session_timeout_s: how long a sticky process waits for an answer; then it is ended.
+        nice: added to the niceness of the service.
+        max_memory: private writable memory of each process (RLIMIT_DATA), in bytes or "512M".
+        max_open_files: descriptors of each process (RLIMIT_NOFILE).
+        max_processes: of the service's user as a whole, threads too (RLIMIT_NPROC; not for root).
     """
 
     command: Annotated[tuple[str, ...], _command]
@@ -276,6 +310,11 @@ class EngineSettings:
     env_allow: Annotated[tuple[str, ...], _variables] = DEFAULT_ENV_ALLOW
     max_concurrent: Annotated[int | None, _whole(1, 10_000)] = None
     session_file: Annotated[str | None, _session_file] = None
+    session_timeout_s: Annotated[float, _seconds(0.1, 365 * _DAY_S)] = 1_200.0
+    nice: Annotated[int, _whole(0, 19)] = 0
+    max_memory: Annotated[int | None, _bytes(1024**2, 2**50)] = None
+    max_open_files: Annotated[int | None, _whole(8, 2**20)] = None
+    max_processes: Annotated[int | None, _whole(1, 2**22)] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -307,6 +346,12 @@ class Settings:
         safe_mode_after: starts without a finished recovery until a start launches nothing;
             0: never.
         safe_mode_window_s: the time within which such starts are counted.
+        lease_ttl_s: how long the instance, and every process tree, outlives its last sign of life
+            to the store; renewed five times as often.
+        containment: `best_effort`, or `strict`: refuse to start where a process that hides could
+            not be found.
+        cgroup_parent: a delegated cgroup (v2) in which each launch gets a cgroup of its own;
+            empty: none.
         retry_hint_s: when callers that come too early are told to try again.
         log_level: `debug`, `info`, `warning` or `error`.
         log_format: `auto`, `json` or `console`.
@@ -336,6 +381,11 @@ class Settings:
     recovery_backoff_s: Annotated[float, _seconds(0, 3_600)] = 0.5
     safe_mode_after: Annotated[int, _whole(0, 1_000)] = 5
     safe_mode_window_s: Annotated[float, _seconds(1, 30 * _DAY_S)] = 600.0
+    lease_ttl_s: Annotated[float, _seconds(3, 3_600)] = 15.0
+    containment: Annotated[ContainmentPolicy, _one_of(ContainmentPolicy)] = (
+        ContainmentPolicy.BEST_EFFORT
+    )
+    cgroup_parent: Annotated[str, _cgroup_parent] = ""
     retry_hint_s: Annotated[float, _seconds(0.01, 3_600)] = 1.0
     log_level: Annotated[LogLevel, _one_of(LogLevel)] = LogLevel.INFO
     log_format: Annotated[LogFormat, _one_of(LogFormat)] = LogFormat.AUTO

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+import pytest
 from google.protobuf.json_format import MessageToDict
 from runrecovery.v1 import recovery_pb2, run_pb2
 from support.service import (
@@ -169,15 +170,23 @@ def as_told(run: run_pb2.Run, info: run_pb2.RecoveryInfo) -> Told:
     )
 
 
-def test_every_run_is_what_the_matrix_says_and_all_answers_agree(new_home: NewHome) -> None:
+@pytest.mark.parametrize("guarded", [True, False], ids=["guarded", "shims killed too"])
+def test_every_run_is_what_the_matrix_says_and_all_answers_agree(
+    new_home: NewHome, *, guarded: bool
+) -> None:
     home = new_home(engines=ENGINES, max_concurrent=SLOTS, cancel_grace_s=60.0)
     service, api = home.start()
     play_until_the_crash(home, api)
     untouched = {run_id: api.get(run_id) for run_id in UNTOUCHED}
     etag = api.get("waiting").etag
-    service.kill()
-    damage(home)
     assert len(home.agents()) == 1 + 4 + 1 + 1 + 1
+    if guarded:
+        service.kill()
+        until(lambda: not home.agents(), "the shims have ended their trees", timeout_s=5.0)
+    else:
+        home.kill_with_shims(service)
+        assert len(home.agents()) == 1 + 4 + 1 + 1 + 1
+    damage(home)
     demand_safe_mode(home)
 
     _, api = home.start()
@@ -236,6 +245,7 @@ def assert_report(api: Api) -> None:
         "sessions",
         "converge",
         "bindings",
+        "containment",
     ]
     assert list(report.warnings) == []
 

@@ -34,7 +34,7 @@ def killed_with_an_orphan(home: Home) -> None:
     run = api.create("resumable", {"hold": True}, run_id="orphan")
     api.until_status(run.run_id, "RUNNING")
     until(lambda: home.agents_of("orphan"), "its process lives")
-    service.kill()
+    home.kill_with_shims(service)
 
 
 @contextmanager

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,23 +18,91 @@ from runrecovery_service.domain.run import NewRun, Profile, RestartPolicy, Run, 
 from runrecovery_service.engines.catalog import Catalog, Engine
 from runrecovery_service.execution.dispatcher import Dispatcher
 from runrecovery_service.execution.output import OutputFiles
-from runrecovery_service.execution.session import Workshop
+from runrecovery_service.execution.patrol import Patrol
+from runrecovery_service.execution.workshop import Heart, Workshop
 from runrecovery_service.process.evidence import Host
+from runrecovery_service.process.launch import boot_time_ns, watermark_bits
 from runrecovery_service.storage import instances, interactions, runs
 from runrecovery_service.storage.adapter import Storage
 from runrecovery_service.storage.database import open_database
 from runrecovery_service.storage.instances import Boot, Owner
 from runrecovery_service.storage.processes import Place
+from support.processes import Seen, bearers, seen
 
 DEMO = (sys.executable, "-m", "runrecovery_service.engines.demo_agent", "--profile")
 QUICK = 'read task; echo \'{"type":"result","output":{"done":true}}\''
 DEAF = 'read task; echo \'{"type":"ask","kind":"open_text","prompt":"What?"}\'; exec sleep 60'
-ENGINES = {
+HOLDS = "read task; exec sleep 600"
+# In one run two trees: a child with an empty environment in a session of its own, and its parent.
+FAMILY = """
+import os, sys, time
+sys.stdin.readline()
+if not os.fork():
+    os.setsid()
+    os.execve("/bin/sleep", ["sleep", "600"], {})
+print("{\\"type\\": \\"progress\\", \\"message\\": \\"stands\\"}", flush=True)
+time.sleep(600)
+"""
+ASKS_AND_LISTENS = (
+    'read task; echo \'{"type":"ask","kind":"open_text","prompt":"What?"}\';'
+    ' read reply; echo \'{"type":"result","output":{"done":true}}\''
+)
+WORKS_AND_FAILS = "i=0; while [ $i -lt 30000 ]; do i=$((i+1)); done; exit 7"
+ENGINES: Mapping[str, tuple[Profile, tuple[str, ...]]] = {
     "resumable": (Profile.RESUMABLE, (*DEMO, "resumable")),
     "sticky": (Profile.STICKY_PROCESS, (*DEMO, "sticky")),
     "quick": (Profile.RESUMABLE, ("/bin/sh", "-c", QUICK)),
     "deaf": (Profile.STICKY_PROCESS, ("/bin/sh", "-c", DEAF)),
+    "holds": (Profile.RESUMABLE, ("/bin/sh", "-c", HOLDS)),
+    "family": (Profile.RESUMABLE, (sys.executable, "-I", "-S", "-c", FAMILY)),
+    "asks": (Profile.STICKY_PROCESS, ("/bin/sh", "-c", ASKS_AND_LISTENS)),
+    "works": (Profile.RESUMABLE, ("/bin/sh", "-c", WORKS_AND_FAILS)),
 }
+FAR_S = 600.0
+"""Longer than any test takes."""
+
+
+def in_ns(seconds: float) -> int:
+    """Return a deadline of trees: so many seconds from now."""
+    return boot_time_ns() + int(seconds * 1e9)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseRow:
+    """A lease as it is stored."""
+
+    key: int
+    state: str
+    cookie: str
+    watermark: int
+    pid: int | None
+    start_ticks: int | None
+    exit_code: int | None
+    user_us: int | None
+    system_us: int | None
+    max_rss_kib: int | None
+    processes_ended: int
+
+    @property
+    def shim(self) -> Seen:
+        """The shim on record."""
+        assert self.pid is not None
+        assert self.start_ticks is not None
+        return Seen(self.pid, self.start_ticks)
+
+    @property
+    def token(self) -> str:
+        """What its processes have in their environment."""
+        return f"{self.key:x}.{self.cookie}"
+
+    def tree(self) -> list[int]:
+        """Return the living processes that bear its watermark, the shim aside."""
+        return [pid for pid in bearers(self.watermark) if pid != self.pid]
+
+    @property
+    def is_guarded(self) -> bool:
+        """True while its shim lives."""
+        return self.pid is not None and seen(self.pid) == self.shim
 
 
 async def until(holds: Callable[[], Awaitable[bool]]) -> None:
@@ -49,10 +118,52 @@ class Floor:
 
     storage: Storage
     owner: Owner
+    shop: Workshop
     dispatcher: Dispatcher
+    patrol: Patrol
     fenced: list[bool] = field(default_factory=list)
 
-    async def create(self, engine: str, given: dict[str, Any] | None = None) -> str:
+    def beat(self, seconds: float) -> None:
+        """Let the trees live for so long from now."""
+        self.dispatcher.heartbeat(in_ns(seconds))
+
+    async def lease(self, run_id: str, *, turn: int = 1, attempt: int = 1) -> LeaseRow:
+        """Return the lease of a launch."""
+        names = ", ".join(f"l.{name}" for name in LeaseRow.__slots__ if name != "key")
+        sql = (
+            f"SELECT l.id, {names} FROM process_lease l JOIN run r ON r.id = l.run"  # noqa: S608
+            " WHERE r.run_id = ? AND l.attempt = ? AND l.turn = ?"
+        )
+        row = await self.storage.read(lambda db: db.fetch_one(sql, (run_id, attempt, turn)))
+        assert row is not None
+        return LeaseRow(**dict(zip(LeaseRow.__slots__, row, strict=True)))
+
+    async def set_lease_state(self, state: str) -> None:
+        """Change the state of every lease behind the service's back."""
+        await self.storage.write(
+            lambda db: db.execute("UPDATE process_lease SET state = ?", (state,)).rowcount
+        )
+
+    async def until_tree(self, run_id: str, size: int) -> LeaseRow:
+        """Return the lease of a run's first launch once so many processes bear its mark."""
+
+        found: list[LeaseRow] = []
+
+        async def stands() -> bool:
+            found.append(await self.lease(run_id))
+            return found[-1].state == "RUNNING" and len(found[-1].tree()) >= size
+
+        await self.until_status(run_id, RunStatus.RUNNING, RunStatus.WAITING_USER)
+        await until(stands)
+        return found[-1]
+
+    async def create(
+        self,
+        engine: str,
+        given: dict[str, Any] | None = None,
+        *,
+        policy: RestartPolicy = RestartPolicy.FAIL,
+    ) -> str:
         """Create a run, tell the dispatcher, and return its id."""
         run_id = f"run-{engine}-{os.urandom(4).hex()}"
         new = NewRun(
@@ -60,7 +171,7 @@ class Floor:
             engine=engine,
             labels={},
             profile=ENGINES[engine][0],
-            restart_policy=RestartPolicy.FAIL,
+            restart_policy=policy,
             max_attempts=3,
             input=given or {},
         )
@@ -129,15 +240,21 @@ class Floor:
         return await self.until(run_id, lambda run: run.status is None or run.status.is_terminal)
 
 
-@pytest_asyncio.fixture
-async def floor(tmp_path: Path) -> AsyncIterator[Floor]:
-    db = open_database("", tmp_path)
+NewFloor = Callable[..., Awaitable[Floor]]
+
+
+@asynccontextmanager
+async def opened(
+    path: Path, *, trees_live_s: float = FAR_S, session_timeout_s: float = FAR_S
+) -> AsyncIterator[Floor]:
+    """Open a store below `path` and a dispatcher that works on it."""
+    db = open_database("", path)
     here = Host.here()
     boot = Boot(
         instance="test",
         boot_token="boot",  # noqa: S106 - no secret: it names a start
         host_id=here.host_id,
-        data_dir=str(tmp_path),
+        data_dir=str(path),
         pid=1,
     )
     owner = instances.claim(db, boot, now=clock.utc_now())
@@ -155,12 +272,15 @@ async def floor(tmp_path: Path) -> AsyncIterator[Floor]:
                     env_allow=("PATH",),
                     max_concurrent=None,
                     session_file=None,
+                    session_timeout_s=session_timeout_s,
                 )
                 for name, (profile, command) in ENGINES.items()
             ),
-            output=OutputFiles(tmp_path, max_bytes=1 << 20),
+            output=OutputFiles(path, max_bytes=1 << 20),
             threads=threads,
             environ=dict(os.environ),
+            heart=Heart(in_ns(trees_live_s)),
+            cgroups=None,
             cancel_grace_s=0.5,
             exit_grace_s=1.0,
             now=clock.utc_now,
@@ -169,12 +289,42 @@ async def floor(tmp_path: Path) -> AsyncIterator[Floor]:
         dispatcher = Dispatcher(
             shop=shop,
             place=Place(
-                host_id=here.host_id, boot_id=here.boot_id, pid_namespace=here.pid_namespace
+                host_id=here.host_id,
+                boot_id=here.boot_id,
+                pid_namespace=here.pid_namespace,
+                watermark_bits=watermark_bits(),
             ),
             capacity=8,
             fenced=lambda: fenced.append(True),
         )
+        patrol = Patrol(
+            shop=shop,
+            followed=lambda: dispatcher.leases_followed,
+            look_at_shims=dispatcher.look_at_shims,
+            changed=dispatcher.look_again,
+        )
         dispatcher.start()
-        yield Floor(storage=storage, owner=owner, dispatcher=dispatcher, fenced=fenced)
+        yield Floor(
+            storage=storage,
+            owner=owner,
+            shop=shop,
+            dispatcher=dispatcher,
+            patrol=patrol,
+            fenced=fenced,
+        )
+        await patrol.stop()
         await dispatcher.stop()
         await asyncio.to_thread(storage.close)
+
+
+@pytest_asyncio.fixture
+async def new_floor(tmp_path: Path) -> AsyncIterator[NewFloor]:
+    """Makes a floor with its own times, and clears it away."""
+    async with AsyncExitStack() as stack:
+        yield lambda **times: stack.enter_async_context(opened(tmp_path, **times))
+
+
+@pytest_asyncio.fixture
+async def floor(new_floor: NewFloor) -> Floor:
+    """A floor on which nothing runs out of time."""
+    return await new_floor()

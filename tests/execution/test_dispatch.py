@@ -9,7 +9,7 @@ import peewee as pw
 import pytest
 from runrecovery_service.domain.errors import StorageUnavailable
 from runrecovery_service.domain.run import RunStatus
-from runrecovery_service.execution import session
+from runrecovery_service.execution import launching
 from runrecovery_service.process import sweep
 from runrecovery_service.storage import turns
 
@@ -57,7 +57,7 @@ async def test_a_tree_that_could_not_be_looked_for_is_looked_for_again(
     floor: Floor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error = OSError(24, "too many open files")
-    monkeypatch.setattr(session, "end_trees", failing_first(2, error, sweep.end_trees))
+    monkeypatch.setattr(launching, "end_trees", failing_first(2, error, sweep.end_trees))
 
     run = await floor.until_ended(await floor.create("quick"))
 
@@ -113,7 +113,7 @@ async def test_a_launch_that_the_system_refuses_fails_the_run(
     def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(session, "launch", refuse)
+    monkeypatch.setattr(launching, "prepare", refuse)
 
     run = await floor.until_ended(await floor.create("quick"))
 

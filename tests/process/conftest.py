@@ -3,51 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import os
 import secrets
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from runrecovery_service.process import evidence, sweep
+from process.trees import PATIENCE_S, Grow, Signals, Start, Tree, clear_away, in_ns
+from runrecovery_service.process import procfs, sweep
 from runrecovery_service.process.evidence import COOKIE_VARIABLE, Host, LeaseEvidence
-from runrecovery_service.process.launch import LaunchedProcess, dispose, launch
+from runrecovery_service.process.launch import Bounds, prepare, watermark_bits
 
+QUIET = {"stubborn", "hydra", "flicker"}
+"""Roles of tree.py that announce nobody."""
 _KEYS = itertools.count(1)
-
-
-@dataclass
-class Tree:
-    """A launched tree: its lease as the store would have it, and who announced himself."""
-
-    process: LaunchedProcess
-    lease: LeaseEvidence
-    procs: dict[str, evidence.Proc]
-
-    def alive(self, role: str) -> bool:
-        """True while that very process lives."""
-        return alive(self.procs[role])
-
-    def end_leader(self, *, reap: bool) -> None:
-        """Kill the leader alone; unless reaped it stays a zombie."""
-        self.process.popen.kill()
-        os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
-        if reap:
-            self.process.popen.wait()
-
-    def nobody_alive(self) -> bool:
-        """True when all that announced themselves are dead."""
-        return not any(map(alive, self.procs.values()))
-
-
-def alive(proc: evidence.Proc) -> bool:
-    """True while that very process lives."""
-    now = evidence.read_proc(proc.pid)
-    return now is not None and now.identity == proc.identity and not now.dead
 
 
 @pytest.fixture
@@ -61,6 +31,7 @@ def new_lease() -> Callable[[], LeaseEvidence]:
             lease_key=key,
             run_key=1000 + key,
             cookie=secrets.token_hex(16),
+            watermark=secrets.randbits(watermark_bits()),
             pid=None,
             start_ticks=None,
             boot_id=here.boot_id,
@@ -72,67 +43,58 @@ def new_lease() -> Callable[[], LeaseEvidence]:
 
 
 @pytest.fixture
-def grow(new_lease: Callable[[], LeaseEvidence], tmp_path: Path) -> Iterator[Callable[..., Tree]]:
-    """Launch trees of the roles of tree.py; end what is left of them afterwards."""
+def start(new_lease: Callable[[], LeaseEvidence], tmp_path: Path) -> Iterator[Start]:
+    """Launch commands behind shims; end what is left of them afterwards."""
     trees: list[Tree] = []
 
-    def make(*roles: str, marked: bool = True) -> Tree:
+    def make(
+        command: Sequence[str],
+        *,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        bounds: Bounds | None = None,
+        deadline_s: float = PATIENCE_S,
+        release: bool = True,
+    ) -> Tree:
         lease = new_lease()
-        mark = {COOKIE_VARIABLE: lease.token} if marked else {}
-        script = Path(__file__).with_name("tree.py")
-        command = [sys.executable, "-S", str(script), *roles]
-        process = launch(command, cwd=tmp_path, env=mark)
-        tree = Tree(
-            process=process,
-            lease=replace(lease, pid=process.pid, start_ticks=process.start_ticks),
-            procs={},
+        book = tmp_path / f"book{lease.lease_key}"
+        process = prepare(
+            command,
+            evidence=lease,
+            cwd=cwd or tmp_path,
+            env={COOKIE_VARIABLE: lease.token, **(env or {})},
+            deadline_ns=in_ns(deadline_s),
+            book=book,
+            bounds=bounds,
         )
-        trees.append(tree)
-        for _ in [*(role for role in roles if role not in {"stubborn", "hydra"}), "leader"]:
-            role, pid = process.stdout.readline().decode().split()
-            proc = evidence.read_proc(int(pid))
+        shim = procfs.read_proc(process.pid)
+        assert shim is not None
+        lease = replace(lease, pid=process.pid, start_ticks=process.start_ticks)
+        trees.append(Tree(process=process, lease=lease, book=book, shim=shim))
+        if release:
+            process.release(in_ns(deadline_s))
+        return trees[-1]
+
+    yield make
+    for tree in trees:
+        clear_away(tree)
+
+
+@pytest.fixture
+def grow(start: Start) -> Grow:
+    """Launch trees of the roles of tree.py."""
+
+    def make(*roles: str, deadline_s: float = PATIENCE_S) -> Tree:
+        script = Path(__file__).with_name("tree.py")
+        tree = start([sys.executable, "-S", str(script), *roles], deadline_s=deadline_s)
+        for _ in [*(role for role in roles if role not in QUIET), "leader"]:
+            role, pid = tree.process.stdout.readline().decode().split()
+            proc = procfs.read_proc(int(pid))
             assert proc is not None
             tree.procs[role if role not in tree.procs else f"{role}{pid}"] = proc
         return tree
 
-    yield make
-    for tree in trees:
-        for proc in tree.procs.values():
-            _put_down(proc)
-        if tree.process.popen.returncode is None:
-            tree.process.popen.kill()
-        dispose(tree.process)
-
-
-def _put_down(proc: evidence.Proc) -> None:
-    with suppress(ProcessLookupError):
-        pidfd = os.pidfd_open(proc.pid)
-        try:
-            if alive(proc):
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        finally:
-            os.close(pidfd)
-
-
-class Signals:
-    """Stands in for the sweep's log: what was signalled, in order."""
-
-    def __init__(self) -> None:
-        self.lines: list[dict[str, object]] = []
-
-    def info(self, event: str, **facts: object) -> None:
-        """Keep a line."""
-        self.lines.append({"event": event, **facts})
-
-    warning = info
-
-    def names(self, pid: object) -> list[object]:
-        """Return what one process was sent."""
-        return [line["signal"] for line in self.lines if line["pid"] == pid]
-
-    def pids(self) -> set[object]:
-        """Return who was sent anything."""
-        return {line["pid"] for line in self.lines}
+    return make
 
 
 @pytest.fixture

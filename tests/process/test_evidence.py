@@ -1,12 +1,13 @@
-"""Which processes belong to which lease: the decision, without any process."""
+"""Which processes belong to which lease: what they bear, and the decision."""
 
 from __future__ import annotations
 
 import os
+import resource
 import secrets
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,41 +15,47 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from runrecovery_service.process import evidence
+from process.trees import Grow, Tree
+from runrecovery_service.process import evidence, procfs
 from runrecovery_service.process.evidence import (
     COOKIE_VARIABLE,
     Evidence,
+    Hit,
     Host,
     LeaseEvidence,
+    Marks,
     Membership,
-    Proc,
+    lease_token,
     members,
     shielded,
 )
+from runrecovery_service.process.procfs import RLIMIT_LOCKS, Proc
 
 COOKIE = "0123456789abcdef" * 2
+MARK = 2**61 + 12345
 
 
 def proc(
-    pid: int, *, ppid: int = 1, session: int | None = None, ticks: int = 100, state: str = "S"
+    pid: int, *, ppid: int = 1, group: int | None = None, ticks: int = 100, state: str = "S"
 ) -> Proc:
-    session = pid if session is None else session
+    group = pid if group is None else group
     return Proc(
         pid=pid,
         ppid=ppid,
-        group=session,
-        session=session,
+        group=group,
+        session=group,
         start_ticks=ticks,
         state=state,
         threads=1,
     )
 
 
-def lease(key: int = 7, pid: int | None = 10, ticks: int | None = 100) -> LeaseEvidence:
+def lease(key: int = 7, pid: int | None = None, ticks: int | None = None) -> LeaseEvidence:
     return LeaseEvidence(
         lease_key=key,
         run_key=key,
         cookie=COOKIE,
+        watermark=None,
         pid=pid,
         start_ticks=ticks,
         boot_id="b",
@@ -57,130 +64,235 @@ def lease(key: int = 7, pid: int | None = 10, ticks: int | None = 100) -> LeaseE
     )
 
 
-def judge(
-    *procs: Proc, bearers: tuple[int, ...] = (), of: LeaseEvidence | None = None
-) -> Membership:
-    of = lease() if of is None else of
-    return members(
-        {one.pid: one for one in procs},
-        [of],
-        dict.fromkeys(bearers, of.token),
-        held={},
-        shield=frozenset({1}),
+# -- what a process bears ----------------------------------------------------------------------
+
+
+bare = {"pid": None, "start_ticks": None, "watermark": None, "cookie": "", "cgroup": None}
+"""A lease of which nothing is recorded."""
+
+
+def kind(tree: Tree, role: str, **recorded: object) -> Evidence | None:
+    """Return what a role of a tree is found by, when this alone is recorded of it."""
+    marks = Marks([replace(tree.lease, **(bare | recorded))])  # type: ignore[arg-type]
+    found = procfs.read_proc(tree.procs[role].pid)
+    assert found is not None
+    hit = marks.read(found)
+    assert hit is None or (hit.proc, hit.lease_key) == (found, tree.lease.lease_key)
+    return None if hit is None else hit.kind
+
+
+def test_a_shim_is_found_by_its_pid_and_start_ticks(grow: Grow) -> None:
+    tree = grow()
+    recorded = Marks([replace(tree.lease, watermark=None, cookie="")])
+    later = Marks([replace(tree.lease, watermark=None, cookie="", start_ticks=1)])
+
+    assert recorded.read(tree.shim) == Hit(
+        proc=tree.shim, lease_key=tree.lease.lease_key, kind=Evidence.SHIM
     )
+    assert later.read(tree.shim) is None
+
+
+@pytest.mark.parametrize(
+    "role",
+    ["child", "session", "daemon", "scrubbed", "scrubbed-daemon", "undumpable", "escapee"],
+)
+def test_whoever_descends_bears_the_watermark_whatever_he_does(grow: Grow, role: str) -> None:
+    tree = grow(role)
+    tree.kill_shim()
+    tree.end_leader()
+
+    assert kind(tree, role, watermark=tree.lease.watermark) is Evidence.WATERMARK
+    assert kind(tree, role, watermark=(tree.lease.watermark or 0) + 1) is None
+
+
+@pytest.mark.parametrize("role", ["leader", "daemon", "thread", "stopped"])
+def test_the_full_cookie_is_found_in_the_environment(grow: Grow, role: str) -> None:
+    tree = grow(*({role} - {"leader"}))
+
+    assert kind(tree, role, cookie=tree.lease.cookie) is Evidence.COOKIE
+
+
+@pytest.mark.parametrize("role", ["scrubbed", "scrubbed-daemon", "escapee"])
+def test_an_empty_environment_bears_no_cookie(grow: Grow, role: str) -> None:
+    tree = grow(role)
+
+    assert kind(tree, role, cookie=tree.lease.cookie) is None
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may look into every process")
+def test_who_is_not_dumpable_hides_his_cookie_and_not_his_watermark(grow: Grow) -> None:
+    tree = grow("undumpable")
+
+    assert kind(tree, "undumpable", cookie=tree.lease.cookie) is None
+    assert kind(tree, "undumpable", watermark=tree.lease.watermark) is Evidence.WATERMARK
+
+
+def test_a_watermark_wiped_off_on_purpose_is_gone(grow: Grow) -> None:
+    tree = grow("renegade")
+
+    assert kind(tree, "renegade", watermark=tree.lease.watermark) is None
+
+
+@pytest.mark.parametrize(
+    "forge",
+    [
+        lambda cookie: cookie[:16] + secrets.token_hex(8),
+        lambda cookie: cookie[:16],
+        lambda cookie: cookie.upper(),
+        lambda cookie: cookie + "0",
+        lambda _: "",
+    ],
+    ids=["prefix", "half", "upper", "longer", "empty"],
+)
+def test_half_a_cookie_proves_nothing(grow: Grow, forge: Callable[[str], str]) -> None:
+    tree = grow()
+
+    assert kind(tree, "leader", cookie=forge(tree.lease.cookie)) is None
+
+
+def test_the_cookie_of_another_key_proves_nothing(grow: Grow) -> None:
+    tree = grow()
+    other = tree.lease.lease_key + 1_000_000
+
+    assert kind(tree, "leader", cookie=tree.lease.cookie, lease_key=other) is None
+
+
+@pytest.mark.parametrize("cookie", ["", "0123", COOKIE.upper(), COOKIE + "0"])
+def test_a_damaged_record_of_a_cookie_matches_nobody(cookie: str) -> None:
+    damaged = replace(lease(), cookie=cookie)
+
+    with sleeper(env={COOKIE_VARIABLE: lease_token(7, cookie)}) as pid:
+        found = procfs.read_proc(pid)
+        assert found is not None
+        assert Marks([damaged]).read(found) is None
+
+
+def test_a_process_is_found_by_its_own_cgroup(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = b"12:cpu:/not/that\n0::/agents/lease-7\n"
+    real = procfs.read
+    monkeypatch.setattr(
+        procfs, "read", lambda path, **more: lines if "cgroup" in path else real(path, **more)
+    )
+    us = procfs.read_proc(os.getpid())
+    assert us is not None
+
+    def found_in(cgroup: str) -> Hit | None:
+        return Marks([replace(lease(), cgroup=cgroup)]).read(us)
+
+    assert found_in("/agents/lease-7") == Hit(proc=us, lease_key=7, kind=Evidence.CGROUP)
+    others = ("/agents/lease-70", "/lease-7", "/not/that", "/")
+    assert [found_in(text) for text in others] == [None] * 4
+
+
+def test_a_cgroup_that_an_agent_made_in_its_own_is_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = procfs.read
+    monkeypatch.setattr(
+        procfs,
+        "read",
+        lambda path, **more: b"0::/agents/7/a/b\n" if "cgroup" in path else real(path, **more),
+    )
+    us = procfs.read_proc(os.getpid())
+    assert us is not None
+
+    hit = Marks([replace(lease(), cgroup="/agents/7")]).read(us)
+
+    assert hit is not None
+    assert hit.kind is Evidence.CGROUP
+
+
+def test_a_zombie_bears_nothing_but_its_identity(grow: Grow) -> None:
+    tree = grow("zombie")
+    lease = tree.lease
+
+    assert kind(tree, "zombie", watermark=lease.watermark, cookie=lease.cookie) is None
+
+
+def test_of_several_leases_the_right_one_is_named(grow: Grow) -> None:
+    trees = [grow("scrubbed") for _ in range(3)]
+    marks = Marks([tree.lease for tree in trees])
+
+    for tree in trees:
+        hit = marks.read(tree.procs["scrubbed"])
+        assert hit is not None
+        assert hit.lease_key == tree.lease.lease_key
+
+
+# -- the decision ------------------------------------------------------------------------------
+
+
+def judge(
+    *procs: Proc, roots: tuple[int, ...] = (), shield: frozenset[int] = frozenset({1})
+) -> Membership:
+    snapshot = {one.pid: one for one in procs}
+    proved = {
+        pid: Hit(proc=snapshot[pid], lease_key=7, kind=Evidence.WATERMARK)
+        for pid in roots
+        if pid in snapshot
+    }
+    return members(snapshot, proved, shield=shield)
 
 
 def kinds(found: Membership) -> dict[int, Evidence]:
     return {pid: hit.kind for pid, hit in found.hits.items()}
 
 
-def test_the_recorded_leader_brings_its_session_and_descendants() -> None:
+def test_whoever_descends_from_a_proved_one_belongs() -> None:
     found = judge(
         proc(10),
-        proc(11, session=10, ticks=101),
         proc(12, ppid=10, ticks=102),
         proc(13, ppid=12, ticks=103),
         proc(99),
+        roots=(10,),
     )
 
-    assert kinds(found) == {
-        10: Evidence.LEADER,
-        11: Evidence.SESSION,
-        12: Evidence.DESCENT,
-        13: Evidence.DESCENT,
-    }
+    assert kinds(found) == {10: Evidence.WATERMARK, 12: Evidence.DESCENT, 13: Evidence.DESCENT}
+    assert {hit.lease_key for hit in found.hits.values()} == {7}
     assert found.doubts == ()
 
 
-def test_a_bearer_in_the_leaders_session_vouches_for_it() -> None:
-    found = judge(proc(11, session=10), proc(12, session=10), bearers=(11,))
+def test_neither_group_nor_session_proves_anything() -> None:
+    found = judge(proc(10), proc(11, group=10), roots=(10,))
 
-    assert kinds(found) == {11: Evidence.COOKIE, 12: Evidence.SESSION}
-
-
-def test_a_bearer_that_made_its_session_brings_it() -> None:
-    found = judge(proc(20), proc(21, session=20), bearers=(20,))
-
-    assert kinds(found) == {20: Evidence.COOKIE, 21: Evidence.SESSION}
-
-
-def test_a_bearer_in_a_strangers_session_vouches_for_nobody() -> None:
-    # An operator who copied our environment into a program under his own login shell.
-    found = judge(proc(50), proc(51, ppid=50, session=50), proc(52, session=50), bearers=(51,))
-
-    assert kinds(found) == {51: Evidence.COOKIE}
-
-
-def test_a_session_whose_maker_is_gone_is_in_doubt() -> None:
-    found = judge(proc(11, session=10))
-
-    assert found.hits == {}
-    assert [doubt.pid for doubt in found.doubts] == [11]
-
-
-@pytest.mark.parametrize(
-    "mate",
-    [
-        proc(11, session=10, ticks=99),  # older than the session's maker
-        proc(11, session=10, state="Z"),
-    ],
-)
-def test_who_cannot_be_meant_is_not_in_doubt(mate: Proc) -> None:
-    assert judge(mate) == Membership(hits={}, doubts=())
-
-
-def test_a_reused_leader_pid_clears_its_session_of_doubt() -> None:
-    found = judge(proc(10, ticks=500), proc(11, session=10, ticks=501))
-
-    assert found == Membership(hits={}, doubts=())
-
-
-def test_a_bearer_does_not_vouch_for_a_reused_session() -> None:
-    found = judge(proc(10, ticks=500), proc(11, session=10, ticks=501), bearers=(11,))
-
-    assert kinds(found) == {11: Evidence.COOKIE}
+    assert kinds(found) == {10: Evidence.WATERMARK}
 
 
 def test_kin_is_never_older_than_its_proof() -> None:
-    found = judge(proc(10), proc(12, ppid=10, session=3, ticks=99))
+    found = judge(proc(10), proc(12, ppid=10, ticks=99), proc(13, ppid=12), roots=(10,))
 
-    assert kinds(found) == {10: Evidence.LEADER}
-
-
-def test_zombies_prove_but_bear_no_cookie_of_their_own() -> None:
-    found = judge(proc(10, state="Z"), proc(11, session=10))
-
-    assert kinds(found) == {10: Evidence.LEADER, 11: Evidence.SESSION}
+    assert kinds(found) == {10: Evidence.WATERMARK}
 
 
-@pytest.mark.parametrize("cookie", ["", "0123", COOKIE.upper(), COOKIE + "0"])
-def test_a_damaged_cookie_proves_nothing(cookie: str) -> None:
-    damaged = replace(lease(), cookie=cookie)
+def test_a_zombie_still_proves_its_children() -> None:
+    found = judge(proc(10, state="Z"), proc(11, ppid=10), roots=(10,))
 
-    assert judge(proc(20), bearers=(20,), of=damaged).hits == {}
+    assert kinds(found) == {10: Evidence.WATERMARK, 11: Evidence.DESCENT}
 
 
-def test_what_was_held_before_still_proves_its_children() -> None:
-    snapshot = {20: proc(20, session=3), 21: proc(21, ppid=20, session=3)}
+def test_who_proves_himself_is_not_taken_for_a_mere_descendant() -> None:
+    snapshot = {10: proc(10), 11: proc(11, ppid=10)}
+    roots = {
+        pid: Hit(proc=snapshot[pid], lease_key=key, kind=Evidence.COOKIE)
+        for pid, key in ((10, 7), (11, 8))
+    }
 
-    found = members(snapshot, [lease()], {}, held={(20, 100): 7}, shield=frozenset())
+    found = members(snapshot, roots, shield=frozenset())
 
-    assert kinds(found) == {20: Evidence.HELD, 21: Evidence.DESCENT}
+    assert {pid: hit.lease_key for pid, hit in found.hits.items()} == {10: 7, 11: 8}
 
 
 def test_kinship_does_not_pass_through_the_shield() -> None:
     # We were started by an agent: our own new agents are not its descendants.
-    snapshot = {10: proc(10), 40: proc(40, ppid=10), 41: proc(41, ppid=40)}
+    found = judge(
+        proc(10), proc(40, ppid=10), proc(41, ppid=40), roots=(10,), shield=frozenset({40})
+    )
 
-    found = members(snapshot, [lease()], {}, held={}, shield=frozenset({40}))
-
-    assert kinds(found) == {10: Evidence.LEADER}
+    assert kinds(found) == {10: Evidence.WATERMARK}
 
 
-def test_who_bears_a_lease_and_is_shielded_is_reported() -> None:
-    snapshot = {40: proc(40)}
-
-    found = members(snapshot, [lease()], {40: lease().token}, held={}, shield=frozenset({40}))
+def test_who_bears_a_mark_and_is_shielded_is_reported() -> None:
+    found = judge(proc(40), roots=(40,), shield=frozenset({40}))
 
     assert found.hits == {}
     assert [doubt.pid for doubt in found.doubts] == [40]
@@ -191,8 +303,8 @@ def test_shields_pid_1_us_our_ancestors_and_our_group() -> None:
         1: proc(1, ppid=0),
         5: proc(5),
         6: proc(6, ppid=5),
-        7: proc(7, ppid=5, session=6),  # in our group
-        8: proc(8, ppid=6),  # an agent of ours: its own session
+        7: proc(7, ppid=5, group=6),  # in our group
+        8: proc(8, ppid=6),  # a shim of ours: its own session
     }
 
     assert shielded(snapshot, own_pid=6) == {1, 5, 6, 7}
@@ -204,7 +316,7 @@ TABLES = st.lists(
         proc,
         PIDS,
         ppid=st.integers(0, 12),
-        session=PIDS,
+        group=PIDS,
         ticks=st.integers(98, 102),
         state=st.sampled_from("SRZ"),
     ),
@@ -214,36 +326,29 @@ TABLES = st.lists(
 
 
 @given(TABLES, st.sets(PIDS), st.sets(PIDS))
-def test_every_member_is_linked_to_a_proof(
-    table: list[Proc], bearers: set[int], shield: set[int]
+def test_exactly_those_that_a_line_of_parents_ties_to_a_proof_are_members(
+    table: list[Proc], roots: set[int], shield: set[int]
 ) -> None:
     snapshot = {one.pid: one for one in table}
-    tokens = {pid: lease().token for pid in bearers if pid in snapshot}
-    hits = members(snapshot, [lease()], tokens, held={}, shield=frozenset(shield)).hits
 
-    assert not shield & set(hits)
-    for hit in hits.values():
-        parent = hits.get(hit.proc.ppid)
-        mates = [
-            other
-            for other in hits.values()
-            if other.proc.session == hit.proc.session and other is not hit
-        ]
-        linked = {
-            Evidence.LEADER: hit.proc.identity == (10, 100),
-            Evidence.COOKIE: hit.proc.pid in bearers,
-            Evidence.DESCENT: parent is not None,
-            Evidence.SESSION: bool(mates),
-            Evidence.HELD: False,
-        }
-        assert linked[hit.kind]
+    def tied(one: Proc, seen: frozenset[int] = frozenset()) -> bool:
+        if one.pid in shield or one.pid in seen:
+            return False
+        parent = snapshot.get(one.ppid)
+        kin = parent is not None and one.start_ticks >= parent.start_ticks
+        return one.pid in roots or (kin and parent is not None and tied(parent, seen | {one.pid}))
+
+    hits = judge(*table, roots=tuple(roots), shield=frozenset(shield)).hits
+
+    assert set(hits) == {one.pid for one in table if tied(one)}
 
 
 @given(TABLES)
-def test_without_a_leader_or_a_bearer_nobody_is_a_member(table: list[Proc]) -> None:
-    snapshot = {one.pid: one for one in table if one.identity != (10, 100)}
+def test_without_a_proof_nobody_is_a_member(table: list[Proc]) -> None:
+    assert judge(*table) == Membership(hits={}, doubts=())
 
-    assert members(snapshot, [lease()], {}, held={}, shield=frozenset()).hits == {}
+
+# -- reading /proc -----------------------------------------------------------------------------
 
 
 @contextmanager
@@ -263,48 +368,100 @@ def test_reads_a_name_made_of_parentheses_and_spaces(tmp_path: Path) -> None:
     nasty = tmp_path / "a) S 1 (b"
     nasty.symlink_to("/bin/cat")
     with subprocess.Popen([nasty], stdin=subprocess.PIPE, start_new_session=True) as popen:
-        found = evidence.read_proc(popen.pid)
+        found = procfs.read_proc(popen.pid)
+        name = procfs.read(f"/proc/{popen.pid}/comm")
         assert popen.stdin is not None
         popen.stdin.close()
 
+    assert name == b"a) S 1 (b\n"
     assert found is not None
     assert (found.pid, found.ppid, found.session) == (popen.pid, os.getpid(), popen.pid)
 
 
+NAMES = st.binary(min_size=1, max_size=15).filter(lambda name: b"\0" not in name)
+
+
+@given(NAMES, st.integers(1, 2**22), st.integers(0, 2**63), st.sampled_from("RSDZTtXI"))
+def test_a_name_never_changes_what_is_read(name: bytes, ppid: int, ticks: int, state: str) -> None:
+    fields = [state, ppid, 3, 4, *["0"] * 13, 2, 0, ticks, *["0"] * 30]
+    line = b"9 (" + name + b") " + " ".join(map(str, fields)).encode() + b"\n"
+
+    found = procfs._parse(9, line)
+
+    assert (found.pid, found.ppid, found.group, found.session) == (9, ppid, 3, 4)
+    assert (found.state, found.threads, found.start_ticks) == (state, 2, ticks)
+
+
 def test_start_ticks_never_change() -> None:
     with sleeper() as pid:
-        first, second = evidence.read_proc(pid), evidence.read_proc(pid)
+        first, second = procfs.read_proc(pid), procfs.read_proc(pid)
 
     assert first is not None
     assert second is not None
     assert first.identity == second.identity
 
 
+def token_of(pid: int) -> str | None:
+    found = procfs.read_proc(pid)
+    assert found is not None
+    return evidence.cookie_of(found)
+
+
 def test_reads_the_token_of_a_process() -> None:
     token = f"1f.{secrets.token_hex(16)}"
     with sleeper(env={"A": "1", COOKIE_VARIABLE: token, "Z": "2"}) as pid:
-        assert evidence.cookie_of(pid) == token
+        assert token_of(pid) == token
 
 
 def test_takes_no_other_variable_for_the_token() -> None:
     with sleeper(env={f"X{COOKIE_VARIABLE}": "1.a", "B": f"{COOKIE_VARIABLE}=1.a"}) as pid:
-        assert evidence.cookie_of(pid) is None
+        assert token_of(pid) is None
+
+
+def test_unlimited_is_no_watermark() -> None:
+    soft, hard = resource.getrlimit(RLIMIT_LOCKS)
+    expected = soft if soft == hard != resource.RLIM_INFINITY else None
+
+    assert procfs.watermark(os.getpid()) == expected
+
+
+def test_soft_and_hard_must_both_be_the_number() -> None:
+    def set_limits(limits: tuple[int, int]) -> Callable[[], None]:
+        return lambda: resource.setrlimit(RLIMIT_LOCKS, limits)
+
+    with sleeper(preexec_fn=set_limits((MARK, MARK))) as pid:
+        assert procfs.watermark(pid) == MARK
+    with sleeper(preexec_fn=set_limits((MARK - 1, MARK))) as pid:
+        assert procfs.watermark(pid) is None
 
 
 def test_says_nothing_of_who_does_not_exist() -> None:
     beyond = int(Path("/proc/sys/kernel/pid_max").read_text()) + 1
 
-    assert evidence.read_proc(beyond) is None
-    assert evidence.cookie_of(beyond) is None
-    assert evidence.scan([beyond]) == {}
+    assert procfs.read_proc(beyond) is None
+    assert procfs.watermark(beyond) is None
+    assert procfs.environment(beyond) == b""
+    assert procfs.cgroup(beyond) == ""
+    assert procfs.scan([beyond]) == {}
+
+
+def test_being_unable_to_look_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_descriptor_left(*_: object) -> int:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(os, "open", no_descriptor_left)
+
+    with pytest.raises(OSError, match="Too many"):
+        procfs.scan([os.getpid()])
 
 
 def test_a_scan_finds_us_and_our_child() -> None:
     with sleeper() as pid:
-        found = evidence.scan()
+        found = procfs.scan()
 
     assert found[os.getpid()].ppid == os.getppid()
     assert found[pid].ppid == os.getpid()
+    assert [one.pid for one in procfs.descendants(found, os.getpid())].count(pid) == 1
 
 
 def test_here_is_the_same_place_twice() -> None:
@@ -312,5 +469,8 @@ def test_here_is_the_same_place_twice() -> None:
     assert len(Host.here().boot_id) == 36
 
 
-def test_a_lease_does_not_show_its_cookie() -> None:
-    assert COOKIE not in repr(lease())
+def test_a_lease_does_not_show_its_marks() -> None:
+    shown = repr(replace(lease(), watermark=MARK))
+
+    assert COOKIE not in shown
+    assert str(MARK) not in shown

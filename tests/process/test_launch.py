@@ -1,275 +1,108 @@
-"""Starting a process and learning of its end, on both event loops."""
+"""Starting an agent: what it is given, why it cannot start, and the words between the two sides."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
-import signal
-import subprocess
+import resource
 import sys
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-import uvloop
-from runrecovery_service.process import evidence
+from hypothesis import example, given
+from hypothesis import strategies as st
+from process.trees import PATIENCE_S, Start, alive, bearers, in_ns
+from runrecovery_service.process import launch, procfs, wire
 from runrecovery_service.process.evidence import COOKIE_VARIABLE
 from runrecovery_service.process.launch import (
-    LaunchedProcess,
+    LEAST_WATERMARK_BITS,
+    WATERMARK_BITS,
+    Empty,
+    EndsItself,
+    Exited,
+    Gated,
     LaunchFailed,
+    NotStarted,
+    Started,
     agent_environment,
     dispose,
-    launch,
-    wait_exit,
+    killed_by_shim,
+    parse_event,
+    watermark_bits,
+    why_not_launchable,
 )
 
-Loop = Callable[[Awaitable[int]], int]
+CODE = [sys.executable, "-I", "-S", "-c"]
+
+KILLED = '{"pid": 7, "start_ticks": 9, "signal": "SIGKILL", "outcome": "sent"}\n'
 
 
-def run_on_asyncio(task: Awaitable[int]) -> int:
-    with asyncio.Runner() as runner:
-        return runner.run(as_coroutine(task))
+def program(place: Path, text: str, name: str = "some-tool") -> Path:
+    tool = place / name
+    tool.parent.mkdir(exist_ok=True)
+    tool.write_text(text)
+    tool.chmod(0o755)
+    return tool
 
 
-def run_on_uvloop(task: Awaitable[int]) -> int:
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(as_coroutine(task))
+def descriptors() -> set[str]:
+    return set(os.listdir("/proc/self/fd"))  # noqa: PTH208
 
 
-async def as_coroutine(task: Awaitable[int]) -> int:
-    return await task
+# -- what the agent is given -------------------------------------------------------------------
 
 
-both_loops = pytest.mark.parametrize("run", [run_on_asyncio, run_on_uvloop])
-
-
-@contextmanager
-def python(code: str, cwd: Path, **env: str) -> Iterator[LaunchedProcess]:
-    """Launch a program that ends by itself, or when its stdin is closed."""
-    process = launch([sys.executable, "-I", "-S", "-c", code], cwd=cwd, env=env)
-    try:
-        yield process
-    finally:
-        dispose(process)
-
-
-def test_the_process_leads_its_own_session(tmp_path: Path) -> None:
-    with python("input()", tmp_path) as process:
-        found = evidence.read_proc(process.pid)
-
-    assert found is not None
-    assert (found.session, found.group) == (process.pid, process.pid)
-    assert found.identity == (process.pid, process.start_ticks)
-
-
-def test_the_process_gets_exactly_this_environment_and_directory(tmp_path: Path) -> None:
+def test_the_agent_gets_exactly_this_environment_and_directory(
+    start: Start, tmp_path: Path
+) -> None:
     code = "import os, json; print(json.dumps([dict(os.environ), os.getcwd()]))"
-    with python(code, tmp_path, A="1", **{COOKIE_VARIABLE: "1.ab"}) as process:
-        environment, cwd = json.loads(process.stdout.readline())
+    tree = start([*CODE, code], env={"A": "1", "B": "x=y"})
+    environment, cwd = json.loads(tree.process.stdout.readline())
 
     environment.pop("LC_CTYPE", None)  # Python's own doing
-    assert environment == {"A": "1", COOKIE_VARIABLE: "1.ab"}
+    assert environment == {"A": "1", "B": "x=y", COOKIE_VARIABLE: tree.lease.token}
     assert cwd == str(tmp_path)
 
 
-def test_the_process_inherits_no_descriptor_and_no_ignored_signal(tmp_path: Path) -> None:
-    read, write = os.pipe()
-    os.set_inheritable(write, True)  # noqa: FBT003 - that is its signature
-    script = f"test -e /proc/self/fd/{write} && echo leaked; grep SigIgn /proc/self/status"
-    process = launch(["/bin/sh", "-c", script], cwd=tmp_path, env={"PATH": os.defpath})
-    said = process.stdout.read()
-    dispose(process)
-    os.close(read)
-    os.close(write)
+def test_the_agent_gets_its_words_as_they_are(start: Start) -> None:
+    words = ["", "two words", "$HOME;ls", "line\nline", "\udcff", "ü", "=", ""]
+    code = "import sys; sys.stdout.buffer.write(repr(sys.argv[1:]).encode())"
+    tree = start([*CODE, code, *words], env={"LC_ALL": "C.UTF-8"})
 
-    ignored = int(said.removeprefix(b"SigIgn:"), 16)  # "leaked" is no number
-    assert not ignored & (1 << (signal.SIGPIPE - 1))
+    assert tree.process.stdout.read() == repr(words).encode()
 
 
-def test_talks_through_its_pipes(tmp_path: Path) -> None:
-    code = "import sys; print(input()); print('oops', file=sys.stderr)"
-    with python(code, tmp_path) as process:
-        process.stdin.write(b"hello\n")
+def test_talks_through_its_pipes(start: Start) -> None:
+    tree = start([*CODE, "import sys; print(input()); print('oops', file=sys.stderr)"])
+    tree.process.stdin.write(b"hello\n")
 
-        assert process.stdout.readline() == b"hello\n"
-        assert process.stderr.readline() == b"oops\n"
+    assert tree.process.stdout.readline() == b"hello\n"
+    assert tree.process.stderr.readline() == b"oops\n"
 
 
-def test_finds_the_command_on_the_childs_path(tmp_path: Path) -> None:
-    tool = tmp_path / "bin" / "some-tool"
-    tool.parent.mkdir()
-    tool.write_text("#!/bin/sh\necho found\n")
-    tool.chmod(0o755)
+def test_finds_the_command_on_the_agents_path(start: Start, tmp_path: Path) -> None:
+    tool = program(tmp_path / "bin", "#!/bin/sh\necho found\n")
 
-    process = launch(["some-tool"], cwd=tmp_path, env={"PATH": f"/nowhere:{tool.parent}"})
-    said = process.stdout.read()
-    dispose(process)
+    tree = start(["some-tool"], env={"PATH": f"/nowhere:{tool.parent}"})
 
-    assert said == b"found\n"
+    assert tree.process.stdout.read() == b"found\n"
 
 
 def test_a_relative_entry_of_the_path_chooses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    tool = tmp_path / "some-tool"
-    tool.write_text("#!/bin/sh\n")
-    tool.chmod(0o755)
+    program(tmp_path, "#!/bin/sh\n")
 
     with pytest.raises(LaunchFailed):
-        launch(["some-tool"], cwd=tmp_path, env={"PATH": ".:"})
+        start(["some-tool"], env={"PATH": ".:"})
 
 
-def test_a_relative_command_is_below_the_working_directory(tmp_path: Path) -> None:
-    tool = tmp_path / "tool"
-    tool.write_text("#!/bin/sh\necho here\n")
-    tool.chmod(0o755)
+def test_a_relative_command_is_below_the_working_directory(start: Start, tmp_path: Path) -> None:
+    program(tmp_path, "#!/bin/sh\necho here\n")
 
-    process = launch(["./tool"], cwd=tmp_path, env={})
-    said = process.stdout.read()
-    dispose(process)
-
-    assert said == b"here\n"
-
-
-@pytest.mark.parametrize(
-    ("command", "reason"),
-    [
-        ((), "the engine's command is empty"),
-        (("",), "the engine's command is empty"),
-        (("no-such-tool",), "no-such-tool is not found on the engine's PATH"),
-        (("/no/such/tool",), "/no/such/tool is not found"),
-        (("./plain",), "./plain is not executable"),
-        (("./no-format",), "Exec format error"),
-        (("/bin/true", "a\0b"), "embedded null byte"),
-    ],
-)
-def test_says_why_a_command_cannot_start(
-    tmp_path: Path, command: tuple[str, ...], reason: str
-) -> None:
-    (tmp_path / "plain").write_text("no program")
-    (tmp_path / "no-format").write_bytes(b"\x7fBAD")
-    (tmp_path / "no-format").chmod(0o755)
-
-    with pytest.raises(LaunchFailed, match=reason):
-        launch(command, cwd=tmp_path, env={"PATH": "/usr/bin:/bin"})
-
-
-def test_says_that_the_working_directory_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(LaunchFailed, match=r"No such file or directory: .*/gone"):
-        launch(["/bin/true"], cwd=tmp_path / "gone", env={})
-
-
-def test_a_failed_launch_leaves_no_descriptor(tmp_path: Path) -> None:
-    (tmp_path / "bad").write_bytes(b"\x7fBAD")
-    (tmp_path / "bad").chmod(0o755)
-    before = set(os.listdir("/proc/self/fd"))  # noqa: PTH208
-
-    with pytest.raises(LaunchFailed):
-        launch(["./bad"], cwd=tmp_path, env={})
-
-    assert set(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
-
-
-@both_loops
-@pytest.mark.parametrize(
-    ("code", "expected"),
-    [
-        ("", 0),
-        ("import sys; sys.exit(3)", 3),
-        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL),
-    ],
-)
-def test_waits_for_the_exit_code(tmp_path: Path, run: Loop, code: str, expected: int) -> None:
-    with python(code, tmp_path) as process:
-        assert run(wait_exit(process.popen)) == expected
-
-        assert dispose(process) == expected
-
-
-@both_loops
-def test_waiting_does_not_reap(tmp_path: Path, run: Loop) -> None:
-    with python("", tmp_path) as process:
-        run(wait_exit(process.popen))
-        found = evidence.read_proc(process.pid)
-
-    assert found is not None
-    assert found.dead
-    assert evidence.read_proc(process.pid) is None
-
-
-@both_loops
-def test_waits_for_one_that_has_been_reaped(tmp_path: Path, run: Loop) -> None:
-    with python("import sys; sys.exit(5)", tmp_path) as process:
-        process.popen.wait()
-
-        assert run(wait_exit(process.popen)) == 5
-
-
-@both_loops
-def test_waits_without_a_pidfd_too(
-    tmp_path: Path, run: Loop, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_descriptor_left(_: int) -> int:
-        raise OSError(24, "Too many open files")
-
-    monkeypatch.setattr(os, "pidfd_open", no_descriptor_left)
-    with python("import sys; sys.exit(6)", tmp_path) as process:
-        assert run(wait_exit(process.popen)) == 6
-
-
-@both_loops
-def test_many_waits_end_with_their_own_process(tmp_path: Path, run: Loop) -> None:
-    async def all_of(processes: list[LaunchedProcess]) -> int:
-        codes = await asyncio.gather(*(wait_exit(one.popen) for one in processes))
-        return int(codes == [*range(20)])
-
-    code = "import sys; sys.exit(int(sys.argv[1]))"
-    command = [sys.executable, "-I", "-S", "-c", code]
-    processes = [launch([*command, str(n)], cwd=tmp_path, env={}) for n in range(20)]
-    try:
-        assert run(all_of(processes)) == 1
-    finally:
-        for one in processes:
-            dispose(one)
-
-
-@both_loops
-def test_a_cancelled_wait_leaves_nothing_behind(
-    tmp_path: Path, run: Loop, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    opened: list[int] = []
-    real = os.pidfd_open
-
-    def pidfd_open(pid: int) -> int:
-        opened.append(real(pid))
-        return opened[-1]
-
-    async def give_up(process: LaunchedProcess) -> int:
-        before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(wait_exit(process.popen), 0.05)
-        assert not asyncio.get_running_loop().remove_reader(opened[0])
-        return len(os.listdir("/proc/self/fd")) - before  # noqa: PTH208
-
-    monkeypatch.setattr(os, "pidfd_open", pidfd_open)
-    with python("input()", tmp_path) as process:
-        assert run(give_up(process)) == 0
-
-
-@both_loops
-def test_asyncios_own_children_do_not_disturb_the_wait(tmp_path: Path, run: Loop) -> None:
-    async def beside(process: LaunchedProcess) -> int:
-        waiting = asyncio.ensure_future(wait_exit(process.popen))
-        other = await asyncio.create_subprocess_exec("/bin/true", stdin=subprocess.DEVNULL)
-        assert await other.wait() == 0
-        process.stdin.write(b"\n")
-        return await waiting
-
-    with python("import sys; input(); sys.exit(9)", tmp_path) as process:
-        assert run(beside(process)) == 9
+    assert start(["./some-tool"]).process.stdout.read() == b"here\n"
 
 
 def test_passes_only_allowed_variables() -> None:
@@ -284,3 +117,287 @@ def test_what_the_service_sets_wins() -> None:
     found = agent_environment(["A"], {"A": "inherited"}, {"A": "set", COOKIE_VARIABLE: "1.ab"})
 
     assert found == {"A": "set", COOKIE_VARIABLE: "1.ab"}
+
+
+# -- why it cannot start -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        ((), "the engine's command is empty"),
+        (("",), "the engine's command is empty"),
+        (("no-such-tool",), "no-such-tool is not found on the engine's PATH"),
+        (("/no/such/tool",), "/no/such/tool is not found"),
+        (("./plain",), "./plain is not executable"),
+        (("/bin/true", "a\0b"), "embedded null byte"),
+        (("/bin\0/true",), r"is not found"),
+    ],
+)
+def test_says_why_a_command_cannot_be_prepared(
+    start: Start, tmp_path: Path, command: tuple[str, ...], reason: str
+) -> None:
+    (tmp_path / "plain").write_text("no program")
+    before = descriptors()
+
+    with pytest.raises(LaunchFailed, match=reason):
+        start(command, env={"PATH": "/usr/bin:/bin"})
+
+    assert descriptors() == before
+    assert not list(tmp_path.glob("book*"))  # no shim has been started for it
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (["some-tool"], None),
+        (["other-tool"], "other-tool is not found on the engine's PATH"),
+        ([], "the engine's command is empty"),
+    ],
+)
+def test_says_beforehand_what_could_not_be_launched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str], expected: str | None
+) -> None:
+    monkeypatch.setenv("PATH", str(program(tmp_path, "#!/bin/sh\n").parent))
+
+    assert why_not_launchable(command, env_allow=["PATH"]) == expected
+
+
+def test_an_allowed_path_alone_finds_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(program(tmp_path, "#!/bin/sh\n").parent))
+
+    assert why_not_launchable(["some-tool"], env_allow=[]) is not None
+
+
+def test_a_launch_without_a_shim_says_so_and_leaves_nothing(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = descriptors()
+
+    monkeypatch.setattr(launch, "SHIM", "/no/such/shim")
+    with pytest.raises(LaunchFailed, match=r"the shim ended: .*no/such/shim"):
+        start(["/bin/true"])
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    with pytest.raises(LaunchFailed, match="No such file or directory: /no/such/python"):
+        start(["/bin/true"])
+
+    assert descriptors() == before
+
+
+def test_a_book_that_cannot_be_opened_stops_the_launch(start: Start, tmp_path: Path) -> None:
+    first = start(["/bin/true"])
+    (tmp_path / f"book{first.lease.lease_key + 1}").mkdir()
+    before = descriptors()
+
+    with pytest.raises(LaunchFailed, match="Is a directory"):
+        start(["/bin/true"])
+
+    assert descriptors() == before
+
+
+def test_a_failed_start_leaves_no_descriptor(start: Start) -> None:
+    before = descriptors()
+    tree = start(["/bin/true"], cwd=Path("/no/such/place"), release=False)
+
+    with pytest.raises(LaunchFailed):
+        tree.process.release(in_ns(PATIENCE_S))
+    dispose(tree.process)
+
+    assert descriptors() == before
+    assert tree.process.popen.returncode == 0
+
+
+def test_a_launch_leaves_no_descriptor(start: Start) -> None:
+    before = descriptors()
+    tree = start(["/bin/true"])
+    tree.events(Exited)
+
+    dispose(tree.process)
+    dispose(tree.process)  # twice does no harm
+
+    assert descriptors() == before
+
+
+def test_disposing_of_what_still_waits_or_runs_leaves_nothing(start: Start) -> None:
+    before = descriptors()
+    waiting, running = start(["/bin/true"], release=False), start([*CODE, "input()"])
+
+    dispose(waiting.process)
+    dispose(running.process)
+
+    assert descriptors() == before
+    for tree in (waiting, running):
+        assert not alive(tree.shim)
+        assert bearers(tree.lease) == []
+
+
+# -- the words on the pipes --------------------------------------------------------------------
+
+# Whatever bytes the system has, as Python shows them: undecodable ones become surrogates.
+WORDS = st.binary(max_size=20).filter(lambda word: b"\0" not in word).map(os.fsdecode)
+NAMES = WORDS.filter(lambda name: bool(name) and "=" not in name)
+ORDERS = st.builds(
+    wire.Order,
+    deadline_ns=st.integers(0, 2**63),
+    watermark=st.integers(0, 2**62),
+    program=WORDS,
+    argv=st.lists(WORDS, max_size=5),
+    env=st.dictionaries(NAMES, WORDS, max_size=5),
+    cwd=WORDS,
+    niceness=st.integers(-20, 19),
+    limits=st.dictionaries(st.integers(0, 15), st.integers(0, 2**62), max_size=4),
+    cgroup_procs=WORDS,
+)
+
+
+def told(order: wire.Order) -> Mapping[str, object]:
+    return {name: getattr(order, name) for name in wire.Order.__slots__}
+
+
+@given(ORDERS)
+@example(
+    wire.Order(
+        deadline_ns=0,
+        watermark=0,
+        program="/bin/\udcff",
+        argv=["", "a=b", "1", "\n"],
+        env={"A": "b=c=d", "B": "", "\udcfe": "\udcff"},
+        cwd="",
+        niceness=0,
+        limits={},
+        cgroup_procs="",
+    )
+)
+def test_an_order_arrives_as_it_was_given(order: wire.Order) -> None:
+    length, _, body = wire.pack(order).partition(b"\n")
+
+    assert int(length) == len(body)
+    assert told(wire.unpack(body)) == told(order)
+
+
+@pytest.mark.parametrize("place", ["argv", "env", "cwd", "program", "cgroup_procs"])
+def test_an_order_with_a_nul_is_refused(place: str) -> None:
+    words: dict[str, object] = {"argv": [], "env": {}, "cwd": "", "program": "", "cgroup_procs": ""}
+    words[place] = {"argv": ["a\0b"], "env": {"A": "\0"}}.get(place, "\0")
+    order = wire.Order(deadline_ns=0, watermark=0, niceness=0, limits={}, **words)  # type: ignore[arg-type]
+
+    with pytest.raises(ValueError, match="null byte"):
+        wire.pack(order)
+
+
+@pytest.mark.parametrize(
+    ("line", "event"),
+    [
+        ("gated 1", Gated(watermarked=True)),
+        ("gated 0", Gated(watermarked=False)),
+        ("started 12 345", Started(12, 345)),
+        ("refused 2 /a b/tool", NotStarted("No such file or directory: /a b/tool")),
+        ("refused 0 limit 7", NotStarted("refused: limit 7")),
+        ("exited -9 10 20 3000", Exited(-9, 10, 20, 3000)),
+        ("ending lease_over", EndsItself("lease_over")),
+        ("empty", Empty()),
+    ],
+)
+def test_reads_what_the_shim_tells(line: str, event: object) -> None:
+    assert parse_event(line) == event
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["", "gated", "gated 1 2", "started 1", "started a b", "exited 0", "exited", "refused x y",
+     "ending", "empty now", "Traceback (most recent call last):", " empty"],
+)  # fmt: skip
+def test_refuses_what_no_shim_tells(line: str) -> None:
+    with pytest.raises(ValueError, match=r"not a line|invalid literal"):
+        parse_event(line)
+
+
+def test_events_arrive_however_the_pipe_cuts_them(start: Start) -> None:
+    process = start(["/bin/true"], release=False).process
+    data = b"exited 0 1 2 3\nempty\n"
+
+    pieces = [process.take(data[i : i + 1]) for i in range(len(data))]
+
+    assert [event for piece in pieces for event in piece] == [Exited(0, 1, 2, 3), Empty()]
+
+
+# -- watermarks --------------------------------------------------------------------------------
+
+
+@given(st.one_of(st.integers(0, 2**64 - 2), st.just(resource.RLIM_INFINITY)))
+def test_a_watermark_is_long_enough_and_within_the_limit(hard: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resource, "getrlimit", lambda _: (hard, hard))
+        bits = watermark_bits()
+
+    assert bits == 0 or LEAST_WATERMARK_BITS <= bits <= WATERMARK_BITS
+    assert hard == resource.RLIM_INFINITY or 2**bits - 1 <= hard
+    assert bits or 0 <= hard < 2**LEAST_WATERMARK_BITS
+
+
+def test_without_a_limit_a_watermark_has_all_its_bits() -> None:
+    hard = resource.getrlimit(procfs.RLIMIT_LOCKS)[1]
+    if hard != resource.RLIM_INFINITY:
+        pytest.skip("the tests run under a limit on file locks")
+
+    assert watermark_bits() == WATERMARK_BITS
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may set any watermark")
+def test_a_launch_that_cannot_set_its_watermark_says_so(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shim = tmp_path / "shim.py"
+    shim.write_text(
+        "import resource, runpy\n"
+        f"resource.setrlimit({procfs.RLIMIT_LOCKS}, (5, 5))\n"
+        f"runpy.run_path({launch.SHIM!r}, run_name='__main__')\n"
+    )
+    monkeypatch.setattr(launch, "SHIM", str(shim))
+
+    tree = start([*CODE, "input()"])
+
+    assert not tree.process.watermarked
+    assert alive(tree.shim)
+
+
+def test_a_launch_works_beside_more_than_a_thousand_descriptors(start: Start) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 4096:
+        pytest.skip("this user may not open so many files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (4096, hard))
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        tree = start(["/bin/cat"])
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    assert max(tree.process.gate, tree.process.report) > 1023
+    assert tree.process.agent is not None
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link", "folder"])
+def test_what_an_agent_put_in_the_place_of_a_book_is_not_read(tmp_path: Path, kind: str) -> None:
+    book = tmp_path / "book"
+    match kind:
+        case "pipe":
+            os.mkfifo(book)
+        case "link":
+            (tmp_path / "other").write_text(KILLED)
+            book.symlink_to(tmp_path / "other")
+        case _:
+            book.mkdir()
+
+    assert killed_by_shim(book) == frozenset()
+
+
+def test_no_more_than_the_start_of_a_book_is_read(tmp_path: Path) -> None:
+    book = tmp_path / "book"
+    book.write_text(KILLED)
+    os.truncate(book, 1 << 33)
+
+    assert killed_by_shim(book) == {(7, 9)}

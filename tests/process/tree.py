@@ -1,11 +1,17 @@
 """Grows a process tree of the shape that the arguments name; every process says its role and pid.
 
-Nothing of it lives longer than 60 s. Roles: child, session (setsid), daemon (double fork and
-setsid), thread (its first thread ends, another lives), zombie, stopped; scrubbed (a child with an
-empty environment), scrubbed-session, scrubbed-daemon. "stubborn" makes all that follow, and the
-leader, ignore SIGTERM. "hydra" makes the leader answer SIGTERM with a child that nothing but its
-descent ties to it; "scrubbed-hydra" is a child that does so, with an empty environment and in a
-session of its own.
+Nothing of it lives longer than 60 s. Roles:
+
+- child, session (setsid), daemon (double fork and setsid), thread (its first thread ends, another
+  lives), zombie, stopped, other-user (root alone can make it).
+- scrubbed (a child with an empty environment), scrubbed-session, scrubbed-daemon (double fork and
+  setsid); undumpable (a child that nobody may look into), escapee (a scrubbed daemon, undumpable).
+- renegade: double-forked into the leader's group, scrubbed, and it has lowered its limit on locks:
+  nothing but its shim's descent proves it.
+- storm: a child with 300 children. flicker: a daemon that forks and exits every 5 ms, for 20 s.
+- stubborn makes all that follow, and the leader, ignore SIGTERM. hydra makes the leader answer
+  SIGTERM with a child in a session of its own, without an environment; scrubbed-hydra is a
+  scrubbed child that does so; turncoat-hydra wipes off its watermark first.
 """
 
 from __future__ import annotations
@@ -19,15 +25,24 @@ import time
 from collections.abc import Callable
 
 LIFETIME_S = 60
+STORM = 300
+FLICKER_S, FLICK_S = 20, 0.005
+PR_SET_DUMPABLE = 4
+RLIMIT_LOCKS = 10
+
 SCRUBBED = (
     "import os, sys, time; os.write(1, f'{sys.argv[1]} {os.getpid()}\\n'.encode());"
     f" time.sleep({LIFETIME_S})"
 )
+UNDUMPABLE = f"import ctypes; ctypes.CDLL(None).prctl({PR_SET_DUMPABLE}, 0, 0, 0, 0); {SCRUBBED}"
+RENEGADE = f"import resource; resource.setrlimit({RLIMIT_LOCKS}, (5, 5)); {SCRUBBED}"
 
 HYDRA = f"""
-import os, signal, sys, time
+import os, resource, signal, sys, time
 def answer(*_):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.argv[1].startswith("turncoat"):
+        resource.setrlimit({RLIMIT_LOCKS}, (5, 5))
     if os.fork() == 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.setsid()
@@ -54,13 +69,13 @@ def rest(role: str) -> None:
         time.sleep(LIFETIME_S)
 
 
-def scrub(role: str) -> None:
+def become(code: str, role: str) -> None:
     """Become a program with an empty environment."""
-    command = [sys.executable, "-I", "-S", "-c", SCRUBBED, role]
+    command = [sys.executable, "-I", "-S", "-c", code, role]
     os.execve(command[0], command, {})  # noqa: S606 - no shell is the point
 
 
-def fork(then: Callable[[], None]) -> int:
+def fork(then: Callable[[], object]) -> int:
     """Run `then` in a child; return its pid."""
     pid = os.fork()
     if pid:
@@ -71,7 +86,7 @@ def fork(then: Callable[[], None]) -> int:
         os._exit(0)
 
 
-def fork_twice(then: Callable[[], None], *, setsid: bool) -> None:
+def fork_twice(then: Callable[[], object], *, setsid: bool) -> None:
     """Run `then` in a process that is nobody's child here."""
 
     def first() -> None:
@@ -82,7 +97,7 @@ def fork_twice(then: Callable[[], None], *, setsid: bool) -> None:
     os.waitpid(fork(first), 0)
 
 
-def in_session(then: Callable[[], None]) -> None:
+def in_session(then: Callable[[], object]) -> None:
     """Run `then` in a new session."""
     os.setsid()
     then()
@@ -127,10 +142,44 @@ def leave_stopped(role: str) -> None:
     announce(role, pid)
 
 
+def hide(role: str) -> None:
+    """Let nobody look into us."""
+    ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+    rest(role)
+
+
+def turn_into_nobody(role: str) -> None:
+    """Become another user."""
+    os.setgid(65534)
+    os.setuid(65534)
+    rest(role)
+
+
+def storm(role: str) -> None:
+    """Have many children, then say so."""
+
+    def sleep() -> None:
+        signal.alarm(LIFETIME_S)
+        time.sleep(LIFETIME_S)
+
+    for _ in range(STORM):
+        fork(sleep)
+    rest(role)
+
+
+def flicker() -> None:
+    """Live on in a new process every few milliseconds."""
+    until = time.monotonic() + FLICKER_S
+    while time.monotonic() < until:
+        time.sleep(FLICK_S)
+        if os.fork():
+            os._exit(0)
+
+
 def reborn() -> None:
     """Become a scrubbed program that obeys SIGTERM."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    scrub("late")
+    become(SCRUBBED, "late")
 
 
 def be_stubborn(role: str) -> None:
@@ -147,21 +196,22 @@ def be_a_hydra(role: str) -> None:
     signal.signal(signal.SIGTERM, answer)
 
 
-def scrub_hydra(role: str) -> None:
-    """Become a scrubbed program that answers its first SIGTERM with a child in a new session."""
-    command = [sys.executable, "-I", "-S", "-c", HYDRA, role]
-    os.execve(command[0], command, {})  # noqa: S606 - no shell is the point
-
-
 GROW: dict[str, Callable[[str], object]] = {
     "child": lambda role: fork(lambda: rest(role)),
     "session": lambda role: fork(lambda: in_session(lambda: rest(role))),
     "daemon": lambda role: fork_twice(lambda: rest(role), setsid=True),
-    "scrubbed": lambda role: fork(lambda: scrub(role)),
-    "scrubbed-session": lambda role: fork(lambda: in_session(lambda: scrub(role))),
-    "scrubbed-daemon": lambda role: fork_twice(lambda: scrub(role), setsid=False),
+    "scrubbed": lambda role: fork(lambda: become(SCRUBBED, role)),
+    "scrubbed-session": lambda role: fork(lambda: in_session(lambda: become(SCRUBBED, role))),
+    "scrubbed-daemon": lambda role: fork_twice(lambda: become(SCRUBBED, role), setsid=True),
+    "undumpable": lambda role: fork(lambda: hide(role)),
+    "escapee": lambda role: fork_twice(lambda: become(UNDUMPABLE, role), setsid=True),
+    "renegade": lambda role: fork_twice(lambda: become(RENEGADE, role), setsid=False),
+    "other-user": lambda role: fork(lambda: turn_into_nobody(role)),
     "thread": lambda role: fork(lambda: lose_first_thread(role)),
-    "scrubbed-hydra": lambda role: fork(lambda: in_session(lambda: scrub_hydra(role))),
+    "storm": lambda role: fork(lambda: storm(role)),
+    "flicker": lambda _: fork_twice(flicker, setsid=True),
+    "scrubbed-hydra": lambda role: fork(lambda: in_session(lambda: become(HYDRA, role))),
+    "turncoat-hydra": lambda role: fork(lambda: in_session(lambda: become(HYDRA, role))),
     "zombie": leave_zombie,
     "stopped": leave_stopped,
     "stubborn": be_stubborn,

@@ -12,10 +12,13 @@ from google.protobuf.struct_pb2 import NULL_VALUE, ListValue, Struct, Value
 from google.protobuf.timestamp_pb2 import Timestamp
 from hypothesis import given
 from hypothesis import strategies as st
-from runrecovery.v1 import recovery_pb2, run_pb2, run_service_pb2
+from runrecovery.v1 import recovery_pb2, recovery_service_pb2, run_pb2, run_service_pb2
 from runrecovery_service.domain import run as domain
 from runrecovery_service.domain.reconciliation import (
     BindingCounts,
+    Cause,
+    Containment,
+    ContainmentLevel,
     DecisionCount,
     OrphanCounts,
     Phase,
@@ -25,6 +28,7 @@ from runrecovery_service.domain.reconciliation import (
 from runrecovery_service.domain.run import RecoveryState, Run, RunStatus
 from runrecovery_service.rpc import mapping
 from runrecovery_service.rpc.gate import ServiceState
+from runrecovery_service.storage.processes import Unended
 
 AT = datetime(2026, 11, 24, 1, 2, 3, 456_789, tzinfo=UTC)
 BARE = Run(
@@ -76,6 +80,28 @@ DECISION = domain.RecoveryInfo(
     epoch=4,
     recovery_count=2,
     processes_ended=3,
+)
+
+BARE_REPORT = Reconciliation(
+    reconciliation_id="c1",
+    instance="here",
+    epoch=1,
+    cause=Cause.STARTUP,
+    state=ReconciliationState.RUNNING,
+    started_at=AT,
+    finished_at=None,
+    phases=(),
+    decisions=(),
+    orphans=OrphanCounts(),
+    bindings=BindingCounts(),
+    quarantined=0,
+    warnings=(),
+    runs_scanned=0,
+    runs_total=0,
+    runs_unchanged=0,
+    safe_mode=False,
+    containment=None,
+    error=None,
 )
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
@@ -223,6 +249,8 @@ def test_decision_on_an_unreadable_status_leaves_it_unspecified() -> None:
             recovery_pb2.ReconciliationState,
         ),
         (mapping.SERVICE_STATES, ServiceState, recovery_pb2.ServiceState),
+        (mapping.TRIGGERS, Cause, recovery_pb2.ReconciliationTrigger),
+        (mapping.CONTAINMENT_LEVELS, ContainmentLevel, recovery_pb2.ContainmentLevel),
     ],
 )
 def test_every_word_has_its_number_and_every_number_its_word(
@@ -259,6 +287,7 @@ def test_report_says_all_of_it() -> None:
         reconciliation_id="c1",
         instance="here",
         epoch=4,
+        cause=Cause.SHUTDOWN,
         state=ReconciliationState.FAILED,
         started_at=AT,
         finished_at=AT,
@@ -274,6 +303,7 @@ def test_report_says_all_of_it() -> None:
         runs_total=10,
         runs_unchanged=11,
         safe_mode=True,
+        containment=Containment(level=ContainmentLevel.COOKIE, detail="no watermark here"),
         error="StorageBusy",
     )
     to = recovery_pb2.Reconciliation()
@@ -284,34 +314,61 @@ def test_report_says_all_of_it() -> None:
     assert to.phases[0].duration.ToTimedelta() == timedelta(seconds=1.25)
     assert (to.orphans.found, to.orphans.refused, to.bindings.slots) == (1, 4, 7)
     assert (to.decisions[0].rule, to.decisions[0].count) == ("requeued", 6)
+    assert to.trigger == recovery_pb2.RECONCILIATION_TRIGGER_SHUTDOWN
+    assert (to.containment.level, to.containment.detail) == (
+        recovery_pb2.CONTAINMENT_LEVEL_COOKIE,
+        "no watermark here",
+    )
 
 
 def test_report_of_nothing_still_has_its_counts() -> None:
-    report = Reconciliation(
-        reconciliation_id="c1",
-        instance="here",
-        epoch=1,
-        state=ReconciliationState.RUNNING,
-        started_at=AT,
-        finished_at=None,
-        phases=(),
-        decisions=(),
-        orphans=OrphanCounts(),
-        bindings=BindingCounts(),
-        quarantined=0,
-        warnings=(),
-        runs_scanned=0,
-        runs_total=0,
-        runs_unchanged=0,
-        safe_mode=False,
-        error=None,
-    )
     to = recovery_pb2.Reconciliation()
-    mapping.put_reconciliation(to, report)
+    mapping.put_reconciliation(to, BARE_REPORT)
 
     assert to.HasField("orphans")
     assert to.HasField("bindings")
     assert not to.HasField("finished_at")
+    assert not to.HasField("containment")
+    assert to.trigger == recovery_pb2.RECONCILIATION_TRIGGER_STARTUP
+
+
+def test_status_names_the_probe_and_what_could_not_be_ended() -> None:
+    to = recovery_service_pb2.GetRecoveryStatusResponse(instance="here", epoch=4)
+    mapping.put_status(
+        to,
+        state=ServiceState.SERVING,
+        report=BARE_REPORT,
+        containment=Containment(level=ContainmentLevel.WATERMARK, detail="found"),
+        unended=[Unended(run_id="r", attempt=2, launched_at=AT)],
+    )
+
+    filled = {field.name for field, _ in to.ListFields()}
+    assert filled == {field.name for field in to.DESCRIPTOR.fields}
+    assert (to.containment.level, to.containment.detail) == (
+        recovery_pb2.CONTAINMENT_LEVEL_WATERMARK,
+        "found",
+    )
+    (left,) = to.unended_launches
+    assert (left.run_id, left.attempt, left.launched_at.ToDatetime(tzinfo=UTC)) == ("r", 2, AT)
+
+
+def test_status_of_a_start_that_knows_nothing_yet_says_nothing() -> None:
+    to = recovery_service_pb2.GetRecoveryStatusResponse()
+    mapping.put_status(to, state=ServiceState.RECOVERING, report=None, containment=None, unended=[])
+
+    assert [field.name for field, _ in to.ListFields()] == ["state"]
+
+
+@pytest.mark.parametrize("at", [None, AT + timedelta(minutes=20)])
+def test_an_open_question_says_how_long_it_waits(at: datetime | None) -> None:
+    waiting = replace(
+        BARE, status=RunStatus.WAITING_USER, pending=replace(QUESTION, wait_deadline_at=at)
+    )
+
+    told = message(waiting).pending_interaction
+
+    assert told.HasField("wait_deadline_at") is (at is not None)
+    assert at is None or told.wait_deadline_at.ToDatetime(tzinfo=UTC) == at
 
 
 # -- times -------------------------------------------------------------------------------------

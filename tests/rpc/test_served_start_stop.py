@@ -93,7 +93,7 @@ def recovering(home: Home) -> Iterator[ServiceProcess]:
     api.create("resumable", {"questions": [QUESTION]}, run_id="waits")
     api.until_status("waits", "WAITING_USER")
     until(lambda: b"worked" in b"".join(p.data for p in api.output(run.run_id)), "it is at work")
-    service.kill()
+    home.kill_with_shims(service)
     assert len(home.agents()) == 1
     service = home.listen()
     service.until_event("recovery.started")

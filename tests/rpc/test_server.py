@@ -26,6 +26,7 @@ from runrecovery_service.rpc.recovery_service import RecoveryRooms
 from runrecovery_service.rpc.run_service import PIECE_BYTES, RunLimits, RunRooms
 from runrecovery_service.rpc.server import ListenFailed, ServerLimits, build_server
 from runrecovery_service.storage.instances import Owner
+from runrecovery_service.storage.processes import Unended
 
 AT = datetime(2026, 11, 24, tzinfo=UTC)
 OWNER = Owner("here", 3)
@@ -69,6 +70,7 @@ class FakeStorage:
     """Knows one run. A write waits for `commit` and gives the run back."""
 
     run: Run = field(default_factory=run)
+    unended: list[Unended] = field(default_factory=list)
     writes: list[tuple[Any, ...]] = field(default_factory=list)
     began: asyncio.Event = field(default_factory=asyncio.Event)
     commit: asyncio.Event = field(default_factory=asyncio.Event)
@@ -79,6 +81,9 @@ class FakeStorage:
         self.looks += 1
         self.looked.set()
         return self.run
+
+    async def read(self, *_: Any, **__: Any) -> list[Unended]:
+        return self.unended
 
     async def write(self, *arguments: Any, **keywords: Any) -> Run:
         self.writes.append((*arguments, keywords))
@@ -137,7 +142,12 @@ def rooms(house: tuple[FakeStorage, FakeDispatcher, OutputFiles]) -> tuple[RunRo
             limits=RunLimits(max_queued=7, max_attempts=2),
             now=lambda: AT,
         ),
-        RecoveryRooms(storage=cast("Any", storage), owner=OWNER, current_report=lambda: None),
+        RecoveryRooms(
+            storage=cast("Any", storage),
+            owner=OWNER,
+            current_report=lambda: None,
+            containment=lambda: None,
+        ),
     )
 
 
@@ -215,6 +225,14 @@ async def test_status_tells_the_state_and_who_answers(house: House) -> None:
         instance="here",
         epoch=3,
     )
+
+
+async def test_status_names_what_could_not_be_ended(house: House) -> None:
+    house.storage.unended = [Unended(run_id="r", attempt=2, launched_at=AT)]
+
+    answer = await house.recovery.GetRecoveryStatus(recovery_pb.GetRecoveryStatusRequest())
+
+    assert [(left.run_id, left.attempt) for left in answer.unended_launches] == [("r", 2)]
 
 
 async def test_largest_refusal_arrives_whole(house: House) -> None:

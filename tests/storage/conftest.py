@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 import pytest
+from runrecovery_service.domain.reconciliation import Cause
 from runrecovery_service.domain.run import (
     InteractionKind,
     NewRun,
@@ -31,17 +32,20 @@ from runrecovery_service.storage.turns import Turn
 
 T = TypeVar("T")
 
-PLACE = Place(host_id="host", boot_id="boot", pid_namespace=1)
+PLACE = Place(host_id="host", boot_id="boot", pid_namespace=1, watermark_bits=62)
 GONE = Ended(exit_code=0, processes_ended=0, gone=True)
 QUESTION = Question(
     kind=InteractionKind.CONFIRM,
     prompt="Shall I go on?",
     options=(Option(label="Yes", value=True), Option(label="No", value={"why": None})),
 )
+WAIT_S = 1200.0
 TABLES = (
     "run", "interaction", "recovery_event", "reconciliation", "quarantine", "instance",
     "process_lease", "request_receipt",
 )  # fmt: skip
+
+DECIDED = ("run", "interaction", "recovery_event", "quarantine")
 
 
 def boot(instance: str = "default", **changes: Any) -> Boot:
@@ -103,10 +107,12 @@ class World:
             now=self.tick(),
         )
 
-    def take(self, *, busy: tuple[str, ...] = (), owner: Owner | None = None) -> Turn | None:
+    def take(
+        self, *, busy: tuple[str, ...] = (), owner: Owner | None = None, place: Place = PLACE
+    ) -> Turn | None:
         """Take the next run from the queue."""
         return turns.take_next(
-            self.db, owner=owner or self.owner, busy_engines=busy, place=PLACE, now=self.tick()
+            self.db, owner=owner or self.owner, busy_engines=busy, place=place, now=self.tick()
         )
 
     def running(self, **changes: Any) -> Turn:
@@ -117,7 +123,7 @@ class World:
         assert turn.run.key == run.key
         return turn
 
-    def end(self, turn: Turn, how: TurnEnd) -> Run:
+    def end(self, turn: Turn, how: TurnEnd, *, ended: Ended = GONE) -> Run:
         """End a turn."""
         return turns.end(
             self.db,
@@ -125,7 +131,7 @@ class World:
             owner=self.owner,
             lease_key=turn.lease.key,
             end=how,
-            ended=GONE,
+            ended=ended,
             now=self.tick(),
         )
 
@@ -136,18 +142,23 @@ class World:
             self.db, turn.run.key, owner=self.owner, session=session, now=self.tick()
         )
 
+    def ask_and_stay(self, turn: Turn) -> Run:
+        """Let a sticky process ask its first question."""
+        return turns.ask_and_stay(
+            self.db,
+            turn.run.key,
+            owner=self.owner,
+            number=1,
+            question=QUESTION,
+            deadline=self.now + timedelta(seconds=WAIT_S),
+            now=self.tick(),
+        )
+
     def waiting(self, **changes: Any) -> Run:
         """A run that waits for its user: without a process, or a sticky one with it."""
         turn = self.running(**changes)
         if turn.run.profile is Profile.STICKY_PROCESS:
-            return turns.ask_and_stay(
-                self.db,
-                turn.run.key,
-                owner=self.owner,
-                number=1,
-                question=QUESTION,
-                now=self.tick(),
-            )
+            return self.ask_and_stay(turn)
         self.keep_session(turn)
         return self.end(turn, Asked(QUESTION))
 
@@ -176,21 +187,37 @@ class World:
         """Take the next epoch over another view of the store."""
         self.owner = instances.claim(db, boot(self.owner.instance), now=self.tick())
 
-    def begin(self) -> Scope:
+    def begin(self, cause: Cause = Cause.STARTUP) -> Scope:
         """Open a report, and say what its recovery may touch."""
         key = recovery.begin(
             self.db,
             self.owner,
             reconciliation_id=f"report-{next(iter(self.count))}",
+            cause=cause,
             safe_mode=False,
             now=self.tick(),
         )
-        return Scope(owner=self.owner, reconciliation_key=key, now=self.tick())
+        return self.scope(key, cause)
 
-    def converge(self, *, rows: int = 1000, report: converge.Report | None = None) -> Tally:
+    def scope(self, reconciliation_key: int = 0, cause: Cause = Cause.STARTUP) -> Scope:
+        """Say what a recovery may touch: earlier epochs, and at a planned stop its own."""
+        return Scope(
+            owner=self.owner,
+            before=self.owner.epoch + (cause is Cause.SHUTDOWN),
+            reconciliation_key=reconciliation_key,
+            now=self.tick(),
+        )
+
+    def converge(
+        self,
+        *,
+        rows: int = 1000,
+        report: converge.Report | None = None,
+        cause: Cause = Cause.STARTUP,
+    ) -> Tally:
         """Converge everything, in batches."""
-        scope, tally, after = self.begin(), Tally(), 0
-        while batch := converge.next_batch(self.db, self.owner, after=after, rows=rows):
+        scope, tally, after = self.begin(cause), Tally(), 0
+        while batch := converge.next_batch(self.db, scope, after=after, rows=rows):
             tally += converge.converge(
                 self.db, scope, batch, report=report or (lambda db, tally: None)
             )
@@ -259,6 +286,61 @@ class World:
 
         with ThreadPoolExecutor(threads) as pool:
             return list(pool.map(guarded, uses))
+
+
+# -- what a killed service leaves ----------------------------------------------------------------
+
+
+def one_of_each(world: World) -> list[Run]:
+    """Runs of many kinds, as a killed service leaves them."""
+    made = [
+        world.waiting(),
+        world.waiting(),
+        world.waiting(profile=Profile.STICKY_PROCESS),
+        world.waiting(),
+        world.waiting(),
+        world.cancel(world.waiting()),
+        world.running().run,
+        world.running().run,
+        world.running(restart_policy=RestartPolicy.REQUEUE, max_attempts=2).run,
+        world.create(),
+        world.create(),
+    ]
+    world.reply(made[0])
+    world.set(made[3], session_value=None)
+    world.set_question(made[4], state="DELIVERED")
+    world.cancel(made[6])
+    return made
+
+
+REASONS = [
+    "accepted_reply_redriven", "resumable_waiting_preserved", "sticky_process_lost",
+    "session_handle_lost", "pending_interaction_lost", None, "cancel_completed",
+    "running_interrupted", "requeued", "queued_interrupted", "queued_interrupted",
+]  # fmt: skip
+
+
+def reasons(world: World, made: Sequence[Run]) -> list[str | None]:
+    recovered = [world.get(run).recovery for run in made]
+    return [info.recovery_reason if info else None for info in recovered]
+
+
+class PowerCut(Exception):
+    """The service dies here."""
+
+
+class CutDatabase(Database):
+    """A database whose user dies at its n-th statement; nothing that was not committed stays."""
+
+    def __init__(self, db: Database, at: int) -> None:
+        super().__init__(db.peewee, db.dialect, db.place)
+        self.left = at
+
+    def execute(self, sql: str, params: Sequence[object] = ()) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise PowerCut
+        return super().execute(sql, params)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from runrecovery_service.domain.errors import Fenced
-from runrecovery_service.domain.run import Profile, RecoveryState, RestartPolicy, Run, RunStatus
+from runrecovery_service.domain.run import RecoveryState, RestartPolicy, Run, RunStatus
 from runrecovery_service.domain.turn import Succeeded
 from runrecovery_service.storage import converge, instances, recovery, runs
 from runrecovery_service.storage.adapter import Storage
@@ -20,43 +20,16 @@ from runrecovery_service.storage.converge import Batch, Tally
 from runrecovery_service.storage.database import Database, Kind, open_database
 from runrecovery_service.storage.rows import EPOCH
 
-from .conftest import World, boot
-
-DECIDED = ("run", "interaction", "recovery_event", "quarantine")
-
-
-def one_of_each(world: World) -> list[Run]:
-    """Runs of many kinds, as a killed service leaves them."""
-    made = [
-        world.waiting(),
-        world.waiting(),
-        world.waiting(profile=Profile.STICKY_PROCESS),
-        world.waiting(),
-        world.waiting(),
-        world.cancel(world.waiting()),
-        world.running().run,
-        world.running().run,
-        world.running(restart_policy=RestartPolicy.REQUEUE, max_attempts=2).run,
-        world.create(),
-        world.create(),
-    ]
-    world.reply(made[0])
-    world.set(made[3], session_value=None)
-    world.set_question(made[4], state="DELIVERED")
-    world.cancel(made[6])
-    return made
-
-
-REASONS = [
-    "accepted_reply_redriven", "resumable_waiting_preserved", "sticky_process_lost",
-    "session_handle_lost", "pending_interaction_lost", None, "cancel_completed",
-    "running_interrupted", "requeued", "queued_interrupted", "queued_interrupted",
-]  # fmt: skip
-
-
-def reasons(world: World, made: Sequence[Run]) -> list[str | None]:
-    recovered = [world.get(run).recovery for run in made]
-    return [info.recovery_reason if info else None for info in recovered]
+from .conftest import (
+    DECIDED,
+    REASONS,
+    CutDatabase,
+    PowerCut,
+    World,
+    boot,
+    one_of_each,
+    reasons,
+)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 1000])
@@ -178,7 +151,7 @@ def test_processes_that_were_ended_are_counted_in_the_history(world: World) -> N
             "UPDATE process_lease SET state = 'CLOSED', ended_by = ?, processes_ended = 3",
             (scope.reconciliation_key,),
         )
-    batch = converge.next_batch(world.db, world.owner, after=0, rows=10)
+    batch = converge.next_batch(world.db, scope, after=0, rows=10)
     assert batch is not None
 
     converge.converge(world.db, scope, batch, report=lambda db, tally: None)
@@ -202,7 +175,7 @@ def test_runs_of_others_of_this_epoch_and_ended_ones_are_untouched(world: World)
     tally = world.converge()
 
     assert (before, Tally()) == (world.dump(*DECIDED), tally)
-    assert converge.total(world.db, world.owner) == 0
+    assert converge.total(world.db, world.scope()) == 0
 
 
 def test_one_batch_does_not_reach_beyond_its_keys(world: World) -> None:
@@ -215,7 +188,7 @@ def test_one_batch_does_not_reach_beyond_its_keys(world: World) -> None:
     )
 
     assert [r and "x" for r in reasons(world, made)] == [None, "x", "x", "x", None]
-    assert converge.total(world.db, world.owner) == 2
+    assert converge.total(world.db, world.scope()) == 2
 
 
 # -- damage ------------------------------------------------------------------------------------
@@ -348,24 +321,6 @@ def test_every_place_of_a_refused_row_is_isolated(world: World, at: int) -> None
 
 
 # -- interruptions -----------------------------------------------------------------------------
-
-
-class PowerCut(Exception):
-    """The service dies here."""
-
-
-class CutDatabase(Database):
-    """A database whose user dies at its n-th statement; nothing that was not committed stays."""
-
-    def __init__(self, db: Database, at: int) -> None:
-        super().__init__(db.peewee, db.dialect, db.place)
-        self.left = at
-
-    def execute(self, sql: str, params: Sequence[object] = ()) -> Any:
-        self.left -= 1
-        if self.left < 0:
-            raise PowerCut
-        return super().execute(sql, params)
 
 
 STABLE = {"recovered_at", "ended_at", "updated_at", "reconciliation", "owner_epoch", "facts"}
@@ -507,12 +462,11 @@ def test_what_ended_runs_hold_behind_our_back_is_cleared(world: World) -> None:
 def test_sessions_to_check_are_paged_by_engine_and_verdicts_hold(world: World) -> None:
     made = [world.waiting(engine=engine) for engine in ("a", "b", "a", "a")]
     world.restart()
+    scope = world.scope()
 
-    first = converge.sessions_to_check(world.db, world.owner, engine="a", after=0, limit=2)
-    rest = converge.sessions_to_check(
-        world.db, world.owner, engine="a", after=first[-1].run_key, limit=2
-    )
-    converge.record_verdicts(world.db, world.owner, {made[0].key: "INVALID", made[2].key: "VALID"})
+    first = converge.sessions_to_check(world.db, scope, engine="a", after=0, limit=2)
+    rest = converge.sessions_to_check(world.db, scope, engine="a", after=first[-1].run_key, limit=2)
+    converge.record_verdicts(world.db, scope, {made[0].key: "INVALID", made[2].key: "VALID"})
     world.converge()
 
     assert [made[0].key, made[2].key, made[3].key] == [s.run_key for s in (*first, *rest)]
@@ -524,7 +478,7 @@ def test_decisions_are_told_to_the_log_up_to_a_limit(world: World) -> None:
     made = one_of_each(world)
     world.restart()
     scope = world.begin()
-    batch = converge.next_batch(world.db, world.owner, after=0, rows=1000)
+    batch = converge.next_batch(world.db, scope, after=0, rows=1000)
     assert batch is not None
     converge.converge(world.db, scope, batch, report=lambda db, tally: None)
 
@@ -573,10 +527,11 @@ async def test_text_that_is_no_utf8_stops_neither_recovery_nor_lists(world: Worl
         "UPDATE run SET session_value = CAST(x'ff41ff' AS TEXT) WHERE id = ?", (damaged.key,)
     )
     world.restart()
+    scope = world.scope()
     storage = Storage(world.db)
 
     sessions = await storage.alone(
-        lambda db: converge.sessions_to_check(db, world.owner, engine="demo", after=0, limit=10)
+        lambda db: converge.sessions_to_check(db, scope, engine="demo", after=0, limit=10)
     )
     await storage.alone(lambda _: world.converge())
     one = await storage.point(runs.get, damaged.run_id)

@@ -4,27 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import timedelta
 from functools import partial
 
 import pytest
-from runrecovery_service.domain.errors import Fenced, RunQuarantined, StorageBusy
+from runrecovery_service.domain.errors import (
+    Fenced,
+    RunNotWaiting,
+    RunQuarantined,
+    StorageBusy,
+)
 from runrecovery_service.domain.run import (
     InteractionState,
     Profile,
     RestartPolicy,
+    Run,
     RunError,
     RunStatus,
     Session,
 )
-from runrecovery_service.domain.turn import Asked, Failed, Succeeded, TurnEnd
+from runrecovery_service.domain.turn import Asked, Failed, Interrupted, Succeeded, TurnEnd
 from runrecovery_service.storage import interactions, processes, turns
 from runrecovery_service.storage.processes import Ended
 from runrecovery_service.storage.turns import Turn
 
-from .conftest import GONE, PLACE, QUESTION, World
+from .conftest import GONE, QUESTION, WAIT_S, World
 
 FAILED = Failed(RunError(code="ENGINE_FAILED", message="broke"))
-ENDS: list[TurnEnd] = [Asked(QUESTION), Succeeded({"x": 1}), FAILED]
+ENDS: list[TurnEnd] = [
+    Asked(QUESTION), Succeeded({"x": 1}), FAILED, Interrupted("The service stood still."),
+]  # fmt: skip
 
 
 def test_runs_are_taken_in_the_order_of_their_coming(world: World) -> None:
@@ -63,8 +72,9 @@ def test_taking_records_the_launch_before_it_happens(world: World) -> None:
     assert [(turn.lease.key, "INTENT", 1, 1, None)] == world.rows(
         "SELECT id, state, attempt, turn, pid FROM process_lease"
     )
-    assert (turn.run.key, PLACE, 32) == (
-        turn.lease.run_key, turn.lease.place, len(turn.lease.cookie)
+    assert (turn.run.key, "host", "boot", 1, 32) == (
+        turn.lease.run_key, turn.lease.host_id, turn.lease.boot_id, turn.lease.pid_namespace,
+        len(turn.lease.cookie),
     )  # fmt: skip
 
 
@@ -185,29 +195,6 @@ def test_an_undelivered_answer_is_closed_with_its_run(world: World) -> None:
     assert world.rows("SELECT state FROM interaction") == [("CLOSED",)]
 
 
-def test_a_tree_that_could_not_be_ended_keeps_its_lease(world: World) -> None:
-    turn = world.running()
-    processes.launched(world.db, turn.lease.key, pid=4242, start_ticks=99)
-    left = Ended(exit_code=None, processes_ended=2, gone=False)
-
-    processes.close(world.db, turn.lease.key, left, now=world.now)
-    world.restart()
-
-    (lease,) = processes.open_of_earlier_epochs(world.db, world.owner)
-    assert (turn.lease.key, 4242, 99) == (lease.key, lease.pid, lease.start_ticks)
-    processes.close(world.db, lease.key, GONE, now=world.now, reconciliation_key=5)
-    assert processes.open_of_earlier_epochs(world.db, world.owner) == []
-    assert world.rows("SELECT state, processes_ended, ended_by FROM process_lease") == [
-        ("CLOSED", 2, 5)
-    ]
-
-
-def test_leases_of_this_epoch_and_of_other_instances_are_not_orphans(world: World) -> None:
-    world.running()
-
-    assert processes.open_of_earlier_epochs(world.db, world.owner) == []
-
-
 def test_an_older_epoch_is_refused_everywhere(world: World) -> None:
     turn, waiting = world.running(), world.waiting(profile=Profile.STICKY_PROCESS)
     old, world.owner = world.owner, world.restart()
@@ -220,8 +207,10 @@ def test_an_older_epoch_is_refused_everywhere(world: World) -> None:
         partial(turns.keep_session, world.db, key, owner=old, session=session, now=now),
         partial(turns.delivered, world.db, key, owner=old),
         partial(
-            turns.ask_and_stay, world.db, key, owner=old, number=1, question=QUESTION, now=now
+            turns.ask_and_stay, world.db, key, owner=old, number=1, question=QUESTION,
+            deadline=now, now=now,
         ),
+        partial(turns.stop_waiting, world.db, waiting.key, owner=old),
         *(
             partial(
                 turns.end, world.db, key, owner=old, lease_key=turn.lease.key, end=end,
@@ -263,7 +252,13 @@ def test_a_question_that_is_written_again_is_asked_once(world: World) -> None:
     run = world.waiting(profile=Profile.STICKY_PROCESS)
 
     again = turns.ask_and_stay(
-        world.db, run.key, owner=world.owner, number=1, question=QUESTION, now=world.tick()
+        world.db,
+        run.key,
+        owner=world.owner,
+        number=1,
+        question=QUESTION,
+        deadline=world.now,
+        now=world.tick(),
     )
 
     assert again == run
@@ -279,9 +274,65 @@ def test_a_run_whose_process_could_not_be_ended_is_not_started(world: World) -> 
     assert world.take() is None
 
 
-def test_a_lease_that_was_closed_meanwhile_cannot_be_launched(world: World) -> None:
-    turn = world.running()
-    processes.close(world.db, turn.lease.key, GONE, now=world.tick())
+# -- the end of a wait -------------------------------------------------------------------------
 
-    with pytest.raises(Fenced):
-        processes.launched(world.db, turn.lease.key, pid=1, start_ticks=1)
+
+def stop_waiting(world: World, run: Run) -> bool:
+    return turns.stop_waiting(world.db, run.key, owner=world.owner)
+
+
+def test_a_sticky_question_says_how_long_it_waits(world: World) -> None:
+    run = world.waiting(profile=Profile.STICKY_PROCESS)
+
+    asked = interactions.find(world.db, run.key, 1)
+    assert run.pending is not None
+    assert run.pending.wait_deadline_at == world.now - timedelta(seconds=1 - WAIT_S)
+    assert asked == run.pending
+
+
+def test_a_resumable_run_waits_without_end(world: World) -> None:
+    run = world.waiting()
+
+    assert run.pending is not None
+    assert run.pending.wait_deadline_at is None
+
+
+def test_a_wait_that_was_stopped_takes_no_reply(world: World) -> None:
+    run = world.waiting(profile=Profile.STICKY_PROCESS)
+
+    stopped = [stop_waiting(world, run), stop_waiting(world, run)]  # an answer was lost
+
+    assert stopped == [True, True]
+    with pytest.raises(RunNotWaiting):
+        world.reply(run)
+    assert world.get(run).status is RunStatus.WAITING_USER
+    assert world.rows("SELECT state FROM interaction") == [("CLOSED",)]
+
+
+def test_a_reply_that_came_before_the_stop_stands(world: World) -> None:
+    run = world.waiting(profile=Profile.STICKY_PROCESS)
+    world.reply(run, "just in time")
+
+    assert not stop_waiting(world, run)
+    assert world.get(run).status is RunStatus.RUNNING
+    assert world.rows("SELECT state, response FROM interaction") == [("ANSWERED", '"just in time"')]
+
+
+def test_a_cancel_that_came_before_the_stop_stands(world: World) -> None:
+    run = world.waiting(profile=Profile.STICKY_PROCESS)
+    world.cancel(run)
+    before = world.dump()
+
+    assert not stop_waiting(world, run)
+    assert world.dump() == before
+
+
+def test_a_restart_after_the_stop_of_a_wait_finds_the_process_lost(world: World) -> None:
+    run = world.waiting(profile=Profile.STICKY_PROCESS)
+    stop_waiting(world, run)
+
+    world.recover()
+
+    ended = world.get(run)
+    assert ended.error is not None
+    assert ended.error.code == "INTERACTION_PROCESS_LOST"

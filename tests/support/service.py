@@ -30,6 +30,8 @@ from runrecovery.v1 import recovery_service_pb2 as recovery_pb
 from runrecovery.v1 import recovery_service_pb2_grpc, run_pb2, run_service_pb2_grpc
 from runrecovery.v1 import run_service_pb2 as pb
 
+from support.processes import Seen, is_alive, is_stopped, strike
+
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
 AGENTS: Final = REPOSITORY / "tests" / "agents"
 PATIENCE_S: Final = 30.0
@@ -47,6 +49,11 @@ ENDED: Final = (
     run_pb2.RUN_STATUS_SUCCEEDED,
     run_pb2.RUN_STATUS_FAILED,
     run_pb2.RUN_STATUS_CANCELED,
+)
+
+SHIMS: Final = (
+    "SELECT l.pid, l.start_ticks FROM process_lease l JOIN run r ON r.id = l.run"
+    " WHERE l.pid IS NOT NULL"
 )
 
 T = TypeVar("T")
@@ -432,8 +439,15 @@ class Home:
         *,
         engines: Mapping[str, EngineSpec] = GOOD_ENGINES,
         env: Mapping[str, str] | None = None,
+        prefix: Sequence[str] = (),
         **settings: object,
     ) -> None:
+        """Make the configuration.
+
+        Args:
+            prefix: words before the command of each service, of a program that becomes it.
+        """
+        self.prefix = tuple(prefix)
         self.path = path.resolve()
         self.data = self.path / "data"
         self.env = dict(env or {})
@@ -464,8 +478,9 @@ class Home:
         words = ["--config", str(self.config), "--data-dir", str(self.data)]
         fixed = ["--listen", "127.0.0.1:0", "--log-format", "json"]
         with log.open("wb") as output:
+            command = [sys.executable, "-m", "runrecovery_service", "serve"]
             popen = subprocess.Popen(
-                [sys.executable, "-m", "runrecovery_service", "serve", *words, *fixed, *arguments],
+                [*self.prefix, *command, *words, *fixed, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -514,6 +529,38 @@ class Home:
             pid for pid in self.agents() if environment_of(pid).get("RUNRECOVERY_RUN_ID") == run_id
         ]
 
+    def watermark_of(self, run_id: str) -> int:
+        """Return the watermark of a run's latest launch."""
+        ((watermark,),) = self.rows(
+            "SELECT l.watermark FROM process_lease l JOIN run r ON r.id = l.run"
+            " WHERE r.run_id = ? ORDER BY l.id DESC LIMIT 1",
+            run_id,
+        )
+        return int(watermark)
+
+    def shims(self) -> list[Seen]:
+        """Return the shims that are on record and alive."""
+        return self._shims(self.rows(SHIMS) if self.database.exists() else [])
+
+    def shims_of(self, run_id: str) -> list[Seen]:
+        """Return the shims of one run that are on record and alive."""
+        return self._shims(self.rows(f"{SHIMS} AND r.run_id = ?", run_id))
+
+    @staticmethod
+    def _shims(rows: list[tuple[int, int]]) -> list[Seen]:
+        return [shim for shim in (Seen(*row) for row in rows) if is_alive(shim)]
+
+    def kill_with_shims(self, service: ServiceProcess) -> None:
+        """End a service and the guards of its trees at once: the trees stay, as orphans."""
+        shims = self.shims()
+        for shim in shims:
+            strike(shim, signal.SIGSTOP)
+        until(lambda: all(map(is_stopped, shims)), "the shims stand still")
+        service.kill()
+        for shim in shims:
+            strike(shim, signal.SIGKILL)
+        until(lambda: not self.shims(), "the shims are gone")
+
     @contextmanager
     def store(self, *, writable: bool = False) -> Iterator[sqlite3.Connection]:
         """Open the SQLite file beside the service; to read only, unless told otherwise."""
@@ -540,6 +587,10 @@ class Home:
                 service.popen.kill()
             service.popen.wait()
             service.close()
+        with suppress(sqlite3.DatabaseError):  # what a test put in its place
+            for shim in self.shims():  # one that was stopped would stay
+                with suppress(AssertionError, ProcessLookupError):
+                    strike(shim, signal.SIGKILL)
         left: list[int] = []
         while ended := kill_below(self.path):
             left += ended

@@ -14,6 +14,7 @@ from runrecovery_service import config
 from runrecovery_service.config import (
     CgroupLimits,
     ConfigError,
+    ContainmentPolicy,
     EngineSettings,
     LogFormat,
     LogLevel,
@@ -105,7 +106,11 @@ def test_a_flag_wins_over_the_environment_over_the_file_over_the_default(
 
 
 def test_an_engine_is_read_with_all_its_keys(load: Load) -> None:
-    more = 'env_allow = ["API_KEY"]\nmax_concurrent = 4\nsession_file = "{workspace}/{value}.json"'
+    more = (
+        'env_allow = ["API_KEY"]\nmax_concurrent = 4\nsession_file = "{workspace}/{value}.json"\n'
+        'session_timeout_s = 90\nnice = 5\nmax_memory = "512M"\nmax_open_files = 64\n'
+        "max_processes = 200"
+    )
 
     loaded = load(ENGINE + more)
 
@@ -116,6 +121,11 @@ def test_an_engine_is_read_with_all_its_keys(load: Load) -> None:
             env_allow=("API_KEY",),
             max_concurrent=4,
             session_file="{workspace}/{value}.json",
+            session_timeout_s=90.0,
+            nice=5,
+            max_memory=512 * 1024**2,
+            max_open_files=64,
+            max_processes=200,
         )
     } == loaded.engines
 
@@ -125,6 +135,60 @@ def test_an_engine_gets_a_usable_environment_unless_told_otherwise(load: Load) -
 
     assert engine.env_allow == ("PATH", "HOME", "LANG", "LC_ALL", "TZ")
     assert (engine.max_concurrent, engine.session_file) == (None, None)
+    assert (engine.session_timeout_s, engine.nice) == (1200.0, 0)
+    assert (engine.max_memory, engine.max_open_files, engine.max_processes) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("1048576", 2**20),
+        ('"1048576"', 2**20),
+        ('"1048576B"', 2**20),
+        ('"1024K"', 2**20),
+        ('"512M"', 512 * 2**20),
+        ('"512 MiB"', 512 * 2**20),
+        ('"2g"', 2 * 2**30),
+        ('"2GB"', 2 * 2**30),
+        ('"1T"', 2**40),
+    ],
+)
+def test_a_size_may_be_written_as_bytes_or_with_its_unit(load: Load, text: str, size: int) -> None:
+    assert load(f"{ENGINE}max_memory = {text}").engines["reviewer"].max_memory == size
+
+
+@pytest.mark.parametrize("text", ['"1.5G"', '"-1"', '"512X"', '"M"', '""', '"0x10"', '"1 2M"'])
+def test_a_size_that_cannot_be_read_is_refused_with_an_example(load: Load, text: str) -> None:
+    (problem,) = problems(load, f"{ENGINE}max_memory = {text}")
+
+    assert "engines.reviewer.max_memory: must be bytes" in problem
+    assert '"512M"' in problem
+
+
+@pytest.mark.parametrize("text", ["0", '"1K"', "true", "1.5", '"1048575"', '"2000T"', "[]"])
+def test_a_size_that_no_process_could_use_is_refused(load: Load, text: str) -> None:
+    (problem,) = problems(load, f"{ENGINE}max_memory = {text}")
+
+    assert "engines.reviewer.max_memory: must be" in problem
+
+
+@pytest.mark.parametrize("word", list(ContainmentPolicy))
+@pytest.mark.parametrize("source", ["file", "environment", "flag"])
+def test_the_policy_of_containment_is_a_word(
+    load: Load, word: ContainmentPolicy, source: str
+) -> None:
+    loaded = {
+        "file": lambda: load(f'containment = "{word}"'),
+        "environment": lambda: load(environ={"RUNRECOVERY_CONTAINMENT": word.value}),
+        "flag": lambda: load(flags={"containment": word.value}),
+    }[source]()
+
+    assert loaded.containment is word
+
+
+@pytest.mark.parametrize("text", ["3", "3.0", "15", "3600"])
+def test_a_lease_may_last_from_seconds_to_an_hour(load: Load, text: str) -> None:
+    assert load(f"lease_ttl_s = {text}").lease_ttl_s == float(text)
 
 
 @pytest.mark.parametrize(
@@ -174,6 +238,19 @@ def test_an_engine_gets_a_usable_environment_unless_told_otherwise(load: Load) -
         ("listen = '127.0.0.1:65536'", "listen", "the port must be from 0"),
         ("listen = '127.0.0.1:http'", "listen", "the port must be from 0"),
         ("listen = 'unix:'", "listen", "needs a path"),
+        ("lease_ttl_s = 2.9", "lease_ttl_s", "must be from 3 to 3600 seconds, not 2.9"),
+        ("lease_ttl_s = 3601", "lease_ttl_s", "must be from 3 to 3600 seconds, not 3601"),
+        ("lease_ttl_s = '15s'", "lease_ttl_s", "must be a number of seconds"),
+        ("containment = 'STRICT'", "containment", 'must be "best_effort" or "strict", not'),
+        ("containment = true", "containment", 'must be "best_effort" or "strict", not true'),
+        ("cgroup_parent = 'ours'", "cgroup_parent", "must be empty or an absolute path"),
+        ("engines.x.nice = -1", "engines.x.nice", "must be from 0 to 19, not -1"),
+        ("engines.x.nice = 20", "engines.x.nice", "must be from 0 to 19, not 20"),
+        ("engines.x.max_memory = '512Q'", "engines.x.max_memory", 'like "512M" or "2G"'),
+        ("engines.x.max_memory = 1000", "engines.x.max_memory", "must be from 1048576 to"),
+        ("engines.x.max_open_files = 7", "engines.x.max_open_files", "must be from 8 to"),
+        ("engines.x.max_processes = 0", "engines.x.max_processes", "must be from 1 to"),
+        ("engines.x.session_timeout_s = 0", "engines.x.session_timeout_s", "from 0.1 to"),
         ("orphan_grace_s = 11", "orphan_grace_s", "must not be less than orphan_grace_s"),
     ],
 )

@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SERVICE = Path(__file__).parents[2] / "service" / "runrecovery_service"
-SENDERS = {"kill", "killpg", "send_signal", "pidfd_send_signal", "terminate", "raise_signal"}
+SENDERS = {
+    "kill", "killpg", "tgkill", "send_signal", "pidfd_send_signal", "terminate", "raise_signal",
+    "pthread_kill", "sigqueue",
+}  # fmt: skip
 SENDS_SIGNALS = {
-    "process/sweep.py",  # the one way in which the service ends processes
+    "process/signals.py",  # the one function through which service and shim end processes
     "cli/demo.py",  # ends the service that it has started itself
 }
 
@@ -18,6 +21,12 @@ def calls(tree: ast.AST) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             yield node.func.attr
+
+
+def names_called(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            yield node.func.id
 
 
 def sources() -> Iterator[tuple[str, ast.AST]]:
@@ -31,15 +40,28 @@ def test_signals_are_sent_in_one_place_only() -> None:
     assert senders == SENDS_SIGNALS
 
 
-def test_the_sweep_sends_signals_in_one_function_only() -> None:
-    tree = ast.parse((SERVICE / "process" / "sweep.py").read_text("utf-8"))
-    senders = [
-        node.name
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef) and SENDERS & set(calls(node))
-    ]
+def test_one_function_sends_signals_and_only_the_one_that_demands_evidence_calls_it() -> None:
+    tree = ast.parse((SERVICE / "process" / "signals.py").read_text("utf-8"))
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    senders = [node.name for node in functions if SENDERS & set(calls(node))]
+    callers = [node.name for node in functions if "_send" in set(names_called(node))]
 
-    assert senders == ["_signal"]
+    assert (senders, callers) == (["_send"], ["send"])
+
+
+def test_nobody_goes_round_the_function_that_demands_evidence() -> None:
+    words = ("pidfd_send_signal", "killpg", "cgroup.kill", "signals._send", "import _send")
+    named = {
+        (str(path.relative_to(SERVICE)), word)
+        for path in SERVICE.rglob("*.py")
+        for word in words
+        if word in path.read_text("utf-8")
+    }
+
+    # The cgroup's file is looked for, as a sign of version 2, and never written.
+    assert named == {
+        ("process/signals.py", "pidfd_send_signal"), ("process/cgroup.py", "cgroup.kill")
+    }  # fmt: skip
 
 
 def test_a_run_changes_by_compare_and_set_only() -> None:

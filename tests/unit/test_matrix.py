@@ -8,6 +8,7 @@ from itertools import product
 from typing import Final
 
 import pytest
+from runrecovery_service.domain.reconciliation import Cause
 from runrecovery_service.domain.recovery_matrix import MATRIX, QUARANTINE_RULE, Fact, Rule, decide
 from runrecovery_service.domain.run import TERMINAL, Profile, RecoveryState, RunStatus
 from runrecovery_service.domain.transitions import is_legal
@@ -119,10 +120,12 @@ def _store_run(
 def converged(db: Database) -> Iterator[tuple[object, ...]]:
     """Converge all in one batch and return what became of each run, in order of its key."""
     owner = owner_of(db)
-    key = recovery.begin(db, owner, reconciliation_id="r", safe_mode=False, now=NOW)
-    batch = converge.next_batch(db, owner, after=0, rows=100_000)
+    key = recovery.begin(
+        db, owner, reconciliation_id="r", cause=Cause.STARTUP, safe_mode=False, now=NOW
+    )
+    scope = Scope(owner=owner, before=owner.epoch, reconciliation_key=key, now=NOW)
+    batch = converge.next_batch(db, scope, after=0, rows=100_000)
     assert batch is not None
-    scope = Scope(owner=owner, reconciliation_key=key, now=NOW)
     converge.converge(db, scope, batch, report=lambda db, tally: None)
     yield from db.fetch_all(
         "SELECT r.recovery_reason, e.facts, r.status, r.error_code,"
@@ -163,15 +166,13 @@ def test_sql_decides_as_python_does(database: Database) -> None:
 def test_the_rules_are_all_counted(database: Database) -> None:
     store(database, owner_of(database), CAN_BE_STORED)
     owner = owner_of(database)
-    batch = converge.next_batch(database, owner, after=0, rows=100_000)
+    scope = Scope(owner=owner, before=owner.epoch, reconciliation_key=1, now=NOW)
+    batch = converge.next_batch(database, scope, after=0, rows=100_000)
     assert batch is not None
     tallies: list[Tally] = []
 
     tally = converge.converge(
-        database,
-        Scope(owner=owner, reconciliation_key=1, now=NOW),
-        batch,
-        report=lambda db, tally: tallies.append(tally),
+        database, scope, batch, report=lambda db, tally: tallies.append(tally)
     )
 
     rules = [decide(*case) for case in CAN_BE_STORED]

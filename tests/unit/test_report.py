@@ -8,6 +8,9 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from runrecovery_service.domain.reconciliation import (
     BindingCounts,
+    Cause,
+    Containment,
+    ContainmentLevel,
     DecisionCount,
     OrphanCounts,
     Reconciliation,
@@ -28,7 +31,11 @@ START = datetime(2026, 11, 24, tzinfo=UTC)
 def book(database: Database) -> ReportBook:
     times = (START + timedelta(seconds=n) for n in range(1000))
     book = ReportBook(
-        owner=Owner("default", 3), reconciliation_id="r", safe_mode=True, now=lambda: next(times)
+        owner=Owner("default", 3),
+        reconciliation_id="r",
+        cause=Cause.STARTUP,
+        safe_mode=True,
+        now=lambda: next(times),
     )
     book.open(database)
     return book
@@ -74,6 +81,7 @@ def test_a_completed_report_is_read_back_as_it_was_told(
     )  # fmt: skip
     book.orphans = OrphanCounts(found=5, ended=4, already_gone=2, refused=1)
     book.warnings.append("w")
+    book.containment = Containment(level=ContainmentLevel.COOKIE, detail="no watermark")
     with book.phase("converge"):
         pass
 

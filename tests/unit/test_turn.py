@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from runrecovery_service.domain.run import ErrorCode, InteractionKind, Question
-from runrecovery_service.domain.turn import Asked, Failed, Observed, Succeeded, TurnEnd, judge
+from runrecovery_service.domain.turn import (
+    Asked,
+    Failed,
+    Interrupted,
+    Observed,
+    Succeeded,
+    TurnEnd,
+    judge,
+)
 
 ASKED = Asked(Question(kind=InteractionKind.CONFIRM, prompt="?"))
 SUCCEEDED = Succeeded({"x": 1})
@@ -20,12 +29,20 @@ SEEN = st.builds(
     exit_code=st.none() | st.integers(-64, 255),
     in_wait=st.booleans(),
     stderr_tail=st.text(),
+    interrupted=st.none() | st.just("stood still"),
+    unsupervised=st.booleans(),
+    timed_out=st.booleans(),
 )
 
 
 def code_of(end: TurnEnd) -> str:
     assert isinstance(end, Failed)
     return end.error.code
+
+
+def kind_of(end: TurnEnd) -> str:
+    """The error code of a failure, else the kind of the end."""
+    return end.error.code if isinstance(end, Failed) else type(end).__name__
 
 
 @pytest.mark.parametrize("said", [ASKED, SUCCEEDED])
@@ -70,6 +87,56 @@ def test_the_signal_and_the_last_lines_are_in_the_message() -> None:
     assert end.error.message.endswith(": boom")
 
 
+def test_a_wait_that_was_too_long_is_told_as_such() -> None:
+    end = judge(replace(WELL, said=None, exit_code=None, in_wait=True, timed_out=True))
+
+    assert code_of(end) == ErrorCode.INTERACTION_WAIT_TIMEOUT
+
+
+@pytest.mark.parametrize("in_wait", [False, True])
+def test_what_its_own_shim_ended_was_interrupted_whatever_it_did(*, in_wait: bool) -> None:
+    end = judge(replace(WELL, exit_code=-9, in_wait=in_wait, interrupted="stood still"))
+
+    assert end == Interrupted("stood still")
+
+
+@pytest.mark.parametrize(
+    ("in_wait", "code"),
+    [(False, ErrorCode.SUPERVISION_LOST), (True, ErrorCode.INTERACTION_PROCESS_LOST)],
+)
+def test_a_process_without_its_shim_is_given_up(*, in_wait: bool, code: ErrorCode) -> None:
+    end = judge(replace(WELL, exit_code=None, in_wait=in_wait, unsupervised=True))
+
+    assert code_of(end) == code
+
+
+def test_what_was_done_to_a_process_goes_before_what_it_did() -> None:
+    everything = Observed(
+        said=SUCCEEDED,
+        broken="no JSON",
+        exit_code=3,
+        in_wait=True,
+        stderr_tail="boom",
+        interrupted="stood still",
+        unsupervised=True,
+        timed_out=True,
+    )
+    nothing: dict[str, Any] = {
+        "broken": None, "timed_out": False, "interrupted": None, "in_wait": False,
+        "unsupervised": False, "exit_code": 0,
+    }  # fmt: skip
+
+    order = [kind_of(judge(everything))]
+    for name, value in nothing.items():
+        everything = replace(everything, **{name: value})
+        order.append(kind_of(judge(everything)))
+
+    assert order == [
+        "ENGINE_PROTOCOL_ERROR", "INTERACTION_WAIT_TIMEOUT", "Interrupted",
+        "INTERACTION_PROCESS_LOST", "SUPERVISION_LOST", "ENGINE_FAILED", "Succeeded",
+    ]  # fmt: skip
+
+
 @given(SEEN)
 def test_every_end_has_one_judgement_and_success_needs_a_clean_one(seen: Observed) -> None:
     end = judge(seen)
@@ -77,8 +144,11 @@ def test_every_end_has_one_judgement_and_success_needs_a_clean_one(seen: Observe
     if isinstance(end, Failed):
         assert end.error.code in set(ErrorCode)
         assert end.error.message
+    elif isinstance(end, Interrupted):
+        assert end.because == seen.interrupted
+        assert (seen.broken, seen.timed_out) == (None, False)
     else:
         assert end is seen.said
         assert seen.broken is None
         assert seen.exit_code in {None, 0}
-        assert not seen.in_wait
+        assert not any((seen.in_wait, seen.unsupervised, seen.timed_out, seen.interrupted))

@@ -32,6 +32,10 @@ class _ReconciliationTriggerEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[
     """Not set."""
     RECONCILIATION_TRIGGER_STARTUP: _ReconciliationTrigger.ValueType  # 1
     """The start of the service."""
+    RECONCILIATION_TRIGGER_SHUTDOWN: _ReconciliationTrigger.ValueType  # 2
+    """A planned stop: it decided what the next start otherwise would have, so
+    that the runs tell at once.
+    """
 
 class ReconciliationTrigger(_ReconciliationTrigger, metaclass=_ReconciliationTriggerEnumTypeWrapper):
     """What started a reconciliation."""
@@ -40,7 +44,41 @@ RECONCILIATION_TRIGGER_UNSPECIFIED: ReconciliationTrigger.ValueType  # 0
 """Not set."""
 RECONCILIATION_TRIGGER_STARTUP: ReconciliationTrigger.ValueType  # 1
 """The start of the service."""
+RECONCILIATION_TRIGGER_SHUTDOWN: ReconciliationTrigger.ValueType  # 2
+"""A planned stop: it decided what the next start otherwise would have, so
+that the runs tell at once.
+"""
 Global___ReconciliationTrigger: _TypeAlias = ReconciliationTrigger  # noqa: Y015
+
+class _ContainmentLevel:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ContainmentLevelEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ContainmentLevel.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CONTAINMENT_LEVEL_UNSPECIFIED: _ContainmentLevel.ValueType  # 0
+    """Not set."""
+    CONTAINMENT_LEVEL_NONE: _ContainmentLevel.ValueType  # 1
+    """A process that was launched for a trial was not found again."""
+    CONTAINMENT_LEVEL_COOKIE: _ContainmentLevel.ValueType  # 2
+    """Found while they keep their environment, or their parents live."""
+    CONTAINMENT_LEVEL_WATERMARK: _ContainmentLevel.ValueType  # 3
+    """Found whatever they do, short of changing their limits with privileges."""
+
+class ContainmentLevel(_ContainmentLevel, metaclass=_ContainmentLevelEnumTypeWrapper):
+    """How surely the processes of a run are found when nobody watches over them
+    any more.
+    """
+
+CONTAINMENT_LEVEL_UNSPECIFIED: ContainmentLevel.ValueType  # 0
+"""Not set."""
+CONTAINMENT_LEVEL_NONE: ContainmentLevel.ValueType  # 1
+"""A process that was launched for a trial was not found again."""
+CONTAINMENT_LEVEL_COOKIE: ContainmentLevel.ValueType  # 2
+"""Found while they keep their environment, or their parents live."""
+CONTAINMENT_LEVEL_WATERMARK: ContainmentLevel.ValueType  # 3
+"""Found whatever they do, short of changing their limits with privileges."""
+Global___ContainmentLevel: _TypeAlias = ContainmentLevel  # noqa: Y015
 
 class _ReconciliationState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -107,6 +145,34 @@ SERVICE_STATE_DRAINING: ServiceState.ValueType  # 4
 Global___ServiceState: _TypeAlias = ServiceState  # noqa: Y015
 
 @_typing.final
+class Containment(_message.Message):
+    """What a start of the service proved about itself: it loses a process on
+    purpose, and tries to find and end it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEVEL_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
+    level: Global___ContainmentLevel.ValueType
+    """OUTPUT_ONLY. The level that was proved."""
+    detail: _builtins.str
+    """OUTPUT_ONLY. What was tried and seen, as a sentence."""
+    def __init__(
+        self,
+        *,
+        level: Global___ContainmentLevel.ValueType = ...,
+        detail: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "level", b"level"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Containment: _TypeAlias = Containment  # noqa: Y015
+
+@_typing.final
 class ReconciliationPhase(_message.Message):
     """One part of a reconciliation and the time it took."""
 
@@ -115,7 +181,9 @@ class ReconciliationPhase(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     DURATION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """OUTPUT_ONLY. `orphans`, `sessions`, `converge` or `bindings`."""
+    """OUTPUT_ONLY. `orphans`, `sessions`, `converge`, `bindings` or
+    `containment` (waiting for the probe).
+    """
     @_builtins.property
     def duration(self) -> _duration_pb2.Duration:
         """OUTPUT_ONLY. Wall time spent in it."""
@@ -175,9 +243,11 @@ class OrphanCounts(_message.Message):
     ALREADY_GONE_FIELD_NUMBER: _builtins.int
     REFUSED_FIELD_NUMBER: _builtins.int
     found: _builtins.int
-    """OUTPUT_ONLY. Processes found alive that bore our evidence."""
+    """OUTPUT_ONLY. Processes that had outlived their service."""
     ended: _builtins.int
-    """OUTPUT_ONLY. Of these, ended by this reconciliation."""
+    """OUTPUT_ONLY. Of these, ended: by their own shim as soon as the service was
+    gone, or by this reconciliation.
+    """
     already_gone: _builtins.int
     """OUTPUT_ONLY. Recorded launches of which nothing was alive any more."""
     refused: _builtins.int
@@ -254,6 +324,7 @@ class Reconciliation(_message.Message):
     RUNS_UNCHANGED_FIELD_NUMBER: _builtins.int
     SAFE_MODE_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    CONTAINMENT_FIELD_NUMBER: _builtins.int
     reconciliation_id: _builtins.str
     """OUTPUT_ONLY. Its id."""
     instance: _builtins.str
@@ -311,6 +382,12 @@ class Reconciliation(_message.Message):
         100; the log has all.
         """
 
+    @_builtins.property
+    def containment(self) -> Global___Containment:
+        """OUTPUT_ONLY. What this start's probe proved; absent until it has ended, and
+        in the report of a stop.
+        """
+
     def __init__(
         self,
         *,
@@ -332,10 +409,11 @@ class Reconciliation(_message.Message):
         runs_unchanged: _builtins.int = ...,
         safe_mode: _builtins.bool = ...,
         error: _builtins.str = ...,
+        containment: Global___Containment | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["bindings", b"bindings", "finished_at", b"finished_at", "orphans", b"orphans", "started_at", b"started_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bindings", b"bindings", "containment", b"containment", "finished_at", b"finished_at", "orphans", b"orphans", "started_at", b"started_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bindings", b"bindings", "decisions", b"decisions", "epoch", b"epoch", "error", b"error", "finished_at", b"finished_at", "instance", b"instance", "orphans", b"orphans", "phases", b"phases", "quarantined", b"quarantined", "reconciliation_id", b"reconciliation_id", "runs_scanned", b"runs_scanned", "runs_total", b"runs_total", "runs_unchanged", b"runs_unchanged", "safe_mode", b"safe_mode", "started_at", b"started_at", "state", b"state", "trigger", b"trigger", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bindings", b"bindings", "containment", b"containment", "decisions", b"decisions", "epoch", b"epoch", "error", b"error", "finished_at", b"finished_at", "instance", b"instance", "orphans", b"orphans", "phases", b"phases", "quarantined", b"quarantined", "reconciliation_id", b"reconciliation_id", "runs_scanned", b"runs_scanned", "runs_total", b"runs_total", "runs_unchanged", b"runs_unchanged", "safe_mode", b"safe_mode", "started_at", b"started_at", "state", b"state", "trigger", b"trigger", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -212,6 +212,8 @@ class GetRecoveryStatusResponse(_message.Message):
     INSTANCE_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     RECONCILIATION_FIELD_NUMBER: _builtins.int
+    CONTAINMENT_FIELD_NUMBER: _builtins.int
+    UNENDED_LAUNCHES_FIELD_NUMBER: _builtins.int
     state: _recovery_pb2.ServiceState.ValueType
     """What the service is doing."""
     instance: _builtins.str
@@ -222,6 +224,18 @@ class GetRecoveryStatusResponse(_message.Message):
     def reconciliation(self) -> _recovery_pb2.Reconciliation:
         """The report of this start; absent until it has begun."""
 
+    @_builtins.property
+    def containment(self) -> _recovery_pb2.Containment:
+        """What this start's probe of its containment proved; absent until it has
+        ended, which is before SERVING.
+        """
+
+    @_builtins.property
+    def unended_launches(self) -> _containers.RepeatedCompositeFieldContainer[Global___UnendedLaunch]:
+        """Launches that are over and of which something is still alive, oldest first,
+        at most 100. Each is tried again until it is gone.
+        """
+
     def __init__(
         self,
         *,
@@ -229,14 +243,48 @@ class GetRecoveryStatusResponse(_message.Message):
         instance: _builtins.str = ...,
         epoch: _builtins.int = ...,
         reconciliation: _recovery_pb2.Reconciliation | None = ...,
+        containment: _recovery_pb2.Containment | None = ...,
+        unended_launches: _abc.Iterable[Global___UnendedLaunch] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["reconciliation", b"reconciliation"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["containment", b"containment", "reconciliation", b"reconciliation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "instance", b"instance", "reconciliation", b"reconciliation", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["containment", b"containment", "epoch", b"epoch", "instance", b"instance", "reconciliation", b"reconciliation", "state", b"state", "unended_launches", b"unended_launches"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetRecoveryStatusResponse: _TypeAlias = GetRecoveryStatusResponse  # noqa: Y015
+
+@_typing.final
+class UnendedLaunch(_message.Message):
+    """A launch that is over, and of which a process could not be ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    LAUNCHED_AT_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    """OUTPUT_ONLY. Its run, which is not launched again meanwhile."""
+    attempt: _builtins.int
+    """OUTPUT_ONLY. The attempt that it belonged to."""
+    @_builtins.property
+    def launched_at(self) -> _timestamp_pb2.Timestamp:
+        """OUTPUT_ONLY. When it was launched."""
+
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        attempt: _builtins.int = ...,
+        launched_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["launched_at", b"launched_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "launched_at", b"launched_at", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnendedLaunch: _TypeAlias = UnendedLaunch  # noqa: Y015
 
 @_typing.final
 class ListReconciliationsRequest(_message.Message):

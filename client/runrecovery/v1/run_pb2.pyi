@@ -308,6 +308,7 @@ class PendingInteraction(_message.Message):
     PROMPT_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
     ASKED_AT_FIELD_NUMBER: _builtins.int
+    WAIT_DEADLINE_AT_FIELD_NUMBER: _builtins.int
     interaction_id: _builtins.int
     """OUTPUT_ONLY. The run's question counter, from 1. SubmitReply names it."""
     kind: Global___InteractionKind.ValueType
@@ -322,6 +323,13 @@ class PendingInteraction(_message.Message):
     def asked_at(self) -> _timestamp_pb2.Timestamp:
         """OUTPUT_ONLY. When the question was recorded."""
 
+    @_builtins.property
+    def wait_deadline_at(self) -> _timestamp_pb2.Timestamp:
+        """OUTPUT_ONLY. When a sticky process will have waited long enough: it is then
+        ended, and the run fails with INTERACTION_WAIT_TIMEOUT. Absent for a run
+        that waits without a process: it waits without end.
+        """
+
     def __init__(
         self,
         *,
@@ -330,10 +338,11 @@ class PendingInteraction(_message.Message):
         prompt: _builtins.str = ...,
         options: _abc.Iterable[Global___InteractionOption] | None = ...,
         asked_at: _timestamp_pb2.Timestamp | None = ...,
+        wait_deadline_at: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["asked_at", b"asked_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["asked_at", b"asked_at", "wait_deadline_at", b"wait_deadline_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked_at", b"asked_at", "interaction_id", b"interaction_id", "kind", b"kind", "options", b"options", "prompt", b"prompt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked_at", b"asked_at", "interaction_id", b"interaction_id", "kind", b"kind", "options", b"options", "prompt", b"prompt", "wait_deadline_at", b"wait_deadline_at"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

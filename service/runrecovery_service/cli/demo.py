@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,9 @@ from runrecovery import RunRecoveryClient, ServingStatus
 from runrecovery.errors import RunRecoveryClientError, Unavailable
 from runrecovery.v1 import recovery_pb2 as recovery
 from runrecovery.v1 import run_pb2 as pb
+
+from runrecovery_service.process import procfs, signals
+from runrecovery_service.process.launch import SHIM
 
 READY_S: Final = 20.0
 STEP_S: Final = 15.0
@@ -139,6 +142,8 @@ CAST: Final = (
     ),
 )
 SESSION_LOST: Final = "session-lost"
+SHIM_KILLED: Final = ("process-tree", "stubborn")
+"""Runs whose shim dies with the service: what the next start finds alive are theirs."""
 
 
 class Untrue(Exception):
@@ -261,6 +266,39 @@ def _environment(process: Path, home: Path) -> set[bytes]:
         return set()
 
 
+@dataclass(frozen=True, slots=True)
+class Shim:
+    """The shim above an agent of the demo's own service."""
+
+    proc: procfs.Proc
+
+    def send(self, number: signal.Signals) -> None:
+        """Send it a signal, if it still is what it was."""
+        pidfd = os.pidfd_open(self.proc.pid)
+        try:
+            outcome = signals.send(
+                self.proc.pid, pidfd, number, prove=self._still, audit=lambda *_: None
+            )
+        finally:
+            os.close(pidfd)
+        if outcome != signals.SENT:
+            raise Untrue(f"the shim {self.proc.pid} could not be signalled: {outcome}")
+
+    def _still(self) -> str | None:
+        now = procfs.read_proc(self.proc.pid)
+        return "shim" if now is not None and now.identity == self.proc.identity else None
+
+
+def _shim_of(stage: Stage, name: str) -> Shim:
+    """Find the shim of a run: a parent in its tree that is the shim's program."""
+    for pid in stage.processes[name]:
+        agent = procfs.read_proc(pid)
+        above = None if agent is None else procfs.read_proc(agent.ppid)
+        if above is not None and SHIM.encode() in procfs.read(f"/proc/{above.pid}/cmdline"):
+            return Shim(above)
+    raise Untrue(f"run {name} has no shim")
+
+
 # -- acts --------------------------------------------------------------------------------------
 
 
@@ -321,10 +359,11 @@ def _play(stage: Stage) -> None:
             client.wait_until_ready(READY_S)
             _create_all(stage, client)
             _show_before(stage)
+            stage.headline("2. kill -9 of the service, and of the shims of two of its runs")
+            bereft = _stop_shims(stage)
     finally:
-        stage.headline("2. kill -9 of the service")
         service.kill()
-    _show_orphans(stage)
+    _show_orphans(stage, bereft)
     stage.headline("3. The service starts again")
     service = ServiceProcess.start(stage.home, 2)
     try:
@@ -396,12 +435,35 @@ def _show_before(stage: Stage) -> None:
     stage.console.print(table)
 
 
-def _show_orphans(stage: Stage) -> None:
+def _stop_shims(stage: Stage) -> list[Shim]:
+    """Stop the shims that are to die with the service: running, each would end its tree first."""
+    shims = [_shim_of(stage, name) for name in SHIM_KILLED]
+    for shim in shims:
+        shim.send(signal.SIGSTOP)
+    return shims
+
+
+def _show_orphans(stage: Stage, bereft: list[Shim]) -> None:
+    began = time.monotonic()
+    guarded = [name for name in stage.ids if stage.processes[name] and name not in SHIM_KILLED]
+    _wait_until(lambda: not _living(stage, guarded), "the shims end the trees that they guard")
+    milliseconds = (time.monotonic() - began) * 1000
+    for shim in bereft:
+        shim.send(signal.SIGKILL)
+    stage.claims.check(
+        that=f"{', '.join(guarded)}: ended by their shims, {milliseconds:.0f} ms after the service",
+        holds=True,
+    )
+    count = _living(stage, SHIM_KILLED)
+    stage.console.print(
+        f"  {count} processes live on that nobody owns or guards: {', '.join(SHIM_KILLED)}"
+    )
+    stage.claims.check(that="the crash left orphans behind", holds=count == 1 + 3 + 1)
+
+
+def _living(stage: Stage, names: Collection[str]) -> int:
     alive = processes_of(stage.home, stage.ids)
-    count = sum(map(len, alive.values()))
-    orphaned = ", ".join(name for name, pids in alive.items() if pids)
-    stage.console.print(f"  {count} processes live on that nobody owns: {orphaned}")
-    stage.claims.check(that="the crash left orphans behind", holds=count >= 1 + 3)
+    return sum(len(alive[name]) for name in names)
 
 
 def _show_recovery(stage: Stage, client: RunRecoveryClient) -> None:
@@ -440,8 +502,12 @@ def _show_report(stage: Stage, report: recovery.Reconciliation) -> None:
         f" {report.runs_scanned} runs in {milliseconds} ms"
     )
     stage.console.print(
-        f"  {orphans.ended} orphans ended, {orphans.refused} refused; released: {held.slots} slots,"
-        f" {held.sessions} sessions, {held.pending_interactions} questions"
+        f"  {orphans.ended} orphans ended by their shims or the sweep, {orphans.refused} refused;"
+        f" containment {_containment(report)}"
+    )
+    stage.console.print(
+        f"  released: {held.slots} slots, {held.sessions} sessions,"
+        f" {held.pending_interactions} questions"
     )
 
 
@@ -519,6 +585,11 @@ def _status(status: pb.RunStatus.ValueType) -> str:
 
 def _state(state: pb.RecoveryState.ValueType) -> str:
     return pb.RecoveryState.Name(state).removeprefix("RECOVERY_STATE_")
+
+
+def _containment(report: recovery.Reconciliation) -> str:
+    level = recovery.ContainmentLevel.Name(report.containment.level)
+    return level.removeprefix("CONTAINMENT_LEVEL_")
 
 
 def _pids(pids: list[int]) -> str:

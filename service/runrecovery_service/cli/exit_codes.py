@@ -40,5 +40,8 @@ class ExitCode(IntEnum):
     RECOVERY = 9
     """Recovery failed as often as the configuration allows; nothing was served."""
 
+    CONTAINMENT = 11
+    """`containment = "strict"`, and the probe of the start did not prove that much."""
+
     FENCED = 10
     """A newer epoch of this instance has taken over, so that this one stopped."""

@@ -16,6 +16,8 @@ from runrecovery_service.cli.exit_codes import ExitCode
 from runrecovery_service.cli.failure import Failure
 from runrecovery_service.config import ConfigError, LogFormat, LogLevel, Settings
 from runrecovery_service.domain.errors import (
+    CgroupRefused,
+    ContainmentRefused,
     DatabaseOutOfReach,
     DatabaseRefused,
     DataDirRefused,
@@ -31,12 +33,15 @@ EXIT_CODES: Final[dict[type[Exception], ExitCode]] = {
     DatabaseOutOfReach: ExitCode.UNAVAILABLE,
     DataDirRefused: ExitCode.STORAGE,
     RecoveryGaveUp: ExitCode.RECOVERY,
+    CgroupRefused: ExitCode.USAGE,
+    ContainmentRefused: ExitCode.CONTAINMENT,
     Fenced: ExitCode.FENCED,
 }
 
 HINTS: Final[dict[type[Exception], str]] = {
     Held: "stop that service, or give this one its own --data-dir and --instance",
     RecoveryGaveUp: "the log says why; no run was changed without a record",
+    ContainmentRefused: "docs/processes.md tells what is missing, and what best_effort means",
     Fenced: "another service runs under this instance's name; it goes on",
 }
 

@@ -20,6 +20,7 @@ from runrecovery_service.cli.failure import Failure
 from runrecovery_service.cli.printing import Columns, facts, safe, time, word
 
 Status: TypeAlias = recovery_service_pb2.GetRecoveryStatusResponse
+UnendedLaunch: TypeAlias = recovery_service_pb2.UnendedLaunch
 
 _STATE: Final = "RECOVERY_STATE_"
 _AT_WORK: Final = frozenset(
@@ -49,6 +50,7 @@ HISTORY_COLUMNS: Final[Columns[run_pb2.RecoveryInfo]] = (
 
 REPORT_COLUMNS: Final[Columns[recovery_pb2.Reconciliation]] = (
     ("REPORT", lambda report: report.reconciliation_id),
+    ("TRIGGER", lambda report: word(report, "trigger")),
     ("STATE", lambda report: word(report, "state")),
     ("INSTANCE", lambda report: report.instance),
     ("EPOCH", lambda report: str(report.epoch)),
@@ -222,6 +224,8 @@ def describe_status(answer: Status) -> str:
     own = facts(
         ("service", word(answer, "state")),
         ("instance", f"{answer.instance}, epoch {answer.epoch}"),
+        ("containment", _contained(answer.containment)),
+        *(("still alive", _left(launch)) for launch in answer.unended_launches),
     )
     if not answer.HasField("reconciliation"):
         return own
@@ -248,6 +252,7 @@ def describe_report(report: recovery_pb2.Reconciliation) -> str:
     )
     summary = facts(
         ("report", report.reconciliation_id),
+        ("trigger", word(report, "trigger")),
         ("state", word(report, "state") + (" (safe mode)" if report.safe_mode else "")),
         ("error", report.error),
         ("instance", f"{report.instance}, epoch {report.epoch}"),
@@ -260,8 +265,17 @@ def describe_report(report: recovery_pb2.Reconciliation) -> str:
         ("quarantined", report.quarantined),
         ("orphans", processes),
         ("cleared", freed),
+        ("containment", _contained(report.containment)),
     )
     return "\n".join((summary, *_decisions(report), *_phases(report), *_warnings(report)))
+
+
+def _contained(proved: recovery_pb2.Containment) -> str:
+    return f"{word(proved, 'level')}: {proved.detail}" if proved.detail else ""
+
+
+def _left(launch: UnendedLaunch) -> str:
+    return f"run {launch.run_id}, attempt {launch.attempt}, since {time(launch.launched_at)}"
 
 
 def _decisions(report: recovery_pb2.Reconciliation) -> Iterator[str]:

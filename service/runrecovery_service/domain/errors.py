@@ -298,6 +298,27 @@ class RecoveryGaveUp(StartRefused):
         return f"recovery failed {self.tries} times, last with {self.last_error}"
 
 
+@dataclass(eq=False)
+class CgroupRefused(StartRefused):
+    """The configured cgroup cannot be used."""
+
+    place: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"cgroup_parent = {self.place!r}: {self.reason}"
+
+
+@dataclass(eq=False)
+class ContainmentRefused(StartRefused):
+    """Processes cannot be contained here as the service, or its configuration, demands."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return self.reason
+
+
 class RecoveryInterrupted(StartRefused):
     """The service was told to stop while it recovered; the next start goes on from there."""
 

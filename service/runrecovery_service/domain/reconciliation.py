@@ -9,6 +9,38 @@ from enum import StrEnum
 from runrecovery_service.domain.run import RecoveryState
 
 
+class Cause(StrEnum):
+    """What began a reconciliation."""
+
+    STARTUP = "STARTUP"
+    SHUTDOWN = "SHUTDOWN"
+    """A planned stop, which decides what the next start otherwise would."""
+
+
+class ContainmentLevel(StrEnum):
+    """How surely the processes of a run are found once nobody watches over them. Rising."""
+
+    NONE = "NONE"
+    """A process that was launched here was not found again."""
+    COOKIE = "COOKIE"
+    """Found while they keep the environment that they were launched with, or their parents."""
+    WATERMARK = "WATERMARK"
+    """Found whatever they do, short of changing their limits with privileges."""
+
+    @property
+    def is_strict(self) -> bool:
+        """True when a process that scrubs and hides itself is found all the same."""
+        return self is ContainmentLevel.WATERMARK
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Containment:
+    """What this start's own probe proved; `detail` is a sentence for people."""
+
+    level: ContainmentLevel
+    detail: str
+
+
 class ReconciliationState(StrEnum):
     """How far a reconciliation has come."""
 
@@ -58,12 +90,14 @@ class Reconciliation:
     """The report of one restart, complete or as far as it has come.
 
     `runs_scanned` of `runs_total` are done; of these `runs_unchanged` kept the decision of an
-    earlier restart. `decisions` are in the order of the matrix.
+    earlier restart. `decisions` are in the order of the matrix. `containment` is None until the
+    probe has ended, and in the report of a stop.
     """
 
     reconciliation_id: str
     instance: str
     epoch: int
+    cause: Cause
     state: ReconciliationState
     started_at: datetime
     finished_at: datetime | None
@@ -77,6 +111,7 @@ class Reconciliation:
     runs_total: int
     runs_unchanged: int
     safe_mode: bool
+    containment: Containment | None
     error: str | None
 
 

@@ -86,6 +86,8 @@ class ErrorCode(StrEnum):
     SESSION_RESUME_FAILED = "SESSION_RESUME_FAILED"
     INTERACTION_PROCESS_LOST = "INTERACTION_PROCESS_LOST"
     ORCHESTRATOR_RESTART_INTERRUPTED = "ORCHESTRATOR_RESTART_INTERRUPTED"
+    INTERACTION_WAIT_TIMEOUT = "INTERACTION_WAIT_TIMEOUT"
+    SUPERVISION_LOST = "SUPERVISION_LOST"
     ENGINE_FAILED = "ENGINE_FAILED"
     ENGINE_PROTOCOL_ERROR = "ENGINE_PROTOCOL_ERROR"
     LAUNCH_FAILED = "LAUNCH_FAILED"
@@ -114,7 +116,8 @@ class Interaction:
     """A question of a run and what became of it.
 
     `interaction_id` counts the run's questions from 1. `kind` is None when the stored one is
-    unknown. `response` means something only while `replied_at` is set.
+    unknown. `response` means something only while `replied_at` is set. `wait_deadline_at` is when
+    a sticky process will have waited long enough; None where the wait has no end.
     """
 
     interaction_id: int
@@ -125,6 +128,7 @@ class Interaction:
     asked_at: datetime
     replied_at: datetime | None
     response: JsonValue
+    wait_deadline_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,7 +30,15 @@ class Failed:
     error: RunError
 
 
-TurnEnd: TypeAlias = Asked | Succeeded | Failed
+@dataclass(frozen=True, slots=True)
+class Interrupted:
+    """The process was ended for want of a service that watched over it, not for anything it did:
+    what becomes of the run is what a restart would decide."""
+
+    because: str
+
+
+TurnEnd: TypeAlias = Asked | Succeeded | Failed | Interrupted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +49,9 @@ class Observed:
         said: the question or the result that it printed last, None if neither.
         broken: how it broke the protocol, None if it did not.
         exit_code: None when it was still alive and had to be ended; negative for a signal.
+        interrupted: why its shim ended it, None if the shim did not.
+        unsupervised: its shim was gone, or stopped, before it ended.
+        timed_out: its user did not answer in time.
         in_wait: it ended while its user was still being waited for.
         stderr_tail: the last lines of its standard error.
     """
@@ -50,19 +61,35 @@ class Observed:
     exit_code: int | None
     in_wait: bool
     stderr_tail: str
+    interrupted: str | None = None
+    unsupervised: bool = False
+    timed_out: bool = False
 
 
 def judge(seen: Observed) -> TurnEnd:
     """Return how the turn ended.
+
+    What was done to the process goes before what it said or did in its last moments.
 
     A process that said its last word and then lingered is taken at its word; one that exits
     badly is not, whatever it said.
     """
     if seen.broken is not None:
         return _failed(ErrorCode.ENGINE_PROTOCOL_ERROR, seen.broken)
+    if seen.timed_out:
+        return _failed(
+            ErrorCode.INTERACTION_WAIT_TIMEOUT, "Nobody answered before the wait's deadline."
+        )
+    if seen.interrupted is not None:
+        return Interrupted(seen.interrupted)
     if seen.in_wait:
         return _failed(
             ErrorCode.INTERACTION_PROCESS_LOST, "The process ended while it waited for the reply."
+        )
+    if seen.unsupervised:
+        return _failed(
+            ErrorCode.SUPERVISION_LOST,
+            "The shim that watched over the process was killed or stopped; the process was ended.",
         )
     if seen.exit_code not in {None, 0}:
         return _failed(ErrorCode.ENGINE_FAILED, _how_it_ended(seen))

@@ -26,6 +26,9 @@ class Engine:
         max_concurrent: its processes at one time; None: only the service's own limit holds.
         session_file: where it keeps a conversation, with `{workspace}` and `{value}` (the session
             handle) filled in; None: its handles cannot be checked.
+        session_timeout_s: how long a sticky process waits for an answer.
+        niceness, max_memory, max_open_files, max_processes: what its processes may use
+            (`process.launch.Bounds`); None: no limit of ours.
     """
 
     name: str
@@ -34,6 +37,11 @@ class Engine:
     env_allow: tuple[str, ...]
     max_concurrent: int | None
     session_file: str | None
+    session_timeout_s: float = 1_200.0
+    niceness: int = 0
+    max_memory: int | None = None
+    max_open_files: int | None = None
+    max_processes: int | None = None
 
     def session_path(self, workspace: Path, value: str) -> Path | None:
         """Return the file of the conversation `value`.

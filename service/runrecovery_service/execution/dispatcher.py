@@ -6,18 +6,22 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Final
 
 import structlog
 
 from runrecovery_service.domain.errors import Exhausted, Fenced, NotNow
 from runrecovery_service.domain.run import Run, RunStatus
-from runrecovery_service.execution.session import RunSession, Workshop
+from runrecovery_service.execution.session import RunSession
+from runrecovery_service.execution.workshop import Workshop
 from runrecovery_service.process.sweep import end_trees
 from runrecovery_service.storage import turns
 from runrecovery_service.storage.processes import Place
 
 log = structlog.get_logger()
 
+FINISH_S: Final = 5.0
+"""At a stop, for turns that have ended and are only to be recorded."""
 LOOK_AGAIN_S = 5.0
 """The queue is looked at when something changes, and this often besides."""
 
@@ -63,33 +67,72 @@ class Dispatcher:
                 session.deliver()
         self._changed.set()
 
+    def look_again(self) -> None:
+        """Tell that a run may have become free to be launched."""
+        self._changed.set()
+
+    def heartbeat(self, deadline_ns: int) -> None:
+        """Tell every shim until when (CLOCK_BOOTTIME) its tree may live: the lease was renewed."""
+        self.shop.heart.beat(deadline_ns)
+        for session in self._sessions:
+            session.launch.heartbeat()
+
+    def look_at_shims(self) -> None:
+        """Let every session see whether its shim still guards."""
+        for session in self._sessions:
+            session.look_at_shim()
+
+    @property
+    def leases_followed(self) -> frozenset[int]:
+        """Keys of the leases that a session follows."""
+        return frozenset(session.turn.lease.key for session in self._sessions)
+
     def pause(self) -> None:
         """Take no run from the queue any more; what is under way goes on."""
         self._taking = False
 
-    async def stop(self) -> None:
-        """Launch nothing any more and end every process tree; the runs stay as they are on
-        record, for the next start to decide on."""
+    async def detach(self) -> None:
+        """Launch nothing any more and follow nothing any more; what lives, lives on for now. The
+        runs stay as they are on record; a turn that has ended is recorded first."""
         self.pause()
+        ending = [task for session, task in self._sessions.items() if session.is_ending]
+        if ending:
+            await asyncio.wait(ending, timeout=FINISH_S)
         tasks = list(self._sessions.values())
         if self._loop is not None:
             tasks.append(self._loop)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for session in self._sessions:
+            session.launch.withdraw()
+
+    async def release(self) -> None:
+        """Detach; reap the shims of trees that somebody else has ended."""
+        await self.detach()
+        for session in list(self._sessions):
+            gone = session.launch.shim_is_gone
+            await asyncio.to_thread(session.launch.release, gone=gone)
+        self._sessions.clear()
+
+    async def stop(self) -> None:
+        """Detach, and end every process tree that is still alive."""
+        await self.detach()
         sessions = list(self._sessions)
         if not sessions:
             return
         grace_s = self.shop.cancel_grace_s
         log.info("execution.ending_all", processes=len(sessions))
-        await asyncio.to_thread(
+        endings = await asyncio.to_thread(
             end_trees,
-            [session.evidence for session in sessions],
+            [session.launch.evidence for session in sessions],
+            why="stop",
             grace_s=grace_s,
             deadline_s=grace_s * 2 + 5.0,
         )
         for session in sessions:
-            await asyncio.to_thread(session.release)
+            gone = endings[session.turn.lease.key].gone
+            await asyncio.to_thread(session.launch.release, gone=gone)
         self._sessions.clear()
 
     async def _work(self) -> None:
@@ -135,7 +178,7 @@ class Dispatcher:
         count = await self.shop.storage.write(
             turns.give_back,
             owner=self.shop.owner,
-            held=[session.turn.lease.key for session in self._sessions],
+            held=list(self.leases_followed),
             now=self.shop.now(),
         )
         self._unsure = False
@@ -154,8 +197,19 @@ class Dispatcher:
             await session.follow()
         except Fenced:
             self.fenced()
+            return  # its process is left to `stop`, which comes next
         except Exception:  # the edge of this task: nobody above would hear of it
             log.exception("execution.session_failed", run_id=session.turn.run.run_id)
+            await self._give_up(session)
         # Not in a `finally`: a cancelled session still has a process, which `stop` ends.
         del self._sessions[session]
         self._changed.set()
+
+    async def _give_up(self, session: RunSession) -> None:
+        """End what a session that met a defect leaves behind."""
+        try:
+            await session.give_up()
+        except Fenced:
+            self.fenced()
+        except Exception:  # the edge of this task, again; its shim ends the tree without heartbeats
+            log.exception("execution.session_failed", run_id=session.turn.run.run_id)

@@ -2,6 +2,7 @@
 
 <data_dir>/runs/<run key>/<attempt>/workspace/      the agent's own folder, 0700
 <data_dir>/runs/<run key>/<attempt>/stdout.log      and stderr.log, 0600
+<data_dir>/runs/<run key>/<attempt>/shim-<turn>.log what a shim did when nobody else could, 0600
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Final
+
+from runrecovery_service.process.files import open_regular
 
 
 class OutputChannel(StrEnum):
@@ -43,6 +46,10 @@ class OutputFiles:
         """Return the folder that the agent works in; it may not exist yet."""
         return self._attempt(run_key, attempt) / "workspace"
 
+    def shim_book(self, run_key: int, attempt: int, turn: int) -> Path:
+        """Return the file in which the shim of a turn accounts for what it does by itself."""
+        return self._attempt(run_key, attempt) / f"shim-{turn}.log"
+
     def prepare(self, run_key: int, attempt: int, *, fresh: bool) -> Path:
         """Make the folder that the agent works in, and return it.
 
@@ -61,7 +68,7 @@ class OutputFiles:
     def append(self, run_key: int, attempt: int, channel: OutputChannel, data: bytes) -> None:
         """Keep what fits below the limit, and note when something did not."""
         path = self._file(run_key, attempt, channel)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        descriptor = open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         try:
             room = self._max_bytes - os.fstat(descriptor).st_size
             if room > 0:
@@ -80,7 +87,7 @@ class OutputFiles:
             FileNotFoundError: the attempt has written nothing on this channel.
         """
         path = self._file(run_key, attempt, channel)
-        with path.open("rb") as file:
+        with open(open_regular(path, os.O_RDONLY), "rb") as file:  # noqa: PTH123 - opened safely
             end = file.seek(0, os.SEEK_END)
             file.seek(offset)
             data = file.read(limit)

@@ -1,20 +1,18 @@
-"""Follows one process from its launch to its end, and records what it does."""
+"""Follows the process of one turn from its launch to its end, and records what it does."""
 
 from __future__ import annotations
 
 import asyncio
-import os
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import Executor
-from dataclasses import dataclass, field, replace
-from datetime import datetime
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
 from enum import Enum, auto
-from typing import IO, Final, TypeAlias, TypeVar
+from typing import IO, Final, TypeAlias
 
 import structlog
 
-from runrecovery_service.domain.errors import Exhausted, Fenced, NotNow
+from runrecovery_service.domain.errors import Fenced
 from runrecovery_service.domain.run import (
     ErrorCode,
     InteractionState,
@@ -24,9 +22,16 @@ from runrecovery_service.domain.run import (
     RunStatus,
     Session,
 )
-from runrecovery_service.domain.turn import Asked, Failed, Observed, Succeeded, TurnEnd, judge
+from runrecovery_service.domain.turn import (
+    Asked,
+    Failed,
+    Interrupted,
+    Observed,
+    Succeeded,
+    TurnEnd,
+    judge,
+)
 from runrecovery_service.engines import jsonl
-from runrecovery_service.engines.catalog import Catalog, Engine
 from runrecovery_service.engines.jsonl import (
     AskMessage,
     Message,
@@ -36,29 +41,30 @@ from runrecovery_service.engines.jsonl import (
     SessionMessage,
     UnknownMessage,
 )
-from runrecovery_service.execution.output import OutputChannel, OutputFiles
-from runrecovery_service.process.evidence import COOKIE_VARIABLE, LeaseEvidence
+from runrecovery_service.execution.launching import Launch, StoodStill, Unguarded
+from runrecovery_service.execution.output import OutputChannel
+from runrecovery_service.execution.pipes import read, write_all
+from runrecovery_service.execution.workshop import TurnLog, Workshop
 from runrecovery_service.process.launch import (
-    LaunchedProcess,
+    Empty,
+    EndsItself,
+    Exited,
+    Gated,
     LaunchFailed,
-    agent_environment,
-    dispose,
-    launch,
-    wait_exit,
+    NotStarted,
+    ShimEvent,
+    ShimmedProcess,
+    Started,
 )
-from runrecovery_service.process.sweep import Ending, end_trees
-from runrecovery_service.storage import interactions, processes, runs, turns
-from runrecovery_service.storage.adapter import Storage
-from runrecovery_service.storage.instances import Owner
-from runrecovery_service.storage.processes import Ended, Lease
+from runrecovery_service.process.sweep import NOTHING_LEFT, Ending
+from runrecovery_service.storage import interactions, runs, turns
+from runrecovery_service.storage.processes import Ended, Usage
 from runrecovery_service.storage.turns import Turn
 
 log = structlog.get_logger()
 
-R = TypeVar("R")
 
 SESSION_TYPE: Final = "jsonl"
-READ_BYTES: Final = 65536
 LONG_LINE_BYTES: Final = 16384
 """Longer lines are parsed in a thread: one of 1 MiB takes the loop a second and more."""
 IGNORED_TYPES: Final = 100
@@ -68,24 +74,11 @@ SESSION_SHOWN: Final = b'{"type":"session","value":"[secret]"}'
 STDERR_TAIL_BYTES: Final = 2000
 LAST_OUTPUT_S: Final = 1.0
 """How long a process that has exited may leave its output open (a child may hold it)."""
-RETRY_FIRST_S, RETRY_MOST_S = 0.2, 5.0
-ENDING_DEADLINE_S: Final = 30.0
-"""On top of the grace: for ending one tree. What is alive then is recorded as KILL_PENDING."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Workshop:
-    """What every session works with."""
-
-    storage: Storage
-    owner: Owner
-    catalog: Catalog
-    output: OutputFiles
-    threads: Executor
-    environ: Mapping[str, str]
-    cancel_grace_s: float
-    exit_grace_s: float
-    now: Callable[[], datetime]
+UNGUARDED_LOOKS: Final = 2
+"""Looks, 2 s apart, at which a shim must be found stopped or gone: one may be at its very end."""
+STOOD_STILL: Final = (
+    "The service stood still for longer than its lease, so that the run's processes were ended."
+)
 
 
 class _Signal(Enum):
@@ -93,12 +86,9 @@ class _Signal(Enum):
 
     STDOUT_ENDED = auto()
     STDERR_ENDED = auto()
+    SHIM_GONE = auto()
+    SHIM_USELESS = auto()
     CANCELED = auto()
-
-
-@dataclass(frozen=True, slots=True)
-class _Exited:
-    code: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,35 +96,29 @@ class _Broken:
     how: str
 
 
-_News: TypeAlias = "Message | _Signal | _Exited | _Broken"
-
-
-def evidence_of(lease: Lease) -> LeaseEvidence:
-    """Return what a lease proves about processes."""
-    return LeaseEvidence(
-        lease_key=lease.key,
-        run_key=lease.run_key,
-        cookie=lease.cookie,
-        pid=lease.pid,
-        start_ticks=lease.start_ticks,
-        boot_id=lease.place.boot_id,
-        pid_namespace=lease.place.pid_namespace,
-        host_id=lease.place.host_id,
-    )
+_News: TypeAlias = "Message | ShimEvent | _Signal | _Broken"
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class RunSession:
-    """One turn under way. `follow` is its whole life; the rest may be called meanwhile."""
+    """One turn under way. `follow` is its whole life; the rest may be called meanwhile.
+
+    `is_ending`: it is decided how the turn ended; that is only to be carried out and recorded.
+    """
 
     turn: Turn
     shop: Workshop
-    evidence: LeaseEvidence = field(init=False)
+    launch: Launch = field(init=False)
+    _log: TurnLog = field(init=False)
     _news: asyncio.Queue[_News] = field(default_factory=asyncio.Queue)
     _replied: asyncio.Event = field(default_factory=asyncio.Event)
     _said: Asked | Succeeded | None = None
     _broken: str | None = None
-    _exit_code: int | None = None
+    _exited: Exited | None = None
+    _interrupted: str | None = None
+    _unsupervised: bool = False
+    _emptied: bool = False
+    _timed_out: bool = False
     _canceled: bool = False
     _in_wait: bool = False
     _has_session: bool = False
@@ -142,10 +126,13 @@ class RunSession:
     _ignored: Counter[str] = field(default_factory=Counter)
     _stderr_tail: bytes = b""
     _deadline: float | None = None
-    _process: LaunchedProcess | None = None
+    _wait_deadline: float | None = None
+    _unguarded_looks: int = 0
+    is_ending: bool = False
 
     def __post_init__(self) -> None:
-        self.evidence = evidence_of(self.turn.lease)
+        self._log = TurnLog(self.turn.run)
+        self.launch = Launch(turn=self.turn, shop=self.shop, log=self._log)
 
     def cancel(self) -> None:
         """End the process; a cancel has been accepted."""
@@ -155,94 +142,55 @@ class RunSession:
         """Give the process the reply that has been accepted."""
         self._replied.set()
 
+    def look_at_shim(self) -> None:
+        """Notice, at the second look, a shim that was stopped, or is gone although its report is
+        held open by somebody."""
+        self._unguarded_looks = 0 if self.launch.is_guarded else self._unguarded_looks + 1
+        if self._unguarded_looks >= UNGUARDED_LOOKS:
+            self._news.put_nowait(_Signal.SHIM_USELESS)
+
     async def follow(self) -> None:
         """Launch, converse, end, record. What is not on record is tried until it is.
 
-        Cancelling the task leaves the run as it is on record: the next start converges it.
+        Cancelling the task leaves the run as it is on record: whoever stops us decides on it.
 
         Raises:
             Fenced: a newer epoch owns the run.
         """
-        try:
-            process = await self._launch()
-        except LaunchFailed as error:
-            self._warn("execution.launch_failed", reason=error.reason)
-            failed = Failed(RunError(code=ErrorCode.LAUNCH_FAILED, message=error.reason))
-            await self._record(failed, Ended(exit_code=None, processes_ended=0, gone=True))
-            return
-        end = await self._conversation_end(process)
+        end = await self._live()
+        self.is_ending = True
         ending = await self._end_tree()
-        exit_code = await self._in_thread(self.release)
-        await self._record(
-            end, Ended(exit_code=exit_code, processes_ended=ending.ended, gone=ending.gone)
-        )
+        for event in await self.shop.in_thread(lambda: self.launch.release(gone=ending.gone)):
+            self._note(event)
+        await self._record(end, self._ended(ending))
 
-    def release(self) -> int | None:
-        """Close the pipes and reap the process; its exit code, None if it could not be ended.
+    async def give_up(self) -> None:
+        """After a defect in `follow`: end the tree all the same; the run must not stay RUNNING.
 
-        Blocking, shortly. Only after its tree was ended: until then the unreaped leader keeps
-        its session's number from being given away.
+        Raises:
+            Fenced: a newer epoch owns the run.
         """
-        process = self._process
-        if process is None:
-            return None
-        if process.popen.poll() is not None:
-            return dispose(process)
-        for pipe in (process.stdin, process.stdout, process.stderr):
-            pipe.close()
-        return None
+        ending = await self.launch.end_tree(why="defect")
+        await self.shop.in_thread(lambda: self.launch.release(gone=ending.gone))
+        await self._record(_defect(), self._ended(ending))
 
-    # -- launching -----------------------------------------------------------------------------
-
-    async def _launch(self) -> LaunchedProcess:
-        run, shop = self.turn.run, self.shop
-        if run.engine not in shop.catalog.names:
-            raise LaunchFailed(f"no engine {run.engine!r} is configured any more")
-        spawning = asyncio.ensure_future(self._in_thread(self._spawn, shop.catalog.get(run.engine)))
+    async def _live(self) -> TurnEnd:
+        """Launch and converse; return how the turn ended."""
         try:
-            process = await asyncio.shield(spawning)
-        except asyncio.CancelledError:
-            self._adopt(await spawning)  # the thread goes on: whoever stops us must end it too
-            raise
-        self._adopt(process)
-        self._log("execution.launched", pid=process.pid)
-        await self._insist(
-            lambda: shop.storage.write(
-                processes.launched,
-                self.turn.lease.key,
-                pid=process.pid,
-                start_ticks=process.start_ticks,
-            )
-        )
-        return process
-
-    def _adopt(self, process: LaunchedProcess) -> None:
-        self._process = process
-        self.evidence = replace(self.evidence, pid=process.pid, start_ticks=process.start_ticks)
-
-    def _spawn(self, engine: Engine) -> LaunchedProcess:
-        try:
-            return self._spawn_or_fail(engine)
-        except (OSError, RuntimeError) as error:  # no descriptor, no thread, no memory left
-            raise LaunchFailed(f"the system refused: {error}") from error
-
-    def _spawn_or_fail(self, engine: Engine) -> LaunchedProcess:
-        run = self.turn.run
-        try:
-            workspace = self.shop.output.prepare(run.key, run.attempt, fresh=run.turn == 1)
-        except OSError as error:
-            raise LaunchFailed(f"the workspace cannot be made: {error.strerror}") from error
-        extra = {
-            COOKIE_VARIABLE: self.evidence.token,
-            "RUNRECOVERY_RUN_ID": run.run_id,
-            "RUNRECOVERY_ATTEMPT": str(run.attempt),
-        }
-        env = agent_environment(engine.env_allow, self.shop.environ, extra)
-        return launch(engine.command, cwd=workspace, env=env)
+            process = await self.launch.start()
+        except LaunchFailed as error:
+            self._log.warning("execution.launch_failed", reason=error.reason)
+            return Failed(RunError(code=ErrorCode.LAUNCH_FAILED, message=error.reason))
+        except StoodStill:
+            return Interrupted(STOOD_STILL)
+        except Unguarded:
+            self._unsupervised = True
+            return judge(self._observed())
+        return await self._conversation_end(process)
 
     # -- conversing ----------------------------------------------------------------------------
 
-    async def _conversation_end(self, process: LaunchedProcess) -> TurnEnd:
+    async def _conversation_end(self, process: ShimmedProcess) -> TurnEnd:
         try:
             await self._converse(process)
         except (
@@ -251,17 +199,16 @@ class RunSession:
             if group.subgroup(Fenced) is not None:
                 raise Fenced(f"run {self.turn.run.run_id!r}") from None
             log.exception("execution.session_failed", run_id=self.turn.run.run_id)
-            message = "The service failed while it followed the process; its log says how."
-            return Failed(RunError(code=ErrorCode.INTERNAL_ERROR, message=message))
+            return _defect()
         return judge(self._observed())
 
-    async def _converse(self, process: LaunchedProcess) -> None:
+    async def _converse(self, process: ShimmedProcess) -> None:
         """Take the news until the process has ended or must be ended."""
         async with asyncio.TaskGroup() as group:
             tasks = [
                 group.create_task(self._read_stdout(process.stdout)),
                 group.create_task(self._read_stderr(process.stderr)),
-                group.create_task(self._watch_exit(process)),
+                group.create_task(self._hear_shim(process)),
                 group.create_task(self._greet(process)),
                 group.create_task(self._hand_over_replies(process)),
             ]
@@ -274,24 +221,45 @@ class RunSession:
 
     async def _look(self) -> Run:
         """Return the run as it is on record now."""
-        return await self._insist(
+        return await self._log.insist(
             lambda: self.shop.storage.point(runs.get_by_key, self.turn.run.key)
         )
 
     async def _take_news(self) -> None:
         while not self._is_over():
             try:
-                async with asyncio.timeout_at(self._deadline):
+                async with asyncio.timeout_at(self._next_deadline()):
                     news = await self._news.get()
             except TimeoutError:
-                return
+                if await self._waited_too_long() or self._passed(self._deadline):
+                    return
+                continue
             await self._take(news)
             self._news.task_done()
 
     def _is_over(self) -> bool:
         # Its whole output comes before its end: whoever follows it must miss nothing.
-        ended = self._exit_code is not None and not self._open_outputs
-        return ended or self._canceled or self._broken is not None
+        ended = self._exited is not None and not self._open_outputs
+        lost = self._unsupervised or self._interrupted is not None
+        return ended or lost or self._canceled or self._broken is not None
+
+    def _next_deadline(self) -> float | None:
+        times = [at for at in (self._deadline, self._wait_deadline) if at is not None]
+        return min(times, default=None)
+
+    def _passed(self, at: float | None) -> bool:
+        return at is not None and asyncio.get_running_loop().time() >= at
+
+    async def _waited_too_long(self) -> bool:
+        """At the end of a sticky wait: close its question, unless an answer was quicker."""
+        if not self._passed(self._wait_deadline):
+            return False
+        self._wait_deadline = None
+        storage, owner = self.shop.storage, self.shop.owner
+        self._timed_out = await self._log.insist(
+            lambda: storage.write(turns.stop_waiting, self.turn.run.key, owner=owner)
+        )
+        return self._timed_out
 
     async def _take(self, news: _News) -> None:
         match news:
@@ -302,13 +270,30 @@ class RunSession:
                 self._expect_end_within(self.shop.exit_grace_s)
             case _Signal.STDERR_ENDED:
                 self._open_outputs -= 1
-            case _Exited(code):
-                self._exit_code = code
+            case _Signal.SHIM_GONE:
+                self._unsupervised = self._exited is None
                 self._expect_end_within(LAST_OUTPUT_S)
+            case _Signal.SHIM_USELESS:
+                self._unsupervised = True
+            case Exited() | EndsItself() | Empty():
+                self._note(news)
+                self._expect_end_within(LAST_OUTPUT_S)
+            case Gated() | Started() | NotStarted():
+                pass  # was waited for by the launch
             case _Broken(how):
                 self._broken = how
             case _:
                 await self._hear(news)
+
+    def _note(self, event: ShimEvent) -> None:
+        match event:
+            case EndsItself():
+                # What it did before that counts: it may have ended well, unheard.
+                self._interrupted = STOOD_STILL if self._exited is None else None
+            case Exited():
+                self._exited = event
+            case Empty():
+                self._emptied = True
 
     def _expect_end_within(self, seconds: float) -> None:
         self._deadline = asyncio.get_running_loop().time() + seconds
@@ -332,7 +317,7 @@ class RunSession:
 
     def _ignore(self, kind: str) -> None:
         if not self._ignored[kind]:
-            self._log("execution.message_ignored", type=kind)
+            self._log.info("execution.message_ignored", type=kind)
         if len(self._ignored) < IGNORED_TYPES:
             self._ignored[kind] += 1
 
@@ -354,14 +339,20 @@ class RunSession:
             return
         number = (await self._look()).interaction_count + 1
         self._in_wait = True  # before the commit: the reply may come right after it
+        timeout_s = self.shop.catalog.get(self.turn.run.engine).session_timeout_s
+        self._wait_deadline = asyncio.get_running_loop().time() + timeout_s
         await self._write(
-            turns.ask_and_stay, number=number, question=asked.question, now=self.shop.now()
+            turns.ask_and_stay,
+            number=number,
+            question=asked.question,
+            deadline=self.shop.now() + timedelta(seconds=timeout_s),
+            now=self.shop.now(),
         )
-        self._log("execution.waiting")
+        self._log.info("execution.waiting")
 
     # -- speaking ------------------------------------------------------------------------------
 
-    async def _greet(self, process: LaunchedProcess) -> None:
+    async def _greet(self, process: ShimmedProcess) -> None:
         """Give the process its task, and with it the reply that it resumes by."""
         run, reply = self.turn.run, self.turn.reply
         workspace = self.shop.output.workspace(run.key, run.attempt)
@@ -383,7 +374,7 @@ class RunSession:
         if run.profile is Profile.RESUMABLE:
             process.stdin.close()
 
-    async def _hand_over_replies(self, process: LaunchedProcess) -> None:
+    async def _hand_over_replies(self, process: ShimmedProcess) -> None:
         """Give a sticky process each reply as it is accepted.
 
         Beside the news, so that a cancel is heard while the process does not read.
@@ -394,25 +385,26 @@ class RunSession:
             if self._in_wait:  # else it was told twice, or was a resumed process's greeting
                 await self._hand_over_reply(process)
 
-    async def _hand_over_reply(self, process: LaunchedProcess) -> None:
+    async def _hand_over_reply(self, process: ShimmedProcess) -> None:
         run = await self._look()
-        reply = await self._insist(
+        reply = await self._log.insist(
             lambda: self.shop.storage.point(interactions.find, run.key, run.interaction_count)
         )
         accepted = reply is not None and reply.state is InteractionState.ANSWERED
         if reply is None or not accepted or run.status is not RunStatus.RUNNING:
             return
         self._in_wait = False
+        self._wait_deadline = None
         line = jsonl.reply_message(interaction_id=reply.interaction_id, response=reply.response)
         if await self._say(process, line):
             await self._write(turns.delivered)
 
-    async def _say(self, process: LaunchedProcess, line: bytes) -> bool:
+    async def _say(self, process: ShimmedProcess, line: bytes) -> bool:
         """Write a line to the process; False when it does not listen any more."""
         try:
-            await _write_all(process.stdin.fileno(), line)
+            await write_all(process.stdin.fileno(), line)
         except (BrokenPipeError, ValueError):
-            self._log("execution.input_refused")
+            self._log.info("execution.input_refused")
             return False
         return True
 
@@ -420,7 +412,7 @@ class RunSession:
 
     async def _read_stdout(self, pipe: IO[bytes]) -> None:
         begun = b""
-        while data := await _read(pipe.fileno()):
+        while data := await read(pipe.fileno()):
             *lines, begun = (begun + data).split(b"\n")
             await self._take_lines(lines)
             if len(begun) > jsonl.MAX_LINE_BYTES:
@@ -435,7 +427,7 @@ class RunSession:
     async def _take_lines(self, lines: list[bytes], *, end: bytes = b"\n") -> None:
         """Keep what the lines say, then act on it."""
         if any(len(line) > LONG_LINE_BYTES for line in lines):
-            heard = await self._in_thread(lambda: [_understand(line) for line in lines])
+            heard = await self.shop.in_thread(lambda: [_understand(line) for line in lines])
         else:
             heard = [_understand(line) for line in lines]
         await self._keep(OutputChannel.STDOUT, b"".join(shown + end for shown, _ in heard))
@@ -445,7 +437,7 @@ class RunSession:
         await self._news.join()  # an agent that floods us waits in its pipe
 
     async def _read_stderr(self, pipe: IO[bytes]) -> None:
-        while data := await _read(pipe.fileno()):
+        while data := await read(pipe.fileno()):
             self._stderr_tail = (self._stderr_tail + data)[-STDERR_TAIL_BYTES:]
             await self._keep(OutputChannel.STDERR, data)
         self._news.put_nowait(_Signal.STDERR_ENDED)
@@ -455,42 +447,56 @@ class RunSession:
         if not data:
             return
         try:
-            await self._in_thread(self.shop.output.append, run.key, run.attempt, channel, data)
+            await self.shop.in_thread(self.shop.output.append, run.key, run.attempt, channel, data)
         except OSError as error:
-            self._warn("execution.output_lost", channel=channel.value, error=error.strerror)
+            self._log.warning("execution.output_lost", channel=channel.value, error=error.strerror)
 
-    async def _watch_exit(self, process: LaunchedProcess) -> None:
-        self._news.put_nowait(_Exited(await wait_exit(process.popen)))
+    async def _hear_shim(self, process: ShimmedProcess) -> None:
+        events, process.told = process.told, []
+        while True:
+            for event in events:
+                self._news.put_nowait(event)
+            data = await read(process.report)
+            if not data:
+                break
+            events = process.take(data)
+        self._news.put_nowait(_Signal.SHIM_GONE)
 
     # -- ending --------------------------------------------------------------------------------
 
     async def _end_tree(self) -> Ending:
-        """End what is left of the process's tree, if only a child that it forgot."""
-        grace_s = self.shop.cancel_grace_s
-        endings = await self._insist(
-            lambda: self._in_thread(
-                lambda: end_trees(
-                    [self.evidence], grace_s=grace_s, deadline_s=grace_s + ENDING_DEADLINE_S
-                )
-            )
-        )
-        ending = endings[self.turn.lease.key]
-        for refusal in ending.refused:
-            self._warn("execution.tree_not_ended", reason=refusal)
-        return ending
+        if self._emptied and not self._unsupervised:
+            ending = NOTHING_LEFT  # the kernel told the shim so
+        else:
+            ending = await self.launch.end_tree(why=self._why_ended())
+        if self._interrupted is None:
+            return ending
+        return ending.with_book(await self.shop.in_thread(self.launch.killed_by_shim))
+
+    def _why_ended(self) -> str:
+        reasons = {
+            "canceled": self._canceled,
+            "wait_timeout": self._timed_out,
+            "protocol_broken": self._broken is not None,
+            "shim_lost": self._unsupervised,
+        }
+        return next((why for why, so in reasons.items() if so), "turn_over")
 
     def _observed(self) -> Observed:
         tail = self._stderr_tail.decode("utf-8", "replace").replace("\0", "").strip()
         return Observed(
             said=self._said,
             broken=self._broken,
-            exit_code=self._exit_code,
+            exit_code=None if self._exited is None else self._exited.code,
             in_wait=self._in_wait,
             stderr_tail=tail,
+            interrupted=self._interrupted,
+            unsupervised=self._unsupervised,
+            timed_out=self._timed_out,
         )
 
     async def _record(self, end: TurnEnd, ended: Ended) -> None:
-        run = await self._insist(
+        run = await self._log.insist(
             lambda: self.shop.storage.write(
                 turns.end,
                 self.turn.run.key,
@@ -501,47 +507,38 @@ class RunSession:
                 now=self.shop.now(),
             )
         )
-        self._log(
+        usage = ended.usage
+        self._log.info(
             "execution.turn_ended",
             status=run.status.value if run.status else None,
             error_code=run.error.code if run.error else None,
             exit_code=ended.exit_code,
             processes_ended=ended.processes_ended,
+            cpu_s=None if usage is None else round((usage.user_us + usage.system_us) / 1e6, 3),
+            max_rss_kib=None if usage is None else usage.max_rss_kib,
+        )
+
+    def _ended(self, ending: Ending) -> Ended:
+        exited = self._exited
+        if exited is None:
+            return Ended(exit_code=None, processes_ended=ending.ended, gone=ending.gone)
+        usage = Usage(
+            user_us=exited.user_us, system_us=exited.system_us, max_rss_kib=exited.max_rss_kib
+        )
+        return Ended(
+            exit_code=exited.code, processes_ended=ending.ended, gone=ending.gone, usage=usage
         )
 
     # -- tools ---------------------------------------------------------------------------------
 
-    def _log(self, event: str, **facts: object) -> None:
-        run = self.turn.run
-        log.info(event, run_id=run.run_id, attempt=run.attempt, turn=run.turn, **facts)
-
-    def _warn(self, event: str, **facts: object) -> None:
-        run = self.turn.run
-        log.warning(event, run_id=run.run_id, attempt=run.attempt, turn=run.turn, **facts)
-
-    async def _in_thread(self, do: Callable[..., R], *args: object) -> R:
-        return await asyncio.get_running_loop().run_in_executor(self.shop.threads, do, *args)
-
     async def _write(self, use: Callable[..., object], **facts: object) -> None:
         storage, owner = self.shop.storage, self.shop.owner
-        await self._insist(lambda: storage.write(use, self.turn.run.key, owner=owner, **facts))
+        await self._log.insist(lambda: storage.write(use, self.turn.run.key, owner=owner, **facts))
 
-    async def _insist(self, do: Callable[[], Awaitable[R]]) -> R:
-        """Do it until it is done: what a process did is not forgotten over a full disk, a database
-        that is away, or a defect. Meanwhile the run keeps its slot, and the log says why."""
-        pause_s = RETRY_FIRST_S
-        while True:
-            try:
-                return await do()
-            except Fenced:
-                raise
-            except Exception as error:  # noqa: BLE001 - giving up would leave a run half told
-                known = isinstance(error, NotNow | Exhausted)
-                self._warn(
-                    "execution.write_retried", error=type(error).__name__, exc_info=not known
-                )
-            await asyncio.sleep(pause_s)
-            pause_s = min(pause_s * 2, RETRY_MOST_S)
+
+def _defect() -> Failed:
+    message = "The service failed while it followed the process; its log says how."
+    return Failed(RunError(code=ErrorCode.INTERNAL_ERROR, message=message))
 
 
 def _understand(line: bytes) -> tuple[bytes, _News | None]:
@@ -553,48 +550,3 @@ def _understand(line: bytes) -> tuple[bytes, _News | None]:
     except ProtocolError as error:
         return line, _Broken(f"The agent broke the protocol: {error}.")
     return (SESSION_SHOWN if isinstance(message, SessionMessage) else line), message
-
-
-# Pipes are read and written by their descriptors, not as the loop's transports: uvloop closes the
-# descriptor of a pipe transport twice, and the second time it may be another thread's new one.
-
-
-async def _read(descriptor: int) -> bytes:
-    """Return what a pipe holds, as soon as it holds something; nothing at its end."""
-    os.set_blocking(descriptor, False)
-    loop = asyncio.get_running_loop()
-    while True:
-        try:
-            return os.read(descriptor, READ_BYTES)
-        except BlockingIOError:
-            await _until_ready(descriptor, loop.add_reader, loop.remove_reader)
-
-
-async def _write_all(descriptor: int, data: bytes) -> None:
-    """Write to a pipe whose reader may be slow, or may never read."""
-    os.set_blocking(descriptor, False)
-    loop = asyncio.get_running_loop()
-    left = memoryview(data)
-    while left:
-        try:
-            left = left[os.write(descriptor, left) :]
-        except BlockingIOError:
-            await _until_ready(descriptor, loop.add_writer, loop.remove_writer)
-
-
-async def _until_ready(
-    descriptor: int,
-    watch: Callable[[int, Callable[[], None]], None],
-    unwatch: Callable[[int], object],
-) -> None:
-    ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def note() -> None:
-        if not ready.done():
-            ready.set_result(None)
-
-    watch(descriptor, note)
-    try:
-        await ready
-    finally:
-        unwatch(descriptor)

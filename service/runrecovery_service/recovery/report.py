@@ -10,6 +10,8 @@ from datetime import datetime
 
 from runrecovery_service.domain.reconciliation import (
     BindingCounts,
+    Cause,
+    Containment,
     DecisionCount,
     OrphanCounts,
     Phase,
@@ -29,6 +31,7 @@ class ReportBook:
 
     owner: Owner
     reconciliation_id: str
+    cause: Cause
     safe_mode: bool
     now: Callable[[], datetime]
     key: int = 0
@@ -36,6 +39,7 @@ class ReportBook:
     runs_total: int = 0
     tally: Tally = field(default_factory=Tally)
     orphans: OrphanCounts = field(default_factory=OrphanCounts)
+    containment: Containment | None = None
     phases: list[Phase] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -46,6 +50,7 @@ class ReportBook:
             db,
             self.owner,
             reconciliation_id=self.reconciliation_id,
+            cause=self.cause,
             safe_mode=self.safe_mode,
             now=self.started_at,
         )
@@ -79,6 +84,7 @@ class ReportBook:
             reconciliation_id=self.reconciliation_id,
             instance=self.owner.instance,
             epoch=self.owner.epoch,
+            cause=self.cause,
             state=ReconciliationState.RUNNING,
             started_at=self.started_at,
             finished_at=None,
@@ -100,5 +106,6 @@ class ReportBook:
             runs_total=self.runs_total,
             runs_unchanged=tally.unchanged,
             safe_mode=self.safe_mode,
+            containment=self.containment,
             error=None,
         )

@@ -1,9 +1,11 @@
 """The order of a restart. Each step may be cut off anywhere and is done again by the next start.
 
+A planned stop does the same steps for its own epoch, so that its next start finds them done.
+
 1. Orphans are ended before any state changes: one of them may still write to a run that is about
    to fail. 2. Session handles are checked where their engine can tell. 3. Every run of an
 earlier epoch is converged, in batches. 4. What ended runs still hold is cleared. 5. The report
-is committed. Only then may the gate open.
+is committed, with what the start's probe of its containment proved. Only then may the gate open.
 """
 
 from __future__ import annotations
@@ -19,7 +21,12 @@ from typing import Final
 import structlog
 
 from runrecovery_service.domain.errors import RecoveryInterrupted, StorageBusy
-from runrecovery_service.domain.reconciliation import OrphanCounts, Reconciliation
+from runrecovery_service.domain.reconciliation import (
+    Cause,
+    Containment,
+    OrphanCounts,
+    Reconciliation,
+)
 from runrecovery_service.process.sweep import Ending
 from runrecovery_service.recovery.report import ReportBook
 from runrecovery_service.storage import converge, processes, recovery
@@ -55,15 +62,27 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recovery:
-    """One start's recovery and what it works with."""
+    """One start's, or planned stop's, recovery and what it works with.
+
+    Attributes:
+        cause: which of the two it is.
+        containment: waits for the probe's result; None: nothing is probed at a stop.
+    """
 
     owner: Owner
+    cause: Cause
+    containment: Callable[[], Containment] | None
     limits: Limits
     sweep: Sweep
     session_checks: Mapping[str, SessionCheck]
     workspace: Callable[[int, int], Path]
     now: Callable[[], datetime]
     stopping: Callable[[], bool]
+
+    @property
+    def before(self) -> int:
+        """The epoch below which everything is examined."""
+        return self.owner.epoch + (1 if self.cause is Cause.SHUTDOWN else 0)
 
     def run(self, db: Database, begun: Callable[[str], None]) -> Reconciliation:
         """Recover, and return the completed report. Blocking.
@@ -78,21 +97,36 @@ class Recovery:
         book = ReportBook(
             owner=self.owner,
             reconciliation_id=str(uuid.uuid4()),
+            cause=self.cause,
             safe_mode=self._is_safe_mode(db),
             now=self.now,
         )
         book.open(db)
         begun(book.reconciliation_id)
-        log.info("recovery.started", **_identity(book), safe_mode=book.safe_mode)
+        log.info(
+            "recovery.started",
+            **_identity(book),
+            cause=book.cause.value,
+            safe_mode=book.safe_mode,
+        )
         try:
             with book.phase("orphans"):
                 self._end_orphans(db, book)
+            scope = Scope(
+                owner=self.owner,
+                before=self.before,
+                reconciliation_key=book.key,
+                now=self.now(),
+            )
             with book.phase("sessions"):
-                self._check_sessions(db)
+                self._check_sessions(db, scope)
             with book.phase("converge"):
-                self._converge(db, book)
+                self._converge(db, book, scope)
             with book.phase("bindings"):
                 book.tally += converge.clear_stale_bindings(db, self.owner)
+            if self.containment is not None:
+                with book.phase("containment"):
+                    book.containment = self.containment()
             report = book.complete(db)
         except Exception as error:
             self._fail(db, book, error)
@@ -102,7 +136,7 @@ class Recovery:
 
     def _is_safe_mode(self, db: Database) -> bool:
         limits = self.limits
-        if not limits.safe_mode_after:
+        if not limits.safe_mode_after or self.cause is Cause.SHUTDOWN:
             return False
         since = self.now() - timedelta(seconds=limits.safe_mode_window_s)
         unfinished = recovery.unfinished_since(db, self.owner.instance, since)
@@ -120,15 +154,17 @@ class Recovery:
     # -- orphans -------------------------------------------------------------------------------
 
     def _end_orphans(self, db: Database, book: ReportBook) -> None:
-        leases = processes.open_of_earlier_epochs(db, self.owner)
+        leases = processes.unclosed(db, self.owner, before=self.before)
         if not leases:
             return
         endings = self.sweep(leases)
+        ended = {
+            key: Ended(exit_code=None, processes_ended=ending.ended, gone=ending.gone)
+            for key, ending in endings.items()
+        }
+        processes.close_all(db, ended, now=self.now(), reconciliation_key=book.key)
         for lease in leases:
-            ending = endings[lease.key]
-            ended = Ended(exit_code=None, processes_ended=ending.ended, gone=ending.gone)
-            processes.close(db, lease.key, ended, now=self.now(), reconciliation_key=book.key)
-            for refusal in ending.refused:
+            for refusal in endings[lease.key].refused:
                 log.warning("recovery.orphan_refused", **_identity(book), run_id=lease.run_id)
                 book.warnings.append(f"run {lease.run_id}: {refusal}")
         book.orphans = OrphanCounts(
@@ -141,11 +177,11 @@ class Recovery:
 
     # -- sessions ------------------------------------------------------------------------------
 
-    def _check_sessions(self, db: Database) -> None:
+    def _check_sessions(self, db: Database, scope: Scope) -> None:
         for engine, check in self.session_checks.items():
             after = 0
             while stored := converge.sessions_to_check(
-                db, self.owner, engine=engine, after=after, limit=SESSIONS_PER_CHECK
+                db, scope, engine=engine, after=after, limit=SESSIONS_PER_CHECK
             ):
                 verdicts = {
                     session.run_key: "VALID"
@@ -155,18 +191,17 @@ class Recovery:
                 }
                 known = {session.run_key: session.verdict for session in stored}
                 converge.record_verdicts(
-                    db, self.owner, {k: v for k, v in verdicts.items() if known[k] != v}
+                    db, scope, {k: v for k, v in verdicts.items() if known[k] != v}
                 )
                 after = stored[-1].run_key
 
     # -- convergence ---------------------------------------------------------------------------
 
-    def _converge(self, db: Database, book: ReportBook) -> None:
-        book.runs_total = converge.total(db, self.owner)
+    def _converge(self, db: Database, book: ReportBook, scope: Scope) -> None:
+        book.runs_total = converge.total(db, scope)
         book.write(db)
-        scope = Scope(owner=self.owner, reconciliation_key=book.key, now=self.now())
         rows, logged, after = self.limits.batch_rows, 0, 0
-        while batch := converge.next_batch(db, self.owner, after=after, rows=rows):
+        while batch := converge.next_batch(db, scope, after=after, rows=rows):
             if self.stopping():
                 raise RecoveryInterrupted
             begun = time.monotonic()
@@ -227,6 +262,7 @@ def _log_completed(book: ReportBook, report: Reconciliation) -> None:
     log.info(
         "recovery.completed",
         **_identity(book),
+        cause=book.cause.value,
         decisions={count.rule: count.count for count in report.decisions},
         runs_scanned=report.runs_scanned,
         runs_unchanged=report.runs_unchanged,

@@ -63,6 +63,11 @@ class Gate:
         return self._state is ServiceState.DRAINING
 
     @property
+    def recovered(self) -> bool:
+        """True once recovery has committed, until the end."""
+        return self._recovered
+
+    @property
     def change(self) -> asyncio.Event:
         """Set by the next change. Take it before looking at the state, and none is missed."""
         return self._change

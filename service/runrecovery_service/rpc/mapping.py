@@ -8,7 +8,7 @@ read, so that it cannot leave the service.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
 from typing import Final
@@ -18,7 +18,13 @@ from google.protobuf.struct_pb2 import NULL_VALUE, ListValue, Struct, Value
 from google.protobuf.timestamp_pb2 import Timestamp
 from runrecovery.v1 import recovery_pb2, recovery_service_pb2, run_pb2
 
-from runrecovery_service.domain.reconciliation import Reconciliation, ReconciliationState
+from runrecovery_service.domain.reconciliation import (
+    Cause,
+    Containment,
+    ContainmentLevel,
+    Reconciliation,
+    ReconciliationState,
+)
 from runrecovery_service.domain.run import (
     Interaction,
     InteractionKind,
@@ -33,6 +39,7 @@ from runrecovery_service.domain.run import (
     RunStatus,
 )
 from runrecovery_service.rpc.gate import ServiceState
+from runrecovery_service.storage.processes import Unended
 
 EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _DAY_S: Final = 86_400
@@ -97,6 +104,21 @@ RECONCILIATION_STATES: Final[
         ReconciliationState.COMPLETED: recovery_pb2.RECONCILIATION_STATE_COMPLETED,
         ReconciliationState.FAILED: recovery_pb2.RECONCILIATION_STATE_FAILED,
     }
+)
+TRIGGERS: Final[Mapping[Cause, recovery_pb2.ReconciliationTrigger.ValueType]] = MappingProxyType(
+    {
+        Cause.STARTUP: recovery_pb2.RECONCILIATION_TRIGGER_STARTUP,
+        Cause.SHUTDOWN: recovery_pb2.RECONCILIATION_TRIGGER_SHUTDOWN,
+    }
+)
+CONTAINMENT_LEVELS: Final[Mapping[ContainmentLevel, recovery_pb2.ContainmentLevel.ValueType]] = (
+    MappingProxyType(
+        {
+            ContainmentLevel.NONE: recovery_pb2.CONTAINMENT_LEVEL_NONE,
+            ContainmentLevel.COOKIE: recovery_pb2.CONTAINMENT_LEVEL_COOKIE,
+            ContainmentLevel.WATERMARK: recovery_pb2.CONTAINMENT_LEVEL_WATERMARK,
+        }
+    )
 )
 SERVICE_STATES: Final[Mapping[ServiceState, recovery_pb2.ServiceState.ValueType]] = (
     MappingProxyType(
@@ -297,6 +319,8 @@ def _put_pending(to: run_pb2.PendingInteraction, question: Interaction) -> None:
     for option in question.options:
         _put_option(to.options.add(), option)
     put_time(to.asked_at, question.asked_at)
+    if question.wait_deadline_at is not None:
+        put_time(to.wait_deadline_at, question.wait_deadline_at)
 
 
 def _put_option(to: run_pb2.InteractionOption, option: Option) -> None:
@@ -344,7 +368,7 @@ def put_reconciliation(to: recovery_pb2.Reconciliation, report: Reconciliation) 
     to.reconciliation_id = report.reconciliation_id
     to.instance = report.instance
     to.epoch = report.epoch
-    to.trigger = recovery_pb2.RECONCILIATION_TRIGGER_STARTUP
+    to.trigger = TRIGGERS[report.cause]
     to.state = RECONCILIATION_STATES[report.state]
     put_time(to.started_at, report.started_at)
     if report.finished_at is not None:
@@ -364,7 +388,15 @@ def put_reconciliation(to: recovery_pb2.Reconciliation, report: Reconciliation) 
     to.runs_unchanged = report.runs_unchanged
     to.safe_mode = report.safe_mode
     to.error = report.error or ""
+    if report.containment is not None:
+        put_containment(to.containment, report.containment)
     _put_counts(to, report)
+
+
+def put_containment(to: recovery_pb2.Containment, proved: Containment) -> None:
+    """Fill in what the probe proved."""
+    to.level = CONTAINMENT_LEVELS[proved.level]
+    to.detail = proved.detail
 
 
 def _put_counts(to: recovery_pb2.Reconciliation, report: Reconciliation) -> None:
@@ -385,8 +417,16 @@ def put_status(
     *,
     state: ServiceState,
     report: Reconciliation | None,
+    containment: Containment | None,
+    unended: Sequence[Unended],
 ) -> None:
-    """Fill in what the service is doing, and the report of this start if there is one yet."""
+    """Fill in what the service is doing, the report of this start and what its probe proved if
+    they are there yet, and what could not be ended."""
     to.state = SERVICE_STATES[state]
     if report is not None:
         put_reconciliation(to.reconciliation, report)
+    if containment is not None:
+        put_containment(to.containment, containment)
+    for launch in unended:
+        left = to.unended_launches.add(run_id=launch.run_id, attempt=launch.attempt)
+        put_time(left.launched_at, launch.launched_at)

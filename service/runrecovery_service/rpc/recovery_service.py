@@ -4,27 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 from runrecovery.v1 import recovery_service_pb2 as pb
 
-from runrecovery_service.domain.reconciliation import RecoveredFilter
+from runrecovery_service.domain.reconciliation import Containment, RecoveredFilter
 from runrecovery_service.rpc import mapping, paging, validation
 from runrecovery_service.rpc.gate import Gate
-from runrecovery_service.storage import recovery
+from runrecovery_service.storage import processes, recovery
 from runrecovery_service.storage.adapter import Storage
 from runrecovery_service.storage.instances import Owner
+
+UNENDED_NAMED: Final = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecoveryRooms:
     """What RecoveryService works with.
 
-    `current_report` gives the reconciliation_id of this start, None until its report is open.
+    `current_report` gives the reconciliation_id of this start, None until its report is open;
+    `containment` what its probe proved, None until that has ended.
     """
 
     storage: Storage
     owner: Owner
     current_report: Callable[[], str | None]
+    containment: Callable[[], Containment | None]
 
 
 class RecoveryService:
@@ -34,6 +39,7 @@ class RecoveryService:
         self._storage = rooms.storage
         self._owner = rooms.owner
         self._current_report = rooms.current_report
+        self._containment = rooms.containment
         self._gate = gate
 
     async def get_recovery_info(
@@ -66,7 +72,7 @@ class RecoveryService:
     async def get_recovery_status(
         self, _request: pb.GetRecoveryStatusRequest
     ) -> pb.GetRecoveryStatusResponse:
-        """Return what the service is doing, and the report of this start."""
+        """Return what the service is doing, the report of this start and what stays alive."""
         current = self._current_report()
         report = (
             None if current is None else await self._storage.point(recovery.reconciliation, current)
@@ -74,7 +80,13 @@ class RecoveryService:
         response = pb.GetRecoveryStatusResponse(
             instance=self._owner.instance, epoch=self._owner.epoch
         )
-        mapping.put_status(response, state=self._gate.state, report=report)
+        mapping.put_status(
+            response,
+            state=self._gate.state,
+            report=report,
+            containment=self._containment(),
+            unended=await self._storage.read(processes.unended, self._owner, limit=UNENDED_NAMED),
+        )
         return response
 
     async def list_reconciliations(

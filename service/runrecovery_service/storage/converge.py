@@ -31,11 +31,23 @@ from runrecovery_service.storage.tables import LIVE, live, sql_words
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scope:
-    """Which rows a reconciliation may touch, and what it writes into them."""
+    """Which rows a reconciliation may touch, and what it writes into them.
+
+    Attributes:
+        owner: whose runs, and the epoch that they are brought into.
+        before: only runs of epochs below this one: the owner's own at a start; the next one at a
+            planned stop, which decides what its next start would.
+    """
 
     owner: Owner
+    before: int
     reconciliation_key: int
     now: datetime
+
+    @property
+    def whose(self) -> tuple[str, int]:
+        """The parameters of `owner = ? AND owner_epoch < ?`."""
+        return self.owner.instance, self.before
 
 
 DAMAGED_NAMED: Final = 100
@@ -84,21 +96,20 @@ class Batch:
     rows: int
 
 
-def total(db: Database, owner: Owner) -> int:
-    """Return how many runs of the owner's earlier epochs there are to examine."""
+def total(db: Database, scope: Scope) -> int:
+    """Return how many runs there are to examine."""
     row = db.fetch_one(
-        f"SELECT count(*) FROM run WHERE {LIVE} AND owner = ? AND owner_epoch < ?",
-        (owner.instance, owner.epoch),
+        f"SELECT count(*) FROM run WHERE {LIVE} AND owner = ? AND owner_epoch < ?", scope.whose
     )
     return row[0] if row else 0
 
 
-def next_batch(db: Database, owner: Owner, *, after: int, rows: int) -> Batch | None:
+def next_batch(db: Database, scope: Scope, *, after: int, rows: int) -> Batch | None:
     """Return the next range of at most `rows` live rows behind key `after`; None at the end."""
     row = db.fetch_one(
         "SELECT min(id), max(id), count(*) FROM (SELECT id FROM run"
         f" WHERE {LIVE} AND owner = ? AND owner_epoch < ? AND id > ? ORDER BY id LIMIT ?) AS b",
-        (owner.instance, owner.epoch, after, rows),
+        (*scope.whose, after, rows),
     )
     return Batch(*row) if row and row[2] else None
 
@@ -310,11 +321,11 @@ def _isolate(
         return tally
     tally = Tally()
     half = (batch.rows + 1) // 2
-    part = next_batch(db, scope.owner, after=batch.first - 1, rows=half)
+    part = next_batch(db, scope, after=batch.first - 1, rows=half)
     while part is not None and part.first <= batch.last:
         part = _clip(db, scope, part, batch.last)
         tally += converge(db, scope, part, report=_on_top_of(tally, report))
-        part = next_batch(db, scope.owner, after=part.last, rows=half)
+        part = next_batch(db, scope, after=part.last, rows=half)
     return tally
 
 
@@ -327,14 +338,14 @@ def _clip(db: Database, scope: Scope, part: Batch, last: int) -> Batch:
         return part
     row = db.fetch_one(
         f"SELECT count(*) FROM run r WHERE {_RANGE}",
-        (part.first, last, scope.owner.instance, scope.owner.epoch),
+        (part.first, last, *scope.whose),
     )
     return Batch(part.first, last, row[0] if row else 0)
 
 
 def _converge_range(db: Database, scope: Scope, batch: Batch) -> Tally:
     owner, now = scope.owner, to_us(scope.now)
-    reach = (batch.first, batch.last, owner.instance, owner.epoch)
+    reach = (batch.first, batch.last, *scope.whose)
     _hold(db, reach)
     db.execute(
         "INSERT INTO recovery_event (run, no, reconciliation, rule, facts, status_before,"
@@ -384,11 +395,12 @@ def _hold(db: Database, reach: tuple[int, int, str, int]) -> None:
 
 
 def _adopt_unchanged(db: Database, scope: Scope, reach: tuple[int, int, str, int]) -> int:
-    """Bring runs whose earlier decision stands into this epoch, so that we may write them."""
+    """Bring runs whose earlier decision stands into this epoch, so that we may write them; and
+    count them. At a stop those that were just decided are of an epoch below the bound as well."""
     adopted: int = db.execute(
         f"UPDATE run SET owner_epoch = ? WHERE id BETWEEN ? AND ? AND {LIVE}"
-        " AND owner = ? AND owner_epoch < ?",
-        (scope.owner.epoch, *reach),
+        " AND owner = ? AND owner_epoch < ? AND COALESCE(reconciliation, 0) <> ?",
+        (scope.owner.epoch, *reach, scope.reconciliation_key),
     ).rowcount
     return adopted
 
@@ -467,7 +479,7 @@ def _quarantine(db: Database, scope: Scope, batch: Batch, detail: str) -> Tally:
     row = db.fetch_one(
         "SELECT r.run_id, r.status, (SELECT COALESCE(max(e.no), 0) + 1 FROM recovery_event e"
         f" WHERE e.run = r.id) FROM run r WHERE {_RANGE}",
-        (batch.first, batch.last, scope.owner.instance, scope.owner.epoch),
+        (batch.first, batch.last, *scope.whose),
     )
     if row is None:
         return Tally()
@@ -500,8 +512,7 @@ def _quarantine(db: Database, scope: Scope, batch: Batch, detail: str) -> Tally:
             scope.reconciliation_key,
             scope.owner.epoch,
             batch.first,
-            scope.owner.instance,
-            scope.owner.epoch,
+            *scope.whose,
         ),
     )
     return Tally(
@@ -562,23 +573,23 @@ class StoredSession:
 
 
 def sessions_to_check(
-    db: Database, owner: Owner, *, engine: str, after: int, limit: int
+    db: Database, scope: Scope, *, engine: str, after: int, limit: int
 ) -> list[StoredSession]:
-    """Return handles of live runs of earlier epochs of one engine, in order of run keys."""
+    """Return handles of the runs to examine of one engine, in order of run keys."""
     rows = db.fetch_all(
         f"SELECT id, attempt, session_value, session_verdict FROM run WHERE {LIVE}"
         " AND owner = ? AND owner_epoch < ? AND id > ? AND engine = ? AND session_value <> ''"
         " ORDER BY id LIMIT ?",
-        (owner.instance, owner.epoch, after, engine, limit),
+        (*scope.whose, after, engine, limit),
     )
     return [StoredSession(*row) for row in rows]
 
 
-def record_verdicts(db: Database, owner: Owner, verdicts: dict[int, str]) -> None:
+def record_verdicts(db: Database, scope: Scope, verdicts: dict[int, str]) -> None:
     """Record what the check of a session said: VALID or INVALID, by run key."""
     with db.transaction():
         for run_key, verdict in verdicts.items():
             db.execute(
                 "UPDATE run SET session_verdict = ? WHERE id = ? AND owner = ? AND owner_epoch < ?",
-                (verdict, run_key, owner.instance, owner.epoch),
+                (verdict, run_key, *scope.whose),
             )

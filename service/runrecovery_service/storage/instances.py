@@ -11,8 +11,7 @@ from runrecovery_service.storage.database import Database, Kind
 from runrecovery_service.storage.rows import to_us
 
 LEASE_TTL_S: Final = 15.0
-"""How long an instance is believed alive after its last renewal (every RENEWAL_S)."""
-RENEWAL_S: Final = 3.0
+"""How long, unless it is configured, an instance is believed alive after its last renewal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +33,12 @@ class Boot:
     pid: int
 
 
-def claim(db: Database, boot: Boot, *, now: datetime) -> Owner:
-    """Take the instance's next epoch.
+def _lease_until(db: Database, ttl_s: float) -> str:
+    return f"{db.dialect.now_us} + {int(ttl_s * 1e6)}"
+
+
+def claim(db: Database, boot: Boot, *, now: datetime, ttl_s: float = LEASE_TTL_S) -> Owner:
+    """Take the instance's next epoch, and a lease of `ttl_s`.
 
     A start from the same host and data directory needs no lease to have run out: it holds the
     directory's lock, so that its predecessor is dead.
@@ -43,6 +46,7 @@ def claim(db: Database, boot: Boot, *, now: datetime) -> Owner:
     Raises:
         Held: an instance of this name is alive elsewhere.
     """
+    until = _lease_until(db, ttl_s)
     lock = " FOR UPDATE" if db.dialect.kind is Kind.POSTGRESQL else ""
     with db.transaction():
         row = db.fetch_one(
@@ -63,11 +67,10 @@ def claim(db: Database, boot: Boot, *, now: datetime) -> Owner:
             to_us(now),
             boot.instance,
         )
-        lease = f"{db.dialect.now_us} + {int(LEASE_TTL_S * 1e6)}"
         if row is None:
             added = db.execute(
                 "INSERT INTO instance (epoch, boot_token, host_id, data_dir, pid, started_at,"
-                f" name, lease_until) VALUES (?, ?, ?, ?, ?, ?, ?, {lease})"
+                f" name, lease_until) VALUES (?, ?, ?, ?, ?, ?, ?, {until})"
                 " ON CONFLICT (name) DO NOTHING",
                 values,
             ).rowcount
@@ -76,14 +79,14 @@ def claim(db: Database, boot: Boot, *, now: datetime) -> Owner:
         else:
             db.execute(
                 "UPDATE instance SET epoch = ?, boot_token = ?, host_id = ?, data_dir = ?,"
-                f" pid = ?, started_at = ?, lease_until = {lease} WHERE name = ?",
+                f" pid = ?, started_at = ?, lease_until = {until} WHERE name = ?",
                 values,
             )
     return Owner(boot.instance, epoch)
 
 
-def renew(db: Database, owner: Owner) -> None:
-    """Prolong the lease.
+def renew(db: Database, owner: Owner, *, ttl_s: float = LEASE_TTL_S) -> None:
+    """Prolong the lease to `ttl_s` from now.
 
     Raises:
         Fenced: a newer epoch of this instance has started.
@@ -92,7 +95,7 @@ def renew(db: Database, owner: Owner) -> None:
     db.demand_in_place()
     with db.transaction():
         changed = db.execute(
-            f"UPDATE instance SET lease_until = {db.dialect.now_us} + {int(LEASE_TTL_S * 1e6)}"
+            f"UPDATE instance SET lease_until = {_lease_until(db, ttl_s)}"
             " WHERE name = ? AND epoch = ?",
             (owner.instance, owner.epoch),
         ).rowcount

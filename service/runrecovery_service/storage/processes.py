@@ -1,57 +1,114 @@
-"""Leases: one row a launch, written before it happens and kept until its tree is gone."""
+"""Leases: one row a launch, written before it happens and kept until its tree is gone.
+
+INTENT: it is about to be launched. GATED: its shim stands at the gate; the agent has not run.
+RUNNING: the gate may be open. CLOSED: nothing of it is left. KILL_PENDING: it is over, but
+something of it could not be ended. Each is committed before the thing that it tells of can act.
+"""
 
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Final
 
 from runrecovery_service.domain.errors import Fenced
 from runrecovery_service.domain.run import Run
+from runrecovery_service.storage import instances
 from runrecovery_service.storage.database import Database, Row
 from runrecovery_service.storage.instances import Owner
-from runrecovery_service.storage.rows import to_us
+from runrecovery_service.storage.rows import from_us, to_us
+
+CLOSED_PER_COMMIT: Final = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where processes are launched: a host, one boot of it, one pid namespace."""
+    """Where processes are launched: a host, one boot of it, one pid namespace.
+
+    Attributes:
+        watermark_bits: how large a watermark may be set here; 0: none.
+        cgroup_parent: the delegated cgroup below which each launch gets its own; None: none.
+    """
 
     host_id: str
     boot_id: str
     pid_namespace: int
+    watermark_bits: int = 0
+    cgroup_parent: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lease:
-    """A recorded launch. `pid` and `start_ticks` are None until the process is on record."""
+    """A recorded launch and the marks of its tree: `cookie` and `watermark`, which are secrets,
+    `cgroup`, and the shim's `pid` and `start_ticks`, None until that is on record. `unended`: it
+    is over, and something of it could not be ended so far."""
 
     key: int
     run_key: int
     run_id: str
     attempt: int
-    place: Place
-    cookie: str
+    turn: int
+    host_id: str
+    boot_id: str
+    pid_namespace: int
+    cookie: str = field(repr=False)
+    watermark: int | None = field(repr=False)
+    cgroup: str | None
     pid: int | None
     start_ticks: int | None
+    unended: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What the agent's own process used: microseconds of processor, KiB of memory at most."""
+
+    user_us: int
+    system_us: int
+    max_rss_kib: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ended:
-    """What is left of a launch: `gone` is False while something of it could not be ended."""
+    """What is left of a launch: `gone` is False while something of it could not be ended.
+
+    `exit_code` and `usage` are None when nobody was there to see the agent end.
+    """
 
     exit_code: int | None
     processes_ended: int
     gone: bool
+    usage: Usage | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unended:
+    """A launch that is over and of which something is still alive."""
+
+    run_id: str
+    attempt: int
+    launched_at: datetime
+
+
+_LEASE: Final = (
+    "SELECT l.id, l.run, r.run_id, l.attempt, l.turn, l.host_id, l.boot_id, l.pid_namespace,"
+    " l.cookie, l.watermark, l.cgroup, l.pid, l.start_ticks, l.state"
+    " FROM process_lease l LEFT JOIN run r ON r.id = l.run"
+)
 
 
 def intend(db: Database, run: Run, *, owner: Owner, place: Place, now: datetime) -> Lease:
     """Record the launch that is about to happen, in the caller's transaction."""
-    cookie = secrets.token_hex(16)
+    bits = place.watermark_bits
+    # The highest bit set: a number of full length, as no other use of that limit would choose.
+    watermark = secrets.randbits(bits) | 1 << (bits - 1) if bits else None
+    cgroup = f"{place.cgroup_parent}/{secrets.token_hex(8)}" if place.cgroup_parent else None
     row = db.fetch_one(
         "INSERT INTO process_lease (run, attempt, turn, instance, epoch, host_id, boot_id,"
-        " pid_namespace, cookie, state, processes_ended, created_at)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 'INTENT', 0, ?) RETURNING id",
+        " pid_namespace, cookie, watermark, cgroup, state, processes_ended, created_at)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 'INTENT', 0, ?) RETURNING id",
         (
             run.key,
             run.attempt,
@@ -61,34 +118,55 @@ def intend(db: Database, run: Run, *, owner: Owner, place: Place, now: datetime)
             place.host_id,
             place.boot_id,
             place.pid_namespace,
-            cookie,
+            secrets.token_hex(16),
+            watermark,
+            cgroup,
             to_us(now),
         ),
     )
     assert row is not None  # noqa: S101 - RETURNING gives the row that was inserted
-    return Lease(
-        key=row[0],
-        run_key=run.key,
-        run_id=run.run_id,
-        attempt=run.attempt,
-        place=place,
-        cookie=cookie,
-        pid=None,
-        start_ticks=None,
-    )
+    made = db.fetch_one(f"{_LEASE} WHERE l.id = ?", (row[0],))
+    assert made is not None  # noqa: S101 - it was inserted in this transaction
+    return _lease_from_row(made)
 
 
-def launched(db: Database, lease_key: int, *, pid: int, start_ticks: int) -> None:
-    """Record which process it became.
+def gated(db: Database, lease_key: int, *, owner: Owner, pid: int, start_ticks: int) -> None:
+    """Record the shim that stands at the gate.
 
     Raises:
-        Fenced: the lease has been closed meanwhile, by a newer epoch.
+        Fenced: a newer epoch has started, or has closed the lease.
     """
+    _advance(
+        db, lease_key, "state = 'GATED', pid = ?, start_ticks = ?", (pid, start_ticks),
+        owner=owner, among=("INTENT", "GATED"),
+    )  # fmt: skip
+
+
+def running(db: Database, lease_key: int, *, owner: Owner) -> None:
+    """Record that the gate is about to be opened.
+
+    Raises:
+        Fenced: a newer epoch has started, or has closed the lease.
+    """
+    _advance(db, lease_key, "state = 'RUNNING'", (), owner=owner, among=("GATED", "RUNNING"))
+
+
+def _advance(
+    db: Database,
+    lease_key: int,
+    change: str,
+    values: tuple[object, ...],
+    *,
+    owner: Owner,
+    among: tuple[str, str],
+) -> None:
+    """Change a lease that is in one of two states; the later one too, since a commit whose
+    answer was lost is done again."""
     with db.transaction():
+        instances.demand_current(db, owner)
         changed = db.execute(
-            "UPDATE process_lease SET pid = ?, start_ticks = ?, state = 'RUNNING'"
-            " WHERE id = ? AND state IN ('INTENT', 'RUNNING')",
-            (pid, start_ticks, lease_key),
+            f"UPDATE process_lease SET {change} WHERE id = ? AND epoch = ? AND state IN (?, ?)",
+            (*values, lease_key, owner.epoch, *among),
         ).rowcount
     if changed != 1:
         raise Fenced(f"lease {lease_key}")
@@ -109,13 +187,19 @@ def close(
     reconciliation_key: int | None = None,
 ) -> None:
     """Close the lease, or keep it as KILL_PENDING while something of it is alive."""
+    usage = ended.usage
     with db.transaction():
         db.execute(
-            "UPDATE process_lease SET state = ?, exit_code = ?, ended_by = ?,"
+            "UPDATE process_lease SET state = ?, exit_code = COALESCE(?, exit_code),"
+            " user_us = COALESCE(?, user_us), system_us = COALESCE(?, system_us),"
+            " max_rss_kib = COALESCE(?, max_rss_kib), ended_by = ?,"
             " processes_ended = processes_ended + ?, closed_at = ? WHERE id = ?",
             (
                 "CLOSED" if ended.gone else "KILL_PENDING",
                 ended.exit_code,
+                None if usage is None else usage.user_us,
+                None if usage is None else usage.system_us,
+                None if usage is None else usage.max_rss_kib,
                 reconciliation_key,
                 ended.processes_ended,
                 to_us(now) if ended.gone else None,
@@ -124,27 +208,87 @@ def close(
         )
 
 
-def open_of_earlier_epochs(db: Database, owner: Owner) -> list[Lease]:
-    """Return every launch of this instance's earlier epochs that is not known to be gone."""
+def close_all(
+    db: Database, ended: Mapping[int, Ended], *, now: datetime, reconciliation_key: int
+) -> None:
+    """Close many leases, by key, in a few commits."""
+    left = list(ended.items())
+    while left:
+        now_closed, left = left[:CLOSED_PER_COMMIT], left[CLOSED_PER_COMMIT:]
+        with db.transaction():
+            for lease_key, one in now_closed:
+                close(db, lease_key, one, now=now, reconciliation_key=reconciliation_key)
+
+
+def unclosed(db: Database, owner: Owner, *, before: int) -> list[Lease]:
+    """Return every launch of this instance's epochs below `before` that is not known to be gone."""
     rows = db.fetch_all(
-        "SELECT l.id, l.run, r.run_id, l.attempt, l.host_id, l.boot_id, l.pid_namespace,"
-        " l.cookie, l.pid, l.start_ticks"
-        " FROM process_lease l LEFT JOIN run r ON r.id = l.run"
-        " WHERE l.instance = ? AND l.state <> 'CLOSED' AND l.epoch < ? ORDER BY l.id",
-        (owner.instance, owner.epoch),
+        f"{_LEASE} WHERE l.instance = ? AND l.state <> 'CLOSED' AND l.epoch < ? ORDER BY l.id",
+        (owner.instance, before),
     )
     return [_lease_from_row(row) for row in rows]
 
 
+def to_patrol(db: Database, owner: Owner, *, now: datetime, closed_within_s: float) -> list[Lease]:
+    """Return the launches that are over and want another look: those of which something could
+    not be ended, and those closed a short time ago."""
+    since = to_us(now - timedelta(seconds=closed_within_s))
+    rows = db.fetch_all(
+        f"{_LEASE} WHERE l.instance = ? AND l.state = 'KILL_PENDING'"
+        f" UNION ALL {_LEASE} WHERE l.instance = ? AND l.closed_at >= ?",
+        (owner.instance, owner.instance, since),
+    )
+    return [_lease_from_row(row) for row in rows]
+
+
+def close_late(db: Database, late: Iterable[tuple[int, Ended]], *, now: datetime) -> None:
+    """Record what a patrol ended of launches that were over. Who ended them before stays named."""
+    with db.transaction():
+        for lease_key, ended in late:
+            db.execute(
+                "UPDATE process_lease SET processes_ended = processes_ended + ?,"
+                " state = ?, closed_at = ? WHERE id = ? AND state IN ('KILL_PENDING', 'CLOSED')",
+                (
+                    ended.processes_ended,
+                    "CLOSED" if ended.gone else "KILL_PENDING",
+                    to_us(now) if ended.gone else None,
+                    lease_key,
+                ),
+            )
+
+
+def unended(db: Database, owner: Owner, *, limit: int) -> list[Unended]:
+    """Return launches of this instance that are over and of which something is alive."""
+    rows = db.fetch_all(
+        "SELECT r.run_id, l.run, l.attempt, l.created_at FROM process_lease l"
+        " LEFT JOIN run r ON r.id = l.run"
+        " WHERE l.instance = ? AND l.state = 'KILL_PENDING' ORDER BY l.id LIMIT ?",
+        (owner.instance, limit),
+    )
+    return [
+        Unended(run_id=run_id or f"#{run_key}", attempt=attempt, launched_at=from_us(created_at))
+        for run_id, run_key, attempt, created_at in rows
+    ]
+
+
 def _lease_from_row(row: Row) -> Lease:
-    key, run_key, run_id, attempt, host_id, boot_id, pid_namespace, cookie, pid, start_ticks = row
+    (
+        key, run_key, run_id, attempt, turn, host_id, boot_id, pid_namespace,
+        cookie, watermark, cgroup, pid, start_ticks, state,
+    ) = row  # fmt: skip
     return Lease(
         key=key,
         run_key=run_key,
         run_id=run_id or f"#{run_key}",
         attempt=attempt,
-        place=Place(host_id=host_id, boot_id=boot_id, pid_namespace=pid_namespace),
+        turn=turn,
+        host_id=host_id,
+        boot_id=boot_id,
+        pid_namespace=pid_namespace,
         cookie=cookie,
+        watermark=watermark,
+        cgroup=cgroup,
         pid=pid,
         start_ticks=start_ticks,
+        unended=state == "KILL_PENDING",
     )

@@ -10,6 +10,9 @@ from typing import Final
 from runrecovery_service.domain.errors import ReconciliationNotFound
 from runrecovery_service.domain.reconciliation import (
     BindingCounts,
+    Cause,
+    Containment,
+    ContainmentLevel,
     DecisionCount,
     OrphanCounts,
     Phase,
@@ -105,9 +108,15 @@ def _recovered_key(run: Run) -> tuple[int, ...]:
 
 
 def begin(
-    db: Database, owner: Owner, *, reconciliation_id: str, safe_mode: bool, now: datetime
+    db: Database,
+    owner: Owner,
+    *,
+    reconciliation_id: str,
+    cause: Cause,
+    safe_mode: bool,
+    now: datetime,
 ) -> int:
-    """Open the report of this start and return its key.
+    """Open the report of this start, or planned stop, and return its key.
 
     Reports that earlier epochs left RUNNING were cut off by the end of their service; they are
     closed as FAILED. What they had decided stands.
@@ -120,12 +129,19 @@ def begin(
             (to_us(now), owner.instance),
         )
         row = db.fetch_one(
-            "INSERT INTO reconciliation (reconciliation_id, instance, epoch, state, started_at,"
-            " phases, decisions, orphans, bindings, warnings, quarantined, runs_scanned,"
-            " runs_total, runs_unchanged, safe_mode)"
-            " VALUES (?, ?, ?, 'RUNNING', ?, '[]', '{}', '{}', '{}', '[]', 0, 0, 0, 0, ?)"
+            "INSERT INTO reconciliation (reconciliation_id, instance, epoch, cause, state,"
+            " started_at, phases, decisions, orphans, bindings, warnings, quarantined,"
+            " runs_scanned, runs_total, runs_unchanged, safe_mode)"
+            " VALUES (?, ?, ?, ?, 'RUNNING', ?, '[]', '{}', '{}', '{}', '[]', 0, 0, 0, 0, ?)"
             " RETURNING id",
-            (reconciliation_id, owner.instance, owner.epoch, to_us(now), int(safe_mode)),
+            (
+                reconciliation_id,
+                owner.instance,
+                owner.epoch,
+                cause.value,
+                to_us(now),
+                int(safe_mode),
+            ),
         )
     assert row is not None  # noqa: S101 - RETURNING gives the row that was inserted
     key: int = row[0]
@@ -136,7 +152,7 @@ def unfinished_since(db: Database, instance: str, since: datetime) -> int:
     """Return how many starts of the instance in a row, up to now, did not finish recovering."""
     rows = db.fetch_all(
         "SELECT epoch, state FROM reconciliation WHERE instance = ? AND started_at >= ?"
-        " AND COALESCE(error, '') <> ? ORDER BY id DESC LIMIT 1000",
+        " AND cause = 'STARTUP' AND COALESCE(error, '') <> ? ORDER BY id DESC LIMIT 1000",
         (instance, to_us(since), INTERRUPTED),
     )
     unfinished = takewhile(lambda row: row[1] != ReconciliationState.COMPLETED, rows)
@@ -149,7 +165,7 @@ def write_report(db: Database, key: int, report: Reconciliation) -> None:
         db.execute(
             "UPDATE reconciliation SET state = ?, finished_at = ?, phases = ?, decisions = ?,"
             " orphans = ?, bindings = ?, warnings = ?, quarantined = ?, runs_scanned = ?,"
-            " runs_total = ?, runs_unchanged = ?, error = ? WHERE id = ?",
+            " runs_total = ?, runs_unchanged = ?, containment = ?, error = ? WHERE id = ?",
             (
                 report.state.value,
                 None if report.finished_at is None else to_us(report.finished_at),
@@ -162,6 +178,7 @@ def write_report(db: Database, key: int, report: Reconciliation) -> None:
                 report.runs_scanned,
                 report.runs_total,
                 report.runs_unchanged,
+                _contained(report.containment),
                 report.error,
                 key,
             ),
@@ -172,10 +189,15 @@ def _counts(counts: OrphanCounts | BindingCounts) -> dict[str, JsonValue]:
     return {name: getattr(counts, name) for name in counts.__dataclass_fields__}
 
 
+def _contained(containment: Containment | None) -> str | None:
+    return None if containment is None else to_json([containment.level, containment.detail])
+
+
 _REPORT_COLUMNS: Final = (
-    _C.id, _C.reconciliation_id, _C.instance, _C.epoch, _C.state, _C.started_at, _C.finished_at,
-    _C.phases, _C.decisions, _C.orphans, _C.bindings, _C.warnings, _C.quarantined,
-    _C.runs_scanned, _C.runs_total, _C.runs_unchanged, _C.safe_mode, _C.error,
+    _C.id, _C.reconciliation_id, _C.instance, _C.epoch, _C.cause, _C.state, _C.started_at,
+    _C.finished_at, _C.phases, _C.decisions, _C.orphans, _C.bindings, _C.warnings, _C.quarantined,
+    _C.runs_scanned, _C.runs_total, _C.runs_unchanged, _C.safe_mode, _C.containment,
+    _C.error,
 )  # fmt: skip
 
 
@@ -206,15 +228,16 @@ def reconciliation_page(
 
 def _report_from_row(row: Row) -> Reconciliation:
     (
-        _, reconciliation_id, instance, epoch, state, started_at, finished_at,
+        _, reconciliation_id, instance, epoch, cause, state, started_at, finished_at,
         phases, decisions, orphans, bindings, warnings, quarantined,
-        scanned, total, unchanged, safe_mode, error,
+        scanned, total, unchanged, safe_mode, containment, error,
     ) = row  # fmt: skip
     counted: dict[str, int] = json.loads(decisions)
     return Reconciliation(
         reconciliation_id=reconciliation_id,
         instance=instance,
         epoch=epoch,
+        cause=Cause(cause),
         state=ReconciliationState(state),
         started_at=from_us(started_at),
         finished_at=from_us_or_none(finished_at),
@@ -232,5 +255,11 @@ def _report_from_row(row: Row) -> Reconciliation:
         runs_total=total,
         runs_unchanged=unchanged,
         safe_mode=bool(safe_mode),
+        containment=None if containment is None else _containment(containment),
         error=error,
     )
+
+
+def _containment(text: str) -> Containment:
+    level, detail = json.loads(text)
+    return Containment(level=ContainmentLevel(level), detail=detail)

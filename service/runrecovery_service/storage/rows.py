@@ -116,6 +116,7 @@ RUN_COLUMNS: Final[tuple[pw.Field, ...]] = (
 )  # fmt: skip
 INTERACTION_COLUMNS: Final[tuple[pw.Field, ...]] = (
     _I.no, _I.kind, _I.prompt, _I.options, _I.state, _I.asked_at, _I.replied_at, _I.response,
+    _I.wait_deadline_at,
 )  # fmt: skip
 RECOVERY_COLUMNS: Final = (
     _E.recovery_state, _E.recovered_at, _E.rule, _E.status_before, _E.status_after,
@@ -212,7 +213,7 @@ def recovery_from_row(row: Row) -> RecoveryInfo | None:
 
 def interaction_from_row(row: Row) -> Interaction:
     """Decode INTERACTION_COLUMNS."""
-    no, kind, prompt, options, state, asked_at, replied_at, response = row
+    no, kind, prompt, options, state, asked_at, replied_at, response, wait_deadline_at = row
     return Interaction(
         interaction_id=no,
         kind=word(InteractionKind, kind),
@@ -222,6 +223,7 @@ def interaction_from_row(row: Row) -> Interaction:
         asked_at=from_us(asked_at),
         replied_at=from_us_or_none(replied_at),
         response=json_value(response),
+        wait_deadline_at=from_us_or_none(wait_deadline_at),
     )
 
 

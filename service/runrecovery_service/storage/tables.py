@@ -84,6 +84,7 @@ class Interaction(pw.Model):
     options = pw.TextField()
     state = pw.TextField()
     asked_at = pw.BigIntegerField()
+    wait_deadline_at = pw.BigIntegerField(null=True)
     replied_at = pw.BigIntegerField(null=True)
     response = pw.TextField(null=True)
 
@@ -119,6 +120,7 @@ class Reconciliation(pw.Model):
     reconciliation_id = pw.TextField(unique=True)
     instance = pw.TextField()
     epoch = pw.BigIntegerField()
+    cause = pw.TextField()
     state = pw.TextField()
     started_at = pw.BigIntegerField()
     finished_at = pw.BigIntegerField(null=True)
@@ -132,6 +134,7 @@ class Reconciliation(pw.Model):
     runs_total = pw.BigIntegerField()
     runs_unchanged = pw.BigIntegerField()
     safe_mode = pw.BigIntegerField()
+    containment = pw.TextField(null=True)
     error = pw.TextField(null=True)
 
     class Meta:
@@ -169,7 +172,7 @@ class Instance(pw.Model):
 
 
 class ProcessLease(pw.Model):
-    """One launch of a process, recorded before it happens."""
+    """One launch, recorded before it happens. `pid` and `start_ticks` are the shim's."""
 
     id = pw.BigAutoField()
     run = pw.BigIntegerField()
@@ -181,10 +184,15 @@ class ProcessLease(pw.Model):
     boot_id = pw.TextField()
     pid_namespace = pw.BigIntegerField()
     cookie = pw.TextField()
+    watermark = pw.BigIntegerField(null=True)
+    cgroup = pw.TextField(null=True)
     pid = pw.BigIntegerField(null=True)
     start_ticks = pw.BigIntegerField(null=True)
     state = pw.TextField()
     exit_code = pw.BigIntegerField(null=True)
+    user_us = pw.BigIntegerField(null=True)
+    system_us = pw.BigIntegerField(null=True)
+    max_rss_kib = pw.BigIntegerField(null=True)
     ended_by = pw.BigIntegerField(null=True)
     processes_ended = pw.BigIntegerField()
     created_at = pw.BigIntegerField()

@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import reduce
+from operator import or_
 
 from runrecovery_service.domain.errors import Fenced, RunQuarantined
+from runrecovery_service.domain.recovery_matrix import NOTHING, Fact, decide
 from runrecovery_service.domain.run import (
     Interaction,
     InteractionState,
     Question,
+    RestartPolicy,
     Run,
     RunError,
     RunStatus,
     Session,
 )
-from runrecovery_service.domain.turn import Asked, Succeeded, TurnEnd
+from runrecovery_service.domain.turn import Asked, Interrupted, Succeeded, TurnEnd
 from runrecovery_service.storage import interactions, processes, runs
 from runrecovery_service.storage.database import Database, Stale
 from runrecovery_service.storage.instances import Owner
@@ -135,18 +139,38 @@ def delivered(db: Database, run_key: int, *, owner: Owner) -> None:
 
 @runs.retried
 def ask_and_stay(
-    db: Database, run_key: int, *, owner: Owner, number: int, question: Question, now: datetime
+    db: Database,
+    run_key: int,
+    *,
+    owner: Owner,
+    number: int,
+    question: Question,
+    deadline: datetime,
+    now: datetime,
 ) -> Run:
     """Record the question of a sticky process, which lives on: WAITING_USER.
 
     Args:
         number: the question's interaction_id; one that is on record is not asked again.
+        deadline: when the wait will have lasted long enough.
     """
     run = _own(db, run_key, owner)
     if run.interaction_count >= number:
         return run
-    _ask(db, run, question, owner=owner, now=now)
+    _ask(db, run, question, owner=owner, now=now, deadline=deadline)
     return runs.get_by_key(db, run_key)
+
+
+@runs.retried
+def stop_waiting(db: Database, run_key: int, *, owner: Owner) -> bool:
+    """Close the question of a wait that has lasted long enough: no answer is accepted from here
+    on, and the run fails as soon as its process has been ended. False when it was answered or
+    cancelled before."""
+    run = _own(db, run_key, owner)
+    if run.status is not RunStatus.WAITING_USER or run.cancel_requested:
+        return False
+    runs.close_questions(db, run)
+    return True
 
 
 @runs.retried
@@ -181,6 +205,8 @@ def end(
             status=RunStatus.SUCCEEDED,
             output=to_json(end.output),
         )
+    elif isinstance(end, Interrupted):
+        _interrupt(db, run, end, owner=owner, now=now)
     else:
         _fail(db, run, end.error, owner=owner, now=now)
     return runs.get_by_key(db, run_key)
@@ -195,14 +221,50 @@ def _own(db: Database, run_key: int, owner: Owner) -> Run:
     return run
 
 
-def _ask(db: Database, run: Run, question: Question, *, owner: Owner, now: datetime) -> None:
+def _interrupt(db: Database, run: Run, end: Interrupted, *, owner: Owner, now: datetime) -> None:
+    """Do with the run what a restart at this moment would: the same matrix decides."""
+    assert run.status is not None  # noqa: S101 - `_own` has refused such a run
+    rule = decide(run.status, run.profile, _facts(db, run))
+    if rule.error is not None:
+        error = RunError(code=rule.error, message=end.because)
+        _fail(db, run, error, owner=owner, now=now)
+        return
+    dropped = {} if rule.keeps else {"session_type": None, "session_value": None}
+    queued = {"queued_at": to_us(now)} if rule.becomes is RunStatus.QUEUED else {}
+    runs.change(db, run, owner=owner, now=now, status=rule.becomes, **dropped, **queued)
+    if not rule.keeps:
+        runs.close_questions(db, run)
+
+
+def _facts(db: Database, run: Run) -> Fact:
+    last = interactions.find(db, run.key, run.interaction_count)
+    holds = {
+        Fact.PENDING: run.pending is not None and run.pending.kind is not None,
+        Fact.HANDLE: run.session is not None,
+        Fact.CANCEL: run.cancel_requested,
+        Fact.REPLY: last is not None and last.state is InteractionState.ANSWERED,
+        Fact.REQUEUE: run.restart_policy is RestartPolicy.REQUEUE
+        and run.attempt < run.max_attempts,
+    }
+    return reduce(or_, (fact for fact, held in holds.items() if held), NOTHING)
+
+
+def _ask(
+    db: Database,
+    run: Run,
+    question: Question,
+    *,
+    owner: Owner,
+    now: datetime,
+    deadline: datetime | None = None,
+) -> None:
     number = run.interaction_count + 1
     runs.change(
         db, run, owner=owner, now=now, status=RunStatus.WAITING_USER, interaction_count=number
     )
     db.execute(
-        "INSERT INTO interaction (run, no, kind, prompt, options, state, asked_at)"
-        " VALUES (?, ?, ?, ?, ?, 'OPEN', ?)",
+        "INSERT INTO interaction (run, no, kind, prompt, options, state, asked_at,"
+        " wait_deadline_at) VALUES (?, ?, ?, ?, ?, 'OPEN', ?, ?)",
         (
             run.key,
             number,
@@ -210,6 +272,7 @@ def _ask(db: Database, run: Run, question: Question, *, owner: Owner, now: datet
             question.prompt,
             options_to_json(question.options),
             to_us(now),
+            None if deadline is None else to_us(deadline),
         ),
     )
 

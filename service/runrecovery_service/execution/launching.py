@@ -1,0 +1,241 @@
+"""Launches the process of one turn, and ends it: the lease's states, the shim, the tree.
+
+What it says and is told meanwhile is the matter of `session.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final, TypeVar
+
+from runrecovery_service.engines.catalog import Engine
+from runrecovery_service.execution.workshop import TurnLog, Workshop, evidence_of
+from runrecovery_service.process.evidence import COOKIE_VARIABLE, Identity, LeaseEvidence
+from runrecovery_service.process.launch import (
+    Bounds,
+    LaunchFailed,
+    ShimEvent,
+    ShimLost,
+    ShimmedProcess,
+    agent_environment,
+    boot_time_ns,
+    close,
+    dispose,
+    killed_by_shim,
+    prepare,
+)
+from runrecovery_service.process.procfs import read_proc
+from runrecovery_service.process.sweep import Ending, end_trees
+from runrecovery_service.storage import processes
+from runrecovery_service.storage.turns import Turn
+
+R = TypeVar("R")
+
+ENDING_DEADLINE_S: Final = 30.0
+"""On top of the grace: for ending one tree. What is alive then is recorded as KILL_PENDING."""
+
+
+class StoodStill(Exception):
+    """The service stood still for longer than its lease; the agent never started."""
+
+
+class Unguarded(Exception):
+    """The shim was killed while it started the agent, which may live."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Launch:
+    """One launch: `start` it, then `end_tree` and `release` it, whatever came of the start.
+
+    Attributes:
+        evidence: what proves that a process belongs to it, as far as it is known.
+    """
+
+    turn: Turn
+    shop: Workshop
+    log: TurnLog
+    evidence: LeaseEvidence = field(init=False)
+    _process: ShimmedProcess | None = None
+    _until_ns: int = 0
+    _released: bool = False
+
+    def __post_init__(self) -> None:
+        self.evidence = evidence_of(self.turn.lease)
+
+    def heartbeat(self) -> None:
+        """Tell the shim until when its tree may live."""
+        if self._process is not None:
+            self._until_ns = self.shop.heart.deadline_ns
+            self._process.heartbeat(self._until_ns)
+
+    @property
+    def is_guarded(self) -> bool:
+        """False when the shim is gone, or stopped so that it can guard nothing."""
+        if self._process is None:
+            return True
+        shim = read_proc(self._process.pid)
+        same = shim is not None and shim.start_ticks == self._process.start_ticks
+        return shim is not None and same and not shim.dead and shim.state not in "Tt"
+
+    @property
+    def shim_is_gone(self) -> bool:
+        """True when the shim has ended; it goes when its tree has."""
+        shim = None if self._process is None else read_proc(self._process.pid)
+        return shim is None or shim.dead
+
+    def withdraw(self) -> None:
+        """Send a shim away that still stands at its gate; its agent never starts."""
+        if self._process is not None and not self._released:
+            self._process.close_gate()
+
+    async def start(self) -> ShimmedProcess:
+        """Launch the agent; each state of the lease is written before what it tells of can act.
+
+        Raises:
+            LaunchFailed: the agent could not be started.
+            StoodStill: its time was over before it was.
+            Unguarded: its shim was killed.
+            Fenced: a newer epoch owns the run.
+        """
+        try:
+            return await self._start()
+        except ShimLost as error:
+            if boot_time_ns() > self._until_ns:
+                raise StoodStill from error
+            if self._released:
+                self.log.warning("execution.shim_lost", reason=error.reason)
+                raise Unguarded from error
+            raise
+
+    async def _start(self) -> ShimmedProcess:
+        run, shop, lease = self.turn.run, self.shop, self.turn.lease
+        if run.engine not in shop.catalog.names:
+            raise LaunchFailed(f"no engine {run.engine!r} is configured any more")
+        engine = shop.catalog.get(run.engine)
+        await shop.heart.beating()
+        process = await self._to_its_end(lambda: self._prepare(engine))
+        await self.log.insist(
+            lambda: shop.storage.write(
+                processes.gated,
+                lease.key,
+                owner=shop.owner,
+                pid=process.pid,
+                start_ticks=process.start_ticks,
+            )
+        )
+        await self.log.insist(
+            lambda: shop.storage.write(processes.running, lease.key, owner=shop.owner)
+        )
+        await self._to_its_end(self._open_gate)
+        agent = process.agent
+        self.log.info(
+            "execution.launched", pid=None if agent is None else agent.pid, shim=process.pid
+        )
+        return process
+
+    async def _to_its_end(self, do: Callable[[], R]) -> R:
+        """Do a step of a launch in a thread. Being cancelled waits for it: what the thread made
+        must be known to whoever ends us."""
+        doing = asyncio.ensure_future(self.shop.in_thread(do))
+        try:
+            return await asyncio.shield(doing)
+        except asyncio.CancelledError:
+            await asyncio.wait([doing])
+            raise
+
+    def _prepare(self, engine: Engine) -> ShimmedProcess:
+        try:
+            process = self._prepare_or_fail(engine)
+        except (OSError, RuntimeError) as error:  # no descriptor, no thread, no memory left
+            raise LaunchFailed(f"the system refused: {error}") from error
+        self._process = process
+        self.evidence = replace(self.evidence, pid=process.pid, start_ticks=process.start_ticks)
+        if self.evidence.watermark is not None and not process.watermarked:
+            self.log.warning("execution.not_watermarked")
+        return process
+
+    def _prepare_or_fail(self, engine: Engine) -> ShimmedProcess:
+        run, output = self.turn.run, self.shop.output
+        try:
+            workspace = output.prepare(run.key, run.attempt, fresh=run.turn == 1)
+        except OSError as error:
+            raise LaunchFailed(f"the workspace cannot be made: {error.strerror}") from error
+        extra = {
+            COOKIE_VARIABLE: self.evidence.token,
+            "RUNRECOVERY_RUN_ID": run.run_id,
+            "RUNRECOVERY_ATTEMPT": str(run.attempt),
+        }
+        self._until_ns = self.shop.heart.deadline_ns
+        return prepare(
+            engine.command,
+            evidence=self.evidence,
+            cwd=workspace,
+            env=agent_environment(engine.env_allow, self.shop.environ, extra),
+            deadline_ns=self._until_ns,
+            book=output.shim_book(run.key, run.attempt, run.turn),
+            bounds=Bounds(
+                niceness=engine.niceness,
+                max_memory=engine.max_memory,
+                max_open_files=engine.max_open_files,
+                max_processes=engine.max_processes,
+            ),
+            cgroup_procs=self._make_cgroup(),
+        )
+
+    def _make_cgroup(self) -> Path | None:
+        cgroup = self.turn.lease.cgroup
+        if cgroup is None or self.shop.cgroups is None:
+            return None
+        return self.shop.cgroups.make(cgroup)
+
+    def _open_gate(self) -> None:
+        if self._process is not None:
+            self._released = True
+            self._until_ns = self.shop.heart.deadline_ns
+            self._process.release(self._until_ns)
+
+    async def end_tree(self, *, why: str) -> Ending:
+        """End what is left of the tree, if only a child that the agent forgot."""
+        grace_s = self.shop.cancel_grace_s
+        endings = await self.log.insist(
+            lambda: self.shop.in_thread(
+                lambda: end_trees(
+                    [self.evidence],
+                    why=why,
+                    grace_s=grace_s,
+                    deadline_s=grace_s + ENDING_DEADLINE_S,
+                )
+            )
+        )
+        ending = endings[self.turn.lease.key]
+        for refusal in ending.refused:
+            self.log.warning("execution.tree_not_ended", reason=refusal)
+        return ending
+
+    def killed_by_shim(self) -> frozenset[Identity]:
+        """Return whom the shim killed by itself. Blocking, shortly."""
+        run = self.turn.run
+        return killed_by_shim(self.shop.output.shim_book(run.key, run.attempt, run.turn))
+
+    def release(self, *, gone: bool) -> list[ShimEvent]:
+        """Return what the shim had still to say, close the pipes and reap it. Blocking, shortly.
+
+        Only after its tree was ended: until then the unreaped shim keeps its pid.
+
+        Args:
+            gone: nothing of the tree is left. Else its shim may stay, and stays.
+        """
+        process = self._process
+        if process is None:
+            return []
+        last_words = process.last_words()
+        if not gone:
+            close(process)
+            return last_words
+        dispose(process)
+        if not self.shop.remove_cgroup(self.turn.lease):
+            self.log.warning("execution.cgroup_left", cgroup=self.turn.lease.cgroup)
+        return last_words

@@ -1,0 +1,52 @@
+"""A service that launches one agent: tells of it on stdout, and then holds until it is killed
+("hold"), or looks at who owns the two in /proc ("look")."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import sys
+from pathlib import Path
+
+from runrecovery_service.process.evidence import Host, LeaseEvidence
+from runrecovery_service.process.launch import boot_time_ns, dispose, prepare, watermark_bits
+
+what, book = sys.argv[1], Path(sys.argv[2])
+here = Host.here()
+lease = LeaseEvidence(
+    lease_key=1,
+    run_key=1,
+    cookie=secrets.token_hex(16),
+    watermark=secrets.randbits(watermark_bits()),
+    pid=None,
+    start_ticks=None,
+    boot_id=here.boot_id,
+    pid_namespace=here.pid_namespace,
+    host_id=here.host_id,
+)
+in_a_minute = boot_time_ns() + 60 * 10**9
+process = prepare(
+    ["/bin/sleep", "60"],
+    evidence=lease,
+    cwd=Path("/"),
+    env={},
+    deadline_ns=in_a_minute,
+    book=book,
+)
+agent = process.release(in_a_minute)
+
+
+def owner(pid: int) -> tuple[int, int]:
+    """Return the user and group that a process's environment belongs to."""
+    found = os.stat(f"/proc/{pid}/environ")  # noqa: PTH116
+    return found.st_uid, found.st_gid
+
+
+told: dict[str, object] = {"shim": process.pid, "agent": agent.pid}
+told |= {"shim_owner": owner(process.pid), "agent_owner": owner(agent.pid)}
+sys.stdout.write(json.dumps(told) + "\n")
+sys.stdout.flush()
+if what == "hold":
+    process.popen.wait()
+dispose(process)

@@ -1,0 +1,604 @@
+"""The guard of one tree: its gate, its watch, what it tells and what it gives to the agent."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from process.trees import PATIENCE_S, Grow, Start, Tree, alive, in_ns, strike, until
+from runrecovery_service.process import launch, procfs, signals, wire
+from runrecovery_service.process.evidence import COOKIE_VARIABLE
+from runrecovery_service.process.launch import (
+    Bounds,
+    Empty,
+    EndsItself,
+    Exited,
+    LaunchFailed,
+    ShimLost,
+    boot_time_ns,
+    killed_by_shim,
+)
+
+ROOT = os.geteuid() == 0
+only_root = pytest.mark.skipif(not ROOT, reason="only root may do this")
+
+ESCAPEES = ("child", "session", "daemon", "scrubbed", "scrubbed-daemon", "undumpable", "escapee")
+CODE = [sys.executable, "-I", "-S", "-c"]
+
+
+def status(pid: int) -> dict[str, str]:
+    """Return what /proc/<pid>/status says."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def mask(*numbers: signal.Signals) -> int:
+    return sum(1 << (number - 1) for number in numbers)
+
+
+# -- the gate ----------------------------------------------------------------------------------
+
+
+def leave_a_mark(tmp_path: Path) -> tuple[list[str], Path]:
+    mark = tmp_path / "ran"
+    return ["/bin/sh", "-c", f"echo > {mark}"], mark
+
+
+def test_a_gate_that_closes_before_the_release_means_that_the_agent_never_runs(
+    start: Start, tmp_path: Path
+) -> None:
+    command, mark = leave_a_mark(tmp_path)
+    tree = start(command, release=False)
+
+    tree.process.close_gate()
+
+    assert tree.shim_exit() == wire.NEVER_RAN == 125
+    assert tree.events() == []
+    assert not mark.exists()
+
+
+def test_a_deadline_that_passes_before_the_release_means_that_the_agent_never_runs(
+    start: Start, tmp_path: Path
+) -> None:
+    command, mark = leave_a_mark(tmp_path)
+    tree = start(command, release=False, deadline_s=0.2)
+
+    assert tree.shim_exit() == wire.NEVER_RAN
+    with pytest.raises(ShimLost, match="the shim ended"):
+        tree.process.release(in_ns(PATIENCE_S))
+    assert not mark.exists()
+
+
+def test_a_release_whose_own_deadline_is_over_releases_nobody(start: Start, tmp_path: Path) -> None:
+    command, mark = leave_a_mark(tmp_path)
+    tree = start(command, release=False)
+
+    with pytest.raises(ShimLost, match="the shim ended"):
+        tree.process.release(boot_time_ns() - 1)
+
+    assert tree.shim_exit() == wire.NEVER_RAN
+    assert not mark.exists()
+
+
+def test_a_heartbeat_keeps_the_shim_at_its_gate(start: Start, tmp_path: Path) -> None:
+    command, mark = leave_a_mark(tmp_path)
+    tree = start(command, release=False)
+    first = in_ns(0.7)
+    tree.process.heartbeat(first)
+    until(tree.heard_everything)
+    tree.process.heartbeat(in_ns(PATIENCE_S))
+
+    until(lambda: boot_time_ns() > first + 3e8)
+    assert not mark.exists()
+    tree.process.release(in_ns(PATIENCE_S))
+
+    tree.events(Exited)
+    assert mark.exists()
+
+
+def test_a_heartbeat_and_a_release_after_the_deadline_release_nobody(
+    start: Start, tmp_path: Path
+) -> None:
+    command, mark = leave_a_mark(tmp_path)
+    tree = start(command, release=False)
+    deadline = in_ns(0.7)
+    tree.process.heartbeat(deadline)
+    until(tree.heard_everything)
+    tree.stop_shim()
+    until(lambda: boot_time_ns() > deadline)
+
+    tree.process.heartbeat(in_ns(PATIENCE_S))
+    with ThreadPoolExecutor(1) as pool:
+        releasing = pool.submit(tree.process.release, in_ns(PATIENCE_S))
+        strike(tree.shim, signal.SIGCONT)
+        assert isinstance(releasing.exception(), ShimLost)
+
+    assert tree.shim_exit() == wire.NEVER_RAN
+    assert not mark.exists()
+
+
+def test_nothing_of_the_agent_runs_before_the_release(start: Start, tmp_path: Path) -> None:
+    command, mark = leave_a_mark(tmp_path)
+    tree = start(command, release=False)
+
+    tree.process.heartbeat(in_ns(PATIENCE_S))
+    until(tree.heard_everything)
+    assert procfs.descendants(procfs.scan(), tree.shim.pid) == []
+    assert not mark.exists()
+
+    tree.process.release(in_ns(PATIENCE_S))
+    tree.events(Exited)
+    assert mark.exists()
+
+
+def test_stands_at_the_gate_with_the_watermark(start: Start) -> None:
+    tree = start(["/bin/true"], release=False)
+
+    assert tree.process.watermarked
+    assert procfs.watermark(tree.shim.pid) == tree.lease.watermark
+    assert (tree.process.pid, tree.process.start_ticks) == tree.shim.identity
+
+
+# -- the watch ---------------------------------------------------------------------------------
+
+
+def assert_it_ended_everything(tree: Tree, why: str) -> None:
+    told = tree.events()
+    assert told[0] == EndsItself(why)
+    assert told[-1] == Empty()
+    assert tree.shim_exit() == 0
+    assert tree.nobody_alive()
+    assert killed_by_shim(tree.book) == tree.identities()
+
+
+@pytest.mark.parametrize("manners", [(), ("stubborn",)], ids=["meek", "stubborn"])
+def test_the_end_of_the_gate_ends_every_descendant(grow: Grow, manners: tuple[str, ...]) -> None:
+    tree = grow(*manners, *ESCAPEES, "stopped", "thread", "renegade")
+
+    tree.process.close_gate()
+
+    assert_it_ended_everything(tree, wire.SERVICE_GONE)
+
+
+@only_root
+def test_the_end_of_the_gate_ends_processes_of_another_user(grow: Grow) -> None:
+    tree = grow("other-user")
+
+    tree.process.close_gate()
+
+    assert_it_ended_everything(tree, wire.SERVICE_GONE)
+
+
+def test_the_death_of_the_service_ends_the_tree(tmp_path: Path) -> None:
+    ours, theirs = os.pipe()
+    script = Path(__file__).with_name("launch_once.py")
+    command = [sys.executable, str(script), "hold", str(tmp_path / "book")]
+    with subprocess.Popen(command, stdout=theirs) as service:
+        os.close(theirs)
+        with os.fdopen(ours) as said:
+            told = json.loads(said.readline())
+            found = [procfs.read_proc(told[who]) for who in ("shim", "agent")]
+            service.kill()
+            service.wait(PATIENCE_S)
+
+            assert None not in found
+            until(lambda: not any(alive(one) for one in found if one is not None))
+
+
+def test_silence_beyond_the_deadline_ends_every_descendant(grow: Grow) -> None:
+    tree = grow("stubborn", *ESCAPEES)
+
+    tree.process.heartbeat(in_ns(0.2))
+
+    assert_it_ended_everything(tree, wire.LEASE_OVER)
+
+
+def test_a_heartbeat_moves_the_deadline(grow: Grow) -> None:
+    tree = grow("child")
+    first = in_ns(0.7)
+    tree.process.heartbeat(first)
+    until(tree.heard_everything)
+    tree.process.heartbeat(in_ns(PATIENCE_S))
+
+    until(lambda: boot_time_ns() > first + 3e8)
+    tree.process.heartbeat(in_ns(PATIENCE_S))
+    until(tree.heard_everything)
+
+    assert tree.alive("leader")
+    assert tree.alive("child")
+    assert alive(tree.shim)
+
+
+def test_a_heartbeat_after_the_deadline_saves_nobody(grow: Grow) -> None:
+    tree = grow("stubborn", "daemon")
+    deadline = in_ns(0.7)
+    tree.process.heartbeat(deadline)
+    until(tree.heard_everything)
+    tree.stop_shim()
+    until(lambda: boot_time_ns() > deadline)
+
+    assert tree.process.heartbeat(in_ns(PATIENCE_S))
+    strike(tree.shim, signal.SIGCONT)
+
+    assert_it_ended_everything(tree, wire.LEASE_OVER)
+
+
+def test_heartbeats_to_a_stopped_shim_never_block(grow: Grow) -> None:
+    tree = grow()
+    tree.stop_shim()
+
+    assert all(tree.process.heartbeat(in_ns(PATIENCE_S)) for _ in range(10_000))
+
+    tree.kill_shim()
+    assert not tree.process.heartbeat(in_ns(PATIENCE_S))
+    tree.process.close_gate()
+    assert not tree.process.heartbeat(in_ns(PATIENCE_S))
+
+
+def test_ends_a_fork_storm(grow: Grow) -> None:
+    tree = grow("storm")
+    assert len(tree.bearers()) == 302
+
+    tree.process.close_gate()
+
+    assert tree.shim_exit() == 0
+    assert tree.nobody_alive()
+    assert len(killed_by_shim(tree.book)) == 302
+
+
+def test_ends_who_forks_and_exits_all_the_time(grow: Grow) -> None:
+    tree = grow("flicker", "flicker", "flicker")
+
+    tree.process.close_gate()
+
+    assert tree.shim_exit() == 0
+    assert tree.nobody_alive()
+
+
+def test_every_signal_of_the_shim_is_in_its_book(grow: Grow) -> None:
+    tree = grow("daemon")
+
+    tree.process.close_gate()
+    tree.shim_exit()
+
+    lines = [json.loads(line) for line in tree.book.read_text().splitlines()]
+    sent = [line["signal"] for line in lines if line["pid"] == tree.procs["daemon"].pid]
+    assert sent == ["SIGSTOP", "SIGKILL"]
+    for line in lines:
+        assert line.pop("at_ns") > 0
+        assert (line.pop("pid"), line.pop("start_ticks")) in tree.identities()
+        assert line.pop("signal") in {"SIGSTOP", "SIGKILL"}
+        assert line == {
+            "event": "process.signalled",
+            "why": wire.SERVICE_GONE,
+            "evidence": "descent",
+            "outcome": signals.SENT,
+            "by": tree.shim.pid,
+        }
+    assert tree.book.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_book_tells_whole_lines_only(tmp_path: Path) -> None:
+    book = tmp_path / "book"
+    killed = {"signal": "SIGKILL", "outcome": "sent", "pid": 5, "start_ticks": 6}
+    lines = [
+        json.dumps(killed),
+        json.dumps(killed | {"pid": 7, "outcome": "gone"}),
+        json.dumps(killed | {"pid": 8, "signal": "SIGSTOP"}),
+        "[Errno 24] Too many open files",
+        "3",
+        json.dumps(killed | {"pid": 9})[:-5],
+    ]
+    book.write_text("\n".join(lines))
+
+    assert killed_by_shim(book) == {(5, 6)}
+    assert killed_by_shim(tmp_path / "none") == frozenset()
+
+
+# -- how the agent ended -----------------------------------------------------------------------
+
+
+def exit_of(tree: Tree) -> Exited:
+    exited = tree.events(Exited)[-1]
+    assert isinstance(exited, Exited)
+    return exited
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("", 0),
+        ("import sys; sys.exit(3)", 3),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL),
+    ],
+)
+def test_tells_how_the_agent_ended(start: Start, code: str, expected: int) -> None:
+    tree = start([*CODE, code])
+
+    assert exit_of(tree).code == expected
+    assert tree.events() == [Empty()]
+    assert tree.shim_exit() == 0
+
+
+def test_tells_what_the_agent_used(start: Start) -> None:
+    idle = exit_of(start([*CODE, ""]))
+    busy = exit_of(
+        start([*CODE, "import time; x = b'x' * (64 << 20)\nwhile time.process_time() < 0.2: pass"])
+    )
+
+    assert busy.user_us + busy.system_us >= 200_000 > idle.user_us
+    assert busy.max_rss_kib > 64 << 10 > idle.max_rss_kib > 1 << 10
+
+
+def test_what_the_agent_leaves_keeps_the_shim(grow: Grow) -> None:
+    tree = grow("scrubbed-daemon")
+    tree.end_leader()
+    assert exit_of(tree).code == -signal.SIGKILL
+    assert alive(tree.shim)
+
+    strike(tree.procs["scrubbed-daemon"], signal.SIGKILL)
+
+    assert tree.events() == [Empty()]
+    assert tree.shim_exit() == 0
+
+
+def test_what_the_agent_leaves_is_ended_at_the_deadline(grow: Grow) -> None:
+    tree = grow("escapee")
+    tree.end_leader()
+
+    tree.process.heartbeat(in_ns(0.1))
+
+    assert tree.shim_exit() == 0
+    assert tree.nobody_alive()
+    assert killed_by_shim(tree.book) == {tree.procs["escapee"].identity}
+
+
+def test_the_shim_buries_orphans(grow: Grow) -> None:
+    tree = grow("daemon", "scrubbed-daemon")
+    orphans = [tree.procs["daemon"].pid, tree.procs["scrubbed-daemon"].pid]
+    assert {one.ppid for one in procfs.scan(orphans).values()} == {tree.shim.pid}
+
+    for role in ("daemon", "scrubbed-daemon"):
+        strike(tree.procs[role], signal.SIGKILL)
+
+    until(lambda: procfs.scan(orphans) == {})
+    assert tree.alive("leader")
+
+
+def test_the_agents_streams_are_its_own(start: Start) -> None:
+    """The shim holds neither end: the service hears the end of the output, the agent of its input.
+
+    The last process of the agent's that has the pipe open decides, and never the shim.
+    """
+    close = "import os, time; os.close(1); os.close(2); os.read(0, 1); time.sleep(60)"
+    tree = start([*CODE, close])
+
+    assert tree.process.stdout.read() == b""
+    assert tree.process.stderr.read() == b""
+    assert alive(tree.shim)
+
+    echo = start([*CODE, "import os; os.read(0, 1); os.write(1, b'the end')"])
+    echo.process.stdin.close()
+    assert echo.process.stdout.read() == b"the end"
+
+
+# -- the shim itself ---------------------------------------------------------------------------
+
+
+def test_the_shim_is_small(grow: Grow) -> None:
+    tree = grow("child")
+
+    assert int(status(tree.shim.pid)["VmHWM"].split()[0]) < 12 << 10
+
+
+def test_the_shim_outlives_what_is_sent_to_a_tree(grow: Grow) -> None:
+    tree = grow()
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        strike(tree.shim, number)
+    tree.process.heartbeat(in_ns(PATIENCE_S))
+    until(tree.heard_everything)  # and so, before it, the signals
+
+    assert alive(tree.shim)
+    assert tree.alive("leader")
+
+
+def test_nothing_of_the_agent_is_on_the_shims_command_line(start: Start) -> None:
+    tree = start([*CODE, "input()", "an-argument"], env={"SECRET": "a-secret"})
+
+    words = procfs.read(f"/proc/{tree.shim.pid}/cmdline").split(b"\0")
+
+    assert words[:4] == [os.fsencode(word) for word in (sys.executable, "-I", "-S", launch.SHIM)]
+    assert all(word.isdigit() for word in words[4:7])
+    assert words[7:] == [b""]
+
+
+@only_root  # its own user may not look: see the next test
+def test_the_shim_has_the_cookie_alone_and_stays_at_the_root(start: Start) -> None:
+    tree = start([*CODE, "input()"], env={"SECRET": "a-secret"})
+
+    mark = f"{COOKIE_VARIABLE}={tree.lease.token}\0".encode()
+    assert procfs.environment(tree.shim.pid) == mark
+    assert os.readlink(f"/proc/{tree.shim.pid}/cwd") == "/"  # noqa: PTH115 - as it is written
+
+
+def test_nobody_may_look_into_the_shim(tmp_path: Path) -> None:
+    """What is not dumpable belongs to root's user *and* group in /proc, whosever it is."""
+    script = Path(__file__).with_name("launch_once.py")
+    said = subprocess.run(
+        [sys.executable, script, "look", str(tmp_path / "book")],
+        group=65534 if ROOT else None,  # so that root's own processes are told from closed ones
+        extra_groups=[] if ROOT else None,
+        capture_output=True,
+        timeout=PATIENCE_S,
+        check=True,
+    )
+    told = json.loads(said.stdout)
+
+    assert told["shim_owner"] == [0, 0]
+    assert told["agent_owner"] == [os.geteuid(), 65534 if ROOT else os.getegid()]
+
+
+# -- what the agent gets -----------------------------------------------------------------------
+
+
+@contextmanager
+def inherited_by_mistake() -> Iterator[None]:
+    """A service with an open door, deaf for signals: nothing of it may reach the agent."""
+    read, write = os.pipe()
+    os.set_inheritable(write, True)  # noqa: FBT003 - that is its signature
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        signal.signal(signal.SIGHUP, before)
+        os.close(read)
+        os.close(write)
+
+
+def test_no_signal_is_ignored_or_blocked_in_the_agent(start: Start) -> None:
+    with inherited_by_mistake():
+        tree = start(["/bin/cat", "/proc/self/status"])
+    said = dict(line.split(b":", 1) for line in tree.process.stdout.read().splitlines())
+
+    of_libc = 0b11 << 31  # 32 and 33: nobody else can set them
+    masks = {name: int(said[name], 16) & ~of_libc for name in (b"SigIgn", b"SigBlk", b"SigCgt")}
+    assert masks == dict.fromkeys(masks, 0)
+
+
+def test_a_service_that_blocks_signals_does_not_make_the_shim_deaf(start: Start) -> None:
+    with inherited_by_mistake():
+        tree = start([*CODE, "input()"])
+
+    assert int(status(tree.shim.pid)["SigBlk"], 16) == 0
+
+
+def test_the_agent_has_its_three_streams_and_nothing_else(start: Start) -> None:
+    with inherited_by_mistake():
+        tree = start([*CODE, "import time; print(flush=True); time.sleep(60)"])
+    tree.process.stdout.readline()
+    assert tree.process.agent is not None
+
+    open_ones = {path.name for path in Path(f"/proc/{tree.process.agent.pid}/fd").iterdir()}
+    assert open_ones == {"0", "1", "2"}
+
+
+def test_the_agent_leads_its_own_session_below_the_shim(grow: Grow) -> None:
+    tree = grow()
+    leader, shim = tree.procs["leader"], tree.shim
+    agent = tree.process.agent
+
+    assert agent is not None
+    assert leader.identity == (agent.pid, agent.start_ticks)
+    assert leader.ppid == shim.pid
+    assert (leader.session, leader.group) == (leader.pid, leader.pid)
+    assert (shim.session, shim.group) == (shim.pid, shim.pid)
+
+
+def test_bounds_reach_the_agent_and_not_the_shim(start: Start) -> None:
+    hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
+    processes = 50_000 if hard == resource.RLIM_INFINITY else hard - 1
+    bounds = Bounds(niceness=3, max_memory=512 << 20, max_open_files=77, max_processes=processes)
+    tree = start([*CODE, "input()"], bounds=bounds)
+    agent = tree.process.agent
+    assert agent is not None
+
+    names = (resource.RLIMIT_DATA, resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC)
+    ours = [resource.getrlimit(name) for name in names]
+    niceness = os.getpriority(os.PRIO_PROCESS, 0)
+    expected = [(value, value) for value in (512 << 20, 77, processes)]
+    assert limits_of(agent.pid) == expected
+    assert os.getpriority(os.PRIO_PROCESS, agent.pid) == min(19, niceness + 3)
+    assert limits_of(tree.shim.pid) == ours
+    assert os.getpriority(os.PRIO_PROCESS, tree.shim.pid) == niceness
+
+
+def limits_of(pid: int) -> list[tuple[int, int]]:
+    """Return data, open files and processes, soft and hard, of a process."""
+    text = Path(f"/proc/{pid}/limits").read_text()
+    found = []
+    for name in ("Max data size", "Max open files", "Max processes"):
+        line = next(line for line in text.splitlines() if line.startswith(name))
+        soft, hard = line.removeprefix(name).split()[:2]
+        found.append((_number(soft), _number(hard)))
+    return found
+
+
+def _number(word: str) -> int:
+    return resource.RLIM_INFINITY if word == "unlimited" else int(word)
+
+
+def test_the_memory_bound_is_felt(start: Start) -> None:
+    code = "import sys\ntry: b'x' * (300 << 20)\nexcept MemoryError: sys.exit(9)"
+
+    assert exit_of(start([*CODE, code])).code == 0
+    assert exit_of(start([*CODE, code], bounds=Bounds(max_memory=200 << 20))).code == 9
+
+
+def test_an_agent_without_bounds_has_the_services_limits(start: Start) -> None:
+    tree = start([*CODE, "input()"])
+    assert tree.process.agent is not None
+
+    assert limits_of(tree.process.agent.pid) == limits_of(os.getpid())
+
+
+# -- who could not be started ------------------------------------------------------------------
+
+
+def missing_interpreter(place: Path) -> tuple[str, Path, Bounds]:
+    tool = place / "tool"
+    tool.write_text("#!/no/such/interpreter\n")
+    tool.chmod(0o755)
+    return str(tool), place, Bounds()
+
+
+def no_program(place: Path) -> tuple[str, Path, Bounds]:
+    tool = place / "tool"
+    tool.write_bytes(b"\x7fBAD")
+    tool.chmod(0o755)
+    return str(tool), place, Bounds()
+
+
+def missing_directory(place: Path) -> tuple[str, Path, Bounds]:
+    return "/bin/true", place / "gone", Bounds()
+
+
+def impossible_limit(place: Path) -> tuple[str, Path, Bounds]:
+    return "/bin/true", place, Bounds(max_open_files=2**50)
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        (missing_interpreter, r"No such file or directory: .*/tool"),
+        (no_program, r"Exec format error: .*/tool"),
+        (missing_directory, r"No such file or directory: the working directory .*/gone"),
+        (impossible_limit, rf"limit {resource.RLIMIT_NOFILE}"),
+    ],
+)
+def test_says_why_the_agent_could_not_start(
+    start: Start,
+    tmp_path: Path,
+    case: Callable[[Path], tuple[str, Path, Bounds]],
+    reason: str,
+) -> None:
+    program, cwd, bounds = case(tmp_path)
+    tree = start([program], cwd=cwd, bounds=bounds, release=False)
+
+    with pytest.raises(LaunchFailed, match=reason):
+        tree.process.release(in_ns(PATIENCE_S))
+
+    assert tree.shim_exit() == 0
+    assert tree.process.agent is None
+    assert tree.nobody_alive()

@@ -1,0 +1,186 @@
+"""A turn that was ended for want of a service becomes exactly what a restart would make of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import reduce
+from itertools import product
+from operator import or_
+
+import pytest
+from runrecovery_service.domain.recovery_matrix import NOTHING, Fact, Rule, decide
+from runrecovery_service.domain.run import Profile, RestartPolicy, RunStatus
+from runrecovery_service.domain.turn import Interrupted
+from runrecovery_service.storage import interactions
+from runrecovery_service.storage.processes import Ended
+from runrecovery_service.storage.turns import Turn
+
+from .conftest import World
+
+BECAUSE = "The service stood still."
+INTERRUPTED = Interrupted(BECAUSE)
+QUESTIONS = {None: NOTHING, "OPEN": Fact.PENDING, "ANSWERED": Fact.REPLY, "DELIVERED": NOTHING}
+
+
+def with_a_process() -> Iterator[tuple[RunStatus, Profile | None, Fact, str | None]]:
+    """Every kind of run whose process can live: it runs, or it waits inside a sticky process."""
+    facts = (Fact.HANDLE, Fact.CANCEL, Fact.REQUEUE)
+    for status, profile, question, *held in product(
+        (RunStatus.RUNNING, RunStatus.WAITING_USER),
+        (*Profile, None),
+        QUESTIONS,
+        *((NOTHING, fact) for fact in facts),
+    ):
+        if status is RunStatus.WAITING_USER and profile is Profile.RESUMABLE:
+            continue  # it waits without a process
+        yield status, profile, reduce(or_, held, QUESTIONS[question]), question
+
+
+def store(
+    world: World, status: RunStatus, profile: Profile | None, facts: Fact, question: str | None
+) -> Turn:
+    """Bring a run with a live process into a state."""
+    requeue = Fact.REQUEUE in facts
+    turn = world.running(
+        restart_policy=RestartPolicy.REQUEUE if requeue else RestartPolicy.FAIL,
+        max_attempts=2 if requeue else 1,
+    )
+    handle = Fact.HANDLE in facts
+    world.set(
+        turn.run,
+        status=status.value,
+        profile=profile.value if profile else None,
+        session_type="demo" if handle else None,
+        session_value="handle" if handle else None,
+        interaction_count=int(question is not None),
+        cancel_requested_at=1 if Fact.CANCEL in facts else None,
+    )
+    if question is not None:
+        with world.db.transaction():
+            world.db.execute(
+                "INSERT INTO interaction (run, no, kind, prompt, options, state, asked_at,"
+                " replied_at, response) VALUES (?, 1, 'confirm', 'So', '[]', ?, 1, ?, ?)",
+                (
+                    turn.run.key,
+                    question,
+                    *((None, None) if question == "OPEN" else (2, '"yes"')),
+                ),
+            )
+    return turn
+
+
+def expected(rule: Rule, facts: Fact, question: str | None) -> tuple[object, ...]:
+    """Status, error, sentence, session, question: what the rule makes of the run."""
+    unfinished = question in {"OPEN", "ANSWERED"}
+    return (
+        rule.becomes,
+        rule.error,
+        BECAUSE if rule.error else None,
+        "handle" if rule.keeps and Fact.HANDLE in facts else None,
+        "CLOSED" if unfinished and not rule.keeps else question,
+    )
+
+
+def test_every_run_with_a_process_becomes_what_the_matrix_says(world: World) -> None:
+    cases = list(with_a_process())
+    stored = [store(world, *case) for case in cases]
+    wrong = []
+    for turn, (status, profile, facts, question) in zip(stored, cases, strict=True):
+        rule = decide(status, profile, facts)
+
+        run = world.end(turn, INTERRUPTED)
+
+        asked = world.rows("SELECT state FROM interaction WHERE run = ?", run.key)
+        became = (
+            run.status,
+            run.error.code if run.error else None,
+            run.error.message if run.error else None,
+            world.column(run, "session_value"),
+            asked[0][0] if asked else None,
+        )
+        if became != expected(rule, facts, question):
+            wrong.append((rule.name, status, profile, facts, question, became))
+
+    assert wrong == []
+    assert len(cases) == 5 * 4 * 8
+    assert {decide(status, profile, facts).name for status, profile, facts, _ in cases} == {
+        "cancel_completed", "accepted_reply_redriven", "sticky_process_lost", "profile_missing",
+        "requeued", "accepted_reply_session_lost", "running_interrupted",
+    }  # fmt: skip
+
+
+def test_nothing_of_it_looks_like_the_decision_of_a_restart(world: World) -> None:
+    run = world.end(world.running(), INTERRUPTED)
+
+    assert run.recovery is None
+    assert world.rows("SELECT count(*) FROM recovery_event") == [(0,)]
+
+
+def test_a_run_that_starts_over_queues_behind_what_waits_already(world: World) -> None:
+    turn = world.running(restart_policy=RestartPolicy.REQUEUE, max_attempts=2)
+    world.keep_session(turn)
+    first = world.create()
+    world.end(turn, INTERRUPTED)
+
+    taken = [world.take(), world.take()]
+
+    assert [one.run.run_id for one in taken if one] == [first.run_id, turn.run.run_id]
+    again = taken[1]
+    assert again is not None
+    assert (again.run.attempt, again.run.turn, again.run.session) == (2, 1, None)
+
+
+def test_a_run_whose_budget_is_spent_does_not_start_over(world: World) -> None:
+    turn = world.running(restart_policy=RestartPolicy.REQUEUE, max_attempts=2)
+    world.end(turn, INTERRUPTED)
+    again = world.take()
+    assert again is not None
+
+    run = world.end(again, INTERRUPTED)
+
+    assert run.status is RunStatus.FAILED
+    assert run.error is not None
+    assert run.error.code == "ORCHESTRATOR_RESTART_INTERRUPTED"
+
+
+def test_an_accepted_reply_is_given_to_the_next_process(world: World) -> None:
+    waiting = world.waiting()
+    world.reply(waiting, {"a": 1})
+    turn = world.take()
+    assert turn is not None
+    world.end(turn, INTERRUPTED)
+
+    again = world.take()
+
+    assert again is not None
+    assert (again.run.attempt, again.run.turn) == (1, 3)
+    assert again.run.session == waiting.session
+    assert again.reply is not None
+    assert again.reply.response == {"a": 1}
+
+
+def test_a_run_that_was_interrupted_waits_for_what_could_not_be_ended(world: World) -> None:
+    turn = world.running(restart_policy=RestartPolicy.REQUEUE, max_attempts=2)
+
+    run = world.end(turn, INTERRUPTED, ended=Ended(exit_code=None, processes_ended=0, gone=False))
+
+    assert run.status is RunStatus.QUEUED
+    assert world.take() is None
+    with world.db.transaction():
+        world.db.execute("UPDATE process_lease SET state = 'CLOSED'")
+    assert world.take() is not None
+
+
+@pytest.mark.parametrize("policy", list(RestartPolicy))
+def test_an_interruption_that_is_written_again_changes_nothing(
+    world: World, policy: RestartPolicy
+) -> None:
+    turn = world.running(restart_policy=policy, max_attempts=2)
+    world.end(turn, INTERRUPTED)
+    world.take()
+    before = world.dump()
+
+    world.end(turn, INTERRUPTED)
+
+    assert world.dump() == before
+    assert interactions.find(world.db, turn.run.key, 1) is None

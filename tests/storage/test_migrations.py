@@ -1,0 +1,202 @@
+"""A store of the first version is brought up to date and loses nothing by it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import peewee as pw
+import pytest
+from runrecovery_service.domain.reconciliation import Cause, ReconciliationState
+from runrecovery_service.domain.run import RunStatus
+from runrecovery_service.storage import database, instances, processes, recovery, runs
+from runrecovery_service.storage.database import Database, applied_migrations, open_database
+from runrecovery_service.storage.processes import Ended
+
+from .conftest import World, boot
+
+LEASE_STATES = ("INTENT", "RUNNING", "KILL_PENDING", "CLOSED")
+FIRST_LEASE: dict[str, Any] = {
+    "attempt": 1, "turn": 1, "instance": "default", "epoch": 1, "host_id": "host",
+    "boot_id": "boot", "pid_namespace": 7, "pid": 4242, "start_ticks": 99, "exit_code": -9,
+    "ended_by": 1, "processes_ended": 3, "created_at": 10,
+}  # fmt: skip
+RUN: dict[str, Any] = {
+    "engine": "demo", "labels": "{}", "input": "{}", "profile": "RESUMABLE",
+    "restart_policy": "FAIL", "max_attempts": 1, "attempt": 1, "turn": 1, "interaction_count": 1,
+    "session_type": "demo", "session_value": "handle", "owner": "default", "owner_epoch": 1,
+    "version": 2, "queued_at": 1, "created_at": 1, "updated_at": 1,
+}  # fmt: skip
+INTERACTION: dict[str, Any] = {
+    "no": 1, "kind": "confirm", "prompt": "Go on?", "options": "[]", "state": "OPEN", "asked_at": 5
+}  # fmt: skip
+REPORT: dict[str, Any] = {
+    "reconciliation_id": "first", "instance": "default", "epoch": 1, "state": "COMPLETED",
+    "started_at": 1, "finished_at": 2, "phases": '[["orphans", 0.5]]',
+    "decisions": '{"requeued": 4}', "orphans": '{"found": 2}', "bindings": '{"slots": 1}',
+    "warnings": '["w"]', "quarantined": 0, "runs_scanned": 4, "runs_total": 4,
+    "runs_unchanged": 0, "safe_mode": 0,
+}  # fmt: skip
+First: TypeAlias = tuple[str, dict[str, list[dict[str, Any]]]]
+"""A URL, and what is in the store there."""
+TABLES = ("run", "interaction", "reconciliation", "process_lease")
+
+
+def insert(db: Database, table: str, row: dict[str, Any]) -> int:
+    """Add a row and return its id (or the run's, where a table has none)."""
+    marks = ", ".join("?" for _ in row)
+    key = "run" if table == "interaction" else "id"
+    found = db.fetch_one(
+        f"INSERT INTO {table} ({', '.join(row)}) VALUES ({marks}) RETURNING {key}",  # noqa: S608
+        tuple(row.values()),
+    )
+    assert found is not None
+    return int(found[0])
+
+
+def fill(db: Database) -> None:
+    """Store what a killed service of the first version leaves: a launch in every state."""
+    with db.transaction():
+        insert(db, "reconciliation", REPORT)
+        for at, state in enumerate(LEASE_STATES):
+            status = "WAITING_USER" if state == "CLOSED" else "RUNNING"
+            run = insert(db, "run", {**RUN, "run_id": f"run-{at}", "status": status})
+            insert(db, "interaction", {**INTERACTION, "run": run})
+            ended = {"closed_at": 20} if state == "CLOSED" else {}
+            lease = {**FIRST_LEASE, "run": run, "cookie": f"{at:032x}", "state": state, **ended}
+            insert(db, "process_lease", lease)
+
+
+@pytest.fixture
+def first(empty_database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> First:
+    """A closed and filled store of the first version: its URL and its content."""
+    only = tmp_path / "migrations"
+    only.mkdir()
+    shutil.copy(database.MIGRATIONS / "0001_initial.py", only)
+    with monkeypatch.context() as patch:
+        patch.setattr(database, "MIGRATIONS", only)
+        db = open_database(empty_database_url, tmp_path)
+        assert applied_migrations(db) == ["0001_initial"]
+        world = World(db=db, owner=instances.claim(db, boot(), now=World.now))
+        fill(db)
+        content = world.dump(*TABLES)
+        db.close()
+    return empty_database_url, content
+
+
+@pytest.fixture
+def world(first: First, tmp_path: Path) -> Iterator[World]:
+    """The same store, opened by this version, in its next epoch."""
+    db = open_database(first[0], tmp_path)
+    world = World(db=db, owner=instances.claim(db, boot(), now=World.now))
+    yield world
+    db.close()
+
+
+def test_everything_that_the_first_version_stored_is_there(first: First, world: World) -> None:
+    _, before = first
+    after = world.dump(*TABLES)
+
+    kept = {
+        table: [{name: row[name] for name in before[table][0]} for row in rows]
+        for table, rows in after.items()
+    }
+    added = {
+        (table, name, row[name])
+        for table, rows in after.items()
+        for row in rows
+        for name in row.keys() - before[table][0].keys()
+    }
+
+    assert kept == before
+    assert {table: len(rows) for table, rows in after.items()} == {
+        "run": 4, "interaction": 4, "reconciliation": 1, "process_lease": 4
+    }  # fmt: skip
+    assert added == {
+        ("interaction", "wait_deadline_at", None),
+        ("reconciliation", "cause", "STARTUP"),
+        ("reconciliation", "containment", None),
+        *(
+            ("process_lease", name, None)
+            for name in ("watermark", "cgroup", "user_us", "system_us", "max_rss_kib")
+        ),
+    }
+    assert applied_migrations(world.db) == sorted(database.known_migrations())
+
+
+def test_an_earlier_report_reads_as_the_report_of_a_start(world: World) -> None:
+    report = recovery.reconciliation(world.db, "first")
+
+    assert (report.cause, report.containment) == (Cause.STARTUP, None)
+    assert (report.state, report.orphans.found) == (ReconciliationState.COMPLETED, 2)
+    assert report.decisions[0].count == 4
+
+
+def test_an_open_question_of_the_first_version_waits_on(world: World) -> None:
+    world.converge()
+
+    ((run_id,),) = world.rows("SELECT run_id FROM run WHERE status = 'WAITING_USER'")
+    run = runs.get(world.db, run_id)
+
+    assert run.status is RunStatus.WAITING_USER
+    assert run.pending is not None
+    assert run.pending.wait_deadline_at is None
+
+
+def test_open_launches_of_the_first_version_are_orphans_without_a_watermark(world: World) -> None:
+    leases = processes.unclosed(world.db, world.owner, before=world.owner.epoch)
+
+    assert [(lease.watermark, lease.cgroup, lease.pid) for lease in leases] == [
+        (None, None, 4242)
+    ] * 3
+    assert [lease.cookie for lease in leases] == [f"{at:032x}" for at in range(3)]
+    assert [lease.unended for lease in leases] == [False, False, True]
+
+
+def test_open_launches_of_the_first_version_are_closed_and_their_runs_decided(
+    world: World,
+) -> None:
+    scope = world.begin()
+    leases = processes.unclosed(world.db, world.owner, before=world.owner.epoch)
+    gone = Ended(exit_code=None, processes_ended=1, gone=True)
+    processes.close_all(
+        world.db,
+        {lease.key: gone for lease in leases},
+        now=world.tick(),
+        reconciliation_key=scope.reconciliation_key,
+    )
+    tally = world.converge()
+
+    assert processes.unclosed(world.db, world.owner, before=world.owner.epoch) == []
+    assert tally.decisions == {"running_interrupted": 3, "resumable_waiting_preserved": 1}
+    assert world.rows(
+        "SELECT DISTINCT state, exit_code, processes_ended FROM process_lease WHERE id <="
+        " (SELECT max(id) - 1 FROM process_lease)"
+    ) == [("CLOSED", -9, 4)]
+
+
+def test_new_launches_get_keys_of_their_own_and_every_state(world: World) -> None:
+    (old,) = world.rows("SELECT max(id) FROM process_lease")
+    turn = world.running()
+    processes.gated(world.db, turn.lease.key, owner=world.owner, pid=1, start_ticks=1)
+
+    assert turn.lease.key > old[0]
+    assert world.rows("SELECT state FROM process_lease WHERE id = ?", turn.lease.key) == [
+        ("GATED",)
+    ]
+
+
+def test_a_state_that_there_is_not_is_still_refused(world: World) -> None:
+    with pytest.raises((pw.IntegrityError, pw.InternalError)), world.db.transaction():
+        world.db.execute("UPDATE process_lease SET state = 'ASLEEP'")
+
+
+def test_two_launches_of_one_turn_are_still_refused(world: World) -> None:
+    with pytest.raises(pw.IntegrityError), world.db.transaction():
+        insert(
+            world.db,
+            "process_lease",
+            {**FIRST_LEASE, "run": 1, "cookie": "x", "state": "INTENT"},
+        )
