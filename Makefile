@@ -11,12 +11,15 @@ CODEGEN_READY := $(CODEGEN)/.ready
 GENERATED := client/runrecovery/v1
 PYTEST_WORKERS ?= 4
 CONFIG ?= runrecovery.example.toml
+TRIALS ?= 100
+MUTANT_TRIALS ?= 5
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test serve proto docs verify lint types imports breaking packaging bench lock clean
+.PHONY: help demo test serve proto docs verify lint types imports breaking packaging bench lock clean \
+	campaign-processes
 
 help: ## Show these targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
 
 $(READY): requirements/dev.txt
 	@echo "Setting up $(VENV) (once)…"
@@ -74,10 +77,16 @@ imports: $(READY) ## The import rules of the house
 packaging: $(READY) ## Build both wheels; try the client's alone, at its oldest and newest dependencies
 	@$(BIN)/python -m pytest tests/packaging
 
+campaign-processes: $(READY) ## Kill services over TRIALS=100 hostile process trees; find mutants of it out
+	@$(BIN)/python tests/campaign/processes.py --trials $(TRIALS)
+	@for mutant in killpg no-watermark no-recheck close-on-failure; do \
+		$(BIN)/python tests/campaign/processes.py --trials $(MUTANT_TRIALS) --mutate $$mutant; done
+
 bench: $(READY) ## Short form of every benchmark, as ratios
 	@$(BIN)/python bench/recovery.py --runs 20000 --rounds 3
 	@$(BIN)/python bench/rpc.py --seconds 3 --rounds 3
 	@$(BIN)/python bench/start.py --rounds 5
+	@$(BIN)/python bench/processes.py --rounds 3 --trees 50 --leases 2000
 
 lock: $(READY) ## Recompile the hash-pinned requirements
 	@for name in codegen service dev client-floor client-latest; do \

@@ -1,0 +1,86 @@
+"""The service with one thing broken, without a change of its files.
+
+    python mutants.py NAME serve …
+
+A campaign that does not find out which one was broken is worth nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, Final
+
+from runrecovery_service import app
+from runrecovery_service.cli import main
+from runrecovery_service.process import procfs, shim, sweep
+from runrecovery_service.process.evidence import LeaseEvidence
+from runrecovery_service.process.sweep import Ending
+from runrecovery_service.storage import processes
+
+
+def _break(owner: object, name: str, broken: Callable[..., Any]) -> None:
+    """Put something broken in the place of what is there, and must be."""
+    getattr(owner, name)
+    setattr(owner, name, broken)
+
+
+def kill_groups() -> None:
+    """End orphans by the process group of the recorded pid, whatever that is by now."""
+
+    def end_groups(leases: Collection[LeaseEvidence], **_: object) -> dict[int, Ending]:
+        for lease in leases:
+            if lease.pid is not None:
+                with suppress(ProcessLookupError):
+                    os.killpg(lease.pid, signal.SIGKILL)
+        return {lease.lease_key: Ending(gone=True) for lease in leases}
+
+    _break(app, "end_trees", end_groups)
+
+
+def forget_watermarks() -> None:
+    """Do not see the mark that nobody can lose by accident."""
+    _break(procfs, "watermark", lambda _: None)
+
+
+def skip_rechecks() -> None:
+    """Signal whoever is there now where evidence was seen a moment ago."""
+
+    def believe(_: sweep._Sweep, pinned: Collection[sweep._Held], __: object) -> None:
+        for held in pinned:
+            held.proved = True
+
+    _break(sweep._Sweep, "_prove", believe)
+    _break(sweep._Sweep, "_evidence_now", lambda _, held: held.hit.kind.value)
+    _break(shim, "_descent", lambda _: "descent")
+
+
+def close_on_failure() -> None:
+    """Close every lease that is over, whatever is alive of it."""
+    close, close_late = processes.close, processes.close_late
+
+    def close_anyway(db: Any, lease_key: int, ended: processes.Ended, **facts: Any) -> None:
+        close(db, lease_key, replace(ended, gone=True), **facts)
+
+    def close_late_anyway(db: Any, late: Any, **facts: Any) -> None:
+        close_late(db, [(key, replace(ended, gone=True)) for key, ended in late], **facts)
+
+    _break(processes, "close", close_anyway)
+    _break(processes, "close_late", close_late_anyway)
+
+
+MUTANTS: Final[dict[str, Callable[[], None]]] = {
+    "killpg": kill_groups,
+    "no-watermark": forget_watermarks,
+    "no-recheck": skip_rechecks,
+    "close-on-failure": close_on_failure,
+}
+
+if __name__ == "__main__":
+    name, *arguments = sys.argv[1:]
+    MUTANTS[name]()
+    main(arguments)
