@@ -1,0 +1,391 @@
+"""What launching behind a shim costs, and how long the ending of many trees takes.
+
+    python bench/processes.py --rounds 5 --trees 200 --leases 10000
+
+launch  An agent through the gate: the shim comes to it, two commits record it (SQLite), the agent
+        is executed. Floor: `subprocess.Popen` of the same program.
+end     `end_trees` of many trees of three processes, some of which ignore SIGTERM, beside their
+        grace and 0.5 s. Floor: SIGKILL through a pidfd each and a poll, for as many processes.
+check   `end_trees` of many leases of which nothing is alive. Floor: one bare look at all of /proc
+        (stat, limits, environ); what is beyond it is the leases' own.
+
+Ours and floor take turns. Nothing is left behind, and nothing lives longer than two minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import secrets
+import select
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Final, cast
+
+import structlog
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from runrecovery_service import clock
+from runrecovery_service.domain.run import Run
+from runrecovery_service.process.evidence import Host, LeaseEvidence
+from runrecovery_service.process.launch import (
+    ShimmedProcess,
+    boot_time_ns,
+    dispose,
+    prepare,
+    watermark_bits,
+)
+from runrecovery_service.process.sweep import end_trees
+from runrecovery_service.storage import instances, processes
+from runrecovery_service.storage.database import Database, open_database
+from runrecovery_service.storage.instances import Boot, Owner
+from runrecovery_service.storage.processes import Place
+
+LIFETIME_S: Final = 120
+LAUNCHES: Final = 20
+"""Launches a round."""
+STUBBORN_SHARE: Final = 0.1
+GRACE_S: Final = 0.5
+ALLOWED_S: Final = 0.5
+"""On top of the grace, for ending everything and being certain of it."""
+DEADLINE_S: Final = 30.0
+PROCESSES_A_TREE: Final = 3
+DESCRIPTORS_A_TREE: Final = 12
+PROGRAM: Final = ("/bin/sleep", str(LIFETIME_S))
+TREE: Final = f"sleep {LIFETIME_S} & sleep {LIFETIME_S} & wait"
+STUBBORN_TREE: Final = f"trap '' TERM; {TREE}"
+
+
+class Ledger:
+    """A SQLite store that launches are recorded in, as a service does."""
+
+    def __init__(self, db: Database) -> None:
+        here = Host.here()
+        boot = Boot(
+            instance="bench",
+            boot_token=secrets.token_hex(16),
+            host_id=here.host_id,
+            data_dir="",
+            pid=os.getpid(),
+        )
+        self._db = db
+        self._owner: Owner = instances.claim(db, boot, now=clock.utc_now())
+        self._place = Place(
+            host_id=here.host_id,
+            boot_id=here.boot_id,
+            pid_namespace=here.pid_namespace,
+            watermark_bits=watermark_bits(),
+        )
+        self._runs = 0
+
+    def intend(self) -> LeaseEvidence:
+        """Record a launch of a run that there is not; a lease needs no more of it than this."""
+        self._runs += 1
+        run = cast(Run, SimpleNamespace(key=self._runs, attempt=1, turn=1))
+        with self._db.transaction():
+            lease = processes.intend(
+                self._db, run, owner=self._owner, place=self._place, now=clock.utc_now()
+            )
+        return replace(
+            nobody(), lease_key=lease.key, cookie=lease.cookie, watermark=lease.watermark
+        )
+
+    def record(self, lease: LeaseEvidence, process: ShimmedProcess) -> None:
+        """Commit what a service commits before it opens the gate."""
+        key, owner = lease.lease_key, self._owner
+        ticks = process.start_ticks
+        processes.gated(self._db, key, owner=owner, pid=process.pid, start_ticks=ticks)
+        processes.running(self._db, key, owner=owner)
+
+
+@contextmanager
+def ledger() -> Iterator[Ledger]:
+    """A store of our own in a temporary directory."""
+    with tempfile.TemporaryDirectory(prefix="runrecovery-bench-") as place:
+        db = open_database("", Path(place))
+        try:
+            yield Ledger(db)
+        finally:
+            db.close()
+
+
+def nobody() -> LeaseEvidence:
+    """Return a lease of this host of which nothing is alive."""
+    here = Host.here()
+    return LeaseEvidence(
+        lease_key=1,
+        run_key=1,
+        cookie=secrets.token_hex(16),
+        watermark=secrets.randbits(watermark_bits()) or None,
+        pid=None,
+        start_ticks=None,
+        boot_id=here.boot_id,
+        pid_namespace=here.pid_namespace,
+        host_id=here.host_id,
+    )
+
+
+def many(leases: int) -> list[LeaseEvidence]:
+    """Return so many leases of which nothing is alive. Their shims' pids are nobody's."""
+    pattern, beyond = nobody(), int(Path("/proc/sys/kernel/pid_max").read_text()) + 1
+    return [
+        replace(
+            pattern,
+            lease_key=key,
+            cookie=secrets.token_hex(16),
+            watermark=secrets.randbits(watermark_bits()) or None,
+            pid=beyond + key,
+            start_ticks=key,
+        )
+        for key in range(1, leases + 1)
+    ]
+
+
+def _deadline_ns() -> int:
+    return boot_time_ns() + LIFETIME_S * 10**9
+
+
+def _prepare(command: Sequence[str], lease: LeaseEvidence) -> ShimmedProcess:
+    return prepare(
+        command,
+        evidence=lease,
+        cwd=Path("/"),
+        env={"PATH": os.defpath},
+        deadline_ns=_deadline_ns(),
+        book=Path(os.devnull),
+    )
+
+
+def _peak_kib(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+# -- launch --------------------------------------------------------------------------------------
+
+
+def launch_ours(book: Ledger, peaks: list[int]) -> float:
+    """Return the seconds of one launch through the gate; note the most memory of its shim."""
+    lease = book.intend()
+    begun = time.perf_counter()
+    process = _prepare(PROGRAM, lease)
+    try:
+        book.record(lease, process)
+        process.release(_deadline_ns())
+        took = time.perf_counter() - begun
+        peaks.append(_peak_kib(process.pid))
+    finally:
+        dispose(process)
+    return took
+
+
+def launch_bare() -> float:
+    """Return the seconds of one bare launch."""
+    begun = time.perf_counter()
+    popen = _popen()
+    took = time.perf_counter() - begun
+    popen.kill()
+    popen.communicate()
+    return took
+
+
+def start_python() -> float:
+    """Return the seconds of an empty Python, from its start to its end."""
+    begun = time.perf_counter()
+    subprocess.run([sys.executable, "-I", "-S", "-c", ""], check=True)
+    return time.perf_counter() - begun
+
+
+def _popen() -> subprocess.Popen[bytes]:
+    pipe = subprocess.PIPE
+    return subprocess.Popen(PROGRAM, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
+
+
+# -- end -----------------------------------------------------------------------------------------
+
+
+def end_ours(trees: int) -> float:
+    """Return the seconds that the ending of so many trees takes, every tenth of them stubborn."""
+    grown: list[tuple[LeaseEvidence, ShimmedProcess]] = []
+    stubborn = round(trees * STUBBORN_SHARE)
+    try:
+        for lease in many(trees):
+            code = STUBBORN_TREE if lease.lease_key <= stubborn else TREE
+            process = _prepare(["/bin/sh", "-c", code], lease)
+            known = replace(lease, pid=process.pid, start_ticks=process.start_ticks)
+            grown.append((known, process))
+            process.release(_deadline_ns())
+        begun = time.perf_counter()
+        endings = end_trees(
+            [lease for lease, _ in grown], why="bench", grace_s=GRACE_S, deadline_s=DEADLINE_S
+        )
+        took = time.perf_counter() - begun
+        assert all(ending.gone for ending in endings.values())
+    finally:
+        for _, process in grown:
+            dispose(process)
+    return took
+
+
+def end_bare(count: int) -> float:
+    """Return the seconds that killing so many bare processes takes, until all are dead."""
+    popens = [subprocess.Popen(PROGRAM, start_new_session=True) for _ in range(count)]
+    pidfds = [os.pidfd_open(popen.pid) for popen in popens]
+    poll = select.poll()
+    begun = time.perf_counter()
+    for pidfd in pidfds:
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        poll.register(pidfd, select.POLLIN)
+    left = count
+    while left:
+        for pidfd, _ in poll.poll():
+            poll.unregister(pidfd)
+            left -= 1
+    took = time.perf_counter() - begun
+    for popen, pidfd in zip(popens, pidfds, strict=True):
+        popen.wait()
+        os.close(pidfd)
+    return took
+
+
+# -- check ---------------------------------------------------------------------------------------
+
+
+def check_ours(leases: Sequence[LeaseEvidence]) -> float:
+    """Return the seconds in which it is certain that nothing of these leases is alive."""
+    begun = time.perf_counter()
+    endings = end_trees(leases, why="bench", grace_s=GRACE_S, deadline_s=DEADLINE_S)
+    took = time.perf_counter() - begun
+    assert all(ending.gone and not ending.found for ending in endings.values())
+    return took
+
+
+def look_bare() -> float:
+    """Return the seconds that one look at everybody takes."""
+    begun = time.perf_counter()
+    for pid in [name for name in os.listdir("/proc") if name.isdigit()]:  # noqa: PTH208 - a floor
+        for what in ("stat", "limits", "environ"):
+            _read(f"/proc/{pid}/{what}")
+    return time.perf_counter() - begun
+
+
+def _read(path: str) -> bytes:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # gone, or not to be looked into
+        return b""
+    try:
+        return os.read(fd, 1 << 20)
+    except OSError:
+        return b""
+    finally:
+        os.close(fd)
+
+
+# -- printing ------------------------------------------------------------------------------------
+
+
+def in_turns(
+    rounds: int, ours: Callable[[], float], floor: Callable[[], float]
+) -> tuple[list[float], list[float]]:
+    """Measure both in turns, in seconds; a first round, of cold caches, is not counted."""
+    took = [(ours(), floor()) for _ in range(rounds + 1)][1:]
+    return [one for one, _ in took], [other for _, other in took]
+
+
+def show(title: str, ours: list[float], floor: list[float], *notes: str) -> None:
+    """Print the two ways; the ratio is the median of the rounds' ratios."""
+    ratios = [one / other for one, other in zip(ours, floor, strict=True)]
+    table = Table(title=title)
+    for heading in ("way", "ms, min", "median", "max", "ratio to floor"):
+        table.add_column(heading, justify="left" if heading == "way" else "right")
+    for way, seconds, ratio in (("floor", floor, 1.0), ("ours", ours, statistics.median(ratios))):
+        spread = (min(seconds), statistics.median(seconds), max(seconds))
+        table.add_row(way, *(f"{1e3 * s:.1f}" for s in spread), f"{ratio:.2f}")
+    console = Console()
+    console.print(table)
+    for note in notes:
+        console.print(note)
+
+
+def bench_launch(rounds: int) -> None:
+    """Measure launches."""
+    peaks: list[int] = []
+    with ledger() as book:
+        ours, floor = in_turns(rounds * LAUNCHES, lambda: launch_ours(book, peaks), launch_bare)
+    python = statistics.median(start_python() for _ in range(LAUNCHES))
+    peak = f"a shim's most memory: {statistics.median(peaks) / 1024:.1f} MiB median"
+    show(
+        "One launch",
+        ours,
+        floor,
+        f"{peak}, {max(peaks) / 1024:.1f} MiB most",
+        f"an empty Python, which a shim is at least: {1e3 * python:.1f} ms median",
+    )
+
+
+def bench_end(rounds: int, trees: int) -> None:
+    """Measure endings of trees."""
+    count = trees * PROCESSES_A_TREE
+    ours, floor = in_turns(rounds, lambda: end_ours(trees), lambda: end_bare(count))
+    over = max(ours) - GRACE_S
+    show(
+        f"Ending {trees} trees of {PROCESSES_A_TREE} ({round(trees * STUBBORN_SHARE)} stubborn)",
+        ours,
+        floor,
+        f"beyond the grace of {GRACE_S} s: {over:.3f} s at most"
+        f" ({'within' if over <= ALLOWED_S else 'OVER'} the {ALLOWED_S} s that are allowed)",
+    )
+
+
+def bench_check(rounds: int, count: int) -> None:
+    """Measure checks of leases of which nothing is alive."""
+    leases = many(count)
+    ours, floor = in_turns(rounds, lambda: check_ours(leases), look_bare)
+    beyond = [one - other for one, other in zip(ours, floor, strict=True)]
+    note = f"beyond one look: {statistics.median(beyond):.3f} s median, {max(beyond):.3f} s most"
+    show(f"Checking {count} leases of which nothing is alive", ours, floor, note)
+
+
+def fitting(trees: int) -> int:
+    """Return so many trees, or as many as our descriptors allow."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = 1 << 20 if hard == resource.RLIM_INFINITY else hard
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(most, 1 << 16)), hard))
+    room = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // DESCRIPTORS_A_TREE
+    if room < trees:
+        print(f"only {room} trees: the limit on open files allows no more")
+    return min(trees, room)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--trees", type=int, default=200)
+    parser.add_argument("--leases", type=int, default=10_000)
+    args = parser.parse_args()
+    # The audit is made, and thrown away: a service's goes to wherever its log goes.
+    structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
+    bench_launch(args.rounds)
+    bench_end(args.rounds, fitting(args.trees))
+    bench_check(args.rounds, args.leases)
+
+
+if __name__ == "__main__":
+    main()
