@@ -243,8 +243,8 @@ def describe_report(report: recovery_pb2.Reconciliation) -> str:
     """Return the report of one restart for people."""
     orphans, cleared = report.orphans, report.bindings
     processes = (
-        f"{orphans.found} found, {orphans.ended} ended, {orphans.already_gone} gone,"
-        f" {orphans.refused} refused"
+        f"{orphans.found} found, {orphans.ended} ended, {orphans.refused} refused;"
+        f" launches with nothing left: {orphans.already_gone}"
     )
     freed = (
         f"{cleared.sessions} sessions, {cleared.pending_interactions} questions,"

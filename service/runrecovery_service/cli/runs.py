@@ -231,6 +231,10 @@ def _is_ending(run: run_pb2.Run) -> bool:
     return run.cancel_requested and not run.HasField("ended_at")
 
 
+def _deadline(pending: run_pb2.PendingInteraction) -> str:
+    return time(pending.wait_deadline_at) if pending.HasField("wait_deadline_at") else ""
+
+
 def describe(run: run_pb2.Run) -> str:
     """Return a run for people, a fact a line."""
     pending, decided = run.pending_interaction, run.recovery
@@ -244,11 +248,13 @@ def describe(run: run_pb2.Run) -> str:
         ("restart policy", word(run, "restart_policy")),
         ("question", f"#{pending.interaction_id} {pending.prompt}" if pending.prompt else ""),
         ("options", offered),
+        ("waits until", _deadline(pending)),
         ("error", f"{run.error.code}: {run.error.message}" if run.error.code else ""),
         ("output", _json(run.output) if run.HasField("output") else ""),
         ("recovery", word(decided, "recovery_state")),
         ("decided by", decided.recovery_reason),
         ("recovered", time(decided.recovered_at) if decided.HasField("recovered_at") else ""),
+        ("processes ended", decided.processes_ended or ""),
         ("report", decided.reconciliation_id),
         ("created", time(run.created_at)),
         ("updated", time(run.updated_at)),
