@@ -1,7 +1,8 @@
 """Runs one sweep in a process of its own: lease as JSON in argv, ending as JSON on stderr.
 
-With a number after the lease it does so as that user. It changes only when all is imported, what a
-first call imports included: the interpreter may lie where that user may not look.
+With "marked" after the lease it bears the lease's watermark itself; with a number it sweeps as that
+user, and becomes him only when all is imported, what a first call imports included: the interpreter
+may lie where he may not look.
 """
 
 from __future__ import annotations
@@ -10,15 +11,19 @@ import ctypes
 import dataclasses
 import json
 import os
+import resource
 import sys
 
 from runrecovery_service.process.evidence import Host, LeaseEvidence
+from runrecovery_service.process.procfs import RLIMIT_LOCKS
 from runrecovery_service.process.sweep import end_trees
 
 PR_SET_DUMPABLE = 4
 
 lease = LeaseEvidence(**json.loads(sys.argv[1]))
-if sys.argv[2:]:
+if sys.argv[2:] == ["marked"]:
+    resource.setrlimit(RLIMIT_LOCKS, (lease.watermark or 0, lease.watermark or 0))
+elif sys.argv[2:]:
     Host.here()
     os.setgroups([])
     os.setgid(int(sys.argv[2]))

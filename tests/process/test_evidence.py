@@ -426,12 +426,10 @@ def test_unlimited_is_no_watermark() -> None:
 
 
 def test_soft_and_hard_must_both_be_the_number() -> None:
-    def set_limits(limits: tuple[int, int]) -> Callable[[], None]:
-        return lambda: resource.setrlimit(RLIMIT_LOCKS, limits)
-
-    with sleeper(preexec_fn=set_limits((MARK, MARK))) as pid:
+    with sleeper() as pid:
+        resource.prlimit(pid, RLIMIT_LOCKS, (MARK, MARK))
         assert procfs.watermark(pid) == MARK
-    with sleeper(preexec_fn=set_limits((MARK - 1, MARK))) as pid:
+        resource.prlimit(pid, RLIMIT_LOCKS, (MARK - 1, MARK))
         assert procfs.watermark(pid) is None
 
 

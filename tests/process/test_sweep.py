@@ -20,7 +20,7 @@ import pytest
 from process.trees import PATIENCE_S, Grow, Signals, Start, Tree, alive, strike, until
 from runrecovery_service.process import procfs, sweep
 from runrecovery_service.process.evidence import COOKIE_VARIABLE, LeaseEvidence
-from runrecovery_service.process.procfs import RLIMIT_LOCKS, Proc
+from runrecovery_service.process.procfs import Proc
 from runrecovery_service.process.sweep import Ending, end_trees
 
 NewLease = Callable[[], LeaseEvidence]
@@ -445,12 +445,9 @@ def sweep_once(lease: LeaseEvidence, *words: str, **options: Any) -> dict[str, A
 def test_never_touches_itself_although_it_bears_the_mark(new_lease: NewLease, mark: str) -> None:
     lease = new_lease()
     cookie = {COOKIE_VARIABLE: lease.token} if mark == "cookie" else {}
+    words = ["marked"] if mark == "watermark" else []
 
-    def bear_the_mark() -> None:
-        if mark == "watermark" and lease.watermark is not None:
-            resource.setrlimit(RLIMIT_LOCKS, (lease.watermark, lease.watermark))
-
-    ending = sweep_once(lease, env={**os.environ, **cookie}, preexec_fn=bear_the_mark)
+    ending = sweep_once(lease, *words, env={**os.environ, **cookie})
 
     assert (ending["found"], ending["gone"]) == (0, False)
     assert f"({mark}) but is this service" in ending["refused"][0]
