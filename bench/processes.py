@@ -165,7 +165,7 @@ def _prepare(command: Sequence[str], lease: LeaseEvidence) -> ShimmedProcess:
         cwd=Path("/"),
         env={"PATH": os.defpath},
         deadline_ns=_deadline_ns(),
-        book=Path(os.devnull),
+        book=None,
     )
 
 
