@@ -1,0 +1,339 @@
+"""Codex: `config.toml` holds `[projects."<dir>"]` with `trust_level = "trusted"`.
+
+People write the same in many ways: as a table of its own, as dotted keys in the root or below
+`[projects]`, in inline tables. An entry is put in beside what is there, in its way of writing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from runrecovery_service.trust import toml_text
+from runrecovery_service.trust.entry import (
+    Added,
+    Edit,
+    Made,
+    Outcome,
+    Removal,
+    check_folder,
+    inherited,
+    unchanged,
+)
+from runrecovery_service.trust.errors import Reason, TrustFileUnusable
+from runrecovery_service.trust.text import Splice, Text, newline_of
+from runrecovery_service.trust.toml_text import Document, Field, Header, Table
+
+MOST_BYTES: Final = 1 << 20
+"""tomllib takes about a second for so much."""
+_PROJECTS, _LEVEL, _TRUSTED = "projects", "trust_level", "trusted"
+_ENTRY: Final = f'{_LEVEL} = "{_TRUSTED}"'
+
+
+class CodexEditor:
+    """See `entry.Editor`."""
+
+    def add(
+        self, text: bytes | None, folder: str, standing: Mapping[str, Added] | None = None
+    ) -> Edit:
+        """See `entry.Editor`."""
+        check_folder(folder)
+        source = Text.read(text or b"", most=MOST_BYTES)
+        parsed = toml_text.parse(source.body)
+        entry = _entry_of(parsed.table, folder)
+        if entry is None:
+            raise TrustFileUnusable(Reason.UNEXPECTED_SHAPE, "no table where the entry should be")
+        level = entry.get(_LEVEL)
+        if level == _TRUSTED:
+            return unchanged(text, folder, standing)
+        if not isinstance(level, str | None):
+            raise TrustFileUnusable(Reason.UNEXPECTED_SHAPE, f"{_LEVEL} is no string")
+        if level is None:
+            insert = _Site(source.body, parsed, folder).insert()
+            file = {Made.FILE} if text is None else set[Made]()
+            splice, added = insert.splice, insert.added(inherited(standing) | file)
+        else:
+            splice, previous = _replace(source.body, parsed, folder)
+            added = Added(owned=True, previous=previous)
+        return Edit(text=_proved(source, splice, parsed, folder, _TRUSTED), added=added)
+
+    def remove(self, text: bytes | None, folder: str, added: Added) -> Removal:
+        """See `entry.Editor`."""
+        if not added.owned:
+            return Removal(text=text, outcome=Outcome.NOT_OURS)
+        source = Text.read(text or b"", most=MOST_BYTES)
+        parsed = toml_text.parse(source.body)
+        entry = _entry_of(parsed.table, folder)
+        if not entry or _LEVEL not in entry:
+            return Removal(text=text, outcome=Outcome.GONE)
+        if entry[_LEVEL] != _TRUSTED:
+            return Removal(text=text, outcome=Outcome.CHANGED)
+        site = _Site(source.body, parsed, folder)
+        field = site.level()
+        if added.previous is not None:
+            before = toml_text.parse_value(added.previous)
+            splice = Splice(field.value_start, field.value_end, added.previous)
+            done = _proved(source, splice, parsed, folder, before)
+            return Removal(text=done, outcome=Outcome.RESTORED)
+        splice = site.cut(field, added)
+        done = _proved(source, splice, parsed, folder, None)
+        whole = Made.FILE in added.made and not done
+        return Removal(text=None if whole else done, outcome=Outcome.REMOVED)
+
+
+EDITOR: Final = CodexEditor()
+
+
+def _entry_of(table: Table, folder: str) -> dict[str, Any] | None:
+    """Return the folder's table, empty if there is none; None: something else is in its place."""
+    found: Any = table
+    for key in (_PROJECTS, folder):
+        found = found.get(key, {})
+        if not isinstance(found, dict):
+            return None
+    return dict(found)
+
+
+def _replace(body: str, parsed: Document, folder: str) -> tuple[Splice, str]:
+    """Return the change that puts our value in the place of another, and that other as written."""
+    field = _Site(body, parsed, folder).level()
+    raw = body[field.value_start : field.value_end]
+    return Splice(field.value_start, field.value_end, f'"{_TRUSTED}"'), raw
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Insert:
+    """A new entry, where it goes, and the white space around it."""
+
+    at: int
+    text: str
+    lead: str = ""
+    trail: str = ""
+    makes_table: bool = False
+
+    @property
+    def splice(self) -> Splice:
+        return Splice(self.at, self.at, self.lead + self.text + self.trail)
+
+    def added(self, made: frozenset[Made]) -> Added:
+        table = {Made.FOLDER} if self.makes_table else set[Made]()
+        # White space is only told of lines; in an inline table the commas say enough.
+        return Added(owned=True, made=made | table, lead=self.lead, trail=self.trail)
+
+
+class _Site:
+    """What a text that `toml_text.parse` accepts has on one folder, and where."""
+
+    def __init__(self, body: str, parsed: Document, folder: str) -> None:
+        self._body = body
+        self._projects: Table = parsed.table.get(_PROJECTS, {})
+        self._target = (_PROJECTS, folder, _LEVEL)
+        self._table = self._target[:2]
+        self._key = _quoted(folder)
+        self._headers: list[Header] = []
+        self._fields: list[Field] = []
+        for each in parsed.statements:
+            if each.path[0] == _PROJECTS:
+                if isinstance(each, Header):
+                    self._headers.append(each)
+                else:
+                    self._collect(each)
+
+    def _collect(self, field: Field) -> None:
+        self._fields.append(field)
+        if field.path == self._target[: len(field.path)] and len(field.path) < 3:
+            for inner in toml_text.inline_fields(self._body, field):
+                self._collect(inner)
+
+    def level(self) -> Field:
+        """Return the place of a value that is known to be there.
+
+        Raises:
+            TrustFileUnusable: it was not found.
+        """
+        for field in self._fields:
+            if field.path == self._target:
+                return field
+        raise TrustFileUnusable(Reason.NOT_PROVED, "the entry was not found in the text")
+
+    # -- putting in ----------------------------------------------------------------------------
+
+    def insert(self) -> _Insert:
+        """Return the place for a new value, beside what is there of its kind."""
+        return (
+            self._into_inline(self._table, _ENTRY)
+            or self._below_header()
+            or self._beside(2, f".{_ENTRY}")
+            or self._into_projects()
+            or self._as_table()
+        )
+
+    def _into_projects(self) -> _Insert | None:
+        """Where the root says `projects = {…}` or `projects."x".… = …`."""
+        if self._target[1] in self._projects:
+            return None
+        entry = f"{self._key} = {{ {_ENTRY} }}"
+        inline = self._into_inline(self._table[:1], entry, makes_table=True)
+        return inline or self._beside(1, f".{self._key}.{_ENTRY}")
+
+    def _into_inline(
+        self, path: tuple[str, ...], text: str, *, makes_table: bool = False
+    ) -> _Insert | None:
+        holder = next((field for field in self._fields if field.path == path), None)
+        if holder is None:
+            return None
+        fields = toml_text.inline_fields(self._body, holder)
+        at = fields[-1].value_end if fields else holder.value_start + 1
+        inside = self._body[at : holder.value_end - 1]
+        lead = ", " if fields else " " * bool(inside)
+        return _Insert(at=at, text=lead + text, makes_table=makes_table)
+
+    def _below_header(self) -> _Insert | None:
+        for header in self._headers:
+            if header.path == self._table and not header.is_array:
+                first = next((each for each in self._fields if each.header is header), None)
+                at = header.start if first is None else first.start
+                return self._line(header.end, _ENTRY, like=at)
+        return None
+
+    def _beside(self, count: int, text: str) -> _Insert | None:
+        """After the last dotted key that names the first `count` parts of the path itself."""
+        likes = [
+            field
+            for field in self._fields
+            if field.path[:count] == self._target[:count]
+            and len(field.path) > count
+            and field.base < count
+            and (count == 2 or field.base == 0)
+        ]
+        if not likes:
+            return None
+        like = likes[-1]
+        text = self._body[like.start : like.parts[count - 1 - like.base].end] + text
+        if like.is_line:
+            return self._line(like.value_end, text, like=like.start)
+        return _Insert(at=like.value_end, text=f", {text}")
+
+    def _line(self, at: int, text: str, *, like: int) -> _Insert:
+        """A line of its own after the one that `at` is in, indented like another."""
+        _, end, after = toml_text.rest_of_line(self._body, at)
+        indent = self._body[toml_text.line_start(self._body, like) : like]
+        if end:
+            return _Insert(at=after, text=text, lead=indent, trail=end)
+        return _Insert(at=after, text=text, lead=newline_of(self._body) + indent)
+
+    def _as_table(self) -> _Insert:
+        """A table at the end, set off by an empty line; the last line end is kept, or lacks."""
+        body, newline = self._body, newline_of(self._body)
+        ended = body.endswith("\n")
+        lead = "" if not body else newline if ended else newline * 2
+        return _Insert(
+            at=len(body),
+            text=f"[{_PROJECTS}.{self._key}]{newline}{_ENTRY}",
+            lead=lead,
+            trail=newline if ended or not body else "",
+            makes_table=True,
+        )
+
+    # -- taking out ----------------------------------------------------------------------------
+
+    def cut(self, field: Field, added: Added) -> Splice:
+        """Return the change that takes the value out, and with it a table of our making that
+        holds nothing else. Sub-tables with a header of their own do not need it."""
+        ours = Made.FOLDER in added.made
+        if not field.is_line:
+            holder = self._holder(field)
+            lonely = len(toml_text.inline_fields(self._body, holder)) == 1
+            whole = holder if ours and lonely and holder.path == self._table else field
+            if whole.is_line:
+                return self._cut_line(whole.start, whole, added)
+            return self._cut_inline(whole)
+        header = field.header
+        if ours and header is not None and self._is_all(field, header):
+            return self._cut_line(header.start, field, added)
+        return self._cut_line(field.start, field, added)
+
+    def _is_all(self, field: Field, header: Header) -> bool:
+        """The field is all that the folder's own table holds. A comment that somebody put into it
+        keeps it; one that follows it stays without it."""
+        between = self._body[header.end : field.start]
+        alone, _, _ = toml_text.rest_of_line(self._body, field.value_end)
+        return (
+            header.path == self._table
+            and [each for each in self._fields if each.header is header] == [field]
+            and alone
+            and toml_text.is_blank(between)
+        )
+
+    def _holder(self, field: Field) -> Field:
+        return next(each for each in self._fields if each.value_start == field.opened)
+
+    def _cut_inline(self, field: Field) -> Splice:
+        """The exact reverse of a field put behind the last one, or behind the brace."""
+        fields = toml_text.inline_fields(self._body, self._holder(field))
+        index = fields.index(field)
+        if index > 0:
+            return Splice(fields[index - 1].value_end, field.value_end)
+        if len(fields) > 1:
+            return Splice(field.start, fields[1].start)
+        return Splice(field.opened + 1, field.value_end)
+
+    def _cut_line(self, start: int, field: Field, added: Added) -> Splice:
+        """From `start` to the end of the field, with the white space that was written with it."""
+        body, end = self._body, field.value_end
+        alone, _, after = toml_text.rest_of_line(body, end)
+        if not alone:
+            return Splice(start, end)  # a comment stands behind it
+        begin = toml_text.line_start(body, start)
+        lead, trail = start - len(added.lead), end + len(added.trail)
+        fits = body[max(lead, 0) : start] == added.lead and body[end:trail] == added.trail
+        if fits and (added.lead or added.trail) and (begin == lead or "\n" in added.lead):
+            return Splice(lead, trail)
+        return Splice(begin, after)
+
+
+def _quoted(folder: str) -> str:
+    """Return the folder as a key. A literal string where that shows it plainly, as for paths
+    with backslashes; a basic one with escapes for all else."""
+    if '"' not in folder and "\\" not in folder and folder.isprintable():
+        return f'"{folder}"'
+    if "'" not in folder and folder.isprintable():
+        return f"'{folder}'"
+    return '"' + "".join(map(_escaped, folder)) + '"'
+
+
+def _escaped(char: str) -> str:
+    if char in '"\\':
+        return "\\" + char
+    if char.isprintable():
+        return char
+    return f"\\u{ord(char):04x}" if ord(char) <= 0xFFFF else f"\\U{ord(char):08x}"
+
+
+def _proved(
+    source: Text, splice: Splice, before: Document, folder: str, value: str | None
+) -> bytes:
+    """Return the file with the change, once it is sure that it means what it should: the value
+    (None: without it), and all else as before."""
+    body = splice.apply(source.body)
+    try:
+        after = toml_text.parse(body)
+        right = (_entry_of(after.table, folder) or {}).get(_LEVEL) == value
+        right = right and _without(before.table, folder) == _without(after.table, folder)
+    except TrustFileUnusable:
+        right = False
+    if not right:
+        raise TrustFileUnusable(Reason.NOT_PROVED, "the edit would change more than our entry")
+    return source.to_bytes(body)
+
+
+def _without(table: Table, folder: str) -> Table:
+    """Return the document without the value, and without tables that are empty by that."""
+    projects = dict(table.get(_PROJECTS, {}))
+    entry = {key: each for key, each in projects.get(folder, {}).items() if key != _LEVEL}
+    projects.pop(folder, None)
+    if entry:
+        projects[folder] = entry
+    rest = {key: each for key, each in table.items() if key != _PROJECTS}
+    return {**rest, _PROJECTS: projects}

@@ -1,0 +1,68 @@
+"""Where each agent CLI keeps the file with its trusted folders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Final
+
+from runrecovery_service.trust import claude, codex, gemini
+from runrecovery_service.trust.entry import Editor
+from runrecovery_service.trust.errors import HomeUnknown
+
+
+class Cli(Enum):
+    """An agent CLI whose trust entries can be edited."""
+
+    CODEX = "codex"
+    GEMINI = "gemini"
+    CLAUDE = "claude"
+
+
+EDITORS: Final[Mapping[Cli, Editor]] = {
+    Cli.CODEX: codex.EDITOR,
+    Cli.GEMINI: gemini.EDITOR,
+    Cli.CLAUDE: claude.EDITOR,
+}
+
+
+def config_file(cli: Cli, env: Mapping[str, str]) -> Path:
+    """Return the file that a CLI with this environment reads. It need not exist.
+
+    Args:
+        env: the environment that the CLI is launched with, not the service's own.
+
+    Raises:
+        HomeUnknown: a variable that counts is not set, or is relative: the CLI would take it from
+            the folder that it is started in.
+    """
+    match cli:
+        case Cli.CODEX:
+            home = _folder(env, "CODEX_HOME") or _home(env) / ".codex"
+            return home / "config.toml"
+        case Cli.GEMINI:
+            named = _folder(env, "GEMINI_CLI_TRUSTED_FOLDERS_PATH")
+            if named is not None:
+                return named
+            home = _folder(env, "GEMINI_CLI_HOME") or _home(env)
+            return home / ".gemini" / "trustedFolders.json"
+        case Cli.CLAUDE:
+            return (_folder(env, "CLAUDE_CONFIG_DIR") or _home(env)) / ".claude.json"
+
+
+def _home(env: Mapping[str, str]) -> Path:
+    home = _folder(env, "HOME")
+    if home is None:
+        raise HomeUnknown("HOME")
+    return home
+
+
+def _folder(env: Mapping[str, str], variable: str) -> Path | None:
+    """Return the path in a variable; None if it is not set, or empty, which means the same."""
+    value = env.get(variable, "")
+    if not value:
+        return None
+    if not value.startswith("/"):
+        raise HomeUnknown(variable)
+    return Path(value)

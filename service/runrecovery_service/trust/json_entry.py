@@ -1,0 +1,258 @@
+"""One value in a JSON file, put in and taken out again with everything else left as it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from runrecovery_service.trust import json_text
+from runrecovery_service.trust.entry import (
+    Added,
+    Edit,
+    Made,
+    Outcome,
+    Removal,
+    check_folder,
+    inherited,
+    unchanged,
+)
+from runrecovery_service.trust.errors import Reason, TrustFileUnusable
+from runrecovery_service.trust.json_text import Member, Model, Object
+from runrecovery_service.trust.text import Splice, Text
+
+MOST_BYTES: Final = 16 << 20
+_UNIT: Final = "  "
+"""One step of indentation where the file shows none."""
+_EMPTIED: Final = "{\n}\n"
+"""What is left of a document of our making without its entry."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JsonEditor:
+    """Edits entries of the form `before, folder, after: value`.
+
+    Attributes:
+        before, after: names on the way to the value, above and below the folder's own.
+        value: as it is written.
+        trusting: values that let the CLI trust the folder; ours is one of them.
+    """
+
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    value: str
+    trusting: tuple[Model, ...]
+
+    def add(
+        self, text: bytes | None, folder: str, standing: Mapping[str, Added] | None = None
+    ) -> Edit:
+        """See `entry.Editor`."""
+        check_folder(folder)
+        source = Text.read(text or b"", most=MOST_BYTES)
+        if not source.body.strip(" \t\r\n"):
+            return self._begin(text, source, folder, inherited(standing))
+        before = json_text.parse(source.body)
+        trail = _follow(source.body, self._path(folder))
+        if trail.is_blocked:
+            raise TrustFileUnusable(Reason.UNEXPECTED_SHAPE, "no object where one should be")
+        if trail.leaf is None:
+            splice = trail.insert(source.body, self.value)
+            made = self._made(trail.depth) | inherited(standing)
+            added = Added(owned=True, made=made)
+        elif trail.leaf.value in self.trusting:
+            return unchanged(text, folder, standing)
+        elif isinstance(trail.leaf.value, list | tuple):
+            raise TrustFileUnusable(Reason.UNEXPECTED_SHAPE, "the entry is not a plain value")
+        else:
+            leaf = trail.leaf
+            splice = Splice(leaf.value_start, leaf.value_end, self.value)
+            raw = source.body[leaf.value_start : leaf.value_end]
+            added = Added(owned=True, previous=raw)
+        expected = _with(before, self._path(folder), json_text.parse(self.value))
+        return Edit(text=_proved(source, splice, expected), added=added)
+
+    def remove(self, text: bytes | None, folder: str, added: Added) -> Removal:
+        """See `entry.Editor`."""
+        if not added.owned:
+            return Removal(text=text, outcome=Outcome.NOT_OURS)
+        source = Text.read(text or b"", most=MOST_BYTES)
+        if not source.body.strip(" \t\r\n"):
+            return Removal(text=text, outcome=Outcome.GONE)
+        before = json_text.parse(source.body)
+        trail = _follow(source.body, self._path(folder))
+        if trail.leaf is None:
+            return Removal(text=text, outcome=Outcome.GONE)
+        if trail.leaf.value != json_text.parse(self.value):
+            return Removal(text=text, outcome=Outcome.CHANGED)
+        if added.previous is not None:
+            return self._restore(source, before, trail, added.previous)
+        depth = self._emptied_from(trail, added)
+        if any(trail.objects[at].count(trail.path[at]) > 1 for at in range(depth, trail.depth + 1)):
+            # Without ours, another one of the same name would count, which we know nothing about.
+            return Removal(text=text, outcome=Outcome.CHANGED)
+        expected = _without(before, trail.path[: depth + 1])
+        done = _proved(source, Splice(*trail.cut(depth)), expected)
+        return Removal(text=_ended(source, done, added), outcome=Outcome.REMOVED)
+
+    def _path(self, folder: str) -> tuple[str, ...]:
+        return (*self.before, folder, *self.after)
+
+    def _begin(
+        self, text: bytes | None, source: Text, folder: str, standing: frozenset[Made]
+    ) -> Edit:
+        """Write a whole document behind what blank there is."""
+        gap = "\n" + _UNIT
+        entry = _nested(self._path(folder), self.value, gap=gap, unit=_UNIT, colon=": ")
+        made = {Made.FILE, Made.DOCUMENT} if text is None else {Made.DOCUMENT}
+        added = Added(owned=True, made=self._made(0) | made | standing)
+        return Edit(text=source.to_bytes(f"{source.body}{{{gap}{entry}\n}}\n"), added=added)
+
+    def _made(self, depth: int) -> frozenset[Made]:
+        """Return the containers that a member made at `depth` of the path brings along."""
+        levels = (Made.PROJECTS,) * len(self.before) + (Made.FOLDER,) * len(self.after)
+        return frozenset(levels[depth:])
+
+    def _emptied_from(self, trail: _Trail, added: Added) -> int:
+        """Return the depth of the outermost member that holds our entry alone and may go."""
+        levels = (Made.PROJECTS,) * len(self.before) + (Made.FOLDER,) * len(self.after)
+        depth = trail.depth
+        while depth > 0 and levels[depth - 1] in added.made:
+            if len(trail.objects[depth].members) > 1:
+                break
+            depth -= 1
+        return depth
+
+    def _restore(self, source: Text, before: Model, trail: _Trail, previous: str) -> Removal:
+        leaf = trail.leaf
+        assert leaf is not None  # noqa: S101 - looked at before
+        splice = Splice(leaf.value_start, leaf.value_end, previous)
+        expected = _with(before, trail.path, json_text.parse(previous))
+        return Removal(text=_proved(source, splice, expected), outcome=Outcome.RESTORED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Trail:
+    """The objects along a path, as far as they exist. `leaf` is at its end, if that is there.
+
+    `is_blocked`: another value is where the next object should be.
+    """
+
+    path: tuple[str, ...]
+    objects: tuple[Object, ...]
+    leaf: Member | None = None
+    is_blocked: bool = False
+
+    @property
+    def depth(self) -> int:
+        """The index in the path of what the last object has, or lacks."""
+        return len(self.objects) - 1
+
+    def cut(self, depth: int) -> tuple[int, int]:
+        """Return the span of the path's member in the object at `depth`."""
+        holder = self.objects[depth]
+        index = holder.find(self.path[depth])
+        assert index is not None  # noqa: S101 - the trail went through it
+        return holder.cut(index)
+
+    def insert(self, body: str, value: str) -> Splice:
+        """Return the change that puts the rest of the path into the last object, in its style."""
+        holder, rest = self.objects[-1], self.path[self.depth :]
+        unit = self._unit(body)
+        if holder.members:
+            last = holder.members[-1]
+            gap = holder.gap_before(len(holder.members) - 1, body)
+            colon = body[last.key_end : last.value_start]
+            entry = _nested(rest, value, gap=gap, unit=unit, colon=colon)
+            return Splice(last.value_end, last.value_end, f",{gap}{entry}")
+        # The white space inside stays behind the entry: taken out, it leaves what was there.
+        inside = body[holder.start + 1 : holder.end - 1]
+        gap = inside + unit if "\n" in inside else ""
+        entry = _nested(rest, value, gap=gap, unit=unit, colon=": ")
+        return Splice(holder.start + 1, holder.start + 1, gap + entry)
+
+    def _unit(self, body: str) -> str:
+        """Return one step of the file's indentation, as its first member shows it."""
+        root = self.objects[0]
+        gap = root.gap_before(0, body) if root.members else ""
+        return gap[gap.rfind("\n") + 1 :] if "\n" in gap else _UNIT
+
+
+def _follow(body: str, path: tuple[str, ...]) -> _Trail:
+    """Walk along the path."""
+    objects: tuple[Object, ...] = ()
+    leaf: Member | None = None
+    at = json_text.skip_blank(body, 0)
+    for key in path:
+        found = json_text.read_object(body, at)
+        if found is None:
+            return _Trail(path=path, objects=objects, is_blocked=True)
+        objects = (*objects, found)
+        index = found.find(key)
+        if index is None:
+            return _Trail(path=path, objects=objects)
+        leaf = found.members[index]
+        at = leaf.value_start
+    return _Trail(path=path, objects=objects, leaf=leaf)
+
+
+def _nested(path: tuple[str, ...], value: str, *, gap: str, unit: str, colon: str) -> str:
+    """Write a member; what is nested in it goes deeper by a unit if its line is its own."""
+    key = json.dumps(path[0], ensure_ascii=False)
+    if len(path) == 1:
+        return f"{key}{colon}{value}"
+    if "\n" not in gap:
+        return f"{key}{colon}{{{_nested(path[1:], value, gap='', unit='', colon=colon)}}}"
+    inner = gap + unit
+    deeper = _nested(path[1:], value, gap=inner, unit=unit, colon=colon)
+    return f"{key}{colon}{{{inner}{deeper}{gap}}}"
+
+
+def _proved(source: Text, splice: Splice, expected: Model) -> bytes:
+    """Return the file with the change, once it is sure that it means what is expected."""
+    body = splice.apply(source.body)
+    try:
+        right = json_text.parse(body) == expected
+    except TrustFileUnusable:
+        right = False
+    except RecursionError:
+        raise TrustFileUnusable(Reason.TOO_DEEP, "nested too deeply") from None
+    if not right:
+        raise TrustFileUnusable(Reason.NOT_PROVED, "the edit would change more than our entry")
+    return source.to_bytes(body)
+
+
+def _ended(source: Text, done: bytes, added: Added) -> bytes | None:
+    """Return what comes back of a file that was begun by us and holds nothing else any more."""
+    body = Text.read(done, most=MOST_BYTES).body
+    blank = body.removesuffix(_EMPTIED)
+    if Made.DOCUMENT not in added.made or blank == body or blank.strip(" \t\r\n"):
+        return done
+    return None if Made.FILE in added.made and not blank else source.to_bytes(blank)
+
+
+def _with(model: Model, path: tuple[str, ...], value: Model) -> Model:
+    """Return the model with a value at the path: the last one of its name, else a new last one."""
+    if not path:
+        return value
+    assert isinstance(model, tuple)  # noqa: S101 - the trail went through objects alone
+    index = _last(model, path[0])
+    if index is None:
+        return (*model, (path[0], _with((), path[1:], value)))
+    changed = (path[0], _with(model[index][1], path[1:], value))
+    return (*model[:index], changed, *model[index + 1 :])
+
+
+def _without(model: Model, path: tuple[str, ...]) -> Model:
+    """Return the model without the last member of the path."""
+    assert isinstance(model, tuple)  # noqa: S101 - the trail went through objects alone
+    index = _last(model, path[0])
+    assert index is not None  # noqa: S101 - the trail found it
+    if len(path) == 1:
+        return (*model[:index], *model[index + 1 :])
+    changed = (path[0], _without(model[index][1], path[1:]))
+    return (*model[:index], changed, *model[index + 1 :])
+
+
+def _last(pairs: tuple[tuple[str, Model], ...], key: str) -> int | None:
+    return next((i for i in range(len(pairs) - 1, -1, -1) if pairs[i][0] == key), None)

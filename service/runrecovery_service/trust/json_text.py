@@ -1,0 +1,133 @@
+"""JSON with positions. Whether a text is JSON, the standard library says; where things are, this
+module: an edit must not touch a byte beside them."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Final, NoReturn, TypeAlias
+
+from runrecovery_service.trust.errors import Reason, TrustFileUnusable
+
+Model: TypeAlias = "str | bool | bytes | list[Model] | tuple[tuple[str, Model], ...] | None"
+"""A JSON value in which nothing is lost: objects are their pairs in order, so that names which
+come twice are seen, and numbers are their digits."""
+
+_BLANK: Final = re.compile(r"[ \t\n\r]*")
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+_DECODER: Final = json.JSONDecoder(
+    object_pairs_hook=tuple,
+    parse_float=str.encode,
+    parse_int=str.encode,
+    parse_constant=_no_constant,
+)
+
+
+def parse(body: str) -> Model:
+    """Return what the text means.
+
+    Raises:
+        TrustFileUnusable: it is no JSON, or is nested too deeply.
+    """
+    try:
+        model: Model = _DECODER.decode(body)
+    except RecursionError:
+        raise TrustFileUnusable(Reason.TOO_DEEP, "nested too deeply") from None
+    except json.JSONDecodeError as error:
+        where = f"{error.msg}, line {error.lineno} column {error.colno}"
+        raise TrustFileUnusable(Reason.NOT_PARSABLE, where) from None
+    except ValueError as error:
+        raise TrustFileUnusable(Reason.NOT_PARSABLE, str(error)) from None
+    return model
+
+
+def skip_blank(body: str, at: int) -> int:
+    """Return where the white space at `at` ends."""
+    found = _BLANK.match(body, at)
+    assert found is not None  # noqa: S101 - it matches nothing as well
+    return found.end()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """A name and its value in an object, and where they are."""
+
+    key: str
+    key_start: int
+    key_end: int
+    value: Model
+    value_start: int
+    value_end: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Object:
+    """An object: `start` is at its opening brace, `end` behind its closing one."""
+
+    start: int
+    end: int
+    members: tuple[Member, ...]
+
+    def find(self, key: str) -> int | None:
+        """Return the index of the member that counts: of several with one name, the last."""
+        for index in range(len(self.members) - 1, -1, -1):
+            if self.members[index].key == key:
+                return index
+        return None
+
+    def count(self, key: str) -> int:
+        """Return how often the name is there."""
+        return sum(member.key == key for member in self.members)
+
+    def gap_before(self, index: int, body: str) -> str:
+        """Return the white space before a member."""
+        before = self.start + 1 if index == 0 else self.members[index - 1].value_end
+        gap = body[before : self.members[index].key_start]
+        return gap[gap.rfind(",") + 1 :]
+
+    def cut(self, index: int) -> tuple[int, int]:
+        """Return the span that has to go with a member, comma included.
+
+        It is the exact reverse of a member put behind the last one, or behind the opening brace.
+        """
+        member = self.members[index]
+        if index > 0:
+            return self.members[index - 1].value_end, member.value_end
+        if len(self.members) > 1:
+            return member.key_start, self.members[1].key_start
+        return self.start + 1, member.value_end
+
+
+def read_object(body: str, at: int) -> Object | None:
+    """Return the object at `at` of a text that `parse` accepts; None: another value is there."""
+    if body[at] != "{":
+        return None
+    members: list[Member] = []
+    start, at = at, skip_blank(body, at + 1)
+    while body[at] != "}":
+        if body[at] == ",":
+            at = skip_blank(body, at + 1)
+        member = _read_member(body, at)
+        members.append(member)
+        at = skip_blank(body, member.value_end)
+    return Object(start=start, end=at + 1, members=tuple(members))
+
+
+def _read_member(body: str, key_start: int) -> Member:
+    key, key_end = _DECODER.raw_decode(body, key_start)
+    value_start = skip_blank(body, skip_blank(body, key_end) + 1)
+    value, value_end = _DECODER.raw_decode(body, value_start)
+    return Member(
+        key=key,
+        key_start=key_start,
+        key_end=key_end,
+        value=value,
+        value_start=value_start,
+        value_end=value_end,
+    )

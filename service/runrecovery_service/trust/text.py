@@ -1,0 +1,60 @@
+"""Bytes to text and back, without loss, and cuts in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from runrecovery_service.trust.errors import Reason, TrustFileUnusable
+
+_BOM: Final = "\ufeff"
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A file's text; a byte-order mark is kept aside."""
+
+    body: str
+    bom: str = ""
+
+    @classmethod
+    def read(cls, data: bytes, *, most: int) -> Text:
+        """Decode a file.
+
+        Raises:
+            TrustFileUnusable: it is larger than `most` bytes, or no UTF-8.
+        """
+        if len(data) > most:
+            raise TrustFileUnusable(Reason.TOO_LARGE, f"{len(data)} bytes, more than {most}")
+        try:
+            body = data.decode()
+        except UnicodeDecodeError as error:
+            raise TrustFileUnusable(Reason.NOT_UTF8, f"at byte {error.start}") from None
+        bom = _BOM if body.startswith(_BOM) else ""
+        return cls(body.removeprefix(_BOM), bom)
+
+    def to_bytes(self, body: str) -> bytes:
+        """Return the file with this body."""
+        return (self.bom + body).encode()
+
+
+@dataclass(frozen=True, slots=True)
+class Splice:
+    """`body[start:end]` becomes `new`; all else stays."""
+
+    start: int
+    end: int
+    new: str = ""
+
+    def apply(self, body: str) -> str:
+        """Return the body with the change."""
+        return body[: self.start] + self.new + body[self.end :]
+
+
+def newline_of(body: str, at: int | None = None) -> str:
+    """Return the line end that is used: of the line before `at` (default: the last), else of the
+    first line, else a plain one."""
+    last = body.rfind("\n", 0, at)
+    if last < 0:
+        last = body.find("\n")
+    return "\r\n" if last > 0 and body[last - 1] == "\r" else "\n"

@@ -1,0 +1,96 @@
+"""Programs of the file tests: our own edits, and a CLI that rewrites its file as such do.
+
+editing.py add FILE KIND FOLDER...     add these; print "decided" and wait for a line in between
+editing.py toggle FILE KIND FOLDER     add and remove for ever; print a line after each edit
+editing.py dying FILE KIND FOLDER N    add, and die by SIGKILL before the N-th system event
+editing.py cli FILE                    for each line read: count up, rewrite the file, print
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from runrecovery_service.trust import files, homes
+from runrecovery_service.trust.entry import Added, Edit, Removal
+from runrecovery_service.trust.errors import TrustFileBusy
+
+
+def put_in(path: Path, kind: str, folder: str, record: Callable[[Edit], object]) -> Edit:
+    editor = homes.EDITORS[homes.Cli(kind)]
+    return files.edit(path, lambda text: editor.add(text, folder), record=record)
+
+
+def take_out(path: Path, kind: str, folder: str, added: Added) -> Removal:
+    editor = homes.EDITORS[homes.Cli(kind)]
+    return files.edit(path, lambda text: editor.remove(text, folder, added))
+
+
+def add(path: Path, kind: str, *folders: str) -> None:
+    for folder in folders:
+        told: list[Edit] = []
+
+        def tell(edit: Edit, told: list[Edit] = told) -> None:
+            if not told:
+                print("decided", flush=True)
+                sys.stdin.readline()
+            told.append(edit)
+
+        put_in(path, kind, folder, tell)
+
+
+def toggle(path: Path, kind: str, folder: str) -> None:
+    while True:
+        with suppress(TrustFileBusy):  # a CLI that writes without a break
+            edit = put_in(path, kind, folder, lambda _: None)
+            print("added", flush=True)
+            take_out(path, kind, folder, edit.added)
+            print("removed", flush=True)
+
+
+def dying(path: Path, kind: str, folder: str, before: str) -> None:
+    homes.EDITORS[homes.Cli(kind)].add(b"", folder)  # what it imports late is imported now
+    events = itertools.count(1)
+    fsync, last = os.fsync, int(before)
+
+    def die_at(event: str, _: tuple[object, ...]) -> None:
+        watched = event in {"open", "fsync"} or event.startswith(("os.", "fcntl."))
+        if watched and next(events) == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def audited(descriptor: int) -> None:
+        sys.audit("fsync")
+        fsync(descriptor)
+
+    setattr(os, "fsync", audited)  # noqa: B010 - its type is another one
+    sys.addaudithook(die_at)
+    put_in(path, kind, folder, lambda _: None)
+
+
+def cli(path: Path) -> None:
+    for _ in sys.stdin:
+        document = json.loads(path.read_bytes())
+        document["count"] = document.get("count", 0) + 1
+        new = path.with_name(f"{path.name}.tmp.cli")
+        new.write_text(json.dumps(document, indent=2))
+        new.replace(path)
+        print("written", flush=True)
+
+
+if __name__ == "__main__":
+    _, what, where, *rest = sys.argv
+    match what:
+        case "add":
+            add(Path(where), *rest)
+        case "toggle":
+            toggle(Path(where), *rest)
+        case "dying":
+            dying(Path(where), *rest)
+        case "cli":
+            cli(Path(where))

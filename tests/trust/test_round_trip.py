@@ -1,0 +1,137 @@
+"""What is put in can be taken out, and nothing else moves."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from runrecovery_service.trust.entry import Added, Outcome
+from trust import corpus
+from trust.cases import FILES, KINDS
+
+W = corpus.W
+
+
+@pytest.mark.parametrize(("kind", "name"), FILES)
+def test_after_add_and_remove_the_file_is_the_same_byte_for_byte(kind: str, name: str) -> None:
+    editor, before = KINDS[kind].editor, KINDS[kind].files[name]
+
+    edit = editor.add(before, W)
+    removal = editor.remove(edit.text, W, edit.added)
+
+    assert removal.text == before
+    assert removal.outcome in {Outcome.REMOVED, Outcome.RESTORED}
+
+
+@pytest.mark.parametrize(("kind", "name"), FILES)
+def test_add_changes_the_meaning_by_its_own_entry_alone(kind: str, name: str) -> None:
+    cli = KINDS[kind]
+
+    edit = cli.editor.add(cli.files[name], W)
+
+    assert cli.means(edit.text) == cli.with_entry(cli.files[name], W)
+
+
+@pytest.mark.parametrize(("kind", "name"), FILES)
+def test_add_leaves_every_byte_outside_of_one_place(kind: str, name: str) -> None:
+    cli = KINDS[kind]
+    before = cli.files[name] or b""
+
+    after = cli.editor.add(before, W).text or b""
+    same = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), None)
+    head = len(before) if same is None else same
+    tail = before[head:]
+    replaced = cli.at(before, W) != "absent"
+
+    # An entry that replaces a value ends after it; any other one is put between two bytes.
+    assert after.startswith(before[:head])
+    assert any(after.endswith(tail[cut:]) for cut in range(30 if replaced else 1))
+
+
+@pytest.mark.parametrize("folder", corpus.FOLDERS.values(), ids=corpus.FOLDERS)
+@pytest.mark.parametrize(("kind", "name"), FILES)
+def test_any_folder_name_comes_and_goes(kind: str, name: str, folder: str) -> None:
+    cli = KINDS[kind]
+
+    edit = cli.editor.add(cli.files[name], folder)
+
+    assert cli.at(edit.text, folder) == cli.value
+    assert cli.editor.remove(edit.text, folder, edit.added).text == cli.files[name]
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+@pytest.mark.parametrize(("kind", "name"), FILES)
+def test_three_entries_go_in_any_order(kind: str, name: str, order: tuple[int, ...]) -> None:
+    cli = KINDS[kind]
+    folders = [W, "/work/b", '/work/"c']
+    text, standing = cli.files[name], dict[str, Added]()
+
+    for folder in folders:
+        edit = cli.editor.add(text, folder, standing)
+        text, standing[folder] = edit.text, edit.added
+    for index in order:
+        text = cli.editor.remove(text, folders[index], standing[folders[index]]).text
+
+    assert text == cli.files[name]
+
+
+@pytest.mark.parametrize(("kind", "name"), FILES)
+def test_adding_again_changes_nothing_and_stays_ours(kind: str, name: str) -> None:
+    editor = KINDS[kind].editor
+
+    first = editor.add(KINDS[kind].files[name], W)
+    second = editor.add(first.text, W, {W: first.added})
+
+    assert second == first
+
+
+@pytest.mark.parametrize(("kind", "name"), FILES)
+def test_removing_again_changes_nothing(kind: str, name: str) -> None:
+    editor, before = KINDS[kind].editor, KINDS[kind].files[name]
+    edit = editor.add(before, W)
+
+    again = editor.remove(before, W, edit.added)
+
+    assert again.text == before
+    assert again.outcome in {Outcome.GONE, Outcome.CHANGED}
+
+
+@pytest.mark.parametrize(("kind", "name"), FILES)
+def test_a_folder_that_the_user_trusts_is_never_ours(kind: str, name: str) -> None:
+    editor = KINDS[kind].editor
+    by_user = editor.add(KINDS[kind].files[name], W).text
+
+    edit = editor.add(by_user, W)
+
+    assert (edit.text, edit.added) == (by_user, Added(owned=False))
+    assert editor.remove(by_user, W, edit.added).text == by_user
+    assert editor.remove(by_user, W, edit.added).outcome is Outcome.NOT_OURS
+
+
+@pytest.mark.parametrize(("kind", "name"), FILES)
+def test_what_was_added_survives_a_row(kind: str, name: str) -> None:
+    added = KINDS[kind].editor.add(KINDS[kind].files[name], W).added
+
+    assert Added.from_json(added.to_json()) == added
+
+
+@pytest.mark.parametrize(
+    ("kind", "before", "after"),
+    [
+        ("codex", "a = 1\n", 'a = 1\n\n[projects."/w"]\ntrust_level = "trusted"\n'),
+        ("codex", "projects.'/x'.a = 1\nb = 2\n[t]\n",
+         "projects.'/x'.a = 1\nprojects.\"/w\".trust_level = \"trusted\"\nb = 2\n[t]\n"),
+        ("codex", "projects . '/w' . a = 1",
+         "projects . '/w' . a = 1\nprojects . '/w'.trust_level = \"trusted\""),
+        ("codex", "projects = { '/x' = { } }\n",
+         "projects = { '/x' = { }, \"/w\" = { trust_level = \"trusted\" } }\n"),
+        ("codex", "[projects.'/w']\r\n  a = 1\r\n",
+         "[projects.'/w']\r\n  trust_level = \"trusted\"\r\n  a = 1\r\n"),
+        ("gemini", '{\n    "/x" : 1\n}', '{\n    "/x" : 1,\n    "/w" : "TRUST_FOLDER"\n}'),
+        ("gemini", '{"/x":1}', '{"/x":1,"/w":"TRUST_FOLDER"}'),
+        ("claude", '{\n\t"a": 1\n}', ('{\n\t"a": 1,\n\t"projects": {\n\t\t"/w": {\n'
+         '\t\t\t"hasTrustDialogAccepted": true\n\t\t}\n\t}\n}')),
+    ],
+)  # fmt: skip
+def test_an_entry_is_written_as_its_neighbours_are(kind: str, before: str, after: str) -> None:
+    assert KINDS[kind].editor.add(before.encode(), "/w").text == after.encode()
