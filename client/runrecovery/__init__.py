@@ -16,7 +16,7 @@ Quick start:
 from __future__ import annotations
 
 from runrecovery._channel import channel_options
-from runrecovery._requests import ServingStatus
+from runrecovery._requests import Plan, ServingStatus
 from runrecovery._values import JsonValue
 from runrecovery._waiting import TERMINAL_STATUSES
 from runrecovery.aio import AsyncHealth, AsyncRecovery, AsyncRunRecoveryClient, AsyncRuns
@@ -40,17 +40,31 @@ from runrecovery.errors import (
     RunAlreadyExists,
     RunAlreadyTerminal,
     RunNotFound,
+    RunNotReopenable,
     RunNotWaiting,
     RunQuarantined,
     RunRecoveryClientError,
     SafeMode,
+    SessionNotResumable,
     ShuttingDown,
+    SlowReader,
     StorageFull,
     Unavailable,
     UnknownEngine,
     UnrecognizedError,
+    WatchCursorInvalid,
+    WatchGap,
+    WatchHistoryPruned,
+    WatchSequenceUnknown,
 )
 from runrecovery.v1.recovery_pb2 import Reconciliation, ReconciliationState, ServiceState
+from runrecovery.v1.recovery_service_pb2 import (
+    ExplainRecoveryResponse,
+    PlannedDecision,
+    RecoveryExplanation,
+    RecoveryPlan,
+    WatchRecoveredResponse,
+)
 from runrecovery.v1.run_pb2 import (
     Interaction,
     InteractionKind,
@@ -59,9 +73,12 @@ from runrecovery.v1.run_pb2 import (
     RecoveryState,
     RestartPolicy,
     Run,
+    RunEvent,
+    RunEventKind,
     RunStatus,
+    RunView,
 )
-from runrecovery.v1.run_service_pb2 import OutputChannel, StreamOutputResponse
+from runrecovery.v1.run_service_pb2 import OutputChannel, StreamOutputResponse, WatchRunResponse
 
 __all__ = [
     # clients
@@ -76,11 +93,16 @@ __all__ = [
     "channel_options",
     # values
     "JsonValue",
+    "Plan",
     "ServingStatus",
     "TERMINAL_STATUSES",
     # messages and enums of runrecovery.v1
     "Run",
     "RunStatus",
+    "RunView",
+    "RunEvent",
+    "RunEventKind",
+    "WatchRunResponse",
     "RestartPolicy",
     "InteractiveProfileKind",
     "Interaction",
@@ -89,6 +111,11 @@ __all__ = [
     "StreamOutputResponse",
     "RecoveryInfo",
     "RecoveryState",
+    "WatchRecoveredResponse",
+    "ExplainRecoveryResponse",
+    "RecoveryExplanation",
+    "RecoveryPlan",
+    "PlannedDecision",
     "Reconciliation",
     "ReconciliationState",
     "ServiceState",
@@ -102,14 +129,20 @@ __all__ = [
     "InvalidRequest",
     "UnknownEngine",
     "PageTokenInvalid",
+    "WatchCursorInvalid",
     "RunAlreadyExists",
     "RequestIdReused",
     "RunNotWaiting",
     "InteractionSuperseded",
     "RunAlreadyTerminal",
     "RunQuarantined",
+    "RunNotReopenable",
+    "SessionNotResumable",
     "EtagMismatch",
     "OutputOutOfRange",
+    "WatchHistoryPruned",
+    "WatchSequenceUnknown",
+    "WatchGap",
     "Unavailable",
     "RecoveryInProgress",
     "ShuttingDown",
@@ -117,6 +150,7 @@ __all__ = [
     "ResourceExhausted",
     "Overloaded",
     "StorageFull",
+    "SlowReader",
     "DeadlineExceeded",
     "InternalError",
     "UnrecognizedError",

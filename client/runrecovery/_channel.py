@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import TypeAlias
 
+from runrecovery.v1 import recovery_service_pb2, run_service_pb2
+
 ChannelOption: TypeAlias = tuple[str, "int | str"]
 
 DEFAULT_TIMEOUT_S = 10.0
@@ -26,17 +28,27 @@ _RETRY_POLICY = {
     "retryableStatusCodes": ["UNAVAILABLE"],
 }
 
+_SERVICES = tuple(
+    service
+    for file in (run_service_pb2.DESCRIPTOR, recovery_service_pb2.DESCRIPTOR)
+    for service in file.services_by_name.values()
+)
+
 _SERVICE_CONFIG = {
     "methodConfig": [
         {
-            "name": [
-                {"service": "runrecovery.v1.RunService"},
-                {"service": "runrecovery.v1.RecoveryService"},
-            ],
+            "name": [{"service": service.full_name} for service in _SERVICES],
             "retryPolicy": _RETRY_POLICY,
         },
-        # The more specific name wins: a stream is resumed by offset, not repeated.
-        {"name": [{"service": "runrecovery.v1.RunService", "method": "StreamOutput"}]},
+        # The more specific name wins: a stream is resumed from where it broke, not repeated.
+        {
+            "name": [
+                {"service": service.full_name, "method": method.name}
+                for service in _SERVICES
+                for method in service.methods
+                if method.server_streaming
+            ]
+        },
     ]
 }
 

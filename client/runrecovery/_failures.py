@@ -30,6 +30,8 @@ BY_REASON: Mapping[str, type[RunRecoveryClientError]] = {
     "INTERACTION_SUPERSEDED": errors.InteractionSuperseded,
     "RUN_ALREADY_TERMINAL": errors.RunAlreadyTerminal,
     "RUN_QUARANTINED": errors.RunQuarantined,
+    "RUN_NOT_REOPENABLE": errors.RunNotReopenable,
+    "SESSION_NOT_RESUMABLE": errors.SessionNotResumable,
     "ETAG_MISMATCH": errors.EtagMismatch,
     "RECONCILIATION_IN_PROGRESS": errors.RecoveryInProgress,
     "SHUTTING_DOWN": errors.ShuttingDown,
@@ -38,7 +40,11 @@ BY_REASON: Mapping[str, type[RunRecoveryClientError]] = {
     "STORAGE_UNAVAILABLE": errors.Unavailable,
     "OVERLOADED": errors.Overloaded,
     "STORAGE_FULL": errors.StorageFull,
+    "SLOW_READER": errors.SlowReader,
     "OUTPUT_OUT_OF_RANGE": errors.OutputOutOfRange,
+    "WATCH_HISTORY_PRUNED": errors.WatchHistoryPruned,
+    "WATCH_SEQUENCE_UNKNOWN": errors.WatchSequenceUnknown,
+    "WATCH_CURSOR_INVALID": errors.WatchCursorInvalid,
     "INTERNAL": errors.InternalError,
 }
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import Generic, Protocol, TypeAlias, TypeVar
@@ -15,13 +15,14 @@ from typing import Generic, Protocol, TypeAlias, TypeVar
 from google.protobuf import wrappers_pb2
 from google.protobuf.message import Message
 
-from runrecovery._values import JsonValue, to_struct, to_timestamp, to_value
+from runrecovery._values import JsonValue, to_duration, to_struct, to_timestamp, to_value
 from runrecovery.v1 import recovery_pb2, recovery_service_pb2, run_pb2, run_service_pb2
 
 _RUNS = "/runrecovery.v1.RunService/"
 _RECOVERY = "/runrecovery.v1.RecoveryService/"
 
 ResultT_co = TypeVar("ResultT_co", covariant=True)
+DecisionsT_co = TypeVar("DecisionsT_co", covariant=True)
 RowT = TypeVar("RowT")
 
 
@@ -37,7 +38,7 @@ class Call(Generic[ResultT_co]):
     """
 
     path: str
-    request: Message
+    request: Message = field(repr=False)  # it may hold a session handle, which is a secret
     decode: Callable[[bytes], ResultT_co]
     wait_for_ready: bool = True
 
@@ -52,6 +53,27 @@ class Page(Generic[RowT]):
 
     rows: Sequence[RowT]
     next_token: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlanPage(Page[recovery_service_pb2.PlannedDecision]):
+    """A page of the plan; the first one tells what all of it comes to."""
+
+    totals: recovery_service_pb2.RecoveryPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Plan(Generic[DecisionsT_co]):
+    """What a restart would decide at this moment.
+
+    Attributes:
+        totals: all of it in numbers.
+        decisions: an iterator over every decision, in the order in which it would be made, page
+            by page as they are consumed. It can be walked once.
+    """
+
+    totals: recovery_service_pb2.RecoveryPlan
+    decisions: DecisionsT_co
 
 
 Listing: TypeAlias = Callable[[str], Call[Page[RowT]]]
@@ -75,16 +97,22 @@ def create_run(
     labels: Mapping[str, str] | None,
     restart_policy: run_pb2.RestartPolicy.ValueType,
     interactive_profile: run_pb2.InteractiveProfileKind.ValueType,
+    session_timeout_s: float | None,
+    require_user_reply: bool | None,
     request_id: str | None,
 ) -> Call[run_pb2.Run]:
-    profile = run_pb2.InteractiveProfile(kind=interactive_profile) if interactive_profile else None
+    profile = run_pb2.InteractiveProfile(
+        kind=interactive_profile,
+        session_timeout=to_duration(session_timeout_s),
+        require_user_reply=require_user_reply,
+    )
     request = run_service_pb2.CreateRunRequest(
         run_id=run_id or "",
         engine=engine,
         labels=labels or {},
         input=None if input is None else to_struct(input),
         restart_policy=restart_policy,
-        interactive_profile=profile,
+        interactive_profile=profile if profile.ListFields() else None,
         request_id=request_id or new_request_id(),
     )
     return Call(
@@ -103,16 +131,38 @@ def get_run(run_id: str) -> Call[run_pb2.Run]:
 
 
 def list_runs(
-    *, statuses: Iterable[run_pb2.RunStatus.ValueType], engine: str | None, page_size: int
+    *,
+    statuses: Iterable[run_pb2.RunStatus.ValueType],
+    engine: str | None,
+    labels: Mapping[str, str] | None,
+    created_after: datetime | None,
+    created_before: datetime | None,
+    view: run_pb2.RunView.ValueType,
+    page_size: int,
 ) -> Listing[run_pb2.Run]:
-    chosen = run_service_pb2.RunFilter(statuses=statuses, engine=engine or "")
+    chosen = run_service_pb2.RunFilter(
+        statuses=statuses,
+        engine=engine or "",
+        labels=labels or {},
+        created_after=to_timestamp(created_after),
+        created_before=to_timestamp(created_before),
+    )
     return _listing(
         _RUNS + "ListRuns",
         lambda token: run_service_pb2.ListRunsRequest(
-            filter=chosen, page_size=page_size, page_token=token
+            filter=chosen, page_size=page_size, page_token=token, view=view
         ),
         run_service_pb2.ListRunsResponse.FromString,
         lambda response: response.runs,
+    )
+
+
+def watch_run(run_id: str, *, after_sequence: int | None) -> Call[run_service_pb2.WatchRunResponse]:
+    return Call(
+        path=_RUNS + "WatchRun",
+        request=run_service_pb2.WatchRunRequest(run_id=run_id, after_sequence=after_sequence),
+        decode=run_service_pb2.WatchRunResponse.FromString,
+        wait_for_ready=False,  # as in stream_output
     )
 
 
@@ -149,6 +199,23 @@ def cancel_run(run_id: str, *, etag: str | None, request_id: str | None) -> Call
     )
 
 
+def reopen_run(
+    run_id: str, *, session_handle: str | None, etag: str | None, request_id: str | None
+) -> Call[run_pb2.Run]:
+    request = run_service_pb2.ReopenRunRequest(
+        run_id=run_id, etag=etag or "", request_id=request_id or new_request_id()
+    )
+    if session_handle is None:
+        request.keep_session = True
+    else:
+        request.session_handle = session_handle
+    return Call(
+        path=_RUNS + "ReopenRun",
+        request=request,
+        decode=lambda data: run_service_pb2.ReopenRunResponse.FromString(data).run,
+    )
+
+
 def list_interactions(run_id: str, *, page_size: int) -> Listing[run_pb2.Interaction]:
     return _listing(
         _RUNS + "ListInteractions",
@@ -180,31 +247,73 @@ def get_recovery_info(run_id: str) -> Call[recovery_service_pb2.GetRecoveryInfoR
     )
 
 
-def list_recovered(
+def recovered_filter(
     *,
     recovery_states: Iterable[run_pb2.RecoveryState.ValueType],
     recovery_reason: str | None,
     engine: str | None,
+    labels: Mapping[str, str] | None,
     recovered_after: datetime | None,
     recovered_before: datetime | None,
     reconciliation_id: str | None,
-    page_size: int,
-) -> Listing[run_pb2.Run]:
-    chosen = recovery_service_pb2.RecoveredFilter(
+) -> recovery_service_pb2.RecoveredFilter:
+    return recovery_service_pb2.RecoveredFilter(
         recovery_states=recovery_states,
         recovery_reason=recovery_reason or "",
         engine=engine or "",
+        labels=labels or {},
         recovered_after=to_timestamp(recovered_after),
         recovered_before=to_timestamp(recovered_before),
         reconciliation_id=reconciliation_id or "",
     )
+
+
+def list_recovered(
+    chosen: recovery_service_pb2.RecoveredFilter,
+    *,
+    view: run_pb2.RunView.ValueType,
+    page_size: int,
+) -> Listing[run_pb2.Run]:
     return _listing(
         _RECOVERY + "ListRecovered",
         lambda token: recovery_service_pb2.ListRecoveredRequest(
-            filter=chosen, page_size=page_size, page_token=token
+            filter=chosen, page_size=page_size, page_token=token, view=view
         ),
         recovery_service_pb2.ListRecoveredResponse.FromString,
         lambda response: response.runs,
+    )
+
+
+def watch_recovered(
+    chosen: recovery_service_pb2.RecoveredFilter, *, after_cursor: str
+) -> Call[recovery_service_pb2.WatchRecoveredResponse]:
+    return Call(
+        path=_RECOVERY + "WatchRecovered",
+        request=recovery_service_pb2.WatchRecoveredRequest(
+            filter=chosen, after_cursor=after_cursor
+        ),
+        decode=recovery_service_pb2.WatchRecoveredResponse.FromString,
+        wait_for_ready=False,  # as in stream_output
+    )
+
+
+def explain_recovery(run_id: str) -> Call[recovery_service_pb2.ExplainRecoveryResponse]:
+    return Call(
+        path=_RECOVERY + "ExplainRecovery",
+        request=recovery_service_pb2.ExplainRecoveryRequest(run_id=run_id),
+        decode=recovery_service_pb2.ExplainRecoveryResponse.FromString,
+    )
+
+
+def plan_recovery(*, page_size: int) -> Callable[[str], Call[PlanPage]]:
+    def decode(data: bytes) -> PlanPage:
+        response = recovery_service_pb2.PlanRecoveryResponse.FromString(data)
+        return PlanPage(response.decisions, response.next_page_token, response.plan)
+
+    return lambda token: Call(
+        path=_RECOVERY + "PlanRecovery",
+        request=recovery_service_pb2.PlanRecoveryRequest(page_size=page_size, page_token=token),
+        decode=decode,
     )
 
 

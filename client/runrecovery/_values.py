@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import TypeAlias
 
-from google.protobuf import struct_pb2, timestamp_pb2
+from google.protobuf import duration_pb2, struct_pb2, timestamp_pb2
 
 JsonValue: TypeAlias = (
     "bool | int | float | str | Sequence[JsonValue] | Mapping[str, JsonValue] | None"
@@ -61,6 +61,22 @@ def to_timestamp(at: datetime | None) -> timestamp_pb2.Timestamp | None:
     stamp = timestamp_pb2.Timestamp()
     stamp.FromDatetime(at)
     return stamp
+
+
+def to_duration(seconds: float | None) -> duration_pb2.Duration | None:
+    """Seconds as a message; None stays None.
+
+    Raises:
+        ValueError: not a number of seconds that can be sent.
+    """
+    if seconds is None:
+        return None
+    span = duration_pb2.Duration()
+    try:
+        span.FromTimedelta(timedelta(seconds=seconds))
+    except (OverflowError, ValueError) as error:
+        raise ValueError(f"{seconds} seconds cannot be sent") from error
+    return span
 
 
 def _key(key: object) -> str:

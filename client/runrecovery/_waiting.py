@@ -1,4 +1,4 @@
-"""When to try again, and when to give up: the state of every loop, without its I/O."""
+"""When to try again, and when to give up: the state of every wait, without its I/O."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 import grpc
 
 from runrecovery.errors import DeadlineExceeded, ErrorDetails, RunQuarantined, Unavailable
-from runrecovery.v1 import run_pb2, run_service_pb2
+from runrecovery.v1 import run_pb2
 
 TERMINAL_STATUSES = frozenset(
     {run_pb2.RUN_STATUS_SUCCEEDED, run_pb2.RUN_STATUS_FAILED, run_pb2.RUN_STATUS_CANCELED}
@@ -20,17 +20,46 @@ TERMINAL_STATUSES = frozenset(
 
 # The last look of a loop, at its deadline, still needs time for one answer.
 _LAST_TRY_S = 0.1
-_RANDOM = random.SystemRandom()
+RANDOM = random.SystemRandom()
 
 ValueT = TypeVar("ValueT")
 
 
-class Pacer:
-    """Exponential pauses with full jitter, until a time limit.
+class Backoff:
+    """Exponential pauses with full jitter.
 
     Args:
         first_s: ceiling of the first pause; each further one is twice as high.
         longest_s: ceiling of every pause.
+    """
+
+    def __init__(
+        self,
+        *,
+        first_s: float,
+        longest_s: float,
+        uniform: Callable[[float, float], float] = RANDOM.uniform,
+    ) -> None:
+        self._ceiling_s = first_s
+        self._longest_s = longest_s
+        self._uniform = uniform
+
+    def pause_s(self, *, at_least_s: float = 0.0) -> float:
+        """Seconds to pause before the next try, on top of those that the service asked for.
+
+        On top: it asks everybody for the same, and all of them at once is what it fears.
+        """
+        pause = at_least_s + self._uniform(0.0, self._ceiling_s)
+        self._ceiling_s = min(self._ceiling_s * 2, self._longest_s)
+        return pause
+
+
+class Pacer:
+    """A backoff until a time limit.
+
+    Args:
+        first_s: as in `Backoff`.
+        longest_s: as in `Backoff`.
         within_s: seconds until the limit; None is no limit.
     """
 
@@ -41,12 +70,10 @@ class Pacer:
         longest_s: float,
         within_s: float | None,
         clock: Callable[[], float] = time.monotonic,
-        uniform: Callable[[float, float], float] = _RANDOM.uniform,
+        uniform: Callable[[float, float], float] = RANDOM.uniform,
     ) -> None:
-        self._ceiling_s = first_s
-        self._longest_s = longest_s
+        self._backoff = Backoff(first_s=first_s, longest_s=longest_s, uniform=uniform)
         self._clock = clock
-        self._uniform = uniform
         self._end = None if within_s is None else clock() + within_s
 
     def left_s(self) -> float | None:
@@ -58,8 +85,7 @@ class Pacer:
         left = self.left_s()
         if left == 0.0:
             return None
-        pause = max(self._uniform(0.0, self._ceiling_s), at_least_s)
-        self._ceiling_s = min(self._ceiling_s * 2, self._longest_s)
+        pause = self._backoff.pause_s(at_least_s=at_least_s)
         return pause if left is None else min(pause, left)
 
 
@@ -131,62 +157,6 @@ def wait_until_serving(service: str, *, timeout_s: float | None) -> Wait[str]:
     pacer = Pacer(first_s=0.1, longest_s=1.0, within_s=timeout_s)
     goal = f"service {service!r} SERVING" if service else "the service SERVING"
     return Wait(goal, reached=lambda status: status == "SERVING", pacer=pacer)
-
-
-class OutputCursor:
-    """Where a reader of output stands, so that a broken stream goes on without gap or repeat.
-
-    Args:
-        request: what the caller asked for; it is not changed.
-        reconnect_s: seconds without a new piece for which a broken stream is reopened.
-        timeout_s: seconds that all streams together may take; None is no limit.
-    """
-
-    def __init__(
-        self,
-        request: run_service_pb2.StreamOutputRequest,
-        *,
-        reconnect_s: float,
-        timeout_s: float | None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._request = run_service_pb2.StreamOutputRequest()
-        self._request.CopyFrom(request)
-        self._reconnect_s = reconnect_s
-        self._clock = clock
-        self._opened_at = clock()
-        self._end = None if timeout_s is None else clock() + timeout_s
-        self._outage: Pacer | None = None
-
-    def open(self) -> tuple[run_service_pb2.StreamOutputRequest, float | None]:
-        """The request and the deadline in seconds (None is none) of the next stream."""
-        self._opened_at = self._clock()
-        return self._request, self._left_s()
-
-    def took(self, piece: run_service_pb2.StreamOutputResponse) -> None:
-        """The caller is being given this piece."""
-        # Attempt 0 is the latest; it must stay the one that the reading began with.
-        self._request.attempt = piece.attempt
-        self._request.offset = piece.offset + len(piece.data)
-        self._outage = None
-
-    def pause_s(self, failure: Unavailable) -> float:
-        """Seconds to pause before the stream is reopened; raises the failure when it is enough."""
-        # A stream that lived this long had worked, even if the run had nothing to say.
-        if self._clock() - self._opened_at >= self._reconnect_s:
-            self._outage = None
-        if self._outage is None:
-            self._outage = Pacer(
-                first_s=0.2, longest_s=5.0, within_s=self._reconnect_s, clock=self._clock
-            )
-        pause = self._outage.pause_s(at_least_s=failure.retry_after_s or 0.0)
-        left = self._left_s()
-        if pause is None or (left is not None and left <= pause):
-            raise failure
-        return pause
-
-    def _left_s(self) -> float | None:
-        return None if self._end is None else max(0.0, self._end - self._clock())
 
 
 def _in_short(value: object) -> str:

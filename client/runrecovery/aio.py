@@ -13,6 +13,7 @@ import grpc
 import grpc.aio
 
 from runrecovery import _requests as requests
+from runrecovery import _streams as streams
 from runrecovery import _waiting as waiting
 from runrecovery._channel import (
     DEFAULT_MAX_RECEIVE_BYTES,
@@ -23,9 +24,8 @@ from runrecovery._channel import (
     required_target,
 )
 from runrecovery._failures import from_rpc_error
-from runrecovery._requests import Call, Listing, ServingStatus
+from runrecovery._requests import Call, Listing, Page, Plan, ServingStatus
 from runrecovery._values import JsonValue
-from runrecovery.errors import Unavailable
 from runrecovery.v1 import recovery_pb2, recovery_service_pb2, run_pb2, run_service_pb2
 
 ResultT = TypeVar("ResultT")
@@ -52,30 +52,58 @@ class _AsyncWire:
         except grpc.RpcError as error:
             raise from_rpc_error(error) from error
 
-    async def rows(self, listing: Listing[RowT], *, timeout_s: float | None) -> AsyncIterator[RowT]:
-        token = ""
+    async def rows(
+        self,
+        listing: Listing[RowT],
+        *,
+        timeout_s: float | None,
+        first: Page[RowT] | None = None,
+    ) -> AsyncIterator[RowT]:
+        page = await self.unary(listing(""), timeout_s=timeout_s) if first is None else first
         while True:
-            page = await self.unary(listing(token), timeout_s=timeout_s)
             for row in page.rows:
                 yield row
-            token = page.next_token
-            if not token:
+            if not page.next_token:
                 return
+            page = await self.unary(listing(page.next_token), timeout_s=timeout_s)
 
     async def stream(
-        self, call: Call[ResultT], *, timeout_s: float | None
+        self, call: Call[ResultT], *, timeout_s: float | None, silence_s: float | None
     ) -> AsyncGenerator[ResultT, None]:
         invoke = self.channel.unary_stream(
             call.path, request_serializer=call.encode, response_deserializer=call.decode
         )
         answers = invoke(call.request, timeout=timeout_s, wait_for_ready=call.wait_for_ready)
+        coming = aiter(answers)
         try:
-            async for answer in answers:
+            while True:
+                async with asyncio.timeout(silence_s):
+                    answer = await anext(coming)
                 yield answer
+        except StopAsyncIteration:
+            return
+        except TimeoutError as error:
+            raise streams.silent() from error
         except grpc.RpcError as error:
             raise from_rpc_error(error) from error
         finally:
             answers.cancel()
+
+    async def resumed(self, reader: streams.Reader[ResultT]) -> AsyncGenerator[ResultT, None]:
+        """The messages of a stream for its caller, through every break."""
+        while True:
+            call, left_s = reader.open()
+            stream = self.stream(call, timeout_s=left_s, silence_s=reader.silence_s)
+            try:
+                async with aclosing(stream):
+                    async for message in stream:
+                        if reader.took(message):
+                            yield message
+            except streams.BROKEN as failure:
+                pause_s = reader.pause_s(failure)
+            else:
+                return
+            await asyncio.sleep(pause_s)
 
 
 class AsyncRuns:
@@ -95,6 +123,8 @@ class AsyncRuns:
         interactive_profile: run_pb2.InteractiveProfileKind.ValueType = (
             run_pb2.INTERACTIVE_PROFILE_KIND_UNSPECIFIED
         ),
+        session_timeout_s: float | None = None,
+        require_user_reply: bool | None = None,
         request_id: str | None = None,
         timeout_s: float | None = None,
     ) -> run_pb2.Run:
@@ -106,6 +136,8 @@ class AsyncRuns:
             labels=labels,
             restart_policy=restart_policy,
             interactive_profile=interactive_profile,
+            session_timeout_s=session_timeout_s,
+            require_user_reply=require_user_reply,
             request_id=request_id,
         )
         return await self._wire.unary(call, timeout_s=timeout_s)
@@ -119,12 +151,46 @@ class AsyncRuns:
         *,
         statuses: Iterable[run_pb2.RunStatus.ValueType] = (),
         engine: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        created_after: datetime | None = None,
+        created_before: datetime | None = None,
+        view: run_pb2.RunView.ValueType = run_pb2.RUN_VIEW_UNSPECIFIED,
         page_size: int = DEFAULT_PAGE_SIZE,
         timeout_s: float | None = None,
     ) -> AsyncIterator[run_pb2.Run]:
         """All runs that match, newest first, page by page as they are consumed."""
-        listing = requests.list_runs(statuses=statuses, engine=engine, page_size=page_size)
+        listing = requests.list_runs(
+            statuses=statuses,
+            engine=engine,
+            labels=labels,
+            created_after=created_after,
+            created_before=created_before,
+            view=view,
+            page_size=page_size,
+        )
         return self._wire.rows(listing, timeout_s=timeout_s)
+
+    def watch(
+        self,
+        run_id: str,
+        *,
+        after_sequence: int | None = None,
+        include_bookmarks: bool = False,
+        reconnect_s: float | None = None,
+        timeout_s: float | None = None,
+    ) -> AsyncGenerator[run_service_pb2.WatchRunResponse, None]:
+        """What happens to a run: a snapshot, then every event once and in order.
+
+        Resumes by itself as explained in `runrecovery.client.Runs.watch`. When you leave the loop
+        early, `contextlib.aclosing` around the iterator ends the stream at once.
+        """
+        watch = streams.RunWatch(
+            run_id,
+            streams.Reconnection(reconnect_s=reconnect_s, timeout_s=timeout_s),
+            after_sequence=after_sequence,
+            include_bookmarks=include_bookmarks,
+        )
+        return self._wire.resumed(watch)
 
     async def reply(
         self,
@@ -154,6 +220,21 @@ class AsyncRuns:
         call = requests.cancel_run(run_id, etag=etag, request_id=request_id)
         return await self._wire.unary(call, timeout_s=timeout_s)
 
+    async def reopen(
+        self,
+        run_id: str,
+        *,
+        session_handle: str | None = None,
+        etag: str | None = None,
+        request_id: str | None = None,
+        timeout_s: float | None = None,
+    ) -> run_pb2.Run:
+        """Set a run back that a recovery failed for want of its session."""
+        call = requests.reopen_run(
+            run_id, session_handle=session_handle, etag=etag, request_id=request_id
+        )
+        return await self._wire.unary(call, timeout_s=timeout_s)
+
     def interactions(
         self, run_id: str, *, page_size: int = DEFAULT_PAGE_SIZE, timeout_s: float | None = None
     ) -> AsyncIterator[run_pb2.Interaction]:
@@ -173,7 +254,7 @@ class AsyncRuns:
         follow: bool = False,
         reconnect_s: float = 60.0,
         timeout_s: float | None = None,
-    ) -> AsyncIterator[run_service_pb2.StreamOutputResponse]:
+    ) -> AsyncGenerator[run_service_pb2.StreamOutputResponse, None]:
         """What the processes of one attempt wrote, without gap or repeat.
 
         When you leave the loop early, `contextlib.aclosing` around the iterator ends the stream
@@ -182,25 +263,12 @@ class AsyncRuns:
         asked = run_service_pb2.StreamOutputRequest(
             run_id=run_id, attempt=attempt, channel=channel, offset=offset, follow=follow
         )
-        cursor = waiting.OutputCursor(asked, reconnect_s=reconnect_s, timeout_s=timeout_s)
-        return self._pieces(cursor)
-
-    async def _pieces(
-        self, cursor: waiting.OutputCursor
-    ) -> AsyncIterator[run_service_pb2.StreamOutputResponse]:
-        while True:
-            request, left_s = cursor.open()
-            stream = self._wire.stream(requests.stream_output(request), timeout_s=left_s)
-            try:
-                async with aclosing(stream):
-                    async for piece in stream:
-                        cursor.took(piece)
-                        yield piece
-            except Unavailable as failure:
-                pause_s = cursor.pause_s(failure)
-            else:
-                return
-            await asyncio.sleep(pause_s)
+        reader = streams.OutputReader(
+            asked,
+            streams.Reconnection(reconnect_s=reconnect_s, timeout_s=timeout_s),
+            reconnect_s=reconnect_s,
+        )
+        return self._wire.resumed(reader)
 
 
 class AsyncRecovery:
@@ -221,23 +289,77 @@ class AsyncRecovery:
         recovery_states: Iterable[run_pb2.RecoveryState.ValueType] = (),
         recovery_reason: str | None = None,
         engine: str | None = None,
+        labels: Mapping[str, str] | None = None,
         recovered_after: datetime | None = None,
         recovered_before: datetime | None = None,
         reconciliation_id: str | None = None,
+        view: run_pb2.RunView.ValueType = run_pb2.RUN_VIEW_UNSPECIFIED,
         page_size: int = DEFAULT_PAGE_SIZE,
         timeout_s: float | None = None,
     ) -> AsyncIterator[run_pb2.Run]:
         """All runs that a restart decided for, newest decision first, page by page."""
-        listing = requests.list_recovered(
+        chosen = requests.recovered_filter(
             recovery_states=recovery_states,
             recovery_reason=recovery_reason,
             engine=engine,
+            labels=labels,
             recovered_after=recovered_after,
             recovered_before=recovered_before,
             reconciliation_id=reconciliation_id,
-            page_size=page_size,
         )
+        listing = requests.list_recovered(chosen, view=view, page_size=page_size)
         return self._wire.rows(listing, timeout_s=timeout_s)
+
+    def watch_recovered(
+        self,
+        *,
+        recovery_states: Iterable[run_pb2.RecoveryState.ValueType] = (),
+        recovery_reason: str | None = None,
+        engine: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        recovered_after: datetime | None = None,
+        recovered_before: datetime | None = None,
+        reconciliation_id: str | None = None,
+        after_cursor: str = "",
+        include_bookmarks: bool = False,
+        reconnect_s: float | None = None,
+        timeout_s: float | None = None,
+    ) -> AsyncGenerator[recovery_service_pb2.WatchRecoveredResponse, None]:
+        """Decisions of restarts as they are made; resumes by itself, as `runs.watch` does."""
+        chosen = requests.recovered_filter(
+            recovery_states=recovery_states,
+            recovery_reason=recovery_reason,
+            engine=engine,
+            labels=labels,
+            recovered_after=recovered_after,
+            recovered_before=recovered_before,
+            reconciliation_id=reconciliation_id,
+        )
+        watch = streams.RecoveredWatch(
+            chosen,
+            streams.Reconnection(reconnect_s=reconnect_s, timeout_s=timeout_s),
+            after_cursor=after_cursor,
+            include_bookmarks=include_bookmarks,
+        )
+        return self._wire.resumed(watch)
+
+    async def explain(
+        self, run_id: str, *, timeout_s: float | None = None
+    ) -> recovery_service_pb2.ExplainRecoveryResponse:
+        """Every decision for a run with its facts, their sources, and what was done to processes.
+
+        Newest first, at most the latest 100; raises RunNotFound.
+        """
+        return await self._wire.unary(requests.explain_recovery(run_id), timeout_s=timeout_s)
+
+    async def plan(
+        self, *, page_size: int = DEFAULT_PAGE_SIZE, timeout_s: float | None = None
+    ) -> Plan[AsyncIterator[recovery_service_pb2.PlannedDecision]]:
+        """What a restart would decide at this moment. Changes nothing."""
+        listing = requests.plan_recovery(page_size=page_size)
+        first = await self._wire.unary(listing(""), timeout_s=timeout_s)
+        decisions = self._wire.rows(listing, first=first, timeout_s=timeout_s)
+        return Plan(first.totals, decisions)
 
     async def status(
         self, *, timeout_s: float | None = None

@@ -12,6 +12,7 @@ from typing import Self, TypeVar
 import grpc
 
 from runrecovery import _requests as requests
+from runrecovery import _streams as streams
 from runrecovery import _waiting as waiting
 from runrecovery._channel import (
     DEFAULT_MAX_RECEIVE_BYTES,
@@ -22,9 +23,9 @@ from runrecovery._channel import (
     required_target,
 )
 from runrecovery._failures import from_rpc_error
-from runrecovery._requests import Call, Listing, ServingStatus
+from runrecovery._requests import Call, Listing, Page, Plan, ServingStatus
+from runrecovery._silence import SilenceGuard
 from runrecovery._values import JsonValue
-from runrecovery.errors import Unavailable
 from runrecovery.v1 import recovery_pb2, recovery_service_pb2, run_pb2, run_service_pb2
 
 ResultT = TypeVar("ResultT")
@@ -51,28 +52,54 @@ class _Wire:
         except grpc.RpcError as error:
             raise from_rpc_error(error) from error
 
-    def rows(self, listing: Listing[RowT], *, timeout_s: float | None) -> Iterator[RowT]:
-        token = ""
+    def rows(
+        self,
+        listing: Listing[RowT],
+        *,
+        timeout_s: float | None,
+        first: Page[RowT] | None = None,
+    ) -> Iterator[RowT]:
+        page = self.unary(listing(""), timeout_s=timeout_s) if first is None else first
         while True:
-            page = self.unary(listing(token), timeout_s=timeout_s)
             yield from page.rows
-            token = page.next_token
-            if not token:
+            if not page.next_token:
                 return
+            page = self.unary(listing(page.next_token), timeout_s=timeout_s)
 
     def stream(
-        self, call: Call[ResultT], *, timeout_s: float | None
+        self, call: Call[ResultT], *, timeout_s: float | None, silence_s: float | None
     ) -> Generator[ResultT, None, None]:
         invoke = self.channel.unary_stream(
             call.path, request_serializer=call.encode, response_deserializer=call.decode
         )
         answers = invoke(call.request, timeout=timeout_s, wait_for_ready=call.wait_for_ready)
+        guard = None if silence_s is None else SilenceGuard(silence_s, answers.cancel)
         try:
-            yield from answers
+            yield from answers if guard is None else guard.heard(answers)
         except grpc.RpcError as error:
+            if guard is not None and guard.has_cut:
+                raise streams.silent() from error
             raise from_rpc_error(error) from error
         finally:
+            if guard is not None:
+                guard.end()
             answers.cancel()
+
+    def resumed(self, reader: streams.Reader[ResultT]) -> Generator[ResultT, None, None]:
+        """The messages of a stream for its caller, through every break."""
+        while True:
+            call, left_s = reader.open()
+            stream = self.stream(call, timeout_s=left_s, silence_s=reader.silence_s)
+            try:
+                with closing(stream):
+                    for message in stream:
+                        if reader.took(message):
+                            yield message
+            except streams.BROKEN as failure:
+                pause_s = reader.pause_s(failure)
+            else:
+                return
+            time.sleep(pause_s)
 
 
 class Runs:
@@ -96,6 +123,8 @@ class Runs:
         interactive_profile: run_pb2.InteractiveProfileKind.ValueType = (
             run_pb2.INTERACTIVE_PROFILE_KIND_UNSPECIFIED
         ),
+        session_timeout_s: float | None = None,
+        require_user_reply: bool | None = None,
         request_id: str | None = None,
         timeout_s: float | None = None,
     ) -> run_pb2.Run:
@@ -108,6 +137,9 @@ class Runs:
             labels: your own labels, at most 32.
             restart_policy: what a restart does with the run while QUEUED or RUNNING.
             interactive_profile: must be the engine's own where it is set.
+            session_timeout_s: seconds that one question waits, at most the engine's own.
+            require_user_reply: False: a question without an answer in that time is decided
+                automatically; None: as the engine is configured.
             request_id: a UUID that makes the call safe to repeat; otherwise one is made, which
                 covers the retries of this call only.
 
@@ -124,6 +156,8 @@ class Runs:
             labels=labels,
             restart_policy=restart_policy,
             interactive_profile=interactive_profile,
+            session_timeout_s=session_timeout_s,
+            require_user_reply=require_user_reply,
             request_id=request_id,
         )
         return self._wire.unary(call, timeout_s=timeout_s)
@@ -137,6 +171,10 @@ class Runs:
         *,
         statuses: Iterable[run_pb2.RunStatus.ValueType] = (),
         engine: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        created_after: datetime | None = None,
+        created_before: datetime | None = None,
+        view: run_pb2.RunView.ValueType = run_pb2.RUN_VIEW_UNSPECIFIED,
         page_size: int = DEFAULT_PAGE_SIZE,
         timeout_s: float | None = None,
     ) -> Iterator[run_pb2.Run]:
@@ -145,11 +183,64 @@ class Runs:
         Args:
             statuses: any of these; empty means every status.
             engine: this engine only.
+            labels: runs that have all of these, at most 8.
+            created_after: created at or after this time, which needs a zone.
+            created_before: created before this time, which needs a zone.
+            view: `RUN_VIEW_BASIC` leaves out input, output and the question's text.
             page_size: runs a call, 1 to 1000. A page must fit `max_receive_bytes`.
             timeout_s: the deadline of each page.
         """
-        listing = requests.list_runs(statuses=statuses, engine=engine, page_size=page_size)
+        listing = requests.list_runs(
+            statuses=statuses,
+            engine=engine,
+            labels=labels,
+            created_after=created_after,
+            created_before=created_before,
+            view=view,
+            page_size=page_size,
+        )
         return self._wire.rows(listing, timeout_s=timeout_s)
+
+    def watch(
+        self,
+        run_id: str,
+        *,
+        after_sequence: int | None = None,
+        include_bookmarks: bool = False,
+        reconnect_s: float | None = None,
+        timeout_s: float | None = None,
+    ) -> Generator[run_service_pb2.WatchRunResponse, None, None]:
+        """What happens to a run: a snapshot, then every event once and in order.
+
+        A watch resumes by itself from the last update that it gave you: through broken
+        connections, restarts of the service, a reading that was too slow, and a connection that
+        only seems to live (45 s without a sign of life). It ends after the event that made the
+        run terminal, or set it aside.
+
+        `contextlib.closing` around the iterator ends the stream when you leave the loop early.
+
+        Args:
+            run_id: the run.
+            after_sequence: the last sequence that you have seen: what follows it is told, without
+                a snapshot. 0 tells everything from the creation on.
+            include_bookmarks: give the service's signs of life too, one every 15 s of quiet.
+            reconnect_s: seconds without a message for which a broken stream is reopened; None:
+                for ever. A service that is not there yet counts as broken.
+            timeout_s: seconds for the whole watch; None is no limit.
+
+        Raises:
+            WatchHistoryPruned, WatchSequenceUnknown: watch anew without `after_sequence`.
+            WatchGap: the service leaves out events.
+            RunNotFound, DeadlineExceeded: see each.
+            Unavailable, Overloaded, SlowReader: the last failure after `reconnect_s`.
+        """
+        watch = streams.RunWatch(
+            run_id,
+            streams.Reconnection(reconnect_s=reconnect_s, timeout_s=timeout_s),
+            after_sequence=after_sequence,
+            include_bookmarks=include_bookmarks,
+        )
+        return self._wire.resumed(watch)
 
     def reply(
         self,
@@ -196,6 +287,35 @@ class Runs:
         call = requests.cancel_run(run_id, etag=etag, request_id=request_id)
         return self._wire.unary(call, timeout_s=timeout_s)
 
+    def reopen(
+        self,
+        run_id: str,
+        *,
+        session_handle: str | None = None,
+        etag: str | None = None,
+        request_id: str | None = None,
+        timeout_s: float | None = None,
+    ) -> run_pb2.Run:
+        """Set a run back that a recovery failed for want of its session.
+
+        It is WAITING_USER again; QUEUED, when a reply had been accepted.
+
+        Args:
+            run_id: the run, FAILED with SESSION_RESUME_FAILED; see its `reopenable_until`.
+            session_handle: what the conversation is resumed by. It is a secret, never shown or
+                logged. None: the handle that was kept, which works again.
+            etag: the run's etag that you saw; refused if the run has changed since.
+            request_id: as in `create`.
+
+        Raises:
+            RunNotFound, RunNotReopenable, SessionNotResumable, RunQuarantined, EtagMismatch,
+                RequestIdReused, InvalidRequest: see each.
+        """
+        call = requests.reopen_run(
+            run_id, session_handle=session_handle, etag=etag, request_id=request_id
+        )
+        return self._wire.unary(call, timeout_s=timeout_s)
+
     def interactions(
         self, run_id: str, *, page_size: int = DEFAULT_PAGE_SIZE, timeout_s: float | None = None
     ) -> Iterator[run_pb2.Interaction]:
@@ -215,7 +335,7 @@ class Runs:
         follow: bool = False,
         reconnect_s: float = 60.0,
         timeout_s: float | None = None,
-    ) -> Iterator[run_service_pb2.StreamOutputResponse]:
+    ) -> Generator[run_service_pb2.StreamOutputResponse, None, None]:
         """What the processes of one attempt wrote, in pieces of at most 64 KiB.
 
         A stream that breaks is reopened where it stopped: no byte is missing or repeated.
@@ -230,30 +350,18 @@ class Runs:
             timeout_s: seconds for the whole reading; None is no limit.
 
         Raises:
-            RunNotFound, OutputOutOfRange, Unavailable, DeadlineExceeded: see each.
+            RunNotFound, OutputOutOfRange, DeadlineExceeded: see each.
+            Unavailable, Overloaded, SlowReader: the last failure after `reconnect_s`.
         """
         asked = run_service_pb2.StreamOutputRequest(
             run_id=run_id, attempt=attempt, channel=channel, offset=offset, follow=follow
         )
-        cursor = waiting.OutputCursor(asked, reconnect_s=reconnect_s, timeout_s=timeout_s)
-        return self._pieces(cursor)
-
-    def _pieces(
-        self, cursor: waiting.OutputCursor
-    ) -> Iterator[run_service_pb2.StreamOutputResponse]:
-        while True:
-            request, left_s = cursor.open()
-            stream = self._wire.stream(requests.stream_output(request), timeout_s=left_s)
-            try:
-                with closing(stream):
-                    for piece in stream:
-                        cursor.took(piece)
-                        yield piece
-            except Unavailable as failure:
-                pause_s = cursor.pause_s(failure)
-            else:
-                return
-            time.sleep(pause_s)
+        reader = streams.OutputReader(
+            asked,
+            streams.Reconnection(reconnect_s=reconnect_s, timeout_s=timeout_s),
+            reconnect_s=reconnect_s,
+        )
+        return self._wire.resumed(reader)
 
 
 class Recovery:
@@ -274,9 +382,11 @@ class Recovery:
         recovery_states: Iterable[run_pb2.RecoveryState.ValueType] = (),
         recovery_reason: str | None = None,
         engine: str | None = None,
+        labels: Mapping[str, str] | None = None,
         recovered_after: datetime | None = None,
         recovered_before: datetime | None = None,
         reconciliation_id: str | None = None,
+        view: run_pb2.RunView.ValueType = run_pb2.RUN_VIEW_UNSPECIFIED,
         page_size: int = DEFAULT_PAGE_SIZE,
         timeout_s: float | None = None,
     ) -> Iterator[run_pb2.Run]:
@@ -286,22 +396,101 @@ class Recovery:
             recovery_states: any of these; empty means every state but NONE.
             recovery_reason: the rule that decided.
             engine: this engine only.
+            labels: runs that have all of these, at most 8.
             recovered_after: decided at or after this time, which needs a zone.
             recovered_before: decided before this time, which needs a zone.
             reconciliation_id: runs whose latest decision belongs to this report.
+            view: `RUN_VIEW_BASIC` leaves out input, output and the question's text.
             page_size: runs a call, 1 to 1000. A page must fit `max_receive_bytes`.
             timeout_s: the deadline of each page.
         """
-        listing = requests.list_recovered(
+        chosen = requests.recovered_filter(
             recovery_states=recovery_states,
             recovery_reason=recovery_reason,
             engine=engine,
+            labels=labels,
             recovered_after=recovered_after,
             recovered_before=recovered_before,
             reconciliation_id=reconciliation_id,
-            page_size=page_size,
         )
+        listing = requests.list_recovered(chosen, view=view, page_size=page_size)
         return self._wire.rows(listing, timeout_s=timeout_s)
+
+    def watch_recovered(
+        self,
+        *,
+        recovery_states: Iterable[run_pb2.RecoveryState.ValueType] = (),
+        recovery_reason: str | None = None,
+        engine: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        recovered_after: datetime | None = None,
+        recovered_before: datetime | None = None,
+        reconciliation_id: str | None = None,
+        after_cursor: str = "",
+        include_bookmarks: bool = False,
+        reconnect_s: float | None = None,
+        timeout_s: float | None = None,
+    ) -> Generator[recovery_service_pb2.WatchRecoveredResponse, None, None]:
+        """Decisions of restarts as they are committed, each once; it has no end of its own.
+
+        Resumes by itself as `Runs.watch` does, from the cursor of the last response that came.
+        Keep the cursor of the last response that you have dealt with, and a later watch goes on
+        from there.
+
+        Args:
+            recovery_states: as in `recovered`, like the filters that follow.
+            after_cursor: the last cursor that you have seen; empty: from now on, which is when
+                the first bookmark comes.
+            include_bookmarks: give the signs of life too. The first response of every stream is
+                one, so that there is a cursor before there is a decision.
+            reconnect_s: seconds without a message for which a broken stream is reopened; None:
+                for ever.
+            timeout_s: seconds for the whole watch; None is no limit.
+
+        Raises:
+            WatchCursorInvalid: watch anew without `after_cursor`.
+            InvalidRequest, DeadlineExceeded: see each.
+            Unavailable, Overloaded, SlowReader: the last failure after `reconnect_s`.
+        """
+        chosen = requests.recovered_filter(
+            recovery_states=recovery_states,
+            recovery_reason=recovery_reason,
+            engine=engine,
+            labels=labels,
+            recovered_after=recovered_after,
+            recovered_before=recovered_before,
+            reconciliation_id=reconciliation_id,
+        )
+        watch = streams.RecoveredWatch(
+            chosen,
+            streams.Reconnection(reconnect_s=reconnect_s, timeout_s=timeout_s),
+            after_cursor=after_cursor,
+            include_bookmarks=include_bookmarks,
+        )
+        return self._wire.resumed(watch)
+
+    def explain(
+        self, run_id: str, *, timeout_s: float | None = None
+    ) -> recovery_service_pb2.ExplainRecoveryResponse:
+        """Every decision for a run with its facts, their sources, and what was done to processes.
+
+        Newest first, at most the latest 100; raises RunNotFound.
+        """
+        return self._wire.unary(requests.explain_recovery(run_id), timeout_s=timeout_s)
+
+    def plan(
+        self, *, page_size: int = DEFAULT_PAGE_SIZE, timeout_s: float | None = None
+    ) -> Plan[Iterator[recovery_service_pb2.PlannedDecision]]:
+        """What a restart of this instance would decide at this moment. Changes nothing.
+
+        Args:
+            page_size: decisions a call, 1 to 1000.
+            timeout_s: the deadline of each page. The first page is asked for at once.
+        """
+        listing = requests.plan_recovery(page_size=page_size)
+        first = self._wire.unary(listing(""), timeout_s=timeout_s)
+        decisions = self._wire.rows(listing, first=first, timeout_s=timeout_s)
+        return Plan(first.totals, decisions)
 
     def status(
         self, *, timeout_s: float | None = None

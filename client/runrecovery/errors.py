@@ -2,17 +2,22 @@
 
 RunRecoveryClientError
 ├── NotFound: RunNotFound, ReconciliationNotFound
-├── InvalidRequest: UnknownEngine, PageTokenInvalid
+├── InvalidRequest: UnknownEngine, PageTokenInvalid, WatchCursorInvalid
 ├── RunAlreadyExists
 ├── RequestIdReused
 ├── RunNotWaiting
 ├── InteractionSuperseded
 ├── RunAlreadyTerminal
 ├── RunQuarantined
+├── RunNotReopenable
+├── SessionNotResumable
 ├── EtagMismatch
 ├── OutputOutOfRange
+├── WatchHistoryPruned
+├── WatchSequenceUnknown
+├── WatchGap
 ├── Unavailable: RecoveryInProgress, ShuttingDown, SafeMode
-├── ResourceExhausted: Overloaded, StorageFull
+├── ResourceExhausted: Overloaded, StorageFull, SlowReader
 ├── DeadlineExceeded
 ├── InternalError
 └── UnrecognizedError
@@ -127,6 +132,13 @@ class PageTokenInvalid(InvalidRequest):
     """The page token was not made by this service, or for another filter."""
 
 
+class WatchCursorInvalid(InvalidRequest):
+    """`after_cursor` was not made by `recovery.watch_recovered` of this service.
+
+    Watch anew without it; `recovery.recovered` tells what was decided meanwhile.
+    """
+
+
 class RunAlreadyExists(RunRecoveryClientError):
     """Another call has made a run with this id."""
 
@@ -151,6 +163,14 @@ class RunQuarantined(RunRecoveryClientError):
     """The run's record is damaged and set aside for an operator; nothing will happen to it."""
 
 
+class RunNotReopenable(RunRecoveryClientError):
+    """A reopening came too late, or for a run that did not fail for want of its session."""
+
+
+class SessionNotResumable(RunRecoveryClientError):
+    """The run has no kept handle, or the engine's check refuses the handle."""
+
+
 class EtagMismatch(RunRecoveryClientError):
     """The run has changed since the caller saw it. Get it again and decide anew."""
 
@@ -162,6 +182,34 @@ class EtagMismatch(RunRecoveryClientError):
 
 class OutputOutOfRange(RunRecoveryClientError):
     """The output does not reach as far as the offset, or no such attempt was made."""
+
+
+class WatchHistoryPruned(RunRecoveryClientError):
+    """The events after `after_sequence` are not kept any more.
+
+    Watch anew without `after_sequence`: that begins with the run as it stands.
+    """
+
+    @property
+    def oldest_sequence(self) -> int | None:
+        """The first event that is kept; None if the service did not say."""
+        return _number(self.details.metadata.get("oldest_sequence"))
+
+
+class WatchSequenceUnknown(RunRecoveryClientError):
+    """`after_sequence` is beyond the run's latest event: it is of another store, or an older one.
+
+    Watch anew without `after_sequence`, and forget what you had seen.
+    """
+
+    @property
+    def latest_sequence(self) -> int | None:
+        """The latest event of the run; None if the service did not say."""
+        return _number(self.details.metadata.get("latest_sequence"))
+
+
+class WatchGap(RunRecoveryClientError):
+    """A watch left out events, and again when it was reopened: a defect of the service."""
 
 
 class Unavailable(RunRecoveryClientError):
@@ -205,11 +253,15 @@ class StorageFull(ResourceExhausted):
     """The disk of the service's database is full."""
 
 
+class SlowReader(ResourceExhausted):
+    """The caller did not read its stream for too long; the iterators of this client reopen it."""
+
+
 class DeadlineExceeded(RunRecoveryClientError):
     """No answer came in time, and it is unknown whether the call took effect.
 
-    `runs.create`, `runs.reply` and `runs.cancel` can be called again safely with a `request_id`
-    that was given the first time too.
+    `runs.create`, `runs.reply`, `runs.cancel` and `runs.reopen` can be called again safely with
+    a `request_id` that was given the first time too.
     """
 
 
@@ -224,3 +276,7 @@ class InternalError(RunRecoveryClientError):
 
 class UnrecognizedError(RunRecoveryClientError):
     """Anything else: a newer service's reason, a proxy's refusal. See `code` and `reason`."""
+
+
+def _number(text: str | None) -> int | None:
+    return int(text) if text is not None and text.isdecimal() else None

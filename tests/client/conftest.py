@@ -74,7 +74,9 @@ class Stream:
     hold: bool = False
 
 
-Step: TypeAlias = Message | Fail | Stream | Callable[[Any, grpc.ServicerContext], Message]
+Step: TypeAlias = (
+    Message | Fail | Stream | Callable[[Any, grpc.ServicerContext], "Message | Stream"]
+)
 
 
 class ScriptedServer(grpc.GenericRpcHandler):
@@ -147,7 +149,7 @@ class ScriptedServer(grpc.GenericRpcHandler):
         if isinstance(step, Fail):
             step.abort(context)
         if callable(step):
-            return step(request, context)
+            step = step(request, context)
         assert isinstance(step, Message)
         return step
 
@@ -155,6 +157,8 @@ class ScriptedServer(grpc.GenericRpcHandler):
         step = self._next(name, request)
         if isinstance(step, Fail):
             step = Stream((), then=step)
+        if callable(step):
+            step = step(request, context)
         assert isinstance(step, Stream)
         context.add_callback(self.left.set)
         yield from step.pieces
@@ -184,12 +188,14 @@ class Caller:
     ) -> list[Any]:
         """The first `limit` rows of an iterator, which is then left."""
         method = attrgetter(name)(self.client)
+        return await self.rows(method(*args, **kwargs), limit=limit)
+
+    async def rows(self, iterator: Any, *, limit: int | None = None) -> list[Any]:
+        """The first `limit` rows of an iterator that the client has made; it is then left."""
         if isinstance(self.client, RunRecoveryClient):
-            return await asyncio.to_thread(
-                lambda: list(itertools.islice(method(*args, **kwargs), limit))
-            )
+            return await asyncio.to_thread(lambda: list(itertools.islice(iterator, limit)))
         rows: list[Any] = []
-        async for row in method(*args, **kwargs):
+        async for row in iterator:
             rows.append(row)
             if len(rows) == limit:
                 break

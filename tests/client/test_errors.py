@@ -24,6 +24,8 @@ CODES = {
     errors.RequestIdReused: grpc.StatusCode.ALREADY_EXISTS,
     errors.EtagMismatch: grpc.StatusCode.ABORTED,
     errors.OutputOutOfRange: grpc.StatusCode.OUT_OF_RANGE,
+    errors.WatchHistoryPruned: grpc.StatusCode.OUT_OF_RANGE,
+    errors.WatchSequenceUnknown: grpc.StatusCode.OUT_OF_RANGE,
     errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
     errors.ResourceExhausted: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.InternalError: grpc.StatusCode.INTERNAL,

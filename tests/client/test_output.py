@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
 import runrecovery as rr
-from runrecovery._waiting import OutputCursor
+from runrecovery._streams import OutputReader, Reconnection
 from runrecovery.v1 import run_service_pb2
 
 if TYPE_CHECKING:
@@ -20,6 +20,14 @@ def _piece(
 ) -> run_service_pb2.StreamOutputResponse:
     return run_service_pb2.StreamOutputResponse(
         attempt=attempt, offset=offset, data=data, truncated=truncated
+    )
+
+
+def _reader(*, timeout_s: float | None = None, **seams: Any) -> OutputReader:
+    return OutputReader(
+        run_service_pb2.StreamOutputRequest(run_id="r"),
+        Reconnection(reconnect_s=60, timeout_s=timeout_s, **seams),
+        reconnect_s=60,
     )
 
 
@@ -47,6 +55,18 @@ async def test_resumes_by_offset_in_the_same_attempt_after_unavailable(
     }
 
 
+@pytest.mark.parametrize("reason", ["SLOW_READER", "OVERLOADED"])
+async def test_resumes_after_a_cut_and_a_full_server(
+    reason: str, caller: Caller, server: ScriptedServer, fail: type[Fail], stream: type[Stream]
+) -> None:
+    cut = fail(code=grpc.StatusCode.RESOURCE_EXHAUSTED, reason=reason)
+    server.on("StreamOutput", stream([_piece(0, b"one ")], then=cut), stream([_piece(4, b"two")]))
+
+    pieces = await caller.collect("runs.output", "r")
+
+    assert b"".join(piece.data for piece in pieces) == b"one two"
+
+
 async def test_starts_at_the_callers_offset(
     caller: Caller, server: ScriptedServer, stream: type[Stream]
 ) -> None:
@@ -62,10 +82,10 @@ async def test_starts_at_the_callers_offset(
 async def test_does_not_resume_after_another_error(
     caller: Caller, server: ScriptedServer, fail: type[Fail], stream: type[Stream]
 ) -> None:
-    cut = fail(code=grpc.StatusCode.RESOURCE_EXHAUSTED, reason="OVERLOADED")
-    server.on("StreamOutput", stream([_piece(0, b"x")], then=cut))
+    defect = fail(code=grpc.StatusCode.INTERNAL, reason="INTERNAL")
+    server.on("StreamOutput", stream([_piece(0, b"x")], then=defect))
 
-    with pytest.raises(rr.Overloaded):
+    with pytest.raises(rr.InternalError):
         await caller.collect("runs.output", "r")
 
     assert len(server.asked("StreamOutput")) == 1
@@ -118,68 +138,49 @@ async def test_leaving_the_loop_ends_the_stream_on_the_server(
 
 def test_a_long_quiet_stream_gets_the_whole_time_to_reconnect_again() -> None:
     now = 0.0
-    cursor = OutputCursor(
-        run_service_pb2.StreamOutputRequest(run_id="r"),
-        reconnect_s=60,
-        timeout_s=None,
-        clock=lambda: now,
-    )
-    cursor.open()
-    cursor.pause_s(rr.Unavailable("a first restart"))
-    cursor.open()
+    reader = _reader(clock=lambda: now)
+    reader.open()
+    reader.pause_s(rr.Unavailable("a first restart"))
+    reader.open()
 
     now = 3600.0
 
-    assert cursor.pause_s(rr.Unavailable("a second restart")) <= 0.2
+    assert reader.pause_s(rr.Unavailable("a second restart")) <= 0.2
 
 
 def test_the_time_to_reconnect_ends() -> None:
     now = 0.0
-    cursor = OutputCursor(
-        run_service_pb2.StreamOutputRequest(run_id="r"),
-        reconnect_s=60,
-        timeout_s=None,
-        clock=lambda: now,
-    )
-    cursor.open()
-    cursor.pause_s(rr.Unavailable("gone"))
+    reader = _reader(clock=lambda: now)
+    reader.open()
+    reader.pause_s(rr.Unavailable("gone"))
     now = 59.0
-    cursor.open()
+    reader.open()
 
     now = 61.0
 
     with pytest.raises(rr.Unavailable):
-        cursor.pause_s(rr.Unavailable("still gone"))
+        reader.pause_s(rr.Unavailable("still gone"))
 
 
 def test_progress_renews_the_time_to_reconnect() -> None:
     now = 0.0
-    cursor = OutputCursor(
-        run_service_pb2.StreamOutputRequest(run_id="r"),
-        reconnect_s=60,
-        timeout_s=None,
-        clock=lambda: now,
-    )
+    reader = _reader(clock=lambda: now)
     for now in (0.0, 50.0, 100.0, 150.0):  # noqa: B007 - the clock reads it
-        cursor.open()
-        cursor.took(_piece(0, b"x"))
-        assert cursor.pause_s(rr.Unavailable("gone")) <= 0.2
+        reader.open()
+        reader.took(_piece(0, b"x"))
+        assert reader.pause_s(rr.Unavailable("gone")) <= 0.2
 
 
 def test_waits_as_long_as_the_service_asks_for() -> None:
-    cursor = OutputCursor(
-        run_service_pb2.StreamOutputRequest(run_id="r"), reconnect_s=60, timeout_s=None
-    )
+    reader = _reader(uniform=min)
     hint = rr.ErrorDetails(code=grpc.StatusCode.UNAVAILABLE, retry_after_s=3.0)
 
-    assert cursor.pause_s(rr.Unavailable("gone", details=hint)) == 3.0
+    assert reader.pause_s(rr.Unavailable("gone", details=hint)) == 3.0
 
 
 def test_does_not_pause_beyond_the_callers_deadline() -> None:
-    cursor = OutputCursor(
-        run_service_pb2.StreamOutputRequest(run_id="r"), reconnect_s=60, timeout_s=1
-    )
+    reader = _reader(timeout_s=1)
     hint = rr.ErrorDetails(code=grpc.StatusCode.UNAVAILABLE, retry_after_s=3.0)
 
     with pytest.raises(rr.Unavailable):
-        cursor.pause_s(rr.Unavailable("gone", details=hint))
+        reader.pause_s(rr.Unavailable("gone", details=hint))

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 import grpc
 import pytest
 import runrecovery as rr
+from runrecovery._values import to_timestamp
 from runrecovery.v1 import recovery_pb2, recovery_service_pb2, run_pb2, run_service_pb2
 
 if TYPE_CHECKING:
     from client.conftest import Caller, Connect, Fail, ScriptedServer
+    from google.protobuf.message import Message
 
 
 def _runs(*ids: str, then: str = "") -> run_service_pb2.ListRunsResponse:
@@ -37,14 +39,23 @@ async def test_repeats_the_filter_with_every_token(caller: Caller, server: Scrip
         "runs.list",
         statuses=iter([rr.RunStatus.RUN_STATUS_QUEUED]),
         engine="demo",
+        labels={"team": "x"},
+        created_after=datetime(2026, 11, 24, tzinfo=UTC),
+        created_before=datetime(2026, 11, 25, tzinfo=UTC),
+        view=rr.RunView.RUN_VIEW_BASIC,
         page_size=7,
     )
 
     first, second = server.asked("ListRuns")
     assert first.filter == run_service_pb2.RunFilter(
-        statuses=[run_pb2.RUN_STATUS_QUEUED], engine="demo"
+        statuses=[run_pb2.RUN_STATUS_QUEUED],
+        engine="demo",
+        labels={"team": "x"},
+        created_after=to_timestamp(datetime(2026, 11, 24, tzinfo=UTC)),
+        created_before=to_timestamp(datetime(2026, 11, 25, tzinfo=UTC)),
     )
-    assert (second.filter, second.page_size) == (first.filter, 7)
+    basic = run_pb2.RUN_VIEW_BASIC
+    assert (second.filter, second.page_size, second.view) == (first.filter, 7, basic)
 
 
 async def test_asks_for_a_page_only_when_its_rows_are_wanted(
@@ -109,8 +120,10 @@ async def test_pages_through_recovered_runs_by_every_filter(
         recovery_states=[rr.RecoveryState.RECOVERY_STATE_FAILED_RECONCILED],
         recovery_reason="sticky_process_lost",
         engine="demo",
+        labels={"team": "x"},
         recovered_after=after,
         reconciliation_id="x",
+        view=rr.RunView.RUN_VIEW_BASIC,
     )
 
     (request,) = server.asked("ListRecovered")
@@ -118,11 +131,35 @@ async def test_pages_through_recovered_runs_by_every_filter(
     assert list(request.filter.recovery_states) == [run_pb2.RECOVERY_STATE_FAILED_RECONCILED]
     assert request.filter.recovered_after.ToDatetime(tzinfo=UTC) == after
     assert not request.filter.HasField("recovered_before")
+    assert dict(request.filter.labels) == {"team": "x"}
+    assert request.view == run_pb2.RUN_VIEW_BASIC
     assert (
         request.filter.recovery_reason,
         request.filter.engine,
         request.filter.reconciliation_id,
     ) == ("sticky_process_lost", "demo", "x")
+
+
+async def test_a_plan_tells_its_totals_at_once_and_its_decisions_page_by_page(
+    caller: Caller, server: ScriptedServer
+) -> None:
+    def page(name: str, token: str = "", runs_total: int = 0) -> Message:
+        return recovery_service_pb2.PlanRecoveryResponse(
+            decisions=[recovery_service_pb2.PlannedDecision(run_id=name)],
+            next_page_token=token,
+            plan=recovery_service_pb2.RecoveryPlan(runs_total=runs_total) if runs_total else None,
+        )
+
+    server.on("PlanRecovery", page("a", "t", runs_total=2), page("b"))
+
+    plan = await caller.call("recovery.plan", page_size=1)
+
+    assert plan.totals.runs_total == 2
+    assert len(server.asked("PlanRecovery")) == 1
+    rows = await caller.rows(plan.decisions)
+    assert [row.run_id for row in rows] == ["a", "b"]
+    sent = [(request.page_size, request.page_token) for request in server.asked("PlanRecovery")]
+    assert sent == [(1, ""), (1, "t")]
 
 
 async def test_a_page_above_grpcs_own_limit_arrives(caller: Caller, server: ScriptedServer) -> None:

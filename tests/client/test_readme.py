@@ -16,7 +16,22 @@ if TYPE_CHECKING:
 
 README = Path(__file__).parents[2] / "client" / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-PRINTED = ["Go on?\nRUN_STATUS_SUCCEEDED \nbye", "r sticky_process_lost GONE", "SERVING"]
+EVENTS = [
+    (run_pb2.RUN_EVENT_KIND_CREATED, run_pb2.RUN_STATUS_QUEUED),
+    (run_pb2.RUN_EVENT_KIND_ASKED, run_pb2.RUN_STATUS_WAITING_USER),
+    (run_pb2.RUN_EVENT_KIND_SUCCEEDED, run_pb2.RUN_STATUS_SUCCEEDED),
+]
+WATCHED = [
+    f"{number} {run_pb2.RunEventKind.Name(kind)} {run_pb2.RunStatus.Name(status)}"
+    for number, (kind, status) in enumerate(EVENTS, start=1)
+]
+PRINTED = [
+    "Go on?\nRUN_STATUS_SUCCEEDED \nbye",
+    "r sticky_process_lost GONE",
+    "\n".join(WATCHED),
+    "bookmark",
+    "SERVING",
+]
 
 
 def _script(server: ScriptedServer, stream: type[Stream]) -> None:
@@ -38,6 +53,20 @@ def _script(server: ScriptedServer, stream: type[Stream]) -> None:
     )
     server.on("SubmitReply", run_service_pb2.SubmitReplyResponse(run=waiting))
     server.on("StreamOutput", stream([run_service_pb2.StreamOutputResponse(data=b"bye")]))
+    events = [run_pb2.RunEvent(kind=kind, status=status) for kind, status in EVENTS]
+    server.on(
+        "WatchRun",
+        stream(
+            [
+                run_service_pb2.WatchRunResponse(sequence=number, event=event)
+                for number, event in enumerate(events, start=1)
+            ]
+        ),
+    )
+    bookmark = recovery_service_pb2.WatchRecoveredResponse(
+        cursor="c", bookmark=run_pb2.WatchBookmark()
+    )
+    server.on("WatchRecovered", stream([bookmark], hold=True))
     server.on("ListRecovered", recovery_service_pb2.ListRecoveredResponse(runs=[lost]))
 
 

@@ -11,6 +11,7 @@ import runrecovery as rr
 from google.protobuf import json_format, message_factory
 from hypothesis import given
 from hypothesis import strategies as st
+from runrecovery import _requests
 from runrecovery._values import to_struct, to_timestamp, to_value
 from runrecovery.v1 import recovery_pb2, recovery_service_pb2, run_pb2, run_service_pb2
 
@@ -66,6 +67,8 @@ async def test_sends_everything_that_create_was_given(
         labels={"team": "x"},
         restart_policy=rr.RestartPolicy.RESTART_POLICY_REQUEUE,
         interactive_profile=(rr.InteractiveProfileKind.INTERACTIVE_PROFILE_KIND_STICKY_PROCESS),
+        session_timeout_s=90.5,
+        require_user_reply=False,
         request_id="0b0f6c5e-54c1-4bd3-9a3c-0a5f8e6f3a11",
     )
 
@@ -77,7 +80,11 @@ async def test_sends_everything_that_create_was_given(
         "labels": {"team": "x"},
         "input": {"a": 1, "b": [None, {"c": True}]},
         "restart_policy": "RESTART_POLICY_REQUEUE",
-        "interactive_profile": {"kind": "INTERACTIVE_PROFILE_KIND_STICKY_PROCESS"},
+        "interactive_profile": {
+            "kind": "INTERACTIVE_PROFILE_KIND_STICKY_PROCESS",
+            "session_timeout": "90.500s",
+            "require_user_reply": False,
+        },
         "request_id": "0b0f6c5e-54c1-4bd3-9a3c-0a5f8e6f3a11",
     }
 
@@ -89,6 +96,51 @@ async def test_leaves_out_what_create_was_not_given(caller: Caller, server: Scri
 
     (request,) = server.asked("CreateRun")
     assert {field.name for field, _ in request.ListFields()} == {"engine", "request_id"}
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), 1e300])
+async def test_refuses_a_time_that_cannot_be_sent(
+    seconds: float, caller: Caller, server: ScriptedServer
+) -> None:
+    with pytest.raises(ValueError, match="cannot be sent"):
+        await caller.call("runs.create", engine="demo", session_timeout_s=seconds)
+
+    assert server.calls == []
+
+
+@pytest.mark.parametrize(
+    ("handle", "field", "value"),
+    [(None, "keep_session", True), ("h", "session_handle", "h"), ("", "session_handle", "")],
+)
+async def test_reopens_with_the_kept_handle_unless_another_is_given(
+    handle: str | None, field: str, value: object, caller: Caller, server: ScriptedServer
+) -> None:
+    server.on("ReopenRun", run_service_pb2.ReopenRunResponse(run=run_pb2.Run(run_id="r")))
+
+    run = await caller.call("runs.reopen", "r", session_handle=handle, etag="e")
+
+    (request,) = server.asked("ReopenRun")
+    assert run.run_id == "r"
+    assert (request.run_id, request.etag) == ("r", "e")
+    assert request.WhichOneof("session") == field
+    assert getattr(request, field) == value
+
+
+def test_a_session_handle_is_in_no_text_of_a_call() -> None:
+    call = _requests.reopen_run("r", session_handle="hush", etag=None, request_id=None)
+
+    assert b"hush" in call.encode(call.request)
+    assert "hush" not in repr(call)
+
+
+async def test_returns_explanations(caller: Caller, server: ScriptedServer) -> None:
+    explained = recovery_service_pb2.ExplainRecoveryResponse(
+        explanations=[recovery_service_pb2.RecoveryExplanation(because="it was so")]
+    )
+    server.on("ExplainRecovery", explained)
+
+    assert await caller.call("recovery.explain", "r") == explained
+    assert server.asked("ExplainRecovery")[0].run_id == "r"
 
 
 async def test_sends_null_as_a_reply_and_not_as_an_absent_one(
@@ -117,7 +169,9 @@ async def test_reaches_every_method_of_the_contract(
     await caller.call("runs.get", "r")
     await caller.call("runs.reply", "r", 1, "yes")
     await caller.call("runs.cancel", "r")
+    await caller.call("runs.reopen", "r")
     await caller.collect("runs.list")
+    await caller.collect("runs.watch", "r")
     await caller.collect("runs.interactions", "r")
     await caller.collect("runs.output", "r")
     await caller.call("recovery.info", "r")
@@ -125,6 +179,9 @@ async def test_reaches_every_method_of_the_contract(
     await caller.call("recovery.reconciliation", "x")
     await caller.collect("recovery.recovered")
     await caller.collect("recovery.reconciliations")
+    await caller.collect("recovery.watch_recovered")
+    await caller.call("recovery.explain", "r")
+    await caller.call("recovery.plan")
 
     assert {name for name, _ in server.calls} == {method.name for method in methods.values()}
 

@@ -19,6 +19,7 @@ MUTATIONS = [
     ("CreateRun", "runs.create", (), {"engine": "demo"}, run_service_pb2.CreateRunResponse),
     ("SubmitReply", "runs.reply", ("r", 1, "yes"), {}, run_service_pb2.SubmitReplyResponse),
     ("CancelRun", "runs.cancel", ("r",), {}, run_service_pb2.CancelRunResponse),
+    ("ReopenRun", "runs.reopen", ("r",), {}, run_service_pb2.ReopenRunResponse),
 ]
 
 

@@ -55,10 +55,10 @@ def clean_environment(place: Path, *, lock: str, wheel: Path) -> Path:
     return python
 
 
-def quick_starts() -> list[str]:
-    """Return the Python blocks of the README's quick start."""
+def blocks(heading: str) -> list[str]:
+    """Return the Python blocks below a heading of the client's README."""
     text = (REPOSITORY / "client" / "README.md").read_text("utf-8")
-    section = text.split("## Quick start")[1].split("\n## ")[0]
+    section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
     return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
 
 
@@ -80,6 +80,21 @@ sys.exit(done.returncode)
 """
 
 
+WATCHING_BY_ASYNCIO = """
+import asyncio
+from runrecovery import AsyncRunRecoveryClient, RunEventKind, RunStatus
+
+async def main():
+    async with AsyncRunRecoveryClient("127.0.0.1:50051") as client:
+        newest = await anext(client.runs.list())
+        async for update in client.runs.watch(newest.run_id, after_sequence=0):
+            event = update.event
+            print(update.sequence, RunEventKind.Name(event.kind), RunStatus.Name(event.status))
+
+asyncio.run(main())
+"""
+
+
 def test_the_client_wheel_holds_the_client_and_nothing_else(client_wheel: Path) -> None:
     names = names_in(client_wheel)
 
@@ -95,12 +110,12 @@ def test_the_service_wheel_holds_the_service_and_its_migrations(service_wheel: P
 
 
 @pytest.mark.parametrize("lock", ["client-floor.txt", "client-latest.txt"])
-def test_the_client_wheel_alone_runs_the_quick_start(
+def test_the_client_wheel_alone_runs_the_quick_start_and_watches(
     client_wheel: Path, service: str, tmp_path: Path, lock: str
 ) -> None:
     python = clean_environment(tmp_path / "clean", lock=lock, wheel=client_wheel)
     printed = []
-    for block in quick_starts():
+    for block in [*blocks("Quick start"), *blocks("Watching"), WATCHING_BY_ASYNCIO]:
         code = block.replace("127.0.0.1:50051", service)
         done = subprocess.run(
             [str(python), "-I", "-c", code],
@@ -113,3 +128,9 @@ def test_the_client_wheel_alone_runs_the_quick_start(
         printed.append(done.stdout)
 
     assert "Go on?\nRUN_STATUS_SUCCEEDED" in printed[0]
+    _, _, watched, decisions, watched_by_asyncio = printed
+    assert watched.splitlines()[0] == "1 RUN_EVENT_KIND_CREATED RUN_STATUS_QUEUED"
+    assert "RUN_EVENT_KIND_ASKED RUN_STATUS_WAITING_USER" in watched
+    assert watched.splitlines()[-1].endswith("RUN_EVENT_KIND_SUCCEEDED RUN_STATUS_SUCCEEDED")
+    assert decisions.split() == ["bookmark"]
+    assert watched_by_asyncio == watched

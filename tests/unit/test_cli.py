@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -76,6 +78,9 @@ class Script(grpc.GenericRpcHandler):
     """A server that answers each method as it is told, and keeps what it was asked."""
 
     answers: dict[str, list[Message] | tuple[grpc.StatusCode, str]] = field(default_factory=dict)
+    streams: dict[str, Callable[[bytes, grpc.ServicerContext], Iterator[Message]]] = field(
+        default_factory=dict
+    )
     asked: list[tuple[str, bytes]] = field(default_factory=list)
     address: str = ""
 
@@ -86,6 +91,9 @@ class Script(grpc.GenericRpcHandler):
 
         def answer(request: bytes, context: grpc.ServicerContext) -> Iterator[Message]:
             self.asked.append((name, request))
+            if name in self.streams:
+                yield from self.streams[name](request, context)
+                return
             said = self.answers[name]
             if isinstance(said, tuple):
                 _abort(context, *said)
@@ -245,6 +253,12 @@ def test_every_failed_call_has_an_exit_code_and_no_hint_breaks(
         (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD", ExitCode.USAGE),
         (grpc.StatusCode.FAILED_PRECONDITION, "RUN_ALREADY_TERMINAL", ExitCode.REFUSED),
         (grpc.StatusCode.FAILED_PRECONDITION, "RUN_QUARANTINED", ExitCode.REFUSED),
+        (grpc.StatusCode.FAILED_PRECONDITION, "RUN_NOT_REOPENABLE", ExitCode.REFUSED),
+        (grpc.StatusCode.FAILED_PRECONDITION, "SESSION_NOT_RESUMABLE", ExitCode.REFUSED),
+        (grpc.StatusCode.OUT_OF_RANGE, "WATCH_HISTORY_PRUNED", ExitCode.REFUSED),
+        (grpc.StatusCode.OUT_OF_RANGE, "WATCH_SEQUENCE_UNKNOWN", ExitCode.REFUSED),
+        (grpc.StatusCode.INVALID_ARGUMENT, "WATCH_CURSOR_INVALID", ExitCode.USAGE),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, "SLOW_READER", ExitCode.UNAVAILABLE),
         (grpc.StatusCode.ABORTED, "ETAG_MISMATCH", ExitCode.REFUSED),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED", ExitCode.UNAVAILABLE),
         (grpc.StatusCode.DEADLINE_EXCEEDED, "", ExitCode.UNAVAILABLE),
@@ -321,12 +335,251 @@ def test_create_sends_what_was_said(run: Run, server: Script) -> None:
     Path("input.json").write_text('{"task": "hello"}', encoding="utf-8")
 
     said = ["--input", "@input.json", "--label", "a=b=c", "--restart-policy", "requeue"]
+    said += ["--session-timeout", "90", "--no-require-user-reply"]
     assert run("runs", "create", "e", *said, "--server", server.address).code == ExitCode.OK
 
     request = run_service_pb2.CreateRunRequest.FromString(server.asked[0][1])
     assert json_format.MessageToDict(request.input) == {"task": "hello"}
     assert dict(request.labels) == {"a": "b=c"}
     assert request.restart_policy == run_pb2.RESTART_POLICY_REQUEUE
+    assert request.interactive_profile.session_timeout.seconds == 90
+    assert request.interactive_profile.HasField("require_user_reply")
+    assert not request.interactive_profile.require_user_reply
+
+
+@pytest.mark.parametrize(
+    ("said", "required"),
+    [([], None), (["--require-user-reply"], True), (["--no-require-user-reply"], False)],
+)
+def test_create_leaves_to_the_engine_what_was_not_said(
+    run: Run,
+    server: Script,
+    said: list[str],
+    required: bool | None,  # noqa: FBT001 - a parameter of the test
+) -> None:
+    server.answers["CreateRun"] = [run_service_pb2.CreateRunResponse(run=a_run())]
+
+    run("runs", "create", "e", *said, "--server", server.address)
+
+    request = run_service_pb2.CreateRunRequest.FromString(server.asked[0][1])
+    profile = request.interactive_profile
+    assert request.HasField("interactive_profile") == (required is not None)
+    assert (profile.require_user_reply if profile.ListFields() else None) == required
+
+
+def test_a_list_of_runs_is_filtered_as_said_and_asks_for_no_more_than_it_shows(
+    run: Run, server: Script
+) -> None:
+    server.answers["ListRuns"] = [run_service_pb2.ListRunsResponse()]
+
+    said = ["--status", "queued", "--label", "a=1", "--label", "b=2"]
+    said += ["--created-after", "2026-11-24T10:00", "--created-before", "2026-11-24T10:00+02:00"]
+    assert run("runs", "list", *said, "--server", server.address).code == ExitCode.OK
+
+    request = run_service_pb2.ListRunsRequest.FromString(server.asked[0][1])
+    assert list(request.filter.statuses) == [run_pb2.RUN_STATUS_QUEUED]
+    assert dict(request.filter.labels) == {"a": "1", "b": "2"}
+    assert request.filter.created_after.ToJsonString() == "2026-11-24T10:00:00Z"
+    assert request.filter.created_before.ToJsonString() == "2026-11-24T08:00:00Z"
+    assert request.view == run_pb2.RUN_VIEW_BASIC
+
+
+def a_watched_run(status: run_pb2.RunStatus.ValueType) -> list[Message]:
+    waiting = a_run(status=run_pb2.RUN_STATUS_WAITING_USER)
+    waiting.pending_interaction.prompt = "Ship \x1b[2J it?"
+    event = run_pb2.RunEvent(
+        kind=run_pb2.RUN_EVENT_KIND_ANSWERED,
+        status=run_pb2.RUN_STATUS_RUNNING,
+        attempt=2,
+        interaction_id=1,
+    )
+    ended = run_pb2.RunEvent(
+        kind=run_pb2.RUN_EVENT_KIND_RECOVERED,
+        status=status,
+        error_code="GONE",
+        recovery=run_pb2.RecoveryInfo(recovery_reason="rule_7"),
+    )
+    return [
+        run_service_pb2.WatchRunResponse(sequence=4, snapshot=waiting),
+        run_service_pb2.WatchRunResponse(sequence=5, event=event),
+        run_service_pb2.WatchRunResponse(sequence=5, bookmark=run_pb2.WatchBookmark()),
+        run_service_pb2.WatchRunResponse(sequence=6, event=ended),
+    ]
+
+
+def watching(server: Script, *updates: Message) -> Script:
+    server.answers["GetRecoveryStatus"] = [recovery_service_pb2.GetRecoveryStatusResponse()]
+    server.answers["WatchRun"] = list(updates)
+    return server
+
+
+def test_a_watch_tells_a_line_for_each_event(run: Run, server: Script) -> None:
+    watching(server, *a_watched_run(run_pb2.RUN_STATUS_SUCCEEDED))
+
+    ended = run("runs", "watch", "r", "--server", server.address)
+
+    assert ended.code == ExitCode.OK
+    assert [line.split("  ")[1:] for line in ended.out.splitlines()] == [
+        ["#4", "WAITING_USER", "as it stands", r"Ship \x1b[2J it?"],
+        ["#5", "ANSWERED", "→ RUNNING", "attempt 2", "question 1"],
+        ["#6", "RECOVERED", "→ SUCCEEDED", "GONE", "rule_7"],
+    ]
+
+
+def test_a_watch_in_json_is_an_update_a_line(run: Run, server: Script) -> None:
+    updates = a_watched_run(run_pb2.RUN_STATUS_SUCCEEDED)
+    watching(server, *updates)
+
+    ended = run("runs", "watch", "r", "--json", "--server", server.address)
+
+    parsed = [
+        json_format.Parse(line, run_service_pb2.WatchRunResponse())
+        for line in ended.out.splitlines()
+    ]
+    assert parsed == [update for update in updates if not update.HasField("bookmark")]
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        (run_pb2.RUN_STATUS_SUCCEEDED, ExitCode.OK),
+        (run_pb2.RUN_STATUS_FAILED, ExitCode.FAILED),
+        (run_pb2.RUN_STATUS_CANCELED, ExitCode.FAILED),
+        (run_pb2.RUN_STATUS_WAITING_USER, ExitCode.FAILED),  # set aside
+    ],
+)
+@pytest.mark.parametrize("seen_before", [True, False])
+def test_a_watch_tells_how_the_run_ended(
+    run: Run,
+    server: Script,
+    status: run_pb2.RunStatus.ValueType,
+    code: ExitCode,
+    seen_before: bool,  # noqa: FBT001 - a parameter of the test
+) -> None:
+    watching(server, *([] if seen_before else a_watched_run(status)))
+    server.answers["GetRun"] = [run_service_pb2.GetRunResponse(run=a_run(status=status))]
+
+    assert run("runs", "watch", "r", "--server", server.address).code == code
+
+
+@pytest.mark.parametrize(
+    ("said", "after"),
+    [([], None), (["--from-start"], 0), (["--after-sequence", "3"], 3)],
+)
+def test_a_watch_begins_where_it_is_told_to(
+    run: Run, server: Script, said: list[str], after: int | None
+) -> None:
+    watching(server)
+    server.answers["GetRun"] = [run_service_pb2.GetRunResponse(run=a_run())]
+
+    run("runs", "watch", "r", *said, "--server", server.address)
+
+    asked = [request for name, request in server.asked if name == "WatchRun"]
+    request = run_service_pb2.WatchRunRequest.FromString(asked[0])
+    assert (request.after_sequence if request.HasField("after_sequence") else None) == after
+
+
+def test_a_watch_begins_at_one_place(run: Run, server: Script) -> None:
+    said = ["--from-start", "--after-sequence", "3"]
+
+    assert run("runs", "watch", "r", *said, "--server", server.address).code == ExitCode.USAGE
+    assert server.asked == []
+
+
+@pytest.mark.parametrize("command", [["runs", "watch", "r"], ["recovery", "watch"]])
+def test_a_watch_of_an_absent_service_is_unavailable_in_time(run: Run, command: list[str]) -> None:
+    ended = run(*command, "--timeout", "0.2", "--server", "127.0.0.1:1")
+
+    assert ended.code == ExitCode.UNAVAILABLE
+
+
+def test_ctrl_c_ends_a_watch_quietly_with_130(server: Script) -> None:
+    def silently(_request: bytes, context: grpc.ServicerContext) -> Iterator[Message]:
+        yield a_watched_run(run_pb2.RUN_STATUS_RUNNING)[0]
+        gone = threading.Event()
+        context.add_callback(gone.set)
+        gone.wait(60)
+
+    watching(server)
+    server.streams["WatchRun"] = silently
+    command = [sys.executable, "-m", "runrecovery_service", "runs", "watch", "r"]
+
+    with subprocess.Popen(
+        [*command, "--server", server.address],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        try:
+            assert "as it stands" in process.stdout.readline()
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=30)
+        finally:
+            process.kill()
+
+    assert process.returncode == 130
+    assert said.strip() == ""
+
+
+@pytest.mark.parametrize("source", ["handle.txt", "-"])
+def test_reopening_reads_a_session_handle_that_is_never_shown(
+    run: Run, server: Script, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    server.answers["ReopenRun"] = [run_service_pb2.ReopenRunResponse(run=a_run())]
+    Path("handle.txt").write_text("hush-7\n", encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", io.StringIO("hush-7\n"))
+
+    ended = run("runs", "reopen", "r", "--session-handle-file", source, "--server", server.address)
+
+    request = run_service_pb2.ReopenRunRequest.FromString(server.asked[0][1])
+    assert ended.code == ExitCode.OK
+    assert request.session_handle == "hush-7"
+    assert "hush" not in ended.out + ended.err
+
+
+def test_reopening_keeps_the_session_when_no_handle_is_given(run: Run, server: Script) -> None:
+    server.answers["ReopenRun"] = [run_service_pb2.ReopenRunResponse(run=a_run())]
+
+    run("runs", "reopen", "r", "--server", server.address)
+
+    request = run_service_pb2.ReopenRunRequest.FromString(server.asked[0][1])
+    assert request.WhichOneof("session") == "keep_session"
+    assert request.keep_session
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"hush\nhush\n", b"\xff\n", None])
+def test_a_file_that_holds_no_handle_is_a_usage_error_that_shows_nothing_of_it(
+    run: Run, server: Script, content: bytes | None
+) -> None:
+    if content is not None:
+        Path("handle.txt").write_bytes(content)
+    said = ["--session-handle-file", "handle.txt"]
+
+    ended = run("runs", "reopen", "r", *said, "--server", server.address)
+
+    assert (ended.code, server.asked) == (ExitCode.USAGE, [])
+    assert "hush" not in ended.out + ended.err
+
+
+def test_a_run_is_described_with_its_times_and_its_waiting(run: Run, server: Script) -> None:
+    described = a_run()
+    described.interactive_profile.session_timeout.seconds = 90
+    described.interactive_profile.require_user_reply = False
+    described.auto_decided_count = 2
+    described.run_deadline_at.FromJsonString("2026-11-24T10:00:00Z")
+    described.reopenable_until.FromJsonString("2026-11-25T10:00:00Z")
+    server.answers["GetRun"] = [run_service_pb2.GetRunResponse(run=described)]
+
+    ended = run("runs", "get", "r", "--server", server.address)
+
+    told = dict(line.split(":", maxsplit=1) for line in ended.out.splitlines())
+    assert {name: text.strip() for name, text in told.items()}.items() >= {
+        "each question": "waits 90 s, is then decided automatically",
+        "auto-decided": "2",
+        "run deadline": "2026-11-24 10:00:00Z",
+        "reopenable until": "2026-11-25 10:00:00Z",
+    }.items()
 
 
 @pytest.mark.parametrize(
@@ -480,12 +733,128 @@ def test_a_list_of_recovered_runs_is_filtered_as_said(run: Run, server: Script) 
     server.answers["ListRecovered"] = [recovery_service_pb2.ListRecoveredResponse()]
 
     said = ["--state", "failed_reconciled", "--reason", "x", "--after", "2026-11-24T10:00:00"]
+    said += ["--label", "a=1"]
     assert run("recovery", "list", *said, "--server", server.address).code == ExitCode.OK
 
-    request = recovery_service_pb2.ListRecoveredRequest.FromString(server.asked[0][1]).filter
+    asked = recovery_service_pb2.ListRecoveredRequest.FromString(server.asked[0][1])
+    request = asked.filter
+    assert asked.view == run_pb2.RUN_VIEW_BASIC
+    assert dict(request.labels) == {"a": "1"}
     assert list(request.recovery_states) == [run_pb2.RECOVERY_STATE_FAILED_RECONCILED]
     assert request.recovery_reason == "x"
     assert request.recovered_after.ToJsonString() == "2026-11-24T10:00:00Z"
+
+
+def test_decisions_are_watched_as_said_a_line_each(run: Run, server: Script) -> None:
+    made = run_pb2.RecoveryInfo(
+        recovery_state=run_pb2.RECOVERY_STATE_FAILED_RECONCILED,
+        recovery_reason="rule_7",
+        status_before=run_pb2.RUN_STATUS_RUNNING,
+        status_after=run_pb2.RUN_STATUS_FAILED,
+        error_code="GONE",
+    )
+    decision = recovery_service_pb2.RecoveredRun(run_id="r", recovery=made)
+    watching(server)
+    server.answers["WatchRecovered"] = [
+        recovery_service_pb2.WatchRecoveredResponse(cursor="c0", bookmark=run_pb2.WatchBookmark()),
+        recovery_service_pb2.WatchRecoveredResponse(cursor="c1", decision=decision),
+    ]
+
+    said = ["--after", "c0", "--state", "failed_reconciled", "--reason", "rule_7"]
+    said += ["--engine", "e", "--label", "a=1"]
+    ended = run("recovery", "watch", *said, "--server", server.address)
+
+    request = recovery_service_pb2.WatchRecoveredRequest.FromString(server.asked[-1][1])
+    assert ended.out == "-  r  RUNNING → FAILED  FAILED_RECONCILED  rule_7  GONE\n"
+    assert request == recovery_service_pb2.WatchRecoveredRequest(
+        filter=recovery_service_pb2.RecoveredFilter(
+            recovery_states=[run_pb2.RECOVERY_STATE_FAILED_RECONCILED],
+            recovery_reason="rule_7",
+            engine="e",
+            labels={"a": "1"},
+        ),
+        after_cursor="c0",
+    )
+
+
+def test_an_explanation_tells_the_decision_the_facts_and_the_processes(
+    run: Run, server: Script
+) -> None:
+    explanation = recovery_service_pb2.RecoveryExplanation(
+        decision=run_pb2.RecoveryInfo(
+            recovery_state=run_pb2.RECOVERY_STATE_FAILED_RECONCILED, recovery_reason="rule_7"
+        ),
+        because="its process was lost",
+        facts=[
+            recovery_service_pb2.RecoveryFact(name="HANDLE", held=True, source="the record"),
+            recovery_service_pb2.RecoveryFact(name="CANCEL", source="no \x1b[2J cancel"),
+        ],
+        processes=[
+            recovery_service_pb2.OrphanedProcess(
+                pid=77,
+                attempt=1,
+                turn=2,
+                evidence="cookie",
+                signals=["SIGTERM", "SIGKILL"],
+                ended=True,
+                ended_by="shim",
+            ),
+            recovery_service_pb2.OrphanedProcess(pid=78, evidence="descent"),
+        ],
+    )
+    server.answers["ExplainRecovery"] = [
+        recovery_service_pb2.ExplainRecoveryResponse(explanations=[explanation])
+    ]
+
+    ended = run("recovery", "explain", "r", "--server", server.address)
+
+    lines = [" ".join(line.split()) for line in ended.out.splitlines()]
+    assert "decision: FAILED_RECONCILED, rule_7" in lines
+    assert "because: its process was lost" in lines
+    assert "HANDLE yes the record" in lines
+    assert r"CANCEL no no \x1b[2J cancel" in lines
+    assert "77 1 2 cookie SIGTERM SIGKILL ended by shim" in lines
+    assert "78 0 0 descent - not seen dead" in lines
+
+
+def test_a_run_that_no_restart_has_touched_is_explained_so(run: Run, server: Script) -> None:
+    server.answers["ExplainRecovery"] = [recovery_service_pb2.ExplainRecoveryResponse()]
+
+    ended = run("recovery", "explain", "r", "--server", server.address)
+
+    assert ended.out == "no restart has decided on this run\n"
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_a_plan_tells_its_totals_and_then_its_decisions(
+    run: Run,
+    server: Script,
+    as_json: bool,  # noqa: FBT001 - a parameter of the test
+) -> None:
+    planned = recovery_service_pb2.PlannedDecision(
+        run_id="a", engine="e", recovery_reason="rule_7", unchanged=True
+    )
+    totals = recovery_service_pb2.RecoveryPlan(
+        decisions=[recovery_pb2.DecisionCount(rule="rule_7", count=2)],
+        runs_total=2,
+        runs_unchanged=1,
+    )
+    server.answers["PlanRecovery"] = [
+        recovery_service_pb2.PlanRecoveryResponse(decisions=[planned, planned], plan=totals)
+    ]
+
+    said = ["--limit", "1", *(["--json"] if as_json else [])]
+    ended = run("recovery", "plan", *said, "--server", server.address)
+
+    first, *_, last = ended.out.splitlines()
+    if as_json:
+        assert json_format.Parse(first, recovery_service_pb2.RecoveryPlan()) == totals
+        assert json_format.Parse(last, recovery_service_pb2.PlannedDecision()) == planned
+    else:
+        assert " ".join(first.split()) == "runs: 2, 1 unchanged"
+        assert last.split("\t")[:2] == ["a", "e"]
+        assert "2 x rule_7" in ended.out
+        assert "--limit 0 shows all" in ended.err
 
 
 def test_the_latest_report_is_shown_with_its_decisions_and_warnings(

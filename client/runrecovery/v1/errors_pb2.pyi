@@ -72,6 +72,27 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """UNAVAILABLE. Repeated unfinished recoveries made this start launch nothing:
     CreateRun is refused until the next restart. RetryInfo.
     """
+    ERROR_REASON_RUN_NOT_REOPENABLE: _ErrorReason.ValueType  # 23
+    """FAILED_PRECONDITION. ReopenRun cannot set this run back: it did not fail for want of a
+    session, or its retention window has passed. PreconditionFailure says which.
+    """
+    ERROR_REASON_SESSION_NOT_RESUMABLE: _ErrorReason.ValueType  # 24
+    """FAILED_PRECONDITION. No handle was kept, or the engine's check refuses the handle."""
+    ERROR_REASON_WATCH_HISTORY_PRUNED: _ErrorReason.ValueType  # 25
+    """OUT_OF_RANGE. The events after after_sequence are not kept any more; metadata
+    `oldest_sequence` is the first that is. Watch anew from a snapshot.
+    """
+    ERROR_REASON_WATCH_SEQUENCE_UNKNOWN: _ErrorReason.ValueType  # 26
+    """OUT_OF_RANGE. after_sequence is beyond the run's latest event, metadata
+    `latest_sequence`: the caller saw events of another store, or of one restored since.
+    """
+    ERROR_REASON_WATCH_CURSOR_INVALID: _ErrorReason.ValueType  # 27
+    """INVALID_ARGUMENT. The cursor was not made by WatchRecovered of this service."""
+    ERROR_REASON_SLOW_READER: _ErrorReason.ValueType  # 28
+    """RESOURCE_EXHAUSTED. The caller did not read its stream for too long (configuration
+    `watch_stall_s`) and was cut off. Resume from the last sequence, cursor or
+    offset. RetryInfo.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """The `reason` of the google.rpc.ErrorInfo that every error carries, without the
@@ -127,5 +148,26 @@ ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 21
 ERROR_REASON_SAFE_MODE: ErrorReason.ValueType  # 22
 """UNAVAILABLE. Repeated unfinished recoveries made this start launch nothing:
 CreateRun is refused until the next restart. RetryInfo.
+"""
+ERROR_REASON_RUN_NOT_REOPENABLE: ErrorReason.ValueType  # 23
+"""FAILED_PRECONDITION. ReopenRun cannot set this run back: it did not fail for want of a
+session, or its retention window has passed. PreconditionFailure says which.
+"""
+ERROR_REASON_SESSION_NOT_RESUMABLE: ErrorReason.ValueType  # 24
+"""FAILED_PRECONDITION. No handle was kept, or the engine's check refuses the handle."""
+ERROR_REASON_WATCH_HISTORY_PRUNED: ErrorReason.ValueType  # 25
+"""OUT_OF_RANGE. The events after after_sequence are not kept any more; metadata
+`oldest_sequence` is the first that is. Watch anew from a snapshot.
+"""
+ERROR_REASON_WATCH_SEQUENCE_UNKNOWN: ErrorReason.ValueType  # 26
+"""OUT_OF_RANGE. after_sequence is beyond the run's latest event, metadata
+`latest_sequence`: the caller saw events of another store, or of one restored since.
+"""
+ERROR_REASON_WATCH_CURSOR_INVALID: ErrorReason.ValueType  # 27
+"""INVALID_ARGUMENT. The cursor was not made by WatchRecovered of this service."""
+ERROR_REASON_SLOW_READER: ErrorReason.ValueType  # 28
+"""RESOURCE_EXHAUSTED. The caller did not read its stream for too long (configuration
+`watch_stall_s`) and was cut off. Resume from the last sequence, cursor or
+offset. RetryInfo.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

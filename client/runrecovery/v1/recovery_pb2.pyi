@@ -181,7 +181,7 @@ class ReconciliationPhase(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     DURATION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """OUTPUT_ONLY. `orphans`, `sessions`, `converge`, `bindings` or
+    """OUTPUT_ONLY. `orphans`, `sessions`, `converge`, `bindings`, `deadlines` or
     `containment` (waiting for the probe).
     """
     @_builtins.property

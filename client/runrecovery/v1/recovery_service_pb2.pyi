@@ -79,12 +79,33 @@ class RecoveredFilter(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     RECOVERY_STATES_FIELD_NUMBER: _builtins.int
     RECOVERY_REASON_FIELD_NUMBER: _builtins.int
     ENGINE_FIELD_NUMBER: _builtins.int
     RECOVERED_AFTER_FIELD_NUMBER: _builtins.int
     RECOVERED_BEFORE_FIELD_NUMBER: _builtins.int
     RECONCILIATION_ID_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
     recovery_reason: _builtins.str
     """OPTIONAL. The rule that decided, as in RecoveryInfo.recovery_reason."""
     engine: _builtins.str
@@ -105,6 +126,10 @@ class RecoveredFilter(_message.Message):
     def recovered_before(self) -> _timestamp_pb2.Timestamp:
         """OPTIONAL. Decided before this time."""
 
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """OPTIONAL. Runs that have all of these labels, at most 8."""
+
     def __init__(
         self,
         *,
@@ -114,10 +139,11 @@ class RecoveredFilter(_message.Message):
         recovered_after: _timestamp_pb2.Timestamp | None = ...,
         recovered_before: _timestamp_pb2.Timestamp | None = ...,
         reconciliation_id: _builtins.str = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["recovered_after", b"recovered_after", "recovered_before", b"recovered_before"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "reconciliation_id", b"reconciliation_id", "recovered_after", b"recovered_after", "recovered_before", b"recovered_before", "recovery_reason", b"recovery_reason", "recovery_states", b"recovery_states"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "labels", b"labels", "reconciliation_id", b"reconciliation_id", "recovered_after", b"recovered_after", "recovered_before", b"recovered_before", "recovery_reason", b"recovery_reason", "recovery_states", b"recovery_states"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -132,10 +158,13 @@ class ListRecoveredRequest(_message.Message):
     FILTER_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    VIEW_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """OPTIONAL. Rows a page: 0 means 50, more than 1000 means 1000, negative is refused."""
     page_token: _builtins.str
-    """OPTIONAL. next_page_token of the page before, with the same filter."""
+    """OPTIONAL. next_page_token of the page before, with the same filter and view."""
+    view: _run_pb2.RunView.ValueType
+    """OPTIONAL. How much of each run."""
     @_builtins.property
     def filter(self) -> Global___RecoveredFilter:
         """OPTIONAL. Which runs."""
@@ -146,10 +175,11 @@ class ListRecoveredRequest(_message.Message):
         filter: Global___RecoveredFilter | None = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        view: _run_pb2.RunView.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "page_size", b"page_size", "page_token", b"page_token", "view", b"view"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -385,3 +415,459 @@ class GetReconciliationResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetReconciliationResponse: _TypeAlias = GetReconciliationResponse  # noqa: Y015
+
+@_typing.final
+class WatchRecoveredRequest(_message.Message):
+    """A request to watch decisions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILTER_FIELD_NUMBER: _builtins.int
+    AFTER_CURSOR_FIELD_NUMBER: _builtins.int
+    after_cursor: _builtins.str
+    """OPTIONAL. The last cursor that the caller has seen, with the same filter or
+    another one; empty means from now on.
+    """
+    @_builtins.property
+    def filter(self) -> Global___RecoveredFilter:
+        """OPTIONAL. Which decisions. REOPENED is none of a restart and matches nothing."""
+
+    def __init__(
+        self,
+        *,
+        filter: Global___RecoveredFilter | None = ...,
+        after_cursor: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_cursor", b"after_cursor", "filter", b"filter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchRecoveredRequest: _TypeAlias = WatchRecoveredRequest  # noqa: Y015
+
+@_typing.final
+class WatchRecoveredResponse(_message.Message):
+    """A decision, or a sign of life."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CURSOR_FIELD_NUMBER: _builtins.int
+    DECISION_FIELD_NUMBER: _builtins.int
+    BOOKMARK_FIELD_NUMBER: _builtins.int
+    cursor: _builtins.str
+    """The place reached; after_cursor of a watch that goes on from here."""
+    @_builtins.property
+    def decision(self) -> Global___RecoveredRun:
+        """One decision. In the order of the restarts, and of the runs in each."""
+
+    @_builtins.property
+    def bookmark(self) -> _run_pb2.WatchBookmark:
+        """First in every watch; then when nothing happened for 15 s."""
+
+    def __init__(
+        self,
+        *,
+        cursor: _builtins.str = ...,
+        decision: Global___RecoveredRun | None = ...,
+        bookmark: _run_pb2.WatchBookmark | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bookmark", b"bookmark", "decision", b"decision", "update", b"update"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bookmark", b"bookmark", "cursor", b"cursor", "decision", b"decision", "update", b"update"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_update: _TypeAlias = _typing.Literal["decision", "bookmark"]  # noqa: Y015
+    _WhichOneofArgType_update: _TypeAlias = _typing.Literal["update", b"update"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_update) -> _WhichOneofReturnType_update | None: ...
+
+Global___WatchRecoveredResponse: _TypeAlias = WatchRecoveredResponse  # noqa: Y015
+
+@_typing.final
+class RecoveredRun(_message.Message):
+    """One decision of one restart."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    ENGINE_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    RECOVERY_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    """OUTPUT_ONLY. The run."""
+    engine: _builtins.str
+    """OUTPUT_ONLY. Its engine."""
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """OUTPUT_ONLY. Its labels."""
+
+    @_builtins.property
+    def recovery(self) -> _run_pb2.RecoveryInfo:
+        """OUTPUT_ONLY. The decision. A later one may have followed since."""
+
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        engine: _builtins.str = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        recovery: _run_pb2.RecoveryInfo | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["recovery", b"recovery"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "labels", b"labels", "recovery", b"recovery", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecoveredRun: _TypeAlias = RecoveredRun  # noqa: Y015
+
+@_typing.final
+class ExplainRecoveryRequest(_message.Message):
+    """A request to explain the decisions about one run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    """REQUIRED. The run."""
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainRecoveryRequest: _TypeAlias = ExplainRecoveryRequest  # noqa: Y015
+
+@_typing.final
+class ExplainRecoveryResponse(_message.Message):
+    """The decisions about one run, explained."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXPLANATIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def explanations(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecoveryExplanation]:
+        """Newest first, at most the latest 100."""
+
+    def __init__(
+        self,
+        *,
+        explanations: _abc.Iterable[Global___RecoveryExplanation] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["explanations", b"explanations"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainRecoveryResponse: _TypeAlias = ExplainRecoveryResponse  # noqa: Y015
+
+@_typing.final
+class RecoveryExplanation(_message.Message):
+    """Why one decision was made, and what was done."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DECISION_FIELD_NUMBER: _builtins.int
+    BECAUSE_FIELD_NUMBER: _builtins.int
+    PROFILE_FIELD_NUMBER: _builtins.int
+    FACTS_FIELD_NUMBER: _builtins.int
+    PROCESSES_FIELD_NUMBER: _builtins.int
+    because: _builtins.str
+    """OUTPUT_ONLY. What its rule means, as a sentence for people."""
+    profile: _run_pb2.InteractiveProfileKind.ValueType
+    """OUTPUT_ONLY. The kind of waiting that the decision saw; UNSPECIFIED when
+    none was recorded.
+    """
+    @_builtins.property
+    def decision(self) -> _run_pb2.RecoveryInfo:
+        """OUTPUT_ONLY. The decision."""
+
+    @_builtins.property
+    def facts(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecoveryFact]:
+        """OUTPUT_ONLY. Every fact that the rules look at. Empty for a decision that
+        looked at none: a damaged record, or a caller's ReopenRun.
+        """
+
+    @_builtins.property
+    def processes(self) -> _containers.RepeatedCompositeFieldContainer[Global___OrphanedProcess]:
+        """OUTPUT_ONLY. Processes of the run that outlived their service, and what was
+        done to them, at most 100 for each launch.
+        """
+
+    def __init__(
+        self,
+        *,
+        decision: _run_pb2.RecoveryInfo | None = ...,
+        because: _builtins.str = ...,
+        profile: _run_pb2.InteractiveProfileKind.ValueType = ...,
+        facts: _abc.Iterable[Global___RecoveryFact] | None = ...,
+        processes: _abc.Iterable[Global___OrphanedProcess] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["because", b"because", "decision", b"decision", "facts", b"facts", "processes", b"processes", "profile", b"profile"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecoveryExplanation: _TypeAlias = RecoveryExplanation  # noqa: Y015
+
+@_typing.final
+class RecoveryFact(_message.Message):
+    """One fact about a run, as a decision saw it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """OUTPUT_ONLY. PENDING, HANDLE, CANCEL, REPLY or REQUEUE; docs/recovery.md
+    says what each means.
+    """
+    held: _builtins.bool
+    """OUTPUT_ONLY. Whether it held."""
+    source: _builtins.str
+    """OUTPUT_ONLY. What was looked at and seen, as a sentence for people."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        held: _builtins.bool = ...,
+        source: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["held", b"held", "name", b"name", "source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecoveryFact: _TypeAlias = RecoveryFact  # noqa: Y015
+
+@_typing.final
+class OrphanedProcess(_message.Message):
+    """A process that outlived the service that had launched it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PID_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    TURN_FIELD_NUMBER: _builtins.int
+    EVIDENCE_FIELD_NUMBER: _builtins.int
+    SIGNALS_FIELD_NUMBER: _builtins.int
+    ENDED_FIELD_NUMBER: _builtins.int
+    ENDED_BY_FIELD_NUMBER: _builtins.int
+    pid: _builtins.int
+    """OUTPUT_ONLY. Its process id, as its host's service saw it."""
+    attempt: _builtins.int
+    """OUTPUT_ONLY. The attempt and turn of the run that it was launched in."""
+    turn: _builtins.int
+    """OUTPUT_ONLY. See attempt."""
+    evidence: _builtins.str
+    """OUTPUT_ONLY. What proved that it belongs to the run: `watermark`, `cookie`,
+    `cgroup`, `shim` or `descent`; docs/processes.md explains them.
+    """
+    ended: _builtins.bool
+    """OUTPUT_ONLY. True when it was seen dead afterwards."""
+    ended_by: _builtins.str
+    """OUTPUT_ONLY. Who did it: `service`, or `shim`, the guard of the launch,
+    which acts by itself when its service is gone.
+    """
+    @_builtins.property
+    def signals(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """OUTPUT_ONLY. The signals that it was sent, in order, for example SIGTERM."""
+
+    def __init__(
+        self,
+        *,
+        pid: _builtins.int = ...,
+        attempt: _builtins.int = ...,
+        turn: _builtins.int = ...,
+        evidence: _builtins.str = ...,
+        signals: _abc.Iterable[_builtins.str] | None = ...,
+        ended: _builtins.bool = ...,
+        ended_by: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "ended", b"ended", "ended_by", b"ended_by", "evidence", b"evidence", "pid", b"pid", "signals", b"signals", "turn", b"turn"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OrphanedProcess: _TypeAlias = OrphanedProcess  # noqa: Y015
+
+@_typing.final
+class PlanRecoveryRequest(_message.Message):
+    """A request for a page of the plan."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """OPTIONAL. Rows a page: 0 means 50, more than 1000 means 1000, negative is refused."""
+    page_token: _builtins.str
+    """OPTIONAL. next_page_token of the page before."""
+    def __init__(
+        self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanRecoveryRequest: _TypeAlias = PlanRecoveryRequest  # noqa: Y015
+
+@_typing.final
+class PlanRecoveryResponse(_message.Message):
+    """A page of the plan."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DECISIONS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    PLAN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Token of the next page; empty on the last one, and only there."""
+    @_builtins.property
+    def decisions(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlannedDecision]:
+        """The runs in the order in which a restart would decide on them."""
+
+    @_builtins.property
+    def plan(self) -> Global___RecoveryPlan:
+        """All of it in numbers; on the first page only."""
+
+    def __init__(
+        self,
+        *,
+        decisions: _abc.Iterable[Global___PlannedDecision] | None = ...,
+        next_page_token: _builtins.str = ...,
+        plan: Global___RecoveryPlan | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decisions", b"decisions", "next_page_token", b"next_page_token", "plan", b"plan"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanRecoveryResponse: _TypeAlias = PlanRecoveryResponse  # noqa: Y015
+
+@_typing.final
+class RecoveryPlan(_message.Message):
+    """What a restart would come to."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DECISIONS_FIELD_NUMBER: _builtins.int
+    RUNS_TOTAL_FIELD_NUMBER: _builtins.int
+    RUNS_UNCHANGED_FIELD_NUMBER: _builtins.int
+    QUARANTINED_FIELD_NUMBER: _builtins.int
+    LAUNCHES_FIELD_NUMBER: _builtins.int
+    runs_total: _builtins.int
+    """OUTPUT_ONLY. Runs that it would examine."""
+    runs_unchanged: _builtins.int
+    """OUTPUT_ONLY. Of these, runs whose earlier decision stands."""
+    quarantined: _builtins.int
+    """OUTPUT_ONLY. Runs that it would set aside."""
+    launches: _builtins.int
+    """OUTPUT_ONLY. Launches whose processes it would end."""
+    @_builtins.property
+    def decisions(self) -> _containers.RepeatedCompositeFieldContainer[_recovery_pb2.DecisionCount]:
+        """OUTPUT_ONLY. Decisions by rule, in the order of the matrix."""
+
+    def __init__(
+        self,
+        *,
+        decisions: _abc.Iterable[_recovery_pb2.DecisionCount] | None = ...,
+        runs_total: _builtins.int = ...,
+        runs_unchanged: _builtins.int = ...,
+        quarantined: _builtins.int = ...,
+        launches: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decisions", b"decisions", "launches", b"launches", "quarantined", b"quarantined", "runs_total", b"runs_total", "runs_unchanged", b"runs_unchanged"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecoveryPlan: _TypeAlias = RecoveryPlan  # noqa: Y015
+
+@_typing.final
+class PlannedDecision(_message.Message):
+    """What a restart would decide for one run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    ENGINE_FIELD_NUMBER: _builtins.int
+    STATUS_BEFORE_FIELD_NUMBER: _builtins.int
+    STATUS_AFTER_FIELD_NUMBER: _builtins.int
+    RECOVERY_REASON_FIELD_NUMBER: _builtins.int
+    RECOVERY_STATE_FIELD_NUMBER: _builtins.int
+    ERROR_CODE_FIELD_NUMBER: _builtins.int
+    UNCHANGED_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    """OUTPUT_ONLY. The run."""
+    engine: _builtins.str
+    """OUTPUT_ONLY. Its engine."""
+    status_before: _run_pb2.RunStatus.ValueType
+    """OUTPUT_ONLY. Its status now."""
+    status_after: _run_pb2.RunStatus.ValueType
+    """OUTPUT_ONLY. The status that it would get."""
+    recovery_reason: _builtins.str
+    """OUTPUT_ONLY. The rule that would decide."""
+    recovery_state: _run_pb2.RecoveryState.ValueType
+    """OUTPUT_ONLY. The state that it would get."""
+    error_code: _builtins.str
+    """OUTPUT_ONLY. The error code that it would get; empty if none."""
+    unchanged: _builtins.bool
+    """OUTPUT_ONLY. True when an earlier restart has decided just so and the run
+    has not changed since: nothing new would be recorded.
+    """
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        engine: _builtins.str = ...,
+        status_before: _run_pb2.RunStatus.ValueType = ...,
+        status_after: _run_pb2.RunStatus.ValueType = ...,
+        recovery_reason: _builtins.str = ...,
+        recovery_state: _run_pb2.RecoveryState.ValueType = ...,
+        error_code: _builtins.str = ...,
+        unchanged: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "error_code", b"error_code", "recovery_reason", b"recovery_reason", "recovery_state", b"recovery_state", "run_id", b"run_id", "status_after", b"status_after", "status_before", b"status_before", "unchanged", b"unchanged"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlannedDecision: _TypeAlias = PlannedDecision  # noqa: Y015

@@ -46,6 +46,21 @@ class RecoveryServiceStub(object):
                 request_serializer=runrecovery_dot_v1_dot_recovery__service__pb2.ListRecoveredRequest.SerializeToString,
                 response_deserializer=runrecovery_dot_v1_dot_recovery__service__pb2.ListRecoveredResponse.FromString,
                 _registered_method=True)
+        self.WatchRecovered = channel.unary_stream(
+                '/runrecovery.v1.RecoveryService/WatchRecovered',
+                request_serializer=runrecovery_dot_v1_dot_recovery__service__pb2.WatchRecoveredRequest.SerializeToString,
+                response_deserializer=runrecovery_dot_v1_dot_recovery__service__pb2.WatchRecoveredResponse.FromString,
+                _registered_method=True)
+        self.ExplainRecovery = channel.unary_unary(
+                '/runrecovery.v1.RecoveryService/ExplainRecovery',
+                request_serializer=runrecovery_dot_v1_dot_recovery__service__pb2.ExplainRecoveryRequest.SerializeToString,
+                response_deserializer=runrecovery_dot_v1_dot_recovery__service__pb2.ExplainRecoveryResponse.FromString,
+                _registered_method=True)
+        self.PlanRecovery = channel.unary_unary(
+                '/runrecovery.v1.RecoveryService/PlanRecovery',
+                request_serializer=runrecovery_dot_v1_dot_recovery__service__pb2.PlanRecoveryRequest.SerializeToString,
+                response_deserializer=runrecovery_dot_v1_dot_recovery__service__pb2.PlanRecoveryResponse.FromString,
+                _registered_method=True)
         self.GetRecoveryStatus = channel.unary_unary(
                 '/runrecovery.v1.RecoveryService/GetRecoveryStatus',
                 request_serializer=runrecovery_dot_v1_dot_recovery__service__pb2.GetRecoveryStatusRequest.SerializeToString,
@@ -77,6 +92,31 @@ class RecoveryServiceServicer(object):
 
     def ListRecovered(self, request, context):
         """Pages through recovered runs, newest decision first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchRecovered(self, request, context):
+        """Streams decisions as they are committed, each with a cursor; a stream that
+        broke goes on from after_cursor, also after a restart, and so tells of it.
+        It has no end of its own.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExplainRecovery(self, request, context):
+        """Returns, for each decision about one run, the rule, every fact that it saw
+        and where that came from, and what was done to which process.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PlanRecovery(self, request, context):
+        """Pages through what a restart of this instance would decide at this moment,
+        in the order in which it would; the same rules decide. Changes nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -116,6 +156,21 @@ def add_RecoveryServiceServicer_to_server(servicer, server):
                     servicer.ListRecovered,
                     request_deserializer=runrecovery_dot_v1_dot_recovery__service__pb2.ListRecoveredRequest.FromString,
                     response_serializer=runrecovery_dot_v1_dot_recovery__service__pb2.ListRecoveredResponse.SerializeToString,
+            ),
+            'WatchRecovered': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchRecovered,
+                    request_deserializer=runrecovery_dot_v1_dot_recovery__service__pb2.WatchRecoveredRequest.FromString,
+                    response_serializer=runrecovery_dot_v1_dot_recovery__service__pb2.WatchRecoveredResponse.SerializeToString,
+            ),
+            'ExplainRecovery': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainRecovery,
+                    request_deserializer=runrecovery_dot_v1_dot_recovery__service__pb2.ExplainRecoveryRequest.FromString,
+                    response_serializer=runrecovery_dot_v1_dot_recovery__service__pb2.ExplainRecoveryResponse.SerializeToString,
+            ),
+            'PlanRecovery': grpc.unary_unary_rpc_method_handler(
+                    servicer.PlanRecovery,
+                    request_deserializer=runrecovery_dot_v1_dot_recovery__service__pb2.PlanRecoveryRequest.FromString,
+                    response_serializer=runrecovery_dot_v1_dot_recovery__service__pb2.PlanRecoveryResponse.SerializeToString,
             ),
             'GetRecoveryStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetRecoveryStatus,
@@ -189,6 +244,87 @@ class RecoveryService(object):
             '/runrecovery.v1.RecoveryService/ListRecovered',
             runrecovery_dot_v1_dot_recovery__service__pb2.ListRecoveredRequest.SerializeToString,
             runrecovery_dot_v1_dot_recovery__service__pb2.ListRecoveredResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchRecovered(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/runrecovery.v1.RecoveryService/WatchRecovered',
+            runrecovery_dot_v1_dot_recovery__service__pb2.WatchRecoveredRequest.SerializeToString,
+            runrecovery_dot_v1_dot_recovery__service__pb2.WatchRecoveredResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainRecovery(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/runrecovery.v1.RecoveryService/ExplainRecovery',
+            runrecovery_dot_v1_dot_recovery__service__pb2.ExplainRecoveryRequest.SerializeToString,
+            runrecovery_dot_v1_dot_recovery__service__pb2.ExplainRecoveryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PlanRecovery(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/runrecovery.v1.RecoveryService/PlanRecovery',
+            runrecovery_dot_v1_dot_recovery__service__pb2.PlanRecoveryRequest.SerializeToString,
+            runrecovery_dot_v1_dot_recovery__service__pb2.PlanRecoveryResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,19 @@ class RecoveryServiceStub:
     """Returns the latest decision for one run and its whole history."""
     ListRecovered: _grpc.UnaryUnaryMultiCallable[_recovery_service_pb2.ListRecoveredRequest, _recovery_service_pb2.ListRecoveredResponse]
     """Pages through recovered runs, newest decision first."""
+    WatchRecovered: _grpc.UnaryStreamMultiCallable[_recovery_service_pb2.WatchRecoveredRequest, _recovery_service_pb2.WatchRecoveredResponse]
+    """Streams decisions as they are committed, each with a cursor; a stream that
+    broke goes on from after_cursor, also after a restart, and so tells of it.
+    It has no end of its own.
+    """
+    ExplainRecovery: _grpc.UnaryUnaryMultiCallable[_recovery_service_pb2.ExplainRecoveryRequest, _recovery_service_pb2.ExplainRecoveryResponse]
+    """Returns, for each decision about one run, the rule, every fact that it saw
+    and where that came from, and what was done to which process.
+    """
+    PlanRecovery: _grpc.UnaryUnaryMultiCallable[_recovery_service_pb2.PlanRecoveryRequest, _recovery_service_pb2.PlanRecoveryResponse]
+    """Pages through what a restart of this instance would decide at this moment,
+    in the order in which it would; the same rules decide. Changes nothing.
+    """
     GetRecoveryStatus: _grpc.UnaryUnaryMultiCallable[_recovery_service_pb2.GetRecoveryStatusRequest, _recovery_service_pb2.GetRecoveryStatusResponse]
     """Returns what the service is doing and the report of this start, as far as
     it has come.
@@ -59,6 +72,19 @@ class RecoveryServiceAsyncStub(RecoveryServiceStub):
     """Returns the latest decision for one run and its whole history."""
     ListRecovered: _aio.UnaryUnaryMultiCallable[_recovery_service_pb2.ListRecoveredRequest, _recovery_service_pb2.ListRecoveredResponse]  # type: ignore[assignment]
     """Pages through recovered runs, newest decision first."""
+    WatchRecovered: _aio.UnaryStreamMultiCallable[_recovery_service_pb2.WatchRecoveredRequest, _recovery_service_pb2.WatchRecoveredResponse]  # type: ignore[assignment]
+    """Streams decisions as they are committed, each with a cursor; a stream that
+    broke goes on from after_cursor, also after a restart, and so tells of it.
+    It has no end of its own.
+    """
+    ExplainRecovery: _aio.UnaryUnaryMultiCallable[_recovery_service_pb2.ExplainRecoveryRequest, _recovery_service_pb2.ExplainRecoveryResponse]  # type: ignore[assignment]
+    """Returns, for each decision about one run, the rule, every fact that it saw
+    and where that came from, and what was done to which process.
+    """
+    PlanRecovery: _aio.UnaryUnaryMultiCallable[_recovery_service_pb2.PlanRecoveryRequest, _recovery_service_pb2.PlanRecoveryResponse]  # type: ignore[assignment]
+    """Pages through what a restart of this instance would decide at this moment,
+    in the order in which it would; the same rules decide. Changes nothing.
+    """
     GetRecoveryStatus: _aio.UnaryUnaryMultiCallable[_recovery_service_pb2.GetRecoveryStatusRequest, _recovery_service_pb2.GetRecoveryStatusResponse]  # type: ignore[assignment]
     """Returns what the service is doing and the report of this start, as far as
     it has come.
@@ -88,6 +114,37 @@ class RecoveryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_recovery_service_pb2.ListRecoveredResponse, _abc.Awaitable[_recovery_service_pb2.ListRecoveredResponse]]:
         """Pages through recovered runs, newest decision first."""
+
+    @_abc_1.abstractmethod
+    def WatchRecovered(
+        self,
+        request: _recovery_service_pb2.WatchRecoveredRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_recovery_service_pb2.WatchRecoveredResponse], _abc.AsyncIterator[_recovery_service_pb2.WatchRecoveredResponse]]:
+        """Streams decisions as they are committed, each with a cursor; a stream that
+        broke goes on from after_cursor, also after a restart, and so tells of it.
+        It has no end of its own.
+        """
+
+    @_abc_1.abstractmethod
+    def ExplainRecovery(
+        self,
+        request: _recovery_service_pb2.ExplainRecoveryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_recovery_service_pb2.ExplainRecoveryResponse, _abc.Awaitable[_recovery_service_pb2.ExplainRecoveryResponse]]:
+        """Returns, for each decision about one run, the rule, every fact that it saw
+        and where that came from, and what was done to which process.
+        """
+
+    @_abc_1.abstractmethod
+    def PlanRecovery(
+        self,
+        request: _recovery_service_pb2.PlanRecoveryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_recovery_service_pb2.PlanRecoveryResponse, _abc.Awaitable[_recovery_service_pb2.PlanRecoveryResponse]]:
+        """Pages through what a restart of this instance would decide at this moment,
+        in the order in which it would; the same rules decide. Changes nothing.
+        """
 
     @_abc_1.abstractmethod
     def GetRecoveryStatus(

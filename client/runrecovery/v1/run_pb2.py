@@ -22,11 +22,12 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18runrecovery/v1/run.proto\x12\x0erunrecovery.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"J\n\x12InteractiveProfile\x12\x34\n\x04kind\x18\x01 \x01(\x0e\x32&.runrecovery.v1.InteractiveProfileKind\")\n\x08RunError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"I\n\x11InteractionOption\x12\r\n\x05label\x18\x01 \x01(\t\x12%\n\x05value\x18\x02 \x01(\x0b\x32\x16.google.protobuf.Value\"\x83\x02\n\x12PendingInteraction\x12\x16\n\x0einteraction_id\x18\x01 \x01(\x05\x12-\n\x04kind\x18\x02 \x01(\x0e\x32\x1f.runrecovery.v1.InteractionKind\x12\x0e\n\x06prompt\x18\x03 \x01(\t\x12\x32\n\x07options\x18\x04 \x03(\x0b\x32!.runrecovery.v1.InteractionOption\x12,\n\x08\x61sked_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x34\n\x10wait_deadline_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"9\n\x07Session\x12\x0c\n\x04type\x18\x01 \x01(\t\x12\x12\n\nhas_handle\x18\x02 \x01(\x08\x12\x0c\n\x04turn\x18\x03 \x01(\x05\"\xa0\x02\n\x0bInteraction\x12\x16\n\x0einteraction_id\x18\x01 \x01(\x05\x12-\n\x04kind\x18\x02 \x01(\x0e\x32\x1f.runrecovery.v1.InteractionKind\x12\x0e\n\x06prompt\x18\x03 \x01(\t\x12\x32\n\x07options\x18\x04 \x03(\x0b\x32!.runrecovery.v1.InteractionOption\x12(\n\x08response\x18\x05 \x01(\x0b\x32\x16.google.protobuf.Value\x12,\n\x08\x61sked_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nreplied_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xf4\x02\n\x0cRecoveryInfo\x12\x35\n\x0erecovery_state\x18\x01 \x01(\x0e\x32\x1d.runrecovery.v1.RecoveryState\x12\x30\n\x0crecovered_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x17\n\x0frecovery_reason\x18\x03 \x01(\t\x12\x30\n\rstatus_before\x18\x04 \x01(\x0e\x32\x19.runrecovery.v1.RunStatus\x12/\n\x0cstatus_after\x18\x05 \x01(\x0e\x32\x19.runrecovery.v1.RunStatus\x12\x12\n\nerror_code\x18\x06 \x01(\t\x12\x19\n\x11reconciliation_id\x18\x07 \x01(\t\x12\x10\n\x08instance\x18\x08 \x01(\t\x12\r\n\x05\x65poch\x18\t \x01(\x03\x12\x16\n\x0erecovery_count\x18\n \x01(\x05\x12\x17\n\x0fprocesses_ended\x18\x0b \x01(\x05\"\xe3\x06\n\x03Run\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12/\n\x06labels\x18\x03 \x03(\x0b\x32\x1f.runrecovery.v1.Run.LabelsEntry\x12)\n\x06status\x18\x04 \x01(\x0e\x32\x19.runrecovery.v1.RunStatus\x12?\n\x13interactive_profile\x18\x05 \x01(\x0b\x32\".runrecovery.v1.InteractiveProfile\x12\x35\n\x0erestart_policy\x18\x06 \x01(\x0e\x32\x1d.runrecovery.v1.RestartPolicy\x12&\n\x05input\x18\x07 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\'\n\x06output\x18\x08 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\'\n\x05\x65rror\x18\t \x01(\x0b\x32\x18.runrecovery.v1.RunError\x12?\n\x13pending_interaction\x18\n \x01(\x0b\x32\".runrecovery.v1.PendingInteraction\x12(\n\x07session\x18\x0b \x01(\x0b\x32\x17.runrecovery.v1.Session\x12\x19\n\x11interaction_count\x18\x0c \x01(\x05\x12\x0f\n\x07\x61ttempt\x18\r \x01(\x05\x12\x12\n\nholds_slot\x18\x0e \x01(\x08\x12\x18\n\x10\x63\x61ncel_requested\x18\x0f \x01(\x08\x12.\n\x08recovery\x18\x10 \x01(\x0b\x32\x1c.runrecovery.v1.RecoveryInfo\x12.\n\ncreated_at\x18\x11 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstarted_at\x18\x12 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nupdated_at\x18\x13 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nded_at\x18\x14 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04\x65tag\x18\x15 \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*\xbd\x01\n\tRunStatus\x12\x1a\n\x16RUN_STATUS_UNSPECIFIED\x10\x00\x12\x15\n\x11RUN_STATUS_QUEUED\x10\x01\x12\x16\n\x12RUN_STATUS_RUNNING\x10\x02\x12\x1b\n\x17RUN_STATUS_WAITING_USER\x10\x03\x12\x18\n\x14RUN_STATUS_SUCCEEDED\x10\x04\x12\x15\n\x11RUN_STATUS_FAILED\x10\x05\x12\x17\n\x13RUN_STATUS_CANCELED\x10\x06*\x97\x01\n\x16InteractiveProfileKind\x12(\n$INTERACTIVE_PROFILE_KIND_UNSPECIFIED\x10\x00\x12&\n\"INTERACTIVE_PROFILE_KIND_RESUMABLE\x10\x01\x12+\n\'INTERACTIVE_PROFILE_KIND_STICKY_PROCESS\x10\x02*d\n\rRestartPolicy\x12\x1e\n\x1aRESTART_POLICY_UNSPECIFIED\x10\x00\x12\x17\n\x13RESTART_POLICY_FAIL\x10\x01\x12\x1a\n\x16RESTART_POLICY_REQUEUE\x10\x02*\xd3\x01\n\x0fInteractionKind\x12 \n\x1cINTERACTION_KIND_UNSPECIFIED\x10\x00\x12\x1e\n\x1aINTERACTION_KIND_OPEN_TEXT\x10\x01\x12\x1f\n\x1bINTERACTION_KIND_CHOOSE_ONE\x10\x02\x12\x1c\n\x18INTERACTION_KIND_CONFIRM\x10\x03\x12 \n\x1cINTERACTION_KIND_FILL_FIELDS\x10\x04\x12\x1d\n\x19INTERACTION_KIND_RISK_ACK\x10\x05*\x81\x02\n\rRecoveryState\x12\x1e\n\x1aRECOVERY_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13RECOVERY_STATE_NONE\x10\x01\x12$\n RECOVERY_STATE_RECOVERED_WAITING\x10\x02\x12$\n RECOVERY_STATE_FAILED_RECONCILED\x10\x03\x12#\n\x1fRECOVERY_STATE_RECOVERED_QUEUED\x10\x04\x12&\n\"RECOVERY_STATE_CANCELED_RECONCILED\x10\x05\x12\x1e\n\x1aRECOVERY_STATE_QUARANTINED\x10\x06\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18runrecovery/v1/run.proto\x12\x0erunrecovery.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb6\x01\n\x12InteractiveProfile\x12\x34\n\x04kind\x18\x01 \x01(\x0e\x32&.runrecovery.v1.InteractiveProfileKind\x12\x32\n\x0fsession_timeout\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1f\n\x12require_user_reply\x18\x03 \x01(\x08H\x00\x88\x01\x01\x42\x15\n\x13_require_user_reply\")\n\x08RunError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"I\n\x11InteractionOption\x12\r\n\x05label\x18\x01 \x01(\t\x12%\n\x05value\x18\x02 \x01(\x0b\x32\x16.google.protobuf.Value\"\x83\x02\n\x12PendingInteraction\x12\x16\n\x0einteraction_id\x18\x01 \x01(\x05\x12-\n\x04kind\x18\x02 \x01(\x0e\x32\x1f.runrecovery.v1.InteractionKind\x12\x0e\n\x06prompt\x18\x03 \x01(\t\x12\x32\n\x07options\x18\x04 \x03(\x0b\x32!.runrecovery.v1.InteractionOption\x12,\n\x08\x61sked_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x34\n\x10wait_deadline_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"9\n\x07Session\x12\x0c\n\x04type\x18\x01 \x01(\t\x12\x12\n\nhas_handle\x18\x02 \x01(\x08\x12\x0c\n\x04turn\x18\x03 \x01(\x05\"\xb6\x02\n\x0bInteraction\x12\x16\n\x0einteraction_id\x18\x01 \x01(\x05\x12-\n\x04kind\x18\x02 \x01(\x0e\x32\x1f.runrecovery.v1.InteractionKind\x12\x0e\n\x06prompt\x18\x03 \x01(\t\x12\x32\n\x07options\x18\x04 \x03(\x0b\x32!.runrecovery.v1.InteractionOption\x12(\n\x08response\x18\x05 \x01(\x0b\x32\x16.google.protobuf.Value\x12,\n\x08\x61sked_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nreplied_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0c\x61uto_decided\x18\x08 \x01(\x08\"\xf4\x02\n\x0cRecoveryInfo\x12\x35\n\x0erecovery_state\x18\x01 \x01(\x0e\x32\x1d.runrecovery.v1.RecoveryState\x12\x30\n\x0crecovered_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x17\n\x0frecovery_reason\x18\x03 \x01(\t\x12\x30\n\rstatus_before\x18\x04 \x01(\x0e\x32\x19.runrecovery.v1.RunStatus\x12/\n\x0cstatus_after\x18\x05 \x01(\x0e\x32\x19.runrecovery.v1.RunStatus\x12\x12\n\nerror_code\x18\x06 \x01(\t\x12\x19\n\x11reconciliation_id\x18\x07 \x01(\t\x12\x10\n\x08instance\x18\x08 \x01(\t\x12\r\n\x05\x65poch\x18\t \x01(\x03\x12\x16\n\x0erecovery_count\x18\n \x01(\x05\x12\x17\n\x0fprocesses_ended\x18\x0b \x01(\x05\"\xea\x07\n\x03Run\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12/\n\x06labels\x18\x03 \x03(\x0b\x32\x1f.runrecovery.v1.Run.LabelsEntry\x12)\n\x06status\x18\x04 \x01(\x0e\x32\x19.runrecovery.v1.RunStatus\x12?\n\x13interactive_profile\x18\x05 \x01(\x0b\x32\".runrecovery.v1.InteractiveProfile\x12\x35\n\x0erestart_policy\x18\x06 \x01(\x0e\x32\x1d.runrecovery.v1.RestartPolicy\x12&\n\x05input\x18\x07 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\'\n\x06output\x18\x08 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\'\n\x05\x65rror\x18\t \x01(\x0b\x32\x18.runrecovery.v1.RunError\x12?\n\x13pending_interaction\x18\n \x01(\x0b\x32\".runrecovery.v1.PendingInteraction\x12(\n\x07session\x18\x0b \x01(\x0b\x32\x17.runrecovery.v1.Session\x12\x19\n\x11interaction_count\x18\x0c \x01(\x05\x12\x0f\n\x07\x61ttempt\x18\r \x01(\x05\x12\x12\n\nholds_slot\x18\x0e \x01(\x08\x12\x18\n\x10\x63\x61ncel_requested\x18\x0f \x01(\x08\x12.\n\x08recovery\x18\x10 \x01(\x0b\x32\x1c.runrecovery.v1.RecoveryInfo\x12.\n\ncreated_at\x18\x11 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstarted_at\x18\x12 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nupdated_at\x18\x13 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nded_at\x18\x14 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04\x65tag\x18\x15 \x01(\t\x12\x1a\n\x12\x61uto_decided_count\x18\x16 \x01(\x05\x12\x33\n\x0frun_deadline_at\x18\x17 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x34\n\x10reopenable_until\x18\x18 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xa1\x02\n\x08RunEvent\x12*\n\x04kind\x18\x01 \x01(\x0e\x32\x1c.runrecovery.v1.RunEventKind\x12/\n\x0bhappened_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x06status\x18\x03 \x01(\x0e\x32\x19.runrecovery.v1.RunStatus\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\x05\x12\x16\n\x0einteraction_id\x18\x05 \x01(\x05\x12\x12\n\nerror_code\x18\x06 \x01(\t\x12.\n\x08recovery\x18\x07 \x01(\x0b\x32\x1c.runrecovery.v1.RecoveryInfo\x12 \n\x03run\x18\x08 \x01(\x0b\x32\x13.runrecovery.v1.Run\"\x0f\n\rWatchBookmark*\xbd\x01\n\tRunStatus\x12\x1a\n\x16RUN_STATUS_UNSPECIFIED\x10\x00\x12\x15\n\x11RUN_STATUS_QUEUED\x10\x01\x12\x16\n\x12RUN_STATUS_RUNNING\x10\x02\x12\x1b\n\x17RUN_STATUS_WAITING_USER\x10\x03\x12\x18\n\x14RUN_STATUS_SUCCEEDED\x10\x04\x12\x15\n\x11RUN_STATUS_FAILED\x10\x05\x12\x17\n\x13RUN_STATUS_CANCELED\x10\x06*\x97\x01\n\x16InteractiveProfileKind\x12(\n$INTERACTIVE_PROFILE_KIND_UNSPECIFIED\x10\x00\x12&\n\"INTERACTIVE_PROFILE_KIND_RESUMABLE\x10\x01\x12+\n\'INTERACTIVE_PROFILE_KIND_STICKY_PROCESS\x10\x02*d\n\rRestartPolicy\x12\x1e\n\x1aRESTART_POLICY_UNSPECIFIED\x10\x00\x12\x17\n\x13RESTART_POLICY_FAIL\x10\x01\x12\x1a\n\x16RESTART_POLICY_REQUEUE\x10\x02*\xd3\x01\n\x0fInteractionKind\x12 \n\x1cINTERACTION_KIND_UNSPECIFIED\x10\x00\x12\x1e\n\x1aINTERACTION_KIND_OPEN_TEXT\x10\x01\x12\x1f\n\x1bINTERACTION_KIND_CHOOSE_ONE\x10\x02\x12\x1c\n\x18INTERACTION_KIND_CONFIRM\x10\x03\x12 \n\x1cINTERACTION_KIND_FILL_FIELDS\x10\x04\x12\x1d\n\x19INTERACTION_KIND_RISK_ACK\x10\x05*\x9e\x02\n\rRecoveryState\x12\x1e\n\x1aRECOVERY_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13RECOVERY_STATE_NONE\x10\x01\x12$\n RECOVERY_STATE_RECOVERED_WAITING\x10\x02\x12$\n RECOVERY_STATE_FAILED_RECONCILED\x10\x03\x12#\n\x1fRECOVERY_STATE_RECOVERED_QUEUED\x10\x04\x12&\n\"RECOVERY_STATE_CANCELED_RECONCILED\x10\x05\x12\x1e\n\x1aRECOVERY_STATE_QUARANTINED\x10\x06\x12\x1b\n\x17RECOVERY_STATE_REOPENED\x10\x07*J\n\x07RunView\x12\x18\n\x14RUN_VIEW_UNSPECIFIED\x10\x00\x12\x12\n\x0eRUN_VIEW_BASIC\x10\x01\x12\x11\n\rRUN_VIEW_FULL\x10\x02*\x8f\x03\n\x0cRunEventKind\x12\x1e\n\x1aRUN_EVENT_KIND_UNSPECIFIED\x10\x00\x12\x1a\n\x16RUN_EVENT_KIND_CREATED\x10\x01\x12\x1a\n\x16RUN_EVENT_KIND_STARTED\x10\x02\x12\x18\n\x14RUN_EVENT_KIND_ASKED\x10\x03\x12\x1b\n\x17RUN_EVENT_KIND_ANSWERED\x10\x04\x12\x1f\n\x1bRUN_EVENT_KIND_AUTO_DECIDED\x10\x05\x12\x19\n\x15RUN_EVENT_KIND_QUEUED\x10\x06\x12#\n\x1fRUN_EVENT_KIND_CANCEL_REQUESTED\x10\x07\x12\x1c\n\x18RUN_EVENT_KIND_SUCCEEDED\x10\x08\x12\x19\n\x15RUN_EVENT_KIND_FAILED\x10\t\x12\x1b\n\x17RUN_EVENT_KIND_CANCELED\x10\n\x12\x1c\n\x18RUN_EVENT_KIND_RECOVERED\x10\x0b\x12\x1b\n\x17RUN_EVENT_KIND_REOPENED\x10\x0c\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,32 +36,40 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_RUN_LABELSENTRY']._loaded_options = None
   _globals['_RUN_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_RUNSTATUS']._serialized_start=2159
-  _globals['_RUNSTATUS']._serialized_end=2348
-  _globals['_INTERACTIVEPROFILEKIND']._serialized_start=2351
-  _globals['_INTERACTIVEPROFILEKIND']._serialized_end=2502
-  _globals['_RESTARTPOLICY']._serialized_start=2504
-  _globals['_RESTARTPOLICY']._serialized_end=2604
-  _globals['_INTERACTIONKIND']._serialized_start=2607
-  _globals['_INTERACTIONKIND']._serialized_end=2818
-  _globals['_RECOVERYSTATE']._serialized_start=2821
-  _globals['_RECOVERYSTATE']._serialized_end=3078
-  _globals['_INTERACTIVEPROFILE']._serialized_start=107
-  _globals['_INTERACTIVEPROFILE']._serialized_end=181
-  _globals['_RUNERROR']._serialized_start=183
-  _globals['_RUNERROR']._serialized_end=224
-  _globals['_INTERACTIONOPTION']._serialized_start=226
-  _globals['_INTERACTIONOPTION']._serialized_end=299
-  _globals['_PENDINGINTERACTION']._serialized_start=302
-  _globals['_PENDINGINTERACTION']._serialized_end=561
-  _globals['_SESSION']._serialized_start=563
-  _globals['_SESSION']._serialized_end=620
-  _globals['_INTERACTION']._serialized_start=623
-  _globals['_INTERACTION']._serialized_end=911
-  _globals['_RECOVERYINFO']._serialized_start=914
-  _globals['_RECOVERYINFO']._serialized_end=1286
-  _globals['_RUN']._serialized_start=1289
-  _globals['_RUN']._serialized_end=2156
-  _globals['_RUN_LABELSENTRY']._serialized_start=2111
-  _globals['_RUN_LABELSENTRY']._serialized_end=2156
+  _globals['_RUNSTATUS']._serialized_start=2766
+  _globals['_RUNSTATUS']._serialized_end=2955
+  _globals['_INTERACTIVEPROFILEKIND']._serialized_start=2958
+  _globals['_INTERACTIVEPROFILEKIND']._serialized_end=3109
+  _globals['_RESTARTPOLICY']._serialized_start=3111
+  _globals['_RESTARTPOLICY']._serialized_end=3211
+  _globals['_INTERACTIONKIND']._serialized_start=3214
+  _globals['_INTERACTIONKIND']._serialized_end=3425
+  _globals['_RECOVERYSTATE']._serialized_start=3428
+  _globals['_RECOVERYSTATE']._serialized_end=3714
+  _globals['_RUNVIEW']._serialized_start=3716
+  _globals['_RUNVIEW']._serialized_end=3790
+  _globals['_RUNEVENTKIND']._serialized_start=3793
+  _globals['_RUNEVENTKIND']._serialized_end=4192
+  _globals['_INTERACTIVEPROFILE']._serialized_start=140
+  _globals['_INTERACTIVEPROFILE']._serialized_end=322
+  _globals['_RUNERROR']._serialized_start=324
+  _globals['_RUNERROR']._serialized_end=365
+  _globals['_INTERACTIONOPTION']._serialized_start=367
+  _globals['_INTERACTIONOPTION']._serialized_end=440
+  _globals['_PENDINGINTERACTION']._serialized_start=443
+  _globals['_PENDINGINTERACTION']._serialized_end=702
+  _globals['_SESSION']._serialized_start=704
+  _globals['_SESSION']._serialized_end=761
+  _globals['_INTERACTION']._serialized_start=764
+  _globals['_INTERACTION']._serialized_end=1074
+  _globals['_RECOVERYINFO']._serialized_start=1077
+  _globals['_RECOVERYINFO']._serialized_end=1449
+  _globals['_RUN']._serialized_start=1452
+  _globals['_RUN']._serialized_end=2454
+  _globals['_RUN_LABELSENTRY']._serialized_start=2409
+  _globals['_RUN_LABELSENTRY']._serialized_end=2454
+  _globals['_RUNEVENT']._serialized_start=2457
+  _globals['_RUNEVENT']._serialized_end=2746
+  _globals['_WATCHBOOKMARK']._serialized_start=2748
+  _globals['_WATCHBOOKMARK']._serialized_end=2763
 # @@protoc_insertion_point(module_scope)

@@ -5,6 +5,7 @@ isort:skip_file
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
@@ -195,6 +196,10 @@ class _RecoveryStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Recover
     """Its record is damaged. It was set aside unchanged for an operator; nothing
     is launched for it and no other run is affected.
     """
+    RECOVERY_STATE_REOPENED: _RecoveryState.ValueType  # 7
+    """A recovery had failed it for want of its session, and ReopenRun set it back
+    since. No restart decided this.
+    """
 
 class RecoveryState(_RecoveryState, metaclass=_RecoveryStateEnumTypeWrapper):
     """What the last restart that concerned a run decided for it."""
@@ -217,7 +222,113 @@ RECOVERY_STATE_QUARANTINED: RecoveryState.ValueType  # 6
 """Its record is damaged. It was set aside unchanged for an operator; nothing
 is launched for it and no other run is affected.
 """
+RECOVERY_STATE_REOPENED: RecoveryState.ValueType  # 7
+"""A recovery had failed it for want of its session, and ReopenRun set it back
+since. No restart decided this.
+"""
 Global___RecoveryState: _TypeAlias = RecoveryState  # noqa: Y015
+
+class _RunView:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RunViewEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RunView.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    RUN_VIEW_UNSPECIFIED: _RunView.ValueType  # 0
+    """Same as FULL."""
+    RUN_VIEW_BASIC: _RunView.ValueType  # 1
+    """Without input and output, and without prompt and options of the open
+    question: a page of 1000 fits the 4 MiB that clients take by default,
+    unless labels are very long.
+    """
+    RUN_VIEW_FULL: _RunView.ValueType  # 2
+    """Everything."""
+
+class RunView(_RunView, metaclass=_RunViewEnumTypeWrapper):
+    """How much of a run a list shows."""
+
+RUN_VIEW_UNSPECIFIED: RunView.ValueType  # 0
+"""Same as FULL."""
+RUN_VIEW_BASIC: RunView.ValueType  # 1
+"""Without input and output, and without prompt and options of the open
+question: a page of 1000 fits the 4 MiB that clients take by default,
+unless labels are very long.
+"""
+RUN_VIEW_FULL: RunView.ValueType  # 2
+"""Everything."""
+Global___RunView: _TypeAlias = RunView  # noqa: Y015
+
+class _RunEventKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RunEventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RunEventKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    RUN_EVENT_KIND_UNSPECIFIED: _RunEventKind.ValueType  # 0
+    """Not set, or a stored kind that this version does not know."""
+    RUN_EVENT_KIND_CREATED: _RunEventKind.ValueType  # 1
+    """It was recorded and queued. Always the event with sequence 1."""
+    RUN_EVENT_KIND_STARTED: _RunEventKind.ValueType  # 2
+    """A process is being launched for it."""
+    RUN_EVENT_KIND_ASKED: _RunEventKind.ValueType  # 3
+    """It asked its user; interaction_id names the question."""
+    RUN_EVENT_KIND_ANSWERED: _RunEventKind.ValueType  # 4
+    """An answer to interaction_id was accepted."""
+    RUN_EVENT_KIND_AUTO_DECIDED: _RunEventKind.ValueType  # 5
+    """Nobody had answered interaction_id in time; it was decided automatically."""
+    RUN_EVENT_KIND_QUEUED: _RunEventKind.ValueType  # 6
+    """It went back to the queue without a restart: its launch did not happen, or
+    the service had stood still.
+    """
+    RUN_EVENT_KIND_CANCEL_REQUESTED: _RunEventKind.ValueType  # 7
+    """A cancel was accepted; its process is being ended."""
+    RUN_EVENT_KIND_SUCCEEDED: _RunEventKind.ValueType  # 8
+    """It ended well."""
+    RUN_EVENT_KIND_FAILED: _RunEventKind.ValueType  # 9
+    """It failed; error_code says how."""
+    RUN_EVENT_KIND_CANCELED: _RunEventKind.ValueType  # 10
+    """It was canceled."""
+    RUN_EVENT_KIND_RECOVERED: _RunEventKind.ValueType  # 11
+    """A restart decided on it; recovery says what. The status after it may be a
+    terminal one.
+    """
+    RUN_EVENT_KIND_REOPENED: _RunEventKind.ValueType  # 12
+    """ReopenRun set it back; recovery says from what."""
+
+class RunEventKind(_RunEventKind, metaclass=_RunEventKindEnumTypeWrapper):
+    """What happened to a run."""
+
+RUN_EVENT_KIND_UNSPECIFIED: RunEventKind.ValueType  # 0
+"""Not set, or a stored kind that this version does not know."""
+RUN_EVENT_KIND_CREATED: RunEventKind.ValueType  # 1
+"""It was recorded and queued. Always the event with sequence 1."""
+RUN_EVENT_KIND_STARTED: RunEventKind.ValueType  # 2
+"""A process is being launched for it."""
+RUN_EVENT_KIND_ASKED: RunEventKind.ValueType  # 3
+"""It asked its user; interaction_id names the question."""
+RUN_EVENT_KIND_ANSWERED: RunEventKind.ValueType  # 4
+"""An answer to interaction_id was accepted."""
+RUN_EVENT_KIND_AUTO_DECIDED: RunEventKind.ValueType  # 5
+"""Nobody had answered interaction_id in time; it was decided automatically."""
+RUN_EVENT_KIND_QUEUED: RunEventKind.ValueType  # 6
+"""It went back to the queue without a restart: its launch did not happen, or
+the service had stood still.
+"""
+RUN_EVENT_KIND_CANCEL_REQUESTED: RunEventKind.ValueType  # 7
+"""A cancel was accepted; its process is being ended."""
+RUN_EVENT_KIND_SUCCEEDED: RunEventKind.ValueType  # 8
+"""It ended well."""
+RUN_EVENT_KIND_FAILED: RunEventKind.ValueType  # 9
+"""It failed; error_code says how."""
+RUN_EVENT_KIND_CANCELED: RunEventKind.ValueType  # 10
+"""It was canceled."""
+RUN_EVENT_KIND_RECOVERED: RunEventKind.ValueType  # 11
+"""A restart decided on it; recovery says what. The status after it may be a
+terminal one.
+"""
+RUN_EVENT_KIND_REOPENED: RunEventKind.ValueType  # 12
+"""ReopenRun set it back; recovery says from what."""
+Global___RunEventKind: _TypeAlias = RunEventKind  # noqa: Y015
 
 @_typing.final
 class InteractiveProfile(_message.Message):
@@ -226,18 +337,36 @@ class InteractiveProfile(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     KIND_FIELD_NUMBER: _builtins.int
+    SESSION_TIMEOUT_FIELD_NUMBER: _builtins.int
+    REQUIRE_USER_REPLY_FIELD_NUMBER: _builtins.int
     kind: Global___InteractiveProfileKind.ValueType
     """OPTIONAL on CreateRun, OUTPUT_ONLY on Run. The kind of waiting."""
+    require_user_reply: _builtins.bool
+    """OPTIONAL on CreateRun, OUTPUT_ONLY on Run. False: a question that nobody has
+    answered at its deadline is decided automatically, and the run goes on.
+    Otherwise the engine's own, which is true unless it is configured.
+    """
+    @_builtins.property
+    def session_timeout(self) -> _duration_pb2.Duration:
+        """OPTIONAL on CreateRun, OUTPUT_ONLY on Run. How long one question waits: more
+        than zero, at most the engine's own, which is the default. What happens then
+        is said at PendingInteraction.wait_deadline_at.
+        """
+
     def __init__(
         self,
         *,
         kind: Global___InteractiveProfileKind.ValueType = ...,
+        session_timeout: _duration_pb2.Duration | None = ...,
+        require_user_reply: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_require_user_reply", b"_require_user_reply", "require_user_reply", b"require_user_reply", "session_timeout", b"session_timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_require_user_reply", b"_require_user_reply", "kind", b"kind", "require_user_reply", b"require_user_reply", "session_timeout", b"session_timeout"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__require_user_reply: _TypeAlias = _typing.Literal["require_user_reply"]  # noqa: Y015
+    _WhichOneofArgType__require_user_reply: _TypeAlias = _typing.Literal["_require_user_reply", b"_require_user_reply"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__require_user_reply) -> _WhichOneofReturnType__require_user_reply | None: ...
 
 Global___InteractiveProfile: _TypeAlias = InteractiveProfile  # noqa: Y015
 
@@ -325,9 +454,10 @@ class PendingInteraction(_message.Message):
 
     @_builtins.property
     def wait_deadline_at(self) -> _timestamp_pb2.Timestamp:
-        """OUTPUT_ONLY. When a sticky process will have waited long enough: it is then
-        ended, and the run fails with INTERACTION_WAIT_TIMEOUT. Absent for a run
-        that waits without a process: it waits without end.
+        """OUTPUT_ONLY. When it will have waited long enough. With require_user_reply
+        = false the question is then decided automatically; otherwise the process
+        of a sticky run is ended and the run fails with INTERACTION_WAIT_TIMEOUT.
+        Absent for a resumable run that requires a reply: it waits without end.
         """
 
     def __init__(
@@ -393,12 +523,17 @@ class Interaction(_message.Message):
     RESPONSE_FIELD_NUMBER: _builtins.int
     ASKED_AT_FIELD_NUMBER: _builtins.int
     REPLIED_AT_FIELD_NUMBER: _builtins.int
+    AUTO_DECIDED_FIELD_NUMBER: _builtins.int
     interaction_id: _builtins.int
     """OUTPUT_ONLY. The run's question counter, from 1."""
     kind: Global___InteractionKind.ValueType
     """OUTPUT_ONLY. What the question asked for."""
     prompt: _builtins.str
     """OUTPUT_ONLY. The question, as the engine worded it."""
+    auto_decided: _builtins.bool
+    """OUTPUT_ONLY. True when nobody answered in time and the service did, with
+    null: the engine is told so and decides by itself.
+    """
     @_builtins.property
     def options(self) -> _containers.RepeatedCompositeFieldContainer[Global___InteractionOption]:
         """OUTPUT_ONLY. The offered answers."""
@@ -427,10 +562,11 @@ class Interaction(_message.Message):
         response: _struct_pb2.Value | None = ...,
         asked_at: _timestamp_pb2.Timestamp | None = ...,
         replied_at: _timestamp_pb2.Timestamp | None = ...,
+        auto_decided: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["asked_at", b"asked_at", "replied_at", b"replied_at", "response", b"response"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked_at", b"asked_at", "interaction_id", b"interaction_id", "kind", b"kind", "options", b"options", "prompt", b"prompt", "replied_at", b"replied_at", "response", b"response"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked_at", b"asked_at", "auto_decided", b"auto_decided", "interaction_id", b"interaction_id", "kind", b"kind", "options", b"options", "prompt", b"prompt", "replied_at", b"replied_at", "response", b"response"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -549,6 +685,9 @@ class Run(_message.Message):
     UPDATED_AT_FIELD_NUMBER: _builtins.int
     ENDED_AT_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
+    AUTO_DECIDED_COUNT_FIELD_NUMBER: _builtins.int
+    RUN_DEADLINE_AT_FIELD_NUMBER: _builtins.int
+    REOPENABLE_UNTIL_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """OUTPUT_ONLY. The id of the run: `[a-z0-9][a-z0-9_-]{0,63}`."""
     engine: _builtins.str
@@ -572,6 +711,8 @@ class Run(_message.Message):
     that keeps a run waiting leaves it as it was, so that a reply prepared
     before the restart is still accepted after it.
     """
+    auto_decided_count: _builtins.int
+    """OUTPUT_ONLY. Questions that were decided automatically so far."""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """OUTPUT_ONLY. The caller's own labels."""
@@ -622,6 +763,19 @@ class Run(_message.Message):
     def ended_at(self) -> _timestamp_pb2.Timestamp:
         """OUTPUT_ONLY. When it became terminal; absent before."""
 
+    @_builtins.property
+    def run_deadline_at(self) -> _timestamp_pb2.Timestamp:
+        """OUTPUT_ONLY. When the run will have taken too long: it then fails with
+        RUN_TIMEOUT, wherever it stands. Absent before its first launch, and for
+        engines without `max_run_time_s`.
+        """
+
+    @_builtins.property
+    def reopenable_until(self) -> _timestamp_pb2.Timestamp:
+        """OUTPUT_ONLY. Until when ReopenRun can set the run back; absent when it
+        cannot. A time in the past means that its window is over.
+        """
+
     def __init__(
         self,
         *,
@@ -646,11 +800,89 @@ class Run(_message.Message):
         updated_at: _timestamp_pb2.Timestamp | None = ...,
         ended_at: _timestamp_pb2.Timestamp | None = ...,
         etag: _builtins.str = ...,
+        auto_decided_count: _builtins.int = ...,
+        run_deadline_at: _timestamp_pb2.Timestamp | None = ...,
+        reopenable_until: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "ended_at", b"ended_at", "error", b"error", "input", b"input", "interactive_profile", b"interactive_profile", "output", b"output", "pending_interaction", b"pending_interaction", "recovery", b"recovery", "session", b"session", "started_at", b"started_at", "updated_at", b"updated_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "ended_at", b"ended_at", "error", b"error", "input", b"input", "interactive_profile", b"interactive_profile", "output", b"output", "pending_interaction", b"pending_interaction", "recovery", b"recovery", "reopenable_until", b"reopenable_until", "run_deadline_at", b"run_deadline_at", "session", b"session", "started_at", b"started_at", "updated_at", b"updated_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cancel_requested", b"cancel_requested", "created_at", b"created_at", "ended_at", b"ended_at", "engine", b"engine", "error", b"error", "etag", b"etag", "holds_slot", b"holds_slot", "input", b"input", "interaction_count", b"interaction_count", "interactive_profile", b"interactive_profile", "labels", b"labels", "output", b"output", "pending_interaction", b"pending_interaction", "recovery", b"recovery", "restart_policy", b"restart_policy", "run_id", b"run_id", "session", b"session", "started_at", b"started_at", "status", b"status", "updated_at", b"updated_at"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "auto_decided_count", b"auto_decided_count", "cancel_requested", b"cancel_requested", "created_at", b"created_at", "ended_at", b"ended_at", "engine", b"engine", "error", b"error", "etag", b"etag", "holds_slot", b"holds_slot", "input", b"input", "interaction_count", b"interaction_count", "interactive_profile", b"interactive_profile", "labels", b"labels", "output", b"output", "pending_interaction", b"pending_interaction", "recovery", b"recovery", "reopenable_until", b"reopenable_until", "restart_policy", b"restart_policy", "run_deadline_at", b"run_deadline_at", "run_id", b"run_id", "session", b"session", "started_at", b"started_at", "status", b"status", "updated_at", b"updated_at"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Run: _TypeAlias = Run  # noqa: Y015
+
+@_typing.final
+class RunEvent(_message.Message):
+    """One event of a run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    HAPPENED_AT_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    INTERACTION_ID_FIELD_NUMBER: _builtins.int
+    ERROR_CODE_FIELD_NUMBER: _builtins.int
+    RECOVERY_FIELD_NUMBER: _builtins.int
+    RUN_FIELD_NUMBER: _builtins.int
+    kind: Global___RunEventKind.ValueType
+    """OUTPUT_ONLY. What happened."""
+    status: Global___RunStatus.ValueType
+    """OUTPUT_ONLY. The run's status from then on."""
+    attempt: _builtins.int
+    """OUTPUT_ONLY. The attempt that it belongs to; 0 before the first launch."""
+    interaction_id: _builtins.int
+    """OUTPUT_ONLY. The question that it is about; 0 when about none."""
+    error_code: _builtins.str
+    """OUTPUT_ONLY. The error code that the run got; empty if none."""
+    @_builtins.property
+    def happened_at(self) -> _timestamp_pb2.Timestamp:
+        """OUTPUT_ONLY. When it was committed."""
+
+    @_builtins.property
+    def recovery(self) -> Global___RecoveryInfo:
+        """OUTPUT_ONLY. The decision, of RECOVERED and REOPENED."""
+
+    @_builtins.property
+    def run(self) -> Global___Run:
+        """OUTPUT_ONLY. The run as this event left it. Absent when another event had
+        followed before this one was sent; the last one bears it.
+        """
+
+    def __init__(
+        self,
+        *,
+        kind: Global___RunEventKind.ValueType = ...,
+        happened_at: _timestamp_pb2.Timestamp | None = ...,
+        status: Global___RunStatus.ValueType = ...,
+        attempt: _builtins.int = ...,
+        interaction_id: _builtins.int = ...,
+        error_code: _builtins.str = ...,
+        recovery: Global___RecoveryInfo | None = ...,
+        run: Global___Run | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["happened_at", b"happened_at", "recovery", b"recovery", "run", b"run"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "error_code", b"error_code", "happened_at", b"happened_at", "interaction_id", b"interaction_id", "kind", b"kind", "recovery", b"recovery", "run", b"run", "status", b"status"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunEvent: _TypeAlias = RunEvent  # noqa: Y015
+
+@_typing.final
+class WatchBookmark(_message.Message):
+    """A sign of life in a stream that has nothing to tell."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchBookmark: _TypeAlias = WatchBookmark  # noqa: Y015

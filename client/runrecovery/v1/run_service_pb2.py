@@ -23,10 +23,11 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from runrecovery.v1 import run_pb2 as runrecovery_dot_v1_dot_run__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n runrecovery/v1/run_service.proto\x12\x0erunrecovery.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x18runrecovery/v1/run.proto\"\xd3\x02\n\x10\x43reateRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12<\n\x06labels\x18\x03 \x03(\x0b\x32,.runrecovery.v1.CreateRunRequest.LabelsEntry\x12&\n\x05input\x18\x04 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x35\n\x0erestart_policy\x18\x05 \x01(\x0e\x32\x1d.runrecovery.v1.RestartPolicy\x12?\n\x13interactive_profile\x18\x06 \x01(\x0b\x32\".runrecovery.v1.InteractiveProfile\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"5\n\x11\x43reateRunResponse\x12 \n\x03run\x18\x01 \x01(\x0b\x32\x13.runrecovery.v1.Run\"\x1f\n\rGetRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"2\n\x0eGetRunResponse\x12 \n\x03run\x18\x01 \x01(\x0b\x32\x13.runrecovery.v1.Run\"H\n\tRunFilter\x12+\n\x08statuses\x18\x01 \x03(\x0e\x32\x19.runrecovery.v1.RunStatus\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\"c\n\x0fListRunsRequest\x12)\n\x06\x66ilter\x18\x01 \x01(\x0b\x32\x19.runrecovery.v1.RunFilter\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"N\n\x10ListRunsResponse\x12!\n\x04runs\x18\x01 \x03(\x0b\x32\x13.runrecovery.v1.Run\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x88\x01\n\x12SubmitReplyRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x16\n\x0einteraction_id\x18\x02 \x01(\x05\x12(\n\x08response\x18\x03 \x01(\x0b\x32\x16.google.protobuf.Value\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x0c\n\x04\x65tag\x18\x05 \x01(\t\"7\n\x13SubmitReplyResponse\x12 \n\x03run\x18\x01 \x01(\x0b\x32\x13.runrecovery.v1.Run\"D\n\x10\x43\x61ncelRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\"5\n\x11\x43\x61ncelRunResponse\x12 \n\x03run\x18\x01 \x01(\x0b\x32\x13.runrecovery.v1.Run\"P\n\x17ListInteractionsRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"f\n\x18ListInteractionsResponse\x12\x31\n\x0cinteractions\x18\x01 \x03(\x0b\x32\x1b.runrecovery.v1.Interaction\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x86\x01\n\x13StreamOutputRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12.\n\x07\x63hannel\x18\x03 \x01(\x0e\x32\x1d.runrecovery.v1.OutputChannel\x12\x0e\n\x06offset\x18\x04 \x01(\x03\x12\x0e\n\x06\x66ollow\x18\x05 \x01(\x08\"X\n\x14StreamOutputResponse\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x05\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x11\n\ttruncated\x18\x04 \x01(\x08*e\n\rOutputChannel\x12\x1e\n\x1aOUTPUT_CHANNEL_UNSPECIFIED\x10\x00\x12\x19\n\x15OUTPUT_CHANNEL_STDOUT\x10\x01\x12\x19\n\x15OUTPUT_CHANNEL_STDERR\x10\x02\x32\x82\x05\n\nRunService\x12P\n\tCreateRun\x12 .runrecovery.v1.CreateRunRequest\x1a!.runrecovery.v1.CreateRunResponse\x12L\n\x06GetRun\x12\x1d.runrecovery.v1.GetRunRequest\x1a\x1e.runrecovery.v1.GetRunResponse\"\x03\x90\x02\x01\x12R\n\x08ListRuns\x12\x1f.runrecovery.v1.ListRunsRequest\x1a .runrecovery.v1.ListRunsResponse\"\x03\x90\x02\x01\x12[\n\x0bSubmitReply\x12\".runrecovery.v1.SubmitReplyRequest\x1a#.runrecovery.v1.SubmitReplyResponse\"\x03\x90\x02\x02\x12U\n\tCancelRun\x12 .runrecovery.v1.CancelRunRequest\x1a!.runrecovery.v1.CancelRunResponse\"\x03\x90\x02\x02\x12j\n\x10ListInteractions\x12\'.runrecovery.v1.ListInteractionsRequest\x1a(.runrecovery.v1.ListInteractionsResponse\"\x03\x90\x02\x01\x12`\n\x0cStreamOutput\x12#.runrecovery.v1.StreamOutputRequest\x1a$.runrecovery.v1.StreamOutputResponse\"\x03\x90\x02\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n runrecovery/v1/run_service.proto\x12\x0erunrecovery.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18runrecovery/v1/run.proto\"\xd3\x02\n\x10\x43reateRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12<\n\x06labels\x18\x03 \x03(\x0b\x32,.runrecovery.v1.CreateRunRequest.LabelsEntry\x12&\n\x05input\x18\x04 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x35\n\x0erestart_policy\x18\x05 \x01(\x0e\x32\x1d.runrecovery.v1.RestartPolicy\x12?\n\x13interactive_profile\x18\x06 \x01(\x0b\x32\".runrecovery.v1.InteractiveProfile\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"5\n\x11\x43reateRunResponse\x12 \n\x03run\x18\x01 \x01(\x0b\x32\x13.runrecovery.v1.Run\"\x1f\n\rGetRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"2\n\x0eGetRunResponse\x12 \n\x03run\x18\x01 \x01(\x0b\x32\x13.runrecovery.v1.Run\"\x95\x02\n\tRunFilter\x12+\n\x08statuses\x18\x01 \x03(\x0e\x32\x19.runrecovery.v1.RunStatus\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12\x35\n\x06labels\x18\x03 \x03(\x0b\x32%.runrecovery.v1.RunFilter.LabelsEntry\x12\x31\n\rcreated_after\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0e\x63reated_before\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x8a\x01\n\x0fListRunsRequest\x12)\n\x06\x66ilter\x18\x01 \x01(\x0b\x32\x19.runrecovery.v1.RunFilter\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12%\n\x04view\x18\x04 \x01(\x0e\x32\x17.runrecovery.v1.RunView\"N\n\x10ListRunsResponse\x12!\n\x04runs\x18\x01 \x03(\x0b\x32\x13.runrecovery.v1.Run\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x88\x01\n\x12SubmitReplyRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x16\n\x0einteraction_id\x18\x02 \x01(\x05\x12(\n\x08response\x18\x03 \x01(\x0b\x32\x16.google.protobuf.Value\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x0c\n\x04\x65tag\x18\x05 \x01(\t\"7\n\x13SubmitReplyResponse\x12 \n\x03run\x18\x01 \x01(\x0b\x32\x13.runrecovery.v1.Run\"D\n\x10\x43\x61ncelRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\"5\n\x11\x43\x61ncelRunResponse\x12 \n\x03run\x18\x01 \x01(\x0b\x32\x13.runrecovery.v1.Run\"P\n\x17ListInteractionsRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"f\n\x18ListInteractionsResponse\x12\x31\n\x0cinteractions\x18\x01 \x03(\x0b\x32\x1b.runrecovery.v1.Interaction\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x86\x01\n\x13StreamOutputRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12.\n\x07\x63hannel\x18\x03 \x01(\x0e\x32\x1d.runrecovery.v1.OutputChannel\x12\x0e\n\x06offset\x18\x04 \x01(\x03\x12\x0e\n\x06\x66ollow\x18\x05 \x01(\x08\"X\n\x14StreamOutputResponse\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x05\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x11\n\ttruncated\x18\x04 \x01(\x08\"Q\n\x0fWatchRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x1b\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03H\x00\x88\x01\x01\x42\x11\n\x0f_after_sequence\"\xb5\x01\n\x10WatchRunResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12\'\n\x08snapshot\x18\x02 \x01(\x0b\x32\x13.runrecovery.v1.RunH\x00\x12)\n\x05\x65vent\x18\x03 \x01(\x0b\x32\x18.runrecovery.v1.RunEventH\x00\x12\x31\n\x08\x62ookmark\x18\x04 \x01(\x0b\x32\x1d.runrecovery.v1.WatchBookmarkH\x00\x42\x08\n\x06update\"\x81\x01\n\x10ReopenRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x16\n\x0ckeep_session\x18\x02 \x01(\x08H\x00\x12\x18\n\x0esession_handle\x18\x03 \x01(\tH\x00\x12\x0c\n\x04\x65tag\x18\x04 \x01(\t\x12\x12\n\nrequest_id\x18\x05 \x01(\tB\t\n\x07session\"5\n\x11ReopenRunResponse\x12 \n\x03run\x18\x01 \x01(\x0b\x32\x13.runrecovery.v1.Run*e\n\rOutputChannel\x12\x1e\n\x1aOUTPUT_CHANNEL_UNSPECIFIED\x10\x00\x12\x19\n\x15OUTPUT_CHANNEL_STDOUT\x10\x01\x12\x19\n\x15OUTPUT_CHANNEL_STDERR\x10\x02\x32\xaf\x06\n\nRunService\x12P\n\tCreateRun\x12 .runrecovery.v1.CreateRunRequest\x1a!.runrecovery.v1.CreateRunResponse\x12L\n\x06GetRun\x12\x1d.runrecovery.v1.GetRunRequest\x1a\x1e.runrecovery.v1.GetRunResponse\"\x03\x90\x02\x01\x12R\n\x08ListRuns\x12\x1f.runrecovery.v1.ListRunsRequest\x1a .runrecovery.v1.ListRunsResponse\"\x03\x90\x02\x01\x12T\n\x08WatchRun\x12\x1f.runrecovery.v1.WatchRunRequest\x1a .runrecovery.v1.WatchRunResponse\"\x03\x90\x02\x01\x30\x01\x12[\n\x0bSubmitReply\x12\".runrecovery.v1.SubmitReplyRequest\x1a#.runrecovery.v1.SubmitReplyResponse\"\x03\x90\x02\x02\x12U\n\tCancelRun\x12 .runrecovery.v1.CancelRunRequest\x1a!.runrecovery.v1.CancelRunResponse\"\x03\x90\x02\x02\x12U\n\tReopenRun\x12 .runrecovery.v1.ReopenRunRequest\x1a!.runrecovery.v1.ReopenRunResponse\"\x03\x90\x02\x02\x12j\n\x10ListInteractions\x12\'.runrecovery.v1.ListInteractionsRequest\x1a(.runrecovery.v1.ListInteractionsResponse\"\x03\x90\x02\x01\x12`\n\x0cStreamOutput\x12#.runrecovery.v1.StreamOutputRequest\x1a$.runrecovery.v1.StreamOutputResponse\"\x03\x90\x02\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,52 +36,68 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CREATERUNREQUEST_LABELSENTRY']._loaded_options = None
   _globals['_CREATERUNREQUEST_LABELSENTRY']._serialized_options = b'8\001'
+  _globals['_RUNFILTER_LABELSENTRY']._loaded_options = None
+  _globals['_RUNFILTER_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_RUNSERVICE'].methods_by_name['GetRun']._loaded_options = None
   _globals['_RUNSERVICE'].methods_by_name['GetRun']._serialized_options = b'\220\002\001'
   _globals['_RUNSERVICE'].methods_by_name['ListRuns']._loaded_options = None
   _globals['_RUNSERVICE'].methods_by_name['ListRuns']._serialized_options = b'\220\002\001'
+  _globals['_RUNSERVICE'].methods_by_name['WatchRun']._loaded_options = None
+  _globals['_RUNSERVICE'].methods_by_name['WatchRun']._serialized_options = b'\220\002\001'
   _globals['_RUNSERVICE'].methods_by_name['SubmitReply']._loaded_options = None
   _globals['_RUNSERVICE'].methods_by_name['SubmitReply']._serialized_options = b'\220\002\002'
   _globals['_RUNSERVICE'].methods_by_name['CancelRun']._loaded_options = None
   _globals['_RUNSERVICE'].methods_by_name['CancelRun']._serialized_options = b'\220\002\002'
+  _globals['_RUNSERVICE'].methods_by_name['ReopenRun']._loaded_options = None
+  _globals['_RUNSERVICE'].methods_by_name['ReopenRun']._serialized_options = b'\220\002\002'
   _globals['_RUNSERVICE'].methods_by_name['ListInteractions']._loaded_options = None
   _globals['_RUNSERVICE'].methods_by_name['ListInteractions']._serialized_options = b'\220\002\001'
   _globals['_RUNSERVICE'].methods_by_name['StreamOutput']._loaded_options = None
   _globals['_RUNSERVICE'].methods_by_name['StreamOutput']._serialized_options = b'\220\002\001'
-  _globals['_OUTPUTCHANNEL']._serialized_start=1579
-  _globals['_OUTPUTCHANNEL']._serialized_end=1680
-  _globals['_CREATERUNREQUEST']._serialized_start=109
-  _globals['_CREATERUNREQUEST']._serialized_end=448
-  _globals['_CREATERUNREQUEST_LABELSENTRY']._serialized_start=403
-  _globals['_CREATERUNREQUEST_LABELSENTRY']._serialized_end=448
-  _globals['_CREATERUNRESPONSE']._serialized_start=450
-  _globals['_CREATERUNRESPONSE']._serialized_end=503
-  _globals['_GETRUNREQUEST']._serialized_start=505
-  _globals['_GETRUNREQUEST']._serialized_end=536
-  _globals['_GETRUNRESPONSE']._serialized_start=538
-  _globals['_GETRUNRESPONSE']._serialized_end=588
-  _globals['_RUNFILTER']._serialized_start=590
-  _globals['_RUNFILTER']._serialized_end=662
-  _globals['_LISTRUNSREQUEST']._serialized_start=664
-  _globals['_LISTRUNSREQUEST']._serialized_end=763
-  _globals['_LISTRUNSRESPONSE']._serialized_start=765
-  _globals['_LISTRUNSRESPONSE']._serialized_end=843
-  _globals['_SUBMITREPLYREQUEST']._serialized_start=846
-  _globals['_SUBMITREPLYREQUEST']._serialized_end=982
-  _globals['_SUBMITREPLYRESPONSE']._serialized_start=984
-  _globals['_SUBMITREPLYRESPONSE']._serialized_end=1039
-  _globals['_CANCELRUNREQUEST']._serialized_start=1041
-  _globals['_CANCELRUNREQUEST']._serialized_end=1109
-  _globals['_CANCELRUNRESPONSE']._serialized_start=1111
-  _globals['_CANCELRUNRESPONSE']._serialized_end=1164
-  _globals['_LISTINTERACTIONSREQUEST']._serialized_start=1166
-  _globals['_LISTINTERACTIONSREQUEST']._serialized_end=1246
-  _globals['_LISTINTERACTIONSRESPONSE']._serialized_start=1248
-  _globals['_LISTINTERACTIONSRESPONSE']._serialized_end=1350
-  _globals['_STREAMOUTPUTREQUEST']._serialized_start=1353
-  _globals['_STREAMOUTPUTREQUEST']._serialized_end=1487
-  _globals['_STREAMOUTPUTRESPONSE']._serialized_start=1489
-  _globals['_STREAMOUTPUTRESPONSE']._serialized_end=1577
-  _globals['_RUNSERVICE']._serialized_start=1683
-  _globals['_RUNSERVICE']._serialized_end=2325
+  _globals['_OUTPUTCHANNEL']._serialized_start=2312
+  _globals['_OUTPUTCHANNEL']._serialized_end=2413
+  _globals['_CREATERUNREQUEST']._serialized_start=142
+  _globals['_CREATERUNREQUEST']._serialized_end=481
+  _globals['_CREATERUNREQUEST_LABELSENTRY']._serialized_start=436
+  _globals['_CREATERUNREQUEST_LABELSENTRY']._serialized_end=481
+  _globals['_CREATERUNRESPONSE']._serialized_start=483
+  _globals['_CREATERUNRESPONSE']._serialized_end=536
+  _globals['_GETRUNREQUEST']._serialized_start=538
+  _globals['_GETRUNREQUEST']._serialized_end=569
+  _globals['_GETRUNRESPONSE']._serialized_start=571
+  _globals['_GETRUNRESPONSE']._serialized_end=621
+  _globals['_RUNFILTER']._serialized_start=624
+  _globals['_RUNFILTER']._serialized_end=901
+  _globals['_RUNFILTER_LABELSENTRY']._serialized_start=436
+  _globals['_RUNFILTER_LABELSENTRY']._serialized_end=481
+  _globals['_LISTRUNSREQUEST']._serialized_start=904
+  _globals['_LISTRUNSREQUEST']._serialized_end=1042
+  _globals['_LISTRUNSRESPONSE']._serialized_start=1044
+  _globals['_LISTRUNSRESPONSE']._serialized_end=1122
+  _globals['_SUBMITREPLYREQUEST']._serialized_start=1125
+  _globals['_SUBMITREPLYREQUEST']._serialized_end=1261
+  _globals['_SUBMITREPLYRESPONSE']._serialized_start=1263
+  _globals['_SUBMITREPLYRESPONSE']._serialized_end=1318
+  _globals['_CANCELRUNREQUEST']._serialized_start=1320
+  _globals['_CANCELRUNREQUEST']._serialized_end=1388
+  _globals['_CANCELRUNRESPONSE']._serialized_start=1390
+  _globals['_CANCELRUNRESPONSE']._serialized_end=1443
+  _globals['_LISTINTERACTIONSREQUEST']._serialized_start=1445
+  _globals['_LISTINTERACTIONSREQUEST']._serialized_end=1525
+  _globals['_LISTINTERACTIONSRESPONSE']._serialized_start=1527
+  _globals['_LISTINTERACTIONSRESPONSE']._serialized_end=1629
+  _globals['_STREAMOUTPUTREQUEST']._serialized_start=1632
+  _globals['_STREAMOUTPUTREQUEST']._serialized_end=1766
+  _globals['_STREAMOUTPUTRESPONSE']._serialized_start=1768
+  _globals['_STREAMOUTPUTRESPONSE']._serialized_end=1856
+  _globals['_WATCHRUNREQUEST']._serialized_start=1858
+  _globals['_WATCHRUNREQUEST']._serialized_end=1939
+  _globals['_WATCHRUNRESPONSE']._serialized_start=1942
+  _globals['_WATCHRUNRESPONSE']._serialized_end=2123
+  _globals['_REOPENRUNREQUEST']._serialized_start=2126
+  _globals['_REOPENRUNREQUEST']._serialized_end=2255
+  _globals['_REOPENRUNRESPONSE']._serialized_start=2257
+  _globals['_REOPENRUNRESPONSE']._serialized_end=2310
+  _globals['_RUNSERVICE']._serialized_start=2416
+  _globals['_RUNSERVICE']._serialized_end=3231
 # @@protoc_insertion_point(module_scope)

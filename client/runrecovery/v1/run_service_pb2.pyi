@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import struct_pb2 as _struct_pb2
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from runrecovery.v1 import run_pb2 as _run_pb2
@@ -105,7 +106,9 @@ class CreateRunRequest(_message.Message):
 
     @_builtins.property
     def interactive_profile(self) -> _run_pb2.InteractiveProfile:
-        """OPTIONAL. Must be the engine's own kind where it is set."""
+        """OPTIONAL. Narrows the engine's own: its kind must be the engine's where it is
+        set, session_timeout at most the engine's.
+        """
 
     def __init__(
         self,
@@ -202,8 +205,31 @@ class RunFilter(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     STATUSES_FIELD_NUMBER: _builtins.int
     ENGINE_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    CREATED_AFTER_FIELD_NUMBER: _builtins.int
+    CREATED_BEFORE_FIELD_NUMBER: _builtins.int
     engine: _builtins.str
     """OPTIONAL. This engine only."""
     @_builtins.property
@@ -212,15 +238,30 @@ class RunFilter(_message.Message):
         A quarantined run has no status and matches none.
         """
 
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """OPTIONAL. Runs that have all of these labels, at most 8."""
+
+    @_builtins.property
+    def created_after(self) -> _timestamp_pb2.Timestamp:
+        """OPTIONAL. Created at or after this time."""
+
+    @_builtins.property
+    def created_before(self) -> _timestamp_pb2.Timestamp:
+        """OPTIONAL. Created before this time."""
+
     def __init__(
         self,
         *,
         statuses: _abc.Iterable[_run_pb2.RunStatus.ValueType] | None = ...,
         engine: _builtins.str = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        created_after: _timestamp_pb2.Timestamp | None = ...,
+        created_before: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["created_after", b"created_after", "created_before", b"created_before"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "statuses", b"statuses"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_after", b"created_after", "created_before", b"created_before", "engine", b"engine", "labels", b"labels", "statuses", b"statuses"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -235,10 +276,13 @@ class ListRunsRequest(_message.Message):
     FILTER_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    VIEW_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """OPTIONAL. Rows a page: 0 means 50, more than 1000 means 1000, negative is refused."""
     page_token: _builtins.str
-    """OPTIONAL. next_page_token of the page before, with the same filter."""
+    """OPTIONAL. next_page_token of the page before, with the same filter and view."""
+    view: _run_pb2.RunView.ValueType
+    """OPTIONAL. How much of each run."""
     @_builtins.property
     def filter(self) -> Global___RunFilter:
         """OPTIONAL. Which runs."""
@@ -249,10 +293,11 @@ class ListRunsRequest(_message.Message):
         filter: Global___RunFilter | None = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        view: _run_pb2.RunView.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "page_size", b"page_size", "page_token", b"page_token", "view", b"view"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -271,7 +316,8 @@ class ListRunsResponse(_message.Message):
     @_builtins.property
     def runs(self) -> _containers.RepeatedCompositeFieldContainer[_run_pb2.Run]:
         """The runs, newest created_at first. A page may hold fewer than page_size
-        when they are large, so that it fits the 4 MiB that clients take by default.
+        when they are large, so that it fits the 4 MiB that clients take by default;
+        only a single run that is larger than that comes alone and exceeds it.
         """
 
     def __init__(
@@ -543,3 +589,142 @@ class StreamOutputResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StreamOutputResponse: _TypeAlias = StreamOutputResponse  # noqa: Y015
+
+@_typing.final
+class WatchRunRequest(_message.Message):
+    """A request to watch a run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    """REQUIRED. The run."""
+    after_sequence: _builtins.int
+    """OPTIONAL. The last sequence that the caller has seen: the stream begins with
+    the event after it, and without a snapshot. 0 asks for every event from the
+    creation on. OUT_OF_RANGE when the events after it are not kept any more.
+    """
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        after_sequence: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_after_sequence", b"_after_sequence", "after_sequence", b"after_sequence"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_after_sequence", b"_after_sequence", "after_sequence", b"after_sequence", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__after_sequence: _TypeAlias = _typing.Literal["after_sequence"]  # noqa: Y015
+    _WhichOneofArgType__after_sequence: _TypeAlias = _typing.Literal["_after_sequence", b"_after_sequence"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__after_sequence) -> _WhichOneofReturnType__after_sequence | None: ...
+
+Global___WatchRunRequest: _TypeAlias = WatchRunRequest  # noqa: Y015
+
+@_typing.final
+class WatchRunResponse(_message.Message):
+    """What happened to the watched run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_FIELD_NUMBER: _builtins.int
+    EVENT_FIELD_NUMBER: _builtins.int
+    BOOKMARK_FIELD_NUMBER: _builtins.int
+    sequence: _builtins.int
+    """The sequence reached; after_sequence of a watch that goes on from here."""
+    @_builtins.property
+    def snapshot(self) -> _run_pb2.Run:
+        """The run as it stands, first and only in a watch without after_sequence."""
+
+    @_builtins.property
+    def event(self) -> _run_pb2.RunEvent:
+        """One event."""
+
+    @_builtins.property
+    def bookmark(self) -> _run_pb2.WatchBookmark:
+        """Nothing was told for 15 s; the watch is alive. Also first in a watch with
+        after_sequence, when there is nothing else to begin with.
+        """
+
+    def __init__(
+        self,
+        *,
+        sequence: _builtins.int = ...,
+        snapshot: _run_pb2.Run | None = ...,
+        event: _run_pb2.RunEvent | None = ...,
+        bookmark: _run_pb2.WatchBookmark | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bookmark", b"bookmark", "event", b"event", "snapshot", b"snapshot", "update", b"update"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bookmark", b"bookmark", "event", b"event", "sequence", b"sequence", "snapshot", b"snapshot", "update", b"update"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_update: _TypeAlias = _typing.Literal["snapshot", "event", "bookmark"]  # noqa: Y015
+    _WhichOneofArgType_update: _TypeAlias = _typing.Literal["update", b"update"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_update) -> _WhichOneofReturnType_update | None: ...
+
+Global___WatchRunResponse: _TypeAlias = WatchRunResponse  # noqa: Y015
+
+@_typing.final
+class ReopenRunRequest(_message.Message):
+    """A request to set a failed run back."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    KEEP_SESSION_FIELD_NUMBER: _builtins.int
+    SESSION_HANDLE_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    """REQUIRED. The run, FAILED with SESSION_RESUME_FAILED by a recovery."""
+    keep_session: _builtins.bool
+    """True: the handle that was kept. The caller confirms that it works again."""
+    session_handle: _builtins.str
+    """Another handle, of at most 4096 characters. It is never shown or logged."""
+    etag: _builtins.str
+    """OPTIONAL. The etag that the caller saw; ABORTED if the run has changed."""
+    request_id: _builtins.str
+    """OPTIONAL. A UUID, as in CreateRun."""
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        keep_session: _builtins.bool = ...,
+        session_handle: _builtins.str = ...,
+        etag: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["keep_session", b"keep_session", "session", b"session", "session_handle", b"session_handle"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "keep_session", b"keep_session", "request_id", b"request_id", "run_id", b"run_id", "session", b"session", "session_handle", b"session_handle"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_session: _TypeAlias = _typing.Literal["keep_session", "session_handle"]  # noqa: Y015
+    _WhichOneofArgType_session: _TypeAlias = _typing.Literal["session", b"session"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_session) -> _WhichOneofReturnType_session | None: ...
+
+Global___ReopenRunRequest: _TypeAlias = ReopenRunRequest  # noqa: Y015
+
+@_typing.final
+class ReopenRunResponse(_message.Message):
+    """The run that was set back."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def run(self) -> _run_pb2.Run:
+        """The run: WAITING_USER, or QUEUED with its accepted reply."""
+
+    def __init__(
+        self,
+        *,
+        run: _run_pb2.Run | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReopenRunResponse: _TypeAlias = ReopenRunResponse  # noqa: Y015

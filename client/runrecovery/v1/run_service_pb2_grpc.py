@@ -51,6 +51,11 @@ class RunServiceStub(object):
                 request_serializer=runrecovery_dot_v1_dot_run__service__pb2.ListRunsRequest.SerializeToString,
                 response_deserializer=runrecovery_dot_v1_dot_run__service__pb2.ListRunsResponse.FromString,
                 _registered_method=True)
+        self.WatchRun = channel.unary_stream(
+                '/runrecovery.v1.RunService/WatchRun',
+                request_serializer=runrecovery_dot_v1_dot_run__service__pb2.WatchRunRequest.SerializeToString,
+                response_deserializer=runrecovery_dot_v1_dot_run__service__pb2.WatchRunResponse.FromString,
+                _registered_method=True)
         self.SubmitReply = channel.unary_unary(
                 '/runrecovery.v1.RunService/SubmitReply',
                 request_serializer=runrecovery_dot_v1_dot_run__service__pb2.SubmitReplyRequest.SerializeToString,
@@ -60,6 +65,11 @@ class RunServiceStub(object):
                 '/runrecovery.v1.RunService/CancelRun',
                 request_serializer=runrecovery_dot_v1_dot_run__service__pb2.CancelRunRequest.SerializeToString,
                 response_deserializer=runrecovery_dot_v1_dot_run__service__pb2.CancelRunResponse.FromString,
+                _registered_method=True)
+        self.ReopenRun = channel.unary_unary(
+                '/runrecovery.v1.RunService/ReopenRun',
+                request_serializer=runrecovery_dot_v1_dot_run__service__pb2.ReopenRunRequest.SerializeToString,
+                response_deserializer=runrecovery_dot_v1_dot_run__service__pb2.ReopenRunResponse.FromString,
                 _registered_method=True)
         self.ListInteractions = channel.unary_unary(
                 '/runrecovery.v1.RunService/ListInteractions',
@@ -99,6 +109,16 @@ class RunServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchRun(self, request, context):
+        """Streams what happens to one run: first a snapshot, then every event, each
+        with a sequence that counts the run's events without a gap. A stream that
+        broke goes on from after_sequence, also after a restart of the service. It
+        ends with OK after the event that made the run terminal, or set it aside.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def SubmitReply(self, request, context):
         """Answers the open question of a waiting run. Sending the same answer to the
         same question again returns the run and changes nothing.
@@ -110,6 +130,16 @@ class RunServiceServicer(object):
     def CancelRun(self, request, context):
         """Asks for the end of a run. QUEUED and resumable waiting runs are CANCELED
         at once; a live process is ended first. Canceling a CANCELED run is OK.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReopenRun(self, request, context):
+        """Sets a run back that a recovery failed for want of its session
+        (SESSION_RESUME_FAILED): its question and handle are kept for a while
+        (configuration `reopen_window_s`). It is WAITING_USER again; QUEUED, when a
+        reply had been accepted, with which it resumes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -148,6 +178,11 @@ def add_RunServiceServicer_to_server(servicer, server):
                     request_deserializer=runrecovery_dot_v1_dot_run__service__pb2.ListRunsRequest.FromString,
                     response_serializer=runrecovery_dot_v1_dot_run__service__pb2.ListRunsResponse.SerializeToString,
             ),
+            'WatchRun': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchRun,
+                    request_deserializer=runrecovery_dot_v1_dot_run__service__pb2.WatchRunRequest.FromString,
+                    response_serializer=runrecovery_dot_v1_dot_run__service__pb2.WatchRunResponse.SerializeToString,
+            ),
             'SubmitReply': grpc.unary_unary_rpc_method_handler(
                     servicer.SubmitReply,
                     request_deserializer=runrecovery_dot_v1_dot_run__service__pb2.SubmitReplyRequest.FromString,
@@ -157,6 +192,11 @@ def add_RunServiceServicer_to_server(servicer, server):
                     servicer.CancelRun,
                     request_deserializer=runrecovery_dot_v1_dot_run__service__pb2.CancelRunRequest.FromString,
                     response_serializer=runrecovery_dot_v1_dot_run__service__pb2.CancelRunResponse.SerializeToString,
+            ),
+            'ReopenRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReopenRun,
+                    request_deserializer=runrecovery_dot_v1_dot_run__service__pb2.ReopenRunRequest.FromString,
+                    response_serializer=runrecovery_dot_v1_dot_run__service__pb2.ReopenRunResponse.SerializeToString,
             ),
             'ListInteractions': grpc.unary_unary_rpc_method_handler(
                     servicer.ListInteractions,
@@ -263,6 +303,33 @@ class RunService(object):
             _registered_method=True)
 
     @staticmethod
+    def WatchRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/runrecovery.v1.RunService/WatchRun',
+            runrecovery_dot_v1_dot_run__service__pb2.WatchRunRequest.SerializeToString,
+            runrecovery_dot_v1_dot_run__service__pb2.WatchRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def SubmitReply(request,
             target,
             options=(),
@@ -306,6 +373,33 @@ class RunService(object):
             '/runrecovery.v1.RunService/CancelRun',
             runrecovery_dot_v1_dot_run__service__pb2.CancelRunRequest.SerializeToString,
             runrecovery_dot_v1_dot_run__service__pb2.CancelRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReopenRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/runrecovery.v1.RunService/ReopenRun',
+            runrecovery_dot_v1_dot_run__service__pb2.ReopenRunRequest.SerializeToString,
+            runrecovery_dot_v1_dot_run__service__pb2.ReopenRunResponse.FromString,
             options,
             channel_credentials,
             insecure,

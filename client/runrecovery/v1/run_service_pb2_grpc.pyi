@@ -41,6 +41,12 @@ class RunServiceStub:
     """Returns one run with its recovery fields."""
     ListRuns: _grpc.UnaryUnaryMultiCallable[_run_service_pb2.ListRunsRequest, _run_service_pb2.ListRunsResponse]
     """Pages through runs, newest created first."""
+    WatchRun: _grpc.UnaryStreamMultiCallable[_run_service_pb2.WatchRunRequest, _run_service_pb2.WatchRunResponse]
+    """Streams what happens to one run: first a snapshot, then every event, each
+    with a sequence that counts the run's events without a gap. A stream that
+    broke goes on from after_sequence, also after a restart of the service. It
+    ends with OK after the event that made the run terminal, or set it aside.
+    """
     SubmitReply: _grpc.UnaryUnaryMultiCallable[_run_service_pb2.SubmitReplyRequest, _run_service_pb2.SubmitReplyResponse]
     """Answers the open question of a waiting run. Sending the same answer to the
     same question again returns the run and changes nothing.
@@ -48,6 +54,12 @@ class RunServiceStub:
     CancelRun: _grpc.UnaryUnaryMultiCallable[_run_service_pb2.CancelRunRequest, _run_service_pb2.CancelRunResponse]
     """Asks for the end of a run. QUEUED and resumable waiting runs are CANCELED
     at once; a live process is ended first. Canceling a CANCELED run is OK.
+    """
+    ReopenRun: _grpc.UnaryUnaryMultiCallable[_run_service_pb2.ReopenRunRequest, _run_service_pb2.ReopenRunResponse]
+    """Sets a run back that a recovery failed for want of its session
+    (SESSION_RESUME_FAILED): its question and handle are kept for a while
+    (configuration `reopen_window_s`). It is WAITING_USER again; QUEUED, when a
+    reply had been accepted, with which it resumes.
     """
     ListInteractions: _grpc.UnaryUnaryMultiCallable[_run_service_pb2.ListInteractionsRequest, _run_service_pb2.ListInteractionsResponse]
     """Pages through the questions of one run, in the order asked."""
@@ -69,6 +81,12 @@ class RunServiceAsyncStub(RunServiceStub):
     """Returns one run with its recovery fields."""
     ListRuns: _aio.UnaryUnaryMultiCallable[_run_service_pb2.ListRunsRequest, _run_service_pb2.ListRunsResponse]  # type: ignore[assignment]
     """Pages through runs, newest created first."""
+    WatchRun: _aio.UnaryStreamMultiCallable[_run_service_pb2.WatchRunRequest, _run_service_pb2.WatchRunResponse]  # type: ignore[assignment]
+    """Streams what happens to one run: first a snapshot, then every event, each
+    with a sequence that counts the run's events without a gap. A stream that
+    broke goes on from after_sequence, also after a restart of the service. It
+    ends with OK after the event that made the run terminal, or set it aside.
+    """
     SubmitReply: _aio.UnaryUnaryMultiCallable[_run_service_pb2.SubmitReplyRequest, _run_service_pb2.SubmitReplyResponse]  # type: ignore[assignment]
     """Answers the open question of a waiting run. Sending the same answer to the
     same question again returns the run and changes nothing.
@@ -76,6 +94,12 @@ class RunServiceAsyncStub(RunServiceStub):
     CancelRun: _aio.UnaryUnaryMultiCallable[_run_service_pb2.CancelRunRequest, _run_service_pb2.CancelRunResponse]  # type: ignore[assignment]
     """Asks for the end of a run. QUEUED and resumable waiting runs are CANCELED
     at once; a live process is ended first. Canceling a CANCELED run is OK.
+    """
+    ReopenRun: _aio.UnaryUnaryMultiCallable[_run_service_pb2.ReopenRunRequest, _run_service_pb2.ReopenRunResponse]  # type: ignore[assignment]
+    """Sets a run back that a recovery failed for want of its session
+    (SESSION_RESUME_FAILED): its question and handle are kept for a while
+    (configuration `reopen_window_s`). It is WAITING_USER again; QUEUED, when a
+    reply had been accepted, with which it resumes.
     """
     ListInteractions: _aio.UnaryUnaryMultiCallable[_run_service_pb2.ListInteractionsRequest, _run_service_pb2.ListInteractionsResponse]  # type: ignore[assignment]
     """Pages through the questions of one run, in the order asked."""
@@ -114,6 +138,18 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         """Pages through runs, newest created first."""
 
     @_abc_1.abstractmethod
+    def WatchRun(
+        self,
+        request: _run_service_pb2.WatchRunRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_run_service_pb2.WatchRunResponse], _abc.AsyncIterator[_run_service_pb2.WatchRunResponse]]:
+        """Streams what happens to one run: first a snapshot, then every event, each
+        with a sequence that counts the run's events without a gap. A stream that
+        broke goes on from after_sequence, also after a restart of the service. It
+        ends with OK after the event that made the run terminal, or set it aside.
+        """
+
+    @_abc_1.abstractmethod
     def SubmitReply(
         self,
         request: _run_service_pb2.SubmitReplyRequest,
@@ -131,6 +167,18 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_run_service_pb2.CancelRunResponse, _abc.Awaitable[_run_service_pb2.CancelRunResponse]]:
         """Asks for the end of a run. QUEUED and resumable waiting runs are CANCELED
         at once; a live process is ended first. Canceling a CANCELED run is OK.
+        """
+
+    @_abc_1.abstractmethod
+    def ReopenRun(
+        self,
+        request: _run_service_pb2.ReopenRunRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_run_service_pb2.ReopenRunResponse, _abc.Awaitable[_run_service_pb2.ReopenRunResponse]]:
+        """Sets a run back that a recovery failed for want of its session
+        (SESSION_RESUME_FAILED): its question and handle are kept for a while
+        (configuration `reopen_window_s`). It is WAITING_USER again; QUEUED, when a
+        reply had been accepted, with which it resumes.
         """
 
     @_abc_1.abstractmethod

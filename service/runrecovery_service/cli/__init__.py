@@ -27,7 +27,7 @@ class _Entry:
 COMMANDS: Final[Mapping[str, _Entry]] = {
     "serve": _Entry("local", "serve", "Run the service until it is told to stop."),
     "demo": _Entry("local", "demo", "Watch runs survive a kill -9, explained run by run."),
-    "runs": _Entry("runs", "runs", "Create, show, answer and cancel runs."),
+    "runs": _Entry("runs", "runs", "Create, show, watch, answer and cancel runs."),
     "recovery": _Entry("recovery", "recovery", "Show what restarts decided, and why."),
     "health": _Entry("health", "health", "Ask whether the service is SERVING."),
     "check": _Entry("local", "check", "Check the configuration, the engines and the store."),

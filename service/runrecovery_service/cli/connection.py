@@ -35,11 +35,16 @@ EXIT_CODES: Final[dict[type[Exception], ExitCode]] = {
     errors.InteractionSuperseded: ExitCode.REFUSED,
     errors.RunAlreadyTerminal: ExitCode.REFUSED,
     errors.RunQuarantined: ExitCode.REFUSED,
+    errors.RunNotReopenable: ExitCode.REFUSED,
+    errors.SessionNotResumable: ExitCode.REFUSED,
     errors.EtagMismatch: ExitCode.REFUSED,
     errors.OutputOutOfRange: ExitCode.REFUSED,
+    errors.WatchHistoryPruned: ExitCode.REFUSED,
+    errors.WatchSequenceUnknown: ExitCode.REFUSED,
     errors.Unavailable: ExitCode.UNAVAILABLE,
     errors.Overloaded: ExitCode.UNAVAILABLE,
     errors.StorageFull: ExitCode.UNAVAILABLE,
+    errors.SlowReader: ExitCode.UNAVAILABLE,
     errors.DeadlineExceeded: ExitCode.UNAVAILABLE,
 }
 """By class; a class that is missing has the code of its parent."""
@@ -144,8 +149,19 @@ def hint(error: RunRecoveryClientError, server: str) -> str:
         case errors.InvalidRequest(violations=violations):
             untold = (bad for bad in violations if bad.description not in str(error))
             return "; ".join(f"{bad.field}: {bad.description}" for bad in untold)
-        case errors.RunNotWaiting() | errors.InteractionSuperseded() | errors.RunAlreadyTerminal():
+        case (
+            errors.RunNotWaiting()
+            | errors.InteractionSuperseded()
+            | errors.RunAlreadyTerminal()
+            | errors.RunNotReopenable()
+        ):
             return "`runrecovery runs get RUN_ID` shows where the run stands"
+        case errors.SessionNotResumable():
+            return "`--session-handle-file` gives another handle"
+        case errors.WatchHistoryPruned() | errors.WatchSequenceUnknown():
+            return "without a sequence the watch begins with the run as it stands"
+        case errors.WatchCursorInvalid():
+            return "without a cursor the watch begins now"
         case errors.InternalError(error_id=error_id) if error_id:
             return f"the service's log says more under error_id {error_id}"
         case _:

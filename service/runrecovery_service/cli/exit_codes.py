@@ -13,7 +13,8 @@ class ExitCode(IntEnum):
 
     FAILED = 1
     """Something else went wrong; for `runs create --wait`: the run FAILED or was CANCELED; for
-    `check` and `demo`: something did not hold."""
+    `runs watch`: it ended otherwise than SUCCEEDED; for `check` and `demo`: something did not
+    hold."""
 
     USAGE = 2
     """The command line, the configuration or the request is wrong as it stands."""

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
@@ -33,6 +33,21 @@ def _text(value: str) -> str:
     if value == "-":
         return sys.stdin.read()
     return Path(value[1:]).read_text(encoding="utf-8") if value.startswith("@") else value
+
+
+def secret(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
+    """Return the first line of the file that was named, or of standard input by `-`."""
+    if value is None:
+        return None
+    try:
+        text = sys.stdin.read() if value == "-" else Path(value).read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not text in UTF-8"
+        raise click.BadParameter(f"{value}: {reason}") from error
+    lines = text.splitlines()
+    if len(lines) != 1 or not lines[0]:
+        raise click.BadParameter(f"{value}: must hold one line that is not empty")
+    return lines[0]
 
 
 def time(_ctx: click.Context, _param: click.Parameter, value: str | None) -> datetime | None:
@@ -63,3 +78,21 @@ def choices(names: Iterable[str], prefix: str) -> list[str]:
     """Return the words of an enum of the contract as they are typed: short, in small letters."""
     words = (name.removeprefix(prefix).lower() for name in names)
     return [found for found in words if found not in {"unspecified", "none"}]
+
+
+only_labels: Final = click.option(
+    "--label",
+    "labels",
+    multiple=True,
+    callback=labels,
+    metavar="KEY=VALUE",
+    help="Only runs with this label; may be repeated.",
+)
+"""The option of a list that is filtered by labels."""
+
+
+def filled(_context: click.Context, parameter: click.Parameter, text: str | None) -> str | None:
+    """Refuse an empty text: most likely somebody's variable was not set."""
+    if text == "":
+        raise click.BadParameter("must not be empty", param=parameter)
+    return text

@@ -9,6 +9,7 @@ from typing import TypeAlias, TypeVar
 
 import click
 from google.protobuf import json_format
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -48,6 +49,11 @@ def time(at: Timestamp) -> str:
     return at.ToDatetime(tzinfo=UTC).strftime("%Y-%m-%d %H:%M:%SZ")
 
 
+def span(of: Duration) -> str:
+    """Return a span in seconds."""
+    return f"{of.ToTimedelta().total_seconds():g} s"
+
+
 def safe(text: str) -> str:
     """Return text whose control characters are written out: agents must not steer a terminal."""
     if text.isprintable():
@@ -74,6 +80,17 @@ def print_table(rows: Iterable[MessageT], columns: Columns[MessageT]) -> None:
     click.echo("\t".join(headings))
     for line in cells:
         click.echo("\t".join(line))
+
+
+def table(rows: Iterable[MessageT], columns: Columns[MessageT]) -> str:
+    """Return a small table as aligned lines, for a place inside other text."""
+    lines = [[heading for heading, _ in columns]]
+    lines += [[safe(text(row)) for _, text in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
 
 
 def _draw(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> None:

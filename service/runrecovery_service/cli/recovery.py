@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from datetime import datetime
 from time import sleep
 from typing import Final, TypeAlias
@@ -17,7 +17,8 @@ from runrecovery_service.cli import parameters
 from runrecovery_service.cli.connection import Service, with_service
 from runrecovery_service.cli.exit_codes import ExitCode
 from runrecovery_service.cli.failure import Failure
-from runrecovery_service.cli.printing import Columns, facts, safe, time, word
+from runrecovery_service.cli.interrupts import leaving_at_once
+from runrecovery_service.cli.printing import Columns, facts, safe, table, time, word
 
 Status: TypeAlias = recovery_service_pb2.GetRecoveryStatusResponse
 UnendedLaunch: TypeAlias = recovery_service_pb2.UnendedLaunch
@@ -56,6 +57,47 @@ REPORT_COLUMNS: Final[Columns[recovery_pb2.Reconciliation]] = (
     ("EPOCH", lambda report: str(report.epoch)),
     ("RUNS", lambda report: str(report.runs_scanned)),
     ("STARTED", lambda report: time(report.started_at)),
+)
+
+
+def _outcome(process: recovery_service_pb2.OrphanedProcess) -> str:
+    if not process.ended:
+        return "not seen dead"
+    return f"ended by {process.ended_by}" if process.ended_by else "ended"
+
+
+PLAN_COLUMNS: Final[Columns[recovery_service_pb2.PlannedDecision]] = (
+    ("RUN ID", lambda planned: planned.run_id),
+    ("ENGINE", lambda planned: planned.engine),
+    ("STATUS", lambda planned: word(planned, "status_before")),
+    ("WOULD BE", lambda planned: word(planned, "status_after")),
+    ("RECOVERY", lambda planned: word(planned, "recovery_state")),
+    ("DECIDED BY", lambda planned: planned.recovery_reason),
+    ("ERROR", lambda planned: planned.error_code or "-"),
+    ("UNCHANGED", lambda planned: "yes" if planned.unchanged else "no"),
+)
+
+FACT_COLUMNS: Final[Columns[recovery_service_pb2.RecoveryFact]] = (
+    ("FACT", lambda fact: fact.name),
+    ("HELD", lambda fact: "yes" if fact.held else "no"),
+    ("SOURCE", lambda fact: fact.source),
+)
+
+PROCESS_COLUMNS: Final[Columns[recovery_service_pb2.OrphanedProcess]] = (
+    ("PID", lambda process: str(process.pid)),
+    ("ATTEMPT", lambda process: str(process.attempt)),
+    ("TURN", lambda process: str(process.turn)),
+    ("EVIDENCE", lambda process: process.evidence),
+    ("SIGNALS", lambda process: " ".join(process.signals) or "-"),
+    ("OUTCOME", _outcome),
+)
+
+_ONLY_STATES: Final = click.option(
+    "--state",
+    "states",
+    multiple=True,
+    type=click.Choice(parameters.choices(run_pb2.RecoveryState.keys(), _STATE)),
+    help="Only this outcome; may be repeated.",
 )
 
 
@@ -151,15 +193,10 @@ def _bar() -> Iterator[Callable[[Status], None]]:
 
 @recovery.command(name="list")
 @with_service
-@click.option(
-    "--state",
-    "states",
-    multiple=True,
-    type=click.Choice(parameters.choices(run_pb2.RecoveryState.keys(), _STATE)),
-    help="Only this recovery state; may be repeated.",
-)
+@_ONLY_STATES
 @click.option("--reason", metavar="RULE", help="Only runs that this rule decided.")
 @click.option("--engine", metavar="NAME", help="Only runs of this engine.")
+@parameters.only_labels
 @click.option("--report", metavar="ID", help="Only runs whose latest decision is in this report.")
 @click.option("--after", callback=parameters.time, metavar="TIME", help="Decided at or after it.")
 @click.option("--before", callback=parameters.time, metavar="TIME", help="Decided before it.")
@@ -169,6 +206,7 @@ def list_recovered(
     states: tuple[str, ...],
     reason: str | None,
     engine: str | None,
+    labels: Mapping[str, str],
     report: str | None,
     after: datetime | None,
     before: datetime | None,
@@ -179,14 +217,75 @@ def list_recovered(
     TIME is ISO 8601, in UTC unless it says otherwise.
     """
     rows = service.client.recovery.recovered(
-        recovery_states=[run_pb2.RecoveryState.Value(_STATE + state.upper()) for state in states],
+        recovery_states=_states(states),
         recovery_reason=reason,
         engine=engine,
+        labels=labels,
+        view=run_pb2.RUN_VIEW_BASIC,
         reconciliation_id=report,
         recovered_after=after,
         recovered_before=before,
     )
     service.show_rows(rows, RECOVERED_COLUMNS, limit=limit)
+
+
+def _states(words: Iterable[str]) -> list[run_pb2.RecoveryState.ValueType]:
+    return [run_pb2.RecoveryState.Value(_STATE + state.upper()) for state in words]
+
+
+@recovery.command()
+@with_service
+@click.option(
+    "--after",
+    "after_cursor",
+    callback=parameters.filled,
+    metavar="CURSOR",
+    help="Go on after this cursor, which --json shows; otherwise from now on.",
+)
+@_ONLY_STATES
+@click.option("--reason", metavar="RULE", help="Only decisions by this rule.")
+@click.option("--engine", metavar="NAME", help="Only runs of this engine.")
+@parameters.only_labels
+def watch(
+    service: Service,
+    after_cursor: str | None,
+    states: tuple[str, ...],
+    reason: str | None,
+    engine: str | None,
+    labels: Mapping[str, str],
+) -> None:
+    """Tell every decision as a restart makes it. It has no end of its own; Ctrl-C ends it."""
+    # A service that is not there at all is told at once; one that goes away is waited for.
+    service.client.recovery.status()
+    decisions = service.client.recovery.watch_recovered(
+        recovery_states=_states(states),
+        recovery_reason=reason,
+        engine=engine,
+        labels=labels,
+        after_cursor=after_cursor or "",
+        include_bookmarks=service.as_json,  # programs need the cursor of where it begins, too
+    )
+    with leaving_at_once(), closing(decisions):
+        for response in decisions:
+            service.show(response, decision_line)
+
+
+@recovery.command()
+@with_service
+@click.argument("run_id")
+def explain(service: Service, run_id: str) -> None:
+    """Explain every decision about one run: its rule, the facts, what was done to processes."""
+    service.show(service.client.recovery.explain(run_id), describe_explanations)
+
+
+@recovery.command()
+@with_service
+@click.option("--limit", type=click.IntRange(min=0), default=50, show_default=True, help="0: all.")
+def plan(service: Service, limit: int) -> None:
+    """Show what a restart would decide at this moment; changes nothing."""
+    planned = service.client.recovery.plan()
+    service.show(planned.totals, describe_totals)
+    service.show_rows(planned.decisions, PLAN_COLUMNS, limit=limit)
 
 
 @recovery.command()
@@ -239,6 +338,51 @@ def progress_line(answer: Status) -> str:
     return " ".join(part for part in (word(answer, "state"), _phase(report), done) if part)
 
 
+def decision_line(response: recovery_service_pb2.WatchRecoveredResponse) -> str:
+    """Return a decision in one line."""
+    decision, made = response.decision, response.decision.recovery
+    change = f"{word(made, 'status_before')} → {word(made, 'status_after')}"
+    told = (decision.run_id, change, word(made, "recovery_state"), made.recovery_reason)
+    return safe("  ".join((time(made.recovered_at), *told, made.error_code)).rstrip())
+
+
+def describe_explanations(answer: recovery_service_pb2.ExplainRecoveryResponse) -> str:
+    """Return the decisions about one run for people, newest first."""
+    explained = [_explanation(explanation) for explanation in answer.explanations]
+    return "\n\n".join(explained) or "no restart has decided on this run"
+
+
+def _explanation(explained: recovery_service_pb2.RecoveryExplanation) -> str:
+    made = explained.decision
+    parts = [
+        facts(
+            ("decision", f"{word(made, 'recovery_state')}, {made.recovery_reason}"),
+            ("because", explained.because),
+            ("status", f"{word(made, 'status_before')} → {word(made, 'status_after')}"),
+            ("error", made.error_code),
+            ("waited as", word(explained, "profile") if explained.profile else ""),
+            ("decided", time(made.recovered_at)),
+            ("by", f"{made.instance}, epoch {made.epoch}" if made.instance else ""),
+            ("report", made.reconciliation_id),
+        )
+    ]
+    if explained.facts:
+        parts.append(table(explained.facts, FACT_COLUMNS))
+    if explained.processes:
+        parts.append(table(explained.processes, PROCESS_COLUMNS))
+    return "\n\n".join(parts)
+
+
+def describe_totals(plan: recovery_service_pb2.RecoveryPlan) -> str:
+    """Return for people what a restart would come to."""
+    summary = facts(
+        ("runs", f"{plan.runs_total}, {plan.runs_unchanged} unchanged"),
+        ("set aside", plan.quarantined),
+        ("launches to end", plan.launches),
+    )
+    return "\n".join((summary, *_decisions(plan.decisions), ""))
+
+
 def describe_report(report: recovery_pb2.Reconciliation) -> str:
     """Return the report of one restart for people."""
     orphans, cleared = report.orphans, report.bindings
@@ -267,7 +411,7 @@ def describe_report(report: recovery_pb2.Reconciliation) -> str:
         ("cleared", freed),
         ("containment", _contained(report.containment)),
     )
-    return "\n".join((summary, *_decisions(report), *_phases(report), *_warnings(report)))
+    return "\n".join((summary, *_decisions(report.decisions), *_phases(report), *_warnings(report)))
 
 
 def _contained(proved: recovery_pb2.Containment) -> str:
@@ -278,8 +422,8 @@ def _left(launch: UnendedLaunch) -> str:
     return f"run {launch.run_id}, attempt {launch.attempt}, since {time(launch.launched_at)}"
 
 
-def _decisions(report: recovery_pb2.Reconciliation) -> Iterator[str]:
-    for made in report.decisions:
+def _decisions(decisions: Iterable[recovery_pb2.DecisionCount]) -> Iterator[str]:
+    for made in decisions:
         yield f"  {made.count:>8} x {made.rule} → {word(made, 'recovery_state')}"
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from contextlib import closing
+from datetime import datetime
 from typing import Any, Final
 
 import click
@@ -16,7 +18,8 @@ from runrecovery_service.cli import parameters
 from runrecovery_service.cli.connection import Service, with_service
 from runrecovery_service.cli.exit_codes import ExitCode
 from runrecovery_service.cli.failure import Failure
-from runrecovery_service.cli.printing import Columns, facts, json_line, time, word
+from runrecovery_service.cli.interrupts import leaving_at_once
+from runrecovery_service.cli.printing import Columns, facts, json_line, safe, span, time, word
 
 _STATUS: Final = "RUN_STATUS_"
 _POLICY: Final = "RESTART_POLICY_"
@@ -24,7 +27,8 @@ _DID_NOT_SUCCEED: Final = frozenset({run_pb2.RUN_STATUS_FAILED, run_pb2.RUN_STAT
 
 
 def _response(asked: run_pb2.Interaction) -> str:
-    return _json(asked.response) if asked.HasField("response") else "-"
+    answer = _json(asked.response) if asked.HasField("response") else "-"
+    return f"{answer} (automatic)" if asked.auto_decided else answer
 
 
 def _json(message: Any) -> str:  # a Struct or a Value; the stubs of json_format take any message
@@ -52,7 +56,7 @@ INTERACTION_COLUMNS: Final[Columns[run_pb2.Interaction]] = (
 
 @click.group()
 def runs() -> None:
-    """Create, show, answer and cancel runs."""
+    """Create, show, watch, answer and cancel runs."""
 
 
 @runs.command()
@@ -79,6 +83,19 @@ def runs() -> None:
     type=click.Choice(parameters.choices(run_pb2.RestartPolicy.keys(), _POLICY)),
     help="What a restart does with the run while it is QUEUED or RUNNING.",
 )
+@click.option(
+    "--session-timeout",
+    "session_timeout_s",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="How long one question waits; at most the engine's own time.",
+)
+@click.option(
+    "--require-user-reply/--no-require-user-reply",
+    default=None,
+    help="Whether a question without an answer in that time is left to the user, or decided"
+    " automatically. Otherwise as the engine is configured.",
+)
 @click.option("--wait", is_flag=True, help="Return once the run has ended or asks its user.")
 def create(
     service: Service,
@@ -87,17 +104,25 @@ def create(
     labels: Mapping[str, str],
     run_id: str | None,
     restart_policy: str | None,
+    session_timeout_s: float | None,
     *,
+    require_user_reply: bool | None,
     wait: bool,
 ) -> ExitCode:
     """Record a run of ENGINE and queue it."""
     policy = run_pb2.RestartPolicy.Value(_POLICY + (restart_policy or "unspecified").upper())
     try:
         run = service.client.runs.create(
-            engine=engine, input=given, labels=labels, run_id=run_id, restart_policy=policy
+            engine=engine,
+            input=given,
+            labels=labels,
+            run_id=run_id,
+            restart_policy=policy,
+            session_timeout_s=session_timeout_s,
+            require_user_reply=require_user_reply,
         )
     except ValueError as error:  # a number that a message cannot hold
-        raise click.BadParameter(str(error), param_hint="--input") from error
+        raise click.BadParameter(str(error)) from error
     if wait:
         click.echo(f"waiting for run {run.run_id}", err=True)
         run = service.client.wait_for_run(run.run_id, timeout_s=None, or_waiting=True)
@@ -123,12 +148,66 @@ def get(service: Service, run_id: str) -> None:
     help="Only this status; may be repeated.",
 )
 @click.option("--engine", metavar="NAME", help="Only runs of this engine.")
+@parameters.only_labels
+@click.option(
+    "--created-after", callback=parameters.time, metavar="TIME", help="Created at or after it."
+)
+@click.option(
+    "--created-before", callback=parameters.time, metavar="TIME", help="Created before it."
+)
 @click.option("--limit", type=click.IntRange(min=0), default=50, show_default=True, help="0: all.")
-def list_runs(service: Service, statuses: tuple[str, ...], engine: str | None, limit: int) -> None:
-    """List runs, newest first."""
-    wanted = [run_pb2.RunStatus.Value(_STATUS + status.upper()) for status in statuses]
-    rows = service.client.runs.list(statuses=wanted, engine=engine)
+def list_runs(
+    service: Service,
+    statuses: tuple[str, ...],
+    engine: str | None,
+    labels: Mapping[str, str],
+    created_after: datetime | None,
+    created_before: datetime | None,
+    limit: int,
+) -> None:
+    """List runs, newest first, without their inputs, outputs and questions.
+
+    TIME is ISO 8601, in UTC unless it says otherwise.
+    """
+    rows = service.client.runs.list(
+        statuses=[run_pb2.RunStatus.Value(_STATUS + status.upper()) for status in statuses],
+        engine=engine,
+        labels=labels,
+        created_after=created_after,
+        created_before=created_before,
+        view=run_pb2.RUN_VIEW_BASIC,
+    )
     service.show_rows(rows, RUN_COLUMNS, limit=limit)
+
+
+@runs.command()
+@with_service
+@click.argument("run_id")
+@click.option(
+    "--after-sequence",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Only what follows this event, without the run as it stands.",
+)
+@click.option("--from-start", is_flag=True, help="Every event from the creation on.")
+def watch(
+    service: Service, run_id: str, after_sequence: int | None, *, from_start: bool
+) -> ExitCode:
+    """Tell what happens to a run until it has ended, also across restarts of the service."""
+    if from_start and after_sequence is not None:
+        raise click.UsageError("Give --after-sequence or --from-start, not both.")
+    # A service that is not there at all is told at once; one that goes away is waited for.
+    service.client.recovery.status()
+    status = None
+    updates = service.client.runs.watch(run_id, after_sequence=0 if from_start else after_sequence)
+    with leaving_at_once(), closing(updates):
+        for update in updates:
+            status = (update.snapshot if update.HasField("snapshot") else update.event).status
+            service.show(update, update_line)
+    if status is None:  # the caller had seen the end before
+        status = service.client.runs.get(run_id).status
+    # Anything else has failed, was canceled, or is set aside.
+    return ExitCode.OK if status == run_pb2.RUN_STATUS_SUCCEEDED else ExitCode.FAILED
 
 
 @runs.command()
@@ -192,6 +271,22 @@ def cancel(service: Service, run_id: str) -> None:
 @runs.command()
 @with_service
 @click.argument("run_id")
+@click.option(
+    "--session-handle-file",
+    "session_handle",
+    callback=parameters.secret,
+    metavar="FILE|-",
+    help="A file (-: standard input) that holds another session handle, a secret; otherwise the"
+    " handle that was kept works again.",
+)
+def reopen(service: Service, run_id: str, session_handle: str | None) -> None:
+    """Set a run back that a recovery failed for want of its session."""
+    service.show(service.client.runs.reopen(run_id, session_handle=session_handle), describe)
+
+
+@runs.command()
+@with_service
+@click.argument("run_id")
 def interactions(service: Service, run_id: str) -> None:
     """List the questions of a run and their answers, oldest first."""
     service.show_rows(service.client.runs.interactions(run_id), INTERACTION_COLUMNS)
@@ -219,11 +314,12 @@ def output(
         reconnect_s=60.0 if follow else service.timeout_s,
     )
     sink = sys.stdout.buffer
-    for piece in pieces:
-        sink.write(json_line(piece).encode() + b"\n" if service.as_json else piece.data)
-        sink.flush()
-        if piece.truncated:
-            click.echo("(the process wrote more than is kept)", err=True)
+    with leaving_at_once():
+        for piece in pieces:
+            sink.write(json_line(piece).encode() + b"\n" if service.as_json else piece.data)
+            sink.flush()
+            if piece.truncated:
+                click.echo("(the process wrote more than is kept)", err=True)
 
 
 def _is_ending(run: run_pb2.Run) -> bool:
@@ -231,8 +327,49 @@ def _is_ending(run: run_pb2.Run) -> bool:
     return run.cancel_requested and not run.HasField("ended_at")
 
 
-def _deadline(pending: run_pb2.PendingInteraction) -> str:
-    return time(pending.wait_deadline_at) if pending.HasField("wait_deadline_at") else ""
+def _if_set(message: Any, field: str) -> str:  # the stubs type each message's fields apart
+    return time(getattr(message, field)) if message.HasField(field) else ""
+
+
+def _questions(profile: run_pb2.InteractiveProfile) -> str:
+    """How long one question waits, and for whom."""
+    sticky = profile.kind == run_pb2.INTERACTIVE_PROFILE_KIND_STICKY_PROCESS
+    if not profile.HasField("session_timeout"):  # of an earlier version
+        return ""
+    timeout = span(profile.session_timeout)
+    if not profile.require_user_reply:
+        return f"waits {timeout}, is then decided automatically"
+    if sticky:
+        return f"waits {timeout} for the user's reply, then the run fails"
+    return "waits without end for the user's reply"
+
+
+def update_line(update: run_service_pb2.WatchRunResponse) -> str:
+    """Return what a watch tells, in one line for people."""
+    if update.HasField("snapshot"):
+        run = update.snapshot
+        told = (word(run, "status"), "as it stands", *_asked(run))
+        return _line(time(run.updated_at), update.sequence, *told)
+    event = update.event
+    return _line(
+        time(event.happened_at),
+        update.sequence,
+        word(event, "kind"),
+        f"→ {word(event, 'status')}",
+        f"attempt {event.attempt}" if event.attempt else "",
+        f"question {event.interaction_id}" if event.interaction_id else "",
+        event.error_code,
+        event.recovery.recovery_reason,
+        *_asked(event.run),
+    )
+
+
+def _asked(run: run_pb2.Run) -> tuple[str, ...]:
+    return (run.pending_interaction.prompt,) if run.HasField("pending_interaction") else ()
+
+
+def _line(at: str, sequence: int, *told: str) -> str:
+    return safe("  ".join(part for part in (at, f"#{sequence}", *told) if part))
 
 
 def describe(run: run_pb2.Run) -> str:
@@ -248,15 +385,19 @@ def describe(run: run_pb2.Run) -> str:
         ("restart policy", word(run, "restart_policy")),
         ("question", f"#{pending.interaction_id} {pending.prompt}" if pending.prompt else ""),
         ("options", offered),
-        ("waits until", _deadline(pending)),
+        ("waits until", _if_set(pending, "wait_deadline_at")),
+        ("each question", _questions(run.interactive_profile)),
+        ("auto-decided", run.auto_decided_count or ""),
+        ("run deadline", _if_set(run, "run_deadline_at")),
         ("error", f"{run.error.code}: {run.error.message}" if run.error.code else ""),
         ("output", _json(run.output) if run.HasField("output") else ""),
         ("recovery", word(decided, "recovery_state")),
         ("decided by", decided.recovery_reason),
-        ("recovered", time(decided.recovered_at) if decided.HasField("recovered_at") else ""),
+        ("recovered", _if_set(decided, "recovered_at")),
+        ("reopenable until", _if_set(run, "reopenable_until")),
         ("processes ended", decided.processes_ended or ""),
         ("report", decided.reconciliation_id),
         ("created", time(run.created_at)),
         ("updated", time(run.updated_at)),
-        ("ended", time(run.ended_at) if run.HasField("ended_at") else ""),
+        ("ended", _if_set(run, "ended_at")),
     )
