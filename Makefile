@@ -13,10 +13,12 @@ PYTEST_WORKERS ?= 4
 CONFIG ?= runrecovery.example.toml
 TRIALS ?= 100
 MUTANT_TRIALS ?= 5
+CASES ?= 50000
+MUTANT_CASES ?= 3000
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo test serve proto docs verify lint types imports breaking packaging bench lock clean \
-	campaign-processes
+	campaign-processes fuzz
 
 help: ## Show these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -43,7 +45,7 @@ test: $(READY) ## Run the tests
 	@$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --ignore=tests/packaging $(ARGS)
 
 serve: $(READY) ## Start the service here, with CONFIG=runrecovery.example.toml (Ctrl-C stops it)
-	@$(BIN)/runrecovery serve --config $(CONFIG)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/runrecovery serve --config $(CONFIG)
 
 proto: $(CODEGEN_READY) ## Regenerate client/runrecovery/v1 from proto/
 	@rm -rf $(GENERATED)
@@ -82,11 +84,17 @@ campaign-processes: $(READY) ## Kill services over TRIALS=100 hostile process tr
 	@for mutant in killpg no-watermark no-recheck close-on-failure; do \
 		$(BIN)/python tests/campaign/processes.py --trials $(MUTANT_TRIALS) --mutate $$mutant; done
 
+fuzz: $(READY) ## Hostile input, CASES=50000, against a real service; find mutants of it out
+	@$(BIN)/python tests/fuzz/hostile.py --cases $(CASES)
+	@printf '%s\n' unknown writes path handle labels pages verbose hoard | xargs -P 2 -I MUTANT \
+		$(BIN)/python tests/fuzz/hostile.py --mutate MUTANT --seed 1 --cases $(MUTANT_CASES)
+
 bench: $(READY) ## Short form of every benchmark, as ratios
 	@$(BIN)/python bench/recovery.py --runs 20000 --rounds 3
 	@$(BIN)/python bench/rpc.py --seconds 3 --rounds 3
 	@$(BIN)/python bench/start.py --rounds 5
 	@$(BIN)/python bench/processes.py --rounds 3 --trees 50 --leases 2000
+	@$(BIN)/python bench/watch.py --rounds 3 --seconds 1
 
 lock: $(READY) ## Recompile the hash-pinned requirements
 	@for name in codegen service dev client-floor client-latest; do \

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
 import grpc
+import structlog
 from google.protobuf import message_factory
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.descriptor_pb2 import MethodOptions
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 from runrecovery.v1 import recovery_service_pb2, run_service_pb2
 
+from runrecovery_service.rpc import beside
 from runrecovery_service.rpc.gate import Access, Gate
 from runrecovery_service.rpc.guard import Guard, Method
 from runrecovery_service.rpc.health import HealthServicer
@@ -24,11 +28,20 @@ from runrecovery_service.rpc.run_service import RunRooms, RunService
 
 RUN_SERVICE: Final = run_service_pb2.DESCRIPTOR.services_by_name["RunService"]
 RECOVERY_SERVICE: Final = recovery_service_pb2.DESCRIPTOR.services_by_name["RecoveryService"]
+HEALTH: Final = health_pb2.DESCRIPTOR.services_by_name["Health"]
 ALWAYS_OPEN: Final = frozenset({"GetRecoveryStatus", "ListReconciliations", "GetReconciliation"})
 """Methods of RecoveryService that answer whatever the service is doing."""
 
 MIN_PING_INTERVAL_MS: Final = 10_000
 """Clients that ping more often are cut off; ours pings every 30 s."""
+
+
+LOOK_S: Final = 0.2
+"""How soon it is seen that the server has ended by itself."""
+LAST_LOOK_S: Final = 0.01
+"""The same at a stop."""
+
+log = structlog.get_logger()
 
 
 class ListenFailed(OSError):
@@ -41,17 +54,27 @@ class ListenFailed(OSError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerLimits:
-    """What the server takes: calls at one time, and bytes of one request."""
+    """What the server takes: calls and streams at one time, seconds in which a stream's reader must
+    take something, and bytes of one request."""
 
     max_concurrent_calls: int
+    max_concurrent_streams: int
+    stall_s: float
     max_request_bytes: int
 
 
 class GrpcServer:
-    """The server of one start. Build and use it on the event loop."""
+    """The server of one start, and its successors. Build and use it on the event loop.
 
-    def __init__(self, server: grpc.aio.Server) -> None:
-        self._server = server
+    A call whose path is not UTF-8 ends the server of grpc.aio (seen in grpcio 1.85): it closes its
+    port for good, while the process lives on. Anybody who reaches the port could do that, so
+    another server takes its place within `LOOK_S`; callers see UNAVAILABLE and try again.
+    """
+
+    def __init__(self, build: Callable[[], grpc.aio.Server]) -> None:
+        self._build = build
+        self._server = build()
+        self._keeper: asyncio.Task[None] | None = None
 
     async def bind(self, listen: str) -> int:
         """Listen on `host:port` and answer from now on; return the port (for port 0: which).
@@ -59,6 +82,22 @@ class GrpcServer:
         Raises:
             ListenFailed: somebody else listens there, or nobody may.
         """
+        port = await self._start(listen)
+        again = listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"
+        self._keeper = asyncio.create_task(self._keep(again))
+        return port
+
+    async def stop(self, *, grace_s: float) -> None:
+        """Take no more calls, and end those under way after `grace_s` seconds at the latest."""
+        ended = None
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.gather(self._keeper, return_exceptions=True)
+            ended = await self._ended_within(LAST_LOOK_S)
+        # One that has just ended by itself has nobody left to wait for.
+        await self._server.stop(grace_s if ended is None else None)
+
+    async def _start(self, listen: str) -> int:
         try:
             port = self._server.add_insecure_port(listen)
         except RuntimeError:  # all that grpc says
@@ -68,28 +107,61 @@ class GrpcServer:
         await self._server.start()
         return port
 
-    async def stop(self, *, grace_s: float) -> None:
-        """Take no more calls, and end those under way after `grace_s` seconds at the latest."""
-        await self._server.stop(grace_s)
+    async def _keep(self, listen: str) -> None:
+        """Put another server in the place of one that ended by itself."""
+        while True:
+            error = await self._ended_within(LOOK_S)
+            if error is None:
+                continue
+            log.error("rpc.server_ended", error=f"{type(error).__name__}: {error}")
+            with suppress(Exception):  # it has ended already; what matters is its successor
+                await self._server.stop(None)  # cuts what is left, so that the callers come again
+            while not await self._is_replaced(listen):  # noqa: ASYNC110 - time alone helps
+                await asyncio.sleep(LOOK_S)
+
+    async def _ended_within(self, seconds: float) -> Exception | None:
+        """Return what the server has ended by; None when it has not within this time."""
+        try:
+            await self._server.wait_for_termination(seconds)
+        except Exception as error:  # noqa: BLE001 - whatever it was, nobody answers any more
+            return error
+        return None
+
+    async def _is_replaced(self, listen: str) -> bool:
+        self._server = self._build()
+        try:
+            await self._start(listen)
+        except Exception as error:  # noqa: BLE001 - without it nobody would ever listen again
+            log.error("rpc.server_not_replaced", error=str(error))  # noqa: TRY400 - said in one line
+            return False
+        log.warning("rpc.server_replaced")
+        return True
 
 
 def build_server(
     gate: Gate, *, run_rooms: RunRooms, recovery_rooms: RecoveryRooms, limits: ServerLimits
 ) -> GrpcServer:
     """Return the server with every service on it; it listens nowhere yet."""
-    server = grpc.aio.server(options=_options(limits))
-    guard = Guard(gate, max_calls=limits.max_concurrent_calls)
-    server.add_generic_rpc_handlers(
-        (
-            handlers(RUN_SERVICE, RunService(run_rooms, gate), guard),
-            handlers(RECOVERY_SERVICE, RecoveryService(recovery_rooms, gate), guard),
-        )
+    guard = Guard(
+        gate,
+        max_calls=limits.max_concurrent_calls,
+        max_streams=limits.max_concurrent_streams,
+        stall_s=limits.stall_s,
     )
-    health_pb2_grpc.add_HealthServicer_to_server(HealthServicer(gate), server)
-    health = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-    services = (RUN_SERVICE.full_name, RECOVERY_SERVICE.full_name, health)
-    server.add_generic_rpc_handlers(reflection_handlers(ReflectionServicer(services, gate)))
-    return GrpcServer(server)
+    services = (RUN_SERVICE.full_name, RECOVERY_SERVICE.full_name, HEALTH.full_name)
+    every = (
+        handlers(RUN_SERVICE, RunService(run_rooms, gate), guard),
+        handlers(RECOVERY_SERVICE, RecoveryService(recovery_rooms, gate), guard),
+        health_handlers(HealthServicer(gate)),
+        *reflection_handlers(ReflectionServicer(services, gate)),
+    )
+
+    def build() -> grpc.aio.Server:
+        server = grpc.aio.server(options=_options(limits))
+        server.add_generic_rpc_handlers(every)
+        return server
+
+    return GrpcServer(build)
 
 
 def handlers(service: ServiceDescriptor, servicer: object, guard: Guard) -> grpc.GenericRpcHandler:
@@ -107,15 +179,23 @@ def handlers(service: ServiceDescriptor, servicer: object, guard: Guard) -> grpc
     )
 
 
+def health_handlers(servicer: HealthServicer) -> grpc.GenericRpcHandler:
+    """Return the methods of health."""
+    return grpc.method_handlers_generic_handler(
+        HEALTH.full_name,
+        {
+            "Check": beside.unary(health_pb2.HealthCheckRequest, servicer.Check),
+            "List": beside.unary(health_pb2.HealthListRequest, servicer.List),
+            "Watch": beside.stream(health_pb2.HealthCheckRequest, servicer.Watch),
+        },
+    )
+
+
 def reflection_handlers(
     servicer: ReflectionServicer,
 ) -> tuple[grpc.GenericRpcHandler, ...]:
     """Return the one servicer under the names of both versions."""
-    handler = grpc.stream_stream_rpc_method_handler(
-        servicer.ServerReflectionInfo,
-        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
-        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
-    )
+    handler = beside.dialogue(reflection_pb2.ServerReflectionRequest, servicer.ServerReflectionInfo)
     return tuple(
         grpc.method_handlers_generic_handler(name, {"ServerReflectionInfo": handler})
         for name in (V1, V1ALPHA)

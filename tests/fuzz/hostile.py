@@ -1,0 +1,273 @@
+"""Hostile input against a real service: every method of the contract, and the port below it.
+
+    python tests/fuzz/hostile.py --cases 50000
+    python tests/fuzz/hostile.py --seed 7 --cases 250          the same cases again
+    python tests/fuzz/hostile.py --replay runrecovery.v1.RunService/GetRun 0a0161
+    python tests/fuzz/hostile.py --mutate unknown --cases 500  must be found out
+
+Cases come from the descriptors (`cases.py`), what is no call at all from `sieges.py`. Each answer
+must be a documented one (`oracle.py` reads docs/api.md), tell nothing internal, and leave the store
+as it was unless it is an OK that changes something (`effects.py`). At the end the service serves,
+holds no more memory than allowed, has no defect in its log, and leaves no process.
+
+Exit code 0: all held, or the mutant was found out; 1: not so.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # the client's complaints about what it sends
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import click
+import grpc
+from fuzz import sieges
+from fuzz.cases import METHODS, OURS, Case, Manner, cases, changes
+from fuzz.effects import Referee
+from fuzz.mutants import MUTANTS
+from fuzz.oracle import Fault, Found
+from fuzz.world import World, world
+from hypothesis import HealthCheck, Phase, Verbosity, given, settings
+from hypothesis import seed as seeded
+
+SEEDS: Final = 2**32
+ROUND: Final = 250
+"""Cases of one seed; then comes a siege."""
+WARM: Final = 500
+"""Cases until the service's memory is measured first."""
+GROWTH_MIB: Final = 64.0
+"""What it may grow by afterwards: four times what was seen (docs/development.md)."""
+
+
+class Guilty(Exception):
+    """A case found something."""
+
+
+@dataclass(slots=True)
+class Summary:
+    """What all cases saw together."""
+
+    seed: int
+    played: int = 0
+    sieges: Counter[str] = field(default_factory=Counter)
+    statuses: Counter[str] = field(default_factory=Counter)
+    methods: Counter[str] = field(default_factory=Counter)
+    changes: int = 0
+    warm_mib: float = 0.0
+    end_mib: float = 0.0
+    found: list[Found] = field(default_factory=list)
+    guilty: Case | None = None
+
+    def kinds(self) -> set[Fault]:
+        """What was found."""
+        return {fault for fault, _ in self.found}
+
+    def lines(self) -> Iterator[str]:
+        """Tell it in a few lines."""
+        yield f"cases              {self.played}, of {len(self.methods)} methods"
+        yield "answers            " + ", ".join(f"{n} {c}" for c, n in self.statuses.most_common())
+        yield f"effects            {self.changes}, each looked at"
+        yield f"sieges             {self.sieges.total()} of {len(self.sieges)} kinds"
+        yield f"memory             {self.warm_mib:.0f} MiB warm, {self.end_mib:.0f} MiB at the end"
+        for fault, what in self.found:
+            yield f"FOUND              {fault}: {what}"
+        if self.guilty is not None:
+            yield f"again              python tests/fuzz/hostile.py {self.guilty.command()}"
+        yield f"faults             {len(self.found) or 'none'}"
+
+
+class Campaign:
+    """Plays cases and sieges in one world."""
+
+    def __init__(self, played: World, seed: int, *, shrinks: bool) -> None:
+        self.summary = Summary(seed)
+        self._world = played
+        self._referee = Referee(played)
+        self._phases = (Phase.generate, Phase.shrink) if shrinks else (Phase.generate,)
+
+    def run(self, total: int, *, besieged: bool = True) -> Summary:
+        """Play so many cases, unless one of them finds something."""
+        summary = self.summary
+        number = 0
+        while summary.played < total and not summary.found:
+            self._round(number, min(ROUND, total - summary.played))
+            if besieged and not summary.found:
+                self._siege(number)
+            if not summary.warm_mib and summary.played >= min(WARM, total // 2):
+                summary.warm_mib = self._world.resident_mib()
+            number += 1
+        summary.found += _ending(self._world, summary)
+        return summary
+
+    def play(self, case: Case) -> list[Found]:
+        """Play one case."""
+        summary = self.summary
+        summary.played += 1
+        try:
+            outcome, found = self._referee.play(case)
+        except (AssertionError, grpc.RpcError) as error:
+            return [(Fault.HEALTH, f"{type(error).__name__}: {error}"[:500])]
+        if case.method in METHODS:
+            summary.methods[case.method] += 1
+        summary.statuses[outcome.code.name if outcome.code else "not sent"] += 1
+        summary.changes += outcome.is_ok and case.method in OURS and changes(OURS[case.method])
+        return found
+
+    def _round(self, number: int, count: int) -> None:
+        """Play the cases of one seed; after the first that finds something, only smaller ones."""
+
+        @seeded(self.summary.seed + number)
+        @settings(
+            max_examples=count,
+            phases=self._phases,
+            database=None,
+            deadline=None,
+            verbosity=Verbosity.quiet,
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(cases(self._world.lexicon))
+        def play(case: Case) -> None:
+            if found := self.play(case):
+                if self.summary.guilty is None or case.size <= self.summary.guilty.size:
+                    self.summary.guilty, self.summary.found = case, found
+                raise Guilty(found)
+
+        try:
+            play()
+        except Exception:  # also what hypothesis makes of a fault that does not come again
+            if not self.summary.found:
+                raise
+
+    def _siege(self, number: int) -> None:
+        self.summary.sieges[sieges.name(number)] += 1
+        try:
+            self.summary.found += sieges.lay(
+                number, self.summary.seed, self._world.service.address, self._world.serves
+            )
+            self._world.service.until_serving()
+        except (AssertionError, OSError, grpc.RpcError) as error:
+            told = f"siege {sieges.name(number)!r}: {type(error).__name__}: {error}"
+            self.summary.found.append((Fault.HEALTH, told[:500]))
+        self.summary.found += self._referee.unchanged()
+
+
+def _ending(played: World, summary: Summary) -> list[Found]:
+    """Look at the service as it is afterwards, and stop it."""
+    found: list[Found] = []
+    summary.end_mib = played.resident_mib()
+    if summary.warm_mib and summary.end_mib > summary.warm_mib + GROWTH_MIB:
+        found.append((Fault.MEMORY, f"{summary.end_mib:.0f} MiB after {summary.warm_mib:.0f}"))
+    if not played.serves():
+        found.append((Fault.HEALTH, "it does not serve at the end"))
+    found += [(Fault.LOG, line[:300]) for line in _defects(played.service.text)]
+    if played.service.stop():
+        found.append((Fault.HEALTH, "it did not stop in order"))
+    if left := played.home.agents():
+        found.append((Fault.LEFTOVER, f"{len(left)} processes of agents"))
+    return found
+
+
+_GRPCS: Final = (
+    "UnicodeDecodeError", "codec can't decode byte", "rpc.server_ended",
+    "ExecuteBatchError raised in core",
+)  # fmt: skip
+"""What gRPC logs by itself, with a stack: of a path that is not UTF-8, which ends its server (it is
+replaced), and of a caller who hung up while he was answered."""
+
+
+def _defects(log: str) -> list[str]:
+    defects = ("rpc.internal_error", "Traceback", '"exception"', '"level": "critical"')
+    return [
+        line
+        for line in log.splitlines()
+        if any(word in line for word in defects) and not any(word in line for word in _GRPCS)
+    ]
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+def run_cases(seed: int, total: int, *, mutant: str = "", besieged: bool = True) -> Summary:
+    """Play cases in a world of their own; against a mutant without sieges and shrinking."""
+    with (
+        tempfile.TemporaryDirectory(prefix="runrecovery-fuzz-") as place,
+        world(Path(place), mutant=mutant) as played,
+    ):
+        return Campaign(played, seed, shrinks=not mutant).run(total, besieged=besieged)
+
+
+def is_found_out(mutant: str, seed: int, total: int) -> bool:
+    """Return whether the campaign finds a broken service out, by the fault that it has."""
+    summary = run_cases(seed, total, mutant=mutant, besieged=False)
+    return not MUTANTS[mutant].faults.isdisjoint(fault.name for fault in summary.kinds())
+
+
+def replay(case: Case) -> list[Found]:
+    """Play one case in a world of its own."""
+    with (
+        tempfile.TemporaryDirectory(prefix="runrecovery-fuzz-") as place,
+        world(Path(place)) as played,
+    ):
+        campaign = Campaign(played, 0, shrinks=False)
+        found = campaign.play(case)
+        click.echo(f"answer             {', '.join(campaign.summary.statuses)}")
+        return found + _ending(played, campaign.summary)
+
+
+def _told(found: list[Found]) -> bool:
+    for fault, what in found:
+        click.echo(f"FOUND              {fault}: {what}")
+    return not found
+
+
+@click.command(help=__doc__.replace("\n\n", "\n\n\b\n") if __doc__ else None)
+@click.option("--cases", "total", type=click.IntRange(1), default=5000, show_default=True)
+@click.option("--seed", type=click.IntRange(0), help="Of the first round; the next has the next.")
+@click.option("--mutate", type=click.Choice(sorted(MUTANTS)), help="Break the service in that way.")
+@click.option("--replay", "again", nargs=2, metavar="METHOD HEX|@FILE", help="One call again.")
+@click.option("--manner", type=click.Choice(list(Manner)), default=Manner.PLAIN, help="Of it.")
+@click.option("--metadata", nargs=2, multiple=True, metavar="KEY VALUE", help="Of it; -bin in hex.")
+def main(
+    *,
+    total: int,
+    seed: int | None,
+    mutate: str | None,
+    again: tuple[str, str] | None,
+    manner: str,
+    metadata: tuple[tuple[str, str], ...],
+) -> None:
+    """Play cases."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and clear away
+    first = secrets.randbelow(SEEDS) if seed is None else seed
+    if again is not None:
+        pairs = tuple(
+            (key, bytes.fromhex(text) if key.endswith("-bin") else text) for key, text in metadata
+        )
+        text = Path(again[1][1:]).read_text("ascii") if again[1].startswith("@") else again[1]
+        payload = bytes.fromhex(text)
+        case = Case(method=f"/{again[0]}", payload=payload, manner=Manner(manner), metadata=pairs)
+        held = _told(replay(case))
+    elif mutate is not None:
+        held = is_found_out(mutate, first, total)
+        click.echo(f"mutant {mutate:<17} {'found out' if held else 'NOT FOUND OUT'} (seed {first})")
+    else:
+        click.echo(f"first seed         {first}")
+        summary = run_cases(first, total)
+        for line in summary.lines():
+            click.echo(line)
+        held = not summary.found
+    sys.exit(0 if held else 1)
+
+
+if __name__ == "__main__":
+    main()

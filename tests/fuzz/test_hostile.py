@@ -1,0 +1,137 @@
+"""A short campaign of hostile input. FUZZ_CASES=5000 pytest tests/fuzz, or hostile.py, for more."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from typing import Final
+
+import pytest
+from fuzz import wire
+from fuzz.cases import METHODS, OURS, Case, cases
+from fuzz.hostile import SEEDS, is_found_out, run_cases
+from fuzz.lexicon import Lexicon
+from fuzz.mutants import MUTANTS
+from fuzz.oracle import documented, leaks, parsed, wrongs
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import seed as seeded
+from runrecovery.v1 import errors_pb2
+
+CASES: Final = int(os.environ.get("FUZZ_CASES", "200"))
+MUTANT_CASES: Final = 400
+QUICK_MUTANTS: Final = ("unknown", "writes", "path")
+"""Found out within a few dozen cases; `make fuzz` tries all."""
+
+
+def made(seed: int) -> list[Case]:
+    """The first cases of a seed."""
+    found: list[Case] = []
+
+    @seeded(seed)
+    @settings(
+        max_examples=60,
+        phases=[Phase.generate],
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(cases(Lexicon(tokens=[b"@t00@"], report_ids=[b"@r00@"])))
+    def keep(case: Case) -> None:
+        found.append(case)
+
+    keep()
+    return found
+
+
+@pytest.mark.timeout(120 + CASES // 10)
+def test_no_input_gets_more_than_a_documented_refusal() -> None:
+    summary = run_cases(secrets.randbelow(SEEDS), CASES)
+
+    assert list(summary.found) == [], [*summary.lines()]
+    assert summary.played >= CASES
+
+
+@pytest.mark.parametrize("mutant", QUICK_MUTANTS)
+def test_a_broken_service_is_found_out(mutant: str) -> None:
+    assert is_found_out(mutant, 1, MUTANT_CASES)
+
+
+def test_a_seed_gives_the_same_cases_again() -> None:
+    assert made(7) == made(7)
+    assert made(7) != made(8)
+
+
+def test_every_method_of_the_contract_is_called() -> None:
+    methods = {case.method for seed in range(20) for case in made(seed)}
+
+    assert methods >= OURS.keys()
+
+
+def test_every_mutant_names_a_fault_that_there_is() -> None:
+    from fuzz.oracle import Fault
+
+    assert all(mutant.faults <= Fault.__members__.keys() for mutant in MUTANTS.values())
+
+
+def test_the_page_of_the_api_tells_the_code_of_every_reason() -> None:
+    reasons = {name.removeprefix("ERROR_REASON_") for name in errors_pb2.ErrorReason.keys()}  # noqa: SIM118
+
+    assert documented().codes.keys() == reasons - {"UNSPECIFIED"}
+
+
+CREATE: Final = "/runrecovery.v1.RunService/CreateRun"
+WRONG: Final = {
+    "NUL": wire.sized(2, b"a\0b"),
+    "no run_id": wire.sized(1, b"UPPER"),
+    "NaN": wire.sized(4, wire.json_struct([("a", float("nan"))])),
+    "33 deep": wire.sized(4, wire.entry(1, b"a", wire.deep_value(32, lists=False))),
+    "no kind": wire.sized(4, wire.entry(1, b"a", b"")),
+    "unknown enum": wire.number(5, 99),
+    "33 labels": b"".join(wire.entry(3, b"l%d" % number, b"") for number in range(33)),
+    "no request_id": wire.sized(7, b"1"),
+}
+
+
+@pytest.mark.parametrize("payload", WRONG.values(), ids=WRONG)
+def test_the_oracle_knows_what_cannot_be_meant(payload: bytes) -> None:
+    request = parsed(Case(method=CREATE, payload=payload), payload)
+
+    assert request is not None
+    assert list(wrongs(request))
+
+
+def test_the_oracle_has_nothing_against_what_can_be_meant() -> None:
+    deepest = wire.entry(1, b"a", wire.deep_value(31, lists=False))
+    payload = wire.sized(1, b"a-1") + wire.sized(4, deepest) + wire.number(5, 2)
+    request = parsed(Case(method=CREATE, payload=payload), payload)
+
+    assert request is not None
+    assert list(wrongs(request)) == []
+
+
+def test_what_is_no_message_is_none() -> None:
+    for method in METHODS:
+        assert parsed(Case(method=method, payload=b"\xff"), b"\xff") is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'Traceback (most recent call last):\n  File "x"',
+        "no such file: /var/lib/x/runrecovery.db",
+        "UNIQUE constraint failed in INSERT INTO run",
+        "Unexpected <class 'google.protobuf.message.DecodeError'>",
+        "<Task object at 0x7f00deadbeef>",
+        "runrecovery_service.storage.runs",
+    ],
+)
+def test_what_is_internal_is_seen_unless_the_caller_said_it(text: str) -> None:
+    assert list(leaks([text], b""))
+    assert list(leaks([text], text.encode())) == []
+
+
+def test_what_is_documented_is_not_internal() -> None:
+    told = "run_id: must match [a-z0-9][a-z0-9_-]{0,63}; labels['UPPER']: the key must match"
+
+    assert (
+        list(leaks([told, "type.googleapis.com/google.rpc.ErrorInfo", "runs/nightly-7"], b"")) == []
+    )

@@ -1,0 +1,282 @@
+"""The service under fire: a home with a run in every status.
+
+Between two cases nothing moves by itself: what runs is held, what is queued has no slot. So after a
+call without effect the store must be as it was, to the last column; and after one with an effect
+the difference is of the run that it names.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Final
+
+import grpc
+from fuzz.calls import Caller
+from fuzz.cases import OURS, Case, changes
+from fuzz.lexicon import REQUEST_IDS, Lexicon, etag_slot, run_id
+from fuzz.store import AT_REST, Store
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
+from runrecovery.v1 import run_pb2
+from support.service import Api, EngineSpec, Home, ServiceProcess, status_word, until
+
+HERE: Final = Path(__file__).parent
+SEEDED: Final = 300
+"""Runs of a killed service: pages are full, and keys have three hexadecimal digits."""
+SPARES: Final = {"kept": 4, "lost": 4, "damaged": 1, "interrupted": 1}
+"""Roles that only a restart gives, and how many runs there are for each."""
+STATUSES: Final = {
+    "running": "RUNNING", "queued": "QUEUED", "waiting": "WAITING_USER", "sticky": "WAITING_USER",
+    "succeeded": "SUCCEEDED", "failed": "FAILED", "canceled": "CANCELED",
+    "kept": "WAITING_USER", "lost": "FAILED", "damaged": "UNSPECIFIED", "interrupted": "FAILED",
+}  # fmt: skip
+"""What who plays a role is."""
+ENGINE_OF: Final = {"running": "held", "queued": "held", "interrupted": "held", "sticky": "sticky"}
+ACT_OF: Final = {
+    "running": "hold", "queued": "hold", "interrupted": "hold", "failed": "fail",
+    "succeeded": "end",
+}  # fmt: skip
+
+
+def _engine(profile: str, **more: object) -> EngineSpec:
+    command = (sys.executable, "-I", "-S", str(HERE / "agent.py"), profile)
+    table = {"max_concurrent": 1, **more}
+    return EngineSpec(
+        command=command,
+        profile="sticky_process" if profile == "sticky" else profile,
+        more=table,
+    )
+
+
+ENGINES: Final = {
+    "held": _engine("resumable"),
+    "quick": _engine("resumable", session_file="{workspace}/{value}"),
+    "sticky": _engine("sticky", session_timeout_s=86_400.0),
+}
+
+
+class World:
+    """One started service, the runs in it, and the words for them."""
+
+    def __init__(self, home: Home, service: ServiceProcess) -> None:
+        self.home = home
+        self.service = service
+        self.api = service.until_serving()
+        self.caller = Caller(service.address)
+        self.store = Store(home.database)
+        self.lexicon = Lexicon()
+        self._numbers: dict[str, int] = {}
+        for role in SPARES:
+            self._fill(role)
+        self.repair()
+        self._harvest()
+
+    def close(self) -> None:
+        """Close what was opened."""
+        self.caller.close()
+        self.store.close()
+
+    def serves(self) -> bool:
+        """True when health says so."""
+        return self.api.health_of() == "SERVING"
+
+    def resident_mib(self) -> float:
+        """Return what the service holds of the memory."""
+        pages = int(Path(f"/proc/{self.service.pid}/statm").read_text("ascii").split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
+
+    # -- its runs ----------------------------------------------------------------------------------
+
+    def repair(self) -> None:
+        """End what a case began, replace what it ended, and return when nothing moves any more."""
+        until(self._is_whole, "the world is whole again")
+
+    def _is_whole(self) -> bool:
+        now = {role: self._status(role) for role in STATUSES}
+        vacant = [
+            role for role, status in STATUSES.items() if now[role] in {None, *AT_REST} - {status}
+        ]
+        playing = {role for role, status in STATUSES.items() if now[role] == status}
+        if "running" in vacant:
+            playing.discard("queued")  # it gets the slot that is free
+        unwanted = self.store.restless().keys() - {self._player(role) for role in playing}
+        unwanted -= {
+            run_id(role, spare)
+            for role in SPARES
+            for spare in range(self._numbers[role] + 1, SPARES[role])
+        }
+        for run in unwanted:
+            self._cancel(run)
+        if unwanted or playing | set(vacant) < now.keys():  # who is neither is about to end
+            return False
+        for role in vacant:
+            self._fill(role)
+        return not self.store.unaccounted()
+
+    def _player(self, role: str) -> str:
+        return run_id(role, self._numbers[role])
+
+    def _status(self, role: str) -> str | None:
+        """Return the status of who plays a role; None before anybody does."""
+        if role not in self._numbers:
+            return None
+        run = self.api.get(self._player(role))
+        word = status_word(run)
+        return word if word in AT_REST or not run.cancel_requested else "ENDING"
+
+    def _fill(self, role: str) -> None:
+        """Let another run play a role, as long as there is one."""
+        number = self._numbers.get(role, -1) + 1
+        if role not in SPARES:
+            run = cast(self.api, role, number)
+        elif number < SPARES[role]:
+            run = self.api.get(run_id(role, number))
+        else:
+            return
+        self._numbers[role] = number
+        self._know(role, run)
+
+    def _cancel(self, run: str) -> None:
+        with suppress(grpc.RpcError):  # it has ended meanwhile
+            self.api.cancel(run)
+
+    def _know(self, role: str, run: run_pb2.Run) -> None:
+        self.lexicon.mean(run_id(role).encode(), run.run_id.encode())
+        self.lexicon.mean(etag_slot(role), run.etag.encode())
+
+    # -- its words ---------------------------------------------------------------------------------
+
+    def _harvest(self) -> None:
+        """Learn page tokens, cursors and report ids from every method that tells some."""
+        for path, method in OURS.items():
+            if not changes(method):
+                for name, word in self._words(path):
+                    self._learn(name, word.encode())
+        self.lexicon.canned = _canned()
+
+    def _words(self, path: str) -> Iterator[tuple[str, str]]:
+        method = OURS[path]
+        fields = {"run_id": run_id("kept"), "page_size": 1}
+        known = {name: fields[name] for name in fields if name in method.input_type.fields_by_name}
+        payload = GetMessageClass(method.input_type)(**known).SerializeToString()
+        outcome = self.caller.call(Case(method=path, payload=payload), payload)
+        for answer in outcome.answers:
+            yield from _texts(GetMessageClass(method.output_type).FromString(answer))
+
+    def _learn(self, name: str, word: bytes) -> None:
+        lexicon = self.lexicon
+        if name == "reconciliation_id" and len(lexicon.report_ids) < 2:
+            lexicon.report_ids.append(lexicon.add("r", word))
+        elif ("token" in name or "cursor" in name) and word:
+            altered = word[:-1] + (b"A" if word[-1:] != b"A" else b"B")
+            lexicon.tokens += [lexicon.add("t", word), lexicon.add("x", altered)]
+
+
+def _texts(message: Message) -> Iterator[tuple[str, str]]:
+    for field, value in message.ListFields():
+        if field.type == FieldDescriptor.TYPE_STRING and not field.is_repeated:
+            yield field.name, value
+        elif field.message_type is not None and not field.message_type.GetOptions().map_entry:
+            for one in value if field.is_repeated else [value]:
+                yield from _texts(one)
+
+
+def cast(api: Api, role: str, number: int = 0) -> run_pb2.Run:
+    """Create a run and bring it to where its role wants it."""
+    more: dict[str, Any] = (
+        {"request_id": REQUEST_IDS[0].decode()} if _is_first(role, number) else {}
+    )
+    run = api.create(
+        ENGINE_OF.get(role, "quick"),
+        {"act": ACT_OF.get(role, "ask")},
+        run_id=run_id(role, number),
+        labels={"team": role},
+        **more,
+    )
+    if role in {"canceled", "damaged", "kept", "lost"}:
+        run = api.until_status(run.run_id, "WAITING_USER")
+    if role == "canceled":
+        api.cancel(run.run_id)
+    if role in SPARES:
+        return run
+    return api.until_status(run.run_id, STATUSES[role])
+
+
+def _is_first(role: str, number: int) -> bool:
+    return (role, number) == ("succeeded", 0)
+
+
+def _canned() -> Mapping[str, Sequence[bytes]]:
+    """Requests that have an effect, and the one that had its effect while the world was made."""
+    answer = {"interaction_id": 1, "response": {"string_value": "yes"}}
+    created = {
+        "engine": "quick", "input": {"act": "end"}, "run_id": run_id("succeeded"),
+        "labels": {"team": "succeeded"}, "request_id": REQUEST_IDS[0].decode(),
+    }  # fmt: skip
+    wanted: dict[str, list[dict[str, Any]]] = {
+        "CreateRun": [
+            created,
+            {**created, "engine": "held"},
+            {"engine": "held"},
+            {"engine": "quick"},
+        ],
+        "SubmitReply": [
+            {"run_id": run_id(role), **answer} for role in ("waiting", "sticky", "kept")
+        ]
+        + [{"run_id": run_id("waiting"), "etag": etag_slot("waiting").decode(), **answer}],
+        "CancelRun": [{"run_id": run_id(role)} for role in STATUSES]
+        + [{"run_id": run_id("waiting"), "etag": etag_slot("sticky").decode()}],
+        "ReopenRun": [
+            {"run_id": run_id("lost"), "keep_session": True},
+            {"run_id": run_id("lost"), "session_handle": "another"},
+        ],
+    }
+    return {
+        path: [
+            GetMessageClass(method.input_type)(**fields).SerializeToString(deterministic=True)
+            for fields in wanted.get(method.name, [])
+        ]
+        for path, method in OURS.items()
+    }
+
+
+# -- the home --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def world(place: Path, *, mutant: str = "") -> Iterator[World]:
+    """A started service in a directory of its own, with a restart behind it."""
+    with Home(place, engines=ENGINES, max_concurrent=8) as home:
+        home.seed(SEEDED)
+        _play_before(home)
+        if mutant:
+            home.prefix = (sys.executable, str(HERE / "mutants.py"), mutant)
+        service, _ = home.start()
+        made = World(home, service)
+        try:
+            yield made
+        finally:
+            made.close()
+
+
+def _play_before(home: Home) -> None:
+    """Let a service make the runs that its successor recovers, and end it."""
+    service, api = home.start()
+    for role, count in SPARES.items():
+        for number in range(count):
+            cast(api, role, number)
+    api.until_status(run_id("interrupted"), "RUNNING")
+    service.kill()
+    with home.store(writable=True) as store:
+        store.execute("UPDATE run SET status = 'ODD' WHERE run_id = ?", (run_id("damaged"),))
+        lost = store.execute(
+            "SELECT session_value FROM run WHERE run_id LIKE 'fz-lost-%'"
+        ).fetchall()
+    for (handle,) in lost:
+        for file in home.data.glob(f"runs/*/*/workspace/{handle}"):
+            file.unlink()
