@@ -37,6 +37,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from runrecovery_service import clock
 from runrecovery_service.domain.reconciliation import Cause
 from runrecovery_service.recovery.startup import Limits, Recovery
 from runrecovery_service.storage import tables
@@ -165,11 +166,19 @@ def ours(db: Database, data_dir: Path) -> None:
             owner=claim(db, instance=INSTANCE, data_dir=data_dir),
             cause=Cause.STARTUP,
             containment=None,
-            limits=Limits(batch_rows=BATCH, batch_s=1.0, safe_mode_after=0, safe_mode_window_s=0),
+            limits=Limits(
+                batch_rows=BATCH,
+                batch_s=1.0,
+                safe_mode_after=0,
+                safe_mode_window_s=0,
+                reopen_window_s=3600,
+            ),
             sweep=lambda leases: {},
             session_checks={},
             workspace=lambda key, attempt: data_dir,
             now=lambda: datetime.now(UTC),
+            due_in=clock.due_in,
+            steady_now=clock.steady_now,
             stopping=lambda: False,
         ).run(db, lambda reconciliation_id: None)
 

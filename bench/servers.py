@@ -6,11 +6,12 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 STOP_S: Final = 15.0
 
@@ -65,7 +66,14 @@ def service(data_dir: Path, *, hidden: Sequence[str] = (), until: str) -> Iterat
                 break
         else:
             raise ChildProcessError(f"the service ended before {until}")
+        # A log that nobody reads would stop the service once the pipe is full.
+        threading.Thread(target=_drain, args=(popen.stderr,), daemon=True).start()
         yield Server(address, popen.pid)
+
+
+def _drain(stream: IO[bytes] | None) -> None:
+    for _ in stream or ():
+        pass
 
 
 @contextmanager
@@ -87,7 +95,7 @@ def _process(command: Sequence[str], *, stream: str) -> Iterator[subprocess.Pope
     finally:
         popen.terminate()
         try:
-            popen.communicate(timeout=STOP_S)
+            popen.wait(STOP_S)
         except subprocess.TimeoutExpired:
             popen.kill()
-            popen.communicate()
+            popen.wait()
