@@ -6,7 +6,7 @@
 - `recovery`: what happens between a start and SERVING. `execution`: what happens after it.
   They do not know each other: recovery leaves rows, execution finds its work in them.
 - `storage`: tables and use cases, one transaction each. `process`: /proc and signals.
-  `engines`: what an engine is and what it says.
+  `engines`: what an engine is and what it says. `trust`: entries in agent CLIs' own files.
 - `domain`: what a run is and what a restart does with it. Pure.
 
 Imports run downwards only (`make imports`).

@@ -29,6 +29,7 @@ from runrecovery_service.domain.errors import (
 )
 from runrecovery_service.domain.reconciliation import Cause, Containment, Reconciliation
 from runrecovery_service.engines.catalog import Catalog, Engine, check_session
+from runrecovery_service.execution.deadlines import Deadlines
 from runrecovery_service.execution.dispatcher import Dispatcher
 from runrecovery_service.execution.output import OutputFiles
 from runrecovery_service.execution.patrol import Patrol
@@ -44,7 +45,9 @@ from runrecovery_service.process.launch import (
 )
 from runrecovery_service.process.probe import prove_containment
 from runrecovery_service.process.sweep import Ending, end_trees
-from runrecovery_service.recovery.startup import Limits, Recovery, SessionCheck
+from runrecovery_service.recovery.plan import Planner
+from runrecovery_service.recovery.sessions import SessionCheck
+from runrecovery_service.recovery.startup import Limits, Recovery
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.recovery_service import RecoveryRooms
 from runrecovery_service.rpc.run_service import RunLimits, RunRooms
@@ -177,6 +180,7 @@ class Service:
     closing: Recovery
     dispatcher: Dispatcher
     patrol: Patrol
+    deadlines: Deadlines
     containment: Future[Containment]
     report_id: str | None = None
     _stop: asyncio.Event = field(default_factory=asyncio.Event)
@@ -232,6 +236,12 @@ class Service:
                 look_at_shims=dispatcher.look_at_shims,
                 changed=dispatcher.look_again,
             ),
+            deadlines=Deadlines(
+                shop=shop,
+                changed=dispatcher.changed,
+                time_out=dispatcher.time_out,
+                fenced=dispatcher.fenced,
+            ),
             containment=containment,
         )
         return service
@@ -250,7 +260,9 @@ class Service:
         """Bind, recover, serve, drain. Raises what the service ended by, if not by a signal."""
         self._listen_to_signals()
         staying = [asyncio.create_task(self._renew())]
-        if not self.shop.storage.is_shared:
+        if self.shop.storage.is_shared:
+            staying.append(asyncio.create_task(self.shop.storage.follow_shared()))
+        else:
             staying.append(asyncio.create_task(self._keep_trees()))
         for task in staying:
             task.add_done_callback(self._stays_no_longer)
@@ -291,6 +303,7 @@ class Service:
         self.patrol.start()
         if not report.safe_mode:
             self.dispatcher.start()
+            self.deadlines.start()
 
     # -- recovering ----------------------------------------------------------------------------
 
@@ -397,6 +410,7 @@ class Service:
         """Drain, end, decide, let go. The lease is renewed, and process trees live, until the
         last of them has been ended in order."""
         self.gate.drain()
+        await self._step("deadlines", self.deadlines.stop())
         self.dispatcher.pause()  # what stays in the queue may survive; what starts now will not
         if self._failure is None:
             await asyncio.sleep(self.settings.drain_delay_s)
@@ -448,7 +462,8 @@ def _log_containment(proved: Future[Containment]) -> None:
 def _address(listen: str, port: int) -> str:
     """Return what a client connects to: the port that was really bound."""
     host, colon, _ = listen.rpartition(":")
-    return f"{host}:{port}" if colon and not listen.startswith("unix:") else listen
+    is_socket_file = listen.startswith(("unix:", "unix-abstract:"))
+    return f"{host}:{port}" if colon and not is_socket_file else listen
 
 
 # -- parts -------------------------------------------------------------------------------------
@@ -506,6 +521,8 @@ def _catalog(settings: Settings) -> Catalog:
             max_concurrent=engine.max_concurrent,
             session_file=engine.session_file,
             session_timeout_s=engine.session_timeout_s,
+            require_user_reply=engine.require_user_reply,
+            max_run_time_s=engine.max_run_time_s,
             niceness=engine.nice,
             max_memory=engine.max_memory,
             max_open_files=engine.max_open_files,
@@ -536,6 +553,8 @@ def _workshop(
         cancel_grace_s=settings.cancel_grace_s,
         exit_grace_s=settings.exit_grace_s,
         now=clock.utc_now,
+        steady_now=clock.steady_now,
+        due_in=clock.due_in,
     )
 
 
@@ -558,15 +577,24 @@ def _server(
             output=shop.output,
             limits=RunLimits(max_queued=settings.max_queued, max_attempts=settings.max_attempts),
             now=shop.now,
+            steady_now=shop.steady_now,
+            due_in=shop.due_in,
         ),
         recovery_rooms=RecoveryRooms(
             storage=shop.storage,
             owner=shop.owner,
             current_report=report_id,
             containment=containment,
+            planner=Planner(
+                owner=shop.owner,
+                session_checks=_session_checks(shop.catalog),
+                workspace=shop.output.workspace,
+            ),
         ),
         limits=ServerLimits(
             max_concurrent_calls=settings.max_concurrent_calls,
+            max_concurrent_streams=settings.max_concurrent_streams,
+            stall_s=settings.watch_stall_s,
             max_request_bytes=settings.max_request_bytes,
         ),
     )
@@ -593,6 +621,8 @@ def _recovery(
         session_checks=_session_checks(shop.catalog),
         workspace=shop.output.workspace,
         now=clock.utc_now,
+        due_in=clock.due_in,
+        steady_now=clock.steady_now,
         stopping=stopping,
     )
 
@@ -611,6 +641,8 @@ def _closing(settings: Settings, shop: Workshop) -> Recovery:
         session_checks=_session_checks(shop.catalog),
         workspace=shop.output.workspace,
         now=clock.utc_now,
+        due_in=clock.due_in,
+        steady_now=clock.steady_now,
         stopping=lambda: False,
     )
 
@@ -621,6 +653,7 @@ def _limits(settings: Settings) -> Limits:
         batch_s=settings.recovery_batch_s,
         safe_mode_after=settings.safe_mode_after,
         safe_mode_window_s=settings.safe_mode_window_s,
+        reopen_window_s=settings.reopen_window_s,
     )
 
 

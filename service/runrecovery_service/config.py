@@ -298,7 +298,12 @@ class EngineSettings:
         max_concurrent: its processes at one time; without it only the service's own limit holds.
         session_file: where it keeps a conversation, with `{workspace}` and `{value}` (the session
             handle) filled in, so that a restart can see whether it is still there.
-        session_timeout_s: how long a sticky process waits for an answer; then it is ended.
+        session_timeout_s: how long a question waits: that of a sticky process, which is then
+            ended, and any one without `require_user_reply`.
+        require_user_reply: false: a question that waited so long is decided automatically, and
+            the run goes on.
+        max_run_time_s: what a run may take from its first launch, waits included; then it fails.
+            Without it a run may take any time.
         nice: added to the niceness of the service.
         max_memory: private writable memory of each process (RLIMIT_DATA), in bytes or "512M".
         max_open_files: descriptors of each process (RLIMIT_NOFILE).
@@ -311,6 +316,8 @@ class EngineSettings:
     max_concurrent: Annotated[int | None, _whole(1, 10_000)] = None
     session_file: Annotated[str | None, _session_file] = None
     session_timeout_s: Annotated[float, _seconds(0.1, 365 * _DAY_S)] = 1_200.0
+    require_user_reply: Annotated[bool, _boolean] = True
+    max_run_time_s: Annotated[float | None, _seconds(0.1, 365 * _DAY_S)] = None
     nice: Annotated[int, _whole(0, 19)] = 0
     max_memory: Annotated[int | None, _bytes(1024**2, 2**50)] = None
     max_open_files: Annotated[int | None, _whole(8, 2**20)] = None
@@ -332,7 +339,11 @@ class Settings:
         max_attempts: how often a run is started from the beginning, restarts included.
         max_request_bytes: the largest request that is accepted.
         max_output_bytes: what is kept of each stream of one attempt.
-        max_concurrent_calls: calls in progress; health checks are not counted.
+        max_concurrent_calls: calls in progress; health checks and streams are not counted.
+        max_concurrent_streams: watches and followed outputs open at one time.
+        watch_stall_s: a stream whose reader takes nothing for so long is cut off.
+        reopen_window_s: how long a run that lost its session in a restart can be set back; its
+            question and handle are kept for it.
         cancel_grace_s: from SIGTERM to SIGKILL for a canceled run.
         exit_grace_s: from a process's last word (question, result, closed stdout) to its exit.
         drain_delay_s: from NOT_SERVING to the end of accepting calls, for load balancers.
@@ -369,6 +380,9 @@ class Settings:
     max_request_bytes: Annotated[int, _whole(1024, 64 * 1024**2)] = 1024**2
     max_output_bytes: Annotated[int, _whole(64 * 1024, 1024**4)] = 16 * 1024**2
     max_concurrent_calls: Annotated[int, _whole(1, 1_000_000)] = 1_000
+    max_concurrent_streams: Annotated[int, _whole(1, 1_000_000)] = 5_000
+    watch_stall_s: Annotated[float, _seconds(0.1, 3_600)] = 30.0
+    reopen_window_s: Annotated[float, _seconds(0, 365 * _DAY_S)] = 7 * _DAY_S
     cancel_grace_s: Annotated[float, _seconds(0, 3_600)] = 5.0
     exit_grace_s: Annotated[float, _seconds(0, 3_600)] = 10.0
     drain_delay_s: Annotated[float, _seconds(0, 3_600)] = 0.0

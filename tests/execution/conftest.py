@@ -8,7 +8,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import pytest_asyncio
 from runrecovery_service import clock
 from runrecovery_service.domain.run import NewRun, Profile, RestartPolicy, Run, RunStatus
 from runrecovery_service.engines.catalog import Catalog, Engine
+from runrecovery_service.execution.deadlines import Deadlines
 from runrecovery_service.execution.dispatcher import Dispatcher
 from runrecovery_service.execution.output import OutputFiles
 from runrecovery_service.execution.patrol import Patrol
@@ -163,6 +164,7 @@ class Floor:
         given: dict[str, Any] | None = None,
         *,
         policy: RestartPolicy = RestartPolicy.FAIL,
+        **changes: Any,
     ) -> str:
         """Create a run, tell the dispatcher, and return its id."""
         run_id = f"run-{engine}-{os.urandom(4).hex()}"
@@ -177,7 +179,7 @@ class Floor:
         )
         run = await self.storage.write(
             runs.create,
-            new,
+            replace(new, **changes),
             owner=self.owner,
             max_queued=10_000,
             receipt=None,
@@ -284,6 +286,8 @@ async def opened(
             cancel_grace_s=0.5,
             exit_grace_s=1.0,
             now=clock.utc_now,
+            steady_now=clock.steady_now,
+            due_in=clock.due_in,
         )
         fenced: list[bool] = []
         dispatcher = Dispatcher(
@@ -303,7 +307,14 @@ async def opened(
             look_at_shims=dispatcher.look_at_shims,
             changed=dispatcher.look_again,
         )
+        deadlines = Deadlines(
+            shop=shop,
+            changed=dispatcher.changed,
+            time_out=dispatcher.time_out,
+            fenced=dispatcher.fenced,
+        )
         dispatcher.start()
+        deadlines.start()
         yield Floor(
             storage=storage,
             owner=owner,
@@ -312,6 +323,7 @@ async def opened(
             patrol=patrol,
             fenced=fenced,
         )
+        await deadlines.stop()
         await patrol.stop()
         await dispatcher.stop()
         await asyncio.to_thread(storage.close)

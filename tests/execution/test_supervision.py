@@ -19,7 +19,7 @@ from runrecovery_service.execution import dispatcher, launching, session
 from runrecovery_service.execution.output import OutputChannel
 from runrecovery_service.process.launch import ShimmedProcess, boot_time_ns, prepare
 from runrecovery_service.process.sweep import Ending, end_trees
-from runrecovery_service.storage import interactions, processes, turns
+from runrecovery_service.storage import deadlines, interactions, processes, turns
 from support.processes import is_alive, is_stopped, seen, strike
 
 from .conftest import Floor, LeaseRow, NewFloor, until
@@ -202,10 +202,10 @@ async def test_a_reply_right_before_the_end_of_the_wait_wins(
     write, answers = floor.storage.write, list[object]()
 
     async def reply_first(use: Callable[..., Any], *args: Any, **named: Any) -> Any:
-        if use is turns.stop_waiting:
+        if use is deadlines.end_wait:
             await floor.reply(run_id, "now")
         answer = await write(use, *args, **named)
-        if use is turns.stop_waiting:
+        if use is deadlines.end_wait:
             answers.append(answer)
         return answer
 
@@ -213,7 +213,7 @@ async def test_a_reply_right_before_the_end_of_the_wait_wins(
     run_id = await floor.create("asks")
     run = await floor.until_ended(run_id)
 
-    assert answers == [False]
+    assert answers == [None]
     assert (run.status, run.output) == (RunStatus.SUCCEEDED, {"done": True})
 
 

@@ -32,6 +32,12 @@ EXAMPLES: tuple[RunRecoveryError, ...] = (
     domain.StorageUnavailable(),
     domain.Overloaded(),
     domain.StorageFull(),
+    domain.SlowReader(),
+    domain.RunNotReopenable("r1", "its window is over"),
+    domain.SessionNotResumable("r1", "no handle was kept"),
+    domain.WatchCursorInvalid(),
+    domain.WatchHistoryPruned("r1", 7),
+    domain.WatchSequenceUnknown("r1", 3),
     domain.OutputOutOfRange("r1", "too far"),
     domain.Fenced("instance 'secret'"),
 )

@@ -115,6 +115,7 @@ def test_every_method_of_the_contract_has_its_access() -> None:
         "CreateRun",
         "SubmitReply",
         "CancelRun",
+        "ReopenRun",
     }
 
 
@@ -154,7 +155,8 @@ class FakeRuns:
     async def cancel_run(self, _request: run_pb.CancelRunRequest) -> run_pb.CancelRunResponse:
         return run_pb.CancelRunResponse()
 
-    create_run = submit_reply = list_interactions = cancel_run
+    create_run = submit_reply = list_interactions = reopen_run = cancel_run
+    watch_run = stream_output
 
 
 class FakeRecovery:
@@ -166,6 +168,7 @@ class FakeRecovery:
     get_recovery_info = list_recovered = list_reconciliations = get_reconciliation = (
         get_recovery_status
     )
+    watch_recovered = explain_recovery = plan_recovery = get_recovery_status
 
 
 @asynccontextmanager
@@ -173,7 +176,7 @@ async def serving(
     gate: Gate, runs: FakeRuns, *, max_calls: int = 100
 ) -> AsyncIterator[grpc.aio.Channel]:
     server = grpc.aio.server()
-    guard = Guard(gate, max_calls=max_calls)
+    guard = Guard(gate, max_calls=max_calls, max_streams=10, stall_s=60)
     server.add_generic_rpc_handlers(
         (handlers(RUN_SERVICE, runs, guard), handlers(RECOVERY_SERVICE, FakeRecovery(), guard))
     )

@@ -137,7 +137,10 @@ def test_bare_run_says_no_more_than_there_is() -> None:
         "run_id": "r1",
         "engine": "demo",
         "status": "RUN_STATUS_QUEUED",
-        "interactive_profile": {"kind": "INTERACTIVE_PROFILE_KIND_RESUMABLE"},
+        "interactive_profile": {
+            "kind": "INTERACTIVE_PROFILE_KIND_RESUMABLE",
+            "require_user_reply": True,
+        },
         "restart_policy": "RESTART_POLICY_FAIL",
         "input": {},
         "recovery": {"recovery_state": "RECOVERY_STATE_NONE"},
@@ -215,8 +218,14 @@ def test_every_field_of_the_contract_can_be_filled() -> None:
         recovery=DECISION,
         started_at=AT,
         ended_at=AT,
+        auto_decided_count=1,
+        run_deadline_at=AT,
+        reopenable_until=AT,
+        session_timeout_s=1.5,
     )
 
+    profile = {field.name for field, _ in message(full).interactive_profile.ListFields()}
+    assert profile == {field.name for field in run_pb2.InteractiveProfile.DESCRIPTOR.fields}
     filled = {field.name for field, _ in message(full).ListFields()}
     assert filled == {field.name for field in run_pb2.Run.DESCRIPTOR.fields}
 
@@ -404,6 +413,7 @@ def test_bound_between_two_microseconds_becomes_the_later() -> None:
     [
         Timestamp(nanos=-1),
         Timestamp(nanos=1_000_000_000),
+        Timestamp(seconds=-62_135_596_801, nanos=999_999_999),
         Timestamp(seconds=253_402_300_800),
         Timestamp(seconds=-62_135_596_801),
         Timestamp(seconds=2**63 - 1),

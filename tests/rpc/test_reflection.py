@@ -10,12 +10,17 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf import descriptor_pb2
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2 as pb
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.health import HealthServicer
 from runrecovery_service.rpc.reflection import V1, V1ALPHA, ReflectionServicer
-from runrecovery_service.rpc.server import RECOVERY_SERVICE, RUN_SERVICE, reflection_handlers
+from runrecovery_service.rpc.server import (
+    RECOVERY_SERVICE,
+    RUN_SERVICE,
+    health_handlers,
+    reflection_handlers,
+)
 
 BUF = Path(sys.executable).with_name("buf")
 SERVICES = [RUN_SERVICE.full_name, RECOVERY_SERVICE.full_name, "grpc.health.v1.Health"]
@@ -31,7 +36,7 @@ def gate() -> Gate:
 async def address(gate: Gate) -> AsyncIterator[str]:
     server = grpc.aio.server()
     server.add_generic_rpc_handlers(reflection_handlers(ReflectionServicer(SERVICES, gate)))
-    health_pb2_grpc.add_HealthServicer_to_server(HealthServicer(gate), server)
+    server.add_generic_rpc_handlers((health_handlers(HealthServicer(gate)),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     yield f"127.0.0.1:{port}"

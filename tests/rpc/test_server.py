@@ -17,10 +17,12 @@ from runrecovery.v1 import run_pb2
 from runrecovery.v1 import run_service_pb2 as pb
 from runrecovery.v1.recovery_service_pb2_grpc import RecoveryServiceStub
 from runrecovery.v1.run_service_pb2_grpc import RunServiceStub
+from runrecovery_service import clock
 from runrecovery_service.domain import run as domain
 from runrecovery_service.domain.run import NewRun, Run, RunStatus
 from runrecovery_service.engines.catalog import Catalog, Engine
 from runrecovery_service.execution.output import OutputChannel, OutputFiles
+from runrecovery_service.recovery.plan import Planner
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.recovery_service import RecoveryRooms
 from runrecovery_service.rpc.run_service import PIECE_BYTES, RunLimits, RunRooms
@@ -119,6 +121,15 @@ class House:
         self.output.append(5, attempt, STDOUT, data)
 
 
+def limits(*, max_concurrent_calls: int, max_request_bytes: int) -> ServerLimits:
+    return ServerLimits(
+        max_concurrent_calls=max_concurrent_calls,
+        max_concurrent_streams=10,
+        stall_s=60.0,
+        max_request_bytes=max_request_bytes,
+    )
+
+
 def engine() -> Engine:
     return Engine(
         name="demo",
@@ -141,12 +152,15 @@ def rooms(house: tuple[FakeStorage, FakeDispatcher, OutputFiles]) -> tuple[RunRo
             output=output,
             limits=RunLimits(max_queued=7, max_attempts=2),
             now=lambda: AT,
+            steady_now=clock.steady_now,
+            due_in=clock.due_in,
         ),
         RecoveryRooms(
             storage=cast("Any", storage),
             owner=OWNER,
             current_report=lambda: None,
             containment=lambda: None,
+            planner=Planner(owner=OWNER, session_checks={}, workspace=output.workspace),
         ),
     )
 
@@ -160,7 +174,7 @@ async def house(tmp_path: Path) -> AsyncIterator[House]:
         gate,
         run_rooms=run_rooms,
         recovery_rooms=recovery_rooms,
-        limits=ServerLimits(max_concurrent_calls=10, max_request_bytes=100_000),
+        limits=limits(max_concurrent_calls=10, max_request_bytes=100_000),
     )
     port = await server.bind("127.0.0.1:0")
     gate.open()
@@ -198,7 +212,7 @@ async def test_taken_port_is_refused(house: House, tmp_path: Path) -> None:
         Gate(),
         run_rooms=run_rooms,
         recovery_rooms=recovery_rooms,
-        limits=ServerLimits(max_concurrent_calls=1, max_request_bytes=1000),
+        limits=limits(max_concurrent_calls=1, max_request_bytes=1000),
     )
 
     with pytest.raises(ListenFailed, match=house.address):
@@ -269,6 +283,7 @@ async def test_create_records_what_was_asked_and_tells_the_dispatcher(house: Hou
         profile=domain.Profile.RESUMABLE,
         restart_policy=domain.RestartPolicy.REQUEUE,
         max_attempts=2,
+        session_timeout_s=1200.0,
         input={"n": 1},
     )
     assert (keywords["owner"], keywords["max_queued"], keywords["now"]) == (OWNER, 7, AT)

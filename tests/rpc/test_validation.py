@@ -3,10 +3,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 import pytest
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from runrecovery.v1 import recovery_service_pb2 as recovery_pb
@@ -14,7 +15,8 @@ from runrecovery.v1 import run_pb2
 from runrecovery.v1 import run_service_pb2 as run_pb
 from runrecovery_service.domain.errors import FieldViolation, InvalidFields
 from runrecovery_service.domain.run import Profile
-from runrecovery_service.rpc import ids, validation
+from runrecovery_service.engines.catalog import Engine
+from runrecovery_service.rpc import ids, mapping, validation
 from runrecovery_service.rpc.run_service import receipt
 
 REQUEST_ID = "0192f0c1-aaaa-4bbb-8ccc-0123456789ab"
@@ -200,13 +202,87 @@ def test_quick_check_refuses_a_bad_run_id(run_id: str) -> None:
 
 
 def test_profile_may_be_unset_or_the_engines_own() -> None:
-    assert not list(
-        validation.profile(run_pb2.INTERACTIVE_PROFILE_KIND_UNSPECIFIED, "e", Profile.RESUMABLE)
-    )
-    assert not list(validation.profile(STICKY, "e", Profile.STICKY_PROCESS))
-    assert fields(validation.profile(STICKY, "e", Profile.RESUMABLE)) == [
+    wish = run_pb2.InteractiveProfile(kind=STICKY)
+
+    assert not list(validation.profile(run_pb2.InteractiveProfile(), engine(Profile.RESUMABLE)))
+    assert not list(validation.profile(wish, engine(Profile.STICKY_PROCESS)))
+    assert fields(validation.profile(wish, engine(Profile.RESUMABLE))) == [
         "interactive_profile.kind"
     ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "refused"), [(0.1, False), (60, False), (60.001, True), (0, True), (-1, True)]
+)
+def test_a_wait_may_be_as_long_as_the_engines_own(*, seconds: float, refused: bool) -> None:
+    request = run_pb.CreateRunRequest(engine="e")
+    mapping.put_duration(request.interactive_profile.session_timeout, seconds)
+
+    found = [
+        *validation.create_run(request),
+        *validation.profile(request.interactive_profile, engine(Profile.RESUMABLE)),
+    ]
+
+    assert fields(found) == ["interactive_profile.session_timeout"] * refused
+
+
+@pytest.mark.parametrize(
+    "span",
+    [
+        {"seconds": 2**63 - 1}, {"seconds": -(2**63)}, {"nanos": 2**31 - 1},
+        {"seconds": 1, "nanos": -1}, {"seconds": 315_576_000_001},
+    ],
+)  # fmt: skip
+def test_a_span_that_is_none_is_refused(span: dict[str, int]) -> None:
+    request = run_pb.CreateRunRequest(engine="e")
+    request.interactive_profile.session_timeout.CopyFrom(Duration(**span))
+
+    assert fields(validation.create_run(request)) == ["interactive_profile.session_timeout"]
+
+
+def engine(profile: Profile) -> Engine:
+    return Engine(
+        name="e",
+        command=("e",),
+        profile=profile,
+        env_allow=(),
+        max_concurrent=None,
+        session_file=None,
+        session_timeout_s=60.0,
+    )
+
+
+def test_a_filter_takes_few_labels_and_an_orderly_time_range() -> None:
+    request = run_pb.ListRunsRequest(view=cast("run_pb2.RunView.ValueType", 9))
+    request.filter.labels.update({f"k{number}": "v" for number in range(9)})
+    request.filter.labels["UPPER"] = "v"
+    request.filter.created_after.seconds = 2
+    request.filter.created_before.seconds = 1
+
+    assert fields(validation.list_runs(request)) == [
+        "filter.labels", "filter.labels['UPPER']", "filter.created_after", "view"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [
+        (run_pb.ReopenRunRequest(run_id="r"), "session"),
+        (run_pb.ReopenRunRequest(run_id="r", keep_session=False), "keep_session"),
+        (run_pb.ReopenRunRequest(run_id="r", session_handle=""), "session_handle"),
+        (run_pb.ReopenRunRequest(run_id="r", session_handle="a\0"), "session_handle"),
+        (run_pb.ReopenRunRequest(run_id="r", session_handle="a" * 4097), "session_handle"),
+        (run_pb.ReopenRunRequest(run_id="", keep_session=True), "run_id"),
+    ],
+)
+def test_who_sets_a_run_back_says_by_what(request_: run_pb.ReopenRunRequest, field: str) -> None:
+    assert fields(validation.reopen_run(request_)) == [field]
+
+
+def test_a_watch_begins_at_no_negative_sequence() -> None:
+    request = run_pb.WatchRunRequest(run_id="r", after_sequence=-1)
+
+    assert fields(validation.watch_run(request)) == ["after_sequence"]
 
 
 def test_receipt_is_of_the_payload_without_its_id() -> None:

@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 import pytest
+from runrecovery_service.domain.deadline import Due, SteadyTime
 from runrecovery_service.domain.reconciliation import Cause
 from runrecovery_service.domain.run import (
     InteractionKind,
@@ -40,9 +41,10 @@ QUESTION = Question(
     options=(Option(label="Yes", value=True), Option(label="No", value={"why": None})),
 )
 WAIT_S = 1200.0
+REOPEN_S = 3600.0
 TABLES = (
-    "run", "interaction", "recovery_event", "reconciliation", "quarantine", "instance",
-    "process_lease", "request_receipt",
+    "run", "run_event", "run_label", "interaction", "recovery_event", "reconciliation",
+    "quarantine", "instance", "process_lease", "request_receipt",
 )  # fmt: skip
 
 DECIDED = ("run", "interaction", "recovery_event", "quarantine")
@@ -71,14 +73,43 @@ class World:
     db: Database
     owner: Owner
     now: datetime = datetime(2026, 11, 24, 12, tzinfo=UTC)
+    steady_us: int = 5_000_000_000
+    clock: str = "boot-1"
     count: Iterable[int] = field(default_factory=lambda: itertools.count(1))
 
     # -- a service at work -----------------------------------------------------------------
 
     def tick(self) -> datetime:
-        """Move the clock on by a second."""
-        self.now += timedelta(seconds=1)
+        """Move the clocks on by a second."""
+        self.wait(1)
         return self.now
+
+    def wait(self, seconds: float) -> None:
+        """Move both clocks on."""
+        self.now += timedelta(seconds=seconds)
+        self.steady_us += round(seconds * 1e6)
+
+    def step(self, span: timedelta) -> None:
+        """Set the wall clock, as an operator or NTP may do; the steady one does not notice."""
+        self.now += span
+
+    def reboot(self, seconds: float) -> None:
+        """Boot the machine, which takes so long: its steady clock begins anew."""
+        self.now += timedelta(seconds=seconds)
+        self.steady_us, self.clock = 7_000_000, f"{self.clock}+"
+
+    @property
+    def steady(self) -> SteadyTime:
+        """The steady clock."""
+        return SteadyTime(clock=self.clock, us=self.steady_us)
+
+    def due_in(self, seconds: float) -> Due:
+        """A deadline."""
+        return Due(
+            at=self.now + timedelta(seconds=seconds),
+            clock=self.clock,
+            us=self.steady_us + round(seconds * 1e6),
+        )
 
     def create(
         self,
@@ -112,7 +143,13 @@ class World:
     ) -> Turn | None:
         """Take the next run from the queue."""
         return turns.take_next(
-            self.db, owner=owner or self.owner, busy_engines=busy, place=place, now=self.tick()
+            self.db,
+            owner=owner or self.owner,
+            busy_engines=busy,
+            place=place,
+            due_in=self.due_in,
+            steady=self.steady,
+            now=self.tick(),
         )
 
     def running(self, **changes: Any) -> Turn:
@@ -132,6 +169,7 @@ class World:
             lease_key=turn.lease.key,
             end=how,
             ended=ended,
+            due=None if turn.run.require_user_reply else self.due_in(WAIT_S),
             now=self.tick(),
         )
 
@@ -150,7 +188,7 @@ class World:
             owner=self.owner,
             number=1,
             question=QUESTION,
-            deadline=self.now + timedelta(seconds=WAIT_S),
+            due=self.due_in(WAIT_S),
             now=self.tick(),
         )
 
@@ -205,6 +243,7 @@ class World:
             owner=self.owner,
             before=self.owner.epoch + (cause is Cause.SHUTDOWN),
             reconciliation_key=reconciliation_key,
+            reopen=self.due_in(REOPEN_S),
             now=self.tick(),
         )
 

@@ -10,14 +10,23 @@ from typing import Any, TypeAlias
 import peewee as pw
 import pytest
 from runrecovery_service.domain.reconciliation import Cause, ReconciliationState
-from runrecovery_service.domain.run import RunStatus
-from runrecovery_service.storage import database, instances, processes, recovery, runs
+from runrecovery_service.domain.run import RunEventKind, RunFilter, RunStatus
+from runrecovery_service.storage import (
+    database,
+    events,
+    instances,
+    processes,
+    recovery,
+    runs,
+)
 from runrecovery_service.storage.database import Database, applied_migrations, open_database
 from runrecovery_service.storage.processes import Ended
 
 from .conftest import World, boot
 
 LEASE_STATES = ("INTENT", "RUNNING", "KILL_PENDING", "CLOSED")
+LABELS = ('"no object"', '{"team": "red", "n": 1}', '{"a": "1", "a": "1"}', "{}")
+"""The first and third only damage can make; they must not stop a start."""
 FIRST_LEASE: dict[str, Any] = {
     "attempt": 1, "turn": 1, "instance": "default", "epoch": 1, "host_id": "host",
     "boot_id": "boot", "pid_namespace": 7, "pid": 4242, "start_ticks": 99, "exit_code": -9,
@@ -60,9 +69,10 @@ def fill(db: Database) -> None:
     """Store what a killed service of the first version leaves: a launch in every state."""
     with db.transaction():
         insert(db, "reconciliation", REPORT)
-        for at, state in enumerate(LEASE_STATES):
+        for at, (state, labels) in enumerate(zip(LEASE_STATES, LABELS, strict=True)):
             status = "WAITING_USER" if state == "CLOSED" else "RUNNING"
-            run = insert(db, "run", {**RUN, "run_id": f"run-{at}", "status": status})
+            given = {"run_id": f"run-{at}", "status": status, "labels": labels}
+            run = insert(db, "run", RUN | given)
             insert(db, "interaction", {**INTERACTION, "run": run})
             ended = {"closed_at": 20} if state == "CLOSED" else {}
             lease = {**FIRST_LEASE, "run": run, "cookie": f"{at:032x}", "state": state, **ended}
@@ -120,10 +130,45 @@ def test_everything_that_the_first_version_stored_is_there(first: First, world: 
         ("reconciliation", "containment", None),
         *(
             ("process_lease", name, None)
-            for name in ("watermark", "cgroup", "user_us", "system_us", "max_rss_kib")
+            for name in ("watermark", "cgroup", "user_us", "system_us", "max_rss_kib", "orphans")
+        ),
+        ("interaction", "auto_decided", 0),
+        ("run", "event_count", 1),
+        ("run", "auto_decided_count", 0),
+        *(
+            ("run", name, None)
+            for name in (
+                "session_timeout_us",
+                "require_user_reply",
+                "max_run_us",
+                "run_deadline_at",
+                "reopenable_until",
+                "retired_type",
+                "retired_value",
+                "wait_due_us",
+                "run_due_us",
+                "reopen_due_us",
+                "due_clock",
+            )
         ),
     }
     assert applied_migrations(world.db) == sorted(database.known_migrations())
+
+
+def test_labels_of_earlier_runs_are_found(world: World) -> None:
+    found = runs.page(world.db, RunFilter(labels={"team": "red"}), after=None, limit=9)
+
+    assert [run.run_id for run in found.rows] == ["run-1"]
+    keys = world.rows("SELECT run, key FROM run_label ORDER BY run")
+    assert keys == [(found.rows[0].key, "team"), (found.rows[0].key + 1, "a")]
+
+
+def test_an_earlier_run_is_watched_from_its_creation_on(world: World) -> None:
+    run = runs.get(world.db, "run-3")
+
+    told = events.between(world.db, run, 0)
+
+    assert [(event.sequence, event.kind) for event in told] == [(1, RunEventKind.CREATED)]
 
 
 def test_an_earlier_report_reads_as_the_report_of_a_start(world: World) -> None:

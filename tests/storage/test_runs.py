@@ -16,7 +16,14 @@ from runrecovery_service.domain.errors import (
     RunNotFound,
     RunQuarantined,
 )
-from runrecovery_service.domain.run import Profile, RestartPolicy, Run, RunError, RunStatus
+from runrecovery_service.domain.run import (
+    Profile,
+    RestartPolicy,
+    Run,
+    RunError,
+    RunFilter,
+    RunStatus,
+)
 from runrecovery_service.domain.turn import Failed, Succeeded
 from runrecovery_service.storage import instances, runs
 
@@ -128,7 +135,7 @@ def test_a_receipt_is_answered_even_when_the_queue_is_full(world: World) -> None
 
 def test_pages_are_newest_first_and_hold_against_new_rows(world: World) -> None:
     ids = [world.create().run_id for _ in range(7)]
-    page = partial(runs.page, world.db, statuses=frozenset(), engine=None, limit=3)
+    page = partial(runs.page, world.db, RunFilter(), limit=3)
 
     first = page(after=None)
     world.create()
@@ -145,7 +152,7 @@ def test_a_full_last_page_says_that_it_is_the_last(world: World) -> None:
     for _ in range(3):
         world.create()
 
-    page = runs.page(world.db, statuses=frozenset(), engine=None, after=None, limit=3)
+    page = runs.page(world.db, RunFilter(), after=None, limit=3)
 
     assert (len(page.rows), page.after) == (3, None)
 
@@ -156,7 +163,8 @@ def test_pages_filter_by_status_and_engine(world: World) -> None:
     both = frozenset({RunStatus.RUNNING, RunStatus.QUEUED})
 
     def listed(statuses: frozenset[RunStatus], engine: str | None) -> list[str]:
-        page = runs.page(world.db, statuses=statuses, engine=engine, after=None, limit=9)
+        wanted = RunFilter(statuses=statuses, engine=engine)
+        page = runs.page(world.db, wanted, after=None, limit=9)
         return [run.run_id for run in page.rows]
 
     assert [running.run_id] == listed(frozenset({RunStatus.RUNNING}), None)
@@ -169,10 +177,9 @@ def test_a_quarantined_run_is_listed_under_no_status(world: World) -> None:
     run = world.create()
     world.set(run, recovery_state="QUARANTINED")
 
-    queued = runs.page(
-        world.db, statuses=frozenset({RunStatus.QUEUED}), engine=None, after=None, limit=9
-    )
-    every = runs.page(world.db, statuses=frozenset(), engine=None, after=None, limit=9)
+    waits = RunFilter(statuses=frozenset({RunStatus.QUEUED}))
+    queued = runs.page(world.db, waits, after=None, limit=9)
+    every = runs.page(world.db, RunFilter(), after=None, limit=9)
 
     assert (queued.rows, [row.status for row in every.rows]) == ((), [None])
 

@@ -40,7 +40,7 @@ PROVED = Containment(level=ContainmentLevel.WATERMARK, detail="found")
 # What a stop and a start decide in the same way, but at different times and in different reports.
 STABLE = {
     "recovered_at", "ended_at", "updated_at", "owner_epoch", "reconciliation", "quarantined_at",
-    "facts", "id",
+    "reopenable_until", "reopen_due_us", "facts", "id",
 }  # fmt: skip
 
 
@@ -221,7 +221,13 @@ def nobody_found(leases: Sequence[Lease]) -> Mapping[int, Ending]:
 def make_recovery(world: World, cause: Cause, **changes: Any) -> Recovery:
     given: dict[str, Any] = {
         "sweep": nobody_found,
-        "limits": Limits(batch_rows=4, batch_s=1.0, safe_mode_after=3, safe_mode_window_s=3600.0),
+        "limits": Limits(
+            batch_rows=4,
+            batch_s=1.0,
+            safe_mode_after=3,
+            safe_mode_window_s=3600.0,
+            reopen_window_s=60.0,
+        ),
     } | changes
     return Recovery(
         owner=world.owner,
@@ -230,6 +236,8 @@ def make_recovery(world: World, cause: Cause, **changes: Any) -> Recovery:
         session_checks={},
         workspace=lambda key, attempt: Path("/nowhere"),
         now=world.tick,
+        due_in=world.due_in,
+        steady_now=lambda: world.steady,
         stopping=lambda: False,
         **given,
     )

@@ -24,7 +24,7 @@ from runrecovery_service.domain.run import (
     Session,
 )
 from runrecovery_service.domain.turn import Asked, Failed, Interrupted, Succeeded, TurnEnd
-from runrecovery_service.storage import interactions, processes, turns
+from runrecovery_service.storage import deadlines, interactions, processes, turns
 from runrecovery_service.storage.processes import Ended
 from runrecovery_service.storage.turns import Turn
 
@@ -208,13 +208,12 @@ def test_an_older_epoch_is_refused_everywhere(world: World) -> None:
         partial(turns.delivered, world.db, key, owner=old),
         partial(
             turns.ask_and_stay, world.db, key, owner=old, number=1, question=QUESTION,
-            deadline=now, now=now,
+            due=world.due_in(1), now=now,
         ),
-        partial(turns.stop_waiting, world.db, waiting.key, owner=old),
         *(
             partial(
                 turns.end, world.db, key, owner=old, lease_key=turn.lease.key, end=end,
-                ended=GONE, now=now,
+                ended=GONE, due=None, now=now,
             )
             for end in ENDS
         ),
@@ -257,7 +256,7 @@ def test_a_question_that_is_written_again_is_asked_once(world: World) -> None:
         owner=world.owner,
         number=1,
         question=QUESTION,
-        deadline=world.now,
+        due=world.due_in(1),
         now=world.tick(),
     )
 
@@ -278,7 +277,10 @@ def test_a_run_whose_process_could_not_be_ended_is_not_started(world: World) -> 
 
 
 def stop_waiting(world: World, run: Run) -> bool:
-    return turns.stop_waiting(world.db, run.key, owner=world.owner)
+    ended = deadlines.end_wait(
+        world.db, run.key, owner=world.owner, now=world.now, steady=world.steady
+    )
+    return ended is not None
 
 
 def test_a_sticky_question_says_how_long_it_waits(world: World) -> None:
@@ -300,6 +302,7 @@ def test_a_resumable_run_waits_without_end(world: World) -> None:
 def test_a_wait_that_was_stopped_takes_no_reply(world: World) -> None:
     run = world.waiting(profile=Profile.STICKY_PROCESS)
 
+    world.wait(WAIT_S)
     stopped = [stop_waiting(world, run), stop_waiting(world, run)]  # an answer was lost
 
     assert stopped == [True, True]
@@ -312,6 +315,7 @@ def test_a_wait_that_was_stopped_takes_no_reply(world: World) -> None:
 def test_a_reply_that_came_before_the_stop_stands(world: World) -> None:
     run = world.waiting(profile=Profile.STICKY_PROCESS)
     world.reply(run, "just in time")
+    world.wait(WAIT_S)
 
     assert not stop_waiting(world, run)
     assert world.get(run).status is RunStatus.RUNNING
@@ -321,15 +325,18 @@ def test_a_reply_that_came_before_the_stop_stands(world: World) -> None:
 def test_a_cancel_that_came_before_the_stop_stands(world: World) -> None:
     run = world.waiting(profile=Profile.STICKY_PROCESS)
     world.cancel(run)
-    before = world.dump()
+    before = world.get(run)
+    world.wait(WAIT_S)
 
     assert not stop_waiting(world, run)
-    assert world.dump() == before
+    assert world.get(run) == before
+    assert world.rows("SELECT state FROM interaction") == [("OPEN",)]
 
 
 def test_a_restart_after_the_stop_of_a_wait_finds_the_process_lost(world: World) -> None:
     run = world.waiting(profile=Profile.STICKY_PROCESS)
-    stop_waiting(world, run)
+    world.wait(WAIT_S)
+    assert stop_waiting(world, run)
 
     world.recover()
 

@@ -18,6 +18,7 @@ from runrecovery_service.engines.jsonl import (
     SessionMessage,
     Task,
 )
+from support.questions import answered
 
 Start = Callable[..., subprocess.Popen[bytes]]
 
@@ -80,7 +81,7 @@ def turn(start: Start, task: Task, session: str | None, reply: str) -> tuple[str
         held = Session(type="jsonl", handle=session, turn=number)
         agent = start(
             "resumable",
-            jsonl.resume_message(task, session=held, interaction_id=number, response=reply),
+            jsonl.resume_message(task, session=held, reply=answered(number, reply)),
         )
     named, then = said(agent), said(agent)
     assert agent.wait(30) == 0
@@ -118,9 +119,7 @@ def test_a_lost_session_is_refused(start: Start, tmp_path: Path) -> None:
     lost = Session(type="jsonl", handle="0" * 32, turn=1)
     work = task(tmp_path, TWO_QUESTIONS)
 
-    agent = start(
-        "resumable", jsonl.resume_message(work, session=lost, interaction_id=1, response="x")
-    )
+    agent = start("resumable", jsonl.resume_message(work, session=lost, reply=answered(1, "x")))
     _, complaint = agent.communicate(timeout=30)
 
     assert agent.returncode == demo_agent.EXIT_NO_SESSION
@@ -132,14 +131,14 @@ def test_a_sticky_agent_answers_in_one_process(start: Start, tmp_path: Path) -> 
     assert agent.stdin is not None
 
     first = said(agent)
-    agent.stdin.write(jsonl.reply_message(interaction_id=1, response=True))
+    agent.stdin.write(jsonl.reply_message(answered(1, "yes")))
     second = said(agent)
-    agent.stdin.write(jsonl.reply_message(interaction_id=2, response={"city": "Ulm"}))
+    agent.stdin.write(jsonl.reply_message(answered(2, {"city": "Ulm"})))
     last = said(agent)
 
     assert isinstance(first, AskMessage)
     assert isinstance(second, AskMessage)
-    assert last == ResultMessage(output={"summary": "done", "answers": [True, {"city": "Ulm"}]})
+    assert last == ResultMessage(output={"summary": "done", "answers": ["yes", {"city": "Ulm"}]})
     assert agent.wait(30) == 0
 
 

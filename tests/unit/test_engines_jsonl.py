@@ -21,6 +21,7 @@ from runrecovery_service.engines.jsonl import (
     UnknownMessage,
     parse,
 )
+from support.questions import answered
 
 TASK = Task(run_id="r-1", attempt=2, input={"topic": "ß"}, workspace="/w")
 
@@ -50,12 +51,21 @@ def test_start_names_the_task() -> None:
     }
 
 
+def test_an_automatic_decision_is_said_to_be_one() -> None:
+    session = Session(type="jsonl", handle="h", turn=3)
+    decided = answered(2, None, auto_decided=True)
+
+    resumed = json.loads(jsonl.resume_message(TASK, session=session, reply=decided))
+    told = json.loads(jsonl.reply_message(decided))
+
+    assert resumed["reply"] == {"interaction_id": 2, "response": None, "auto_decided": True}
+    assert told == {"type": "reply", **resumed["reply"]}
+
+
 def test_resume_names_the_session_and_the_reply() -> None:
     session = Session(type="jsonl", handle="h", turn=3)
 
-    sent = json.loads(
-        jsonl.resume_message(TASK, session=session, interaction_id=4, response={"a": None})
-    )
+    sent = json.loads(jsonl.resume_message(TASK, session=session, reply=answered(4, {"a": None})))
 
     assert sent == {
         "type": "resume",
@@ -70,7 +80,7 @@ def test_resume_names_the_session_and_the_reply() -> None:
 
 @given(JSON)
 def test_every_message_is_one_line_of_ascii(response: JsonValue) -> None:
-    sent = jsonl.reply_message(interaction_id=1, response=response)
+    sent = jsonl.reply_message(answered(1, response))
 
     assert sent.endswith(b"\n")
     assert sent.count(b"\n") == 1

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from itertools import product
+from pathlib import Path
 from typing import Final
 
 import pytest
+from runrecovery_service.domain.deadline import Due
 from runrecovery_service.domain.reconciliation import Cause
 from runrecovery_service.domain.recovery_matrix import MATRIX, QUARANTINE_RULE, Fact, Rule, decide
-from runrecovery_service.domain.run import TERMINAL, Profile, RecoveryState, RunStatus
+from runrecovery_service.domain.run import (
+    TERMINAL,
+    ErrorCode,
+    Profile,
+    RecoveryState,
+    RunStatus,
+)
 from runrecovery_service.domain.transitions import is_legal
+from runrecovery_service.recovery.plan import Planner
 from runrecovery_service.storage import converge, instances, recovery
 from runrecovery_service.storage.converge import Scope, Tally
 from runrecovery_service.storage.database import Database
@@ -29,6 +39,7 @@ CAN_BE_STORED: Final = tuple(
     if Fact.PENDING | Fact.REPLY not in case[2]
 )
 NOW: Final = datetime(2026, 11, 24, tzinfo=UTC)
+REOPEN: Final = Due(at=NOW, clock="boot", us=1)
 
 
 def test_every_live_run_has_exactly_one_first_rule() -> None:
@@ -123,7 +134,7 @@ def converged(db: Database) -> Iterator[tuple[object, ...]]:
     key = recovery.begin(
         db, owner, reconciliation_id="r", cause=Cause.STARTUP, safe_mode=False, now=NOW
     )
-    scope = Scope(owner=owner, before=owner.epoch, reconciliation_key=key, now=NOW)
+    scope = Scope(owner=owner, before=owner.epoch, reconciliation_key=key, reopen=REOPEN, now=NOW)
     batch = converge.next_batch(db, scope, after=0, rows=100_000)
     assert batch is not None
     converge.converge(db, scope, batch, report=lambda db, tally: None)
@@ -163,10 +174,38 @@ def test_sql_decides_as_python_does(database: Database) -> None:
     assert [expected(case) for case in CAN_BE_STORED] == became
 
 
+def test_a_plan_is_what_the_restart_then_does(database: Database) -> None:
+    before = owner_of(database)
+    store(database, before, CAN_BE_STORED)
+    planner = Planner(owner=before, session_checks={}, workspace=lambda key, attempt: Path("/"))
+    planned: list[tuple[object, ...]] = []
+    after: tuple[int, ...] | None = None
+    while True:
+        page = planner.page(database, after=after, limit=100)
+        planned += [
+            (one.verdict.rule, one.verdict.becomes, one.verdict.error, one.verdict.state)
+            for one in page.rows
+        ]
+        after = page.after
+        if after is None:
+            break
+    totals = planner.totals(database)
+
+    # The next epoch, as a restart claims it.
+    became = [
+        (rule, RunStatus(str(status)), code and ErrorCode(str(code)), RecoveryState(str(state)))
+        for rule, _, status, code, state, *_ in converged(database)
+    ]
+
+    assert planned == became
+    assert {one.rule: one.count for one in totals.decisions} == Counter(rule for rule, *_ in became)
+    assert (totals.runs_total, totals.runs_unchanged) == (len(became), 0)
+
+
 def test_the_rules_are_all_counted(database: Database) -> None:
     store(database, owner_of(database), CAN_BE_STORED)
     owner = owner_of(database)
-    scope = Scope(owner=owner, before=owner.epoch, reconciliation_key=1, now=NOW)
+    scope = Scope(owner=owner, before=owner.epoch, reconciliation_key=1, reopen=REOPEN, now=NOW)
     batch = converge.next_batch(database, scope, after=0, rows=100_000)
     assert batch is not None
     tallies: list[Tally] = []

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from runrecovery_service.domain.deadline import DueKind
 from runrecovery_service.domain.run import ErrorCode, InteractionKind, Question
 from runrecovery_service.domain.turn import (
     Asked,
@@ -31,7 +32,7 @@ SEEN = st.builds(
     stderr_tail=st.text(),
     interrupted=st.none() | st.just("stood still"),
     unsupervised=st.booleans(),
-    timed_out=st.booleans(),
+    timed_out=st.sampled_from([None, DueKind.WAIT, DueKind.RUN]),
 )
 
 
@@ -88,9 +89,18 @@ def test_the_signal_and_the_last_lines_are_in_the_message() -> None:
 
 
 def test_a_wait_that_was_too_long_is_told_as_such() -> None:
-    end = judge(replace(WELL, said=None, exit_code=None, in_wait=True, timed_out=True))
+    end = judge(replace(WELL, said=None, exit_code=None, in_wait=True, timed_out=DueKind.WAIT))
 
     assert code_of(end) == ErrorCode.INTERACTION_WAIT_TIMEOUT
+
+
+@pytest.mark.parametrize(("said", "kind"), [(SUCCEEDED, "Succeeded"), (None, "RUN_TIMEOUT")])
+def test_a_run_that_took_too_long_fails_unless_its_result_was_there(
+    said: Succeeded | None, kind: str
+) -> None:
+    end = judge(replace(WELL, said=said, exit_code=None, timed_out=DueKind.RUN))
+
+    assert kind_of(end) == kind
 
 
 @pytest.mark.parametrize("in_wait", [False, True])
@@ -119,10 +129,10 @@ def test_what_was_done_to_a_process_goes_before_what_it_did() -> None:
         stderr_tail="boom",
         interrupted="stood still",
         unsupervised=True,
-        timed_out=True,
+        timed_out=DueKind.WAIT,
     )
     nothing: dict[str, Any] = {
-        "broken": None, "timed_out": False, "interrupted": None, "in_wait": False,
+        "broken": None, "timed_out": None, "interrupted": None, "in_wait": False,
         "unsupervised": False, "exit_code": 0,
     }  # fmt: skip
 
@@ -146,9 +156,11 @@ def test_every_end_has_one_judgement_and_success_needs_a_clean_one(seen: Observe
         assert end.error.message
     elif isinstance(end, Interrupted):
         assert end.because == seen.interrupted
-        assert (seen.broken, seen.timed_out) == (None, False)
+        assert (seen.broken, seen.timed_out) == (None, None)
     else:
         assert end is seen.said
         assert seen.broken is None
         assert seen.exit_code in {None, 0}
-        assert not any((seen.in_wait, seen.unsupervised, seen.timed_out, seen.interrupted))
+        in_time = seen.timed_out is None
+        assert in_time or (seen.timed_out is DueKind.RUN and isinstance(end, Succeeded))
+        assert not in_time or not any((seen.in_wait, seen.unsupervised, seen.interrupted))

@@ -2,13 +2,15 @@
 
 RunRecoveryError
 ├── NotFound: RunNotFound, ReconciliationNotFound
-├── Invalid: InvalidFields, UnknownEngine, PageTokenInvalid, PageTokenMismatch
+├── Invalid: InvalidFields, UnknownEngine, PageTokenInvalid, PageTokenMismatch,
+│   WatchCursorInvalid
 ├── Conflict: RunAlreadyExists, RequestIdReused
-├── Refused: RunNotWaiting, InteractionSuperseded, RunAlreadyTerminal, RunQuarantined
+├── Refused: RunNotWaiting, InteractionSuperseded, RunAlreadyTerminal, RunQuarantined,
+│   RunNotReopenable, SessionNotResumable
 ├── EtagMismatch
 ├── NotNow: ReconciliationInProgress, ShuttingDown, SafeMode, StorageBusy, StorageUnavailable
-├── Exhausted: Overloaded, StorageFull
-├── OutputOutOfRange
+├── Exhausted: Overloaded, StorageFull, SlowReader
+├── OutOfRange: OutputOutOfRange, WatchHistoryPruned, WatchSequenceUnknown
 └── Fenced
 """
 
@@ -92,6 +94,13 @@ class PageTokenMismatch(Invalid):
         return "the page token belongs to another filter"
 
 
+class WatchCursorInvalid(Invalid):
+    """The cursor was not made by this service."""
+
+    def __str__(self) -> str:
+        return "the cursor was not made by this service"
+
+
 class Conflict(RunRecoveryError):
     """Something with this name exists and is different."""
 
@@ -149,6 +158,26 @@ class RunQuarantined(Refused):
 
     def __str__(self) -> str:
         return f"run {self.run_id!r} is quarantined: its record is damaged"
+
+
+@dataclass(eq=False)
+class RunNotReopenable(Refused):
+    """The run did not fail for want of a session, or its window is over."""
+
+    why: str
+
+    def __str__(self) -> str:
+        return f"run {self.run_id!r} cannot be set back: {self.why}"
+
+
+@dataclass(eq=False)
+class SessionNotResumable(Refused):
+    """What the run would be resumed by is not there."""
+
+    why: str
+
+    def __str__(self) -> str:
+        return f"run {self.run_id!r} cannot be resumed: {self.why}"
 
 
 @dataclass(eq=False)
@@ -225,11 +254,44 @@ class StorageFull(Exhausted):
         return "the disk of the database is full"
 
 
+class SlowReader(Exhausted):
+    """The caller of a stream did not read it."""
+
+    def __str__(self) -> str:
+        return "the stream was not read for too long; resume it where you stand"
+
+
 @dataclass(eq=False)
-class OutputOutOfRange(RunRecoveryError):
-    """The attempt was never made, or its output does not reach the offset."""
+class OutOfRange(RunRecoveryError):
+    """What was asked for lies outside of what there is."""
 
     run_id: str
+
+
+@dataclass(eq=False)
+class WatchHistoryPruned(OutOfRange):
+    """The events that a watch would go on with are not kept any more."""
+
+    oldest: int
+
+    def __str__(self) -> str:
+        return f"the events of run {self.run_id!r} before {self.oldest} are not kept any more"
+
+
+@dataclass(eq=False)
+class WatchSequenceUnknown(OutOfRange):
+    """A watch would go on behind an event that has not happened."""
+
+    latest: int
+
+    def __str__(self) -> str:
+        return f"run {self.run_id!r} has had {self.latest} events so far"
+
+
+@dataclass(eq=False)
+class OutputOutOfRange(OutOfRange):
+    """The attempt was never made, or its output does not reach the offset."""
+
     reason: str
 
     def __str__(self) -> str:

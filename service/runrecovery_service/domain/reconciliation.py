@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -77,6 +78,24 @@ class OrphanCounts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Orphan:
+    """A process that outlived the service that had launched it, and what was done to it.
+
+    Attributes:
+        evidence: what proved whose it is; the words of `process.evidence`.
+        signals: names of what it was sent, in order.
+        ended: it was seen dead afterwards.
+        by: `service`, or `shim`, the guard of its launch.
+    """
+
+    pid: int
+    evidence: str
+    signals: tuple[str, ...]
+    ended: bool
+    by: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BindingCounts:
     """What ended runs still held and what was therefore cleared."""
 
@@ -122,6 +141,7 @@ class RecoveredFilter:
     states: frozenset[RecoveryState] = field(default_factory=frozenset)
     reason: str | None = None
     engine: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
     after: datetime | None = None
     before: datetime | None = None
     reconciliation_id: str | None = None

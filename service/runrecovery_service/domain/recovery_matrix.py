@@ -49,6 +49,8 @@ class Rule:
         state: the `recovery_state` that it gets.
         keeps: the run goes on from where it is: its question, reply and session stay. Without
             it they are cleared, since nobody can use them any more.
+        reopenable: the run failed for want of its session only: its question and handle are
+            retired for a while instead, so that ReopenRun can set it back.
         because: one sentence: the message of the error, and the text of the docs.
     """
 
@@ -61,6 +63,7 @@ class Rule:
     error: ErrorCode | None = None
     state: RecoveryState
     keeps: bool = False
+    reopenable: bool = False
     because: str
 
     def matches(self, status: RunStatus, profile: Profile | None, facts: Fact) -> bool:
@@ -113,6 +116,7 @@ MATRIX: Final[tuple[Rule, ...]] = (
         becomes=RunStatus.FAILED,
         error=ErrorCode.SESSION_RESUME_FAILED,
         state=RecoveryState.FAILED_RECONCILED,
+        reopenable=True,
         because="It waited for a reply, but the session that a reply would resume is lost.",
     ),
     Rule(
@@ -160,6 +164,7 @@ MATRIX: Final[tuple[Rule, ...]] = (
         becomes=RunStatus.FAILED,
         error=ErrorCode.SESSION_RESUME_FAILED,
         state=RecoveryState.FAILED_RECONCILED,
+        reopenable=True,
         because="A reply had been accepted, but the session that it would resume is lost.",
     ),
     Rule(
@@ -185,6 +190,13 @@ BECAUSE: Final = {rule.name: rule.because for rule in MATRIX if rule.error is no
 
 QUARANTINE_RULE: Final = "record_damaged"
 """The recovery_reason of a run whose record cannot be read, so that no rule can speak of it."""
+
+REOPEN_RULE: Final = "reopened_by_caller"
+"""The recovery_reason of a run that a caller set back after a recovery had failed it. It stands in
+the history of its decisions, although no restart made it."""
+
+REOPENABLE: Final = frozenset(rule.name for rule in MATRIX if rule.reopenable)
+"""Rules after which that is possible."""
 
 
 def decide(status: RunStatus, profile: Profile | None, facts: Fact) -> Rule:

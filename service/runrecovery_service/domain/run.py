@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import Generic, TypeAlias, TypeVar
@@ -55,6 +56,7 @@ class RecoveryState(StrEnum):
     RECOVERED_QUEUED = "RECOVERED_QUEUED"
     CANCELED_RECONCILED = "CANCELED_RECONCILED"
     QUARANTINED = "QUARANTINED"
+    REOPENED = "REOPENED"
 
 
 class InteractionKind(StrEnum):
@@ -80,6 +82,23 @@ class InteractionState(StrEnum):
     """The run ended, or started again, before it was answered or the answer delivered."""
 
 
+class RunEventKind(StrEnum):
+    """What happened to a run."""
+
+    CREATED = "CREATED"
+    STARTED = "STARTED"
+    ASKED = "ASKED"
+    ANSWERED = "ANSWERED"
+    AUTO_DECIDED = "AUTO_DECIDED"
+    QUEUED = "QUEUED"
+    CANCEL_REQUESTED = "CANCEL_REQUESTED"
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+    CANCELED = "CANCELED"
+    RECOVERED = "RECOVERED"
+    REOPENED = "REOPENED"
+
+
 class ErrorCode(StrEnum):
     """Why a run FAILED. An open set: callers must accept codes that they do not know."""
 
@@ -87,6 +106,7 @@ class ErrorCode(StrEnum):
     INTERACTION_PROCESS_LOST = "INTERACTION_PROCESS_LOST"
     ORCHESTRATOR_RESTART_INTERRUPTED = "ORCHESTRATOR_RESTART_INTERRUPTED"
     INTERACTION_WAIT_TIMEOUT = "INTERACTION_WAIT_TIMEOUT"
+    RUN_TIMEOUT = "RUN_TIMEOUT"
     SUPERVISION_LOST = "SUPERVISION_LOST"
     ENGINE_FAILED = "ENGINE_FAILED"
     ENGINE_PROTOCOL_ERROR = "ENGINE_PROTOCOL_ERROR"
@@ -117,7 +137,8 @@ class Interaction:
 
     `interaction_id` counts the run's questions from 1. `kind` is None when the stored one is
     unknown. `response` means something only while `replied_at` is set. `wait_deadline_at` is when
-    a sticky process will have waited long enough; None where the wait has no end.
+    it will have waited long enough; None where the wait has no end. `auto_decided`: nobody had
+    answered by then, and the service did, with null.
     """
 
     interaction_id: int
@@ -129,6 +150,7 @@ class Interaction:
     replied_at: datetime | None
     response: JsonValue
     wait_deadline_at: datetime | None = None
+    auto_decided: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,6 +198,9 @@ class Run:
     when the stored word is unknown. `attempt` counts starts from the beginning, `turn` the
     processes within the attempt; both are 0 before the first launch. `owner_epoch` fences: only
     the epoch on the row may write it. `version` rises with every change; the etag is made of it.
+    `event_count` is the sequence of its latest event. `session_timeout_s` is how long a question
+    waits, None where only its engine says it; `max_run_s` what the whole run may take, None
+    without a limit. `input` is None where the view leaves it out.
     """
 
     key: int
@@ -186,12 +211,16 @@ class Run:
     profile: Profile | None
     restart_policy: RestartPolicy
     max_attempts: int
-    input: JsonObject
+    session_timeout_s: float | None = None
+    require_user_reply: bool = True
+    max_run_s: float | None = None
+    input: JsonObject | None
     output: JsonObject | None
     error: RunError | None
     pending: Interaction | None
     session: Session | None
     interaction_count: int
+    auto_decided_count: int = 0
     attempt: int
     turn: int
     cancel_requested: bool
@@ -199,10 +228,13 @@ class Run:
     owner: str
     owner_epoch: int
     version: int
+    event_count: int = 1
     created_at: datetime
     started_at: datetime | None
     updated_at: datetime
     ended_at: datetime | None
+    run_deadline_at: datetime | None = None
+    reopenable_until: datetime | None = None
 
     @property
     def holds_slot(self) -> bool:
@@ -226,7 +258,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewRun:
-    """What CreateRun records."""
+    """What CreateRun records; the spans as in `Run`."""
 
     run_id: str
     engine: str
@@ -234,7 +266,45 @@ class NewRun:
     profile: Profile
     restart_policy: RestartPolicy
     max_attempts: int
+    session_timeout_s: float | None = None
+    require_user_reply: bool = True
+    max_run_s: float | None = None
     input: JsonObject
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunEvent:
+    """One event of a run. `sequence` counts the run's events from 1 without a gap; `kind` and
+    `status` are None when the stored word is unknown; `interaction_id` is 0 when it is about no
+    question; `recovery` is the decision, of RECOVERED and REOPENED."""
+
+    sequence: int
+    kind: RunEventKind | None
+    happened_at: datetime
+    status: RunStatus | None
+    attempt: int
+    interaction_id: int
+    error_code: str | None
+    recovery: RecoveryInfo | None = None
+
+
+class View(StrEnum):
+    """How much of a run is read."""
+
+    BASIC = "BASIC"
+    """Without input, output, and the question's prompt and options."""
+    FULL = "FULL"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFilter:
+    """Which runs to list; empty fields do not filter. Times: after <= t < before."""
+
+    statuses: frozenset[RunStatus] = frozenset()
+    engine: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    after: datetime | None = None
+    before: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,5 @@
-"""Which status may follow which. Every writer of a status, recovery too, keeps to this table."""
+"""Which status may follow which. Every writer of a status, recovery too, keeps to this table;
+`REOPENED` holds the one way out of a terminal status, which only ReopenRun takes."""
 
 from __future__ import annotations
 
@@ -27,6 +28,11 @@ NEXT: Final = MappingProxyType(
         RunStatus.CANCELED: frozenset[RunStatus](),
     }
 )
+
+REOPENED: Final = MappingProxyType(
+    {RunStatus.FAILED: frozenset({RunStatus.WAITING_USER, RunStatus.QUEUED})}
+)
+"""For a run that a recovery failed, in its window, by a caller's word."""
 
 
 def is_legal(before: RunStatus, after: RunStatus) -> bool:

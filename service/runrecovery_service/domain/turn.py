@@ -4,9 +4,12 @@ accepted apart from the turn, and wins over whatever the turn brought."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
+from runrecovery_service.domain.deadline import DueKind
 from runrecovery_service.domain.run import ErrorCode, JsonObject, Question, RunError
+
+RUN_TIMEOUT: Final = "The run has taken longer than its engine allows."
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,7 @@ class Observed:
         exit_code: None when it was still alive and had to be ended; negative for a signal.
         interrupted: why its shim ended it, None if the shim did not.
         unsupervised: its shim was gone, or stopped, before it ended.
-        timed_out: its user did not answer in time.
+        timed_out: what it had taken too long for, if it was ended for that.
         in_wait: it ended while its user was still being waited for.
         stderr_tail: the last lines of its standard error.
     """
@@ -63,23 +66,22 @@ class Observed:
     stderr_tail: str
     interrupted: str | None = None
     unsupervised: bool = False
-    timed_out: bool = False
+    timed_out: DueKind | None = None
 
 
 def judge(seen: Observed) -> TurnEnd:
     """Return how the turn ended.
 
-    What was done to the process goes before what it said or did in its last moments.
+    What was done to the process goes before what it said or did in its last moments. Only a result
+    that came in time stands, though the run's time was over before the process had ended.
 
     A process that said its last word and then lingered is taken at its word; one that exits
     badly is not, whatever it said.
     """
     if seen.broken is not None:
         return _failed(ErrorCode.ENGINE_PROTOCOL_ERROR, seen.broken)
-    if seen.timed_out:
-        return _failed(
-            ErrorCode.INTERACTION_WAIT_TIMEOUT, "Nobody answered before the wait's deadline."
-        )
+    if seen.timed_out is not None:
+        return _out_of_time(seen)
     if seen.interrupted is not None:
         return Interrupted(seen.interrupted)
     if seen.in_wait:
@@ -101,6 +103,16 @@ def judge(seen: Observed) -> TurnEnd:
             "The process closed its output without a result or a question, and lived on.",
         )
     return _failed(ErrorCode.ENGINE_FAILED, _how_it_ended(seen))
+
+
+def _out_of_time(seen: Observed) -> TurnEnd:
+    if seen.timed_out is DueKind.WAIT:
+        return _failed(
+            ErrorCode.INTERACTION_WAIT_TIMEOUT, "Nobody answered before the wait's deadline."
+        )
+    if isinstance(seen.said, Succeeded) and seen.exit_code in {None, 0}:
+        return seen.said
+    return _failed(ErrorCode.RUN_TIMEOUT, RUN_TIMEOUT)
 
 
 def _how_it_ended(seen: Observed) -> str:

@@ -26,7 +26,10 @@ class Engine:
         max_concurrent: its processes at one time; None: only the service's own limit holds.
         session_file: where it keeps a conversation, with `{workspace}` and `{value}` (the session
             handle) filled in; None: its handles cannot be checked.
-        session_timeout_s: how long a sticky process waits for an answer.
+        session_timeout_s: how long a question waits: always that of a sticky process, and any
+            that does not require its user's reply.
+        require_user_reply: False: a question that waited so long is decided automatically.
+        max_run_time_s: what a run may take from its first launch; None: any time.
         niceness, max_memory, max_open_files, max_processes: what its processes may use
             (`process.launch.Bounds`); None: no limit of ours.
     """
@@ -38,6 +41,8 @@ class Engine:
     max_concurrent: int | None
     session_file: str | None
     session_timeout_s: float = 1_200.0
+    require_user_reply: bool = True
+    max_run_time_s: float | None = None
     niceness: int = 0
     max_memory: int | None = None
     max_open_files: int | None = None

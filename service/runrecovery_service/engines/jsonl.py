@@ -14,6 +14,7 @@ from itertools import count
 from typing import Final, NoReturn, TypeAlias
 
 from runrecovery_service.domain.run import (
+    Interaction,
     InteractionKind,
     JsonObject,
     JsonValue,
@@ -22,6 +23,8 @@ from runrecovery_service.domain.run import (
     Session,
 )
 
+SESSION_TYPE: Final = "jsonl"
+"""The type of the handles that this protocol names."""
 MAX_LINE_BYTES: Final = 1 << 20
 """Longest line that an engine may print, its newline included."""
 MAX_DEPTH: Final = 32
@@ -103,23 +106,27 @@ def start_message(task: Task) -> bytes:
     return _line({"type": "start", **task.fields()})
 
 
-def resume_message(
-    task: Task, *, session: Session, interaction_id: int, response: JsonValue
-) -> bytes:
-    """Return the line that continues a conversation with the user's answer."""
+def resume_message(task: Task, *, session: Session, reply: Interaction) -> bytes:
+    """Return the line that continues a conversation with the answer to its question."""
     return _line(
         {
             "type": "resume",
             **task.fields(),
             "session": {"type": session.type, "value": session.handle},
-            "reply": {"interaction_id": interaction_id, "response": response},
+            "reply": _reply(reply),
         }
     )
 
 
-def reply_message(*, interaction_id: int, response: JsonValue) -> bytes:
-    """Return the line that gives a sticky engine the user's answer."""
-    return _line({"type": "reply", "interaction_id": interaction_id, "response": response})
+def reply_message(reply: Interaction) -> bytes:
+    """Return the line that gives a sticky engine the answer to its question."""
+    return _line({"type": "reply", **_reply(reply)})
+
+
+def _reply(reply: Interaction) -> JsonObject:
+    """Without an answer in time the response is null, and said to be nobody's."""
+    told: JsonObject = {"interaction_id": reply.interaction_id, "response": reply.response}
+    return told | {"auto_decided": True} if reply.auto_decided else told
 
 
 def _line(message: JsonObject) -> bytes:

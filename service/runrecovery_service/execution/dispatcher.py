@@ -10,12 +10,13 @@ from typing import Final
 
 import structlog
 
+from runrecovery_service.domain.deadline import DueKind
 from runrecovery_service.domain.errors import Exhausted, Fenced, NotNow
 from runrecovery_service.domain.run import Run, RunStatus
 from runrecovery_service.execution.session import RunSession
 from runrecovery_service.execution.workshop import Workshop
 from runrecovery_service.process.sweep import end_trees
-from runrecovery_service.storage import turns
+from runrecovery_service.storage import runs, turns
 from runrecovery_service.storage.processes import Place
 
 log = structlog.get_logger()
@@ -59,13 +60,16 @@ class Dispatcher:
     def changed(self, run: Run) -> None:
         """Tell that a create, a reply or a cancel has been committed for this run."""
         for session in self._sessions:
-            if session.turn.run.key != run.key:
-                continue
-            if run.cancel_requested:
-                session.cancel()
-            elif run.status is RunStatus.RUNNING:
-                session.deliver()
+            if session.turn.run.key == run.key:
+                _tell(session, run)
         self._changed.set()
+
+    def time_out(self, run_key: int, kind: DueKind) -> None:
+        """Have the process of a run ended: a deadline has passed. A run that is only being taken
+        from the queue is told at the next look at the deadlines."""
+        for session in self._sessions:
+            if session.turn.run.key == run_key:
+                session.time_out(kind)
 
     def look_again(self) -> None:
         """Tell that a run may have become free to be launched."""
@@ -136,8 +140,11 @@ class Dispatcher:
         self._sessions.clear()
 
     async def _work(self) -> None:
+        told = True
         while True:
             try:
+                if not told and self.shop.storage.is_shared:
+                    await self._look_at_records()
                 await self._launch_what_fits()
             except Fenced:
                 self.fenced()
@@ -147,15 +154,24 @@ class Dispatcher:
                 log.warning("execution.queue_unreadable", error=type(error).__name__)
             except Exception:  # the edge of this task: nothing would be launched any more
                 log.exception("execution.dispatch_failed")
-            await self._wait_for_change()
+            told = await self._told_of_a_change()
 
-    async def _wait_for_change(self) -> None:
+    async def _look_at_records(self) -> None:
+        """Tell every session how its run stands on record. Where a commit may stand although its
+        answer was lost, nobody else may have told it of a reply or a cancel."""
+        for session in list(self._sessions):
+            _tell(session, await self.shop.storage.point(runs.get_by_key, session.turn.run.key))
+
+    async def _told_of_a_change(self) -> bool:
+        """Return at a change, or, with False, when it is time for a look without one."""
+        told = True
         try:
             async with asyncio.timeout(LOOK_AGAIN_S):
                 await self._changed.wait()
         except TimeoutError:
-            pass
+            told = False
         self._changed.clear()
+        return told
 
     async def _launch_what_fits(self) -> None:
         if self._unsure:
@@ -166,6 +182,8 @@ class Dispatcher:
                 owner=self.shop.owner,
                 busy_engines=self._busy_engines(),
                 place=self.place,
+                due_in=self.shop.due_in,
+                steady=self.shop.steady_now(),
                 now=self.shop.now(),
             )
             if turn is None:
@@ -213,3 +231,11 @@ class Dispatcher:
             self.fenced()
         except Exception:  # the edge of this task, again; its shim ends the tree without heartbeats
             log.exception("execution.session_failed", run_id=session.turn.run.run_id)
+
+
+def _tell(session: RunSession, run: Run) -> None:
+    """Tell a session of what was accepted for its run; it may have been told before."""
+    if run.cancel_requested:
+        session.cancel()
+    elif run.status is RunStatus.RUNNING:
+        session.deliver()

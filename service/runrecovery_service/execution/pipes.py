@@ -7,11 +7,15 @@ time it may be another thread's new one.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
+import termios
+from array import array
 from collections.abc import Callable
 from typing import Final
 
 READ_BYTES: Final = 65536
+LOOK_FIRST_S, LOOK_MOST_S = 0.002, 0.05
 
 
 async def read(descriptor: int) -> bytes:
@@ -35,6 +39,21 @@ async def write_all(descriptor: int, data: bytes) -> None:
             left = left[os.write(descriptor, left) :]
         except BlockingIOError:
             await _until_ready(descriptor, loop.add_writer, loop.remove_writer)
+
+
+async def until_read(descriptor: int) -> None:
+    """Return once a reader has taken all that was written to a pipe; never, if none does."""
+    pause_s = LOOK_FIRST_S
+    while _held(descriptor):
+        await asyncio.sleep(pause_s)  # nothing tells of it
+        pause_s = min(pause_s * 2, LOOK_MOST_S)
+
+
+def _held(descriptor: int) -> int:
+    """Return how many bytes a pipe holds; either end tells."""
+    held = array("i", [0])
+    fcntl.ioctl(descriptor, termios.FIONREAD, held)
+    return held[0]
 
 
 async def _until_ready(

@@ -6,12 +6,12 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import timedelta
 from enum import Enum, auto
 from typing import IO, Final, TypeAlias
 
 import structlog
 
+from runrecovery_service.domain.deadline import Due, DueKind
 from runrecovery_service.domain.errors import Fenced
 from runrecovery_service.domain.run import (
     ErrorCode,
@@ -43,7 +43,7 @@ from runrecovery_service.engines.jsonl import (
 )
 from runrecovery_service.execution.launching import Launch, StoodStill, Unguarded
 from runrecovery_service.execution.output import OutputChannel
-from runrecovery_service.execution.pipes import read, write_all
+from runrecovery_service.execution.pipes import read, until_read, write_all
 from runrecovery_service.execution.workshop import TurnLog, Workshop
 from runrecovery_service.process.launch import (
     Empty,
@@ -64,7 +64,6 @@ from runrecovery_service.storage.turns import Turn
 log = structlog.get_logger()
 
 
-SESSION_TYPE: Final = "jsonl"
 LONG_LINE_BYTES: Final = 16384
 """Longer lines are parsed in a thread: one of 1 MiB takes the loop a second and more."""
 IGNORED_TYPES: Final = 100
@@ -96,7 +95,12 @@ class _Broken:
     how: str
 
 
-_News: TypeAlias = "Message | ShimEvent | _Signal | _Broken"
+@dataclass(frozen=True, slots=True)
+class _TimedOut:
+    kind: DueKind
+
+
+_News: TypeAlias = "Message | ShimEvent | _Signal | _Broken | _TimedOut"
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -118,7 +122,7 @@ class RunSession:
     _interrupted: str | None = None
     _unsupervised: bool = False
     _emptied: bool = False
-    _timed_out: bool = False
+    _timed_out: DueKind | None = None
     _canceled: bool = False
     _in_wait: bool = False
     _has_session: bool = False
@@ -126,7 +130,6 @@ class RunSession:
     _ignored: Counter[str] = field(default_factory=Counter)
     _stderr_tail: bytes = b""
     _deadline: float | None = None
-    _wait_deadline: float | None = None
     _unguarded_looks: int = 0
     is_ending: bool = False
 
@@ -137,6 +140,10 @@ class RunSession:
     def cancel(self) -> None:
         """End the process; a cancel has been accepted."""
         self._news.put_nowait(_Signal.CANCELED)
+
+    def time_out(self, kind: DueKind) -> None:
+        """End the process; one of the run's deadlines has passed."""
+        self._news.put_nowait(_TimedOut(kind))
 
     def deliver(self) -> None:
         """Give the process the reply that has been accepted."""
@@ -228,12 +235,10 @@ class RunSession:
     async def _take_news(self) -> None:
         while not self._is_over():
             try:
-                async with asyncio.timeout_at(self._next_deadline()):
+                async with asyncio.timeout_at(self._deadline):
                     news = await self._news.get()
             except TimeoutError:
-                if await self._waited_too_long() or self._passed(self._deadline):
-                    return
-                continue
+                return
             await self._take(news)
             self._news.task_done()
 
@@ -241,30 +246,15 @@ class RunSession:
         # Its whole output comes before its end: whoever follows it must miss nothing.
         ended = self._exited is not None and not self._open_outputs
         lost = self._unsupervised or self._interrupted is not None
-        return ended or lost or self._canceled or self._broken is not None
-
-    def _next_deadline(self) -> float | None:
-        times = [at for at in (self._deadline, self._wait_deadline) if at is not None]
-        return min(times, default=None)
-
-    def _passed(self, at: float | None) -> bool:
-        return at is not None and asyncio.get_running_loop().time() >= at
-
-    async def _waited_too_long(self) -> bool:
-        """At the end of a sticky wait: close its question, unless an answer was quicker."""
-        if not self._passed(self._wait_deadline):
-            return False
-        self._wait_deadline = None
-        storage, owner = self.shop.storage, self.shop.owner
-        self._timed_out = await self._log.insist(
-            lambda: storage.write(turns.stop_waiting, self.turn.run.key, owner=owner)
-        )
-        return self._timed_out
+        stopped = self._canceled or self._timed_out is not None
+        return ended or lost or stopped or self._broken is not None
 
     async def _take(self, news: _News) -> None:
         match news:
             case _Signal.CANCELED:
                 self._canceled = True
+            case _TimedOut(kind):
+                self._timed_out = kind
             case _Signal.STDOUT_ENDED:
                 self._open_outputs -= 1
                 self._expect_end_within(self.shop.exit_grace_s)
@@ -322,7 +312,7 @@ class RunSession:
             self._ignored[kind] += 1
 
     async def _keep_session(self, handle: str) -> None:
-        session = Session(type=SESSION_TYPE, handle=handle, turn=self.turn.run.turn)
+        session = Session(type=jsonl.SESSION_TYPE, handle=handle, turn=self.turn.run.turn)
         await self._write(turns.keep_session, session=session, now=self.shop.now())
         self._has_session = True
 
@@ -339,16 +329,20 @@ class RunSession:
             return
         number = (await self._look()).interaction_count + 1
         self._in_wait = True  # before the commit: the reply may come right after it
-        timeout_s = self.shop.catalog.get(self.turn.run.engine).session_timeout_s
-        self._wait_deadline = asyncio.get_running_loop().time() + timeout_s
         await self._write(
             turns.ask_and_stay,
             number=number,
             question=asked.question,
-            deadline=self.shop.now() + timedelta(seconds=timeout_s),
+            due=self._wait_due(),
             now=self.shop.now(),
         )
         self._log.info("execution.waiting")
+
+    def _wait_due(self) -> Due:
+        """Return when a question that is asked now will have waited long enough."""
+        run = self.turn.run
+        own_s = run.session_timeout_s
+        return self.shop.due_in(own_s or self.shop.catalog.get(run.engine).session_timeout_s)
 
     # -- speaking ------------------------------------------------------------------------------
 
@@ -357,19 +351,16 @@ class RunSession:
         run, reply = self.turn.run, self.turn.reply
         workspace = self.shop.output.workspace(run.key, run.attempt)
         task = jsonl.Task(
-            run_id=run.run_id, attempt=run.attempt, input=run.input, workspace=str(workspace)
+            run_id=run.run_id, attempt=run.attempt, input=run.input or {}, workspace=str(workspace)
         )
         if reply is None or run.session is None:
             await self._say(process, jsonl.start_message(task))
         else:
-            line = jsonl.resume_message(
-                task,
-                session=run.session,
-                interaction_id=reply.interaction_id,
-                response=reply.response,
-            )
-            # After it was handed over, not before: a crash in between gives it again.
+            line = jsonl.resume_message(task, session=run.session, reply=reply)
+            # Once it was read, not before: what lies in the pipe dies with the process, and a crash
+            # gives it to another one. Who reads to the end of its input has read it by then.
             if await self._say(process, line):
+                await until_read(process.stdin.fileno())
                 await self._write(turns.delivered)
         if run.profile is Profile.RESUMABLE:
             process.stdin.close()
@@ -394,9 +385,7 @@ class RunSession:
         if reply is None or not accepted or run.status is not RunStatus.RUNNING:
             return
         self._in_wait = False
-        self._wait_deadline = None
-        line = jsonl.reply_message(interaction_id=reply.interaction_id, response=reply.response)
-        if await self._say(process, line):
+        if await self._say(process, jsonl.reply_message(reply)):
             await self._write(turns.delivered)
 
     async def _say(self, process: ShimmedProcess, line: bytes) -> bool:
@@ -476,7 +465,7 @@ class RunSession:
     def _why_ended(self) -> str:
         reasons = {
             "canceled": self._canceled,
-            "wait_timeout": self._timed_out,
+            "timed_out": self._timed_out is not None,
             "protocol_broken": self._broken is not None,
             "shim_lost": self._unsupervised,
         }
@@ -504,6 +493,8 @@ class RunSession:
                 lease_key=self.turn.lease.key,
                 end=end,
                 ended=ended,
+                # A resumable wait ends only where an automatic decision ends it.
+                due=None if self.turn.run.require_user_reply else self._wait_due(),
                 now=self.shop.now(),
             )
         )

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import structlog
 
+from runrecovery_service.domain.deadline import SteadyTime
 from runrecovery_service.domain.errors import Exhausted, Fenced, NotNow
 from runrecovery_service.domain.run import Run
 from runrecovery_service.engines.catalog import Catalog
@@ -21,6 +22,7 @@ from runrecovery_service.process.launch import boot_time_ns
 from runrecovery_service.storage.adapter import Storage
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.processes import Lease
+from runrecovery_service.storage.turns import DueIn
 
 log = structlog.get_logger()
 
@@ -69,6 +71,8 @@ class Workshop:
     cancel_grace_s: float
     exit_grace_s: float
     now: Callable[[], datetime]
+    steady_now: Callable[[], SteadyTime]
+    due_in: DueIn
 
     def remove_cgroup(self, lease: Lease) -> bool:
         """Remove the cgroup that a launch had, if any; False when it could not be."""

@@ -21,6 +21,7 @@ from typing import Final
 
 import structlog
 
+from runrecovery_service.domain.reconciliation import Orphan
 from runrecovery_service.process import procfs, signals
 from runrecovery_service.process.evidence import (
     Doubt,
@@ -58,6 +59,8 @@ _CHASES, _CHASES_AT_LEAST, CHASE_S = 30, 3, 0.2
 after the third only within this time. Strangers may fork as fast as the machine allows."""
 _FREEZES: Final = 10
 """Rounds of SIGSTOP that look for newcomers before SIGKILL comes anyway."""
+_IN_ORDER: Final = (signal.SIGTERM, signal.SIGCONT, signal.SIGSTOP, signal.SIGKILL)
+BY_SERVICE, BY_SHIM = "service", "shim"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +73,7 @@ class Ending:
         ended: those of them that are dead now.
         dead: pid and start ticks of the latter.
         refused: a sentence for each process that could not or must not be ended.
+        orphans: what was done to each of those that were found.
         gone: nothing that belongs to the lease is alive, its shim included.
     """
 
@@ -77,13 +81,22 @@ class Ending:
     ended: int = 0
     dead: frozenset[Identity] = field(default=frozenset(), repr=False, compare=False)
     refused: tuple[str, ...] = ()
+    orphans: tuple[Orphan, ...] = field(default=(), repr=False, compare=False)
     gone: bool
 
     def with_book(self, killed: frozenset[Identity]) -> Ending:
         """Add whom the shim killed by itself, as its book tells; nobody is counted twice."""
-        unseen = len(killed - self.dead)
+        unseen = killed - self.dead
+        by_shim = tuple(
+            Orphan(pid=pid, evidence=Evidence.DESCENT, signals=("SIGKILL",), ended=True, by=BY_SHIM)
+            for pid, _ in sorted(unseen)
+        )
         return replace(
-            self, found=self.found + unseen, ended=self.ended + unseen, dead=self.dead | killed
+            self,
+            found=self.found + len(unseen),
+            ended=self.ended + len(unseen),
+            dead=self.dead | killed,
+            orphans=by_shim + self.orphans,
         )
 
 
@@ -241,6 +254,7 @@ class _Tree:
             ended=len(dead),
             dead=dead,
             refused=tuple(refused),
+            orphans=tuple(map(_orphan, agents.values())),
             gone=not refused,
         )
 
@@ -250,6 +264,16 @@ class _Tree:
             proc = procfs.read_proc(identity[0])
             if proc is not None and proc.identity == identity and not proc.dead:
                 yield f"pid {proc.pid} {why}"
+
+
+def _orphan(held: _Held) -> Orphan:
+    return Orphan(
+        pid=held.hit.proc.pid,
+        evidence=held.hit.kind.value,
+        signals=tuple(number.name for number in _IN_ORDER if number in held.sent),
+        ended=not held.alive,
+        by=BY_SERVICE,
+    )
 
 
 def _why_alive(held: _Held) -> str:

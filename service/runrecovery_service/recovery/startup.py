@@ -4,8 +4,9 @@ A planned stop does the same steps for its own epoch, so that its next start fin
 
 1. Orphans are ended before any state changes: one of them may still write to a run that is about
    to fail. 2. Session handles are checked where their engine can tell. 3. Every run of an
-earlier epoch is converged, in batches. 4. What ended runs still hold is cleared. 5. The report
-is committed, with what the start's probe of its containment proved. Only then may the gate open.
+earlier epoch is converged, in batches. 4. What ended runs still hold is cleared. 5. Deadlines are
+brought onto the clock that runs now. 6. The report is committed, with what the start's probe of its
+containment proved. Only then may the gate open.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from pathlib import Path
 from typing import Final
 
 import structlog
 
+from runrecovery_service.domain.deadline import SteadyTime
 from runrecovery_service.domain.errors import RecoveryInterrupted, StorageBusy
 from runrecovery_service.domain.reconciliation import (
     Cause,
@@ -29,35 +30,35 @@ from runrecovery_service.domain.reconciliation import (
 )
 from runrecovery_service.process.sweep import Ending
 from runrecovery_service.recovery.report import ReportBook
-from runrecovery_service.storage import converge, processes, recovery
+from runrecovery_service.recovery.sessions import SessionCheck, Workspace, changed_verdicts
+from runrecovery_service.storage import converge, deadlines, processes, recovery
 from runrecovery_service.storage.converge import Batch, Scope
 from runrecovery_service.storage.database import DRIVER_ERRORS, Database, translate
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.processes import Ended, Lease
+from runrecovery_service.storage.turns import DueIn
 
 log = structlog.get_logger()
 
 SMALLEST_BATCH: Final = 500
-SESSIONS_PER_CHECK: Final = 5000
 DECISIONS_LOGGED: Final = 1000
 """Per recovery, runs whose decision gets a log line of its own; the history has all."""
 
 Sweep = Callable[[Sequence[Lease]], Mapping[int, Ending]]
 """Ends everything that is alive of these launches; the answer is by lease key."""
 
-SessionCheck = Callable[[Path, str], bool]
-"""True when the handle can be resumed by, given the workspace of the attempt."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """How a recovery is bounded: rows and seconds of one batch, unfinished starts before safe
-    mode (0: never) and the seconds in which they count."""
+    mode (0: never) and the seconds in which they count, seconds in which a run that lost its
+    session can be set back."""
 
     batch_rows: int
     batch_s: float
     safe_mode_after: int
     safe_mode_window_s: float
+    reopen_window_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,8 +76,10 @@ class Recovery:
     limits: Limits
     sweep: Sweep
     session_checks: Mapping[str, SessionCheck]
-    workspace: Callable[[int, int], Path]
+    workspace: Workspace
     now: Callable[[], datetime]
+    due_in: DueIn
+    steady_now: Callable[[], SteadyTime]
     stopping: Callable[[], bool]
 
     @property
@@ -116,6 +119,7 @@ class Recovery:
                 owner=self.owner,
                 before=self.before,
                 reconciliation_key=book.key,
+                reopen=self.due_in(self.limits.reopen_window_s),
                 now=self.now(),
             )
             with book.phase("sessions"):
@@ -124,6 +128,9 @@ class Recovery:
                 self._converge(db, book, scope)
             with book.phase("bindings"):
                 book.tally += converge.clear_stale_bindings(db, self.owner)
+            if self.cause is Cause.STARTUP:
+                with book.phase("deadlines"):
+                    self._rearm(db, book)
             if self.containment is not None:
                 with book.phase("containment"):
                     book.containment = self.containment()
@@ -159,7 +166,12 @@ class Recovery:
             return
         endings = self.sweep(leases)
         ended = {
-            key: Ended(exit_code=None, processes_ended=ending.ended, gone=ending.gone)
+            key: Ended(
+                exit_code=None,
+                processes_ended=ending.ended,
+                gone=ending.gone,
+                orphans=ending.orphans,
+            )
             for key, ending in endings.items()
         }
         processes.close_all(db, ended, now=self.now(), reconciliation_key=book.key)
@@ -178,22 +190,16 @@ class Recovery:
     # -- sessions ------------------------------------------------------------------------------
 
     def _check_sessions(self, db: Database, scope: Scope) -> None:
-        for engine, check in self.session_checks.items():
-            after = 0
-            while stored := converge.sessions_to_check(
-                db, scope, engine=engine, after=after, limit=SESSIONS_PER_CHECK
-            ):
-                verdicts = {
-                    session.run_key: "VALID"
-                    if check(self.workspace(session.run_key, session.attempt), session.handle)
-                    else "INVALID"
-                    for session in stored
-                }
-                known = {session.run_key: session.verdict for session in stored}
-                converge.record_verdicts(
-                    db, scope, {k: v for k, v in verdicts.items() if known[k] != v}
-                )
-                after = stored[-1].run_key
+        for verdicts in changed_verdicts(db, scope, self.session_checks, self.workspace):
+            converge.record_verdicts(db, scope, verdicts)
+
+    # -- deadlines -----------------------------------------------------------------------------
+
+    def _rearm(self, db: Database, book: ReportBook) -> None:
+        """Go by the clock that runs now: the machine may have been booted, or be another one."""
+        count = deadlines.rearm(db, self.owner, now=self.now(), steady=self.steady_now())
+        if count:
+            log.info("recovery.deadlines_rearmed", **_identity(book), runs=count)
 
     # -- convergence ---------------------------------------------------------------------------
 

@@ -156,6 +156,10 @@ def _page_token(error: RunRecoveryError) -> Any:
     return bad_request((FieldViolation("page_token", str(error)),))
 
 
+def _cursor(error: RunRecoveryError) -> Any:
+    return bad_request((FieldViolation("after_cursor", str(error)),))
+
+
 def _engine(error: errors.UnknownEngine) -> Any:
     return bad_request((FieldViolation("engine", f"no engine {clip(error.engine, 80)!r}"),))
 
@@ -273,6 +277,28 @@ TABLE: Final[Mapping[type[RunRecoveryError], Case]] = MappingProxyType(
         ),
         errors.StorageFull: Case(
             _Code.RESOURCE_EXHAUSTED, Reason.ERROR_REASON_STORAGE_FULL, (retry_info,)
+        ),
+        errors.SlowReader: Case(
+            _Code.RESOURCE_EXHAUSTED, Reason.ERROR_REASON_SLOW_READER, (retry_info,)
+        ),
+        errors.RunNotReopenable: Case(
+            _Code.FAILED_PRECONDITION, Reason.ERROR_REASON_RUN_NOT_REOPENABLE, (_precondition,)
+        ),
+        errors.SessionNotResumable: Case(
+            _Code.FAILED_PRECONDITION, Reason.ERROR_REASON_SESSION_NOT_RESUMABLE, (_precondition,)
+        ),
+        errors.WatchCursorInvalid: Case(
+            _Code.INVALID_ARGUMENT, Reason.ERROR_REASON_WATCH_CURSOR_INVALID, (_cursor,)
+        ),
+        errors.WatchHistoryPruned: Case(
+            _Code.OUT_OF_RANGE,
+            Reason.ERROR_REASON_WATCH_HISTORY_PRUNED,
+            metadata=lambda error: {"oldest_sequence": str(error.oldest)},
+        ),
+        errors.WatchSequenceUnknown: Case(
+            _Code.OUT_OF_RANGE,
+            Reason.ERROR_REASON_WATCH_SEQUENCE_UNKNOWN,
+            metadata=lambda error: {"latest_sequence": str(error.latest)},
         ),
         errors.OutputOutOfRange: Case(_Code.OUT_OF_RANGE, Reason.ERROR_REASON_OUTPUT_OUT_OF_RANGE),
     }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from enum import Enum, StrEnum, auto
 
 from runrecovery_service.domain.errors import ReconciliationInProgress, SafeMode, ShuttingDown
@@ -46,6 +47,7 @@ class Gate:
         self._storage_answers = True
         self._safe_mode = False
         self._change = asyncio.Event()
+        self._followers: set[asyncio.Event] = set()
 
     @property
     def state(self) -> ServiceState:
@@ -120,6 +122,15 @@ class Gate:
         if self._safe_mode:
             raise SafeMode(retry_after_s=self._retry_after_s)
 
+    @contextmanager
+    def following(self, event: asyncio.Event) -> Iterator[None]:
+        """Have an event of the caller's own set with every change."""
+        self._followers.add(event)
+        try:
+            yield
+        finally:
+            self._followers.discard(event)
+
     async def wait(self, change: asyncio.Event, *, timeout_s: float) -> None:
         """Return at the change, or after `timeout_s` seconds without one."""
         with suppress(TimeoutError):
@@ -133,3 +144,5 @@ class Gate:
     def _announce(self) -> None:
         change, self._change = self._change, asyncio.Event()
         change.set()
+        for event in self._followers:
+            event.set()

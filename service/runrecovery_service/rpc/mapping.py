@@ -8,20 +8,24 @@ read, so that it cannot leave the service.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableSequence, Sequence
 from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
 from typing import Final
 
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
 from google.protobuf.struct_pb2 import NULL_VALUE, ListValue, Struct, Value
 from google.protobuf.timestamp_pb2 import Timestamp
 from runrecovery.v1 import recovery_pb2, recovery_service_pb2, run_pb2
 
+from runrecovery_service.domain.explanation import Seen, because, facts_seen
+from runrecovery_service.domain.plan import PlannedDecision, RecoveryPlan
 from runrecovery_service.domain.reconciliation import (
     Cause,
     Containment,
     ContainmentLevel,
+    DecisionCount,
     Reconciliation,
     ReconciliationState,
 )
@@ -36,13 +40,20 @@ from runrecovery_service.domain.run import (
     RecoveryState,
     RestartPolicy,
     Run,
+    RunEvent,
+    RunEventKind,
     RunStatus,
+    View,
 )
 from runrecovery_service.rpc.gate import ServiceState
+from runrecovery_service.storage.feed import Decided
 from runrecovery_service.storage.processes import Unended
 
 EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _DAY_S: Final = 86_400
+_FIRST_S: Final = int((datetime.min.replace(tzinfo=UTC) - EPOCH).total_seconds())
+"""Of year 1."""
+_DURATION_MOST_S: Final = 315_576_000_000
 MAX_JSON_DEPTH: Final = 32
 """Deepest nesting of objects and lists in a request's JSON. Protobuf readers give up at 100
 messages, and an object inside a Struct takes three: deeper input could be stored, but no caller
@@ -84,6 +95,7 @@ RECOVERY_STATES: Final[Mapping[RecoveryState, run_pb2.RecoveryState.ValueType]] 
         RecoveryState.RECOVERED_QUEUED: run_pb2.RECOVERY_STATE_RECOVERED_QUEUED,
         RecoveryState.CANCELED_RECONCILED: run_pb2.RECOVERY_STATE_CANCELED_RECONCILED,
         RecoveryState.QUARANTINED: run_pb2.RECOVERY_STATE_QUARANTINED,
+        RecoveryState.REOPENED: run_pb2.RECOVERY_STATE_REOPENED,
     }
 )
 KINDS: Final[Mapping[InteractionKind | None, run_pb2.InteractionKind.ValueType]] = MappingProxyType(
@@ -94,6 +106,17 @@ KINDS: Final[Mapping[InteractionKind | None, run_pb2.InteractionKind.ValueType]]
         InteractionKind.CONFIRM: run_pb2.INTERACTION_KIND_CONFIRM,
         InteractionKind.FILL_FIELDS: run_pb2.INTERACTION_KIND_FILL_FIELDS,
         InteractionKind.RISK_ACK: run_pb2.INTERACTION_KIND_RISK_ACK,
+    }
+)
+EVENT_KINDS: Final[Mapping[RunEventKind | None, run_pb2.RunEventKind.ValueType]] = MappingProxyType(
+    {None: run_pb2.RUN_EVENT_KIND_UNSPECIFIED}
+    | {kind: run_pb2.RunEventKind.Value(f"RUN_EVENT_KIND_{kind}") for kind in RunEventKind}
+)
+VIEW_OF: Final[Mapping[int, View]] = MappingProxyType(
+    {
+        run_pb2.RUN_VIEW_UNSPECIFIED: View.FULL,
+        run_pb2.RUN_VIEW_BASIC: View.BASIC,
+        run_pb2.RUN_VIEW_FULL: View.FULL,
     }
 )
 RECONCILIATION_STATES: Final[
@@ -162,10 +185,30 @@ def time_of(stamp: Timestamp) -> datetime:
     """
     if not 0 <= stamp.nanos < 1_000_000_000:
         raise ValueError("nanos must be 0 to 999999999")
+    if stamp.seconds < _FIRST_S:  # rounded up to the microsecond it could come to be year 1
+        raise ValueError("must be in the years 1 to 9999")
     try:
         return EPOCH + timedelta(seconds=stamp.seconds, microseconds=-(-stamp.nanos // 1000))
     except OverflowError:
         raise ValueError("must be in the years 1 to 9999") from None
+
+
+def time_or_none(message: Message, field: str) -> datetime | None:
+    """Return the time in a field of a message as `time_of` does; None when it is not set."""
+    return time_of(getattr(message, field)) if message.HasField(field) else None
+
+
+def seconds_of(span: Duration) -> float:
+    """Return a Duration in seconds.
+
+    Raises:
+        ValueError: no such span: at most 10,000 years, both parts of one sign.
+    """
+    if abs(span.seconds) > _DURATION_MOST_S or abs(span.nanos) > 999_999_999:
+        raise ValueError("must be at most 10000 years, nanos at most 999999999")
+    if span.seconds * span.nanos < 0:
+        raise ValueError("seconds and nanos must have one sign")
+    return span.seconds + span.nanos / 1e9
 
 
 def put_duration(target: Duration, seconds: float) -> None:
@@ -273,10 +316,11 @@ def put_run(to: run_pb2.Run, run: Run) -> None:
     to.run_id = run.run_id
     to.engine = run.engine
     to.status = STATUSES[run.status]
-    to.interactive_profile.kind = PROFILES[run.profile]
+    _put_profile(to.interactive_profile, run)
     to.restart_policy = RESTART_POLICIES[run.restart_policy]
-    put_struct(to.input, run.input)
-    if not run.input:
+    if run.input:
+        put_struct(to.input, run.input)
+    elif run.input is not None:
         to.input.SetInParent()
     if run.interaction_count:
         to.interaction_count = run.interaction_count
@@ -297,6 +341,13 @@ def put_run(to: run_pb2.Run, run: Run) -> None:
     _put_what_it_holds(to, run)
 
 
+def _put_profile(to: run_pb2.InteractiveProfile, run: Run) -> None:
+    to.kind = PROFILES[run.profile]
+    to.require_user_reply = run.require_user_reply
+    if run.session_timeout_s is not None:
+        put_duration(to.session_timeout, run.session_timeout_s)
+
+
 def _put_what_it_holds(to: run_pb2.Run, run: Run) -> None:
     if run.output is not None:
         to.output.SetInParent()
@@ -310,6 +361,12 @@ def _put_what_it_holds(to: run_pb2.Run, run: Run) -> None:
         to.session.type = run.session.type
         to.session.has_handle = True
         to.session.turn = run.session.turn
+    if run.auto_decided_count:
+        to.auto_decided_count = run.auto_decided_count
+    if run.run_deadline_at is not None:
+        put_time(to.run_deadline_at, run.run_deadline_at)
+    if run.reopenable_until is not None:
+        put_time(to.reopenable_until, run.reopenable_until)
 
 
 def _put_pending(to: run_pb2.PendingInteraction, question: Interaction) -> None:
@@ -339,6 +396,19 @@ def put_interaction(to: run_pb2.Interaction, question: Interaction) -> None:
     if question.replied_at is not None:
         put_time(to.replied_at, question.replied_at)
         put_value(to.response, question.response)
+        to.auto_decided = question.auto_decided
+
+
+def put_event(to: run_pb2.RunEvent, event: RunEvent) -> None:
+    """Fill in an event, without the run."""
+    to.kind = EVENT_KINDS[event.kind]
+    put_time(to.happened_at, event.happened_at)
+    to.status = STATUSES[event.status]
+    to.attempt = event.attempt
+    to.interaction_id = event.interaction_id
+    to.error_code = event.error_code or ""
+    if event.recovery is not None:
+        put_recovery(to.recovery, event.recovery)
 
 
 # -- recovery ----------------------------------------------------------------------------------
@@ -363,6 +433,69 @@ def put_recovery(to: run_pb2.RecoveryInfo, recovery: RecoveryInfo | None) -> Non
     to.processes_ended = recovery.processes_ended
 
 
+def put_decided(to: recovery_service_pb2.RecoveredRun, decided: Decided) -> None:
+    """Fill in a decision and the run that it is about."""
+    to.run_id = decided.run_id
+    to.engine = decided.engine
+    to.labels.update(decided.labels)
+    put_recovery(to.recovery, decided.recovery)
+
+
+def put_explanation(to: recovery_service_pb2.RecoveryExplanation, seen: Seen) -> None:
+    """Fill in why a decision was made, and what was done."""
+    put_recovery(to.decision, seen.info)
+    to.because = because(seen.info.recovery_reason)
+    to.profile = PROFILES[seen.profile]
+    for fact in facts_seen(seen):
+        to.facts.add(name=fact.name, held=fact.held, source=fact.source)
+    for launch in seen.launches:
+        for orphan in launch.orphans:
+            to.processes.add(
+                pid=orphan.pid,
+                attempt=launch.attempt,
+                turn=launch.turn,
+                evidence=orphan.evidence,
+                signals=orphan.signals,
+                ended=orphan.ended,
+                ended_by=orphan.by,
+            )
+
+
+def put_planned(to: recovery_service_pb2.PlannedDecision, planned: PlannedDecision) -> None:
+    """Fill in what a restart would decide for one run."""
+    verdict = planned.verdict
+    to.run_id = planned.run_id
+    to.engine = planned.engine
+    to.status_before = STATUSES[planned.status]
+    to.status_after = STATUSES[verdict.becomes]
+    to.recovery_reason = verdict.rule
+    to.recovery_state = RECOVERY_STATES[verdict.state]
+    to.error_code = verdict.error or ""
+    to.unchanged = verdict.unchanged
+
+
+def put_plan(to: recovery_service_pb2.RecoveryPlan, plan: RecoveryPlan) -> None:
+    """Fill in what a restart would come to."""
+    _put_decision_counts(to.decisions, plan.decisions)
+    to.runs_total = plan.runs_total
+    to.runs_unchanged = plan.runs_unchanged
+    to.quarantined = plan.quarantined
+    to.launches = plan.launches
+
+
+def _put_decision_counts(
+    to: MutableSequence[recovery_pb2.DecisionCount], counts: Sequence[DecisionCount]
+) -> None:
+    to.extend(
+        recovery_pb2.DecisionCount(
+            rule=decided.rule,
+            recovery_state=RECOVERY_STATES[decided.recovery_state],
+            count=decided.count,
+        )
+        for decided in counts
+    )
+
+
 def put_reconciliation(to: recovery_pb2.Reconciliation, report: Reconciliation) -> None:
     """Fill in a report."""
     to.reconciliation_id = report.reconciliation_id
@@ -375,12 +508,7 @@ def put_reconciliation(to: recovery_pb2.Reconciliation, report: Reconciliation) 
         put_time(to.finished_at, report.finished_at)
     for phase in report.phases:
         put_duration(to.phases.add(name=phase.name).duration, phase.duration_s)
-    for decided in report.decisions:
-        to.decisions.add(
-            rule=decided.rule,
-            recovery_state=RECOVERY_STATES[decided.recovery_state],
-            count=decided.count,
-        )
+    _put_decision_counts(to.decisions, report.decisions)
     to.quarantined = report.quarantined
     to.warnings.extend(report.warnings)
     to.runs_scanned = report.runs_scanned

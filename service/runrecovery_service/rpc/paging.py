@@ -16,7 +16,12 @@ from typing import Final, Protocol
 
 from google.protobuf.message import Message
 
-from runrecovery_service.domain.errors import PageTokenInvalid, PageTokenMismatch
+from runrecovery_service.domain.errors import (
+    PageTokenInvalid,
+    PageTokenMismatch,
+    WatchCursorInvalid,
+)
+from runrecovery_service.storage.feed import Place
 
 DEFAULT_PAGE_SIZE: Final = 50
 MAX_PAGE_SIZE: Final = 1000
@@ -82,6 +87,31 @@ def decode(scope: Scope, token: str) -> tuple[int, ...] | None:
     if len(payload) != body + 8 * scope.width:
         raise PageTokenInvalid
     return struct.unpack(f">{scope.width}q", payload[body:])
+
+
+_CURSOR: Final = "runrecovery.v1.WatchRecovered"
+
+
+def encode_cursor(place: Place) -> str:
+    """Return the cursor of a place among the decisions. It is bound to no filter."""
+    return encode(_cursor_scope(), (place.report, place.run, place.stamp))
+
+
+def decode_cursor(cursor: str) -> Place | None:
+    """Return the place that a cursor names; None for no cursor.
+
+    Raises:
+        WatchCursorInvalid: this service did not make it.
+    """
+    try:
+        keys = decode(_cursor_scope(), cursor)
+    except (PageTokenInvalid, PageTokenMismatch):
+        raise WatchCursorInvalid from None
+    return None if keys is None else Place(*keys)
+
+
+def _cursor_scope() -> Scope:
+    return Scope(digest=_digest(_CURSOR.encode()), width=3)
 
 
 def _checked_payload(token: str) -> bytes:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Final
 
 from runrecovery.v1 import recovery_service_pb2 as pb
 
 from runrecovery_service.domain.reconciliation import Containment, RecoveredFilter
+from runrecovery_service.recovery.plan import Planner
 from runrecovery_service.rpc import mapping, paging, validation
 from runrecovery_service.rpc.gate import Gate
+from runrecovery_service.rpc.watching import RecoveredWatcher
 from runrecovery_service.storage import processes, recovery
 from runrecovery_service.storage.adapter import Storage
 from runrecovery_service.storage.instances import Owner
 
 UNENDED_NAMED: Final = 100
+EXPLANATIONS: Final = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +35,7 @@ class RecoveryRooms:
     owner: Owner
     current_report: Callable[[], str | None]
     containment: Callable[[], Containment | None]
+    planner: Planner
 
 
 class RecoveryService:
@@ -40,7 +46,10 @@ class RecoveryService:
         self._owner = rooms.owner
         self._current_report = rooms.current_report
         self._containment = rooms.containment
+        self._planner = rooms.planner
+        self._planning = asyncio.Lock()
         self._gate = gate
+        self._watcher = RecoveredWatcher(rooms.storage, gate)
 
     async def get_recovery_info(
         self, request: pb.GetRecoveryInfoRequest
@@ -63,10 +72,51 @@ class RecoveryService:
             _wanted(request.filter),
             after=paging.decode(scope, request.page_token),
             limit=paging.page_size(request.page_size),
+            view=mapping.VIEW_OF[request.view],
         )
         response = pb.ListRecoveredResponse(next_page_token=paging.encode(scope, page.after))
         for run in page.rows:
             mapping.put_run(response.runs.add(), run)
+        return response
+
+    async def watch_recovered(
+        self, request: pb.WatchRecoveredRequest
+    ) -> AsyncGenerator[pb.WatchRecoveredResponse, None]:
+        """Stream decisions as they are committed."""
+        validation.demand_valid(validation.recovered_filter(request.filter))
+        async with aclosing(self._watcher.stream(request, _wanted(request.filter))) as told:
+            async for response in told:
+                yield response
+
+    async def explain_recovery(
+        self, request: pb.ExplainRecoveryRequest
+    ) -> pb.ExplainRecoveryResponse:
+        """Return why each decision about a run was made, and what was done."""
+        validation.demand_run_id(request.run_id)
+        explained = await self._storage.read(recovery.explained, request.run_id, limit=EXPLANATIONS)
+        response = pb.ExplainRecoveryResponse()
+        for seen in explained:
+            mapping.put_explanation(response.explanations.add(), seen)
+        return response
+
+    async def plan_recovery(self, request: pb.PlanRecoveryRequest) -> pb.PlanRecoveryResponse:
+        """Return what a restart at this moment would decide; the first page sums it up."""
+        validation.demand_valid(validation.plan_recovery(request))
+        scope = paging.scope(request, width=1)
+        after, limit = (
+            paging.decode(scope, request.page_token),
+            paging.page_size(request.page_size),
+        )
+        response = pb.PlanRecoveryResponse()
+        if after is None:
+            async with self._planning:  # it looks at every run: one at a time
+                page, plan = await self._storage.read(self._planner.first, limit=limit)
+            mapping.put_plan(response.plan, plan)
+        else:
+            page = await self._storage.read(self._planner.page, after=after, limit=limit)
+        response.next_page_token = paging.encode(scope, page.after)
+        for planned in page.rows:
+            mapping.put_planned(response.decisions.add(), planned)
         return response
 
     async def get_recovery_status(
@@ -126,9 +176,8 @@ def _wanted(asked: pb.RecoveredFilter) -> RecoveredFilter:
         ),
         reason=asked.recovery_reason or None,
         engine=asked.engine or None,
-        after=mapping.time_of(asked.recovered_after) if asked.HasField("recovered_after") else None,
-        before=(
-            mapping.time_of(asked.recovered_before) if asked.HasField("recovered_before") else None
-        ),
+        labels=dict(asked.labels),
+        after=mapping.time_or_none(asked, "recovered_after"),
+        before=mapping.time_or_none(asked, "recovered_before"),
         reconciliation_id=asked.reconciliation_id.lower() or None,
     )

@@ -12,17 +12,27 @@ from typing import Final, TypeVar
 
 from runrecovery.v1 import run_service_pb2 as pb
 
-from runrecovery_service.domain.errors import OutputOutOfRange, ShuttingDown
-from runrecovery_service.domain.run import NewRun, Run
-from runrecovery_service.engines.catalog import Catalog, Engine
+from runrecovery_service.domain.deadline import SteadyTime
+from runrecovery_service.domain.errors import (
+    OutputOutOfRange,
+    SessionNotResumable,
+    ShuttingDown,
+)
+from runrecovery_service.domain.recovery_matrix import REOPENABLE
+from runrecovery_service.domain.run import NewRun, Run, RunFilter, RunStatus
+from runrecovery_service.engines.catalog import Catalog, Engine, check_session
+from runrecovery_service.engines.jsonl import SESSION_TYPE
 from runrecovery_service.execution.dispatcher import Dispatcher
 from runrecovery_service.execution.output import OutputChannel, OutputFiles
 from runrecovery_service.rpc import ids, mapping, paging, validation
 from runrecovery_service.rpc.gate import Gate
-from runrecovery_service.storage import interactions, runs
+from runrecovery_service.rpc.watching import RunWatcher
+from runrecovery_service.storage import interactions, reopening, requests, runs
 from runrecovery_service.storage.adapter import Storage
 from runrecovery_service.storage.instances import Owner
+from runrecovery_service.storage.reopening import Candidate
 from runrecovery_service.storage.requests import Receipt
+from runrecovery_service.storage.turns import DueIn
 
 PIECE_BYTES: Final = 65_536
 POLL_S: Final = 0.2
@@ -34,7 +44,13 @@ _CHANNELS: Final = {
     pb.OUTPUT_CHANNEL_STDERR: OutputChannel.STDERR,
 }
 
-MutationT = TypeVar("MutationT", pb.CreateRunRequest, pb.SubmitReplyRequest, pb.CancelRunRequest)
+MutationT = TypeVar(
+    "MutationT",
+    pb.CreateRunRequest,
+    pb.SubmitReplyRequest,
+    pb.CancelRunRequest,
+    pb.ReopenRunRequest,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +63,8 @@ class RunLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRooms:
-    """What RunService works with. `now` gives aware UTC times."""
+    """What RunService works with. `now` gives aware UTC times; `steady_now` and `due_in` go by the
+    clock that deadlines go by."""
 
     storage: Storage
     owner: Owner
@@ -56,6 +73,8 @@ class RunRooms:
     output: OutputFiles
     limits: RunLimits
     now: Callable[[], datetime]
+    steady_now: Callable[[], SteadyTime]
+    due_in: DueIn
 
 
 class RunService:
@@ -65,6 +84,7 @@ class RunService:
         self._rooms = rooms
         self._storage = rooms.storage
         self._gate = gate
+        self._watcher = RunWatcher(rooms.storage, gate)
         self._committing: set[asyncio.Task[Run]] = set()
 
     async def create_run(self, request: pb.CreateRunRequest) -> pb.CreateRunResponse:
@@ -72,9 +92,7 @@ class RunService:
         self._gate.demand_launches()
         validation.demand_valid(validation.create_run(request))
         engine = self._rooms.catalog.get(request.engine)
-        validation.demand_valid(
-            validation.profile(request.interactive_profile.kind, engine.name, engine.profile)
-        )
+        validation.demand_valid(validation.profile(request.interactive_profile, engine))
         now = self._rooms.now()
         write = self._storage.write(
             runs.create,
@@ -102,10 +120,10 @@ class RunService:
         scope = paging.scope(request, width=1)
         page = await self._storage.read(
             runs.page,
-            statuses=frozenset(mapping.STATUS_OF[n] for n in request.filter.statuses),
-            engine=request.filter.engine or None,
+            _wanted(request.filter),
             after=paging.decode(scope, request.page_token),
             limit=paging.page_size(request.page_size),
+            view=mapping.VIEW_OF[request.view],
         )
         response = pb.ListRunsResponse(next_page_token=paging.encode(scope, page.after))
         for run in page.rows:
@@ -144,6 +162,47 @@ class RunService:
         mapping.put_run(response.run, await self._commit(write))
         return response
 
+    def watch_run(self, request: pb.WatchRunRequest) -> AsyncGenerator[pb.WatchRunResponse, None]:
+        """Stream what happens to a run."""
+        return self._watcher.stream(request)
+
+    async def reopen_run(self, request: pb.ReopenRunRequest) -> pb.ReopenRunResponse:
+        """Set a run back that a recovery failed for want of its session."""
+        validation.demand_valid(validation.reopen_run(request))
+        handle = request.session_handle or None
+        if await self._storage.point(requests.find, receipt(request)) is None:
+            found = await self._storage.point(reopening.candidate, request.run_id)
+            await self._demand_session(found, handle)
+        write = self._storage.write(
+            reopening.reopen,
+            request.run_id,
+            handle=handle,
+            session_type=SESSION_TYPE,
+            owner=self._rooms.owner,
+            etag=request.etag or None,
+            receipt=receipt(request),
+            due_in=self._rooms.due_in,
+            steady=self._rooms.steady_now(),
+            now=self._rooms.now(),
+        )
+        response = pb.ReopenRunResponse()
+        mapping.put_run(response.run, await self._commit(write))
+        return response
+
+    async def _demand_session(self, found: Candidate, supplied: str | None) -> None:
+        """Refuse a handle that a restart would refuse again. A run that is not to be set back at
+        all is left to the write, which knows why."""
+        run, handle = found.run, supplied or found.handle
+        rule = None if run.recovery is None else run.recovery.recovery_reason
+        if run.status is not RunStatus.FAILED or rule not in REOPENABLE or handle is None:
+            return
+        if run.engine not in self._rooms.catalog.names:
+            return  # as in a restart: nobody can tell
+        engine = self._rooms.catalog.get(run.engine)
+        workspace = self._rooms.output.workspace(run.key, run.attempt)
+        if not await asyncio.to_thread(check_session, engine, workspace, handle):
+            raise SessionNotResumable(run.run_id, "its engine's session_file is not there")
+
     async def list_interactions(
         self, request: pb.ListInteractionsRequest
     ) -> pb.ListInteractionsResponse:
@@ -168,6 +227,7 @@ class RunService:
         return OutputReader(self._storage, self._rooms.output, self._gate).stream(request)
 
     def _new_run(self, request: pb.CreateRunRequest, engine: Engine, now: datetime) -> NewRun:
+        wish = request.interactive_profile
         return NewRun(
             run_id=request.run_id or str(ids.uuid7(now, secrets.token_bytes(ids.RANDOM_BYTES))),
             engine=engine.name,
@@ -175,6 +235,13 @@ class RunService:
             profile=engine.profile,
             restart_policy=mapping.RESTART_POLICY_OF[request.restart_policy],
             max_attempts=self._rooms.limits.max_attempts,
+            session_timeout_s=mapping.seconds_of(wish.session_timeout)
+            if wish.HasField("session_timeout")
+            else engine.session_timeout_s,
+            require_user_reply=wish.require_user_reply
+            if wish.HasField("require_user_reply")
+            else engine.require_user_reply,
+            max_run_s=engine.max_run_time_s,
             input=mapping.json_of_struct(request.input),
         )
 
@@ -194,6 +261,16 @@ class RunService:
         self._committing.discard(task)
         if not task.cancelled():
             task.exception()  # the caller has it, unless it hung up; then nobody wants it
+
+
+def _wanted(asked: pb.RunFilter) -> RunFilter:
+    return RunFilter(
+        statuses=frozenset(mapping.STATUS_OF[number] for number in asked.statuses),
+        engine=asked.engine or None,
+        labels=dict(asked.labels),
+        after=mapping.time_or_none(asked, "created_after"),
+        before=mapping.time_or_none(asked, "created_before"),
+    )
 
 
 def receipt(request: MutationT) -> Receipt | None:

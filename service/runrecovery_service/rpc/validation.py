@@ -6,14 +6,15 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.struct_pb2 import Struct, Value
-from google.protobuf.timestamp_pb2 import Timestamp
 from runrecovery.v1 import recovery_service_pb2 as recovery_pb
 from runrecovery.v1 import run_pb2
 from runrecovery.v1 import run_service_pb2 as run_pb
 
 from runrecovery_service.domain.errors import FieldViolation, InvalidFields
-from runrecovery_service.domain.run import Profile
+from runrecovery_service.engines.catalog import Engine
+from runrecovery_service.engines.jsonl import MAX_SESSION_CHARS
 from runrecovery_service.rpc import mapping
 from runrecovery_service.rpc.errors import clip
 
@@ -21,6 +22,9 @@ RUN_ID: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 LABEL_KEY: Final = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
 UUID: Final = re.compile(r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}", re.IGNORECASE)
 MAX_LABELS: Final = 32
+MAX_LABELS_FILTERED: Final = 8
+LEAST_SESSION_TIMEOUT_S: Final = 0.1
+_SESSION_TIMEOUT: Final = "interactive_profile.session_timeout"
 MAX_LABEL_CHARS: Final = 256
 MAX_NAME_CHARS: Final = 200
 """Names of engines and rules, and etags: longer than any that exists."""
@@ -56,16 +60,31 @@ def create_run(request: run_pb.CreateRunRequest) -> Violations:
     kind = request.interactive_profile.kind
     if kind and kind not in mapping.PROFILE_OF:
         yield _unknown("interactive_profile.kind", kind)
+    if request.interactive_profile.HasField("session_timeout"):
+        yield from _session_timeout(request.interactive_profile.session_timeout)
     yield from _request_id(request.request_id)
 
 
-def profile(
-    kind: run_pb2.InteractiveProfileKind.ValueType, engine: str, own: Profile
-) -> Violations:
+def _session_timeout(span: Duration) -> Violations:
+    try:
+        if mapping.seconds_of(span) < LEAST_SESSION_TIMEOUT_S:
+            yield FieldViolation(_SESSION_TIMEOUT, f"must be at least {LEAST_SESSION_TIMEOUT_S} s")
+    except ValueError as error:
+        yield FieldViolation(_SESSION_TIMEOUT, str(error))
+
+
+def profile(wish: run_pb2.InteractiveProfile, engine: Engine) -> Violations:
     """Check the wish for a profile, if there is one, against the engine's own."""
-    if kind and mapping.PROFILE_OF[kind] is not own:
+    named = clip(engine.name)
+    if wish.kind and mapping.PROFILE_OF[wish.kind] is not engine.profile:
         yield FieldViolation(
-            "interactive_profile.kind", f"engine {clip(engine)!r} is {own.value}; leave this unset"
+            "interactive_profile.kind",
+            f"engine {named!r} is {engine.profile.value}; leave this unset",
+        )
+    most_s = engine.session_timeout_s
+    if wish.HasField("session_timeout") and mapping.seconds_of(wish.session_timeout) > most_s:
+        yield FieldViolation(
+            _SESSION_TIMEOUT, f"must be at most {most_s:g} s, which is that of engine {named!r}"
         )
 
 
@@ -75,7 +94,41 @@ def list_runs(request: run_pb.ListRunsRequest) -> Violations:
         if status not in mapping.STATUS_OF:
             yield _unknown(f"filter.statuses[{at}]", status)
     yield from _name("filter.engine", request.filter.engine)
+    yield from _label_filter(request.filter.labels)
+    yield from _time_range(request.filter, "created_after", "created_before")
+    yield from _view(request.view)
     yield from _page_size(request.page_size)
+
+
+def watch_run(request: run_pb.WatchRunRequest) -> Violations:
+    """Check a request to watch a run."""
+    yield from run_id_violations(request.run_id)
+    if request.after_sequence < 0:
+        yield FieldViolation("after_sequence", "must not be negative")
+
+
+def reopen_run(request: run_pb.ReopenRunRequest) -> Violations:
+    """Check a request to set a run back."""
+    yield from run_id_violations(request.run_id)
+    match request.WhichOneof("session"):
+        case "keep_session":
+            if not request.keep_session:
+                yield FieldViolation("keep_session", "must be true where it is set")
+        case "session_handle":
+            yield from _session_handle(request.session_handle)
+        case _:
+            yield FieldViolation("session", "keep_session or session_handle is required")
+    yield from _request_id(request.request_id)
+    yield from _name("etag", request.etag)
+
+
+def _session_handle(handle: str) -> Violations:
+    if not handle:
+        yield FieldViolation("session_handle", "must not be empty")
+    if len(handle) > MAX_SESSION_CHARS:
+        yield FieldViolation("session_handle", f"must be at most {MAX_SESSION_CHARS} characters")
+    if "\0" in handle:
+        yield FieldViolation("session_handle", "must not hold a NUL character")
 
 
 def submit_reply(request: run_pb.SubmitReplyRequest) -> Violations:
@@ -117,7 +170,18 @@ def stream_output(request: run_pb.StreamOutputRequest) -> Violations:
 
 def list_recovered(request: recovery_pb.ListRecoveredRequest) -> Violations:
     """Check a request for a page of recovered runs."""
-    wanted = request.filter
+    yield from recovered_filter(request.filter)
+    yield from _view(request.view)
+    yield from _page_size(request.page_size)
+
+
+def plan_recovery(request: recovery_pb.PlanRecoveryRequest) -> Violations:
+    """Check a request for a page of the plan."""
+    yield from _page_size(request.page_size)
+
+
+def recovered_filter(wanted: recovery_pb.RecoveredFilter) -> Violations:
+    """Check which decisions are asked for."""
     for at, state in enumerate(wanted.recovery_states):
         if state == run_pb2.RECOVERY_STATE_NONE:
             yield FieldViolation(
@@ -127,12 +191,12 @@ def list_recovered(request: recovery_pb.ListRecoveredRequest) -> Violations:
             yield _unknown(f"filter.recovery_states[{at}]", state)
     yield from _name("filter.recovery_reason", wanted.recovery_reason)
     yield from _name("filter.engine", wanted.engine)
-    yield from _time_range(wanted)
+    yield from _label_filter(wanted.labels)
+    yield from _time_range(wanted, "recovered_after", "recovered_before")
     if wanted.reconciliation_id:
         yield from reconciliation_id_violations(
             wanted.reconciliation_id, field="filter.reconciliation_id"
         )
-    yield from _page_size(request.page_size)
 
 
 def list_reconciliations(request: recovery_pb.ListReconciliationsRequest) -> Violations:
@@ -174,11 +238,17 @@ def _name(field: str, text: str) -> Violations:
         yield FieldViolation(field, "must not hold a NUL character")
 
 
-def _labels(labels: Mapping[str, str]) -> Violations:
-    if len(labels) > MAX_LABELS:
-        yield FieldViolation("labels", f"must be at most {MAX_LABELS}")
+def _label_filter(labels: Mapping[str, str]) -> Violations:
+    yield from _labels(labels, name="filter.labels", most=MAX_LABELS_FILTERED)
+
+
+def _labels(
+    labels: Mapping[str, str], *, name: str = "labels", most: int = MAX_LABELS
+) -> Violations:
+    if len(labels) > most:
+        yield FieldViolation(name, f"must be at most {most}")
     for key, value in sorted(labels.items()):
-        field = f"labels[{clip(key, 70)!r}]"
+        field = f"{name}[{clip(key, 70)!r}]"
         if not LABEL_KEY.fullmatch(key):
             yield FieldViolation(field, f"the key must match {LABEL_KEY.pattern}")
         if len(value) > MAX_LABEL_CHARS:
@@ -207,17 +277,23 @@ def _page_size(size: int) -> Violations:
         yield FieldViolation("page_size", "must not be negative")
 
 
-def _time_range(wanted: recovery_pb.RecoveredFilter) -> Violations:
-    bounds = {}
-    for name in ("recovered_after", "recovered_before"):
-        if wanted.HasField(name):
-            stamp: Timestamp = getattr(wanted, name)
-            try:
-                bounds[name] = mapping.time_of(stamp)
-            except ValueError as error:
-                yield FieldViolation(f"filter.{name}", str(error))
-    if len(bounds) == 2 and bounds["recovered_after"] >= bounds["recovered_before"]:
-        yield FieldViolation("filter.recovered_after", "must be before recovered_before")
+def _view(view: int) -> Violations:
+    if view not in mapping.VIEW_OF:
+        yield _unknown("view", view)
+
+
+def _time_range(
+    wanted: run_pb.RunFilter | recovery_pb.RecoveredFilter, after: str, before: str
+) -> Violations:
+    bounds = []
+    for name in (after, before):
+        try:
+            bounds.append(mapping.time_or_none(wanted, name))
+        except ValueError as error:
+            yield FieldViolation(f"filter.{name}", str(error))
+    begin, end = bounds if len(bounds) == 2 else (None, None)
+    if begin is not None and end is not None and begin >= end:
+        yield FieldViolation(f"filter.{after}", f"must be before {before}")
 
 
 def _unknown(field: str, number: int) -> FieldViolation:

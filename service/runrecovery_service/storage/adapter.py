@@ -17,6 +17,12 @@ from typing import Concatenate, Final, ParamSpec, TypeVar
 import structlog
 
 from runrecovery_service.domain.errors import RunRecoveryError
+from runrecovery_service.storage.changes import (
+    Changes,
+    SharedLook,
+    decisions_stamp,
+    event_counts,
+)
 from runrecovery_service.storage.database import (
     DRIVER_ERRORS,
     Database,
@@ -24,6 +30,7 @@ from runrecovery_service.storage.database import (
     is_undecodable,
     translate,
 )
+from runrecovery_service.storage.recovery import close_abandoned
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -32,6 +39,7 @@ Use = Callable[Concatenate[Database, P], R]
 READER_THREADS: Final = 2
 POSTGRESQL_CONNECTIONS: Final = 8
 WRITES_PER_COMMIT: Final = 64
+SHARED_LOOK_S: Final = 1.0
 
 log = structlog.get_logger()
 
@@ -47,6 +55,7 @@ class Storage:
             thread_name_prefix="storage",
         )
         self._writer = GroupCommitWriter(db) if self._inline else None
+        self.changes = Changes()
 
     @property
     def is_shared(self) -> bool:
@@ -66,10 +75,33 @@ class Storage:
         )
 
     async def write(self, use: Use[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run one transaction; returns once it is durable."""
+        """Run one transaction; returns once it is durable, and tells who waits for its runs."""
+
+        def noted(db: Database) -> tuple[R, frozenset[int]]:
+            db.take_touched()  # what an earlier one noted that was then rolled back
+            return use(db, *args, **kwargs), db.take_touched()
+
         if self._writer is None:
-            return await self.read(use, *args, **kwargs)
-        return await asyncio.wrap_future(self._writer.submit(lambda db: use(db, *args, **kwargs)))
+            result, touched = await self.read(noted)
+        else:
+            result, touched = await asyncio.wrap_future(self._writer.submit(noted))
+        self.changes.announce(touched)
+        return result
+
+    async def follow_shared(self) -> None:
+        """For ever: see what others have written into a store that they share with us."""
+        look = SharedLook()
+        while True:
+            await asyncio.sleep(SHARED_LOOK_S)
+            try:
+                if keys := self.changes.runs_watched:
+                    self.changes.announce(look.changed(await self.read(event_counts, keys)))
+                if self.changes.decisions_watched:
+                    await self.read(close_abandoned)  # they would bar what comes after them
+                    if look.has_decided(await self.read(decisions_stamp)):
+                        self.changes.announce_decisions()
+            except Exception as error:  # noqa: BLE001 - whatever it was, the next look comes
+                log.warning("storage.changes_not_seen", error=type(error).__name__)
 
     async def renewal(self, use: Use[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the small write that keeps this instance the owner; it never queues behind reads."""

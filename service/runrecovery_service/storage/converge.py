@@ -9,12 +9,20 @@ that one is quarantined.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Final
 
-from runrecovery_service.domain.recovery_matrix import MATRIX, QUARANTINE_RULE, Fact, Rule
+from runrecovery_service.domain.deadline import Due
+from runrecovery_service.domain.plan import Situation
+from runrecovery_service.domain.recovery_matrix import (
+    MATRIX,
+    QUARANTINE_RULE,
+    REOPENABLE,
+    Fact,
+    Rule,
+)
 from runrecovery_service.domain.run import (
     InteractionKind,
     InteractionState,
@@ -25,29 +33,32 @@ from runrecovery_service.domain.run import (
 )
 from runrecovery_service.storage.database import DRIVER_ERRORS, Database, Dialect, Kind, translate
 from runrecovery_service.storage.instances import Owner
-from runrecovery_service.storage.rows import to_us
+from runrecovery_service.storage.rows import to_us, word
 from runrecovery_service.storage.tables import LIVE, live, sql_words
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Scope:
-    """Which rows a reconciliation may touch, and what it writes into them.
-
-    Attributes:
-        owner: whose runs, and the epoch that they are brought into.
-        before: only runs of epochs below this one: the owner's own at a start; the next one at a
-            planned stop, which decides what its next start would.
-    """
+class Reach:
+    """Which runs a restart decides on: those of `owner`, of epochs below `before`: its own at a
+    start; the next one at a planned stop, and in a plan, which decide what the next start would."""
 
     owner: Owner
     before: int
-    reconciliation_key: int
-    now: datetime
 
     @property
     def whose(self) -> tuple[str, int]:
         """The parameters of `owner = ? AND owner_epoch < ?`."""
         return self.owner.instance, self.before
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scope(Reach):
+    """Which rows a reconciliation may touch, and what it writes into them. `reopen`: until when
+    runs that fail for want of their session can be set back."""
+
+    reconciliation_key: int
+    reopen: Due
+    now: datetime
 
 
 DAMAGED_NAMED: Final = 100
@@ -204,13 +215,15 @@ def decisions_sql(dialect: Dialect) -> str:
 
     Parameters: first, last key, instance, epoch. Columns: id, recovery_no, status, rule, facts,
     becomes, error_code, recovery_state, damage, stands (1 when the run already bears this very
-    decision and has not changed since).
+    decision and has not changed since), sequence; and what explains the decision: profile, attempt,
+    interaction, session_turn, session_verdict.
     """
     return (
         "WITH matrix (number, name, becomes, error_code, recovery_state, keeps) AS"
         f" (VALUES {_matrix_values()}),"
         " seen AS MATERIALIZED (SELECT r.id, r.status, r.profile, r.recovery_reason,"
-        " r.recovered_version, r.version, r.recovery_count,"
+        " r.recovered_version, r.version, r.recovery_count, r.event_count, r.attempt,"
+        " r.interaction_count, r.session_turn, r.session_verdict,"
         f" {facts_sql(dialect)} AS facts, {damage_sql(dialect)} AS damage"
         " FROM run r LEFT JOIN interaction i ON i.run = r.id AND i.no = r.interaction_count"
         f" WHERE {_RANGE}),"
@@ -218,13 +231,15 @@ def decisions_sql(dialect: Dialect) -> str:
         " SELECT j.id, j.recovery_count + 1 AS recovery_no, j.status, m.name AS rule, j.facts,"
         " COALESCE(m.becomes, j.status) AS becomes, m.error_code, m.recovery_state, j.damage,"
         " CASE WHEN j.recovery_reason = m.name AND j.recovered_version = j.version"
-        " THEN 1 ELSE 0 END AS stands"
+        " THEN 1 ELSE 0 END AS stands, j.event_count + 1 AS sequence, j.profile, j.attempt,"
+        " j.interaction_count AS interaction, j.session_turn, j.session_verdict"
         " FROM judged j JOIN matrix m ON m.number = j.number"
     )
 
 
 _TERMINAL: Final = sql_words(tuple(s.value for s in RunStatus if s.is_terminal))
 _KEEPING: Final = sql_words((*(r.name for r in MATRIX if r.keeps), QUARANTINE_RULE))
+_REOPENABLE: Final = sql_words(REOPENABLE)
 _UNTOUCHED: Final = sql_words(
     (RecoveryState.RECOVERED_WAITING.value, RecoveryState.QUARANTINED.value)
 )
@@ -232,6 +247,10 @@ _UNTOUCHED: Final = sql_words(
 # A run that is kept waiting, or set aside, keeps its version: its own state is what it was, and a
 # reply prepared before the restart (with that etag) must be accepted after it.
 _APPLIED: Final = {
+    "event_count": "e.sequence",
+    "wait_due_us": f"CASE WHEN e.status_after = '{RunStatus.WAITING_USER}'"
+    " THEN run.wait_due_us END",
+    "run_due_us": f"CASE WHEN e.status_after NOT IN ({_TERMINAL}) THEN run.run_due_us END",
     "status": "e.status_after",
     "error_code": "COALESCE(e.error_code, run.error_code)",
     "session_type": f"CASE WHEN e.rule IN ({_KEEPING}) THEN run.session_type END",
@@ -349,9 +368,12 @@ def _converge_range(db: Database, scope: Scope, batch: Batch) -> Tally:
     _hold(db, reach)
     db.execute(
         "INSERT INTO recovery_event (run, no, reconciliation, rule, facts, status_before,"
-        " status_after, error_code, recovery_state, recovered_at, processes_ended) SELECT d.id,"
+        " status_after, error_code, recovery_state, recovered_at, processes_ended, sequence,"
+        " profile, attempt, interaction, session_turn, session_verdict) SELECT d.id,"
         f" d.recovery_no, {scope.reconciliation_key}, d.rule, d.facts, d.status, d.becomes,"
-        f" d.error_code, d.recovery_state, {now}, 0 FROM ({decisions_sql(db.dialect)}) AS d"
+        f" d.error_code, d.recovery_state, {now}, 0, d.sequence, d.profile, d.attempt,"
+        " d.interaction, d.session_turn, d.session_verdict"
+        f" FROM ({decisions_sql(db.dialect)}) AS d"
         " WHERE d.stands = 0",
         reach,
     )
@@ -359,6 +381,8 @@ def _converge_range(db: Database, scope: Scope, batch: Batch) -> Tally:
     quarantined = decided.decisions.get(QUARANTINE_RULE, 0)
     damaged = _record_damaged(db, scope, reach) if quarantined else ()
     questions = _close_questions(db, scope, batch)
+    if REOPENABLE & decided.decisions.keys():
+        _retire_sessions(db, scope, batch)
     changed = sum(decided.decisions.values())
     all_decided = changed == batch.rows
     report = (scope.reconciliation_key,)
@@ -467,28 +491,49 @@ def _close_questions(db: Database, scope: Scope, batch: Batch) -> int:
     closed: int = db.execute(
         "UPDATE interaction SET state = 'CLOSED'"
         " WHERE run BETWEEN ? AND ? AND state IN ('OPEN', 'ANSWERED')"
-        " AND EXISTS (SELECT 1 FROM recovery_event e WHERE e.run = interaction.run"
-        f" AND e.run BETWEEN ? AND ? AND e.reconciliation = ? AND e.rule NOT IN ({_KEEPING}))",
-        (*keys, *keys, scope.reconciliation_key),
+        # A list, not a look for each question: SQLite would look through the whole batch for it.
+        " AND run IN (SELECT e.run FROM recovery_event e WHERE e.reconciliation = ?"
+        f" AND e.run BETWEEN ? AND ? AND e.rule NOT IN ({_KEEPING}))",
+        (*keys, scope.reconciliation_key, *keys),
     ).rowcount
     return closed
 
 
+def _retire_sessions(db: Database, scope: Scope, batch: Batch) -> None:
+    """Keep the handles of runs that were just failed for want of their session, for a while."""
+    db.execute(
+        "UPDATE run SET retired_type = session_type, retired_value = session_value,"
+        " reopenable_until = ?, reopen_due_us = ?, due_clock = ? WHERE id IN"
+        " (SELECT e.run FROM recovery_event e WHERE e.reconciliation = ? AND e.run BETWEEN ? AND ?"
+        f" AND e.rule IN ({_REOPENABLE}))",
+        (
+            to_us(scope.reopen.at),
+            scope.reopen.us,
+            scope.reopen.clock,
+            scope.reconciliation_key,
+            batch.first,
+            batch.last,
+        ),
+    )
+
+
 def _quarantine(db: Database, scope: Scope, batch: Batch, detail: str) -> Tally:
     """Set aside the one row of a batch that the database itself refuses to converge."""
+    _hold(db, (batch.first, batch.last, *scope.whose))
     row = db.fetch_one(
-        "SELECT r.run_id, r.status, (SELECT COALESCE(max(e.no), 0) + 1 FROM recovery_event e"
-        f" WHERE e.run = r.id) FROM run r WHERE {_RANGE}",
+        "SELECT r.run_id, r.status, r.event_count + 1, (SELECT COALESCE(max(e.no), 0) + 1"
+        f" FROM recovery_event e WHERE e.run = r.id) FROM run r WHERE {_RANGE}",
         (batch.first, batch.last, *scope.whose),
     )
     if row is None:
         return Tally()
-    run_id, status, number = row
+    run_id, status, sequence, number = row
     now = to_us(scope.now)
     _add_quarantine(db, scope, batch.first, "convergence_refused", detail[:500])
     db.execute(
         "INSERT INTO recovery_event (run, no, reconciliation, rule, facts, status_before,"
-        " status_after, recovery_state, recovered_at) VALUES (?, ?, ?, ?, 0, ?, ?, ?, ?)",
+        " status_after, recovery_state, recovered_at, sequence)"
+        " VALUES (?, ?, ?, ?, 0, ?, ?, ?, ?, ?)",
         (
             batch.first,
             number,
@@ -498,13 +543,16 @@ def _quarantine(db: Database, scope: Scope, batch: Batch, detail: str) -> Tally:
             status,
             RecoveryState.QUARANTINED.value,
             now,
+            sequence,
         ),
     )
     db.execute(
-        "UPDATE run SET recovery_state = ?, recovered_at = ?, recovery_reason = ?,"
-        " recovery_count = ?, recovered_version = version, reconciliation = ?, owner_epoch = ?"
+        "UPDATE run SET event_count = ?, recovery_state = ?, recovered_at = ?,"
+        " recovery_reason = ?, recovery_count = ?, recovered_version = version,"
+        " reconciliation = ?, owner_epoch = ?"
         " WHERE id = ? AND owner = ? AND owner_epoch < ?",
         (
+            sequence,
             RecoveryState.QUARANTINED.value,
             now,
             QUARANTINE_RULE,
@@ -559,6 +607,93 @@ def clear_stale_bindings(db: Database, owner: Owner) -> Tally:
     return Tally(sessions=sessions, questions=questions)
 
 
+# -- foreseeing --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Foreseen:
+    """A run that a restart would decide on, and what it would see. `handle` is a secret; empty
+    when there is none that could be used."""
+
+    run_key: int
+    run_id: str
+    engine: str
+    attempt: int
+    handle: str = field(repr=False)
+    situation: Situation
+
+
+def _situation_sql(dialect: Dialect) -> str:
+    """Return what a restart would see of the runs `r` as the columns of a query."""
+    return (
+        f"r.status, r.profile, {facts_sql(dialect)} AS facts,"
+        f" CASE WHEN {damage_sql(dialect)} IS NULL THEN 0 ELSE 1 END AS damaged,"
+        " CASE WHEN r.recovered_version = r.version THEN r.recovery_reason END AS standing"
+    )
+
+
+_FORESEEN: Final = (
+    " FROM run r LEFT JOIN interaction i ON i.run = r.id AND i.no = r.interaction_count"
+    f" WHERE {live('r.')} AND r.owner = ? AND r.owner_epoch < ?"
+)
+
+
+def foreseen_page(db: Database, reach: Reach, *, after: int, limit: int) -> list[Foreseen]:
+    """Return the runs behind key `after` that a restart would decide on, in its order."""
+    return _foreseen(db, reach, "r.id > ? ORDER BY r.id LIMIT ?", (after, limit))
+
+
+def foreseen_of(db: Database, reach: Reach, run_keys: Sequence[int]) -> list[Foreseen]:
+    """Return these of the runs that a restart would decide on."""
+    if not run_keys:
+        return []
+    marks = ", ".join("?" for _ in run_keys)
+    return _foreseen(db, reach, f"r.id IN ({marks})", tuple(run_keys))
+
+
+def _foreseen(db: Database, reach: Reach, which: str, params: tuple[object, ...]) -> list[Foreseen]:
+    rows = db.fetch_all(
+        "SELECT r.id, r.run_id, r.engine, r.attempt,"
+        " CASE WHEN r.session_type <> '' THEN COALESCE(r.session_value, '') ELSE '' END,"
+        f" {_situation_sql(db.dialect)}{_FORESEEN} AND {which}",
+        (*reach.whose, *params),
+    )
+    return [
+        Foreseen(
+            run_key=key,
+            run_id=run_id,
+            engine=engine,
+            attempt=attempt,
+            handle=handle,
+            situation=_situation(*seen),
+        )
+        for key, run_id, engine, attempt, handle, *seen in rows
+    ]
+
+
+def situations(db: Database, reach: Reach) -> list[tuple[Situation, int]]:
+    """Return what a restart would see of all its runs, and of how many each."""
+    rows = db.fetch_all(
+        "SELECT status, profile, facts, damaged, standing, count(*) FROM"
+        f" (SELECT {_situation_sql(db.dialect)}{_FORESEEN}) AS s"
+        " GROUP BY status, profile, facts, damaged, standing",
+        reach.whose,
+    )
+    return [(_situation(*seen), count) for *seen, count in rows]
+
+
+def _situation(
+    status: str, profile: str | None, facts: int, damaged: int, standing: str | None
+) -> Situation:
+    return Situation(
+        status=word(RunStatus, status),
+        profile=word(Profile, profile),
+        facts=Fact(facts),
+        damaged=bool(damaged),
+        standing=standing,
+    )
+
+
 # -- sessions ----------------------------------------------------------------------------------
 
 
@@ -568,12 +703,12 @@ class StoredSession:
 
     run_key: int
     attempt: int
-    handle: str
+    handle: str = field(repr=False)
     verdict: str | None
 
 
 def sessions_to_check(
-    db: Database, scope: Scope, *, engine: str, after: int, limit: int
+    db: Database, scope: Reach, *, engine: str, after: int, limit: int
 ) -> list[StoredSession]:
     """Return handles of the runs to examine of one engine, in order of run keys."""
     rows = db.fetch_all(

@@ -8,6 +8,7 @@ import hashlib
 import os
 import sqlite3
 import struct
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -102,6 +103,13 @@ POSTGRESQL: Final = Dialect(
 )
 
 
+class _Touched(threading.local):
+    """Keys of runs, by thread."""
+
+    def __init__(self) -> None:
+        self.keys: set[int] = set()
+
+
 class Database:
     """An open store. Each thread that uses it gets a connection of its own."""
 
@@ -113,6 +121,16 @@ class Database:
         self.place = place
         self._file = file
         self._identity = _file_identity(file)
+        self._touched = _Touched()
+
+    def touch(self, run_key: int) -> None:
+        """Note, for whoever watches it, that the calling thread's transaction changes a run."""
+        self._touched.keys.add(run_key)
+
+    def take_touched(self) -> frozenset[int]:
+        """Return, and forget, what the calling thread has noted since it was last asked."""
+        keys, self._touched.keys = frozenset(self._touched.keys), set()
+        return keys
 
     def execute(self, sql: str, params: Sequence[object] = ()) -> Any:
         """Run SQL written with `?` for parameters and return the driver's cursor."""
@@ -136,6 +154,21 @@ class Database:
             return self._savepoint()
         whole: contextlib.AbstractContextManager[object] = self.peewee.transaction()
         return whole
+
+    def snapshot(self) -> contextlib.AbstractContextManager[object]:
+        """A transaction that only reads, and sees one state of the store throughout."""
+        if self.dialect.kind is Kind.SQLITE:
+            deferred: contextlib.AbstractContextManager[object] = self.peewee.transaction(
+                "DEFERRED"
+            )
+            return deferred
+        return self._repeatable_read()
+
+    @contextlib.contextmanager
+    def _repeatable_read(self) -> Iterator[None]:
+        with self.peewee.transaction():
+            self.peewee.execute_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
+            yield
 
     @contextlib.contextmanager
     def _savepoint(self) -> Iterator[None]:

@@ -17,6 +17,7 @@ from runrecovery_service.domain.run import (
     Page,
     Profile,
     Run,
+    RunEventKind,
     RunStatus,
 )
 from runrecovery_service.storage import requests, runs, tables
@@ -71,7 +72,7 @@ def reply(
     if not _is_answered_so(db, run, interaction_id, response):
         _demand_open(run, interaction_id)
         runs.demand_etag(run, etag)
-        _accept(db, run, response, owner=owner, now=now)
+        accept(db, run, response, owner=owner, now=now)
     requests.add(db, receipt, run_key=run.key, now=now)
     return runs.get_by_key(db, run.key)
 
@@ -95,7 +96,20 @@ def _demand_open(run: Run, interaction_id: int) -> None:
         raise InteractionSuperseded(run.run_id)
 
 
-def _accept(db: Database, run: Run, response: JsonValue, *, owner: Owner, now: datetime) -> None:
+def accept(
+    db: Database,
+    run: Run,
+    response: JsonValue,
+    *,
+    owner: Owner,
+    now: datetime,
+    auto_decided: bool = False,
+) -> None:
+    """Take the answer to the open question of a waiting run, in the caller's transaction.
+
+    Args:
+        auto_decided: nobody has answered in time; the answer is the service's own.
+    """
     resumable = run.profile is Profile.RESUMABLE
     runs.change(
         db,
@@ -103,15 +117,19 @@ def _accept(db: Database, run: Run, response: JsonValue, *, owner: Owner, now: d
         owner=owner,
         now=now,
         status=RunStatus.QUEUED if resumable else RunStatus.RUNNING,
+        event=RunEventKind.AUTO_DECIDED if auto_decided else RunEventKind.ANSWERED,
+        about=run.interaction_count,
         queued_at=to_us(now),
+        auto_decided_count=run.auto_decided_count + auto_decided,
     )
     answered = db.execute(
-        "UPDATE interaction SET state = ?, response = ?, replied_at = ?"
+        "UPDATE interaction SET state = ?, response = ?, replied_at = ?, auto_decided = ?"
         " WHERE run = ? AND no = ? AND state = 'OPEN'",
         (
             InteractionState.ANSWERED.value,
             to_json(response),
             to_us(now),
+            int(auto_decided),
             run.key,
             run.interaction_count,
         ),

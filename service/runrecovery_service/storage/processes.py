@@ -11,16 +11,19 @@ import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Final
+from typing import Any, Final
 
 from runrecovery_service.domain.errors import Fenced
+from runrecovery_service.domain.reconciliation import Orphan
 from runrecovery_service.domain.run import Run
 from runrecovery_service.storage import instances
 from runrecovery_service.storage.database import Database, Row
 from runrecovery_service.storage.instances import Owner
-from runrecovery_service.storage.rows import from_us, to_us
+from runrecovery_service.storage.rows import from_us, json_value, to_json, to_us
 
 CLOSED_PER_COMMIT: Final = 1000
+ORPHANS_KEPT: Final = 100
+"""Processes of one launch whose fate is kept; the log has all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,13 +77,15 @@ class Usage:
 class Ended:
     """What is left of a launch: `gone` is False while something of it could not be ended.
 
-    `exit_code` and `usage` are None when nobody was there to see the agent end.
+    `exit_code` and `usage` are None when nobody was there to see the agent end. `orphans` is for a
+    recovery: what it did to each process.
     """
 
     exit_code: int | None
     processes_ended: int
     gone: bool
     usage: Usage | None = None
+    orphans: tuple[Orphan, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,7 +197,8 @@ def close(
         db.execute(
             "UPDATE process_lease SET state = ?, exit_code = COALESCE(?, exit_code),"
             " user_us = COALESCE(?, user_us), system_us = COALESCE(?, system_us),"
-            " max_rss_kib = COALESCE(?, max_rss_kib), ended_by = ?,"
+            " max_rss_kib = COALESCE(?, max_rss_kib), orphans = COALESCE(?, orphans),"
+            " ended_by = ?,"
             " processes_ended = processes_ended + ?, closed_at = ? WHERE id = ?",
             (
                 "CLOSED" if ended.gone else "KILL_PENDING",
@@ -200,12 +206,33 @@ def close(
                 None if usage is None else usage.user_us,
                 None if usage is None else usage.system_us,
                 None if usage is None else usage.max_rss_kib,
+                _orphans_to_json(ended.orphans),
                 reconciliation_key,
                 ended.processes_ended,
                 to_us(now) if ended.gone else None,
                 lease_key,
             ),
         )
+
+
+def _orphans_to_json(orphans: tuple[Orphan, ...]) -> str | None:
+    """As `orphans_from_json` reads them; None for none."""
+    if not orphans:
+        return None
+    kept = orphans[:ORPHANS_KEPT]
+    return to_json([[o.pid, o.evidence, list(o.signals), o.ended, o.by] for o in kept])
+
+
+def orphans_from_json(text: str | None) -> tuple[Orphan, ...]:
+    """Return what a recovery did to the processes of a launch; nothing where that is unreadable."""
+    stored: Any = json_value(text)
+    try:
+        return tuple(
+            Orphan(pid=pid, evidence=evidence, signals=tuple(signals), ended=ended, by=by)
+            for pid, evidence, signals, ended, by in stored or ()
+        )
+    except (TypeError, ValueError):
+        return ()
 
 
 def close_all(

@@ -7,7 +7,8 @@ from datetime import datetime
 from itertools import takewhile
 from typing import Final
 
-from runrecovery_service.domain.errors import ReconciliationNotFound
+from runrecovery_service.domain.errors import ReconciliationNotFound, StorageBusy
+from runrecovery_service.domain.explanation import LaunchOrphans, Seen
 from runrecovery_service.domain.reconciliation import (
     BindingCounts,
     Cause,
@@ -20,11 +21,20 @@ from runrecovery_service.domain.reconciliation import (
     ReconciliationState,
     RecoveredFilter,
 )
-from runrecovery_service.domain.recovery_matrix import MATRIX, QUARANTINE_RULE
-from runrecovery_service.domain.run import JsonValue, Page, RecoveryInfo, RecoveryState, Run
+from runrecovery_service.domain.recovery_matrix import MATRIX, QUARANTINE_RULE, Fact
+from runrecovery_service.domain.run import (
+    JsonValue,
+    Page,
+    Profile,
+    RecoveryInfo,
+    RecoveryState,
+    Run,
+    View,
+)
 from runrecovery_service.storage import runs, tables
-from runrecovery_service.storage.database import Database, Row
+from runrecovery_service.storage.database import Database, Kind, Row
 from runrecovery_service.storage.instances import Owner
+from runrecovery_service.storage.processes import orphans_from_json
 from runrecovery_service.storage.rows import (
     RECOVERY_COLUMNS,
     from_us,
@@ -32,12 +42,16 @@ from runrecovery_service.storage.rows import (
     recovery_from_row,
     to_json,
     to_us,
+    word,
 )
 
 _C, _E, _R = tables.Reconciliation, tables.RecoveryEvent, tables.Run
 
 INTERRUPTED: Final = "interrupted by a stop"
 """The error of a report whose service was told to stop: nothing was wrong with the recovery."""
+ABANDONED: Final = "the service ended before it was complete"
+"""The error of a report that its service did not live to complete."""
+BEGIN_LOCK: Final = 0x5252_4356_0001
 HISTORY_LIMIT: Final = 1000
 WARNINGS_LIMIT: Final = 100
 
@@ -68,11 +82,78 @@ def history(db: Database, run_id: str) -> tuple[RecoveryInfo, ...]:
     return tuple(row for row in rows if row is not None)
 
 
+def explained(db: Database, run_id: str, *, limit: int) -> tuple[Seen, ...]:
+    """Return the decisions for one run with what they saw, newest first.
+
+    Raises:
+        RunNotFound: there is no such run.
+    """
+    run = runs.get(db, run_id)
+    query = (
+        _E.select(
+            *RECOVERY_COLUMNS, _E.facts, _E.profile, _E.attempt, _E.interaction,
+            _E.session_turn, _E.session_verdict, _E.reconciliation,
+        )
+        .join(_C, on=(_C.id == _E.reconciliation))
+        .where(_E.run == run.key)
+        .order_by(_E.no.desc())
+        .limit(limit + 1)
+    )  # fmt: skip
+    rows = db.peewee.execute(query).fetchall()
+    canceled = db.fetch_one("SELECT cancel_requested_at FROM run WHERE id = ?", (run.key,))
+    launches = _launch_orphans(db, run)
+    told = []
+    for row, earlier in zip(rows, [*rows[1:], None], strict=False):  # of no rows: none
+        *columns, facts, profile, attempt, question, turn, verdict, report = row
+        info = recovery_from_row(tuple(columns))
+        if info is None:
+            continue
+        since = earlier[-1] if earlier is not None else 0
+        told.append(
+            Seen(
+                info=info,
+                facts=Fact(facts),
+                profile=word(Profile, profile),
+                attempt=attempt or 0,
+                interaction_id=question,
+                session_turn=turn,
+                session_verdict=verdict,
+                restart_policy=run.restart_policy,
+                max_attempts=run.max_attempts,
+                canceled_at=from_us_or_none(canceled[0]) if canceled else None,
+                # Also what a recovery before it ended that was cut off before it could decide.
+                launches=tuple(found for by, found in launches if since < by <= report),
+            )
+        )
+    return tuple(told[:limit])
+
+
+def _launch_orphans(db: Database, run: Run) -> list[tuple[int, LaunchOrphans]]:
+    rows = db.fetch_all(
+        "SELECT ended_by, attempt, turn, orphans FROM process_lease"
+        " WHERE run = ? AND ended_by IS NOT NULL AND orphans IS NOT NULL ORDER BY id",
+        (run.key,),
+    )
+    return [
+        (
+            ended_by,
+            LaunchOrphans(attempt=attempt, turn=turn, orphans=orphans_from_json(orphans)),
+        )
+        for ended_by, attempt, turn, orphans in rows
+    ]
+
+
 def recovered_page(
-    db: Database, wanted: RecoveredFilter, *, after: tuple[int, ...] | None, limit: int
+    db: Database,
+    wanted: RecoveredFilter,
+    *,
+    after: tuple[int, ...] | None,
+    limit: int,
+    view: View = View.FULL,
 ) -> Page[Run]:
     """Return a page of recovered runs, newest decision first."""
-    query = runs.select().where(_R.recovered_at.is_null(is_null=False))
+    query, _ = runs.labelled(db, runs.select(view), wanted.labels, by_run=False)
+    query = query.where(_R.recovered_at.is_null(is_null=False))
     if wanted.states:
         query = query.where(_R.recovery_state.in_([state.value for state in wanted.states]))
     if wanted.reason is not None:
@@ -122,9 +203,13 @@ def begin(
     closed as FAILED. What they had decided stands.
     """
     with db.transaction():
+        if db.dialect.kind is Kind.POSTGRESQL:
+            # One after the other, so that reports become visible in the order of their keys: who
+            # follows the decisions by it would otherwise pass one by that is not there yet.
+            db.execute("SELECT pg_advisory_xact_lock(?)", (BEGIN_LOCK,))
+        close_abandoned(db)
         db.execute(
-            "UPDATE reconciliation SET state = 'FAILED', finished_at = ?,"
-            " error = 'the service ended before it was complete'"
+            f"UPDATE reconciliation SET state = 'FAILED', finished_at = ?, error = '{ABANDONED}'"
             " WHERE instance = ? AND state = 'RUNNING'",
             (to_us(now), owner.instance),
         )
@@ -148,6 +233,25 @@ def begin(
     return key
 
 
+def close_abandoned(db: Database) -> int:
+    """Close the reports that instances which are not alive have left RUNNING; return how many.
+
+    From here on such an instance, should it wake up, commits no decision of it any more.
+    """
+    # A SQLite store is one service's at a time: whoever else has left one is gone.
+    alive = (
+        "SELECT name FROM instance WHERE 1 = 0"
+        if db.dialect.kind is Kind.SQLITE
+        else f"SELECT name FROM instance WHERE lease_until > {db.dialect.now_us}"
+    )
+    with db.transaction():
+        closed: int = db.execute(
+            f"UPDATE reconciliation SET state = 'FAILED', finished_at = {db.dialect.now_us},"
+            f" error = '{ABANDONED}' WHERE state = 'RUNNING' AND instance NOT IN ({alive})"
+        ).rowcount
+    return closed
+
+
 def unfinished_since(db: Database, instance: str, since: datetime) -> int:
     """Return how many starts of the instance in a row, up to now, did not finish recovering."""
     rows = db.fetch_all(
@@ -160,12 +264,18 @@ def unfinished_since(db: Database, instance: str, since: datetime) -> int:
 
 
 def write_report(db: Database, key: int, report: Reconciliation) -> None:
-    """Write the report as it is now, in the caller's transaction if there is one."""
+    """Write the report as it is now, in the caller's transaction if there is one.
+
+    Raises:
+        StorageBusy: somebody has closed it, since this instance was not alive for a while; nothing
+            may be decided under it any more.
+    """
     with db.transaction():
-        db.execute(
+        written = db.execute(
             "UPDATE reconciliation SET state = ?, finished_at = ?, phases = ?, decisions = ?,"
             " orphans = ?, bindings = ?, warnings = ?, quarantined = ?, runs_scanned = ?,"
-            " runs_total = ?, runs_unchanged = ?, containment = ?, error = ? WHERE id = ?",
+            " runs_total = ?, runs_unchanged = ?, containment = ?, error = ?"
+            " WHERE id = ? AND state = 'RUNNING'",
             (
                 report.state.value,
                 None if report.finished_at is None else to_us(report.finished_at),
@@ -182,7 +292,9 @@ def write_report(db: Database, key: int, report: Reconciliation) -> None:
                 report.error,
                 key,
             ),
-        )
+        ).rowcount
+        if written != 1:
+            raise StorageBusy
 
 
 def _counts(counts: OrphanCounts | BindingCounts) -> dict[str, JsonValue]:

@@ -27,6 +27,7 @@ from runrecovery_service.domain.run import (
     RestartPolicy,
     Run,
     RunError,
+    RunEventKind,
     RunStatus,
     Session,
 )
@@ -74,7 +75,7 @@ def json_value(text: str | None) -> JsonValue:
         return None
     try:
         value: JsonValue = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value
 
@@ -88,6 +89,7 @@ _WORDS: Final[dict[type[StrEnum], dict[str, Any]]] = {
         RecoveryState,
         InteractionKind,
         InteractionState,
+        RunEventKind,
     )
 }
 
@@ -113,10 +115,12 @@ RUN_COLUMNS: Final[tuple[pw.Field, ...]] = (
     _R.session_type, _R.session_value, _R.session_turn, _R.interaction_count, _R.attempt,
     _R.turn, _R.cancel_requested_at, _R.owner, _R.owner_epoch, _R.version, _R.created_at,
     _R.started_at, _R.updated_at, _R.ended_at, _R.recovery_state, _R.recovery_count,
+    _R.event_count, _R.session_timeout_us, _R.require_user_reply, _R.max_run_us,
+    _R.auto_decided_count, _R.run_deadline_at, _R.reopenable_until,
 )  # fmt: skip
 INTERACTION_COLUMNS: Final[tuple[pw.Field, ...]] = (
     _I.no, _I.kind, _I.prompt, _I.options, _I.state, _I.asked_at, _I.replied_at, _I.response,
-    _I.wait_deadline_at,
+    _I.wait_deadline_at, _I.auto_decided,
 )  # fmt: skip
 RECOVERY_COLUMNS: Final = (
     _E.recovery_state, _E.recovered_at, _E.rule, _E.status_before, _E.status_after,
@@ -130,7 +134,7 @@ _RULE_AT: Final = _RECOVERY_AT + 2
 LARGE_COLUMNS: Final = tuple(
     at
     for at, column in enumerate((*RUN_COLUMNS, *INTERACTION_COLUMNS))
-    if column.name in {"input", "output", "prompt", "options"}
+    if column.name in {"input", "output", "labels", "error_message", "prompt", "options"}
 )
 """Where in a row of `runs.select()` the texts of any size are."""
 
@@ -143,6 +147,8 @@ def run_from_row(row: Row) -> Run:
         session_type, session_value, session_turn, interaction_count, attempt,
         turn, cancel_requested_at, owner, owner_epoch, version, created_at,
         started_at, updated_at, ended_at, recovery_state, recovery_count,
+        event_count, session_timeout_us, require_user_reply, max_run_us,
+        auto_decided_count, run_deadline_at, reopenable_until,
     ) = row[:_INTERACTION_AT]  # fmt: skip
     quarantined = recovery_state == RecoveryState.QUARANTINED
     waiting = status == RunStatus.WAITING_USER and row[_INTERACTION_AT] is not None
@@ -156,12 +162,16 @@ def run_from_row(row: Row) -> Run:
         profile=word(Profile, profile),
         restart_policy=word(RestartPolicy, restart_policy) or RestartPolicy.FAIL,
         max_attempts=max_attempts,
-        input=json_object(input_),
+        session_timeout_s=_seconds(session_timeout_us),
+        require_user_reply=require_user_reply != 0,
+        max_run_s=_seconds(max_run_us),
+        input=None if input_ is None else json_object(input_),
         output=None if output is None else json_object(output),
         error=None if error_code is None else _error(error_code, error_message, row),
         pending=interaction_from_row(row[_INTERACTION_AT:_RECOVERY_AT]) if waiting else None,
         session=session_from_columns(session_type, session_value, session_turn),
         interaction_count=interaction_count,
+        auto_decided_count=auto_decided_count,
         attempt=attempt,
         turn=turn,
         cancel_requested=cancel_requested_at is not None,
@@ -169,11 +179,18 @@ def run_from_row(row: Row) -> Run:
         owner=owner,
         owner_epoch=owner_epoch,
         version=version,
+        event_count=event_count,
         created_at=from_us(created_at),
         started_at=from_us_or_none(started_at),
         updated_at=from_us(updated_at),
         ended_at=from_us_or_none(ended_at),
+        run_deadline_at=from_us_or_none(run_deadline_at),
+        reopenable_until=from_us_or_none(reopenable_until),
     )
+
+
+def _seconds(us: int | None) -> float | None:
+    return None if us is None else us / 1e6
 
 
 def _error(code: str, message: str | None, row: Row) -> RunError:
@@ -213,7 +230,10 @@ def recovery_from_row(row: Row) -> RecoveryInfo | None:
 
 def interaction_from_row(row: Row) -> Interaction:
     """Decode INTERACTION_COLUMNS."""
-    no, kind, prompt, options, state, asked_at, replied_at, response, wait_deadline_at = row
+    (
+        no, kind, prompt, options, state, asked_at, replied_at, response,
+        wait_deadline_at, auto_decided,
+    ) = row  # fmt: skip
     return Interaction(
         interaction_id=no,
         kind=word(InteractionKind, kind),
@@ -224,6 +244,7 @@ def interaction_from_row(row: Row) -> Interaction:
         replied_at=from_us_or_none(replied_at),
         response=json_value(response),
         wait_deadline_at=from_us_or_none(wait_deadline_at),
+        auto_decided=bool(auto_decided),
     )
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from functools import wraps
 from itertools import chain
-from typing import Concatenate, Final, ParamSpec, TypeVar
+from typing import Any, Concatenate, Final, NamedTuple, ParamSpec, TypeVar
 
 import peewee as pw
 
@@ -26,11 +26,14 @@ from runrecovery_service.domain.run import (
     Page,
     RecoveryState,
     Run,
+    RunEventKind,
+    RunFilter,
     RunStatus,
+    View,
 )
 from runrecovery_service.domain.transitions import is_legal
-from runrecovery_service.storage import instances, requests, tables
-from runrecovery_service.storage.database import Database, Stale, Statement, slot
+from runrecovery_service.storage import events, instances, requests, tables
+from runrecovery_service.storage.database import Database, Kind, Stale, Statement, slot
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.requests import Receipt
 from runrecovery_service.storage.rows import (
@@ -47,8 +50,10 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _R = tables.Run
-PAGE_CHARS: Final = 1_000_000
-"""Input, output and question of the runs of one page, so that it fits what clients take."""
+PAGE_CHARS: Final = 600_000
+"""Texts of the runs of one page. A list of numbers, the worst, takes 5.5 times as many bytes on
+the wire as in JSON: a page stays below the 4 MiB that clients take by default."""
+FEW_LABELLED: Final = 2000
 TRIES: Final = 8
 """How often a use case starts over when another writer was quicker (PostgreSQL only)."""
 
@@ -74,11 +79,23 @@ def retried(
 # -- reading -----------------------------------------------------------------------------------
 
 
-def select() -> pw.ModelSelect[tables.Run]:
-    """A query for whole runs: the run, its latest question if open, its latest decision."""
+_LEFT_OUT: Final = {
+    View.FULL: {},
+    View.BASIC: {"input": "NULL", "output": "NULL", "prompt": "''", "options": "'[]'"},
+}
+"""By view, columns that are not read, and what stands in their place."""
+
+
+def select(view: View = View.FULL) -> pw.ModelSelect[tables.Run]:
+    """A query for runs: the run, its latest question if open, its latest decision."""
     question, event, report = tables.Interaction, tables.RecoveryEvent, tables.Reconciliation
+    left_out = _LEFT_OUT[view]
+    columns = (
+        pw.SQL(left_out[column.name]) if column.name in left_out else column
+        for column in (*RUN_COLUMNS, *INTERACTION_COLUMNS, *RECOVERY_COLUMNS)
+    )
     return (
-        _R.select(*RUN_COLUMNS, *INTERACTION_COLUMNS, *RECOVERY_COLUMNS)
+        _R.select(*columns)
         .join(
             question,
             pw.JOIN.LEFT_OUTER,
@@ -122,26 +139,87 @@ def get_by_key(db: Database, key: int) -> Run:
     return run_from_row(row)
 
 
+class Stand(NamedTuple):
+    """What changes with every change of a run, and with every event of it."""
+
+    version: int
+    event_count: int
+
+
+_STAND = Statement(lambda: _R.select(_R.version, _R.event_count).where(_R.id == slot("key")))
+
+
+def stand(db: Database, key: int) -> Stand | None:
+    """Return how far a run has come; None when there is none."""
+    row = _STAND.run(db, key=key).fetchone()
+    return None if row is None else Stand(*row)
+
+
 def page(
     db: Database,
+    wanted: RunFilter,
     *,
-    statuses: frozenset[RunStatus],
-    engine: str | None,
     after: tuple[int, ...] | None,
     limit: int,
+    view: View = View.FULL,
 ) -> Page[Run]:
-    """Return a page of runs, newest first; empty `statuses` means every status."""
-    query = select()
-    if statuses:
+    """Return a page of runs, newest first."""
+    query, key = labelled(db, select(view), wanted.labels, by_run=True)
+    if wanted.statuses:
         query = query.where(
-            _R.status.in_([status.value for status in statuses])
+            _R.status.in_([status.value for status in wanted.statuses])
             & (_R.recovery_state != RecoveryState.QUARANTINED.value)
         )
-    if engine is not None:
-        query = query.where(_R.engine == engine)
+    if wanted.engine is not None:
+        query = query.where(_R.engine == wanted.engine)
+    if wanted.after is not None:
+        query = query.where(_R.created_at >= to_us(wanted.after))
+    if wanted.before is not None:
+        query = query.where(_R.created_at < to_us(wanted.before))
     if after is not None:
-        query = query.where(_R.id < after[0])
-    return page_of(db, [query.order_by(_R.id.desc())], limit, lambda run: (run.key,))
+        query = query.where(key < after[0])
+    return page_of(db, [query.order_by(key.desc())], limit, lambda run: (run.key,))
+
+
+def labelled(
+    db: Database,
+    query: pw.ModelSelect[tables.Run],
+    labels: Mapping[str, str],
+    *,
+    by_run: bool,
+) -> tuple[pw.ModelSelect[tables.Run], Any]:
+    """Narrow a query to runs that have all of these labels.
+
+    Args:
+        by_run: the query is in order of the runs, which is that of a label's rows as well.
+
+    Returns:
+        The query, and the column that tells the run's key in the best order: an alias of a model
+        has no type of its own.
+    """
+    rarest_first = sorted(labels.items(), key=lambda label: _count_labelled(db, *label))
+    key: Any = _R.id
+    for number, (name, value) in enumerate(rarest_first):
+        label = tables.RunLabel.alias()
+        is_it = (label.run == _R.id) & (label.key == name) & (label.value == value)
+        # A label of few runs leads to them. With one of many, SQLite would sort them all for each
+        # page: they are met soon enough in the order of the page.
+        leads = number == 0 and (by_run or _count_labelled(db, name, value) < FEW_LABELLED)
+        if leads or db.dialect.kind is not Kind.SQLITE:
+            query = query.join_from(_R, label, on=is_it)
+            key = label.run if leads else key
+        else:
+            query = query.where(pw.fn.EXISTS(label.select(pw.SQL("1")).where(is_it)))
+    return query, key
+
+
+def _count_labelled(db: Database, name: str, value: str) -> int:
+    """Return how many runs have a label; no more than FEW_LABELLED are counted."""
+    row = db.fetch_one(
+        "SELECT count(*) FROM (SELECT 1 FROM run_label WHERE key = ? AND value = ? LIMIT ?) AS few",
+        (name, value, FEW_LABELLED),
+    )
+    return 0 if row is None else int(row[0])
 
 
 def page_of(
@@ -183,6 +261,9 @@ _INSERT = Statement(
                 _R.profile: slot("profile"),
                 _R.restart_policy: slot("restart_policy"),
                 _R.max_attempts: slot("max_attempts"),
+                _R.session_timeout_us: slot("session_timeout_us"),
+                _R.require_user_reply: slot("require_user_reply"),
+                _R.max_run_us: slot("max_run_us"),
                 _R.attempt: 0,
                 _R.turn: 0,
                 _R.interaction_count: 0,
@@ -194,10 +275,23 @@ _INSERT = Statement(
                 _R.updated_at: slot("now"),
                 _R.recovery_state: RecoveryState.NONE.value,
                 _R.recovery_count: 0,
+                _R.event_count: 1,
+                _R.auto_decided_count: 0,
             }
         )
         .on_conflict_ignore()
         .returning(_R.id)
+    )
+)
+
+
+_LABEL = Statement(
+    lambda: tables.RunLabel.insert(
+        {
+            tables.RunLabel.key: slot("key"),
+            tables.RunLabel.value: slot("value"),
+            tables.RunLabel.run: slot("run"),
+        }
     )
 )
 
@@ -233,6 +327,9 @@ def create(
         profile=new.profile.value,
         restart_policy=new.restart_policy.value,
         max_attempts=new.max_attempts,
+        session_timeout_us=_us(new.session_timeout_s),
+        require_user_reply=int(new.require_user_reply),
+        max_run_us=_us(new.max_run_s),
         owner=owner.instance,
         epoch=owner.epoch,
         now=to_us(now),
@@ -241,8 +338,14 @@ def create(
         if requests.find(db, receipt) is not None:  # this very request, by another caller
             raise Stale
         raise RunAlreadyExists(new.run_id)
+    for key, value in new.labels.items():
+        _LABEL.run(db, key=key, value=value, run=row[0])
     requests.add(db, receipt, run_key=row[0], now=now)
     return get_by_key(db, row[0])
+
+
+def _us(seconds: float | None) -> int | None:
+    return None if seconds is None else round(seconds * 1e6)
 
 
 def _demand_room(db: Database, owner: Owner, max_queued: int) -> None:
@@ -265,12 +368,19 @@ def change(
     owner: Owner,
     now: datetime,
     status: RunStatus | None = None,
+    event: RunEventKind | None = None,
+    about: int = 0,
     **columns: object,
 ) -> None:
-    """Compare-and-set: the only way, beside recovery, in which a run changes.
+    """Compare-and-set: the only way, beside recovery and ReopenRun, in which a run changes.
 
-    `run` is what was read in this transaction; `status` is the new one, None to keep it. A
-    terminal status also ends what the run held: its session and its open question.
+    `run` is what was read in this transaction. A terminal status also ends what the run held: its
+    session, its open question, its deadlines.
+
+    Args:
+        status: the new one, None to keep it.
+        event: what watchers are told; without one they are told of the status, if that is new.
+        about: the question that the event is about.
 
     Raises:
         Stale: the row is not what was read; `retried` starts the use case over.
@@ -284,9 +394,10 @@ def change(
         # A status that stays is recovery's alone to give: here it would be a write done twice.
         if status is run.status or not is_legal(run.status, status):
             raise ValueError(f"{run.status} may not become {status}")
-        columns["status"] = status.value
-        if status.is_terminal:
-            columns |= {"ended_at": to_us(now), "session_type": None, "session_value": None}
+        columns |= _entered(run.status, status, now)
+        event = event or RunEventKind(status)
+    if event is not None:
+        columns["event_count"] = run.event_count + 1
     columns |= {"updated_at": to_us(now), "version": run.version + 1}
     assignments = ", ".join(f"{name} = ?" for name in columns)
     changed = db.execute(
@@ -303,9 +414,32 @@ def change(
     ).rowcount
     if changed != 1:
         raise Stale
+    db.touch(run.key)
+    if event is not None:
+        events.add(
+            db,
+            run,
+            kind=event,
+            status=status or run.status,
+            attempt=columns.get("attempt", run.attempt),
+            interaction_id=about,
+            error_code=columns.get("error_code"),
+            now=now,
+        )
     if status is not None and status.is_terminal:
         # After the run, as a reply does it: in one order there is no deadlock.
         close_questions(db, run)
+
+
+def _entered(before: RunStatus, status: RunStatus, now: datetime) -> dict[str, object]:
+    """Return what changes with a status, beside what its cause changes."""
+    columns: dict[str, object] = {"status": status.value}
+    if before is RunStatus.WAITING_USER:
+        columns["wait_due_us"] = None
+    if status.is_terminal:
+        columns |= {"ended_at": to_us(now), "session_type": None, "session_value": None}
+        columns["run_due_us"] = None
+    return columns
 
 
 def close_questions(db: Database, run: Run) -> None:
@@ -355,6 +489,7 @@ def cancel(
             owner=owner,
             now=now,
             status=None if has_process else RunStatus.CANCELED,
+            event=RunEventKind.CANCEL_REQUESTED if has_process else RunEventKind.CANCELED,
             cancel_requested_at=to_us(now),
         )
     requests.add(db, receipt, run_key=run.key, now=now)

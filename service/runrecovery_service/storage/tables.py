@@ -31,6 +31,9 @@ LIVE: Final = live()
 class Run(pw.Model):
     """One row a run, clustered by `id`.
 
+    `…_due_us` are deadlines by the steady clock `due_clock`; `retired_…` is the session of a run
+    that a recovery failed and that can be set back until `reopenable_until`.
+
     `status`, `profile` and `restart_policy` bear no CHECK: a newer version running beside this one
     may write a word that is unknown here, and recovery sets such a row aside instead of failing.
     """
@@ -69,6 +72,19 @@ class Run(pw.Model):
     recovered_version = pw.BigIntegerField(null=True)
     recovery_count = pw.BigIntegerField()
     reconciliation = pw.BigIntegerField(null=True)
+    event_count = pw.BigIntegerField()
+    session_timeout_us = pw.BigIntegerField(null=True)
+    require_user_reply = pw.BigIntegerField(null=True)
+    max_run_us = pw.BigIntegerField(null=True)
+    auto_decided_count = pw.BigIntegerField()
+    run_deadline_at = pw.BigIntegerField(null=True)
+    reopenable_until = pw.BigIntegerField(null=True)
+    retired_type = pw.TextField(null=True)
+    retired_value = pw.TextField(null=True)
+    wait_due_us = pw.BigIntegerField(null=True)
+    run_due_us = pw.BigIntegerField(null=True)
+    reopen_due_us = pw.BigIntegerField(null=True)
+    due_clock = pw.TextField(null=True)
 
     class Meta:
         table_name = "run"
@@ -87,14 +103,46 @@ class Interaction(pw.Model):
     wait_deadline_at = pw.BigIntegerField(null=True)
     replied_at = pw.BigIntegerField(null=True)
     response = pw.TextField(null=True)
+    auto_decided = pw.BigIntegerField()
 
     class Meta:
         table_name = "interaction"
         primary_key = pw.CompositeKey("run", "no")
 
 
+class RunEvent(pw.Model):
+    """One event of a run; `no` is its sequence. The creation, 1, and what RecoveryEvent holds are
+    not here."""
+
+    run = pw.BigIntegerField()
+    no = pw.BigIntegerField()
+    kind = pw.TextField()
+    status = pw.TextField()
+    attempt = pw.BigIntegerField()
+    interaction = pw.BigIntegerField()
+    error_code = pw.TextField(null=True)
+    happened_at = pw.BigIntegerField()
+
+    class Meta:
+        table_name = "run_event"
+        primary_key = pw.CompositeKey("run", "no")
+
+
+class RunLabel(pw.Model):
+    """The labels of runs once more, to find runs by them."""
+
+    key = pw.TextField()
+    value = pw.TextField()
+    run = pw.BigIntegerField()
+
+    class Meta:
+        table_name = "run_label"
+        primary_key = pw.CompositeKey("key", "value", "run")
+
+
 class RecoveryEvent(pw.Model):
-    """One decision of one restart for one run. Append-only; `no` counts the run's decisions."""
+    """One decision of one restart for one run, and what it saw. Append-only; `no` counts the run's
+    decisions, `sequence` is its place among the run's events."""
 
     run = pw.BigIntegerField()
     no = pw.BigIntegerField()
@@ -107,6 +155,12 @@ class RecoveryEvent(pw.Model):
     recovery_state = pw.TextField()
     recovered_at = pw.BigIntegerField()
     processes_ended = pw.BigIntegerField()
+    sequence = pw.BigIntegerField()
+    profile = pw.TextField(null=True)
+    attempt = pw.BigIntegerField(null=True)
+    interaction = pw.BigIntegerField(null=True)
+    session_turn = pw.BigIntegerField(null=True)
+    session_verdict = pw.TextField(null=True)
 
     class Meta:
         table_name = "recovery_event"
@@ -195,6 +249,7 @@ class ProcessLease(pw.Model):
     max_rss_kib = pw.BigIntegerField(null=True)
     ended_by = pw.BigIntegerField(null=True)
     processes_ended = pw.BigIntegerField()
+    orphans = pw.TextField(null=True)
     created_at = pw.BigIntegerField()
     closed_at = pw.BigIntegerField(null=True)
 

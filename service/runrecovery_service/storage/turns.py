@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import reduce
 from operator import or_
 
+from runrecovery_service.domain.deadline import Due, SteadyTime
 from runrecovery_service.domain.errors import Fenced, RunQuarantined
 from runrecovery_service.domain.recovery_matrix import NOTHING, Fact, decide
 from runrecovery_service.domain.run import (
@@ -17,6 +18,7 @@ from runrecovery_service.domain.run import (
     RestartPolicy,
     Run,
     RunError,
+    RunEventKind,
     RunStatus,
     Session,
 )
@@ -26,6 +28,9 @@ from runrecovery_service.storage.database import Database, Stale
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.processes import Ended, Lease, Place
 from runrecovery_service.storage.rows import options_to_json, to_json, to_us
+
+DueIn = Callable[[float], Due]
+"""Gives the deadline that is so many seconds away."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,22 +48,32 @@ class Turn:
 
 @runs.retried
 def take_next(
-    db: Database, *, owner: Owner, busy_engines: Sequence[str], place: Place, now: datetime
+    db: Database,
+    *,
+    owner: Owner,
+    busy_engines: Sequence[str],
+    place: Place,
+    due_in: DueIn,
+    steady: SteadyTime,
+    now: datetime,
 ) -> Turn | None:
-    """Take the run that waits longest, of an engine that is not busy; None when there is none.
+    """Take the run that waits longest, of an engine that is not busy; None when there is none. A
+    run whose time is over is left to its deadline.
 
-    The run is RUNNING and its lease on record (write-ahead) when this returns.
+    The run is RUNNING and its lease on record (write-ahead) when this returns. With its first
+    launch the time begins that the whole run may take.
     """
     marks = ", ".join("?" for _ in busy_engines)
     row = db.fetch_one(
         "SELECT id FROM run WHERE owner = ? AND status = 'QUEUED' AND owner_epoch = ?"
         " AND recovery_state <> 'QUARANTINED'"
+        " AND (run_due_us IS NULL OR run_due_us > ?)"
         # Nobody works beside a process that could not be ended.
         " AND NOT EXISTS (SELECT 1 FROM process_lease l"
         " WHERE l.run = run.id AND l.state = 'KILL_PENDING')"
         + (f" AND engine NOT IN ({marks})" if marks else "")
         + " ORDER BY queued_at, id LIMIT 1",
-        (owner.instance, owner.epoch, *busy_engines),
+        (owner.instance, owner.epoch, steady.us, *busy_engines),
     )
     if row is None:
         return None
@@ -67,7 +82,7 @@ def take_next(
         raise Stale
     last = interactions.find(db, run.key, run.interaction_count)
     reply = last if last is not None and last.state is InteractionState.ANSWERED else None
-    columns = (
+    columns: dict[str, object] = (
         {"turn": run.turn + 1}
         if reply is not None
         else {
@@ -76,9 +91,24 @@ def take_next(
             "started_at": to_us(now),
             "session_type": None,
             "session_value": None,
+            "session_verdict": None,
         }
     )
-    runs.change(db, run, owner=owner, now=now, status=RunStatus.RUNNING, **columns)
+    if run.max_run_s is not None and run.run_deadline_at is None:
+        due = due_in(run.max_run_s)
+        columns |= {
+            "run_deadline_at": to_us(due.at), "run_due_us": due.us, "due_clock": due.clock
+        }  # fmt: skip
+    runs.change(
+        db,
+        run,
+        owner=owner,
+        now=now,
+        status=RunStatus.RUNNING,
+        event=RunEventKind.STARTED,
+        about=0,
+        **columns,
+    )
     run = runs.get_by_key(db, run.key)
     lease = processes.intend(db, run, owner=owner, place=place, now=now)
     return Turn(run=run, lease=lease, reply=reply)
@@ -103,7 +133,16 @@ def give_back(db: Database, *, owner: Owner, held: Sequence[int], now: datetime)
     for lease_key, run_key in lost:
         run = _own(db, run_key, owner)
         before = {"turn": run.turn - 1} if run.turn > 1 else {"attempt": run.attempt - 1, "turn": 0}
-        runs.change(db, run, owner=owner, now=now, status=RunStatus.QUEUED, **before)
+        runs.change(
+            db,
+            run,
+            owner=owner,
+            now=now,
+            status=RunStatus.QUEUED,
+            event=RunEventKind.QUEUED,
+            about=0,
+            **before,
+        )
         db.execute("DELETE FROM process_lease WHERE id = ?", (lease_key,))
     return len(lost)
 
@@ -145,32 +184,20 @@ def ask_and_stay(
     owner: Owner,
     number: int,
     question: Question,
-    deadline: datetime,
+    due: Due,
     now: datetime,
 ) -> Run:
     """Record the question of a sticky process, which lives on: WAITING_USER.
 
     Args:
         number: the question's interaction_id; one that is on record is not asked again.
-        deadline: when the wait will have lasted long enough.
+        due: when the wait will have lasted long enough.
     """
     run = _own(db, run_key, owner)
     if run.interaction_count >= number:
         return run
-    _ask(db, run, question, owner=owner, now=now, deadline=deadline)
+    _ask(db, run, question, owner=owner, now=now, due=due)
     return runs.get_by_key(db, run_key)
-
-
-@runs.retried
-def stop_waiting(db: Database, run_key: int, *, owner: Owner) -> bool:
-    """Close the question of a wait that has lasted long enough: no answer is accepted from here
-    on, and the run fails as soon as its process has been ended. False when it was answered or
-    cancelled before."""
-    run = _own(db, run_key, owner)
-    if run.status is not RunStatus.WAITING_USER or run.cancel_requested:
-        return False
-    runs.close_questions(db, run)
-    return True
 
 
 @runs.retried
@@ -182,9 +209,12 @@ def end(
     lease_key: int,
     end: TurnEnd,
     ended: Ended,
+    due: Due | None,
     now: datetime,
 ) -> Run:
     """Record how a turn ended, and close its lease, in one step. An accepted cancel wins.
+
+    `due` is when the wait that begins with it, if any, will have lasted long enough; None: never.
 
     Safe to repeat when it is not known whether it was committed: the run may be in a later turn.
     """
@@ -195,7 +225,7 @@ def end(
     if run.cancel_requested:
         runs.change(db, run, owner=owner, now=now, status=RunStatus.CANCELED)
     elif isinstance(end, Asked):
-        _ask(db, run, end.question, owner=owner, now=now)
+        _ask(db, run, end.question, owner=owner, now=now, due=due)
     elif isinstance(end, Succeeded):
         runs.change(
             db,
@@ -229,9 +259,13 @@ def _interrupt(db: Database, run: Run, end: Interrupted, *, owner: Owner, now: d
         error = RunError(code=rule.error, message=end.because)
         _fail(db, run, error, owner=owner, now=now)
         return
-    dropped = {} if rule.keeps else {"session_type": None, "session_value": None}
-    queued = {"queued_at": to_us(now)} if rule.becomes is RunStatus.QUEUED else {}
-    runs.change(db, run, owner=owner, now=now, status=rule.becomes, **dropped, **queued)
+    columns: dict[str, object] = {}
+    if not rule.keeps:
+        columns |= {"session_type": None, "session_value": None}
+    if rule.becomes is RunStatus.QUEUED:
+        columns["queued_at"] = to_us(now)
+    event = RunEventKind(rule.becomes)
+    runs.change(db, run, owner=owner, now=now, status=rule.becomes, event=event, about=0, **columns)
     if not rule.keeps:
         runs.close_questions(db, run)
 
@@ -256,11 +290,20 @@ def _ask(
     *,
     owner: Owner,
     now: datetime,
-    deadline: datetime | None = None,
+    due: Due | None,
 ) -> None:
     number = run.interaction_count + 1
+    armed = {} if due is None else {"wait_due_us": due.us, "due_clock": due.clock}
     runs.change(
-        db, run, owner=owner, now=now, status=RunStatus.WAITING_USER, interaction_count=number
+        db,
+        run,
+        owner=owner,
+        now=now,
+        status=RunStatus.WAITING_USER,
+        event=RunEventKind.ASKED,
+        about=number,
+        interaction_count=number,
+        **armed,
     )
     db.execute(
         "INSERT INTO interaction (run, no, kind, prompt, options, state, asked_at,"
@@ -272,7 +315,7 @@ def _ask(
             question.prompt,
             options_to_json(question.options),
             to_us(now),
-            None if deadline is None else to_us(deadline),
+            None if due is None else to_us(due.at),
         ),
     )
 

@@ -1,0 +1,164 @@
+"""What happened to a run, event by event: written with the change that it tells of.
+
+An event has the run's `event_count` after it as its sequence, so that there is no gap. The
+creation, 1, is told by the run itself; decisions of recoveries are in their own history. A run
+keeps its latest events only, so that one that converses for ever does not grow for ever.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Final
+
+from runrecovery_service.domain.errors import WatchHistoryPruned, WatchSequenceUnknown
+from runrecovery_service.domain.recovery_matrix import REOPEN_RULE
+from runrecovery_service.domain.run import Run, RunEvent, RunEventKind, RunStatus
+from runrecovery_service.storage import tables
+from runrecovery_service.storage.database import Database, Row, Statement, slot
+from runrecovery_service.storage.rows import (
+    RECOVERY_COLUMNS,
+    from_us,
+    recovery_from_row,
+    to_us,
+    word,
+)
+
+EVENTS_KEPT: Final = 1000
+
+_V, _E, _C = tables.RunEvent, tables.RecoveryEvent, tables.Reconciliation
+
+_ADD = Statement(
+    lambda: _V.insert(
+        {
+            _V.run: slot("run"),
+            _V.no: slot("no"),
+            _V.kind: slot("kind"),
+            _V.status: slot("status"),
+            _V.attempt: slot("attempt"),
+            _V.interaction: slot("interaction"),
+            _V.error_code: slot("error_code"),
+            _V.happened_at: slot("now"),
+        }
+    )
+)
+_OWN = Statement(
+    lambda: (
+        _V.select(
+            _V.no, _V.kind, _V.happened_at, _V.status, _V.attempt, _V.interaction, _V.error_code
+        )
+        .where((_V.run == slot("run")) & (_V.no > slot("after")) & (_V.no <= slot("last")))
+        .order_by(_V.no)
+    )
+)
+_DECISIONS = Statement(
+    lambda: (
+        _E.select(_E.sequence, _E.attempt, *RECOVERY_COLUMNS)
+        .join(_C, on=(_C.id == _E.reconciliation))
+        .where(
+            (_E.run == slot("run")) & (_E.sequence > slot("after")) & (_E.sequence <= slot("last"))
+        )
+        .order_by(_E.sequence)
+    )
+)
+
+
+def add(
+    db: Database,
+    run: Run,
+    *,
+    kind: RunEventKind,
+    status: RunStatus,
+    attempt: object,
+    interaction_id: int,
+    error_code: object,
+    now: datetime,
+) -> None:
+    """Record the next event of `run`, as read before the change, in the caller's transaction.
+
+    `attempt` and `error_code` are what the columns of the same names hold after it.
+    """
+    number = run.event_count + 1
+    _ADD.run(
+        db,
+        run=run.key,
+        no=number,
+        kind=kind.value,
+        status=status.value,
+        attempt=attempt,
+        interaction=interaction_id,
+        error_code=error_code,
+        now=to_us(now),
+    )
+    if number > EVENTS_KEPT:
+        db.execute(
+            "DELETE FROM run_event WHERE run = ? AND no <= ?", (run.key, number - EVENTS_KEPT)
+        )
+
+
+def between(db: Database, run: Run, after: int) -> tuple[RunEvent, ...]:
+    """Return the events of a run behind the sequence `after`, up to the state that was read.
+
+    Raises:
+        WatchHistoryPruned: some of them are not kept any more.
+        WatchSequenceUnknown: the run has not come so far.
+    """
+    last = run.event_count
+    oldest = max(1, last - EVENTS_KEPT + 1)
+    if after < oldest - 1:
+        raise WatchHistoryPruned(run.run_id, oldest)
+    if after > last:
+        raise WatchSequenceUnknown(run.run_id, last)
+    if after == last:
+        return ()
+    span = {"run": run.key, "after": after, "last": last}
+    found = [_event_from_row(row) for row in _OWN.run(db, **span).fetchall()]
+    found += [_decision_from_row(row) for row in _DECISIONS.run(db, **span).fetchall()]
+    if after < 1:
+        found.append(_created(run))
+    found.sort(key=lambda event: event.sequence)
+    if [event.sequence for event in found] != list(range(after + 1, last + 1)):
+        # Cut off between our two looks, or otherwise not there: no gap is passed over in silence.
+        raise WatchHistoryPruned(run.run_id, oldest)
+    return tuple(found)
+
+
+def _event_from_row(row: Row) -> RunEvent:
+    sequence, kind, happened_at, status, attempt, interaction_id, error_code = row
+    return RunEvent(
+        sequence=sequence,
+        kind=word(RunEventKind, kind),
+        happened_at=from_us(happened_at),
+        status=word(RunStatus, status),
+        attempt=attempt,
+        interaction_id=interaction_id,
+        error_code=error_code,
+    )
+
+
+def _decision_from_row(row: Row) -> RunEvent:
+    sequence, attempt, *columns = row
+    decision = recovery_from_row(tuple(columns))
+    assert decision is not None  # noqa: S101 - its columns are not NULL, and the join is an inner one
+    reopened = decision.recovery_reason == REOPEN_RULE
+    return RunEvent(
+        sequence=sequence,
+        kind=RunEventKind.REOPENED if reopened else RunEventKind.RECOVERED,
+        happened_at=decision.recovered_at,
+        status=decision.status_after,
+        attempt=attempt or 0,
+        interaction_id=0,
+        error_code=decision.error_code,
+        recovery=decision,
+    )
+
+
+def _created(run: Run) -> RunEvent:
+    return RunEvent(
+        sequence=1,
+        kind=RunEventKind.CREATED,
+        happened_at=run.created_at,
+        status=RunStatus.QUEUED,
+        attempt=0,
+        interaction_id=0,
+        error_code=None,
+    )

@@ -1,0 +1,224 @@
+"""Setting a run back that a recovery failed for want of its session."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final
+
+from runrecovery_service.domain.deadline import Due, SteadyTime
+from runrecovery_service.domain.errors import (
+    Fenced,
+    RunNotReopenable,
+    RunQuarantined,
+    SessionNotResumable,
+)
+from runrecovery_service.domain.recovery_matrix import REOPEN_RULE, REOPENABLE
+from runrecovery_service.domain.run import (
+    Interaction,
+    InteractionState,
+    RecoveryState,
+    Run,
+    RunStatus,
+)
+from runrecovery_service.domain.transitions import REOPENED
+from runrecovery_service.storage import instances, interactions, requests, runs
+from runrecovery_service.storage.database import Database, Stale
+from runrecovery_service.storage.instances import Owner
+from runrecovery_service.storage.requests import Receipt
+from runrecovery_service.storage.rows import to_us
+from runrecovery_service.storage.turns import DueIn
+
+NO_SESSION_LOST: Final = "no recovery failed it for want of its session"
+WINDOW_OVER: Final = "the window for that is over"
+QUESTION_LOST: Final = "its question is not readable any more"
+NO_HANDLE: Final = "no session handle was kept; supply one"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A run that may be set back, and the handle that was kept of it (a secret; None: none)."""
+
+    run: Run
+    handle: str | None
+
+    def __repr__(self) -> str:
+        return f"Candidate(run={self.run.run_id!r}, handle=<secret>)"
+
+
+def candidate(db: Database, run_id: str) -> Candidate:
+    """Return the run with the handle that it would be resumed by: the retired one, or, when it was
+    set back already, its own.
+
+    Raises:
+        RunNotFound: there is no such run.
+    """
+    run = runs.get(db, run_id)
+    row = db.fetch_one("SELECT retired_value, session_value FROM run WHERE id = ?", (run.key,))
+    retired, own = row or (None, None)
+    return Candidate(run=run, handle=retired or own or None)
+
+
+@runs.retried
+def reopen(
+    db: Database,
+    run_id: str,
+    *,
+    handle: str | None,
+    session_type: str,
+    owner: Owner,
+    etag: str | None,
+    receipt: Receipt | None,
+    due_in: DueIn,
+    steady: SteadyTime,
+    now: datetime,
+) -> Run:
+    """Set the run back: WAITING_USER with its question open again; QUEUED when its reply had been
+    accepted. Its deadlines begin anew. A run that was set back just so already is returned as it
+    is.
+
+    Args:
+        handle: what it is resumed by; None: the handle that was kept.
+        session_type: the type of a supplied handle, where none is on record.
+
+    Raises:
+        RunNotFound, RunQuarantined, RunNotReopenable, SessionNotResumable, EtagMismatch,
+        RequestIdReused.
+    """
+    earlier = requests.find(db, receipt)
+    if earlier is not None:
+        return runs.get_by_key(db, earlier)
+    run = runs.get(db, run_id)
+    if not _is_reopened_so(db, run, handle):
+        instances.demand_current(db, owner)
+        _demand_failed_so(run, owner)
+        runs.demand_etag(run, etag)
+        _set_back(db, run, handle, session_type, owner=owner, due_in=due_in, steady=steady, now=now)
+    requests.add(db, receipt, run_key=run.key, now=now)
+    return runs.get_by_key(db, run.key)
+
+
+def _is_reopened_so(db: Database, run: Run, handle: str | None) -> bool:
+    """True when this very call was carried out and the run has not gone on since."""
+    decided = run.recovery
+    if decided is None or decided.recovery_reason != REOPEN_RULE or run.session is None:
+        return False
+    row = db.fetch_one("SELECT recovered_version = version FROM run WHERE id = ?", (run.key,))
+    return bool(row and row[0]) and handle in {None, run.session.handle}
+
+
+def _demand_failed_so(run: Run, owner: Owner) -> None:
+    if run.status is None:
+        raise RunQuarantined(run.run_id)
+    if run.owner_epoch > owner.epoch or run.owner != owner.instance:
+        raise Fenced(f"run {run.run_id!r}")
+    rule = None if run.recovery is None else run.recovery.recovery_reason
+    if run.status is not RunStatus.FAILED or rule not in REOPENABLE:
+        raise RunNotReopenable(run.run_id, NO_SESSION_LOST)
+
+
+def _set_back(
+    db: Database,
+    run: Run,
+    handle: str | None,
+    session_type: str,
+    *,
+    owner: Owner,
+    due_in: DueIn,
+    steady: SteadyTime,
+    now: datetime,
+) -> None:
+    row = db.fetch_one(
+        "SELECT retired_type, retired_value, reopen_due_us, due_clock, recovery_count,"
+        " reconciliation FROM run WHERE id = ? AND version = ?",
+        (run.key, run.version),
+    )
+    if row is None:
+        raise Stale
+    retired_type, kept, reopen_due_us, clock, decisions, report = row
+    in_window = reopen_due_us is not None and clock == steady.clock and steady.us < reopen_due_us
+    if not in_window:
+        raise RunNotReopenable(run.run_id, WINDOW_OVER)
+    if not (handle or kept):
+        raise SessionNotResumable(run.run_id, NO_HANDLE)
+    question = interactions.find(db, run.key, run.interaction_count)
+    if question is None or question.kind is None:
+        raise RunNotReopenable(run.run_id, QUESTION_LOST)
+    becomes = RunStatus.WAITING_USER if question.replied_at is None else RunStatus.QUEUED
+    if becomes not in REOPENED[RunStatus.FAILED]:
+        raise ValueError(f"a FAILED run may not be set back to {becomes}")
+    wait = _wait(run, becomes, due_in)
+    whole = None if run.max_run_s is None else due_in(run.max_run_s)
+    columns: dict[str, object] = {
+        "status": becomes.value,
+        "session_type": retired_type or session_type,
+        "session_value": handle or kept,
+        "session_verdict": None,
+        "retired_type": None,
+        "retired_value": None,
+        "reopenable_until": None,
+        "reopen_due_us": None,
+        "wait_due_us": None if wait is None else wait.us,
+        "run_due_us": None if whole is None else whole.us,
+        "run_deadline_at": None if whole is None else to_us(whole.at),
+        "error_code": None,
+        "error_message": None,
+        "ended_at": None,
+        "queued_at": to_us(now),
+        "updated_at": to_us(now),
+        "version": run.version + 1,
+        "event_count": run.event_count + 1,
+        "recovery_state": RecoveryState.REOPENED.value,
+        "recovered_at": to_us(now),
+        "recovery_reason": REOPEN_RULE,
+        "recovered_version": run.version + 1,
+        "recovery_count": decisions + 1,
+        "owner_epoch": owner.epoch,
+    }
+    changed = db.execute(
+        f"UPDATE run SET {', '.join(f'{name} = ?' for name in columns)}"
+        " WHERE id = ? AND owner = ? AND owner_epoch = ? AND status = 'FAILED' AND version = ?",
+        (*columns.values(), run.key, owner.instance, run.owner_epoch, run.version),
+    ).rowcount
+    if changed != 1:
+        raise Stale
+    db.touch(run.key)
+    _put_question_back(db, run, question, becomes, wait)
+    db.execute(
+        "INSERT INTO recovery_event (run, no, reconciliation, rule, facts, status_before,"
+        " status_after, recovery_state, recovered_at, processes_ended, sequence, profile, attempt,"
+        " interaction) VALUES (?, ?, ?, ?, 0, 'FAILED', ?, ?, ?, 0, ?, ?, ?, ?)",
+        (
+            run.key,
+            decisions + 1,
+            report,
+            REOPEN_RULE,
+            becomes.value,
+            RecoveryState.REOPENED.value,
+            to_us(now),
+            run.event_count + 1,
+            None if run.profile is None else run.profile.value,
+            run.attempt,
+            run.interaction_count,
+        ),
+    )
+
+
+def _wait(run: Run, becomes: RunStatus, due_in: DueIn) -> Due | None:
+    ends = becomes is RunStatus.WAITING_USER and not run.require_user_reply
+    return due_in(run.session_timeout_s) if ends and run.session_timeout_s else None
+
+
+def _put_question_back(
+    db: Database, run: Run, question: Interaction, becomes: RunStatus, wait: Due | None
+) -> None:
+    waiting = becomes is RunStatus.WAITING_USER
+    db.execute(
+        "UPDATE interaction SET state = ?, wait_deadline_at = ? WHERE run = ? AND no = ?",
+        (
+            (InteractionState.OPEN if waiting else InteractionState.ANSWERED).value,
+            None if wait is None else to_us(wait.at),
+            run.key,
+            question.interaction_id,
+        ),
+    )

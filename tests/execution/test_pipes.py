@@ -1,0 +1,36 @@
+"""What is in a pipe, and until when."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+
+import pytest
+from runrecovery_service.execution import pipes
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    """The two ends of a pipe."""
+    ends = os.pipe()
+    yield ends
+    for end in ends:
+        os.close(end)
+
+
+async def test_what_was_written_is_read_when_the_last_byte_was_taken(pipe: tuple[int, int]) -> None:
+    reads, writes = pipe
+    await pipes.write_all(writes, b"hello")
+    waiting = asyncio.create_task(pipes.until_read(writes))
+
+    os.read(reads, 4)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(asyncio.shield(waiting), 0.2)
+    os.read(reads, 1)
+
+    await asyncio.wait_for(waiting, 30)
+
+
+async def test_nothing_written_is_nothing_to_wait_for(pipe: tuple[int, int]) -> None:
+    await asyncio.wait_for(pipes.until_read(pipe[1]), 30)

@@ -1,0 +1,374 @@
+"""Streams as their readers see them: who does not read is cut off, and nobody else notices."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import grpc
+import pytest
+from runrecovery.v1 import run_pb2
+from runrecovery.v1 import run_service_pb2 as pb
+from support.service import (
+    GOOD_ENGINES,
+    Api,
+    Home,
+    ServiceProcess,
+    refusal_of,
+    refused,
+    script,
+    until,
+)
+
+NewHome = Callable[..., Home]
+
+QUESTION: Final = {"kind": "open_text", "prompt": "What next?"}
+FLOOD_BYTES: Final = 48 * 1024**2
+"""More than sockets and gRPC take between them, which on a loopback may be 10 MiB and more."""
+FLOODS: Final = script(
+    "import json, sys\n"
+    f"for _ in range({FLOOD_BYTES >> 16}):\n"
+    "    sys.stderr.write('x' * 65536)\n"
+    "print(json.dumps({'type': 'result', 'output': {}}), flush=True)\n"
+)
+ENGINES: Final = {**GOOD_ENGINES, "floods_stderr": FLOODS}
+STALL_S: Final = 0.2
+LONG_S: Final = 60.0
+FIRST_WINDOW_BYTES: Final = 65_535
+HOLDS_A_WATCH: Final = """
+import sys, grpc
+from runrecovery.v1 import run_service_pb2, run_service_pb2_grpc
+with grpc.insecure_channel(sys.argv[1]) as channel:
+    stub = run_service_pb2_grpc.RunServiceStub(channel)
+    for told in stub.WatchRun(run_service_pb2.WatchRunRequest(run_id=sys.argv[2])):
+        print("told", flush=True)
+"""
+
+
+def flooded(api: Api) -> str:
+    """Make a run that wrote more than any buffer between us and the service takes."""
+    run = api.create("floods_stderr")
+    api.until_ended(run.run_id)
+    return run.run_id
+
+
+def waiting(api: Api) -> str:
+    """Make a run that waits, so that a watch of it stays open."""
+    run = api.create("resumable", {"questions": [QUESTION]})
+    api.until_status(run.run_id, "WAITING_USER")
+    return run.run_id
+
+
+def output_of(run_id: str) -> pb.StreamOutputRequest:
+    return pb.StreamOutputRequest(run_id=run_id, channel=pb.OUTPUT_CHANNEL_STDERR)
+
+
+def read_one(api: Api, run_id: str) -> Any:
+    """Begin to read the output of a run, and stop after the first piece."""
+    stream = api.runs.StreamOutput(output_of(run_id), timeout=LONG_S)
+    next(stream)
+    return stream
+
+
+def watch(api: Api, run_id: str) -> Any:
+    """Watch a run, from its snapshot on."""
+    stream = api.runs.WatchRun(pb.WatchRunRequest(run_id=run_id), timeout=LONG_S)
+    assert next(stream).snapshot.run_id == run_id
+    return stream
+
+
+def until_accepted(api: Api, run_id: str) -> None:
+    """Wait until there is room for one more stream."""
+
+    def accepted() -> bool:
+        stream = api.runs.WatchRun(pb.WatchRunRequest(run_id=run_id), timeout=LONG_S)
+        try:
+            next(stream)
+        except grpc.RpcError as error:
+            refused_as.add(refusal_of(error).reason)
+            return False
+        stream.cancel()
+        return True
+
+    refused_as = set[str]()
+    until(accepted, "a stream is accepted")
+    assert refused_as <= {"OVERLOADED"}
+
+
+def cuts(service: ServiceProcess) -> int:
+    return len(service.events("rpc.slow_reader_cut"))
+
+
+def until_cuts(service: ServiceProcess, count: int) -> None:
+    until(lambda: cuts(service) >= count, f"{count} readers were cut off")
+
+
+def errors(service: ServiceProcess) -> list[dict[str, Any]]:
+    return [event for event in service.events() if event["level"] in {"error", "critical"}]
+
+
+# -- a reader that reads nothing, not even its socket --------------------------------------------
+
+
+def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    return struct.pack(">IBI", len(payload) << 8 | kind, flags, stream) + payload
+
+
+def _named(text: str) -> bytes:
+    return bytes([len(text)]) + text.encode()
+
+
+def deaf_reader(service: ServiceProcess, run_id: str) -> socket.socket:
+    """Ask for output by bare HTTP/2, and never read: what one stream is granted is all it gets."""
+    host, _, port = service.address.rpartition(":")
+    connection = socket.create_connection((host, int(port)))
+    headers = b"".join(
+        (
+            b"\x83\x86\x04",  # POST, http, and the path
+            _named("/runrecovery.v1.RunService/StreamOutput"),
+            b"\x01" + _named(service.address),
+            b"\x00" + _named("te") + _named("trailers"),
+            b"\x0f\x10" + _named("application/grpc"),
+        )
+    )
+    message = output_of(run_id).SerializeToString()
+    connection.sendall(
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+        + _frame(4, 0, 0, b"")
+        + _frame(1, 4, 1, headers)
+        + _frame(0, 1, 1, struct.pack(">BI", 0, len(message)) + message)
+    )
+    return connection
+
+
+@contextmanager
+def deaf_readers(service: ServiceProcess, run_id: str, count: int) -> Iterator[None]:
+    """Keep so many deaf readers connected."""
+    with ExitStack() as stack:
+        for _ in range(count):
+            stack.enter_context(deaf_reader(service, run_id))
+        yield
+
+
+# -- cut off -------------------------------------------------------------------------------------
+
+
+def test_who_reads_no_more_is_cut_off_and_told_so_when_it_reads_on(new_home: NewHome) -> None:
+    home = new_home(engines=ENGINES, max_output_bytes=2 * FLOOD_BYTES, watch_stall_s=STALL_S)
+    service, api = home.start()
+    run_id = flooded(api)
+    stream = read_one(api, run_id)
+    until_cuts(service, 1)
+
+    refusal = refused(lambda: list(stream))
+    assert (refusal.code.name, refusal.reason) == ("RESOURCE_EXHAUSTED", "SLOW_READER")
+    (event,) = service.events("rpc.slow_reader_cut")
+    assert event["method"] == "runrecovery.v1.RunService.StreamOutput"
+    assert errors(service) == []
+
+
+def test_who_reads_nothing_at_all_is_told_so_when_it_begins_to_read(new_home: NewHome) -> None:
+    home = new_home(engines=ENGINES, max_output_bytes=2 * FLOOD_BYTES, watch_stall_s=STALL_S)
+    service, api = home.start()
+    with deaf_reader(service, flooded(api)) as connection:
+        until_cuts(service, 1)
+        for stream in (0, 1):
+            connection.sendall(_frame(8, 0, stream, struct.pack(">I", FLOOD_BYTES)))
+        connection.settimeout(LONG_S)
+        received = b""
+        while b"grpc-status-details-bin" not in received:
+            received += connection.recv(1 << 20)
+
+    assert b"\x0bgrpc-status\x018" in received  # RESOURCE_EXHAUSTED
+    assert errors(service) == []
+
+
+def test_what_was_read_before_the_cut_has_no_gap_and_the_rest_can_be_read(
+    new_home: NewHome,
+) -> None:
+    home = new_home(engines=ENGINES, max_output_bytes=2 * FLOOD_BYTES, watch_stall_s=STALL_S)
+    service, api = home.start()
+    run_id = flooded(api)
+    stream = api.runs.StreamOutput(output_of(run_id), timeout=LONG_S)
+    pieces = [next(stream)]
+    until_cuts(service, 1)
+
+    with pytest.raises(grpc.RpcError):
+        pieces.extend(stream)
+    at = 0
+    for piece in pieces:
+        assert piece.offset == at
+        at += len(piece.data)
+    assert at < FLOOD_BYTES
+    request = output_of(run_id)
+    request.offset = at
+    rest = api.runs.StreamOutput(request, timeout=LONG_S)
+    assert at + sum(len(piece.data) for piece in rest) == FLOOD_BYTES
+
+
+@pytest.mark.parametrize("deaf", [False, True], ids=["reads one", "reads nothing"])
+def test_the_place_of_who_was_cut_off_is_free_again(new_home: NewHome, deaf: bool) -> None:  # noqa: FBT001
+    home = new_home(
+        engines=ENGINES,
+        max_output_bytes=2 * FLOOD_BYTES,
+        watch_stall_s=STALL_S,
+        max_concurrent_streams=1,
+    )
+    service, api = home.start()
+    run_id, other = flooded(api), waiting(api)
+    with ExitStack() as stack:
+        if deaf:
+            stack.enter_context(deaf_reader(service, run_id))
+        else:
+            stack.callback(read_one(api, run_id).cancel)
+        until_cuts(service, 1)
+
+        until_accepted(api, other)
+    assert errors(service) == []
+
+
+def test_beside_some_who_do_not_read_everything_else_goes_on(new_home: NewHome) -> None:
+    home = new_home(
+        engines=ENGINES,
+        max_output_bytes=2 * FLOOD_BYTES,
+        watch_stall_s=LONG_S,
+        max_concurrent_calls=1,
+    )
+    service, api = home.start()
+    run_id = flooded(api)
+    with deaf_readers(service, run_id, 20):
+        stalled = [read_one(api, run_id) for _ in range(5)]
+        read = api.runs.StreamOutput(output_of(run_id), timeout=LONG_S)
+
+        assert sum(len(piece.data) for piece in read) == FLOOD_BYTES
+        assert api.get(run_id).run_id == run_id
+        assert api.health_of() == "SERVING"
+        for stream in stalled:
+            stream.cancel()
+    assert cuts(service) == 0
+
+
+def test_memory_does_not_grow_with_those_who_were_cut_off(new_home: NewHome) -> None:
+    home = new_home(engines=ENGINES, max_output_bytes=2 * FLOOD_BYTES, watch_stall_s=0.1)
+    service, api = home.start()
+    run_id, at_once, cut = flooded(api), 100, 0
+    grown = []
+    for rounds in (3, 5):  # the first hundreds leave behind what those after them use again
+        for _ in range(rounds):
+            cut += at_once
+            with deaf_readers(service, run_id, at_once):
+                until_cuts(service, cut)
+        grown.append(resident_kib(service.pid))
+
+    everything_unread_kib = 5 * at_once * FIRST_WINDOW_BYTES // 1024
+    assert grown[1] - grown[0] < everything_unread_kib / 2
+    assert errors(service) == []
+
+
+def resident_kib(pid: int) -> int:
+    """Return what a process has in memory."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
+
+
+def test_a_stop_does_not_wait_for_those_who_were_cut_off(new_home: NewHome) -> None:
+    home = new_home(
+        engines=ENGINES, max_output_bytes=2 * FLOOD_BYTES, watch_stall_s=STALL_S, stop_grace_s=0.5
+    )
+    service, api = home.start()
+    run_id = flooded(api)
+    with deaf_readers(service, run_id, 20):
+        stream = read_one(api, run_id)
+        until_cuts(service, 21)
+
+        assert service.stop() == 0
+        stream.cancel()
+    assert errors(service) == []
+
+
+def test_who_leaves_while_it_is_written_to_is_no_error(new_home: NewHome) -> None:
+    home = new_home(engines=ENGINES, max_output_bytes=2 * FLOOD_BYTES, watch_stall_s=LONG_S)
+    service, api = home.start()
+    run_id = flooded(api)
+    with deaf_readers(service, run_id, 20):
+        for _ in range(20):
+            read_one(api, run_id).cancel()
+    assert service.stop() == 0
+
+    assert errors(service) == []
+
+
+# -- places --------------------------------------------------------------------------------------
+
+
+def test_streams_have_places_of_their_own_and_one_too_many_is_refused(new_home: NewHome) -> None:
+    home = new_home(max_concurrent_streams=2, max_concurrent_calls=1)
+    _, api = home.start()
+    run_id = waiting(api)
+    open_ones = [watch(api, run_id), watch(api, run_id)]
+
+    refusal = refused(lambda: watch(api, run_id))
+    assert (refusal.code.name, refusal.reason) == ("RESOURCE_EXHAUSTED", "OVERLOADED")
+    assert refusal.retry_after_s is not None
+    assert api.get(run_id).run_id == run_id
+    api.cancel(run_id)
+    for stream in open_ones:
+        assert [told.event.kind for told in stream][-1] == run_pb2.RUN_EVENT_KIND_CANCELED
+    until_accepted(api, waiting(api))
+
+
+def test_who_hangs_up_gives_its_place_back(new_home: NewHome) -> None:
+    home = new_home(max_concurrent_streams=1)
+    service, api = home.start()
+    run_id = waiting(api)
+    stream = watch(api, run_id)
+
+    stream.cancel()
+
+    until_accepted(api, run_id)
+    assert errors(service) == []
+
+
+def test_who_is_killed_gives_its_place_back(new_home: NewHome) -> None:
+    home = new_home(max_concurrent_streams=1)
+    service, api = home.start()
+    run_id = waiting(api)
+    watcher = subprocess.Popen(
+        [sys.executable, "-c", HOLDS_A_WATCH, service.address, run_id], stdout=subprocess.PIPE
+    )
+    try:
+        assert watcher.stdout is not None
+        assert watcher.stdout.readline() == b"told\n"
+        assert refused(lambda: watch(api, run_id)).reason == "OVERLOADED"
+    finally:
+        os.kill(watcher.pid, signal.SIGKILL)
+        watcher.communicate()
+
+    until_accepted(api, run_id)
+    assert errors(service) == []
+
+
+# -- a stop --------------------------------------------------------------------------------------
+
+
+def test_every_watcher_is_told_of_a_stop_and_when_to_come_again(new_home: NewHome) -> None:
+    home = new_home(retry_hint_s=0.25)
+    service, api = home.start()
+    run_id = waiting(api)
+    streams: Sequence[Any] = [watch(api, run_id) for _ in range(50)]
+    service.terminate()
+
+    for stream in streams:
+        refusal = refused(lambda stream=stream: list(stream))  # type: ignore[misc] # a default binds it
+        assert (refusal.code.name, refusal.reason) == ("UNAVAILABLE", "SHUTTING_DOWN")
+        assert refusal.retry_after_s is not None
+        assert refusal.pushback_ms is not None
+    assert service.exit_code() == 0

@@ -1,0 +1,50 @@
+"""Turns: one passes in each round of the loop, and who has gone is passed over."""
+
+from __future__ import annotations
+
+import asyncio
+
+from runrecovery_service.rpc.turns import Turns
+
+
+async def test_of_a_crowd_one_passes_in_each_round_in_the_order_of_its_coming() -> None:
+    turns, passed = Turns(), list[tuple[int, int]]()
+    round_of_the_loop = 0
+
+    async def pass_by(number: int) -> None:
+        await turns.take()
+        passed.append((round_of_the_loop, number))
+
+    crowd = [asyncio.create_task(pass_by(number)) for number in range(10)]
+    while not all(one.done() for one in crowd):
+        await asyncio.sleep(0)
+        round_of_the_loop += 1
+
+    assert [number for _, number in passed] == list(range(10))
+    assert len({when for when, _ in passed}) == 10
+
+
+async def test_one_who_is_alone_passes_at_once() -> None:
+    turns = Turns()
+    await turns.take()
+    await asyncio.sleep(0)
+    coming = turns.take()
+
+    try:
+        coming.send(None)
+    except StopIteration:
+        waited = False
+    else:
+        waited = True
+    coming.close()
+    assert not waited
+
+
+async def test_who_gave_up_waiting_keeps_nobody_behind_from_passing() -> None:
+    turns = Turns()
+    first, gone, behind = (asyncio.create_task(turns.take()) for _ in range(3))
+    await asyncio.sleep(0)
+    gone.cancel()
+
+    await asyncio.wait_for(behind, 10)
+    assert (first.done(), gone.cancelled()) == (True, True)
