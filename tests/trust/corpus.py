@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Final
 
-W: Final = "/work/a project"
+W: Final = "/runs/a project"
 FOLDERS: Final = {
     "plain": W,
-    "quotes": '/work/it\'s "quoted"',
-    "double quotes": '/work/"',
-    "backslashes": "/work/a\\b\\",
+    "quotes": '/runs/it\'s "quoted"',
+    "double quotes": '/runs/"',
+    "backslashes": "/runs/a\\b\\",
     "unicode": "/wörk/日本/😀",
-    "newline": "/work/a\nb\r\nc",
-    "controls": "/work/\x01\x1f\x7f\x85\u2028",
-    "dots": "/work/a.b.c",
-    "brackets": "/work/[x]#{y}=",
+    "newline": "/runs/a\nb\r\nc",
+    "controls": "/runs/\x01\x1f\x7f\x85\u2028",
+    "dots": "/runs/a.b.c",
+    "brackets": "/runs/[x]#{y}=",
     "root": "/",
 }
 
@@ -45,26 +45,26 @@ CODEX: Final = {
     "blank inline projects": b"projects = { }\n",
     "inline with dotted keys": b'projects = { "/x".trust_level = "trusted", "/y".z = 1 }',
     "inline entries": b"[projects]\n'/x' = { trust_level = 'trusted' }\n",
-    "our table without a level": b'[projects."/work/a project"]\nother = 1 # c\n\n[t]\n',
-    "our table, indented": b'[projects."/work/a project"]\n\n\t# c\n\tother = 1\n',
-    "our table, empty, not ended": b'[projects."/work/a project"]',
-    "our table, empty, crlf": b'[projects."/work/a project"]  # c\r\n[t]\r\n',
-    "our table, literal": b"[projects.'/work/a project']\n",
-    "our table, escaped": b'["projects" . "/work/a\\u0020project"]\n',
-    "our table by its sub-table": b'[projects."/work/a project".sub]\na = 1\n',
-    "our table and its sub-table": b'[projects."/work/a project".sub]\na = 1\n'
-    b'[projects."/work/a project"]\nb = 1\n',
-    "our dotted key": b'projects."/work/a project".other = 1\nz = 2\n',
-    "our dotted key, spaced": b"projects . '/work/a project' . other = 1",
-    "our deep dotted key": b'[projects]\n"/work/a project".a.b = 1\n"/z".c = 1\n',
-    "our inline table": b'[projects]\n"/work/a project" = { other = 1 }\n',
-    "our empty inline table": b'projects."/work/a project" = {}',
-    "our dotted key, inline": b'projects = { "/work/a project".other = [ 1, {a = 2} ] }\n',
-    "untrusted by header": b'[projects."/work/a project"]\ntrust_level = \'untrusted\' # no\n',
-    "untrusted, dotted": b'projects."/work/a project".trust_level="untrusted"',
-    "untrusted, inline": b'projects = { "/work/a project" = { trust_level = "untrusted" } }',
-    "untrusted, in lines": b'[projects."/work/a project"]\ntrust_level = """\\\n  unt"rusted"""\n',
-    "strings that look like it": b'a = """\n[projects."/work/a project"]\ntrust_level = "x"\n"""\n'
+    "our table without a level": b'[projects."/runs/a project"]\nother = 1 # c\n\n[t]\n',
+    "our table, indented": b'[projects."/runs/a project"]\n\n\t# c\n\tother = 1\n',
+    "our table, empty, not ended": b'[projects."/runs/a project"]',
+    "our table, empty, crlf": b'[projects."/runs/a project"]  # c\r\n[t]\r\n',
+    "our table, literal": b"[projects.'/runs/a project']\n",
+    "our table, escaped": b'["projects" . "/runs/a\\u0020project"]\n',
+    "our table by its sub-table": b'[projects."/runs/a project".sub]\na = 1\n',
+    "our table and its sub-table": b'[projects."/runs/a project".sub]\na = 1\n'
+    b'[projects."/runs/a project"]\nb = 1\n',
+    "our dotted key": b'projects."/runs/a project".other = 1\nz = 2\n',
+    "our dotted key, spaced": b"projects . '/runs/a project' . other = 1",
+    "our deep dotted key": b'[projects]\n"/runs/a project".a.b = 1\n"/z".c = 1\n',
+    "our inline table": b'[projects]\n"/runs/a project" = { other = 1 }\n',
+    "our empty inline table": b'projects."/runs/a project" = {}',
+    "our dotted key, inline": b'projects = { "/runs/a project".other = [ 1, {a = 2} ] }\n',
+    "untrusted by header": b'[projects."/runs/a project"]\ntrust_level = \'untrusted\' # no\n',
+    "untrusted, dotted": b'projects."/runs/a project".trust_level="untrusted"',
+    "untrusted, inline": b'projects = { "/runs/a project" = { trust_level = "untrusted" } }',
+    "untrusted, in lines": b'[projects."/runs/a project"]\ntrust_level = """\\\n  unt"rusted"""\n',
+    "strings that look like it": b'a = """\n[projects."/runs/a project"]\ntrust_level = "x"\n"""\n'
     b"b = '''\n[projects]\n''''\nc = \"[projects] # \\\" \"\nd = [ # [\n '#]', \"]\",\n]\n",
     "quotes at the ends": b'a = """"quoted""""\nb = \'\'\'\'\'\'\nc = """a"""""\nd = ""\n',
     "arrays of tables": b"[[servers]]\na = 1\n[[servers]]\n[servers.projects]\nb = 1\n",
@@ -91,13 +91,13 @@ GEMINI: Final = {
     "leading commas": b'{\n  "/x": "TRUST_FOLDER"\n, "/y": "TRUST_FOLDER"\n}',
     "byte-order mark": b'\xef\xbb\xbf{\n  "/x": "TRUST_FOLDER"\n}',
     "duplicates": b'{"/x": 1, "/x": 2, "/y": 3, "/x": 1.0, "/x": 1.00}',
-    "distrusted": b'{ "/z" : 1 ,  "/work/a project" : "DO_NOT_TRUST" , "/x" : {} }',
-    "distrusted, escaped": b'{"\\/work/a\\u0020project": "DO_NOT\\u005fTRUST"}',
-    "distrusted twice": b'{"/work/a project": "DO_NOT_TRUST", "/work/a project": "DO_NOT_TRUST"}',
-    "null": b'{"/work/a project": null}',
+    "distrusted": b'{ "/z" : 1 ,  "/runs/a project" : "DO_NOT_TRUST" , "/x" : {} }',
+    "distrusted, escaped": b'{"\\/runs/a\\u0020project": "DO_NOT\\u005fTRUST"}',
+    "distrusted twice": b'{"/runs/a project": "DO_NOT_TRUST", "/runs/a project": "DO_NOT_TRUST"}',
+    "null": b'{"/runs/a project": null}',
     "surrogates": b'{"/\\ud800": "\\udfff", "/\xf0\x9f\x98\x80": "\\ud83d\\ude00"}',
     "numbers": b'{"a": 1e400, "b": -0, "c": 0.10, "d": ' + b"9" * 5000 + b"}",
-    "looks like it": b'{"x": "{\\"/work/a project\\": \\"TRUST_FOLDER\\"}", "y": ["/work", "}"]}',
+    "looks like it": b'{"x": "{\\"/runs/a project\\": \\"TRUST_FOLDER\\"}", "y": ["/runs", "}"]}',
 }  # fmt: skip
 
 CLAUDE: Final = {
@@ -111,11 +111,11 @@ CLAUDE: Final = {
     "no projects, in lines": b'{\n  "a": 1,\n  "projects": {\n  },\n  "b": 2\n}\n',
     "other projects": b'{\n  "projects": {\n    "/x": {\n      "allowedTools": [],\n'
     b'      "hasTrustDialogAccepted": true\n    }\n  },\n  "userID": "u"\n}\n',
-    "ours, without": b'{"projects": {"/work/a project": {"allowedTools": [ ]} , "/x":{}}}',
-    "ours, empty": b'{\n\t"projects": {\n\t\t"/work/a project": {}\n\t}\n}',
-    "ours, distrusted": b'{"projects":{"/work/a project":{"hasTrustDialogAccepted" : false }}}',
-    "ours, null": b'{"projects":{"/work/a project":{"hasTrustDialogAccepted":null,"b":1}}}',
-    "projects twice": b'{"projects": {"/work/a project": {"hasTrustDialogAccepted": true}}, '
+    "ours, without": b'{"projects": {"/runs/a project": {"allowedTools": [ ]} , "/x":{}}}',
+    "ours, empty": b'{\n\t"projects": {\n\t\t"/runs/a project": {}\n\t}\n}',
+    "ours, distrusted": b'{"projects":{"/runs/a project":{"hasTrustDialogAccepted" : false }}}',
+    "ours, null": b'{"projects":{"/runs/a project":{"hasTrustDialogAccepted":null,"b":1}}}',
+    "projects twice": b'{"projects": {"/runs/a project": {"hasTrustDialogAccepted": true}}, '
     b'"projects": {"/x": {}}, "c": 1}',
     "byte-order mark": b'\xef\xbb\xbf{"projects": {"/x": {"hasTrustDialogAccepted": true}}}\r\n',
 }  # fmt: skip

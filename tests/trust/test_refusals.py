@@ -29,9 +29,9 @@ REFUSED: list[tuple[str, str, bytes, Reason]] = [
     ("codex", "two byte-order marks", b"\xef\xbb\xbf" * 2, R.NOT_PARSABLE),
     ("codex", "projects is a value", b"projects = 1\n", R.UNEXPECTED_SHAPE),
     ("codex", "projects is an array", b"[[projects]]\n", R.UNEXPECTED_SHAPE),
-    ("codex", "folder is a value", b'projects."/work/a project" = "trusted"', R.UNEXPECTED_SHAPE),
-    ("codex", "folder is an array", b'[[projects."/work/a project"]]', R.UNEXPECTED_SHAPE),
-    ("codex", "level: number", b'projects."/work/a project".trust_level = 1', R.UNEXPECTED_SHAPE),
+    ("codex", "folder is a value", b'projects."/runs/a project" = "trusted"', R.UNEXPECTED_SHAPE),
+    ("codex", "folder is an array", b'[[projects."/runs/a project"]]', R.UNEXPECTED_SHAPE),
+    ("codex", "level: number", b'projects."/runs/a project".trust_level = 1', R.UNEXPECTED_SHAPE),
     ("codex", "deep arrays", b"a = " + b"[" * 5000 + b"]" * 5000, R.TOO_DEEP),
     ("codex", "long dotted key", b"a" + b".a" * 200_000 + b" = 1", R.TOO_DEEP),
     ("codex", "long dotted header", b"[a" + b".a" * 200_000 + b"]", R.TOO_DEEP),
@@ -55,12 +55,12 @@ REFUSED: list[tuple[str, str, bytes, Reason]] = [
     ("gemini", "an array", b"[]", R.UNEXPECTED_SHAPE),
     ("gemini", "a string", b'"x"', R.UNEXPECTED_SHAPE),
     ("gemini", "null", b"null", R.UNEXPECTED_SHAPE),
-    ("gemini", "the entry is an object", b'{"/work/a project": {}}', R.UNEXPECTED_SHAPE),
+    ("gemini", "the entry is an object", b'{"/runs/a project": {}}', R.UNEXPECTED_SHAPE),
     ("gemini", "huge nesting", b'{"a": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", R.TOO_DEEP),
     ("gemini", "too large", b" " * ((16 << 20) + 1), R.TOO_LARGE),
     ("claude", "projects is null", b'{"projects": null}', R.UNEXPECTED_SHAPE),
     ("claude", "projects is an array", b'{"projects": []}', R.UNEXPECTED_SHAPE),
-    ("claude", "folder is a value", b'{"projects": {"/work/a project": true}}', R.UNEXPECTED_SHAPE),
+    ("claude", "folder is a value", b'{"projects": {"/runs/a project": true}}', R.UNEXPECTED_SHAPE),
 ]  # fmt: skip
 OURS = Added(owned=True, made=frozenset(Made))
 

@@ -22,7 +22,7 @@ def _codex(before: bytes | None, *changes: tuple[bytes, bytes]) -> tuple[bytes |
     return removal.text, removal.outcome
 
 
-HEADER = b'[projects."/work/a project"]\n'
+HEADER = b'[projects."/runs/a project"]\n'
 ENTRY = b'trust_level = "trusted"\n'
 
 
@@ -50,7 +50,7 @@ def test_what_somebody_put_into_our_table_keeps_it(old: bytes, new: bytes, left:
 
 
 def test_a_sub_table_keeps_its_own_header_without_ours() -> None:
-    sub = b'[projects."/work/a project".sub]\nb = 1\n'
+    sub = b'[projects."/runs/a project".sub]\nb = 1\n'
 
     after, _ = _codex(None, (ENTRY, ENTRY + sub))
 
@@ -60,11 +60,11 @@ def test_a_sub_table_keeps_its_own_header_without_ours() -> None:
 @pytest.mark.parametrize(
     "rewritten",
     [
-        b'projects = { "/work/a project" = { trust_level = "trusted" } }\n',
-        b"projects.'/work/a project' = {trust_level = 'trusted'}\n",
-        b'projects."/work/a project".trust_level = "trusted"\n',
-        b'[projects]\n\'/work/a project\'.trust_level = """trusted"""\n',
-        b'[projects]\r\n[projects."/work/a project"]\r\n\r\ntrust_level = "trusted"\r\n\r\n',
+        b'projects = { "/runs/a project" = { trust_level = "trusted" } }\n',
+        b"projects.'/runs/a project' = {trust_level = 'trusted'}\n",
+        b'projects."/runs/a project".trust_level = "trusted"\n',
+        b'[projects]\n\'/runs/a project\'.trust_level = """trusted"""\n',
+        b'[projects]\r\n[projects."/runs/a project"]\r\n\r\ntrust_level = "trusted"\r\n\r\n',
     ],
 )
 def test_an_entry_is_found_in_whatever_way_somebody_has_rewritten_it(rewritten: bytes) -> None:

@@ -63,7 +63,7 @@ def test_any_folder_name_comes_and_goes(kind: str, name: str, folder: str) -> No
 @pytest.mark.parametrize(("kind", "name"), FILES)
 def test_three_entries_go_in_any_order(kind: str, name: str, order: tuple[int, ...]) -> None:
     cli = KINDS[kind]
-    folders = [W, "/work/b", '/work/"c']
+    folders = [W, "/runs/b", '/runs/"c']
     text, standing = cli.files[name], dict[str, Added]()
 
     for folder in folders:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Final
 
@@ -44,6 +44,16 @@ class Candidate:
 
     def __repr__(self) -> str:
         return f"Candidate(run={self.run.run_id!r}, handle=<secret>)"
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What a recovery kept of a run that it failed: its session, and where its history stands."""
+
+    session_type: str | None
+    handle: str | None = field(repr=False)
+    decisions: int
+    report: int
 
 
 def candidate(db: Database, run_id: str) -> Candidate:
@@ -128,18 +138,8 @@ def _set_back(
     steady: SteadyTime,
     now: datetime,
 ) -> None:
-    row = db.fetch_one(
-        "SELECT retired_type, retired_value, reopen_due_us, due_clock, recovery_count,"
-        " reconciliation FROM run WHERE id = ? AND version = ?",
-        (run.key, run.version),
-    )
-    if row is None:
-        raise Stale
-    retired_type, kept, reopen_due_us, clock, decisions, report = row
-    in_window = reopen_due_us is not None and clock == steady.clock and steady.us < reopen_due_us
-    if not in_window:
-        raise RunNotReopenable(run.run_id, WINDOW_OVER)
-    if not (handle or kept):
+    kept = _kept(db, run, steady)
+    if not (handle or kept.handle):
         raise SessionNotResumable(run.run_id, NO_HANDLE)
     question = interactions.find(db, run.key, run.interaction_count)
     if question is None or question.kind is None:
@@ -151,8 +151,8 @@ def _set_back(
     whole = None if run.max_run_s is None else due_in(run.max_run_s)
     columns: dict[str, object] = {
         "status": becomes.value,
-        "session_type": retired_type or session_type,
-        "session_value": handle or kept,
+        "session_type": kept.session_type or session_type,
+        "session_value": handle or kept.handle,
         "session_verdict": None,
         "retired_type": None,
         "retired_value": None,
@@ -172,7 +172,7 @@ def _set_back(
         "recovered_at": to_us(now),
         "recovery_reason": REOPEN_RULE,
         "recovered_version": run.version + 1,
-        "recovery_count": decisions + 1,
+        "recovery_count": kept.decisions + 1,
         "owner_epoch": owner.epoch,
     }
     changed = db.execute(
@@ -184,14 +184,34 @@ def _set_back(
         raise Stale
     db.touch(run.key)
     _put_question_back(db, run, question, becomes, wait)
+    _add_to_history(db, run, kept, becomes, now)
+
+
+def _kept(db: Database, run: Run, steady: SteadyTime) -> _Kept:
+    """Return what was kept of a run, while its window lasts."""
+    row = db.fetch_one(
+        "SELECT reopen_due_us, due_clock, retired_type, retired_value, recovery_count,"
+        " reconciliation FROM run WHERE id = ? AND version = ?",
+        (run.key, run.version),
+    )
+    if row is None:
+        raise Stale
+    due_us, clock, *kept = row
+    if due_us is None or clock != steady.clock or due_us <= steady.us:
+        raise RunNotReopenable(run.run_id, WINDOW_OVER)
+    return _Kept(*kept)
+
+
+def _add_to_history(db: Database, run: Run, kept: _Kept, becomes: RunStatus, now: datetime) -> None:
+    """Record it among the decisions, under the report of the one that it undoes."""
     db.execute(
         "INSERT INTO recovery_event (run, no, reconciliation, rule, facts, status_before,"
         " status_after, recovery_state, recovered_at, processes_ended, sequence, profile, attempt,"
         " interaction) VALUES (?, ?, ?, ?, 0, 'FAILED', ?, ?, ?, 0, ?, ?, ?, ?)",
         (
             run.key,
-            decisions + 1,
-            report,
+            kept.decisions + 1,
+            kept.report,
             REOPEN_RULE,
             becomes.value,
             RecoveryState.REOPENED.value,
