@@ -38,7 +38,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from runrecovery_service import clock
-from runrecovery_service.domain.reconciliation import Cause
+from runrecovery_service.domain.reconciliation import Cause, TrustClearing
 from runrecovery_service.recovery.startup import Limits, Recovery
 from runrecovery_service.storage import tables
 from runrecovery_service.storage.database import Database, open_database
@@ -174,6 +174,7 @@ def ours(db: Database, data_dir: Path) -> None:
                 reopen_window_s=3600,
             ),
             sweep=lambda leases: {},
+            clear_trust=lambda *_: TrustClearing(),
             session_checks={},
             workspace=lambda key, attempt: data_dir,
             now=lambda: datetime.now(UTC),

@@ -245,6 +245,7 @@ def assert_report(api: Api) -> None:
         "sessions",
         "converge",
         "bindings",
+        "trust",
         "deadlines",
         "containment",
     ]

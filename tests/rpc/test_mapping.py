@@ -24,6 +24,7 @@ from runrecovery_service.domain.reconciliation import (
     Phase,
     Reconciliation,
     ReconciliationState,
+    TrustRemoval,
 )
 from runrecovery_service.domain.run import RecoveryState, Run, RunStatus
 from runrecovery_service.rpc import mapping
@@ -305,7 +306,7 @@ def test_report_says_all_of_it() -> None:
             DecisionCount(rule="requeued", recovery_state=RecoveryState.RECOVERED_QUEUED, count=6),
         ),
         orphans=OrphanCounts(found=1, ended=2, already_gone=3, refused=4),
-        bindings=BindingCounts(sessions=5, pending_interactions=6, slots=7),
+        bindings=BindingCounts(sessions=5, pending_interactions=6, slots=7, trust_entries=8),
         quarantined=8,
         warnings=("careful",),
         runs_scanned=9,
@@ -314,6 +315,9 @@ def test_report_says_all_of_it() -> None:
         safe_mode=True,
         containment=Containment(level=ContainmentLevel.COOKIE, detail="no watermark here"),
         error="StorageBusy",
+        trust_removals=(
+            TrustRemoval(run_id="r", file="/home/config.toml", folder="/work", outcome="removed"),
+        ),
     )
     to = recovery_pb2.Reconciliation()
     mapping.put_reconciliation(to, report)
@@ -323,6 +327,12 @@ def test_report_says_all_of_it() -> None:
     assert to.phases[0].duration.ToTimedelta() == timedelta(seconds=1.25)
     assert (to.orphans.found, to.orphans.refused, to.bindings.slots) == (1, 4, 7)
     assert (to.decisions[0].rule, to.decisions[0].count) == ("requeued", 6)
+    assert to.bindings.trust_entries == 8
+    assert list(to.trust_removals) == [
+        recovery_pb2.TrustRemoval(
+            run_id="r", file="/home/config.toml", folder="/work", outcome="removed"
+        )
+    ]
     assert to.trigger == recovery_pb2.RECONCILIATION_TRIGGER_SHUTDOWN
     assert (to.containment.level, to.containment.detail) == (
         recovery_pb2.CONTAINMENT_LEVEL_COOKIE,

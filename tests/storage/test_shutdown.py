@@ -15,12 +15,15 @@ from runrecovery_service.domain.reconciliation import (
     ContainmentLevel,
     Reconciliation,
     ReconciliationState,
+    TrustClearing,
+    TrustRemoval,
 )
 from runrecovery_service.domain.run import RunStatus
 from runrecovery_service.domain.turn import Succeeded
 from runrecovery_service.process.sweep import Ending
-from runrecovery_service.recovery.startup import Limits, Recovery
-from runrecovery_service.storage import converge, instances, processes, recovery
+from runrecovery_service.recovery import startup
+from runrecovery_service.recovery.startup import Limits, Recovery, Told
+from runrecovery_service.storage import converge, instances, processes, recovery, runs
 from runrecovery_service.storage.converge import Tally
 from runrecovery_service.storage.database import Database, open_database
 from runrecovery_service.storage.processes import Lease
@@ -221,6 +224,7 @@ def nobody_found(leases: Sequence[Lease]) -> Mapping[int, Ending]:
 def make_recovery(world: World, cause: Cause, **changes: Any) -> Recovery:
     given: dict[str, Any] = {
         "sweep": nobody_found,
+        "clear_trust": lambda db: TrustClearing(),
         "limits": Limits(
             batch_rows=4,
             batch_s=1.0,
@@ -357,3 +361,105 @@ def test_a_turn_that_ends_before_the_stop_decides_is_left_as_it_ended(world: Wor
 
     assert (report.runs_total, report.orphans.found) == (0, 0)
     assert world.get(turn.run) == ended
+
+
+# -- trust entries -----------------------------------------------------------------------------
+
+
+OUTCOMES = ("removed", "restored", "gone") * 50
+
+
+def removal(at: int) -> TrustRemoval:
+    return TrustRemoval(run_id=f"r{at}", file="/f", folder=f"/w/{at}", outcome=OUTCOMES[at])
+
+
+@pytest.mark.parametrize("cause", Cause)
+def test_what_was_taken_out_of_the_files_of_clis_is_in_the_report(
+    world: World, cause: Cause
+) -> None:
+    taken = tuple(map(removal, range(150)))
+    done = TrustClearing(removals=taken, failures=("/g: not_parsable: at line 1",))
+
+    def clear(db: Database, told: Told, enough: Callable[[], bool]) -> TrustClearing:
+        told(db, taken[:70])
+        told(db, taken[70:])
+        return done
+
+    recovered(world, cause, clear_trust=clear)  # nothing else was there to do
+
+    ((stored),) = recovery.reconciliation_page(world.db, after=None, limit=9).rows
+    assert stored.state is ReconciliationState.COMPLETED
+    assert stored.bindings.trust_entries == 100
+    assert stored.trust_removals == taken[:100]
+    assert stored.warnings == ("trust entries stay: /g: not_parsable: at line 1",)
+    assert "trust" in [phase.name for phase in stored.phases]
+
+
+def test_a_recovery_survives_whatever_fails_about_trust_entries(world: World) -> None:
+    def fail(*_: object) -> TrustClearing:
+        raise MemoryError
+
+    report = recovered(world, Cause.STARTUP, clear_trust=fail)
+
+    assert report.state is ReconciliationState.COMPLETED
+    assert report.warnings == ("trust entries stay: MemoryError",)
+
+
+class Killed(BaseException):
+    """The process is gone, at once."""
+
+
+def test_what_was_taken_out_is_in_the_report_of_a_start_that_was_killed_after_it(
+    world: World,
+) -> None:
+    def clear(db: Database, told: Told, enough: Callable[[], bool]) -> TrustClearing:
+        with db.transaction():
+            told(db, (removal(0),))
+        raise Killed
+
+    with pytest.raises(Killed):
+        recovered(world, Cause.STARTUP, clear_trust=clear)
+    recovered(world, Cause.STARTUP)
+
+    _, cut_off = recovery.reconciliation_page(world.db, after=None, limit=9).rows
+    assert (cut_off.trust_removals, cut_off.bindings.trust_entries) == ((removal(0),), 1)
+
+
+@pytest.mark.parametrize("seconds", [0.0, startup.TRUST_S])
+def test_files_of_clis_get_no_more_time_than_there_is(
+    world: World, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    monkeypatch.setattr(startup, "TRUST_S", seconds)
+    asked = []
+
+    def clear(db: Database, told: Told, enough: Callable[[], bool]) -> TrustClearing:
+        asked.append(enough())
+        return TrustClearing()
+
+    recovered(world, Cause.STARTUP, clear_trust=clear)
+
+    assert asked == [seconds == 0]
+
+
+def test_a_page_of_reports_is_bounded_by_what_they_hold(world: World) -> None:
+    for _ in range(12):
+        recovered(world, Cause.STARTUP)
+    long = "/" + "w" * 900
+    text = json.dumps([[f"r{at}", long, f"{long}{at}", "removed"] for at in range(100)])
+    with world.db.transaction():
+        world.db.execute("UPDATE reconciliation SET trust_removals = ?", (text,))
+
+    pages, after = [], None
+    while True:
+        page = recovery.reconciliation_page(world.db, after=after, limit=1000)
+        pages.append(page.rows)
+        if (after := page.after) is None:
+            break
+
+    assert {len(page) for page in pages[:-1]} == {runs.PAGE_CHARS // len(text)}
+    ids = [report.reconciliation_id for page in pages for report in page]
+    assert len(set(ids)) == len(ids) == 12
+    with world.db.transaction():
+        longer = json.dumps(json.loads(text) * 5)  # more than a page may hold
+        world.db.execute("UPDATE reconciliation SET trust_removals = ?", (longer,))
+    assert len(recovery.reconciliation_page(world.db, after=None, limit=1000).rows) == 1

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypedDict, Unpack
 
 import pytest
-from runrecovery_service.trust import files, gemini
+from runrecovery_service.trust import files, gemini, locks
 from runrecovery_service.trust.entry import Edit, Removal
 from runrecovery_service.trust.errors import (
     Reason,
@@ -37,6 +37,7 @@ class How(TypedDict, total=False):
     """The options of an edit."""
 
     record: Callable[[To], object]
+    done: Callable[[To], object]
     places: files.Places
     lock_wait_s: float
     pause: Callable[[float], object]
@@ -209,6 +210,42 @@ def test_a_decision_is_on_record_before_it_is_in_the_file(config: Path) -> None:
     put(config, b"new", record=lambda change: found.append((change.text, config.read_bytes())))
 
     assert found == [(b"new", b"old")]
+
+
+@pytest.mark.parametrize("text", [b"new", b"old", None], ids=["new", "as it was", "gone"])
+def test_what_is_done_is_told_once_under_the_lock_when_the_file_holds_it(
+    config: Path, text: bytes | None
+) -> None:
+    config.write_bytes(b"old")
+    found = []
+
+    def tell(change: To) -> None:
+        with files.lock_file(config).open("rb") as lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        found.append((change.text, config.read_bytes() if config.exists() else None))
+
+    put(config, text, done=tell)
+
+    assert found == [(text, text)]
+
+
+def test_what_is_done_is_told_where_there_is_no_folder(tmp_path: Path) -> None:
+    found: list[bytes | None] = []
+
+    put(tmp_path / "none" / "config", None, done=lambda change: found.append(change.text))
+
+    assert found == [None]
+    assert names(tmp_path) == []
+
+
+def test_nothing_is_told_to_be_done_that_was_refused(config: Path) -> None:
+    config.chmod(0o400)
+    found: list[To] = []
+
+    with pytest.raises(TrustFileUnusable):
+        put(config, b"new", done=found.append)
+
+    assert found == []
 
 
 def test_a_record_that_fails_leaves_the_file(config: Path) -> None:
@@ -587,3 +624,96 @@ def test_what_a_killed_edit_has_left_is_cleared_away(config: Path) -> None:
 
     assert not left.exists()
     assert others.exists()
+
+
+# -- the place -------------------------------------------------------------------------------------
+
+
+def test_the_token_of_a_place_stays_and_is_no_other_places(config: Path, tmp_path: Path) -> None:
+    begun: list[str | None] = []
+    other = tmp_path / "other"
+
+    for path in (config, config, other):
+        files.edit(path, lambda _: To(b"new"), begin=begun.append)
+
+    assert begun == [begun[0], begun[0], begun[2]]
+    assert [files.place_of(path) for path in (config, other)] == [begun[0], begun[2]]
+    assert len({*begun, None}) == 3
+    assert files.place_of(tmp_path / "nowhere") is None
+
+
+def test_a_token_that_was_cut_off_is_drawn_anew(config: Path) -> None:
+    files.lock_file(config).write_bytes(b"0123")
+    put(config, b"new")
+    assert len(files.place_of(config) or "") == 32
+
+
+@pytest.mark.parametrize("folder", [True, False], ids=["no lock", "no folder"])
+def test_where_nothing_is_of_us_nothing_is_made(
+    config: Path, tmp_path: Path, *, folder: bool
+) -> None:
+    path = config if folder else tmp_path / "nowhere" / "config.toml"
+    begun: list[str | None] = []
+    seen: list[bytes | None] = []
+
+    def decide(text: bytes | None) -> To:
+        seen.append(text)
+        return To(text)
+
+    before = names(tmp_path), names(config.parent)
+    files.edit(path, decide, begin=begun.append, make=False)
+
+    assert (begun, seen) == ([None], [None])
+    assert (names(tmp_path), names(config.parent)) == before
+
+
+def test_a_lock_that_was_removed_before_it_was_had_is_not_enough(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(config, b"new")
+    lock, others, opened = files.lock_file(config), list[int](), locks._open
+
+    def open_late(path: Path) -> int:
+        """Right after us, another one removes the lock and makes and takes his own."""
+        ours = opened(path)
+        if not others:
+            lock.unlink()
+            others.append(os.open(lock, os.O_RDWR | os.O_CREAT, 0o600))
+            fcntl.flock(others[0], fcntl.LOCK_EX)
+        return ours
+
+    monkeypatch.setattr(locks, "_open", open_late)
+    with pytest.raises(TrustFileBusy):
+        put(config, b"newer", pause=no_waiting, lock_wait_s=0.1)
+    os.close(others[0])
+
+    put(config, b"newer")
+    assert config.read_bytes() == b"newer"
+
+
+def test_what_only_looks_like_a_leftover_is_left(config: Path) -> None:
+    stem = f".runrecovery.{config.name}"
+    kept = [f"{stem}.mine.tmp", f"{stem}.0123456789ABCDEF.tmp", f"{stem}.d.0123456789abcdef.tmp"]
+    for name in [*kept, f"{stem}.0123456789abcdef.tmp"]:
+        (config.parent / name).write_bytes(b"")
+
+    put(config, b"new")
+
+    assert [name for name in names(config.parent) if name.endswith(".tmp")] == sorted(kept)
+
+
+def test_a_file_that_an_editor_renames_away_and_writes_anew_is_waited_for(config: Path) -> None:
+    aside = config.with_name("config.toml~")
+    config.rename(aside)
+    seen: list[bytes | None] = []
+
+    def write_anew(_: float) -> None:
+        config.write_bytes(b"theirs")
+
+    def decide(text: bytes | None) -> To:
+        seen.append(text)
+        return To(text)
+
+    files.edit(config, decide, pause=write_anew)
+
+    assert seen == [b"theirs"]

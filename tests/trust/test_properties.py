@@ -7,7 +7,7 @@ import json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runrecovery_service.trust import claude, codex, gemini
-from runrecovery_service.trust.entry import Added, Editor
+from runrecovery_service.trust.entry import Added, Editor, Outcome
 from trust.cases import KINDS, Kind
 from trust.corpus import FOLDERS, W
 
@@ -124,10 +124,16 @@ def _there_and_back(
     for folder in some:
         edit = editor.add(text, folder, standing)
         text, standing[folder] = edit.text, edit.added
-    for folder in order:
-        text = editor.remove(text, folder, standing[folder]).text
+    full, states = text, {0: (text, dict[str, Outcome]())}
+    for at, folder in enumerate(order, 1):
+        removal = editor.remove(text, folder, standing[folder])
+        text = removal.text
+        states[at] = (text, {**states[at - 1][1], folder: removal.outcome})
 
     assert text == before
+    for at, state in states.items():  # and any number of them at one time
+        together = editor.remove_all(full, {folder: standing[folder] for folder in order[:at]})
+        assert (together.text, together.outcomes) == state
 
 
 def _means(cli: Kind, before: bytes, folder: str) -> None:
@@ -136,7 +142,7 @@ def _means(cli: Kind, before: bytes, folder: str) -> None:
     assert cli.means(after) == cli.with_entry(before, folder)
 
 
-several = st.lists(folders, min_size=1, max_size=3, unique=True).flatmap(
+several = st.lists(folders, min_size=1, max_size=5, unique=True).flatmap(
     lambda some: st.tuples(st.just(some), st.permutations(some))
 )
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 from runrecovery_service.trust import codex, json_entry, json_text, toml_text
-from runrecovery_service.trust.entry import Added, Made, Outcome
+from runrecovery_service.trust.entry import RESERVE, Added, Made, Outcome
 from runrecovery_service.trust.errors import FolderUnusable, Reason, TrustFileUnusable
 from runrecovery_service.trust.text import Splice, Text
 from trust.cases import KINDS
@@ -37,7 +37,7 @@ REFUSED: list[tuple[str, str, bytes, Reason]] = [
     ("codex", "long dotted header", b"[a" + b".a" * 200_000 + b"]", R.TOO_DEEP),
     ("codex", "long inline key", b"a = {a" + b".'a'" * 200_000 + b" = 1}", R.TOO_DEEP),
     ("codex", "huge number", b"a = " + b"9" * 5000, R.NOT_PARSABLE),
-    ("codex", "too large", b"#" * ((1 << 20) + 1), R.TOO_LARGE),
+    ("codex", "too large", b"#" * ((8 << 20) + 1), R.TOO_LARGE),
     ("gemini", "broken", b'{"a": ', R.NOT_PARSABLE),
     ("gemini", "comments", b'{\n  // c\n  "a": 1\n}', R.NOT_PARSABLE),
     ("gemini", "trailing comma", b'{"a": 1,}', R.NOT_PARSABLE),
@@ -82,6 +82,7 @@ def test_add_refuses_such_a_file_with_its_reason(kind: str, data: bytes, reason:
     [each for each in ((k, d, r) for k, _, d, r in REFUSED) if each[2] is not R.UNEXPECTED_SHAPE],
 )
 def test_remove_refuses_what_it_cannot_read(kind: str, data: bytes, reason: Reason) -> None:
+    data = data * 2 if reason is R.TOO_LARGE else data  # what has an entry already may grow so far
     with pytest.raises(TrustFileUnusable) as refused:
         KINDS[kind].editor.remove(data, W, OURS)
 
@@ -152,7 +153,7 @@ def test_an_edit_of_toml_that_would_change_more_is_not_made(stray: tuple[int, in
     body = f'a = 1\n[projects."{W}"]\ntrust_level = "trusted"\n'
 
     with pytest.raises(TrustFileUnusable) as refused:
-        codex._proved(Text(body), Splice(*stray), toml_text.parse(body), W, "trusted")
+        codex._proved(Text(body), [Splice(*stray)], toml_text.parse(body), {W: "trusted"})
 
     assert refused.value.reason is R.NOT_PROVED
 
@@ -162,6 +163,38 @@ def test_an_edit_of_json_that_would_change_more_is_not_made(stray: tuple[int, in
     body = '{"a": 1}'
 
     with pytest.raises(TrustFileUnusable) as refused:
-        json_entry._proved(Text(body), Splice(*stray), json_text.parse(body))
+        json_entry._proved(Text(body), [Splice(*stray)], json_text.parse(body))
 
     assert refused.value.reason is R.NOT_PROVED
+
+
+MOST_OF = {"codex": codex.MOST_BYTES, "gemini": json_entry.MOST_BYTES}
+
+
+def _filled(kind: str, size: int) -> bytes:
+    """A file of so many bytes, which is quickly parsed."""
+    if kind == "codex":
+        return b"#" * size
+    return b'{"mine": "' + b"x" * (size - 12) + b'"}'
+
+
+@pytest.mark.parametrize("kind", MOST_OF)
+def test_an_entry_goes_out_of_a_file_that_grew_past_the_bound(kind: str) -> None:
+    editor, most = KINDS[kind].editor, MOST_OF[kind]
+    before = _filled(kind, most - RESERVE - 1000)
+
+    edit = editor.add(before, W)
+
+    assert edit.text is not None
+    grown = edit.text + b"\n" * most
+    removal = editor.remove(grown, W, edit.added)
+    assert removal.outcome is Outcome.REMOVED
+    assert removal.text is not None
+    assert removal.text.rstrip(b"\n") == before
+
+
+@pytest.mark.parametrize("kind", MOST_OF)
+def test_no_entry_goes_into_a_file_that_could_not_grow(kind: str) -> None:
+    with pytest.raises(TrustFileUnusable) as refused:
+        KINDS[kind].editor.add(_filled(kind, MOST_OF[kind] - RESERVE), "/w")
+    assert refused.value.reason is R.TOO_LARGE

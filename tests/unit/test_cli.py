@@ -871,6 +871,11 @@ def test_the_latest_report_is_shown_with_its_decisions_and_warnings(
             )
         ],
         warnings=["pid 7 \x1b[2J refused"],
+        bindings=recovery_pb2.BindingCounts(trust_entries=101),
+        trust_removals=[
+            recovery_pb2.TrustRemoval(run_id="r", file="/c", folder="/w\x1b", outcome="removed"),
+            recovery_pb2.TrustRemoval(file="/c", folder="/x", outcome="gone"),
+        ],
     )
     page = recovery_service_pb2.ListReconciliationsResponse(reconciliations=[report])
     server.answers["ListReconciliations"] = [page]
@@ -880,6 +885,9 @@ def test_the_latest_report_is_shown_with_its_decisions_and_warnings(
     assert "id-7" in ended.out
     assert "12 x running_interrupted → FAILED_RECONCILED" in ended.out
     assert r"warning: pid 7 \x1b[2J refused" in ended.out
+    assert "101 trust entries" in ended.out
+    assert r"trust of /w\x1b in /c: removed (run r)" in ended.out
+    assert "trust of /x in /c: gone\n" in ended.out
 
 
 def test_no_report_yet_is_not_found(run: Run, server: Script) -> None:

@@ -27,21 +27,21 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from runrecovery.v1 import run_pb2 as runrecovery_dot_v1_dot_run__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1drunrecovery/v1/recovery.proto\x12\x0erunrecovery.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18runrecovery/v1/run.proto\"N\n\x0b\x43ontainment\x12/\n\x05level\x18\x01 \x01(\x0e\x32 .runrecovery.v1.ContainmentLevel\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\"P\n\x13ReconciliationPhase\x12\x0c\n\x04name\x18\x01 \x01(\t\x12+\n\x08\x64uration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"c\n\rDecisionCount\x12\x0c\n\x04rule\x18\x01 \x01(\t\x12\x35\n\x0erecovery_state\x18\x02 \x01(\x0e\x32\x1d.runrecovery.v1.RecoveryState\x12\r\n\x05\x63ount\x18\x03 \x01(\x03\"S\n\x0cOrphanCounts\x12\r\n\x05\x66ound\x18\x01 \x01(\x03\x12\r\n\x05\x65nded\x18\x02 \x01(\x03\x12\x14\n\x0c\x61lready_gone\x18\x03 \x01(\x03\x12\x0f\n\x07refused\x18\x04 \x01(\x03\"N\n\rBindingCounts\x12\x10\n\x08sessions\x18\x01 \x01(\x03\x12\x1c\n\x14pending_interactions\x18\x02 \x01(\x03\x12\r\n\x05slots\x18\x03 \x01(\x03\"\x9d\x05\n\x0eReconciliation\x12\x19\n\x11reconciliation_id\x18\x01 \x01(\t\x12\x10\n\x08instance\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12\x36\n\x07trigger\x18\x04 \x01(\x0e\x32%.runrecovery.v1.ReconciliationTrigger\x12\x32\n\x05state\x18\x05 \x01(\x0e\x32#.runrecovery.v1.ReconciliationState\x12.\n\nstarted_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x66inished_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x06phases\x18\x08 \x03(\x0b\x32#.runrecovery.v1.ReconciliationPhase\x12\x30\n\tdecisions\x18\t \x03(\x0b\x32\x1d.runrecovery.v1.DecisionCount\x12-\n\x07orphans\x18\n \x01(\x0b\x32\x1c.runrecovery.v1.OrphanCounts\x12/\n\x08\x62indings\x18\x0b \x01(\x0b\x32\x1d.runrecovery.v1.BindingCounts\x12\x13\n\x0bquarantined\x18\x0c \x01(\x03\x12\x10\n\x08warnings\x18\r \x03(\t\x12\x14\n\x0cruns_scanned\x18\x0e \x01(\x03\x12\x12\n\nruns_total\x18\x0f \x01(\x03\x12\x16\n\x0eruns_unchanged\x18\x10 \x01(\x03\x12\x11\n\tsafe_mode\x18\x11 \x01(\x08\x12\r\n\x05\x65rror\x18\x12 \x01(\t\x12\x30\n\x0b\x63ontainment\x18\x13 \x01(\x0b\x32\x1b.runrecovery.v1.Containment*\x88\x01\n\x15ReconciliationTrigger\x12&\n\"RECONCILIATION_TRIGGER_UNSPECIFIED\x10\x00\x12\"\n\x1eRECONCILIATION_TRIGGER_STARTUP\x10\x01\x12#\n\x1fRECONCILIATION_TRIGGER_SHUTDOWN\x10\x02*\x90\x01\n\x10\x43ontainmentLevel\x12!\n\x1d\x43ONTAINMENT_LEVEL_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x43ONTAINMENT_LEVEL_NONE\x10\x01\x12\x1c\n\x18\x43ONTAINMENT_LEVEL_COOKIE\x10\x02\x12\x1f\n\x1b\x43ONTAINMENT_LEVEL_WATERMARK\x10\x03*\xa2\x01\n\x13ReconciliationState\x12$\n RECONCILIATION_STATE_UNSPECIFIED\x10\x00\x12 \n\x1cRECONCILIATION_STATE_RUNNING\x10\x01\x12\"\n\x1eRECONCILIATION_STATE_COMPLETED\x10\x02\x12\x1f\n\x1bRECONCILIATION_STATE_FAILED\x10\x03*\xa5\x01\n\x0cServiceState\x12\x1d\n\x19SERVICE_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18SERVICE_STATE_RECOVERING\x10\x01\x12!\n\x1dSERVICE_STATE_RECOVERY_FAILED\x10\x02\x12\x19\n\x15SERVICE_STATE_SERVING\x10\x03\x12\x1a\n\x16SERVICE_STATE_DRAINING\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1drunrecovery/v1/recovery.proto\x12\x0erunrecovery.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18runrecovery/v1/run.proto\"N\n\x0b\x43ontainment\x12/\n\x05level\x18\x01 \x01(\x0e\x32 .runrecovery.v1.ContainmentLevel\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\"P\n\x13ReconciliationPhase\x12\x0c\n\x04name\x18\x01 \x01(\t\x12+\n\x08\x64uration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"c\n\rDecisionCount\x12\x0c\n\x04rule\x18\x01 \x01(\t\x12\x35\n\x0erecovery_state\x18\x02 \x01(\x0e\x32\x1d.runrecovery.v1.RecoveryState\x12\r\n\x05\x63ount\x18\x03 \x01(\x03\"S\n\x0cOrphanCounts\x12\r\n\x05\x66ound\x18\x01 \x01(\x03\x12\r\n\x05\x65nded\x18\x02 \x01(\x03\x12\x14\n\x0c\x61lready_gone\x18\x03 \x01(\x03\x12\x0f\n\x07refused\x18\x04 \x01(\x03\"e\n\rBindingCounts\x12\x10\n\x08sessions\x18\x01 \x01(\x03\x12\x1c\n\x14pending_interactions\x18\x02 \x01(\x03\x12\r\n\x05slots\x18\x03 \x01(\x03\x12\x15\n\rtrust_entries\x18\x04 \x01(\x03\"M\n\x0cTrustRemoval\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0c\n\x04\x66ile\x18\x02 \x01(\t\x12\x0e\n\x06\x66older\x18\x03 \x01(\t\x12\x0f\n\x07outcome\x18\x04 \x01(\t\"\xd3\x05\n\x0eReconciliation\x12\x19\n\x11reconciliation_id\x18\x01 \x01(\t\x12\x10\n\x08instance\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12\x36\n\x07trigger\x18\x04 \x01(\x0e\x32%.runrecovery.v1.ReconciliationTrigger\x12\x32\n\x05state\x18\x05 \x01(\x0e\x32#.runrecovery.v1.ReconciliationState\x12.\n\nstarted_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x66inished_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x06phases\x18\x08 \x03(\x0b\x32#.runrecovery.v1.ReconciliationPhase\x12\x30\n\tdecisions\x18\t \x03(\x0b\x32\x1d.runrecovery.v1.DecisionCount\x12-\n\x07orphans\x18\n \x01(\x0b\x32\x1c.runrecovery.v1.OrphanCounts\x12/\n\x08\x62indings\x18\x0b \x01(\x0b\x32\x1d.runrecovery.v1.BindingCounts\x12\x13\n\x0bquarantined\x18\x0c \x01(\x03\x12\x10\n\x08warnings\x18\r \x03(\t\x12\x14\n\x0cruns_scanned\x18\x0e \x01(\x03\x12\x12\n\nruns_total\x18\x0f \x01(\x03\x12\x16\n\x0eruns_unchanged\x18\x10 \x01(\x03\x12\x11\n\tsafe_mode\x18\x11 \x01(\x08\x12\r\n\x05\x65rror\x18\x12 \x01(\t\x12\x30\n\x0b\x63ontainment\x18\x13 \x01(\x0b\x32\x1b.runrecovery.v1.Containment\x12\x34\n\x0etrust_removals\x18\x14 \x03(\x0b\x32\x1c.runrecovery.v1.TrustRemoval*\x88\x01\n\x15ReconciliationTrigger\x12&\n\"RECONCILIATION_TRIGGER_UNSPECIFIED\x10\x00\x12\"\n\x1eRECONCILIATION_TRIGGER_STARTUP\x10\x01\x12#\n\x1fRECONCILIATION_TRIGGER_SHUTDOWN\x10\x02*\x90\x01\n\x10\x43ontainmentLevel\x12!\n\x1d\x43ONTAINMENT_LEVEL_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x43ONTAINMENT_LEVEL_NONE\x10\x01\x12\x1c\n\x18\x43ONTAINMENT_LEVEL_COOKIE\x10\x02\x12\x1f\n\x1b\x43ONTAINMENT_LEVEL_WATERMARK\x10\x03*\xa2\x01\n\x13ReconciliationState\x12$\n RECONCILIATION_STATE_UNSPECIFIED\x10\x00\x12 \n\x1cRECONCILIATION_STATE_RUNNING\x10\x01\x12\"\n\x1eRECONCILIATION_STATE_COMPLETED\x10\x02\x12\x1f\n\x1bRECONCILIATION_STATE_FAILED\x10\x03*\xa5\x01\n\x0cServiceState\x12\x1d\n\x19SERVICE_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18SERVICE_STATE_RECOVERING\x10\x01\x12!\n\x1dSERVICE_STATE_RECOVERY_FAILED\x10\x02\x12\x19\n\x15SERVICE_STATE_SERVING\x10\x03\x12\x1a\n\x16SERVICE_STATE_DRAINING\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'runrecovery.v1.recovery_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RECONCILIATIONTRIGGER']._serialized_start=1241
-  _globals['_RECONCILIATIONTRIGGER']._serialized_end=1377
-  _globals['_CONTAINMENTLEVEL']._serialized_start=1380
-  _globals['_CONTAINMENTLEVEL']._serialized_end=1524
-  _globals['_RECONCILIATIONSTATE']._serialized_start=1527
-  _globals['_RECONCILIATIONSTATE']._serialized_end=1689
-  _globals['_SERVICESTATE']._serialized_start=1692
-  _globals['_SERVICESTATE']._serialized_end=1857
+  _globals['_RECONCILIATIONTRIGGER']._serialized_start=1397
+  _globals['_RECONCILIATIONTRIGGER']._serialized_end=1533
+  _globals['_CONTAINMENTLEVEL']._serialized_start=1536
+  _globals['_CONTAINMENTLEVEL']._serialized_end=1680
+  _globals['_RECONCILIATIONSTATE']._serialized_start=1683
+  _globals['_RECONCILIATIONSTATE']._serialized_end=1845
+  _globals['_SERVICESTATE']._serialized_start=1848
+  _globals['_SERVICESTATE']._serialized_end=2013
   _globals['_CONTAINMENT']._serialized_start=140
   _globals['_CONTAINMENT']._serialized_end=218
   _globals['_RECONCILIATIONPHASE']._serialized_start=220
@@ -51,7 +51,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ORPHANCOUNTS']._serialized_start=403
   _globals['_ORPHANCOUNTS']._serialized_end=486
   _globals['_BINDINGCOUNTS']._serialized_start=488
-  _globals['_BINDINGCOUNTS']._serialized_end=566
-  _globals['_RECONCILIATION']._serialized_start=569
-  _globals['_RECONCILIATION']._serialized_end=1238
+  _globals['_BINDINGCOUNTS']._serialized_end=589
+  _globals['_TRUSTREMOVAL']._serialized_start=591
+  _globals['_TRUSTREMOVAL']._serialized_end=668
+  _globals['_RECONCILIATION']._serialized_start=671
+  _globals['_RECONCILIATION']._serialized_end=1394
 # @@protoc_insertion_point(module_scope)

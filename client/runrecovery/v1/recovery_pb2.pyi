@@ -181,8 +181,8 @@ class ReconciliationPhase(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     DURATION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """OUTPUT_ONLY. `orphans`, `sessions`, `converge`, `bindings`, `deadlines` or
-    `containment` (waiting for the probe).
+    """OUTPUT_ONLY. `orphans`, `sessions`, `converge`, `bindings`, `trust`,
+    `deadlines` or `containment` (waiting for the probe).
     """
     @_builtins.property
     def duration(self) -> _duration_pb2.Duration:
@@ -279,26 +279,71 @@ class BindingCounts(_message.Message):
     SESSIONS_FIELD_NUMBER: _builtins.int
     PENDING_INTERACTIONS_FIELD_NUMBER: _builtins.int
     SLOTS_FIELD_NUMBER: _builtins.int
+    TRUST_ENTRIES_FIELD_NUMBER: _builtins.int
     sessions: _builtins.int
     """OUTPUT_ONLY. Session handles."""
     pending_interactions: _builtins.int
     """OUTPUT_ONLY. Open questions."""
     slots: _builtins.int
     """OUTPUT_ONLY. Slots that runs of earlier epochs had held."""
+    trust_entries: _builtins.int
+    """OUTPUT_ONLY. Entries by which agent CLIs trusted the workspaces of runs:
+    those that were removed or restored.
+    """
     def __init__(
         self,
         *,
         sessions: _builtins.int = ...,
         pending_interactions: _builtins.int = ...,
         slots: _builtins.int = ...,
+        trust_entries: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["pending_interactions", b"pending_interactions", "sessions", b"sessions", "slots", b"slots"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pending_interactions", b"pending_interactions", "sessions", b"sessions", "slots", b"slots", "trust_entries", b"trust_entries"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___BindingCounts: _TypeAlias = BindingCounts  # noqa: Y015
+
+@_typing.final
+class TrustRemoval(_message.Message):
+    """An entry by which an agent CLI trusted the workspace of a run, and what a
+    restart did about it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    FILE_FIELD_NUMBER: _builtins.int
+    FOLDER_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    """OUTPUT_ONLY. The run that needed it; empty when there is no such run."""
+    file: _builtins.str
+    """OUTPUT_ONLY. The file of the CLI."""
+    folder: _builtins.str
+    """OUTPUT_ONLY. The workspace."""
+    outcome: _builtins.str
+    """OUTPUT_ONLY. `removed`; `restored`: the value of before is back; `gone`: it
+    was not there any more; `changed`: somebody had changed it, and it was
+    left; `not_ours`: the workspace had been trusted before, and was left so.
+    """
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        file: _builtins.str = ...,
+        folder: _builtins.str = ...,
+        outcome: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "folder", b"folder", "outcome", b"outcome", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrustRemoval: _TypeAlias = TrustRemoval  # noqa: Y015
 
 @_typing.final
 class Reconciliation(_message.Message):
@@ -325,6 +370,7 @@ class Reconciliation(_message.Message):
     SAFE_MODE_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     CONTAINMENT_FIELD_NUMBER: _builtins.int
+    TRUST_REMOVALS_FIELD_NUMBER: _builtins.int
     reconciliation_id: _builtins.str
     """OUTPUT_ONLY. Its id."""
     instance: _builtins.str
@@ -388,6 +434,12 @@ class Reconciliation(_message.Message):
         in the report of a stop.
         """
 
+    @_builtins.property
+    def trust_removals(self) -> _containers.RepeatedCompositeFieldContainer[Global___TrustRemoval]:
+        """OUTPUT_ONLY. Trust entries that no run needs any more, at most 100; the log
+        has all. bindings.trust_entries counts those that were taken out.
+        """
+
     def __init__(
         self,
         *,
@@ -410,10 +462,11 @@ class Reconciliation(_message.Message):
         safe_mode: _builtins.bool = ...,
         error: _builtins.str = ...,
         containment: Global___Containment | None = ...,
+        trust_removals: _abc.Iterable[Global___TrustRemoval] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["bindings", b"bindings", "containment", b"containment", "finished_at", b"finished_at", "orphans", b"orphans", "started_at", b"started_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bindings", b"bindings", "containment", b"containment", "decisions", b"decisions", "epoch", b"epoch", "error", b"error", "finished_at", b"finished_at", "instance", b"instance", "orphans", b"orphans", "phases", b"phases", "quarantined", b"quarantined", "reconciliation_id", b"reconciliation_id", "runs_scanned", b"runs_scanned", "runs_total", b"runs_total", "runs_unchanged", b"runs_unchanged", "safe_mode", b"safe_mode", "started_at", b"started_at", "state", b"state", "trigger", b"trigger", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bindings", b"bindings", "containment", b"containment", "decisions", b"decisions", "epoch", b"epoch", "error", b"error", "finished_at", b"finished_at", "instance", b"instance", "orphans", b"orphans", "phases", b"phases", "quarantined", b"quarantined", "reconciliation_id", b"reconciliation_id", "runs_scanned", b"runs_scanned", "runs_total", b"runs_total", "runs_unchanged", b"runs_unchanged", "safe_mode", b"safe_mode", "started_at", b"started_at", "state", b"state", "trigger", b"trigger", "trust_removals", b"trust_removals", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

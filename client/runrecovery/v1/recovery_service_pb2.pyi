@@ -354,7 +354,9 @@ class ListReconciliationsResponse(_message.Message):
     """Token of the next page; empty on the last one, and only there."""
     @_builtins.property
     def reconciliations(self) -> _containers.RepeatedCompositeFieldContainer[_recovery_pb2.Reconciliation]:
-        """The reports, newest first."""
+        """The reports, newest first. A page may hold fewer than page_size when they
+        are large.
+        """
 
     def __init__(
         self,

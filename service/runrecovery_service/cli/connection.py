@@ -157,7 +157,7 @@ def hint(error: RunRecoveryClientError, server: str) -> str:
         ):
             return "`runrecovery runs get RUN_ID` shows where the run stands"
         case errors.SessionNotResumable():
-            return "`--session-handle-file` gives another handle"
+            return "put its session file back, or give another handle: `--session-handle-file`"
         case errors.WatchHistoryPruned() | errors.WatchSequenceUnknown():
             return "without a sequence the watch begins with the run as it stands"
         case errors.WatchCursorInvalid():

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from datetime import datetime
+from itertools import chain
 from time import sleep
 from typing import Final, TypeAlias
 
@@ -392,7 +393,7 @@ def describe_report(report: recovery_pb2.Reconciliation) -> str:
     )
     freed = (
         f"{cleared.sessions} sessions, {cleared.pending_interactions} questions,"
-        f" {cleared.slots} slots"
+        f" {cleared.slots} slots, {cleared.trust_entries} trust entries"
     )
     summary = facts(
         ("report", report.reconciliation_id),
@@ -411,7 +412,8 @@ def describe_report(report: recovery_pb2.Reconciliation) -> str:
         ("cleared", freed),
         ("containment", _contained(report.containment)),
     )
-    return "\n".join((summary, *_decisions(report.decisions), *_phases(report), *_warnings(report)))
+    parts = (_decisions(report.decisions), _phases(report), _untrusted(report), _warnings(report))
+    return "\n".join((summary, *chain.from_iterable(parts)))
 
 
 def _contained(proved: recovery_pb2.Containment) -> str:
@@ -430,6 +432,12 @@ def _decisions(decisions: Iterable[recovery_pb2.DecisionCount]) -> Iterator[str]
 def _phases(report: recovery_pb2.Reconciliation) -> Iterator[str]:
     for phase in report.phases:
         yield f"  {phase.duration.ToTimedelta().total_seconds():>8.3f} s {phase.name}"
+
+
+def _untrusted(report: recovery_pb2.Reconciliation) -> Iterator[str]:
+    for one in report.trust_removals:
+        run = f" (run {one.run_id})" if one.run_id else ""
+        yield safe(f"trust of {one.folder} in {one.file}: {one.outcome}{run}")
 
 
 def _warnings(report: recovery_pb2.Reconciliation) -> Iterator[str]:

@@ -102,6 +102,51 @@ class BindingCounts:
     sessions: int = 0
     pending_interactions: int = 0
     slots: int = 0
+    trust_entries: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrustRemoval:
+    """An entry by which an agent CLI trusted the workspace of a run, and what became of it.
+
+    `outcome` is a word of `trust.entry.Outcome`. `run_id` is empty when the run is gone.
+    """
+
+    run_id: str
+    file: str
+    folder: str
+    outcome: str
+
+    @property
+    def took_out(self) -> bool:
+        """True when something was taken out by it; else there was nothing of ours."""
+        return self.outcome in {"removed", "restored"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrustClearing:
+    """What was taken out of the files of agent CLIs, and what could not be, a sentence each.
+
+    Attributes:
+        failures: what went wrong; it goes wrong each time, until somebody mends it.
+        kept: what is said once for each entry, and is not said again.
+    """
+
+    removals: tuple[TrustRemoval, ...] = ()
+    failures: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+
+    def __add__(self, other: TrustClearing) -> TrustClearing:
+        return TrustClearing(
+            removals=self.removals + other.removals,
+            failures=self.failures + other.failures,
+            kept=tuple(dict.fromkeys(self.kept + other.kept)),
+        )
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """All that could not be taken out."""
+        return self.failures + self.kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +155,7 @@ class Reconciliation:
 
     `runs_scanned` of `runs_total` are done; of these `runs_unchanged` kept the decision of an
     earlier restart. `decisions` are in the order of the matrix. `containment` is None until the
-    probe has ended, and in the report of a stop.
+    probe has ended, and in the report of a stop. `trust_removals` are the first 100.
     """
 
     reconciliation_id: str
@@ -132,6 +177,7 @@ class Reconciliation:
     safe_mode: bool
     containment: Containment | None
     error: str | None
+    trust_removals: tuple[TrustRemoval, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

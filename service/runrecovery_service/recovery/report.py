@@ -17,6 +17,7 @@ from runrecovery_service.domain.reconciliation import (
     Phase,
     Reconciliation,
     ReconciliationState,
+    TrustRemoval,
 )
 from runrecovery_service.storage import recovery
 from runrecovery_service.storage.converge import Tally
@@ -40,6 +41,7 @@ class ReportBook:
     tally: Tally = field(default_factory=Tally)
     orphans: OrphanCounts = field(default_factory=OrphanCounts)
     containment: Containment | None = None
+    trust_removals: tuple[TrustRemoval, ...] = ()
     phases: list[Phase] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -65,6 +67,17 @@ class ReportBook:
     def write(self, db: Database, batch: Tally | None = None) -> None:
         """Write the report as it is, with a batch that is about to commit."""
         recovery.write_report(db, self.key, self._as_of(self.tally + (batch or Tally())))
+
+    def took_out(self, db: Database, removals: tuple[TrustRemoval, ...]) -> None:
+        """Write, in the transaction that puts it on record, what went out of files of CLIs: a
+        later report does not know of it any more."""
+        before = self.trust_removals
+        self.trust_removals += removals
+        try:
+            self.write(db)
+        except Exception:
+            self.trust_removals = before
+            raise
 
     def complete(self, db: Database) -> Reconciliation:
         """Close the report: every run has its decision."""
@@ -99,6 +112,7 @@ class ReportBook:
                 sessions=tally.sessions,
                 pending_interactions=tally.questions,
                 slots=tally.slots,
+                trust_entries=sum(one.took_out for one in self.trust_removals),
             ),
             quarantined=tally.quarantined,
             warnings=(*self.warnings, *tally.damaged),
@@ -108,4 +122,5 @@ class ReportBook:
             safe_mode=self.safe_mode,
             containment=self.containment,
             error=None,
+            trust_removals=self.trust_removals,
         )

@@ -519,6 +519,12 @@ def put_reconciliation(to: recovery_pb2.Reconciliation, report: Reconciliation) 
     if report.containment is not None:
         put_containment(to.containment, report.containment)
     _put_counts(to, report)
+    to.trust_removals.extend(
+        recovery_pb2.TrustRemoval(
+            run_id=one.run_id, file=one.file, folder=one.folder, outcome=one.outcome
+        )
+        for one in report.trust_removals
+    )
 
 
 def put_containment(to: recovery_pb2.Containment, proved: Containment) -> None:
@@ -538,6 +544,7 @@ def _put_counts(to: recovery_pb2.Reconciliation, report: Reconciliation) -> None
     to.bindings.sessions = bindings.sessions
     to.bindings.pending_interactions = bindings.pending_interactions
     to.bindings.slots = bindings.slots
+    to.bindings.trust_entries = bindings.trust_entries
 
 
 def put_status(

@@ -10,6 +10,7 @@ from typing import Final
 
 from runrecovery.v1 import recovery_service_pb2 as pb
 
+from runrecovery_service import daemons
 from runrecovery_service.domain.reconciliation import Containment, RecoveredFilter
 from runrecovery_service.recovery.plan import Planner
 from runrecovery_service.rpc import mapping, paging, validation
@@ -108,12 +109,12 @@ class RecoveryService:
             paging.page_size(request.page_size),
         )
         response = pb.PlanRecoveryResponse()
-        if after is None:
-            async with self._planning:  # it looks at every run: one at a time
-                page, plan = await self._storage.read(self._planner.first, limit=limit)
+        async with self._planning:  # it looks at every run, and at files: one at a time
+            rows = await self._storage.read(self._planner.read, after=after, limit=limit)
+            # Files may lie on storage that does not answer: no thread of a pool waits for it.
+            page, plan = await daemons.done(lambda: self._planner.decide(rows))
+        if plan is not None:
             mapping.put_plan(response.plan, plan)
-        else:
-            page = await self._storage.read(self._planner.page, after=after, limit=limit)
         response.next_page_token = paging.encode(scope, page.after)
         for planned in page.rows:
             mapping.put_planned(response.decisions.add(), planned)

@@ -20,6 +20,7 @@ from runrecovery_service.domain.reconciliation import (
     Reconciliation,
     ReconciliationState,
     RecoveredFilter,
+    TrustRemoval,
 )
 from runrecovery_service.domain.recovery_matrix import MATRIX, QUARANTINE_RULE, Fact
 from runrecovery_service.domain.run import (
@@ -37,6 +38,7 @@ from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.processes import orphans_from_json
 from runrecovery_service.storage.rows import (
     RECOVERY_COLUMNS,
+    finding_from,
     from_us,
     from_us_or_none,
     recovery_from_row,
@@ -54,6 +56,7 @@ ABANDONED: Final = "the service ended before it was complete"
 BEGIN_LOCK: Final = 0x5252_4356_0001
 HISTORY_LIMIT: Final = 1000
 WARNINGS_LIMIT: Final = 100
+TRUST_REMOVALS_LIMIT: Final = 100
 
 RULE_STATES: Final = {rule.name: rule.state for rule in MATRIX} | {
     QUARANTINE_RULE: RecoveryState.QUARANTINED
@@ -92,7 +95,7 @@ def explained(db: Database, run_id: str, *, limit: int) -> tuple[Seen, ...]:
     query = (
         _E.select(
             *RECOVERY_COLUMNS, _E.facts, _E.profile, _E.attempt, _E.interaction,
-            _E.session_turn, _E.session_verdict, _E.reconciliation,
+            _E.session_turn, _E.session_verdict, _E.session_reason, _E.reconciliation,
         )
         .join(_C, on=(_C.id == _E.reconciliation))
         .where(_E.run == run.key)
@@ -104,7 +107,7 @@ def explained(db: Database, run_id: str, *, limit: int) -> tuple[Seen, ...]:
     launches = _launch_orphans(db, run)
     told = []
     for row, earlier in zip(rows, [*rows[1:], None], strict=False):  # of no rows: none
-        *columns, facts, profile, attempt, question, turn, verdict, report = row
+        *columns, facts, profile, attempt, question, turn, verdict, reason, report = row
         info = recovery_from_row(tuple(columns))
         if info is None:
             continue
@@ -117,7 +120,7 @@ def explained(db: Database, run_id: str, *, limit: int) -> tuple[Seen, ...]:
                 attempt=attempt or 0,
                 interaction_id=question,
                 session_turn=turn,
-                session_verdict=verdict,
+                session_finding=finding_from(verdict, reason),
                 restart_policy=run.restart_policy,
                 max_attempts=run.max_attempts,
                 canceled_at=from_us_or_none(canceled[0]) if canceled else None,
@@ -274,7 +277,7 @@ def write_report(db: Database, key: int, report: Reconciliation) -> None:
         written = db.execute(
             "UPDATE reconciliation SET state = ?, finished_at = ?, phases = ?, decisions = ?,"
             " orphans = ?, bindings = ?, warnings = ?, quarantined = ?, runs_scanned = ?,"
-            " runs_total = ?, runs_unchanged = ?, containment = ?, error = ?"
+            " runs_total = ?, runs_unchanged = ?, containment = ?, error = ?, trust_removals = ?"
             " WHERE id = ? AND state = 'RUNNING'",
             (
                 report.state.value,
@@ -290,6 +293,7 @@ def write_report(db: Database, key: int, report: Reconciliation) -> None:
                 report.runs_unchanged,
                 _contained(report.containment),
                 report.error,
+                _removed(report.trust_removals[:TRUST_REMOVALS_LIMIT]),
                 key,
             ),
         ).rowcount
@@ -305,11 +309,22 @@ def _contained(containment: Containment | None) -> str | None:
     return None if containment is None else to_json([containment.level, containment.detail])
 
 
+def _removed(removals: tuple[TrustRemoval, ...]) -> str:
+    return to_json([[one.run_id, one.file, one.folder, one.outcome] for one in removals])
+
+
+def _removals(text: str) -> tuple[TrustRemoval, ...]:
+    return tuple(
+        TrustRemoval(run_id=run_id, file=file, folder=folder, outcome=outcome)
+        for run_id, file, folder, outcome in json.loads(text)
+    )
+
+
 _REPORT_COLUMNS: Final = (
     _C.id, _C.reconciliation_id, _C.instance, _C.epoch, _C.cause, _C.state, _C.started_at,
     _C.finished_at, _C.phases, _C.decisions, _C.orphans, _C.bindings, _C.warnings, _C.quarantined,
     _C.runs_scanned, _C.runs_total, _C.runs_unchanged, _C.safe_mode, _C.containment,
-    _C.error,
+    _C.error, _C.trust_removals,
 )  # fmt: skip
 
 
@@ -329,20 +344,27 @@ def reconciliation(db: Database, reconciliation_id: str) -> Reconciliation:
 def reconciliation_page(
     db: Database, *, after: tuple[int, ...] | None, limit: int
 ) -> Page[Reconciliation]:
-    """Return a page of reports, newest first."""
+    """Return a page of reports, newest first: `limit`, fewer when they are large."""
     query = _C.select(*_REPORT_COLUMNS)
     if after is not None:
         query = query.where(_C.id < after[0])
-    rows = db.peewee.execute(query.order_by(_C.id.desc()).limit(limit + 1)).fetchall()
-    page = runs.cut(rows, limit, lambda row: (row[0],))
-    return Page(rows=tuple(_report_from_row(row) for row in page.rows), after=page.after)
+    found: list[Row] = []
+    chars = 0
+    for row in db.peewee.execute(query.order_by(_C.id.desc()).limit(limit + 1)):
+        chars += sum(len(value) for value in row if isinstance(value, str))
+        if len(found) == limit or (found and chars > runs.PAGE_CHARS):
+            break
+        found.append(row)
+    else:
+        return Page(rows=tuple(map(_report_from_row, found)), after=None)
+    return Page(rows=tuple(map(_report_from_row, found)), after=(found[-1][0],))
 
 
 def _report_from_row(row: Row) -> Reconciliation:
     (
         _, reconciliation_id, instance, epoch, cause, state, started_at, finished_at,
         phases, decisions, orphans, bindings, warnings, quarantined,
-        scanned, total, unchanged, safe_mode, containment, error,
+        scanned, total, unchanged, safe_mode, containment, error, removals,
     ) = row  # fmt: skip
     counted: dict[str, int] = json.loads(decisions)
     return Reconciliation(
@@ -369,6 +391,7 @@ def _report_from_row(row: Row) -> Reconciliation:
         safe_mode=bool(safe_mode),
         containment=None if containment is None else _containment(containment),
         error=error,
+        trust_removals=() if removals is None else _removals(removals),
     )
 
 

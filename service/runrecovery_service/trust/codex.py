@@ -6,7 +6,7 @@ People write the same in many ways: as a table of its own, as dotted keys in the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,22 +17,35 @@ from runrecovery_service.trust.entry import (
     Made,
     Outcome,
     Removal,
+    Removals,
     check_folder,
+    in_rounds,
     inherited,
     unchanged,
+    with_reserve,
 )
 from runrecovery_service.trust.errors import Reason, TrustFileUnusable
-from runrecovery_service.trust.text import Splice, Text, newline_of
+from runrecovery_service.trust.text import Splice, Text, apply_all, lie_apart, newline_of
 from runrecovery_service.trust.toml_text import Document, Field, Header, Table
 
-MOST_BYTES: Final = 1 << 20
-"""tomllib takes about a second for so much."""
+MOST_BYTES: Final = 8 << 20
+"""tomllib takes about a second for each of these MiB, if they hold tables and no long comments; an
+edit reads them twice."""
 _PROJECTS, _LEVEL, _TRUSTED = "projects", "trust_level", "trusted"
 _ENTRY: Final = f'{_LEVEL} = "{_TRUSTED}"'
 
 
 class CodexEditor:
     """See `entry.Editor`."""
+
+    def accepts(self, added: Added) -> bool:
+        """See `entry.Editor`."""
+        if added.previous is None:
+            return True
+        try:
+            return isinstance(toml_text.parse_value(added.previous), str)
+        except TrustFileUnusable:
+            return False
 
     def add(
         self, text: bytes | None, folder: str, standing: Mapping[str, Added] | None = None
@@ -56,30 +69,19 @@ class CodexEditor:
         else:
             splice, previous = _replace(source.body, parsed, folder)
             added = Added(owned=True, previous=previous)
-        return Edit(text=_proved(source, splice, parsed, folder, _TRUSTED), added=added)
+        done = _proved(source, (splice,), parsed, {folder: _TRUSTED})
+        return Edit(text=with_reserve(done, MOST_BYTES), added=added)
 
     def remove(self, text: bytes | None, folder: str, added: Added) -> Removal:
         """See `entry.Editor`."""
         if not added.owned:
             return Removal(text=text, outcome=Outcome.NOT_OURS)
-        source = Text.read(text or b"", most=MOST_BYTES)
-        parsed = toml_text.parse(source.body)
-        entry = _entry_of(parsed.table, folder)
-        if not entry or _LEVEL not in entry:
-            return Removal(text=text, outcome=Outcome.GONE)
-        if entry[_LEVEL] != _TRUSTED:
-            return Removal(text=text, outcome=Outcome.CHANGED)
-        site = _Site(source.body, parsed, folder)
-        field = site.level()
-        if added.previous is not None:
-            before = toml_text.parse_value(added.previous)
-            splice = Splice(field.value_start, field.value_end, added.previous)
-            done = _proved(source, splice, parsed, folder, before)
-            return Removal(text=done, outcome=Outcome.RESTORED)
-        splice = site.cut(field, added)
-        done = _proved(source, splice, parsed, folder, None)
-        whole = Made.FILE in added.made and not done
-        return Removal(text=None if whole else done, outcome=Outcome.REMOVED)
+        removals = _remove(text, {folder: added})
+        return Removal(text=removals.text, outcome=removals.outcomes[folder])
+
+    def remove_all(self, text: bytes | None, entries: Mapping[str, Added]) -> Removals:
+        """See `entry.Editor`."""
+        return in_rounds(self, _remove, text, entries)
 
 
 EDITOR: Final = CodexEditor()
@@ -93,6 +95,77 @@ def _entry_of(table: Table, folder: str) -> dict[str, Any] | None:
         if not isinstance(found, dict):
             return None
     return dict(found)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Cut:
+    """What taking an entry out comes to; `value` is what is there then."""
+
+    outcome: Outcome
+    splice: Splice | None = None
+    value: Any = None
+
+
+def _remove(text: bytes | None, entries: Mapping[str, Added]) -> Removals:
+    """Take out those entries whose places lie apart; a single one always."""
+    if not any(added.owned for added in entries.values()):
+        return Removals(text=text, outcomes=dict.fromkeys(entries, Outcome.NOT_OURS))
+    source = Text.read(text or b"", most=2 * MOST_BYTES)
+    parsed = toml_text.parse(source.body)
+    cuts = {
+        folder: _cut(source.body, part, folder, entries[folder])
+        for folder, part in _parts(parsed, entries).items()
+    }
+    splices = lie_apart({name: cut.splice for name, cut in cuts.items() if cut.splice is not None})
+    outcomes = {
+        name: cut.outcome for name, cut in cuts.items() if cut.splice is None or name in splices
+    }
+    if not splices:
+        return Removals(text=text, outcomes=outcomes)
+    values = {folder: cuts[folder].value for folder in splices}
+    done = _proved(source, tuple(splices.values()), parsed, values)
+    made = frozenset[Made]().union(
+        *(entries[name].made for name in splices if outcomes[name] is Outcome.REMOVED)
+    )
+    whole = Made.FILE in made and not done
+    return Removals(text=None if whole else done, outcomes=outcomes)
+
+
+def _parts(parsed: Document, folders: Iterable[str]) -> dict[str, Document]:
+    """Return the document for each folder, with the statements alone that can be about it."""
+    shared: list[Header | Field] = []
+    own: dict[str, list[Header | Field]] = {folder: [] for folder in folders}
+    for each in parsed.statements:
+        if each.path[0] == _PROJECTS:
+            if len(each.path) > 1:
+                own.get(each.path[1], []).append(each)
+            elif isinstance(each, Field):
+                shared.append(each)  # all projects in one inline table
+    if shared and len(own) > 1:
+        return {}
+    return {
+        folder: Document(parsed.table, tuple(shared + statements))
+        for folder, statements in own.items()
+    }
+
+
+def _cut(body: str, parsed: Document, folder: str, added: Added) -> _Cut:
+    if not added.owned:
+        return _Cut(outcome=Outcome.NOT_OURS)
+    entry = _entry_of(parsed.table, folder)
+    if not entry or _LEVEL not in entry:
+        return _Cut(outcome=Outcome.GONE)
+    if entry[_LEVEL] != _TRUSTED:
+        return _Cut(outcome=Outcome.CHANGED)
+    site = _Site(body, parsed, folder)
+    field = site.level()
+    if added.previous is None:
+        return _Cut(outcome=Outcome.REMOVED, splice=site.cut(field, added))
+    return _Cut(
+        outcome=Outcome.RESTORED,
+        splice=Splice(field.value_start, field.value_end, added.previous),
+        value=toml_text.parse_value(added.previous),
+    )
 
 
 def _replace(body: str, parsed: Document, folder: str) -> tuple[Splice, str]:
@@ -312,15 +385,18 @@ def _escaped(char: str) -> str:
 
 
 def _proved(
-    source: Text, splice: Splice, before: Document, folder: str, value: str | None
+    source: Text, splices: Sequence[Splice], before: Document, values: Mapping[str, Any]
 ) -> bytes:
-    """Return the file with the change, once it is sure that it means what it should: the value
-    (None: without it), and all else as before."""
-    body = splice.apply(source.body)
+    """Return the file with changes, once it is sure that it means what it should: the value of
+    each folder (None: without it), and all else as before."""
+    body = apply_all(splices, source.body)
     try:
         after = toml_text.parse(body)
-        right = (_entry_of(after.table, folder) or {}).get(_LEVEL) == value
-        right = right and _without(before.table, folder) == _without(after.table, folder)
+        right = all(
+            (_entry_of(after.table, folder) or {}).get(_LEVEL) == value
+            for folder, value in values.items()
+        )
+        right = right and _without(before.table, values) == _without(after.table, values)
     except TrustFileUnusable:
         right = False
     if not right:
@@ -328,12 +404,13 @@ def _proved(
     return source.to_bytes(body)
 
 
-def _without(table: Table, folder: str) -> Table:
-    """Return the document without the value, and without tables that are empty by that."""
+def _without(table: Table, folders: Iterable[str]) -> Table:
+    """Return the document without the values, and without tables that are empty by that."""
     projects = dict(table.get(_PROJECTS, {}))
-    entry = {key: each for key, each in projects.get(folder, {}).items() if key != _LEVEL}
-    projects.pop(folder, None)
-    if entry:
-        projects[folder] = entry
+    for folder in folders:
+        entry = {key: each for key, each in projects.get(folder, {}).items() if key != _LEVEL}
+        projects.pop(folder, None)
+        if entry:
+            projects[folder] = entry
     rest = {key: each for key, each in table.items() if key != _PROJECTS}
     return {**rest, _PROJECTS: projects}

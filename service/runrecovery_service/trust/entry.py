@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Final, Protocol
+from itertools import islice
+from typing import Final, Protocol, TypeAlias
 
-from runrecovery_service.trust.errors import FolderUnusable
+from runrecovery_service.trust.errors import FolderUnusable, Reason, TrustFileUnusable
 
 
 class Made(Enum):
@@ -20,6 +21,9 @@ class Made(Enum):
     PROJECTS = "projects"
     FOLDER = "folder"
 
+
+RESERVE: Final = 64 << 10
+"""Bytes by which a file that has an entry of ours can grow before no other goes in."""
 
 SHARED: Final = frozenset({Made.FILE, Made.DOCUMENT, Made.PROJECTS})
 """Containers that entries of several folders live in. Each entry of ours in one that we made knows
@@ -50,8 +54,17 @@ class Added:
 
     @classmethod
     def from_json(cls, text: str) -> Added:
-        """Return what `to_json` wrote."""
+        """Return what `to_json` wrote.
+
+        Raises:
+            ValueError, TypeError, RecursionError: it did not write this.
+        """
         owned, previous, made, lead, trail = json.loads(text)
+        words = (lead, trail, "" if previous is None else previous)
+        if not isinstance(owned, bool) or not isinstance(made, list):
+            raise TypeError("no entry")
+        if not all(isinstance(word, str) for word in words) or (lead + trail).strip(" \t\r\n"):
+            raise TypeError("no entry")
         return cls(
             owned=owned,
             previous=previous,
@@ -91,8 +104,20 @@ class Removal:
     outcome: Outcome
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Removals:
+    """A new text for the file, and what was found of each of several folders."""
+
+    text: bytes | None
+    outcomes: Mapping[str, Outcome]
+
+
 class Editor(Protocol):
     """One CLI's trust entries. Pure: bytes of the file in (None: no file), bytes out."""
+
+    def accepts(self, added: Added) -> bool:
+        """Tell whether this can be what an `add` of this editor told: a record may be damaged."""
+        ...
 
     def add(
         self, text: bytes | None, folder: str, standing: Mapping[str, Added] | None = None
@@ -104,7 +129,8 @@ class Editor(Protocol):
                 folder stays what it is.
 
         Raises:
-            TrustFileUnusable: the text cannot be edited safely.
+            TrustFileUnusable: the text cannot be edited safely, or would be so long that it could
+                not grow by `RESERVE` and still be edited.
             FolderUnusable: the name cannot be an entry.
         """
         ...
@@ -116,6 +142,62 @@ class Editor(Protocol):
             TrustFileUnusable: the text cannot be edited safely.
         """
         ...
+
+    def remove_all(self, text: bytes | None, entries: Mapping[str, Added]) -> Removals:
+        """Do what `remove` of each folder, one after the other, does.
+
+        Raises:
+            TrustFileUnusable: the text cannot be edited safely.
+        """
+        ...
+
+
+RemoveSome: TypeAlias = Callable[[bytes | None, Mapping[str, Added]], Removals]
+"""Takes out those of several entries that can go at one time; none, if that cannot be told."""
+
+
+def in_rounds(
+    editor: Editor, some: RemoveSome, text: bytes | None, entries: Mapping[str, Added]
+) -> Removals:
+    """Take out several entries: many with one look at the text, which takes long for a long one.
+
+    Raises:
+        TrustFileUnusable: the text cannot be edited safely.
+    """
+    outcomes: dict[str, Outcome] = {}
+    most = len(entries)
+    while left := {each: entries[each] for each in entries if each not in outcomes}:
+        portion = dict(islice(left.items(), most))
+        try:
+            removals = some(text, portion) if len(portion) > 1 else _one(editor, text, portion)
+        except TrustFileUnusable as error:
+            if error.reason is not Reason.NOT_PROVED or len(portion) == 1:
+                raise
+            most = len(portion) // 2  # one of them spoils it; it will be alone
+            continue
+        if not removals.outcomes:
+            most = 1
+        text, outcomes = removals.text, outcomes | dict(removals.outcomes)
+    return Removals(text=text, outcomes=outcomes)
+
+
+def _one(editor: Editor, text: bytes | None, entries: Mapping[str, Added]) -> Removals:
+    ((folder, added),) = entries.items()
+    removal = editor.remove(text, folder, added)
+    return Removals(text=removal.text, outcomes={folder: removal.outcome})
+
+
+def with_reserve(text: bytes, most: int) -> bytes:
+    """Return the text, if it is shorter than what can be edited by so much.
+
+    Raises:
+        TrustFileUnusable: it is not.
+    """
+    if len(text) > most - RESERVE:
+        raise TrustFileUnusable(
+            Reason.TOO_LARGE, f"{len(text)} bytes with the entry, more than {most - RESERVE}"
+        )
+    return text
 
 
 def check_folder(folder: str) -> None:

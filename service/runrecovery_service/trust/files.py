@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import secrets
 import stat
 import sys
@@ -28,16 +29,18 @@ from runrecovery_service.trust.errors import (
     TrustFileOutOfReach,
     TrustFileUnusable,
 )
-from runrecovery_service.trust.locks import locked
+from runrecovery_service.trust.locks import locked, token
 
-MOST_BYTES: Final = 16 << 20
+MOST_BYTES: Final = 32 << 20
+"""Twice what an entry is put into: a file that grew since must let it go again."""
 BACKUPS: Final = 3
 """Earlier versions that are kept."""
 TRIES: Final = 12
 """Looks at the file, because somebody wrote meanwhile or may be writing, before it is given up."""
 SETTLED_LOOKS: Final = 4
-"""Looks at a file that stays empty or not parsable before it is taken for that: some CLIs empty
-their file and then write it, and what is seen in between is no state of it."""
+"""Looks at a file that stays absent, empty or not parsable before it is taken for that: some CLIs
+empty their file and then write it, editors rename it away and write another, and what is seen in
+between is no state of it."""
 LOCK_WAIT_S: Final = 10.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 0.1
 
@@ -75,8 +78,11 @@ def edit(
     path: Path,
     decide: Callable[[bytes | None], _Change],
     *,
+    begin: Callable[[str | None], object] = lambda _: None,
     record: Callable[[_Change], object] = lambda _: None,
+    done: Callable[[_Change], object] = lambda _: None,
     places: Places = BESIDE,
+    make: bool = True,
     lock_wait_s: float = LOCK_WAIT_S,
     pause: Callable[[float], object] = time.sleep,
 ) -> _Change:
@@ -89,9 +95,18 @@ def edit(
     Args:
         decide: from the file's bytes (None: no file) to the change. It is called again whenever
             somebody else has written meanwhile. What it raises comes through.
+        begin: called once, under the lock and before the first decision, with the token of the
+            place (see `locks`); None: there is no lock.
         record: called with each decision before anything is written, so that what was added is on
             record before it is there. After a crash in between there is a record of something
             that is not there; to remove that is harmless. What it raises comes through.
+        done: called once, with what came about, when the file holds it: also when nothing had to
+            be written. The lock is still held, so that a record that goes there is not the one
+            that the next edit makes. (Where the folder of the file does not exist there is no lock,
+            and nothing of ours.) What it raises comes through, and the change stays.
+        make: False: where the lock is not there, nothing of ours is: no file and no folder is made,
+            and `decide`, asked once with None, must say None.
+        pause: waits for others; what it raises comes through, and the file was not touched.
 
     Raises:
         TrustFileUnusable: the file cannot be edited safely; it was not touched.
@@ -99,16 +114,33 @@ def edit(
         TrustFileOutOfReach: the system refused; it was not touched.
     """
     target = _followed(path)
-    if not target.parent.exists():
+    if not _is_there(target, places, make=make):
+        begin(None)
         change = decide(None)
         if change.text is None:
             record(change)
+            done(change)
             return change
     _make_folders(target, places)
-    with locked(lock_file(target, places), wait_s=lock_wait_s, pause=pause):
+    with locked(lock_file(target, places), wait_s=lock_wait_s, pause=pause) as here:
         with _asking_the_system(target):
             _clear_away(target, places)
-        return _edit_locked(path, target, decide, record, places, _Patience(target, pause))
+        begin(here)
+        change = _edit_locked(path, target, decide, record, places, _Patience(target, pause))
+        done(change)
+        return change
+
+
+def _is_there(target: Path, places: Places, *, make: bool) -> bool:
+    needed = target.parent if make else lock_file(target, places)
+    with _asking_the_system(needed):
+        return needed.exists()
+
+
+def place_of(target: Path, places: Places = BESIDE) -> str | None:
+    """Return the token of the place that a file is in, as an edit's `begin` gets it; None where
+    nobody has edited it. Takes no lock."""
+    return token(lock_file(target, places))
 
 
 def lock_file(target: Path, places: Places = BESIDE) -> Path:
@@ -159,9 +191,10 @@ def _clear_away(target: Path, places: Places) -> None:
     for folder in {None, places.backups}:
         stem = _stem(target, folder)
         with os.scandir(stem.parent) as entries:
-            names = [each.name for each in entries if each.name.startswith(f"{stem.name}.")]
+            names = [each.name for each in entries]
+        ours = re.compile(re.escape(stem.name) + r"\.[0-9a-f]{16}\.tmp")
         for name in names:
-            if name.endswith(".tmp"):
+            if ours.fullmatch(name):
                 (stem.parent / name).unlink(missing_ok=True)
 
 
@@ -283,7 +316,7 @@ def _edit_locked(
         with _asking_the_system(target):
             seen = _look(target)
         try:
-            if seen.data == b"" and patience.settles(seen):
+            if not seen.data and patience.settles(seen):
                 continue
             change = decide(seen.data)
         except TrustFileUnusable as error:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Final
 
 from runrecovery_service.trust import json_text
@@ -14,17 +15,27 @@ from runrecovery_service.trust.entry import (
     Made,
     Outcome,
     Removal,
+    Removals,
     check_folder,
+    in_rounds,
     inherited,
     unchanged,
+    with_reserve,
 )
 from runrecovery_service.trust.errors import Reason, TrustFileUnusable
 from runrecovery_service.trust.json_text import Member, Model, Object
-from runrecovery_service.trust.text import Splice, Text
+from runrecovery_service.trust.text import Splice, Text, apply_all, lie_apart
 
 MOST_BYTES: Final = 16 << 20
 _UNIT: Final = "  "
 """One step of indentation where the file shows none."""
+
+
+class _Gone(Enum):
+    GONE = auto()
+
+
+_GONE: Final = _Gone.GONE
 _EMPTIED: Final = "{\n}\n"
 """What is left of a document of our making without its entry."""
 
@@ -43,6 +54,15 @@ class JsonEditor:
     after: tuple[str, ...] = ()
     value: str
     trusting: tuple[Model, ...]
+
+    def accepts(self, added: Added) -> bool:
+        """See `entry.Editor`."""
+        if added.previous is None:
+            return True
+        try:
+            return not isinstance(json_text.parse(added.previous), list | tuple)
+        except TrustFileUnusable:
+            return False
 
     def add(
         self, text: bytes | None, folder: str, standing: Mapping[str, Added] | None = None
@@ -70,13 +90,14 @@ class JsonEditor:
             raw = source.body[leaf.value_start : leaf.value_end]
             added = Added(owned=True, previous=raw)
         expected = _with(before, self._path(folder), json_text.parse(self.value))
-        return Edit(text=_proved(source, splice, expected), added=added)
+        done = _proved(source, (splice,), expected)
+        return Edit(text=with_reserve(done, MOST_BYTES), added=added)
 
     def remove(self, text: bytes | None, folder: str, added: Added) -> Removal:
         """See `entry.Editor`."""
         if not added.owned:
             return Removal(text=text, outcome=Outcome.NOT_OURS)
-        source = Text.read(text or b"", most=MOST_BYTES)
+        source = Text.read(text or b"", most=2 * MOST_BYTES)
         if not source.body.strip(" \t\r\n"):
             return Removal(text=text, outcome=Outcome.GONE)
         before = json_text.parse(source.body)
@@ -88,12 +109,59 @@ class JsonEditor:
         if added.previous is not None:
             return self._restore(source, before, trail, added.previous)
         depth = self._emptied_from(trail, added)
-        if any(trail.objects[at].count(trail.path[at]) > 1 for at in range(depth, trail.depth + 1)):
+        if trail.is_repeated(depth):
             # Without ours, another one of the same name would count, which we know nothing about.
             return Removal(text=text, outcome=Outcome.CHANGED)
         expected = _without(before, trail.path[: depth + 1])
-        done = _proved(source, Splice(*trail.cut(depth)), expected)
+        done = _proved(source, (Splice(*trail.cut(depth)),), expected)
         return Removal(text=_ended(source, done, added), outcome=Outcome.REMOVED)
+
+    def remove_all(self, text: bytes | None, entries: Mapping[str, Added]) -> Removals:
+        """See `entry.Editor`."""
+        return in_rounds(self, self._remove_some, text, entries)
+
+    def _remove_some(self, text: bytes | None, entries: Mapping[str, Added]) -> Removals:
+        """Take out those entries whose places lie apart, as long as another folder is left."""
+        source = Text.read(text or b"", most=2 * MOST_BYTES)
+        if not source.body.strip(" \t\r\n"):
+            return Removals(text=text, outcomes={})
+        before = json_text.parse(source.body)
+        outer = _follow(source.body, (*self.before, "")).objects
+        if len(outer) <= len(self.before) or len(outer[-1].members) < 2:
+            return Removals(text=text, outcomes={})
+        cuts = {
+            folder: self._cut(source.body, outer, folder, added)
+            for folder, added in entries.items()
+        }
+        splices = lie_apart({name: cut.splice for name, cut in cuts.items() if cut.splice})
+        outcomes = {
+            name: cut.outcome for name, cut in cuts.items() if not cut.splice or name in splices
+        }
+        changes = {cuts[folder].path: cuts[folder].value for folder in splices}
+        done = _proved(source, tuple(splices.values()), _changed(before, changes))
+        return Removals(text=done, outcomes=outcomes)
+
+    def _cut(self, body: str, outer: tuple[Object, ...], folder: str, added: Added) -> _Cut:
+        """Return what taking an entry out comes to, where other folders are left."""
+        if not added.owned:
+            return _Cut(outcome=Outcome.NOT_OURS)
+        trail = _follow(body, self._path(folder), known=outer)
+        if trail.leaf is None:
+            return _Cut(outcome=Outcome.GONE)
+        if trail.leaf.value != json_text.parse(self.value):
+            return _Cut(outcome=Outcome.CHANGED)
+        if added.previous is not None:
+            return _Cut(
+                outcome=Outcome.RESTORED,
+                splice=Splice(trail.leaf.value_start, trail.leaf.value_end, added.previous),
+                path=trail.path,
+                value=json_text.parse(added.previous),
+            )
+        depth = self._emptied_from(trail, added)
+        if trail.is_repeated(depth):
+            return _Cut(outcome=Outcome.CHANGED)
+        path = trail.path[: depth + 1]
+        return _Cut(outcome=Outcome.REMOVED, splice=Splice(*trail.cut(depth)), path=path)
 
     def _path(self, folder: str) -> tuple[str, ...]:
         return (*self.before, folder, *self.after)
@@ -106,7 +174,8 @@ class JsonEditor:
         entry = _nested(self._path(folder), self.value, gap=gap, unit=_UNIT, colon=": ")
         made = {Made.FILE, Made.DOCUMENT} if text is None else {Made.DOCUMENT}
         added = Added(owned=True, made=self._made(0) | made | standing)
-        return Edit(text=source.to_bytes(f"{source.body}{{{gap}{entry}\n}}\n"), added=added)
+        done = source.to_bytes(f"{source.body}{{{gap}{entry}\n}}\n")
+        return Edit(text=with_reserve(done, MOST_BYTES), added=added)
 
     def _made(self, depth: int) -> frozenset[Made]:
         """Return the containers that a member made at `depth` of the path brings along."""
@@ -128,7 +197,18 @@ class JsonEditor:
         assert leaf is not None  # noqa: S101 - looked at before
         splice = Splice(leaf.value_start, leaf.value_end, previous)
         expected = _with(before, trail.path, json_text.parse(previous))
-        return Removal(text=_proved(source, splice, expected), outcome=Outcome.RESTORED)
+        return Removal(text=_proved(source, (splice,), expected), outcome=Outcome.RESTORED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Cut:
+    """What taking an entry out comes to, and which member then has another value, or (a `_Gone`)
+    is not there."""
+
+    outcome: Outcome
+    splice: Splice | None = None
+    path: tuple[str, ...] = ()
+    value: Model | _Gone = _GONE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +227,12 @@ class _Trail:
     def depth(self) -> int:
         """The index in the path of what the last object has, or lacks."""
         return len(self.objects) - 1
+
+    def is_repeated(self, depth: int) -> bool:
+        """Some name from `depth` on is there more than once."""
+        return any(
+            self.objects[at].count(self.path[at]) > 1 for at in range(depth, len(self.objects))
+        )
 
     def cut(self, depth: int) -> tuple[int, int]:
         """Return the span of the path's member in the object at `depth`."""
@@ -178,13 +264,13 @@ class _Trail:
         return gap[gap.rfind("\n") + 1 :] if "\n" in gap else _UNIT
 
 
-def _follow(body: str, path: tuple[str, ...]) -> _Trail:
-    """Walk along the path."""
+def _follow(body: str, path: tuple[str, ...], *, known: tuple[Object, ...] = ()) -> _Trail:
+    """Walk along the path. `known` are the first objects on it, where they were found before."""
     objects: tuple[Object, ...] = ()
     leaf: Member | None = None
     at = json_text.skip_blank(body, 0)
-    for key in path:
-        found = json_text.read_object(body, at)
+    for depth, key in enumerate(path):
+        found = known[depth] if depth < len(known) else json_text.read_object(body, at)
         if found is None:
             return _Trail(path=path, objects=objects, is_blocked=True)
         objects = (*objects, found)
@@ -208,9 +294,9 @@ def _nested(path: tuple[str, ...], value: str, *, gap: str, unit: str, colon: st
     return f"{key}{colon}{{{inner}{deeper}{gap}}}"
 
 
-def _proved(source: Text, splice: Splice, expected: Model) -> bytes:
+def _proved(source: Text, splices: Sequence[Splice], expected: Model) -> bytes:
     """Return the file with the change, once it is sure that it means what is expected."""
-    body = splice.apply(source.body)
+    body = apply_all(splices, source.body)
     try:
         right = json_text.parse(body) == expected
     except TrustFileUnusable:
@@ -224,7 +310,7 @@ def _proved(source: Text, splice: Splice, expected: Model) -> bytes:
 
 def _ended(source: Text, done: bytes, added: Added) -> bytes | None:
     """Return what comes back of a file that was begun by us and holds nothing else any more."""
-    body = Text.read(done, most=MOST_BYTES).body
+    body = Text.read(done, most=2 * MOST_BYTES).body
     blank = body.removesuffix(_EMPTIED)
     if Made.DOCUMENT not in added.made or blank == body or blank.strip(" \t\r\n"):
         return done
@@ -252,6 +338,25 @@ def _without(model: Model, path: tuple[str, ...]) -> Model:
         return (*model[:index], *model[index + 1 :])
     changed = (path[0], _without(model[index][1], path[1:]))
     return (*model[:index], changed, *model[index + 1 :])
+
+
+def _changed(model: Model, changes: Mapping[tuple[str, ...], Model | _Gone]) -> Model:
+    """Return the model with other values at paths that it has: of each name, the last counts."""
+    assert isinstance(model, tuple)  # noqa: S101 - the trail went through objects alone
+    below: dict[str, dict[tuple[str, ...], Model | _Gone]] = {}
+    for path, value in changes.items():
+        below.setdefault(path[0], {})[path[1:]] = value
+    last = {key: index for index, (key, _) in enumerate(model)}
+    pairs: list[tuple[str, Model]] = []
+    for index, (key, old) in enumerate(model):
+        inner = below.get(key)
+        if inner is None or index != last[key]:
+            pairs.append((key, old))
+            continue
+        new = inner[()] if () in inner else _changed(old, inner)
+        if not isinstance(new, _Gone):
+            pairs.append((key, new))
+    return tuple(pairs)
 
 
 def _last(pairs: tuple[tuple[str, Model], ...], key: str) -> int | None:

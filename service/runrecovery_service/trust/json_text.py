@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NoReturn, TypeAlias
 
@@ -73,17 +75,27 @@ class Object:
     start: int
     end: int
     members: tuple[Member, ...]
+    _last: Mapping[str, int]
+    _counts: Mapping[str, int]
+
+    @classmethod
+    def of(cls, members: Sequence[Member], *, start: int, end: int) -> Object:
+        """Return the object with these members."""
+        return cls(
+            start=start,
+            end=end,
+            members=tuple(members),
+            _last={member.key: index for index, member in enumerate(members)},
+            _counts=Counter(member.key for member in members),
+        )
 
     def find(self, key: str) -> int | None:
         """Return the index of the member that counts: of several with one name, the last."""
-        for index in range(len(self.members) - 1, -1, -1):
-            if self.members[index].key == key:
-                return index
-        return None
+        return self._last.get(key)
 
     def count(self, key: str) -> int:
         """Return how often the name is there."""
-        return sum(member.key == key for member in self.members)
+        return self._counts.get(key, 0)
 
     def gap_before(self, index: int, body: str) -> str:
         """Return the white space before a member."""
@@ -116,7 +128,7 @@ def read_object(body: str, at: int) -> Object | None:
         member = _read_member(body, at)
         members.append(member)
         at = skip_blank(body, member.value_end)
-    return Object(start=start, end=at + 1, members=tuple(members))
+    return Object.of(members, start=start, end=at + 1)
 
 
 def _read_member(body: str, key_start: int) -> Member:

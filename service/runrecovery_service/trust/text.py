@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -49,6 +50,27 @@ class Splice:
     def apply(self, body: str) -> str:
         """Return the body with the change."""
         return body[: self.start] + self.new + body[self.end :]
+
+
+def apply_all(splices: Sequence[Splice], body: str) -> str:
+    """Return the body with changes that lie apart, and are in order."""
+    pieces: list[str] = []
+    at = 0
+    for splice in splices:
+        pieces += (body[at : splice.start], splice.new)
+        at = splice.end
+    return "".join((*pieces, body[at:]))
+
+
+def lie_apart(splices: Mapping[str, Splice]) -> dict[str, Splice]:
+    """Return, in order, those that do not touch what one before them takes."""
+    apart: dict[str, Splice] = {}
+    end = 0
+    for name, splice in sorted(splices.items(), key=lambda each: each[1].start):
+        if splice.start >= end:
+            apart[name] = splice
+            end = splice.end
+    return apart
 
 
 def newline_of(body: str, at: int | None = None) -> str:

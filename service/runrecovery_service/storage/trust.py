@@ -1,0 +1,286 @@
+"""Entries that let agent CLIs trust the workspaces of runs: which are in which file, and whose.
+
+A row is written before its entry and marked after it is out, so that what is in a file is on
+record. The rows of one file and place change only while the lock there is held; see
+`execution.trusting`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Final
+
+from runrecovery_service.domain.errors import Fenced
+from runrecovery_service.storage.database import Database, Kind, Row
+from runrecovery_service.storage.instances import Owner
+from runrecovery_service.storage.rows import from_us_or_none, to_us
+from runrecovery_service.storage.tables import live
+
+ROWS_PER_STATEMENT: Final = 500
+FAR: Final = timedelta(minutes=2)
+"""No look is put off for so long: a time beyond it was written by a clock that was ahead."""
+
+After = tuple[int, str, str]
+"""The place of a row in the order of `stale`."""
+
+
+class Away(StrEnum):
+    """Why an entry could not be taken out."""
+
+    PLACE = "place"
+    """The folder of the file, or the lock that was there, is not there."""
+    FILE = "file"
+    """The file is not there, or holds nothing."""
+    RECORD = "record"
+    """What is on record is damaged, or led to a failure."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrustEntry:
+    """An entry on record.
+
+    Attributes:
+        file: the real path of the CLI's file.
+        place: what tells this file from another one of the same path.
+        cli: whose file it is.
+        added: what `trust.entry.Added` says, as it wrote it.
+        ours: it was made on this host.
+        removed_at: when it was taken out.
+        away: why it could not be, and since when.
+    """
+
+    file: str
+    folder: str
+    place: str
+    cli: str
+    run_key: int
+    run_id: str
+    attempt: int
+    added: str
+    created_us: int = 0
+    ours: bool = True
+    removed_at: datetime | None = None
+    away: Away | None = None
+    away_since: datetime | None = None
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What it is found by."""
+        return self.file, self.folder, self.place
+
+    @property
+    def after(self) -> After:
+        """Where it is in the order of `stale`."""
+        return self.created_us, self.folder, self.place
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mark:
+    """What is to be on record of an entry that stays there.
+
+    Attributes:
+        removed_at: when it was taken out; it is only looked at again.
+        away: why it could not be.
+    """
+
+    look_at: datetime
+    removed_at: datetime | None = None
+    away: Away | None = None
+    away_since: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settlement:
+    """What a look at a file came to: entries to forget, and marks of others."""
+
+    forget: tuple[TrustEntry, ...] = ()
+    marks: Mapping[Mark, Sequence[TrustEntry]] = field(default_factory=dict)
+
+
+def _ours(db: Database) -> str:
+    """Return the condition, with one parameter, for entries of this host. A SQLite store is one
+    service's: all of its entries are, though it may have been called otherwise then."""
+    return "? IS NOT NULL" if db.dialect.kind is Kind.SQLITE else "t.host_id = ?"
+
+
+_STALE: Final = f"(r.id IS NULL OR r.attempt > t.attempt OR NOT ({live('r.')}))"
+"""Nobody needs it any more: its run is over, set aside or gone, or works in another workspace."""
+_FROM: Final = "FROM trust_entry t LEFT JOIN run r ON r.id = t.run"
+_WANTED: Final = (
+    f"(t.removed_at IS NOT NULL OR {_STALE})"
+    " AND (t.look_at IS NULL OR t.look_at <= ? OR t.look_at > ?)"
+)
+_NEWEST_FIRST: Final = "ORDER BY t.created_at DESC, t.folder DESC, t.place DESC"
+
+
+def _select(db: Database) -> str:
+    """Return the beginning of a query for entries, with one parameter: the host."""
+    ours = f"CASE WHEN {_ours(db)} THEN 1 ELSE 0 END"
+    return (
+        "SELECT t.file, t.folder, t.place, t.cli, t.run, COALESCE(r.run_id, ''), t.attempt,"
+        f" t.added, t.created_at, {ours}, t.removed_at, t.away, t.away_since {_FROM}"
+    )
+
+
+def _entry(row: Row) -> TrustEntry:
+    (
+        file, folder, place, cli, run_key, run_id, attempt, added, created, ours, removed, away,
+        away_since,
+    ) = row  # fmt: skip
+    return TrustEntry(
+        file=file,
+        folder=folder,
+        place=place,
+        cli=cli,
+        run_key=run_key,
+        run_id=run_id,
+        attempt=attempt,
+        added=added,
+        created_us=created,
+        ours=bool(ours),
+        removed_at=from_us_or_none(removed),
+        away=None if away is None else Away(away),
+        away_since=from_us_or_none(away_since),
+    )
+
+
+def _due(now: datetime | None) -> tuple[int, int]:
+    """Return the parameters of `_WANTED`; None: whenever it is due."""
+    if now is None:
+        return (0, -1)
+    return (to_us(now), to_us(now + FAR))
+
+
+def standing(db: Database, host_id: str, file: str, place: str) -> dict[str, str]:
+    """Return what was added to a file, by folder."""
+    rows = db.fetch_all(
+        f"SELECT t.folder, t.added FROM trust_entry t WHERE t.file = ? AND t.removed_at IS NULL"
+        # The place is another one when its lock was removed. Of two words for one folder the one
+        # of this place counts, else the newest.
+        f" AND (t.place = ? OR {_ours(db)})"
+        " ORDER BY CASE WHEN t.place = ? THEN 1 ELSE 0 END, t.created_at",
+        (file, place, host_id, place),
+    )
+    return dict(rows)
+
+
+def record(db: Database, entry: TrustEntry, *, host_id: str, owner: Owner, now: datetime) -> None:
+    """Put an entry on record, or on record anew.
+
+    Raises:
+        Fenced: its run is not ours to launch any more.
+    """
+    with db.transaction():
+        found = db.fetch_one(
+            "SELECT 1 FROM run WHERE id = ? AND owner = ? AND owner_epoch = ? AND attempt = ?",
+            (entry.run_key, owner.instance, owner.epoch, entry.attempt),
+        )
+        if found is None:
+            raise Fenced(f"run {entry.run_id!r}")
+        db.execute(
+            "INSERT INTO trust_entry (file, folder, place, host_id, cli, run, attempt, instance,"
+            " added, created_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+            " ON CONFLICT (file, folder, place) DO UPDATE SET host_id = excluded.host_id,"
+            " cli = excluded.cli, run = excluded.run, attempt = excluded.attempt,"
+            " instance = excluded.instance, added = excluded.added,"
+            " created_at = excluded.created_at, removed_at = NULL, away = NULL,"
+            " away_since = NULL, look_at = NULL",
+            (
+                entry.file,
+                entry.folder,
+                entry.place,
+                host_id,
+                entry.cli,
+                entry.run_key,
+                entry.attempt,
+                owner.instance,
+                entry.added,
+                to_us(now),
+            ),
+        )
+
+
+def stale_places(
+    db: Database, host_id: str, *, now: datetime | None
+) -> list[tuple[str, str, bool]]:
+    """Return the files with entries that nobody needs any more, or that are to be looked at again,
+    the place of each, and whether the entries are of this host.
+
+    Args:
+        now: leave out what is to be looked at later; None: leave out nothing.
+    """
+    rows = db.fetch_all(
+        f"SELECT DISTINCT t.file, t.place, CASE WHEN {_ours(db)} THEN 1 ELSE 0 END {_FROM}"
+        f" WHERE {_WANTED} ORDER BY t.file",
+        (host_id, *_due(now)),
+    )
+    return [(file, place, bool(ours)) for file, place, ours in rows]
+
+
+def stale(
+    db: Database, host_id: str, file: str, *, now: datetime | None, after: After | None, limit: int
+) -> list[TrustEntry]:
+    """Return the entries of a file that `stale_places` speaks of, the newest first: in this order
+    each is next to what it was put behind."""
+    rest = "" if after is None else " AND (t.created_at, t.folder, t.place) < (?, ?, ?)"
+    rows = db.fetch_all(
+        f"{_select(db)} WHERE t.file = ? AND {_WANTED}{rest} {_NEWEST_FIRST} LIMIT ?",
+        (host_id, file, *_due(now), *(after or ()), limit),
+    )
+    return [_entry(row) for row in rows]
+
+
+def of_run(db: Database, host_id: str, run_key: int, *, owner: Owner) -> list[TrustEntry]:
+    """Return the entries of a run that is ours; none, if a newer epoch has taken it over."""
+    rows = db.fetch_all(
+        f"{_select(db)} WHERE t.run = ? AND t.removed_at IS NULL AND r.owner = ?"
+        f" AND r.owner_epoch = ? {_NEWEST_FIRST}",
+        (host_id, run_key, owner.instance, owner.epoch),
+    )
+    return [_entry(row) for row in rows]
+
+
+def settle(db: Database, done: Settlement, *, only_stale: bool) -> None:
+    """Put on record what a look at a file came to.
+
+    Args:
+        only_stale: leave alone those that are needed again: a run was set back in between.
+    """
+    with db.transaction():
+        _each(db, "DELETE FROM trust_entry AS t", (), done.forget, only_stale=only_stale)
+        for mark, entries in done.marks.items():
+            values = (
+                *(None if at is None else to_us(at) for at in (mark.removed_at, mark.away_since)),
+                mark.away,
+                to_us(mark.look_at),
+            )
+            update = (
+                "UPDATE trust_entry AS t SET removed_at = ?, away_since = ?, away = ?, look_at = ?"
+            )
+            _each(db, update, values, entries, only_stale=only_stale)
+
+
+def _each(
+    db: Database,
+    change: str,
+    values: tuple[object, ...],
+    entries: Iterable[TrustEntry],
+    *,
+    only_stale: bool,
+) -> None:
+    needed = f"SELECT 1 FROM run r WHERE r.id = t.run AND NOT {_STALE}"
+    stale_yet = f" AND (t.removed_at IS NOT NULL OR NOT EXISTS ({needed}))" if only_stale else ""
+    folders: dict[tuple[str, str], list[str]] = {}
+    for entry in entries:
+        folders.setdefault((entry.file, entry.place), []).append(entry.folder)
+    for (file, place), names in folders.items():
+        for at in range(0, len(names), ROWS_PER_STATEMENT):
+            some = names[at : at + ROWS_PER_STATEMENT]
+            marks = ", ".join("?" for _ in some)
+            db.execute(
+                f"{change} WHERE t.file = ? AND t.place = ? AND t.folder IN ({marks}){stale_yet}",
+                (*values, file, place, *some),
+            )

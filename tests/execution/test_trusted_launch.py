@@ -1,0 +1,169 @@
+"""A launch waits for the file of its CLI as long as somebody wants the run, and no longer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+from runrecovery_service import clock
+from runrecovery_service.domain.deadline import DueKind
+from runrecovery_service.domain.run import Profile, RunStatus
+from runrecovery_service.engines.catalog import Engine
+from runrecovery_service.execution.trusting import TrustKeeper
+from runrecovery_service.storage import runs
+from runrecovery_service.trust.errors import TrustFileBusy
+
+from .conftest import FAR_S, QUICK, Floor, opened, until
+
+BOUND_S = 10.0
+TRUSTING = Engine(
+    name="trusting",
+    command=("/bin/sh", "-c", QUICK),
+    profile=Profile.RESUMABLE,
+    env_allow=("PATH",),
+    max_concurrent=None,
+    session_file=None,
+    session_timeout_s=FAR_S,
+    trust="codex",
+)
+
+
+@pytest.fixture
+async def trusting(tmp_path: Path) -> AsyncIterator[Floor]:
+    """A floor with an engine whose CLI is to trust workspaces."""
+    async with opened(tmp_path, more=[TRUSTING]) as floor:
+        yield floor
+
+
+@pytest.fixture
+def events() -> Iterator[list[Any]]:
+    """What is logged."""
+    with structlog.testing.capture_logs() as told:
+        yield told
+
+
+def count(events: list[Any], event: str) -> int:
+    return sum(line["event"] == event for line in events)
+
+
+def adding(
+    monkeypatch: pytest.MonkeyPatch, do: Callable[[Callable[[float], object]], None]
+) -> None:
+    """Have a keeper do this, with the pause that it is given, instead of putting an entry in."""
+    monkeypatch.setattr(TrustKeeper, "add", lambda *_, pause: do(pause))
+
+
+def wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Have launches wait for a lock that is never free; returns who has begun to."""
+    begun: list[str] = []
+
+    def do(pause: Callable[[float], object]) -> None:
+        begun.append("waits")
+        while True:
+            pause(0.01)
+
+    adding(monkeypatch, do)
+    return begun
+
+
+async def waits(begun: list[str]) -> None:
+    async def so() -> bool:
+        return bool(begun)
+
+    await until(so)
+
+
+def busy() -> TrustFileBusy:
+    return TrustFileBusy(Path("/f"), "others hold the lock")
+
+
+async def test_a_defect_fails_the_run_and_is_not_met_again(
+    trusting: Floor, monkeypatch: pytest.MonkeyPatch, events: list[Any]
+) -> None:
+    def fail(_: object) -> None:
+        raise LookupError
+
+    adding(monkeypatch, fail)
+    run = await trusting.until_ended(await trusting.create("trusting"))
+
+    assert run.error is not None
+    assert (run.error.code, run.error.message) == (
+        "LAUNCH_FAILED", "codex cannot be made to trust the workspace: LookupError"
+    )  # fmt: skip
+    assert count(events, "trust.not_added") == 1
+
+
+async def test_a_busy_file_is_waited_for_and_told_of_once(
+    trusting: Floor, monkeypatch: pytest.MonkeyPatch, events: list[Any]
+) -> None:
+    left = [busy() for _ in range(5)]
+
+    def do(_: object) -> None:
+        if left:
+            raise left.pop()
+
+    adding(monkeypatch, do)
+    run = await trusting.until_ended(await trusting.create("trusting"))
+
+    assert run.status is RunStatus.SUCCEEDED
+    assert count(events, "trust.lock_waited") == 1
+
+
+async def test_a_cancel_that_is_only_on_record_ends_the_wait(
+    trusting: Floor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[str] = []
+
+    def do(pause: Callable[[float], object]) -> None:
+        tries.append("")
+        pause(0.01)
+        raise busy()
+
+    adding(monkeypatch, do)
+    run_id = await trusting.create("trusting")
+    await waits(tries)
+    await trusting.storage.write(
+        runs.cancel, run_id, owner=trusting.owner, etag=None, receipt=None, now=clock.utc_now()
+    )
+
+    assert (await trusting.until_ended(run_id)).status is RunStatus.CANCELED
+
+
+async def test_a_cancel_ends_a_wait(trusting: Floor, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = wait_for_ever(monkeypatch)
+    run_id = await trusting.create("trusting")
+    await waits(begun)
+
+    await trusting.cancel(run_id)
+
+    assert (await trusting.until_ended(run_id)).status is RunStatus.CANCELED
+    await trusting.until_free(8)
+
+
+async def test_the_end_of_a_runs_time_ends_a_wait(
+    trusting: Floor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = wait_for_ever(monkeypatch)
+    run_id = await trusting.create("trusting")
+    await waits(begun)
+
+    trusting.dispatcher.time_out((await trusting.get(run_id)).key, DueKind.RUN)
+
+    run = await trusting.until_ended(run_id)
+    assert run.error is not None
+    assert run.error.code == "RUN_TIMEOUT"
+
+
+async def test_a_stop_ends_a_wait(trusting: Floor, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = wait_for_ever(monkeypatch)
+    run_id = await trusting.create("trusting")
+    await waits(begun)
+
+    async with asyncio.timeout(BOUND_S):
+        await trusting.dispatcher.detach()
+
+    assert (await trusting.get(run_id)).status is RunStatus.RUNNING  # as it is on record
