@@ -368,4 +368,4 @@ def test_facts_say_what_was_looked_at_for_each_situation(new_home: NewHome) -> N
     }
     assert all(text.endswith(".") for text in because.values())
     gone = {fact.name: fact.source for fact in explanations(api, "session-gone")[0].facts}
-    assert "session_file was gone" in gone["HANDLE"]
+    assert "its session file was gone" in gone["HANDLE"]

@@ -22,6 +22,7 @@ from runrecovery_service.domain.run import (
     Run,
     Session,
 )
+from runrecovery_service.domain.session_check import SessionMark
 from runrecovery_service.domain.turn import Asked, TurnEnd
 from runrecovery_service.storage import converge, instances, interactions, recovery, runs, turns
 from runrecovery_service.storage.converge import Scope, Tally
@@ -160,7 +161,9 @@ class World:
         assert turn.run.key == run.key
         return turn
 
-    def end(self, turn: Turn, how: TurnEnd, *, ended: Ended = GONE) -> Run:
+    def end(
+        self, turn: Turn, how: TurnEnd, *, ended: Ended = GONE, mark: SessionMark | None = None
+    ) -> Run:
         """End a turn."""
         return turns.end(
             self.db,
@@ -170,6 +173,7 @@ class World:
             end=how,
             ended=ended,
             due=None if turn.run.require_user_reply else self.due_in(WAIT_S),
+            mark=mark,
             now=self.tick(),
         )
 

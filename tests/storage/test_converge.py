@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 from runrecovery_service.domain.errors import Fenced
 from runrecovery_service.domain.run import RecoveryState, RestartPolicy, Run, RunFilter, RunStatus
+from runrecovery_service.domain.session_check import Reason
 from runrecovery_service.domain.turn import Succeeded
+from runrecovery_service.engines.sessions.lines import FOUND
 from runrecovery_service.storage import converge, instances, recovery, runs
 from runrecovery_service.storage.adapter import Storage
 from runrecovery_service.storage.converge import Batch, Tally
@@ -266,7 +268,10 @@ def test_a_missing_profile_is_told(world: World, word: str | None) -> None:
     assert reasons(world, [run]) == ["profile_missing"]
 
 
-@pytest.mark.parametrize("columns", [{"session_verdict": "INVALID"}, {"session_type": ""}])
+@pytest.mark.parametrize(
+    "columns",
+    [{"session_verdict": "INVALID"}, {"session_verdict": "UNKNOWN_REFUSED"}, {"session_type": ""}],
+)
 def test_a_session_that_failed_its_check_is_lost(world: World, columns: dict[str, str]) -> None:
     run = world.waiting()
     world.set(run, **columns)
@@ -469,7 +474,8 @@ def test_sessions_to_check_are_paged_by_engine_and_verdicts_hold(world: World) -
 
     first = converge.sessions_to_check(world.db, scope, engine="a", after=0, limit=2)
     rest = converge.sessions_to_check(world.db, scope, engine="a", after=first[-1].run_key, limit=2)
-    converge.record_verdicts(world.db, scope, {made[0].key: "INVALID", made[2].key: "VALID"})
+    found = {made[0].key: FOUND[Reason.MISSING], made[2].key: FOUND[Reason.WHOLE]}
+    converge.record_findings(world.db, scope, found)
     world.converge()
 
     assert [made[0].key, made[2].key, made[3].key] == [s.run_key for s in (*first, *rest)]

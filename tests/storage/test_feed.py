@@ -153,8 +153,8 @@ def test_what_a_caller_set_back_is_no_decision_of_a_restart(world: World) -> Non
     world.set(run, session_verdict="INVALID")
     recover(world)
     reopening.reopen(
-        world.db, run.run_id, handle=None, session_type="jsonl", owner=world.owner, etag=None,
-        receipt=None, due_in=world.due_in, steady=world.steady, now=world.tick(),
+        world.db, run.run_id, handle=None, session_type=lambda _: "jsonl", owner=world.owner,
+        etag=None, receipt=None, due_in=world.due_in, steady=world.steady, now=world.tick(),
     )  # fmt: skip
 
     assert [one.recovery.recovery_reason for one in read(world)] == ["session_handle_lost"]

@@ -128,6 +128,7 @@ def test_everything_that_the_first_version_stored_is_there(first: First, world: 
         ("interaction", "wait_deadline_at", None),
         ("reconciliation", "cause", "STARTUP"),
         ("reconciliation", "containment", None),
+        ("reconciliation", "trust_removals", None),
         *(
             ("process_lease", name, None)
             for name in ("watermark", "cgroup", "user_us", "system_us", "max_rss_kib", "orphans")
@@ -149,6 +150,8 @@ def test_everything_that_the_first_version_stored_is_there(first: First, world: 
                 "run_due_us",
                 "reopen_due_us",
                 "due_clock",
+                "session_mark",
+                "session_reason",
             )
         ),
     }

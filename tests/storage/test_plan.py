@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from runrecovery_service.domain.plan import PlannedDecision
-from runrecovery_service.domain.run import Profile, RestartPolicy, Run
+from runrecovery.v1 import recovery_service_pb2 as pb
+from runrecovery_service.domain.plan import PlannedDecision, RecoveryPlan
+from runrecovery_service.domain.run import Profile, RestartPolicy, Run, RunStatus
+from runrecovery_service.domain.session_check import (
+    Finding,
+    Reason,
+    SessionCheck,
+    SessionMark,
+    StoredHandle,
+    UnknownSession,
+    with_policy,
+)
+from runrecovery_service.engines.sessions.lines import FOUND
 from runrecovery_service.recovery.plan import Planner
-from runrecovery_service.recovery.sessions import SessionCheck, changed_verdicts
+from runrecovery_service.recovery.sessions import Asker, changed_findings
+from runrecovery_service.rpc.gate import Gate
+from runrecovery_service.rpc.recovery_service import RecoveryRooms, RecoveryService
 from runrecovery_service.storage import converge
+from runrecovery_service.storage.adapter import (
+    POSTGRESQL_CONNECTIONS,
+    READER_THREADS,
+    Storage,
+)
 from runrecovery_service.storage.converge import Tally
+from runrecovery_service.storage.database import Kind
 
 from .conftest import World
 
@@ -25,15 +48,31 @@ def planner(world: World, checks: dict[str, SessionCheck] | None = None) -> Plan
     )
 
 
+def each(look: Callable[[StoredHandle], Finding]) -> SessionCheck:
+    """A check that looks at one handle after the other."""
+    return SessionCheck(lambda handles: [look(stored) for stored in handles])
+
+
+def all_are(reason: Reason) -> SessionCheck:
+    """A check that finds the same everywhere."""
+    return each(lambda stored: FOUND[reason])
+
+
 def planned(world: World, made: Planner, *, limit: int = 2) -> list[PlannedDecision]:
     found: list[PlannedDecision] = []
     after: tuple[int, ...] | None = None
     while True:
-        page = made.page(world.db, after=after, limit=limit)
+        page, _ = made.decide(made.read(world.db, after=after, limit=limit))
         found += page.rows
         after = page.after
         if after is None:
             return found
+
+
+def totals_of(world: World, made: Planner) -> RecoveryPlan:
+    _, totals = made.decide(made.read(world.db, after=None, limit=1))
+    assert totals is not None
+    return totals
 
 
 def one_of_each(world: World) -> list[Run]:
@@ -62,9 +101,9 @@ def recover(world: World, checks: dict[str, SessionCheck]) -> Tally:
     """Restart as the service does: sessions are checked before anything is decided."""
     world.restart()
     scope = world.begin()
-    made = planner(world, checks)
-    for verdicts in changed_verdicts(world.db, scope, checks, made.workspace):
-        converge.record_verdicts(world.db, scope, verdicts)
+    asker = Asker(checks=checks, workspace=planner(world).workspace)
+    for found in changed_findings(world.db, scope, asker):
+        converge.record_findings(world.db, scope, found)
     tally, after = Tally(), 0
     while batch := converge.next_batch(world.db, scope, after=after, rows=3):
         tally += converge.converge(world.db, scope, batch, report=lambda db, tally: None)
@@ -74,7 +113,7 @@ def recover(world: World, checks: dict[str, SessionCheck]) -> Tally:
 
 def demand_plan_comes_true(world: World, checks: dict[str, SessionCheck]) -> None:
     made = planner(world, checks)
-    decisions, totals = planned(world, made), made.totals(world.db)
+    decisions, totals = planned(world, made), totals_of(world, made)
     before = {
         one.run_id: world.db.fetch_one(
             "SELECT recovery_count FROM run WHERE run_id = ?", (one.run_id,)
@@ -112,35 +151,76 @@ def test_a_plan_knows_what_the_engines_checks_will_say(world: World) -> None:
     world.reply(runs[3])
     gone = {f"/{run.key}/1" for run in runs[1:]}
 
-    def check(workspace: Path, handle: str) -> bool:
-        return handle == "secret" and str(workspace) not in gone
+    def look(stored: StoredHandle) -> Finding:
+        there = stored.handle == "secret" and str(stored.workspace) not in gone
+        return FOUND[Reason.WHOLE if there else Reason.MISSING]
 
-    demand_plan_comes_true(world, {"checked": check})
+    demand_plan_comes_true(world, {"checked": each(look)})
     gone.clear()  # it failed them; their sessions come back too late
-    demand_plan_comes_true(world, {"checked": check})
+    demand_plan_comes_true(world, {"checked": each(look)})
+
+
+@pytest.mark.parametrize("unknown", UnknownSession)
+def test_a_plan_knows_what_becomes_of_sessions_that_cannot_be_judged(
+    world: World, unknown: UnknownSession
+) -> None:
+    runs = [world.waiting(engine="checked") for _ in range(3)]
+    world.reply(runs[2])
+    reasons = [Reason.NOT_KNOWN, Reason.WHOLE, Reason.NOT_ANSWERED]
+    of = {
+        f"/{run.key}/1": with_policy(FOUND[reason], unknown)
+        for run, reason in zip(runs, reasons, strict=True)
+    }
+    checks = {"checked": each(lambda stored: of[str(stored.workspace)])}
+
+    demand_plan_comes_true(world, checks)
+
+    statuses = [world.get(run).status for run in runs]
+    kept = unknown is UnknownSession.KEEP
+    assert [status is RunStatus.FAILED for status in statuses] == [not kept, False, not kept]
+    verdict = "UNKNOWN" if kept else "UNKNOWN_REFUSED"
+    assert world.rows(
+        "SELECT session_verdict, session_reason FROM recovery_event ORDER BY run"
+    ) == [(verdict, "not_known"), ("VALID", "whole"), (verdict, "not_answered")]
+
+
+def test_a_check_is_asked_in_bulk_and_told_the_mark(world: World) -> None:
+    runs = [world.waiting(engine="checked") for _ in range(3)]
+    world.set(runs[1], session_mark="7 -5")
+    asked: list[list[StoredHandle]] = []
+
+    def check(handles: Sequence[StoredHandle]) -> list[Finding]:
+        asked.append(list(handles))
+        return [FOUND[Reason.WHOLE] for _ in handles]
+
+    recover(world, {"checked": SessionCheck(check)})
+
+    (handles,) = asked
+    assert [one.mark for one in handles] == [None, SessionMark(7, -5), None]
+    assert [one.workspace for one in handles] == [Path(f"/{run.key}/1") for run in runs]
 
 
 def test_a_session_that_came_back_counts_again(world: World) -> None:
     run = world.waiting(engine="checked")
     world.set(run, session_verdict="INVALID")
 
-    demand_plan_comes_true(world, {"checked": lambda workspace, handle: True})
+    demand_plan_comes_true(world, {"checked": all_are(Reason.WHOLE)})
 
 
 def test_a_handle_without_a_type_is_none_whatever_its_check_says(world: World) -> None:
     run = world.waiting(engine="checked")
     world.set(run, session_type=None, session_verdict="INVALID")
 
-    demand_plan_comes_true(world, {"checked": lambda workspace, handle: True})
+    demand_plan_comes_true(world, {"checked": all_are(Reason.WHOLE)})
 
 
 def test_a_plan_changes_nothing(world: World) -> None:
     one_of_each(world)
     before = world.dump()
-    made = planner(world, {"demo": lambda workspace, handle: False})
+    made = planner(world, {"demo": all_are(Reason.MISSING)})
 
     planned(world, made)
-    made.totals(world.db)
+    totals_of(world, made)
 
     assert world.dump() == before
 
@@ -150,13 +230,61 @@ def test_a_plan_counts_the_launches_that_would_be_ended(world: World) -> None:
     world.waiting(profile=Profile.STICKY_PROCESS)
     world.waiting()
 
-    assert planner(world).totals(world.db).launches == 2
+    assert totals_of(world, planner(world)).launches == 2
 
 
 def test_an_empty_store_has_an_empty_plan(world: World) -> None:
-    totals = planner(world).totals(world.db)
+    totals = totals_of(world, planner(world))
 
     assert (planned(world, planner(world)), totals.runs_total, totals.decisions) == ([], 0, ())
+
+
+def test_a_plan_looks_at_sessions_when_its_rows_are_read(world: World) -> None:
+    for _ in range(3):
+        world.waiting(engine="checked")
+    asked: list[str] = []
+
+    def look(stored: StoredHandle) -> Finding:
+        asked.append(stored.handle)
+        return FOUND[Reason.MISSING]
+
+    made = planner(world, {"checked": each(look)})
+    rows = made.read(world.db, after=None, limit=2)
+    assert asked == []
+    assert not world.db.peewee.in_transaction()
+    world.db.close()
+
+    page, totals = made.decide(rows)
+
+    assert len(asked) == 3  # each once, also those of the page
+    assert totals is not None
+    assert {count.rule: count.count for count in totals.decisions} == {"session_handle_lost": 3}
+    assert [one.verdict.rule for one in page.rows] == ["session_handle_lost"] * 2
+    assert world.db.peewee.is_closed()
+
+
+@pytest.mark.parametrize("unknown", UnknownSession)
+def test_plans_leave_a_check_alone_that_does_not_answer(
+    world: World, unknown: UnknownSession
+) -> None:
+    world.waiting(engine="hangs")
+    release, asked = threading.Event(), list[int]()
+
+    def hang(handles: Sequence[StoredHandle]) -> Iterator[Finding]:
+        asked.append(len(handles))
+        release.wait()
+        yield FOUND[Reason.WHOLE]
+
+    made = replace(planner(world, {"hangs": SessionCheck(hang, unknown)}), check_s=0.0)
+    kept = unknown is UnknownSession.KEEP
+    try:
+        for _ in range(3):
+            (found,) = planned(world, made)
+            rule = "resumable_waiting_preserved" if kept else "session_handle_lost"
+            assert found.verdict.rule == rule
+        assert asked == [1]
+    finally:
+        release.set()
 
 
 def test_a_plan_is_of_one_moment(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,9 +302,50 @@ def test_a_plan_is_of_one_moment(world: World, monkeypatch: pytest.MonkeyPatch) 
         return seen
 
     monkeypatch.setattr(converge, "situations", answered_after_the_look)
-    checks: dict[str, SessionCheck] = {"checked": lambda workspace, handle: False}
+    checks: dict[str, SessionCheck] = {"checked": all_are(Reason.MISSING)}
 
-    page, totals = planner(world, checks).first(world.db, limit=9)
+    made = planner(world, checks)
+    page, totals = made.decide(made.read(world.db, after=None, limit=9))
 
+    assert totals is not None
     assert {count.rule: count.count for count in totals.decisions} == {"session_handle_lost": 3}
     assert [one.verdict.rule for one in page.rows] == ["session_handle_lost"] * 3
+
+
+async def test_a_plan_that_waits_for_files_keeps_no_thread_of_the_store(world: World) -> None:
+    world.waiting(engine="hangs")
+    release, asked = threading.Event(), threading.Event()
+
+    def hang(handles: Sequence[StoredHandle]) -> Iterator[Finding]:
+        asked.set()
+        release.wait()
+        yield from (FOUND[Reason.WHOLE] for _ in handles)
+
+    storage = Storage(world.db)
+    is_sqlite = world.db.dialect.kind is Kind.SQLITE
+    all_read = threading.Barrier(READER_THREADS if is_sqlite else POSTGRESQL_CONNECTIONS)
+    rooms = RecoveryRooms(
+        storage=storage,
+        owner=world.owner,
+        current_report=lambda: None,
+        containment=lambda: None,
+        planner=replace(planner(world, {"hangs": SessionCheck(hang)}), check_s=600.0),
+    )
+    service = RecoveryService(rooms, Gate())
+    plans = [
+        asyncio.create_task(service.plan_recovery(pb.PlanRecoveryRequest())) for _ in range(12)
+    ]
+    try:
+        await asyncio.to_thread(asked.wait, 60)
+
+        async with asyncio.timeout(60):
+            # They wait for each other, on all threads that there are.
+            await asyncio.gather(
+                *(storage.read(lambda db: all_read.wait(30)) for _ in range(all_read.parties))
+            )
+    finally:
+        release.set()
+        answers = await asyncio.gather(*plans)
+        await asyncio.to_thread(storage.close)
+
+    assert [answer.plan.runs_total for answer in answers] == [1] * 12

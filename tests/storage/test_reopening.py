@@ -21,7 +21,7 @@ from .conftest import REOPEN_S, World, receipt
 
 def reopen(world: World, run: Run, handle: str | None = None, **changes: Any) -> Run:
     given: dict[str, Any] = {
-        "session_type": "jsonl", "owner": world.owner, "etag": None, "receipt": None,
+        "session_type": lambda _: "jsonl", "owner": world.owner, "etag": None, "receipt": None,
         "due_in": world.due_in, "steady": world.steady, "now": world.tick(),
     } | changes  # fmt: skip
     return reopening.reopen(world.db, run.run_id, handle=handle, **given)

@@ -11,6 +11,7 @@ from typing import Final
 
 import pytest
 from runrecovery_service.domain.deadline import Due
+from runrecovery_service.domain.plan import RecoveryPlan
 from runrecovery_service.domain.reconciliation import Cause
 from runrecovery_service.domain.recovery_matrix import MATRIX, QUARANTINE_RULE, Fact, Rule, decide
 from runrecovery_service.domain.run import (
@@ -179,9 +180,11 @@ def test_a_plan_is_what_the_restart_then_does(database: Database) -> None:
     store(database, before, CAN_BE_STORED)
     planner = Planner(owner=before, session_checks={}, workspace=lambda key, attempt: Path("/"))
     planned: list[tuple[object, ...]] = []
+    totals: RecoveryPlan | None = None
     after: tuple[int, ...] | None = None
     while True:
-        page = planner.page(database, after=after, limit=100)
+        page, sums = planner.decide(planner.read(database, after=after, limit=100))
+        totals = totals or sums
         planned += [
             (one.verdict.rule, one.verdict.becomes, one.verdict.error, one.verdict.state)
             for one in page.rows
@@ -189,7 +192,7 @@ def test_a_plan_is_what_the_restart_then_does(database: Database) -> None:
         after = page.after
         if after is None:
             break
-    totals = planner.totals(database)
+    assert totals is not None
 
     # The next epoch, as a restart claims it.
     became = [

@@ -16,6 +16,7 @@ from runrecovery_service.domain.recovery_matrix import (
     Fact,
 )
 from runrecovery_service.domain.run import Profile, RecoveryInfo, RestartPolicy
+from runrecovery_service.domain.session_check import TELLS_NOTHING, WORDS, Finding, SessionVerdict
 
 BECAUSE: Final[Mapping[str, str]] = MappingProxyType(
     {rule.name: rule.because for rule in MATRIX}
@@ -44,7 +45,7 @@ class Seen:
         interaction_id: of the run's latest question; 0: it had asked none; None: an earlier version
             did not record it.
         session_turn: in which the handle was made; None: there was none, or it is not recorded.
-        session_verdict: what the engine's check said of the handle; None: it was not checked.
+        session_finding: what the engine's check said of the handle; None: it was not checked.
         restart_policy, max_attempts, canceled_at: as on the run's record.
     """
 
@@ -54,7 +55,7 @@ class Seen:
     attempt: int
     interaction_id: int | None
     session_turn: int | None
-    session_verdict: str | None
+    session_finding: Finding | None
     restart_policy: RestartPolicy
     max_attempts: int
     canceled_at: datetime | None
@@ -97,13 +98,27 @@ def _pending(seen: Seen, held: bool) -> str:  # noqa: FBT001 - called from the t
 def _handle(seen: Seen, held: bool) -> str:  # noqa: FBT001
     turn = "" if seen.session_turn is None else f" of turn {seen.session_turn}"
     where = f"A session handle{turn} was stored"
-    if held and seen.session_verdict is None:
-        return f"{where}; its engine names no session_file to check, so it was taken at its word."
-    if held:
-        return f"{where}, and its engine's session_file was there."
-    if seen.session_verdict == "INVALID":
-        return f"{where}, but its engine's session_file was gone, empty or not a file."
-    return "No session handle was stored."
+    finding = seen.session_finding
+    if held and finding is None:
+        return f"{where}; its engine has no check of sessions, so it was taken at its word."
+    if finding is None or held is not finding.holds:
+        return "No session handle was stored."
+    return f"{where}, {'and' if held else 'but'} {_found(finding)}."
+
+
+def _found(finding: Finding) -> str:
+    reason = finding.reason
+    found = f"its engine's check said {finding.verdict}" if reason is None else WORDS[reason]
+    unknown = finding.verdict in {SessionVerdict.UNKNOWN, SessionVerdict.UNKNOWN_REFUSED}
+    if unknown and reason is not None and reason not in TELLS_NOTHING:
+        found += ", which says little: it had not been seen whole before"
+    match finding.verdict:
+        case SessionVerdict.UNKNOWN:
+            return f'{found}; it counted as held, by unknown_session = "keep"'
+        case SessionVerdict.UNKNOWN_REFUSED:
+            return f'{found}; it counted as lost, by unknown_session = "fail"'
+        case _:
+            return found
 
 
 def _cancel(seen: Seen, held: bool) -> str:  # noqa: FBT001

@@ -6,7 +6,8 @@ A planned stop does the same steps for its own epoch, so that its next start fin
    to fail. 2. Session handles are checked where their engine can tell. 3. Every run of an
 earlier epoch is converged, in batches. 4. What ended runs still hold is cleared. 5. Deadlines are
 brought onto the clock that runs now. 6. The report is committed, with what the start's probe of its
-containment proved. Only then may the gate open.
+containment proved. Only then may the gate open. After 4., files of agent CLIs lose the entries
+that runs no longer need; nothing that fails there keeps the service from starting.
 """
 
 from __future__ import annotations
@@ -27,10 +28,13 @@ from runrecovery_service.domain.reconciliation import (
     Containment,
     OrphanCounts,
     Reconciliation,
+    TrustClearing,
+    TrustRemoval,
 )
+from runrecovery_service.domain.session_check import SessionCheck
 from runrecovery_service.process.sweep import Ending
 from runrecovery_service.recovery.report import ReportBook
-from runrecovery_service.recovery.sessions import SessionCheck, Workspace, changed_verdicts
+from runrecovery_service.recovery.sessions import CHECK_S, Asker, Workspace, changed_findings
 from runrecovery_service.storage import converge, deadlines, processes, recovery
 from runrecovery_service.storage.converge import Batch, Scope
 from runrecovery_service.storage.database import DRIVER_ERRORS, Database, translate
@@ -41,11 +45,19 @@ from runrecovery_service.storage.turns import DueIn
 log = structlog.get_logger()
 
 SMALLEST_BATCH: Final = 500
+TRUST_S: Final = 10.0
+"""For what goes out of files of agent CLIs; the rest is taken out while the service runs."""
 DECISIONS_LOGGED: Final = 1000
 """Per recovery, runs whose decision gets a log line of its own; the history has all."""
 
 Sweep = Callable[[Sequence[Lease]], Mapping[int, Ending]]
 """Ends everything that is alive of these launches; the answer is by lease key."""
+
+
+Told = Callable[[Database, tuple[TrustRemoval, ...]], object]
+ClearTrust = Callable[[Database, Told, Callable[[], bool]], TrustClearing]
+"""Takes out of the files of agent CLIs what no living run needs, tells of it in the transaction
+that puts it on record, and leaves the rest when asked. Called outside of transactions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +79,7 @@ class Recovery:
 
     Attributes:
         cause: which of the two it is.
+        check_s: seconds that a bulk of sessions may take.
         containment: waits for the probe's result; None: nothing is probed at a stop.
     """
 
@@ -75,12 +88,14 @@ class Recovery:
     containment: Callable[[], Containment] | None
     limits: Limits
     sweep: Sweep
+    clear_trust: ClearTrust
     session_checks: Mapping[str, SessionCheck]
     workspace: Workspace
     now: Callable[[], datetime]
     due_in: DueIn
     steady_now: Callable[[], SteadyTime]
     stopping: Callable[[], bool]
+    check_s: float = CHECK_S
 
     @property
     def before(self) -> int:
@@ -123,11 +138,13 @@ class Recovery:
                 now=self.now(),
             )
             with book.phase("sessions"):
-                self._check_sessions(db, scope)
+                self._check_sessions(db, book, scope)
             with book.phase("converge"):
                 self._converge(db, book, scope)
             with book.phase("bindings"):
                 book.tally += converge.clear_stale_bindings(db, self.owner)
+            with book.phase("trust"):
+                self._clear_trust(db, book)
             if self.cause is Cause.STARTUP:
                 with book.phase("deadlines"):
                     self._rearm(db, book)
@@ -189,9 +206,37 @@ class Recovery:
 
     # -- sessions ------------------------------------------------------------------------------
 
-    def _check_sessions(self, db: Database, scope: Scope) -> None:
-        for verdicts in changed_verdicts(db, scope, self.session_checks, self.workspace):
-            converge.record_verdicts(db, scope, verdicts)
+    def _check_sessions(self, db: Database, book: ReportBook, scope: Scope) -> None:
+        asker = Asker(
+            checks=self.session_checks,
+            workspace=self.workspace,
+            stopping=self.stopping,
+            check_s=self.check_s,
+        )
+        for found in changed_findings(db, scope, asker):
+            if self.stopping():
+                raise RecoveryInterrupted
+            converge.record_findings(db, scope, found)
+        for engine in asker.silent:
+            book.warnings.append(
+                f"engine {engine}: its sessions could not all be looked at within"
+                f" {self.check_s:g} s each time; the others count as not answered"
+            )
+
+    # -- trust ---------------------------------------------------------------------------------
+
+    def _clear_trust(self, db: Database, book: ReportBook) -> None:
+        until = time.monotonic() + TRUST_S
+
+        def enough() -> bool:
+            return self.stopping() or time.monotonic() >= until
+
+        try:
+            done = self.clear_trust(db, book.took_out, enough)
+        except Exception as error:  # noqa: BLE001 - no file of a CLI may keep the service down
+            log.warning("trust.not_cleared", **_identity(book), error=type(error).__name__)
+            done = TrustClearing(failures=(type(error).__name__,))
+        book.warnings.extend(f"trust entries stay: {reason}" for reason in done.warnings)
 
     # -- deadlines -----------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ that one is quarantined.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Final
@@ -31,9 +31,15 @@ from runrecovery_service.domain.run import (
     RestartPolicy,
     RunStatus,
 )
+from runrecovery_service.domain.session_check import (
+    LOST,
+    Finding,
+    SessionMark,
+    SessionVerdict,
+)
 from runrecovery_service.storage.database import DRIVER_ERRORS, Database, Dialect, Kind, translate
 from runrecovery_service.storage.instances import Owner
-from runrecovery_service.storage.rows import to_us, word
+from runrecovery_service.storage.rows import finding_from, to_us, word
 from runrecovery_service.storage.tables import LIVE, live, sql_words
 
 
@@ -135,7 +141,8 @@ def fact_conditions(dialect: Dialect) -> dict[Fact, str]:
         Fact.PENDING: f"i.state = '{InteractionState.OPEN}' AND i.kind IN ({kinds})"
         f" AND {dialect.is_json('i.options')}",
         Fact.HANDLE: "r.session_value <> '' AND r.session_type <> ''"
-        " AND COALESCE(r.session_verdict, 'VALID') <> 'INVALID'",
+        f" AND COALESCE(r.session_verdict, '{SessionVerdict.VALID}')"
+        f" NOT IN ({sql_words(tuple(verdict.value for verdict in LOST))})",
         Fact.CANCEL: "r.cancel_requested_at IS NOT NULL",
         Fact.REPLY: f"i.state = '{InteractionState.ANSWERED}' AND {dialect.is_json('i.response')}",
         Fact.REQUEUE: f"r.restart_policy = '{RestartPolicy.REQUEUE}'"
@@ -216,14 +223,14 @@ def decisions_sql(dialect: Dialect) -> str:
     Parameters: first, last key, instance, epoch. Columns: id, recovery_no, status, rule, facts,
     becomes, error_code, recovery_state, damage, stands (1 when the run already bears this very
     decision and has not changed since), sequence; and what explains the decision: profile, attempt,
-    interaction, session_turn, session_verdict.
+    interaction, session_turn, session_verdict, session_reason.
     """
     return (
         "WITH matrix (number, name, becomes, error_code, recovery_state, keeps) AS"
         f" (VALUES {_matrix_values()}),"
         " seen AS MATERIALIZED (SELECT r.id, r.status, r.profile, r.recovery_reason,"
         " r.recovered_version, r.version, r.recovery_count, r.event_count, r.attempt,"
-        " r.interaction_count, r.session_turn, r.session_verdict,"
+        " r.interaction_count, r.session_turn, r.session_verdict, r.session_reason,"
         f" {facts_sql(dialect)} AS facts, {damage_sql(dialect)} AS damage"
         " FROM run r LEFT JOIN interaction i ON i.run = r.id AND i.no = r.interaction_count"
         f" WHERE {_RANGE}),"
@@ -232,7 +239,7 @@ def decisions_sql(dialect: Dialect) -> str:
         " COALESCE(m.becomes, j.status) AS becomes, m.error_code, m.recovery_state, j.damage,"
         " CASE WHEN j.recovery_reason = m.name AND j.recovered_version = j.version"
         " THEN 1 ELSE 0 END AS stands, j.event_count + 1 AS sequence, j.profile, j.attempt,"
-        " j.interaction_count AS interaction, j.session_turn, j.session_verdict"
+        " j.interaction_count AS interaction, j.session_turn, j.session_verdict, j.session_reason"
         " FROM judged j JOIN matrix m ON m.number = j.number"
     )
 
@@ -369,10 +376,11 @@ def _converge_range(db: Database, scope: Scope, batch: Batch) -> Tally:
     db.execute(
         "INSERT INTO recovery_event (run, no, reconciliation, rule, facts, status_before,"
         " status_after, error_code, recovery_state, recovered_at, processes_ended, sequence,"
-        " profile, attempt, interaction, session_turn, session_verdict) SELECT d.id,"
+        " profile, attempt, interaction, session_turn, session_verdict, session_reason)"
+        " SELECT d.id,"
         f" d.recovery_no, {scope.reconciliation_key}, d.rule, d.facts, d.status, d.becomes,"
         f" d.error_code, d.recovery_state, {now}, 0, d.sequence, d.profile, d.attempt,"
-        " d.interaction, d.session_turn, d.session_verdict"
+        " d.interaction, d.session_turn, d.session_verdict, d.session_reason"
         f" FROM ({decisions_sql(db.dialect)}) AS d"
         " WHERE d.stands = 0",
         reach,
@@ -612,14 +620,13 @@ def clear_stale_bindings(db: Database, owner: Owner) -> Tally:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Foreseen:
-    """A run that a restart would decide on, and what it would see. `handle` is a secret; empty
-    when there is none that could be used."""
+    """A run that a restart would decide on, and what it would see. `session`: None when there is
+    none that could be used."""
 
     run_key: int
     run_id: str
     engine: str
-    attempt: int
-    handle: str = field(repr=False)
+    session: StoredSession | None
     situation: Situation
 
 
@@ -643,18 +650,19 @@ def foreseen_page(db: Database, reach: Reach, *, after: int, limit: int) -> list
     return _foreseen(db, reach, "r.id > ? ORDER BY r.id LIMIT ?", (after, limit))
 
 
-def foreseen_of(db: Database, reach: Reach, run_keys: Sequence[int]) -> list[Foreseen]:
-    """Return these of the runs that a restart would decide on."""
-    if not run_keys:
-        return []
-    marks = ", ".join("?" for _ in run_keys)
-    return _foreseen(db, reach, f"r.id IN ({marks})", tuple(run_keys))
+def foreseen_of_engine(
+    db: Database, reach: Reach, engine: str, *, after: int, limit: int
+) -> list[Foreseen]:
+    """Return the runs of an engine behind key `after` that a restart would decide on, and that have
+    a handle."""
+    which = "r.id > ? AND r.engine = ? AND r.session_value <> '' ORDER BY r.id LIMIT ?"
+    return _foreseen(db, reach, which, (after, engine, limit))
 
 
 def _foreseen(db: Database, reach: Reach, which: str, params: tuple[object, ...]) -> list[Foreseen]:
     rows = db.fetch_all(
-        "SELECT r.id, r.run_id, r.engine, r.attempt,"
-        " CASE WHEN r.session_type <> '' THEN COALESCE(r.session_value, '') ELSE '' END,"
+        "SELECT r.id, r.run_id, r.engine, r.session_type, r.attempt, r.session_value,"
+        " r.session_mark, r.session_verdict, r.session_reason,"
         f" {_situation_sql(db.dialect)}{_FORESEEN} AND {which}",
         (*reach.whose, *params),
     )
@@ -663,11 +671,10 @@ def _foreseen(db: Database, reach: Reach, which: str, params: tuple[object, ...]
             run_key=key,
             run_id=run_id,
             engine=engine,
-            attempt=attempt,
-            handle=handle,
-            situation=_situation(*seen),
+            session=_stored(key, *session) if kind and session[1] else None,
+            situation=_situation(status, profile, facts, damaged, standing),
         )
-        for key, run_id, engine, attempt, handle, *seen in rows
+        for key, run_id, engine, kind, *session, status, profile, facts, damaged, standing in rows
     ]
 
 
@@ -697,14 +704,20 @@ def _situation(
 # -- sessions ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StoredSession:
-    """A handle whose run would be resumed by it. `handle` is a secret."""
+    """A handle whose run would be resumed by it, and what is on record of it. `handle` is a secret.
+
+    Attributes:
+        mark: what its file was when the latest question was recorded; None: nobody looked.
+        finding: of its latest check; None: it was not checked.
+    """
 
     run_key: int
     attempt: int
     handle: str = field(repr=False)
-    verdict: str | None
+    mark: SessionMark | None
+    finding: Finding | None
 
 
 def sessions_to_check(
@@ -712,19 +725,37 @@ def sessions_to_check(
 ) -> list[StoredSession]:
     """Return handles of the runs to examine of one engine, in order of run keys."""
     rows = db.fetch_all(
-        f"SELECT id, attempt, session_value, session_verdict FROM run WHERE {LIVE}"
-        " AND owner = ? AND owner_epoch < ? AND id > ? AND engine = ? AND session_value <> ''"
-        " ORDER BY id LIMIT ?",
+        "SELECT id, attempt, session_value, session_mark, session_verdict, session_reason FROM run"
+        f" WHERE {LIVE} AND owner = ? AND owner_epoch < ? AND id > ? AND engine = ?"
+        " AND session_value <> '' ORDER BY id LIMIT ?",
         (*scope.whose, after, engine, limit),
     )
-    return [StoredSession(*row) for row in rows]
+    return [_stored(*row) for row in rows]
 
 
-def record_verdicts(db: Database, scope: Scope, verdicts: dict[int, str]) -> None:
-    """Record what the check of a session said: VALID or INVALID, by run key."""
+def _stored(
+    run_key: int,
+    attempt: int,
+    handle: str,
+    mark: str | None,
+    verdict: str | None,
+    reason: str | None,
+) -> StoredSession:
+    return StoredSession(
+        run_key=run_key,
+        attempt=attempt,
+        handle=handle,
+        mark=SessionMark.read(mark),
+        finding=finding_from(verdict, reason),
+    )
+
+
+def record_findings(db: Database, scope: Scope, found: Mapping[int, Finding]) -> None:
+    """Record what the checks of sessions said, by run key."""
     with db.transaction():
-        for run_key, verdict in verdicts.items():
+        for run_key, finding in found.items():
             db.execute(
-                "UPDATE run SET session_verdict = ? WHERE id = ? AND owner = ? AND owner_epoch < ?",
-                (verdict, run_key, *scope.whose),
+                "UPDATE run SET session_verdict = ?, session_reason = ?"
+                " WHERE id = ? AND owner = ? AND owner_epoch < ?",
+                (finding.verdict.value, finding.reason, run_key, *scope.whose),
             )

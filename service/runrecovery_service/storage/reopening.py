@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Final
@@ -21,6 +22,7 @@ from runrecovery_service.domain.run import (
     Run,
     RunStatus,
 )
+from runrecovery_service.domain.session_check import SessionMark
 from runrecovery_service.domain.transitions import REOPENED
 from runrecovery_service.storage import instances, interactions, requests, runs
 from runrecovery_service.storage.database import Database, Stale
@@ -37,10 +39,12 @@ NO_HANDLE: Final = "no session handle was kept; supply one"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A run that may be set back, and the handle that was kept of it (a secret; None: none)."""
+    """A run that may be set back, the handle that was kept of it (a secret; None: none), and what
+    its file was when the question was recorded."""
 
     run: Run
     handle: str | None
+    mark: SessionMark | None
 
     def __repr__(self) -> str:
         return f"Candidate(run={self.run.run_id!r}, handle=<secret>)"
@@ -64,9 +68,11 @@ def candidate(db: Database, run_id: str) -> Candidate:
         RunNotFound: there is no such run.
     """
     run = runs.get(db, run_id)
-    row = db.fetch_one("SELECT retired_value, session_value FROM run WHERE id = ?", (run.key,))
-    retired, own = row or (None, None)
-    return Candidate(run=run, handle=retired or own or None)
+    row = db.fetch_one(
+        "SELECT retired_value, session_value, session_mark FROM run WHERE id = ?", (run.key,)
+    )
+    retired, own, mark = row or (None, None, None)
+    return Candidate(run=run, handle=retired or own or None, mark=SessionMark.read(mark))
 
 
 @runs.retried
@@ -75,7 +81,7 @@ def reopen(
     run_id: str,
     *,
     handle: str | None,
-    session_type: str,
+    session_type: Callable[[str], str],
     owner: Owner,
     etag: str | None,
     receipt: Receipt | None,
@@ -89,7 +95,7 @@ def reopen(
 
     Args:
         handle: what it is resumed by; None: the handle that was kept.
-        session_type: the type of a supplied handle, where none is on record.
+        session_type: gives the type of an engine's handles, where none is on record.
 
     Raises:
         RunNotFound, RunQuarantined, RunNotReopenable, SessionNotResumable, EtagMismatch,
@@ -131,7 +137,7 @@ def _set_back(
     db: Database,
     run: Run,
     handle: str | None,
-    session_type: str,
+    session_type: Callable[[str], str],
     *,
     owner: Owner,
     due_in: DueIn,
@@ -151,9 +157,11 @@ def _set_back(
     whole = None if run.max_run_s is None else due_in(run.max_run_s)
     columns: dict[str, object] = {
         "status": becomes.value,
-        "session_type": kept.session_type or session_type,
+        "session_type": kept.session_type or session_type(run.engine),
         "session_value": handle or kept.handle,
         "session_verdict": None,
+        "session_reason": None,
+        **({} if handle in {None, kept.handle} else {"session_mark": None}),
         "retired_type": None,
         "retired_value": None,
         "reopenable_until": None,

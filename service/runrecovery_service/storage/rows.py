@@ -31,6 +31,7 @@ from runrecovery_service.domain.run import (
     RunStatus,
     Session,
 )
+from runrecovery_service.domain.session_check import Finding, Reason, SessionVerdict
 from runrecovery_service.storage import tables
 from runrecovery_service.storage.database import Row
 
@@ -90,6 +91,8 @@ _WORDS: Final[dict[type[StrEnum], dict[str, Any]]] = {
         InteractionKind,
         InteractionState,
         RunEventKind,
+        SessionVerdict,
+        Reason,
     )
 }
 
@@ -98,6 +101,12 @@ def word(kind: type[E], text: str | None) -> E | None:
     """Return the enum member of a stored word, None for a missing or unknown one."""
     member: E | None = _WORDS[kind].get(text or "")
     return member
+
+
+def finding_from(verdict: str | None, reason: str | None) -> Finding | None:
+    """Return the finding that two columns hold; None: none, or of a verdict not known here."""
+    known = word(SessionVerdict, verdict)
+    return None if known is None else Finding(known, word(Reason, reason))
 
 
 # -- runs --------------------------------------------------------------------------------------

@@ -240,13 +240,6 @@ def page_of(
     return Page(rows=tuple(found), after=None)
 
 
-def cut(rows: list[R], limit: int, key: Callable[[R], tuple[int, ...]]) -> Page[R]:
-    """Make a page of `limit` rows out of up to one more."""
-    if len(rows) <= limit:
-        return Page(rows=tuple(rows), after=None)
-    return Page(rows=tuple(rows[:limit]), after=key(rows[limit - 1]))
-
-
 # -- creating ----------------------------------------------------------------------------------
 
 _INSERT = Statement(

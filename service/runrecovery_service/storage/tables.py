@@ -32,7 +32,8 @@ class Run(pw.Model):
     """One row a run, clustered by `id`.
 
     `…_due_us` are deadlines by the steady clock `due_clock`; `retired_…` is the session of a run
-    that a recovery failed and that can be set back until `reopenable_until`.
+    that a recovery failed and that can be set back until `reopenable_until`; `session_mark` is what
+    the session's file was when the latest question was recorded.
 
     `status`, `profile` and `restart_policy` bear no CHECK: a newer version running beside this one
     may write a word that is unknown here, and recovery sets such a row aside instead of failing.
@@ -55,6 +56,8 @@ class Run(pw.Model):
     session_value = pw.TextField(null=True)
     session_turn = pw.BigIntegerField(null=True)
     session_verdict = pw.TextField(null=True)
+    session_reason = pw.TextField(null=True)
+    session_mark = pw.TextField(null=True)
     error_code = pw.TextField(null=True)
     error_message = pw.TextField(null=True)
     cancel_requested_at = pw.BigIntegerField(null=True)
@@ -161,6 +164,7 @@ class RecoveryEvent(pw.Model):
     interaction = pw.BigIntegerField(null=True)
     session_turn = pw.BigIntegerField(null=True)
     session_verdict = pw.TextField(null=True)
+    session_reason = pw.TextField(null=True)
 
     class Meta:
         table_name = "recovery_event"
@@ -190,6 +194,7 @@ class Reconciliation(pw.Model):
     safe_mode = pw.BigIntegerField()
     containment = pw.TextField(null=True)
     error = pw.TextField(null=True)
+    trust_removals = pw.TextField(null=True)
 
     class Meta:
         table_name = "reconciliation"
@@ -255,6 +260,31 @@ class ProcessLease(pw.Model):
 
     class Meta:
         table_name = "process_lease"
+
+
+class TrustEntry(pw.Model):
+    """An entry of ours in a file of an agent CLI, on record from before it is there until after it
+    is out: `removed_at` is when it was taken out, `away` why it could not be, and `look_at` when
+    to look again. `added` is opaque here: the room `trust` writes and reads it."""
+
+    file = pw.TextField()
+    folder = pw.TextField()
+    place = pw.TextField()
+    host_id = pw.TextField()
+    cli = pw.TextField()
+    run = pw.BigIntegerField()
+    attempt = pw.BigIntegerField()
+    instance = pw.TextField()
+    added = pw.TextField()
+    created_at = pw.BigIntegerField()
+    removed_at = pw.BigIntegerField(null=True)
+    away = pw.TextField(null=True)
+    away_since = pw.BigIntegerField(null=True)
+    look_at = pw.BigIntegerField(null=True)
+
+    class Meta:
+        table_name = "trust_entry"
+        primary_key = pw.CompositeKey("file", "folder", "place")
 
 
 class RequestReceipt(pw.Model):

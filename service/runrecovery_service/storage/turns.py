@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import reduce
 from operator import or_
+from typing import Final
 
 from runrecovery_service.domain.deadline import Due, SteadyTime
 from runrecovery_service.domain.errors import Fenced, RunQuarantined
@@ -22,6 +23,7 @@ from runrecovery_service.domain.run import (
     RunStatus,
     Session,
 )
+from runrecovery_service.domain.session_check import SessionMark
 from runrecovery_service.domain.turn import Asked, Interrupted, Succeeded, TurnEnd
 from runrecovery_service.storage import interactions, processes, runs
 from runrecovery_service.storage.database import Database, Stale
@@ -31,6 +33,8 @@ from runrecovery_service.storage.rows import options_to_json, to_json, to_us
 
 DueIn = Callable[[float], Due]
 """Gives the deadline that is so many seconds away."""
+_UNCHECKED: Final[Mapping[str, None]] = {"session_verdict": None, "session_reason": None}
+_UNSEEN: Final[Mapping[str, None]] = {**_UNCHECKED, "session_mark": None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +95,7 @@ def take_next(
             "started_at": to_us(now),
             "session_type": None,
             "session_value": None,
-            "session_verdict": None,
+            **_UNSEEN,
         }
     )
     if run.max_run_s is not None and run.run_deadline_at is None:
@@ -153,6 +157,7 @@ def keep_session(
 ) -> None:
     """Record the handle that the conversation can be resumed by."""
     run = _own(db, run_key, owner)
+    is_another = run.session is None or run.session.handle != session.handle
     runs.change(
         db,
         run,
@@ -161,8 +166,15 @@ def keep_session(
         session_type=session.type,
         session_value=session.handle,
         session_turn=session.turn,
-        session_verdict=None,
+        about=0,
+        **(_UNSEEN if is_another else _UNCHECKED),
     )
+
+
+def mark_of(db: Database, run_key: int) -> SessionMark | None:
+    """Return what a run's session file was when its question was recorded; None: nobody looked."""
+    row = db.fetch_one("SELECT session_mark FROM run WHERE id = ?", (run_key,))
+    return SessionMark.read(row[0]) if row else None
 
 
 @runs.retried
@@ -210,11 +222,14 @@ def end(
     end: TurnEnd,
     ended: Ended,
     due: Due | None,
+    mark: SessionMark | None = None,
     now: datetime,
 ) -> Run:
     """Record how a turn ended, and close its lease, in one step. An accepted cancel wins.
 
     `due` is when the wait that begins with it, if any, will have lasted long enough; None: never.
+    `mark` is what the session's file is, now that nothing writes to it any more, if it was looked
+    at.
 
     Safe to repeat when it is not known whether it was committed: the run may be in a later turn.
     """
@@ -225,7 +240,7 @@ def end(
     if run.cancel_requested:
         runs.change(db, run, owner=owner, now=now, status=RunStatus.CANCELED)
     elif isinstance(end, Asked):
-        _ask(db, run, end.question, owner=owner, now=now, due=due)
+        _ask(db, run, end.question, owner=owner, now=now, due=due, mark=mark)
     elif isinstance(end, Succeeded):
         runs.change(
             db,
@@ -291,6 +306,7 @@ def _ask(
     owner: Owner,
     now: datetime,
     due: Due | None,
+    mark: SessionMark | None = None,
 ) -> None:
     number = run.interaction_count + 1
     armed = {} if due is None else {"wait_due_us": due.us, "due_clock": due.clock}
@@ -303,6 +319,7 @@ def _ask(
         event=RunEventKind.ASKED,
         about=number,
         interaction_count=number,
+        **{**_UNCHECKED, "session_mark": None if mark is None else str(mark)},
         **armed,
     )
     db.execute(

@@ -1,0 +1,43 @@
+"""Work that may never end, in threads that nobody waits for when the process ends."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+R = TypeVar("R")
+
+
+def begin(do: Callable[[], R]) -> Future[R]:
+    """Do it in a thread of its own; it cannot be cancelled."""
+    future: Future[R] = Future()
+    future.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            result = do()
+        except BaseException as error:  # noqa: BLE001 - it is for whoever waits
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    threading.Thread(target=run, name="may-hang", daemon=True).start()
+    return future
+
+
+async def done(do: Callable[[], R]) -> R:
+    """Return what it returns."""
+    return await asyncio.wrap_future(begin(do))
+
+
+async def within(seconds: float, do: Callable[[], R]) -> R:
+    """Return what it returns.
+
+    Raises:
+        TimeoutError: it takes longer, and is left to itself.
+    """
+    async with asyncio.timeout(seconds):
+        return await done(do)

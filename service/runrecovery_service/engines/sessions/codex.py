@@ -1,0 +1,115 @@
+"""Where Codex keeps a session, and how it writes it.
+
+`<home>/sessions/<year>/<month>/<day>/rollout-<time>-<id>.jsonl`, of the day, by local time, on
+which it began. The first line is a `session_meta`, some 20 KiB long; the last one of a turn a
+`task_complete`. Codex may compress old ones (`.zst`); those are found, and not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Final
+
+from runrecovery_service.domain.run import JsonObject
+from runrecovery_service.domain.session_check import Reason, StoredHandle
+from runrecovery_service.engines.sessions.files import CliSessions
+from runrecovery_service.engines.sessions.folders import Once, home_of, names_in
+
+_SUFFIXES: Final = (".jsonl", ".jsonl.zst")
+_ID_CHARACTERS: Final = 36
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+END_OF_TIME_MS: Final = 32_503_680_000_000
+"""The year 3000. An id of 48 bits reaches far beyond the last day that a `datetime` knows."""
+_ENDS: Final = frozenset({"task_complete", "turn_complete", "turn_aborted"})
+_BEGINS: Final = frozenset({"task_started", "turn_started", "user_message"})
+
+
+def sessions(env: Mapping[str, str]) -> CliSessions:
+    """Return the sessions of a Codex that runs with these variables."""
+    home = home_of(env, "CODEX_HOME", ".codex")
+    if home is None:
+        return CliSessions(None, None, CodexLayout())
+    return CliSessions(home, lambda: CodexFinder(home / "sessions"), CodexLayout())
+
+
+def days_of(session_id: str) -> list[str]:
+    """Return the day folders, `year/month/day`, that a session may lie in: that of the time in its
+    id (a UUID of version 7) and those beside it, since the folder goes by local time. None for an
+    id without a time, or with one that no clock shows."""
+    milliseconds = int(session_id[:8] + session_id[9:13], 16)
+    if session_id[14] != "7" or milliseconds >= END_OF_TIME_MS:
+        return []
+    at = _EPOCH + timedelta(milliseconds=milliseconds)
+    return [f"{at + timedelta(days=by):%Y/%m/%d}" for by in (0, -1, 1)]
+
+
+def id_of(name: str) -> str:
+    """Return the session id in the name of a file; empty for another file."""
+    if not name.startswith("rollout-") or not name.endswith(_SUFFIXES):
+        return ""
+    return name.removesuffix(".zst").removesuffix(".jsonl")[-_ID_CHARACTERS:]
+
+
+@dataclass(frozen=True, slots=True)
+class CodexFinder:
+    """Looks into the days that a session may be of, and through all of them once a bulk."""
+
+    root: Path
+    _files: Once[dict[str, Path]] = field(default_factory=Once)
+
+    def places(self, stored: StoredHandle) -> Iterator[Path]:
+        """Yield the file of the session, if there is one."""
+        for day in days_of(stored.handle):
+            if found := self._of_day(day).get(stored.handle):
+                yield found
+                return
+        if found := self._files.get("all", self._of_all_days).get(stored.handle):
+            yield found
+
+    def _of_day(self, day: str) -> dict[str, Path]:
+        return self._files.get(day, lambda: _files_in(self.root / day))
+
+    def _of_all_days(self) -> dict[str, Path]:
+        files: dict[str, Path] = {}
+        for year in names_in(self.root):
+            for month in names_in(self.root / year):
+                for day in names_in(self.root / year / month):
+                    files |= self._of_day(f"{year}/{month}/{day}")
+        return files
+
+
+def _files_in(folder: Path) -> dict[str, Path]:
+    names = reversed(names_in(folder))  # of two the one that is not compressed
+    return {found: folder / name for name in names if (found := id_of(name))}
+
+
+class CodexLayout:
+    """How Codex writes a session."""
+
+    def identify(self, head: Iterator[JsonObject], stored: StoredHandle) -> Reason | None:
+        """Say what is wrong with the first lines."""
+        first = next(head)
+        payload = first.get("payload")
+        if first.get("type") != "session_meta" or not isinstance(payload, dict):
+            return Reason.NOT_KNOWN
+        if not isinstance(payload.get("id"), str) or not isinstance(payload.get("cwd"), str):
+            return Reason.NOT_KNOWN
+        own = (payload["id"], payload["cwd"]) == (stored.handle, str(stored.workspace))
+        return None if own else Reason.ELSEWHERE
+
+    def is_end_of_turn(self, line: JsonObject) -> bool | None:
+        """Tell the end of a turn."""
+        payload = line.get("payload")
+        kind = payload.get("type") if isinstance(payload, dict) else None
+        if not isinstance(payload, dict) or not isinstance(kind, str):
+            return None
+        if line.get("type") == "event_msg":
+            return True if kind in _ENDS else False if kind in _BEGINS else None
+        if line.get("type") != "response_item":
+            return None
+        if kind == "message":
+            return {"assistant": True, "user": False}.get(str(payload.get("role")))
+        return False if kind.endswith(("_call", "_output")) else None

@@ -1,0 +1,495 @@
+"""A restart keeps a waiting run while its CLI's session file is whole; a plan says so before."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from runrecovery_service.domain.errors import RecoveryInterrupted
+from runrecovery_service.domain.explanation import facts_seen
+from runrecovery_service.domain.reconciliation import Cause, Reconciliation, TrustClearing
+from runrecovery_service.domain.run import Profile, Run, Session
+from runrecovery_service.domain.session_check import (
+    Finding,
+    Reason,
+    SessionCheck,
+    SessionMark,
+    StoredHandle,
+    UnknownSession,
+)
+from runrecovery_service.domain.turn import Asked
+from runrecovery_service.engines.catalog import Engine
+from runrecovery_service.engines.sessions.lines import FOUND
+from runrecovery_service.recovery import sessions
+from runrecovery_service.recovery.plan import Planner
+from runrecovery_service.recovery.startup import Limits, Recovery
+from runrecovery_service.storage import recovery, reopening, turns
+from runrecovery_service.storage.converge import StoredSession
+from support.sessions import PRESETS, SessionHome, text_of
+
+from .conftest import QUESTION, World
+
+LOST: Final = "SESSION_RESUME_FAILED"
+
+
+@dataclass(frozen=True, slots=True)
+class Shop:
+    """A service of one engine, with its store and the sessions of its CLI."""
+
+    world: World
+    home: SessionHome
+    top: Path
+    unknown: UnknownSession
+    look: Callable[[Sequence[StoredHandle]], Iterable[Finding]] | None = None
+    """What looks instead of the engine's check."""
+
+    def workspace(self, run_key: int, attempt: int) -> Path:
+        """Where a run works."""
+        return self.top / "runs" / str(run_key) / str(attempt) / "workspace"
+
+    @property
+    def checks(self) -> Mapping[str, SessionCheck]:
+        """The check of its engine."""
+        engine = Engine(
+            name="demo", command=("agent",), profile=Profile.RESUMABLE, env_allow=(),
+            max_concurrent=None, session_file=None, sessions=self.home.store,
+            unknown_session=self.unknown,
+        )  # fmt: skip
+        assert engine.session_check is not None
+        check = engine.session_check
+        return {"demo": check if self.look is None else replace(check, look=self.look)}
+
+    def waiting(self, *, marked: bool = True, answered: bool = False) -> tuple[Run, Path]:
+        """A run that waits for its user or for its turn, and its session file."""
+        turn = self.world.running()
+        workspace = self.workspace(turn.run.key, turn.run.attempt)
+        workspace.mkdir(parents=True)
+        handle = self.home.new_id(turn.run.key)
+        file = self.home.write(handle, workspace, filler=100)
+        self.world.keep_session(turn, handle)
+        mark = self.home.mark(handle, workspace)
+        run = self.world.end(turn, Asked(QUESTION), mark=mark if marked else None)
+        return (self.world.reply(run) if answered else run), file
+
+    def recover(self, **changes: Any) -> Reconciliation:
+        """Restart, and recover as the service does."""
+        self.world.restart()
+        given: dict[str, Any] = {"stopping": lambda: False} | changes
+        limits = Limits(
+            batch_rows=3, batch_s=1, safe_mode_after=0, safe_mode_window_s=0, reopen_window_s=60
+        )
+        return Recovery(
+            owner=self.world.owner,
+            cause=Cause.STARTUP,
+            containment=None,
+            limits=limits,
+            sweep=lambda leases: {},
+            clear_trust=lambda *_: TrustClearing(),
+            session_checks=self.checks,
+            workspace=self.workspace,
+            now=self.world.tick,
+            due_in=self.world.due_in,
+            steady_now=lambda: self.world.steady,
+            **given,
+        ).run(self.world.db, lambda _: None)
+
+    def planned(self) -> tuple[dict[str, str], dict[str, int]]:
+        """The rule that a plan foresees for each run, and how many runs each rule gets."""
+        planner = Planner(
+            owner=self.world.owner, session_checks=self.checks, workspace=self.workspace
+        )
+        page, totals = planner.decide(planner.read(self.world.db, after=None, limit=100))
+        assert totals is not None
+        rules = {one.run_id: one.verdict.rule for one in page.rows}
+        return rules, {count.rule: count.count for count in totals.decisions}
+
+    def recorded(self, run: Run) -> tuple[object, ...]:
+        """What stands on record of a run: status, error, verdict, reason."""
+        (row,) = self.world.rows(
+            "SELECT status, error_code, session_verdict, session_reason FROM run WHERE id = ?",
+            run.key,
+        )
+        return row
+
+    def explained(self, run: Run) -> str:
+        """What an explanation says of the run's session."""
+        (seen,) = recovery.explained(self.world.db, run.run_id, limit=9)
+        (source,) = (fact.source for fact in facts_seen(seen) if fact.name == "HANDLE")
+        return source
+
+
+@pytest.fixture(params=PRESETS)
+def preset(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def shop(world: World, tmp_path: Path, preset: str) -> Shop:
+    home = SessionHome(preset, tmp_path.resolve() / "home")
+    return Shop(world, home, tmp_path.resolve(), UnknownSession.KEEP)
+
+
+def untouched(file: Path) -> None:
+    pass
+
+
+def grown(file: Path) -> None:
+    with file.open("ab") as opened:
+        opened.write(text_of([{"type": "note"}]) + b'{"half a')
+
+
+def removed(file: Path) -> None:
+    file.unlink()
+
+
+def cut_in_half(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def cut_at_a_line(file: Path) -> None:
+    file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:-1]))
+
+
+def emptied(file: Path) -> None:
+    os.truncate(file, 0)
+
+
+def replaced(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+def rewritten(file: Path) -> None:
+    file.write_bytes(b'{"format":"of the future"}\n' + b"{}\n" * 100_000)
+
+
+KEPT: Final = [(untouched, "unchanged"), (grown, "whole")]
+GONE: Final = [
+    (removed, "missing"), (cut_in_half, "cut_off"), (cut_at_a_line, "cut_off"),
+    (emptied, "empty"), (replaced, "not_a_file"),
+]  # fmt: skip
+
+
+def test_a_restart_keeps_and_fails_runs_by_their_session_files_as_planned(shop: Shop) -> None:
+    kept = [(shop.waiting(), how, reason) for how, reason in KEPT]
+    gone = [(shop.waiting(), how, reason) for how, reason in GONE]
+    bare, _ = shop.waiting(marked=False)
+    answered, file = shop.waiting(answered=True)
+    for (_, session), how, _ in (*kept, *gone):
+        how(session)
+    file.unlink()
+    rules, counts = shop.planned()
+
+    report = shop.recover()
+
+    for (run, _), _, reason in kept:
+        assert shop.recorded(run) == ("WAITING_USER", None, "VALID", reason)
+    for (run, _), _, reason in gone:
+        assert shop.recorded(run) == ("FAILED", LOST, "INVALID", reason)
+    assert shop.recorded(bare) == ("WAITING_USER", None, "VALID", "whole")
+    assert shop.recorded(answered) == ("FAILED", LOST, "INVALID", "missing")
+    assert rules == dict(reasons_by_id(shop.world))
+    assert counts == {count.rule: count.count for count in report.decisions}
+    assert counts == {
+        "resumable_waiting_preserved": 3, "session_handle_lost": 5,
+        "accepted_reply_session_lost": 1,
+    }  # fmt: skip
+
+
+def reasons_by_id(world: World) -> list[tuple[str, str]]:
+    return [(row[0], row[1]) for row in world.rows("SELECT run_id, recovery_reason FROM run")]
+
+
+@pytest.mark.parametrize("unknown", UnknownSession)
+def test_what_was_never_seen_is_not_known_to_be_lost(
+    world: World, tmp_path: Path, preset: str, unknown: UnknownSession
+) -> None:
+    home = SessionHome(preset, tmp_path.resolve() / "home")
+    shop = Shop(world, home, tmp_path.resolve(), unknown)
+    gone = [
+        (shop.waiting(marked=False), how, reason)
+        for how, reason in GONE
+        if how is not cut_at_a_line  # without a mark it looks whole
+    ]
+    for (_, session), how, _ in gone:
+        how(session)
+    rules, counts = shop.planned()
+
+    report = shop.recover()
+
+    kept = unknown is UnknownSession.KEEP
+    for (run, _), _, reason in gone:
+        assert shop.recorded(run) == (
+            ("WAITING_USER", None, "UNKNOWN", reason)
+            if kept
+            else ("FAILED", LOST, "UNKNOWN_REFUSED", reason)
+        )
+    assert rules == dict(reasons_by_id(world))
+    assert counts == {count.rule: count.count for count in report.decisions}
+
+
+def test_a_home_that_is_not_mounted_costs_no_run(shop: Shop) -> None:
+    run, file = shop.waiting()
+    away = shop.home.path.rename(shop.home.path.with_name("away"))
+    shop.recover()
+    assert shop.recorded(run) == ("WAITING_USER", None, "UNKNOWN", "home_away")
+
+    away.rename(shop.home.path)
+    shop.recover()
+    assert shop.recorded(run)[2:] == ("VALID", "unchanged")
+    file.unlink()
+    shop.world.restart()
+    shop.recover()
+    assert shop.recorded(run) == ("FAILED", LOST, "INVALID", "missing")
+
+
+@pytest.mark.parametrize("unknown", UnknownSession)
+def test_a_check_that_does_not_answer_ends_neither_the_start_nor_a_run(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unknown: UnknownSession
+) -> None:
+    monkeypatch.setattr(sessions, "SESSIONS_PER_CHECK", 2)
+    release, asked = threading.Event(), list[int]()
+
+    def hang(handles: Sequence[StoredHandle]) -> Iterator[Finding]:
+        asked.append(len(handles))
+        yield FOUND[Reason.WHOLE]
+        release.wait()
+        yield FOUND[Reason.MISSING]
+
+    home = SessionHome("claude", tmp_path.resolve() / "home")
+    shop = Shop(world, home, tmp_path.resolve(), unknown, hang)
+    runs = [shop.waiting()[0] for _ in range(5)]
+    world.restart()
+    try:
+        report = shop.recover(check_s=0.0)
+    finally:
+        release.set()
+
+    kept = unknown is UnknownSession.KEEP
+    silent = (
+        ("WAITING_USER", None, "UNKNOWN", "not_answered")
+        if kept
+        else ("FAILED", LOST, "UNKNOWN_REFUSED", "not_answered")
+    )
+    assert asked == [2]  # the other bulks are not asked of
+    assert shop.recorded(runs[0])[2:] == ("VALID", "whole")
+    assert [shop.recorded(run) for run in runs[1:]] == [silent] * 4
+    (warning,) = report.warnings
+    assert warning.startswith("engine demo: ")
+
+
+def test_a_stop_is_heard_while_a_check_does_not_answer(world: World, tmp_path: Path) -> None:
+    release, asked = threading.Event(), threading.Event()
+
+    def hang(handles: Sequence[StoredHandle]) -> Iterator[Finding]:
+        asked.set()
+        release.wait()
+        yield from ()
+
+    home = SessionHome("claude", tmp_path.resolve() / "home")
+    shop = Shop(world, home, tmp_path.resolve(), UnknownSession.KEEP, hang)
+    shop.waiting()
+    world.restart()
+    try:
+        with pytest.raises(RecoveryInterrupted):
+            shop.recover(stopping=asked.is_set, check_s=3600.0)
+    finally:
+        release.set()
+
+    assert world.rows("SELECT session_verdict FROM run") == [(None,)]
+
+
+def test_one_engine_that_does_not_answer_takes_no_time_of_another(world: World) -> None:
+    release, clock = threading.Event(), [0.0]
+    one = StoredSession(run_key=1, attempt=1, handle="h", mark=None, finding=None)
+
+    def hang(handles: Sequence[StoredHandle]) -> Iterator[Finding]:
+        clock[0] += 100
+        release.wait()
+        yield from ()
+
+    asker = sessions.Asker(
+        checks={
+            "hangs": SessionCheck(hang),
+            "answers": SessionCheck(lambda handles: [FOUND[Reason.WHOLE] for _ in handles]),
+        },
+        workspace=lambda key, attempt: Path("/"),
+        check_s=99,
+        now=lambda: clock[0],
+    )
+    try:
+        for _ in range(2):
+            assert asker.ask("hangs", [one, one]) == [FOUND[Reason.NOT_ANSWERED]] * 2
+            assert asker.ask("answers", [one]) == [FOUND[Reason.WHOLE]]
+    finally:
+        release.set()
+    assert clock == [100.0]
+    assert list(asker.silent) == ["hangs"]
+
+
+def test_a_check_with_a_defect_is_not_taken_for_silence(world: World) -> None:
+    one = StoredSession(run_key=1, attempt=1, handle="h", mark=None, finding=None)
+
+    def fail(handles: Sequence[StoredHandle]) -> list[Finding]:
+        raise ZeroDivisionError
+
+    asker = sessions.Asker(
+        checks={"demo": SessionCheck(fail)}, workspace=lambda key, attempt: Path("/")
+    )
+    with pytest.raises(ZeroDivisionError):
+        asker.ask("demo", [one])
+
+
+@pytest.mark.parametrize("unknown", UnknownSession)
+def test_an_operator_decides_on_sessions_that_cannot_be_judged(
+    world: World, tmp_path: Path, preset: str, unknown: UnknownSession
+) -> None:
+    home = SessionHome(preset, tmp_path.resolve() / "home")
+    shop = Shop(world, home, tmp_path.resolve(), unknown)
+    run, file = shop.waiting()
+    rewritten(file)
+    rules, _ = shop.planned()
+
+    shop.recover()
+
+    kept = unknown is UnknownSession.KEEP
+    assert shop.recorded(run) == (
+        ("WAITING_USER", None, "UNKNOWN", "not_known")
+        if kept
+        else ("FAILED", LOST, "UNKNOWN_REFUSED", "not_known")
+    )
+    assert rules == dict(reasons_by_id(world))
+    assert "a form that this version does not know" in shop.explained(run)
+    assert f'unknown_session = "{unknown}"' in shop.explained(run)
+
+
+def test_an_explanation_says_what_was_found_and_never_the_handle(shop: Shop) -> None:
+    run, file = shop.waiting()
+    cut_at_a_line(file)
+
+    shop.recover()
+
+    assert "was stored, but its session file was cut off." in shop.explained(run)
+    assert run.session is not None
+    assert run.session.handle not in shop.explained(run)
+
+
+def test_a_run_whose_session_came_back_is_set_back_and_kept_by_its_mark(shop: Shop) -> None:
+    run, file = shop.waiting()
+    away = file.with_suffix(".away")
+    shutil.move(file, away)
+    shop.recover()
+    mark = shop.world.column(run, "session_mark")
+    shutil.move(away, file)
+    reopen(shop.world, run)
+
+    shop.recover()
+
+    assert shop.recorded(run) == ("WAITING_USER", None, "VALID", "unchanged")
+    assert shop.world.column(run, "session_mark") == mark is not None
+
+
+def test_a_stop_is_heard_between_two_bulks_of_checks(shop: Shop) -> None:
+    shop.waiting()
+
+    with pytest.raises(RecoveryInterrupted):
+        shop.recover(stopping=lambda: True)
+
+    assert shop.world.rows("SELECT session_verdict FROM run") == [(None,)]
+
+
+# -- the mark on record ------------------------------------------------------------------------
+
+MARK: Final = SessionMark(1234, 5678)
+
+
+def reopen(world: World, run: Run, handle: str | None = None) -> Run:
+    return reopening.reopen(
+        world.db, run.run_id, handle=handle, session_type=lambda _: "jsonl", owner=world.owner,
+        etag=None, receipt=None, due_in=world.due_in, steady=world.steady, now=world.tick(),
+    )  # fmt: skip
+
+
+def asked(world: World, **changes: Any) -> Run:
+    """A run that asked, with a mark."""
+    turn = world.running(**changes)
+    world.keep_session(turn, "handle")
+    return world.end(turn, Asked(QUESTION), mark=MARK)
+
+
+def test_a_mark_is_recorded_with_its_question(world: World) -> None:
+    assert world.column(asked(world), "session_mark") == "1234 5678"
+
+
+def test_a_question_without_a_mark_leaves_none_of_an_earlier_one(world: World) -> None:
+    run = asked(world)
+    world.reply(run)
+    turn = world.take()
+    assert turn is not None
+
+    world.end(turn, Asked(QUESTION))
+
+    assert world.column(run, "session_mark") is None
+
+
+def test_a_question_clears_what_an_earlier_restart_found(world: World) -> None:
+    run = asked(world)
+    world.reply(run)
+    turn = world.take()
+    assert turn is not None
+    world.set(run, session_verdict="UNKNOWN", session_reason="not_known")
+
+    world.end(turn, Asked(QUESTION), mark=MARK)
+
+    assert world.column(run, "session_mark") == "1234 5678"
+    assert world.column(run, "session_verdict") is None
+    assert world.column(run, "session_reason") is None
+
+
+@pytest.mark.parametrize(("handle", "mark"), [("handle", "1234 5678"), ("another", None)])
+def test_a_mark_is_of_one_handle(world: World, handle: str, mark: str | None) -> None:
+    run = asked(world)
+    world.reply(run)
+    turn = world.take()
+    assert turn is not None
+
+    session = Session(type="demo", handle=handle, turn=2)
+    turns.keep_session(world.db, run.key, owner=world.owner, session=session, now=world.tick())
+
+    assert world.column(run, "session_mark") == mark
+
+
+def test_a_new_attempt_has_no_mark(world: World) -> None:
+    run = asked(world)
+    world.set(run, status="QUEUED", interaction_count=0, session_reason="whole")
+
+    turn = world.take()
+
+    assert turn is not None
+    assert turn.reply is None
+    assert world.column(run, "session_mark") is None
+    assert world.column(run, "session_reason") is None
+
+
+@pytest.mark.parametrize(
+    ("handle", "mark"), [(None, "1234 5678"), ("handle", "1234 5678"), ("another", None)]
+)
+def test_a_run_that_is_set_back_keeps_the_mark_of_its_own_handle(
+    world: World, handle: str | None, mark: str | None
+) -> None:
+    run = asked(world)
+    world.set(run, session_verdict="INVALID", session_reason="missing")
+    world.recover()
+    assert world.column(run, "session_mark") == "1234 5678"
+
+    reopen(world, run, handle)
+
+    assert world.column(run, "session_mark") == mark
+    assert world.column(run, "session_reason") is None
