@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -17,7 +17,7 @@ import structlog
 import uvloop
 
 from runrecovery_service import clock
-from runrecovery_service.config import ContainmentPolicy, Settings
+from runrecovery_service.config import ContainmentPolicy, EngineSettings, Settings
 from runrecovery_service.domain.errors import (
     CgroupRefused,
     ContainmentRefused,
@@ -28,16 +28,30 @@ from runrecovery_service.domain.errors import (
     RecoveryInterrupted,
 )
 from runrecovery_service.domain.reconciliation import Cause, Containment, Reconciliation
-from runrecovery_service.engines.catalog import Catalog, Engine, check_session
+from runrecovery_service.domain.session_check import SessionCheck
+from runrecovery_service.engines.catalog import Catalog, Engine
+from runrecovery_service.engines.dialect import Dialect
+from runrecovery_service.engines.jsonl import JSON_LINES
+from runrecovery_service.engines.presets import PRESETS
+from runrecovery_service.engines.sessions import sessions_of
+from runrecovery_service.engines.sessions.files import CliSessions
 from runrecovery_service.execution.deadlines import Deadlines
 from runrecovery_service.execution.dispatcher import Dispatcher
 from runrecovery_service.execution.output import OutputFiles
 from runrecovery_service.execution.patrol import Patrol
+from runrecovery_service.execution.trust_sweep import TrustSweep
+from runrecovery_service.execution.trusting import (
+    OwnConnection,
+    ThroughLoop,
+    TrustKeeper,
+    why_not_trusting,
+)
 from runrecovery_service.execution.workshop import Heart, Workshop, evidence_of
 from runrecovery_service.process import prctl
 from runrecovery_service.process.cgroup import CgroupParent, CgroupUnusable
 from runrecovery_service.process.evidence import Host
 from runrecovery_service.process.launch import (
+    agent_environment,
     boot_time_ns,
     killed_by_shim,
     watermark_bits,
@@ -46,8 +60,7 @@ from runrecovery_service.process.launch import (
 from runrecovery_service.process.probe import prove_containment
 from runrecovery_service.process.sweep import Ending, end_trees
 from runrecovery_service.recovery.plan import Planner
-from runrecovery_service.recovery.sessions import SessionCheck
-from runrecovery_service.recovery.startup import Limits, Recovery
+from runrecovery_service.recovery.startup import ClearTrust, Limits, Recovery
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.recovery_service import RecoveryRooms
 from runrecovery_service.rpc.run_service import RunLimits, RunRooms
@@ -181,6 +194,7 @@ class Service:
     dispatcher: Dispatcher
     patrol: Patrol
     deadlines: Deadlines
+    trust_sweep: TrustSweep
     containment: Future[Containment]
     report_id: str | None = None
     _stop: asyncio.Event = field(default_factory=asyncio.Event)
@@ -205,7 +219,11 @@ class Service:
         )
         db.close()
         log.info("service.epoch_claimed", instance=owner.instance, epoch=owner.epoch)
-        shop = _workshop(settings, data_dir, Storage(db), owner, heart=heart, cgroups=cgroups)
+        storage = Storage(db)
+        keeper = _trust_keeper(host, storage, owner)
+        shop = _workshop(
+            settings, data_dir, storage, owner, trust=keeper, heart=heart, cgroups=cgroups
+        )
         gate = Gate(retry_after_s=settings.retry_hint_s)
         service: Service
         dispatcher = Dispatcher(
@@ -242,6 +260,7 @@ class Service:
                 time_out=dispatcher.time_out,
                 fenced=dispatcher.fenced,
             ),
+            trust_sweep=TrustSweep(shop=shop),
             containment=containment,
         )
         return service
@@ -301,6 +320,7 @@ class Service:
         self.gate.open(safe_mode=report.safe_mode)
         log.info("service.serving", epoch=self.shop.owner.epoch)
         self.patrol.start()
+        self.trust_sweep.start()
         if not report.safe_mode:
             self.dispatcher.start()
             self.deadlines.start()
@@ -323,7 +343,7 @@ class Service:
                 log.exception("recovery.try_failed", tries_left=left)
                 self.gate.recovery_failed()
                 failure = RecoveryGaveUp(self.settings.recovery_tries, type(error).__name__)
-            if left and not await self._stopped_within(pause_s):
+            if left and not await clock.set_within(pause_s, self._stop):
                 pause_s = min(pause_s * 2, RECOVERY_BACKOFF_MOST_S)
                 self.gate.recovering()
             elif self.stopping:
@@ -333,14 +353,6 @@ class Service:
 
     def _report_begun(self, reconciliation_id: str) -> None:
         self.report_id = reconciliation_id
-
-    async def _stopped_within(self, seconds: float) -> bool:
-        try:
-            async with asyncio.timeout(seconds):
-                await self._stop.wait()
-        except TimeoutError:
-            return False
-        return True
 
     # -- staying the owner ---------------------------------------------------------------------
 
@@ -418,6 +430,7 @@ class Service:
             await self._step("processes", self.dispatcher.stop())
         await self._step("server", self.server.stop(grace_s=self.settings.stop_grace_s))
         await self._step("patrol", self.patrol.stop())
+        await self._step("trust", self.trust_sweep.stop())
         if self._failure is None and self.gate.recovered:
             await self._step("runs", self._decide_on_runs())
         await self._step("processes", self.dispatcher.stop())
@@ -512,23 +525,64 @@ def _cgroups(settings: Settings) -> CgroupParent | None:
 
 
 def _catalog(settings: Settings) -> Catalog:
-    return Catalog(
-        Engine(
-            name=name,
-            command=engine.command,
-            profile=engine.profile,
-            env_allow=engine.env_allow,
-            max_concurrent=engine.max_concurrent,
-            session_file=engine.session_file,
-            session_timeout_s=engine.session_timeout_s,
-            require_user_reply=engine.require_user_reply,
-            max_run_time_s=engine.max_run_time_s,
-            niceness=engine.nice,
-            max_memory=engine.max_memory,
-            max_open_files=engine.max_open_files,
-            max_processes=engine.max_processes,
-        )
-        for name, engine in settings.engines.items()
+    return Catalog(_engine(name, engine) for name, engine in settings.engines.items())
+
+
+def _engine(name: str, settings: EngineSettings) -> Engine:
+    return Engine(
+        name=name,
+        command=settings.command,
+        profile=settings.profile,
+        dialect=_dialect(settings),
+        env_allow=settings.env_allow,
+        env=_agent_home(settings),
+        max_concurrent=settings.max_concurrent,
+        session_file=settings.session_file,
+        sessions=_sessions(settings),
+        unknown_session=settings.unknown_session,
+        session_timeout_s=settings.session_timeout_s,
+        require_user_reply=settings.require_user_reply,
+        max_run_time_s=settings.max_run_time_s,
+        niceness=settings.nice,
+        max_memory=settings.max_memory,
+        max_open_files=settings.max_open_files,
+        max_processes=settings.max_processes,
+        trust=settings.trust,
+    )
+
+
+def _dialect(settings: EngineSettings) -> Dialect:
+    if settings.preset is None:
+        return JSON_LINES
+    trusted = settings.trust == settings.preset
+    return replace(PRESETS[settings.preset].dialect, trusted=trusted)
+
+
+def _sessions(settings: EngineSettings) -> CliSessions | None:
+    if settings.preset is None:
+        return None
+    return sessions_of(settings.preset, _agent_environment(settings))
+
+
+def _agent_home(settings: EngineSettings) -> dict[str, str]:
+    if settings.preset is None or settings.agent_home is None:
+        return {}
+    return {PRESETS[settings.preset].home_variable: settings.agent_home}
+
+
+def _trust_keeper(host: Host, storage: Storage, owner: Owner) -> TrustKeeper:
+    return TrustKeeper(
+        host_id=host.host_id,
+        owner=owner,
+        store=ThroughLoop(storage, asyncio.get_running_loop()),
+        now=clock.utc_now,
+    )
+
+
+def _clear_trust(keeper: TrustKeeper) -> ClearTrust:
+    """A recovery has a connection of its own, and need not go through the loop."""
+    return lambda db, told, enough: replace(keeper, store=OwnConnection(db), told=told).clear(
+        enough
     )
 
 
@@ -538,6 +592,7 @@ def _workshop(
     storage: Storage,
     owner: Owner,
     *,
+    trust: TrustKeeper,
     heart: Heart,
     cgroups: CgroupParent | None,
 ) -> Workshop:
@@ -546,6 +601,7 @@ def _workshop(
         owner=owner,
         catalog=_catalog(settings),
         output=OutputFiles(data_dir, max_bytes=settings.max_output_bytes),
+        trust=trust,
         threads=ThreadPoolExecutor(settings.capacity * 4 + 4, thread_name_prefix="process"),
         environ=dict(os.environ),
         heart=heart,
@@ -618,6 +674,7 @@ def _recovery(
             grace_s=settings.orphan_grace_s,
             deadline_s=settings.orphan_deadline_s,
         ),
+        clear_trust=_clear_trust(shop.trust),
         session_checks=_session_checks(shop.catalog),
         workspace=shop.output.workspace,
         now=clock.utc_now,
@@ -638,6 +695,7 @@ def _closing(settings: Settings, shop: Workshop) -> Recovery:
         sweep=_sweep(
             shop, why="stop", grace_s=grace_s, deadline_s=grace_s + settings.orphan_deadline_s
         ),
+        clear_trust=_clear_trust(shop.trust),
         session_checks=_session_checks(shop.catalog),
         workspace=shop.output.workspace,
         now=clock.utc_now,
@@ -683,13 +741,9 @@ def _sweep(
 
 
 def _session_checks(catalog: Catalog) -> dict[str, SessionCheck]:
-    """Only engines that say where they keep a session can be checked."""
-    engines = [catalog.get(name) for name in catalog.names]
-
-    def check(engine: Engine) -> SessionCheck:
-        return lambda workspace, handle: check_session(engine, workspace, handle)
-
-    return {engine.name: check(engine) for engine in engines if engine.session_file is not None}
+    """Only engines of which it is known where they keep a session can be checked."""
+    checks = {name: catalog.get(name).session_check for name in catalog.names}
+    return {name: check for name, check in checks.items() if check is not None}
 
 
 # -- offline commands --------------------------------------------------------------------------
@@ -734,6 +788,7 @@ def check(settings: Settings) -> list[str]:
         for name, engine in settings.engines.items()
         if (reason := why_not_launchable(engine.command, env_allow=engine.env_allow)) is not None
     ]
+    problems += _trust_problems(settings)
     problems += _containment_problems(settings)
     path = sqlite_path(settings.database, settings.data_dir.absolute())
     if path is None:
@@ -743,6 +798,19 @@ def check(settings: Settings) -> list[str]:
     elif install_marker(path).exists():
         problems.append(f"{path}: is gone; restore a backup")
     return problems
+
+
+def _trust_problems(settings: Settings) -> list[str]:
+    return [
+        f"engine {name!r}: {reason}"
+        for name, engine in settings.engines.items()
+        if engine.trust is not None
+        and (reason := why_not_trusting(engine.trust, _agent_environment(engine))) is not None
+    ]
+
+
+def _agent_environment(engine: EngineSettings) -> dict[str, str]:
+    return agent_environment(engine.env_allow, os.environ, _agent_home(engine))
 
 
 def _containment_problems(settings: Settings) -> list[str]:

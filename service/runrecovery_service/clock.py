@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from datetime import UTC, datetime, timedelta
 from functools import cache
@@ -30,6 +31,15 @@ def due_in(seconds: float) -> Due:
     span = timedelta(seconds=seconds)
     steady = steady_now()
     return Due(at=utc_now() + span, clock=steady.clock, us=steady.us + span // _MICROSECOND)
+
+
+async def set_within(seconds: float, event: asyncio.Event) -> bool:
+    """Wait for an event, not for longer than that; return whether it came."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await event.wait()
+    except TimeoutError:
+        return False
 
 
 _MICROSECOND: Final = timedelta(microseconds=1)

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias, TypeVar, get_type_hints
 
 from runrecovery_service.domain.run import Profile
+from runrecovery_service.domain.session_check import UnknownSession
+from runrecovery_service.engines.presets import PRESETS, Preset
 
 if TYPE_CHECKING:
     from cattrs import Converter
@@ -262,11 +264,61 @@ def _session_file(value: object) -> str:
     return _text(value)
 
 
+def _absolute(value: object) -> str:
+    if not _filled(value).startswith("/"):
+        raise _Wrong(f"must be an absolute path, not {_shown(value)}")
+    return _filled(value)
+
+
+def _trust(value: object) -> str | None:
+    if value == "none":
+        return None
+    if not isinstance(value, str) or value not in set(Preset):
+        words = ", ".join(f'"{preset}"' for preset in Preset)
+        raise _Wrong(f'must be {words} or "none", not {_shown(value)}')
+    return value
+
+
 def _engine(table: object) -> EngineSettings:
     if not isinstance(table, dict):
         raise _Wrong(f"must be a table, not {_shown(table)}")
-    engine: EngineSettings = _converter().structure(table, EngineSettings)
-    return engine
+    settings: EngineSettings = _converter().structure(
+        _preset_values(table.get("preset")) | table, EngineSettings
+    )
+    if problems := list(_preset_contradictions(settings, table)):
+        raise ExceptionGroup("preset", problems)
+    return settings
+
+
+def _preset_values(word: object) -> dict[str, object]:
+    """Return what a preset says where the table does not."""
+    if word is None:
+        return {}
+    if not isinstance(word, str) or word not in set(Preset):
+        # That is told by itself; what a preset would have said is then not missing.
+        return {"command": ["?"], "profile": Profile.RESUMABLE.value.lower()}
+    facts = PRESETS[Preset(word)]
+    return {
+        "command": [facts.program],
+        "profile": Profile.RESUMABLE.value.lower(),
+        "env_allow": [*DEFAULT_ENV_ALLOW, *facts.variables],
+        "trust": word,
+    }
+
+
+def _preset_contradictions(
+    settings: EngineSettings, table: Mapping[str, object]
+) -> Iterator[_Wrong]:
+    if settings.preset is None:
+        if settings.agent_home is not None:
+            yield _Wrong("is for engines with a preset", below="agent_home")
+        return
+    if settings.profile is not Profile.RESUMABLE:
+        yield _Wrong('must be "resumable" with a preset', below="profile")
+    if settings.trust not in {settings.preset, None}:
+        yield _Wrong(f'must be "{settings.preset}" or "none" with this preset', below="trust")
+    if "session_file" in table:
+        yield _Wrong("must not be set with a preset, which knows it", below="session_file")
 
 
 def _engines(value: object) -> Mapping[str, EngineSettings]:
@@ -292,12 +344,22 @@ class EngineSettings:
     """One `[engines.NAME]` table.
 
     Attributes:
-        command: the words of the command, the program first; no shell reads them.
+        preset: an agent CLI, `"codex"`, `"gemini"` or `"claude"`, that is spoken with in its own
+            way. Without one the engine speaks the JSON-lines protocol. It gives command, profile,
+            env_allow and trust their defaults.
+        command: the words of the command, the program first; no shell reads them. With a preset
+            its own arguments come behind them.
         profile: how its runs wait for their user: `"resumable"` or `"sticky_process"`.
+        agent_home: the folder that the CLI of a preset keeps its configuration and its sessions
+            in; without it the CLI's own variable or default holds.
+        trust: the CLI that is let trust the workspace of each run while the run is alive:
+            `"codex"`, `"gemini"`, `"claude"`, or `"none"`.
         env_allow: names of the service's environment variables that its processes get.
         max_concurrent: its processes at one time; without it only the service's own limit holds.
         session_file: where it keeps a conversation, with `{workspace}` and `{value}` (the session
             handle) filled in, so that a restart can see whether it is still there.
+        unknown_session: what a restart does with a run whose session it cannot judge: `"keep"` it
+            waiting, or `"fail"` it as one whose session is lost.
         session_timeout_s: how long a question waits: that of a sticky process, which is then
             ended, and any one without `require_user_reply`.
         require_user_reply: false: a question that waited so long is decided automatically, and
@@ -312,9 +374,13 @@ class EngineSettings:
 
     command: Annotated[tuple[str, ...], _command]
     profile: Annotated[Profile, _one_of(Profile)]
+    preset: Annotated[Preset | None, _one_of(Preset)] = None
+    agent_home: Annotated[str | None, _absolute] = None
+    trust: Annotated[str | None, _trust] = None
     env_allow: Annotated[tuple[str, ...], _variables] = DEFAULT_ENV_ALLOW
     max_concurrent: Annotated[int | None, _whole(1, 10_000)] = None
     session_file: Annotated[str | None, _session_file] = None
+    unknown_session: Annotated[UnknownSession, _one_of(UnknownSession)] = UnknownSession.KEEP
     session_timeout_s: Annotated[float, _seconds(0.1, 365 * _DAY_S)] = 1_200.0
     require_user_reply: Annotated[bool, _boolean] = True
     max_run_time_s: Annotated[float | None, _seconds(0.1, 365 * _DAY_S)] = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -20,6 +20,7 @@ from runrecovery_service.execution.deadlines import Deadlines
 from runrecovery_service.execution.dispatcher import Dispatcher
 from runrecovery_service.execution.output import OutputFiles
 from runrecovery_service.execution.patrol import Patrol
+from runrecovery_service.execution.trusting import ThroughLoop, TrustKeeper
 from runrecovery_service.execution.workshop import Heart, Workshop
 from runrecovery_service.process.evidence import Host
 from runrecovery_service.process.launch import boot_time_ns, watermark_bits
@@ -172,7 +173,7 @@ class Floor:
             run_id=run_id,
             engine=engine,
             labels={},
-            profile=ENGINES[engine][0],
+            profile=self.shop.catalog.get(engine).profile,
             restart_policy=policy,
             max_attempts=3,
             input=given or {},
@@ -247,7 +248,12 @@ NewFloor = Callable[..., Awaitable[Floor]]
 
 @asynccontextmanager
 async def opened(
-    path: Path, *, trees_live_s: float = FAR_S, session_timeout_s: float = FAR_S
+    path: Path,
+    *,
+    trees_live_s: float = FAR_S,
+    session_timeout_s: float = FAR_S,
+    more: Sequence[Engine] = (),
+    look_s: float = FAR_S,
 ) -> AsyncIterator[Floor]:
     """Open a store below `path` and a dispatcher that works on it."""
     db = open_database("", path)
@@ -267,18 +273,29 @@ async def opened(
             storage=storage,
             owner=owner,
             catalog=Catalog(
-                Engine(
-                    name=name,
-                    command=command,
-                    profile=profile,
-                    env_allow=("PATH",),
-                    max_concurrent=None,
-                    session_file=None,
-                    session_timeout_s=session_timeout_s,
-                )
-                for name, (profile, command) in ENGINES.items()
+                [
+                    *(
+                        Engine(
+                            name=name,
+                            command=command,
+                            profile=profile,
+                            env_allow=("PATH",),
+                            max_concurrent=None,
+                            session_file=None,
+                            session_timeout_s=session_timeout_s,
+                        )
+                        for name, (profile, command) in ENGINES.items()
+                    ),
+                    *more,
+                ]
             ),
             output=OutputFiles(path, max_bytes=1 << 20),
+            trust=TrustKeeper(
+                host_id=here.host_id,
+                owner=owner,
+                store=ThroughLoop(storage, asyncio.get_running_loop()),
+                now=clock.utc_now,
+            ),
             threads=threads,
             environ=dict(os.environ),
             heart=Heart(in_ns(trees_live_s)),
@@ -288,6 +305,7 @@ async def opened(
             now=clock.utc_now,
             steady_now=clock.steady_now,
             due_in=clock.due_in,
+            look_s=look_s,
         )
         fenced: list[bool] = []
         dispatcher = Dispatcher(
@@ -331,9 +349,9 @@ async def opened(
 
 @pytest_asyncio.fixture
 async def new_floor(tmp_path: Path) -> AsyncIterator[NewFloor]:
-    """Makes a floor with its own times, and clears it away."""
+    """Makes a floor with its own times and engines, and clears it away."""
     async with AsyncExitStack() as stack:
-        yield lambda **times: stack.enter_async_context(opened(tmp_path, **times))
+        yield lambda **named: stack.enter_async_context(opened(tmp_path, **named))
 
 
 @pytest_asyncio.fixture

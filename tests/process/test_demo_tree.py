@@ -7,7 +7,7 @@ from pathlib import Path
 
 from process.trees import Start
 from runrecovery_service.engines import demo_agent, jsonl
-from runrecovery_service.engines.jsonl import ProgressMessage, Task
+from runrecovery_service.engines.dialect import ProgressMessage, Task
 from runrecovery_service.process import procfs
 from runrecovery_service.process.sweep import end_trees
 

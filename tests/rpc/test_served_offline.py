@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.service import Home
+from support.service import EngineSpec, Home
 
 NewHome = Callable[..., Home]
 
@@ -74,12 +74,49 @@ def test_check_says_that_a_database_is_gone(stopped: Home) -> None:
     assert "is gone" in said
 
 
+def test_check_says_where_a_cli_could_write_nothing(new_home: NewHome) -> None:
+    more = {"preset": "claude", "agent_home": "/proc/1/agents"}
+    home = new_home(engines={"claude": EngineSpec(command=(sys.executable,), more=more)})
+
+    code, said = run(home, "check")
+
+    assert code == 1
+    assert "/proc/1 cannot be written to" in " ".join(said.split())
+
+
+def test_check_names_an_engine_whose_cli_has_no_known_home(stopped: Home) -> None:
+    engine = stopped.engines["resumable"]
+    homeless = {**engine.more, "trust": "claude", "env_allow": ["PATH"]}
+    stopped.engines["homeless"] = EngineSpec(command=engine.command, more=homeless)
+    stopped.write_config()
+
+    code, said = run(stopped, "check")
+
+    assert code == 1
+    assert "engine 'homeless': HOME is not an absolute path" in said
+
+
 def test_check_leaves_no_file_behind(stopped: Home) -> None:
     before = sorted(stopped.database.parent.iterdir())
 
     run(stopped, "check")
 
     assert sorted(stopped.database.parent.iterdir()) == before
+
+
+def test_check_says_which_file_of_a_cli_cannot_be_edited(new_home: NewHome, tmp_path: Path) -> None:
+    more = {"preset": "codex", "agent_home": str(tmp_path)}
+    home = new_home(engines={"codex": EngineSpec(command=(sys.executable,), more=more)})
+    none = run(home, "check")
+    (tmp_path / "config.toml").write_text("[projects\n")
+
+    code, said = run(home, "check")
+
+    assert none[0] == 0
+    assert code == 1
+    assert "engine 'codex'" in said
+    assert "config.toml" in said
+    assert (tmp_path / "config.toml").read_text() == "[projects\n"
 
 
 def test_migrate_makes_no_database_where_there_is_none(stopped: Home) -> None:

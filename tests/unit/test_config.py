@@ -21,8 +21,11 @@ from runrecovery_service.config import (
     Settings,
 )
 from runrecovery_service.domain.run import Profile
+from runrecovery_service.engines.presets import PRESETS, Preset
+from runrecovery_service.trust.homes import Cli
 
 CANARY = "canary-9f1c"
+PRESET = '[engines.x]\npreset = "claude"\n'
 ENGINE = '[engines.reviewer]\ncommand = ["agent", "--jsonl"]\nprofile = "resumable"\n'
 
 Load = Callable[..., Settings]
@@ -109,7 +112,7 @@ def test_an_engine_is_read_with_all_its_keys(load: Load) -> None:
     more = (
         'env_allow = ["API_KEY"]\nmax_concurrent = 4\nsession_file = "{workspace}/{value}.json"\n'
         'session_timeout_s = 90\nnice = 5\nmax_memory = "512M"\nmax_open_files = 64\n'
-        "max_processes = 200"
+        'max_processes = 200\ntrust = "codex"'
     )
 
     loaded = load(ENGINE + more)
@@ -126,8 +129,48 @@ def test_an_engine_is_read_with_all_its_keys(load: Load) -> None:
             max_memory=512 * 1024**2,
             max_open_files=64,
             max_processes=200,
+            trust="codex",
         )
     } == loaded.engines
+
+
+def test_of_an_unknown_preset_nothing_else_is_missing(load: Load) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load('[engines.x]\npreset = "cursor"\n')
+
+    (problem,) = caught.value.problems
+    assert 'must be "codex", "gemini" or "claude"' in problem
+
+
+@pytest.mark.parametrize("preset", Preset)
+def test_a_preset_says_what_an_engine_does_not(load: Load, preset: Preset) -> None:
+    facts = PRESETS[preset]
+
+    engine = load(f'[engines.x]\npreset = "{preset}"\n').engines["x"]
+
+    assert engine == EngineSettings(
+        preset=preset,
+        command=(facts.program,),
+        profile=Profile.RESUMABLE,
+        env_allow=(*config.DEFAULT_ENV_ALLOW, *facts.variables),
+        trust=preset.value,
+    )
+    assert facts.home_variable in engine.env_allow
+
+
+def test_the_presets_are_the_clis_whose_files_can_be_edited() -> None:
+    assert [preset.value for preset in Preset] == [cli.value for cli in Cli]
+
+
+def test_an_engine_with_a_preset_has_the_last_word(load: Load) -> None:
+    more = 'command = ["claude", "--model", "m"]\nenv_allow = ["PATH"]\ntrust = "none"\n'
+
+    engine = load(PRESET + more + 'agent_home = "/srv/claude"').engines["x"]
+
+    assert engine.command == ("claude", "--model", "m")
+    assert engine.env_allow == ("PATH",)
+    assert engine.trust is None
+    assert engine.agent_home == "/srv/claude"
 
 
 def test_an_engine_gets_a_usable_environment_unless_told_otherwise(load: Load) -> None:
@@ -211,6 +254,24 @@ def test_a_lease_may_last_from_seconds_to_an_hour(load: Load, text: str) -> None
         ("engines.x.env_allow = 'A'", "engines.x.env_allow", "must be a list of strings"),
         ("engines.x.max_concurrent = 0", "engines.x.max_concurrent", "from 1 to 10000"),
         ("engines.x.session_file = 'a'", "engines.x.session_file", "must contain {value}"),
+        (
+            "engines.x.trust = true",
+            "engines.x.trust",
+            'must be "codex", "gemini", "claude" or "none"',
+        ),
+        (
+            "engines.x.preset = 'cursor'",
+            "engines.x.preset",
+            'must be "codex", "gemini" or "claude"',
+        ),
+        ("engines.x.preset = 7", "engines.x.preset", 'must be "codex", "gemini" or "claude"'),
+        (PRESET + "agent_home = 'relative'", "engines.x.agent_home", "must be an absolute path"),
+        (ENGINE + "agent_home = '/a'", "engines.reviewer.agent_home", "engines with a preset"),
+        (PRESET + "profile = 'sticky_process'", "engines.x.profile", 'must be "resumable"'),
+        (PRESET + "session_file = '{value}'", "engines.x.session_file", "must not be set"),
+        (PRESET + "trust = 'codex'", "engines.x.trust", 'must be "claude" or "none"'),
+        (PRESET + "command = []", "engines.x.command", "must name a program"),
+        ("engines.x.unknown_session = 'ask'", "engines.x.unknown_session", '"keep" or "fail"'),
         (ENGINE.replace("reviewer", "Bad"), "engines.Bad", "must be 1 to 63 of a-z"),
         ("insecure_listen = 'yes'", "insecure_listen", 'must be true or false, not "yes"'),
         ("insecure_listen = 1", "insecure_listen", "must be true or false, not 1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from runrecovery_service.domain.errors import UnknownEngine
 from runrecovery_service.domain.run import Profile
-from runrecovery_service.engines.catalog import Catalog, Engine, check_session
+from runrecovery_service.domain.session_check import (
+    Finding,
+    Reason,
+    SessionMark,
+    SessionVerdict,
+    StoredHandle,
+    UnknownSession,
+)
+from runrecovery_service.engines.catalog import Catalog, Engine, look_at_sessions
+from runrecovery_service.engines.sessions import sessions_of
 
 
 def engine(
@@ -24,6 +34,11 @@ def engine(
         max_concurrent=None,
         session_file=session_file,
     )
+
+
+def check(engine: Engine, workspace: Path, handle: str) -> Finding:
+    (finding,) = look_at_sessions(engine, [StoredHandle(handle=handle, workspace=workspace)])
+    return finding
 
 
 def test_finds_an_engine_by_name() -> None:
@@ -61,7 +76,7 @@ def test_a_handle_that_could_lead_elsewhere_has_no_file(tmp_path: Path, value: s
     bare = engine(session_file="{workspace}/{value}")
 
     assert bare.session_path(tmp_path, value) is None
-    assert not check_session(bare, tmp_path, value)
+    assert check(bare, tmp_path, value).reason is Reason.UNUSABLE
 
 
 @given(st.text(max_size=20))
@@ -74,35 +89,81 @@ def test_no_handle_leads_out_of_its_folder(value: str) -> None:
 def test_a_session_is_valid_while_its_file_holds_something(tmp_path: Path) -> None:
     (tmp_path / "session-x.json").write_text("{}")
 
-    assert check_session(engine(), tmp_path, "x")
+    assert check(engine(), tmp_path, "x") == Finding(SessionVerdict.VALID, Reason.PRESENT)
 
 
 def test_a_session_without_its_file_is_invalid(tmp_path: Path) -> None:
-    assert not check_session(engine(), tmp_path, "x")
+    assert check(engine(), tmp_path, "x") == Finding(SessionVerdict.INVALID, Reason.MISSING)
 
 
 def test_an_empty_file_is_no_session(tmp_path: Path) -> None:
     (tmp_path / "session-x.json").touch()
 
-    assert not check_session(engine(), tmp_path, "x")
+    assert check(engine(), tmp_path, "x") == Finding(SessionVerdict.INVALID, Reason.EMPTY)
 
 
 def test_a_directory_is_no_session(tmp_path: Path) -> None:
     (tmp_path / "session-x.json").mkdir()
 
-    assert not check_session(engine(), tmp_path, "x")
+    assert check(engine(), tmp_path, "x") == Finding(SessionVerdict.INVALID, Reason.NOT_A_FILE)
 
 
 def test_a_pipe_is_no_session(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "session-x.json")
 
-    assert not check_session(engine(), tmp_path, "x")
+    assert check(engine(), tmp_path, "x") == Finding(SessionVerdict.INVALID, Reason.NOT_A_FILE)
 
 
 def test_a_name_too_long_for_the_disk_is_no_session(tmp_path: Path) -> None:
-    assert not check_session(engine(), tmp_path, "x" * 512)
+    assert check(engine(), tmp_path, "x" * 512) == Finding(SessionVerdict.INVALID, Reason.UNUSABLE)
 
 
-def test_an_engine_without_a_session_file_is_taken_at_its_word(tmp_path: Path) -> None:
-    assert check_session(engine(session_file=None), tmp_path, "../anything")
-    assert not check_session(engine(session_file=None), tmp_path, "")
+def test_an_engine_that_does_not_say_where_it_keeps_sessions_has_no_check(tmp_path: Path) -> None:
+    silent = engine(session_file=None)
+
+    assert silent.session_store is None
+    assert silent.session_check is None
+    stored = StoredHandle(handle="x", workspace=tmp_path)
+    assert list(look_at_sessions(silent, [stored])) == []
+
+
+@pytest.mark.parametrize(
+    ("unknown", "verdict"),
+    [
+        (UnknownSession.KEEP, SessionVerdict.UNKNOWN),
+        (UnknownSession.FAIL, SessionVerdict.UNKNOWN_REFUSED),
+    ],
+)
+def test_what_the_system_does_not_let_us_look_at_is_for_the_operator_to_decide(
+    tmp_path: Path, unknown: UnknownSession, verdict: SessionVerdict
+) -> None:
+    loop = tmp_path / "session-x.json"
+    loop.symlink_to(loop)
+
+    finding = check(replace(engine(), unknown_session=unknown), tmp_path, "x")
+
+    assert finding == Finding(verdict, Reason.NOT_ANSWERED)
+    assert finding.holds is (unknown is UnknownSession.KEEP)
+
+
+@pytest.mark.parametrize("unknown", UnknownSession)
+def test_a_session_of_a_preset_that_was_never_seen_is_not_known_to_be_lost(
+    tmp_path: Path, unknown: UnknownSession
+) -> None:
+    (tmp_path / "home" / "sessions").mkdir(parents=True)
+    sessions = sessions_of("codex", {"CODEX_HOME": str(tmp_path / "home")})
+    codex = replace(engine(), sessions=sessions, unknown_session=unknown)
+    bare = StoredHandle(handle="01a2224c-844d-7cb3-9d3f-de37c32f5481", workspace=tmp_path)
+    marked = replace(bare, mark=SessionMark(1, 2))
+    kept = unknown is UnknownSession.KEEP
+    by_policy = SessionVerdict.UNKNOWN if kept else SessionVerdict.UNKNOWN_REFUSED
+    missing = Finding(SessionVerdict.INVALID, Reason.MISSING)
+
+    assert list(look_at_sessions(codex, [bare, marked])) == [
+        Finding(by_policy, Reason.MISSING), missing
+    ]  # fmt: skip
+    assert list(look_at_sessions(codex, [bare, marked], seen_before=False)) == [missing] * 2
+
+
+def test_a_file_that_an_engine_names_needs_no_mark(tmp_path: Path) -> None:
+    assert check(engine(), tmp_path, "gone") == Finding(SessionVerdict.INVALID, Reason.MISSING)

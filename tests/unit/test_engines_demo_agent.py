@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from runrecovery_service.domain.run import JsonObject, Session
 from runrecovery_service.engines import demo_agent, jsonl
-from runrecovery_service.engines.jsonl import (
+from runrecovery_service.engines.dialect import (
     AskMessage,
     Message,
     ProgressMessage,

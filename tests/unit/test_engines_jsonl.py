@@ -11,16 +11,18 @@ from hypothesis import strategies as st
 from runrecovery.v1 import run_service_pb2
 from runrecovery_service.domain.run import InteractionKind, JsonValue, Option, Question, Session
 from runrecovery_service.engines import jsonl
-from runrecovery_service.engines.jsonl import (
+from runrecovery_service.engines.dialect import (
     AskMessage,
+    Message,
     ProgressMessage,
     ProtocolError,
     ResultMessage,
     SessionMessage,
     Task,
     UnknownMessage,
-    parse,
 )
+from runrecovery_service.engines.jsonl import parse
+from runrecovery_service.engines.strict_json import MAX_DEPTH
 from support.questions import answered
 
 TASK = Task(run_id="r-1", attempt=2, input={"topic": "ß"}, workspace="/w")
@@ -104,7 +106,7 @@ def test_every_message_is_one_line_of_ascii(response: JsonValue) -> None:
         ('{"type":"progress","message":"é"}'.encode(), ProgressMessage(message="é")),
     ],
 )
-def test_reads(printed: bytes, expected: jsonl.Message) -> None:
+def test_reads(printed: bytes, expected: Message) -> None:
     assert parse(printed) == expected
 
 
@@ -194,7 +196,7 @@ def nested(depth: int) -> JsonValue:
         b'{"type":"progress","message":"x"}{"type":"progress","message":"x"}',
         b'{"type":"progress","message":"a\nb"}',
         line(type="progress", message="x" * (1 << 20)),
-        line(type="result", output=nested(jsonl.MAX_DEPTH)),
+        line(type="result", output=nested(MAX_DEPTH)),
         b'{"type":"result","output":{"a":' + b"[" * 100_000,
         b'{"type":"result","output":{"a":' + b"[" * 500 + b"]" * 500 + b"}}",
     ],
@@ -217,7 +219,7 @@ def test_a_line_of_exactly_the_limit_is_read() -> None:
 
 
 def test_callers_can_read_the_deepest_output_that_is_accepted() -> None:
-    message = parse(line(type="result", output=nested(jsonl.MAX_DEPTH - 1)))
+    message = parse(line(type="result", output=nested(MAX_DEPTH - 1)))
     assert isinstance(message, ResultMessage)
     answer = run_service_pb2.ListRunsResponse()
     json_format.ParseDict(message.output, answer.runs.add().output, max_recursion_depth=200)

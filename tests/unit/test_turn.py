@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from runrecovery_service.domain.deadline import DueKind
-from runrecovery_service.domain.run import ErrorCode, InteractionKind, Question
+from runrecovery_service.domain.run import ErrorCode, InteractionKind, Question, RunError
 from runrecovery_service.domain.turn import (
     Asked,
     Failed,
@@ -33,6 +33,7 @@ SEEN = st.builds(
     interrupted=st.none() | st.just("stood still"),
     unsupervised=st.booleans(),
     timed_out=st.sampled_from([None, DueKind.WAIT, DueKind.RUN]),
+    failure=st.none() | st.just(RunError(code=ErrorCode.ENGINE_FAILED, message="!")),
 )
 
 
@@ -101,6 +102,23 @@ def test_a_run_that_took_too_long_fails_unless_its_result_was_there(
     end = judge(replace(WELL, said=said, exit_code=None, timed_out=DueKind.RUN))
 
     assert kind_of(end) == kind
+
+
+BROKE = RunError(code=ErrorCode.SESSION_RESUME_FAILED, message="The agent failed: gone.")
+
+
+@pytest.mark.parametrize("exit_code", [0, 1, None])
+@pytest.mark.parametrize("said", [ASKED, SUCCEEDED, None])
+def test_what_an_engine_says_of_its_failure_goes_before_what_it_said(
+    said: Asked | Succeeded | None, exit_code: int | None
+) -> None:
+    assert judge(replace(WELL, said=said, exit_code=exit_code, failure=BROKE)) == Failed(BROKE)
+
+
+def test_a_failed_turn_that_took_too_long_has_no_result() -> None:
+    end = judge(replace(WELL, failure=BROKE, timed_out=DueKind.RUN))
+
+    assert code_of(end) == ErrorCode.RUN_TIMEOUT
 
 
 @pytest.mark.parametrize("in_wait", [False, True])

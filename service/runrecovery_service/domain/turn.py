@@ -51,6 +51,7 @@ class Observed:
     Attributes:
         said: the question or the result that it printed last, None if neither.
         broken: how it broke the protocol, None if it did not.
+        failure: what it failed with, where its engine can say; it goes before what it said.
         exit_code: None when it was still alive and had to be ended; negative for a signal.
         interrupted: why its shim ended it, None if the shim did not.
         unsupervised: its shim was gone, or stopped, before it ended.
@@ -67,6 +68,7 @@ class Observed:
     interrupted: str | None = None
     unsupervised: bool = False
     timed_out: DueKind | None = None
+    failure: RunError | None = None
 
 
 def judge(seen: Observed) -> TurnEnd:
@@ -93,6 +95,8 @@ def judge(seen: Observed) -> TurnEnd:
             ErrorCode.SUPERVISION_LOST,
             "The shim that watched over the process was killed or stopped; the process was ended.",
         )
+    if seen.failure is not None:
+        return Failed(seen.failure)
     if seen.exit_code not in {None, 0}:
         return _failed(ErrorCode.ENGINE_FAILED, _how_it_ended(seen))
     if seen.said is not None:
@@ -110,7 +114,8 @@ def _out_of_time(seen: Observed) -> TurnEnd:
         return _failed(
             ErrorCode.INTERACTION_WAIT_TIMEOUT, "Nobody answered before the wait's deadline."
         )
-    if isinstance(seen.said, Succeeded) and seen.exit_code in {None, 0}:
+    well = seen.exit_code in {None, 0} and seen.failure is None
+    if isinstance(seen.said, Succeeded) and well:
         return seen.said
     return _failed(ErrorCode.RUN_TIMEOUT, RUN_TIMEOUT)
 

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from runrecovery_service.domain.errors import UnknownEngine
 from runrecovery_service.domain.run import Profile
+from runrecovery_service.domain.session_check import (
+    Finding,
+    SessionCheck,
+    StoredHandle,
+    UnknownSession,
+    as_far_as_seen,
+    with_policy,
+)
+from runrecovery_service.engines.dialect import Dialect
+from runrecovery_service.engines.jsonl import JSON_LINES
+from runrecovery_service.engines.sessions.files import CliSessions, NamedFiles, SessionStore
 
 _FILE_SAFE: Final = re.compile(r"[A-Za-z0-9._-]{1,512}")
 _PLACEHOLDER: Final = re.compile(r"\{(workspace|value)\}")
@@ -22,16 +34,22 @@ class Engine:
     Attributes:
         command: the words of its command; the first is looked up in the engine's own PATH.
         profile: how its runs wait, unless CreateRun says otherwise.
+        dialect: how its processes are spoken with.
         env_allow: names of the service's environment variables that it gets.
+        env: variables that it gets beside those; they win.
         max_concurrent: its processes at one time; None: only the service's own limit holds.
         session_file: where it keeps a conversation, with `{workspace}` and `{value}` (the session
-            handle) filled in; None: its handles cannot be checked.
+            handle) filled in; None: it does not say.
+        sessions: where a CLI that this version knows keeps its conversations; it goes before
+            `session_file`.
+        unknown_session: what a restart does with a run whose session cannot be judged.
         session_timeout_s: how long a question waits: always that of a sticky process, and any
             that does not require its user's reply.
         require_user_reply: False: a question that waited so long is decided automatically.
         max_run_time_s: what a run may take from its first launch; None: any time.
         niceness, max_memory, max_open_files, max_processes: what its processes may use
             (`process.launch.Bounds`); None: no limit of ours.
+        trust: the CLI (`trust.homes.Cli`) that is to trust the workspaces of its runs; None: none.
     """
 
     name: str
@@ -40,6 +58,10 @@ class Engine:
     env_allow: tuple[str, ...]
     max_concurrent: int | None
     session_file: str | None
+    dialect: Dialect = JSON_LINES
+    env: Mapping[str, str] = field(default_factory=dict)
+    sessions: CliSessions | None = None
+    unknown_session: UnknownSession = UnknownSession.KEEP
     session_timeout_s: float = 1_200.0
     require_user_reply: bool = True
     max_run_time_s: float | None = None
@@ -47,6 +69,7 @@ class Engine:
     max_memory: int | None = None
     max_open_files: int | None = None
     max_processes: int | None = None
+    trust: str | None = None
 
     def session_path(self, workspace: Path, value: str) -> Path | None:
         """Return the file of the conversation `value`.
@@ -60,22 +83,38 @@ class Engine:
         # One pass: a workspace whose own path holds a placeholder is not filled in again.
         return Path(_PLACEHOLDER.sub(lambda found: words[found[1]], self.session_file))
 
+    @property
+    def session_store(self) -> SessionStore | None:
+        """Where its sessions can be looked for; None: it is taken at its word."""
+        if self.sessions is not None or self.session_file is None:
+            return self.sessions
+        return NamedFiles(lambda stored: self.session_path(stored.workspace, stored.handle))
 
-def check_session(engine: Engine, workspace: Path, handle: str) -> bool:
-    """Return whether a session can be resumed, as far as that can be told without the engine.
+    @property
+    def session_check(self) -> SessionCheck | None:
+        """What looks at its sessions; None: it is taken at its word."""
+        if self.session_store is None:
+            return None
+        return SessionCheck(partial(look_at_sessions, self), self.unknown_session)
 
-    Its file must exist, be a regular file (or lead to one) and hold something. An engine without
-    `session_file` is taken at its word.
+
+def look_at_sessions(
+    engine: Engine, handles: Sequence[StoredHandle], *, seen_before: bool = True
+) -> Iterator[Finding]:
+    """Say of each session whether it can be resumed, as far as that can be told without the
+    engine; nothing of an engine without `session_store`.
+
+    Args:
+        seen_before: the handles are those that the engine named, which were marked if they could
+            be seen. False: somebody else names one, and is to show that it can be resumed.
     """
-    if not handle:
-        return False
-    if engine.session_file is None:
-        return True
-    path = engine.session_path(workspace, handle)
-    try:
-        return path is not None and path.is_file() and path.stat().st_size > 0
-    except OSError:  # too long a name, no permission, gone in between
-        return False
+    store = engine.session_store
+    if store is None:
+        return
+    for stored, found in zip(handles, store.look(handles), strict=True):
+        by_marks = seen_before and engine.sessions is not None
+        finding = as_far_as_seen(found, stored.mark) if by_marks else found
+        yield with_policy(finding, engine.unknown_session)
 
 
 class Catalog:
@@ -97,6 +136,11 @@ class Catalog:
             for name, engine in self._engines.items()
             if engine.max_concurrent is not None
         }
+
+    def session_type(self, name: str) -> str:
+        """Return the type of the handles of an engine, which may be configured no more."""
+        engine = self._engines.get(name)
+        return JSON_LINES.session_type if engine is None else engine.dialect.session_type
 
     def get(self, name: str) -> Engine:
         """Return the engine of that name.

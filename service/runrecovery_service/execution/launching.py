@@ -6,12 +6,17 @@ What it says and is told meanwhile is the matter of `session.py`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, TypeVar
 
+from runrecovery_service.domain.errors import Exhausted, Fenced, NotNow
 from runrecovery_service.engines.catalog import Engine
+from runrecovery_service.engines.dialect import Opening
+from runrecovery_service.execution.pipes import fill
+from runrecovery_service.execution.trusting import TrustRefused
 from runrecovery_service.execution.workshop import TurnLog, Workshop, evidence_of
 from runrecovery_service.process.evidence import COOKIE_VARIABLE, Identity, LeaseEvidence
 from runrecovery_service.process.launch import (
@@ -29,8 +34,9 @@ from runrecovery_service.process.launch import (
 )
 from runrecovery_service.process.procfs import read_proc
 from runrecovery_service.process.sweep import Ending, end_trees
-from runrecovery_service.storage import processes
+from runrecovery_service.storage import processes, runs
 from runrecovery_service.storage.turns import Turn
+from runrecovery_service.trust.errors import TrustFileBusy
 
 R = TypeVar("R")
 
@@ -46,21 +52,28 @@ class Unguarded(Exception):
     """The shim was killed while it started the agent, which may live."""
 
 
+class Withdrawn(Exception):
+    """Nobody wants the agent any more, and it waited for something; it never started."""
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class Launch:
     """One launch: `start` it, then `end_tree` and `release` it, whatever came of the start.
 
     Attributes:
         evidence: what proves that a process belongs to it, as far as it is known.
+        given: bytes of the agent's input that lay in its pipe when it started.
     """
 
     turn: Turn
     shop: Workshop
     log: TurnLog
     evidence: LeaseEvidence = field(init=False)
+    given: int = 0
     _process: ShimmedProcess | None = None
     _until_ns: int = 0
     _released: bool = False
+    _unwanted: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
         self.evidence = evidence_of(self.turn.lease)
@@ -88,20 +101,27 @@ class Launch:
 
     def withdraw(self) -> None:
         """Send a shim away that still stands at its gate; its agent never starts."""
+        self.stop_waiting()
         if self._process is not None and not self._released:
             self._process.close_gate()
 
-    async def start(self) -> ShimmedProcess:
-        """Launch the agent; each state of the lease is written before what it tells of can act.
+    def stop_waiting(self) -> None:
+        """Have a launch that waits for others raise `Withdrawn`; one that does not goes on."""
+        self._unwanted.set()
+
+    async def start(self, engine: Engine, opening: Opening) -> ShimmedProcess:
+        """Launch the agent with what it is to begin with. Each state of the lease is written
+        before what it tells of can act.
 
         Raises:
             LaunchFailed: the agent could not be started.
             StoodStill: its time was over before it was.
             Unguarded: its shim was killed.
+            Withdrawn: `stop_waiting` was called while it waited for others.
             Fenced: a newer epoch owns the run.
         """
         try:
-            return await self._start()
+            return await self._start(engine, opening)
         except ShimLost as error:
             if boot_time_ns() > self._until_ns:
                 raise StoodStill from error
@@ -110,13 +130,15 @@ class Launch:
                 raise Unguarded from error
             raise
 
-    async def _start(self) -> ShimmedProcess:
-        run, shop, lease = self.turn.run, self.shop, self.turn.lease
-        if run.engine not in shop.catalog.names:
-            raise LaunchFailed(f"no engine {run.engine!r} is configured any more")
-        engine = shop.catalog.get(run.engine)
+    async def _start(self, engine: Engine, opening: Opening) -> ShimmedProcess:
+        shop, lease = self.shop, self.turn.lease
+        env = self._environment(engine)
+        workspace = await self._to_its_end(self._make_workspace)
+        if engine.trust is not None:
+            await self._let_trust(engine.trust, workspace, env)
         await shop.heart.beating()
-        process = await self._to_its_end(lambda: self._prepare(engine))
+        command = (*engine.command, *opening.arguments)
+        process = await self._to_its_end(lambda: self._prepare(engine, command, workspace, env))
         await self.log.insist(
             lambda: shop.storage.write(
                 processes.gated,
@@ -129,6 +151,8 @@ class Launch:
         await self.log.insist(
             lambda: shop.storage.write(processes.running, lease.key, owner=shop.owner)
         )
+        # Before it can look: Gemini CLI takes an input that is not there at once for an empty one.
+        self.given = fill(process.stdin.fileno(), opening.input)
         await self._to_its_end(self._open_gate)
         agent = process.agent
         self.log.info(
@@ -143,12 +167,90 @@ class Launch:
         try:
             return await asyncio.shield(doing)
         except asyncio.CancelledError:
+            self.stop_waiting()
             await asyncio.wait([doing])
             raise
 
-    def _prepare(self, engine: Engine) -> ShimmedProcess:
+    def _environment(self, engine: Engine) -> dict[str, str]:
+        run = self.turn.run
+        extra = {
+            **engine.env,
+            COOKIE_VARIABLE: self.evidence.token,
+            "RUNRECOVERY_RUN_ID": run.run_id,
+            "RUNRECOVERY_ATTEMPT": str(run.attempt),
+        }
+        return agent_environment(engine.env_allow, self.shop.environ, extra)
+
+    def _make_workspace(self) -> Path:
+        run = self.turn.run
         try:
-            process = self._prepare_or_fail(engine)
+            return self.shop.output.prepare(run.key, run.attempt, fresh=run.turn == 1)
+        except OSError as error:
+            raise LaunchFailed(f"the workspace cannot be made: {error.strerror}") from error
+
+    async def _let_trust(self, cli: str, workspace: Path, env: Mapping[str, str]) -> None:
+        """Have the CLI trust the workspace, before anything of the agent can look. A file that
+        others are at is waited for: that is not the run's fault.
+
+        Raises:
+            LaunchFailed: it cannot.
+            Withdrawn: nobody wants it any more.
+        """
+        told = False
+        while (trouble := await self._try_to_let_trust(cli, workspace, env)) is not None:
+            if not isinstance(trouble, TrustFileBusy):
+                raise trouble
+            if not told:
+                self.log.warning("trust.lock_waited", reason=str(trouble))
+            told = True
+            await self.demand_wanted()
+
+    async def _try_to_let_trust(
+        self, cli: str, workspace: Path, env: Mapping[str, str]
+    ) -> LaunchFailed | Withdrawn | TrustFileBusy | None:
+        """Return what went wrong: whoever insists would try again what is raised."""
+
+        def try_it() -> LaunchFailed | Withdrawn | TrustFileBusy | None:
+            try:
+                self._pause(0)
+                self.shop.trust.add(self.turn.run, cli, workspace, env, pause=self._pause)
+            except (Fenced, NotNow, Exhausted):
+                raise
+            except (Withdrawn, TrustFileBusy) as error:
+                return error
+            except TrustRefused as error:
+                return LaunchFailed(str(error))
+            except Exception as error:  # a defect, which would be met again each time
+                self.log.warning("trust.not_added", error=type(error).__name__, exc_info=True)
+                return LaunchFailed(
+                    f"{cli} cannot be made to trust the workspace: {type(error).__name__}"
+                )
+            return None
+
+        return await self.log.insist(lambda: self._to_its_end(try_it))
+
+    async def demand_wanted(self) -> None:
+        """Demand that nobody has ended the run meanwhile. A cancel that came before this launch
+        was known to anybody is only on record.
+
+        Raises:
+            Withdrawn: somebody has.
+        """
+        self._pause(0)
+        key = self.turn.run.key
+        run = await self.log.insist(lambda: self.shop.storage.point(runs.get_by_key, key))
+        if run.cancel_requested:
+            raise Withdrawn
+
+    def _pause(self, seconds: float) -> None:
+        if self._unwanted.wait(seconds):
+            raise Withdrawn
+
+    def _prepare(
+        self, engine: Engine, command: Sequence[str], workspace: Path, env: Mapping[str, str]
+    ) -> ShimmedProcess:
+        try:
+            process = self._prepare_or_fail(engine, command, workspace, env)
         except (OSError, RuntimeError) as error:  # no descriptor, no thread, no memory left
             raise LaunchFailed(f"the system refused: {error}") from error
         self._process = process
@@ -157,25 +259,18 @@ class Launch:
             self.log.warning("execution.not_watermarked")
         return process
 
-    def _prepare_or_fail(self, engine: Engine) -> ShimmedProcess:
-        run, output = self.turn.run, self.shop.output
-        try:
-            workspace = output.prepare(run.key, run.attempt, fresh=run.turn == 1)
-        except OSError as error:
-            raise LaunchFailed(f"the workspace cannot be made: {error.strerror}") from error
-        extra = {
-            COOKIE_VARIABLE: self.evidence.token,
-            "RUNRECOVERY_RUN_ID": run.run_id,
-            "RUNRECOVERY_ATTEMPT": str(run.attempt),
-        }
+    def _prepare_or_fail(
+        self, engine: Engine, command: Sequence[str], workspace: Path, env: Mapping[str, str]
+    ) -> ShimmedProcess:
+        run = self.turn.run
         self._until_ns = self.shop.heart.deadline_ns
         return prepare(
-            engine.command,
+            command,
             evidence=self.evidence,
             cwd=workspace,
-            env=agent_environment(engine.env_allow, self.shop.environ, extra),
+            env=env,
             deadline_ns=self._until_ns,
-            book=output.shim_book(run.key, run.attempt, run.turn),
+            book=self.shop.output.shim_book(run.key, run.attempt, run.turn),
             bounds=Bounds(
                 niceness=engine.niceness,
                 max_memory=engine.max_memory,

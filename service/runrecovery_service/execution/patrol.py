@@ -13,6 +13,7 @@ from typing import Final
 
 import structlog
 
+from runrecovery_service.clock import set_within
 from runrecovery_service.execution.workshop import Workshop, evidence_of
 from runrecovery_service.process.sweep import Ending, end_trees
 from runrecovery_service.storage import processes
@@ -57,19 +58,12 @@ class Patrol:
             await self._task
 
     async def _work(self) -> None:
-        while not await self._stopped_within(PATROL_S):
+        while not await set_within(PATROL_S, self._stopping):
             try:
                 self.look_at_shims()
                 await self.round()
             except Exception as error:
                 log.warning("execution.patrol_failed", error=type(error).__name__, exc_info=True)
-
-    async def _stopped_within(self, seconds: float) -> bool:
-        try:
-            async with asyncio.timeout(seconds):
-                return await self._stopping.wait()
-        except TimeoutError:
-            return False
 
     async def round(self) -> None:
         """Look once after all that is over and not known to be gone for good."""

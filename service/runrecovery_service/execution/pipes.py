@@ -41,6 +41,15 @@ async def write_all(descriptor: int, data: bytes) -> None:
             await _until_ready(descriptor, loop.add_writer, loop.remove_writer)
 
 
+def fill(descriptor: int, data: bytes) -> int:
+    """Write what a pipe takes at once, and return how many bytes that were."""
+    os.set_blocking(descriptor, False)
+    try:
+        return os.write(descriptor, data) if data else 0
+    except (BlockingIOError, BrokenPipeError):
+        return 0
+
+
 async def until_read(descriptor: int) -> None:
     """Return once a reader has taken all that was written to a pipe; never, if none does."""
     pause_s = LOOK_FIRST_S

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import IO, Final, TypeAlias
@@ -22,6 +22,13 @@ from runrecovery_service.domain.run import (
     RunStatus,
     Session,
 )
+from runrecovery_service.domain.session_check import (
+    WORDS,
+    Finding,
+    Reason,
+    SessionMark,
+    StoredHandle,
+)
 from runrecovery_service.domain.turn import (
     Asked,
     Failed,
@@ -31,17 +38,23 @@ from runrecovery_service.domain.turn import (
     TurnEnd,
     judge,
 )
-from runrecovery_service.engines import jsonl
-from runrecovery_service.engines.jsonl import (
+from runrecovery_service.engines.catalog import Engine
+from runrecovery_service.engines.dialect import (
     AskMessage,
+    HandleUnusable,
+    Listener,
     Message,
+    Opening,
     ProgressMessage,
     ProtocolError,
     ResultMessage,
+    Resumed,
     SessionMessage,
+    Task,
     UnknownMessage,
 )
-from runrecovery_service.execution.launching import Launch, StoodStill, Unguarded
+from runrecovery_service.execution.launching import Launch, StoodStill, Unguarded, Withdrawn
+from runrecovery_service.execution.looking import finding_of, seen_of
 from runrecovery_service.execution.output import OutputChannel
 from runrecovery_service.execution.pipes import read, until_read, write_all
 from runrecovery_service.execution.workshop import TurnLog, Workshop
@@ -68,13 +81,15 @@ LONG_LINE_BYTES: Final = 16384
 """Longer lines are parsed in a thread: one of 1 MiB takes the loop a second and more."""
 IGNORED_TYPES: Final = 100
 """Unknown message types of one turn that are told apart in the log."""
-SESSION_SHOWN: Final = b'{"type":"session","value":"[secret]"}'
-"""What stands in the kept output for the line that names a session."""
 STDERR_TAIL_BYTES: Final = 2000
 LAST_OUTPUT_S: Final = 1.0
 """How long a process that has exited may leave its output open (a child may hold it)."""
 UNGUARDED_LOOKS: Final = 2
 """Looks, 2 s apart, at which a shim must be found stopped or gone: one may be at its very end."""
+HANDLE_UNUSABLE: Final = "The session's handle holds characters that may not go into a command."
+NOT_ENDED: Final = "not_ended"
+HOME_LOOK_S: Final = 1.0
+"""Between two looks for the home of a CLI that is not there."""
 STOOD_STILL: Final = (
     "The service stood still for longer than its lease, so that the run's processes were ended."
 )
@@ -114,6 +129,7 @@ class RunSession:
     shop: Workshop
     launch: Launch = field(init=False)
     _log: TurnLog = field(init=False)
+    _listener: Listener = field(init=False)
     _news: asyncio.Queue[_News] = field(default_factory=asyncio.Queue)
     _replied: asyncio.Event = field(default_factory=asyncio.Event)
     _said: Asked | Succeeded | None = None
@@ -140,10 +156,12 @@ class RunSession:
     def cancel(self) -> None:
         """End the process; a cancel has been accepted."""
         self._news.put_nowait(_Signal.CANCELED)
+        self.launch.stop_waiting()
 
     def time_out(self, kind: DueKind) -> None:
         """End the process; one of the run's deadlines has passed."""
         self._news.put_nowait(_TimedOut(kind))
+        self.launch.stop_waiting()
 
     def deliver(self) -> None:
         """Give the process the reply that has been accepted."""
@@ -169,6 +187,7 @@ class RunSession:
         ending = await self._end_tree()
         for event in await self.shop.in_thread(lambda: self.launch.release(gone=ending.gone)):
             self._note(event)
+        await self._distrust(end)
         await self._record(end, self._ended(ending))
 
     async def give_up(self) -> None:
@@ -179,27 +198,96 @@ class RunSession:
         """
         ending = await self.launch.end_tree(why="defect")
         await self.shop.in_thread(lambda: self.launch.release(gone=ending.gone))
+        await self._distrust(_defect())
         await self._record(_defect(), self._ended(ending))
 
     async def _live(self) -> TurnEnd:
         """Launch and converse; return how the turn ended."""
         try:
-            process = await self.launch.start()
+            opening = self._open()
+            self._listener = opening.listener
+            if (lost := await self._lost_session()) is not None:
+                return Failed(RunError(code=ErrorCode.SESSION_RESUME_FAILED, message=lost))
+            if opening.handle is not None:  # on record before the process can act
+                await self._keep_session(opening.handle)
+            process = await self.launch.start(self._engine, opening)
         except LaunchFailed as error:
             self._log.warning("execution.launch_failed", reason=error.reason)
             return Failed(RunError(code=ErrorCode.LAUNCH_FAILED, message=error.reason))
+        except HandleUnusable:
+            return Failed(RunError(code=ErrorCode.SESSION_RESUME_FAILED, message=HANDLE_UNUSABLE))
         except StoodStill:
             return Interrupted(STOOD_STILL)
         except Unguarded:
             self._unsupervised = True
             return judge(self._observed())
-        return await self._conversation_end(process)
+        except Withdrawn:
+            while not self._news.empty():  # why, if it was not a cancel, which is on record
+                await self._take(self._news.get_nowait())
+            return judge(self._observed())
+        return await self._conversation_end(process, opening)
+
+    def _open(self) -> Opening:
+        run = self.turn.run
+        if run.engine not in self.shop.catalog.names:
+            raise LaunchFailed(f"no engine {run.engine!r} is configured any more")
+        workspace = self.shop.output.workspace(run.key, run.attempt)
+        task = Task(
+            run_id=run.run_id, attempt=run.attempt, input=run.input or {}, workspace=str(workspace)
+        )
+        return self._engine.dialect.open(task, self._resumed)
+
+    @property
+    def _resumed(self) -> Resumed | None:
+        session, reply = self.turn.run.session, self.turn.reply
+        if session is None or reply is None:
+            return None
+        return Resumed(session=session, reply=reply)
+
+    async def _lost_session(self) -> str | None:
+        """Return why there is no session to go on with. The CLIs do not look: what is left of one
+        that was cut off they go on with, as if there had never been more."""
+        run, engine, resumed = self.turn.run, self._engine, self._resumed
+        if resumed is None or engine.sessions is None:
+            return None
+        stored = StoredHandle(
+            handle=resumed.session.handle,
+            workspace=self.shop.output.workspace(run.key, run.attempt),
+            mark=await self._log.insist(lambda: self.shop.storage.point(turns.mark_of, run.key)),
+        )
+        finding = await self._finding_at_home(engine, stored)
+        if finding is None or finding.reason is None:
+            return None
+        if finding.reason is Reason.NOT_ANSWERED:
+            self._log.warning("execution.session_not_seen", reason=finding.reason.value)
+        if finding.holds:
+            return None
+        return f"The session cannot be resumed: {WORDS[finding.reason]}."
+
+    async def _finding_at_home(self, engine: Engine, stored: StoredHandle) -> Finding | None:
+        """Return what the check says once the CLI's home is there: to launch it before would make
+        it another, empty home, in which every session is lost."""
+        told = False
+        while True:
+            finding = await finding_of(engine, stored, look_s=self.shop.look_s)
+            away = finding is not None and finding.reason is Reason.HOME_AWAY and finding.holds
+            if not away:
+                return finding
+            if not told:
+                self._log.warning("execution.session_not_seen", reason=Reason.HOME_AWAY.value)
+            told = True
+            await self.launch.demand_wanted()
+            await asyncio.sleep(HOME_LOOK_S)
+
+    @property
+    def _engine(self) -> Engine:
+        return self.shop.catalog.get(self.turn.run.engine)
 
     # -- conversing ----------------------------------------------------------------------------
 
-    async def _conversation_end(self, process: ShimmedProcess) -> TurnEnd:
+    async def _conversation_end(self, process: ShimmedProcess, opening: Opening) -> TurnEnd:
         try:
-            await self._converse(process)
+            await self._converse(process, opening)
         except (
             ExceptionGroup
         ) as group:  # the edge of this process's task: the run must not stay RUNNING
@@ -209,14 +297,14 @@ class RunSession:
             return _defect()
         return judge(self._observed())
 
-    async def _converse(self, process: ShimmedProcess) -> None:
+    async def _converse(self, process: ShimmedProcess, opening: Opening) -> None:
         """Take the news until the process has ended or must be ended."""
         async with asyncio.TaskGroup() as group:
             tasks = [
                 group.create_task(self._read_stdout(process.stdout)),
                 group.create_task(self._read_stderr(process.stderr)),
                 group.create_task(self._hear_shim(process)),
-                group.create_task(self._greet(process)),
+                group.create_task(self._greet(process, opening)),
                 group.create_task(self._hand_over_replies(process)),
             ]
             # A cancel that came before this session was known to anybody is only on record.
@@ -312,7 +400,8 @@ class RunSession:
             self._ignored[kind] += 1
 
     async def _keep_session(self, handle: str) -> None:
-        session = Session(type=jsonl.SESSION_TYPE, handle=handle, turn=self.turn.run.turn)
+        kind = self._engine.dialect.session_type
+        session = Session(type=kind, handle=handle, turn=self.turn.run.turn)
         await self._write(turns.keep_session, session=session, now=self.shop.now())
         self._has_session = True
 
@@ -342,27 +431,19 @@ class RunSession:
         """Return when a question that is asked now will have waited long enough."""
         run = self.turn.run
         own_s = run.session_timeout_s
-        return self.shop.due_in(own_s or self.shop.catalog.get(run.engine).session_timeout_s)
+        return self.shop.due_in(own_s or self._engine.session_timeout_s)
 
     # -- speaking ------------------------------------------------------------------------------
 
-    async def _greet(self, process: ShimmedProcess) -> None:
+    async def _greet(self, process: ShimmedProcess, opening: Opening) -> None:
         """Give the process its task, and with it the reply that it resumes by."""
-        run, reply = self.turn.run, self.turn.reply
-        workspace = self.shop.output.workspace(run.key, run.attempt)
-        task = jsonl.Task(
-            run_id=run.run_id, attempt=run.attempt, input=run.input or {}, workspace=str(workspace)
-        )
-        if reply is None or run.session is None:
-            await self._say(process, jsonl.start_message(task))
-        else:
-            line = jsonl.resume_message(task, session=run.session, reply=reply)
-            # Once it was read, not before: what lies in the pipe dies with the process, and a crash
-            # gives it to another one. Who reads to the end of its input has read it by then.
-            if await self._say(process, line):
-                await until_read(process.stdin.fileno())
-                await self._write(turns.delivered)
-        if run.profile is Profile.RESUMABLE:
+        said = await self._say(process, opening.input[self.launch.given :])
+        # Once it was read, not before: what lies in the pipe dies with the process, and a crash
+        # gives it to another one. Who reads to the end of its input has read it by then.
+        if said and self._resumed is not None:
+            await until_read(process.stdin.fileno())
+            await self._write(turns.delivered)
+        if self.turn.run.profile is Profile.RESUMABLE:
             process.stdin.close()
 
     async def _hand_over_replies(self, process: ShimmedProcess) -> None:
@@ -385,7 +466,7 @@ class RunSession:
         if reply is None or not accepted or run.status is not RunStatus.RUNNING:
             return
         self._in_wait = False
-        if await self._say(process, jsonl.reply_message(reply)):
+        if await self._say(process, self._engine.dialect.reply(reply)):
             await self._write(turns.delivered)
 
     async def _say(self, process: ShimmedProcess, line: bytes) -> bool:
@@ -400,36 +481,60 @@ class RunSession:
     # -- listening -----------------------------------------------------------------------------
 
     async def _read_stdout(self, pipe: IO[bytes]) -> None:
-        begun = b""
+        begun: list[bytes] = []
         while data := await read(pipe.fileno()):
-            *lines, begun = (begun + data).split(b"\n")
-            await self._take_lines(lines)
-            if len(begun) > jsonl.MAX_LINE_BYTES:
-                await self._keep(OutputChannel.STDOUT, begun)
-                how = f"A line of the agent is longer than {jsonl.MAX_LINE_BYTES} bytes."
-                self._news.put_nowait(_Broken(how))
+            first, newline, more = data.partition(b"\n")
+            begun.append(first)
+            if newline:
+                *lines, last = more.split(b"\n")
+                await self._take_lines([b"".join(begun), *lines])
+                begun = [last]
+            if sum(map(len, begun)) > self._engine.dialect.max_line_bytes:
+                await self._refuse_line(b"".join(begun))
                 return
-        if begun:
-            await self._take_lines([begun], end=b"")
+        if last := b"".join(begun):
+            await self._take_lines([last], end=b"")
         self._news.put_nowait(_Signal.STDOUT_ENDED)
+
+    async def _refuse_line(self, line: bytes) -> None:
+        await self._keep(OutputChannel.STDOUT, self._listener.shown(line))
+        longest = self._engine.dialect.max_line_bytes
+        self._news.put_nowait(_Broken(f"A line of the agent is longer than {longest} bytes."))
 
     async def _take_lines(self, lines: list[bytes], *, end: bytes = b"\n") -> None:
         """Keep what the lines say, then act on it."""
-        if any(len(line) > LONG_LINE_BYTES for line in lines):
-            heard = await self.shop.in_thread(lambda: [_understand(line) for line in lines])
+        longest = max(self._listener.burden, *map(len, lines))
+        if longest > LONG_LINE_BYTES:
+            heard = await self.shop.in_thread(lambda: [self._understand(line) for line in lines])
         else:
-            heard = [_understand(line) for line in lines]
+            heard = [self._understand(line) for line in lines]
         await self._keep(OutputChannel.STDOUT, b"".join(shown + end for shown, _ in heard))
         for _, news in heard:
-            if news is not None:
-                self._news.put_nowait(news)
+            for each in news:
+                self._news.put_nowait(each)
         await self._news.join()  # an agent that floods us waits in its pipe
 
+    def _understand(self, line: bytes) -> tuple[bytes, Sequence[_News]]:
+        """Return what of a line may be kept and shown, and the news that it is."""
+        try:
+            heard = self._listener.hear(line)
+        except ProtocolError as error:
+            return self._listener.shown(line), [_Broken(f"The agent broke the protocol: {error}.")]
+        return heard.shown, heard.messages
+
     async def _read_stderr(self, pipe: IO[bytes]) -> None:
+        held = b""  # a secret may come in two pieces
         while data := await read(pipe.fileno()):
-            self._stderr_tail = (self._stderr_tail + data)[-STDERR_TAIL_BYTES:]
-            await self._keep(OutputChannel.STDERR, data)
+            text = self._listener.shown(held + data)
+            end = max(len(text) - max(self._listener.longest_secret - 1, 0), 0)
+            held = text[end:]
+            await self._keep_stderr(text[:end])
+        await self._keep_stderr(held)
         self._news.put_nowait(_Signal.STDERR_ENDED)
+
+    async def _keep_stderr(self, text: bytes) -> None:
+        self._stderr_tail = (self._stderr_tail + text)[-STDERR_TAIL_BYTES:]
+        await self._keep(OutputChannel.STDERR, text)
 
     async def _keep(self, channel: OutputChannel, data: bytes) -> None:
         run = self.turn.run
@@ -473,10 +578,12 @@ class RunSession:
 
     def _observed(self) -> Observed:
         tail = self._stderr_tail.decode("utf-8", "replace").replace("\0", "").strip()
+        exit_code = None if self._exited is None else self._exited.code
         return Observed(
             said=self._said,
             broken=self._broken,
-            exit_code=None if self._exited is None else self._exited.code,
+            exit_code=exit_code,
+            failure=self._listener.failure(exit_code, tail),
             in_wait=self._in_wait,
             stderr_tail=tail,
             interrupted=self._interrupted,
@@ -484,7 +591,47 @@ class RunSession:
             timed_out=self._timed_out,
         )
 
+    async def _distrust(self, end: TurnEnd) -> None:
+        """Where the run ends with this turn, have no CLI trust its workspace any more. Whoever sees
+        the end sees it done; what went wrong is the sweep's."""
+        if isinstance(end, Asked | Interrupted) and not self._canceled:
+            return
+        run = self.turn.run
+        try:
+            if not await self.shop.storage.point(self.shop.trust.entries_of(run)):
+                return
+            done = await self.shop.in_thread(self.shop.trust.end, run)
+        except Exception as error:  # noqa: BLE001 - whatever it was, the end must go on record
+            self._log.warning("trust.not_cleared", error=type(error).__name__)
+            return
+        for reason in done.warnings:
+            self._log.warning("trust.entry_kept", reason=reason)
+
+    async def _mark(self, end: TurnEnd, *, gone: bool) -> SessionMark | None:
+        """Look at the session's file before the question is recorded, now that nothing writes to
+        it: a restart then sees that it lacks nothing of the question. None if something may still
+        write, or if there is no file where we look."""
+        name = self.turn.run.engine
+        catalog = self.shop.catalog
+        sessions = catalog.get(name).sessions if name in catalog.names else None
+        if sessions is None or not isinstance(end, Asked):
+            return None
+        if not gone:
+            self._log.warning("execution.session_not_seen", reason=NOT_ENDED)
+            return None
+        session = (await self._look()).session
+        if session is None:
+            return None
+        workspace = self.shop.output.workspace(self.turn.run.key, self.turn.run.attempt)
+        stored = StoredHandle(handle=session.handle, workspace=workspace)
+        seen = await seen_of(sessions, stored, look_s=self.shop.look_s)
+        if seen.mark is None:
+            reason = seen.finding.reason or Reason.NOT_ANSWERED
+            self._log.warning("execution.session_not_seen", reason=reason.value)
+        return seen.mark
+
     async def _record(self, end: TurnEnd, ended: Ended) -> None:
+        mark = await self._mark(end, gone=ended.gone)
         run = await self._log.insist(
             lambda: self.shop.storage.write(
                 turns.end,
@@ -495,6 +642,7 @@ class RunSession:
                 ended=ended,
                 # A resumable wait ends only where an automatic decision ends it.
                 due=None if self.turn.run.require_user_reply else self._wait_due(),
+                mark=mark,
                 now=self.shop.now(),
             )
         )
@@ -530,14 +678,3 @@ class RunSession:
 def _defect() -> Failed:
     message = "The service failed while it followed the process; its log says how."
     return Failed(RunError(code=ErrorCode.INTERNAL_ERROR, message=message))
-
-
-def _understand(line: bytes) -> tuple[bytes, _News | None]:
-    """Return what of a line may be kept and shown, and the news that it is."""
-    if not line.strip():
-        return line, None
-    try:
-        message = jsonl.parse(line)
-    except ProtocolError as error:
-        return line, _Broken(f"The agent broke the protocol: {error}.")
-    return (SESSION_SHOWN if isinstance(message, SessionMessage) else line), message

@@ -15,7 +15,9 @@ from runrecovery_service.domain.deadline import SteadyTime
 from runrecovery_service.domain.errors import Exhausted, Fenced, NotNow
 from runrecovery_service.domain.run import Run
 from runrecovery_service.engines.catalog import Catalog
+from runrecovery_service.execution.looking import LOOK_S
 from runrecovery_service.execution.output import OutputFiles
+from runrecovery_service.execution.trusting import TrustKeeper
 from runrecovery_service.process.cgroup import CgroupParent
 from runrecovery_service.process.evidence import LeaseEvidence
 from runrecovery_service.process.launch import boot_time_ns
@@ -58,12 +60,13 @@ class Heart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workshop:
-    """What every session works with."""
+    """What every session works with. `look_s`: how long a session's files may take to answer."""
 
     storage: Storage
     owner: Owner
     catalog: Catalog
     output: OutputFiles
+    trust: TrustKeeper
     threads: Executor
     environ: Mapping[str, str]
     heart: Heart
@@ -73,6 +76,7 @@ class Workshop:
     now: Callable[[], datetime]
     steady_now: Callable[[], SteadyTime]
     due_in: DueIn
+    look_s: float = LOOK_S
 
     def remove_cgroup(self, lease: Lease) -> bool:
         """Remove the cgroup that a launch had, if any; False when it could not be."""

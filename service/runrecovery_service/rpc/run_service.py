@@ -20,9 +20,10 @@ from runrecovery_service.domain.errors import (
 )
 from runrecovery_service.domain.recovery_matrix import REOPENABLE
 from runrecovery_service.domain.run import NewRun, Run, RunFilter, RunStatus
-from runrecovery_service.engines.catalog import Catalog, Engine, check_session
-from runrecovery_service.engines.jsonl import SESSION_TYPE
+from runrecovery_service.domain.session_check import WORDS, StoredHandle
+from runrecovery_service.engines.catalog import Catalog, Engine
 from runrecovery_service.execution.dispatcher import Dispatcher
+from runrecovery_service.execution.looking import LOOK_S, finding_of
 from runrecovery_service.execution.output import OutputChannel, OutputFiles
 from runrecovery_service.rpc import ids, mapping, paging, validation
 from runrecovery_service.rpc.gate import Gate
@@ -177,7 +178,7 @@ class RunService:
             reopening.reopen,
             request.run_id,
             handle=handle,
-            session_type=SESSION_TYPE,
+            session_type=self._rooms.catalog.session_type,
             owner=self._rooms.owner,
             etag=request.etag or None,
             receipt=receipt(request),
@@ -190,8 +191,9 @@ class RunService:
         return response
 
     async def _demand_session(self, found: Candidate, supplied: str | None) -> None:
-        """Refuse a handle that a restart would refuse again. A run that is not to be set back at
-        all is left to the write, which knows why."""
+        """Refuse a handle that a restart would refuse again, and one of the caller's that is found
+        lost, with a mark or without. A run that is not to be set back at all is left to the write,
+        which knows why."""
         run, handle = found.run, supplied or found.handle
         rule = None if run.recovery is None else run.recovery.recovery_reason
         if run.status is not RunStatus.FAILED or rule not in REOPENABLE or handle is None:
@@ -200,8 +202,12 @@ class RunService:
             return  # as in a restart: nobody can tell
         engine = self._rooms.catalog.get(run.engine)
         workspace = self._rooms.output.workspace(run.key, run.attempt)
-        if not await asyncio.to_thread(check_session, engine, workspace, handle):
-            raise SessionNotResumable(run.run_id, "its engine's session_file is not there")
+        mark = found.mark if handle == found.handle else None
+        stored = StoredHandle(handle=handle, workspace=workspace, mark=mark)
+        finding = await finding_of(engine, stored, look_s=LOOK_S, seen_before=supplied is None)
+        if finding is not None and not finding.holds:
+            why = "its session is lost" if finding.reason is None else WORDS[finding.reason]
+            raise SessionNotResumable(run.run_id, why)
 
     async def list_interactions(
         self, request: pb.ListInteractionsRequest

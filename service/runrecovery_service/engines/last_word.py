@@ -1,0 +1,79 @@
+"""What the text means that an agent CLI ends its turn with: a question, a result, or itself. Pure.
+
+A model is asked for one JSON object at the very end (see `prompts.HOW_TO_END`). It may stand alone,
+after other text, or in a code block. What is not such an object is the result as it stands.
+
+The text is not trusted: nothing here takes longer than in proportion to its length.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from runrecovery_service.domain.run import InteractionKind, JsonObject, JsonValue, Question
+from runrecovery_service.engines import questions
+from runrecovery_service.engines.dialect import AskMessage, ProtocolError, ResultMessage
+from runrecovery_service.engines.strict_json import read_first_object
+
+MAX_BYTES: Final = 1 << 20
+"""What is kept of a text: its end. As the line of a JSON-lines engine, so that any run's output
+fits into an answer."""
+TRIES: Final = 4
+"""Beginnings of an object, the first ones, that are tried: those behind it may lie within it."""
+
+_BEGINNING: Final = re.compile(r'\{\s*"(?:ask_user|result)"\s*:')
+_FENCE: Final = "`~ \t\r\n"
+"""What may stand behind the object: the end of a code block."""
+_NOT_STORABLE: Final = re.compile("[\0\ud800-\udfff]")
+
+
+def understand(text: str) -> AskMessage | ResultMessage:
+    """Return what the last text of a turn says."""
+    match _closing_object(text[-MAX_BYTES:]):
+        case {"ask_user": asked, **others} if not others and (found := _question(asked)):
+            return AskMessage(question=found)
+        case {"result": dict(output), **others} if not others:
+            return ResultMessage(output=output)
+    return ResultMessage(output=_as_output(text))
+
+
+def _closing_object(text: str) -> JsonObject | None:
+    """Return the question or result that the text ends with, if it does."""
+    end = text.rstrip(_FENCE)
+    if not end.endswith("}"):
+        return None
+    beginnings = [found.start() for found in _BEGINNING.finditer(end)]
+    for beginning in (*beginnings[: TRIES // 2], *beginnings[TRIES // 2 :][-TRIES // 2 :]):
+        try:
+            found, after = read_first_object(end, beginning)
+        except ProtocolError:
+            continue
+        if after == len(end):
+            return found
+    return None
+
+
+def _question(asked: JsonValue) -> Question | None:
+    """Read a question leniently: a slip in `kind` or `options` must not lose it."""
+    members = {"prompt": asked} if isinstance(asked, str) else asked
+    if not isinstance(members, dict):
+        return None
+    prompt = members.get("prompt")
+    if not isinstance(prompt, str) or not prompt.strip():
+        return None
+    offered = members.get("options")
+    options = [questions.option(each) for each in offered] if isinstance(offered, list) else []
+    kept = tuple(option for option in options if option is not None)
+    word = members.get("kind")
+    fitting = InteractionKind.CHOOSE_ONE if kept else InteractionKind.OPEN_TEXT
+    kind = questions.KINDS.get(word, fitting) if isinstance(word, str) else fitting
+    return Question(kind=kind, prompt=prompt, options=kept)
+
+
+def _as_output(text: str) -> JsonObject:
+    """Return the text as an output that can be stored; its beginning goes where it is too long."""
+    data = _NOT_STORABLE.sub("\N{REPLACEMENT CHARACTER}", text[-MAX_BYTES:]).encode()
+    if len(data) <= MAX_BYTES and len(text) <= MAX_BYTES:
+        return {"text": data.decode()}
+    return {"text": data[-MAX_BYTES:].decode("utf-8", "ignore"), "truncated": True}

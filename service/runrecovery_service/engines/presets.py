@@ -1,0 +1,100 @@
+"""The agent CLIs that a configuration can name instead of describing an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+from runrecovery_service.engines.claude import CLAUDE
+from runrecovery_service.engines.cli import Cli
+from runrecovery_service.engines.codex import CODEX
+from runrecovery_service.engines.gemini import GEMINI
+
+
+class Preset(StrEnum):
+    """A CLI by the word that a configuration names it by."""
+
+    CODEX = "codex"
+    GEMINI = "gemini"
+    CLAUDE = "claude"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PresetFacts:
+    """What is known of a CLI.
+
+    Attributes:
+        dialect: how it is spoken with.
+        program: its command, as its npm package installs it.
+        home_variable: the variable that says where it keeps its configuration and sessions.
+        variables: what else of the service's environment it may need: where its models are, and
+            who is to pay for them.
+    """
+
+    dialect: Cli
+    program: str
+    home_variable: str
+    variables: tuple[str, ...]
+
+
+_NETWORK: Final = (
+    "ALL_PROXY",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "NO_PROXY",
+    "all_proxy",
+    "http_proxy",
+    "https_proxy",
+    "no_proxy",
+    "NODE_EXTRA_CA_CERTS",
+    "SSL_CERT_DIR",
+    "SSL_CERT_FILE",
+    "TMPDIR",
+)
+
+PRESETS: Final[Mapping[Preset, PresetFacts]] = {
+    Preset.CODEX: PresetFacts(
+        dialect=CODEX,
+        program="codex",
+        home_variable="CODEX_HOME",
+        variables=("CODEX_HOME", "CODEX_API_KEY", "OPENAI_API_KEY", "OPENAI_BASE_URL", *_NETWORK),
+    ),
+    Preset.GEMINI: PresetFacts(
+        dialect=GEMINI,
+        program="gemini",
+        home_variable="GEMINI_CLI_HOME",
+        variables=(
+            "GEMINI_CLI_HOME",
+            "GEMINI_CLI_TRUSTED_FOLDERS_PATH",
+            "GEMINI_API_KEY",
+            "GEMINI_MODEL",
+            "GOOGLE_API_KEY",
+            "GOOGLE_APPLICATION_CREDENTIALS",
+            "GOOGLE_CLOUD_LOCATION",
+            "GOOGLE_CLOUD_PROJECT",
+            "GOOGLE_GEMINI_BASE_URL",
+            "GOOGLE_GENAI_USE_VERTEXAI",
+            *_NETWORK,
+        ),
+    ),
+    Preset.CLAUDE: PresetFacts(
+        dialect=CLAUDE,
+        program="claude",
+        home_variable="CLAUDE_CONFIG_DIR",
+        variables=(
+            "CLAUDE_CONFIG_DIR",
+            "CLAUDE_CODE_OAUTH_TOKEN",
+            "ANTHROPIC_API_KEY",
+            "ANTHROPIC_AUTH_TOKEN",
+            "ANTHROPIC_BASE_URL",
+            "ANTHROPIC_CUSTOM_HEADERS",
+            "ANTHROPIC_MODEL",
+            "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC",
+            "DISABLE_AUTOUPDATER",
+            "DISABLE_TELEMETRY",
+            *_NETWORK,
+        ),
+    ),
+}

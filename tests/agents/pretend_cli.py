@@ -1,0 +1,204 @@
+"""Stands in for an agent CLI: `pretend_cli.py codex|gemini|claude`, then the real one's arguments.
+
+It calls, prints, remembers and refuses as codex-cli 0.171.0, gemini-cli 0.61.0 and claude-code
+2.1.197 were seen to. Its model asks in a first turn, and in a resumed one tells what it remembers
+of the first. A task with the word HANG is never done (60 s at most); HANG_UNNAMED, before its
+session is named; FAIL fails. A Codex with FAR_FUTURE names a session of a year beyond all clocks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import signal
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import Any, NoReturn
+
+ASK = '{"ask_user": {"prompt": "Where to?", "options": ["Köln", "Ulm"]}}'
+BEYOND = "ffffffff-ffff-7fff-8fff-ffffffffffff"
+HOME = Path(os.environ["HOME"])
+CWD = str(Path.cwd())
+
+
+def say(event: dict[str, Any]) -> None:
+    print(json.dumps(event), flush=True)
+
+
+def whisper(handle: str) -> None:
+    """Write the handle to standard error, in two pieces."""
+    for piece in (f"in {handle[:18]}", f"{handle[18:]}\n"):
+        print(piece, end="", file=sys.stderr, flush=True)
+        time.sleep(0.02)
+
+
+def refuse(code: int, why: str) -> NoReturn:
+    print(why, file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def remember(path: Path, *lines: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def think(prompt: str, earlier: str | None) -> str:
+    if "HANG" in prompt:
+        time.sleep(60)
+    if earlier is None:
+        return ASK
+    return json.dumps({"result": {"first": earlier, "answer": prompt}})
+
+
+def uuid7() -> str:
+    stamp = int(time.time() * 1000).to_bytes(6, "big")
+    raw = bytearray(stamp + secrets.token_bytes(10))
+    raw[6], raw[8] = raw[6] & 0x0F | 0x70, raw[8] & 0x3F | 0x80
+    return str(uuid.UUID(bytes=bytes(raw)))
+
+
+def option(arguments: list[str], name: str) -> str | None:
+    return arguments[arguments.index(name) + 1] if name in arguments else None
+
+
+def codex(arguments: list[str], prompt: str) -> None:
+    home = Path(os.environ.get("CODEX_HOME") or HOME / ".codex")
+    if "--skip-git-repo-check" not in arguments:
+        refuse(1, "Not inside a trusted directory and --skip-git-repo-check was not specified.")
+    earlier, handle = None, uuid7()
+    if arguments[:2] == ["exec", "resume"]:
+        handle = arguments[2]
+        found = list(home.glob(f"sessions/*/*/*/rollout-*-{handle}.jsonl"))
+        if not found:
+            refuse(
+                1, f"Error: thread/resume failed: no rollout found for thread id {handle} (code 1)"
+            )
+        path = found[0]
+        earlier = lines_of(path)[2]["payload"]["content"][0]["text"]
+    else:
+        handle = BEYOND if "FAR_FUTURE" in prompt else handle
+        day, now = time.strftime("%Y/%m/%d"), time.strftime("%Y-%m-%dT%H-%M-%S")
+        path = home / "sessions" / day / f"rollout-{now}-{handle}.jsonl"
+        remember(
+            path,
+            {"ordinal": 0, "type": "session_meta",
+             "payload": {"session_id": handle, "id": handle, "cwd": CWD}},
+        )  # fmt: skip
+    whisper(handle)
+    say({"type": "thread.started", "thread_id": handle})
+    say({"type": "turn.started"})
+    remember(
+        path,
+        {"type": "event_msg", "payload": {"type": "task_started"}},
+        {"type": "response_item",
+         "payload": {"type": "message", "role": "user", "content": [{"text": prompt}]}},
+    )  # fmt: skip
+    if "FAIL" in prompt:
+        say({"type": "turn.failed", "error": {"message": "unexpected status 401 Unauthorized"}})
+        sys.exit(1)
+    text = think(prompt, earlier)
+    remember(
+        path,
+        {"type": "response_item",
+         "payload": {"type": "message", "role": "assistant", "content": [{"text": text}]}},
+        {"type": "event_msg", "payload": {"type": "task_complete", "last_agent_message": text}},
+    )  # fmt: skip
+    item = {"id": "item_1", "type": "agent_message", "text": text}
+    say({"type": "item.completed", "item": item})
+    say({"type": "turn.completed", "usage": {"input_tokens": 10}})
+
+
+def gemini(arguments: list[str], prompt: str) -> None:
+    root = Path(os.environ.get("GEMINI_CLI_HOME") or HOME) / ".gemini"
+    trusted = root / "trustedFolders.json"
+    if not trusted.exists() or json.loads(trusted.read_text()).get(CWD) != "TRUST_FOLDER":
+        refuse(55, "Gemini CLI is not running in a trusted directory.")
+    slug = hashlib.sha256(CWD.encode()).hexdigest()[:8]  # the real one counts: a race less here
+    (root / "tmp" / slug).mkdir(parents=True, exist_ok=True)
+    (root / "tmp" / slug / ".project_root").write_text(CWD)
+    chats = root / "tmp" / slug / "chats"
+    earlier, handle = None, option(arguments, "--resume")
+    if handle is not None:
+        found = sorted(chats.glob(f"session-*-{handle[:8]}.jsonl"))
+        if not found or len(found[0].read_text().splitlines()) < 2:
+            refuse(42, "Error resuming session: No previous sessions found for this project.")
+        path = found[0]
+        earlier = lines_of(path)[1]["content"][0]["text"]
+    else:
+        handle = str(uuid.uuid4())
+        path = chats / f"session-{time.strftime('%Y-%m-%dT%H-%M')}-{handle[:8]}.jsonl"
+        digest = hashlib.sha256(CWD.encode()).hexdigest()
+        remember(path, {"sessionId": handle, "projectHash": digest, "kind": "main"})
+    whisper(handle)
+    say({"type": "init", "session_id": handle, "model": "m"})
+    say({"type": "message", "role": "user", "content": prompt})
+    remember(path, {"id": "u", "type": "user", "content": [{"text": prompt}]})
+    if "FAIL" in prompt:
+        error = {"type": "FatalAuthenticationError", "message": "unexpected status 401"}
+        say({"type": "result", "status": "error", "error": error})
+        sys.exit(41)
+    text = think(prompt, earlier)
+    remember(path, {"id": "g", "type": "gemini", "content": text}, {"$set": {"lastUpdated": "now"}})
+    for piece in (text[:9], text[9:]):
+        say({"type": "message", "role": "assistant", "content": piece, "delta": True})
+    say({"type": "result", "status": "success", "stats": {}})
+
+
+def claude(arguments: list[str], prompt: str) -> None:
+    variable = os.environ.get("CLAUDE_CONFIG_DIR")
+    settings = Path(variable or HOME) / ".claude.json"
+    home = Path(variable) if variable else HOME / ".claude"
+    kept = json.loads(settings.read_text("utf-8")) if settings.exists() else {}
+    kept["numStartups"] = kept.get("numStartups", 0) + 1
+    fresh = settings.with_name(f".claude.json.{os.getpid()}")
+    fresh.write_text(json.dumps(kept, indent=2), "utf-8")
+    fresh.replace(settings)
+    earlier, handle = None, option(arguments, "--session-id")
+    resumed = option(arguments, "--resume")
+    folder = home / "projects" / re.sub("[^A-Za-z0-9]", "-", CWD)
+    path = folder / f"{resumed or handle}.jsonl"
+    if resumed is not None:
+        if not path.exists() or not path.stat().st_size:
+            errors = [f"No conversation found with session ID: {resumed}"]
+            say(
+                {"type": "result", "subtype": "error_during_execution", "is_error": True,
+                 "session_id": resumed, "errors": errors}
+            )  # fmt: skip
+            refuse(1, errors[0])
+        handle, earlier = resumed, lines_of(path)[0]["message"]["content"]
+    if "HANG_UNNAMED" in prompt:
+        time.sleep(60)
+    whisper(handle or "")
+    say({"type": "system", "subtype": "init", "cwd": CWD, "session_id": handle})
+    seen = {"cwd": CWD, "sessionId": handle}
+    remember(path, {"type": "user", "message": {"role": "user", "content": prompt}, **seen})
+    if "FAIL" in prompt:
+        say({"type": "result", "subtype": "success", "is_error": True, "session_id": handle,
+             "result": "API Error: unexpected status 401"})  # fmt: skip
+        sys.exit(1)
+    text = think(prompt, earlier)
+    message = {"role": "assistant", "content": [{"type": "text", "text": text}]}
+    remember(
+        path,
+        {"type": "assistant", "message": message, **seen},
+        {"type": "last-prompt", "lastPrompt": prompt, "sessionId": handle},
+    )
+    say({"type": "assistant", "message": message, "session_id": handle})
+    say({"type": "result", "subtype": "success", "is_error": False, "result": text,
+         "session_id": handle})  # fmt: skip
+
+
+signal.alarm(60)
+{"codex": codex, "gemini": gemini, "claude": claude}[sys.argv[1]](
+    sys.argv[2:], sys.stdin.buffer.read().decode()
+)

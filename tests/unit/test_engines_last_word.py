@@ -1,0 +1,179 @@
+"""What the text that an agent CLI ends its turn with is taken for."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from runrecovery_service.domain.run import InteractionKind, JsonObject, Option, Question
+from runrecovery_service.engines import last_word, strict_json
+from runrecovery_service.engines.dialect import AskMessage, ResultMessage
+from runrecovery_service.engines.last_word import understand
+
+ASK = '{"ask_user": {"prompt": "Where to?"}}'
+WHERE = Question(kind=InteractionKind.OPEN_TEXT, prompt="Where to?")
+PRETTY = json.dumps({"ask_user": {"prompt": "Where to?"}}, indent=2)
+
+
+def question(text: str) -> Question:
+    message = understand(text)
+    assert isinstance(message, AskMessage)
+    return message.question
+
+
+def output(text: str) -> JsonObject:
+    message = understand(text)
+    assert isinstance(message, ResultMessage)
+    return message.output
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ASK,
+        f"\n  {ASK}\n\n",
+        f"I looked at everything.\n\n{ASK}",
+        f"{{not json\n{ASK}",
+        PRETTY,
+        f"First this.\n{PRETTY}\n",
+        f"```json\n{ASK}\n```",
+        f"Before.\n```\n{PRETTY}\n```\n",
+        f"A `{{}}` first:\n```py\nx = {{}}\n```\nand then\n```json\n{ASK}\n```",
+        f"I need to know. {ASK}",
+        f"- {ASK}",
+        f"```json5\r\n{ASK}\r\n```\r\n",
+        f"~~~\n{ASK}\n~~~",
+        f"````\n{ASK}\n````",
+        f'{{"result": {{}}}} is what I would say, but\n{ASK}',
+        '{"ask_user": "Where to?"}',
+    ],
+)
+def test_an_object_at_the_very_end_asks(text: str) -> None:
+    assert question(text) == WHERE
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "All done.",
+        f"{ASK}\nI will wait.",
+        '{"ask_user": {"prompt": "Where to?"}, "result": {}}',
+        '{"ask_user": {"prompt": " "}}',
+        '{"ask_user": {"text": "Where to?"}}',
+        '{"ask_user": 7}',
+        '{"result": "all good"}',
+        '{"result": {"a": 1, "a": 2}}',
+        '{"result": {"number": NaN}}',
+        '["result"]',
+        "```\nnot closed {}",
+        "}" * 1000,
+    ],
+)
+def test_anything_else_is_the_result_as_it_stands(text: str) -> None:
+    assert output(text) == {"text": text}
+
+
+def test_a_result_object_is_the_output() -> None:
+    assert output('Done.\n{"result": {"files": ["a"], "ok": true}}') == {"files": ["a"], "ok": True}
+
+
+def test_options_and_kind_are_kept() -> None:
+    asked = {"prompt": "Sure?", "kind": "confirm", "options": ["yes", {"label": "No", "value": 0}]}
+
+    assert question(json.dumps({"ask_user": asked})) == Question(
+        kind=InteractionKind.CONFIRM,
+        prompt="Sure?",
+        options=(Option(label="yes", value="yes"), Option(label="No", value=0)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("extra", "kind", "count"),
+    [
+        ({"options": ["a", "b"]}, InteractionKind.CHOOSE_ONE, 2),
+        ({"options": ["a", None, [], ""]}, InteractionKind.CHOOSE_ONE, 1),
+        ({"options": "a or b"}, InteractionKind.OPEN_TEXT, 0),
+        ({"kind": "multiple choice"}, InteractionKind.OPEN_TEXT, 0),
+        ({"kind": 3, "options": ["a"]}, InteractionKind.CHOOSE_ONE, 1),
+    ],
+)
+def test_a_slip_in_kind_or_options_loses_no_question(
+    extra: dict[str, object], kind: InteractionKind, count: int
+) -> None:
+    found = question(json.dumps({"ask_user": {"prompt": "Which?", **extra}}))
+
+    assert (found.kind, len(found.options)) == (kind, count)
+
+
+def test_text_that_no_store_can_hold_is_replaced() -> None:
+    assert output("a\0b\ud800c") == {
+        "text": "a\N{REPLACEMENT CHARACTER}b\N{REPLACEMENT CHARACTER}c"
+    }
+
+
+def test_a_text_that_is_too_long_is_cut_and_says_so() -> None:
+    found = output("x" + "ü" * last_word.MAX_BYTES)
+
+    assert found == {"text": "ü" * (last_word.MAX_BYTES // 2), "truncated": True}
+
+
+def test_a_question_behind_a_text_that_is_too_long_is_asked() -> None:
+    assert question("x" * 5 * last_word.MAX_BYTES + ASK) == WHERE
+
+
+def test_code_within_an_object_is_not_its_end() -> None:
+    asked = {"prompt": "Run this?\n```\nrm -r build\n```", "kind": "confirm"}
+
+    assert question(f"```json\n{json.dumps({'ask_user': asked})}\n```").prompt == asked["prompt"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```\n" + " " * 1_000_000 + "x```",
+        "{ " * 500_000 + "}",
+        '{"result": ' * 90_000 + "}",
+        '{"result":\n' * 64 + "[" + "{}," * 300_000 + "x}",
+        ("{" + " " * 1000) * 1000 + "}",
+    ],
+    ids=["blanks", "braces", "nested", "wide", "gaps"],
+)
+def test_a_text_made_to_take_long_is_looked_at_a_few_times(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[int] = []
+
+    def look(text: str, begin: int) -> tuple[JsonObject, int]:
+        looks.append(begin)
+        return strict_json.read_first_object(text, begin)
+
+    monkeypatch.setattr(last_word, "read_first_object", look)
+
+    understand(text)
+
+    assert len(looks) <= last_word.TRIES
+
+
+def test_an_object_that_is_too_long_is_text() -> None:
+    text = json.dumps({"result": {"long": "x" * last_word.MAX_BYTES}})
+
+    assert output(text)["truncated"] is True
+
+
+def test_nesting_that_is_too_deep_is_text() -> None:
+    text = '{"result": ' + '{"a": ' * 5000 + "1" + "}" * 5001
+
+    assert output(text) == {"text": text}
+
+
+@given(st.text())
+def test_never_fails(text: str) -> None:
+    assert isinstance(understand(text), ResultMessage | AskMessage)
+
+
+@given(st.lists(st.sampled_from(["{", "}", "\n", '"', "```", "ask_user", ":", " ", "[", "\\"])))
+def test_never_fails_on_what_looks_like_json(pieces: list[str]) -> None:
+    assert isinstance(understand("".join(pieces)), ResultMessage | AskMessage)
