@@ -9,16 +9,19 @@ READY := $(VENV)/.ready
 CODEGEN := .venv-codegen
 CODEGEN_READY := $(CODEGEN)/.ready
 GENERATED := client/runrecovery/v1
+AGENT_CLIS := .agent-clis
+AGENT_CLIS_READY := $(AGENT_CLIS)/.ready
 PYTEST_WORKERS ?= 4
 CONFIG ?= runrecovery.example.toml
 TRIALS ?= 100
 MUTANT_TRIALS ?= 5
 CASES ?= 50000
 MUTANT_CASES ?= 3000
+ROUNDS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo test serve proto docs verify lint types imports breaking packaging bench lock clean \
-	campaign-processes fuzz
+	campaign-processes fuzz test-agents
 
 help: ## Show these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -38,11 +41,23 @@ $(CODEGEN_READY): requirements/codegen.txt
 	@$(CODEGEN)/bin/python -m pip install --quiet --require-hashes -r requirements/codegen.txt
 	@touch $@
 
+# Without npm there is nothing to install; the tests then say by name what they skip.
+$(AGENT_CLIS_READY): tests/cli_agents/npm/package-lock.json
+	@mkdir -p $(AGENT_CLIS)
+	@cp tests/cli_agents/npm/package.json tests/cli_agents/npm/package-lock.json $(AGENT_CLIS)
+	@if command -v npm > /dev/null; then \
+		echo "Installing the agent CLIs into $(AGENT_CLIS) (once; 760 MB)…"; \
+		cd $(AGENT_CLIS) && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error \
+		&& node node_modules/@anthropic-ai/claude-code/install.cjs && touch .ready; fi
+
 demo: $(READY) ## Watch runs survive a kill -9, explained run by run (under a minute)
 	@$(BIN)/runrecovery demo
 
 test: $(READY) ## Run the tests
-	@$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --ignore=tests/packaging $(ARGS)
+	@$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --ignore=tests/packaging --ignore=tests/cli_agents $(ARGS)
+
+test-agents: $(READY) $(AGENT_CLIS_READY) ## Try the presets with the real CLIs (npm installs them), ROUNDS=1
+	@ROUNDS=$(ROUNDS) $(BIN)/python -m pytest -n $(PYTEST_WORKERS) tests/cli_agents $(ARGS)
 
 serve: $(READY) ## Start the service here, with CONFIG=runrecovery.example.toml (Ctrl-C stops it)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/runrecovery serve --config $(CONFIG)
@@ -95,6 +110,7 @@ bench: $(READY) ## Short form of every benchmark, as ratios
 	@$(BIN)/python bench/start.py --rounds 5
 	@$(BIN)/python bench/processes.py --rounds 3 --trees 50 --leases 2000
 	@$(BIN)/python bench/watch.py --rounds 3 --seconds 1
+	@$(BIN)/python bench/sessions.py --files 500 --rounds 3
 
 lock: $(READY) ## Recompile the hash-pinned requirements
 	@for name in codegen service dev client-floor client-latest; do \
@@ -102,4 +118,4 @@ lock: $(READY) ## Recompile the hash-pinned requirements
 			--custom-compile-command 'make lock' requirements/$$name.in -o requirements/$$name.txt; done
 
 clean: ## Remove what the targets made
-	@rm -rf $(VENV) $(CODEGEN) dist .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(CODEGEN) $(AGENT_CLIS) dist .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,32 @@
+"""The agent CLIs that `make test-agents` installs are those that docs/agents.md tells of."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).parents[2]
+PINS: Final = ROOT / "tests" / "cli_agents" / "npm"
+PRODUCTS: Final = {
+    "@openai/codex": "codex-cli",
+    "@google/gemini-cli": "gemini-cli",
+    "@anthropic-ai/claude-code": "claude-code",
+}
+
+
+def test_the_page_names_the_versions_that_are_tried() -> None:
+    pinned: dict[str, str] = json.loads((PINS / "package.json").read_text("utf-8"))["dependencies"]
+    page = (ROOT / "docs" / "agents.md").read_text("utf-8")
+    named = dict(re.findall(r"(codex-cli|gemini-cli|claude-code) (\d+\.\d+\.\d+)", page))
+
+    assert named == {PRODUCTS[package]: version for package, version in pinned.items()}
+
+
+def test_the_lock_file_names_no_registry() -> None:
+    lock = (PINS / "package-lock.json").read_text("utf-8")
+
+    assert "resolved" not in lock
+    assert "://" not in lock
+    assert all("integrity" in each for name, each in json.loads(lock)["packages"].items() if name)
