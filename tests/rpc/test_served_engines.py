@@ -16,6 +16,7 @@ from runrecovery.v1 import run_service_pb2 as pb
 from support.service import (
     GOOD_ENGINES,
     Api,
+    EngineSpec,
     Home,
     agent,
     environment_of,
@@ -105,6 +106,17 @@ def test_a_command_that_is_not_there_fails_the_launch(new_home: Callable[..., Ho
     assert "/nonexistent/agent" in run.error.message
     assert (run.attempt, run.holds_slot) == (1, False)
     assert api.health_of() == "SERVING"
+
+
+def test_the_input_lies_ready_when_the_agent_starts(new_home: Callable[..., Home]) -> None:
+    look = 'read -t 0 && there=true || there=false; read -r _; echo "'
+    told = look + '{\\"type\\":\\"result\\",\\"output\\":{\\"there\\":$there}}"'
+    home = new_home(engines={"hasty": EngineSpec(command=("/bin/bash", "-c", told))})
+    _, api = home.start()
+
+    ended = [api.until_ended(api.create("hasty", {}).run_id) for _ in range(5)]
+
+    assert [MessageToDict(run.output) for run in ended] == [{"there": True}] * 5
 
 
 def test_a_bad_exit_fails_the_run_with_the_end_of_its_stderr(api: Api) -> None:

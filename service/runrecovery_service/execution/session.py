@@ -86,7 +86,7 @@ LAST_OUTPUT_S: Final = 1.0
 """How long a process that has exited may leave its output open (a child may hold it)."""
 UNGUARDED_LOOKS: Final = 2
 """Looks, 2 s apart, at which a shim must be found stopped or gone: one may be at its very end."""
-HANDLE_UNUSABLE: Final = "The session's handle holds characters that may not go into a command."
+HANDLE_UNUSABLE: Final = "The session's handle is none that this engine could have named."
 NOT_ENDED: Final = "not_ended"
 HOME_LOOK_S: Final = 1.0
 """Between two looks for the home of a CLI that is not there."""
