@@ -25,7 +25,9 @@ _RETRY_POLICY = {
     "initialBackoff": "0.2s",
     "maxBackoff": "3s",
     "backoffMultiplier": 2,
-    "retryableStatusCodes": ["UNAVAILABLE"],
+    # CANCELLED: a server that stops answers with it what reaches it too late. A cancel of the
+    # caller's own is never retried.
+    "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
 }
 
 _SERVICES = tuple(

@@ -54,10 +54,14 @@ BY_CODE: Mapping[grpc.StatusCode, type[RunRecoveryClientError]] = {
     grpc.StatusCode.NOT_FOUND: errors.NotFound,
     grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidRequest,
     grpc.StatusCode.UNAVAILABLE: errors.Unavailable,
+    grpc.StatusCode.CANCELLED: errors.Unavailable,  # by the server or a proxy that stops
     grpc.StatusCode.RESOURCE_EXHAUSTED: errors.ResourceExhausted,
     grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
     grpc.StatusCode.INTERNAL: errors.InternalError,
 }
+
+CHANNEL_CLOSED = "Channel closed!"
+"""gRPC's text when the caller closed the channel under a call: nothing to retry or resume."""
 
 MessageT = TypeVar("MessageT", bound=Message)
 
@@ -68,6 +72,8 @@ def from_rpc_error(error: grpc.RpcError) -> RunRecoveryClientError:
     # A tuple first: the metadata of grpc.aio has keys(), which misleads dict().
     details = read_details(error.code(), dict(tuple(pairs)))
     kind = BY_REASON.get(details.reason) or BY_CODE.get(details.code, errors.UnrecognizedError)
+    if details.code is grpc.StatusCode.CANCELLED and CHANNEL_CLOSED in (error.details() or ""):
+        kind = errors.UnrecognizedError
     return kind(error.details() or details.code.name, details=details)
 
 

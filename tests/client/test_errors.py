@@ -73,6 +73,7 @@ async def test_raises_the_class_of_the_reason_and_keeps_the_grpc_error(
         (grpc.StatusCode.NOT_FOUND, rr.NotFound),
         (grpc.StatusCode.INVALID_ARGUMENT, rr.InvalidRequest),
         (grpc.StatusCode.UNAVAILABLE, rr.Unavailable),
+        (grpc.StatusCode.CANCELLED, rr.Unavailable),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, rr.ResourceExhausted),
         (grpc.StatusCode.DEADLINE_EXCEEDED, rr.DeadlineExceeded),
         (grpc.StatusCode.INTERNAL, rr.InternalError),

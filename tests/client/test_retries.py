@@ -50,6 +50,30 @@ async def test_sends_the_same_request_id_again_after_unavailable(
 @pytest.mark.parametrize(
     ("method", "name", "args", "kwargs", "response"), MUTATIONS, ids=[row[0] for row in MUTATIONS]
 )
+async def test_sends_the_same_request_id_again_after_a_cancel_by_the_server(
+    method: str,
+    name: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    response: type[Any],
+    caller: Caller,
+    server: ScriptedServer,
+    fail: type[Fail],
+) -> None:
+    stopping = fail(code=grpc.StatusCode.CANCELLED, pushback_ms="1")
+    server.on(method, stopping, stopping, response(run=RUN))
+
+    run = await caller.call(name, *args, **kwargs)
+
+    sent = [request.request_id for request in server.asked(method)]
+    assert run == RUN
+    assert len(sent) == 3
+    assert sent == [str(uuid.UUID(sent[0]))] * 3
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "args", "kwargs", "response"), MUTATIONS, ids=[row[0] for row in MUTATIONS]
+)
 async def test_two_calls_have_two_request_ids_and_a_given_one_is_kept(
     method: str,
     name: str,

@@ -101,11 +101,13 @@ def faults(stream: type[Stream], fail: type[Fail], gone: Fail) -> dict[str, Faul
     slow = fail(code=grpc.StatusCode.RESOURCE_EXHAUSTED, reason="SLOW_READER")
     full = fail(code=grpc.StatusCode.RESOURCE_EXHAUSTED, reason="OVERLOADED")
     recovering = fail(code=grpc.StatusCode.UNAVAILABLE, reason="RECONCILIATION_IN_PROGRESS")
+    cancelled = fail(code=grpc.StatusCode.CANCELLED)
     return {
         "nothing": lambda _: stream([], then=gone),
         "recovering": lambda _: stream([], then=recovering),
         "full": lambda _: stream([], then=full),
         "broken": lambda told: stream(told[:2], then=gone),
+        "cancelled": lambda told: stream(told[:2], then=cancelled),
         "slow": lambda told: stream(told[:2], then=slow),
         "doubled": lambda told: stream([m for m in told[:3] for _ in "ab"], then=gone),
         "repeated": lambda told: stream([*told[:3], *told[:3]], then=gone),
@@ -132,8 +134,18 @@ def _sequences(updates: Sequence[Update]) -> list[tuple[str | None, int]]:
 
 
 FROM_A_SNAPSHOT = [("snapshot", BEFORE), *(("event", n) for n in range(BEFORE + 1, EVENTS + 1))]
-FAULTS = ["nothing", "recovering", "full", "broken", "slow", "doubled", "repeated", "silent"]
-FEWER = ["broken", "doubled", "recovering", "slow"]
+FAULTS = [
+    "nothing",
+    "recovering",
+    "full",
+    "broken",
+    "cancelled",
+    "slow",
+    "doubled",
+    "repeated",
+    "silent",
+]
+FEWER = ["broken", "cancelled", "doubled", "recovering", "slow"]
 
 
 @pytest.mark.parametrize("names", [[], *([name] for name in FAULTS), FAULTS], ids="-".join)
@@ -370,6 +382,21 @@ async def test_gives_bookmarks_to_those_who_want_them(
 
 def _guards() -> Iterator[threading.Thread]:
     return (thread for thread in threading.enumerate() if thread.name == "runrecovery-silence")
+
+
+def test_a_watch_whose_channel_the_caller_closes_is_not_resumed(
+    server: ScriptedServer, stream: type[Stream]
+) -> None:
+    server.on("WatchRun", stream([_snapshot(3), _event(4)], hold=True))
+    client = rr.RunRecoveryClient(server.start())
+    watch = client.runs.watch("r")
+    next(watch)
+    threading.Thread(target=client.close).start()
+
+    with pytest.raises(rr.UnrecognizedError):
+        list(watch)
+
+    assert len(server.asked("WatchRun")) == 1
 
 
 @pytest.mark.parametrize("explicitly", [True, False])

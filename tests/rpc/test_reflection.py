@@ -156,6 +156,28 @@ async def test_open_stream_ends_when_the_service_drains(address: str, gate: Gate
         assert await call.code() is grpc.StatusCode.OK
 
 
+@pytest.mark.parametrize("name", [V1, V1ALPHA])
+async def test_answers_what_is_asked_while_the_service_drains(
+    name: str, address: str, gate: Gate
+) -> None:
+    gate.drain()
+    async with grpc.aio.insecure_channel(address) as channel:
+        call = channel.stream_stream(
+            f"/{name}/ServerReflectionInfo",
+            request_serializer=pb.ServerReflectionRequest.SerializeToString,
+            response_deserializer=pb.ServerReflectionResponse.FromString,
+        )()
+        answers: list[Any] = []
+        for question in ("runrecovery.v1.RunService", "runrecovery.v1.RecoveryService"):
+            await call.write(pb.ServerReflectionRequest(file_containing_symbol=question))
+            answers.append(await asyncio.wait_for(call.read(), 10))
+
+        assert [answer.WhichOneof("message_response") for answer in answers] == [
+            "file_descriptor_response",
+            "file_descriptor_response",
+        ]
+
+
 async def buf_curl(address: str, *arguments: str) -> str:
     process = await asyncio.create_subprocess_exec(
         BUF, "curl", "--http2-prior-knowledge", "--protocol", "grpc", *arguments,

@@ -24,6 +24,9 @@ V1: Final = "grpc.reflection.v1.ServerReflection"
 V1ALPHA: Final = "grpc.reflection.v1alpha.ServerReflection"
 _V1_FILE: Final = "grpc/reflection/v1/reflection.proto"
 
+LAST_QUESTION_S: Final = 0.5
+"""While the service drains: how long a stream waits for its next question before it ends."""
+
 # The package ships no types that mypy may see.
 Request: TypeAlias = Any
 Response: TypeAlias = Any
@@ -70,7 +73,8 @@ class ReflectionServicer:
     async def ServerReflectionInfo(  # noqa: N802 - gRPC's name
         self, requests: AsyncIterator[Request], _context: Context
     ) -> AsyncIterator[Response]:
-        """Answer each request in turn; ends with the requests, or once the service drains."""
+        """Answer each request in turn; ends with the requests, or, once the service drains, when
+        no further request comes within `LAST_QUESTION_S`."""
         draining = asyncio.create_task(self._drained())
         try:
             while (request := await _next(requests, draining)) is not None:
@@ -133,10 +137,15 @@ class ReflectionServicer:
 
 
 async def _next(requests: AsyncIterator[Request], stop: asyncio.Task[None]) -> Request | None:
-    """Return the next request; None when there is none, or `stop` is done first."""
+    """Return the next request; None when there is none, or none soon after `stop` is done.
+
+    Soon after, not at once: a request that the caller has sent already is still answered.
+    """
     coming = asyncio.ensure_future(anext(requests, None))
     try:
         await asyncio.wait({coming, stop}, return_when=asyncio.FIRST_COMPLETED)
+        if not coming.done():
+            await asyncio.wait({coming}, timeout=LAST_QUESTION_S)
         return coming.result() if coming.done() else None
     finally:
         coming.cancel()
