@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from runrecovery_service.domain.errors import DatabaseRefused, Held
 from runrecovery_service.storage import database
+from runrecovery_service.storage.adapter import Storage
 from runrecovery_service.storage.database import (
     SQLITE_PRAGMAS,
     Database,
@@ -180,16 +181,38 @@ def test_the_files_are_for_their_owner_only(tmp_path: Path) -> None:
     assert {0o600} == set(modes.values())
 
 
-def test_every_thread_gets_the_durable_settings(world_of_sqlite: Database) -> None:
-    from concurrent.futures import ThreadPoolExecutor
+# Literal, not our own table: a test that compares the table with itself accepts NORMAL.
+DURABLE_SETTINGS = {
+    "journal_mode": "wal",
+    "synchronous": 2,  # FULL
+    "foreign_keys": 1,
+    "busy_timeout": 5000,
+    "trusted_schema": 0,
+    "cell_size_check": 1,
+}
 
-    def read() -> dict[str, object]:
-        rows = {name: world_of_sqlite.fetch_one(f"PRAGMA {name}") for name in SQLITE_PRAGMAS}
-        world_of_sqlite.close()
-        return {name: row and row[0] for name, row in rows.items()}
 
-    with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(read).result() == SQLITE_PRAGMAS
+def settings_of(db: Database) -> dict[str, object]:
+    """Return what the calling thread's connection answers."""
+    rows = {name: db.fetch_one(f"PRAGMA {name}") for name in DURABLE_SETTINGS}
+    return {name: row and row[0] for name, row in rows.items()}
+
+
+@pytest.mark.parametrize("use", ["point", "read", "write", "renewal", "alone"])
+async def test_every_connection_has_the_durable_settings(
+    world_of_sqlite: Database, use: str
+) -> None:
+    storage = Storage(world_of_sqlite)
+    try:
+        assert await getattr(storage, use)(settings_of) == DURABLE_SETTINGS
+    finally:
+        storage.close()
+
+
+def test_a_new_store_and_a_reopened_one_have_the_durable_settings(tmp_path: Path) -> None:
+    for _ in range(2):
+        with closing(open_database("", tmp_path)) as db:
+            assert settings_of(db) == DURABLE_SETTINGS
 
 
 def test_a_setting_that_does_not_hold_is_refused(
