@@ -198,3 +198,13 @@ def test_no_entry_goes_into_a_file_that_could_not_grow(kind: str) -> None:
     with pytest.raises(TrustFileUnusable) as refused:
         KINDS[kind].editor.add(_filled(kind, MOST_OF[kind] - RESERVE), "/w")
     assert refused.value.reason is R.TOO_LARGE
+
+
+@pytest.mark.parametrize(
+    "value", ['"""a"b"""', '""""a""b"""""', "'''a'b'''", '"""a\\"""b"""', '["""a"b""", 1]']
+)
+def test_quotes_inside_a_string_of_several_lines_do_not_end_it(value: str) -> None:
+    (field,) = toml_text.parse(f"a = {value} # c\n").statements
+
+    assert isinstance(field, toml_text.Field)
+    assert (field.value_start, field.value_end) == (4, 4 + len(value))

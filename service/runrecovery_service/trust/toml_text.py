@@ -20,18 +20,20 @@ MOST_DEPTH: Final = 100
 
 _BLANK: Final = re.compile(r"[ \t]*")
 _BLANK_LINES: Final = re.compile(r"[ \t\r\n]*")
-_FILLER: Final = re.compile(r"(?:[ \t\r\n]++|#[^\n]*+)*+")
+# No possessive quantifier and no atomic group: the `re` of Python 3.11.2 matches them wrongly.
+# The strings cannot be read in two ways, so a match that fails costs linear time.
+_FILLER: Final = re.compile(r"[ \t\r\n]*(?:#[^\n]*[ \t\r\n]*)*")
 _REST: Final = re.compile(r"[ \t]*(#[^\n]*?)?(\r?\n|\Z)")
-_KEY: Final = re.compile(r"""[A-Za-z0-9_-]++|"(?:[^"\\\n]++|\\.)*+"|'[^'\n]*+'""")
+_KEY: Final = re.compile(r"""[A-Za-z0-9_-]+|"[^"\\\n]*(?:\\.[^"\\\n]*)*"|'[^'\n]*'""")
 # Up to two quotes may stand before the three that end a string of several lines.
 _STRING: Final = re.compile(
-    r'"""(?:[^"\\]++|\\.|"{1,2}(?!"))*+"{3,5}'
-    r"|'''(?:[^']++|'{1,2}(?!'))*+'{3,5}"
-    r"""|"(?:[^"\\\n]++|\\.)*+"|'[^'\n]*+'""",
+    r'"""[^"\\]*(?:(?:\\.|"{1,2}(?!"))[^"\\]*)*"{3,5}'
+    r"|'''[^']*(?:'{1,2}(?!')[^']*)*'{3,5}"
+    r"""|"[^"\\\n]*(?:\\.[^"\\\n]*)*"|'[^'\n]*'""",
     re.DOTALL,
 )
 _BARE: Final = re.compile(r"[^,\]}#\r\n]+")
-_INSIDE: Final = re.compile(r"#[^\n]*+|[^\"'#\[\]{},=]++|[\[\]{},=]")
+_INSIDE: Final = re.compile(r"#[^\n]*|[^\"'#\[\]{},=]+|[\[\]{},=]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
