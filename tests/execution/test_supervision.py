@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 from runrecovery_service.domain.errors import Fenced
-from runrecovery_service.domain.run import RestartPolicy, Run, RunStatus
+from runrecovery_service.domain.run import Profile, RestartPolicy, Run, RunStatus
+from runrecovery_service.engines.catalog import Engine
 from runrecovery_service.execution import dispatcher, launching, session
 from runrecovery_service.execution.output import OutputChannel
 from runrecovery_service.process.launch import ShimmedProcess, boot_time_ns, prepare
@@ -88,6 +89,79 @@ async def test_a_shim_that_is_stopped_does_not_keep_a_canceled_run_alive(floor: 
     assert run.status is RunStatus.CANCELED
     assert lease.tree() == []
     assert not is_alive(lease.shim)
+
+
+async def test_an_exit_reported_before_its_shim_was_missed_is_judged_by_its_code(
+    floor: Floor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A write is retried while the shim ends and the sweep notices twice that it is gone."""
+    noticed, keep = asyncio.Event(), session.RunSession._hear_question
+    started: list[session.RunSession] = []
+
+    async def held_up(self: session.RunSession, asked: Any) -> None:
+        started.append(self)
+        await noticed.wait()
+        await keep(self, asked)
+
+    monkeypatch.setattr(session.RunSession, "_hear_question", held_up)
+    run_id = await floor.create("resumable", {"questions": [{"prompt": "So?"}]})
+
+    async def shim_has_ended() -> bool:
+        return bool(started) and started[0].launch.shim_is_gone
+
+    await until(shim_has_ended)
+    for _ in range(session.UNGUARDED_LOOKS):
+        floor.dispatcher.look_at_shims()
+    noticed.set()
+    run = await floor.until_status(run_id, RunStatus.WAITING_USER, RunStatus.FAILED)
+
+    assert (run.status, run.error) == (RunStatus.WAITING_USER, None)
+
+
+@pytest.mark.parametrize("newline", ["\n", ""])
+async def test_a_result_that_is_parsed_after_the_exit_counts(
+    new_floor: NewFloor, monkeypatch: pytest.MonkeyPatch, newline: str
+) -> None:
+    """The line is parsed only once the deadline after the exit has been set anew many times."""
+    parsing, may_parse = threading.Event(), threading.Event()
+    understand, expect = session.RunSession._understand, session.RunSession._expect_end_within
+    expected: list[float] = []
+
+    def gated(self: session.RunSession, line: bytes) -> Any:
+        parsing.set()
+        may_parse.wait(10)
+        return understand(self, line)
+
+    def count(self: session.RunSession, seconds: float) -> None:
+        expect(self, seconds)
+        if parsing.is_set() and self._exited is not None:
+            expected.append(seconds)
+        if len(expected) > 10:  # the shim's own events are three
+            may_parse.set()
+
+    monkeypatch.setattr(session, "LAST_OUTPUT_S", 0.02)
+    monkeypatch.setattr(session.RunSession, "_understand", gated)
+    monkeypatch.setattr(session.RunSession, "_expect_end_within", count)
+    floor = await new_floor(more=[long_result(newline)])
+
+    run = await floor.until_ended(await floor.create("long"))
+
+    assert (run.status, run.error) == (RunStatus.SUCCEEDED, None)
+    assert run.output == {"a": "x" * 30_000}
+
+
+def long_result(newline: str) -> Engine:
+    """An engine whose result is long enough to be parsed in a thread."""
+    line = '{"type":"result","output":{"a":"' + "x" * 30_000 + '"}}' + newline
+    return Engine(
+        name="long",
+        command=("/bin/sh", "-c", f"read task; printf %s '{line}'"),
+        profile=Profile.RESUMABLE,
+        env_allow=("PATH",),
+        max_concurrent=None,
+        session_file=None,
+        session_timeout_s=600.0,
+    )
 
 
 # -- heartbeats --------------------------------------------------------------------------------

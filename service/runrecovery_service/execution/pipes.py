@@ -53,12 +53,12 @@ def fill(descriptor: int, data: bytes) -> int:
 async def until_read(descriptor: int) -> None:
     """Return once a reader has taken all that was written to a pipe; never, if none does."""
     pause_s = LOOK_FIRST_S
-    while _held(descriptor):
+    while bytes_held(descriptor):
         await asyncio.sleep(pause_s)  # nothing tells of it
         pause_s = min(pause_s * 2, LOOK_MOST_S)
 
 
-def _held(descriptor: int) -> int:
+def bytes_held(descriptor: int) -> int:
     """Return how many bytes a pipe holds; either end tells."""
     held = array("i", [0])
     fcntl.ioctl(descriptor, termios.FIONREAD, held)

@@ -56,7 +56,7 @@ from runrecovery_service.engines.dialect import (
 from runrecovery_service.execution.launching import Launch, StoodStill, Unguarded, Withdrawn
 from runrecovery_service.execution.looking import finding_of, seen_of
 from runrecovery_service.execution.output import OutputChannel
-from runrecovery_service.execution.pipes import read, until_read, write_all
+from runrecovery_service.execution.pipes import bytes_held, read, until_read, write_all
 from runrecovery_service.execution.workshop import TurnLog, Workshop
 from runrecovery_service.process.launch import (
     Empty,
@@ -84,6 +84,8 @@ IGNORED_TYPES: Final = 100
 STDERR_TAIL_BYTES: Final = 2000
 LAST_OUTPUT_S: Final = 1.0
 """How long a process that has exited may leave its output open (a child may hold it)."""
+OVERTIME_BYTES: Final = 16 << 20
+"""Output that is still read and parsed after a deadline; a descendant may write for ever."""
 UNGUARDED_LOOKS: Final = 2
 """Looks, 2 s apart, at which a shim must be found stopped or gone: one may be at its very end."""
 HANDLE_UNUSABLE: Final = "The session's handle is none that this engine could have named."
@@ -146,6 +148,9 @@ class RunSession:
     _ignored: Counter[str] = field(default_factory=Counter)
     _stderr_tail: bytes = b""
     _deadline: float | None = None
+    _is_parsing: bool = False
+    _stdout_bytes: int = 0
+    _overtime_from: int | None = None
     _unguarded_looks: int = 0
     is_ending: bool = False
 
@@ -310,7 +315,7 @@ class RunSession:
             # A cancel that came before this session was known to anybody is only on record.
             if (await self._look()).cancel_requested:
                 self.cancel()
-            await self._take_news()
+            await self._take_news(process.stdout)
             for task in tasks:
                 task.cancel()
 
@@ -320,15 +325,26 @@ class RunSession:
             lambda: self.shop.storage.point(runs.get_by_key, self.turn.run.key)
         )
 
-    async def _take_news(self) -> None:
+    async def _take_news(self, stdout: IO[bytes]) -> None:
         while not self._is_over():
             try:
                 async with asyncio.timeout_at(self._deadline):
                     news = await self._news.get()
             except TimeoutError:
-                return
+                if not self._has_unparsed_output(stdout):
+                    return
+                self._expect_end_within(LAST_OUTPUT_S)
+                continue
             await self._take(news)
             self._news.task_done()
+
+    def _has_unparsed_output(self, stdout: IO[bytes]) -> bool:
+        """Return True while output is unread or unparsed, up to a bound of bytes: the time that
+        our own reading takes does not count against the agent."""
+        if self._overtime_from is None:
+            self._overtime_from = self._stdout_bytes
+        is_bounded = self._stdout_bytes - self._overtime_from < OVERTIME_BYTES
+        return is_bounded and (self._is_parsing or bytes_held(stdout.fileno()) > 0)
 
     def _is_over(self) -> bool:
         # Its whole output comes before its end: whoever follows it must miss nothing.
@@ -352,7 +368,9 @@ class RunSession:
                 self._unsupervised = self._exited is None
                 self._expect_end_within(LAST_OUTPUT_S)
             case _Signal.SHIM_USELESS:
-                self._unsupervised = True
+                # A shim ends after its tree. While a write is retried, the sweep may notice that
+                # before the exit, which was reported earlier, has been taken.
+                self._unsupervised = self._exited is None
             case Exited() | EndsItself() | Empty():
                 self._note(news)
                 self._expect_end_within(LAST_OUTPUT_S)
@@ -483,6 +501,8 @@ class RunSession:
     async def _read_stdout(self, pipe: IO[bytes]) -> None:
         begun: list[bytes] = []
         while data := await read(pipe.fileno()):
+            self._is_parsing = True
+            self._stdout_bytes += len(data)
             first, newline, more = data.partition(b"\n")
             begun.append(first)
             if newline:
@@ -492,7 +512,9 @@ class RunSession:
             if sum(map(len, begun)) > self._engine.dialect.max_line_bytes:
                 await self._refuse_line(b"".join(begun))
                 return
+            self._is_parsing = False
         if last := b"".join(begun):
+            self._is_parsing = True
             await self._take_lines([last], end=b"")
         self._news.put_nowait(_Signal.STDOUT_ENDED)
 
