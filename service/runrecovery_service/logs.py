@@ -55,8 +55,9 @@ SECRET_WORDS: Final = frozenset(
 BLOT: Final = "[redacted]"
 
 _SECRET_KEY: Final = re.compile(rf"(?:^|_)(?:{'|'.join(sorted(SECRET_WORDS))})$", re.IGNORECASE)
-# PostgreSQL quotes whole rows in the detail of an error.
-_DETAIL: Final = re.compile(r"^(DETAIL|CONTEXT):.*$", re.MULTILINE)
+# PostgreSQL quotes whole rows in the detail of an error. A value in a row can have many lines, and
+# any of them can look like the next field of the error: everything up to the end is removed.
+_DETAIL: Final = re.compile(r"(DETAIL|CONTEXT):.*", re.DOTALL)
 _URL_PASSWORD: Final = re.compile(r"(\b[a-z][a-z0-9+.-]*://[^\s/:@\"']*):[^\s\"']*@", re.IGNORECASE)
 _PARAMETER: Final = re.compile(r"\b(password=)('[^']*'|[^\s&\"']+)", re.IGNORECASE)
 

@@ -222,3 +222,17 @@ def test_the_detail_of_a_database_error_is_not_logged() -> None:
 
     assert "s3cr3t" not in stream.getvalue()
     assert "null value" in stream.getvalue()
+
+
+@pytest.mark.parametrize("form", [LogFormat.JSON, LogFormat.CONSOLE])
+@pytest.mark.parametrize("field", ["DETAIL", "CONTEXT"])
+def test_no_later_line_of_a_row_in_a_database_error_is_logged(form: LogFormat, field: str) -> None:
+    stream, log = configured(form)
+    text = f"null value\n{field}:  row (7, first-s3cr3t\nsecond-s3cr3t\n\nHINT:  third-s3cr3t)\n"
+
+    log.error("rpc.internal_error", error=text, quoted=f"failed: {ValueError(text)!r}")
+    logging.getLogger("peewee").error("failed: %s", text)
+    log.error("storage.failed", exc_info=ValueError(text))
+
+    assert "s3cr3t" not in stream.getvalue()
+    assert "null value" in stream.getvalue()
