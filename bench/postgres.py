@@ -85,8 +85,18 @@ def _binaries(top: Path, account: pwd.struct_passwd | None) -> Path:
     if account is not None and not all(
         parent.stat().st_mode & stat.S_IXOTH for parent in install.parents
     ):
-        install = Path(shutil.copytree(install, top / "install", symlinks=True))
+        install = _copied(install, top / "install")
     return install / "bin"
+
+
+def _copied(install: Path, target: Path) -> Path:
+    """Copy the binaries, and the libraries that they look for beside the package."""
+    package = install.parent
+    for folder in (install, package.with_name(f"{package.name}.libs")):
+        if folder.exists():
+            copy = target / folder.relative_to(package.parent)
+            shutil.copytree(folder, copy, symlinks=True)
+    return target / install.relative_to(package.parent)
 
 
 @contextmanager
