@@ -9,6 +9,7 @@ READY := $(VENV)/.ready
 CODEGEN := .venv-codegen
 CODEGEN_READY := $(CODEGEN)/.ready
 GENERATED := client/runrecovery/v1
+DESCRIPTORS := service/runrecovery_service/rpc/contract.binpb
 AGENT_CLIS := .agent-clis
 AGENT_CLIS_READY := $(AGENT_CLIS)/.ready
 PYTEST_WORKERS ?= 4
@@ -62,11 +63,12 @@ test-agents: $(READY) $(AGENT_CLIS_READY) ## Try the presets with the real CLIs 
 serve: $(READY) ## Start the service here, with CONFIG=runrecovery.example.toml (Ctrl-C stops it)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/runrecovery serve --config $(CONFIG)
 
-proto: $(CODEGEN_READY) ## Regenerate client/runrecovery/v1 from proto/
+proto: $(CODEGEN_READY) ## Regenerate client/runrecovery/v1 and the served descriptors from proto/
 	@rm -rf $(GENERATED)
 	@mkdir -p $(GENERATED)
 	@PATH="$(CODEGEN)/bin:$$PATH" $(CODEGEN)/bin/python -m grpc_tools.protoc -I proto \
 		--python_out=client --grpc_python_out=client --mypy_out=quiet:client --mypy_grpc_out=quiet:client \
+		--descriptor_set_out=$(DESCRIPTORS) --include_imports --include_source_info \
 		$$(find proto -name '*.proto' | sort)
 	@echo '"""Messages and stubs generated from proto/runrecovery/v1 (make proto)."""' > $(GENERATED)/__init__.py
 
@@ -74,7 +76,7 @@ docs: $(READY) ## Regenerate the matrix in docs/recovery.md
 	@$(BIN)/python docs/generate.py
 
 verify: proto docs ## Prove that the generated code and pages are current
-	@git diff --exit-code -- $(GENERATED) docs/recovery.md
+	@git diff --exit-code -- $(GENERATED) $(DESCRIPTORS) docs/recovery.md
 	@test -z "$$(git ls-files --others --exclude-standard -- $(GENERATED))"
 
 lint: $(READY) ## ruff and buf lint

@@ -107,6 +107,7 @@ def test_the_service_wheel_holds_the_service_and_its_migrations(service_wheel: P
 
     assert {name.split("/")[0] for name in names} == {"runrecovery_service"}
     assert "runrecovery_service/storage/migrations/0001_initial.py" in names
+    assert "runrecovery_service/rpc/contract.binpb" in names
 
 
 @pytest.mark.parametrize("lock", ["client-floor.txt", "client-latest.txt"])

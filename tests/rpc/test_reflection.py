@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,22 @@ import pytest
 from google.protobuf import descriptor_pb2
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2 as pb
+from runrecovery.v1 import (
+    errors_pb2,
+    recovery_pb2,
+    recovery_service_pb2,
+    run_pb2,
+    run_service_pb2,
+)
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.health import HealthServicer
-from runrecovery_service.rpc.reflection import V1, V1ALPHA, ReflectionServicer
+from runrecovery_service.rpc.reflection import (
+    V1,
+    V1ALPHA,
+    ReflectionServicer,
+    contract_files,
+    with_json_names,
+)
 from runrecovery_service.rpc.server import (
     RECOVERY_SERVICE,
     RUN_SERVICE,
@@ -87,6 +100,72 @@ async def test_symbol_leads_to_its_file(symbol: str, file: str, address: str) ->
     answer = await ask(address, V1, file_containing_symbol=symbol)
 
     assert file_names(answer)[0] == file
+
+
+async def files_of(address: str, symbol: str) -> dict[str, descriptor_pb2.FileDescriptorProto]:
+    answer = await ask(address, V1, file_containing_symbol=symbol)
+    files = answer.file_descriptor_response.file_descriptor_proto
+    return {
+        file.name: file
+        for file in (descriptor_pb2.FileDescriptorProto.FromString(f) for f in files)
+    }
+
+
+def json_names(
+    messages: Iterable[descriptor_pb2.DescriptorProto], *, below: str = ""
+) -> Iterator[tuple[str, str]]:
+    for message in messages:
+        path = f"{below}{message.name}."
+        yield from ((f"{path}{field.name}", field.json_name) for field in message.field)
+        yield from json_names(message.nested_type, below=path)
+
+
+@pytest.mark.parametrize(
+    ("symbol", "field", "json_name"),
+    [
+        ("runrecovery.v1.RunService", "CreateRunRequest.run_id", "runId"),
+        ("runrecovery.v1.Run", "Run.pending_interaction", "pendingInteraction"),
+        ("runrecovery.v1.Run", "Run.LabelsEntry.key", "key"),
+        ("google.protobuf.Value", "Value.string_value", "stringValue"),
+        ("google.rpc.BadRequest", "BadRequest.field_violations", "fieldViolations"),
+        ("google.rpc.Help", "Help.Link.url", "url"),
+        ("grpc.health.v1.Health", "HealthListResponse.statuses", "statuses"),
+        (V1, "ServerReflectionRequest.list_services", "listServices"),
+        (V1ALPHA, "ServerReflectionRequest.list_services", "listServices"),
+    ],
+)
+async def test_every_served_field_has_its_json_name(
+    symbol: str, field: str, json_name: str, address: str
+) -> None:
+    files = await files_of(address, symbol)
+    names = {
+        name: given for file in files.values() for name, given in json_names(file.message_type)
+    }
+
+    assert names[field] == json_name
+    assert [name for name, given in names.items() if not given] == []
+
+
+async def test_descriptions_have_the_comments_of_the_contract(address: str) -> None:
+    file = (await files_of(address, "runrecovery.v1.RunService"))[
+        "runrecovery/v1/run_service.proto"
+    ]
+    comments = {tuple(at.path): at.leading_comments for at in file.source_code_info.location}
+
+    assert (
+        comments[6, 0, 2, 0] == " Records a run and queues it. It is durable when this returns.\n"
+    )
+    assert file.service[0].method[0].name == "CreateRun"
+
+
+def test_the_served_contract_is_that_of_the_generated_code() -> None:
+    served = contract_files()
+
+    for module in (errors_pb2, run_pb2, recovery_pb2, run_service_pb2, recovery_service_pb2):
+        file = descriptor_pb2.FileDescriptorProto.FromString(served[module.DESCRIPTOR.name])
+        file.ClearField("source_code_info")
+        assert file.SerializeToString() == with_json_names(module.DESCRIPTOR)
+    assert sum(name.startswith("runrecovery/") for name in served) == 5
 
 
 async def test_file_comes_with_everything_that_it_imports_once(address: str) -> None:

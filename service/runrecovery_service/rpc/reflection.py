@@ -2,17 +2,22 @@
 
 The two versions are the same on the wire, so one servicer with the v1alpha messages serves both;
 only the descriptor of v1 has to be made, for those who ask for it.
+
+The descriptors inside generated Python code have no comments and no `json_name`, without which
+grpcurl prints `run_id` instead of `runId`. So the contract is served as protoc wrote it
+(`contract.binpb`, by `make proto`), and the files of other packages get their names here.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
+from importlib.resources import files
 from typing import Any, Final, TypeAlias
 
 import grpc
 from google.protobuf import descriptor_pb2, descriptor_pool
-from google.protobuf.descriptor import FileDescriptor
+from google.protobuf.descriptor import Descriptor, FileDescriptor
 
 # Imported for the pool: callers look the details of our errors up by name.
 from google.rpc import error_details_pb2  # noqa: F401
@@ -22,6 +27,7 @@ from runrecovery_service.rpc.gate import Gate
 
 V1: Final = "grpc.reflection.v1.ServerReflection"
 V1ALPHA: Final = "grpc.reflection.v1alpha.ServerReflection"
+CONTRACT: Final = "contract.binpb"
 _V1_FILE: Final = "grpc/reflection/v1/reflection.proto"
 
 LAST_QUESTION_S: Final = 0.5
@@ -54,12 +60,36 @@ def _v1_file() -> descriptor_pb2.FileDescriptorProto:
     return file
 
 
+def contract_files() -> dict[str, bytes]:
+    """Return the files of the contract and their imports by name, with comments and JSON names."""
+    data = files("runrecovery_service.rpc").joinpath(CONTRACT).read_bytes()
+    described = descriptor_pb2.FileDescriptorSet.FromString(data)
+    return {file.name: file.SerializeToString() for file in described.file}
+
+
+def with_json_names(file: FileDescriptor) -> bytes:
+    """Return a file of the pool with the `json_name` of every field, as protoc writes it."""
+    proto = descriptor_pb2.FileDescriptorProto()
+    file.CopyToProto(proto)
+    for message in proto.message_type:
+        _name_fields(message, file.message_types_by_name[message.name])
+    return proto.SerializeToString()
+
+
+def _name_fields(message: descriptor_pb2.DescriptorProto, described: Descriptor) -> None:
+    for field in message.field:
+        field.json_name = described.fields_by_name[field.name].json_name
+    for nested in message.nested_type:
+        _name_fields(nested, described.nested_types_by_name[nested.name])
+
+
 class ReflectionServicer:
     """Answers questions about the services in the default descriptor pool."""
 
     def __init__(self, services: Iterable[str], gate: Gate) -> None:
         self._pool = descriptor_pool.Default()
         add_v1_descriptor(self._pool)
+        self._contract = contract_files()
         self._services = tuple(sorted({*services, V1, V1ALPHA}))
         self._gate = gate
         self._answers: dict[str, Callable[[Request], Response]] = {
@@ -106,10 +136,10 @@ class ReflectionServicer:
         return response
 
     def _file_by_name(self, request: Request) -> Response:
-        return _files(self._pool.FindFileByName(request.file_by_filename))
+        return self._files(self._pool.FindFileByName(request.file_by_filename))
 
     def _file_of_symbol(self, request: Request) -> Response:
-        return _files(self._find(request.file_containing_symbol))
+        return self._files(self._find(request.file_containing_symbol))
 
     def _find(self, symbol: str) -> FileDescriptor:
         try:
@@ -124,7 +154,7 @@ class ReflectionServicer:
         wanted = request.file_containing_extension
         extended = self._pool.FindMessageTypeByName(wanted.containing_type)
         found: Any = self._pool.FindExtensionByNumber(extended, wanted.extension_number)
-        return _files(found.file)  # the stubs do not know `file`
+        return self._files(found.file)  # the stubs do not know `file`
 
     def _extension_numbers(self, request: Request) -> Response:
         extended = self._pool.FindMessageTypeByName(request.all_extension_numbers_of_type)
@@ -132,6 +162,21 @@ class ReflectionServicer:
         response.all_extension_numbers_response.base_type_name = extended.full_name
         response.all_extension_numbers_response.extension_number.extend(
             sorted(extension.number for extension in self._pool.FindAllExtensions(extended))
+        )
+        return response
+
+    def _files(self, file: FileDescriptor) -> Response:
+        """Answer with a file and everything that it imports, each once."""
+        response = pb.ServerReflectionResponse()
+        seen: dict[str, FileDescriptor] = {}
+        waiting = [file]
+        while waiting:
+            next_file = waiting.pop()
+            if next_file.name not in seen:
+                seen[next_file.name] = next_file
+                waiting.extend(next_file.dependencies)
+        response.file_descriptor_response.file_descriptor_proto.extend(
+            self._contract.get(one.name) or with_json_names(one) for one in seen.values()
         )
         return response
 
@@ -149,22 +194,6 @@ async def _next(requests: AsyncIterator[Request], stop: asyncio.Task[None]) -> R
         return coming.result() if coming.done() else None
     finally:
         coming.cancel()
-
-
-def _files(file: FileDescriptor) -> Response:
-    """Answer with a file and everything that it imports, each once."""
-    response = pb.ServerReflectionResponse()
-    seen: dict[str, FileDescriptor] = {}
-    waiting = [file]
-    while waiting:
-        next_file = waiting.pop()
-        if next_file.name not in seen:
-            seen[next_file.name] = next_file
-            waiting.extend(next_file.dependencies)
-    response.file_descriptor_response.file_descriptor_proto.extend(
-        one.serialized_pb for one in seen.values()
-    )
-    return response
 
 
 def _error(code: grpc.StatusCode, message: str) -> Response:
