@@ -45,7 +45,7 @@ WAIT_S = 1200.0
 REOPEN_S = 3600.0
 TABLES = (
     "run", "run_event", "run_label", "interaction", "recovery_event", "reconciliation",
-    "quarantine", "instance", "process_lease", "request_receipt",
+    "quarantine", "instance", "instance_epoch", "process_lease", "request_receipt",
 )  # fmt: skip
 
 DECIDED = ("run", "interaction", "recovery_event", "quarantine")

@@ -20,6 +20,7 @@ from runrecovery_service.storage import (
     runs,
 )
 from runrecovery_service.storage.database import Database, applied_migrations, open_database
+from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.processes import Ended
 
 from .conftest import World, boot
@@ -89,7 +90,12 @@ def first(empty_database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         patch.setattr(database, "MIGRATIONS", only)
         db = open_database(empty_database_url, tmp_path)
         assert applied_migrations(db) == ["0001_initial"]
-        world = World(db=db, owner=instances.claim(db, boot(), now=World.now))
+        with db.transaction():
+            db.execute(
+                "INSERT INTO instance (name, epoch, boot_token, host_id, data_dir, pid,"
+                " lease_until, started_at) VALUES ('default', 1, 't', 'host', '/d', 7, 0, 1)"
+            )
+        world = World(db=db, owner=Owner("default", 1))
         fill(db)
         content = world.dump(*TABLES)
         db.close()
@@ -156,6 +162,22 @@ def test_everything_that_the_first_version_stored_is_there(first: First, world: 
         ),
     }
     assert applied_migrations(world.db) == sorted(database.known_migrations())
+
+
+def test_an_epoch_of_the_first_version_is_followed_by_the_next_one(world: World) -> None:
+    assert world.rows("SELECT name, epoch FROM instance") == [("default", 2)]
+    assert world.rows("SELECT name, epoch FROM instance_epoch") == [("default", 2)]
+
+
+def test_a_service_of_the_first_version_that_lives_is_current_after_a_migration(
+    first: First, tmp_path: Path
+) -> None:
+    db = open_database(first[0], tmp_path)
+    try:
+        with db.transaction():
+            instances.demand_current(db, Owner("default", 1))
+    finally:
+        db.close()
 
 
 def test_labels_of_earlier_runs_are_found(world: World) -> None:

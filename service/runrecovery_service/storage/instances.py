@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Final
 
 from runrecovery_service.domain.errors import Fenced, Held
-from runrecovery_service.storage.database import Database, Kind
+from runrecovery_service.storage.database import Database, Kind, Row
 from runrecovery_service.storage.rows import to_us
 
 LEASE_TTL_S: Final = 15.0
@@ -47,17 +47,18 @@ def claim(db: Database, boot: Boot, *, now: datetime, ttl_s: float = LEASE_TTL_S
         Held: an instance of this name is alive elsewhere.
     """
     until = _lease_until(db, ttl_s)
-    lock = " FOR UPDATE" if db.dialect.kind is Kind.POSTGRESQL else ""
     with db.transaction():
-        row = db.fetch_one(
-            "SELECT epoch, host_id, data_dir, pid,"
-            f" CASE WHEN lease_until > {db.dialect.now_us} THEN 1 ELSE 0 END"
-            f" FROM instance WHERE name = ?{lock}",
+        _demand_free(_living(db, boot), boot)  # before the wait for the writers of one that lives
+        # Inserted first, so that starts of a new instance queue here as well.
+        db.execute(
+            "INSERT INTO instance_epoch (name, epoch) VALUES (?, 0) ON CONFLICT (name) DO NOTHING",
             (boot.instance,),
         )
+        lock = " FOR UPDATE" if db.dialect.kind is Kind.POSTGRESQL else ""
+        db.fetch_one(f"SELECT 1 FROM instance_epoch WHERE name = ?{lock}", (boot.instance,))
+        row = _living(db, boot, lock)
+        _demand_free(row, boot)
         epoch = 1 if row is None else row[0] + 1
-        if row is not None and row[4] and (row[1], row[2]) != (boot.host_id, boot.data_dir):
-            raise Held(f"instance {boot.instance!r}", f"pid {row[3]} on host {row[1]} ({row[2]})")
         values = (
             epoch,
             boot.boot_token,
@@ -68,21 +69,34 @@ def claim(db: Database, boot: Boot, *, now: datetime, ttl_s: float = LEASE_TTL_S
             boot.instance,
         )
         if row is None:
-            added = db.execute(
+            db.execute(
                 "INSERT INTO instance (epoch, boot_token, host_id, data_dir, pid, started_at,"
-                f" name, lease_until) VALUES (?, ?, ?, ?, ?, ?, ?, {until})"
-                " ON CONFLICT (name) DO NOTHING",
+                f" name, lease_until) VALUES (?, ?, ?, ?, ?, ?, ?, {until})",
                 values,
-            ).rowcount
-            if added != 1:
-                raise Held(f"instance {boot.instance!r}", "another first start, at this moment")
+            )
         else:
             db.execute(
                 "UPDATE instance SET epoch = ?, boot_token = ?, host_id = ?, data_dir = ?,"
                 f" pid = ?, started_at = ?, lease_until = {until} WHERE name = ?",
                 values,
             )
+        db.execute("UPDATE instance_epoch SET epoch = ? WHERE name = ?", (epoch, boot.instance))
     return Owner(boot.instance, epoch)
+
+
+def _living(db: Database, boot: Boot, lock: str = "") -> Row | None:
+    """Return the epoch, place and pid of the instance, and whether its lease runs."""
+    return db.fetch_one(
+        "SELECT epoch, host_id, data_dir, pid,"
+        f" CASE WHEN lease_until > {db.dialect.now_us} THEN 1 ELSE 0 END"
+        f" FROM instance WHERE name = ?{lock}",
+        (boot.instance,),
+    )
+
+
+def _demand_free(row: Row | None, boot: Boot) -> None:
+    if row is not None and row[4] and (row[1], row[2]) != (boot.host_id, boot.data_dir):
+        raise Held(f"instance {boot.instance!r}", f"pid {row[3]} on host {row[1]} ({row[2]})")
 
 
 def renew(db: Database, owner: Owner, *, ttl_s: float = LEASE_TTL_S) -> None:
@@ -104,14 +118,16 @@ def renew(db: Database, owner: Owner, *, ttl_s: float = LEASE_TTL_S) -> None:
 
 
 def demand_current(db: Database, owner: Owner) -> None:
-    """Hold the instance's row against a newer epoch until the caller's transaction ends.
+    """Hold the instance's epoch against a newer one until the caller's transaction ends.
+
+    The lease is in another row, which can be renewed meanwhile.
 
     Raises:
         Fenced: a newer epoch of this instance has started.
     """
     share = " FOR SHARE" if db.dialect.kind is Kind.POSTGRESQL else ""
     current = db.fetch_one(
-        f"SELECT 1 FROM instance WHERE name = ? AND epoch = ?{share}",
+        f"SELECT 1 FROM instance_epoch WHERE name = ? AND epoch = ?{share}",
         (owner.instance, owner.epoch),
     )
     if current is None:

@@ -230,6 +230,17 @@ class Instance(pw.Model):
         table_name = "instance"
 
 
+class InstanceEpoch(pw.Model):
+    """The epoch of an instance once more: writers hold this row while they write, so that a claim
+    waits for them, and a renewal does not."""
+
+    name = pw.TextField(primary_key=True)
+    epoch = pw.BigIntegerField()
+
+    class Meta:
+        table_name = "instance_epoch"
+
+
 class ProcessLease(pw.Model):
     """One launch, recorded before it happens. `pid` and `start_ticks` are the shim's."""
 
