@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from ipaddress import IPv6Address, ip_address
 from typing import TypeAlias
+from urllib.parse import unquote
 
 from runrecovery.v1 import recovery_service_pb2, run_service_pb2
 
@@ -29,6 +31,8 @@ _RETRY_POLICY = {
     # caller's own is never retried.
     "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
 }
+
+_IP_SCHEMES = frozenset({"dns", "ipv4", "ipv6"})
 
 _SERVICES = tuple(
     service
@@ -56,13 +60,18 @@ _SERVICE_CONFIG = {
 
 
 def channel_options(
-    *, max_receive_bytes: int = DEFAULT_MAX_RECEIVE_BYTES, options: Sequence[ChannelOption] = ()
+    *,
+    target: str | None = None,
+    max_receive_bytes: int = DEFAULT_MAX_RECEIVE_BYTES,
+    options: Sequence[ChannelOption] = (),
 ) -> list[ChannelOption]:
     """The options that a channel to the service needs for retries and long waits.
 
     Give them to a channel that you make yourself; the clients use them for theirs.
 
     Args:
+        target: where the channel leads. On this machine (loopback, a Unix socket) it uses no
+            proxy, whatever `http_proxy` and its siblings say.
         max_receive_bytes: the largest answer to accept; a page of runs holds the inputs and
             outputs of its runs. -1 means any size.
         options: further gRPC channel options; they win over these.
@@ -80,7 +89,40 @@ def channel_options(
         "grpc.max_reconnect_backoff_ms": 2_000,
         "grpc.max_receive_message_length": max_receive_bytes,
     }
+    if target is not None and is_on_this_machine(target):
+        own["grpc.enable_http_proxy"] = 0
     return list((own | dict(options)).items())
+
+
+def is_on_this_machine(target: str) -> bool:
+    """Return whether a gRPC target names loopback addresses or a Unix socket only."""
+    scheme, _, rest = target.partition(":")
+    if scheme in {"unix", "unix-abstract"}:
+        return True
+    # `dns://authority/host:port`; the other schemes have a list and no authority.
+    addresses = unquote(rest).rpartition("/")[2] if scheme in _IP_SCHEMES else target
+    return all(_is_loopback(_host(address)) for address in addresses.split(","))
+
+
+def _host(address: str) -> str:
+    """Return the host of `host:port`, `[host]:port`, or of an address without a port."""
+    if address.startswith("["):
+        return address[1:].partition("]")[0]
+    host, _, _ = address.partition(":") if address.count(":") == 1 else (address, "", "")
+    return host
+
+
+def _is_loopback(host: str) -> bool:
+    name = host.lower().rstrip(".")
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return False
+    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    return address.is_loopback or address.is_unspecified  # Linux takes the latter for loopback
 
 
 def required_target(target: str | None) -> str:

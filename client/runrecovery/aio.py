@@ -412,7 +412,9 @@ class AsyncRunRecoveryClient:
         asyncio.get_running_loop()  # grpc would take any loop, and hang on the wrong one
         if channel is not None and target is not None:
             raise TypeError("give a target or a channel, not both")
-        settings = channel_options(max_receive_bytes=max_receive_bytes, options=options)
+        settings = channel_options(
+            target=target, max_receive_bytes=max_receive_bytes, options=options
+        )
         self._owns_channel = channel is None
         self._channel = channel or _open(required_target(target), credentials, settings)
         self._timeout_s = timeout_s

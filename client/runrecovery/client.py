@@ -555,7 +555,9 @@ class RunRecoveryClient:
         max_receive_bytes: int = DEFAULT_MAX_RECEIVE_BYTES,
         options: Sequence[ChannelOption] = (),
     ) -> None:
-        settings = channel_options(max_receive_bytes=max_receive_bytes, options=options)
+        settings = channel_options(
+            target=target, max_receive_bytes=max_receive_bytes, options=options
+        )
         if channel is not None and target is not None:
             raise TypeError("give a target or a channel, not both")
         self._owns_channel = channel is None

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -163,6 +167,80 @@ def test_the_callers_options_win() -> None:
 
     assert options["grpc.keepalive_time_ms"] == 60_000
     assert options["grpc.enable_retries"] == 1
+
+
+@contextmanager
+def proxied(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """Name a proxy in the environment; it takes connections and answers none."""
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        proxy.settimeout(30)
+        for name in ("grpc_proxy", "https_proxy", "http_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        for name in ("no_grpc_proxy", "no_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        yield proxy
+
+
+@pytest.mark.parametrize(
+    "form", ["127.0.0.1:{}", "localhost:{}", "dns:///localhost:{}", "ipv4:127.0.0.1:{}"]
+)
+async def test_uses_no_proxy_on_this_machine(
+    form: str, connect: Connect, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, port = server.start().rpartition(":")
+    server.set_health("", serving=True)
+    with proxied(monkeypatch):
+        assert await connect(form.format(port)).call("health.check", timeout_s=30) == "SERVING"
+
+
+async def test_uses_the_proxy_of_the_environment_elsewhere(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with proxied(monkeypatch) as proxy:
+        checked = asyncio.ensure_future(connect("far.invalid:1").call("health.check", timeout_s=30))
+        connection, _ = await asyncio.to_thread(proxy.accept)
+        with connection:
+            assert connection.recv(100).startswith(b"CONNECT far.invalid:1 ")
+        with pytest.raises(rr.Unavailable):
+            await checked
+
+
+@pytest.mark.parametrize(
+    ("target", "enabled"),
+    [
+        ("unix:/tmp/socket", 0),
+        ("unix:///tmp/socket", 0),
+        ("unix-abstract:name", 0),
+        ("LOCALHOST.:1", 0),
+        ("app.localhost:1", 0),
+        ("127.8.9.10:1", 0),
+        ("[::1]:1", 0),
+        ("::1", 0),
+        ("0.0.0.0:1", 0),
+        ("[::]:1", 0),
+        ("[::ffff:127.0.0.1]:1", 0),
+        ("dns://1.1.1.1/localhost:1", 0),
+        ("dns:localhost", 0),
+        ("ipv4:127.0.0.1:1,127.0.0.2:1", 0),
+        ("ipv6:%5B::1%5D:1", 0),
+        ("ipv4:127.0.0.1:1,10.0.0.1:1", None),
+        ("10.0.0.1:1", None),
+        ("localhost.example.org:1", None),
+        ("[2001:db8::1]:1", None),
+        ("dns:///runrecovery:1", None),
+        ("xds:///localhost", None),
+    ],
+)
+def test_only_a_target_on_this_machine_goes_without_a_proxy(
+    target: str, enabled: int | None
+) -> None:
+    assert dict(rr.channel_options(target=target)).get("grpc.enable_http_proxy") == enabled
+
+
+def test_a_proxy_can_be_asked_for_on_this_machine() -> None:
+    options = rr.channel_options(target="localhost:1", options=[("grpc.enable_http_proxy", 1)])
+
+    assert dict(options)["grpc.enable_http_proxy"] == 1
 
 
 def test_pings_no_more_often_than_the_service_allows() -> None:

@@ -128,7 +128,7 @@ def test_more_than_twenty_bad_fields_are_truncated() -> None:
     told = details_of(errors.failure(domain.InvalidFields(bad)))["BadRequest"].field_violations
 
     assert len(told) == 21
-    assert told[-1].description == "truncated: 30 more"
+    assert (told[-1].field, told[-1].description) == ("truncated", "30 more")
 
 
 @pytest.mark.parametrize("letter", ["x", "é", "\U0001f600"], ids=ascii)

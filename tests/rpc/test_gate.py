@@ -281,8 +281,9 @@ async def test_bytes_that_are_no_message_are_an_invalid_argument() -> None:
 
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     (violation,) = told(caught.value)["BadRequest"].field_violations
-    assert violation.description == "not a valid GetRunRequest message"
-    assert caught.value.details() == "not a valid GetRunRequest message"
+    assert violation.field == "GetRunRequest"
+    assert violation.description == "not a valid message of this type"
+    assert caught.value.details() == "GetRunRequest: not a valid message of this type"
 
 
 async def test_call_over_the_limit_is_refused_and_status_still_answers() -> None:

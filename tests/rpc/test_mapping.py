@@ -418,6 +418,13 @@ def test_bound_between_two_microseconds_becomes_the_later() -> None:
     )
 
 
+@pytest.mark.parametrize("nanos", [999_999_000, 999_999_001, 999_999_999])
+def test_the_last_times_of_the_calendar_are_its_last_microsecond(nanos: int) -> None:
+    stamp = Timestamp(seconds=253_402_300_799, nanos=nanos)
+
+    assert mapping.time_of(stamp) == datetime(9999, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC)
+
+
 @pytest.mark.parametrize(
     "stamp",
     [

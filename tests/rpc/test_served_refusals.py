@@ -204,6 +204,7 @@ def test_bytes_that_are_no_message_are_refused(api: Api) -> None:
     refusal = refused(lambda: call(b"\xff\xff\xff\xff"))
 
     assert_told(refusal, Code.INVALID_ARGUMENT, "INVALID_FIELD")
+    assert refusal.fields == ("GetRunRequest",)
 
 
 def test_more_labels_than_32_are_refused(api: Api) -> None:
@@ -349,6 +350,21 @@ def test_a_recovered_filter_that_cannot_be_meant_is_refused(api: Api) -> None:
         "filter.recovered_after",
         "filter.reconciliation_id",
     )
+
+
+def test_a_filter_by_any_status_and_by_the_last_time_lists_every_run(api: Api) -> None:
+    run_id = new_id()
+    create(api, run_id=run_id, engine="resumable")()
+    last = Timestamp(seconds=253_402_300_799, nanos=999_999_999)
+    any_status = [run_pb2.RUN_STATUS_UNSPECIFIED, run_pb2.RUN_STATUS_CANCELED]
+    before = pb.RunFilter(statuses=any_status, created_before=last)
+    after = pb.RunFilter(statuses=any_status, created_after=last)
+
+    listed = api.runs.ListRuns(pb.ListRunsRequest(filter=before), timeout=TIMEOUT_S)
+    none = api.runs.ListRuns(pb.ListRunsRequest(filter=after), timeout=TIMEOUT_S)
+
+    assert listed.runs[0].run_id == run_id
+    assert list(none.runs) == []
 
 
 def test_output_that_there_is_not_is_out_of_range(api: Api) -> None:

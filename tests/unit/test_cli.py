@@ -910,6 +910,21 @@ def test_health_is_ok_only_when_serving(
     assert json.loads(ended.out)["service"] == "liveness"
 
 
+@pytest.mark.parametrize("variable", ["http_proxy", "https_proxy", "grpc_proxy"])
+def test_a_proxy_is_not_asked_about_a_service_on_loopback(
+    run: Run, server: Script, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    from google.protobuf import wrappers_pb2
+
+    server.answers["Check"] = [wrappers_pb2.Int32Value(value=1)]
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setenv(variable, "http://127.0.0.1:1")
+
+    ended = run("health", "--server", server.address)
+
+    assert (ended.code, ended.out) == (ExitCode.OK, "SERVING\n")
+
+
 def test_waiting_for_health_ends_in_time(run: Run) -> None:
     ended = run("health", "--wait", "0.2", "--server", "127.0.0.1:1")
 

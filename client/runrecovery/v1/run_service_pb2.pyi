@@ -234,8 +234,8 @@ class RunFilter(_message.Message):
     """OPTIONAL. This engine only."""
     @_builtins.property
     def statuses(self) -> _containers.RepeatedScalarFieldContainer[_run_pb2.RunStatus.ValueType]:
-        """OPTIONAL. Any of these; empty means every status. UNSPECIFIED is refused.
-        A quarantined run has no status and matches none.
+        """OPTIONAL. Any of these; empty, or UNSPECIFIED among them, means every
+        status. A quarantined run has no status: only such a filter shows it.
         """
 
     @_builtins.property

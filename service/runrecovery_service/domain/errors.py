@@ -66,9 +66,7 @@ class InvalidFields(Invalid):
     violations: tuple[FieldViolation, ...]
 
     def __str__(self) -> str:
-        return "; ".join(
-            f"{v.field}: {v.description}" if v.field else v.description for v in self.violations[:3]
-        )
+        return "; ".join(f"{v.field}: {v.description}" for v in self.violations[:3])
 
 
 @dataclass(eq=False)

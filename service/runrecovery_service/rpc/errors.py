@@ -146,7 +146,7 @@ def bad_request(violations: tuple[FieldViolation, ...]) -> Any:
             or bad.ByteSize() + told.ByteSize() > MAX_VIOLATIONS_BYTES
         ):
             more = len(violations) - len(bad.field_violations)
-            bad.field_violations.add(field="", description=f"truncated: {more} more")
+            bad.field_violations.add(field="truncated", description=f"{more} more")
             break
         bad.field_violations.append(told)
     return bad

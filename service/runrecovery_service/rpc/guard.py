@@ -154,8 +154,9 @@ async def _refuse(context: Context, method: Method, error: Exception) -> NoRetur
 
 def _failure(method: Method, error: Exception) -> errors.Failure:
     if isinstance(error, DecodeError):
+        # No field can be named, so the message itself is.
         name = method.request.DESCRIPTOR.name
-        error = InvalidFields((FieldViolation("", f"not a valid {name} message"),))
+        error = InvalidFields((FieldViolation(name, "not a valid message of this type"),))
     if type(error) in errors.TABLE and isinstance(error, RunRecoveryError):
         return errors.failure(error)
     error_id = uuid.uuid4().hex

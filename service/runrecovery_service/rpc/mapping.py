@@ -53,6 +53,8 @@ EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _DAY_S: Final = 86_400
 _FIRST_S: Final = int((datetime.min.replace(tzinfo=UTC) - EPOCH).total_seconds())
 """Of year 1."""
+_LAST_S: Final = (datetime.max.replace(tzinfo=UTC) - EPOCH) // timedelta(seconds=1)
+"""Of year 9999."""
 _DURATION_MOST_S: Final = 315_576_000_000
 MAX_JSON_DEPTH: Final = 32
 """Deepest nesting of objects and lists in a request's JSON. Protobuf readers give up at 100
@@ -185,12 +187,12 @@ def time_of(stamp: Timestamp) -> datetime:
     """
     if not 0 <= stamp.nanos < 1_000_000_000:
         raise ValueError("nanos must be 0 to 999999999")
-    if stamp.seconds < _FIRST_S:  # rounded up to the microsecond it could come to be year 1
+    if not _FIRST_S <= stamp.seconds <= _LAST_S:
         raise ValueError("must be in the years 1 to 9999")
-    try:
-        return EPOCH + timedelta(seconds=stamp.seconds, microseconds=-(-stamp.nanos // 1000))
-    except OverflowError:
-        raise ValueError("must be in the years 1 to 9999") from None
+    microseconds = -(-stamp.nanos // 1000)
+    if stamp.seconds == _LAST_S:  # there is no later microsecond than year 9999's last
+        microseconds = min(microseconds, 999_999)
+    return EPOCH + timedelta(seconds=stamp.seconds, microseconds=microseconds)
 
 
 def time_or_none(message: Message, field: str) -> datetime | None:

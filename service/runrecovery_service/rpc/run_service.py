@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final, TypeVar
 
+from runrecovery.v1 import run_pb2
 from runrecovery.v1 import run_service_pb2 as pb
 
 from runrecovery_service.domain.deadline import SteadyTime
@@ -270,8 +271,11 @@ class RunService:
 
 
 def _wanted(asked: pb.RunFilter) -> RunFilter:
+    any_status = run_pb2.RUN_STATUS_UNSPECIFIED in asked.statuses
     return RunFilter(
-        statuses=frozenset(mapping.STATUS_OF[number] for number in asked.statuses),
+        statuses=frozenset(
+            () if any_status else (mapping.STATUS_OF[number] for number in asked.statuses)
+        ),
         engine=asked.engine or None,
         labels=dict(asked.labels),
         after=mapping.time_or_none(asked, "created_after"),

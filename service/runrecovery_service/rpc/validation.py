@@ -91,7 +91,7 @@ def profile(wish: run_pb2.InteractiveProfile, engine: Engine) -> Violations:
 def list_runs(request: run_pb.ListRunsRequest) -> Violations:
     """Check a request for a page of runs."""
     for at, status in enumerate(request.filter.statuses):
-        if status not in mapping.STATUS_OF:
+        if status and status not in mapping.STATUS_OF:
             yield _unknown(f"filter.statuses[{at}]", status)
     yield from _name("filter.engine", request.filter.engine)
     yield from _label_filter(request.filter.labels)
@@ -288,11 +288,12 @@ def _time_range(
     bounds = []
     for name in (after, before):
         try:
-            bounds.append(mapping.time_or_none(wanted, name))
+            if mapping.time_or_none(wanted, name) is not None:
+                stamp = getattr(wanted, name)  # rounded, two bounds may be equal
+                bounds.append((stamp.seconds, stamp.nanos))
         except ValueError as error:
             yield FieldViolation(f"filter.{name}", str(error))
-    begin, end = bounds if len(bounds) == 2 else (None, None)
-    if begin is not None and end is not None and begin >= end:
+    if len(bounds) == 2 and bounds[0] >= bounds[1]:
         yield FieldViolation(f"filter.{after}", f"must be before {before}")
 
 
