@@ -45,6 +45,14 @@ def new_database_url(request: pytest.FixtureRequest) -> Iterator[Callable[[], st
         server.drop(name)
 
 
+@pytest.fixture
+def postgresql_url(_postgres: ScratchPostgres) -> Iterator[str]:
+    """The URL of an empty PostgreSQL store."""
+    name = f"test{next(_NAMES)}"
+    yield _postgres.create(name, template=_TEMPLATE)
+    _postgres.drop(name)
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
 def empty_database_url(request: pytest.FixtureRequest) -> Iterator[str]:
     """The URL of a store that no version has been in yet."""

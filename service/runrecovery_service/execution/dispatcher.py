@@ -25,6 +25,8 @@ FINISH_S: Final = 5.0
 """At a stop, for turns that have ended and are only to be recorded."""
 LOOK_AGAIN_S = 5.0
 """The queue is looked at when something changes, and this often besides."""
+LOOK_SOON_S = 0.5
+"""After a look at the records that failed, until the next one."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -44,6 +46,7 @@ class Dispatcher:
     _sessions: dict[RunSession, asyncio.Task[None]] = field(default_factory=dict)
     _taking: bool = True
     _unsure: bool = False
+    _look_due: bool = False
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _loop: asyncio.Task[None] | None = None
 
@@ -62,6 +65,12 @@ class Dispatcher:
         for session in self._sessions:
             if session.turn.run.key == run.key:
                 _tell(session, run)
+        self._changed.set()
+
+    def look_at_records(self) -> None:
+        """Have every session told how its run stands on record: what was accepted may have been
+        committed although its caller was told that it failed."""
+        self._look_due = True
         self._changed.set()
 
     def time_out(self, run_key: int, kind: DueKind) -> None:
@@ -143,7 +152,7 @@ class Dispatcher:
         told = True
         while True:
             try:
-                if not told and self.shop.storage.is_shared:
+                if self._look_due or (not told and self.shop.storage.is_shared):
                     await self._look_at_records()
                 await self._launch_what_fits()
             except Fenced:
@@ -159,14 +168,20 @@ class Dispatcher:
     async def _look_at_records(self) -> None:
         """Tell every session how its run stands on record. Where a commit may stand although its
         answer was lost, nobody else may have told it of a reply or a cancel."""
-        for session in list(self._sessions):
-            _tell(session, await self.shop.storage.point(runs.get_by_key, session.turn.run.key))
+        was_due, self._look_due = self._look_due, False
+        try:
+            for session in list(self._sessions):
+                run = await self.shop.storage.point(runs.get_by_key, session.turn.run.key)
+                _tell(session, run)
+        except BaseException:
+            self._look_due = self._look_due or was_due
+            raise
 
     async def _told_of_a_change(self) -> bool:
         """Return at a change, or, with False, when it is time for a look without one."""
         told = True
         try:
-            async with asyncio.timeout(LOOK_AGAIN_S):
+            async with asyncio.timeout(LOOK_SOON_S if self._look_due else LOOK_AGAIN_S):
                 await self._changed.wait()
         except TimeoutError:
             told = False

@@ -15,7 +15,9 @@ from runrecovery.v1 import run_service_pb2 as pb
 
 from runrecovery_service.domain.deadline import SteadyTime
 from runrecovery_service.domain.errors import (
+    NotNow,
     OutputOutOfRange,
+    RunRecoveryError,
     SessionNotResumable,
     ShuttingDown,
 )
@@ -260,7 +262,13 @@ class RunService:
         return await asyncio.shield(task)
 
     async def _write_and_tell(self, write: Coroutine[object, object, Run]) -> Run:
-        run = await write
+        try:
+            run = await write
+        except Exception as error:
+            if isinstance(error, NotNow) or not isinstance(error, RunRecoveryError):
+                # Perhaps it was committed all the same; then nobody else tells the dispatcher.
+                self._rooms.dispatcher.look_at_records()
+            raise
         self._rooms.dispatcher.changed(run)
         return run
 

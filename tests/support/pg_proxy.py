@@ -1,0 +1,155 @@
+"""A way to a PostgreSQL server over TCP that a test can silence, cut, or let lose an answer."""
+
+from __future__ import annotations
+
+import selectors
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Final, TypeAlias
+
+from psycopg.conninfo import conninfo_to_dict
+
+CHUNK: Final = 65536
+
+
+class _End:
+    """One end of a connection through the proxy."""
+
+    def __init__(self, end: socket.socket, *, is_client: bool) -> None:
+        self.socket = end
+        self.is_client = is_client
+        self.peer: _End
+        self.saw_mark = False
+        self.is_committing = False
+
+
+_Key: TypeAlias = "_End | None"
+
+
+class Proxy:
+    """Forwards every connection to the server's socket, in one thread.
+
+    Attributes:
+        silent: swallow whatever comes, and let new connections wait for ever: as a network does
+            that drops packets.
+        refusing: close new connections at once.
+        lost: set when the answer to a COMMIT was lost; see `lose_answer_after`.
+    """
+
+    def __init__(self, url: str) -> None:
+        """Listen on loopback for the server of a URL that names a socket directory."""
+        named = conninfo_to_dict(url)
+        self._server = f"{named['host']}/.s.PGSQL.5432"
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        port = self._listener.getsockname()[1]
+        self.url = f"postgresql://{named['user']}@127.0.0.1:{port}/{named['dbname']}"
+        self.silent = False
+        self.refusing = False
+        self.lost = threading.Event()
+        self._mark: bytes | None = None
+        self._wake, self._woken = socket.socketpair()
+        self._cutting = self._ending = False
+        self._selector = selectors.DefaultSelector()
+        self._ends: set[_End] = set()
+        self._thread = threading.Thread(target=self._work, name="pg-proxy", daemon=True)
+        self._thread.start()
+
+    def lose_answer_after(self, mark: str) -> None:
+        """Once, end a connection instead of forwarding the answer to the COMMIT of a transaction
+        in which `mark` was sent. The server has committed it."""
+        self._mark = mark.encode()
+        self.lost.clear()
+
+    def cut(self) -> None:
+        """Close every connection."""
+        self._cutting = True
+        self._wake.send(b"x")
+
+    def close(self) -> None:
+        """End the proxy and every connection."""
+        self._ending = True
+        self._wake.send(b"x")
+        self._thread.join()
+        self._wake.close()
+
+    def _work(self) -> None:
+        self._selector.register(self._listener, selectors.EVENT_READ, None)
+        self._selector.register(self._woken, selectors.EVENT_READ, None)
+        while not self._ending:
+            for key, _ in self._selector.select():
+                if key.fileobj is self._listener:
+                    self._accept()
+                elif key.fileobj is self._woken:
+                    self._woken.recv(1)
+                    if self._cutting:
+                        self._cutting = False
+                        self._drop_all()
+                elif isinstance(key.data, _End) and key.data in self._ends:
+                    self._forward(key.data)
+        self._drop_all()
+        self._listener.close()
+        self._woken.close()
+        self._selector.close()
+
+    def _accept(self) -> None:
+        client, _ = self._listener.accept()
+        if self.refusing:
+            client.close()
+            return
+        server = socket.socket(socket.AF_UNIX)
+        server.connect(self._server)
+        ends = _End(client, is_client=True), _End(server, is_client=False)
+        for end, peer in (ends, ends[::-1]):
+            end.peer = peer
+            self._ends.add(end)
+            self._selector.register(end.socket, selectors.EVENT_READ, end)
+
+    def _forward(self, end: _End) -> None:
+        try:
+            data = end.socket.recv(CHUNK)
+        except OSError:
+            data = b""
+        if not data:
+            self._drop(end)
+        elif self.silent:
+            return
+        elif not end.is_client and end.peer.is_committing:
+            self._drop(end)
+            self.lost.set()
+        else:
+            self._watch(end, data)
+            with suppress(OSError):
+                end.peer.socket.sendall(data)
+
+    def _watch(self, end: _End, data: bytes) -> None:
+        if self._mark is None or not end.is_client:
+            return
+        if b"BEGIN" in data:
+            end.saw_mark = False
+        end.saw_mark = end.saw_mark or self._mark in data
+        if end.saw_mark and b"COMMIT" in data:
+            end.is_committing = True
+            self._mark = None
+
+    def _drop(self, end: _End) -> None:
+        for each in (end, end.peer):
+            if each in self._ends:
+                self._ends.remove(each)
+                self._selector.unregister(each.socket)
+                each.socket.close()
+
+    def _drop_all(self) -> None:
+        for end in list(self._ends):
+            self._drop(end)
+
+
+@contextmanager
+def proxied(url: str) -> Iterator[Proxy]:
+    """Yield a proxy to the server of a URL."""
+    proxy = Proxy(url)
+    try:
+        yield proxy
+    finally:
+        proxy.close()
