@@ -30,6 +30,7 @@ BY_REASON: Mapping[str, type[RunRecoveryClientError]] = {
     "INTERACTION_SUPERSEDED": errors.InteractionSuperseded,
     "RUN_ALREADY_TERMINAL": errors.RunAlreadyTerminal,
     "RUN_QUARANTINED": errors.RunQuarantined,
+    "RUN_OF_ANOTHER_INSTANCE": errors.RunOfAnotherInstance,
     "RUN_NOT_REOPENABLE": errors.RunNotReopenable,
     "SESSION_NOT_RESUMABLE": errors.SessionNotResumable,
     "ETAG_MISMATCH": errors.EtagMismatch,

@@ -262,8 +262,8 @@ class Runs:
             request_id: as in `create`.
 
         Raises:
-            RunNotFound, RunNotWaiting, InteractionSuperseded, RunQuarantined, EtagMismatch,
-                RequestIdReused, InvalidRequest: see each.
+            RunNotFound, RunNotWaiting, InteractionSuperseded, RunOfAnotherInstance,
+                RunQuarantined, EtagMismatch, RequestIdReused, InvalidRequest: see each.
         """
         call = requests.submit_reply(
             run_id, interaction_id, response, etag=etag, request_id=request_id
@@ -281,8 +281,8 @@ class Runs:
         """Ask for the end of a run. A live process is ended first: see `cancel_requested`.
 
         Raises:
-            RunNotFound, RunAlreadyTerminal, RunQuarantined, EtagMismatch, RequestIdReused: see
-                each. Canceling a CANCELED run is fine.
+            RunNotFound, RunAlreadyTerminal, RunOfAnotherInstance, RunQuarantined, EtagMismatch,
+                RequestIdReused: see each. Canceling a CANCELED run is fine.
         """
         call = requests.cancel_run(run_id, etag=etag, request_id=request_id)
         return self._wire.unary(call, timeout_s=timeout_s)
@@ -308,8 +308,8 @@ class Runs:
             request_id: as in `create`.
 
         Raises:
-            RunNotFound, RunNotReopenable, SessionNotResumable, RunQuarantined, EtagMismatch,
-                RequestIdReused, InvalidRequest: see each.
+            RunNotFound, RunNotReopenable, SessionNotResumable, RunOfAnotherInstance,
+                RunQuarantined, EtagMismatch, RequestIdReused, InvalidRequest: see each.
         """
         call = requests.reopen_run(
             run_id, session_handle=session_handle, etag=etag, request_id=request_id

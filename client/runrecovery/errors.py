@@ -9,6 +9,7 @@ RunRecoveryClientError
 ├── InteractionSuperseded
 ├── RunAlreadyTerminal
 ├── RunQuarantined
+├── RunOfAnotherInstance
 ├── RunNotReopenable
 ├── SessionNotResumable
 ├── EtagMismatch
@@ -161,6 +162,15 @@ class RunAlreadyTerminal(RunRecoveryClientError):
 
 class RunQuarantined(RunRecoveryClientError):
     """The run's record is damaged and set aside for an operator; nothing will happen to it."""
+
+
+class RunOfAnotherInstance(RunRecoveryClientError):
+    """The run belongs to another service on the same database; send the call to that one."""
+
+    @property
+    def instance(self) -> str:
+        """The name of that service; empty if this one did not say."""
+        return self.details.metadata.get("instance", "")
 
 
 class RunNotReopenable(RunRecoveryClientError):

@@ -24,6 +24,7 @@ EXAMPLES: tuple[RunRecoveryError, ...] = (
     domain.InteractionSuperseded("r1"),
     domain.RunAlreadyTerminal("r1"),
     domain.RunQuarantined("r1"),
+    domain.RunOfAnotherInstance("r1", "b"),
     domain.EtagMismatch("r1", "5-2"),
     domain.ReconciliationInProgress(retry_after_s=2.5),
     domain.ShuttingDown(),

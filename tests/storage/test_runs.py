@@ -14,6 +14,7 @@ from runrecovery_service.domain.errors import (
     RunAlreadyExists,
     RunAlreadyTerminal,
     RunNotFound,
+    RunOfAnotherInstance,
     RunQuarantined,
 )
 from runrecovery_service.domain.run import (
@@ -314,10 +315,9 @@ def test_another_instance_may_not_write(world: World) -> None:
     run = world.waiting()
     other = instances.claim(world.db, boot("other"), now=world.now)
 
-    with pytest.raises(Fenced):
-        world.cancel(run, owner=other)
-    with pytest.raises(Fenced):
-        world.reply(run, owner=other)
+    for refused in (world.cancel, world.reply):
+        with pytest.raises(RunOfAnotherInstance, match="belongs to instance 'default'"):
+            refused(run, owner=other)
 
 
 def test_a_status_that_may_not_follow_is_never_written(world: World) -> None:

@@ -255,6 +255,7 @@ def test_every_failed_call_has_an_exit_code_and_no_hint_breaks(
         (grpc.StatusCode.FAILED_PRECONDITION, "RUN_QUARANTINED", ExitCode.REFUSED),
         (grpc.StatusCode.FAILED_PRECONDITION, "RUN_NOT_REOPENABLE", ExitCode.REFUSED),
         (grpc.StatusCode.FAILED_PRECONDITION, "SESSION_NOT_RESUMABLE", ExitCode.REFUSED),
+        (grpc.StatusCode.FAILED_PRECONDITION, "RUN_OF_ANOTHER_INSTANCE", ExitCode.REFUSED),
         (grpc.StatusCode.OUT_OF_RANGE, "WATCH_HISTORY_PRUNED", ExitCode.REFUSED),
         (grpc.StatusCode.OUT_OF_RANGE, "WATCH_SEQUENCE_UNKNOWN", ExitCode.REFUSED),
         (grpc.StatusCode.INVALID_ARGUMENT, "WATCH_CURSOR_INVALID", ExitCode.USAGE),

@@ -93,6 +93,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     `watch_stall_s`) and was cut off. Resume from the last sequence, cursor or
     offset. RetryInfo.
     """
+    ERROR_REASON_RUN_OF_ANOTHER_INSTANCE: _ErrorReason.ValueType  # 29
+    """FAILED_PRECONDITION. The run belongs to another service on the same database, which
+    alone can change it; metadata `instance` names it.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """The `reason` of the google.rpc.ErrorInfo that every error carries, without the
@@ -169,5 +173,9 @@ ERROR_REASON_SLOW_READER: ErrorReason.ValueType  # 28
 """RESOURCE_EXHAUSTED. The caller did not read its stream for too long (configuration
 `watch_stall_s`) and was cut off. Resume from the last sequence, cursor or
 offset. RetryInfo.
+"""
+ERROR_REASON_RUN_OF_ANOTHER_INSTANCE: ErrorReason.ValueType  # 29
+"""FAILED_PRECONDITION. The run belongs to another service on the same database, which
+alone can change it; metadata `instance` names it.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

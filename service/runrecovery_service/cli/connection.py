@@ -35,6 +35,7 @@ EXIT_CODES: Final[dict[type[Exception], ExitCode]] = {
     errors.InteractionSuperseded: ExitCode.REFUSED,
     errors.RunAlreadyTerminal: ExitCode.REFUSED,
     errors.RunQuarantined: ExitCode.REFUSED,
+    errors.RunOfAnotherInstance: ExitCode.REFUSED,
     errors.RunNotReopenable: ExitCode.REFUSED,
     errors.SessionNotResumable: ExitCode.REFUSED,
     errors.EtagMismatch: ExitCode.REFUSED,

@@ -6,7 +6,7 @@ RunRecoveryError
 │   WatchCursorInvalid
 ├── Conflict: RunAlreadyExists, RequestIdReused
 ├── Refused: RunNotWaiting, InteractionSuperseded, RunAlreadyTerminal, RunQuarantined,
-│   RunNotReopenable, SessionNotResumable
+│   RunOfAnotherInstance, RunNotReopenable, SessionNotResumable
 ├── EtagMismatch
 ├── NotNow: ReconciliationInProgress, ShuttingDown, SafeMode, StorageBusy, StorageUnavailable
 ├── Exhausted: Overloaded, StorageFull, SlowReader
@@ -158,6 +158,16 @@ class RunQuarantined(Refused):
 
     def __str__(self) -> str:
         return f"run {self.run_id!r} is quarantined: its record is damaged"
+
+
+@dataclass(eq=False)
+class RunOfAnotherInstance(Refused):
+    """The run belongs to another service on the same database, which alone can change it."""
+
+    instance: str
+
+    def __str__(self) -> str:
+        return f"run {self.run_id!r} belongs to instance {self.instance!r}; ask that service"
 
 
 @dataclass(eq=False)

@@ -2,6 +2,7 @@
 
 A planned stop does the same steps for its own epoch, so that its next start finds them done.
 
+0. What another instance name left in a SQLite store is adopted: everything below then covers it.
 1. Orphans are ended before any state changes: one of them may still write to a run that is about
    to fail. 2. Session handles are checked where their engine can tell. 3. Every run of an
 earlier epoch is converged, in batches. 4. What ended runs still hold is cleared. 5. Deadlines are
@@ -35,7 +36,7 @@ from runrecovery_service.domain.session_check import SessionCheck
 from runrecovery_service.process.sweep import Ending
 from runrecovery_service.recovery.report import ReportBook
 from runrecovery_service.recovery.sessions import CHECK_S, Asker, Workspace, changed_findings
-from runrecovery_service.storage import converge, deadlines, processes, recovery
+from runrecovery_service.storage import adoption, converge, deadlines, processes, recovery
 from runrecovery_service.storage.converge import Batch, Scope
 from runrecovery_service.storage.database import DRIVER_ERRORS, Database, translate
 from runrecovery_service.storage.instances import Owner
@@ -128,6 +129,8 @@ class Recovery:
             safe_mode=book.safe_mode,
         )
         try:
+            if self.cause is Cause.STARTUP:
+                self._adopt(db, book)
             with book.phase("orphans"):
                 self._end_orphans(db, book)
             scope = Scope(
@@ -174,6 +177,27 @@ class Recovery:
             book.fail(db, reason)
         except Exception:  # noqa: BLE001 - the store may be what failed; the next start closes it
             log.warning("recovery.report_not_closed", **_identity(book))
+
+    # -- adoption ------------------------------------------------------------------------------
+
+    def _adopt(self, db: Database, book: ReportBook) -> None:
+        with db.transaction():
+            adopted = adoption.adopt(db, self.owner)
+            book.warnings.extend(
+                f"instance {one.instance!r} had this database before: its {one.runs} unfinished"
+                f" runs and {one.launches} launches are adopted"
+                for one in adopted
+            )
+            if adopted:
+                book.write(db)
+        for one in adopted:
+            log.warning(
+                "recovery.adopted",
+                **_identity(book),
+                previous_instance=one.instance,
+                runs=one.runs,
+                launches=one.launches,
+            )
 
     # -- orphans -------------------------------------------------------------------------------
 

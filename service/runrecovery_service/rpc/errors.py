@@ -248,6 +248,12 @@ TABLE: Final[Mapping[type[RunRecoveryError], Case]] = MappingProxyType(
         errors.RunQuarantined: Case(
             _Code.FAILED_PRECONDITION, Reason.ERROR_REASON_RUN_QUARANTINED, (_precondition,)
         ),
+        errors.RunOfAnotherInstance: Case(
+            _Code.FAILED_PRECONDITION,
+            Reason.ERROR_REASON_RUN_OF_ANOTHER_INSTANCE,
+            (_precondition,),
+            metadata=lambda error: {"instance": error.instance},
+        ),
         errors.EtagMismatch: Case(
             _Code.ABORTED,
             Reason.ERROR_REASON_ETAG_MISMATCH,

@@ -39,6 +39,7 @@ from runrecovery_service.domain.session_check import (
 )
 from runrecovery_service.storage.database import DRIVER_ERRORS, Database, Dialect, Kind, translate
 from runrecovery_service.storage.instances import Owner
+from runrecovery_service.storage.recovery import own_reports
 from runrecovery_service.storage.rows import finding_from, to_us, word
 from runrecovery_service.storage.tables import LIVE, live, sql_words
 
@@ -483,7 +484,8 @@ def _count_processes(db: Database, scope: Scope, batch: Batch) -> None:
     rows = db.fetch_all(
         "SELECT run, sum(processes_ended) FROM process_lease"
         " WHERE run BETWEEN ? AND ? AND ended_by > (SELECT COALESCE(max(id), 0)"
-        " FROM reconciliation WHERE instance = ? AND state = 'COMPLETED') GROUP BY run",
+        f" FROM reconciliation WHERE {own_reports(db.dialect)} AND state = 'COMPLETED')"
+        " GROUP BY run",
         (batch.first, batch.last, scope.owner.instance),
     )
     for run_key, ended in rows:

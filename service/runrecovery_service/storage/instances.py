@@ -40,6 +40,8 @@ def _lease_until(db: Database, ttl_s: float) -> str:
 def claim(db: Database, boot: Boot, *, now: datetime, ttl_s: float = LEASE_TTL_S) -> Owner:
     """Take the instance's next epoch, and a lease of `ttl_s`.
 
+    In a SQLite store the epoch is above those of all names: the service adopts their runs.
+
     A start from the same host and data directory needs no lease to have run out: it holds the
     directory's lock, so that its predecessor is dead.
 
@@ -58,7 +60,7 @@ def claim(db: Database, boot: Boot, *, now: datetime, ttl_s: float = LEASE_TTL_S
         db.fetch_one(f"SELECT 1 FROM instance_epoch WHERE name = ?{lock}", (boot.instance,))
         row = _living(db, boot, lock)
         _demand_free(row, boot)
-        epoch = 1 if row is None else row[0] + 1
+        epoch = _next_epoch(db, row)
         values = (
             epoch,
             boot.boot_token,
@@ -97,6 +99,13 @@ def _living(db: Database, boot: Boot, lock: str = "") -> Row | None:
 def _demand_free(row: Row | None, boot: Boot) -> None:
     if row is not None and row[4] and (row[1], row[2]) != (boot.host_id, boot.data_dir):
         raise Held(f"instance {boot.instance!r}", f"pid {row[3]} on host {row[1]} ({row[2]})")
+
+
+def _next_epoch(db: Database, own: Row | None) -> int:
+    if db.dialect.kind is Kind.SQLITE:
+        highest = db.fetch_one("SELECT COALESCE(max(epoch), 0) FROM instance")
+        return 1 if highest is None else highest[0] + 1
+    return 1 if own is None else own[0] + 1
 
 
 def renew(db: Database, owner: Owner, *, ttl_s: float = LEASE_TTL_S) -> None:

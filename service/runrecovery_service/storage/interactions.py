@@ -62,8 +62,8 @@ def reply(
     on record already gives the run as it is.
 
     Raises:
-        RunNotFound, RunNotWaiting, InteractionSuperseded, RunQuarantined, EtagMismatch,
-        RequestIdReused.
+        RunNotFound, RunNotWaiting, InteractionSuperseded, RunOfAnotherInstance, RunQuarantined,
+        EtagMismatch, RequestIdReused.
     """
     earlier = requests.find(db, receipt)
     if earlier is not None:

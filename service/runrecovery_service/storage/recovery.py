@@ -33,7 +33,7 @@ from runrecovery_service.domain.run import (
     View,
 )
 from runrecovery_service.storage import runs, tables
-from runrecovery_service.storage.database import Database, Kind, Row
+from runrecovery_service.storage.database import Database, Dialect, Kind, Row
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.processes import orphans_from_json
 from runrecovery_service.storage.rows import (
@@ -255,10 +255,17 @@ def close_abandoned(db: Database) -> int:
     return closed
 
 
+def own_reports(dialect: Dialect) -> str:
+    """Return the condition, with the instance as its parameter, for reports of this service. All
+    of a SQLite store are, though the service may have had another name then."""
+    return "? IS NOT NULL" if dialect.kind is Kind.SQLITE else "instance = ?"
+
+
 def unfinished_since(db: Database, instance: str, since: datetime) -> int:
     """Return how many starts of the instance in a row, up to now, did not finish recovering."""
     rows = db.fetch_all(
-        "SELECT epoch, state FROM reconciliation WHERE instance = ? AND started_at >= ?"
+        f"SELECT epoch, state FROM reconciliation WHERE {own_reports(db.dialect)}"
+        " AND started_at >= ?"
         " AND cause = 'STARTUP' AND COALESCE(error, '') <> ? ORDER BY id DESC LIMIT 1000",
         (instance, to_us(since), INTERRUPTED),
     )

@@ -9,7 +9,6 @@ from typing import Final
 
 from runrecovery_service.domain.deadline import Due, SteadyTime
 from runrecovery_service.domain.errors import (
-    Fenced,
     RunNotReopenable,
     RunQuarantined,
     SessionNotResumable,
@@ -98,8 +97,8 @@ def reopen(
         session_type: gives the type of an engine's handles, where none is on record.
 
     Raises:
-        RunNotFound, RunQuarantined, RunNotReopenable, SessionNotResumable, EtagMismatch,
-        RequestIdReused.
+        RunNotFound, RunOfAnotherInstance, RunQuarantined, RunNotReopenable, SessionNotResumable,
+        EtagMismatch, RequestIdReused.
     """
     earlier = requests.find(db, receipt)
     if earlier is not None:
@@ -107,7 +106,7 @@ def reopen(
     run = runs.get(db, run_id)
     if not _is_reopened_so(db, run, handle):
         instances.demand_current(db, owner)
-        _demand_failed_so(run, owner)
+        _demand_failed_so(run)
         runs.demand_etag(run, etag)
         _set_back(db, run, handle, session_type, owner=owner, due_in=due_in, steady=steady, now=now)
     requests.add(db, receipt, run_key=run.key, now=now)
@@ -123,11 +122,9 @@ def _is_reopened_so(db: Database, run: Run, handle: str | None) -> bool:
     return bool(row and row[0]) and handle in {None, run.session.handle}
 
 
-def _demand_failed_so(run: Run, owner: Owner) -> None:
+def _demand_failed_so(run: Run) -> None:
     if run.status is None:
         raise RunQuarantined(run.run_id)
-    if run.owner_epoch > owner.epoch or run.owner != owner.instance:
-        raise Fenced(f"run {run.run_id!r}")
     rule = None if run.recovery is None else run.recovery.recovery_reason
     if run.status is not RunStatus.FAILED or rule not in REOPENABLE:
         raise RunNotReopenable(run.run_id, NO_SESSION_LOST)
@@ -145,6 +142,7 @@ def _set_back(
     now: datetime,
 ) -> None:
     kept = _kept(db, run, steady)
+    runs.demand_own(run, owner)  # behind the window: an ended run keeps the name it ended under
     if not (handle or kept.handle):
         raise SessionNotResumable(run.run_id, NO_HANDLE)
     question = interactions.find(db, run.key, run.interaction_count)

@@ -17,6 +17,7 @@ from runrecovery_service.domain.errors import (
     RunAlreadyExists,
     RunAlreadyTerminal,
     RunNotFound,
+    RunOfAnotherInstance,
     RunQuarantined,
     StorageBusy,
 )
@@ -377,10 +378,9 @@ def change(
 
     Raises:
         Stale: the row is not what was read; `retried` starts the use case over.
-        Fenced: the run belongs to a newer epoch.
+        RunOfAnotherInstance, Fenced: as `demand_own`.
     """
-    if run.owner_epoch > owner.epoch or run.owner != owner.instance:
-        raise Fenced(f"run {run.run_id!r}")
+    demand_own(run, owner)
     if run.status is None:
         raise RunQuarantined(run.run_id)
     if status is not None:
@@ -424,6 +424,19 @@ def change(
         close_questions(db, run)
 
 
+def demand_own(run: Run, owner: Owner) -> None:
+    """Refuse to change a run that this epoch may not write.
+
+    Raises:
+        RunOfAnotherInstance: another instance on the same database owns it.
+        Fenced: it belongs to a newer epoch.
+    """
+    if run.owner != owner.instance:
+        raise RunOfAnotherInstance(run.run_id, run.owner)
+    if run.owner_epoch > owner.epoch:
+        raise Fenced(f"run {run.run_id!r}")
+
+
 def _entered(before: RunStatus, status: RunStatus, now: datetime) -> dict[str, object]:
     """Return what changes with a status, beside what its cause changes."""
     columns: dict[str, object] = {"status": status.value}
@@ -463,7 +476,8 @@ def cancel(
     record and the run ends CANCELED as soon as its process has ended. Idempotent.
 
     Raises:
-        RunNotFound, RunAlreadyTerminal, RunQuarantined, EtagMismatch, RequestIdReused.
+        RunNotFound, RunAlreadyTerminal, RunOfAnotherInstance, RunQuarantined, EtagMismatch,
+        RequestIdReused.
     """
     earlier = requests.find(db, receipt)
     if earlier is not None:

@@ -1,0 +1,215 @@
+"""A SQLite store has one service: a start adopts what any other instance name left there."""
+
+from __future__ import annotations
+
+import pytest
+from runrecovery_service.domain.errors import Fenced, RunNotReopenable, RunOfAnotherInstance
+from runrecovery_service.domain.reconciliation import Cause
+from runrecovery_service.domain.run import RestartPolicy, RunStatus
+from runrecovery_service.domain.turn import Succeeded
+from runrecovery_service.storage import adoption, instances, processes, recovery, reopening
+from runrecovery_service.storage.adoption import Adopted
+from runrecovery_service.storage.database import Kind
+from runrecovery_service.storage.instances import Owner
+from runrecovery_service.storage.processes import Ended
+
+from .conftest import REASONS, World, boot, one_of_each, reasons
+
+
+def renamed(world: World, name: str = "other") -> Owner:
+    """Start the service under another name, as its next start would."""
+    world.owner = instances.claim(world.db, boot(name), now=world.tick())
+    return world.owner
+
+
+@pytest.fixture
+def alone(world: World) -> World:
+    """A store that one service has to itself."""
+    if world.db.dialect.kind is not Kind.SQLITE:
+        pytest.skip("PostgreSQL is shared")
+    return world
+
+
+def test_every_run_that_another_name_left_is_decided_on(alone: World) -> None:
+    made = one_of_each(alone)
+    owner = renamed(alone)
+
+    adopted = adoption.adopt(alone.db, owner)
+    alone.converge()
+
+    assert adopted == (Adopted(instance="default", runs=10, launches=4),)
+    assert reasons(alone, made) == REASONS
+
+
+def test_launches_of_another_name_are_among_the_orphans(alone: World) -> None:
+    turn = alone.running()
+    owner = renamed(alone)
+
+    adoption.adopt(alone.db, owner)
+
+    (orphan,) = processes.unclosed(alone.db, owner, before=owner.epoch)
+    assert orphan.key == turn.lease.key
+
+
+def test_a_kept_wait_of_another_name_takes_a_reply(alone: World) -> None:
+    run = alone.waiting()
+    adoption.adopt(alone.db, renamed(alone))
+    alone.converge()
+
+    assert alone.reply(run).status is RunStatus.QUEUED
+
+
+def test_a_run_that_another_name_lost_can_be_set_back(alone: World) -> None:
+    run = alone.waiting()
+    alone.set(run, session_verdict="INVALID")
+    alone.recover()
+    adoption.adopt(alone.db, renamed(alone))
+    alone.converge()
+
+    back = reopening.reopen(
+        alone.db,
+        run.run_id,
+        handle="found",
+        session_type=lambda engine: "demo",
+        owner=alone.owner,
+        etag=None,
+        receipt=None,
+        due_in=alone.due_in,
+        steady=alone.steady,
+        now=alone.tick(),
+    )
+
+    assert back.status is RunStatus.WAITING_USER
+
+
+def test_an_ended_run_of_another_name_cannot_be_set_back_for_the_true_reason(alone: World) -> None:
+    run = alone.end(alone.running(), Succeeded({}))
+    adoption.adopt(alone.db, renamed(alone))
+
+    with pytest.raises(RunNotReopenable, match="no recovery failed it"):
+        reopening.reopen(
+            alone.db,
+            run.run_id,
+            handle="found",
+            session_type=lambda engine: "demo",
+            owner=alone.owner,
+            etag=None,
+            receipt=None,
+            due_in=alone.due_in,
+            steady=alone.steady,
+            now=alone.tick(),
+        )
+
+
+def test_a_mended_quarantined_run_of_another_name_is_decided_on(alone: World) -> None:
+    run = alone.create()
+    alone.set(run, status="UNHEARD_OF")
+    alone.recover()
+    adoption.adopt(alone.db, renamed(alone))
+    alone.set(run, status="QUEUED", recovery_state="NONE")
+    alone.recover()
+
+    recovered = alone.get(run).recovery
+    assert recovered is not None
+    assert recovered.recovery_reason == "queued_interrupted"
+
+
+def test_the_epoch_of_a_new_name_is_above_every_other(alone: World) -> None:
+    alone.restart()
+    alone.restart()
+
+    assert [renamed(alone).epoch, renamed(alone, "third").epoch] == [4, 5]
+
+
+def test_a_name_that_comes_back_goes_on_above_the_one_between(alone: World) -> None:
+    adoption.adopt(alone.db, renamed(alone))
+
+    assert renamed(alone, "default") == Owner("default", 3)
+
+
+def test_an_adopted_instance_that_is_somehow_alive_is_fenced(alone: World) -> None:
+    old = alone.owner
+    run = alone.waiting()
+    adoption.adopt(alone.db, renamed(alone))
+
+    with pytest.raises(Fenced):
+        instances.renew(alone.db, old)
+    with pytest.raises(Fenced):
+        alone.create(owner=old)
+    with pytest.raises(RunOfAnotherInstance):
+        alone.cancel(run, owner=old)
+
+
+def test_a_start_under_the_same_name_adopts_nothing(alone: World) -> None:
+    one_of_each(alone)
+
+    assert adoption.adopt(alone.db, alone.restart()) == ()
+
+
+def test_an_epoch_that_is_superseded_adopts_nothing(alone: World) -> None:
+    alone.create()
+    stale = renamed(alone)
+    renamed(alone)
+    before = alone.dump()
+
+    with pytest.raises(Fenced):
+        adoption.adopt(alone.db, stale)
+
+    assert alone.dump() == before
+
+
+def test_processes_that_an_earlier_report_counted_are_not_counted_again(alone: World) -> None:
+    turn = alone.running(restart_policy=RestartPolicy.REQUEUE, max_attempts=3)
+    alone.restart()
+    ended = Ended(exit_code=None, processes_ended=3, gone=True)
+    processes.close(
+        alone.db, turn.lease.key, ended, now=alone.tick(), reconciliation_key=begun(alone)
+    )
+    alone.converge()
+    alone.db.execute("UPDATE reconciliation SET state = 'COMPLETED'")
+    assert alone.take() is not None
+    adoption.adopt(alone.db, renamed(alone))
+    alone.converge()
+
+    newest, before = recovery.history(alone.db, turn.run.run_id)
+    assert (before.instance, before.processes_ended) == ("default", 3)
+    assert (newest.instance, newest.processes_ended) == ("other", 0)
+
+
+def test_unfinished_starts_of_another_name_count_for_safe_mode(alone: World) -> None:
+    since = alone.now
+    begun(alone)
+    adoption.adopt(alone.db, renamed(alone))
+    begun(alone)
+
+    assert recovery.unfinished_since(alone.db, "other", since) == 2
+
+
+def begun(world: World) -> int:
+    """Begin a start's report and return its key."""
+    return world.begin(Cause.STARTUP).reconciliation_key
+
+
+# -- a shared store ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shared(world: World) -> World:
+    """A store that other services may use at the same time."""
+    if world.db.dialect.kind is not Kind.POSTGRESQL:
+        pytest.skip("SQLite has one service")
+    return world
+
+
+def test_nothing_is_adopted_from_a_shared_store(shared: World) -> None:
+    one_of_each(shared)
+    before = shared.dump("run", "process_lease")
+
+    assert adoption.adopt(shared.db, renamed(shared)) == ()
+    assert shared.dump("run", "process_lease") == before
+
+
+def test_names_in_a_shared_store_have_epochs_of_their_own(shared: World) -> None:
+    shared.restart()
+
+    assert renamed(shared) == Owner("other", 1)
