@@ -17,6 +17,7 @@ import structlog
 import uvloop
 
 from runrecovery_service import clock
+from runrecovery_service.background_stream import drain_stderr
 from runrecovery_service.config import ContainmentPolicy, EngineSettings, Settings
 from runrecovery_service.domain.errors import (
     CgroupRefused,
@@ -415,6 +416,7 @@ class Service:
         self._stop_asked += 1
         log.info("service.stop_asked", signal=signal.Signals(number).name, times=self._stop_asked)
         if self._stop_asked > 1:
+            drain_stderr()
             os._exit(128 + number)  # at once; the next start converges what is left
         self._stop.set()
 

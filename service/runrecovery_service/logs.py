@@ -12,11 +12,12 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, suppress
 from io import TextIOBase
 from typing import Any, Final, TextIO, cast
 
+from runrecovery_service.background_stream import BackgroundStream
 from runrecovery_service.config import LogFormat, LogLevel
 
 
@@ -110,7 +111,7 @@ def configure(
         level: less important events are dropped where they are made.
         stream: standard error unless given.
     """
-    out = Unfailing(stream or sys.stderr)
+    out = _never_failing(stream or sys.stderr)
     people = out.isatty() if format is LogFormat.AUTO else format is LogFormat.CONSOLE
     number = logging.getLevelNamesMapping()[level.upper()]
     common = _common()
@@ -128,12 +129,24 @@ def configure(
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *form],
         )
     )
+    if isinstance(out, BackgroundStream):
+        out.report_loss = _loss_report([*common, *form])
     logging.basicConfig(handlers=[handler], level=number, force=True)
     logging.captureWarnings(capture=True)
     for name in _NEVER_DEBUG:
         logging.getLogger(name).setLevel(max(number, logging.INFO))
     for name in _WARNINGS_ONLY:
         logging.getLogger(name).setLevel(max(number, logging.WARNING))
+
+
+def _never_failing(stream: TextIO | BackgroundStream) -> BackgroundStream | Unfailing:
+    return stream if isinstance(stream, BackgroundStream) else Unfailing(stream)
+
+
+def _loss_report(processors: list[structlog.typing.Processor]) -> Callable[[int], str]:
+    """Return what renders the event that lines were lost, past the queue in which they were."""
+    rendered = structlog.wrap_logger(structlog.ReturnLogger(), processors=processors)
+    return lambda lines: f"{rendered.warning('service.log_lines_lost', lines=lines)}\n"
 
 
 def _common() -> list[structlog.typing.Processor]:

@@ -109,7 +109,7 @@ class House(Home):
             return (*before, sys.executable, str(HERE / "mutants.py"), self.mutant)
         return (*before, sys.executable, "-m", "runrecovery_service")
 
-    def spawn(self, *arguments: str) -> ServiceProcess:
+    def spawn(self, *arguments: str, stderr: int | None = None) -> ServiceProcess:
         """Start the service, as it is or broken, as mighty as the house says."""
         log = self.path / f"service-{len(self.services)}.log"
         words = ["--config", str(self.config), "--data-dir", str(self.data)]
@@ -119,7 +119,7 @@ class House(Home):
                 [*self._program, "serve", *words, *fixed, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
-                stderr=output,
+                stderr=output if stderr is None else stderr,
                 cwd=self.path,
                 start_new_session=True,
             )

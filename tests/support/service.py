@@ -472,8 +472,12 @@ class Home:
         self.settings |= settings
         self.config.write_text(config_text(self.settings, self.engines), "utf-8")
 
-    def spawn(self, *arguments: str) -> ServiceProcess:
-        """Start the service and do not wait for anything."""
+    def spawn(self, *arguments: str, stderr: int | None = None) -> ServiceProcess:
+        """Start the service and do not wait for anything.
+
+        Args:
+            stderr: a descriptor to use instead of the log file.
+        """
         log = self.path / f"service-{len(self.services)}.log"
         words = ["--config", str(self.config), "--data-dir", str(self.data)]
         fixed = ["--listen", "127.0.0.1:0", "--log-format", "json"]
@@ -483,7 +487,7 @@ class Home:
                 [*self.prefix, *command, *words, *fixed, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
-                stderr=output,
+                stderr=output if stderr is None else stderr,
                 cwd=self.path,
                 env={**os.environ, **self.env},
                 start_new_session=True,

@@ -24,6 +24,7 @@ import pytest
 from google.protobuf import any_pb2, json_format
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1.health_pb2 import HealthCheckResponse
 from runrecovery import errors
 from runrecovery.v1 import recovery_pb2, recovery_service_pb2, run_pb2, run_service_pb2
 from runrecovery_service import logs
@@ -58,6 +59,8 @@ Run = Callable[..., Ended]
 def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     """Runs a command line in this process, in an empty directory, with logging left alone."""
     monkeypatch.setattr(logs, "configure", lambda *_: None)
+    for name in ("stdin", "stdout", "stderr"):  # the command makes its own of them
+        monkeypatch.setattr(sys, name, getattr(sys, name))
     monkeypatch.setenv("GRPC_VERBOSITY", "NONE")
     monkeypatch.chdir(tmp_path)
     for variable in [name for name in os.environ if name.startswith("RUNRECOVERY_")]:
@@ -690,6 +693,62 @@ def test_a_reader_that_goes_away_is_no_error(server: Script) -> None:
         said = process.stderr.read()
 
     assert said == b""
+
+
+@pytest.mark.parametrize("path", ["--help", "health", "runs list", "runs output r"])
+@pytest.mark.parametrize(
+    ("redirect", "why"),
+    [
+        (">/dev/full", "error: standard output: No space left on device\n"),
+        (">&-", "error: standard output: Bad file descriptor\n"),
+        (">&- 2>&-", ""),
+    ],
+)
+def test_output_that_cannot_be_written_is_one_sentence(
+    server: Script, path: str, redirect: str, why: str
+) -> None:
+    server.answers["ListRuns"] = [run_service_pb2.ListRunsResponse(runs=[a_run()])]
+    server.answers["StreamOutput"] = [run_service_pb2.StreamOutputResponse(data=b"x")]
+    server.answers["Check"] = [HealthCheckResponse(status=HealthCheckResponse.SERVING)]
+    command = f'exec "$0" -m runrecovery_service {path} {redirect}'
+
+    ended = subprocess.run(
+        ["/bin/sh", "-c", command, sys.executable],
+        env={**os.environ, "RUNRECOVERY_SERVER": server.address},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+    assert (ended.returncode, ended.stderr) == (ExitCode.FAILED, why)
+
+
+@pytest.mark.parametrize("redirect", ["2>/dev/full", "2>&-"])
+def test_a_message_that_cannot_be_written_changes_no_exit_code(redirect: str) -> None:
+    command = (
+        f'exec "$0" -m runrecovery_service health --timeout 0.1 --server 127.0.0.1:1 {redirect}'
+    )
+
+    ended = subprocess.run(["/bin/sh", "-c", command, sys.executable], check=False, timeout=60)
+
+    assert ended.returncode == ExitCode.UNAVAILABLE
+
+
+def test_what_the_encoding_of_the_output_lacks_is_written_out(server: Script) -> None:
+    run = a_run(run_id="r→")
+    server.answers["ListRuns"] = [run_service_pb2.ListRunsResponse(runs=[run])]
+    command = [sys.executable, "-m", "runrecovery_service", "runs", "list"]
+
+    ended = subprocess.run(
+        [*command, "--server", server.address],
+        env={**os.environ, "PYTHONIOENCODING": "iso-8859-1"},
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
+
+    assert b"r\\u2192" in ended.stdout
 
 
 def test_ctrl_c_ends_it_quietly_with_130(server: Script) -> None:

@@ -11,7 +11,10 @@ from typing import Final, NoReturn
 import click
 
 from runrecovery_service import __version__
+from runrecovery_service.background_stream import drain_stderr
+from runrecovery_service.cli import streams
 
+FAILED: Final = 1
 INTERRUPTED: Final = 130
 
 
@@ -61,11 +64,18 @@ def root() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line (sys.argv by default) and exit with one of `exit_codes.ExitCode`."""
+    streams.prepare()
     try:
         code = root.main(arguments, prog_name="runrecovery", standalone_mode=False)
+        sys.stdout.flush()
     except click.ClickException as failure:
         failure.show()
-        sys.exit(failure.exit_code)
+        code = failure.exit_code
     except click.Abort:
-        sys.exit(INTERRUPTED)
+        code = INTERRUPTED
+    except streams.OutputFailed as failed:
+        code = FAILED
+        if not failed.no_reader:  # `… | head -1` needs no word about it
+            click.echo(f"error: standard output: {failed}", err=True)
+    drain_stderr()
     sys.exit(code or 0)

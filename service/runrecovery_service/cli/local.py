@@ -12,6 +12,7 @@ from typing import Any, Final
 import click
 
 from runrecovery_service import config
+from runrecovery_service.cli import streams
 from runrecovery_service.cli.exit_codes import ExitCode
 from runrecovery_service.cli.failure import Failure
 from runrecovery_service.config import ConfigError, LogFormat, LogLevel, Settings
@@ -64,6 +65,7 @@ def _with_settings(function: Callable[..., ExitCode]) -> Callable[..., ExitCode]
 
     @wraps(function)
     def call(**parameters: Any) -> ExitCode:  # click passes every parameter by its name
+        streams.write_messages_in_background()
         path = parameters.pop("path")
         flags = {key: parameters.pop(key) for key in config.SCALARS if key in parameters}
         settings = _load(path, flags)
