@@ -120,4 +120,4 @@ lock: $(READY) ## Recompile the hash-pinned requirements
 			--custom-compile-command 'make lock' requirements/$$name.in -o requirements/$$name.txt; done
 
 clean: ## Remove what the targets made
-	@rm -rf $(VENV) $(CODEGEN) $(AGENT_CLIS) dist .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) .venv-* $(AGENT_CLIS) dist .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,8 @@
-"""A PostgreSQL server that lives as long as a `with` block, for benchmarks and tests."""
+"""A PostgreSQL server that ends with its owner, for benchmarks and tests.
+
+The server runs below a keeper: this file as a program. The keeper stops the server and deletes the
+server's folder when its standard input closes, so also when the owner was killed.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,13 @@ import shutil
 import signal
 import stat
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 import psycopg
 
@@ -23,14 +28,14 @@ STOP_S: Final = 60.0
 
 
 class ScratchPostgres:
-    """A running server that belongs to its `with` block."""
+    """A running server, known by its folder."""
 
-    def __init__(self, socket_dir: Path) -> None:
-        self._socket_dir = socket_dir
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
     def url(self, name: str) -> str:
         """Return the URL of a database of this server."""
-        return f"postgresql://postgres@/{name}?host={self._socket_dir}"
+        return f"postgresql://postgres@/{name}?host={self.folder}"
 
     def create(self, name: str, *, template: str = "template1") -> str:
         """Make a database, a copy of `template`, and return its URL."""
@@ -41,19 +46,44 @@ class ScratchPostgres:
         """Remove a database, whoever is connected to it."""
         self._administer(f'DROP DATABASE "{name}" WITH (FORCE)')
 
-    def set_up(self, **settings: str) -> None:
-        """Change settings that a running server can reload."""
-        for setting, value in settings.items():
-            self._administer(f"ALTER SYSTEM SET {setting} = {value}")
-        self._administer("SELECT pg_reload_conf()")
-
     def _administer(self, sql: str) -> None:
         with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
             connection.execute(sql.encode())
 
 
 @contextmanager
-def scratch_postgres() -> Iterator[ScratchPostgres]:
+def scratch_postgres(*settings: str) -> Iterator[ScratchPostgres]:
+    """Run a server for a `with` block, with settings like `"fsync=off"`."""
+    with start_keeper(settings, subprocess.PIPE) as keeper:
+        assert keeper.stdout is not None
+        folder = keeper.stdout.readline().decode().rstrip("\n")
+        if not folder:
+            raise RuntimeError("PostgreSQL did not start")
+        yield ScratchPostgres(Path(folder))
+
+
+def start_keeper(settings: Sequence[str], output: int | IO[bytes]) -> subprocess.Popen[bytes]:
+    """Start a server's keeper, which writes the server's folder to `output` once it answers.
+
+    The keeper ends, and its server with it, when its standard input closes.
+    """
+    return subprocess.Popen(
+        [sys.executable, __file__, *settings],
+        stdin=subprocess.PIPE,
+        stdout=output,
+        start_new_session=True,  # Ctrl-C is for the owner
+    )
+
+
+def main() -> None:
+    """Keep a server until standard input closes."""
+    with run_postgres(*sys.argv[1:]) as server:
+        print(server.folder, flush=True)
+        sys.stdin.read()
+
+
+@contextmanager
+def run_postgres(*settings: str) -> Iterator[ScratchPostgres]:
     """Start a server with a data directory of its own; stop it and delete that afterwards.
 
     PostgreSQL refuses to run as root, so that root starts it as `nobody`. No user is created, and
@@ -64,7 +94,7 @@ def scratch_postgres() -> Iterator[ScratchPostgres]:
         account = _unprivileged() if os.geteuid() == 0 else None
         if account is not None:
             os.chown(top, account.pw_uid, account.pw_gid)
-        with _server(_binaries(top, account), top, account):
+        with _server(_binaries(top, account), top, account, settings):
             yield ScratchPostgres(top)
     finally:
         shutil.rmtree(top)
@@ -100,7 +130,9 @@ def _copied(install: Path, target: Path) -> Path:
 
 
 @contextmanager
-def _server(binaries: Path, top: Path, account: pwd.struct_passwd | None) -> Iterator[None]:
+def _server(
+    binaries: Path, top: Path, account: pwd.struct_passwd | None, settings: Sequence[str]
+) -> Iterator[None]:
     data = top / "data"
     user, group = (None, None) if account is None else (account.pw_uid, account.pw_gid)
     groups = None if account is None else ()
@@ -121,7 +153,10 @@ def _server(binaries: Path, top: Path, account: pwd.struct_passwd | None) -> Ite
     log = top / "log"
     with log.open("wb") as output:
         server = subprocess.Popen(
-            [binaries / "postgres", "-D", data, "-k", top, "-h", ""],
+            [
+                *(binaries / "postgres", "-D", data, "-k", top, "-h", ""),
+                *(word for setting in settings for word in ("-c", setting)),
+            ],
             cwd=top,
             user=user,
             group=group,
@@ -149,3 +184,7 @@ def _wait_until_it_answers(server: subprocess.Popen[bytes], top: Path, log: Path
             time.sleep(0.05)
         else:
             return
+
+
+if __name__ == "__main__":
+    main()

@@ -251,9 +251,8 @@ def stores(database: str) -> Iterator[Stores]:
     """Make a place for stores that is gone afterwards."""
     with ExitStack() as stack:
         top = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="runrecovery-bench-")))
-        server = stack.enter_context(scratch_postgres()) if database == "postgresql" else None
-        if server:
-            server.set_up(max_wal_size="'4GB'")
+        start = scratch_postgres("max_wal_size=4GB")
+        server = stack.enter_context(start) if database == "postgresql" else None
         yield Stores(top, server)
 
 

@@ -4,27 +4,68 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+import os
+import subprocess
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, Final
 
 import pytest
 import uvloop
 from runrecovery_service.storage.database import Database, open_database
+from support.service import until
 
-from bench.postgres import ScratchPostgres, scratch_postgres
+from bench.postgres import START_S, ScratchPostgres, start_keeper
 
-_NAMES = itertools.count(1)
-_TEMPLATE = "migrated"
+# All workers share one server: databases are named by worker, and connections are enough for all.
+# Durability is PostgreSQL's own; without it the tests need a fraction of the time.
+_SETTINGS: Final = ("max_connections=400", "fsync=off", "full_page_writes=off")
+_WORKER: Final = os.environ.get("PYTEST_XDIST_WORKER", "main")
+_NAMES: Final = (f"{_WORKER}_{number}" for number in itertools.count(1))
+_TEMPLATE: Final = f"{_WORKER}_migrated"
+_KEEPER: Final = pytest.StashKey[subprocess.Popen[bytes]]()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node: Any, ids: list[str]) -> None:
+    """Start the server that all workers share, in their controller."""
+    _start_postgres(node.config, ids)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Start the server of a session without workers."""
+    if not hasattr(session.config, "workerinput"):
+        _start_postgres(session.config, (item.nodeid for item in session.items))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End the server. If this process is killed instead, the server's keeper ends the server."""
+    if keeper := config.stash.get(_KEEPER, None):
+        keeper.communicate()
+
+
+def _start_postgres(config: pytest.Config, ids: Iterable[str]) -> None:
+    if _KEEPER not in config.stash and any("postgresql" in name for name in ids):
+        with _folder_file(config).open("wb") as output:
+            config.stash[_KEEPER] = start_keeper(_SETTINGS, output)
+
+
+def _folder_file(config: pytest.Config) -> Path:
+    """Return the file that names the server's folder; all workers know the file."""
+    own: Path = config._tmp_path_factory.getbasetemp()  # type: ignore[attr-defined]
+    return (own.parent if hasattr(config, "workerinput") else own) / "postgres"
 
 
 @pytest.fixture(scope="session")
-def _postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScratchPostgres]:
-    """A server of this worker, started by the first test that needs it."""
-    with scratch_postgres() as server:
-        # Durability is PostgreSQL's own; without it the tests need a fraction of the time.
-        server.set_up(fsync="off", full_page_writes="off")
-        open_database(server.create(_TEMPLATE), tmp_path_factory.mktemp("template")).close()
-        yield server
+def _postgres(
+    tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
+) -> ScratchPostgres:
+    """The session's server. What a test does to a whole server, it does to one of its own."""
+    file = _folder_file(pytestconfig)
+    folder = until(file.read_text, "PostgreSQL answers", timeout_s=START_S)
+    server = ScratchPostgres(Path(folder.rstrip("\n")))
+    open_database(server.create(_TEMPLATE), tmp_path_factory.mktemp("template")).close()
+    return server
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -37,7 +78,7 @@ def new_database_url(request: pytest.FixtureRequest) -> Iterator[Callable[[], st
     made: list[str] = []
 
     def make() -> str:
-        made.append(f"test{next(_NAMES)}")
+        made.append(next(_NAMES))
         return server.create(made[-1], template=_TEMPLATE)
 
     yield make
@@ -60,7 +101,7 @@ def empty_database_url(request: pytest.FixtureRequest) -> Iterator[str]:
         yield ""
         return
     server: ScratchPostgres = request.getfixturevalue("_postgres")
-    name = f"test{next(_NAMES)}"
+    name = next(_NAMES)
     yield server.create(name)
     server.drop(name)
 

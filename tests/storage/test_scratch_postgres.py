@@ -5,12 +5,25 @@ from __future__ import annotations
 import importlib.util
 import os
 import pwd
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import psycopg
 import pytest
+from support.processes import Seen, is_alive, seen
+from support.service import REPOSITORY, until
 
 from bench import postgres
+
+OWNER = """
+import time
+from bench.postgres import scratch_postgres
+with scratch_postgres() as server:
+    print(server.folder, flush=True)
+    time.sleep(600)
+"""
 
 
 def machine() -> dict[str, object]:
@@ -55,8 +68,54 @@ def test_root_copies_binaries_that_nobody_cannot_reach(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Path, "stat", stat)
 
-    with postgres.scratch_postgres() as server:
+    with postgres.run_postgres() as server:
         with psycopg.connect(server.url("postgres")) as connection:
             assert connection.execute("SELECT 1").fetchone() == (1,)
-        folder = Path(server.url("").split("host=")[1])
-        assert list(folder.glob("install/*/*/bin/postgres"))
+        assert list(server.folder.glob("install/*/*/bin/postgres"))
+
+
+def postmaster(folder: Path) -> Seen:
+    """Return the process of a running server."""
+    process = seen(int((folder / "data" / "postmaster.pid").read_text().split()[0]))
+    assert process is not None
+    return process
+
+
+def test_a_server_whose_owner_was_killed_ends_and_leaves_no_folder() -> None:
+    command = [sys.executable, "-c", OWNER]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE) as owner:
+        assert owner.stdout is not None
+        folder = Path(owner.stdout.readline().decode().rstrip("\n"))
+        server = postmaster(folder)
+
+        owner.send_signal(signal.SIGKILL)
+
+    until(lambda: not is_alive(server), "the server has ended")
+    until(lambda: not folder.exists(), "the folder is gone")
+
+
+def test_the_workers_of_a_session_share_one_server_that_ends_with_the_session(
+    tmp_path: Path,
+) -> None:
+    report = tmp_path / "report"
+    check = Path(__file__).with_name("shared_postgres.py")
+    options = ["-q", "-n", "2", "--dist", "each", f"--basetemp={tmp_path / 'session'}"]
+    environment = {key: text for key, text in os.environ.items() if not key.startswith("PYTEST")}
+
+    session = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, check],
+        cwd=REPOSITORY,
+        env={**environment, "REPORT": str(report)},
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+
+    assert session.returncode == 0, session.stdout
+    (workers, folders, databases) = zip(
+        *map(str.split, report.read_text().splitlines()), strict=True
+    )
+    assert sorted(workers) == ["gw0", "gw1"]
+    assert len(set(folders)) == 1
+    assert len(set(databases)) == 2
+    assert not Path(folders[0]).exists()

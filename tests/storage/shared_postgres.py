@@ -1,0 +1,18 @@
+"""Run by test_scratch_postgres.py, on each worker of a session of its own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from runrecovery_service.storage.database import Database
+
+
+@pytest.mark.parametrize("new_database_url", ["postgresql"], indirect=True)
+def test_a_worker_has_a_database(database: Database) -> None:
+    row = database.fetch_one("SELECT current_setting('data_directory'), current_database()")
+    assert row is not None
+
+    with Path(os.environ["REPORT"]).open("a", encoding="utf-8") as report:
+        report.write(f"{os.environ['PYTEST_XDIST_WORKER']} {row[0]} {row[1]}\n")
