@@ -198,6 +198,7 @@ class Service:
     trust_sweep: TrustSweep
     containment: Future[Containment]
     report_id: str | None = None
+    _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     _stop: asyncio.Event = field(default_factory=asyncio.Event)
     _stop_asked: int = 0
     _failure: Exception | None = None
@@ -264,7 +265,21 @@ class Service:
             trust_sweep=TrustSweep(shop=shop),
             containment=containment,
         )
+        db.guard(service.demand_current)
         return service
+
+    def demand_current(self, db: Database) -> None:
+        """Fence the transaction that begins, on whatever thread, and stop a service that was
+        superseded. The lease alone would tell it only at the next renewal.
+
+        Raises:
+            Fenced: a newer epoch of this instance has started.
+        """
+        try:
+            instances.demand_current(db, self.shop.owner)
+        except Fenced as error:
+            self._loop.call_soon_threadsafe(self.fail, error)
+            raise
 
     @property
     def stopping(self) -> bool:
@@ -339,6 +354,9 @@ class Service:
                     lambda db: self.recovery.run(db, self._report_begun)
                 )
             except RecoveryInterrupted:
+                return None
+            except Fenced as error:
+                self.fail(error)
                 return None
             except Exception as error:  # whatever it was: say so, stay NOT_SERVING, try again
                 log.exception("recovery.try_failed", tries_left=left)
@@ -440,7 +458,8 @@ class Service:
             task.cancel()
         await asyncio.gather(*staying, return_exceptions=True)
         await self._step("threads", asyncio.to_thread(self.shop.threads.shutdown))
-        await self._step("lease", self.shop.storage.write(instances.resign, self.shop.owner))
+        if not isinstance(self._failure, Fenced):
+            await self._step("lease", self.shop.storage.write(instances.resign, self.shop.owner))
         await self._step("storage", asyncio.to_thread(self.shop.storage.close))
         log.info("service.stopped", epoch=self.shop.owner.epoch)
 

@@ -14,6 +14,7 @@ from typing import Final
 import structlog
 
 from runrecovery_service.clock import set_within
+from runrecovery_service.domain.errors import Fenced
 from runrecovery_service.execution.workshop import Workshop, evidence_of
 from runrecovery_service.process.sweep import Ending, end_trees
 from runrecovery_service.storage import processes
@@ -62,6 +63,8 @@ class Patrol:
             try:
                 self.look_at_shims()
                 await self.round()
+            except Fenced:
+                return  # the service stops
             except Exception as error:
                 log.warning("execution.patrol_failed", error=type(error).__name__, exc_info=True)
 

@@ -70,7 +70,7 @@ from runrecovery_service.process.launch import (
     Started,
 )
 from runrecovery_service.process.sweep import NOTHING_LEFT, Ending
-from runrecovery_service.storage import interactions, runs, turns
+from runrecovery_service.storage import instances, interactions, runs, turns
 from runrecovery_service.storage.processes import Ended, Usage
 from runrecovery_service.storage.turns import Turn
 
@@ -192,6 +192,7 @@ class RunSession:
         ending = await self._end_tree()
         for event in await self.shop.in_thread(lambda: self.launch.release(gone=ending.gone)):
             self._note(event)
+        await self._demand_owned()
         await self._distrust(end)
         await self._record(end, self._ended(ending))
 
@@ -203,6 +204,7 @@ class RunSession:
         """
         ending = await self.launch.end_tree(why="defect")
         await self.shop.in_thread(lambda: self.launch.release(gone=ending.gone))
+        await self._demand_owned()
         await self._distrust(_defect())
         await self._record(_defect(), self._ended(ending))
 
@@ -612,6 +614,16 @@ class RunSession:
             unsupervised=self._unsupervised,
             timed_out=self._timed_out,
         )
+
+    async def _demand_owned(self) -> None:
+        """Ask whether the run is still ours before anything is done about its end: who took it over
+        may have ended its processes. The write asks again, in its transaction.
+
+        Raises:
+            Fenced: a newer epoch of this instance has started.
+        """
+        storage, owner = self.shop.storage, self.shop.owner
+        await self._log.insist(lambda: storage.point(instances.demand_current, owner))
 
     async def _distrust(self, end: TurnEnd) -> None:
         """Where the run ends with this turn, have no CLI trust its workspace any more. Whoever sees

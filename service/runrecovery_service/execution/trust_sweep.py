@@ -15,6 +15,7 @@ from typing import Final
 import structlog
 
 from runrecovery_service.clock import set_within
+from runrecovery_service.domain.errors import Fenced
 from runrecovery_service.execution.trusting import LEFT
 from runrecovery_service.execution.workshop import Workshop
 
@@ -61,6 +62,8 @@ class TrustSweep:
             try:
                 await self.look()
                 failed = ""
+            except Fenced:
+                return  # the service stops
             except Exception as error:  # the edge of this task: the next look tries again
                 if failed != (failed := type(error).__name__):  # once, not with every look
                     log.warning("trust.sweep_failed", error=failed, exc_info=True)

@@ -122,6 +122,11 @@ class Database:
         self._file = file
         self._identity = _file_identity(file)
         self._touched = _Touched()
+        self._guard: Callable[[Database], object] | None = None
+
+    def guard(self, demand: Callable[[Database], object]) -> None:
+        """Begin every transaction from now on with a check; what the check raises ends it."""
+        self._guard = demand
 
     def touch(self, run_key: int) -> None:
         """Note, for whoever watches it, that the calling thread's transaction changes a run."""
@@ -149,11 +154,15 @@ class Database:
         return rows
 
     def transaction(self) -> contextlib.AbstractContextManager[object]:
-        """One transaction; inside another one a savepoint."""
-        if self.peewee.in_transaction():
-            return self._savepoint()
-        whole: contextlib.AbstractContextManager[object] = self.peewee.transaction()
-        return whole
+        """One transaction, which begins with the guard's check; inside another one a savepoint."""
+        return self._savepoint() if self.peewee.in_transaction() else self._guarded()
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        with self.peewee.transaction():
+            if self._guard is not None:
+                self._guard(self)
+            yield
 
     def snapshot(self) -> contextlib.AbstractContextManager[object]:
         """A transaction that only reads, and sees one state of the store throughout."""

@@ -1,0 +1,115 @@
+"""A service whose instance was claimed by another start writes nothing more, and says so."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from typing import Final
+
+import grpc
+from runrecovery.v1 import run_pb2
+from runrecovery_service import clock
+from runrecovery_service.storage import instances
+from runrecovery_service.storage.database import open_database
+from runrecovery_service.storage.instances import Boot
+from support.processes import Seen, seen, strike
+from support.service import Home, refused, script, until
+from support.stores import query
+
+NewHome = Callable[..., Home]
+
+RUNS: Final = 4
+REQUEUE: Final = run_pb2.RESTART_POLICY_REQUEUE
+FAIL: Final = run_pb2.RESTART_POLICY_FAIL
+WORKS: Final = "import sys, time; sys.stdin.readline(); time.sleep(600)"
+ENGINES: Final = {"works": script(WORKS)}
+FENCED: Final = 10
+
+
+def agent_of(home: Home, run_id: str) -> Seen:
+    """Return the agent of a run, once it works."""
+    (pid,) = until(lambda: home.agents_of(run_id), "it works")
+    found = seen(pid)
+    assert found is not None
+    return found
+
+
+def claim_beside(home: Home) -> None:
+    """Take the next epoch, as a second start does whose lock does not exclude the first."""
+    ((host_id, data_dir),) = query(home, "SELECT host_id, data_dir FROM instance")
+    db = open_database(str(home.settings.get("database", "")), home.data)
+    boot = Boot(
+        instance="default",
+        boot_token="second",  # noqa: S106 - no secret: it names a start
+        host_id=host_id,
+        data_dir=data_dir,
+        pid=os.getpid(),
+    )
+    try:
+        instances.claim(db, boot, now=clock.utc_now())
+    finally:
+        db.close()
+
+
+def test_whoever_ends_its_agents_first_claimed_its_runs(
+    new_database_url: Callable[[], str], new_home: NewHome
+) -> None:
+    # Renewals are too far apart to tell the service anything.
+    home = new_home(database=new_database_url(), engines=ENGINES, lease_ttl_s=600)
+    service, api = home.start()
+    for number in range(RUNS):
+        api.create("works", run_id=f"run-{number}", restart_policy=REQUEUE if number % 2 else FAIL)
+    agents = [agent_of(home, f"run-{number}") for number in range(RUNS)]
+    before = query(home, "SELECT run_id, status, error_code, version FROM run ORDER BY id")
+
+    claim_beside(home)
+    for agent in agents:
+        strike(agent, signal.SIGTERM)
+
+    assert service.exit_code() == FENCED
+    after = query(home, "SELECT run_id, status, error_code, version FROM run ORDER BY id")
+    assert before == after
+    assert [row[1:3] for row in after] == [("RUNNING", None)] * RUNS
+
+
+def test_the_next_start_decides_what_the_superseded_one_left(
+    new_database_url: Callable[[], str], new_home: NewHome
+) -> None:
+    home = new_home(database=new_database_url(), engines=ENGINES, lease_ttl_s=600)
+    service, api = home.start()
+    api.create("works", run_id="fails")
+    api.create("works", run_id="again", restart_policy=REQUEUE)
+    agent, _ = agent_of(home, "fails"), agent_of(home, "again")
+    claim_beside(home)
+    strike(agent, signal.SIGTERM)
+    assert service.exit_code() == FENCED
+
+    home.start()[1].until_status("again", "RUNNING")
+
+    decided = query(
+        home,
+        "SELECT r.run_id, e.rule, r.error_code, r.attempt FROM run r"
+        " JOIN recovery_event e ON e.run = r.id ORDER BY r.id",
+    )
+    assert decided == [
+        ("fails", "running_interrupted", "ORCHESTRATOR_RESTART_INTERRUPTED", 1),
+        ("again", "requeued", None, 2),
+    ]
+
+
+def test_a_caller_of_the_superseded_one_changes_nothing(
+    new_database_url: Callable[[], str], new_home: NewHome
+) -> None:
+    home = new_home(database=new_database_url(), engines=ENGINES, lease_ttl_s=600)
+    service, api = home.start()
+    api.create("works", run_id="works")
+    until(lambda: home.agents_of("works"), "it works")
+    before = query(home, "SELECT status, cancel_requested_at, version FROM run")
+    claim_beside(home)
+
+    refusal = refused(lambda: api.cancel("works"))
+
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
+    assert service.exit_code() == FENCED
+    assert before == query(home, "SELECT status, cancel_requested_at, version FROM run")
