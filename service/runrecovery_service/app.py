@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
@@ -27,6 +28,7 @@ from runrecovery_service.domain.errors import (
     Fenced,
     RecoveryGaveUp,
     RecoveryInterrupted,
+    StartRefused,
 )
 from runrecovery_service.domain.reconciliation import Cause, Containment, Reconciliation
 from runrecovery_service.domain.session_check import SessionCheck
@@ -70,16 +72,17 @@ from runrecovery_service.storage import instances
 from runrecovery_service.storage.adapter import Storage
 from runrecovery_service.storage.database import (
     Database,
-    HoldFile,
     applied_migrations,
     backup_sqlite,
     install_marker,
     integrity_problems,
     open_database,
+    path_lock,
     postgresql_problems,
     sqlite_path,
 )
 from runrecovery_service.storage.instances import Boot, Owner
+from runrecovery_service.storage.locks import Lock, LockFile
 from runrecovery_service.storage.processes import Lease, Place
 
 log = structlog.get_logger()
@@ -93,6 +96,8 @@ SQLite: there the lock on the file fences, and a disk that is full is no reason 
 TREES_BEFORE_LEASE_S: Final = 1.0
 """Process trees end themselves so long before the lease of a silent service runs out: whoever
 takes over then finds nothing alive."""
+FILES_LOOK_S: Final = 1.0
+"""How soon a removed lock is noticed."""
 
 
 def serve(settings: Settings) -> None:
@@ -108,18 +113,18 @@ def serve(settings: Settings) -> None:
     with Holdings.take(settings) as held, ThreadPoolExecutor(1, "probe") as prober:
         # Beside the rest of the start: it is some 30 ms of waiting for processes.
         containment = prober.submit(prove_containment, watermark_bits())
-        db = open_database(settings.database, held.data_dir)
+        db = open_database(settings.database, held.data_dir, locks=held.locks)
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                runner.run(_serve(settings, held.data_dir, db, containment))
+                runner.run(_serve(settings, held, db, containment))
         finally:
             db.close()
 
 
 async def _serve(
-    settings: Settings, data_dir: Path, db: Database, containment: Future[Containment]
+    settings: Settings, held: Holdings, db: Database, containment: Future[Containment]
 ) -> None:
-    service = Service.build(settings, data_dir, db, containment)
+    service = Service.build(settings, held, db, containment)
     await service.run()
 
 
@@ -145,11 +150,11 @@ def prepare_data_dir(path: Path) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Holdings:
-    """The locks that a service holds for life: of its data directory, and of a SQLite file that
-    lies elsewhere."""
+    """The locks that a service holds for life: of its data directory, of the path of a SQLite
+    file, and, once `open_database` has it, of that file."""
 
     data_dir: Path
-    locks: tuple[HoldFile, ...]
+    locks: list[Lock]
 
     @classmethod
     def take(cls, settings: Settings) -> Holdings:
@@ -161,21 +166,29 @@ class Holdings:
         """
         data_dir = prepare_data_dir(settings.data_dir)
         holder = f"instance {settings.instance!r}, pid {os.getpid()}, on {settings.listen}"
-        try:
-            locks = [HoldFile(data_dir / LOCK_NAME, f"data directory {data_dir}", holder)]
-            database = sqlite_path(settings.database, data_dir)
-            if database is not None and database.parent.absolute() != data_dir:
-                beside = database.with_name(database.name + ".lock")
-                locks.append(HoldFile(beside, f"database {database}", holder))
-        except OSError as error:
-            raise DataDirRefused(str(data_dir), error.strerror or "cannot be used") from error
-        return cls(data_dir, tuple(locks))
+        with ExitStack() as taken:
+            held = taken.enter_context(cls(data_dir, []))
+            try:
+                of_directory = f"data directory {data_dir}"
+                held.locks.append(LockFile(data_dir / LOCK_NAME, of_directory, holder))
+                database = sqlite_path(settings.database, data_dir)
+                if database is not None:
+                    held.locks.append(LockFile(path_lock(database), f"database {database}", holder))
+            except OSError as error:
+                raise DataDirRefused(str(data_dir), error.strerror or "cannot be used") from error
+            taken.pop_all()
+        return held
+
+    def demand_in_place(self) -> None:
+        """Raise DataDirRefused if another service could take one of the locks now."""
+        for lock in self.locks:
+            lock.demand_in_place()
 
     def __enter__(self) -> Holdings:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for lock in self.locks:
+        for lock in reversed(self.locks):
             lock.release()
 
 
@@ -187,6 +200,7 @@ class Service:
     """All the parts of a running service."""
 
     settings: Settings
+    held: Holdings
     shop: Workshop
     gate: Gate
     server: GrpcServer
@@ -205,7 +219,7 @@ class Service:
 
     @classmethod
     def build(
-        cls, settings: Settings, data_dir: Path, db: Database, containment: Future[Containment]
+        cls, settings: Settings, held: Holdings, db: Database, containment: Future[Containment]
     ) -> Service:
         """Claim the next epoch and put everything together; nothing runs yet.
 
@@ -213,7 +227,7 @@ class Service:
             Held: an instance of this name is alive elsewhere.
             ContainmentRefused: this is not a system on which processes can be contained.
         """
-        host = _host()
+        host, data_dir = _host(), held.data_dir
         cgroups = _cgroups(settings)
         heart = Heart(_trees_until(settings, boot_time_ns()))
         owner = instances.claim(
@@ -236,6 +250,7 @@ class Service:
         )
         service = cls(
             settings=settings,
+            held=held,
             shop=shop,
             gate=gate,
             server=_server(
@@ -294,7 +309,10 @@ class Service:
     async def run(self) -> None:
         """Bind, recover, serve, drain. Raises what the service ended by, if not by a signal."""
         self._listen_to_signals()
-        staying = [asyncio.create_task(self._renew())]
+        staying = [
+            asyncio.create_task(self._renew()),
+            asyncio.create_task(self._watch_files()),
+        ]
         if self.shop.storage.is_shared:
             staying.append(asyncio.create_task(self.shop.storage.follow_shared()))
         else:
@@ -418,6 +436,16 @@ class Service:
         while True:
             await asyncio.sleep(self.settings.lease_ttl_s / RENEWALS_PER_LEASE)
             self._heartbeat(boot_time_ns())
+
+    async def _watch_files(self) -> None:
+        """Stop the service once a lock is on a file that its path does not lead to any more."""
+        while True:
+            await asyncio.sleep(FILES_LOOK_S)
+            try:
+                self.held.demand_in_place()
+            except StartRefused as error:
+                self.fail(error)
+                return
 
     def _heartbeat(self, begun_ns: int) -> None:
         """Let the process trees live on: the lease was, or needed not be, renewed at `begun_ns`."""
@@ -783,7 +811,7 @@ def migrate(settings: Settings) -> list[str]:
     if path is not None and not path.exists():
         raise DatabaseRefused(str(path), "does not exist; a first start creates it")
     with Holdings.take(settings) as held:
-        db = open_database(settings.database, held.data_dir)
+        db = open_database(settings.database, held.data_dir, locks=held.locks)
         try:
             return applied_migrations(db)
         finally:

@@ -308,6 +308,72 @@ def test_a_second_service_on_a_data_directory_is_exit_3_and_names_the_first(
     assert api.health_of() == "SERVING"
 
 
+def use_by_url(first: Home, second: Home) -> None:
+    second.write_config(database=f"sqlite:///{first.database}")
+
+
+def use_by_symbolic_link(first: Home, second: Home) -> None:
+    second.data.mkdir()
+    second.database.symlink_to(first.database)
+
+
+def use_by_linked_directory(first: Home, second: Home) -> None:
+    (second.path / "linked").symlink_to(first.data)
+    second.write_config(database=f"sqlite:///{second.path}/linked/runrecovery.db")
+
+
+def use_by_hard_link(first: Home, second: Home) -> None:
+    second.data.mkdir()
+    second.database.hardlink_to(first.database)
+
+
+@pytest.mark.parametrize(
+    "use", [use_by_url, use_by_symbolic_link, use_by_linked_directory, use_by_hard_link]
+)
+def test_a_second_service_on_a_sqlite_file_is_exit_3_however_it_gets_there(
+    new_home: NewHome, use: Callable[[Home, Home], None]
+) -> None:
+    first, second = new_home(), new_home()
+    service, api = first.start()
+    use(first, second)
+
+    code, said = refused_start(second, "--instance", "other")
+
+    assert code == 3
+    assert f"pid {service.pid}" in said
+    assert api.health_of() == "SERVING"
+    assert status_word(api.until_ended(api.create("resumable", {}).run_id)) == "SUCCEEDED"
+
+
+def test_a_database_by_symbolic_link_is_served_again_after_a_crash(new_home: NewHome) -> None:
+    home = new_home()
+    (home.path / "elsewhere").mkdir()
+    home.data.mkdir()
+    home.database.symlink_to(home.path / "elsewhere" / "real.db")
+    service, api = home.start()
+    run = api.until_ended(api.create("resumable", {}).run_id)
+    service.kill()
+
+    _, api = home.start()
+
+    assert api.get(run.run_id) == run
+    assert home.database.is_symlink()
+    assert (home.path / "elsewhere" / "real.db").is_file()
+
+
+@pytest.mark.parametrize("name", ["lock", "runrecovery.db.lock"])
+def test_a_service_whose_lock_was_removed_ends_with_4_and_says_why(
+    new_home: NewHome, name: str
+) -> None:
+    home = new_home()
+    service, _ = home.start()
+
+    (home.data / name).unlink()
+
+    assert service.exit_code() == 4
+    assert f"{home.data / name} was removed or replaced" in service.text.replace("\n", " ")
+
+
 def test_a_file_in_place_of_the_data_directory_is_exit_4(new_home: NewHome) -> None:
     home = new_home()
     home.data.write_bytes(b"mine")

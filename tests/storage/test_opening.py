@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import stat
 from collections.abc import Callable, Iterator
@@ -9,18 +10,18 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from runrecovery_service.domain.errors import DatabaseRefused, Held
+from runrecovery_service.domain.errors import DatabaseRefused, DataDirRefused, Held
 from runrecovery_service.storage import database
 from runrecovery_service.storage.adapter import Storage
 from runrecovery_service.storage.database import (
     SQLITE_PRAGMAS,
     Database,
-    HoldFile,
     Kind,
     known_migrations,
     migrate,
     open_database,
 )
+from runrecovery_service.storage.locks import DatabaseLock, Lock, LockFile
 
 NAME = "runrecovery.db"
 
@@ -262,12 +263,76 @@ def world_of_sqlite(tmp_path: Path) -> Iterator[Database]:
 
 
 def test_a_held_file_is_refused_naming_its_holder(tmp_path: Path) -> None:
-    held = HoldFile(tmp_path / "lock", "the data directory", "pid 4711")
+    held = LockFile(tmp_path / "lock", "the data directory", "pid 4711")
 
     with pytest.raises(Held, match=r"the data directory is held by pid 4711"):
-        HoldFile(tmp_path / "lock", "the data directory", "pid 4712")
+        LockFile(tmp_path / "lock", "the data directory", "pid 4712")
     held.release()
 
-    again = HoldFile(tmp_path / "lock", "the data directory", "pid 3")
+    again = LockFile(tmp_path / "lock", "the data directory", "pid 3")
     assert (tmp_path / "lock").read_text() == "pid 3"
     again.release()
+
+
+def test_a_removed_or_replaced_lock_file_is_noticed(tmp_path: Path) -> None:
+    lock = LockFile(tmp_path / "lock", "the data directory", "pid 4711")
+    lock.demand_in_place()
+
+    (tmp_path / "lock").rename(tmp_path / "kept")
+    with pytest.raises(DataDirRefused, match="was removed or replaced"):
+        lock.demand_in_place()
+    (tmp_path / "lock").touch()
+    with pytest.raises(DataDirRefused, match="was removed or replaced"):
+        lock.demand_in_place()
+    (tmp_path / "kept").rename(tmp_path / "lock")
+    lock.demand_in_place()
+    lock.release()
+
+
+# -- the lock of the SQLite file -----------------------------------------------------------------
+
+
+@pytest.fixture
+def locks(made: Path) -> Iterator[list[Lock]]:
+    """Locks of an open store, which is in use."""
+    held: list[Lock] = []
+    with closing(open_database("", made, locks=held)) as db, db.transaction():
+        db.execute("UPDATE run SET version = version")
+        yield held
+    for lock in held:
+        lock.release()
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link], ids=["symbolic", "hard"])
+def test_a_sqlite_file_is_locked_under_all_its_names(
+    made: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    locks: list[Lock],
+    link: Callable[..., None],
+) -> None:
+    other = tmp_path_factory.mktemp("other")
+    link(made / NAME, other / NAME)
+
+    with pytest.raises(Held, match=f"pid {os.getpid()}"):
+        open_database("", other, locks=[])
+    (lock,) = locks
+    lock.release()
+    locks.clear()
+
+    DatabaseLock(other / NAME).release()
+
+
+def test_the_lock_of_a_sqlite_file_ends_with_its_release(made: Path) -> None:
+    for _ in range(2):
+        locks: list[Lock] = []
+        open_database("", made, locks=locks).close()
+        (lock,) = locks
+        lock.release()
+
+
+def test_a_file_that_has_a_second_name_is_refused(made: Path) -> None:
+    os.link(made / NAME, made / "second")
+
+    assert "has another name" in refusal(made)
+    (made / "second").unlink()
+    open_database("", made).close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import sqlite3
@@ -21,12 +20,12 @@ import structlog
 from runrecovery_service.domain.errors import (
     DatabaseOutOfReach,
     DatabaseRefused,
-    Held,
     RunRecoveryError,
     StorageBusy,
     StorageFull,
     StorageUnavailable,
 )
+from runrecovery_service.storage.locks import DatabaseLock, Lock, identity
 
 log = structlog.get_logger()
 
@@ -120,7 +119,7 @@ class Database:
         self.dialect = dialect
         self.place = place
         self._file = file
-        self._identity = _file_identity(file)
+        self._identity = None if file is None else identity(file)
         self._touched = _Touched()
         self._guard: Callable[[Database], object] | None = None
 
@@ -198,7 +197,7 @@ class Database:
         Raises:
             DatabaseRefused: another file, or none, has its name now.
         """
-        if _file_identity(self._file) != self._identity:
+        if self._file is not None and identity(self._file) != self._identity:
             raise DatabaseRefused(self.place, "was removed or replaced under the running service")
 
     def read_leniently(self) -> None:
@@ -213,14 +212,6 @@ class Database:
     def close(self) -> None:
         """Close the calling thread's connection."""
         self.peewee.close()
-
-
-def _file_identity(file: Path | None) -> tuple[int, int] | None:
-    try:
-        found = None if file is None else file.stat()
-    except FileNotFoundError:
-        found = None
-    return None if found is None else (found.st_dev, found.st_ino)
 
 
 def _lenient_text(raw: bytes) -> str:
@@ -339,12 +330,21 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def sqlite_path(url: str, data_dir: Path) -> Path | None:
-    """Return the file that `database` names, or None when it names a PostgreSQL database."""
+    """Return the file that `database` names, or None when it names a PostgreSQL database.
+
+    Symbolic links are followed: SQLite keeps the log beside the file that they lead to, and so
+    must what belongs to the file.
+    """
     if not url:
-        return data_dir / "runrecovery.db"
+        return Path(os.path.realpath(data_dir / "runrecovery.db"))
     if url.startswith("sqlite:///"):
-        return Path(url.removeprefix("sqlite:///"))
+        return Path(os.path.realpath(url.removeprefix("sqlite:///")))
     return None
+
+
+def path_lock(path: Path) -> Path:
+    """Return the lock file beside a SQLite file. It also guards the path before the file exists."""
+    return path.with_name(path.name + ".lock")
 
 
 def install_marker(path: Path) -> Path:
@@ -352,19 +352,21 @@ def install_marker(path: Path) -> Path:
     return path.with_name(path.name + ".installed")
 
 
-def open_database(url: str, data_dir: Path) -> Database:
+def open_database(url: str, data_dir: Path, *, locks: list[Lock] | None = None) -> Database:
     """Open the store that the configuration names, creating and migrating it as needed.
 
-    The caller holds the lock of the data directory.
+    The caller holds the locks of the data directory and of the path. The lock of a SQLite file
+    is added to `locks`, for the caller to release after the last connection was closed.
 
     Raises:
+        Held: another service uses the SQLite file.
         DatabaseRefused: it is empty, foreign, newer, damaged or too old a kind.
         DatabaseOutOfReach: it does not answer, or not in time; a later start may succeed.
     """
     path = sqlite_path(url, data_dir)
     place = str(path) if path is not None else "the PostgreSQL database"
     try:
-        db = _open_postgresql(url) if path is None else _open_sqlite(path)
+        db = _open_postgresql(url) if path is None else _open_sqlite(path, locks)
         try:
             migrate(db)
         except BaseException:
@@ -412,18 +414,20 @@ def _check_postgresql(db: Database) -> None:
         raise DatabaseRefused(db.place, "has a table `run` that is not ours")
 
 
-def _open_sqlite(path: Path) -> Database:
+def _open_sqlite(path: Path, locks: list[Lock] | None) -> Database:
     if sqlite3.sqlite_version_info < SQLITE_FLOOR:
         raise DatabaseRefused(str(path), "SQLite 3.37 or newer is needed")
     marker = install_marker(path)
-    if path.exists():
-        _check_header(path)
-    elif marker.exists():
+    made_now = not path.exists()
+    if made_now and marker.exists():
         raise DatabaseRefused(
             str(path), f"is gone, but {marker.name} says that it was here; restore a backup"
         )
-    else:
+    if made_now:
         _create_sqlite(path)
+    if locks is not None:
+        locks.append(DatabaseLock(path))
+    _check_header(path)
     if not marker.exists():
         _durably_write(marker, b"A runrecovery database was created beside this file.\n")
     return _connect_sqlite(path)
@@ -433,6 +437,7 @@ def _check_header(path: Path) -> None:
     """Refuse what is not ours by its first 100 bytes, before SQLite opens (and may touch) it."""
     with path.open("rb") as file:
         header = file.read(100)
+        links = os.fstat(file.fileno()).st_nlink
     if not header:
         raise DatabaseRefused(str(path), "is empty; it was truncated, or is not ours")
     if not header.startswith(b"SQLite format 3\0") or len(header) < 100:
@@ -440,6 +445,8 @@ def _check_header(path: Path) -> None:
     (application_id,) = struct.unpack(">I", header[68:72])
     if application_id != APPLICATION_ID:
         raise DatabaseRefused(str(path), "belongs to another application")
+    if links > 1:  # SQLite keeps a log beside each name: a start would miss the other's commits
+        raise DatabaseRefused(str(path), "has another name (a hard link); remove that one")
 
 
 def _create_sqlite(path: Path) -> None:
@@ -608,32 +615,3 @@ def postgresql_problems(url: str) -> list[str]:
     except DRIVER_ERRORS as error:
         return [f"the PostgreSQL database: {translate(error) or 'cannot be opened'}"]
     return []
-
-
-# -- locks -------------------------------------------------------------------------------------
-
-
-class HoldFile:
-    """A lock file that is held for life: one service per data directory and per SQLite file."""
-
-    def __init__(self, path: Path, what: str, holder: str) -> None:
-        """Take the lock.
-
-        Raises:
-            Held: somebody else has it; the error names the holder that the file tells.
-        """
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            told = os.pread(self._descriptor, 500, 0).decode(errors="replace").strip()
-            os.close(self._descriptor)
-            raise Held(what, told or "an unknown process") from error
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, holder.encode(), 0)
-
-    def release(self) -> None:
-        """Give the lock back, and forget the holder. When the process dies, the kernel gives it
-        back, and the file still tells who died."""
-        os.ftruncate(self._descriptor, 0)
-        os.close(self._descriptor)
