@@ -120,6 +120,13 @@ def test_a_text_that_is_too_long_is_cut_and_says_so() -> None:
     assert found == {"text": "ü" * (last_word.MAX_BYTES // 2), "truncated": True}
 
 
+def test_a_text_that_is_cut_inside_a_character_begins_with_a_whole_one() -> None:
+    found = output("€" * last_word.MAX_BYTES)
+
+    assert last_word.MAX_BYTES % 3 == 1
+    assert found == {"text": "€" * (last_word.MAX_BYTES // 3), "truncated": True}
+
+
 def test_a_question_behind_a_text_that_is_too_long_is_asked() -> None:
     assert question("x" * 5 * last_word.MAX_BYTES + ASK) == WHERE
 

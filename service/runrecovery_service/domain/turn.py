@@ -3,6 +3,7 @@ accepted apart from the turn, and wins over whatever the turn brought."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
@@ -56,7 +57,8 @@ class Observed:
         interrupted: why its shim ended it, None if the shim did not.
         unsupervised: its shim was gone, or stopped, before it ended.
         timed_out: what it had taken too long for, if it was ended for that.
-        in_wait: it ended while its user was still being waited for.
+        at_work: it had begun to work again after what it said last.
+        in_wait: it ended, or closed its output, while its user was still being waited for.
         stderr_tail: the last lines of its standard error.
     """
 
@@ -65,17 +67,30 @@ class Observed:
     exit_code: int | None
     in_wait: bool
     stderr_tail: str
+    at_work: bool = False
     interrupted: str | None = None
     unsupervised: bool = False
     timed_out: DueKind | None = None
     failure: RunError | None = None
 
 
+def is_repeated(first: Asked | Succeeded, second: Asked | Succeeded) -> bool:
+    """Return True if both say the same; `true` is not 1, and the order of keys says nothing."""
+    if not isinstance(first, Succeeded) or not isinstance(second, Succeeded):
+        return repr(first) == repr(second)
+    return _canonical(first.output) == _canonical(second.output)
+
+
+def _canonical(output: JsonObject) -> str:
+    return json.dumps(output, sort_keys=True)
+
+
 def judge(seen: Observed) -> TurnEnd:
     """Return how the turn ended.
 
     What was done to the process goes before what it said or did in its last moments. Only a result
-    that came in time stands, though the run's time was over before the process had ended.
+    that came in time stands, though the run's time was over before the process had ended, unless
+    the process was at work on another one.
 
     A process that said its last word and then lingered is taken at its word; one that exits
     badly is not, whatever it said.
@@ -87,9 +102,7 @@ def judge(seen: Observed) -> TurnEnd:
     if seen.interrupted is not None:
         return Interrupted(seen.interrupted)
     if seen.in_wait:
-        return _failed(
-            ErrorCode.INTERACTION_PROCESS_LOST, "The process ended while it waited for the reply."
-        )
+        return _lost_in_wait(seen)
     if seen.unsupervised:
         return _failed(
             ErrorCode.SUPERVISION_LOST,
@@ -109,13 +122,24 @@ def judge(seen: Observed) -> TurnEnd:
     return _failed(ErrorCode.ENGINE_FAILED, _how_it_ended(seen))
 
 
+def _lost_in_wait(seen: Observed) -> TurnEnd:
+    if seen.exit_code is None and not seen.unsupervised:
+        return _failed(
+            ErrorCode.ENGINE_PROTOCOL_ERROR,
+            "The process closed its output while it waited for the reply, and lived on.",
+        )
+    return _failed(
+        ErrorCode.INTERACTION_PROCESS_LOST, "The process ended while it waited for the reply."
+    )
+
+
 def _out_of_time(seen: Observed) -> TurnEnd:
     if seen.timed_out is DueKind.WAIT:
         return _failed(
             ErrorCode.INTERACTION_WAIT_TIMEOUT, "Nobody answered before the wait's deadline."
         )
     well = seen.exit_code in {None, 0} and seen.failure is None
-    if isinstance(seen.said, Succeeded) and well:
+    if isinstance(seen.said, Succeeded) and well and not seen.at_work:
         return seen.said
     return _failed(ErrorCode.RUN_TIMEOUT, RUN_TIMEOUT)
 

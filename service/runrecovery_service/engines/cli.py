@@ -38,6 +38,8 @@ MAX_LINE_BYTES: Final = 4 << 20
 MAX_TEXT_CHARS: Final = 2 * last_word.MAX_BYTES
 """What is remembered of the text that a turn may end with: its end."""
 MAX_MESSAGE_CHARS: Final = 2000
+MOST_TASKS: Final = 1000
+"""Tasks in the background that are told apart."""
 HANDLE_CHARS: Final = 36
 SECRET: Final = b"[secret]"
 
@@ -70,6 +72,27 @@ class Acted:
 
 
 @dataclass(frozen=True, slots=True)
+class Began:
+    """A task began in the background, which can make the agent go on after its turn."""
+
+    task: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ceased:
+    """A task in the background ended."""
+
+    task: str
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """These tasks, and no others, are in the background."""
+
+    tasks: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Warned:
     """Something went wrong that need not end the turn; it is told if the turn fails unexplained."""
 
@@ -78,19 +101,28 @@ class Warned:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The turn is over, with the last text, or this one."""
+    """The turn is over, with the last text, or this one. The agent may begin another."""
 
     text: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Broke:
-    """The turn failed, whatever comes after this. `message`: None where it does not say why."""
+    """The turn is over and has failed. `message`: None where it does not say why."""
 
     message: str | None
 
 
-Said: TypeAlias = "Named | Wrote | Acted | Warned | Finished | Broke"
+@dataclass(frozen=True, slots=True)
+class Doomed:
+    """The turn has failed, even if the CLI then reports success."""
+
+    message: str
+
+
+Said: TypeAlias = (
+    "Named | Wrote | Acted | Began | Ceased | Runs | Warned | Finished | Broke | Doomed"
+)
 Read: TypeAlias = Callable[[JsonObject], Iterable[Said]]
 """Tells what one event of a CLI says. It never raises, whatever the event is."""
 SaysLost: TypeAlias = Callable[[int | None, str], bool]
@@ -120,6 +152,7 @@ class Cli:
     when_trusted: tuple[str, ...] = ()
     trusted: bool = False
     max_line_bytes: int = MAX_LINE_BYTES
+    ends_once: bool = False
 
     def open(self, task: Task, resumed: Resumed | None) -> Opening:
         """Return the command's arguments; the prompt goes to standard input, where its length has
@@ -171,8 +204,10 @@ class CliListener:
         self._pieces: deque[str] = deque()
         self._chars = 0
         self._acted = False
-        self._finished = False
+        self._at_work: bool | None = None
+        self._tasks: frozenset[str] = frozenset()
         self._broke: Broke | None = None
+        self._doomed: Broke | None = None
         self._strayed = False
         self._warning: str | None = None
 
@@ -182,9 +217,11 @@ class CliListener:
         return self._chars
 
     def hear(self, line: bytes) -> Heard:
-        """Read one line. Only the end of the turn brings a question or a result."""
+        """Read one line. Only the end of a turn brings a question or a result; the CLI may begin
+        another turn, when a task in the background has ended."""
         messages = tuple(message for said in self._said(line) for message in self._take(said))
-        return Heard(self.shown(line), messages)
+        at_work = self._at_work if self._at_work is None else self._at_work or bool(self._tasks)
+        return Heard(self.shown(line), messages, at_work)
 
     def shown(self, text: bytes) -> bytes:
         """Return the text without the handle; as long as it is not known, without any that could
@@ -198,11 +235,12 @@ class CliListener:
         if self._strayed:
             message = "The agent went on in another session than the one that it was to resume."
             return RunError(code=ErrorCode.SESSION_RESUME_FAILED, message=message)
-        if self._broke is None and exit_code in {None, 0}:
+        broke = self._doomed or self._broke
+        if broke is None and exit_code in {None, 0}:
             return None
-        told = (self._broke and self._broke.message) or self._warning or stderr_tail
+        told = (broke and broke.message) or self._warning or stderr_tail
         lost = self._resumed and self._cli.says_lost(exit_code, told)
-        if self._broke is None and not lost and self._warning is None:
+        if broke is None and not lost and self._warning is None:
             return None  # what is said of any process that exits badly, is said of this one
         how = "" if exit_code is None else f" (exit code {exit_code})"
         message = self._hidden(told.strip()).replace("\0", "") or "it did not say why"
@@ -221,20 +259,44 @@ class CliListener:
     def _take(self, said: Said) -> Iterable[Message]:
         match said:
             case Named(handle):
+                self._go_on()
                 yield from self._name(handle)
             case Wrote(text, piece):
+                self._go_on()
                 self._write(text, goes_on=piece and not self._acted)
             case Acted():
+                self._go_on()
                 self._acted = True
+            case Began() | Ceased() | Runs():
+                self._count(said)
             case Warned(message):
                 self._warning = message
-            case Finished(text) if not self._finished:
-                self._finished = True
+            case Finished(text):
+                self._end(None)
                 yield last_word.understand(self._hidden(text or "".join(self._pieces)))
             case Broke():
-                self._broke = self._broke or said
-            case Finished():
-                pass
+                self._end(said)
+            case Doomed(message):
+                self._doomed = self._doomed or Broke(message)
+
+    def _go_on(self) -> None:
+        if self._at_work is not None:
+            self._at_work = True
+
+    def _end(self, broke: Broke | None) -> None:
+        self._at_work = False
+        self._acted = True  # what it writes now belongs to another turn
+        self._broke = broke
+
+    def _count(self, said: Began | Ceased | Runs) -> None:
+        match said:
+            case Began(task):
+                if len(self._tasks) < MOST_TASKS:
+                    self._tasks |= {task}
+            case Ceased(task):
+                self._tasks -= {task}
+            case Runs(tasks):
+                self._tasks = tasks
 
     def _write(self, text: str, *, goes_on: bool) -> None:
         if not goes_on:

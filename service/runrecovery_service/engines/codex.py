@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from runrecovery_service.domain.run import JsonObject
-from runrecovery_service.engines.cli import Broke, Cli, Finished, Named, Said, Warned, Wrote
+from runrecovery_service.engines.cli import Acted, Broke, Cli, Finished, Named, Said, Warned, Wrote
 
 _SESSION_LOST: Final = "thread/resume failed"
 
@@ -18,6 +18,8 @@ def read(event: JsonObject) -> Iterator[Said]:
             yield Named(handle)
         case {"type": "item.completed", "item": {"type": "agent_message", "text": str(text)}}:
             yield Wrote(text)
+        case {"type": "turn.started" | "item.started" | "item.updated" | "item.completed"}:
+            yield Acted()
         case {"type": "turn.completed"}:
             yield Finished()
         case {"type": "turn.failed", "error": {"message": str(message)}}:

@@ -84,10 +84,17 @@ class Resumed:
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """What a line said. `shown` is the line as it may be kept and shown: without the handle."""
+    """What a line said.
+
+    Attributes:
+        shown: the line as it may be kept and shown: without the handle.
+        at_work: whether more is to come after a turn that has ended once; None: no turn has ended,
+            or the dialect does not say.
+    """
 
     shown: bytes
     messages: tuple[Message, ...] = ()
+    at_work: bool | None = None
 
 
 class Listener(Protocol):
@@ -153,6 +160,12 @@ class Dialect(Protocol):
     @property
     def max_line_bytes(self) -> int:
         """The longest line that an engine may print."""
+        ...
+
+    @property
+    def ends_once(self) -> bool:
+        """True: a second, different result or question breaks the protocol. False: it counts in
+        the place of the one before."""
         ...
 
     def open(self, task: Task, resumed: Resumed | None) -> Opening:

@@ -6,7 +6,17 @@ from collections.abc import Iterator
 from typing import Final
 
 from runrecovery_service.domain.run import JsonObject
-from runrecovery_service.engines.cli import Acted, Broke, Cli, Finished, Named, Said, Warned, Wrote
+from runrecovery_service.engines.cli import (
+    Acted,
+    Broke,
+    Cli,
+    Doomed,
+    Finished,
+    Named,
+    Said,
+    Warned,
+    Wrote,
+)
 
 _OUTPUT: Final = ("--output-format", "stream-json")
 _BAD_INPUT: Final = 42
@@ -26,7 +36,7 @@ def read(event: JsonObject) -> Iterator[Said]:
             yield Acted()
         case {"type": "error", "severity": severity, "message": str(message)}:
             ends = severity == "error" or message.startswith(_STOPPED)
-            yield Broke(message) if ends else Warned(message)
+            yield Doomed(message) if ends else Warned(message)
         case {"type": "result", "status": "success"}:
             yield Finished()
         case {"type": "result", "error": {"message": str(message)}}:

@@ -157,6 +157,7 @@ class JsonLines:
 
     session_type = SESSION_TYPE
     max_line_bytes = MAX_LINE_BYTES
+    ends_once = True
     burden = 0
     longest_secret = 0
 

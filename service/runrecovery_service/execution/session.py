@@ -36,6 +36,7 @@ from runrecovery_service.domain.turn import (
     Observed,
     Succeeded,
     TurnEnd,
+    is_repeated,
     judge,
 )
 from runrecovery_service.engines.catalog import Engine
@@ -82,12 +83,14 @@ LONG_LINE_BYTES: Final = 16384
 IGNORED_TYPES: Final = 100
 """Unknown message types of one turn that are told apart in the log."""
 STDERR_TAIL_BYTES: Final = 2000
+UTF8_CONTINUATION: Final = bytes(range(0x80, 0xC0))
 LAST_OUTPUT_S: Final = 1.0
 """How long a process that has exited may leave its output open (a child may hold it)."""
 OVERTIME_BYTES: Final = 16 << 20
 """Output that is still read and parsed after a deadline; a descendant may write for ever."""
 UNGUARDED_LOOKS: Final = 2
 """Looks, 2 s apart, at which a shim must be found stopped or gone: one may be at its very end."""
+SECOND_END: Final = "The agent gave a second, different result or question."
 HANDLE_UNUSABLE: Final = "The session's handle is none that this engine could have named."
 NOT_ENDED: Final = "not_ended"
 HOME_LOOK_S: Final = 1.0
@@ -117,7 +120,14 @@ class _TimedOut:
     kind: DueKind
 
 
-_News: TypeAlias = "Message | ShimEvent | _Signal | _Broken | _TimedOut"
+@dataclass(frozen=True, slots=True)
+class _Wrote:
+    """The agent wrote lines. `at_work`: see `Heard`."""
+
+    at_work: bool | None
+
+
+_News: TypeAlias = "Message | ShimEvent | _Signal | _Broken | _TimedOut | _Wrote"
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -135,6 +145,7 @@ class RunSession:
     _news: asyncio.Queue[_News] = field(default_factory=asyncio.Queue)
     _replied: asyncio.Event = field(default_factory=asyncio.Event)
     _said: Asked | Succeeded | None = None
+    _at_work: bool = False
     _broken: str | None = None
     _exited: Exited | None = None
     _interrupted: str | None = None
@@ -147,9 +158,12 @@ class RunSession:
     _open_outputs: int = 2
     _ignored: Counter[str] = field(default_factory=Counter)
     _stderr_tail: bytes = b""
+    _stderr_held: bytes = b""
     _deadline: float | None = None
     _is_parsing: bool = False
-    _stdout_bytes: int = 0
+    _is_keeping: bool = False
+    _read_bytes: int = 0
+    _begun: list[bytes] = field(default_factory=list)
     _overtime_from: int | None = None
     _unguarded_looks: int = 0
     is_ending: bool = False
@@ -317,9 +331,10 @@ class RunSession:
             # A cancel that came before this session was known to anybody is only on record.
             if (await self._look()).cancel_requested:
                 self.cancel()
-            await self._take_news(process.stdout)
+            await self._take_news(process)
             for task in tasks:
                 task.cancel()
+        await self._take_what_was_begun()
 
     async def _look(self) -> Run:
         """Return the run as it is on record now."""
@@ -327,26 +342,40 @@ class RunSession:
             lambda: self.shop.storage.point(runs.get_by_key, self.turn.run.key)
         )
 
-    async def _take_news(self, stdout: IO[bytes]) -> None:
+    async def _take_news(self, process: ShimmedProcess) -> None:
         while not self._is_over():
             try:
                 async with asyncio.timeout_at(self._deadline):
                     news = await self._news.get()
             except TimeoutError:
-                if not self._has_unparsed_output(stdout):
+                if not self._has_unread_output(process):
                     return
                 self._expect_end_within(LAST_OUTPUT_S)
                 continue
             await self._take(news)
             self._news.task_done()
 
-    def _has_unparsed_output(self, stdout: IO[bytes]) -> bool:
+    def _has_unread_output(self, process: ShimmedProcess) -> bool:
         """Return True while output is unread or unparsed, up to a bound of bytes: the time that
         our own reading takes does not count against the agent."""
         if self._overtime_from is None:
-            self._overtime_from = self._stdout_bytes
-        is_bounded = self._stdout_bytes - self._overtime_from < OVERTIME_BYTES
-        return is_bounded and (self._is_parsing or bytes_held(stdout.fileno()) > 0)
+            self._overtime_from = self._read_bytes
+        is_bounded = self._read_bytes - self._overtime_from < OVERTIME_BYTES
+        held = sum(bytes_held(pipe.fileno()) for pipe in (process.stdout, process.stderr))
+        return is_bounded and (self._is_parsing or self._is_keeping or held > 0)
+
+    async def _take_what_was_begun(self) -> None:
+        """Take the last line of an agent that has exited without a newline, while a child of it
+        holds its output open. Half a line of that child is none."""
+        await self._keep_stderr(self._stderr_held)
+        line = b"".join(self._begun)
+        if self._exited is None or self._broken is not None or not line:
+            return
+        shown, news = await self.shop.in_thread(self._understand, line)
+        await self._keep(OutputChannel.STDOUT, shown)
+        for each in news:
+            if not isinstance(each, _Broken):
+                await self._take(each)
 
     def _is_over(self) -> bool:
         # Its whole output comes before its end: whoever follows it must miss nothing.
@@ -393,23 +422,32 @@ class RunSession:
             case Empty():
                 self._emptied = True
 
+    def _note_writing(self, wrote: _Wrote) -> None:
+        """A turn that has ended is followed by the exit, within a time that begins anew with each
+        line. An agent that is at work on another turn has no such time."""
+        self._at_work = wrote.at_work is True
+        if self._exited is not None or not self._open_outputs:
+            return
+        if self._at_work:
+            self._deadline = None
+        elif self._said is not None or wrote.at_work is False:
+            self._expect_end_within(self.shop.exit_grace_s)
+
     def _expect_end_within(self, seconds: float) -> None:
         self._deadline = asyncio.get_running_loop().time() + seconds
 
-    async def _hear(self, message: Message) -> None:
-        if self._said is not None and not isinstance(message, ProgressMessage):
-            self._broken = "The agent went on after its result or question."
-            return
+    async def _hear(self, message: Message | _Wrote) -> None:
         match message:
             case SessionMessage(value=handle):
                 await self._keep_session(handle)
             case AskMessage(question=question):
                 await self._hear_question(Asked(question))
             case ResultMessage(output=output):
-                self._said = Succeeded(output)
-                self._expect_end_within(self.shop.exit_grace_s)
+                await self._hear_last_word(Succeeded(output))
             case UnknownMessage(type=kind):
                 self._ignore(kind)
+            case _Wrote():
+                self._note_writing(message)
             case ProgressMessage():
                 pass
 
@@ -430,11 +468,13 @@ class RunSession:
             if not self._has_session and self.turn.run.session is None:
                 self._broken = "The agent asked without having named a session to resume."
                 return
-            self._said = asked
-            self._expect_end_within(self.shop.exit_grace_s)
+            await self._hear_last_word(asked)
             return
         if self._in_wait:
             self._broken = "The agent asked while its last question was open."
+            return
+        if self._said is not None:
+            self._broken = SECOND_END
             return
         number = (await self._look()).interaction_count + 1
         self._in_wait = True  # before the commit: the reply may come right after it
@@ -446,6 +486,17 @@ class RunSession:
             now=self.shop.now(),
         )
         self._log.info("execution.waiting")
+
+    async def _hear_last_word(self, said: Asked | Succeeded) -> None:
+        """Keep what ends the turn; what comes last counts. Some dialects allow but one."""
+        if self._in_wait:
+            self._broken = "The agent gave its result while its question was open."
+            return
+        if self._said is not None and self._engine.dialect.ends_once:
+            if not await self.shop.in_thread(is_repeated, self._said, said):
+                self._broken = SECOND_END
+            return
+        self._said = said
 
     def _wait_due(self) -> Due:
         """Return when a question that is asked now will have waited long enough."""
@@ -501,22 +552,23 @@ class RunSession:
     # -- listening -----------------------------------------------------------------------------
 
     async def _read_stdout(self, pipe: IO[bytes]) -> None:
-        begun: list[bytes] = []
         while data := await read(pipe.fileno()):
             self._is_parsing = True
-            self._stdout_bytes += len(data)
+            self._read_bytes += len(data)
             first, newline, more = data.partition(b"\n")
-            begun.append(first)
+            self._begun.append(first)
             if newline:
                 *lines, last = more.split(b"\n")
-                await self._take_lines([b"".join(begun), *lines])
-                begun = [last]
-            if sum(map(len, begun)) > self._engine.dialect.max_line_bytes:
-                await self._refuse_line(b"".join(begun))
+                lines = [b"".join(self._begun), *lines]
+                self._begun = [last]
+                await self._take_lines(lines)
+            if sum(map(len, self._begun)) > self._engine.dialect.max_line_bytes:
+                await self._refuse_line(b"".join(self._begun))
                 return
             self._is_parsing = False
-        if last := b"".join(begun):
+        if last := b"".join(self._begun):
             self._is_parsing = True
+            self._begun = []
             await self._take_lines([last], end=b"")
         self._news.put_nowait(_Signal.STDOUT_ENDED)
 
@@ -544,15 +596,18 @@ class RunSession:
             heard = self._listener.hear(line)
         except ProtocolError as error:
             return self._listener.shown(line), [_Broken(f"The agent broke the protocol: {error}.")]
-        return heard.shown, heard.messages
+        return heard.shown, [*heard.messages, _Wrote(heard.at_work)]
 
     async def _read_stderr(self, pipe: IO[bytes]) -> None:
-        held = b""  # a secret may come in two pieces
         while data := await read(pipe.fileno()):
-            text = self._listener.shown(held + data)
+            self._is_keeping = True
+            self._read_bytes += len(data)
+            text = self._listener.shown(self._stderr_held + data)
             end = max(len(text) - max(self._listener.longest_secret - 1, 0), 0)
-            held = text[end:]
+            self._stderr_held = text[end:]  # a secret may come in two pieces
             await self._keep_stderr(text[:end])
+            self._is_keeping = False
+        held, self._stderr_held = self._stderr_held, b""
         await self._keep_stderr(held)
         self._news.put_nowait(_Signal.STDERR_ENDED)
 
@@ -601,15 +656,19 @@ class RunSession:
         return next((why for why, so in reasons.items() if so), "turn_over")
 
     def _observed(self) -> Observed:
-        tail = self._stderr_tail.decode("utf-8", "replace").replace("\0", "").strip()
+        tail = self._stderr_tail
+        if len(tail) == STDERR_TAIL_BYTES:  # it may begin inside a character
+            tail = tail.lstrip(UTF8_CONTINUATION)
+        told = tail.decode("utf-8", "replace").replace("\0", "").strip()
         exit_code = None if self._exited is None else self._exited.code
         return Observed(
             said=self._said,
+            at_work=self._at_work,
             broken=self._broken,
             exit_code=exit_code,
-            failure=self._listener.failure(exit_code, tail),
+            failure=self._listener.failure(exit_code, told),
             in_wait=self._in_wait,
-            stderr_tail=tail,
+            stderr_tail=told,
             interrupted=self._interrupted,
             unsupervised=self._unsupervised,
             timed_out=self._timed_out,

@@ -1,0 +1,421 @@
+"""What ends a turn: the last question or result before the process's end, in every dialect."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, Final
+
+import pytest
+from runrecovery_service.domain.run import JsonObject, Profile, Run, RunStatus
+from runrecovery_service.engines.catalog import Engine
+from runrecovery_service.engines.claude import CLAUDE
+from runrecovery_service.engines.cli import Cli
+from runrecovery_service.engines.codex import CODEX
+from runrecovery_service.engines.dialect import Dialect
+from runrecovery_service.engines.gemini import GEMINI
+from runrecovery_service.engines.jsonl import JSON_LINES
+from runrecovery_service.execution import session
+
+from .conftest import NewFloor, until
+
+HANDLE: Final = "01a2224f-ff16-7cb2-8eb4-59969e2c0c53"
+ASK: Final = '{"ask_user": {"prompt": "Deploy?"}}'
+DONE: Final = '{"result": {"done": true}}'
+INTERIM: Final = "I have started 2 background agents."
+
+
+def engine(script: str, dialect: Dialect = JSON_LINES, **changes: Any) -> Engine:
+    """An engine whose process is a shell script; it is said what it is to print."""
+    facts: dict[str, Any] = {
+        "name": "agent",
+        "command": ("/bin/sh", "-c", script, "agent"),
+        "profile": Profile.RESUMABLE,
+        "dialect": dialect,
+        "env_allow": ("PATH",),
+        "max_concurrent": None,
+        "session_file": None,
+        "session_timeout_s": 600.0,
+    }
+    return Engine(**facts | changes)
+
+
+def say(*events: JsonObject) -> str:
+    """A command that prints events, one a line."""
+    return "\n".join(f"printf '%s\\n' '{json.dumps(event)}'" for event in events)
+
+
+async def end_of(new_floor: NewFloor, agent: Engine) -> Run:
+    floor = await new_floor(more=[agent])
+    run_id = await floor.create("agent")
+    return await floor.until_status(
+        run_id, RunStatus.SUCCEEDED, RunStatus.FAILED, RunStatus.WAITING_USER
+    )
+
+
+def code_of(run: Run) -> str | None:
+    return None if run.error is None else run.error.code
+
+
+def codex_turn(text: str) -> list[JsonObject]:
+    return [
+        {"type": "turn.started"},
+        {"type": "item.completed", "item": {"type": "agent_message", "text": text}},
+        {"type": "turn.completed"},
+    ]
+
+
+def gemini_turn(text: str) -> list[JsonObject]:
+    pieces: list[JsonObject] = [
+        {"type": "message", "role": "assistant", "content": piece, "delta": True}
+        for piece in (text[:7], text[7:])
+    ]
+    return [*pieces, {"type": "result", "status": "success"}]
+
+
+def claude_turn(text: str) -> list[JsonObject]:
+    return [
+        {"type": "system", "subtype": "init", "session_id": HANDLE},
+        {"type": "assistant", "message": {"content": []}},
+        {"type": "result", "subtype": "success", "is_error": False, "result": text},
+    ]
+
+
+CLIS: Final[list[tuple[Cli, JsonObject, Callable[[str], list[JsonObject]]]]] = [
+    (CODEX, {"type": "thread.started", "thread_id": HANDLE}, codex_turn),
+    (GEMINI, {"type": "init", "session_id": HANDLE}, gemini_turn),
+    (CLAUDE, {"type": "system", "subtype": "init", "session_id": HANDLE}, claude_turn),
+]
+FAILURES: Final[dict[str, JsonObject]] = {
+    "codex": {"type": "turn.failed", "error": {"message": "no credit"}},
+    "gemini": {"type": "result", "status": "error", "error": {"message": "no credit"}},
+    "claude": {"type": "result", "subtype": "error_during_execution", "errors": ["no credit"]},
+}
+EVERY_CLI: Final = pytest.mark.parametrize(
+    ("cli", "named", "turn"), CLIS, ids=["codex", "gemini", "claude"]
+)
+Turn = Callable[[str], list[JsonObject]]
+
+
+# -- agent CLIs --------------------------------------------------------------------------------
+
+
+@EVERY_CLI
+async def test_the_last_result_of_a_cli_counts(
+    new_floor: NewFloor, cli: Cli, named: JsonObject, turn: Turn
+) -> None:
+    run = await end_of(new_floor, engine(say(named, *turn(INTERIM), *turn(DONE)), cli))
+
+    assert (run.status, run.output) == (RunStatus.SUCCEEDED, {"done": True})
+
+
+@EVERY_CLI
+async def test_a_question_after_an_interim_result_is_asked(
+    new_floor: NewFloor, cli: Cli, named: JsonObject, turn: Turn
+) -> None:
+    run = await end_of(new_floor, engine(say(named, *turn(INTERIM), *turn(ASK)), cli))
+
+    assert run.status is RunStatus.WAITING_USER
+    assert run.pending is not None
+    assert run.pending.prompt == "Deploy?"
+
+
+@EVERY_CLI
+async def test_a_result_after_a_question_ends_the_run(
+    new_floor: NewFloor, cli: Cli, named: JsonObject, turn: Turn
+) -> None:
+    run = await end_of(new_floor, engine(say(named, *turn(ASK), *turn(DONE)), cli))
+
+    assert (run.status, run.output) == (RunStatus.SUCCEEDED, {"done": True})
+
+
+@EVERY_CLI
+async def test_an_interim_result_is_the_last_word_of_a_cli_that_then_exits(
+    new_floor: NewFloor, cli: Cli, named: JsonObject, turn: Turn
+) -> None:
+    begun = turn(DONE)[:-1]  # another turn that never ends
+
+    run = await end_of(new_floor, engine(say(named, *turn(INTERIM), *begun), cli))
+
+    assert (run.status, run.output) == (RunStatus.SUCCEEDED, {"text": INTERIM})
+
+
+@EVERY_CLI
+async def test_a_failure_after_a_result_fails_the_run(
+    new_floor: NewFloor, cli: Cli, named: JsonObject, turn: Turn
+) -> None:
+    failure = FAILURES[cli.session_type]
+
+    run = await end_of(new_floor, engine(say(named, *turn(INTERIM), failure), cli))
+
+    assert (run.status, code_of(run)) == (RunStatus.FAILED, "ENGINE_FAILED")
+    assert run.error is not None
+    assert "no credit" in run.error.message
+
+
+@EVERY_CLI
+async def test_a_result_after_a_failure_stands(
+    new_floor: NewFloor, cli: Cli, named: JsonObject, turn: Turn
+) -> None:
+    failure = FAILURES[cli.session_type]
+
+    run = await end_of(new_floor, engine(say(named, failure, *turn(DONE)), cli))
+
+    assert (run.status, run.output) == (RunStatus.SUCCEEDED, {"done": True})
+
+
+@EVERY_CLI
+async def test_a_cli_at_work_on_another_turn_is_not_ended_by_the_time_for_its_exit(
+    new_floor: NewFloor, monkeypatch: pytest.MonkeyPatch, cli: Cli, named: JsonObject, turn: Turn
+) -> None:
+    """It is silent in its second turn until any such time would long be over."""
+    first, *rest = turn(DONE)
+    script = say(named, *turn(INTERIM), first) + "\nsleep 2.5\n" + say(*rest)
+
+    run = await end_of(new_floor, engine(script, cli))  # exit_grace_s is 1
+
+    assert (run.status, run.output) == (RunStatus.SUCCEEDED, {"done": True})
+
+
+TASKS: Final[dict[str, tuple[JsonObject, JsonObject]]] = {
+    "level": (
+        {"type": "system", "subtype": "background_tasks_changed", "tasks": [{"task_id": "a"}]},
+        {"type": "system", "subtype": "background_tasks_changed", "tasks": []},
+    ),
+    "edges": (
+        {"type": "system", "subtype": "task_started", "task_id": "a", "is_backgrounded": True},
+        {"type": "system", "subtype": "task_notification", "task_id": "a", "status": "completed"},
+    ),
+}
+
+
+@pytest.mark.parametrize("told", ["level", "edges"])
+async def test_claude_is_waited_for_while_its_tasks_run_in_the_background(
+    new_floor: NewFloor, told: str
+) -> None:
+    began, ceased = TASKS[told]
+    turn: list[JsonObject] = [{"type": "system", "subtype": "init", "session_id": HANDLE}, began]
+    script = (
+        say(*turn, *claude_turn(INTERIM)[1:]) + "\nsleep 2.5\n" + say(ceased, *claude_turn(ASK))
+    )
+
+    run = await end_of(new_floor, engine(script, CLAUDE))
+
+    assert run.status is RunStatus.WAITING_USER
+
+
+async def test_claude_is_ended_after_its_last_result_when_no_task_is_left(
+    new_floor: NewFloor,
+) -> None:
+    began, ceased = TASKS["level"]
+    script = say(began, ceased, *claude_turn(DONE)) + "\nexec sleep 600"
+
+    run = await end_of(new_floor, engine(script, CLAUDE))
+
+    assert (run.status, run.output) == (RunStatus.SUCCEEDED, {"done": True})
+
+
+@EVERY_CLI
+async def test_a_cli_that_lives_on_after_its_failed_turn_is_ended(
+    new_floor: NewFloor, cli: Cli, named: JsonObject, turn: Turn
+) -> None:
+    script = say(named, FAILURES[cli.session_type]) + "\nexec sleep 600"
+
+    run = await end_of(new_floor, engine(script, cli))
+
+    assert code_of(run) == "ENGINE_FAILED"
+
+
+async def test_an_interim_result_is_no_result_when_the_time_of_the_run_is_over(
+    new_floor: NewFloor,
+) -> None:
+    script = say(*claude_turn(INTERIM), *claude_turn(DONE)[:-1]) + "\nexec sleep 600"
+    floor = await new_floor(more=[engine(script, CLAUDE)])
+
+    run = await floor.until_ended(await floor.create("agent", max_run_s=3.0))
+
+    assert code_of(run) == "RUN_TIMEOUT"
+
+
+# -- JSON lines --------------------------------------------------------------------------------
+
+RESULT: Final[JsonObject] = {"type": "result", "output": {"a": 1, "b": True}}
+QUESTION: Final[JsonObject] = {"type": "ask", "kind": "confirm", "prompt": "Ship?"}
+SESSION: Final[JsonObject] = {"type": "session", "value": "1"}
+TWO_ENDS: Final = "The agent gave a second, different result or question."
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        RESULT,
+        {"type": "result", "output": {"b": True, "a": 1}},
+        {"type": "thought"},
+        SESSION,
+        {"type": "progress", "message": "tidying up"},
+    ],
+    ids=["the same", "the same in another order", "unknown", "session", "progress"],
+)
+async def test_what_changes_nothing_may_follow_a_result(
+    new_floor: NewFloor, after: JsonObject
+) -> None:
+    run = await end_of(new_floor, engine(say(RESULT, after)))
+
+    assert (run.status, run.output) == (RunStatus.SUCCEEDED, {"a": 1, "b": True})
+
+
+@pytest.mark.parametrize("after", [{"type": "thought"}, QUESTION], ids=["unknown", "the same"])
+async def test_what_changes_nothing_may_follow_a_question(
+    new_floor: NewFloor, after: JsonObject
+) -> None:
+    run = await end_of(new_floor, engine(say(SESSION, QUESTION, after)))
+
+    assert run.status is RunStatus.WAITING_USER
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (RESULT, {"type": "result", "output": {"a": 1}}),
+        (RESULT, {"type": "result", "output": {"a": 1, "b": 1}}),
+        (RESULT, QUESTION),
+        (QUESTION, RESULT),
+        (QUESTION, {"type": "ask", "kind": "confirm", "prompt": "Ship it?"}),
+    ],
+)
+async def test_a_second_end_that_is_another_breaks_the_protocol(
+    new_floor: NewFloor, first: JsonObject, second: JsonObject
+) -> None:
+    run = await end_of(new_floor, engine(say(SESSION, first, second)))
+
+    assert run.error is not None
+    assert (run.error.code, run.error.message) == ("ENGINE_PROTOCOL_ERROR", TWO_ENDS)
+
+
+async def test_a_bad_exit_after_a_result_fails_however_long_it_takes_while_lines_come(
+    new_floor: NewFloor,
+) -> None:
+    """It exits after three times `exit_grace_s`, in which it is never silent for so long."""
+    script = (
+        say(RESULT) + "\nfor i in 1 2 3 4 5 6 7 8 9 10 11 12; do sleep 0.25;\n"
+        f"{say(RESULT)}\ndone; exit 3"
+    )
+
+    run = await end_of(new_floor, engine(script))
+
+    assert code_of(run) == "ENGINE_FAILED"
+
+
+async def test_a_sticky_agent_that_ends_while_its_question_is_open_breaks_the_protocol(
+    new_floor: NewFloor,
+) -> None:
+    script = say(QUESTION, RESULT) + "\nexec sleep 600"
+    floor = await new_floor(more=[engine(script, profile=Profile.STICKY_PROCESS)])
+
+    run = await floor.until_ended(await floor.create("agent"))
+
+    assert code_of(run) == "ENGINE_PROTOCOL_ERROR"
+
+
+async def test_a_sticky_agent_that_asks_after_its_result_breaks_the_protocol(
+    new_floor: NewFloor,
+) -> None:
+    script = say(RESULT, QUESTION) + "\nexec sleep 600"
+    floor = await new_floor(more=[engine(script, profile=Profile.STICKY_PROCESS)])
+
+    run = await floor.until_ended(await floor.create("agent"))
+
+    assert run.error is not None
+    assert (run.error.code, run.error.message) == ("ENGINE_PROTOCOL_ERROR", TWO_ENDS)
+
+
+async def test_a_sticky_agent_that_closes_its_output_in_its_wait_is_told_as_such(
+    new_floor: NewFloor,
+) -> None:
+    script = f"exec 3>&1; {{\n{say(QUESTION)}\n}} >&3; exec >&- 3>&-; exec sleep 600"
+    floor = await new_floor(more=[engine(script, profile=Profile.STICKY_PROCESS)])
+
+    run = await floor.until_ended(await floor.create("agent"))
+
+    assert run.error is not None
+    assert (run.error.code, run.error.message) == (
+        "ENGINE_PROTOCOL_ERROR",
+        "The process closed its output while it waited for the reply, and lived on.",
+    )
+
+
+# -- after the exit ----------------------------------------------------------------------------
+
+HOLDS_OUTPUT: Final = "sleep 600 & "
+"""A child that keeps the agent's output open after its exit."""
+
+
+@pytest.mark.parametrize("child", ["", HOLDS_OUTPUT])
+async def test_the_last_line_needs_no_newline(new_floor: NewFloor, child: str) -> None:
+    script = f"{child}printf %s '{json.dumps(RESULT)}'"
+    floor = await new_floor(more=[engine(script)])
+
+    run = await floor.until_ended(await floor.create("agent"))
+
+    assert (run.status, run.output) == (RunStatus.SUCCEEDED, {"a": 1, "b": True})
+    workspace = floor.shop.output.workspace(run.key, run.attempt)
+    assert workspace.with_name("stdout.log").read_text() == json.dumps(RESULT)
+
+
+async def test_half_a_line_of_a_child_spoils_no_result(new_floor: NewFloor) -> None:
+    script = f"{say(RESULT)}; {HOLDS_OUTPUT}printf '{{half'"
+
+    run = await end_of(new_floor, engine(script))
+
+    assert (run.status, run.output) == (RunStatus.SUCCEEDED, {"a": 1, "b": True})
+
+
+async def test_a_child_that_writes_for_ever_does_not_keep_a_run_alive(
+    new_floor: NewFloor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "bytes_held", lambda _: 1)  # it is never found empty
+    monkeypatch.setattr(session, "OVERTIME_BYTES", 1 << 18)
+    monkeypatch.setattr(session, "LAST_OUTPUT_S", 0.02)
+    flood = json.dumps({"type": "progress", "message": "x" * 8000})
+
+    run = await end_of(new_floor, engine(f"{say(RESULT)}; yes '{flood}' &"))
+
+    assert (run.status, run.output) == (RunStatus.SUCCEEDED, {"a": 1, "b": True})
+
+
+async def test_a_failed_agent_whose_child_holds_stderr_is_told_by_its_last_words(
+    new_floor: NewFloor,
+) -> None:
+    """What may be part of a secret is held back until it is known what follows."""
+    script = f"{HOLDS_OUTPUT}printf 'the model is away' >&2; exit 3"
+
+    run = await end_of(new_floor, engine(script, CODEX))
+
+    assert run.error is not None
+    assert run.error.message.endswith("the model is away")
+
+
+async def test_a_tree_that_ends_itself_after_a_good_exit_interrupts_no_run(
+    new_floor: NewFloor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "LAST_OUTPUT_S", 600.0)
+    floor = await new_floor(more=[engine(f"{say(RESULT)}; {HOLDS_OUTPUT}exit 0")])
+    run_id = await floor.create("agent")
+
+    async def has_exited() -> bool:
+        return any(one._exited is not None for one in floor.dispatcher._sessions)
+
+    await until(has_exited)
+    floor.beat(-1.0)  # the lease is over: the shim ends what is left
+    run = await floor.until_ended(run_id)
+
+    assert (run.status, run.output) == (RunStatus.SUCCEEDED, {"a": 1, "b": True})
+
+
+async def test_the_end_of_a_long_stderr_begins_with_a_whole_character(new_floor: NewFloor) -> None:
+    run = await end_of(
+        new_floor, engine("i=0; while [ $i -lt 1000 ]; do printf €; i=$((i+1)); done >&2; exit 3")
+    )
+
+    assert run.error is not None
+    assert run.error.message.endswith("result: " + "€" * 666)
