@@ -93,6 +93,11 @@ RENEWALS_PER_LEASE: Final = 5
 SELF_FENCE_SHARE: Final = 2 / 3
 """An instance that could not renew its lease for this part of it stops before it runs out. Not on
 SQLite: there the lock on the file fences, and a disk that is full is no reason to go."""
+HARMLESS_SIGNALS: Final = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""They would end a process that does not ask for them, and are sent to services as a matter of
+course: to reload, to open the log anew."""
+HANG_UP_SETTLES_S: Final = 0.5
+"""From SIGHUP until the system has taken the terminal away, if it does."""
 TREES_BEFORE_LEASE_S: Final = 1.0
 """Process trees end themselves so long before the lease of a silent service runs out: whoever
 takes over then finds nothing alive."""
@@ -110,6 +115,8 @@ def serve(settings: Settings) -> None:
     if sys.platform == "linux":
         prctl.hide()  # agents of the same user must not get at our ends of the shims' pipes
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whoever started us may have blocked some
+    for number in _harmless_signals():  # also before the loop takes them
+        signal.signal(number, lambda *_: None)  # not SIG_IGN, which agents would inherit
     with Holdings.take(settings) as held, ThreadPoolExecutor(1, "probe") as prober:
         # Beside the rest of the start: it is some 30 ms of waiting for processes.
         containment = prober.submit(prove_containment, watermark_bits())
@@ -192,6 +199,23 @@ class Holdings:
             lock.release()
 
 
+# -- signals ------------------------------------------------------------------------------------
+
+
+def _harmless_signals() -> list[signal.Signals]:
+    """Return those that are not ignored altogether, as SIGHUP is under nohup."""
+    return [one for one in HARMLESS_SIGNALS if signal.getsignal(one) is not signal.SIG_IGN]
+
+
+def _has_terminal() -> bool:
+    """Return whether this process has a controlling terminal."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
+
+
 # -- the service -------------------------------------------------------------------------------
 
 
@@ -215,6 +239,7 @@ class Service:
     _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     _stop: asyncio.Event = field(default_factory=asyncio.Event)
     _stop_asked: int = 0
+    _had_terminal: bool = field(default_factory=_has_terminal)
     _failure: Exception | None = None
 
     @classmethod
@@ -457,6 +482,21 @@ class Service:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._asked_to_stop, number)
+        for number in _harmless_signals():
+            loop.add_signal_handler(number, self._got_harmless, number)
+
+    def _got_harmless(self, number: int) -> None:
+        if number == signal.SIGHUP and self._had_terminal:
+            asyncio.get_running_loop().call_later(HANG_UP_SETTLES_S, self._stop_if_hung_up)
+        else:
+            log.info("service.signal_ignored", signal=signal.Signals(number).name)
+
+    def _stop_if_hung_up(self) -> None:
+        """Stop a service whose terminal was closed: nobody could see it or press Ctrl-C."""
+        if _has_terminal():
+            log.info("service.signal_ignored", signal=signal.SIGHUP.name)
+        elif not self.stopping:
+            self._asked_to_stop(signal.SIGHUP)
 
     def _asked_to_stop(self, number: int) -> None:
         self._stop_asked += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import time
@@ -256,6 +257,75 @@ def test_an_idle_service_ends_well_and_leaves_nothing(new_home: NewHome, number:
     assert service.exit_code() == 0
     assert service.events("service.stopped")
     assert not home.database.with_name("runrecovery.db-wal").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE])
+def test_signals_that_are_sent_to_services_as_a_matter_of_course_end_nothing(
+    new_home: NewHome, number: int
+) -> None:
+    service, api = new_home().start()
+    run = api.create("resumable", {"questions": [QUESTION]})
+    api.until_status(run.run_id, "WAITING_USER")
+
+    service.popen.send_signal(number)
+    if number != signal.SIGPIPE:  # which Python itself ignores
+        told = service.until_event("service.signal_ignored")
+        assert told["signal"] == signal.Signals(number).name
+    api.reply(run.run_id, 1, "yes")
+
+    assert status_word(api.until_ended(run.run_id)) == "SUCCEEDED"
+    assert service.stop() == 0
+
+
+@contextmanager
+def terminal() -> Iterator[tuple[Callable[[], None], str]]:
+    """A terminal: what hangs it up, and its name."""
+    ours, theirs = os.openpty()
+    name = os.ttyname(theirs)
+    os.close(theirs)
+    open_ends = [ours]
+
+    def hang_up() -> None:
+        os.close(open_ends.pop())
+
+    yield hang_up, name
+    if open_ends:
+        hang_up()
+
+
+def test_a_service_whose_terminal_is_closed_stops_in_order(new_home: NewHome) -> None:
+    with terminal() as (hang_up, name):
+        # The leader of a session that opens a terminal has it as its own.
+        home = new_home(prefix=("/bin/sh", "-c", f'exec "$@" <{name}', "sh"))
+        service, api = home.start()
+        run = api.create("resumable", HOLDS, run_id="holds")
+        api.until_status(run.run_id, "RUNNING")
+        service.popen.send_signal(signal.SIGHUP)
+        service.until_event("service.signal_ignored")
+
+        hang_up()
+
+        assert service.exit_code() == 0
+    assert service.until_event("service.stop_asked")["signal"] == "SIGHUP"
+    assert home.rows("SELECT count(*) FROM run WHERE recovery_count = 1") == [(1,)]
+
+
+def test_a_service_that_was_started_to_outlive_its_terminal_does(new_home: NewHome) -> None:
+    with terminal() as (hang_up, name):
+        home = new_home(prefix=("/bin/sh", "-c", f'trap "" HUP; exec "$@" <{name}', "sh"))
+        service, api = home.start()
+
+        hang_up()
+        until(lambda: _terminal_of(service) == "0", "the terminal is gone")
+
+        assert status_word(api.until_ended(api.create("resumable", {}).run_id)) == "SUCCEEDED"
+        assert not service.events("service.stop_asked")
+        assert service.stop() == 0
+
+
+def _terminal_of(service: ServiceProcess) -> str:
+    stat = Path(f"/proc/{service.pid}/stat").read_text()
+    return stat.rpartition(")")[2].split()[4]
 
 
 def test_what_a_stop_interrupts_the_next_start_explains(new_home: NewHome) -> None:
