@@ -6,6 +6,7 @@ is wrong anywhere is reported at once, each problem with its place.
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 import tomllib
@@ -546,9 +547,14 @@ def _file_layer(path: Path | None, environ: Mapping[str, str], problems: list[st
     values: Mapping[str, object] = {}
     try:
         if named is not None or source.exists():
-            values = tomllib.loads(source.read_text(encoding="utf-8"))
-    except UnicodeDecodeError:
-        problems.append(f"{source}: not valid UTF-8")
+            # Editors of Windows put a byte-order mark before UTF-8, which TOML does not know.
+            values = tomllib.loads(source.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        wide = error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        found = "UTF-16" if wide else "not valid UTF-8"
+        problems.append(f"{source}: is {found}; save it as UTF-8")
+    except RecursionError:
+        problems.append(f"{source}: is nested too deeply")
     except ValueError as error:
         problems.append(f"{source}: not valid TOML: {error}")
     except OSError as error:
@@ -562,6 +568,8 @@ def _environment_layer(environ: Mapping[str, str], problems: list[str]) -> _Laye
         key = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
         if not variable.startswith(ENVIRONMENT_PREFIX) or variable != _variable(key):
             continue
+        if not environ[variable]:
+            continue  # as `${MAX_QUEUED:-}` in a compose file leaves it: not set
         if key in SCALARS:
             values[key] = _from_text(environ[variable], key)
         # Others use the prefix too (Kubernetes for a service of this name, the service for its

@@ -526,13 +526,55 @@ def test_ctrl_c_ends_a_watch_quietly_with_130(server: Script) -> None:
     assert said.strip() == ""
 
 
+def typed(data: bytes) -> io.TextIOWrapper:
+    """Standard input that holds this."""
+    return io.TextIOWrapper(io.BytesIO(data))
+
+
+@pytest.mark.parametrize("source", ["input.json", "-"])
+def test_a_byte_order_mark_before_an_input_is_no_part_of_it(
+    run: Run, server: Script, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    data = b'\xef\xbb\xbf{"task": "\xc3\xa4"}\r\n'
+    server.answers["CreateRun"] = [run_service_pb2.CreateRunResponse(run=a_run())]
+    Path("input.json").write_bytes(data)
+    monkeypatch.setattr("sys.stdin", typed(data))
+    said = source if source == "-" else f"@{source}"
+
+    assert run("runs", "create", "e", "--input", said, "--server", server.address).code == 0
+    request = run_service_pb2.CreateRunRequest.FromString(server.asked[0][1])
+    assert json_format.MessageToDict(request.input) == {"task": "ä"}
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"\xff\xfe{\x00}\x00", "is not text in UTF-8"),
+        (b'{"a": ' + b"[" * 100_000, "is nested too deeply"),
+        (b'{"a": NaN}', "nan is not a JSON number"),
+    ],
+    ids=["utf-16", "nested", "nan"],
+)
+@pytest.mark.parametrize("source", ["@input.json", "-"])
+def test_an_input_that_is_no_json_text_is_a_usage_error(
+    run: Run, server: Script, monkeypatch: pytest.MonkeyPatch, source: str, data: bytes, why: str
+) -> None:
+    Path("input.json").write_bytes(data)
+    monkeypatch.setattr("sys.stdin", typed(data))
+
+    ended = run("runs", "create", "e", "--input", source, "--server", server.address)
+
+    assert (ended.code, server.asked) == (ExitCode.USAGE, [])
+    assert why in ended.err
+
+
 @pytest.mark.parametrize("source", ["handle.txt", "-"])
 def test_reopening_reads_a_session_handle_that_is_never_shown(
     run: Run, server: Script, monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
     server.answers["ReopenRun"] = [run_service_pb2.ReopenRunResponse(run=a_run())]
     Path("handle.txt").write_text("hush-7\n", encoding="utf-8")
-    monkeypatch.setattr("sys.stdin", io.StringIO("hush-7\n"))
+    monkeypatch.setattr("sys.stdin", typed(b"hush-7\n"))
 
     ended = run("runs", "reopen", "r", "--session-handle-file", source, "--server", server.address)
 

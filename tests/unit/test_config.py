@@ -367,7 +367,6 @@ def test_a_bad_value_is_refused_also_where_another_source_overrides_it(load: Loa
         ("MAX_QUEUED", "1.5"),
         ("MAX_QUEUED", "1_000"),
         ("MAX_QUEUED", " 5"),
-        ("MAX_QUEUED", ""),
         ("STOP_GRACE_S", "nan"),
         ("STOP_GRACE_S", "5s"),
         ("LOG_LEVEL", "INFO"),
@@ -377,6 +376,17 @@ def test_a_variable_is_taken_literally_or_refused(load: Load, variable: str, tex
     (problem,) = problems(load, environ={f"RUNRECOVERY_{variable}": text})
 
     assert problem.startswith(f"environment RUNRECOVERY_{variable}: must be ")
+
+
+@pytest.mark.parametrize("key", config.SCALARS)
+def test_an_empty_variable_counts_as_not_set(load: Load, key: str) -> None:
+    toml = "max_queued = 7\ncgroup_parent = '/sys/fs/cgroup/x'\ninstance = 'a'"
+
+    assert load(toml, environ={f"RUNRECOVERY_{key.upper()}": ""}) == load(toml)
+
+
+def test_an_empty_variable_that_looks_like_a_slip_is_no_mistake(load: Load) -> None:
+    assert load(environ={"RUNRECOVERY_MAX_QUEUE": ""}) == Settings()
 
 
 def test_variables_that_share_only_the_prefix_are_nobodys_mistake(load: Load) -> None:
@@ -420,6 +430,44 @@ def test_a_file_that_was_named_must_exist(tmp_path: Path, path_from: str) -> Non
         config.load(path=path if path_from == "flag" else None, flags={}, environ=environ)
 
     assert (f"{path}: No such file or directory",) == caught.value.problems
+
+
+def write_config(tmp_path: Path, data: bytes) -> Path:
+    path = tmp_path / "runrecovery.toml"
+    path.write_bytes(data)
+    return path
+
+
+def test_a_byte_order_mark_before_utf8_is_no_mistake(tmp_path: Path) -> None:
+    path = write_config(tmp_path, b"\xef\xbb\xbfmax_queued = 7\r\ninstance = 'a'\r\n")
+
+    settings = config.load(path=path, flags={}, environ={})
+
+    assert (settings.max_queued, settings.instance) == (7, "a")
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        ("max_queued = 7".encode("utf-16"), "is UTF-16; save it as UTF-8"),
+        (b"\xfe\xff" + "max_queued = 7".encode("utf-16-be"), "is UTF-16; save it as UTF-8"),
+        (b"instance = '\xe4'", "is not valid UTF-8; save it as UTF-8"),
+        (b"\xef\xbb\xbf\xef\xbb\xbfmax_queued = 7", "not valid TOML: "),
+        ("max_queued = 7".encode("utf-16-le"), "not valid TOML: "),
+        (b"max_queued = " + b"[" * 100_000, "is nested too deeply"),
+        (b"max_queued = " + b"9" * 10_000, "not valid TOML: "),
+    ],
+    ids=["utf-16", "utf-16 be", "latin-1", "two marks", "utf-16 unmarked", "nested", "digits"],
+)
+def test_a_file_that_cannot_be_read_is_named_with_what_it_is(
+    tmp_path: Path, data: bytes, problem: str
+) -> None:
+    path = write_config(tmp_path, data)
+
+    with pytest.raises(ConfigError) as refused:
+        config.load(path=path, flags={}, environ={})
+
+    assert refused.value.problems[0].startswith(f"{path}: {problem}")
 
 
 @pytest.mark.parametrize(

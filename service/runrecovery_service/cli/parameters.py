@@ -21,7 +21,11 @@ def json_object(
     try:
         found = json.loads(_text(value))
     except OSError as error:
-        raise click.BadParameter(f"{value[1:]}: {error.strerror}") from error
+        raise click.BadParameter(f"{_named(value)}: {error.strerror}") from error
+    except UnicodeError as error:
+        raise click.BadParameter(f"{_named(value)}: is not text in UTF-8") from error
+    except RecursionError as error:
+        raise click.BadParameter("is nested too deeply") from error
     except ValueError as error:
         raise click.BadParameter(f"not JSON: {error}") from error
     if not isinstance(found, dict):
@@ -31,8 +35,20 @@ def json_object(
 
 def _text(value: str) -> str:
     if value == "-":
-        return sys.stdin.read()
-    return Path(value[1:]).read_text(encoding="utf-8") if value.startswith("@") else value
+        return _standard_input()
+    return _file(value[1:]) if value.startswith("@") else value
+
+
+def _named(value: str) -> str:
+    return "standard input" if value == "-" else value.removeprefix("@")
+
+
+def _file(path: str) -> str:
+    return Path(path).read_text(encoding="utf-8-sig")  # editors of Windows add a byte-order mark
+
+
+def _standard_input() -> str:
+    return sys.stdin.buffer.read().decode("utf-8-sig")
 
 
 def secret(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
@@ -40,10 +56,10 @@ def secret(_ctx: click.Context, _param: click.Parameter, value: str | None) -> s
     if value is None:
         return None
     try:
-        text = sys.stdin.read() if value == "-" else Path(value).read_text(encoding="utf-8")
+        text = _standard_input() if value == "-" else _file(value)
     except (OSError, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not text in UTF-8"
-        raise click.BadParameter(f"{value}: {reason}") from error
+        reason = error.strerror if isinstance(error, OSError) else "is not text in UTF-8"
+        raise click.BadParameter(f"{_named(value)}: {reason}") from error
     lines = text.splitlines()
     if len(lines) != 1 or not lines[0]:
         raise click.BadParameter(f"{value}: must hold one line that is not empty")
