@@ -52,7 +52,7 @@ from runrecovery_service.process.sweep import end_trees
 from runrecovery_service.storage import instances, processes
 from runrecovery_service.storage.database import Database, open_database
 from runrecovery_service.storage.instances import Boot, Owner
-from runrecovery_service.storage.processes import Place
+from runrecovery_service.storage.processes import Lease, Place
 
 LIFETIME_S: Final = 120
 LAUNCHES: Final = 20
@@ -90,6 +90,7 @@ class Ledger:
             watermark_bits=watermark_bits(),
         )
         self._runs = 0
+        self._leases: dict[int, Lease] = {}
 
     def intend(self) -> LeaseEvidence:
         """Record a launch of a run that there is not; a lease needs no more of it than this."""
@@ -99,16 +100,17 @@ class Ledger:
             lease = processes.intend(
                 self._db, run, owner=self._owner, place=self._place, now=clock.utc_now()
             )
+        self._leases[lease.key] = lease
         return replace(
             nobody(), lease_key=lease.key, cookie=lease.cookie, watermark=lease.watermark
         )
 
     def record(self, lease: LeaseEvidence, process: ShimmedProcess) -> None:
         """Commit what a service commits before it opens the gate."""
-        key, owner = lease.lease_key, self._owner
+        made, owner = self._leases.pop(lease.lease_key), self._owner
         ticks = process.start_ticks
-        processes.gated(self._db, key, owner=owner, pid=process.pid, start_ticks=ticks)
-        processes.running(self._db, key, owner=owner)
+        processes.gated(self._db, made, owner=owner, pid=process.pid, start_ticks=ticks)
+        processes.running(self._db, made, owner=owner)
 
 
 @contextmanager

@@ -271,7 +271,7 @@ class Service:
             shop=shop,
             place=_place(host, cgroups),
             capacity=settings.capacity,
-            fenced=lambda: service.fail(Fenced(f"instance {owner.instance!r}")),
+            fenced=lambda error: service.fail(error),  # noqa: PLW0108 - it is not built yet
         )
         service = cls(
             settings=settings,

@@ -63,8 +63,8 @@ def close_on_failure() -> None:
     """Close every lease that is over, whatever is alive of it."""
     close, close_late = processes.close, processes.close_late
 
-    def close_anyway(db: Any, lease_key: int, ended: processes.Ended, **facts: Any) -> None:
-        close(db, lease_key, replace(ended, gone=True), **facts)
+    def close_anyway(db: Any, lease: Any, ended: processes.Ended, **facts: Any) -> None:
+        close(db, lease, replace(ended, gone=True), **facts)
 
     def close_late_anyway(db: Any, late: Any, **facts: Any) -> None:
         close_late(db, [(key, replace(ended, gone=True)) for key, ended in late], **facts)

@@ -317,7 +317,7 @@ async def opened(
                 watermark_bits=watermark_bits(),
             ),
             capacity=8,
-            fenced=lambda: fenced.append(True),
+            fenced=lambda _: fenced.append(True),
         )
         patrol = Patrol(
             shop=shop,

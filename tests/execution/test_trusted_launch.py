@@ -151,7 +151,7 @@ async def test_the_end_of_a_runs_time_ends_a_wait(
     run_id = await trusting.create("trusting")
     await waits(begun)
 
-    trusting.dispatcher.time_out((await trusting.get(run_id)).key, DueKind.RUN)
+    trusting.dispatcher.time_out(run_id, DueKind.RUN)
 
     run = await trusting.until_ended(run_id)
     assert run.error is not None

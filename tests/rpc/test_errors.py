@@ -41,6 +41,7 @@ EXAMPLES: tuple[RunRecoveryError, ...] = (
     domain.WatchSequenceUnknown("r1", 3),
     domain.OutputOutOfRange("r1", "too far"),
     domain.Fenced("instance 'secret'"),
+    domain.RunGone("run 'secret'"),
 )
 
 
@@ -66,7 +67,7 @@ def details_of(failure: errors.Failure) -> dict[str, Any]:
 
 
 def test_every_domain_error_is_in_the_table() -> None:
-    assert set(leaves()) == set(errors.TABLE)
+    assert {*leaves(), domain.Fenced} == set(errors.TABLE)
     assert {type(example) for example in EXAMPLES} == set(errors.TABLE)
 
 

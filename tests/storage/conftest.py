@@ -167,9 +167,8 @@ class World:
         """End a turn."""
         return turns.end(
             self.db,
-            turn.run.key,
+            turn,
             owner=self.owner,
-            lease_key=turn.lease.key,
             end=how,
             ended=ended,
             due=None if turn.run.require_user_reply else self.due_in(WAIT_S),
@@ -180,15 +179,13 @@ class World:
     def keep_session(self, turn: Turn, handle: str = "secret") -> None:
         """Record a session."""
         session = Session(type="demo", handle=handle, turn=1)
-        turns.keep_session(
-            self.db, turn.run.key, owner=self.owner, session=session, now=self.tick()
-        )
+        turns.keep_session(self.db, turn, owner=self.owner, session=session, now=self.tick())
 
     def ask_and_stay(self, turn: Turn) -> Run:
         """Let a sticky process ask its first question."""
         return turns.ask_and_stay(
             self.db,
-            turn.run.key,
+            turn,
             owner=self.owner,
             number=1,
             question=QUESTION,

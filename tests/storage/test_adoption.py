@@ -162,9 +162,7 @@ def test_processes_that_an_earlier_report_counted_are_not_counted_again(alone: W
     turn = alone.running(restart_policy=RestartPolicy.REQUEUE, max_attempts=3)
     alone.restart()
     ended = Ended(exit_code=None, processes_ended=3, gone=True)
-    processes.close(
-        alone.db, turn.lease.key, ended, now=alone.tick(), reconciliation_key=begun(alone)
-    )
+    processes.close(alone.db, turn.lease, ended, now=alone.tick(), reconciliation_key=begun(alone))
     alone.converge()
     alone.db.execute("UPDATE reconciliation SET state = 'COMPLETED'")
     assert alone.take() is not None

@@ -54,7 +54,7 @@ class Prepared:
         self.waits = world.waiting(profile=Profile.STICKY_PROCESS, session_timeout_s=1.0)
         self.asked = world.waiting()
         self.gated = world.running()
-        processes.gated(world.db, self.gated.lease.key, owner=world.owner, pid=4242, start_ticks=99)
+        processes.gated(world.db, self.gated.lease, owner=world.owner, pid=4242, start_ticks=99)
         self.answered = world.running(profile=Profile.STICKY_PROCESS)
         world.reply(world.ask_and_stay(self.answered))
         self.stuck = world.running()
@@ -79,12 +79,12 @@ class Prepared:
 
 
 def _turn(prepared: Prepared, use: Callable[..., Any], **facts: Any) -> Any:
-    return use(prepared.world.db, prepared.gated.run.key, owner=prepared.world.owner, **facts)
+    return use(prepared.world.db, prepared.gated, owner=prepared.world.owner, **facts)
 
 
 def _end(prepared: Prepared, end: Any) -> Any:
     return _turn(
-        prepared, turns.end, lease_key=prepared.gated.lease.key, end=end, ended=GONE, due=None,
+        prepared, turns.end, end=end, ended=GONE, due=None,
         now=prepared.world.now,
     )  # fmt: skip
 
@@ -136,23 +136,23 @@ WRITES: dict[str, Callable[[Prepared], object]] = {
         p, turns.keep_session, session=Session(type="demo", handle="h", turn=1), now=p.world.now
     ),
     "a delivered reply": lambda p: turns.delivered(
-        p.world.db, p.answered.run.key, owner=p.world.owner
+        p.world.db, p.answered, owner=p.world.owner
     ),
     "a sticky question": lambda p: _turn(
         p, turns.ask_and_stay, number=1, question=QUESTION, due=p.world.due_in(1), now=p.world.now
     ),
     **{f"{type(end).__name__} turn": partial(_end, end=end) for end in ENDS},
     "a shim at its gate": lambda p: processes.gated(
-        p.world.db, p.intended.lease.key, owner=p.world.owner, pid=1, start_ticks=1
+        p.world.db, p.intended.lease, owner=p.world.owner, pid=1, start_ticks=1
     ),
     "a gate that opens": lambda p: processes.running(
-        p.world.db, p.gated.lease.key, owner=p.world.owner
+        p.world.db, p.gated.lease, owner=p.world.owner
     ),
     "orphans": lambda p: processes.close_all(
-        p.world.db, {p.gated.lease.key: STUCK}, now=p.world.now, reconciliation_key=p.report.key
+        p.world.db, [(p.gated.lease, STUCK)], now=p.world.now, reconciliation_key=p.report.key
     ),
     "a straggler": lambda p: processes.close_late(
-        p.world.db, [(p.stuck.lease.key, GONE)], now=p.world.now
+        p.world.db, [(p.stuck.lease, GONE)], now=p.world.now
     ),
     "the end of a wait": lambda p: _by_time(p, deadlines.end_wait, p.waits.key),
     "the end of a run's time": lambda p: _by_time(p, deadlines.end_run, p.timed.key),

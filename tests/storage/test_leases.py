@@ -23,11 +23,11 @@ MANY = 2 * processes.CLOSED_PER_COMMIT + 17
 
 
 def gate(world: World, turn: Turn, *, pid: int = 4242, owner: Owner | None = None) -> None:
-    processes.gated(world.db, turn.lease.key, owner=owner or world.owner, pid=pid, start_ticks=99)
+    processes.gated(world.db, turn.lease, owner=owner or world.owner, pid=pid, start_ticks=99)
 
 
 def run_agent(world: World, turn: Turn, *, owner: Owner | None = None) -> None:
-    processes.running(world.db, turn.lease.key, owner=owner or world.owner)
+    processes.running(world.db, turn.lease, owner=owner or world.owner)
 
 
 def states(world: World) -> list[str]:
@@ -35,7 +35,7 @@ def states(world: World) -> list[str]:
 
 
 def close(world: World, turn: Turn, ended: Ended = GONE, *, report: int | None = None) -> None:
-    processes.close(world.db, turn.lease.key, ended, now=world.tick(), reconciliation_key=report)
+    processes.close(world.db, turn.lease, ended, now=world.tick(), reconciliation_key=report)
 
 
 def orphans(world: World) -> list[Lease]:
@@ -251,20 +251,20 @@ def test_thousands_of_leases_are_closed_together(world: World) -> None:
     fill_with_leases(world, MANY)
     world.restart()
     leases = orphans(world)
-    endings = {
-        lease.key: Ended(exit_code=None, processes_ended=at % 3, gone=at % 5 > 0)
+    endings = [
+        (lease, Ended(exit_code=None, processes_ended=at % 3, gone=at % 5 > 0))
         for at, lease in enumerate(leases)
-    }
+    ]
 
     processes.close_all(world.db, endings, now=world.now, reconciliation_key=9)
 
     assert len(leases) == MANY
-    pending = sum(not ended.gone for ended in endings.values())
+    pending = sum(not ended.gone for _, ended in endings)
     assert world.rows(
         "SELECT state, ended_by, count(*) FROM process_lease GROUP BY 1, 2 ORDER BY 1"
     ) == [("CLOSED", 9, MANY - pending), ("KILL_PENDING", 9, pending)]
     assert world.rows("SELECT sum(processes_ended) FROM process_lease") == [
-        (sum(ended.processes_ended for ended in endings.values()),)
+        (sum(ended.processes_ended for _, ended in endings),)
     ]
     assert len(orphans(world)) == pending
 
@@ -272,9 +272,8 @@ def test_thousands_of_leases_are_closed_together(world: World) -> None:
 def test_a_close_that_is_cut_off_is_done_in_whole_commits(world: World) -> None:
     fill_with_leases(world, MANY)
     world.restart()
-    keys = [lease.key for lease in orphans(world)]
-    endings: dict[int, Any] = dict.fromkeys(keys, GONE)
-    endings[keys[-1]] = None  # the service dies here
+    endings: list[Any] = [(lease, GONE) for lease in orphans(world)]
+    endings[-1] = (endings[-1][0], None)  # the service dies here
 
     with pytest.raises(AttributeError):
         processes.close_all(world.db, endings, now=world.now, reconciliation_key=9)
@@ -364,7 +363,7 @@ def test_what_a_patrol_ended_is_added_to_what_was_known(world: World) -> None:
 
     processes.close_late(
         world.db,
-        [(turn.lease.key, one_more) for turn in (pending, closed, alive)],
+        [(turn.lease, one_more) for turn in (pending, closed, alive)],
         now=at,
     )
 
@@ -380,11 +379,11 @@ def test_a_closed_launch_that_turns_out_alive_holds_its_run_back_again(world: Wo
     turn = world.running()
     close(world, turn)
 
-    processes.close_late(world.db, [(turn.lease.key, LEFT)], now=world.tick())
+    processes.close_late(world.db, [(turn.lease, LEFT)], now=world.tick())
     (left,) = processes.unended(world.db, world.owner, limit=10)
     world.now += timedelta(hours=1)
     still = patrolled(world)
-    processes.close_late(world.db, [(turn.lease.key, GONE)], now=world.tick())
+    processes.close_late(world.db, [(turn.lease, GONE)], now=world.tick())
 
     assert left.run_id == turn.run.run_id
     assert still == [turn.lease.key]

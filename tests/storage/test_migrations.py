@@ -233,7 +233,7 @@ def test_open_launches_of_the_first_version_are_closed_and_their_runs_decided(
     gone = Ended(exit_code=None, processes_ended=1, gone=True)
     processes.close_all(
         world.db,
-        {lease.key: gone for lease in leases},
+        [(lease, gone) for lease in leases],
         now=world.tick(),
         reconciliation_key=scope.reconciliation_key,
     )
@@ -250,7 +250,7 @@ def test_open_launches_of_the_first_version_are_closed_and_their_runs_decided(
 def test_new_launches_get_keys_of_their_own_and_every_state(world: World) -> None:
     (old,) = world.rows("SELECT max(id) FROM process_lease")
     turn = world.running()
-    processes.gated(world.db, turn.lease.key, owner=world.owner, pid=1, start_ticks=1)
+    processes.gated(world.db, turn.lease, owner=world.owner, pid=1, start_ticks=1)
 
     assert turn.lease.key > old[0]
     assert world.rows("SELECT state FROM process_lease WHERE id = ?", turn.lease.key) == [

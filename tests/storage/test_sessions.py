@@ -461,7 +461,7 @@ def test_a_mark_is_of_one_handle(world: World, handle: str, mark: str | None) ->
     assert turn is not None
 
     session = Session(type="demo", handle=handle, turn=2)
-    turns.keep_session(world.db, run.key, owner=world.owner, session=session, now=world.tick())
+    turns.keep_session(world.db, turn, owner=world.owner, session=session, now=world.tick())
 
     assert world.column(run, "session_mark") == mark
 

@@ -139,10 +139,11 @@ def test_a_kept_session_is_read_back_and_never_shown(world: World) -> None:
 def test_a_delivered_answer_is_on_record(world: World) -> None:
     run = world.waiting()
     world.reply(run)
-    world.take()
+    turn = world.take()
+    assert turn is not None
 
-    turns.delivered(world.db, run.key, owner=world.owner)
-    turns.delivered(world.db, run.key, owner=world.owner)
+    turns.delivered(world.db, turn, owner=world.owner)
+    turns.delivered(world.db, turn, owner=world.owner)
 
     asked = interactions.find(world.db, run.key, 1)
     assert asked is not None
@@ -202,17 +203,17 @@ def test_an_older_epoch_is_refused_everywhere(world: World) -> None:
         world.set(run, owner_epoch=world.owner.epoch)
     before = world.dump()
     session = Session(type="demo", handle="h", turn=1)
-    key, now = turn.run.key, world.now
+    now = world.now
     writes: list[Callable[[], object]] = [
-        partial(turns.keep_session, world.db, key, owner=old, session=session, now=now),
-        partial(turns.delivered, world.db, key, owner=old),
+        partial(turns.keep_session, world.db, turn, owner=old, session=session, now=now),
+        partial(turns.delivered, world.db, turn, owner=old),
         partial(
-            turns.ask_and_stay, world.db, key, owner=old, number=1, question=QUESTION,
+            turns.ask_and_stay, world.db, turn, owner=old, number=1, question=QUESTION,
             due=world.due_in(1), now=now,
         ),
         *(
             partial(
-                turns.end, world.db, key, owner=old, lease_key=turn.lease.key, end=end,
+                turns.end, world.db, turn, owner=old, end=end,
                 ended=GONE, due=None, now=now,
             )
             for end in ENDS
@@ -248,11 +249,12 @@ def test_an_end_that_is_written_again_changes_nothing_even_in_a_later_turn(world
 
 
 def test_a_question_that_is_written_again_is_asked_once(world: World) -> None:
-    run = world.waiting(profile=Profile.STICKY_PROCESS)
+    turn = world.running(profile=Profile.STICKY_PROCESS)
+    run = world.ask_and_stay(turn)
 
     again = turns.ask_and_stay(
         world.db,
-        run.key,
+        turn,
         owner=world.owner,
         number=1,
         question=QUESTION,
@@ -266,7 +268,7 @@ def test_a_question_that_is_written_again_is_asked_once(world: World) -> None:
 def test_a_run_whose_process_could_not_be_ended_is_not_started(world: World) -> None:
     turn = world.running(restart_policy=RestartPolicy.REQUEUE, max_attempts=2)
     stuck = Ended(exit_code=None, processes_ended=0, gone=False)
-    processes.close(world.db, turn.lease.key, stuck, now=world.tick())
+    processes.close(world.db, turn.lease, stuck, now=world.tick())
     world.recover()
 
     assert world.get(turn.run).status is RunStatus.QUEUED

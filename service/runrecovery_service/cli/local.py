@@ -25,6 +25,7 @@ from runrecovery_service.domain.errors import (
     Fenced,
     Held,
     RecoveryGaveUp,
+    RunGone,
     StartRefused,
 )
 
@@ -37,6 +38,7 @@ EXIT_CODES: Final[dict[type[Exception], ExitCode]] = {
     CgroupRefused: ExitCode.USAGE,
     ContainmentRefused: ExitCode.CONTAINMENT,
     Fenced: ExitCode.FENCED,
+    RunGone: ExitCode.FENCED,
 }
 
 HINTS: Final[dict[type[Exception], str]] = {
@@ -44,6 +46,7 @@ HINTS: Final[dict[type[Exception], str]] = {
     RecoveryGaveUp: "the log says why; no run was changed without a record",
     ContainmentRefused: "docs/processes.md tells what is missing, and what best_effort means",
     Fenced: "another service runs under this instance's name; it goes on",
+    RunGone: "its processes were ended; start again: what the store holds is recovered",
 }
 
 _STORE_OPTIONS: Final = (

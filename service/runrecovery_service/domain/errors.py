@@ -12,6 +12,7 @@ RunRecoveryError
 ├── Exhausted: Overloaded, StorageFull, SlowReader
 ├── OutOfRange: OutputOutOfRange, WatchHistoryPruned, WatchSequenceUnknown
 └── Fenced
+    └── RunGone
 """
 
 from __future__ import annotations
@@ -316,6 +317,15 @@ class Fenced(RunRecoveryError):
 
     def __str__(self) -> str:
         return f"{self.what} belongs to a newer epoch"
+
+
+@dataclass(eq=False)
+class RunGone(Fenced):
+    """A run, or its launch, that is followed is not in the store: commits of ours were lost, as in
+    a failover to a standby that lagged behind. Another run may have its integer key."""
+
+    def __str__(self) -> str:
+        return f"{self.what} is not in the store any more; the database lost a commit"
 
 
 class StartRefused(Exception):

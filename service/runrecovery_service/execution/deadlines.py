@@ -39,8 +39,8 @@ class Deadlines:
 
     shop: Workshop
     changed: Callable[[Run], None]
-    time_out: Callable[[int, DueKind], None]
-    fenced: Callable[[], None]
+    time_out: Callable[[str, DueKind], None]
+    fenced: Callable[[Fenced], None]
     _task: asyncio.Task[None] | None = None
     _failed: set[Passed] = field(default_factory=set)
     _unsure: set[int] = field(default_factory=set)
@@ -61,8 +61,8 @@ class Deadlines:
             try:
                 await self.look()
                 failed = ""
-            except Fenced:
-                self.fenced()
+            except Fenced as error:
+                self.fenced(error)
                 return
             except Exception as error:  # the edge of this task: the next look tries again
                 if failed != (failed := type(error).__name__):  # once, not with every look
@@ -94,8 +94,8 @@ class Deadlines:
         try:
             await self._carry_out(one)
             self._failed.discard(one)
-        except Fenced:
-            self.fenced()
+        except Fenced as error:
+            self.fenced(error)
         except Exception as error:  # noqa: BLE001 - the next look tries again
             # Perhaps it was committed all the same; then nobody has been told.
             self._unsure.add(one.run_key)
@@ -130,7 +130,7 @@ class Deadlines:
         if run is None:
             return
         if run.holds_slot and (one.kind is DueKind.RUN or run.status is RunStatus.WAITING_USER):
-            self.time_out(one.run_key, one.kind)
+            self.time_out(run.run_id, one.kind)
             return
         if one.kind is DueKind.WAIT:
             log.info("execution.auto_decided", run_id=run.run_id)

@@ -11,13 +11,14 @@ from typing import Final
 import structlog
 
 from runrecovery_service.domain.deadline import DueKind
-from runrecovery_service.domain.errors import Exhausted, Fenced, NotNow
+from runrecovery_service.domain.errors import Exhausted, Fenced, NotNow, RunGone
 from runrecovery_service.domain.run import Run, RunStatus
 from runrecovery_service.execution.session import RunSession
 from runrecovery_service.execution.workshop import Workshop
 from runrecovery_service.process.sweep import end_trees
-from runrecovery_service.storage import runs, turns
+from runrecovery_service.storage import turns
 from runrecovery_service.storage.processes import Place
+from runrecovery_service.storage.turns import Turn
 
 log = structlog.get_logger()
 
@@ -42,7 +43,7 @@ class Dispatcher:
     shop: Workshop
     place: Place
     capacity: int
-    fenced: Callable[[], None]
+    fenced: Callable[[Fenced], None]
     _sessions: dict[RunSession, asyncio.Task[None]] = field(default_factory=dict)
     _taking: bool = True
     _unsure: bool = False
@@ -63,7 +64,7 @@ class Dispatcher:
     def changed(self, run: Run) -> None:
         """Tell that a create, a reply or a cancel has been committed for this run."""
         for session in self._sessions:
-            if session.turn.run.key == run.key:
+            if session.turn.run.run_id == run.run_id:
                 _tell(session, run)
         self._changed.set()
 
@@ -73,11 +74,11 @@ class Dispatcher:
         self._look_due = True
         self._changed.set()
 
-    def time_out(self, run_key: int, kind: DueKind) -> None:
+    def time_out(self, run_id: str, kind: DueKind) -> None:
         """Have the process of a run ended: a deadline has passed. A run that is only being taken
         from the queue is told at the next look at the deadlines."""
         for session in self._sessions:
-            if session.turn.run.key == run_key:
+            if session.turn.run.run_id == run_id:
                 session.time_out(kind)
 
     def look_again(self) -> None:
@@ -96,9 +97,9 @@ class Dispatcher:
             session.look_at_shim()
 
     @property
-    def leases_followed(self) -> frozenset[int]:
-        """Keys of the leases that a session follows."""
-        return frozenset(session.turn.lease.key for session in self._sessions)
+    def leases_followed(self) -> frozenset[str]:
+        """Cookies of the leases that a session follows."""
+        return frozenset(session.turn.lease.cookie for session in self._sessions)
 
     def pause(self) -> None:
         """Take no run from the queue any more; what is under way goes on."""
@@ -136,16 +137,18 @@ class Dispatcher:
             return
         grace_s = self.shop.cancel_grace_s
         log.info("execution.ending_all", processes=len(sessions))
-        endings = await asyncio.to_thread(
-            end_trees,
-            [session.launch.evidence for session in sessions],
-            why="stop",
-            grace_s=grace_s,
-            deadline_s=grace_s * 2 + 5.0,
-        )
-        for session in sessions:
-            gone = endings[session.turn.lease.key].gone
-            await asyncio.to_thread(session.launch.release, gone=gone)
+        while sessions:  # once, but where a key was handed out again
+            some = {session.turn.lease.key: session for session in sessions}
+            endings = await asyncio.to_thread(
+                end_trees,
+                [session.launch.evidence for session in some.values()],
+                why="stop",
+                grace_s=grace_s,
+                deadline_s=grace_s * 2 + 5.0,
+            )
+            for key, session in some.items():
+                await asyncio.to_thread(session.launch.release, gone=endings[key].gone)
+                sessions.remove(session)
         self._sessions.clear()
 
     async def _work(self) -> None:
@@ -155,8 +158,8 @@ class Dispatcher:
                 if self._look_due or (not told and self.shop.storage.is_shared):
                     await self._look_at_records()
                 await self._launch_what_fits()
-            except Fenced:
-                self.fenced()
+            except Fenced as error:
+                self.fenced(error)
                 return
             except (NotNow, Exhausted) as error:
                 self._unsure = True
@@ -171,11 +174,14 @@ class Dispatcher:
         was_due, self._look_due = self._look_due, False
         try:
             for session in list(self._sessions):
-                run = await self.shop.storage.point(runs.get_by_key, session.turn.run.key)
-                _tell(session, run)
+                if session in self._sessions:  # else it has ended since
+                    _tell(session, await self._run_of(session))
         except BaseException:
             self._look_due = self._look_due or was_due
             raise
+
+    async def _run_of(self, session: RunSession) -> Run:
+        return await self.shop.storage.point(turns.look, session.turn, owner=self.shop.owner)
 
     async def _told_of_a_change(self) -> bool:
         """Return at a change, or, with False, when it is time for a look without one."""
@@ -203,15 +209,27 @@ class Dispatcher:
             )
             if turn is None:
                 return
+            self._demand_new(turn)
             session = RunSession(turn=turn, shop=self.shop)
             self._sessions[session] = asyncio.create_task(self._follow(session))
+
+    def _demand_new(self, turn: Turn) -> None:
+        """Launch nothing for a key that a living process goes by: its files have that key too.
+
+        Raises:
+            RunGone: a run that is followed is not in the store, or not with its launch.
+        """
+        for session in self._sessions:
+            followed = session.turn
+            if turn.run.key == followed.run.key or turn.lease.key == followed.lease.key:
+                raise RunGone(f"run {followed.run.run_id!r}, whose process lives,")
 
     async def _give_back(self) -> None:
         """Undo takes that were committed although we were told that they had failed."""
         count = await self.shop.storage.write(
             turns.give_back,
             owner=self.shop.owner,
-            held=list(self.leases_followed),
+            held=self.leases_followed,
             now=self.shop.now(),
         )
         self._unsure = False
@@ -228,8 +246,8 @@ class Dispatcher:
     async def _follow(self, session: RunSession) -> None:
         try:
             await session.follow()
-        except Fenced:
-            self.fenced()
+        except Fenced as error:
+            self.fenced(error)
             return  # its process is left to `stop`, which comes next
         except Exception:  # the edge of this task: nobody above would hear of it
             log.exception("execution.session_failed", run_id=session.turn.run.run_id)
@@ -242,8 +260,8 @@ class Dispatcher:
         """End what a session that met a defect leaves behind."""
         try:
             await session.give_up()
-        except Fenced:
-            self.fenced()
+        except Fenced as error:
+            self.fenced(error)
         except Exception:  # the edge of this task, again; its shim ends the tree without heartbeats
             log.exception("execution.session_failed", run_id=session.turn.run.run_id)
 

@@ -34,7 +34,7 @@ from runrecovery_service.process.launch import (
 )
 from runrecovery_service.process.procfs import read_proc
 from runrecovery_service.process.sweep import Ending, end_trees
-from runrecovery_service.storage import processes, runs
+from runrecovery_service.storage import processes, turns
 from runrecovery_service.storage.turns import Turn
 from runrecovery_service.trust.errors import TrustFileBusy
 
@@ -142,14 +142,14 @@ class Launch:
         await self.log.insist(
             lambda: shop.storage.write(
                 processes.gated,
-                lease.key,
+                lease,
                 owner=shop.owner,
                 pid=process.pid,
                 start_ticks=process.start_ticks,
             )
         )
         await self.log.insist(
-            lambda: shop.storage.write(processes.running, lease.key, owner=shop.owner)
+            lambda: shop.storage.write(processes.running, lease, owner=shop.owner)
         )
         # Before it can look: Gemini CLI takes an input that is not there at once for an empty one.
         self.given = fill(process.stdin.fileno(), opening.input)
@@ -237,8 +237,8 @@ class Launch:
             Withdrawn: somebody has.
         """
         self._pause(0)
-        key = self.turn.run.key
-        run = await self.log.insist(lambda: self.shop.storage.point(runs.get_by_key, key))
+        storage, owner = self.shop.storage, self.shop.owner
+        run = await self.log.insist(lambda: storage.point(turns.look, self.turn, owner=owner))
         if run.cancel_requested:
             raise Withdrawn
 

@@ -41,7 +41,7 @@ class Patrol:
     """
 
     shop: Workshop
-    followed: Callable[[], frozenset[int]]
+    followed: Callable[[], frozenset[str]]
     look_at_shims: Callable[[], None]
     changed: Callable[[], None]
     _told: set[str] = field(default_factory=set)
@@ -76,7 +76,7 @@ class Patrol:
             now=self.shop.now(),
             closed_within_s=LOOK_AGAIN_FOR_S,
         )
-        leases = [lease for lease in found if lease.key not in self.followed()]
+        leases = [lease for lease in found if lease.cookie not in self.followed()]
         if not leases:
             return
         endings = await asyncio.get_running_loop().run_in_executor(
@@ -102,7 +102,7 @@ class Patrol:
     async def _record(self, late: Sequence[tuple[Lease, Ending]]) -> None:
         ended = [
             (
-                lease.key,
+                lease,
                 Ended(exit_code=None, processes_ended=ending.ended, gone=ending.gone),
             )
             for lease, ending in late

@@ -71,7 +71,7 @@ from runrecovery_service.process.launch import (
     Started,
 )
 from runrecovery_service.process.sweep import NOTHING_LEFT, Ending
-from runrecovery_service.storage import instances, interactions, runs, turns
+from runrecovery_service.storage import instances, interactions, turns
 from runrecovery_service.storage.processes import Ended, Usage
 from runrecovery_service.storage.turns import Turn
 
@@ -274,7 +274,7 @@ class RunSession:
         stored = StoredHandle(
             handle=resumed.session.handle,
             workspace=self.shop.output.workspace(run.key, run.attempt),
-            mark=await self._log.insist(lambda: self.shop.storage.point(turns.mark_of, run.key)),
+            mark=await self._log.insist(lambda: self.shop.storage.point(turns.mark_of, self.turn)),
         )
         finding = await self._finding_at_home(engine, stored)
         if finding is None or finding.reason is None:
@@ -312,8 +312,8 @@ class RunSession:
         except (
             ExceptionGroup
         ) as group:  # the edge of this process's task: the run must not stay RUNNING
-            if group.subgroup(Fenced) is not None:
-                raise Fenced(f"run {self.turn.run.run_id!r}") from None
+            if (fenced := _first_fenced(group)) is not None:
+                raise fenced from None
             log.exception("execution.session_failed", run_id=self.turn.run.run_id)
             return _defect()
         return judge(self._observed())
@@ -338,9 +338,8 @@ class RunSession:
 
     async def _look(self) -> Run:
         """Return the run as it is on record now."""
-        return await self._log.insist(
-            lambda: self.shop.storage.point(runs.get_by_key, self.turn.run.key)
-        )
+        storage, owner = self.shop.storage, self.shop.owner
+        return await self._log.insist(lambda: storage.point(turns.look, self.turn, owner=owner))
 
     async def _take_news(self, process: ShimmedProcess) -> None:
         while not self._is_over():
@@ -728,9 +727,8 @@ class RunSession:
         run = await self._log.insist(
             lambda: self.shop.storage.write(
                 turns.end,
-                self.turn.run.key,
+                self.turn,
                 owner=self.shop.owner,
-                lease_key=self.turn.lease.key,
                 end=end,
                 ended=ended,
                 # A resumable wait ends only where an automatic decision ends it.
@@ -765,7 +763,17 @@ class RunSession:
 
     async def _write(self, use: Callable[..., object], **facts: object) -> None:
         storage, owner = self.shop.storage, self.shop.owner
-        await self._log.insist(lambda: storage.write(use, self.turn.run.key, owner=owner, **facts))
+        await self._log.insist(lambda: storage.write(use, self.turn, owner=owner, **facts))
+
+
+def _first_fenced(group: ExceptionGroup[Exception]) -> Fenced | None:
+    found = group.subgroup(Fenced)
+    while found is not None:
+        first = found.exceptions[0]
+        if isinstance(first, Fenced):
+            return first
+        found = first
+    return None
 
 
 def _defect() -> Failed:

@@ -187,7 +187,7 @@ class TrustKeeper:
 
     def entries_of(self, run: Run) -> Callable[[Database], list[TrustEntry]]:
         """Return the read of what stands for a run; of a run that is not ours any more, nothing."""
-        return lambda db: trust.of_run(db, self.host_id, run.key, owner=self.owner)
+        return lambda db: trust.of_run(db, self.host_id, run.run_id, owner=self.owner)
 
     def end(self, run: Run) -> TrustClearing:
         """Take out what stands for a run that is about to end."""

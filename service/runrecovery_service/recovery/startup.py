@@ -206,15 +206,7 @@ class Recovery:
         if not leases:
             return
         endings = self.sweep(leases)
-        ended = {
-            key: Ended(
-                exit_code=None,
-                processes_ended=ending.ended,
-                gone=ending.gone,
-                orphans=ending.orphans,
-            )
-            for key, ending in endings.items()
-        }
+        ended = [(lease, _ended(endings[lease.key])) for lease in leases]
         processes.close_all(db, ended, now=self.now(), reconciliation_key=book.key)
         for lease in leases:
             for refusal in endings[lease.key].refused:
@@ -314,6 +306,15 @@ class Recovery:
                 status_after=status_after,
             )
         return len(decided)
+
+
+def _ended(ending: Ending) -> Ended:
+    return Ended(
+        exit_code=None,
+        processes_ended=ending.ended,
+        gone=ending.gone,
+        orphans=ending.orphans,
+    )
 
 
 def next_batch_rows(rows: int, elapsed_s: float, *, most: int, batch_s: float) -> int:

@@ -271,6 +271,12 @@ TABLE: Final[Mapping[type[RunRecoveryError], Case]] = MappingProxyType(
             (retry_info,),
             message="this instance was superseded and is stopping",
         ),
+        errors.RunGone: Case(
+            _Code.UNAVAILABLE,
+            Reason.ERROR_REASON_SHUTTING_DOWN,
+            (retry_info,),
+            message="this instance was superseded and is stopping",
+        ),
         errors.SafeMode: Case(_Code.UNAVAILABLE, Reason.ERROR_REASON_SAFE_MODE, (retry_info,)),
         errors.StorageBusy: Case(
             _Code.UNAVAILABLE, Reason.ERROR_REASON_STORAGE_BUSY, (retry_info,)

@@ -75,7 +75,7 @@ class RunWatcher:
         self._storage = storage
         self._gate = gate
         self._turns = Turns()
-        self._states: WeakValueDictionary[int, _State] = WeakValueDictionary()
+        self._states: WeakValueDictionary[str, _State] = WeakValueDictionary()
 
     async def stream(
         self, request: pb.WatchRunRequest
@@ -87,10 +87,11 @@ class RunWatcher:
             ShuttingDown: it can be gone on with elsewhere, or after the restart.
         """
         validation.demand_valid(validation.watch_run(request))
-        key = (await self._storage.point(runs.get, request.run_id)).key
+        run_id = request.run_id
+        key = (await self._storage.point(runs.get, run_id)).key
         woken = asyncio.Event()
         with self._storage.changes.of_run(key, woken), self._gate.following(woken):
-            state = await self._state(key)
+            state = await self._state(run_id, key)
             goes_on = request.HasField("after_sequence")
             at = request.after_sequence if goes_on else state.run.event_count
             if not goes_on:
@@ -99,7 +100,7 @@ class RunWatcher:
             while True:
                 await self._turns.take()
                 woken.clear()
-                state = await self._state(key)
+                state = await self._state(run_id, key)
                 for event in await self._storage.point(events.between, state.run, at):
                     yield _told(event, state)
                     quiet.told()
@@ -113,12 +114,13 @@ class RunWatcher:
                     quiet.told()
                 await quiet.wait(woken)
 
-    async def _state(self, run_key: int) -> _State:
-        """Return how the run stands; it is read and built again only when it has changed."""
-        state = self._states.get(run_key)
+    async def _state(self, run_id: str, run_key: int) -> _State:
+        """Return how the run stands; it is read and built again only when it has changed. By its
+        run_id: the key is another run's where the database has lost commits."""
+        state = self._states.get(run_id)
         if state is None or not state.is_of(await self._storage.point(runs.stand, run_key)):
-            state = _State(await self._storage.point(runs.get_by_key, run_key))
-            self._states[run_key] = state
+            state = _State(await self._storage.point(runs.get, run_id))
+            self._states[run_id] = state
         return state
 
 

@@ -8,12 +8,12 @@ something of it could not be ended. Each is committed before the thing that it t
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-from runrecovery_service.domain.errors import Fenced
+from runrecovery_service.domain.errors import Fenced, RunGone
 from runrecovery_service.domain.reconciliation import Orphan
 from runrecovery_service.domain.run import Run
 from runrecovery_service.storage import instances
@@ -62,6 +62,14 @@ class Lease:
     pid: int | None
     start_ticks: int | None
     unended: bool
+
+    @property
+    def identity(self) -> tuple[int, str]:
+        """The parameters of `_IT`: keys are handed out again when a database has lost commits."""
+        return self.key, self.cookie
+
+
+_IT: Final = "id = ? AND cookie = ?"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,30 +143,30 @@ def intend(db: Database, run: Run, *, owner: Owner, place: Place, now: datetime)
     return _lease_from_row(made)
 
 
-def gated(db: Database, lease_key: int, *, owner: Owner, pid: int, start_ticks: int) -> None:
+def gated(db: Database, lease: Lease, *, owner: Owner, pid: int, start_ticks: int) -> None:
     """Record the shim that stands at the gate.
 
     Raises:
         Fenced: a newer epoch has started, or has closed the lease.
     """
     _advance(
-        db, lease_key, "state = 'GATED', pid = ?, start_ticks = ?", (pid, start_ticks),
+        db, lease, "state = 'GATED', pid = ?, start_ticks = ?", (pid, start_ticks),
         owner=owner, among=("INTENT", "GATED"),
     )  # fmt: skip
 
 
-def running(db: Database, lease_key: int, *, owner: Owner) -> None:
+def running(db: Database, lease: Lease, *, owner: Owner) -> None:
     """Record that the gate is about to be opened.
 
     Raises:
         Fenced: a newer epoch has started, or has closed the lease.
     """
-    _advance(db, lease_key, "state = 'RUNNING'", (), owner=owner, among=("GATED", "RUNNING"))
+    _advance(db, lease, "state = 'RUNNING'", (), owner=owner, among=("GATED", "RUNNING"))
 
 
 def _advance(
     db: Database,
-    lease_key: int,
+    lease: Lease,
     change: str,
     values: tuple[object, ...],
     *,
@@ -170,22 +178,29 @@ def _advance(
     with db.transaction():
         instances.demand_current(db, owner)
         changed = db.execute(
-            f"UPDATE process_lease SET {change} WHERE id = ? AND epoch = ? AND state IN (?, ?)",
-            (*values, lease_key, owner.epoch, *among),
+            f"UPDATE process_lease SET {change} WHERE {_IT} AND epoch = ? AND state IN (?, ?)",
+            (*values, *lease.identity, owner.epoch, *among),
         ).rowcount
+        if changed != 1 and not is_on_record(db, lease):
+            raise RunGone(f"the launch of run {lease.run_id!r}")
     if changed != 1:
-        raise Fenced(f"lease {lease_key}")
+        raise Fenced(f"lease {lease.key}")
 
 
-def is_over(db: Database, lease_key: int) -> bool:
+def is_on_record(db: Database, lease: Lease) -> bool:
+    """True when this very launch is on record."""
+    return db.fetch_one(f"SELECT 1 FROM process_lease WHERE {_IT}", lease.identity) is not None
+
+
+def is_over(db: Database, lease: Lease) -> bool:
     """True when the end of this launch is on record."""
-    row = db.fetch_one("SELECT state FROM process_lease WHERE id = ?", (lease_key,))
+    row = db.fetch_one(f"SELECT state FROM process_lease WHERE {_IT}", lease.identity)
     return row is not None and row[0] in {"CLOSED", "KILL_PENDING"}
 
 
 def close(
     db: Database,
-    lease_key: int,
+    lease: Lease,
     ended: Ended,
     *,
     now: datetime,
@@ -199,7 +214,7 @@ def close(
             " user_us = COALESCE(?, user_us), system_us = COALESCE(?, system_us),"
             " max_rss_kib = COALESCE(?, max_rss_kib), orphans = COALESCE(?, orphans),"
             " ended_by = ?,"
-            " processes_ended = processes_ended + ?, closed_at = ? WHERE id = ?",
+            f" processes_ended = processes_ended + ?, closed_at = ? WHERE {_IT}",
             (
                 "CLOSED" if ended.gone else "KILL_PENDING",
                 ended.exit_code,
@@ -210,7 +225,7 @@ def close(
                 reconciliation_key,
                 ended.processes_ended,
                 to_us(now) if ended.gone else None,
-                lease_key,
+                *lease.identity,
             ),
         )
 
@@ -236,15 +251,15 @@ def orphans_from_json(text: str | None) -> tuple[Orphan, ...]:
 
 
 def close_all(
-    db: Database, ended: Mapping[int, Ended], *, now: datetime, reconciliation_key: int
+    db: Database, ended: Iterable[tuple[Lease, Ended]], *, now: datetime, reconciliation_key: int
 ) -> None:
-    """Close many leases, by key, in a few commits."""
-    left = list(ended.items())
+    """Close many leases in a few commits."""
+    left = list(ended)
     while left:
         now_closed, left = left[:CLOSED_PER_COMMIT], left[CLOSED_PER_COMMIT:]
         with db.transaction():
-            for lease_key, one in now_closed:
-                close(db, lease_key, one, now=now, reconciliation_key=reconciliation_key)
+            for lease, one in now_closed:
+                close(db, lease, one, now=now, reconciliation_key=reconciliation_key)
 
 
 def unclosed(db: Database, owner: Owner, *, before: int) -> list[Lease]:
@@ -268,18 +283,18 @@ def to_patrol(db: Database, owner: Owner, *, now: datetime, closed_within_s: flo
     return [_lease_from_row(row) for row in rows]
 
 
-def close_late(db: Database, late: Iterable[tuple[int, Ended]], *, now: datetime) -> None:
+def close_late(db: Database, late: Iterable[tuple[Lease, Ended]], *, now: datetime) -> None:
     """Record what a patrol ended of launches that were over. Who ended them before stays named."""
     with db.transaction():
-        for lease_key, ended in late:
+        for lease, ended in late:
             db.execute(
                 "UPDATE process_lease SET processes_ended = processes_ended + ?,"
-                " state = ?, closed_at = ? WHERE id = ? AND state IN ('KILL_PENDING', 'CLOSED')",
+                f" state = ?, closed_at = ? WHERE {_IT} AND state IN ('KILL_PENDING', 'CLOSED')",
                 (
                     ended.processes_ended,
                     "CLOSED" if ended.gone else "KILL_PENDING",
                     to_us(now) if ended.gone else None,
-                    lease_key,
+                    *lease.identity,
                 ),
             )
 

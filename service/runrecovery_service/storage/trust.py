@@ -175,8 +175,9 @@ def record(db: Database, entry: TrustEntry, *, host_id: str, owner: Owner, now: 
     """
     with db.transaction():
         found = db.fetch_one(
-            "SELECT 1 FROM run WHERE id = ? AND owner = ? AND owner_epoch = ? AND attempt = ?",
-            (entry.run_key, owner.instance, owner.epoch, entry.attempt),
+            "SELECT 1 FROM run WHERE id = ? AND run_id = ? AND owner = ? AND owner_epoch = ?"
+            " AND attempt = ?",
+            (entry.run_key, entry.run_id, owner.instance, owner.epoch, entry.attempt),
         )
         if found is None:
             raise Fenced(f"run {entry.run_id!r}")
@@ -233,12 +234,12 @@ def stale(
     return [_entry(row) for row in rows]
 
 
-def of_run(db: Database, host_id: str, run_key: int, *, owner: Owner) -> list[TrustEntry]:
+def of_run(db: Database, host_id: str, run_id: str, *, owner: Owner) -> list[TrustEntry]:
     """Return the entries of a run that is ours; none, if a newer epoch has taken it over."""
     rows = db.fetch_all(
-        f"{_select(db)} WHERE t.run = ? AND t.removed_at IS NULL AND r.owner = ?"
+        f"{_select(db)} WHERE r.run_id = ? AND t.removed_at IS NULL AND r.owner = ?"
         f" AND r.owner_epoch = ? {_NEWEST_FIRST}",
-        (host_id, run_key, owner.instance, owner.epoch),
+        (host_id, run_id, owner.instance, owner.epoch),
     )
     return [_entry(row) for row in rows]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import reduce
@@ -10,7 +10,7 @@ from operator import or_
 from typing import Final
 
 from runrecovery_service.domain.deadline import Due, SteadyTime
-from runrecovery_service.domain.errors import Fenced, RunQuarantined
+from runrecovery_service.domain.errors import Fenced, RunGone, RunNotFound, RunQuarantined
 from runrecovery_service.domain.recovery_matrix import NOTHING, Fact, decide
 from runrecovery_service.domain.run import (
     Interaction,
@@ -119,23 +119,27 @@ def take_next(
 
 
 @runs.retried
-def give_back(db: Database, *, owner: Owner, held: Sequence[int], now: datetime) -> int:
+def give_back(db: Database, *, owner: Owner, held: Collection[str], now: datetime) -> int:
     """Put runs back into the queue that were taken by a commit whose answer never came.
 
     Args:
-        held: keys of the leases that somebody follows; a run of any other one whose process was
+        held: cookies of the leases that somebody follows; a run of any other one whose process was
             never launched goes back, and its lease with it.
 
     Returns:
         How many runs went back.
     """
     rows = db.fetch_all(
-        "SELECT id, run FROM process_lease WHERE instance = ? AND epoch = ? AND state = 'INTENT'",
+        "SELECT id, run, cookie FROM process_lease"
+        " WHERE instance = ? AND epoch = ? AND state = 'INTENT'",
         (owner.instance, owner.epoch),
     )
-    lost = [(lease_key, run_key) for lease_key, run_key in rows if lease_key not in set(held)]
+    lost = [(lease_key, run_key) for lease_key, run_key, cookie in rows if cookie not in held]
     for lease_key, run_key in lost:
-        run = _own(db, run_key, owner)
+        run = runs.get_by_key(db, run_key)
+        if run.status is None:
+            raise RunQuarantined(run.run_id)
+        _demand_owned(run, owner)
         before = {"turn": run.turn - 1} if run.turn > 1 else {"attempt": run.attempt - 1, "turn": 0}
         runs.change(
             db,
@@ -153,10 +157,10 @@ def give_back(db: Database, *, owner: Owner, held: Sequence[int], now: datetime)
 
 @runs.retried
 def keep_session(
-    db: Database, run_key: int, *, owner: Owner, session: Session, now: datetime
+    db: Database, turn: Turn, *, owner: Owner, session: Session, now: datetime
 ) -> None:
     """Record the handle that the conversation can be resumed by."""
-    run = _own(db, run_key, owner)
+    run = _own(db, turn, owner)
     is_another = run.session is None or run.session.handle != session.handle
     runs.change(
         db,
@@ -171,16 +175,18 @@ def keep_session(
     )
 
 
-def mark_of(db: Database, run_key: int) -> SessionMark | None:
+def mark_of(db: Database, turn: Turn) -> SessionMark | None:
     """Return what a run's session file was when its question was recorded; None: nobody looked."""
-    row = db.fetch_one("SELECT session_mark FROM run WHERE id = ?", (run_key,))
+    row = db.fetch_one(
+        "SELECT session_mark FROM run WHERE id = ? AND run_id = ?", (turn.run.key, turn.run.run_id)
+    )
     return SessionMark.read(row[0]) if row else None
 
 
 @runs.retried
-def delivered(db: Database, run_key: int, *, owner: Owner) -> None:
+def delivered(db: Database, turn: Turn, *, owner: Owner) -> None:
     """Record that a process has been given the accepted answer."""
-    run = _own(db, run_key, owner)
+    run = _own(db, turn, owner)
     db.execute(
         "UPDATE interaction SET state = 'DELIVERED'"
         " WHERE run = ? AND no = ? AND state = 'ANSWERED'",
@@ -191,7 +197,7 @@ def delivered(db: Database, run_key: int, *, owner: Owner) -> None:
 @runs.retried
 def ask_and_stay(
     db: Database,
-    run_key: int,
+    turn: Turn,
     *,
     owner: Owner,
     number: int,
@@ -205,20 +211,19 @@ def ask_and_stay(
         number: the question's interaction_id; one that is on record is not asked again.
         due: when the wait will have lasted long enough.
     """
-    run = _own(db, run_key, owner)
+    run = _own(db, turn, owner)
     if run.interaction_count >= number:
         return run
     _ask(db, run, question, owner=owner, now=now, due=due)
-    return runs.get_by_key(db, run_key)
+    return runs.get_by_key(db, run.key)
 
 
 @runs.retried
 def end(
     db: Database,
-    run_key: int,
+    turn: Turn,
     *,
     owner: Owner,
-    lease_key: int,
     end: TurnEnd,
     ended: Ended,
     due: Due | None,
@@ -233,10 +238,10 @@ def end(
 
     Safe to repeat when it is not known whether it was committed: the run may be in a later turn.
     """
-    run = _own(db, run_key, owner)
-    if processes.is_over(db, lease_key):
+    run = _own(db, turn, owner)
+    if processes.is_over(db, turn.lease):
         return run
-    processes.close(db, lease_key, ended, now=now)
+    processes.close(db, turn.lease, ended, now=now)
     if run.cancel_requested:
         runs.change(db, run, owner=owner, now=now, status=RunStatus.CANCELED)
     elif isinstance(end, Asked):
@@ -254,16 +259,39 @@ def end(
         _interrupt(db, run, end, owner=owner, now=now)
     else:
         _fail(db, run, end.error, owner=owner, now=now)
-    return runs.get_by_key(db, run_key)
+    return runs.get_by_key(db, run.key)
 
 
-def _own(db: Database, run_key: int, owner: Owner) -> Run:
-    run = runs.get_by_key(db, run_key)
+def look(db: Database, turn: Turn, *, owner: Owner) -> Run:
+    """Return the run of a turn as it is now.
+
+    Integer keys are handed out again when the database has lost commits. So the run is found by its
+    run_id, and the launch by its cookie: neither comes again.
+
+    Raises:
+        RunGone: the run, or the launch, is not in the store.
+        Fenced: the run belongs to a newer epoch.
+    """
+    try:
+        run = runs.get(db, turn.run.run_id)
+    except RunNotFound:
+        raise RunGone(f"run {turn.run.run_id!r}") from None
+    if run.key != turn.run.key or not processes.is_on_record(db, turn.lease):
+        raise RunGone(f"the launch of run {turn.run.run_id!r}")
+    _demand_owned(run, owner)
+    return run
+
+
+def _own(db: Database, turn: Turn, owner: Owner) -> Run:
+    run = look(db, turn, owner=owner)
     if run.status is None:
         raise RunQuarantined(run.run_id)
+    return run
+
+
+def _demand_owned(run: Run, owner: Owner) -> None:
     if run.owner_epoch != owner.epoch or run.owner != owner.instance:
         raise Fenced(f"run {run.run_id!r}")
-    return run
 
 
 def _interrupt(db: Database, run: Run, end: Interrupted, *, owner: Owner, now: datetime) -> None:

@@ -1,0 +1,56 @@
+"""Where the database lost commits, callers of a lost run learn nothing of the run with its key."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from typing import Final
+
+import grpc
+from runrecovery.v1 import run_service_pb2 as pb
+from support.processes import seen, strike
+from support.service import PATIENCE_S, Home, refused, script, until
+from support.stores import change, query
+
+NewHome = Callable[..., Home]
+
+WORKS: Final = "import sys, time; sys.stdin.readline(); time.sleep(600)"
+ENGINES: Final = {"works": script(WORKS)}
+ROWS: Final = "SELECT run_id, status, error_code, version FROM run ORDER BY id"
+
+
+def test_a_watch_of_a_lost_run_ends_and_tells_nothing_of_another(
+    new_database_url: Callable[[], str], new_home: NewHome
+) -> None:
+    home = new_home(database=new_database_url(), engines=ENGINES, max_concurrent=1)
+    _, api = home.start()
+    api.create("works", run_id="holds-the-slot")
+    until(lambda: home.agents_of("holds-the-slot"), "it works")
+    api.create("works", run_id="lost")
+    watch = api.runs.WatchRun(pb.WatchRunRequest(run_id="lost"), timeout=PATIENCE_S)
+    assert next(iter(watch)).snapshot.run_id == "lost"
+
+    change(home, "UPDATE run SET run_id = 'of-another-caller' WHERE run_id = 'lost'")
+    api.cancel("of-another-caller")
+
+    refusal = refused(lambda: list(watch))
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.NOT_FOUND, "RUN_NOT_FOUND")
+
+
+def test_a_service_whose_run_was_lost_ends_as_fenced_and_says_why(
+    new_database_url: Callable[[], str], new_home: NewHome
+) -> None:
+    home = new_home(database=new_database_url(), engines=ENGINES)
+    service, api = home.start()
+    api.create("works", run_id="lost")
+    (pid,) = until(lambda: home.agents_of("lost"), "it works")
+    agent = seen(pid)
+    assert agent is not None
+    change(home, "UPDATE run SET run_id = 'of-another-caller'")
+    before = query(home, ROWS)
+
+    strike(agent, signal.SIGTERM)
+
+    assert service.exit_code() == 10
+    assert "run 'lost' is not in the store any more; the database lost a commit" in service.text
+    assert before == query(home, ROWS)
