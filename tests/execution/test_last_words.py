@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -342,6 +343,82 @@ async def test_a_sticky_agent_that_closes_its_output_in_its_wait_is_told_as_such
         "ENGINE_PROTOCOL_ERROR",
         "The process closed its output while it waited for the reply, and lived on.",
     )
+
+
+# -- replies that cannot be delivered -----------------------------------------------------------
+
+
+CLOSES_UNREAD: Final = (
+    "import os, select, time; select.select([0], [], []); os.close(0); time.sleep(600)"
+)
+
+
+@pytest.mark.parametrize(
+    "rest",
+    ["exec <&-; exec sleep 600", f"exec {sys.executable} -I -S -c '{CLOSES_UNREAD}'"],
+    ids=["before the reply", "with the reply in it"],
+)
+async def test_a_reply_that_a_sticky_process_cannot_read_ends_its_run(
+    new_floor: NewFloor, rest: str
+) -> None:
+    script = f"read -r task; {say(QUESTION)}\n{rest}"
+    floor = await new_floor(more=[engine(script, profile=Profile.STICKY_PROCESS)])
+    run_id = await floor.create("agent")
+    await floor.until_status(run_id, RunStatus.WAITING_USER)
+    lease = await floor.lease(run_id)
+
+    await floor.reply(run_id, answer=True)
+    run = await floor.until_ended(run_id)
+
+    assert code_of(run) == "REPLY_NOT_DELIVERED"
+    assert lease.tree() == []
+    await floor.until_free(floor.dispatcher.capacity)
+
+
+@pytest.mark.parametrize(
+    ("rest", "end"),
+    [
+        ("exit 0", "REPLY_NOT_DELIVERED"),
+        ("exit 3", "ENGINE_FAILED"),
+        (say(RESULT), None),
+    ],
+    ids=["good exit", "bad exit", "result"],
+)
+async def test_the_end_of_a_process_that_read_no_reply_still_counts(
+    new_floor: NewFloor, monkeypatch: pytest.MonkeyPatch, rest: str, end: str | None
+) -> None:
+    monkeypatch.setattr(session, "LAST_OUTPUT_S", 60.0)  # it comes in time on any machine
+    script = (
+        f"read -r task; {say(QUESTION)}\nexec <&-\nuntil [ -s go ]; do sleep 0.05; done; {rest}"
+    )
+    floor = await new_floor(more=[engine(script, profile=Profile.STICKY_PROCESS)])
+    run_id = await floor.create("agent")
+    run = await floor.until_status(run_id, RunStatus.WAITING_USER)
+
+    async def is_refused() -> bool:
+        return any(one._undelivered for one in floor.dispatcher._sessions)
+
+    await floor.reply(run_id, answer=True)
+    await until(is_refused)
+    (floor.shop.output.workspace(run.key, run.attempt) / "go").write_text("go")
+    run = await floor.until_ended(run_id)
+
+    assert code_of(run) == end
+
+
+async def test_a_resumed_process_that_does_not_read_its_reply_ends_its_run(
+    new_floor: NewFloor,
+) -> None:
+    first = say(SESSION, QUESTION)
+    script = f"if mkdir first; then\n{first}\nelse exec <&-; exec sleep 600; fi"
+    floor = await new_floor(more=[engine(script)])
+    run_id = await floor.create("agent")
+    await floor.until_status(run_id, RunStatus.WAITING_USER)
+
+    await floor.reply(run_id, answer=True)
+    run = await floor.until_ended(run_id)
+
+    assert code_of(run) == "REPLY_NOT_DELIVERED"
 
 
 # -- after the exit ----------------------------------------------------------------------------

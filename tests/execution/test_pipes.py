@@ -29,8 +29,21 @@ async def test_what_was_written_is_read_when_the_last_byte_was_taken(pipe: tuple
         await asyncio.wait_for(asyncio.shield(waiting), 0.2)
     os.read(reads, 1)
 
-    await asyncio.wait_for(waiting, 30)
+    assert await asyncio.wait_for(waiting, 30)
 
 
 async def test_nothing_written_is_nothing_to_wait_for(pipe: tuple[int, int]) -> None:
-    await asyncio.wait_for(pipes.until_read(pipe[1]), 30)
+    assert await asyncio.wait_for(pipes.until_read(pipe[1]), 30)
+
+
+async def test_what_is_left_in_a_pipe_without_a_reader_is_never_read() -> None:
+    reads, writes = os.pipe()
+    try:
+        await pipes.write_all(writes, b"hello")
+        waiting = asyncio.create_task(pipes.until_read(writes))
+        os.read(reads, 4)
+        os.close(reads)
+
+        assert not await asyncio.wait_for(waiting, 30)
+    finally:
+        os.close(writes)

@@ -32,6 +32,8 @@ SEEN = st.builds(
     stderr_tail=st.text(),
     interrupted=st.none() | st.just("stood still"),
     unsupervised=st.booleans(),
+    undelivered=st.booleans(),
+    at_work=st.booleans(),
     timed_out=st.sampled_from([None, DueKind.WAIT, DueKind.RUN]),
     failure=st.none() | st.just(RunError(code=ErrorCode.ENGINE_FAILED, message="!")),
 )
@@ -72,6 +74,34 @@ def test_ending_while_the_user_is_waited_for_loses_the_process() -> None:
     end = judge(replace(WELL, said=ASKED, in_wait=True))
 
     assert code_of(end) == ErrorCode.INTERACTION_PROCESS_LOST
+
+
+@pytest.mark.parametrize(
+    ("said", "exit_code", "kind"),
+    [
+        (None, None, "REPLY_NOT_DELIVERED"),
+        (None, 0, "REPLY_NOT_DELIVERED"),
+        (None, 3, "ENGINE_FAILED"),
+        (SUCCEEDED, 0, "Succeeded"),
+        (SUCCEEDED, None, "Succeeded"),
+    ],
+)
+def test_a_reply_that_was_not_read_is_why_nothing_came_of_it(
+    said: Succeeded | None, exit_code: int | None, kind: str
+) -> None:
+    end = judge(replace(WELL, said=said, exit_code=exit_code, undelivered=True))
+
+    assert kind_of(end) == kind
+
+
+def test_closing_the_output_while_the_user_is_waited_for_is_no_end_of_the_process() -> None:
+    end = judge(replace(WELL, said=None, exit_code=None, in_wait=True))
+
+    assert isinstance(end, Failed)
+    assert end.error.code == "ENGINE_PROTOCOL_ERROR"
+    assert end.error.message.endswith(
+        "closed its output while it waited for the reply, and lived on."
+    )
 
 
 def test_a_broken_protocol_is_told_before_all_else() -> None:

@@ -59,6 +59,7 @@ class Observed:
         timed_out: what it had taken too long for, if it was ended for that.
         at_work: it had begun to work again after what it said last.
         in_wait: it ended, or closed its output, while its user was still being waited for.
+        undelivered: it closed its input before it had read the reply.
         stderr_tail: the last lines of its standard error.
     """
 
@@ -68,6 +69,7 @@ class Observed:
     in_wait: bool
     stderr_tail: str
     at_work: bool = False
+    undelivered: bool = False
     interrupted: str | None = None
     unsupervised: bool = False
     timed_out: DueKind | None = None
@@ -114,6 +116,16 @@ def judge(seen: Observed) -> TurnEnd:
         return _failed(ErrorCode.ENGINE_FAILED, _how_it_ended(seen))
     if seen.said is not None:
         return seen.said
+    return _silent(seen)
+
+
+def _silent(seen: Observed) -> TurnEnd:
+    """Return the end of a process that did not exit badly, and has said nothing."""
+    if seen.undelivered:
+        return _failed(
+            ErrorCode.REPLY_NOT_DELIVERED,
+            "The process closed its input before it had read the reply.",
+        )
     if seen.exit_code is None:
         return _failed(
             ErrorCode.ENGINE_PROTOCOL_ERROR,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+import select
 import termios
 from array import array
 from collections.abc import Callable
@@ -50,12 +51,22 @@ def fill(descriptor: int, data: bytes) -> int:
         return 0
 
 
-async def until_read(descriptor: int) -> None:
-    """Return once a reader has taken all that was written to a pipe; never, if none does."""
+async def until_read(descriptor: int) -> bool:
+    """Return True once a reader has taken all that was written to a pipe, and False once nobody can
+    any more; never, if somebody could and does not."""
     pause_s = LOOK_FIRST_S
     while bytes_held(descriptor):
+        if _has_no_reader(descriptor):
+            return not bytes_held(descriptor)  # it may have read all since, and gone
         await asyncio.sleep(pause_s)  # nothing tells of it
         pause_s = min(pause_s * 2, LOOK_MOST_S)
+    return True
+
+
+def _has_no_reader(descriptor: int) -> bool:
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def bytes_held(descriptor: int) -> int:

@@ -108,6 +108,7 @@ class _Signal(Enum):
     SHIM_GONE = auto()
     SHIM_USELESS = auto()
     CANCELED = auto()
+    REPLY_LOST = auto()
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +155,8 @@ class RunSession:
     _timed_out: DueKind | None = None
     _canceled: bool = False
     _in_wait: bool = False
+    _undelivered: bool = False
+    _handed_over: asyncio.Event = field(default_factory=asyncio.Event)
     _has_session: bool = False
     _open_outputs: int = 2
     _ignored: Counter[str] = field(default_factory=Counter)
@@ -327,6 +330,7 @@ class RunSession:
                 group.create_task(self._hear_shim(process)),
                 group.create_task(self._greet(process, opening)),
                 group.create_task(self._hand_over_replies(process)),
+                group.create_task(self._see_replies_read(process)),
             ]
             # A cancel that came before this session was known to anybody is only on record.
             if (await self._look()).cancel_requested:
@@ -385,10 +389,27 @@ class RunSession:
 
     async def _take(self, news: _News) -> None:
         match news:
-            case _Signal.CANCELED:
-                self._canceled = True
+            case _Signal():
+                self._take_signal(news)
             case _TimedOut(kind):
                 self._timed_out = kind
+            case Exited() | EndsItself() | Empty():
+                self._note(news)
+                self._expect_end_within(LAST_OUTPUT_S)
+            case Gated() | Started() | NotStarted():
+                pass  # was waited for by the launch
+            case _Broken(how):
+                self._broken = how
+            case _:
+                await self._hear(news)
+
+    def _take_signal(self, signal: _Signal) -> None:
+        match signal:
+            case _Signal.CANCELED:
+                self._canceled = True
+            case _Signal.REPLY_LOST:
+                self._undelivered = True
+                self._expect_end_within(LAST_OUTPUT_S)  # it may be at its end
             case _Signal.STDOUT_ENDED:
                 self._open_outputs -= 1
                 self._expect_end_within(self.shop.exit_grace_s)
@@ -401,15 +422,6 @@ class RunSession:
                 # A shim ends after its tree. While a write is retried, the sweep may notice that
                 # before the exit, which was reported earlier, has been taken.
                 self._unsupervised = self._exited is None
-            case Exited() | EndsItself() | Empty():
-                self._note(news)
-                self._expect_end_within(LAST_OUTPUT_S)
-            case Gated() | Started() | NotStarted():
-                pass  # was waited for by the launch
-            case _Broken(how):
-                self._broken = how
-            case _:
-                await self._hear(news)
 
     def _note(self, event: ShimEvent) -> None:
         match event:
@@ -510,9 +522,11 @@ class RunSession:
         said = await self._say(process, opening.input[self.launch.given :])
         # Once it was read, not before: what lies in the pipe dies with the process, and a crash
         # gives it to another one. Who reads to the end of its input has read it by then.
-        if said and self._resumed is not None:
-            await until_read(process.stdin.fileno())
-            await self._write(turns.delivered)
+        if self._resumed is not None:
+            if said and await until_read(process.stdin.fileno()):
+                await self._write(turns.delivered)
+            else:
+                self._news.put_nowait(_Signal.REPLY_LOST)
         if self.turn.run.profile is Profile.RESUMABLE:
             process.stdin.close()
 
@@ -538,6 +552,19 @@ class RunSession:
         self._in_wait = False
         if await self._say(process, self._engine.dialect.reply(reply)):
             await self._write(turns.delivered)
+            self._handed_over.set()
+        else:
+            self._news.put_nowait(_Signal.REPLY_LOST)
+
+    async def _see_replies_read(self, process: ShimmedProcess) -> None:
+        """Notice a sticky process that closes its input with a reply in it. Apart from handing
+        over: a process may read a reply long after its next question."""
+        while True:
+            await self._handed_over.wait()
+            self._handed_over.clear()
+            if not await until_read(process.stdin.fileno()):
+                self._news.put_nowait(_Signal.REPLY_LOST)
+                return
 
     async def _say(self, process: ShimmedProcess, line: bytes) -> bool:
         """Write a line to the process; False when it does not listen any more."""
@@ -651,6 +678,7 @@ class RunSession:
             "timed_out": self._timed_out is not None,
             "protocol_broken": self._broken is not None,
             "shim_lost": self._unsupervised,
+            "reply_lost": self._undelivered,
         }
         return next((why for why, so in reasons.items() if so), "turn_over")
 
@@ -663,6 +691,7 @@ class RunSession:
         return Observed(
             said=self._said,
             at_work=self._at_work,
+            undelivered=self._undelivered,
             broken=self._broken,
             exit_code=exit_code,
             failure=self._listener.failure(exit_code, told),
