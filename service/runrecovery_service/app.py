@@ -516,6 +516,7 @@ class Service:
             await asyncio.sleep(self.settings.drain_delay_s)
         else:  # perhaps another one owns the runs already: first of all, nothing of ours may act
             await self._step("processes", self.dispatcher.stop())
+        self.gate.close()
         await self._step("server", self.server.stop(grace_s=self.settings.stop_grace_s))
         await self._step("patrol", self.patrol.stop())
         await self._step("trust", self.trust_sweep.stop())

@@ -49,10 +49,23 @@ def gate_that(*steps: Callable[[Gate], None]) -> Gate:
         ),
         ((Gate.open,), {}),
         ((Gate.open, Gate.drain), {Access.MUTATION: ShuttingDown}),
+        (
+            (Gate.open, Gate.drain, Gate.close),
+            {Access.READ: ShuttingDown, Access.MUTATION: ShuttingDown},
+        ),
         ((Gate.drain,), {Access.READ: ShuttingDown, Access.MUTATION: ShuttingDown}),
         ((Gate.drain, Gate.open), {Access.READ: ShuttingDown, Access.MUTATION: ShuttingDown}),
     ],
-    ids=["new", "failed", "retried", "open", "drained", "drained-early", "opened-too-late"],
+    ids=[
+        "new",
+        "failed",
+        "retried",
+        "open",
+        "drained",
+        "closed",
+        "drained-early",
+        "opened-too-late",
+    ],
 )
 def test_gate_lets_in_by_its_state(
     steps: tuple[Callable[[Gate], None], ...], refusals: dict[Access, type[RunRecoveryError]]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -234,6 +236,42 @@ def test_a_draining_service_answers_reads_and_refuses_changes(new_home: NewHome)
     assert refusal_of(ended.value).reason == "SHUTTING_DOWN"
     assert service.exit_code() == 0
     assert home.agents() == []
+
+
+def call_until(stopped: threading.Event, address: str, *, changes: bool) -> set[tuple[str, str]]:
+    """Call without a pause; return the code and the reason of every refusal."""
+    api, seen = Api(address), set()
+    while not stopped.is_set():
+        try:
+            api.create("resumable", {}) if changes else api.get("nothing")
+        except grpc.RpcError as error:
+            refusal = refusal_of(error)
+            seen.add((refusal.code.name, refusal.reason))
+    api.channel.close()
+    return seen
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.1:0", "unix:{home}/s"])
+def test_a_planned_stop_answers_no_call_with_cancelled(new_home: NewHome, listen: str) -> None:
+    home = new_home(drain_delay_s=0.1)
+    seen: set[tuple[str, str]] = set()
+    for _ in range(3):
+        service, _ = home.start("--listen", listen.format(home=home.path))
+        stopped = threading.Event()
+        with ThreadPoolExecutor(8) as threads:
+            calls = [
+                threads.submit(call_until, stopped, service.address, changes=bool(number % 2))
+                for number in range(8)
+            ]
+            try:
+                until(lambda: home.rows("SELECT 1 FROM run LIMIT 1"), "calls are answered")
+                assert service.stop() == 0
+            finally:
+                stopped.set()
+            seen = seen.union(*(one.result() for one in calls))
+
+    assert {code for code, _ in seen} <= {"NOT_FOUND", "UNAVAILABLE", "RESOURCE_EXHAUSTED"}
+    assert ("UNAVAILABLE", "SHUTTING_DOWN") in seen
 
 
 def test_a_second_signal_ends_it_at_once(new_home: NewHome) -> None:

@@ -46,6 +46,7 @@ class Gate:
         self._recovered = False
         self._storage_answers = True
         self._safe_mode = False
+        self._closed = False
         self._change = asyncio.Event()
         self._followers: set[asyncio.Event] = set()
 
@@ -92,6 +93,10 @@ class Gate:
         """The service is shutting down. Mutations are refused from now on, reads are not."""
         self._become(ServiceState.DRAINING)
 
+    def close(self) -> None:
+        """The server is about to end. Reads are refused as well from now on."""
+        self._closed = True
+
     def set_storage_answers(self, *, answers: bool) -> None:
         """Record whether the database answers; health tells it."""
         if answers is not self._storage_answers:
@@ -104,13 +109,13 @@ class Gate:
         Raises:
             ReconciliationInProgress: recovery has not committed.
             ShuttingDown: the service drains, and this would change something (or recovery never
-                committed, so that even a read could not be trusted).
+                committed, so that even a read could not be trusted), or the server is ending.
         """
         if self._state is ServiceState.SERVING or access is Access.ALWAYS:
             return
         if not self.draining:
             raise ReconciliationInProgress(retry_after_s=self._retry_after_s)
-        if access is Access.MUTATION or not self._recovered:
+        if access is Access.MUTATION or not self._recovered or self._closed:
             raise ShuttingDown(retry_after_s=self._retry_after_s)
 
     def demand_launches(self) -> None:

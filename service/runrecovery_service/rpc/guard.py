@@ -34,6 +34,8 @@ Stream: TypeAlias = Callable[[Message], AsyncGenerator[Message, None]]
 
 log = structlog.get_logger()
 
+IDLE_LOOK_S: Final = 0.01
+"""How often a server that ends looks whether calls are still under way."""
 CUT_S: Final = 1.0
 """For handing the status of a stream that is cut off to gRPC."""
 
@@ -63,6 +65,11 @@ class Guard:
         self._stall_s = stall_s
         self._under_way = 0
         self._streams = 0
+
+    async def until_idle(self) -> None:
+        """Return when no call and no stream is under way."""
+        while self._under_way or self._streams:  # noqa: ASYNC110 - once in a life; calls stay quick
+            await asyncio.sleep(IDLE_LOOK_S)
 
     def unary(self, method: Method, answer: Unary) -> Callable[[bytes, Context], Awaitable[bytes]]:
         """Return what a server calls for a method with one answer."""

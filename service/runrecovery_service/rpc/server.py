@@ -25,6 +25,7 @@ from runrecovery_service.rpc.health import HealthServicer
 from runrecovery_service.rpc.recovery_service import RecoveryRooms, RecoveryService
 from runrecovery_service.rpc.reflection import V1, V1ALPHA, ReflectionServicer
 from runrecovery_service.rpc.run_service import RunRooms, RunService
+from runrecovery_service.rpc.sockets import ServerSockets
 
 RUN_SERVICE: Final = run_service_pb2.DESCRIPTOR.services_by_name["RunService"]
 RECOVERY_SERVICE: Final = recovery_service_pb2.DESCRIPTOR.services_by_name["RecoveryService"]
@@ -40,6 +41,8 @@ LOOK_S: Final = 0.2
 """How soon it is seen that the server has ended by itself."""
 LAST_LOOK_S: Final = 0.01
 """The same at a stop."""
+FLUSH_S: Final = 0.05
+"""For gRPC to send the last answers before the connections are closed."""
 
 log = structlog.get_logger()
 
@@ -71,9 +74,11 @@ class GrpcServer:
     another server takes its place within `LOOK_S`; callers see UNAVAILABLE and try again.
     """
 
-    def __init__(self, build: Callable[[], grpc.aio.Server]) -> None:
+    def __init__(self, build: Callable[[], grpc.aio.Server], guard: Guard) -> None:
         self._build = build
+        self._guard = guard
         self._server = build()
+        self._sockets: ServerSockets | None = None
         self._keeper: asyncio.Task[None] | None = None
 
     async def bind(self, listen: str) -> int:
@@ -83,19 +88,38 @@ class GrpcServer:
             ListenFailed: somebody else listens there, or nobody may.
         """
         port = await self._start(listen)
-        again = listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"
+        is_unix = listen.startswith(("unix:", "unix-abstract:"))
+        again = listen if is_unix else f"{listen.rpartition(':')[0]}:{port}"
+        self._sockets = ServerSockets(again)
         self._keeper = asyncio.create_task(self._keep(again))
         return port
 
     async def stop(self, *, grace_s: float) -> None:
-        """Take no more calls, and end those under way after `grace_s` seconds at the latest."""
-        ended = None
+        """Take no more connections, wait for the calls under way for at most `grace_s` seconds, and
+        end. Until then calls are answered; no call is answered CANCELLED.
+        """
         if self._keeper is not None:
             self._keeper.cancel()
             await asyncio.gather(self._keeper, return_exceptions=True)
-            ended = await self._ended_within(LAST_LOOK_S)
-        # One that has just ended by itself has nobody left to wait for.
-        await self._server.stop(grace_s if ended is None else None)
+            # One that has just ended by itself has nobody left to wait for.
+            if await self._ended_within(LAST_LOOK_S) is None:
+                await self._finish_calls(grace_s)
+        await self._end()
+
+    async def _finish_calls(self, grace_s: float) -> None:
+        if self._sockets is not None:
+            self._sockets.stop_listening()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                await self._guard.until_idle()
+        await asyncio.sleep(FLUSH_S)
+
+    async def _end(self) -> None:
+        """Close the connections, then end gRPC's server, which answers CANCELLED to all that
+        reaches it meanwhile."""
+        if self._sockets is not None:
+            await self._sockets.close_connections()
+        await self._server.stop(None)
 
     async def _start(self, listen: str) -> int:
         try:
@@ -115,7 +139,7 @@ class GrpcServer:
                 continue
             log.error("rpc.server_ended", error=f"{type(error).__name__}: {error}")
             with suppress(Exception):  # it has ended already; what matters is its successor
-                await self._server.stop(None)  # cuts what is left, so that the callers come again
+                await self._end()
             while not await self._is_replaced(listen):  # noqa: ASYNC110 - time alone helps
                 await asyncio.sleep(LOOK_S)
 
@@ -161,7 +185,7 @@ def build_server(
         server.add_generic_rpc_handlers(every)
         return server
 
-    return GrpcServer(build)
+    return GrpcServer(build, guard)
 
 
 def handlers(service: ServiceDescriptor, servicer: object, guard: Guard) -> grpc.GenericRpcHandler:
