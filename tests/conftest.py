@@ -89,7 +89,7 @@ def new_database_url(request: pytest.FixtureRequest) -> Iterator[Callable[[], st
 @pytest.fixture
 def postgresql_url(_postgres: ScratchPostgres) -> Iterator[str]:
     """The URL of an empty PostgreSQL store."""
-    name = f"test{next(_NAMES)}"
+    name = next(_NAMES)
     yield _postgres.create(name, template=_TEMPLATE)
     _postgres.drop(name)
 

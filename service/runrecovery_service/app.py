@@ -26,9 +26,11 @@ from runrecovery_service.domain.errors import (
     DatabaseRefused,
     DataDirRefused,
     Fenced,
+    LeaseLost,
     RecoveryGaveUp,
     RecoveryInterrupted,
     StartRefused,
+    is_outage,
 )
 from runrecovery_service.domain.reconciliation import Cause, Containment, Reconciliation
 from runrecovery_service.domain.session_check import SessionCheck
@@ -79,6 +81,8 @@ from runrecovery_service.storage.database import (
     open_database,
     path_lock,
     postgresql_problems,
+    refusing,
+    repeated,
     sqlite_path,
 )
 from runrecovery_service.storage.instances import Boot, Owner
@@ -255,9 +259,10 @@ class Service:
         host, data_dir = _host(), held.data_dir
         cgroups = _cgroups(settings)
         heart = Heart(_trees_until(settings, boot_time_ns()))
-        owner = instances.claim(
-            db, _boot(settings, data_dir, host), now=clock.utc_now(), ttl_s=settings.lease_ttl_s
-        )
+        boot = _boot(settings, data_dir, host)
+        ttl_s = settings.lease_ttl_s
+        with refusing(db.place):
+            owner = repeated(lambda: instances.claim(db, boot, now=clock.utc_now(), ttl_s=ttl_s))
         db.close()
         log.info("service.epoch_claimed", instance=owner.instance, epoch=owner.epoch)
         storage = Storage(db)
@@ -402,7 +407,12 @@ class Service:
                 self.fail(error)
                 return None
             except Exception as error:  # whatever it was: say so, stay NOT_SERVING, try again
-                log.exception("recovery.try_failed", tries_left=left)
+                log.error(  # noqa: TRY400 - an outage needs no traceback
+                    "recovery.try_failed",
+                    tries_left=left,
+                    error=type(error).__name__,
+                    exc_info=not is_outage(error),
+                )
                 self.gate.recovery_failed()
                 failure = RecoveryGaveUp(self.settings.recovery_tries, type(error).__name__)
             if left and not await clock.set_within(pause_s, self._stop):
@@ -445,7 +455,7 @@ class Service:
                     self._heartbeat(begun_ns)
                 self.gate.set_storage_answers(answers=True)
             if self.shop.storage.is_shared and boot_time_ns() / 1e9 - renewed > self_fence_s:
-                self.fail(Fenced(f"instance {self.shop.owner.instance!r} (lease not renewed)"))
+                self.fail(LeaseLost(self.shop.owner.instance, self_fence_s))
                 return
 
     def _stays_no_longer(self, task: asyncio.Task[None]) -> None:
@@ -527,7 +537,7 @@ class Service:
             task.cancel()
         await asyncio.gather(*staying, return_exceptions=True)
         await self._step("threads", asyncio.to_thread(self.shop.threads.shutdown))
-        if not isinstance(self._failure, Fenced):
+        if not isinstance(self._failure, Fenced | LeaseLost):
             await self._step("lease", self.shop.storage.write(instances.resign, self.shop.owner))
         await self._step("storage", asyncio.to_thread(self.shop.storage.close))
         log.info("service.stopped", epoch=self.shop.owner.epoch)
@@ -542,8 +552,13 @@ class Service:
         """Do one part of the stop; none of them keeps the others from being done."""
         try:
             await doing
-        except Exception:  # the service is ending, and the next start converges what is left
-            log.exception("service.stop_step_failed", step=name)
+        except Exception as error:  # the service is ending; the next start converges what is left
+            log.error(  # noqa: TRY400 - an outage needs no traceback
+                "service.stop_step_failed",
+                step=name,
+                error=type(error).__name__,
+                exc_info=not is_outage(error),
+            )
 
 
 def _trees_until(settings: Settings, renewed_ns: int) -> int:
@@ -854,7 +869,8 @@ def migrate(settings: Settings) -> list[str]:
     with Holdings.take(settings) as held:
         db = open_database(settings.database, held.data_dir, locks=held.locks)
         try:
-            return applied_migrations(db)
+            with refusing(db.place):
+                return applied_migrations(db)
         finally:
             db.close()
 

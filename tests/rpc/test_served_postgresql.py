@@ -96,3 +96,24 @@ def test_a_reply_whose_commit_was_not_answered_is_delivered_amid_other_traffic(
         assert refusal.code is grpc.StatusCode.UNAVAILABLE
         api.until_status(run.run_id, "SUCCEEDED")
     assert service.stop() == 0
+
+
+# -- words and exit codes ------------------------------------------------------------------------
+
+
+def test_a_connection_that_is_lost_at_the_claim_ends_the_start_in_true_words(
+    home: Home, proxy: Proxy
+) -> None:
+    proxy.lose_answer_after("INSERT INTO instance_epoch")
+
+    service = home.spawn()
+
+    assert service.exit_code() == 6
+    assert proxy.lost.is_set()
+    assert service.text == (
+        "error: the PostgreSQL database: consuming input failed: server closed the connection"
+        " unexpectedly This probably means the server terminated abnormally before or while"
+        " processing the request.\n"
+    )
+    service, _ = home.start()
+    assert service.stop() == 0

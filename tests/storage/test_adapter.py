@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import peewee as pw
 import pytest
-from runrecovery_service.domain.errors import RunNotFound, StorageUnavailable
+from runrecovery_service.domain.errors import RunNotFound, StorageBusy, StorageUnavailable
 from runrecovery_service.storage import adapter, runs
 from runrecovery_service.storage.adapter import WRITES_PER_COMMIT, GroupCommitWriter, Storage
 from runrecovery_service.storage.database import Database, Kind
@@ -228,6 +228,42 @@ async def test_a_failing_database_is_told_in_the_words_of_the_domain(
         await storage.read(fail)
 
     assert await storage.read(lambda db: db.fetch_one("SELECT 1")) == (1,)
+
+
+@pytest.mark.parametrize("way", ["point", "read", "write", "renewal", "alone"])
+@pytest.mark.parametrize("state", ["40001", "40P01"])
+async def test_a_transaction_that_met_another_one_is_repeated(
+    world: World, storage: Storage, way: str, state: str
+) -> None:
+    if world.db.dialect.kind is not Kind.POSTGRESQL:
+        pytest.skip("conflicts of PostgreSQL")
+    tries: list[str] = []
+
+    def conflict_twice(db: Database) -> int:
+        tries.append(way)
+        with db.transaction():
+            add(f"{way}-{len(tries)}")(db)
+            if len(tries) < 3:
+                db.execute(f"DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '{state}'; END $$")
+        return len(tries)
+
+    assert await getattr(storage, way)(conflict_twice) == 3
+    assert await storage.read(traces) == [f"{way}-3"]
+
+
+async def test_conflicts_without_end_are_told(world: World, storage: Storage) -> None:
+    if world.db.dialect.kind is not Kind.POSTGRESQL:
+        pytest.skip("conflicts of PostgreSQL")
+    tries: list[None] = []
+
+    def conflict(db: Database) -> None:
+        tries.append(None)
+        db.execute("DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '40001'; END $$")
+
+    with pytest.raises(StorageBusy):
+        await storage.write(conflict)
+
+    assert len(tries) == 6
 
 
 async def test_a_defect_of_ours_is_not_told_as_the_databases(storage: Storage) -> None:

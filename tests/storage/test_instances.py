@@ -115,8 +115,11 @@ def in_threads(
 
 
 def until_waiting(world: World, count: int) -> None:
-    """Return once so many connections of the server wait for a lock."""
-    sql = "SELECT count(DISTINCT pid) FROM pg_locks WHERE NOT granted"
+    """Return once so many connections of this database wait for a lock."""
+    sql = (
+        "SELECT count(*) FROM (SELECT pg_stat_clear_snapshot()) AS anew, pg_stat_activity"
+        " WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    )
     ends = time.monotonic() + 30
     while world.rows(sql) != [(count,)]:
         assert time.monotonic() < ends, f"{world.rows(sql)} connections wait, not {count}"

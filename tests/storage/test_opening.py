@@ -9,9 +9,16 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
+import psycopg
 import pytest
-from runrecovery_service.domain.errors import DatabaseRefused, DataDirRefused, Held
-from runrecovery_service.storage import database
+from psycopg.conninfo import conninfo_to_dict
+from runrecovery_service.domain.errors import (
+    DatabaseOutOfReach,
+    DatabaseRefused,
+    DataDirRefused,
+    Held,
+)
+from runrecovery_service.storage import database, postgresql
 from runrecovery_service.storage.adapter import Storage
 from runrecovery_service.storage.database import (
     SQLITE_PRAGMAS,
@@ -20,8 +27,10 @@ from runrecovery_service.storage.database import (
     known_migrations,
     migrate,
     open_database,
+    postgresql_problems,
 )
 from runrecovery_service.storage.locks import DatabaseLock, Lock, LockFile
+from support.pg_proxy import proxied
 
 NAME = "runrecovery.db"
 
@@ -93,10 +102,132 @@ def test_a_foreign_table_run_in_postgresql_is_refused(
     assert "not ours" in refusal(tmp_path, url)
 
 
-def test_a_postgresql_that_does_not_answer_is_refused(tmp_path: Path) -> None:
-    reason = refusal(tmp_path, f"postgresql://nobody@/nothing?host={tmp_path}")
+# -- PostgreSQL --------------------------------------------------------------------------------
 
-    assert reason == "the database does not answer"
+
+def administer(url: str, *statements: str) -> None:
+    """Run statements in a database, each by itself."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        for statement in statements:
+            connection.execute(statement.encode())
+
+
+@pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1"])
+def test_a_postgresql_whose_encoding_is_not_utf8_is_refused(
+    postgresql_url: str, tmp_path: Path, encoding: str
+) -> None:
+    name = f"in_{encoding.lower()}"
+    url = postgresql_url.replace(f"/{conninfo_to_dict(postgresql_url)['dbname']}?", f"/{name}?")
+    administer(
+        postgresql_url,
+        f"CREATE DATABASE {name} ENCODING '{encoding}' LOCALE 'C' TEMPLATE template0",
+    )
+    try:
+        reason = (
+            f"has the encoding {encoding}, UTF8 is needed"
+            " (CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0)"
+        )
+        assert refusal(tmp_path, url) == reason
+        assert postgresql_problems(url) == [f"the PostgreSQL database: {reason}"]
+    finally:
+        administer(postgresql_url, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+def test_the_defaults_of_a_database_do_not_reach_the_service(
+    postgresql_url: str, tmp_path: Path
+) -> None:
+    name = conninfo_to_dict(postgresql_url)["dbname"]
+    for setting, value in (
+        ("default_transaction_isolation", "serializable"),
+        ("TimeZone", "Asia/Kolkata"),
+        ("standard_conforming_strings", "off"),
+        ("client_encoding", "LATIN1"),
+        ("synchronous_commit", "off"),
+    ):
+        administer(postgresql_url, f"ALTER DATABASE {name} SET {setting} = '{value}'")
+
+    with closing(open_database(postgresql_url, tmp_path)) as db, db.transaction():
+        found = db.fetch_one(
+            "SELECT current_setting('transaction_isolation'), current_setting('TimeZone'),"
+            " current_setting('standard_conforming_strings'), current_setting('client_encoding'),"
+            " current_setting('synchronous_commit'), 'a→b'"
+        )
+    assert found == ("read committed", "UTC", "on", "UTF8", "on", "a→b")
+
+
+def test_options_of_the_url_are_kept(postgresql_url: str, tmp_path: Path) -> None:
+    administer(postgresql_url, "CREATE SCHEMA elsewhere")
+    url = f"{postgresql_url}&options=-csearch_path%3Delsewhere"
+
+    with closing(open_database(url, tmp_path)) as db:
+        assert db.fetch_one("SELECT current_schema()") == ("elsewhere",)
+
+
+def test_a_setting_that_does_not_reach_the_server_is_refused(
+    postgresql_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(postgresql.SESSION, "synchronous_commit", "off")
+
+    reason = refusal(tmp_path, postgresql_url)
+
+    assert reason == "synchronous_commit is off, not on, although the connection sets it"
+
+
+@pytest.mark.parametrize(
+    ("of_the_url", "words"),
+    [
+        ({"user": "nobody"}, 'role "nobody" does not exist'),
+        ({"dbname": "nothing"}, 'database "nothing" does not exist'),
+        ({"sslmode": "require"}, "server does not support SSL, but SSL was required"),
+        ({"port": "1"}, "Connection refused"),
+        ({"host": "/nowhere"}, "No such file or directory"),
+    ],
+    ids=["role", "database", "TLS", "port", "host"],
+)
+def test_a_postgresql_that_cannot_be_reached_is_refused_in_its_own_words(
+    postgresql_url: str, tmp_path: Path, of_the_url: dict[str, str], words: str
+) -> None:
+    with proxied(postgresql_url) as proxy:
+        named = {**conninfo_to_dict(proxy.url), "password": "s3cret", **of_the_url}
+        host = f"host={named['host']}&port={named['port']}&sslmode={named.get('sslmode', 'prefer')}"
+        url = f"postgresql://{named['user']}:{named['password']}@/{named['dbname']}?{host}"
+
+        with pytest.raises(DatabaseOutOfReach) as refused:
+            open_database(url, tmp_path)
+
+        (problem,) = postgresql_problems(url)
+    for text in (str(refused.value), problem):
+        assert words in text
+        assert "\n" not in text
+        assert "s3cret" not in text
+
+
+def test_a_database_that_can_only_be_read_is_refused_in_true_words(
+    postgresql_url: str, tmp_path: Path
+) -> None:
+    name = conninfo_to_dict(postgresql_url)["dbname"]
+    administer(postgresql_url, f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+
+    assert "session is read-only" in refusal(tmp_path, postgresql_url)
+
+
+def test_a_url_that_cannot_be_read_is_refused_without_its_password(tmp_path: Path) -> None:
+    reason = refusal(tmp_path, "postgresql://runrecovery:s3%zzcret@db/runrecovery")
+
+    assert reason == (
+        "its URL cannot be read; are special characters of the password percent-encoded?"
+    )
+
+
+def test_a_check_says_that_a_newer_version_was_here(postgresql_url: str) -> None:
+    administer(
+        postgresql_url,
+        "INSERT INTO schema_migration (name, applied) VALUES ('9999_later', '2026-11-24')",
+    )
+
+    assert postgresql_problems(postgresql_url) == [
+        "the PostgreSQL database: was made by a newer version (step 9999_later)"
+    ]
 
 
 # -- SQLite ------------------------------------------------------------------------------------

@@ -70,7 +70,8 @@ class Proxy:
     def close(self) -> None:
         """End the proxy and every connection."""
         self._ending = True
-        self._wake.send(b"x")
+        with suppress(OSError):  # the thread has seen it already
+            self._wake.send(b"x")
         self._thread.join()
         self._wake.close()
 

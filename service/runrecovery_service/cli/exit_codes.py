@@ -45,4 +45,4 @@ class ExitCode(IntEnum):
     """`containment = "strict"`, and the probe of the start did not prove that much."""
 
     FENCED = 10
-    """A newer epoch of this instance has taken over, so that this one stopped."""
+    """A newer epoch of this instance has taken over, or may soon: the lease was not renewed."""

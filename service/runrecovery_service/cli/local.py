@@ -24,6 +24,7 @@ from runrecovery_service.domain.errors import (
     DataDirRefused,
     Fenced,
     Held,
+    LeaseLost,
     RecoveryGaveUp,
     RunGone,
     StartRefused,
@@ -39,6 +40,7 @@ EXIT_CODES: Final[dict[type[Exception], ExitCode]] = {
     ContainmentRefused: ExitCode.CONTAINMENT,
     Fenced: ExitCode.FENCED,
     RunGone: ExitCode.FENCED,
+    LeaseLost: ExitCode.FENCED,
 }
 
 HINTS: Final[dict[type[Exception], str]] = {
@@ -47,6 +49,7 @@ HINTS: Final[dict[type[Exception], str]] = {
     ContainmentRefused: "docs/processes.md tells what is missing, and what best_effort means",
     Fenced: "another service runs under this instance's name; it goes on",
     RunGone: "its processes were ended; start again: what the store holds is recovered",
+    LeaseLost: "no other service is known to run; service.lease_not_renewed in the log says why",
 }
 
 _STORE_OPTIONS: Final = (

@@ -309,6 +309,11 @@ class OutputOutOfRange(OutOfRange):
         return f"output of run {self.run_id!r}: {self.reason}"
 
 
+def is_outage(error: BaseException) -> bool:
+    """True for what the database, its disk or a limit is known to do; a traceback tells no more."""
+    return isinstance(error, NotNow | Exhausted)
+
+
 @dataclass(eq=False)
 class Fenced(RunRecoveryError):
     """A newer epoch owns what this one wanted to write; whoever meets it must stop."""
@@ -367,6 +372,17 @@ class DataDirRefused(StartRefused):
 
     def __str__(self) -> str:
         return f"{self.place}: {self.reason}"
+
+
+@dataclass(eq=False)
+class LeaseLost(StartRefused):
+    """The lease could not be renewed for so long that another service may soon take over."""
+
+    instance: str
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"the lease of instance {self.instance!r} was not renewed for {self.seconds:g} s"
 
 
 @dataclass(eq=False)

@@ -14,7 +14,7 @@ from typing import Final
 import structlog
 
 from runrecovery_service.domain.deadline import DueKind
-from runrecovery_service.domain.errors import Fenced
+from runrecovery_service.domain.errors import Fenced, is_outage
 from runrecovery_service.domain.run import Run, RunStatus
 from runrecovery_service.execution.workshop import Workshop
 from runrecovery_service.storage import deadlines, runs
@@ -66,7 +66,8 @@ class Deadlines:
                 return
             except Exception as error:  # the edge of this task: the next look tries again
                 if failed != (failed := type(error).__name__):  # once, not with every look
-                    log.warning("execution.deadlines_failed", error=failed, exc_info=True)
+                    known = is_outage(error)
+                    log.warning("execution.deadlines_failed", error=failed, exc_info=not known)
             await asyncio.sleep(LOOK_S)
 
     async def look(self) -> None:

@@ -14,7 +14,7 @@ from typing import Final
 import structlog
 
 from runrecovery_service.clock import set_within
-from runrecovery_service.domain.errors import Fenced
+from runrecovery_service.domain.errors import Fenced, is_outage
 from runrecovery_service.execution.workshop import Workshop, evidence_of
 from runrecovery_service.process.sweep import Ending, end_trees
 from runrecovery_service.storage import processes
@@ -66,7 +66,10 @@ class Patrol:
             except Fenced:
                 return  # the service stops
             except Exception as error:
-                log.warning("execution.patrol_failed", error=type(error).__name__, exc_info=True)
+                known = is_outage(error)
+                log.warning(
+                    "execution.patrol_failed", error=type(error).__name__, exc_info=not known
+                )
 
     async def round(self) -> None:
         """Look once after all that is over and not known to be gone for good."""

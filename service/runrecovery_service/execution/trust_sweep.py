@@ -15,7 +15,7 @@ from typing import Final
 import structlog
 
 from runrecovery_service.clock import set_within
-from runrecovery_service.domain.errors import Fenced
+from runrecovery_service.domain.errors import Fenced, is_outage
 from runrecovery_service.execution.trusting import LEFT
 from runrecovery_service.execution.workshop import Workshop
 
@@ -66,7 +66,8 @@ class TrustSweep:
                 return  # the service stops
             except Exception as error:  # the edge of this task: the next look tries again
                 if failed != (failed := type(error).__name__):  # once, not with every look
-                    log.warning("trust.sweep_failed", error=failed, exc_info=True)
+                    known = is_outage(error)
+                    log.warning("trust.sweep_failed", error=failed, exc_info=not known)
 
     async def look(self) -> None:
         """Take out, once, what nobody needs any more."""

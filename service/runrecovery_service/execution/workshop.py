@@ -12,7 +12,7 @@ from typing import TypeVar
 import structlog
 
 from runrecovery_service.domain.deadline import SteadyTime
-from runrecovery_service.domain.errors import Exhausted, Fenced, NotNow
+from runrecovery_service.domain.errors import Fenced, is_outage
 from runrecovery_service.domain.run import Run
 from runrecovery_service.engines.catalog import Catalog
 from runrecovery_service.execution.looking import LOOK_S
@@ -117,7 +117,7 @@ class TurnLog:
             except Fenced:
                 raise
             except Exception as error:  # noqa: BLE001 - giving up would leave a run half told
-                known = isinstance(error, NotNow | Exhausted)
+                known = is_outage(error)
                 self.warning(
                     "execution.write_retried", error=type(error).__name__, exc_info=not known
                 )

@@ -28,7 +28,9 @@ from runrecovery_service.storage.database import (
     Database,
     Kind,
     is_undecodable,
+    repeated,
     translate,
+    words_of,
 )
 from runrecovery_service.storage.recovery import close_abandoned
 
@@ -137,12 +139,12 @@ class Storage:
 
 def _translated(db: Database, use: Use[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     try:
-        return _decoded(db, use, *args, **kwargs)
+        return repeated(lambda: _decoded(db, use, *args, **kwargs))
     except DRIVER_ERRORS as error:
         meaning = translate(error)
         if meaning is None:
             raise
-        log.warning("storage.failed", error=str(error), meaning=type(meaning).__name__)
+        log.warning("storage.failed", error=words_of(error), meaning=type(meaning).__name__)
         if db.dialect.kind is Kind.POSTGRESQL and not db.peewee.in_transaction():
             db.close()  # the connection may be dead; the next use opens a new one
         raise meaning from error

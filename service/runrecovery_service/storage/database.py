@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import random
 import sqlite3
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -25,6 +27,7 @@ from runrecovery_service.domain.errors import (
     StorageFull,
     StorageUnavailable,
 )
+from runrecovery_service.storage import postgresql
 from runrecovery_service.storage.locks import DatabaseLock, Lock, identity
 
 log = structlog.get_logger()
@@ -45,22 +48,18 @@ SQLITE_PRAGMAS: Final = {
     "cell_size_check": 1,
 }
 SQLITE_FLOOR: Final = (3, 37, 0)  # STRICT tables
-POSTGRESQL_FLOOR: Final = 160000  # IS JSON
 
-POSTGRESQL_SESSION: Final = (
-    "-c synchronous_commit=on -c statement_timeout=60s -c lock_timeout=10s"
-    " -c idle_in_transaction_session_timeout=60s -c timezone=UTC"
-)
-
-_PSYCOPG: Final = getattr(pw, "psycopg", None)  # peewee's own import of the extra, if it is there
 DRIVER_ERRORS: Final[tuple[type[Exception], ...]] = (
     pw.PeeweeException,
     sqlite3.Error,  # what fetching rows raises does not pass through peewee
-    *((_PSYCOPG.Error,) if _PSYCOPG is not None else ()),
+    *((postgresql.PSYCOPG.Error,) if postgresql.PSYCOPG is not None else ()),
 )
 
 Row = tuple[Any, ...]  # a row is whatever the columns hold; it is typed where it is decoded
 T = TypeVar("T")
+
+CONFLICT_TRIES: Final = 6
+CONFLICT_PAUSE_S: Final = 0.01
 
 
 class Stale(Exception):
@@ -100,6 +99,9 @@ POSTGRESQL: Final = Dialect(
     param="%s",
     now_us="CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS BIGINT)",
 )
+
+
+POSTGRESQL_PLACE: Final = "the PostgreSQL database"
 
 
 class _Touched(threading.local):
@@ -299,6 +301,25 @@ def translate(error: Exception) -> RunRecoveryError | None:
     return None
 
 
+def words_of(error: Exception) -> str:
+    """Return what the driver says of an error, in one line and without any value of a row."""
+    words = [words for link in _chain(error) if (words := postgresql.words_of(link))]
+    return words[-1] if words else str(error)  # the first error: a failed rollback tells nothing
+
+
+def repeated(use: Callable[[], T]) -> T:
+    """Return what a whole transaction returns; repeat it, a few times, when PostgreSQL rolled it
+    back over a conflict with another one."""
+    for tries_left in reversed(range(CONFLICT_TRIES)):
+        try:
+            return use()
+        except DRIVER_ERRORS as error:
+            if not tries_left or not any(map(postgresql.is_conflict, _chain(error))):
+                raise
+        time.sleep(random.uniform(0, CONFLICT_PAUSE_S * 2 ** (CONFLICT_TRIES - tries_left)))  # noqa: S311 - no secret
+    raise AssertionError
+
+
 def _meaning(error: BaseException) -> type[RunRecoveryError] | None:
     code = getattr(error, "sqlite_errorcode", None)
     if code is not None:
@@ -364,40 +385,46 @@ def open_database(url: str, data_dir: Path, *, locks: list[Lock] | None = None) 
         DatabaseOutOfReach: it does not answer, or not in time; a later start may succeed.
     """
     path = sqlite_path(url, data_dir)
-    place = str(path) if path is not None else "the PostgreSQL database"
-    try:
+    with refusing(str(path) if path is not None else POSTGRESQL_PLACE):
         db = _open_postgresql(url) if path is None else _open_sqlite(path, locks)
         try:
             migrate(db)
         except BaseException:
             db.close()
             raise
-    except DRIVER_ERRORS as error:
-        meaning = translate(error)
-        if meaning is None:
-            raise DatabaseRefused(place, str(error)) from error
-        raise DatabaseOutOfReach(place, str(meaning)) from error
-    except OSError as error:
-        raise DatabaseRefused(place, error.strerror or "cannot be opened") from error
     return db
 
 
-def _open_postgresql(url: str) -> Database:
+@contextlib.contextmanager
+def refusing(place: str) -> Iterator[None]:
+    """Turn what a database answers at a start into a refusal of the start.
+
+    Raises:
+        DatabaseRefused: it cannot be used.
+        DatabaseOutOfReach: it does not answer, or not in time; a later start may succeed.
+    """
     try:
-        import psycopg  # noqa: F401, PLC0415 - an extra; without it say so instead of a traceback
-    except ImportError as error:
-        raise DatabaseRefused(
-            "postgresql", "needs `pip install runrecovery-service[postgres]`"
-        ) from error
-    peewee = pw.PostgresqlDatabase(
-        url,
-        prefer_psycopg3=True,
-        options=POSTGRESQL_SESSION,
-        connect_timeout=5,
-        tcp_user_timeout=10_000,
-        prepare_threshold=None,
-    )
-    db = Database(peewee, POSTGRESQL, "the PostgreSQL database")
+        yield
+    except DRIVER_ERRORS as error:
+        meaning = translate(error)
+        if meaning is None:
+            raise DatabaseRefused(place, words_of(error)) from error
+        # What SQLite says, "database is locked", the word of the domain says as well.
+        reason = words_of(error) if place == POSTGRESQL_PLACE else str(meaning)
+        raise DatabaseOutOfReach(place, reason) from error
+    except OSError as error:
+        raise DatabaseRefused(place, error.strerror or "cannot be opened") from error
+
+
+def _open_postgresql(url: str) -> Database:
+    if postgresql.PSYCOPG is None:  # an extra
+        raise DatabaseRefused("postgresql", "needs `pip install runrecovery-service[postgres]`")
+    try:
+        peewee = postgresql.prepare(url)
+    except postgresql.Unreadable:
+        reason = "its URL cannot be read; are special characters of the password percent-encoded?"
+        raise DatabaseRefused(POSTGRESQL_PLACE, reason) from None
+    db = Database(peewee, POSTGRESQL, POSTGRESQL_PLACE)
     try:
         _check_postgresql(db)
     except BaseException:
@@ -407,9 +434,9 @@ def _open_postgresql(url: str) -> Database:
 
 
 def _check_postgresql(db: Database) -> None:
-    row = db.fetch_one("SELECT current_setting('server_version_num')")
-    if row is None or int(row[0]) < POSTGRESQL_FLOOR:
-        raise DatabaseRefused(db.place, "PostgreSQL 16 or newer is needed")
+    reason = postgresql.unfitness(db.fetch_one)
+    if reason is not None:
+        raise DatabaseRefused(db.place, reason)
     if db.peewee.table_exists("run") and not db.peewee.table_exists("schema_migration"):
         raise DatabaseRefused(db.place, "has a table `run` that is not ours")
 
@@ -513,16 +540,22 @@ def migrate(db: Database) -> list[str]:
         DatabaseRefused: a newer version was here, or a released step was edited since.
     """
     known = known_migrations()
+    applied = _demand_known(db, known)
+    missing = [name for name in known if name not in applied]
+    if missing:
+        _apply_missing(db, known)
+    return missing
+
+
+def _demand_known(db: Database, known: dict[str, str]) -> dict[str, str]:
+    """Return the steps that were applied; refuse those of a newer version, or edited since."""
     applied = _recorded_migrations(db)
     for name, checksum in applied.items():
         if name not in known:
             raise DatabaseRefused(db.place, f"was made by a newer version (step {name})")
         if checksum not in {known[name], ""}:
             raise DatabaseRefused(db.place, f"step {name} is not what was applied here")
-    missing = [name for name in known if name not in applied]
-    if missing:
-        _apply_missing(db, known)
-    return missing
+    return applied
 
 
 def applied_migrations(db: Database) -> list[str]:
@@ -609,9 +642,8 @@ def integrity_problems(path: Path) -> list[str]:
 def postgresql_problems(url: str) -> list[str]:
     """Return what stands against a start on this PostgreSQL database; nothing is changed."""
     try:
-        _open_postgresql(url).close()
+        with refusing(POSTGRESQL_PLACE), contextlib.closing(_open_postgresql(url)) as db:
+            _demand_known(db, known_migrations())
     except DatabaseRefused as error:
         return [str(error)]
-    except DRIVER_ERRORS as error:
-        return [f"the PostgreSQL database: {translate(error) or 'cannot be opened'}"]
     return []

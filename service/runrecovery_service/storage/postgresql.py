@@ -1,0 +1,153 @@
+"""PostgreSQL: how connections are set up and cut off, and what a server must be like."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+from weakref import WeakSet
+
+import peewee as pw
+
+PSYCOPG: Final = getattr(pw, "psycopg", None)
+"""peewee's own import of the extra `postgres`, or None."""
+
+FLOOR: Final = 160000  # IS JSON
+
+SESSION: Final = {
+    "synchronous_commit": "on",
+    "default_transaction_isolation": "read committed",
+    "standard_conforming_strings": "on",
+    "TimeZone": "UTC",
+    "statement_timeout": "60s",
+    "lock_timeout": "10s",
+    "idle_in_transaction_session_timeout": "60s",
+}
+"""What every connection sets for itself, whatever the server, the database or the role says."""
+
+CONNECT: Final = {
+    "client_encoding": "UTF8",
+    "target_session_attrs": "read-write",  # never a standby
+    "connect_timeout": 5,
+    # A network that drops packets is noticed within some 20 s, also while an answer is awaited.
+    "tcp_user_timeout": 10_000,
+    "keepalives": 1,
+    "keepalives_idle": 10,
+    "keepalives_interval": 3,
+    "keepalives_count": 3,
+}
+
+_NEEDED: Final = {
+    "server_encoding": "UTF8",
+    "client_encoding": "UTF8",
+    "integer_datetimes": "on",
+    "synchronous_commit": "on",
+    "default_transaction_isolation": "read committed",
+    "standard_conforming_strings": "on",
+    "TimeZone": "UTC",
+}
+_CONFLICTS: Final = frozenset({"40001", "40P01"})  # serialization failure, deadlock
+WORDS_MOST: Final = 500
+
+
+class Unreadable(Exception):
+    """The URL is none. What it holds, a password perhaps, is not repeated."""
+
+
+class PostgreSQL(pw.PostgresqlDatabase):
+    """Knows its connections, so that those that hang in a silent network can be cut off."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # State is per thread; with peewee's lock a connect that hangs would hold up every thread.
+        self._lock = contextlib.nullcontext()
+        self._connections: WeakSet[Any] = WeakSet()
+        self._listed = threading.Lock()
+        self._is_abandoned = False
+
+    def _connect(self) -> Any:
+        self._demand_kept()
+        connection = super()._connect()  # type: ignore[misc] # peewee's types lack it
+        with self._listed:
+            self._connections.add(connection)
+        if self._is_abandoned:
+            connection.close()
+        self._demand_kept()
+        return connection
+
+    def _demand_kept(self) -> None:
+        if self._is_abandoned and PSYCOPG is not None:
+            raise PSYCOPG.OperationalError("the service has given the database up")
+
+    def abandon(self) -> None:
+        """Cut every connection off, and open none any more."""
+        self._is_abandoned = True
+        with self._listed:
+            connections = list(self._connections)
+        for connection in connections:
+            cut(connection)
+
+
+def cut(connection: Any) -> None:
+    """Have whoever waits for an answer on a connection fail now. From any thread."""
+    with (
+        contextlib.suppress(Exception),  # it is closed: then nobody waits
+        socket.socket(fileno=os.dup(connection.fileno())) as wire,
+    ):
+        wire.shutdown(socket.SHUT_RDWR)
+
+
+def prepare(url: str) -> PostgreSQL:
+    """Return the database of a URL, not connected yet.
+
+    Raises:
+        Unreadable: the URL is none.
+    """
+    from psycopg import ProgrammingError  # noqa: PLC0415 - an extra
+    from psycopg.conninfo import conninfo_to_dict  # noqa: PLC0415
+
+    try:
+        given = conninfo_to_dict(url)
+    except ProgrammingError:
+        raise Unreadable from None
+    ours = " ".join(
+        f"-c {name}={value.replace(' ', chr(92) + ' ')}" for name, value in SESSION.items()
+    )
+    options = f"{given.get('options') or ''} {ours}".strip()
+    return PostgreSQL(url, prefer_psycopg3=True, options=options, prepare_threshold=None, **CONNECT)
+
+
+def unfitness(fetch_one: Callable[[str], Sequence[Any] | None]) -> str | None:
+    """Return why a store cannot live on the server that answers, or None."""
+    columns = ", ".join(f"current_setting('{name}')" for name in ("server_version_num", *_NEEDED))
+    row = fetch_one(f"SELECT {columns}")
+    if row is None or int(row[0]) < FLOOR:
+        return "PostgreSQL 16 or newer is needed"
+    for (name, wanted), found in zip(_NEEDED.items(), row[1:], strict=True):
+        if found == wanted:
+            continue
+        if name == "server_encoding":
+            return (
+                f"has the encoding {found}, UTF8 is needed"
+                " (CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0)"
+            )
+        return f"{name} is {found}, not {wanted}, although the connection sets it"
+    return None
+
+
+def is_conflict(error: BaseException) -> bool:
+    """True when PostgreSQL rolled a transaction back that can be tried again at once."""
+    return getattr(error, "sqlstate", None) in _CONFLICTS
+
+
+def words_of(error: BaseException) -> str | None:
+    """Return what the driver says in one line, without any value of a row; None if it is not the
+    driver's error. Not by the labels of its text: a server may speak another language."""
+    if PSYCOPG is None or not isinstance(error, PSYCOPG.Error):
+        return None
+    primary = error.diag.message_primary
+    words = primary if primary is not None else str(error)
+    return " ".join(words.split())[:WORDS_MOST]
