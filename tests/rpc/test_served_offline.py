@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -55,13 +57,120 @@ def test_a_backup_of_a_running_service_can_be_started_from(
     assert api.get("kept").run_id == "kept"
 
 
-def test_a_backup_overwrites_nothing(stopped: Home, tmp_path: Path) -> None:
-    there = tmp_path / "there"
-    there.write_text("mine")
+def a_file(path: Path, _: Home) -> None:
+    path.write_text("mine")
 
-    code, _ = run(stopped, "backup", there)
 
-    assert (code, there.read_text()) == (8, "mine")
+def a_folder(path: Path, _: Home) -> None:
+    path.mkdir()
+
+
+def a_pipe(path: Path, _: Home) -> None:
+    os.mkfifo(path)
+
+
+def a_socket(path: Path, _: Home) -> None:
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(path))
+
+
+def a_link_to_nothing(path: Path, _: Home) -> None:
+    path.symlink_to(path.with_name("nothing"))
+
+
+def a_link_to_itself(path: Path, _: Home) -> None:
+    path.symlink_to(path)
+
+
+def a_link_to_the_database(path: Path, home: Home) -> None:
+    path.symlink_to(home.database)
+
+
+def a_log_of_an_earlier_copy(path: Path, _: Home) -> None:
+    path.with_name("copy.db-wal").write_text("mine")
+
+
+THERE = (
+    a_file,
+    a_folder,
+    a_pipe,
+    a_socket,
+    a_link_to_nothing,
+    a_link_to_itself,
+    a_link_to_the_database,
+    a_log_of_an_earlier_copy,
+)
+
+
+def found(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """What is in a folder, links unfollowed."""
+    states = {path.name: path.lstat() for path in folder.iterdir()}
+    return {name: (s.st_ino, s.st_mode, s.st_size) for name, s in states.items()}
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
+    """A stopped service's home that no test changes."""
+    with Home(tmp_path_factory.mktemp("kept")) as home:
+        service, _ = home.start()
+        service.stop()
+        yield home
+
+
+@pytest.mark.parametrize("make", THERE, ids=lambda make: make.__name__)
+def test_a_backup_overwrites_and_removes_nothing(
+    kept: Home, tmp_path: Path, make: Callable[[Path, Home], None]
+) -> None:
+    make(tmp_path / "copy.db", kept)
+    before = found(tmp_path), found(kept.data), kept.database.read_bytes()
+
+    code, said = run(kept, "backup", tmp_path / "copy.db")
+
+    assert code == 8
+    assert "exists; a backup overwrites nothing" in said
+    assert (found(tmp_path), found(kept.data), kept.database.read_bytes()) == before
+
+
+def test_a_backup_onto_another_name_of_the_database_changes_nothing(
+    stopped: Home, tmp_path: Path
+) -> None:
+    (tmp_path / "copy.db").hardlink_to(stopped.database)
+    before = stopped.database.read_bytes()
+
+    code, _ = run(stopped, "backup", tmp_path / "copy.db")
+
+    assert code in {4, 8}
+    assert (tmp_path / "copy.db").samefile(stopped.database)
+    assert stopped.database.read_bytes() == before
+
+
+@pytest.mark.parametrize("suffix", ["-wal", "-shm", "-journal"])
+def test_a_backup_takes_no_name_that_sqlite_uses_beside_the_database(
+    kept: Home, suffix: str
+) -> None:
+    before = found(kept.data)
+
+    code, _ = run(kept, "backup", kept.data / f"runrecovery.db{suffix}")
+
+    assert (code, found(kept.data)) == (8, before)
+
+
+@pytest.mark.parametrize(
+    ("dest", "why"),
+    [
+        ("none/copy.db", "No such file or directory"),
+        ("file/copy.db", "Not a directory"),
+        ("x" * 300, "File name too long"),
+    ],
+)
+def test_a_backup_that_cannot_be_written_says_why(
+    kept: Home, tmp_path: Path, dest: str, why: str
+) -> None:
+    (tmp_path / "file").touch()
+
+    code, said = run(kept, "backup", tmp_path / dest)
+
+    assert (code, said) == (4, f"error: {tmp_path / dest}: could not be written: {why}\n")
 
 
 def test_check_says_that_a_database_is_gone(stopped: Home) -> None:

@@ -17,6 +17,7 @@ from runrecovery_service.cli.exit_codes import ExitCode
 from runrecovery_service.cli.failure import Failure
 from runrecovery_service.config import ConfigError, LogFormat, LogLevel, Settings
 from runrecovery_service.domain.errors import (
+    BackupRefused,
     CgroupRefused,
     ContainmentRefused,
     DatabaseOutOfReach,
@@ -32,6 +33,7 @@ from runrecovery_service.domain.errors import (
 
 EXIT_CODES: Final[dict[type[Exception], ExitCode]] = {
     Held: ExitCode.HELD,
+    BackupRefused: ExitCode.REFUSED,
     DatabaseRefused: ExitCode.STORAGE,
     DatabaseOutOfReach: ExitCode.UNAVAILABLE,
     DataDirRefused: ExitCode.STORAGE,
@@ -157,8 +159,6 @@ def backup(settings: Settings, dest: Path) -> ExitCode:
     """Copy the SQLite database to DEST, also while the service runs."""
     from runrecovery_service import app
 
-    if dest.exists():
-        raise Failure(f"{dest} exists; a backup overwrites nothing", code=ExitCode.REFUSED)
     app.backup(settings, dest)
     click.echo(f"copied to {dest} ({dest.stat().st_size} bytes), and found sound")
     return ExitCode.OK

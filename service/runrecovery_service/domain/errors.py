@@ -364,6 +364,17 @@ class DatabaseOutOfReach(DatabaseRefused):
 
 
 @dataclass(eq=False)
+class BackupRefused(StartRefused):
+    """The name for a backup is taken; nothing was touched."""
+
+    place: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.place} {self.reason}"
+
+
+@dataclass(eq=False)
 class DataDirRefused(StartRefused):
     """The data directory cannot be used."""
 

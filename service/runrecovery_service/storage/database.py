@@ -20,6 +20,7 @@ import peewee as pw
 import structlog
 
 from runrecovery_service.domain.errors import (
+    BackupRefused,
     DatabaseOutOfReach,
     DatabaseRefused,
     RunRecoveryError,
@@ -54,6 +55,9 @@ DRIVER_ERRORS: Final[tuple[type[Exception], ...]] = (
     sqlite3.Error,  # what fetching rows raises does not pass through peewee
     *((postgresql.PSYCOPG.Error,) if postgresql.PSYCOPG is not None else ()),
 )
+
+_COMPANIONS: Final = ("-wal", "-shm", "-journal")
+"""What SQLite appends to a file's name for files that belong to it."""
 
 Row = tuple[Any, ...]  # a row is whatever the columns hold; it is typed where it is decoded
 T = TypeVar("T")
@@ -604,15 +608,14 @@ def backup_sqlite(path: Path, destination: Path) -> None:
     """Copy a SQLite store, also while a service uses it, and prove that the copy is sound.
 
     Raises:
-        DatabaseRefused: there is no such store, the destination exists, or the copy is damaged.
+        DatabaseRefused: there is no such store, or the copy could not be made or is damaged.
+        BackupRefused: something has the destination's name already.
     """
     if not path.exists():
         raise DatabaseRefused(str(path), "does not exist")
     _check_header(path)
-    if destination.exists():
-        raise DatabaseRefused(str(destination), "exists; a backup overwrites nothing")
+    _make_backup_file(destination, path)
     try:
-        destination.touch(mode=0o600, exist_ok=False)
         with (
             contextlib.closing(sqlite3.connect(path)) as source,
             contextlib.closing(sqlite3.connect(destination)) as copy,
@@ -623,6 +626,24 @@ def backup_sqlite(path: Path, destination: Path) -> None:
         raise DatabaseRefused(str(destination), f"could not be written: {error}") from error
     if problems := integrity_problems(destination):
         raise DatabaseRefused(str(destination), problems[0])
+
+
+def _make_backup_file(destination: Path, path: Path) -> None:
+    """Make the empty file that takes the copy; what is there, or a link to nothing, stays."""
+    companions = [f"{name}{suffix}" for name in (destination, path) for suffix in _COMPANIONS]
+    if destination.absolute() in map(Path.absolute, map(Path, companions)):
+        raise BackupRefused(str(destination), "is a name that SQLite uses beside the database")
+    for name in (str(destination), *companions[: len(_COMPANIONS)]):
+        if os.path.lexists(name):
+            raise BackupRefused(name, "exists; a backup overwrites nothing")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    try:
+        os.close(os.open(destination, flags, 0o600))
+    except FileExistsError as error:
+        raise BackupRefused(str(destination), "exists; a backup overwrites nothing") from error
+    except OSError as error:
+        reason = f"could not be written: {error.strerror}"
+        raise DatabaseRefused(str(destination), reason) from error
 
 
 def integrity_problems(path: Path) -> list[str]:
