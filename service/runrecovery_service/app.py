@@ -30,6 +30,7 @@ from runrecovery_service.domain.errors import (
     RecoveryGaveUp,
     RecoveryInterrupted,
     StartRefused,
+    StoreLost,
     is_outage,
 )
 from runrecovery_service.domain.reconciliation import Cause, Containment, Reconciliation
@@ -74,6 +75,7 @@ from runrecovery_service.storage import instances
 from runrecovery_service.storage.adapter import Storage
 from runrecovery_service.storage.database import (
     Database,
+    Kind,
     applied_migrations,
     backup_sqlite,
     install_marker,
@@ -106,7 +108,7 @@ TREES_BEFORE_LEASE_S: Final = 1.0
 """Process trees end themselves so long before the lease of a silent service runs out: whoever
 takes over then finds nothing alive."""
 FILES_LOOK_S: Final = 1.0
-"""How soon a removed lock is noticed."""
+"""How soon a removed lock, or file of the SQLite store, is noticed without a write."""
 
 
 def serve(settings: Settings) -> None:
@@ -114,6 +116,7 @@ def serve(settings: Settings) -> None:
 
     Raises:
         StartRefused: it will not start, or recovery gave up.
+        StoreLost: the process must end without closing its last connection to the SQLite file.
         Fenced: a newer epoch of this instance has taken over.
     """
     if sys.platform == "linux":
@@ -128,6 +131,10 @@ def serve(settings: Settings) -> None:
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(_serve(settings, held, db, containment))
+            db.demand_in_place()  # before the last connection is closed
+        except StoreLost as error:
+            error.copy = str(db.rescue() or "") or None
+            raise
         finally:
             db.close()
 
@@ -263,7 +270,10 @@ class Service:
         ttl_s = settings.lease_ttl_s
         with refusing(db.place):
             owner = repeated(lambda: instances.claim(db, boot, now=clock.utc_now(), ttl_s=ttl_s))
-        db.close()
+        if db.dialect.kind is Kind.SQLITE:
+            db.keep_files()  # this thread's connection stays open, so that the log does
+        else:
+            db.close()
         log.info("service.epoch_claimed", instance=owner.instance, epoch=owner.epoch)
         storage = Storage(db)
         keeper = _trust_keeper(host, storage, owner)
@@ -443,7 +453,7 @@ class Service:
             try:
                 async with asyncio.timeout(max(0.1, renewed + self_fence_s - begun)):
                     await self.shop.storage.renewal(instances.renew, self.shop.owner, ttl_s=ttl_s)
-            except (Fenced, DatabaseRefused) as error:
+            except Fenced as error:
                 self.fail(error)
                 return
             except Exception as error:  # noqa: BLE001 - whatever it was, the lease is not renewed
@@ -473,10 +483,11 @@ class Service:
             self._heartbeat(boot_time_ns())
 
     async def _watch_files(self) -> None:
-        """Stop the service once a lock is on a file that its path does not lead to any more."""
+        """Stop the service once a file of the store or a lock was removed or replaced."""
         while True:
             await asyncio.sleep(FILES_LOOK_S)
             try:
+                self.shop.storage.demand_in_place()
                 self.held.demand_in_place()
             except StartRefused as error:
                 self.fail(error)
@@ -537,7 +548,7 @@ class Service:
             task.cancel()
         await asyncio.gather(*staying, return_exceptions=True)
         await self._step("threads", asyncio.to_thread(self.shop.threads.shutdown))
-        if not isinstance(self._failure, Fenced | LeaseLost):
+        if not isinstance(self._failure, Fenced | LeaseLost | StoreLost):
             await self._step("lease", self.shop.storage.write(instances.resign, self.shop.owner))
         await self._step("storage", asyncio.to_thread(self.shop.storage.close))
         log.info("service.stopped", epoch=self.shop.owner.epoch)

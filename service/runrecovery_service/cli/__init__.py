@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import click
 from runrecovery_service import __version__
 from runrecovery_service.background_stream import drain_stderr
 from runrecovery_service.cli import streams
+from runrecovery_service.cli.failure import Failure
 
 FAILED: Final = 1
 INTERRUPTED: Final = 130
@@ -71,6 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except click.ClickException as failure:
         failure.show()
         code = failure.exit_code
+        if isinstance(failure, Failure) and failure.closes_nothing:
+            drain_stderr()
+            os._exit(code)
     except click.Abort:
         code = INTERRUPTED
     except streams.OutputFailed as failed:

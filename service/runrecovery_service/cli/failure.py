@@ -10,10 +10,17 @@ from runrecovery_service.cli.exit_codes import ExitCode
 
 
 class Failure(click.ClickException):
-    """Ends the command: one sentence on standard error, perhaps a hint, and an exit code."""
+    """Ends the command: one sentence on standard error, perhaps a hint, and an exit code.
 
-    def __init__(self, sentence: str, *, code: ExitCode, hint: str = "") -> None:
+    With `closes_nothing` the process exits at once, without the clean-up of the interpreter, which
+    closes database connections.
+    """
+
+    def __init__(
+        self, sentence: str, *, code: ExitCode, hint: str = "", closes_nothing: bool = False
+    ) -> None:
         super().__init__(sentence)
+        self.closes_nothing = closes_nothing
         self.exit_code = code  # type: ignore[misc] # click reads it from the instance
         self.hint = hint
 

@@ -29,12 +29,14 @@ from runrecovery_service.domain.errors import (
     RecoveryGaveUp,
     RunGone,
     StartRefused,
+    StoreLost,
 )
 
 EXIT_CODES: Final[dict[type[Exception], ExitCode]] = {
     Held: ExitCode.HELD,
     BackupRefused: ExitCode.REFUSED,
     DatabaseRefused: ExitCode.STORAGE,
+    StoreLost: ExitCode.STORAGE,
     DatabaseOutOfReach: ExitCode.UNAVAILABLE,
     DataDirRefused: ExitCode.STORAGE,
     RecoveryGaveUp: ExitCode.RECOVERY,
@@ -46,6 +48,7 @@ EXIT_CODES: Final[dict[type[Exception], ExitCode]] = {
 }
 
 HINTS: Final[dict[type[Exception], str]] = {
+    StoreLost: "docs/operations.md, *When something is wrong*, tells how to go on",
     Held: "stop that service, or give this one its own --data-dir and --instance",
     RecoveryGaveUp: "the log says why; no run was changed without a record",
     ContainmentRefused: "docs/processes.md tells what is missing, and what best_effort means",
@@ -104,7 +107,12 @@ def _refusals() -> Iterator[None]:
     except (StartRefused, Fenced) as error:
         kind = type(error)
         code = EXIT_CODES.get(kind, ExitCode.FAILED)
-        raise Failure(str(error), code=code, hint=HINTS.get(kind, "")) from error
+        raise Failure(
+            str(error),
+            code=code,
+            hint=HINTS.get(kind, ""),
+            closes_nothing=isinstance(error, StoreLost),
+        ) from error
 
 
 @click.command()

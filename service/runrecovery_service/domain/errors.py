@@ -359,6 +359,17 @@ class DatabaseRefused(StartRefused):
         return f"{self.place}: {self.reason}"
 
 
+@dataclass(eq=False)
+class StoreLost(DatabaseRefused):
+    """A file of the SQLite store was removed or replaced while the service used it."""
+
+    copy: str | None = None
+
+    def __str__(self) -> str:
+        copy = f"a sound copy of the store is {self.copy}" if self.copy else "no copy could be made"
+        return f"{super().__str__()}; {copy}"
+
+
 class DatabaseOutOfReach(DatabaseRefused):
     """The database does not answer now; a later start may succeed."""
 

@@ -122,8 +122,12 @@ class Storage:
         finally:
             self._db.close()
 
+    def demand_in_place(self) -> None:
+        """Raise StoreLost if a file of a SQLite store was removed or replaced."""
+        self._db.demand_in_place()
+
     def close(self) -> None:
-        """Finish what was submitted and close every connection."""
+        """Finish what was submitted and close every connection, but that of the main thread."""
         if self._writer is not None:
             self._writer.close()
         barrier = threading.Barrier(self._pool._max_workers)  # noqa: SLF001 - no public count

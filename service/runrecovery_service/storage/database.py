@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import random
+import secrets
 import sqlite3
 import struct
 import threading
@@ -27,9 +28,10 @@ from runrecovery_service.domain.errors import (
     StorageBusy,
     StorageFull,
     StorageUnavailable,
+    StoreLost,
 )
 from runrecovery_service.storage import postgresql
-from runrecovery_service.storage.locks import DatabaseLock, Lock, identity
+from runrecovery_service.storage.locks import DatabaseLock, Lock, StoreFiles
 
 log = structlog.get_logger()
 
@@ -125,7 +127,7 @@ class Database:
         self.dialect = dialect
         self.place = place
         self._file = file
-        self._identity = None if file is None else identity(file)
+        self._files: StoreFiles | None = None
         self._touched = _Touched()
         self._guard: Callable[[Database], object] | None = None
 
@@ -164,10 +166,12 @@ class Database:
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
+        self.demand_files()
         with self.peewee.transaction():
             if self._guard is not None:
                 self._guard(self)
             yield
+        self.demand_files()
 
     def snapshot(self) -> contextlib.AbstractContextManager[object]:
         """A transaction that only reads, and sees one state of the store throughout."""
@@ -197,14 +201,32 @@ class Database:
         finally:
             self.peewee.execute_sql("RELEASE SAVEPOINT inner_step")
 
+    def keep_files(self) -> None:
+        """Demand from now on that the files of a SQLite store stay where they are.
+
+        Every transaction is preceded and followed by a look at them, so that nothing is answered
+        for that was written into a removed log. The calling thread's connection must stay open
+        until all others are closed.
+        """
+        if self._file is not None:
+            self._files = StoreFiles(self._file)
+
     def demand_in_place(self) -> None:
-        """Refuse to go on with a SQLite file that was removed or replaced: it would still "work".
+        """Refuse to go on with a SQLite store of which a file was removed or replaced.
 
         Raises:
-            DatabaseRefused: another file, or none, has its name now.
+            StoreLost: it is named.
         """
-        if self._file is not None and identity(self._file) != self._identity:
-            raise DatabaseRefused(self.place, "was removed or replaced under the running service")
+        lost = self._files and self._files.lost()
+        if lost:
+            raise StoreLost(self.place, f"{lost} was removed or replaced under the running service")
+
+    def demand_files(self) -> None:
+        """Raise StorageUnavailable, for a caller of a method, where `demand_in_place` raises."""
+        try:
+            self.demand_in_place()
+        except StoreLost as error:
+            raise StorageUnavailable from error
 
     def read_leniently(self) -> None:
         """Read text that is not UTF-8 as far as it is, on the calling thread's connection.
@@ -216,8 +238,31 @@ class Database:
             self.peewee.connection().text_factory = _lenient_text
 
     def close(self) -> None:
-        """Close the calling thread's connection."""
-        self.peewee.close()
+        """Close the calling thread's connection.
+
+        A store of which a file is lost stays open: the last connection to be closed would write
+        the lost log into whatever file is there now.
+        """
+        if self._files is None or self._files.lost() is None:
+            self.peewee.close()
+
+    def rescue(self) -> Path | None:
+        """Copy a SQLite store of which a file is lost, as the calling thread's connection, which
+        must be from before, still sees it. Return the sound copy, if one could be made."""
+        path = Path(f"{self.place}.rescued-{secrets.token_hex(4)}")
+        try:
+            path.touch(mode=0o600, exist_ok=False)
+            with contextlib.closing(sqlite3.connect(path)) as copy:
+                self.peewee.connection().backup(copy)
+                copy.execute("PRAGMA journal_mode = DELETE")  # leaves one file only
+            problems = integrity_problems(path)
+        except (OSError, sqlite3.Error) as error:
+            problems = [str(error)]
+        if problems:
+            log.error("storage.not_rescued", problem=problems[0])
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+        return None if problems else path
 
 
 def _lenient_text(raw: bytes) -> str:
@@ -497,11 +542,24 @@ def _create_sqlite(path: Path) -> None:
     _sync_directory(path.parent)
 
 
+class _Sqlite(pw.SqliteDatabase):
+    """Opens no connection to a store of which a file is lost: it would make a second log."""
+
+    before_connecting: Callable[[], None] | None = None
+
+    def _connect(self) -> sqlite3.Connection:
+        if self.before_connecting is not None:
+            self.before_connecting()
+        connection: sqlite3.Connection = super()._connect()  # type: ignore[misc] # not in its stub
+        return connection
+
+
 def _connect_sqlite(path: Path) -> Database:
-    peewee = pw.SqliteDatabase(
+    peewee = _Sqlite(
         str(path), lock_type="IMMEDIATE", pragmas=SQLITE_PRAGMAS, check_same_thread=False
     )
     db = Database(peewee, SQLITE, str(path), file=path)
+    peewee.before_connecting = db.demand_files
     for name, wanted in SQLITE_PRAGMAS.items():
         row = db.fetch_one(f"PRAGMA {name}")
         if row is None or row[0] != wanted:

@@ -113,9 +113,7 @@ def renew(db: Database, owner: Owner, *, ttl_s: float = LEASE_TTL_S) -> None:
 
     Raises:
         Fenced: a newer epoch of this instance has started.
-        DatabaseRefused: the SQLite file is not in its place any more.
     """
-    db.demand_in_place()
     with db.transaction():
         changed = db.execute(
             f"UPDATE instance SET lease_until = {_lease_until(db, ttl_s)}"

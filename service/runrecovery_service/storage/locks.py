@@ -112,6 +112,30 @@ class DatabaseLock(Lock):
         return "an unknown process, under another path"
 
 
+class StoreFiles:
+    """The SQLite file, its log and the log's index, as they are while the store is in use.
+
+    SQLite does not notice that one of them was removed or replaced: its open connections go on with
+    the old files, its new ones with the new files.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Note the files. A connection that has read must be open, and stay open: the last one
+        that is closed removes the log."""
+        log, index = (path.with_name(path.name + suffix) for suffix in ("-wal", "-shm"))
+        self._identities = {file: identity(file) for file in (path, log, index)}
+        self._lost: Path | None = None
+
+    def lost(self) -> Path | None:
+        """Return a file that was removed or replaced. Once one was, the answer stays."""
+        if self._lost is None:
+            for file, noted in self._identities.items():
+                if noted is None or identity(file) != noted:
+                    self._lost = file
+                    break
+        return self._lost
+
+
 def identity(path: Path) -> tuple[int, int] | None:
     """Return the device and inode that a path leads to, or None when there is no file."""
     try:

@@ -1,0 +1,81 @@
+"""A file of the SQLite store is removed or replaced under the running service."""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import grpc
+import pytest
+from support.service import Api, Home, ServiceProcess
+
+NewHome = Callable[..., Home]
+
+
+def remove_log(home: Home) -> None:
+    for suffix in ("-wal", "-shm"):
+        home.database.with_name(home.database.name + suffix).unlink()
+
+
+def replace_database(home: Home) -> None:
+    copy = home.path / "copy.db"
+    copy.write_bytes(home.database.read_bytes())
+    copy.rename(home.database)
+
+
+def create_until_refused(api: Api) -> list[str]:
+    """Create runs until the first that is not acknowledged; return those that were."""
+    made: list[str] = []
+    try:
+        while True:
+            made.append(api.create("resumable", {}).run_id)
+    except grpc.RpcError:
+        return made
+
+
+def rescued_copy(service: ServiceProcess) -> Path:
+    found = re.search(r"a sound copy of the store is\s+(\S+)", service.text)
+    assert found is not None, service.text
+    return Path(found.group(1))
+
+
+def rows(path: Path, sql: str) -> list[tuple[object, ...]]:
+    with closing(sqlite3.connect(f"file:{path}?immutable=1", uri=True)) as store:
+        return store.execute(sql).fetchall()
+
+
+@pytest.mark.parametrize("damage", [remove_log, replace_database])
+def test_what_was_acknowledged_before_the_loss_is_in_the_copy_that_the_service_leaves(
+    new_home: NewHome, damage: Callable[[Home], None]
+) -> None:
+    home = new_home()
+    service, api = home.start()
+    before = [api.create("resumable", {}).run_id for _ in range(5)]
+
+    damage(home)
+    late = create_until_refused(api)
+
+    assert late == []
+    assert service.exit_code() == 4
+    copy = rescued_copy(service)
+    for suffix in ("", "-wal", "-shm"):
+        home.database.with_name(home.database.name + suffix).unlink(missing_ok=True)
+    copy.rename(home.database)
+    _, api = home.start()
+    assert {api.get(run_id).run_id for run_id in before} == set(before)
+
+
+def test_a_stop_right_after_the_loss_damages_nothing_and_tells(new_home: NewHome) -> None:
+    home = new_home(drain_delay_s=0.0)
+    service, api = home.start()
+    run_id = api.create("resumable", {}).run_id
+
+    remove_log(home)
+    service.terminate()
+
+    assert service.exit_code() == 4
+    assert rows(home.database, "PRAGMA integrity_check") == [("ok",)]
+    assert rows(rescued_copy(service), "SELECT run_id FROM run") == [(run_id,)]

@@ -1,0 +1,206 @@
+"""A SQLite store of which a file was removed or replaced acknowledges nothing more."""
+
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from runrecovery_service.domain.errors import StorageUnavailable, StoreLost
+from runrecovery_service.storage.adapter import GroupCommitWriter, Storage
+from runrecovery_service.storage.database import (
+    Database,
+    backup_sqlite,
+    integrity_problems,
+    open_database,
+)
+
+NAME = "runrecovery.db"
+DELETE_AND_CHECKPOINT = """
+import sqlite3, sys
+store = sqlite3.connect(sys.argv[1])
+store.execute("DELETE FROM request_receipt WHERE request_id = 'w3'")
+store.commit()
+print(store.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall())
+store.close()
+"""
+
+
+def remove(file: Path) -> None:
+    file.unlink()
+
+
+def replace(file: Path) -> None:
+    file.with_name("new").write_bytes(file.read_bytes())
+    file.with_name("new").rename(file)
+
+
+damages = pytest.mark.parametrize("damage", [remove, replace])
+suffixes = pytest.mark.parametrize("suffix", ["", "-wal", "-shm"], ids=["file", "log", "index"])
+Damage = Callable[[Path], None]
+
+
+@pytest.fixture
+def db(tmp_path: Path) -> Iterator[Database]:
+    """A store in use, with one acknowledged write that is in the log only."""
+    with closing(open_database("", tmp_path)) as db:
+        db.keep_files()
+        with db.transaction():
+            add(db, "acknowledged")
+        yield db
+
+
+def add(db: Database, name: str) -> None:
+    db.execute("INSERT INTO request_receipt VALUES (?, 'm', 'f', 1, 1)", (name,))
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Return the files of a store, but for the index, into which also readers write."""
+    files = [path for path in directory.iterdir() if not path.name.endswith("-shm")]
+    return {path.name: path.read_bytes() for path in files}
+
+
+def names(path: Path) -> list[str]:
+    with closing(sqlite3.connect(f"file:{path}?immutable=1", uri=True)) as copy:
+        return [name for (name,) in copy.execute("SELECT request_id FROM request_receipt")]
+
+
+@damages
+@suffixes
+def test_a_transaction_after_the_loss_does_not_begin(
+    db: Database, tmp_path: Path, suffix: str, damage: Damage
+) -> None:
+    damage(tmp_path / (NAME + suffix))
+    begun = False
+
+    with pytest.raises(StorageUnavailable), db.transaction():
+        begun = True
+
+    assert not begun
+    with pytest.raises(StoreLost, match=f"{NAME}{suffix} was removed or replaced"):
+        db.demand_in_place()
+
+
+@damages
+@suffixes
+def test_a_commit_into_a_lost_store_is_not_acknowledged(
+    db: Database, tmp_path: Path, suffix: str, damage: Damage
+) -> None:
+    def use() -> None:
+        with db.transaction():
+            add(db, "late")
+            damage(tmp_path / (NAME + suffix))
+
+    with pytest.raises(StorageUnavailable):
+        use()
+
+
+def test_no_write_of_a_shared_commit_is_acknowledged_after_the_loss(
+    db: Database, tmp_path: Path
+) -> None:
+    writer = GroupCommitWriter(db)
+
+    def lose(db: Database) -> None:
+        (tmp_path / f"{NAME}-wal").unlink()
+
+    futures = [writer.submit(lambda db: add(db, "first")), writer.submit(lose)]
+    futures += [writer.submit(lambda db, n=n: add(db, f"w{n}")) for n in range(100)]  # type: ignore[misc]
+    writer.close()
+
+    answers = [future.exception() for future in futures]
+    assert {type(answer) for answer in answers[1:]} == {StorageUnavailable}
+
+
+async def test_a_recovery_is_not_acknowledged_after_the_loss(db: Database, tmp_path: Path) -> None:
+    storage = Storage(db)
+
+    def recover(db: Database) -> None:
+        with db.transaction():
+            add(db, "late")
+            (tmp_path / f"{NAME}-wal").unlink()
+
+    with pytest.raises(StorageUnavailable):
+        await storage.alone(recover)
+    storage.close()
+
+
+def test_no_new_connection_makes_another_log(db: Database, tmp_path: Path) -> None:
+    (tmp_path / f"{NAME}-wal").unlink()
+
+    with ThreadPoolExecutor(1) as pool, pytest.raises(StorageUnavailable):
+        pool.submit(db.fetch_all, "SELECT 1").result()
+
+    assert not (tmp_path / f"{NAME}-wal").exists()
+
+
+def test_a_file_that_comes_back_was_lost_all_the_same(db: Database, tmp_path: Path) -> None:
+    log = tmp_path / f"{NAME}-wal"
+    log.rename(tmp_path / "aside")
+    with pytest.raises(StoreLost):
+        db.demand_in_place()
+    (tmp_path / "aside").rename(log)
+
+    with pytest.raises(StorageUnavailable), db.transaction():
+        pass
+
+
+@damages
+@suffixes
+def test_a_rescued_copy_has_everything_and_the_place_stays_as_it_is(
+    db: Database, tmp_path: Path, suffix: str, damage: Damage
+) -> None:
+    damage(tmp_path / (NAME + suffix))
+    with pytest.raises(StoreLost):
+        db.demand_in_place()
+    before = contents(tmp_path)
+
+    copy = db.rescue()
+    db.close()
+
+    assert copy is not None
+    assert names(copy) == ["acknowledged"]
+    assert integrity_problems(copy) == []
+    copy.unlink()
+    assert contents(tmp_path) == before
+
+
+def test_no_rescue_is_claimed_where_none_can_be_written(db: Database, tmp_path: Path) -> None:
+    (tmp_path / f"{NAME}-wal").unlink()
+    tmp_path.rename(tmp_path.with_name("moved"))
+
+    assert db.rescue() is None
+    tmp_path.with_name("moved").rename(tmp_path)
+
+
+def test_work_beside_the_store_loses_nothing(db: Database, tmp_path: Path) -> None:
+    """Other connections, of this process and of others, come and go, and empty the log."""
+    with ThreadPoolExecutor(4) as pool:
+        for n in range(20):
+            with db.transaction():
+                add(db, f"w{n}")
+            for use in (db.fetch_all,) * 3:
+                pool.submit(use, "SELECT count(*) FROM run").result()
+            for closed in [pool.submit(db.close) for _ in range(8)]:
+                closed.result()
+    backup_sqlite_elsewhere(tmp_path)
+    command = [sys.executable, "-c", DELETE_AND_CHECKPOINT, str(tmp_path / NAME)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+
+    assert done.stdout == "[(0, 0, 0)]\n"
+    db.demand_in_place()
+    with db.transaction():
+        add(db, "last")
+    assert len(db.fetch_all("SELECT 1 FROM request_receipt")) == 21
+
+
+def backup_sqlite_elsewhere(path: Path) -> None:
+    """Copy the store in another process: closing a file drops this process's locks on it."""
+    copy = "import sys; from pathlib import Path; from runrecovery_service.storage.database import"
+    copy += f" {backup_sqlite.__name__} as run; run(*map(Path, sys.argv[1:]))"
+    command = [sys.executable, "-c", copy, str(path / NAME), str(path / "backup.db")]
+    subprocess.run(command, check=True, capture_output=True)
