@@ -21,15 +21,35 @@ def test_every_start_takes_the_next_epoch(world: World) -> None:
     assert [world.restart().epoch, world.restart().epoch] == [2, 3]
 
 
-@pytest.mark.parametrize("change", [{"host_id": "elsewhere"}, {"data_dir": "/other"}])
-def test_a_live_lease_is_held_against_another_place(world: World, change: dict[str, str]) -> None:
-    before = world.dump("instance")
+ELSEWHERE = pytest.mark.parametrize("change", [{"host_id": "elsewhere"}, {"data_dir": "/other"}])
+
+
+@ELSEWHERE
+def test_a_live_lease_is_held_against_another_place(shared: World, change: dict[str, str]) -> None:
+    before = shared.dump("instance")
 
     with pytest.raises(Held) as held:
-        instances.claim(world.db, boot(**change), now=world.now)
+        instances.claim(shared.db, boot(**change), now=shared.now)
 
     assert "pid 7 on host host" in str(held.value)
-    assert before == world.dump("instance")
+    assert before == shared.dump("instance")
+
+
+@ELSEWHERE
+def test_no_lease_stands_against_a_start_that_holds_the_sqlite_file(
+    world: World, change: dict[str, str]
+) -> None:
+    if world.db.dialect.kind is not Kind.SQLITE:
+        pytest.skip("PostgreSQL has no lock that all machines see")
+    a_year = f"UPDATE instance SET lease_until = {world.db.dialect.now_us} + 31536000000000"  # noqa: S608
+    with world.db.transaction():
+        world.db.execute(a_year)
+
+    claimed = instances.claim(world.db, boot(**change), now=world.now)
+
+    assert claimed == Owner("default", 2)
+    ((left,),) = world.rows(f"SELECT lease_until - {world.db.dialect.now_us} FROM instance")  # noqa: S608
+    assert 0 < left <= 15_000_000
 
 
 def test_a_lease_that_was_given_up_is_free_for_every_place(world: World) -> None:
@@ -38,11 +58,7 @@ def test_a_lease_that_was_given_up_is_free_for_every_place(world: World) -> None
     assert instances.claim(world.db, boot(host_id="elsewhere"), now=world.now).epoch == 2
 
 
-def test_a_renewed_lease_holds_and_an_older_epoch_is_fenced(world: World) -> None:
-    instances.resign(world.db, world.owner)
-    instances.renew(world.db, world.owner)
-    with pytest.raises(Held):
-        instances.claim(world.db, boot(host_id="elsewhere"), now=world.now)
+def test_an_older_epoch_is_fenced(world: World) -> None:
     old = world.owner
     world.restart()
 
@@ -52,14 +68,22 @@ def test_a_renewed_lease_holds_and_an_older_epoch_is_fenced(world: World) -> Non
     instances.demand_current(world.db, world.owner)
 
 
+def test_a_renewed_lease_holds(shared: World) -> None:
+    instances.resign(shared.db, shared.owner)
+    instances.renew(shared.db, shared.owner)
+
+    with pytest.raises(Held):
+        instances.claim(shared.db, boot(host_id="elsewhere"), now=shared.now)
+
+
 def test_an_older_epoch_cannot_give_up_a_newer_ones_lease(world: World) -> None:
     old = world.owner
     world.restart()
+    before = world.dump("instance")
 
     instances.resign(world.db, old)
 
-    with pytest.raises(Held):
-        instances.claim(world.db, boot(host_id="elsewhere"), now=world.now)
+    assert before == world.dump("instance")
 
 
 def test_starts_at_once_get_epochs_of_their_own(world: World) -> None:

@@ -40,17 +40,21 @@ def _lease_until(db: Database, ttl_s: float) -> str:
 def claim(db: Database, boot: Boot, *, now: datetime, ttl_s: float = LEASE_TTL_S) -> Owner:
     """Take the instance's next epoch, and a lease of `ttl_s`.
 
-    In a SQLite store the epoch is above those of all names: the service adopts their runs.
+    In a SQLite store the epoch is above those of all names: the service adopts their runs. No
+    lease stands against it: the service holds the file's lock, so that its predecessor is dead.
+    A clock that was ahead once may have left a lease that ends in years.
 
-    A start from the same host and data directory needs no lease to have run out: it holds the
-    directory's lock, so that its predecessor is dead.
+    On PostgreSQL only a start from the same host and data directory, which holds the directory's
+    lock, need not wait for the lease to run out.
 
     Raises:
-        Held: an instance of this name is alive elsewhere.
+        Held: an instance of this name is alive elsewhere, by its lease on PostgreSQL.
     """
     until = _lease_until(db, ttl_s)
     with db.transaction():
-        _demand_free(_living(db, boot), boot)  # before the wait for the writers of one that lives
+        _demand_free(
+            db, _living(db, boot), boot
+        )  # before the wait for the writers of one that lives
         # Inserted first, so that starts of a new instance queue here as well.
         db.execute(
             "INSERT INTO instance_epoch (name, epoch) VALUES (?, 0) ON CONFLICT (name) DO NOTHING",
@@ -59,7 +63,7 @@ def claim(db: Database, boot: Boot, *, now: datetime, ttl_s: float = LEASE_TTL_S
         lock = " FOR UPDATE" if db.dialect.kind is Kind.POSTGRESQL else ""
         db.fetch_one(f"SELECT 1 FROM instance_epoch WHERE name = ?{lock}", (boot.instance,))
         row = _living(db, boot, lock)
-        _demand_free(row, boot)
+        _demand_free(db, row, boot)
         epoch = _next_epoch(db, row)
         values = (
             epoch,
@@ -96,7 +100,9 @@ def _living(db: Database, boot: Boot, lock: str = "") -> Row | None:
     )
 
 
-def _demand_free(row: Row | None, boot: Boot) -> None:
+def _demand_free(db: Database, row: Row | None, boot: Boot) -> None:
+    if db.dialect.kind is Kind.SQLITE:
+        return
     if row is not None and row[4] and (row[1], row[2]) != (boot.host_id, boot.data_dir):
         raise Held(f"instance {boot.instance!r}", f"pid {row[3]} on host {row[1]} ({row[2]})")
 
