@@ -17,7 +17,7 @@ from typing import Final
 import structlog
 import uvloop
 
-from runrecovery_service import clock
+from runrecovery_service import clock, paths
 from runrecovery_service.background_stream import drain_stderr
 from runrecovery_service.config import ContainmentPolicy, EngineSettings, Settings
 from runrecovery_service.domain.errors import (
@@ -149,21 +149,36 @@ async def _serve(
 # -- the data directory ------------------------------------------------------------------------
 
 
-def prepare_data_dir(path: Path) -> Path:
-    """Make the data directory, for nobody else to read, and return its absolute path.
+def prepare_data_dir(settings: Settings) -> Path:
+    """Make the data directory, if there is none, and return its absolute path.
 
     Raises:
         DataDirRefused: it cannot be made or written to.
+        DatabaseRefused: there can be no SQLite store where the configuration wants it.
     """
-    path = path.absolute()
+    data_dir = paths.absolute(settings.data_dir)
+    if reason := paths.directory_problem(data_dir):
+        raise DataDirRefused(paths.shown(data_dir), reason)
+    database = _sqlite_file(settings, data_dir)
+    if database is not None and (reason := paths.database_problem(database, data_dir)):
+        raise DatabaseRefused(paths.shown(database), reason)
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path.chmod(0o700)
+        paths.make_directory(data_dir)
     except OSError as error:
-        raise DataDirRefused(str(path), error.strerror or "cannot be used") from error
-    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
-        raise DataDirRefused(str(path), "cannot be written to")
-    return path
+        raise DataDirRefused(str(data_dir), error.strerror or "cannot be made") from error
+    if others := paths.others_who_may_write(data_dir):
+        log.warning("service.data_dir_shared", place=str(data_dir), writable_by=others)
+    return data_dir
+
+
+def _sqlite_file(settings: Settings, data_dir: Path) -> Path | None:
+    """Return the absolute path of the SQLite file, None with PostgreSQL.
+
+    Raises:
+        DataDirRefused: it is relative, and the working directory was removed.
+    """
+    path = sqlite_path(settings.database, data_dir)
+    return None if path is None else paths.absolute(path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,21 +194,22 @@ class Holdings:
         """Take them.
 
         Raises:
-            DataDirRefused: the directory cannot be used.
+            DataDirRefused, DatabaseRefused: as `prepare_data_dir`; or a lock cannot be made.
             Held: another service has them; it is named.
         """
-        data_dir = prepare_data_dir(settings.data_dir)
+        data_dir = prepare_data_dir(settings)
         holder = f"instance {settings.instance!r}, pid {os.getpid()}, on {settings.listen}"
         with ExitStack() as taken:
             held = taken.enter_context(cls(data_dir, []))
-            try:
-                of_directory = f"data directory {data_dir}"
-                held.locks.append(LockFile(data_dir / LOCK_NAME, of_directory, holder))
-                database = sqlite_path(settings.database, data_dir)
-                if database is not None:
-                    held.locks.append(LockFile(path_lock(database), f"database {database}", holder))
-            except OSError as error:
-                raise DataDirRefused(str(data_dir), error.strerror or "cannot be used") from error
+            wanted = [(data_dir / LOCK_NAME, f"data directory {data_dir}")]
+            if (database := _sqlite_file(settings, data_dir)) is not None:
+                wanted.append((path_lock(database), f"database {database}"))
+            for path, what in wanted:
+                try:
+                    held.locks.append(LockFile(path, what, holder))
+                except OSError as error:
+                    reason = error.strerror or "cannot be made"
+                    raise DataDirRefused(str(path), reason) from error
             taken.pop_all()
         return held
 
@@ -874,9 +890,9 @@ def migrate(settings: Settings) -> list[str]:
     Raises:
         StartRefused: it is held, or may not be opened.
     """
-    path = sqlite_path(settings.database, settings.data_dir.absolute())
-    if path is not None and not path.exists():
-        raise DatabaseRefused(str(path), "does not exist; a first start creates it")
+    path = _sqlite_file(settings, paths.absolute(settings.data_dir))
+    if path is not None and not os.path.lexists(path):
+        raise DatabaseRefused(paths.shown(path), "does not exist; a first start creates it")
     with Holdings.take(settings) as held:
         db = open_database(settings.database, held.data_dir, locks=held.locks)
         try:
@@ -892,7 +908,7 @@ def backup(settings: Settings, destination: Path) -> None:
     Raises:
         DatabaseRefused: it is not SQLite, is not there, or the copy is not sound.
     """
-    path = sqlite_path(settings.database, settings.data_dir.absolute())
+    path = _sqlite_file(settings, paths.absolute(settings.data_dir))
     if path is None:
         raise DatabaseRefused("PostgreSQL", "is backed up with its own tools (pg_dump)")
     backup_sqlite(path, destination)
@@ -907,9 +923,35 @@ def check(settings: Settings) -> list[str]:
     ]
     problems += _trust_problems(settings)
     problems += _containment_problems(settings)
-    path = sqlite_path(settings.database, settings.data_dir.absolute())
+    problems += _store_problems(settings)
+    return problems
+
+
+def check_notes(settings: Settings) -> list[str]:
+    """Return what hinders no start, and yet is good to know; one sentence each."""
+    try:
+        data_dir = paths.absolute(settings.data_dir)
+        others = paths.others_who_may_write(data_dir)
+    except (DataDirRefused, OSError):  # a problem, or not there yet
+        return []
+    return [] if others is None else [f"{data_dir}: may also be changed by {others}"]
+
+
+def _store_problems(settings: Settings) -> list[str]:
+    try:
+        data_dir = paths.absolute(settings.data_dir)
+        path = _sqlite_file(settings, data_dir)
+    except DataDirRefused as error:
+        return [str(error)]
+    problems = []
+    if reason := paths.directory_problem(data_dir):
+        problems.append(f"{paths.shown(data_dir)}: {reason}")
     if path is None:
         problems += postgresql_problems(settings.database)
+    elif problems and path.parent == data_dir:
+        pass  # of the file nothing can be said
+    elif reason := paths.database_problem(path, data_dir):
+        problems.append(f"{paths.shown(path)}: {reason}")
     elif path.exists():
         problems += integrity_problems(path)
     elif install_marker(path).exists():

@@ -187,6 +187,8 @@ def _database(value: object) -> str:
     url = _text(value)
     if url.startswith("sqlite://") and not re.match(r"sqlite:///[^?#]", url):
         raise _Wrong("a SQLite database is sqlite:///relative/path or sqlite:////absolute/path")
+    if url.startswith("sqlite:///:memory:"):
+        raise _Wrong("a SQLite database in memory would be lost with the process; name a file")
     if url and not url.startswith(("sqlite:///", "postgresql://")):
         raise _Wrong("must be empty, postgresql://… or sqlite:///path")
     return url

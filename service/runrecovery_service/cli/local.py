@@ -154,6 +154,8 @@ def check(settings: Settings) -> ExitCode:
     problems = app.check(settings)
     for problem in problems:
         click.echo(problem)
+    for note in app.check_notes(settings):
+        click.echo(f"note: {note}")
     if problems:
         return ExitCode.FAILED
     click.echo("no problem found")

@@ -50,6 +50,7 @@ SQLITE_PRAGMAS: Final = {
     "trusted_schema": 0,
     "cell_size_check": 1,
 }
+MENDING: Final = "docs/operations.md, *A damaged database*, tells how to mend it"
 SQLITE_FLOOR: Final = (3, 37, 0)  # STRICT tables
 
 DRIVER_ERRORS: Final[tuple[type[Exception], ...]] = (
@@ -444,6 +445,16 @@ def open_database(url: str, data_dir: Path, *, locks: list[Lock] | None = None) 
     return db
 
 
+_HOPELESS: Final = {
+    sqlite3.SQLITE_READONLY: "cannot be written to",
+    sqlite3.SQLITE_CORRUPT: "is damaged",
+    sqlite3.SQLITE_NOTADB: "is damaged",
+    sqlite3.SQLITE_CANTOPEN: "cannot be opened",
+    sqlite3.SQLITE_IOERR: "cannot be read or written to",
+}
+"""What is wrong with a SQLite file by primary result code, where waiting for it does not help."""
+
+
 @contextlib.contextmanager
 def refusing(place: str) -> Iterator[None]:
     """Turn what a database answers at a start into a refusal of the start.
@@ -455,6 +466,8 @@ def refusing(place: str) -> Iterator[None]:
     try:
         yield
     except DRIVER_ERRORS as error:
+        if reason := _hopeless(error):
+            raise DatabaseRefused(place, reason) from error
         meaning = translate(error)
         if meaning is None:
             raise DatabaseRefused(place, words_of(error)) from error
@@ -463,6 +476,15 @@ def refusing(place: str) -> Iterator[None]:
         raise DatabaseOutOfReach(place, reason) from error
     except OSError as error:
         raise DatabaseRefused(place, error.strerror or "cannot be opened") from error
+
+
+def _hopeless(error: Exception) -> str | None:
+    for link in _chain(error):
+        wrong = _HOPELESS.get(getattr(link, "sqlite_errorcode", 0) & 0xFF)
+        if wrong is not None:
+            mend = f"; {MENDING}" if wrong == "is damaged" else ""
+            return f"{wrong} ({link}){mend}"
+    return None
 
 
 def _open_postgresql(url: str) -> Database:
@@ -710,12 +732,13 @@ def integrity_problems(path: Path) -> list[str]:
     unused = not path.with_name(path.name + "-wal").exists()
     uri = f"{path.absolute().as_uri()}?{'immutable=1' if unused else 'mode=ro'}"
     try:
-        _check_header(path)
-        with contextlib.closing(sqlite3.connect(uri, uri=True)) as connection:
-            found = [row[0] for row in connection.execute("PRAGMA integrity_check(20)")]
-    except (DatabaseRefused, sqlite3.Error, OSError) as error:
+        with refusing(str(path)):
+            _check_header(path)
+            with contextlib.closing(sqlite3.connect(uri, uri=True)) as connection:
+                found = [row[0] for row in connection.execute("PRAGMA integrity_check(20)")]
+    except DatabaseRefused as error:
         return [str(error)]
-    return [] if found == ["ok"] else [f"{path}: {problem}" for problem in found]
+    return [] if found == ["ok"] else [f"{path}: is damaged ({one}); {MENDING}" for one in found]
 
 
 def postgresql_problems(url: str) -> list[str]:
