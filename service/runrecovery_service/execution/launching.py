@@ -20,7 +20,9 @@ from runrecovery_service.execution.trusting import TrustRefused
 from runrecovery_service.execution.workshop import TurnLog, Workshop, evidence_of
 from runrecovery_service.process.evidence import COOKIE_VARIABLE, Identity, LeaseEvidence
 from runrecovery_service.process.launch import (
+    TRANSIENT,
     Bounds,
+    LaunchDelayed,
     LaunchFailed,
     ShimEvent,
     ShimLost,
@@ -31,6 +33,7 @@ from runrecovery_service.process.launch import (
     dispose,
     killed_by_shim,
     prepare,
+    refused,
 )
 from runrecovery_service.process.procfs import read_proc
 from runrecovery_service.process.sweep import Ending, end_trees
@@ -40,6 +43,8 @@ from runrecovery_service.trust.errors import TrustFileBusy
 
 R = TypeVar("R")
 
+DELAY_FIRST_S, DELAY_MOST_S = 0.1, 2.0
+"""Between two tries of a launch for which the system has no means."""
 ENDING_DEADLINE_S: Final = 30.0
 """On top of the grace: for ending one tree. What is alive then is recorded as KILL_PENDING."""
 
@@ -111,7 +116,7 @@ class Launch:
 
     async def start(self, engine: Engine, opening: Opening) -> ShimmedProcess:
         """Launch the agent with what it is to begin with. Each state of the lease is written
-        before what it tells of can act.
+        before what it tells of can act. What the system has no means for is tried again.
 
         Raises:
             LaunchFailed: the agent could not be started.
@@ -120,8 +125,23 @@ class Launch:
             Withdrawn: `stop_waiting` was called while it waited for others.
             Fenced: a newer epoch owns the run.
         """
+        pause_s = DELAY_FIRST_S
+        while (delayed := await self._try_to_start(engine, opening)) is not None:
+            if pause_s == DELAY_FIRST_S:
+                self.log.warning("execution.launch_delayed", reason=delayed.reason)
+            await self._forget_process()
+            await self.demand_wanted()
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, DELAY_MOST_S)
+        assert self._process is not None  # noqa: S101 - it has started
+        return self._process
+
+    async def _try_to_start(self, engine: Engine, opening: Opening) -> LaunchDelayed | None:
+        """Return why it must be tried again."""
         try:
-            return await self._start(engine, opening)
+            await self._start(engine, opening)
+        except LaunchDelayed as error:
+            return error
         except ShimLost as error:
             if boot_time_ns() > self._until_ns:
                 raise StoodStill from error
@@ -129,8 +149,15 @@ class Launch:
                 self.log.warning("execution.shim_lost", reason=error.reason)
                 raise Unguarded from error
             raise
+        return None
 
-    async def _start(self, engine: Engine, opening: Opening) -> ShimmedProcess:
+    async def _forget_process(self) -> None:
+        """Send the shim away whose agent could not be started, if it was there already."""
+        if (process := self._process) is not None:
+            await self._to_its_end(lambda: dispose(process))
+            self._process, self._released = None, False
+
+    async def _start(self, engine: Engine, opening: Opening) -> None:
         shop, lease = self.shop, self.turn.lease
         env = self._environment(engine)
         workspace = await self._to_its_end(self._make_workspace)
@@ -158,7 +185,6 @@ class Launch:
         self.log.info(
             "execution.launched", pid=None if agent is None else agent.pid, shim=process.pid
         )
-        return process
 
     async def _to_its_end(self, do: Callable[[], R]) -> R:
         """Do a step of a launch in a thread. Being cancelled waits for it: what the thread made
@@ -186,7 +212,7 @@ class Launch:
         try:
             return self.shop.output.prepare(run.key, run.attempt, fresh=run.turn == 1)
         except OSError as error:
-            raise LaunchFailed(f"the workspace cannot be made: {error.strerror}") from error
+            raise refused(error, f"the workspace cannot be made: {error.strerror}") from error
 
     async def _let_trust(self, cli: str, workspace: Path, env: Mapping[str, str]) -> None:
         """Have the CLI trust the workspace, before anything of the agent can look. A file that
@@ -219,7 +245,8 @@ class Launch:
             except (Withdrawn, TrustFileBusy) as error:
                 return error
             except TrustRefused as error:
-                return LaunchFailed(str(error))
+                lacks_means = getattr(error.__cause__, "errno", None) in TRANSIENT
+                return (LaunchDelayed if lacks_means else LaunchFailed)(str(error))
             except Exception as error:  # a defect, which would be met again each time
                 self.log.warning("trust.not_added", error=type(error).__name__, exc_info=True)
                 return LaunchFailed(
@@ -251,8 +278,10 @@ class Launch:
     ) -> ShimmedProcess:
         try:
             process = self._prepare_or_fail(engine, command, workspace, env)
-        except (OSError, RuntimeError) as error:  # no descriptor, no thread, no memory left
-            raise LaunchFailed(f"the system refused: {error}") from error
+        except OSError as error:
+            raise refused(error, f"the system refused: {error}") from error
+        except (RuntimeError, MemoryError) as error:  # no thread, no memory left
+            raise LaunchDelayed(f"the system refused: {error}") from error
         self._process = process
         self.evidence = replace(self.evidence, pid=process.pid, start_ticks=process.start_ticks)
         if self.evidence.watermark is not None and not process.watermarked:

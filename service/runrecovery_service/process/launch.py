@@ -6,6 +6,7 @@ agent start. Until then nothing of the agent has run, and a crash leaves nothing
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -41,6 +42,19 @@ class LaunchFailed(Exception):
 
     def __str__(self) -> str:
         return self.reason
+
+
+class LaunchDelayed(LaunchFailed):
+    """The system has no descriptor, process or memory left for it now; trying again is safe."""
+
+
+TRANSIENT: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM})
+"""What the system refuses for want of means, which others give back."""
+
+
+def refused(error: OSError, reason: str) -> LaunchFailed:
+    """Return what a launch raises when the system refuses a step of it."""
+    return LaunchDelayed(reason) if error.errno in TRANSIENT else LaunchFailed(reason)
 
 
 class ShimLost(LaunchFailed):
@@ -95,9 +109,10 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class NotStarted:
-    """The system refused to start the agent."""
+    """The system refused to start the agent; `errno` says why, 0 if it did not."""
 
     reason: str
+    errno: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +159,7 @@ def parse_event(line: str) -> ShimEvent:
             return Started(int(pid), int(ticks))
         case [wire.REFUSED, number, *what]:
             why = os.strerror(int(number)) if number != "0" else "refused"
-            return NotStarted(f"{why}: {' '.join(what)}")
+            return NotStarted(f"{why}: {' '.join(what)}", int(number))
         case [wire.EXITED, code, user_us, system_us, rss]:
             return Exited(int(code), int(user_us), int(system_us), int(rss))
         case [wire.ENDING, why]:
@@ -214,6 +229,7 @@ class ShimmedProcess:
 
         Raises:
             LaunchFailed: the system refused to start it.
+            LaunchDelayed: the same, for want of means.
             ShimLost: the shim is gone.
         """
         self._say(b"%d\n%s\n" % (deadline_ns, wire.RELEASE))
@@ -221,7 +237,9 @@ class ShimmedProcess:
         if isinstance(event, Started):
             self.agent = event
             return event
-        raise LaunchFailed(event.reason if isinstance(event, NotStarted) else f"shim: {event}")
+        if isinstance(event, NotStarted):
+            raise refused(OSError(event.errno, event.reason), event.reason)
+        raise LaunchFailed(f"shim: {event}")
 
     def take(self, data: bytes) -> list[ShimEvent]:
         """Return the events that a piece of the report completes."""
@@ -279,6 +297,7 @@ def prepare(
 
     Raises:
         LaunchFailed: not found, not executable, or refused by the system.
+        LaunchDelayed: refused for want of means.
     """
     if read_proc(os.getpid()) is None:
         raise LaunchFailed("launching needs /proc, to record what was launched")
@@ -338,7 +357,7 @@ def _spawn(evidence: LeaseEvidence, book: Path | None) -> ShimmedProcess:
     except OSError as error:
         for fd in ours:
             os.close(fd)
-        raise LaunchFailed(f"{error.strerror}: {error.filename or 'the shim'}") from error
+        raise refused(error, f"{error.strerror}: {error.filename or 'the shim'}") from error
     finally:
         for fd in theirs:
             os.close(fd)

@@ -141,8 +141,12 @@ class Shim:
 
     def _start(self, order: wire.Order) -> bool:
         """Start the agent; False when the system refused, which has been told."""
-        failed, fails = os.pipe()  # closed by the exec, unless there is something to say
-        self._agent = os.fork()
+        try:
+            failed, fails = os.pipe()  # closed by the exec, unless there is something to say
+            self._agent = os.fork()
+        except OSError as error:
+            self._tell(f"{wire.REFUSED} {error.errno or 0} fork")
+            return False
         if not self._agent:
             _become(order, fails)
         os.close(fails)

@@ -151,7 +151,8 @@ def gated(db: Database, lease: Lease, *, owner: Owner, pid: int, start_ticks: in
     """
     _advance(
         db, lease, "state = 'GATED', pid = ?, start_ticks = ?", (pid, start_ticks),
-        owner=owner, among=("INTENT", "GATED"),
+        # RUNNING: the system refused to start the agent, and it is launched again.
+        owner=owner, among=("INTENT", "GATED", "RUNNING"),
     )  # fmt: skip
 
 
@@ -171,14 +172,15 @@ def _advance(
     values: tuple[object, ...],
     *,
     owner: Owner,
-    among: tuple[str, str],
+    among: tuple[str, ...],
 ) -> None:
-    """Change a lease that is in one of two states; the later one too, since a commit whose
+    """Change a lease that is in one of some states; the later one too, since a commit whose
     answer was lost is done again."""
+    marks = ", ".join("?" for _ in among)
     with db.transaction():
         instances.demand_current(db, owner)
         changed = db.execute(
-            f"UPDATE process_lease SET {change} WHERE {_IT} AND epoch = ? AND state IN (?, ?)",
+            f"UPDATE process_lease SET {change} WHERE {_IT} AND epoch = ? AND state IN ({marks})",
             (*values, *lease.identity, owner.epoch, *among),
         ).rowcount
         if changed != 1 and not is_on_record(db, lease):

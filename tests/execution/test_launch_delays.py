@@ -1,0 +1,148 @@
+"""A launch for which the system lacks the means is tried again, and ends no run."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+from runrecovery_service.domain.run import Profile, Run, RunStatus
+from runrecovery_service.engines.catalog import Engine
+from runrecovery_service.execution import launching
+from runrecovery_service.execution.output import OutputFiles
+from runrecovery_service.process import launch
+from runrecovery_service.process.launch import LaunchDelayed, NotStarted, ShimmedProcess, refused
+from runrecovery_service.trust import files
+
+from .conftest import QUICK, Floor, NewFloor, until
+
+LACKING = [errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM]
+
+
+def twice(error: Callable[[], Exception], use: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a function so that its first two calls raise."""
+    left = [2]
+
+    def call(*args: Any, **named: Any) -> Any:
+        if left[0]:
+            left[0] -= 1
+            raise error()
+        return use(*args, **named)
+
+    return call
+
+
+def lacking(number: int) -> Callable[[], OSError]:
+    return lambda: OSError(number, os.strerror(number))
+
+
+async def run_of(floor: Floor, engine: str = "quick") -> tuple[Run, list[str]]:
+    """Run to the end; return the run, and why it was delayed as far as that was told."""
+    with structlog.testing.capture_logs() as logs:
+        run = await floor.until_ended(await floor.create(engine))
+    delays = [line["reason"] for line in logs if line["event"] == "execution.launch_delayed"]
+    return run, delays
+
+
+@pytest.mark.parametrize("number", LACKING)
+async def test_a_shim_for_which_the_system_lacks_the_means_is_started_later(
+    floor: Floor, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(os, "pipe", twice(lacking(number), os.pipe))
+
+    run, delays = await run_of(floor)
+
+    assert (run.status, run.error, run.attempt) == (RunStatus.SUCCEEDED, None, 1)
+    assert delays == [f"{os.strerror(number)}: the shim"]
+
+
+async def test_a_workspace_is_made_later(floor: Floor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OutputFiles, "prepare", twice(lacking(errno.EMFILE), OutputFiles.prepare))
+
+    run, delays = await run_of(floor)
+
+    assert run.status is RunStatus.SUCCEEDED
+    assert delays == ["the workspace cannot be made: Too many open files"]
+
+
+async def test_an_agent_that_could_not_be_forked_is_started_by_another_shim(
+    floor: Floor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launch is on record as RUNNING by then."""
+    release = twice(lambda: LaunchDelayed("fork"), ShimmedProcess.release)
+    monkeypatch.setattr(ShimmedProcess, "release", release)
+
+    run, delays = await run_of(floor)
+
+    assert (run.status, run.output) == (RunStatus.SUCCEEDED, {"done": True})
+    assert delays == ["fork"]
+    lease = await floor.lease(run.run_id)
+    assert (lease.state, lease.exit_code) == ("CLOSED", 0)
+
+
+async def test_a_trust_file_is_edited_later(
+    new_floor: NewFloor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    engine = Engine(
+        name="trusted",
+        command=("/bin/sh", "-c", QUICK),
+        profile=Profile.RESUMABLE,
+        env_allow=("PATH",),
+        env={"CODEX_HOME": str(home)},
+        max_concurrent=None,
+        session_file=None,
+        trust="codex",
+    )
+    floor = await new_floor(more=[engine])
+    monkeypatch.setattr(files, "edit", twice(lacking(errno.EMFILE), files.edit))
+
+    run, delays = await run_of(floor, "trusted")
+
+    assert run.status is RunStatus.SUCCEEDED
+    assert len(delays) == 1
+    assert "Too many open files" in delays[0]
+
+
+async def test_a_delayed_launch_that_is_canceled_never_starts(
+    floor: Floor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise LaunchDelayed("no memory")
+
+    monkeypatch.setattr(launching, "prepare", never)
+    run_id = await floor.create("quick")
+
+    async def is_followed() -> bool:
+        return floor.dispatcher.slots_in_use == 1
+
+    await until(is_followed)
+    await floor.cancel(run_id)
+
+    assert (await floor.until_ended(run_id)).status is RunStatus.CANCELED
+    await floor.until_free(floor.dispatcher.capacity)
+
+
+async def test_what_the_system_refuses_for_another_reason_fails_the_launch(
+    floor: Floor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OutputFiles, "prepare", twice(lacking(errno.EACCES), OutputFiles.prepare))
+
+    run, delays = await run_of(floor)
+
+    assert run.error is not None
+    assert (run.error.code, delays) == ("LAUNCH_FAILED", [])
+
+
+def test_a_shim_tells_what_the_system_lacks() -> None:
+    event = launch.parse_event("refused 11 fork")
+
+    assert isinstance(event, NotStarted)
+    assert (event.reason, event.errno) == ("Resource temporarily unavailable: fork", 11)
+    assert isinstance(refused(OSError(11, ""), "fork"), LaunchDelayed)
+    assert not isinstance(refused(OSError(errno.ENOENT, ""), "gone"), LaunchDelayed)
