@@ -158,6 +158,19 @@ async def test_descriptions_have_the_comments_of_the_contract(address: str) -> N
     assert file.service[0].method[0].name == "CreateRun"
 
 
+def test_every_file_names_its_package_for_other_languages() -> None:
+    served = [
+        descriptor_pb2.FileDescriptorProto.FromString(data) for data in contract_files().values()
+    ]
+    ours = [file.options for file in served if file.package == "runrecovery.v1"]
+
+    assert len(ours) == 5
+    for options in ours:
+        assert options.go_package == "runrecovery/v1;runrecoveryv1"
+        assert (options.java_package, options.java_multiple_files) == ("runrecovery.v1", True)
+        assert options.csharp_namespace == "RunRecovery.V1"
+
+
 def test_the_served_contract_is_that_of_the_generated_code() -> None:
     served = contract_files()
 
