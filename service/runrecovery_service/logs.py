@@ -62,6 +62,11 @@ _DETAIL: Final = re.compile(r"(DETAIL|CONTEXT):.*", re.DOTALL)
 _URL_PASSWORD: Final = re.compile(r"(\b[a-z][a-z0-9+.-]*://[^\s/:@\"']*):[^\s\"']*@", re.IGNORECASE)
 _PARAMETER: Final = re.compile(r"\b(password=)('[^']*'|[^\s&\"']+)", re.IGNORECASE)
 
+# What a database says of an error can quote a row: PostgreSQL in the lines after the first, under
+# names in the language of the server; SQLite behind these words.
+_DATABASES: Final = frozenset({"peewee", "psycopg", "sqlite3"})
+_QUOTED: Final = re.compile(r"\n.*| with text .*", re.DOTALL)
+
 # peewee logs every statement with its values at DEBUG: prompts, replies and session handles.
 _NEVER_DEBUG: Final = ("peewee", "peewee.pool")
 _WARNINGS_ONLY: Final = ("peewee.migrations",)  # we say `storage.migrated` ourselves
@@ -159,6 +164,7 @@ def _common() -> list[structlog.typing.Processor]:
 def _for_programs() -> list[structlog.typing.Processor]:
     frames = structlog.tracebacks.ExceptionDictTransformer(show_locals=False, use_rich=False)
     return [
+        _shorten_exception,
         structlog.processors.ExceptionRenderer(frames),
         redact,
         _event_first,
@@ -168,6 +174,7 @@ def _for_programs() -> list[structlog.typing.Processor]:
 
 def _for_people(*, colors: bool) -> list[structlog.typing.Processor]:
     return [
+        _shorten_exception,
         structlog.processors.format_exc_info,
         redact,
         structlog.dev.ConsoleRenderer(
@@ -181,6 +188,34 @@ def _for_people(*, colors: bool) -> list[structlog.typing.Processor]:
 def _event_first(_logger: object, _method: str, event: Event) -> Event:
     first = {key: event.pop(key) for key in ("event", "level", "timestamp") if key in event}
     return {**first, **event}
+
+
+def _shorten_exception(_logger: object, _method: str, event: Event) -> Event:
+    """Cut what a database quotes from the exception of an event (a structlog processor)."""
+    match event.get("exc_info"):
+        case BaseException() as error:
+            _shorten(error)
+        case (_, BaseException() as error, _):
+            _shorten(error)
+        case True:
+            _shorten(sys.exc_info()[1])
+    return event
+
+
+def _shorten(error: BaseException | None) -> None:
+    """Cut what a database quotes from an exception, which is at its end, and from all below it."""
+    seen: set[int] = set()
+    waiting: list[object] = [error]
+    while waiting:
+        link = waiting.pop()
+        if not isinstance(link, BaseException) or id(link) in seen:
+            continue
+        seen.add(id(link))
+        waiting += [link.__context__, link.__cause__, *link.args]
+        if isinstance(link, BaseExceptionGroup):
+            waiting += link.exceptions
+        elif type(link).__module__.partition(".")[0] in _DATABASES:
+            link.args = tuple(_QUOTED.sub("", str(arg)) for arg in link.args)
 
 
 def redact(_logger: object, _method: str, event: Event) -> Event:
@@ -200,6 +235,9 @@ def _redacted(key: str, value: object) -> object:
             return [_redacted("", inner) for inner in value]
         case None | bool() | int() | float():
             return value
+        case BaseException():
+            _shorten(value)
+            return _without_passwords(str(value))
         case _:
             return _without_passwords(str(value))
 

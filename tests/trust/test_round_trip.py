@@ -48,6 +48,55 @@ def test_add_leaves_every_byte_outside_of_one_place(kind: str, name: str) -> Non
     assert any(after.endswith(tail[cut:]) for cut in range(30 if replaced else 1))
 
 
+def _crlf(text: bytes) -> bytes:
+    return text.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+
+
+@pytest.mark.parametrize(("kind", "name"), FILES)
+def test_every_line_that_is_put_into_a_file_with_crlf_ends_like_the_others(
+    kind: str, name: str
+) -> None:
+    editor, before = KINDS[kind].editor, _crlf(KINDS[kind].files[name] or b"")
+    has_lines = b"\r\n" in before
+    added = []
+
+    text: bytes | None = before
+    for each in (W, f"{W}/2", f"{W}/3"):
+        edit = editor.add(text, each)
+        text = edit.text
+        added.append((each, edit.added))
+
+    if has_lines:
+        assert _crlf(text or b"") == text
+    for each, told in reversed(added):
+        text = editor.remove(text, each, told).text
+    assert text == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "before", "after"),
+    [
+        ("codex", b"a = 1\r\n",
+         b'a = 1\r\n\r\n[projects."/w"]\r\ntrust_level = "trusted"\r\n'),
+        ("codex", b"a = 1\r\nb = 2",
+         b'a = 1\r\nb = 2\r\n\r\n[projects."/w"]\r\ntrust_level = "trusted"'),
+        ("codex", b"[projects.'/w']\r\n",
+         b"[projects.'/w']\r\ntrust_level = \"trusted\"\r\n"),
+        ("codex", b"[projects.'/w']\r\na = 1",
+         b"[projects.'/w']\r\ntrust_level = \"trusted\"\r\na = 1"),
+        ("gemini", b'{\r\n  "/x": "TRUST_FOLDER"\r\n}\r\n',
+         b'{\r\n  "/x": "TRUST_FOLDER",\r\n  "/w": "TRUST_FOLDER"\r\n}\r\n'),
+        ("gemini", b"\r\n", b'\r\n{\r\n  "/w": "TRUST_FOLDER"\r\n}\r\n'),
+        ("gemini", b"{\r\n}\r\n", b'{\r\n  "/w": "TRUST_FOLDER"\r\n}\r\n'),
+        ("claude", b'{\r\n "n": 3\r\n}',
+         (b'{\r\n "n": 3,\r\n "projects": {\r\n  "/w": {\r\n   "hasTrustDialogAccepted": true'
+          b"\r\n  }\r\n }\r\n}")),
+    ],
+)  # fmt: skip
+def test_lines_of_ours_in_a_file_with_crlf(kind: str, before: bytes, after: bytes) -> None:
+    assert KINDS[kind].editor.add(before, "/w").text == after
+
+
 @pytest.mark.parametrize("folder", corpus.FOLDERS.values(), ids=corpus.FOLDERS)
 @pytest.mark.parametrize(("kind", "name"), FILES)
 def test_any_folder_name_comes_and_goes(kind: str, name: str, folder: str) -> None:

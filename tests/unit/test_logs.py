@@ -6,14 +6,17 @@ import errno
 import io
 import json
 import logging
+import sqlite3
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import peewee
+import psycopg
 import pytest
 import structlog
 from hypothesis import given
@@ -236,3 +239,44 @@ def test_no_later_line_of_a_row_in_a_database_error_is_logged(form: LogFormat, f
 
     assert "s3cr3t" not in stream.getvalue()
     assert "null value" in stream.getvalue()
+
+
+def _database_errors() -> Iterator[Exception]:
+    for label in ("DETAIL: ", "DÉTAIL : ", "ПОДРОБНОСТИ: ", "詳細: ", "a line of a value"):
+        text = f"null value\n{label} row (7, first-s3cr3t\nsecond-s3cr3t)\nCONTEXTE : s3cr3t"
+        driver = psycopg.errors.NotNullViolation(text)
+        yield driver
+        wrapped = peewee.IntegrityError(driver, text)
+        wrapped.__cause__ = driver
+        yield wrapped
+        outer = RuntimeError("null value")
+        outer.__context__ = wrapped
+        yield outer
+        yield ExceptionGroup("null value", [wrapped])
+    yield sqlite3.OperationalError(
+        "null value: Could not decode to UTF-8 column 'prompt' with text 's3cr3t\ns3cr3t'"
+    )
+
+
+@pytest.mark.parametrize("form", [LogFormat.JSON, LogFormat.CONSOLE])
+def test_nothing_of_a_row_in_a_database_error_is_logged_in_any_language(form: LogFormat) -> None:
+    def raised(error: Exception) -> None:
+        try:
+            raise error  # noqa: TRY301 - the way that errors mostly take
+        except Exception:
+            log.exception("a.b")
+
+    ways: list[Callable[[Exception], object]] = [
+        raised,
+        lambda error: log.error("a.b", exc_info=error),
+        lambda error: log.error("a.b", exc_info=(type(error), error, None)),
+        lambda error: log.error("a.b", error=error, deep=[{"er": error}]),
+        lambda error: logging.getLogger("x").error("a.b", exc_info=error),
+    ]
+    for way in ways:
+        for error in _database_errors():
+            stream, log = configured(form)
+            way(error)
+
+            assert "s3cr3t" not in stream.getvalue()
+            assert "null value" in stream.getvalue()

@@ -24,7 +24,7 @@ from runrecovery_service.trust.entry import (
 )
 from runrecovery_service.trust.errors import Reason, TrustFileUnusable
 from runrecovery_service.trust.json_text import Member, Model, Object
-from runrecovery_service.trust.text import Splice, Text, apply_all, lie_apart
+from runrecovery_service.trust.text import Splice, Text, apply_all, lie_apart, newline_of
 
 MOST_BYTES: Final = 16 << 20
 _UNIT: Final = "  "
@@ -36,7 +36,7 @@ class _Gone(Enum):
 
 
 _GONE: Final = _Gone.GONE
-_EMPTIED: Final = "{\n}\n"
+_EMPTIED: Final = ("{\n}\n", "{\r\n}\r\n")
 """What is left of a document of our making without its entry."""
 
 
@@ -170,11 +170,12 @@ class JsonEditor:
         self, text: bytes | None, source: Text, folder: str, standing: frozenset[Made]
     ) -> Edit:
         """Write a whole document behind what blank there is."""
-        gap = "\n" + _UNIT
+        newline = newline_of(source.body)
+        gap = newline + _UNIT
         entry = _nested(self._path(folder), self.value, gap=gap, unit=_UNIT, colon=": ")
         made = {Made.FILE, Made.DOCUMENT} if text is None else {Made.DOCUMENT}
         added = Added(owned=True, made=self._made(0) | made | standing)
-        done = source.to_bytes(f"{source.body}{{{gap}{entry}\n}}\n")
+        done = source.to_bytes(f"{source.body}{{{gap}{entry}{newline}}}{newline}")
         return Edit(text=with_reserve(done, MOST_BYTES), added=added)
 
     def _made(self, depth: int) -> frozenset[Made]:
@@ -311,7 +312,7 @@ def _proved(source: Text, splices: Sequence[Splice], expected: Model) -> bytes:
 def _ended(source: Text, done: bytes, added: Added) -> bytes | None:
     """Return what comes back of a file that was begun by us and holds nothing else any more."""
     body = Text.read(done, most=2 * MOST_BYTES).body
-    blank = body.removesuffix(_EMPTIED)
+    blank = body.removesuffix(_EMPTIED[0]).removesuffix(_EMPTIED[1])
     if Made.DOCUMENT not in added.made or blank == body or blank.strip(" \t\r\n"):
         return done
     return None if Made.FILE in added.made and not blank else source.to_bytes(blank)
