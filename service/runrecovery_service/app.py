@@ -282,7 +282,7 @@ class Service:
         host, data_dir = _host(), held.data_dir
         cgroups = _cgroups(settings)
         heart = Heart(_trees_until(settings, boot_time_ns()))
-        boot = _boot(settings, data_dir, host)
+        boot = _boot(settings, held, host)
         ttl_s = settings.lease_ttl_s
         with refusing(db.place):
             owner = repeated(lambda: instances.claim(db, boot, now=clock.utc_now(), ttl_s=ttl_s))
@@ -622,13 +622,15 @@ def _host() -> Host:
         raise ContainmentRefused(reason) from error
 
 
-def _boot(settings: Settings, data_dir: Path, host: Host) -> Boot:
+def _boot(settings: Settings, held: Holdings, host: Host) -> Boot:
     return Boot(
         instance=settings.instance,
         boot_token=secrets.token_hex(16),
         host_id=host.host_id,
-        data_dir=str(data_dir),
+        data_dir=str(held.data_dir),
         pid=os.getpid(),
+        # A kernel that was booted once has one table of locks, and one number for each device.
+        lock_id=f"{host.boot_id}/{held.locks[0].name}",
     )
 
 

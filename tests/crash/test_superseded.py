@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from collections.abc import Callable
 from typing import Final
 
 import grpc
+import pytest
 from runrecovery.v1 import run_pb2
 from runrecovery_service import clock
 from runrecovery_service.storage import instances
 from runrecovery_service.storage.database import open_database
 from runrecovery_service.storage.instances import Boot
 from support.processes import Seen, seen, strike
-from support.service import Home, refused, script, until
+from support.service import Home, ServiceProcess, refused, script, until
 from support.stores import query
 
 NewHome = Callable[..., Home]
@@ -25,6 +27,7 @@ FAIL: Final = run_pb2.RESTART_POLICY_FAIL
 WORKS: Final = "import sys, time; sys.stdin.readline(); time.sleep(600)"
 ENGINES: Final = {"works": script(WORKS)}
 FENCED: Final = 10
+HELD: Final = 3
 
 
 def agent_of(home: Home, run_id: str) -> Seen:
@@ -37,7 +40,7 @@ def agent_of(home: Home, run_id: str) -> Seen:
 
 def claim_beside(home: Home) -> None:
     """Take the next epoch, as a second start does whose lock does not exclude the first."""
-    ((host_id, data_dir),) = query(home, "SELECT host_id, data_dir FROM instance")
+    ((host_id, data_dir, lock_id),) = query(home, "SELECT host_id, data_dir, lock_id FROM instance")
     db = open_database(str(home.settings.get("database", "")), home.data)
     boot = Boot(
         instance="default",
@@ -45,6 +48,7 @@ def claim_beside(home: Home) -> None:
         host_id=host_id,
         data_dir=data_dir,
         pid=os.getpid(),
+        lock_id=lock_id,
     )
     try:
         instances.claim(db, boot, now=clock.utc_now())
@@ -113,3 +117,53 @@ def test_a_caller_of_the_superseded_one_changes_nothing(
     assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
     assert service.exit_code() == FENCED
     assert before == query(home, "SELECT status, cancel_requested_at, version FROM run")
+
+
+# -- who may be superseded at all, where several hosts share a database --------------------------
+
+
+@pytest.fixture
+def elsewhere() -> Callable[[Home], ServiceProcess]:
+    """Starts a service in another mount namespace: the same paths and names lead to other files, as
+    on a second host that was made from the same image."""
+    as_root = () if os.geteuid() == 0 else ("--map-root-user",)
+    words = ("unshare", "--mount", *as_root)
+    if subprocess.run([*words, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("mount namespaces are not permitted here")
+
+    def start(home: Home) -> ServiceProcess:
+        own = 'mount -t tmpfs none "$0" && exec "$@"'
+        before, home.prefix = home.prefix, (*words, "sh", "-c", own, str(home.data))
+        try:
+            return home.spawn()
+        finally:
+            home.prefix = before
+
+    return start
+
+
+def test_on_postgresql_a_host_of_the_same_image_is_refused_while_the_first_one_lives(
+    postgresql_url: str, new_home: NewHome, elsewhere: Callable[[Home], ServiceProcess]
+) -> None:
+    home = new_home(database=postgresql_url, engines=ENGINES, lease_ttl_s=600)
+    service, api = home.start()
+    before = query(home, "SELECT epoch, boot_token, pid FROM instance")
+
+    second = elsewhere(home)
+
+    assert second.exit_code() == HELD
+    assert f"instance 'default' is held by pid {service.pid} on host" in second.text
+    assert before == query(home, "SELECT epoch, boot_token, pid FROM instance")
+    assert api.health_of() == "SERVING"
+
+
+def test_on_postgresql_a_start_right_after_a_kill_waits_for_no_lease(
+    postgresql_url: str, new_home: NewHome
+) -> None:
+    home = new_home(database=postgresql_url, engines=ENGINES, lease_ttl_s=600)
+    home.start()[0].kill()
+
+    _, api = home.start()
+
+    assert api.health_of() == "SERVING"
+    assert query(home, "SELECT epoch FROM instance") == [(2,)]

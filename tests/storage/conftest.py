@@ -58,6 +58,7 @@ def boot(instance: str = "default", **changes: Any) -> Boot:
         "host_id": "host",
         "data_dir": "/d",
         "pid": 7,
+        "lock_id": "boot/1:2",
     } | changes
     return Boot(instance=instance, **given)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import pytest
 from runrecovery_service.domain.errors import Fenced, Held
@@ -21,21 +22,45 @@ def test_every_start_takes_the_next_epoch(world: World) -> None:
     assert [world.restart().epoch, world.restart().epoch] == [2, 3]
 
 
-ELSEWHERE = pytest.mark.parametrize("change", [{"host_id": "elsewhere"}, {"data_dir": "/other"}])
+ELSEWHERE = {"lock_id": "another boot/1:2"}
 
 
-@ELSEWHERE
-def test_a_live_lease_is_held_against_another_place(shared: World, change: dict[str, str]) -> None:
-    before = shared.dump("instance")
+@pytest.mark.parametrize(
+    "change",
+    [
+        ELSEWHERE,
+        {"lock_id": "boot/1:3"},
+        {"lock_id": None},
+        {"host_id": "elsewhere", "data_dir": "/other", "lock_id": "elsewhere/1:2"},
+    ],
+)
+def test_a_live_lease_is_held_unless_the_lock_proves_the_holder_dead(
+    shared: World, change: dict[str, Any]
+) -> None:
+    before = shared.dump("instance", "instance_epoch")
 
     with pytest.raises(Held) as held:
         instances.claim(shared.db, boot(**change), now=shared.now)
 
-    assert "pid 7 on host host" in str(held.value)
-    assert before == shared.dump("instance")
+    assert "pid 7 on host host (/d)" in str(held.value)
+    assert before == shared.dump("instance", "instance_epoch")
 
 
-@ELSEWHERE
+def test_two_starts_without_a_lock_prove_nothing_to_each_other(shared: World) -> None:
+    shared.db.execute("UPDATE instance SET lock_id = NULL")
+
+    with pytest.raises(Held):
+        instances.claim(shared.db, boot(lock_id=None), now=shared.now)
+
+
+@pytest.mark.parametrize("change", [{}, {"host_id": "renamed"}, {"data_dir": "/by/a/link"}])
+def test_whoever_holds_the_lock_of_the_holder_takes_over_at_once(
+    world: World, change: dict[str, str]
+) -> None:
+    assert instances.claim(world.db, boot(**change), now=world.now).epoch == 2
+
+
+@pytest.mark.parametrize("change", [{"host_id": "elsewhere"}, {"data_dir": "/other"}, ELSEWHERE])
 def test_no_lease_stands_against_a_start_that_holds_the_sqlite_file(
     world: World, change: dict[str, str]
 ) -> None:
@@ -55,7 +80,15 @@ def test_no_lease_stands_against_a_start_that_holds_the_sqlite_file(
 def test_a_lease_that_was_given_up_is_free_for_every_place(world: World) -> None:
     instances.resign(world.db, world.owner)
 
-    assert instances.claim(world.db, boot(host_id="elsewhere"), now=world.now).epoch == 2
+    assert instances.claim(world.db, boot(**ELSEWHERE), now=world.now).epoch == 2
+
+
+def test_a_renewed_lease_holds(shared: World) -> None:
+    instances.resign(shared.db, shared.owner)
+    instances.renew(shared.db, shared.owner)
+
+    with pytest.raises(Held):
+        instances.claim(shared.db, boot(**ELSEWHERE), now=shared.now)
 
 
 def test_an_older_epoch_is_fenced(world: World) -> None:
@@ -66,14 +99,6 @@ def test_an_older_epoch_is_fenced(world: World) -> None:
         with pytest.raises(Fenced):
             refused(world.db, old)
     instances.demand_current(world.db, world.owner)
-
-
-def test_a_renewed_lease_holds(shared: World) -> None:
-    instances.resign(shared.db, shared.owner)
-    instances.renew(shared.db, shared.owner)
-
-    with pytest.raises(Held):
-        instances.claim(shared.db, boot(host_id="elsewhere"), now=shared.now)
 
 
 def test_an_older_epoch_cannot_give_up_a_newer_ones_lease(world: World) -> None:
@@ -205,7 +230,7 @@ def test_a_claim_against_a_living_instance_is_refused_without_waiting_for_its_wr
     with in_threads(shared, 1) as start, shared.db.transaction():
         instances.demand_current(shared.db, shared.owner)
 
-        claim = start(partial(instances.claim, shared.db, boot(host_id="other"), now=shared.now))
+        claim = start(partial(instances.claim, shared.db, boot(**ELSEWHERE), now=shared.now))
 
         with pytest.raises(Held):
             claim.result()

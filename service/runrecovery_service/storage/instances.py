@@ -24,13 +24,18 @@ class Owner:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Boot:
-    """What identifies this start of the service."""
+    """What identifies this start of the service.
+
+    Attributes:
+        lock_id: names, on all hosts, the locked file that this start holds; None: there is none.
+    """
 
     instance: str
     boot_token: str
     host_id: str
     data_dir: str
     pid: int
+    lock_id: str | None = None
 
 
 def _lease_until(db: Database, ttl_s: float) -> str:
@@ -44,17 +49,17 @@ def claim(db: Database, boot: Boot, *, now: datetime, ttl_s: float = LEASE_TTL_S
     lease stands against it: the service holds the file's lock, so that its predecessor is dead.
     A clock that was ahead once may have left a lease that ends in years.
 
-    On PostgreSQL only a start from the same host and data directory, which holds the directory's
-    lock, need not wait for the lease to run out.
+    On PostgreSQL a lease that still runs is passed over only where a lock proves that the holder is
+    dead: it held the very file that this start holds. Names prove nothing: hosts made from one
+    image share their machine-id.
 
     Raises:
         Held: an instance of this name is alive elsewhere, by its lease on PostgreSQL.
     """
     until = _lease_until(db, ttl_s)
     with db.transaction():
-        _demand_free(
-            db, _living(db, boot), boot
-        )  # before the wait for the writers of one that lives
+        # Before the wait for the writers of one that lives.
+        _demand_free(db, _living(db, boot), boot)
         # Inserted first, so that starts of a new instance queue here as well.
         db.execute(
             "INSERT INTO instance_epoch (name, epoch) VALUES (?, 0) ON CONFLICT (name) DO NOTHING",
@@ -71,19 +76,20 @@ def claim(db: Database, boot: Boot, *, now: datetime, ttl_s: float = LEASE_TTL_S
             boot.host_id,
             boot.data_dir,
             boot.pid,
+            boot.lock_id,
             to_us(now),
             boot.instance,
         )
         if row is None:
             db.execute(
-                "INSERT INTO instance (epoch, boot_token, host_id, data_dir, pid, started_at,"
-                f" name, lease_until) VALUES (?, ?, ?, ?, ?, ?, ?, {until})",
+                "INSERT INTO instance (epoch, boot_token, host_id, data_dir, pid, lock_id,"
+                f" started_at, name, lease_until) VALUES (?, ?, ?, ?, ?, ?, ?, ?, {until})",
                 values,
             )
         else:
             db.execute(
                 "UPDATE instance SET epoch = ?, boot_token = ?, host_id = ?, data_dir = ?,"
-                f" pid = ?, started_at = ?, lease_until = {until} WHERE name = ?",
+                f" pid = ?, lock_id = ?, started_at = ?, lease_until = {until} WHERE name = ?",
                 values,
             )
         db.execute("UPDATE instance_epoch SET epoch = ? WHERE name = ?", (epoch, boot.instance))
@@ -91,9 +97,9 @@ def claim(db: Database, boot: Boot, *, now: datetime, ttl_s: float = LEASE_TTL_S
 
 
 def _living(db: Database, boot: Boot, lock: str = "") -> Row | None:
-    """Return the epoch, place and pid of the instance, and whether its lease runs."""
+    """Return the epoch, place, pid and lock of the instance, and whether its lease runs."""
     return db.fetch_one(
-        "SELECT epoch, host_id, data_dir, pid,"
+        "SELECT epoch, host_id, data_dir, pid, lock_id,"
         f" CASE WHEN lease_until > {db.dialect.now_us} THEN 1 ELSE 0 END"
         f" FROM instance WHERE name = ?{lock}",
         (boot.instance,),
@@ -101,10 +107,11 @@ def _living(db: Database, boot: Boot, lock: str = "") -> Row | None:
 
 
 def _demand_free(db: Database, row: Row | None, boot: Boot) -> None:
-    if db.dialect.kind is Kind.SQLITE:
+    if row is None or db.dialect.kind is Kind.SQLITE:
         return
-    if row is not None and row[4] and (row[1], row[2]) != (boot.host_id, boot.data_dir):
-        raise Held(f"instance {boot.instance!r}", f"pid {row[3]} on host {row[1]} ({row[2]})")
+    _, host_id, data_dir, pid, lock_id, lease_runs = row
+    if lease_runs and (lock_id is None or lock_id != boot.lock_id):
+        raise Held(f"instance {boot.instance!r}", f"pid {pid} on host {host_id} ({data_dir})")
 
 
 def _next_epoch(db: Database, own: Row | None) -> int:

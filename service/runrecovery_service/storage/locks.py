@@ -56,6 +56,12 @@ class Lock(ABC):
                 self._what, f"{self._path} was removed or replaced under the running service"
             )
 
+    @property
+    def name(self) -> str:
+        """Return what names the locked file on this machine, by whatever path it is reached."""
+        device, inode = _identity(os.fstat(self._descriptor))
+        return f"{device}:{inode}"
+
     def release(self) -> None:
         """Release the lock."""
         os.close(self._descriptor)

@@ -223,6 +223,7 @@ class Instance(pw.Model):
     host_id = pw.TextField()
     data_dir = pw.TextField()
     pid = pw.BigIntegerField()
+    lock_id = pw.TextField(null=True)
     lease_until = pw.BigIntegerField()
     started_at = pw.BigIntegerField()
 
