@@ -71,7 +71,7 @@ from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.recovery_service import RecoveryRooms
 from runrecovery_service.rpc.run_service import RunLimits, RunRooms
 from runrecovery_service.rpc.server import GrpcServer, ServerLimits, build_server
-from runrecovery_service.storage import instances
+from runrecovery_service.storage import instances, trial
 from runrecovery_service.storage.adapter import Storage
 from runrecovery_service.storage.database import (
     Database,
@@ -107,6 +107,8 @@ HANG_UP_SETTLES_S: Final = 0.5
 TREES_BEFORE_LEASE_S: Final = 1.0
 """Process trees end themselves so long before the lease of a silent service runs out: whoever
 takes over then finds nothing alive."""
+FAILURES_IN_A_ROW: Final = 2
+"""So many trials of the work's statements must fail until health says NOT_SERVING."""
 FILES_LOOK_S: Final = 1.0
 """How soon a removed lock, or file of the SQLite store, is noticed without a write."""
 
@@ -268,6 +270,7 @@ class Service:
     _stop_asked: int = 0
     _had_terminal: bool = field(default_factory=_has_terminal)
     _failure: Exception | None = None
+    _silent: set[str] = field(default_factory=set)
 
     @classmethod
     def build(
@@ -368,6 +371,7 @@ class Service:
         staying = [
             asyncio.create_task(self._renew()),
             asyncio.create_task(self._watch_files()),
+            asyncio.create_task(self._try_statements()),
         ]
         if self.shop.storage.is_shared:
             staying.append(asyncio.create_task(self.shop.storage.follow_shared()))
@@ -474,15 +478,53 @@ class Service:
                 return
             except Exception as error:  # noqa: BLE001 - whatever it was, the lease is not renewed
                 log.warning("service.lease_not_renewed", error=type(error).__name__)
-                self.gate.set_storage_answers(answers=False)
+                self._note_storage("lease", answers=False)
             else:
                 renewed = begun
                 if self.shop.storage.is_shared:
                     self._heartbeat(begun_ns)
-                self.gate.set_storage_answers(answers=True)
+                self._note_storage("lease", answers=True)
             if self.shop.storage.is_shared and boot_time_ns() / 1e9 - renewed > self_fence_s:
                 self.fail(LeaseLost(self.shop.owner.instance, self_fence_s))
                 return
+
+    def _note_storage(self, part: str, *, answers: bool) -> None:
+        """Note whether a part of the storage answers; health needs all of them."""
+        if answers:
+            self._silent.discard(part)
+        else:
+            self._silent.add(part)
+        self.gate.set_storage_answers(answers=not self._silent)
+
+    async def _try_statements(self) -> None:
+        """For ever, once the gate is open: see that the statements of the work answer."""
+        failed = 0
+        while True:
+            await asyncio.sleep(self.settings.lease_ttl_s / RENEWALS_PER_LEASE)
+            if not self.gate.recovered or self.stopping:
+                continue
+            error = await self._failing_statement()
+            failed = 0 if error is None else failed + 1
+            if error is not None:
+                log.warning("service.statements_failed", error=error, times=failed)
+            self._note_storage("statements", answers=failed < FAILURES_IN_A_ROW)
+
+    async def _failing_statement(self) -> str | None:
+        """Try the statements; return what failed, None if all of them answered."""
+        storage, shop = self.shop.storage, self.shop
+        try:
+            await storage.read(trial.read)
+            if not storage.is_shared:  # elsewhere each trial would use up a key
+                await storage.write(
+                    trial.create_and_take,
+                    owner=shop.owner,
+                    due_in=shop.due_in,
+                    steady=shop.steady_now(),
+                    now=shop.now(),
+                )
+        except Exception as error:  # noqa: BLE001 - whatever it was, the work meets it as well
+            return type(error).__name__
+        return "take_next" if self.dispatcher.failures >= FAILURES_IN_A_ROW else None
 
     def _stays_no_longer(self, task: asyncio.Task[None]) -> None:
         """A defect in what keeps us the owner, or the trees alive, must not go unnoticed."""

@@ -37,6 +37,7 @@ class Dispatcher:
     Attributes:
         capacity: processes at one time. A slot is held by a session, and by nothing else: the
             count cannot leak.
+        failures: how often in a row the queue could not be looked at.
         fenced: called once when a newer epoch owns this instance's runs.
     """
 
@@ -44,6 +45,7 @@ class Dispatcher:
     place: Place
     capacity: int
     fenced: Callable[[Fenced], None]
+    failures: int = 0
     _sessions: dict[RunSession, asyncio.Task[None]] = field(default_factory=dict)
     _taking: bool = True
     _unsure: bool = False
@@ -158,13 +160,16 @@ class Dispatcher:
                 if self._look_due or (not told and self.shop.storage.is_shared):
                     await self._look_at_records()
                 await self._launch_what_fits()
+                self.failures = 0
             except Fenced as error:
                 self.fenced(error)
                 return
             except (NotNow, Exhausted) as error:
                 self._unsure = True
+                self.failures += 1
                 log.warning("execution.queue_unreadable", error=type(error).__name__)
             except Exception:  # the edge of this task: nothing would be launched any more
+                self.failures += 1
                 log.exception("execution.dispatch_failed")
             told = await self._told_of_a_change()
 

@@ -30,7 +30,7 @@ from runrecovery_service.domain.errors import (
     StorageUnavailable,
     StoreLost,
 )
-from runrecovery_service.storage import postgresql
+from runrecovery_service.storage import postgresql, soundness
 from runrecovery_service.storage.locks import DatabaseLock, Lock, StoreFiles
 
 log = structlog.get_logger()
@@ -438,11 +438,18 @@ def open_database(url: str, data_dir: Path, *, locks: list[Lock] | None = None) 
     with refusing(str(path) if path is not None else POSTGRESQL_PLACE):
         db = _open_postgresql(url) if path is None else _open_sqlite(path, locks)
         try:
+            if path is not None:
+                _demand_sound(db)
             migrate(db)
         except BaseException:
             db.close()
             raise
     return db
+
+
+def _demand_sound(db: Database) -> None:
+    if found := soundness.damage(db.peewee.connection()):
+        raise DatabaseRefused(db.place, f"is damaged ({found}); {MENDING}")
 
 
 _HOPELESS: Final = {
@@ -738,7 +745,9 @@ def integrity_problems(path: Path) -> list[str]:
                 found = [row[0] for row in connection.execute("PRAGMA integrity_check(20)")]
     except DatabaseRefused as error:
         return [str(error)]
-    return [] if found == ["ok"] else [f"{path}: is damaged ({one}); {MENDING}" for one in found]
+    if found == ["ok"]:
+        return []
+    return [f"{path}: is damaged ({soundness.one_line(one)}); {MENDING}" for one in found]
 
 
 def postgresql_problems(url: str) -> list[str]:

@@ -1,0 +1,60 @@
+"""Tries the statements that the work consists of, and undoes what they changed.
+
+That the lease can be renewed says little: its row lies on one page of a SQLite file, and a damaged
+page elsewhere can keep every queued run from being taken.
+"""
+
+from __future__ import annotations
+
+import secrets
+from contextlib import suppress
+from datetime import datetime
+from typing import Final
+
+from runrecovery_service.domain.deadline import SteadyTime
+from runrecovery_service.domain.run import NewRun, Profile, RestartPolicy, RunFilter
+from runrecovery_service.storage import runs, turns
+from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.instances import Owner
+from runrecovery_service.storage.processes import Place
+from runrecovery_service.storage.turns import DueIn
+
+_NOWHERE: Final = Place(host_id="trial", boot_id="", pid_namespace=0)
+_UNBOUNDED: Final = 2**40
+
+
+class _Undo(Exception):
+    """Rolls the trial back."""
+
+
+def read(db: Database) -> None:
+    """Read the newest runs, as ListRuns does."""
+    runs.page(db, RunFilter(), after=None, limit=1)
+
+
+def create_and_take(
+    db: Database, *, owner: Owner, due_in: DueIn, steady: SteadyTime, now: datetime
+) -> None:
+    """Create a run and take the next one, as CreateRun and the dispatcher do; undo both."""
+    new = NewRun(
+        run_id=f"trial-{secrets.token_hex(16)}",
+        engine="trial",
+        labels={"trial": ""},
+        profile=Profile.RESUMABLE,
+        restart_policy=RestartPolicy.FAIL,
+        max_attempts=1,
+        input={},
+    )
+    with suppress(_Undo), db.transaction():
+        runs.create(db, new, owner=owner, max_queued=_UNBOUNDED, receipt=None, now=now)
+        turns.take_next(
+            db,
+            owner=owner,
+            busy_engines=(),
+            place=_NOWHERE,
+            due_in=due_in,
+            steady=steady,
+            now=now,
+        )
+        raise _Undo
+    db.take_touched()  # nothing of it is to be announced
