@@ -6,11 +6,13 @@ import asyncio
 import os
 import secrets
 import signal
+import socket
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
 
@@ -27,6 +29,7 @@ from runrecovery_service.domain.errors import (
     DataDirRefused,
     Fenced,
     LeaseLost,
+    OpenFilesRefused,
     RecoveryGaveUp,
     RecoveryInterrupted,
     StartRefused,
@@ -63,6 +66,7 @@ from runrecovery_service.process.launch import (
     watermark_bits,
     why_not_launchable,
 )
+from runrecovery_service.process.open_files import OpenFiles, TooFewOpenFiles
 from runrecovery_service.process.probe import prove_containment
 from runrecovery_service.process.sweep import Ending, end_trees
 from runrecovery_service.recovery.plan import Planner
@@ -126,13 +130,15 @@ def serve(settings: Settings) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whoever started us may have blocked some
     for number in _harmless_signals():  # also before the loop takes them
         signal.signal(number, lambda *_: None)  # not SIG_IGN, which agents would inherit
+    open_files = _open_files(settings)
+    open_files.take()
     with Holdings.take(settings) as held, ThreadPoolExecutor(1, "probe") as prober:
         # Beside the rest of the start: it is some 30 ms of waiting for processes.
         containment = prober.submit(prove_containment, watermark_bits())
         db = open_database(settings.database, held.data_dir, locks=held.locks)
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                runner.run(_serve(settings, held, db, containment))
+                runner.run(_serve(settings, held, db, containment, open_files))
             db.demand_in_place()  # before the last connection is closed
         except StoreLost as error:
             error.copy = str(db.rescue() or "") or None
@@ -142,10 +148,29 @@ def serve(settings: Settings) -> None:
 
 
 async def _serve(
-    settings: Settings, held: Holdings, db: Database, containment: Future[Containment]
+    settings: Settings,
+    held: Holdings,
+    db: Database,
+    containment: Future[Containment],
+    open_files: OpenFiles,
 ) -> None:
-    service = Service.build(settings, held, db, containment)
+    service = Service.build(settings, held, db, containment, open_files)
     await service.run()
+
+
+def _open_files(settings: Settings) -> OpenFiles:
+    """Divide the files that this process may open among runs, store and callers.
+
+    Raises:
+        OpenFilesRefused: they are too few.
+    """
+    runs = settings.capacity
+    # Each call and stream may come by a connection of its own.
+    wanted = settings.max_concurrent_calls + settings.max_concurrent_streams
+    try:
+        return OpenFiles.plan(runs=runs, connections=wanted)
+    except TooFewOpenFiles as error:
+        raise OpenFilesRefused(error.limit, error.needed, runs) from error
 
 
 # -- the data directory ------------------------------------------------------------------------
@@ -264,6 +289,7 @@ class Service:
     deadlines: Deadlines
     trust_sweep: TrustSweep
     containment: Future[Containment]
+    max_connections: int
     report_id: str | None = None
     _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     _stop: asyncio.Event = field(default_factory=asyncio.Event)
@@ -274,7 +300,12 @@ class Service:
 
     @classmethod
     def build(
-        cls, settings: Settings, held: Holdings, db: Database, containment: Future[Containment]
+        cls,
+        settings: Settings,
+        held: Holdings,
+        db: Database,
+        containment: Future[Containment],
+        open_files: OpenFiles,
     ) -> Service:
         """Claim the next epoch and put everything together; nothing runs yet.
 
@@ -297,7 +328,14 @@ class Service:
         storage = Storage(db)
         keeper = _trust_keeper(host, storage, owner)
         shop = _workshop(
-            settings, data_dir, storage, owner, trust=keeper, heart=heart, cgroups=cgroups
+            settings,
+            data_dir,
+            storage,
+            owner,
+            trust=keeper,
+            heart=heart,
+            cgroups=cgroups,
+            open_files=open_files,
         )
         gate = Gate(retry_after_s=settings.retry_hint_s)
         service: Service
@@ -316,6 +354,7 @@ class Service:
                 settings,
                 gate,
                 dispatcher,
+                max_connections=open_files.connections,
                 report_id=lambda: service.report_id,
                 containment=lambda: containment.result() if containment.done() else None,
             ),
@@ -338,6 +377,7 @@ class Service:
             ),
             trust_sweep=TrustSweep(shop=shop),
             containment=containment,
+            max_connections=open_files.connections,
         )
         db.guard(service.demand_current)
         return service
@@ -381,7 +421,11 @@ class Service:
             task.add_done_callback(self._stays_no_longer)
         try:
             port = await self.server.bind(self.settings.listen)
-            log.info("service.listening", address=_address(self.settings.listen, port))
+            log.info(
+                "service.listening",
+                address=_address(self.settings.listen, port),
+                max_connections=self.max_connections,
+            )
             await self._demand_containment()
             report = await self._recover()
             if report is not None and not self.stopping:
@@ -646,6 +690,23 @@ def _log_containment(proved: Future[Containment]) -> None:
         log.warning("service.containment", proved=found.level.value, detail=found.detail)
 
 
+def _addresses(listen: str) -> int:
+    """Return how many addresses `listen` may stand for; gRPC counts the connections of each by
+    themselves. A name stands for two at least: gRPC takes `localhost` for both, whatever the
+    system says."""
+    host, colon, _ = listen.rpartition(":")
+    if not colon or listen.startswith(("unix:", "unix-abstract:")):
+        return 1
+    with suppress(ValueError):
+        ip_address(host.strip("[]"))
+        return 1
+    try:
+        found = {info[4][0] for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    except OSError:  # to be told when it is listened on
+        return 2
+    return max(2, len(found))
+
+
 def _address(listen: str, port: int) -> str:
     """Return what a client connects to: the port that was really bound."""
     host, colon, _ = listen.rpartition(":")
@@ -771,6 +832,7 @@ def _workshop(
     trust: TrustKeeper,
     heart: Heart,
     cgroups: CgroupParent | None,
+    open_files: OpenFiles,
 ) -> Workshop:
     return Workshop(
         storage=storage,
@@ -784,6 +846,7 @@ def _workshop(
         cgroups=cgroups,
         cancel_grace_s=settings.cancel_grace_s,
         exit_grace_s=settings.exit_grace_s,
+        soft_open_files=open_files.agents_soft,
         now=clock.utc_now,
         steady_now=clock.steady_now,
         due_in=clock.due_in,
@@ -795,6 +858,7 @@ def _server(
     gate: Gate,
     dispatcher: Dispatcher,
     *,
+    max_connections: int,
     report_id: Callable[[], str | None],
     containment: Callable[[], Containment | None],
 ) -> GrpcServer:
@@ -828,6 +892,7 @@ def _server(
             max_concurrent_streams=settings.max_concurrent_streams,
             stall_s=settings.watch_stall_s,
             max_request_bytes=settings.max_request_bytes,
+            max_connections=max_connections // _addresses(settings.listen),
         ),
     )
 
@@ -967,6 +1032,7 @@ def check(settings: Settings) -> list[str]:
     ]
     problems += _trust_problems(settings)
     problems += _containment_problems(settings)
+    problems += _open_files_problems(settings)
     problems += _store_problems(settings)
     return problems
 
@@ -979,6 +1045,14 @@ def check_notes(settings: Settings) -> list[str]:
     except (DataDirRefused, OSError):  # a problem, or not there yet
         return []
     return [] if others is None else [f"{data_dir}: may also be changed by {others}"]
+
+
+def _open_files_problems(settings: Settings) -> list[str]:
+    try:
+        _open_files(settings)
+    except OpenFilesRefused as error:
+        return [str(error)]
+    return []
 
 
 def _store_problems(settings: Settings) -> list[str]:

@@ -23,7 +23,8 @@ class ExitCode(IntEnum):
     """Another service holds the data directory, the database or the instance name."""
 
     STORAGE = 4
-    """The data directory or the database cannot be used by this version; nothing was changed."""
+    """The data directory or the database cannot be used by this version, or the process may open
+    too few files; nothing was changed."""
 
     LISTEN = 5
     """The listen address cannot be bound."""

@@ -26,6 +26,7 @@ from runrecovery_service.domain.errors import (
     Fenced,
     Held,
     LeaseLost,
+    OpenFilesRefused,
     RecoveryGaveUp,
     RunGone,
     StartRefused,
@@ -39,6 +40,7 @@ EXIT_CODES: Final[dict[type[Exception], ExitCode]] = {
     StoreLost: ExitCode.STORAGE,
     DatabaseOutOfReach: ExitCode.UNAVAILABLE,
     DataDirRefused: ExitCode.STORAGE,
+    OpenFilesRefused: ExitCode.STORAGE,
     RecoveryGaveUp: ExitCode.RECOVERY,
     CgroupRefused: ExitCode.USAGE,
     ContainmentRefused: ExitCode.CONTAINMENT,
@@ -50,6 +52,7 @@ EXIT_CODES: Final[dict[type[Exception], ExitCode]] = {
 HINTS: Final[dict[type[Exception], str]] = {
     StoreLost: "docs/operations.md, *When something is wrong*, tells how to go on",
     Held: "stop that service, or give this one its own --data-dir and --instance",
+    OpenFilesRefused: "raise the limit (LimitNOFILE= of a unit), or lower max_concurrent",
     RecoveryGaveUp: "the log says why; no run was changed without a record",
     ContainmentRefused: "docs/processes.md tells what is missing, and what best_effort means",
     Fenced: "another service runs under this instance's name; it goes on",

@@ -408,6 +408,21 @@ class LeaseLost(StartRefused):
 
 
 @dataclass(eq=False)
+class OpenFilesRefused(StartRefused):
+    """The process may open too few files for what is configured."""
+
+    limit: int
+    needed: int
+    max_concurrent: int
+
+    def __str__(self) -> str:
+        return (
+            f"this process may open {self.limit} files (ulimit -n); max_concurrent ="
+            f" {self.max_concurrent} needs at least {self.needed}"
+        )
+
+
+@dataclass(eq=False)
 class RecoveryGaveUp(StartRefused):
     """Recovery failed as often as the configuration allows; nothing was served."""
 

@@ -305,6 +305,7 @@ class Launch:
                 max_memory=engine.max_memory,
                 max_open_files=engine.max_open_files,
                 max_processes=engine.max_processes,
+                soft_open_files=self.shop.soft_open_files,
             ),
             cgroup_procs=self._make_cgroup(),
         )

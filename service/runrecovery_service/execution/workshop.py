@@ -60,7 +60,12 @@ class Heart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workshop:
-    """What every session works with. `look_s`: how long a session's files may take to answer."""
+    """What every session works with.
+
+    Attributes:
+        look_s: how long a session's files may take to answer.
+        soft_open_files: agents' soft limit on open files; None: the service's own.
+    """
 
     storage: Storage
     owner: Owner
@@ -77,6 +82,7 @@ class Workshop:
     steady_now: Callable[[], SteadyTime]
     due_in: DueIn
     look_s: float = LOOK_S
+    soft_open_files: int | None = None
 
     def remove_cgroup(self, lease: Lease) -> bool:
         """Remove the cgroup that a launch had, if any; False when it could not be."""

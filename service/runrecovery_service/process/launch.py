@@ -71,12 +71,15 @@ class Bounds:
         max_memory: bytes of private writable memory (RLIMIT_DATA) of each process.
         max_open_files: descriptors of each process (RLIMIT_NOFILE).
         max_processes: of the user as a whole, threads included (RLIMIT_NPROC); root is exempt.
+        soft_open_files: the soft limit on descriptors, where there is no `max_open_files` and the
+            service raised its own.
     """
 
     niceness: int = 0
     max_memory: int | None = None
     max_open_files: int | None = None
     max_processes: int | None = None
+    soft_open_files: int | None = None
 
     @property
     def limits(self) -> dict[int, int]:
@@ -314,6 +317,7 @@ def prepare(
                 niceness=bounds.niceness,
                 limits=bounds.limits,
                 cgroup_procs=str(cgroup_procs or ""),
+                soft_open_files=bounds.soft_open_files or 0,
             )
         )
     except ValueError as error:  # a NUL in a word

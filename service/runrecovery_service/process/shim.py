@@ -332,6 +332,10 @@ def _become(order: wire.Order, fails: int) -> None:
         if order.niceness:
             os.nice(order.niceness)
         _hear_every_signal()
+        if order.soft_open_files:
+            doing = "the limit on open files"
+            hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+            resource.setrlimit(resource.RLIMIT_NOFILE, (order.soft_open_files, hard))
         for key, value in order.limits.items():
             doing = f"limit {key}"
             resource.setrlimit(key, (value, value))

@@ -37,11 +37,13 @@ class Order:
         niceness: added to the service's own.
         limits: `resource.RLIMIT_…` to the agent's soft and hard limit.
         cgroup_procs: the file that takes the agent into its cgroup; empty: none.
+        soft_open_files: the agent's soft limit on open files, where the service raised its own;
+            0: as the service's.
     """
 
     __slots__ = (
         "argv", "cgroup_procs", "cwd", "deadline_ns", "env", "limits", "niceness", "program",
-        "watermark",
+        "soft_open_files", "watermark",
     )  # fmt: skip
 
     def __init__(
@@ -56,6 +58,7 @@ class Order:
         niceness: int,
         limits: dict[int, int],
         cgroup_procs: str,
+        soft_open_files: int = 0,
     ) -> None:
         self.deadline_ns = deadline_ns
         self.watermark = watermark
@@ -66,6 +69,7 @@ class Order:
         self.niceness = niceness
         self.limits = limits
         self.cgroup_procs = cgroup_procs
+        self.soft_open_files = soft_open_files
 
 
 def pack(order: Order) -> bytes:
@@ -76,7 +80,7 @@ def pack(order: Order) -> bytes:
     """
     words = [
         str(order.deadline_ns), str(order.watermark), str(order.niceness),
-        order.program, order.cwd, order.cgroup_procs,
+        order.program, order.cwd, order.cgroup_procs, str(order.soft_open_files),
         str(len(order.limits)), *(f"{key}={value}" for key, value in order.limits.items()),
         str(len(order.argv)), *order.argv,
         *(f"{name}={value}" for name, value in order.env.items()),
@@ -92,6 +96,7 @@ def unpack(body: bytes) -> Order:
     words = iter([os.fsdecode(word) for word in body.split(b"\0")])
     deadline_ns, watermark, niceness = int(next(words)), int(next(words)), int(next(words))
     program, cwd, cgroup_procs = next(words), next(words), next(words)
+    soft_open_files = int(next(words))
     limits = dict(next(words).split("=") for _ in range(int(next(words))))
     return Order(
         deadline_ns=deadline_ns,
@@ -100,6 +105,7 @@ def unpack(body: bytes) -> Order:
         program=program,
         cwd=cwd,
         cgroup_procs=cgroup_procs,
+        soft_open_files=soft_open_files,
         limits={int(key): int(value) for key, value in limits.items()},
         argv=[next(words) for _ in range(int(next(words)))],
         env=dict(word.split("=", 1) for word in words),

@@ -33,6 +33,8 @@ HEALTH: Final = health_pb2.DESCRIPTOR.services_by_name["Health"]
 ALWAYS_OPEN: Final = frozenset({"GetRecoveryStatus", "ListReconciliations", "GetReconciliation"})
 """Methods of RecoveryService that answer whatever the service is doing."""
 
+HANDSHAKE_TIMEOUT_MS: Final = 20_000
+"""A connection that has said nothing by then is closed."""
 MIN_PING_INTERVAL_MS: Final = 10_000
 """Clients that ping more often are cut off; ours pings every 30 s."""
 
@@ -58,12 +60,13 @@ class ListenFailed(OSError):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerLimits:
     """What the server takes: calls and streams at one time, seconds in which a stream's reader must
-    take something, and bytes of one request."""
+    take something, bytes of one request, and connections at one time."""
 
     max_concurrent_calls: int
     max_concurrent_streams: int
     stall_s: float
     max_request_bytes: int
+    max_connections: int = 10_000
 
 
 class GrpcServer:
@@ -261,4 +264,7 @@ def _options(limits: ServerLimits) -> tuple[tuple[str, int], ...]:
         ("grpc.http2.min_recv_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS),
         # A larger request gets RESOURCE_EXHAUSTED from gRPC itself, without details.
         ("grpc.max_receive_message_length", limits.max_request_bytes),
+        # One more is closed at once, before it costs a run or the store a descriptor.
+        ("grpc.max_allowed_incoming_connections", limits.max_connections),
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
     )
