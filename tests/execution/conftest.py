@@ -345,6 +345,7 @@ async def opened(
         await patrol.stop()
         await dispatcher.stop()
         await asyncio.to_thread(storage.close)
+    db.close()  # the loop's own connection
 
 
 @pytest_asyncio.fixture

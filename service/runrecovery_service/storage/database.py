@@ -589,11 +589,13 @@ def _connect_sqlite(path: Path) -> Database:
     )
     db = Database(peewee, SQLITE, str(path), file=path)
     peewee.before_connecting = db.demand_files
-    for name, wanted in SQLITE_PRAGMAS.items():
-        row = db.fetch_one(f"PRAGMA {name}")
-        if row is None or row[0] != wanted:
-            db.close()
-            raise DatabaseRefused(str(path), f"PRAGMA {name} is {row}, not {wanted}")
+    with contextlib.ExitStack() as refused:
+        refused.callback(db.close)
+        for name, wanted in SQLITE_PRAGMAS.items():
+            row = db.fetch_one(f"PRAGMA {name}")
+            if row is None or row[0] != wanted:
+                raise DatabaseRefused(str(path), f"PRAGMA {name} is {row}, not {wanted}")
+        refused.pop_all()
     return db
 
 
