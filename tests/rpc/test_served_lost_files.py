@@ -79,3 +79,24 @@ def test_a_stop_right_after_the_loss_damages_nothing_and_tells(new_home: NewHome
     assert service.exit_code() == 4
     assert rows(home.database, "PRAGMA integrity_check") == [("ok",)]
     assert rows(rescued_copy(service), "SELECT run_id FROM run") == [(run_id,)]
+
+
+def test_a_start_after_a_kill_whose_log_was_removed_is_exit_4_until_the_marker_is_removed(
+    new_home: NewHome,
+) -> None:
+    home = new_home()
+    service, api = home.start()
+    run_id = api.create("resumable", {}).run_id
+    api.until_ended(run_id)
+    service.kill()
+    remove_log(home)
+
+    refused = home.spawn()
+
+    assert refused.exit_code() == 4
+    assert "remove runrecovery.db.installed" in " ".join(refused.text.split())
+    home.database.with_name("runrecovery.db.installed").unlink()
+    _, api = home.start()
+    with pytest.raises(grpc.RpcError) as missing:
+        api.get(run_id)
+    assert missing.value.code() is grpc.StatusCode.NOT_FOUND

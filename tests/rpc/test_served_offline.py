@@ -50,6 +50,7 @@ def test_a_backup_of_a_running_service_can_be_started_from(
     code, said = run(home, "backup", copy)
     service.stop()
     home.database.unlink()
+    home.database.with_name("runrecovery.db.installed").unlink()
     copy.rename(home.database)
     _, api = home.start()
 

@@ -30,7 +30,8 @@ from runrecovery_service.domain.errors import (
     StorageUnavailable,
     StoreLost,
 )
-from runrecovery_service.storage import postgresql, soundness
+from runrecovery_service.storage import commit_count, postgresql, soundness
+from runrecovery_service.storage.commit_count import MARKER_TEXT, CommitMarker
 from runrecovery_service.storage.locks import DatabaseLock, Lock, StoreFiles
 
 log = structlog.get_logger()
@@ -129,6 +130,7 @@ class Database:
         self.place = place
         self._file = file
         self._files: StoreFiles | None = None
+        self._commits: CommitMarker | None = None
         self._touched = _Touched()
         self._guard: Callable[[Database], object] | None = None
 
@@ -169,10 +171,32 @@ class Database:
     def _guarded(self) -> Iterator[None]:
         self.demand_files()
         with self.peewee.transaction():
+            before = self._changes()
             if self._guard is not None:
                 self._guard(self)
             yield
+            count = self._count_commit() if self._changes() != before else None
         self.demand_files()
+        if count is not None and self._commits is not None:
+            self._commits.write(count)
+
+    def count_commits(self, marker: Path) -> None:
+        """Count commits from now on, in the SQLite store and beside it."""
+        commits, count = CommitMarker(marker), commit_count.stored(self.peewee.connection())
+        if count is None:
+            return
+        if commits.read() is None:
+            _durably_write(marker, commits.first_text(count))
+        self._commits = commits
+
+    def _changes(self) -> int:
+        """Return how many rows this thread's connection has changed so far, if that matters."""
+        return 0 if self._commits is None else int(self.peewee.connection().total_changes)
+
+    def _count_commit(self) -> int | None:
+        counted = "UPDATE commit_count SET commits = commits + 1 RETURNING commits"
+        rows = self.peewee.execute_sql(counted).fetchall()
+        return int(rows[0][0]) if rows else None
 
     def snapshot(self) -> contextlib.AbstractContextManager[object]:
         """A transaction that only reads, and sees one state of the store throughout."""
@@ -441,6 +465,8 @@ def open_database(url: str, data_dir: Path, *, locks: list[Lock] | None = None) 
             if path is not None:
                 _demand_sound(db)
             migrate(db)
+            if path is not None:
+                db.count_commits(install_marker(path))
         except BaseException:
             db.close()
             raise
@@ -534,7 +560,9 @@ def _open_sqlite(path: Path, locks: list[Lock] | None) -> Database:
         locks.append(DatabaseLock(path))
     _check_header(path)
     if not marker.exists():
-        _durably_write(marker, b"A runrecovery database was created beside this file.\n")
+        _durably_write(marker, MARKER_TEXT.encode())
+    if reason := _lost_commits(path):
+        raise DatabaseRefused(str(path), reason)
     return _connect_sqlite(path)
 
 
@@ -735,15 +763,31 @@ def _make_backup_file(destination: Path, path: Path) -> None:
         raise DatabaseRefused(str(destination), reason) from error
 
 
-def integrity_problems(path: Path) -> list[str]:
-    """Return what is wrong with a SQLite store, one sentence each; it is only read."""
+def _lost_commits(path: Path) -> str | None:
+    """Return why a store may not be used if commits are missing in it; it is only read."""
+    marker = install_marker(path)
+    acknowledged = CommitMarker(marker).read()
+    with contextlib.closing(_read_only(path)) as connection:
+        return commit_count.loss(acknowledged, connection, marker)
+
+
+def _read_only(path: Path) -> sqlite3.Connection:
+    """Open a SQLite store so that nothing in it is changed, not even when it is closed again."""
     # Without a -wal file nobody has it open, and SQLite need not leave files beside it.
     unused = not path.with_name(path.name + "-wal").exists()
     uri = f"{path.absolute().as_uri()}?{'immutable=1' if unused else 'mode=ro'}"
+    timeout_s = int(SQLITE_PRAGMAS["busy_timeout"]) / 1000  # type: ignore[call-overload]
+    return sqlite3.connect(uri, uri=True, timeout=timeout_s)
+
+
+def integrity_problems(path: Path) -> list[str]:
+    """Return what is wrong with a SQLite store, one sentence each; it is only read."""
     try:
         with refusing(str(path)):
             _check_header(path)
-            with contextlib.closing(sqlite3.connect(uri, uri=True)) as connection:
+            if reason := _lost_commits(path):
+                return [f"{path}: {reason}"]
+            with contextlib.closing(_read_only(path)) as connection:
                 found = [row[0] for row in connection.execute("PRAGMA integrity_check(20)")]
     except DatabaseRefused as error:
         return [str(error)]

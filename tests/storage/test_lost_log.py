@@ -1,0 +1,183 @@
+"""A SQLite store that lacks commits which were acknowledged is not opened as if nothing were."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from runrecovery_service.domain.errors import DatabaseRefused
+from runrecovery_service.storage.database import (
+    Database,
+    integrity_problems,
+    migrate,
+    open_database,
+)
+
+NAME = "runrecovery.db"
+MARKER = f"{NAME}.installed"
+KILLED_WRITER = Path(__file__).with_name("killed_writer.py")
+
+
+def add(db: Database, name: str) -> None:
+    db.execute("INSERT INTO request_receipt VALUES (?, 'm', 'f', 1, 1)", (name,))
+
+
+def receipts(db: Database) -> int:
+    return len(db.fetch_all("SELECT 1 FROM request_receipt"))
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Return the files of a store, but for the index, into which also readers write."""
+    files = [path for path in directory.iterdir() if not path.name.endswith("-shm")]
+    return {path.name: path.read_bytes() for path in files}
+
+
+def reason(directory: Path) -> str:
+    with pytest.raises(DatabaseRefused) as refused:
+        open_database("", directory).close()
+    return refused.value.reason
+
+
+@pytest.fixture
+def killed(tmp_path: Path) -> Path:
+    """What a service leaves that was killed after five commits, all of them in the log."""
+    living = tmp_path / "living"
+    living.mkdir()
+    open_database("", living).close()
+    with closing(open_database("", living)) as db:
+        for n in range(5):
+            with db.transaction():
+                add(db, f"w{n}")
+        return shutil.copytree(living, tmp_path / "killed")
+
+
+def test_a_start_after_a_kill_finds_everything(killed: Path) -> None:
+    assert (killed / f"{NAME}-wal").stat().st_size > 0
+
+    with closing(open_database("", killed)) as db:
+        assert receipts(db) == 5
+
+
+def test_a_removed_log_is_refused_and_nothing_is_touched(killed: Path) -> None:
+    (killed / f"{NAME}-wal").rename(killed / "log")
+    (killed / f"{NAME}-shm").unlink()
+    before = contents(killed)
+
+    said = reason(killed)
+
+    assert "lacks 5 commits that were acknowledged" in said
+    assert MARKER in said
+    assert contents(killed) == before
+    assert integrity_problems(killed / NAME) == [f"{killed / NAME}: {said}"]
+    (killed / "log").rename(killed / f"{NAME}-wal")
+    with closing(open_database("", killed)) as db:
+        assert receipts(db) == 5
+
+
+def test_a_log_that_was_cut_short_is_refused_and_nothing_is_touched(killed: Path) -> None:
+    log = killed / f"{NAME}-wal"
+    log.write_bytes(log.read_bytes()[: log.stat().st_size // 2])
+    before = contents(killed)
+
+    assert "commits that were acknowledged" in reason(killed)
+    assert contents(killed) == before
+
+
+def test_a_store_without_its_marker_goes_on_without_the_lost_commits(killed: Path) -> None:
+    (killed / f"{NAME}-wal").unlink()
+    (killed / MARKER).unlink()
+
+    with closing(open_database("", killed)) as db:
+        assert receipts(db) == 0
+    with closing(open_database("", killed)) as db, db.transaction():
+        add(db, "again")
+
+
+def test_an_older_copy_in_place_of_the_store_is_refused(tmp_path: Path) -> None:
+    open_database("", tmp_path).close()
+    shutil.copy(tmp_path / NAME, tmp_path / "older")
+    with closing(open_database("", tmp_path)) as db, db.transaction():
+        add(db, "newer")
+    (tmp_path / "older").rename(tmp_path / NAME)
+
+    assert "lacks 1 commits" in reason(tmp_path)
+
+
+def test_a_removed_index_costs_nothing(killed: Path) -> None:
+    (killed / f"{NAME}-shm").unlink()
+
+    with closing(open_database("", killed)) as db:
+        assert receipts(db) == 5
+
+
+def test_another_program_may_empty_and_remove_the_log(killed: Path) -> None:
+    with closing(sqlite3.connect(killed / NAME)) as theirs:
+        assert theirs.execute("SELECT count(*) FROM request_receipt").fetchall() == [(5,)]
+    assert not (killed / f"{NAME}-wal").exists()
+
+    with closing(open_database("", killed)) as db:
+        assert receipts(db) == 5
+
+
+def test_only_transactions_that_change_something_and_commit_count(tmp_path: Path) -> None:
+    with closing(open_database("", tmp_path)) as db:
+        before = (tmp_path / MARKER).read_text()
+        with db.transaction():
+            db.fetch_all("SELECT 1 FROM run")
+        with pytest.raises(ZeroDivisionError), db.transaction():
+            add(db, f"{1 / 0}")
+        assert (tmp_path / MARKER).read_text() == before
+        with db.transaction():
+            add(db, "one")
+            with db.transaction():
+                add(db, "the same")
+
+        assert db.fetch_all("SELECT commits FROM commit_count") == [(1,)]
+        assert (tmp_path / MARKER).read_text() == (
+            "A runrecovery database was created beside this file.\n"
+            "Commits acknowledged: 00000000000000000001\n"
+        )
+
+
+def test_a_marker_of_an_older_version_gets_its_count_at_the_next_start(tmp_path: Path) -> None:
+    open_database("", tmp_path).close()
+    (tmp_path / MARKER).write_text("A runrecovery database was created beside this file.\n")
+
+    with closing(open_database("", tmp_path)) as db, db.transaction():
+        add(db, "one")
+
+    assert (tmp_path / MARKER).read_text().endswith("Commits acknowledged: 00000000000000000001\n")
+
+
+def test_a_marker_that_cannot_be_written_fails_no_commit(tmp_path: Path) -> None:
+    with closing(open_database("", tmp_path)) as db:
+        (tmp_path / MARKER).unlink()
+        (tmp_path / MARKER).mkdir()
+
+        with db.transaction():
+            add(db, "one")
+
+        assert receipts(db) == 1
+
+
+def test_a_kill_at_any_moment_is_never_taken_for_a_lost_log(tmp_path: Path) -> None:
+    """Writers that empty their log every few commits are killed, and the store opens each time with
+    every acknowledged commit."""
+    open_database("", tmp_path).close()
+
+    command = [sys.executable, str(KILLED_WRITER), str(tmp_path), "12"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("12 kills survived\n")
+
+
+def test_a_store_that_was_just_migrated_counts(tmp_path: Path) -> None:
+    with closing(open_database("", tmp_path)) as db:
+        assert migrate(db) == []
+        assert db.fetch_all("SELECT id, commits FROM commit_count") == [(1, 0)]
