@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import secrets
 import signal
@@ -33,6 +34,7 @@ from runrecovery_service.domain.errors import (
     RecoveryGaveUp,
     RecoveryInterrupted,
     StartRefused,
+    StorageUnavailable,
     StoreLost,
     is_outage,
 )
@@ -108,6 +110,10 @@ HARMLESS_SIGNALS: Final = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 course: to reload, to open the log anew."""
 HANG_UP_SETTLES_S: Final = 0.5
 """From SIGHUP until the system has taken the terminal away, if it does."""
+TRY_SHARE: Final = 0.3
+"""The part of the lease that one try to renew it may take on PostgreSQL."""
+STEP_S: Final = 30.0
+"""The most that a part of a stop may take on top of the graces that are configured for it."""
 TREES_BEFORE_LEASE_S: Final = 1.0
 """Process trees end themselves so long before the lease of a silent service runs out: whoever
 takes over then finds nothing alive."""
@@ -293,6 +299,7 @@ class Service:
     report_id: str | None = None
     _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     _stop: asyncio.Event = field(default_factory=asyncio.Event)
+    _unrenewed: asyncio.Event = field(default_factory=asyncio.Event)
     _stop_asked: int = 0
     _had_terminal: bool = field(default_factory=_has_terminal)
     _failure: Exception | None = None
@@ -504,18 +511,21 @@ class Service:
 
     async def _renew(self) -> None:
         """Prolong the lease for ever; stop the service once it cannot be sure to be the owner."""
-        ttl_s = self.settings.lease_ttl_s
+        ttl_s, shared = self.settings.lease_ttl_s, self.shop.storage.is_shared
         self_fence_s = ttl_s * SELF_FENCE_SHARE
         renewed = last = boot_time_ns() / 1e9
+        pause_s = ttl_s / RENEWALS_PER_LEASE
         while True:
-            await asyncio.sleep(ttl_s / RENEWALS_PER_LEASE)
+            await asyncio.sleep(pause_s)
             begun_ns = boot_time_ns()
             begun = begun_ns / 1e9
             if begun - last > ttl_s - TREES_BEFORE_LEASE_S:
                 log.warning("service.stood_still", seconds=round(begun - last, 1))
             last = begun
+            left_s = max(0.1, renewed + self_fence_s - begun)
             try:
-                async with asyncio.timeout(max(0.1, renewed + self_fence_s - begun)):
+                # One try of several where a connection may hang that another one replaces.
+                async with asyncio.timeout(min(left_s, ttl_s * TRY_SHARE) if shared else left_s):
                     await self.shop.storage.renewal(instances.renew, self.shop.owner, ttl_s=ttl_s)
             except Fenced as error:
                 self.fail(error)
@@ -523,14 +533,20 @@ class Service:
             except Exception as error:  # noqa: BLE001 - whatever it was, the lease is not renewed
                 log.warning("service.lease_not_renewed", error=type(error).__name__)
                 self._note_storage("lease", answers=False)
+                pause_s = ttl_s / RENEWALS_PER_LEASE / 3
             else:
                 renewed = begun
-                if self.shop.storage.is_shared:
+                if shared:
                     self._heartbeat(begun_ns)
                 self._note_storage("lease", answers=True)
-            if self.shop.storage.is_shared and boot_time_ns() / 1e9 - renewed > self_fence_s:
-                self.fail(LeaseLost(self.shop.owner.instance, self_fence_s))
-                return
+                self._unrenewed.clear()
+                pause_s = ttl_s / RENEWALS_PER_LEASE
+            if boot_time_ns() / 1e9 - renewed > self_fence_s:
+                self._unrenewed.set()
+                if shared:
+                    self.fail(LeaseLost(self.shop.owner.instance, self_fence_s))
+                    self.shop.storage.abandon()  # or what waits for an answer would hang on
+                    return
 
     def _note_storage(self, part: str, *, answers: bool) -> None:
         """Note whether a part of the storage answers; health needs all of them."""
@@ -632,20 +648,23 @@ class Service:
     async def _shut_down(self, staying: Sequence[asyncio.Task[None]]) -> None:
         """Drain, end, decide, let go. The lease is renewed, and process trees live, until the
         last of them has been ended in order."""
+        grace_s = self.settings.cancel_grace_s
         self.gate.drain()
         await self._step("deadlines", self.deadlines.stop())
         self.dispatcher.pause()  # what stays in the queue may survive; what starts now will not
         if self._failure is None:
             await asyncio.sleep(self.settings.drain_delay_s)
         else:  # perhaps another one owns the runs already: first of all, nothing of ours may act
-            await self._step("processes", self.dispatcher.stop())
+            await self._step("processes", self.dispatcher.stop(), grace_s=grace_s * 2)
         self.gate.close()
-        await self._step("server", self.server.stop(grace_s=self.settings.stop_grace_s))
-        await self._step("patrol", self.patrol.stop())
+        stop_grace_s = self.settings.stop_grace_s
+        await self._step("server", self.server.stop(grace_s=stop_grace_s), grace_s=stop_grace_s)
+        await self._step("patrol", self.patrol.stop(), grace_s=grace_s)
         await self._step("trust", self.trust_sweep.stop())
         if self._failure is None and self.gate.recovered:
-            await self._step("runs", self._decide_on_runs())
-        await self._step("processes", self.dispatcher.stop())
+            # Without a bound by the clock: there may be many runs. The store has to answer.
+            await self._step("runs", self._decide_on_runs(), grace_s=math.inf)
+        await self._step("processes", self.dispatcher.stop(), grace_s=grace_s * 2)
         for task in staying:
             task.cancel()
         await asyncio.gather(*staying, return_exceptions=True)
@@ -656,15 +675,31 @@ class Service:
         log.info("service.stopped", epoch=self.shop.owner.epoch)
 
     async def _decide_on_runs(self) -> None:
-        """End the processes and record what becomes of every run, as the next start would."""
+        """End the processes and record what becomes of every run, as the next start would.
+
+        Raises:
+            StorageUnavailable: the store has not answered for so long that the rest is left to it.
+        """
         await self.dispatcher.detach()
-        await self.shop.storage.alone(lambda db: self.closing.run(db, lambda _: None))
+        deciding = asyncio.ensure_future(
+            self.shop.storage.alone(lambda db: self.closing.run(db, lambda _: None))
+        )
+        silent = asyncio.create_task(self._unrenewed.wait())
+        await asyncio.wait({deciding, silent}, return_when=asyncio.FIRST_COMPLETED)
+        silent.cancel()
+        if not deciding.done():
+            deciding.cancel()
+            raise StorageUnavailable
+        await deciding
         await self.dispatcher.release()
 
-    async def _step(self, name: str, doing: Awaitable[object]) -> None:
+    async def _step(self, name: str, doing: Awaitable[object], *, grace_s: float = 0.0) -> None:
         """Do one part of the stop; none of them keeps the others from being done."""
         try:
-            await doing
+            async with asyncio.timeout(None if grace_s == math.inf else grace_s + STEP_S):
+                await doing
+        except TimeoutError as error:
+            log.error("service.stop_step_failed", step=name, error=type(error).__name__)  # noqa: TRY400 - no defect
         except Exception as error:  # the service is ending; the next start converges what is left
             log.error(  # noqa: TRY400 - an outage needs no traceback
                 "service.stop_step_failed",

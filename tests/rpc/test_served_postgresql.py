@@ -10,7 +10,8 @@ from contextlib import contextmanager
 import grpc
 import pytest
 from support.pg_proxy import Proxy, proxied
-from support.service import Api, Home, refused, script, until
+from support.service import Api, Home, ServiceProcess, refused, script, until
+from support.stores import query
 
 HOLDS = "import time; input(); time.sleep(600)"
 ASKS = """
@@ -96,6 +97,113 @@ def test_a_reply_whose_commit_was_not_answered_is_delivered_amid_other_traffic(
         assert refusal.code is grpc.StatusCode.UNAVAILABLE
         api.until_status(run.run_id, "SUCCEEDED")
     assert service.stop() == 0
+
+
+# -- the lease ---------------------------------------------------------------------------------
+
+SHORT_LEASE_S = 3
+
+
+def renewals(home: Home, service: ServiceProcess, count: int) -> None:
+    """Return once the lease was renewed so many times, by a service that lives."""
+    seen: set[int] = set()
+
+    def renewed() -> bool:
+        assert service.popen.poll() is None, service.text
+        ((until_us,),) = query(home, "SELECT lease_until FROM instance")
+        seen.add(until_us)
+        return len(seen) > count
+
+    until(renewed, f"the lease is renewed {count} times")
+
+
+def test_a_server_without_a_free_connection_ends_no_service_that_has_its_own(
+    home: Home, postgresql_url: str, proxy: Proxy
+) -> None:
+    home.write_config(lease_ttl_s=SHORT_LEASE_S)
+    service, api = home.start()
+    run = api.create("holds")
+    api.until_status(run.run_id, "RUNNING")
+
+    proxy.refusing = True
+    home.settings["database"] = postgresql_url  # the test's own way
+    renewals(home, service, 12)
+
+    assert service.events("service.lease_not_renewed") == []
+    proxy.refusing = False
+    assert api.get(run.run_id).attempt == 1
+    assert service.stop() == 0
+
+
+@pytest.mark.parametrize("harm", ["cut", "stall"])
+def test_a_lost_connection_of_the_lease_is_replaced_in_time(
+    home: Home, postgresql_url: str, proxy: Proxy, harm: str
+) -> None:
+    home.write_config(lease_ttl_s=SHORT_LEASE_S)
+    service, _ = home.start()
+    home.settings["database"] = postgresql_url
+
+    getattr(proxy, harm)()
+    renewals(home, service, 12)
+
+    assert len(service.events("service.lease_not_renewed")) >= 1
+    assert service.stop() == 0
+
+
+# -- a network that drops every packet -----------------------------------------------------------
+
+
+def demand_lease_lost(service: ServiceProcess) -> None:
+    """Check how a service ended that could not renew its lease, and what it said."""
+    assert service.exit_code() == 10
+    assert (
+        "error: the lease of instance 'default' was not renewed for 2 s\n"
+        "hint: no other service is known to run; service.lease_not_renewed in the log says why\n"
+    ) in service.text
+    assert "Traceback" not in service.text
+    assert [event for event in service.events() if "exception" in event] == []
+
+
+@pytest.mark.parametrize("signaled", [False, True], ids=["by itself", "at SIGTERM"])
+def test_a_service_whose_database_is_silent_ends_its_agents_and_itself(
+    home: Home, proxy: Proxy, *, signaled: bool
+) -> None:
+    home.write_config(lease_ttl_s=SHORT_LEASE_S)
+    service, api = home.start()
+    run = api.create("holds")
+    api.until_status(run.run_id, "RUNNING")
+    until(lambda: home.agents_of(run.run_id), "the agent lives")
+
+    proxy.silent = True
+    if signaled:
+        service.terminate()
+
+    demand_lease_lost(service)
+    until(lambda: not home.agents(), "no agent lives")
+    proxy.silent = False
+    service, api = home.start()
+    assert api.get(run.run_id).error.code == "ORCHESTRATOR_RESTART_INTERRUPTED"
+    assert service.stop() == 0
+
+
+def test_a_database_that_becomes_silent_in_the_recovery_ends_the_start(
+    home: Home, proxy: Proxy
+) -> None:
+    home.write_config(lease_ttl_s=SHORT_LEASE_S)
+    proxy.silence_after("INSERT INTO reconciliation")
+
+    service = home.spawn()
+
+    demand_lease_lost(service)
+
+
+def test_a_database_that_is_silent_at_the_start_is_out_of_reach(home: Home, proxy: Proxy) -> None:
+    proxy.silent = True
+
+    service = home.spawn()
+
+    assert service.exit_code() == 6
+    assert service.text == "error: the PostgreSQL database: connection timeout expired\n"
 
 
 # -- words and exit codes ------------------------------------------------------------------------

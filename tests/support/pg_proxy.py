@@ -23,6 +23,7 @@ class _End:
         self.peer: _End
         self.saw_mark = False
         self.is_committing = False
+        self.is_stalled = False
 
 
 _Key: TypeAlias = "_End | None"
@@ -49,6 +50,7 @@ class Proxy:
         self.refusing = False
         self.lost = threading.Event()
         self._mark: bytes | None = None
+        self._silencing_mark: bytes | None = None
         self._wake, self._woken = socket.socketpair()
         self._cutting = self._ending = False
         self._selector = selectors.DefaultSelector()
@@ -61,6 +63,15 @@ class Proxy:
         in which `mark` was sent. The server has committed it."""
         self._mark = mark.encode()
         self.lost.clear()
+
+    def silence_after(self, mark: str) -> None:
+        """Become silent as soon as `mark` is sent, which the server does not get."""
+        self._silencing_mark = mark.encode()
+
+    def stall(self) -> None:
+        """Swallow what comes on the connections that there are; new ones work."""
+        for end in list(self._ends):
+            end.is_stalled = True
 
     def cut(self) -> None:
         """Close every connection."""
@@ -114,11 +125,13 @@ class Proxy:
             data = b""
         if not data:
             self._drop(end)
-        elif self.silent:
+        elif self.silent or end.is_stalled:
             return
+        elif end.is_client and self._silencing_mark is not None and self._silencing_mark in data:
+            self.silent, self._silencing_mark = True, None
         elif not end.is_client and end.peer.is_committing:
-            self._drop(end)
             self.lost.set()
+            self._drop(end)
         else:
             self._watch(end, data)
             with suppress(OSError):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -18,6 +20,8 @@ from runrecovery_service.cli.failure import Failure
 
 FAILED: Final = 1
 INTERRUPTED: Final = 130
+THREADS_S: Final = 10.0
+"""How long threads that the command has started may live on after its end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,4 +87,17 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if not failed.no_reader:  # `… | head -1` needs no word about it
             click.echo(f"error: standard output: {failed}", err=True)
     drain_stderr()
+    if _threads_hang():
+        os._exit(code or 0)  # Python would wait for them, perhaps for ever
     sys.exit(code or 0)
+
+
+def _threads_hang() -> bool:
+    """Wait for threads that are left; True when some do not end, as a disk that hangs has them."""
+    ends = time.monotonic() + THREADS_S
+    for thread in threading.enumerate():
+        if not thread.daemon and thread is not threading.current_thread():
+            thread.join(max(0.0, ends - time.monotonic()))
+            if thread.is_alive():
+                return True
+    return False

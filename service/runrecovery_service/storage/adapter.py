@@ -2,7 +2,8 @@
 
 SQLite: a point read runs inline (17 µs, less than a thread hand-off), a longer read on a reader
 thread, writes on one writer thread that puts waiting writes into one commit. PostgreSQL:
-everything in a bounded pool, a connection per thread. No transaction is held across an `await`.
+everything in a bounded pool, a connection per thread, but for the renewal of the lease, which has a
+thread and a connection of its own. No transaction is held across an `await`.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import asyncio
 import queue
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from typing import Concatenate, Final, ParamSpec, TypeVar
 
 import structlog
 
+from runrecovery_service import daemons
 from runrecovery_service.domain.errors import RunRecoveryError
 from runrecovery_service.storage.changes import (
     Changes,
@@ -32,6 +35,7 @@ from runrecovery_service.storage.database import (
     translate,
     words_of,
 )
+from runrecovery_service.storage.postgresql import cut
 from runrecovery_service.storage.recovery import close_abandoned
 
 P = ParamSpec("P")
@@ -42,6 +46,8 @@ READER_THREADS: Final = 2
 POSTGRESQL_CONNECTIONS: Final = 8
 WRITES_PER_COMMIT: Final = 64
 SHARED_LOOK_S: Final = 1.0
+CLOSE_S: Final = 5.0
+"""How long what is under way may take at the end; then it is cut off, and has as long again."""
 
 log = structlog.get_logger()
 
@@ -57,6 +63,9 @@ class Storage:
             thread_name_prefix="storage",
         )
         self._writer = GroupCommitWriter(db) if self._inline else None
+        self._reserved = None if self._inline else ReservedConnection(db)
+        if self._reserved is not None:
+            self._reserved.submit(_connect)  # before others can have taken the last one
         self.changes = Changes()
 
     @property
@@ -107,13 +116,19 @@ class Storage:
 
     async def renewal(self, use: Use[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the small write that keeps this instance the owner; it never queues behind reads."""
-        if self._writer is not None:
+        if self._reserved is None:
             return await self.write(use, *args, **kwargs)
-        return await self.alone(lambda db: use(db, *args, **kwargs))
+        reserved = self._reserved
+        try:
+            return await asyncio.wrap_future(reserved.submit(lambda db: use(db, *args, **kwargs)))
+        except asyncio.CancelledError:  # it takes too long: the network may be silent
+            reserved.give_up()
+            self._reserved = ReservedConnection(self._db)
+            raise
 
     async def alone(self, use: Callable[[Database], R]) -> R:
         """Run a long use, of many transactions, on a thread and a connection of its own."""
-        return await asyncio.to_thread(self._alone, use)
+        return await daemons.done(lambda: self._alone(use))
 
     def _alone(self, use: Callable[[Database], R]) -> R:
         try:
@@ -126,19 +141,65 @@ class Storage:
         """Raise StoreLost if a file of a SQLite store was removed or replaced."""
         self._db.demand_in_place()
 
-    def close(self) -> None:
-        """Finish what was submitted and close every connection, but that of the main thread."""
+    def abandon(self) -> None:
+        """Let every use of a PostgreSQL database fail, now and later: nothing may be written any
+        more, and nobody is to wait for an answer that a silent network does not bring."""
+        self._db.abandon()
+
+    def close(self, within_s: float = CLOSE_S) -> None:
+        """Finish what was submitted and close every connection, but that of the main thread. What
+        takes too long is cut off, and if it hangs even so, left to itself."""
         if self._writer is not None:
-            self._writer.close()
+            self._writer.close(within_s)
+        # So that every thread of the pool takes exactly one of these.
         barrier = threading.Barrier(self._pool._max_workers)  # noqa: SLF001 - no public count
-        for _ in range(barrier.parties):
-            self._pool.submit(self._close_thread, barrier)
-        self._pool.shutdown()
+        closing = [self._pool.submit(self._close_thread, barrier) for _ in range(barrier.parties)]
+        if self._reserved is not None:
+            closing.append(self._reserved.close())
+        if wait(closing, within_s).not_done:
+            self.abandon()
+        hanging = wait(closing, within_s).not_done
+        barrier.abort()
+        self._pool.shutdown(wait=not hanging)
         self._db.close()
 
     def _close_thread(self, barrier: threading.Barrier) -> None:
-        barrier.wait()  # so that every thread of the pool takes exactly one of these
+        with suppress(threading.BrokenBarrierError):
+            barrier.wait()
         self._db.close()
+
+
+class ReservedConnection:
+    """A thread with a connection that is kept, so that others cannot take the last one."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="storage-lease")
+        self._connection: object = None
+
+    def submit(self, use: Callable[[Database], R]) -> Future[R]:
+        """Run a use on it."""
+
+        def kept(db: Database) -> R:
+            self._connection = db.peewee.connection()
+            return use(db)
+
+        return self._thread.submit(lambda: _translated(self._db, kept))
+
+    def give_up(self) -> None:
+        """Cut the use off that is under way, and end."""
+        self.close()
+        cut(self._connection)
+
+    def close(self) -> Future[None]:
+        """End after what was submitted."""
+        closing = self._thread.submit(self._db.close)
+        self._thread.shutdown(wait=False)
+        return closing
+
+
+def _connect(db: Database) -> None:
+    """Use a connection, which opens it."""
 
 
 def _translated(db: Database, use: Use[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
@@ -184,10 +245,10 @@ class GroupCommitWriter:
         self._waiting.put(_Write(use, future))
         return future
 
-    def close(self) -> None:
-        """Finish what waits and end the thread."""
+    def close(self, within_s: float | None = None) -> None:
+        """Finish what waits and end the thread, which a disk that hangs may keep for longer."""
         self._waiting.put(None)
-        self._thread.join()
+        self._thread.join(within_s)
 
     def _work(self) -> None:
         open_for_work = True

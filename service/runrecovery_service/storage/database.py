@@ -262,6 +262,11 @@ class Database:
         if self.dialect.kind is Kind.SQLITE:
             self.peewee.connection().text_factory = _lenient_text
 
+    def abandon(self) -> None:
+        """Cut off every connection to PostgreSQL, and open none any more. From any thread."""
+        if isinstance(self.peewee, postgresql.PostgreSQL):
+            self.peewee.abandon()
+
     def close(self) -> None:
         """Close the calling thread's connection.
 
