@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 import grpc
@@ -645,6 +645,70 @@ def test_what_cannot_be_sent_is_a_usage_error_and_nothing_is_sent(
 ) -> None:
     assert run("runs", "create", "e", *said, "--server", server.address).code == ExitCode.USAGE
     assert server.asked == []
+
+
+def test_grpcs_own_lines_do_not_stand_between_ours() -> None:
+    environ = {key: text for key, text in os.environ.items() if key != "GRPC_VERBOSITY"}
+    command = [sys.executable, "-m", "runrecovery_service", "health", "--server", "dns:///"]
+
+    ended = subprocess.run(
+        command, env=environ, check=False, capture_output=True, text=True, timeout=60
+    )
+
+    assert ended.stderr.startswith("error: ")
+    assert len(ended.stderr.splitlines()) <= 2
+
+
+NO_TEXT: Final = "\udcff"  # a byte of the command line that is not UTF-8
+TOO_DEEP: Final = '{"a":' + "[" * 60 + "]" * 60 + "}"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        ["runs", "create", NO_TEXT],
+        ["runs", "create", "e", "--input", f'{{"a": "{NO_TEXT}"}}'],
+        ["runs", "create", "e", "--input", r'{"a": "\ud800"}'],
+        ["runs", "create", "e", "--input", TOO_DEEP],
+        ["runs", "create", "e", "--input", '{"a":' + "[" * 500 + "]" * 500 + "}"],
+        ["runs", "create", "e", "--label", f"{NO_TEXT}=1"],
+        ["runs", "create", "e", "--session-timeout", "nan"],
+        ["runs", "list", "--created-after", "9999-12-31T23:59:59-23:59"],
+        ["runs", "list", "--created-after", "0001-01-01T00:00:00+23:59"],
+        ["runs", "list", "--label", f"a={NO_TEXT}"],
+        ["runs", "list", "--timeout", "nan"],
+        ["runs", "list", "--timeout", "1e300"],
+        ["runs", "watch", "r", "--after-sequence", str(2**63)],
+        ["runs", "watch", NO_TEXT],
+        ["runs", "reply", "r", "x", "--interaction", str(2**31)],
+        ["runs", "reply", "r", "--interaction", "1", "--json-value", "[" * 100_000],
+        ["runs", "reply", "r", "--interaction", "1", "--json-value", TOO_DEEP],
+        ["runs", "reply", "r", "--interaction", "1", NO_TEXT],
+        ["runs", "output", "r", "--attempt", str(2**31)],
+        ["runs", "output", NO_TEXT],
+        ["runs", "interactions", NO_TEXT],
+        ["recovery", "list", "--after", "0001-01-01T00:00:00+23:59"],
+        ["recovery", "list", "--reason", NO_TEXT],
+        ["recovery", "watch", "--after", NO_TEXT],
+        ["recovery", "explain", NO_TEXT],
+        ["health", "--service", NO_TEXT],
+        ["health", "--timeout", "inf"],
+        ["health", "--wait", "nan"],
+        ["health", "--server", ""],
+        ["health", "--server", NO_TEXT],
+    ],
+    ids=lambda said: " ".join(said)[:60].encode("ascii", "backslashreplace").decode(),
+)
+def test_what_no_message_can_hold_is_a_usage_error_in_few_words(
+    run: Run, server: Script, said: list[str]
+) -> None:
+    there = [] if "--server" in said else ["--server", server.address]
+
+    ended = run(*said, *there)
+
+    assert (ended.code, server.asked) == (ExitCode.USAGE, [])
+    assert "Error: Invalid value for" in ended.err
+    assert len(ended.err) < 500
 
 
 @pytest.mark.parametrize(

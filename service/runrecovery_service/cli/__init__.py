@@ -71,6 +71,9 @@ def root() -> None:
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line (sys.argv by default) and exit with one of `exit_codes.ExitCode`."""
     streams.prepare()
+    # gRPC's own lines on standard error would stand between ours, and a reader that does not read
+    # would stop who writes them. It reads this when it is imported, by any of the commands.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         code = root.main(arguments, prog_name="runrecovery", standalone_mode=False)
         sys.stdout.flush()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,17 +9,13 @@ from functools import wraps
 from typing import Any, Final, TypeVar
 
 import click
-
-from runrecovery_service.cli.exit_codes import ExitCode
-from runrecovery_service.cli.failure import Failure
-
-# gRPC's own log lines on standard error would stand between ours.
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-
 from google.protobuf.message import Message
 from runrecovery import RunRecoveryClient, errors
 from runrecovery.errors import RunRecoveryClientError
 
+from runrecovery_service.cli import parameters
+from runrecovery_service.cli.exit_codes import ExitCode
+from runrecovery_service.cli.failure import Failure
 from runrecovery_service.cli.printing import Columns, json_line, print_table
 
 MessageT = TypeVar("MessageT", bound=Message)
@@ -90,12 +85,13 @@ _OPTIONS: Final = (
         show_default=True,
         show_envvar=True,
         metavar="HOST:PORT",
+        callback=parameters.filled,
         help="The service to ask.",
     ),
     click.option(
         "--timeout",
         "timeout_s",
-        type=click.FloatRange(min=0, min_open=True),
+        type=parameters.Seconds(min_open=True),
         default=10.0,
         show_default=True,
         metavar="SECONDS",
@@ -113,12 +109,13 @@ def with_service(
     """Give a command the options of a client and, as its first argument, the service."""
 
     @wraps(function)
-    def call(**parameters: Any) -> ExitCode | None:  # click passes every parameter by its name
-        server, timeout_s = parameters.pop("server"), parameters.pop("timeout_s")
-        as_json = parameters.pop("as_json")
+    def call(**given: Any) -> ExitCode | None:  # click passes every parameter by its name
+        parameters.demand_text(given)
+        server, timeout_s = given.pop("server"), given.pop("timeout_s")
+        as_json = given.pop("as_json")
         with failures(server), RunRecoveryClient(server, timeout_s=timeout_s) as client:
             service = Service(client=client, timeout_s=timeout_s, as_json=as_json)
-            return function(service, **parameters)
+            return function(service, **given)
 
     for option in reversed(_OPTIONS):
         call = option(call)

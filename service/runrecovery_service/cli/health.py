@@ -7,6 +7,7 @@ import json
 import click
 from runrecovery import ServingStatus
 
+from runrecovery_service.cli import parameters
 from runrecovery_service.cli.connection import Service, with_service
 from runrecovery_service.cli.exit_codes import ExitCode
 
@@ -23,7 +24,7 @@ from runrecovery_service.cli.exit_codes import ExitCode
 @click.option(
     "--wait",
     "wait_s",
-    type=click.FloatRange(min=0),
+    type=parameters.Seconds(),
     metavar="SECONDS",
     help="Wait so long for SERVING, also for a service that is not there yet.",
 )

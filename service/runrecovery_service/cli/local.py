@@ -125,8 +125,6 @@ def _refusals() -> Iterator[None]:
 @click.option("--log-level", type=click.Choice([level.value for level in LogLevel]))
 def serve(settings: Settings) -> ExitCode:
     """Run the service until it is told to stop (SIGTERM or Ctrl-C; twice: at once)."""
-    # gRPC's own lines on standard error are not JSON; what they tell, our events tell too.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from runrecovery_service import app
     from runrecovery_service.rpc.server import ListenFailed
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
+from math import isnan
 from pathlib import Path
 from typing import Any, Final
 
@@ -74,7 +75,10 @@ def time(_ctx: click.Context, _param: click.Parameter, value: str | None) -> dat
         at = datetime.fromisoformat(value)
     except ValueError as error:
         raise click.BadParameter(f"{value!r} is not like 2026-11-24T10:00:00Z") from error
-    return at if at.tzinfo else at.replace(tzinfo=UTC)
+    try:
+        return at.astimezone(UTC) if at.tzinfo else at.replace(tzinfo=UTC)
+    except OverflowError as error:
+        raise click.BadParameter(f"{value!r} is outside the years 1 to 9999 in UTC") from error
 
 
 def labels(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
@@ -105,6 +109,43 @@ only_labels: Final = click.option(
     help="Only runs with this label; may be repeated.",
 )
 """The option of a list that is filtered by labels."""
+
+
+class Seconds(click.FloatRange):
+    """A number of seconds that a deadline can be made of."""
+
+    def __init__(self, *, min_open: bool = False) -> None:
+        super().__init__(min=0, min_open=min_open, max=1e9)
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """See `click.ParamType`; nan is in no range."""
+        seconds: float = super().convert(value, param, ctx)
+        return (
+            self.fail("nan is not a number of seconds", param, ctx) if isnan(seconds) else seconds
+        )
+
+
+def demand_text(values: Mapping[str, object]) -> None:
+    """Refuse arguments that no message can hold: bytes of the command line that are not UTF-8."""
+    for name, value in values.items():
+        try:
+            "".join(_texts(value)).encode()
+        except UnicodeEncodeError as error:
+            raise click.BadParameter("is not text in UTF-8", param_hint=name) from error
+
+
+def _texts(value: object) -> Iterable[str]:
+    match value:
+        case str():
+            return (value,)
+        case Mapping():
+            return (str(text) for pair in value.items() for text in pair)
+        case tuple():
+            return map(str, value)
+        case _:
+            return ()
 
 
 def filled(_context: click.Context, parameter: click.Parameter, text: str | None) -> str | None:

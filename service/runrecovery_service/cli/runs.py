@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import click
 from google.protobuf import json_format
+from google.protobuf.message import DecodeError
 from runrecovery import JsonValue
 from runrecovery.v1 import run_pb2, run_service_pb2
 
@@ -52,6 +53,21 @@ INTERACTION_COLUMNS: Final[Columns[run_pb2.Interaction]] = (
     ("ASKED", lambda asked: time(asked.asked_at)),
     ("REPLIED", lambda asked: time(asked.replied_at)),
 )
+
+
+UNSENDABLE: Final = (ValueError, RecursionError, DecodeError)
+"""Why a JSON value fits no message: a number or text that it cannot hold, or its depth."""
+
+
+def why_unsendable(error: Exception) -> str:
+    """Return in one sentence what is in the way."""
+    match error:
+        case RecursionError() | DecodeError():
+            return "is nested too deeply"
+        case UnicodeEncodeError():
+            return "holds half of a surrogate pair, which is no text"
+        case _:
+            return str(error) if len(str(error)) < 200 else "holds a number that is too large"
 
 
 @click.group()
@@ -121,8 +137,8 @@ def create(
             session_timeout_s=session_timeout_s,
             require_user_reply=require_user_reply,
         )
-    except ValueError as error:  # a number that a message cannot hold
-        raise click.BadParameter(str(error)) from error
+    except UNSENDABLE as error:
+        raise click.BadParameter(why_unsendable(error), param_hint="--input") from error
     if wait:
         click.echo(f"waiting for run {run.run_id}", err=True)
         run = service.client.wait_for_run(run.run_id, timeout_s=None, or_waiting=True)
@@ -185,7 +201,7 @@ def list_runs(
 @click.argument("run_id")
 @click.option(
     "--after-sequence",
-    type=click.IntRange(min=0),
+    type=click.IntRange(min=0, max=2**63 - 1),
     metavar="N",
     help="Only what follows this event, without the run as it stands.",
 )
@@ -217,7 +233,7 @@ def watch(
 @click.option("--json-value", metavar="JSON", help="The answer as JSON instead of a plain string.")
 @click.option(
     "--interaction",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=1, max=2**31 - 1),
     metavar="N",
     help="The question that is answered; otherwise the one that is open now.",
 )
@@ -233,8 +249,8 @@ def reply(
     asked = interaction or _open_question(service, run_id)
     try:
         run = service.client.runs.reply(run_id, asked, answer)
-    except ValueError as error:  # a number that a message cannot hold
-        raise click.BadParameter(str(error), param_hint="--json-value") from error
+    except UNSENDABLE as error:
+        raise click.BadParameter(why_unsendable(error), param_hint="--json-value") from error
     service.show(run, describe)
 
 
@@ -245,6 +261,8 @@ def _answer(value: str | None, json_value: str | None) -> JsonValue:
         return value
     try:
         answer: JsonValue = json.loads(json_value)
+    except RecursionError as error:
+        raise click.BadParameter(why_unsendable(error), param_hint="--json-value") from error
     except ValueError as error:
         raise click.BadParameter(f"not JSON: {error}", param_hint="--json-value") from error
     return answer
@@ -297,7 +315,10 @@ def interactions(service: Service, run_id: str) -> None:
 @click.argument("run_id")
 @click.option("--stderr", is_flag=True, help="Standard error instead of standard output.")
 @click.option(
-    "--attempt", type=click.IntRange(min=1), metavar="N", help="Otherwise the latest attempt."
+    "--attempt",
+    type=click.IntRange(min=1, max=2**31 - 1),
+    metavar="N",
+    help="Otherwise the latest attempt.",
 )
 @click.option("--follow", is_flag=True, help="Go on until the attempt has ended.")
 def output(
