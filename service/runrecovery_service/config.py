@@ -414,7 +414,8 @@ class Settings:
         reopen_window_s: how long a run that lost its session in a restart can be set back; its
             question and handle are kept for it.
         cancel_grace_s: from SIGTERM to SIGKILL for a canceled run.
-        exit_grace_s: from a process's last word (question, result, closed stdout) to its exit.
+        exit_grace_s: from the last line after a question or result, or from a closed stdout, to the
+            process's exit.
         drain_delay_s: from NOT_SERVING to the end of accepting calls, for load balancers.
         stop_grace_s: for calls that are in progress at a stop.
         orphan_grace_s: from SIGTERM to SIGKILL for processes of earlier epochs.

@@ -17,6 +17,7 @@ from runrecovery_service.engines.dialect import Dialect
 from runrecovery_service.engines.gemini import GEMINI
 from runrecovery_service.engines.jsonl import JSON_LINES
 from runrecovery_service.execution import session
+from runrecovery_service.storage import interactions
 
 from .conftest import NewFloor, until
 
@@ -372,6 +373,9 @@ async def test_a_reply_that_a_sticky_process_cannot_read_ends_its_run(
 
     assert code_of(run) == "REPLY_NOT_DELIVERED"
     assert lease.tree() == []
+    asked = await floor.storage.point(interactions.find, run.key, 1)
+    assert asked is not None
+    assert asked.state == "CLOSED"  # answered, and never delivered
     await floor.until_free(floor.dispatcher.capacity)
 
 

@@ -156,7 +156,7 @@ class RunSession:
     _canceled: bool = False
     _in_wait: bool = False
     _undelivered: bool = False
-    _handed_over: asyncio.Event = field(default_factory=asyncio.Event)
+    _handed_over: asyncio.Queue[int] = field(default_factory=asyncio.Queue)
     _has_session: bool = False
     _open_outputs: int = 2
     _ignored: Counter[str] = field(default_factory=Counter)
@@ -552,7 +552,7 @@ class RunSession:
         self._in_wait = False
         if await self._say(process, self._engine.dialect.reply(reply)):
             await self._write(turns.delivered)
-            self._handed_over.set()
+            self._handed_over.put_nowait(run.interaction_count)
         else:
             self._news.put_nowait(_Signal.REPLY_LOST)
 
@@ -560,9 +560,9 @@ class RunSession:
         """Notice a sticky process that closes its input with a reply in it. Apart from handing
         over: a process may read a reply long after its next question."""
         while True:
-            await self._handed_over.wait()
-            self._handed_over.clear()
+            number = await self._handed_over.get()
             if not await until_read(process.stdin.fileno()):
+                await self._write(turns.undelivered, number=number)
                 self._news.put_nowait(_Signal.REPLY_LOST)
                 return
 

@@ -195,6 +195,17 @@ def delivered(db: Database, turn: Turn, *, owner: Owner) -> None:
 
 
 @runs.retried
+def undelivered(db: Database, turn: Turn, *, owner: Owner, number: int) -> None:
+    """Record that the answer to a question was given to a process, and never read."""
+    run = _own(db, turn, owner)
+    db.execute(
+        "UPDATE interaction SET state = 'ANSWERED'"
+        " WHERE run = ? AND no = ? AND state = 'DELIVERED'",
+        (run.key, number),
+    )
+
+
+@runs.retried
 def ask_and_stay(
     db: Database,
     turn: Turn,
