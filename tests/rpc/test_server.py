@@ -24,9 +24,10 @@ from runrecovery_service.engines.catalog import Catalog, Engine
 from runrecovery_service.execution.output import OutputChannel, OutputFiles
 from runrecovery_service.recovery.plan import Planner
 from runrecovery_service.rpc.gate import Gate
+from runrecovery_service.rpc.listening import ListenFailed
 from runrecovery_service.rpc.recovery_service import RecoveryRooms
 from runrecovery_service.rpc.run_service import PIECE_BYTES, RunLimits, RunRooms
-from runrecovery_service.rpc.server import ListenFailed, ServerLimits, build_server
+from runrecovery_service.rpc.server import ServerLimits, build_server
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.processes import Unended
 

@@ -126,7 +126,7 @@ def _refusals() -> Iterator[None]:
 def serve(settings: Settings) -> ExitCode:
     """Run the service until it is told to stop (SIGTERM or Ctrl-C; twice: at once)."""
     from runrecovery_service import app
-    from runrecovery_service.rpc.server import ListenFailed
+    from runrecovery_service.rpc.listening import ListenFailed
 
     try:
         app.serve(settings)

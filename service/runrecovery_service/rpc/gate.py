@@ -47,6 +47,7 @@ class Gate:
         self._storage_answers = True
         self._safe_mode = False
         self._closed = False
+        self._listens = True
         self._change = asyncio.Event()
         self._followers: set[asyncio.Event] = set()
 
@@ -59,6 +60,11 @@ class Gate:
     def storage_answers(self) -> bool:
         """False while the database is known not to answer."""
         return self._storage_answers
+
+    @property
+    def listens(self) -> bool:
+        """False while somebody else has the address on which the service listens."""
+        return self._listens
 
     @property
     def draining(self) -> bool:
@@ -101,6 +107,12 @@ class Gate:
         """Record whether the database answers; health tells it."""
         if answers is not self._storage_answers:
             self._storage_answers = answers
+            self._announce()
+
+    def set_listens(self, *, listens: bool) -> None:
+        """Record whether the service still has its address; health tells it."""
+        if listens is not self._listens:
+            self._listens = listens
             self._announce()
 
     def demand(self, access: Access) -> None:

@@ -2,8 +2,8 @@
 
 | name | SERVING |
 |---|---|
-| `""`, `runrecovery.v1.RunService` | recovery committed, the database answers, not draining |
-| `runrecovery.v1.RecoveryService` | the database answers, not draining; also during a recovery |
+| `""`, `runrecovery.v1.RunService` | recovered, database answers, address is ours, not draining |
+| `runrecovery.v1.RecoveryService` | the same, but also during a recovery |
 | `liveness` | always: that an answer comes is what it says |
 """
 
@@ -28,11 +28,11 @@ _UNKNOWN: Final = pb.HealthCheckResponse.SERVICE_UNKNOWN
 
 
 def _serves_runs(gate: Gate) -> bool:
-    return gate.state is ServiceState.SERVING and gate.storage_answers
+    return gate.state is ServiceState.SERVING and gate.storage_answers and gate.listens
 
 
 def _tells_of_recovery(gate: Gate) -> bool:
-    return not gate.draining and gate.storage_answers
+    return not gate.draining and gate.storage_answers and gate.listens
 
 
 NAMES: Final[Mapping[str, Callable[[Gate], bool]]] = MappingProxyType(

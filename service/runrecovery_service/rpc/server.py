@@ -22,6 +22,7 @@ from runrecovery_service.rpc import beside
 from runrecovery_service.rpc.gate import Access, Gate
 from runrecovery_service.rpc.guard import Guard, Method
 from runrecovery_service.rpc.health import HealthServicer
+from runrecovery_service.rpc.listening import Address, Holder, address_of
 from runrecovery_service.rpc.recovery_service import RecoveryRooms, RecoveryService
 from runrecovery_service.rpc.reflection import V1, V1ALPHA, ReflectionServicer
 from runrecovery_service.rpc.run_service import RunRooms, RunService
@@ -49,14 +50,6 @@ FLUSH_S: Final = 0.05
 log = structlog.get_logger()
 
 
-class ListenFailed(OSError):
-    """The address cannot be listened on: taken, not ours, or not an address."""
-
-    def __init__(self, listen: str) -> None:
-        super().__init__(f"cannot listen on {listen}: taken, not permitted, or not an address")
-        self.listen = listen
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerLimits:
     """What the server takes: calls and streams at one time, seconds in which a stream's reader must
@@ -74,14 +67,17 @@ class GrpcServer:
 
     A call whose path is not UTF-8 ends the server of grpc.aio (seen in grpcio 1.85): it closes its
     port for good, while the process lives on. Anybody who reaches the port could do that, so
-    another server takes its place within `LOOK_S`; callers see UNAVAILABLE and try again.
+    another server takes its place within `LOOK_S`; callers see UNAVAILABLE and try again. The same
+    happens when the file of its Unix socket was removed.
     """
 
-    def __init__(self, build: Callable[[], grpc.aio.Server], guard: Guard) -> None:
+    def __init__(self, build: Callable[[], grpc.aio.Server], gate: Gate, guard: Guard) -> None:
         self._build = build
+        self._gate = gate
         self._guard = guard
         self._server = build()
         self._sockets: ServerSockets | None = None
+        self._address: Address | None = None
         self._keeper: asyncio.Task[None] | None = None
 
     async def bind(self, listen: str) -> int:
@@ -90,11 +86,9 @@ class GrpcServer:
         Raises:
             ListenFailed: somebody else listens there, or nobody may.
         """
-        port = await self._start(listen)
-        is_unix = listen.startswith(("unix:", "unix-abstract:"))
-        again = listen if is_unix else f"{listen.rpartition(':')[0]}:{port}"
-        self._sockets = ServerSockets(again)
-        self._keeper = asyncio.create_task(self._keep(again))
+        address = address_of(listen)
+        port = await self._start(address)
+        self._keeper = asyncio.create_task(self._keep(address))
         return port
 
     async def stop(self, *, grace_s: float) -> None:
@@ -108,6 +102,8 @@ class GrpcServer:
             if await self._ended_within(LAST_LOOK_S) is None:
                 await self._finish_calls(grace_s)
         await self._end()
+        if self._address is not None:
+            self._address.release()
 
     async def _finish_calls(self, grace_s: float) -> None:
         if self._sockets is not None:
@@ -124,27 +120,35 @@ class GrpcServer:
             await self._sockets.close_connections()
         await self._server.stop(None)
 
-    async def _start(self, listen: str) -> int:
-        try:
-            port = self._server.add_insecure_port(listen)
-        except RuntimeError:  # all that grpc says
-            raise ListenFailed(listen) from None
-        if not port:
-            raise ListenFailed(listen)
+    async def _start(self, address: Address) -> int:
+        port, self._sockets = await address.bind(self._server.add_insecure_port)
+        self._address = address
         await self._server.start()
         return port
 
-    async def _keep(self, listen: str) -> None:
-        """Put another server in the place of one that ended by itself."""
+    async def _keep(self, address: Address) -> None:
+        """Put another server in the place of one that ended by itself, or that nobody can reach
+        any more."""
         while True:
             error = await self._ended_within(LOOK_S)
-            if error is None:
+            if error is not None:
+                log.error("rpc.server_ended", error=f"{type(error).__name__}: {error}")
+            elif not self._is_out_of_reach(address.holder()):
                 continue
-            log.error("rpc.server_ended", error=f"{type(error).__name__}: {error}")
             with suppress(Exception):  # it has ended already; what matters is its successor
                 await self._end()
-            while not await self._is_replaced(listen):  # noqa: ASYNC110 - time alone helps
+            while not await self._is_replaced(address):  # noqa: ASYNC110 - time alone helps
                 await asyncio.sleep(LOOK_S)
+
+    def _is_out_of_reach(self, holder: Holder) -> bool:
+        """Return whether another server is needed at the address. Where somebody else has it, none
+        would help: health says NOT_SERVING to those who are connected, until it is free again."""
+        if holder is Holder.NOBODY:
+            log.error("rpc.address_lost", holder="nobody")
+        elif holder is Holder.ANOTHER and self._gate.listens:
+            log.error("rpc.address_lost", holder="another service")
+        self._gate.set_listens(listens=holder is not Holder.ANOTHER)
+        return holder is Holder.NOBODY
 
     async def _ended_within(self, seconds: float) -> Exception | None:
         """Return what the server has ended by; None when it has not within this time."""
@@ -154,12 +158,13 @@ class GrpcServer:
             return error
         return None
 
-    async def _is_replaced(self, listen: str) -> bool:
+    async def _is_replaced(self, address: Address) -> bool:
         self._server = self._build()
         try:
-            await self._start(listen)
+            await self._start(address)
         except Exception as error:  # noqa: BLE001 - without it nobody would ever listen again
             log.error("rpc.server_not_replaced", error=str(error))  # noqa: TRY400 - said in one line
+            await self._server.stop(None)  # it may listen on a part of the address
             return False
         log.warning("rpc.server_replaced")
         return True
@@ -188,7 +193,7 @@ def build_server(
         server.add_generic_rpc_handlers(every)
         return server
 
-    return GrpcServer(build, guard)
+    return GrpcServer(build, gate, guard)
 
 
 def handlers(service: ServiceDescriptor, servicer: object, guard: Guard) -> grpc.GenericRpcHandler:

@@ -14,7 +14,10 @@ import socket
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
+
+Local: TypeAlias = int | str | bytes
+"""A TCP port, the path by which a Unix socket was bound, or an abstract name with its NUL."""
 
 CLOSED_WITHIN_S: Final = 1.0
 """For gRPC to close connections that have been shut down."""
@@ -22,14 +25,18 @@ LOOK_S: Final = 0.005
 
 
 class ServerSockets:
-    """The listening sockets and the connections of one address.
+    """The listening sockets and the connections of one server.
 
     Args:
-        listen: `host:port`, with the port that was bound, or a Unix socket as gRPC names it.
+        local: what tells them from others of the process.
     """
 
-    def __init__(self, listen: str) -> None:
-        self._family, self._local = _local_address(listen)
+    def __init__(self, local: Local) -> None:
+        self._local = local
+
+    def listening_hosts(self) -> set[str]:
+        """Return the IP addresses that are listened on."""
+        return {host for one in self._sockets() if _listens(one) for host in _hosts(one)}
 
     def stop_listening(self) -> None:
         """Refuse new connections, and those that nobody has accepted yet."""
@@ -60,20 +67,10 @@ class ServerSockets:
                     yield one
 
     def _is_ours(self, one: socket.socket) -> bool:
-        local = one.getsockname()
-        if self._family == socket.AF_UNIX:
-            return one.family == socket.AF_UNIX and local == self._local
-        return one.family in {socket.AF_INET, socket.AF_INET6} and local[1] == self._local
-
-
-def _local_address(listen: str) -> tuple[int, str | bytes | int]:
-    """Return the family, and what `getsockname` says that is the same for all of its sockets."""
-    if listen.startswith("unix-abstract:"):
-        return socket.AF_UNIX, b"\0" + listen.removeprefix("unix-abstract:").encode()
-    if listen.startswith("unix:"):
-        path = listen.removeprefix("unix:")
-        return socket.AF_UNIX, path.removeprefix("//") if path.startswith("///") else path
-    return socket.AF_INET, int(listen.rpartition(":")[2])
+        name = one.getsockname()
+        if isinstance(self._local, int):
+            return one.family in {socket.AF_INET, socket.AF_INET6} and name[1] == self._local
+        return one.family == socket.AF_UNIX and name == self._local
 
 
 def _stream_sockets() -> Iterator[socket.socket]:
@@ -92,6 +89,16 @@ def _stream_sockets() -> Iterator[socket.socket]:
             yield one
         else:
             one.close()
+
+
+def _hosts(one: socket.socket) -> set[str]:
+    host = str(one.getsockname()[0])
+    takes_ipv4 = one.family == socket.AF_INET6 and not one.getsockopt(
+        socket.IPPROTO_IPV6, socket.IPV6_V6ONLY
+    )
+    if host == "::" and takes_ipv4:
+        return {"::", "0.0.0.0"}  # noqa: S104 - compared, not bound
+    return {host.removeprefix("::ffff:")}
 
 
 def _listens(one: socket.socket) -> bool:

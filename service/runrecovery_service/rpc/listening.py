@@ -1,0 +1,232 @@
+"""Where the server listens: all of an address, by us, and still ours.
+
+gRPC alone is content with less. It binds `localhost` by one of its addresses if the other is taken,
+and it removes whatever socket it finds at a path: when it binds, and again when it ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import os
+import secrets
+import socket
+import stat
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from enum import Enum, auto
+from pathlib import Path
+from typing import Final, TypeAlias
+from urllib.parse import quote, unquote
+
+from runrecovery_service.rpc.sockets import ServerSockets
+
+Bind: TypeAlias = Callable[[str], int]
+"""Has gRPC bind an address; returns the port. Raises RuntimeError."""
+
+LOCK_TRIES: Final = 100
+LOCK_PAUSE_S: Final = 0.02
+NOT_HERE: Final = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
+"""This machine has no such address, so nobody can listen there."""
+
+
+class ListenFailed(OSError):
+    """The address cannot be listened on."""
+
+    def __init__(self, listen: str, why: str = "taken, not permitted, or not an address") -> None:
+        super().__init__(f"cannot listen on {listen}: {why}")
+        self.listen = listen
+
+
+class Holder(Enum):
+    """Who has an address that we have bound."""
+
+    OURS = auto()
+    NOBODY = auto()
+    ANOTHER = auto()
+
+
+class Address(ABC):
+    """An address to listen on."""
+
+    @abstractmethod
+    async def bind(self, bind: Bind) -> tuple[int, ServerSockets]:
+        """Have a server bind the whole address; return the port and its sockets. Can be repeated,
+        for the successor of a server that ended.
+
+        Raises:
+            ListenFailed: somebody else listens there, or nobody may.
+        """
+
+    def holder(self) -> Holder:
+        """Return who has the address now. Where no other can take it, it is ours."""
+        return Holder.OURS
+
+    def release(self) -> None:
+        """Remove what the bind has left; a socket without a file leaves nothing."""
+        return
+
+
+def address_of(listen: str) -> Address:
+    """Return the address of a valid `listen`."""
+    if listen.startswith("unix-abstract:"):
+        return AbstractSocket(listen)
+    if listen.startswith("unix:"):
+        return SocketFile(listen)
+    return HostAndPort(listen)
+
+
+# -- TCP -----------------------------------------------------------------------------------------
+
+
+class HostAndPort(Address):
+    """`host:port`, with every address that the host has; port 0 is chosen at the first bind."""
+
+    def __init__(self, listen: str) -> None:
+        self._host, _, port = listen.rpartition(":")
+        self._port = int(port)
+
+    async def bind(self, bind: Bind) -> tuple[int, ServerSockets]:
+        """See `Address`."""
+        self._port = _bound(bind, f"{self._host}:{self._port}")
+        sockets = ServerSockets(self._port)
+        bound = sockets.listening_hosts()
+        for host in await _hosts(self._host.strip("[]")):
+            if host not in bound:
+                self._demand_absent(host)
+        return self._port, sockets
+
+    def _demand_absent(self, host: str) -> None:
+        """Raise ListenFailed unless the host is none of this machine's."""
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            with socket.socket(family) as trial:
+                trial.bind((host, self._port))
+        except OSError as error:
+            if error.errno in NOT_HERE:
+                return
+        raise ListenFailed(f"{self._host}:{self._port}", f"{host} could not be bound as well")
+
+
+async def _hosts(name: str) -> set[str]:
+    """Return the addresses that a host name or an address stands for."""
+    if name.lower() == "localhost":  # gRPC binds both, whatever /etc/hosts says
+        return {"127.0.0.1", "::1"}
+    loop = asyncio.get_running_loop()
+    try:
+        found = await loop.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    except socket.gaierror as error:
+        raise ListenFailed(name) from error
+    return {str(address[0]) for _, _, _, _, address in found}
+
+
+# -- Unix sockets --------------------------------------------------------------------------------
+
+
+class AbstractSocket(Address):
+    """`unix-abstract:name`. The system gives a name to one socket only."""
+
+    def __init__(self, listen: str) -> None:
+        self._listen = listen
+
+    async def bind(self, bind: Bind) -> tuple[int, ServerSockets]:
+        """See `Address`."""
+        name = unquote(self._listen.removeprefix("unix-abstract:"))
+        return _bound(bind, self._listen), ServerSockets(b"\0" + name.encode())
+
+
+class SocketFile(Address):
+    """`unix:path`. The socket is bound beside the path and moved there once nobody else has it, so
+    that gRPC never removes the socket of another."""
+
+    def __init__(self, listen: str) -> None:
+        self._listen = listen
+        path = unquote(listen.removeprefix("unix:"))
+        self._path = Path(f"/{path.lstrip('/')}" if path.startswith("//") else path)
+        self._file: tuple[int, int] | None = None
+
+    async def bind(self, bind: Bind) -> tuple[int, ServerSockets]:
+        """See `Address`."""
+        beside = self._path.with_name(f"{self._path.name}.{secrets.token_hex(3)}")
+        try:
+            async with _only_one_binds(self._path.parent):
+                self._demand_free()
+                port = _bound(bind, f"unix:{quote(str(beside))}")
+                self._file = _identity(beside)
+                beside.rename(self._path)
+        except ListenFailed as error:
+            raise ListenFailed(self._listen) from error
+        except OSError as error:
+            raise ListenFailed(self._listen, error.strerror or "not possible") from error
+        return port, ServerSockets(str(beside))
+
+    def _demand_free(self) -> None:
+        if self.holder() is Holder.ANOTHER:
+            raise ListenFailed(self._listen)
+
+    def holder(self) -> Holder:
+        """Return who has the path. A socket on which nobody listens any more is nobody's."""
+        try:
+            found = self._path.lstat()
+        except FileNotFoundError:
+            return Holder.NOBODY
+        if (found.st_dev, found.st_ino) == self._file:
+            return Holder.OURS
+        if stat.S_ISSOCK(found.st_mode) and not _is_listened_on(self._path):
+            return Holder.NOBODY
+        return Holder.ANOTHER
+
+    def release(self) -> None:
+        """Remove the socket, if it is ours."""
+        if self._file is not None and self.holder() is Holder.OURS:
+            self._path.unlink(missing_ok=True)
+
+
+@asynccontextmanager
+async def _only_one_binds(folder: Path) -> AsyncIterator[None]:
+    """Keep other services from binding in this folder meanwhile.
+
+    Raises:
+        OSError: the folder is not there, or is locked for too long.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for left in reversed(range(LOCK_TRIES)):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not left:
+                    raise
+                await asyncio.sleep(LOCK_PAUSE_S)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _is_listened_on(path: Path) -> bool:
+    """Return whether anybody takes connections there; who cannot be asked counts as somebody."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as trial:
+        try:
+            trial.connect(str(path))
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+        except OSError:  # its queue is full, or we may not
+            return True
+    return True
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    found = path.lstat()
+    return found.st_dev, found.st_ino
+
+
+def _bound(bind: Bind, address: str) -> int:
+    port = 0
+    with suppress(RuntimeError):  # all that grpc says
+        port = bind(address)
+    if not port:
+        raise ListenFailed(address)
+    return port

@@ -1,0 +1,242 @@
+"""Where a service listens: all of its address, nobody else's, and as long as it lives."""
+
+from __future__ import annotations
+
+import socket
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+from fuzz.sieges import OPENING, call, headers, message
+from support.service import Api, Home, ServiceProcess, until
+
+NewHome = Callable[..., Home]
+RECOVERY = "runrecovery.v1.RecoveryService"
+
+
+def health(address: str) -> str:
+    """Ask for health by a new connection."""
+    api = Api(address)
+    with closing(api.channel):
+        return api.health_of()
+
+
+def refused_start(home: Home, listen: str) -> str:
+    """Start a service that must end with exit code 5; return what it said."""
+    service = home.spawn("--listen", listen)
+    assert service.exit_code() == 5, service.text
+    return service.text
+
+
+@contextmanager
+def listener(family: int, address: object) -> Iterator[socket.socket]:
+    with socket.socket(family) as other:
+        other.bind(address)  # type: ignore[arg-type]
+        other.listen()
+        yield other
+
+
+def start(home: Home, path: Path) -> tuple[ServiceProcess, Api]:
+    return home.start("--listen", f"unix:{path}")
+
+
+# -- the file of a Unix socket -----------------------------------------------------------------
+
+
+def test_a_second_service_on_a_socket_file_is_exit_5_and_leaves_the_first_alone(
+    new_home: NewHome,
+) -> None:
+    first, second = new_home(), new_home()
+    path = first.path / "socket"
+    service, _ = start(first, path)
+    before = path.lstat().st_ino
+
+    said = refused_start(second, f"unix:{path}")
+
+    assert f"unix:{path}" in said
+    assert path.lstat().st_ino == before
+    assert health(service.address) == "SERVING"
+
+
+def test_of_services_that_start_at_once_on_a_socket_file_one_serves(new_home: NewHome) -> None:
+    homes = [new_home() for _ in range(3)]
+    path = homes[0].path / "socket"
+    services = [home.spawn("--listen", f"unix:{path}") for home in homes]
+
+    def ended() -> list[ServiceProcess]:
+        return [service for service in services if service.popen.poll() is not None]
+
+    until(lambda: len(ended()) == 2, "two of them end")
+
+    assert [service.exit_code() for service in ended()] == [5, 5]
+    (alive,) = (service for service in services if service.popen.poll() is None)
+    alive.address = f"unix:{path}"
+    alive.until_serving()
+    assert [entry.name for entry in path.parent.glob("socket*")] == ["socket"]
+
+
+def test_the_socket_file_of_a_killed_service_is_taken_over(new_home: NewHome) -> None:
+    home = new_home()
+    path = home.path / "socket"
+    service, _ = start(home, path)
+    service.kill()
+    assert path.is_socket()
+
+    service, _ = start(home, path)
+
+    assert health(service.address) == "SERVING"
+
+
+def test_a_stop_removes_the_socket_file(new_home: NewHome) -> None:
+    home = new_home()
+    path = home.path / "socket"
+    service, _ = start(home, path)
+
+    assert service.stop() == 0
+    assert list(home.path.glob("socket*")) == []
+
+
+def test_a_file_that_is_no_socket_is_left_alone(new_home: NewHome) -> None:
+    home = new_home()
+    path = home.path / "socket"
+    path.write_text("mine")
+
+    refused_start(home, f"unix:{path}")
+
+    assert path.read_text() == "mine"
+    assert [entry.name for entry in home.path.glob("socket*")] == ["socket"]
+
+
+def test_a_folder_that_does_not_exist_is_exit_5(new_home: NewHome) -> None:
+    home = new_home()
+
+    assert "No such file or directory" in refused_start(home, f"unix:{home.path}/no/socket")
+
+
+def test_a_removed_socket_file_is_made_again(new_home: NewHome) -> None:
+    home = new_home()
+    path = home.path / "socket"
+    service, _ = start(home, path)
+    path.unlink()
+
+    service.until_event("rpc.server_replaced")
+
+    assert [event["holder"] for event in service.events("rpc.address_lost")] == ["nobody"]
+    assert health(service.address) == "SERVING"
+
+
+def test_a_taken_socket_file_is_not_serving_until_it_is_free_again(new_home: NewHome) -> None:
+    home = new_home()
+    path, aside = home.path / "socket", home.path / "aside"
+    service, connected = start(home, path)
+    with listener(socket.AF_UNIX, str(aside)):
+        aside.rename(path)
+        until(lambda: connected.health_of() == "NOT_SERVING", "it says so")
+        assert connected.health_of(RECOVERY) == "NOT_SERVING"
+        assert connected.health_of("liveness") == "SERVING"
+        assert [event["holder"] for event in service.events("rpc.address_lost")] == [
+            "another service"
+        ]
+
+    service.until_event("rpc.server_replaced")
+
+    assert health(service.address) == "SERVING"
+
+
+def test_a_stop_leaves_the_socket_file_of_another(new_home: NewHome) -> None:
+    home = new_home()
+    path, aside = home.path / "socket", home.path / "aside"
+    service, connected = start(home, path)
+    with listener(socket.AF_UNIX, str(aside)) as other:
+        aside.rename(path)
+        until(lambda: connected.health_of() == "NOT_SERVING", "it says so")
+
+        assert service.stop() == 0
+
+        with socket.socket(socket.AF_UNIX) as caller:
+            caller.connect(str(path))
+            other.accept()[0].close()
+
+
+# -- abstract names ----------------------------------------------------------------------------
+
+
+def test_a_taken_abstract_name_is_exit_5(new_home: NewHome) -> None:
+    name = f"runrecovery-test-{uuid.uuid4()}"
+    with listener(socket.AF_UNIX, f"\0{name}"):
+        assert name in refused_start(new_home(), f"unix-abstract:{name}")
+
+
+def test_an_abstract_name_is_kept_when_the_server_is_replaced(new_home: NewHome) -> None:
+    name = f"runrecovery-test-{uuid.uuid4()}"
+    service, _ = new_home().start("--listen", f"unix-abstract:{name}")
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(f"\0{name}")
+        connection.sendall(OPENING + call(headers(b"/\xff"), message()))
+        service.until_event("rpc.server_replaced")
+
+    assert health(service.address) == "SERVING"
+    assert service.stop() == 0
+
+
+# -- host names --------------------------------------------------------------------------------
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(
+    "taken",
+    [
+        "127.0.0.1",
+        pytest.param("::1", marks=pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here")),
+    ],
+)
+def test_a_name_of_which_one_address_is_taken_is_exit_5(new_home: NewHome, taken: str) -> None:
+    family = socket.AF_INET6 if ":" in taken else socket.AF_INET
+    with listener(family, (taken, 0)) as other:
+        port = other.getsockname()[1]
+
+        said = refused_start(new_home(), f"localhost:{port}")
+
+    assert f"localhost:{port}" in said
+
+
+def test_localhost_is_all_of_its_addresses(new_home: NewHome) -> None:
+    service, _ = new_home().start("--listen", "localhost:0")
+    port = service.address.rpartition(":")[2]
+
+    hosts = ["127.0.0.1", "[::1]"] if has_ipv6() else ["127.0.0.1"]
+
+    assert [health(f"{host}:{port}") for host in hosts] == ["SERVING"] * len(hosts)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "[0:0::1]", "127.8.9.10"])
+def test_every_way_to_name_an_address_is_listened_on(new_home: NewHome, host: str) -> None:
+    if host.startswith("[") and not has_ipv6():
+        pytest.skip("no IPv6 here")
+    service, _ = new_home().start("--listen", f"{host}:0")
+
+    assert health(service.address) == "SERVING"
+    assert service.stop() == 0
+
+
+def test_a_port_stays_the_same_when_the_server_is_replaced(new_home: NewHome) -> None:
+    service, api = new_home().start()
+    port = int(service.address.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(OPENING + call(headers(b"/\xff"), message()))
+        service.until_event("rpc.server_replaced")
+
+    with pytest.raises(grpc.RpcError) as error:
+        until(lambda: api.get("nothing"), "it answers")
+    assert error.value.code() is not grpc.StatusCode.CANCELLED
+    assert health(service.address) == "SERVING"
