@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from typing import Final
 
 import grpc
 from runrecovery.v1 import recovery_pb2
 from support.service import Api, Home, ServiceProcess, refused, status_word, until
+from support.stores import change, query
 
 NewHome = Callable[..., Home]
 
@@ -84,3 +85,62 @@ def test_a_recovery_that_fails_for_good_exits_with_9_and_served_nobody(new_home:
     _, api = home.start()
     assert status_word(api.get("orphan")) == "FAILED"
     assert home.agents() == []
+
+
+NO_END_SQLITE: Final = """
+CREATE TRIGGER no_end BEFORE UPDATE ON reconciliation WHEN NEW.state = 'COMPLETED'
+BEGIN SELECT RAISE(ABORT, 'not now'); END
+"""
+NO_END_POSTGRESQL: Final = """
+CREATE FUNCTION no_end() RETURNS trigger LANGUAGE plpgsql AS
+$$ BEGIN RAISE EXCEPTION 'not now'; END $$;
+CREATE TRIGGER no_end BEFORE UPDATE ON reconciliation FOR EACH ROW
+WHEN (NEW.state = 'COMPLETED') EXECUTE FUNCTION no_end()
+"""
+
+
+def test_a_report_that_cannot_be_closed_keeps_the_gate_shut(
+    new_database_url: Callable[[], str], new_home: NewHome
+) -> None:
+    url = new_database_url()
+    home = new_home(database=url, recovery_tries=3, recovery_backoff_s=0.2)
+    service, api = home.start()
+    api.create("resumable", {"hold": True}, run_id="works")
+    api.until_status("works", "RUNNING")
+    service.kill()
+    change(home, NO_END_POSTGRESQL if url else NO_END_SQLITE)
+
+    service = home.listen()
+    told = set()
+    while service.popen.poll() is None:
+        with suppress(grpc.RpcError):
+            told.add(service.api().health_of())
+
+    assert service.exit_code() == 9
+    assert told <= {"NOT_SERVING"}
+    assert service.events("service.serving") == []
+    assert len(service.events("recovery.try_failed")) == 3
+    on = "" if not url else " ON reconciliation"
+    change(home, f"DROP TRIGGER no_end{on}")
+    _, api = home.start()
+    assert status_word(api.get("works")) == "FAILED"
+    states = query(home, "SELECT state FROM reconciliation ORDER BY id")
+    assert states == [("COMPLETED",), *[("FAILED",)] * 3, ("COMPLETED",)]
+
+
+def test_a_database_that_is_locked_for_longer_than_a_lease_ends_no_process(
+    new_home: NewHome,
+) -> None:
+    home = new_home(lease_ttl_s=3)
+    service, api = home.start()
+    api.create("resumable", {"hold": True}, run_id="works")
+    (agent,) = until(lambda: home.agents_of("works"), "it works")
+
+    with locked(home):
+        # Each of them waits for the lock for longer than trees live without a heartbeat.
+        until(lambda: len(service.events("service.lease_not_renewed")) >= 3, "it is not renewed")
+        assert home.agents_of("works") == [agent]
+
+    until(lambda: api.health_of() == "SERVING", "it is renewed again")
+    assert home.agents_of("works") == [agent]
+    assert status_word(api.get("works")) == "RUNNING"

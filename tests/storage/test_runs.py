@@ -174,6 +174,17 @@ def test_pages_filter_by_status_and_engine(world: World) -> None:
     assert [queued.run_id, running.run_id] == listed(frozenset(), None)
 
 
+def test_quarantined_runs_take_no_room_in_the_queue(world: World) -> None:
+    for _ in range(3):
+        world.set(world.create(), recovery_state="QUARANTINED")
+
+    made = world.create(max_queued=1)
+
+    assert made.status is RunStatus.QUEUED
+    with pytest.raises(Overloaded):
+        world.create(max_queued=1)
+
+
 def test_a_quarantined_run_is_listed_under_no_status(world: World) -> None:
     run = world.create()
     world.set(run, recovery_state="QUARANTINED")

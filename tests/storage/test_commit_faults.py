@@ -1,0 +1,259 @@
+"""Whatever happens to a commit, a mutation and its receipt are both on record, or neither is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import pytest
+from peewee import OperationalError
+from runrecovery.v1 import recovery_service_pb2, run_service_pb2
+from runrecovery_service.domain.run import Profile, Run
+from runrecovery_service.storage import reopening
+
+from .conftest import PowerCut, World, receipt
+
+RECEIPT: Final = receipt("0190d3c5-7c3e-7000-8000-000000000001")
+DONE: Final = "done"
+NOTHING: Final = "nothing"
+READS: Final = 1  # MethodOptions.NO_SIDE_EFFECTS
+MOST_STATEMENTS: Final = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Mutation:
+    """A mutating method in one situation.
+
+    Attributes:
+        prepare: makes the run that it is about.
+        call: carries it out, with the receipt.
+        effect: queries of all that it changes, and what they say afterwards; before it, none of
+            them says so.
+    """
+
+    method: str
+    prepare: Callable[[World], Run]
+    call: Callable[[World, Run], Run]
+    effect: dict[str, list[tuple[Any, ...]]]
+
+
+def lost(world: World) -> Run:
+    run = world.waiting()
+    world.set(run, session_verdict="INVALID")
+    world.recover()
+    return world.get(run)
+
+
+def reopen(world: World, run: Run) -> Run:
+    return reopening.reopen(
+        world.db, run.run_id, handle=None, session_type=lambda _: "jsonl", owner=world.owner,
+        etag=None, receipt=RECEIPT, due_in=world.due_in, steady=world.steady, now=world.tick(),
+    )  # fmt: skip
+
+
+def create(world: World, _: Run) -> Run:
+    return world.create(engine="new", run_id="new", with_receipt=RECEIPT)
+
+
+def reply(world: World, run: Run) -> Run:
+    return world.reply(run, receipt=RECEIPT)
+
+
+def cancel(world: World, run: Run) -> Run:
+    return world.cancel(run, receipt=RECEIPT)
+
+
+LAST_EVENT: Final = "SELECT kind FROM run_event ORDER BY no DESC LIMIT 1"
+QUESTION: Final = "SELECT state, response FROM interaction"
+MUTATIONS: Final = {
+    "create": Mutation(
+        "CreateRun",
+        World.create,
+        create,
+        {
+            "SELECT count(*) FROM run WHERE engine = 'new'": [(1,)],
+            "SELECT key, value FROM run_label ORDER BY run": [("team", "blue")] * 2,
+        },
+    ),
+    "reply to a resumable run": Mutation(
+        "SubmitReply",
+        World.waiting,
+        reply,
+        {
+            "SELECT status FROM run": [("QUEUED",)],
+            LAST_EVENT: [("ANSWERED",)],
+            QUESTION: [("ANSWERED", '"yes"')],
+        },
+    ),
+    "reply to a sticky run": Mutation(
+        "SubmitReply",
+        lambda world: world.waiting(profile=Profile.STICKY_PROCESS),
+        reply,
+        {
+            "SELECT status FROM run": [("RUNNING",)],
+            LAST_EVENT: [("ANSWERED",)],
+            QUESTION: [("ANSWERED", '"yes"')],
+        },
+    ),
+    "cancel a queued run": Mutation(
+        "CancelRun",
+        World.create,
+        cancel,
+        {"SELECT status FROM run": [("CANCELED",)], LAST_EVENT: [("CANCELED",)]},
+    ),
+    "cancel a running run": Mutation(
+        "CancelRun",
+        lambda world: world.running().run,
+        cancel,
+        {
+            "SELECT status FROM run WHERE cancel_requested_at IS NOT NULL": [("RUNNING",)],
+            LAST_EVENT: [("CANCEL_REQUESTED",)],
+        },
+    ),
+    "cancel a waiting run": Mutation(
+        "CancelRun",
+        World.waiting,
+        cancel,
+        {
+            "SELECT status FROM run": [("CANCELED",)],
+            "SELECT state FROM interaction": [("CLOSED",)],
+        },
+    ),
+    "reopen": Mutation(
+        "ReopenRun",
+        lost,
+        reopen,
+        {
+            "SELECT status, session_value FROM run": [("WAITING_USER", "secret")],
+            "SELECT state FROM interaction": [("OPEN",)],
+            "SELECT rule FROM recovery_event ORDER BY no DESC LIMIT 1": [("reopened_by_caller",)],
+        },
+    ),
+}
+
+
+@pytest.fixture(params=MUTATIONS)
+def mutation(request: pytest.FixtureRequest) -> Mutation:
+    return MUTATIONS[request.param]
+
+
+def observed(world: World, mutation: Mutation) -> str:
+    """Return `DONE` or `NOTHING`; fail on anything in between."""
+    receipts = world.rows(
+        "SELECT method FROM request_receipt WHERE request_id = ?", RECEIPT.request_id
+    )
+    effects = {sql: world.rows(sql) == after for sql, after in mutation.effect.items()}
+    if receipts:
+        assert (receipts, effects) == ([("M",)], dict.fromkeys(effects, True))
+        return DONE
+    assert effects == dict.fromkeys(effects, False)
+    return NOTHING
+
+
+@contextmanager
+def cut_at(world: World, number: int) -> Iterator[None]:
+    """End whoever carries out the statement of this number, once; statements of peewee count."""
+    execute: Callable[..., Any] = world.db.peewee.execute_sql
+    left = [number]
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        left[0] -= 1
+        if left[0] == -1:
+            raise PowerCut
+        return execute(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(world.db.peewee, "execute_sql", counted)
+        yield
+
+
+@contextmanager
+def commit_that(world: World, *, stands: bool) -> Iterator[None]:
+    """Lose the answer to each COMMIT; `stands`: it was carried out all the same, so that SQLite has
+    nothing to roll back any more, and says so."""
+    commit: Callable[[], Any] = world.db.peewee.commit
+
+    def lose() -> Any:
+        if stands:
+            commit()
+        raise PowerCut
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(world.db.peewee, "commit", lose)
+        yield
+
+
+def test_every_mutating_method_is_tried() -> None:
+    services = [
+        *run_service_pb2.DESCRIPTOR.services_by_name.values(),
+        *recovery_service_pb2.DESCRIPTOR.services_by_name.values(),
+    ]
+    mutating = {
+        method.name
+        for service in services
+        for method in service.methods
+        if method.GetOptions().idempotency_level != READS
+    }
+
+    assert mutating == {"CreateRun", "SubmitReply", "CancelRun", "ReopenRun"}
+    assert {mutation.method for mutation in MUTATIONS.values()} == mutating
+
+
+def test_a_call_that_dies_at_any_statement_leaves_all_or_nothing(
+    world: World, mutation: Mutation
+) -> None:
+    run = mutation.prepare(world)
+    assert observed(world, mutation) == NOTHING
+
+    for at in range(MOST_STATEMENTS):
+        try:
+            with cut_at(world, at):
+                mutation.call(world, run)
+        except PowerCut:
+            assert observed(world, mutation) == NOTHING, at
+        else:
+            break
+
+    assert at > 4
+    assert observed(world, mutation) == DONE
+
+
+def test_a_commit_that_failed_is_done_by_the_next_try(world: World, mutation: Mutation) -> None:
+    run = mutation.prepare(world)
+    with pytest.raises(PowerCut), commit_that(world, stands=False):
+        mutation.call(world, run)
+    assert observed(world, mutation) == NOTHING
+
+    mutation.call(world, run)
+
+    assert observed(world, mutation) == DONE
+
+
+def test_a_commit_whose_answer_was_lost_is_not_done_twice(world: World, mutation: Mutation) -> None:
+    run = mutation.prepare(world)
+    with pytest.raises((PowerCut, OperationalError)), commit_that(world, stands=True):
+        mutation.call(world, run)
+    assert observed(world, mutation) == DONE
+    before = world.dump()
+
+    again = mutation.call(world, run)
+
+    assert before == world.dump()
+    assert again.run_id == ("new" if mutation.method == "CreateRun" else run.run_id)
+
+
+def test_of_many_callers_with_one_request_one_has_its_effect(
+    world: World, mutation: Mutation
+) -> None:
+    run = mutation.prepare(world)
+
+    answers = world.all_at_once([lambda: mutation.call(world, run)] * 50, threads=12)
+
+    assert observed(world, mutation) == DONE
+    wanted = "new" if mutation.method == "CreateRun" else run.run_id
+    assert {answer.run_id if isinstance(answer, Run) else repr(answer) for answer in answers} == {
+        wanted
+    }
+    assert world.rows("SELECT count(*) FROM request_receipt") == [(1,)]
