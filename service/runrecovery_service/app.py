@@ -1046,8 +1046,11 @@ def migrate(settings: Settings) -> list[str]:
             db.close()
 
 
-def backup(settings: Settings, destination: Path) -> None:
+def backup(settings: Settings, destination: Path) -> dict[str, int]:
     """Copy the SQLite store of a running or stopped service, and prove the copy.
+
+    Returns:
+        How many runs of each instance are in the copy.
 
     Raises:
         DatabaseRefused: it is not SQLite, is not there, or the copy is not sound.
@@ -1055,7 +1058,7 @@ def backup(settings: Settings, destination: Path) -> None:
     path = _sqlite_file(settings, paths.absolute(settings.data_dir))
     if path is None:
         raise DatabaseRefused("PostgreSQL", "is backed up with its own tools (pg_dump)")
-    backup_sqlite(path, destination)
+    return backup_sqlite(path, destination)
 
 
 def check(settings: Settings) -> list[str]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import signal
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -79,6 +82,27 @@ def test_a_stop_right_after_the_loss_damages_nothing_and_tells(new_home: NewHome
     assert service.exit_code() == 4
     assert rows(home.database, "PRAGMA integrity_check") == [("ok",)]
     assert rows(rescued_copy(service), "SELECT run_id FROM run") == [(run_id,)]
+
+
+def test_a_backup_beside_a_service_whose_log_was_removed_is_exit_4_and_leaves_no_file(
+    new_home: NewHome,
+) -> None:
+    home = new_home()
+    service, api = home.start()
+    api.create("resumable", {})
+    service.popen.send_signal(signal.SIGSTOP)  # or it would end before the backup begins
+    remove_log(home)
+    copy = home.path / "copy.db"
+
+    command = [sys.executable, "-m", "runrecovery_service", "backup", str(copy)]
+    options = ["--config", str(home.config), "--data-dir", str(home.data)]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+    service.popen.send_signal(signal.SIGCONT)
+
+    assert done.returncode == 4
+    assert "commits that were acknowledged" in " ".join(done.stderr.split())
+    assert not copy.exists()
+    assert service.exit_code() == 4
 
 
 def test_a_start_after_a_kill_whose_log_was_removed_is_exit_4_until_the_marker_is_removed(

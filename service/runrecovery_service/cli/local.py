@@ -170,8 +170,10 @@ def backup(settings: Settings, dest: Path) -> ExitCode:
     """Copy the SQLite database to DEST, also while the service runs."""
     from runrecovery_service import app
 
-    app.backup(settings, dest)
-    click.echo(f"copied to {dest} ({dest.stat().st_size} bytes), and found sound")
+    runs = app.backup(settings, dest)
+    kept = ", ".join(f"{count} of instance {name!r}" for name, count in runs.items()) or "none"
+    size = dest.stat().st_size
+    click.echo(f"copied to {dest} ({size} bytes), and found sound and complete; runs: {kept}")
     return ExitCode.OK
 
 

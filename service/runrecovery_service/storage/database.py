@@ -726,28 +726,73 @@ def _migration_lock(db: Database) -> Iterator[None]:
 # -- copies ------------------------------------------------------------------------------------
 
 
-def backup_sqlite(path: Path, destination: Path) -> None:
-    """Copy a SQLite store, also while a service uses it, and prove that the copy is sound.
+def backup_sqlite(path: Path, destination: Path) -> dict[str, int]:
+    """Copy a SQLite store, also while a service uses it, and prove the copy: it is sound, has every
+    row, and lacks no commit that was acknowledged before.
+
+    Returns:
+        How many runs of each instance are in the copy.
 
     Raises:
-        DatabaseRefused: there is no such store, or the copy could not be made or is damaged.
+        DatabaseRefused: there is no such store, or no copy of it can be proved; none is left.
         BackupRefused: something has the destination's name already.
     """
     if not path.exists():
         raise DatabaseRefused(str(path), "does not exist")
     _check_header(path)
+    if reason := _lost_commits(path):  # before a connection that may change the log
+        raise DatabaseRefused(str(path), reason)
     _make_backup_file(destination, path)
     try:
-        with (
-            contextlib.closing(sqlite3.connect(path)) as source,
-            contextlib.closing(sqlite3.connect(destination)) as copy,
-        ):
-            source.backup(copy)
+        rows = _copy_proved(path, destination)
     except (OSError, sqlite3.Error) as error:
         destination.unlink(missing_ok=True)
         raise DatabaseRefused(str(destination), f"could not be written: {error}") from error
+    except BaseException:
+        destination.unlink(missing_ok=True)
+        raise
+    return {name: count for (table, name), count in sorted(rows.items()) if table == "run"}
+
+
+def _copy_proved(path: Path, destination: Path) -> dict[tuple[str, str], int]:
+    marker = install_marker(path)
+    acknowledged = CommitMarker(marker).read()
+    with (
+        contextlib.closing(sqlite3.connect(path)) as source,
+        contextlib.closing(sqlite3.connect(destination)) as copy,
+    ):
+        source.execute("BEGIN")  # one snapshot for the proof and for the copy
+        if reason := commit_count.loss(acknowledged, source, marker):
+            raise DatabaseRefused(str(path), reason)
+        wanted = _row_counts(source)
+        _copy_pages(source, copy)
+        source.rollback()
+        found = _row_counts(copy)
+    for table, instance in wanted.keys() | found.keys():
+        pair = wanted.get((table, instance), 0), found.get((table, instance), 0)
+        if pair[0] != pair[1]:
+            which = f"{table}, instance {instance!r}" if instance else table
+            reason = f"has {pair[1]} rows, not {pair[0]} ({which})"
+            raise DatabaseRefused(str(destination), reason)
     if problems := integrity_problems(destination):
         raise DatabaseRefused(str(destination), problems[0])
+    return found
+
+
+def _copy_pages(source: sqlite3.Connection, copy: sqlite3.Connection) -> None:
+    source.backup(copy)
+
+
+def _row_counts(connection: sqlite3.Connection) -> dict[tuple[str, str], int]:
+    """Return the number of rows of every table, that of runs for each instance."""
+    tables = "SELECT name FROM sqlite_schema WHERE type = 'table' ORDER BY name"
+    counts: dict[tuple[str, str], int] = {}
+    for (table,) in connection.execute(tables).fetchall():
+        instance = "owner" if table == "run" else "''"
+        by_instance = f'SELECT {instance}, count(*) FROM "{table}" GROUP BY 1'
+        for name, count in connection.execute(by_instance):
+            counts[table, name] = count
+    return counts
 
 
 def _make_backup_file(destination: Path, path: Path) -> None:

@@ -1,0 +1,111 @@
+"""A copy of a SQLite store is only kept when it is proved to have everything."""
+
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from runrecovery_service.domain.errors import DatabaseRefused
+from runrecovery_service.storage import database, instances
+from runrecovery_service.storage.database import Kind, backup_sqlite, open_database
+from runrecovery_service.storage.instances import Owner
+
+from .conftest import World, boot
+
+NAME = "runrecovery.db"
+BACKUPS = """
+import sys
+from pathlib import Path
+from runrecovery_service.storage.database import backup_sqlite
+for n in range(4):
+    copy = Path(sys.argv[2]) / f"copy-{n}.db"
+    print(backup_sqlite(Path(sys.argv[1]), copy), flush=True)
+"""
+
+
+@pytest.fixture
+def store(world: World, tmp_path: Path) -> Path:
+    """A store, closed, with three runs of one instance and two of another."""
+    if world.db.dialect.kind is not Kind.SQLITE:
+        pytest.skip("PostgreSQL is backed up with its own tools")
+    instances.claim(world.db, boot("other"), now=world.now)
+    for instance, epoch, runs in (("default", 1, 3), ("other", 2, 2)):
+        for _ in range(runs):
+            world.create(owner=Owner(instance, epoch))
+    world.db.close()
+    return tmp_path / NAME
+
+
+def test_a_backup_tells_its_runs_by_instance(store: Path, tmp_path: Path) -> None:
+    assert backup_sqlite(store, tmp_path / "copy.db") == {"default": 3, "other": 2}
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        ("DELETE FROM run WHERE owner = 'other'", "has 0 rows, not 2 (run, instance 'other')"),
+        ("UPDATE run SET owner = 'other'", "instance '"),
+        ("DELETE FROM instance", "has 0 rows, not 2 (instance)"),
+        ("DROP TABLE run_label", "has 0 rows, not 5 (run_label)"),
+    ],
+)
+def test_a_copy_that_lacks_rows_is_refused_and_removed(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str, reason: str
+) -> None:
+    def copy_badly(source: sqlite3.Connection, copy: sqlite3.Connection) -> None:
+        source.backup(copy)
+        copy.execute("PRAGMA foreign_keys = 0")
+        copy.execute(damage)
+        copy.commit()
+
+    monkeypatch.setattr(database, "_copy_pages", copy_badly)
+
+    with pytest.raises(DatabaseRefused) as refused:
+        backup_sqlite(store, tmp_path / "copy.db")
+
+    assert reason in refused.value.reason
+    assert not (tmp_path / "copy.db").exists()
+
+
+def test_backups_beside_a_writer_are_proved_each_time(
+    store: Path, tmp_path: Path, world: World
+) -> None:
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    command = [sys.executable, "-c", BACKUPS, str(store), str(copies)]
+    made = 5
+    with closing(open_database("", store.parent)) as db:
+        world.db = db
+        backups = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        while backups.poll() is None:
+            world.create(owner=Owner("other", 2))
+            made += 1
+    assert backups.stdout is not None
+    with backups.stdout as output:
+        told = output.read().splitlines()
+
+    assert backups.returncode == 0
+    assert len(told) == len(set(told)) == 4
+    for n in range(4):
+        with closing(sqlite3.connect(f"file:{copies}/copy-{n}.db?immutable=1", uri=True)) as copy:
+            ((found,),) = copy.execute("SELECT count(*) FROM run WHERE owner = 'other'").fetchall()
+        assert told[n] == f"{{'default': 3, 'other': {found}}}"
+        assert 2 <= found <= made
+
+
+def test_a_backup_without_the_log_is_refused_and_leaves_no_file(
+    store: Path, tmp_path: Path, world: World
+) -> None:
+    with closing(open_database("", store.parent)) as db:
+        world.db = db
+        world.create(owner=Owner("other", 2))
+        store.with_name(f"{NAME}-wal").unlink()
+
+        with pytest.raises(DatabaseRefused, match="lacks 1 commits that were acknowledged"):
+            backup_sqlite(store, tmp_path / "copy.db")
+
+    assert not (tmp_path / "copy.db").exists()
