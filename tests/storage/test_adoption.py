@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+
 import pytest
-from runrecovery_service.domain.errors import Fenced, RunNotReopenable, RunOfAnotherInstance
+from runrecovery_service.domain.errors import (
+    Fenced,
+    RecoveryInterrupted,
+    RunNotReopenable,
+    RunOfAnotherInstance,
+)
 from runrecovery_service.domain.reconciliation import Cause
 from runrecovery_service.domain.run import RestartPolicy, RunStatus
 from runrecovery_service.domain.turn import Succeeded
@@ -22,6 +30,20 @@ def renamed(world: World, name: str = "other") -> Owner:
     return world.owner
 
 
+def adopt(world: World, owner: Owner, *, rows: int = 1000) -> list[Adopted]:
+    """Adopt what others left, and see that it is told of."""
+    heard: list[Adopted] = []
+    adopted = adoption.adopt(
+        world.db,
+        owner,
+        told=lambda db, found: heard.extend(found),
+        stopping=lambda: False,
+        rows=rows,
+    )
+    assert list(adopted) == heard
+    return heard
+
+
 @pytest.fixture
 def alone(world: World) -> World:
     """A store that one service has to itself."""
@@ -30,22 +52,53 @@ def alone(world: World) -> World:
     return world
 
 
-def test_every_run_that_another_name_left_is_decided_on(alone: World) -> None:
+@pytest.mark.parametrize("rows", [1, 3, 1000])
+def test_every_run_that_another_name_left_is_decided_on(alone: World, rows: int) -> None:
     made = one_of_each(alone)
     owner = renamed(alone)
 
-    adopted = adoption.adopt(alone.db, owner)
+    adopted = adopt(alone, owner, rows=rows)
     alone.converge()
 
-    assert adopted == (Adopted(instance="default", runs=10, launches=4),)
+    assert adopted == [Adopted(instance="default", runs=10, launches=4)]
     assert reasons(alone, made) == REASONS
+
+
+def asked_more_than(times: int) -> Callable[[], bool]:
+    """Return what says True from the call after so many on."""
+    calls = itertools.count()
+    return lambda: next(calls) >= times
+
+
+def test_an_adoption_that_is_cut_off_anywhere_is_completed_by_the_next_start(alone: World) -> None:
+    made = one_of_each(alone)
+    cuts = 0
+
+    for steps in itertools.count():
+        owner = renamed(alone, f"name-{steps % 3}")
+        try:
+            adoption.adopt(
+                alone.db,
+                owner,
+                told=lambda db, found: None,
+                stopping=asked_more_than(steps),
+                rows=1,
+            )
+            break
+        except RecoveryInterrupted:
+            cuts += 1
+    alone.converge()
+
+    assert cuts > 5
+    assert reasons(alone, made) == REASONS
+    assert alone.rows("SELECT name FROM instance") == [(alone.owner.instance,)]
 
 
 def test_launches_of_another_name_are_among_the_orphans(alone: World) -> None:
     turn = alone.running()
     owner = renamed(alone)
 
-    adoption.adopt(alone.db, owner)
+    adopt(alone, owner)
 
     (orphan,) = processes.unclosed(alone.db, owner, before=owner.epoch)
     assert orphan.key == turn.lease.key
@@ -53,7 +106,7 @@ def test_launches_of_another_name_are_among_the_orphans(alone: World) -> None:
 
 def test_a_kept_wait_of_another_name_takes_a_reply(alone: World) -> None:
     run = alone.waiting()
-    adoption.adopt(alone.db, renamed(alone))
+    adopt(alone, renamed(alone))
     alone.converge()
 
     assert alone.reply(run).status is RunStatus.QUEUED
@@ -63,7 +116,7 @@ def test_a_run_that_another_name_lost_can_be_set_back(alone: World) -> None:
     run = alone.waiting()
     alone.set(run, session_verdict="INVALID")
     alone.recover()
-    adoption.adopt(alone.db, renamed(alone))
+    adopt(alone, renamed(alone))
     alone.converge()
 
     back = reopening.reopen(
@@ -84,7 +137,7 @@ def test_a_run_that_another_name_lost_can_be_set_back(alone: World) -> None:
 
 def test_an_ended_run_of_another_name_cannot_be_set_back_for_the_true_reason(alone: World) -> None:
     run = alone.end(alone.running(), Succeeded({}))
-    adoption.adopt(alone.db, renamed(alone))
+    adopt(alone, renamed(alone))
 
     with pytest.raises(RunNotReopenable, match="no recovery failed it"):
         reopening.reopen(
@@ -105,7 +158,7 @@ def test_a_mended_quarantined_run_of_another_name_is_decided_on(alone: World) ->
     run = alone.create()
     alone.set(run, status="UNHEARD_OF")
     alone.recover()
-    adoption.adopt(alone.db, renamed(alone))
+    adopt(alone, renamed(alone))
     alone.set(run, status="QUEUED", recovery_state="NONE")
     alone.recover()
 
@@ -122,7 +175,7 @@ def test_the_epoch_of_a_new_name_is_above_every_other(alone: World) -> None:
 
 
 def test_a_name_that_comes_back_goes_on_above_the_one_between(alone: World) -> None:
-    adoption.adopt(alone.db, renamed(alone))
+    adopt(alone, renamed(alone))
 
     assert renamed(alone, "default") == Owner("default", 3)
 
@@ -130,7 +183,7 @@ def test_a_name_that_comes_back_goes_on_above_the_one_between(alone: World) -> N
 def test_an_adopted_instance_that_is_somehow_alive_is_fenced(alone: World) -> None:
     old = alone.owner
     run = alone.waiting()
-    adoption.adopt(alone.db, renamed(alone))
+    adopt(alone, renamed(alone))
 
     with pytest.raises(Fenced):
         instances.renew(alone.db, old)
@@ -143,7 +196,7 @@ def test_an_adopted_instance_that_is_somehow_alive_is_fenced(alone: World) -> No
 def test_a_start_under_the_same_name_adopts_nothing(alone: World) -> None:
     one_of_each(alone)
 
-    assert adoption.adopt(alone.db, alone.restart()) == ()
+    assert adopt(alone, alone.restart()) == []
 
 
 def test_an_epoch_that_is_superseded_adopts_nothing(alone: World) -> None:
@@ -153,7 +206,7 @@ def test_an_epoch_that_is_superseded_adopts_nothing(alone: World) -> None:
     before = alone.dump()
 
     with pytest.raises(Fenced):
-        adoption.adopt(alone.db, stale)
+        adopt(alone, stale)
 
     assert alone.dump() == before
 
@@ -166,7 +219,7 @@ def test_processes_that_an_earlier_report_counted_are_not_counted_again(alone: W
     alone.converge()
     alone.db.execute("UPDATE reconciliation SET state = 'COMPLETED'")
     assert alone.take() is not None
-    adoption.adopt(alone.db, renamed(alone))
+    adopt(alone, renamed(alone))
     alone.converge()
 
     newest, before = recovery.history(alone.db, turn.run.run_id)
@@ -177,7 +230,7 @@ def test_processes_that_an_earlier_report_counted_are_not_counted_again(alone: W
 def test_unfinished_starts_of_another_name_count_for_safe_mode(alone: World) -> None:
     since = alone.now
     begun(alone)
-    adoption.adopt(alone.db, renamed(alone))
+    adopt(alone, renamed(alone))
     begun(alone)
 
     assert recovery.unfinished_since(alone.db, "other", since) == 2
@@ -203,7 +256,7 @@ def test_nothing_is_adopted_from_a_shared_store(shared: World) -> None:
     one_of_each(shared)
     before = shared.dump("run", "process_lease")
 
-    assert adoption.adopt(shared.db, renamed(shared)) == ()
+    assert adopt(shared, renamed(shared)) == []
     assert shared.dump("run", "process_lease") == before
 
 

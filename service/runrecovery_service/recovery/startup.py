@@ -37,6 +37,7 @@ from runrecovery_service.process.sweep import Ending
 from runrecovery_service.recovery.report import ReportBook
 from runrecovery_service.recovery.sessions import CHECK_S, Asker, Workspace, changed_findings
 from runrecovery_service.storage import adoption, converge, deadlines, processes, recovery
+from runrecovery_service.storage.adoption import Adopted
 from runrecovery_service.storage.converge import Batch, Scope
 from runrecovery_service.storage.database import DRIVER_ERRORS, Database, translate
 from runrecovery_service.storage.instances import Owner
@@ -181,16 +182,15 @@ class Recovery:
     # -- adoption ------------------------------------------------------------------------------
 
     def _adopt(self, db: Database, book: ReportBook) -> None:
-        with db.transaction():
-            adopted = adoption.adopt(db, self.owner)
+        def told(db: Database, adopted: Sequence[Adopted]) -> None:
             book.warnings.extend(
                 f"instance {one.instance!r} had this database before: its {one.runs} unfinished"
                 f" runs and {one.launches} launches are adopted"
                 for one in adopted
             )
-            if adopted:
-                book.write(db)
-        for one in adopted:
+            book.write(db)
+
+        for one in adoption.adopt(db, self.owner, told=told, stopping=self.stopping):
             log.warning(
                 "recovery.adopted",
                 **_identity(book),

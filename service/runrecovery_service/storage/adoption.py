@@ -6,9 +6,11 @@ into the store under another name has ended. PostgreSQL is shared; nothing is ad
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from runrecovery_service.domain.errors import RecoveryInterrupted
 from runrecovery_service.storage import instances
 from runrecovery_service.storage.database import Database, Kind
 from runrecovery_service.storage.instances import Owner
@@ -25,6 +27,7 @@ class Adopted:
     launches: int
 
 
+ROWS: Final = 5_000
 _UNFINISHED: Final = (LIVE, "recovered_at IS NOT NULL AND recovery_state = 'QUARANTINED'")
 # Of ended runs only those that a start still acts on. The others keep the name under which they
 # ended: renaming them would rewrite the whole table.
@@ -36,40 +39,78 @@ _HOLDING: Final = (
 )
 
 
-def adopt(db: Database, owner: Owner) -> tuple[Adopted, ...]:
+Told = Callable[[Database, Sequence[Adopted]], object]
+"""Tells what was adopted, in the transaction that completes it."""
+
+
+def adopt(
+    db: Database, owner: Owner, *, told: Told, stopping: Callable[[], bool], rows: int = ROWS
+) -> Sequence[Adopted]:
     """Make `owner` the owner of everything that other instances left, and forget these instances.
 
-    A forgotten instance that is somehow alive is fenced: every write of it demands a row.
+    One that is cut off is completed by the next start. A forgotten instance that is somehow alive
+    is fenced: every write of it demands a row.
+
+    Args:
+        rows: at most so many in one transaction, so that renewals of the lease get their turn.
 
     Raises:
         Fenced: a newer epoch of this instance has started.
+        RecoveryInterrupted: the service is to stop.
     """
     if db.dialect.kind is not Kind.SQLITE:
         return ()
+    others = db.fetch_all(
+        "SELECT name FROM instance WHERE name <> ? ORDER BY name", (owner.instance,)
+    )
+    if not others:
+        return ()
+    change = _Renaming(db, owner, rows, stopping)
+    adopted = [
+        Adopted(instance=name, runs=change.runs(name), launches=change.launches(name))
+        for (name,) in others
+    ]
     with db.transaction():
         instances.demand_current(db, owner)
-        others = db.fetch_all(
-            "SELECT name FROM instance WHERE name <> ? ORDER BY name", (owner.instance,)
-        )
-        adopted = tuple(_adopt(db, other, owner.instance) for (other,) in others)
         for table in ("instance", "instance_epoch"):
             db.execute(f"DELETE FROM {table} WHERE name <> ?", (owner.instance,))
+        told(db, adopted)
     return adopted
 
 
-def _adopt(db: Database, other: str, name: str) -> Adopted:
-    def rename(which: str) -> int:
-        # One statement for each condition, so that each finds its rows by an index.
-        changed: int = db.execute(
-            f"UPDATE run SET owner = ? WHERE owner = ? AND {which}", (name, other)
-        ).rowcount
-        return changed
+@dataclass(frozen=True, slots=True)
+class _Renaming:
+    """Renames rows of other instances, some at a time."""
 
-    runs = sum(map(rename, _UNFINISHED))
-    for which in _HOLDING:
-        rename(which)
-    launches: int = db.execute(
-        "UPDATE process_lease SET instance = ? WHERE instance = ? AND state <> 'CLOSED'",
-        (name, other),
-    ).rowcount
-    return Adopted(instance=other, runs=runs, launches=launches)
+    db: Database
+    owner: Owner
+    rows: int
+    stopping: Callable[[], bool]
+
+    def runs(self, other: str) -> int:
+        """Rename an instance's runs, and return how many of them had not ended."""
+        # One statement for each condition, so that each finds its rows by an index.
+        unfinished = sum(self._rename("run", "owner", other, which) for which in _UNFINISHED)
+        for which in _HOLDING:
+            self._rename("run", "owner", other, which)
+        return unfinished
+
+    def launches(self, other: str) -> int:
+        """Rename an instance's launches that are not known to be gone, and return how many."""
+        return self._rename("process_lease", "instance", other, "state <> 'CLOSED'")
+
+    def _rename(self, table: str, column: str, other: str, which: str) -> int:
+        found = f"SELECT id FROM {table} WHERE {column} = ? AND {which} LIMIT ?"
+        renamed = 0
+        while True:
+            if self.stopping():
+                raise RecoveryInterrupted
+            with self.db.transaction():
+                instances.demand_current(self.db, self.owner)
+                count = self.db.execute(
+                    f"UPDATE {table} SET {column} = ? WHERE id IN ({found})",
+                    (self.owner.instance, other, self.rows),
+                ).rowcount
+            if not count:
+                return renamed
+            renamed += count
