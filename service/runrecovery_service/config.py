@@ -231,8 +231,10 @@ def _strings(value: object) -> tuple[str, ...]:
     if not isinstance(value, list):
         raise _Wrong(f"must be a list of strings, not {_shown(value)}")
     for index, word in enumerate(value):
-        if not isinstance(word, str) or "\0" in word:
-            raise _Wrong(f"must be a string, not {_shown(word)}", below=f"[{index}]")
+        try:
+            _text(word)
+        except _Wrong as error:
+            raise _Wrong(str(error), below=f"[{index}]") from None
     return tuple(value)
 
 

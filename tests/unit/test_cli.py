@@ -31,6 +31,7 @@ from runrecovery_service import logs
 from runrecovery_service.cli import COMMANDS, connection, local, main, printing, root
 from runrecovery_service.cli.exit_codes import ExitCode
 from runrecovery_service.domain import errors as domain
+from support.service import processes_below, until
 
 CLIENT_ERRORS = [
     kind
@@ -183,6 +184,48 @@ def test_a_refused_configuration_is_told_completely(run: Run, command: list[str]
     assert ended.out == ""
     for place in ("runrecovery.toml: max_queued", "runrecovery.toml: listn", "flag --instance"):
         assert f"\n  {place}: " in ended.err
+
+
+def test_a_refusal_cannot_steer_the_terminal(run: Run) -> None:
+    Path("runrecovery.toml").write_text(r'instance = "\u001b[2Jx"', encoding="utf-8")
+
+    ended = run("check")
+
+    assert ended.code == ExitCode.USAGE
+    assert "\x1b" not in ended.err
+    assert r"\x1b[2Jx" in ended.err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_demo_that_is_told_to_end_leaves_nothing(tmp_path: Path, number: int) -> None:
+    command = [sys.executable, "-m", "runrecovery_service", "demo"]
+
+    with subprocess.Popen(
+        command, env={**os.environ, "TMPDIR": str(tmp_path)}, stdout=subprocess.DEVNULL
+    ) as process:
+        until(lambda: len(processes_below(tmp_path)) > 1, "its service and an agent run")
+        process.send_signal(number)
+
+        assert process.wait(60) == 128 + number
+    assert processes_below(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_demo_without_a_place_for_its_files_says_so(tmp_path: Path) -> None:
+    code = "import tempfile, sys; tempfile.tempdir = sys.argv.pop(); "
+    code += "from runrecovery_service.cli import main; main(['demo'])"
+
+    ended = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "none")],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+    assert ended.returncode == ExitCode.FAILED
+    assert ended.stderr.startswith("error: the demo cannot go on: ")
+    assert len(ended.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("code", START_ERRORS)

@@ -432,6 +432,12 @@ def test_a_file_that_was_named_must_exist(tmp_path: Path, path_from: str) -> Non
     assert (f"{path}: No such file or directory",) == caught.value.problems
 
 
+def test_a_nul_in_a_word_of_a_command_is_named_as_that(load: Load) -> None:
+    (problem,) = problems(load, '[engines.x]\ncommand = ["a", "\\u0000"]\nprofile = "resumable"')
+
+    assert problem.endswith("engines.x.command[1]: must not contain a NUL character")
+
+
 def write_config(tmp_path: Path, data: bytes) -> Path:
     path = tmp_path / "runrecovery.toml"
     path.write_bytes(data)

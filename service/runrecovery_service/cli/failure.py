@@ -7,6 +7,7 @@ from typing import IO, Any
 import click
 
 from runrecovery_service.cli.exit_codes import ExitCode
+from runrecovery_service.cli.plain_text import safe
 
 
 class Failure(click.ClickException):
@@ -26,6 +27,6 @@ class Failure(click.ClickException):
 
     def show(self, file: IO[Any] | None = None) -> None:
         """Write it for the person at the terminal."""
-        click.echo(f"error: {self.message}", file=file, err=file is None)
-        if self.hint:
-            click.echo(f"hint: {self.hint}", file=file, err=file is None)
+        text = f"error: {self.message}" + (f"\nhint: {self.hint}" if self.hint else "")
+        for line in text.split("\n"):
+            click.echo(safe(line), file=file, err=file is None)

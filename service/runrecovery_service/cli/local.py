@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -182,4 +184,9 @@ def demo() -> ExitCode:
     """Watch runs survive a kill -9, explained run by run; nothing is left behind."""
     from runrecovery_service.cli.demo import run_demo
 
-    return ExitCode(run_demo())
+    for number in (signal.SIGTERM, signal.SIGHUP):  # it must end its service, and clear away
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    try:
+        return ExitCode(run_demo())
+    except OSError as error:
+        raise Failure(f"the demo cannot go on: {error}", code=ExitCode.FAILED) from error

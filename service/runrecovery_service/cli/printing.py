@@ -13,6 +13,8 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from runrecovery_service.cli.plain_text import safe
+
 MessageT = TypeVar("MessageT", bound=Message)
 
 Columns: TypeAlias = Sequence[tuple[str, Callable[[MessageT], str]]]
@@ -52,15 +54,6 @@ def time(at: Timestamp) -> str:
 def span(of: Duration) -> str:
     """Return a span in seconds."""
     return f"{of.ToTimedelta().total_seconds():g} s"
-
-
-def safe(text: str) -> str:
-    """Return text whose control characters are written out: agents must not steer a terminal."""
-    if text.isprintable():
-        return text
-    return "".join(
-        mark if mark.isprintable() else mark.encode("unicode_escape").decode() for mark in text
-    )
 
 
 def facts(*pairs: tuple[str, object]) -> str:

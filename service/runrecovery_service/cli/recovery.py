@@ -19,7 +19,8 @@ from runrecovery_service.cli.connection import Service, with_service
 from runrecovery_service.cli.exit_codes import ExitCode
 from runrecovery_service.cli.failure import Failure
 from runrecovery_service.cli.interrupts import leaving_at_once
-from runrecovery_service.cli.printing import Columns, facts, safe, table, time, word
+from runrecovery_service.cli.plain_text import safe
+from runrecovery_service.cli.printing import Columns, facts, table, time, word
 
 Status: TypeAlias = recovery_service_pb2.GetRecoveryStatusResponse
 UnendedLaunch: TypeAlias = recovery_service_pb2.UnendedLaunch

@@ -20,7 +20,8 @@ from runrecovery_service.cli.connection import Service, with_service
 from runrecovery_service.cli.exit_codes import ExitCode
 from runrecovery_service.cli.failure import Failure
 from runrecovery_service.cli.interrupts import leaving_at_once
-from runrecovery_service.cli.printing import Columns, facts, json_line, safe, span, time, word
+from runrecovery_service.cli.plain_text import safe
+from runrecovery_service.cli.printing import Columns, facts, json_line, span, time, word
 
 _STATUS: Final = "RUN_STATUS_"
 _POLICY: Final = "RESTART_POLICY_"
