@@ -280,8 +280,10 @@ class Launch:
             process = self._prepare_or_fail(engine, command, workspace, env)
         except OSError as error:
             raise refused(error, f"the system refused: {error}") from error
-        except (RuntimeError, MemoryError) as error:  # no thread, no memory left
-            raise LaunchDelayed(f"the system refused: {error}") from error
+        except MemoryError as error:
+            raise LaunchDelayed("the system refused: no memory") from error
+        except RuntimeError as error:
+            raise LaunchFailed(f"the system refused: {error}") from error
         self._process = process
         self.evidence = replace(self.evidence, pid=process.pid, start_ticks=process.start_ticks)
         if self.evidence.watermark is not None and not process.watermarked:
