@@ -145,7 +145,8 @@ def serve(settings: Settings) -> None:
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(_serve(settings, held, db, containment, open_files))
-            db.demand_in_place()  # before the last connection is closed
+            with suppress(OSError):
+                db.demand_in_place()  # before the last connection is closed
         except StoreLost as error:
             error.copy = str(db.rescue() or "") or None
             raise
@@ -610,6 +611,8 @@ class Service:
             except StartRefused as error:
                 self.fail(error)
                 return
+            except OSError as error:  # the renewal meets it as well, and says NOT_SERVING
+                log.warning("service.files_not_seen", error=error.strerror)
 
     def _heartbeat(self, begun_ns: int) -> None:
         """Let the process trees live on: the lease was, or needed not be, renewed at `begun_ns`."""

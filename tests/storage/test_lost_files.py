@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sqlite3
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from runrecovery_service.domain.errors import StorageUnavailable, StoreLost
+from runrecovery_service.storage import locks
 from runrecovery_service.storage.adapter import GroupCommitWriter, Storage
 from runrecovery_service.storage.database import (
     Database,
@@ -204,3 +206,33 @@ def backup_sqlite_elsewhere(path: Path) -> None:
     copy += f" {backup_sqlite.__name__} as run; run(*map(Path, sys.argv[1:]))"
     command = [sys.executable, "-c", copy, str(path / NAME), str(path / "backup.db")]
     subprocess.run(command, check=True, capture_output=True)
+
+
+def test_a_place_that_cannot_be_seen_for_a_while_is_not_lost(
+    db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As root there is no directory that cannot be searched."""
+
+    def denied(path: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(locks, "identity", denied)
+        with pytest.raises(StorageUnavailable), db.transaction():
+            pass
+        with pytest.raises(PermissionError):
+            db.demand_in_place()
+
+    with db.transaction():
+        add(db, "afterwards")
+
+
+def test_a_directory_that_was_moved_away_is_a_lost_store(db: Database, tmp_path: Path) -> None:
+    tmp_path.rename(tmp_path.with_name("moved"))
+    tmp_path.write_text("a file in its place")
+    try:
+        with pytest.raises(StoreLost):
+            db.demand_in_place()
+    finally:
+        tmp_path.unlink()
+        tmp_path.with_name("moved").rename(tmp_path)

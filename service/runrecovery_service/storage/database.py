@@ -241,6 +241,7 @@ class Database:
 
         Raises:
             StoreLost: it is named.
+            OSError: the system does not tell.
         """
         lost = self._files and self._files.lost()
         if lost:
@@ -250,7 +251,7 @@ class Database:
         """Raise StorageUnavailable, for a caller of a method, where `demand_in_place` raises."""
         try:
             self.demand_in_place()
-        except StoreLost as error:
+        except (StoreLost, OSError) as error:
             raise StorageUnavailable from error
 
     def read_leniently(self) -> None:
@@ -273,8 +274,10 @@ class Database:
         A store of which a file is lost stays open: the last connection to be closed would write
         the lost log into whatever file is there now.
         """
-        if self._files is None or self._files.lost() is None:
-            self.peewee.close()
+        with contextlib.suppress(OSError):
+            if self._files is not None and self._files.lost() is not None:
+                return
+        self.peewee.close()
 
     def rescue(self) -> Path | None:
         """Copy a SQLite store of which a file is lost, as the calling thread's connection, which
