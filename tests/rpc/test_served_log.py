@@ -6,8 +6,9 @@ import fcntl
 import json
 import os
 import signal
+import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -95,11 +96,49 @@ def test_a_log_that_nobody_reads_delays_nothing_and_says_later_what_is_missing(
     assert "execution.turn_ended" in told[told.index("service.log_lines_lost") :]
 
 
+@contextmanager
+def a_pipe() -> Iterator[int]:
+    with tiny_pipe() as (_, writer):
+        yield writer
+
+
+@contextmanager
+def a_socket() -> Iterator[int]:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        yield theirs.fileno()
+
+
+@contextmanager
+def a_terminal() -> Iterator[int]:
+    ours, theirs = os.openpty()
+    yield theirs
+    os.close(theirs)
+    os.close(ours)
+
+
+@pytest.mark.parametrize("place", [a_pipe, a_socket, a_terminal], ids=lambda make: make.__name__)
+def test_what_grpc_writes_by_itself_delays_nothing_either(
+    new_home: NewHome, place: Callable[[], AbstractContextManager[int]]
+) -> None:
+    home = new_home(env={"GRPC_VERBOSITY": "DEBUG", "GRPC_TRACE": "http,api"})
+    with place() as stderr:
+        before = fcntl.fcntl(stderr, fcntl.F_GETFL)
+        service, api = start(home, stderr=stderr)
+        for _ in range(5):
+            work(api)
+        assert api.health_of("liveness") == "SERVING"
+        if place is not a_socket:  # which cannot be opened anew
+            assert fcntl.fcntl(stderr, fcntl.F_GETFL) == before
+        assert service.stop() == 0
+
+
 def test_the_end_does_not_wait_for_a_reader(new_home: NewHome) -> None:
     home = new_home(drain_delay_s=60.0)
     with tiny_pipe() as (_, writer):
         service, api = start(home, stderr=writer)
-        for _ in range(20):
+        for _ in range(6):
             work(api)
         service.terminate()
         until(lambda: api.health_of() == "NOT_SERVING", "it drains")

@@ -6,7 +6,9 @@ import errno
 import io
 import os
 import select
+import stat
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final, TextIO, cast
 
 from runrecovery_service.background_stream import BackgroundStream
@@ -78,7 +80,25 @@ def prepare() -> None:
 
 def write_messages_in_background() -> None:
     """Let no line on standard error wait for whoever reads it."""
-    sys.stderr = cast("TextIO", BackgroundStream(STDERR, encoding=sys.stderr.encoding))
+    descriptor = os.dup(STDERR)  # the thread may wait
+    _never_wait(STDERR)
+    sys.stderr = cast("TextIO", BackgroundStream(descriptor, encoding=sys.stderr.encoding))
+
+
+def _never_wait(descriptor: int) -> None:
+    """Let libraries in C, which write to the descriptor themselves, lose text instead of waiting.
+
+    A pipe or terminal is opened anew for that: whoever shares it with us must not be affected.
+    """
+    kind = os.fstat(descriptor).st_mode
+    if stat.S_ISSOCK(kind):
+        os.set_blocking(descriptor, False)
+    elif stat.S_ISFIFO(kind) or os.isatty(descriptor):
+        flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+        with suppress(OSError):  # nobody reads, or it is another user's: as it was, then
+            anew = os.open(f"/proc/self/fd/{descriptor}", flags)
+            os.dup2(anew, descriptor)
+            os.close(anew)
 
 
 def _text(raw: io.FileIO, *, like: TextIO | None) -> TextIO:
