@@ -76,14 +76,16 @@ class ServerSockets:
 def _stream_sockets() -> Iterator[socket.socket]:
     for link in Path("/proc/self/fd").iterdir():
         try:
+            # Closing a duplicate of a file would drop the locks of this process on it: SQLite's.
+            if not str(link.readlink()).startswith("socket:"):
+                continue
             # A duplicate: another thread may close the descriptor and open something else by it.
             descriptor = os.dup(int(link.name))
         except OSError:  # closed meanwhile
             continue
         try:
             one = socket.socket(fileno=descriptor)
-        except OSError:  # no socket
-            os.close(descriptor)
+        except OSError:  # a file by now, which is left open for its locks
             continue
         if one.type == socket.SOCK_STREAM:
             yield one

@@ -1,0 +1,36 @@
+"""A look at the process's own sockets leaves its other files alone."""
+
+from __future__ import annotations
+
+import fcntl
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from runrecovery_service.rpc import sockets
+
+TRY_TO_LOCK = """
+import fcntl, sys
+with open(sys.argv[1], "r+b") as file:
+    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+"""
+
+
+def test_a_look_at_the_sockets_keeps_the_locks_that_the_process_has_on_files(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "database"
+    with path.open("wb") as file, socket.create_server(("127.0.0.1", 0)) as listener:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+        names = []
+        for one in sockets._stream_sockets():
+            names.append(one.getsockname())
+            one.close()
+
+        other = subprocess.run(
+            [sys.executable, "-c", TRY_TO_LOCK, path], capture_output=True, check=False, text=True
+        )
+        assert listener.getsockname() in names
+    assert "BlockingIOError" in other.stderr
