@@ -574,7 +574,8 @@ class Service:
         """Try the statements; return what failed, None if all of them answered."""
         storage, shop = self.shop.storage, self.shop
         try:
-            await storage.read(trial.read)
+            async with asyncio.timeout(self.settings.lease_ttl_s):
+                await storage.read(trial.read)
             if not storage.is_shared:  # elsewhere each trial would use up a key
                 await storage.write(
                     trial.create_and_take,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
+from datetime import datetime
+from typing import TypeAlias
 
 import grpc
 import pytest
@@ -21,7 +24,20 @@ print(json.dumps({"type": "ask", "kind": "open_text", "prompt": "What?"}), flush
 input()
 print(json.dumps({"type": "result", "output": {"done": True}}), flush=True)
 """
-ENGINES = {"holds": script(HOLDS), "asks": script(ASKS, profile="sticky_process")}
+ASKS_AND_ENDS = """
+import json, os, time
+task = json.loads(input())
+while not os.path.exists(task["input"]["go"]):
+    time.sleep(0.01)
+print(json.dumps({"type": "session", "value": "s"}), flush=True)
+print(json.dumps({"type": "ask", "kind": "open_text", "prompt": "What?"}), flush=True)
+"""
+ENGINES = {
+    "holds": script(HOLDS),
+    "asks": script(ASKS, profile="sticky_process"),
+    "asks_and_ends": script(ASKS_AND_ENDS),
+}
+Outage: TypeAlias = AbstractContextManager[None]
 
 
 @pytest.fixture
@@ -96,6 +112,56 @@ def test_a_reply_whose_commit_was_not_answered_is_delivered_amid_other_traffic(
         assert proxy.lost.is_set()
         assert refusal.code is grpc.StatusCode.UNAVAILABLE
         api.until_status(run.run_id, "SUCCEEDED")
+    assert service.stop() == 0
+
+
+# -- an outage while an agent ends ---------------------------------------------------------------
+
+
+@contextmanager
+def no_server(home: Home, proxy: Proxy) -> Iterator[None]:
+    """Let PostgreSQL be away."""
+    proxy.refusing = True
+    proxy.cut()
+    yield
+    proxy.refusing = False
+
+
+@contextmanager
+def no_writes(home: Home, proxy: Proxy) -> Iterator[None]:
+    """Let nobody write into SQLite."""
+    with closing(sqlite3.connect(home.database, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield
+        other.execute("ROLLBACK")
+
+
+def retried_for_s(service: ServiceProcess) -> float:
+    """Return how long a service has tried to record what an agent did."""
+    times = [
+        datetime.fromisoformat(event["timestamp"])
+        for event in service.events("execution.write_retried")
+    ]
+    return (times[-1] - times[0]).total_seconds() if times else 0.0
+
+
+@pytest.mark.parametrize("outage", [no_server, no_writes], ids=["postgresql", "sqlite"])
+def test_a_question_that_was_asked_well_in_an_outage_waits_for_its_answer(
+    new_home: Callable[..., Home], proxy: Proxy, outage: Callable[[Home, Proxy], Outage]
+) -> None:
+    database = proxy.url if outage is no_server else ""
+    home = new_home(engines=ENGINES, database=database, lease_ttl_s=60)
+    service, api = home.start()
+    run = api.create("asks_and_ends", {"go": str(home.path / "go")})
+    api.until_status(run.run_id, "RUNNING")
+    until(lambda: home.agents_of(run.run_id), "the agent lives")
+    with outage(home, proxy):
+        (home.path / "go").touch()
+        until(lambda: not home.agents_of(run.run_id), "the agent has ended")
+        # The patrol looks at shims every 2 s, and misses one at the second look.
+        until(lambda: retried_for_s(service) > 5, "writes are retried for longer than two looks")
+
+    assert api.until_status(run.run_id, "WAITING_USER").attempt == 1
     assert service.stop() == 0
 
 

@@ -6,14 +6,16 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import peewee as pw
 import pytest
 from runrecovery_service.domain.errors import RunNotFound, StorageBusy, StorageUnavailable
 from runrecovery_service.storage import adapter, runs
 from runrecovery_service.storage.adapter import WRITES_PER_COMMIT, GroupCommitWriter, Storage
-from runrecovery_service.storage.database import Database, Kind
+from runrecovery_service.storage.database import Database, Kind, open_database
+from support.pg_proxy import proxied
 
 from .conftest import World
 
@@ -264,6 +266,30 @@ async def test_conflicts_without_end_are_told(world: World, storage: Storage) ->
         await storage.write(conflict)
 
     assert len(tries) == 6
+
+
+async def test_a_connection_that_gives_no_answer_is_replaced(
+    postgresql_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapter, "USE_MOST_S", 0.2)
+    monkeypatch.setattr(adapter, "POSTGRESQL_CONNECTIONS", 1)
+    with proxied(postgresql_url) as proxy:
+        db = open_database(proxy.url, tmp_path)
+        db.close()
+        storage = Storage(db)
+        assert await storage.read(traces) == []
+        proxy.stall()
+        hanging = asyncio.create_task(storage.read(traces))
+
+        while not hanging.done():
+            with suppress(TimeoutError, StorageUnavailable):
+                async with asyncio.timeout(0.1):
+                    await storage.renewal(traces)
+
+        with pytest.raises(StorageUnavailable):
+            hanging.result()
+        assert await storage.read(traces) == []
+        await asyncio.to_thread(storage.close)
 
 
 async def test_a_defect_of_ours_is_not_told_as_the_databases(storage: Storage) -> None:

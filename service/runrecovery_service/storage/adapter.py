@@ -14,6 +14,8 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from threading import get_ident
+from time import monotonic
 from typing import Concatenate, Final, ParamSpec, TypeVar
 
 import structlog
@@ -46,6 +48,8 @@ READER_THREADS: Final = 2
 POSTGRESQL_CONNECTIONS: Final = 8
 WRITES_PER_COMMIT: Final = 64
 SHARED_LOOK_S: Final = 1.0
+USE_MOST_S: Final = 75.0
+"""How long one use of a PostgreSQL connection of the pool may take; a statement has 60 s there."""
 CLOSE_S: Final = 5.0
 """How long what is under way may take at the end; then it is cut off, and has as long again."""
 
@@ -66,6 +70,7 @@ class Storage:
         self._reserved = None if self._inline else ReservedConnection(db)
         if self._reserved is not None:
             self._reserved.submit(_connect)  # before others can have taken the last one
+        self._under_way: dict[int, tuple[float, object]] = {}
         self.changes = Changes()
 
     @property
@@ -81,9 +86,27 @@ class Storage:
 
     async def read(self, use: Use[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Run a read of many rows."""
-        return await asyncio.wrap_future(
-            self._pool.submit(lambda: _translated(self._db, use, *args, **kwargs))
-        )
+
+        def noted(db: Database) -> R:
+            if not self._inline:
+                self._under_way[get_ident()] = (monotonic(), db.peewee.connection())
+            return use(db, *args, **kwargs)
+
+        def read() -> R:
+            try:
+                return _translated(self._db, noted)
+            finally:
+                self._under_way.pop(get_ident(), None)
+
+        return await asyncio.wrap_future(self._pool.submit(read))
+
+    def _cut_hanging(self) -> None:
+        """Cut off the connections of the pool from which no answer came for too long. The server
+        ends a statement before; so it is the network that lost the answer."""
+        for begun, connection in list(self._under_way.values()):
+            if monotonic() - begun > USE_MOST_S:
+                log.warning("storage.connection_cut", seconds=round(monotonic() - begun, 1))
+                cut(connection)
 
     async def write(self, use: Use[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Run one transaction; returns once it is durable, and tells who waits for its runs."""
@@ -118,6 +141,7 @@ class Storage:
         """Run the small write that keeps this instance the owner; it never queues behind reads."""
         if self._reserved is None:
             return await self.write(use, *args, **kwargs)
+        self._cut_hanging()
         reserved = self._reserved
         try:
             return await asyncio.wrap_future(reserved.submit(lambda db: use(db, *args, **kwargs)))
