@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
+import stat
+import subprocess
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -10,18 +13,18 @@ from typing import Any
 import pytest
 from runrecovery_service.domain.errors import DatabaseRefused
 from runrecovery_service.domain.run import RunStatus
-from runrecovery_service.storage import instances, soundness, trial
-from runrecovery_service.storage.database import open_database
+from runrecovery_service.storage import instances, runs, soundness, trial
+from runrecovery_service.storage.database import integrity_problems, open_database
 
 from .conftest import World, boot
 
 PAGE = 4096
 
 
-def break_index(file: Path) -> None:
-    """Overwrite the page on which the index of queued runs begins."""
+def break_page(file: Path, of: str) -> None:
+    """Overwrite the page on which an index or a table begins."""
     with closing(sqlite3.connect(file)) as store:
-        ((page,),) = store.execute("SELECT rootpage FROM sqlite_master WHERE name = 'run_queue'")
+        ((page,),) = store.execute("SELECT rootpage FROM sqlite_master WHERE name = ?", (of,))
     with file.open("r+b") as raw:
         raw.seek((page - 1) * PAGE)
         raw.write(b"\xff" * PAGE)
@@ -39,7 +42,7 @@ def make(folder: Path, *, stopped_in_order: bool) -> Path:
 @pytest.mark.parametrize("stopped_in_order", [True, False])
 def test_a_damaged_page_refuses_the_start(tmp_path: Path, *, stopped_in_order: bool) -> None:
     file = make(tmp_path, stopped_in_order=stopped_in_order)
-    break_index(file)
+    break_page(file, "run_queue")
     before = file.read_bytes()
 
     with pytest.raises(DatabaseRefused, match=r"is damaged \(Page \d+: .+\); docs/operations\.md"):
@@ -84,6 +87,39 @@ def test_a_file_that_takes_too_long_is_taken_as_it_is(
     open_database("", tmp_path).close()
 
     assert "storage.check_cut_short" in capsys.readouterr().out
+
+
+def test_a_file_without_tables_is_refused_and_check_says_so(tmp_path: Path) -> None:
+    file = make(tmp_path, stopped_in_order=True)
+    file.unlink()
+    with closing(sqlite3.connect(file)) as store:
+        store.execute("PRAGMA application_id = 1381122902")
+        store.execute("CREATE TABLE lost_and_found (id)")
+    Path(f"{file}.installed").unlink()
+
+    said = "has none of the service's tables; restore a backup"
+    assert integrity_problems(file) == [f"{file}: {said}"]
+    with pytest.raises(DatabaseRefused, match=said):
+        open_database("", tmp_path)
+
+
+@pytest.mark.parametrize("damaged", ["run_queue", "run_label"])
+def test_the_documented_mending_saves_the_runs(tmp_path: Path, damaged: str) -> None:
+    if shutil.which("sqlite3") is None:
+        pytest.skip("no sqlite3 command here")
+    with closing(open_database("", tmp_path)) as db:
+        world = World(db=db, owner=instances.claim(db, boot(), now=World.now))
+        run = world.create()
+    break_page(tmp_path / "runrecovery.db", damaged)
+    page = (Path(__file__).parents[2] / "docs" / "operations.md").read_text("utf-8")
+    script = page.partition("### A damaged database")[2].split("```\n")[1]
+
+    subprocess.run(["bash", "-c", script], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+
+    assert integrity_problems(tmp_path / "runrecovery.db") == []
+    assert stat.S_IMODE((tmp_path / "runrecovery.db").stat().st_mode) == 0o600
+    with closing(open_database("", tmp_path)) as db:
+        assert runs.get(db, run.run_id).status is RunStatus.QUEUED
 
 
 # -- trials ------------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ SQLITE_PRAGMAS: Final = {
     "cell_size_check": 1,
 }
 MENDING: Final = "docs/operations.md, *A damaged database*, tells how to mend it"
+NO_TABLES: Final = "has none of the service's tables; restore a backup"
 SQLITE_FLOOR: Final = (3, 37, 0)  # STRICT tables
 
 DRIVER_ERRORS: Final[tuple[type[Exception], ...]] = (
@@ -482,6 +483,8 @@ def open_database(url: str, data_dir: Path, *, locks: list[Lock] | None = None) 
 
 
 def _demand_sound(db: Database) -> None:
+    if soundness.is_empty(db.peewee.connection()):
+        raise DatabaseRefused(db.place, NO_TABLES)
     if found := soundness.damage(db.peewee.connection()):
         raise DatabaseRefused(db.place, f"is damaged ({found}); {MENDING}")
 
@@ -842,6 +845,8 @@ def integrity_problems(path: Path) -> list[str]:
                 return [f"{path}: {reason}"]
             with contextlib.closing(_read_only(path)) as connection:
                 found = [row[0] for row in connection.execute("PRAGMA integrity_check(20)")]
+                if soundness.is_empty(connection):
+                    return [f"{path}: {NO_TABLES}"]
     except DatabaseRefused as error:
         return [str(error)]
     if found == ["ok"]:
