@@ -22,7 +22,7 @@ ROUNDS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo test serve proto docs verify lint types imports breaking packaging bench lock clean \
-	campaign-processes fuzz test-agents
+	campaign-processes fuzz interpreters test-agents
 
 help: ## Show these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -95,6 +95,9 @@ imports: $(READY) ## The import rules of the house
 
 packaging: $(READY) ## Build both wheels; try the client's alone, at its oldest and newest dependencies
 	@$(BIN)/python -m pytest tests/packaging
+
+interpreters: $(READY) ## Try every Python >= 3.11 of this machine, and an ordinary user
+	@.ci/interpreters
 
 campaign-processes: $(READY) ## Kill services over TRIALS=100 hostile process trees; find mutants of it out
 	@$(BIN)/python tests/campaign/processes.py --trials $(TRIALS)

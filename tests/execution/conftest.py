@@ -30,6 +30,7 @@ from runrecovery_service.storage.database import open_database
 from runrecovery_service.storage.instances import Boot, Owner
 from runrecovery_service.storage.processes import Place
 from support.processes import Seen, bearers, seen
+from support.waiting import until_async
 
 DEMO = (sys.executable, "-m", "runrecovery_service.engines.demo_agent", "--profile")
 QUICK = 'read task; echo \'{"type":"result","output":{"done":true}}\''
@@ -108,10 +109,8 @@ class LeaseRow:
 
 
 async def until(holds: Callable[[], Awaitable[bool]]) -> None:
-    """Return once it holds; fail when it does not within a minute."""
-    async with asyncio.timeout(60):
-        while not await holds():  # noqa: ASYNC110 - what is waited for is in the store
-            await asyncio.sleep(0.01)
+    """Return once it holds; fail when it does not in time."""
+    await until_async(holds, "it holds")
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -8,7 +8,6 @@ import select
 import signal
 import sys
 import termios
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -25,16 +24,14 @@ from runrecovery_service.process.launch import (
     dispose,
 )
 from runrecovery_service.process.procfs import Proc
+from support import waiting
 
 PATIENCE_S = 60
 
 
 def until(holds: Callable[[], object]) -> None:
-    """Return once it holds; fail when it does not within a minute."""
-    end = time.monotonic() + PATIENCE_S
-    while not holds():
-        assert time.monotonic() < end, "waited for a minute"
-        time.sleep(0.005)
+    """Return once it holds; fail when it does not in time."""
+    waiting.until(holds, "it holds")
 
 
 def alive(proc: Proc) -> bool:

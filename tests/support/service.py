@@ -13,14 +13,13 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self, TypeAlias, TypeVar
+from typing import Any, Final, Self, TypeAlias
 
 import grpc
 from google.protobuf.struct_pb2 import Struct, Value
@@ -30,12 +29,12 @@ from runrecovery.v1 import recovery_service_pb2 as recovery_pb
 from runrecovery.v1 import recovery_service_pb2_grpc, run_pb2, run_service_pb2_grpc
 from runrecovery.v1 import run_service_pb2 as pb
 
+from support import waiting
 from support.processes import Seen, is_alive, is_stopped, strike
 
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
 AGENTS: Final = REPOSITORY / "tests" / "agents"
-PATIENCE_S: Final = 30.0
-LOOK_S: Final = 0.005
+PATIENCE_S: Final = 30.0  # of a call; conditions are waited for by `until`
 NO_RETRY: Final = (
     ("grpc.enable_retries", 0),
     ("grpc.use_local_subchannel_pool", 1),
@@ -56,20 +55,8 @@ SHIMS: Final = (
     " WHERE l.pid IS NOT NULL"
 )
 
-T = TypeVar("T")
+until = waiting.until
 Json: TypeAlias = dict[str, Any]
-
-
-def until(condition: Callable[[], T], what: str, *, timeout_s: float = PATIENCE_S) -> T:
-    """Return the first true answer of `condition`; fail when there is none in time."""
-    ends = time.monotonic() + timeout_s
-    while True:
-        answer = condition()
-        if answer:
-            return answer
-        if time.monotonic() > ends:
-            raise AssertionError(f"it did not come to pass within {timeout_s} s: {what}")
-        time.sleep(LOOK_S)
 
 
 # -- engines and configuration -----------------------------------------------------------------
@@ -412,9 +399,9 @@ class ServiceProcess:
         """Ask it to stop, as an orchestrator does."""
         self.popen.terminate()
 
-    def exit_code(self, *, timeout_s: float = PATIENCE_S) -> int:
+    def exit_code(self, *, timeout_s: float | None = None) -> int:
         """Wait for its end and return the exit code."""
-        return self.popen.wait(timeout_s)
+        return self.popen.wait(waiting.patience_s() if timeout_s is None else timeout_s)
 
     def stop(self) -> int:
         """Ask it to stop and return its exit code."""
