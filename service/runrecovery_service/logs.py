@@ -66,6 +66,7 @@ _PARAMETER: Final = re.compile(r"\b(password=)('[^']*'|[^\s&\"']+)", re.IGNORECA
 # names in the language of the server; SQLite behind these words.
 _DATABASES: Final = frozenset({"peewee", "psycopg", "sqlite3"})
 _QUOTED: Final = re.compile(r"\n.*| with text .*", re.DOTALL)
+_QUOTED_VALUE: Final = re.compile(r"[\n\"'«„“「].*", re.DOTALL)
 
 # peewee logs every statement with its values at DEBUG: prompts, replies and session handles.
 _NEVER_DEBUG: Final = ("peewee", "peewee.pool")
@@ -215,7 +216,10 @@ def _shorten(error: BaseException | None) -> None:
         if isinstance(link, BaseExceptionGroup):
             waiting += link.exceptions
         elif type(link).__module__.partition(".")[0] in _DATABASES:
-            link.args = tuple(_QUOTED.sub("", str(arg)) for arg in link.args)
+            # An error of the class DataError is about a value, which it quotes in its first line.
+            is_of_value = any(kind.__name__ == "DataError" for kind in type(link).__mro__)
+            quoted = _QUOTED_VALUE if is_of_value else _QUOTED
+            link.args = tuple(quoted.sub("", str(arg)) for arg in link.args)
 
 
 def redact(_logger: object, _method: str, event: Event) -> Event:

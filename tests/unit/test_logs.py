@@ -23,6 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from runrecovery_service import logs
 from runrecovery_service.config import LogFormat, LogLevel
+from runrecovery_service.storage.database import Database, Kind
 
 CANARY = "canary-9f1c"
 
@@ -280,3 +281,25 @@ def test_nothing_of_a_row_in_a_database_error_is_logged_in_any_language(form: Lo
 
             assert "s3cr3t" not in stream.getvalue()
             assert "null value" in stream.getvalue()
+
+
+def test_a_real_error_about_a_row_tells_nothing_of_the_row(database: Database) -> None:
+    database.execute("CREATE TEMPORARY TABLE kept (prompt TEXT, number INTEGER NOT NULL)")
+    stream, log = configured()
+
+    # SQLite fails when it reads text that is not UTF-8; PostgreSQL takes no text for a number.
+    about_a_value = {
+        Kind.SQLITE: (f"SELECT CAST(x'{CANARY.encode().hex()}ff' AS TEXT)", ()),
+        Kind.POSTGRESQL: ("SELECT CAST(? AS INTEGER)", (f"{CANARY}\n{CANARY}",)),
+    }[database.dialect.kind]
+    about_a_row = ("INSERT INTO kept (prompt) VALUES (?)", (f"{CANARY}\n{CANARY}",))
+    for sql, values in (about_a_row, about_a_value):
+        try:
+            database.fetch_one(sql, values)
+        except Exception as error:
+            log.exception("a.b", error=error)
+
+    events = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [event["event"] for event in events] == ["a.b", "a.b"]
+    assert "number" in events[0]["error"]
+    assert CANARY not in stream.getvalue()
