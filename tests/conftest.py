@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+import structlog
 import uvloop
 from runrecovery_service.storage.database import Database, open_database
+from support.defects import defect_in
 from support.service import until
 
 from bench.postgres import START_S, ScratchPostgres, start_keeper
@@ -104,6 +106,28 @@ def empty_database_url(request: pytest.FixtureRequest) -> Iterator[str]:
     name = next(_NAMES)
     yield server.create(name)
     server.drop(name)
+
+
+@pytest.fixture(autouse=True)
+def no_defects(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test in which an edge of the service caught a defect and went on.
+
+    `expects_defects(*names)` marks a test that causes some.
+    """
+    found: list[str] = []
+
+    def note(_: object, __: str, event: structlog.types.EventDict) -> structlog.types.EventDict:
+        if (defect := defect_in(event)) is not None:
+            found.append(f"{defect} in {event['event']}")
+        return event
+
+    before = structlog.get_config()["processors"]
+    structlog.configure(processors=[note, *before])
+    yield
+    structlog.configure(processors=before)
+    marker = request.node.get_closest_marker("expects_defects")
+    expected = () if marker is None else marker.args
+    assert [one for one in found if one.split()[0] not in expected] == []
 
 
 @pytest.fixture

@@ -159,3 +159,49 @@ def test_fenced_instance_does_not_tell_what_it_lost() -> None:
 def test_long_text_is_clipped_within_its_limit() -> None:
     assert errors.clip("x" * 300) == "x" * 199 + "…"
     assert len(errors.clip_bytes("é" * 300, 100).encode()) <= 100
+
+
+TOLD = {
+    "EtagMismatch": ("ABORTED", "ETAG_MISMATCH", False),
+    "Fenced": ("UNAVAILABLE", "SHUTTING_DOWN", True),
+    "InteractionSuperseded": ("FAILED_PRECONDITION", "INTERACTION_SUPERSEDED", False),
+    "InvalidFields": ("INVALID_ARGUMENT", "INVALID_FIELD", False),
+    "OutputOutOfRange": ("OUT_OF_RANGE", "OUTPUT_OUT_OF_RANGE", False),
+    "Overloaded": ("RESOURCE_EXHAUSTED", "OVERLOADED", True),
+    "PageTokenInvalid": ("INVALID_ARGUMENT", "PAGE_TOKEN_INVALID", False),
+    "PageTokenMismatch": ("INVALID_ARGUMENT", "PAGE_TOKEN_MISMATCH", False),
+    "ReconciliationInProgress": ("UNAVAILABLE", "RECONCILIATION_IN_PROGRESS", True),
+    "ReconciliationNotFound": ("NOT_FOUND", "RECONCILIATION_NOT_FOUND", False),
+    "RequestIdReused": ("ALREADY_EXISTS", "REQUEST_ID_REUSED", False),
+    "RunAlreadyExists": ("ALREADY_EXISTS", "RUN_ALREADY_EXISTS", False),
+    "RunAlreadyTerminal": ("FAILED_PRECONDITION", "RUN_ALREADY_TERMINAL", False),
+    "RunGone": ("UNAVAILABLE", "SHUTTING_DOWN", True),
+    "RunNotFound": ("NOT_FOUND", "RUN_NOT_FOUND", False),
+    "RunNotReopenable": ("FAILED_PRECONDITION", "RUN_NOT_REOPENABLE", False),
+    "RunNotWaiting": ("FAILED_PRECONDITION", "RUN_NOT_WAITING", False),
+    "RunOfAnotherInstance": ("FAILED_PRECONDITION", "RUN_OF_ANOTHER_INSTANCE", False),
+    "RunQuarantined": ("FAILED_PRECONDITION", "RUN_QUARANTINED", False),
+    "SafeMode": ("UNAVAILABLE", "SAFE_MODE", True),
+    "SessionNotResumable": ("FAILED_PRECONDITION", "SESSION_NOT_RESUMABLE", False),
+    "ShuttingDown": ("UNAVAILABLE", "SHUTTING_DOWN", True),
+    "SlowReader": ("RESOURCE_EXHAUSTED", "SLOW_READER", True),
+    "StorageBusy": ("UNAVAILABLE", "STORAGE_BUSY", True),
+    "StorageFull": ("RESOURCE_EXHAUSTED", "STORAGE_FULL", True),
+    "StorageUnavailable": ("UNAVAILABLE", "STORAGE_UNAVAILABLE", True),
+    "UnknownEngine": ("INVALID_ARGUMENT", "UNKNOWN_ENGINE", False),
+    "WatchCursorInvalid": ("INVALID_ARGUMENT", "WATCH_CURSOR_INVALID", False),
+    "WatchHistoryPruned": ("OUT_OF_RANGE", "WATCH_HISTORY_PRUNED", False),
+    "WatchSequenceUnknown": ("OUT_OF_RANGE", "WATCH_SEQUENCE_UNKNOWN", False),
+}
+"""Literal, and not from our own table: by class the code, the reason, and whether to try again."""
+
+
+@pytest.mark.parametrize("error", EXAMPLES, ids=lambda error: type(error).__name__)
+def test_each_error_is_told_as_the_contract_says(error: RunRecoveryError) -> None:
+    failure = errors.failure(error)
+    details = details_of(failure)
+
+    assert (failure.code.name, details["ErrorInfo"].reason, "RetryInfo" in details) == TOLD[
+        type(error).__name__
+    ]
+    assert len(TOLD) == len(EXAMPLES)

@@ -224,7 +224,7 @@ def nobody_found(leases: Sequence[Lease]) -> Mapping[int, Ending]:
 def make_recovery(world: World, cause: Cause, **changes: Any) -> Recovery:
     given: dict[str, Any] = {
         "sweep": nobody_found,
-        "clear_trust": lambda db: TrustClearing(),
+        "clear_trust": lambda db, told, enough: TrustClearing(),
         "limits": Limits(
             batch_rows=4,
             batch_s=1.0,

@@ -30,6 +30,7 @@ from runrecovery.v1 import recovery_service_pb2_grpc, run_pb2, run_service_pb2_g
 from runrecovery.v1 import run_service_pb2 as pb
 
 from support import waiting
+from support.defects import defect_in
 from support.processes import Seen, is_alive, is_stopped, strike
 
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
@@ -439,6 +440,7 @@ class Home:
         self.data = self.path / "data"
         self.env = dict(env or {})
         self.services: list[ServiceProcess] = []
+        self.expected_defects: set[str] = set()
         defaults = {"cancel_grace_s": 1.0, "orphan_grace_s": 0.5, "max_concurrent": 4}
         self.settings: dict[str, object] = {**defaults, **settings}
         self.engines = dict(engines)
@@ -571,8 +573,16 @@ class Home:
         """Return all that every service here has written."""
         return "".join(service.text for service in self.services)
 
+    def defects(self) -> list[str]:
+        """Return which defects an edge of a service here caught, and in which event."""
+        events = (event for service in self.services for event in service.events())
+        return [f"{name} in {event['event']}" for event in events if (name := defect_in(event))]
+
     def clear(self) -> list[int]:
-        """End the services and whoever works here still; return the pids of the latter."""
+        """End the services and whoever works here still; return the pids of the latter.
+
+        Fail if a service caught a defect and went on; a test that causes one expects it.
+        """
         for service in self.services:
             if service.popen.poll() is None:
                 service.popen.kill()
@@ -586,6 +596,7 @@ class Home:
         while ended := kill_below(self.path):
             left += ended
             until(partial(_are_dead, ended), "the processes are gone")
+        assert [one for one in self.defects() if one.split()[0] not in self.expected_defects] == []
         return left
 
     def __enter__(self) -> Self:
