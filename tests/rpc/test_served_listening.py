@@ -116,6 +116,21 @@ def test_a_folder_that_does_not_exist_is_exit_5(new_home: NewHome) -> None:
     assert "No such file or directory" in refused_start(home, f"unix:{home.path}/no/socket")
 
 
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_path_of_100_bytes_is_listened_on_and_a_longer_one_says_why_not(
+    new_home: NewHome, monkeypatch: pytest.MonkeyPatch, more: int
+) -> None:
+    home = new_home()
+    monkeypatch.chdir(home.path)  # the tests' own folder may be longer than that
+    path = Path("s" * (100 + more))
+
+    if more:
+        assert "the path has more than 100 bytes" in refused_start(home, f"unix:{path}")
+    else:
+        service, _ = start(home, path)
+        assert health(service.address) == "SERVING"
+
+
 def test_a_removed_socket_file_is_made_again(new_home: NewHome) -> None:
     home = new_home()
     path = home.path / "socket"

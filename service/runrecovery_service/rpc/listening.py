@@ -28,6 +28,8 @@ Bind: TypeAlias = Callable[[str], int]
 
 LOCK_TRIES: Final = 100
 LOCK_PAUSE_S: Final = 0.02
+MAX_PATH_BYTES: Final = 100
+"""Linux takes 107, and the socket is bound by a name that is 7 longer."""
 NOT_HERE: Final = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
 """This machine has no such address, so nobody can listen there."""
 
@@ -149,6 +151,8 @@ class SocketFile(Address):
 
     async def bind(self, bind: Bind) -> tuple[int, ServerSockets]:
         """See `Address`."""
+        if len(os.fsencode(self._path)) > MAX_PATH_BYTES:
+            raise ListenFailed(self._listen, f"the path has more than {MAX_PATH_BYTES} bytes")
         beside = self._path.with_name(f"{self._path.name}.{secrets.token_hex(3)}")
         try:
             async with _only_one_binds(self._path.parent):
