@@ -119,16 +119,16 @@ def _file_problem(path: Path) -> str | None:
         return f"its directory {shown(path.parent)} does not exist"
     if reason := _dangling_problem(path):
         return reason
+    found = path.stat() if path.exists() else None
+    if found is not None and stat.S_ISDIR(found.st_mode):
+        return "is a directory, not a database file"
+    if found is not None and not stat.S_ISREG(found.st_mode):
+        return "is not a regular file"
     folder = Path(os.path.realpath(path)).parent
     if reason := _usable_directory_problem(folder):
         return f"its directory {shown(folder)} {reason}"
-    if not path.exists():
+    if found is None:
         return _size_limit_problem(0)
-    found = path.stat()
-    if stat.S_ISDIR(found.st_mode):
-        return "is a directory, not a database file"
-    if not stat.S_ISREG(found.st_mode):
-        return "is not a regular file"
     return _access_problem(path, os.R_OK | os.W_OK) or _size_limit_problem(found.st_size)
 
 
