@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Final
 
 import grpc
+import pytest
 from runrecovery.v1 import run_service_pb2 as pb
 from support.processes import seen, strike
 from support.service import PATIENCE_S, Home, refused, script, until
@@ -54,3 +55,23 @@ def test_a_service_whose_run_was_lost_ends_as_fenced_and_says_why(
     assert service.exit_code() == 10
     assert "run 'lost' is not in the store any more; the database lost a commit" in service.text
     assert before == query(home, ROWS)
+
+
+@pytest.mark.parametrize("lost", ["UPDATE {} SET epoch = 1", "DELETE FROM {}"])
+def test_a_service_whose_claim_was_lost_ends_as_fenced_and_names_no_other_service(
+    new_database_url: Callable[[], str], new_home: NewHome, lost: str
+) -> None:
+    home = new_home(database=new_database_url(), engines=ENGINES, lease_ttl_s=3)
+    assert home.start()[0].stop() == 0
+    service, _ = home.start()
+
+    for table in ("instance_epoch", "instance"):
+        change(home, lost.format(table))
+
+    assert service.exit_code() == 10
+    assert (
+        "error: the database does not have this start's claim of instance 'default' any more\n"
+        "hint: no newer start is known; start again: what the store holds is recovered\n"
+    ) in service.text
+    service, _ = home.start()
+    assert service.stop() == 0

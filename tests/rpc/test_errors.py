@@ -41,6 +41,7 @@ EXAMPLES: tuple[RunRecoveryError, ...] = (
     domain.WatchSequenceUnknown("r1", 3),
     domain.OutputOutOfRange("r1", "too far"),
     domain.Fenced("instance 'secret'"),
+    domain.ClaimLost("instance 'secret'"),
     domain.RunGone("run 'secret'"),
 )
 
@@ -156,12 +157,27 @@ def test_fenced_instance_does_not_tell_what_it_lost() -> None:
     assert "secret" not in repr(errors.failure(domain.Fenced("instance 'secret'")))
 
 
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (domain.Fenced, "this instance was superseded and is stopping"),
+        (domain.ClaimLost, "the database lost this instance's claim; the instance is stopping"),
+        (domain.RunGone, "the database lost a commit; this instance is stopping"),
+    ],
+)
+def test_only_a_superseded_instance_says_that_it_is(
+    kind: type[domain.Fenced], message: str
+) -> None:
+    assert errors.failure(kind("x")).message == message
+
+
 def test_long_text_is_clipped_within_its_limit() -> None:
     assert errors.clip("x" * 300) == "x" * 199 + "…"
     assert len(errors.clip_bytes("é" * 300, 100).encode()) <= 100
 
 
 TOLD = {
+    "ClaimLost": ("UNAVAILABLE", "SHUTTING_DOWN", True),
     "EtagMismatch": ("ABORTED", "ETAG_MISMATCH", False),
     "Fenced": ("UNAVAILABLE", "SHUTTING_DOWN", True),
     "InteractionSuperseded": ("FAILED_PRECONDITION", "INTERACTION_SUPERSEDED", False),

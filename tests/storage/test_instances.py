@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from runrecovery_service.domain.errors import Fenced, Held
+from runrecovery_service.domain.errors import ClaimLost, Fenced, Held
 from runrecovery_service.storage import instances
 from runrecovery_service.storage.database import Database, Kind
 from runrecovery_service.storage.instances import Owner
@@ -96,9 +96,24 @@ def test_an_older_epoch_is_fenced(world: World) -> None:
     world.restart()
 
     for refused in (instances.renew, instances.demand_current):
-        with pytest.raises(Fenced):
+        with pytest.raises(Fenced) as fenced:
             refused(world.db, old)
+        assert type(fenced.value) is Fenced
     instances.demand_current(world.db, world.owner)
+
+
+@pytest.mark.parametrize("change", ["UPDATE {} SET epoch = 1", "DELETE FROM {}"])
+def test_a_claim_that_the_store_has_lost_is_not_called_superseded(
+    world: World, change: str
+) -> None:
+    owner = world.restart()
+    with world.db.transaction():
+        for table in ("instance", "instance_epoch"):
+            world.db.execute(change.format(table))
+
+    for refused in (instances.renew, instances.demand_current):
+        with pytest.raises(ClaimLost, match="claim of instance 'default' any more"):
+            refused(world.db, owner)
 
 
 def test_an_older_epoch_cannot_give_up_a_newer_ones_lease(world: World) -> None:

@@ -158,3 +158,12 @@ def test_a_launch_that_is_followed_is_known_by_its_cookie_when_takes_are_undone(
 
     assert count == 1
     assert world.rows("SELECT run_id, status FROM run") == [("of another caller", "QUEUED")]
+
+
+def test_a_run_whose_claim_was_lost_is_not_called_a_newer_epochs(world: World) -> None:
+    world.restart()
+    turn = world.running()
+    world.set(turn.run, owner_epoch=1)
+
+    with pytest.raises(RunGone, match="this start's claim of run 'run-0001'"):
+        turns.look(world.db, turn, owner=world.owner)

@@ -21,6 +21,7 @@ from runrecovery_service.config import ConfigError, LogFormat, LogLevel, Setting
 from runrecovery_service.domain.errors import (
     BackupRefused,
     CgroupRefused,
+    ClaimLost,
     ContainmentRefused,
     DatabaseOutOfReach,
     DatabaseRefused,
@@ -47,6 +48,7 @@ EXIT_CODES: Final[dict[type[Exception], ExitCode]] = {
     CgroupRefused: ExitCode.USAGE,
     ContainmentRefused: ExitCode.CONTAINMENT,
     Fenced: ExitCode.FENCED,
+    ClaimLost: ExitCode.FENCED,
     RunGone: ExitCode.FENCED,
     LeaseLost: ExitCode.FENCED,
 }
@@ -58,6 +60,7 @@ HINTS: Final[dict[type[Exception], str]] = {
     RecoveryGaveUp: "the log says why; no run was changed without a record",
     ContainmentRefused: "docs/processes.md tells what is missing, and what best_effort means",
     Fenced: "another service runs under this instance's name; it goes on",
+    ClaimLost: "no newer start is known; start again: what the store holds is recovered",
     RunGone: "its processes were ended; start again: what the store holds is recovered",
     LeaseLost: "no other service is known to run; service.lease_not_renewed in the log says why",
 }

@@ -11,8 +11,7 @@ RunRecoveryError
 ├── NotNow: ReconciliationInProgress, ShuttingDown, SafeMode, StorageBusy, StorageUnavailable
 ├── Exhausted: Overloaded, StorageFull, SlowReader
 ├── OutOfRange: OutputOutOfRange, WatchHistoryPruned, WatchSequenceUnknown
-└── Fenced
-    └── RunGone
+└── Fenced: ClaimLost, RunGone
 """
 
 from __future__ import annotations
@@ -322,6 +321,15 @@ class Fenced(RunRecoveryError):
 
     def __str__(self) -> str:
         return f"{self.what} belongs to a newer epoch"
+
+
+@dataclass(eq=False)
+class ClaimLost(Fenced):
+    """The store does not have this start's claim any more, and no newer one: a failover lost it, or
+    another instance name adopted the store."""
+
+    def __str__(self) -> str:
+        return f"the database does not have this start's claim of {self.what} any more"
 
 
 @dataclass(eq=False)

@@ -184,8 +184,8 @@ class Recovery:
     def _adopt(self, db: Database, book: ReportBook) -> None:
         def told(db: Database, adopted: Sequence[Adopted]) -> None:
             book.warnings.extend(
-                f"instance {one.instance!r} had this database before: its {one.runs} unfinished"
-                f" runs and {one.launches} launches are adopted"
+                f"instance {one.instance!r} had this database before: its unfinished runs (at least"
+                f" {one.runs}) and launches (at least {one.launches}) are adopted"
                 for one in adopted
             )
             book.write(db)

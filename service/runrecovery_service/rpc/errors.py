@@ -271,11 +271,17 @@ TABLE: Final[Mapping[type[RunRecoveryError], Case]] = MappingProxyType(
             (retry_info,),
             message="this instance was superseded and is stopping",
         ),
+        errors.ClaimLost: Case(
+            _Code.UNAVAILABLE,
+            Reason.ERROR_REASON_SHUTTING_DOWN,
+            (retry_info,),
+            message="the database lost this instance's claim; the instance is stopping",
+        ),
         errors.RunGone: Case(
             _Code.UNAVAILABLE,
             Reason.ERROR_REASON_SHUTTING_DOWN,
             (retry_info,),
-            message="this instance was superseded and is stopping",
+            message="the database lost a commit; this instance is stopping",
         ),
         errors.SafeMode: Case(_Code.UNAVAILABLE, Reason.ERROR_REASON_SAFE_MODE, (retry_info,)),
         errors.StorageBusy: Case(

@@ -20,7 +20,7 @@ from runrecovery_service.storage.tables import LIVE
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adopted:
     """What was adopted from one instance name: `runs` had not ended, `launches` were not known to
-    be gone."""
+    be gone. At least so many: an adoption that was cut off before may have renamed others."""
 
     instance: str
     runs: int

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
-from runrecovery_service.domain.errors import Fenced, Held
+from runrecovery_service.domain.errors import ClaimLost, Fenced, Held
 from runrecovery_service.storage.database import Database, Kind, Row
 from runrecovery_service.storage.rows import to_us
 
@@ -126,6 +126,7 @@ def renew(db: Database, owner: Owner, *, ttl_s: float = LEASE_TTL_S) -> None:
 
     Raises:
         Fenced: a newer epoch of this instance has started.
+        ClaimLost: the store does not have this epoch any more.
     """
     with db.transaction():
         changed = db.execute(
@@ -133,8 +134,8 @@ def renew(db: Database, owner: Owner, *, ttl_s: float = LEASE_TTL_S) -> None:
             " WHERE name = ? AND epoch = ?",
             (owner.instance, owner.epoch),
         ).rowcount
-    if changed != 1:
-        raise Fenced(f"instance {owner.instance!r}")
+        if changed != 1:
+            raise _fence(db, owner)
 
 
 def demand_current(db: Database, owner: Owner) -> None:
@@ -144,6 +145,7 @@ def demand_current(db: Database, owner: Owner) -> None:
 
     Raises:
         Fenced: a newer epoch of this instance has started.
+        ClaimLost: the store does not have this epoch any more.
     """
     share = " FOR SHARE" if db.dialect.kind is Kind.POSTGRESQL else ""
     current = db.fetch_one(
@@ -151,7 +153,14 @@ def demand_current(db: Database, owner: Owner) -> None:
         (owner.instance, owner.epoch),
     )
     if current is None:
-        raise Fenced(f"instance {owner.instance!r}")
+        raise _fence(db, owner)
+
+
+def _fence(db: Database, owner: Owner) -> Fenced:
+    """Return why an owner is not the current one."""
+    row = db.fetch_one("SELECT epoch FROM instance_epoch WHERE name = ?", (owner.instance,))
+    is_superseded = row is not None and row[0] > owner.epoch
+    return (Fenced if is_superseded else ClaimLost)(f"instance {owner.instance!r}")
 
 
 def resign(db: Database, owner: Owner) -> None:

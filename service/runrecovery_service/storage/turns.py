@@ -301,6 +301,8 @@ def _own(db: Database, turn: Turn, owner: Owner) -> Run:
 
 
 def _demand_owned(run: Run, owner: Owner) -> None:
+    if run.owner == owner.instance and run.owner_epoch < owner.epoch:
+        raise RunGone(f"this start's claim of run {run.run_id!r}")
     if run.owner_epoch != owner.epoch or run.owner != owner.instance:
         raise Fenced(f"run {run.run_id!r}")
 
