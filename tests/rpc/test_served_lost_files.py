@@ -1,7 +1,8 @@
-"""A file of the SQLite store is removed or replaced under the running service."""
+"""A file of the SQLite store is removed, replaced or overwritten under the running service."""
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import sqlite3
@@ -69,6 +70,23 @@ def test_what_was_acknowledged_before_the_loss_is_in_the_copy_that_the_service_l
     copy.rename(home.database)
     _, api = home.start()
     assert {api.get(run_id).run_id for run_id in before} == set(before)
+
+
+@pytest.mark.parametrize("suffix", ["", "-wal"])
+def test_nothing_is_acknowledged_once_a_file_was_cut_short_in_place(
+    new_home: NewHome, suffix: str
+) -> None:
+    home = new_home()
+    service, api = home.start()
+    api.create("resumable", {})
+
+    os.truncate(f"{home.database}{suffix}", 0)
+
+    assert create_until_refused(api) == []
+    assert service.exit_code() == 4
+    said = " ".join(service.text.split())
+    assert f"{home.database.name}{suffix} was cut short or overwritten" in said
+    assert "no copy could be made" in said
 
 
 def test_a_stop_right_after_the_loss_damages_nothing_and_tells(new_home: NewHome) -> None:

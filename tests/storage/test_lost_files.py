@@ -1,11 +1,14 @@
-"""A SQLite store of which a file was removed or replaced acknowledges nothing more."""
+"""A SQLite store of which a file was removed, replaced or overwritten acknowledges nothing more."""
 
 from __future__ import annotations
 
 import errno
+import os
+import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -236,3 +239,157 @@ def test_a_directory_that_was_moved_away_is_a_lost_store(db: Database, tmp_path:
     finally:
         tmp_path.unlink()
         tmp_path.with_name("moved").rename(tmp_path)
+
+
+# -- overwritten in place ------------------------------------------------------------------------
+
+
+def empty(file: Path) -> None:
+    os.truncate(file, 0)
+
+
+def halve(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def cut_the_end(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 1)
+
+
+def blank(file: Path) -> None:
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+def shorten_and_fill(file: Path) -> None:
+    size = file.stat().st_size
+    os.truncate(file, size // 2)
+    os.truncate(file, size + 100_000)
+
+
+overwritten = pytest.mark.parametrize(
+    ("suffix", "damage"),
+    [(suffix, damage) for suffix in ("", "-wal") for damage in (empty, blank)]
+    + [("-wal", halve), ("-wal", cut_the_end), ("-wal", shorten_and_fill), ("", halve)],
+)
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Iterator[Database]:
+    """A store in use, whose log was copied into the file, and has a commit since."""
+    with closing(open_database("", tmp_path)) as db:
+        for n in range(20):
+            with db.transaction():
+                add(db, f"w{n}")
+        db.fetch_all("PRAGMA wal_checkpoint(TRUNCATE)")
+        db.keep_files()
+        with db.transaction():
+            add(db, "acknowledged")
+        yield db
+
+
+@overwritten
+def test_a_transaction_after_a_file_was_overwritten_does_not_begin(
+    copied: Database, tmp_path: Path, suffix: str, damage: Damage
+) -> None:
+    damage(tmp_path / (NAME + suffix))
+    begun = False
+
+    with pytest.raises(StorageUnavailable), copied.transaction():
+        begun = True
+
+    assert not begun
+    with pytest.raises(StoreLost, match=f"{NAME}{suffix} was cut short or overwritten under"):
+        copied.demand_in_place()
+    assert copied.rescue() is None
+    assert list(tmp_path.glob("*rescued*")) == []
+
+
+@pytest.mark.parametrize("damage", [empty, blank, halve])
+def test_a_commit_into_a_log_that_was_overwritten_is_not_acknowledged(
+    copied: Database, tmp_path: Path, damage: Damage
+) -> None:
+    def use() -> None:
+        with copied.transaction():
+            add(copied, "late")
+            damage(tmp_path / f"{NAME}-wal")
+
+    with pytest.raises(StorageUnavailable):
+        use()
+
+
+@pytest.mark.parametrize("made_by", ["backup", "cp"])
+def test_a_backup_that_is_copied_over_the_store_in_use_is_a_lost_store(
+    tmp_path: Path, made_by: str
+) -> None:
+    (tmp_path / "store").mkdir()
+    open_database("", tmp_path / "store").close()
+    file, older = tmp_path / "store" / NAME, tmp_path / "older.db"
+    if made_by == "backup":
+        backup_sqlite(file, older)
+    else:
+        shutil.copyfile(file, older)
+    with closing(open_database("", file.parent)) as db:
+        for n in range(200):
+            with db.transaction():
+                add(db, f"{n:0100}")
+        db.fetch_all("PRAGMA wal_checkpoint(RESTART)")
+        db.keep_files()
+        with db.transaction():
+            add(db, "acknowledged")
+
+        shutil.copyfile(older, file)  # into the same file, as `cp` does
+
+        with pytest.raises(StorageUnavailable), db.transaction():
+            pass
+
+
+def test_a_file_that_is_only_touched_is_not_lost(copied: Database, tmp_path: Path) -> None:
+    for file in tmp_path.iterdir():
+        os.utime(file, (1, 1))
+        file.chmod(0o640)
+
+    copied.demand_in_place()
+
+
+@pytest.mark.parametrize("pages", [1, 3, 50])
+def test_heavy_writing_and_small_checkpoints_are_never_taken_for_damage(
+    tmp_path: Path, pages: int
+) -> None:
+    """Other threads look all the time, while SQLite begins its log anew, cuts it short, and gives
+    pages of the file back."""
+    with closing(open_database("", tmp_path)) as db:
+        db.keep_files()
+        ended = threading.Event()
+
+        def look() -> int:
+            looks = 0
+            while not ended.is_set():
+                db.demand_in_place()
+                looks += 1
+            return looks
+
+        with ThreadPoolExecutor(2) as pool:
+            looking = [pool.submit(look) for _ in range(2)]
+            db.execute(f"PRAGMA wal_autocheckpoint = {pages}")
+            db.execute("PRAGMA journal_size_limit = 20000")
+            for n in range(150):
+                with db.transaction():
+                    for row in range(20):
+                        add(db, f"{n}-{row}-{'x' * 500}")
+                if n % 10 == 0:
+                    db.execute(f"PRAGMA wal_checkpoint({('TRUNCATE', 'RESTART')[n // 10 % 2]})")
+                if n % 50 == 49:
+                    db.execute("DELETE FROM request_receipt")
+                    db.execute("VACUUM")
+            ended.set()
+            looks = [one.result() for one in looking]
+    assert all(looks)
+
+
+def test_nothing_of_a_closed_store_stays_open(tmp_path: Path) -> None:
+    with closing(open_database("", tmp_path)) as db:
+        db.keep_files()
+        db.fetch_all("SELECT 1")
+
+    links = [os.path.realpath(one) for one in Path("/proc/self/fd").iterdir()]
+    assert [link for link in links if link.startswith(str(tmp_path))] == []

@@ -32,12 +32,16 @@ from runrecovery_service.domain.errors import (
 )
 from runrecovery_service.storage import commit_count, postgresql, soundness
 from runrecovery_service.storage.commit_count import MARKER_TEXT, CommitMarker
-from runrecovery_service.storage.locks import DatabaseLock, Lock, StoreFiles
+from runrecovery_service.storage.locks import (
+    APPLICATION_ID,
+    SQLITE_HEADER_SIZE,
+    SQLITE_MAGIC,
+    DatabaseLock,
+    Lock,
+    StoreFiles,
+)
 
 log = structlog.get_logger()
-
-APPLICATION_ID: Final = 0x52524356
-"""`RRCV`, in the header of every SQLite file of ours."""
 
 MIGRATIONS: Final = Path(__file__).parent / "migrations"
 
@@ -131,6 +135,7 @@ class Database:
         self.place = place
         self._file = file
         self._files: StoreFiles | None = None
+        self._keeper: int | None = None
         self._commits: CommitMarker | None = None
         self._touched = _Touched()
         self._guard: Callable[[Database], object] | None = None
@@ -228,17 +233,17 @@ class Database:
             self.peewee.execute_sql("RELEASE SAVEPOINT inner_step")
 
     def keep_files(self) -> None:
-        """Demand from now on that the files of a SQLite store stay where they are.
+        """Demand from now on that the files of a SQLite store stay where, and what, they are.
 
         Every transaction is preceded and followed by a look at them, so that nothing is answered
         for that was written into a removed log. The calling thread's connection must stay open
         until all others are closed.
         """
         if self._file is not None:
-            self._files = StoreFiles(self._file)
+            self._files, self._keeper = StoreFiles(self._file), threading.get_ident()
 
     def demand_in_place(self) -> None:
-        """Refuse to go on with a SQLite store of which a file was removed or replaced.
+        """Refuse to go on with a SQLite store of which a file was lost or damaged.
 
         Raises:
             StoreLost: it is named.
@@ -246,7 +251,7 @@ class Database:
         """
         lost = self._files and self._files.lost()
         if lost:
-            raise StoreLost(self.place, f"{lost} was removed or replaced under the running service")
+            raise StoreLost(self.place, f"{lost} under the running service")
 
     def demand_files(self) -> None:
         """Raise StorageUnavailable, for a caller of a method, where `demand_in_place` raises."""
@@ -279,10 +284,19 @@ class Database:
             if self._files is not None and self._files.lost() is not None:
                 return
         self.peewee.close()
+        if self._files is not None and self._keeper == threading.get_ident():
+            self._files.close()
+            self._files = None
 
     def rescue(self) -> Path | None:
         """Copy a SQLite store of which a file is lost, as the calling thread's connection, which
-        must be from before, still sees it. Return the sound copy, if one could be made."""
+        must be from before, still sees it. Return the sound copy, if one could be made.
+
+        There is none of files that were overwritten: the connection sees the damage as well, and a
+        copy may be sound and lack rows all the same.
+        """
+        if self._files is not None and not self._files.can_be_rescued:
+            return None
         path = Path(f"{self.place}.rescued-{secrets.token_hex(4)}")
         try:
             path.touch(mode=0o600, exist_ok=False)
@@ -580,11 +594,11 @@ def _open_sqlite(path: Path, locks: list[Lock] | None) -> Database:
 def _check_header(path: Path) -> None:
     """Refuse what is not ours by its first 100 bytes, before SQLite opens (and may touch) it."""
     with path.open("rb") as file:
-        header = file.read(100)
+        header = file.read(SQLITE_HEADER_SIZE)
         links = os.fstat(file.fileno()).st_nlink
     if not header:
         raise DatabaseRefused(str(path), "is empty; it was truncated, or is not ours")
-    if not header.startswith(b"SQLite format 3\0") or len(header) < 100:
+    if not header.startswith(SQLITE_MAGIC) or len(header) < SQLITE_HEADER_SIZE:
         raise DatabaseRefused(str(path), "is not a SQLite database")
     (application_id,) = struct.unpack(">I", header[68:72])
     if application_id != APPLICATION_ID:

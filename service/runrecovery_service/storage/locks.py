@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import os
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Final
 
 from runrecovery_service.domain.errors import DataDirRefused, Held
+from runrecovery_service.storage import wal_index
+from runrecovery_service.storage.wal_index import Frame, WalIndex
 
 LOCK_TABLE: Final = Path("/proc/locks")
+APPLICATION_ID: Final = 0x52524356
+"""`RRCV`, in the header of every SQLite file of ours."""
+APPLICATION_ID_BYTES: Final = APPLICATION_ID.to_bytes(4, "big")
+SQLITE_HEADER_SIZE: Final = 100
+SQLITE_MAGIC: Final = b"SQLite format 3\0"
+OVERWRITTEN: Final = "was cut short or overwritten"
 
 
 class Lock(ABC):
@@ -122,28 +131,83 @@ class StoreFiles:
     """The SQLite file, its log and the log's index, as they are while the store is in use.
 
     SQLite does not notice that one of them was removed or replaced: its open connections go on with
-    the old files, its new ones with the new files.
+    the old files, its new ones with the new files. Nor that one was overwritten in place.
     """
 
     def __init__(self, path: Path) -> None:
         """Note the files. A connection that has read must be open, and stay open: the last one
         that is closed removes the log."""
-        log, index = (path.with_name(path.name + suffix) for suffix in ("-wal", "-shm"))
-        self._identities = {str(file): identity(file) for file in (path, log, index)}
+        self._names = [str(path), f"{path}-wal", f"{path}-shm"]
         self._lost: str | None = None
+        self._frame: Frame | None = None
+        self._file: tuple[tuple[bytes, int], bytes, int] | None = None
+        self._descriptors: list[int] = []
+        # Kept: to close one drops the locks that SQLite has in this process on that file.
+        with contextlib.suppress(FileNotFoundError):
+            for name in self._names:
+                self._descriptors.append(os.open(name, os.O_RDONLY | os.O_CLOEXEC))
+        self._identities = [_identity(os.fstat(one)) for one in self._descriptors]
 
     def lost(self) -> str | None:
-        """Return a file that was removed or replaced. Once one was, the answer stays.
+        """Return what happened to a file. Once something did, the answer stays.
 
         Raises:
             OSError: the system does not tell, over permissions for example.
         """
         if self._lost is None:
-            for file, noted in self._identities.items():
-                if noted is None or identity(file) != noted:
-                    self._lost = file
-                    break
+            self._lost = self._moved() or self._overwritten()
         return self._lost
+
+    @property
+    def can_be_rescued(self) -> bool:
+        """True unless what the open connections see was changed under them."""
+        return not (self._lost or "").endswith(OVERWRITTEN)
+
+    def close(self) -> None:
+        """Close the files, after the last connection."""
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+
+    def _moved(self) -> str | None:
+        for name, noted in itertools.zip_longest(self._names, self._identities):
+            if noted is None or identity(name) != noted:
+                return f"{name} was removed or replaced"
+        return None
+
+    def _overwritten(self) -> str | None:
+        file, log, _ = self._descriptors
+        before = self._index()
+        header, size = os.pread(file, SQLITE_HEADER_SIZE, 0), os.fstat(file).st_size
+        if not header.startswith(SQLITE_MAGIC) or header[68:72] != APPLICATION_ID_BYTES:
+            return f"{self._names[0]} {OVERWRITTEN}"
+        if before is None:
+            return None
+        noted, held = self._frame, True
+        if before.last.number:
+            held = _holds(log, before.last)
+            if held and noted and noted.salt == before.last.salt:
+                held = noted.number > before.last.number or _holds(log, noted)
+        if self._index() != before:  # SQLite is writing
+            return None
+        if not held:
+            return f"{self._names[1]} {OVERWRITTEN}"
+        self._frame = before.last if before.last.number else None
+        state, known = before.file_state, self._file
+        if state is not None:
+            if known is not None and known[0] == state and known[1:] != (header, size):
+                return f"{self._names[0]} {OVERWRITTEN}"
+            self._file = (state, header, size)
+        return None
+
+    def _index(self) -> WalIndex | None:
+        return wal_index.parse(os.pread(self._descriptors[2], wal_index.SIZE, 0))
+
+
+def _holds(log: int, frame: Frame) -> bool:
+    """True if a log has its header, and a frame in its place."""
+    if os.fstat(log).st_size < frame.end or os.pread(log, 8, 16) != frame.salt:
+        return False
+    return frame.is_in(os.pread(log, wal_index.FRAME_HEADER_SIZE, frame.offset))
 
 
 def identity(path: str | Path) -> tuple[int, int] | None:
