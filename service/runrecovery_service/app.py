@@ -20,7 +20,7 @@ from typing import Final
 import structlog
 import uvloop
 
-from runrecovery_service import clock, paths
+from runrecovery_service import clock, daemons, paths
 from runrecovery_service.background_stream import drain_stderr
 from runrecovery_service.config import ContainmentPolicy, EngineSettings, Settings
 from runrecovery_service.domain.errors import (
@@ -121,6 +121,8 @@ FAILURES_IN_A_ROW: Final = 2
 """So many trials of the work's statements must fail until health says NOT_SERVING."""
 FILES_LOOK_S: Final = 1.0
 """How soon a removed lock, or file of the SQLite store, is noticed without a write."""
+FILES_LOOK_MOST_S: Final = 5.0
+"""When a file system that has not answered such a look is logged."""
 
 
 def serve(settings: Settings) -> None:
@@ -418,7 +420,7 @@ class Service:
         self._listen_to_signals()
         staying = [
             asyncio.create_task(self._renew()),
-            asyncio.create_task(self._watch_files()),
+            asyncio.create_task(watch_files(self._demand_files, self.fail)),
             asyncio.create_task(self._try_statements()),
         ]
         if self.shop.storage.is_shared:
@@ -566,6 +568,7 @@ class Service:
                 continue
             error = await self._failing_statement()
             failed = 0 if error is None else failed + 1
+            self.dispatcher.look_again()  # its last failure, or success, is news no more
             if error is not None:
                 log.warning("service.statements_failed", error=error, times=failed)
             self._note_storage("statements", answers=failed < FAILURES_IN_A_ROW)
@@ -586,7 +589,8 @@ class Service:
                 )
         except Exception as error:  # noqa: BLE001 - whatever it was, the work meets it as well
             return type(error).__name__
-        return "take_next" if self.dispatcher.failures >= FAILURES_IN_A_ROW else None
+        failing_s = self.settings.lease_ttl_s / RENEWALS_PER_LEASE
+        return "take_next" if self.dispatcher.failing_s >= failing_s else None
 
     def _stays_no_longer(self, task: asyncio.Task[None]) -> None:
         """A defect in what keeps us the owner, or the trees alive, must not go unnoticed."""
@@ -602,18 +606,9 @@ class Service:
             await asyncio.sleep(self.settings.lease_ttl_s / RENEWALS_PER_LEASE)
             self._heartbeat(boot_time_ns())
 
-    async def _watch_files(self) -> None:
-        """Stop the service once a file of the store or a lock was removed or replaced."""
-        while True:
-            await asyncio.sleep(FILES_LOOK_S)
-            try:
-                self.shop.storage.demand_in_place()
-                self.held.demand_in_place()
-            except StartRefused as error:
-                self.fail(error)
-                return
-            except OSError as error:  # the renewal meets it as well, and says NOT_SERVING
-                log.warning("service.files_not_seen", error=error.strerror)
+    def _demand_files(self) -> None:
+        self.shop.storage.demand_in_place()
+        self.held.demand_in_place()
 
     def _heartbeat(self, begun_ns: int) -> None:
         """Let the process trees live on: the lease was, or needed not be, renewed at `begun_ns`."""
@@ -711,6 +706,27 @@ class Service:
                 error=type(error).__name__,
                 exc_info=not is_outage(error),
             )
+
+
+async def watch_files(demand: Callable[[], None], fail: Callable[[Exception], None]) -> None:
+    """Fail once a file of the store or a lock was removed or replaced.
+
+    Each look has a thread: a file system that hangs (NFS, FUSE) must not stop the event loop.
+    There is one look at a time, and one that is not answered proves nothing.
+    """
+    while True:
+        await asyncio.sleep(FILES_LOOK_S)
+        look = asyncio.create_task(daemons.done(demand))
+        answered, _ = await asyncio.wait({look}, timeout=FILES_LOOK_MOST_S)
+        if not answered:
+            log.warning("service.files_not_seen", error="no answer")
+        try:
+            await look
+        except StartRefused as error:
+            fail(error)
+            return
+        except OSError as error:  # the renewal meets it as well, and says NOT_SERVING
+            log.warning("service.files_not_seen", error=error.strerror)
 
 
 def _trees_until(settings: Settings, renewed_ns: int) -> int:

@@ -9,11 +9,11 @@ import peewee as pw
 import pytest
 from runrecovery_service.domain.errors import StorageUnavailable
 from runrecovery_service.domain.run import RunStatus
-from runrecovery_service.execution import launching
+from runrecovery_service.execution import dispatcher, launching
 from runrecovery_service.process import sweep
 from runrecovery_service.storage import turns
 
-from .conftest import Floor
+from .conftest import Floor, until
 
 MANY = 150
 
@@ -75,6 +75,44 @@ async def test_a_defect_while_taking_a_run_does_not_end_the_dispatcher(
     ended = [await floor.until_ended(first), await floor.until_ended(second)]
 
     assert [run.status for run in ended] == [RunStatus.SUCCEEDED] * 2
+
+
+async def test_looks_that_fail_are_counted_by_time(
+    floor: Floor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[None] = []
+    time_s = [100.0]
+    fails = [True]
+    take = turns.take_next
+
+    def take_next(*args: Any, **kwargs: Any) -> Any:
+        looks.append(None)
+        if fails[0]:
+            raise StorageUnavailable
+        return take(*args, **kwargs)
+
+    async def failing_s_after_a_look() -> float:
+        before = len(looks)
+        floor.dispatcher.look_again()
+
+        async def has_looked_twice() -> bool:  # so that the first of the two is noted
+            if len(looks) == before + 1:
+                floor.dispatcher.look_again()
+            return len(looks) > before + 1
+
+        await until(has_looked_twice)
+        return floor.dispatcher.failing_s
+
+    monkeypatch.setattr(dispatcher, "monotonic", lambda: time_s[0])
+    monkeypatch.setattr(turns, "take_next", take_next)
+
+    within_a_moment = await failing_s_after_a_look()
+    time_s[0] = 107.0
+    later = await failing_s_after_a_look()
+    fails[0] = False
+    at_last = await failing_s_after_a_look()
+
+    assert (within_a_moment, later, at_last) == (0.0, 7.0, 0.0)
 
 
 async def test_a_run_that_was_taken_without_an_answer_is_taken_again(

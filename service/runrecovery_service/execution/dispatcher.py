@@ -6,6 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import Final
 
 import structlog
@@ -37,7 +38,8 @@ class Dispatcher:
     Attributes:
         capacity: processes at one time. A slot is held by a session, and by nothing else: the
             count cannot leak.
-        failures: how often in a row the queue could not be looked at.
+        failing_s: the time from the first to the last of the looks at the queue that failed in a
+            row. Not their number: looks that follow upon changes may fail within a moment.
         fenced: called once when a newer epoch owns this instance's runs.
     """
 
@@ -45,7 +47,8 @@ class Dispatcher:
     place: Place
     capacity: int
     fenced: Callable[[Fenced], None]
-    failures: int = 0
+    failing_s: float = 0.0
+    _failing_since: float | None = None
     _sessions: dict[RunSession, asyncio.Task[None]] = field(default_factory=dict)
     _taking: bool = True
     _unsure: bool = False
@@ -160,18 +163,24 @@ class Dispatcher:
                 if self._look_due or (not told and self.shop.storage.is_shared):
                     await self._look_at_records()
                 await self._launch_what_fits()
-                self.failures = 0
+                self._failing_since, self.failing_s = None, 0.0
             except Fenced as error:
                 self.fenced(error)
                 return
             except (NotNow, Exhausted) as error:
                 self._unsure = True
-                self.failures += 1
+                self._note_failure()
                 log.warning("execution.queue_unreadable", error=type(error).__name__)
             except Exception:  # the edge of this task: nothing would be launched any more
-                self.failures += 1
+                self._note_failure()
                 log.exception("execution.dispatch_failed")
             told = await self._told_of_a_change()
+
+    def _note_failure(self) -> None:
+        now = monotonic()
+        if self._failing_since is None:
+            self._failing_since = now
+        self.failing_s = now - self._failing_since
 
     async def _look_at_records(self) -> None:
         """Tell every session how its run stands on record. Where a commit may stand although its

@@ -1,0 +1,68 @@
+"""The service watches its files without waiting for a file system that hangs."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from runrecovery_service import app
+from runrecovery_service.domain.errors import DataDirRefused
+from structlog.testing import capture_logs
+from support.waiting import until_async
+
+LOST = DataDirRefused("data directory /d", "/d/lock was removed or replaced")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look without a pause, and expect an answer at once."""
+    monkeypatch.setattr(app, "FILES_LOOK_S", 0.0)
+    monkeypatch.setattr(app, "FILES_LOOK_MOST_S", 0.01)
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async def now() -> bool:
+        return holds()
+
+    await until_async(now, "it holds")
+
+
+async def test_a_file_system_that_hangs_stops_neither_the_loop_nor_the_service() -> None:
+    looks: list[None] = []
+    answers = threading.Event()
+    failed: list[Exception] = []
+
+    def demand() -> None:
+        looks.append(None)
+        answers.wait()
+        raise LOST
+
+    with capture_logs() as events:
+        watching = asyncio.create_task(app.watch_files(demand, failed.append))
+        await until(lambda: len(events) > 0)
+        for _ in range(20):  # no other look begins, and nothing is called lost
+            await asyncio.sleep(0)
+        hanging: tuple[int, list[Exception], list[Any]] = (len(looks), list(failed), list(events))
+        answers.set()
+        await watching
+
+    told = {"event": "service.files_not_seen", "error": "no answer", "log_level": "warning"}
+    assert hanging == (1, [], [told])
+    assert failed == [LOST]
+
+
+async def test_a_look_that_fails_is_not_taken_for_a_loss() -> None:
+    answers: list[Exception] = [LOST, OSError(13, "Permission denied")]
+    failed: list[Exception] = []
+
+    def demand() -> None:
+        raise answers.pop()
+
+    with capture_logs() as events:
+        await app.watch_files(demand, failed.append)
+
+    assert [event["error"] for event in events] == ["Permission denied"]
+    assert failed == [LOST]
