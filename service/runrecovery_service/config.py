@@ -222,9 +222,10 @@ def is_loopback(address: str) -> bool:
         return True
     host = address.rpartition(":")[0].strip("[]").lower()
     try:
-        return host == "localhost" or ip_address(host).is_loopback
+        ip = ip_address(host)
     except ValueError:
-        return False
+        return host == "localhost"
+    return (getattr(ip, "ipv4_mapped", None) or ip).is_loopback  # not before Python 3.13 by itself
 
 
 def _strings(value: object) -> tuple[str, ...]:

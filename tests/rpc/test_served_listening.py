@@ -234,7 +234,9 @@ def test_localhost_is_all_of_its_addresses(new_home: NewHome) -> None:
     assert [health(f"{host}:{port}") for host in hosts] == ["SERVING"] * len(hosts)
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "[0:0::1]", "127.8.9.10"])
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "[::1]", "[0:0::1]", "127.8.9.10", "[::ffff:127.0.0.1]"]
+)
 def test_every_way_to_name_an_address_is_listened_on(new_home: NewHome, host: str) -> None:
     if host.startswith("[") and not has_ipv6():
         pytest.skip("no IPv6 here")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final, TypeAlias
 from urllib.parse import quote, unquote
 
-from runrecovery_service.rpc.sockets import ServerSockets
+from runrecovery_service.rpc.sockets import ServerSockets, plain_host
 
 Bind: TypeAlias = Callable[[str], int]
 """Has gRPC bind an address; returns the port. Raises RuntimeError."""
@@ -121,7 +121,7 @@ async def _hosts(name: str) -> set[str]:
         found = await loop.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     except socket.gaierror as error:
         raise ListenFailed(name) from error
-    return {str(address[0]) for _, _, _, _, address in found}
+    return {plain_host(str(address[0])) for _, _, _, _, address in found}
 
 
 # -- Unix sockets --------------------------------------------------------------------------------

@@ -100,7 +100,12 @@ def _hosts(one: socket.socket) -> set[str]:
     )
     if host == "::" and takes_ipv4:
         return {"::", "0.0.0.0"}  # noqa: S104 - compared, not bound
-    return {host.removeprefix("::ffff:")}
+    return {plain_host(host)}
+
+
+def plain_host(host: str) -> str:
+    """Return an IPv4 address that is written as an IPv6 one as what it is; others as they are."""
+    return host.removeprefix("::ffff:")
 
 
 def _listens(one: socket.socket) -> bool:
