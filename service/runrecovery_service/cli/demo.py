@@ -192,7 +192,7 @@ class ServiceProcess:
         service = cls(popen, log, "")
         try:
             service.address = str(service.wait_for_log("service.listening")["address"])
-        except Untrue:
+        except BaseException:  # also Ctrl-C, and the exit that a signal asks for
             service.kill()
             raise
         return service

@@ -188,7 +188,8 @@ def demo() -> ExitCode:
     from runrecovery_service.cli.demo import run_demo
 
     for number in (signal.SIGTERM, signal.SIGHUP):  # it must end its service, and clear away
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGHUP is under nohup
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         return ExitCode(run_demo())
     except OSError as error:
