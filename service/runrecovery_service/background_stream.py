@@ -121,11 +121,20 @@ class BackgroundStream(TextIOBase):
         """Write an entry after the report of what was lost before it; return what is lost now."""
         if isinstance(entry, int):
             lost += entry
-        if lost and self._put(self.report_loss(lost).encode(self._encoding, "backslashreplace")):
+        if lost and self._put(self._loss_line(lost)):
             lost = 0
         if isinstance(entry, bytes) and (lost or not self._put(entry)):
             lost += _lines(entry)
         return lost
+
+    def _loss_line(self, lost: int) -> bytes:
+        """Return the line that reports the loss; a plain one if `report_loss` fails: an exception
+        would end the thread, and every later line would be dropped."""
+        try:
+            line = self.report_loss(lost)
+        except Exception:  # noqa: BLE001 - nothing else can report it
+            line = _plain_report(lost)
+        return line.encode(self._encoding, "backslashreplace")
 
     def _put(self, data: bytes) -> bool:
         """Write it all, however long that takes; False when the system refuses."""

@@ -151,7 +151,11 @@ def _never_failing(stream: TextIO | BackgroundStream) -> BackgroundStream | Unfa
 
 def _loss_report(processors: list[structlog.typing.Processor]) -> Callable[[int], str]:
     """Return what renders the event that lines were lost, past the queue in which they were."""
-    rendered = structlog.wrap_logger(structlog.ReturnLogger(), processors=processors)
+    rendered = structlog.wrap_logger(
+        structlog.ReturnLogger(),
+        processors=processors,
+        wrapper_class=structlog.BoundLogger,  # the configured one drops warnings at level ERROR
+    )
     return lambda lines: f"{rendered.warning('service.log_lines_lost', lines=lines)}\n"
 
 

@@ -159,3 +159,16 @@ def test_it_serves_whoever_takes_text_streams_only(pipe: tuple[int, int]) -> Non
         stream.write(b"bytes")  # type: ignore[arg-type]
     assert stream.drain(PATIENCE_S)
     assert os.read(pipe[0], 100) == b"\xe4\\u2192\n"
+
+
+def test_a_loss_whose_report_fails_is_told_in_plain_words(pipe: tuple[int, int]) -> None:
+    def fail(_: int) -> str:
+        raise ValueError("a defect in a processor")
+
+    reader, writer = pipe
+    stream = BackgroundStream(writer, most_bytes=1000)
+    stream.report_loss = fail
+
+    stream.write("y\n" * 1000)
+
+    assert read_all(reader, stream) == ["(lines lost here: 1000)", "end"]

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import logging
+import os
 import sqlite3
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 from runrecovery_service import logs
+from runrecovery_service.background_stream import BackgroundStream
 from runrecovery_service.config import LogFormat, LogLevel
 from runrecovery_service.storage.database import Database, Kind
 
@@ -303,3 +305,14 @@ def test_a_real_error_about_a_row_tells_nothing_of_the_row(database: Database) -
     assert [event["event"] for event in events] == ["a.b", "a.b"]
     assert "number" in events[0]["error"]
     assert CANARY not in stream.getvalue()
+
+
+@pytest.mark.parametrize("level", list(LogLevel))
+def test_lost_lines_are_reported_at_every_level(level: LogLevel) -> None:
+    with open(os.devnull, "wb") as nowhere:  # noqa: PTH123 - a descriptor is all that it is for
+        stream = BackgroundStream(nowhere.fileno())
+        logs.configure(LogFormat.JSON, level, stream)  # type: ignore[arg-type] # as `serve` does
+
+        told = json.loads(stream.report_loss(3))
+
+    assert (told["event"], told["level"], told["lines"]) == ("service.log_lines_lost", "warning", 3)
