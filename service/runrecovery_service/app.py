@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
@@ -96,6 +96,7 @@ from runrecovery_service.storage.database import (
 from runrecovery_service.storage.instances import Boot, Owner
 from runrecovery_service.storage.locks import Lock, LockFile
 from runrecovery_service.storage.processes import Lease, Place
+from runrecovery_service.thread_pool import SteadyThreadPool
 
 log = structlog.get_logger()
 
@@ -117,6 +118,8 @@ STEP_S: Final = 30.0
 TREES_BEFORE_LEASE_S: Final = 1.0
 """Process trees end themselves so long before the lease of a silent service runs out: whoever
 takes over then finds nothing alive."""
+OTHER_THREADS: Final = 16
+"""For what blocks and is no step of a turn: reading outputs, ending what a lost turn left."""
 FAILURES_IN_A_ROW: Final = 2
 """So many trials of the work's statements must fail until health says NOT_SERVING."""
 FILES_LOOK_S: Final = 1.0
@@ -140,7 +143,7 @@ def serve(settings: Settings) -> None:
         signal.signal(number, lambda *_: None)  # not SIG_IGN, which agents would inherit
     open_files = _open_files(settings)
     open_files.take()
-    with Holdings.take(settings) as held, ThreadPoolExecutor(1, "probe") as prober:
+    with Holdings.take(settings) as held, SteadyThreadPool(1, "probe") as prober:
         # Beside the rest of the start: it is some 30 ms of waiting for processes.
         containment = prober.submit(prove_containment, watermark_bits())
         db = open_database(settings.database, held.data_dir, locks=held.locks)
@@ -163,6 +166,7 @@ async def _serve(
     containment: Future[Containment],
     open_files: OpenFiles,
 ) -> None:
+    asyncio.get_running_loop().set_default_executor(SteadyThreadPool(OTHER_THREADS, "other"))
     service = Service.build(settings, held, db, containment, open_files)
     await service.run()
 
@@ -895,7 +899,7 @@ def _workshop(
         catalog=_catalog(settings),
         output=OutputFiles(data_dir, max_bytes=settings.max_output_bytes),
         trust=trust,
-        threads=ThreadPoolExecutor(settings.capacity * 4 + 4, thread_name_prefix="process"),
+        threads=SteadyThreadPool(settings.capacity * 4 + 4, thread_name_prefix="process"),
         environ=dict(os.environ),
         heart=heart,
         cgroups=cgroups,

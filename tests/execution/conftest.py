@@ -6,7 +6,6 @@ import asyncio
 import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from runrecovery_service.storage.adapter import Storage
 from runrecovery_service.storage.database import open_database
 from runrecovery_service.storage.instances import Boot, Owner
 from runrecovery_service.storage.processes import Place
+from runrecovery_service.thread_pool import SteadyThreadPool
 from support.processes import Seen, bearers, seen
 from support.waiting import until_async
 
@@ -267,7 +267,7 @@ async def opened(
     owner = instances.claim(db, boot, now=clock.utc_now())
     db.close()
     storage = Storage(db)
-    with ThreadPoolExecutor(40) as threads:
+    with SteadyThreadPool(40, "process") as threads:
         shop = Workshop(
             storage=storage,
             owner=owner,

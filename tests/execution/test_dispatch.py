@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -149,7 +150,7 @@ async def test_a_launch_that_the_system_refuses_fails_the_run(
     floor: Floor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
-        raise RuntimeError("can't start new thread")
+        raise RuntimeError("a step of the launch is refused")
 
     monkeypatch.setattr(launching, "prepare", refuse)
 
@@ -157,6 +158,27 @@ async def test_a_launch_that_the_system_refuses_fails_the_run(
 
     assert run.error is not None
     assert run.error.code == "LAUNCH_FAILED"
+
+
+async def test_a_system_without_threads_ends_no_run(
+    floor: Floor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pool has one thread by then; here the system gives it no other."""
+    start = threading.Thread.start
+    refused: list[str] = []
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name.startswith("process"):
+            refused.append(thread.name)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    ids = [await floor.create("quick") for _ in range(3)]
+    runs = [await floor.until_ended(run_id) for run_id in ids]
+
+    assert [(run.status, run.error) for run in runs] == [(RunStatus.SUCCEEDED, None)] * 3
+    assert refused
 
 
 async def test_a_cancel_is_heard_while_the_process_does_not_read_its_reply(floor: Floor) -> None:

@@ -34,6 +34,7 @@ from runrecovery_service.domain.errors import (
     RunGone,
     StartRefused,
     StoreLost,
+    ThreadsRefused,
 )
 
 EXIT_CODES: Final[dict[type[Exception], ExitCode]] = {
@@ -57,6 +58,7 @@ HINTS: Final[dict[type[Exception], str]] = {
     StoreLost: "docs/operations.md, *When something is wrong*, tells how to go on",
     Held: "stop that service, or give this one its own --data-dir and --instance",
     OpenFilesRefused: "raise the limit (LimitNOFILE= of a unit), or lower max_concurrent",
+    ThreadsRefused: "raise the limit on processes (TasksMax= of a unit, ulimit -u, pids.max)",
     RecoveryGaveUp: "the log says why; no run was changed without a record",
     ContainmentRefused: "docs/processes.md tells what is missing, and what best_effort means",
     Fenced: "another service runs under this instance's name; it goes on",

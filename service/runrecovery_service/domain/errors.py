@@ -416,6 +416,16 @@ class LeaseLost(StartRefused):
 
 
 @dataclass(eq=False)
+class ThreadsRefused(StartRefused):
+    """The system gives this process no thread."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return f"the system gives this process no more threads: {self.reason}"
+
+
+@dataclass(eq=False)
 class OpenFilesRefused(StartRefused):
     """The process may open too few files for what is configured."""
 

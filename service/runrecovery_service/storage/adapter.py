@@ -12,7 +12,7 @@ import asyncio
 import queue
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from threading import get_ident
 from time import monotonic
@@ -39,6 +39,7 @@ from runrecovery_service.storage.database import (
 )
 from runrecovery_service.storage.postgresql import cut
 from runrecovery_service.storage.recovery import close_abandoned
+from runrecovery_service.thread_pool import SteadyThreadPool
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -62,7 +63,7 @@ class Storage:
     def __init__(self, db: Database) -> None:
         self._db = db
         self._inline = db.dialect.kind is Kind.SQLITE
-        self._pool = ThreadPoolExecutor(
+        self._pool = SteadyThreadPool(
             READER_THREADS if self._inline else POSTGRESQL_CONNECTIONS,
             thread_name_prefix="storage",
         )
@@ -198,7 +199,7 @@ class ReservedConnection:
 
     def __init__(self, db: Database) -> None:
         self._db = db
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="storage-lease")
+        self._thread = SteadyThreadPool(1, thread_name_prefix="storage-lease")
         self._connection: object = None
 
     def submit(self, use: Callable[[Database], R]) -> Future[R]:
