@@ -15,7 +15,13 @@ from runrecovery_service.engines.catalog import Engine
 from runrecovery_service.execution import launching
 from runrecovery_service.execution.output import OutputFiles
 from runrecovery_service.process import launch
-from runrecovery_service.process.launch import LaunchDelayed, NotStarted, ShimmedProcess, refused
+from runrecovery_service.process.launch import (
+    LaunchDelayed,
+    NotStarted,
+    ShimLost,
+    ShimmedProcess,
+    refused,
+)
 from runrecovery_service.trust import files
 
 from .conftest import QUICK, Floor, NewFloor, until
@@ -146,3 +152,33 @@ def test_a_shim_tells_what_the_system_lacks() -> None:
     assert (event.reason, event.errno) == ("Resource temporarily unavailable: fork", 11)
     assert isinstance(refused(OSError(11, ""), "fork"), LaunchDelayed)
     assert not isinstance(refused(OSError(errno.ENOENT, ""), "gone"), LaunchDelayed)
+
+
+async def test_a_shim_that_is_lost_at_its_gate_is_followed_by_another(
+    floor: Floor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one is for which the system has no descriptor: its Python ends without a word."""
+    lost = twice(lambda: ShimLost("the shim ended"), launch.prepare)
+    monkeypatch.setattr(launching, "prepare", lost)
+
+    run, delays = await run_of(floor)
+
+    assert (run.status, run.error, run.attempt) == (RunStatus.SUCCEEDED, None, 1)
+    assert delays == ["the shim ended"]
+
+
+async def test_shims_that_are_lost_again_and_again_fail_the_launch(
+    floor: Floor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[None] = []
+
+    def lose(*_: object, **__: object) -> None:
+        tries.append(None)
+        raise ShimLost("the shim ended")
+
+    monkeypatch.setattr(launching, "prepare", lose)
+
+    run, _ = await run_of(floor)
+
+    assert run.error is not None
+    assert (run.error.code, len(tries)) == ("LAUNCH_FAILED", 5)

@@ -22,6 +22,7 @@ from runrecovery_service.process.launch import (
     Empty,
     EndsItself,
     Exited,
+    LaunchDelayed,
     LaunchFailed,
     ShimLost,
     boot_time_ns,
@@ -601,4 +602,64 @@ def test_says_why_the_agent_could_not_start(
 
     assert tree.shim_exit() == 0
     assert tree.process.agent is None
+    assert tree.nobody_alive()
+
+
+# -- a system without means --------------------------------------------------------------------
+
+
+@pytest.fixture
+def lacking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Have shims meet ENFILE once, in a function of theirs."""
+
+    def lack(patch: str) -> None:
+        program = tmp_path / "lacking_shim.py"
+        program.write_text(
+            f"""
+import os, sys
+sys.path.append({str(Path(procfs.__file__).parents[2])!r})
+from runrecovery_service.process import procfs
+from runrecovery_service.process.shim import Shim
+
+def once(function, wanted):
+    left = [1]
+    def call(*args):
+        if left and wanted(*args):
+            left.clear()
+            raise OSError(23, "Too many open files in system")
+        return function(*args)
+    return call
+
+{patch}
+sys.exit(Shim(*map(int, sys.argv[1:4])).run())
+"""
+        )
+        monkeypatch.setattr(launch, "SHIM", str(program))
+
+    return lack
+
+
+def test_a_shim_that_cannot_read_proc_guards_its_agent(
+    start: Start, lacking: Callable[[str], None]
+) -> None:
+    lacking("procfs.read_proc = once(procfs.read_proc, lambda pid: pid != os.getpid())")
+    tree = start(["/bin/sleep", "600"])
+
+    assert tree.process.agent is not None
+    assert tree.process.agent.start_ticks == 0
+    tree.process.close_gate()
+    assert tree.shim_exit() == 0
+    assert tree.nobody_alive()
+
+
+def test_a_shim_without_a_descriptor_for_its_streams_starts_no_agent(
+    start: Start, lacking: Callable[[str], None]
+) -> None:
+    lacking("os.open = once(os.open, lambda path, flags: path == os.devnull)")
+    tree = start(["/bin/sleep", "600"], release=False)
+
+    with pytest.raises(LaunchDelayed, match="Too many open files in system"):
+        tree.process.release(in_ns(PATIENCE_S))
+
+    assert tree.shim_exit() == 0
     assert tree.nobody_alive()

@@ -45,6 +45,9 @@ R = TypeVar("R")
 
 DELAY_FIRST_S, DELAY_MOST_S = 0.1, 2.0
 """Between two tries of a launch for which the system has no means."""
+SHIMS_MOST: Final = 5
+"""So many shims may be lost at the gate, in a row, until the launch fails: one that the system gave
+no descriptor or memory cannot say so, as one that was killed cannot."""
 ENDING_DEADLINE_S: Final = 30.0
 """On top of the grace: for ending one tree. What is alive then is recorded as KILL_PENDING."""
 
@@ -78,6 +81,7 @@ class Launch:
     _process: ShimmedProcess | None = None
     _until_ns: int = 0
     _released: bool = False
+    _lost_shims: int = 0
     _unwanted: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
@@ -148,7 +152,10 @@ class Launch:
             if self._released:
                 self.log.warning("execution.shim_lost", reason=error.reason)
                 raise Unguarded from error
-            raise
+            self._lost_shims += 1
+            if self._lost_shims >= SHIMS_MOST:
+                raise
+            return LaunchDelayed(error.reason)  # nothing of the agent has run
         return None
 
     async def _forget_process(self) -> None:

@@ -142,6 +142,8 @@ class Shim:
     def _start(self, order: wire.Order) -> bool:
         """Start the agent; False when the system refused, which has been told."""
         try:
+            # Before the fork: once the agent lives, nothing here may fail.
+            null = os.open(os.devnull, os.O_RDWR)
             failed, fails = os.pipe()  # closed by the exec, unless there is something to say
             self._agent = os.fork()
         except OSError as error:
@@ -158,15 +160,17 @@ class Shim:
             os.waitpid(self._agent, 0)
             self._tell(f"{wire.REFUSED} {os.fsdecode(said)}")
             return False
-        proc = procfs.read_proc(self._agent)
+        try:
+            proc = procfs.read_proc(self._agent)
+        except OSError:  # no descriptor or memory for a moment; the service can do without
+            proc = None
         self._tell(f"{wire.STARTED} {self._agent} {proc.start_ticks if proc else 0}")
-        self._let_go_of_streams()
+        self._let_go_of_streams(null)
         return True
 
-    def _let_go_of_streams(self) -> None:
+    def _let_go_of_streams(self, null: int) -> None:
         """The service must see the end of the agent's output, and the agent that of its input.
         Whatever this program itself has to complain about goes into the book."""
-        null = os.open(os.devnull, os.O_RDWR)
         for fd, to in ((0, null), (1, null), (2, self._book)):
             os.dup2(to, fd)
         os.close(null)
@@ -255,6 +259,8 @@ class Shim:
                 prove=lambda: _descent(proc),
                 audit=lambda *facts: self._audit(proc, why, *facts),
             )
+        except OSError:  # no descriptor for its proof: the next look tries again
+            return signals.GONE
         finally:
             os.close(pidfd)
 
