@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import math
 import os
 import secrets
@@ -109,6 +110,8 @@ SQLite: there the lock on the file fences, and a disk that is full is no reason 
 HARMLESS_SIGNALS: Final = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """They would end a process that does not ask for them, and are sent to services as a matter of
 course: to reload, to open the log anew."""
+NO_TERMINAL: Final = frozenset({errno.ENXIO, errno.EIO, errno.ENOENT})
+"""What opening /dev/tty fails with then. A lack of descriptors, for one, says nothing of it."""
 HANG_UP_SETTLES_S: Final = 0.5
 """From SIGHUP until the system has taken the terminal away, if it does."""
 TRY_SHARE: Final = 0.3
@@ -278,8 +281,8 @@ def _has_terminal() -> bool:
     """Return whether this process has a controlling terminal."""
     try:
         os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC))
-    except OSError:
-        return False
+    except OSError as error:
+        return error.errno not in NO_TERMINAL
     return True
 
 
@@ -638,7 +641,9 @@ class Service:
         if _has_terminal():
             log.info("service.signal_ignored", signal=signal.SIGHUP.name)
         elif not self.stopping:
-            self._asked_to_stop(signal.SIGHUP)
+            # Not counted: a single SIGTERM that follows must not cut the stop short.
+            log.info("service.stop_asked", signal=signal.SIGHUP.name, times=self._stop_asked)
+            self._stop.set()
 
     def _asked_to_stop(self, number: int) -> None:
         self._stop_asked += 1

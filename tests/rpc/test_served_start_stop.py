@@ -349,6 +349,24 @@ def test_a_service_whose_terminal_is_closed_stops_in_order(new_home: NewHome) ->
     assert home.rows("SELECT count(*) FROM run WHERE recovery_count = 1") == [(1,)]
 
 
+def test_a_closed_terminal_does_not_count_as_a_signal_to_stop(new_home: NewHome) -> None:
+    with terminal() as (hang_up, name):
+        home = new_home(prefix=("/bin/sh", "-c", f'exec "$@" <{name}', "sh"), drain_delay_s=LONG_S)
+        service, _ = home.start()
+
+        def asked() -> list[tuple[object, object]]:
+            return [(one["signal"], one["times"]) for one in service.events("service.stop_asked")]
+
+        hang_up()
+        until(lambda: len(asked()) == 1, "the service was asked by the terminal")
+        service.terminate()
+        until(lambda: len(asked()) == 2, "the service was asked by SIGTERM")
+        service.terminate()
+
+        assert service.exit_code() == 128 + signal.SIGTERM
+    assert asked() == [("SIGHUP", 0), ("SIGTERM", 1), ("SIGTERM", 2)]
+
+
 def test_a_service_that_was_started_to_outlive_its_terminal_does(new_home: NewHome) -> None:
     with terminal() as (hang_up, name):
         home = new_home(prefix=("/bin/sh", "-c", f'trap "" HUP; exec "$@" <{name}', "sh"))

@@ -1,0 +1,31 @@
+"""Whether the service has a terminal."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+from runrecovery_service import app
+
+
+@pytest.mark.parametrize(
+    ("number", "has"),
+    [
+        (errno.ENXIO, False),
+        (errno.EIO, False),
+        (errno.ENOENT, False),
+        (errno.EMFILE, True),
+        (errno.ENFILE, True),
+        (errno.ENOMEM, True),
+    ],
+)
+def test_only_a_system_that_says_so_has_taken_the_terminal_away(
+    monkeypatch: pytest.MonkeyPatch, number: int, *, has: bool
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "open", refuse)
+
+    assert app._has_terminal() is has
