@@ -123,6 +123,8 @@ TREES_BEFORE_LEASE_S: Final = 1.0
 takes over then finds nothing alive."""
 OTHER_THREADS: Final = 16
 """For what blocks and is no step of a turn: reading outputs, ending what a lost turn left."""
+WRITE_TRIAL_LEASES: Final = 2
+"""On PostgreSQL a write is tried once in so many leases: each trial uses up keys."""
 FAILURES_IN_A_ROW: Final = 2
 """So many trials of the work's statements must fail until health says NOT_SERVING."""
 FILES_LOOK_S: Final = 1.0
@@ -568,32 +570,40 @@ class Service:
 
     async def _try_statements(self) -> None:
         """For ever, once the gate is open: see that the statements of the work answer."""
-        failed = 0
+        failed, looks = 0, 0
+        write_every = 1
+        if self.shop.storage.is_shared:
+            write_every = RENEWALS_PER_LEASE * WRITE_TRIAL_LEASES
         while True:
             await asyncio.sleep(self.settings.lease_ttl_s / RENEWALS_PER_LEASE)
             if not self.gate.recovered or self.stopping:
                 continue
-            error = await self._failing_statement()
+            # After a failure every look: a read alone would call a failing write well.
+            error = await self._failing_statement(write=bool(failed) or looks % write_every == 0)
+            looks += 1
             failed = 0 if error is None else failed + 1
             self.dispatcher.look_again()  # its last failure, or success, is news no more
             if error is not None:
                 log.warning("service.statements_failed", error=error, times=failed)
             self._note_storage("statements", answers=failed < FAILURES_IN_A_ROW)
 
-    async def _failing_statement(self) -> str | None:
+    async def _failing_statement(self, *, write: bool) -> str | None:
         """Try the statements; return what failed, None if all of them answered."""
         storage, shop = self.shop.storage, self.shop
         try:
             async with asyncio.timeout(self.settings.lease_ttl_s):
-                await storage.read(trial.read)
-            if not storage.is_shared:  # elsewhere each trial would use up a key
-                await storage.write(
-                    trial.create_and_take,
-                    owner=shop.owner,
-                    due_in=shop.due_in,
-                    steady=shop.steady_now(),
-                    now=shop.now(),
-                )
+                await storage.attempt(trial.read)
+            if write:
+                # SQLite has one thread that writes. Elsewhere it is a connection that may hang.
+                bound_s = self.settings.lease_ttl_s if storage.is_shared else None
+                async with asyncio.timeout(bound_s):
+                    await (storage.attempt if storage.is_shared else storage.write)(
+                        trial.create_and_take,
+                        owner=shop.owner,
+                        due_in=shop.due_in,
+                        steady=shop.steady_now(),
+                        now=shop.now(),
+                    )
         except Exception as error:  # noqa: BLE001 - whatever it was, the work meets it as well
             return type(error).__name__
         failing_s = self.settings.lease_ttl_s / RENEWALS_PER_LEASE

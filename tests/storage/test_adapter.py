@@ -11,8 +11,13 @@ from pathlib import Path
 
 import peewee as pw
 import pytest
-from runrecovery_service.domain.errors import RunNotFound, StorageBusy, StorageUnavailable
-from runrecovery_service.storage import adapter, runs
+from runrecovery_service.domain.errors import (
+    RunNotFound,
+    StorageBusy,
+    StorageFull,
+    StorageUnavailable,
+)
+from runrecovery_service.storage import adapter, postgresql, runs
 from runrecovery_service.storage.adapter import WRITES_PER_COMMIT, GroupCommitWriter, Storage
 from runrecovery_service.storage.database import Database, Kind, open_database
 from support.pg_proxy import proxied
@@ -271,7 +276,7 @@ async def test_conflicts_without_end_are_told(world: World, storage: Storage) ->
 async def test_a_connection_that_gives_no_answer_is_replaced(
     postgresql_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(adapter, "USE_MOST_S", 0.2)
+    monkeypatch.setattr(adapter, "STATEMENT_MOST_S", 0.2)
     monkeypatch.setattr(adapter, "POSTGRESQL_CONNECTIONS", 1)
     with proxied(postgresql_url) as proxy:
         db = open_database(proxy.url, tmp_path)
@@ -290,6 +295,86 @@ async def test_a_connection_that_gives_no_answer_is_replaced(
             hanging.result()
         assert await storage.read(traces) == []
         await asyncio.to_thread(storage.close)
+
+
+PID = "SELECT pg_backend_pid()"
+
+
+async def test_the_connection_of_the_lease_is_kept_while_no_other_can_be_had(
+    postgresql_url: str, tmp_path: Path
+) -> None:
+    with proxied(postgresql_url) as proxy:
+        db = open_database(proxy.url, tmp_path)
+        db.close()
+        storage = Storage(db)
+        before = await storage.renewal(lambda db: db.fetch_one(PID))
+        proxy.refusing = True
+        answers, under_way = threading.Event(), threading.Event()
+
+        def slow(db: Database) -> None:
+            under_way.set()
+            answers.wait()
+
+        for _ in range(3):
+            renewing = asyncio.create_task(storage.renewal(slow))
+            await asyncio.to_thread(under_way.wait)
+            renewing.cancel()
+            with suppress(asyncio.CancelledError):
+                await renewing
+        answers.set()
+
+        assert await storage.renewal(lambda db: db.fetch_one(PID)) == before
+        await asyncio.to_thread(storage.close)
+
+
+@pytest.mark.parametrize("state", ["55P03", "57014", "53100"])
+async def test_an_error_that_leaves_a_connection_sound_does_not_close_it(
+    world: World, storage: Storage, state: str
+) -> None:
+    if world.db.dialect.kind is not Kind.POSTGRESQL:
+        pytest.skip("connections of PostgreSQL")
+
+    def fail(db: Database) -> None:
+        with db.transaction():
+            db.execute(f"DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '{state}'; END $$")
+
+    before = await storage.renewal(lambda db: db.fetch_one(PID))
+    with pytest.raises((StorageBusy, StorageFull)):
+        await storage.renewal(fail)
+
+    assert await storage.renewal(lambda db: db.fetch_one(PID)) == before
+
+
+async def test_each_statement_of_a_use_has_its_own_time(
+    world: World, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if world.db.dialect.kind is not Kind.POSTGRESQL:
+        pytest.skip("connections of PostgreSQL")
+    loop, time_s = asyncio.get_running_loop(), [1000.0]
+    for module in (adapter, postgresql):
+        monkeypatch.setattr(module, "monotonic", lambda: time_s[0])
+
+    def four_statements_of_50_s(db: Database) -> int:
+        for _ in range(4):
+            db.fetch_one("SELECT 1")
+            time_s[0] += 50.0
+            look = storage.renewal(lambda db: None)  # cuts off what hangs
+            asyncio.run_coroutine_threadsafe(look, loop).result()
+        return 4
+
+    assert await storage.read(four_statements_of_50_s) == 4
+
+
+async def test_a_trial_does_not_queue_behind_callers(storage: Storage) -> None:
+    ends = threading.Event()
+    callers = [asyncio.create_task(storage.read(lambda db: ends.wait())) for _ in range(20)]
+
+    answer = await storage.attempt(lambda db: db.fetch_one("SELECT 1"))
+
+    assert not any(caller.done() for caller in callers)
+    ends.set()
+    await asyncio.gather(*callers)
+    assert answer == (1,)
 
 
 async def test_a_defect_of_ours_is_not_told_as_the_databases(storage: Storage) -> None:

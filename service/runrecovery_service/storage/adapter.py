@@ -21,7 +21,7 @@ from typing import Concatenate, Final, ParamSpec, TypeVar
 import structlog
 
 from runrecovery_service import daemons
-from runrecovery_service.domain.errors import RunRecoveryError
+from runrecovery_service.domain.errors import RunRecoveryError, StorageUnavailable
 from runrecovery_service.storage.changes import (
     Changes,
     SharedLook,
@@ -37,7 +37,7 @@ from runrecovery_service.storage.database import (
     translate,
     words_of,
 )
-from runrecovery_service.storage.postgresql import cut
+from runrecovery_service.storage.postgresql import PostgreSQL, cut, is_idle
 from runrecovery_service.storage.recovery import close_abandoned
 from runrecovery_service.thread_pool import SteadyThreadPool
 
@@ -49,8 +49,9 @@ READER_THREADS: Final = 2
 POSTGRESQL_CONNECTIONS: Final = 8
 WRITES_PER_COMMIT: Final = 64
 SHARED_LOOK_S: Final = 1.0
-USE_MOST_S: Final = 75.0
-"""How long one use of a PostgreSQL connection of the pool may take; a statement has 60 s there."""
+STATEMENT_MOST_S: Final = 75.0
+"""How long a statement on a PostgreSQL connection of the pool may take; the server ends it after
+60 s."""
 CLOSE_S: Final = 5.0
 """How long what is under way may take at the end; then it is cut off, and has as long again."""
 
@@ -70,7 +71,9 @@ class Storage:
         self._writer = GroupCommitWriter(db) if self._inline else None
         self._reserved = None if self._inline else ReservedConnection(db)
         if self._reserved is not None:
-            self._reserved.submit(_connect)  # before others can have taken the last one
+            self._reserved.open()  # before others can have taken the last one
+        self._replacement: ReservedConnection | None = None
+        self._trials = ReservedConnection(db, "storage-trial")
         self._under_way: dict[int, tuple[float, object]] = {}
         self.changes = Changes()
 
@@ -104,8 +107,11 @@ class Storage:
     def _cut_hanging(self) -> None:
         """Cut off the connections of the pool from which no answer came for too long. The server
         ends a statement before; so it is the network that lost the answer."""
+        peewee = self._db.peewee
         for begun, connection in list(self._under_way.values()):
-            if monotonic() - begun > USE_MOST_S:
+            if isinstance(peewee, PostgreSQL):  # each statement of a use has its own time
+                begun = max(begun, peewee.last_begun(connection))  # noqa: PLW2901
+            if monotonic() - begun > STATEMENT_MOST_S:
                 log.warning("storage.connection_cut", seconds=round(monotonic() - begun, 1))
                 cut(connection)
 
@@ -143,12 +149,37 @@ class Storage:
         if self._reserved is None:
             return await self.write(use, *args, **kwargs)
         self._cut_hanging()
-        reserved = self._reserved
+        reserved = self._replaced(self._reserved)
         try:
             return await asyncio.wrap_future(reserved.submit(lambda db: use(db, *args, **kwargs)))
         except asyncio.CancelledError:  # it takes too long: the network may be silent
-            reserved.give_up()
-            self._reserved = ReservedConnection(self._db)
+            if self._replacement is None:
+                self._replacement = ReservedConnection(self._db)
+                self._replacement.open()
+            raise
+
+    def _replaced(self, reserved: ReservedConnection) -> ReservedConnection:
+        """Return the replacement of the lease's connection once it stands. Until then the old one
+        is kept: it may only be slow, and another client may take its place at the server."""
+        replacement = self._replacement
+        if replacement is None or (stands := replacement.stands) is None:
+            return reserved
+        self._replacement = None
+        if not stands:
+            replacement.close()
+            return reserved
+        reserved.give_up()
+        self._reserved = replacement
+        return replacement
+
+    async def attempt(self, use: Use[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run a trial: on a thread of its own, where it does not queue behind callers."""
+        try:
+            return await asyncio.wrap_future(
+                self._trials.submit(lambda db: use(db, *args, **kwargs))
+            )
+        except asyncio.CancelledError:
+            self._trials.cut()
             raise
 
     async def alone(self, use: Callable[[Database], R]) -> R:
@@ -179,8 +210,8 @@ class Storage:
         # So that every thread of the pool takes exactly one of these.
         barrier = threading.Barrier(self._pool._max_workers)  # noqa: SLF001 - no public count
         closing = [self._pool.submit(self._close_thread, barrier) for _ in range(barrier.parties)]
-        if self._reserved is not None:
-            closing.append(self._reserved.close())
+        own = (self._reserved, self._replacement, self._trials)
+        closing += [connection.close() for connection in own if connection is not None]
         if wait(closing, within_s).not_done:
             self.abandon()
         hanging = wait(closing, within_s).not_done
@@ -197,10 +228,22 @@ class Storage:
 class ReservedConnection:
     """A thread with a connection that is kept, so that others cannot take the last one."""
 
-    def __init__(self, db: Database) -> None:
+    def __init__(self, db: Database, name: str = "storage-lease") -> None:
         self._db = db
-        self._thread = SteadyThreadPool(1, thread_name_prefix="storage-lease")
+        self._thread = SteadyThreadPool(1, thread_name_prefix=name)
         self._connection: object = None
+        self._opening: Future[None] | None = None
+
+    def open(self) -> None:
+        """Begin to connect."""
+        self._opening = self.submit(_connect)
+
+    @property
+    def stands(self) -> bool | None:
+        """Whether `open` has connected; None: not yet known."""
+        if self._opening is None or not self._opening.done():
+            return None
+        return self._opening.exception() is None
 
     def submit(self, use: Callable[[Database], R]) -> Future[R]:
         """Run a use on it."""
@@ -214,6 +257,10 @@ class ReservedConnection:
     def give_up(self) -> None:
         """Cut the use off that is under way, and end."""
         self.close()
+        self.cut()
+
+    def cut(self) -> None:
+        """Have the use that is under way fail."""
         cut(self._connection)
 
     def close(self) -> Future[None]:
@@ -235,7 +282,11 @@ def _translated(db: Database, use: Use[P, R], *args: P.args, **kwargs: P.kwargs)
         if meaning is None:
             raise
         log.warning("storage.failed", error=words_of(error), meaning=type(meaning).__name__)
-        if db.dialect.kind is Kind.POSTGRESQL and not db.peewee.in_transaction():
+        if (
+            db.dialect.kind is Kind.POSTGRESQL
+            and not db.peewee.in_transaction()
+            and (isinstance(meaning, StorageUnavailable) or not is_idle(db.peewee.connection()))
+        ):
             db.close()  # the connection may be dead; the next use opens a new one
         raise meaning from error
 

@@ -7,8 +7,9 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Sequence
+from time import monotonic
 from typing import Any, Final
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import peewee as pw
 
@@ -64,7 +65,8 @@ class PostgreSQL(pw.PostgresqlDatabase):
         super().__init__(*args, **kwargs)
         # State is per thread; with peewee's lock a connect that hangs would hold up every thread.
         self._lock = contextlib.nullcontext()
-        self._connections: WeakSet[Any] = WeakSet()
+        # Each with the time at which its last statement began.
+        self._connections: WeakKeyDictionary[Any, float] = WeakKeyDictionary()
         self._listed = threading.Lock()
         self._is_abandoned = False
 
@@ -72,11 +74,22 @@ class PostgreSQL(pw.PostgresqlDatabase):
         self._demand_kept()
         connection = super()._connect()  # type: ignore[misc] # peewee's types lack it
         with self._listed:
-            self._connections.add(connection)
+            self._connections[connection] = monotonic()
         if self._is_abandoned:
             connection.close()
         self._demand_kept()
         return connection
+
+    def execute_sql(self, sql: str, params: Any = None) -> Any:
+        connection = self.connection()  # type: ignore[no-untyped-call]
+        with self._listed:
+            self._connections[connection] = monotonic()
+        return super().execute_sql(sql, params)  # type: ignore[no-untyped-call]
+
+    def last_begun(self, connection: Any) -> float:
+        """Return when (`monotonic`) the last statement of a connection began."""
+        with self._listed:
+            return self._connections.get(connection, 0.0)
 
     def _demand_kept(self) -> None:
         if self._is_abandoned and PSYCOPG is not None:
@@ -89,6 +102,11 @@ class PostgreSQL(pw.PostgresqlDatabase):
             connections = list(self._connections)
         for connection in connections:
             cut(connection)
+
+
+def is_idle(connection: Any) -> bool:
+    """True when a connection can be used for the next transaction: it is open, and in none."""
+    return not connection.closed and int(connection.info.transaction_status) == 0  # IDLE
 
 
 def cut(connection: Any) -> None:
