@@ -32,7 +32,7 @@ from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.processes import Unended
 
 AT = datetime(2026, 11, 24, tzinfo=UTC)
-OWNER = Owner("here", 3)
+OWNER = Owner("here", 3, "t")
 MAX_OUTPUT_BYTES = 200_000
 STDOUT = OutputChannel.STDOUT
 

@@ -177,7 +177,7 @@ def test_the_epoch_of_a_new_name_is_above_every_other(alone: World) -> None:
 def test_a_name_that_comes_back_goes_on_above_the_one_between(alone: World) -> None:
     adopt(alone, renamed(alone))
 
-    assert renamed(alone, "default") == Owner("default", 3)
+    assert renamed(alone, "default") == Owner("default", 3, "t")
 
 
 def test_an_adopted_instance_that_is_somehow_alive_is_fenced(alone: World) -> None:
@@ -263,4 +263,4 @@ def test_nothing_is_adopted_from_a_shared_store(shared: World) -> None:
 def test_names_in_a_shared_store_have_epochs_of_their_own(shared: World) -> None:
     shared.restart()
 
-    assert renamed(shared) == Owner("other", 1)
+    assert renamed(shared) == Owner("other", 1, "t")

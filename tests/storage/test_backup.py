@@ -35,7 +35,7 @@ def store(world: World, tmp_path: Path) -> Path:
     instances.claim(world.db, boot("other"), now=world.now)
     for instance, epoch, runs in (("default", 1, 3), ("other", 2, 2)):
         for _ in range(runs):
-            world.create(owner=Owner(instance, epoch))
+            world.create(owner=Owner(instance, epoch, "t"))
     world.db.close()
     return tmp_path / NAME
 
@@ -82,7 +82,7 @@ def test_backups_beside_a_writer_are_proved_each_time(
         world.db = db
         backups = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         while backups.poll() is None:
-            world.create(owner=Owner("other", 2))
+            world.create(owner=Owner("other", 2, "t"))
             made += 1
     assert backups.stdout is not None
     with backups.stdout as output:
@@ -102,7 +102,7 @@ def test_a_backup_without_the_log_is_refused_and_leaves_no_file(
 ) -> None:
     with closing(open_database("", store.parent)) as db:
         world.db = db
-        world.create(owner=Owner("other", 2))
+        world.create(owner=Owner("other", 2, "t"))
         store.with_name(f"{NAME}-wal").unlink()
 
         with pytest.raises(DatabaseRefused, match="lacks 1 commits that were acknowledged"):

@@ -23,6 +23,7 @@ def test_every_start_takes_the_next_epoch(world: World) -> None:
 
 
 ELSEWHERE = {"lock_id": "another boot/1:2"}
+LOST, AGAIN = {"boot_token": "lost"}, {"boot_token": "again"}
 
 
 @pytest.mark.parametrize(
@@ -72,7 +73,7 @@ def test_no_lease_stands_against_a_start_that_holds_the_sqlite_file(
 
     claimed = instances.claim(world.db, boot(**change), now=world.now)
 
-    assert claimed == Owner("default", 2)
+    assert claimed == Owner("default", 2, "t")
     ((left,),) = world.rows(f"SELECT lease_until - {world.db.dialect.now_us} FROM instance")  # noqa: S608
     assert 0 < left <= 15_000_000
 
@@ -124,6 +125,27 @@ def test_an_older_epoch_cannot_give_up_a_newer_ones_lease(world: World) -> None:
     instances.resign(world.db, old)
 
     assert before == world.dump("instance")
+
+
+def test_a_start_whose_claim_a_failover_lost_is_fenced_by_one_of_the_same_epoch(
+    world: World,
+) -> None:
+    lost = instances.claim(world.db, boot(**LOST), now=world.now)
+    for table in ("instance", "instance_epoch"):
+        world.db.execute(f"UPDATE {table} SET epoch = 1, boot_token = 't'")  # noqa: S608
+    again = instances.claim(world.db, boot(**AGAIN), now=world.now)
+    before = world.dump("instance", "instance_epoch")
+
+    for refused in (instances.renew, instances.demand_current):
+        with pytest.raises(Fenced) as fenced:
+            refused(world.db, lost)
+        assert type(fenced.value) is Fenced
+    instances.resign(world.db, lost)
+
+    assert (lost.epoch, again.epoch) == (2, 2)
+    assert before == world.dump("instance", "instance_epoch")
+    instances.demand_current(world.db, again)
+    instances.renew(world.db, again)
 
 
 def test_starts_at_once_get_epochs_of_their_own(world: World) -> None:
@@ -214,7 +236,7 @@ def test_a_claim_waits_for_a_writer_and_fences_it_afterwards(shared: World) -> N
             claim = start(shared.restart)
             until_waiting(shared, 1)
             assert not claim.done()
-        assert claim.result() == Owner("default", 2)
+        assert claim.result() == Owner("default", 2, "t")
     with pytest.raises(Fenced):
         shared.create(owner=old)
     with pytest.raises(Fenced):

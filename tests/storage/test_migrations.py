@@ -95,7 +95,7 @@ def first(empty_database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
                 "INSERT INTO instance (name, epoch, boot_token, host_id, data_dir, pid,"
                 " lease_until, started_at) VALUES ('default', 1, 't', 'host', '/d', 7, 0, 1)"
             )
-        world = World(db=db, owner=Owner("default", 1))
+        world = World(db=db, owner=Owner("default", 1, "t"))
         fill(db)
         content = world.dump(*TABLES)
         db.close()
@@ -175,7 +175,7 @@ def test_a_service_of_the_first_version_that_lives_is_current_after_a_migration(
     db = open_database(first[0], tmp_path)
     try:
         with db.transaction():
-            instances.demand_current(db, Owner("default", 1))
+            instances.demand_current(db, Owner("default", 1, ""))
     finally:
         db.close()
 

@@ -31,7 +31,7 @@ START = datetime(2026, 11, 24, tzinfo=UTC)
 def book(database: Database) -> ReportBook:
     times = (START + timedelta(seconds=n) for n in range(1000))
     book = ReportBook(
-        owner=Owner("default", 3),
+        owner=Owner("default", 3, "t"),
         reconciliation_id="r",
         cause=Cause.STARTUP,
         safe_mode=True,

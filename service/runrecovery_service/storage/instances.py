@@ -16,10 +16,16 @@ LEASE_TTL_S: Final = 15.0
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """An instance and its boot counter: what every write names."""
+    """An instance and its boot counter: what every write names.
+
+    Attributes:
+        boot_token: of the start that claimed the epoch. After a failover that lost the claim,
+            another start claims the same epoch.
+    """
 
     instance: str
     epoch: int
+    boot_token: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,8 +98,11 @@ def claim(db: Database, boot: Boot, *, now: datetime, ttl_s: float = LEASE_TTL_S
                 f" pid = ?, lock_id = ?, started_at = ?, lease_until = {until} WHERE name = ?",
                 values,
             )
-        db.execute("UPDATE instance_epoch SET epoch = ? WHERE name = ?", (epoch, boot.instance))
-    return Owner(boot.instance, epoch)
+        db.execute(
+            "UPDATE instance_epoch SET epoch = ?, boot_token = ? WHERE name = ?",
+            (epoch, boot.boot_token, boot.instance),
+        )
+    return Owner(boot.instance, epoch, boot.boot_token)
 
 
 def _living(db: Database, boot: Boot, lock: str = "") -> Row | None:
@@ -125,32 +134,32 @@ def renew(db: Database, owner: Owner, *, ttl_s: float = LEASE_TTL_S) -> None:
     """Prolong the lease to `ttl_s` from now.
 
     Raises:
-        Fenced: a newer epoch of this instance has started.
+        Fenced: another start has claimed the instance since.
         ClaimLost: the store does not have this epoch any more.
     """
     with db.transaction():
         changed = db.execute(
             f"UPDATE instance SET lease_until = {_lease_until(db, ttl_s)}"
-            " WHERE name = ? AND epoch = ?",
-            (owner.instance, owner.epoch),
+            " WHERE name = ? AND epoch = ? AND boot_token = ?",
+            (owner.instance, owner.epoch, owner.boot_token),
         ).rowcount
         if changed != 1:
             raise _fence(db, owner)
 
 
 def demand_current(db: Database, owner: Owner) -> None:
-    """Hold the instance's epoch against a newer one until the caller's transaction ends.
+    """Hold the instance's epoch against another start until the caller's transaction ends.
 
     The lease is in another row, which can be renewed meanwhile.
 
     Raises:
-        Fenced: a newer epoch of this instance has started.
+        Fenced: another start has claimed the instance since.
         ClaimLost: the store does not have this epoch any more.
     """
     share = " FOR SHARE" if db.dialect.kind is Kind.POSTGRESQL else ""
     current = db.fetch_one(
-        f"SELECT 1 FROM instance_epoch WHERE name = ? AND epoch = ?{share}",
-        (owner.instance, owner.epoch),
+        f"SELECT 1 FROM instance_epoch WHERE name = ? AND epoch = ? AND boot_token = ?{share}",
+        (owner.instance, owner.epoch, owner.boot_token),
     )
     if current is None:
         raise _fence(db, owner)
@@ -158,8 +167,12 @@ def demand_current(db: Database, owner: Owner) -> None:
 
 def _fence(db: Database, owner: Owner) -> Fenced:
     """Return why an owner is not the current one."""
-    row = db.fetch_one("SELECT epoch FROM instance_epoch WHERE name = ?", (owner.instance,))
-    is_superseded = row is not None and row[0] > owner.epoch
+    row = db.fetch_one(
+        "SELECT epoch, boot_token FROM instance_epoch WHERE name = ?", (owner.instance,)
+    )
+    is_superseded = row is not None and (
+        row[0] > owner.epoch or (row[0] == owner.epoch and row[1] != owner.boot_token)
+    )
     return (Fenced if is_superseded else ClaimLost)(f"instance {owner.instance!r}")
 
 
@@ -167,6 +180,6 @@ def resign(db: Database, owner: Owner) -> None:
     """Give the lease up at the end of a planned stop."""
     with db.transaction():
         db.execute(
-            "UPDATE instance SET lease_until = 0 WHERE name = ? AND epoch = ?",
-            (owner.instance, owner.epoch),
+            "UPDATE instance SET lease_until = 0 WHERE name = ? AND epoch = ? AND boot_token = ?",
+            (owner.instance, owner.epoch, owner.boot_token),
         )

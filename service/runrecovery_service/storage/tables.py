@@ -237,6 +237,7 @@ class InstanceEpoch(pw.Model):
 
     name = pw.TextField(primary_key=True)
     epoch = pw.BigIntegerField()
+    boot_token = pw.TextField(default="")
 
     class Meta:
         table_name = "instance_epoch"
