@@ -6,7 +6,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -142,6 +142,36 @@ def test_only_transactions_that_change_something_and_commit_count(tmp_path: Path
             "A runrecovery database was created beside this file.\n"
             "Commits acknowledged: 00000000000000000001\n"
         )
+
+
+def write_and_undo(db: Database) -> None:
+    with suppress(ZeroDivisionError), db.transaction():
+        add(db, "undone")
+        with suppress(ZeroDivisionError), db.transaction():
+            add(db, "inner")
+            add(db, f"{1 / 0}")
+        add(db, f"{1 / 0}")
+
+
+def test_what_is_undone_as_a_trial_is_commits_and_writes_nothing(tmp_path: Path) -> None:
+    with closing(open_database("", tmp_path)) as db:
+        db.keep_files()
+        with db.transaction():
+            add(db, "one")
+        before = contents(tmp_path)
+
+        with db.transaction():
+            write_and_undo(db)
+        with db.transaction(), db.transaction():
+            pass
+
+        assert contents(tmp_path) == before
+        with db.transaction():
+            write_and_undo(db)
+            add(db, "two")
+            write_and_undo(db)
+        assert db.fetch_all("SELECT commits FROM commit_count") == [(2,)]
+        assert receipts(db) == 2
 
 
 def test_a_marker_of_an_older_version_gets_its_count_at_the_next_start(tmp_path: Path) -> None:

@@ -124,6 +124,12 @@ class _Touched(threading.local):
         self.keys: set[int] = set()
 
 
+class _Undone(threading.local):
+    """How many changes of rows were rolled back to a savepoint, by thread."""
+
+    rows = 0
+
+
 class Database:
     """An open store. Each thread that uses it gets a connection of its own."""
 
@@ -138,6 +144,7 @@ class Database:
         self._keeper: int | None = None
         self._commits: CommitMarker | None = None
         self._touched = _Touched()
+        self._undone = _Undone()
         self._guard: Callable[[Database], object] | None = None
 
     def guard(self, demand: Callable[[Database], object]) -> None:
@@ -176,12 +183,15 @@ class Database:
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
         self.demand_files()
-        with self.peewee.transaction():
-            before = self._changes()
+        with self.peewee.transaction() as transaction:
+            before, undone = self._changes(), self._undone.rows
             if self._guard is not None:
                 self._guard(self)
             yield
             count = self._count_commit() if self._changes() != before else None
+            if count is None and self._undone.rows != undone:
+                # SQLite would write, and sync, the pages that were changed and changed back.
+                transaction.rollback()
         self.demand_files()
         if count is not None and self._commits is not None:
             self._commits.write(count)
@@ -196,8 +206,11 @@ class Database:
         self._commits = commits
 
     def _changes(self) -> int:
-        """Return how many rows this thread's connection has changed so far, if that matters."""
-        return 0 if self._commits is None else int(self.peewee.connection().total_changes)
+        """Return how many rows this thread's connection has changed so far, but for what it has
+        undone, if that matters."""
+        if self._commits is None:
+            return 0
+        return int(self.peewee.connection().total_changes) - self._undone.rows
 
     def _count_commit(self) -> int | None:
         counted = "UPDATE commit_count SET commits = commits + 1 RETURNING commits"
@@ -224,10 +237,12 @@ class Database:
         # Always by one name, which may nest: with a new one each time, as peewee does it, the
         # driver would have to prepare it each time, and forget a statement of ours for it.
         self.peewee.execute_sql("SAVEPOINT inner_step")
+        before = self._changes()
         try:
             yield
         except BaseException:
             self.peewee.execute_sql("ROLLBACK TO SAVEPOINT inner_step")
+            self._undone.rows += self._changes() - before
             raise
         finally:
             self.peewee.execute_sql("RELEASE SAVEPOINT inner_step")
