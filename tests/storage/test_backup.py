@@ -71,6 +71,22 @@ def test_a_copy_that_lacks_rows_is_refused_and_removed(
     assert not (tmp_path / "copy.db").exists()
 
 
+@pytest.mark.parametrize("kept_pages", range(1, 30, 3))
+def test_a_damaged_store_is_blamed_itself_and_no_copy_is_left(
+    store: Path, tmp_path: Path, kept_pages: int
+) -> None:
+    pages = bytearray(store.read_bytes())
+    pages[kept_pages * 4096 :] = b"\xa5" * (len(pages) - kept_pages * 4096)
+    store.write_bytes(pages)
+
+    with pytest.raises(DatabaseRefused, match="is damaged") as refused:
+        backup_sqlite(store, tmp_path / "copy.db")
+
+    assert refused.value.place == str(store)
+    assert "copy.db" not in refused.value.reason
+    assert not (tmp_path / "copy.db").exists()
+
+
 def test_backups_beside_a_writer_are_proved_each_time(
     store: Path, tmp_path: Path, world: World
 ) -> None:

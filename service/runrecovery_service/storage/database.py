@@ -65,6 +65,8 @@ DRIVER_ERRORS: Final[tuple[type[Exception], ...]] = (
     *((postgresql.PSYCOPG.Error,) if postgresql.PSYCOPG is not None else ()),
 )
 
+DAMAGED: Final = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
 _COMPANIONS: Final = ("-wal", "-shm", "-journal")
 """What SQLite appends to a file's name for files that belong to it."""
 
@@ -774,14 +776,17 @@ def backup_sqlite(path: Path, destination: Path) -> dict[str, int]:
     """
     if not path.exists():
         raise DatabaseRefused(str(path), "does not exist")
-    _check_header(path)
-    if reason := _lost_commits(path):  # before a connection that may change the log
-        raise DatabaseRefused(str(path), reason)
+    with refusing(str(path)):
+        _check_header(path)
+        if reason := _lost_commits(path):  # before a connection that may change the log
+            raise DatabaseRefused(str(path), reason)
     _make_backup_file(destination, path)
     try:
         rows = _copy_proved(path, destination)
     except (OSError, sqlite3.Error) as error:
         destination.unlink(missing_ok=True)
+        if (damage := _hopeless(error)) and getattr(error, "sqlite_errorcode", 0) & 0xFF in DAMAGED:
+            raise DatabaseRefused(str(path), damage) from error  # the destination was empty
         raise DatabaseRefused(str(destination), f"could not be written: {error}") from error
     except BaseException:
         destination.unlink(missing_ok=True)
@@ -796,10 +801,11 @@ def _copy_proved(path: Path, destination: Path) -> dict[tuple[str, str], int]:
         contextlib.closing(sqlite3.connect(path)) as source,
         contextlib.closing(sqlite3.connect(destination)) as copy,
     ):
-        source.execute("BEGIN")  # one snapshot for the proof and for the copy
-        if reason := commit_count.loss(acknowledged, source, marker):
-            raise DatabaseRefused(str(path), reason)
-        wanted = _row_counts(source)
+        with refusing(str(path)):
+            source.execute("BEGIN")  # one snapshot for the proof and for the copy
+            if reason := commit_count.loss(acknowledged, source, marker):
+                raise DatabaseRefused(str(path), reason)
+            wanted = _row_counts(source)
         _copy_pages(source, copy)
         source.rollback()
         found = _row_counts(copy)
@@ -810,7 +816,9 @@ def _copy_proved(path: Path, destination: Path) -> dict[tuple[str, str], int]:
             reason = f"has {pair[1]} rows, not {pair[0]} ({which})"
             raise DatabaseRefused(str(destination), reason)
     if problems := integrity_problems(destination):
-        raise DatabaseRefused(str(destination), problems[0])
+        # The copy has the pages of the source, and so the damage that is in them.
+        place = path if integrity_problems(path) else destination
+        raise DatabaseRefused(str(place), problems[0].removeprefix(f"{destination}: "))
     return found
 
 
