@@ -19,6 +19,7 @@ from runrecovery_service.domain.errors import (
     Held,
 )
 from runrecovery_service.storage import database, postgresql
+from runrecovery_service.storage import locks as storage_locks
 from runrecovery_service.storage.adapter import Storage
 from runrecovery_service.storage.database import (
     SQLITE_PRAGMAS,
@@ -451,6 +452,30 @@ def test_a_sqlite_file_is_locked_under_all_its_names(
     locks.clear()
 
     DatabaseLock(other / NAME).release()
+
+
+@pytest.mark.parametrize(
+    ("pid", "holder"), [("4711", "pid 4711"), ("0", "a process of another container")]
+)
+def test_the_holder_of_a_sqlite_file_is_named_as_far_as_the_system_tells(
+    made: Path,
+    tmp_path: Path,
+    locks: list[Lock],
+    monkeypatch: pytest.MonkeyPatch,
+    pid: str,
+    holder: str,
+) -> None:
+    found = (made / NAME).stat()
+    device = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}"
+    table = tmp_path / "locks"
+    table.write_text(f"1: FLOCK  ADVISORY  WRITE {pid} {device}:{found.st_ino} 0 EOF\n")
+    monkeypatch.setattr(storage_locks, "LOCK_TABLE", table)
+
+    with pytest.raises(Held) as held:
+        open_database("", made, locks=[])
+
+    assert held.value.holder == f"{holder}, through another lock file or path"
+    assert len(locks) == 1
 
 
 def test_the_lock_of_a_sqlite_file_ends_with_its_release(made: Path) -> None:

@@ -116,15 +116,21 @@ class DatabaseLock(Lock):
         super().__init__(path, f"database {path}", create=False)
 
     def _holder(self) -> str:
-        """Find the holder's pid: the file itself cannot name it."""
+        """Find the holder's pid: the file itself cannot name it.
+
+        The holder did not need the lock files that this process has: it came by another path, or
+        they were removed under it.
+        """
+        holder = "an unknown process"
         found = os.fstat(self._descriptor)
         device = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}"
         with contextlib.suppress(OSError):
             for line in LOCK_TABLE.read_text().splitlines():
                 words = line.split()
                 if words[1] == "FLOCK" and words[5] == f"{device}:{found.st_ino}":
-                    return f"pid {words[4]}, under another path"
-        return "an unknown process, under another path"
+                    pid = words[4]  # 0 in another pid namespace
+                    holder = "a process of another container" if pid == "0" else f"pid {pid}"
+        return f"{holder}, through another lock file or path"
 
 
 class StoreFiles:
