@@ -10,9 +10,9 @@ import secrets
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from pathlib import Path
@@ -153,15 +153,45 @@ def serve(settings: Settings) -> None:
         containment = prober.submit(prove_containment, watermark_bits())
         db = open_database(settings.database, held.data_dir, locks=held.locks)
         try:
-            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            with store_kept(db), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(_serve(settings, held, db, containment, open_files))
-            with suppress(OSError):
-                db.demand_in_place()  # before the last connection is closed
-        except StoreLost as error:
-            error.copy = str(db.rescue() or "") or None
-            raise
         finally:
             db.close()
+
+
+@contextmanager
+def store_kept(db: Database) -> Iterator[None]:
+    """Look at the store's files before the last connection is closed, whatever the service ends by.
+
+    Raises:
+        StoreLost: one is lost; a copy was made, if one could be. What the service ended by before
+            is its cause.
+    """
+    ended_by: BaseException | None = None
+    try:
+        yield
+    except BaseException as error:  # noqa: BLE001 - raised again, or the cause of what is
+        ended_by = error
+    lost = ended_by if isinstance(ended_by, StoreLost) else _lost(db)
+    if lost is None:
+        if ended_by is not None:
+            raise ended_by
+        return
+    lost.copy = str(db.rescue() or "") or None
+    if ended_by is None or ended_by is lost:
+        raise lost
+    log.error("service.ended_by", error=type(ended_by).__name__, reason=str(ended_by))
+    raise lost from ended_by
+
+
+def _lost(db: Database) -> StoreLost | None:
+    try:
+        db.demand_in_place()
+    except StoreLost as error:
+        return error
+    except OSError:  # the system does not tell
+        pass
+    return None
 
 
 async def _serve(

@@ -15,7 +15,8 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from runrecovery_service.domain.errors import StorageUnavailable, StoreLost
+from runrecovery_service.app import store_kept
+from runrecovery_service.domain.errors import DataDirRefused, StorageUnavailable, StoreLost
 from runrecovery_service.storage import locks
 from runrecovery_service.storage.adapter import GroupCommitWriter, Storage
 from runrecovery_service.storage.database import (
@@ -172,6 +173,36 @@ def test_a_rescued_copy_has_everything_and_the_place_stays_as_it_is(
     assert integrity_problems(copy) == []
     copy.unlink()
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "ended_by", [DataDirRefused("lock", "was removed"), KeyboardInterrupt(), ValueError()]
+)
+def test_a_service_that_ends_by_something_else_rescues_a_lost_store_as_well(
+    db: Database, tmp_path: Path, ended_by: BaseException
+) -> None:
+    def end() -> None:
+        (tmp_path / f"{NAME}-wal").unlink()
+        raise ended_by
+
+    with pytest.raises(StoreLost) as lost, store_kept(db):
+        end()
+
+    assert lost.value.__cause__ is ended_by
+    assert lost.value.copy is not None
+    assert names(Path(lost.value.copy)) == ["acknowledged"]
+
+
+def test_a_service_that_ends_with_its_store_in_place_ends_by_what_it_did(db: Database) -> None:
+    failed = DataDirRefused("lock", "was removed")
+
+    with pytest.raises(DataDirRefused) as ended, store_kept(db):
+        raise failed
+    with store_kept(db):
+        pass
+
+    assert ended.value is failed
+    assert ended.value.__cause__ is None
 
 
 def test_no_rescue_is_claimed_where_none_can_be_written(db: Database, tmp_path: Path) -> None:
