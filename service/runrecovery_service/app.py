@@ -765,7 +765,11 @@ async def watch_files(demand: Callable[[], None], fail: Callable[[Exception], No
     """
     while True:
         await asyncio.sleep(FILES_LOOK_S)
-        look = asyncio.create_task(daemons.done(demand))
+        try:
+            look = asyncio.wrap_future(daemons.begin(demand))
+        except RuntimeError as error:  # the system gives no thread now
+            log.warning("service.files_not_seen", error=str(error))
+            continue
         answered, _ = await asyncio.wait({look}, timeout=FILES_LOOK_MOST_S)
         if not answered:
             log.warning("service.files_not_seen", error="no answer")

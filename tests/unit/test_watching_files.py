@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
-from runrecovery_service import app
+from runrecovery_service import app, daemons
 from runrecovery_service.domain.errors import DataDirRefused
 from structlog.testing import capture_logs
 from support.waiting import until_async
@@ -65,4 +66,26 @@ async def test_a_look_that_fails_is_not_taken_for_a_loss() -> None:
         await app.watch_files(demand, failed.append)
 
     assert [event["error"] for event in events] == ["Permission denied"]
+    assert failed == [LOST]
+
+
+async def test_a_look_for_which_there_is_no_thread_is_made_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begin, refusals = daemons.begin, [RuntimeError("can't start new thread")]
+    failed: list[Exception] = []
+
+    def begin_later(do: Callable[[], None]) -> Future[None]:
+        if refusals:
+            raise refusals.pop()
+        return begin(do)
+
+    def demand() -> None:
+        raise LOST
+
+    monkeypatch.setattr(daemons, "begin", begin_later)
+    with capture_logs() as events:
+        await app.watch_files(demand, failed.append)
+
+    assert [event["error"] for event in events] == ["can't start new thread"]
     assert failed == [LOST]
