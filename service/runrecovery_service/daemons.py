@@ -6,9 +6,12 @@ import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Final, TypeVar
 
 R = TypeVar("R")
+
+NO_THREAD_S: Final = 0.1
+"""Between two tries to start a thread that the system refuses."""
 
 
 def begin(do: Callable[[], R]) -> Future[R]:
@@ -29,8 +32,14 @@ def begin(do: Callable[[], R]) -> Future[R]:
 
 
 async def done(do: Callable[[], R]) -> R:
-    """Return what it returns."""
-    return await asyncio.wrap_future(begin(do))
+    """Return what it returns. Wait for a thread while the system has none to give."""
+    while True:
+        try:
+            future = begin(do)
+        except RuntimeError:  # of the start alone: what `do` raises is in the future
+            await asyncio.sleep(NO_THREAD_S)
+        else:
+            return await asyncio.wrap_future(future)
 
 
 async def within(seconds: float, do: Callable[[], R]) -> R:
