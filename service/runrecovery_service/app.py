@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Final
 
 import structlog
-import uvloop
 
 from runrecovery_service import clock, daemons, paths
 from runrecovery_service.background_stream import drain_stderr
@@ -153,7 +152,7 @@ def serve(settings: Settings) -> None:
         containment = prober.submit(prove_containment, watermark_bits())
         db = open_database(settings.database, held.data_dir, locks=held.locks)
         try:
-            with store_kept(db), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            with store_kept(db), asyncio.Runner(loop_factory=daemons.new_event_loop) as runner:
                 runner.run(_serve(settings, held, db, containment, open_files))
         finally:
             db.close()

@@ -5,13 +5,28 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final, TypeVar
+
+import uvloop
 
 R = TypeVar("R")
 
 NO_THREAD_S: Final = 0.1
 """Between two tries to start a thread that the system refuses."""
+
+
+class _NeverAwaited(ThreadPoolExecutor):
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: FBT001, FBT002 - its signature
+        super().shutdown(wait=False, cancel_futures=cancel_futures)
+
+
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """Return a loop whose close does not wait for `asyncio.to_thread`. Python would wait for 300 s,
+    or for ever, when a disk hangs."""
+    loop = uvloop.new_event_loop()
+    loop.set_default_executor(_NeverAwaited(thread_name_prefix="asyncio"))
+    return loop
 
 
 def begin(do: Callable[[], R]) -> Future[R]:

@@ -171,7 +171,10 @@ def test_a_setting_that_does_not_reach_the_server_is_refused(
 
     reason = refusal(tmp_path, postgresql_url)
 
-    assert reason == "synchronous_commit is off, not on, although the connection sets it"
+    assert reason == (
+        "synchronous_commit is off, not on, although the connection sets it; behind a pooler, set"
+        " it for the role"
+    )
 
 
 @pytest.mark.parametrize(
@@ -210,6 +213,15 @@ def test_a_database_that_can_only_be_read_is_refused_in_true_words(
     administer(postgresql_url, f"ALTER DATABASE {name} SET default_transaction_read_only = on")
 
     assert "session is read-only" in refusal(tmp_path, postgresql_url)
+
+
+@pytest.mark.parametrize("password", ["x@s3cret", "x@s3cret:9", "s3cret/x", "@@s3cret"])
+def test_a_password_that_is_not_escaped_is_not_repeated(tmp_path: Path, password: str) -> None:
+    reason = refusal(tmp_path, f"postgresql://runrecovery:{password}@127.0.0.1:1/runrecovery")
+
+    assert reason == (
+        "its URL cannot be read; are special characters of the password percent-encoded?"
+    )
 
 
 def test_a_url_that_cannot_be_read_is_refused_without_its_password(tmp_path: Path) -> None:

@@ -23,11 +23,12 @@ SESSION: Final = {
     "default_transaction_isolation": "read committed",
     "standard_conforming_strings": "on",
     "TimeZone": "UTC",
-    "statement_timeout": "60s",
+    "statement_timeout": "1min",
     "lock_timeout": "10s",
-    "idle_in_transaction_session_timeout": "60s",
+    "idle_in_transaction_session_timeout": "1min",
 }
-"""What every connection sets for itself, whatever the server, the database or the role says."""
+"""What every connection sets for itself, whatever the server, the database or the role says. The
+values are written as the server shows them."""
 
 CONNECT: Final = {
     "client_encoding": "UTF8",
@@ -45,10 +46,7 @@ _NEEDED: Final = {
     "server_encoding": "UTF8",
     "client_encoding": "UTF8",
     "integer_datetimes": "on",
-    "synchronous_commit": "on",
-    "default_transaction_isolation": "read committed",
-    "standard_conforming_strings": "on",
-    "TimeZone": "UTC",
+    **SESSION,  # a pooler may drop what the connection sets
 }
 _CONFLICTS: Final = frozenset({"40001", "40P01"})  # serialization failure, deadlock
 WORDS_MOST: Final = 500
@@ -131,6 +129,10 @@ def prepare(url: str) -> PostgreSQL:
         given = conninfo_to_dict(url)
     except ProgrammingError:
         raise Unreadable from None
+    # An unescaped `@`, `:` or `/` of a password leaves the rest of it in the host or the port.
+    hosts, ports = (str(given.get(name) or "").split(",") for name in ("host", "port"))
+    if any("@" in host[1:] for host in hosts) or not all(p.isdigit() for p in ports if p):
+        raise Unreadable
     ours = " ".join(
         f"-c {name}={value.replace(' ', chr(92) + ' ')}" for name, value in SESSION.items()
     )
@@ -152,7 +154,8 @@ def unfitness(fetch_one: Callable[[str], Sequence[Any] | None]) -> str | None:
                 f"has the encoding {found}, UTF8 is needed"
                 " (CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0)"
             )
-        return f"{name} is {found}, not {wanted}, although the connection sets it"
+        reason = f"{name} is {found}, not {wanted}, although the connection sets it"
+        return f"{reason}; behind a pooler, set it for the role" if name in SESSION else reason
     return None
 
 

@@ -1,0 +1,135 @@
+"""One service behind PgBouncer."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict
+from support.pgbouncer import PROGRAM, pooled
+from support.service import Home, script
+
+pytestmark = pytest.mark.skipif(PROGRAM is None, reason="pgbouncer is not installed")
+
+ASKS = """
+import json
+input()
+print(json.dumps({"type": "ask", "kind": "open_text", "prompt": "What?"}), flush=True)
+input()
+print(json.dumps({"type": "result", "output": {"done": True}}), flush=True)
+"""
+ENGINES = {"asks": script(ASKS, profile="sticky_process")}
+# Those of docs/operations.md that are not the server's defaults anyway.
+NEEDED = {
+    "TimeZone": "UTC",
+    "statement_timeout": "60s",
+    "lock_timeout": "10s",
+    "idle_in_transaction_session_timeout": "60s",
+}
+
+
+def set_what_is_needed(url: str, *, but: str = "") -> None:
+    """Set it for the test's database; the role is that of all tests."""
+    name = str(conninfo_to_dict(url)["dbname"])
+    with psycopg.connect(url, autocommit=True) as connection:
+        for setting, value in NEEDED.items():
+            statement = sql.SQL("ALTER DATABASE {} SET {} = {}").format(
+                sql.Identifier(name),
+                sql.Identifier(setting),
+                sql.Literal("0" if setting == but else value),
+            )
+            connection.execute(statement)
+
+
+def check(home: Home) -> tuple[int, str]:
+    """Return the exit code of `check`, and all that it said."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "runrecovery_service", "check"),
+            *("--config", home.config, "--data-dir", home.data),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("pool_mode", ["session", "transaction"])
+def test_a_service_works_and_recovers_behind_a_pooler_that_ignores_its_options(
+    new_home: Callable[..., Home], postgresql_url: str, tmp_path: Path, pool_mode: str
+) -> None:
+    set_what_is_needed(postgresql_url)
+    settings = {"pool_mode": pool_mode, "ignore_startup_parameters": "options"}
+    with pooled(postgresql_url, tmp_path, **settings) as url:
+        home = new_home(engines=ENGINES, database=url)
+        service, api = home.start()
+        answered, interrupted = api.create("asks"), api.create("asks")
+        api.until_status(answered.run_id, "WAITING_USER")
+        api.until_status(interrupted.run_id, "WAITING_USER")
+        api.reply(answered.run_id, 1, "yes")
+        api.until_status(answered.run_id, "SUCCEEDED")
+        service.kill()
+        service, api = home.start()
+
+        error = api.get(interrupted.run_id).error.code
+        code, said = check(home)
+        assert service.stop() == 0
+
+    assert error == "INTERACTION_PROCESS_LOST"
+    assert (code, said) == (0, "")
+    assert service.events("storage.failed") == []
+
+
+def test_a_pooler_that_refuses_the_options_is_quoted(
+    new_home: Callable[..., Home], postgresql_url: str, tmp_path: Path
+) -> None:
+    with pooled(postgresql_url, tmp_path) as url:
+        home = new_home(database=url)
+        service = home.spawn()
+
+        assert service.exit_code() == 6
+        code, said = check(home)
+
+    assert code == 1
+    for text in (service.text, said):
+        assert "unsupported startup parameter" in text
+        assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("setting", "wanted"),
+    [
+        ("statement_timeout", "1min"),
+        ("lock_timeout", "10s"),
+        ("idle_in_transaction_session_timeout", "1min"),
+    ],
+)
+def test_a_pooler_that_drops_the_options_is_refused_by_the_setting_that_is_missing(
+    new_home: Callable[..., Home],
+    postgresql_url: str,
+    tmp_path: Path,
+    setting: str,
+    wanted: str,
+) -> None:
+    set_what_is_needed(postgresql_url, but=setting)
+    settings = {"pool_mode": "transaction", "ignore_startup_parameters": "options"}
+    with pooled(postgresql_url, tmp_path, **settings) as url:
+        home = new_home(database=url)
+        service = home.spawn()
+
+        assert service.exit_code() == 4
+        code, said = check(home)
+
+    reason = (
+        f"the PostgreSQL database: {setting} is 0, not {wanted}, although the connection"
+        " sets it; behind a pooler, set it for the role"
+    )
+    assert code == 1
+    assert reason in service.text
+    assert reason in said
