@@ -147,13 +147,15 @@ def serve(settings: Settings) -> None:
         signal.signal(number, lambda *_: None)  # not SIG_IGN, which agents would inherit
     open_files = _open_files(settings)
     open_files.take()
+    # Before anything is claimed: a name server that is away may take its time.
+    per_address = open_files.connections // _addresses(settings.listen)
     with Holdings.take(settings) as held, SteadyThreadPool(1, "probe") as prober:
         # Beside the rest of the start: it is some 30 ms of waiting for processes.
         containment = prober.submit(prove_containment, watermark_bits())
         db = open_database(settings.database, held.data_dir, locks=held.locks)
         try:
             with store_kept(db), asyncio.Runner(loop_factory=daemons.new_event_loop) as runner:
-                runner.run(_serve(settings, held, db, containment, open_files))
+                runner.run(_serve(settings, held, db, containment, open_files, per_address))
         finally:
             db.close()
 
@@ -199,9 +201,10 @@ async def _serve(
     db: Database,
     containment: Future[Containment],
     open_files: OpenFiles,
+    per_address: int,
 ) -> None:
     asyncio.get_running_loop().set_default_executor(SteadyThreadPool(OTHER_THREADS, "other"))
-    service = Service.build(settings, held, db, containment, open_files)
+    service = Service.build(settings, held, db, containment, open_files, per_address)
     await service.run()
 
 
@@ -354,8 +357,12 @@ class Service:
         db: Database,
         containment: Future[Containment],
         open_files: OpenFiles,
+        per_address: int,
     ) -> Service:
         """Claim the next epoch and put everything together; nothing runs yet.
+
+        Args:
+            per_address: connections that each address which is listened on may have.
 
         Raises:
             Held: an instance of this name is alive elsewhere.
@@ -402,7 +409,7 @@ class Service:
                 settings,
                 gate,
                 dispatcher,
-                max_connections=open_files.connections,
+                max_connections=per_address,
                 report_id=lambda: service.report_id,
                 containment=lambda: containment.result() if containment.done() else None,
             ),
@@ -468,7 +475,7 @@ class Service:
         for task in staying:
             task.add_done_callback(self._stays_no_longer)
         try:
-            port = await self.server.bind(self.settings.listen)
+            port = await self.server.bind(self.settings.listen, keeper_ended=self._stays_no_longer)
             log.info(
                 "service.listening",
                 address=_address(self.settings.listen, port),
@@ -999,7 +1006,7 @@ def _server(
             max_concurrent_streams=settings.max_concurrent_streams,
             stall_s=settings.watch_stall_s,
             max_request_bytes=settings.max_request_bytes,
-            max_connections=max_connections // _addresses(settings.listen),
+            max_connections=max_connections,
         ),
     )
 

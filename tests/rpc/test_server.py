@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import os
+import resource
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,9 +31,10 @@ from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.listening import ListenFailed
 from runrecovery_service.rpc.recovery_service import RecoveryRooms
 from runrecovery_service.rpc.run_service import PIECE_BYTES, RunLimits, RunRooms
-from runrecovery_service.rpc.server import ServerLimits, build_server
+from runrecovery_service.rpc.server import GrpcServer, ServerLimits, build_server
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.processes import Unended
+from structlog.testing import capture_logs
 
 AT = datetime(2026, 11, 24, tzinfo=UTC)
 OWNER = Owner("here", 3, "t")
@@ -86,6 +91,7 @@ class FakeStorage:
         return self.run
 
     async def read(self, *_: Any, **__: Any) -> list[Unended]:
+        self.looked.set()
         return self.unended
 
     async def write(self, *arguments: Any, **keywords: Any) -> Run:
@@ -116,6 +122,7 @@ class House:
     runs: Any
     recovery: Any
     address: str
+    server: GrpcServer
 
     def write(self, data: bytes, *, attempt: int = 1) -> None:
         self.output.prepare(5, attempt, fresh=False)
@@ -189,6 +196,7 @@ async def house(tmp_path: Path) -> AsyncIterator[House]:
             runs=RunServiceStub(channel),
             recovery=RecoveryServiceStub(channel),
             address=address,
+            server=server,
         )
     storage.commit.set()
     await server.stop(grace_s=0)
@@ -413,3 +421,170 @@ async def test_draining_service_sends_followers_away(house: House) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await asyncio.wait_for(following, 10)
     assert reason(caught.value) == "SHUTTING_DOWN"
+
+
+# -- a stop ------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def reader_that_waits(address: str, reads: asyncio.Event) -> AsyncIterator[str]:
+    """Serve as a proxy to the address that hands answers over only while `reads` is set."""
+    ends: list[asyncio.StreamWriter] = []
+
+    async def hand_over(
+        source: asyncio.StreamReader, target: asyncio.StreamWriter, go: asyncio.Event
+    ) -> None:
+        while data := await source.read(65_536):
+            await go.wait()
+            target.write(data)
+            await target.drain()
+        target.close()
+
+    async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        host, _, port = address.rpartition(":")
+        answers, server = await asyncio.open_connection(host, int(port))
+        ends.extend((writer, server))
+        at_once = asyncio.Event()
+        at_once.set()
+        await asyncio.gather(
+            hand_over(reader, server, at_once),
+            hand_over(answers, writer, reads),
+            return_exceptions=True,
+        )
+
+    proxy = await asyncio.start_server(connect, "127.0.0.1", 0)
+    try:
+        yield f"127.0.0.1:{proxy.sockets[0].getsockname()[1]}"
+    finally:
+        proxy.close()
+        for end in ends:
+            end.close()
+
+
+async def test_stop_waits_for_an_answer_that_is_still_being_sent(house: House) -> None:
+    house.storage.run = run(input={"text": "x" * 3_000_000})
+    reads = asyncio.Event()
+    reads.set()
+    async with (
+        reader_that_waits(house.address, reads) as address,
+        grpc.aio.insecure_channel(address) as channel,
+    ):
+        await asyncio.wait_for(channel.channel_ready(), 20)
+        reads.clear()
+        call = RunServiceStub(channel).GetRun(pb.GetRunRequest(run_id="r1"))
+        await asyncio.wait_for(house.storage.looked.wait(), 10)
+
+        stop = asyncio.create_task(house.server.stop(grace_s=30))
+        await asyncio.wait({stop}, timeout=0.5)
+        reads.set()
+
+        answer = await asyncio.wait_for(call, 20)
+        assert answer.run.input["text"] == "x" * 3_000_000
+        await stop
+
+
+async def test_stop_waits_for_answers_that_need_no_open_gate_as_well(house: House) -> None:
+    house.storage.unended = [Unended(run_id="r" * 100, attempt=1, launched_at=AT)] * 20_000
+    reads = asyncio.Event()
+    reads.set()
+    async with (
+        reader_that_waits(house.address, reads) as address,
+        grpc.aio.insecure_channel(address) as channel,
+    ):
+        await asyncio.wait_for(channel.channel_ready(), 20)
+        reads.clear()
+        call = RecoveryServiceStub(channel).GetRecoveryStatus(
+            recovery_pb.GetRecoveryStatusRequest()
+        )
+        await asyncio.wait_for(house.storage.looked.wait(), 10)
+
+        stop = asyncio.create_task(house.server.stop(grace_s=30))
+        await asyncio.wait({stop}, timeout=0.5)
+        reads.set()
+
+        answer = await asyncio.wait_for(call, 20)
+        assert len(answer.unended_launches) == 20_000
+        await stop
+
+
+def highest_descriptor() -> int:
+    return max(int(one.name) for one in Path("/proc/self/fd").iterdir())
+
+
+async def test_stop_without_a_free_descriptor_ends_the_server(house: House) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = highest_descriptor()
+    taken: list[int] = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 5, before[1]))
+    try:
+        with suppress(OSError):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        await house.server.stop(grace_s=0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        for descriptor in taken:
+            os.close(descriptor)
+
+    host, _, port = house.address.rpartition(":")
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((host, int(port)))
+
+
+async def test_server_is_kept_reachable_after_its_socket_could_not_be_looked_at(
+    tmp_path: Path,
+) -> None:
+    folder, aside = tmp_path / "f", tmp_path / "g"
+    folder.mkdir()
+    run_rooms, recovery_rooms = rooms(
+        (FakeStorage(), FakeDispatcher(), OutputFiles(tmp_path, max_bytes=1))
+    )
+    server = build_server(
+        Gate(),
+        run_rooms=run_rooms,
+        recovery_rooms=recovery_rooms,
+        limits=limits(max_concurrent_calls=1, max_request_bytes=1000),
+    )
+    await server.bind(f"unix:{folder}/s")
+    with capture_logs() as logs:
+        folder.rename(aside)
+        folder.write_bytes(b"")
+        await until(lambda: any(one["event"] == "rpc.address_not_seen" for one in logs))
+        folder.unlink()
+        aside.rename(folder)
+        (folder / "s").unlink()
+
+        await until((folder / "s").exists)
+    await server.stop(grace_s=0)
+    assert [one["event"] for one in logs].count("rpc.address_not_seen") == 1
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not holds():  # noqa: ASYNC110 - files and log lines announce nothing
+            await asyncio.sleep(0.01)
+
+
+async def test_idle_connection_makes_room_for_another(tmp_path: Path) -> None:
+    run_rooms, recovery_rooms = rooms(
+        (FakeStorage(), FakeDispatcher(), OutputFiles(tmp_path, max_bytes=1))
+    )
+    server = build_server(
+        Gate(),
+        run_rooms=run_rooms,
+        recovery_rooms=recovery_rooms,
+        limits=replace(
+            limits(max_concurrent_calls=1, max_request_bytes=1000), max_connections=1, idle_s=0.5
+        ),
+    )
+    port = await server.bind("127.0.0.1:0")
+    apart = (("grpc.use_local_subchannel_pool", 1),)
+    async with (
+        grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=apart) as idle,
+        grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=apart) as other,
+    ):
+        asked = recovery_pb.GetRecoveryStatusRequest()
+        await RecoveryServiceStub(idle).GetRecoveryStatus(asked)
+
+        await RecoveryServiceStub(other).GetRecoveryStatus(asked, wait_for_ready=True, timeout=20)
+    await server.stop(grace_s=0)

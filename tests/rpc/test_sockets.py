@@ -34,3 +34,25 @@ def test_a_look_at_the_sockets_keeps_the_locks_that_the_process_has_on_files(
         )
         assert listener.getsockname() in names
     assert "BlockingIOError" in other.stderr
+
+
+async def test_a_connection_to_elsewhere_with_the_same_port_is_left_alone() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.create_server(("127.0.0.3", 0)) as elsewhere,
+    ):
+        port = listener.getsockname()[1]
+        ours = sockets.ServerSockets(port)
+        with (
+            socket.create_connection(
+                elsewhere.getsockname(), source_address=("127.0.0.2", port)
+            ) as connection,
+            elsewhere.accept()[0] as other_end,
+            socket.create_connection(listener.getsockname()) as caller,
+            listener.accept()[0],
+        ):
+            ours._shut_down_connections()
+
+            connection.sendall(b"still open")
+            assert other_end.recv(100) == b"still open"
+            assert caller.recv(100) == b""

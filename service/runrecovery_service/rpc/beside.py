@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 import grpc
 from google.protobuf.message import DecodeError
 
+from runrecovery_service.rpc.calls import Calls
+
 # Neither package ships types that mypy may see.
 Request: TypeAlias = Any
 Response: TypeAlias = Any
@@ -21,11 +23,12 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[bytes, bytes]"
 
 
 def unary(
-    request: RequestType, answer: Callable[[Request, Context], Awaitable[Response]]
+    calls: Calls, request: RequestType, answer: Callable[[Request, Context], Awaitable[Response]]
 ) -> Handler:
     """Return the handler of a method with one answer."""
 
     async def call(payload: bytes, context: Context) -> bytes:
+        calls.begin(context)
         data: bytes = (
             await answer(await _parsed(request, payload, context), context)
         ).SerializeToString()
@@ -35,11 +38,14 @@ def unary(
 
 
 def stream(
-    request: RequestType, answers: Callable[[Request, Context], AsyncIterator[Response]]
+    calls: Calls,
+    request: RequestType,
+    answers: Callable[[Request, Context], AsyncIterator[Response]],
 ) -> Handler:
     """Return the handler of a method with a stream of answers."""
 
     async def call(payload: bytes, context: Context) -> AsyncIterator[bytes]:
+        calls.begin(context)
         async for response in answers(await _parsed(request, payload, context), context):
             yield response.SerializeToString()
 
@@ -47,12 +53,14 @@ def stream(
 
 
 def dialogue(
+    calls: Calls,
     request: RequestType,
     answers: Callable[[AsyncIterator[Request], Context], AsyncIterator[Response]],
 ) -> Handler:
     """Return the handler of a method with streams in both directions."""
 
     async def call(payloads: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
+        calls.begin(context)
         async for response in answers(_each(request, payloads, context), context):
             yield response.SerializeToString()
 

@@ -26,6 +26,7 @@ from runrecovery_service.domain.errors import (
     SlowReader,
 )
 from runrecovery_service.rpc import errors
+from runrecovery_service.rpc.calls import Calls
 from runrecovery_service.rpc.gate import Access, Gate, ServiceState
 
 Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
@@ -34,8 +35,6 @@ Stream: TypeAlias = Callable[[Message], AsyncGenerator[Message, None]]
 
 log = structlog.get_logger()
 
-IDLE_LOOK_S: Final = 0.01
-"""How often a server that ends looks whether calls are still under way."""
 CUT_S: Final = 1.0
 """For handing the status of a stream that is cut off to gRPC."""
 
@@ -63,13 +62,9 @@ class Guard:
         self._max_calls = max_calls
         self._max_streams = max_streams
         self._stall_s = stall_s
+        self.calls = Calls()
         self._under_way = 0
         self._streams = 0
-
-    async def until_idle(self) -> None:
-        """Return when no call and no stream is under way."""
-        while self._under_way or self._streams:  # noqa: ASYNC110 - once in a life; calls stay quick
-            await asyncio.sleep(IDLE_LOOK_S)
 
     def unary(self, method: Method, answer: Unary) -> Callable[[bytes, Context], Awaitable[bytes]]:
         """Return what a server calls for a method with one answer."""
@@ -78,6 +73,7 @@ class Guard:
         serving = ServiceState.SERVING
 
         async def call(payload: bytes, context: Context) -> bytes:
+            self.calls.begin(context)
             self._under_way += weight
             try:
                 self._demand_room(weight)
@@ -99,6 +95,7 @@ class Guard:
         gate, access, parse = self._gate, method.access, method.request.FromString
 
         async def call(payload: bytes, context: Context) -> None:
+            self.calls.begin(context)
             self._streams += 1
             try:
                 self._demand_room_for_streams()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,6 +20,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 from runrecovery.v1 import recovery_service_pb2, run_service_pb2
 
 from runrecovery_service.rpc import beside
+from runrecovery_service.rpc.calls import Calls
 from runrecovery_service.rpc.gate import Access, Gate
 from runrecovery_service.rpc.guard import Guard, Method
 from runrecovery_service.rpc.health import HealthServicer
@@ -36,6 +38,10 @@ ALWAYS_OPEN: Final = frozenset({"GetRecoveryStatus", "ListReconciliations", "Get
 
 HANDSHAKE_TIMEOUT_MS: Final = 20_000
 """A connection that has said nothing by then is closed."""
+KEEPALIVE_MS: Final = 60_000
+"""A connection that was silent for so long is pinged."""
+KEEPALIVE_TIMEOUT_MS: Final = 20_000
+"""A connection whose ping is not answered by then is closed."""
 MIN_PING_INTERVAL_MS: Final = 10_000
 """Clients that ping more often are cut off; ours pings every 30 s."""
 
@@ -53,13 +59,15 @@ log = structlog.get_logger()
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerLimits:
     """What the server takes: calls and streams at one time, seconds in which a stream's reader must
-    take something, bytes of one request, and connections at one time."""
+    take something, bytes of one request, connections at one time, and seconds after which one
+    without calls is closed."""
 
     max_concurrent_calls: int
     max_concurrent_streams: int
     stall_s: float
     max_request_bytes: int
     max_connections: int = 10_000
+    idle_s: float = 300.0
 
 
 class GrpcServer:
@@ -74,14 +82,22 @@ class GrpcServer:
     def __init__(self, build: Callable[[], grpc.aio.Server], gate: Gate, guard: Guard) -> None:
         self._build = build
         self._gate = gate
-        self._guard = guard
+        self._calls = guard.calls
         self._server = build()
         self._sockets: ServerSockets | None = None
         self._address: Address | None = None
         self._keeper: asyncio.Task[None] | None = None
+        self._spare: int | None = None
+        self._unseen = False
+        self._not_replaced = ""
 
-    async def bind(self, listen: str) -> int:
+    async def bind(
+        self, listen: str, *, keeper_ended: Callable[[asyncio.Task[None]], None] | None = None
+    ) -> int:
         """Listen on `host:port` and answer from now on; return the port (for port 0: which).
+
+        Args:
+            keeper_ended: called when the task that keeps the server reachable has ended.
 
         Raises:
             ListenFailed: somebody else listens there, or nobody may.
@@ -89,36 +105,54 @@ class GrpcServer:
         address = address_of(listen)
         port = await self._start(address)
         self._keeper = asyncio.create_task(self._keep(address))
+        if keeper_ended is not None:
+            self._keeper.add_done_callback(keeper_ended)
+        # A stop looks at the sockets, which takes a descriptor; there may be no other left then.
+        self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         return port
 
     async def stop(self, *, grace_s: float) -> None:
         """Take no more connections, wait for the calls under way for at most `grace_s` seconds, and
         end. Until then calls are answered; no call is answered CANCELLED.
         """
-        if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.gather(self._keeper, return_exceptions=True)
-            # One that has just ended by itself has nobody left to wait for.
-            if await self._ended_within(LAST_LOOK_S) is None:
-                await self._finish_calls(grace_s)
-        await self._end()
-        if self._address is not None:
-            self._address.release()
+        if self._spare is not None:
+            os.close(self._spare)
+            self._spare = None
+        try:
+            if self._keeper is not None:
+                self._keeper.cancel()
+                await asyncio.gather(self._keeper, return_exceptions=True)
+                # One that has just ended by itself has nobody left to wait for.
+                if await self._ended_within(LAST_LOOK_S) is None:
+                    await self._finish_calls(grace_s)
+        finally:
+            try:
+                await self._end()
+            finally:
+                if self._address is not None:
+                    self._address.release()
 
     async def _finish_calls(self, grace_s: float) -> None:
         if self._sockets is not None:
             self._sockets.stop_listening()
+        deadline = asyncio.get_running_loop().time() + grace_s
         with suppress(TimeoutError):
-            async with asyncio.timeout(grace_s):
-                await self._guard.until_idle()
+            async with asyncio.timeout_at(deadline):
+                await self._calls.until_none()
         await asyncio.sleep(FLUSH_S)
+        if self._sockets is not None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(deadline):
+                    await self._sockets.until_sent()
 
     async def _end(self) -> None:
         """Close the connections, then end gRPC's server, which answers CANCELLED to all that
         reaches it meanwhile."""
-        if self._sockets is not None:
-            await self._sockets.close_connections()
-        await self._server.stop(None)
+        try:
+            if self._sockets is not None:
+                await self._sockets.close_connections()
+        finally:
+            await self._server.stop(None)
 
     async def _start(self, address: Address) -> int:
         port, self._sockets = await address.bind(self._server.add_insecure_port)
@@ -133,12 +167,24 @@ class GrpcServer:
             error = await self._ended_within(LOOK_S)
             if error is not None:
                 log.error("rpc.server_ended", error=f"{type(error).__name__}: {error}")
-            elif not self._is_out_of_reach(address.holder()):
+            elif not self._is_out_of_reach(self._holder(address)):
                 continue
             with suppress(Exception):  # it has ended already; what matters is its successor
                 await self._end()
             while not await self._is_replaced(address):  # noqa: ASYNC110 - time alone helps
                 await asyncio.sleep(LOOK_S)
+
+    def _holder(self, address: Address) -> Holder:
+        """Return who has the address. While the system does not say, it counts as ours."""
+        try:
+            holder = address.holder()
+        except OSError as error:
+            if not self._unseen:
+                log.warning("rpc.address_not_seen", error=error.strerror)
+            self._unseen = True
+            return Holder.OURS
+        self._unseen = False
+        return holder
 
     def _is_out_of_reach(self, holder: Holder) -> bool:
         """Return whether another server is needed at the address. Where somebody else has it, none
@@ -163,9 +209,12 @@ class GrpcServer:
         try:
             await self._start(address)
         except Exception as error:  # noqa: BLE001 - without it nobody would ever listen again
-            log.error("rpc.server_not_replaced", error=str(error))  # noqa: TRY400 - said in one line
+            if str(error) != self._not_replaced:
+                self._not_replaced = str(error)
+                log.error("rpc.server_not_replaced", error=str(error))  # noqa: TRY400 - said in one line
             await self._server.stop(None)  # it may listen on a part of the address
             return False
+        self._not_replaced = ""
         log.warning("rpc.server_replaced")
         return True
 
@@ -184,8 +233,8 @@ def build_server(
     every = (
         handlers(RUN_SERVICE, RunService(run_rooms, gate), guard),
         handlers(RECOVERY_SERVICE, RecoveryService(recovery_rooms, gate), guard),
-        health_handlers(HealthServicer(gate)),
-        *reflection_handlers(ReflectionServicer(services, gate)),
+        health_handlers(HealthServicer(gate), guard.calls),
+        *reflection_handlers(ReflectionServicer(services, gate), guard.calls),
     )
 
     def build() -> grpc.aio.Server:
@@ -211,23 +260,25 @@ def handlers(service: ServiceDescriptor, servicer: object, guard: Guard) -> grpc
     )
 
 
-def health_handlers(servicer: HealthServicer) -> grpc.GenericRpcHandler:
+def health_handlers(servicer: HealthServicer, calls: Calls) -> grpc.GenericRpcHandler:
     """Return the methods of health."""
     return grpc.method_handlers_generic_handler(
         HEALTH.full_name,
         {
-            "Check": beside.unary(health_pb2.HealthCheckRequest, servicer.Check),
-            "List": beside.unary(health_pb2.HealthListRequest, servicer.List),
-            "Watch": beside.stream(health_pb2.HealthCheckRequest, servicer.Watch),
+            "Check": beside.unary(calls, health_pb2.HealthCheckRequest, servicer.Check),
+            "List": beside.unary(calls, health_pb2.HealthListRequest, servicer.List),
+            "Watch": beside.stream(calls, health_pb2.HealthCheckRequest, servicer.Watch),
         },
     )
 
 
 def reflection_handlers(
-    servicer: ReflectionServicer,
+    servicer: ReflectionServicer, calls: Calls
 ) -> tuple[grpc.GenericRpcHandler, ...]:
     """Return the one servicer under the names of both versions."""
-    handler = beside.dialogue(reflection_pb2.ServerReflectionRequest, servicer.ServerReflectionInfo)
+    handler = beside.dialogue(
+        calls, reflection_pb2.ServerReflectionRequest, servicer.ServerReflectionInfo
+    )
     return tuple(
         grpc.method_handlers_generic_handler(name, {"ServerReflectionInfo": handler})
         for name in (V1, V1ALPHA)
@@ -272,4 +323,9 @@ def _options(limits: ServerLimits) -> tuple[tuple[str, int], ...]:
         # One more is closed at once, before it costs a run or the store a descriptor.
         ("grpc.max_allowed_incoming_connections", limits.max_connections),
         ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
+        # Connections without calls, and those to callers that are gone, would keep others out.
+        ("grpc.max_connection_idle_ms", int(limits.idle_s * 1000)),
+        ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+        ("grpc.http2.max_pings_without_data", 0),  # a watch may be silent for as long as it likes
     )

@@ -9,8 +9,11 @@ after a crash, and that is what clients retry.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import socket
+import sys
+import termios
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
@@ -22,17 +25,23 @@ Local: TypeAlias = int | str | bytes
 CLOSED_WITHIN_S: Final = 1.0
 """For gRPC to close connections that have been shut down."""
 LOOK_S: Final = 0.005
+SENT_LOOK_S: Final = 0.02
+WILDCARDS: Final = frozenset({"::", "0.0.0.0"})  # noqa: S104 - compared, not bound
 
 
 class ServerSockets:
     """The listening sockets and the connections of one server.
 
     Args:
-        local: what tells them from others of the process.
+        local: what tells them from others of the process, beside the addresses that are listened
+            on now: a connection to elsewhere may have the same port at another of them.
     """
 
     def __init__(self, local: Local) -> None:
         self._local = local
+        self._hosts: set[str] = set()
+        if isinstance(local, int):
+            self._hosts = self.listening_hosts()
 
     def listening_hosts(self) -> set[str]:
         """Return the IP addresses that are listened on."""
@@ -43,6 +52,12 @@ class ServerSockets:
         for one in self._sockets():
             if _listens(one):
                 _shut_down(one)
+
+    async def until_sent(self) -> None:
+        """Return when the callers' systems have all that was written. One that answers to a closed
+        connection meanwhile, were it only a window update, would lose the rest."""
+        while sum(_unsent(one) for one in self._sockets() if _is_connected(one)):  # noqa: ASYNC110
+            await asyncio.sleep(SENT_LOOK_S)
 
     async def close_connections(self) -> None:
         """End every connection; return once gRPC has noticed, or after `CLOSED_WITHIN_S`."""
@@ -69,7 +84,9 @@ class ServerSockets:
     def _is_ours(self, one: socket.socket) -> bool:
         name = one.getsockname()
         if isinstance(self._local, int):
-            return one.family in {socket.AF_INET, socket.AF_INET6} and name[1] == self._local
+            if one.family not in {socket.AF_INET, socket.AF_INET6} or name[1] != self._local:
+                return False
+            return _listens(one) or bool(self._hosts & {*WILDCARDS, plain_host(name[0])})
         return one.family == socket.AF_UNIX and name == self._local
 
 
@@ -99,7 +116,7 @@ def _hosts(one: socket.socket) -> set[str]:
         socket.IPPROTO_IPV6, socket.IPV6_V6ONLY
     )
     if host == "::" and takes_ipv4:
-        return {"::", "0.0.0.0"}  # noqa: S104 - compared, not bound
+        return set(WILDCARDS)
     return {plain_host(host)}
 
 
@@ -118,6 +135,14 @@ def _is_connected(one: socket.socket) -> bool:
     except OSError:  # it listens or listened, or its connection is over
         return False
     return True
+
+
+def _unsent(one: socket.socket) -> int:
+    """Return how many bytes of what was written the peer's system has not acknowledged."""
+    try:
+        return int.from_bytes(fcntl.ioctl(one, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+    except OSError:
+        return 0
 
 
 def _shut_down(one: socket.socket) -> None:
