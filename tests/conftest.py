@@ -37,7 +37,9 @@ def pytest_xdist_node_collection_finished(node: Any, ids: list[str]) -> None:
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Start the server of a session without workers."""
     if not hasattr(session.config, "workerinput"):
-        _start_postgres(session.config, (item.nodeid for item in session.items))
+        fixtures = (name for item in session.items for name in getattr(item, "fixturenames", ()))
+        ids = (item.nodeid for item in session.items)
+        _start_postgres(session.config, itertools.chain(ids, fixtures))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -46,8 +48,9 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         keeper.communicate()
 
 
-def _start_postgres(config: pytest.Config, ids: Iterable[str]) -> None:
-    if _KEEPER not in config.stash and any("postgresql" in name for name in ids):
+def _start_postgres(config: pytest.Config, names: Iterable[str]) -> None:
+    """Start the server if a test wants it. A controller of workers knows no more than the ids."""
+    if _KEEPER not in config.stash and any("postgresql" in name for name in names):
         with _folder_file(config).open("wb") as output:
             config.stash[_KEEPER] = start_keeper(_SETTINGS, output)
 
