@@ -120,8 +120,6 @@ STEP_S: Final = 30.0
 TREES_BEFORE_LEASE_S: Final = 1.0
 """Process trees end themselves so long before the lease of a silent service runs out: whoever
 takes over then finds nothing alive."""
-OTHER_THREADS: Final = 16
-"""For what blocks and is no step of a turn: reading outputs, ending what a lost turn left."""
 WRITE_TRIAL_LEASES: Final = 2
 """On PostgreSQL a write is tried once in so many leases: each trial uses up keys."""
 FAILURES_IN_A_ROW: Final = 2
@@ -203,7 +201,6 @@ async def _serve(
     open_files: OpenFiles,
     per_address: int,
 ) -> None:
-    asyncio.get_running_loop().set_default_executor(SteadyThreadPool(OTHER_THREADS, "other"))
     service = Service.build(settings, held, db, containment, open_files, per_address)
     await service.run()
 

@@ -5,18 +5,22 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Final, TypeVar
 
 import uvloop
+
+from runrecovery_service.thread_pool import SteadyThreadPool
 
 R = TypeVar("R")
 
 NO_THREAD_S: Final = 0.1
 """Between two tries to start a thread that the system refuses."""
+OTHER_THREADS: Final = 16
+"""For what blocks and is no step of a turn: reading outputs, ending what a lost turn left."""
 
 
-class _NeverAwaited(ThreadPoolExecutor):
+class _NeverAwaited(SteadyThreadPool):
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: FBT001, FBT002 - its signature
         super().shutdown(wait=False, cancel_futures=cancel_futures)
 
@@ -25,7 +29,7 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
     """Return a loop whose close does not wait for `asyncio.to_thread`. Python would wait for 300 s,
     or for ever, when a disk hangs."""
     loop = uvloop.new_event_loop()
-    loop.set_default_executor(_NeverAwaited(thread_name_prefix="asyncio"))
+    loop.set_default_executor(_NeverAwaited(OTHER_THREADS, "other"))
     return loop
 
 
