@@ -11,6 +11,7 @@ from runrecovery_service.domain.errors import ReconciliationNotFound, RunNotFoun
 from runrecovery_service.domain.reconciliation import ReconciliationState, RecoveredFilter
 from runrecovery_service.domain.run import RecoveryState, RestartPolicy, Run
 from runrecovery_service.storage import recovery
+from runrecovery_service.storage.database import Kind
 
 from .conftest import World
 
@@ -152,7 +153,9 @@ def test_unfinished_starts_are_counted_up_to_the_last_that_finished(world: World
         world.begin()  # a second try of the same start is no further start
     assert count(begun) == 3
     assert count(world.now + timedelta(hours=1)) == 0
-    assert recovery.unfinished_since(world.db, "other", begun) == 0
+    # A SQLite store has one service: under another name, it goes on where that one stopped.
+    of_other = 3 if world.db.dialect.kind is Kind.SQLITE else 0
+    assert recovery.unfinished_since(world.db, "other", begun) == of_other
 
     complete(world)
 

@@ -114,15 +114,14 @@ def test_an_agent_is_not_run_before_its_shim_is_on_record(world: World) -> None:
     assert states(world) == ["INTENT"]
 
 
-def test_a_launch_does_not_go_back_to_its_gate(world: World) -> None:
+def test_a_launch_whose_agent_the_system_refused_is_at_its_gate_again(world: World) -> None:
     turn = world.running()
     gate(world, turn)
     run_agent(world, turn)
 
-    with pytest.raises(Fenced):
-        gate(world, turn, pid=1)
+    gate(world, turn, pid=1)
 
-    assert world.rows("SELECT state, pid FROM process_lease") == [("RUNNING", 4242)]
+    assert world.rows("SELECT state, pid FROM process_lease") == [("GATED", 1)]
 
 
 @pytest.mark.parametrize("ended", [GONE, LEFT], ids=["closed", "kill pending"])

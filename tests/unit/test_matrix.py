@@ -93,7 +93,9 @@ def test_a_cancel_wins_over_everything() -> None:
 
 
 def owner_of(db: Database) -> Owner:
-    boot = Boot(instance="default", boot_token="", host_id="h", data_dir="/d", pid=1)
+    boot = Boot(
+        instance="default", boot_token="", host_id="h", data_dir="/d", pid=1, lock_id="the same"
+    )
     return instances.claim(db, boot, now=NOW)
 
 
