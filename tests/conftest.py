@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -25,6 +26,11 @@ _SETTINGS: Final = ("max_connections=400", "fsync=off", "full_page_writes=off")
 _WORKER: Final = os.environ.get("PYTEST_XDIST_WORKER", "main")
 _NAMES: Final = (f"{_WORKER}_{number}" for number in itertools.count(1))
 _TEMPLATE: Final = f"{_WORKER}_migrated"
+# Whoever runs the tests by `nohup` or in the background of a script ignores these, and all that
+# they start would.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 _KEEPER: Final = pytest.StashKey[subprocess.Popen[bytes]]()
 
 

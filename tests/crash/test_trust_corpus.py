@@ -114,11 +114,16 @@ def test_a_crash_leaves_no_byte_of_ours_in_any_file(
 
     report = api.status().reconciliation
     assert set(trusted.values()) == {kind.value}
-    assert {case.name: case.now for case in corpus} == {case.name: case.before for case in corpus}
+    # A start takes out what it can in its time; the sweep takes out the rest while it serves.
+    until(lambda: all(case.now == case.before for case in corpus), "no byte of ours is left")
     assert all(case.file.is_symlink() for case in corpus[2::3] if case.before is not None)
-    assert query(home, "SELECT 1 FROM trust_entry WHERE removed_at IS NULL") == []
-    assert list(report.warnings) == []
-    assert report.bindings.trust_entries == ours > 0
+    until(
+        lambda: query(home, "SELECT 1 FROM trust_entry WHERE removed_at IS NULL") == [],
+        "every entry is recorded as removed",
+    )
+    assert all(warning.startswith("trust entries stay: ") for warning in report.warnings)
+    assert ours > 0
+    assert report.warnings or report.bindings.trust_entries == ours
     codes = {case.name: api.get(case.run_id).error.code for case in corpus}
     assert codes == {
         case.name: "ORCHESTRATOR_RESTART_INTERRUPTED" if case.usable else "LAUNCH_FAILED"

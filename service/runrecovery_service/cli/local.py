@@ -45,6 +45,7 @@ EXIT_CODES: Final[dict[type[Exception], ExitCode]] = {
     DatabaseOutOfReach: ExitCode.UNAVAILABLE,
     DataDirRefused: ExitCode.STORAGE,
     OpenFilesRefused: ExitCode.STORAGE,
+    ThreadsRefused: ExitCode.STORAGE,
     RecoveryGaveUp: ExitCode.RECOVERY,
     CgroupRefused: ExitCode.USAGE,
     ContainmentRefused: ExitCode.CONTAINMENT,
