@@ -49,12 +49,14 @@ def service_command(*, hidden: Sequence[str] = ()) -> list[str]:
 
 
 @contextmanager
-def service(data_dir: Path, *, hidden: Sequence[str] = (), until: str) -> Iterator[Server]:
+def service(
+    data_dir: Path, *, config: str = CONFIG, hidden: Sequence[str] = (), until: str
+) -> Iterator[Server]:
     """Run the service on a store in `data_dir`, from the event `until` in its log on."""
-    config = data_dir / "bench.toml"
-    config.write_text(CONFIG)
+    file = data_dir / "bench.toml"
+    file.write_text(config)
     command = [
-        *service_command(hidden=hidden), "serve", "--config", str(config), "--data-dir",
+        *service_command(hidden=hidden), "serve", "--config", str(file), "--data-dir",
         str(data_dir), "--listen", "127.0.0.1:0", "--log-format", "json",
     ]  # fmt: skip
     with _process(command, stream="stderr") as popen:

@@ -119,3 +119,16 @@ def test_no_pattern_is_possessive() -> None:
     }
 
     assert found == set()
+
+
+def test_every_deployment_bounds_the_arenas_of_glibc() -> None:
+    # docs/operations.md, Capacity. kubernetes.yaml runs the image of the Containerfile.
+    found = {
+        name: re.findall(r"\bMALLOC_ARENA_MAX=\d+", (ROOT / "deploy" / name).read_text("utf-8"))
+        for name in ("runrecovery.service", "Containerfile")
+    }
+
+    assert found == {
+        "runrecovery.service": ["MALLOC_ARENA_MAX=2"],
+        "Containerfile": ["MALLOC_ARENA_MAX=2"],
+    }
