@@ -1,7 +1,8 @@
 """runrecovery, the service. The rooms, from the street inwards:
 
 - `cli`: the `runrecovery` command.
-- `app`: the only place that builds objects; the order of a start and of a stop.
+- `app`: the only place that builds objects. `lifecycle`: the order of a start and of a stop.
+  `ownership`: what keeps a service the owner of its runs. `offline`: work without a server.
 - `rpc`: the only room with gRPC: the services, the gate, health, reflection, errors.
 - `recovery`: what happens between a start and SERVING. `execution`: what happens after it.
   They do not know each other: recovery leaves rows, execution finds its work in them.

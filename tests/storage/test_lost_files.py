@@ -15,8 +15,8 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from runrecovery_service.app import store_kept
 from runrecovery_service.domain.errors import DataDirRefused, StorageUnavailable, StoreLost
+from runrecovery_service.lifecycle import store_kept
 from runrecovery_service.storage import locks
 from runrecovery_service.storage.adapter import GroupCommitWriter, Storage
 from runrecovery_service.storage.database import (

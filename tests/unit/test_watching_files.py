@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import pytest
-from runrecovery_service import app, daemons
+from runrecovery_service import daemons, ownership
 from runrecovery_service.domain.errors import DataDirRefused
 from structlog.testing import capture_logs
 from support.waiting import until_async
@@ -20,8 +20,8 @@ LOST = DataDirRefused("data directory /d", "/d/lock was removed or replaced")
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Look without a pause, and expect an answer at once."""
-    monkeypatch.setattr(app, "FILES_LOOK_S", 0.0)
-    monkeypatch.setattr(app, "FILES_LOOK_MOST_S", 0.01)
+    monkeypatch.setattr(ownership, "FILES_LOOK_S", 0.0)
+    monkeypatch.setattr(ownership, "FILES_LOOK_MOST_S", 0.01)
 
 
 async def until(holds: Callable[[], bool]) -> None:
@@ -42,7 +42,7 @@ async def test_a_file_system_that_hangs_stops_neither_the_loop_nor_the_service()
         raise LOST
 
     with capture_logs() as events:
-        watching = asyncio.create_task(app.watch_files(demand, failed.append))
+        watching = asyncio.create_task(ownership.watch_files(demand, failed.append))
         await until(lambda: len(events) > 0)
         for _ in range(20):  # no other look begins, and nothing is called lost
             await asyncio.sleep(0)
@@ -63,7 +63,7 @@ async def test_a_look_that_fails_is_not_taken_for_a_loss() -> None:
         raise answers.pop()
 
     with capture_logs() as events:
-        await app.watch_files(demand, failed.append)
+        await ownership.watch_files(demand, failed.append)
 
     assert [event["error"] for event in events] == ["Permission denied"]
     assert failed == [LOST]
@@ -85,7 +85,7 @@ async def test_a_look_for_which_there_is_no_thread_is_made_later(
 
     monkeypatch.setattr(daemons, "begin", begin_later)
     with capture_logs() as events:
-        await app.watch_files(demand, failed.append)
+        await ownership.watch_files(demand, failed.append)
 
     assert [event["error"] for event in events] == ["can't start new thread"]
     assert failed == [LOST]

@@ -148,9 +148,9 @@ def serve(settings: Settings) -> ExitCode:
 @_with_settings
 def migrate(settings: Settings) -> ExitCode:
     """Bring the database of a stopped service up to date, as its next start would."""
-    from runrecovery_service import app
+    from runrecovery_service import offline
 
-    click.echo(f"up to date: {', '.join(app.migrate(settings))}")
+    click.echo(f"up to date: {', '.join(offline.migrate(settings))}")
     return ExitCode.OK
 
 
@@ -158,12 +158,12 @@ def migrate(settings: Settings) -> ExitCode:
 @_with_settings
 def check(settings: Settings) -> ExitCode:
     """Check the configuration, the engines and the store; nothing is changed."""
-    from runrecovery_service import app
+    from runrecovery_service import offline
 
-    problems = app.check(settings)
+    problems = offline.check(settings)
     for problem in problems:
         click.echo(problem)
-    for note in app.check_notes(settings):
+    for note in offline.check_notes(settings):
         click.echo(f"note: {note}")
     if problems:
         return ExitCode.FAILED
@@ -176,9 +176,9 @@ def check(settings: Settings) -> ExitCode:
 @click.argument("dest", type=click.Path(path_type=Path))
 def backup(settings: Settings, dest: Path) -> ExitCode:
     """Copy the SQLite database to DEST, also while the service runs."""
-    from runrecovery_service import app
+    from runrecovery_service import offline
 
-    runs = app.backup(settings, dest)
+    runs = offline.backup(settings, dest)
     kept = ", ".join(f"{count} of instance {name!r}" for name, count in runs.items()) or "none"
     size = dest.stat().st_size
     click.echo(f"copied to {dest} ({size} bytes), and found sound and complete; runs: {kept}")

@@ -1,0 +1,65 @@
+"""Builds what the service knows of an engine from its settings, for a start and for `check`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+from runrecovery_service.config import EngineSettings, Settings
+from runrecovery_service.engines.catalog import Catalog, Engine
+from runrecovery_service.engines.dialect import Dialect
+from runrecovery_service.engines.jsonl import JSON_LINES
+from runrecovery_service.engines.presets import PRESETS
+from runrecovery_service.engines.sessions import sessions_of
+from runrecovery_service.engines.sessions.files import CliSessions
+from runrecovery_service.process.launch import agent_environment
+
+
+def build_catalog(settings: Settings) -> Catalog:
+    return Catalog(build_engine(name, engine) for name, engine in settings.engines.items())
+
+
+def build_engine(name: str, settings: EngineSettings) -> Engine:
+    return Engine(
+        name=name,
+        command=settings.command,
+        profile=settings.profile,
+        dialect=_dialect(settings),
+        env_allow=settings.env_allow,
+        env=_agent_home(settings),
+        max_concurrent=settings.max_concurrent,
+        session_file=settings.session_file,
+        sessions=_sessions(settings),
+        unknown_session=settings.unknown_session,
+        session_timeout_s=settings.session_timeout_s,
+        require_user_reply=settings.require_user_reply,
+        max_run_time_s=settings.max_run_time_s,
+        niceness=settings.nice,
+        max_memory=settings.max_memory,
+        max_open_files=settings.max_open_files,
+        max_processes=settings.max_processes,
+        trust=settings.trust,
+    )
+
+
+def _dialect(settings: EngineSettings) -> Dialect:
+    if settings.preset is None:
+        return JSON_LINES
+    trusted = settings.trust == settings.preset
+    return replace(PRESETS[settings.preset].dialect, trusted=trusted)
+
+
+def _sessions(settings: EngineSettings) -> CliSessions | None:
+    if settings.preset is None:
+        return None
+    return sessions_of(settings.preset, environment_of(settings))
+
+
+def _agent_home(settings: EngineSettings) -> dict[str, str]:
+    if settings.preset is None or settings.agent_home is None:
+        return {}
+    return {PRESETS[settings.preset].home_variable: settings.agent_home}
+
+
+def environment_of(engine: EngineSettings) -> dict[str, str]:
+    return agent_environment(engine.env_allow, os.environ, _agent_home(engine))

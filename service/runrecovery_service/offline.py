@@ -1,0 +1,144 @@
+"""Work on a store without a server: check, migrate, back up."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from runrecovery_service import paths
+from runrecovery_service.config import ContainmentPolicy, Settings
+from runrecovery_service.domain.errors import (
+    CgroupRefused,
+    DatabaseRefused,
+    DataDirRefused,
+    OpenFilesRefused,
+)
+from runrecovery_service.engine_setup import environment_of
+from runrecovery_service.execution.trusting import why_not_trusting
+from runrecovery_service.locks import Holdings, sqlite_file
+from runrecovery_service.machine import open_cgroup_parent, plan_open_files
+from runrecovery_service.process.launch import watermark_bits, why_not_launchable
+from runrecovery_service.process.probe import prove_containment
+from runrecovery_service.storage.database import (
+    applied_migrations,
+    backup_sqlite,
+    install_marker,
+    integrity_problems,
+    open_database,
+    postgresql_problems,
+    refusing,
+)
+
+
+def migrate(settings: Settings) -> list[str]:
+    """Open the store of a stopped service as a start does, which migrates it.
+
+    Returns:
+        The names of all steps that the store has now.
+
+    Raises:
+        StartRefused: it is held, or may not be opened.
+    """
+    path = sqlite_file(settings, paths.absolute(settings.data_dir))
+    if path is not None and not os.path.lexists(path):
+        raise DatabaseRefused(paths.shown(path), "does not exist; a first start creates it")
+    with Holdings.take(settings) as held:
+        db = open_database(settings.database, held.data_dir, locks=held.locks)
+        try:
+            with refusing(db.place):
+                return applied_migrations(db)
+        finally:
+            db.close()
+
+
+def backup(settings: Settings, destination: Path) -> dict[str, int]:
+    """Copy the SQLite store of a running or stopped service, and prove the copy.
+
+    Returns:
+        How many runs of each instance are in the copy.
+
+    Raises:
+        DatabaseRefused: it is not SQLite, is not there, or the copy is not sound.
+    """
+    path = sqlite_file(settings, paths.absolute(settings.data_dir))
+    if path is None:
+        raise DatabaseRefused("PostgreSQL", "is backed up with its own tools (pg_dump)")
+    return backup_sqlite(path, destination)
+
+
+def check(settings: Settings) -> list[str]:
+    """Look for what would go wrong at a start, changing nothing; return one sentence each."""
+    problems = [
+        f"engine {name!r}: {reason}"
+        for name, engine in settings.engines.items()
+        if (reason := why_not_launchable(engine.command, env_allow=engine.env_allow)) is not None
+    ]
+    problems += _trust_problems(settings)
+    problems += _containment_problems(settings)
+    problems += _open_files_problems(settings)
+    problems += _store_problems(settings)
+    return problems
+
+
+def check_notes(settings: Settings) -> list[str]:
+    """Return what hinders no start, and yet is good to know; one sentence each."""
+    try:
+        data_dir = paths.absolute(settings.data_dir)
+        others = paths.others_who_may_write(data_dir)
+    except (DataDirRefused, OSError):  # a problem, or not there yet
+        return []
+    return [] if others is None else [f"{data_dir}: may also be changed by {others}"]
+
+
+def _open_files_problems(settings: Settings) -> list[str]:
+    try:
+        plan_open_files(settings)
+    except OpenFilesRefused as error:
+        return [str(error)]
+    return []
+
+
+def _store_problems(settings: Settings) -> list[str]:
+    try:
+        data_dir = paths.absolute(settings.data_dir)
+        path = sqlite_file(settings, data_dir)
+    except DataDirRefused as error:
+        return [str(error)]
+    problems = []
+    if reason := paths.directory_problem(data_dir):
+        problems.append(f"{paths.shown(data_dir)}: {reason}")
+    if path is None:
+        problems += postgresql_problems(settings.database)
+    elif problems and path.parent == data_dir:
+        pass  # of the file nothing can be said
+    elif reason := paths.database_problem(path, data_dir):
+        problems.append(f"{paths.shown(path)}: {reason}")
+    elif path.exists():
+        problems += integrity_problems(path)
+    elif install_marker(path).exists():
+        problems.append(f"{path}: is gone; restore a backup")
+    return problems
+
+
+def _trust_problems(settings: Settings) -> list[str]:
+    return [
+        f"engine {name!r}: {reason}"
+        for name, engine in settings.engines.items()
+        if engine.trust is not None
+        and (reason := why_not_trusting(engine.trust, environment_of(engine))) is not None
+    ]
+
+
+def _containment_problems(settings: Settings) -> list[str]:
+    problems = []
+    try:
+        open_cgroup_parent(settings)
+    except CgroupRefused as error:
+        problems.append(str(error))
+    if settings.containment is ContainmentPolicy.STRICT:
+        proved = prove_containment(watermark_bits())
+        if not proved.level.is_strict:
+            problems.append(
+                f'containment = "strict", but {proved.level} is proved: {proved.detail}'
+            )
+    return problems
