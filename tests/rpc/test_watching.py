@@ -1,15 +1,28 @@
-"""Watchers in the room: what is left of one that has gone."""
+"""Watchers in the room: what is left of one that has gone, and what one that looks may miss."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractContextManager, aclosing
+from datetime import UTC, datetime
+from typing import Any
 
 import pytest
+from runrecovery.v1 import recovery_service_pb2 as recovery_pb
+from runrecovery.v1 import run_service_pb2 as pb
+from runrecovery_service.domain.deadline import Due
+from runrecovery_service.domain.reconciliation import Cause, RecoveredFilter
+from runrecovery_service.domain.run import NewRun, Profile, RestartPolicy
 from runrecovery_service.rpc import watching
 from runrecovery_service.rpc.gate import Gate
+from runrecovery_service.rpc.watching import RecoveredWatcher, RunWatcher
+from runrecovery_service.storage import converge, events, feed, instances, recovery, runs
+from runrecovery_service.storage.adapter import Storage
 from runrecovery_service.storage.changes import Changes
+from runrecovery_service.storage.converge import Scope
+from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.instances import Boot, Owner
 
 RUN, OTHER = 7, 8
 
@@ -93,3 +106,116 @@ async def test_what_only_wakes_a_watcher_puts_off_no_sign_of_life(
 
 async def test_who_goes_on_is_told_at_once_that_it_does() -> None:
     assert watching._Quiet(told=False).left_s == 0
+
+
+# -- what happens while one looks ----------------------------------------------------------------
+
+NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
+NEVER_S = 3600.0
+"""Until a sign of life, with which a watcher looks again whatever woke it."""
+
+
+def claimed(db: Database) -> Owner:
+    boot = Boot(
+        instance="default",
+        boot_token="t",  # noqa: S106 - no password
+        host_id="h",
+        data_dir="/d",
+        pid=7,
+        lock_id="boot/1:2",
+    )
+    return instances.claim(db, boot, now=NOW)
+
+
+def created(db: Database, owner: Owner) -> None:
+    new = NewRun(
+        run_id="mine",
+        engine="demo",
+        labels={},
+        profile=Profile.RESUMABLE,
+        restart_policy=RestartPolicy.FAIL,
+        max_attempts=1,
+        input={},
+    )
+    runs.create(db, new, owner=owner, max_queued=9, receipt=None, now=NOW)
+
+
+def restarted(db: Database) -> None:
+    """Decide on every run, as a restart does."""
+    owner = claimed(db)
+    key = recovery.begin(
+        db, owner, reconciliation_id="report", cause=Cause.STARTUP, safe_mode=False, now=NOW
+    )
+    scope = Scope(
+        owner=owner,
+        before=owner.epoch,
+        reconciliation_key=key,
+        reopen=Due(at=NOW, clock="boot-1", us=0),
+        now=NOW,
+    )
+    batch = converge.next_batch(db, scope, after=0, rows=9)
+    assert batch is not None
+    converge.converge(db, scope, batch, report=lambda _, __: None)
+
+
+@pytest.fixture
+async def storage(database: Database, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Storage]:
+    monkeypatch.setattr(watching, "BOOKMARK_S", NEVER_S)
+    storage = Storage(database)
+    yield storage
+    await asyncio.to_thread(storage.close)
+
+
+@pytest.mark.parametrize("last_read", [runs.stand, events.between])
+async def test_what_happens_to_a_run_while_its_watcher_reads_is_told(
+    storage: Storage,
+    database: Database,
+    monkeypatch: pytest.MonkeyPatch,
+    last_read: Callable[..., object],
+) -> None:
+    owner = claimed(database)
+    created(database, owner)
+    point, cancels = storage.point, iter([runs.cancel])
+
+    async def read_then_cancel(use: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        found = await point(use, *args, **named)
+        if use is last_read:
+            for cancel in cancels:
+                await storage.write(cancel, "mine", owner=owner, etag=None, receipt=None, now=NOW)
+        return found
+
+    monkeypatch.setattr(storage, "point", read_then_cancel)
+    stream = RunWatcher(storage, Gate()).stream(pb.WatchRunRequest(run_id="mine"))
+
+    async with aclosing(stream), asyncio.timeout(20):
+        told = [response async for response in stream]
+
+    assert [(one.sequence, one.WhichOneof("update")) for one in told] == [
+        (1, "snapshot"), (2, "event"),
+    ]  # fmt: skip
+
+
+async def test_what_is_decided_while_a_watcher_reads_is_told(
+    storage: Storage, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    created(database, claimed(database))
+    read, restarts = storage.read, iter([restarted])
+
+    async def read_then_restart(use: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        found = await read(use, *args, **named)
+        if use is feed.behind:
+            for restart in restarts:
+                await read(restart)
+                storage.changes.announce_decisions()
+        return found
+
+    monkeypatch.setattr(storage, "read", read_then_restart)
+    stream = RecoveredWatcher(storage, Gate()).stream(
+        recovery_pb.WatchRecoveredRequest(), RecoveredFilter()
+    )
+
+    async with aclosing(stream), asyncio.timeout(20):
+        bookmark, decided = [await anext(stream) for _ in range(2)]
+
+    assert bookmark.HasField("bookmark")
+    assert decided.decision.run_id == "mine"

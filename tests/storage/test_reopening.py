@@ -84,6 +84,20 @@ def test_another_handle_takes_the_place_of_the_lost_one(world: World) -> None:
     assert back.session.handle == "newer"
 
 
+def test_the_mark_of_a_session_file_stays_with_its_own_handle_alone(world: World) -> None:
+    kept, named, replaced = lost(world), lost(world), lost(world)
+    for run in (kept, named, replaced):
+        world.set(run, session_mark="12 34")
+
+    reopen(world, kept)
+    reopen(world, named, "secret")
+    reopen(world, replaced, "newer")
+
+    assert world.column(kept, "session_mark") == "12 34"
+    assert world.column(named, "session_mark") == "12 34"
+    assert world.column(replaced, "session_mark") is None
+
+
 def test_a_run_without_a_handle_needs_one(world: World) -> None:
     run = world.waiting()
     world.set(run, session_value=None, session_type=None)

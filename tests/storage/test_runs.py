@@ -185,6 +185,19 @@ def test_quarantined_runs_take_no_room_in_the_queue(world: World) -> None:
         world.create(max_queued=1)
 
 
+def test_runs_of_another_instance_take_no_room_in_the_queue(world: World) -> None:
+    other = instances.claim(world.db, boot("other"), now=world.now)
+    for _ in range(2):
+        world.create(max_queued=2, owner=other)
+
+    made = [world.create(max_queued=2) for _ in range(2)]
+
+    assert [(run.owner, run.status) for run in made] == [("default", RunStatus.QUEUED)] * 2
+    for owner in (world.owner, other):
+        with pytest.raises(Overloaded):
+            world.create(max_queued=2, owner=owner)
+
+
 def test_a_quarantined_run_is_listed_under_no_status(world: World) -> None:
     run = world.create()
     world.set(run, recovery_state="QUARANTINED")

@@ -410,6 +410,16 @@ def test_a_lost_session_has_its_own_code_and_does_not_show_the_handle(
         (GEMINI, {"type": "error", "severity": "error", "message": "turn limit"}, "turn limit"),
         (GEMINI, {"type": "error", "severity": "warning", "message": "Loop detected"}, "Loop"),
         (
+            GEMINI,
+            {"type": "error", "severity": "warning", "message": "Agent execution stopped: hook"},
+            "stopped: hook",
+        ),
+        (
+            GEMINI,
+            {"type": "error", "severity": "warning", "message": "Agent execution blocked: rule"},
+            "blocked: rule",
+        ),
+        (
             CLAUDE,
             {"type": "result", "subtype": "success", "is_error": True, "result": "API"},
             "API",
@@ -461,6 +471,42 @@ def test_a_first_turn_can_have_lost_no_session() -> None:
     assert listener.failure(42, words) is None
 
 
+@pytest.mark.parametrize(
+    ("dialect", "exit_code", "told"),
+    [
+        (GEMINI, 1, "Error resuming session: No previous sessions found for this project."),
+        (CLAUDE, 1, f"Read notes.md: No conversation found with session ID: {ID}"),
+        (CODEX, 1, "thread not found"),
+    ],
+)
+def test_words_that_only_resemble_those_of_a_lost_session_lose_none(
+    dialect: Cli, exit_code: int, told: str
+) -> None:
+    assert CliListener(dialect, ID, resumed=True).failure(exit_code, told) is None
+
+
+@pytest.mark.parametrize(
+    "reported",
+    [
+        {"type": "result", "status": "success"},
+        {"type": "result", "status": "error", "error": {"message": "what followed"}},
+        {"type": "error", "severity": "error", "message": "what followed"},
+    ],
+)
+def test_what_doomed_a_turn_of_gemini_is_told_whatever_is_reported_after_it(
+    reported: JsonObject,
+) -> None:
+    listener = CliListener(GEMINI, ID, resumed=True)
+    doomed: JsonObject = {"type": "error", "severity": "error", "message": "turn limit"}
+
+    heard(listener, [doomed, reported])
+    error = listener.failure(0, "noise")
+
+    assert error is not None
+    assert error.code == ErrorCode.ENGINE_FAILED
+    assert error.message == "The agent failed (exit code 0): turn limit"
+
+
 def test_other_bad_input_of_gemini_is_no_lost_session() -> None:
     assert CliListener(GEMINI, ID, resumed=True).failure(42, "No input provided via stdin.") is None
 
@@ -485,3 +531,74 @@ def test_of_an_endless_text_the_end_is_remembered() -> None:
     (last,) = heard(listener, [ask, GEMINI_TURN[-1]])
 
     assert isinstance(last, AskMessage)
+
+
+# -- at work -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("event", "is_at_work"),
+    [
+        ({"type": "assistant", "message": {}}, True),
+        ({"type": "assistant", "message": {}, "parent_tool_use_id": None}, True),
+        ({"type": "assistant", "message": {}, "parent_tool_use_id": "toolu_1"}, False),
+        ({"type": "user", "message": {}, "parent_tool_use_id": "toolu_1"}, False),
+        ({"type": "system", "subtype": "task_started", "task_id": "a"}, True),
+        (
+            {
+                "type": "system",
+                "subtype": "task_started",
+                "task_id": "a",
+                "is_backgrounded": False,
+            },
+            False,
+        ),
+        (
+            {
+                "type": "system",
+                "subtype": "task_notification",
+                "task_id": "a",
+                "status": "completed",
+            },
+            True,
+        ),
+        (
+            {"type": "system", "subtype": "task_notification", "task_id": "a", "status": "failed"},
+            True,
+        ),
+        (
+            {"type": "system", "subtype": "task_notification", "task_id": "a", "status": "stopped"},
+            False,
+        ),
+        (
+            {"type": "system", "subtype": "background_tasks_changed", "tasks": [{"task_id": "a"}]},
+            True,
+        ),
+        (
+            {
+                "type": "system",
+                "subtype": "background_tasks_changed",
+                "tasks": [{"task_id": "a", "ambient": True}],
+            },
+            False,
+        ),
+    ],
+)
+def test_after_its_result_claude_is_at_work_when_its_model_goes_on_or_will(
+    event: JsonObject,
+    is_at_work: bool,  # noqa: FBT001 - given by parametrize
+) -> None:
+    listener = CliListener(CLAUDE, ID, resumed=False)
+    heard(listener, CLAUDE_TURN)
+
+    assert listener.hear(json.dumps(event).encode()).at_work is is_at_work
+
+
+def test_the_handle_that_claude_names_is_hidden_though_another_was_chosen_for_it() -> None:
+    other = "11a2224f-ff16-7cb2-8eb4-59969e2c0c53"
+    listener = CliListener(CLAUDE, ID, resumed=False)
+
+    named = heard(listener, [{"type": "system", "subtype": "init", "session_id": other}])
+
+    assert named == [SessionMessage(value=other)]
+    assert listener.shown(f"resume {other}".encode()) == b"resume [secret]"
