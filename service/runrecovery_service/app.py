@@ -16,6 +16,9 @@ from pathlib import Path
 import structlog
 
 from runrecovery_service import clock, daemons
+from runrecovery_service.agents.launch_markers import launch_markers
+from runrecovery_service.agents.output import OutputFiles
+from runrecovery_service.agents.trust_keeper import OwnConnection, ThroughLoop, TrustKeeper
 from runrecovery_service.config import Settings
 from runrecovery_service.domain.errors import ContainmentRefused
 from runrecovery_service.domain.reconciliation import Cause, Containment
@@ -24,11 +27,9 @@ from runrecovery_service.engine_setup import build_catalog
 from runrecovery_service.engines.catalog import Catalog
 from runrecovery_service.execution.deadlines import Deadlines
 from runrecovery_service.execution.dispatcher import Dispatcher
-from runrecovery_service.execution.output import OutputFiles
-from runrecovery_service.execution.patrol import Patrol
+from runrecovery_service.execution.straggler_sweep import StragglerSweep
 from runrecovery_service.execution.trust_sweep import TrustSweep
-from runrecovery_service.execution.trusting import OwnConnection, ThroughLoop, TrustKeeper
-from runrecovery_service.execution.workshop import Heart, Workshop, evidence_of
+from runrecovery_service.execution.workshop import TreeDeadline, Workshop
 from runrecovery_service.lifecycle import Progress, Service, prepare_process, store_kept
 from runrecovery_service.locks import Holdings
 from runrecovery_service.machine import open_cgroup_parent, plan_open_files
@@ -117,7 +118,7 @@ def build(
     """
     host, data_dir = _host(), held.data_dir
     cgroups = open_cgroup_parent(settings)
-    heart = Heart(trees_until(settings.lease_ttl_s, boot_time_ns()))
+    tree_deadline = TreeDeadline(trees_until(settings.lease_ttl_s, boot_time_ns()))
     boot = _boot(settings, held, host)
     ttl_s = settings.lease_ttl_s
     with refusing(db.place):
@@ -135,7 +136,7 @@ def build(
         storage,
         owner,
         trust=keeper,
-        heart=heart,
+        tree_deadline=tree_deadline,
         cgroups=cgroups,
         open_files=open_files,
     )
@@ -167,7 +168,7 @@ def build(
         ),
         closing=_closing(settings, shop),
         dispatcher=dispatcher,
-        patrol=Patrol(
+        patrol=StragglerSweep(
             shop=shop,
             followed=lambda: dispatcher.leases_followed,
             look_at_shims=dispatcher.look_at_shims,
@@ -256,7 +257,7 @@ def _workshop(
     owner: Owner,
     *,
     trust: TrustKeeper,
-    heart: Heart,
+    tree_deadline: TreeDeadline,
     cgroups: CgroupParent | None,
     open_files: OpenFiles,
 ) -> Workshop:
@@ -268,7 +269,7 @@ def _workshop(
         trust=trust,
         threads=SteadyThreadPool(settings.capacity * 4 + 4, thread_name_prefix="process"),
         environ=dict(os.environ),
-        heart=heart,
+        tree_deadline=tree_deadline,
         cgroups=cgroups,
         cancel_grace_s=settings.cancel_grace_s,
         exit_grace_s=settings.exit_grace_s,
@@ -389,7 +390,7 @@ def _sweep(
 
     def sweep(leases: Sequence[Lease]) -> Mapping[int, Ending]:
         endings = end_trees(
-            [evidence_of(lease) for lease in leases],
+            [launch_markers(lease) for lease in leases],
             why=why,
             grace_s=grace_s,
             deadline_s=deadline_s,

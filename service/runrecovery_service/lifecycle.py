@@ -31,7 +31,7 @@ from runrecovery_service.domain.errors import (
 from runrecovery_service.domain.reconciliation import Containment, Reconciliation
 from runrecovery_service.execution.deadlines import Deadlines
 from runrecovery_service.execution.dispatcher import Dispatcher
-from runrecovery_service.execution.patrol import Patrol
+from runrecovery_service.execution.straggler_sweep import StragglerSweep
 from runrecovery_service.execution.trust_sweep import TrustSweep
 from runrecovery_service.execution.workshop import Workshop
 from runrecovery_service.ownership import Ownership
@@ -135,7 +135,7 @@ class Service:
     recovery: Recovery
     closing: Recovery
     dispatcher: Dispatcher
-    patrol: Patrol
+    patrol: StragglerSweep
     deadlines: Deadlines
     trust_sweep: TrustSweep
     ownership: Ownership

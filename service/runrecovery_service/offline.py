@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from runrecovery_service import paths
+from runrecovery_service.agents.trust_keeper import trust_problem
 from runrecovery_service.config import ContainmentPolicy, Settings
 from runrecovery_service.domain.errors import (
     CgroupRefused,
@@ -14,7 +15,6 @@ from runrecovery_service.domain.errors import (
     OpenFilesRefused,
 )
 from runrecovery_service.engine_setup import environment_of
-from runrecovery_service.execution.trusting import why_not_trusting
 from runrecovery_service.locks import Holdings, sqlite_file
 from runrecovery_service.machine import open_cgroup_parent, plan_open_files
 from runrecovery_service.process.launch import watermark_bits, why_not_launchable
@@ -125,7 +125,7 @@ def _trust_problems(settings: Settings) -> list[str]:
         f"engine {name!r}: {reason}"
         for name, engine in settings.engines.items()
         if engine.trust is not None
-        and (reason := why_not_trusting(engine.trust, environment_of(engine))) is not None
+        and (reason := trust_problem(engine.trust, environment_of(engine))) is not None
     ]
 
 

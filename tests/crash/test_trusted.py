@@ -19,7 +19,7 @@ import pytest
 from runrecovery.v1 import recovery_pb2, run_pb2
 from runrecovery.v1 import recovery_service_pb2 as recovery_pb
 from runrecovery.v1 import run_service_pb2 as pb
-from runrecovery_service.execution import trusting as trusting_module
+from runrecovery_service.agents import trust_keeper as trust_keeper_module
 from runrecovery_service.trust import files
 from support.service import RESUMABLE, STICKY, Api, EngineSpec, Home, status_word, until
 from support.stores import change, key_of, lose_session, query
@@ -458,7 +458,7 @@ def test_a_launch_that_waits_for_the_file_ends_with_a_cancel(codex: Trusted) -> 
         ended = api.until_ended("r")
 
     assert status_word(ended) == "CANCELED"
-    assert time.monotonic() - begun < trusting_module.ADD_LOCK_WAIT_S / 2
+    assert time.monotonic() - begun < trust_keeper_module.ADD_LOCK_WAIT_S / 2
     assert codex.text == with_first
 
 
@@ -481,7 +481,7 @@ def test_a_launch_that_waits_for_the_file_ends_with_a_stop(codex: Trusted) -> No
         assert service.stop() == 0
 
     # The stop itself waits for the lock, once, to take out what it can.
-    assert time.monotonic() - begun < trusting_module.CLEAR_LOCK_WAIT_S + 8.0
+    assert time.monotonic() - begun < trust_keeper_module.CLEAR_LOCK_WAIT_S + 8.0
 
 
 def test_a_launch_waits_for_the_file_and_says_so_once(codex: Trusted) -> None:

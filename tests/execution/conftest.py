@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest_asyncio
 from runrecovery_service import clock
+from runrecovery_service.agents.output import OutputFiles
+from runrecovery_service.agents.trust_keeper import ThroughLoop, TrustKeeper
 from runrecovery_service.domain.run import NewRun, Profile, RestartPolicy, Run, RunStatus
 from runrecovery_service.engines.catalog import Catalog, Engine
 from runrecovery_service.execution.deadlines import Deadlines
 from runrecovery_service.execution.dispatcher import Dispatcher
-from runrecovery_service.execution.output import OutputFiles
-from runrecovery_service.execution.patrol import Patrol
-from runrecovery_service.execution.trusting import ThroughLoop, TrustKeeper
-from runrecovery_service.execution.workshop import Heart, Workshop
+from runrecovery_service.execution.straggler_sweep import StragglerSweep
+from runrecovery_service.execution.workshop import TreeDeadline, Workshop
 from runrecovery_service.process.evidence import Host
 from runrecovery_service.process.launch import boot_time_ns, watermark_bits
 from runrecovery_service.storage import instances, interactions, runs
@@ -121,7 +121,7 @@ class Floor:
     owner: Owner
     shop: Workshop
     dispatcher: Dispatcher
-    patrol: Patrol
+    patrol: StragglerSweep
     fenced: list[bool] = field(default_factory=list)
 
     def beat(self, seconds: float) -> None:
@@ -297,7 +297,7 @@ async def opened(
             ),
             threads=threads,
             environ=dict(os.environ),
-            heart=Heart(in_ns(trees_live_s)),
+            tree_deadline=TreeDeadline(in_ns(trees_live_s)),
             cgroups=None,
             cancel_grace_s=0.5,
             exit_grace_s=1.0,
@@ -318,7 +318,7 @@ async def opened(
             capacity=8,
             fenced=lambda _: fenced.append(True),
         )
-        patrol = Patrol(
+        patrol = StragglerSweep(
             shop=shop,
             followed=lambda: dispatcher.leases_followed,
             look_at_shims=dispatcher.look_at_shims,

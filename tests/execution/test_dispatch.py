@@ -10,7 +10,7 @@ import peewee as pw
 import pytest
 from runrecovery_service.domain.errors import StorageUnavailable
 from runrecovery_service.domain.run import RunStatus
-from runrecovery_service.execution import dispatcher, launching
+from runrecovery_service.execution import dispatcher, launcher
 from runrecovery_service.process import sweep
 from runrecovery_service.storage import turns
 
@@ -58,7 +58,7 @@ async def test_a_tree_that_could_not_be_looked_for_is_looked_for_again(
     floor: Floor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error = OSError(24, "too many open files")
-    monkeypatch.setattr(launching, "end_trees", failing_first(2, error, sweep.end_trees))
+    monkeypatch.setattr(launcher, "end_trees", failing_first(2, error, sweep.end_trees))
 
     run = await floor.until_ended(await floor.create("quick"))
 
@@ -152,7 +152,7 @@ async def test_a_launch_that_the_system_refuses_fails_the_run(
     def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("a step of the launch is refused")
 
-    monkeypatch.setattr(launching, "prepare", refuse)
+    monkeypatch.setattr(launcher, "prepare", refuse)
 
     run = await floor.until_ended(await floor.create("quick"))
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import structlog
+from runrecovery_service.agents.output import OutputFiles
 from runrecovery_service.domain.run import Profile, Run, RunStatus
 from runrecovery_service.engines.catalog import Engine
-from runrecovery_service.execution import launching
-from runrecovery_service.execution.output import OutputFiles
+from runrecovery_service.execution import launcher
 from runrecovery_service.process import launch
 from runrecovery_service.process.launch import (
     LaunchDelayed,
@@ -121,7 +121,7 @@ async def test_a_delayed_launch_that_is_canceled_never_starts(
     def never(*_: object, **__: object) -> None:
         raise LaunchDelayed("no memory")
 
-    monkeypatch.setattr(launching, "prepare", never)
+    monkeypatch.setattr(launcher, "prepare", never)
     run_id = await floor.create("quick")
 
     async def is_followed() -> bool:
@@ -159,7 +159,7 @@ async def test_a_shim_that_is_lost_at_its_gate_is_followed_by_another(
 ) -> None:
     """As one is for which the system has no descriptor: its Python ends without a word."""
     lost = twice(lambda: ShimLost("the shim ended"), launch.prepare)
-    monkeypatch.setattr(launching, "prepare", lost)
+    monkeypatch.setattr(launcher, "prepare", lost)
 
     run, delays = await run_of(floor)
 
@@ -176,7 +176,7 @@ async def test_shims_that_are_lost_again_and_again_fail_the_launch(
         tries.append(None)
         raise ShimLost("the shim ended")
 
-    monkeypatch.setattr(launching, "prepare", lose)
+    monkeypatch.setattr(launcher, "prepare", lose)
 
     run, _ = await run_of(floor)
 

@@ -22,7 +22,7 @@ from runrecovery_service.engines.catalog import Engine
 from runrecovery_service.engines.sessions import sessions_of
 from runrecovery_service.engines.sessions.files import CliSessions
 from runrecovery_service.engines.sessions.lines import FOUND
-from runrecovery_service.execution import launching
+from runrecovery_service.execution import launcher
 from runrecovery_service.process.sweep import Ending, end_trees
 from runrecovery_service.storage import reopening
 from support.service import AGENTS
@@ -177,7 +177,7 @@ async def test_a_file_that_may_still_be_written_gets_no_mark(
     def stuck(*given: Any, **more: Any) -> Mapping[int, Ending]:
         return {key: replace(one, gone=False) for key, one in end_trees(*given, **more).items()}
 
-    monkeypatch.setattr(launching, "end_trees", stuck)
+    monkeypatch.setattr(launcher, "end_trees", stuck)
     floor = await new_floor(more=[writer(tmp_path / "cli")])
 
     with structlog.testing.capture_logs() as told:

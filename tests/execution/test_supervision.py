@@ -13,11 +13,11 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from runrecovery_service.agents.output import OutputChannel
 from runrecovery_service.domain.errors import Fenced
 from runrecovery_service.domain.run import Profile, RestartPolicy, Run, RunStatus
 from runrecovery_service.engines.catalog import Engine
-from runrecovery_service.execution import dispatcher, launching, session
-from runrecovery_service.execution.output import OutputChannel
+from runrecovery_service.execution import dispatcher, launcher, supervisor
 from runrecovery_service.process.launch import ShimmedProcess, boot_time_ns, prepare
 from runrecovery_service.process.sweep import Ending, end_trees
 from runrecovery_service.storage import deadlines, interactions, processes, turns
@@ -95,22 +95,22 @@ async def test_an_exit_reported_before_its_shim_was_missed_is_judged_by_its_code
     floor: Floor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A write is retried while the shim ends and the sweep notices twice that it is gone."""
-    noticed, keep = asyncio.Event(), session.RunSession._hear_question
-    started: list[session.RunSession] = []
+    noticed, keep = asyncio.Event(), supervisor.TurnSupervisor._hear_question
+    started: list[supervisor.TurnSupervisor] = []
 
-    async def held_up(self: session.RunSession, asked: Any) -> None:
+    async def held_up(self: supervisor.TurnSupervisor, asked: Any) -> None:
         started.append(self)
         await noticed.wait()
         await keep(self, asked)
 
-    monkeypatch.setattr(session.RunSession, "_hear_question", held_up)
+    monkeypatch.setattr(supervisor.TurnSupervisor, "_hear_question", held_up)
     run_id = await floor.create("resumable", {"questions": [{"prompt": "So?"}]})
 
     async def shim_has_ended() -> bool:
         return bool(started) and started[0].launch.shim_is_gone
 
     await until(shim_has_ended)
-    for _ in range(session.UNGUARDED_LOOKS):
+    for _ in range(supervisor.UNGUARDED_LOOKS):
         floor.dispatcher.look_at_shims()
     noticed.set()
     run = await floor.until_status(run_id, RunStatus.WAITING_USER, RunStatus.FAILED)
@@ -124,24 +124,27 @@ async def test_a_result_that_is_parsed_after_the_exit_counts(
 ) -> None:
     """The line is parsed only once the deadline after the exit has been set anew many times."""
     parsing, may_parse = threading.Event(), threading.Event()
-    understand, expect = session.RunSession._understand, session.RunSession._expect_end_within
+    understand, expect = (
+        supervisor.TurnSupervisor._understand,
+        supervisor.TurnSupervisor._expect_end_within,
+    )
     expected: list[float] = []
 
-    def gated(self: session.RunSession, line: bytes) -> Any:
+    def gated(self: supervisor.TurnSupervisor, line: bytes) -> Any:
         parsing.set()
         may_parse.wait(10)
         return understand(self, line)
 
-    def count(self: session.RunSession, seconds: float) -> None:
+    def count(self: supervisor.TurnSupervisor, seconds: float) -> None:
         expect(self, seconds)
         if parsing.is_set() and self._exited is not None:
             expected.append(seconds)
         if len(expected) > 10:  # the shim's own events are three
             may_parse.set()
 
-    monkeypatch.setattr(session, "LAST_OUTPUT_S", 0.02)
-    monkeypatch.setattr(session.RunSession, "_understand", gated)
-    monkeypatch.setattr(session.RunSession, "_expect_end_within", count)
+    monkeypatch.setattr(supervisor, "LAST_OUTPUT_S", 0.02)
+    monkeypatch.setattr(supervisor.TurnSupervisor, "_understand", gated)
+    monkeypatch.setattr(supervisor.TurnSupervisor, "_expect_end_within", count)
     floor = await new_floor(more=[long_result(newline)])
 
     run = await floor.until_ended(await floor.create("long"))
@@ -184,8 +187,8 @@ async def test_heartbeats_keep_a_tree_alive_and_their_end_ends_it(new_floor: New
     assert lived_on == tree
     assert error_of(run) == "ORCHESTRATOR_RESTART_INTERRUPTED"
     assert run.error is not None
-    assert run.error.message == session.STOOD_STILL
-    assert boot_time_ns() > floor.shop.heart.deadline_ns
+    assert run.error.message == supervisor.STOOD_STILL
+    assert boot_time_ns() > floor.shop.tree_deadline.deadline_ns
     await until_nothing_lives(lease)
 
 
@@ -233,7 +236,7 @@ async def test_a_shim_whose_time_runs_out_at_its_gate_interrupts_its_run(
     gated = processes.gated
 
     def gated_too_late(*args: Any, **named: Any) -> None:
-        while boot_time_ns() < floor.shop.heart.deadline_ns:
+        while boot_time_ns() < floor.shop.tree_deadline.deadline_ns:
             os.sched_yield()
         gated(*args, **named)
 
@@ -316,7 +319,7 @@ async def test_a_cancel_of_a_wait_that_ends_is_still_a_cancel(
         assert go_on.wait(30)
         return sweep(*args, **named)
 
-    monkeypatch.setattr(launching, "end_trees", end_slowly)
+    monkeypatch.setattr(launcher, "end_trees", end_slowly)
     run_id = await floor.create("deaf")
     assert await asyncio.to_thread(reached.wait, 30)
     await floor.cancel(run_id)
@@ -405,7 +408,7 @@ async def test_a_patrol_frees_a_run_that_waits_for_what_could_not_be_ended(
 ) -> None:
     floor = await new_floor(trees_live_s=SHORT_S)
     floor.beat(SHORT_S)
-    monkeypatch.setattr(launching, "end_trees", not_at_first(end_trees))
+    monkeypatch.setattr(launcher, "end_trees", not_at_first(end_trees))
     monkeypatch.setattr(dispatcher, "LOOK_AGAIN_S", 600.0)  # only when it is told to
     run_id = await floor.create("holds", policy=RestartPolicy.REQUEUE)
     run = await floor.until(run_id, lambda run: run.attempt == 1 and run.status == "QUEUED")
@@ -425,7 +428,7 @@ async def test_a_patrol_frees_a_run_that_waits_for_what_could_not_be_ended(
 async def test_a_stuck_tree_of_a_canceled_run_is_named_until_a_patrol_has_ended_it(
     floor: Floor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launching, "end_trees", not_at_first(end_trees))
+    monkeypatch.setattr(launcher, "end_trees", not_at_first(end_trees))
     run_id = await floor.create("family")
     lease = await floor.until_tree(run_id, 2)
     await floor.cancel(run_id)
@@ -504,7 +507,7 @@ async def test_a_launch_that_a_stop_cuts_off_leaves_no_process(
         return call
 
     if step == "prepare":
-        monkeypatch.setattr(launching, "prepare", held_up(prepare))
+        monkeypatch.setattr(launcher, "prepare", held_up(prepare))
     elif step == "release":
         monkeypatch.setattr(ShimmedProcess, "release", held_up(ShimmedProcess.release))
     else:

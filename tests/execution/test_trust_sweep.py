@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import structlog
+from runrecovery_service.agents.trust_keeper import LEFT
 from runrecovery_service.domain.reconciliation import TrustClearing, TrustRemoval
 from runrecovery_service.execution import trust_sweep
 from runrecovery_service.execution.trust_sweep import TrustSweep
-from runrecovery_service.execution.trusting import LEFT
 
 from .conftest import Floor, until
 

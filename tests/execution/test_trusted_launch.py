@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import structlog
 from runrecovery_service import clock
+from runrecovery_service.agents.trust_keeper import TrustKeeper
 from runrecovery_service.domain.deadline import DueKind
 from runrecovery_service.domain.run import Profile, RunStatus
 from runrecovery_service.engines.catalog import Engine
-from runrecovery_service.execution.trusting import TrustKeeper
 from runrecovery_service.storage import runs
 from runrecovery_service.trust.errors import TrustFileBusy
 

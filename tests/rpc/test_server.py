@@ -22,10 +22,10 @@ from runrecovery.v1 import run_service_pb2 as pb
 from runrecovery.v1.recovery_service_pb2_grpc import RecoveryServiceStub
 from runrecovery.v1.run_service_pb2_grpc import RunServiceStub
 from runrecovery_service import clock
+from runrecovery_service.agents.output import OutputChannel, OutputFiles
 from runrecovery_service.domain import run as domain
 from runrecovery_service.domain.run import NewRun, Run, RunStatus
 from runrecovery_service.engines.catalog import Catalog, Engine
-from runrecovery_service.execution.output import OutputChannel, OutputFiles
 from runrecovery_service.recovery.plan import Planner
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.listening import ListenFailed

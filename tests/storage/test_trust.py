@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from runrecovery_service.agents import trust_keeper, trust_removal
+from runrecovery_service.agents.trust_keeper import OwnConnection, TrustKeeper, TrustRefused
 from runrecovery_service.domain.errors import Fenced
 from runrecovery_service.domain.reconciliation import TrustClearing
 from runrecovery_service.domain.run import Run, RunStatus
 from runrecovery_service.domain.turn import Succeeded
-from runrecovery_service.execution import trust_taking, trusting
-from runrecovery_service.execution.trusting import OwnConnection, TrustKeeper, TrustRefused
 from runrecovery_service.storage import instances, trust
 from runrecovery_service.storage.database import Database, Kind, open_database
 from runrecovery_service.storage.trust import TrustEntry
@@ -579,7 +579,7 @@ def come_back(place: Place, how: str) -> None:
 
 
 PLACES = ["folder", "empty folder", "other"]
-GONE_FOR_GOOD = trust_taking.PLACE_GONE.total_seconds()
+GONE_FOR_GOOD = trust_removal.PLACE_GONE.total_seconds()
 
 
 @pytest.mark.parametrize("how", PLACES)
@@ -688,7 +688,7 @@ def test_what_is_away_is_not_looked_for_all_the_time(place: Place) -> None:
     place.keeper().clear()
 
     assert place.keeper().stale_files() == []
-    place.world.wait(trust_taking.AWAY_LOOK.total_seconds())
+    place.world.wait(trust_removal.AWAY_LOOK.total_seconds())
     assert place.keeper().stale_files() == [str(place.file)]
 
 
@@ -823,14 +823,14 @@ def test_an_entry_that_a_user_makes_while_ours_is_put_in_is_his(
 def test_what_there_is_no_time_for_is_left_to_the_next_look(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trusting, "CHUNK", 2)
+    monkeypatch.setattr(trust_keeper, "CHUNK", 2)
     for _ in range(5):
         kill(place, place.running())
     asked = iter([False, False, True])  # before the file, and after each of two edits
 
     first = place.keeper().clear(lambda: next(asked))
 
-    assert (len(first.removals), first.failures, first.kept) == (4, (), (trusting.LEFT,))
+    assert (len(first.removals), first.failures, first.kept) == (4, (), (trust_keeper.LEFT,))
     assert len(place.rows()) == 1
     rest = place.keeper().clear()
     assert (len(rest.removals), rest.warnings) == (1, ())
@@ -840,14 +840,14 @@ def test_what_there_is_no_time_for_is_left_to_the_next_look(
 def test_no_file_is_begun_when_there_is_no_time(place: Place) -> None:
     kill(place, place.running())
 
-    assert place.keeper().clear(lambda: True) == TrustClearing(kept=(trusting.LEFT,))
+    assert place.keeper().clear(lambda: True) == TrustClearing(kept=(trust_keeper.LEFT,))
     assert len(place.rows()) == 1
 
 
 def test_rows_that_stay_do_not_keep_later_ones_from_their_turn(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trusting, "CHUNK", 2)
+    monkeypatch.setattr(trust_keeper, "CHUNK", 2)
     runs = [place.running() for _ in range(6)]
     for run in runs:
         kill(place, run)

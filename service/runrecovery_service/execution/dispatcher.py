@@ -14,7 +14,7 @@ import structlog
 from runrecovery_service.domain.deadline import DueKind
 from runrecovery_service.domain.errors import Exhausted, Fenced, NotNow, RunGone
 from runrecovery_service.domain.run import Run, RunStatus
-from runrecovery_service.execution.session import RunSession
+from runrecovery_service.execution.supervisor import TurnSupervisor
 from runrecovery_service.execution.workshop import Workshop
 from runrecovery_service.process.sweep import end_trees
 from runrecovery_service.storage import turns
@@ -49,7 +49,7 @@ class Dispatcher:
     fenced: Callable[[Fenced], None]
     failing_s: float = 0.0
     _failing_since: float | None = None
-    _sessions: dict[RunSession, asyncio.Task[None]] = field(default_factory=dict)
+    _sessions: dict[TurnSupervisor, asyncio.Task[None]] = field(default_factory=dict)
     _taking: bool = True
     _unsure: bool = False
     _look_due: bool = False
@@ -92,7 +92,7 @@ class Dispatcher:
 
     def heartbeat(self, deadline_ns: int) -> None:
         """Tell every shim until when (CLOCK_BOOTTIME) its tree may live: the lease was renewed."""
-        self.shop.heart.beat(deadline_ns)
+        self.shop.tree_deadline.beat(deadline_ns)
         for session in self._sessions:
             session.launch.heartbeat()
 
@@ -194,7 +194,7 @@ class Dispatcher:
             self._look_due = self._look_due or was_due
             raise
 
-    async def _run_of(self, session: RunSession) -> Run:
+    async def _run_of(self, session: TurnSupervisor) -> Run:
         return await self.shop.storage.point(turns.look, session.turn, owner=self.shop.owner)
 
     async def _told_of_a_change(self) -> bool:
@@ -224,7 +224,7 @@ class Dispatcher:
             if turn is None:
                 return
             self._demand_new(turn)
-            session = RunSession(turn=turn, shop=self.shop)
+            session = TurnSupervisor(turn=turn, shop=self.shop)
             self._sessions[session] = asyncio.create_task(self._follow(session))
 
     def _demand_new(self, turn: Turn) -> None:
@@ -257,7 +257,7 @@ class Dispatcher:
             name for name, count in in_use.items() if count >= limits.get(name, self.capacity)
         )
 
-    async def _follow(self, session: RunSession) -> None:
+    async def _follow(self, session: TurnSupervisor) -> None:
         try:
             await session.follow()
         except Fenced as error:
@@ -270,7 +270,7 @@ class Dispatcher:
         del self._sessions[session]
         self._changed.set()
 
-    async def _give_up(self, session: RunSession) -> None:
+    async def _give_up(self, session: TurnSupervisor) -> None:
         """End what a session that met a defect leaves behind."""
         try:
             await session.give_up()
@@ -280,7 +280,7 @@ class Dispatcher:
             log.exception("execution.session_failed", run_id=session.turn.run.run_id)
 
 
-def _tell(session: RunSession, run: Run) -> None:
+def _tell(session: TurnSupervisor, run: Run) -> None:
     """Tell a session of what was accepted for its run; it may have been told before."""
     if run.cancel_requested:
         session.cancel()

@@ -14,9 +14,9 @@ from typing import Final
 
 import structlog
 
+from runrecovery_service.agents.trust_keeper import LEFT
 from runrecovery_service.clock import set_within
 from runrecovery_service.domain.errors import Fenced, is_outage
-from runrecovery_service.execution.trusting import LEFT
 from runrecovery_service.execution.workshop import Workshop
 
 log = structlog.get_logger()

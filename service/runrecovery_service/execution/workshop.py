@@ -11,15 +11,14 @@ from typing import TypeVar
 
 import structlog
 
+from runrecovery_service.agents.output import OutputFiles
+from runrecovery_service.agents.session_checks import LOOK_S
+from runrecovery_service.agents.trust_keeper import TrustKeeper
 from runrecovery_service.domain.deadline import SteadyTime
 from runrecovery_service.domain.errors import Fenced, is_outage
 from runrecovery_service.domain.run import Run
 from runrecovery_service.engines.catalog import Catalog
-from runrecovery_service.execution.looking import LOOK_S
-from runrecovery_service.execution.output import OutputFiles
-from runrecovery_service.execution.trusting import TrustKeeper
 from runrecovery_service.process.cgroup import CgroupParent
-from runrecovery_service.process.evidence import LeaseEvidence
 from runrecovery_service.process.launch import boot_time_ns
 from runrecovery_service.storage.adapter import Storage
 from runrecovery_service.storage.instances import Owner
@@ -34,7 +33,7 @@ RETRY_FIRST_S, RETRY_MOST_S = 0.2, 5.0
 
 
 @dataclass(slots=True)
-class Heart:
+class TreeDeadline:
     """Until when the process trees may live, as CLOCK_BOOTTIME: every renewal of the service's
     lease moves it. A shim that hears of no later time ends its tree."""
 
@@ -42,7 +41,7 @@ class Heart:
     _beat: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
-    def beats(self) -> bool:
+    def is_ahead(self) -> bool:
         """False once the service has stood still for so long that its trees are dead."""
         return boot_time_ns() < self.deadline_ns
 
@@ -51,9 +50,9 @@ class Heart:
         self.deadline_ns = deadline_ns
         self._beat.set()
 
-    async def beating(self) -> None:
+    async def wait_until_ahead(self) -> None:
         """Return at once, or with the next beat: nothing is launched into a lease that is over."""
-        while not self.beats:
+        while not self.is_ahead:
             self._beat.clear()
             await self._beat.wait()
 
@@ -74,7 +73,7 @@ class Workshop:
     trust: TrustKeeper
     threads: Executor
     environ: Mapping[str, str]
-    heart: Heart
+    tree_deadline: TreeDeadline
     cgroups: CgroupParent | None
     cancel_grace_s: float
     exit_grace_s: float
@@ -113,7 +112,7 @@ class TurnLog:
     def _turn(self) -> dict[str, object]:
         return {"run_id": self.run.run_id, "attempt": self.run.attempt, "turn": self.run.turn}
 
-    async def insist(self, do: Callable[[], Awaitable[R]]) -> R:
+    async def retry_until_done(self, do: Callable[[], Awaitable[R]]) -> R:
         """Do it until it is done: what a process did is not forgotten over a full disk, a database
         that is away, or a defect. Meanwhile the run keeps its slot, and the log says why."""
         pause_s = RETRY_FIRST_S
@@ -129,19 +128,3 @@ class TurnLog:
                 )
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, RETRY_MOST_S)
-
-
-def evidence_of(lease: Lease) -> LeaseEvidence:
-    """Return what a lease proves about processes."""
-    return LeaseEvidence(
-        lease_key=lease.key,
-        run_key=lease.run_key,
-        cookie=lease.cookie,
-        watermark=lease.watermark,
-        cgroup=lease.cgroup,
-        pid=lease.pid,
-        start_ticks=lease.start_ticks,
-        boot_id=lease.boot_id,
-        pid_namespace=lease.pid_namespace,
-        host_id=lease.host_id,
-    )

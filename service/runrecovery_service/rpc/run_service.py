@@ -13,6 +13,8 @@ from typing import Final, TypeVar
 from runrecovery.v1 import run_pb2
 from runrecovery.v1 import run_service_pb2 as pb
 
+from runrecovery_service.agents.output import OutputChannel, OutputFiles
+from runrecovery_service.agents.session_checks import LOOK_S, check_session
 from runrecovery_service.domain.deadline import SteadyTime
 from runrecovery_service.domain.errors import (
     NotNow,
@@ -26,8 +28,6 @@ from runrecovery_service.domain.run import NewRun, Run, RunFilter, RunStatus
 from runrecovery_service.domain.session_check import WORDS, StoredHandle
 from runrecovery_service.engines.catalog import Catalog, Engine
 from runrecovery_service.execution.dispatcher import Dispatcher
-from runrecovery_service.execution.looking import LOOK_S, finding_of
-from runrecovery_service.execution.output import OutputChannel, OutputFiles
 from runrecovery_service.rpc import ids, mapping, paging, validation
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.watching import RunWatcher
@@ -207,7 +207,7 @@ class RunService:
         workspace = self._rooms.output.workspace(run.key, run.attempt)
         mark = found.mark if handle == found.handle else None
         stored = StoredHandle(handle=handle, workspace=workspace, mark=mark)
-        finding = await finding_of(engine, stored, look_s=LOOK_S, seen_before=supplied is None)
+        finding = await check_session(engine, stored, look_s=LOOK_S, seen_before=supplied is None)
         if finding is not None and not finding.holds:
             why = "its session is lost" if finding.reason is None else WORDS[finding.reason]
             raise SessionNotResumable(run.run_id, why)

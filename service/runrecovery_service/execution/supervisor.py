@@ -11,6 +11,8 @@ from typing import IO, Final, TypeAlias
 
 import structlog
 
+from runrecovery_service.agents.output import OutputChannel
+from runrecovery_service.agents.session_checks import check_session, fingerprint_session
 from runrecovery_service.domain.deadline import Due, DueKind
 from runrecovery_service.domain.errors import Fenced
 from runrecovery_service.domain.run import (
@@ -54,9 +56,7 @@ from runrecovery_service.engines.dialect import (
     Task,
     UnknownMessage,
 )
-from runrecovery_service.execution.launching import Launch, StoodStill, Unguarded, Withdrawn
-from runrecovery_service.execution.looking import finding_of, seen_of
-from runrecovery_service.execution.output import OutputChannel
+from runrecovery_service.execution.launcher import Launch, StoodStill, Unguarded, Withdrawn
 from runrecovery_service.execution.pipes import bytes_held, read, until_read, write_all
 from runrecovery_service.execution.workshop import TurnLog, Workshop
 from runrecovery_service.process.launch import (
@@ -132,7 +132,7 @@ _News: TypeAlias = "Message | ShimEvent | _Signal | _Broken | _TimedOut | _Wrote
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class RunSession:
+class TurnSupervisor:
     """One turn under way. `follow` is its whole life; the rest may be called meanwhile.
 
     `is_ending`: it is decided how the turn ended; that is only to be carried out and recorded.
@@ -277,7 +277,9 @@ class RunSession:
         stored = StoredHandle(
             handle=resumed.session.handle,
             workspace=self.shop.output.workspace(run.key, run.attempt),
-            mark=await self._log.insist(lambda: self.shop.storage.point(turns.mark_of, self.turn)),
+            mark=await self._log.retry_until_done(
+                lambda: self.shop.storage.point(turns.mark_of, self.turn)
+            ),
         )
         finding = await self._finding_at_home(engine, stored)
         if finding is None or finding.reason is None:
@@ -293,7 +295,7 @@ class RunSession:
         it another, empty home, in which every session is lost."""
         told = False
         while True:
-            finding = await finding_of(engine, stored, look_s=self.shop.look_s)
+            finding = await check_session(engine, stored, look_s=self.shop.look_s)
             away = finding is not None and finding.reason is Reason.HOME_AWAY and finding.holds
             if not away:
                 return finding
@@ -343,7 +345,9 @@ class RunSession:
     async def _look(self) -> Run:
         """Return the run as it is on record now."""
         storage, owner = self.shop.storage, self.shop.owner
-        return await self._log.insist(lambda: storage.point(turns.look, self.turn, owner=owner))
+        return await self._log.retry_until_done(
+            lambda: storage.point(turns.look, self.turn, owner=owner)
+        )
 
     async def _take_news(self, process: ShimmedProcess) -> None:
         while not self._is_over():
@@ -543,7 +547,7 @@ class RunSession:
 
     async def _hand_over_reply(self, process: ShimmedProcess) -> None:
         run = await self._look()
-        reply = await self._log.insist(
+        reply = await self._log.retry_until_done(
             lambda: self.shop.storage.point(interactions.find, run.key, run.interaction_count)
         )
         accepted = reply is not None and reply.state is InteractionState.ANSWERED
@@ -710,7 +714,7 @@ class RunSession:
             Fenced: a newer epoch of this instance has started.
         """
         storage, owner = self.shop.storage, self.shop.owner
-        await self._log.insist(lambda: storage.point(instances.demand_current, owner))
+        await self._log.retry_until_done(lambda: storage.point(instances.demand_current, owner))
 
     async def _distrust(self, end: TurnEnd) -> None:
         """Where the run ends with this turn, have no CLI trust its workspace any more. Whoever sees
@@ -745,7 +749,7 @@ class RunSession:
             return None
         workspace = self.shop.output.workspace(self.turn.run.key, self.turn.run.attempt)
         stored = StoredHandle(handle=session.handle, workspace=workspace)
-        seen = await seen_of(sessions, stored, look_s=self.shop.look_s)
+        seen = await fingerprint_session(sessions, stored, look_s=self.shop.look_s)
         if seen.mark is None:
             reason = seen.finding.reason or Reason.NOT_ANSWERED
             self._log.warning("execution.session_not_seen", reason=reason.value)
@@ -753,7 +757,7 @@ class RunSession:
 
     async def _record(self, end: TurnEnd, ended: Ended) -> None:
         mark = await self._mark(end, gone=ended.gone)
-        run = await self._log.insist(
+        run = await self._log.retry_until_done(
             lambda: self.shop.storage.write(
                 turns.end,
                 self.turn,
@@ -792,7 +796,9 @@ class RunSession:
 
     async def _write(self, use: Callable[..., object], **facts: object) -> None:
         storage, owner = self.shop.storage, self.shop.owner
-        await self._log.insist(lambda: storage.write(use, self.turn, owner=owner, **facts))
+        await self._log.retry_until_done(
+            lambda: storage.write(use, self.turn, owner=owner, **facts)
+        )
 
 
 def _first_fenced(group: ExceptionGroup[Exception]) -> Fenced | None:

@@ -13,9 +13,10 @@ from typing import Final
 
 import structlog
 
+from runrecovery_service.agents.launch_markers import launch_markers
 from runrecovery_service.clock import set_within
 from runrecovery_service.domain.errors import Fenced, is_outage
-from runrecovery_service.execution.workshop import Workshop, evidence_of
+from runrecovery_service.execution.workshop import Workshop
 from runrecovery_service.process.sweep import Ending, end_trees
 from runrecovery_service.storage import processes
 from runrecovery_service.storage.processes import Ended, Lease
@@ -31,7 +32,7 @@ ROUND_DEADLINE_S: Final = 10.0
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Patrol:
+class StragglerSweep:
     """Goes its rounds until it is stopped.
 
     Attributes:
@@ -96,7 +97,7 @@ class Patrol:
     def _end(self, leases: Sequence[Lease]) -> dict[int, Ending]:
         grace_s = self.shop.cancel_grace_s
         return end_trees(
-            [evidence_of(lease) for lease in leases],
+            [launch_markers(lease) for lease in leases],
             why="patrol",
             grace_s=grace_s,
             deadline_s=grace_s + ROUND_DEADLINE_S,

@@ -12,12 +12,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, TypeVar
 
+from runrecovery_service.agents.launch_markers import launch_markers
+from runrecovery_service.agents.trust_keeper import TrustRefused
 from runrecovery_service.domain.errors import Exhausted, Fenced, NotNow
 from runrecovery_service.engines.catalog import Engine
 from runrecovery_service.engines.dialect import Opening
 from runrecovery_service.execution.pipes import fill
-from runrecovery_service.execution.trusting import TrustRefused
-from runrecovery_service.execution.workshop import TurnLog, Workshop, evidence_of
+from runrecovery_service.execution.workshop import TurnLog, Workshop
 from runrecovery_service.process.evidence import COOKIE_VARIABLE, Identity, LeaseEvidence
 from runrecovery_service.process.launch import (
     TRANSIENT,
@@ -85,12 +86,12 @@ class Launch:
     _unwanted: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
-        self.evidence = evidence_of(self.turn.lease)
+        self.evidence = launch_markers(self.turn.lease)
 
     def heartbeat(self) -> None:
         """Tell the shim until when its tree may live."""
         if self._process is not None:
-            self._until_ns = self.shop.heart.deadline_ns
+            self._until_ns = self.shop.tree_deadline.deadline_ns
             self._process.heartbeat(self._until_ns)
 
     @property
@@ -170,10 +171,10 @@ class Launch:
         workspace = await self._to_its_end(self._make_workspace)
         if engine.trust is not None:
             await self._let_trust(engine.trust, workspace, env)
-        await shop.heart.beating()
+        await shop.tree_deadline.wait_until_ahead()
         command = (*engine.command, *opening.arguments)
         process = await self._to_its_end(lambda: self._prepare(engine, command, workspace, env))
-        await self.log.insist(
+        await self.log.retry_until_done(
             lambda: shop.storage.write(
                 processes.gated,
                 lease,
@@ -182,7 +183,7 @@ class Launch:
                 start_ticks=process.start_ticks,
             )
         )
-        await self.log.insist(
+        await self.log.retry_until_done(
             lambda: shop.storage.write(processes.running, lease, owner=shop.owner)
         )
         # Before it can look: Gemini CLI takes an input that is not there at once for an empty one.
@@ -261,7 +262,7 @@ class Launch:
                 )
             return None
 
-        return await self.log.insist(lambda: self._to_its_end(try_it))
+        return await self.log.retry_until_done(lambda: self._to_its_end(try_it))
 
     async def demand_wanted(self) -> None:
         """Demand that nobody has ended the run meanwhile. A cancel that came before this launch
@@ -272,7 +273,9 @@ class Launch:
         """
         self._pause(0)
         storage, owner = self.shop.storage, self.shop.owner
-        run = await self.log.insist(lambda: storage.point(turns.look, self.turn, owner=owner))
+        run = await self.log.retry_until_done(
+            lambda: storage.point(turns.look, self.turn, owner=owner)
+        )
         if run.cancel_requested:
             raise Withdrawn
 
@@ -301,7 +304,7 @@ class Launch:
         self, engine: Engine, command: Sequence[str], workspace: Path, env: Mapping[str, str]
     ) -> ShimmedProcess:
         run = self.turn.run
-        self._until_ns = self.shop.heart.deadline_ns
+        self._until_ns = self.shop.tree_deadline.deadline_ns
         return prepare(
             command,
             evidence=self.evidence,
@@ -328,13 +331,13 @@ class Launch:
     def _open_gate(self) -> None:
         if self._process is not None:
             self._released = True
-            self._until_ns = self.shop.heart.deadline_ns
+            self._until_ns = self.shop.tree_deadline.deadline_ns
             self._process.release(self._until_ns)
 
     async def end_tree(self, *, why: str) -> Ending:
         """End what is left of the tree, if only a child that the agent forgot."""
         grace_s = self.shop.cancel_grace_s
-        endings = await self.log.insist(
+        endings = await self.log.retry_until_done(
             lambda: self.shop.in_thread(
                 lambda: end_trees(
                     [self.evidence],

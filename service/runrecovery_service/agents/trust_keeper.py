@@ -3,7 +3,7 @@
 The order is always the same: the lock of the CLI's file, then the store, and no file is edited
 within a transaction. An entry is on record before it is in the file, and its row is marked after
 it is out of the file, both under that lock: a crash leaves at most a row for what is not there.
-How a look at a file settles its rows is the matter of `trust_taking`.
+How a look at a file settles its rows is the matter of `trust_removal`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from typing import Final, Protocol, TypeVar
 
 import structlog
 
+from runrecovery_service.agents import trust_removal
+from runrecovery_service.agents.trust_removal import Taken
 from runrecovery_service.domain.reconciliation import TrustClearing, TrustRemoval
 from runrecovery_service.domain.run import Run
-from runrecovery_service.execution import trust_taking
-from runrecovery_service.execution.trust_taking import Taken
 from runrecovery_service.process.files import open_regular
 from runrecovery_service.storage import trust
 from runrecovery_service.storage.adapter import Storage
@@ -167,14 +167,14 @@ class TrustKeeper:
             raise
         except (TrustError, OSError) as error:
             reason = (
-                f"{cli} cannot be made to trust the workspace: {trust_taking.told(file, error)}"
+                f"{cli} cannot be made to trust the workspace: {trust_removal.told(file, error)}"
             )
             raise TrustRefused(reason) from error
 
     def standing(self, file: str, place: str) -> dict[str, Added]:
         """Return our entries in a file, by folder."""
         rows = self.store.read(lambda db: trust.standing(db, self.host_id, file, place))
-        found = {folder: trust_taking.added_of(text) for folder, text in rows.items()}
+        found = {folder: trust_removal.added_of(text) for folder, text in rows.items()}
         return {folder: added for folder, added in found.items() if added is not None}
 
     def record(self, entry: TrustEntry) -> None:
@@ -323,7 +323,7 @@ class _Taking:
             )
         except Exception as error:  # noqa: BLE001 - whatever it was, other files must not wait for it
             self.last = None
-            return TrustClearing(failures=(trust_taking.told(self.file, error),))
+            return TrustClearing(failures=(trust_removal.told(self.file, error),))
         _log(taken.removals)
         return TrustClearing(removals=taken.removals, kept=taken.kept)
 
@@ -337,7 +337,7 @@ class _Taking:
         found = self.keeper.store.read(self.find)
         self.last = found[-1].after if len(found) == self.limit else None
         here = [entry for entry in found if entry.file == self.file]
-        return trust_taking.taken(text, here, place=self._place, now=self.keeper.now())
+        return trust_removal.taken(text, here, place=self._place, now=self.keeper.now())
 
     def settle(self, taken: Taken) -> None:
         """Put on record what came about."""
@@ -363,7 +363,7 @@ def _log(removals: Iterable[TrustRemoval]) -> None:
         )
 
 
-def why_not_trusting(cli: str, env: Mapping[str, str]) -> str | None:
+def trust_problem(cli: str, env: Mapping[str, str]) -> str | None:
     """Return why a CLI with this environment could not be made to trust a folder, None if it
     could. Nothing is changed."""
     try:
@@ -373,7 +373,7 @@ def why_not_trusting(cli: str, env: Mapping[str, str]) -> str | None:
     try:
         homes.EDITORS[homes.Cli(cli)].add(_text(file), "/some/workspace")
     except (TrustError, OSError) as error:
-        return trust_taking.told(str(file), error)
+        return trust_removal.told(str(file), error)
     folders = Path(os.path.realpath(file)).parents
     nearest = next(folder for folder in folders if folder.exists())
     if not os.access(nearest, os.W_OK | os.X_OK):

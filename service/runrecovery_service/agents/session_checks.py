@@ -18,7 +18,7 @@ LOOK_S: Final = 10.0
 """How long storage may take to answer."""
 
 
-async def finding_of(
+async def check_session(
     engine: Engine, stored: StoredHandle, *, look_s: float, seen_before: bool = True
 ) -> Finding | None:
     """Return what a session's check says; None: its engine has none."""
@@ -35,7 +35,9 @@ async def finding_of(
     return finding
 
 
-async def seen_of(sessions: CliSessions, stored: StoredHandle, *, look_s: float) -> Seen:
+async def fingerprint_session(
+    sessions: CliSessions, stored: StoredHandle, *, look_s: float
+) -> Seen:
     """Return what is seen of a session, to be marked."""
     try:
         return await daemons.within(look_s, lambda: sessions.see(stored))
