@@ -38,7 +38,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from runrecovery_service import clock
+from runrecovery_service.clock import Clock
 from runrecovery_service.domain.run import Run
 from runrecovery_service.process.evidence import Host, LeaseEvidence
 from runrecovery_service.process.launch import (
@@ -82,7 +82,7 @@ class Ledger:
             pid=os.getpid(),
         )
         self._db = db
-        self._owner: Owner = instances.claim(db, boot, now=clock.utc_now())
+        self._owner: Owner = instances.claim(db, boot, now=Clock().now())
         self._place = Place(
             host_id=here.host_id,
             boot_id=here.boot_id,
@@ -98,7 +98,7 @@ class Ledger:
         run = cast(Run, SimpleNamespace(key=self._runs, attempt=1, turn=1))
         with self._db.transaction():
             lease = processes.intend(
-                self._db, run, owner=self._owner, place=self._place, now=clock.utc_now()
+                self._db, run, owner=self._owner, place=self._place, now=Clock().now()
             )
         self._leases[lease.key] = lease
         return replace(

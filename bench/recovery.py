@@ -37,7 +37,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from runrecovery_service import clock
+from runrecovery_service.clock import Clock
 from runrecovery_service.domain.reconciliation import Cause, TrustClearing
 from runrecovery_service.recovery.startup import Limits, Recovery
 from runrecovery_service.storage import tables
@@ -178,8 +178,8 @@ def ours(db: Database, data_dir: Path) -> None:
             session_checks={},
             workspace=lambda key, attempt: data_dir,
             now=lambda: datetime.now(UTC),
-            due_in=clock.due_in,
-            steady_now=clock.steady_now,
+            due_in=Clock().due_in,
+            steady_now=Clock().steady,
             stopping=lambda: False,
         ).run(db, lambda reconciliation_id: None)
 

@@ -33,7 +33,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from runrecovery_service import clock
+from runrecovery_service.clock import Clock
 from runrecovery_service.domain.session_check import SessionCheck, SessionMark, StoredHandle
 from runrecovery_service.recovery.sessions import Asker, changed_findings
 from runrecovery_service.storage import converge
@@ -112,7 +112,7 @@ def restart(sessions: Sessions, handles: Sequence[StoredHandle], top: Path) -> f
                 _store(db.execute, key, stored, first.epoch)
         owner = claim(db, instance=INSTANCE, data_dir=top)
         scope = Scope(
-            owner=owner, before=owner.epoch, reconciliation_key=1, reopen=clock.due_in(60),
+            owner=owner, before=owner.epoch, reconciliation_key=1, reopen=Clock().due_in(60),
             now=datetime.now(UTC),
         )  # fmt: skip
         checks: dict[str, SessionCheck] = {ENGINE: SessionCheck(sessions.home.store.look)}

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import structlog
 
-from runrecovery_service import clock, daemons
+from runrecovery_service import daemons
 from runrecovery_service.agents.launch_markers import launch_markers
 from runrecovery_service.agents.output import OutputFiles
 from runrecovery_service.agents.trust_keeper import OwnConnection, ThroughLoop, TrustKeeper
+from runrecovery_service.clock import Clock
 from runrecovery_service.config import Settings
 from runrecovery_service.domain.errors import ContainmentRefused
 from runrecovery_service.domain.reconciliation import Cause, Containment
@@ -122,7 +123,7 @@ def build(
     boot = _boot(settings, held, host)
     ttl_s = settings.lease_ttl_s
     with refusing(db.place):
-        owner = repeated(lambda: instances.claim(db, boot, now=clock.utc_now(), ttl_s=ttl_s))
+        owner = repeated(lambda: instances.claim(db, boot, now=Clock().now(), ttl_s=ttl_s))
     if db.dialect.kind is Kind.SQLITE:
         db.keep_files()  # this thread's connection stays open, so that the log does
     else:
@@ -239,7 +240,7 @@ def _trust_keeper(host: Host, storage: Storage, owner: Owner) -> TrustKeeper:
         host_id=host.host_id,
         owner=owner,
         store=ThroughLoop(storage, asyncio.get_running_loop()),
-        now=clock.utc_now,
+        now=Clock().now,
     )
 
 
@@ -274,9 +275,9 @@ def _workshop(
         cancel_grace_s=settings.cancel_grace_s,
         exit_grace_s=settings.exit_grace_s,
         soft_open_files=open_files.agents_soft,
-        now=clock.utc_now,
-        steady_now=clock.steady_now,
-        due_in=clock.due_in,
+        now=Clock().now,
+        steady_now=Clock().steady,
+        due_in=Clock().due_in,
     )
 
 
@@ -345,9 +346,9 @@ def _recovery(
         clear_trust=_clear_trust(shop.trust),
         session_checks=_session_checks(shop.catalog),
         workspace=shop.output.workspace,
-        now=clock.utc_now,
-        due_in=clock.due_in,
-        steady_now=clock.steady_now,
+        now=Clock().now,
+        due_in=Clock().due_in,
+        steady_now=Clock().steady,
         stopping=stopping,
     )
 
@@ -366,9 +367,9 @@ def _closing(settings: Settings, shop: Workshop) -> Recovery:
         clear_trust=_clear_trust(shop.trust),
         session_checks=_session_checks(shop.catalog),
         workspace=shop.output.workspace,
-        now=clock.utc_now,
-        due_in=clock.due_in,
-        steady_now=clock.steady_now,
+        now=Clock().now,
+        due_in=Clock().due_in,
+        steady_now=Clock().steady,
         stopping=lambda: False,
     )
 

@@ -1,4 +1,4 @@
-"""The clocks, in one place. Everything else takes the time as an argument."""
+"""The clocks, in one place. Everything else gets a `Clock`, or a time, as an argument."""
 
 from __future__ import annotations
 
@@ -13,28 +13,34 @@ from runrecovery_service.domain.deadline import Due, SteadyTime
 
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 _TIME_NAMESPACE: Final = Path("/proc/self/ns/time")
+_MICROSECOND: Final = timedelta(microseconds=1)
 
 
-def utc_now() -> datetime:
-    """Return the time now by the wall clock, aware, in UTC."""
-    return datetime.now(UTC)
+class Clock:
+    """The time, read from the system. A test replaces it with `support.clock.FakeClock`."""
+
+    def now(self) -> datetime:
+        """Return the wall-clock time, aware, in UTC."""
+        return datetime.now(UTC)
+
+    def steady(self) -> SteadyTime:
+        """Return the time of the clock that nobody sets.
+
+        It runs from the boot of the machine, also while the machine sleeps, and through restarts
+        of the service.
+        """
+        boottime_us = time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1000
+        return SteadyTime(clock=_steady_clock_name(), us=boottime_us)
+
+    def due_in(self, seconds: float) -> Due:
+        """Return the deadline that is `seconds` away, by both clocks."""
+        span = timedelta(seconds=seconds)
+        steady = self.steady()
+        return Due(at=self.now() + span, clock=steady.clock, us=steady.us + span // _MICROSECOND)
 
 
-def steady_now() -> SteadyTime:
-    """Return the time now by the clock that nobody sets: it runs from the boot of the machine,
-    also while that sleeps, and through restarts of the service."""
-    return SteadyTime(clock=_steady_clock(), us=time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1000)
-
-
-def due_in(seconds: float) -> Due:
-    """Return the deadline that is `seconds` away."""
-    span = timedelta(seconds=seconds)
-    steady = steady_now()
-    return Due(at=utc_now() + span, clock=steady.clock, us=steady.us + span // _MICROSECOND)
-
-
-async def set_within(seconds: float, event: asyncio.Event) -> bool:
-    """Wait for an event, not for longer than that; return whether it came."""
+async def wait_within(event: asyncio.Event, seconds: float) -> bool:
+    """Wait for an event for at most `seconds`, and return whether the event was set."""
     try:
         async with asyncio.timeout(seconds):
             return await event.wait()
@@ -42,12 +48,9 @@ async def set_within(seconds: float, event: asyncio.Event) -> bool:
         return False
 
 
-_MICROSECOND: Final = timedelta(microseconds=1)
-
-
 @cache
-def _steady_clock() -> str:
-    """Name the clock: the boot that it runs from, and the time namespace that may shift it."""
+def _steady_clock_name() -> str:
+    """Name the clock by its boot and by the time namespace, which may shift it."""
     boot_id = _BOOT_ID.read_text("ascii").strip()
     try:
         return f"{boot_id}/{_TIME_NAMESPACE.stat().st_ino}"

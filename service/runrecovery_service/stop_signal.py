@@ -6,6 +6,8 @@ import asyncio
 
 import structlog
 
+from runrecovery_service.clock import wait_within
+
 log = structlog.get_logger()
 
 
@@ -53,8 +55,4 @@ class StopSignal:
 
     async def wait_within(self, seconds: float) -> bool:
         """Wait for at most `seconds`, and return whether a stop was requested."""
-        try:
-            async with asyncio.timeout(seconds):
-                return await self._event.wait()
-        except TimeoutError:
-            return False
+        return await wait_within(self._event, seconds)

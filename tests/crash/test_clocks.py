@@ -21,11 +21,11 @@ NewHome = Callable[..., Home]
 APART: Final = ("unshare", "--time", "--boottime", "100000")
 READ: Final = """
 import json, time
-from runrecovery_service import clock
+from runrecovery_service.clock import Clock
 from runrecovery_service.process.launch import boot_time_ns
 def ns(): return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 apart = ns() - time.clock_gettime_ns(time.CLOCK_MONOTONIC)
-print(json.dumps([apart / 1e9, ns(), clock.steady_now().us * 1000 + 999, clock.due_in(0).us * 1000
+print(json.dumps([apart / 1e9, ns(), Clock().steady().us * 1000 + 999, Clock().due_in(0).us * 1000
     + 999, boot_time_ns(), ns()]))
 """
 HOLDS: Final = "import sys, time; sys.stdin.readline(); time.sleep(600)"

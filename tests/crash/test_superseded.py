@@ -11,7 +11,7 @@ from typing import Final
 import grpc
 import pytest
 from runrecovery.v1 import run_pb2
-from runrecovery_service import clock
+from runrecovery_service.clock import Clock
 from runrecovery_service.storage import instances
 from runrecovery_service.storage.database import open_database
 from runrecovery_service.storage.instances import Boot
@@ -51,7 +51,7 @@ def claim_beside(home: Home) -> None:
         lock_id=lock_id,
     )
     try:
-        instances.claim(db, boot, now=clock.utc_now())
+        instances.claim(db, boot, now=Clock().now())
     finally:
         db.close()
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest_asyncio
-from runrecovery_service import clock
 from runrecovery_service.agents.output import OutputFiles
 from runrecovery_service.agents.trust_keeper import ThroughLoop, TrustKeeper
+from runrecovery_service.clock import Clock
 from runrecovery_service.domain.run import NewRun, Profile, RestartPolicy, Run, RunStatus
 from runrecovery_service.engines.catalog import Catalog, Engine
 from runrecovery_service.execution.deadlines import Deadlines
@@ -183,7 +183,7 @@ class Floor:
             owner=self.owner,
             max_queued=10_000,
             receipt=None,
-            now=clock.utc_now(),
+            now=Clock().now(),
         )
         self.dispatcher.changed(run)
         return run_id
@@ -191,7 +191,7 @@ class Floor:
     async def cancel(self, run_id: str) -> None:
         """Cancel a run and tell the dispatcher."""
         run = await self.storage.write(
-            runs.cancel, run_id, owner=self.owner, etag=None, receipt=None, now=clock.utc_now()
+            runs.cancel, run_id, owner=self.owner, etag=None, receipt=None, now=Clock().now()
         )
         self.dispatcher.changed(run)
 
@@ -206,7 +206,7 @@ class Floor:
             owner=self.owner,
             etag=None,
             receipt=None,
-            now=clock.utc_now(),
+            now=Clock().now(),
         )
         self.dispatcher.changed(run)
 
@@ -264,7 +264,7 @@ async def opened(
         data_dir=str(path),
         pid=1,
     )
-    owner = instances.claim(db, boot, now=clock.utc_now())
+    owner = instances.claim(db, boot, now=Clock().now())
     db.close()
     storage = Storage(db)
     with SteadyThreadPool(40, "process") as threads:
@@ -293,7 +293,7 @@ async def opened(
                 host_id=here.host_id,
                 owner=owner,
                 store=ThroughLoop(storage, asyncio.get_running_loop()),
-                now=clock.utc_now,
+                now=Clock().now,
             ),
             threads=threads,
             environ=dict(os.environ),
@@ -301,9 +301,9 @@ async def opened(
             cgroups=None,
             cancel_grace_s=0.5,
             exit_grace_s=1.0,
-            now=clock.utc_now,
-            steady_now=clock.steady_now,
-            due_in=clock.due_in,
+            now=Clock().now,
+            steady_now=Clock().steady,
+            due_in=Clock().due_in,
             look_s=look_s,
         )
         fenced: list[bool] = []

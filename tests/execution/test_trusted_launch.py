@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import structlog
-from runrecovery_service import clock
 from runrecovery_service.agents.trust_keeper import TrustKeeper
+from runrecovery_service.clock import Clock
 from runrecovery_service.domain.deadline import DueKind
 from runrecovery_service.domain.run import Profile, RunStatus
 from runrecovery_service.engines.catalog import Engine
@@ -127,7 +127,7 @@ async def test_a_cancel_that_is_only_on_record_ends_the_wait(
     run_id = await trusting.create("trusting")
     await waits(tries)
     await trusting.storage.write(
-        runs.cancel, run_id, owner=trusting.owner, etag=None, receipt=None, now=clock.utc_now()
+        runs.cancel, run_id, owner=trusting.owner, etag=None, receipt=None, now=Clock().now()
     )
 
     assert (await trusting.until_ended(run_id)).status is RunStatus.CANCELED

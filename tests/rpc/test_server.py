@@ -21,8 +21,8 @@ from runrecovery.v1 import run_pb2
 from runrecovery.v1 import run_service_pb2 as pb
 from runrecovery.v1.recovery_service_pb2_grpc import RecoveryServiceStub
 from runrecovery.v1.run_service_pb2_grpc import RunServiceStub
-from runrecovery_service import clock
 from runrecovery_service.agents.output import OutputChannel, OutputFiles
+from runrecovery_service.clock import Clock
 from runrecovery_service.domain import run as domain
 from runrecovery_service.domain.run import NewRun, Run, RunStatus
 from runrecovery_service.engines.catalog import Catalog, Engine
@@ -160,8 +160,8 @@ def rooms(house: tuple[FakeStorage, FakeDispatcher, OutputFiles]) -> tuple[RunRo
             output=output,
             limits=RunLimits(max_queued=7, max_attempts=2),
             now=lambda: AT,
-            steady_now=clock.steady_now,
-            due_in=clock.due_in,
+            steady_now=Clock().steady,
+            due_in=Clock().due_in,
         ),
         RecoveryRooms(
             storage=cast("Any", storage),

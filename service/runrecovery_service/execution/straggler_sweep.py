@@ -14,7 +14,7 @@ from typing import Final
 import structlog
 
 from runrecovery_service.agents.launch_markers import launch_markers
-from runrecovery_service.clock import set_within
+from runrecovery_service.clock import wait_within
 from runrecovery_service.domain.errors import Fenced, is_outage
 from runrecovery_service.execution.workshop import Workshop
 from runrecovery_service.process.sweep import Ending, end_trees
@@ -60,7 +60,7 @@ class StragglerSweep:
             await self._task
 
     async def _work(self) -> None:
-        while not await set_within(PATROL_S, self._stopping):
+        while not await wait_within(self._stopping, PATROL_S):
             try:
                 self.look_at_shims()
                 await self.round()

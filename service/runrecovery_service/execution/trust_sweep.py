@@ -15,7 +15,7 @@ from typing import Final
 import structlog
 
 from runrecovery_service.agents.trust_keeper import LEFT
-from runrecovery_service.clock import set_within
+from runrecovery_service.clock import wait_within
 from runrecovery_service.domain.errors import Fenced, is_outage
 from runrecovery_service.execution.workshop import Workshop
 
@@ -58,7 +58,7 @@ class TrustSweep:
 
     async def _work(self) -> None:
         failed = ""
-        while not await set_within(LOOK_S, self._stopping):
+        while not await wait_within(self._stopping, LOOK_S):
             try:
                 await self.look()
                 failed = ""
