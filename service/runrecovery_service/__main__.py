@@ -1,8 +1,20 @@
-"""`python -m runrecovery_service` is the `runrecovery` command."""
+"""The `runrecovery` command, also as `python -m runrecovery_service`."""
 
 from __future__ import annotations
 
-from runrecovery_service.cli import main
+import sys
+from typing import NoReturn
+
+from runrecovery_service import early_signals
+
+
+def main() -> NoReturn:
+    """Run the command line; see `cli.main`. Signals are met first: the imports take a while."""
+    early_signals.leave(serves=sys.argv[1:2] == ["serve"])
+    from runrecovery_service.cli import main as command  # noqa: PLC0415 - see above
+
+    command()
+
 
 if __name__ == "__main__":
     main()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import structlog
 
-from runrecovery_service import daemons
+from runrecovery_service import daemons, early_signals
 from runrecovery_service.agents.launch_markers import launch_markers
 from runrecovery_service.agents.output import OutputFiles
 from runrecovery_service.agents.trust_keeper import OwnConnection, ThroughLoop, TrustKeeper
@@ -44,6 +44,7 @@ from runrecovery_service.process.sweep import Ending, end_trees
 from runrecovery_service.recovery.plan import Planner
 from runrecovery_service.recovery.startup import ClearTrust, Limits, Recovery
 from runrecovery_service.rpc.gate import Gate
+from runrecovery_service.rpc.listening import address_of
 from runrecovery_service.rpc.recovery_service import RecoveryRooms
 from runrecovery_service.rpc.run_service import RunLimits, RunRooms
 from runrecovery_service.rpc.server import GrpcServer, ServerLimits, build_server
@@ -78,6 +79,10 @@ def serve(settings: Settings) -> None:
     # Before anything is claimed: a name server that is away may take its time.
     per_address = open_files.connections // _addresses(settings.listen)
     with Holdings.take(settings) as held, SteadyThreadPool(1, "probe") as prober:
+        early_signals.keep()
+        # Before the store is migrated and an epoch claimed: a start that nobody could reach must
+        # change nothing, and not count as one that did not finish recovering.
+        address_of(settings.listen).demand_bindable()
         # Beside the rest of the start: it is some 30 ms of waiting for processes.
         containment = prober.submit(prove_containment, watermark_bits())
         db = open_database(settings.database, held.data_dir, locks=held.locks)
@@ -200,7 +205,7 @@ def _addresses(listen: str) -> int:
         return 1
     try:
         found = {info[4][0] for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
-    except OSError:  # to be told when it is listened on
+    except (OSError, UnicodeError):  # to be told when it is listened on
         return 2
     return max(2, len(found))
 

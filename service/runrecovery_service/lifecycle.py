@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import math
 import os
 import signal
@@ -16,6 +15,7 @@ from typing import Final
 
 import structlog
 
+from runrecovery_service import early_signals
 from runrecovery_service.background_stream import drain_stderr
 from runrecovery_service.config import ContainmentPolicy, Settings
 from runrecovery_service.domain.errors import (
@@ -46,11 +46,6 @@ from runrecovery_service.storage.database import Database
 log = structlog.get_logger()
 
 RECOVERY_BACKOFF_MOST_S: Final = 30.0
-HARMLESS_SIGNALS: Final = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""They would end a process that does not ask for them, and are sent to services as a matter of
-course: to reload, to open the log anew."""
-NO_TERMINAL: Final = frozenset({errno.ENXIO, errno.EIO, errno.ENOENT})
-"""What opening /dev/tty fails with then. A lack of descriptors, for one, says nothing of it."""
 HANG_UP_SETTLES_S: Final = 0.5
 """From SIGHUP until the system has taken the terminal away, if it does."""
 STEP_S: Final = 30.0
@@ -62,8 +57,7 @@ def prepare_process() -> None:
     if sys.platform == "linux":
         prctl.hide()  # agents of the same user must not get at our ends of the shims' pipes
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whoever started us may have blocked some
-    for number in _harmless_signals():  # also before the loop takes them
-        signal.signal(number, lambda *_: None)  # not SIG_IGN, which agents would inherit
+    early_signals.leave(serves=True)
 
 
 @contextmanager
@@ -101,20 +95,6 @@ def _lost(db: Database) -> StoreLost | None:
     return None
 
 
-def _harmless_signals() -> list[signal.Signals]:
-    """Return those that are not ignored altogether, as SIGHUP is under nohup."""
-    return [one for one in HARMLESS_SIGNALS if signal.getsignal(one) is not signal.SIG_IGN]
-
-
-def _has_terminal() -> bool:
-    """Return whether this process has a controlling terminal."""
-    try:
-        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC))
-    except OSError as error:
-        return error.errno not in NO_TERMINAL
-    return True
-
-
 @dataclass(slots=True)
 class Progress:
     """How far the recovery of this start is: the id of its report, once that can be read."""
@@ -142,7 +122,7 @@ class Service:
     containment: Future[Containment]
     max_connections: int
     _stop_asked: int = 0
-    _had_terminal: bool = field(default_factory=_has_terminal)
+    _had_terminal: bool = field(default_factory=early_signals.had_terminal)
 
     async def run(self) -> None:
         """Bind, recover, serve, drain. Raises what the service ended by, if not by a signal."""
@@ -229,10 +209,13 @@ class Service:
 
     def _listen_to_signals(self) -> None:
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in early_signals.STOPS:
             loop.add_signal_handler(number, self._asked_to_stop, number)
-        for number in _harmless_signals():
-            loop.add_signal_handler(number, self._got_harmless, number)
+        for number in early_signals.HARMLESS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGHUP is under nohup
+                loop.add_signal_handler(number, self._got_harmless, number)
+        for kept in early_signals.kept():
+            (self._asked_to_stop if kept in early_signals.STOPS else self._got_harmless)(kept)
 
     def _got_harmless(self, number: int) -> None:
         if number == signal.SIGHUP and self._had_terminal:
@@ -242,7 +225,7 @@ class Service:
 
     def _stop_if_hung_up(self) -> None:
         """Stop a service whose terminal was closed: nobody could see it or press Ctrl-C."""
-        if _has_terminal():
+        if early_signals.has_terminal():
             log.info("service.signal_ignored", signal=signal.SIGHUP.name)
         elif not self.stop.is_set:
             # Not counted: a single SIGTERM that follows must not cut the stop short.

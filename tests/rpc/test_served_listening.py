@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import grpc
@@ -14,6 +14,7 @@ from fuzz.sieges import OPENING, call, headers, message
 from support.service import Api, Home, ServiceProcess, until
 
 NewHome = Callable[..., Home]
+HOLDS = {"hold": True}
 RECOVERY = "runrecovery.v1.RecoveryService"
 
 
@@ -257,3 +258,63 @@ def test_a_port_stays_the_same_when_the_server_is_replaced(new_home: NewHome) ->
         until(lambda: api.get("nothing"), "it answers")
     assert error.value.code() is not grpc.StatusCode.CANCELLED
     assert health(service.address) == "SERVING"
+
+
+# -- before anything is claimed ----------------------------------------------------------------
+
+
+def taken_port(_home: Home, stack: ExitStack) -> str:
+    other = stack.enter_context(listener(socket.AF_INET, ("127.0.0.1", 0)))
+    return f"127.0.0.1:{other.getsockname()[1]}"
+
+
+def half_taken_name(_home: Home, stack: ExitStack) -> str:
+    other = stack.enter_context(listener(socket.AF_INET, ("127.0.0.1", 0)))
+    return f"localhost:{other.getsockname()[1]}"
+
+
+def taken_socket_file(home: Home, stack: ExitStack) -> str:
+    stack.enter_context(listener(socket.AF_UNIX, str(home.path / "socket")))
+    return f"unix:{home.path}/socket"
+
+
+def taken_abstract_name(_home: Home, stack: ExitStack) -> str:
+    name = uuid.uuid4().hex
+    stack.enter_context(listener(socket.AF_UNIX, f"\0{name}"))
+    return f"unix-abstract:{name}"
+
+
+@pytest.mark.parametrize(
+    ("address", "why"),
+    [
+        (taken_port, "Address already in use"),
+        (half_taken_name, "Address already in use"),
+        (taken_socket_file, "taken"),
+        (taken_abstract_name, "Address already in use"),
+        (lambda *_: "unix:/no/such/folder/socket", "No such file or directory"),
+        (lambda *_: "192.0.2.7:0", "this machine has no such address"),
+        (lambda *_: "no-such-host.invalid:0", "no-such-host.invalid"),
+        (lambda *_: f"{'x' * 64}.invalid:0", "not a host name"),
+    ],
+    ids=["port", "name", "file", "abstract", "folder", "elsewhere", "unknown", "no-name"],
+)
+def test_a_start_that_cannot_listen_claims_no_epoch_and_ends_no_process(
+    new_home: NewHome, address: Callable[[Home, ExitStack], str], why: str
+) -> None:
+    home = new_home(insecure_listen=True)
+    service, api = home.start()
+    run = api.create("resumable", HOLDS)
+    until(lambda: home.agents_of(run.run_id), "its process is there")
+    home.kill_with_shims(service)
+    orphans = home.agents()
+    epochs = home.rows("SELECT name, epoch FROM instance")
+
+    with ExitStack() as stack:
+        said = refused_start(home, address(home, stack))
+
+    assert why in said
+    assert orphans
+    assert home.agents() == orphans
+    assert home.rows("SELECT name, epoch FROM instance") == epochs
+    assert "service.epoch_claimed" not in said
+    assert [entry.name for entry in home.path.glob("socket.*")] == []

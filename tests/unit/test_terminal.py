@@ -6,7 +6,7 @@ import errno
 import os
 
 import pytest
-from runrecovery_service import lifecycle
+from runrecovery_service import early_signals
 
 
 @pytest.mark.parametrize(
@@ -28,4 +28,4 @@ def test_only_a_system_that_says_so_has_taken_the_terminal_away(
 
     monkeypatch.setattr(os, "open", refuse)
 
-    assert lifecycle._has_terminal() is has
+    assert early_signals.has_terminal() is has

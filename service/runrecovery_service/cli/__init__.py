@@ -13,13 +13,13 @@ from typing import Final, NoReturn
 
 import click
 
-from runrecovery_service import __version__
+from runrecovery_service import __version__, early_signals
 from runrecovery_service.background_stream import drain_stderr
 from runrecovery_service.cli import streams
 from runrecovery_service.cli.failure import Failure
 
 FAILED: Final = 1
-INTERRUPTED: Final = 130
+INTERRUPTED: Final = early_signals.INTERRUPTED
 THREADS_S: Final = 10.0
 """How long threads that the command has started may live on after its end."""
 
@@ -74,7 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     # gRPC's own lines on standard error would stand between ours, and a reader that does not read
     # would stop who writes them. It reads this when it is imported, by any of the commands.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    serves = (sys.argv[1:] if arguments is None else arguments)[:1] == ["serve"]
     try:
+        if not serves:
+            early_signals.interrupt()
         code = root.main(arguments, prog_name="runrecovery", standalone_mode=False)
         sys.stdout.flush()
     except click.ClickException as failure:

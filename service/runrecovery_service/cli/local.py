@@ -139,7 +139,7 @@ def serve(settings: Settings) -> ExitCode:
     try:
         app.serve(settings)
     except ListenFailed as error:
-        hint = "something else may listen there; choose another with --listen"
+        hint = "choose another address with --listen, or free this one"
         raise Failure(str(error), code=ExitCode.LISTEN, hint=hint) from error
     return ExitCode.OK
 

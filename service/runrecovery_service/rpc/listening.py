@@ -21,10 +21,13 @@ from pathlib import Path
 from typing import Final, TypeAlias
 from urllib.parse import quote, unquote
 
-from runrecovery_service.rpc.sockets import ServerSockets, plain_host
+from runrecovery_service.rpc.sockets import WILDCARDS, ServerSockets, plain_host
 
 Bind: TypeAlias = Callable[[str], int]
 """Has gRPC bind an address; returns the port. Raises RuntimeError."""
+
+SocketAddress: TypeAlias = tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]
+"""As `socket` has it; the last one is of a Python without IPv6."""
 
 LOCK_TRIES: Final = 100
 LOCK_PAUSE_S: Final = 0.02
@@ -52,6 +55,15 @@ class Holder(Enum):
 
 class Address(ABC):
     """An address to listen on."""
+
+    @abstractmethod
+    def demand_bindable(self) -> None:
+        """Try whether the address can be bound now, and leave nothing behind. The bind itself may
+        fail all the same: this is for a start, which must not claim anything before it.
+
+        Raises:
+            ListenFailed: it does not exist, somebody else has it, or it is not permitted.
+        """
 
     @abstractmethod
     async def bind(self, bind: Bind) -> tuple[int, ServerSockets]:
@@ -90,9 +102,31 @@ class HostAndPort(Address):
         self._host, _, port = listen.rpartition(":")
         self._port = int(port)
 
+    def demand_bindable(self) -> None:
+        """See `Address`."""
+        name = self._host.strip("[]")
+        addresses = _socket_addresses(name, self._port)
+        bindable = any(address[0] in WILDCARDS for _, address in addresses)
+        for family, address in addresses:
+            try:
+                with socket.socket(family, socket.SOCK_STREAM) as trial:
+                    trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC does
+                    trial.bind(address)
+            except OSError as error:
+                if error.errno not in NOT_HERE:
+                    raise ListenFailed(self._listen, error.strerror or str(error)) from error
+            else:
+                bindable = True
+        if not bindable:
+            raise ListenFailed(self._listen, "this machine has no such address")
+
+    @property
+    def _listen(self) -> str:
+        return f"{self._host}:{self._port}"
+
     async def bind(self, bind: Bind) -> tuple[int, ServerSockets]:
         """See `Address`."""
-        self._port = _bound(bind, f"{self._host}:{self._port}")
+        self._port = _bound(bind, self._listen)
         sockets = ServerSockets(self._port)
         bound = sockets.listening_hosts()
         for host in await _hosts(self._host.strip("[]")):
@@ -109,19 +143,34 @@ class HostAndPort(Address):
         except OSError as error:
             if error.errno in NOT_HERE:
                 return
-        raise ListenFailed(f"{self._host}:{self._port}", f"{host} could not be bound as well")
+        raise ListenFailed(self._listen, f"{host} could not be bound as well")
 
 
 async def _hosts(name: str) -> set[str]:
     """Return the addresses that a host name or an address stands for."""
+    found = await asyncio.to_thread(_socket_addresses, name, 0)
+    return {str(address[0]) for _, address in found}
+
+
+def _socket_addresses(name: str, port: int) -> list[tuple[int, SocketAddress]]:
+    """Return each address that a host name or an address stands for, with its family.
+
+    Raises:
+        ListenFailed: it stands for none.
+    """
     if name.lower() == "localhost":  # gRPC binds both, whatever /etc/hosts says
-        return {"127.0.0.1", "::1"}
-    loop = asyncio.get_running_loop()
+        return [(socket.AF_INET, ("127.0.0.1", port)), (socket.AF_INET6, ("::1", port))]
     try:
-        found = await loop.getaddrinfo(name, None, type=socket.SOCK_STREAM)
-    except socket.gaierror as error:
-        raise ListenFailed(name) from error
-    return {plain_host(str(address[0])) for _, _, _, _, address in found}
+        found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or "not a host name"
+        raise ListenFailed(f"{name}:{port}", why) from error
+    return [
+        (socket.AF_INET, (plain_host(str(address[0])), port))
+        if str(address[0]).startswith("::ffff:")
+        else (family, address)
+        for family, _, _, _, address in found
+    ]
 
 
 # -- Unix sockets --------------------------------------------------------------------------------
@@ -132,11 +181,19 @@ class AbstractSocket(Address):
 
     def __init__(self, listen: str) -> None:
         self._listen = listen
+        self._name = b"\0" + unquote(listen.removeprefix("unix-abstract:")).encode()
+
+    def demand_bindable(self) -> None:
+        """See `Address`."""
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as trial:
+                trial.bind(self._name)
+        except OSError as error:
+            raise ListenFailed(self._listen, error.strerror or str(error)) from error
 
     async def bind(self, bind: Bind) -> tuple[int, ServerSockets]:
         """See `Address`."""
-        name = unquote(self._listen.removeprefix("unix-abstract:"))
-        return _bound(bind, self._listen), ServerSockets(b"\0" + name.encode())
+        return _bound(bind, self._listen), ServerSockets(self._name)
 
 
 class SocketFile(Address):
@@ -149,11 +206,27 @@ class SocketFile(Address):
         self._path = Path(f"/{path.lstrip('/')}" if path.startswith("//") else path)
         self._file: tuple[int, int] | None = None
 
-    async def bind(self, bind: Bind) -> tuple[int, ServerSockets]:
+    def demand_bindable(self) -> None:
         """See `Address`."""
+        beside = self._beside()
+        try:
+            self._demand_free()
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as trial:
+                trial.bind(os.fsencode(beside))
+            beside.unlink()
+        except ListenFailed:
+            raise
+        except OSError as error:
+            raise ListenFailed(self._listen, error.strerror or "not possible") from error
+
+    def _beside(self) -> Path:
         if len(os.fsencode(self._path)) > MAX_PATH_BYTES:
             raise ListenFailed(self._listen, f"the path has more than {MAX_PATH_BYTES} bytes")
-        beside = self._path.with_name(f"{self._path.name}.{secrets.token_hex(3)}")
+        return self._path.with_name(f"{self._path.name}.{secrets.token_hex(3)}")
+
+    async def bind(self, bind: Bind) -> tuple[int, ServerSockets]:
+        """See `Address`."""
+        beside = self._beside()
         try:
             async with _only_one_binds(self._path.parent):
                 self._demand_free()

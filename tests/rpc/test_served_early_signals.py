@@ -1,0 +1,146 @@
+"""Signals that come while the command is still importing, reading or opening."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from support.service import Home, ServiceProcess
+from support.waiting import patience_s, until
+
+NewHome = Callable[..., Home]
+
+HANGS = """
+import pathlib, time
+pathlib.Path("importing").touch()
+while True:
+    time.sleep(0.01)
+"""
+STOPS = [signal.SIGTERM, signal.SIGINT]
+HARMLESS = [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
+
+
+@contextmanager
+def read_by(service: ServiceProcess, path: Path) -> Iterator[int]:
+    """Wait until the service reads a FIFO, and yield the end that is written."""
+
+    def open_it() -> int | None:
+        assert service.popen.poll() is None, service.text
+        try:
+            return os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:  # nobody reads yet
+            return None
+
+    descriptor = until(open_it, "the configuration is being read")
+    assert descriptor is not None
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def fifo(home: Home) -> Path:
+    path = home.path / "fifo.toml"
+    os.mkfifo(path)
+    return path
+
+
+def has_open(service: ServiceProcess, path: Path) -> bool:
+    assert service.popen.poll() is None, service.text
+    links = Path(f"/proc/{service.pid}/fd")
+    return any(os.path.realpath(link) == str(path) for link in links.iterdir())
+
+
+@pytest.mark.parametrize("number", STOPS)
+@pytest.mark.parametrize("module", ["click", "structlog"])
+def test_a_service_that_only_imports_ends_with_0(
+    new_home: NewHome, number: int, module: str
+) -> None:
+    home = new_home()
+    (home.path / f"{module}.py").write_text(HANGS)
+    service = home.spawn()
+    until((home.path / "importing").exists, "it imports")
+
+    service.popen.send_signal(number)
+
+    assert service.exit_code() == 0
+    assert service.text == ""
+    assert not home.data.exists()
+
+
+@pytest.mark.parametrize("number", STOPS)
+def test_a_service_that_reads_its_configuration_ends_with_0(new_home: NewHome, number: int) -> None:
+    home = new_home()
+    path = fifo(home)
+    service = home.spawn("--config", str(path))
+
+    with read_by(service, path):
+        service.popen.send_signal(number)
+
+        assert service.exit_code() == 0
+    assert service.text == ""
+    assert not home.data.exists()
+
+
+@pytest.mark.parametrize("number", HARMLESS)
+def test_a_harmless_signal_before_the_configuration_is_read_is_logged_later(
+    new_home: NewHome, number: int
+) -> None:
+    home = new_home()
+    path = fifo(home)
+    service = home.spawn("--config", str(path))
+
+    with read_by(service, path) as config:
+        service.popen.send_signal(number)
+        os.write(config, home.config.read_bytes())
+
+    service.until_event("service.serving")
+    assert service.events("service.signal_ignored")[0]["signal"] == signal.Signals(number).name
+    assert service.stop() == 0
+
+
+@pytest.mark.parametrize("number", STOPS)
+def test_a_service_that_opens_its_store_stops_in_order(new_home: NewHome, number: int) -> None:
+    home = new_home()
+    service, _ = home.start()
+    assert service.stop() == 0
+    with home.store(writable=True) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        service = home.spawn()
+        until(lambda: has_open(service, home.database), "it opens its store")
+
+        service.popen.send_signal(number)
+        other.rollback()
+
+    assert service.exit_code() == 0
+    assert [event["times"] for event in service.events("service.stop_asked")] == [1]
+    assert service.events("service.stopped")
+    assert not service.events("service.serving")
+
+
+@pytest.mark.parametrize("module", ["click", "grpc"])
+@pytest.mark.parametrize("command", ["health", "runs list"])
+def test_another_command_that_only_imports_ends_by_ctrl_c_with_130(
+    tmp_path: Path, module: str, command: str
+) -> None:
+    (tmp_path / f"{module}.py").write_text(HANGS)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "runrecovery_service", *command.split()],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=tmp_path,
+    )
+    with process:
+        until((tmp_path / "importing").exists, "it imports")
+        process.send_signal(signal.SIGINT)
+        out, error = process.communicate(timeout=patience_s())
+
+    assert process.returncode == 130
+    assert out == b""
+    assert b"Traceback" not in error
