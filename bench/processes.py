@@ -40,15 +40,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from runrecovery_service.clock import Clock
 from runrecovery_service.domain.run import Run
-from runrecovery_service.process.evidence import Host, LeaseEvidence
-from runrecovery_service.process.launch import (
-    ShimmedProcess,
-    boot_time_ns,
-    dispose,
-    prepare,
-    watermark_bits,
-)
+from runrecovery_service.process.boot_clock import boot_time_ns
+from runrecovery_service.process.host import Host
+from runrecovery_service.process.launch import prepare
+from runrecovery_service.process.markers import LaunchMarkers
+from runrecovery_service.process.shimmed_process import ShimmedProcess
 from runrecovery_service.process.sweep import end_trees
+from runrecovery_service.process.watermark import watermark_bits
 from runrecovery_service.storage import instances, processes
 from runrecovery_service.storage.database import Database, open_database
 from runrecovery_service.storage.instances import Boot, Owner
@@ -92,7 +90,7 @@ class Ledger:
         self._runs = 0
         self._leases: dict[int, Lease] = {}
 
-    def intend(self) -> LeaseEvidence:
+    def intend(self) -> LaunchMarkers:
         """Record a launch of a run that there is not; a lease needs no more of it than this."""
         self._runs += 1
         run = cast(Run, SimpleNamespace(key=self._runs, attempt=1, turn=1))
@@ -102,12 +100,12 @@ class Ledger:
             )
         self._leases[lease.key] = lease
         return replace(
-            nobody(), lease_key=lease.key, cookie=lease.cookie, watermark=lease.watermark
+            nobody(), launch_key=lease.key, cookie=lease.cookie, watermark=lease.watermark
         )
 
-    def record(self, lease: LeaseEvidence, process: ShimmedProcess) -> None:
+    def record(self, lease: LaunchMarkers, process: ShimmedProcess) -> None:
         """Commit what a service commits before it opens the gate."""
-        made, owner = self._leases.pop(lease.lease_key), self._owner
+        made, owner = self._leases.pop(lease.launch_key), self._owner
         ticks = process.start_ticks
         processes.gated(self._db, made, owner=owner, pid=process.pid, start_ticks=ticks)
         processes.running(self._db, made, owner=owner)
@@ -124,29 +122,27 @@ def ledger() -> Iterator[Ledger]:
             db.close()
 
 
-def nobody() -> LeaseEvidence:
+def nobody() -> LaunchMarkers:
     """Return a lease of this host of which nothing is alive."""
     here = Host.here()
-    return LeaseEvidence(
-        lease_key=1,
+    return LaunchMarkers(
+        launch_key=1,
         run_key=1,
         cookie=secrets.token_hex(16),
         watermark=secrets.randbits(watermark_bits()) or None,
         pid=None,
         start_ticks=None,
-        boot_id=here.boot_id,
-        pid_namespace=here.pid_namespace,
-        host_id=here.host_id,
+        host=here,
     )
 
 
-def many(leases: int) -> list[LeaseEvidence]:
+def many(leases: int) -> list[LaunchMarkers]:
     """Return so many leases of which nothing is alive. Their shims' pids are nobody's."""
     pattern, beyond = nobody(), int(Path("/proc/sys/kernel/pid_max").read_text()) + 1
     return [
         replace(
             pattern,
-            lease_key=key,
+            launch_key=key,
             cookie=secrets.token_hex(16),
             watermark=secrets.randbits(watermark_bits()) or None,
             pid=beyond + key,
@@ -160,14 +156,14 @@ def _deadline_ns() -> int:
     return boot_time_ns() + LIFETIME_S * 10**9
 
 
-def _prepare(command: Sequence[str], lease: LeaseEvidence) -> ShimmedProcess:
+def _prepare(command: Sequence[str], lease: LaunchMarkers) -> ShimmedProcess:
     return prepare(
         command,
-        evidence=lease,
+        markers=lease,
         cwd=Path("/"),
         env={"PATH": os.defpath},
         deadline_ns=_deadline_ns(),
-        book=None,
+        journal=None,
     )
 
 
@@ -190,7 +186,7 @@ def launch_ours(book: Ledger, peaks: list[int]) -> float:
         took = time.perf_counter() - begun
         peaks.append(_peak_kib(process.pid))
     finally:
-        dispose(process)
+        process.dispose()
     return took
 
 
@@ -221,11 +217,11 @@ def _popen() -> subprocess.Popen[bytes]:
 
 def end_ours(trees: int) -> float:
     """Return the seconds that the ending of so many trees takes, every tenth of them stubborn."""
-    grown: list[tuple[LeaseEvidence, ShimmedProcess]] = []
+    grown: list[tuple[LaunchMarkers, ShimmedProcess]] = []
     stubborn = round(trees * STUBBORN_SHARE)
     try:
         for lease in many(trees):
-            code = STUBBORN_TREE if lease.lease_key <= stubborn else TREE
+            code = STUBBORN_TREE if lease.launch_key <= stubborn else TREE
             process = _prepare(["/bin/sh", "-c", code], lease)
             known = replace(lease, pid=process.pid, start_ticks=process.start_ticks)
             grown.append((known, process))
@@ -238,7 +234,7 @@ def end_ours(trees: int) -> float:
         assert all(ending.gone for ending in endings.values())
     finally:
         for _, process in grown:
-            dispose(process)
+            process.dispose()
     return took
 
 
@@ -266,7 +262,7 @@ def end_bare(count: int) -> float:
 # -- check ---------------------------------------------------------------------------------------
 
 
-def check_ours(leases: Sequence[LeaseEvidence]) -> float:
+def check_ours(leases: Sequence[LaunchMarkers]) -> float:
     """Return the seconds in which it is certain that nothing of these leases is alive."""
     begun = time.perf_counter()
     endings = end_trees(leases, why="bench", grace_s=GRACE_S, deadline_s=DEADLINE_S)

@@ -22,7 +22,7 @@ from typing import Final
 
 import structlog
 from runrecovery_service.domain.run import InteractionKind, Option
-from runrecovery_service.process.evidence import Host
+from runrecovery_service.process.host import Host
 from runrecovery_service.storage import instances
 from runrecovery_service.storage.database import Database, Kind, open_database
 from runrecovery_service.storage.instances import Boot, Owner

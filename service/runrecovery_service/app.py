@@ -35,12 +35,15 @@ from runrecovery_service.lifecycle import Progress, Service, prepare_process, st
 from runrecovery_service.locks import Holdings
 from runrecovery_service.machine import open_cgroup_parent, plan_open_files
 from runrecovery_service.ownership import Ownership, trees_until
+from runrecovery_service.process.boot_clock import boot_time_ns
 from runrecovery_service.process.cgroup import CgroupParent
-from runrecovery_service.process.evidence import Host
-from runrecovery_service.process.launch import boot_time_ns, killed_by_shim, watermark_bits
+from runrecovery_service.process.ending import Ending
+from runrecovery_service.process.host import Host
 from runrecovery_service.process.open_files import OpenFiles
 from runrecovery_service.process.probe import prove_containment
-from runrecovery_service.process.sweep import Ending, end_trees
+from runrecovery_service.process.shim_journal import killed_by_shim
+from runrecovery_service.process.sweep import end_trees
+from runrecovery_service.process.watermark import watermark_bits
 from runrecovery_service.recovery.plan import Planner
 from runrecovery_service.recovery.startup import ClearTrust, Limits, Recovery
 from runrecovery_service.rpc.gate import Gate
@@ -75,7 +78,7 @@ def serve(settings: Settings) -> None:
     """
     prepare_process()
     open_files = plan_open_files(settings)
-    open_files.take()
+    open_files.apply()
     # Before anything is claimed: a name server that is away may take its time.
     per_address = open_files.connections // _addresses(settings.listen)
     with Holdings.take(settings) as held, SteadyThreadPool(1, "probe") as prober:
@@ -405,8 +408,8 @@ def _sweep(
             if endings[lease.key].gone:
                 shop.remove_cgroup(lease)
         return {
-            lease.key: endings[lease.key].with_book(
-                killed_by_shim(shop.output.shim_book(lease.run_key, lease.attempt, lease.turn))
+            lease.key: endings[lease.key].with_shim_kills(
+                killed_by_shim(shop.output.shim_journal(lease.run_key, lease.attempt, lease.turn))
             )
             for lease in leases
         }

@@ -12,7 +12,7 @@ from runrecovery_service.engines.jsonl import JSON_LINES
 from runrecovery_service.engines.presets import PRESETS
 from runrecovery_service.engines.sessions import sessions_of
 from runrecovery_service.engines.sessions.files import CliSessions
-from runrecovery_service.process.launch import agent_environment
+from runrecovery_service.process.agent_command import agent_environment
 
 
 def build_catalog(settings: Settings) -> Catalog:

@@ -17,8 +17,9 @@ from runrecovery_service.domain.errors import (
 from runrecovery_service.engine_setup import environment_of
 from runrecovery_service.locks import Holdings, sqlite_file
 from runrecovery_service.machine import open_cgroup_parent, plan_open_files
-from runrecovery_service.process.launch import watermark_bits, why_not_launchable
+from runrecovery_service.process.agent_command import launch_problem
 from runrecovery_service.process.probe import prove_containment
+from runrecovery_service.process.watermark import watermark_bits
 from runrecovery_service.storage.database import (
     applied_migrations,
     backup_sqlite,
@@ -71,7 +72,7 @@ def check(settings: Settings) -> list[str]:
     problems = [
         f"engine {name!r}: {reason}"
         for name, engine in settings.engines.items()
-        if (reason := why_not_launchable(engine.command, env_allow=engine.env_allow)) is not None
+        if (reason := launch_problem(engine.command, env_allow=engine.env_allow)) is not None
     ]
     problems += _trust_problems(settings)
     problems += _containment_problems(settings)

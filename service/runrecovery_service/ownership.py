@@ -14,7 +14,7 @@ from runrecovery_service.domain.errors import Fenced, LeaseLost, StartRefused
 from runrecovery_service.execution.dispatcher import Dispatcher
 from runrecovery_service.execution.workshop import Workshop
 from runrecovery_service.locks import Holdings
-from runrecovery_service.process.launch import boot_time_ns
+from runrecovery_service.process.boot_clock import boot_time_ns
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import instances, trial

@@ -17,9 +17,11 @@ from typing import Any, Final
 
 from runrecovery_service import app
 from runrecovery_service.cli import main
-from runrecovery_service.process import procfs, shim, sweep
-from runrecovery_service.process.evidence import LeaseEvidence
-from runrecovery_service.process.sweep import Ending
+from runrecovery_service.process import procfs, shim
+from runrecovery_service.process.ending import Ending
+from runrecovery_service.process.launch_tree import PinnedProcess
+from runrecovery_service.process.markers import LaunchMarkers
+from runrecovery_service.process.pinned_trees import PinnedTrees
 from runrecovery_service.storage import processes
 
 
@@ -32,12 +34,12 @@ def _break(owner: object, name: str, broken: Callable[..., Any]) -> None:
 def kill_groups() -> None:
     """End orphans by the process group of the recorded pid, whatever that is by now."""
 
-    def end_groups(leases: Collection[LeaseEvidence], **_: object) -> dict[int, Ending]:
+    def end_groups(leases: Collection[LaunchMarkers], **_: object) -> dict[int, Ending]:
         for lease in leases:
             if lease.pid is not None:
                 with suppress(ProcessLookupError):
                     os.killpg(lease.pid, signal.SIGKILL)
-        return {lease.lease_key: Ending(gone=True) for lease in leases}
+        return {lease.launch_key: Ending(gone=True) for lease in leases}
 
     _break(app, "end_trees", end_groups)
 
@@ -50,12 +52,14 @@ def forget_watermarks() -> None:
 def skip_rechecks() -> None:
     """Signal whoever is there now where evidence was seen a moment ago."""
 
-    def believe(_: sweep._Sweep, pinned: Collection[sweep._Held], __: object) -> None:
-        for held in pinned:
-            held.proved = True
+    def believe(
+        _: PinnedTrees, pinned: Collection[PinnedProcess], *__: object, **___: object
+    ) -> None:
+        for each in pinned:
+            each.proved = True
 
-    _break(sweep._Sweep, "_prove", believe)
-    _break(sweep._Sweep, "_evidence_now", lambda _, held: held.hit.kind.value)
+    _break(PinnedTrees, "prove", believe)
+    _break(PinnedTrees, "read_proof", lambda _, pinned: pinned.member.proof.value)
     _break(shim, "_descent", lambda _: "descent")
 
 

@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from campaign.mutants import skip_rechecks
 from runrecovery_service.process import procfs
-from runrecovery_service.process.evidence import Host, LeaseEvidence
+from runrecovery_service.process.host import Host
+from runrecovery_service.process.markers import LaunchMarkers
 from runrecovery_service.process.shim import Shim
 from runrecovery_service.process.sweep import end_trees
 
@@ -90,16 +91,14 @@ class Takeover:
 def in_a_sweep(*, grace_s: float) -> bool:
     """Let it happen while a sweep ends the victim."""
     scene, here = Takeover(), Host.here()
-    lease = LeaseEvidence(
-        lease_key=1,
+    lease = LaunchMarkers(
+        launch_key=1,
         run_key=1,
         cookie=secrets.token_hex(16),
         watermark=scene.watermark,
         pid=None,
         start_ticks=None,
-        boot_id=here.boot_id,
-        pid_namespace=here.pid_namespace,
-        host_id=here.host_id,
+        host=here,
     )
     return scene.spared(lambda: end_trees([lease], why="", grace_s=grace_s, deadline_s=3.0))
 

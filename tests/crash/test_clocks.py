@@ -22,7 +22,7 @@ APART: Final = ("unshare", "--time", "--boottime", "100000")
 READ: Final = """
 import json, time
 from runrecovery_service.clock import Clock
-from runrecovery_service.process.launch import boot_time_ns
+from runrecovery_service.process.boot_clock import boot_time_ns
 def ns(): return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 apart = ns() - time.clock_gettime_ns(time.CLOCK_MONOTONIC)
 print(json.dumps([apart / 1e9, ns(), Clock().steady().us * 1000 + 999, Clock().due_in(0).us * 1000

@@ -21,8 +21,9 @@ from runrecovery_service.execution.deadlines import Deadlines
 from runrecovery_service.execution.dispatcher import Dispatcher
 from runrecovery_service.execution.straggler_sweep import StragglerSweep
 from runrecovery_service.execution.workshop import TreeDeadline, Workshop
-from runrecovery_service.process.evidence import Host
-from runrecovery_service.process.launch import boot_time_ns, watermark_bits
+from runrecovery_service.process.boot_clock import boot_time_ns
+from runrecovery_service.process.host import Host
+from runrecovery_service.process.watermark import watermark_bits
 from runrecovery_service.storage import instances, interactions, runs
 from runrecovery_service.storage.adapter import Storage
 from runrecovery_service.storage.database import open_database

@@ -15,13 +15,9 @@ from runrecovery_service.domain.run import Profile, Run, RunStatus
 from runrecovery_service.engines.catalog import Engine
 from runrecovery_service.execution import launcher
 from runrecovery_service.process import launch
-from runrecovery_service.process.launch import (
-    LaunchDelayed,
-    NotStarted,
-    ShimLost,
-    ShimmedProcess,
-    refused,
-)
+from runrecovery_service.process.launch_errors import LaunchDelayed, ShimLost, launch_error
+from runrecovery_service.process.shim_events import NotStarted, parse_event
+from runrecovery_service.process.shimmed_process import ShimmedProcess
 from runrecovery_service.trust import files
 
 from .conftest import QUICK, Floor, NewFloor, until
@@ -146,12 +142,12 @@ async def test_what_the_system_refuses_for_another_reason_fails_the_launch(
 
 
 def test_a_shim_tells_what_the_system_lacks() -> None:
-    event = launch.parse_event("refused 11 fork")
+    event = parse_event("refused 11 fork")
 
     assert isinstance(event, NotStarted)
     assert (event.reason, event.errno) == ("Resource temporarily unavailable: fork", 11)
-    assert isinstance(refused(OSError(11, ""), "fork"), LaunchDelayed)
-    assert not isinstance(refused(OSError(errno.ENOENT, ""), "gone"), LaunchDelayed)
+    assert isinstance(launch_error(OSError(11, ""), "fork"), LaunchDelayed)
+    assert not isinstance(launch_error(OSError(errno.ENOENT, ""), "gone"), LaunchDelayed)
 
 
 async def test_a_shim_that_is_lost_at_its_gate_is_followed_by_another(

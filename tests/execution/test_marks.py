@@ -23,7 +23,8 @@ from runrecovery_service.engines.sessions import sessions_of
 from runrecovery_service.engines.sessions.files import CliSessions
 from runrecovery_service.engines.sessions.lines import FOUND
 from runrecovery_service.execution import launcher
-from runrecovery_service.process.sweep import Ending, end_trees
+from runrecovery_service.process.ending import Ending
+from runrecovery_service.process.sweep import end_trees
 from runrecovery_service.storage import reopening
 from support.service import AGENTS
 

@@ -18,8 +18,11 @@ from runrecovery_service.domain.errors import Fenced
 from runrecovery_service.domain.run import Profile, RestartPolicy, Run, RunStatus
 from runrecovery_service.engines.catalog import Engine
 from runrecovery_service.execution import dispatcher, launcher, supervisor
-from runrecovery_service.process.launch import ShimmedProcess, boot_time_ns, prepare
-from runrecovery_service.process.sweep import Ending, end_trees
+from runrecovery_service.process.boot_clock import boot_time_ns
+from runrecovery_service.process.ending import Ending
+from runrecovery_service.process.launch import prepare
+from runrecovery_service.process.shimmed_process import ShimmedProcess
+from runrecovery_service.process.sweep import end_trees
 from runrecovery_service.storage import deadlines, interactions, processes, turns
 from support.processes import is_alive, is_stopped, seen, strike
 

@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 from process.trees import PATIENCE_S, Grow, Signals, Start, Tree, clear_away, in_ns
 from runrecovery_service.process import procfs, sweep
-from runrecovery_service.process.evidence import COOKIE_VARIABLE, Host, LeaseEvidence
-from runrecovery_service.process.launch import Bounds, prepare, watermark_bits
+from runrecovery_service.process.host import Host
+from runrecovery_service.process.launch import prepare
+from runrecovery_service.process.markers import COOKIE_VARIABLE, LaunchMarkers
+from runrecovery_service.process.resource_limits import ResourceLimits
+from runrecovery_service.process.watermark import watermark_bits
 
 QUIET = {"stubborn", "hydra", "flicker"}
 """Roles of tree.py that announce nobody."""
@@ -21,29 +24,27 @@ _KEYS = itertools.count(1)
 
 
 @pytest.fixture
-def new_lease() -> Callable[[], LeaseEvidence]:
+def new_lease() -> Callable[[], LaunchMarkers]:
     """Make leases of this host whose process is not recorded."""
 
-    def make() -> LeaseEvidence:
+    def make() -> LaunchMarkers:
         here = Host.here()
         key = next(_KEYS)
-        return LeaseEvidence(
-            lease_key=key,
+        return LaunchMarkers(
+            launch_key=key,
             run_key=1000 + key,
             cookie=secrets.token_hex(16),
             watermark=secrets.randbits(watermark_bits()),
             pid=None,
             start_ticks=None,
-            boot_id=here.boot_id,
-            pid_namespace=here.pid_namespace,
-            host_id=here.host_id,
+            host=here,
         )
 
     return make
 
 
 @pytest.fixture
-def start(new_lease: Callable[[], LeaseEvidence], tmp_path: Path) -> Iterator[Start]:
+def start(new_lease: Callable[[], LaunchMarkers], tmp_path: Path) -> Iterator[Start]:
     """Launch commands behind shims; end what is left of them afterwards."""
     trees: list[Tree] = []
 
@@ -52,25 +53,25 @@ def start(new_lease: Callable[[], LeaseEvidence], tmp_path: Path) -> Iterator[St
         *,
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
-        bounds: Bounds | None = None,
+        limits: ResourceLimits | None = None,
         deadline_s: float = PATIENCE_S,
         release: bool = True,
     ) -> Tree:
         lease = new_lease()
-        book = tmp_path / f"book{lease.lease_key}"
+        journal = tmp_path / f"journal{lease.launch_key}"
         process = prepare(
             command,
-            evidence=lease,
+            markers=lease,
             cwd=cwd or tmp_path,
             env={COOKIE_VARIABLE: lease.token, **(env or {})},
             deadline_ns=in_ns(deadline_s),
-            book=book,
-            bounds=bounds,
+            journal=journal,
+            limits=limits,
         )
         shim = procfs.read_proc(process.pid)
         assert shim is not None
         lease = replace(lease, pid=process.pid, start_ticks=process.start_ticks)
-        trees.append(Tree(process=process, lease=lease, book=book, shim=shim))
+        trees.append(Tree(process=process, lease=lease, journal=journal, shim=shim))
         if release:
             process.release(in_ns(deadline_s))
         return trees[-1]

@@ -9,30 +9,31 @@ import secrets
 import sys
 from pathlib import Path
 
-from runrecovery_service.process.evidence import Host, LeaseEvidence
-from runrecovery_service.process.launch import boot_time_ns, dispose, prepare, watermark_bits
+from runrecovery_service.process.boot_clock import boot_time_ns
+from runrecovery_service.process.host import Host
+from runrecovery_service.process.launch import prepare
+from runrecovery_service.process.markers import LaunchMarkers
+from runrecovery_service.process.watermark import watermark_bits
 
-what, book = sys.argv[1], Path(sys.argv[2])
+what, journal = sys.argv[1], Path(sys.argv[2])
 here = Host.here()
-lease = LeaseEvidence(
-    lease_key=1,
+lease = LaunchMarkers(
+    launch_key=1,
     run_key=1,
     cookie=secrets.token_hex(16),
     watermark=secrets.randbits(watermark_bits()),
     pid=None,
     start_ticks=None,
-    boot_id=here.boot_id,
-    pid_namespace=here.pid_namespace,
-    host_id=here.host_id,
+    host=here,
 )
 in_a_minute = boot_time_ns() + 60 * 10**9
 process = prepare(
     ["/bin/sleep", "60"],
-    evidence=lease,
+    markers=lease,
     cwd=Path("/"),
     env={},
     deadline_ns=in_a_minute,
-    book=book,
+    journal=journal,
 )
 agent = process.release(in_a_minute)
 
@@ -49,4 +50,4 @@ sys.stdout.write(json.dumps(told) + "\n")
 sys.stdout.flush()
 if what == "hold":
     process.popen.wait()
-dispose(process)
+process.dispose()

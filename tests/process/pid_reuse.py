@@ -18,11 +18,14 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from runrecovery_service.process import procfs, shim, signals, sweep
-from runrecovery_service.process.evidence import Host, LeaseEvidence
+from runrecovery_service.process.host import Host
+from runrecovery_service.process.launch_tree import PinnedProcess
+from runrecovery_service.process.markers import LaunchMarkers
+from runrecovery_service.process.pinned_trees import PinnedTrees
 from runrecovery_service.process.procfs import Proc
 from runrecovery_service.process.sweep import end_trees
 
@@ -88,10 +91,12 @@ class Log:
     warning = info
 
 
-def believe_the_pin(sweeping: sweep._Sweep, pinned: list[sweep._Held], _: object) -> None:
+def believe_the_pin(
+    trees: PinnedTrees, pinned: Collection[PinnedProcess], found: object, *, protected: object
+) -> None:
     """Take everybody who was pinned for proved: a sweep without its second look."""
-    for held in pinned:
-        held.proved = True
+    for each in pinned:
+        each.proved = True
 
 
 def send_unproved(pid: int, pidfd: int, number: int, **told: Callable[..., object]) -> str:
@@ -104,7 +109,7 @@ lines: set[tuple[object, object]] = set()
 swapped: list[Proc] = []
 real_send = signals.send
 if "prove" in without:
-    sweep._Sweep._prove = believe_the_pin  # type: ignore[assignment, method-assign]
+    PinnedTrees.prove = believe_the_pin  # type: ignore[assignment, method-assign]
 if "send" in without:
     signals.send = send_unproved
 sweep.log = Log()
@@ -114,16 +119,14 @@ began = time.clock_gettime(time.CLOCK_BOOTTIME)
 while time.clock_gettime(time.CLOCK_BOOTTIME) - began < 0.05:
     time.sleep(0.01)  # start ticks are 10 ms long: the next process must be a later one
 here = Host.here()
-lease = LeaseEvidence(
-    lease_key=1,
+lease = LaunchMarkers(
+    launch_key=1,
     run_key=1,
     cookie=secrets.token_hex(16),
     watermark=MARK,
     pid=ours.pid,
     start_ticks=ours.start_ticks,
-    boot_id=here.boot_id,
-    pid_namespace=here.pid_namespace,
-    host_id=here.host_id,
+    host=here,
 )
 if moment == "shim":
     guard = shim.Shim(-1, -1, os.open(os.devnull, os.O_WRONLY))

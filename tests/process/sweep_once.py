@@ -14,13 +14,15 @@ import os
 import resource
 import sys
 
-from runrecovery_service.process.evidence import Host, LeaseEvidence
+from runrecovery_service.process.host import Host
+from runrecovery_service.process.markers import LaunchMarkers
 from runrecovery_service.process.procfs import RLIMIT_LOCKS
 from runrecovery_service.process.sweep import end_trees
 
 PR_SET_DUMPABLE = 4
 
-lease = LeaseEvidence(**json.loads(sys.argv[1]))
+given = json.loads(sys.argv[1])
+lease = LaunchMarkers(**{**given, "host": Host(**given["host"])})
 if sys.argv[2:] == ["marked"]:
     resource.setrlimit(RLIMIT_LOCKS, (lease.watermark or 0, lease.watermark or 0))
 elif sys.argv[2:]:
@@ -29,6 +31,6 @@ elif sys.argv[2:]:
     os.setgid(int(sys.argv[2]))
     os.setuid(int(sys.argv[2]))
     ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)  # as a service is that had always been him
-ending = end_trees([lease], why="test", grace_s=1, deadline_s=5)[lease.lease_key]
+ending = end_trees([lease], why="test", grace_s=1, deadline_s=5)[lease.launch_key]
 told = {**dataclasses.asdict(ending), "dead": sorted(ending.dead)}
 sys.stderr.write(json.dumps(told))

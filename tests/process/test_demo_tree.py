@@ -26,7 +26,7 @@ def test_all_of_it_is_found_after_a_crash_of_service_and_shim(start: Start, tmp_
             children.append(int(message.message.split()[-1]))
     tree.kill_shim()
 
-    ending = end_trees([tree.lease], why="test", grace_s=5, deadline_s=20)[tree.lease.lease_key]
+    ending = end_trees([tree.lease], why="test", grace_s=5, deadline_s=20)[tree.lease.launch_key]
 
     assert (ending.found, ending.ended, ending.gone) == (4, 4, True)
     assert all(proc.dead for proc in procfs.scan(children).values())

@@ -8,29 +8,30 @@ import resource
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from process.trees import PATIENCE_S, Start, alive, bearers, in_ns
 from runrecovery_service.process import launch, procfs, wire
-from runrecovery_service.process.evidence import COOKIE_VARIABLE
-from runrecovery_service.process.launch import (
-    LEAST_WATERMARK_BITS,
-    WATERMARK_BITS,
+from runrecovery_service.process.agent_command import agent_environment, launch_problem
+from runrecovery_service.process.launch_errors import LaunchFailed
+from runrecovery_service.process.markers import COOKIE_VARIABLE
+from runrecovery_service.process.shim_events import (
     Empty,
     EndsItself,
     Exited,
     Gated,
-    LaunchFailed,
     NotStarted,
     Started,
-    agent_environment,
-    dispose,
-    killed_by_shim,
     parse_event,
+)
+from runrecovery_service.process.shim_journal import killed_by_shim
+from runrecovery_service.process.watermark import (
+    LEAST_WATERMARK_BITS,
+    WATERMARK_BITS,
     watermark_bits,
-    why_not_launchable,
 )
 
 CODE = [sys.executable, "-I", "-S", "-c"]
@@ -144,7 +145,7 @@ def test_says_why_a_command_cannot_be_prepared(
         start(command, env={"PATH": "/usr/bin:/bin"})
 
     assert descriptors() == before
-    assert not list(tmp_path.glob("book*"))  # no shim has been started for it
+    assert not list(tmp_path.glob("journal*"))  # no shim has been started for it
 
 
 @pytest.mark.parametrize(
@@ -160,7 +161,7 @@ def test_says_beforehand_what_could_not_be_launched(
 ) -> None:
     monkeypatch.setenv("PATH", str(program(tmp_path, "#!/bin/sh\n").parent))
 
-    assert why_not_launchable(command, env_allow=["PATH"]) == expected
+    assert launch_problem(command, env_allow=["PATH"]) == expected
 
 
 def test_an_allowed_path_alone_finds_the_command(
@@ -168,7 +169,7 @@ def test_an_allowed_path_alone_finds_the_command(
 ) -> None:
     monkeypatch.setenv("PATH", str(program(tmp_path, "#!/bin/sh\n").parent))
 
-    assert why_not_launchable(["some-tool"], env_allow=[]) is not None
+    assert launch_problem(["some-tool"], env_allow=[]) is not None
 
 
 def test_a_launch_without_a_shim_says_so_and_leaves_nothing(
@@ -188,7 +189,7 @@ def test_a_launch_without_a_shim_says_so_and_leaves_nothing(
 
 def test_a_book_that_cannot_be_opened_stops_the_launch(start: Start, tmp_path: Path) -> None:
     first = start(["/bin/true"])
-    (tmp_path / f"book{first.lease.lease_key + 1}").mkdir()
+    (tmp_path / f"journal{first.lease.launch_key + 1}").mkdir()
     before = descriptors()
 
     with pytest.raises(LaunchFailed, match="Is a directory"):
@@ -203,7 +204,7 @@ def test_a_failed_start_leaves_no_descriptor(start: Start) -> None:
 
     with pytest.raises(LaunchFailed):
         tree.process.release(in_ns(PATIENCE_S))
-    dispose(tree.process)
+    tree.process.dispose()
 
     assert descriptors() == before
     assert tree.process.popen.returncode == 0
@@ -214,8 +215,8 @@ def test_a_launch_leaves_no_descriptor(start: Start) -> None:
     tree = start(["/bin/true"])
     tree.events(Exited)
 
-    dispose(tree.process)
-    dispose(tree.process)  # twice does no harm
+    tree.process.dispose()
+    tree.process.dispose()  # twice does no harm
 
     assert descriptors() == before
 
@@ -224,8 +225,8 @@ def test_disposing_of_what_still_waits_or_runs_leaves_nothing(start: Start) -> N
     before = descriptors()
     waiting, running = start(["/bin/true"], release=False), start([*CODE, "input()"])
 
-    dispose(waiting.process)
-    dispose(running.process)
+    waiting.process.dispose()
+    running.process.dispose()
 
     assert descriptors() == before
     for tree in (waiting, running):
@@ -246,14 +247,21 @@ ORDERS = st.builds(
     argv=st.lists(WORDS, max_size=5),
     env=st.dictionaries(NAMES, WORDS, max_size=5),
     cwd=WORDS,
-    niceness=st.integers(-20, 19),
-    limits=st.dictionaries(st.integers(0, 15), st.integers(0, 2**62), max_size=4),
-    cgroup_procs=WORDS,
+    confinement=st.builds(
+        wire.Confinement,
+        niceness=st.integers(-20, 19),
+        rlimits=st.dictionaries(st.integers(0, 15), st.integers(0, 2**62), max_size=4),
+        cgroup_procs=WORDS,
+        soft_open_files=st.integers(0, 2**20),
+    ),
 )
 
 
 def told(order: wire.Order) -> Mapping[str, object]:
-    return {name: getattr(order, name) for name in wire.Order.__slots__}
+    confinement = {name: getattr(order.confinement, name) for name in wire.Confinement.__slots__}
+    return {name: getattr(order, name) for name in wire.Order.__slots__} | {
+        "confinement": confinement
+    }
 
 
 @given(ORDERS)
@@ -265,9 +273,7 @@ def told(order: wire.Order) -> Mapping[str, object]:
         argv=["", "a=b", "1", "\n"],
         env={"A": "b=c=d", "B": "", "\udcfe": "\udcff"},
         cwd="",
-        niceness=0,
-        limits={},
-        cgroup_procs="",
+        confinement=wire.Confinement(),
     )
 )
 def test_an_order_arrives_as_it_was_given(order: wire.Order) -> None:
@@ -279,9 +285,10 @@ def test_an_order_arrives_as_it_was_given(order: wire.Order) -> None:
 
 @pytest.mark.parametrize("place", ["argv", "env", "cwd", "program", "cgroup_procs"])
 def test_an_order_with_a_nul_is_refused(place: str) -> None:
-    words: dict[str, object] = {"argv": [], "env": {}, "cwd": "", "program": "", "cgroup_procs": ""}
+    words: dict[str, Any] = {"argv": [], "env": {}, "cwd": "", "program": "", "cgroup_procs": ""}
     words[place] = {"argv": ["a\0b"], "env": {"A": "\0"}}.get(place, "\0")
-    order = wire.Order(deadline_ns=0, watermark=0, niceness=0, limits={}, **words)  # type: ignore[arg-type]
+    confinement = wire.Confinement(cgroup_procs=words.pop("cgroup_procs"))
+    order = wire.Order(deadline_ns=0, watermark=0, confinement=confinement, **words)
 
     with pytest.raises(ValueError, match="null byte"):
         wire.pack(order)
@@ -310,7 +317,7 @@ def test_reads_what_the_shim_tells(line: str, event: object) -> None:
      "ending", "empty now", "Traceback (most recent call last):", " empty"],
 )  # fmt: skip
 def test_refuses_what_no_shim_tells(line: str) -> None:
-    with pytest.raises(ValueError, match=r"not a line|invalid literal"):
+    with pytest.raises(ValueError, match=r"not an event|invalid literal"):
         parse_event(line)
 
 
@@ -318,7 +325,7 @@ def test_events_arrive_however_the_pipe_cuts_them(start: Start) -> None:
     process = start(["/bin/true"], release=False).process
     data = b"exited 0 1 2 3\nempty\n"
 
-    pieces = [process.take(data[i : i + 1]) for i in range(len(data))]
+    pieces = [process.parse_report(data[i : i + 1]) for i in range(len(data))]
 
     assert [event for piece in pieces for event in piece] == [Exited(0, 1, 2, 3), Empty()]
 
@@ -382,22 +389,22 @@ def test_a_launch_works_beside_more_than_a_thousand_descriptors(start: Start) ->
 
 @pytest.mark.parametrize("kind", ["pipe", "link", "folder"])
 def test_what_an_agent_put_in_the_place_of_a_book_is_not_read(tmp_path: Path, kind: str) -> None:
-    book = tmp_path / "book"
+    journal = tmp_path / "journal"
     match kind:
         case "pipe":
-            os.mkfifo(book)
+            os.mkfifo(journal)
         case "link":
             (tmp_path / "other").write_text(KILLED)
-            book.symlink_to(tmp_path / "other")
+            journal.symlink_to(tmp_path / "other")
         case _:
-            book.mkdir()
+            journal.mkdir()
 
-    assert killed_by_shim(book) == frozenset()
+    assert killed_by_shim(journal) == frozenset()
 
 
 def test_no_more_than_the_start_of_a_book_is_read(tmp_path: Path) -> None:
-    book = tmp_path / "book"
-    book.write_text(KILLED)
-    os.truncate(book, 1 << 33)
+    journal = tmp_path / "journal"
+    journal.write_text(KILLED)
+    os.truncate(journal, 1 << 33)
 
-    assert killed_by_shim(book) == {(7, 9)}
+    assert killed_by_shim(journal) == {(7, 9)}

@@ -1,4 +1,4 @@
-"""Which processes belong to which lease: what they bear, and the decision."""
+"""Which processes belong to which launch: their markers, and the decision."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from process.trees import Grow, Tree
-from runrecovery_service.process import evidence, procfs
-from runrecovery_service.process.evidence import (
+from runrecovery_service.process import markers, procfs
+from runrecovery_service.process.host import Host
+from runrecovery_service.process.markers import (
     COOKIE_VARIABLE,
-    Evidence,
-    Hit,
-    Host,
-    LeaseEvidence,
-    Marks,
+    LaunchMarkers,
+    MarkerIndex,
+    Member,
     Membership,
-    lease_token,
-    members,
-    shielded,
+    Proof,
+    find_members,
+    launch_token,
+    protected_pids,
 )
 from runrecovery_service.process.procfs import RLIMIT_LOCKS, Proc
 
@@ -50,17 +50,15 @@ def proc(
     )
 
 
-def lease(key: int = 7, pid: int | None = None, ticks: int | None = None) -> LeaseEvidence:
-    return LeaseEvidence(
-        lease_key=key,
+def lease(key: int = 7, pid: int | None = None, ticks: int | None = None) -> LaunchMarkers:
+    return LaunchMarkers(
+        launch_key=key,
         run_key=key,
         cookie=COOKIE,
         watermark=None,
         pid=pid,
         start_ticks=ticks,
-        boot_id="b",
-        pid_namespace=1,
-        host_id="h",
+        host=Host(host_id="h", boot_id="b", pid_namespace=1),
     )
 
 
@@ -71,25 +69,25 @@ bare = {"pid": None, "start_ticks": None, "watermark": None, "cookie": "", "cgro
 """A lease of which nothing is recorded."""
 
 
-def kind(tree: Tree, role: str, **recorded: object) -> Evidence | None:
+def kind(tree: Tree, role: str, **recorded: object) -> Proof | None:
     """Return what a role of a tree is found by, when this alone is recorded of it."""
-    marks = Marks([replace(tree.lease, **(bare | recorded))])  # type: ignore[arg-type]
+    index = MarkerIndex([replace(tree.lease, **(bare | recorded))])  # type: ignore[arg-type]
     found = procfs.read_proc(tree.procs[role].pid)
     assert found is not None
-    hit = marks.read(found)
-    assert hit is None or (hit.proc, hit.lease_key) == (found, tree.lease.lease_key)
-    return None if hit is None else hit.kind
+    member = index.find_member(found)
+    assert member is None or (member.proc, member.launch_key) == (found, tree.lease.launch_key)
+    return None if member is None else member.proof
 
 
 def test_a_shim_is_found_by_its_pid_and_start_ticks(grow: Grow) -> None:
     tree = grow()
-    recorded = Marks([replace(tree.lease, watermark=None, cookie="")])
-    later = Marks([replace(tree.lease, watermark=None, cookie="", start_ticks=1)])
+    recorded = MarkerIndex([replace(tree.lease, watermark=None, cookie="")])
+    later = MarkerIndex([replace(tree.lease, watermark=None, cookie="", start_ticks=1)])
 
-    assert recorded.read(tree.shim) == Hit(
-        proc=tree.shim, lease_key=tree.lease.lease_key, kind=Evidence.SHIM
+    assert recorded.find_member(tree.shim) == Member(
+        proc=tree.shim, launch_key=tree.lease.launch_key, proof=Proof.SHIM
     )
-    assert later.read(tree.shim) is None
+    assert later.find_member(tree.shim) is None
 
 
 @pytest.mark.parametrize(
@@ -101,7 +99,7 @@ def test_whoever_descends_bears_the_watermark_whatever_he_does(grow: Grow, role:
     tree.kill_shim()
     tree.end_leader()
 
-    assert kind(tree, role, watermark=tree.lease.watermark) is Evidence.WATERMARK
+    assert kind(tree, role, watermark=tree.lease.watermark) is Proof.WATERMARK
     assert kind(tree, role, watermark=(tree.lease.watermark or 0) + 1) is None
 
 
@@ -109,7 +107,7 @@ def test_whoever_descends_bears_the_watermark_whatever_he_does(grow: Grow, role:
 def test_the_full_cookie_is_found_in_the_environment(grow: Grow, role: str) -> None:
     tree = grow(*({role} - {"leader"}))
 
-    assert kind(tree, role, cookie=tree.lease.cookie) is Evidence.COOKIE
+    assert kind(tree, role, cookie=tree.lease.cookie) is Proof.COOKIE
 
 
 @pytest.mark.parametrize("role", ["scrubbed", "scrubbed-daemon", "escapee"])
@@ -124,7 +122,7 @@ def test_who_is_not_dumpable_hides_his_cookie_and_not_his_watermark(grow: Grow) 
     tree = grow("undumpable")
 
     assert kind(tree, "undumpable", cookie=tree.lease.cookie) is None
-    assert kind(tree, "undumpable", watermark=tree.lease.watermark) is Evidence.WATERMARK
+    assert kind(tree, "undumpable", watermark=tree.lease.watermark) is Proof.WATERMARK
 
 
 def test_a_watermark_wiped_off_on_purpose_is_gone(grow: Grow) -> None:
@@ -152,19 +150,19 @@ def test_half_a_cookie_proves_nothing(grow: Grow, forge: Callable[[str], str]) -
 
 def test_the_cookie_of_another_key_proves_nothing(grow: Grow) -> None:
     tree = grow()
-    other = tree.lease.lease_key + 1_000_000
+    other = tree.lease.launch_key + 1_000_000
 
-    assert kind(tree, "leader", cookie=tree.lease.cookie, lease_key=other) is None
+    assert kind(tree, "leader", cookie=tree.lease.cookie, launch_key=other) is None
 
 
 @pytest.mark.parametrize("cookie", ["", "0123", COOKIE.upper(), COOKIE + "0"])
 def test_a_damaged_record_of_a_cookie_matches_nobody(cookie: str) -> None:
     damaged = replace(lease(), cookie=cookie)
 
-    with sleeper(env={COOKIE_VARIABLE: lease_token(7, cookie)}) as pid:
+    with sleeper(env={COOKIE_VARIABLE: launch_token(7, cookie)}) as pid:
         found = procfs.read_proc(pid)
         assert found is not None
-        assert Marks([damaged]).read(found) is None
+        assert MarkerIndex([damaged]).find_member(found) is None
 
 
 def test_a_process_is_found_by_its_own_cgroup(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,10 +174,10 @@ def test_a_process_is_found_by_its_own_cgroup(monkeypatch: pytest.MonkeyPatch) -
     us = procfs.read_proc(os.getpid())
     assert us is not None
 
-    def found_in(cgroup: str) -> Hit | None:
-        return Marks([replace(lease(), cgroup=cgroup)]).read(us)
+    def found_in(cgroup: str) -> Member | None:
+        return MarkerIndex([replace(lease(), cgroup=cgroup)]).find_member(us)
 
-    assert found_in("/agents/lease-7") == Hit(proc=us, lease_key=7, kind=Evidence.CGROUP)
+    assert found_in("/agents/lease-7") == Member(proc=us, launch_key=7, proof=Proof.CGROUP)
     others = ("/agents/lease-70", "/lease-7", "/not/that", "/")
     assert [found_in(text) for text in others] == [None] * 4
 
@@ -196,10 +194,10 @@ def test_a_cgroup_that_an_agent_made_in_its_own_is_its_own(
     us = procfs.read_proc(os.getpid())
     assert us is not None
 
-    hit = Marks([replace(lease(), cgroup="/agents/7")]).read(us)
+    member = MarkerIndex([replace(lease(), cgroup="/agents/7")]).find_member(us)
 
-    assert hit is not None
-    assert hit.kind is Evidence.CGROUP
+    assert member is not None
+    assert member.proof is Proof.CGROUP
 
 
 def test_a_zombie_bears_nothing_but_its_identity(grow: Grow) -> None:
@@ -211,31 +209,31 @@ def test_a_zombie_bears_nothing_but_its_identity(grow: Grow) -> None:
 
 def test_of_several_leases_the_right_one_is_named(grow: Grow) -> None:
     trees = [grow("scrubbed") for _ in range(3)]
-    marks = Marks([tree.lease for tree in trees])
+    index = MarkerIndex([tree.lease for tree in trees])
 
     for tree in trees:
-        hit = marks.read(tree.procs["scrubbed"])
-        assert hit is not None
-        assert hit.lease_key == tree.lease.lease_key
+        member = index.find_member(tree.procs["scrubbed"])
+        assert member is not None
+        assert member.launch_key == tree.lease.launch_key
 
 
 # -- the decision ------------------------------------------------------------------------------
 
 
 def judge(
-    *procs: Proc, roots: tuple[int, ...] = (), shield: frozenset[int] = frozenset({1})
+    *procs: Proc, roots: tuple[int, ...] = (), protected: frozenset[int] = frozenset({1})
 ) -> Membership:
     snapshot = {one.pid: one for one in procs}
     proved = {
-        pid: Hit(proc=snapshot[pid], lease_key=7, kind=Evidence.WATERMARK)
+        pid: Member(proc=snapshot[pid], launch_key=7, proof=Proof.WATERMARK)
         for pid in roots
         if pid in snapshot
     }
-    return members(snapshot, proved, shield=shield)
+    return find_members(snapshot, proved, protected=protected)
 
 
-def kinds(found: Membership) -> dict[int, Evidence]:
-    return {pid: hit.kind for pid, hit in found.hits.items()}
+def kinds(found: Membership) -> dict[int, Proof]:
+    return {pid: member.proof for pid, member in found.members.items()}
 
 
 def test_whoever_descends_from_a_proved_one_belongs() -> None:
@@ -247,55 +245,55 @@ def test_whoever_descends_from_a_proved_one_belongs() -> None:
         roots=(10,),
     )
 
-    assert kinds(found) == {10: Evidence.WATERMARK, 12: Evidence.DESCENT, 13: Evidence.DESCENT}
-    assert {hit.lease_key for hit in found.hits.values()} == {7}
-    assert found.doubts == ()
+    assert kinds(found) == {10: Proof.WATERMARK, 12: Proof.DESCENT, 13: Proof.DESCENT}
+    assert {member.launch_key for member in found.members.values()} == {7}
+    assert found.protected == ()
 
 
 def test_neither_group_nor_session_proves_anything() -> None:
     found = judge(proc(10), proc(11, group=10), roots=(10,))
 
-    assert kinds(found) == {10: Evidence.WATERMARK}
+    assert kinds(found) == {10: Proof.WATERMARK}
 
 
 def test_kin_is_never_older_than_its_proof() -> None:
     found = judge(proc(10), proc(12, ppid=10, ticks=99), proc(13, ppid=12), roots=(10,))
 
-    assert kinds(found) == {10: Evidence.WATERMARK}
+    assert kinds(found) == {10: Proof.WATERMARK}
 
 
 def test_a_zombie_still_proves_its_children() -> None:
     found = judge(proc(10, state="Z"), proc(11, ppid=10), roots=(10,))
 
-    assert kinds(found) == {10: Evidence.WATERMARK, 11: Evidence.DESCENT}
+    assert kinds(found) == {10: Proof.WATERMARK, 11: Proof.DESCENT}
 
 
 def test_who_proves_himself_is_not_taken_for_a_mere_descendant() -> None:
     snapshot = {10: proc(10), 11: proc(11, ppid=10)}
     roots = {
-        pid: Hit(proc=snapshot[pid], lease_key=key, kind=Evidence.COOKIE)
+        pid: Member(proc=snapshot[pid], launch_key=key, proof=Proof.COOKIE)
         for pid, key in ((10, 7), (11, 8))
     }
 
-    found = members(snapshot, roots, shield=frozenset())
+    found = find_members(snapshot, roots, protected=frozenset())
 
-    assert {pid: hit.lease_key for pid, hit in found.hits.items()} == {10: 7, 11: 8}
+    assert {pid: member.launch_key for pid, member in found.members.items()} == {10: 7, 11: 8}
 
 
 def test_kinship_does_not_pass_through_the_shield() -> None:
     # We were started by an agent: our own new agents are not its descendants.
     found = judge(
-        proc(10), proc(40, ppid=10), proc(41, ppid=40), roots=(10,), shield=frozenset({40})
+        proc(10), proc(40, ppid=10), proc(41, ppid=40), roots=(10,), protected=frozenset({40})
     )
 
-    assert kinds(found) == {10: Evidence.WATERMARK}
+    assert kinds(found) == {10: Proof.WATERMARK}
 
 
 def test_who_bears_a_mark_and_is_shielded_is_reported() -> None:
-    found = judge(proc(40), roots=(40,), shield=frozenset({40}))
+    found = judge(proc(40), roots=(40,), protected=frozenset({40}))
 
-    assert found.hits == {}
-    assert [doubt.pid for doubt in found.doubts] == [40]
+    assert found.members == {}
+    assert [member.pid for member in found.protected] == [40]
 
 
 def test_shields_pid_1_us_our_ancestors_and_our_group() -> None:
@@ -307,7 +305,7 @@ def test_shields_pid_1_us_our_ancestors_and_our_group() -> None:
         8: proc(8, ppid=6),  # a shim of ours: its own session
     }
 
-    assert shielded(snapshot, own_pid=6) == {1, 5, 6, 7}
+    assert protected_pids(snapshot, own_pid=6) == {1, 5, 6, 7}
 
 
 PIDS = st.integers(2, 12)
@@ -327,25 +325,25 @@ TABLES = st.lists(
 
 @given(TABLES, st.sets(PIDS), st.sets(PIDS))
 def test_exactly_those_that_a_line_of_parents_ties_to_a_proof_are_members(
-    table: list[Proc], roots: set[int], shield: set[int]
+    table: list[Proc], roots: set[int], protected: set[int]
 ) -> None:
     snapshot = {one.pid: one for one in table}
 
     def tied(one: Proc, seen: frozenset[int] = frozenset()) -> bool:
-        if one.pid in shield or one.pid in seen:
+        if one.pid in protected or one.pid in seen:
             return False
         parent = snapshot.get(one.ppid)
         kin = parent is not None and one.start_ticks >= parent.start_ticks
         return one.pid in roots or (kin and parent is not None and tied(parent, seen | {one.pid}))
 
-    hits = judge(*table, roots=tuple(roots), shield=frozenset(shield)).hits
+    found = judge(*table, roots=tuple(roots), protected=frozenset(protected)).members
 
-    assert set(hits) == {one.pid for one in table if tied(one)}
+    assert set(found) == {one.pid for one in table if tied(one)}
 
 
 @given(TABLES)
 def test_without_a_proof_nobody_is_a_member(table: list[Proc]) -> None:
-    assert judge(*table) == Membership(hits={}, doubts=())
+    assert judge(*table) == Membership(members={}, protected=())
 
 
 # -- reading /proc -----------------------------------------------------------------------------
@@ -404,7 +402,7 @@ def test_start_ticks_never_change() -> None:
 def token_of(pid: int) -> str | None:
     found = procfs.read_proc(pid)
     assert found is not None
-    return evidence.cookie_of(found)
+    return markers.read_token(found)
 
 
 def test_reads_the_token_of_a_process() -> None:

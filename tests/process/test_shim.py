@@ -16,18 +16,12 @@ from pathlib import Path
 import pytest
 from process.trees import PATIENCE_S, Grow, Start, Tree, alive, in_ns, strike, until
 from runrecovery_service.process import launch, procfs, signals, wire
-from runrecovery_service.process.evidence import COOKIE_VARIABLE
-from runrecovery_service.process.launch import (
-    Bounds,
-    Empty,
-    EndsItself,
-    Exited,
-    LaunchDelayed,
-    LaunchFailed,
-    ShimLost,
-    boot_time_ns,
-    killed_by_shim,
-)
+from runrecovery_service.process.boot_clock import boot_time_ns
+from runrecovery_service.process.launch_errors import LaunchDelayed, LaunchFailed, ShimLost
+from runrecovery_service.process.markers import COOKIE_VARIABLE
+from runrecovery_service.process.resource_limits import ResourceLimits
+from runrecovery_service.process.shim_events import Empty, EndsItself, Exited
+from runrecovery_service.process.shim_journal import killed_by_shim
 
 ROOT = os.geteuid() == 0
 only_root = pytest.mark.skipif(not ROOT, reason="only root may do this")
@@ -158,7 +152,7 @@ def assert_it_ended_everything(tree: Tree, why: str) -> None:
     assert told[-1] == Empty()
     assert tree.shim_exit() == 0
     assert tree.nobody_alive()
-    assert killed_by_shim(tree.book) == tree.identities()
+    assert killed_by_shim(tree.journal) == tree.identities()
 
 
 @pytest.mark.parametrize("manners", [(), ("stubborn",)], ids=["meek", "stubborn"])
@@ -182,7 +176,7 @@ def test_the_end_of_the_gate_ends_processes_of_another_user(grow: Grow) -> None:
 def test_the_death_of_the_service_ends_the_tree(tmp_path: Path) -> None:
     ours, theirs = os.pipe()
     script = Path(__file__).with_name("launch_once.py")
-    command = [sys.executable, str(script), "hold", str(tmp_path / "book")]
+    command = [sys.executable, str(script), "hold", str(tmp_path / "journal")]
     with subprocess.Popen(command, stdout=theirs) as service:
         os.close(theirs)
         with os.fdopen(ours) as said:
@@ -253,7 +247,7 @@ def test_ends_a_fork_storm(grow: Grow) -> None:
 
     assert tree.shim_exit() == 0
     assert tree.nobody_alive()
-    assert len(killed_by_shim(tree.book)) == 302
+    assert len(killed_by_shim(tree.journal)) == 302
 
 
 def test_ends_who_forks_and_exits_all_the_time(grow: Grow) -> None:
@@ -271,7 +265,7 @@ def test_every_signal_of_the_shim_is_in_its_book(grow: Grow) -> None:
     tree.process.close_gate()
     tree.shim_exit()
 
-    lines = [json.loads(line) for line in tree.book.read_text().splitlines()]
+    lines = [json.loads(line) for line in tree.journal.read_text().splitlines()]
     sent = [line["signal"] for line in lines if line["pid"] == tree.procs["daemon"].pid]
     assert sent == ["SIGSTOP", "SIGKILL"]
     for line in lines:
@@ -285,11 +279,11 @@ def test_every_signal_of_the_shim_is_in_its_book(grow: Grow) -> None:
             "outcome": signals.SENT,
             "by": tree.shim.pid,
         }
-    assert tree.book.stat().st_mode & 0o777 == 0o600
+    assert tree.journal.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_book_tells_whole_lines_only(tmp_path: Path) -> None:
-    book = tmp_path / "book"
+    journal = tmp_path / "journal"
     killed = {"signal": "SIGKILL", "outcome": "sent", "pid": 5, "start_ticks": 6}
     lines = [
         json.dumps(killed),
@@ -299,9 +293,9 @@ def test_a_book_tells_whole_lines_only(tmp_path: Path) -> None:
         "3",
         json.dumps(killed | {"pid": 9})[:-5],
     ]
-    book.write_text("\n".join(lines))
+    journal.write_text("\n".join(lines))
 
-    assert killed_by_shim(book) == {(5, 6)}
+    assert killed_by_shim(journal) == {(5, 6)}
     assert killed_by_shim(tmp_path / "none") == frozenset()
 
 
@@ -360,7 +354,7 @@ def test_what_the_agent_leaves_is_ended_at_the_deadline(grow: Grow) -> None:
 
     assert tree.shim_exit() == 0
     assert tree.nobody_alive()
-    assert killed_by_shim(tree.book) == {tree.procs["escapee"].identity}
+    assert killed_by_shim(tree.journal) == {tree.procs["escapee"].identity}
 
 
 def test_the_shim_buries_orphans(grow: Grow) -> None:
@@ -436,7 +430,7 @@ def test_nobody_may_look_into_the_shim(tmp_path: Path) -> None:
     """What is not dumpable belongs to root's user *and* group in /proc, whosever it is."""
     script = Path(__file__).with_name("launch_once.py")
     said = subprocess.run(
-        [sys.executable, script, "look", str(tmp_path / "book")],
+        [sys.executable, script, "look", str(tmp_path / "journal")],
         group=65534 if ROOT else None,  # so that root's own processes are told from closed ones
         extra_groups=[] if ROOT else None,
         capture_output=True,
@@ -510,8 +504,10 @@ def test_the_agent_leads_its_own_session_below_the_shim(grow: Grow) -> None:
 def test_bounds_reach_the_agent_and_not_the_shim(start: Start) -> None:
     hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
     processes = 50_000 if hard == resource.RLIM_INFINITY else hard - 1
-    bounds = Bounds(niceness=3, max_memory=512 << 20, max_open_files=77, max_processes=processes)
-    tree = start([*CODE, "input()"], bounds=bounds)
+    limits = ResourceLimits(
+        niceness=3, max_memory=512 << 20, max_open_files=77, max_processes=processes
+    )
+    tree = start([*CODE, "input()"], limits=limits)
     agent = tree.process.agent
     assert agent is not None
 
@@ -544,7 +540,7 @@ def test_the_memory_bound_is_felt(start: Start) -> None:
     code = "import sys\ntry: b'x' * (300 << 20)\nexcept MemoryError: sys.exit(9)"
 
     assert exit_of(start([*CODE, code])).code == 0
-    assert exit_of(start([*CODE, code], bounds=Bounds(max_memory=200 << 20))).code == 9
+    assert exit_of(start([*CODE, code], limits=ResourceLimits(max_memory=200 << 20))).code == 9
 
 
 def test_an_agent_without_bounds_has_the_services_limits(start: Start) -> None:
@@ -557,26 +553,26 @@ def test_an_agent_without_bounds_has_the_services_limits(start: Start) -> None:
 # -- who could not be started ------------------------------------------------------------------
 
 
-def missing_interpreter(place: Path) -> tuple[str, Path, Bounds]:
+def missing_interpreter(place: Path) -> tuple[str, Path, ResourceLimits]:
     tool = place / "tool"
     tool.write_text("#!/no/such/interpreter\n")
     tool.chmod(0o755)
-    return str(tool), place, Bounds()
+    return str(tool), place, ResourceLimits()
 
 
-def no_program(place: Path) -> tuple[str, Path, Bounds]:
+def no_program(place: Path) -> tuple[str, Path, ResourceLimits]:
     tool = place / "tool"
     tool.write_bytes(b"\x7fBAD")
     tool.chmod(0o755)
-    return str(tool), place, Bounds()
+    return str(tool), place, ResourceLimits()
 
 
-def missing_directory(place: Path) -> tuple[str, Path, Bounds]:
-    return "/bin/true", place / "gone", Bounds()
+def missing_directory(place: Path) -> tuple[str, Path, ResourceLimits]:
+    return "/bin/true", place / "gone", ResourceLimits()
 
 
-def impossible_limit(place: Path) -> tuple[str, Path, Bounds]:
-    return "/bin/true", place, Bounds(max_open_files=2**50)
+def impossible_limit(place: Path) -> tuple[str, Path, ResourceLimits]:
+    return "/bin/true", place, ResourceLimits(max_open_files=2**50)
 
 
 @pytest.mark.parametrize(
@@ -591,11 +587,11 @@ def impossible_limit(place: Path) -> tuple[str, Path, Bounds]:
 def test_says_why_the_agent_could_not_start(
     start: Start,
     tmp_path: Path,
-    case: Callable[[Path], tuple[str, Path, Bounds]],
+    case: Callable[[Path], tuple[str, Path, ResourceLimits]],
     reason: str,
 ) -> None:
-    program, cwd, bounds = case(tmp_path)
-    tree = start([program], cwd=cwd, bounds=bounds, release=False)
+    program, cwd, limits = case(tmp_path)
+    tree = start([program], cwd=cwd, limits=limits, release=False)
 
     with pytest.raises(LaunchFailed, match=reason):
         tree.process.release(in_ns(PATIENCE_S))

@@ -19,11 +19,12 @@ from typing import Any
 import pytest
 from process.trees import PATIENCE_S, Grow, Signals, Start, Tree, alive, strike, until
 from runrecovery_service.process import procfs, sweep
-from runrecovery_service.process.evidence import COOKIE_VARIABLE, LeaseEvidence
+from runrecovery_service.process.ending import Ending
+from runrecovery_service.process.markers import COOKIE_VARIABLE, LaunchMarkers
 from runrecovery_service.process.procfs import Proc
-from runrecovery_service.process.sweep import Ending, end_trees
+from runrecovery_service.process.sweep import end_trees
 
-NewLease = Callable[[], LeaseEvidence]
+NewLease = Callable[[], LaunchMarkers]
 
 ROOT = os.geteuid() == 0
 only_root = pytest.mark.skipif(not ROOT, reason="only root may become another user")
@@ -32,14 +33,14 @@ ESCAPEES = ("child", "session", "daemon", "scrubbed", "scrubbed-session", "scrub
 
 
 def end(
-    lease: LeaseEvidence,
+    lease: LaunchMarkers,
     *,
     grace_s: float = 5,
     deadline_s: float = 20,
     clock: Callable[[], float] = time.monotonic,
 ) -> Ending:
     endings = end_trees([lease], why="test", grace_s=grace_s, deadline_s=deadline_s, clock=clock)
-    return endings[lease.lease_key]
+    return endings[lease.launch_key]
 
 
 def once(holds: Callable[[], bool]) -> Callable[[], float]:
@@ -60,7 +61,12 @@ def once_asked(signals: Signals, *trees: Tree) -> Callable[[], float]:
     return once(lambda: all("SIGTERM" in signals.names(pid) for pid in everybody))
 
 
-def unrecorded(lease: LeaseEvidence) -> LeaseEvidence:
+def launched_on(lease: LaunchMarkers, **host: Any) -> LaunchMarkers:
+    """Return the markers as if they were of a launch on another host, boot or pid namespace."""
+    return replace(lease, host=replace(lease.host, **host))
+
+
+def unrecorded(lease: LaunchMarkers) -> LaunchMarkers:
     """The lease as a crash between the spawn and its recording leaves it."""
     return replace(lease, pid=None, start_ticks=None)
 
@@ -94,7 +100,7 @@ def test_ends_who_tries_to_get_away(grow: Grow) -> None:
 
 @pytest.mark.parametrize("known", [lambda lease: lease, unrecorded], ids=["recorded", "not"])
 def test_ends_what_a_dead_shim_and_a_dead_agent_left(
-    grow: Grow, known: Callable[[LeaseEvidence], LeaseEvidence]
+    grow: Grow, known: Callable[[LaunchMarkers], LaunchMarkers]
 ) -> None:
     tree = orphaned(grow("stubborn", *ESCAPEES))
 
@@ -183,7 +189,7 @@ def test_ends_many_trees_together(grow: Grow) -> None:
     endings = end_trees([t.lease for t in trees], why="test", grace_s=0.2, deadline_s=60)
 
     assert {key: (one.found, one.ended, one.gone) for key, one in endings.items()} == {
-        tree.lease.lease_key: (2, 2, True) if n % 3 == 0 else (3, 3, True)
+        tree.lease.launch_key: (2, 2, True) if n % 3 == 0 else (3, 3, True)
         for n, tree in enumerate(trees)
     }
     assert all(tree.nobody_alive() for tree in trees)
@@ -334,19 +340,19 @@ def test_a_reused_pid_is_a_stranger(
     assert signals.lines == []
 
 
-def forge_prefix(lease: LeaseEvidence) -> LeaseEvidence:
+def forge_prefix(lease: LaunchMarkers) -> LaunchMarkers:
     return replace(lease, cookie=lease.cookie[:16] + secrets.token_hex(8))
 
 
-def forge_key(lease: LeaseEvidence) -> LeaseEvidence:
-    return replace(lease, lease_key=lease.lease_key + 1_000_000)
+def forge_key(lease: LaunchMarkers) -> LaunchMarkers:
+    return replace(lease, launch_key=lease.launch_key + 1_000_000)
 
 
-def forge_short(lease: LeaseEvidence) -> LeaseEvidence:
+def forge_short(lease: LaunchMarkers) -> LaunchMarkers:
     return replace(lease, cookie=lease.cookie[:16])
 
 
-def forge_empty(lease: LeaseEvidence) -> LeaseEvidence:
+def forge_empty(lease: LaunchMarkers) -> LaunchMarkers:
     return replace(lease, cookie="")
 
 
@@ -355,7 +361,7 @@ def forge_empty(lease: LeaseEvidence) -> LeaseEvidence:
 def test_half_a_cookie_proves_nothing(
     grow: Grow,
     signals: Signals,
-    forge: Callable[[LeaseEvidence], LeaseEvidence],
+    forge: Callable[[LaunchMarkers], LaunchMarkers],
     watermark: int | None,
 ) -> None:
     tree = grow("daemon")
@@ -377,7 +383,7 @@ def test_another_boot_is_gone_without_a_look(
         raise AssertionError("looked")
 
     monkeypatch.setattr(procfs, "pids", look)
-    ending = end(replace(tree.lease, boot_id="another"))
+    ending = end(launched_on(tree.lease, boot_id="another"))
 
     assert ending == Ending(gone=True)
     assert tree.alive("leader")
@@ -390,7 +396,9 @@ def test_a_pid_of_another_namespace_means_nothing(
     stranger = grow("child")
     pid, start_ticks = stranger.shim.identity
 
-    ending = end(replace(new_lease(), pid=pid, start_ticks=start_ticks, pid_namespace=1))
+    ending = end(
+        replace(launched_on(new_lease(), pid_namespace=1), pid=pid, start_ticks=start_ticks)
+    )
 
     assert ending == Ending(gone=True)
     assert stranger.alive("leader")
@@ -403,7 +411,7 @@ def test_the_marks_of_another_namespace_mean_what_they_say(grow: Grow) -> None:
     tree = grow("daemon", "escapee")
     tree.kill_shim()
 
-    ending = end(replace(tree.lease, pid_namespace=1))
+    ending = end(launched_on(tree.lease, pid_namespace=1))
 
     assert ending == Ending(found=3, ended=3, gone=True)
     assert tree.nobody_alive()
@@ -412,7 +420,7 @@ def test_the_marks_of_another_namespace_mean_what_they_say(grow: Grow) -> None:
 def test_tells_that_another_host_cannot_be_looked_at(grow: Grow, signals: Signals) -> None:
     tree = grow()
 
-    ending = end(replace(tree.lease, host_id="elsewhere", boot_id="another"))
+    ending = end(launched_on(tree.lease, host_id="elsewhere", boot_id="another"))
 
     assert ending.gone
     assert "another host (elsewhere)" in ending.refused[0]
@@ -423,12 +431,12 @@ def test_tells_that_another_host_cannot_be_looked_at(grow: Grow, signals: Signal
 def test_a_renamed_host_is_the_same_while_its_kernel_runs(grow: Grow) -> None:
     tree = grow()
 
-    ending = end(replace(tree.lease, host_id="renamed"))
+    ending = end(launched_on(tree.lease, host_id="renamed"))
 
     assert ending == Ending(found=1, ended=1, gone=True)
 
 
-def sweep_once(lease: LeaseEvidence, *words: str, **options: Any) -> dict[str, Any]:
+def sweep_once(lease: LaunchMarkers, *words: str, **options: Any) -> dict[str, Any]:
     script = Path(__file__).with_name("sweep_once.py")
     done = subprocess.run(
         [sys.executable, script, json.dumps(asdict(lease)), *words],
@@ -804,7 +812,7 @@ def test_a_signal_goes_only_to_evidence_read_again(
     assert "sent" not in {line["outcome"] for line in signals.lines}
     assert tree.alive("leader")
     assert not ending.gone
-    assert "was seen with evidence (watermark) that was gone when it was read again" in str(
+    assert "carried a marker (watermark) when it was found, but not when it was read again" in str(
         ending.refused
     )
 
@@ -845,7 +853,7 @@ def test_every_signal_is_logged_with_its_reason(grow: Grow, signals: Signals) ->
                 "event": "process.signalled",
                 "pid": proc.pid,
                 "signal": name,
-                "lease": tree.lease.lease_key,
+                "lease": tree.lease.launch_key,
                 "run": tree.lease.run_key,
                 "why": "test",
                 "evidence": "descent" if proc is tree.procs["renegade"] else "watermark",
@@ -883,13 +891,13 @@ def test_who_is_found_is_killed_though_the_first_look_outlasts_the_deadline(
 ) -> None:
     tree = grow("stubborn", "child", "escapee")
     skipped = [0.0]
-    look = sweep._Sweep._look
+    look = sweep._Sweep._scan_and_pin
 
     def look_slowly(self: sweep._Sweep) -> None:
         look(self)
         skipped[0] = 1000.0
 
-    monkeypatch.setattr(sweep._Sweep, "_look", look_slowly)
+    monkeypatch.setattr(sweep._Sweep, "_scan_and_pin", look_slowly)
 
     ending = end(tree.lease, grace_s=5, deadline_s=10, clock=lambda: time.monotonic() + skipped[0])
 

@@ -15,15 +15,12 @@ from pathlib import Path
 from typing import Protocol
 
 from runrecovery_service.process import procfs
-from runrecovery_service.process.evidence import LeaseEvidence
-from runrecovery_service.process.launch import (
-    Bounds,
-    ShimEvent,
-    ShimmedProcess,
-    boot_time_ns,
-    dispose,
-)
+from runrecovery_service.process.boot_clock import boot_time_ns
+from runrecovery_service.process.markers import LaunchMarkers
 from runrecovery_service.process.procfs import Proc
+from runrecovery_service.process.resource_limits import ResourceLimits
+from runrecovery_service.process.shim_events import ShimEvent
+from runrecovery_service.process.shimmed_process import ShimmedProcess
 from support import waiting
 
 PATIENCE_S = 60
@@ -60,8 +57,8 @@ class Tree:
     """A launched tree: its lease as the store would have it, and who announced himself."""
 
     process: ShimmedProcess
-    lease: LeaseEvidence
-    book: Path
+    lease: LaunchMarkers
+    journal: Path
     shim: Proc
     procs: dict[str, Proc] = field(default_factory=dict)
 
@@ -128,8 +125,8 @@ class Tree:
         """Read what the shim tells, up to an event of this kind or the end of its report."""
         told: list[ShimEvent] = []
         while True:
-            while self.process.told:
-                told.append(self.process.told.pop(0))
+            while self.process.unread_events:
+                told.append(self.process.unread_events.pop(0))
                 if last is not None and isinstance(told[-1], last):
                     return told
             poll = select.poll()
@@ -138,7 +135,7 @@ class Tree:
             data = os.read(self.process.report, 4096)
             if not data:
                 return told
-            self.process.told += self.process.take(data)
+            self.process.unread_events += self.process.parse_report(data)
 
 
 class Start(Protocol):
@@ -150,7 +147,7 @@ class Start(Protocol):
         *,
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
-        bounds: Bounds | None = None,
+        limits: ResourceLimits | None = None,
         deadline_s: float = PATIENCE_S,
         release: bool = True,
     ) -> Tree: ...
@@ -162,7 +159,7 @@ class Grow(Protocol):
     def __call__(self, *roles: str, deadline_s: float = PATIENCE_S) -> Tree: ...
 
 
-def bearers(lease: LeaseEvidence) -> list[Proc]:
+def bearers(lease: LaunchMarkers) -> list[Proc]:
     """Return who bears a lease's watermark and lives."""
     # The newest first: who forks and exits all the time would run ahead of us.
     pids = sorted(procfs.pids(), reverse=True)
@@ -179,10 +176,10 @@ def clear_away(tree: Tree) -> None:
     for proc in tree.procs.values():
         _put_down(proc)
     until(lambda: _nobody_left(tree.lease))
-    dispose(tree.process)
+    tree.process.dispose()
 
 
-def _nobody_left(lease: LeaseEvidence) -> bool:
+def _nobody_left(lease: LaunchMarkers) -> bool:
     left = bearers(lease)
     for proc in left:
         _put_down(proc)

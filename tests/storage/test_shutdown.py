@@ -20,7 +20,7 @@ from runrecovery_service.domain.reconciliation import (
 )
 from runrecovery_service.domain.run import RunStatus
 from runrecovery_service.domain.turn import Succeeded
-from runrecovery_service.process.sweep import Ending
+from runrecovery_service.process.ending import Ending
 from runrecovery_service.recovery import startup
 from runrecovery_service.recovery.startup import Limits, Recovery, Told
 from runrecovery_service.storage import converge, instances, processes, recovery, runs

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from runrecovery_service.domain.run import ErrorCode, Interaction, JsonObject, Session
-from runrecovery_service.engines import cli, last_word, prompts
+from runrecovery_service.engines import cli, final_message, prompts
 from runrecovery_service.engines.claude import CLAUDE
 from runrecovery_service.engines.cli import Cli, CliListener
 from runrecovery_service.engines.codex import CODEX
@@ -196,7 +196,7 @@ def test_an_automatic_decision_is_told_as_one() -> None:
 def test_the_protocol_that_is_asked_for_is_the_one_that_is_understood() -> None:
     shown = [line for line in prompts.HOW_TO_END.splitlines() if line.startswith("{")]
 
-    assert [type(last_word.understand(line)) for line in shown] == [AskMessage, ResultMessage]
+    assert [type(final_message.parse(line)) for line in shown] == [AskMessage, ResultMessage]
 
 
 # -- listening ---------------------------------------------------------------------------------

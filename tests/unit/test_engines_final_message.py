@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from runrecovery_service.domain.run import InteractionKind, JsonObject, Option, Question
-from runrecovery_service.engines import last_word, strict_json
+from runrecovery_service.engines import final_message, strict_json
 from runrecovery_service.engines.dialect import AskMessage, ResultMessage
-from runrecovery_service.engines.last_word import understand
+from runrecovery_service.engines.final_message import parse
 
 ASK = '{"ask_user": {"prompt": "Where to?"}}'
 WHERE = Question(kind=InteractionKind.OPEN_TEXT, prompt="Where to?")
@@ -18,13 +18,13 @@ PRETTY = json.dumps({"ask_user": {"prompt": "Where to?"}}, indent=2)
 
 
 def question(text: str) -> Question:
-    message = understand(text)
+    message = parse(text)
     assert isinstance(message, AskMessage)
     return message.question
 
 
 def output(text: str) -> JsonObject:
-    message = understand(text)
+    message = parse(text)
     assert isinstance(message, ResultMessage)
     return message.output
 
@@ -115,20 +115,20 @@ def test_text_that_no_store_can_hold_is_replaced() -> None:
 
 
 def test_a_text_that_is_too_long_is_cut_and_says_so() -> None:
-    found = output("x" + "ü" * last_word.MAX_BYTES)
+    found = output("x" + "ü" * final_message.MAX_BYTES)
 
-    assert found == {"text": "ü" * (last_word.MAX_BYTES // 2), "truncated": True}
+    assert found == {"text": "ü" * (final_message.MAX_BYTES // 2), "truncated": True}
 
 
 def test_a_text_that_is_cut_inside_a_character_begins_with_a_whole_one() -> None:
-    found = output("€" * last_word.MAX_BYTES)
+    found = output("€" * final_message.MAX_BYTES)
 
-    assert last_word.MAX_BYTES % 3 == 1
-    assert found == {"text": "€" * (last_word.MAX_BYTES // 3), "truncated": True}
+    assert final_message.MAX_BYTES % 3 == 1
+    assert found == {"text": "€" * (final_message.MAX_BYTES // 3), "truncated": True}
 
 
 def test_a_question_behind_a_text_that_is_too_long_is_asked() -> None:
-    assert question("x" * 5 * last_word.MAX_BYTES + ASK) == WHERE
+    assert question("x" * 5 * final_message.MAX_BYTES + ASK) == WHERE
 
 
 def test_code_within_an_object_is_not_its_end() -> None:
@@ -157,15 +157,15 @@ def test_a_text_made_to_take_long_is_looked_at_a_few_times(
         looks.append(begin)
         return strict_json.read_first_object(text, begin)
 
-    monkeypatch.setattr(last_word, "read_first_object", look)
+    monkeypatch.setattr(final_message, "read_first_object", look)
 
-    understand(text)
+    parse(text)
 
-    assert len(looks) <= last_word.TRIES
+    assert len(looks) <= final_message.TRIES
 
 
 def test_an_object_that_is_too_long_is_text() -> None:
-    text = json.dumps({"result": {"long": "x" * last_word.MAX_BYTES}})
+    text = json.dumps({"result": {"long": "x" * final_message.MAX_BYTES}})
 
     assert output(text)["truncated"] is True
 
@@ -178,9 +178,9 @@ def test_nesting_that_is_too_deep_is_text() -> None:
 
 @given(st.text())
 def test_never_fails(text: str) -> None:
-    assert isinstance(understand(text), ResultMessage | AskMessage)
+    assert isinstance(parse(text), ResultMessage | AskMessage)
 
 
 @given(st.lists(st.sampled_from(["{", "}", "\n", '"', "```", "ask_user", ":", " ", "[", "\\"])))
 def test_never_fails_on_what_looks_like_json(pieces: list[str]) -> None:
-    assert isinstance(understand("".join(pieces)), ResultMessage | AskMessage)
+    assert isinstance(parse("".join(pieces)), ResultMessage | AskMessage)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from runrecovery_service.process.evidence import LeaseEvidence
+from runrecovery_service.process.host import Host
+from runrecovery_service.process.markers import LaunchMarkers
 from runrecovery_service.storage.processes import Lease
 
 
-def launch_markers(lease: Lease) -> LeaseEvidence:
+def launch_markers(lease: Lease) -> LaunchMarkers:
     """Return the markers of a recorded launch."""
-    return LeaseEvidence(
-        lease_key=lease.key,
+    return LaunchMarkers(
+        launch_key=lease.key,
         run_key=lease.run_key,
         cookie=lease.cookie,
         watermark=lease.watermark,
         cgroup=lease.cgroup,
         pid=lease.pid,
         start_ticks=lease.start_ticks,
-        boot_id=lease.boot_id,
-        pid_namespace=lease.pid_namespace,
-        host_id=lease.host_id,
+        host=Host(
+            host_id=lease.host_id,
+            boot_id=lease.boot_id,
+            pid_namespace=lease.pid_namespace,
+        ),
     )

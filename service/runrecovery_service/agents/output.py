@@ -14,7 +14,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
-from runrecovery_service.process.files import open_regular
+from runrecovery_service.process.safe_open import open_regular
 
 
 class OutputChannel(StrEnum):
@@ -46,7 +46,7 @@ class OutputFiles:
         """Return the folder that the agent works in; it may not exist yet."""
         return self._attempt(run_key, attempt) / "workspace"
 
-    def shim_book(self, run_key: int, attempt: int, turn: int) -> Path:
+    def shim_journal(self, run_key: int, attempt: int, turn: int) -> Path:
         """Return the file in which the shim of a turn accounts for what it does by itself."""
         return self._attempt(run_key, attempt) / f"shim-{turn}.log"
 

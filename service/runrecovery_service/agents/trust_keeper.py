@@ -24,7 +24,7 @@ from runrecovery_service.agents import trust_removal
 from runrecovery_service.agents.trust_removal import Taken
 from runrecovery_service.domain.reconciliation import TrustClearing, TrustRemoval
 from runrecovery_service.domain.run import Run
-from runrecovery_service.process.files import open_regular
+from runrecovery_service.process.safe_open import open_regular
 from runrecovery_service.storage import trust
 from runrecovery_service.storage.adapter import Storage
 from runrecovery_service.storage.database import Database

@@ -82,7 +82,7 @@ class Orphan:
     """A process that outlived the service that had launched it, and what was done to it.
 
     Attributes:
-        evidence: what proved whose it is; the words of `process.evidence`.
+        evidence: what proved whose it is; the words of `process.markers`.
         signals: names of what it was sent, in order.
         ended: it was seen dead afterwards.
         by: `service`, or `shim`, the guard of its launch.

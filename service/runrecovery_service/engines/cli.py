@@ -21,7 +21,7 @@ from runrecovery_service.domain.run import (
     JsonObject,
     RunError,
 )
-from runrecovery_service.engines import last_word, prompts
+from runrecovery_service.engines import final_message, prompts
 from runrecovery_service.engines.dialect import (
     HandleUnusable,
     Heard,
@@ -35,7 +35,7 @@ from runrecovery_service.engines.dialect import (
 
 MAX_LINE_BYTES: Final = 4 << 20
 """Longest event: tools' outputs are quoted in them."""
-MAX_TEXT_CHARS: Final = 2 * last_word.MAX_BYTES
+MAX_TEXT_CHARS: Final = 2 * final_message.MAX_BYTES
 """What is remembered of the text that a turn may end with: its end."""
 MAX_MESSAGE_CHARS: Final = 2000
 MOST_TASKS: Final = 1000
@@ -273,7 +273,7 @@ class CliListener:
                 self._warning = message
             case Finished(text):
                 self._end(None)
-                yield last_word.understand(self._hidden(text or "".join(self._pieces)))
+                yield final_message.parse(self._hidden(text or "".join(self._pieces)))
             case Broke():
                 self._end(said)
             case Doomed(message):

@@ -28,7 +28,7 @@ _FENCE: Final = "`~ \t\r\n"
 _NOT_STORABLE: Final = re.compile("[\0\ud800-\udfff]")
 
 
-def understand(text: str) -> AskMessage | ResultMessage:
+def parse(text: str) -> AskMessage | ResultMessage:
     """Return what the last text of a turn says."""
     match _closing_object(text[-MAX_BYTES:]):
         case {"ask_user": asked, **others} if not others and (found := _question(asked)):

@@ -19,25 +19,24 @@ from runrecovery_service.engines.catalog import Engine
 from runrecovery_service.engines.dialect import Opening
 from runrecovery_service.execution.pipes import fill
 from runrecovery_service.execution.workshop import TurnLog, Workshop
-from runrecovery_service.process.evidence import COOKIE_VARIABLE, Identity, LeaseEvidence
-from runrecovery_service.process.launch import (
+from runrecovery_service.process.agent_command import agent_environment
+from runrecovery_service.process.boot_clock import boot_time_ns
+from runrecovery_service.process.ending import Ending
+from runrecovery_service.process.launch import prepare
+from runrecovery_service.process.launch_errors import (
     TRANSIENT,
-    Bounds,
     LaunchDelayed,
     LaunchFailed,
-    ShimEvent,
     ShimLost,
-    ShimmedProcess,
-    agent_environment,
-    boot_time_ns,
-    close,
-    dispose,
-    killed_by_shim,
-    prepare,
-    refused,
+    launch_error,
 )
+from runrecovery_service.process.markers import COOKIE_VARIABLE, Identity, LaunchMarkers
 from runrecovery_service.process.procfs import read_proc
-from runrecovery_service.process.sweep import Ending, end_trees
+from runrecovery_service.process.resource_limits import ResourceLimits
+from runrecovery_service.process.shim_events import ShimEvent
+from runrecovery_service.process.shim_journal import killed_by_shim
+from runrecovery_service.process.shimmed_process import ShimmedProcess
+from runrecovery_service.process.sweep import end_trees
 from runrecovery_service.storage import processes, turns
 from runrecovery_service.storage.turns import Turn
 from runrecovery_service.trust.errors import TrustFileBusy
@@ -77,7 +76,7 @@ class Launch:
     turn: Turn
     shop: Workshop
     log: TurnLog
-    evidence: LeaseEvidence = field(init=False)
+    evidence: LaunchMarkers = field(init=False)
     given: int = 0
     _process: ShimmedProcess | None = None
     _until_ns: int = 0
@@ -162,7 +161,7 @@ class Launch:
     async def _forget_process(self) -> None:
         """Send the shim away whose agent could not be started, if it was there already."""
         if (process := self._process) is not None:
-            await self._to_its_end(lambda: dispose(process))
+            await self._to_its_end(process.dispose)
             self._process, self._released = None, False
 
     async def _start(self, engine: Engine, opening: Opening) -> None:
@@ -220,7 +219,7 @@ class Launch:
         try:
             return self.shop.output.prepare(run.key, run.attempt, fresh=run.turn == 1)
         except OSError as error:
-            raise refused(error, f"the workspace cannot be made: {error.strerror}") from error
+            raise launch_error(error, f"the workspace cannot be made: {error.strerror}") from error
 
     async def _let_trust(self, cli: str, workspace: Path, env: Mapping[str, str]) -> None:
         """Have the CLI trust the workspace, before anything of the agent can look. A file that
@@ -289,7 +288,7 @@ class Launch:
         try:
             process = self._prepare_or_fail(engine, command, workspace, env)
         except OSError as error:
-            raise refused(error, f"the system refused: {error}") from error
+            raise launch_error(error, f"the system refused: {error}") from error
         except MemoryError as error:
             raise LaunchDelayed("the system refused: no memory") from error
         except RuntimeError as error:
@@ -307,12 +306,12 @@ class Launch:
         self._until_ns = self.shop.tree_deadline.deadline_ns
         return prepare(
             command,
-            evidence=self.evidence,
+            markers=self.evidence,
             cwd=workspace,
             env=env,
             deadline_ns=self._until_ns,
-            book=self.shop.output.shim_book(run.key, run.attempt, run.turn),
-            bounds=Bounds(
+            journal=self.shop.output.shim_journal(run.key, run.attempt, run.turn),
+            limits=ResourceLimits(
                 niceness=engine.niceness,
                 max_memory=engine.max_memory,
                 max_open_files=engine.max_open_files,
@@ -355,7 +354,7 @@ class Launch:
     def killed_by_shim(self) -> frozenset[Identity]:
         """Return whom the shim killed by itself. Blocking, shortly."""
         run = self.turn.run
-        return killed_by_shim(self.shop.output.shim_book(run.key, run.attempt, run.turn))
+        return killed_by_shim(self.shop.output.shim_journal(run.key, run.attempt, run.turn))
 
     def release(self, *, gone: bool) -> list[ShimEvent]:
         """Return what the shim had still to say, close the pipes and reap it. Blocking, shortly.
@@ -368,11 +367,11 @@ class Launch:
         process = self._process
         if process is None:
             return []
-        last_words = process.last_words()
+        last_words = process.drain_report()
         if not gone:
-            close(process)
+            process.close()
             return last_words
-        dispose(process)
+        process.dispose()
         if not self.shop.remove_cgroup(self.turn.lease):
             self.log.warning("execution.cgroup_left", cgroup=self.turn.lease.cgroup)
         return last_words

@@ -17,7 +17,8 @@ from runrecovery_service.agents.launch_markers import launch_markers
 from runrecovery_service.clock import wait_within
 from runrecovery_service.domain.errors import Fenced, is_outage
 from runrecovery_service.execution.workshop import Workshop
-from runrecovery_service.process.sweep import Ending, end_trees
+from runrecovery_service.process.ending import Ending
+from runrecovery_service.process.sweep import end_trees
 from runrecovery_service.storage import processes
 from runrecovery_service.storage.processes import Ended, Lease
 

@@ -59,18 +59,18 @@ from runrecovery_service.engines.dialect import (
 from runrecovery_service.execution.launcher import Launch, StoodStill, Unguarded, Withdrawn
 from runrecovery_service.execution.pipes import bytes_held, read, until_read, write_all
 from runrecovery_service.execution.workshop import TurnLog, Workshop
-from runrecovery_service.process.launch import (
+from runrecovery_service.process.ending import NOTHING_LEFT, Ending
+from runrecovery_service.process.launch_errors import LaunchFailed
+from runrecovery_service.process.shim_events import (
     Empty,
     EndsItself,
     Exited,
     Gated,
-    LaunchFailed,
     NotStarted,
     ShimEvent,
-    ShimmedProcess,
     Started,
 )
-from runrecovery_service.process.sweep import NOTHING_LEFT, Ending
+from runrecovery_service.process.shimmed_process import ShimmedProcess
 from runrecovery_service.storage import instances, interactions, turns
 from runrecovery_service.storage.processes import Ended, Usage
 from runrecovery_service.storage.turns import Turn
@@ -655,14 +655,14 @@ class TurnSupervisor:
             self._log.warning("execution.output_lost", channel=channel.value, error=error.strerror)
 
     async def _hear_shim(self, process: ShimmedProcess) -> None:
-        events, process.told = process.told, []
+        events, process.unread_events = process.unread_events, []
         while True:
             for event in events:
                 self._news.put_nowait(event)
             data = await read(process.report)
             if not data:
                 break
-            events = process.take(data)
+            events = process.parse_report(data)
         self._news.put_nowait(_Signal.SHIM_GONE)
 
     # -- ending --------------------------------------------------------------------------------
@@ -674,7 +674,7 @@ class TurnSupervisor:
             ending = await self.launch.end_tree(why=self._why_ended())
         if self._interrupted is None:
             return ending
-        return ending.with_book(await self.shop.in_thread(self.launch.killed_by_shim))
+        return ending.with_shim_kills(await self.shop.in_thread(self.launch.killed_by_shim))
 
     def _why_ended(self) -> str:
         reasons = {

@@ -18,8 +18,8 @@ from runrecovery_service.domain.deadline import SteadyTime
 from runrecovery_service.domain.errors import Fenced, is_outage
 from runrecovery_service.domain.run import Run
 from runrecovery_service.engines.catalog import Catalog
+from runrecovery_service.process.boot_clock import boot_time_ns
 from runrecovery_service.process.cgroup import CgroupParent
-from runrecovery_service.process.launch import boot_time_ns
 from runrecovery_service.storage.adapter import Storage
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.processes import Lease

@@ -1,1 +1,1 @@
-"""Launching, recognising and ending processes: the only room with /proc and signals. Linux only."""
+"""Launch, find and end processes: the only package that uses /proc and signals. Linux only."""

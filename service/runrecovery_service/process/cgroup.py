@@ -1,7 +1,7 @@
-"""A cgroup of its own for each launch, below one that was delegated to the service. Optional.
+"""A cgroup for each launch, below one that was delegated to the service. Optional.
 
-It is evidence beside the others: who is in it belongs to the launch, whatever his limits and
-environment say. Nothing is signalled through it.
+The cgroup is one more marker: a process in it belongs to the launch, whatever its limits and its
+environment are. No process is signalled through its cgroup.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ PROCS = "cgroup.procs"
 
 
 class CgroupUnusable(Exception):
-    """The configured cgroup cannot be used; the text says why."""
+    """The configured cgroup cannot be used. The text is the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +21,8 @@ class CgroupParent:
     """The delegated cgroup.
 
     Attributes:
-        mount: where cgroup v2 is mounted.
-        below: the delegated one as /proc/<pid>/cgroup would show it: `/…`.
+        mount: the folder where cgroup v2 is mounted.
+        below: the path of the delegated cgroup as in /proc/<pid>/cgroup: `/…`.
     """
 
     mount: Path
@@ -30,18 +30,18 @@ class CgroupParent:
 
     @classmethod
     def open(cls, path: Path) -> CgroupParent:
-        """Look at the delegated cgroup, and make it if it is not there but its parent is one.
+        """Return the delegated cgroup. Create it if only its parent exists.
 
         Raises:
-            CgroupUnusable: it is none, not version 2, or not ours to use.
+            CgroupUnusable: not a cgroup, not of version 2, or without permission to use it.
         """
         try:
             if (path.parent / PROCS).is_file():
                 path.mkdir(exist_ok=True)
             if not (path / PROCS).is_file():
-                raise CgroupUnusable("is not a cgroup, nor could be made one")
+                raise CgroupUnusable("is not a cgroup, and its parent is not one either")
             if not (path / "cgroup.kill").is_file():
-                raise CgroupUnusable("is the root of the cgroups, or not of version 2")
+                raise CgroupUnusable("is the root cgroup or not of version 2")
             mount = next(above for above in path.parents if not (above.parent / PROCS).is_file())
             probe = path / "probe"
             probe.mkdir(exist_ok=True)
@@ -51,21 +51,23 @@ class CgroupParent:
         return cls(mount, f"/{path.relative_to(mount)}")
 
     def make(self, cgroup: str) -> Path:
-        """Make the cgroup of one launch, and return the file that takes processes into it.
+        """Create the cgroup of one launch and return the file that moves processes into it.
 
         Args:
-            cgroup: its path below the mount, as the lease names it.
+            cgroup: its path below the mount, as in the launch record.
 
         Raises:
-            OSError: it cannot be made.
+            OSError: it cannot be created.
         """
         folder = self._folder(cgroup)
         folder.mkdir(exist_ok=True)
         return folder / PROCS
 
     def remove(self, cgroup: str) -> bool:
-        """Remove the cgroup of a launch of which nothing is left, and those that the agent made in
-        it; False when it could not be: somebody is in it."""
+        """Remove the cgroup of an ended launch and all cgroups below it.
+
+        Return False if that failed because a process is in one of them.
+        """
         folder = self._folder(cgroup)
         try:
             below = [path for path in folder.rglob("*") if path.is_dir()]

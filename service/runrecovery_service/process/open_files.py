@@ -1,7 +1,7 @@
-"""How many files this process may have open, and what for: runs, the store, connections.
+"""How the limit on open files is divided between runs, the database and client connections.
 
-A connection that somebody opens must not cost a run the descriptors of its launch, nor the store
-those of a thread's connection. So connections get what the others leave.
+A client connection must not take the descriptors that a launch or a database connection needs.
+So client connections get the rest.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from dataclasses import dataclass
 from typing import Final
 
 BASE: Final = 80
-"""Streams, locks, loop, gRPC; some 50 in an idle service."""
+"""Streams, locks, event loop and gRPC: some 50 in an idle service."""
 STORE: Final = 64
-"""Eleven threads at most, each with a connection; SQLite opens three files for one."""
+"""Up to eleven threads with one connection each. SQLite opens three files per connection."""
 PER_RUN: Final = 20
-"""Five pipes while the agent lives; its launch takes ten more, its output four at a time."""
+"""Five pipes while the agent lives, ten more during its launch, four for its output files."""
 LEAST_CONNECTIONS: Final = 32
 
 
 class TooFewOpenFiles(Exception):
-    """The limit is too low for what is configured.
+    """The limit on open files is too low for the configuration.
 
     Attributes:
-        limit: what it is.
-        needed: the least that works.
+        limit: the limit.
+        needed: the lowest limit that is enough.
     """
 
     def __init__(self, limit: int, needed: int) -> None:
@@ -38,9 +38,9 @@ class OpenFiles:
     """How the limit on open files is divided.
 
     Attributes:
-        limit: the soft limit that the service is to have: as much as is needed and allowed.
-        connections: how many callers may be connected at one time.
-        agents_soft: the soft limit of agents: what the service was started with.
+        limit: the soft limit that the service needs, as far as the hard limit allows it.
+        connections: how many clients may be connected at one time.
+        agents_soft: the soft limit of agents, which the service itself was started with.
     """
 
     limit: int
@@ -49,14 +49,14 @@ class OpenFiles:
 
     @classmethod
     def plan(cls, *, runs: int, connections: int) -> OpenFiles:
-        """Divide what this process may have.
+        """Return how to divide the limit of this process.
 
         Args:
-            runs: how many may run at one time.
-            connections: how many are wanted.
+            runs: the highest number of runs at one time.
+            connections: the wanted number of client connections.
 
         Raises:
-            TooFewOpenFiles: there is not enough for the runs and a few connections.
+            TooFewOpenFiles: the limit is too low for the runs and a few connections.
         """
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         wanted = _limit_for(runs, connections)
@@ -64,22 +64,22 @@ class OpenFiles:
         found = connections_within(limit, runs=runs)
         return cls(limit=limit, connections=min(found, connections), agents_soft=soft)
 
-    def take(self) -> None:
-        """Raise the soft limit of this process."""
+    def apply(self) -> None:
+        """Raise the soft limit of this process to `limit`."""
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (self.limit, hard))
 
 
 def connections_within(limit: int, *, runs: int) -> int:
-    """Return how many connections a limit leaves.
+    """Return how many client connections a limit on open files leaves.
 
     Raises:
-        TooFewOpenFiles: too few.
+        TooFewOpenFiles: fewer than `LEAST_CONNECTIONS`.
     """
     left = limit - _reserved(runs)
     if left < LEAST_CONNECTIONS:
         raise TooFewOpenFiles(limit, _reserved(runs) + LEAST_CONNECTIONS)
-    # A sweep may hold a quarter of all: one descriptor for each process that it ends.
+    # A sweep may use a quarter of all descriptors: one for each process that it ends.
     return max(LEAST_CONNECTIONS, left - limit // 4)
 
 

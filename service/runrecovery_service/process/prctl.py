@@ -1,6 +1,6 @@
-"""What a process may say of itself to the kernel, and Python has no words for.
+"""The two prctl(2) calls that Python does not offer.
 
-The shim runs this too: the standard library only, and of that only what is light.
+The shim imports this module too, so it imports only light modules of the standard library.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 4, 36
 
 
 def hide() -> None:
-    """Keep others of the same user from tracing this process and opening its descriptors.
+    """Keep other processes of the same user from tracing this one and opening its descriptors.
 
     Raises:
         OSError: the kernel refused.
@@ -21,7 +21,7 @@ def hide() -> None:
 
 
 def become_subreaper() -> None:
-    """Become the parent of every descendant that loses its own.
+    """Become the parent of every descendant that loses its own parent.
 
     Raises:
         OSError: the kernel refused.

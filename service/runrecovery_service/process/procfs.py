@@ -1,6 +1,6 @@
-"""What /proc says of processes. Reads and parses; judges nothing.
+"""Reads /proc and parses what it says about processes.
 
-The shim runs this too: the standard library only, and of that only what is light.
+The shim imports this module too, so it imports only light modules of the standard library.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ import os
 import sys
 
 RLIMIT_LOCKS = 10
-"""The limit on file locks, of setrlimit(2); Python's `resource` does not name it. Linux since 2.6
-inherits and shows it, and enforces nothing by it."""
-MOST_ENVIRONMENT = 2 << 20
-"""Bytes. Exec takes no more than that by default; a process may claim any size afterwards."""
+"""The limit on file locks of setrlimit(2), which Python's `resource` does not name. Linux since 2.6
+inherits and shows this limit but does not enforce it."""
+MAX_ENVIRONMENT_BYTES = 2 << 20
+"""Exec takes no larger environment by default. A process may claim any size afterwards."""
 _LOCKS = b"Max file locks"
 
 
@@ -42,12 +42,12 @@ class Proc:
 
     @property
     def identity(self) -> tuple[int, int]:
-        """Tells it from a later process with the same pid (not reused within a 10 ms tick)."""
+        """Pid and start ticks, which differ from those of a later process with the same pid."""
         return self.pid, self.start_ticks
 
     @property
     def dead(self) -> bool:
-        """True for a zombie. One whose other threads live is a process without its first thread."""
+        """True for a zombie. A process with other living threads has only lost its first thread."""
         return self.state in "ZXx" and self.threads <= 1
 
     def __repr__(self) -> str:
@@ -55,13 +55,13 @@ class Proc:
 
 
 def read_proc(pid: int) -> Proc | None:
-    """Read one process; None when there is none (or /proc hides it)."""
+    """Return one process; None if there is none or /proc hides it."""
     raw = read(f"/proc/{pid}/stat")
     return _parse(pid, raw) if raw else None
 
 
 def pids() -> list[int]:
-    """Return every pid that /proc shows, in no order.
+    """Return every pid that /proc shows, in no particular order.
 
     Raises:
         OSError: /proc could not be read (no file descriptor left, not Linux).
@@ -70,9 +70,10 @@ def pids() -> list[int]:
 
 
 def scan(wanted: list[int] | None = None) -> dict[int, Proc]:
-    """Read the process table, or only these pids of it.
+    """Return the processes of the system, or only the wanted pids.
 
-    Not atomic: a process forked meanwhile may be missing, so one empty scan proves nothing.
+    The scan is not atomic: a process that was forked meanwhile may be missing. So one empty scan
+    proves nothing.
 
     Raises:
         OSError: /proc could not be read.
@@ -86,10 +87,10 @@ def scan(wanted: list[int] | None = None) -> dict[int, Proc]:
 
 
 def watermark(pid: int) -> int | None:
-    """Return the limit on file locks of a process if it is one number, soft and hard, below
-    "unlimited"; else, and for a process that is gone, None.
+    """Return the limit on file locks of a process if soft and hard limit are the same number.
 
-    Any user may read it of any process, dumpable or not.
+    None for other limits, for "unlimited" and for a process that has ended. Any user may read the
+    limits of any process, even of one that is not dumpable.
     """
     for line in read(f"/proc/{pid}/limits").splitlines():
         if line.startswith(_LOCKS):
@@ -99,26 +100,26 @@ def watermark(pid: int) -> int | None:
 
 
 def environment(pid: int, proc: Proc | None = None) -> bytes:
-    """Return the environment that a process was started with, as far as it matters; empty when
-    it may not be read.
+    """Return the start of a process's initial environment; empty if it may not be read.
 
     Args:
-        proc: what is known of it; of one whose first thread has ended, another thread is asked.
+        proc: the process, if it was read before. If its first thread has ended, the environment is
+            read through another thread.
     """
     if proc is None or proc.state not in "ZXx":
-        return read(f"/proc/{pid}/environ", most=MOST_ENVIRONMENT)
+        return read(f"/proc/{pid}/environ", most=MAX_ENVIRONMENT_BYTES)
     try:
         threads = os.listdir(f"/proc/{pid}/task")  # noqa: PTH208 - light
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         return b""
     for thread in threads:
-        if found := read(f"/proc/{pid}/task/{thread}/environ", most=MOST_ENVIRONMENT):
+        if found := read(f"/proc/{pid}/task/{thread}/environ", most=MAX_ENVIRONMENT_BYTES):
             return found
     return b""
 
 
 def cgroup(pid: int) -> str:
-    """Return the path of a process's cgroup (v2) below the mount; empty when it is gone."""
+    """Return the path of a process's cgroup (v2) below the mount; empty if it has ended."""
     for line in read(f"/proc/{pid}/cgroup").splitlines():
         if line.startswith(b"0::"):
             return os.fsdecode(line[3:])
@@ -126,7 +127,7 @@ def cgroup(pid: int) -> str:
 
 
 def descendants(snapshot: dict[int, Proc], root: int) -> list[Proc]:
-    """Return everybody below `root` in a snapshot, parents before their children. Pure."""
+    """Return all descendants of `root` in a snapshot, parents before their children. Pure."""
     children: dict[int, list[Proc]] = {}
     for proc in snapshot.values():
         children.setdefault(proc.ppid, []).append(proc)
@@ -137,10 +138,11 @@ def descendants(snapshot: dict[int, Proc], root: int) -> list[Proc]:
 
 
 def read(path: str, *, most: int = sys.maxsize) -> bytes:
-    """Read a file of /proc, about `most` bytes; empty when its process is gone or not ours to look
-    into.
+    """Return about `most` bytes of a file of /proc; empty if its process has ended or access is
+    denied.
 
-    Every other error is raised: a scan that could not look must not look like an empty one.
+    Raises:
+        OSError: any other error. A scan that failed must not be taken for an empty one.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -159,8 +161,8 @@ def read(path: str, *, most: int = sys.maxsize) -> bytes:
 
 
 def _parse(pid: int, raw: bytes) -> Proc:
-    # The second field is the program's own choice of name, parentheses and spaces included:
-    # the fields after it begin behind the last ")". proc(5) counts them from 3.
+    # The second field is a name that the program chose. It may contain parentheses and spaces, so
+    # the next fields begin behind the last ")". proc(5) counts them from 3.
     fields = raw[raw.rindex(b")") + 1 :].split()
     return Proc(
         pid=pid,

@@ -1,4 +1,4 @@
-"""Opening files in places that agents may write to: they may be replaced by anything."""
+"""Opening files in folders where an agent may have replaced any file by a link or a pipe."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import stat
 from pathlib import Path
 from typing import Final
 
-MOST_READ: Final = 1 << 20
+MAX_READ_BYTES: Final = 1 << 20
 
 
 def open_regular(path: Path, flags: int) -> int:
-    """Open a regular file, made with mode 0600 if `flags` say so; never wait, follow no link.
+    """Open a regular file; never wait for it and follow no link. A new file gets mode 0600.
 
     Raises:
-        OSError: it is not there, or not a regular file: a pipe could be waited for for ever.
+        OSError: the file does not exist or is not regular. A pipe, for example, could block for
+            ever.
     """
     wanted = flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open(path, wanted, 0o600)
@@ -29,8 +30,8 @@ def read_start(path: Path) -> bytes:
     """Return the first MiB of a regular file.
 
     Raises:
-        OSError: as `open_regular`.
+        OSError: see `open_regular`.
     """
     descriptor = open_regular(path, os.O_RDONLY)
     with open(descriptor, "rb") as file:  # noqa: PTH123 - it is open already
-        return file.read(MOST_READ)
+        return file.read(MAX_READ_BYTES)

@@ -1,13 +1,16 @@
-"""The guard of one process tree: it stands between the service and the agent.
+"""The shim: the guard of one process tree, between the service and the agent.
 
-It is started before the agent, marks itself (and so all that comes of it), waits at the gate until
-the launch is on record, and starts the agent. Then it reaps whoever loses his parent, reports how
-the agent ended, and leaves when nothing is left. When the gate closes, because the service died,
-or no heartbeat comes before the deadline, because it hangs or was cut off from its store, it ends
-everything below it at once: nobody else may be there to do it.
+It is started before the agent and sets the launch's markers on itself, which all its descendants
+inherit. It waits at the gate until the launch is recorded, and then starts the agent. It reaps
+every descendant that loses its parent, reports how the agent ended, and exits when no process is
+left.
 
-Run by `shim_main.py` with three inherited descriptors: two pipes (`wire.py`) and a file that takes
-the audit. The standard library only, and of that only what is light.
+The shim kills its whole tree at once if the gate closes (the service died) or if no heartbeat comes
+before the deadline (the service hangs or was cut off from its database). The service may be unable
+to do that.
+
+`shim_main.py` runs it with three inherited descriptors: two pipes (`wire.py`) and the journal. It
+imports only light modules of the standard library.
 """
 
 from __future__ import annotations
@@ -21,113 +24,115 @@ import time
 from runrecovery_service.process import prctl, procfs, signals, wire
 
 TICK_S = 1.0
-"""Boot time also passes while the machine sleeps, and a poll's does not: look so often."""
+"""How often the deadline is checked: a poll does not notice that the machine slept, but boot time
+also passes while it sleeps."""
 _IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-"""What ends a tree must outlive what is sent to the tree."""
+"""Signals that somebody may send to the whole tree, which the shim has to outlive."""
 _FREEZES = 10
-"""Rounds of SIGSTOP that look for newcomers before SIGKILL comes anyway."""
+"""Rounds of SIGSTOP that look for new processes before SIGKILL is sent regardless."""
 _KILL_TICK_S = 0.002
 _BLIND_S = 0.1
-_BARRED_MOST_S = 60.0
-"""Between two tries while all that is left may not be signalled by this user: it stays ours, so the
-shim stays."""
+_MAX_BARRED_S = 60.0
+"""Longest time between two tries while this user may signal none of the living processes. They
+still belong to the launch, so the shim stays."""
 _KILLED = "killed"
 
 
 class Shim:
-    """One launch. `run` is its whole life."""
+    """The guard of one launch. `run` is its whole life."""
 
-    def __init__(self, gate: int, report: int, book: int) -> None:
+    def __init__(self, gate: int, report: int, journal: int) -> None:
         self._gate = gate
         self._report = report
-        self._book = book
-        self._heard = b""
+        self._journal = journal
+        self._unparsed = b""
         self._gate_closed = False
         self._is_released = False
         self._deadline_ns = 0
         self._agent = 0
-        self._woken, self._wake = os.pipe()
+        self._wake_read, self._wake_write = os.pipe()
 
     def run(self) -> int:
-        """Guard, and return the exit code for the shim itself."""
-        prctl.hide()  # first of all: nobody of our user may write into our pipes, or trace us
-        os.set_blocking(self._report, False)  # a service that does not read keeps nobody alive
-        for fd in (self._gate, self._report, self._book, self._woken, self._wake):
+        """Guard the tree; return the exit code of the shim."""
+        prctl.hide()  # first: no process of the same user may write to our pipes or trace us
+        os.set_blocking(self._report, False)  # a service that does not read must not block us
+        own = (self._gate, self._report, self._journal, self._wake_read, self._wake_write)
+        for fd in own:
             os.set_inheritable(fd, False)  # noqa: FBT003 - that is its signature
         order = self._read_order()
         if order is None:
             return wire.NEVER_RAN
-        marked = self._stand_guard(order)
-        self._tell(f"{wire.GATED} {marked:d}")
-        if not self._released():
+        watermarked = self._prepare_guard(order)
+        self._report_event(f"{wire.GATED} {watermarked:d}")
+        if not self._wait_for_release():
             return wire.NEVER_RAN
-        if not self._start(order):
+        if not self._start_agent(order):
             return 0
         why = self._watch()
         if why:
-            self._tell(f"{wire.ENDING} {why}")
-            self._end_everything(why)
-        self._tell(wire.EMPTY)
+            self._report_event(f"{wire.ENDING} {why}")
+            self._kill_tree(why)
+        self._report_event(wire.EMPTY)
         return 0
 
     # -- the gate ------------------------------------------------------------------------------
 
     def _read_order(self) -> wire.Order | None:
-        while b"\n" not in self._heard:
-            if not self._hear():
+        while b"\n" not in self._unparsed:
+            if not self._read_gate():
                 return None
-        length, _, self._heard = self._heard.partition(b"\n")
-        while len(self._heard) < int(length):
-            if not self._hear():
+        length, _, self._unparsed = self._unparsed.partition(b"\n")
+        while len(self._unparsed) < int(length):
+            if not self._read_gate():
                 return None
-        order = wire.unpack(self._heard[: int(length)])
-        self._heard = self._heard[int(length) :]
+        order = wire.unpack(self._unparsed[: int(length)])
+        self._unparsed = self._unparsed[int(length) :]
         self._deadline_ns = order.deadline_ns
         return order
 
-    def _hear(self) -> bool:
-        """Read what the gate has, waiting for it; False once it is closed."""
-        heard = os.read(self._gate, 65536)
-        self._heard += heard
-        self._gate_closed = not heard
-        return bool(heard)
+    def _read_gate(self) -> bool:
+        """Wait for bytes from the gate; False once it is closed."""
+        data = os.read(self._gate, 65536)
+        self._unparsed += data
+        self._gate_closed = not data
+        return bool(data)
 
-    def _take_lines(self) -> None:
-        """Take the newest deadline of those that came, and the release."""
-        *lines, self._heard = self._heard.split(b"\n")
+    def _parse_lines(self) -> None:
+        """Take the newest deadline and the release from the lines that have arrived."""
+        *lines, self._unparsed = self._unparsed.split(b"\n")
         for line in lines:
             if line == wire.RELEASE:
                 self._is_released = True
             else:
                 self._deadline_ns = int(line)
 
-    def _released(self) -> bool:
-        """Wait for the release; False when the gate closed or the deadline passed."""
+    def _wait_for_release(self) -> bool:
+        """Wait for the release; False if the gate closed or the deadline passed first."""
         while not self._gate_closed:
-            if self._over():  # before hearing more: what comes now comes too late
+            if self._is_overdue():  # before reading: a heartbeat that comes now is too late
                 return False
-            self._take_lines()
+            self._parse_lines()
             if self._is_released:
-                return not self._over()
-            if _readable(self._gate, TICK_S):
-                self._hear()
+                return not self._is_overdue()
+            if _is_readable(self._gate, TICK_S):
+                self._read_gate()
         return False
 
-    def _over(self) -> bool:
+    def _is_overdue(self) -> bool:
         return time.clock_gettime_ns(time.CLOCK_BOOTTIME) > self._deadline_ns
 
-    # -- standing guard ------------------------------------------------------------------------
+    # -- preparation ---------------------------------------------------------------------------
 
-    def _stand_guard(self, order: wire.Order) -> bool:
-        """Mark this process and take its place; True when the watermark is set."""
+    def _prepare_guard(self, order: wire.Order) -> bool:
+        """Become subreaper, set up signals and the watermark; True if the watermark is set."""
         prctl.become_subreaper()
         for number in _IGNORED:
             signal.signal(number, signal.SIG_IGN)
-        # What the service's thread blocked, the deaths of our children maybe, came along.
+        # The shim inherits the signals that the service's thread had blocked, SIGCHLD perhaps.
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        os.set_blocking(self._woken, False)
-        os.set_blocking(self._wake, False)
-        signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
+        os.set_blocking(self._wake_read, False)
+        os.set_blocking(self._wake_write, False)
+        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         if not order.watermark:
             return False
@@ -139,62 +144,67 @@ class Shim:
 
     # -- the agent -----------------------------------------------------------------------------
 
-    def _start(self, order: wire.Order) -> bool:
-        """Start the agent; False when the system refused, which has been told."""
+    def _start_agent(self, order: wire.Order) -> bool:
+        """Start the agent; False if the system refused, which is then reported."""
         try:
-            # Before the fork: once the agent lives, nothing here may fail.
+            # Opened before the fork: once the agent is alive, no step of the shim may fail.
             null = os.open(os.devnull, os.O_RDWR)
-            failed, fails = os.pipe()  # closed by the exec, unless there is something to say
+            failure_read, failure_write = os.pipe()  # the exec closes it, empty if all went well
             self._agent = os.fork()
         except OSError as error:
-            self._tell(f"{wire.REFUSED} {error.errno or 0} fork")
+            self._report_event(f"{wire.REFUSED} {error.errno or 0} fork")
             return False
         if not self._agent:
-            _become(order, fails)
-        os.close(fails)
-        said = b""
-        while piece := os.read(failed, 4096):
-            said += piece
-        os.close(failed)
-        if said:
+            _become_agent(order, failure_write)
+        os.close(failure_write)
+        failure = b""
+        while piece := os.read(failure_read, 4096):
+            failure += piece
+        os.close(failure_read)
+        if failure:
             os.waitpid(self._agent, 0)
-            self._tell(f"{wire.REFUSED} {os.fsdecode(said)}")
+            self._report_event(f"{wire.REFUSED} {os.fsdecode(failure)}")
             return False
         try:
             proc = procfs.read_proc(self._agent)
-        except OSError:  # no descriptor or memory for a moment; the service can do without
+        except OSError:  # no descriptor or memory now; the service does not need the start ticks
             proc = None
-        self._tell(f"{wire.STARTED} {self._agent} {proc.start_ticks if proc else 0}")
-        self._let_go_of_streams(null)
+        self._report_event(f"{wire.STARTED} {self._agent} {proc.start_ticks if proc else 0}")
+        self._release_streams(null)
         return True
 
-    def _let_go_of_streams(self, null: int) -> None:
-        """The service must see the end of the agent's output, and the agent that of its input.
-        Whatever this program itself has to complain about goes into the book."""
-        for fd, to in ((0, null), (1, null), (2, self._book)):
-            os.dup2(to, fd)
+    def _release_streams(self, null: int) -> None:
+        """Close the agent's streams in the shim, so that both sides notice the end of a stream.
+
+        Errors of the shim itself are written to the journal from now on.
+        """
+        for fd, target in ((0, null), (1, null), (2, self._journal)):
+            os.dup2(target, fd)
         os.close(null)
 
     def _watch(self) -> str:
-        """Reap until nothing is left; or return why everything must end."""
+        """Reap until no process is left; or return why the whole tree must be killed."""
         poll = select.poll()
         poll.register(self._gate, select.POLLIN)
-        poll.register(self._woken, select.POLLIN)
+        poll.register(self._wake_read, select.POLLIN)
         while self._reap():
             left_s = (self._deadline_ns - time.clock_gettime_ns(time.CLOCK_BOOTTIME)) / 1e9
             events = dict(poll.poll(max(0.0, min(left_s, TICK_S)) * 1000))
-            if self._over():  # before hearing more: what comes now comes too late
+            if self._is_overdue():  # before reading: a heartbeat that comes now is too late
                 return wire.LEASE_OVER
-            if self._gate in events and not self._hear():
+            if self._gate in events and not self._read_gate():
                 return wire.SERVICE_GONE
-            self._take_lines()
-            if self._woken in events:
-                os.read(self._woken, 4096)
+            self._parse_lines()
+            if self._wake_read in events:
+                os.read(self._wake_read, 4096)
         return ""
 
     def _reap(self) -> bool:
-        """Bury the dead; False when there are no children any more. Whoever loses his parent
-        becomes our child: no children, no descendants. The kernel says so, not a scan."""
+        """Reap dead children; False if no child is left.
+
+        Every descendant that loses its parent becomes a child of the shim. So no children means no
+        descendants, as reported by the kernel and not by a scan.
+        """
         while True:
             try:
                 pid, status, usage = os.wait4(-1, os.WNOHANG)
@@ -205,15 +215,15 @@ class Shim:
             if pid == self._agent:
                 code = os.waitstatus_to_exitcode(status)
                 user_us, system_us = int(usage.ru_utime * 1e6), int(usage.ru_stime * 1e6)
-                self._tell(f"{wire.EXITED} {code} {user_us} {system_us} {usage.ru_maxrss}")
+                self._report_event(f"{wire.EXITED} {code} {user_us} {system_us} {usage.ru_maxrss}")
 
-    # -- ending everything ---------------------------------------------------------------------
+    # -- killing the tree ----------------------------------------------------------------------
 
-    def _end_everything(self, why: str) -> None:
-        """Kill every descendant; return when the kernel says that none is left.
+    def _kill_tree(self, why: str) -> None:
+        """Kill every descendant; return when the kernel reports that none is left.
 
-        First everybody is stopped, until a look finds nobody new: who is killed while others run
-        leaves children behind that were not seen.
+        All processes are stopped first, until a scan finds no new one. A process that is killed
+        while others run could leave children that no scan has seen.
         """
         state: dict[tuple[int, int], str] = {}
         freezes, barred_s = 0, _KILL_TICK_S
@@ -229,19 +239,19 @@ class Shim:
                     if state[proc.identity] != _KILLED:
                         outcome = self._signal(proc, signal.SIGKILL, why)
                         state[proc.identity] = _KILLED if outcome == signals.SENT else outcome
-            stuck = living and all(state[p.identity] == signals.BARRED for p in living)
-            barred_s = min(barred_s * 2, _BARRED_MOST_S) if stuck else _KILL_TICK_S
+            is_stuck = living and all(state[p.identity] == signals.BARRED for p in living)
+            barred_s = min(barred_s * 2, _MAX_BARRED_S) if is_stuck else _KILL_TICK_S
             self._pause(barred_s)
 
     def _pause(self, seconds: float) -> None:
         """Wait until a child has died, `seconds` at most."""
-        if _readable(self._woken, seconds):
-            os.read(self._woken, 4096)
+        if _is_readable(self._wake_read, seconds):
+            os.read(self._wake_read, 4096)
 
     def _living(self) -> list[procfs.Proc]:
         try:
             below = procfs.descendants(procfs.scan(), os.getpid())
-        except OSError:  # no descriptor or memory for a moment; we must not go
+        except OSError:  # no descriptor or memory now; the shim must not exit for that
             self._pause(_BLIND_S)
             return []
         return [proc for proc in below if not proc.dead]
@@ -249,7 +259,7 @@ class Shim:
     def _signal(self, proc: procfs.Proc, number: int, why: str) -> str:
         try:
             pidfd = os.pidfd_open(proc.pid)
-        except OSError:  # gone, or no descriptor left: the next look tells
+        except OSError:  # it has ended, or no descriptor is left: the next scan decides
             return signals.GONE
         try:
             return signals.send(
@@ -259,96 +269,100 @@ class Shim:
                 prove=lambda: _descent(proc),
                 audit=lambda *facts: self._audit(proc, why, *facts),
             )
-        except OSError:  # no descriptor for its proof: the next look tries again
+        except OSError:  # no descriptor to read /proc: the next scan tries again
             return signals.GONE
         finally:
             os.close(pidfd)
 
     def _audit(
-        self, proc: procfs.Proc, why: str, pid: int, name: str, evidence: str | None, outcome: str
+        self, proc: procfs.Proc, why: str, pid: int, name: str, proof: str | None, outcome: str
     ) -> None:
         at_ns = time.time_ns()
         line = (
             f'{{"event": "process.signalled", "at_ns": {at_ns}, "pid": {pid},'
             f' "start_ticks": {proc.start_ticks}, "signal": "{name}", "why": "{why}",'
-            f' "evidence": "{evidence}", "outcome": "{outcome}", "by": {os.getpid()}}}\n'
+            f' "evidence": "{proof}", "outcome": "{outcome}", "by": {os.getpid()}}}\n'
         )
         try:
-            os.write(self._book, line.encode())
-        except OSError:  # a full disk keeps nobody alive
+            os.write(self._journal, line.encode())
+        except OSError:  # a full disk must not keep processes alive
             return
 
-    def _tell(self, event: str) -> None:
-        """Report to the service, if it still listens."""
+    def _report_event(self, event: str) -> None:
+        """Send an event to the service. A service that is gone is ignored."""
         try:
             os.write(self._report, event.encode("utf-8", "replace") + b"\n")
         except OSError:
             return
 
 
-def _readable(fd: int, seconds: float) -> bool:
-    """Wait until there is something to read. By poll: select takes no descriptor above 1023."""
+def _is_readable(fd: int, seconds: float) -> bool:
+    """Wait up to `seconds`. By poll, because select takes no descriptor above 1023."""
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     return bool(poll.poll(seconds * 1000))
 
 
 def _descent(proc: procfs.Proc) -> str | None:
-    """Read whether a process is that one still, and below us."""
+    """Return "descent" if the process still is the same one and a descendant of the shim."""
     found = procfs.read_proc(proc.pid)
     if found is None or found.identity != proc.identity:
         return None
-    us = os.getpid()
-    while found is not None and found.ppid not in {us, 0}:
+    own_pid = os.getpid()
+    while found is not None and found.ppid not in {own_pid, 0}:
         found = procfs.read_proc(found.ppid)
-    return "descent" if found is not None and found.ppid == us else None
+    return "descent" if found is not None and found.ppid == own_pid else None
 
 
-def _give_up_protection() -> None:
-    """What protects the service from the out-of-memory killer is not for its agents."""
+# -- the forked child that becomes the agent ---------------------------------------------------
+
+
+def _become_agent(order: wire.Order, failure: int) -> None:
+    """Turn this fork into the agent, or write the failed step to `failure`. Never return."""
+    limits = order.confinement
+    step = "setsid"
+    try:
+        os.setsid()
+        step = f"the working directory {order.cwd}"
+        os.chdir(order.cwd)
+        if limits.cgroup_procs:
+            step = f"the cgroup {limits.cgroup_procs}"
+            with open(limits.cgroup_procs, "wb", buffering=0) as procs:  # noqa: PTH123 - light
+                procs.write(b"0")
+        step = "the score for the out-of-memory killer"
+        _drop_oom_protection()
+        step = "nice"
+        if limits.niceness:
+            os.nice(limits.niceness)
+        _reset_signals()
+        if limits.soft_open_files:
+            step = "the limit on open files"
+            hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limits.soft_open_files, hard))
+        for key, value in limits.rlimits.items():
+            step = f"limit {key}"
+            resource.setrlimit(key, (value, value))
+        step = order.program
+        os.execve(order.program, order.argv, order.env)  # noqa: S606 - no shell is the point
+    except BaseException as error:  # noqa: BLE001 - the fork must end here, whatever fails
+        code = error.errno if isinstance(error, OSError) else 0
+        os.write(failure, f"{code or 0} {step}".encode("utf-8", "replace"))
+    finally:
+        os._exit(wire.NEVER_RAN)
+
+
+def _drop_oom_protection() -> None:
+    """Reset a negative score: only the service is protected from the out-of-memory killer."""
     score = "/proc/self/oom_score_adj"
     if procfs.read(score).startswith(b"-"):
         with open(score, "wb", buffering=0) as file:  # noqa: PTH123 - light
             file.write(b"0")
 
 
-def _hear_every_signal() -> None:
-    """Undo what this program, or whoever started the service, ignores."""
+def _reset_signals() -> None:
+    """Reset every signal that the shim, or the service's parent, had ignored."""
     for number in range(1, signal.NSIG):
         try:
             signal.signal(number, signal.SIG_DFL)
         except (OSError, ValueError):  # SIGKILL, SIGSTOP and the C library's own
             continue
-
-
-def _become(order: wire.Order, fails: int) -> None:
-    """Turn this fork into the agent, or say what is in the way. Never returns."""
-    doing = "setsid"
-    try:
-        os.setsid()
-        doing = f"the working directory {order.cwd}"
-        os.chdir(order.cwd)
-        if order.cgroup_procs:
-            doing = f"the cgroup {order.cgroup_procs}"
-            with open(order.cgroup_procs, "wb", buffering=0) as procs:  # noqa: PTH123 - light
-                procs.write(b"0")
-        doing = "the score for the out-of-memory killer"
-        _give_up_protection()
-        doing = "nice"
-        if order.niceness:
-            os.nice(order.niceness)
-        _hear_every_signal()
-        if order.soft_open_files:
-            doing = "the limit on open files"
-            hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-            resource.setrlimit(resource.RLIMIT_NOFILE, (order.soft_open_files, hard))
-        for key, value in order.limits.items():
-            doing = f"limit {key}"
-            resource.setrlimit(key, (value, value))
-        doing = order.program
-        os.execve(order.program, order.argv, order.env)  # noqa: S606 - no shell is the point
-    except BaseException as error:  # noqa: BLE001 - the edge of the fork: nothing may run on here
-        code = error.errno if isinstance(error, OSError) else 0
-        os.write(fails, f"{code or 0} {doing}".encode("utf-8", "replace"))
-    finally:
-        os._exit(wire.NEVER_RAN)

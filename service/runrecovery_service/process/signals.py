@@ -1,24 +1,24 @@
-"""Sending a signal: the only function that does, for the service and for the shim alike.
+"""Sending a signal. The service and the shim send every signal through `send`.
 
-The shim runs this too: the standard library only, and of that only what is light.
+The shim imports this module too, so it imports only light modules of the standard library.
 """
 
 from __future__ import annotations
 
 import signal
 
-# Names are imported at run time by nobody but type checkers: `typing` would double the shim.
+# Only type checkers need these names: importing `typing` would double the shim's memory.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 SENT = "sent"
 GONE = "gone"
-"""It ended before the signal came."""
+"""The process had ended before the signal was sent."""
 UNPROVED = "unproved"
-"""What had been seen could not be read again: nothing was sent."""
+"""The process carried no marker any more, so no signal was sent."""
 BARRED = "barred"
-"""The kernel does not let this user signal it."""
+"""The kernel does not let this user signal the process."""
 
 
 def send(
@@ -29,22 +29,22 @@ def send(
     prove: Callable[[], str | None],
     audit: Callable[[int, str, str | None, str], object],
 ) -> str:
-    """Send one signal to one process, if it is proved, now, to be ours; say so in the audit.
+    """Send one signal to one process if the process is proved to be ours now, and audit it.
 
     Args:
-        pid: only to be told of; the signal goes through `pidfd`.
-        pidfd: opened before this call: what `prove` then reads of `pid` is true of the process
-            that the signal reaches, or the process is gone and nobody gets it.
+        pid: for the audit only. The signal is sent through `pidfd`.
+        pidfd: opened before this call. What `prove` reads of `pid` is therefore true of the process
+            that gets the signal, or that process has ended and no other one gets it.
         number: the signal.
-        prove: reads the evidence from /proc and names it; None when there is none.
-        audit: gets pid, the signal's name, the evidence and the outcome, whatever that is.
+        prove: reads from /proc what proves the process and returns its name, or None.
+        audit: called with pid, name of the signal, proof and outcome, whatever the outcome is.
 
     Returns:
         SENT, GONE, UNPROVED or BARRED.
     """
-    evidence = prove()
-    outcome = UNPROVED if evidence is None else _send(pidfd, number)
-    audit(pid, signal.Signals(number).name, evidence, outcome)
+    proof = prove()
+    outcome = UNPROVED if proof is None else _send(pidfd, number)
+    audit(pid, signal.Signals(number).name, proof, outcome)
     return outcome
 
 

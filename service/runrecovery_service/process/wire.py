@@ -1,10 +1,10 @@
-"""What the service and the shim of one launch say to each other, over two pipes.
+"""The protocol between the service and the shim of one launch, over two pipes.
 
-To the shim, on the gate: the order, then a line for each heartbeat, a time of CLOCK_BOOTTIME in
-nanoseconds, and once the word that releases the agent. The gate's end, for whatever reason, is an
-order too: end everything. From the shim, on the report: one line per event.
+The service writes to the gate: the order, then one line for each heartbeat (a time of
+CLOCK_BOOTTIME in nanoseconds), and once the line that releases the agent. When the gate closes, for
+whatever reason, the shim kills its whole tree. The shim writes to the report: one line per event.
 
-The shim runs this too: the standard library only, and of that only what is light.
+The shim imports this module too, so it imports only light modules of the standard library.
 """
 
 from __future__ import annotations
@@ -13,38 +13,63 @@ import os
 
 RELEASE = b"go"
 NEVER_RAN = 125
-"""The shim's exit code when the gate closed, or its time ran out, before the agent was released."""
+"""The shim's exit code if the gate closed or the deadline passed before the agent's release."""
 
 GATED, STARTED, REFUSED, EXITED, EMPTY, ENDING = (
     "gated", "started", "refused", "exited", "empty", "ending",
 )  # fmt: skip
-"""The shim's events: it stands at the gate (`gated WATERMARKED`); the agent runs (`started PID
-START_TICKS`); it could not be started (`refused ERRNO WHAT`); it has exited (`exited CODE USER_US
-SYSTEM_US MAX_RSS_KIB`); nothing is left below the shim (`empty`); it ends everything by itself
-(`ending WHY`)."""
+"""The shim's events:
+
+- `gated WATERMARKED`: the shim waits at the gate.
+- `started PID START_TICKS`: the agent was started.
+- `refused ERRNO STEP`: the agent could not be started.
+- `exited CODE USER_US SYSTEM_US MAX_RSS_KIB`: the agent's own process has ended.
+- `empty`: the shim has no children left.
+- `ending WHY`: the shim kills its whole tree.
+"""
 
 SERVICE_GONE, LEASE_OVER = "service_gone", "lease_over"
-"""Why a shim ends everything: the gate closed, or no heartbeat came in time."""
+"""Why a shim kills its tree: the gate closed, or no heartbeat came before the deadline."""
+
+
+class Confinement:
+    """The limits of the agent's processes.
+
+    Attributes:
+        niceness: added to the service's own.
+        rlimits: the soft and hard limit of each `resource.RLIMIT_…`.
+        cgroup_procs: the file that moves the agent into its cgroup; empty: no cgroup.
+        soft_open_files: the agent's soft limit on open files where the service raised its own;
+            0: the same as the service's.
+    """
+
+    __slots__ = ("cgroup_procs", "niceness", "rlimits", "soft_open_files")
+
+    def __init__(
+        self,
+        *,
+        niceness: int = 0,
+        rlimits: dict[int, int] | None = None,
+        cgroup_procs: str = "",
+        soft_open_files: int = 0,
+    ) -> None:
+        self.niceness = niceness
+        self.rlimits = rlimits or {}
+        self.cgroup_procs = cgroup_procs
+        self.soft_open_files = soft_open_files
 
 
 class Order:
-    """What the shim is to launch, and how.
+    """What the shim launches.
 
     Attributes:
-        deadline_ns: CLOCK_BOOTTIME at which it ends everything unless a heartbeat moves it.
-        watermark: for the limit on file locks; 0: none can be set here.
+        deadline_ns: CLOCK_BOOTTIME at which the shim kills everything unless a heartbeat moves it.
+        watermark: the limit on file locks to set; 0: none can be set here.
         program, argv, env, cwd: of the agent.
-        niceness: added to the service's own.
-        limits: `resource.RLIMIT_…` to the agent's soft and hard limit.
-        cgroup_procs: the file that takes the agent into its cgroup; empty: none.
-        soft_open_files: the agent's soft limit on open files, where the service raised its own;
-            0: as the service's.
+        confinement: the limits of the agent's processes.
     """
 
-    __slots__ = (
-        "argv", "cgroup_procs", "cwd", "deadline_ns", "env", "limits", "niceness", "program",
-        "soft_open_files", "watermark",
-    )  # fmt: skip
+    __slots__ = ("argv", "confinement", "cwd", "deadline_ns", "env", "program", "watermark")
 
     def __init__(
         self,
@@ -55,10 +80,7 @@ class Order:
         argv: list[str],
         env: dict[str, str],
         cwd: str,
-        niceness: int,
-        limits: dict[int, int],
-        cgroup_procs: str,
-        soft_open_files: int = 0,
+        confinement: Confinement,
     ) -> None:
         self.deadline_ns = deadline_ns
         self.watermark = watermark
@@ -66,22 +88,20 @@ class Order:
         self.argv = argv
         self.env = env
         self.cwd = cwd
-        self.niceness = niceness
-        self.limits = limits
-        self.cgroup_procs = cgroup_procs
-        self.soft_open_files = soft_open_files
+        self.confinement = confinement
 
 
 def pack(order: Order) -> bytes:
-    """Return an order as the gate takes it: its length in a line, then its words.
+    """Return an order in the format of the gate: a line with its length, then its words.
 
     Raises:
-        ValueError: a word holds a NUL, which no program could be given.
+        ValueError: a word contains a NUL, which no program can receive.
     """
+    limits = order.confinement
     words = [
-        str(order.deadline_ns), str(order.watermark), str(order.niceness),
-        order.program, order.cwd, order.cgroup_procs, str(order.soft_open_files),
-        str(len(order.limits)), *(f"{key}={value}" for key, value in order.limits.items()),
+        str(order.deadline_ns), str(order.watermark), str(limits.niceness),
+        order.program, order.cwd, limits.cgroup_procs, str(limits.soft_open_files),
+        str(len(limits.rlimits)), *(f"{key}={value}" for key, value in limits.rlimits.items()),
         str(len(order.argv)), *order.argv,
         *(f"{name}={value}" for name, value in order.env.items()),
     ]  # fmt: skip
@@ -97,16 +117,18 @@ def unpack(body: bytes) -> Order:
     deadline_ns, watermark, niceness = int(next(words)), int(next(words)), int(next(words))
     program, cwd, cgroup_procs = next(words), next(words), next(words)
     soft_open_files = int(next(words))
-    limits = dict(next(words).split("=") for _ in range(int(next(words))))
+    rlimits = dict(next(words).split("=") for _ in range(int(next(words))))
     return Order(
         deadline_ns=deadline_ns,
         watermark=watermark,
-        niceness=niceness,
         program=program,
         cwd=cwd,
-        cgroup_procs=cgroup_procs,
-        soft_open_files=soft_open_files,
-        limits={int(key): int(value) for key, value in limits.items()},
+        confinement=Confinement(
+            niceness=niceness,
+            rlimits={int(key): int(value) for key, value in rlimits.items()},
+            cgroup_procs=cgroup_procs,
+            soft_open_files=soft_open_files,
+        ),
         argv=[next(words) for _ in range(int(next(words)))],
         env=dict(word.split("=", 1) for word in words),
     )

@@ -33,7 +33,7 @@ from runrecovery_service.domain.reconciliation import (
     TrustRemoval,
 )
 from runrecovery_service.domain.session_check import SessionCheck
-from runrecovery_service.process.sweep import Ending
+from runrecovery_service.process.ending import Ending
 from runrecovery_service.recovery.report import ReportBook
 from runrecovery_service.recovery.sessions import CHECK_S, Asker, Workspace, changed_findings
 from runrecovery_service.storage import adoption, converge, deadlines, processes, recovery

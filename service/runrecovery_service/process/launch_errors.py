@@ -1,0 +1,37 @@
+"""How a launch can fail."""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass
+from typing import Final
+
+TRANSIENT: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM})
+"""System errors for a lack of descriptors, processes or memory, which others may free soon."""
+
+
+@dataclass(eq=False)
+class LaunchFailed(Exception):
+    """The command could not be started. No process of the launch is left."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+class LaunchDelayed(LaunchFailed):
+    """The system has no descriptor, process or memory left now. It is safe to launch again."""
+
+
+class ShimLost(LaunchFailed):
+    """The shim ended before it reported the agent's start.
+
+    The agent never ran if the shim's deadline passed at the gate. The agent may be alive if the
+    shim was killed.
+    """
+
+
+def launch_error(error: OSError, reason: str) -> LaunchFailed:
+    """Return the exception for a system call of a launch that failed."""
+    return LaunchDelayed(reason) if error.errno in TRANSIENT else LaunchFailed(reason)

@@ -1,0 +1,37 @@
+"""Resource limits of one agent process."""
+
+from __future__ import annotations
+
+import resource
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResourceLimits:
+    """The resources that an agent may use. None: the service sets no limit.
+
+    Attributes:
+        niceness: added to the service's own, 0 to 19.
+        max_memory: bytes of private writable memory (RLIMIT_DATA) of each process.
+        max_open_files: descriptors of each process (RLIMIT_NOFILE).
+        max_processes: processes of the user as a whole, threads included (RLIMIT_NPROC). Root is
+            exempt.
+        soft_open_files: the soft limit on descriptors where `max_open_files` is None and the
+            service raised its own limit.
+    """
+
+    niceness: int = 0
+    max_memory: int | None = None
+    max_open_files: int | None = None
+    max_processes: int | None = None
+    soft_open_files: int | None = None
+
+    @property
+    def rlimits(self) -> dict[int, int]:
+        """The limits that are set, by the number of their resource (`resource.RLIMIT_…`)."""
+        wanted = {
+            resource.RLIMIT_DATA: self.max_memory,
+            resource.RLIMIT_NOFILE: self.max_open_files,
+            resource.RLIMIT_NPROC: self.max_processes,
+        }
+        return {key: value for key, value in wanted.items() if value is not None}

@@ -1,0 +1,27 @@
+"""How large a watermark this process may give to its launches."""
+
+from __future__ import annotations
+
+import resource
+from typing import Final
+
+from runrecovery_service.process import procfs
+
+WATERMARK_BITS: Final = 62
+"""Two launches in a billion years get the same number. It is below what setrlimit calls
+unlimited."""
+LEAST_WATERMARK_BITS: Final = 40
+
+
+def watermark_bits() -> int:
+    """Return the number of random bits of a watermark; 0 if watermarks would not be unique.
+
+    A service under a limit on file locks (`ulimit -x`, another service's watermark) can only lower
+    that limit.
+    """
+    try:
+        hard = resource.getrlimit(procfs.RLIMIT_LOCKS)[1]
+    except (OSError, ValueError):  # not a Linux
+        return 0
+    bits = WATERMARK_BITS if hard == resource.RLIM_INFINITY else hard.bit_length() - 1
+    return min(bits, WATERMARK_BITS) if bits >= LEAST_WATERMARK_BITS else 0
