@@ -112,9 +112,10 @@ def test_a_report_that_cannot_be_closed_keeps_the_gate_shut(
 
     service = home.listen()
     told = set()
+    api = service.api()
     while service.popen.poll() is None:
         with suppress(grpc.RpcError):
-            told.add(service.api().health_of())
+            told.add(api.health_of())
 
     assert service.exit_code() == 9
     assert told <= {"NOT_SERVING"}

@@ -165,10 +165,11 @@ def test_a_service_starts_without_standard_streams(new_home: NewHome, closed: st
 
     work(api)
 
-    descriptors = Path(f"/proc/{service.pid}/fd")
-    number = len(closed.split())
-    held = [(descriptors / str(fd)).readlink() for fd in range(3 - number, 3)]
-    assert held == [Path("/dev/null")] * number
+    if os.geteuid() == 0:  # the service hides its descriptors from other processes of its user
+        descriptors = Path(f"/proc/{service.pid}/fd")
+        number = len(closed.split())
+        held = [(descriptors / str(fd)).readlink() for fd in range(3 - number, 3)]
+        assert held == [Path("/dev/null")] * number
     assert service.stop() == 0
 
 
