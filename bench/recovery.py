@@ -177,9 +177,7 @@ def ours(db: Database, data_dir: Path) -> None:
             clear_trust=lambda *_: TrustClearing(),
             session_checks={},
             workspace=lambda key, attempt: data_dir,
-            now=lambda: datetime.now(UTC),
-            due_in=Clock().due_in,
-            steady_now=Clock().steady,
+            clock=Clock(),
             stopping=lambda: False,
         ).run(db, lambda reconciliation_id: None)
 

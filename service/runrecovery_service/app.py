@@ -125,25 +125,27 @@ def build(
         Held: an instance of this name is alive elsewhere.
         ContainmentRefused: this is not a system on which processes can be contained.
     """
+    clock = Clock()
     host, data_dir = _host(), held.data_dir
     cgroups = open_cgroup_parent(settings)
     tree_deadline = TreeDeadline(trees_until(settings.lease_ttl_s, boot_time_ns()))
     boot = _boot(settings, held, host)
     ttl_s = settings.lease_ttl_s
     with refusing(db.place):
-        owner = repeated(lambda: instances.claim(db, boot, now=Clock().now(), ttl_s=ttl_s))
+        owner = repeated(lambda: instances.claim(db, boot, now=clock.now(), ttl_s=ttl_s))
     if db.dialect.kind is Kind.SQLITE:
         db.keep_files()  # this thread's connection stays open, so that the log does
     else:
         db.close()
     log.info("service.epoch_claimed", instance=owner.instance, epoch=owner.epoch)
     storage = Storage(db)
-    keeper = _trust_keeper(host, storage, owner)
+    keeper = _trust_keeper(host, storage, owner, clock)
     shop = _workshop(
         settings,
         data_dir,
         storage,
         owner,
+        clock=clock,
         trust=keeper,
         tree_deadline=tree_deadline,
         cgroups=cgroups,
@@ -243,12 +245,12 @@ def _place(host: Host, cgroups: CgroupParent | None) -> Place:
     )
 
 
-def _trust_keeper(host: Host, storage: Storage, owner: Owner) -> TrustKeeper:
+def _trust_keeper(host: Host, storage: Storage, owner: Owner, clock: Clock) -> TrustKeeper:
     return TrustKeeper(
         host_id=host.host_id,
         owner=owner,
         store=ThroughLoop(storage, asyncio.get_running_loop()),
-        now=Clock().now,
+        clock=clock,
     )
 
 
@@ -265,6 +267,7 @@ def _workshop(
     storage: Storage,
     owner: Owner,
     *,
+    clock: Clock,
     trust: TrustKeeper,
     tree_deadline: TreeDeadline,
     cgroups: CgroupParent | None,
@@ -283,9 +286,7 @@ def _workshop(
         cancel_grace_s=settings.cancel_grace_s,
         exit_grace_s=settings.exit_grace_s,
         soft_open_files=open_files.agents_soft,
-        now=Clock().now,
-        steady_now=Clock().steady,
-        due_in=Clock().due_in,
+        clock=clock,
     )
 
 
@@ -308,9 +309,7 @@ def _server(
             dispatcher=dispatcher,
             output=shop.output,
             limits=RunLimits(max_queued=settings.max_queued, max_attempts=settings.max_attempts),
-            now=shop.now,
-            steady_now=shop.steady_now,
-            due_in=shop.due_in,
+            clock=shop.clock,
         ),
         recovery_rooms=RecoveryRooms(
             storage=shop.storage,
@@ -354,9 +353,7 @@ def _recovery(
         clear_trust=_clear_trust(shop.trust),
         session_checks=_session_checks(shop.catalog),
         workspace=shop.output.workspace,
-        now=Clock().now,
-        due_in=Clock().due_in,
-        steady_now=Clock().steady,
+        clock=shop.clock,
         stopping=stopping,
     )
 
@@ -375,9 +372,7 @@ def _closing(settings: Settings, shop: Workshop) -> Recovery:
         clear_trust=_clear_trust(shop.trust),
         session_checks=_session_checks(shop.catalog),
         workspace=shop.output.workspace,
-        now=Clock().now,
-        due_in=Clock().due_in,
-        steady_now=Clock().steady,
+        clock=shop.clock,
         stopping=lambda: False,
     )
 

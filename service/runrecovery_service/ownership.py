@@ -165,9 +165,9 @@ class Ownership:
                     await (storage.attempt if storage.is_shared else storage.write)(
                         trial.create_and_take,
                         owner=shop.owner,
-                        due_in=shop.due_in,
-                        steady=shop.steady_now(),
-                        now=shop.now(),
+                        due_in=shop.clock.due_in,
+                        steady=shop.clock.steady(),
+                        now=shop.clock.now(),
                     )
         except Exception as error:  # noqa: BLE001 - whatever it was, the work meets it as well
             return type(error).__name__

@@ -294,7 +294,7 @@ async def opened(
                 host_id=here.host_id,
                 owner=owner,
                 store=ThroughLoop(storage, asyncio.get_running_loop()),
-                now=Clock().now,
+                clock=Clock(),
             ),
             threads=threads,
             environ=dict(os.environ),
@@ -302,9 +302,7 @@ async def opened(
             cgroups=None,
             cancel_grace_s=0.5,
             exit_grace_s=1.0,
-            now=Clock().now,
-            steady_now=Clock().steady,
-            due_in=Clock().due_in,
+            clock=Clock(),
             look_s=look_s,
         )
         fenced: list[bool] = []

@@ -22,7 +22,6 @@ from runrecovery.v1 import run_service_pb2 as pb
 from runrecovery.v1.recovery_service_pb2_grpc import RecoveryServiceStub
 from runrecovery.v1.run_service_pb2_grpc import RunServiceStub
 from runrecovery_service.agents.output import OutputChannel, OutputFiles
-from runrecovery_service.clock import Clock
 from runrecovery_service.domain import run as domain
 from runrecovery_service.domain.run import NewRun, Run, RunStatus
 from runrecovery_service.engines.catalog import Catalog, Engine
@@ -35,6 +34,7 @@ from runrecovery_service.rpc.server import GrpcServer, ServerLimits, build_serve
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.processes import Unended
 from structlog.testing import capture_logs
+from support.clock import FakeClock
 
 AT = datetime(2026, 11, 24, tzinfo=UTC)
 OWNER = Owner("here", 3, "t")
@@ -159,9 +159,7 @@ def rooms(house: tuple[FakeStorage, FakeDispatcher, OutputFiles]) -> tuple[RunRo
             dispatcher=cast("Any", dispatcher),
             output=output,
             limits=RunLimits(max_queued=7, max_attempts=2),
-            now=lambda: AT,
-            steady_now=Clock().steady,
-            due_in=Clock().due_in,
+            clock=FakeClock(wall=AT),
         ),
         RecoveryRooms(
             storage=cast("Any", storage),

@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 import pytest
+from runrecovery_service.clock import Clock
 from runrecovery_service.domain.deadline import Due, SteadyTime
 from runrecovery_service.domain.reconciliation import Cause
 from runrecovery_service.domain.run import (
@@ -69,6 +70,20 @@ def receipt(request_id: str = "request", *, payload: bytes = b"p", method: str =
 
 
 @dataclass
+class _TickingClock(Clock):
+    world: World
+
+    def now(self) -> datetime:
+        return self.world.tick()
+
+    def steady(self) -> SteadyTime:
+        return self.world.steady
+
+    def due_in(self, seconds: float) -> Due:
+        return self.world.due_in(seconds)
+
+
+@dataclass
 class World:
     """An open store, the epoch that writes, and a clock that a test moves."""
 
@@ -104,6 +119,11 @@ class World:
     def steady(self) -> SteadyTime:
         """The steady clock."""
         return SteadyTime(clock=self.clock, us=self.steady_us)
+
+    @property
+    def ticking_clock(self) -> Clock:
+        """The clocks as one object, which ticks with each reading of the wall clock."""
+        return _TickingClock(self)
 
     def due_in(self, seconds: float) -> Due:
         """A deadline."""

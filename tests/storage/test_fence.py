@@ -70,7 +70,7 @@ class Prepared:
             reconciliation_id="under way",
             cause=Cause.SHUTDOWN,
             safe_mode=False,
-            now=world.tick,
+            clock=world.ticking_clock,
         )
         self.report.open(world.db)
         self.scope = world.scope(self.report.key, Cause.SHUTDOWN)

@@ -93,9 +93,7 @@ class Shop:
             clear_trust=lambda *_: TrustClearing(),
             session_checks=self.checks,
             workspace=self.workspace,
-            now=self.world.tick,
-            due_in=self.world.due_in,
-            steady_now=lambda: self.world.steady,
+            clock=self.world.ticking_clock,
             **given,
         ).run(self.world.db, lambda _: None)
 

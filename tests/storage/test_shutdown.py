@@ -239,9 +239,7 @@ def make_recovery(world: World, cause: Cause, **changes: Any) -> Recovery:
         containment=None if cause is Cause.SHUTDOWN else lambda: PROVED,
         session_checks={},
         workspace=lambda key, attempt: Path("/nowhere"),
-        now=world.tick,
-        due_in=world.due_in,
-        steady_now=lambda: world.steady,
+        clock=world.ticking_clock,
         stopping=lambda: False,
         **given,
     )

@@ -55,7 +55,7 @@ class Place:
             host_id=self.host_id,
             owner=world.owner,
             store=OwnConnection(db or world.db),
-            now=world.tick,
+            clock=world.ticking_clock,
         )
 
     def workspace(self, run: Run) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 import pytest
 from runrecovery_service.domain.reconciliation import (
@@ -23,19 +23,19 @@ from runrecovery_service.storage import recovery
 from runrecovery_service.storage.converge import DAMAGED_NAMED, Tally
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner
+from support.clock import FakeClock
 
 START = datetime(2026, 11, 24, tzinfo=UTC)
 
 
 @pytest.fixture
 def book(database: Database) -> ReportBook:
-    times = (START + timedelta(seconds=n) for n in range(1000))
     book = ReportBook(
         owner=Owner("default", 3, "t"),
         reconciliation_id="r",
         cause=Cause.STARTUP,
         safe_mode=True,
-        now=lambda: next(times),
+        clock=FakeClock(wall=START, tick_s=1.0),
     )
     book.open(database)
     return book

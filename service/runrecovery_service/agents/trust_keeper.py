@@ -13,7 +13,6 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Final, Protocol, TypeVar
@@ -22,6 +21,7 @@ import structlog
 
 from runrecovery_service.agents import trust_removal
 from runrecovery_service.agents.trust_removal import Taken
+from runrecovery_service.clock import Clock
 from runrecovery_service.domain.reconciliation import TrustClearing, TrustRemoval
 from runrecovery_service.domain.run import Run
 from runrecovery_service.process.safe_open import open_regular
@@ -123,7 +123,7 @@ class TrustKeeper:
     host_id: str
     owner: Owner
     store: Store
-    now: Callable[[], datetime]
+    clock: Clock
     told: Callable[[Database, tuple[TrustRemoval, ...]], object] = _nothing
 
     def add(
@@ -181,7 +181,7 @@ class TrustKeeper:
         """Put an entry on record."""
         self.store.write(
             lambda db: trust.record(
-                db, entry, host_id=self.host_id, owner=self.owner, now=self.now()
+                db, entry, host_id=self.host_id, owner=self.owner, now=self.clock.now()
             )
         )
 
@@ -204,7 +204,7 @@ class TrustKeeper:
         Args:
             every: also those that are to be looked at later.
         """
-        now = None if every else self.now()
+        now = None if every else self.clock.now()
         places = self.store.read(lambda db: trust.stale_places(db, self.host_id, now=now))
         return sorted({file for file, place, ours in places if ours or _is_here(file, place)})
 
@@ -231,7 +231,7 @@ class TrustKeeper:
     ) -> TrustClearing:
         """Take out of one file what nobody needs any more. What fails is told, and stays."""
         done, after = TrustClearing(), None
-        now = None if every else self.now()
+        now = None if every else self.clock.now()
         limit = min(FIRST_CHUNK, CHUNK)
         while True:
             find = partial(
@@ -337,7 +337,7 @@ class _Taking:
         found = self.keeper.store.read(self.find)
         self.last = found[-1].after if len(found) == self.limit else None
         here = [entry for entry in found if entry.file == self.file]
-        return trust_removal.taken(text, here, place=self._place, now=self.keeper.now())
+        return trust_removal.taken(text, here, place=self._place, now=self.keeper.clock.now())
 
     def settle(self, taken: Taken) -> None:
         """Put on record what came about."""

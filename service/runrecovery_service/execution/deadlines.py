@@ -75,7 +75,7 @@ class Deadlines:
         what is only to be forgotten comes last."""
         await self._tell_unsure()
         found = await self.shop.storage.point(
-            deadlines.passed, self.shop.owner, steady=self.shop.steady_now(), limit=PER_LOOK
+            deadlines.passed, self.shop.owner, steady=self.shop.clock.steady(), limit=PER_LOOK
         )
         lost = [one.run_key for one in found if one.kind is DueKind.REOPEN]
         async with asyncio.TaskGroup() as group:
@@ -87,7 +87,7 @@ class Deadlines:
                 deadlines.end_reopening,
                 lost,
                 owner=self.shop.owner,
-                steady=self.shop.steady_now(),
+                steady=self.shop.clock.steady(),
             )
 
     async def _try_out(self, one: Passed) -> None:
@@ -125,8 +125,8 @@ class Deadlines:
             end,
             one.run_key,
             owner=self.shop.owner,
-            now=self.shop.now(),
-            steady=self.shop.steady_now(),
+            now=self.shop.clock.now(),
+            steady=self.shop.clock.steady(),
         )
         if run is None:
             return

@@ -217,9 +217,9 @@ class Dispatcher:
                 owner=self.shop.owner,
                 busy_engines=self._busy_engines(),
                 place=self.place,
-                due_in=self.shop.due_in,
-                steady=self.shop.steady_now(),
-                now=self.shop.now(),
+                due_in=self.shop.clock.due_in,
+                steady=self.shop.clock.steady(),
+                now=self.shop.clock.now(),
             )
             if turn is None:
                 return
@@ -244,7 +244,7 @@ class Dispatcher:
             turns.give_back,
             owner=self.shop.owner,
             held=self.leases_followed,
-            now=self.shop.now(),
+            now=self.shop.clock.now(),
         )
         self._unsure = False
         if count:

@@ -78,7 +78,7 @@ class StragglerSweep:
         found = await self.shop.storage.read(
             processes.to_patrol,
             self.shop.owner,
-            now=self.shop.now(),
+            now=self.shop.clock.now(),
             closed_within_s=LOOK_AGAIN_FOR_S,
         )
         leases = [lease for lease in found if lease.cookie not in self.followed()]
@@ -112,7 +112,7 @@ class StragglerSweep:
             )
             for lease, ending in late
         ]
-        await self.shop.storage.write(processes.close_late, ended, now=self.shop.now())
+        await self.shop.storage.write(processes.close_late, ended, now=self.shop.clock.now())
         for lease, ending in late:
             self._tell(lease, ending)
         self.changed()

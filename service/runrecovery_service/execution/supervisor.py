@@ -475,7 +475,7 @@ class TurnSupervisor:
     async def _keep_session(self, handle: str) -> None:
         kind = self._engine.dialect.session_type
         session = Session(type=kind, handle=handle, turn=self.turn.run.turn)
-        await self._write(turns.keep_session, session=session, now=self.shop.now())
+        await self._write(turns.keep_session, session=session, now=self.shop.clock.now())
         self._has_session = True
 
     async def _hear_question(self, asked: Asked) -> None:
@@ -498,7 +498,7 @@ class TurnSupervisor:
             number=number,
             question=asked.question,
             due=self._wait_due(),
-            now=self.shop.now(),
+            now=self.shop.clock.now(),
         )
         self._log.info("execution.waiting")
 
@@ -517,7 +517,7 @@ class TurnSupervisor:
         """Return when a question that is asked now will have waited long enough."""
         run = self.turn.run
         own_s = run.session_timeout_s
-        return self.shop.due_in(own_s or self._engine.session_timeout_s)
+        return self.shop.clock.due_in(own_s or self._engine.session_timeout_s)
 
     # -- speaking ------------------------------------------------------------------------------
 
@@ -767,7 +767,7 @@ class TurnSupervisor:
                 # A resumable wait ends only where an automatic decision ends it.
                 due=None if self.turn.run.require_user_reply else self._wait_due(),
                 mark=mark,
-                now=self.shop.now(),
+                now=self.shop.clock.now(),
             )
         )
         usage = ended.usage

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import TypeVar
 
 import structlog
@@ -14,7 +13,7 @@ import structlog
 from runrecovery_service.agents.output import OutputFiles
 from runrecovery_service.agents.session_checks import LOOK_S
 from runrecovery_service.agents.trust_keeper import TrustKeeper
-from runrecovery_service.domain.deadline import SteadyTime
+from runrecovery_service.clock import Clock
 from runrecovery_service.domain.errors import Fenced, is_outage
 from runrecovery_service.domain.run import Run
 from runrecovery_service.engines.catalog import Catalog
@@ -23,7 +22,6 @@ from runrecovery_service.process.cgroup import CgroupParent
 from runrecovery_service.storage.adapter import Storage
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.processes import Lease
-from runrecovery_service.storage.turns import DueIn
 
 log = structlog.get_logger()
 
@@ -77,9 +75,7 @@ class Workshop:
     cgroups: CgroupParent | None
     cancel_grace_s: float
     exit_grace_s: float
-    now: Callable[[], datetime]
-    steady_now: Callable[[], SteadyTime]
-    due_in: DueIn
+    clock: Clock
     look_s: float = LOOK_S
     soft_open_files: int | None = None
 

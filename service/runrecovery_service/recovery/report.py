@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
+from runrecovery_service.clock import Clock
 from runrecovery_service.domain.reconciliation import (
     BindingCounts,
     Cause,
@@ -28,13 +29,13 @@ from runrecovery_service.storage.recovery import RULE_STATES
 
 @dataclass(slots=True, kw_only=True)
 class ReportBook:
-    """Collects what a recovery does; `now` gives aware UTC times."""
+    """Collects what a recovery does."""
 
     owner: Owner
     reconciliation_id: str
     cause: Cause
     safe_mode: bool
-    now: Callable[[], datetime]
+    clock: Clock
     key: int = 0
     started_at: datetime = field(init=False)
     runs_total: int = 0
@@ -47,7 +48,7 @@ class ReportBook:
 
     def open(self, db: Database) -> None:
         """Begin the report in the store."""
-        self.started_at = self.now()
+        self.started_at = self.clock.now()
         self.key = recovery.begin(
             db,
             self.owner,
@@ -88,7 +89,9 @@ class ReportBook:
         return self._close(db, ReconciliationState.FAILED, error)
 
     def _close(self, db: Database, state: ReconciliationState, error: str | None) -> Reconciliation:
-        report = replace(self._as_of(self.tally), state=state, finished_at=self.now(), error=error)
+        report = replace(
+            self._as_of(self.tally), state=state, finished_at=self.clock.now(), error=error
+        )
         recovery.write_report(db, self.key, report)
         return report
 

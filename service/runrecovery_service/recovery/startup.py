@@ -17,12 +17,12 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Final
 
 import structlog
 
-from runrecovery_service.domain.deadline import SteadyTime
+from runrecovery_service.clock import Clock
 from runrecovery_service.domain.errors import RecoveryInterrupted, StorageBusy
 from runrecovery_service.domain.reconciliation import (
     Cause,
@@ -42,7 +42,6 @@ from runrecovery_service.storage.converge import Batch, Scope
 from runrecovery_service.storage.database import DRIVER_ERRORS, Database, translate
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.processes import Ended, Lease
-from runrecovery_service.storage.turns import DueIn
 
 log = structlog.get_logger()
 
@@ -93,9 +92,7 @@ class Recovery:
     clear_trust: ClearTrust
     session_checks: Mapping[str, SessionCheck]
     workspace: Workspace
-    now: Callable[[], datetime]
-    due_in: DueIn
-    steady_now: Callable[[], SteadyTime]
+    clock: Clock
     stopping: Callable[[], bool]
     check_s: float = CHECK_S
 
@@ -119,7 +116,7 @@ class Recovery:
             reconciliation_id=str(uuid.uuid4()),
             cause=self.cause,
             safe_mode=self._is_safe_mode(db),
-            now=self.now,
+            clock=self.clock,
         )
         book.open(db)
         begun(book.reconciliation_id)
@@ -138,8 +135,8 @@ class Recovery:
                 owner=self.owner,
                 before=self.before,
                 reconciliation_key=book.key,
-                reopen=self.due_in(self.limits.reopen_window_s),
-                now=self.now(),
+                reopen=self.clock.due_in(self.limits.reopen_window_s),
+                now=self.clock.now(),
             )
             with book.phase("sessions"):
                 self._check_sessions(db, book, scope)
@@ -166,7 +163,7 @@ class Recovery:
         limits = self.limits
         if not limits.safe_mode_after or self.cause is Cause.SHUTDOWN:
             return False
-        since = self.now() - timedelta(seconds=limits.safe_mode_window_s)
+        since = self.clock.now() - timedelta(seconds=limits.safe_mode_window_s)
         unfinished = recovery.unfinished_since(db, self.owner.instance, since)
         return unfinished >= limits.safe_mode_after
 
@@ -207,7 +204,7 @@ class Recovery:
             return
         endings = self.sweep(leases)
         ended = [(lease, _ended(endings[lease.key])) for lease in leases]
-        processes.close_all(db, ended, now=self.now(), reconciliation_key=book.key)
+        processes.close_all(db, ended, now=self.clock.now(), reconciliation_key=book.key)
         for lease in leases:
             for refusal in endings[lease.key].refused:
                 log.warning("recovery.orphan_refused", **_identity(book), run_id=lease.run_id)
@@ -258,7 +255,7 @@ class Recovery:
 
     def _rearm(self, db: Database, book: ReportBook) -> None:
         """Go by the clock that runs now: the machine may have been booted, or be another one."""
-        count = deadlines.rearm(db, self.owner, now=self.now(), steady=self.steady_now())
+        count = deadlines.rearm(db, self.owner, now=self.clock.now(), steady=self.clock.steady())
         if count:
             log.info("recovery.deadlines_rearmed", **_identity(book), runs=count)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final, TypeVar
@@ -15,7 +15,7 @@ from runrecovery.v1 import run_service_pb2 as pb
 
 from runrecovery_service.agents.output import OutputChannel, OutputFiles
 from runrecovery_service.agents.session_checks import LOOK_S, check_session
-from runrecovery_service.domain.deadline import SteadyTime
+from runrecovery_service.clock import Clock
 from runrecovery_service.domain.errors import (
     NotNow,
     OutputOutOfRange,
@@ -36,7 +36,6 @@ from runrecovery_service.storage.adapter import Storage
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.reopening import Candidate
 from runrecovery_service.storage.requests import Receipt
-from runrecovery_service.storage.turns import DueIn
 
 PIECE_BYTES: Final = 65_536
 POLL_S: Final = 0.2
@@ -67,8 +66,7 @@ class RunLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRooms:
-    """What RunService works with. `now` gives aware UTC times; `steady_now` and `due_in` go by the
-    clock that deadlines go by."""
+    """What RunService works with."""
 
     storage: Storage
     owner: Owner
@@ -76,9 +74,7 @@ class RunRooms:
     dispatcher: Dispatcher
     output: OutputFiles
     limits: RunLimits
-    now: Callable[[], datetime]
-    steady_now: Callable[[], SteadyTime]
-    due_in: DueIn
+    clock: Clock
 
 
 class RunService:
@@ -97,7 +93,7 @@ class RunService:
         validation.demand_valid(validation.create_run(request))
         engine = self._rooms.catalog.get(request.engine)
         validation.demand_valid(validation.profile(request.interactive_profile, engine))
-        now = self._rooms.now()
+        now = self._rooms.clock.now()
         write = self._storage.write(
             runs.create,
             self._new_run(request, engine, now),
@@ -145,7 +141,7 @@ class RunService:
             owner=self._rooms.owner,
             etag=request.etag or None,
             receipt=receipt(request),
-            now=self._rooms.now(),
+            now=self._rooms.clock.now(),
         )
         response = pb.SubmitReplyResponse()
         mapping.put_run(response.run, await self._commit(write))
@@ -160,7 +156,7 @@ class RunService:
             owner=self._rooms.owner,
             etag=request.etag or None,
             receipt=receipt(request),
-            now=self._rooms.now(),
+            now=self._rooms.clock.now(),
         )
         response = pb.CancelRunResponse()
         mapping.put_run(response.run, await self._commit(write))
@@ -185,9 +181,9 @@ class RunService:
             owner=self._rooms.owner,
             etag=request.etag or None,
             receipt=receipt(request),
-            due_in=self._rooms.due_in,
-            steady=self._rooms.steady_now(),
-            now=self._rooms.now(),
+            due_in=self._rooms.clock.due_in,
+            steady=self._rooms.clock.steady(),
+            now=self._rooms.clock.now(),
         )
         response = pb.ReopenRunResponse()
         mapping.put_run(response.run, await self._commit(write))
