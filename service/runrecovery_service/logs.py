@@ -60,7 +60,11 @@ _SECRET_KEY: Final = re.compile(rf"(?:^|_)(?:{'|'.join(sorted(SECRET_WORDS))})$"
 # any of them can look like the next field of the error: everything up to the end is removed.
 _DETAIL: Final = re.compile(r"(DETAIL|CONTEXT):.*", re.DOTALL)
 _URL_PASSWORD: Final = re.compile(r"(\b[a-z][a-z0-9+.-]*://[^\s/:@\"']*):[^\s\"']*@", re.IGNORECASE)
-_PARAMETER: Final = re.compile(r"\b(password=)('[^']*'|[^\s&\"']+)", re.IGNORECASE)
+# Also `sslpassword` and PGPASSWORD. In quotes a backslash escapes; a text may be cut off before the
+# closing quote.
+_PARAMETER: Final = re.compile(
+    r"(password\s*=\s*)('(?:[^'\\]|\\.)*'?|[^\s&\"']+)", re.IGNORECASE | re.DOTALL
+)
 
 # What a database says of an error can quote a row: PostgreSQL in the lines after the first, under
 # names in the language of the server; SQLite behind these words.
@@ -255,4 +259,4 @@ def _without_passwords(text: str) -> str:
         text = _URL_PASSWORD.sub(rf"\1:{BLOT}@", text)
     if "DETAIL:" in text or "CONTEXT:" in text:
         text = _DETAIL.sub(rf"\1: {BLOT}", text)
-    return _PARAMETER.sub(rf"\1{BLOT}", text) if "assword=" in text else text
+    return _PARAMETER.sub(rf"\1{BLOT}", text) if "password" in text.lower() else text

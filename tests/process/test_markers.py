@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from process.trees import Grow, Tree
+from runrecovery_service.process import host as host_module
 from runrecovery_service.process import markers, procfs
 from runrecovery_service.process.host import Host
 from runrecovery_service.process.markers import (
@@ -163,6 +164,20 @@ def test_a_damaged_record_of_a_cookie_matches_nobody(cookie: str) -> None:
         found = procfs.read_proc(pid)
         assert found is not None
         assert MarkerIndex([damaged]).find_member(found) is None
+
+
+@pytest.mark.parametrize("text", ["uninitialized\n", "", "\n", "ä"])
+def test_a_machine_without_an_id_is_called_by_its_host_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    file = tmp_path / "machine-id"
+    file.write_text(text, encoding="utf-8")
+    monkeypatch.setattr(
+        host_module, "Path", lambda path: file if path == "/etc/machine-id" else Path(path)
+    )
+    monkeypatch.setattr("socket.gethostname", lambda: "box")
+
+    assert Host.here().host_id == "box"
 
 
 def test_a_process_is_found_by_its_own_cgroup(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,6 +109,12 @@ def test_retry_delay_is_the_errors_own() -> None:
     assert dict(failure.trailers)[errors.PUSHBACK_TRAILER] == "2500"
 
 
+def test_nobody_is_told_to_come_back_after_no_time_which_grpc_takes_for_never() -> None:
+    failure = errors.failure(domain.ReconciliationInProgress(retry_after_s=0.0))
+
+    assert dict(failure.trailers)[errors.PUSHBACK_TRAILER] == "1"
+
+
 def test_known_engines_and_current_etag_are_metadata() -> None:
     unknown = details_of(errors.failure(domain.UnknownEngine("x", ("a", "b"))))["ErrorInfo"]
     changed = details_of(errors.failure(domain.EtagMismatch("r1", "5-2")))["ErrorInfo"]

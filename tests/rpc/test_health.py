@@ -61,15 +61,17 @@ async def test_everything_serves_once_the_gate_is_open(gate: Gate, health: Any) 
     assert set((await statuses(health)).values()) == {SERVING}
 
 
-@pytest.mark.parametrize("closing", ["drain", "storage"])
-async def test_only_liveness_serves_while_draining_or_without_storage(
+@pytest.mark.parametrize("closing", ["drain", "storage", "address"])
+async def test_only_liveness_serves_while_draining_or_without_storage_or_address(
     closing: str, gate: Gate, health: Any
 ) -> None:
     gate.open()
     if closing == "drain":
         gate.drain()
-    else:
+    elif closing == "storage":
         gate.set_storage_answers(answers=False)
+    else:
+        gate.set_listens(listens=False)
 
     assert await statuses(health) == {
         "": NOT_SERVING,

@@ -244,6 +244,29 @@ def test_a_wait_may_be_as_long_as_the_engines_own(*, seconds: float, refused: bo
     assert fields(found) == ["interactive_profile.session_timeout"] * refused
 
 
+@pytest.mark.parametrize("too_many", [0, 1])
+def test_what_a_request_may_hold_ends_where_the_docs_say(too_many: int) -> None:
+    labels = {f"k{number}": "" for number in range(32 + too_many)}
+    create = [
+        run_pb.CreateRunRequest(engine="e", labels=labels),
+        run_pb.CreateRunRequest(engine="e", labels={"k": "v" * (256 + too_many)}),
+        run_pb.CreateRunRequest(engine="e", labels={"k" * (63 + too_many): "v"}),
+        run_pb.CreateRunRequest(engine="e" * (200 + too_many)),
+        run_pb.CreateRunRequest(engine="e", run_id="r" * (64 + too_many)),
+    ]
+    few = {f"k{number}": "" for number in range(8 + too_many)}
+    listed = run_pb.ListRunsRequest(filter=run_pb.RunFilter(labels=few))
+    reopen = run_pb.ReopenRunRequest(run_id="r", session_handle="h" * (4096 + too_many))
+
+    found = [
+        *(len(fields(validation.create_run(request))) for request in create),
+        len(fields(validation.list_runs(listed))),
+        len(fields(validation.reopen_run(reopen))),
+    ]
+
+    assert found == [too_many] * 7
+
+
 @pytest.mark.parametrize(
     "span",
     [

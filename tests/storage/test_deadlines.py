@@ -277,6 +277,17 @@ def test_a_deadline_without_a_time_of_the_wall_has_passed(world: World) -> None:
     assert passed(world) == [Passed(run.key, DueKind.WAIT)]
 
 
+def test_of_more_deadlines_than_are_looked_at_the_longest_past_come_first(world: World) -> None:
+    later, middle, first = armed(world), armed(world), armed(world)
+    for run, seconds in ((first, 1), (middle, 2), (later, 3)):
+        world.set(run, wait_due_us=world.steady_us + seconds)
+    world.wait(10)
+
+    found = deadlines.passed(world.db, world.owner, steady=world.steady, limit=2)
+
+    assert [one.run_key for one in found] == [first.key, middle.key]
+
+
 # -- whole runs --------------------------------------------------------------------------------
 
 

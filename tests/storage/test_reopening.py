@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from runrecovery_service.domain.deadline import DueKind
 from runrecovery_service.domain.errors import (
     EtagMismatch,
     RequestIdReused,
@@ -14,7 +15,7 @@ from runrecovery_service.domain.errors import (
 )
 from runrecovery_service.domain.run import RecoveryState, Run, RunStatus
 from runrecovery_service.domain.turn import Succeeded
-from runrecovery_service.storage import interactions, recovery, reopening
+from runrecovery_service.storage import deadlines, interactions, recovery, reopening
 
 from .conftest import REOPEN_S, World, receipt
 
@@ -245,6 +246,23 @@ def test_its_deadlines_begin_anew(world: World) -> None:
     assert (back.pending.wait_deadline_at - world.now).total_seconds() == 50
     assert back.run_deadline_at is not None
     assert (back.run_deadline_at - world.now).total_seconds() == 100
+
+
+def test_its_deadlines_are_gone_by_as_they_are_shown(world: World) -> None:
+    run = lost(world, require_user_reply=False, session_timeout_s=50.0, max_run_s=100.0)
+    world.wait(500)
+    reopen(world, run)
+
+    def passed() -> list[DueKind]:
+        found = deadlines.passed(world.db, world.owner, steady=world.steady, limit=9)
+        return [one.kind for one in found]
+
+    told = [passed()]
+    for seconds in (49.9, 0.1, 49.9, 0.1):
+        world.wait(seconds)
+        told.append(passed())
+
+    assert told == [[], [], [DueKind.WAIT], [DueKind.WAIT], [DueKind.WAIT, DueKind.RUN]]
 
 
 def test_the_handle_is_in_no_repr(world: World) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from runrecovery_service.domain.reconciliation import (
     Cause,
     Containment,
@@ -225,13 +226,7 @@ def make_recovery(world: World, cause: Cause, **changes: Any) -> Recovery:
     given: dict[str, Any] = {
         "sweep": nobody_found,
         "clear_trust": lambda db, told, enough: TrustClearing(),
-        "limits": Limits(
-            batch_rows=4,
-            batch_s=1.0,
-            safe_mode_after=3,
-            safe_mode_window_s=3600.0,
-            reopen_window_s=60.0,
-        ),
+        "limits": limits(3),
     } | changes
     return Recovery(
         owner=world.owner,
@@ -242,6 +237,16 @@ def make_recovery(world: World, cause: Cause, **changes: Any) -> Recovery:
         clock=world.ticking_clock,
         stopping=lambda: False,
         **given,
+    )
+
+
+def limits(safe_mode_after: int, *, batch_rows: int = 4) -> Limits:
+    return Limits(
+        batch_rows=batch_rows,
+        batch_s=1.0,
+        safe_mode_after=safe_mode_after,
+        safe_mode_window_s=3600.0,
+        reopen_window_s=60.0,
     )
 
 
@@ -332,6 +337,34 @@ def test_stops_that_failed_lead_to_no_safe_mode(world: World) -> None:
     start = recovered(world, Cause.STARTUP)
 
     assert (count, start.safe_mode) == (0, False)
+
+
+def test_safe_mode_begins_after_as_many_unfinished_starts_as_configured_and_0_is_never(
+    world: World,
+) -> None:
+    one_of_each(world)
+    for safe_mode_after in (3, 3, 0, 4, 4):
+        world.restart()
+        with pytest.raises(PowerCut):
+            recovered(world, Cause.STARTUP, sweep=fail_to_sweep, limits=limits(safe_mode_after))
+
+    reports = recovery.reconciliation_page(world.db, after=None, limit=9).rows
+
+    assert [report.safe_mode for report in reversed(reports)] == [False, False, False, False, True]
+
+
+def test_a_recovery_logs_so_many_decisions_and_no_more(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(startup, "DECISIONS_LOGGED", 3)
+    one_of_each(world)
+    world.restart()
+
+    with structlog.testing.capture_logs() as told:
+        report = recovered(world, Cause.STARTUP, limits=limits(3, batch_rows=2))
+
+    logged = [event for event in told if event["event"] == "recovery.run_decided"]
+    assert (report.runs_scanned, len(logged)) == (10, 3)
 
 
 def test_a_stop_that_completed_ends_no_row_of_failed_starts(world: World) -> None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import FrozenInstanceError
 from pathlib import Path
+from typing import Final
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -325,6 +326,68 @@ def test_a_bad_value_in_the_file_is_refused_with_its_place(
     assert says in mine[0]
 
 
+BOUNDS: Final[dict[str, tuple[float, float]]] = {
+    "max_concurrent": (0, 10_000),
+    "max_queued": (1, 10_000_000),
+    "max_attempts": (1, 1_000),
+    "max_request_bytes": (1024, 67_108_864),
+    "max_output_bytes": (65_536, 1_099_511_627_776),
+    "max_concurrent_calls": (1, 1_000_000),
+    "max_concurrent_streams": (1, 1_000_000),
+    "watch_stall_s": (0.1, 3_600),
+    "reopen_window_s": (0, 31_536_000),
+    "cancel_grace_s": (0, 3_600),
+    "exit_grace_s": (0, 3_600),
+    "drain_delay_s": (0, 3_600),
+    "stop_grace_s": (0, 3_600),
+    "orphan_grace_s": (0, 3_600),
+    "orphan_deadline_s": (0.1, 3_600),
+    "recovery_batch_rows": (1, 1_000_000),
+    "recovery_batch_s": (0.01, 60),
+    "recovery_tries": (1, 1_000),
+    "recovery_backoff_s": (0, 3_600),
+    "safe_mode_after": (0, 1_000),
+    "safe_mode_window_s": (1, 2_592_000),
+    "lease_ttl_s": (3, 3_600),
+    "retry_hint_s": (0.01, 3_600),
+}
+"""The least and the most of every key that is a number."""
+
+
+def test_every_key_that_is_a_number_has_its_bounds_here() -> None:
+    numbers = [key for key in config.SCALARS if type(getattr(Settings(), key)) in {int, float}]
+
+    assert sorted(BOUNDS) == sorted(numbers)
+
+
+@pytest.mark.parametrize("key", BOUNDS)
+def test_the_least_and_the_most_may_be_written_and_nothing_beyond(load: Load, key: str) -> None:
+    # The only two that must fit each other: their bounds are tried with the other one at its own.
+    beside = {
+        "orphan_grace_s": "orphan_deadline_s = 3600",
+        "orphan_deadline_s": "orphan_grace_s = 0",
+    }
+    least, most = BOUNDS[key]
+    step = 1 if type(getattr(Settings(), key)) is int else 0.001
+
+    taken = [
+        getattr(load(f"{key} = {value}\n{beside.get(key, '')}"), key) for value in (least, most)
+    ]
+    refused = [
+        problems(load, f"{key} = {value}\n{beside.get(key, '')}")
+        for value in (least - step, most + step)
+    ]
+
+    assert taken == [least, most]
+    assert [len(found) for found in refused] == [1, 1]
+
+
+def test_orphans_may_have_all_the_time_there_is_as_their_grace(load: Load) -> None:
+    assert load("orphan_grace_s = 7\norphan_deadline_s = 7").orphan_grace_s == 7
+    (found,) = problems(load, "orphan_grace_s = 7.1\norphan_deadline_s = 7")
+    assert "orphan_deadline_s (7) must not be less than orphan_grace_s (7.1)" in found
+
+
 def test_everything_that_is_wrong_is_told_at_once_with_its_place(
     load: Load, tmp_path: Path
 ) -> None:
@@ -506,6 +569,7 @@ def test_the_file_in_the_working_directory_is_found(
 SECRET_URLS = [
     f"postgresql://user:{CANARY}@host:5432/db",
     f"postgresql://user:{CANARY}/@:?{CANARY}@host/db",
+    f"postgresql://user:first@{CANARY}@host/db",
     f"postgresql://user@host/db?password={CANARY}",
     f"postgresql://user:x@host/db?sslpassword={CANARY}&a=b@c",
     f"postgresql://:{CANARY}@/db?host=/run",

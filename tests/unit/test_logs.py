@@ -165,6 +165,26 @@ def test_redaction_finds_a_secret_wherever_it_is_nested(
     assert CANARY not in json.dumps(logs.redact(None, "info", event))
 
 
+@pytest.mark.parametrize(
+    "told",
+    [
+        f"host=h password={CANARY} dbname=d",
+        f"host=h password='two {CANARY}' dbname=d",
+        f"host=h password = '{CANARY}' dbname=d",
+        rf"host=h password='it\'s {CANARY}' dbname=d",
+        f"host=h password='cut off {CANARY}",
+        f"host=h sslpassword={CANARY} dbname=d",
+        f"PGPASSWORD={CANARY} psql",
+        f"postgresql://host/db?sslpassword={CANARY}&dbname=d",
+    ],
+)
+def test_a_password_among_parameters_is_not_logged_however_it_is_written(told: str) -> None:
+    event = logs.redact(None, "info", {"event": told})
+
+    assert CANARY not in str(event)
+    assert "[redacted]" in str(event)
+
+
 def test_facts_about_secrets_may_be_told() -> None:
     event = {"has_handle": True, "token": None, "input_bytes": 5, "run_id": "r"}
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
+from runrecovery_service.domain.errors import StorageBusy
 from runrecovery_service.domain.reconciliation import (
     BindingCounts,
     Cause,
@@ -15,6 +16,7 @@ from runrecovery_service.domain.reconciliation import (
     OrphanCounts,
     Reconciliation,
     ReconciliationState,
+    TrustRemoval,
 )
 from runrecovery_service.domain.run import RecoveryState
 from runrecovery_service.recovery.report import ReportBook
@@ -140,3 +142,19 @@ def test_batches_keep_to_their_time(rows: int, seconds: float, becomes: int) -> 
 
 def test_a_limit_below_the_smallest_batch_holds() -> None:
     assert next_batch_rows(10, 9.0, most=10, batch_s=1.0) == 10
+
+
+def test_what_could_not_be_put_on_record_as_taken_out_is_not_in_the_report(
+    database: Database, book: ReportBook
+) -> None:
+    first, second = (
+        TrustRemoval(run_id="r", file="/f", folder=folder, outcome="removed")
+        for folder in ("/one", "/two")
+    )
+    book.took_out(database, (first,))
+    database.execute("UPDATE reconciliation SET state = 'FAILED'")
+    with pytest.raises(StorageBusy):  # another start has closed it
+        book.took_out(database, (second,))
+    database.execute("UPDATE reconciliation SET state = 'RUNNING'")
+
+    assert book.complete(database).trust_removals == (first,)
