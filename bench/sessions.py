@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from runrecovery_service.clock import Clock
-from runrecovery_service.domain.session_check import SessionCheck, SessionMark, StoredHandle
+from runrecovery_service.domain.session_check import SessionCheck, SessionFingerprint, StoredHandle
 from runrecovery_service.recovery.sessions import Asker, changed_findings
 from runrecovery_service.storage import converge
 from runrecovery_service.storage.converge import Scope
@@ -64,7 +64,7 @@ class Sessions:
         """The handles, each with what its file is now."""
         stats = [file.stat() for file in self.files]
         return [
-            replace(stored, mark=SessionMark(found.st_size, found.st_mtime_ns))
+            replace(stored, fingerprint=SessionFingerprint(found.st_size, found.st_mtime_ns))
             for stored, found in zip(self.handles, stats, strict=True)
         ]
 
@@ -136,7 +136,8 @@ def _store(
         "id": key, "run_id": f"run-{key}", "engine": ENGINE, "labels": "{}", "input": "{}",
         "status": "WAITING_USER", "profile": "RESUMABLE", "restart_policy": "FAIL",
         "max_attempts": 1, "attempt": 1, "turn": 1, "interaction_count": 1, "session_type": ENGINE,
-        "session_value": stored.handle, "session_mark": stored.mark and str(stored.mark),
+        "session_value": stored.handle,
+        "session_mark": stored.fingerprint and str(stored.fingerprint),
         "owner": INSTANCE, "owner_epoch": epoch, "version": 1, "queued_at": 1, "created_at": 1,
         "updated_at": 1,
     }  # fmt: skip

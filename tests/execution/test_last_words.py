@@ -11,7 +11,7 @@ import pytest
 from runrecovery_service.domain.run import JsonObject, Profile, Run, RunStatus
 from runrecovery_service.engines.catalog import Engine
 from runrecovery_service.engines.claude import CLAUDE
-from runrecovery_service.engines.cli import Cli
+from runrecovery_service.engines.cli import CliDialect
 from runrecovery_service.engines.codex import CODEX
 from runrecovery_service.engines.dialect import Dialect
 from runrecovery_service.engines.gemini import GEMINI
@@ -83,7 +83,7 @@ def claude_turn(text: str) -> list[JsonObject]:
     ]
 
 
-CLIS: Final[list[tuple[Cli, JsonObject, Callable[[str], list[JsonObject]]]]] = [
+CLIS: Final[list[tuple[CliDialect, JsonObject, Callable[[str], list[JsonObject]]]]] = [
     (CODEX, {"type": "thread.started", "thread_id": HANDLE}, codex_turn),
     (GEMINI, {"type": "init", "session_id": HANDLE}, gemini_turn),
     (CLAUDE, {"type": "system", "subtype": "init", "session_id": HANDLE}, claude_turn),
@@ -104,7 +104,7 @@ Turn = Callable[[str], list[JsonObject]]
 
 @EVERY_CLI
 async def test_the_last_result_of_a_cli_counts(
-    new_floor: NewFloor, cli: Cli, named: JsonObject, turn: Turn
+    new_floor: NewFloor, cli: CliDialect, named: JsonObject, turn: Turn
 ) -> None:
     run = await end_of(new_floor, engine(say(named, *turn(INTERIM), *turn(DONE)), cli))
 
@@ -113,7 +113,7 @@ async def test_the_last_result_of_a_cli_counts(
 
 @EVERY_CLI
 async def test_a_question_after_an_interim_result_is_asked(
-    new_floor: NewFloor, cli: Cli, named: JsonObject, turn: Turn
+    new_floor: NewFloor, cli: CliDialect, named: JsonObject, turn: Turn
 ) -> None:
     run = await end_of(new_floor, engine(say(named, *turn(INTERIM), *turn(ASK)), cli))
 
@@ -124,7 +124,7 @@ async def test_a_question_after_an_interim_result_is_asked(
 
 @EVERY_CLI
 async def test_a_result_after_a_question_ends_the_run(
-    new_floor: NewFloor, cli: Cli, named: JsonObject, turn: Turn
+    new_floor: NewFloor, cli: CliDialect, named: JsonObject, turn: Turn
 ) -> None:
     run = await end_of(new_floor, engine(say(named, *turn(ASK), *turn(DONE)), cli))
 
@@ -133,7 +133,7 @@ async def test_a_result_after_a_question_ends_the_run(
 
 @EVERY_CLI
 async def test_an_interim_result_is_the_last_word_of_a_cli_that_then_exits(
-    new_floor: NewFloor, cli: Cli, named: JsonObject, turn: Turn
+    new_floor: NewFloor, cli: CliDialect, named: JsonObject, turn: Turn
 ) -> None:
     begun = turn(DONE)[:-1]  # another turn that never ends
 
@@ -144,7 +144,7 @@ async def test_an_interim_result_is_the_last_word_of_a_cli_that_then_exits(
 
 @EVERY_CLI
 async def test_a_failure_after_a_result_fails_the_run(
-    new_floor: NewFloor, cli: Cli, named: JsonObject, turn: Turn
+    new_floor: NewFloor, cli: CliDialect, named: JsonObject, turn: Turn
 ) -> None:
     failure = FAILURES[cli.session_type]
 
@@ -157,7 +157,7 @@ async def test_a_failure_after_a_result_fails_the_run(
 
 @EVERY_CLI
 async def test_a_result_after_a_failure_stands(
-    new_floor: NewFloor, cli: Cli, named: JsonObject, turn: Turn
+    new_floor: NewFloor, cli: CliDialect, named: JsonObject, turn: Turn
 ) -> None:
     failure = FAILURES[cli.session_type]
 
@@ -168,7 +168,11 @@ async def test_a_result_after_a_failure_stands(
 
 @EVERY_CLI
 async def test_a_cli_at_work_on_another_turn_is_not_ended_by_the_time_for_its_exit(
-    new_floor: NewFloor, monkeypatch: pytest.MonkeyPatch, cli: Cli, named: JsonObject, turn: Turn
+    new_floor: NewFloor,
+    monkeypatch: pytest.MonkeyPatch,
+    cli: CliDialect,
+    named: JsonObject,
+    turn: Turn,
 ) -> None:
     """It is silent in its second turn until any such time would long be over."""
     first, *rest = turn(DONE)
@@ -219,7 +223,7 @@ async def test_claude_is_ended_after_its_last_result_when_no_task_is_left(
 
 @EVERY_CLI
 async def test_a_cli_that_lives_on_after_its_failed_turn_is_ended(
-    new_floor: NewFloor, cli: Cli, named: JsonObject, turn: Turn
+    new_floor: NewFloor, cli: CliDialect, named: JsonObject, turn: Turn
 ) -> None:
     script = say(named, FAILURES[cli.session_type]) + "\nexec sleep 600"
 

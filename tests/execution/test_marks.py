@@ -13,8 +13,8 @@ import pytest
 import structlog
 from runrecovery_service.domain.run import Profile, RunStatus
 from runrecovery_service.domain.session_check import (
-    Reason,
-    SessionMark,
+    SessionFingerprint,
+    SessionReason,
     StoredHandle,
     UnknownSession,
 )
@@ -83,14 +83,14 @@ async def test_a_mark_is_taken_when_the_whole_tree_has_ended(
     assert run.error is None
     assert run.session is not None
     candidate = await floor.storage.point(reopening.candidate, run_id)
-    assert candidate.mark == SessionMark(found.st_size, found.st_mtime_ns)
+    assert candidate.mark == SessionFingerprint(found.st_size, found.st_mtime_ns)
     stored = StoredHandle(
         handle=run.session.handle,
         workspace=floor.shop.output.workspace(run.key, run.attempt),
-        mark=candidate.mark,
+        fingerprint=candidate.mark,
     )
     assert engine.sessions is not None
-    assert engine.sessions.check([stored]) == [FOUND[Reason.UNCHANGED]]
+    assert engine.sessions.check([stored]) == [FOUND[SessionReason.UNCHANGED]]
 
 
 async def test_an_engine_of_which_it_is_not_known_where_sessions_lie_has_no_mark(

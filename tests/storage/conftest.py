@@ -23,7 +23,7 @@ from runrecovery_service.domain.run import (
     Run,
     Session,
 )
-from runrecovery_service.domain.session_check import SessionMark
+from runrecovery_service.domain.session_check import SessionFingerprint
 from runrecovery_service.domain.turn import Asked, TurnEnd
 from runrecovery_service.storage import converge, instances, interactions, recovery, runs, turns
 from runrecovery_service.storage.converge import Scope, Tally
@@ -183,7 +183,12 @@ class World:
         return turn
 
     def end(
-        self, turn: Turn, how: TurnEnd, *, ended: Ended = GONE, mark: SessionMark | None = None
+        self,
+        turn: Turn,
+        how: TurnEnd,
+        *,
+        ended: Ended = GONE,
+        mark: SessionFingerprint | None = None,
     ) -> Run:
         """End a turn."""
         return turns.end(

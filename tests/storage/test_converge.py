@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from runrecovery_service.domain.errors import Fenced
 from runrecovery_service.domain.run import RecoveryState, RestartPolicy, Run, RunFilter, RunStatus
-from runrecovery_service.domain.session_check import Reason
+from runrecovery_service.domain.session_check import SessionReason
 from runrecovery_service.domain.turn import Succeeded
 from runrecovery_service.engines.sessions.lines import FOUND
 from runrecovery_service.storage import converge, instances, recovery, runs
@@ -474,7 +474,7 @@ def test_sessions_to_check_are_paged_by_engine_and_verdicts_hold(world: World) -
 
     first = converge.sessions_to_check(world.db, scope, engine="a", after=0, limit=2)
     rest = converge.sessions_to_check(world.db, scope, engine="a", after=first[-1].run_key, limit=2)
-    found = {made[0].key: FOUND[Reason.MISSING], made[2].key: FOUND[Reason.WHOLE]}
+    found = {made[0].key: FOUND[SessionReason.MISSING], made[2].key: FOUND[SessionReason.WHOLE]}
     converge.record_findings(world.db, scope, found)
     world.converge()
 

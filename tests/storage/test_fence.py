@@ -11,7 +11,7 @@ import pytest
 from runrecovery_service.domain.errors import Fenced
 from runrecovery_service.domain.reconciliation import Cause
 from runrecovery_service.domain.run import Profile, RunError, Session
-from runrecovery_service.domain.session_check import Finding, SessionVerdict
+from runrecovery_service.domain.session_check import SessionFinding, SessionVerdict
 from runrecovery_service.domain.turn import Asked, Failed, Interrupted, Succeeded
 from runrecovery_service.recovery.report import ReportBook
 from runrecovery_service.storage import (
@@ -165,7 +165,7 @@ WRITES: dict[str, Callable[[Prepared], object]] = {
     "decisions": _converge,
     "bindings": lambda p: converge.clear_stale_bindings(p.world.db, p.world.owner),
     "checks of sessions": lambda p: converge.record_findings(
-        p.world.db, p.scope, {p.asked.key: Finding(SessionVerdict.INVALID, None)}
+        p.world.db, p.scope, {p.asked.key: SessionFinding(SessionVerdict.INVALID, None)}
     ),
     "a trust entry": lambda p: trust.record(
         p.world.db, p.entry, host_id="host", owner=p.world.owner, now=p.world.now

@@ -15,13 +15,13 @@ from runrecovery.v1 import recovery_service_pb2 as pb
 from runrecovery_service.domain.plan import PlannedDecision, RecoveryPlan
 from runrecovery_service.domain.run import Profile, RestartPolicy, Run, RunStatus
 from runrecovery_service.domain.session_check import (
-    Finding,
-    Reason,
     SessionCheck,
-    SessionMark,
+    SessionFinding,
+    SessionFingerprint,
+    SessionReason,
     StoredHandle,
     UnknownSession,
-    with_policy,
+    apply_policy,
 )
 from runrecovery_service.engines.sessions.lines import FOUND
 from runrecovery_service.recovery.plan import Planner
@@ -48,12 +48,12 @@ def planner(world: World, checks: dict[str, SessionCheck] | None = None) -> Plan
     )
 
 
-def each(look: Callable[[StoredHandle], Finding]) -> SessionCheck:
+def each(look: Callable[[StoredHandle], SessionFinding]) -> SessionCheck:
     """A check that looks at one handle after the other."""
     return SessionCheck(lambda handles: [look(stored) for stored in handles])
 
 
-def all_are(reason: Reason) -> SessionCheck:
+def all_are(reason: SessionReason) -> SessionCheck:
     """A check that finds the same everywhere."""
     return each(lambda stored: FOUND[reason])
 
@@ -151,9 +151,9 @@ def test_a_plan_knows_what_the_engines_checks_will_say(world: World) -> None:
     world.reply(runs[3])
     gone = {f"/{run.key}/1" for run in runs[1:]}
 
-    def look(stored: StoredHandle) -> Finding:
+    def look(stored: StoredHandle) -> SessionFinding:
         there = stored.handle == "secret" and str(stored.workspace) not in gone
-        return FOUND[Reason.WHOLE if there else Reason.MISSING]
+        return FOUND[SessionReason.WHOLE if there else SessionReason.MISSING]
 
     demand_plan_comes_true(world, {"checked": each(look)})
     gone.clear()  # it failed them; their sessions come back too late
@@ -166,9 +166,9 @@ def test_a_plan_knows_what_becomes_of_sessions_that_cannot_be_judged(
 ) -> None:
     runs = [world.waiting(engine="checked") for _ in range(3)]
     world.reply(runs[2])
-    reasons = [Reason.NOT_KNOWN, Reason.WHOLE, Reason.NOT_ANSWERED]
+    reasons = [SessionReason.NOT_KNOWN, SessionReason.WHOLE, SessionReason.NOT_ANSWERED]
     of = {
-        f"/{run.key}/1": with_policy(FOUND[reason], unknown)
+        f"/{run.key}/1": apply_policy(FOUND[reason], unknown)
         for run, reason in zip(runs, reasons, strict=True)
     }
     checks = {"checked": each(lambda stored: of[str(stored.workspace)])}
@@ -189,14 +189,14 @@ def test_a_check_is_asked_in_bulk_and_told_the_mark(world: World) -> None:
     world.set(runs[1], session_mark="7 -5")
     asked: list[list[StoredHandle]] = []
 
-    def check(handles: Sequence[StoredHandle]) -> list[Finding]:
+    def check(handles: Sequence[StoredHandle]) -> list[SessionFinding]:
         asked.append(list(handles))
-        return [FOUND[Reason.WHOLE] for _ in handles]
+        return [FOUND[SessionReason.WHOLE] for _ in handles]
 
     recover(world, {"checked": SessionCheck(check)})
 
     (handles,) = asked
-    assert [one.mark for one in handles] == [None, SessionMark(7, -5), None]
+    assert [one.fingerprint for one in handles] == [None, SessionFingerprint(7, -5), None]
     assert [one.workspace for one in handles] == [Path(f"/{run.key}/1") for run in runs]
 
 
@@ -204,20 +204,20 @@ def test_a_session_that_came_back_counts_again(world: World) -> None:
     run = world.waiting(engine="checked")
     world.set(run, session_verdict="INVALID")
 
-    demand_plan_comes_true(world, {"checked": all_are(Reason.WHOLE)})
+    demand_plan_comes_true(world, {"checked": all_are(SessionReason.WHOLE)})
 
 
 def test_a_handle_without_a_type_is_none_whatever_its_check_says(world: World) -> None:
     run = world.waiting(engine="checked")
     world.set(run, session_type=None, session_verdict="INVALID")
 
-    demand_plan_comes_true(world, {"checked": all_are(Reason.WHOLE)})
+    demand_plan_comes_true(world, {"checked": all_are(SessionReason.WHOLE)})
 
 
 def test_a_plan_changes_nothing(world: World) -> None:
     one_of_each(world)
     before = world.dump()
-    made = planner(world, {"demo": all_are(Reason.MISSING)})
+    made = planner(world, {"demo": all_are(SessionReason.MISSING)})
 
     planned(world, made)
     totals_of(world, made)
@@ -244,9 +244,9 @@ def test_a_plan_looks_at_sessions_when_its_rows_are_read(world: World) -> None:
         world.waiting(engine="checked")
     asked: list[str] = []
 
-    def look(stored: StoredHandle) -> Finding:
+    def look(stored: StoredHandle) -> SessionFinding:
         asked.append(stored.handle)
-        return FOUND[Reason.MISSING]
+        return FOUND[SessionReason.MISSING]
 
     made = planner(world, {"checked": each(look)})
     rows = made.read(world.db, after=None, limit=2)
@@ -270,10 +270,10 @@ def test_plans_leave_a_check_alone_that_does_not_answer(
     world.waiting(engine="hangs")
     release, asked = threading.Event(), list[int]()
 
-    def hang(handles: Sequence[StoredHandle]) -> Iterator[Finding]:
+    def hang(handles: Sequence[StoredHandle]) -> Iterator[SessionFinding]:
         asked.append(len(handles))
         release.wait()
-        yield FOUND[Reason.WHOLE]
+        yield FOUND[SessionReason.WHOLE]
 
     made = replace(planner(world, {"hangs": SessionCheck(hang, unknown)}), check_s=0.0)
     kept = unknown is UnknownSession.KEEP
@@ -302,7 +302,7 @@ def test_a_plan_is_of_one_moment(world: World, monkeypatch: pytest.MonkeyPatch) 
         return seen
 
     monkeypatch.setattr(converge, "situations", answered_after_the_look)
-    checks: dict[str, SessionCheck] = {"checked": all_are(Reason.MISSING)}
+    checks: dict[str, SessionCheck] = {"checked": all_are(SessionReason.MISSING)}
 
     made = planner(world, checks)
     page, totals = made.decide(made.read(world.db, after=None, limit=9))
@@ -316,10 +316,10 @@ async def test_a_plan_that_waits_for_files_keeps_no_thread_of_the_store(world: W
     world.waiting(engine="hangs")
     release, asked = threading.Event(), threading.Event()
 
-    def hang(handles: Sequence[StoredHandle]) -> Iterator[Finding]:
+    def hang(handles: Sequence[StoredHandle]) -> Iterator[SessionFinding]:
         asked.set()
         release.wait()
-        yield from (FOUND[Reason.WHOLE] for _ in handles)
+        yield from (FOUND[SessionReason.WHOLE] for _ in handles)
 
     storage = Storage(world.db)
     is_sqlite = world.db.dialect.kind is Kind.SQLITE

@@ -12,14 +12,14 @@ from typing import Any, Final
 
 import pytest
 from runrecovery_service.domain.errors import RecoveryInterrupted
-from runrecovery_service.domain.explanation import facts_seen
+from runrecovery_service.domain.explanation import explain_facts
 from runrecovery_service.domain.reconciliation import Cause, Reconciliation, TrustClearing
 from runrecovery_service.domain.run import Profile, Run, Session
 from runrecovery_service.domain.session_check import (
-    Finding,
-    Reason,
     SessionCheck,
-    SessionMark,
+    SessionFinding,
+    SessionFingerprint,
+    SessionReason,
     StoredHandle,
     UnknownSession,
 )
@@ -46,7 +46,7 @@ class Shop:
     home: SessionHome
     top: Path
     unknown: UnknownSession
-    look: Callable[[Sequence[StoredHandle]], Iterable[Finding]] | None = None
+    look: Callable[[Sequence[StoredHandle]], Iterable[SessionFinding]] | None = None
     """What looks instead of the engine's check."""
 
     def workspace(self, run_key: int, attempt: int) -> Path:
@@ -118,7 +118,7 @@ class Shop:
     def explained(self, run: Run) -> str:
         """What an explanation says of the run's session."""
         (seen,) = recovery.explained(self.world.db, run.run_id, limit=9)
-        (source,) = (fact.source for fact in facts_seen(seen) if fact.name == "HANDLE")
+        (source,) = (fact.source for fact in explain_facts(seen) if fact.name == "HANDLE")
         return source
 
 
@@ -255,11 +255,11 @@ def test_a_check_that_does_not_answer_ends_neither_the_start_nor_a_run(
     monkeypatch.setattr(sessions, "SESSIONS_PER_CHECK", 2)
     release, asked = threading.Event(), list[int]()
 
-    def hang(handles: Sequence[StoredHandle]) -> Iterator[Finding]:
+    def hang(handles: Sequence[StoredHandle]) -> Iterator[SessionFinding]:
         asked.append(len(handles))
-        yield FOUND[Reason.WHOLE]
+        yield FOUND[SessionReason.WHOLE]
         release.wait()
-        yield FOUND[Reason.MISSING]
+        yield FOUND[SessionReason.MISSING]
 
     home = SessionHome("claude", tmp_path.resolve() / "home")
     shop = Shop(world, home, tmp_path.resolve(), unknown, hang)
@@ -286,7 +286,7 @@ def test_a_check_that_does_not_answer_ends_neither_the_start_nor_a_run(
 def test_a_stop_is_heard_while_a_check_does_not_answer(world: World, tmp_path: Path) -> None:
     release, asked = threading.Event(), threading.Event()
 
-    def hang(handles: Sequence[StoredHandle]) -> Iterator[Finding]:
+    def hang(handles: Sequence[StoredHandle]) -> Iterator[SessionFinding]:
         asked.set()
         release.wait()
         yield from ()
@@ -308,7 +308,7 @@ def test_one_engine_that_does_not_answer_takes_no_time_of_another(world: World) 
     release, clock = threading.Event(), [0.0]
     one = StoredSession(run_key=1, attempt=1, handle="h", mark=None, finding=None)
 
-    def hang(handles: Sequence[StoredHandle]) -> Iterator[Finding]:
+    def hang(handles: Sequence[StoredHandle]) -> Iterator[SessionFinding]:
         clock[0] += 100
         release.wait()
         yield from ()
@@ -316,7 +316,7 @@ def test_one_engine_that_does_not_answer_takes_no_time_of_another(world: World) 
     asker = sessions.Asker(
         checks={
             "hangs": SessionCheck(hang),
-            "answers": SessionCheck(lambda handles: [FOUND[Reason.WHOLE] for _ in handles]),
+            "answers": SessionCheck(lambda handles: [FOUND[SessionReason.WHOLE] for _ in handles]),
         },
         workspace=lambda key, attempt: Path("/"),
         check_s=99,
@@ -324,8 +324,8 @@ def test_one_engine_that_does_not_answer_takes_no_time_of_another(world: World) 
     )
     try:
         for _ in range(2):
-            assert asker.ask("hangs", [one, one]) == [FOUND[Reason.NOT_ANSWERED]] * 2
-            assert asker.ask("answers", [one]) == [FOUND[Reason.WHOLE]]
+            assert asker.ask("hangs", [one, one]) == [FOUND[SessionReason.NOT_ANSWERED]] * 2
+            assert asker.ask("answers", [one]) == [FOUND[SessionReason.WHOLE]]
     finally:
         release.set()
     assert clock == [100.0]
@@ -335,7 +335,7 @@ def test_one_engine_that_does_not_answer_takes_no_time_of_another(world: World) 
 def test_a_check_with_a_defect_is_not_taken_for_silence(world: World) -> None:
     one = StoredSession(run_key=1, attempt=1, handle="h", mark=None, finding=None)
 
-    def fail(handles: Sequence[StoredHandle]) -> list[Finding]:
+    def fail(handles: Sequence[StoredHandle]) -> list[SessionFinding]:
         raise ZeroDivisionError
 
     asker = sessions.Asker(
@@ -405,7 +405,7 @@ def test_a_stop_is_heard_between_two_bulks_of_checks(shop: Shop) -> None:
 
 # -- the mark on record ------------------------------------------------------------------------
 
-MARK: Final = SessionMark(1234, 5678)
+MARK: Final = SessionFingerprint(1234, 5678)
 
 
 def reopen(world: World, run: Run, handle: str | None = None) -> Run:

@@ -14,7 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-from runrecovery_service.domain.session_check import Finding, SessionMark, StoredHandle
+from runrecovery_service.domain.session_check import (
+    SessionFinding,
+    SessionFingerprint,
+    StoredHandle,
+)
 from runrecovery_service.engines.sessions import sessions_of
 from runrecovery_service.engines.sessions.files import CliSessions
 
@@ -125,13 +129,15 @@ class SessionHome:
 
     # -- checking ------------------------------------------------------------------------------
 
-    def check(self, handle: str, workspace: Path, mark: SessionMark | None = None) -> Finding:
+    def check(
+        self, handle: str, workspace: Path, mark: SessionFingerprint | None = None
+    ) -> SessionFinding:
         """Check one session."""
-        stored = StoredHandle(handle=handle, workspace=workspace, mark=mark)
+        stored = StoredHandle(handle=handle, workspace=workspace, fingerprint=mark)
         (finding,) = self.store.check([stored])
         return finding
 
-    def mark(self, handle: str, workspace: Path) -> SessionMark | None:
+    def mark(self, handle: str, workspace: Path) -> SessionFingerprint | None:
         """Mark one session."""
         return self.store.see(StoredHandle(handle=handle, workspace=workspace)).mark
 

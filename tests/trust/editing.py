@@ -17,18 +17,18 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from runrecovery_service.trust import files, homes
+from runrecovery_service.trust import config_files, files
 from runrecovery_service.trust.entry import Added, Edit, Removal
 from runrecovery_service.trust.errors import TrustFileBusy
 
 
 def put_in(path: Path, kind: str, folder: str, record: Callable[[Edit], object]) -> Edit:
-    editor = homes.EDITORS[homes.Cli(kind)]
+    editor = config_files.EDITORS[config_files.AgentCli(kind)]
     return files.edit(path, lambda text: editor.add(text, folder), record=record)
 
 
 def take_out(path: Path, kind: str, folder: str, added: Added) -> Removal:
-    editor = homes.EDITORS[homes.Cli(kind)]
+    editor = config_files.EDITORS[config_files.AgentCli(kind)]
     return files.edit(path, lambda text: editor.remove(text, folder, added))
 
 
@@ -55,7 +55,9 @@ def toggle(path: Path, kind: str, folder: str) -> None:
 
 
 def dying(path: Path, kind: str, folder: str, before: str) -> None:
-    homes.EDITORS[homes.Cli(kind)].add(b"", folder)  # what it imports late is imported now
+    config_files.EDITORS[config_files.AgentCli(kind)].add(
+        b"", folder
+    )  # what it imports late is imported now
     events = itertools.count(1)
     fsync, last = os.fsync, int(before)
 

@@ -17,10 +17,10 @@ import pytest
 from runrecovery_service.trust import files, gemini, locks
 from runrecovery_service.trust.entry import Edit, Removal
 from runrecovery_service.trust.errors import (
-    Reason,
     TrustFileBusy,
     TrustFileOutOfReach,
     TrustFileUnusable,
+    UnusableReason,
 )
 
 NOBODY = 65534
@@ -302,15 +302,15 @@ def _read_only(path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (_fifo, Reason.NOT_REGULAR),
-        (_folder, Reason.NOT_REGULAR),
-        (_two_names, Reason.LINKED),
-        (_large, Reason.TOO_LARGE),
-        (_read_only, Reason.READ_ONLY),
+        (_fifo, UnusableReason.NOT_REGULAR),
+        (_folder, UnusableReason.NOT_REGULAR),
+        (_two_names, UnusableReason.LINKED),
+        (_large, UnusableReason.TOO_LARGE),
+        (_read_only, UnusableReason.READ_ONLY),
     ],
 )
 def test_such_a_file_is_left_as_it_is(
-    tmp_path: Path, make: Callable[[Path], None], reason: Reason
+    tmp_path: Path, make: Callable[[Path], None], reason: UnusableReason
 ) -> None:
     path = tmp_path / "config.toml"
     make(path)
@@ -572,7 +572,7 @@ def test_a_file_that_stays_broken_is_refused_and_left(tmp_path: Path) -> None:
     with pytest.raises(TrustFileUnusable) as refused:
         files.edit(path, lambda text: gemini.EDITOR.add(text, "/w"), pause=no_waiting)
 
-    assert refused.value.reason is Reason.NOT_PARSABLE
+    assert refused.value.reason is UnusableReason.NOT_PARSABLE
     assert path.read_bytes() == b'{"a": 1'
     assert ours(tmp_path) == []
 

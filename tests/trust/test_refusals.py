@@ -8,13 +8,13 @@ from collections.abc import Callable
 import pytest
 from runrecovery_service.trust import codex, json_entry, json_text, toml_text
 from runrecovery_service.trust.entry import RESERVE, Added, Made, Outcome
-from runrecovery_service.trust.errors import FolderUnusable, Reason, TrustFileUnusable
+from runrecovery_service.trust.errors import FolderUnusable, TrustFileUnusable, UnusableReason
 from runrecovery_service.trust.text import Splice, Text
 from trust.cases import KINDS
 from trust.corpus import W
 
-R = Reason
-REFUSED: list[tuple[str, str, bytes, Reason]] = [
+R = UnusableReason
+REFUSED: list[tuple[str, str, bytes, UnusableReason]] = [
     ("codex", "broken", b"a = \n", R.NOT_PARSABLE),
     ("codex", "key twice", b"a = 1\na = 2\n", R.NOT_PARSABLE),
     ("codex", "table twice", b"[projects.'/x']\n[projects.'/x']\n", R.NOT_PARSABLE),
@@ -70,7 +70,9 @@ OURS = Added(owned=True, made=frozenset(Made))
     [(kind, data, reason) for kind, _, data, reason in REFUSED],
     ids=[f"{kind}: {name}" for kind, name, _, _ in REFUSED],
 )
-def test_add_refuses_such_a_file_with_its_reason(kind: str, data: bytes, reason: Reason) -> None:
+def test_add_refuses_such_a_file_with_its_reason(
+    kind: str, data: bytes, reason: UnusableReason
+) -> None:
     with pytest.raises(TrustFileUnusable) as refused:
         KINDS[kind].editor.add(data, W)
 
@@ -81,7 +83,7 @@ def test_add_refuses_such_a_file_with_its_reason(kind: str, data: bytes, reason:
     ("kind", "data", "reason"),
     [each for each in ((k, d, r) for k, _, d, r in REFUSED) if each[2] is not R.UNEXPECTED_SHAPE],
 )
-def test_remove_refuses_what_it_cannot_read(kind: str, data: bytes, reason: Reason) -> None:
+def test_remove_refuses_what_it_cannot_read(kind: str, data: bytes, reason: UnusableReason) -> None:
     data = data * 2 if reason is R.TOO_LARGE else data  # what has an entry already may grow so far
     with pytest.raises(TrustFileUnusable) as refused:
         KINDS[kind].editor.remove(data, W, OURS)

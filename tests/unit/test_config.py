@@ -23,7 +23,7 @@ from runrecovery_service.config import (
 )
 from runrecovery_service.domain.run import Profile
 from runrecovery_service.engines.presets import PRESETS, Preset
-from runrecovery_service.trust.homes import Cli
+from runrecovery_service.trust.config_files import AgentCli
 
 CANARY = "canary-9f1c"
 PRESET = '[engines.x]\npreset = "claude"\n'
@@ -160,7 +160,7 @@ def test_a_preset_says_what_an_engine_does_not(load: Load, preset: Preset) -> No
 
 
 def test_the_presets_are_the_clis_whose_files_can_be_edited() -> None:
-    assert [preset.value for preset in Preset] == [cli.value for cli in Cli]
+    assert [preset.value for preset in Preset] == [cli.value for cli in AgentCli]
 
 
 def test_an_engine_with_a_preset_has_the_last_word(load: Load) -> None:

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from runrecovery_service.domain.errors import UnknownEngine
 from runrecovery_service.domain.run import Profile
 from runrecovery_service.domain.session_check import (
-    Finding,
-    Reason,
-    SessionMark,
+    SessionFinding,
+    SessionFingerprint,
+    SessionReason,
     SessionVerdict,
     StoredHandle,
     UnknownSession,
 )
-from runrecovery_service.engines.catalog import Catalog, Engine, look_at_sessions
+from runrecovery_service.engines.catalog import Catalog, Engine, check_sessions
 from runrecovery_service.engines.sessions import sessions_of
 
 
@@ -36,8 +36,8 @@ def engine(
     )
 
 
-def check(engine: Engine, workspace: Path, handle: str) -> Finding:
-    (finding,) = look_at_sessions(engine, [StoredHandle(handle=handle, workspace=workspace)])
+def check(engine: Engine, workspace: Path, handle: str) -> SessionFinding:
+    (finding,) = check_sessions(engine, [StoredHandle(handle=handle, workspace=workspace)])
     return finding
 
 
@@ -76,7 +76,7 @@ def test_a_handle_that_could_lead_elsewhere_has_no_file(tmp_path: Path, value: s
     bare = engine(session_file="{workspace}/{value}")
 
     assert bare.session_path(tmp_path, value) is None
-    assert check(bare, tmp_path, value).reason is Reason.UNUSABLE
+    assert check(bare, tmp_path, value).reason is SessionReason.UNUSABLE
 
 
 @given(st.text(max_size=20))
@@ -89,33 +89,45 @@ def test_no_handle_leads_out_of_its_folder(value: str) -> None:
 def test_a_session_is_valid_while_its_file_holds_something(tmp_path: Path) -> None:
     (tmp_path / "session-x.json").write_text("{}")
 
-    assert check(engine(), tmp_path, "x") == Finding(SessionVerdict.VALID, Reason.PRESENT)
+    assert check(engine(), tmp_path, "x") == SessionFinding(
+        SessionVerdict.VALID, SessionReason.PRESENT
+    )
 
 
 def test_a_session_without_its_file_is_invalid(tmp_path: Path) -> None:
-    assert check(engine(), tmp_path, "x") == Finding(SessionVerdict.INVALID, Reason.MISSING)
+    assert check(engine(), tmp_path, "x") == SessionFinding(
+        SessionVerdict.INVALID, SessionReason.MISSING
+    )
 
 
 def test_an_empty_file_is_no_session(tmp_path: Path) -> None:
     (tmp_path / "session-x.json").touch()
 
-    assert check(engine(), tmp_path, "x") == Finding(SessionVerdict.INVALID, Reason.EMPTY)
+    assert check(engine(), tmp_path, "x") == SessionFinding(
+        SessionVerdict.INVALID, SessionReason.EMPTY
+    )
 
 
 def test_a_directory_is_no_session(tmp_path: Path) -> None:
     (tmp_path / "session-x.json").mkdir()
 
-    assert check(engine(), tmp_path, "x") == Finding(SessionVerdict.INVALID, Reason.NOT_A_FILE)
+    assert check(engine(), tmp_path, "x") == SessionFinding(
+        SessionVerdict.INVALID, SessionReason.NOT_A_FILE
+    )
 
 
 def test_a_pipe_is_no_session(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "session-x.json")
 
-    assert check(engine(), tmp_path, "x") == Finding(SessionVerdict.INVALID, Reason.NOT_A_FILE)
+    assert check(engine(), tmp_path, "x") == SessionFinding(
+        SessionVerdict.INVALID, SessionReason.NOT_A_FILE
+    )
 
 
 def test_a_name_too_long_for_the_disk_is_no_session(tmp_path: Path) -> None:
-    assert check(engine(), tmp_path, "x" * 512) == Finding(SessionVerdict.INVALID, Reason.UNUSABLE)
+    assert check(engine(), tmp_path, "x" * 512) == SessionFinding(
+        SessionVerdict.INVALID, SessionReason.UNUSABLE
+    )
 
 
 def test_an_engine_that_does_not_say_where_it_keeps_sessions_has_no_check(tmp_path: Path) -> None:
@@ -124,7 +136,7 @@ def test_an_engine_that_does_not_say_where_it_keeps_sessions_has_no_check(tmp_pa
     assert silent.session_store is None
     assert silent.session_check is None
     stored = StoredHandle(handle="x", workspace=tmp_path)
-    assert list(look_at_sessions(silent, [stored])) == []
+    assert list(check_sessions(silent, [stored])) == []
 
 
 @pytest.mark.parametrize(
@@ -142,7 +154,7 @@ def test_what_the_system_does_not_let_us_look_at_is_for_the_operator_to_decide(
 
     finding = check(replace(engine(), unknown_session=unknown), tmp_path, "x")
 
-    assert finding == Finding(verdict, Reason.NOT_ANSWERED)
+    assert finding == SessionFinding(verdict, SessionReason.NOT_ANSWERED)
     assert finding.holds is (unknown is UnknownSession.KEEP)
 
 
@@ -154,16 +166,18 @@ def test_a_session_of_a_preset_that_was_never_seen_is_not_known_to_be_lost(
     sessions = sessions_of("codex", {"CODEX_HOME": str(tmp_path / "home")})
     codex = replace(engine(), sessions=sessions, unknown_session=unknown)
     bare = StoredHandle(handle="01a2224c-844d-7cb3-9d3f-de37c32f5481", workspace=tmp_path)
-    marked = replace(bare, mark=SessionMark(1, 2))
+    marked = replace(bare, fingerprint=SessionFingerprint(1, 2))
     kept = unknown is UnknownSession.KEEP
     by_policy = SessionVerdict.UNKNOWN if kept else SessionVerdict.UNKNOWN_REFUSED
-    missing = Finding(SessionVerdict.INVALID, Reason.MISSING)
+    missing = SessionFinding(SessionVerdict.INVALID, SessionReason.MISSING)
 
-    assert list(look_at_sessions(codex, [bare, marked])) == [
-        Finding(by_policy, Reason.MISSING), missing
+    assert list(check_sessions(codex, [bare, marked])) == [
+        SessionFinding(by_policy, SessionReason.MISSING), missing
     ]  # fmt: skip
-    assert list(look_at_sessions(codex, [bare, marked], seen_before=False)) == [missing] * 2
+    assert list(check_sessions(codex, [bare, marked], seen_before=False)) == [missing] * 2
 
 
 def test_a_file_that_an_engine_names_needs_no_mark(tmp_path: Path) -> None:
-    assert check(engine(), tmp_path, "gone") == Finding(SessionVerdict.INVALID, Reason.MISSING)
+    assert check(engine(), tmp_path, "gone") == SessionFinding(
+        SessionVerdict.INVALID, SessionReason.MISSING
+    )

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from runrecovery_service.domain.run import ErrorCode, Interaction, JsonObject, Session
 from runrecovery_service.engines import cli, final_message, prompts
 from runrecovery_service.engines.claude import CLAUDE
-from runrecovery_service.engines.cli import Cli, CliListener
+from runrecovery_service.engines.cli import CliDialect, CliListener
 from runrecovery_service.engines.codex import CODEX
 from runrecovery_service.engines.dialect import (
     AskMessage,
@@ -80,7 +80,7 @@ def task(given: JsonObject) -> Task:
     return Task(run_id="r", attempt=1, input=given, workspace="/w")
 
 
-def resumed(dialect: Cli, reply: Interaction, handle: str = ID) -> Resumed:
+def resumed(dialect: CliDialect, reply: Interaction, handle: str = ID) -> Resumed:
     return Resumed(session=Session(type=dialect.session_type, handle=handle, turn=1), reply=reply)
 
 
@@ -140,13 +140,13 @@ def test_claude_resumes_by_the_handle_on_record() -> None:
 @pytest.mark.parametrize(
     "handle", ["--yolo", "-", "", "latest", "1", f"{ID}\n", ID.upper(), f"{ID}0"]
 )
-def test_a_handle_that_is_no_uuid_becomes_no_argument(dialect: Cli, handle: str) -> None:
+def test_a_handle_that_is_no_uuid_becomes_no_argument(dialect: CliDialect, handle: str) -> None:
     with pytest.raises(HandleUnusable):
         dialect.open(task({}), resumed(dialect, answered(1, "y"), handle))
 
 
 @pytest.mark.parametrize("dialect", ALL)
-def test_a_session_of_another_engine_is_not_resumed(dialect: Cli) -> None:
+def test_a_session_of_another_engine_is_not_resumed(dialect: CliDialect) -> None:
     foreign = Resumed(session=Session(type="jsonl", handle=ID, turn=1), reply=answered(1, "y"))
 
     with pytest.raises(HandleUnusable):
@@ -154,7 +154,7 @@ def test_a_session_of_another_engine_is_not_resumed(dialect: Cli) -> None:
 
 
 @pytest.mark.parametrize("dialect", ALL)
-def test_the_prompt_goes_to_standard_input_alone(dialect: Cli) -> None:
+def test_the_prompt_goes_to_standard_input_alone(dialect: CliDialect) -> None:
     opening = dialect.open(task({"prompt": "hunter2 ß"}), None)
 
     assert "hunter2 ß" in opening.input.decode()
@@ -204,7 +204,7 @@ def test_the_protocol_that_is_asked_for_is_the_one_that_is_understood() -> None:
 
 @pytest.mark.parametrize(("dialect", "turn"), TURNS)
 def test_a_turn_names_its_session_and_ends_with_its_last_words(
-    dialect: Cli, turn: list[JsonObject]
+    dialect: CliDialect, turn: list[JsonObject]
 ) -> None:
     listener = CliListener(dialect, None, resumed=False)
 
@@ -218,7 +218,7 @@ def test_a_turn_names_its_session_and_ends_with_its_last_words(
 
 @pytest.mark.parametrize(("dialect", "turn"), TURNS)
 def test_a_session_that_is_on_record_is_not_named_again(
-    dialect: Cli, turn: list[JsonObject]
+    dialect: CliDialect, turn: list[JsonObject]
 ) -> None:
     listener = CliListener(dialect, ID, resumed=True)
 
@@ -227,7 +227,7 @@ def test_a_session_that_is_on_record_is_not_named_again(
 
 @pytest.mark.parametrize(("dialect", "turn"), TURNS)
 def test_a_turn_that_goes_on_in_another_session_has_failed(
-    dialect: Cli, turn: list[JsonObject]
+    dialect: CliDialect, turn: list[JsonObject]
 ) -> None:
     listener = CliListener(dialect, str(uuid.uuid4()), resumed=True)
 
@@ -240,7 +240,7 @@ def test_a_turn_that_goes_on_in_another_session_has_failed(
 
 
 @pytest.mark.parametrize("dialect", ALL)
-def test_a_handle_that_the_agent_quotes_is_in_no_message(dialect: Cli) -> None:
+def test_a_handle_that_the_agent_quotes_is_in_no_message(dialect: CliDialect) -> None:
     for quoted in (f"I am {ID}.", json.dumps({"ask_user": {"prompt": f"Is {ID} me?"}})):
         listener = CliListener(dialect, ID, resumed=True)
         said = heard(listener, LAST_WORDS[dialect.session_type](quoted))
@@ -269,7 +269,7 @@ def test_an_opening_does_not_tell_its_secrets() -> None:
 
 
 @pytest.mark.parametrize(("dialect", "turn"), TURNS)
-def test_the_handle_is_shown_nowhere(dialect: Cli, turn: list[JsonObject]) -> None:
+def test_the_handle_is_shown_nowhere(dialect: CliDialect, turn: list[JsonObject]) -> None:
     listener = CliListener(dialect, None, resumed=False)
 
     shown = [listener.hear(json.dumps(event).encode()).shown for event in turn]
@@ -284,7 +284,7 @@ def test_the_handle_is_shown_nowhere(dialect: Cli, turn: list[JsonObject]) -> No
     "noise", [b"", b"Loaded cached credentials.", b"[1]", b'"x"', b"{", b"\xff\xfe", b"[" * 99999]
 )
 def test_a_line_that_is_no_event_is_kept_and_means_nothing(
-    dialect: Cli, turn: list[JsonObject], noise: bytes
+    dialect: CliDialect, turn: list[JsonObject], noise: bytes
 ) -> None:
     listener = CliListener(dialect, None, resumed=False)
 
@@ -293,7 +293,7 @@ def test_a_line_that_is_no_event_is_kept_and_means_nothing(
 
 
 @pytest.mark.parametrize("dialect", ALL)
-def test_a_handle_that_no_command_may_hold_breaks_the_protocol(dialect: Cli) -> None:
+def test_a_handle_that_no_command_may_hold_breaks_the_protocol(dialect: CliDialect) -> None:
     named: dict[str, JsonObject] = {
         "codex": {"type": "thread.started", "thread_id": "--yolo"},
         "gemini": {"type": "init", "session_id": "--yolo"},
@@ -310,7 +310,7 @@ def test_a_handle_that_no_command_may_hold_breaks_the_protocol(dialect: Cli) -> 
 
 @pytest.mark.parametrize(("dialect", "turn"), TURNS)
 def test_a_turn_that_says_nothing_at_its_end_has_an_empty_result(
-    dialect: Cli, turn: list[JsonObject]
+    dialect: CliDialect, turn: list[JsonObject]
 ) -> None:
     silent = [{**turn[-1], "result": ""} if "result" in turn[-1] else turn[-1]]
 
@@ -356,7 +356,7 @@ EVENTS = st.recursive(
 
 @pytest.mark.parametrize("dialect", ALL)
 @given(event=EVENTS)
-def test_no_event_makes_the_reading_fail(dialect: Cli, event: object) -> None:
+def test_no_event_makes_the_reading_fail(dialect: CliDialect, event: object) -> None:
     listener = CliListener(dialect, ID, resumed=True)
 
     listener.hear(json.dumps(event).encode())
@@ -388,7 +388,7 @@ def test_no_event_makes_the_reading_fail(dialect: Cli, event: object) -> None:
     ],
 )
 def test_a_lost_session_has_its_own_code_and_does_not_show_the_handle(
-    dialect: Cli, exit_code: int, events: list[JsonObject], stderr: str
+    dialect: CliDialect, exit_code: int, events: list[JsonObject], stderr: str
 ) -> None:
     listener = CliListener(dialect, ID, resumed=True)
     assert heard(listener, events) == []
@@ -429,7 +429,7 @@ def test_a_lost_session_has_its_own_code_and_does_not_show_the_handle(
     ],
 )
 def test_a_failed_turn_is_a_failure_whatever_the_exit_code(
-    dialect: Cli, event: JsonObject, told: str
+    dialect: CliDialect, event: JsonObject, told: str
 ) -> None:
     for exit_code in (0, 1, None, -9):
         listener = CliListener(dialect, None, resumed=False)
@@ -441,7 +441,7 @@ def test_a_failed_turn_is_a_failure_whatever_the_exit_code(
 
 
 @pytest.mark.parametrize("dialect", ALL)
-def test_an_exit_code_without_a_meaning_is_left_to_be_told_as_any(dialect: Cli) -> None:
+def test_an_exit_code_without_a_meaning_is_left_to_be_told_as_any(dialect: CliDialect) -> None:
     assert CliListener(dialect, None, resumed=False).failure(55, "not a trusted directory") is None
 
 
@@ -480,7 +480,7 @@ def test_a_first_turn_can_have_lost_no_session() -> None:
     ],
 )
 def test_words_that_only_resemble_those_of_a_lost_session_lose_none(
-    dialect: Cli, exit_code: int, told: str
+    dialect: CliDialect, exit_code: int, told: str
 ) -> None:
     assert CliListener(dialect, ID, resumed=True).failure(exit_code, told) is None
 

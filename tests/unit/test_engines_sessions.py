@@ -19,9 +19,9 @@ import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 from runrecovery_service.domain.session_check import (
-    Finding,
-    Reason,
-    SessionMark,
+    SessionFinding,
+    SessionFingerprint,
+    SessionReason,
     SessionVerdict,
     StoredHandle,
 )
@@ -44,14 +44,14 @@ class Desk:
         self.handle = self.home.new_id(1)
         self.file = self.home.write(self.handle, self.workspace, filler=100 * KIB)
 
-    def found(self, mark: SessionMark | None = None) -> Reason | None:
+    def found(self, mark: SessionFingerprint | None = None) -> SessionReason | None:
         """Check the session; its verdict is that of its reason."""
         finding = self.home.check(self.handle, self.workspace, mark)
         assert finding.reason is not None
         assert finding.verdict is VERDICT_OF[finding.reason]
         return finding.reason
 
-    def mark(self) -> SessionMark:
+    def mark(self) -> SessionFingerprint:
         """Mark the session."""
         mark = self.home.mark(self.handle, self.workspace)
         assert mark is not None
@@ -72,14 +72,14 @@ def desk(request: pytest.FixtureRequest, tmp_path: Path) -> Desk:
 
 
 def test_a_whole_session_is_valid(desk: Desk) -> None:
-    assert desk.found() is Reason.WHOLE
+    assert desk.found() is SessionReason.WHOLE
 
 
 @pytest.mark.parametrize("turns", [1, 2, 9])
 def test_a_session_of_any_number_of_turns_is_valid(desk: Desk, turns: int) -> None:
     desk.home.write(desk.handle, desk.workspace, turns=turns, filler=3)
 
-    assert desk.found() is Reason.WHOLE
+    assert desk.found() is SessionReason.WHOLE
 
 
 def test_a_session_as_it_was_marked_is_not_read(
@@ -88,21 +88,21 @@ def test_a_session_as_it_was_marked_is_not_read(
     mark = desk.mark()
     monkeypatch.setattr(files, "_excerpt", None)
 
-    assert desk.found(mark) is Reason.UNCHANGED
+    assert desk.found(mark) is SessionReason.UNCHANGED
 
 
 def test_a_session_that_was_touched_is_read(desk: Desk) -> None:
     mark = desk.mark()
     os.utime(desk.file, ns=(1, 1))
 
-    assert desk.found(mark) is Reason.WHOLE
+    assert desk.found(mark) is SessionReason.WHOLE
 
 
 def test_a_session_that_grew_by_a_turn_is_valid(desk: Desk) -> None:
     mark = desk.mark()
     desk.home.add_turn(desk.file, desk.handle, desk.workspace)
 
-    assert desk.found(mark) is Reason.WHOLE
+    assert desk.found(mark) is SessionReason.WHOLE
 
 
 def test_a_turn_that_was_cut_off_behind_the_mark_takes_nothing_of_the_question(desk: Desk) -> None:
@@ -112,21 +112,21 @@ def test_a_turn_that_was_cut_off_behind_the_mark_takes_nothing_of_the_question(d
         with desk.file.open("ab") as file:
             file.write(added)
 
-        assert desk.found(mark) is Reason.WHOLE
+        assert desk.found(mark) is SessionReason.WHOLE
 
 
 def test_a_workspace_is_the_same_by_a_link(desk: Desk, tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(desk.workspace.parent)
 
-    assert desk.home.check(desk.handle, link / desk.workspace.name) == FOUND[Reason.WHOLE]
+    assert desk.home.check(desk.handle, link / desk.workspace.name) == FOUND[SessionReason.WHOLE]
 
 
 def test_a_home_that_is_a_link_is_followed(desk: Desk, tmp_path: Path) -> None:
     real = desk.home.path.rename(tmp_path / "elsewhere")
     desk.home.path.symlink_to(real)
 
-    assert desk.found() is Reason.WHOLE
+    assert desk.found() is SessionReason.WHOLE
 
 
 # -- cut off -----------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def test_a_session_cut_in_half_is_invalid(desk: Desk, *, marked: bool) -> None:
     mark = desk.mark() if marked else None
     os.truncate(desk.file, desk.file.stat().st_size // 2)
 
-    assert desk.found(mark) is Reason.CUT_OFF
+    assert desk.found(mark) is SessionReason.CUT_OFF
 
 
 @pytest.mark.parametrize("marked", [False, True])
@@ -145,7 +145,7 @@ def test_a_session_without_its_last_byte_is_invalid(desk: Desk, *, marked: bool)
     mark = desk.mark() if marked else None
     os.truncate(desk.file, desk.file.stat().st_size - 1)
 
-    assert desk.found(mark) is Reason.CUT_OFF
+    assert desk.found(mark) is SessionReason.CUT_OFF
 
 
 def test_the_mark_finds_every_cut_at_the_end_of_a_line(desk: Desk) -> None:
@@ -153,7 +153,7 @@ def test_the_mark_finds_every_cut_at_the_end_of_a_line(desk: Desk) -> None:
     for left in range(1, len(lines)):
         desk.file.write_bytes(b"".join(lines[:left]))
 
-        assert desk.found(mark) is Reason.CUT_OFF
+        assert desk.found(mark) is SessionReason.CUT_OFF
 
 
 def test_without_a_mark_a_cut_is_found_if_the_answer_is_lost(desk: Desk) -> None:
@@ -162,7 +162,7 @@ def test_without_a_mark_a_cut_is_found_if_the_answer_is_lost(desk: Desk) -> None
     for left in range(1, len(lines)):
         desk.file.write_bytes(b"".join(lines[:left]))
 
-        assert desk.found() is (Reason.WHOLE if left > answer else Reason.CUT_OFF)
+        assert desk.found() is (SessionReason.WHOLE if left > answer else SessionReason.CUT_OFF)
 
 
 @pytest.mark.parametrize("left", range(2, 900, 97))
@@ -171,21 +171,21 @@ def test_a_session_cut_anywhere_in_its_end_is_invalid(desk: Desk, left: int) -> 
     if desk.file.read_bytes().endswith(b"\n"):
         pytest.skip("the end of a line")
 
-    assert desk.found() is Reason.CUT_OFF
+    assert desk.found() is SessionReason.CUT_OFF
 
 
 def test_a_session_whose_last_line_is_garbage_is_invalid(desk: Desk) -> None:
     desk.file.write_bytes(desk.file.read_bytes()[:-40] + b"\0" * 39 + b"\n")
 
-    assert desk.found() is Reason.CUT_OFF
+    assert desk.found() is SessionReason.CUT_OFF
 
 
 def test_a_session_that_was_written_anew_is_judged_by_its_end(desk: Desk) -> None:
-    mark = SessionMark(desk.file.stat().st_size - 20, 5)  # no line ends there
-    assert desk.found(mark) is Reason.WHOLE
+    mark = SessionFingerprint(desk.file.stat().st_size - 20, 5)  # no line ends there
+    assert desk.found(mark) is SessionReason.WHOLE
 
     os.truncate(desk.file, desk.file.stat().st_size - 1)
-    assert desk.found(mark) is Reason.CUT_OFF
+    assert desk.found(mark) is SessionReason.CUT_OFF
 
 
 # -- damaged, or another's ---------------------------------------------------------------------
@@ -195,19 +195,19 @@ def test_a_session_that_was_removed_is_invalid(desk: Desk) -> None:
     mark = desk.mark()
     desk.file.unlink()
 
-    assert desk.found(mark) is Reason.MISSING
+    assert desk.found(mark) is SessionReason.MISSING
 
 
 @pytest.mark.parametrize("left", [(), (".runrecovery.config.toml.lock",)])
 def test_a_home_in_which_nothing_is_mounted_says_nothing(desk: Desk, left: tuple[str, ...]) -> None:
     mark = desk.mark()
     shutil.rmtree(desk.home.path)
-    assert desk.found(mark) is Reason.HOME_AWAY
+    assert desk.found(mark) is SessionReason.HOME_AWAY
 
     desk.home.path.mkdir()
     for name in left:  # of ours
         (desk.home.path / name).touch()
-    assert desk.found(mark) is Reason.HOME_AWAY
+    assert desk.found(mark) is SessionReason.HOME_AWAY
     assert desk.home.mark(desk.handle, desk.workspace) is None
 
 
@@ -216,7 +216,7 @@ def test_a_home_with_anything_in_it_has_lost_a_session_that_is_missing(desk: Des
     desk.home.path.mkdir()
     (desk.home.path / "auth.json").touch()
 
-    assert desk.found() is Reason.MISSING
+    assert desk.found() is SessionReason.MISSING
 
 
 def test_a_home_that_cannot_be_listed_says_nothing(
@@ -228,37 +228,37 @@ def test_a_home_that_cannot_be_listed_says_nothing(
     desk.file.unlink()
     monkeypatch.setattr(os, "scandir", fail)
 
-    assert desk.found() is Reason.NOT_ANSWERED
+    assert desk.found() is SessionReason.NOT_ANSWERED
 
 
 def test_an_empty_session_is_invalid(desk: Desk) -> None:
     os.truncate(desk.file, 0)
 
-    assert desk.found() is Reason.EMPTY
+    assert desk.found() is SessionReason.EMPTY
 
 
 def test_a_session_whose_first_line_is_broken_is_invalid(desk: Desk) -> None:
     desk.file.write_bytes(b'{"broken\n' + b"".join(desk.lines[1:]))
 
-    assert desk.found() is Reason.BROKEN
+    assert desk.found() is SessionReason.BROKEN
 
 
 @pytest.mark.parametrize("marked", [False, True])
 def test_a_session_of_another_workspace_is_invalid(desk: Desk, *, marked: bool) -> None:
-    mark = SessionMark(10, 10) if marked else None
+    mark = SessionFingerprint(10, 10) if marked else None
     other = desk.workspace.with_name("other")
     lines = [
         *desk.home.beginning(desk.handle, other), *desk.home.turn(desk.handle, other, 5)
     ]  # fmt: skip
     desk.file.write_bytes(text_of(lines))
 
-    assert desk.found(mark) is Reason.ELSEWHERE
+    assert desk.found(mark) is SessionReason.ELSEWHERE
 
 
 def test_another_session_in_its_place_is_invalid(desk: Desk) -> None:
     shutil.copy(desk.home.write(desk.home.new_id(2), desk.workspace), desk.file)
 
-    assert desk.found() is Reason.ELSEWHERE
+    assert desk.found() is SessionReason.ELSEWHERE
 
 
 # -- unknown -----------------------------------------------------------------------------------
@@ -268,8 +268,8 @@ def test_another_session_in_its_place_is_invalid(desk: Desk) -> None:
 def test_a_form_that_is_not_known_is_unknown(desk: Desk, text: bytes) -> None:
     desk.file.write_bytes(text)
 
-    assert desk.found() is Reason.NOT_KNOWN
-    assert desk.found(desk.mark()) is Reason.UNCHANGED  # it is as the CLI left it
+    assert desk.found() is SessionReason.NOT_KNOWN
+    assert desk.found(desk.mark()) is SessionReason.UNCHANGED  # it is as the CLI left it
 
 
 def test_without_a_home_nothing_is_known(desk: Desk) -> None:
@@ -277,7 +277,7 @@ def test_without_a_home_nothing_is_known(desk: Desk) -> None:
     for env in ({}, {"HOME": ""}, {"HOME": "relative"}):
         store = sessions_of(desk.home.preset, env)
 
-        assert store.check([stored, stored]) == [FOUND[Reason.NO_HOME]] * 2
+        assert store.check([stored, stored]) == [FOUND[SessionReason.NO_HOME]] * 2
         assert store.see(stored).mark is None
 
 
@@ -288,7 +288,9 @@ def test_the_home_is_found_by_the_variables_of_the_agent(preset: str, tmp_path: 
     home.write(home.new_id(1), tmp_path / "w")
     stored = StoredHandle(handle=home.new_id(1), workspace=tmp_path / "w")
 
-    assert sessions_of(preset, {"HOME": str(tmp_path)}).check([stored]) == [FOUND[Reason.WHOLE]]
+    assert sessions_of(preset, {"HOME": str(tmp_path)}).check([stored]) == [
+        FOUND[SessionReason.WHOLE]
+    ]
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE])
@@ -300,7 +302,7 @@ def test_an_error_that_says_nothing_of_the_session_is_unknown(
 
     monkeypatch.setattr(os, "pread", fail)
 
-    assert desk.found() is Reason.NOT_ANSWERED
+    assert desk.found() is SessionReason.NOT_ANSWERED
 
 
 def test_a_folder_that_cannot_be_listed_says_nothing_of_any_session(
@@ -317,7 +319,7 @@ def test_a_folder_that_cannot_be_listed_says_nothing_of_any_session(
     monkeypatch.setattr(os, "open", fail)
     stored = StoredHandle(handle=desk.handle, workspace=desk.workspace)
 
-    assert desk.home.store.check([stored] * 3) == [FOUND[Reason.NOT_ANSWERED]] * 3
+    assert desk.home.store.check([stored] * 3) == [FOUND[SessionReason.NOT_ANSWERED]] * 3
     assert len(asked) == (3 if desk.home.preset == "claude" else 1)  # it is asked once a bulk
 
 
@@ -340,13 +342,13 @@ def test_a_line_that_is_longer_than_we_read_is_not_parsed(
     parsed = sizes_parsed(monkeypatch)
     long_line = b"[],[]," * (8 * KIB * KIB // 6) + b"\n"
     desk.file.write_bytes(long_line * 2)
-    assert desk.found() is Reason.NOT_KNOWN
-    assert desk.found(SessionMark(len(long_line), 5)) is Reason.NOT_KNOWN
+    assert desk.found() is SessionReason.NOT_KNOWN
+    assert desk.found(SessionFingerprint(len(long_line), 5)) is SessionReason.NOT_KNOWN
     assert [size for size in parsed if size > 1000] == []  # Gemini's list of projects aside
 
     head = text_of(desk.home.beginning(desk.handle, desk.workspace))
     desk.file.write_bytes(head + long_line)
-    assert desk.found() is Reason.NOT_KNOWN
+    assert desk.found() is SessionReason.NOT_KNOWN
     assert max(parsed) < files.FIRST_READ
 
 
@@ -359,7 +361,7 @@ def test_of_a_line_whose_beginning_was_not_read_nothing_is_parsed(
     long_line = b"[],[]," * (2 * KIB * KIB // 6) + b"\n"
     desk.file.write_bytes(head + long_line + text_of(turn))
 
-    assert desk.found() is Reason.WHOLE
+    assert desk.found() is SessionReason.WHOLE
     assert max(parsed) < files.FIRST_READ
 
 
@@ -392,15 +394,15 @@ Replace: TypeAlias = Callable[[Path], None]
 @pytest.mark.parametrize(
     ("replace", "reason"),
     [
-        (folder, Reason.NOT_A_FILE),
-        (pipe, Reason.NOT_A_FILE),
-        (device, Reason.NOT_A_FILE),
-        (dangling, Reason.MISSING),
-        (loop, Reason.NOT_ANSWERED),
+        (folder, SessionReason.NOT_A_FILE),
+        (pipe, SessionReason.NOT_A_FILE),
+        (device, SessionReason.NOT_A_FILE),
+        (dangling, SessionReason.MISSING),
+        (loop, SessionReason.NOT_ANSWERED),
     ],
 )
 def test_what_lies_in_the_place_of_a_session_is_no_session(
-    desk: Desk, replace: Replace, reason: Reason
+    desk: Desk, replace: Replace, reason: SessionReason
 ) -> None:
     mark = desk.mark()
     desk.file.unlink()
@@ -414,7 +416,7 @@ def test_a_link_to_a_session_is_followed(desk: Desk, tmp_path: Path) -> None:
     real = desk.file.rename(tmp_path / "kept.jsonl")
     desk.file.symlink_to(real)
 
-    assert desk.found() is Reason.WHOLE
+    assert desk.found() is SessionReason.WHOLE
 
 
 @NEEDS_A_USER
@@ -425,7 +427,7 @@ def test_a_session_that_may_not_be_read_is_invalid(desk: Desk, of: str) -> None:
     mode = closed.stat().st_mode
     closed.chmod(0)
     try:
-        assert desk.found(mark) is Reason.UNREADABLE
+        assert desk.found(mark) is SessionReason.UNREADABLE
     finally:
         closed.chmod(mode)
 
@@ -438,7 +440,7 @@ HOSTILE: Final = ["", ".", "..", "latest", "1", "../../etc/passwd", "a/b", "a\0b
 
 @pytest.mark.parametrize("handle", HOSTILE)
 def test_a_handle_that_is_no_session_id_is_never_looked_for(desk: Desk, handle: str) -> None:
-    assert desk.home.check(handle, desk.workspace) == FOUND[Reason.UNUSABLE]
+    assert desk.home.check(handle, desk.workspace) == FOUND[SessionReason.UNUSABLE]
     assert desk.home.mark(handle, desk.workspace) is None
 
 
@@ -448,7 +450,7 @@ def test_no_handle_gets_a_check_to_fail(handle: str) -> None:
     for preset in PRESETS:
         (finding,) = sessions_of(preset, {"HOME": "/nowhere"}).check([stored])
 
-        assert finding.reason in {Reason.UNUSABLE, Reason.HOME_AWAY}
+        assert finding.reason in {SessionReason.UNUSABLE, SessionReason.HOME_AWAY}
 
 
 UUIDS: Final = st.one_of(
@@ -469,10 +471,14 @@ def test_neither_an_id_nor_what_a_file_holds_gets_a_check_to_fail(
         file = home.file(handle, workspace)
         file.parent.mkdir(parents=True)
         file.write_bytes(text)
-        mark = None if kept is None else SessionMark(kept, 5)
+        mark = None if kept is None else SessionFingerprint(kept, 5)
 
         finding = home.check(handle, workspace, mark)
-        assert finding.reason not in {Reason.NOT_ANSWERED, Reason.UNUSABLE, Reason.HOME_AWAY}
+        assert finding.reason not in {
+            SessionReason.NOT_ANSWERED,
+            SessionReason.UNUSABLE,
+            SessionReason.HOME_AWAY,
+        }
         home.mark(handle, workspace)
 
 
@@ -486,7 +492,7 @@ def test_a_defect_costs_the_verdict_of_one_session(desk: Desk, failing: str) -> 
                 raise ZeroDivisionError(stored.handle)
             yield desk.file
 
-        def identify(self, head: object, stored: StoredHandle) -> Reason | None:
+        def identify(self, head: object, stored: StoredHandle) -> SessionReason | None:
             if failing == "layout" and stored.handle != desk.handle:
                 raise ZeroDivisionError(stored.handle)
             return None
@@ -501,7 +507,11 @@ def test_a_defect_costs_the_verdict_of_one_session(desk: Desk, failing: str) -> 
     with structlog.testing.capture_logs() as told:
         found = store.check([bad, fine, bad])
 
-    assert found == [FOUND[Reason.NOT_ANSWERED], FOUND[Reason.WHOLE], FOUND[Reason.NOT_ANSWERED]]
+    assert found == [
+        FOUND[SessionReason.NOT_ANSWERED],
+        FOUND[SessionReason.WHOLE],
+        FOUND[SessionReason.NOT_ANSWERED],
+    ]
     assert told == [
         {"event": "sessions.look_failed", "log_level": "warning", "error": "ZeroDivisionError"}
     ]
@@ -563,7 +573,7 @@ def test_a_time_that_no_clock_shows_is_of_no_day(tmp_path: Path, begun_ms: int) 
 
     assert codex.days_of(handle) == []
     assert codex.days_of(session_id(1, begun_ms=codex.END_OF_TIME_MS - 1))[0] == "2999/12/31"
-    assert home.check(handle, tmp_path / "w") == FOUND[Reason.WHOLE]
+    assert home.check(handle, tmp_path / "w") == FOUND[SessionReason.WHOLE]
 
 
 @pytest.mark.parametrize("version", [4, 7])
@@ -575,7 +585,7 @@ def test_a_session_of_codex_is_found_on_any_day(tmp_path: Path, version: int, da
     target.parent.mkdir(parents=True, exist_ok=True)
     file.rename(target)
 
-    assert home.check(handle, tmp_path / "w") == FOUND[Reason.WHOLE]
+    assert home.check(handle, tmp_path / "w") == FOUND[SessionReason.WHOLE]
 
 
 def test_codexs_folders_are_listed_once_a_bulk(
@@ -604,9 +614,9 @@ def test_a_session_that_codex_compressed_is_unknown_whatever_its_mark(tmp_path: 
     mark = home.mark(handle, tmp_path / "w")
     file.with_suffix(".jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd")
 
-    assert home.check(handle, tmp_path / "w", mark) == FOUND[Reason.UNCHANGED]
+    assert home.check(handle, tmp_path / "w", mark) == FOUND[SessionReason.UNCHANGED]
     file.unlink()
-    assert home.check(handle, tmp_path / "w", mark) == FOUND[Reason.NOT_KNOWN]
+    assert home.check(handle, tmp_path / "w", mark) == FOUND[SessionReason.NOT_KNOWN]
 
 
 def test_the_newer_file_that_gemini_leaves_of_a_session_is_not_it(tmp_path: Path) -> None:
@@ -616,12 +626,12 @@ def test_the_newer_file_that_gemini_leaves_of_a_session_is_not_it(tmp_path: Path
     newer.write_bytes(text_of(home.beginning(handle, tmp_path / "w")))
     mark = home.mark(handle, tmp_path / "w")
 
-    assert home.check(handle, tmp_path / "w") == FOUND[Reason.WHOLE]
+    assert home.check(handle, tmp_path / "w") == FOUND[SessionReason.WHOLE]
     assert mark is not None
     assert mark.size == file.stat().st_size
-    assert home.check(handle, tmp_path / "w", mark) == FOUND[Reason.UNCHANGED]
+    assert home.check(handle, tmp_path / "w", mark) == FOUND[SessionReason.UNCHANGED]
     file.unlink()
-    assert home.check(handle, tmp_path / "w") == FOUND[Reason.CUT_OFF]
+    assert home.check(handle, tmp_path / "w") == FOUND[SessionReason.CUT_OFF]
 
 
 def test_another_session_with_the_same_beginning_of_its_id_is_not_it(tmp_path: Path) -> None:
@@ -632,8 +642,8 @@ def test_another_session_with_the_same_beginning_of_its_id_is_not_it(tmp_path: P
     file.rename(file.with_name(file.name.replace("13-18", "13-17")))
     home.write(other, tmp_path / "w")
 
-    assert home.check(other, tmp_path / "w") == FOUND[Reason.WHOLE]
-    assert home.check(one, tmp_path / "w") == FOUND[Reason.WHOLE]
+    assert home.check(other, tmp_path / "w") == FOUND[SessionReason.WHOLE]
+    assert home.check(one, tmp_path / "w") == FOUND[SessionReason.WHOLE]
 
 
 @pytest.mark.parametrize("listed", [None, b"", b"{", b"[]", b'{"projects": 3}'])
@@ -645,7 +655,7 @@ def test_a_project_of_gemini_is_found_by_its_own_word(tmp_path: Path, listed: by
     if listed is not None:
         projects.write_bytes(listed)
 
-    assert home.check(handle, tmp_path / "w") == FOUND[Reason.WHOLE]
+    assert home.check(handle, tmp_path / "w") == FOUND[SessionReason.WHOLE]
 
 
 def test_a_list_of_projects_that_is_too_long_is_not_read(tmp_path: Path) -> None:
@@ -655,9 +665,11 @@ def test_a_list_of_projects_that_is_too_long_is_not_read(tmp_path: Path) -> None
     with projects.open("ab") as opened:
         opened.truncate(gemini.MOST_PROJECTS_BYTES + 1)
 
-    assert home.check(handle, tmp_path / "w") == FOUND[Reason.WHOLE]  # by the project's own word
+    assert (
+        home.check(handle, tmp_path / "w") == FOUND[SessionReason.WHOLE]
+    )  # by the project's own word
     (file.parents[1] / ".project_root").unlink()
-    assert home.check(handle, tmp_path / "w") == FOUND[Reason.NOT_KNOWN]
+    assert home.check(handle, tmp_path / "w") == FOUND[SessionReason.NOT_KNOWN]
 
 
 @pytest.mark.parametrize("name", ["../../outside", "..", "/etc", "", 3, None])
@@ -669,7 +681,7 @@ def test_a_project_of_gemini_leads_nowhere_else(tmp_path: Path, name: object) ->
     home.projects[str(tmp_path / "w")] = name  # type: ignore[assignment]
     home.list_projects()
 
-    assert home.check(handle, tmp_path / "w") == FOUND[Reason.MISSING]
+    assert home.check(handle, tmp_path / "w") == FOUND[SessionReason.MISSING]
 
 
 @pytest.mark.parametrize(
@@ -693,10 +705,10 @@ def test_a_workspace_of_claude_is_the_same_by_its_bytes(tmp_path: Path) -> None:
     file = home.write(handle, apart)
 
     assert file.parent.name.endswith("-cafe--ws")
-    assert home.check(handle, apart) == FOUND[Reason.WHOLE]
-    assert home.check(handle, whole) == FOUND[Reason.MISSING]
+    assert home.check(handle, apart) == FOUND[SessionReason.WHOLE]
+    assert home.check(handle, whole) == FOUND[SessionReason.MISSING]
     shutil.copytree(file.parent, home.file(handle, whole).parent)
-    assert home.check(handle, whole) == FOUND[Reason.ELSEWHERE]
+    assert home.check(handle, whole) == FOUND[SessionReason.ELSEWHERE]
 
 
 @pytest.mark.parametrize("note", ["isSidechain", "isMeta"])
@@ -706,11 +718,11 @@ def test_what_claude_notes_behind_an_answer_is_no_message_to_it(tmp_path: Path, 
     line = {"type": "user", "message": {"role": "user", "content": "x"}, "sessionId": handle}
     with file.open("ab") as opened:
         opened.write(text_of([line | {note: True}]))
-    assert home.check(handle, tmp_path / "w") == FOUND[Reason.WHOLE]
+    assert home.check(handle, tmp_path / "w") == FOUND[SessionReason.WHOLE]
 
     with file.open("ab") as opened:
         opened.write(text_of([line]))
-    assert home.check(handle, tmp_path / "w") == FOUND[Reason.CUT_OFF]
+    assert home.check(handle, tmp_path / "w") == FOUND[SessionReason.CUT_OFF]
 
 
 # -- bulk --------------------------------------------------------------------------------------
@@ -721,24 +733,30 @@ def test_a_bulk_of_many_is_answered_in_its_order(preset: str, tmp_path: Path) ->
     home = SessionHome(preset, tmp_path / "home")
     chosen = random.Random(7)  # noqa: S311 - cases, no secrets
     stored: list[StoredHandle] = []
-    expected: list[Finding] = []
+    expected: list[SessionFinding] = []
     workspaces = [tmp_path / str(at) for at in range(50)]
     for at in range(5000):
         handle, workspace = home.new_id(at), workspaces[at % len(workspaces)]
         reason = chosen.choice(
-            [Reason.WHOLE, Reason.UNCHANGED, Reason.MISSING, Reason.CUT_OFF, Reason.UNUSABLE]
+            [
+                SessionReason.WHOLE,
+                SessionReason.UNCHANGED,
+                SessionReason.MISSING,
+                SessionReason.CUT_OFF,
+                SessionReason.UNUSABLE,
+            ]
         )
         mark = None
-        if reason in {Reason.WHOLE, Reason.UNCHANGED, Reason.CUT_OFF}:
+        if reason in {SessionReason.WHOLE, SessionReason.UNCHANGED, SessionReason.CUT_OFF}:
             found = home.write(handle, workspace).stat()
-            mark = SessionMark(found.st_size, found.st_mtime_ns)
-        if reason is Reason.WHOLE:
+            mark = SessionFingerprint(found.st_size, found.st_mtime_ns)
+        if reason is SessionReason.WHOLE:
             mark = None
-        elif reason is Reason.CUT_OFF and mark is not None:
-            mark = SessionMark(mark.size + 1, mark.mtime_ns)
-        elif reason is Reason.UNUSABLE:
+        elif reason is SessionReason.CUT_OFF and mark is not None:
+            mark = SessionFingerprint(mark.size + 1, mark.mtime_ns)
+        elif reason is SessionReason.UNUSABLE:
             handle = f"../{handle}"
-        stored.append(StoredHandle(handle=handle, workspace=workspace, mark=mark))
+        stored.append(StoredHandle(handle=handle, workspace=workspace, fingerprint=mark))
         expected.append(FOUND[reason])
 
     assert home.store.check(stored) == expected

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from runrecovery_service.domain.explanation import Seen, facts_seen
+from runrecovery_service.domain.explanation import RecordedDecision, explain_facts
 from runrecovery_service.domain.recovery_matrix import NOTHING, Fact
 from runrecovery_service.domain.run import (
     Profile,
@@ -19,15 +19,15 @@ from runrecovery_service.domain.run import (
     RunStatus,
 )
 from runrecovery_service.domain.session_check import (
-    WORDS,
-    Finding,
-    Reason,
-    SessionMark,
+    REASON_TEXTS,
+    SessionFinding,
+    SessionFingerprint,
+    SessionReason,
     SessionVerdict,
     StoredHandle,
     UnknownSession,
-    as_far_as_seen,
-    with_policy,
+    apply_policy,
+    weaken_if_never_seen,
 )
 from runrecovery_service.engines.sessions.lines import FOUND
 from runrecovery_service.storage.rows import finding_from
@@ -35,7 +35,7 @@ from runrecovery_service.storage.rows import finding_from
 AT = datetime(2026, 11, 28, tzinfo=UTC)
 
 
-def handle_source(finding: Finding | None, *, held: bool, **changes: Any) -> str:
+def handle_source(finding: SessionFinding | None, *, held: bool, **changes: Any) -> str:
     """What an explanation says of the fact HANDLE."""
     info = RecoveryInfo(
         recovery_state=RecoveryState.RECOVERED_WAITING,
@@ -50,7 +50,7 @@ def handle_source(finding: Finding | None, *, held: bool, **changes: Any) -> str
         epoch=2,
         processes_ended=0,
     )
-    seen = Seen(
+    seen = RecordedDecision(
         info=info,
         facts=Fact.HANDLE if held else NOTHING,
         profile=Profile.RESUMABLE,
@@ -63,19 +63,19 @@ def handle_source(finding: Finding | None, *, held: bool, **changes: Any) -> str
         canceled_at=None,
         launches=(),
     )
-    (source,) = (fact.source for fact in facts_seen(seen) if fact.name == "HANDLE")
+    (source,) = (fact.source for fact in explain_facts(seen) if fact.name == "HANDLE")
     return source
 
 
-@pytest.mark.parametrize("reason", Reason)
+@pytest.mark.parametrize("reason", SessionReason)
 @pytest.mark.parametrize("unknown", UnknownSession)
-def test_an_explanation_says_what_was_found(reason: Reason, unknown: UnknownSession) -> None:
-    finding = with_policy(FOUND[reason], unknown)
+def test_an_explanation_says_what_was_found(reason: SessionReason, unknown: UnknownSession) -> None:
+    finding = apply_policy(FOUND[reason], unknown)
 
     source = handle_source(finding, held=finding.holds)
 
     assert source.startswith("A session handle of turn 3 was stored, ")
-    assert WORDS[reason] in source
+    assert REASON_TEXTS[reason] in source
     assert (f'unknown_session = "{unknown}"' in source) is (
         FOUND[reason].verdict is SessionVerdict.UNKNOWN
     )
@@ -83,7 +83,7 @@ def test_an_explanation_says_what_was_found(reason: Reason, unknown: UnknownSess
 
 
 def test_an_explanation_of_an_earlier_version_says_its_verdict() -> None:
-    assert "said INVALID" in handle_source(Finding(SessionVerdict.INVALID, None), held=False)
+    assert "said INVALID" in handle_source(SessionFinding(SessionVerdict.INVALID, None), held=False)
 
 
 def test_an_explanation_tells_a_handle_that_nobody_checked_from_none() -> None:
@@ -91,13 +91,13 @@ def test_an_explanation_tells_a_handle_that_nobody_checked_from_none() -> None:
     assert handle_source(None, held=False) == "No session handle was stored."
 
 
-@pytest.mark.parametrize("reason", Reason)
-def test_a_policy_changes_only_what_is_unknown(reason: Reason) -> None:
+@pytest.mark.parametrize("reason", SessionReason)
+def test_a_policy_changes_only_what_is_unknown(reason: SessionReason) -> None:
     found = FOUND[reason]
 
-    refused = with_policy(found, UnknownSession.FAIL)
+    refused = apply_policy(found, UnknownSession.FAIL)
 
-    assert with_policy(found, UnknownSession.KEEP) == found
+    assert apply_policy(found, UnknownSession.KEEP) == found
     assert refused.reason is reason
     assert refused.holds is (found.verdict is SessionVerdict.VALID)
     assert (refused == found) is (found.verdict is not SessionVerdict.UNKNOWN)
@@ -105,19 +105,19 @@ def test_a_policy_changes_only_what_is_unknown(reason: Reason) -> None:
 
 @given(st.integers(0, 2**63 - 1), st.integers(-(2**62), 2**63 - 1))
 def test_a_mark_reads_as_it_was_written(size: int, mtime_ns: int) -> None:
-    mark = SessionMark(size, mtime_ns)
+    mark = SessionFingerprint(size, mtime_ns)
 
-    assert SessionMark.read(str(mark)) == mark
+    assert SessionFingerprint.read(str(mark)) == mark
 
 
 @pytest.mark.parametrize("text", [None, "", "5", "5 x", "-5 1", "5 1 2", "5 1\n", "\uff19 1"])
 def test_a_mark_that_cannot_be_read_is_none(text: str | None) -> None:
-    assert SessionMark.read(text) is None
+    assert SessionFingerprint.read(text) is None
 
 
 def test_a_finding_of_another_version_is_read_as_far_as_it_is_known() -> None:
-    assert finding_from("INVALID", None) == Finding(SessionVerdict.INVALID, None)
-    assert finding_from("VALID", "by_magic") == Finding(SessionVerdict.VALID, None)
+    assert finding_from("INVALID", None) == SessionFinding(SessionVerdict.INVALID, None)
+    assert finding_from("VALID", "by_magic") == SessionFinding(SessionVerdict.VALID, None)
     assert finding_from("PERHAPS", "missing") is None
     assert finding_from(None, None) is None
 
@@ -126,12 +126,12 @@ def test_a_handle_is_not_shown() -> None:
     assert "secret" not in repr(StoredHandle(handle="secret", workspace=Path("/w")))
 
 
-@pytest.mark.parametrize("reason", Reason)
-def test_only_of_a_session_that_was_seen_is_it_known_that_it_is_lost(reason: Reason) -> None:
+@pytest.mark.parametrize("reason", SessionReason)
+def test_only_of_a_session_that_was_seen_is_it_known_that_it_is_lost(reason: SessionReason) -> None:
     found = FOUND[reason]
-    lost = found.verdict is SessionVerdict.INVALID and reason is not Reason.UNUSABLE
+    lost = found.verdict is SessionVerdict.INVALID and reason is not SessionReason.UNUSABLE
 
-    assert as_far_as_seen(found, SessionMark(1, 2)) == found
-    assert as_far_as_seen(found, None) == (
-        Finding(SessionVerdict.UNKNOWN, reason) if lost else found
+    assert weaken_if_never_seen(found, SessionFingerprint(1, 2)) == found
+    assert weaken_if_never_seen(found, None) == (
+        SessionFinding(SessionVerdict.UNKNOWN, reason) if lost else found
     )

@@ -7,12 +7,12 @@ from typing import Final
 from runrecovery_service import daemons
 from runrecovery_service.domain.session_check import (
     NOT_ANSWERED,
-    Finding,
+    SessionFinding,
     StoredHandle,
-    with_policy,
+    apply_policy,
 )
-from runrecovery_service.engines.catalog import Engine, look_at_sessions
-from runrecovery_service.engines.sessions.files import CliSessions, Seen
+from runrecovery_service.engines.catalog import Engine, check_sessions
+from runrecovery_service.engines.sessions.files import CliSessions, SessionObservation
 
 LOOK_S: Final = 10.0
 """How long storage may take to answer."""
@@ -20,26 +20,26 @@ LOOK_S: Final = 10.0
 
 async def check_session(
     engine: Engine, stored: StoredHandle, *, look_s: float, seen_before: bool = True
-) -> Finding | None:
+) -> SessionFinding | None:
     """Return what a session's check says; None: its engine has none."""
 
-    def look() -> list[Finding]:
-        return list(look_at_sessions(engine, [stored], seen_before=seen_before))
+    def look() -> list[SessionFinding]:
+        return list(check_sessions(engine, [stored], seen_before=seen_before))
 
     if engine.session_store is None:
         return None
     try:
         (finding,) = await daemons.within(look_s, look)
     except TimeoutError:
-        return with_policy(NOT_ANSWERED, engine.unknown_session)
+        return apply_policy(NOT_ANSWERED, engine.unknown_session)
     return finding
 
 
 async def fingerprint_session(
     sessions: CliSessions, stored: StoredHandle, *, look_s: float
-) -> Seen:
+) -> SessionObservation:
     """Return what is seen of a session, to be marked."""
     try:
         return await daemons.within(look_s, lambda: sessions.see(stored))
     except TimeoutError:
-        return Seen(NOT_ANSWERED, None)
+        return SessionObservation(NOT_ANSWERED, None)

@@ -30,7 +30,7 @@ from runrecovery_service.storage.adapter import Storage
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.trust import After, TrustEntry
-from runrecovery_service.trust import files, homes
+from runrecovery_service.trust import config_files, files
 from runrecovery_service.trust.entry import Added, Edit, check_folder
 from runrecovery_service.trust.errors import FolderUnusable, TrustError, TrustFileBusy
 
@@ -147,8 +147,8 @@ class TrustKeeper:
             NotNow, Exhausted: the store did not take it; trying again is safe.
         """
         try:
-            kind = homes.Cli(cli)
-            file = os.path.realpath(homes.config_file(kind, env))
+            kind = config_files.AgentCli(cli)
+            file = os.path.realpath(config_files.config_file(kind, env))
             folder = os.path.realpath(workspace)
             _demand_names(file, folder)
         except TrustError as error:
@@ -259,7 +259,7 @@ class _Putting:
 
     keeper: TrustKeeper
     run: Run
-    cli: homes.Cli
+    cli: config_files.AgentCli
     file: str
     folder: str
     _place: str = ""
@@ -273,7 +273,7 @@ class _Putting:
 
     def decide(self, text: bytes | None) -> Edit:
         """Return the file with the entry."""
-        return homes.EDITORS[self.cli].add(text, self.folder, self._standing)
+        return config_files.EDITORS[self.cli].add(text, self.folder, self._standing)
 
     def record(self, edit: Edit) -> None:
         """Put the entry on record."""
@@ -367,11 +367,11 @@ def trust_problem(cli: str, env: Mapping[str, str]) -> str | None:
     """Return why a CLI with this environment could not be made to trust a folder, None if it
     could. Nothing is changed."""
     try:
-        file = homes.config_file(homes.Cli(cli), env)
+        file = config_files.config_file(config_files.AgentCli(cli), env)
     except TrustError as error:
         return str(error)
     try:
-        homes.EDITORS[homes.Cli(cli)].add(_text(file), "/some/workspace")
+        config_files.EDITORS[config_files.AgentCli(cli)].add(_text(file), "/some/workspace")
     except (TrustError, OSError) as error:
         return trust_removal.told(str(file), error)
     folders = Path(os.path.realpath(file)).parents

@@ -18,9 +18,9 @@ import structlog
 
 from runrecovery_service.domain.reconciliation import TrustRemoval
 from runrecovery_service.storage.trust import Away, Mark, Settlement, TrustEntry
-from runrecovery_service.trust import homes
+from runrecovery_service.trust import config_files
 from runrecovery_service.trust.entry import Added, Made, Outcome
-from runrecovery_service.trust.errors import Reason, TrustError, TrustFileUnusable
+from runrecovery_service.trust.errors import TrustError, TrustFileUnusable, UnusableReason
 
 log = structlog.get_logger()
 
@@ -73,7 +73,7 @@ def taken(
         TrustFileUnusable: the text cannot be edited safely.
     """
     look = _Look(text=text, now=now)
-    there: dict[homes.Cli, dict[TrustEntry, Added]] = {}
+    there: dict[config_files.AgentCli, dict[TrustEntry, Added]] = {}
     for entry in entries:
         if entry.place != place and not entry.ours:
             continue  # another host's, whose file this is not
@@ -91,13 +91,13 @@ def taken(
     return look.result()
 
 
-def _readable(entry: TrustEntry) -> tuple[homes.Cli | None, Added | None]:
+def _readable(entry: TrustEntry) -> tuple[config_files.AgentCli | None, Added | None]:
     try:
-        cli = homes.Cli(entry.cli)
+        cli = config_files.AgentCli(entry.cli)
     except ValueError:
         return None, None
     added = added_of(entry.added)
-    return cli, added if added is not None and homes.EDITORS[cli].accepts(added) else None
+    return cli, added if added is not None and config_files.EDITORS[cli].accepts(added) else None
 
 
 def added_of(text: str) -> Added | None:
@@ -177,7 +177,7 @@ class _Look:
 
     # -- what is there -------------------------------------------------------------------------
 
-    def take_out(self, cli: homes.Cli, entries: Mapping[TrustEntry, Added]) -> None:
+    def take_out(self, cli: config_files.AgentCli, entries: Mapping[TrustEntry, Added]) -> None:
         """Take entries of one CLI out. One that leads to a failure keeps no other from going.
 
         Raises:
@@ -185,7 +185,7 @@ class _Look:
         """
         by_folder = {entry.folder: added for entry, added in entries.items()}
         try:
-            removals = homes.EDITORS[cli].remove_all(self.text, by_folder)
+            removals = config_files.EDITORS[cli].remove_all(self.text, by_folder)
         except Exception as error:
             of_the_file = isinstance(error, TrustError) and not _is_a_defect(error)
             if of_the_file:
@@ -196,7 +196,9 @@ class _Look:
         for entry in entries:
             self._found(entry, removals.outcomes[entry.folder])
 
-    def _halve(self, cli: homes.Cli, entries: Mapping[TrustEntry, Added], error: Exception) -> None:
+    def _halve(
+        self, cli: config_files.AgentCli, entries: Mapping[TrustEntry, Added], error: Exception
+    ) -> None:
         if len(entries) == 1:
             (entry,) = entries
             if entry.removed_at is not None:
@@ -243,7 +245,7 @@ class _Look:
 
 
 def _is_a_defect(error: TrustError) -> bool:
-    return isinstance(error, TrustFileUnusable) and error.reason is Reason.NOT_PROVED
+    return isinstance(error, TrustFileUnusable) and error.reason is UnusableReason.NOT_PROVED
 
 
 def told(file: str, error: Exception) -> str:

@@ -16,7 +16,12 @@ from runrecovery_service.domain.recovery_matrix import (
     Fact,
 )
 from runrecovery_service.domain.run import Profile, RecoveryInfo, RestartPolicy
-from runrecovery_service.domain.session_check import TELLS_NOTHING, WORDS, Finding, SessionVerdict
+from runrecovery_service.domain.session_check import (
+    INCONCLUSIVE,
+    REASON_TEXTS,
+    SessionFinding,
+    SessionVerdict,
+)
 
 BECAUSE: Final[Mapping[str, str]] = MappingProxyType(
     {rule.name: rule.because for rule in MATRIX}
@@ -38,7 +43,7 @@ class LaunchOrphans:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seen:
+class RecordedDecision:
     """A decision and what it saw.
 
     Attributes:
@@ -55,7 +60,7 @@ class Seen:
     attempt: int
     interaction_id: int | None
     session_turn: int | None
-    session_finding: Finding | None
+    session_finding: SessionFinding | None
     restart_policy: RestartPolicy
     max_attempts: int
     canceled_at: datetime | None
@@ -63,7 +68,7 @@ class Seen:
 
 
 @dataclass(frozen=True, slots=True)
-class FactSeen:
+class ExplainedFact:
     """One fact: whether it held, and what was looked at."""
 
     name: str
@@ -71,22 +76,22 @@ class FactSeen:
     source: str
 
 
-def because(rule: str) -> str:
+def explain_rule(rule: str) -> str:
     """Return what a rule means, as a sentence; empty for a rule of another version."""
     return BECAUSE.get(rule, "")
 
 
-def facts_seen(seen: Seen) -> tuple[FactSeen, ...]:
+def explain_facts(seen: RecordedDecision) -> tuple[ExplainedFact, ...]:
     """Return every fact that the rules look at; none where no rule did."""
     if seen.info.recovery_reason in {QUARANTINE_RULE, REOPEN_RULE}:
         return ()
     return tuple(
-        FactSeen(fact.name or "", held := fact in seen.facts, source(seen, held))
+        ExplainedFact(fact.name or "", held := fact in seen.facts, source(seen, held))
         for fact, source in _SOURCES.items()
     )
 
 
-def _pending(seen: Seen, held: bool) -> str:  # noqa: FBT001 - called from the table only
+def _pending(seen: RecordedDecision, held: bool) -> str:  # noqa: FBT001 - called from the table only
     if seen.interaction_id is None:
         return "It was open and readable." if held else "None was open and readable."
     if not seen.interaction_id:
@@ -95,7 +100,7 @@ def _pending(seen: Seen, held: bool) -> str:  # noqa: FBT001 - called from the t
     return f"Its latest question, #{seen.interaction_id}, was {state}."
 
 
-def _handle(seen: Seen, held: bool) -> str:  # noqa: FBT001
+def _handle(seen: RecordedDecision, held: bool) -> str:  # noqa: FBT001
     turn = "" if seen.session_turn is None else f" of turn {seen.session_turn}"
     where = f"A session handle{turn} was stored"
     finding = seen.session_finding
@@ -106,11 +111,11 @@ def _handle(seen: Seen, held: bool) -> str:  # noqa: FBT001
     return f"{where}, {'and' if held else 'but'} {_found(finding)}."
 
 
-def _found(finding: Finding) -> str:
+def _found(finding: SessionFinding) -> str:
     reason = finding.reason
-    found = f"its engine's check said {finding.verdict}" if reason is None else WORDS[reason]
+    found = f"its engine's check said {finding.verdict}" if reason is None else REASON_TEXTS[reason]
     unknown = finding.verdict in {SessionVerdict.UNKNOWN, SessionVerdict.UNKNOWN_REFUSED}
-    if unknown and reason is not None and reason not in TELLS_NOTHING:
+    if unknown and reason is not None and reason not in INCONCLUSIVE:
         found += ", which says little: it had not been seen whole before"
     match finding.verdict:
         case SessionVerdict.UNKNOWN:
@@ -121,13 +126,13 @@ def _found(finding: Finding) -> str:
             return found
 
 
-def _cancel(seen: Seen, held: bool) -> str:  # noqa: FBT001
+def _cancel(seen: RecordedDecision, held: bool) -> str:  # noqa: FBT001
     if held and seen.canceled_at is not None:
         return f"A cancel was accepted at {seen.canceled_at.isoformat()}."
     return "No cancel had been accepted."
 
 
-def _reply(seen: Seen, held: bool) -> str:  # noqa: FBT001
+def _reply(seen: RecordedDecision, held: bool) -> str:  # noqa: FBT001
     if held:
         return (
             f"The answer to question #{seen.interaction_id or '?'} was accepted, and no process is"
@@ -136,14 +141,14 @@ def _reply(seen: Seen, held: bool) -> str:  # noqa: FBT001
     return "No accepted answer was waiting for a process."
 
 
-def _requeue(seen: Seen, held: bool) -> str:  # noqa: FBT001
+def _requeue(seen: RecordedDecision, held: bool) -> str:  # noqa: FBT001
     if seen.restart_policy is not RestartPolicy.REQUEUE:
         return f"Its restart policy is {seen.restart_policy}."
     left = "attempts were left" if held else "no attempt was left"
     return f"Its restart policy is REQUEUE; {left} ({seen.attempt} of {seen.max_attempts} used)."
 
 
-_SOURCES: Final[Mapping[Fact, Callable[[Seen, bool], str]]] = MappingProxyType(
+_SOURCES: Final[Mapping[Fact, Callable[[RecordedDecision, bool], str]]] = MappingProxyType(
     {
         Fact.PENDING: _pending,
         Fact.HANDLE: _handle,

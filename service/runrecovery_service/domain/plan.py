@@ -28,7 +28,7 @@ class Situation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
+class Decision:
     """What it would decide. `unchanged`: it has decided just so before, nothing would be new."""
 
     rule: str
@@ -45,7 +45,7 @@ class PlannedDecision:
     run_id: str
     engine: str
     status: RunStatus | None
-    verdict: Verdict
+    verdict: Decision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,10 +59,10 @@ class RecoveryPlan:
     launches: int
 
 
-def foresee(seen: Situation) -> Verdict:
+def preview_decision(seen: Situation) -> Decision:
     """Return what a restart would decide."""
     if seen.damaged or seen.status is None:
-        return Verdict(
+        return Decision(
             rule=QUARANTINE_RULE,
             becomes=seen.status,
             error=None,
@@ -70,7 +70,7 @@ def foresee(seen: Situation) -> Verdict:
             unchanged=False,
         )
     rule = decide(seen.status, seen.profile, seen.facts)
-    return Verdict(
+    return Decision(
         rule=rule.name,
         becomes=rule.becomes,
         error=rule.error,
@@ -79,7 +79,7 @@ def foresee(seen: Situation) -> Verdict:
     )
 
 
-def sum_up(foreseen: Iterable[tuple[Verdict, int]], *, launches: int) -> RecoveryPlan:
+def sum_decisions(foreseen: Iterable[tuple[Decision, int]], *, launches: int) -> RecoveryPlan:
     """Return the plan of verdicts and how many runs each is for."""
     states = {rule.name: rule.state for rule in MATRIX}
     counts: dict[str, int] = dict.fromkeys((*states, QUARANTINE_RULE), 0)

@@ -39,7 +39,7 @@ class UnknownSession(StrEnum):
     FAIL = "fail"
 
 
-class Reason(StrEnum):
+class SessionReason(StrEnum):
     """What was found, in a word. It never holds anything of the session or of its handle."""
 
     PRESENT = "present"
@@ -59,40 +59,45 @@ class Reason(StrEnum):
     NOT_ANSWERED = "not_answered"
 
 
-WORDS: Final[Mapping[Reason, str]] = MappingProxyType(
+REASON_TEXTS: Final[Mapping[SessionReason, str]] = MappingProxyType(
     {
-        Reason.PRESENT: "its session file was there",
-        Reason.UNCHANGED: "its session file was as it had been when its question was recorded",
-        Reason.WHOLE: "its session file was there and whole",
-        Reason.MISSING: "its session file was gone",
-        Reason.EMPTY: "its session file was empty",
-        Reason.CUT_OFF: "its session file was cut off",
-        Reason.BROKEN: "the beginning of its session file was damaged",
-        Reason.ELSEWHERE: "its session file was of another session or another workspace",
-        Reason.NOT_A_FILE: "in the place of its session file was no regular file",
-        Reason.UNREADABLE: "its session file may not be read",
-        Reason.UNUSABLE: "it cannot be the name of a session file",
-        Reason.NOT_KNOWN: "its session file has a form that this version does not know",
-        Reason.NO_HOME: "it is not known where its engine keeps sessions",
-        Reason.HOME_AWAY: "the home of its engine was not there, or empty",
-        Reason.NOT_ANSWERED: "the system did not let its session file be looked at",
+        SessionReason.PRESENT: "its session file was there",
+        SessionReason.UNCHANGED: "its session file had not changed since its question was recorded",
+        SessionReason.WHOLE: "its session file was there and whole",
+        SessionReason.MISSING: "its session file was gone",
+        SessionReason.EMPTY: "its session file was empty",
+        SessionReason.CUT_OFF: "its session file was cut off",
+        SessionReason.BROKEN: "the beginning of its session file was damaged",
+        SessionReason.ELSEWHERE: "its session file was of another session or another workspace",
+        SessionReason.NOT_A_FILE: "in the place of its session file was no regular file",
+        SessionReason.UNREADABLE: "its session file may not be read",
+        SessionReason.UNUSABLE: "it cannot be the name of a session file",
+        SessionReason.NOT_KNOWN: "its session file has a form that this version does not know",
+        SessionReason.NO_HOME: "it is not known where its engine keeps sessions",
+        SessionReason.HOME_AWAY: "the home of its engine was not there, or empty",
+        SessionReason.NOT_ANSWERED: "the system did not let its session file be looked at",
     }
 )
 """Each reason as a clause, for people."""
 
-TELLS_NOTHING: Final = frozenset(
-    {Reason.NOT_KNOWN, Reason.NO_HOME, Reason.HOME_AWAY, Reason.NOT_ANSWERED}
+INCONCLUSIVE: Final = frozenset(
+    {
+        SessionReason.NOT_KNOWN,
+        SessionReason.NO_HOME,
+        SessionReason.HOME_AWAY,
+        SessionReason.NOT_ANSWERED,
+    }
 )
 """Reasons for UNKNOWN by themselves; with others nobody had seen the session before."""
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class SessionFinding:
     """What a check said of one handle. `reason`: None where an earlier version did not record it,
     or a later one recorded one that is not known here."""
 
     verdict: SessionVerdict
-    reason: Reason | None
+    reason: SessionReason | None
 
     @property
     def holds(self) -> bool:
@@ -101,7 +106,7 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class SessionMark:
+class SessionFingerprint:
     """What a session file was when a question was recorded: bytes, and when it was changed."""
 
     size: int
@@ -111,7 +116,7 @@ class SessionMark:
         return f"{self.size} {self.mtime_ns}"
 
     @classmethod
-    def read(cls, text: str | None) -> SessionMark | None:
+    def read(cls, text: str | None) -> SessionFingerprint | None:
         """Return the mark that a text holds; None if there is none, or it cannot be read."""
         found = _MARK.fullmatch(text or "")
         return cls(int(found[1]), int(found[2])) if found else None
@@ -123,10 +128,10 @@ class StoredHandle:
 
     handle: str = field(repr=False)
     workspace: Path
-    mark: SessionMark | None = None
+    fingerprint: SessionFingerprint | None = None
 
 
-NOT_ANSWERED: Final = Finding(SessionVerdict.UNKNOWN, Reason.NOT_ANSWERED)
+NOT_ANSWERED: Final = SessionFinding(SessionVerdict.UNKNOWN, SessionReason.NOT_ANSWERED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,29 +143,33 @@ class SessionCheck:
         unknown: what the engine makes of a session that cannot be judged.
     """
 
-    look: Callable[[Sequence[StoredHandle]], Iterable[Finding]]
+    look: Callable[[Sequence[StoredHandle]], Iterable[SessionFinding]]
     unknown: UnknownSession = UnknownSession.KEEP
 
     @property
-    def not_answered(self) -> Finding:
+    def not_answered(self) -> SessionFinding:
         """What goes on record where it did not answer."""
-        return with_policy(NOT_ANSWERED, self.unknown)
+        return apply_policy(NOT_ANSWERED, self.unknown)
 
 
-def as_far_as_seen(finding: Finding, mark: SessionMark | None) -> Finding:
+def weaken_if_never_seen(
+    finding: SessionFinding, mark: SessionFingerprint | None
+) -> SessionFinding:
     """Return what a finding of a CLI's session is worth.
 
     Only of a session that was seen when its question was recorded, so that there is a mark, is it
     known to lie where we look: without one it may be whole, in a place that only the CLI knows (it
     works in another folder, or in a container). No place makes a handle usable.
     """
-    lost = finding.verdict is SessionVerdict.INVALID and finding.reason is not Reason.UNUSABLE
+    lost = (
+        finding.verdict is SessionVerdict.INVALID and finding.reason is not SessionReason.UNUSABLE
+    )
     if lost and mark is None:
         return replace(finding, verdict=SessionVerdict.UNKNOWN)
     return finding
 
 
-def with_policy(finding: Finding, unknown: UnknownSession) -> Finding:
+def apply_policy(finding: SessionFinding, unknown: UnknownSession) -> SessionFinding:
     """Return what goes on record: of a session that cannot be judged also what that means."""
     if finding.verdict is SessionVerdict.UNKNOWN and unknown is UnknownSession.FAIL:
         return replace(finding, verdict=SessionVerdict.UNKNOWN_REFUSED)

@@ -12,12 +12,12 @@ from typing import Final
 from runrecovery_service.domain.errors import UnknownEngine
 from runrecovery_service.domain.run import Profile
 from runrecovery_service.domain.session_check import (
-    Finding,
     SessionCheck,
+    SessionFinding,
     StoredHandle,
     UnknownSession,
-    as_far_as_seen,
-    with_policy,
+    apply_policy,
+    weaken_if_never_seen,
 )
 from runrecovery_service.engines.dialect import Dialect
 from runrecovery_service.engines.jsonl import JSON_LINES
@@ -48,8 +48,9 @@ class Engine:
         require_user_reply: False: a question that waited so long is decided automatically.
         max_run_time_s: what a run may take from its first launch; None: any time.
         niceness, max_memory, max_open_files, max_processes: what its processes may use
-            (`process.launch.Bounds`); None: no limit of ours.
-        trust: the CLI (`trust.homes.Cli`) that is to trust the workspaces of its runs; None: none.
+            (`process.resource_limits`); None: no limit of ours.
+        trust: the CLI (`trust.config_files.AgentCli`) that is to trust the workspaces of its
+            runs; None: none.
     """
 
     name: str
@@ -95,12 +96,12 @@ class Engine:
         """What looks at its sessions; None: it is taken at its word."""
         if self.session_store is None:
             return None
-        return SessionCheck(partial(look_at_sessions, self), self.unknown_session)
+        return SessionCheck(partial(check_sessions, self), self.unknown_session)
 
 
-def look_at_sessions(
+def check_sessions(
     engine: Engine, handles: Sequence[StoredHandle], *, seen_before: bool = True
-) -> Iterator[Finding]:
+) -> Iterator[SessionFinding]:
     """Say of each session whether it can be resumed, as far as that can be told without the
     engine; nothing of an engine without `session_store`.
 
@@ -113,8 +114,8 @@ def look_at_sessions(
         return
     for stored, found in zip(handles, store.look(handles), strict=True):
         by_marks = seen_before and engine.sessions is not None
-        finding = as_far_as_seen(found, stored.mark) if by_marks else found
-        yield with_policy(finding, engine.unknown_session)
+        finding = weaken_if_never_seen(found, stored.fingerprint) if by_marks else found
+        yield apply_policy(finding, engine.unknown_session)
 
 
 class Catalog:

@@ -11,7 +11,7 @@ from runrecovery_service.engines.cli import (
     Began,
     Broke,
     Ceased,
-    Cli,
+    CliDialect,
     Finished,
     Named,
     Runs,
@@ -86,7 +86,7 @@ def says_lost(_: int | None, told: str) -> bool:
     return told.startswith(_SESSION_LOST)
 
 
-CLAUDE: Final = Cli(
+CLAUDE: Final = CliDialect(
     session_type="claude",
     first=lambda handle: (*_OUTPUT, "--session-id", handle or ""),
     resume=lambda handle: (*_OUTPUT, "--resume", handle),

@@ -130,7 +130,7 @@ SaysLost: TypeAlias = Callable[[int | None, str], bool]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cli:
+class CliDialect:
     """A CLI as a dialect.
 
     Attributes:
@@ -197,7 +197,7 @@ class CliListener:
 
     longest_secret = HANDLE_CHARS
 
-    def __init__(self, cli: Cli, handle: str | None, *, resumed: bool) -> None:
+    def __init__(self, cli: CliDialect, handle: str | None, *, resumed: bool) -> None:
         self._cli = cli
         self._handle = handle
         self._resumed = resumed

@@ -6,7 +6,16 @@ from collections.abc import Iterator
 from typing import Final
 
 from runrecovery_service.domain.run import JsonObject
-from runrecovery_service.engines.cli import Acted, Broke, Cli, Finished, Named, Said, Warned, Wrote
+from runrecovery_service.engines.cli import (
+    Acted,
+    Broke,
+    CliDialect,
+    Finished,
+    Named,
+    Said,
+    Warned,
+    Wrote,
+)
 
 _SESSION_LOST: Final = "thread/resume failed"
 
@@ -37,7 +46,7 @@ def says_lost(_: int | None, told: str) -> bool:
     return _SESSION_LOST in told
 
 
-CODEX: Final = Cli(
+CODEX: Final = CliDialect(
     session_type="codex",
     first=lambda _: ("exec", "--json", "-"),
     resume=lambda handle: ("exec", "resume", handle, "--json", "-"),

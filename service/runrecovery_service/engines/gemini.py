@@ -9,7 +9,7 @@ from runrecovery_service.domain.run import JsonObject
 from runrecovery_service.engines.cli import (
     Acted,
     Broke,
-    Cli,
+    CliDialect,
     Doomed,
     Finished,
     Named,
@@ -52,7 +52,7 @@ def says_lost(exit_code: int | None, told: str) -> bool:
     return exit_code == _BAD_INPUT and _SESSION_LOST in told
 
 
-GEMINI: Final = Cli(
+GEMINI: Final = CliDialect(
     session_type="gemini",
     first=lambda _: _OUTPUT,
     resume=lambda handle: ("--resume", handle, *_OUTPUT),

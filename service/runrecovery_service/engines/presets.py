@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Final
 
 from runrecovery_service.engines.claude import CLAUDE
-from runrecovery_service.engines.cli import Cli
+from runrecovery_service.engines.cli import CliDialect
 from runrecovery_service.engines.codex import CODEX
 from runrecovery_service.engines.gemini import GEMINI
 
@@ -33,7 +33,7 @@ class PresetFacts:
             who is to pay for them.
     """
 
-    dialect: Cli
+    dialect: CliDialect
     program: str
     home_variable: str
     variables: tuple[str, ...]

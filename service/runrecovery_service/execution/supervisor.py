@@ -25,10 +25,10 @@ from runrecovery_service.domain.run import (
     Session,
 )
 from runrecovery_service.domain.session_check import (
-    WORDS,
-    Finding,
-    Reason,
-    SessionMark,
+    REASON_TEXTS,
+    SessionFinding,
+    SessionFingerprint,
+    SessionReason,
     StoredHandle,
 )
 from runrecovery_service.domain.turn import (
@@ -277,30 +277,34 @@ class TurnSupervisor:
         stored = StoredHandle(
             handle=resumed.session.handle,
             workspace=self.shop.output.workspace(run.key, run.attempt),
-            mark=await self._log.retry_until_done(
+            fingerprint=await self._log.retry_until_done(
                 lambda: self.shop.storage.point(turns.mark_of, self.turn)
             ),
         )
         finding = await self._finding_at_home(engine, stored)
         if finding is None or finding.reason is None:
             return None
-        if finding.reason is Reason.NOT_ANSWERED:
+        if finding.reason is SessionReason.NOT_ANSWERED:
             self._log.warning("execution.session_not_seen", reason=finding.reason.value)
         if finding.holds:
             return None
-        return f"The session cannot be resumed: {WORDS[finding.reason]}."
+        return f"The session cannot be resumed: {REASON_TEXTS[finding.reason]}."
 
-    async def _finding_at_home(self, engine: Engine, stored: StoredHandle) -> Finding | None:
+    async def _finding_at_home(self, engine: Engine, stored: StoredHandle) -> SessionFinding | None:
         """Return what the check says once the CLI's home is there: to launch it before would make
         it another, empty home, in which every session is lost."""
         told = False
         while True:
             finding = await check_session(engine, stored, look_s=self.shop.look_s)
-            away = finding is not None and finding.reason is Reason.HOME_AWAY and finding.holds
+            away = (
+                finding is not None and finding.reason is SessionReason.HOME_AWAY and finding.holds
+            )
             if not away:
                 return finding
             if not told:
-                self._log.warning("execution.session_not_seen", reason=Reason.HOME_AWAY.value)
+                self._log.warning(
+                    "execution.session_not_seen", reason=SessionReason.HOME_AWAY.value
+                )
             told = True
             await self.launch.demand_wanted()
             await asyncio.sleep(HOME_LOOK_S)
@@ -732,7 +736,7 @@ class TurnSupervisor:
         for reason in done.warnings:
             self._log.warning("trust.entry_kept", reason=reason)
 
-    async def _mark(self, end: TurnEnd, *, gone: bool) -> SessionMark | None:
+    async def _mark(self, end: TurnEnd, *, gone: bool) -> SessionFingerprint | None:
         """Look at the session's file before the question is recorded, now that nothing writes to
         it: a restart then sees that it lacks nothing of the question. None if something may still
         write, or if there is no file where we look."""
@@ -751,7 +755,7 @@ class TurnSupervisor:
         stored = StoredHandle(handle=session.handle, workspace=workspace)
         seen = await fingerprint_session(sessions, stored, look_s=self.shop.look_s)
         if seen.mark is None:
-            reason = seen.finding.reason or Reason.NOT_ANSWERED
+            reason = seen.finding.reason or SessionReason.NOT_ANSWERED
             self._log.warning("execution.session_not_seen", reason=reason.value)
         return seen.mark
 

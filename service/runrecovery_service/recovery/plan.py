@@ -11,16 +11,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from runrecovery_service.domain.plan import (
+    Decision,
     PlannedDecision,
     RecoveryPlan,
     Situation,
-    Verdict,
-    foresee,
-    sum_up,
+    preview_decision,
+    sum_decisions,
 )
 from runrecovery_service.domain.recovery_matrix import Fact
 from runrecovery_service.domain.run import Page
-from runrecovery_service.domain.session_check import Finding, SessionCheck
+from runrecovery_service.domain.session_check import SessionCheck, SessionFinding
 from runrecovery_service.recovery.sessions import (
     CHECK_S,
     SESSIONS_PER_CHECK,
@@ -117,35 +117,35 @@ class Planner:
                 run_id=run.run_id,
                 engine=run.engine,
                 status=run.situation.status,
-                verdict=foresee(_with(run.situation, found.get(run.run_key))),
+                verdict=preview_decision(_with(run.situation, found.get(run.run_key))),
             )
             for run in rows.page
         )
         return Page(rows=decisions, after=rows.after), plan
 
-    def _looked_at(self, page: Sequence[Foreseen]) -> dict[int, Finding]:
+    def _looked_at(self, page: Sequence[Foreseen]) -> dict[int, SessionFinding]:
         """Return what the checks say of these runs' sessions, by run key."""
-        asker, found = self._asker(), dict[int, Finding]()
+        asker, found = self._asker(), dict[int, SessionFinding]()
         for engine in self.session_checks:
             stored = [run.session for run in page if run.engine == engine and run.session]
             keys = [session.run_key for session in stored]
             found |= zip(keys, asker.ask(engine, stored), strict=True)
         return found
 
-    def _counted(self, totals: _Totals, found: Mapping[int, Finding]) -> RecoveryPlan:
+    def _counted(self, totals: _Totals, found: Mapping[int, SessionFinding]) -> RecoveryPlan:
         """Count all runs by what the record says of them; those whose session is not any more what
         it says are then moved, one by one."""
-        counts: Counter[Verdict] = Counter()
+        counts: Counter[Decision] = Counter()
         for situation, count in totals.situations:
-            counts[foresee(situation)] += count
+            counts[preview_decision(situation)] += count
         asker = self._asker()
         for engine, sessions in totals.sessions.items():
             for (_, situation), finding in _answered(asker, engine, sessions, found):
                 now = _with(situation, finding)
                 if now != situation:
-                    counts[foresee(situation)] -= 1
-                    counts[foresee(now)] += 1
-        return sum_up(counts.items(), launches=totals.launches)
+                    counts[preview_decision(situation)] -= 1
+                    counts[preview_decision(now)] += 1
+        return sum_decisions(counts.items(), launches=totals.launches)
 
     def _asker(self) -> Asker:
         """Return what asks the checks; none of those that are still at an earlier question."""
@@ -161,8 +161,8 @@ class Planner:
 
 
 def _answered(
-    asker: Asker, engine: str, sessions: Sequence[_Session], known: Mapping[int, Finding]
-) -> Iterator[tuple[_Session, Finding]]:
+    asker: Asker, engine: str, sessions: Sequence[_Session], known: Mapping[int, SessionFinding]
+) -> Iterator[tuple[_Session, SessionFinding]]:
     """Yield each session with what the check says of it; those that are known are not asked of."""
     for at in range(0, len(sessions), SESSIONS_PER_CHECK):
         some = sessions[at : at + SESSIONS_PER_CHECK]
@@ -173,7 +173,7 @@ def _answered(
             yield one, next(answers) if finding is None else finding
 
 
-def _with(situation: Situation, finding: Finding | None) -> Situation:
+def _with(situation: Situation, finding: SessionFinding | None) -> Situation:
     """Return what a restart would see of a run with a session of which its check says this; None:
     the run has none, or its engine no check."""
     if finding is None:

@@ -15,7 +15,7 @@ from typing import Final
 
 from runrecovery_service import daemons
 from runrecovery_service.domain.errors import RecoveryInterrupted
-from runrecovery_service.domain.session_check import Finding, SessionCheck, StoredHandle
+from runrecovery_service.domain.session_check import SessionCheck, SessionFinding, StoredHandle
 from runrecovery_service.storage import converge
 from runrecovery_service.storage.converge import Reach, StoredSession
 from runrecovery_service.storage.database import Database
@@ -53,7 +53,7 @@ class Asker:
     now: Callable[[], float] = time.monotonic
     silent: Silent = field(default_factory=dict)
 
-    def ask(self, engine: str, stored: Sequence[StoredSession]) -> list[Finding]:
+    def ask(self, engine: str, stored: Sequence[StoredSession]) -> list[SessionFinding]:
         """Return what the engine's check says of each.
 
         Raises:
@@ -66,10 +66,10 @@ class Asker:
 
     def _answers(
         self, engine: str, check: SessionCheck, stored: Sequence[StoredSession]
-    ) -> list[Finding]:
+    ) -> list[SessionFinding]:
         """Return the answers that come in time."""
         handles = [self._handle(one) for one in stored]
-        answers: list[Finding] = []
+        answers: list[SessionFinding] = []
 
         def look() -> None:
             for finding in check.look(handles):
@@ -88,11 +88,15 @@ class Asker:
 
     def _handle(self, one: StoredSession) -> StoredHandle:
         return StoredHandle(
-            handle=one.handle, workspace=self.workspace(one.run_key, one.attempt), mark=one.mark
+            handle=one.handle,
+            workspace=self.workspace(one.run_key, one.attempt),
+            fingerprint=one.mark,
         )
 
 
-def changed_findings(db: Database, reach: Reach, asker: Asker) -> Iterator[dict[int, Finding]]:
+def changed_findings(
+    db: Database, reach: Reach, asker: Asker
+) -> Iterator[dict[int, SessionFinding]]:
     """Check the handles of every run that a restart decides on, and yield, in portions and by run
     key, each finding that is not the one on record."""
     for engine in asker.checks:

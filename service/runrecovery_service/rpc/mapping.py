@@ -19,7 +19,7 @@ from google.protobuf.struct_pb2 import NULL_VALUE, ListValue, Struct, Value
 from google.protobuf.timestamp_pb2 import Timestamp
 from runrecovery.v1 import recovery_pb2, recovery_service_pb2, run_pb2
 
-from runrecovery_service.domain.explanation import Seen, because, facts_seen
+from runrecovery_service.domain.explanation import RecordedDecision, explain_facts, explain_rule
 from runrecovery_service.domain.plan import PlannedDecision, RecoveryPlan
 from runrecovery_service.domain.reconciliation import (
     Cause,
@@ -443,12 +443,12 @@ def put_decided(to: recovery_service_pb2.RecoveredRun, decided: Decided) -> None
     put_recovery(to.recovery, decided.recovery)
 
 
-def put_explanation(to: recovery_service_pb2.RecoveryExplanation, seen: Seen) -> None:
+def put_explanation(to: recovery_service_pb2.RecoveryExplanation, seen: RecordedDecision) -> None:
     """Fill in why a decision was made, and what was done."""
     put_recovery(to.decision, seen.info)
-    to.because = because(seen.info.recovery_reason)
+    to.because = explain_rule(seen.info.recovery_reason)
     to.profile = PROFILES[seen.profile]
-    for fact in facts_seen(seen):
+    for fact in explain_facts(seen):
         to.facts.add(name=fact.name, held=fact.held, source=fact.source)
     for launch in seen.launches:
         for orphan in launch.orphans:

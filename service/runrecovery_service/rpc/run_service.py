@@ -25,7 +25,7 @@ from runrecovery_service.domain.errors import (
 )
 from runrecovery_service.domain.recovery_matrix import REOPENABLE
 from runrecovery_service.domain.run import NewRun, Run, RunFilter, RunStatus
-from runrecovery_service.domain.session_check import WORDS, StoredHandle
+from runrecovery_service.domain.session_check import REASON_TEXTS, StoredHandle
 from runrecovery_service.engines.catalog import Catalog, Engine
 from runrecovery_service.execution.dispatcher import Dispatcher
 from runrecovery_service.rpc import ids, mapping, paging, validation
@@ -202,10 +202,10 @@ class RunService:
         engine = self._rooms.catalog.get(run.engine)
         workspace = self._rooms.output.workspace(run.key, run.attempt)
         mark = found.mark if handle == found.handle else None
-        stored = StoredHandle(handle=handle, workspace=workspace, mark=mark)
+        stored = StoredHandle(handle=handle, workspace=workspace, fingerprint=mark)
         finding = await check_session(engine, stored, look_s=LOOK_S, seen_before=supplied is None)
         if finding is not None and not finding.holds:
-            why = "its session is lost" if finding.reason is None else WORDS[finding.reason]
+            why = "its session is lost" if finding.reason is None else REASON_TEXTS[finding.reason]
             raise SessionNotResumable(run.run_id, why)
 
     async def list_interactions(

@@ -33,8 +33,8 @@ from runrecovery_service.domain.run import (
 )
 from runrecovery_service.domain.session_check import (
     LOST,
-    Finding,
-    SessionMark,
+    SessionFinding,
+    SessionFingerprint,
     SessionVerdict,
 )
 from runrecovery_service.storage.database import DRIVER_ERRORS, Database, Dialect, Kind, translate
@@ -718,8 +718,8 @@ class StoredSession:
     run_key: int
     attempt: int
     handle: str = field(repr=False)
-    mark: SessionMark | None
-    finding: Finding | None
+    mark: SessionFingerprint | None
+    finding: SessionFinding | None
 
 
 def sessions_to_check(
@@ -747,12 +747,12 @@ def _stored(
         run_key=run_key,
         attempt=attempt,
         handle=handle,
-        mark=SessionMark.read(mark),
+        mark=SessionFingerprint.read(mark),
         finding=finding_from(verdict, reason),
     )
 
 
-def record_findings(db: Database, scope: Scope, found: Mapping[int, Finding]) -> None:
+def record_findings(db: Database, scope: Scope, found: Mapping[int, SessionFinding]) -> None:
     """Record what the checks of sessions said, by run key."""
     with db.transaction():
         for run_key, finding in found.items():

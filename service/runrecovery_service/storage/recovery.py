@@ -8,7 +8,7 @@ from itertools import takewhile
 from typing import Final
 
 from runrecovery_service.domain.errors import ReconciliationNotFound, StorageBusy
-from runrecovery_service.domain.explanation import LaunchOrphans, Seen
+from runrecovery_service.domain.explanation import LaunchOrphans, RecordedDecision
 from runrecovery_service.domain.reconciliation import (
     BindingCounts,
     Cause,
@@ -85,7 +85,7 @@ def history(db: Database, run_id: str) -> tuple[RecoveryInfo, ...]:
     return tuple(row for row in rows if row is not None)
 
 
-def explained(db: Database, run_id: str, *, limit: int) -> tuple[Seen, ...]:
+def explained(db: Database, run_id: str, *, limit: int) -> tuple[RecordedDecision, ...]:
     """Return the decisions for one run with what they saw, newest first.
 
     Raises:
@@ -113,7 +113,7 @@ def explained(db: Database, run_id: str, *, limit: int) -> tuple[Seen, ...]:
             continue
         since = earlier[-1] if earlier is not None else 0
         told.append(
-            Seen(
+            RecordedDecision(
                 info=info,
                 facts=Fact(facts),
                 profile=word(Profile, profile),

@@ -21,7 +21,7 @@ from runrecovery_service.domain.run import (
     Run,
     RunStatus,
 )
-from runrecovery_service.domain.session_check import SessionMark
+from runrecovery_service.domain.session_check import SessionFingerprint
 from runrecovery_service.domain.transitions import REOPENED
 from runrecovery_service.storage import instances, interactions, requests, runs
 from runrecovery_service.storage.database import Database, Stale
@@ -43,7 +43,7 @@ class Candidate:
 
     run: Run
     handle: str | None
-    mark: SessionMark | None
+    mark: SessionFingerprint | None
 
     def __repr__(self) -> str:
         return f"Candidate(run={self.run.run_id!r}, handle=<secret>)"
@@ -71,7 +71,7 @@ def candidate(db: Database, run_id: str) -> Candidate:
         "SELECT retired_value, session_value, session_mark FROM run WHERE id = ?", (run.key,)
     )
     retired, own, mark = row or (None, None, None)
-    return Candidate(run=run, handle=retired or own or None, mark=SessionMark.read(mark))
+    return Candidate(run=run, handle=retired or own or None, mark=SessionFingerprint.read(mark))
 
 
 @runs.retried

@@ -31,7 +31,7 @@ from runrecovery_service.domain.run import (
     RunStatus,
     Session,
 )
-from runrecovery_service.domain.session_check import Finding, Reason, SessionVerdict
+from runrecovery_service.domain.session_check import SessionFinding, SessionReason, SessionVerdict
 from runrecovery_service.storage import tables
 from runrecovery_service.storage.database import Row
 
@@ -92,7 +92,7 @@ _WORDS: Final[dict[type[StrEnum], dict[str, Any]]] = {
         InteractionState,
         RunEventKind,
         SessionVerdict,
-        Reason,
+        SessionReason,
     )
 }
 
@@ -103,10 +103,10 @@ def word(kind: type[E], text: str | None) -> E | None:
     return member
 
 
-def finding_from(verdict: str | None, reason: str | None) -> Finding | None:
+def finding_from(verdict: str | None, reason: str | None) -> SessionFinding | None:
     """Return the finding that two columns hold; None: none, or of a verdict not known here."""
     known = word(SessionVerdict, verdict)
-    return None if known is None else Finding(known, word(Reason, reason))
+    return None if known is None else SessionFinding(known, word(SessionReason, reason))
 
 
 # -- runs --------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from runrecovery_service.domain.run import (
     RunStatus,
     Session,
 )
-from runrecovery_service.domain.session_check import SessionMark
+from runrecovery_service.domain.session_check import SessionFingerprint
 from runrecovery_service.domain.turn import Asked, Interrupted, Succeeded, TurnEnd
 from runrecovery_service.storage import interactions, processes, runs
 from runrecovery_service.storage.database import Database, Stale
@@ -175,12 +175,12 @@ def keep_session(
     )
 
 
-def mark_of(db: Database, turn: Turn) -> SessionMark | None:
+def mark_of(db: Database, turn: Turn) -> SessionFingerprint | None:
     """Return what a run's session file was when its question was recorded; None: nobody looked."""
     row = db.fetch_one(
         "SELECT session_mark FROM run WHERE id = ? AND run_id = ?", (turn.run.key, turn.run.run_id)
     )
-    return SessionMark.read(row[0]) if row else None
+    return SessionFingerprint.read(row[0]) if row else None
 
 
 @runs.retried
@@ -238,7 +238,7 @@ def end(
     end: TurnEnd,
     ended: Ended,
     due: Due | None,
-    mark: SessionMark | None = None,
+    mark: SessionFingerprint | None = None,
     now: datetime,
 ) -> Run:
     """Record how a turn ended, and close its lease, in one step. An accepted cancel wins.
@@ -347,7 +347,7 @@ def _ask(
     owner: Owner,
     now: datetime,
     due: Due | None,
-    mark: SessionMark | None = None,
+    mark: SessionFingerprint | None = None,
 ) -> None:
     number = run.interaction_count + 1
     armed = {} if due is None else {"wait_due_us": due.us, "due_clock": due.clock}

@@ -24,7 +24,7 @@ from runrecovery_service.trust.entry import (
     unchanged,
     with_reserve,
 )
-from runrecovery_service.trust.errors import Reason, TrustFileUnusable
+from runrecovery_service.trust.errors import TrustFileUnusable, UnusableReason
 from runrecovery_service.trust.text import Splice, Text, apply_all, lie_apart, newline_of
 from runrecovery_service.trust.toml_text import Document, Field, Header, Table
 
@@ -56,12 +56,14 @@ class CodexEditor:
         parsed = toml_text.parse(source.body)
         entry = _entry_of(parsed.table, folder)
         if entry is None:
-            raise TrustFileUnusable(Reason.UNEXPECTED_SHAPE, "no table where the entry should be")
+            raise TrustFileUnusable(
+                UnusableReason.UNEXPECTED_SHAPE, "no table where the entry should be"
+            )
         level = entry.get(_LEVEL)
         if level == _TRUSTED:
             return unchanged(text, folder, standing)
         if not isinstance(level, str | None):
-            raise TrustFileUnusable(Reason.UNEXPECTED_SHAPE, f"{_LEVEL} is no string")
+            raise TrustFileUnusable(UnusableReason.UNEXPECTED_SHAPE, f"{_LEVEL} is no string")
         if level is None:
             insert = _Site(source.body, parsed, folder).insert()
             file = {Made.FILE} if text is None else set[Made]()
@@ -228,7 +230,7 @@ class _Site:
         for field in self._fields:
             if field.path == self._target:
                 return field
-        raise TrustFileUnusable(Reason.NOT_PROVED, "the entry was not found in the text")
+        raise TrustFileUnusable(UnusableReason.NOT_PROVED, "the entry was not found in the text")
 
     # -- putting in ----------------------------------------------------------------------------
 
@@ -400,7 +402,9 @@ def _proved(
     except TrustFileUnusable:
         right = False
     if not right:
-        raise TrustFileUnusable(Reason.NOT_PROVED, "the edit would change more than our entry")
+        raise TrustFileUnusable(
+            UnusableReason.NOT_PROVED, "the edit would change more than our entry"
+        )
     return source.to_bytes(body)
 
 

@@ -9,7 +9,7 @@ from enum import Enum
 from itertools import islice
 from typing import Final, Protocol, TypeAlias
 
-from runrecovery_service.trust.errors import FolderUnusable, Reason, TrustFileUnusable
+from runrecovery_service.trust.errors import FolderUnusable, TrustFileUnusable, UnusableReason
 
 
 class Made(Enum):
@@ -171,7 +171,7 @@ def in_rounds(
         try:
             removals = some(text, portion) if len(portion) > 1 else _one(editor, text, portion)
         except TrustFileUnusable as error:
-            if error.reason is not Reason.NOT_PROVED or len(portion) == 1:
+            if error.reason is not UnusableReason.NOT_PROVED or len(portion) == 1:
                 raise
             most = len(portion) // 2  # one of them spoils it; it will be alone
             continue
@@ -195,7 +195,8 @@ def with_reserve(text: bytes, most: int) -> bytes:
     """
     if len(text) > most - RESERVE:
         raise TrustFileUnusable(
-            Reason.TOO_LARGE, f"{len(text)} bytes with the entry, more than {most - RESERVE}"
+            UnusableReason.TOO_LARGE,
+            f"{len(text)} bytes with the entry, more than {most - RESERVE}",
         )
     return text
 

@@ -15,7 +15,7 @@ from enum import Enum
 from pathlib import Path
 
 
-class Reason(Enum):
+class UnusableReason(Enum):
     """Why a trust file is left alone."""
 
     NOT_UTF8 = "not_utf8"
@@ -51,7 +51,7 @@ class TrustFileUnusable(TrustError):
         detail: for people; never holds text of the file, which may be secret.
     """
 
-    reason: Reason
+    reason: UnusableReason
     detail: str
 
     def __str__(self) -> str:

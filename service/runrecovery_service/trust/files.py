@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Final, Protocol, TypeVar
 
 from runrecovery_service.trust.errors import (
-    Reason,
     TrustFileBusy,
     TrustFileOutOfReach,
     TrustFileUnusable,
+    UnusableReason,
 )
 from runrecovery_service.trust.locks import locked, token
 
@@ -251,15 +251,15 @@ def _look(target: Path) -> _Seen:
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise TrustFileUnusable(Reason.NOT_REGULAR, "no regular file")
+            raise TrustFileUnusable(UnusableReason.NOT_REGULAR, "no regular file")
         if status.st_nlink > 1:
-            raise TrustFileUnusable(Reason.LINKED, f"{status.st_nlink} names for one file")
+            raise TrustFileUnusable(UnusableReason.LINKED, f"{status.st_nlink} names for one file")
         with open(descriptor, "rb", closefd=False) as file:
             data = file.read(MOST_BYTES + 1)
     finally:
         os.close(descriptor)
     if len(data) > MOST_BYTES:
-        raise TrustFileUnusable(Reason.TOO_LARGE, f"more than {MOST_BYTES} bytes")
+        raise TrustFileUnusable(UnusableReason.TOO_LARGE, f"more than {MOST_BYTES} bytes")
     return _Seen(_State.of(status), data)
 
 
@@ -320,7 +320,7 @@ def _edit_locked(
                 continue
             change = decide(seen.data)
         except TrustFileUnusable as error:
-            unsettled = error.reason in {Reason.NOT_PARSABLE, Reason.NOT_UTF8}
+            unsettled = error.reason in {UnusableReason.NOT_PARSABLE, UnusableReason.NOT_UTF8}
             if unsettled and patience.settles(seen):
                 continue
             raise
@@ -338,7 +338,7 @@ def _edit_locked(
 def _put(target: Path, seen: _Seen, text: bytes | None, places: Places) -> bool:
     """Put the text in the place of what was seen. False: that has changed; nothing was done."""
     if seen.state is not None and not seen.state.mode & 0o222:
-        raise TrustFileUnusable(Reason.READ_ONLY, "no one may write it, by its mode")
+        raise TrustFileUnusable(UnusableReason.READ_ONLY, "no one may write it, by its mode")
     new = _temporary(target, None)
     old = _temporary(target, places.backups)
     try:
@@ -429,7 +429,8 @@ def _give(descriptor: int, like: _State, mode: int) -> None:
         if status.st_uid == like.uid and not mode & 0o070:
             return
         raise TrustFileUnusable(
-            Reason.OWNER_LOST, f"belongs to {like.uid}:{like.gid}, which we may not give it to"
+            UnusableReason.OWNER_LOST,
+            f"belongs to {like.uid}:{like.gid}, which we may not give it to",
         ) from None
 
 

@@ -22,7 +22,7 @@ from runrecovery_service.trust.entry import (
     unchanged,
     with_reserve,
 )
-from runrecovery_service.trust.errors import Reason, TrustFileUnusable
+from runrecovery_service.trust.errors import TrustFileUnusable, UnusableReason
 from runrecovery_service.trust.json_text import Member, Model, Object
 from runrecovery_service.trust.text import Splice, Text, apply_all, lie_apart, newline_of
 
@@ -75,7 +75,9 @@ class JsonEditor:
         before = json_text.parse(source.body)
         trail = _follow(source.body, self._path(folder))
         if trail.is_blocked:
-            raise TrustFileUnusable(Reason.UNEXPECTED_SHAPE, "no object where one should be")
+            raise TrustFileUnusable(
+                UnusableReason.UNEXPECTED_SHAPE, "no object where one should be"
+            )
         if trail.leaf is None:
             splice = trail.insert(source.body, self.value)
             made = self._made(trail.depth) | inherited(standing)
@@ -83,7 +85,9 @@ class JsonEditor:
         elif trail.leaf.value in self.trusting:
             return unchanged(text, folder, standing)
         elif isinstance(trail.leaf.value, list | tuple):
-            raise TrustFileUnusable(Reason.UNEXPECTED_SHAPE, "the entry is not a plain value")
+            raise TrustFileUnusable(
+                UnusableReason.UNEXPECTED_SHAPE, "the entry is not a plain value"
+            )
         else:
             leaf = trail.leaf
             splice = Splice(leaf.value_start, leaf.value_end, self.value)
@@ -303,9 +307,11 @@ def _proved(source: Text, splices: Sequence[Splice], expected: Model) -> bytes:
     except TrustFileUnusable:
         right = False
     except RecursionError:
-        raise TrustFileUnusable(Reason.TOO_DEEP, "nested too deeply") from None
+        raise TrustFileUnusable(UnusableReason.TOO_DEEP, "nested too deeply") from None
     if not right:
-        raise TrustFileUnusable(Reason.NOT_PROVED, "the edit would change more than our entry")
+        raise TrustFileUnusable(
+            UnusableReason.NOT_PROVED, "the edit would change more than our entry"
+        )
     return source.to_bytes(body)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NoReturn, TypeAlias
 
-from runrecovery_service.trust.errors import Reason, TrustFileUnusable
+from runrecovery_service.trust.errors import TrustFileUnusable, UnusableReason
 
 Model: TypeAlias = "str | bool | bytes | list[Model] | tuple[tuple[str, Model], ...] | None"
 """A JSON value in which nothing is lost: objects are their pairs in order, so that names which
@@ -40,12 +40,12 @@ def parse(body: str) -> Model:
     try:
         model: Model = _DECODER.decode(body)
     except RecursionError:
-        raise TrustFileUnusable(Reason.TOO_DEEP, "nested too deeply") from None
+        raise TrustFileUnusable(UnusableReason.TOO_DEEP, "nested too deeply") from None
     except json.JSONDecodeError as error:
         where = f"{error.msg}, line {error.lineno} column {error.colno}"
-        raise TrustFileUnusable(Reason.NOT_PARSABLE, where) from None
+        raise TrustFileUnusable(UnusableReason.NOT_PARSABLE, where) from None
     except ValueError as error:
-        raise TrustFileUnusable(Reason.NOT_PARSABLE, str(error)) from None
+        raise TrustFileUnusable(UnusableReason.NOT_PARSABLE, str(error)) from None
     return model
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from runrecovery_service.trust.errors import Reason, TrustFileUnusable
+from runrecovery_service.trust.errors import TrustFileUnusable, UnusableReason
 
 _BOM: Final = "\ufeff"
 
@@ -26,11 +26,13 @@ class Text:
             TrustFileUnusable: it is larger than `most` bytes, or no UTF-8.
         """
         if len(data) > most:
-            raise TrustFileUnusable(Reason.TOO_LARGE, f"{len(data)} bytes, more than {most}")
+            raise TrustFileUnusable(
+                UnusableReason.TOO_LARGE, f"{len(data)} bytes, more than {most}"
+            )
         try:
             body = data.decode()
         except UnicodeDecodeError as error:
-            raise TrustFileUnusable(Reason.NOT_UTF8, f"at byte {error.start}") from None
+            raise TrustFileUnusable(UnusableReason.NOT_UTF8, f"at byte {error.start}") from None
         bom = _BOM if body.startswith(_BOM) else ""
         return cls(body.removeprefix(_BOM), bom)
 

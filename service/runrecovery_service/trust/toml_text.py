@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
-from runrecovery_service.trust.errors import Reason, TrustFileUnusable
+from runrecovery_service.trust.errors import TrustFileUnusable, UnusableReason
 
 Table: TypeAlias = dict[str, Any]  # what tomllib gives: any TOML value below it
 
@@ -121,9 +121,9 @@ def _loads(body: str) -> Table:
     try:
         return tomllib.loads(body, parse_float=str.encode)
     except RecursionError:
-        raise TrustFileUnusable(Reason.TOO_DEEP, "nested too deeply") from None
+        raise TrustFileUnusable(UnusableReason.TOO_DEEP, "nested too deeply") from None
     except ValueError as error:  # TOMLDecodeError, and a number of more than 4300 digits
-        raise TrustFileUnusable(Reason.NOT_PARSABLE, _place(error)) from None
+        raise TrustFileUnusable(UnusableReason.NOT_PARSABLE, _place(error)) from None
 
 
 def _place(error: ValueError) -> str:
@@ -235,7 +235,9 @@ def _read_key(body: str, at: int) -> tuple[tuple[Part, ...], int]:
             raise _lost(body, at)
         parts.append(Part(name=_unquoted(found[0]), start=at, end=found.end()))
         if len(parts) > MOST_PARTS:
-            raise TrustFileUnusable(Reason.TOO_DEEP, f"a key of more than {MOST_PARTS} parts")
+            raise TrustFileUnusable(
+                UnusableReason.TOO_DEEP, f"a key of more than {MOST_PARTS} parts"
+            )
         end = _skip_blank(body, found.end())
         if not body.startswith(".", end):
             return tuple(parts), end
@@ -247,7 +249,9 @@ def _unquoted(raw: str) -> str:
         try:
             return str(tomllib.loads(f"key = {raw}")["key"])
         except tomllib.TOMLDecodeError:
-            raise TrustFileUnusable(Reason.NOT_PARSABLE, "a key with a bad escape") from None
+            raise TrustFileUnusable(
+                UnusableReason.NOT_PARSABLE, "a key with a bad escape"
+            ) from None
     return raw[1:-1] if raw[0] in "\"'" else raw
 
 
@@ -284,11 +288,11 @@ def _skip_nested(body: str, at: int) -> int:
         elif piece[0] not in "#\"'":
             dots += piece.count(".")
         if depth > MOST_DEPTH or dots >= MOST_PARTS:
-            raise TrustFileUnusable(Reason.TOO_DEEP, "nested too deeply")
+            raise TrustFileUnusable(UnusableReason.TOO_DEEP, "nested too deeply")
         if depth == 0:
             return at
 
 
 def _lost(body: str, at: int) -> TrustFileUnusable:
     line = body.count("\n", 0, at) + 1
-    return TrustFileUnusable(Reason.NOT_PARSABLE, f"at line {line}")
+    return TrustFileUnusable(UnusableReason.NOT_PARSABLE, f"at line {line}")

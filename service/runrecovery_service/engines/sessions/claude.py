@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from runrecovery_service.domain.run import JsonObject
-from runrecovery_service.domain.session_check import Reason, StoredHandle
+from runrecovery_service.domain.session_check import SessionReason, StoredHandle
 from runrecovery_service.engines.sessions.files import CliSessions
 from runrecovery_service.engines.sessions.folders import home_of
 
@@ -71,16 +71,16 @@ class ClaudeFinder:
 class ClaudeLayout:
     """How Claude Code writes a session."""
 
-    def identify(self, head: Iterator[JsonObject], stored: StoredHandle) -> Reason | None:
+    def identify(self, head: Iterator[JsonObject], stored: StoredHandle) -> SessionReason | None:
         """Say what is wrong with the first lines."""
         told: JsonObject = {}
         while not {"sessionId", "cwd"} <= told.keys() and (line := next(head, None)) is not None:
             told = line | told
         if not isinstance(told.get("sessionId"), str):
-            return Reason.NOT_KNOWN
+            return SessionReason.NOT_KNOWN
         place = str(stored.workspace)
         own = told["sessionId"] == stored.handle and told.get("cwd", place) == place
-        return None if own else Reason.ELSEWHERE
+        return None if own else SessionReason.ELSEWHERE
 
     def is_end_of_turn(self, line: JsonObject) -> bool | None:
         """Tell the end of a turn. Helpers (`isSidechain`) and notes (`isMeta`) tell nothing."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from runrecovery_service.domain.run import JsonObject
-from runrecovery_service.domain.session_check import Reason, StoredHandle
+from runrecovery_service.domain.session_check import SessionReason, StoredHandle
 from runrecovery_service.engines.sessions.files import CliSessions
 from runrecovery_service.engines.sessions.folders import Once, home_of, names_in
 
@@ -89,16 +89,16 @@ def _files_in(folder: Path) -> dict[str, Path]:
 class CodexLayout:
     """How Codex writes a session."""
 
-    def identify(self, head: Iterator[JsonObject], stored: StoredHandle) -> Reason | None:
+    def identify(self, head: Iterator[JsonObject], stored: StoredHandle) -> SessionReason | None:
         """Say what is wrong with the first lines."""
         first = next(head)
         payload = first.get("payload")
         if first.get("type") != "session_meta" or not isinstance(payload, dict):
-            return Reason.NOT_KNOWN
+            return SessionReason.NOT_KNOWN
         if not isinstance(payload.get("id"), str) or not isinstance(payload.get("cwd"), str):
-            return Reason.NOT_KNOWN
+            return SessionReason.NOT_KNOWN
         own = (payload["id"], payload["cwd"]) == (stored.handle, str(stored.workspace))
-        return None if own else Reason.ELSEWHERE
+        return None if own else SessionReason.ELSEWHERE
 
     def is_end_of_turn(self, line: JsonObject) -> bool | None:
         """Tell the end of a turn."""

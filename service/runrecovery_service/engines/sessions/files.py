@@ -13,9 +13,9 @@ from typing import Final, Protocol
 import structlog
 
 from runrecovery_service.domain.session_check import (
-    Finding,
-    Reason,
-    SessionMark,
+    SessionFinding,
+    SessionFingerprint,
+    SessionReason,
     SessionVerdict,
     StoredHandle,
 )
@@ -35,20 +35,20 @@ MOST_READ: Final = 1024**2
 
 log = structlog.get_logger()
 
-_REASON_OF: Final[Mapping[int, Reason]] = {
-    errno.ENOENT: Reason.MISSING,
-    errno.ENOTDIR: Reason.MISSING,
-    errno.EACCES: Reason.UNREADABLE,
-    errno.EPERM: Reason.UNREADABLE,
-    errno.ENXIO: Reason.NOT_A_FILE,  # a socket
-    errno.ENAMETOOLONG: Reason.UNUSABLE,
+_REASON_OF: Final[Mapping[int, SessionReason]] = {
+    errno.ENOENT: SessionReason.MISSING,
+    errno.ENOTDIR: SessionReason.MISSING,
+    errno.EACCES: SessionReason.UNREADABLE,
+    errno.EPERM: SessionReason.UNREADABLE,
+    errno.ENXIO: SessionReason.NOT_A_FILE,  # a socket
+    errno.ENAMETOOLONG: SessionReason.UNUSABLE,
 }
 
 
 class SessionStore(Protocol):
     """Where an engine keeps its sessions."""
 
-    def look(self, handles: Sequence[StoredHandle]) -> Iterator[Finding]:
+    def look(self, handles: Sequence[StoredHandle]) -> Iterator[SessionFinding]:
         """Say of each handle, one by one, whether it can be resumed by. Blocking."""
 
 
@@ -63,9 +63,9 @@ class Finder(Protocol):
         """
 
 
-def reason_of(error: OSError) -> Reason:
+def reason_of(error: OSError) -> SessionReason:
     """Return what an error says of a session: NOT_ANSWERED where it says nothing of it."""
-    return _REASON_OF.get(error.errno or 0, Reason.NOT_ANSWERED)
+    return _REASON_OF.get(error.errno or 0, SessionReason.NOT_ANSWERED)
 
 
 # -- engines that name a file ------------------------------------------------------------------
@@ -80,29 +80,29 @@ class NamedFiles:
 
     place: Callable[[StoredHandle], Path | None]
 
-    def look(self, handles: Sequence[StoredHandle]) -> Iterator[Finding]:
+    def look(self, handles: Sequence[StoredHandle]) -> Iterator[SessionFinding]:
         """Look for each file."""
         for stored in handles:
             yield FOUND[self._look(stored)]
 
-    def _look(self, stored: StoredHandle) -> Reason:
+    def _look(self, stored: StoredHandle) -> SessionReason:
         path = self.place(stored)
         if path is None:
-            return Reason.UNUSABLE
+            return SessionReason.UNUSABLE
         try:
             found = path.stat()
         except OSError as error:
             return reason_of(error)
         if not stat.S_ISREG(found.st_mode):
-            return Reason.NOT_A_FILE
-        return Reason.PRESENT if found.st_size else Reason.EMPTY
+            return SessionReason.NOT_A_FILE
+        return SessionReason.PRESENT if found.st_size else SessionReason.EMPTY
 
 
 # -- CLIs that we know -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class SessionObservation:
     """What was seen of a session.
 
     Attributes:
@@ -110,11 +110,11 @@ class Seen:
         mark: what its file is now; None: it has none, or one that a check would refuse.
     """
 
-    finding: Finding
-    mark: SessionMark | None
+    finding: SessionFinding
+    mark: SessionFingerprint | None
 
 
-_MISSING: Final = Seen(FOUND[Reason.MISSING], None)
+_MISSING: Final = SessionObservation(FOUND[SessionReason.MISSING], None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,18 +131,18 @@ class CliSessions:
     finder: Callable[[], Finder] | None
     layout: Layout
 
-    def look(self, handles: Sequence[StoredHandle]) -> Iterator[Finding]:
+    def look(self, handles: Sequence[StoredHandle]) -> Iterator[SessionFinding]:
         """Find and judge each file; of one that is as it was when it was marked, only its size
         and time."""
         looks = self._looks()
         for stored in handles:
             yield looks.see(stored).finding
 
-    def check(self, handles: Sequence[StoredHandle]) -> list[Finding]:
+    def check(self, handles: Sequence[StoredHandle]) -> list[SessionFinding]:
         """Look at all of them."""
         return list(self.look(handles))
 
-    def see(self, stored: StoredHandle) -> Seen:
+    def see(self, stored: StoredHandle) -> SessionObservation:
         """Look at one session, and mark it. Call it once nothing writes to it any more."""
         return self._looks().see(stored)
 
@@ -160,32 +160,32 @@ class _Looks:
     _home_is_away: Once[bool] = field(default_factory=Once)
     _told: set[str] = field(default_factory=set)
 
-    def see(self, stored: StoredHandle) -> Seen:
+    def see(self, stored: StoredHandle) -> SessionObservation:
         """Look at one session. A defect here must not stop a recovery, now and at every start."""
         try:
             return self._see(stored)
         except OSError as error:
-            return Seen(FOUND[reason_of(error)], None)
+            return SessionObservation(FOUND[reason_of(error)], None)
         except NotKnown:
-            return Seen(FOUND[Reason.NOT_KNOWN], None)
+            return SessionObservation(FOUND[SessionReason.NOT_KNOWN], None)
         except Exception as error:  # noqa: BLE001 - what agents write must not do more than this
             name = type(error).__name__
             if name not in self._told:
                 self._told.add(name)
                 log.warning("sessions.look_failed", error=name)
-            return Seen(FOUND[Reason.NOT_ANSWERED], None)
+            return SessionObservation(FOUND[SessionReason.NOT_ANSWERED], None)
 
-    def _see(self, stored: StoredHandle) -> Seen:
+    def _see(self, stored: StoredHandle) -> SessionObservation:
         if self.home is None or self.finder is None:
-            return Seen(FOUND[Reason.NO_HOME], None)
+            return SessionObservation(FOUND[SessionReason.NO_HOME], None)
         if not is_uuid(stored.handle):
-            return Seen(FOUND[Reason.UNUSABLE], None)
+            return SessionObservation(FOUND[SessionReason.UNUSABLE], None)
         # The CLI asks the kernel where it is, which knows no links.
         stored = replace(stored, workspace=Path(os.path.realpath(stored.workspace)))
         seen = self._find(self.finder, stored)
-        return self._of_home(self.home) if seen.finding.reason is Reason.MISSING else seen
+        return self._of_home(self.home) if seen.finding.reason is SessionReason.MISSING else seen
 
-    def _find(self, finder: Finder, stored: StoredHandle) -> Seen:
+    def _find(self, finder: Finder, stored: StoredHandle) -> SessionObservation:
         """Return what is seen at the first place with a session to go on with, else at the first
         with anything."""
         best = _MISSING
@@ -194,56 +194,58 @@ class _Looks:
                 seen = _look(place, stored, self.layout)
                 if seen.finding.verdict is SessionVerdict.VALID:
                     return seen
-                if best.finding.reason is Reason.MISSING:
+                if best.finding.reason is SessionReason.MISSING:
                     best = seen
         except (OSError, NotKnown):
             if best is _MISSING:
                 raise
         return best
 
-    def _of_home(self, home: Path) -> Seen:
+    def _of_home(self, home: Path) -> SessionObservation:
         """Return what it says of a session that it is missing: nothing where all is missing."""
         try:
             away = self._home_is_away.get(home, lambda: is_away(home))
         except OSError:
-            return Seen(FOUND[Reason.NOT_ANSWERED], None)
-        return Seen(FOUND[Reason.HOME_AWAY], None) if away else _MISSING
+            return SessionObservation(FOUND[SessionReason.NOT_ANSWERED], None)
+        return SessionObservation(FOUND[SessionReason.HOME_AWAY], None) if away else _MISSING
 
 
-def _look(path: Path, stored: StoredHandle, layout: Layout) -> Seen:
+def _look(path: Path, stored: StoredHandle, layout: Layout) -> SessionObservation:
     try:
         # Without waiting: it may be a pipe. Links are followed: whole homes are links in places.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        return Seen(FOUND[reason_of(error)], None)
+        return SessionObservation(FOUND[reason_of(error)], None)
     try:
         return _look_into(descriptor, path.suffix, stored, layout)
     except OSError as error:
-        return Seen(FOUND[reason_of(error)], None)
+        return SessionObservation(FOUND[reason_of(error)], None)
     finally:
         os.close(descriptor)
 
 
-def _look_into(descriptor: int, suffix: str, stored: StoredHandle, layout: Layout) -> Seen:
+def _look_into(
+    descriptor: int, suffix: str, stored: StoredHandle, layout: Layout
+) -> SessionObservation:
     found = os.fstat(descriptor)
-    now = SessionMark(found.st_size, found.st_mtime_ns)
+    now = SessionFingerprint(found.st_size, found.st_mtime_ns)
     if not stat.S_ISREG(found.st_mode):
-        reason = Reason.NOT_A_FILE
+        reason = SessionReason.NOT_A_FILE
     elif not now.size:
-        reason = Reason.EMPTY
+        reason = SessionReason.EMPTY
     elif suffix != ".jsonl":
-        reason = Reason.NOT_KNOWN
-    elif now == stored.mark:
-        reason = Reason.UNCHANGED
-    elif stored.mark is not None and now.size < stored.mark.size:
-        reason = Reason.CUT_OFF
+        reason = SessionReason.NOT_KNOWN
+    elif now == stored.fingerprint:
+        reason = SessionReason.UNCHANGED
+    elif stored.fingerprint is not None and now.size < stored.fingerprint.size:
+        reason = SessionReason.CUT_OFF
     else:
-        reason = judge(_excerpt(descriptor, now.size, stored.mark), stored, layout)
+        reason = judge(_excerpt(descriptor, now.size, stored.fingerprint), stored, layout)
     finding = FOUND[reason]
-    return Seen(finding, None if finding.verdict is SessionVerdict.INVALID else now)
+    return SessionObservation(finding, None if finding.verdict is SessionVerdict.INVALID else now)
 
 
-def _excerpt(descriptor: int, size: int, mark: SessionMark | None) -> Excerpt:
+def _excerpt(descriptor: int, size: int, mark: SessionFingerprint | None) -> Excerpt:
     head = _head(descriptor, size)
     end = _end(descriptor, size, mark)
     if end <= len(head):
@@ -259,7 +261,7 @@ def _head(descriptor: int, size: int) -> bytes:
     return head
 
 
-def _end(descriptor: int, size: int, mark: SessionMark | None) -> int:
+def _end(descriptor: int, size: int, mark: SessionFingerprint | None) -> int:
     """Return where the file ended when it was marked. What was added since is of a turn that was
     cut off, and need not be whole. Not if no line ends there: then it has been written anew."""
     if mark is not None and mark.size < size and os.pread(descriptor, 1, mark.size - 1) == b"\n":

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from runrecovery_service.domain.run import JsonObject
-from runrecovery_service.domain.session_check import Reason, StoredHandle
+from runrecovery_service.domain.session_check import SessionReason, StoredHandle
 from runrecovery_service.engines.sessions.files import CliSessions
 from runrecovery_service.engines.sessions.folders import (
     NotKnown,
@@ -95,14 +95,14 @@ def projects_of(text: bytes) -> dict[str, str]:
 class GeminiLayout:
     """How Gemini CLI writes a session."""
 
-    def identify(self, head: Iterator[JsonObject], stored: StoredHandle) -> Reason | None:
+    def identify(self, head: Iterator[JsonObject], stored: StoredHandle) -> SessionReason | None:
         """Say what is wrong with the first lines. The folder stands there as a hash only."""
         first = next(head)
         session_id, project = first.get("sessionId"), first.get("projectHash")
         if not isinstance(session_id, str) or not isinstance(project, str):
-            return Reason.NOT_KNOWN
+            return SessionReason.NOT_KNOWN
         own = (session_id, project) == (stored.handle, hash_of(stored.workspace))
-        return None if own else Reason.ELSEWHERE
+        return None if own else SessionReason.ELSEWHERE
 
     def is_end_of_turn(self, line: JsonObject) -> bool | None:
         """Tell the end of a turn; a line may also hold all messages so far."""

@@ -11,8 +11,8 @@ from typing import Final, Protocol
 
 from runrecovery_service.domain.run import JsonObject
 from runrecovery_service.domain.session_check import (
-    Finding,
-    Reason,
+    SessionFinding,
+    SessionReason,
     SessionVerdict,
     StoredHandle,
 )
@@ -22,24 +22,24 @@ HEAD_LINES: Final = 8
 _UUID: Final = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 _FOLDER: Final = re.compile(r"[A-Za-z0-9._-]{1,255}")
 
-VERDICT_OF: Final[Mapping[Reason, SessionVerdict]] = {
-    Reason.PRESENT: SessionVerdict.VALID,
-    Reason.UNCHANGED: SessionVerdict.VALID,
-    Reason.WHOLE: SessionVerdict.VALID,
-    Reason.MISSING: SessionVerdict.INVALID,
-    Reason.EMPTY: SessionVerdict.INVALID,
-    Reason.CUT_OFF: SessionVerdict.INVALID,
-    Reason.BROKEN: SessionVerdict.INVALID,
-    Reason.ELSEWHERE: SessionVerdict.INVALID,
-    Reason.NOT_A_FILE: SessionVerdict.INVALID,
-    Reason.UNREADABLE: SessionVerdict.INVALID,
-    Reason.UNUSABLE: SessionVerdict.INVALID,
-    Reason.NOT_KNOWN: SessionVerdict.UNKNOWN,
-    Reason.NO_HOME: SessionVerdict.UNKNOWN,
-    Reason.HOME_AWAY: SessionVerdict.UNKNOWN,
-    Reason.NOT_ANSWERED: SessionVerdict.UNKNOWN,
+VERDICT_OF: Final[Mapping[SessionReason, SessionVerdict]] = {
+    SessionReason.PRESENT: SessionVerdict.VALID,
+    SessionReason.UNCHANGED: SessionVerdict.VALID,
+    SessionReason.WHOLE: SessionVerdict.VALID,
+    SessionReason.MISSING: SessionVerdict.INVALID,
+    SessionReason.EMPTY: SessionVerdict.INVALID,
+    SessionReason.CUT_OFF: SessionVerdict.INVALID,
+    SessionReason.BROKEN: SessionVerdict.INVALID,
+    SessionReason.ELSEWHERE: SessionVerdict.INVALID,
+    SessionReason.NOT_A_FILE: SessionVerdict.INVALID,
+    SessionReason.UNREADABLE: SessionVerdict.INVALID,
+    SessionReason.UNUSABLE: SessionVerdict.INVALID,
+    SessionReason.NOT_KNOWN: SessionVerdict.UNKNOWN,
+    SessionReason.NO_HOME: SessionVerdict.UNKNOWN,
+    SessionReason.HOME_AWAY: SessionVerdict.UNKNOWN,
+    SessionReason.NOT_ANSWERED: SessionVerdict.UNKNOWN,
 }
-FOUND: Final = {reason: Finding(verdict, reason) for reason, verdict in VERDICT_OF.items()}
+FOUND: Final = {reason: SessionFinding(verdict, reason) for reason, verdict in VERDICT_OF.items()}
 """The finding of each reason."""
 
 
@@ -61,7 +61,7 @@ class Excerpt:
 class Layout(Protocol):
     """How one CLI writes its sessions."""
 
-    def identify(self, head: Iterator[JsonObject], stored: StoredHandle) -> Reason | None:
+    def identify(self, head: Iterator[JsonObject], stored: StoredHandle) -> SessionReason | None:
         """Say what is wrong with the first lines (at least one): ELSEWHERE or NOT_KNOWN; None:
         nothing."""
 
@@ -81,16 +81,18 @@ def is_folder_name(name: object) -> bool:
     return isinstance(name, str) and name not in {".", ".."} and bool(_FOLDER.fullmatch(name))
 
 
-def judge(excerpt: Excerpt, stored: StoredHandle, layout: Layout) -> Reason:
+def judge(excerpt: Excerpt, stored: StoredHandle, layout: Layout) -> SessionReason:
     """Return WHOLE, or what is wrong. No line is parsed that is not there as a whole."""
     first, newline, _ = excerpt.head.partition(b"\n")
     if not newline and not excerpt.tail_is_all:
-        return Reason.NOT_KNOWN  # longer than we read
+        return SessionReason.NOT_KNOWN  # longer than we read
     named = _json_object(first)
     if named is None:
-        return Reason.BROKEN if newline else Reason.CUT_OFF
+        return SessionReason.BROKEN if newline else SessionReason.CUT_OFF
     if not newline:
-        return Reason.NOT_KNOWN  # one object that fills the file: no CLI that we know writes that
+        return (
+            SessionReason.NOT_KNOWN
+        )  # one object that fills the file: no CLI that we know writes that
     wrong = layout.identify(chain([named], _more(excerpt.head[len(first) + 1 :])), stored)
     return wrong or _judge_end(excerpt, layout)
 
@@ -103,20 +105,20 @@ def _more(head: bytes) -> Iterator[JsonObject]:
             yield parsed
 
 
-def _judge_end(excerpt: Excerpt, layout: Layout) -> Reason:
+def _judge_end(excerpt: Excerpt, layout: Layout) -> SessionReason:
     *lines, rest = excerpt.tail.split(b"\n")
     if not excerpt.tail_is_all:
         lines = lines[1:]  # its beginning may be missing
     if rest or not lines:  # without an end, or longer than we read
-        return Reason.CUT_OFF if rest else Reason.NOT_KNOWN
+        return SessionReason.CUT_OFF if rest else SessionReason.NOT_KNOWN
     if _json_object(lines[-1]) is None:
-        return Reason.CUT_OFF
+        return SessionReason.CUT_OFF
     for line in reversed(lines):
         parsed = _json_object(line)
         ended = None if parsed is None else layout.is_end_of_turn(parsed)
         if ended is not None:
-            return Reason.WHOLE if ended else Reason.CUT_OFF
-    return Reason.CUT_OFF if excerpt.tail_is_all else Reason.WHOLE
+            return SessionReason.WHOLE if ended else SessionReason.CUT_OFF
+    return SessionReason.CUT_OFF if excerpt.tail_is_all else SessionReason.WHOLE
 
 
 def _json_object(line: bytes) -> JsonObject | None:

@@ -12,7 +12,7 @@ from runrecovery_service.trust.entry import Editor
 from runrecovery_service.trust.errors import HomeUnknown
 
 
-class Cli(Enum):
+class AgentCli(Enum):
     """An agent CLI whose trust entries can be edited."""
 
     CODEX = "codex"
@@ -20,14 +20,14 @@ class Cli(Enum):
     CLAUDE = "claude"
 
 
-EDITORS: Final[Mapping[Cli, Editor]] = {
-    Cli.CODEX: codex.EDITOR,
-    Cli.GEMINI: gemini.EDITOR,
-    Cli.CLAUDE: claude.EDITOR,
+EDITORS: Final[Mapping[AgentCli, Editor]] = {
+    AgentCli.CODEX: codex.EDITOR,
+    AgentCli.GEMINI: gemini.EDITOR,
+    AgentCli.CLAUDE: claude.EDITOR,
 }
 
 
-def config_file(cli: Cli, env: Mapping[str, str]) -> Path:
+def config_file(cli: AgentCli, env: Mapping[str, str]) -> Path:
     """Return the file that a CLI with this environment reads. It need not exist.
 
     Args:
@@ -38,16 +38,16 @@ def config_file(cli: Cli, env: Mapping[str, str]) -> Path:
             the folder that it is started in.
     """
     match cli:
-        case Cli.CODEX:
+        case AgentCli.CODEX:
             home = _folder(env, "CODEX_HOME") or _home(env) / ".codex"
             return home / "config.toml"
-        case Cli.GEMINI:
+        case AgentCli.GEMINI:
             named = _folder(env, "GEMINI_CLI_TRUSTED_FOLDERS_PATH")
             if named is not None:
                 return named
             home = _folder(env, "GEMINI_CLI_HOME") or _home(env)
             return home / ".gemini" / "trustedFolders.json"
-        case Cli.CLAUDE:
+        case AgentCli.CLAUDE:
             return (_folder(env, "CLAUDE_CONFIG_DIR") or _home(env)) / ".claude.json"
 
 
