@@ -158,6 +158,8 @@ class Ownership:
         try:
             async with asyncio.timeout(self.lease_ttl_s):
                 await storage.attempt(trial.read)
+                if storage.is_shared:
+                    await storage.attempt(trial.demand_rights)
             if write:
                 # SQLite has one thread that writes. Elsewhere it is a connection that may hang.
                 bound_s = self.lease_ttl_s if storage.is_shared else None

@@ -30,7 +30,7 @@ from runrecovery_service.domain.errors import (
     StorageUnavailable,
     StoreLost,
 )
-from runrecovery_service.storage import commit_count, postgresql, soundness
+from runrecovery_service.storage import commit_count, postgresql, soundness, tables
 from runrecovery_service.storage.commit_count import MARKER_TEXT, CommitMarker
 from runrecovery_service.storage.locks import (
     APPLICATION_ID,
@@ -57,6 +57,9 @@ SQLITE_PRAGMAS: Final = {
 }
 MENDING: Final = "docs/operations.md, *A damaged database*, tells how to mend it"
 NO_TABLES: Final = "has none of the service's tables; restore a backup"
+HISTORY: Final = ("migration_checksum", "schema_migration")
+TABLES: Final = tuple(table._meta.table_name for table in tables.EVERY)  # noqa: SLF001 - peewee has no other way
+"""What the service reads and writes, without the records of the migrations."""
 SQLITE_FLOOR: Final = (3, 37, 0)  # STRICT tables
 
 DRIVER_ERRORS: Final[tuple[type[Exception], ...]] = (
@@ -395,6 +398,7 @@ _SQLSTATES: Final[dict[str, type[RunRecoveryError]]] = {
     "57014": StorageBusy,  # statement timeout
     "53100": StorageFull,
     "08": StorageUnavailable,  # connection
+    "42501": StorageUnavailable,  # a privilege was revoked, and may be granted again
     "25006": StorageUnavailable,  # read-only: a standby, or a failover under way
     "53": StorageUnavailable,  # resources
     "57": StorageUnavailable,  # shutdown
@@ -559,6 +563,8 @@ def _hopeless(error: Exception) -> str | None:
         if wrong is not None:
             mend = f"; {MENDING}" if wrong == "is damaged" else ""
             return f"{wrong} ({link}){mend}"
+        if getattr(link, "sqlstate", None) == "42501":  # no later start has the privilege by itself
+            return words_of(error)
     return None
 
 
@@ -583,8 +589,41 @@ def _check_postgresql(db: Database) -> None:
     reason = postgresql.unfitness(db.fetch_one)
     if reason is not None:
         raise DatabaseRefused(db.place, reason)
-    if db.peewee.table_exists("run") and not db.peewee.table_exists("schema_migration"):
-        raise DatabaseRefused(db.place, "has a table `run` that is not ours")
+    if reason := _unusable(db, known_migrations()):
+        raise DatabaseRefused(db.place, reason)
+
+
+def _unusable(db: Database, known: dict[str, str]) -> str | None:
+    """Return what the role lacks in PostgreSQL for the steps that are missing and for the work.
+
+    A start and `check` ask the same, so that `check` finds what a start would be refused for.
+    """
+    rights = postgresql.Rights(db.fetch_all)
+    if reason := rights.no_schema():
+        return reason
+    if not all(name in rights.tables for name in HISTORY):
+        foreign = [name for name in TABLES if name in rights.tables]
+        if foreign:
+            return f"has a table `{foreign[0]}` that is not ours"
+        return rights.cannot_migrate(HISTORY)
+    for name in HISTORY:
+        if reason := rights.cannot_use(name, ("SELECT",)):
+            return reason
+    if _demand_known(db, known).keys() != known.keys():
+        return rights.cannot_migrate((*HISTORY, *TABLES))
+    return _unusable_table(rights)
+
+
+def lacking_right(db: Database) -> str | None:
+    """Return what the role lacks for the work in PostgreSQL, None if it may do all of it."""
+    if db.dialect.kind is Kind.SQLITE:
+        return None
+    rights = postgresql.Rights(db.fetch_all)
+    return rights.no_schema() or _unusable_table(rights)
+
+
+def _unusable_table(rights: postgresql.Rights) -> str | None:
+    return next(filter(None, map(rights.cannot_use, TABLES)), None)
 
 
 def _open_sqlite(path: Path, locks: list[Lock] | None) -> Database:
@@ -894,8 +933,8 @@ def integrity_problems(path: Path) -> list[str]:
 def postgresql_problems(url: str) -> list[str]:
     """Return what stands against a start on this PostgreSQL database; nothing is changed."""
     try:
-        with refusing(POSTGRESQL_PLACE), contextlib.closing(_open_postgresql(url)) as db:
-            _demand_known(db, known_migrations())
+        with refusing(POSTGRESQL_PLACE):
+            _open_postgresql(url).close()
     except DatabaseRefused as error:
         return [str(error)]
     return []

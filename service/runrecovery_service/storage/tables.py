@@ -311,3 +311,19 @@ class RequestReceipt(pw.Model):
 
     class Meta:
         table_name = "request_receipt"
+
+
+EVERY: Final = (
+    Run,
+    Interaction,
+    RunEvent,
+    RunLabel,
+    RecoveryEvent,
+    Reconciliation,
+    Quarantine,
+    Instance,
+    InstanceEpoch,
+    ProcessLease,
+    TrustEntry,
+    RequestReceipt,
+)

@@ -11,16 +11,21 @@ from contextlib import suppress
 from datetime import datetime
 from typing import Final
 
+import structlog
+
 from runrecovery_service.domain.deadline import SteadyTime
+from runrecovery_service.domain.errors import StorageUnavailable
 from runrecovery_service.domain.run import NewRun, Profile, RestartPolicy, RunFilter
 from runrecovery_service.storage import runs, turns
-from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.database import Database, lacking_right
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.processes import Place
 from runrecovery_service.storage.turns import DueIn
 
 _NOWHERE: Final = Place(host_id="trial", boot_id="", pid_namespace=0)
 _UNBOUNDED: Final = 2**40
+
+log = structlog.get_logger()
 
 
 class _Undo(Exception):
@@ -30,6 +35,17 @@ class _Undo(Exception):
 def read(db: Database) -> None:
     """Read the newest runs, as ListRuns does."""
     runs.page(db, RunFilter(), after=None, limit=1)
+
+
+def demand_rights(db: Database) -> None:
+    """Ask what the role may do with every table, also with those that are seldom needed.
+
+    Raises:
+        StorageUnavailable: it lacks a privilege, or a table is gone.
+    """
+    if reason := lacking_right(db):
+        log.warning("storage.failed", error=reason, meaning=StorageUnavailable.__name__)
+        raise StorageUnavailable
 
 
 def create_and_take(
