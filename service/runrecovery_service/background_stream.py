@@ -12,6 +12,8 @@ from collections.abc import Callable
 from io import TextIOBase
 from typing import Final, TypeAlias
 
+from runrecovery_service.threads import start_thread
+
 MOST_BYTES: Final = 256 * 1024
 """Text that may wait for a reader: some thousand lines of the log."""
 DRAIN_S: Final = 1.0
@@ -50,7 +52,7 @@ class BackgroundStream(TextIOBase):
         self._is_torn = False
         # Its lock is reentrant: a signal handler may write while its thread is in here.
         self._changed = threading.Condition()
-        threading.Thread(target=self._write_for_ever, name="log", daemon=True).start()
+        start_thread(self._write_for_ever, "log")
         atexit.register(self.drain)
 
     @property

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import sqlite3
+import subprocess
+import sys
 import threading
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
 
 import pytest
+from runrecovery_service.background_stream import BackgroundStream
 from runrecovery_service.domain.errors import ThreadsRefused
+from runrecovery_service.storage import soundness
+from runrecovery_service.storage.adapter import GroupCommitWriter
 from runrecovery_service.thread_pool import SteadyThreadPool
 
 
 def refuse(_: threading.Thread) -> None:
     raise RuntimeError("can't start new thread")
+
+
+def looked_at(_: object) -> None:
+    """Look for damage in a database."""
+    with closing(sqlite3.connect(":memory:")) as connection:
+        connection.execute("CREATE TABLE instance (lease_until INTEGER)")
+        soundness.damage(connection)
 
 
 def test_every_task_is_done_once_by_the_threads_that_there_are(
@@ -48,3 +65,41 @@ def test_a_pool_without_any_thread_is_refused(monkeypatch: pytest.MonkeyPatch) -
     assert str(caught.value) == (
         "the system gives this process no more threads: can't start new thread"
     )
+
+
+@pytest.mark.parametrize("start", [BackgroundStream, GroupCommitWriter, looked_at])
+def test_a_thread_that_is_needed_for_life_is_refused_in_words(
+    monkeypatch: pytest.MonkeyPatch, start: Callable[[Any], object]
+) -> None:
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+
+    with pytest.raises(ThreadsRefused) as caught:
+        start(2)
+
+    assert str(caught.value) == (
+        "the system gives this process no more threads: can't start new thread"
+    )
+
+
+# Each thread has a stack as large as the limit, and there is no room for one of them.
+NO_ROOM = ("sh", "-c", 'ulimit -s 16000000; ulimit -v 8000000; exec "$@"', "sh")
+
+
+@pytest.mark.parametrize("command", ["serve", "check"])
+def test_a_command_without_threads_ends_with_the_documented_code(
+    tmp_path: Path, command: str
+) -> None:
+    done = subprocess.run(
+        [*NO_ROOM, sys.executable, "-m", "runrecovery_service", command, "--data-dir", "data"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert (done.returncode, done.stdout) == (4, "")
+    assert done.stderr == (
+        "error: the system gives this process no more threads: can't start new thread\n"
+        "hint: raise the limit on processes (TasksMax= of a unit, ulimit -u, pids.max)\n"
+    )
+    assert list(tmp_path.iterdir()) == []

@@ -87,7 +87,8 @@ def _with_settings(function: Callable[..., ExitCode]) -> Callable[..., ExitCode]
 
     @wraps(function)
     def call(**parameters: Any) -> ExitCode:  # click passes every parameter by its name
-        streams.write_messages_in_background()
+        with _refusals():
+            streams.write_messages_in_background()
         path = parameters.pop("path")
         flags = {key: parameters.pop(key) for key in config.SCALARS if key in parameters}
         settings = _load(path, flags)

@@ -40,6 +40,7 @@ from runrecovery_service.storage.database import (
 from runrecovery_service.storage.postgresql import PostgreSQL, cut, is_idle
 from runrecovery_service.storage.recovery import close_abandoned
 from runrecovery_service.thread_pool import SteadyThreadPool
+from runrecovery_service.threads import start_thread
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -312,8 +313,7 @@ class GroupCommitWriter:
     def __init__(self, db: Database) -> None:
         self._db = db
         self._waiting: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="storage-writer", daemon=True)
-        self._thread.start()
+        self._thread = start_thread(self._work, "storage-writer")
 
     def submit(self, use: Callable[[Database], R]) -> Future[R]:
         """Queue a write; the future resolves after its commit."""

@@ -10,6 +10,8 @@ from typing import Final
 
 import structlog
 
+from runrecovery_service.threads import start_thread
+
 AFTER_STOP_S: Final = 0.5
 AFTER_CRASH_S: Final = 10.0
 """`quick_check` reads some 0.5 GB a second when the file is in memory."""
@@ -65,8 +67,7 @@ def _interrupting(connection: sqlite3.Connection, within_s: float) -> Iterator[N
             while not done.wait(REPEAT_S):
                 connection.interrupt()
 
-    watcher = threading.Thread(target=watch, name="storage-check", daemon=True)
-    watcher.start()
+    watcher = start_thread(watch, "storage-check")
     try:
         yield
     finally:

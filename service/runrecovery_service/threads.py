@@ -1,0 +1,22 @@
+"""Threads that the service needs for life."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from runrecovery_service.domain.errors import ThreadsRefused
+
+
+def start_thread(do: Callable[[], object], name: str) -> threading.Thread:
+    """Run `do` in a thread that does not keep the process from ending, and return the thread.
+
+    Raises:
+        ThreadsRefused: the system has none (pids.max, ulimit -u, memory).
+    """
+    thread = threading.Thread(target=do, name=name, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise ThreadsRefused(str(error)) from error
+    return thread
