@@ -40,3 +40,29 @@ def test_a_start_under_another_name_recovers_what_the_old_one_left(new_home: New
 
     api.reply("waits", 1, "yes")
     assert status_word(api.until_ended("waits")) == "SUCCEEDED"
+
+
+SEEDED = 12_000
+RENAMED = "SELECT count(*) FROM run WHERE owner = 'renamed'"
+
+
+def test_an_adoption_that_a_kill_cuts_off_is_completed_by_the_next_start(new_home: NewHome) -> None:
+    home = new_home()
+    home.seed(SEEDED)
+    service = home.spawn("--instance", "renamed")
+    until(lambda: home.rows(RENAMED) != [(0,)], "the first runs are adopted")
+    service.kill()
+    ((renamed,),) = home.rows(RENAMED)
+    assert 0 < renamed < SEEDED
+    left = SEEDED - renamed
+
+    service, api = home.start("--instance", "renamed")
+
+    (told,) = service.events("recovery.adopted")
+    assert (told["previous_instance"], told["runs"]) == ("default", left)
+    (warning,) = api.status().reconciliation.warnings
+    assert f"its unfinished runs (at least {left})" in warning
+    assert home.rows("SELECT owner, count(*) FROM run GROUP BY 1") == [("renamed", SEEDED)]
+    assert home.rows("SELECT count(*) FROM run WHERE recovery_count <> 1") == [(0,)]
+    assert home.rows("SELECT name FROM instance") == [("renamed",)]
+    assert service.stop() == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import sqlite3
 import threading
 import uuid
@@ -11,6 +12,7 @@ from datetime import datetime
 from typing import TypeAlias
 
 import grpc
+import psycopg
 import pytest
 from support.pg_proxy import Proxy, proxied
 from support.service import Api, Home, ServiceProcess, refused, script, until
@@ -136,6 +138,17 @@ def no_writes(home: Home, proxy: Proxy) -> Iterator[None]:
         other.execute("ROLLBACK")
 
 
+@contextmanager
+def no_room(home: Home, proxy: Proxy) -> Iterator[None]:
+    """Let no file of the service grow beyond SQLite's log: what that needs now does not fit."""
+    log = home.database.with_name(f"{home.database.name}-wal")
+    pid, limit = home.services[-1].pid, resource.RLIMIT_FSIZE
+    before = resource.prlimit(pid, limit)
+    resource.prlimit(pid, limit, (log.stat().st_size, before[1]))
+    yield
+    resource.prlimit(pid, limit, before)
+
+
 def retried_for_s(service: ServiceProcess) -> float:
     """Return how long a service has tried to record what an agent did."""
     times = [
@@ -145,7 +158,9 @@ def retried_for_s(service: ServiceProcess) -> float:
     return (times[-1] - times[0]).total_seconds() if times else 0.0
 
 
-@pytest.mark.parametrize("outage", [no_server, no_writes], ids=["postgresql", "sqlite"])
+@pytest.mark.parametrize(
+    "outage", [no_server, no_writes, no_room], ids=["postgresql", "sqlite locked", "sqlite full"]
+)
 def test_a_question_that_was_asked_well_in_an_outage_waits_for_its_answer(
     new_home: Callable[..., Home], proxy: Proxy, outage: Callable[[Home, Proxy], Outage]
 ) -> None:
@@ -213,6 +228,26 @@ def test_a_lost_connection_of_the_lease_is_replaced_in_time(
     renewals(home, service, 12)
 
     assert len(service.events("service.lease_not_renewed")) >= 1
+    assert service.stop() == 0
+
+
+def test_a_slow_connection_of_the_lease_is_kept_where_no_other_is_to_be_had(
+    home: Home, postgresql_url: str, proxy: Proxy
+) -> None:
+    home.write_config(lease_ttl_s=20)
+    service, _ = home.start()
+    home.settings["database"] = postgresql_url
+    renewals(home, service, 1)
+
+    with psycopg.connect(postgresql_url) as other:
+        other.execute("SELECT 1 FROM instance FOR UPDATE")  # a renewal has to wait
+        proxy.refusing = True
+        service.until_event("service.lease_not_renewed")
+        until(lambda: proxy.refused > 0, "another connection was refused")
+    renewals(home, service, 3)
+
+    assert service.events("service.lease_not_renewed")[1:] == []
+    proxy.refusing = False
     assert service.stop() == 0
 
 

@@ -36,6 +36,7 @@ class Proxy:
         silent: swallow whatever comes, and let new connections wait for ever: as a network does
             that drops packets.
         refusing: close new connections at once.
+        refused: how many were closed in that way.
         lost: set when the answer to a COMMIT was lost; see `lose_answer_after`.
     """
 
@@ -48,6 +49,7 @@ class Proxy:
         self.url = f"postgresql://{named['user']}@127.0.0.1:{port}/{named['dbname']}"
         self.silent = False
         self.refusing = False
+        self.refused = 0
         self.lost = threading.Event()
         self._mark: bytes | None = None
         self._silencing_mark: bytes | None = None
@@ -109,6 +111,7 @@ class Proxy:
         client, _ = self._listener.accept()
         if self.refusing:
             client.close()
+            self.refused += 1
             return
         server = socket.socket(socket.AF_UNIX)
         server.connect(self._server)
