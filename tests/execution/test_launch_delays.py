@@ -38,6 +38,16 @@ def twice(error: Callable[[], Exception], use: Callable[..., Any]) -> Callable[.
     return call
 
 
+def in_turn(*uses: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of which each call is a call of the next one of these."""
+    left = iter(uses)
+
+    def call(*args: Any, **named: Any) -> Any:
+        return next(left)(*args, **named)
+
+    return call
+
+
 def lacking(number: int) -> Callable[[], OSError]:
     return lambda: OSError(number, os.strerror(number))
 
@@ -161,6 +171,40 @@ async def test_a_shim_that_is_lost_at_its_gate_is_followed_by_another(
 
     assert (run.status, run.error, run.attempt) == (RunStatus.SUCCEEDED, None, 1)
     assert delays == ["the shim ended"]
+
+
+def lose(*_: object, **__: object) -> ShimmedProcess:
+    raise ShimLost("the shim ended")
+
+
+async def test_a_shim_lost_at_its_gate_costs_no_run_though_one_before_it_was_released(
+    floor: Floor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the agent that the first shim could not fork nothing has run."""
+    steps = in_turn(launch.prepare, lose, launch.prepare, launch.prepare)
+    monkeypatch.setattr(launcher, "prepare", steps)
+    release = twice(lambda: LaunchDelayed("fork"), ShimmedProcess.release)
+    monkeypatch.setattr(ShimmedProcess, "release", release)
+
+    run, delays = await run_of(floor)
+
+    assert (run.status, run.error, run.attempt) == (RunStatus.SUCCEEDED, None, 1)
+    assert delays == ["fork"]
+
+
+async def test_only_shims_that_are_lost_in_a_row_fail_the_launch(
+    floor: Floor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lack(*_: object, **__: object) -> ShimmedProcess:
+        raise LaunchDelayed("no memory")
+
+    steps = in_turn(*[lose] * 4, lack, *[lose] * 4, launch.prepare)
+    monkeypatch.setattr(launcher, "prepare", steps)
+    monkeypatch.setattr(launcher, "DELAY_MOST_S", launcher.DELAY_FIRST_S)
+
+    run, _ = await run_of(floor)
+
+    assert (run.status, run.error, run.attempt) == (RunStatus.SUCCEEDED, None, 1)
 
 
 async def test_shims_that_are_lost_again_and_again_fail_the_launch(

@@ -80,6 +80,22 @@ async def test_a_key_that_a_living_process_goes_by_is_not_launched_for_again(
     assert (await floor.get(run_id)).status is RunStatus.RUNNING  # whoever starts next decides
 
 
+async def test_a_launch_key_that_a_living_process_goes_by_is_not_launched_for_again(
+    floor: Floor,
+) -> None:
+    """The run itself was not lost."""
+    lease = await floor.until_tree(await floor.create("holds"), 1)
+    await floor.storage.write(lambda db: db.execute("DELETE FROM process_lease"))
+
+    run_id = await floor.create("holds")
+    await until_fenced(floor)
+    again = await floor.lease(run_id)
+    await floor.dispatcher.stop()
+
+    assert (again.key, again.state, again.tree()) == (lease.key, "INTENT", [])
+    assert lease.tree() == []
+
+
 async def test_a_deadline_and_a_cancel_of_another_run_end_no_process_of_a_lost_one(
     floor: Floor,
 ) -> None:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -162,6 +162,29 @@ def test_the_end_of_the_gate_ends_every_descendant(grow: Grow, manners: tuple[st
     tree.process.close_gate()
 
     assert_it_ended_everything(tree, wire.SERVICE_GONE)
+
+
+def test_a_service_that_does_not_read_what_the_shim_tells_keeps_nobody_alive(grow: Grow) -> None:
+    tree = grow("child", "stubborn")
+    fill_up(tree.process.report)
+
+    tree.process.close_gate()
+
+    assert tree.shim_exit() == 0
+    assert tree.nobody_alive()
+    assert killed_by_shim(tree.journal) == tree.identities()
+
+
+def fill_up(reading_end: int) -> None:
+    """Fill a pipe of which only the reading end is ours."""
+    writing_end = os.open(f"/proc/self/fd/{reading_end}", os.O_WRONLY | os.O_NONBLOCK)
+    try:
+        for size in (4096, 1):
+            with suppress(BlockingIOError):
+                while True:
+                    os.write(writing_end, b"x" * size)
+    finally:
+        os.close(writing_end)
 
 
 @only_root

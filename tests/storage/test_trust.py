@@ -905,6 +905,25 @@ def test_what_is_kept_of_an_entry_is_opaque_to_the_store(place: Place) -> None:
     assert json.loads(kept)[0] is True
 
 
+def test_of_two_words_for_a_folder_that_of_this_place_counts_else_the_newest(place: Place) -> None:
+    folder = str(place.workspace(place.running()))
+    here, ((kept,),) = token_of(place), place.world.rows("SELECT added FROM trust_entry")
+    for token, later in (("0" * 32, 1), ("1" * 32, 2)):
+        place.world.db.execute(
+            "INSERT INTO trust_entry (file, folder, place, host_id, cli, run, attempt, instance,"
+            " added, created_at) SELECT file, folder, ?, host_id, cli, run, attempt, instance,"
+            " ?, created_at + ? FROM trust_entry WHERE place = ?",
+            (token, f"of {token[0]}", later, here),
+        )
+
+    def standing(token: str) -> dict[str, str]:
+        return trust.standing(place.world.db, "host", str(place.file), token)
+
+    assert standing(here) == {folder: kept}
+    assert standing("0" * 32) == {folder: "of 0"}
+    assert standing("f" * 32) == {folder: "of 1"}
+
+
 # -- who takes no lock of ours ---------------------------------------------------------------------
 
 

@@ -150,6 +150,28 @@ def test_a_delivered_answer_is_on_record(world: World) -> None:
     assert InteractionState.DELIVERED is asked.state
 
 
+def test_an_answer_that_was_not_read_is_known_by_its_question_though_another_is_open(
+    world: World,
+) -> None:
+    turn = world.running(profile=Profile.STICKY_PROCESS)
+    world.reply(world.ask_and_stay(turn))
+    turns.delivered(world.db, turn, owner=world.owner)
+    turns.ask_and_stay(
+        world.db,
+        turn,
+        owner=world.owner,
+        number=2,
+        question=QUESTION,
+        due=world.due_in(WAIT_S),
+        now=world.tick(),
+    )
+
+    turns.undelivered(world.db, turn, owner=world.owner, number=1)
+
+    states = world.rows("SELECT no, state FROM interaction ORDER BY no")
+    assert states == [(1, "ANSWERED"), (2, "OPEN")]
+
+
 def test_a_turn_that_asks_waits(world: World) -> None:
     run = world.end(world.running(), Asked(QUESTION))
 

@@ -145,6 +145,7 @@ class Launch:
         try:
             await self._start(engine, opening)
         except LaunchDelayed as error:
+            self._lost_shims = 0
             return error
         except ShimLost as error:
             if boot_time_ns() > self._until_ns:
