@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +45,13 @@ links = {fd: os.readlink("/proc/self/fd/" + fd) for fd in os.listdir("/proc/self
 output = {"env": dict(os.environ), "fds": links, "cwd": os.getcwd(),
           "session": os.getsid(0) == os.getpid(), "umask": os.umask(0)}
 print(json.dumps({"type": "result", "output": output}), flush=True)
+"""
+TELL_LIMITS: Final = """
+import json, os, resource, sys
+sys.stdin.readline()
+output = {name: list(resource.getrlimit(getattr(resource, "RLIMIT_" + name)))
+          for name in ("DATA", "NOFILE", "NPROC")}
+print(json.dumps({"type": "result", "output": output | {"nice": os.nice(0)}}), flush=True)
 """
 SPEAKS_IN_PARTS: Final = """
 import json, os, sys, time
@@ -362,3 +370,35 @@ def test_what_an_agent_prints_beside_a_nul_or_odd_bytes_is_kept_as_written(
     assert error_of(run) == "ENGINE_FAILED"
     assert "\0" not in run.error.message
     assert joined(api.output(run.run_id, channel=pb.OUTPUT_CHANNEL_STDERR)) == odd
+
+
+def test_what_the_configuration_bounds_an_agent_by_reaches_the_agent(
+    new_home: Callable[..., Home],
+) -> None:
+    hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
+    processes = 50_000 if hard == resource.RLIM_INFINITY else hard - 1
+    bounded = script(
+        TELL_LIMITS, nice=3, max_memory="512M", max_open_files=77, max_processes=processes
+    )
+    home = new_home(engines={"bounded": bounded})
+    _, api = home.start()
+
+    told = MessageToDict(ended(api, "bounded").output)
+
+    assert told == {
+        "DATA": [536_870_912] * 2,
+        "NOFILE": [77] * 2,
+        "NPROC": [processes] * 2,
+        "nice": min(19, os.nice(0) + 3),
+    }
+
+
+def test_the_locks_of_a_service_name_who_holds_them(new_home: Callable[..., Home]) -> None:
+    home = new_home(engines=GOOD_ENGINES)
+    service, _ = home.start()
+
+    texts = [(home.data / name).read_text() for name in ("lock", "runrecovery.db.lock")]
+
+    assert [text.partition(", on ")[0] for text in texts] == [
+        f"instance 'default', pid {service.pid}"
+    ] * 2
