@@ -19,7 +19,7 @@ from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.watching import RecoveredWatcher, RunWatcher
 from runrecovery_service.storage import converge, events, feed, instances, recovery, runs
 from runrecovery_service.storage.adapter import Storage
-from runrecovery_service.storage.changes import Changes
+from runrecovery_service.storage.changes import Changes, SharedLook
 from runrecovery_service.storage.converge import Scope
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Boot, Owner
@@ -106,6 +106,23 @@ async def test_what_only_wakes_a_watcher_puts_off_no_sign_of_life(
 
 async def test_who_goes_on_is_told_at_once_that_it_does() -> None:
     assert watching._Quiet(told=False).left_s == 0
+
+
+def test_a_look_at_a_shared_store_tells_of_new_events_and_of_runs_that_were_not_looked_at() -> None:
+    look = SharedLook()
+
+    told = [
+        look.changed(counts)
+        for counts in (
+            {RUN: 1},
+            {RUN: 1},
+            {RUN: 2, OTHER: 5},
+            {RUN: 2},
+            {RUN: 2, OTHER: 5},
+        )
+    ]
+
+    assert told == [[RUN], [], [RUN, OTHER], [], [OTHER]]
 
 
 # -- what happens while one looks ----------------------------------------------------------------

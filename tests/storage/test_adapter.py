@@ -213,6 +213,23 @@ async def test_reads_and_writes_answer_and_raise_the_words_of_the_domain(
             await way(runs.get, "nobody")
 
 
+async def test_what_was_rolled_back_is_not_announced_with_the_next_write(storage: Storage) -> None:
+    run, other = asyncio.Event(), asyncio.Event()
+
+    def touch_and_fail(db: Database) -> None:
+        db.touch(7)
+        raise ValueError("rolled back")
+
+    with storage.changes.of_run(7, run), storage.changes.of_run(8, other):
+        for _ in range(30):  # on every connection of a pool
+            with pytest.raises(ValueError, match="rolled back"):
+                await storage.write(touch_and_fail)
+        for _ in range(30):
+            await storage.write(lambda db: db.touch(8))
+
+    assert (run.is_set(), other.is_set()) == (False, True)
+
+
 async def test_many_callers_at_once_are_all_answered(world: World, storage: Storage) -> None:
     made = await asyncio.gather(*(storage.write(lambda db: world.create()) for _ in range(100)))
 

@@ -317,6 +317,8 @@ def test_the_launches_of_other_instances_are_left_to_them(world: World) -> None:
     assert open_ones == []
     assert patrolled(world) == []
     assert processes.unended(world.db, world.owner, limit=10) == []
+    close(world, theirs)
+    assert patrolled(world, seconds=3600) == []
 
 
 # -- patrols -----------------------------------------------------------------------------------
