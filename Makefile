@@ -12,6 +12,8 @@ GENERATED := client/runrecovery/v1
 DESCRIPTORS := service/runrecovery_service/rpc/contract.binpb
 AGENT_CLIS := .agent-clis
 AGENT_CLIS_READY := $(AGENT_CLIS)/.ready
+NODE_CLIENT := .node-client
+NODE_CLIENT_READY := $(NODE_CLIENT)/.ready
 PYTEST_WORKERS ?= 4
 CONFIG ?= runrecovery.example.toml
 TRIALS ?= 100
@@ -50,6 +52,13 @@ $(AGENT_CLIS_READY): tests/cli_agents/npm/package-lock.json
 		echo "Installing the agent CLIs into $(AGENT_CLIS) (once; 760 MB)…"; \
 		cd $(AGENT_CLIS) && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error \
 		&& node node_modules/@anthropic-ai/claude-code/install.cjs && touch .ready; fi
+
+$(NODE_CLIENT_READY): tests/packaging/npm/package-lock.json
+	@mkdir -p $(NODE_CLIENT)
+	@cp tests/packaging/npm/package.json tests/packaging/npm/package-lock.json $(NODE_CLIENT)
+	@if command -v npm > /dev/null; then \
+		echo "Installing the Node packages of docs/clients.md into $(NODE_CLIENT) (once; 80 MB)…"; \
+		cd $(NODE_CLIENT) && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error && touch .ready; fi
 
 demo: $(READY) ## Watch runs survive a kill -9, explained run by run (under a minute)
 	@$(BIN)/runrecovery demo
@@ -93,7 +102,7 @@ types: $(READY) ## mypy, strict
 imports: $(READY) ## The import rules of the house
 	@$(BIN)/lint-imports --no-cache
 
-packaging: $(READY) ## Build both wheels; try the client's alone, at its oldest and newest dependencies
+packaging: $(READY) $(NODE_CLIENT_READY) ## Try the wheels, the client's alone at its oldest and newest dependencies, and docs/clients.md
 	@$(BIN)/python -m pytest tests/packaging
 
 interpreters: $(READY) ## Try every Python >= 3.11 of this machine, and an ordinary user
@@ -124,4 +133,4 @@ lock: $(READY) ## Recompile the hash-pinned requirements
 			--custom-compile-command 'make lock' requirements/$$name.in -o requirements/$$name.txt; done
 
 clean: ## Remove what the targets made
-	@rm -rf $(VENV) .venv-* $(AGENT_CLIS) dist .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) .venv-* $(AGENT_CLIS) $(NODE_CLIENT) dist .mypy_cache .ruff_cache .hypothesis

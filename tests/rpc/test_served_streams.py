@@ -8,6 +8,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,6 +16,9 @@ from typing import Any, Final
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from runrecovery.v1 import recovery_service_pb2 as recovery_pb
 from runrecovery.v1 import run_pb2
 from runrecovery.v1 import run_service_pb2 as pb
 from support.service import (
@@ -372,3 +376,37 @@ def test_every_watcher_is_told_of_a_stop_and_when_to_come_again(new_home: NewHom
         assert refusal.retry_after_s is not None
         assert refusal.pushback_ms is not None
     assert service.exit_code() == 0
+
+
+# -- at a stop ---------------------------------------------------------------------------------
+
+
+def test_streams_that_callers_leave_open_do_not_hold_up_a_stop(new_home: NewHome) -> None:
+    service, api = new_home(stop_grace_s=600.0).start()
+    run = api.create("resumable", {"questions": [{"prompt": "?"}]})
+    api.until_status(run.run_id, "WAITING_USER")
+    health = api.health.Watch(health_pb2.HealthCheckRequest())
+    unknown = api.health.Watch(health_pb2.HealthCheckRequest(service="unknown"))
+    watch = api.runs.WatchRun(pb.WatchRunRequest(run_id=run.run_id))
+    recovered = api.recovery.WatchRecovered(recovery_pb.WatchRecoveredRequest())
+    reflection = reflection_pb2_grpc.ServerReflectionStub(api.channel)
+    asks_no_more = threading.Event()
+
+    def questions() -> Iterator[Any]:
+        yield reflection_pb2.ServerReflectionRequest(list_services="")
+        asks_no_more.wait(LONG_S)
+
+    reflected = reflection.ServerReflectionInfo(questions())
+    for stream in (health, unknown, watch, recovered, reflected):
+        next(stream)
+
+    service.terminate()
+
+    assert service.exit_code() == 0  # long before `stop_grace_s`
+    asks_no_more.set()
+    not_serving = health_pb2.HealthCheckResponse.NOT_SERVING
+    assert [answer.status for answer in health] == [not_serving]
+    assert list(unknown) == []
+    assert list(reflected) == []
+    assert refused(lambda: list(watch)).reason == "SHUTTING_DOWN"
+    assert refused(lambda: list(recovered)).reason == "SHUTTING_DOWN"
