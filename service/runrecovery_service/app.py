@@ -15,12 +15,13 @@ from pathlib import Path
 
 import structlog
 
-from runrecovery_service import daemons, early_signals
+from runrecovery_service import early_signals
 from runrecovery_service.agents.launch_markers import launch_markers
 from runrecovery_service.agents.output import OutputFiles
 from runrecovery_service.agents.trust_keeper import OwnConnection, ThroughLoop, TrustKeeper
 from runrecovery_service.clock import Clock
-from runrecovery_service.config import Settings
+from runrecovery_service.config.settings import Settings
+from runrecovery_service.daemon_threads import new_event_loop
 from runrecovery_service.domain.errors import ContainmentRefused
 from runrecovery_service.domain.reconciliation import Cause, Containment
 from runrecovery_service.domain.session_check import SessionCheck
@@ -90,7 +91,10 @@ def serve(settings: Settings) -> None:
         containment = prober.submit(prove_containment, watermark_bits())
         db = open_database(settings.database, held.data_dir, locks=held.locks)
         try:
-            with store_kept(db), asyncio.Runner(loop_factory=daemons.new_event_loop) as runner:
+            with (
+                store_kept(db),
+                asyncio.Runner(loop_factory=new_event_loop) as runner,
+            ):
                 runner.run(_serve(settings, held, db, containment, open_files, per_address))
         finally:
             db.close()

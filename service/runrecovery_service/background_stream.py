@@ -1,4 +1,4 @@
-"""A text stream whose writers never wait for whoever reads it."""
+"""A text stream whose writers never wait for its reader."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from typing import Final, TypeAlias
 from runrecovery_service.threads import start_thread
 
 MOST_BYTES: Final = 256 * 1024
-"""Text that may wait for a reader: some thousand lines of the log."""
+"""Text that may wait to be written: some thousand lines of the log."""
 DRAIN_S: Final = 1.0
-"""How long the end of the process waits for a reader."""
+"""How long the end of the process waits for the text to be written."""
 
 _Entry: TypeAlias = bytes | int
 """Text, or the number of lines that were dropped in its place."""
@@ -30,12 +30,12 @@ def _plain_report(lines: int) -> str:
 class BackgroundStream(TextIOBase):
     """Writes to a descriptor from a thread of its own.
 
-    Text that finds the queue full is dropped, and so is text that the system refuses (a full disk,
-    a pipe without a reader). The next text that can be written comes after a line that says how
-    many lines are missing.
+    The stream drops text when its queue is full, and when the system refuses the write (a full
+    disk, a pipe without a reader). Before the next text it writes a line with the number of lines
+    that were dropped.
 
     Attributes:
-        report_loss: returns the line that says so, for a number of lines.
+        report_loss: returns this line for a number of dropped lines.
     """
 
     def __init__(
@@ -50,14 +50,14 @@ class BackgroundStream(TextIOBase):
         self._is_full = False
         self._is_writing = False
         self._is_torn = False
-        # Its lock is reentrant: a signal handler may write while its thread is in here.
+        # Its lock is reentrant: a signal handler may write while its own thread holds the lock.
         self._changed = threading.Condition()
         start_thread(self._write_for_ever, "log")
         atexit.register(self.drain)
 
     @property
     def encoding(self) -> str:  # type: ignore[override] # a plain attribute in the base class
-        """The encoding of what is written."""
+        """The encoding of the text."""
         return self._encoding
 
     def isatty(self) -> bool:
@@ -76,7 +76,7 @@ class BackgroundStream(TextIOBase):
         """Queue text, or count its lines when the queue is full."""
         data = text.encode(self._encoding, "backslashreplace")
         with self._changed:
-            # Full until half of it is written: a slow reader gets long pieces between few gaps.
+            # Full until half of the queue is written: a slow reader gets long pieces and few gaps.
             self._is_full = self._is_full and self._bytes > self._most_bytes // 2
             if self._is_full or self._bytes + len(data) > self._most_bytes:
                 self._is_full = True
@@ -88,10 +88,10 @@ class BackgroundStream(TextIOBase):
         return len(text)
 
     def flush(self) -> None:
-        """Do nothing: loggers flush after each line, and must not wait. See `drain`."""
+        """Do nothing: loggers flush after each line and must not wait. `drain` waits."""
 
     def drain(self, timeout_s: float = DRAIN_S) -> bool:
-        """Wait until all that was queued is written; False when that took too long."""
+        """Wait until the queue is written; return False if that takes longer than `timeout_s`."""
         with self._changed:
             return self._changed.wait_for(
                 lambda: not self._queue and not self._is_writing, timeout_s
@@ -120,7 +120,7 @@ class BackgroundStream(TextIOBase):
                 self._changed.notify_all()
 
     def _write_entry(self, entry: _Entry, lost: int) -> int:
-        """Write an entry after the report of what was lost before it; return what is lost now."""
+        """Write the report of lost lines and an entry; return the number of lines that are lost."""
         if isinstance(entry, int):
             lost += entry
         if lost and self._put(self._loss_line(lost)):
@@ -130,21 +130,23 @@ class BackgroundStream(TextIOBase):
         return lost
 
     def _loss_line(self, lost: int) -> bytes:
-        """Return the line that reports the loss; a plain one if `report_loss` fails: an exception
-        would end the thread, and every later line would be dropped."""
+        """Return the line that reports the loss, a plain one if `report_loss` fails.
+
+        An exception would end the thread, and every later line would be dropped.
+        """
         try:
             line = self.report_loss(lost)
-        except Exception:  # noqa: BLE001 - nothing else can report it
+        except Exception:  # noqa: BLE001 - no other thread can report the loss
             line = _plain_report(lost)
         return line.encode(self._encoding, "backslashreplace")
 
     def _put(self, data: bytes) -> bool:
-        """Write it all, however long that takes; False when the system refuses."""
+        """Write all data, however long that takes; return False if the system refuses."""
         left = memoryview(b"\n" + data if self._is_torn else data)
         while left:
             try:
                 left = left[os.write(self._descriptor, left) :]
-            except BlockingIOError:  # somebody else made the descriptor non-blocking
+            except BlockingIOError:  # another process made the shared descriptor non-blocking
                 poll = select.poll()
                 poll.register(self._descriptor, select.POLLOUT)
                 poll.poll()
@@ -160,6 +162,6 @@ def _lines(data: bytes) -> int:
 
 
 def drain_stderr() -> None:
-    """Wait a moment, if standard error is written in the background, until all of it is written."""
+    """Wait up to `DRAIN_S` until standard error is written, if it is a `BackgroundStream`."""
     if isinstance(sys.stderr, BackgroundStream):
         sys.stderr.drain()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 
-from runrecovery_service.config import EngineSettings, Settings
+from runrecovery_service.config.settings import EngineSettings, Settings
 from runrecovery_service.engines.catalog import Catalog, Engine
 from runrecovery_service.engines.dialect import Dialect
 from runrecovery_service.engines.jsonl import JSON_LINES

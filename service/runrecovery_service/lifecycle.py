@@ -17,7 +17,7 @@ import structlog
 
 from runrecovery_service import early_signals
 from runrecovery_service.background_stream import drain_stderr
-from runrecovery_service.config import ContainmentPolicy, Settings
+from runrecovery_service.config.settings import ContainmentPolicy, Settings
 from runrecovery_service.domain.errors import (
     ContainmentRefused,
     Fenced,

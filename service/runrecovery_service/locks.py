@@ -11,7 +11,7 @@ from typing import Final
 import structlog
 
 from runrecovery_service import paths
-from runrecovery_service.config import Settings
+from runrecovery_service.config.settings import Settings
 from runrecovery_service.domain.errors import DatabaseRefused, DataDirRefused
 from runrecovery_service.storage.database import path_lock, sqlite_path
 from runrecovery_service.storage.locks import Lock, LockFile

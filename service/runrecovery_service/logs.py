@@ -18,7 +18,7 @@ from io import TextIOBase
 from typing import Any, Final, TextIO, cast
 
 from runrecovery_service.background_stream import BackgroundStream
-from runrecovery_service.config import LogFormat, LogLevel
+from runrecovery_service.config.settings import LogFormat, LogLevel
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Final
 
 import structlog
 
-from runrecovery_service import daemons
+from runrecovery_service import daemon_threads
 from runrecovery_service.domain.errors import Fenced, LeaseLost, StartRefused
 from runrecovery_service.execution.dispatcher import Dispatcher
 from runrecovery_service.execution.workshop import Workshop
@@ -201,7 +201,7 @@ async def watch_files(demand: Callable[[], None], fail: Callable[[Exception], No
     while True:
         await asyncio.sleep(FILES_LOOK_S)
         try:
-            look = asyncio.wrap_future(daemons.begin(demand))
+            look = asyncio.wrap_future(daemon_threads.start(demand))
         except RuntimeError as error:  # the system gives no thread now
             log.warning("service.files_not_seen", error=str(error))
             continue

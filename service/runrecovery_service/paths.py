@@ -1,7 +1,7 @@
-"""Judges the data directory and the SQLite file, for a start and for `runrecovery check` alike.
+"""Finds problems of the data directory and the SQLite file, for a start and for `check`.
 
-Only `make_directory` changes anything. Everything here is asked before a start makes, locks or
-opens a file, so that a refused start leaves nothing behind.
+A start calls these functions before it creates, locks or opens a file, so that a refused start
+leaves nothing behind. Only `make_directory` changes anything.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Final
 from runrecovery_service.domain.errors import DataDirRefused
 
 SQLITE_PATH_BYTES: Final = 500
-"""SQLite refuses a journal's path of 512 bytes; a new database is made as `….new-journal`."""
+"""SQLite refuses a path of 512 bytes. A new database has the longest one: `….new-journal`."""
 GROWTH_BYTES: Final = 64 * 1024**2
-"""A limit on the size of files must leave a database so much room."""
+"""The room that a limit on file sizes must leave for the database."""
 
 
 def shown(path: Path) -> str:
-    """Return a path for people; bytes that are no UTF-8 become escapes."""
+    """Return a path for people, with escapes for bytes that are not UTF-8."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
@@ -34,7 +34,7 @@ def absolute(path: Path) -> Path:
     try:
         return path.absolute()
     except FileNotFoundError as error:
-        reason = "is relative, and the working directory does not exist any more"
+        reason = "is relative, and the working directory was removed"
         raise DataDirRefused(shown(path), reason) from error
 
 
@@ -42,7 +42,7 @@ def absolute(path: Path) -> Path:
 
 
 def directory_problem(path: Path) -> str | None:
-    """Return why an absolute path cannot be the data directory, None if it can."""
+    """Return why an absolute path cannot be the data directory; None if it can."""
     try:
         return _text_problem(path) or _directory_problem(path)
     except OSError as error:
@@ -67,18 +67,18 @@ def _making_problem(path: Path) -> str | None:
 
 
 def make_directory(path: Path) -> None:
-    """Make the data directory, for nobody else to read. One that exists is left as it is.
+    """Create the data directory with mode 0700, unless it exists.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: the directory cannot be created.
     """
     if not path.exists():
         path.mkdir(mode=0o700, parents=True)
-        path.chmod(0o700)  # whatever the umask took away
+        path.chmod(0o700)  # the umask may have removed permissions
 
 
 def others_who_may_write(path: Path) -> str | None:
-    """Return who else may add or replace files in an existing data directory; None: nobody."""
+    """Return which other users may change an existing data directory; None: no other user."""
     found = path.stat()
     mode = found.st_mode
     others = [
@@ -93,9 +93,9 @@ def others_who_may_write(path: Path) -> str | None:
 
 
 def database_problem(path: Path, data_dir: Path) -> str | None:
-    """Return why no SQLite store can be opened or made at an absolute path, None if one can.
+    """Return why a SQLite store cannot be opened or created at an absolute path; None if it can.
 
-    A data directory that does not exist will be made first.
+    A start creates the data directory first if that does not exist.
     """
     try:
         if reason := _text_problem(path) or _length_problem(path):

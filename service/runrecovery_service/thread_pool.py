@@ -1,4 +1,4 @@
-"""A thread pool that a lack of threads (pids.max, ulimit -u) slows down, and does not fail."""
+"""A thread pool that a lack of threads (pids.max, ulimit -u) slows down, and does not break."""
 
 from __future__ import annotations
 
@@ -8,33 +8,34 @@ from runrecovery_service.domain.errors import ThreadsRefused
 
 
 class SteadyThreadPool(ThreadPoolExecutor):
-    """Has at least one thread from the beginning. What the system refuses a new thread for is run
-    by one of those that there are; each later task asks for a new thread again.
+    """A pool that has at least one thread from the beginning.
 
-    The base class raises RuntimeError then, although the task stays in its queue and is run later.
+    When the system refuses a new thread for a task, an existing thread runs the task. The base
+    class raises RuntimeError in that case, although the task stays in its queue and runs later.
     """
 
     def __init__(self, max_workers: int, thread_name_prefix: str = "") -> None:
         """Start the first thread.
 
         Raises:
-            ThreadsRefused: the system has none.
+            ThreadsRefused: the system refuses it.
         """
         super().__init__(max_workers, thread_name_prefix)
-        self._without_thread = 0
+        self._tasks_without_thread = 0
         try:
             self.submit(int).result()
         except RuntimeError as error:
             raise ThreadsRefused(str(error)) from error
 
     def _adjust_thread_count(self) -> None:
-        # Called by `submit` once the task is in the queue. The base class counts idle threads: one
-        # more for each task that ends, one less or a new thread for each that is submitted.
-        while self._without_thread and self._idle_semaphore.acquire(timeout=0):
-            self._without_thread -= 1
+        # `submit` calls this once the task is in the queue. The base class counts idle threads: one
+        # more for each task that ends; one less, or a new thread, for each task that is submitted.
+        # A task without a thread of its own leaves that count one too high when it ends.
+        while self._tasks_without_thread and self._idle_semaphore.acquire(timeout=0):
+            self._tasks_without_thread -= 1
         try:
             super()._adjust_thread_count()
         except RuntimeError:
             if not self._threads:
                 raise
-            self._without_thread += 1
+            self._tasks_without_thread += 1

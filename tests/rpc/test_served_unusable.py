@@ -92,7 +92,7 @@ def test_a_removed_working_directory_is_told(tmp_path: Path) -> None:
 
     assert done.returncode == 4
     assert done.stderr.splitlines()[-1] == (
-        "error: data: is relative, and the working directory does not exist any more"
+        "error: data: is relative, and the working directory was removed"
     )
     assert "Traceback" not in done.stderr
 

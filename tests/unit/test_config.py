@@ -11,10 +11,17 @@ from typing import Final
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from runrecovery_service import config
-from runrecovery_service.config import (
+from runrecovery_service.config import reading
+from runrecovery_service.config.capacity import (
     CgroupLimits,
-    ConfigError,
+    cgroup_limits,
+    default_capacity,
+    machine_capacity,
+)
+from runrecovery_service.config.reading import ConfigError
+from runrecovery_service.config.settings import (
+    DEFAULT_ENV_ALLOW,
+    SCALARS,
     ContainmentPolicy,
     EngineSettings,
     LogFormat,
@@ -42,7 +49,7 @@ def load(tmp_path: Path) -> Load:
     ) -> Settings:
         path = tmp_path / "runrecovery.toml"
         path.write_text(toml, encoding="utf-8")
-        return config.load(path=path, flags=flags or {}, environ=environ or {})
+        return reading.load(path=path, flags=flags or {}, environ=environ or {})
 
     return load
 
@@ -58,7 +65,7 @@ def test_an_empty_configuration_means_the_defaults(load: Load) -> None:
 
 
 def test_every_default_is_a_value_that_may_be_written(load: Load) -> None:
-    written = {key: getattr(Settings(), key) for key in config.SCALARS}
+    written = {key: getattr(Settings(), key) for key in SCALARS}
     toml = "\n".join(f"{key} = {_toml(value)}" for key, value in written.items())
 
     assert Settings() == load(toml)
@@ -66,8 +73,7 @@ def test_every_default_is_a_value_that_may_be_written(load: Load) -> None:
 
 def test_every_default_may_be_given_by_the_environment(load: Load) -> None:
     environ = {
-        f"RUNRECOVERY_{key.upper()}": _toml(getattr(Settings(), key)).strip('"')
-        for key in config.SCALARS
+        f"RUNRECOVERY_{key.upper()}": _toml(getattr(Settings(), key)).strip('"') for key in SCALARS
     }
 
     assert Settings() == load(environ=environ)
@@ -153,7 +159,7 @@ def test_a_preset_says_what_an_engine_does_not(load: Load, preset: Preset) -> No
         preset=preset,
         command=(facts.program,),
         profile=Profile.RESUMABLE,
-        env_allow=(*config.DEFAULT_ENV_ALLOW, *facts.variables),
+        env_allow=(*DEFAULT_ENV_ALLOW, *facts.variables),
         trust=preset.value,
     )
     assert facts.home_variable in engine.env_allow
@@ -355,7 +361,7 @@ BOUNDS: Final[dict[str, tuple[float, float]]] = {
 
 
 def test_every_key_that_is_a_number_has_its_bounds_here() -> None:
-    numbers = [key for key in config.SCALARS if type(getattr(Settings(), key)) in {int, float}]
+    numbers = [key for key in SCALARS if type(getattr(Settings(), key)) in {int, float}]
 
     assert sorted(BOUNDS) == sorted(numbers)
 
@@ -441,7 +447,7 @@ def test_a_variable_is_taken_literally_or_refused(load: Load, variable: str, tex
     assert problem.startswith(f"environment RUNRECOVERY_{variable}: must be ")
 
 
-@pytest.mark.parametrize("key", config.SCALARS)
+@pytest.mark.parametrize("key", SCALARS)
 def test_an_empty_variable_counts_as_not_set(load: Load, key: str) -> None:
     toml = "max_queued = 7\ncgroup_parent = '/sys/fs/cgroup/x'\ninstance = 'a'"
 
@@ -490,7 +496,7 @@ def test_a_file_that_was_named_must_exist(tmp_path: Path, path_from: str) -> Non
     environ = {"RUNRECOVERY_CONFIG": str(path)} if path_from == "environment" else {}
 
     with pytest.raises(ConfigError) as caught:
-        config.load(path=path if path_from == "flag" else None, flags={}, environ=environ)
+        reading.load(path=path if path_from == "flag" else None, flags={}, environ=environ)
 
     assert (f"{path}: No such file or directory",) == caught.value.problems
 
@@ -510,7 +516,7 @@ def write_config(tmp_path: Path, data: bytes) -> Path:
 def test_a_byte_order_mark_before_utf8_is_no_mistake(tmp_path: Path) -> None:
     path = write_config(tmp_path, b"\xef\xbb\xbfmax_queued = 7\r\ninstance = 'a'\r\n")
 
-    settings = config.load(path=path, flags={}, environ={})
+    settings = reading.load(path=path, flags={}, environ={})
 
     assert (settings.max_queued, settings.instance) == (7, "a")
 
@@ -534,7 +540,7 @@ def test_a_file_that_cannot_be_read_is_named_with_what_it_is(
     path = write_config(tmp_path, data)
 
     with pytest.raises(ConfigError) as refused:
-        config.load(path=path, flags={}, environ={})
+        reading.load(path=path, flags={}, environ={})
 
     assert refused.value.problems[0].startswith(f"{path}: {problem}")
 
@@ -550,7 +556,7 @@ def test_an_unreadable_file_does_not_hide_other_problems(
     path.write_bytes(content)
 
     with pytest.raises(ConfigError) as caught:
-        config.load(path=path, flags={"instance": "-"}, environ={})
+        reading.load(path=path, flags={"instance": "-"}, environ={})
 
     of_file, of_flag = caught.value.problems
     assert says in of_file
@@ -563,7 +569,7 @@ def test_the_file_in_the_working_directory_is_found(
     monkeypatch.chdir(tmp_path)
     Path("runrecovery.toml").write_text("instance = 'here'", encoding="utf-8")
 
-    assert config.load(path=None, flags={}, environ={}).instance == "here"
+    assert reading.load(path=None, flags={}, environ={}).instance == "here"
 
 
 SECRET_URLS = [
@@ -609,7 +615,7 @@ def test_settings_cannot_be_changed() -> None:
 def test_a_machine_carries_two_runs_a_core_and_one_a_gib_but_always_one(
     cores: int, memory_bytes: int
 ) -> None:
-    capacity = config.default_capacity(cores, memory_bytes)
+    capacity = default_capacity(cores, memory_bytes)
 
     assert 1 <= capacity <= 2 * cores
     assert capacity == 1 or capacity * 1024**3 <= memory_bytes
@@ -618,7 +624,7 @@ def test_a_machine_carries_two_runs_a_core_and_one_a_gib_but_always_one(
 
 def test_the_configured_capacity_wins_over_the_machines() -> None:
     assert Settings(max_concurrent=7).capacity == 7
-    assert config.machine_capacity() == Settings().capacity >= 1
+    assert machine_capacity() == Settings().capacity >= 1
 
 
 def test_the_tightest_cgroup_on_the_way_up_counts(tmp_path: Path) -> None:
@@ -629,14 +635,14 @@ def test_the_tightest_cgroup_on_the_way_up_counts(tmp_path: Path) -> None:
     (leaf.parent / "memory.max").write_text("1048576\n")
     (leaf.parent / "cpu.max").write_text("max 100000\n")
 
-    limits = config.cgroup_limits("0::/system.slice/app.service\n", tmp_path)
+    limits = cgroup_limits("0::/system.slice/app.service\n", tmp_path)
 
     assert CgroupLimits(cores=2, memory_bytes=1048576) == limits
 
 
 @pytest.mark.parametrize("membership", ["", "0::/\n", "3:memory:/a\n", "0::/gone\n", "0::/../..\n"])
 def test_without_cgroup_limits_there_are_none(tmp_path: Path, membership: str) -> None:
-    assert CgroupLimits(cores=None, memory_bytes=None) == config.cgroup_limits(membership, tmp_path)
+    assert CgroupLimits(cores=None, memory_bytes=None) == cgroup_limits(membership, tmp_path)
 
 
 def _toml(value: object) -> str:

@@ -15,10 +15,10 @@ from typing import Final
 import pytest
 from google.protobuf.descriptor import Descriptor, MethodDescriptor
 from runrecovery.v1 import errors_pb2, recovery_service_pb2, run_pb2, run_service_pb2
-from runrecovery_service import config
 from runrecovery_service.cli import COMMANDS
 from runrecovery_service.cli.exit_codes import ExitCode
-from runrecovery_service.config import EngineSettings, Settings
+from runrecovery_service.config import reading
+from runrecovery_service.config.settings import EngineSettings, Settings
 from runrecovery_service.domain.recovery_matrix import MATRIX, QUARANTINE_RULE
 from runrecovery_service.domain.run import ErrorCode
 from runrecovery_service.rpc import errors
@@ -187,7 +187,7 @@ def test_every_command_is_told() -> None:
 
 
 def test_example_configuration_is_accepted() -> None:
-    settings = config.load(path=ROOT / "runrecovery.example.toml", flags={}, environ={})
+    settings = reading.load(path=ROOT / "runrecovery.example.toml", flags={}, environ={})
 
     assert sorted(settings.engines) == ["demo", "demo-sticky"]
 

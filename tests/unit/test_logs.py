@@ -24,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from runrecovery_service import logs
 from runrecovery_service.background_stream import BackgroundStream
-from runrecovery_service.config import LogFormat, LogLevel
+from runrecovery_service.config.settings import LogFormat, LogLevel
 from runrecovery_service.storage.database import Database, Kind
 
 CANARY = "canary-9f1c"

@@ -124,7 +124,7 @@ def test_a_relative_path_needs_a_working_directory(
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
 
-    with pytest.raises(DataDirRefused, match="working directory does not exist any more"):
+    with pytest.raises(DataDirRefused, match="working directory was removed"):
         paths.absolute(Path("data"))
     assert paths.absolute(tmp_path) == tmp_path
     monkeypatch.chdir(tmp_path)

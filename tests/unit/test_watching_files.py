@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import pytest
-from runrecovery_service import daemons, ownership
+from runrecovery_service import daemon_threads, ownership
 from runrecovery_service.domain.errors import DataDirRefused
 from structlog.testing import capture_logs
 from support.waiting import until_async
@@ -72,7 +72,7 @@ async def test_a_look_that_fails_is_not_taken_for_a_loss() -> None:
 async def test_a_look_for_which_there_is_no_thread_is_made_later(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    begin, refusals = daemons.begin, [RuntimeError("can't start new thread")]
+    begin, refusals = daemon_threads.start, [RuntimeError("can't start new thread")]
     failed: list[Exception] = []
 
     def begin_later(do: Callable[[], None]) -> Future[None]:
@@ -83,7 +83,7 @@ async def test_a_look_for_which_there_is_no_thread_is_made_later(
     def demand() -> None:
         raise LOST
 
-    monkeypatch.setattr(daemons, "begin", begin_later)
+    monkeypatch.setattr(daemon_threads, "start", begin_later)
     with capture_logs() as events:
         await ownership.watch_files(demand, failed.append)
 

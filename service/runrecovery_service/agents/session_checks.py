@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from runrecovery_service import daemons
+from runrecovery_service import daemon_threads
 from runrecovery_service.domain.session_check import (
     NOT_ANSWERED,
     SessionFinding,
@@ -29,7 +29,7 @@ async def check_session(
     if engine.session_store is None:
         return None
     try:
-        (finding,) = await daemons.within(look_s, look)
+        (finding,) = await daemon_threads.run_within(look_s, look)
     except TimeoutError:
         return apply_policy(NOT_ANSWERED, engine.unknown_session)
     return finding
@@ -40,6 +40,6 @@ async def fingerprint_session(
 ) -> SessionObservation:
     """Return what is seen of a session, to be marked."""
     try:
-        return await daemons.within(look_s, lambda: sessions.see(stored))
+        return await daemon_threads.run_within(look_s, lambda: sessions.see(stored))
     except TimeoutError:
         return SessionObservation(NOT_ANSWERED, None)

@@ -13,11 +13,12 @@ from typing import Any, Final
 
 import click
 
-from runrecovery_service import config
 from runrecovery_service.cli import streams
 from runrecovery_service.cli.exit_codes import ExitCode
 from runrecovery_service.cli.failure import Failure
-from runrecovery_service.config import ConfigError, LogFormat, LogLevel, Settings
+from runrecovery_service.config import reading
+from runrecovery_service.config.reading import ConfigError
+from runrecovery_service.config.settings import SCALARS, LogFormat, LogLevel, Settings
 from runrecovery_service.domain.errors import (
     BackupRefused,
     CgroupRefused,
@@ -90,7 +91,7 @@ def _with_settings(function: Callable[..., ExitCode]) -> Callable[..., ExitCode]
         with _refusals():
             streams.write_messages_in_background()
         path = parameters.pop("path")
-        flags = {key: parameters.pop(key) for key in config.SCALARS if key in parameters}
+        flags = {key: parameters.pop(key) for key in SCALARS if key in parameters}
         settings = _load(path, flags)
         # Before `app`: importing it first keeps the import of structlog short.
         from runrecovery_service import logs
@@ -106,7 +107,7 @@ def _with_settings(function: Callable[..., ExitCode]) -> Callable[..., ExitCode]
 
 def _load(path: Path | None, flags: dict[str, object]) -> Settings:
     try:
-        return config.load(path=path, flags=flags, environ=os.environ)
+        return reading.load(path=path, flags=flags, environ=os.environ)
     except ConfigError as error:
         listed = "".join(f"\n  {problem}" for problem in error.problems)
         raise Failure(f"the configuration is refused:{listed}", code=ExitCode.USAGE) from error

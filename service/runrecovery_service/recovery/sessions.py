@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from runrecovery_service import daemons
+from runrecovery_service import daemon_threads
 from runrecovery_service.domain.errors import RecoveryInterrupted
 from runrecovery_service.domain.session_check import SessionCheck, SessionFinding, StoredHandle
 from runrecovery_service.storage import converge
@@ -76,7 +76,7 @@ class Asker:
                 answers.append(finding)  # noqa: PERF402 - whoever waits sees each at once
 
         until = self.now() + self.check_s
-        asked = daemons.begin(look)
+        asked = daemon_threads.start(look)
         while not wait([asked], STOP_LOOK_S).done:
             if self.stopping():
                 raise RecoveryInterrupted

@@ -10,7 +10,7 @@ from typing import Final
 
 from runrecovery.v1 import recovery_service_pb2 as pb
 
-from runrecovery_service import daemons
+from runrecovery_service import daemon_threads
 from runrecovery_service.domain.reconciliation import Containment, RecoveredFilter
 from runrecovery_service.recovery.plan import Planner
 from runrecovery_service.rpc import mapping, paging, validation
@@ -112,7 +112,7 @@ class RecoveryService:
         async with self._planning:  # it looks at every run, and at files: one at a time
             rows = await self._storage.read(self._planner.read, after=after, limit=limit)
             # Files may lie on storage that does not answer: no thread of a pool waits for it.
-            page, plan = await daemons.done(lambda: self._planner.decide(rows))
+            page, plan = await daemon_threads.run(lambda: self._planner.decide(rows))
         if plan is not None:
             mapping.put_plan(response.plan, plan)
         response.next_page_token = paging.encode(scope, page.after)

@@ -20,7 +20,7 @@ from typing import Concatenate, Final, ParamSpec, TypeVar
 
 import structlog
 
-from runrecovery_service import daemons
+from runrecovery_service import daemon_threads
 from runrecovery_service.domain.errors import RunRecoveryError, StorageUnavailable
 from runrecovery_service.storage.changes import (
     Changes,
@@ -185,7 +185,7 @@ class Storage:
 
     async def alone(self, use: Callable[[Database], R]) -> R:
         """Run a long use, of many transactions, on a thread and a connection of its own."""
-        return await daemons.done(lambda: self._alone(use))
+        return await daemon_threads.run(lambda: self._alone(use))
 
     def _alone(self, use: Callable[[Database], R]) -> R:
         try:

@@ -1,0 +1,305 @@
+"""Reads the configuration from its sources, and reports all its problems at once.
+
+A value comes from a flag, else from the environment, else from the file, else from its default.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, get_type_hints
+
+from runrecovery_service.config import values
+from runrecovery_service.config.settings import (
+    DEFAULT_ENV_ALLOW,
+    SCALARS,
+    EngineSettings,
+    Settings,
+)
+from runrecovery_service.config.values import InvalidValue, Reader
+from runrecovery_service.domain.run import Profile
+from runrecovery_service.engines.presets import PRESETS, Preset
+
+if TYPE_CHECKING:
+    from cattrs import Converter
+
+FILE_NAME: Final = "runrecovery.toml"
+ENVIRONMENT_PREFIX: Final = "RUNRECOVERY_"
+
+
+class ConfigError(Exception):
+    """The configuration is refused.
+
+    Attributes:
+        problems: one sentence each, which begins with its source and key; never a secret.
+    """
+
+    def __init__(self, problems: tuple[str, ...]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Layer:
+    """The values of one source.
+
+    Attributes:
+        place: returns how a message names a key of this source.
+    """
+
+    values: Mapping[str, object]
+    place: Callable[[str], str]
+
+
+def load(*, path: Path | None, flags: Mapping[str, object], environ: Mapping[str, str]) -> Settings:
+    """Read the configuration.
+
+    Args:
+        path: the file that `--config` names. None: the file that RUNRECOVERY_CONFIG names, else
+            `runrecovery.toml` in the working directory if that file exists.
+        flags: values of flags by key; None is the value of a flag that was not given.
+        environ: the environment of the process.
+
+    Raises:
+        ConfigError: any source is invalid; the error lists every problem of all sources.
+    """
+    problems: list[str] = []
+    file_layer = _file_layer(path, environ, problems)
+    merged: dict[str, object] = {}
+    places: dict[str, str] = {}
+    for layer in (file_layer, _environment_layer(environ, problems), _flag_layer(flags)):
+        read = _read(layer, problems)
+        merged |= read
+        places |= {key: layer.place(key) for key in read}
+    settings = Settings(**merged)  # type: ignore[arg-type] # the reader of each key returned its value
+    problems += _contradictions(settings, places)
+    if problems:
+        raise ConfigError(tuple(problems))
+    return settings
+
+
+def _file_layer(path: Path | None, environ: Mapping[str, str], problems: list[str]) -> _Layer:
+    named = path or (Path(found) if (found := environ.get("RUNRECOVERY_CONFIG")) else None)
+    source = named or Path(FILE_NAME)
+    values: Mapping[str, object] = {}
+    try:
+        if named is not None or source.exists():
+            # Editors on Windows write a byte-order mark, which TOML does not allow.
+            values = tomllib.loads(source.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        wide = error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        found = "UTF-16" if wide else "not valid UTF-8"
+        problems.append(f"{source}: is {found}; save it as UTF-8")
+    except RecursionError:
+        problems.append(f"{source}: is nested too deeply")
+    except ValueError as error:
+        problems.append(f"{source}: not valid TOML: {error}")
+    except OSError as error:
+        problems.append(f"{source}: {error.strerror or 'cannot be read'}")
+    return _Layer(values=values, place=lambda key: f"{source}: {key}")
+
+
+def _environment_layer(environ: Mapping[str, str], problems: list[str]) -> _Layer:
+    values: dict[str, object] = {}
+    for variable in sorted(environ):
+        key = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
+        if not variable.startswith(ENVIRONMENT_PREFIX) or variable != _variable(key):
+            continue
+        if not environ[variable]:
+            continue  # not set: `${MAX_QUEUED:-}` in a compose file gives an empty variable
+        if key in SCALARS:
+            values[key] = _from_text(environ[variable], key)
+        # Kubernetes, for a service of this name, and the service itself, for its processes, use
+        # the prefix as well. Only a name that looks like a misspelt key is refused.
+        elif near := get_close_matches(key, SCALARS, n=1, cutoff=0.8):
+            problems.append(f"environment {variable}: unknown (did you mean {_variable(near[0])}?)")
+    return _Layer(values=values, place=lambda key: f"environment {_variable(key)}")
+
+
+def _variable(key: str) -> str:
+    return ENVIRONMENT_PREFIX + key.upper()
+
+
+def _from_text(text: str, key: str) -> object:
+    """Return the text of a variable as the type of its key, or unchanged if that is impossible."""
+    default = _defaults()[key]
+    if isinstance(default, bool):
+        return {"true": True, "false": False}.get(text, text)
+    for kind in (int, float):
+        if isinstance(default, int | float) and re.fullmatch(r"[+-]?[0-9.]+(e[+-]?\d+)?", text):
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+    return text
+
+
+def _flag_layer(flags: Mapping[str, object]) -> _Layer:
+    given = {key: value for key, value in flags.items() if value is not None}
+    return _Layer(values=given, place=lambda key: f"flag --{key.replace('_', '-')}")
+
+
+@cache
+def _defaults() -> Mapping[str, object]:
+    settings = Settings()
+    return {key: getattr(settings, key) for key in SCALARS}
+
+
+def _read(layer: _Layer, problems: list[str]) -> dict[str, object]:
+    """Return the valid values of a layer, and add its invalid ones to `problems`."""
+    if not layer.values:
+        return {}
+    good = dict(layer.values)
+    try:
+        settings = _converter().structure(good, Settings)
+    except ExceptionGroup as error:
+        leaves = list(_leaves(error, ""))
+        problems += [f"{layer.place(at)}: {text}" for at, text in leaves]
+        bad = {at.partition(".")[0] for at, _ in leaves}
+        good = {key: value for key, value in good.items() if key not in bad}
+        settings = _converter().structure(good, Settings)
+    return {key: getattr(settings, key) for key in good}
+
+
+def _contradictions(settings: Settings, places: Mapping[str, str]) -> Iterator[str]:
+    """Yield the problems of values that are valid alone and not together."""
+    if not settings.insecure_listen and not values.is_loopback(settings.listen):
+        yield (
+            f"{places['listen']}: {settings.listen} can be reached from other machines and the"
+            " connection is not encrypted; listen on 127.0.0.1, or set insecure_listen = true"
+        )
+    if settings.orphan_deadline_s < settings.orphan_grace_s:
+        place = places.get("orphan_deadline_s") or places["orphan_grace_s"]
+        yield (
+            f"{place}: orphan_deadline_s ({settings.orphan_deadline_s:g}) must not be less than"
+            f" orphan_grace_s ({settings.orphan_grace_s:g})"
+        )
+
+
+# -- engine tables -----------------------------------------------------------------------------
+
+
+def _engines(value: object) -> Mapping[str, EngineSettings]:
+    if not isinstance(value, dict):
+        raise InvalidValue(f"must be a table of engines, not {values.quote(value)}")
+    engines: dict[str, EngineSettings] = {}
+    problems: list[Exception] = []
+    for name, table in value.items():
+        try:
+            engines[values.name(name)] = _engine(table)
+        except (ValueError, ExceptionGroup) as error:
+            problems += [InvalidValue(text, below=at) for at, text in _leaves(error, name)]
+    if problems:
+        raise ExceptionGroup("engines", problems)
+    return engines
+
+
+def _engine(table: object) -> EngineSettings:
+    if not isinstance(table, dict):
+        raise InvalidValue(f"must be a table, not {values.quote(table)}")
+    settings: EngineSettings = _converter().structure(
+        _preset_values(table.get("preset")) | table, EngineSettings
+    )
+    if problems := list(_preset_contradictions(settings, table)):
+        raise ExceptionGroup("preset", problems)
+    return settings
+
+
+def _preset_values(word: object) -> dict[str, object]:
+    """Return the defaults that a preset gives to its engine table."""
+    if word is None:
+        return {}
+    if not isinstance(word, str) or word not in set(Preset):
+        # The reader of `preset` reports the word. These values prevent further reports, of keys
+        # that a valid preset would have given.
+        return {"command": ["?"], "profile": Profile.RESUMABLE.value.lower()}
+    facts = PRESETS[Preset(word)]
+    return {
+        "command": [facts.program],
+        "profile": Profile.RESUMABLE.value.lower(),
+        "env_allow": [*DEFAULT_ENV_ALLOW, *facts.variables],
+        "trust": word,
+    }
+
+
+def _preset_contradictions(
+    settings: EngineSettings, table: Mapping[str, object]
+) -> Iterator[InvalidValue]:
+    if settings.preset is None:
+        if settings.agent_home is not None:
+            yield InvalidValue("is for engines with a preset", below="agent_home")
+        return
+    if settings.profile is not Profile.RESUMABLE:
+        yield InvalidValue('must be "resumable" with a preset', below="profile")
+    if settings.trust not in {settings.preset, None}:
+        yield InvalidValue(f'must be "{settings.preset}" or "none" with this preset', below="trust")
+    if "session_file" in table:
+        yield InvalidValue("must not be set with a preset, which defines it", below="session_file")
+
+
+# -- cattrs ------------------------------------------------------------------------------------
+
+
+@cache
+def _converter() -> Converter:
+    # Imported here: the import takes longer than all other imports of this module, and the
+    # commands that only call a service do not need cattrs.
+    from cattrs import Converter  # noqa: PLC0415
+    from cattrs.gen import make_dict_structure_fn, override  # noqa: PLC0415
+
+    converter = Converter(forbid_extra_keys=True, detailed_validation=True)
+
+    def hook(read: Reader[object]) -> Callable[[Any, Any], object]:
+        return lambda value, _: read(value)
+
+    for kind in (EngineSettings, Settings):
+        hints = get_type_hints(kind, include_extras=True)
+        readers = {
+            key: override(struct_hook=hook(_engines if key == "engines" else hint.__metadata__[0]))
+            for key, hint in hints.items()
+        }
+        # mypy cannot see that `readers` holds no other keyword of that function.
+        structure = make_dict_structure_fn(kind, converter, **readers)  # type: ignore[arg-type]
+        converter.register_structure_hook(kind, structure)
+    return converter
+
+
+def _leaves(error: Exception, at: str) -> Iterator[tuple[str, str]]:
+    """Yield place and text of every problem in an error of cattrs."""
+    from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError  # noqa: PLC0415
+
+    match error:
+        case ClassValidationError():
+            noted, rest = error.group_exceptions()
+            for inner, note in noted:
+                yield from _leaves(inner, _below(at, note.name))
+            for inner in rest:
+                yield from _leaves(inner, at)
+        case ExceptionGroup():
+            for inner in error.exceptions:
+                yield from _leaves(inner, at)
+        case ForbiddenExtraKeysError():
+            known = [key.name for key in fields(error.cl)]
+            for name in sorted(error.extra_fields, key=str):
+                yield _below(at, name), f"unknown key{_suggestion(name, known)}"
+        case KeyError():
+            yield at, "is missing"
+        case InvalidValue():
+            yield _below(at, error.below), str(error)
+        case _:
+            yield at, str(error)
+
+
+def _below(at: str, name: str) -> str:
+    return f"{at}.{name}" if at and name and not name.startswith("[") else at + name
+
+
+def _suggestion(name: str, known: list[str]) -> str:
+    near = get_close_matches(name, known, n=1)
+    return f' (did you mean "{near[0]}"?)' if near else ""

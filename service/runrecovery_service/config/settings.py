@@ -1,0 +1,210 @@
+"""What can be configured: every key, its default and its meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Final
+
+from runrecovery_service.config import values
+from runrecovery_service.config.capacity import machine_capacity
+from runrecovery_service.domain.run import Profile
+from runrecovery_service.domain.session_check import UnknownSession
+from runrecovery_service.engines.presets import Preset
+
+DEFAULT_ENV_ALLOW: Final = ("PATH", "HOME", "LANG", "LC_ALL", "TZ")
+_DAY_S: Final = 86_400.0
+
+
+class LogLevel(StrEnum):
+    """The least important event that is logged."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+class LogFormat(StrEnum):
+    """How events are written; AUTO is CONSOLE on a terminal and JSON elsewhere."""
+
+    AUTO = "auto"
+    JSON = "json"
+    CONSOLE = "console"
+
+
+class ContainmentPolicy(StrEnum):
+    """What a start does when its probe cannot prove that every process can be found."""
+
+    BEST_EFFORT = "best_effort"
+    """Log a warning and start."""
+    STRICT = "strict"
+    """Refuse to start."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """One `[engines.NAME]` table.
+
+    Attributes:
+        preset: an agent CLI: `"codex"`, `"gemini"` or `"claude"`. The service speaks its protocol,
+            and the preset gives command, profile, env_allow and trust their defaults. Without a
+            preset the engine speaks the JSON-lines protocol.
+        command: the words of the command, the program first; no shell reads them. A preset
+            appends its own arguments.
+        profile: how its runs wait for their user: `"resumable"` or `"sticky_process"`.
+        agent_home: the folder of the preset's CLI for its configuration and its sessions. Without
+            this key the variable or the default of the CLI applies.
+        trust: the CLI that trusts the workspace of each run while the run is alive: `"codex"`,
+            `"gemini"`, `"claude"`, or `"none"`.
+        env_allow: the environment variables of the service that processes of the engine inherit.
+        max_concurrent: processes of the engine at one time; without this key only the limit of
+            the service applies.
+        session_file: the file of a conversation, with `{workspace}` and `{value}` (the session
+            handle) as placeholders. A restart checks whether this file exists.
+        unknown_session: what a restart does with a run whose session it cannot check: `"keep"`
+            waiting, or `"fail"` as if the session were lost.
+        session_timeout_s: how long a question waits if it is the question of a sticky process,
+            which is then killed, or if `require_user_reply` is false.
+        require_user_reply: false: a question that waited for `session_timeout_s` is decided
+            automatically, and the run continues.
+        max_run_time_s: the time from the first launch, waits included, after which a run fails.
+            Without this key a run may take any time.
+        nice: added to the niceness of the service.
+        max_memory: private writable memory of each process (RLIMIT_DATA), in bytes or "512M".
+        max_open_files: descriptors of each process (RLIMIT_NOFILE).
+        max_processes: processes and threads of the service's user as a whole (RLIMIT_NPROC; root
+            is not limited).
+    """
+
+    command: Annotated[tuple[str, ...], values.command]
+    profile: Annotated[Profile, values.one_of(Profile)]
+    preset: Annotated[Preset | None, values.one_of(Preset)] = None
+    agent_home: Annotated[str | None, values.absolute] = None
+    trust: Annotated[str | None, values.trust] = None
+    env_allow: Annotated[tuple[str, ...], values.variables] = DEFAULT_ENV_ALLOW
+    max_concurrent: Annotated[int | None, values.whole(1, 10_000)] = None
+    session_file: Annotated[str | None, values.session_file] = None
+    unknown_session: Annotated[UnknownSession, values.one_of(UnknownSession)] = UnknownSession.KEEP
+    session_timeout_s: Annotated[float, values.seconds(0.1, 365 * _DAY_S)] = 1_200.0
+    require_user_reply: Annotated[bool, values.boolean] = True
+    max_run_time_s: Annotated[float | None, values.seconds(0.1, 365 * _DAY_S)] = None
+    nice: Annotated[int, values.whole(0, 19)] = 0
+    max_memory: Annotated[int | None, values.size_bytes(1024**2, 2**50)] = None
+    max_open_files: Annotated[int | None, values.whole(8, 2**20)] = None
+    max_processes: Annotated[int | None, values.whole(1, 2**22)] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The whole configuration. Relative paths start from the working directory.
+
+    Attributes:
+        listen: HOST:PORT (port 0: any free one), [IPV6]:PORT or unix:PATH.
+        insecure_listen: allow `listen` to be reached from other machines, without encryption.
+        data_dir: outputs, workspaces, the lock, and the SQLite database unless `database` names
+            another place.
+        database: empty: SQLite in `data_dir`; else `postgresql://…` or `sqlite:///path`.
+        instance: the name of this copy of the service; a start recovers the runs of its name.
+        max_concurrent: processes at one time; 0: computed from the cores and memory of the machine.
+        max_queued: runs that may wait for a slot; one more is refused as OVERLOADED.
+        max_attempts: how often a run is started from the beginning, restarts included.
+        max_request_bytes: the largest request that is accepted.
+        max_output_bytes: bytes that are kept of each stream of one attempt.
+        max_concurrent_calls: calls in progress; health checks and streams are not counted.
+        max_concurrent_streams: watches and followed outputs open at one time.
+        watch_stall_s: the time after which a stream is cut off whose reader reads nothing.
+        reopen_window_s: how long a run that lost its session in a restart can be reopened; the
+            store keeps its question and handle for this time.
+        cancel_grace_s: from SIGTERM to SIGKILL for a cancelled run.
+        exit_grace_s: from a question, a result or a closed stdout to the exit of the process.
+        drain_delay_s: from NOT_SERVING until the service accepts no more calls, for load balancers.
+        stop_grace_s: time that calls in progress have to finish at a stop.
+        orphan_grace_s: from SIGTERM to SIGKILL for processes of earlier epochs.
+        orphan_deadline_s: time to kill all of them together; survivors are reported.
+        recovery_batch_rows: most runs that one transaction decides.
+        recovery_batch_s: target duration of one such transaction.
+        recovery_tries: failed recoveries after which the service exits.
+        recovery_backoff_s: pause after the first of them; each further pause is twice as long.
+        safe_mode_after: starts without a finished recovery after which a start launches nothing;
+            0: never.
+        safe_mode_window_s: the time within which such starts are counted.
+        lease_ttl_s: how long the lease of the instance, and every process tree, lasts after the
+            last renewal. The lease is renewed five times in this time.
+        containment: `best_effort`, or `strict`: refuse to start where the service could not find
+            a process that hides.
+        cgroup_parent: a delegated cgroup (v2) in which each launch gets a cgroup of its own;
+            empty: none.
+        retry_hint_s: the time after which callers that come too early are told to retry.
+        log_level: `debug`, `info`, `warning` or `error`.
+        log_format: `auto`, `json` or `console`.
+        engines: the engines that runs may use, by name.
+    """
+
+    listen: Annotated[str, values.listen] = "127.0.0.1:50051"
+    insecure_listen: Annotated[bool, values.boolean] = False
+    data_dir: Annotated[Path, values.path] = Path("./runrecovery-data")
+    database: Annotated[str, values.database] = field(default="", repr=False)
+    instance: Annotated[str, values.name] = "default"
+    max_concurrent: Annotated[int, values.whole(0, 10_000)] = 0
+    max_queued: Annotated[int, values.whole(1, 10_000_000)] = 10_000
+    max_attempts: Annotated[int, values.whole(1, 1_000)] = 3
+    max_request_bytes: Annotated[int, values.whole(1024, 64 * 1024**2)] = 1024**2
+    max_output_bytes: Annotated[int, values.whole(64 * 1024, 1024**4)] = 16 * 1024**2
+    max_concurrent_calls: Annotated[int, values.whole(1, 1_000_000)] = 1_000
+    max_concurrent_streams: Annotated[int, values.whole(1, 1_000_000)] = 5_000
+    watch_stall_s: Annotated[float, values.seconds(0.1, 3_600)] = 30.0
+    reopen_window_s: Annotated[float, values.seconds(0, 365 * _DAY_S)] = 7 * _DAY_S
+    cancel_grace_s: Annotated[float, values.seconds(0, 3_600)] = 5.0
+    exit_grace_s: Annotated[float, values.seconds(0, 3_600)] = 10.0
+    drain_delay_s: Annotated[float, values.seconds(0, 3_600)] = 0.0
+    stop_grace_s: Annotated[float, values.seconds(0, 3_600)] = 5.0
+    orphan_grace_s: Annotated[float, values.seconds(0, 3_600)] = 2.0
+    orphan_deadline_s: Annotated[float, values.seconds(0.1, 3_600)] = 10.0
+    recovery_batch_rows: Annotated[int, values.whole(1, 1_000_000)] = 20_000
+    recovery_batch_s: Annotated[float, values.seconds(0.01, 60)] = 0.5
+    recovery_tries: Annotated[int, values.whole(1, 1_000)] = 5
+    recovery_backoff_s: Annotated[float, values.seconds(0, 3_600)] = 0.5
+    safe_mode_after: Annotated[int, values.whole(0, 1_000)] = 5
+    safe_mode_window_s: Annotated[float, values.seconds(1, 30 * _DAY_S)] = 600.0
+    lease_ttl_s: Annotated[float, values.seconds(3, 3_600)] = 15.0
+    containment: Annotated[ContainmentPolicy, values.one_of(ContainmentPolicy)] = (
+        ContainmentPolicy.BEST_EFFORT
+    )
+    cgroup_parent: Annotated[str, values.cgroup_parent] = ""
+    retry_hint_s: Annotated[float, values.seconds(0.01, 3_600)] = 1.0
+    log_level: Annotated[LogLevel, values.one_of(LogLevel)] = LogLevel.INFO
+    log_format: Annotated[LogFormat, values.one_of(LogFormat)] = LogFormat.AUTO
+    engines: Mapping[str, EngineSettings] = field(default_factory=dict)
+
+    @property
+    def redacted_database(self) -> str:
+        """The database URL for people and logs, without password and parameters."""
+        return redacted_url(self.database)
+
+    @property
+    def capacity(self) -> int:
+        """Processes at one time: `max_concurrent`, or the capacity of this machine."""
+        return self.max_concurrent or machine_capacity()
+
+
+SCALARS: Final = tuple(key.name for key in fields(Settings) if key.name != "engines")
+"""The keys that a flag or an environment variable may set."""
+
+
+def redacted_url(url: str) -> str:
+    """Return a database URL without its password and its parameters, which may hold a password.
+
+    Everything before the last `@` counts as user and password: a password with reserved characters
+    makes the URL invalid, and must be hidden as well.
+    """
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        return "***" if url else ""
+    credentials, at, place = rest.rpartition("@")
+    user, colon, _ = credentials.partition(":")
+    place, question, _ = place.partition("?")
+    hidden = f"{user}{':***' if colon else ''}{at}{place}{'?***' if question else ''}"
+    return f"{scheme}://{hidden}"

@@ -1,0 +1,227 @@
+"""Reads one value of the configuration as it was written, and refuses one that is invalid."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from enum import StrEnum
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Final, TypeAlias, TypeVar
+
+from runrecovery_service.engines.presets import Preset
+
+_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+_VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_PORT: Final = re.compile(r"[0-9]{1,5}")
+_SIZE: Final = re.compile(r"([0-9]{1,12}) ?([KMGT]?)(?:iB|B)?", re.IGNORECASE)
+_UNITS: Final = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
+
+T = TypeVar("T")
+E = TypeVar("E", bound=StrEnum)
+Reader: TypeAlias = Callable[[object], T]
+"""Returns the meaning of a value as it was written, or raises `InvalidValue`."""
+
+
+class InvalidValue(ValueError):
+    """A value cannot be used.
+
+    Attributes:
+        below: the part of the value that is invalid; empty: the whole value.
+    """
+
+    def __init__(self, text: str, *, below: str = "") -> None:
+        super().__init__(text)
+        self.below = below
+
+
+def quote(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str | int | float):
+        text = f'"{value}"' if isinstance(value, str) else str(value)
+        return text if len(text) <= 80 else text[:77] + "…"
+    return "a list" if isinstance(value, list) else "a table" if isinstance(value, dict) else "this"
+
+
+def boolean(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise InvalidValue(f"must be true or false, not {quote(value)}")
+    return value
+
+
+def whole(least: int, most: int) -> Reader[int]:
+    def read(value: object) -> int:
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise InvalidValue(f"must be a whole number, not {quote(value)}")
+        if not least <= value <= most:
+            raise InvalidValue(f"must be from {least} to {most}, not {value}")
+        return value
+
+    return read
+
+
+def seconds(least: float, most: float) -> Reader[float]:
+    def read(value: object) -> float:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise InvalidValue(f"must be a number of seconds, not {quote(value)}")
+        if not least <= value <= most:  # also true of nan
+            raise InvalidValue(f"must be from {least:g} to {most:g} seconds, not {value}")
+        return float(value)
+
+    return read
+
+
+def size_bytes(least: int, most: int) -> Reader[int]:
+    def read(value: object) -> int:
+        found = _SIZE.fullmatch(value) if isinstance(value, str) else None
+        if found is not None:
+            value = int(found[1]) * _UNITS[found[2].upper()]
+        elif isinstance(value, str):
+            raise InvalidValue(f'must be bytes, or a text like "512M" or "2G", not {quote(value)}')
+        return whole(least, most)(value)
+
+    return read
+
+
+def text(value: object) -> str:
+    if not isinstance(value, str):
+        raise InvalidValue(f"must be a string, not {quote(value)}")
+    if "\0" in value:
+        raise InvalidValue("must not contain a NUL character")
+    return value
+
+
+def filled(value: object) -> str:
+    if not text(value):
+        raise InvalidValue("must not be empty")
+    return text(value)
+
+
+def name(value: object) -> str:
+    if not _NAME.fullmatch(text(value)):
+        raise InvalidValue(
+            f"must be 1 to 63 of a-z, 0-9, - and _, beginning with a letter or digit,"
+            f" not {quote(value)}"
+        )
+    return text(value)
+
+
+def path(value: object) -> Path:
+    return value if isinstance(value, Path) else Path(filled(value))
+
+
+def one_of(kind: type[E]) -> Reader[E]:
+    known = {member.value.lower(): member for member in kind}
+
+    def read(value: object) -> E:
+        if not isinstance(value, str) or value not in known:
+            *words, last = (f'"{word}"' for word in known)
+            raise InvalidValue(f"must be {', '.join(words)} or {last}, not {quote(value)}")
+        return known[value]
+
+    return read
+
+
+def database(value: object) -> str:
+    # No message quotes the value: the value may hold a password.
+    url = text(value)
+    if url.startswith("sqlite://") and not re.match(r"sqlite:///[^?#]", url):
+        raise InvalidValue("SQLite is sqlite:///relative/path or sqlite:////absolute/path")
+    if url.startswith("sqlite:///:memory:"):
+        raise InvalidValue("a SQLite database in memory is lost with the process; name a file")
+    if url and not url.startswith(("sqlite:///", "postgresql://")):
+        raise InvalidValue("must be empty, postgresql://… or sqlite:///path")
+    return url
+
+
+def listen(value: object) -> str:
+    address = filled(value)
+    if _is_socket_file(address):
+        if not address.partition(":")[2]:
+            raise InvalidValue("a unix: address needs a path")
+        return address
+    host, colon, port = address.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    if not colon or not host or (":" in host and not bracketed) or re.search(r"[\s/@,]", host):
+        raise InvalidValue(f"must be HOST:PORT, [IPV6]:PORT or unix:PATH, not {quote(value)}")
+    if not _PORT.fullmatch(port) or int(port) > 65_535:
+        raise InvalidValue(f"the port must be from 0 (any free one) to 65535, not {quote(port)}")
+    return address
+
+
+def _is_socket_file(address: str) -> bool:
+    return address.startswith(("unix:", "unix-abstract:"))
+
+
+def is_loopback(address: str) -> bool:
+    """Return whether only this machine can reach a valid listen address.
+
+    A host name other than `localhost` counts as reachable from elsewhere, whatever the name
+    resolves to.
+    """
+    if _is_socket_file(address):
+        return True
+    host = address.rpartition(":")[0].strip("[]").lower()
+    try:
+        ip = ip_address(host)
+    except ValueError:
+        return host == "localhost"
+    return (getattr(ip, "ipv4_mapped", None) or ip).is_loopback  # not before Python 3.13 by itself
+
+
+def strings(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise InvalidValue(f"must be a list of strings, not {quote(value)}")
+    for index, word in enumerate(value):
+        try:
+            text(word)
+        except InvalidValue as error:
+            raise InvalidValue(str(error), below=f"[{index}]") from None
+    return tuple(value)
+
+
+def command(value: object) -> tuple[str, ...]:
+    if isinstance(value, str):
+        raise InvalidValue('must be a list, not a shell line: ["program", "argument"]')
+    words = strings(value)
+    if not words:
+        raise InvalidValue("must name a program")
+    if "" in words:
+        raise InvalidValue("must not be empty", below=f"[{words.index('')}]")
+    return words
+
+
+def variables(value: object) -> tuple[str, ...]:
+    names = strings(value)
+    for index, name in enumerate(names):
+        if not _VARIABLE.fullmatch(name):
+            raise InvalidValue(f"{quote(name)} is not the name of a variable", below=f"[{index}]")
+    return names
+
+
+def cgroup_parent(value: object) -> str:
+    if text(value) and not text(value).startswith("/"):
+        raise InvalidValue(f"must be empty or an absolute path, not {quote(value)}")
+    return text(value)
+
+
+def session_file(value: object) -> str:
+    if "{value}" not in text(value):
+        raise InvalidValue("must contain {value}, which is replaced by the session handle")
+    return text(value)
+
+
+def absolute(value: object) -> str:
+    if not filled(value).startswith("/"):
+        raise InvalidValue(f"must be an absolute path, not {quote(value)}")
+    return filled(value)
+
+
+def trust(value: object) -> str | None:
+    if value == "none":
+        return None
+    if not isinstance(value, str) or value not in set(Preset):
+        words = ", ".join(f'"{preset}"' for preset in Preset)
+        raise InvalidValue(f'must be {words} or "none", not {quote(value)}')
+    return value

@@ -1,0 +1,77 @@
+"""Runs work that may hang for ever in threads that the end of the process does not wait for."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Final, TypeVar
+
+import uvloop
+
+from runrecovery_service.thread_pool import SteadyThreadPool
+
+R = TypeVar("R")
+
+NO_THREAD_PAUSE_S: Final = 0.1
+"""Between two tries to start a thread that the system refuses."""
+EXECUTOR_THREADS: Final = 16
+"""For blocking work that is no step of a turn: reading outputs, removing what a turn left."""
+
+
+class _NeverAwaited(SteadyThreadPool):
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: FBT001, FBT002 - its signature
+        super().shutdown(wait=False, cancel_futures=cancel_futures)
+
+
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """Return a loop whose close does not wait for `asyncio.to_thread`.
+
+    The close of an ordinary loop waits for 300 s, or for ever, when a disk hangs.
+    """
+    loop = uvloop.new_event_loop()
+    loop.set_default_executor(_NeverAwaited(EXECUTOR_THREADS, "other"))
+    return loop
+
+
+def start(work: Callable[[], R]) -> Future[R]:
+    """Start the work in a thread of its own, and return its future, which cannot be cancelled.
+
+    Raises:
+        RuntimeError: the system refuses a thread.
+    """
+    future: Future[R] = Future()
+    future.set_running_or_notify_cancel()
+
+    def run_work() -> None:
+        try:
+            result = work()
+        except BaseException as error:  # noqa: BLE001 - the future raises it
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    threading.Thread(target=run_work, name="may-hang", daemon=True).start()
+    return future
+
+
+async def run(work: Callable[[], R]) -> R:
+    """Return the result of the work. While the system refuses threads, try again."""
+    while True:
+        try:
+            future = start(work)
+        except RuntimeError:  # from the start of the thread: the future has errors of the work
+            await asyncio.sleep(NO_THREAD_PAUSE_S)
+        else:
+            return await asyncio.wrap_future(future)
+
+
+async def run_within(seconds: float, work: Callable[[], R]) -> R:
+    """Return the result of the work.
+
+    Raises:
+        TimeoutError: the work takes longer; its thread goes on alone.
+    """
+    async with asyncio.timeout(seconds):
+        return await run(work)
