@@ -53,7 +53,7 @@ def test_a_service_whose_run_was_lost_ends_as_fenced_and_says_why(
     strike(agent, signal.SIGTERM)
 
     assert service.exit_code() == 10
-    assert "run 'lost' is not in the store any more; the database lost a commit" in service.text
+    assert "the database no longer has run 'lost'; it lost a commit" in service.text
     assert before == query(home, ROWS)
 
 
@@ -70,7 +70,7 @@ def test_a_service_whose_claim_was_lost_ends_as_fenced_and_names_no_other_servic
 
     assert service.exit_code() == 10
     assert (
-        "error: the database does not have this start's claim of instance 'default' any more\n"
+        "error: the database no longer has this start's claim of instance 'default'\n"
         "hint: no newer start is known; start again: what the store holds is recovered\n"
     ) in service.text
     service, _ = home.start()

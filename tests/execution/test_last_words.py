@@ -346,7 +346,7 @@ async def test_a_sticky_agent_that_closes_its_output_in_its_wait_is_told_as_such
     assert run.error is not None
     assert (run.error.code, run.error.message) == (
         "ENGINE_PROTOCOL_ERROR",
-        "The process closed its output while it waited for the reply, and lived on.",
+        "The process closed its output while it waited for the reply, but did not exit.",
     )
 
 

@@ -399,7 +399,7 @@ def not_at_first(use: Callable[..., Any]) -> Callable[..., Any]:
     def call(leases: Any, **named: Any) -> Any:
         if left[0]:
             left[0] -= 1
-            return {lease.lease_key: Ending(refused=("stuck",), gone=False) for lease in leases}
+            return {lease.launch_key: Ending(refused=("stuck",), gone=False) for lease in leases}
         return use(leases, **named)
 
     return call

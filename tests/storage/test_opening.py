@@ -311,7 +311,7 @@ def test_a_locked_file_is_refused_clearly(made: Path, monkeypatch: pytest.Monkey
         other.execute("UPDATE instance SET epoch = epoch")
         other.commit()
 
-        assert refusal(made) == "the database is busy"
+        assert refusal(made) == "the database is busy; retry later"
 
 
 def test_the_files_are_for_their_owner_only(tmp_path: Path) -> None:

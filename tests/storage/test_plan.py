@@ -132,9 +132,9 @@ def demand_plan_comes_true(world: World, checks: dict[str, SessionCheck]) -> Non
         assert row is not None
         counted = before[one.run_id]
         assert counted is not None
-        assert row[:2] == (one.verdict.rule, one.verdict.state)
-        assert one.verdict.becomes in {None, row[2]}
-        assert (row[3] == counted[0]) is one.verdict.unchanged
+        assert row[:2] == (one.decision.rule, one.decision.state)
+        assert one.decision.becomes in {None, row[2]}
+        assert (row[3] == counted[0]) is one.decision.unchanged
     assert {count.rule: count.count for count in totals.decisions} == tally.decisions
     assert (totals.runs_unchanged, totals.quarantined) == (tally.unchanged, tally.quarantined)
     assert totals.runs_total == len(decisions) == tally.scanned
@@ -259,7 +259,7 @@ def test_a_plan_looks_at_sessions_when_its_rows_are_read(world: World) -> None:
     assert len(asked) == 3  # each once, also those of the page
     assert totals is not None
     assert {count.rule: count.count for count in totals.decisions} == {"session_handle_lost": 3}
-    assert [one.verdict.rule for one in page.rows] == ["session_handle_lost"] * 2
+    assert [one.decision.rule for one in page.rows] == ["session_handle_lost"] * 2
     assert world.db.peewee.is_closed()
 
 
@@ -281,7 +281,7 @@ def test_plans_leave_a_check_alone_that_does_not_answer(
         for _ in range(3):
             (found,) = planned(world, made)
             rule = "resumable_waiting_preserved" if kept else "session_handle_lost"
-            assert found.verdict.rule == rule
+            assert found.decision.rule == rule
         assert asked == [1]
     finally:
         release.set()
@@ -309,7 +309,7 @@ def test_a_plan_is_of_one_moment(world: World, monkeypatch: pytest.MonkeyPatch) 
 
     assert totals is not None
     assert {count.rule: count.count for count in totals.decisions} == {"session_handle_lost": 3}
-    assert [one.verdict.rule for one in page.rows] == ["session_handle_lost"] * 3
+    assert [one.decision.rule for one in page.rows] == ["session_handle_lost"] * 3
 
 
 async def test_a_plan_that_waits_for_files_keeps_no_thread_of_the_store(world: World) -> None:

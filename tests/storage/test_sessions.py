@@ -104,7 +104,7 @@ class Shop:
         )
         page, totals = planner.decide(planner.read(self.world.db, after=None, limit=100))
         assert totals is not None
-        rules = {one.run_id: one.verdict.rule for one in page.rows}
+        rules = {one.run_id: one.decision.rule for one in page.rows}
         return rules, {count.rule: count.count for count in totals.decisions}
 
     def recorded(self, run: Run) -> tuple[object, ...]:
@@ -364,7 +364,7 @@ def test_an_operator_decides_on_sessions_that_cannot_be_judged(
         else ("FAILED", LOST, "UNKNOWN_REFUSED", "not_known")
     )
     assert rules == dict(reasons_by_id(world))
-    assert "a form that this version does not know" in shop.explained(run)
+    assert "a format that this version does not know" in shop.explained(run)
     assert f'unknown_session = "{unknown}"' in shop.explained(run)
 
 

@@ -188,7 +188,7 @@ def test_a_plan_is_what_the_restart_then_does(database: Database) -> None:
         page, sums = planner.decide(planner.read(database, after=after, limit=100))
         totals = totals or sums
         planned += [
-            (one.verdict.rule, one.verdict.becomes, one.verdict.error, one.verdict.state)
+            (one.decision.rule, one.decision.becomes, one.decision.error, one.decision.state)
             for one in page.rows
         ]
         after = page.after

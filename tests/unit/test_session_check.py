@@ -83,11 +83,13 @@ def test_an_explanation_says_what_was_found(reason: SessionReason, unknown: Unkn
 
 
 def test_an_explanation_of_an_earlier_version_says_its_verdict() -> None:
-    assert "said INVALID" in handle_source(SessionFinding(SessionVerdict.INVALID, None), held=False)
+    assert "returned INVALID" in handle_source(
+        SessionFinding(SessionVerdict.INVALID, None), held=False
+    )
 
 
 def test_an_explanation_tells_a_handle_that_nobody_checked_from_none() -> None:
-    assert "no check" in handle_source(None, held=True)
+    assert "no session check" in handle_source(None, held=True)
     assert handle_source(None, held=False) == "No session handle was stored."
 
 

@@ -100,7 +100,7 @@ def test_closing_the_output_while_the_user_is_waited_for_is_no_end_of_the_proces
     assert isinstance(end, Failed)
     assert end.error.code == "ENGINE_PROTOCOL_ERROR"
     assert end.error.message.endswith(
-        "closed its output while it waited for the reply, and lived on."
+        "closed its output while it waited for the reply, but did not exit."
     )
 
 

@@ -1,1 +1,1 @@
-"""What a run is, how it may change, and what a restart decides. No I/O, no clock, no framework."""
+"""Runs, their legal changes, and the decisions of a restart. No I/O, no clock, no framework."""

@@ -1,8 +1,8 @@
-"""Deadlines that a stepped wall clock cannot reach early.
+"""Deadlines that a stepped wall clock cannot make early.
 
-A deadline is kept twice: as the time of the wall clock, to show, and by a clock that runs steadily
-since the machine's boot, to go by. Only where that clock is not the one that runs now (another
-boot, another machine) does the wall clock have to tell how much time is left.
+A deadline is stored twice: as a time of the wall clock, for display, and as a time of a steady
+clock, which decides when the deadline passes. The steady clock counts from the machine's boot.
+After another boot, or on another machine, only the wall clock tells how much time is left.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from enum import StrEnum
 
 @dataclass(frozen=True, slots=True)
 class SteadyTime:
-    """A time by the clock named `clock`, in microseconds. Times of two clocks say nothing of each
-    other."""
+    """A time of the clock named `clock`, in microseconds. Never compare times of two clocks."""
 
     clock: str
     us: int
@@ -23,7 +22,7 @@ class SteadyTime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Due:
-    """A deadline: `at` by the wall clock, and `us` by the steady clock named `clock`."""
+    """A deadline: `at` of the wall clock, `us` of the steady clock named `clock`."""
 
     at: datetime
     clock: str
@@ -31,11 +30,11 @@ class Due:
 
 
 class DueKind(StrEnum):
-    """What ends at a deadline."""
+    """The time that a deadline ends."""
 
     WAIT = "WAIT"
-    """The wait for an answer to the open question."""
+    """The wait for a reply to the open question."""
     RUN = "RUN"
-    """The time that the whole run may take."""
+    """The longest time of the whole run."""
     REOPEN = "REOPEN"
-    """The window in which a failed run can be set back."""
+    """The time in which a failed run can be reopened."""

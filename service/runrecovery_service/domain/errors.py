@@ -12,6 +12,8 @@ RunRecoveryError
 ├── Exhausted: Overloaded, StorageFull, SlowReader
 ├── OutOfRange: OutputOutOfRange, WatchHistoryPruned, WatchSequenceUnknown
 └── Fenced: ClaimLost, RunGone
+
+StartRefused has its own tree: it ends the service, so no caller sees it.
 """
 
 from __future__ import annotations
@@ -20,11 +22,11 @@ from dataclasses import dataclass, field
 
 
 class RunRecoveryError(Exception):
-    """Root of the tree. Subclasses carry fields; their text is for people."""
+    """Root of the tree. Subclasses carry fields. Their text is for people."""
 
 
 class NotFound(RunRecoveryError):
-    """Something that was named does not exist."""
+    """The request names an object that does not exist."""
 
 
 @dataclass(eq=False)
@@ -34,7 +36,7 @@ class RunNotFound(NotFound):
     run_id: str
 
     def __str__(self) -> str:
-        return f"no run {self.run_id!r}"
+        return f"no run has the id {self.run_id!r}"
 
 
 @dataclass(eq=False)
@@ -44,16 +46,16 @@ class ReconciliationNotFound(NotFound):
     reconciliation_id: str
 
     def __str__(self) -> str:
-        return f"no reconciliation {self.reconciliation_id!r}"
+        return f"no reconciliation has the id {self.reconciliation_id!r}"
 
 
 class Invalid(RunRecoveryError):
-    """The request is wrong whatever the state of the service."""
+    """The request is wrong in every state of the service."""
 
 
 @dataclass(frozen=True, slots=True)
 class FieldViolation:
-    """One bad field of a request: its path in the message, and what is wrong."""
+    """One bad field of a request: its path in the message, and what is wrong with it."""
 
     field: str
     description: str
@@ -61,7 +63,7 @@ class FieldViolation:
 
 @dataclass(eq=False)
 class InvalidFields(Invalid):
-    """Fields of the request are bad; all of them are listed."""
+    """The request has bad fields. `violations` lists all of them."""
 
     violations: tuple[FieldViolation, ...]
 
@@ -77,42 +79,46 @@ class UnknownEngine(Invalid):
     known: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"no engine {self.engine!r}; known: {', '.join(self.known) or 'none'}"
+        known = ", ".join(self.known) or "none"
+        return f"no engine {self.engine!r} is configured; configured engines: {known}"
 
 
 class PageTokenInvalid(Invalid):
-    """The page token was not made by this service."""
+    """This service did not issue the page token."""
 
     def __str__(self) -> str:
-        return "the page token was not made by this service"
+        return "this service did not issue the page token; start again without a page token"
 
 
 class PageTokenMismatch(Invalid):
-    """The page token was made for another filter."""
+    """The page token was issued for another filter."""
 
     def __str__(self) -> str:
-        return "the page token belongs to another filter"
+        return (
+            "the page token was issued for another filter; repeat that filter, or start again"
+            " without a page token"
+        )
 
 
 class WatchCursorInvalid(Invalid):
-    """The cursor was not made by this service."""
+    """This service did not issue the cursor."""
 
     def __str__(self) -> str:
-        return "the cursor was not made by this service"
+        return "this service did not issue the cursor; start again without a cursor"
 
 
 class Conflict(RunRecoveryError):
-    """Something with this name exists and is different."""
+    """An object with this name exists and is different."""
 
 
 @dataclass(eq=False)
 class RunAlreadyExists(Conflict):
-    """Another CreateRun made a run with this id."""
+    """Another CreateRun created a run with this id."""
 
     run_id: str
 
     def __str__(self) -> str:
-        return f"run {self.run_id!r} exists"
+        return f"run {self.run_id!r} already exists; choose another id"
 
 
 @dataclass(eq=False)
@@ -122,67 +128,73 @@ class RequestIdReused(Conflict):
     request_id: str
 
     def __str__(self) -> str:
-        return f"request_id {self.request_id} was used with another payload"
+        return (
+            f"request_id {self.request_id} was already used with another payload; use a new"
+            " request_id"
+        )
 
 
 @dataclass(eq=False)
 class Refused(RunRecoveryError):
-    """The run is not in a state that allows this."""
+    """The state of the run does not allow the request."""
 
     run_id: str
 
 
 class RunNotWaiting(Refused):
-    """A reply came while the run does not wait for one."""
+    """A reply was sent to a run that does not wait for one."""
 
     def __str__(self) -> str:
         return f"run {self.run_id!r} does not wait for a reply"
 
 
 class InteractionSuperseded(Refused):
-    """A reply named a question that is not the open one, or was answered otherwise."""
+    """A reply named a question that is not the open one, or that has another answer."""
 
     def __str__(self) -> str:
-        return f"that question of run {self.run_id!r} is not open"
+        return f"this question of run {self.run_id!r} is not open; read the run for the open one"
 
 
 class RunAlreadyTerminal(Refused):
-    """A cancel came after the run had SUCCEEDED or FAILED."""
+    """A cancel was sent to a run that had SUCCEEDED or FAILED."""
 
     def __str__(self) -> str:
-        return f"run {self.run_id!r} has ended"
+        return f"run {self.run_id!r} has already ended"
 
 
 class RunQuarantined(Refused):
-    """The run's record is damaged and set aside for an operator."""
+    """The run's record is damaged. An operator has to repair it."""
 
     def __str__(self) -> str:
-        return f"run {self.run_id!r} is quarantined: its record is damaged"
+        return f"run {self.run_id!r} is quarantined: its record is damaged; ask the operator"
 
 
 @dataclass(eq=False)
 class RunOfAnotherInstance(Refused):
-    """The run belongs to another service on the same database, which alone can change it."""
+    """The run belongs to another instance on the same database. Only that instance changes it."""
 
     instance: str
 
     def __str__(self) -> str:
-        return f"run {self.run_id!r} belongs to instance {self.instance!r}; ask that service"
+        return (
+            f"run {self.run_id!r} belongs to instance {self.instance!r}; send the request to that"
+            " instance"
+        )
 
 
 @dataclass(eq=False)
 class RunNotReopenable(Refused):
-    """The run did not fail for want of a session, or its window is over."""
+    """The run did not fail because of a lost session, or the time to reopen it has passed."""
 
     why: str
 
     def __str__(self) -> str:
-        return f"run {self.run_id!r} cannot be set back: {self.why}"
+        return f"run {self.run_id!r} cannot be reopened: {self.why}"
 
 
 @dataclass(eq=False)
 class SessionNotResumable(Refused):
-    """What the run would be resumed by is not there."""
+    """The session that the run would resume cannot be resumed."""
 
     why: str
 
@@ -192,115 +204,121 @@ class SessionNotResumable(Refused):
 
 @dataclass(eq=False)
 class EtagMismatch(RunRecoveryError):
-    """The run changed since the caller saw it."""
+    """The run changed after the caller had read it."""
 
     run_id: str
     current_etag: str
 
     def __str__(self) -> str:
-        return f"run {self.run_id!r} has changed"
+        return f"run {self.run_id!r} has changed since its etag was read; read the run again"
 
 
 @dataclass(eq=False)
 class NotNow(RunRecoveryError):
-    """The service cannot answer yet or any more; try again after `retry_after_s` seconds."""
+    """The service cannot answer yet, or no longer. Retry after `retry_after_s` seconds."""
 
     retry_after_s: float = field(default=1.0, kw_only=True)
 
 
 class ReconciliationInProgress(NotNow):
-    """The recovery of this start has not committed."""
+    """The recovery of this start has not been committed yet."""
 
     def __str__(self) -> str:
-        return "recovery has not finished"
+        return "the service has not finished its recovery; retry later"
 
 
 class ShuttingDown(NotNow):
-    """The service is ending."""
+    """The service is shutting down."""
 
     def __str__(self) -> str:
-        return "the service is shutting down"
+        return "the service is shutting down; retry later"
 
 
 class SafeMode(NotNow):
-    """This start launches nothing, so that a new run would only wait to be failed."""
+    """This start launches nothing, so the next restart would only fail a new run."""
 
     def __str__(self) -> str:
-        return "the service is in safe mode and starts no runs; the next restart may"
+        return "the service is in safe mode and starts no runs; retry after its next restart"
 
 
 class StorageBusy(NotNow):
-    """Somebody else holds the database's lock."""
+    """Another connection holds the database's lock."""
 
     def __str__(self) -> str:
-        return "the database is busy"
+        return "the database is busy; retry later"
 
 
 class StorageUnavailable(NotNow):
     """The database does not answer."""
 
     def __str__(self) -> str:
-        return "the database does not answer"
+        return "the database does not answer; retry later"
 
 
 @dataclass(eq=False)
 class Exhausted(RunRecoveryError):
-    """A limit is reached; try again after `retry_after_s` seconds."""
+    """A limit is reached. Retry after `retry_after_s` seconds."""
 
     retry_after_s: float = field(default=1.0, kw_only=True)
 
 
 class Overloaded(Exhausted):
-    """The queue of runs, or the number of calls under way, is at its limit."""
+    """The queue of runs, or the number of open calls, is at its limit."""
 
     def __str__(self) -> str:
-        return "the service is at its limit"
+        return "the service has reached its limit of queued runs or open calls; retry later"
 
 
 class StorageFull(Exhausted):
     """The database's disk is full."""
 
     def __str__(self) -> str:
-        return "the disk of the database is full"
+        return "the disk of the database is full; retry later"
 
 
 class SlowReader(Exhausted):
-    """The caller of a stream did not read it."""
+    """The client read a stream too slowly."""
 
     def __str__(self) -> str:
-        return "the stream was not read for too long; resume it where you stand"
+        return "the client read the stream too slowly; resume after the last event received"
 
 
 @dataclass(eq=False)
 class OutOfRange(RunRecoveryError):
-    """What was asked for lies outside of what there is."""
+    """The request asks for events or output that do not exist."""
 
     run_id: str
 
 
 @dataclass(eq=False)
 class WatchHistoryPruned(OutOfRange):
-    """The events that a watch would go on with are not kept any more."""
+    """The next events of a watch have been deleted."""
 
     oldest: int
 
     def __str__(self) -> str:
-        return f"the events of run {self.run_id!r} before {self.oldest} are not kept any more"
+        return (
+            f"the events of run {self.run_id!r} before {self.oldest} have been deleted; resume"
+            f" after {self.oldest - 1} or read the run"
+        )
 
 
 @dataclass(eq=False)
 class WatchSequenceUnknown(OutOfRange):
-    """A watch would go on behind an event that has not happened."""
+    """A watch should resume after an event that has not happened."""
 
     latest: int
 
     def __str__(self) -> str:
-        return f"run {self.run_id!r} has had {self.latest} events so far"
+        return (
+            f"the latest event of run {self.run_id!r} has the sequence {self.latest}; resume after"
+            " that event at most"
+        )
 
 
 @dataclass(eq=False)
 class OutputOutOfRange(OutOfRange):
-    """The attempt was never made, or its output does not reach the offset."""
+    """The attempt does not exist, or its output ends before the offset."""
 
     reason: str
 
@@ -309,40 +327,48 @@ class OutputOutOfRange(OutOfRange):
 
 
 def is_outage(error: BaseException) -> bool:
-    """True for what the database, its disk or a limit is known to do; a traceback tells no more."""
+    """Return True for an expected failure of the database, its disk or a limit.
+
+    Such a failure is logged without a traceback.
+    """
     return isinstance(error, NotNow | Exhausted)
 
 
 @dataclass(eq=False)
 class Fenced(RunRecoveryError):
-    """A newer epoch owns what this one wanted to write; whoever meets it must stop."""
+    """A newer epoch owns the row that this one wanted to write. The writer must stop."""
 
     what: str
 
     def __str__(self) -> str:
-        return f"{self.what} belongs to a newer epoch"
+        return f"a newer epoch owns {self.what}"
 
 
 @dataclass(eq=False)
 class ClaimLost(Fenced):
-    """The store does not have this start's claim any more, and no newer one: a failover lost it, or
-    another instance name adopted the store."""
+    """The database has neither this start's claim nor a newer one.
+
+    A failover lost the claim, or another instance name adopted the database.
+    """
 
     def __str__(self) -> str:
-        return f"the database does not have this start's claim of {self.what} any more"
+        return f"the database no longer has this start's claim of {self.what}"
 
 
 @dataclass(eq=False)
 class RunGone(Fenced):
-    """A run, or its launch, that is followed is not in the store: commits of ours were lost, as in
-    a failover to a standby that lagged behind. Another run may have its integer key."""
+    """The database has no row of a run or launch that this service has committed.
+
+    Commits were lost, for example by a failover to a standby that lagged behind. Another run may
+    have the integer key by now.
+    """
 
     def __str__(self) -> str:
-        return f"{self.what} is not in the store any more; the database lost a commit"
+        return f"the database no longer has {self.what}; it lost a commit"
 
 
 class StartRefused(Exception):
-    """The service will not start (or go on) like this. Not a gRPC error: nobody is served yet."""
+    """The service does not start, or stops. Not a gRPC error: it serves no caller yet."""
 
 
 @dataclass(eq=False)
@@ -358,7 +384,7 @@ class Held(StartRefused):
 
 @dataclass(eq=False)
 class DatabaseRefused(StartRefused):
-    """The database is not one that this version may open; nothing in it was touched."""
+    """This version may not open the database. It changed nothing in it."""
 
     place: str
     reason: str
@@ -369,7 +395,7 @@ class DatabaseRefused(StartRefused):
 
 @dataclass(eq=False)
 class StoreLost(DatabaseRefused):
-    """A file of the SQLite store was removed or replaced while the service used it."""
+    """A file of the SQLite database was removed or replaced while the service used it."""
 
     copy: str | None = None
 
@@ -379,12 +405,12 @@ class StoreLost(DatabaseRefused):
 
 
 class DatabaseOutOfReach(DatabaseRefused):
-    """The database does not answer now; a later start may succeed."""
+    """The database does not answer now. A later start may succeed."""
 
 
 @dataclass(eq=False)
 class BackupRefused(StartRefused):
-    """The name for a backup is taken; nothing was touched."""
+    """The destination of the backup exists. Nothing was changed."""
 
     place: str
     reason: str
@@ -406,7 +432,7 @@ class DataDirRefused(StartRefused):
 
 @dataclass(eq=False)
 class LeaseLost(StartRefused):
-    """The lease could not be renewed for so long that another service may soon take over."""
+    """The lease was not renewed for so long that another service may take over soon."""
 
     instance: str
     seconds: float
@@ -417,7 +443,7 @@ class LeaseLost(StartRefused):
 
 @dataclass(eq=False)
 class ThreadsRefused(StartRefused):
-    """The system gives this process no thread."""
+    """The system refuses to start a thread for this process."""
 
     reason: str
 
@@ -427,7 +453,7 @@ class ThreadsRefused(StartRefused):
 
 @dataclass(eq=False)
 class OpenFilesRefused(StartRefused):
-    """The process may open too few files for what is configured."""
+    """The limit on open files is too low for the configuration."""
 
     limit: int
     needed: int
@@ -442,13 +468,13 @@ class OpenFilesRefused(StartRefused):
 
 @dataclass(eq=False)
 class RecoveryGaveUp(StartRefused):
-    """Recovery failed as often as the configuration allows; nothing was served."""
+    """Recovery failed as often as the configuration allows. No call was served."""
 
     tries: int
     last_error: str
 
     def __str__(self) -> str:
-        return f"recovery failed {self.tries} times, last with {self.last_error}"
+        return f"recovery failed {self.tries} times; the last error was {self.last_error}"
 
 
 @dataclass(eq=False)
@@ -464,7 +490,7 @@ class CgroupRefused(StartRefused):
 
 @dataclass(eq=False)
 class ContainmentRefused(StartRefused):
-    """Processes cannot be contained here as the service, or its configuration, demands."""
+    """Containment on this system is weaker than the service, or its configuration, requires."""
 
     reason: str
 
@@ -473,7 +499,7 @@ class ContainmentRefused(StartRefused):
 
 
 class RecoveryInterrupted(StartRefused):
-    """The service was told to stop while it recovered; the next start goes on from there."""
+    """A stop was requested during recovery. The next start continues the recovery."""
 
     def __str__(self) -> str:
-        return "recovery was interrupted by a stop"
+        return "a stop was requested during recovery; the next start continues it"

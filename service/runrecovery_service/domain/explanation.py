@@ -1,4 +1,4 @@
-"""Why a decision was made: every fact that it saw and where that came from, in words. Pure."""
+"""Explains a recorded decision: each fact, and what it was read from, in words. Pure."""
 
 from __future__ import annotations
 
@@ -23,19 +23,20 @@ from runrecovery_service.domain.session_check import (
     SessionVerdict,
 )
 
-BECAUSE: Final[Mapping[str, str]] = MappingProxyType(
+RULE_TEXTS: Final[Mapping[str, str]] = MappingProxyType(
     {rule.name: rule.because for rule in MATRIX}
     | {
-        QUARANTINE_RULE: "Its record cannot be read, so that no rule can speak of it; it was set"
-        " aside unchanged.",
-        REOPEN_RULE: "A recovery had failed it for want of its session; a caller set it back.",
+        QUARANTINE_RULE: "The run's record cannot be read, so no rule applies. The record was left"
+        " unchanged.",
+        REOPEN_RULE: "A recovery had failed the run because its session was lost. A caller reopened"
+        " the run.",
     }
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchOrphans:
-    """Processes of one launch that outlived their service."""
+    """The processes of one launch that outlived their service."""
 
     attempt: int
     turn: int
@@ -44,14 +45,15 @@ class LaunchOrphans:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordedDecision:
-    """A decision and what it saw.
+    """A recorded decision and the facts that it was based on.
 
     Attributes:
-        interaction_id: of the run's latest question; 0: it had asked none; None: an earlier version
-            did not record it.
-        session_turn: in which the handle was made; None: there was none, or it is not recorded.
-        session_finding: what the engine's check said of the handle; None: it was not checked.
-        restart_policy, max_attempts, canceled_at: as on the run's record.
+        interaction_id: of the run's latest question. 0: the run had asked none. None: an earlier
+            version did not record it.
+        session_turn: the turn that named the handle. None: there was no handle, or the turn is not
+            recorded.
+        session_finding: the result of the session check. None: the session was not checked.
+        restart_policy, max_attempts, canceled_at: of the run.
     """
 
     info: RecoveryInfo
@@ -69,7 +71,7 @@ class RecordedDecision:
 
 @dataclass(frozen=True, slots=True)
 class ExplainedFact:
-    """One fact: whether it held, and what was looked at."""
+    """One fact: whether it was true, and what it was read from."""
 
     name: str
     held: bool
@@ -77,35 +79,35 @@ class ExplainedFact:
 
 
 def explain_rule(rule: str) -> str:
-    """Return what a rule means, as a sentence; empty for a rule of another version."""
-    return BECAUSE.get(rule, "")
+    """Return the meaning of a rule as a sentence; empty for a rule of another version."""
+    return RULE_TEXTS.get(rule, "")
 
 
-def explain_facts(seen: RecordedDecision) -> tuple[ExplainedFact, ...]:
-    """Return every fact that the rules look at; none where no rule did."""
-    if seen.info.recovery_reason in {QUARANTINE_RULE, REOPEN_RULE}:
+def explain_facts(decision: RecordedDecision) -> tuple[ExplainedFact, ...]:
+    """Return every fact that the rules use; none if no rule of the matrix decided."""
+    if decision.info.recovery_reason in {QUARANTINE_RULE, REOPEN_RULE}:
         return ()
     return tuple(
-        ExplainedFact(fact.name or "", held := fact in seen.facts, source(seen, held))
+        ExplainedFact(fact.name or "", held := fact in decision.facts, source(decision, held))
         for fact, source in _SOURCES.items()
     )
 
 
-def _pending(seen: RecordedDecision, held: bool) -> str:  # noqa: FBT001 - called from the table only
-    if seen.interaction_id is None:
-        return "It was open and readable." if held else "None was open and readable."
-    if not seen.interaction_id:
-        return "It had asked no question."
+def _pending(decision: RecordedDecision, held: bool) -> str:  # noqa: FBT001 - called from the table only
+    if decision.interaction_id is None:
+        return "A question was open and readable." if held else "No question was open and readable."
+    if not decision.interaction_id:
+        return "The run had asked no question."
     state = "open and readable" if held else "not open, or not readable"
-    return f"Its latest question, #{seen.interaction_id}, was {state}."
+    return f"The latest question, #{decision.interaction_id}, was {state}."
 
 
-def _handle(seen: RecordedDecision, held: bool) -> str:  # noqa: FBT001
-    turn = "" if seen.session_turn is None else f" of turn {seen.session_turn}"
+def _handle(decision: RecordedDecision, held: bool) -> str:  # noqa: FBT001
+    turn = "" if decision.session_turn is None else f" of turn {decision.session_turn}"
     where = f"A session handle{turn} was stored"
-    finding = seen.session_finding
+    finding = decision.session_finding
     if held and finding is None:
-        return f"{where}; its engine has no check of sessions, so it was taken at its word."
+        return f"{where}; the engine has no session check, so the handle counted as valid."
     if finding is None or held is not finding.holds:
         return "No session handle was stored."
     return f"{where}, {'and' if held else 'but'} {_found(finding)}."
@@ -113,39 +115,42 @@ def _handle(seen: RecordedDecision, held: bool) -> str:  # noqa: FBT001
 
 def _found(finding: SessionFinding) -> str:
     reason = finding.reason
-    found = f"its engine's check said {finding.verdict}" if reason is None else REASON_TEXTS[reason]
+    found = (
+        f"the session check returned {finding.verdict}" if reason is None else REASON_TEXTS[reason]
+    )
     unknown = finding.verdict in {SessionVerdict.UNKNOWN, SessionVerdict.UNKNOWN_REFUSED}
     if unknown and reason is not None and reason not in INCONCLUSIVE:
-        found += ", which says little: it had not been seen whole before"
+        found += ", which proves little because the session had not been seen whole before"
     match finding.verdict:
         case SessionVerdict.UNKNOWN:
-            return f'{found}; it counted as held, by unknown_session = "keep"'
+            return f'{found}; the session counted as valid because of unknown_session = "keep"'
         case SessionVerdict.UNKNOWN_REFUSED:
-            return f'{found}; it counted as lost, by unknown_session = "fail"'
+            return f'{found}; the session counted as lost because of unknown_session = "fail"'
         case _:
             return found
 
 
-def _cancel(seen: RecordedDecision, held: bool) -> str:  # noqa: FBT001
-    if held and seen.canceled_at is not None:
-        return f"A cancel was accepted at {seen.canceled_at.isoformat()}."
+def _cancel(decision: RecordedDecision, held: bool) -> str:  # noqa: FBT001
+    if held and decision.canceled_at is not None:
+        return f"A cancel was accepted at {decision.canceled_at.isoformat()}."
     return "No cancel had been accepted."
 
 
-def _reply(seen: RecordedDecision, held: bool) -> str:  # noqa: FBT001
+def _reply(decision: RecordedDecision, held: bool) -> str:  # noqa: FBT001
     if held:
         return (
-            f"The answer to question #{seen.interaction_id or '?'} was accepted, and no process is"
-            " known to have got it."
+            f"The reply to question #{decision.interaction_id or '?'} was accepted, and no process"
+            " is known to have received it."
         )
-    return "No accepted answer was waiting for a process."
+    return "No accepted reply was waiting for a process."
 
 
-def _requeue(seen: RecordedDecision, held: bool) -> str:  # noqa: FBT001
-    if seen.restart_policy is not RestartPolicy.REQUEUE:
-        return f"Its restart policy is {seen.restart_policy}."
+def _requeue(decision: RecordedDecision, held: bool) -> str:  # noqa: FBT001
+    if decision.restart_policy is not RestartPolicy.REQUEUE:
+        return f"The restart policy is {decision.restart_policy}."
     left = "attempts were left" if held else "no attempt was left"
-    return f"Its restart policy is REQUEUE; {left} ({seen.attempt} of {seen.max_attempts} used)."
+    used = f"{decision.attempt} of {decision.max_attempts} used"
+    return f"The restart policy is REQUEUE; {left} ({used})."
 
 
 _SOURCES: Final[Mapping[Fact, Callable[[RecordedDecision, bool], str]]] = MappingProxyType(

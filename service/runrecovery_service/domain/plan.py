@@ -1,4 +1,4 @@
-"""What a restart at this moment would decide: the same `decide`, and nothing changed."""
+"""The plan of a restart: what it would decide now. It uses `decide` and changes nothing."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from runrecovery_service.domain.run import ErrorCode, Profile, RecoveryState, Ru
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Situation:
-    """What a restart would see of a run.
+    """The facts about a run that a restart would base its decision on.
 
     Attributes:
         status: None when the stored word is unknown.
-        damaged: something in its record cannot be read.
-        standing: the rule that decided last, if the run has not changed since.
+        damaged: a part of the run's record cannot be read.
+        last_rule: the rule of the latest decision, if the run has not changed since.
     """
 
     status: RunStatus | None
     profile: Profile | None
     facts: Fact
     damaged: bool
-    standing: str | None
+    last_rule: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """What it would decide. `unchanged`: it has decided just so before, nothing would be new."""
+    """What a restart would decide. `unchanged`: its latest decision was the same."""
 
     rule: str
     becomes: RunStatus | None
@@ -40,17 +40,17 @@ class Decision:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedDecision:
-    """One run and what a restart would decide for it."""
+    """A run and what a restart would decide for it."""
 
     run_id: str
     engine: str
     status: RunStatus | None
-    verdict: Decision
+    decision: Decision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecoveryPlan:
-    """All of it in numbers, as the report of the restart would have them."""
+    """The numbers of a plan, as the restart's report would have them."""
 
     decisions: tuple[DecisionCount, ...]
     runs_total: int
@@ -59,36 +59,36 @@ class RecoveryPlan:
     launches: int
 
 
-def preview_decision(seen: Situation) -> Decision:
-    """Return what a restart would decide."""
-    if seen.damaged or seen.status is None:
+def preview_decision(run: Situation) -> Decision:
+    """Return what a restart would decide for a run."""
+    if run.damaged or run.status is None:
         return Decision(
             rule=QUARANTINE_RULE,
-            becomes=seen.status,
+            becomes=run.status,
             error=None,
             state=RecoveryState.QUARANTINED,
             unchanged=False,
         )
-    rule = decide(seen.status, seen.profile, seen.facts)
+    rule = decide(run.status, run.profile, run.facts)
     return Decision(
         rule=rule.name,
         becomes=rule.becomes,
         error=rule.error,
         state=rule.state,
-        unchanged=seen.standing == rule.name,
+        unchanged=run.last_rule == rule.name,
     )
 
 
-def sum_decisions(foreseen: Iterable[tuple[Decision, int]], *, launches: int) -> RecoveryPlan:
-    """Return the plan of verdicts and how many runs each is for."""
+def sum_decisions(decisions: Iterable[tuple[Decision, int]], *, launches: int) -> RecoveryPlan:
+    """Return the plan for pairs of a decision and the number of its runs."""
     states = {rule.name: rule.state for rule in MATRIX}
     counts: dict[str, int] = dict.fromkeys((*states, QUARANTINE_RULE), 0)
     unchanged = 0
-    for verdict, count in foreseen:
-        if verdict.unchanged:
+    for decision, count in decisions:
+        if decision.unchanged:
             unchanged += count
         else:
-            counts[verdict.rule] += count
+            counts[decision.rule] += count
     return RecoveryPlan(
         decisions=tuple(
             DecisionCount(

@@ -11,39 +11,39 @@ from runrecovery_service.domain.run import RecoveryState
 
 
 class Cause(StrEnum):
-    """What began a reconciliation."""
+    """Why a reconciliation was started."""
 
     STARTUP = "STARTUP"
     SHUTDOWN = "SHUTDOWN"
-    """A planned stop, which decides what the next start otherwise would."""
+    """A planned stop, which makes the decisions that the next start would make."""
 
 
 class ContainmentLevel(StrEnum):
-    """How surely the processes of a run are found once nobody watches over them. Rising."""
+    """How reliably a start finds the processes of a run that lost its service. Ascending."""
 
     NONE = "NONE"
-    """A process that was launched here was not found again."""
+    """A process that the probe had launched was not found again."""
     COOKIE = "COOKIE"
-    """Found while they keep the environment that they were launched with, or their parents."""
+    """Processes are found while they keep their environment or their parents."""
     WATERMARK = "WATERMARK"
-    """Found whatever they do, short of changing their limits with privileges."""
+    """Processes are found unless they change their limits with privileges."""
 
     @property
     def is_strict(self) -> bool:
-        """True when a process that scrubs and hides itself is found all the same."""
+        """True if even a process that cleans its environment and loses its parents is found."""
         return self is ContainmentLevel.WATERMARK
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Containment:
-    """What this start's own probe proved; `detail` is a sentence for people."""
+    """The level that this start's probe proved. `detail` is a sentence for people."""
 
     level: ContainmentLevel
     detail: str
 
 
 class ReconciliationState(StrEnum):
-    """How far a reconciliation has come."""
+    """The progress of a reconciliation."""
 
     RUNNING = "RUNNING"
     COMPLETED = "COMPLETED"
@@ -52,7 +52,7 @@ class ReconciliationState(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
-    """One part of a reconciliation and the wall time it took, in seconds."""
+    """One part of a reconciliation and its wall time in seconds."""
 
     name: str
     duration_s: float
@@ -69,7 +69,7 @@ class DecisionCount:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OrphanCounts:
-    """Processes of earlier epochs: found alive, ended, not ended; launches with nothing left."""
+    """Processes of earlier epochs: found alive, ended, not ended; and launches without any left."""
 
     found: int = 0
     ended: int = 0
@@ -82,10 +82,10 @@ class Orphan:
     """A process that outlived the service that had launched it, and what was done to it.
 
     Attributes:
-        evidence: what proved whose it is; the words of `process.markers`.
-        signals: names of what it was sent, in order.
-        ended: it was seen dead afterwards.
-        by: `service`, or `shim`, the guard of its launch.
+        evidence: how it was proved to belong to its launch; a value of `process.markers.Proof`.
+        signals: the names of the signals that it was sent, in order.
+        ended: it was found dead afterwards.
+        by: who ended it: `service`, or `shim`, the guard of its launch.
     """
 
     pid: int
@@ -97,7 +97,7 @@ class Orphan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BindingCounts:
-    """What ended runs still held and what was therefore cleared."""
+    """What ended runs still held. All of it was cleared."""
 
     sessions: int = 0
     pending_interactions: int = 0
@@ -107,9 +107,9 @@ class BindingCounts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrustRemoval:
-    """An entry by which an agent CLI trusted the workspace of a run, and what became of it.
+    """An entry by which an agent CLI trusted the workspace of a run, and its removal.
 
-    `outcome` is a word of `trust.entry.Outcome`. `run_id` is empty when the run is gone.
+    `outcome` is a value of `trust.entry.Outcome`. `run_id` is empty if the run was deleted.
     """
 
     run_id: str
@@ -118,18 +118,19 @@ class TrustRemoval:
     outcome: str
 
     @property
-    def took_out(self) -> bool:
-        """True when something was taken out by it; else there was nothing of ours."""
+    def changed_file(self) -> bool:
+        """True if the file was changed. False: it held no entry of this service."""
         return self.outcome in {"removed", "restored"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrustClearing:
-    """What was taken out of the files of agent CLIs, and what could not be, a sentence each.
+    """The entries that were removed from the files of agent CLIs, and those that were not.
 
     Attributes:
-        failures: what went wrong; it goes wrong each time, until somebody mends it.
-        kept: what is said once for each entry, and is not said again.
+        failures: one sentence for each failed removal. It fails again until somebody repairs the
+            cause.
+        kept: one sentence for each entry that stays. Each is reported only once.
     """
 
     removals: tuple[TrustRemoval, ...] = ()
@@ -145,15 +146,15 @@ class TrustClearing:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """All that could not be taken out."""
+        """One sentence for each entry that was not removed."""
         return self.failures + self.kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reconciliation:
-    """The report of one restart, complete or as far as it has come.
+    """The report of one restart, complete or still in progress.
 
-    `runs_scanned` of `runs_total` are done; of these `runs_unchanged` kept the decision of an
+    `runs_scanned` of `runs_total` are decided; `runs_unchanged` of these kept the decision of an
     earlier restart. `decisions` are in the order of the matrix. `containment` is None until the
     probe has ended, and in the report of a stop. `trust_removals` are the first 100.
     """
@@ -182,7 +183,7 @@ class Reconciliation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecoveredFilter:
-    """Which recovered runs to list; empty fields do not filter. Times: after <= t < before."""
+    """Which recovered runs to list. Empty fields do not filter. Times: after <= t < before."""
 
     states: frozenset[RecoveryState] = field(default_factory=frozenset)
     reason: str | None = None

@@ -1,8 +1,8 @@
 """The recovery matrix: what a restart does with a run, as data.
 
-One table, read twice: `decide` here, to explain, plan and test; and a SQL `CASE` that
-`storage/recovery.py` builds from the same rows, to converge many runs in a few statements.
-The first rule that matches wins.
+The table is used twice. `decide` applies it to one run, to explain, plan and test. Storage builds a
+SQL `CASE` from the same rows, to decide many runs in a few statements. The first rule that matches
+wins.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from runrecovery_service.domain.run import ErrorCode, Profile, RecoveryState, Ru
 
 
 class Fact(Flag):
-    """What a restart knows of a run beside its status and profile."""
+    """The facts about a run that a restart uses, beside its status and profile."""
 
     PENDING = auto()
     """An open question is stored and readable."""
@@ -24,7 +24,7 @@ class Fact(Flag):
     CANCEL = auto()
     """A cancel was accepted."""
     REPLY = auto()
-    """An accepted reply has not been given to a process yet."""
+    """An accepted reply has not been delivered to a process yet."""
     REQUEUE = auto()
     """restart_policy is REQUEUE and attempts are left."""
 
@@ -40,18 +40,18 @@ class Rule:
 
     Attributes:
         name: stable; it is the run's `recovery_reason`.
-        statuses: the rule looks at runs found in one of these.
-        profiles: and of one of these profiles (None: missing or unknown); empty means any.
-        needs: facts that must hold.
-        lacks: facts that must not hold.
-        becomes: the status that the run gets.
-        error: the error code that it gets, for FAILED.
-        state: the `recovery_state` that it gets.
-        keeps: the run goes on from where it is: its question, reply and session stay. Without
-            it they are cleared, since nobody can use them any more.
-        reopenable: the run failed for want of its session only: its question and handle are
-            retired for a while instead, so that ReopenRun can set it back.
-        because: one sentence: the message of the error, and the text of the docs.
+        statuses: the statuses to which the rule applies.
+        profiles: the profiles to which it applies (None: missing or unknown); empty: all.
+        needs: facts that must be true.
+        lacks: facts that must be false.
+        becomes: the new status of the run.
+        error: the error code of the run, for FAILED.
+        state: the new `recovery_state` of the run.
+        keeps: the run keeps its question, reply and session. Without `keeps` they are cleared,
+            because no process can use them.
+        reopenable: the run failed only because its session is lost. Its question and handle are
+            kept for a while, so that ReopenRun can reopen the run.
+        because: one sentence: the message of the run's error, and the text of the docs.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Rule:
     because: str
 
     def matches(self, status: RunStatus, profile: Profile | None, facts: Fact) -> bool:
-        """True when the rule speaks of such a run."""
+        """True if the rule applies to such a run."""
         return (
             status in self.statuses
             and (not self.profiles or profile in self.profiles)
@@ -83,11 +83,11 @@ MATRIX: Final[tuple[Rule, ...]] = (
         needs=Fact.CANCEL,
         becomes=RunStatus.CANCELED,
         state=RecoveryState.CANCELED_RECONCILED,
-        because="A cancel had been accepted before the restart; it wins over every other end.",
+        because="A cancel was accepted before the restart. A cancel wins over every other end.",
     ),
     Rule(
-        # RUNNING too: between taking the run and handing the reply to its process the reply
-        # exists in the store only, and it was acknowledged.
+        # RUNNING too: until the process has received the reply, the acknowledged reply exists
+        # only in the database.
         name="accepted_reply_redriven",
         statuses=(RunStatus.QUEUED, RunStatus.RUNNING),
         profiles=(Profile.RESUMABLE,),
@@ -95,7 +95,7 @@ MATRIX: Final[tuple[Rule, ...]] = (
         becomes=RunStatus.QUEUED,
         state=RecoveryState.RECOVERED_QUEUED,
         keeps=True,
-        because="A reply had been accepted and not yet delivered; the next turn resumes with it.",
+        because="A reply was accepted but not delivered. The next turn resumes with this reply.",
     ),
     Rule(
         name="resumable_waiting_preserved",
@@ -105,7 +105,7 @@ MATRIX: Final[tuple[Rule, ...]] = (
         becomes=RunStatus.WAITING_USER,
         state=RecoveryState.RECOVERED_WAITING,
         keeps=True,
-        because="It waits without a process, and its question and session are intact.",
+        because="The run waits without a process. Its question and session are intact.",
     ),
     Rule(
         name="session_handle_lost",
@@ -117,7 +117,7 @@ MATRIX: Final[tuple[Rule, ...]] = (
         error=ErrorCode.SESSION_RESUME_FAILED,
         state=RecoveryState.FAILED_RECONCILED,
         reopenable=True,
-        because="It waited for a reply, but the session that a reply would resume is lost.",
+        because="The run waited for a reply, but the session that a reply would resume is lost.",
     ),
     Rule(
         name="pending_interaction_lost",
@@ -127,7 +127,7 @@ MATRIX: Final[tuple[Rule, ...]] = (
         becomes=RunStatus.FAILED,
         error=ErrorCode.SESSION_RESUME_FAILED,
         state=RecoveryState.FAILED_RECONCILED,
-        because="It waited for a reply, but the question that it asked is lost.",
+        because="The run waited for a reply, but its question is lost.",
     ),
     Rule(
         name="sticky_process_lost",
@@ -145,7 +145,7 @@ MATRIX: Final[tuple[Rule, ...]] = (
         becomes=RunStatus.FAILED,
         error=ErrorCode.ORCHESTRATOR_RESTART_INTERRUPTED,
         state=RecoveryState.FAILED_RECONCILED,
-        because="It waited for a reply, but how it can be resumed is not recorded.",
+        because="The run waited for a reply, but its profile is not recorded.",
     ),
     Rule(
         name="requeued",
@@ -153,7 +153,7 @@ MATRIX: Final[tuple[Rule, ...]] = (
         needs=Fact.REQUEUE,
         becomes=RunStatus.QUEUED,
         state=RecoveryState.RECOVERED_QUEUED,
-        because="Its restart policy starts it again, and its attempt budget allows that.",
+        because="The restart policy is REQUEUE, and attempts are left.",
     ),
     Rule(
         name="accepted_reply_session_lost",
@@ -165,7 +165,7 @@ MATRIX: Final[tuple[Rule, ...]] = (
         error=ErrorCode.SESSION_RESUME_FAILED,
         state=RecoveryState.FAILED_RECONCILED,
         reopenable=True,
-        because="A reply had been accepted, but the session that it would resume is lost.",
+        because="A reply was accepted, but the session that it would resume is lost.",
     ),
     Rule(
         name="queued_interrupted",
@@ -186,24 +186,24 @@ MATRIX: Final[tuple[Rule, ...]] = (
 )
 
 BECAUSE: Final = {rule.name: rule.because for rule in MATRIX if rule.error is not None}
-"""What the error of a run says that one of these rules ended."""
+"""The error message of a run that was failed by a rule."""
 
 QUARANTINE_RULE: Final = "record_damaged"
-"""The recovery_reason of a run whose record cannot be read, so that no rule can speak of it."""
+"""The recovery_reason of a run whose record cannot be read, so that no rule applies."""
 
 REOPEN_RULE: Final = "reopened_by_caller"
-"""The recovery_reason of a run that a caller set back after a recovery had failed it. It stands in
-the history of its decisions, although no restart made it."""
+"""The recovery_reason of a run that a caller reopened after a recovery had failed it. The history
+of decisions contains it, although no restart made this decision."""
 
 REOPENABLE: Final = frozenset(rule.name for rule in MATRIX if rule.reopenable)
-"""Rules after which that is possible."""
+"""The rules after which a caller can reopen the run."""
 
 
 def decide(status: RunStatus, profile: Profile | None, facts: Fact) -> Rule:
     """Return the rule for a non-terminal run that a restart found.
 
     Raises:
-        ValueError: the status is terminal: nothing is to be decided.
+        ValueError: the status is terminal, so there is nothing to decide.
     """
     for rule in MATRIX:
         if rule.matches(status, profile, facts):

@@ -1,4 +1,4 @@
-"""The words of the product as types. Times are aware UTC datetimes."""
+"""The types of runs and what belongs to them. Times are aware UTC datetimes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class RunStatus(StrEnum):
-    """Where a run stands."""
+    """The status of a run."""
 
     QUEUED = "QUEUED"
     RUNNING = "RUNNING"
@@ -26,7 +26,7 @@ class RunStatus(StrEnum):
 
     @property
     def is_terminal(self) -> bool:
-        """True when no later status is possible."""
+        """True if no status can follow."""
         return self in TERMINAL
 
 
@@ -34,21 +34,21 @@ TERMINAL = frozenset({RunStatus.SUCCEEDED, RunStatus.FAILED, RunStatus.CANCELED}
 
 
 class Profile(StrEnum):
-    """How a run waits for its user; fixed before its first turn."""
+    """How a run waits for its user. It is fixed before the first turn."""
 
     RESUMABLE = "RESUMABLE"
     STICKY_PROCESS = "STICKY_PROCESS"
 
 
 class RestartPolicy(StrEnum):
-    """What a restart does with a run that it finds QUEUED or RUNNING."""
+    """What a restart does with a QUEUED or RUNNING run."""
 
     FAIL = "FAIL"
     REQUEUE = "REQUEUE"
 
 
 class RecoveryState(StrEnum):
-    """What the last restart that concerned a run decided for it."""
+    """The latest decision of a restart on a run."""
 
     NONE = "NONE"
     RECOVERED_WAITING = "RECOVERED_WAITING"
@@ -60,7 +60,7 @@ class RecoveryState(StrEnum):
 
 
 class InteractionKind(StrEnum):
-    """What a question asks for; the values are the words of the engine protocol."""
+    """The kind of answer that a question asks for. The values are those of the engine protocol."""
 
     OPEN_TEXT = "open_text"
     CHOOSE_ONE = "choose_one"
@@ -70,20 +70,20 @@ class InteractionKind(StrEnum):
 
 
 class InteractionState(StrEnum):
-    """What became of a question."""
+    """The state of a question."""
 
     OPEN = "OPEN"
-    """Asked; nobody has answered."""
+    """The question was asked and has no answer."""
     ANSWERED = "ANSWERED"
-    """An answer was accepted and has not been given to a process yet."""
+    """An answer was accepted but not delivered to a process yet."""
     DELIVERED = "DELIVERED"
-    """A process got the answer."""
+    """A process received the answer."""
     CLOSED = "CLOSED"
-    """The run ended, or started again, before it was answered or the answer delivered."""
+    """The run ended or started again before an answer was accepted or delivered."""
 
 
 class RunEventKind(StrEnum):
-    """What happened to a run."""
+    """The kind of an event of a run."""
 
     CREATED = "CREATED"
     STARTED = "STARTED"
@@ -100,7 +100,7 @@ class RunEventKind(StrEnum):
 
 
 class ErrorCode(StrEnum):
-    """Why a run FAILED. An open set: callers must accept codes that they do not know."""
+    """Why a run FAILED. The set is open: callers must accept codes that they do not know."""
 
     SESSION_RESUME_FAILED = "SESSION_RESUME_FAILED"
     INTERACTION_PROCESS_LOST = "INTERACTION_PROCESS_LOST"
@@ -125,7 +125,7 @@ class Option:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """What an engine asks its user."""
+    """A question of an engine to its user."""
 
     kind: InteractionKind
     prompt: str
@@ -134,12 +134,11 @@ class Question:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interaction:
-    """A question of a run and what became of it.
+    """A question of a run, with its state and answer.
 
-    `interaction_id` counts the run's questions from 1. `kind` is None when the stored one is
-    unknown. `response` means something only while `replied_at` is set. `wait_deadline_at` is when
-    it will have waited long enough; None where the wait has no end. `auto_decided`: nobody had
-    answered by then, and the service did, with null.
+    `interaction_id` counts the run's questions from 1. `kind` is None if the stored one is unknown.
+    `response` is valid only if `replied_at` is set. `wait_deadline_at` is the end of the wait, None
+    if the wait has no end. `auto_decided`: no answer came by then, so the service answered null.
     """
 
     interaction_id: int
@@ -156,7 +155,7 @@ class Interaction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Session:
-    """What an engine needs to resume a conversation. `handle` is a secret: never log or send it."""
+    """The agent's own conversation, resumable by its handle, a secret: never log or send it."""
 
     type: str
     handle: str
@@ -168,7 +167,7 @@ class Session:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunError:
-    """Why a run FAILED: a stable code, and a sentence for people."""
+    """Why a run FAILED: a stable code and a sentence for people."""
 
     code: str
     message: str
@@ -176,7 +175,7 @@ class RunError:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecoveryInfo:
-    """What a restart decided for a run. `status_before` is None when it could not be read."""
+    """The decision of a restart on a run. `status_before` is None if it could not be read."""
 
     recovery_state: RecoveryState
     recovered_at: datetime
@@ -195,13 +194,17 @@ class RecoveryInfo:
 class Run:
     """One execution of an engine for one request, as stored.
 
-    `key` is the row's integer key: internal, never on the wire. `status` and `profile` are None
-    when the stored word is unknown. `attempt` counts starts from the beginning, `turn` the
-    processes within the attempt; both are 0 before the first launch. `owner_epoch` fences: only
-    the epoch on the row may write it. `version` rises with every change; the etag is made of it.
-    `event_count` is the sequence of its latest event. `session_timeout_s` is how long a question
-    waits, None where only its engine says it; `max_run_s` what the whole run may take, None
-    without a limit. `input` is None where the view leaves it out.
+    Attributes:
+        key: the row's integer key. It is internal and never sent to a caller.
+        status, profile: None if the stored word is unknown.
+        attempt: number of starts from the beginning; 0 before the first launch.
+        turn: number of processes in this attempt; 0 before the first launch.
+        owner_epoch: the only epoch that may write the row.
+        version: rises with every change. The etag contains it.
+        event_count: the sequence of the latest event.
+        session_timeout_s: how long a question waits. None: the engine's setting decides.
+        max_run_s: the longest time of the whole run. None: no limit.
+        input: None if the view omits it.
     """
 
     key: int
@@ -239,27 +242,27 @@ class Run:
 
     @property
     def holds_slot(self) -> bool:
-        """True while the run occupies a slot: it runs, or its process lives through the wait."""
+        """True while the run has a process: it runs, or its process waits for a reply."""
         return self.status is RunStatus.RUNNING or (
             self.status is RunStatus.WAITING_USER and self.profile is Profile.STICKY_PROCESS
         )
 
     @property
     def quarantined(self) -> bool:
-        """True when a recovery set the run aside because its record is damaged."""
+        """True if a recovery quarantined the run because its record is damaged."""
         return (
             self.recovery is not None and self.recovery.recovery_state is RecoveryState.QUARANTINED
         )
 
     @property
     def etag(self) -> str:
-        """Changes with every change of the run's own state."""
+        """A value that changes with every change of the run."""
         return f"{self.key:x}-{self.version:x}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewRun:
-    """What CreateRun records; the spans as in `Run`."""
+    """The run that CreateRun records. The attributes are those of `Run`."""
 
     run_id: str
     engine: str
@@ -275,9 +278,14 @@ class NewRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunEvent:
-    """One event of a run. `sequence` counts the run's events from 1 without a gap; `kind` and
-    `status` are None when the stored word is unknown; `interaction_id` is 0 when it is about no
-    question; `recovery` is the decision, of RECOVERED and REOPENED."""
+    """One event of a run.
+
+    Attributes:
+        sequence: counts the run's events from 1 without a gap.
+        kind, status: None if the stored word is unknown.
+        interaction_id: the question of the event; 0: none.
+        recovery: the decision, for RECOVERED and REOPENED.
+    """
 
     sequence: int
     kind: RunEventKind | None
@@ -290,16 +298,16 @@ class RunEvent:
 
 
 class View(StrEnum):
-    """How much of a run is read."""
+    """How much of a run to read."""
 
     BASIC = "BASIC"
-    """Without input, output, and the question's prompt and options."""
+    """Everything but input, output, and the question's prompt and options."""
     FULL = "FULL"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFilter:
-    """Which runs to list; empty fields do not filter. Times: after <= t < before."""
+    """Which runs to list. Empty fields do not filter. Times: after <= t < before."""
 
     statuses: frozenset[RunStatus] = frozenset()
     engine: str | None = None
@@ -310,7 +318,7 @@ class RunFilter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Page(Generic[T]):
-    """Rows of one page and the key to go on after; `after` is None on the last page."""
+    """Rows of one page, and the key after which the next page begins; None on the last page."""
 
     rows: tuple[T, ...]
     after: tuple[int, ...] | None

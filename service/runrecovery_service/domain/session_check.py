@@ -1,4 +1,4 @@
-"""What the check of a session can say, and what that means for its run. Pure."""
+"""The results of a session check, and what each means for the run. Pure."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
-_MARK: Final = re.compile(r"([0-9]{1,19}) (-?[0-9]{1,19})")
+_FINGERPRINT: Final = re.compile(r"([0-9]{1,19}) (-?[0-9]{1,19})")
 
 
 class SessionVerdict(StrEnum):
-    """Whether a run can be resumed by its session, as it stands on record."""
+    """Whether a run can be resumed by its session, as it is recorded."""
 
     VALID = "VALID"
     INVALID = "INVALID"
     UNKNOWN = "UNKNOWN"
-    """It cannot be told, and counts as held."""
+    """The check could not decide. The session counts as valid."""
     UNKNOWN_REFUSED = "UNKNOWN_REFUSED"
-    """It cannot be told, and counts as lost: the engine's `unknown_session` is "fail"."""
+    """The check could not decide. The session counts as lost: `unknown_session` is "fail"."""
 
     @property
     def holds(self) -> bool:
-        """True when the matrix's HANDLE holds with it."""
+        """True if the fact HANDLE of the matrix is true with this verdict."""
         return self not in LOST
 
 
@@ -33,14 +33,14 @@ LOST: Final = frozenset({SessionVerdict.INVALID, SessionVerdict.UNKNOWN_REFUSED}
 
 
 class UnknownSession(StrEnum):
-    """What becomes of a run whose session cannot be judged."""
+    """How a session counts when its check could not decide."""
 
     KEEP = "keep"
     FAIL = "fail"
 
 
 class SessionReason(StrEnum):
-    """What was found, in a word. It never holds anything of the session or of its handle."""
+    """What a check found. It contains no part of the session or of its handle."""
 
     PRESENT = "present"
     UNCHANGED = "unchanged"
@@ -68,17 +68,17 @@ REASON_TEXTS: Final[Mapping[SessionReason, str]] = MappingProxyType(
         SessionReason.EMPTY: "its session file was empty",
         SessionReason.CUT_OFF: "its session file was cut off",
         SessionReason.BROKEN: "the beginning of its session file was damaged",
-        SessionReason.ELSEWHERE: "its session file was of another session or another workspace",
-        SessionReason.NOT_A_FILE: "in the place of its session file was no regular file",
-        SessionReason.UNREADABLE: "its session file may not be read",
-        SessionReason.UNUSABLE: "it cannot be the name of a session file",
-        SessionReason.NOT_KNOWN: "its session file has a form that this version does not know",
-        SessionReason.NO_HOME: "it is not known where its engine keeps sessions",
-        SessionReason.HOME_AWAY: "the home of its engine was not there, or empty",
-        SessionReason.NOT_ANSWERED: "the system did not let its session file be looked at",
+        SessionReason.ELSEWHERE: "its session file belonged to another session or workspace",
+        SessionReason.NOT_A_FILE: "its session file was not a regular file",
+        SessionReason.UNREADABLE: "the service may not read its session file",
+        SessionReason.UNUSABLE: "its handle cannot be part of the name of a session file",
+        SessionReason.NOT_KNOWN: "its session file has a format that this version does not know",
+        SessionReason.NO_HOME: "the folder in which its engine keeps sessions is not known",
+        SessionReason.HOME_AWAY: "the home folder of its engine was missing or empty",
+        SessionReason.NOT_ANSWERED: "the system did not answer when its session file was read",
     }
 )
-"""Each reason as a clause, for people."""
+"""Each reason as a clause for people. "Its" is the run's."""
 
 INCONCLUSIVE: Final = frozenset(
     {
@@ -88,26 +88,29 @@ INCONCLUSIVE: Final = frozenset(
         SessionReason.NOT_ANSWERED,
     }
 )
-"""Reasons for UNKNOWN by themselves; with others nobody had seen the session before."""
+"""Reasons that alone make a session UNKNOWN. With any other reason, a session is UNKNOWN because it
+had never been seen before."""
 
 
 @dataclass(frozen=True, slots=True)
 class SessionFinding:
-    """What a check said of one handle. `reason`: None where an earlier version did not record it,
-    or a later one recorded one that is not known here."""
+    """The result of the check of one handle.
+
+    `reason` is None if an earlier version did not record it, or if this version does not know it.
+    """
 
     verdict: SessionVerdict
     reason: SessionReason | None
 
     @property
     def holds(self) -> bool:
-        """True when the matrix's HANDLE holds with it."""
+        """True if the fact HANDLE of the matrix is true with this finding."""
         return self.verdict.holds
 
 
 @dataclass(frozen=True, slots=True)
 class SessionFingerprint:
-    """What a session file was when a question was recorded: bytes, and when it was changed."""
+    """Size in bytes and modification time of a session file when its question was recorded."""
 
     size: int
     mtime_ns: int
@@ -117,14 +120,14 @@ class SessionFingerprint:
 
     @classmethod
     def read(cls, text: str | None) -> SessionFingerprint | None:
-        """Return the mark that a text holds; None if there is none, or it cannot be read."""
-        found = _MARK.fullmatch(text or "")
+        """Return the fingerprint of a stored text; None if there is none or it cannot be read."""
+        found = _FINGERPRINT.fullmatch(text or "")
         return cls(int(found[1]), int(found[2])) if found else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredHandle:
-    """What a session is looked for by. `handle` is a secret, and was written by an agent."""
+    """A session to check. `handle` is a secret that an agent has written."""
 
     handle: str = field(repr=False)
     workspace: Path
@@ -136,11 +139,11 @@ NOT_ANSWERED: Final = SessionFinding(SessionVerdict.UNKNOWN, SessionReason.NOT_A
 
 @dataclass(frozen=True, slots=True)
 class SessionCheck:
-    """What looks at the sessions of one engine.
+    """The session check of one engine.
 
     Attributes:
-        look: answers for many handles, in their order, one by one. It may block, also for ever.
-        unknown: what the engine makes of a session that cannot be judged.
+        look: checks many handles and yields one finding for each, in order. It may block for ever.
+        unknown: how a session counts when the check could not decide.
     """
 
     look: Callable[[Sequence[StoredHandle]], Iterable[SessionFinding]]
@@ -148,29 +151,29 @@ class SessionCheck:
 
     @property
     def not_answered(self) -> SessionFinding:
-        """What goes on record where it did not answer."""
+        """The finding to record if the check did not answer."""
         return apply_policy(NOT_ANSWERED, self.unknown)
 
 
 def weaken_if_never_seen(
-    finding: SessionFinding, mark: SessionFingerprint | None
+    finding: SessionFinding, fingerprint: SessionFingerprint | None
 ) -> SessionFinding:
-    """Return what a finding of a CLI's session is worth.
+    """Return UNKNOWN instead of INVALID for a session that was never seen.
 
-    Only of a session that was seen when its question was recorded, so that there is a mark, is it
-    known to lie where we look: without one it may be whole, in a place that only the CLI knows (it
-    works in another folder, or in a container). No place makes a handle usable.
+    A session with a fingerprint was seen in the expected place when its question was recorded.
+    Another session may be intact in a place that only the CLI knows, because the CLI works in
+    another folder or in a container. An unusable handle stays INVALID, wherever the file is.
     """
     lost = (
         finding.verdict is SessionVerdict.INVALID and finding.reason is not SessionReason.UNUSABLE
     )
-    if lost and mark is None:
+    if lost and fingerprint is None:
         return replace(finding, verdict=SessionVerdict.UNKNOWN)
     return finding
 
 
 def apply_policy(finding: SessionFinding, unknown: UnknownSession) -> SessionFinding:
-    """Return what goes on record: of a session that cannot be judged also what that means."""
+    """Return the finding to record: UNKNOWN becomes UNKNOWN_REFUSED if the engine says "fail"."""
     if finding.verdict is SessionVerdict.UNKNOWN and unknown is UnknownSession.FAIL:
         return replace(finding, verdict=SessionVerdict.UNKNOWN_REFUSED)
     return finding

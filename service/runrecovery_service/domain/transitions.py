@@ -1,5 +1,7 @@
-"""Which status may follow which. Every writer of a status, recovery too, keeps to this table;
-`REOPENED` holds the one way out of a terminal status, which only ReopenRun takes."""
+"""The legal status changes. Every write of a status obeys this table, in recovery too.
+
+Only ReopenRun leaves a terminal status, as `REOPENED` allows.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +34,9 @@ NEXT: Final = MappingProxyType(
 REOPENED: Final = MappingProxyType(
     {RunStatus.FAILED: frozenset({RunStatus.WAITING_USER, RunStatus.QUEUED})}
 )
-"""For a run that a recovery failed, in its window, by a caller's word."""
+"""For a run that a recovery failed, when a caller reopens it in time."""
 
 
 def is_legal(before: RunStatus, after: RunStatus) -> bool:
-    """True when a run in `before` may become `after`. Nothing follows a terminal status."""
+    """Return True if a run may change from `before` to `after`. A terminal status never changes."""
     return after in NEXT[before]

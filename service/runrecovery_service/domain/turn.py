@@ -1,5 +1,7 @@
-"""How one turn of a run, the life of one process, can end. A cancel is not among the ends: it is
-accepted apart from the turn, and wins over whatever the turn brought."""
+"""How one turn of a run, the life of one process, can end.
+
+A cancel is not among these ends. It is accepted independently of the turn and wins over its end.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from typing import Final, TypeAlias
 from runrecovery_service.domain.deadline import DueKind
 from runrecovery_service.domain.run import ErrorCode, JsonObject, Question, RunError
 
-RUN_TIMEOUT: Final = "The run has taken longer than its engine allows."
+RUN_TIMEOUT: Final = "The run took longer than its engine allows."
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,22 +24,21 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Succeeded:
-    """The engine reported a result and ended well."""
+    """The engine reported a result and ended without an error."""
 
     output: JsonObject
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The turn cannot be gone on with."""
+    """The turn failed."""
 
     error: RunError
 
 
 @dataclass(frozen=True, slots=True)
 class Interrupted:
-    """The process was ended for want of a service that watched over it, not for anything it did:
-    what becomes of the run is what a restart would decide."""
+    """The shim killed the process because its service was gone. A restart decides on the run."""
 
     because: str
 
@@ -47,20 +48,21 @@ TurnEnd: TypeAlias = Asked | Succeeded | Failed | Interrupted
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observed:
-    """What was seen of a process until its end.
+    """What the service observed of a process until its end.
 
     Attributes:
-        said: the question or the result that it printed last, None if neither.
-        broken: how it broke the protocol, None if it did not.
-        failure: what it failed with, where its engine can say; it goes before what it said.
-        exit_code: None when it was still alive and had to be ended; negative for a signal.
-        interrupted: why its shim ended it, None if the shim did not.
-        unsupervised: its shim was gone, or stopped, before it ended.
-        timed_out: what it had taken too long for, if it was ended for that.
-        at_work: it had begun to work again after what it said last.
-        in_wait: it ended, or closed its output, while its user was still being waited for.
-        undelivered: it closed its input before it had read the reply.
-        stderr_tail: the last lines of its standard error.
+        said: the latest question or result that the process printed, None if neither.
+        broken: how the process broke the protocol, None if it did not.
+        failure: the failure that the process reported, if its dialect can report one. It takes
+            precedence over `said`.
+        exit_code: None if the process was alive and had to be ended; negative for a signal.
+        interrupted: why the shim killed the process, None if the shim did not.
+        unsupervised: the shim was gone or stopped before the process ended.
+        timed_out: the deadline for which the process was ended, None if it was not.
+        at_work: the process had resumed work after `said`.
+        in_wait: the process ended or closed its output before its user had replied.
+        undelivered: the process closed its input before it had read the reply.
+        stderr_tail: the last lines of standard error.
     """
 
     said: Asked | Succeeded | None
@@ -77,7 +79,7 @@ class Observed:
 
 
 def is_repeated(first: Asked | Succeeded, second: Asked | Succeeded) -> bool:
-    """Return True if both say the same; `true` is not 1, and the order of keys says nothing."""
+    """Return True if both are equal. `true` differs from 1; the order of keys does not matter."""
     if not isinstance(first, Succeeded) or not isinstance(second, Succeeded):
         return repr(first) == repr(second)
     return _canonical(first.output) == _canonical(second.output)
@@ -90,12 +92,12 @@ def _canonical(output: JsonObject) -> str:
 def judge(seen: Observed) -> TurnEnd:
     """Return how the turn ended.
 
-    What was done to the process goes before what it said or did in its last moments. Only a result
-    that came in time stands, though the run's time was over before the process had ended, unless
-    the process was at work on another one.
+    What the service did to the process takes precedence over what the process said last. One
+    exception: a result that arrived before the deadline is kept, unless the process had resumed
+    work after it.
 
-    A process that said its last word and then lingered is taken at its word; one that exits
-    badly is not, whatever it said.
+    The result of a process that did not exit by itself is kept. The result of a process with a bad
+    exit code is not.
     """
     if seen.broken is not None:
         return _failed(ErrorCode.ENGINE_PROTOCOL_ERROR, seen.broken)
@@ -108,7 +110,7 @@ def judge(seen: Observed) -> TurnEnd:
     if seen.unsupervised:
         return _failed(
             ErrorCode.SUPERVISION_LOST,
-            "The shim that watched over the process was killed or stopped; the process was ended.",
+            "The shim that guarded the process was killed or stopped, so the process was ended.",
         )
     if seen.failure is not None:
         return Failed(seen.failure)
@@ -120,7 +122,7 @@ def judge(seen: Observed) -> TurnEnd:
 
 
 def _silent(seen: Observed) -> TurnEnd:
-    """Return the end of a process that did not exit badly, and has said nothing."""
+    """Return the end of a process without a bad exit code that said nothing."""
     if seen.undelivered:
         return _failed(
             ErrorCode.REPLY_NOT_DELIVERED,
@@ -129,7 +131,7 @@ def _silent(seen: Observed) -> TurnEnd:
     if seen.exit_code is None:
         return _failed(
             ErrorCode.ENGINE_PROTOCOL_ERROR,
-            "The process closed its output without a result or a question, and lived on.",
+            "The process closed its output without a result or a question, but did not exit.",
         )
     return _failed(ErrorCode.ENGINE_FAILED, _how_it_ended(seen))
 
@@ -138,7 +140,7 @@ def _lost_in_wait(seen: Observed) -> TurnEnd:
     if seen.exit_code is None and not seen.unsupervised:
         return _failed(
             ErrorCode.ENGINE_PROTOCOL_ERROR,
-            "The process closed its output while it waited for the reply, and lived on.",
+            "The process closed its output while it waited for the reply, but did not exit.",
         )
     return _failed(
         ErrorCode.INTERACTION_PROCESS_LOST, "The process ended while it waited for the reply."
@@ -148,7 +150,7 @@ def _lost_in_wait(seen: Observed) -> TurnEnd:
 def _out_of_time(seen: Observed) -> TurnEnd:
     if seen.timed_out is DueKind.WAIT:
         return _failed(
-            ErrorCode.INTERACTION_WAIT_TIMEOUT, "Nobody answered before the wait's deadline."
+            ErrorCode.INTERACTION_WAIT_TIMEOUT, "No answer arrived before the deadline of the wait."
         )
     well = seen.exit_code in {None, 0} and seen.failure is None
     if isinstance(seen.said, Succeeded) and well and not seen.at_work:

@@ -117,7 +117,7 @@ class Planner:
                 run_id=run.run_id,
                 engine=run.engine,
                 status=run.situation.status,
-                verdict=preview_decision(_with(run.situation, found.get(run.run_key))),
+                decision=preview_decision(_with(run.situation, found.get(run.run_key))),
             )
             for run in rows.page
         )

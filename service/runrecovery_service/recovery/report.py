@@ -115,7 +115,7 @@ class ReportBook:
                 sessions=tally.sessions,
                 pending_interactions=tally.questions,
                 slots=tally.slots,
-                trust_entries=sum(one.took_out for one in self.trust_removals),
+                trust_entries=sum(one.changed_file for one in self.trust_removals),
             ),
             quarantined=tally.quarantined,
             warnings=(*self.warnings, *tally.damaged),

@@ -465,7 +465,7 @@ def put_explanation(to: recovery_service_pb2.RecoveryExplanation, seen: Recorded
 
 def put_planned(to: recovery_service_pb2.PlannedDecision, planned: PlannedDecision) -> None:
     """Fill in what a restart would decide for one run."""
-    verdict = planned.verdict
+    verdict = planned.decision
     to.run_id = planned.run_id
     to.engine = planned.engine
     to.status_before = STATUSES[planned.status]

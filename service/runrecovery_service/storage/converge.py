@@ -699,7 +699,7 @@ def _situation(
         profile=word(Profile, profile),
         facts=Fact(facts),
         damaged=bool(damaged),
-        standing=standing,
+        last_rule=standing,
     )
 
 
