@@ -279,6 +279,26 @@ def test_every_start_error_that_is_mapped_is_a_start_error() -> None:
     assert local.HINTS.keys() <= local.EXIT_CODES.keys()
 
 
+def test_what_a_service_ends_by_has_the_exit_code_that_the_docs_give_it() -> None:
+    assert {kind.__name__: int(code) for kind, code in local.EXIT_CODES.items()} == {
+        "CgroupRefused": 2,
+        "Held": 3,
+        "DatabaseRefused": 4,
+        "StoreLost": 4,
+        "DataDirRefused": 4,
+        "OpenFilesRefused": 4,
+        "ThreadsRefused": 4,
+        "DatabaseOutOfReach": 6,
+        "BackupRefused": 8,
+        "RecoveryGaveUp": 9,
+        "Fenced": 10,
+        "ClaimLost": 10,
+        "RunGone": 10,
+        "LeaseLost": 10,
+        "ContainmentRefused": 11,
+    }
+
+
 # -- commands that ask a service ---------------------------------------------------------------
 
 
