@@ -48,9 +48,9 @@ from runrecovery_service.process.watermark import watermark_bits
 from runrecovery_service.recovery.plan import Planner
 from runrecovery_service.recovery.startup import ClearTrust, Limits, Recovery
 from runrecovery_service.rpc.gate import Gate
-from runrecovery_service.rpc.listening import address_of
-from runrecovery_service.rpc.recovery_service import RecoveryRooms
-from runrecovery_service.rpc.run_service import RunLimits, RunRooms
+from runrecovery_service.rpc.listen_address import parse_listen_address
+from runrecovery_service.rpc.recovery_service import RecoveryDeps
+from runrecovery_service.rpc.run_service import RunDeps, RunLimits
 from runrecovery_service.rpc.server import GrpcServer, ServerLimits, build_server
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import instances
@@ -86,7 +86,7 @@ def serve(settings: Settings) -> None:
         early_signals.keep()
         # Before the store is migrated and an epoch claimed: a start that nobody could reach must
         # change nothing, and not count as one that did not finish recovering.
-        address_of(settings.listen).demand_bindable()
+        parse_listen_address(settings.listen).demand_bindable()
         # Beside the rest of the start: it is some 30 ms of waiting for processes.
         containment = prober.submit(prove_containment, watermark_bits())
         db = open_database(settings.database, held.data_dir, locks=held.locks)
@@ -306,7 +306,7 @@ def _server(
     shop = dispatcher.shop
     return build_server(
         gate,
-        run_rooms=RunRooms(
+        run_deps=RunDeps(
             storage=shop.storage,
             owner=shop.owner,
             catalog=shop.catalog,
@@ -315,7 +315,7 @@ def _server(
             limits=RunLimits(max_queued=settings.max_queued, max_attempts=settings.max_attempts),
             clock=shop.clock,
         ),
-        recovery_rooms=RecoveryRooms(
+        recovery_deps=RecoveryDeps(
             storage=shop.storage,
             owner=shop.owner,
             current_report=report_id,

@@ -29,12 +29,12 @@ def _break(owner: object, name: str, broken: Callable[..., Any]) -> None:
 
 def let_escape() -> None:
     """Let what goes wrong escape to gRPC, which tells it as UNKNOWN."""
-    from runrecovery_service.rpc import guard
+    from runrecovery_service.rpc import method_wrapper
 
     async def escape(_: object, __: object, error: Exception) -> None:
         raise error
 
-    _break(guard, "_refuse", escape)
+    _break(method_wrapper, "_refuse", escape)
 
 
 def write_when_refused() -> None:
@@ -107,16 +107,16 @@ def talk_too_much() -> None:
 
 def hoard() -> None:
     """Keep something of every call."""
-    from runrecovery_service.rpc.guard import Guard
+    from runrecovery_service.rpc.method_wrapper import MethodWrapper
 
     kept: list[bytes] = []
-    demand = Guard._demand_room
+    demand = MethodWrapper._demand_room
 
     def demand_and_keep(self: Any, *given: Any) -> None:
         kept.append(bytes(512 << 10))
         demand(self, *given)
 
-    _break(Guard, "_demand_room", demand_and_keep)
+    _break(MethodWrapper, "_demand_room", demand_and_keep)
 
 
 MUTANTS: Final[dict[str, Mutant]] = {

@@ -1,4 +1,4 @@
-"""The gate, and the guard that asks it, on a real server."""
+"""The gate, and the wrapper that asks it, on a real server."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from runrecovery_service.domain.errors import (
     ShuttingDown,
 )
 from runrecovery_service.rpc.gate import Access, Gate, ServiceState
-from runrecovery_service.rpc.guard import Guard
+from runrecovery_service.rpc.method_wrapper import MethodWrapper
 from runrecovery_service.rpc.server import RECOVERY_SERVICE, RUN_SERVICE, access_of, handlers
 
 # -- the gate ----------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ def test_every_method_of_the_contract_has_its_access() -> None:
     }
 
 
-# -- the guard ---------------------------------------------------------------------------------
+# -- the wrapper ---------------------------------------------------------------------------------
 
 
 class FakeRuns:
@@ -189,9 +189,9 @@ async def serving(
     gate: Gate, runs: FakeRuns, *, max_calls: int = 100
 ) -> AsyncIterator[grpc.aio.Channel]:
     server = grpc.aio.server()
-    guard = Guard(gate, max_calls=max_calls, max_streams=10, stall_s=60)
+    wrapper = MethodWrapper(gate, max_calls=max_calls, max_streams=10, stall_s=60)
     server.add_generic_rpc_handlers(
-        (handlers(RUN_SERVICE, runs, guard), handlers(RECOVERY_SERVICE, FakeRecovery(), guard))
+        (handlers(RUN_SERVICE, runs, wrapper), handlers(RECOVERY_SERVICE, FakeRecovery(), wrapper))
     )
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

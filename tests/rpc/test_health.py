@@ -7,9 +7,9 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from runrecovery_service.rpc.calls import Calls
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.health import HealthServicer
+from runrecovery_service.rpc.open_calls import OpenCalls
 from runrecovery_service.rpc.server import health_handlers
 
 RUNS = "runrecovery.v1.RunService"
@@ -27,7 +27,7 @@ def gate() -> Gate:
 @pytest.fixture
 async def health(gate: Gate) -> AsyncIterator[Any]:
     server = grpc.aio.server()
-    server.add_generic_rpc_handlers((health_handlers(HealthServicer(gate), Calls()),))
+    server.add_generic_rpc_handlers((health_handlers(HealthServicer(gate), OpenCalls()),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:

@@ -19,9 +19,9 @@ from runrecovery.v1 import (
     run_pb2,
     run_service_pb2,
 )
-from runrecovery_service.rpc.calls import Calls
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.health import HealthServicer
+from runrecovery_service.rpc.open_calls import OpenCalls
 from runrecovery_service.rpc.reflection import (
     V1,
     V1ALPHA,
@@ -50,9 +50,9 @@ def gate() -> Gate:
 async def address(gate: Gate) -> AsyncIterator[str]:
     server = grpc.aio.server()
     server.add_generic_rpc_handlers(
-        reflection_handlers(ReflectionServicer(SERVICES, gate), Calls())
+        reflection_handlers(ReflectionServicer(SERVICES, gate), OpenCalls())
     )
-    server.add_generic_rpc_handlers((health_handlers(HealthServicer(gate), Calls()),))
+    server.add_generic_rpc_handlers((health_handlers(HealthServicer(gate), OpenCalls()),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     yield f"127.0.0.1:{port}"

@@ -27,9 +27,9 @@ from runrecovery_service.domain.run import NewRun, Run, RunStatus
 from runrecovery_service.engines.catalog import Catalog, Engine
 from runrecovery_service.recovery.plan import Planner
 from runrecovery_service.rpc.gate import Gate
-from runrecovery_service.rpc.listening import ListenFailed
-from runrecovery_service.rpc.recovery_service import RecoveryRooms
-from runrecovery_service.rpc.run_service import PIECE_BYTES, RunLimits, RunRooms
+from runrecovery_service.rpc.listen_address import ListenFailed
+from runrecovery_service.rpc.recovery_service import RecoveryDeps
+from runrecovery_service.rpc.run_service import PIECE_BYTES, RunDeps, RunLimits
 from runrecovery_service.rpc.server import GrpcServer, ServerLimits, build_server
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.processes import Unended
@@ -149,10 +149,10 @@ def engine() -> Engine:
     )
 
 
-def rooms(house: tuple[FakeStorage, FakeDispatcher, OutputFiles]) -> tuple[RunRooms, RecoveryRooms]:
+def deps(house: tuple[FakeStorage, FakeDispatcher, OutputFiles]) -> tuple[RunDeps, RecoveryDeps]:
     storage, dispatcher, output = house
     return (
-        RunRooms(
+        RunDeps(
             storage=cast("Any", storage),
             owner=OWNER,
             catalog=Catalog([engine()]),
@@ -161,7 +161,7 @@ def rooms(house: tuple[FakeStorage, FakeDispatcher, OutputFiles]) -> tuple[RunRo
             limits=RunLimits(max_queued=7, max_attempts=2),
             clock=FakeClock(wall=AT),
         ),
-        RecoveryRooms(
+        RecoveryDeps(
             storage=cast("Any", storage),
             owner=OWNER,
             current_report=lambda: None,
@@ -175,11 +175,11 @@ def rooms(house: tuple[FakeStorage, FakeDispatcher, OutputFiles]) -> tuple[RunRo
 async def house(tmp_path: Path) -> AsyncIterator[House]:
     gate, storage, dispatcher = Gate(), FakeStorage(), FakeDispatcher()
     output = OutputFiles(tmp_path, max_bytes=MAX_OUTPUT_BYTES)
-    run_rooms, recovery_rooms = rooms((storage, dispatcher, output))
+    run_deps, recovery_deps = deps((storage, dispatcher, output))
     server = build_server(
         gate,
-        run_rooms=run_rooms,
-        recovery_rooms=recovery_rooms,
+        run_deps=run_deps,
+        recovery_deps=recovery_deps,
         limits=limits(max_concurrent_calls=10, max_request_bytes=100_000),
     )
     port = await server.bind("127.0.0.1:0")
@@ -212,13 +212,13 @@ def reason(error: grpc.aio.AioRpcError) -> str:
 
 
 async def test_taken_port_is_refused(house: House, tmp_path: Path) -> None:
-    run_rooms, recovery_rooms = rooms(
+    run_deps, recovery_deps = deps(
         (house.storage, house.dispatcher, OutputFiles(tmp_path, max_bytes=1))
     )
     second = build_server(
         Gate(),
-        run_rooms=run_rooms,
-        recovery_rooms=recovery_rooms,
+        run_deps=run_deps,
+        recovery_deps=recovery_deps,
         limits=limits(max_concurrent_calls=1, max_request_bytes=1000),
     )
 
@@ -534,13 +534,13 @@ async def test_server_is_kept_reachable_after_its_socket_could_not_be_looked_at(
 ) -> None:
     folder, aside = tmp_path / "f", tmp_path / "g"
     folder.mkdir()
-    run_rooms, recovery_rooms = rooms(
+    run_deps, recovery_deps = deps(
         (FakeStorage(), FakeDispatcher(), OutputFiles(tmp_path, max_bytes=1))
     )
     server = build_server(
         Gate(),
-        run_rooms=run_rooms,
-        recovery_rooms=recovery_rooms,
+        run_deps=run_deps,
+        recovery_deps=recovery_deps,
         limits=limits(max_concurrent_calls=1, max_request_bytes=1000),
     )
     await server.bind(f"unix:{folder}/s")
@@ -564,13 +564,13 @@ async def until(holds: Callable[[], bool]) -> None:
 
 
 async def test_idle_connection_makes_room_for_another(tmp_path: Path) -> None:
-    run_rooms, recovery_rooms = rooms(
+    run_deps, recovery_deps = deps(
         (FakeStorage(), FakeDispatcher(), OutputFiles(tmp_path, max_bytes=1))
     )
     server = build_server(
         Gate(),
-        run_rooms=run_rooms,
-        recovery_rooms=recovery_rooms,
+        run_deps=run_deps,
+        recovery_deps=recovery_deps,
         limits=replace(
             limits(max_concurrent_calls=1, max_request_bytes=1000), max_connections=1, idle_s=0.5
         ),

@@ -16,8 +16,9 @@ from runrecovery.v1 import run_service_pb2 as run_pb
 from runrecovery_service.domain.errors import FieldViolation, InvalidFields
 from runrecovery_service.domain.run import Profile
 from runrecovery_service.engines.catalog import Engine
-from runrecovery_service.rpc import ids, mapping, validation
+from runrecovery_service.rpc import mapping, validation
 from runrecovery_service.rpc.run_service import receipt
+from runrecovery_service.rpc.uuid7 import uuid7
 
 REQUEST_ID = "0192f0c1-aaaa-4bbb-8ccc-0123456789ab"
 UNKNOWN: Any = 99
@@ -351,7 +352,7 @@ def test_receipt_does_not_depend_on_the_order_of_labels() -> None:
 
 @pytest.mark.parametrize("random", [b"\0" * 10, b"\xff" * 10])
 def test_uuid7_holds_the_time_and_its_version(random: bytes) -> None:
-    made = ids.uuid7(datetime(2026, 11, 24, 0, 0, 0, 5999, tzinfo=UTC), random)
+    made = uuid7(datetime(2026, 11, 24, 0, 0, 0, 5999, tzinfo=UTC), random)
 
     assert isinstance(made, UUID)
     assert (made.version, made.variant) == (7, "specified in RFC 4122")
@@ -360,7 +361,7 @@ def test_uuid7_holds_the_time_and_its_version(random: bytes) -> None:
 
 
 def test_uuid7_sorts_by_time() -> None:
-    earlier = ids.uuid7(datetime(2026, 11, 24, tzinfo=UTC), b"\xff" * 10)
-    later = ids.uuid7(datetime(2026, 11, 24, 0, 0, 0, 1000, tzinfo=UTC), b"\0" * 10)
+    earlier = uuid7(datetime(2026, 11, 24, tzinfo=UTC), b"\xff" * 10)
+    later = uuid7(datetime(2026, 11, 24, 0, 0, 0, 1000, tzinfo=UTC), b"\0" * 10)
 
     assert str(earlier) < str(later)

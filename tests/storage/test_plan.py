@@ -27,7 +27,7 @@ from runrecovery_service.engines.sessions.lines import FOUND
 from runrecovery_service.recovery.plan import Planner
 from runrecovery_service.recovery.sessions import Asker, changed_findings
 from runrecovery_service.rpc.gate import Gate
-from runrecovery_service.rpc.recovery_service import RecoveryRooms, RecoveryService
+from runrecovery_service.rpc.recovery_service import RecoveryDeps, RecoveryService
 from runrecovery_service.storage import converge
 from runrecovery_service.storage.adapter import (
     POSTGRESQL_CONNECTIONS,
@@ -324,14 +324,14 @@ async def test_a_plan_that_waits_for_files_keeps_no_thread_of_the_store(world: W
     storage = Storage(world.db)
     is_sqlite = world.db.dialect.kind is Kind.SQLITE
     all_read = threading.Barrier(READER_THREADS if is_sqlite else POSTGRESQL_CONNECTIONS)
-    rooms = RecoveryRooms(
+    deps = RecoveryDeps(
         storage=storage,
         owner=world.owner,
         current_report=lambda: None,
         containment=lambda: None,
         planner=replace(planner(world, {"hangs": SessionCheck(hang)}), check_s=600.0),
     )
-    service = RecoveryService(rooms, Gate())
+    service = RecoveryService(deps, Gate())
     plans = [
         asyncio.create_task(service.plan_recovery(pb.PlanRecoveryRequest())) for _ in range(12)
     ]

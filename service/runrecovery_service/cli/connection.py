@@ -47,7 +47,7 @@ EXIT_CODES: Final[dict[type[Exception], ExitCode]] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Service:
+class ServiceConnection:
     """The service that a command asks, and how its answers are wanted.
 
     Attributes:
@@ -114,7 +114,7 @@ def with_service(
         server, timeout_s = given.pop("server"), given.pop("timeout_s")
         as_json = given.pop("as_json")
         with failures(server), RunRecoveryClient(server, timeout_s=timeout_s) as client:
-            service = Service(client=client, timeout_s=timeout_s, as_json=as_json)
+            service = ServiceConnection(client=client, timeout_s=timeout_s, as_json=as_json)
             return function(service, **given)
 
     for option in reversed(_OPTIONS):

@@ -8,7 +8,7 @@ import click
 from runrecovery import ServingStatus
 
 from runrecovery_service.cli import parameters
-from runrecovery_service.cli.connection import Service, with_service
+from runrecovery_service.cli.connection import ServiceConnection, with_service
 from runrecovery_service.cli.exit_codes import ExitCode
 
 
@@ -28,7 +28,7 @@ from runrecovery_service.cli.exit_codes import ExitCode
     metavar="SECONDS",
     help="Wait so long for SERVING, also for a service that is not there yet.",
 )
-def health(service: Service, name: str, wait_s: float | None) -> ExitCode:
+def health(service: ServiceConnection, name: str, wait_s: float | None) -> ExitCode:
     """Ask whether the service is SERVING; the exit code is 0 only then."""
     if wait_s is None:
         status = service.client.health.check(name)

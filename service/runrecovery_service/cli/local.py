@@ -136,7 +136,7 @@ def _refusals() -> Iterator[None]:
 def serve(settings: Settings) -> ExitCode:
     """Run the service until it is told to stop (SIGTERM or Ctrl-C; twice: at once)."""
     from runrecovery_service import app
-    from runrecovery_service.rpc.listening import ListenFailed
+    from runrecovery_service.rpc.listen_address import ListenFailed
 
     try:
         app.serve(settings)

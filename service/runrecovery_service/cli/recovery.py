@@ -15,10 +15,10 @@ import click
 from runrecovery.v1 import recovery_pb2, recovery_service_pb2, run_pb2
 
 from runrecovery_service.cli import parameters
-from runrecovery_service.cli.connection import Service, with_service
+from runrecovery_service.cli.connection import ServiceConnection, with_service
+from runrecovery_service.cli.ctrl_c import exit_at_once
 from runrecovery_service.cli.exit_codes import ExitCode
 from runrecovery_service.cli.failure import Failure
-from runrecovery_service.cli.interrupts import leaving_at_once
 from runrecovery_service.cli.plain_text import safe
 from runrecovery_service.cli.printing import Columns, facts, table, time, word
 
@@ -111,7 +111,7 @@ def recovery() -> None:
 @recovery.command()
 @with_service
 @click.option("--watch", is_flag=True, help="Go on until the service has recovered.")
-def status(service: Service, *, watch: bool) -> ExitCode:
+def status(service: ServiceConnection, *, watch: bool) -> ExitCode:
     """Show what the service is doing and how far its recovery is."""
     if not watch:
         service.show(service.client.recovery.status(), describe_status)
@@ -121,7 +121,7 @@ def status(service: Service, *, watch: bool) -> ExitCode:
     return ExitCode.OK if serving else ExitCode.UNAVAILABLE
 
 
-def _watch(service: Service) -> Status:
+def _watch(service: ServiceConnection) -> Status:
     """Show every change until nothing is at work any more; return the last answer."""
     progress = _changes(service) if service.as_json or not sys.stdout.isatty() else _bar()
     with progress as show, _remembered_interrupts() as demand_none:
@@ -158,7 +158,7 @@ def _remembered_interrupts() -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def _changes(service: Service) -> Iterator[Callable[[Status], None]]:
+def _changes(service: ServiceConnection) -> Iterator[Callable[[Status], None]]:
     """One line whenever something is new."""
     shown: set[bytes] = set()
 
@@ -204,7 +204,7 @@ def _bar() -> Iterator[Callable[[Status], None]]:
 @click.option("--before", callback=parameters.time, metavar="TIME", help="Decided before it.")
 @click.option("--limit", type=click.IntRange(min=0), default=50, show_default=True, help="0: all.")
 def list_recovered(
-    service: Service,
+    service: ServiceConnection,
     states: tuple[str, ...],
     reason: str | None,
     engine: str | None,
@@ -249,7 +249,7 @@ def _states(words: Iterable[str]) -> list[run_pb2.RecoveryState.ValueType]:
 @click.option("--engine", metavar="NAME", help="Only runs of this engine.")
 @parameters.only_labels
 def watch(
-    service: Service,
+    service: ServiceConnection,
     after_cursor: str | None,
     states: tuple[str, ...],
     reason: str | None,
@@ -267,7 +267,7 @@ def watch(
         after_cursor=after_cursor or "",
         include_bookmarks=service.as_json,  # programs need the cursor of where it begins, too
     )
-    with leaving_at_once(), closing(decisions):
+    with exit_at_once(), closing(decisions):
         for response in decisions:
             service.show(response, decision_line)
 
@@ -275,7 +275,7 @@ def watch(
 @recovery.command()
 @with_service
 @click.argument("run_id")
-def explain(service: Service, run_id: str) -> None:
+def explain(service: ServiceConnection, run_id: str) -> None:
     """Explain every decision about one run: its rule, the facts, what was done to processes."""
     service.show(service.client.recovery.explain(run_id), describe_explanations)
 
@@ -283,7 +283,7 @@ def explain(service: Service, run_id: str) -> None:
 @recovery.command()
 @with_service
 @click.option("--limit", type=click.IntRange(min=0), default=50, show_default=True, help="0: all.")
-def plan(service: Service, limit: int) -> None:
+def plan(service: ServiceConnection, limit: int) -> None:
     """Show what a restart would decide at this moment; changes nothing."""
     planned = service.client.recovery.plan()
     service.show(planned.totals, describe_totals)
@@ -293,7 +293,7 @@ def plan(service: Service, limit: int) -> None:
 @recovery.command()
 @with_service
 @click.argument("run_id")
-def info(service: Service, run_id: str) -> None:
+def info(service: ServiceConnection, run_id: str) -> None:
     """Show every decision about one run, newest first."""
     service.show_rows(iter(service.client.recovery.info(run_id).history), HISTORY_COLUMNS)
 
@@ -301,7 +301,7 @@ def info(service: Service, run_id: str) -> None:
 @recovery.command()
 @with_service
 @click.option("--limit", type=click.IntRange(min=0), default=50, show_default=True, help="0: all.")
-def reports(service: Service, limit: int) -> None:
+def reports(service: ServiceConnection, limit: int) -> None:
     """List the reports of all restarts, newest first."""
     service.show_rows(service.client.recovery.reconciliations(), REPORT_COLUMNS, limit=limit)
 
@@ -309,7 +309,7 @@ def reports(service: Service, limit: int) -> None:
 @recovery.command()
 @with_service
 @click.argument("report", default="latest")
-def show(service: Service, report: str) -> None:
+def show(service: ServiceConnection, report: str) -> None:
     """Show the report of one restart: its id, or `latest` (the default)."""
     if report != "latest":
         service.show(service.client.recovery.reconciliation(report), describe_report)

@@ -16,10 +16,10 @@ from runrecovery import JsonValue
 from runrecovery.v1 import run_pb2, run_service_pb2
 
 from runrecovery_service.cli import parameters
-from runrecovery_service.cli.connection import Service, with_service
+from runrecovery_service.cli.connection import ServiceConnection, with_service
+from runrecovery_service.cli.ctrl_c import exit_at_once
 from runrecovery_service.cli.exit_codes import ExitCode
 from runrecovery_service.cli.failure import Failure
-from runrecovery_service.cli.interrupts import leaving_at_once
 from runrecovery_service.cli.plain_text import safe
 from runrecovery_service.cli.printing import Columns, facts, json_line, span, time, word
 
@@ -115,7 +115,7 @@ def runs() -> None:
 )
 @click.option("--wait", is_flag=True, help="Return once the run has ended or asks its user.")
 def create(
-    service: Service,
+    service: ServiceConnection,
     engine: str,
     given: Mapping[str, JsonValue] | None,
     labels: Mapping[str, str],
@@ -150,7 +150,7 @@ def create(
 @runs.command()
 @with_service
 @click.argument("run_id")
-def get(service: Service, run_id: str) -> None:
+def get(service: ServiceConnection, run_id: str) -> None:
     """Show one run with its recovery fields."""
     service.show(service.client.runs.get(run_id), describe)
 
@@ -174,7 +174,7 @@ def get(service: Service, run_id: str) -> None:
 )
 @click.option("--limit", type=click.IntRange(min=0), default=50, show_default=True, help="0: all.")
 def list_runs(
-    service: Service,
+    service: ServiceConnection,
     statuses: tuple[str, ...],
     engine: str | None,
     labels: Mapping[str, str],
@@ -208,7 +208,7 @@ def list_runs(
 )
 @click.option("--from-start", is_flag=True, help="Every event from the creation on.")
 def watch(
-    service: Service, run_id: str, after_sequence: int | None, *, from_start: bool
+    service: ServiceConnection, run_id: str, after_sequence: int | None, *, from_start: bool
 ) -> ExitCode:
     """Tell what happens to a run until it has ended, also across restarts of the service."""
     if from_start and after_sequence is not None:
@@ -217,7 +217,7 @@ def watch(
     service.client.recovery.status()
     status = None
     updates = service.client.runs.watch(run_id, after_sequence=0 if from_start else after_sequence)
-    with leaving_at_once(), closing(updates):
+    with exit_at_once(), closing(updates):
         for update in updates:
             status = (update.snapshot if update.HasField("snapshot") else update.event).status
             service.show(update, update_line)
@@ -239,7 +239,7 @@ def watch(
     help="The question that is answered; otherwise the one that is open now.",
 )
 def reply(
-    service: Service,
+    service: ServiceConnection,
     run_id: str,
     value: str | None,
     json_value: str | None,
@@ -269,7 +269,7 @@ def _answer(value: str | None, json_value: str | None) -> JsonValue:
     return answer
 
 
-def _open_question(service: Service, run_id: str) -> int:
+def _open_question(service: ServiceConnection, run_id: str) -> int:
     run = service.client.runs.get(run_id)
     if not run.HasField("pending_interaction"):
         raise Failure(
@@ -282,7 +282,7 @@ def _open_question(service: Service, run_id: str) -> int:
 @runs.command()
 @with_service
 @click.argument("run_id")
-def cancel(service: Service, run_id: str) -> None:
+def cancel(service: ServiceConnection, run_id: str) -> None:
     """Ask for the end of a run; a live process is ended first."""
     service.show(service.client.runs.cancel(run_id), describe)
 
@@ -298,7 +298,7 @@ def cancel(service: Service, run_id: str) -> None:
     help="A file (-: standard input) that holds another session handle, a secret; otherwise the"
     " handle that was kept works again.",
 )
-def reopen(service: Service, run_id: str, session_handle: str | None) -> None:
+def reopen(service: ServiceConnection, run_id: str, session_handle: str | None) -> None:
     """Set a run back that a recovery failed for want of its session."""
     service.show(service.client.runs.reopen(run_id, session_handle=session_handle), describe)
 
@@ -306,7 +306,7 @@ def reopen(service: Service, run_id: str, session_handle: str | None) -> None:
 @runs.command()
 @with_service
 @click.argument("run_id")
-def interactions(service: Service, run_id: str) -> None:
+def interactions(service: ServiceConnection, run_id: str) -> None:
     """List the questions of a run and their answers, oldest first."""
     service.show_rows(service.client.runs.interactions(run_id), INTERACTION_COLUMNS)
 
@@ -323,7 +323,7 @@ def interactions(service: Service, run_id: str) -> None:
 )
 @click.option("--follow", is_flag=True, help="Go on until the attempt has ended.")
 def output(
-    service: Service, run_id: str, attempt: int | None, *, stderr: bool, follow: bool
+    service: ServiceConnection, run_id: str, attempt: int | None, *, stderr: bool, follow: bool
 ) -> None:
     """Write what the processes of an attempt wrote (session handles masked)."""
     channel = run_service_pb2.OUTPUT_CHANNEL_STDOUT
@@ -336,7 +336,7 @@ def output(
         reconnect_s=60.0 if follow else service.timeout_s,
     )
     sink = sys.stdout.buffer
-    with leaving_at_once():
+    with exit_at_once():
         for piece in pieces:
             sink.write(json_line(piece).encode() + b"\n" if service.as_json else piece.data)
             sink.flush()

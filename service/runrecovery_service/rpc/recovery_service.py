@@ -15,7 +15,7 @@ from runrecovery_service.domain.reconciliation import Containment, RecoveredFilt
 from runrecovery_service.recovery.plan import Planner
 from runrecovery_service.rpc import mapping, paging, validation
 from runrecovery_service.rpc.gate import Gate
-from runrecovery_service.rpc.watching import RecoveredWatcher
+from runrecovery_service.rpc.watch_streams import RecoveredWatcher
 from runrecovery_service.storage import processes, recovery
 from runrecovery_service.storage.adapter import Storage
 from runrecovery_service.storage.instances import Owner
@@ -25,7 +25,7 @@ EXPLANATIONS: Final = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RecoveryRooms:
+class RecoveryDeps:
     """What RecoveryService works with.
 
     `current_report` gives the reconciliation_id of this start, None until its report is open;
@@ -42,15 +42,15 @@ class RecoveryRooms:
 class RecoveryService:
     """The methods of runrecovery.v1.RecoveryService; `server.py` finds them by name."""
 
-    def __init__(self, rooms: RecoveryRooms, gate: Gate) -> None:
-        self._storage = rooms.storage
-        self._owner = rooms.owner
-        self._current_report = rooms.current_report
-        self._containment = rooms.containment
-        self._planner = rooms.planner
+    def __init__(self, deps: RecoveryDeps, gate: Gate) -> None:
+        self._storage = deps.storage
+        self._owner = deps.owner
+        self._current_report = deps.current_report
+        self._containment = deps.containment
+        self._planner = deps.planner
         self._planning = asyncio.Lock()
         self._gate = gate
-        self._watcher = RecoveredWatcher(rooms.storage, gate)
+        self._watcher = RecoveredWatcher(deps.storage, gate)
 
     async def get_recovery_info(
         self, request: pb.GetRecoveryInfoRequest

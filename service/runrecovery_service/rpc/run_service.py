@@ -28,9 +28,10 @@ from runrecovery_service.domain.run import NewRun, Run, RunFilter, RunStatus
 from runrecovery_service.domain.session_check import REASON_TEXTS, StoredHandle
 from runrecovery_service.engines.catalog import Catalog, Engine
 from runrecovery_service.execution.dispatcher import Dispatcher
-from runrecovery_service.rpc import ids, mapping, paging, validation
+from runrecovery_service.rpc import mapping, paging, validation
 from runrecovery_service.rpc.gate import Gate
-from runrecovery_service.rpc.watching import RunWatcher
+from runrecovery_service.rpc.uuid7 import RANDOM_BYTES, uuid7
+from runrecovery_service.rpc.watch_streams import RunWatcher
 from runrecovery_service.storage import interactions, reopening, requests, runs
 from runrecovery_service.storage.adapter import Storage
 from runrecovery_service.storage.instances import Owner
@@ -65,7 +66,7 @@ class RunLimits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunRooms:
+class RunDeps:
     """What RunService works with."""
 
     storage: Storage
@@ -80,25 +81,25 @@ class RunRooms:
 class RunService:
     """The methods of runrecovery.v1.RunService; `server.py` finds them by name."""
 
-    def __init__(self, rooms: RunRooms, gate: Gate) -> None:
-        self._rooms = rooms
-        self._storage = rooms.storage
+    def __init__(self, deps: RunDeps, gate: Gate) -> None:
+        self._deps = deps
+        self._storage = deps.storage
         self._gate = gate
-        self._watcher = RunWatcher(rooms.storage, gate)
+        self._watcher = RunWatcher(deps.storage, gate)
         self._committing: set[asyncio.Task[Run]] = set()
 
     async def create_run(self, request: pb.CreateRunRequest) -> pb.CreateRunResponse:
         """Record a run and queue it."""
         self._gate.demand_launches()
         validation.demand_valid(validation.create_run(request))
-        engine = self._rooms.catalog.get(request.engine)
+        engine = self._deps.catalog.get(request.engine)
         validation.demand_valid(validation.profile(request.interactive_profile, engine))
-        now = self._rooms.clock.now()
+        now = self._deps.clock.now()
         write = self._storage.write(
             runs.create,
             self._new_run(request, engine, now),
-            owner=self._rooms.owner,
-            max_queued=self._rooms.limits.max_queued,
+            owner=self._deps.owner,
+            max_queued=self._deps.limits.max_queued,
             receipt=receipt(request),
             now=now,
         )
@@ -138,10 +139,10 @@ class RunService:
             request.run_id,
             request.interaction_id,
             mapping.json_of_value(request.response),
-            owner=self._rooms.owner,
+            owner=self._deps.owner,
             etag=request.etag or None,
             receipt=receipt(request),
-            now=self._rooms.clock.now(),
+            now=self._deps.clock.now(),
         )
         response = pb.SubmitReplyResponse()
         mapping.put_run(response.run, await self._commit(write))
@@ -153,10 +154,10 @@ class RunService:
         write = self._storage.write(
             runs.cancel,
             request.run_id,
-            owner=self._rooms.owner,
+            owner=self._deps.owner,
             etag=request.etag or None,
             receipt=receipt(request),
-            now=self._rooms.clock.now(),
+            now=self._deps.clock.now(),
         )
         response = pb.CancelRunResponse()
         mapping.put_run(response.run, await self._commit(write))
@@ -177,13 +178,13 @@ class RunService:
             reopening.reopen,
             request.run_id,
             handle=handle,
-            session_type=self._rooms.catalog.session_type,
-            owner=self._rooms.owner,
+            session_type=self._deps.catalog.session_type,
+            owner=self._deps.owner,
             etag=request.etag or None,
             receipt=receipt(request),
-            due_in=self._rooms.clock.due_in,
-            steady=self._rooms.clock.steady(),
-            now=self._rooms.clock.now(),
+            due_in=self._deps.clock.due_in,
+            steady=self._deps.clock.steady(),
+            now=self._deps.clock.now(),
         )
         response = pb.ReopenRunResponse()
         mapping.put_run(response.run, await self._commit(write))
@@ -197,10 +198,10 @@ class RunService:
         rule = None if run.recovery is None else run.recovery.recovery_reason
         if run.status is not RunStatus.FAILED or rule not in REOPENABLE or handle is None:
             return
-        if run.engine not in self._rooms.catalog.names:
+        if run.engine not in self._deps.catalog.names:
             return  # as in a restart: nobody can tell
-        engine = self._rooms.catalog.get(run.engine)
-        workspace = self._rooms.output.workspace(run.key, run.attempt)
+        engine = self._deps.catalog.get(run.engine)
+        workspace = self._deps.output.workspace(run.key, run.attempt)
         mark = found.mark if handle == found.handle else None
         stored = StoredHandle(handle=handle, workspace=workspace, fingerprint=mark)
         finding = await check_session(engine, stored, look_s=LOOK_S, seen_before=supplied is None)
@@ -229,17 +230,17 @@ class RunService:
         self, request: pb.StreamOutputRequest
     ) -> AsyncGenerator[pb.StreamOutputResponse, None]:
         """Stream what the processes of one attempt wrote."""
-        return OutputReader(self._storage, self._rooms.output, self._gate).stream(request)
+        return OutputReader(self._storage, self._deps.output, self._gate).stream(request)
 
     def _new_run(self, request: pb.CreateRunRequest, engine: Engine, now: datetime) -> NewRun:
         wish = request.interactive_profile
         return NewRun(
-            run_id=request.run_id or str(ids.uuid7(now, secrets.token_bytes(ids.RANDOM_BYTES))),
+            run_id=request.run_id or str(uuid7(now, secrets.token_bytes(RANDOM_BYTES))),
             engine=engine.name,
             labels=dict(request.labels),
             profile=engine.profile,
             restart_policy=mapping.RESTART_POLICY_OF[request.restart_policy],
-            max_attempts=self._rooms.limits.max_attempts,
+            max_attempts=self._deps.limits.max_attempts,
             session_timeout_s=mapping.seconds_of(wish.session_timeout)
             if wish.HasField("session_timeout")
             else engine.session_timeout_s,
@@ -263,9 +264,9 @@ class RunService:
         except Exception as error:
             if isinstance(error, NotNow) or not isinstance(error, RunRecoveryError):
                 # Perhaps it was committed all the same; then nobody else tells the dispatcher.
-                self._rooms.dispatcher.look_at_records()
+                self._deps.dispatcher.look_at_records()
             raise
-        self._rooms.dispatcher.changed(run)
+        self._deps.dispatcher.changed(run)
         return run
 
     def _committed(self, task: asyncio.Task[Run]) -> None:

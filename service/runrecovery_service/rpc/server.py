@@ -1,4 +1,4 @@
-"""The gRPC server: every service registered, every method behind the guard."""
+"""The gRPC server: every service registered, every method behind the wrapper."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 from runrecovery.v1 import recovery_service_pb2, run_service_pb2
 
-from runrecovery_service.rpc import beside
-from runrecovery_service.rpc.calls import Calls
+from runrecovery_service.rpc import raw_handlers
 from runrecovery_service.rpc.gate import Access, Gate
-from runrecovery_service.rpc.guard import Guard, Method
 from runrecovery_service.rpc.health import HealthServicer
-from runrecovery_service.rpc.listening import Address, Holder, address_of
-from runrecovery_service.rpc.recovery_service import RecoveryRooms, RecoveryService
+from runrecovery_service.rpc.listen_address import Holder, ListenAddress, parse_listen_address
+from runrecovery_service.rpc.method_wrapper import Method, MethodWrapper
+from runrecovery_service.rpc.open_calls import OpenCalls
+from runrecovery_service.rpc.recovery_service import RecoveryDeps, RecoveryService
 from runrecovery_service.rpc.reflection import V1, V1ALPHA, ReflectionServicer
-from runrecovery_service.rpc.run_service import RunRooms, RunService
-from runrecovery_service.rpc.sockets import ServerSockets
+from runrecovery_service.rpc.run_service import RunDeps, RunService
+from runrecovery_service.rpc.server_sockets import ServerSockets
 
 RUN_SERVICE: Final = run_service_pb2.DESCRIPTOR.services_by_name["RunService"]
 RECOVERY_SERVICE: Final = recovery_service_pb2.DESCRIPTOR.services_by_name["RecoveryService"]
@@ -80,13 +80,15 @@ class GrpcServer:
     happens when the file of its Unix socket was removed.
     """
 
-    def __init__(self, build: Callable[[], grpc.aio.Server], gate: Gate, guard: Guard) -> None:
+    def __init__(
+        self, build: Callable[[], grpc.aio.Server], gate: Gate, wrapper: MethodWrapper
+    ) -> None:
         self._build = build
         self._gate = gate
-        self._calls = guard.calls
+        self._calls = wrapper.calls
         self._server = build()
         self._sockets: ServerSockets | None = None
-        self._address: Address | None = None
+        self._address: ListenAddress | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._spare: int | None = None
         self._unseen = False
@@ -103,7 +105,7 @@ class GrpcServer:
         Raises:
             ListenFailed: somebody else listens there, or nobody may.
         """
-        address = address_of(listen)
+        address = parse_listen_address(listen)
         port = await self._start(address)
         self._keeper = asyncio.create_task(self._keep(address))
         if keeper_ended is not None:
@@ -155,13 +157,13 @@ class GrpcServer:
         finally:
             await self._server.stop(None)
 
-    async def _start(self, address: Address) -> int:
+    async def _start(self, address: ListenAddress) -> int:
         port, self._sockets = await address.bind(self._server.add_insecure_port)
         self._address = address
         await self._server.start()
         return port
 
-    async def _keep(self, address: Address) -> None:
+    async def _keep(self, address: ListenAddress) -> None:
         """Put another server in the place of one that ended by itself, or that nobody can reach
         any more."""
         while True:
@@ -175,7 +177,7 @@ class GrpcServer:
             while not await self._is_replaced(address):  # noqa: ASYNC110 - time alone helps
                 await asyncio.sleep(LOOK_S)
 
-    def _holder(self, address: Address) -> Holder:
+    def _holder(self, address: ListenAddress) -> Holder:
         """Return who has the address. While the system does not say, it counts as ours."""
         try:
             holder = address.holder()
@@ -205,7 +207,7 @@ class GrpcServer:
             return error
         return None
 
-    async def _is_replaced(self, address: Address) -> bool:
+    async def _is_replaced(self, address: ListenAddress) -> bool:
         self._server = self._build()
         try:
             await self._start(address)
@@ -221,10 +223,10 @@ class GrpcServer:
 
 
 def build_server(
-    gate: Gate, *, run_rooms: RunRooms, recovery_rooms: RecoveryRooms, limits: ServerLimits
+    gate: Gate, *, run_deps: RunDeps, recovery_deps: RecoveryDeps, limits: ServerLimits
 ) -> GrpcServer:
     """Return the server with every service on it; it listens nowhere yet."""
-    guard = Guard(
+    wrapper = MethodWrapper(
         gate,
         max_calls=limits.max_concurrent_calls,
         max_streams=limits.max_concurrent_streams,
@@ -232,10 +234,10 @@ def build_server(
     )
     services = (RUN_SERVICE.full_name, RECOVERY_SERVICE.full_name, HEALTH.full_name)
     every = (
-        handlers(RUN_SERVICE, RunService(run_rooms, gate), guard),
-        handlers(RECOVERY_SERVICE, RecoveryService(recovery_rooms, gate), guard),
-        health_handlers(HealthServicer(gate), guard.calls),
-        *reflection_handlers(ReflectionServicer(services, gate), guard.calls),
+        handlers(RUN_SERVICE, RunService(run_deps, gate), wrapper),
+        handlers(RECOVERY_SERVICE, RecoveryService(recovery_deps, gate), wrapper),
+        health_handlers(HealthServicer(gate), wrapper.calls),
+        *reflection_handlers(ReflectionServicer(services, gate), wrapper.calls),
     )
 
     def build() -> grpc.aio.Server:
@@ -243,10 +245,12 @@ def build_server(
         server.add_generic_rpc_handlers(every)
         return server
 
-    return GrpcServer(build, gate, guard)
+    return GrpcServer(build, gate, wrapper)
 
 
-def handlers(service: ServiceDescriptor, servicer: object, guard: Guard) -> grpc.GenericRpcHandler:
+def handlers(
+    service: ServiceDescriptor, servicer: object, wrapper: MethodWrapper
+) -> grpc.GenericRpcHandler:
     """Return the guarded methods of a service of ours.
 
     The servicer has a method of each name in the contract, in snake case; a missing one fails
@@ -255,29 +259,29 @@ def handlers(service: ServiceDescriptor, servicer: object, guard: Guard) -> grpc
     return grpc.method_handlers_generic_handler(
         service.full_name,
         {
-            described.name: _handler(described, getattr(servicer, _snake(described.name)), guard)
+            described.name: _handler(described, getattr(servicer, _snake(described.name)), wrapper)
             for described in service.methods
         },
     )
 
 
-def health_handlers(servicer: HealthServicer, calls: Calls) -> grpc.GenericRpcHandler:
+def health_handlers(servicer: HealthServicer, calls: OpenCalls) -> grpc.GenericRpcHandler:
     """Return the methods of health."""
     return grpc.method_handlers_generic_handler(
         HEALTH.full_name,
         {
-            "Check": beside.unary(calls, health_pb2.HealthCheckRequest, servicer.Check),
-            "List": beside.unary(calls, health_pb2.HealthListRequest, servicer.List),
-            "Watch": beside.stream(calls, health_pb2.HealthCheckRequest, servicer.Watch),
+            "Check": raw_handlers.unary(calls, health_pb2.HealthCheckRequest, servicer.Check),
+            "List": raw_handlers.unary(calls, health_pb2.HealthListRequest, servicer.List),
+            "Watch": raw_handlers.stream(calls, health_pb2.HealthCheckRequest, servicer.Watch),
         },
     )
 
 
 def reflection_handlers(
-    servicer: ReflectionServicer, calls: Calls
+    servicer: ReflectionServicer, calls: OpenCalls
 ) -> tuple[grpc.GenericRpcHandler, ...]:
     """Return the one servicer under the names of both versions."""
-    handler = beside.dialogue(
+    handler = raw_handlers.dialogue(
         calls, reflection_pb2.ServerReflectionRequest, servicer.ServerReflectionInfo
     )
     return tuple(
@@ -287,17 +291,17 @@ def reflection_handlers(
 
 
 def _handler(
-    described: MethodDescriptor, answer: Callable[..., Any], guard: Guard
+    described: MethodDescriptor, answer: Callable[..., Any], wrapper: MethodWrapper
 ) -> grpc.RpcMethodHandler[bytes, bytes]:
     method = Method(
         name=described.full_name,
         access=access_of(described),
         request=message_factory.GetMessageClass(described.input_type),
     )
-    # No (de)serializers: the guard has them, so that their errors are ours as well.
+    # No (de)serializers: the wrapper has them, so that their errors are ours as well.
     if described.server_streaming:
-        return grpc.unary_stream_rpc_method_handler(guard.stream(method, answer))
-    return grpc.unary_unary_rpc_method_handler(guard.unary(method, answer))
+        return grpc.unary_stream_rpc_method_handler(wrapper.stream(method, answer))
+    return grpc.unary_unary_rpc_method_handler(wrapper.unary(method, answer))
 
 
 def access_of(described: MethodDescriptor) -> Access:

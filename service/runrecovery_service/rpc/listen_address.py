@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final, TypeAlias
 from urllib.parse import quote, unquote
 
-from runrecovery_service.rpc.sockets import WILDCARDS, ServerSockets, plain_host
+from runrecovery_service.rpc.server_sockets import WILDCARDS, ServerSockets, plain_host
 
 Bind: TypeAlias = Callable[[str], int]
 """Has gRPC bind an address; returns the port. Raises RuntimeError."""
@@ -53,7 +53,7 @@ class Holder(Enum):
     ANOTHER = auto()
 
 
-class Address(ABC):
+class ListenAddress(ABC):
     """An address to listen on."""
 
     @abstractmethod
@@ -83,7 +83,7 @@ class Address(ABC):
         return
 
 
-def address_of(listen: str) -> Address:
+def parse_listen_address(listen: str) -> ListenAddress:
     """Return the address of a valid `listen`."""
     if listen.startswith("unix-abstract:"):
         return AbstractSocket(listen)
@@ -95,7 +95,7 @@ def address_of(listen: str) -> Address:
 # -- TCP -----------------------------------------------------------------------------------------
 
 
-class HostAndPort(Address):
+class HostAndPort(ListenAddress):
     """`host:port`, with every address that the host has; port 0 is chosen at the first bind."""
 
     def __init__(self, listen: str) -> None:
@@ -103,7 +103,7 @@ class HostAndPort(Address):
         self._port = int(port)
 
     def demand_bindable(self) -> None:
-        """See `Address`."""
+        """See `ListenAddress`."""
         name = self._host.strip("[]")
         addresses = _socket_addresses(name, self._port)
         bindable = any(address[0] in WILDCARDS for _, address in addresses)
@@ -125,7 +125,7 @@ class HostAndPort(Address):
         return f"{self._host}:{self._port}"
 
     async def bind(self, bind: Bind) -> tuple[int, ServerSockets]:
-        """See `Address`."""
+        """See `ListenAddress`."""
         self._port = _bound(bind, self._listen)
         sockets = ServerSockets(self._port)
         bound = sockets.listening_hosts()
@@ -176,7 +176,7 @@ def _socket_addresses(name: str, port: int) -> list[tuple[int, SocketAddress]]:
 # -- Unix sockets --------------------------------------------------------------------------------
 
 
-class AbstractSocket(Address):
+class AbstractSocket(ListenAddress):
     """`unix-abstract:name`. The system gives a name to one socket only."""
 
     def __init__(self, listen: str) -> None:
@@ -184,7 +184,7 @@ class AbstractSocket(Address):
         self._name = b"\0" + unquote(listen.removeprefix("unix-abstract:")).encode()
 
     def demand_bindable(self) -> None:
-        """See `Address`."""
+        """See `ListenAddress`."""
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as trial:
                 trial.bind(self._name)
@@ -192,11 +192,11 @@ class AbstractSocket(Address):
             raise ListenFailed(self._listen, error.strerror or str(error)) from error
 
     async def bind(self, bind: Bind) -> tuple[int, ServerSockets]:
-        """See `Address`."""
+        """See `ListenAddress`."""
         return _bound(bind, self._listen), ServerSockets(self._name)
 
 
-class SocketFile(Address):
+class SocketFile(ListenAddress):
     """`unix:path`. The socket is bound beside the path and moved there once nobody else has it, so
     that gRPC never removes the socket of another."""
 
@@ -207,7 +207,7 @@ class SocketFile(Address):
         self._file: tuple[int, int] | None = None
 
     def demand_bindable(self) -> None:
-        """See `Address`."""
+        """See `ListenAddress`."""
         beside = self._beside()
         try:
             self._demand_free()
@@ -225,7 +225,7 @@ class SocketFile(Address):
         return self._path.with_name(f"{self._path.name}.{secrets.token_hex(3)}")
 
     async def bind(self, bind: Bind) -> tuple[int, ServerSockets]:
-        """See `Address`."""
+        """See `ListenAddress`."""
         beside = self._beside()
         try:
             async with _only_one_binds(self._path.parent):

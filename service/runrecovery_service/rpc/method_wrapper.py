@@ -26,8 +26,8 @@ from runrecovery_service.domain.errors import (
     SlowReader,
 )
 from runrecovery_service.rpc import errors
-from runrecovery_service.rpc.calls import Calls
 from runrecovery_service.rpc.gate import Access, Gate, ServiceState
+from runrecovery_service.rpc.open_calls import OpenCalls
 
 Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
 Unary: TypeAlias = Callable[[Message], Awaitable[Message]]
@@ -48,7 +48,7 @@ class Method:
     request: type[Message]
 
 
-class Guard:
+class MethodWrapper:
     """Wraps methods.
 
     Args:
@@ -62,7 +62,7 @@ class Guard:
         self._max_calls = max_calls
         self._max_streams = max_streams
         self._stall_s = stall_s
-        self.calls = Calls()
+        self.calls = OpenCalls()
         self._under_way = 0
         self._streams = 0
 

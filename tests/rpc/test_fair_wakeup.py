@@ -1,18 +1,18 @@
-"""Turns: one passes in each round of the loop, and who has gone is passed over."""
+"""FairWakeup: one passes in each round of the loop, and who has gone is passed over."""
 
 from __future__ import annotations
 
 import asyncio
 
-from runrecovery_service.rpc.turns import Turns
+from runrecovery_service.rpc.fair_wakeup import FairWakeup
 
 
 async def test_of_a_crowd_one_passes_in_each_round_in_the_order_of_its_coming() -> None:
-    turns, passed = Turns(), list[tuple[int, int]]()
+    wakeup, passed = FairWakeup(), list[tuple[int, int]]()
     round_of_the_loop = 0
 
     async def pass_by(number: int) -> None:
-        await turns.take()
+        await wakeup.wait_turn()
         passed.append((round_of_the_loop, number))
 
     crowd = [asyncio.create_task(pass_by(number)) for number in range(10)]
@@ -25,10 +25,10 @@ async def test_of_a_crowd_one_passes_in_each_round_in_the_order_of_its_coming() 
 
 
 async def test_one_who_is_alone_passes_at_once() -> None:
-    turns = Turns()
-    await turns.take()
+    wakeup = FairWakeup()
+    await wakeup.wait_turn()
     await asyncio.sleep(0)
-    coming = turns.take()
+    coming = wakeup.wait_turn()
 
     try:
         coming.send(None)
@@ -41,8 +41,8 @@ async def test_one_who_is_alone_passes_at_once() -> None:
 
 
 async def test_who_gave_up_waiting_keeps_nobody_behind_from_passing() -> None:
-    turns = Turns()
-    first, gone, behind = (asyncio.create_task(turns.take()) for _ in range(3))
+    wakeup = FairWakeup()
+    first, gone, behind = (asyncio.create_task(wakeup.wait_turn()) for _ in range(3))
     await asyncio.sleep(0)
     gone.cancel()
 

@@ -18,8 +18,8 @@ from runrecovery_service.domain.errors import ShuttingDown
 from runrecovery_service.domain.reconciliation import RecoveredFilter
 from runrecovery_service.domain.run import Run, RunEvent
 from runrecovery_service.rpc import mapping, paging, validation
+from runrecovery_service.rpc.fair_wakeup import FairWakeup
 from runrecovery_service.rpc.gate import Gate
-from runrecovery_service.rpc.turns import Turns
 from runrecovery_service.storage import events, feed, runs
 from runrecovery_service.storage.adapter import Storage
 from runrecovery_service.storage.feed import Place
@@ -74,7 +74,7 @@ class RunWatcher:
     def __init__(self, storage: Storage, gate: Gate) -> None:
         self._storage = storage
         self._gate = gate
-        self._turns = Turns()
+        self._wakeup = FairWakeup()
         self._states: WeakValueDictionary[str, _State] = WeakValueDictionary()
 
     async def stream(
@@ -98,7 +98,7 @@ class RunWatcher:
                 yield pb.WatchRunResponse(sequence=at, snapshot=state.message)
             quiet = _Quiet(told=not goes_on)
             while True:
-                await self._turns.take()
+                await self._wakeup.wait_turn()
                 woken.clear()
                 state = await self._state(run_id, key)
                 for event in await self._storage.point(events.between, state.run, at):
@@ -143,7 +143,7 @@ class RecoveredWatcher:
     def __init__(self, storage: Storage, gate: Gate) -> None:
         self._storage = storage
         self._gate = gate
-        self._turns = Turns()
+        self._wakeup = FairWakeup()
 
     async def stream(
         self, request: recovery_pb.WatchRecoveredRequest, wanted: RecoveredFilter
@@ -163,7 +163,7 @@ class RecoveredWatcher:
                 await self._storage.read(feed.demand_known, place)
             quiet = _Quiet(told=False)
             while True:
-                await self._turns.take()
+                await self._wakeup.wait_turn()
                 if self._gate.draining:
                     raise ShuttingDown
                 if not quiet.left_s:
@@ -174,7 +174,7 @@ class RecoveredWatcher:
                     feed.behind, place, wanted, limit=DECISIONS_PER_LOOK
                 )
                 for decided in stretch.decided:
-                    await self._turns.take()
+                    await self._wakeup.wait_turn()
                     response = recovery_pb.WatchRecoveredResponse(
                         cursor=paging.encode_cursor(decided.place)
                     )

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import grpc
 from google.protobuf.message import DecodeError
 
-from runrecovery_service.rpc.calls import Calls
+from runrecovery_service.rpc.open_calls import OpenCalls
 
 # Neither package ships types that mypy may see.
 Request: TypeAlias = Any
@@ -23,7 +23,9 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[bytes, bytes]"
 
 
 def unary(
-    calls: Calls, request: RequestType, answer: Callable[[Request, Context], Awaitable[Response]]
+    calls: OpenCalls,
+    request: RequestType,
+    answer: Callable[[Request, Context], Awaitable[Response]],
 ) -> Handler:
     """Return the handler of a method with one answer."""
 
@@ -38,7 +40,7 @@ def unary(
 
 
 def stream(
-    calls: Calls,
+    calls: OpenCalls,
     request: RequestType,
     answers: Callable[[Request, Context], AsyncIterator[Response]],
 ) -> Handler:
@@ -53,7 +55,7 @@ def stream(
 
 
 def dialogue(
-    calls: Calls,
+    calls: OpenCalls,
     request: RequestType,
     answers: Callable[[AsyncIterator[Request], Context], AsyncIterator[Response]],
 ) -> Handler:

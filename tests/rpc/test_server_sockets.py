@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from runrecovery_service.rpc import sockets
+from runrecovery_service.rpc import server_sockets
 
 TRY_TO_LOCK = """
 import fcntl, sys
@@ -25,7 +25,7 @@ def test_a_look_at_the_sockets_keeps_the_locks_that_the_process_has_on_files(
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
         names = []
-        for one in sockets._stream_sockets():
+        for one in server_sockets._stream_sockets():
             names.append(one.getsockname())
             one.close()
 
@@ -42,7 +42,7 @@ async def test_a_connection_to_elsewhere_with_the_same_port_is_left_alone() -> N
         socket.create_server(("127.0.0.3", 0)) as elsewhere,
     ):
         port = listener.getsockname()[1]
-        ours = sockets.ServerSockets(port)
+        ours = server_sockets.ServerSockets(port)
         with (
             socket.create_connection(
                 elsewhere.getsockname(), source_address=("127.0.0.2", port)

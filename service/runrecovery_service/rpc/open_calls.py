@@ -11,7 +11,7 @@ IDLE_LOOK_S: Final = 0.01
 """How often a server that ends looks whether calls are still under way."""
 
 
-class Calls:
+class OpenCalls:
     """Counts calls until gRPC has handed their answers to the system, not only until the handler
     has returned: a large answer waits for its reader after that."""
 

@@ -12,7 +12,7 @@ from runrecovery_service.cli import INTERRUPTED
 
 
 @contextmanager
-def leaving_at_once() -> Iterator[None]:
+def exit_at_once() -> Iterator[None]:
     """Let Ctrl-C end this process where it stands, which only reads.
 
     A KeyboardInterrupt that happens to be raised in a callback of gRPC is lost, and who waits for

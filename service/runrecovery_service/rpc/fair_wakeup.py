@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 
 
-class Turns:
+class FairWakeup:
     """Lets one pass in each round of the event loop, in the order in which they came.
 
     A thousand who wait for one event wake in one round. What each of them then does takes 0.2 ms
@@ -18,7 +18,7 @@ class Turns:
         self._taken = False
         self._waiting: deque[asyncio.Future[None]] = deque()
 
-    async def take(self) -> None:
+    async def wait_turn(self) -> None:
         """Return when it is the caller's turn: at once, unless there is a crowd."""
         loop = asyncio.get_running_loop()
         if not self._taken:

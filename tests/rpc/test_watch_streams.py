@@ -14,9 +14,9 @@ from runrecovery.v1 import run_service_pb2 as pb
 from runrecovery_service.domain.deadline import Due
 from runrecovery_service.domain.reconciliation import Cause, RecoveredFilter
 from runrecovery_service.domain.run import NewRun, Profile, RestartPolicy
-from runrecovery_service.rpc import watching
+from runrecovery_service.rpc import watch_streams
 from runrecovery_service.rpc.gate import Gate
-from runrecovery_service.rpc.watching import RecoveredWatcher, RunWatcher
+from runrecovery_service.rpc.watch_streams import RecoveredWatcher, RunWatcher
 from runrecovery_service.storage import converge, events, feed, instances, recovery, runs
 from runrecovery_service.storage.adapter import Storage
 from runrecovery_service.storage.changes import Changes, SharedLook
@@ -91,8 +91,8 @@ async def test_the_change_of_one_run_wakes_nobody_who_waits_for_another() -> Non
 async def test_what_only_wakes_a_watcher_puts_off_no_sign_of_life(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(watching, "BOOKMARK_S", 0.3)
-    quiet, woken = watching._Quiet(told=True), asyncio.Event()
+    monkeypatch.setattr(watch_streams, "BOOKMARK_S", 0.3)
+    quiet, woken = watch_streams._Quiet(told=True), asyncio.Event()
     woken.set()  # and is never cleared: it wakes all the time
 
     async with asyncio.timeout(30):
@@ -105,7 +105,7 @@ async def test_what_only_wakes_a_watcher_puts_off_no_sign_of_life(
 
 
 async def test_who_goes_on_is_told_at_once_that_it_does() -> None:
-    assert watching._Quiet(told=False).left_s == 0
+    assert watch_streams._Quiet(told=False).left_s == 0
 
 
 def test_a_look_at_a_shared_store_tells_of_new_events_and_of_runs_that_were_not_looked_at() -> None:
@@ -177,7 +177,7 @@ def restarted(db: Database) -> None:
 
 @pytest.fixture
 async def storage(database: Database, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Storage]:
-    monkeypatch.setattr(watching, "BOOKMARK_S", NEVER_S)
+    monkeypatch.setattr(watch_streams, "BOOKMARK_S", NEVER_S)
     storage = Storage(database)
     yield storage
     await asyncio.to_thread(storage.close)
