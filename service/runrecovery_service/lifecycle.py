@@ -26,6 +26,7 @@ from runrecovery_service.domain.errors import (
     RecoveryInterrupted,
     StorageUnavailable,
     StoreLost,
+    error_facts,
     is_outage,
 )
 from runrecovery_service.domain.reconciliation import Containment, Reconciliation
@@ -191,11 +192,12 @@ class Service:
                 log.error(  # noqa: TRY400 - an outage needs no traceback
                     "recovery.try_failed",
                     tries_left=left,
-                    error=type(error).__name__,
+                    **error_facts(error),
                     exc_info=not is_outage(error),
                 )
                 self.gate.recovery_failed()
-                failure = RecoveryGaveUp(self.settings.recovery_tries, type(error).__name__)
+                last = ": ".join(error_facts(error).values())
+                failure = RecoveryGaveUp(self.settings.recovery_tries, last)
             if left and not await self.stop.wait_within(pause_s):
                 pause_s = min(pause_s * 2, RECOVERY_BACKOFF_MOST_S)
                 self.gate.recovering()
@@ -294,12 +296,12 @@ class Service:
             async with asyncio.timeout(None if grace_s == math.inf else grace_s + STEP_S):
                 await doing
         except TimeoutError as error:
-            log.error("service.stop_step_failed", step=name, error=type(error).__name__)  # noqa: TRY400 - no defect
+            log.error("service.stop_step_failed", step=name, **error_facts(error))  # noqa: TRY400 - no defect
         except Exception as error:  # the service is ending; the next start converges what is left
             log.error(  # noqa: TRY400 - an outage needs no traceback
                 "service.stop_step_failed",
                 step=name,
-                error=type(error).__name__,
+                **error_facts(error),
                 exc_info=not is_outage(error),
             )
 

@@ -10,7 +10,7 @@ from typing import Final
 import structlog
 
 from runrecovery_service import daemon_threads
-from runrecovery_service.domain.errors import Fenced, LeaseLost, StartRefused
+from runrecovery_service.domain.errors import Fenced, LeaseLost, StartRefused, error_facts
 from runrecovery_service.execution.dispatcher import Dispatcher
 from runrecovery_service.execution.workshop import Workshop
 from runrecovery_service.locks import Holdings
@@ -108,7 +108,7 @@ class Ownership:
                 self.stop.fail(error)
                 return
             except Exception as error:  # noqa: BLE001 - whatever it was, the lease is not renewed
-                log.warning("service.lease_not_renewed", error=type(error).__name__)
+                log.warning("service.lease_not_renewed", **error_facts(error))
                 self._note_storage("lease", answers=False)
                 pause_s = ttl_s / RENEWALS_PER_LEASE / 3
             else:
@@ -149,11 +149,11 @@ class Ownership:
             failed = 0 if error is None else failed + 1
             self.dispatcher.look_again()  # its last failure, or success, is news no more
             if error is not None:
-                log.warning("service.statements_failed", error=error, times=failed)
+                log.warning("service.statements_failed", **error, times=failed)
             self._note_storage("statements", answers=failed < FAILURES_IN_A_ROW)
 
-    async def _failing_statement(self, *, write: bool) -> str | None:
-        """Try the statements; return what failed, None if all of them answered."""
+    async def _failing_statement(self, *, write: bool) -> dict[str, str] | None:
+        """Try the statements; return what the log says of a failure, None if all answered."""
         storage, shop = self.shop.storage, self.shop
         try:
             async with asyncio.timeout(self.lease_ttl_s):
@@ -172,9 +172,9 @@ class Ownership:
                         now=shop.clock.now(),
                     )
         except Exception as error:  # noqa: BLE001 - whatever it was, the work meets it as well
-            return type(error).__name__
+            return error_facts(error)
         failing_s = self.lease_ttl_s / RENEWALS_PER_LEASE
-        return "take_next" if self.dispatcher.failing_s >= failing_s else None
+        return {"error": "take_next"} if self.dispatcher.failing_s >= failing_s else None
 
     async def _keep_trees(self) -> None:
         """Where nobody can take over, let the process trees live as long as the service does: a

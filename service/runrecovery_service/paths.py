@@ -129,7 +129,20 @@ def _file_problem(path: Path) -> str | None:
         return f"its directory {shown(folder)} {reason}"
     if found is None:
         return _size_limit_problem(0)
-    return _access_problem(path, os.R_OK | os.W_OK) or _size_limit_problem(found.st_size)
+    return (
+        _access_problem(path, os.R_OK | os.W_OK)
+        or _companion_problem(path)
+        or _size_limit_problem(found.st_size)
+    )
+
+
+def _companion_problem(path: Path) -> str | None:
+    """Return why a file beside a database, without which it cannot be used, cannot be used."""
+    for suffix in ("-wal", "-shm", ".installed"):
+        companion = Path(os.path.realpath(path) + suffix)
+        if companion.exists() and (reason := _access_problem(companion, os.R_OK | os.W_OK)):
+            return f"its {companion.name} {reason}"
+    return None
 
 
 def _size_limit_problem(size: int) -> str | None:

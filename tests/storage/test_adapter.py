@@ -248,9 +248,15 @@ async def test_a_failing_database_is_told_in_the_words_of_the_domain(
             db.execute("ATTACH '/nowhere/at/all.db' AS gone")
         db.execute("SELECT pg_terminate_backend(pg_backend_pid())")
 
-    with pytest.raises(StorageUnavailable):
+    with pytest.raises(StorageUnavailable) as met:
         await storage.read(fail)
 
+    assert str(met.value) == (
+        "the database cannot be opened; its files must be there, and be the service's to read and"
+        " to write"
+        if sqlite
+        else "the database is stopping or starting; retry later"
+    )
     assert await storage.read(lambda db: db.fetch_one("SELECT 1")) == (1,)
 
 
@@ -396,7 +402,7 @@ async def test_a_trial_does_not_queue_behind_callers(storage: Storage) -> None:
 
 async def test_a_defect_of_ours_is_not_told_as_the_databases(storage: Storage) -> None:
     with pytest.raises(pw.PeeweeException):
-        await storage.read(lambda db: db.execute("SELECT nothing FROM nowhere"))
+        await storage.read(lambda db: db.execute("SELECT nothing FROM run"))
 
 
 async def test_closing_leaves_no_thread(world: World) -> None:

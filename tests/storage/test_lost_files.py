@@ -318,6 +318,23 @@ def copied(tmp_path: Path) -> Iterator[Database]:
         yield db
 
 
+def test_a_file_that_is_overwritten_after_the_start_after_a_crash_is_noticed(
+    db: Database, tmp_path: Path
+) -> None:
+    crashed = tmp_path / "crashed"
+    crashed.mkdir()
+    for suffix in ("", "-wal", ".installed"):
+        shutil.copy(f"{tmp_path / NAME}{suffix}", crashed)
+
+    with closing(open_database("", crashed)) as started:
+        started.keep_files()
+        started.demand_in_place()
+        os.truncate(crashed / NAME, (crashed / NAME).stat().st_size + 4096)
+
+        with pytest.raises(StoreLost, match="was cut short or overwritten"):
+            started.demand_in_place()
+
+
 @overwritten
 def test_a_transaction_after_a_file_was_overwritten_does_not_begin(
     copied: Database, tmp_path: Path, suffix: str, damage: Damage

@@ -311,7 +311,8 @@ def test_a_locked_file_is_refused_clearly(made: Path, monkeypatch: pytest.Monkey
         other.execute("UPDATE instance SET epoch = epoch")
         other.commit()
 
-        assert refusal(made) == "the database is busy; retry later"
+        said = "is busy: another connection holds its lock (database is locked)"
+        assert refusal(made) == said
 
 
 def test_the_files_are_for_their_owner_only(tmp_path: Path) -> None:

@@ -232,3 +232,18 @@ def test_a_directory_that_may_not_be_written_is_told(as_ordinary_user: Path) -> 
     assert of_database(folder / "x.db") == f"its directory {folder} {reason}"
     assert paths.directory_problem(folder) == reason
     assert paths.directory_problem(folder / "new") == f"cannot be made: {folder} {reason}"
+
+
+@pytest.mark.parametrize("suffix", ["-wal", "-shm", ".installed"])
+def test_a_file_beside_the_database_that_may_not_be_written_is_named(
+    as_ordinary_user: Path, suffix: str
+) -> None:
+    (as_ordinary_user / "x.db").write_text("")
+    companion, user = as_ordinary_user / f"x.db{suffix}", os.geteuid()
+    companion.write_text("")
+    companion.chmod(0)
+
+    assert of_database(as_ordinary_user / "x.db") == (
+        f"its x.db{suffix} may not be read and changed by user {user}: its mode is 0000,"
+        f" its owner user {user}"
+    )

@@ -241,18 +241,24 @@ class SafeMode(NotNow):
         return "the service is in safe mode and starts no runs; retry after its next restart"
 
 
+@dataclass(eq=False)
 class StorageBusy(NotNow):
     """Another connection holds the database's lock."""
 
+    cause: str = "the database is busy; retry later"
+
     def __str__(self) -> str:
-        return "the database is busy; retry later"
+        return self.cause
 
 
+@dataclass(eq=False)
 class StorageUnavailable(NotNow):
-    """The database does not answer."""
+    """The database does not do what it should: it does not answer, is damaged, or is read-only."""
+
+    cause: str = "the database does not answer; retry later"
 
     def __str__(self) -> str:
-        return "the database does not answer; retry later"
+        return self.cause
 
 
 @dataclass(eq=False)
@@ -269,11 +275,14 @@ class Overloaded(Exhausted):
         return "the service has reached its limit of queued runs or open calls; retry later"
 
 
+@dataclass(eq=False)
 class StorageFull(Exhausted):
     """The database's disk is full."""
 
+    cause: str = "the disk of the database is full; retry later"
+
     def __str__(self) -> str:
-        return "the disk of the database is full; retry later"
+        return self.cause
 
 
 class SlowReader(Exhausted):
@@ -332,6 +341,15 @@ def is_outage(error: BaseException) -> bool:
     Such a failure is logged without a traceback.
     """
     return isinstance(error, NotNow | Exhausted)
+
+
+def error_facts(error: BaseException) -> dict[str, str]:
+    """Return what the log says of an error that is not raised again: its class and, of an outage,
+    its cause."""
+    cause = {"cause": str(error)} if is_outage(error) else {}
+    if isinstance(error, TimeoutError):  # behind a lock, or a disk, that holds the store up
+        cause = {"cause": "the database did not answer in time"}
+    return {"error": type(error).__name__, **cause}
 
 
 @dataclass(eq=False)

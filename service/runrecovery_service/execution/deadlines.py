@@ -14,7 +14,7 @@ from typing import Final
 import structlog
 
 from runrecovery_service.domain.deadline import DueKind
-from runrecovery_service.domain.errors import Fenced, is_outage
+from runrecovery_service.domain.errors import Fenced, error_facts, is_outage
 from runrecovery_service.domain.run import Run, RunStatus
 from runrecovery_service.execution.workshop import Workshop
 from runrecovery_service.storage import deadlines, runs
@@ -67,7 +67,9 @@ class Deadlines:
             except Exception as error:  # the edge of this task: the next look tries again
                 if failed != (failed := type(error).__name__):  # once, not with every look
                     known = is_outage(error)
-                    log.warning("execution.deadlines_failed", error=failed, exc_info=not known)
+                    log.warning(
+                        "execution.deadlines_failed", **error_facts(error), exc_info=not known
+                    )
             await asyncio.sleep(LOOK_S)
 
     async def look(self) -> None:
@@ -106,7 +108,7 @@ class Deadlines:
                     "execution.deadline_failed",
                     run_key=one.run_key,
                     kind=one.kind.value,
-                    error=type(error).__name__,
+                    **error_facts(error),
                 )
 
     async def _tell_unsure(self) -> None:

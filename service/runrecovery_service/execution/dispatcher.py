@@ -12,7 +12,7 @@ from typing import Final
 import structlog
 
 from runrecovery_service.domain.deadline import DueKind
-from runrecovery_service.domain.errors import Exhausted, Fenced, NotNow, RunGone
+from runrecovery_service.domain.errors import Exhausted, Fenced, NotNow, RunGone, error_facts
 from runrecovery_service.domain.run import Run, RunStatus
 from runrecovery_service.execution.supervisor import TurnSupervisor
 from runrecovery_service.execution.workshop import Workshop
@@ -170,7 +170,7 @@ class Dispatcher:
             except (NotNow, Exhausted) as error:
                 self._unsure = True
                 self._note_failure()
-                log.warning("execution.queue_unreadable", error=type(error).__name__)
+                log.warning("execution.queue_unreadable", **error_facts(error))
             except Exception:  # the edge of this task: nothing would be launched any more
                 self._note_failure()
                 log.exception("execution.dispatch_failed")

@@ -15,7 +15,7 @@ import structlog
 
 from runrecovery_service.agents.launch_markers import launch_markers
 from runrecovery_service.clock import wait_within
-from runrecovery_service.domain.errors import Fenced, is_outage
+from runrecovery_service.domain.errors import Fenced, error_facts, is_outage
 from runrecovery_service.execution.workshop import Workshop
 from runrecovery_service.process.ending import Ending
 from runrecovery_service.process.sweep import end_trees
@@ -69,9 +69,7 @@ class StragglerSweep:
                 return  # the service stops
             except Exception as error:
                 known = is_outage(error)
-                log.warning(
-                    "execution.patrol_failed", error=type(error).__name__, exc_info=not known
-                )
+                log.warning("execution.patrol_failed", **error_facts(error), exc_info=not known)
 
     async def round(self) -> None:
         """Look once after all that is over and not known to be gone for good."""

@@ -14,7 +14,7 @@ import structlog
 from runrecovery_service.agents.output import OutputChannel
 from runrecovery_service.agents.session_checks import check_session, fingerprint_session
 from runrecovery_service.domain.deadline import Due, DueKind
-from runrecovery_service.domain.errors import Fenced
+from runrecovery_service.domain.errors import Fenced, error_facts
 from runrecovery_service.domain.run import (
     ErrorCode,
     InteractionState,
@@ -731,7 +731,7 @@ class TurnSupervisor:
                 return
             done = await self.shop.in_thread(self.shop.trust.end, run)
         except Exception as error:  # noqa: BLE001 - whatever it was, the end must go on record
-            self._log.warning("trust.not_cleared", error=type(error).__name__)
+            self._log.warning("trust.not_cleared", **error_facts(error))
             return
         for reason in done.warnings:
             self._log.warning("trust.entry_kept", reason=reason)

@@ -16,7 +16,7 @@ import structlog
 
 from runrecovery_service.agents.trust_keeper import LEFT
 from runrecovery_service.clock import wait_within
-from runrecovery_service.domain.errors import Fenced, is_outage
+from runrecovery_service.domain.errors import Fenced, error_facts, is_outage
 from runrecovery_service.execution.workshop import Workshop
 
 log = structlog.get_logger()
@@ -67,7 +67,7 @@ class TrustSweep:
             except Exception as error:  # the edge of this task: the next look tries again
                 if failed != (failed := type(error).__name__):  # once, not with every look
                     known = is_outage(error)
-                    log.warning("trust.sweep_failed", error=failed, exc_info=not known)
+                    log.warning("trust.sweep_failed", **error_facts(error), exc_info=not known)
 
     async def look(self) -> None:
         """Take out, once, what nobody needs any more."""

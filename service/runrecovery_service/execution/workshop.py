@@ -14,7 +14,7 @@ from runrecovery_service.agents.output import OutputFiles
 from runrecovery_service.agents.session_checks import LOOK_S
 from runrecovery_service.agents.trust_keeper import TrustKeeper
 from runrecovery_service.clock import Clock
-from runrecovery_service.domain.errors import Fenced, is_outage
+from runrecovery_service.domain.errors import Fenced, error_facts, is_outage
 from runrecovery_service.domain.run import Run
 from runrecovery_service.engines.catalog import Catalog
 from runrecovery_service.process.boot_clock import boot_time_ns
@@ -119,8 +119,6 @@ class TurnLog:
                 raise
             except Exception as error:  # noqa: BLE001 - giving up would leave a run half told
                 known = is_outage(error)
-                self.warning(
-                    "execution.write_retried", error=type(error).__name__, exc_info=not known
-                )
+                self.warning("execution.write_retried", **error_facts(error), exc_info=not known)
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, RETRY_MOST_S)

@@ -23,7 +23,7 @@ from typing import Final
 import structlog
 
 from runrecovery_service.clock import Clock
-from runrecovery_service.domain.errors import RecoveryInterrupted, StorageBusy
+from runrecovery_service.domain.errors import RecoveryInterrupted, StorageBusy, error_facts
 from runrecovery_service.domain.reconciliation import (
     Cause,
     Containment,
@@ -39,7 +39,8 @@ from runrecovery_service.recovery.sessions import CHECK_S, Asker, Workspace, cha
 from runrecovery_service.storage import adoption, converge, deadlines, processes, recovery
 from runrecovery_service.storage.adoption import Adopted
 from runrecovery_service.storage.converge import Batch, Scope
-from runrecovery_service.storage.database import DRIVER_ERRORS, Database, translate
+from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.faults import DRIVER_ERRORS, translate
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.processes import Ended, Lease
 
@@ -247,7 +248,7 @@ class Recovery:
         try:
             done = self.clear_trust(db, book.took_out, enough)
         except Exception as error:  # noqa: BLE001 - no file of a CLI may keep the service down
-            log.warning("trust.not_cleared", **_identity(book), error=type(error).__name__)
+            log.warning("trust.not_cleared", **_identity(book), **error_facts(error))
             done = TrustClearing(failures=(type(error).__name__,))
         book.warnings.extend(f"trust entries stay: {reason}" for reason in done.warnings)
 

@@ -21,22 +21,15 @@ from typing import Concatenate, Final, ParamSpec, TypeVar
 import structlog
 
 from runrecovery_service import daemon_threads
-from runrecovery_service.domain.errors import RunRecoveryError, StorageUnavailable
+from runrecovery_service.domain.errors import RunRecoveryError, StorageUnavailable, error_facts
 from runrecovery_service.storage.changes import (
     Changes,
     SharedLook,
     decisions_stamp,
     event_counts,
 )
-from runrecovery_service.storage.database import (
-    DRIVER_ERRORS,
-    Database,
-    Kind,
-    is_undecodable,
-    repeated,
-    translate,
-    words_of,
-)
+from runrecovery_service.storage.database import Database, Kind, is_undecodable, repeated
+from runrecovery_service.storage.faults import DRIVER_ERRORS, translate, words_of
 from runrecovery_service.storage.postgresql import PostgreSQL, cut, is_idle
 from runrecovery_service.storage.recovery import close_abandoned
 from runrecovery_service.thread_pool import SteadyThreadPool
@@ -143,7 +136,7 @@ class Storage:
                     if look.has_decided(await self.read(decisions_stamp)):
                         self.changes.announce_decisions()
             except Exception as error:  # noqa: BLE001 - whatever it was, the next look comes
-                log.warning("storage.changes_not_seen", error=type(error).__name__)
+                log.warning("storage.changes_not_seen", **error_facts(error))
 
     async def renewal(self, use: Use[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the small write that keeps this instance the owner; it never queues behind reads."""
@@ -282,7 +275,12 @@ def _translated(db: Database, use: Use[P, R], *args: P.args, **kwargs: P.kwargs)
         meaning = translate(error)
         if meaning is None:
             raise
-        log.warning("storage.failed", error=words_of(error), meaning=type(meaning).__name__)
+        log.warning(
+            "storage.failed",
+            error=words_of(error),
+            meaning=type(meaning).__name__,
+            cause=meaning.cause,
+        )
         if (
             db.dialect.kind is Kind.POSTGRESQL
             and not db.peewee.in_transaction()

@@ -37,7 +37,8 @@ from runrecovery_service.domain.session_check import (
     SessionFingerprint,
     SessionVerdict,
 )
-from runrecovery_service.storage.database import DRIVER_ERRORS, Database, Dialect, Kind, translate
+from runrecovery_service.storage.database import Database, Dialect, Kind
+from runrecovery_service.storage.faults import DRIVER_ERRORS, translate
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.recovery import own_reports
 from runrecovery_service.storage.rows import finding_from, to_us, word

@@ -24,14 +24,20 @@ from runrecovery_service.domain.errors import (
     BackupRefused,
     DatabaseOutOfReach,
     DatabaseRefused,
-    RunRecoveryError,
-    StorageBusy,
-    StorageFull,
     StorageUnavailable,
     StoreLost,
 )
 from runrecovery_service.storage import commit_count, postgresql, soundness, tables
 from runrecovery_service.storage.commit_count import MARKER_TEXT, CommitMarker
+from runrecovery_service.storage.faults import (
+    DRIVER_ERRORS,
+    MENDING,
+    UNREACHABLE,
+    chain,
+    fault_of,
+    is_damage,
+    words_of,
+)
 from runrecovery_service.storage.locks import (
     APPLICATION_ID,
     SQLITE_HEADER_SIZE,
@@ -55,20 +61,15 @@ SQLITE_PRAGMAS: Final = {
     "trusted_schema": 0,
     "cell_size_check": 1,
 }
-MENDING: Final = "docs/operations.md, *A damaged database*, tells how to mend it"
+FILES_LOST: Final = (
+    "a file of the database was removed, replaced or overwritten; the service is stopping"
+)
+FILES_UNSEEN: Final = "the system does not tell whether the files of the database are in place"
 NO_TABLES: Final = "has none of the service's tables; restore a backup"
 HISTORY: Final = ("migration_checksum", "schema_migration")
 TABLES: Final = tuple(table._meta.table_name for table in tables.EVERY)  # noqa: SLF001 - peewee has no other way
 """What the service reads and writes, without the records of the migrations."""
 SQLITE_FLOOR: Final = (3, 37, 0)  # STRICT tables
-
-DRIVER_ERRORS: Final[tuple[type[Exception], ...]] = (
-    pw.PeeweeException,
-    sqlite3.Error,  # what fetching rows raises does not pass through peewee
-    *((postgresql.PSYCOPG.Error,) if postgresql.PSYCOPG is not None else ()),
-)
-
-DAMAGED: Final = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 _COMPANIONS: Final = ("-wal", "-shm", "-journal")
 """What SQLite appends to a file's name for files that belong to it."""
@@ -260,6 +261,10 @@ class Database:
         until all others are closed.
         """
         if self._file is not None:
+            # After a crash the index tells how far the file was written only once a checkpoint has
+            # copied the log; until then the watch would know little of the file.
+            with contextlib.suppress(*DRIVER_ERRORS):
+                self.fetch_all("PRAGMA wal_checkpoint(PASSIVE)")
             self._files, self._keeper = StoreFiles(self._file), threading.get_ident()
 
     def demand_in_place(self) -> None:
@@ -277,8 +282,10 @@ class Database:
         """Raise StorageUnavailable, for a caller of a method, where `demand_in_place` raises."""
         try:
             self.demand_in_place()
-        except (StoreLost, OSError) as error:
-            raise StorageUnavailable from error
+        except StoreLost as error:
+            raise StorageUnavailable(FILES_LOST) from error
+        except OSError as error:
+            raise StorageUnavailable(FILES_UNSEEN) from error
 
     def read_leniently(self) -> None:
         """Read text that is not UTF-8 as far as it is, on the calling thread's connection.
@@ -377,53 +384,6 @@ def slot(name: str) -> pw.Value:
 
 # -- errors ------------------------------------------------------------------------------------
 
-# Primary result codes of SQLite and SQLSTATEs (or their first two letters, the class) of
-# PostgreSQL. What is in neither table is a defect of ours, or of one row.
-_SQLITE_CODES: Final[dict[int, type[RunRecoveryError]]] = {
-    sqlite3.SQLITE_BUSY: StorageBusy,
-    sqlite3.SQLITE_LOCKED: StorageBusy,
-    sqlite3.SQLITE_FULL: StorageFull,
-    sqlite3.SQLITE_NOMEM: StorageUnavailable,
-    sqlite3.SQLITE_READONLY: StorageUnavailable,
-    sqlite3.SQLITE_IOERR: StorageUnavailable,
-    sqlite3.SQLITE_CORRUPT: StorageUnavailable,
-    sqlite3.SQLITE_CANTOPEN: StorageUnavailable,
-    sqlite3.SQLITE_PROTOCOL: StorageUnavailable,
-    sqlite3.SQLITE_NOTADB: StorageUnavailable,
-}
-_SQLSTATES: Final[dict[str, type[RunRecoveryError]]] = {
-    "40001": StorageBusy,  # serialization failure
-    "40P01": StorageBusy,  # deadlock
-    "55P03": StorageBusy,  # lock timeout
-    "57014": StorageBusy,  # statement timeout
-    "53100": StorageFull,
-    "08": StorageUnavailable,  # connection
-    "42501": StorageUnavailable,  # a privilege was revoked, and may be granted again
-    "25006": StorageUnavailable,  # read-only: a standby, or a failover under way
-    "53": StorageUnavailable,  # resources
-    "57": StorageUnavailable,  # shutdown
-    "58": StorageUnavailable,  # its own system errors
-}
-
-
-def translate(error: Exception) -> RunRecoveryError | None:
-    """Return the domain's word for a driver error, or None for one that is a defect of ours.
-
-    The whole chain is looked at: a rollback that fails because SQLite has rolled back already
-    hides why it did.
-    """
-    for link in _chain(error):
-        meaning = _meaning(link)
-        if meaning is not None:
-            return meaning()
-    return None
-
-
-def words_of(error: Exception) -> str:
-    """Return what the driver says of an error, in one line and without any value of a row."""
-    words = [words for link in _chain(error) if (words := postgresql.words_of(link))]
-    return words[-1] if words else str(error)  # the first error: a failed rollback tells nothing
-
 
 def repeated(use: Callable[[], T]) -> T:
     """Return what a whole transaction returns; repeat it, a few times, when PostgreSQL rolled it
@@ -432,37 +392,10 @@ def repeated(use: Callable[[], T]) -> T:
         try:
             return use()
         except DRIVER_ERRORS as error:
-            if not tries_left or not any(map(postgresql.is_conflict, _chain(error))):
+            if not tries_left or not any(map(postgresql.is_conflict, chain(error))):
                 raise
         time.sleep(random.uniform(0, CONFLICT_PAUSE_S * 2 ** (CONFLICT_TRIES - tries_left)))  # noqa: S311 - no secret
     raise AssertionError
-
-
-def _meaning(error: BaseException) -> type[RunRecoveryError] | None:
-    code = getattr(error, "sqlite_errorcode", None)
-    if code is not None:
-        return _SQLITE_CODES.get(code & 0xFF)
-    sqlstate = getattr(error, "sqlstate", None)
-    if sqlstate is not None:
-        return _SQLSTATES.get(sqlstate) or _SQLSTATES.get(sqlstate[:2])
-    # PostgreSQL's driver gives no state when the connection itself is gone.
-    lost = type(error).__module__.startswith("psycopg") and type(error).__name__ in {
-        "OperationalError",
-        "InterfaceError",
-        "ConnectionTimeout",
-    }
-    return StorageUnavailable if lost else None
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    waiting: list[BaseException | None] = [error]
-    while waiting:
-        link = waiting.pop()
-        if link is not None and id(link) not in seen:
-            seen.add(id(link))
-            yield link
-            waiting += [link.__context__, link.__cause__]
 
 
 # -- opening -----------------------------------------------------------------------------------
@@ -524,16 +457,6 @@ def _demand_sound(db: Database) -> None:
         raise DatabaseRefused(db.place, f"is damaged ({found}); {MENDING}")
 
 
-_HOPELESS: Final = {
-    sqlite3.SQLITE_READONLY: "cannot be written to",
-    sqlite3.SQLITE_CORRUPT: "is damaged",
-    sqlite3.SQLITE_NOTADB: "is damaged",
-    sqlite3.SQLITE_CANTOPEN: "cannot be opened",
-    sqlite3.SQLITE_IOERR: "cannot be read or written to",
-}
-"""What is wrong with a SQLite file by primary result code, where waiting for it does not help."""
-
-
 @contextlib.contextmanager
 def refusing(place: str) -> Iterator[None]:
     """Turn what a database answers at a start into a refusal of the start.
@@ -545,27 +468,15 @@ def refusing(place: str) -> Iterator[None]:
     try:
         yield
     except DRIVER_ERRORS as error:
-        if reason := _hopeless(error):
-            raise DatabaseRefused(place, reason) from error
-        meaning = translate(error)
-        if meaning is None:
-            raise DatabaseRefused(place, words_of(error)) from error
-        # What SQLite says, "database is locked", the word of the domain says as well.
-        reason = words_of(error) if place == POSTGRESQL_PLACE else str(meaning)
-        raise DatabaseOutOfReach(place, reason) from error
+        fault, words = fault_of(error), words_of(error)
+        if fault is None:
+            raise DatabaseRefused(place, words) from error
+        refused = DatabaseRefused if fault.lasts else DatabaseOutOfReach
+        # PostgreSQL says why it is not reached: role, password, database, host, TLS.
+        reason = words if fault is UNREACHABLE else fault.refusal(words)
+        raise refused(place, reason) from error
     except OSError as error:
         raise DatabaseRefused(place, error.strerror or "cannot be opened") from error
-
-
-def _hopeless(error: Exception) -> str | None:
-    for link in _chain(error):
-        wrong = _HOPELESS.get(getattr(link, "sqlite_errorcode", 0) & 0xFF)
-        if wrong is not None:
-            mend = f"; {MENDING}" if wrong == "is damaged" else ""
-            return f"{wrong} ({link}){mend}"
-        if getattr(link, "sqlstate", None) == "42501":  # no later start has the privilege by itself
-            return words_of(error)
-    return None
 
 
 def _open_postgresql(url: str) -> Database:
@@ -824,8 +735,8 @@ def backup_sqlite(path: Path, destination: Path) -> dict[str, int]:
         rows = _copy_proved(path, destination)
     except (OSError, sqlite3.Error) as error:
         destination.unlink(missing_ok=True)
-        if (damage := _hopeless(error)) and getattr(error, "sqlite_errorcode", 0) & 0xFF in DAMAGED:
-            raise DatabaseRefused(str(path), damage) from error  # the destination was empty
+        if (fault := fault_of(error)) and is_damage(error):  # the destination was empty
+            raise DatabaseRefused(str(path), fault.refusal(str(error))) from error
         raise DatabaseRefused(str(destination), f"could not be written: {error}") from error
     except BaseException:
         destination.unlink(missing_ok=True)

@@ -1,4 +1,8 @@
-"""The tables as this version reads and writes them. `migrations/` holds how they came to be."""
+"""The tables as this version reads and writes them. `migrations/` holds how they came to be.
+
+Not here: `migration_checksum` and, in a SQLite store, `commit_count`. They are bookkeeping of the
+store itself, which `database.py` and `commit_count.py` read before a store counts as usable.
+"""
 
 from __future__ import annotations
 

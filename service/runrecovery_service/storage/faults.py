@@ -1,0 +1,220 @@
+"""The one table from what a database's driver raises to what the service says, and does, about it.
+
+Callers, the log, `check` and the sentences at an exit take their words from here. None of them
+holds a path or a value of a row.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import peewee as pw
+
+from runrecovery_service.domain.errors import StorageBusy, StorageFull, StorageUnavailable
+from runrecovery_service.storage import postgresql
+
+DRIVER_ERRORS: Final[tuple[type[Exception], ...]] = (
+    pw.PeeweeException,
+    sqlite3.Error,  # what fetching rows raises does not pass through peewee
+    *((postgresql.PSYCOPG.Error,) if postgresql.PSYCOPG is not None else ()),
+)
+StorageError = StorageBusy | StorageFull | StorageUnavailable
+MENDING: Final = "docs/operations.md, *A damaged database*, tells how to mend it"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """One kind of failure of a database.
+
+    Attributes:
+        meaning: the error that a caller gets.
+        what: what is wrong, as it follows "the database".
+        remedy: what to do about it; empty where there is nothing to do but to wait.
+        lasts: True if a start cannot hope that the next one succeeds.
+    """
+
+    meaning: type[StorageError]
+    what: str
+    remedy: str = ""
+    lasts: bool = False
+
+    @property
+    def cause(self) -> str:
+        """Return a sentence for callers and for the log."""
+        return f"the database {self.what}; {self.remedy or 'retry later'}"
+
+    def refusal(self, words: str) -> str:
+        """Return why a start is refused, behind the name of the database."""
+        return f"{self.what} ({words})" + (f"; {self.remedy}" if self.remedy else "")
+
+
+_FULL: Final = Fault(
+    meaning=StorageFull,
+    what="cannot be written to: its disk is full",
+    remedy="make room",
+)
+_LOCKED: Final = Fault(meaning=StorageBusy, what="is busy: another connection holds its lock")
+_DAMAGED: Final = Fault(meaning=StorageUnavailable, what="is damaged", remedy=MENDING, lasts=True)
+_READ_ERROR: Final = Fault(
+    meaning=StorageUnavailable,
+    what="cannot be read: the system reports an I/O error",
+    remedy="see the system's log about the disk",
+    lasts=True,
+)
+_WRITE_ERROR: Final = Fault(
+    meaning=StorageUnavailable,
+    what="cannot be written to: the system reports an I/O error",
+    remedy="see to the disk, a read-only mount, a quota, or a limit on file sizes (ulimit -f)",
+    lasts=True,
+)
+_SQLITE: Final[dict[int, Fault]] = {
+    sqlite3.SQLITE_BUSY: _LOCKED,
+    sqlite3.SQLITE_LOCKED: _LOCKED,
+    sqlite3.SQLITE_PROTOCOL: _LOCKED,
+    sqlite3.SQLITE_FULL: _FULL,
+    sqlite3.SQLITE_NOMEM: Fault(
+        meaning=StorageUnavailable, what="cannot be used: the system has no memory left"
+    ),
+    sqlite3.SQLITE_READONLY: Fault(
+        meaning=StorageUnavailable,
+        what="cannot be written to: its files or directory are read-only",
+        remedy="make them writable for the service's user",
+        lasts=True,
+    ),
+    sqlite3.SQLITE_IOERR: Fault(
+        meaning=StorageUnavailable,
+        what="cannot be read or written to: the system reports an I/O error",
+        remedy="see the system's log about the disk",
+        lasts=True,
+    ),
+    sqlite3.SQLITE_IOERR_READ: _READ_ERROR,
+    sqlite3.SQLITE_IOERR_SHORT_READ: _READ_ERROR,
+    sqlite3.SQLITE_IOERR_WRITE: _WRITE_ERROR,
+    sqlite3.SQLITE_IOERR_FSYNC: _WRITE_ERROR,
+    sqlite3.SQLITE_IOERR_DIR_FSYNC: _WRITE_ERROR,
+    sqlite3.SQLITE_IOERR_TRUNCATE: _WRITE_ERROR,
+    sqlite3.SQLITE_IOERR_SHMSIZE: _WRITE_ERROR,
+    sqlite3.SQLITE_CORRUPT: _DAMAGED,
+    sqlite3.SQLITE_NOTADB: _DAMAGED,
+    sqlite3.SQLITE_CANTOPEN: Fault(
+        meaning=StorageUnavailable,
+        what="cannot be opened",
+        remedy="its files must be there, and be the service's to read and to write",
+        lasts=True,
+    ),
+}
+"""By extended result code, else by primary one."""
+
+_SQLSTATES: Final[dict[str, Fault]] = {
+    "40001": Fault(meaning=StorageBusy, what="is busy: transactions are in each other's way"),
+    "40P01": Fault(meaning=StorageBusy, what="is busy: transactions are in each other's way"),
+    "55P03": Fault(meaning=StorageBusy, what="is busy: another session holds a lock"),
+    "57014": Fault(meaning=StorageBusy, what="is busy: a statement took too long"),
+    "53100": _FULL,
+    "53200": Fault(meaning=StorageUnavailable, what="has no memory left"),
+    "53300": Fault(
+        meaning=StorageUnavailable,
+        what="has no connection left",
+        remedy="raise its max_connections, or end other clients",
+    ),
+    "53": Fault(meaning=StorageUnavailable, what="has too few resources"),
+    "25006": Fault(
+        meaning=StorageUnavailable,
+        what="is read-only",
+        remedy="it is a standby, or default_transaction_read_only is set",
+    ),
+    "08": Fault(meaning=StorageUnavailable, what="does not answer"),
+    "57": Fault(meaning=StorageUnavailable, what="is stopping or starting"),
+    "58": Fault(
+        meaning=StorageUnavailable,
+        what="cannot read or write its own files",
+        remedy="its own log says why",
+    ),
+    "XX001": Fault(
+        meaning=StorageUnavailable, what="is damaged", remedy="restore a backup", lasts=True
+    ),
+    "XX002": Fault(
+        meaning=StorageUnavailable,
+        what="has a damaged index",
+        remedy="rebuild its indexes (REINDEX), or restore a backup",
+        lasts=True,
+    ),
+    "42501": Fault(
+        meaning=StorageUnavailable,
+        what="denies the service's role a permission",
+        remedy="the role must own the service's tables",
+        lasts=True,
+    ),
+    "42P01": Fault(
+        meaning=StorageUnavailable,
+        what="lacks a table of the service",
+        remedy="put it back (see search_path as well), or restore a backup",
+        lasts=True,
+    ),
+}
+"""By SQLSTATE, else by its first two letters, the class."""
+
+UNREACHABLE: Final = Fault(
+    meaning=StorageUnavailable, what="does not answer, or refuses the connection"
+)
+"""PostgreSQL's driver gives no SQLSTATE when there is no connection."""
+
+
+def fault_of(error: BaseException) -> Fault | None:
+    """Return what is wrong with the database, or None for what is a defect of ours, or of one row.
+
+    The whole chain is looked at: a rollback that fails because SQLite has rolled back already
+    hides why it did.
+    """
+    faults = [fault for link in chain(error) if (fault := _fault_of_one(link))]
+    # A lost connection fails the rollback as well, and says less than the first error.
+    return next((fault for fault in faults if fault is not UNREACHABLE), next(iter(faults), None))
+
+
+def translate(error: Exception) -> StorageError | None:
+    """Return the domain's word for a driver's error, or None for one that is a defect of ours."""
+    fault = fault_of(error)
+    return None if fault is None else fault.meaning(cause=fault.cause)
+
+
+def words_of(error: Exception) -> str:
+    """Return what the driver says of an error, in one line and without any value of a row."""
+    words = [words for link in chain(error) if (words := postgresql.words_of(link))]
+    # The first error: that a rollback failed tells nothing.
+    words = words or [str(link) for link in chain(error) if _fault_of_one(link)]
+    return words[-1] if words else str(error)
+
+
+def is_damage(error: BaseException) -> bool:
+    """True when SQLite met a page, or a file, that is not what it wrote."""
+    return fault_of(error) is _DAMAGED
+
+
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error, and what it was raised from or over."""
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        link = waiting.pop()
+        if link is not None and id(link) not in seen:
+            seen.add(id(link))
+            yield link
+            waiting += [link.__context__, link.__cause__]
+
+
+def _fault_of_one(error: BaseException) -> Fault | None:
+    code = getattr(error, "sqlite_errorcode", None)
+    if code is not None:
+        return _SQLITE.get(code) or _SQLITE.get(code & 0xFF)
+    sqlstate = getattr(error, "sqlstate", None)
+    if sqlstate is not None:
+        return _SQLSTATES.get(sqlstate) or _SQLSTATES.get(sqlstate[:2])
+    lost = type(error).__module__.startswith("psycopg") and type(error).__name__ in {
+        "OperationalError",
+        "InterfaceError",
+        "ConnectionTimeout",
+    }
+    return UNREACHABLE if lost else None
