@@ -133,7 +133,7 @@ class Wait(Generic[ValueT]):
         pause = self._pacer.pause_s(at_least_s=hint or 0.0)
         if pause is None:
             raise DeadlineExceeded(
-                f"{self._goal}: not in time; last seen: {self._failure or self._seen}",
+                f"waiting for {self._goal} took too long; last seen: {self._failure or self._seen}",
                 details=ErrorDetails(code=grpc.StatusCode.DEADLINE_EXCEEDED),
             ) from self._failure
         return pause
@@ -148,14 +148,15 @@ def wait_for_run(run_id: str, *, timeout_s: float | None, or_waiting: bool) -> W
             raise RunQuarantined(f"run {run_id!r} is set aside and will not end by itself")
         return run.status in enough
 
+    goal = "end or to ask its user" if or_waiting else "end"
     pacer = Pacer(first_s=0.1, longest_s=2.0, within_s=timeout_s)
-    return Wait(f"the end of run {run_id!r}", reached=reached, pacer=pacer)
+    return Wait(f"run {run_id!r} to {goal}", reached=reached, pacer=pacer)
 
 
 def wait_until_serving(service: str, *, timeout_s: float | None) -> Wait[str]:
     """The wait for a health check that says SERVING."""
     pacer = Pacer(first_s=0.1, longest_s=1.0, within_s=timeout_s)
-    goal = f"service {service!r} SERVING" if service else "the service SERVING"
+    goal = f"service {service!r} to be SERVING" if service else "the service to be SERVING"
     return Wait(goal, reached=lambda status: status == "SERVING", pacer=pacer)
 
 

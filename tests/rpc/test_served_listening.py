@@ -57,7 +57,7 @@ def test_a_second_service_on_a_socket_file_is_exit_5_and_leaves_the_first_alone(
 
     said = refused_start(second, f"unix:{path}")
 
-    assert f"unix:{path}" in said
+    assert f"cannot listen on unix:{path}: another process listens there\n" in said
     assert path.lstat().st_ino == before
     assert health(service.address) == "SERVING"
 
@@ -105,8 +105,9 @@ def test_a_file_that_is_no_socket_is_left_alone(new_home: NewHome) -> None:
     path = home.path / "socket"
     path.write_text("mine")
 
-    refused_start(home, f"unix:{path}")
+    said = refused_start(home, f"unix:{path}")
 
+    assert "a file that is no socket is there\n" in said
     assert path.read_text() == "mine"
     assert [entry.name for entry in home.path.glob("socket*")] == ["socket"]
 
@@ -289,7 +290,7 @@ def taken_abstract_name(_home: Home, stack: ExitStack) -> str:
     [
         (taken_port, "Address already in use"),
         (half_taken_name, "Address already in use"),
-        (taken_socket_file, "taken"),
+        (taken_socket_file, "another process listens there"),
         (taken_abstract_name, "Address already in use"),
         (lambda *_: "unix:/no/such/folder/socket", "No such file or directory"),
         (lambda *_: "192.0.2.7:0", "this machine has no such address"),

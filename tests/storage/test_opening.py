@@ -25,6 +25,7 @@ from runrecovery_service.storage.database import (
     SQLITE_PRAGMAS,
     Database,
     Kind,
+    integrity_problems,
     known_migrations,
     migrate,
     open_database,
@@ -87,6 +88,37 @@ def test_a_step_that_was_edited_since_is_refused(
     db.close()
 
     assert f"step {next(iter(known_migrations()))} is not" in refusal(tmp_path, url)
+
+
+@pytest.mark.parametrize("lost", ["name IS NOT NULL", "name = '0001_initial'"])
+def test_a_store_that_lost_the_record_of_a_migration_step_is_refused(
+    new_database_url: Callable[[], str], tmp_path: Path, lost: str
+) -> None:
+    url = new_database_url()
+    db = open_database(url, tmp_path)
+    with db.transaction():
+        db.execute(f"DELETE FROM schema_migration WHERE {lost}")  # noqa: S608 - written above
+    db.close()
+
+    assert "no record of the migration step 0001_initial that makes them" in refusal(tmp_path, url)
+
+
+def test_a_check_says_that_the_record_of_a_migration_step_is_lost(made: Path) -> None:
+    with closing(sqlite3.connect(made / "runrecovery.db")) as connection, connection:
+        connection.execute("DELETE FROM schema_migration")
+
+    (problem,) = integrity_problems(made / "runrecovery.db")
+
+    assert "no record of the migration step 0001_initial that makes them" in problem
+
+
+def test_a_check_says_that_a_newer_version_made_a_sqlite_store(made: Path) -> None:
+    with closing(sqlite3.connect(made / "runrecovery.db")) as connection, connection:
+        connection.execute("INSERT INTO schema_migration VALUES (99, '9999_later', '2026-11-24')")
+
+    assert integrity_problems(made / "runrecovery.db") == [
+        f"{made}/runrecovery.db: was made by a newer version (step 9999_later)"
+    ]
 
 
 def test_a_foreign_table_run_in_postgresql_is_refused(

@@ -245,7 +245,7 @@ def test_a_refused_start_has_its_own_exit_code(
     assert f"error: {START_ERRORS[code]}\n" in ended.err
 
 
-def test_a_taken_port_has_its_own_exit_code(tmp_path: Path) -> None:
+def test_a_taken_port_has_its_own_exit_code_and_says_so(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         listen = f"127.0.0.1:{taken.getsockname()[1]}"
         command = [sys.executable, "-m", "runrecovery_service", "serve", "--listen", listen]
@@ -257,7 +257,8 @@ def test_a_taken_port_has_its_own_exit_code(tmp_path: Path) -> None:
     assert ended.returncode == ExitCode.LISTEN
     *log, error, hint = ended.stderr.splitlines()
     assert all(json.loads(line)["event"] for line in log)
-    assert (error[:6], hint[:5]) == ("error:", "hint:")
+    assert error == f"error: cannot listen on {listen}: Address already in use"
+    assert hint == "hint: choose another address with --listen, or free this one"
 
 
 def test_flags_reach_the_service(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,6 +350,28 @@ def test_an_absent_service_is_unavailable_and_the_hint_names_it(run: Run) -> Non
 
     assert ended.code == ExitCode.UNAVAILABLE
     assert "is a service running at 127.0.0.1:1?" in ended.err
+
+
+def test_a_list_of_an_absent_service_is_no_empty_table(run: Run) -> None:
+    ended = run("runs", "list", "--server", "127.0.0.1:1", "--timeout", "0.2")
+
+    assert (ended.code, ended.out) == (ExitCode.UNAVAILABLE, "")
+    assert ended.err.splitlines()[0] == "error: 127.0.0.1:1 did not answer in time"
+
+
+@pytest.mark.parametrize("scheme", ["http://", "https://", "grpc://"])
+def test_a_url_as_the_server_is_a_usage_error(run: Run, scheme: str) -> None:
+    ended = run("health", "--server", f"{scheme}127.0.0.1:1")
+
+    assert ended.code == ExitCode.USAGE
+    assert f'must be HOST:PORT without "{scheme}"' in ended.err
+
+
+def test_a_health_check_that_waited_says_for_what(run: Run) -> None:
+    ended = run("health", "--server", "127.0.0.1:1", "--wait", "0.2")
+
+    assert ended.code == ExitCode.UNAVAILABLE
+    assert ended.err.startswith("error: waiting for the service to be SERVING took too long; last")
 
 
 def test_the_server_may_come_from_the_environment(

@@ -254,6 +254,8 @@ def test_a_lease_may_last_from_seconds_to_an_hour(load: Load, text: str) -> None
         ("[engines.x]\ncommand = ['a']", "engines.x.profile", "is missing"),
         ("engines.x.command = 'agent --jsonl'", "engines.x.command", "a list, not a shell line"),
         ("engines.x.command = []", "engines.x.command", "must name a program"),
+        ("engines.x.command = ['./a']", "engines.x.command[0]", "absolute path, or a name without"),
+        ("engines.x.command = ['~/a']", "engines.x.command[0]", 'found in PATH, not "~/a"'),
         ("engines.x.command = ['a', '']", "engines.x.command[1]", "must not be empty"),
         ("engines.x.command = ['a', 1]", "engines.x.command[1]", "must be a string, not 1"),
         ("engines.x.profile = 'RESUMABLE'", "engines.x.profile", 'or "sticky_process", not'),

@@ -85,7 +85,7 @@ _OPTIONS: Final = (
         show_default=True,
         show_envvar=True,
         metavar="HOST:PORT",
-        callback=parameters.filled,
+        callback=parameters.target,
         help="The service to ask.",
     ),
     click.option(
@@ -129,6 +129,8 @@ def failures(server: str) -> Iterator[None]:
         yield
     except RunRecoveryClientError as error:
         sentence = str(error) or type(error).__name__
+        if sentence == "Deadline Exceeded":  # gRPC's own text for a call without an answer
+            sentence = f"{server} did not answer in time"
         raise Failure(sentence, code=exit_code(error), hint=hint(error, server)) from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import click
+
+_URL: Final = re.compile(r"(?:https?|grpcs?)://", re.IGNORECASE)
 
 
 def json_object(
@@ -153,3 +156,10 @@ def filled(_context: click.Context, parameter: click.Parameter, text: str | None
     if text == "":
         raise click.BadParameter("must not be empty", param=parameter)
     return text
+
+
+def target(context: click.Context, parameter: click.Parameter, text: str | None) -> str | None:
+    """Refuse an empty text and a URL: gRPC would look the whole of it up as a host name."""
+    if text and (found := _URL.match(text)):
+        raise click.BadParameter(f'must be HOST:PORT without "{found[0]}"', param=parameter)
+    return filled(context, parameter, text)

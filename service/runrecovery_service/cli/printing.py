@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC
+from itertools import chain
 from typing import TypeAlias, TypeVar
 
 import click
@@ -70,8 +71,9 @@ def print_table(rows: Iterable[MessageT], columns: Columns[MessageT]) -> None:
     if sys.stdout.isatty():
         _draw(headings, cells)
         return
+    first = next(cells, None)  # before the headings: a call that fails has no table
     click.echo("\t".join(headings))
-    for line in cells:
+    for line in () if first is None else chain([first], cells):
         click.echo("\t".join(line))
 
 

@@ -362,7 +362,7 @@ def _explanation(explained: recovery_service_pb2.RecoveryExplanation) -> str:
             ("because", explained.because),
             ("status", f"{word(made, 'status_before')} → {word(made, 'status_after')}"),
             ("error", made.error_code),
-            ("waited as", word(explained, "profile") if explained.profile else ""),
+            ("profile", word(explained, "profile") if explained.profile else ""),
             ("decided", time(made.recovered_at)),
             ("by", f"{made.instance}, epoch {made.epoch}" if made.instance else ""),
             ("report", made.reconciliation_id),

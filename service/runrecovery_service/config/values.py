@@ -189,6 +189,12 @@ def command(value: object) -> tuple[str, ...]:
         raise InvalidValue("must name a program")
     if "" in words:
         raise InvalidValue("must not be empty", below=f"[{words.index('')}]")
+    if "/" in words[0] and not words[0].startswith("/"):  # it would start from a run's workspace
+        raise InvalidValue(
+            f'must be an absolute path, or a name without "/" that is found in PATH, not'
+            f" {quote(words[0])}",
+            below="[0]",
+        )
     return words
 
 

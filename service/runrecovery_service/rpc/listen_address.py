@@ -240,8 +240,11 @@ class SocketFile(ListenAddress):
         return port, ServerSockets(str(beside))
 
     def _demand_free(self) -> None:
-        if self.holder() is Holder.ANOTHER:
-            raise ListenFailed(self._listen)
+        if self.holder() is not Holder.ANOTHER:
+            return
+        is_socket = self._path.is_socket()
+        why = "another process listens there" if is_socket else "a file that is no socket is there"
+        raise ListenFailed(self._listen, why)
 
     def holder(self) -> Holder:
         """Return who has the path. A socket on which nobody listens any more is nobody's."""

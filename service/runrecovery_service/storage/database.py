@@ -639,6 +639,12 @@ def _sync_directory(path: Path) -> None:
 
 # -- migrations --------------------------------------------------------------------------------
 
+APPLIED_SQL: Final = (
+    "SELECT m.name, COALESCE(c.checksum, '') FROM schema_migration m"
+    " LEFT JOIN migration_checksum c ON c.name = m.name"
+)
+RESTORE: Final = "rows were lost, or another application made them; restore a backup"
+
 
 def known_migrations() -> dict[str, str]:
     """Return the name and checksum of every migration of this version, in order."""
@@ -661,14 +667,28 @@ def migrate(db: Database) -> list[str]:
 
 
 def _demand_known(db: Database, known: dict[str, str]) -> dict[str, str]:
-    """Return the steps that were applied; refuse those of a newer version, or edited since."""
+    """Return the steps that were applied; refuse a store whose steps do not fit this version."""
     applied = _recorded_migrations(db)
+    if reason := _misfit(applied, known, has_runs=db.peewee.table_exists("run")):
+        raise DatabaseRefused(db.place, reason)
+    return applied
+
+
+def _misfit(applied: dict[str, str], known: dict[str, str], *, has_runs: bool) -> str | None:
+    """Return why the applied steps do not fit the known ones: a newer version was here, a step was
+    edited since, or the record of one is lost."""
     for name, checksum in applied.items():
         if name not in known:
-            raise DatabaseRefused(db.place, f"was made by a newer version (step {name})")
+            return f"was made by a newer version (step {name})"
         if checksum not in {known[name], ""}:
-            raise DatabaseRefused(db.place, f"step {name} is not what was applied here")
-    return applied
+            return f"step {name} is not what was applied here"
+    last = max(applied, default="")
+    lost = next((name for name in known if name < last and name not in applied), None)
+    if not applied and has_runs:
+        lost = min(known)
+    if lost is None:
+        return None
+    return f"has tables, but no record of the migration step {lost} that makes them: {RESTORE}"
 
 
 def applied_migrations(db: Database) -> list[str]:
@@ -679,12 +699,7 @@ def applied_migrations(db: Database) -> list[str]:
 def _recorded_migrations(db: Database) -> dict[str, str]:
     if not db.peewee.table_exists("migration_checksum"):
         return {}
-    return dict(
-        db.fetch_all(
-            "SELECT m.name, COALESCE(c.checksum, '') FROM schema_migration m"
-            " LEFT JOIN migration_checksum c ON c.name = m.name"
-        )
-    )
+    return dict(db.fetch_all(APPLIED_SQL))
 
 
 def _apply_missing(db: Database, known: dict[str, str]) -> None:
@@ -834,10 +849,12 @@ def integrity_problems(path: Path) -> list[str]:
                 found = [row[0] for row in connection.execute("PRAGMA integrity_check(20)")]
                 if soundness.is_empty(connection):
                     return [f"{path}: {NO_TABLES}"]
+                if found == ["ok"]:
+                    applied = dict(connection.execute(APPLIED_SQL).fetchall())
+                    reason = _misfit(applied, known_migrations(), has_runs=True)
+                    return [f"{path}: {reason}"] if reason else []
     except DatabaseRefused as error:
         return [str(error)]
-    if found == ["ok"]:
-        return []
     return [f"{path}: is damaged ({soundness.one_line(one)}); {MENDING}" for one in found]
 
 

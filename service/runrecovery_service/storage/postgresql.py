@@ -145,8 +145,10 @@ def unfitness(fetch_one: Callable[[str], Sequence[Any] | None]) -> str | None:
     """Return why a store cannot live on the server that answers, or None."""
     columns = ", ".join(f"current_setting('{name}')" for name in ("server_version_num", *_NEEDED))
     row = fetch_one(f"SELECT {columns}")
-    if row is None or int(row[0]) < FLOOR:
-        return "PostgreSQL 16 or newer is needed"
+    if row is None:
+        return "does not say its version"
+    if (version := int(row[0])) < FLOOR:
+        return f"PostgreSQL 16 or newer is needed, and this is {version // 10000}"
     for (name, wanted), found in zip(_NEEDED.items(), row[1:], strict=True):
         if found == wanted:
             continue
