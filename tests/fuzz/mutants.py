@@ -70,16 +70,16 @@ def tell_a_path() -> None:
 
 def tell_handles() -> None:
     """Show what a session is resumed by."""
-    from runrecovery_service.rpc import mapping
+    from runrecovery_service.rpc import run_messages
 
-    put = mapping._put_what_it_holds
+    put = run_messages._fill_optional_fields
 
     def put_all(to: Any, run: Any) -> None:
         put(to, run)
         if run.session is not None:
             to.session.type = run.session.handle
 
-    _break(mapping, "_put_what_it_holds", put_all)
+    _break(run_messages, "_fill_optional_fields", put_all)
 
 
 def forget_labels() -> None:

@@ -16,7 +16,7 @@ from runrecovery.v1 import run_service_pb2 as run_pb
 from runrecovery_service.domain.errors import FieldViolation, InvalidFields
 from runrecovery_service.domain.run import Profile
 from runrecovery_service.engines.catalog import Engine
-from runrecovery_service.rpc import mapping, validation
+from runrecovery_service.rpc import times, validation
 from runrecovery_service.rpc.run_service import receipt
 from runrecovery_service.rpc.uuid7 import uuid7
 
@@ -235,7 +235,7 @@ def test_profile_may_be_unset_or_the_engines_own() -> None:
 )
 def test_a_wait_may_be_as_long_as_the_engines_own(*, seconds: float, refused: bool) -> None:
     request = run_pb.CreateRunRequest(engine="e")
-    mapping.put_duration(request.interactive_profile.session_timeout, seconds)
+    times.write_duration(request.interactive_profile.session_timeout, seconds)
 
     found = [
         *validation.create_run(request),

@@ -11,7 +11,7 @@ from runrecovery.v1 import run_service_pb2
 from runrecovery_service.domain.reconciliation import RecoveredFilter
 from runrecovery_service.domain.run import Option, Page, Question, Run, RunFilter, View
 from runrecovery_service.domain.turn import Asked
-from runrecovery_service.rpc import mapping
+from runrecovery_service.rpc import run_messages
 from runrecovery_service.storage import recovery, runs
 from runrecovery_service.storage.database import Kind
 
@@ -161,7 +161,7 @@ def test_a_page_of_the_worst_runs_fits_what_clients_take(world: World) -> None:
     page = runs.page(world.db, RunFilter(), after=None, limit=1000)
     response = run_service_pb2.ListRunsResponse(next_page_token="t" * 60)
     for run in page.rows:
-        mapping.put_run(response.runs.add(), run)
+        run_messages.fill_run(response.runs.add(), run)
 
     assert 1 < len(page.rows) < 12
     assert page.after is not None
@@ -175,7 +175,7 @@ def test_a_thousand_runs_in_the_basic_view_are_one_page(world: World) -> None:
     page = runs.page(world.db, RunFilter(), after=None, limit=1000, view=View.BASIC)
     response = run_service_pb2.ListRunsResponse()
     for run in page.rows:
-        mapping.put_run(response.runs.add(), run)
+        run_messages.fill_run(response.runs.add(), run)
 
     assert (len(page.rows), page.after) == (1000, None)
     assert response.ByteSize() < CLIENTS_TAKE / 4

@@ -13,7 +13,14 @@ from runrecovery.v1 import recovery_service_pb2 as pb
 from runrecovery_service import daemon_threads
 from runrecovery_service.domain.reconciliation import Containment, RecoveredFilter
 from runrecovery_service.recovery.plan import Planner
-from runrecovery_service.rpc import mapping, paging, validation
+from runrecovery_service.rpc import (
+    enums,
+    paging,
+    recovery_messages,
+    run_messages,
+    times,
+    validation,
+)
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.watch_streams import RecoveredWatcher
 from runrecovery_service.storage import processes, recovery
@@ -59,9 +66,9 @@ class RecoveryService:
         validation.demand_run_id(request.run_id)
         history = await self._storage.read(recovery.history, request.run_id)
         response = pb.GetRecoveryInfoResponse()
-        mapping.put_recovery(response.recovery, history[0] if history else None)
+        recovery_messages.fill_recovery_info(response.recovery, history[0] if history else None)
         for decision in history:
-            mapping.put_recovery(response.history.add(), decision)
+            recovery_messages.fill_recovery_info(response.history.add(), decision)
         return response
 
     async def list_recovered(self, request: pb.ListRecoveredRequest) -> pb.ListRecoveredResponse:
@@ -73,11 +80,11 @@ class RecoveryService:
             _wanted(request.filter),
             after=paging.decode(scope, request.page_token),
             limit=paging.page_size(request.page_size),
-            view=mapping.VIEW_OF[request.view],
+            view=enums.VIEW_FROM_PROTO[request.view],
         )
         response = pb.ListRecoveredResponse(next_page_token=paging.encode(scope, page.after))
         for run in page.rows:
-            mapping.put_run(response.runs.add(), run)
+            run_messages.fill_run(response.runs.add(), run)
         return response
 
     async def watch_recovered(
@@ -97,7 +104,7 @@ class RecoveryService:
         explained = await self._storage.read(recovery.explained, request.run_id, limit=EXPLANATIONS)
         response = pb.ExplainRecoveryResponse()
         for seen in explained:
-            mapping.put_explanation(response.explanations.add(), seen)
+            recovery_messages.fill_explanation(response.explanations.add(), seen)
         return response
 
     async def plan_recovery(self, request: pb.PlanRecoveryRequest) -> pb.PlanRecoveryResponse:
@@ -114,10 +121,10 @@ class RecoveryService:
             # Files may lie on storage that does not answer: no thread of a pool waits for it.
             page, plan = await daemon_threads.run(lambda: self._planner.decide(rows))
         if plan is not None:
-            mapping.put_plan(response.plan, plan)
+            recovery_messages.fill_plan(response.plan, plan)
         response.next_page_token = paging.encode(scope, page.after)
         for planned in page.rows:
-            mapping.put_planned(response.decisions.add(), planned)
+            recovery_messages.fill_planned_decision(response.decisions.add(), planned)
         return response
 
     async def get_recovery_status(
@@ -131,7 +138,7 @@ class RecoveryService:
         response = pb.GetRecoveryStatusResponse(
             instance=self._owner.instance, epoch=self._owner.epoch
         )
-        mapping.put_status(
+        recovery_messages.fill_status(
             response,
             state=self._gate.state,
             report=report,
@@ -153,7 +160,7 @@ class RecoveryService:
         )
         response = pb.ListReconciliationsResponse(next_page_token=paging.encode(scope, page.after))
         for report in page.rows:
-            mapping.put_reconciliation(response.reconciliations.add(), report)
+            recovery_messages.fill_reconciliation(response.reconciliations.add(), report)
         return response
 
     async def get_reconciliation(
@@ -164,7 +171,7 @@ class RecoveryService:
         validation.demand_valid(validation.reconciliation_id_violations(wanted))
         report = await self._storage.point(recovery.reconciliation, wanted.lower())
         response = pb.GetReconciliationResponse()
-        mapping.put_reconciliation(response.reconciliation, report)
+        recovery_messages.fill_reconciliation(response.reconciliation, report)
         return response
 
 
@@ -173,12 +180,12 @@ def _wanted(asked: pb.RecoveredFilter) -> RecoveredFilter:
     any_state = 0 in asked.recovery_states
     return RecoveredFilter(
         states=frozenset(
-            () if any_state else (mapping.RECOVERY_STATE_OF[n] for n in asked.recovery_states)
+            () if any_state else (enums.RECOVERY_STATE_FROM_PROTO[n] for n in asked.recovery_states)
         ),
         reason=asked.recovery_reason or None,
         engine=asked.engine or None,
         labels=dict(asked.labels),
-        after=mapping.time_or_none(asked, "recovered_after"),
-        before=mapping.time_or_none(asked, "recovered_before"),
+        after=times.read_optional_time(asked, "recovered_after"),
+        before=times.read_optional_time(asked, "recovered_before"),
         reconciliation_id=asked.reconciliation_id.lower() or None,
     )

@@ -28,7 +28,7 @@ from runrecovery_service.domain.run import NewRun, Run, RunFilter, RunStatus
 from runrecovery_service.domain.session_check import REASON_TEXTS, StoredHandle
 from runrecovery_service.engines.catalog import Catalog, Engine
 from runrecovery_service.execution.dispatcher import Dispatcher
-from runrecovery_service.rpc import mapping, paging, validation
+from runrecovery_service.rpc import enums, json_values, paging, run_messages, times, validation
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.uuid7 import RANDOM_BYTES, uuid7
 from runrecovery_service.rpc.watch_streams import RunWatcher
@@ -104,7 +104,7 @@ class RunService:
             now=now,
         )
         response = pb.CreateRunResponse()
-        mapping.put_run(response.run, await self._commit(write))
+        run_messages.fill_run(response.run, await self._commit(write))
         return response
 
     async def get_run(self, request: pb.GetRunRequest) -> pb.GetRunResponse:
@@ -112,7 +112,7 @@ class RunService:
         validation.demand_run_id(request.run_id)
         run = await self._storage.point(runs.get, request.run_id)
         response = pb.GetRunResponse()
-        mapping.put_run(response.run, run)
+        run_messages.fill_run(response.run, run)
         return response
 
     async def list_runs(self, request: pb.ListRunsRequest) -> pb.ListRunsResponse:
@@ -124,11 +124,11 @@ class RunService:
             _wanted(request.filter),
             after=paging.decode(scope, request.page_token),
             limit=paging.page_size(request.page_size),
-            view=mapping.VIEW_OF[request.view],
+            view=enums.VIEW_FROM_PROTO[request.view],
         )
         response = pb.ListRunsResponse(next_page_token=paging.encode(scope, page.after))
         for run in page.rows:
-            mapping.put_run(response.runs.add(), run)
+            run_messages.fill_run(response.runs.add(), run)
         return response
 
     async def submit_reply(self, request: pb.SubmitReplyRequest) -> pb.SubmitReplyResponse:
@@ -138,14 +138,14 @@ class RunService:
             interactions.reply,
             request.run_id,
             request.interaction_id,
-            mapping.json_of_value(request.response),
+            json_values.read_value(request.response),
             owner=self._deps.owner,
             etag=request.etag or None,
             receipt=receipt(request),
             now=self._deps.clock.now(),
         )
         response = pb.SubmitReplyResponse()
-        mapping.put_run(response.run, await self._commit(write))
+        run_messages.fill_run(response.run, await self._commit(write))
         return response
 
     async def cancel_run(self, request: pb.CancelRunRequest) -> pb.CancelRunResponse:
@@ -160,7 +160,7 @@ class RunService:
             now=self._deps.clock.now(),
         )
         response = pb.CancelRunResponse()
-        mapping.put_run(response.run, await self._commit(write))
+        run_messages.fill_run(response.run, await self._commit(write))
         return response
 
     def watch_run(self, request: pb.WatchRunRequest) -> AsyncGenerator[pb.WatchRunResponse, None]:
@@ -187,7 +187,7 @@ class RunService:
             now=self._deps.clock.now(),
         )
         response = pb.ReopenRunResponse()
-        mapping.put_run(response.run, await self._commit(write))
+        run_messages.fill_run(response.run, await self._commit(write))
         return response
 
     async def _demand_session(self, found: Candidate, supplied: str | None) -> None:
@@ -223,7 +223,7 @@ class RunService:
         )
         response = pb.ListInteractionsResponse(next_page_token=paging.encode(scope, page.after))
         for question in page.rows:
-            mapping.put_interaction(response.interactions.add(), question)
+            run_messages.fill_interaction(response.interactions.add(), question)
         return response
 
     def stream_output(
@@ -239,16 +239,16 @@ class RunService:
             engine=engine.name,
             labels=dict(request.labels),
             profile=engine.profile,
-            restart_policy=mapping.RESTART_POLICY_OF[request.restart_policy],
+            restart_policy=enums.RESTART_POLICY_FROM_PROTO[request.restart_policy],
             max_attempts=self._deps.limits.max_attempts,
-            session_timeout_s=mapping.seconds_of(wish.session_timeout)
+            session_timeout_s=times.read_duration_s(wish.session_timeout)
             if wish.HasField("session_timeout")
             else engine.session_timeout_s,
             require_user_reply=wish.require_user_reply
             if wish.HasField("require_user_reply")
             else engine.require_user_reply,
             max_run_s=engine.max_run_time_s,
-            input=mapping.json_of_struct(request.input),
+            input=json_values.read_struct(request.input),
         )
 
     async def _commit(self, write: Coroutine[object, object, Run]) -> Run:
@@ -279,12 +279,12 @@ def _wanted(asked: pb.RunFilter) -> RunFilter:
     any_status = run_pb2.RUN_STATUS_UNSPECIFIED in asked.statuses
     return RunFilter(
         statuses=frozenset(
-            () if any_status else (mapping.STATUS_OF[number] for number in asked.statuses)
+            () if any_status else (enums.STATUS_FROM_PROTO[number] for number in asked.statuses)
         ),
         engine=asked.engine or None,
         labels=dict(asked.labels),
-        after=mapping.time_or_none(asked, "created_after"),
-        before=mapping.time_or_none(asked, "created_before"),
+        after=times.read_optional_time(asked, "created_after"),
+        before=times.read_optional_time(asked, "created_before"),
     )
 
 

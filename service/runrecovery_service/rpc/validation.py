@@ -15,7 +15,7 @@ from runrecovery.v1 import run_service_pb2 as run_pb
 from runrecovery_service.domain.errors import FieldViolation, InvalidFields
 from runrecovery_service.engines.catalog import Engine
 from runrecovery_service.engines.jsonl import MAX_SESSION_CHARS
-from runrecovery_service.rpc import mapping
+from runrecovery_service.rpc import enums, json_values, times
 from runrecovery_service.rpc.errors import clip
 
 RUN_ID: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
@@ -55,10 +55,10 @@ def create_run(request: run_pb.CreateRunRequest) -> Violations:
     yield from _required_name("engine", request.engine)
     yield from _labels(request.labels)
     yield from _json("input", request.input)
-    if request.restart_policy not in mapping.RESTART_POLICY_OF:
+    if request.restart_policy not in enums.RESTART_POLICY_FROM_PROTO:
         yield _unknown("restart_policy", request.restart_policy)
     kind = request.interactive_profile.kind
-    if kind and kind not in mapping.PROFILE_OF:
+    if kind and kind not in enums.PROFILE_FROM_PROTO:
         yield _unknown("interactive_profile.kind", kind)
     if request.interactive_profile.HasField("session_timeout"):
         yield from _session_timeout(request.interactive_profile.session_timeout)
@@ -67,7 +67,7 @@ def create_run(request: run_pb.CreateRunRequest) -> Violations:
 
 def _session_timeout(span: Duration) -> Violations:
     try:
-        if mapping.seconds_of(span) < LEAST_SESSION_TIMEOUT_S:
+        if times.read_duration_s(span) < LEAST_SESSION_TIMEOUT_S:
             yield FieldViolation(_SESSION_TIMEOUT, f"must be at least {LEAST_SESSION_TIMEOUT_S} s")
     except ValueError as error:
         yield FieldViolation(_SESSION_TIMEOUT, str(error))
@@ -76,13 +76,13 @@ def _session_timeout(span: Duration) -> Violations:
 def profile(wish: run_pb2.InteractiveProfile, engine: Engine) -> Violations:
     """Check the wish for a profile, if there is one, against the engine's own."""
     named = clip(engine.name)
-    if wish.kind and mapping.PROFILE_OF[wish.kind] is not engine.profile:
+    if wish.kind and enums.PROFILE_FROM_PROTO[wish.kind] is not engine.profile:
         yield FieldViolation(
             "interactive_profile.kind",
             f"engine {named!r} is {engine.profile.value}; leave this unset",
         )
     most_s = engine.session_timeout_s
-    if wish.HasField("session_timeout") and mapping.seconds_of(wish.session_timeout) > most_s:
+    if wish.HasField("session_timeout") and times.read_duration_s(wish.session_timeout) > most_s:
         yield FieldViolation(
             _SESSION_TIMEOUT, f"must be at most {most_s:g} s, which is that of engine {named!r}"
         )
@@ -91,7 +91,7 @@ def profile(wish: run_pb2.InteractiveProfile, engine: Engine) -> Violations:
 def list_runs(request: run_pb.ListRunsRequest) -> Violations:
     """Check a request for a page of runs."""
     for at, status in enumerate(request.filter.statuses):
-        if status and status not in mapping.STATUS_OF:
+        if status and status not in enums.STATUS_FROM_PROTO:
             yield _unknown(f"filter.statuses[{at}]", status)
     yield from _name("filter.engine", request.filter.engine)
     yield from _label_filter(request.filter.labels)
@@ -187,7 +187,7 @@ def recovered_filter(wanted: recovery_pb.RecoveredFilter) -> Violations:
             yield FieldViolation(
                 f"filter.recovery_states[{at}]", "NONE is the state of runs never recovered"
             )
-        elif state and state not in mapping.RECOVERY_STATE_OF:
+        elif state and state not in enums.RECOVERY_STATE_FROM_PROTO:
             yield _unknown(f"filter.recovery_states[{at}]", state)
     yield from _name("filter.recovery_reason", wanted.recovery_reason)
     yield from _name("filter.engine", wanted.engine)
@@ -260,10 +260,10 @@ def _labels(
 def _json(field: str, value: Struct | Value) -> Violations:
     try:
         if isinstance(value, Struct):
-            mapping.json_of_struct(value)
+            json_values.read_struct(value)
         else:
-            mapping.json_of_value(value)
-    except mapping.BadJson as bad:
+            json_values.read_value(value)
+    except json_values.InvalidJson as bad:
         yield FieldViolation(field, str(bad))
 
 
@@ -278,7 +278,7 @@ def _page_size(size: int) -> Violations:
 
 
 def _view(view: int) -> Violations:
-    if view not in mapping.VIEW_OF:
+    if view not in enums.VIEW_FROM_PROTO:
         yield _unknown("view", view)
 
 
@@ -288,7 +288,7 @@ def _time_range(
     bounds = []
     for name in (after, before):
         try:
-            if mapping.time_or_none(wanted, name) is not None:
+            if times.read_optional_time(wanted, name) is not None:
                 stamp = getattr(wanted, name)  # rounded, two bounds may be equal
                 bounds.append((stamp.seconds, stamp.nanos))
         except ValueError as error:

@@ -17,7 +17,7 @@ from runrecovery.v1 import run_service_pb2 as pb
 from runrecovery_service.domain.errors import ShuttingDown
 from runrecovery_service.domain.reconciliation import RecoveredFilter
 from runrecovery_service.domain.run import Run, RunEvent
-from runrecovery_service.rpc import mapping, paging, validation
+from runrecovery_service.rpc import paging, recovery_messages, run_messages, validation
 from runrecovery_service.rpc.fair_wakeup import FairWakeup
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.storage import events, feed, runs
@@ -61,7 +61,7 @@ class _State:
     message: run_pb2.Run = field(default_factory=run_pb2.Run)
 
     def __post_init__(self) -> None:
-        mapping.put_run(self.message, self.run)
+        run_messages.fill_run(self.message, self.run)
 
     def is_of(self, stand: Stand | None) -> bool:
         """True while nothing has changed since."""
@@ -131,7 +131,7 @@ def _is_over(run: Run) -> bool:
 
 def _told(event: RunEvent, state: _State) -> pb.WatchRunResponse:
     response = pb.WatchRunResponse(sequence=event.sequence)
-    mapping.put_event(response.event, event)
+    run_messages.fill_event(response.event, event)
     if event.sequence == state.run.event_count:
         response.event.run.CopyFrom(state.message)
     return response
@@ -178,7 +178,7 @@ class RecoveredWatcher:
                     response = recovery_pb.WatchRecoveredResponse(
                         cursor=paging.encode_cursor(decided.place)
                     )
-                    mapping.put_decided(response.decision, decided)
+                    recovery_messages.fill_recovered_run(response.decision, decided)
                     yield response
                     quiet.told()
                 place = stretch.upto

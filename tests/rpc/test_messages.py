@@ -27,7 +27,7 @@ from runrecovery_service.domain.reconciliation import (
     TrustRemoval,
 )
 from runrecovery_service.domain.run import RecoveryState, Run, RunStatus
-from runrecovery_service.rpc import mapping
+from runrecovery_service.rpc import enums, json_values, recovery_messages, run_messages, times
 from runrecovery_service.rpc.gate import ServiceState
 from runrecovery_service.storage.processes import Unended
 
@@ -119,7 +119,7 @@ JSON = st.recursive(
 
 def message(run: Run) -> run_pb2.Run:
     to = run_pb2.Run()
-    mapping.put_run(to, run)
+    run_messages.fill_run(to, run)
     return to
 
 
@@ -240,7 +240,7 @@ def test_damaged_words_are_unspecified() -> None:
 
 def test_decision_on_an_unreadable_status_leaves_it_unspecified() -> None:
     to = run_pb2.RecoveryInfo()
-    mapping.put_recovery(to, replace(DECISION, status_before=None, error_code=None))
+    recovery_messages.fill_recovery_info(to, replace(DECISION, status_before=None, error_code=None))
 
     assert (to.status_before, to.error_code) == (run_pb2.RUN_STATUS_UNSPECIFIED, "")
 
@@ -248,19 +248,19 @@ def test_decision_on_an_unreadable_status_leaves_it_unspecified() -> None:
 @pytest.mark.parametrize(
     ("words", "kind", "enum"),
     [
-        (mapping.STATUSES, RunStatus, run_pb2.RunStatus),
-        (mapping.PROFILES, domain.Profile, run_pb2.InteractiveProfileKind),
-        (mapping.RESTART_POLICIES, domain.RestartPolicy, run_pb2.RestartPolicy),
-        (mapping.RECOVERY_STATES, RecoveryState, run_pb2.RecoveryState),
-        (mapping.KINDS, domain.InteractionKind, run_pb2.InteractionKind),
+        (enums.STATUS_TO_PROTO, RunStatus, run_pb2.RunStatus),
+        (enums.PROFILE_TO_PROTO, domain.Profile, run_pb2.InteractiveProfileKind),
+        (enums.RESTART_POLICY_TO_PROTO, domain.RestartPolicy, run_pb2.RestartPolicy),
+        (enums.RECOVERY_STATE_TO_PROTO, RecoveryState, run_pb2.RecoveryState),
+        (enums.INTERACTION_KIND_TO_PROTO, domain.InteractionKind, run_pb2.InteractionKind),
         (
-            mapping.RECONCILIATION_STATES,
+            enums.RECONCILIATION_STATE_TO_PROTO,
             ReconciliationState,
             recovery_pb2.ReconciliationState,
         ),
-        (mapping.SERVICE_STATES, ServiceState, recovery_pb2.ServiceState),
-        (mapping.TRIGGERS, Cause, recovery_pb2.ReconciliationTrigger),
-        (mapping.CONTAINMENT_LEVELS, ContainmentLevel, recovery_pb2.ContainmentLevel),
+        (enums.SERVICE_STATE_TO_PROTO, ServiceState, recovery_pb2.ServiceState),
+        (enums.TRIGGER_TO_PROTO, Cause, recovery_pb2.ReconciliationTrigger),
+        (enums.CONTAINMENT_LEVEL_TO_PROTO, ContainmentLevel, recovery_pb2.ContainmentLevel),
     ],
 )
 def test_every_word_has_its_number_and_every_number_its_word(
@@ -277,7 +277,7 @@ def test_every_word_has_its_number_and_every_number_its_word(
 
 def test_answered_question_has_its_answer_even_if_that_is_null() -> None:
     to = run_pb2.Interaction()
-    mapping.put_interaction(to, replace(QUESTION, replied_at=AT, response=None))
+    run_messages.fill_interaction(to, replace(QUESTION, replied_at=AT, response=None))
 
     assert to.response.WhichOneof("kind") == "null_value"
     assert to.replied_at.ToDatetime(tzinfo=UTC) == AT
@@ -285,7 +285,7 @@ def test_answered_question_has_its_answer_even_if_that_is_null() -> None:
 
 def test_open_question_has_no_answer() -> None:
     to = run_pb2.Interaction()
-    mapping.put_interaction(to, replace(QUESTION, kind=None))
+    run_messages.fill_interaction(to, replace(QUESTION, kind=None))
 
     assert not to.HasField("response")
     assert not to.HasField("replied_at")
@@ -320,7 +320,7 @@ def test_report_says_all_of_it() -> None:
         ),
     )
     to = recovery_pb2.Reconciliation()
-    mapping.put_reconciliation(to, report)
+    recovery_messages.fill_reconciliation(to, report)
 
     filled = {field.name for field, _ in to.ListFields()}
     assert filled == {field.name for field in recovery_pb2.Reconciliation.DESCRIPTOR.fields}
@@ -342,7 +342,7 @@ def test_report_says_all_of_it() -> None:
 
 def test_report_of_nothing_still_has_its_counts() -> None:
     to = recovery_pb2.Reconciliation()
-    mapping.put_reconciliation(to, BARE_REPORT)
+    recovery_messages.fill_reconciliation(to, BARE_REPORT)
 
     assert to.HasField("orphans")
     assert to.HasField("bindings")
@@ -353,7 +353,7 @@ def test_report_of_nothing_still_has_its_counts() -> None:
 
 def test_status_names_the_probe_and_what_could_not_be_ended() -> None:
     to = recovery_service_pb2.GetRecoveryStatusResponse(instance="here", epoch=4)
-    mapping.put_status(
+    recovery_messages.fill_status(
         to,
         state=ServiceState.SERVING,
         report=BARE_REPORT,
@@ -373,7 +373,9 @@ def test_status_names_the_probe_and_what_could_not_be_ended() -> None:
 
 def test_status_of_a_start_that_knows_nothing_yet_says_nothing() -> None:
     to = recovery_service_pb2.GetRecoveryStatusResponse()
-    mapping.put_status(to, state=ServiceState.RECOVERING, report=None, containment=None, unended=[])
+    recovery_messages.fill_status(
+        to, state=ServiceState.RECOVERING, report=None, containment=None, unended=[]
+    )
 
     assert [field.name for field, _ in to.ListFields()] == ["state"]
 
@@ -400,20 +402,20 @@ def test_time_is_exact_both_ways(time: datetime) -> None:
     except OverflowError:  # the first and last hours of the calendar have no UTC
         return
     stamp = Timestamp()
-    mapping.put_time(stamp, time)
+    times.write_time(stamp, time)
 
-    assert mapping.time_of(stamp) == time
+    assert times.read_time(stamp) == time
     assert stamp.ToJsonString()  # refuses what is no Timestamp
 
 
 def test_epoch_itself_is_present() -> None:
-    run = message(replace(BARE, created_at=mapping.EPOCH))
+    run = message(replace(BARE, created_at=times.EPOCH))
 
     assert run.HasField("created_at")
 
 
 def test_bound_between_two_microseconds_becomes_the_later() -> None:
-    assert mapping.time_of(Timestamp(seconds=1, nanos=1)) == mapping.EPOCH + timedelta(
+    assert times.read_time(Timestamp(seconds=1, nanos=1)) == times.EPOCH + timedelta(
         seconds=1, microseconds=1
     )
 
@@ -422,7 +424,7 @@ def test_bound_between_two_microseconds_becomes_the_later() -> None:
 def test_the_last_times_of_the_calendar_are_its_last_microsecond(nanos: int) -> None:
     stamp = Timestamp(seconds=253_402_300_799, nanos=nanos)
 
-    assert mapping.time_of(stamp) == datetime(9999, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC)
+    assert times.read_time(stamp) == datetime(9999, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC)
 
 
 @pytest.mark.parametrize(
@@ -439,7 +441,7 @@ def test_the_last_times_of_the_calendar_are_its_last_microsecond(nanos: int) -> 
 )
 def test_impossible_time_is_refused(stamp: Timestamp) -> None:
     with pytest.raises(ValueError, match="must be"):
-        mapping.time_of(stamp)
+        times.read_time(stamp)
 
 
 @pytest.mark.parametrize(
@@ -447,7 +449,7 @@ def test_impossible_time_is_refused(stamp: Timestamp) -> None:
 )
 def test_span_is_rounded_to_the_microsecond(seconds: float, expected: tuple[int, int]) -> None:
     span = Duration()
-    mapping.put_duration(span, seconds)
+    times.write_duration(span, seconds)
 
     assert (span.seconds, span.nanos) == expected
 
@@ -458,9 +460,9 @@ def test_span_is_rounded_to_the_microsecond(seconds: float, expected: tuple[int,
 @given(st.dictionaries(TEXT, JSON, max_size=5))
 def test_json_object_comes_back_as_it_went(values: domain.JsonObject) -> None:
     struct = Struct()
-    mapping.put_struct(struct, values)
+    json_values.write_struct(struct, values)
 
-    back = mapping.json_of_struct(Struct.FromString(struct.SerializeToString()))
+    back = json_values.read_struct(Struct.FromString(struct.SerializeToString()))
 
     assert back == values
     assert struct == json_format.ParseDict(values, Struct())
@@ -469,7 +471,7 @@ def test_json_object_comes_back_as_it_went(values: domain.JsonObject) -> None:
 def test_whole_numbers_are_integers_as_far_as_a_double_is_exact() -> None:
     numbers = [1.0, -0.0, 2.0**53 - 1, 2.0**53, 1e300, 0.5]
 
-    back = [mapping.json_of_value(Value(number_value=number)) for number in numbers]
+    back = [json_values.read_value(Value(number_value=number)) for number in numbers]
 
     assert back == numbers
     assert [type(number) for number in back] == [int, int, int, float, float, float]
@@ -499,17 +501,17 @@ def nested(levels: int, *, lists: bool) -> Value:
     ids=["nan", "infinity", "nul", "nul-in-key", "no-kind", "deep-lists", "deep-objects"],
 )
 def test_what_is_not_json_is_refused(value: Value, problem: str) -> None:
-    with pytest.raises(mapping.BadJson, match=problem):
-        mapping.json_of_value(value)
+    with pytest.raises(json_values.InvalidJson, match=problem):
+        json_values.read_value(value)
 
 
 @pytest.mark.parametrize("lists", [True, False])
 def test_deepest_input_that_is_taken_can_be_read_back_from_a_page(*, lists: bool) -> None:
-    deep = mapping.json_of_value(nested(mapping.MAX_JSON_DEPTH, lists=lists))
+    deep = json_values.read_value(nested(json_values.MAX_JSON_DEPTH, lists=lists))
     page = run_service_pb2.ListRunsResponse()
     question = run_service_pb2.ListInteractionsResponse()
-    mapping.put_run(page.runs.add(), replace(BARE, input=deep if not lists else {"a": deep}))  # type: ignore[arg-type]
-    mapping.put_interaction(
+    run_messages.fill_run(page.runs.add(), replace(BARE, input=deep if not lists else {"a": deep}))  # type: ignore[arg-type]
+    run_messages.fill_interaction(
         question.interactions.add(), replace(QUESTION, replied_at=AT, response=deep)
     )
 

@@ -1,0 +1,182 @@
+"""Decisions, explanations, plans and reports as messages of the contract."""
+
+from __future__ import annotations
+
+from collections.abc import MutableSequence, Sequence
+
+from runrecovery.v1 import recovery_pb2, recovery_service_pb2, run_pb2
+
+from runrecovery_service.domain.explanation import RecordedDecision, explain_facts, explain_rule
+from runrecovery_service.domain.plan import PlannedDecision, RecoveryPlan
+from runrecovery_service.domain.reconciliation import Containment, DecisionCount, Reconciliation
+from runrecovery_service.domain.run import RecoveryInfo
+from runrecovery_service.rpc.enums import (
+    CONTAINMENT_LEVEL_TO_PROTO,
+    PROFILE_TO_PROTO,
+    RECONCILIATION_STATE_TO_PROTO,
+    RECOVERY_STATE_TO_PROTO,
+    SERVICE_STATE_TO_PROTO,
+    STATUS_TO_PROTO,
+    TRIGGER_TO_PROTO,
+)
+from runrecovery_service.rpc.gate import ServiceState
+from runrecovery_service.rpc.times import write_duration, write_time
+from runrecovery_service.storage.feed import Decided
+from runrecovery_service.storage.processes import Unended
+
+
+def fill_recovery_info(to: run_pb2.RecoveryInfo, recovery: RecoveryInfo | None) -> None:
+    """Fill a message with a decision; None gives state NONE."""
+    if recovery is None:
+        to.recovery_state = run_pb2.RECOVERY_STATE_NONE
+        return
+    to.recovery_state = RECOVERY_STATE_TO_PROTO[recovery.recovery_state]
+    write_time(to.recovered_at, recovery.recovered_at)
+    to.recovery_reason = recovery.recovery_reason
+    to.status_before = STATUS_TO_PROTO[recovery.status_before]
+    to.status_after = STATUS_TO_PROTO[recovery.status_after]
+    if recovery.error_code:
+        to.error_code = recovery.error_code
+    to.reconciliation_id = recovery.reconciliation_id
+    to.instance = recovery.instance
+    to.epoch = recovery.epoch
+    to.recovery_count = recovery.recovery_count
+    to.processes_ended = recovery.processes_ended
+
+
+def fill_recovered_run(to: recovery_service_pb2.RecoveredRun, decided: Decided) -> None:
+    """Fill a message with a decision and its run."""
+    to.run_id = decided.run_id
+    to.engine = decided.engine
+    to.labels.update(decided.labels)
+    fill_recovery_info(to.recovery, decided.recovery)
+
+
+def fill_explanation(to: recovery_service_pb2.RecoveryExplanation, seen: RecordedDecision) -> None:
+    """Fill a message with a decision, its rule and facts, and what was done to processes."""
+    fill_recovery_info(to.decision, seen.info)
+    to.because = explain_rule(seen.info.recovery_reason)
+    to.profile = PROFILE_TO_PROTO[seen.profile]
+    for fact in explain_facts(seen):
+        to.facts.add(name=fact.name, held=fact.held, source=fact.source)
+    for launch in seen.launches:
+        for orphan in launch.orphans:
+            to.processes.add(
+                pid=orphan.pid,
+                attempt=launch.attempt,
+                turn=launch.turn,
+                evidence=orphan.evidence,
+                signals=orphan.signals,
+                ended=orphan.ended,
+                ended_by=orphan.by,
+            )
+
+
+def fill_planned_decision(
+    to: recovery_service_pb2.PlannedDecision, planned: PlannedDecision
+) -> None:
+    """Fill a message with what a restart would decide for one run."""
+    verdict = planned.decision
+    to.run_id = planned.run_id
+    to.engine = planned.engine
+    to.status_before = STATUS_TO_PROTO[planned.status]
+    to.status_after = STATUS_TO_PROTO[verdict.becomes]
+    to.recovery_reason = verdict.rule
+    to.recovery_state = RECOVERY_STATE_TO_PROTO[verdict.state]
+    to.error_code = verdict.error or ""
+    to.unchanged = verdict.unchanged
+
+
+def fill_plan(to: recovery_service_pb2.RecoveryPlan, plan: RecoveryPlan) -> None:
+    """Fill a message with the totals of a plan."""
+    _fill_decision_counts(to.decisions, plan.decisions)
+    to.runs_total = plan.runs_total
+    to.runs_unchanged = plan.runs_unchanged
+    to.quarantined = plan.quarantined
+    to.launches = plan.launches
+
+
+def _fill_decision_counts(
+    to: MutableSequence[recovery_pb2.DecisionCount], counts: Sequence[DecisionCount]
+) -> None:
+    to.extend(
+        recovery_pb2.DecisionCount(
+            rule=decided.rule,
+            recovery_state=RECOVERY_STATE_TO_PROTO[decided.recovery_state],
+            count=decided.count,
+        )
+        for decided in counts
+    )
+
+
+def fill_reconciliation(to: recovery_pb2.Reconciliation, report: Reconciliation) -> None:
+    """Fill a message with a report."""
+    to.reconciliation_id = report.reconciliation_id
+    to.instance = report.instance
+    to.epoch = report.epoch
+    to.trigger = TRIGGER_TO_PROTO[report.cause]
+    to.state = RECONCILIATION_STATE_TO_PROTO[report.state]
+    write_time(to.started_at, report.started_at)
+    if report.finished_at is not None:
+        write_time(to.finished_at, report.finished_at)
+    for phase in report.phases:
+        write_duration(to.phases.add(name=phase.name).duration, phase.duration_s)
+    _fill_decision_counts(to.decisions, report.decisions)
+    to.quarantined = report.quarantined
+    to.warnings.extend(report.warnings)
+    to.runs_scanned = report.runs_scanned
+    to.runs_total = report.runs_total
+    to.runs_unchanged = report.runs_unchanged
+    to.safe_mode = report.safe_mode
+    to.error = report.error or ""
+    if report.containment is not None:
+        fill_containment(to.containment, report.containment)
+    _fill_counts(to, report)
+    to.trust_removals.extend(
+        recovery_pb2.TrustRemoval(
+            run_id=one.run_id, file=one.file, folder=one.folder, outcome=one.outcome
+        )
+        for one in report.trust_removals
+    )
+
+
+def fill_containment(to: recovery_pb2.Containment, proved: Containment) -> None:
+    """Fill a message with what the containment probe proved."""
+    to.level = CONTAINMENT_LEVEL_TO_PROTO[proved.level]
+    to.detail = proved.detail
+
+
+def _fill_counts(to: recovery_pb2.Reconciliation, report: Reconciliation) -> None:
+    orphans, bindings = report.orphans, report.bindings
+    to.orphans.SetInParent()
+    to.orphans.found = orphans.found
+    to.orphans.ended = orphans.ended
+    to.orphans.already_gone = orphans.already_gone
+    to.orphans.refused = orphans.refused
+    to.bindings.SetInParent()
+    to.bindings.sessions = bindings.sessions
+    to.bindings.pending_interactions = bindings.pending_interactions
+    to.bindings.slots = bindings.slots
+    to.bindings.trust_entries = bindings.trust_entries
+
+
+def fill_status(
+    to: recovery_service_pb2.GetRecoveryStatusResponse,
+    *,
+    state: ServiceState,
+    report: Reconciliation | None,
+    containment: Containment | None,
+    unended: Sequence[Unended],
+) -> None:
+    """Fill a message with the state of the service and the launches that could not be ended.
+
+    The report of this start and the result of its probe are left unset while they are None.
+    """
+    to.state = SERVICE_STATE_TO_PROTO[state]
+    if report is not None:
+        fill_reconciliation(to.reconciliation, report)
+    if containment is not None:
+        fill_containment(to.containment, containment)
+    for launch in unended:
+        left = to.unended_launches.add(run_id=launch.run_id, attempt=launch.attempt)
+        write_time(left.launched_at, launch.launched_at)
