@@ -97,7 +97,7 @@ def floor(sessions: Sessions) -> int:
 
 def check(sessions: Sessions, handles: Sequence[StoredHandle]) -> None:
     """Check the handles in one bulk."""
-    found = sessions.home.store.check(handles)
+    found = list(sessions.home.store.check(handles))
     if not all(one.holds for one in found):
         raise AssertionError(found)
 
@@ -115,7 +115,7 @@ def restart(sessions: Sessions, handles: Sequence[StoredHandle], top: Path) -> f
             owner=owner, before=owner.epoch, reconciliation_key=1, reopen=Clock().due_in(60),
             now=datetime.now(UTC),
         )  # fmt: skip
-        checks: dict[str, SessionCheck] = {ENGINE: SessionCheck(sessions.home.store.look)}
+        checks: dict[str, SessionCheck] = {ENGINE: SessionCheck(sessions.home.store.check)}
         begun = time.perf_counter()
         found = 0
         asker = Asker(checks=checks, workspace=lambda key, _: handles[key - 1].workspace)

@@ -11,7 +11,7 @@ import pytest
 from runrecovery_service.domain.run import JsonObject, Profile, Run, RunStatus
 from runrecovery_service.engines.catalog import Engine
 from runrecovery_service.engines.claude import CLAUDE
-from runrecovery_service.engines.cli import CliDialect
+from runrecovery_service.engines.cli_dialect import CliDialect
 from runrecovery_service.engines.codex import CODEX
 from runrecovery_service.engines.dialect import Dialect
 from runrecovery_service.engines.gemini import GEMINI

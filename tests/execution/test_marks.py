@@ -57,7 +57,7 @@ class Hanging:
         claude = sessions_of("claude", {"CLAUDE_CONFIG_DIR": str(home)})
         self.sessions = replace(claude, finder=lambda: self)
 
-    def places(self, stored: StoredHandle) -> Iterator[Path]:
+    def paths(self, stored: StoredHandle) -> Iterator[Path]:
         """Hang."""
         self.looks.append(threading.current_thread().daemon)
         self.released.wait()
@@ -90,7 +90,7 @@ async def test_a_mark_is_taken_when_the_whole_tree_has_ended(
         fingerprint=candidate.mark,
     )
     assert engine.sessions is not None
-    assert engine.sessions.check([stored]) == [FOUND[SessionReason.UNCHANGED]]
+    assert list(engine.sessions.check([stored])) == [FOUND[SessionReason.UNCHANGED]]
 
 
 async def test_an_engine_of_which_it_is_not_known_where_sessions_lie_has_no_mark(

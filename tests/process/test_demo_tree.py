@@ -7,14 +7,14 @@ from pathlib import Path
 
 from process.trees import Start
 from runrecovery_service.engines import demo_agent, jsonl
-from runrecovery_service.engines.dialect import ProgressMessage, Task
+from runrecovery_service.engines.dialect import ProgressMessage, RunContext
 from runrecovery_service.process import procfs
 from runrecovery_service.process.sweep import end_trees
 
 
 def test_all_of_it_is_found_after_a_crash_of_service_and_shim(start: Start, tmp_path: Path) -> None:
     tree = start([sys.executable, "-m", demo_agent.__name__, "--profile", "sticky"])
-    task = Task(
+    task = RunContext(
         run_id="r-1", attempt=1, input={"hold": True, "children": 3}, workspace=str(tmp_path)
     )
     tree.process.stdin.write(jsonl.start_message(task))

@@ -63,7 +63,7 @@ class Shop:
         )  # fmt: skip
         assert engine.session_check is not None
         check = engine.session_check
-        return {"demo": check if self.look is None else replace(check, look=self.look)}
+        return {"demo": check if self.look is None else replace(check, run=self.look)}
 
     def waiting(self, *, marked: bool = True, answered: bool = False) -> tuple[Run, Path]:
         """A run that waits for its user or for its turn, and its session file."""

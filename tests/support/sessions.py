@@ -139,7 +139,7 @@ class SessionHome:
 
     def mark(self, handle: str, workspace: Path) -> SessionFingerprint | None:
         """Mark one session."""
-        return self.store.see(StoredHandle(handle=handle, workspace=workspace)).mark
+        return self.store.observe(StoredHandle(handle=handle, workspace=workspace)).fingerprint
 
 
 def text_of(lines: list[Line]) -> bytes:

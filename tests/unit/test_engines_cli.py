@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from runrecovery_service.domain.run import ErrorCode, Interaction, JsonObject, Session
-from runrecovery_service.engines import cli, final_message, prompts
+from runrecovery_service.engines import cli_dialect, final_message, prompts
 from runrecovery_service.engines.claude import CLAUDE
-from runrecovery_service.engines.cli import CliDialect, CliListener
+from runrecovery_service.engines.cli_dialect import CliDialect, CliListener
 from runrecovery_service.engines.codex import CODEX
 from runrecovery_service.engines.dialect import (
     AskMessage,
@@ -26,8 +26,8 @@ from runrecovery_service.engines.dialect import (
     ProtocolError,
     ResultMessage,
     Resumed,
+    RunContext,
     SessionMessage,
-    Task,
 )
 from runrecovery_service.engines.gemini import GEMINI
 from support.questions import answered
@@ -76,8 +76,8 @@ LAST_WORDS: dict[str, Callable[[str], list[JsonObject]]] = {
 TURNS = [(CODEX, CODEX_TURN), (GEMINI, GEMINI_TURN), (CLAUDE, CLAUDE_TURN)]
 
 
-def task(given: JsonObject) -> Task:
-    return Task(run_id="r", attempt=1, input=given, workspace="/w")
+def task(given: JsonObject) -> RunContext:
+    return RunContext(run_id="r", attempt=1, input=given, workspace="/w")
 
 
 def resumed(dialect: CliDialect, reply: Interaction, handle: str = ID) -> Resumed:
@@ -165,20 +165,22 @@ def test_the_prompt_goes_to_standard_input_alone(dialect: CliDialect) -> None:
 
 
 def test_the_first_prompt_says_how_to_end_and_what_the_task_is() -> None:
-    text = prompts.task({"prompt": "/etc/hosts: what is it?"})
+    text = prompts.first_prompt({"prompt": "/etc/hosts: what is it?"})
 
     assert text == f"{prompts.HOW_TO_END}\n\nYour task:\n\n/etc/hosts: what is it?\n"
 
 
 def test_what_an_input_has_beside_its_prompt_is_told_too() -> None:
-    text = prompts.task({"prompt": "Mend it.", "ticket": {"id": 7}})
+    text = prompts.first_prompt({"prompt": "Mend it.", "ticket": {"id": 7}})
 
     assert json.loads(text.partition("Mend it.\n\n")[2]) == {"ticket": {"id": 7}}
 
 
 @pytest.mark.parametrize("given_input", [{}, {"goal": "ß"}, {"prompt": 7}, {"prompt": None}])
 def test_an_input_without_a_prompt_is_told_as_a_whole(given_input: JsonObject) -> None:
-    assert json.loads(prompts.task(given_input).partition("Your task:\n\n")[2]) == given_input
+    assert (
+        json.loads(prompts.first_prompt(given_input).partition("Your task:\n\n")[2]) == given_input
+    )
 
 
 @pytest.mark.parametrize(
@@ -186,11 +188,13 @@ def test_an_input_without_a_prompt_is_told_as_a_whole(given_input: JsonObject) -
     [("/quit", "/quit"), ("", ""), (True, "true"), ({"city": "Köln"}, '{\n  "city": "Köln"\n}')],
 )
 def test_an_answer_is_told_behind_words_of_ours(response: object, words: str) -> None:
-    assert prompts.answer(answered(1, response)) == f"The user answers:\n\n{words}\n"  # type: ignore[arg-type] # any JSON
+    assert prompts.reply_prompt(answered(1, response)) == f"The user answers:\n\n{words}\n"  # type: ignore[arg-type] # any JSON
 
 
 def test_an_automatic_decision_is_told_as_one() -> None:
-    assert prompts.answer(answered(1, None, auto_decided=True)) == f"{prompts.NOBODY_ANSWERED}\n"
+    assert (
+        prompts.reply_prompt(answered(1, None, auto_decided=True)) == f"{prompts.NOBODY_ANSWERED}\n"
+    )
 
 
 def test_the_protocol_that_is_asked_for_is_the_one_that_is_understood() -> None:
@@ -252,7 +256,7 @@ def test_a_handle_that_the_agent_quotes_is_in_no_message(dialect: CliDialect) ->
 def test_what_may_be_the_handle_is_not_shown_before_it_is_known() -> None:
     listener = CliListener(CODEX, None, resumed=False)
 
-    early = listener.shown(f"session {ID} begins\n".encode())
+    early = listener.redact(f"session {ID} begins\n".encode())
 
     assert early == b"session [secret] begins\n"
 
@@ -272,11 +276,11 @@ def test_an_opening_does_not_tell_its_secrets() -> None:
 def test_the_handle_is_shown_nowhere(dialect: CliDialect, turn: list[JsonObject]) -> None:
     listener = CliListener(dialect, None, resumed=False)
 
-    shown = [listener.hear(json.dumps(event).encode()).shown for event in turn]
+    shown = [listener.hear(json.dumps(event).encode()).redacted for event in turn]
 
     assert ID.encode() not in b"".join(shown)
-    assert cli.SECRET in shown[0]
-    assert listener.shown(f"resumes {ID}".encode()) == b"resumes [secret]"
+    assert cli_dialect.SECRET in shown[0]
+    assert listener.redact(f"resumes {ID}".encode()) == b"resumes [secret]"
 
 
 @pytest.mark.parametrize(("dialect", "turn"), TURNS)
@@ -516,7 +520,7 @@ def test_pieces_come_together_and_begin_anew_after_an_act() -> None:
     (last,) = heard(listener, GEMINI_TURN[2:])
 
     assert isinstance(last, AskMessage)
-    assert listener.burden == len(ASK)
+    assert listener.buffered_bytes == len(ASK)
 
 
 def test_of_an_endless_text_the_end_is_remembered() -> None:
@@ -527,7 +531,7 @@ def test_of_an_endless_text_the_end_is_remembered() -> None:
     ask: JsonObject = {"type": "message", "role": "assistant", "content": ASK, "delta": True}
 
     heard(listener, [piece] * 100)
-    assert listener.burden < cli.MAX_TEXT_CHARS
+    assert listener.buffered_bytes < cli_dialect.MAX_TEXT_CHARS
     (last,) = heard(listener, [ask, GEMINI_TURN[-1]])
 
     assert isinstance(last, AskMessage)
@@ -601,4 +605,4 @@ def test_the_handle_that_claude_names_is_hidden_though_another_was_chosen_for_it
     named = heard(listener, [{"type": "system", "subtype": "init", "session_id": other}])
 
     assert named == [SessionMessage(value=other)]
-    assert listener.shown(f"resume {other}".encode()) == b"resume [secret]"
+    assert listener.redact(f"resume {other}".encode()) == b"resume [secret]"

@@ -15,8 +15,8 @@ from runrecovery_service.engines.dialect import (
     Message,
     ProgressMessage,
     ResultMessage,
+    RunContext,
     SessionMessage,
-    Task,
 )
 from support.questions import answered
 
@@ -58,8 +58,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
             pipe.close()
 
 
-def task(workspace: Path, given: JsonObject) -> Task:
-    return Task(run_id="r-1", attempt=1, input=given, workspace=str(workspace))
+def task(workspace: Path, given: JsonObject) -> RunContext:
+    return RunContext(run_id="r-1", attempt=1, input=given, workspace=str(workspace))
 
 
 def said(agent: subprocess.Popen[bytes]) -> Message:
@@ -71,7 +71,7 @@ def said(agent: subprocess.Popen[bytes]) -> Message:
             return message
 
 
-def turn(start: Start, task: Task, session: str | None, reply: str) -> tuple[str, Message]:
+def turn(start: Start, task: RunContext, session: str | None, reply: str) -> tuple[str, Message]:
     """One process of a resumable run."""
     if session is None:
         agent = start("resumable", jsonl.start_message(task))

@@ -17,15 +17,15 @@ from runrecovery_service.engines.dialect import (
     ProgressMessage,
     ProtocolError,
     ResultMessage,
+    RunContext,
     SessionMessage,
-    Task,
     UnknownMessage,
 )
 from runrecovery_service.engines.jsonl import parse
 from runrecovery_service.engines.strict_json import MAX_DEPTH
 from support.questions import answered
 
-TASK = Task(run_id="r-1", attempt=2, input={"topic": "ß"}, workspace="/w")
+TASK = RunContext(run_id="r-1", attempt=2, input={"topic": "ß"}, workspace="/w")
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
 JSON = st.recursive(

@@ -27,7 +27,7 @@ from runrecovery_service.domain.session_check import (
 )
 from runrecovery_service.engines.sessions import claude, codex, files, gemini, sessions_of
 from runrecovery_service.engines.sessions.files import CliSessions
-from runrecovery_service.engines.sessions.lines import FOUND, VERDICT_OF, Excerpt, judge
+from runrecovery_service.engines.sessions.lines import FOUND, VERDICT_OF, Excerpt, judge_excerpt
 from support.sessions import PRESETS, SessionHome, session_id, text_of
 
 KIB: Final = 1024
@@ -277,8 +277,8 @@ def test_without_a_home_nothing_is_known(desk: Desk) -> None:
     for env in ({}, {"HOME": ""}, {"HOME": "relative"}):
         store = sessions_of(desk.home.preset, env)
 
-        assert store.check([stored, stored]) == [FOUND[SessionReason.NO_HOME]] * 2
-        assert store.see(stored).mark is None
+        assert list(store.check([stored, stored])) == [FOUND[SessionReason.NO_HOME]] * 2
+        assert store.observe(stored).fingerprint is None
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -288,7 +288,7 @@ def test_the_home_is_found_by_the_variables_of_the_agent(preset: str, tmp_path: 
     home.write(home.new_id(1), tmp_path / "w")
     stored = StoredHandle(handle=home.new_id(1), workspace=tmp_path / "w")
 
-    assert sessions_of(preset, {"HOME": str(tmp_path)}).check([stored]) == [
+    assert list(sessions_of(preset, {"HOME": str(tmp_path)}).check([stored])) == [
         FOUND[SessionReason.WHOLE]
     ]
 
@@ -319,7 +319,7 @@ def test_a_folder_that_cannot_be_listed_says_nothing_of_any_session(
     monkeypatch.setattr(os, "open", fail)
     stored = StoredHandle(handle=desk.handle, workspace=desk.workspace)
 
-    assert desk.home.store.check([stored] * 3) == [FOUND[SessionReason.NOT_ANSWERED]] * 3
+    assert list(desk.home.store.check([stored] * 3)) == [FOUND[SessionReason.NOT_ANSWERED]] * 3
     assert len(asked) == (3 if desk.home.preset == "claude" else 1)  # it is asked once a bulk
 
 
@@ -487,7 +487,7 @@ def test_a_defect_costs_the_verdict_of_one_session(desk: Desk, failing: str) -> 
     class Defective:
         """Fails for one session."""
 
-        def places(self, stored: StoredHandle) -> Iterator[Path]:
+        def paths(self, stored: StoredHandle) -> Iterator[Path]:
             if failing == "finder" and stored.handle != desk.handle:
                 raise ZeroDivisionError(stored.handle)
             yield desk.file
@@ -505,7 +505,7 @@ def test_a_defect_costs_the_verdict_of_one_session(desk: Desk, failing: str) -> 
     bad = replace(fine, handle=desk.home.new_id(2))
 
     with structlog.testing.capture_logs() as told:
-        found = store.check([bad, fine, bad])
+        found = list(store.check([bad, fine, bad]))
 
     assert found == [
         FOUND[SessionReason.NOT_ANSWERED],
@@ -515,7 +515,7 @@ def test_a_defect_costs_the_verdict_of_one_session(desk: Desk, failing: str) -> 
     assert told == [
         {"event": "sessions.look_failed", "log_level": "warning", "error": "ZeroDivisionError"}
     ]
-    assert store.see(bad).mark is None
+    assert store.observe(bad).fingerprint is None
 
 
 WORDS: Final = st.sampled_from([
@@ -545,7 +545,7 @@ def test_no_text_gets_a_check_to_fail(lines: list[bytes], end: bytes, preset: st
         Excerpt(text, text, tail_is_all=True),
         Excerpt(text[:at], text[at:], tail_is_all=False),
     ):
-        assert VERDICT_OF[judge(excerpt, stored, layout)] in SessionVerdict
+        assert VERDICT_OF[judge_excerpt(excerpt, stored, layout)] in SessionVerdict
 
 
 # -- of one CLI only ---------------------------------------------------------------------------
@@ -601,9 +601,8 @@ def test_codexs_folders_are_listed_once_a_bulk(
 
     monkeypatch.setattr(os, "listdir", listdir)
 
-    home.store.check(
-        [StoredHandle(handle=session_id(n), workspace=tmp_path / "w") for n in range(50)]
-    )
+    handles = [StoredHandle(handle=session_id(n), workspace=tmp_path / "w") for n in range(50)]
+    list(home.store.check(handles))
 
     assert len(listed) == len(set(listed)) == 6  # three days (one is there), root, year, month
 
@@ -759,4 +758,4 @@ def test_a_bulk_of_many_is_answered_in_its_order(preset: str, tmp_path: Path) ->
         stored.append(StoredHandle(handle=handle, workspace=workspace, fingerprint=mark))
         expected.append(FOUND[reason])
 
-    assert home.store.check(stored) == expected
+    assert list(home.store.check(stored)) == expected

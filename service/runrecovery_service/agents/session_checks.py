@@ -40,6 +40,6 @@ async def fingerprint_session(
 ) -> SessionObservation:
     """Return what is seen of a session, to be marked."""
     try:
-        return await daemon_threads.run_within(look_s, lambda: sessions.see(stored))
+        return await daemon_threads.run_within(look_s, lambda: sessions.observe(stored))
     except TimeoutError:
         return SessionObservation(NOT_ANSWERED, None)

@@ -142,11 +142,11 @@ class SessionCheck:
     """The session check of one engine.
 
     Attributes:
-        look: checks many handles and yields one finding for each, in order. It may block for ever.
+        run: checks many handles and yields one finding for each, in order. It may block for ever.
         unknown: how a session counts when the check could not decide.
     """
 
-    look: Callable[[Sequence[StoredHandle]], Iterable[SessionFinding]]
+    run: Callable[[Sequence[StoredHandle]], Iterable[SessionFinding]]
     unknown: UnknownSession = UnknownSession.KEEP
 
     @property

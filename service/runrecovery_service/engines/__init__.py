@@ -1,1 +1,1 @@
-"""What an engine is, what it says and what is said to it. No database, no gRPC, no processes."""
+"""Engines and their dialects. No database, no gRPC, no processes."""

@@ -1,4 +1,4 @@
-"""The engines that the operator configured. Callers name one; they never choose a command."""
+"""The configured engines. A caller names an engine and never chooses a command."""
 
 from __future__ import annotations
 
@@ -32,25 +32,24 @@ class Engine:
     """One configured engine.
 
     Attributes:
-        command: the words of its command; the first is looked up in the engine's own PATH.
-        profile: how its runs wait, unless CreateRun says otherwise.
-        dialect: how its processes are spoken with.
-        env_allow: names of the service's environment variables that it gets.
-        env: variables that it gets beside those; they win.
-        max_concurrent: its processes at one time; None: only the service's own limit holds.
-        session_file: where it keeps a conversation, with `{workspace}` and `{value}` (the session
-            handle) filled in; None: it does not say.
-        sessions: where a CLI that this version knows keeps its conversations; it goes before
-            `session_file`.
-        unknown_session: what a restart does with a run whose session cannot be judged.
-        session_timeout_s: how long a question waits: always that of a sticky process, and any
-            that does not require its user's reply.
-        require_user_reply: False: a question that waited so long is decided automatically.
-        max_run_time_s: what a run may take from its first launch; None: any time.
-        niceness, max_memory, max_open_files, max_processes: what its processes may use
-            (`process.resource_limits`); None: no limit of ours.
-        trust: the CLI (`trust.config_files.AgentCli`) that is to trust the workspaces of its
-            runs; None: none.
+        command: the words of its command. The first word is searched in the engine's own PATH.
+        profile: the profile of its runs, unless CreateRun names another one.
+        dialect: the protocol of its processes.
+        env_allow: names of the service's environment variables that its processes get.
+        env: further variables of its processes, which override those of `env_allow`.
+        max_concurrent: its processes at one time. None: only the service's own limit applies.
+        session_file: the path of a session's file, with `{workspace}` and `{value}` (the session
+            handle) as placeholders. None: not known.
+        sessions: the sessions of a CLI that this version knows. It overrides `session_file`.
+        unknown_session: how a session counts whose check could not decide.
+        session_timeout_s: how long a question of a sticky process waits, and any question that
+            does not require a reply of its user.
+        require_user_reply: False: a question is decided automatically after that time.
+        max_run_time_s: the longest time of a run since its first launch. None: no limit.
+        niceness, max_memory, max_open_files, max_processes: limits of its processes
+            (`process.resource_limits`). None: the service sets no limit.
+        trust: the CLI (`trust.config_files.AgentCli`) that shall trust the workspaces of its
+            runs. None: no CLI.
     """
 
     name: str
@@ -73,27 +72,27 @@ class Engine:
     trust: str | None = None
 
     def session_path(self, workspace: Path, value: str) -> Path | None:
-        """Return the file of the conversation `value`.
+        """Return the file of the session with the handle `value`.
 
-        None when the engine names no file, or when the handle could lead elsewhere: it came from
-        the engine's output, and only letters, digits and `._-` (512 at most) go into a path.
+        None if the engine has no `session_file`, or if the handle is not safe in a path: it comes
+        from the engine's output. Safe are up to 512 letters, digits and `._-`.
         """
         if self.session_file is None or not _FILE_SAFE.fullmatch(value) or value in {".", ".."}:
             return None
         words = {"workspace": str(workspace), "value": value}
-        # One pass: a workspace whose own path holds a placeholder is not filled in again.
+        # One pass, so that a placeholder in the path of the workspace itself stays.
         return Path(_PLACEHOLDER.sub(lambda found: words[found[1]], self.session_file))
 
     @property
     def session_store(self) -> SessionStore | None:
-        """Where its sessions can be looked for; None: it is taken at its word."""
+        """Its sessions. None: they cannot be checked, so every handle counts as valid."""
         if self.sessions is not None or self.session_file is None:
             return self.sessions
         return NamedFiles(lambda stored: self.session_path(stored.workspace, stored.handle))
 
     @property
     def session_check(self) -> SessionCheck | None:
-        """What looks at its sessions; None: it is taken at its word."""
+        """The check of its sessions. None: every handle counts as valid."""
         if self.session_store is None:
             return None
         return SessionCheck(partial(check_sessions, self), self.unknown_session)
@@ -102,24 +101,23 @@ class Engine:
 def check_sessions(
     engine: Engine, handles: Sequence[StoredHandle], *, seen_before: bool = True
 ) -> Iterator[SessionFinding]:
-    """Say of each session whether it can be resumed, as far as that can be told without the
-    engine; nothing of an engine without `session_store`.
+    """Yield for each session whether it can be resumed. Yield nothing without `session_store`.
 
     Args:
-        seen_before: the handles are those that the engine named, which were marked if they could
-            be seen. False: somebody else names one, and is to show that it can be resumed.
+        seen_before: the engine named these handles, and their fingerprints were recorded if the
+            sessions could be seen. False: a caller names a handle, whose session must be seen now.
     """
     store = engine.session_store
     if store is None:
         return
-    for stored, found in zip(handles, store.look(handles), strict=True):
-        by_marks = seen_before and engine.sessions is not None
-        finding = weaken_if_never_seen(found, stored.fingerprint) if by_marks else found
+    for stored, found in zip(handles, store.check(handles), strict=True):
+        has_fingerprints = seen_before and engine.sessions is not None
+        finding = weaken_if_never_seen(found, stored.fingerprint) if has_fingerprints else found
         yield apply_policy(finding, engine.unknown_session)
 
 
 class Catalog:
-    """The engines by name."""
+    """The configured engines, by name."""
 
     def __init__(self, engines: Iterable[Engine]) -> None:
         self._engines = {engine.name: engine for engine in engines}
@@ -131,7 +129,7 @@ class Catalog:
 
     @property
     def limits(self) -> dict[str, int]:
-        """The engines that have a limit of their own, and that limit."""
+        """The limit of each engine that has one of its own."""
         return {
             name: engine.max_concurrent
             for name, engine in self._engines.items()
@@ -139,7 +137,7 @@ class Catalog:
         }
 
     def session_type(self, name: str) -> str:
-        """Return the type of the handles of an engine, which may be configured no more."""
+        """Return the type of an engine's handles, also for an engine that was removed."""
         engine = self._engines.get(name)
         return JSON_LINES.session_type if engine is None else engine.dialect.session_type
 

@@ -1,4 +1,4 @@
-"""Claude Code (`claude --print`) as an engine. Its events and exit codes: docs/agents.md."""
+"""Claude Code (`claude --print`) as an engine. docs/agents.md has its events and exit codes."""
 
 from __future__ import annotations
 
@@ -6,32 +6,31 @@ from collections.abc import Iterator
 from typing import Final
 
 from runrecovery_service.domain.run import JsonObject, JsonValue
-from runrecovery_service.engines.cli import (
-    Acted,
-    Began,
-    Broke,
-    Ceased,
-    CliDialect,
-    Finished,
-    Named,
-    Runs,
-    Said,
+from runrecovery_service.engines.cli_dialect import CliDialect
+from runrecovery_service.engines.cli_events import (
+    BackgroundTask,
+    BackgroundTasks,
+    CliEvent,
+    OtherActivity,
+    SessionNamed,
+    TurnFailed,
+    TurnFinished,
 )
 
 _OUTPUT: Final = ("--print", "--verbose", "--output-format", "stream-json")
 _SESSION_LOST: Final = "No conversation found with session ID"
 
 
-def read(event: JsonObject) -> Iterator[Said]:
-    """Tell what an event says."""
+def read(event: JsonObject) -> Iterator[CliEvent]:
+    """Yield the meaning of an event."""
     match event:
         case {"type": "system", "subtype": "init", "session_id": str(handle)}:
-            yield Named(handle)
+            yield SessionNamed(handle)
         case {"type": "assistant" | "user" | "stream_event"}:
-            if event.get("parent_tool_use_id") is None:  # else of a task of its own
-                yield Acted()
+            if event.get("parent_tool_use_id") is None:  # otherwise of a background task
+                yield OtherActivity()
         case {"type": "system", "subtype": str(subtype)}:
-            yield from _tasks(subtype, event)
+            yield from _read_tasks(subtype, event)
         case {
             "type": "result",
             "subtype": "success",
@@ -39,32 +38,32 @@ def read(event: JsonObject) -> Iterator[Said]:
             "result": "",
             "origin": {"kind": "task-notification"},
         }:
-            # A resumed session first tells of the tasks that ended with the last process.
-            yield Finished("")
-            yield Acted()
+            # A resumed session first reports the tasks that ended with the process before.
+            yield TurnFinished("")
+            yield OtherActivity()
         case {"type": "result", "subtype": "success", "is_error": False, "result": str(text)}:
-            yield Finished(text)
+            yield TurnFinished(text)
         case {"type": "result"}:
-            yield Broke(_why(event))
+            yield TurnFailed(_failure_text(event))
         case _:
             return
 
 
-def _tasks(subtype: str, event: JsonObject) -> Iterator[Said]:
-    """Tell of tasks in the background: when one ends, the agent begins another turn."""
+def _read_tasks(subtype: str, event: JsonObject) -> Iterator[CliEvent]:
+    """Yield changes of background tasks. The end of a task makes the agent begin another turn."""
     match subtype, event:
         case "task_started", {"task_id": str(task)}:
             if event.get("is_backgrounded") is not False:
-                yield Began(task)
+                yield BackgroundTask(task, is_running=True)
         case "task_notification", {"task_id": str(task)}:
-            yield Ceased(task)
+            yield BackgroundTask(task, is_running=False)
             if event.get("status") != "stopped":
-                yield Acted()  # it is told to the model, which may take long to say something
+                yield OtherActivity()  # the model is informed, and may take long to answer
         case "background_tasks_changed", {"tasks": list(tasks)}:
-            yield Runs(frozenset(map(str, filter(None, map(_task_of, tasks)))))
+            yield BackgroundTasks(frozenset(map(str, filter(None, map(_task_name, tasks)))))
 
 
-def _task_of(task: JsonValue) -> str | None:
+def _task_name(task: JsonValue) -> str | None:
     match task:
         case {"ambient": True}:
             return None
@@ -73,17 +72,17 @@ def _task_of(task: JsonValue) -> str | None:
     return None
 
 
-def _why(event: JsonObject) -> str | None:
-    told: list[JsonValue] = [event.get("result"), event.get("subtype")]
+def _failure_text(event: JsonObject) -> str | None:
+    texts: list[JsonValue] = [event.get("result"), event.get("subtype")]
     errors = event.get("errors")
     if isinstance(errors, list):
-        told = [*errors, *told]
-    return next((text for text in told if isinstance(text, str) and text), None)
+        texts = [*errors, *texts]
+    return next((text for text in texts if isinstance(text, str) and text), None)
 
 
-def says_lost(_: int | None, told: str) -> bool:
-    """Tell a lost session: Claude Code says it in words, at their beginning."""
-    return told.startswith(_SESSION_LOST)
+def says_lost(_: int | None, text: str) -> bool:
+    """Return True for a lost session, which Claude Code reports at the beginning of its text."""
+    return text.startswith(_SESSION_LOST)
 
 
 CLAUDE: Final = CliDialect(

@@ -1,4 +1,4 @@
-"""Codex (`codex exec`) as an engine. Its events and exit codes: docs/agents.md."""
+"""Codex (`codex exec`) as an engine. docs/agents.md describes its events and exit codes."""
 
 from __future__ import annotations
 
@@ -6,51 +6,51 @@ from collections.abc import Iterator
 from typing import Final
 
 from runrecovery_service.domain.run import JsonObject
-from runrecovery_service.engines.cli import (
-    Acted,
-    Broke,
-    CliDialect,
-    Finished,
-    Named,
-    Said,
-    Warned,
-    Wrote,
+from runrecovery_service.engines.cli_dialect import CliDialect
+from runrecovery_service.engines.cli_events import (
+    CliEvent,
+    OtherActivity,
+    SessionNamed,
+    TextWritten,
+    TurnFailed,
+    TurnFinished,
+    WarningShown,
 )
 
 _SESSION_LOST: Final = "thread/resume failed"
 
 
-def read(event: JsonObject) -> Iterator[Said]:
-    """Tell what an event says."""
+def read(event: JsonObject) -> Iterator[CliEvent]:
+    """Yield the meaning of an event."""
     match event:
         case {"type": "thread.started", "thread_id": str(handle)}:
-            yield Named(handle)
+            yield SessionNamed(handle)
         case {"type": "item.completed", "item": {"type": "agent_message", "text": str(text)}}:
-            yield Wrote(text)
+            yield TextWritten(text)
         case {"type": "turn.started" | "item.started" | "item.updated" | "item.completed"}:
-            yield Acted()
+            yield OtherActivity()
         case {"type": "turn.completed"}:
-            yield Finished()
+            yield TurnFinished()
         case {"type": "turn.failed", "error": {"message": str(message)}}:
-            yield Broke(message)
+            yield TurnFailed(message)
         case {"type": "turn.failed"}:
-            yield Broke(None)
+            yield TurnFailed(None)
         case {"type": "error", "message": str(message)}:
-            yield Warned(message)
+            yield WarningShown(message)
         case _:
             return
 
 
-def says_lost(_: int | None, told: str) -> bool:
-    """Tell a lost session: Codex has but one exit code, and says the rest in words."""
-    return _SESSION_LOST in told
+def says_lost(_: int | None, text: str) -> bool:
+    """Return True for a lost session. Codex has one exit code, so only the text tells."""
+    return _SESSION_LOST in text
 
 
 CODEX: Final = CliDialect(
     session_type="codex",
     first=lambda _: ("exec", "--json", "-"),
     resume=lambda handle: ("exec", "resume", handle, "--json", "-"),
-    # Outside of a Git repository it asks for trust by this flag, whatever its configuration says.
+    # Outside a Git repository Codex requires this flag, even for a folder that it trusts.
     when_trusted=("--skip-git-repo-check",),
     read=read,
     says_lost=says_lost,

@@ -1,18 +1,19 @@
-"""A scriptable agent that keeps to the protocol: for `runrecovery demo`, tests and first steps.
+"""A scriptable agent of the JSON-lines protocol, for `runrecovery demo`, tests and first steps.
 
 `python -m runrecovery_service.engines.demo_agent --profile resumable|sticky` obeys its input:
 
-- `questions`: asked one after the other, each `{"kind", "prompt", "options"}`.
-- `work_s`: how long it works before each question and before the result; progress every 0.1 s.
-- `children`: processes that it leaves sleeping; the last one double-forked into its own session.
-- `result`: members of the output, beside `answers`.
-- `fail`: `"exit<N>"` ends it with that code, after the work and instead of a question or result.
-- `hold`: true: it works until it is told to stop.
-- `ignore_sigterm`: true: and SIGTERM does not tell it.
+- `questions`: the questions to ask, one after the other, each `{"kind", "prompt", "options"}`.
+- `work_s`: seconds of work before each question and before the result, with progress every 0.1 s.
+- `children`: number of sleeping processes to leave behind. The last one forks twice and has its own
+  session.
+- `result`: further fields of the output, beside `answers`.
+- `fail`: `"exit<N>"`: exit with that code after the work, instead of a question or the result.
+- `hold`: true: work until a signal ends the agent.
+- `ignore_sigterm`: true: ignore SIGTERM.
 
-A resumable one keeps its conversation in `<workspace>/session-<id>.json`. Like a real agent it
-does not notice that its service died while it works. Nothing of it lives longer than 600 s.
-Standard library only: it has to start fast.
+A resumable agent keeps its session in `<workspace>/session-<id>.json`. Like a real agent, it does
+not notice the death of its service while it works. Each of its processes ends after 600 s.
+It imports only the standard library, so that it starts fast.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from typing import Any, Final
 LIFETIME_S: Final = 600
 PROGRESS_S: Final = 0.1
 CHILD_MARK: Final = "runrecovery-demo-child"
-"""A word on the command line of every process that the agent leaves behind."""
+"""An argument of every process that the agent leaves behind."""
 
 EXIT_NO_SESSION: Final = 4
 EXIT_NO_REPLY: Final = 5
@@ -42,7 +43,7 @@ Json = dict[str, Any]  # whatever the caller put into the run's input
 
 
 class Stop(Exception):
-    """The agent ends with an exit code and a sentence on stderr."""
+    """Ends the agent with an exit code and a sentence on stderr."""
 
     def __init__(self, code: int, message: str) -> None:
         super().__init__(message)
@@ -50,20 +51,20 @@ class Stop(Exception):
 
 
 def main() -> int:
-    """Run one turn (or, sticky, one whole run) as stdin says; return the exit code."""
+    """Run one turn (sticky: the whole run) for the message on stdin; return the exit code."""
     parser = argparse.ArgumentParser(description="The demo agent of runrecovery.")
     parser.add_argument("--profile", choices=("resumable", "sticky"), required=True)
     profile = parser.parse_args().profile
-    signal.alarm(LIFETIME_S)  # its default action ends the process, whatever that is doing
+    signal.alarm(LIFETIME_S)  # ends the process by default, whatever it does
     try:
-        (_resumable if profile == "resumable" else _sticky)(_first())
+        (_resumable if profile == "resumable" else _sticky)(_read_first())
     except Stop as stop:
         print(stop, file=sys.stderr)  # noqa: T201
         return stop.code
     return 0
 
 
-def _first() -> Json:
+def _read_first() -> Json:
     message = _read()
     if message is None:
         raise Stop(EXIT_BAD_INPUT, "stdin ended before the first message")
@@ -71,7 +72,7 @@ def _first() -> Json:
 
 
 def _read() -> Json | None:
-    """Read the next message; None at the end of stdin."""
+    """Return the next message; None at the end of stdin."""
     line = sys.stdin.readline()
     if not line:
         return None
@@ -89,7 +90,7 @@ def _emit(kind: str, /, **fields: object) -> None:
         sys.stdout.write(json.dumps({**fields, "type": kind}) + "\n")
         sys.stdout.flush()
     except BrokenPipeError:
-        # The service is dead. A real agent works on; from now on nobody listens.
+        # The service is dead. A real agent continues its work, so discard all further output.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
@@ -97,7 +98,7 @@ def _resumable(message: Json) -> None:
     if message.get("type") == "resume":
         session, state = _load(message)
         reply = message["reply"]
-        # By id: a reply that is delivered twice, around a crash, counts once.
+        # By id: a reply that is delivered twice because of a crash counts once.
         state["answers"][str(reply["interaction_id"])] = reply["response"]
     else:
         session, state = uuid.uuid4().hex, {"answers": {}}
@@ -116,7 +117,7 @@ def _sticky(message: Json) -> None:
         if reply is None:
             raise Stop(EXIT_NO_REPLY, "stdin ended while waiting for a reply")
         answers.append(reply.get("response"))
-        _labour(message["input"])
+        _work_for_a_while(message["input"])
 
 
 def _ask_or_finish(given: Json, answers: list[Any]) -> bool:
@@ -135,11 +136,11 @@ def _work(message: Json) -> None:
         signal.signal(signal.SIGTERM, lambda *_: None)
     count = int(given.get("children", 0))
     for number in range(1, count + 1):
-        (_leave_detached if number == count else _leave)(message["run_id"])
-    _labour(given)
+        (_leave_detached_child if number == count else _leave_child)(message["run_id"])
+    _work_for_a_while(given)
 
 
-def _labour(given: Json) -> None:
+def _work_for_a_while(given: Json) -> None:
     hold = given.get("hold")
     until = time.monotonic() + (LIFETIME_S if hold else float(given.get("work_s", 0)))
     began = time.monotonic()
@@ -156,7 +157,7 @@ def _child_command(run_id: str) -> list[str]:
     return [sys.executable, "-I", "-S", "-c", code, CHILD_MARK, run_id]
 
 
-def _leave(run_id: str) -> None:
+def _leave_child(run_id: str) -> None:
     nothing = subprocess.DEVNULL
     child = subprocess.Popen(  # noqa: S603 - its own interpreter, its own words
         _child_command(run_id), stdin=nothing, stdout=nothing, stderr=nothing
@@ -164,8 +165,8 @@ def _leave(run_id: str) -> None:
     _emit("progress", message=f"child {child.pid}")
 
 
-def _leave_detached(run_id: str) -> None:
-    """Leave a process that is neither our child nor in our session: only its environment tells."""
+def _leave_detached_child(run_id: str) -> None:
+    """Leave a process that is neither a child of this one nor in its session."""
     first = os.fork()
     if first:
         os.waitpid(first, 0)
@@ -188,7 +189,7 @@ def _session_file(workspace: Path, session: str) -> Path:
 def _load(message: Json) -> tuple[str, Json]:
     session = str(message["session"]["value"])
     if not re.fullmatch(r"[0-9a-f]{32}", session):
-        raise Stop(EXIT_NO_SESSION, "that is not a session of the demo agent")
+        raise Stop(EXIT_NO_SESSION, "the handle is not of a session of the demo agent")
     path = _session_file(Path(message["workspace"]), session)
     try:
         return session, json.loads(path.read_text("utf-8"))

@@ -1,8 +1,7 @@
-"""How the service and the process of an engine understand each other.
+"""The interface of a dialect: how the service and the process of an engine communicate.
 
-A dialect knows what a process is launched with and told at its beginning; its listener, one a
-process, knows what the lines mean that the process prints. Both are pure: pipes, files and the
-store are the matter of `execution/`.
+A dialect returns the arguments and the input of a process. Its listener, one per process, parses
+the lines that the process prints. Both are pure: `execution/` handles pipes, files and storage.
 """
 
 from __future__ import annotations
@@ -14,16 +13,16 @@ from runrecovery_service.domain.run import Interaction, JsonObject, Question, Ru
 
 
 class ProtocolError(Exception):
-    """The engine broke the protocol. The text says how, without quoting what it printed."""
+    """The engine broke the protocol. The text says how and quotes nothing that it printed."""
 
 
 class HandleUnusable(Exception):
-    """A session handle that must not become part of a command."""
+    """The session handle must not become part of a command."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionMessage:
-    """The handle by which this conversation can be resumed. A secret: never log it."""
+    """The handle by which the session can be resumed. A secret: never log it."""
 
     value: str
 
@@ -40,21 +39,21 @@ class AskMessage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProgressMessage:
-    """Something to show meanwhile."""
+    """A message to show while the engine works."""
 
     message: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResultMessage:
-    """The run's output; the engine is done."""
+    """The run's output."""
 
     output: JsonObject
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnknownMessage:
-    """A message of a type that this version does not know: to be counted and ignored."""
+    """A message of a type that this version does not know. It is counted and ignored."""
 
     type: str
 
@@ -65,8 +64,8 @@ Message: TypeAlias = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
-    """What every process of a run is told. `workspace` is an absolute path."""
+class RunContext:
+    """What every process of a run receives. `workspace` is an absolute path."""
 
     run_id: str
     attempt: int
@@ -76,7 +75,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resumed:
-    """What a process goes on from: the conversation, and the answer to its last question."""
+    """The session that a process resumes, and the reply to the session's last question."""
 
     session: Session
     reply: Interaction
@@ -84,63 +83,63 @@ class Resumed:
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """What a line said.
+    """The meaning of a line.
 
     Attributes:
-        shown: the line as it may be kept and shown: without the handle.
-        at_work: whether more is to come after a turn that has ended once; None: no turn has ended,
-            or the dialect does not say.
+        redacted: the line without the handle, so that it may be stored and shown.
+        at_work: the agent has resumed work after the end of a turn. None: no turn has ended, or the
+            dialect cannot tell.
     """
 
-    shown: bytes
+    redacted: bytes
     messages: tuple[Message, ...] = ()
     at_work: bool | None = None
 
 
 class Listener(Protocol):
-    """Understands the output of one process."""
+    """Parses the output of one process."""
 
     def hear(self, line: bytes) -> Heard:
-        """Read one line that the process printed, without its newline.
+        """Return the meaning of one line that the process printed, without its newline.
 
         Raises:
-            ProtocolError: it is none that this dialect allows.
+            ProtocolError: the dialect does not allow this line.
         """
         ...
 
     @property
-    def burden(self) -> int:
-        """How many bytes the next line may make it look at, beside that line."""
+    def buffered_bytes(self) -> int:
+        """Number of bytes that the listener may parse in addition to the next line."""
         ...
 
     @property
-    def longest_secret(self) -> int:
-        """How many bytes must be seen together for `shown` to find what it looks for."""
+    def max_secret_bytes(self) -> int:
+        """Length of the longest secret, which `redact` finds only if it is not split."""
         ...
 
-    def shown(self, text: bytes) -> bytes:
-        """Return what may be kept and shown of what the process wrote, on any channel."""
+    def redact(self, text: bytes) -> bytes:
+        """Return the text without secrets, so that it may be stored and shown."""
         ...
 
     def failure(self, exit_code: int | None, stderr_tail: str) -> RunError | None:
-        """Return what the process failed with, if it said so or its exit code has a meaning.
+        """Return the failure that the process reported by a message or its exit code, or None.
 
         Args:
-            exit_code: None when it had to be ended; negative for a signal.
-            stderr_tail: the last lines of its standard error.
+            exit_code: None if the process had to be ended; negative for a signal.
+            stderr_tail: the last lines of standard error.
         """
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opening:
-    """What a process is launched with.
+    """Arguments and input of a process, and its listener.
 
     Attributes:
-        arguments: come after the words of the engine's command. They may hold the handle.
-        input: what its standard input begins with.
-        handle: the session handle, where we choose it; None: the process names it. A secret.
-        listener: understands this process, and no other one.
+        arguments: appended to the engine's command. They may contain the handle.
+        input: the beginning of standard input.
+        handle: the session handle if the service chooses it, a secret. None: the process names it.
+        listener: parses the output of this process only.
     """
 
     arguments: tuple[str, ...] = field(default=(), repr=False)
@@ -150,11 +149,11 @@ class Opening:
 
 
 class Dialect(Protocol):
-    """One way of speaking with an engine."""
+    """One protocol between the service and an engine."""
 
     @property
     def session_type(self) -> str:
-        """The type of the handles that it names."""
+        """The type of its session handles."""
         ...
 
     @property
@@ -164,18 +163,20 @@ class Dialect(Protocol):
 
     @property
     def ends_once(self) -> bool:
-        """True: a second, different result or question breaks the protocol. False: it counts in
-        the place of the one before."""
+        """True: a second, different result or question breaks the protocol.
+
+        False: it replaces the one before.
+        """
         ...
 
-    def open(self, task: Task, resumed: Resumed | None) -> Opening:
-        """Return what a process is launched with; without `resumed` it begins the task.
+    def open(self, run: RunContext, resumed: Resumed | None) -> Opening:
+        """Return arguments and input of a process. Without `resumed` it begins the run.
 
         Raises:
-            HandleUnusable: the conversation's handle is none that this engine could have named.
+            HandleUnusable: this engine cannot have named the session's handle.
         """
         ...
 
     def reply(self, reply: Interaction) -> bytes:
-        """Return what a process that lives through its question is told."""
+        """Return the input that gives a reply to a process that waits for it."""
         ...

@@ -1,9 +1,9 @@
-"""What the text means that an agent CLI ends its turn with: a question, a result, or itself. Pure.
+"""Parses the text with which an agent CLI ends its turn: a question, a result or plain text. Pure.
 
-A model is asked for one JSON object at the very end (see `prompts.HOW_TO_END`). It may stand alone,
-after other text, or in a code block. What is not such an object is the result as it stands.
+A model is asked to end its text with one JSON object (see `prompts.HOW_TO_END`). That object may
+follow other text, and may be in a code block. A text without such an object is itself the result.
 
-The text is not trusted: nothing here takes longer than in proportion to its length.
+The text is not trusted, so parsing takes time in proportion to its length at most.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from runrecovery_service.engines.dialect import AskMessage, ProtocolError, Resul
 from runrecovery_service.engines.strict_json import read_first_object
 
 MAX_BYTES: Final = 1 << 20
-"""What is kept of a text: its end. As the line of a JSON-lines engine, so that any run's output
-fits into an answer."""
+"""How much of a text is kept: its end. The limit is that of a JSON-lines engine's line, so every
+run's output fits into one gRPC message."""
 TRIES: Final = 4
-"""Beginnings of an object, the first ones, that are tried: those behind it may lie within it."""
+"""How many possible beginnings of the object are tried: the first ones, then the last ones."""
 
 _BEGINNING: Final = re.compile(r'\{\s*"(?:ask_user|result)"\s*:')
 _FENCE: Final = "`~ \t\r\n"
-"""What may stand behind the object: the end of a code block."""
+"""Characters that may follow the object: the end of a code block."""
 _NOT_STORABLE: Final = re.compile("[\0\ud800-\udfff]")
 
 
 def parse(text: str) -> AskMessage | ResultMessage:
-    """Return what the last text of a turn says."""
+    """Return the question or the result in the last text of a turn."""
     match _closing_object(text[-MAX_BYTES:]):
         case {"ask_user": asked, **others} if not others and (found := _question(asked)):
             return AskMessage(question=found)
@@ -39,7 +39,7 @@ def parse(text: str) -> AskMessage | ResultMessage:
 
 
 def _closing_object(text: str) -> JsonObject | None:
-    """Return the question or result that the text ends with, if it does."""
+    """Return the question or result with which the text ends, or None."""
     end = text.rstrip(_FENCE)
     if not end.endswith("}"):
         return None
@@ -55,7 +55,7 @@ def _closing_object(text: str) -> JsonObject | None:
 
 
 def _question(asked: JsonValue) -> Question | None:
-    """Read a question leniently: a slip in `kind` or `options` must not lose it."""
+    """Return a question, even if `kind` or `options` are wrong: the question must not be lost."""
     members = {"prompt": asked} if isinstance(asked, str) else asked
     if not isinstance(members, dict):
         return None
@@ -63,7 +63,9 @@ def _question(asked: JsonValue) -> Question | None:
     if not isinstance(prompt, str) or not prompt.strip():
         return None
     offered = members.get("options")
-    options = [questions.option(each) for each in offered] if isinstance(offered, list) else []
+    options = (
+        [questions.parse_option(each) for each in offered] if isinstance(offered, list) else []
+    )
     kept = tuple(option for option in options if option is not None)
     word = members.get("kind")
     fitting = InteractionKind.CHOOSE_ONE if kept else InteractionKind.OPEN_TEXT
@@ -72,7 +74,7 @@ def _question(asked: JsonValue) -> Question | None:
 
 
 def _as_output(text: str) -> JsonObject:
-    """Return the text as an output that can be stored; its beginning goes where it is too long."""
+    """Return the text as an output that can be stored. A long text loses its beginning."""
     data = _NOT_STORABLE.sub("\N{REPLACEMENT CHARACTER}", text[-MAX_BYTES:]).encode()
     if len(data) <= MAX_BYTES and len(text) <= MAX_BYTES:
         return {"text": data.decode()}

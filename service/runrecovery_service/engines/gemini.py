@@ -1,4 +1,4 @@
-"""Gemini CLI as an engine. Its events and exit codes: docs/agents.md."""
+"""Gemini CLI as an engine. docs/agents.md describes its events and exit codes."""
 
 from __future__ import annotations
 
@@ -6,50 +6,49 @@ from collections.abc import Iterator
 from typing import Final
 
 from runrecovery_service.domain.run import JsonObject
-from runrecovery_service.engines.cli import (
-    Acted,
-    Broke,
-    CliDialect,
-    Doomed,
-    Finished,
-    Named,
-    Said,
-    Warned,
-    Wrote,
+from runrecovery_service.engines.cli_dialect import CliDialect
+from runrecovery_service.engines.cli_events import (
+    CliEvent,
+    OtherActivity,
+    SessionNamed,
+    TextWritten,
+    TurnFailed,
+    TurnFinished,
+    WarningShown,
 )
 
 _OUTPUT: Final = ("--output-format", "stream-json")
 _BAD_INPUT: Final = 42
 _SESSION_LOST: Final = "Error resuming session"
 _STOPPED: Final = ("Loop detected", "Agent execution")
-"""How warnings begin after which it ends as if all were well."""
+"""Beginnings of warnings after which Gemini CLI stops but reports success."""
 
 
-def read(event: JsonObject) -> Iterator[Said]:
-    """Tell what an event says."""
+def read(event: JsonObject) -> Iterator[CliEvent]:
+    """Yield the meaning of an event."""
     match event:
         case {"type": "init", "session_id": str(handle)}:
-            yield Named(handle)
+            yield SessionNamed(handle)
         case {"type": "message", "role": "assistant", "content": str(text)}:
-            yield Wrote(text, piece=event.get("delta") is True)
+            yield TextWritten(text, is_piece=event.get("delta") is True)
         case {"type": "tool_use" | "tool_result"}:
-            yield Acted()
+            yield OtherActivity()
         case {"type": "error", "severity": severity, "message": str(message)}:
-            ends = severity == "error" or message.startswith(_STOPPED)
-            yield Doomed(message) if ends else Warned(message)
+            failed = severity == "error" or message.startswith(_STOPPED)
+            yield TurnFailed(message, is_final=True) if failed else WarningShown(message)
         case {"type": "result", "status": "success"}:
-            yield Finished()
+            yield TurnFinished()
         case {"type": "result", "error": {"message": str(message)}}:
-            yield Broke(message)
+            yield TurnFailed(message)
         case {"type": "result"}:
-            yield Broke(None)
+            yield TurnFailed(None)
         case _:
             return
 
 
-def says_lost(exit_code: int | None, told: str) -> bool:
-    """Tell a lost session: its exit code stands for any input that it does not like."""
-    return exit_code == _BAD_INPUT and _SESSION_LOST in told
+def says_lost(exit_code: int | None, text: str) -> bool:
+    """Return True for a lost session. The exit code alone stands for any bad input."""
+    return exit_code == _BAD_INPUT and _SESSION_LOST in text
 
 
 GEMINI: Final = CliDialect(

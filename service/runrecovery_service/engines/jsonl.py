@@ -1,4 +1,4 @@
-"""The JSON-lines protocol between the service and an engine: one object a line, UTF-8. Pure."""
+"""The JSON-lines protocol between the service and an engine: one object per line, UTF-8. Pure."""
 
 from __future__ import annotations
 
@@ -24,32 +24,32 @@ from runrecovery_service.engines.dialect import (
     ProtocolError,
     ResultMessage,
     Resumed,
+    RunContext,
     SessionMessage,
-    Task,
     UnknownMessage,
 )
 from runrecovery_service.engines.strict_json import read_object
 
 SESSION_TYPE: Final = "jsonl"
-"""The type of the handles that this protocol names."""
+"""The type of this protocol's session handles."""
 MAX_LINE_BYTES: Final = 1 << 20
-"""Longest line that an engine may print, its newline included."""
+"""Longest line that an engine may print, including its newline."""
 MAX_SESSION_CHARS: Final = 4096
 SESSION_SHOWN: Final = b'{"type":"session","value":"[secret]"}'
-"""What stands in the kept output for the line that names a session."""
+"""Replaces the line that names a session in the stored output."""
 
 
-def start_message(task: Task) -> bytes:
+def start_message(run: RunContext) -> bytes:
     """Return the line that begins an attempt."""
-    return _line({"type": "start", **_told(task)})
+    return _line({"type": "start", **_context(run)})
 
 
-def resume_message(task: Task, *, session: Session, reply: Interaction) -> bytes:
-    """Return the line that continues a conversation with the answer to its question."""
+def resume_message(run: RunContext, *, session: Session, reply: Interaction) -> bytes:
+    """Return the line that resumes a session with the reply to its question."""
     return _line(
         {
             "type": "resume",
-            **_told(task),
+            **_context(run),
             "session": {"type": session.type, "value": session.handle},
             "reply": _reply(reply),
         }
@@ -57,35 +57,35 @@ def resume_message(task: Task, *, session: Session, reply: Interaction) -> bytes
 
 
 def reply_message(reply: Interaction) -> bytes:
-    """Return the line that gives a sticky engine the answer to its question."""
+    """Return the line that gives a sticky engine the reply to its question."""
     return _line({"type": "reply", **_reply(reply)})
 
 
-def _told(task: Task) -> JsonObject:
+def _context(run: RunContext) -> JsonObject:
     return {
-        "run_id": task.run_id,
-        "attempt": task.attempt,
-        "input": task.input,
-        "workspace": task.workspace,
+        "run_id": run.run_id,
+        "attempt": run.attempt,
+        "input": run.input,
+        "workspace": run.workspace,
     }
 
 
 def _reply(reply: Interaction) -> JsonObject:
-    """Without an answer in time the response is null, and said to be nobody's."""
-    told: JsonObject = {"interaction_id": reply.interaction_id, "response": reply.response}
-    return told | {"auto_decided": True} if reply.auto_decided else told
+    """Return the reply; `auto_decided` marks the null that replaces an answer that never came."""
+    fields: JsonObject = {"interaction_id": reply.interaction_id, "response": reply.response}
+    return fields | {"auto_decided": True} if reply.auto_decided else fields
 
 
 def _line(message: JsonObject) -> bytes:
-    # ASCII with escapes: no character of a caller's text can break the line or the encoding.
+    # ASCII with escapes, so that no character of a caller's text breaks the line or the encoding.
     return json.dumps(message, allow_nan=False, separators=(",", ":")).encode("ascii") + b"\n"
 
 
 def parse(line: bytes) -> Message:
-    """Read one line that an engine printed, with or without its newline.
+    """Return the message of one line that an engine printed, with or without its newline.
 
     Raises:
-        ProtocolError: not an object of the protocol.
+        ProtocolError: the line is not an object of the protocol.
     """
     if len(line) > MAX_LINE_BYTES:
         raise ProtocolError(f"a line is longer than {MAX_LINE_BYTES} bytes")
@@ -138,7 +138,7 @@ def _question(message: JsonObject) -> Question:
 
 
 def _option(value: JsonValue) -> Option:
-    found = questions.option(value)
+    found = questions.parse_option(value)
     if found is None:
         raise ProtocolError("an option is neither a text, a number nor {label, value}")
     return found
@@ -152,20 +152,22 @@ def _output(message: JsonObject) -> JsonObject:
 
 
 class JsonLines:
-    """The dialect of engines that were written, or wrapped, for this service. Without state: it is
-    its own listener."""
+    """The dialect of engines that were written or wrapped for this service.
+
+    It has no state, so it is also its own listener.
+    """
 
     session_type = SESSION_TYPE
     max_line_bytes = MAX_LINE_BYTES
     ends_once = True
-    burden = 0
-    longest_secret = 0
+    buffered_bytes = 0
+    max_secret_bytes = 0
 
-    def open(self, task: Task, resumed: Resumed | None) -> Opening:
+    def open(self, run: RunContext, resumed: Resumed | None) -> Opening:
         """Return the `start` or the `resume` line."""
         if resumed is None:
-            return Opening(input=start_message(task), listener=self)
-        line = resume_message(task, session=resumed.session, reply=resumed.reply)
+            return Opening(input=start_message(run), listener=self)
+        line = resume_message(run, session=resumed.session, reply=resumed.reply)
         return Opening(input=line, listener=self)
 
     def reply(self, reply: Interaction) -> bytes:
@@ -173,18 +175,18 @@ class JsonLines:
         return reply_message(reply)
 
     def hear(self, line: bytes) -> Heard:
-        """Read one line; empty ones say nothing."""
+        """Return the meaning of one line. An empty line has none."""
         if not line.strip():
             return Heard(line)
         message = parse(line)
         return Heard(SESSION_SHOWN if isinstance(message, SessionMessage) else line, (message,))
 
-    def shown(self, text: bytes) -> bytes:
-        """Return it as it is: the handle was named on the other channel."""
+    def redact(self, text: bytes) -> bytes:
+        """Return the text unchanged: an engine names its handle in `session` lines only."""
         return text
 
     def failure(self, exit_code: int | None, stderr_tail: str) -> RunError | None:
-        """Return None: the protocol has no message for a failure, and no meaning for exit codes."""
+        """Return None: the protocol has neither failure messages nor exit codes with a meaning."""
         return None
 
 

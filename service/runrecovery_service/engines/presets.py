@@ -1,4 +1,4 @@
-"""The agent CLIs that a configuration can name instead of describing an engine."""
+"""The presets: agent CLIs that a configuration can name instead of describing an engine."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from enum import StrEnum
 from typing import Final
 
 from runrecovery_service.engines.claude import CLAUDE
-from runrecovery_service.engines.cli import CliDialect
+from runrecovery_service.engines.cli_dialect import CliDialect
 from runrecovery_service.engines.codex import CODEX
 from runrecovery_service.engines.gemini import GEMINI
 
 
 class Preset(StrEnum):
-    """A CLI by the word that a configuration names it by."""
+    """The name of a CLI in a configuration."""
 
     CODEX = "codex"
     GEMINI = "gemini"
@@ -23,14 +23,14 @@ class Preset(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PresetFacts:
-    """What is known of a CLI.
+    """The facts about a CLI.
 
     Attributes:
-        dialect: how it is spoken with.
+        dialect: its dialect.
         program: its command, as its npm package installs it.
-        home_variable: the variable that says where it keeps its configuration and sessions.
-        variables: what else of the service's environment it may need: where its models are, and
-            who is to pay for them.
+        home_variable: the variable with the folder of its configuration and sessions.
+        variables: variables of the service's environment that the CLI may need, for example for
+            model endpoints and API keys.
     """
 
     dialect: CliDialect

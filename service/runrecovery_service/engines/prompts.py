@@ -1,7 +1,7 @@
-"""What an agent CLI is told in words: its task, how to end a turn, the answer of its user. Pure.
+"""The prompts for agent CLIs: the run's input, how to end a turn, the user's reply. Pure.
 
-Every text begins with words of ours: some CLIs take a text that begins with `/` or `-` for a
-command to themselves.
+Every prompt begins with text of the service, because some CLIs take a text that begins with `/` or
+`-` for a command.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ NOBODY_ANSWERED: Final = (
 )
 
 
-def task(run_input: JsonObject) -> str:
+def first_prompt(run_input: JsonObject) -> str:
     """Return the first prompt of a run.
 
-    `input.prompt`, where it is a text, is the task; what else the input has follows as JSON. An
-    input without it is the task as a whole, as JSON.
+    If `input.prompt` is a text, it is the task, and the other fields of the input follow as JSON.
+    Otherwise the whole input is the task, as JSON.
     """
     prompt = run_input.get("prompt")
     if not isinstance(prompt, str):
@@ -41,8 +41,8 @@ def task(run_input: JsonObject) -> str:
     return f"{HOW_TO_END}\n\nYour task:\n\n{prompt}{more}\n"
 
 
-def answer(reply: Interaction) -> str:
-    """Return the prompt that gives the answer to the last question."""
+def reply_prompt(reply: Interaction) -> str:
+    """Return the prompt with the reply to the last question."""
     if reply.auto_decided:
         return f"{NOBODY_ANSWERED}\n"
     response = reply.response

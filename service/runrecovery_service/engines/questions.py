@@ -1,4 +1,4 @@
-"""The questions of engines, as far as all dialects agree on them. Pure."""
+"""The parts of a question that all dialects share. Pure."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Final
 from runrecovery_service.domain.run import InteractionKind, JsonValue, Option
 
 KINDS: Final = {kind.value: kind for kind in InteractionKind}
-"""The kinds of questions by the words that engines use."""
+"""The kinds of questions, by the words that engines use."""
 
 
-def option(value: JsonValue) -> Option | None:
-    """Read one answer that a question offers: a text, a number or {label, value}; None: neither."""
+def parse_option(value: JsonValue) -> Option | None:
+    """Return an option of a question: a text, a number or {label, value}. None: none of these."""
     match value:
         case bool():
             return None

@@ -1,7 +1,7 @@
-"""JSON objects from outside, as far as the store and the wire can hold them exactly.
+"""Parses JSON objects, and refuses those that the database or protobuf could not hold exactly.
 
-What an engine prints is not trusted: NaN, numbers beyond a double, NUL, lone surrogates, deep
-nesting and keys that come twice are refused here.
+The output of an engine is not trusted. Refused are NaN, numbers beyond a double, NUL, lone
+surrogates, deep nesting and duplicate keys.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from runrecovery_service.domain.run import JsonObject, JsonValue
 from runrecovery_service.engines.dialect import ProtocolError
 
 MAX_DEPTH: Final = 32
-"""Deepest nesting of objects and lists in a line. Protobuf readers give up at 100 messages, and an
-object inside a Struct takes three of them: a deeper output could be stored but no caller could read
-the run any more."""
+"""Deepest nesting of objects and lists in a line. Protobuf readers refuse more than 100 nested
+messages, and an object in a Struct takes three of them. So no caller could read a run with a deeper
+output."""
 
 
 def read_object(line: bytes) -> JsonObject:
-    """Read one JSON object, UTF-8.
+    """Return the JSON object of a line in UTF-8.
 
     Raises:
-        ProtocolError: it is none, or holds what could not be kept exactly.
+        ProtocolError: the line is not a JSON object, or a value cannot be stored exactly.
     """
     try:
         text = line.decode("utf-8")
@@ -38,17 +38,17 @@ def read_object(line: bytes) -> JsonObject:
 
 
 def read_first_object(text: str, begin: int) -> tuple[JsonObject, int]:
-    """Read the JSON object that begins there, and return it with where it ends.
+    """Return the JSON object that begins at `begin`, and the position behind it.
 
     Raises:
-        ProtocolError: there is none, or it holds what could not be kept exactly.
+        ProtocolError: there is no JSON object, or a value cannot be stored exactly.
     """
     try:
         value, end = _DECODER.raw_decode(text, begin)
     except RecursionError:
         raise _too_deep() from None
     except ValueError:  # not JSON, or an integer of thousands of digits
-        # "from None": the cause would carry the text, and with it perhaps a session handle.
+        # "from None": the cause would contain the text, which may contain a session handle.
         raise _no_json() from None
     if not isinstance(value, dict):
         raise ProtocolError("a line is not a JSON object")
@@ -80,7 +80,7 @@ def _too_deep() -> ProtocolError:
 
 
 def _check(root: JsonObject) -> None:
-    """Refuse what the database or protobuf could not hold. Iterative: the depth is theirs."""
+    """Raise ProtocolError for a value that cannot be stored. Iterative: input may be deep."""
     level: list[JsonValue] = [root]
     for depth in count(1):
         inside = [value for value in level if isinstance(value, dict | list)]

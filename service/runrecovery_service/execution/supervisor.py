@@ -52,8 +52,8 @@ from runrecovery_service.engines.dialect import (
     ProtocolError,
     ResultMessage,
     Resumed,
+    RunContext,
     SessionMessage,
-    Task,
     UnknownMessage,
 )
 from runrecovery_service.execution.launcher import Launch, StoodStill, Unguarded, Withdrawn
@@ -256,7 +256,7 @@ class TurnSupervisor:
         if run.engine not in self.shop.catalog.names:
             raise LaunchFailed(f"no engine {run.engine!r} is configured any more")
         workspace = self.shop.output.workspace(run.key, run.attempt)
-        task = Task(
+        task = RunContext(
             run_id=run.run_id, attempt=run.attempt, input=run.input or {}, workspace=str(workspace)
         )
         return self._engine.dialect.open(task, self._resumed)
@@ -607,13 +607,13 @@ class TurnSupervisor:
         self._news.put_nowait(_Signal.STDOUT_ENDED)
 
     async def _refuse_line(self, line: bytes) -> None:
-        await self._keep(OutputChannel.STDOUT, self._listener.shown(line))
+        await self._keep(OutputChannel.STDOUT, self._listener.redact(line))
         longest = self._engine.dialect.max_line_bytes
         self._news.put_nowait(_Broken(f"A line of the agent is longer than {longest} bytes."))
 
     async def _take_lines(self, lines: list[bytes], *, end: bytes = b"\n") -> None:
         """Keep what the lines say, then act on it."""
-        longest = max(self._listener.burden, *map(len, lines))
+        longest = max(self._listener.buffered_bytes, *map(len, lines))
         if longest > LONG_LINE_BYTES:
             heard = await self.shop.in_thread(lambda: [self._understand(line) for line in lines])
         else:
@@ -629,15 +629,15 @@ class TurnSupervisor:
         try:
             heard = self._listener.hear(line)
         except ProtocolError as error:
-            return self._listener.shown(line), [_Broken(f"The agent broke the protocol: {error}.")]
-        return heard.shown, [*heard.messages, _Wrote(heard.at_work)]
+            return self._listener.redact(line), [_Broken(f"The agent broke the protocol: {error}.")]
+        return heard.redacted, [*heard.messages, _Wrote(heard.at_work)]
 
     async def _read_stderr(self, pipe: IO[bytes]) -> None:
         while data := await read(pipe.fileno()):
             self._is_keeping = True
             self._read_bytes += len(data)
-            text = self._listener.shown(self._stderr_held + data)
-            end = max(len(text) - max(self._listener.longest_secret - 1, 0), 0)
+            text = self._listener.redact(self._stderr_held + data)
+            end = max(len(text) - max(self._listener.max_secret_bytes - 1, 0), 0)
             self._stderr_held = text[end:]  # a secret may come in two pieces
             await self._keep_stderr(text[:end])
             self._is_keeping = False
@@ -754,10 +754,10 @@ class TurnSupervisor:
         workspace = self.shop.output.workspace(self.turn.run.key, self.turn.run.attempt)
         stored = StoredHandle(handle=session.handle, workspace=workspace)
         seen = await fingerprint_session(sessions, stored, look_s=self.shop.look_s)
-        if seen.mark is None:
+        if seen.fingerprint is None:
             reason = seen.finding.reason or SessionReason.NOT_ANSWERED
             self._log.warning("execution.session_not_seen", reason=reason.value)
-        return seen.mark
+        return seen.fingerprint
 
     async def _record(self, end: TurnEnd, ended: Ended) -> None:
         mark = await self._mark(end, gone=ended.gone)

@@ -72,7 +72,7 @@ class Asker:
         answers: list[SessionFinding] = []
 
         def look() -> None:
-            for finding in check.look(handles):
+            for finding in check.run(handles):
                 answers.append(finding)  # noqa: PERF402 - whoever waits sees each at once
 
         until = self.now() + self.check_s

@@ -1,4 +1,4 @@
-"""The sessions of the agent CLIs that this version knows."""
+"""The sessions of the agent CLIs that this version knows, one module per CLI."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SESSIONS: Final[Mapping[str, Callable[[Mapping[str, str]], CliSessions]]] = Map
 
 
 def sessions_of(preset: str, env: Mapping[str, str]) -> CliSessions:
-    """Return where a CLI keeps its sessions.
+    """Return the sessions of a CLI.
 
     Args:
         preset: `codex`, `gemini` or `claude`.

@@ -1,8 +1,8 @@
-"""Where Claude Code keeps a session, and how it writes it.
+"""The session files of Claude Code: their path and their content.
 
-`<home>/projects/<folder>/<id>.jsonl`, where `<folder>` is the workspace's path (without links) with
-a dash for whatever is no letter or digit. Each line that tells something names the session; those
-of messages also the workspace.
+The path is `<home>/projects/<folder>/<id>.jsonl`. `<folder>` is the workspace's path (without
+links), in which a dash replaces everything but letters and digits. Every relevant line contains the
+session id. Lines with messages also contain the workspace.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _DIGITS: Final = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
 def sessions(env: Mapping[str, str]) -> CliSessions:
-    """Return the sessions of a Claude Code that runs with these variables."""
+    """Return the sessions of Claude Code with these environment variables."""
     home = home_of(env, "CLAUDE_CONFIG_DIR", ".claude")
     if home is None:
         return CliSessions(None, None, ClaudeLayout())
@@ -32,8 +32,10 @@ def sessions(env: Mapping[str, str]) -> CliSessions:
 
 
 def folder_of(workspace: str) -> str:
-    """Return the name of a workspace's folder. A long one ends in a hash of the whole. Nothing is
-    normalized: a letter and its accent may be two dashes."""
+    """Return the name of a workspace's folder. A long name is cut and ends in a hash of the path.
+
+    The path is not normalised: a letter and its accent may become two dashes.
+    """
     name = _OTHER.sub(lambda found: "-" if found[0] <= "\uffff" else "--", workspace)
     if len(name) <= LONGEST_NAME:
         return name
@@ -41,7 +43,7 @@ def folder_of(workspace: str) -> str:
 
 
 def _hash(text: str) -> int:
-    """The hash of 32 bits that Java made popular, of the units that JavaScript's strings are of."""
+    """Return Java's 32-bit string hash, computed over UTF-16 code units as in JavaScript."""
     units = text.encode("utf-16-le", "surrogatepass")
     value = 0
     for at in range(0, len(units), 2):
@@ -59,31 +61,31 @@ def _base36(number: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ClaudeFinder:
-    """Knows the one place of a session by its workspace."""
+    """Finds the only possible file of a session."""
 
     root: Path
 
-    def places(self, stored: StoredHandle) -> Iterator[Path]:
-        """Yield it."""
+    def paths(self, stored: StoredHandle) -> Iterator[Path]:
+        """Yield the file."""
         yield self.root / folder_of(str(stored.workspace)) / f"{stored.handle}.jsonl"
 
 
 class ClaudeLayout:
-    """How Claude Code writes a session."""
+    """The format of Claude Code's session files."""
 
     def identify(self, head: Iterator[JsonObject], stored: StoredHandle) -> SessionReason | None:
-        """Say what is wrong with the first lines."""
-        told: JsonObject = {}
-        while not {"sessionId", "cwd"} <= told.keys() and (line := next(head, None)) is not None:
-            told = line | told
-        if not isinstance(told.get("sessionId"), str):
+        """Return why the first lines are not of this session, or None."""
+        fields: JsonObject = {}
+        while not {"sessionId", "cwd"} <= fields.keys() and (line := next(head, None)) is not None:
+            fields = line | fields
+        if not isinstance(fields.get("sessionId"), str):
             return SessionReason.NOT_KNOWN
-        place = str(stored.workspace)
-        own = told["sessionId"] == stored.handle and told.get("cwd", place) == place
+        workspace = str(stored.workspace)
+        own = fields["sessionId"] == stored.handle and fields.get("cwd", workspace) == workspace
         return None if own else SessionReason.ELSEWHERE
 
     def is_end_of_turn(self, line: JsonObject) -> bool | None:
-        """Tell the end of a turn. Helpers (`isSidechain`) and notes (`isMeta`) tell nothing."""
+        """Return whether a turn ends with the line. None for subagents and notes (`isMeta`)."""
         if line.get("isSidechain") or line.get("isMeta"):
             return None
         match line.get("type"), line.get("message"):

@@ -1,8 +1,8 @@
-"""Where Codex keeps a session, and how it writes it.
+"""The session files of Codex: their path and their content.
 
-`<home>/sessions/<year>/<month>/<day>/rollout-<time>-<id>.jsonl`, of the day, by local time, on
-which it began. The first line is a `session_meta`, some 20 KiB long; the last one of a turn a
-`task_complete`. Codex may compress old ones (`.zst`); those are found, and not read.
+The path is `<home>/sessions/<year>/<month>/<day>/rollout-<time>-<id>.jsonl`, with the local day on
+which the session began. The first line is a `session_meta` of some 20 KiB. The last line of a turn
+is a `task_complete`. Codex may compress old files (`.zst`), which are found but not read.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from typing import Final
 from runrecovery_service.domain.run import JsonObject
 from runrecovery_service.domain.session_check import SessionReason, StoredHandle
 from runrecovery_service.engines.sessions.files import CliSessions
-from runrecovery_service.engines.sessions.folders import Once, home_of, names_in
+from runrecovery_service.engines.sessions.folders import Cache, home_of, names_in
 
 _SUFFIXES: Final = (".jsonl", ".jsonl.zst")
 _ID_CHARACTERS: Final = 36
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 END_OF_TIME_MS: Final = 32_503_680_000_000
-"""The year 3000. An id of 48 bits reaches far beyond the last day that a `datetime` knows."""
+"""The year 3000. An id can contain a time far beyond the last day of a `datetime`."""
 _ENDS: Final = frozenset({"task_complete", "turn_complete", "turn_aborted"})
 _BEGINS: Final = frozenset({"task_started", "turn_started", "user_message"})
 
 
 def sessions(env: Mapping[str, str]) -> CliSessions:
-    """Return the sessions of a Codex that runs with these variables."""
+    """Return the sessions of Codex with these environment variables."""
     home = home_of(env, "CODEX_HOME", ".codex")
     if home is None:
         return CliSessions(None, None, CodexLayout())
@@ -36,9 +36,11 @@ def sessions(env: Mapping[str, str]) -> CliSessions:
 
 
 def days_of(session_id: str) -> list[str]:
-    """Return the day folders, `year/month/day`, that a session may lie in: that of the time in its
-    id (a UUID of version 7) and those beside it, since the folder goes by local time. None for an
-    id without a time, or with one that no clock shows."""
+    """Return the folders, `year/month/day`, that may contain a session.
+
+    They are the day of the time in the session's id (a UUID of version 7), the day before and the
+    day after, because the folder has the local day. An id without a valid time has no such folder.
+    """
     milliseconds = int(session_id[:8] + session_id[9:13], 16)
     if session_id[14] != "7" or milliseconds >= END_OF_TIME_MS:
         return []
@@ -55,12 +57,12 @@ def id_of(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class CodexFinder:
-    """Looks into the days that a session may be of, and through all of them once a bulk."""
+    """Searches the likely day folders of a session, and then, once per batch, all folders."""
 
     root: Path
-    _files: Once[dict[str, Path]] = field(default_factory=Once)
+    _files: Cache[dict[str, Path]] = field(default_factory=Cache)
 
-    def places(self, stored: StoredHandle) -> Iterator[Path]:
+    def paths(self, stored: StoredHandle) -> Iterator[Path]:
         """Yield the file of the session, if there is one."""
         for day in days_of(stored.handle):
             if found := self._of_day(day).get(stored.handle):
@@ -82,15 +84,15 @@ class CodexFinder:
 
 
 def _files_in(folder: Path) -> dict[str, Path]:
-    names = reversed(names_in(folder))  # of two the one that is not compressed
+    names = reversed(names_in(folder))  # the file that is not compressed overrides the other
     return {found: folder / name for name in names if (found := id_of(name))}
 
 
 class CodexLayout:
-    """How Codex writes a session."""
+    """The format of Codex's session files."""
 
     def identify(self, head: Iterator[JsonObject], stored: StoredHandle) -> SessionReason | None:
-        """Say what is wrong with the first lines."""
+        """Return why the first lines are not of this session, or None."""
         first = next(head)
         payload = first.get("payload")
         if first.get("type") != "session_meta" or not isinstance(payload, dict):
@@ -101,7 +103,7 @@ class CodexLayout:
         return None if own else SessionReason.ELSEWHERE
 
     def is_end_of_turn(self, line: JsonObject) -> bool | None:
-        """Tell the end of a turn."""
+        """Return whether a turn ends with the line, or None if the line does not tell."""
         payload = line.get("payload")
         kind = payload.get("type") if isinstance(payload, dict) else None
         if not isinstance(payload, dict) or not isinstance(kind, str):

@@ -1,4 +1,7 @@
-"""Looks at session files, in bulk. They lie where agents write: anything may be in their place."""
+"""Checks session files, in batches.
+
+Agents can write where the files are, so a file may have been replaced by anything.
+"""
 
 from __future__ import annotations
 
@@ -19,19 +22,19 @@ from runrecovery_service.domain.session_check import (
     SessionVerdict,
     StoredHandle,
 )
-from runrecovery_service.engines.sessions.folders import NotKnown, Once, is_away
+from runrecovery_service.engines.sessions.folders import Cache, NotKnown, is_away
 from runrecovery_service.engines.sessions.lines import (
     FOUND,
     Excerpt,
     Layout,
     is_uuid,
-    judge,
+    judge_excerpt,
 )
 
 FIRST_READ: Final = 32 * 1024
-"""Bytes of the beginning and of the end: Codex begins with its instructions, some 21 KiB."""
-MOST_READ: Final = 1024**2
-"""Bytes of a first or last line; a longer one is not judged."""
+"""Bytes that are read at the beginning and at the end. Codex begins with some 21 KiB."""
+MAX_READ: Final = 1024**2
+"""Longest first or last line that is parsed."""
 
 log = structlog.get_logger()
 
@@ -46,25 +49,25 @@ _REASON_OF: Final[Mapping[int, SessionReason]] = {
 
 
 class SessionStore(Protocol):
-    """Where an engine keeps its sessions."""
+    """The sessions of an engine."""
 
-    def look(self, handles: Sequence[StoredHandle]) -> Iterator[SessionFinding]:
-        """Say of each handle, one by one, whether it can be resumed by. Blocking."""
+    def check(self, handles: Sequence[StoredHandle]) -> Iterator[SessionFinding]:
+        """Yield for each handle, one by one, whether its session can be resumed. Blocks."""
 
 
 class Finder(Protocol):
-    """Finds session files; lives as long as one bulk, and may remember folders for it."""
+    """Finds the session files of one batch, for which it may cache folders."""
 
-    def places(self, stored: StoredHandle) -> Iterator[Path]:
-        """Yield where the session may lie, the likeliest first.
+    def paths(self, stored: StoredHandle) -> Iterator[Path]:
+        """Yield the paths where the session may be, the likeliest first.
 
         Raises:
-            OSError: it cannot be told.
+            OSError: a folder cannot be read.
         """
 
 
 def reason_of(error: OSError) -> SessionReason:
-    """Return what an error says of a session: NOT_ANSWERED where it says nothing of it."""
+    """Return what an error means for a session: NOT_ANSWERED if it is not about the session."""
     return _REASON_OF.get(error.errno or 0, SessionReason.NOT_ANSWERED)
 
 
@@ -73,20 +76,20 @@ def reason_of(error: OSError) -> SessionReason:
 
 @dataclass(frozen=True, slots=True)
 class NamedFiles:
-    """Sessions in files of a form that we do not know: they must be there and hold something.
+    """Sessions in files of an unknown format, which must exist and must not be empty.
 
-    `place` gives the file of a session; None: its handle cannot be a part of a path.
+    `path_of` returns the file of a session, or None if its handle cannot be a part of a path.
     """
 
-    place: Callable[[StoredHandle], Path | None]
+    path_of: Callable[[StoredHandle], Path | None]
 
-    def look(self, handles: Sequence[StoredHandle]) -> Iterator[SessionFinding]:
-        """Look for each file."""
+    def check(self, handles: Sequence[StoredHandle]) -> Iterator[SessionFinding]:
+        """Yield whether each file exists and is not empty."""
         for stored in handles:
-            yield FOUND[self._look(stored)]
+            yield FOUND[self._check_one(stored)]
 
-    def _look(self, stored: StoredHandle) -> SessionReason:
-        path = self.place(stored)
+    def _check_one(self, stored: StoredHandle) -> SessionReason:
+        path = self.path_of(stored)
         if path is None:
             return SessionReason.UNUSABLE
         try:
@@ -98,20 +101,20 @@ class NamedFiles:
         return SessionReason.PRESENT if found.st_size else SessionReason.EMPTY
 
 
-# -- CLIs that we know -------------------------------------------------------------------------
+# -- known CLIs --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class SessionObservation:
-    """What was seen of a session.
+    """What was observed of a session.
 
     Attributes:
-        finding: what a check says of it.
-        mark: what its file is now; None: it has none, or one that a check would refuse.
+        finding: the result of the check.
+        fingerprint: of the file now. None: there is no file, or a check would refuse it.
     """
 
     finding: SessionFinding
-    mark: SessionFingerprint | None
+    fingerprint: SessionFingerprint | None
 
 
 _MISSING: Final = SessionObservation(FOUND[SessionReason.MISSING], None)
@@ -119,79 +122,74 @@ _MISSING: Final = SessionObservation(FOUND[SessionReason.MISSING], None)
 
 @dataclass(frozen=True, slots=True)
 class CliSessions:
-    """The sessions of a CLI, in files that it only appends to. Whatever lies in their place, it
-    is told in a finding: nothing that is found there is an error.
+    """The sessions of a CLI, in files to which the CLI only appends.
+
+    A damaged or replaced file yields a finding. It never raises an error.
 
     Attributes:
-        home: where the CLI has its home; None: that is not known.
-        finder: begins a bulk; None: as `home`.
+        home: the home folder of the CLI; None: not known.
+        finder: returns a finder for one batch; None: `home` is not known.
     """
 
     home: Path | None
     finder: Callable[[], Finder] | None
     layout: Layout
 
-    def look(self, handles: Sequence[StoredHandle]) -> Iterator[SessionFinding]:
-        """Find and judge each file; of one that is as it was when it was marked, only its size
-        and time."""
-        looks = self._looks()
+    def check(self, handles: Sequence[StoredHandle]) -> Iterator[SessionFinding]:
+        """Find and check each file. A file with an unchanged fingerprint is not read."""
+        batch = self._new_batch()
         for stored in handles:
-            yield looks.see(stored).finding
+            yield batch.observe(stored).finding
 
-    def check(self, handles: Sequence[StoredHandle]) -> list[SessionFinding]:
-        """Look at all of them."""
-        return list(self.look(handles))
+    def observe(self, stored: StoredHandle) -> SessionObservation:
+        """Check one session and return its fingerprint too. No process may write to it now."""
+        return self._new_batch().observe(stored)
 
-    def see(self, stored: StoredHandle) -> SessionObservation:
-        """Look at one session, and mark it. Call it once nothing writes to it any more."""
-        return self._looks().see(stored)
-
-    def _looks(self) -> _Looks:
-        return _Looks(self.home, self.finder() if self.finder else None, self.layout)
+    def _new_batch(self) -> _Batch:
+        return _Batch(self.home, self.finder() if self.finder else None, self.layout)
 
 
 @dataclass(slots=True)
-class _Looks:
-    """One bulk."""
+class _Batch:
+    """The check of many sessions, with shared caches."""
 
     home: Path | None
     finder: Finder | None
     layout: Layout
-    _home_is_away: Once[bool] = field(default_factory=Once)
-    _told: set[str] = field(default_factory=set)
+    _home_is_away: Cache[bool] = field(default_factory=Cache)
+    _logged: set[str] = field(default_factory=set)
 
-    def see(self, stored: StoredHandle) -> SessionObservation:
-        """Look at one session. A defect here must not stop a recovery, now and at every start."""
+    def observe(self, stored: StoredHandle) -> SessionObservation:
+        """Observe one session. A defect here must not stop this recovery and every later one."""
         try:
-            return self._see(stored)
+            return self._observe(stored)
         except OSError as error:
             return SessionObservation(FOUND[reason_of(error)], None)
         except NotKnown:
             return SessionObservation(FOUND[SessionReason.NOT_KNOWN], None)
-        except Exception as error:  # noqa: BLE001 - what agents write must not do more than this
+        except Exception as error:  # noqa: BLE001 - a file that agents write must do no more harm
             name = type(error).__name__
-            if name not in self._told:
-                self._told.add(name)
+            if name not in self._logged:
+                self._logged.add(name)
                 log.warning("sessions.look_failed", error=name)
             return SessionObservation(FOUND[SessionReason.NOT_ANSWERED], None)
 
-    def _see(self, stored: StoredHandle) -> SessionObservation:
+    def _observe(self, stored: StoredHandle) -> SessionObservation:
         if self.home is None or self.finder is None:
             return SessionObservation(FOUND[SessionReason.NO_HOME], None)
         if not is_uuid(stored.handle):
             return SessionObservation(FOUND[SessionReason.UNUSABLE], None)
-        # The CLI asks the kernel where it is, which knows no links.
+        # The CLI asks the kernel for its working directory, which contains no links.
         stored = replace(stored, workspace=Path(os.path.realpath(stored.workspace)))
         seen = self._find(self.finder, stored)
-        return self._of_home(self.home) if seen.finding.reason is SessionReason.MISSING else seen
+        return self._missing_in(self.home) if seen.finding.reason is SessionReason.MISSING else seen
 
     def _find(self, finder: Finder, stored: StoredHandle) -> SessionObservation:
-        """Return what is seen at the first place with a session to go on with, else at the first
-        with anything."""
+        """Return the first valid session, else the first file, else MISSING."""
         best = _MISSING
         try:
-            for place in finder.places(stored):
-                seen = _look(place, stored, self.layout)
+            for path in finder.paths(stored):
+                seen = _observe_file(path, stored, self.layout)
                 if seen.finding.verdict is SessionVerdict.VALID:
                     return seen
                 if best.finding.reason is SessionReason.MISSING:
@@ -201,8 +199,8 @@ class _Looks:
                 raise
         return best
 
-    def _of_home(self, home: Path) -> SessionObservation:
-        """Return what it says of a session that it is missing: nothing where all is missing."""
+    def _missing_in(self, home: Path) -> SessionObservation:
+        """Return MISSING, or HOME_AWAY if the whole home is missing."""
         try:
             away = self._home_is_away.get(home, lambda: is_away(home))
         except OSError:
@@ -210,21 +208,21 @@ class _Looks:
         return SessionObservation(FOUND[SessionReason.HOME_AWAY], None) if away else _MISSING
 
 
-def _look(path: Path, stored: StoredHandle, layout: Layout) -> SessionObservation:
+def _observe_file(path: Path, stored: StoredHandle, layout: Layout) -> SessionObservation:
     try:
-        # Without waiting: it may be a pipe. Links are followed: whole homes are links in places.
+        # Do not wait: it may be a pipe. Follow links: some home folders are links.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         return SessionObservation(FOUND[reason_of(error)], None)
     try:
-        return _look_into(descriptor, path.suffix, stored, layout)
+        return _observe_open_file(descriptor, path.suffix, stored, layout)
     except OSError as error:
         return SessionObservation(FOUND[reason_of(error)], None)
     finally:
         os.close(descriptor)
 
 
-def _look_into(
+def _observe_open_file(
     descriptor: int, suffix: str, stored: StoredHandle, layout: Layout
 ) -> SessionObservation:
     found = os.fstat(descriptor)
@@ -240,14 +238,14 @@ def _look_into(
     elif stored.fingerprint is not None and now.size < stored.fingerprint.size:
         reason = SessionReason.CUT_OFF
     else:
-        reason = judge(_excerpt(descriptor, now.size, stored.fingerprint), stored, layout)
+        reason = judge_excerpt(_excerpt(descriptor, now.size, stored.fingerprint), stored, layout)
     finding = FOUND[reason]
     return SessionObservation(finding, None if finding.verdict is SessionVerdict.INVALID else now)
 
 
-def _excerpt(descriptor: int, size: int, mark: SessionFingerprint | None) -> Excerpt:
+def _excerpt(descriptor: int, size: int, fingerprint: SessionFingerprint | None) -> Excerpt:
     head = _head(descriptor, size)
-    end = _end(descriptor, size, mark)
+    end = _end(descriptor, size, fingerprint)
     if end <= len(head):
         return Excerpt(head, head[:end], tail_is_all=True)
     tail = _tail(descriptor, end)
@@ -256,22 +254,26 @@ def _excerpt(descriptor: int, size: int, mark: SessionFingerprint | None) -> Exc
 
 def _head(descriptor: int, size: int) -> bytes:
     head = os.pread(descriptor, FIRST_READ, 0)
-    if b"\n" not in head and len(head) < min(size, MOST_READ):
-        return os.pread(descriptor, MOST_READ, 0)
+    if b"\n" not in head and len(head) < min(size, MAX_READ):
+        return os.pread(descriptor, MAX_READ, 0)
     return head
 
 
-def _end(descriptor: int, size: int, mark: SessionFingerprint | None) -> int:
-    """Return where the file ended when it was marked. What was added since is of a turn that was
-    cut off, and need not be whole. Not if no line ends there: then it has been written anew."""
-    if mark is not None and mark.size < size and os.pread(descriptor, 1, mark.size - 1) == b"\n":
-        return mark.size
-    return size
+def _end(descriptor: int, size: int, fingerprint: SessionFingerprint | None) -> int:
+    """Return where the file ended when its fingerprint was recorded, else its size.
+
+    Later lines belong to an interrupted turn and may be incomplete. If no line ends at the recorded
+    size, the file was written anew.
+    """
+    if fingerprint is None or fingerprint.size >= size:
+        return size
+    ends_line = os.pread(descriptor, 1, fingerprint.size - 1) == b"\n"
+    return fingerprint.size if ends_line else size
 
 
 def _tail(descriptor: int, end: int) -> bytes:
-    """Read the end, and further back until it holds one whole line."""
-    for most in (FIRST_READ, MOST_READ):
+    """Return the end of the file with at least one complete line, if that is not too long."""
+    for most in (FIRST_READ, MAX_READ):
         begin = max(0, end - most)
         tail = os.pread(descriptor, end - begin, begin)
         if not begin or b"\n" in tail[:-1]:

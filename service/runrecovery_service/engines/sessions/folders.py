@@ -1,4 +1,4 @@
-"""Where a CLI has its home, and what lies in its folders."""
+"""A CLI's home folder, and reading the folders in it."""
 
 from __future__ import annotations
 
@@ -11,27 +11,30 @@ from typing import Final, Generic, TypeVar
 
 V = TypeVar("V")
 OURS: Final = ".runrecovery."
-"""Begins the names of locks and copies beside a file that we edit."""
+"""Prefix of the names of locks and copies that this service puts beside a file that it edits."""
 
 
 def home_of(env: Mapping[str, str], variable: str, below_home: str) -> Path | None:
-    """Return a CLI's home: what `variable` says, else `below_home` in HOME. None: it cannot be told
-    (a relative one depends on the folder that the CLI is started in)."""
+    """Return a CLI's home folder: the value of `variable`, else `below_home` in HOME.
+
+    None for a relative path, which depends on the working directory of the CLI.
+    """
     named = env.get(variable) or ""
     home = Path(named) if named else Path(env.get("HOME", ""), below_home)
     return home if home.is_absolute() else None
 
 
 class NotKnown(Exception):
-    """What says where a session lies has a form that we do not read."""
+    """The file that tells where sessions are has an unknown format."""
 
 
 def is_away(home: Path) -> bool:
-    """True for a home that is not there or holds nothing, as where nothing is mounted. What we
-    leave beside the files of a CLI is no content.
+    """Return True for a home that is missing or empty, for example because it is not mounted.
+
+    Files that this service puts beside those of a CLI do not count.
 
     Raises:
-        OSError: it cannot be told.
+        OSError: the folder cannot be read.
     """
     try:
         with os.scandir(home) as entries:
@@ -44,7 +47,7 @@ def names_in(folder: Path) -> list[str]:
     """Return the sorted names in a folder; none if there is no such folder.
 
     Raises:
-        OSError: it cannot be told.
+        OSError: the folder cannot be read.
     """
     try:
         return sorted(os.listdir(folder))  # noqa: PTH208 - a Path each would take longer than it
@@ -53,10 +56,10 @@ def names_in(folder: Path) -> list[str]:
 
 
 def read_small(path: Path, most: int) -> bytes:
-    """Return the beginning of a regular file; nothing if there is none. It never waits.
+    """Return the beginning of a regular file; empty if there is none. Never wait.
 
     Raises:
-        OSError: it cannot be told what is there.
+        OSError: the file cannot be read.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -70,23 +73,23 @@ def read_small(path: Path, most: int) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class Once(Generic[V]):
-    """Answers that are asked for once; that there was none is remembered, too."""
+class Cache(Generic[V]):
+    """Values that are computed once. An OSError is remembered as well."""
 
     _known: dict[Hashable, V | OSError] = field(default_factory=dict)
 
-    def get(self, of: Hashable, ask: Callable[[], V]) -> V:
-        """Return the answer.
+    def get(self, key: Hashable, compute: Callable[[], V]) -> V:
+        """Return the value of a key; compute it if it is the first call.
 
         Raises:
-            OSError: that was the answer.
+            OSError: `compute` raised it.
         """
-        if of not in self._known:
+        if key not in self._known:
             try:
-                self._known[of] = ask()
+                self._known[key] = compute()
             except OSError as error:
-                self._known[of] = error
-        answer = self._known[of]
-        if isinstance(answer, OSError):
-            raise answer
-        return answer
+                self._known[key] = error
+        value = self._known[key]
+        if isinstance(value, OSError):
+            raise value
+        return value

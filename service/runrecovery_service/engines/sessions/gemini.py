@@ -1,8 +1,8 @@
-"""Where Gemini CLI keeps a session, and how it writes it.
+"""The session files of Gemini CLI: their path and their content.
 
-`<home>/.gemini/tmp/<project>/chats/session-<time>-<first 8 of id>.jsonl`. What `<project>` is of a
-folder stands in `projects.json`, and in the project's `.project_root`. A resumed turn goes on in
-the first file, and leaves a newer one of the same id with hardly anything in it.
+The path is `<home>/.gemini/tmp/<project>/chats/session-<time>-<first 8 of id>.jsonl`. The file
+`projects.json` contains the project of each folder, and so does the project's `.project_root`. A
+resumed turn continues the first file and leaves a newer, nearly empty file with the same id.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from runrecovery_service.domain.run import JsonObject
 from runrecovery_service.domain.session_check import SessionReason, StoredHandle
 from runrecovery_service.engines.sessions.files import CliSessions
 from runrecovery_service.engines.sessions.folders import (
+    Cache,
     NotKnown,
-    Once,
     home_of,
     names_in,
     read_small,
@@ -33,7 +33,7 @@ MOST_PATH_BYTES: Final = 8192
 
 
 def sessions(env: Mapping[str, str]) -> CliSessions:
-    """Return the sessions of a Gemini CLI that runs with these variables."""
+    """Return the sessions of Gemini CLI with these environment variables."""
     home = home_of(env, "GEMINI_CLI_HOME", "")
     if home is None:
         return CliSessions(None, None, GeminiLayout())
@@ -42,21 +42,21 @@ def sessions(env: Mapping[str, str]) -> CliSessions:
 
 
 def is_of_session(name: str, session_id: str) -> bool:
-    """True for the name of a file that may hold this session."""
+    """Return True for the name of a file that may contain this session."""
     return name.startswith("session-") and name.endswith(f"-{session_id[:8]}.jsonl")
 
 
 @dataclass(frozen=True, slots=True)
 class GeminiFinder:
-    """Reads the list of projects once a bulk, and the projects' own words where it says nothing."""
+    """Finds session files by the list of projects, or else by `.project_root`. Reads each once."""
 
     home: Path
-    _listed: Once[dict[str, str] | None] = field(default_factory=Once)
-    _marked: Once[dict[str, str]] = field(default_factory=Once)
-    _chats: Once[list[str]] = field(default_factory=Once)
+    _listed: Cache[dict[str, str] | None] = field(default_factory=Cache)
+    _marked: Cache[dict[str, str]] = field(default_factory=Cache)
+    _chats: Cache[list[str]] = field(default_factory=Cache)
 
-    def places(self, stored: StoredHandle) -> Iterator[Path]:
-        """Yield the files that may hold the session, the oldest first."""
+    def paths(self, stored: StoredHandle) -> Iterator[Path]:
+        """Yield the files that may contain the session, the oldest first."""
         place = str(stored.workspace)
         listed = self._listed.get("all", self._read_list)
         project = (listed or {}).get(place) or self._marked.get("all", self._read_marks).get(place)
@@ -70,21 +70,21 @@ class GeminiFinder:
                 yield folder / name
 
     def _read_list(self) -> dict[str, str] | None:
-        """Return the projects that are listed; None: the list is longer than we read."""
+        """Return the project of each listed folder; None: the list is too long to read."""
         text = read_small(self.home / "projects.json", MOST_PROJECTS_BYTES + 1)
         return None if len(text) > MOST_PROJECTS_BYTES else projects_of(text)
 
     def _read_marks(self) -> dict[str, str]:
         found: dict[str, str] = {}
         for project in filter(is_folder_name, names_in(self.home / "tmp")):
-            with suppress(PermissionError):  # of one project; it says nothing of the others
+            with suppress(PermissionError):  # the other projects may still be readable
                 root = read_small(self.home / "tmp" / project / ".project_root", MOST_PATH_BYTES)
                 found[os.fsdecode(root.strip())] = project
         return found
 
 
 def projects_of(text: bytes) -> dict[str, str]:
-    """Return the project of each folder; none where the list cannot be read, as the CLI does."""
+    """Return the project of each folder; none if the list is damaged. The CLI does the same."""
     try:
         listed = json.loads(text).get("projects")
         return {place: name for place, name in listed.items() if is_folder_name(name)}
@@ -93,10 +93,13 @@ def projects_of(text: bytes) -> dict[str, str]:
 
 
 class GeminiLayout:
-    """How Gemini CLI writes a session."""
+    """The format of Gemini CLI's session files."""
 
     def identify(self, head: Iterator[JsonObject], stored: StoredHandle) -> SessionReason | None:
-        """Say what is wrong with the first lines. The folder stands there as a hash only."""
+        """Return why the first lines are not of this session, or None.
+
+        They contain only a hash of the workspace.
+        """
         first = next(head)
         session_id, project = first.get("sessionId"), first.get("projectHash")
         if not isinstance(session_id, str) or not isinstance(project, str):
@@ -105,7 +108,10 @@ class GeminiLayout:
         return None if own else SessionReason.ELSEWHERE
 
     def is_end_of_turn(self, line: JsonObject) -> bool | None:
-        """Tell the end of a turn; a line may also hold all messages so far."""
+        """Return whether a turn ends with the line, or None if the line does not tell.
+
+        A line may also contain all messages so far.
+        """
         changed = line.get("$set")
         messages = changed.get("messages") if isinstance(changed, dict) else None
         if isinstance(messages, list) and messages and isinstance(messages[-1], dict):
@@ -120,5 +126,5 @@ class GeminiLayout:
 
 
 def hash_of(folder: Path) -> str:
-    """Return what a folder is called in a session."""
+    """Return the hash that stands for a folder in a session."""
     return hashlib.sha256(os.fsencode(folder)).hexdigest()

@@ -1,4 +1,4 @@
-"""Judges a session file of JSON lines by its beginning and its end. Pure."""
+"""Checks a session file of JSON lines by its beginning and its end. Pure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from runrecovery_service.domain.session_check import (
 )
 
 HEAD_LINES: Final = 8
-"""Lines at the beginning that may say whose session it is."""
+"""How many lines at the beginning may identify the session."""
 _UUID: Final = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 _FOLDER: Final = re.compile(r"[A-Za-z0-9._-]{1,255}")
 
@@ -45,12 +45,12 @@ FOUND: Final = {reason: SessionFinding(verdict, reason) for reason, verdict in V
 
 @dataclass(frozen=True, slots=True)
 class Excerpt:
-    """What of a session file is looked at; its text is a secret.
+    """The parts of a session file that are read. Their text is a secret.
 
     Attributes:
-        head: its beginning, with at least one line, unless that is longer than anybody's.
-        tail: its end, or what was its end when the question was recorded.
-        tail_is_all: the tail begins where the file does.
+        head: the beginning, with at least one line unless that line is too long.
+        tail: the end, or what was the end when the question was recorded.
+        tail_is_all: the tail is the whole file.
     """
 
     head: bytes = field(repr=False)
@@ -59,33 +59,33 @@ class Excerpt:
 
 
 class Layout(Protocol):
-    """How one CLI writes its sessions."""
+    """The format of one CLI's session files."""
 
     def identify(self, head: Iterator[JsonObject], stored: StoredHandle) -> SessionReason | None:
-        """Say what is wrong with the first lines (at least one): ELSEWHERE or NOT_KNOWN; None:
-        nothing."""
+        """Return ELSEWHERE or NOT_KNOWN if the first lines (at least one) are not of this
+        session, else None."""
 
     def is_end_of_turn(self, line: JsonObject) -> bool | None:
-        """True of a line with the agent's last word; False of one after which more must come (a
-        user's message, a tool's call); None of a line that tells neither."""
+        """Return True for a line that ends a turn, False for one that others must follow (a
+        user's message, a tool call), None for a line that does not tell."""
 
 
 def is_uuid(handle: str) -> bool:
-    """True for what the CLIs take for a session: other words mean something else to them (a
-    number, "latest"), or make a new session."""
+    """Return True for a session id. The CLIs take another word for a keyword ("latest"), a number
+    or a new session."""
     return _UUID.fullmatch(handle) is not None
 
 
 def is_folder_name(name: object) -> bool:
-    """True for a name that leads nowhere else; it was read from a file that agents can write."""
+    """Return True for a safe name of a folder. It was read from a file that agents can write."""
     return isinstance(name, str) and name not in {".", ".."} and bool(_FOLDER.fullmatch(name))
 
 
-def judge(excerpt: Excerpt, stored: StoredHandle, layout: Layout) -> SessionReason:
-    """Return WHOLE, or what is wrong. No line is parsed that is not there as a whole."""
+def judge_excerpt(excerpt: Excerpt, stored: StoredHandle, layout: Layout) -> SessionReason:
+    """Return WHOLE, or what is wrong. Only complete lines are parsed."""
     first, newline, _ = excerpt.head.partition(b"\n")
     if not newline and not excerpt.tail_is_all:
-        return SessionReason.NOT_KNOWN  # longer than we read
+        return SessionReason.NOT_KNOWN  # the first line is too long
     named = _json_object(first)
     if named is None:
         return SessionReason.BROKEN if newline else SessionReason.CUT_OFF
@@ -98,7 +98,7 @@ def judge(excerpt: Excerpt, stored: StoredHandle, layout: Layout) -> SessionReas
 
 
 def _more(head: bytes) -> Iterator[JsonObject]:
-    """Yield the objects of the next whole lines."""
+    """Yield the objects of the next complete lines."""
     *whole, _ = head.split(b"\n", HEAD_LINES)
     for line in whole:
         if (parsed := _json_object(line)) is not None:
@@ -108,8 +108,8 @@ def _more(head: bytes) -> Iterator[JsonObject]:
 def _judge_end(excerpt: Excerpt, layout: Layout) -> SessionReason:
     *lines, rest = excerpt.tail.split(b"\n")
     if not excerpt.tail_is_all:
-        lines = lines[1:]  # its beginning may be missing
-    if rest or not lines:  # without an end, or longer than we read
+        lines = lines[1:]  # the first line may lack its beginning
+    if rest or not lines:  # the last line has no newline, or is too long
         return SessionReason.CUT_OFF if rest else SessionReason.NOT_KNOWN
     if _json_object(lines[-1]) is None:
         return SessionReason.CUT_OFF

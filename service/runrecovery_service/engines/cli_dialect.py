@@ -1,0 +1,259 @@
+"""The dialect of agent CLIs: a prompt on stdin, JSON events on stdout, one turn per process.
+
+Each CLI's own module has its command line, its events and its exit codes. This module turns them
+into a conversation. A line that is not an event is kept without a meaning: CLIs also print warnings
+there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Final
+from uuid import uuid4
+
+from runrecovery_service.domain.run import ErrorCode, Interaction, RunError
+from runrecovery_service.engines import final_message, prompts
+from runrecovery_service.engines.cli_events import (
+    BackgroundTask,
+    BackgroundTasks,
+    CliEvent,
+    IsSessionLost,
+    OtherActivity,
+    ReadEvent,
+    SessionNamed,
+    TextWritten,
+    TurnFailed,
+    TurnFinished,
+    WarningShown,
+)
+from runrecovery_service.engines.dialect import (
+    HandleUnusable,
+    Heard,
+    Message,
+    Opening,
+    ProtocolError,
+    Resumed,
+    RunContext,
+    SessionMessage,
+)
+
+MAX_LINE_BYTES: Final = 4 << 20
+"""Longest event line. Events quote the output of tools."""
+MAX_TEXT_CHARS: Final = 2 * final_message.MAX_BYTES
+"""How much of the latest text is kept: its end."""
+MAX_MESSAGE_CHARS: Final = 2000
+MAX_TASKS: Final = 1000
+"""Background tasks whose names are remembered."""
+HANDLE_CHARS: Final = 36
+SECRET: Final = b"[secret]"
+
+_HANDLE: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+"""A UUID, which is the session id of every supported CLI. A CLI could take another word for a
+keyword, such as "latest"."""
+_ANY_HANDLE: Final = re.compile(_HANDLE.pattern.encode())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CliDialect:
+    """The dialect of one CLI.
+
+    Attributes:
+        session_type: the type of the session handles.
+        first: returns the arguments of a first turn, given the handle that the service chose, or
+            None if the CLI chooses the handle.
+        resume: returns the arguments of a later turn, given the handle.
+        read: yields the meaning of one event.
+        says_lost: returns whether the failure of a resumed turn means a lost session.
+        chooses_handle: the service chooses the handle, a UUID.
+        when_trusted: further arguments if the operator lets the CLI trust the workspace.
+        trusted: the operator does.
+    """
+
+    session_type: str
+    first: Callable[[str | None], tuple[str, ...]]
+    resume: Callable[[str], tuple[str, ...]]
+    read: ReadEvent
+    says_lost: IsSessionLost
+    chooses_handle: bool = False
+    when_trusted: tuple[str, ...] = ()
+    trusted: bool = False
+    max_line_bytes: int = MAX_LINE_BYTES
+    ends_once: bool = False
+
+    def open(self, run: RunContext, resumed: Resumed | None) -> Opening:
+        """Return the command's arguments and its input.
+
+        The prompt goes to standard input, where its length has no limit and other users cannot
+        read it.
+        """
+        if resumed is not None:
+            handle = resumed.session.handle
+            if resumed.session.type != self.session_type or not _HANDLE.fullmatch(handle):
+                raise HandleUnusable
+            return Opening(
+                arguments=(*self.resume(handle), *self._trust_arguments),
+                input=_encode(prompts.reply_prompt(resumed.reply)),
+                listener=CliListener(self, handle, resumed=True),
+            )
+        chosen = str(uuid4()) if self.chooses_handle else None
+        return Opening(
+            arguments=(*self.first(chosen), *self._trust_arguments),
+            input=_encode(prompts.first_prompt(run.input)),
+            handle=chosen,
+            listener=CliListener(self, chosen, resumed=False),
+        )
+
+    @property
+    def _trust_arguments(self) -> tuple[str, ...]:
+        return self.when_trusted if self.trusted else ()
+
+    def reply(self, reply: Interaction) -> bytes:
+        """Raise ProtocolError: a CLI exits after its question, so no process can get a reply."""
+        raise ProtocolError("an agent CLI takes no reply while it runs")
+
+
+def _encode(text: str) -> bytes:
+    return text.encode("utf-8", "replace")
+
+
+class CliListener:
+    """Turns the events of one process into messages.
+
+    Args:
+        handle: the session's handle, if it is known before the process names it.
+        resumed: the process resumes this session.
+    """
+
+    max_secret_bytes = HANDLE_CHARS
+
+    def __init__(self, cli: CliDialect, handle: str | None, *, resumed: bool) -> None:
+        self._cli = cli
+        self._handle = handle
+        self._resumed = resumed
+        self._pieces: deque[str] = deque()
+        self._chars = 0
+        self._begins_new_text = False
+        self._at_work: bool | None = None
+        self._tasks: frozenset[str] = frozenset()
+        self._failure: TurnFailed | None = None
+        self._final_failure: TurnFailed | None = None
+        self._resumed_another = False
+        self._warning: str | None = None
+
+    @property
+    def buffered_bytes(self) -> int:
+        """Size of the text that is parsed when the turn ends."""
+        return self._chars
+
+    def hear(self, line: bytes) -> Heard:
+        """Return the meaning of one line.
+
+        Only the end of a turn yields a question or a result. The CLI may begin another turn when a
+        background task has ended.
+        """
+        messages = [each for event in self._events(line) for each in self._handle_event(event)]
+        at_work = self._at_work if self._at_work is None else self._at_work or bool(self._tasks)
+        return Heard(self.redact(line), tuple(messages), at_work)
+
+    def redact(self, text: bytes) -> bytes:
+        """Return the text without the handle, or without every UUID until the handle is known."""
+        if self._handle is None:
+            return _ANY_HANDLE.sub(SECRET, text)
+        return text.replace(self._handle.encode("ascii"), SECRET)
+
+    def failure(self, exit_code: int | None, stderr_tail: str) -> RunError | None:
+        """Return the failure that the CLI reported by its events or its exit code, or None."""
+        if self._resumed_another:
+            message = "The agent resumed another session than the one that it was told to resume."
+            return RunError(code=ErrorCode.SESSION_RESUME_FAILED, message=message)
+        failure = self._final_failure or self._failure
+        if failure is None and exit_code in {None, 0}:
+            return None
+        text = (failure and failure.message) or self._warning or stderr_tail
+        lost = self._resumed and self._cli.says_lost(exit_code, text)
+        if failure is None and not lost and self._warning is None:
+            return None  # the message for any process with a bad exit code says as much
+        code = "" if exit_code is None else f" (exit code {exit_code})"
+        reason = self._redact_text(text.strip()).replace("\0", "") or "it gave no reason"
+        return RunError(
+            code=ErrorCode.SESSION_RESUME_FAILED if lost else ErrorCode.ENGINE_FAILED,
+            message=f"The agent failed{code}: {reason[:MAX_MESSAGE_CHARS]}",
+        )
+
+    # -- events --------------------------------------------------------------------------------
+
+    def _events(self, line: bytes) -> Iterable[CliEvent]:
+        try:
+            event = json.loads(line)
+        except (ValueError, RecursionError):
+            return ()
+        return self._cli.read(event) if isinstance(event, dict) else ()
+
+    def _handle_event(self, event: CliEvent) -> Iterable[Message]:
+        match event:
+            case SessionNamed(handle):
+                self._note_work()
+                yield from self._name_session(handle)
+            case TextWritten(text, is_piece):
+                self._note_work()
+                self._add_text(text, continues=is_piece and not self._begins_new_text)
+            case OtherActivity():
+                self._note_work()
+                self._begins_new_text = True
+            case BackgroundTask() | BackgroundTasks():
+                self._update_tasks(event)
+            case WarningShown(message):
+                self._warning = message
+            case TurnFinished(text):
+                self._end_turn(None)
+                yield final_message.parse(self._redact_text(text or "".join(self._pieces)))
+            case TurnFailed(is_final=True):
+                self._final_failure = self._final_failure or event
+            case TurnFailed():
+                self._end_turn(event)
+
+    def _note_work(self) -> None:
+        if self._at_work is not None:
+            self._at_work = True
+
+    def _end_turn(self, failure: TurnFailed | None) -> None:
+        self._at_work = False
+        self._begins_new_text = True  # the next text belongs to another turn
+        self._failure = failure
+
+    def _update_tasks(self, event: BackgroundTask | BackgroundTasks) -> None:
+        match event:
+            case BackgroundTasks(names):
+                self._tasks = names
+            case BackgroundTask(name, is_running=True):
+                if len(self._tasks) < MAX_TASKS:
+                    self._tasks |= {name}
+            case BackgroundTask(name):
+                self._tasks -= {name}
+
+    def _add_text(self, text: str, *, continues: bool) -> None:
+        if not continues:
+            self._pieces.clear()
+            self._chars = 0
+        self._begins_new_text = False
+        self._pieces.append(text[-MAX_TEXT_CHARS:])
+        self._chars += len(self._pieces[-1])
+        while self._chars - len(self._pieces[0]) > MAX_TEXT_CHARS // 2:
+            self._chars -= len(self._pieces.popleft())
+
+    def _name_session(self, handle: str) -> Iterable[Message]:
+        if not _HANDLE.fullmatch(handle):
+            raise ProtocolError("the agent named a session by an id that is not a UUID")
+        if self._resumed and handle != self._handle:
+            self._resumed_another = True
+        elif handle != self._handle:
+            self._handle = handle
+            yield SessionMessage(value=handle)
+
+    def _redact_text(self, text: str) -> str:
+        """Return the text without the handle, which any text of the agent may quote."""
+        return text if self._handle is None else text.replace(self._handle, SECRET.decode())
