@@ -7,6 +7,7 @@ import itertools
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -30,6 +31,11 @@ _TEMPLATE: Final = f"{_WORKER}_migrated"
 # they start would.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The tests start some hundred Python processes, which shall not compile the same modules each time:
+# they keep the compiled ones, as pip does where it installs.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 _KEEPER: Final = pytest.StashKey[subprocess.Popen[bytes]]()
 
