@@ -6,52 +6,52 @@ import asyncio
 import os
 import secrets
 import socket
-from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
 from ipaddress import ip_address
-from pathlib import Path
 
 import structlog
 
 from runrecovery_service import early_signals
-from runrecovery_service.agents.launch_markers import launch_markers
+from runrecovery_service.agents.blocking_store import LoopStore
+from runrecovery_service.agents.end_launches import LaunchEnder
 from runrecovery_service.agents.output import OutputFiles
-from runrecovery_service.agents.trust_keeper import OwnConnection, ThroughLoop, TrustKeeper
+from runrecovery_service.agents.session_checks import SessionChecker, session_checks
+from runrecovery_service.agents.trust_keeper import TrustKeeper
+from runrecovery_service.agents.workspaces import Workspaces
 from runrecovery_service.clock import Clock
 from runrecovery_service.config.settings import Settings
 from runrecovery_service.daemon_threads import new_event_loop
 from runrecovery_service.domain.errors import ContainmentRefused
 from runrecovery_service.domain.reconciliation import Cause, Containment
-from runrecovery_service.domain.session_check import SessionCheck
 from runrecovery_service.engine_setup import build_catalog
-from runrecovery_service.engines.catalog import Catalog
 from runrecovery_service.execution.deadlines import Deadlines
 from runrecovery_service.execution.dispatcher import Dispatcher
+from runrecovery_service.execution.launcher import Launcher
+from runrecovery_service.execution.run_queue import RunQueue
+from runrecovery_service.execution.running_turns import RunningTurns
 from runrecovery_service.execution.straggler_sweep import StragglerSweep
+from runrecovery_service.execution.supervisor_factory import SupervisorFactory
+from runrecovery_service.execution.tree_deadline import TreeDeadline
 from runrecovery_service.execution.trust_sweep import TrustSweep
-from runrecovery_service.execution.workshop import TreeDeadline, Workshop
 from runrecovery_service.lifecycle import Progress, Service, prepare_process, store_kept
 from runrecovery_service.locks import Holdings
 from runrecovery_service.machine import open_cgroup_parent, plan_open_files
 from runrecovery_service.ownership import Ownership, trees_until
 from runrecovery_service.process.boot_clock import boot_time_ns
 from runrecovery_service.process.cgroup import CgroupParent
-from runrecovery_service.process.ending import Ending
 from runrecovery_service.process.host import Host
 from runrecovery_service.process.open_files import OpenFiles
 from runrecovery_service.process.probe import prove_containment
-from runrecovery_service.process.shim_journal import killed_by_shim
-from runrecovery_service.process.sweep import end_trees
 from runrecovery_service.process.watermark import watermark_bits
 from runrecovery_service.recovery.plan import Planner
-from runrecovery_service.recovery.startup import ClearTrust, Limits, Recovery
+from runrecovery_service.recovery.startup import Limits, Recovery
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.listen_address import parse_listen_address
 from runrecovery_service.rpc.recovery_service import RecoveryDeps
 from runrecovery_service.rpc.run_service import RunDeps, RunLimits
-from runrecovery_service.rpc.server import GrpcServer, ServerLimits, build_server
+from runrecovery_service.rpc.server import ServerLimits, build_server
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import instances
 from runrecovery_service.storage.adapter import Storage
@@ -62,8 +62,8 @@ from runrecovery_service.storage.database import (
     refusing,
     repeated,
 )
-from runrecovery_service.storage.instances import Boot, Owner
-from runrecovery_service.storage.processes import Lease, Place
+from runrecovery_service.storage.instances import Boot
+from runrecovery_service.storage.processes import Place
 from runrecovery_service.thread_pool import SteadyThreadPool
 
 log = structlog.get_logger()
@@ -129,11 +129,10 @@ def build(
         Held: an instance of this name is alive elsewhere.
         ContainmentRefused: this is not a system on which processes can be contained.
     """
-    clock = Clock()
     host, data_dir = _host(), held.data_dir
     cgroups = open_cgroup_parent(settings)
     tree_deadline = TreeDeadline(trees_until(settings.lease_ttl_s, boot_time_ns()))
-    boot = _boot(settings, held, host)
+    clock, boot = Clock(), _boot(settings, held, host)
     ttl_s = settings.lease_ttl_s
     with refusing(db.place):
         owner = repeated(lambda: instances.claim(db, boot, now=clock.now(), ttl_s=ttl_s))
@@ -142,60 +141,140 @@ def build(
     else:
         db.close()
     log.info("service.epoch_claimed", instance=owner.instance, epoch=owner.epoch)
-    storage = Storage(db)
-    keeper = _trust_keeper(host, storage, owner, clock)
-    shop = _workshop(
-        settings,
-        data_dir,
-        storage,
-        owner,
+    storage, catalog = Storage(db), build_catalog(settings)
+    workspaces = Workspaces(data_dir)
+    output = OutputFiles(workspaces, max_bytes=settings.max_output_bytes)
+    trust = TrustKeeper(
+        host_id=host.host_id,
+        owner=owner,
+        store=LoopStore(storage, asyncio.get_running_loop()),
         clock=clock,
-        trust=keeper,
+    )
+    threads = SteadyThreadPool(settings.capacity * 4 + 4, thread_name_prefix="process")
+    launcher = Launcher(
+        workspaces=workspaces,
+        trust=trust,
+        threads=threads,
         tree_deadline=tree_deadline,
         cgroups=cgroups,
-        open_files=open_files,
+        environ=dict(os.environ),
+        kill_grace_s=settings.cancel_grace_s,
+        soft_open_files=open_files.agents_soft,
     )
     stop, progress = StopSignal(), Progress()
     gate = Gate(retry_after_s=settings.retry_hint_s)
+    turns = RunningTurns(tree_deadline=tree_deadline)
     dispatcher = Dispatcher(
-        shop=shop, place=_place(host, cgroups), capacity=settings.capacity, fenced=stop.fail
+        queue=RunQueue(storage=storage, owner=owner, clock=clock, site=_place(host, cgroups)),
+        supervisors=SupervisorFactory(
+            storage=storage,
+            owner=owner,
+            clock=clock,
+            catalog=catalog,
+            launcher=launcher,
+            output=output,
+            sessions=SessionChecker(catalog=catalog, workspaces=workspaces),
+            exit_grace_s=settings.exit_grace_s,
+        ),
+        launcher=launcher,
+        turns=turns,
+        capacity=settings.capacity,
+        stop_signal=stop,
     )
     ownership = Ownership(
-        lease_ttl_s=ttl_s, shop=shop, dispatcher=dispatcher, gate=gate, held=held, stop=stop
+        lease_ttl_s=ttl_s,
+        storage=storage,
+        owner=owner,
+        clock=clock,
+        dispatcher=dispatcher,
+        gate=gate,
+        held=held,
+        stop=stop,
     )
     db.guard(ownership.demand_current)
+    checks = session_checks(catalog)
+    server = build_server(
+        gate,
+        run_deps=RunDeps(
+            storage=storage,
+            owner=owner,
+            catalog=catalog,
+            workspaces=workspaces,
+            output=output,
+            limits=RunLimits(max_queued=settings.max_queued, max_attempts=settings.max_attempts),
+            clock=clock,
+        ),
+        recovery_deps=RecoveryDeps(
+            storage=storage,
+            owner=owner,
+            current_report=lambda: progress.report_id,
+            containment=lambda: containment.result() if containment.done() else None,
+            planner=Planner(owner=owner, session_checks=checks, workspace=workspaces.workspace),
+        ),
+        limits=ServerLimits(
+            max_concurrent_calls=settings.max_concurrent_calls,
+            max_concurrent_streams=settings.max_concurrent_streams,
+            stall_s=settings.watch_stall_s,
+            max_request_bytes=settings.max_request_bytes,
+            max_connections=per_address,
+        ),
+    )
+    recovery = Recovery(
+        owner=owner,
+        cause=Cause.STARTUP,
+        containment=containment.result,
+        limits=_limits(settings),
+        sweep=LaunchEnder(
+            workspaces=workspaces,
+            cgroups=cgroups,
+            why="orphan",
+            grace_s=settings.orphan_grace_s,
+            deadline_s=settings.orphan_deadline_s,
+        ).end,
+        clear_trust=trust.clear_on_connection,
+        session_checks=checks,
+        workspace=workspaces.workspace,
+        clock=clock,
+        stopping=lambda: stop.is_set,
+    )
+    # The recovery of the next start, done by a planned stop. A second signal cuts it off.
+    closing = replace(
+        recovery,
+        cause=Cause.SHUTDOWN,
+        containment=None,
+        sweep=LaunchEnder(
+            workspaces=workspaces,
+            cgroups=cgroups,
+            why="stop",
+            grace_s=settings.cancel_grace_s,
+            deadline_s=settings.cancel_grace_s + settings.orphan_deadline_s,
+        ).end,
+        stopping=lambda: False,
+    )
     return Service(
         settings=settings,
-        shop=shop,
+        storage=storage,
+        owner=owner,
+        threads=threads,
         stop=stop,
         progress=progress,
         gate=gate,
-        server=_server(
-            settings,
-            gate,
-            dispatcher,
-            max_connections=per_address,
-            report_id=lambda: progress.report_id,
-            containment=lambda: containment.result() if containment.done() else None,
-        ),
-        recovery=_recovery(
-            settings, shop, stopping=lambda: stop.is_set, containment=containment.result
-        ),
-        closing=_closing(settings, shop),
+        server=server,
+        recovery=recovery,
+        closing=closing,
         dispatcher=dispatcher,
         patrol=StragglerSweep(
-            shop=shop,
-            followed=lambda: dispatcher.leases_followed,
-            look_at_shims=dispatcher.look_at_shims,
-            changed=dispatcher.look_again,
+            storage=storage,
+            owner=owner,
+            clock=clock,
+            turns=turns,
+            launcher=launcher,
+            stop_signal=stop,
         ),
         deadlines=Deadlines(
-            shop=shop,
-            changed=dispatcher.changed,
-            time_out=dispatcher.time_out,
-            fenced=dispatcher.fenced,
+            storage=storage, owner=owner, clock=clock, turns=turns, stop_signal=stop
         ),
-        trust_sweep=TrustSweep(shop=shop),
+        trust_sweep=TrustSweep(keeper=trust, threads=threads, stop_signal=stop),
         ownership=ownership,
         containment=containment,
         max_connections=open_files.connections,
@@ -249,138 +328,6 @@ def _place(host: Host, cgroups: CgroupParent | None) -> Place:
     )
 
 
-def _trust_keeper(host: Host, storage: Storage, owner: Owner, clock: Clock) -> TrustKeeper:
-    return TrustKeeper(
-        host_id=host.host_id,
-        owner=owner,
-        store=ThroughLoop(storage, asyncio.get_running_loop()),
-        clock=clock,
-    )
-
-
-def _clear_trust(keeper: TrustKeeper) -> ClearTrust:
-    """A recovery has a connection of its own, and need not go through the loop."""
-    return lambda db, told, enough: replace(keeper, store=OwnConnection(db), told=told).clear(
-        enough
-    )
-
-
-def _workshop(
-    settings: Settings,
-    data_dir: Path,
-    storage: Storage,
-    owner: Owner,
-    *,
-    clock: Clock,
-    trust: TrustKeeper,
-    tree_deadline: TreeDeadline,
-    cgroups: CgroupParent | None,
-    open_files: OpenFiles,
-) -> Workshop:
-    return Workshop(
-        storage=storage,
-        owner=owner,
-        catalog=build_catalog(settings),
-        output=OutputFiles(data_dir, max_bytes=settings.max_output_bytes),
-        trust=trust,
-        threads=SteadyThreadPool(settings.capacity * 4 + 4, thread_name_prefix="process"),
-        environ=dict(os.environ),
-        tree_deadline=tree_deadline,
-        cgroups=cgroups,
-        cancel_grace_s=settings.cancel_grace_s,
-        exit_grace_s=settings.exit_grace_s,
-        soft_open_files=open_files.agents_soft,
-        clock=clock,
-    )
-
-
-def _server(
-    settings: Settings,
-    gate: Gate,
-    dispatcher: Dispatcher,
-    *,
-    max_connections: int,
-    report_id: Callable[[], str | None],
-    containment: Callable[[], Containment | None],
-) -> GrpcServer:
-    shop = dispatcher.shop
-    return build_server(
-        gate,
-        run_deps=RunDeps(
-            storage=shop.storage,
-            owner=shop.owner,
-            catalog=shop.catalog,
-            dispatcher=dispatcher,
-            output=shop.output,
-            limits=RunLimits(max_queued=settings.max_queued, max_attempts=settings.max_attempts),
-            clock=shop.clock,
-        ),
-        recovery_deps=RecoveryDeps(
-            storage=shop.storage,
-            owner=shop.owner,
-            current_report=report_id,
-            containment=containment,
-            planner=Planner(
-                owner=shop.owner,
-                session_checks=_session_checks(shop.catalog),
-                workspace=shop.output.workspace,
-            ),
-        ),
-        limits=ServerLimits(
-            max_concurrent_calls=settings.max_concurrent_calls,
-            max_concurrent_streams=settings.max_concurrent_streams,
-            stall_s=settings.watch_stall_s,
-            max_request_bytes=settings.max_request_bytes,
-            max_connections=max_connections,
-        ),
-    )
-
-
-def _recovery(
-    settings: Settings,
-    shop: Workshop,
-    *,
-    stopping: Callable[[], bool],
-    containment: Callable[[], Containment],
-) -> Recovery:
-    return Recovery(
-        owner=shop.owner,
-        cause=Cause.STARTUP,
-        containment=containment,
-        limits=_limits(settings),
-        sweep=_sweep(
-            shop,
-            why="orphan",
-            grace_s=settings.orphan_grace_s,
-            deadline_s=settings.orphan_deadline_s,
-        ),
-        clear_trust=_clear_trust(shop.trust),
-        session_checks=_session_checks(shop.catalog),
-        workspace=shop.output.workspace,
-        clock=shop.clock,
-        stopping=stopping,
-    )
-
-
-def _closing(settings: Settings, shop: Workshop) -> Recovery:
-    """The recovery of the next start, done by a planned stop. A second signal cuts it off."""
-    grace_s = settings.cancel_grace_s
-    return Recovery(
-        owner=shop.owner,
-        cause=Cause.SHUTDOWN,
-        containment=None,
-        limits=_limits(settings),
-        sweep=_sweep(
-            shop, why="stop", grace_s=grace_s, deadline_s=grace_s + settings.orphan_deadline_s
-        ),
-        clear_trust=_clear_trust(shop.trust),
-        session_checks=_session_checks(shop.catalog),
-        workspace=shop.output.workspace,
-        clock=shop.clock,
-        stopping=lambda: False,
-    )
-
-
 def _limits(settings: Settings) -> Limits:
     return Limits(
         batch_rows=settings.recovery_batch_rows,
@@ -389,34 +336,3 @@ def _limits(settings: Settings) -> Limits:
         safe_mode_window_s=settings.safe_mode_window_s,
         reopen_window_s=settings.reopen_window_s,
     )
-
-
-def _sweep(
-    shop: Workshop, *, why: str, grace_s: float, deadline_s: float
-) -> Callable[[Sequence[Lease]], Mapping[int, Ending]]:
-    """What ends the trees of leases, and reads in the shims' books what they did themselves."""
-
-    def sweep(leases: Sequence[Lease]) -> Mapping[int, Ending]:
-        endings = end_trees(
-            [launch_markers(lease) for lease in leases],
-            why=why,
-            grace_s=grace_s,
-            deadline_s=deadline_s,
-        )
-        for lease in leases:
-            if endings[lease.key].gone:
-                shop.remove_cgroup(lease)
-        return {
-            lease.key: endings[lease.key].with_shim_kills(
-                killed_by_shim(shop.output.shim_journal(lease.run_key, lease.attempt, lease.turn))
-            )
-            for lease in leases
-        }
-
-    return sweep
-
-
-def _session_checks(catalog: Catalog) -> dict[str, SessionCheck]:
-    """Only engines of which it is known where they keep a session can be checked."""
-    checks = {name: catalog.get(name).session_check for name in catalog.names}
-    return {name: check for name, check in checks.items() if check is not None}

@@ -34,7 +34,6 @@ from runrecovery_service.execution.deadlines import Deadlines
 from runrecovery_service.execution.dispatcher import Dispatcher
 from runrecovery_service.execution.straggler_sweep import StragglerSweep
 from runrecovery_service.execution.trust_sweep import TrustSweep
-from runrecovery_service.execution.workshop import Workshop
 from runrecovery_service.ownership import Ownership
 from runrecovery_service.process import prctl
 from runrecovery_service.recovery.startup import Recovery
@@ -42,7 +41,10 @@ from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.server import GrpcServer
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import instances
+from runrecovery_service.storage.adapter import Storage
 from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.instances import Owner
+from runrecovery_service.thread_pool import SteadyThreadPool
 
 log = structlog.get_logger()
 
@@ -108,7 +110,9 @@ class Service:
     """All the parts of a running service."""
 
     settings: Settings
-    shop: Workshop
+    storage: Storage
+    owner: Owner
+    threads: SteadyThreadPool
     stop: StopSignal
     progress: Progress
     gate: Gate
@@ -166,7 +170,7 @@ class Service:
         if not self.settings.engines:
             log.warning("service.no_engines")
         self.gate.open(safe_mode=report.safe_mode)
-        log.info("service.serving", epoch=self.shop.owner.epoch)
+        log.info("service.serving", epoch=self.owner.epoch)
         self.patrol.start()
         self.trust_sweep.start()
         if not report.safe_mode:
@@ -180,7 +184,7 @@ class Service:
         pause_s = self.settings.recovery_backoff_s
         for left in reversed(range(self.settings.recovery_tries)):
             try:
-                return await self.shop.storage.alone(
+                return await self.storage.alone(
                     lambda db: self.recovery.run(db, self._report_begun)
                 )
             except RecoveryInterrupted:
@@ -265,11 +269,11 @@ class Service:
         for task in staying:
             task.cancel()
         await asyncio.gather(*staying, return_exceptions=True)
-        await self._step("threads", asyncio.to_thread(self.shop.threads.shutdown))
+        await self._step("threads", asyncio.to_thread(self.threads.shutdown))
         if not isinstance(self.stop.failure, Fenced | LeaseLost | StoreLost):
-            await self._step("lease", self.shop.storage.write(instances.resign, self.shop.owner))
-        await self._step("storage", asyncio.to_thread(self.shop.storage.close))
-        log.info("service.stopped", epoch=self.shop.owner.epoch)
+            await self._step("lease", self.storage.write(instances.resign, self.owner))
+        await self._step("storage", asyncio.to_thread(self.storage.close))
+        log.info("service.stopped", epoch=self.owner.epoch)
 
     async def _decide_on_runs(self) -> None:
         """End the processes and record what becomes of every run, as the next start would.
@@ -279,7 +283,7 @@ class Service:
         """
         await self.dispatcher.detach()
         deciding = asyncio.ensure_future(
-            self.shop.storage.alone(lambda db: self.closing.run(db, lambda _: None))
+            self.storage.alone(lambda db: self.closing.run(db, lambda _: None))
         )
         silent = asyncio.create_task(self.ownership.unrenewed.wait())
         await asyncio.wait({deciding, silent}, return_when=asyncio.FIRST_COMPLETED)

@@ -10,15 +10,17 @@ from typing import Final
 import structlog
 
 from runrecovery_service import daemon_threads
+from runrecovery_service.clock import Clock
 from runrecovery_service.domain.errors import Fenced, LeaseLost, StartRefused, error_facts
 from runrecovery_service.execution.dispatcher import Dispatcher
-from runrecovery_service.execution.workshop import Workshop
 from runrecovery_service.locks import Holdings
 from runrecovery_service.process.boot_clock import boot_time_ns
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import instances, trial
+from runrecovery_service.storage.adapter import Storage
 from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.instances import Owner
 
 log = structlog.get_logger()
 
@@ -50,13 +52,15 @@ class Ownership:
     """
 
     lease_ttl_s: float
-    shop: Workshop
+    storage: Storage
+    owner: Owner
+    clock: Clock
     dispatcher: Dispatcher
     gate: Gate
     held: Holdings
     stop: StopSignal
-    unrenewed: asyncio.Event = field(default_factory=asyncio.Event)
-    _silent: set[str] = field(default_factory=set)
+    unrenewed: asyncio.Event = field(default_factory=asyncio.Event, init=False)
+    _silent: set[str] = field(default_factory=set, init=False)
 
     def start(self) -> Sequence[asyncio.Task[None]]:
         """Begin, and return the tasks, which run until they are cancelled."""
@@ -65,8 +69,8 @@ class Ownership:
             asyncio.create_task(watch_files(self._demand_files, self.stop.fail)),
             asyncio.create_task(self._try_statements()),
         ]
-        if self.shop.storage.is_shared:
-            staying.append(asyncio.create_task(self.shop.storage.follow_shared()))
+        if self.storage.is_shared:
+            staying.append(asyncio.create_task(self.storage.follow_shared()))
         else:
             staying.append(asyncio.create_task(self._keep_trees()))
         for task in staying:
@@ -81,14 +85,14 @@ class Ownership:
             Fenced: a newer epoch of this instance has started.
         """
         try:
-            instances.demand_current(db, self.shop.owner)
+            instances.demand_current(db, self.owner)
         except Fenced as error:
             self.stop.fail_from_thread(error)
             raise
 
     async def _renew(self) -> None:
         """Prolong the lease for ever; stop the service once it cannot be sure to be the owner."""
-        ttl_s, shared = self.lease_ttl_s, self.shop.storage.is_shared
+        ttl_s, shared = self.lease_ttl_s, self.storage.is_shared
         self_fence_s = ttl_s * SELF_FENCE_SHARE
         renewed = last = boot_time_ns() / 1e9
         pause_s = ttl_s / RENEWALS_PER_LEASE
@@ -103,7 +107,7 @@ class Ownership:
             try:
                 # One try of several where a connection may hang that another one replaces.
                 async with asyncio.timeout(min(left_s, ttl_s * TRY_SHARE) if shared else left_s):
-                    await self.shop.storage.renewal(instances.renew, self.shop.owner, ttl_s=ttl_s)
+                    await self.storage.renewal(instances.renew, self.owner, ttl_s=ttl_s)
             except Fenced as error:
                 self.stop.fail(error)
                 return
@@ -121,8 +125,8 @@ class Ownership:
             if boot_time_ns() / 1e9 - renewed > self_fence_s:
                 self.unrenewed.set()
                 if shared:
-                    self.stop.fail(LeaseLost(self.shop.owner.instance, self_fence_s))
-                    self.shop.storage.abandon()  # or what waits for an answer would hang on
+                    self.stop.fail(LeaseLost(self.owner.instance, self_fence_s))
+                    self.storage.abandon()  # or what waits for an answer would hang on
                     return
 
     def _note_storage(self, part: str, *, answers: bool) -> None:
@@ -137,7 +141,7 @@ class Ownership:
         """For ever, once the gate is open: see that the statements of the work answer."""
         failed, looks = 0, 0
         write_every = 1
-        if self.shop.storage.is_shared:
+        if self.storage.is_shared:
             write_every = RENEWALS_PER_LEASE * WRITE_TRIAL_LEASES
         while True:
             await asyncio.sleep(self.lease_ttl_s / RENEWALS_PER_LEASE)
@@ -147,14 +151,14 @@ class Ownership:
             error = await self._failing_statement(write=bool(failed) or looks % write_every == 0)
             looks += 1
             failed = 0 if error is None else failed + 1
-            self.dispatcher.look_again()  # its last failure, or success, is news no more
+            self.dispatcher.check_queue()  # its last failure, or success, is news no more
             if error is not None:
                 log.warning("service.statements_failed", **error, times=failed)
             self._note_storage("statements", answers=failed < FAILURES_IN_A_ROW)
 
     async def _failing_statement(self, *, write: bool) -> dict[str, str] | None:
         """Try the statements; return what the log says of a failure, None if all answered."""
-        storage, shop = self.shop.storage, self.shop
+        storage = self.storage
         try:
             async with asyncio.timeout(self.lease_ttl_s):
                 await storage.attempt(trial.read)
@@ -164,12 +168,12 @@ class Ownership:
                 # SQLite has one thread that writes. Elsewhere it is a connection that may hang.
                 bound_s = self.lease_ttl_s if storage.is_shared else None
                 async with asyncio.timeout(bound_s):
-                    await (storage.attempt if storage.is_shared else storage.write)(
+                    await (storage.attempt if storage.is_shared else storage.write_own)(
                         trial.create_and_take,
-                        owner=shop.owner,
-                        due_in=shop.clock.due_in,
-                        steady=shop.clock.steady(),
-                        now=shop.clock.now(),
+                        owner=self.owner,
+                        due_in=self.clock.due_in,
+                        steady=self.clock.steady(),
+                        now=self.clock.now(),
                     )
         except Exception as error:  # noqa: BLE001 - whatever it was, the work meets it as well
             return error_facts(error)
@@ -184,12 +188,12 @@ class Ownership:
             self._heartbeat(boot_time_ns())
 
     def _demand_files(self) -> None:
-        self.shop.storage.demand_in_place()
+        self.storage.demand_in_place()
         self.held.demand_in_place()
 
     def _heartbeat(self, begun_ns: int) -> None:
         """Let the process trees live on: the lease was, or needed not be, renewed at `begun_ns`."""
-        self.dispatcher.heartbeat(trees_until(self.lease_ttl_s, begun_ns))
+        self.dispatcher.turns.heartbeat(trees_until(self.lease_ttl_s, begun_ns))
 
 
 async def watch_files(demand: Callable[[], None], fail: Callable[[Exception], None]) -> None:

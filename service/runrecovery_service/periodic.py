@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import structlog
 
 from runrecovery_service.clock import wait_within
-from runrecovery_service.domain.errors import Fenced, is_outage
+from runrecovery_service.domain.errors import Fenced, error_facts, is_outage
 from runrecovery_service.stop_signal import StopSignal
 
 log = structlog.get_logger()
@@ -109,4 +109,4 @@ class PeriodicTask:
         kind = type(error).__name__
         if kind != self._reported:
             self._reported = kind
-            log.warning(self.failure_event, error=kind, exc_info=not is_outage(error))
+            log.warning(self.failure_event, **error_facts(error), exc_info=not is_outage(error))

@@ -7,23 +7,32 @@ import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest_asyncio
+from runrecovery_service.agents.blocking_store import LoopStore
 from runrecovery_service.agents.output import OutputFiles
-from runrecovery_service.agents.trust_keeper import ThroughLoop, TrustKeeper
+from runrecovery_service.agents.session_checks import SessionChecker
+from runrecovery_service.agents.trust_keeper import TrustKeeper
+from runrecovery_service.agents.workspaces import Workspaces
 from runrecovery_service.clock import Clock
+from runrecovery_service.domain.errors import Fenced
 from runrecovery_service.domain.run import NewRun, Profile, RestartPolicy, Run, RunStatus
 from runrecovery_service.engines.catalog import Catalog, Engine
 from runrecovery_service.execution.deadlines import Deadlines
 from runrecovery_service.execution.dispatcher import Dispatcher
+from runrecovery_service.execution.launcher import Launcher
+from runrecovery_service.execution.run_queue import RunQueue
+from runrecovery_service.execution.running_turns import RunningTurns
 from runrecovery_service.execution.straggler_sweep import StragglerSweep
-from runrecovery_service.execution.workshop import TreeDeadline, Workshop
+from runrecovery_service.execution.supervisor_factory import SupervisorFactory
+from runrecovery_service.execution.tree_deadline import TreeDeadline
 from runrecovery_service.process.boot_clock import boot_time_ns
 from runrecovery_service.process.host import Host
 from runrecovery_service.process.watermark import watermark_bits
+from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import instances, interactions, runs
 from runrecovery_service.storage.adapter import Storage
 from runrecovery_service.storage.database import open_database
@@ -120,14 +129,22 @@ class Floor:
 
     storage: Storage
     owner: Owner
-    shop: Workshop
+    catalog: Catalog
+    launcher: Launcher
+    output: OutputFiles
+    turns: RunningTurns
     dispatcher: Dispatcher
-    patrol: StragglerSweep
-    fenced: list[bool] = field(default_factory=list)
+    straggler_sweep: StragglerSweep
+    stop: StopSignal
+
+    @property
+    def is_fenced(self) -> bool:
+        """True once the service was to stop because a newer epoch owns the runs."""
+        return isinstance(self.stop.failure, Fenced)
 
     def beat(self, seconds: float) -> None:
         """Let the trees live for so long from now."""
-        self.dispatcher.heartbeat(in_ns(seconds))
+        self.turns.heartbeat(in_ns(seconds))
 
     async def lease(self, run_id: str, *, turn: int = 1, attempt: int = 1) -> LeaseRow:
         """Return the lease of a launch."""
@@ -167,18 +184,18 @@ class Floor:
         policy: RestartPolicy = RestartPolicy.FAIL,
         **changes: Any,
     ) -> str:
-        """Create a run, tell the dispatcher, and return its id."""
+        """Create a run, and return its id."""
         run_id = f"run-{engine}-{os.urandom(4).hex()}"
         new = NewRun(
             run_id=run_id,
             engine=engine,
             labels={},
-            profile=self.shop.catalog.get(engine).profile,
+            profile=self.catalog.get(engine).profile,
             restart_policy=policy,
             max_attempts=3,
             input=given or {},
         )
-        run = await self.storage.write(
+        await self.storage.write(
             runs.create,
             replace(new, **changes),
             owner=self.owner,
@@ -186,20 +203,18 @@ class Floor:
             receipt=None,
             now=Clock().now(),
         )
-        self.dispatcher.changed(run)
         return run_id
 
     async def cancel(self, run_id: str) -> None:
-        """Cancel a run and tell the dispatcher."""
-        run = await self.storage.write(
+        """Cancel a run."""
+        await self.storage.write(
             runs.cancel, run_id, owner=self.owner, etag=None, receipt=None, now=Clock().now()
         )
-        self.dispatcher.changed(run)
 
     async def reply(self, run_id: str, answer: Any) -> None:
-        """Answer the open question and tell the dispatcher."""
+        """Answer the open question."""
         run = await self.get(run_id)
-        run = await self.storage.write(
+        await self.storage.write(
             interactions.reply,
             run_id,
             run.interaction_count,
@@ -209,7 +224,6 @@ class Floor:
             receipt=None,
             now=Clock().now(),
         )
-        self.dispatcher.changed(run)
 
     async def get(self, run_id: str) -> Run:
         """Read a run."""
@@ -253,7 +267,7 @@ async def opened(
     trees_live_s: float = FAR_S,
     session_timeout_s: float = FAR_S,
     more: Sequence[Engine] = (),
-    look_s: float = FAR_S,
+    session_check_s: float = FAR_S,
 ) -> AsyncIterator[Floor]:
     """Open a store below `path` and a dispatcher that works on it."""
     db = open_database("", path)
@@ -269,78 +283,82 @@ async def opened(
     db.close()
     storage = Storage(db)
     with SteadyThreadPool(40, "process") as threads:
-        shop = Workshop(
-            storage=storage,
-            owner=owner,
-            catalog=Catalog(
-                [
-                    *(
-                        Engine(
-                            name=name,
-                            command=command,
-                            profile=profile,
-                            env_allow=("PATH",),
-                            max_concurrent=None,
-                            session_file=None,
-                            session_timeout_s=session_timeout_s,
-                        )
-                        for name, (profile, command) in ENGINES.items()
-                    ),
-                    *more,
-                ]
-            ),
-            output=OutputFiles(path, max_bytes=1 << 20),
-            trust=TrustKeeper(
-                host_id=here.host_id,
-                owner=owner,
-                store=ThroughLoop(storage, asyncio.get_running_loop()),
-                clock=Clock(),
-            ),
+        engines = [
+            Engine(
+                name=name,
+                command=command,
+                profile=profile,
+                env_allow=("PATH",),
+                max_concurrent=None,
+                session_file=None,
+                session_timeout_s=session_timeout_s,
+            )
+            for name, (profile, command) in ENGINES.items()
+        ]
+        catalog, clock, workspaces = Catalog([*engines, *more]), Clock(), Workspaces(path)
+        output = OutputFiles(workspaces, max_bytes=1 << 20)
+        store = LoopStore(storage, asyncio.get_running_loop())
+        launcher = Launcher(
+            workspaces=workspaces,
+            trust=TrustKeeper(host_id=here.host_id, owner=owner, store=store, clock=clock),
             threads=threads,
-            environ=dict(os.environ),
             tree_deadline=TreeDeadline(in_ns(trees_live_s)),
             cgroups=None,
-            cancel_grace_s=0.5,
-            exit_grace_s=1.0,
-            clock=Clock(),
-            look_s=look_s,
+            environ=dict(os.environ),
+            kill_grace_s=0.5,
         )
-        fenced: list[bool] = []
+        stop, turns = StopSignal(), RunningTurns(tree_deadline=launcher.tree_deadline)
+        site = Place(
+            host_id=here.host_id,
+            boot_id=here.boot_id,
+            pid_namespace=here.pid_namespace,
+            watermark_bits=watermark_bits(),
+        )
         dispatcher = Dispatcher(
-            shop=shop,
-            place=Place(
-                host_id=here.host_id,
-                boot_id=here.boot_id,
-                pid_namespace=here.pid_namespace,
-                watermark_bits=watermark_bits(),
+            queue=RunQueue(storage=storage, owner=owner, clock=clock, site=site),
+            supervisors=SupervisorFactory(
+                storage=storage,
+                owner=owner,
+                clock=clock,
+                catalog=catalog,
+                launcher=launcher,
+                output=output,
+                sessions=SessionChecker(
+                    catalog=catalog, workspaces=workspaces, timeout_s=session_check_s
+                ),
+                exit_grace_s=1.0,
             ),
+            launcher=launcher,
+            turns=turns,
             capacity=8,
-            fenced=lambda _: fenced.append(True),
+            stop_signal=stop,
         )
-        patrol = StragglerSweep(
-            shop=shop,
-            followed=lambda: dispatcher.leases_followed,
-            look_at_shims=dispatcher.look_at_shims,
-            changed=dispatcher.look_again,
+        straggler_sweep = StragglerSweep(
+            storage=storage,
+            owner=owner,
+            clock=clock,
+            turns=turns,
+            launcher=launcher,
+            stop_signal=stop,
         )
         deadlines = Deadlines(
-            shop=shop,
-            changed=dispatcher.changed,
-            time_out=dispatcher.time_out,
-            fenced=dispatcher.fenced,
+            storage=storage, owner=owner, clock=clock, turns=turns, stop_signal=stop
         )
         dispatcher.start()
         deadlines.start()
         yield Floor(
             storage=storage,
             owner=owner,
-            shop=shop,
+            catalog=catalog,
+            launcher=launcher,
+            output=output,
+            turns=turns,
             dispatcher=dispatcher,
-            patrol=patrol,
-            fenced=fenced,
+            straggler_sweep=straggler_sweep,
+            stop=stop,
         )
         await deadlines.stop()
-        await patrol.stop()
+        await straggler_sweep.stop()
         await dispatcher.stop()
         await asyncio.to_thread(storage.close)
     db.close()  # the loop's own connection

@@ -94,11 +94,11 @@ async def test_looks_that_fail_are_counted_by_time(
 
     async def failing_s_after_a_look() -> float:
         before = len(looks)
-        floor.dispatcher.look_again()
+        floor.dispatcher.check_queue()
 
         async def has_looked_twice() -> bool:  # so that the first of the two is noted
             if len(looks) == before + 1:
-                floor.dispatcher.look_again()
+                floor.dispatcher.check_queue()
             return len(looks) > before + 1
 
         await until(has_looked_twice)
@@ -139,7 +139,8 @@ async def test_a_run_that_was_taken_without_an_answer_is_taken_again(
         return call
 
     monkeypatch.setattr(turns, "take_next", take_and_lose_the_answer)
-    monkeypatch.setattr(floor.storage, "write", write_and_lose_the_answer(floor.storage.write))
+    write_own = write_and_lose_the_answer(floor.storage.write_own)
+    monkeypatch.setattr(floor.storage, "write_own", write_own)
     run = await floor.until_ended(await floor.create("quick"))
 
     assert (run.status, run.attempt, run.turn) == (RunStatus.SUCCEEDED, 1, 1)

@@ -16,7 +16,7 @@ from runrecovery_service.engines.codex import CODEX
 from runrecovery_service.engines.dialect import Dialect
 from runrecovery_service.engines.gemini import GEMINI
 from runrecovery_service.engines.jsonl import JSON_LINES
-from runrecovery_service.execution import supervisor
+from runrecovery_service.execution import agent_io, turn_state
 from runrecovery_service.storage import interactions
 
 from .conftest import NewFloor, until
@@ -395,7 +395,7 @@ async def test_a_reply_that_a_sticky_process_cannot_read_ends_its_run(
 async def test_the_end_of_a_process_that_read_no_reply_still_counts(
     new_floor: NewFloor, monkeypatch: pytest.MonkeyPatch, rest: str, end: str | None
 ) -> None:
-    monkeypatch.setattr(supervisor, "LAST_OUTPUT_S", 60.0)  # it comes in time on any machine
+    monkeypatch.setattr(turn_state, "LAST_OUTPUT_S", 60.0)  # it comes in time on any machine
     script = (
         f"read -r task; {say(QUESTION)}\nexec <&-\nuntil [ -s go ]; do sleep 0.05; done; {rest}"
     )
@@ -404,11 +404,11 @@ async def test_the_end_of_a_process_that_read_no_reply_still_counts(
     run = await floor.until_status(run_id, RunStatus.WAITING_USER)
 
     async def is_refused() -> bool:
-        return any(one._undelivered for one in floor.dispatcher._sessions)
+        return any(one.state.is_reply_lost for one in floor.turns.supervisors)
 
     await floor.reply(run_id, answer=True)
     await until(is_refused)
-    (floor.shop.output.workspace(run.key, run.attempt) / "go").write_text("go")
+    (floor.launcher.workspaces.workspace(run.key, run.attempt) / "go").write_text("go")
     run = await floor.until_ended(run_id)
 
     assert code_of(run) == end
@@ -443,7 +443,7 @@ async def test_the_last_line_needs_no_newline(new_floor: NewFloor, child: str) -
     run = await floor.until_ended(await floor.create("agent"))
 
     assert (run.status, run.output) == (RunStatus.SUCCEEDED, {"a": 1, "b": True})
-    workspace = floor.shop.output.workspace(run.key, run.attempt)
+    workspace = floor.launcher.workspaces.workspace(run.key, run.attempt)
     assert workspace.with_name("stdout.log").read_text() == json.dumps(RESULT)
 
 
@@ -458,9 +458,9 @@ async def test_half_a_line_of_a_child_spoils_no_result(new_floor: NewFloor) -> N
 async def test_a_child_that_writes_for_ever_does_not_keep_a_run_alive(
     new_floor: NewFloor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervisor, "bytes_held", lambda _: 1)  # it is never found empty
-    monkeypatch.setattr(supervisor, "OVERTIME_BYTES", 1 << 18)
-    monkeypatch.setattr(supervisor, "LAST_OUTPUT_S", 0.02)
+    monkeypatch.setattr(agent_io, "bytes_held", lambda _: 1)  # it is never found empty
+    monkeypatch.setattr(agent_io, "OVERTIME_BYTES", 1 << 18)
+    monkeypatch.setattr(turn_state, "LAST_OUTPUT_S", 0.02)
     flood = json.dumps({"type": "progress", "message": "x" * 8000})
 
     run = await end_of(new_floor, engine(f"{say(RESULT)}; yes '{flood}' &"))
@@ -483,12 +483,12 @@ async def test_a_failed_agent_whose_child_holds_stderr_is_told_by_its_last_words
 async def test_a_tree_that_ends_itself_after_a_good_exit_interrupts_no_run(
     new_floor: NewFloor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervisor, "LAST_OUTPUT_S", 600.0)
+    monkeypatch.setattr(turn_state, "LAST_OUTPUT_S", 600.0)
     floor = await new_floor(more=[engine(f"{say(RESULT)}; {HOLDS_OUTPUT}exit 0")])
     run_id = await floor.create("agent")
 
     async def has_exited() -> bool:
-        return any(one._exited is not None for one in floor.dispatcher._sessions)
+        return any(one.state.exited is not None for one in floor.turns.supervisors)
 
     await until(has_exited)
     floor.beat(-1.0)  # the lease is over: the shim ends what is left

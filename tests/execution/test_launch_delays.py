@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import structlog
-from runrecovery_service.agents.output import OutputFiles
+from runrecovery_service.agents.workspaces import Workspaces
 from runrecovery_service.domain.run import Profile, Run, RunStatus
 from runrecovery_service.engines.catalog import Engine
 from runrecovery_service.execution import launcher
@@ -73,7 +73,7 @@ async def test_a_shim_for_which_the_system_lacks_the_means_is_started_later(
 
 
 async def test_a_workspace_is_made_later(floor: Floor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(OutputFiles, "prepare", twice(lacking(errno.EMFILE), OutputFiles.prepare))
+    monkeypatch.setattr(Workspaces, "prepare", twice(lacking(errno.EMFILE), Workspaces.prepare))
 
     run, delays = await run_of(floor)
 
@@ -143,7 +143,7 @@ async def test_a_delayed_launch_that_is_canceled_never_starts(
 async def test_what_the_system_refuses_for_another_reason_fails_the_launch(
     floor: Floor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(OutputFiles, "prepare", twice(lacking(errno.EACCES), OutputFiles.prepare))
+    monkeypatch.setattr(Workspaces, "prepare", twice(lacking(errno.EACCES), Workspaces.prepare))
 
     run, delays = await run_of(floor)
 

@@ -14,7 +14,7 @@ ROWS = "SELECT run_id, status, output, error_code, version FROM run ORDER BY id"
 
 async def until_fenced(floor: Floor) -> None:
     async def is_so() -> bool:
-        return bool(floor.fenced)
+        return floor.is_fenced
 
     await until(is_so)
 
@@ -104,7 +104,7 @@ async def test_a_deadline_and_a_cancel_of_another_run_end_no_process_of_a_lost_o
     await give_away(floor, lost, to="of-another-caller")
 
     await floor.cancel("of-another-caller")
-    floor.dispatcher.look_again()
+    floor.dispatcher.check_queue()
     kept = await floor.create("quick")
     await floor.until_ended(kept)
 

@@ -86,7 +86,7 @@ async def test_a_mark_is_taken_when_the_whole_tree_has_ended(
     assert candidate.mark == SessionFingerprint(found.st_size, found.st_mtime_ns)
     stored = StoredHandle(
         handle=run.session.handle,
-        workspace=floor.shop.output.workspace(run.key, run.attempt),
+        workspace=floor.launcher.workspaces.workspace(run.key, run.attempt),
         fingerprint=candidate.mark,
     )
     assert engine.sessions is not None
@@ -152,7 +152,7 @@ async def test_storage_that_does_not_answer_keeps_no_turn(
 ) -> None:
     hanging = Hanging(tmp_path / "cli")
     engine = writer(tmp_path / "cli", hanging.sessions, unknown_session=unknown)
-    floor = await new_floor(more=[engine], look_s=0.05)
+    floor = await new_floor(more=[engine], session_check_s=0.05)
     try:
         with structlog.testing.capture_logs() as told:
             run_id = await floor.create("writer")

@@ -17,7 +17,15 @@ from runrecovery_service.agents.output import OutputChannel
 from runrecovery_service.domain.errors import Fenced
 from runrecovery_service.domain.run import Profile, RestartPolicy, Run, RunStatus
 from runrecovery_service.engines.catalog import Engine
-from runrecovery_service.execution import dispatcher, launcher, supervisor
+from runrecovery_service.engines.dialect import AskMessage
+from runrecovery_service.execution import (
+    agent_io,
+    dispatcher,
+    launcher,
+    supervisor,
+    turn_state,
+)
+from runrecovery_service.execution.turn_state import Signal
 from runrecovery_service.process.boot_clock import boot_time_ns
 from runrecovery_service.process.ending import Ending
 from runrecovery_service.process.launch import prepare
@@ -98,23 +106,24 @@ async def test_an_exit_reported_before_its_shim_was_missed_is_judged_by_its_code
     floor: Floor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A write is retried while the shim ends and the sweep notices twice that it is gone."""
-    noticed, keep = asyncio.Event(), supervisor.TurnSupervisor._hear_question
+    noticed, take = asyncio.Event(), supervisor.TurnSupervisor._take
     started: list[supervisor.TurnSupervisor] = []
 
-    async def held_up(self: supervisor.TurnSupervisor, asked: Any) -> None:
-        started.append(self)
-        await noticed.wait()
-        await keep(self, asked)
+    async def held_up(self: supervisor.TurnSupervisor, engine: Engine, event: Any) -> None:
+        if isinstance(event, AskMessage):
+            started.append(self)
+            await noticed.wait()
+        await take(self, engine, event)
 
-    monkeypatch.setattr(supervisor.TurnSupervisor, "_hear_question", held_up)
+    monkeypatch.setattr(supervisor.TurnSupervisor, "_take", held_up)
     run_id = await floor.create("resumable", {"questions": [{"prompt": "So?"}]})
 
     async def shim_has_ended() -> bool:
-        return bool(started) and started[0].launch.shim_is_gone
+        return bool(started) and started[0].launch.is_shim_gone
 
     await until(shim_has_ended)
-    for _ in range(supervisor.UNGUARDED_LOOKS):
-        floor.dispatcher.look_at_shims()
+    for _ in range(supervisor.UNGUARDED_CHECKS):
+        floor.turns.check_shims()
     noticed.set()
     run = await floor.until_status(run_id, RunStatus.WAITING_USER, RunStatus.FAILED)
 
@@ -127,27 +136,25 @@ async def test_a_result_that_is_parsed_after_the_exit_counts(
 ) -> None:
     """The line is parsed only once the deadline after the exit has been set anew many times."""
     parsing, may_parse = threading.Event(), threading.Event()
-    understand, expect = (
-        supervisor.TurnSupervisor._understand,
-        supervisor.TurnSupervisor._expect_end_within,
-    )
-    expected: list[float] = []
+    parse, advance = agent_io.AgentIO._parse, supervisor.TurnSupervisor._advance
+    extended: list[Any] = []
 
-    def gated(self: supervisor.TurnSupervisor, line: bytes) -> Any:
+    def gated(self: agent_io.AgentIO, line: bytes) -> Any:
         parsing.set()
         may_parse.wait(10)
-        return understand(self, line)
+        return parse(self, line)
 
-    def count(self: supervisor.TurnSupervisor, seconds: float) -> None:
-        expect(self, seconds)
-        if parsing.is_set() and self._exited is not None:
-            expected.append(seconds)
-        if len(expected) > 10:  # the shim's own events are three
+    def count(self: supervisor.TurnSupervisor, event: Any) -> Any:
+        action = advance(self, event)
+        if parsing.is_set() and event is Signal.OUTPUT_UNREAD:
+            extended.append(event)
+        if len(extended) > 10:
             may_parse.set()
+        return action
 
-    monkeypatch.setattr(supervisor, "LAST_OUTPUT_S", 0.02)
-    monkeypatch.setattr(supervisor.TurnSupervisor, "_understand", gated)
-    monkeypatch.setattr(supervisor.TurnSupervisor, "_expect_end_within", count)
+    monkeypatch.setattr(turn_state, "LAST_OUTPUT_S", 0.02)
+    monkeypatch.setattr(agent_io.AgentIO, "_parse", gated)
+    monkeypatch.setattr(supervisor.TurnSupervisor, "_advance", count)
     floor = await new_floor(more=[long_result(newline)])
 
     run = await floor.until_ended(await floor.create("long"))
@@ -190,8 +197,8 @@ async def test_heartbeats_keep_a_tree_alive_and_their_end_ends_it(new_floor: New
     assert lived_on == tree
     assert error_of(run) == "ORCHESTRATOR_RESTART_INTERRUPTED"
     assert run.error is not None
-    assert run.error.message == supervisor.STOOD_STILL
-    assert boot_time_ns() > floor.shop.tree_deadline.deadline_ns
+    assert run.error.message == turn_state.SUSPENDED
+    assert boot_time_ns() > floor.turns.tree_deadline.deadline_ns
     await until_nothing_lives(lease)
 
 
@@ -239,7 +246,7 @@ async def test_a_shim_whose_time_runs_out_at_its_gate_interrupts_its_run(
     gated = processes.gated
 
     def gated_too_late(*args: Any, **named: Any) -> None:
-        while boot_time_ns() < floor.shop.tree_deadline.deadline_ns:
+        while boot_time_ns() < floor.turns.tree_deadline.deadline_ns:
             os.sched_yield()
         gated(*args, **named)
 
@@ -354,7 +361,7 @@ async def test_a_patrol_ends_and_records_what_outlived_its_launch(floor: Floor) 
     await floor.until_ended(run_id)
     before = await floor.lease(run_id)
     with straggler(before) as left:
-        await floor.patrol.round()
+        await floor.straggler_sweep.sweep()
 
         assert seen(left.pid) is None
     after = await floor.lease(run_id)
@@ -372,7 +379,7 @@ async def test_a_patrol_that_finds_nothing_writes_nothing(floor: Floor) -> None:
         return floor.storage.read(lambda db: db.fetch_all("SELECT * FROM process_lease"))
 
     before = await rows()
-    await floor.patrol.round()
+    await floor.straggler_sweep.sweep()
 
     assert await rows() == before
 
@@ -382,7 +389,7 @@ async def test_a_patrol_leaves_a_launch_to_the_session_that_follows_it(floor: Fl
     lease = await floor.until_tree(run_id, 1)
     await floor.set_lease_state("KILL_PENDING")
 
-    await floor.patrol.round()
+    await floor.straggler_sweep.sweep()
 
     assert len(lease.tree()) == 1
     assert (await floor.lease(run_id)).state == "KILL_PENDING"
@@ -412,14 +419,14 @@ async def test_a_patrol_frees_a_run_that_waits_for_what_could_not_be_ended(
     floor = await new_floor(trees_live_s=SHORT_S)
     floor.beat(SHORT_S)
     monkeypatch.setattr(launcher, "end_trees", not_at_first(end_trees))
-    monkeypatch.setattr(dispatcher, "LOOK_AGAIN_S", 600.0)  # only when it is told to
+    monkeypatch.setattr(dispatcher, "CHECK_INTERVAL_S", 600.0)  # only after a change
     run_id = await floor.create("holds", policy=RestartPolicy.REQUEUE)
     run = await floor.until(run_id, lambda run: run.attempt == 1 and run.status == "QUEUED")
     floor.beat(60)
     await floor.until_ended(await floor.create("quick"))  # the queue goes on without it
     held_back = [await floor.get(run_id), (await floor.lease(run_id)).state]
 
-    await floor.patrol.round()
+    await floor.straggler_sweep.sweep()
     again = await floor.until(run_id, lambda run: run.attempt == 2)
 
     assert held_back == [run, "KILL_PENDING"]
@@ -442,7 +449,7 @@ async def test_a_stuck_tree_of_a_canceled_run_is_named_until_a_patrol_has_ended_
         return await floor.storage.read(processes.unended, floor.owner, limit=10)
 
     named = await unended()
-    await floor.patrol.round()
+    await floor.straggler_sweep.sweep()
 
     assert (run.status, pending) == (RunStatus.CANCELED, "KILL_PENDING")
     assert [one.run_id for one in named] == [run_id]
@@ -543,7 +550,7 @@ async def test_a_fenced_launch_runs_no_agent(floor: Floor, monkeypatch: pytest.M
     run_id = await floor.create("quick")
 
     async def is_fenced() -> bool:
-        return bool(floor.fenced)
+        return floor.is_fenced
 
     await until(is_fenced)
     await floor.dispatcher.stop()
@@ -552,7 +559,7 @@ async def test_a_fenced_launch_runs_no_agent(floor: Floor, monkeypatch: pytest.M
     assert lease.state == "GATED"
     assert lease.tree() == []
     assert not lease.is_guarded
-    assert floor.shop.output.size(1, 1, OutputChannel.STDOUT) == 0
+    assert floor.output.size(1, 1, OutputChannel.STDOUT) == 0
 
 
 async def test_a_run_that_belongs_to_a_newer_epoch_loses_its_tree_with_the_dispatcher(
@@ -566,7 +573,7 @@ async def test_a_run_that_belongs_to_a_newer_epoch_loses_its_tree_with_the_dispa
     lease = await floor.until_tree(run_id, 1)
 
     async def is_fenced() -> bool:
-        return bool(floor.fenced)
+        return floor.is_fenced
 
     await until(is_fenced)
     await floor.dispatcher.stop()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +12,10 @@ from runrecovery_service.agents.trust_keeper import LEFT
 from runrecovery_service.domain.reconciliation import TrustClearing, TrustRemoval
 from runrecovery_service.execution import trust_sweep
 from runrecovery_service.execution.trust_sweep import TrustSweep
+from runrecovery_service.stop_signal import StopSignal
+from runrecovery_service.thread_pool import SteadyThreadPool
 
-from .conftest import Floor, until
+from .conftest import until
 
 
 @dataclass
@@ -47,23 +48,23 @@ class Keeper:
         )
 
 
-@dataclass
-class Shop:
-    """What the sweep needs of a workshop."""
+@pytest.fixture
+def sweep_of() -> Iterator[Callable[[Keeper], TrustSweep]]:
+    """Makes a sweep that asks this keeper."""
+    with SteadyThreadPool(1, "trust") as threads:
 
-    trust: Keeper
+        def make(keeper: Any) -> TrustSweep:
+            return TrustSweep(keeper=keeper, threads=threads, stop_signal=StopSignal())
 
-    async def in_thread(self, do: Any, *args: Any) -> Any:
-        """See `Workshop`."""
-        return await asyncio.to_thread(do, *args)
-
-
-def sweep_of(keeper: Keeper) -> TrustSweep:
-    shop: Any = Shop(keeper)
-    return TrustSweep(shop=shop)
+        yield make
 
 
-async def test_a_broken_file_is_left_alone_for_longer_each_time_and_told_of_once() -> None:
+SweepOf = Callable[[Keeper], TrustSweep]
+
+
+async def test_a_broken_file_is_left_alone_for_longer_each_time_and_told_of_once(
+    sweep_of: SweepOf,
+) -> None:
     keeper = Keeper(stale=["/bad"], broken={"/bad"})
     sweep, now = sweep_of(keeper), [1000.0]
     sweep.time = lambda: now[0]
@@ -72,7 +73,7 @@ async def test_a_broken_file_is_left_alone_for_longer_each_time_and_told_of_once
     with structlog.testing.capture_logs() as told:
         for _ in range(300):
             before = len(keeper.looked_at)
-            await sweep.look()
+            await sweep.sweep()
             if len(keeper.looked_at) > before:
                 looks.append(now[0] - 1000.0)
             now[0] += 1.0
@@ -81,22 +82,26 @@ async def test_a_broken_file_is_left_alone_for_longer_each_time_and_told_of_once
     assert [line["event"] for line in told] == ["trust.entry_kept"]
 
 
-async def test_what_is_kept_is_told_and_delays_nothing_else_in_the_file() -> None:
+async def test_what_is_kept_is_told_and_delays_nothing_else_in_the_file(
+    sweep_of: SweepOf,
+) -> None:
     keeper = Keeper(stale=["/f"], away={"/f": ("one", "two", LEFT)})
     sweep = sweep_of(keeper)
 
     with structlog.testing.capture_logs() as told:
-        await sweep.look()
-        await sweep.look()
+        await sweep.sweep()
+        await sweep.sweep()
 
     assert [line["reason"] for line in told] == ["one", "two"]
     assert keeper.stale == []
 
 
-async def test_a_stop_is_seen_between_edits_of_one_file() -> None:
+async def test_a_stop_is_seen_between_edits_of_one_file(
+    sweep_of: SweepOf,
+) -> None:
     keeper = Keeper(stale=["/f"])
     sweep = sweep_of(keeper)
-    await sweep.look()
+    await sweep.sweep()
     before = keeper.enough()
 
     await sweep.stop()
@@ -104,36 +109,40 @@ async def test_a_stop_is_seen_between_edits_of_one_file() -> None:
     assert (before, keeper.enough()) == (False, True)
 
 
-async def test_a_broken_file_keeps_no_other_from_being_cleared() -> None:
+async def test_a_broken_file_keeps_no_other_from_being_cleared(
+    sweep_of: SweepOf,
+) -> None:
     keeper = Keeper(stale=["/bad", "/good"], broken={"/bad"})
     sweep = sweep_of(keeper)
 
-    await sweep.look()
+    await sweep.sweep()
     keeper.stale.append("/later")
-    await sweep.look()
+    await sweep.sweep()
 
     assert keeper.looked_at == ["/bad", "/good", "/later"]
     assert keeper.stale == ["/bad"]
 
 
-async def test_a_file_that_was_mended_is_told_of_again_when_it_breaks_again() -> None:
+async def test_a_file_that_was_mended_is_told_of_again_when_it_breaks_again(
+    sweep_of: SweepOf,
+) -> None:
     keeper = Keeper(stale=["/f"], broken={"/f"})
     sweep = sweep_of(keeper)
 
     with structlog.testing.capture_logs() as told:
-        await sweep.look()
+        await sweep.sweep()
         keeper.stale.clear()  # somebody else took it out
-        await sweep.look()
+        await sweep.sweep()
         keeper.stale.append("/f")
-        await sweep.look()
+        await sweep.sweep()
 
     assert [line["event"] for line in told] == ["trust.entry_kept"] * 2
 
 
-async def test_it_goes_on_after_a_look_that_failed(
-    floor: Floor, monkeypatch: pytest.MonkeyPatch
+async def test_it_goes_on_after_a_sweep_that_failed(
+    sweep_of: SweepOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trust_sweep, "LOOK_S", 0.01)
+    monkeypatch.setattr(trust_sweep, "SWEEP_INTERVAL_S", 0.01)
     keeper = Keeper(stale=["/f"])
     sweep, failures = sweep_of(keeper), iter(range(3))
 

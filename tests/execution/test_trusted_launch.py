@@ -126,7 +126,7 @@ async def test_a_cancel_that_is_only_on_record_ends_the_wait(
     adding(monkeypatch, do)
     run_id = await trusting.create("trusting")
     await waits(tries)
-    await trusting.storage.write(
+    await trusting.storage.write_own(  # not announced
         runs.cancel, run_id, owner=trusting.owner, etag=None, receipt=None, now=Clock().now()
     )
 
@@ -151,7 +151,7 @@ async def test_the_end_of_a_runs_time_ends_a_wait(
     run_id = await trusting.create("trusting")
     await waits(begun)
 
-    trusting.dispatcher.time_out(run_id, DueKind.RUN)
+    trusting.turns.time_out(run_id, DueKind.RUN)
 
     run = await trusting.until_ended(run_id)
     assert run.error is not None

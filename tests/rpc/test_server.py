@@ -22,6 +22,7 @@ from runrecovery.v1 import run_service_pb2 as pb
 from runrecovery.v1.recovery_service_pb2_grpc import RecoveryServiceStub
 from runrecovery.v1.run_service_pb2_grpc import RunServiceStub
 from runrecovery_service.agents.output import OutputChannel, OutputFiles
+from runrecovery_service.agents.workspaces import Workspaces
 from runrecovery_service.domain import run as domain
 from runrecovery_service.domain.run import NewRun, Run, RunStatus
 from runrecovery_service.engines.catalog import Catalog, Engine
@@ -82,6 +83,7 @@ class FakeStorage:
     writes: list[tuple[Any, ...]] = field(default_factory=list)
     began: asyncio.Event = field(default_factory=asyncio.Event)
     commit: asyncio.Event = field(default_factory=asyncio.Event)
+    committed: asyncio.Event = field(default_factory=asyncio.Event)
     looks: int = 0
     looked: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -98,17 +100,8 @@ class FakeStorage:
         self.writes.append((*arguments, keywords))
         self.began.set()
         await self.commit.wait()
+        self.committed.set()
         return self.run
-
-
-@dataclass
-class FakeDispatcher:
-    told: list[Run] = field(default_factory=list)
-    called: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def changed(self, changed: Run) -> None:
-        self.told.append(changed)
-        self.called.set()
 
 
 @dataclass
@@ -117,7 +110,7 @@ class House:
 
     gate: Gate
     storage: FakeStorage
-    dispatcher: FakeDispatcher
+    workspaces: Workspaces
     output: OutputFiles
     runs: Any
     recovery: Any
@@ -125,7 +118,7 @@ class House:
     server: GrpcServer
 
     def write(self, data: bytes, *, attempt: int = 1) -> None:
-        self.output.prepare(5, attempt, fresh=False)
+        self.workspaces.prepare(5, attempt, fresh=False)
         self.output.append(5, attempt, STDOUT, data)
 
 
@@ -149,15 +142,14 @@ def engine() -> Engine:
     )
 
 
-def deps(house: tuple[FakeStorage, FakeDispatcher, OutputFiles]) -> tuple[RunDeps, RecoveryDeps]:
-    storage, dispatcher, output = house
+def deps(storage: FakeStorage, workspaces: Workspaces) -> tuple[RunDeps, RecoveryDeps]:
     return (
         RunDeps(
             storage=cast("Any", storage),
             owner=OWNER,
             catalog=Catalog([engine()]),
-            dispatcher=cast("Any", dispatcher),
-            output=output,
+            workspaces=workspaces,
+            output=OutputFiles(workspaces, max_bytes=MAX_OUTPUT_BYTES),
             limits=RunLimits(max_queued=7, max_attempts=2),
             clock=FakeClock(wall=AT),
         ),
@@ -166,16 +158,15 @@ def deps(house: tuple[FakeStorage, FakeDispatcher, OutputFiles]) -> tuple[RunDep
             owner=OWNER,
             current_report=lambda: None,
             containment=lambda: None,
-            planner=Planner(owner=OWNER, session_checks={}, workspace=output.workspace),
+            planner=Planner(owner=OWNER, session_checks={}, workspace=workspaces.workspace),
         ),
     )
 
 
 @pytest.fixture
 async def house(tmp_path: Path) -> AsyncIterator[House]:
-    gate, storage, dispatcher = Gate(), FakeStorage(), FakeDispatcher()
-    output = OutputFiles(tmp_path, max_bytes=MAX_OUTPUT_BYTES)
-    run_deps, recovery_deps = deps((storage, dispatcher, output))
+    gate, storage, workspaces = Gate(), FakeStorage(), Workspaces(tmp_path)
+    run_deps, recovery_deps = deps(storage, workspaces)
     server = build_server(
         gate,
         run_deps=run_deps,
@@ -189,8 +180,8 @@ async def house(tmp_path: Path) -> AsyncIterator[House]:
         yield House(
             gate=gate,
             storage=storage,
-            dispatcher=dispatcher,
-            output=output,
+            workspaces=workspaces,
+            output=OutputFiles(workspaces, max_bytes=MAX_OUTPUT_BYTES),
             runs=RunServiceStub(channel),
             recovery=RecoveryServiceStub(channel),
             address=address,
@@ -212,9 +203,7 @@ def reason(error: grpc.aio.AioRpcError) -> str:
 
 
 async def test_taken_port_is_refused(house: House, tmp_path: Path) -> None:
-    run_deps, recovery_deps = deps(
-        (house.storage, house.dispatcher, OutputFiles(tmp_path, max_bytes=1))
-    )
+    run_deps, recovery_deps = deps(house.storage, Workspaces(tmp_path))
     second = build_server(
         Gate(),
         run_deps=run_deps,
@@ -269,7 +258,7 @@ async def test_largest_refusal_arrives_whole(house: House) -> None:
 # -- mutations ---------------------------------------------------------------------------------
 
 
-async def test_create_records_what_was_asked_and_tells_the_dispatcher(house: House) -> None:
+async def test_create_records_what_was_asked(house: House) -> None:
     house.storage.commit.set()
     request = pb.CreateRunRequest(
         engine="demo",
@@ -295,7 +284,6 @@ async def test_create_records_what_was_asked_and_tells_the_dispatcher(house: Hou
     )
     assert (keywords["owner"], keywords["max_queued"], keywords["now"]) == (OWNER, 7, AT)
     assert keywords["receipt"].request_id == "0192f0c1-aaaa-4bbb-8ccc-0123456789ab"
-    assert house.dispatcher.told == [house.storage.run]
 
 
 async def test_unknown_engine_is_refused_with_the_known_ones(house: House) -> None:
@@ -306,7 +294,7 @@ async def test_unknown_engine_is_refused_with_the_known_ones(house: House) -> No
     assert house.storage.writes == []
 
 
-async def test_commit_reaches_the_dispatcher_though_its_caller_hung_up(house: House) -> None:
+async def test_a_write_is_committed_though_its_caller_hung_up(house: House) -> None:
     call = house.runs.CancelRun(pb.CancelRunRequest(run_id="r1"))
     await house.storage.began.wait()
     call.cancel()
@@ -316,8 +304,7 @@ async def test_commit_reaches_the_dispatcher_though_its_caller_hung_up(house: Ho
     await house.runs.GetRun(pb.GetRunRequest(run_id="r1"))
     house.storage.commit.set()
 
-    await asyncio.wait_for(house.dispatcher.called.wait(), 10)
-    assert house.dispatcher.told == [house.storage.run]
+    await asyncio.wait_for(house.storage.committed.wait(), 10)
 
 
 # -- output ------------------------------------------------------------------------------------
@@ -534,9 +521,7 @@ async def test_server_is_kept_reachable_after_its_socket_could_not_be_looked_at(
 ) -> None:
     folder, aside = tmp_path / "f", tmp_path / "g"
     folder.mkdir()
-    run_deps, recovery_deps = deps(
-        (FakeStorage(), FakeDispatcher(), OutputFiles(tmp_path, max_bytes=1))
-    )
+    run_deps, recovery_deps = deps(FakeStorage(), Workspaces(tmp_path))
     server = build_server(
         Gate(),
         run_deps=run_deps,
@@ -564,9 +549,7 @@ async def until(holds: Callable[[], bool]) -> None:
 
 
 async def test_idle_connection_makes_room_for_another(tmp_path: Path) -> None:
-    run_deps, recovery_deps = deps(
-        (FakeStorage(), FakeDispatcher(), OutputFiles(tmp_path, max_bytes=1))
-    )
+    run_deps, recovery_deps = deps(FakeStorage(), Workspaces(tmp_path))
     server = build_server(
         Gate(),
         run_deps=run_deps,

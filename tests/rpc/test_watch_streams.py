@@ -19,7 +19,7 @@ from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.watch_streams import RecoveredWatcher, RunWatcher
 from runrecovery_service.storage import converge, events, feed, instances, recovery, runs
 from runrecovery_service.storage.adapter import Storage
-from runrecovery_service.storage.changes import Changes, SharedLook
+from runrecovery_service.storage.changes import Changes, SharedPoll
 from runrecovery_service.storage.converge import Scope
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Boot, Owner
@@ -109,7 +109,7 @@ async def test_who_goes_on_is_told_at_once_that_it_does() -> None:
 
 
 def test_a_look_at_a_shared_store_tells_of_new_events_and_of_runs_that_were_not_looked_at() -> None:
-    look = SharedLook()
+    look = SharedPoll()
 
     told = [
         look.changed(counts)

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 from runrecovery_service.agents import trust_keeper, trust_removal
-from runrecovery_service.agents.trust_keeper import OwnConnection, TrustKeeper, TrustRefused
+from runrecovery_service.agents.blocking_store import ConnectionStore
+from runrecovery_service.agents.trust_keeper import TrustKeeper, TrustRefused
 from runrecovery_service.domain.errors import Fenced
 from runrecovery_service.domain.reconciliation import TrustClearing
 from runrecovery_service.domain.run import Run, RunStatus
@@ -54,7 +55,7 @@ class Place:
         return TrustKeeper(
             host_id=self.host_id,
             owner=world.owner,
-            store=OwnConnection(db or world.db),
+            store=ConnectionStore(db or world.db),
             clock=world.ticking_clock,
         )
 

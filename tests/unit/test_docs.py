@@ -158,13 +158,15 @@ def test_every_health_name_is_told() -> None:
 
 
 def _events() -> Iterator[str]:
-    """Yield the first argument of every call that logs, if it looks like an event's name."""
+    """Yield the event of every call that logs, and of every periodic task that may fail."""
     for file in SERVICE.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             match node:
                 case ast.Call(
                     func=ast.Attribute(attr=attribute), args=[ast.Constant(value=str(name)), *_]
                 ) if attribute in LEVELS and EVENT.fullmatch(name):
+                    yield name
+                case ast.keyword(arg="failure_event", value=ast.Constant(value=str(name))):
                     yield name
 
 

@@ -1,24 +1,19 @@
-"""What processes wrote, kept per attempt and bounded. Workspaces lie beside it.
-
-<data_dir>/runs/<run key>/<attempt>/workspace/      the agent's own folder, 0700
-<data_dir>/runs/<run key>/<attempt>/stdout.log      and stderr.log, 0600
-<data_dir>/runs/<run key>/<attempt>/shim-<turn>.log what a shim did when nobody else could, 0600
-"""
+"""What agents wrote to stdout and stderr: kept per attempt, up to a limit."""
 
 from __future__ import annotations
 
 import os
-import time
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
+from runrecovery_service.agents.workspaces import Workspaces
 from runrecovery_service.process.safe_open import open_regular
 
 
 class OutputChannel(StrEnum):
-    """One of a process's two streams."""
+    """One of the two output streams of a process."""
 
     STDOUT = "stdout"
     STDERR = "stderr"
@@ -26,7 +21,7 @@ class OutputChannel(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class OutputPiece:
-    """Bytes as written. `truncated` is True at the end of what is kept, if more was written."""
+    """Bytes as written. `truncated`: they end where the limit was reached, and more was written."""
 
     data: bytes
     truncated: bool
@@ -36,37 +31,14 @@ _TRUNCATED: Final = ".truncated"
 
 
 class OutputFiles:
-    """The files of all runs. Every method blocks shortly; call them in a thread."""
+    """The output files of all attempts. Every method blocks shortly: call it in a thread."""
 
-    def __init__(self, data_dir: Path, *, max_bytes: int) -> None:
-        self._runs = data_dir / "runs"
+    def __init__(self, workspaces: Workspaces, *, max_bytes: int) -> None:
+        self._workspaces = workspaces
         self._max_bytes = max_bytes
 
-    def workspace(self, run_key: int, attempt: int) -> Path:
-        """Return the folder that the agent works in; it may not exist yet."""
-        return self._attempt(run_key, attempt) / "workspace"
-
-    def shim_journal(self, run_key: int, attempt: int, turn: int) -> Path:
-        """Return the file in which the shim of a turn accounts for what it does by itself."""
-        return self._attempt(run_key, attempt) / f"shim-{turn}.log"
-
-    def prepare(self, run_key: int, attempt: int, *, fresh: bool) -> Path:
-        """Make the folder that the agent works in, and return it.
-
-        Args:
-            fresh: the attempt begins. A folder that is there already is another run's, from
-                before an older database was restored; it is moved aside.
-        """
-        attempts = self._attempt(run_key, attempt)
-        if fresh and attempts.exists():
-            attempts.rename(attempts.with_name(f"{attempt}.found-{time.time_ns()}"))
-        workspace = self.workspace(run_key, attempt)
-        for folder in (*reversed(workspace.parents[:3]), workspace):
-            folder.mkdir(mode=0o700, exist_ok=True)
-        return workspace
-
     def append(self, run_key: int, attempt: int, channel: OutputChannel, data: bytes) -> None:
-        """Keep what fits below the limit, and note when something did not."""
+        """Append what fits below the limit, and record when something did not fit."""
         path = self._file(run_key, attempt, channel)
         descriptor = open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         try:
@@ -102,8 +74,5 @@ class OutputFiles:
         except FileNotFoundError:
             return 0
 
-    def _attempt(self, run_key: int, attempt: int) -> Path:
-        return self._runs / str(run_key) / str(attempt)
-
     def _file(self, run_key: int, attempt: int, channel: OutputChannel) -> Path:
-        return self._attempt(run_key, attempt) / f"{channel}.log"
+        return self._workspaces.attempt(run_key, attempt) / f"{channel}.log"

@@ -1,27 +1,79 @@
-"""Looks at one session, while somebody waits: not for ever."""
+"""Checks and fingerprints one session while a caller waits, within a time limit."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Final
 
 from runrecovery_service import daemon_threads
+from runrecovery_service.agents.workspaces import Workspaces
+from runrecovery_service.domain.run import Run
 from runrecovery_service.domain.session_check import (
     NOT_ANSWERED,
+    SessionCheck,
     SessionFinding,
+    SessionFingerprint,
     StoredHandle,
     apply_policy,
 )
-from runrecovery_service.engines.catalog import Engine, check_sessions
+from runrecovery_service.engines.catalog import Catalog, Engine, check_sessions
 from runrecovery_service.engines.sessions.files import CliSessions, SessionObservation
 
-LOOK_S: Final = 10.0
-"""How long storage may take to answer."""
+SESSION_TIMEOUT_S: Final = 10.0
+"""How long the storage of a session's files may take to answer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionChecker:
+    """Checks and fingerprints the sessions of runs.
+
+    Attributes:
+        timeout_s: how long the files of a session may take to answer.
+    """
+
+    catalog: Catalog
+    workspaces: Workspaces
+    timeout_s: float = SESSION_TIMEOUT_S
+
+    async def check(
+        self, run: Run, handle: str, fingerprint: SessionFingerprint | None
+    ) -> SessionFinding | None:
+        """Return what the check finds of a run's session; None: its engine has no check.
+
+        Args:
+            fingerprint: of the session file when its question was recorded, if one was taken.
+        """
+        stored = self._stored(run, handle, fingerprint)
+        return await check_session(self.catalog.get(run.engine), stored, timeout_s=self.timeout_s)
+
+    async def fingerprint(self, run: Run, sessions: CliSessions, handle: str) -> SessionObservation:
+        """Return what is seen of a run's session now, with its fingerprint."""
+        return await fingerprint_session(
+            sessions, self._stored(run, handle), timeout_s=self.timeout_s
+        )
+
+    def _stored(
+        self, run: Run, handle: str, fingerprint: SessionFingerprint | None = None
+    ) -> StoredHandle:
+        workspace = self.workspaces.workspace(run.key, run.attempt)
+        return StoredHandle(handle=handle, workspace=workspace, fingerprint=fingerprint)
+
+
+def session_checks(catalog: Catalog) -> dict[str, SessionCheck]:
+    """Return the check of each engine that has one: it is known where its sessions lie."""
+    checks = {name: catalog.get(name).session_check for name in catalog.names}
+    return {name: check for name, check in checks.items() if check is not None}
 
 
 async def check_session(
-    engine: Engine, stored: StoredHandle, *, look_s: float, seen_before: bool = True
+    engine: Engine, stored: StoredHandle, *, timeout_s: float, seen_before: bool = True
 ) -> SessionFinding | None:
-    """Return what a session's check says; None: its engine has none."""
+    """Return what the engine's check finds of a session; None: the engine has no check.
+
+    Args:
+        seen_before: the handle is one that the engine named, and was fingerprinted if it could be.
+            False: a caller names it, and the check has to prove that it can be resumed.
+    """
 
     def look() -> list[SessionFinding]:
         return list(check_sessions(engine, [stored], seen_before=seen_before))
@@ -29,17 +81,17 @@ async def check_session(
     if engine.session_store is None:
         return None
     try:
-        (finding,) = await daemon_threads.run_within(look_s, look)
+        (finding,) = await daemon_threads.run_within(timeout_s, look)
     except TimeoutError:
         return apply_policy(NOT_ANSWERED, engine.unknown_session)
     return finding
 
 
 async def fingerprint_session(
-    sessions: CliSessions, stored: StoredHandle, *, look_s: float
+    sessions: CliSessions, stored: StoredHandle, *, timeout_s: float
 ) -> SessionObservation:
-    """Return what is seen of a session, to be marked."""
+    """Return what is seen of a session, with its fingerprint."""
     try:
-        return await daemon_threads.run_within(look_s, lambda: sessions.observe(stored))
+        return await daemon_threads.run_within(timeout_s, lambda: sessions.observe(stored))
     except TimeoutError:
         return SessionObservation(NOT_ANSWERED, None)

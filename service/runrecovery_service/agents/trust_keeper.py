@@ -8,25 +8,24 @@ How a look at a file settles its rows is the matter of `trust_removal`.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Final, Protocol, TypeVar
+from typing import Final, TypeVar
 
 import structlog
 
 from runrecovery_service.agents import trust_removal
+from runrecovery_service.agents.blocking_store import BlockingStore, ConnectionStore
 from runrecovery_service.agents.trust_removal import Taken
 from runrecovery_service.clock import Clock
 from runrecovery_service.domain.reconciliation import TrustClearing, TrustRemoval
 from runrecovery_service.domain.run import Run
 from runrecovery_service.process.safe_open import open_regular
 from runrecovery_service.storage import trust
-from runrecovery_service.storage.adapter import Storage
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.trust import After, TrustEntry
@@ -55,50 +54,6 @@ in others the reading does."""
 LEFT: Final = "there was no time for all; the next look takes out the rest"
 
 
-class Store(Protocol):
-    """The store, used from a thread that may wait for it."""
-
-    def read(self, use: Callable[[Database], R]) -> R:
-        """Return what a read gives."""
-        ...
-
-    def write(self, use: Callable[[Database], R]) -> R:
-        """Return what a transaction gives, once it is durable."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class OwnConnection:
-    """The store of a thread that has a connection of its own, as a recovery has."""
-
-    db: Database
-
-    def read(self, use: Callable[[Database], R]) -> R:
-        """See `Store`."""
-        return use(self.db)
-
-    def write(self, use: Callable[[Database], R]) -> R:
-        """See `Store`."""
-        with self.db.transaction():
-            return use(self.db)
-
-
-@dataclass(frozen=True, slots=True)
-class ThroughLoop:
-    """The store of threads beside the event loop: SQLite has one writer, whom the loop asks."""
-
-    storage: Storage
-    loop: asyncio.AbstractEventLoop
-
-    def read(self, use: Callable[[Database], R]) -> R:
-        """See `Store`."""
-        return asyncio.run_coroutine_threadsafe(self.storage.read(use), self.loop).result()
-
-    def write(self, use: Callable[[Database], R]) -> R:
-        """See `Store`."""
-        return asyncio.run_coroutine_threadsafe(self.storage.write(use), self.loop).result()
-
-
 def _nothing(*_: object) -> None:
     pass
 
@@ -122,7 +77,7 @@ class TrustKeeper:
 
     host_id: str
     owner: Owner
-    store: Store
+    store: BlockingStore
     clock: Clock
     told: Callable[[Database, tuple[TrustRemoval, ...]], object] = _nothing
 
@@ -207,6 +162,19 @@ class TrustKeeper:
         now = None if every else self.clock.now()
         places = self.store.read(lambda db: trust.stale_places(db, self.host_id, now=now))
         return sorted({file for file, place, ours in places if ours or _is_here(file, place)})
+
+    def clear_on_connection(
+        self,
+        db: Database,
+        report: Callable[[Database, tuple[TrustRemoval, ...]], object],
+        enough: Callable[[], bool],
+    ) -> TrustClearing:
+        """Do as `clear`, on the connection of a recovery, which has one of its own.
+
+        Args:
+            report: called with the removed entries, in the transaction that records the removal.
+        """
+        return replace(self, store=ConnectionStore(db), told=report).clear(enough)
 
     def clear(self, enough: Callable[[], bool] = _never) -> TrustClearing:
         """Take out, of every file, what nobody needs any more.

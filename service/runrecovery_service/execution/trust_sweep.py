@@ -1,99 +1,99 @@
-"""Looks, while the service runs, for trust entries that nobody needs any more.
+"""Removes trust entries that no run needs any more, while the service runs.
 
-A run that ends with its process takes its entry out by itself. What is left is of runs that end
-otherwise, of earlier attempts, of services that are gone, and what could not be taken out before.
+A run that ends with its process removes its own entry. The sweep removes the entries of runs that
+ended otherwise, of earlier attempts, of services that are gone, and those that could not be removed
+before.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Final
 
 import structlog
 
-from runrecovery_service.agents.trust_keeper import LEFT
-from runrecovery_service.clock import wait_within
-from runrecovery_service.domain.errors import Fenced, error_facts, is_outage
-from runrecovery_service.execution.workshop import Workshop
+from runrecovery_service.agents.trust_keeper import LEFT, TrustKeeper
+from runrecovery_service.execution.blocking import run_blocking
+from runrecovery_service.periodic import Backoff, PeriodicTask
+from runrecovery_service.stop_signal import StopSignal
 
 log = structlog.get_logger()
 
-LOOK_S: Final = 2.0
-"""Between two looks; one takes less than a millisecond where there is nothing to take out."""
+SWEEP_INTERVAL_S: Final = 2.0
+"""Between two sweeps; one takes less than a millisecond if there is nothing to remove."""
 LOCK_WAIT_S: Final = 1.0
-"""For the lock of one file; the next look comes soon."""
+"""For the lock of one file; the next sweep comes soon."""
 PAUSE_FIRST_S, PAUSE_MOST_S = 4.0, 60.0
+"""Between two tries with a file that could not be edited."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Trouble:
-    """A file that could not be edited: it is left alone until then."""
+@dataclass(slots=True)
+class _Delay:
+    """A file that could not be edited is left alone until then."""
 
+    backoff: Backoff
     until: float
-    pause_s: float
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class TrustSweep:
-    """Looks until it is stopped. It launches nothing, so that it may in safe mode as well."""
+    """Sweeps until it is stopped. It launches nothing, and so may run in safe mode."""
 
-    shop: Workshop
+    keeper: TrustKeeper
+    threads: Executor
+    stop_signal: StopSignal
     time: Callable[[], float] = monotonic
-    _troubles: dict[str, _Trouble] = field(default_factory=dict)
-    _stopping: asyncio.Event = field(default_factory=asyncio.Event)
-    _task: asyncio.Task[None] | None = None
+    _loop: PeriodicTask = field(init=False)
+    _delays: dict[str, _Delay] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        self._loop = PeriodicTask(
+            name="trust-sweep",
+            step=self.sweep,
+            interval_s=SWEEP_INTERVAL_S,
+            failure_event="trust.sweep_failed",
+            stop_signal=self.stop_signal,
+        )
 
     def start(self) -> None:
-        """Begin to look."""
-        self._task = asyncio.create_task(self._work(), name="trust-sweep")
+        """Start to sweep."""
+        self._loop.start()
 
     async def stop(self) -> None:
-        """End after the edit that is under way."""
-        self._stopping.set()
-        if self._task is not None:
-            await self._task
+        """Stop after the edit that is under way."""
+        await self._loop.finish()
 
-    async def _work(self) -> None:
-        failed = ""
-        while not await wait_within(self._stopping, LOOK_S):
-            try:
-                await self.look()
-                failed = ""
-            except Fenced:
-                return  # the service stops
-            except Exception as error:  # the edge of this task: the next look tries again
-                if failed != (failed := type(error).__name__):  # once, not with every look
-                    known = is_outage(error)
-                    log.warning("trust.sweep_failed", **error_facts(error), exc_info=not known)
-
-    async def look(self) -> None:
-        """Take out, once, what nobody needs any more."""
-        found = await self.shop.in_thread(self.shop.trust.stale_files)
+    async def sweep(self) -> None:
+        """Remove once what no run needs any more."""
+        found = await run_blocking(self.threads, self.keeper.stale_files)
         now = self.time()
-        self._troubles = {file: t for file, t in self._troubles.items() if file in found}
+        self._delays = {file: delay for file, delay in self._delays.items() if file in found}
         for file in found:
-            trouble = self._troubles.get(file)
-            if self._stopping.is_set():
+            delay = self._delays.get(file)
+            if self._loop.is_stopping:
                 return
-            if trouble is None or trouble.until <= now:
+            if delay is None or delay.until <= now:
                 await self._clear(file)
 
     async def _clear(self, file: str) -> None:
-        keeper = self.shop.trust
-        done = await self.shop.in_thread(
-            lambda: keeper.clear_file(file, lock_wait_s=LOCK_WAIT_S, enough=self._stopping.is_set)
+        cleared = await run_blocking(
+            self.threads,
+            lambda: self.keeper.clear_file(
+                file, lock_wait_s=LOCK_WAIT_S, enough=lambda: self._loop.is_stopping
+            ),
         )
-        for reason in done.kept:
+        for reason in cleared.kept:
             if reason != LEFT:
                 log.warning("trust.entry_kept", file=file, reason=reason)
-        before = self._troubles.pop(file, None)
-        if not done.failures:
+        delay = self._delays.pop(file, None)
+        if not cleared.failures:
             return
-        if before is None:  # once, not with every look
-            for reason in done.failures:
+        if delay is None:  # reported once, not with every sweep
+            for reason in cleared.failures:
                 log.warning("trust.entry_kept", file=file, reason=reason)
-        pause_s = PAUSE_FIRST_S if before is None else min(before.pause_s * 2, PAUSE_MOST_S)
-        self._troubles[file] = _Trouble(until=self.time() + pause_s, pause_s=pause_s)
+            delay = _Delay(Backoff(PAUSE_FIRST_S, PAUSE_MOST_S), 0.0)
+        delay.until = self.time() + delay.backoff.next_s()
+        self._delays[file] = delay

@@ -14,12 +14,11 @@ from runrecovery.v1 import run_pb2
 from runrecovery.v1 import run_service_pb2 as pb
 
 from runrecovery_service.agents.output import OutputChannel, OutputFiles
-from runrecovery_service.agents.session_checks import LOOK_S, check_session
+from runrecovery_service.agents.session_checks import SESSION_TIMEOUT_S, check_session
+from runrecovery_service.agents.workspaces import Workspaces
 from runrecovery_service.clock import Clock
 from runrecovery_service.domain.errors import (
-    NotNow,
     OutputOutOfRange,
-    RunRecoveryError,
     SessionNotResumable,
     ShuttingDown,
 )
@@ -27,7 +26,6 @@ from runrecovery_service.domain.recovery_matrix import REOPENABLE
 from runrecovery_service.domain.run import NewRun, Run, RunFilter, RunStatus
 from runrecovery_service.domain.session_check import REASON_TEXTS, StoredHandle
 from runrecovery_service.engines.catalog import Catalog, Engine
-from runrecovery_service.execution.dispatcher import Dispatcher
 from runrecovery_service.rpc import enums, json_values, paging, run_messages, times, validation
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.uuid7 import RANDOM_BYTES, uuid7
@@ -72,7 +70,7 @@ class RunDeps:
     storage: Storage
     owner: Owner
     catalog: Catalog
-    dispatcher: Dispatcher
+    workspaces: Workspaces
     output: OutputFiles
     limits: RunLimits
     clock: Clock
@@ -201,10 +199,12 @@ class RunService:
         if run.engine not in self._deps.catalog.names:
             return  # as in a restart: nobody can tell
         engine = self._deps.catalog.get(run.engine)
-        workspace = self._deps.output.workspace(run.key, run.attempt)
+        workspace = self._deps.workspaces.workspace(run.key, run.attempt)
         mark = found.mark if handle == found.handle else None
         stored = StoredHandle(handle=handle, workspace=workspace, fingerprint=mark)
-        finding = await check_session(engine, stored, look_s=LOOK_S, seen_before=supplied is None)
+        finding = await check_session(
+            engine, stored, timeout_s=SESSION_TIMEOUT_S, seen_before=supplied is None
+        )
         if finding is not None and not finding.holds:
             why = "its session is lost" if finding.reason is None else REASON_TEXTS[finding.reason]
             raise SessionNotResumable(run.run_id, why)
@@ -252,22 +252,11 @@ class RunService:
         )
 
     async def _commit(self, write: Coroutine[object, object, Run]) -> Run:
-        """Write, and tell the dispatcher: also when the caller hangs up in between."""
-        task = asyncio.create_task(self._write_and_tell(write))
+        """Write, also when the caller hangs up in between."""
+        task = asyncio.create_task(write)
         self._committing.add(task)
         task.add_done_callback(self._committed)
         return await asyncio.shield(task)
-
-    async def _write_and_tell(self, write: Coroutine[object, object, Run]) -> Run:
-        try:
-            run = await write
-        except Exception as error:
-            if isinstance(error, NotNow) or not isinstance(error, RunRecoveryError):
-                # Perhaps it was committed all the same; then nobody else tells the dispatcher.
-                self._deps.dispatcher.look_at_records()
-            raise
-        self._deps.dispatcher.changed(run)
-        return run
 
     def _committed(self, task: asyncio.Task[Run]) -> None:
         self._committing.discard(task)

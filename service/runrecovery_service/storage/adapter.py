@@ -21,10 +21,15 @@ from typing import Concatenate, Final, ParamSpec, TypeVar
 import structlog
 
 from runrecovery_service import daemon_threads
-from runrecovery_service.domain.errors import RunRecoveryError, StorageUnavailable, error_facts
+from runrecovery_service.domain.errors import (
+    NotNow,
+    RunRecoveryError,
+    StorageUnavailable,
+    error_facts,
+)
 from runrecovery_service.storage.changes import (
     Changes,
-    SharedLook,
+    SharedPoll,
     decisions_stamp,
     event_counts,
 )
@@ -84,11 +89,13 @@ class Storage:
 
     async def read(self, use: Use[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Run a read of many rows."""
+        return await asyncio.wrap_future(self._submit(lambda db: use(db, *args, **kwargs)))
 
+    def _submit(self, use: Callable[[Database], R]) -> Future[R]:
         def noted(db: Database) -> R:
             if not self._inline:
                 self._under_way[get_ident()] = (monotonic(), db.peewee.connection())
-            return use(db, *args, **kwargs)
+            return use(db)
 
         def read() -> R:
             try:
@@ -96,7 +103,7 @@ class Storage:
             finally:
                 self._under_way.pop(get_ident(), None)
 
-        return await asyncio.wrap_future(self._pool.submit(read))
+        return self._pool.submit(read)
 
     def _cut_hanging(self) -> None:
         """Cut off the connections of the pool from which no answer came for too long. The server
@@ -110,27 +117,73 @@ class Storage:
                 cut(connection)
 
     async def write(self, use: Use[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run one transaction; returns once it is durable, and tells who waits for its runs."""
+        """Run one transaction, return once it is durable, and announce the runs that it changed.
 
+        A failure that does not exclude a commit is announced as a change in doubt.
+        """
+        try:
+            return await self._write(self.changes.announce, use, *args, **kwargs)
+        except Exception as error:
+            if isinstance(error, NotNow) or not isinstance(error, RunRecoveryError):
+                self.changes.announce_doubt()
+            raise
+
+    async def write_own(self, use: Use[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run one transaction of the execution itself; return once it is durable.
+
+        Only watchers are woken: the subscriber is the one who writes, and it repeats or checks
+        what is in doubt.
+        """
+        return await self._write(self.changes.wake_watchers, use, *args, **kwargs)
+
+    async def _write(
+        self,
+        announce: Callable[[frozenset[int]], None],
+        use: Use[P, R],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> R:
         def noted(db: Database) -> tuple[R, frozenset[int]]:
-            db.take_touched()  # what an earlier one noted that was then rolled back
+            db.take_touched()  # left over from a use that was rolled back
             return use(db, *args, **kwargs), db.take_touched()
 
-        if self._writer is None:
-            result, touched = await self.read(noted)
-        else:
-            result, touched = await asyncio.wrap_future(self._writer.submit(noted))
-        self.changes.announce(touched)
+        writing = (self._submit if self._writer is None else self._writer.submit)(noted)
+        try:
+            result, touched = await asyncio.wrap_future(writing)
+        except asyncio.CancelledError:  # it may be committed even so
+            self._announce_once_done(writing, announce)
+            raise
+        announce(touched)
         return result
+
+    def _announce_once_done(
+        self,
+        writing: Future[tuple[R, frozenset[int]]],
+        announce: Callable[[frozenset[int]], None],
+    ) -> None:
+        loop = asyncio.get_running_loop()
+
+        def announce_outcome(done: Future[tuple[R, frozenset[int]]]) -> None:
+            if done.exception() is None:
+                announce(done.result()[1])
+            else:
+                self.changes.announce_doubt()
+
+        def on_done(done: Future[tuple[R, frozenset[int]]]) -> None:
+            if not done.cancelled():
+                with suppress(RuntimeError):  # the loop is closed: no subscriber is left
+                    loop.call_soon_threadsafe(announce_outcome, done)
+
+        writing.add_done_callback(on_done)
 
     async def follow_shared(self) -> None:
         """For ever: see what others have written into a store that they share with us."""
-        look = SharedLook()
+        look = SharedPoll()
         while True:
             await asyncio.sleep(SHARED_LOOK_S)
             try:
                 if keys := self.changes.runs_watched:
-                    self.changes.announce(look.changed(await self.read(event_counts, keys)))
+                    self.changes.wake_watchers(look.changed(await self.read(event_counts, keys)))
                 if self.changes.decisions_watched:
                     await self.read(close_abandoned)  # they would bar what comes after them
                     if look.has_decided(await self.read(decisions_stamp)):

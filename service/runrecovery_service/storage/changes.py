@@ -1,7 +1,9 @@
-"""Who waits for a run, or for a decision, to change. On the event loop only.
+"""The one feed of changes: a commit announces the runs that it has changed. On the event loop only.
 
-What this process writes is announced as soon as it is committed. Of a store that others write to as
-well, `follow_shared` asks once a second, in one query for all who wait.
+Watchers wait for one run, or for decisions. The execution subscribes to every change. A write whose
+COMMIT answer was lost is announced as in doubt, so that subscribers read the records at once.
+Another process may write to a shared store too: `Storage.follow_shared` polls for that, in one
+query for all watchers.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Final
 
 import structlog
@@ -17,29 +20,90 @@ from runrecovery_service.storage.database import Database
 
 log = structlog.get_logger()
 
-KEYS_PER_LOOK: Final = 500
+KEYS_PER_QUERY: Final = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What was committed since the last `Subscription.next`.
+
+    Attributes:
+        run_keys: the runs that have changed.
+        in_doubt: a write failed although it may have been committed; it is not known which runs
+            it changed.
+    """
+
+    run_keys: frozenset[int]
+    in_doubt: bool
+
+
+class Subscription:
+    """Collects every change until it is closed. A context manager, which closes it."""
+
+    def __init__(self, subscriptions: set[Subscription]) -> None:
+        self._subscriptions = subscriptions
+        self._subscriptions.add(self)
+        self._run_keys: set[int] = set()
+        self._in_doubt = False
+        self._woken = asyncio.Event()
+
+    def __enter__(self) -> Subscription:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._subscriptions.discard(self)
+
+    async def next(self, timeout_s: float) -> Change | None:
+        """Return what has changed, as soon as something has; None after `timeout_s` seconds.
+
+        A call of `wake` makes it return an empty change.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._woken.wait()
+        except TimeoutError:
+            return None
+        self._woken.clear()
+        change = Change(frozenset(self._run_keys), self._in_doubt)
+        self._run_keys, self._in_doubt = set(), False
+        return change
+
+    def wake(self) -> None:
+        """Make `next` return, although nothing has changed."""
+        self._woken.set()
+
+    def add(self, run_keys: Collection[int]) -> None:
+        """Add changed runs."""
+        self._run_keys.update(run_keys)
+        self._woken.set()
+
+    def add_doubt(self) -> None:
+        """Add a change in doubt."""
+        self._in_doubt = True
+        self._woken.set()
 
 
 class Changes:
-    """The waiting, by what they wait for. Each is an event of its own, set with a change."""
+    """Watchers and subscribers of one store."""
 
     def __init__(self) -> None:
         self._by_run: dict[int, set[asyncio.Event]] = {}
         self._of_decisions: set[asyncio.Event] = set()
+        self._subscriptions: set[Subscription] = set()
 
     @property
     def runs_watched(self) -> list[int]:
-        """Keys of the runs that somebody waits for."""
+        """Keys of the runs that have a watcher."""
         return list(self._by_run)
 
     @property
     def decisions_watched(self) -> bool:
-        """True while somebody waits for decisions."""
+        """True while there is a watcher of decisions."""
         return bool(self._of_decisions)
 
     @contextmanager
     def of_run(self, run_key: int, event: asyncio.Event) -> Iterator[None]:
-        """Have the event set with every change of a run."""
+        """Set the event with every change of a run."""
         waiting = self._by_run.setdefault(run_key, set())
         waiting.add(event)
         try:
@@ -51,21 +115,37 @@ class Changes:
 
     @contextmanager
     def of_decisions(self, event: asyncio.Event) -> Iterator[None]:
-        """Have the event set when there may be new decisions."""
+        """Set the event when there may be new decisions."""
         self._of_decisions.add(event)
         try:
             yield
         finally:
             self._of_decisions.discard(event)
 
+    def subscribe(self) -> Subscription:
+        """Return a subscription to every change from now on."""
+        return Subscription(self._subscriptions)
+
     def announce(self, run_keys: Collection[int]) -> None:
-        """Wake whoever waits for one of these runs."""
+        """Announce committed changes to watchers and subscribers."""
+        self.wake_watchers(run_keys)
+        if run_keys:
+            for subscription in self._subscriptions:
+                subscription.add(run_keys)
+
+    def announce_doubt(self) -> None:
+        """Announce a write that may have been committed although it failed."""
+        for subscription in self._subscriptions:
+            subscription.add_doubt()
+
+    def wake_watchers(self, run_keys: Collection[int]) -> None:
+        """Wake the watchers of these runs, and no subscriber."""
         for key in run_keys:
             for event in self._by_run.get(key, ()):
                 event.set()
 
     def announce_decisions(self) -> None:
-        """Wake whoever waits for decisions."""
+        """Wake the watchers of decisions."""
         for event in self._of_decisions:
             event.set()
 
@@ -74,8 +154,8 @@ def event_counts(db: Database, run_keys: Collection[int]) -> dict[int, int]:
     """Return how many events each of these runs has had."""
     keys = list(run_keys)
     found: dict[int, int] = {}
-    for at in range(0, len(keys), KEYS_PER_LOOK):
-        some = keys[at : at + KEYS_PER_LOOK]
+    for at in range(0, len(keys), KEYS_PER_QUERY):
+        some = keys[at : at + KEYS_PER_QUERY]
         marks = ", ".join("?" for _ in some)
         found |= dict(db.fetch_all(f"SELECT id, event_count FROM run WHERE id IN ({marks})", some))
     return found
@@ -91,19 +171,19 @@ def decisions_stamp(db: Database) -> tuple[int, int]:
     return (0, 0) if row is None else (int(row[0]), int(row[1]))
 
 
-class SharedLook:
-    """What was seen of a shared store at the last look."""
+class SharedPoll:
+    """What the last poll of a shared store has found."""
 
     def __init__(self) -> None:
         self._counts: Mapping[int, int] = {}
         self._stamp = (0, 0)
 
     def changed(self, counts: Mapping[int, int]) -> list[int]:
-        """Return the runs that have had events since the last look, or were not in it."""
+        """Return the runs that have had events since the last poll, or were not in it."""
         before, self._counts = self._counts, counts
         return [key for key, count in counts.items() if before.get(key) != count]
 
     def has_decided(self, stamp: tuple[int, int]) -> bool:
-        """True when the stamp of the decisions is a new one."""
+        """Return True when the stamp of the decisions is a new one."""
         before, self._stamp = self._stamp, stamp
         return before != stamp

@@ -335,6 +335,7 @@ def create(
     for key, value in new.labels.items():
         _LABEL.run(db, key=key, value=value, run=row[0])
     requests.add(db, receipt, run_key=row[0], now=now)
+    db.touch(row[0])
     return get_by_key(db, row[0])
 
 

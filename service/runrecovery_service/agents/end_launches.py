@@ -1,0 +1,63 @@
+"""Ends the processes that are left of recorded launches. Blocking: call it in a thread."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from runrecovery_service.agents.launch_markers import launch_markers
+from runrecovery_service.agents.workspaces import Workspaces
+from runrecovery_service.process.cgroup import CgroupParent
+from runrecovery_service.process.ending import Ending
+from runrecovery_service.process.shim_journal import killed_by_shim
+from runrecovery_service.process.sweep import end_trees
+from runrecovery_service.storage.processes import Lease
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchEnder:
+    """Ends launches for one purpose.
+
+    Attributes:
+        cgroups: where each launch has a cgroup of its own; None: none has.
+        why: the purpose, for the log.
+        grace_s: seconds between SIGTERM and SIGKILL.
+        deadline_s: seconds after which what is still alive is left to a later try.
+    """
+
+    workspaces: Workspaces
+    cgroups: CgroupParent | None
+    why: str
+    grace_s: float
+    deadline_s: float
+
+    def end(self, launches: Sequence[Lease]) -> Mapping[int, Ending]:
+        """End every process of these launches, and remove their cgroups.
+
+        Returns:
+            By launch key, what was ended here, and before by the launch's own shim.
+        """
+        endings = end_trees(
+            [launch_markers(launch) for launch in launches],
+            why=self.why,
+            grace_s=self.grace_s,
+            deadline_s=self.deadline_s,
+        )
+        for launch in launches:
+            if endings[launch.key].gone:
+                remove_cgroup(self.cgroups, launch)
+        return {
+            launch.key: endings[launch.key].with_shim_kills(
+                killed_by_shim(
+                    self.workspaces.shim_journal(launch.run_key, launch.attempt, launch.turn)
+                )
+            )
+            for launch in launches
+        }
+
+
+def remove_cgroup(cgroups: CgroupParent | None, launch: Lease) -> bool:
+    """Remove the cgroup of a launch, if it had one; return False when that was not possible."""
+    if launch.cgroup is None or cgroups is None:
+        return True
+    return cgroups.remove(launch.cgroup)

@@ -1,0 +1,45 @@
+"""Where the files of each attempt lie.
+
+<data_dir>/runs/<run key>/<attempt>/workspace/      the agent's own folder, 0700
+<data_dir>/runs/<run key>/<attempt>/stdout.log      and stderr.log, 0600 (`output.py`)
+<data_dir>/runs/<run key>/<attempt>/shim-<turn>.log the signals that a shim sent by itself, 0600
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+
+class Workspaces:
+    """The folders of all attempts below one data directory."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self._runs = data_dir / "runs"
+
+    def attempt(self, run_key: int, attempt: int) -> Path:
+        """Return the folder that holds everything of an attempt; it may not exist yet."""
+        return self._runs / str(run_key) / str(attempt)
+
+    def workspace(self, run_key: int, attempt: int) -> Path:
+        """Return the folder that the agent works in; it may not exist yet."""
+        return self.attempt(run_key, attempt) / "workspace"
+
+    def shim_journal(self, run_key: int, attempt: int, turn: int) -> Path:
+        """Return the file in which the shim of a turn records the signals that it sends."""
+        return self.attempt(run_key, attempt) / f"shim-{turn}.log"
+
+    def prepare(self, run_key: int, attempt: int, *, fresh: bool) -> Path:
+        """Make the folder that the agent works in, and return it. Blocking, shortly.
+
+        Args:
+            fresh: the attempt begins. An existing folder then belongs to another run, from before
+                an older database was restored. It is renamed.
+        """
+        folder = self.attempt(run_key, attempt)
+        if fresh and folder.exists():
+            folder.rename(folder.with_name(f"{attempt}.found-{time.time_ns()}"))
+        workspace = self.workspace(run_key, attempt)
+        for parent in (*reversed(workspace.parents[:3]), workspace):
+            parent.mkdir(mode=0o700, exist_ok=True)
+        return workspace

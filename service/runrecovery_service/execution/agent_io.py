@@ -1,0 +1,206 @@
+"""The pipes of one process: its lines are parsed, its output is kept without secrets.
+
+What the process and its shim report is put into a queue of events, in the order in which it came.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from typing import Final
+
+from runrecovery_service.agents.output import OutputChannel, OutputFiles
+from runrecovery_service.engines.dialect import Listener, ProtocolError
+from runrecovery_service.execution.blocking import run_blocking
+from runrecovery_service.execution.pipes import bytes_held, read, until_read, write_all
+from runrecovery_service.execution.turn_log import TurnLog
+from runrecovery_service.execution.turn_state import LineRead, ProtocolBroken, Signal, TurnEvent
+from runrecovery_service.process.shimmed_process import ShimmedProcess
+
+LONG_LINE_BYTES: Final = 16384
+"""Longer lines are parsed in a thread: a line of 1 MiB takes the loop a second and more."""
+STDERR_TAIL_BYTES: Final = 2000
+UTF8_CONTINUATION: Final = bytes(range(0x80, 0xC0))
+OVERTIME_BYTES: Final = 16 << 20
+"""Output that is still read and parsed after a deadline; a descendant may write for ever."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class AgentIO:
+    """Reads, parses and keeps what one process prints, and writes to its input.
+
+    Attributes:
+        listener: parses the lines of this process.
+        max_line_bytes: a longer line breaks the protocol.
+        events: takes what the process and its shim report.
+        threads: for what blocks.
+        log: of the turn; its run names the files that the output is kept in.
+    """
+
+    process: ShimmedProcess
+    listener: Listener
+    max_line_bytes: int
+    events: asyncio.Queue[TurnEvent]
+    output: OutputFiles
+    threads: Executor
+    log: TurnLog
+    _is_parsing: bool = field(default=False, init=False)
+    _is_keeping: bool = field(default=False, init=False)
+    _read_bytes: int = field(default=0, init=False)
+    _overtime_from: int | None = field(default=None, init=False)
+    _line_start: list[bytes] = field(default_factory=list, init=False)
+    _stderr_tail: bytes = field(default=b"", init=False)
+    _stderr_held: bytes = field(default=b"", init=False)
+
+    @property
+    def stderr_tail(self) -> str:
+        """The last part of the process's standard error, without secrets."""
+        tail = self._stderr_tail
+        if len(tail) == STDERR_TAIL_BYTES:  # it may begin inside a character
+            tail = tail.lstrip(UTF8_CONTINUATION)
+        return tail.decode("utf-8", "replace").replace("\0", "").strip()
+
+    def has_unread_output(self) -> bool:
+        """Return True while output is unread or unparsed, up to a limit of bytes.
+
+        The time that our own reading takes does not count against the agent.
+        """
+        if self._overtime_from is None:
+            self._overtime_from = self._read_bytes
+        is_bounded = self._read_bytes - self._overtime_from < OVERTIME_BYTES
+        pipes = (self.process.stdout, self.process.stderr)
+        held = sum(bytes_held(pipe.fileno()) for pipe in pipes)
+        return is_bounded and (self._is_parsing or self._is_keeping or held > 0)
+
+    # -- input ---------------------------------------------------------------------------------
+
+    async def write(self, data: bytes) -> bool:
+        """Write to the process; return False when it has closed its input."""
+        try:
+            await write_all(self.process.stdin.fileno(), data)
+        except (BrokenPipeError, ValueError):
+            self.log.info("execution.input_refused")
+            return False
+        return True
+
+    async def wait_until_input_read(self) -> bool:
+        """Return True once the process has read its input, False when it has closed it unread."""
+        return await until_read(self.process.stdin.fileno())
+
+    def close_input(self) -> None:
+        """Close the process's input: no reply will follow."""
+        self.process.stdin.close()
+
+    # -- output --------------------------------------------------------------------------------
+
+    async def read_stdout(self) -> None:
+        """Read standard output until its end, and report each line."""
+        while data := await read(self.process.stdout.fileno()):
+            self._is_parsing = True
+            self._read_bytes += len(data)
+            first, newline, more = data.partition(b"\n")
+            self._line_start.append(first)
+            if newline:
+                *lines, last = more.split(b"\n")
+                lines = [b"".join(self._line_start), *lines]
+                self._line_start = [last]
+                await self._take_lines(lines)
+            if sum(map(len, self._line_start)) > self.max_line_bytes:
+                await self._refuse_line(b"".join(self._line_start))
+                return
+            self._is_parsing = False
+        if last := b"".join(self._line_start):
+            self._is_parsing = True
+            self._line_start = []
+            await self._take_lines([last], end=b"")
+        self.events.put_nowait(Signal.STDOUT_ENDED)
+
+    async def _refuse_line(self, line: bytes) -> None:
+        await self._keep(OutputChannel.STDOUT, self.listener.redact(line))
+        longest = self.max_line_bytes
+        self.events.put_nowait(
+            ProtocolBroken(f"A line of the agent is longer than {longest} bytes.")
+        )
+
+    async def _take_lines(self, lines: list[bytes], *, end: bytes = b"\n") -> None:
+        """Keep what the lines say, and then report it."""
+        longest = max(self.listener.buffered_bytes, *map(len, lines))
+        if longest > LONG_LINE_BYTES:
+            parsed = await run_blocking(self.threads, lambda: [self._parse(line) for line in lines])
+        else:
+            parsed = [self._parse(line) for line in lines]
+        await self._keep(OutputChannel.STDOUT, b"".join(shown + end for shown, _ in parsed))
+        for _, events in parsed:
+            for event in events:
+                self.events.put_nowait(event)
+        await self.events.join()  # an agent that floods us waits in its pipe
+
+    def _parse(self, line: bytes) -> tuple[bytes, Sequence[TurnEvent]]:
+        """Return the line as it may be kept and shown, and the events in it."""
+        try:
+            heard = self.listener.hear(line)
+        except ProtocolError as error:
+            broken = ProtocolBroken(f"The agent broke the protocol: {error}.")
+            return self.listener.redact(line), [broken]
+        return heard.redacted, [*heard.messages, LineRead(heard.at_work)]
+
+    async def read_stderr(self) -> None:
+        """Read standard error until its end."""
+        while data := await read(self.process.stderr.fileno()):
+            self._is_keeping = True
+            self._read_bytes += len(data)
+            text = self.listener.redact(self._stderr_held + data)
+            end = max(len(text) - max(self.listener.max_secret_bytes - 1, 0), 0)
+            self._stderr_held = text[end:]  # a secret may come in two pieces
+            await self._keep_stderr(text[:end])
+            self._is_keeping = False
+        held, self._stderr_held = self._stderr_held, b""
+        await self._keep_stderr(held)
+        self.events.put_nowait(Signal.STDERR_ENDED)
+
+    async def take_unfinished_line(self) -> Sequence[TurnEvent]:
+        """Keep and return what an agent that has exited printed last, without a newline.
+
+        Its child may still hold the output open. Half a line of that child is not reported.
+        """
+        line = b"".join(self._line_start)
+        if not line:
+            return []
+        shown, events = await run_blocking(self.threads, self._parse, line)
+        await self._keep(OutputChannel.STDOUT, shown)
+        return [event for event in events if not isinstance(event, ProtocolBroken)]
+
+    async def keep_held_stderr(self) -> None:
+        """Keep the end of standard error that was held back because a secret might follow."""
+        await self._keep_stderr(self._stderr_held)
+
+    async def _keep_stderr(self, text: bytes) -> None:
+        self._stderr_tail = (self._stderr_tail + text)[-STDERR_TAIL_BYTES:]
+        await self._keep(OutputChannel.STDERR, text)
+
+    async def _keep(self, channel: OutputChannel, data: bytes) -> None:
+        run = self.log.run
+        if not data:
+            return
+        try:
+            await run_blocking(
+                self.threads, self.output.append, run.key, run.attempt, channel, data
+            )
+        except OSError as error:
+            self.log.warning("execution.output_lost", channel=channel.value, error=error.strerror)
+
+    # -- the shim ------------------------------------------------------------------------------
+
+    async def read_shim_report(self) -> None:
+        """Report what the shim tells, until it closes its report."""
+        events, self.process.unread_events = self.process.unread_events, []
+        while True:
+            for event in events:
+                self.events.put_nowait(event)
+            data = await read(self.process.report)
+            if not data:
+                break
+            events = self.process.parse_report(data)
+        self.events.put_nowait(Signal.SHIM_GONE)

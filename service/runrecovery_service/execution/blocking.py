@@ -1,0 +1,15 @@
+"""Runs what blocks in a thread of a pool, beside the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import TypeVar
+
+R = TypeVar("R")
+
+
+async def run_blocking(threads: Executor, do: Callable[..., R], *args: object) -> R:
+    """Return the result of `do(*args)`, which runs in one of the threads."""
+    return await asyncio.get_running_loop().run_in_executor(threads, do, *args)

@@ -1,0 +1,49 @@
+"""The queue of runs, as this instance takes from it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from runrecovery_service.clock import Clock
+from runrecovery_service.storage import turns
+from runrecovery_service.storage.adapter import Storage
+from runrecovery_service.storage.instances import Owner
+from runrecovery_service.storage.processes import Place
+from runrecovery_service.storage.turns import Turn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunQueue:
+    """Takes queued runs of one owner.
+
+    Attributes:
+        site: where the processes of the runs are launched.
+    """
+
+    storage: Storage
+    owner: Owner
+    clock: Clock
+    site: Place
+
+    async def take_next(self, busy_engines: Sequence[str]) -> Turn | None:
+        """Take the run that waits longest, of an engine that is not busy; None: there is none."""
+        return await self.storage.write_own(
+            turns.take_next,
+            owner=self.owner,
+            busy_engines=busy_engines,
+            place=self.site,
+            due_in=self.clock.due_in,
+            steady=self.clock.steady(),
+            now=self.clock.now(),
+        )
+
+    async def give_back(self, supervised: Collection[str]) -> int:
+        """Requeue runs whose taking was committed without an answer; return how many.
+
+        Args:
+            supervised: cookies of the launches that have a supervisor.
+        """
+        return await self.storage.write_own(
+            turns.give_back, owner=self.owner, held=supervised, now=self.clock.now()
+        )

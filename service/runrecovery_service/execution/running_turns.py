@@ -1,0 +1,83 @@
+"""The turns under way. Each holds a slot until its end is on record."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from dataclasses import dataclass, field
+
+from runrecovery_service.domain.deadline import DueKind
+from runrecovery_service.execution.supervisor import TurnSupervisor
+from runrecovery_service.execution.tree_deadline import TreeDeadline
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class RunningTurns:
+    """The supervisors of all turns under way, with their tasks."""
+
+    tree_deadline: TreeDeadline
+    _tasks: dict[TurnSupervisor, asyncio.Task[None]] = field(default_factory=dict, init=False)
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def __contains__(self, supervisor: TurnSupervisor) -> bool:
+        return supervisor in self._tasks
+
+    def add(self, supervisor: TurnSupervisor, task: asyncio.Task[None]) -> None:
+        """Add a supervisor, and the task that follows its turn."""
+        self._tasks[supervisor] = task
+
+    def remove(self, supervisor: TurnSupervisor) -> None:
+        """Free the slot of a turn."""
+        del self._tasks[supervisor]
+
+    def clear(self) -> None:
+        """Free every slot."""
+        self._tasks.clear()
+
+    @property
+    def supervisors(self) -> list[TurnSupervisor]:
+        """The supervisors, as they are now."""
+        return list(self._tasks)
+
+    @property
+    def tasks(self) -> list[asyncio.Task[None]]:
+        """The tasks that follow the turns."""
+        return list(self._tasks.values())
+
+    @property
+    def ending_tasks(self) -> list[asyncio.Task[None]]:
+        """The tasks of turns whose end is only to be carried out and recorded."""
+        return [task for supervisor, task in self._tasks.items() if supervisor.is_ending]
+
+    @property
+    def cookies(self) -> frozenset[str]:
+        """The cookies of the launches that have a supervisor."""
+        return frozenset(supervisor.turn.lease.cookie for supervisor in self._tasks)
+
+    @property
+    def engines_in_use(self) -> Counter[str]:
+        """How many turns each engine has."""
+        return Counter(supervisor.turn.run.engine for supervisor in self._tasks)
+
+    def time_out(self, run_id: str, kind: DueKind) -> None:
+        """End the process of a run: a deadline has passed.
+
+        A run that is only being taken from the queue is missed; the next check of the deadlines
+        finds it.
+        """
+        for supervisor in self._tasks:
+            if supervisor.turn.run.run_id == run_id:
+                supervisor.time_out(kind)
+
+    def heartbeat(self, deadline_ns: int) -> None:
+        """Move the tree deadline (CLOCK_BOOTTIME), and send it to every shim."""
+        self.tree_deadline.move_to(deadline_ns)
+        for supervisor in self._tasks:
+            supervisor.launch.heartbeat()
+
+    def check_shims(self) -> None:
+        """Check that the shim of every turn still guards its tree."""
+        for supervisor in self._tasks:
+            supervisor.check_shim()

@@ -1,0 +1,54 @@
+"""Makes the supervisor of each turn that the dispatcher takes from the queue."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from runrecovery_service.agents.output import OutputFiles
+from runrecovery_service.agents.session_checks import SessionChecker
+from runrecovery_service.clock import Clock
+from runrecovery_service.engines.catalog import Catalog
+from runrecovery_service.execution.launcher import Launch, Launcher
+from runrecovery_service.execution.supervisor import TurnSupervisor
+from runrecovery_service.execution.turn_log import TurnLog
+from runrecovery_service.execution.turn_records import TurnRecords
+from runrecovery_service.storage.adapter import Storage
+from runrecovery_service.storage.instances import Owner
+from runrecovery_service.storage.turns import Turn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SupervisorFactory:
+    """Makes the supervisor of each turn.
+
+    Attributes:
+        exit_grace_s: how long a process may live on after its end or its last output.
+    """
+
+    storage: Storage
+    owner: Owner
+    clock: Clock
+    catalog: Catalog
+    launcher: Launcher
+    output: OutputFiles
+    sessions: SessionChecker
+    exit_grace_s: float
+
+    def supervise(self, turn: Turn) -> TurnSupervisor:
+        """Return a supervisor for a turn that was taken from the queue; it does nothing yet."""
+        records = TurnRecords(
+            storage=self.storage,
+            owner=self.owner,
+            clock=self.clock,
+            turn=turn,
+            log=TurnLog(turn.run),
+        )
+        return TurnSupervisor(
+            records=records,
+            launch=Launch(launcher=self.launcher, records=records),
+            catalog=self.catalog,
+            sessions=self.sessions,
+            output=self.output,
+            threads=self.launcher.threads,
+            exit_grace_s=self.exit_grace_s,
+        )

@@ -1,0 +1,35 @@
+"""The time until which the process trees of this service may live."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from runrecovery_service.process.boot_clock import boot_time_ns
+
+
+@dataclass(slots=True)
+class TreeDeadline:
+    """The time, by CLOCK_BOOTTIME, at which process trees end themselves.
+
+    Every renewal of the service's lease moves it. A shim that is sent no later time ends its tree.
+    """
+
+    deadline_ns: int
+    _moved: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def is_ahead(self) -> bool:
+        """False once the service has been suspended for so long that its trees have ended."""
+        return boot_time_ns() < self.deadline_ns
+
+    def move_to(self, deadline_ns: int) -> None:
+        """Set a later deadline."""
+        self.deadline_ns = deadline_ns
+        self._moved.set()
+
+    async def wait_until_ahead(self) -> None:
+        """Return at once, or when the deadline is moved: a tree launched past it would end."""
+        while not self.is_ahead:
+            self._moved.clear()
+            await self._moved.wait()

@@ -1,0 +1,60 @@
+"""The log of one turn, and the retries whose failures it reports."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import structlog
+
+from runrecovery_service.domain.errors import Fenced, error_facts, is_outage
+from runrecovery_service.domain.run import Run
+from runrecovery_service.periodic import Backoff
+
+log = structlog.get_logger()
+
+R = TypeVar("R")
+
+RETRY_FIRST_S, RETRY_MOST_S = 0.2, 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class TurnLog:
+    """Logs for one turn: each line names the run, the attempt and the turn."""
+
+    run: Run
+
+    def info(self, event: str, **facts: object) -> None:
+        """Log a line."""
+        log.info(event, **self._turn, **facts)
+
+    def warning(self, event: str, **facts: object) -> None:
+        """Log a warning."""
+        log.warning(event, **self._turn, **facts)
+
+    @property
+    def _turn(self) -> dict[str, object]:
+        return {"run_id": self.run.run_id, "attempt": self.run.attempt, "turn": self.run.turn}
+
+
+async def retry_until_done(do: Callable[[], Awaitable[R]], turn_log: TurnLog) -> R:
+    """Return the result of `do`, which is repeated with pauses until it succeeds.
+
+    A full disk, a lost database or a defect must not lose what a process did. The run keeps its
+    slot meanwhile, and the log says why.
+
+    Raises:
+        Fenced: a newer epoch owns the run.
+    """
+    backoff = Backoff(RETRY_FIRST_S, RETRY_MOST_S)
+    while True:
+        try:
+            return await do()
+        except Fenced:
+            raise
+        except Exception as error:  # noqa: BLE001 - giving up would leave a run half recorded
+            known = is_outage(error)
+            turn_log.warning("execution.write_retried", **error_facts(error), exc_info=not known)
+        await asyncio.sleep(backoff.next_s())

@@ -1,0 +1,123 @@
+"""The store as one turn uses it: every call names the turn and its owner, and is retried."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Concatenate, ParamSpec, TypeVar
+
+from runrecovery_service.clock import Clock
+from runrecovery_service.domain.deadline import Due
+from runrecovery_service.domain.run import Interaction, Question, Run, Session
+from runrecovery_service.domain.session_check import SessionFingerprint
+from runrecovery_service.domain.turn import TurnEnd
+from runrecovery_service.execution.turn_log import TurnLog, retry_until_done
+from runrecovery_service.storage import instances, interactions, processes, turns
+from runrecovery_service.storage.adapter import Storage
+from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.instances import Owner
+from runrecovery_service.storage.processes import Ended
+from runrecovery_service.storage.turns import Turn
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnRecords:
+    """Reads and writes what is on record of one turn.
+
+    Each method repeats its call until the store answers. Each raises Fenced when a newer epoch
+    owns the run.
+    """
+
+    storage: Storage
+    owner: Owner
+    clock: Clock
+    turn: Turn
+    log: TurnLog
+
+    async def read_run(self) -> Run:
+        """Return the run as it is on record now."""
+        return await self._read(turns.look, self.turn, owner=self.owner)
+
+    async def read_reply(self, run: Run) -> Interaction | None:
+        """Return the latest question of the run, with its reply if there is one."""
+        return await self._read(interactions.find, run.key, run.interaction_count)
+
+    async def read_fingerprint(self) -> SessionFingerprint | None:
+        """Return the fingerprint of the session file at its question; None: none was taken."""
+        return await self._read(turns.mark_of, self.turn)
+
+    async def demand_owned(self) -> None:
+        """Raise Fenced if a newer epoch of this instance has started."""
+        await self._read(instances.demand_current, self.owner)
+
+    async def record_shim(self, *, pid: int, start_ticks: int) -> None:
+        """Record the shim that waits at its gate."""
+        lease = self.turn.lease
+        await self._write(
+            processes.gated, lease, owner=self.owner, pid=pid, start_ticks=start_ticks
+        )
+
+    async def record_start(self) -> None:
+        """Record that the gate is about to open, after which the agent may run."""
+        await self._write(processes.running, self.turn.lease, owner=self.owner)
+
+    async def record_session(self, session: Session) -> None:
+        """Record the handle by which the conversation can be resumed."""
+        await self._write(
+            turns.keep_session, self.turn, owner=self.owner, session=session, now=self.clock.now()
+        )
+
+    async def record_question(self, number: int, question: Question, *, due: Due) -> None:
+        """Record the question of a sticky process, which waits for the reply."""
+        await self._write(
+            turns.ask_and_stay,
+            self.turn,
+            owner=self.owner,
+            number=number,
+            question=question,
+            due=due,
+            now=self.clock.now(),
+        )
+
+    async def record_reply_read(self) -> None:
+        """Record that the process has read the accepted reply."""
+        await self._write(turns.delivered, self.turn, owner=self.owner)
+
+    async def record_reply_unread(self, number: int) -> None:
+        """Record that the process was given the reply to a question, and never read it."""
+        await self._write(turns.undelivered, self.turn, owner=self.owner, number=number)
+
+    async def record_end(
+        self, end: TurnEnd, ended: Ended, *, due: Due | None, fingerprint: SessionFingerprint | None
+    ) -> Run:
+        """Record how the turn and its process ended, and return the run.
+
+        Args:
+            due: when the wait that begins now, if any, will have lasted long enough; None: never.
+            fingerprint: of the session file, if one could be taken.
+        """
+        return await self._write(
+            turns.end,
+            self.turn,
+            owner=self.owner,
+            end=end,
+            ended=ended,
+            due=due,
+            mark=fingerprint,
+            now=self.clock.now(),
+        )
+
+    async def _read(
+        self, use: Callable[Concatenate[Database, P], R], *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        return await retry_until_done(lambda: self.storage.point(use, *args, **kwargs), self.log)
+
+    async def _write(
+        self, use: Callable[Concatenate[Database, P], R], *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        return await retry_until_done(
+            lambda: self.storage.write_own(use, *args, **kwargs), self.log
+        )

@@ -1,0 +1,344 @@
+"""What is known of a turn under way, and what each event changes. Pure: no I/O, no clock.
+
+`advance` takes the state and one event and returns the next state, with what the supervisor has to
+do about it before the next event. `tests/unit/test_turn_state.py` has the table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from enum import Enum, auto
+from typing import Final, TypeAlias
+
+from runrecovery_service.domain.deadline import DueKind
+from runrecovery_service.domain.run import Profile, Question, RunError
+from runrecovery_service.domain.turn import Asked, Observed, Succeeded
+from runrecovery_service.engines.dialect import (
+    AskMessage,
+    Message,
+    ProgressMessage,
+    ResultMessage,
+    SessionMessage,
+    UnknownMessage,
+)
+from runrecovery_service.process.shim_events import (
+    Empty,
+    EndsItself,
+    Exited,
+    Gated,
+    NotStarted,
+    ShimEvent,
+    Started,
+)
+
+LAST_OUTPUT_S: Final = 1.0
+"""How long a process that has exited may leave its output open: a child may hold it."""
+UNKNOWN_TYPES: Final = 100
+"""Unknown message types of one turn that are remembered, and so reported once."""
+SECOND_END: Final = "The agent gave a second, different result or question."
+ASKED_WITHOUT_SESSION: Final = "The agent asked without having named a session to resume."
+ASKED_WHILE_WAITING: Final = "The agent asked while its last question was open."
+RESULT_WHILE_WAITING: Final = "The agent gave its result while its question was open."
+SUSPENDED: Final = (
+    "The service was suspended for longer than its lease, so that the run's processes were ended."
+)
+
+
+# -- events ------------------------------------------------------------------------------------
+
+
+class Signal(Enum):
+    """Events without content."""
+
+    STDOUT_ENDED = auto()
+    STDERR_ENDED = auto()
+    SHIM_GONE = auto()
+    """The shim has closed its report."""
+    SHIM_USELESS = auto()
+    """The shim was found stopped or gone, although its report is still open."""
+    CANCELED = auto()
+    """A cancel was accepted."""
+    REPLY_LOST = auto()
+    """The process closed its input before it had read the reply."""
+    REPLY_ACCEPTED = auto()
+    """The open question of a sticky process has its reply, which is about to be written."""
+    OUTPUT_UNREAD = auto()
+    """The process should have ended, and its output is not read and parsed yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProtocolBroken:
+    """The agent broke the protocol. `how` is a sentence."""
+
+    how: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeadlinePassed:
+    """A deadline of the run has passed."""
+
+    kind: DueKind
+
+
+@dataclass(frozen=True, slots=True)
+class LineRead:
+    """The agent printed a line. `at_work`: see `engines.dialect.Heard`."""
+
+    at_work: bool | None
+
+
+TurnEvent: TypeAlias = "Message | ShimEvent | Signal | ProtocolBroken | DeadlinePassed | LineRead"
+
+
+# -- actions -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RecordSession:
+    """Record the session handle, which is a secret."""
+
+    handle: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class RecordQuestion:
+    """Record the question of a sticky process, which lives on."""
+
+    question: Question
+
+
+@dataclass(frozen=True, slots=True)
+class CompareEnds:
+    """Compare two results or questions; the protocol is broken if they differ (SECOND_END)."""
+
+    first: Asked | Succeeded
+    second: Asked | Succeeded
+
+
+@dataclass(frozen=True, slots=True)
+class ReportUnknown:
+    """Log a message of an unknown type."""
+
+    type: str
+
+
+Action: TypeAlias = RecordSession | RecordQuestion | CompareEnds | ReportUnknown
+
+
+# -- state -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnRules:
+    """What does not change during a turn.
+
+    Attributes:
+        profile: how the run waits for a reply; None: an unknown way, of a later version.
+        resumes: the process goes on with a session that is on record.
+        ends_once: a second, different result or question breaks the protocol.
+        exit_grace_s: how long a process may live on after its end or its last output.
+    """
+
+    profile: Profile | None
+    resumes: bool
+    ends_once: bool
+    exit_grace_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnState:
+    """What is known of a turn.
+
+    Attributes:
+        last_word: the question or result that ends the turn; the latest one counts.
+        is_at_work: the agent works on after a turn of its own has ended.
+        protocol_error: how the agent broke the protocol; None: it did not.
+        exited: how the agent's own process ended; None: it lives.
+        interrupted: why the shim ended the tree; None: it did not.
+        is_unsupervised: the shim was gone, or stopped, before the agent had ended.
+        is_tree_empty: the kernel told the shim that nothing of the tree is left.
+        deadline_passed: the deadline by which the turn is ended.
+        is_canceled: a cancel was accepted.
+        is_waiting: a sticky process waits for the reply to its question.
+        is_reply_lost: the process closed its input before it had read the reply.
+        has_session: the process has named its session.
+        open_outputs: how many of stdout and stderr are open.
+        exit_due_s: the loop's time by which the process must have ended; None: any time.
+        unknown_types: message types that were reported as unknown.
+    """
+
+    last_word: Asked | Succeeded | None = None
+    is_at_work: bool = False
+    protocol_error: str | None = None
+    exited: Exited | None = None
+    interrupted: str | None = None
+    is_unsupervised: bool = False
+    is_tree_empty: bool = False
+    deadline_passed: DueKind | None = None
+    is_canceled: bool = False
+    is_waiting: bool = False
+    is_reply_lost: bool = False
+    has_session: bool = False
+    open_outputs: int = 2
+    exit_due_s: float | None = None
+    unknown_types: frozenset[str] = frozenset()
+
+    @property
+    def is_over(self) -> bool:
+        """True when the process has ended, or has to be ended."""
+        # All output comes before the end: a caller that follows the run must miss nothing.
+        has_ended = self.exited is not None and not self.open_outputs
+        is_lost = self.is_unsupervised or self.interrupted is not None
+        is_stopped = self.is_canceled or self.deadline_passed is not None
+        return has_ended or is_lost or is_stopped or self.protocol_error is not None
+
+    @property
+    def end_reason(self) -> str:
+        """Why the tree is ended, in a word for the log."""
+        reasons = {
+            "canceled": self.is_canceled,
+            "timed_out": self.deadline_passed is not None,
+            "protocol_broken": self.protocol_error is not None,
+            "shim_lost": self.is_unsupervised,
+            "reply_lost": self.is_reply_lost,
+        }
+        return next((why for why, holds in reasons.items() if holds), "turn_over")
+
+    def observed(self, *, stderr_tail: str, failure: RunError | None) -> Observed:
+        """Return what `domain.turn.judge` decides on."""
+        return Observed(
+            said=self.last_word,
+            at_work=self.is_at_work,
+            undelivered=self.is_reply_lost,
+            broken=self.protocol_error,
+            exit_code=None if self.exited is None else self.exited.code,
+            failure=failure,
+            in_wait=self.is_waiting,
+            stderr_tail=stderr_tail,
+            interrupted=self.interrupted,
+            unsupervised=self.is_unsupervised,
+            timed_out=self.deadline_passed,
+        )
+
+
+Step: TypeAlias = "tuple[TurnState, Action | None]"
+
+
+def advance(state: TurnState, event: TurnEvent, rules: TurnRules, *, now_s: float) -> Step:
+    """Return the state after an event, and what is to be done before the next event.
+
+    Args:
+        now_s: the loop's time.
+    """
+    match event:
+        case LineRead(at_work):
+            return _line_read(state, rules, now_s, at_work=at_work), None
+        case ProtocolBroken(how):
+            return replace(state, protocol_error=how), None
+        case DeadlinePassed(kind):
+            return replace(state, deadline_passed=kind), None
+        case Signal():
+            return _signal(state, event, rules, now_s), None
+        case Exited() | EndsItself() | Empty():
+            return _shim_event(state, event, now_s), None
+        case Gated() | Started() | NotStarted():
+            return state, None  # the launch has waited for these
+        case _:
+            return _message(state, event, rules)
+
+
+def _message(state: TurnState, message: Message, rules: TurnRules) -> Step:
+    match message:
+        case SessionMessage(value=handle):
+            return replace(state, has_session=True), RecordSession(handle)
+        case AskMessage(question=question):
+            return _question(state, Asked(question), rules)
+        case ResultMessage(output=output):
+            return _last_word(state, Succeeded(output), rules)
+        case UnknownMessage(type=kind):
+            return _unknown(state, kind)
+        case ProgressMessage():
+            return state, None
+
+
+def _question(state: TurnState, asked: Asked, rules: TurnRules) -> Step:
+    if rules.profile is Profile.RESUMABLE:
+        if not state.has_session and not rules.resumes:
+            return replace(state, protocol_error=ASKED_WITHOUT_SESSION), None
+        return _last_word(state, asked, rules)
+    if state.is_waiting:
+        return replace(state, protocol_error=ASKED_WHILE_WAITING), None
+    if state.last_word is not None:
+        return replace(state, protocol_error=SECOND_END), None
+    # Before the question is committed: its reply may come right after the commit.
+    return replace(state, is_waiting=True), RecordQuestion(asked.question)
+
+
+def _last_word(state: TurnState, said: Asked | Succeeded, rules: TurnRules) -> Step:
+    """Keep what ends the turn. Some dialects allow only one."""
+    if state.is_waiting:
+        return replace(state, protocol_error=RESULT_WHILE_WAITING), None
+    if state.last_word is not None and rules.ends_once:
+        return state, CompareEnds(state.last_word, said)
+    return replace(state, last_word=said), None
+
+
+def _unknown(state: TurnState, kind: str) -> Step:
+    if kind in state.unknown_types:
+        return state, None
+    if len(state.unknown_types) < UNKNOWN_TYPES:
+        state = replace(state, unknown_types=state.unknown_types | {kind})
+    return state, ReportUnknown(kind)
+
+
+def _line_read(
+    state: TurnState, rules: TurnRules, now_s: float, *, at_work: bool | None
+) -> TurnState:
+    """After the end of a turn the exit has to follow, within a time that restarts with each line.
+
+    An agent that works on another turn of its own has no such limit.
+    """
+    if state.exited is not None or not state.open_outputs:
+        return replace(state, is_at_work=at_work is True)
+    if at_work is True:
+        return replace(state, is_at_work=True, exit_due_s=None)
+    if state.last_word is not None or at_work is False:
+        return replace(state, is_at_work=False, exit_due_s=now_s + rules.exit_grace_s)
+    return replace(state, is_at_work=False) if state.is_at_work else state
+
+
+def _signal(state: TurnState, signal: Signal, rules: TurnRules, now_s: float) -> TurnState:
+    soon_s = now_s + LAST_OUTPUT_S
+    match signal:
+        case Signal.CANCELED:
+            return replace(state, is_canceled=True)
+        case Signal.REPLY_ACCEPTED:
+            return replace(state, is_waiting=False)
+        case Signal.REPLY_LOST:  # the process may be at its end
+            return replace(state, is_reply_lost=True, exit_due_s=soon_s)
+        case Signal.STDOUT_ENDED:
+            due_s = now_s + rules.exit_grace_s
+            return replace(state, open_outputs=state.open_outputs - 1, exit_due_s=due_s)
+        case Signal.STDERR_ENDED:
+            return replace(state, open_outputs=state.open_outputs - 1)
+        case Signal.SHIM_GONE:
+            return replace(state, is_unsupervised=state.exited is None, exit_due_s=soon_s)
+        case Signal.SHIM_USELESS:
+            # A shim ends after its tree. While a write is retried, the straggler sweep may find
+            # the shim gone before the exit, which the shim reported, was taken from the queue.
+            return replace(state, is_unsupervised=state.exited is None)
+        case Signal.OUTPUT_UNREAD:
+            return replace(state, exit_due_s=soon_s)
+
+
+def _shim_event(state: TurnState, event: Exited | EndsItself | Empty, now_s: float) -> TurnState:
+    soon_s = now_s + LAST_OUTPUT_S
+    match event:
+        case Exited():
+            return replace(state, exited=event, exit_due_s=soon_s)
+        case EndsItself():
+            # An exit before that counts: the agent may have ended well.
+            interrupted = SUSPENDED if state.exited is None else None
+            return replace(state, interrupted=interrupted, exit_due_s=soon_s)
+        case Empty():
+            return replace(state, is_tree_empty=True, exit_due_s=soon_s)

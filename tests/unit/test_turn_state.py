@@ -1,0 +1,260 @@
+"""What each event of a turn changes, as a table: event in, state and action out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+from typing import Any, Final
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from runrecovery_service.domain.deadline import DueKind
+from runrecovery_service.domain.run import InteractionKind, Profile, Question
+from runrecovery_service.domain.turn import Asked, Succeeded
+from runrecovery_service.engines.dialect import (
+    AskMessage,
+    ProgressMessage,
+    ResultMessage,
+    SessionMessage,
+    UnknownMessage,
+)
+from runrecovery_service.execution.turn_state import (
+    CompareEnds,
+    DeadlinePassed,
+    LineRead,
+    ProtocolBroken,
+    RecordQuestion,
+    RecordSession,
+    ReportUnknown,
+    Signal,
+    TurnEvent,
+    TurnRules,
+    TurnState,
+    advance,
+)
+from runrecovery_service.process.shim_events import (
+    Empty,
+    EndsItself,
+    Exited,
+    Gated,
+    NotStarted,
+    Started,
+)
+
+NOW_S: Final = 1000.0
+SOON_S: Final = 1001.0
+"""A second later: how long output may stay open after an exit."""
+GRACE_S: Final = 1010.0
+RULES: Final = TurnRules(
+    profile=Profile.RESUMABLE, resumes=False, ends_once=True, exit_grace_s=10.0
+)
+STICKY: Final = replace(RULES, profile=Profile.STICKY_PROCESS)
+LAST_COUNTS: Final = replace(RULES, ends_once=False)
+RESUMING: Final = replace(RULES, resumes=True)
+QUESTION: Final = Question(kind=InteractionKind.CONFIRM, prompt="Go on?")
+ASKED, RESULT, OTHER = Asked(QUESTION), Succeeded({"a": 1}), Succeeded({"a": 2})
+EXIT: Final = Exited(code=0, user_us=1, system_us=2, max_rss_kib=3)
+SUSPENDED: Final = (
+    "The service was suspended for longer than its lease, so that the run's processes were ended."
+)
+NEW: Final = TurnState()
+
+Facts = dict[str, Any]
+
+# Before, event, rules; then what has changed, and what is to be done.
+TABLE: Final[list[tuple[Facts, TurnEvent, TurnRules, Facts, object]]] = [
+    # -- messages
+    (
+        {}, SessionMessage(value="h"), RULES,
+        {"has_session": True}, RecordSession("h"),
+    ),
+    ({}, ProgressMessage(message="m"), RULES, {}, None),
+    (
+        {}, UnknownMessage(type="t"), RULES,
+        {"unknown_types": frozenset({"t"})}, ReportUnknown("t"),
+    ),
+    ({"unknown_types": frozenset({"t"})}, UnknownMessage(type="t"), RULES, {}, None),
+    # -- a resumable process asks
+    (
+        {}, AskMessage(question=QUESTION), RULES,
+        {"protocol_error": "The agent asked without having named a session to resume."}, None,
+    ),
+    (
+        {"has_session": True}, AskMessage(question=QUESTION), RULES,
+        {"last_word": ASKED}, None,
+    ),
+    ({}, AskMessage(question=QUESTION), RESUMING, {"last_word": ASKED}, None),
+    # -- a sticky process asks
+    (
+        {}, AskMessage(question=QUESTION), STICKY,
+        {"is_waiting": True}, RecordQuestion(QUESTION),
+    ),
+    (
+        {"is_waiting": True}, AskMessage(question=QUESTION), STICKY,
+        {"protocol_error": "The agent asked while its last question was open."}, None,
+    ),
+    (
+        {"last_word": RESULT}, AskMessage(question=QUESTION), STICKY,
+        {"protocol_error": "The agent gave a second, different result or question."}, None,
+    ),
+    ({"is_waiting": True}, Signal.REPLY_ACCEPTED, STICKY, {"is_waiting": False}, None),
+    # -- results
+    ({}, ResultMessage(output={"a": 1}), RULES, {"last_word": RESULT}, None),
+    (
+        {"last_word": RESULT}, ResultMessage(output={"a": 2}), RULES,
+        {}, CompareEnds(RESULT, OTHER),
+    ),
+    (
+        {"last_word": RESULT}, ResultMessage(output={"a": 2}), LAST_COUNTS,
+        {"last_word": OTHER}, None,
+    ),
+    (
+        {"is_waiting": True}, ResultMessage(output={"a": 1}), STICKY,
+        {"protocol_error": "The agent gave its result while its question was open."}, None,
+    ),
+    # -- lines: after the end of a turn the exit has to follow
+    ({}, LineRead(None), RULES, {}, None),
+    ({"last_word": RESULT}, LineRead(None), RULES, {"exit_due_s": GRACE_S}, None),
+    ({}, LineRead(at_work=False), RULES, {"exit_due_s": GRACE_S}, None),
+    (
+        {"last_word": RESULT, "exit_due_s": SOON_S}, LineRead(at_work=True), RULES,
+        {"is_at_work": True, "exit_due_s": None}, None,
+    ),
+    (
+        {"is_at_work": True}, LineRead(None), RULES,
+        {"is_at_work": False}, None,
+    ),
+    (
+        {"last_word": RESULT, "exited": EXIT, "exit_due_s": SOON_S}, LineRead(None), RULES,
+        {}, None,
+    ),
+    (
+        {"last_word": RESULT, "open_outputs": 0}, LineRead(at_work=True), RULES,
+        {"is_at_work": True}, None,
+    ),
+    # -- the shim
+    ({}, Gated(watermarked=True), RULES, {}, None),
+    ({}, Started(pid=1, start_ticks=2), RULES, {}, None),
+    ({}, NotStarted("no"), RULES, {}, None),
+    ({}, EXIT, RULES, {"exited": EXIT, "exit_due_s": SOON_S}, None),
+    ({}, Empty(), RULES, {"is_tree_empty": True, "exit_due_s": SOON_S}, None),
+    (
+        {}, EndsItself("lease"), RULES,
+        {"interrupted": SUSPENDED, "exit_due_s": SOON_S}, None,
+    ),
+    ({"exited": EXIT}, EndsItself("lease"), RULES, {"exit_due_s": SOON_S}, None),
+    (
+        {}, Signal.SHIM_GONE, RULES,
+        {"is_unsupervised": True, "exit_due_s": SOON_S}, None,
+    ),
+    ({"exited": EXIT}, Signal.SHIM_GONE, RULES, {"exit_due_s": SOON_S}, None),
+    ({}, Signal.SHIM_USELESS, RULES, {"is_unsupervised": True}, None),
+    ({"exited": EXIT}, Signal.SHIM_USELESS, RULES, {}, None),
+    # -- pipes
+    (
+        {}, Signal.STDOUT_ENDED, RULES,
+        {"open_outputs": 1, "exit_due_s": GRACE_S}, None,
+    ),
+    ({}, Signal.STDERR_ENDED, RULES, {"open_outputs": 1}, None),
+    ({"exit_due_s": NOW_S}, Signal.OUTPUT_UNREAD, RULES, {"exit_due_s": SOON_S}, None),
+    (
+        {}, Signal.REPLY_LOST, RULES,
+        {"is_reply_lost": True, "exit_due_s": SOON_S}, None,
+    ),
+    # -- orders
+    ({}, Signal.CANCELED, RULES, {"is_canceled": True}, None),
+    (
+        {}, DeadlinePassed(DueKind.RUN), RULES,
+        {"deadline_passed": DueKind.RUN}, None,
+    ),
+    ({}, ProtocolBroken("How."), RULES, {"protocol_error": "How."}, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("before", "event", "rules", "changes", "action"), TABLE)
+def test_an_event_changes_exactly_this(
+    before: Facts, event: TurnEvent, rules: TurnRules, changes: Facts, action: object
+) -> None:
+    state = replace(NEW, **before)
+
+    assert advance(state, event, rules, now_s=NOW_S) == (replace(state, **changes), action)
+
+
+def test_every_signal_is_in_the_table() -> None:
+    assert {event for _, event, *_ in TABLE if isinstance(event, Signal)} == set(Signal)
+
+
+@pytest.mark.parametrize(
+    ("facts", "is_over"),
+    [
+        ({}, False),
+        ({"exited": EXIT}, False),  # all output comes before the end
+        ({"exited": EXIT, "open_outputs": 1}, False),
+        ({"exited": EXIT, "open_outputs": 0}, True),
+        ({"open_outputs": 0}, False),  # it lives on, until its exit is due
+        ({"last_word": RESULT}, False),
+        ({"is_reply_lost": True}, False),
+        ({"is_unsupervised": True}, True),
+        ({"interrupted": "lease"}, True),
+        ({"is_canceled": True}, True),
+        ({"deadline_passed": DueKind.WAIT}, True),
+        ({"protocol_error": "How."}, True),
+    ],
+)
+def test_a_turn_is_over_when_its_process_has_ended_or_must_be_ended(
+    facts: Facts, *, is_over: bool
+) -> None:
+    assert replace(NEW, **facts).is_over is is_over
+
+
+def test_the_reason_to_end_a_tree_is_the_first_that_holds() -> None:
+    facts: Facts = {
+        "is_canceled": True, "deadline_passed": DueKind.RUN, "protocol_error": "How.",
+        "is_unsupervised": True, "is_reply_lost": True,
+    }  # fmt: skip
+    reasons = []
+    while facts:
+        reasons.append(replace(NEW, **facts).end_reason)
+        del facts[next(iter(facts))]
+    reasons.append(NEW.end_reason)
+
+    assert reasons == [
+        "canceled", "timed_out", "protocol_broken", "shim_lost", "reply_lost", "turn_over",
+    ]  # fmt: skip
+
+
+def test_a_hundred_unknown_types_are_remembered() -> None:
+    state = NEW
+    for number in range(101):
+        state, _ = advance(state, UnknownMessage(type=str(number)), RULES, now_s=NOW_S)
+
+    assert state.unknown_types == frozenset(str(number) for number in range(100))
+
+
+EVENTS: Final = [event for _, event, *_ in TABLE]
+
+
+@given(
+    events=st.lists(st.sampled_from(EVENTS), max_size=12),
+    rules=st.sampled_from([RULES, STICKY, LAST_COUNTS, RESUMING]),
+)
+def test_what_ends_a_turn_is_never_taken_back(events: list[TurnEvent], rules: TurnRules) -> None:
+    state = NEW
+    for event in events:
+        before = state
+        state, _ = advance(state, event, rules, now_s=NOW_S)
+
+        assert not before.is_canceled or state.is_canceled
+        assert before.exited is None or state.exited is not None
+        assert before.protocol_error is None or state.protocol_error is not None
+        assert before.deadline_passed is None or state.deadline_passed is not None
+        assert state.open_outputs <= before.open_outputs
+
+
+def test_every_event_is_taken_in_every_state() -> None:
+    states = [replace(NEW, **facts) for facts, *_ in TABLE]
+    for state, event, rules in product(states, EVENTS, [RULES, STICKY, LAST_COUNTS]):
+        advanced, _ = advance(state, event, rules, now_s=NOW_S)
+
+        assert isinstance(advanced, TurnState)
