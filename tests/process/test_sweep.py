@@ -883,7 +883,7 @@ def test_there_is_one_place_that_sends_signals() -> None:
     }
 
     # The demo ends the services that it started itself, through its own Popen.
-    assert senders - {"cli/demo.py"} == {"process/signals.py"}
+    assert senders - {"cli/demo/service_process.py"} == {"process/signals.py"}
 
 
 def test_who_is_found_is_killed_though_the_first_look_outlasts_the_deadline(

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from runrecovery_service.cli import demo as demo_module
 from runrecovery_service.cli import local
+from runrecovery_service.cli.demo import steps
+from runrecovery_service.cli.demo.scenario import DemoFailed
+from runrecovery_service.cli.demo.service_process import ServiceProcess
 
 
 @pytest.fixture
@@ -20,20 +22,20 @@ def _signals_as_they_were() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("why", [KeyboardInterrupt, SystemExit, demo_module.Untrue])
+@pytest.mark.parametrize("why", [KeyboardInterrupt, SystemExit, DemoFailed])
 def test_a_demo_that_is_ended_while_its_service_starts_ends_that_service(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: type[BaseException]
 ) -> None:
     started: list[subprocess.Popen[bytes]] = []
 
-    def interrupted(service: demo_module.ServiceProcess, _: str) -> dict[str, object]:
+    def interrupted(service: ServiceProcess, _: str) -> dict[str, object]:
         started.append(service.popen)
         raise why
 
-    monkeypatch.setattr(demo_module.ServiceProcess, "wait_for_log", interrupted)
+    monkeypatch.setattr(ServiceProcess, "wait_for_log", interrupted)
     try:
         with pytest.raises(why):
-            demo_module.ServiceProcess.start(tmp_path, 1)
+            ServiceProcess.start(tmp_path, 1)
 
         assert [popen.returncode for popen in started] == [-signal.SIGKILL]
     finally:
@@ -52,7 +54,7 @@ def test_a_demo_under_nohup_goes_on_when_its_terminal_is_closed(
         seen.extend(signal.getsignal(one) for one in (signal.SIGHUP, signal.SIGTERM))
         return 0
 
-    monkeypatch.setattr(demo_module, "run_demo", run_demo)
+    monkeypatch.setattr(steps, "run_demo", run_demo)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

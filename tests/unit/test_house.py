@@ -15,7 +15,7 @@ SENDERS = {
 }  # fmt: skip
 SENDS_SIGNALS = {
     "process/signals.py",  # the one function through which service and shim end processes
-    "cli/demo.py",  # ends the service that it has started itself
+    "cli/demo/service_process.py",  # ends the service that it has started itself
 }
 
 

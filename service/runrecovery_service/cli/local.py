@@ -190,12 +190,12 @@ def backup(settings: Settings, dest: Path) -> ExitCode:
 @click.command()
 def demo() -> ExitCode:
     """Watch runs survive a kill -9, explained run by run; nothing is left behind."""
-    from runrecovery_service.cli.demo import run_demo
+    from runrecovery_service.cli.demo import steps
 
     for number in (signal.SIGTERM, signal.SIGHUP):  # it must end its service, and clear away
         if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGHUP is under nohup
             signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
-        return ExitCode(run_demo())
+        return ExitCode(steps.run_demo())
     except OSError as error:
         raise Failure(f"the demo cannot go on: {error}", code=ExitCode.FAILED) from error
