@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -39,9 +39,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from runrecovery_service.clock import Clock
 from runrecovery_service.domain.reconciliation import Cause, TrustClearing
-from runrecovery_service.recovery.startup import Limits, Recovery
+from runrecovery_service.process.ending import Ending
+from runrecovery_service.recovery.bulk_session_check import BulkSessionCheck
+from runrecovery_service.recovery.reconcile import Recovery, RecoveryLimits
+from runrecovery_service.recovery.status import RecoveryStatus
+from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import tables
 from runrecovery_service.storage.database import Database, open_database
+from runrecovery_service.storage.processes import Lease
 
 from bench.postgres import ScratchPostgres, scratch_postgres
 from bench.seed import DEFAULT_MIX, Seeding, claim, fill
@@ -155,6 +160,18 @@ def _save_one(run: tables.Run, now: int) -> None:
     )  # fmt: skip
 
 
+class Nothing:
+    """No launch to end, and no trust entry to remove."""
+
+    def end(self, launches: Sequence[Lease]) -> dict[int, Ending]:
+        """See `LaunchEnder`."""
+        return {}
+
+    def clear_on_connection(self, *_: object) -> TrustClearing:
+        """See `TrustCleaner`."""
+        return TrustClearing()
+
+
 def ours(db: Database, data_dir: Path) -> None:
     """The service's own recovery; its log goes to /dev/null."""
     with Path(os.devnull).open("w") as nowhere:
@@ -165,21 +182,19 @@ def ours(db: Database, data_dir: Path) -> None:
         Recovery(
             owner=claim(db, instance=INSTANCE, data_dir=data_dir),
             cause=Cause.STARTUP,
-            containment=None,
-            limits=Limits(
+            clock=Clock(),
+            limits=RecoveryLimits(
                 batch_rows=BATCH,
                 batch_s=1.0,
                 safe_mode_after=0,
                 safe_mode_window_s=0,
                 reopen_window_s=3600,
             ),
-            sweep=lambda leases: {},
-            clear_trust=lambda *_: TrustClearing(),
-            session_checks={},
-            workspace=lambda key, attempt: data_dir,
-            clock=Clock(),
-            stopping=lambda: False,
-        ).run(db, lambda reconciliation_id: None)
+            stop=StopSignal(),
+            sessions=BulkSessionCheck(checks={}, workspace=lambda key, attempt: data_dir),
+            launches=Nothing(),
+            trust=Nothing(),
+        ).run(db, RecoveryStatus())
 
 
 WAYS: Final[dict[str, Callable[[Database, Path], None]]] = {

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from runrecovery_service.clock import Clock
 from runrecovery_service.domain.session_check import SessionCheck, SessionFingerprint, StoredHandle
-from runrecovery_service.recovery.sessions import Asker, changed_findings
+from runrecovery_service.recovery.bulk_session_check import BulkSessionCheck, changed_findings
 from runrecovery_service.storage import converge
 from runrecovery_service.storage.converge import Scope
 from runrecovery_service.storage.database import open_database
@@ -118,8 +118,8 @@ def restart(sessions: Sessions, handles: Sequence[StoredHandle], top: Path) -> f
         checks: dict[str, SessionCheck] = {ENGINE: SessionCheck(sessions.home.store.check)}
         begun = time.perf_counter()
         found = 0
-        asker = Asker(checks=checks, workspace=lambda key, _: handles[key - 1].workspace)
-        for changed in changed_findings(db, scope, asker):
+        bulk = BulkSessionCheck(checks=checks, workspace=lambda key, _: handles[key - 1].workspace)
+        for changed in changed_findings(db, scope, bulk):
             converge.record_findings(db, scope, changed)
             found += sum(one.holds for one in changed.values())
         seconds = time.perf_counter() - begun

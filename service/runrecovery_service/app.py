@@ -35,7 +35,7 @@ from runrecovery_service.execution.straggler_sweep import StragglerSweep
 from runrecovery_service.execution.supervisor_factory import SupervisorFactory
 from runrecovery_service.execution.tree_deadline import TreeDeadline
 from runrecovery_service.execution.trust_sweep import TrustSweep
-from runrecovery_service.lifecycle import Progress, Service, prepare_process, store_kept
+from runrecovery_service.lifecycle import Service, prepare_process, store_kept
 from runrecovery_service.locks import Holdings
 from runrecovery_service.machine import open_cgroup_parent, plan_open_files
 from runrecovery_service.ownership import Ownership, trees_until
@@ -45,8 +45,10 @@ from runrecovery_service.process.host import Host
 from runrecovery_service.process.open_files import OpenFiles
 from runrecovery_service.process.probe import prove_containment
 from runrecovery_service.process.watermark import watermark_bits
+from runrecovery_service.recovery.bulk_session_check import BulkSessionCheck
 from runrecovery_service.recovery.plan import Planner
-from runrecovery_service.recovery.startup import Limits, Recovery
+from runrecovery_service.recovery.reconcile import Recovery, RecoveryLimits
+from runrecovery_service.recovery.status import RecoveryStatus
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.listen_address import parse_listen_address
 from runrecovery_service.rpc.recovery_service import RecoveryDeps
@@ -161,7 +163,7 @@ def build(
         kill_grace_s=settings.cancel_grace_s,
         soft_open_files=open_files.agents_soft,
     )
-    stop, progress = StopSignal(), Progress()
+    stop, status = StopSignal(), RecoveryStatus(containment)
     gate = Gate(retry_after_s=settings.retry_hint_s)
     turns = RunningTurns(tree_deadline=tree_deadline)
     dispatcher = Dispatcher(
@@ -193,6 +195,7 @@ def build(
     )
     db.guard(ownership.demand_current)
     checks = session_checks(catalog)
+    sessions = BulkSessionCheck(checks=checks, workspace=workspaces.workspace)
     server = build_server(
         gate,
         run_deps=RunDeps(
@@ -207,9 +210,8 @@ def build(
         recovery_deps=RecoveryDeps(
             storage=storage,
             owner=owner,
-            current_report=lambda: progress.report_id,
-            containment=lambda: containment.result() if containment.done() else None,
-            planner=Planner(owner=owner, session_checks=checks, workspace=workspaces.workspace),
+            status=status,
+            planner=Planner(owner=owner, sessions=sessions),
         ),
         limits=ServerLimits(
             max_concurrent_calls=settings.max_concurrent_calls,
@@ -222,34 +224,31 @@ def build(
     recovery = Recovery(
         owner=owner,
         cause=Cause.STARTUP,
-        containment=containment.result,
-        limits=_limits(settings),
-        sweep=LaunchEnder(
+        clock=clock,
+        limits=_recovery_limits(settings),
+        stop=stop,
+        sessions=sessions,
+        launches=LaunchEnder(
             workspaces=workspaces,
             cgroups=cgroups,
             why="orphan",
             grace_s=settings.orphan_grace_s,
             deadline_s=settings.orphan_deadline_s,
-        ).end,
-        clear_trust=trust.clear_on_connection,
-        session_checks=checks,
-        workspace=workspaces.workspace,
-        clock=clock,
-        stopping=lambda: stop.is_set,
+        ),
+        trust=trust,
     )
-    # The recovery of the next start, done by a planned stop. A second signal cuts it off.
+    # Only a second signal interrupts the recovery of a planned stop: it ends the process.
     closing = replace(
         recovery,
         cause=Cause.SHUTDOWN,
-        containment=None,
-        sweep=LaunchEnder(
+        stop=StopSignal(),
+        launches=LaunchEnder(
             workspaces=workspaces,
             cgroups=cgroups,
             why="stop",
             grace_s=settings.cancel_grace_s,
             deadline_s=settings.cancel_grace_s + settings.orphan_deadline_s,
-        ).end,
-        stopping=lambda: False,
+        ),
     )
     return Service(
         settings=settings,
@@ -257,7 +256,7 @@ def build(
         owner=owner,
         threads=threads,
         stop=stop,
-        progress=progress,
+        status=status,
         gate=gate,
         server=server,
         recovery=recovery,
@@ -328,8 +327,8 @@ def _place(host: Host, cgroups: CgroupParent | None) -> Place:
     )
 
 
-def _limits(settings: Settings) -> Limits:
-    return Limits(
+def _recovery_limits(settings: Settings) -> RecoveryLimits:
+    return RecoveryLimits(
         batch_rows=settings.recovery_batch_rows,
         batch_s=settings.recovery_batch_s,
         safe_mode_after=settings.safe_mode_after,

@@ -36,7 +36,8 @@ from runrecovery_service.execution.straggler_sweep import StragglerSweep
 from runrecovery_service.execution.trust_sweep import TrustSweep
 from runrecovery_service.ownership import Ownership
 from runrecovery_service.process import prctl
-from runrecovery_service.recovery.startup import Recovery
+from runrecovery_service.recovery.reconcile import Recovery
+from runrecovery_service.recovery.status import RecoveryStatus
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.server import GrpcServer
 from runrecovery_service.stop_signal import StopSignal
@@ -98,13 +99,6 @@ def _lost(db: Database) -> StoreLost | None:
     return None
 
 
-@dataclass(slots=True)
-class Progress:
-    """How far the recovery of this start is: the id of its report, once that can be read."""
-
-    report_id: str | None = None
-
-
 @dataclass(slots=True, kw_only=True, eq=False)
 class Service:
     """All the parts of a running service."""
@@ -114,7 +108,7 @@ class Service:
     owner: Owner
     threads: SteadyThreadPool
     stop: StopSignal
-    progress: Progress
+    status: RecoveryStatus
     gate: Gate
     server: GrpcServer
     recovery: Recovery
@@ -142,7 +136,7 @@ class Service:
             )
             await self._demand_containment()
             report = await self._recover()
-            if report is not None and not self.stop.is_set:
+            if report is not None and not self.stop.is_set():
                 self._open(report)
             await self.stop.wait()
         finally:
@@ -179,14 +173,12 @@ class Service:
 
     async def _recover(self) -> Reconciliation | None:
         """Recover, again after a failure; None when the service is to stop instead."""
-        if self.stop.is_set:
+        if self.stop.is_set():
             return None
         pause_s = self.settings.recovery_backoff_s
         for left in reversed(range(self.settings.recovery_tries)):
             try:
-                return await self.storage.alone(
-                    lambda db: self.recovery.run(db, self._report_begun)
-                )
+                return await self.storage.alone(lambda db: self.recovery.run(db, self.status))
             except RecoveryInterrupted:
                 return None
             except Fenced as error:
@@ -205,13 +197,10 @@ class Service:
             if left and not await self.stop.wait_within(pause_s):
                 pause_s = min(pause_s * 2, RECOVERY_BACKOFF_MOST_S)
                 self.gate.recovering()
-            elif self.stop.is_set:
+            elif self.stop.is_set():
                 return None
         self.stop.fail(failure)
         return None
-
-    def _report_begun(self, reconciliation_id: str) -> None:
-        self.progress.report_id = reconciliation_id
 
     def _listen_to_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -233,7 +222,7 @@ class Service:
         """Stop a service whose terminal was closed: nobody could see it or press Ctrl-C."""
         if early_signals.has_terminal():
             log.info("service.signal_ignored", signal=signal.SIGHUP.name)
-        elif not self.stop.is_set:
+        elif not self.stop.is_set():
             # Not counted: a single SIGTERM that follows must not cut the stop short.
             log.info("service.stop_asked", signal=signal.SIGHUP.name, times=self._stop_asked)
             self.stop.request()
@@ -283,7 +272,7 @@ class Service:
         """
         await self.dispatcher.detach()
         deciding = asyncio.ensure_future(
-            self.storage.alone(lambda db: self.closing.run(db, lambda _: None))
+            self.storage.alone(lambda db: self.closing.run(db, RecoveryStatus()))
         )
         silent = asyncio.create_task(self.ownership.unrenewed.wait())
         await asyncio.wait({deciding, silent}, return_when=asyncio.FIRST_COMPLETED)

@@ -61,6 +61,7 @@ class Ownership:
     stop: StopSignal
     unrenewed: asyncio.Event = field(default_factory=asyncio.Event, init=False)
     _silent: set[str] = field(default_factory=set, init=False)
+    _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop, init=False)
 
     def start(self) -> Sequence[asyncio.Task[None]]:
         """Begin, and return the tasks, which run until they are cancelled."""
@@ -87,7 +88,7 @@ class Ownership:
         try:
             instances.demand_current(db, self.owner)
         except Fenced as error:
-            self.stop.fail_from_thread(error)
+            self._loop.call_soon_threadsafe(self.stop.fail, error)
             raise
 
     async def _renew(self) -> None:
@@ -145,7 +146,7 @@ class Ownership:
             write_every = RENEWALS_PER_LEASE * WRITE_TRIAL_LEASES
         while True:
             await asyncio.sleep(self.lease_ttl_s / RENEWALS_PER_LEASE)
-            if not self.gate.recovered or self.stop.is_set:
+            if not self.gate.recovered or self.stop.is_set():
                 continue
             # After a failure every look: a read alone would call a failing write well.
             error = await self._failing_statement(write=bool(failed) or looks % write_every == 0)

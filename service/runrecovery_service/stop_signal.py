@@ -1,4 +1,4 @@
-"""The one signal that stops the service, made before anything that may give it."""
+"""The one signal that stops the service. It is made before every object that may give it."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ log = structlog.get_logger()
 
 
 class StopSignal:
-    """Whether the service is to stop, and by which error. Make it on the event loop."""
+    """Records that the service is to stop, and the error that stops it.
+
+    Everything but `is_set` belongs to the event loop.
+    """
 
     def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
         self._event = asyncio.Event()
         self._failure: Exception | None = None
 
-    @property
     def is_set(self) -> bool:
-        """True once a stop was requested. May be read on any thread."""
+        """Return whether a stop was requested. May be called on any thread."""
         return self._event.is_set()
 
     @property
     def failure(self) -> Exception | None:
-        """The first error that the service stops by; None: a signal stops it, or nothing yet."""
+        """The first error that stopped the service; None: no stop yet, or an ordinary one."""
         return self._failure
 
     def request(self) -> None:
@@ -34,16 +35,12 @@ class StopSignal:
         self._event.set()
 
     def fail(self, error: Exception) -> None:
-        """Stop the service because of an error. The first error is kept."""
+        """Stop the service because of an error; the first error is kept."""
         self._failure = self._failure or error
         self._event.set()
 
-    def fail_from_thread(self, error: Exception) -> None:
-        """Call `fail` from any thread."""
-        self._loop.call_soon_threadsafe(self.fail, error)
-
     def task_ended(self, task: asyncio.Task[None]) -> None:
-        """Stop the service if a task that must not end has ended by an error (a done callback)."""
+        """Stop the service if a task has failed. Add this as a done callback of the task."""
         error = None if task.cancelled() else task.exception()
         if isinstance(error, Exception):
             log.error("service.defect", exc_info=error)

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Final
 
-from runrecovery_service import app
+from runrecovery_service.agents import end_launches
 from runrecovery_service.cli import main
 from runrecovery_service.process import procfs, shim
 from runrecovery_service.process.ending import Ending
@@ -41,7 +41,7 @@ def kill_groups() -> None:
                     os.killpg(lease.pid, signal.SIGKILL)
         return {lease.launch_key: Ending(gone=True) for lease in leases}
 
-    _break(app, "end_trees", end_groups)
+    _break(end_launches, "end_trees", end_groups)
 
 
 def forget_watermarks() -> None:

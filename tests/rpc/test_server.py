@@ -26,7 +26,9 @@ from runrecovery_service.agents.workspaces import Workspaces
 from runrecovery_service.domain import run as domain
 from runrecovery_service.domain.run import NewRun, Run, RunStatus
 from runrecovery_service.engines.catalog import Catalog, Engine
+from runrecovery_service.recovery.bulk_session_check import BulkSessionCheck
 from runrecovery_service.recovery.plan import Planner
+from runrecovery_service.recovery.status import RecoveryStatus
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.listen_address import ListenFailed
 from runrecovery_service.rpc.recovery_service import RecoveryDeps
@@ -156,9 +158,11 @@ def deps(storage: FakeStorage, workspaces: Workspaces) -> tuple[RunDeps, Recover
         RecoveryDeps(
             storage=cast("Any", storage),
             owner=OWNER,
-            current_report=lambda: None,
-            containment=lambda: None,
-            planner=Planner(owner=OWNER, session_checks={}, workspace=workspaces.workspace),
+            status=RecoveryStatus(),
+            planner=Planner(
+                owner=OWNER,
+                sessions=BulkSessionCheck(checks={}, workspace=workspaces.workspace),
+            ),
         ),
     )
 

@@ -13,7 +13,7 @@ from runrecovery_service.domain.reconciliation import Cause
 from runrecovery_service.domain.run import Profile, RunError, Session
 from runrecovery_service.domain.session_check import SessionFinding, SessionVerdict
 from runrecovery_service.domain.turn import Asked, Failed, Interrupted, Succeeded
-from runrecovery_service.recovery.report import ReportBook
+from runrecovery_service.recovery.report import ReportBuilder
 from runrecovery_service.storage import (
     converge,
     deadlines,
@@ -65,7 +65,7 @@ class Prepared:
         )
         trust.record(world.db, self.entry, host_id="host", owner=world.owner, now=world.now)
         self.queued = world.create()
-        self.report = ReportBook(
+        self.report = ReportBuilder(
             owner=world.owner,
             reconciliation_id="under way",
             cause=Cause.SHUTDOWN,

@@ -6,7 +6,6 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,13 @@ from runrecovery_service.domain.session_check import (
     apply_policy,
 )
 from runrecovery_service.engines.sessions.lines import FOUND
+from runrecovery_service.recovery.bulk_session_check import (
+    CHECK_S,
+    BulkSessionCheck,
+    changed_findings,
+)
 from runrecovery_service.recovery.plan import Planner
-from runrecovery_service.recovery.sessions import Asker, changed_findings
+from runrecovery_service.recovery.status import RecoveryStatus
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.recovery_service import RecoveryDeps, RecoveryService
 from runrecovery_service.storage import converge
@@ -40,11 +44,16 @@ from runrecovery_service.storage.database import Kind
 from .conftest import World
 
 
-def planner(world: World, checks: dict[str, SessionCheck] | None = None) -> Planner:
+def planner(
+    world: World, checks: dict[str, SessionCheck] | None = None, *, check_s: float = CHECK_S
+) -> Planner:
     return Planner(
         owner=world.owner,
-        session_checks=checks or {},
-        workspace=lambda key, attempt: Path(f"/{key}/{attempt}"),
+        sessions=BulkSessionCheck(
+            checks=checks or {},
+            workspace=lambda key, attempt: Path(f"/{key}/{attempt}"),
+            check_s=check_s,
+        ),
     )
 
 
@@ -101,8 +110,8 @@ def recover(world: World, checks: dict[str, SessionCheck]) -> Tally:
     """Restart as the service does: sessions are checked before anything is decided."""
     world.restart()
     scope = world.begin()
-    asker = Asker(checks=checks, workspace=planner(world).workspace)
-    for found in changed_findings(world.db, scope, asker):
+    bulk = planner(world, checks).sessions
+    for found in changed_findings(world.db, scope, bulk):
         converge.record_findings(world.db, scope, found)
     tally, after = Tally(), 0
     while batch := converge.next_batch(world.db, scope, after=after, rows=3):
@@ -275,7 +284,7 @@ def test_plans_leave_a_check_alone_that_does_not_answer(
         release.wait()
         yield FOUND[SessionReason.WHOLE]
 
-    made = replace(planner(world, {"hangs": SessionCheck(hang, unknown)}), check_s=0.0)
+    made = planner(world, {"hangs": SessionCheck(hang, unknown)}, check_s=0.0)
     kept = unknown is UnknownSession.KEEP
     try:
         for _ in range(3):
@@ -327,9 +336,8 @@ async def test_a_plan_that_waits_for_files_keeps_no_thread_of_the_store(world: W
     deps = RecoveryDeps(
         storage=storage,
         owner=world.owner,
-        current_report=lambda: None,
-        containment=lambda: None,
-        planner=replace(planner(world, {"hangs": SessionCheck(hang)}), check_s=600.0),
+        status=RecoveryStatus(),
+        planner=planner(world, {"hangs": SessionCheck(hang)}, check_s=600.0),
     )
     service = RecoveryService(deps, Gate())
     plans = [

@@ -13,7 +13,7 @@ from typing import Any, Final
 import pytest
 from runrecovery_service.domain.errors import RecoveryInterrupted
 from runrecovery_service.domain.explanation import explain_facts
-from runrecovery_service.domain.reconciliation import Cause, Reconciliation, TrustClearing
+from runrecovery_service.domain.reconciliation import Cause, Reconciliation
 from runrecovery_service.domain.run import Profile, Run, Session
 from runrecovery_service.domain.session_check import (
     SessionCheck,
@@ -26,11 +26,15 @@ from runrecovery_service.domain.session_check import (
 from runrecovery_service.domain.turn import Asked
 from runrecovery_service.engines.catalog import Engine
 from runrecovery_service.engines.sessions.lines import FOUND
-from runrecovery_service.recovery import sessions
+from runrecovery_service.recovery import bulk_session_check
+from runrecovery_service.recovery.bulk_session_check import CHECK_S, BulkSessionCheck
 from runrecovery_service.recovery.plan import Planner
-from runrecovery_service.recovery.startup import Limits, Recovery
+from runrecovery_service.recovery.reconcile import Recovery, RecoveryLimits
+from runrecovery_service.recovery.status import RecoveryStatus
+from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import recovery, reopening, turns
 from runrecovery_service.storage.converge import StoredSession
+from support.recovery import FakeLaunchEnder, FakeTrustCleaner
 from support.sessions import PRESETS, SessionHome, text_of
 
 from .conftest import QUESTION, World
@@ -65,6 +69,11 @@ class Shop:
         check = engine.session_check
         return {"demo": check if self.look is None else replace(check, run=self.look)}
 
+    @property
+    def sessions(self) -> BulkSessionCheck:
+        """What asks this check."""
+        return BulkSessionCheck(checks=self.checks, workspace=self.workspace)
+
     def waiting(self, *, marked: bool = True, answered: bool = False) -> tuple[Run, Path]:
         """A run that waits for its user or for its turn, and its session file."""
         turn = self.world.running()
@@ -77,31 +86,28 @@ class Shop:
         run = self.world.end(turn, Asked(QUESTION), mark=mark if marked else None)
         return (self.world.reply(run) if answered else run), file
 
-    def recover(self, **changes: Any) -> Reconciliation:
+    def recover(
+        self, *, stop: StopSignal | None = None, check_s: float = CHECK_S
+    ) -> Reconciliation:
         """Restart, and recover as the service does."""
         self.world.restart()
-        given: dict[str, Any] = {"stopping": lambda: False} | changes
-        limits = Limits(
+        limits = RecoveryLimits(
             batch_rows=3, batch_s=1, safe_mode_after=0, safe_mode_window_s=0, reopen_window_s=60
         )
         return Recovery(
             owner=self.world.owner,
             cause=Cause.STARTUP,
-            containment=None,
-            limits=limits,
-            sweep=lambda leases: {},
-            clear_trust=lambda *_: TrustClearing(),
-            session_checks=self.checks,
-            workspace=self.workspace,
             clock=self.world.ticking_clock,
-            **given,
-        ).run(self.world.db, lambda _: None)
+            limits=limits,
+            stop=stop or StopSignal(),
+            sessions=replace(self.sessions, check_s=check_s),
+            launches=FakeLaunchEnder(),
+            trust=FakeTrustCleaner(),
+        ).run(self.world.db, RecoveryStatus())
 
     def planned(self) -> tuple[dict[str, str], dict[str, int]]:
         """The rule that a plan foresees for each run, and how many runs each rule gets."""
-        planner = Planner(
-            owner=self.world.owner, session_checks=self.checks, workspace=self.workspace
-        )
+        planner = Planner(owner=self.world.owner, sessions=self.sessions)
         page, totals = planner.decide(planner.read(self.world.db, after=None, limit=100))
         assert totals is not None
         rules = {one.run_id: one.decision.rule for one in page.rows}
@@ -252,7 +258,7 @@ def test_a_home_that_is_not_mounted_costs_no_run(shop: Shop) -> None:
 def test_a_check_that_does_not_answer_ends_neither_the_start_nor_a_run(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unknown: UnknownSession
 ) -> None:
-    monkeypatch.setattr(sessions, "SESSIONS_PER_CHECK", 2)
+    monkeypatch.setattr(bulk_session_check, "SESSIONS_PER_CHECK", 2)
     release, asked = threading.Event(), list[int]()
 
     def hang(handles: Sequence[StoredHandle]) -> Iterator[SessionFinding]:
@@ -284,10 +290,10 @@ def test_a_check_that_does_not_answer_ends_neither_the_start_nor_a_run(
 
 
 def test_a_stop_is_heard_while_a_check_does_not_answer(world: World, tmp_path: Path) -> None:
-    release, asked = threading.Event(), threading.Event()
+    release, stop = threading.Event(), StopSignal()
 
     def hang(handles: Sequence[StoredHandle]) -> Iterator[SessionFinding]:
-        asked.set()
+        stop.request()
         release.wait()
         yield from ()
 
@@ -297,7 +303,7 @@ def test_a_stop_is_heard_while_a_check_does_not_answer(world: World, tmp_path: P
     world.restart()
     try:
         with pytest.raises(RecoveryInterrupted):
-            shop.recover(stopping=asked.is_set, check_s=3600.0)
+            shop.recover(stop=stop, check_s=3600.0)
     finally:
         release.set()
 
@@ -313,23 +319,23 @@ def test_one_engine_that_does_not_answer_takes_no_time_of_another(world: World) 
         release.wait()
         yield from ()
 
-    asker = sessions.Asker(
+    bulk = BulkSessionCheck(
         checks={
             "hangs": SessionCheck(hang),
             "answers": SessionCheck(lambda handles: [FOUND[SessionReason.WHOLE] for _ in handles]),
         },
         workspace=lambda key, attempt: Path("/"),
         check_s=99,
-        now=lambda: clock[0],
+        monotonic=lambda: clock[0],
     )
     try:
         for _ in range(2):
-            assert asker.ask("hangs", [one, one]) == [FOUND[SessionReason.NOT_ANSWERED]] * 2
-            assert asker.ask("answers", [one]) == [FOUND[SessionReason.WHOLE]]
+            assert bulk.find("hangs", [one, one]) == [FOUND[SessionReason.NOT_ANSWERED]] * 2
+            assert bulk.find("answers", [one]) == [FOUND[SessionReason.WHOLE]]
     finally:
         release.set()
     assert clock == [100.0]
-    assert list(asker.silent) == ["hangs"]
+    assert list(bulk.hanging) == ["hangs"]
 
 
 def test_a_check_with_a_defect_is_not_taken_for_silence(world: World) -> None:
@@ -338,11 +344,11 @@ def test_a_check_with_a_defect_is_not_taken_for_silence(world: World) -> None:
     def fail(handles: Sequence[StoredHandle]) -> list[SessionFinding]:
         raise ZeroDivisionError
 
-    asker = sessions.Asker(
+    bulk = BulkSessionCheck(
         checks={"demo": SessionCheck(fail)}, workspace=lambda key, attempt: Path("/")
     )
     with pytest.raises(ZeroDivisionError):
-        asker.ask("demo", [one])
+        bulk.find("demo", [one])
 
 
 @pytest.mark.parametrize("unknown", UnknownSession)
@@ -396,9 +402,11 @@ def test_a_run_whose_session_came_back_is_set_back_and_kept_by_its_mark(shop: Sh
 
 def test_a_stop_is_heard_between_two_bulks_of_checks(shop: Shop) -> None:
     shop.waiting()
+    stop = StopSignal()
+    stop.request()
 
     with pytest.raises(RecoveryInterrupted):
-        shop.recover(stopping=lambda: True)
+        shop.recover(stop=stop)
 
     assert shop.world.rows("SELECT session_verdict FROM run") == [(None,)]
 

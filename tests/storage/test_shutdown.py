@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,16 @@ from runrecovery_service.domain.reconciliation import (
 from runrecovery_service.domain.run import RunStatus
 from runrecovery_service.domain.turn import Succeeded
 from runrecovery_service.process.ending import Ending
-from runrecovery_service.recovery import startup
-from runrecovery_service.recovery.startup import Limits, Recovery, Told
+from runrecovery_service.recovery import reconcile
+from runrecovery_service.recovery.bulk_session_check import BulkSessionCheck
+from runrecovery_service.recovery.reconcile import RecordRemovals, Recovery, RecoveryLimits
+from runrecovery_service.recovery.status import RecoveryStatus
+from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import converge, instances, processes, recovery, runs
 from runrecovery_service.storage.converge import Tally
 from runrecovery_service.storage.database import Database, open_database
 from runrecovery_service.storage.processes import Lease
+from support.recovery import ClearTrust, FakeLaunchEnder, FakeTrustCleaner, clear_nothing
 
 from .conftest import (
     DECIDED,
@@ -222,26 +227,28 @@ def nobody_found(leases: Sequence[Lease]) -> Mapping[int, Ending]:
     return {lease.key: Ending(found=1, ended=1, gone=True) for lease in leases}
 
 
-def make_recovery(world: World, cause: Cause, **changes: Any) -> Recovery:
-    given: dict[str, Any] = {
-        "sweep": nobody_found,
-        "clear_trust": lambda db, told, enough: TrustClearing(),
-        "limits": limits(3),
-    } | changes
+def make_recovery(
+    world: World,
+    cause: Cause,
+    *,
+    sweep: Callable[[Sequence[Lease]], Mapping[int, Ending]] = nobody_found,
+    clear_trust: ClearTrust = clear_nothing,
+    limits: RecoveryLimits | None = None,
+) -> Recovery:
     return Recovery(
         owner=world.owner,
         cause=cause,
-        containment=None if cause is Cause.SHUTDOWN else lambda: PROVED,
-        session_checks={},
-        workspace=lambda key, attempt: Path("/nowhere"),
         clock=world.ticking_clock,
-        stopping=lambda: False,
-        **given,
+        limits=limits or limits_of(3),
+        stop=StopSignal(),
+        sessions=BulkSessionCheck(checks={}, workspace=lambda key, attempt: Path("/nowhere")),
+        launches=FakeLaunchEnder(sweep),
+        trust=FakeTrustCleaner(clear_trust),
     )
 
 
-def limits(safe_mode_after: int, *, batch_rows: int = 4) -> Limits:
-    return Limits(
+def limits_of(safe_mode_after: int, *, batch_rows: int = 4) -> RecoveryLimits:
+    return RecoveryLimits(
         batch_rows=batch_rows,
         batch_s=1.0,
         safe_mode_after=safe_mode_after,
@@ -252,7 +259,10 @@ def limits(safe_mode_after: int, *, batch_rows: int = 4) -> Limits:
 
 def recovered(world: World, cause: Cause, **changes: Any) -> Reconciliation:
     """Do all that a start, or a planned stop, does."""
-    return make_recovery(world, cause, **changes).run(world.db, lambda _: None)
+    probe: Future[Containment] = Future()
+    probe.set_result(PROVED)
+    status = RecoveryStatus(None if cause is Cause.SHUTDOWN else probe)
+    return make_recovery(world, cause, **changes).run(world.db, status)
 
 
 def fail_to_sweep(leases: Sequence[Lease]) -> Mapping[int, Ending]:
@@ -296,7 +306,7 @@ def test_what_a_stop_ended_before_it_was_cut_off_is_told_by_the_next_start(world
     cut = make_recovery(world, Cause.SHUTDOWN)
     seed, world.db = world.db, CutDatabase(world.db, at=9)
     with pytest.raises(PowerCut):
-        cut.run(world.db, lambda _: None)
+        cut.run(world.db, RecoveryStatus())
     world.db = seed
     assert world.rows("SELECT state, processes_ended FROM process_lease") == [("CLOSED", 1)]
     assert world.get(turn.run).status is RunStatus.RUNNING
@@ -346,7 +356,7 @@ def test_safe_mode_begins_after_as_many_unfinished_starts_as_configured_and_0_is
     for safe_mode_after in (3, 3, 0, 4, 4):
         world.restart()
         with pytest.raises(PowerCut):
-            recovered(world, Cause.STARTUP, sweep=fail_to_sweep, limits=limits(safe_mode_after))
+            recovered(world, Cause.STARTUP, sweep=fail_to_sweep, limits=limits_of(safe_mode_after))
 
     reports = recovery.reconciliation_page(world.db, after=None, limit=9).rows
 
@@ -356,12 +366,12 @@ def test_safe_mode_begins_after_as_many_unfinished_starts_as_configured_and_0_is
 def test_a_recovery_logs_so_many_decisions_and_no_more(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(startup, "DECISIONS_LOGGED", 3)
+    monkeypatch.setattr(reconcile, "DECISIONS_LOGGED", 3)
     one_of_each(world)
     world.restart()
 
     with structlog.testing.capture_logs() as told:
-        report = recovered(world, Cause.STARTUP, limits=limits(3, batch_rows=2))
+        report = recovered(world, Cause.STARTUP, limits=limits_of(3, batch_rows=2))
 
     logged = [event for event in told if event["event"] == "recovery.run_decided"]
     assert (report.runs_scanned, len(logged)) == (10, 3)
@@ -411,7 +421,7 @@ def test_what_was_taken_out_of_the_files_of_clis_is_in_the_report(
     taken = tuple(map(removal, range(150)))
     done = TrustClearing(removals=taken, failures=("/g: not_parsable: at line 1",))
 
-    def clear(db: Database, told: Told, enough: Callable[[], bool]) -> TrustClearing:
+    def clear(db: Database, told: RecordRemovals, enough: Callable[[], bool]) -> TrustClearing:
         told(db, taken[:70])
         told(db, taken[70:])
         return done
@@ -443,7 +453,7 @@ class Killed(BaseException):
 def test_what_was_taken_out_is_in_the_report_of_a_start_that_was_killed_after_it(
     world: World,
 ) -> None:
-    def clear(db: Database, told: Told, enough: Callable[[], bool]) -> TrustClearing:
+    def clear(db: Database, told: RecordRemovals, enough: Callable[[], bool]) -> TrustClearing:
         with db.transaction():
             told(db, (removal(0),))
         raise Killed
@@ -456,14 +466,14 @@ def test_what_was_taken_out_is_in_the_report_of_a_start_that_was_killed_after_it
     assert (cut_off.trust_removals, cut_off.bindings.trust_entries) == ((removal(0),), 1)
 
 
-@pytest.mark.parametrize("seconds", [0.0, startup.TRUST_S])
+@pytest.mark.parametrize("seconds", [0.0, reconcile.TRUST_S])
 def test_files_of_clis_get_no_more_time_than_there_is(
     world: World, monkeypatch: pytest.MonkeyPatch, seconds: float
 ) -> None:
-    monkeypatch.setattr(startup, "TRUST_S", seconds)
+    monkeypatch.setattr(reconcile, "TRUST_S", seconds)
     asked = []
 
-    def clear(db: Database, told: Told, enough: Callable[[], bool]) -> TrustClearing:
+    def clear(db: Database, told: RecordRemovals, enough: Callable[[], bool]) -> TrustClearing:
         asked.append(enough())
         return TrustClearing()
 

@@ -22,6 +22,7 @@ from runrecovery_service.domain.run import (
     RunStatus,
 )
 from runrecovery_service.domain.transitions import is_legal
+from runrecovery_service.recovery.bulk_session_check import BulkSessionCheck
 from runrecovery_service.recovery.plan import Planner
 from runrecovery_service.storage import converge, instances, recovery
 from runrecovery_service.storage.converge import Scope, Tally
@@ -180,7 +181,9 @@ def test_sql_decides_as_python_does(database: Database) -> None:
 def test_a_plan_is_what_the_restart_then_does(database: Database) -> None:
     before = owner_of(database)
     store(database, before, CAN_BE_STORED)
-    planner = Planner(owner=before, session_checks={}, workspace=lambda key, attempt: Path("/"))
+    planner = Planner(
+        owner=before, sessions=BulkSessionCheck(checks={}, workspace=lambda key, attempt: Path("/"))
+    )
     planned: list[tuple[object, ...]] = []
     totals: RecoveryPlan | None = None
     after: tuple[int, ...] | None = None

@@ -87,7 +87,7 @@ async def test_a_fenced_step_ends_the_loop_and_stops_the_service(
 
     await make(steps).run()
 
-    assert (steps.count, stop_signal.is_set, stop_signal.failure) == (2, True, error)
+    assert (steps.count, stop_signal.is_set(), stop_signal.failure) == (2, True, error)
 
 
 async def test_finish_lets_the_step_that_is_under_way_end(stop_signal: StopSignal) -> None:

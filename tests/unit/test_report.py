@@ -19,8 +19,8 @@ from runrecovery_service.domain.reconciliation import (
     TrustRemoval,
 )
 from runrecovery_service.domain.run import RecoveryState
-from runrecovery_service.recovery.report import ReportBook
-from runrecovery_service.recovery.startup import next_batch_rows
+from runrecovery_service.recovery.reconcile import next_batch_rows
+from runrecovery_service.recovery.report import ReportBuilder
 from runrecovery_service.storage import recovery
 from runrecovery_service.storage.converge import DAMAGED_NAMED, Tally
 from runrecovery_service.storage.database import Database
@@ -31,8 +31,8 @@ START = datetime(2026, 11, 24, tzinfo=UTC)
 
 
 @pytest.fixture
-def book(database: Database) -> ReportBook:
-    book = ReportBook(
+def book(database: Database) -> ReportBuilder:
+    book = ReportBuilder(
         owner=Owner("default", 3, "t"),
         reconciliation_id="r",
         cause=Cause.STARTUP,
@@ -47,7 +47,7 @@ def stored(db: Database) -> Reconciliation:
     return recovery.reconciliation(db, "r")
 
 
-def test_an_opened_report_is_running_and_empty(database: Database, book: ReportBook) -> None:
+def test_an_opened_report_is_running_and_empty(database: Database, book: ReportBuilder) -> None:
     report = stored(database)
 
     assert (
@@ -58,7 +58,7 @@ def test_an_opened_report_is_running_and_empty(database: Database, book: ReportB
     ) == ("default", 3, True, ())  # fmt: skip
 
 
-def test_a_batch_is_written_before_it_counts(database: Database, book: ReportBook) -> None:
+def test_a_batch_is_written_before_it_counts(database: Database, book: ReportBuilder) -> None:
     book.tally = Tally(scanned=2, decisions={"requeued": 2})
 
     book.write(database, Tally(scanned=3, decisions={"requeued": 1, "cancel_completed": 2}))
@@ -74,7 +74,7 @@ def test_a_batch_is_written_before_it_counts(database: Database, book: ReportBoo
 
 
 def test_a_completed_report_is_read_back_as_it_was_told(
-    database: Database, book: ReportBook
+    database: Database, book: ReportBuilder
 ) -> None:
     book.runs_total = 9
     book.tally = Tally(
@@ -95,14 +95,14 @@ def test_a_completed_report_is_read_back_as_it_was_told(
     assert [phase.name for phase in report.phases] == ["converge"]
 
 
-def test_a_failed_report_says_why(database: Database, book: ReportBook) -> None:
+def test_a_failed_report_says_why(database: Database, book: ReportBuilder) -> None:
     report = book.fail(database, "StorageFull")
 
     assert report == stored(database)
     assert (report.state, report.error) == (ReconciliationState.FAILED, "StorageFull")
 
 
-def test_warnings_are_bounded(database: Database, book: ReportBook) -> None:
+def test_warnings_are_bounded(database: Database, book: ReportBuilder) -> None:
     book.warnings.extend(str(n) for n in range(1000))
 
     book.write(database)
@@ -145,16 +145,16 @@ def test_a_limit_below_the_smallest_batch_holds() -> None:
 
 
 def test_what_could_not_be_put_on_record_as_taken_out_is_not_in_the_report(
-    database: Database, book: ReportBook
+    database: Database, book: ReportBuilder
 ) -> None:
     first, second = (
         TrustRemoval(run_id="r", file="/f", folder=folder, outcome="removed")
         for folder in ("/one", "/two")
     )
-    book.took_out(database, (first,))
+    book.record_removals(database, (first,))
     database.execute("UPDATE reconciliation SET state = 'FAILED'")
     with pytest.raises(StorageBusy):  # another start has closed it
-        book.took_out(database, (second,))
+        book.record_removals(database, (second,))
     database.execute("UPDATE reconciliation SET state = 'RUNNING'")
 
     assert book.complete(database).trust_removals == (first,)

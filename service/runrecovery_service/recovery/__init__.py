@@ -1,1 +1,1 @@
-"""What happens between a start and SERVING: orphans, convergence, bindings, the report."""
+"""Recovery: what happens between a start and SERVING, and at a planned stop."""

@@ -1,7 +1,7 @@
-"""What a restart at this moment would decide. Reads only; sessions are checked as it would.
+"""Previews what a restart at this moment would decide, without a change.
 
-Rows are read in one snapshot, and sessions are looked at when that is closed: a transaction does
-not wait for files, which may lie on storage that does not answer.
+The rows are read in one snapshot. The sessions are checked after the snapshot is closed: their
+files may be on storage that does not answer, and no transaction may wait for such files.
 """
 
 from __future__ import annotations
@@ -20,27 +20,26 @@ from runrecovery_service.domain.plan import (
 )
 from runrecovery_service.domain.recovery_matrix import Fact
 from runrecovery_service.domain.run import Page
-from runrecovery_service.domain.session_check import SessionCheck, SessionFinding
-from runrecovery_service.recovery.sessions import (
-    CHECK_S,
-    SESSIONS_PER_CHECK,
-    Asker,
-    Silent,
-    Workspace,
-)
+from runrecovery_service.domain.session_check import SessionFinding
+from runrecovery_service.recovery.bulk_session_check import SESSIONS_PER_CHECK, BulkSessionCheck
 from runrecovery_service.storage import converge, processes
 from runrecovery_service.storage.converge import Foreseen, Reach, StoredSession
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner
 
 _Session = tuple[StoredSession, Situation]
-"""A session that is to be looked at, and what a restart would see of its run by the record."""
+"""A session to check, and the situation of its run by the stored rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Totals:
-    """What all runs are counted by: what a restart would see of them by the record, those of them
-    whose session is to be looked at, and the launches that it would end."""
+    """The rows from which all runs are counted.
+
+    Attributes:
+        situations: how many runs are in each situation, by the stored rows.
+        sessions: the sessions to check, by engine.
+        launches: how many launches a restart would end.
+    """
 
     situations: Sequence[tuple[Situation, int]]
     sessions: Mapping[str, Sequence[_Session]] = field(repr=False)
@@ -49,7 +48,7 @@ class _Totals:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
-    """What the store said at one moment: of a page of runs, and of all of them for the first."""
+    """The rows of one snapshot: a page of runs and, for the first page, the totals of all runs."""
 
     page: Sequence[Foreseen] = field(repr=False)
     after: tuple[int, ...] | None
@@ -58,21 +57,20 @@ class Rows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planner:
-    """Foresees the next restart of one instance, with the checks that this one has."""
+    """Previews the next restart of one instance, with the session checks of this start."""
 
     owner: Owner
-    session_checks: Mapping[str, SessionCheck]
-    workspace: Workspace
-    check_s: float = CHECK_S
-    _silent: Silent = field(default_factory=dict)
+    sessions: BulkSessionCheck
 
     @property
     def _reach(self) -> Reach:
         return Reach(owner=self.owner, before=self.owner.epoch + 1)
 
     def read(self, db: Database, *, after: tuple[int, ...] | None, limit: int) -> Rows:
-        """Read a page of runs, in the order in which a restart would decide on them; with the
-        first one also what all of them are counted by, of one state of the store."""
+        """Read a page of runs, in the order in which a restart would decide on them.
+
+        The first page also has the totals, from the same snapshot.
+        """
         with db.snapshot():
             runs = converge.foreseen_page(
                 db, self._reach, after=after[0] if after else 0, limit=limit + 1
@@ -86,12 +84,12 @@ class Planner:
     def _read_totals(self, db: Database) -> _Totals:
         return _Totals(
             situations=converge.situations(db, self._reach),
-            sessions={engine: self._sessions(db, engine) for engine in self.session_checks},
+            sessions={engine: self._sessions(db, engine) for engine in self.sessions.checks},
             launches=len(processes.unclosed(db, self.owner, before=self._reach.before)),
         )
 
     def _sessions(self, db: Database, engine: str) -> list[_Session]:
-        """Read the sessions of an engine. There may be very many: what they share is kept once."""
+        """Return the sessions of an engine. Equal situations share one object, to save memory."""
         sessions: list[_Session] = []
         known: dict[Situation, Situation] = {}
         after = 0
@@ -107,75 +105,77 @@ class Planner:
         return sessions
 
     def decide(self, rows: Rows) -> tuple[Page[PlannedDecision], RecoveryPlan | None]:
-        """Look at the sessions, and return the page of decisions, and of the first one all in
-        numbers. Blocking, and it needs no store."""
-        found, plan = self._looked_at(rows.page), None
+        """Check the sessions, and return the page of decisions; for the first page also the plan.
+
+        This blocks, and needs no store.
+        """
+        found, plan = self._check_page(rows.page), None
         if rows.totals is not None:
-            plan = self._counted(rows.totals, found)
+            plan = self._count(rows.totals, found)
         decisions = tuple(
             PlannedDecision(
                 run_id=run.run_id,
                 engine=run.engine,
                 status=run.situation.status,
-                decision=preview_decision(_with(run.situation, found.get(run.run_key))),
+                decision=preview_decision(_with_finding(run.situation, found.get(run.run_key))),
             )
             for run in rows.page
         )
         return Page(rows=decisions, after=rows.after), plan
 
-    def _looked_at(self, page: Sequence[Foreseen]) -> dict[int, SessionFinding]:
-        """Return what the checks say of these runs' sessions, by run key."""
-        asker, found = self._asker(), dict[int, SessionFinding]()
-        for engine in self.session_checks:
+    def _check_page(self, page: Sequence[Foreseen]) -> dict[int, SessionFinding]:
+        """Return the findings of the sessions of these runs, by run key."""
+        self._forget_finished_checks()
+        found: dict[int, SessionFinding] = {}
+        for engine in self.sessions.checks:
             stored = [run.session for run in page if run.engine == engine and run.session]
             keys = [session.run_key for session in stored]
-            found |= zip(keys, asker.ask(engine, stored), strict=True)
+            found |= zip(keys, self.sessions.find(engine, stored), strict=True)
         return found
 
-    def _counted(self, totals: _Totals, found: Mapping[int, SessionFinding]) -> RecoveryPlan:
-        """Count all runs by what the record says of them; those whose session is not any more what
-        it says are then moved, one by one."""
+    def _count(self, totals: _Totals, found: Mapping[int, SessionFinding]) -> RecoveryPlan:
+        """Count all runs by their stored situation, then correct runs with another finding."""
         counts: Counter[Decision] = Counter()
         for situation, count in totals.situations:
             counts[preview_decision(situation)] += count
-        asker = self._asker()
+        self._forget_finished_checks()
         for engine, sessions in totals.sessions.items():
-            for (_, situation), finding in _answered(asker, engine, sessions, found):
-                now = _with(situation, finding)
+            for (_, situation), finding in _findings(self.sessions, engine, sessions, found):
+                now = _with_finding(situation, finding)
                 if now != situation:
                     counts[preview_decision(situation)] -= 1
                     counts[preview_decision(now)] += 1
         return sum_decisions(counts.items(), launches=totals.launches)
 
-    def _asker(self) -> Asker:
-        """Return what asks the checks; none of those that are still at an earlier question."""
-        for engine, asked in list(self._silent.items()):
-            if asked.done():
-                self._silent.pop(engine, None)
-        return Asker(
-            checks=self.session_checks,
-            workspace=self.workspace,
-            check_s=self.check_s,
-            silent=self._silent,
-        )
+    def _forget_finished_checks(self) -> None:
+        """Let engines whose previous check has finished be checked again."""
+        hanging = self.sessions.hanging
+        for engine, check in list(hanging.items()):
+            if check.done():
+                hanging.pop(engine, None)
 
 
-def _answered(
-    asker: Asker, engine: str, sessions: Sequence[_Session], known: Mapping[int, SessionFinding]
+def _findings(
+    bulk: BulkSessionCheck,
+    engine: str,
+    sessions: Sequence[_Session],
+    known: Mapping[int, SessionFinding],
 ) -> Iterator[tuple[_Session, SessionFinding]]:
-    """Yield each session with what the check says of it; those that are known are not asked of."""
+    """Yield each session with its finding. Sessions with a known finding are not checked."""
     for at in range(0, len(sessions), SESSIONS_PER_CHECK):
-        some = sessions[at : at + SESSIONS_PER_CHECK]
-        open_ones = [stored for stored, _ in some if stored.run_key not in known]
-        answers = iter(asker.ask(engine, open_ones))
-        for one in some:
-            finding = known.get(one[0].run_key)
-            yield one, next(answers) if finding is None else finding
+        portion = sessions[at : at + SESSIONS_PER_CHECK]
+        unknown = [stored for stored, _ in portion if stored.run_key not in known]
+        findings = iter(bulk.find(engine, unknown))
+        for session in portion:
+            finding = known.get(session[0].run_key)
+            yield session, next(findings) if finding is None else finding
 
 
-def _with(situation: Situation, finding: SessionFinding | None) -> Situation:
-    """Return what a restart would see of a run with a session of which its check says this; None:
-    the run has none, or its engine no check."""
+def _with_finding(situation: Situation, finding: SessionFinding | None) -> Situation:
+    """Return the situation of a run whose session has this finding.
+
+    None: the run has no session, or its engine has no session check.
+    """
     if finding is None:
         return situation
     facts = situation.facts

@@ -1,4 +1,4 @@
-"""The report of a restart while it is being made."""
+"""Builds the report of one recovery, and writes it into the store while the recovery runs."""
 
 from __future__ import annotations
 
@@ -28,8 +28,13 @@ from runrecovery_service.storage.recovery import RULE_STATES
 
 
 @dataclass(slots=True, kw_only=True)
-class ReportBook:
-    """Collects what a recovery does."""
+class ReportBuilder:
+    """Collects the counts, phases and warnings of a recovery.
+
+    Attributes:
+        key: the primary key of the report, once `open` has written it.
+        tally: the counts of all committed batches.
+    """
 
     owner: Owner
     reconciliation_id: str
@@ -47,7 +52,7 @@ class ReportBook:
     warnings: list[str] = field(default_factory=list)
 
     def open(self, db: Database) -> None:
-        """Begin the report in the store."""
+        """Write a new report with state RUNNING."""
         self.started_at = self.clock.now()
         self.key = recovery.begin(
             db,
@@ -60,18 +65,20 @@ class ReportBook:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time one part of the recovery."""
+        """Record the duration of one phase of the recovery."""
         begun = time.monotonic()
         yield
         self.phases.append(Phase(name=name, duration_s=round(time.monotonic() - begun, 6)))
 
     def write(self, db: Database, batch: Tally | None = None) -> None:
-        """Write the report as it is, with a batch that is about to commit."""
+        """Write the report so far, including a batch that is about to commit."""
         recovery.write_report(db, self.key, self._as_of(self.tally + (batch or Tally())))
 
-    def took_out(self, db: Database, removals: tuple[TrustRemoval, ...]) -> None:
-        """Write, in the transaction that puts it on record, what went out of files of CLIs: a
-        later report does not know of it any more."""
+    def record_removals(self, db: Database, removals: tuple[TrustRemoval, ...]) -> None:
+        """Write trust removals into the report, in the transaction that deletes their rows.
+
+        Without those rows no later report could name the removals.
+        """
         before = self.trust_removals
         self.trust_removals += removals
         try:
@@ -81,11 +88,11 @@ class ReportBook:
             raise
 
     def complete(self, db: Database) -> Reconciliation:
-        """Close the report: every run has its decision."""
+        """Close the report of a recovery that decided on every run."""
         return self._close(db, ReconciliationState.COMPLETED, None)
 
     def fail(self, db: Database, error: str) -> Reconciliation:
-        """Close the report of a recovery that could not finish."""
+        """Close the report of a recovery that failed."""
         return self._close(db, ReconciliationState.FAILED, error)
 
     def _close(self, db: Database, state: ReconciliationState, error: str | None) -> Reconciliation:

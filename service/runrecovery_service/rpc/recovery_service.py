@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Final
@@ -11,8 +11,9 @@ from typing import Final
 from runrecovery.v1 import recovery_service_pb2 as pb
 
 from runrecovery_service import daemon_threads
-from runrecovery_service.domain.reconciliation import Containment, RecoveredFilter
+from runrecovery_service.domain.reconciliation import RecoveredFilter
 from runrecovery_service.recovery.plan import Planner
+from runrecovery_service.recovery.status import RecoveryStatus
 from runrecovery_service.rpc import (
     enums,
     paging,
@@ -33,16 +34,11 @@ EXPLANATIONS: Final = 100
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecoveryDeps:
-    """What RecoveryService works with.
-
-    `current_report` gives the reconciliation_id of this start, None until its report is open;
-    `containment` what its probe proved, None until that has ended.
-    """
+    """What RecoveryService works with."""
 
     storage: Storage
     owner: Owner
-    current_report: Callable[[], str | None]
-    containment: Callable[[], Containment | None]
+    status: RecoveryStatus
     planner: Planner
 
 
@@ -52,8 +48,7 @@ class RecoveryService:
     def __init__(self, deps: RecoveryDeps, gate: Gate) -> None:
         self._storage = deps.storage
         self._owner = deps.owner
-        self._current_report = deps.current_report
-        self._containment = deps.containment
+        self._status = deps.status
         self._planner = deps.planner
         self._planning = asyncio.Lock()
         self._gate = gate
@@ -131,7 +126,7 @@ class RecoveryService:
         self, _request: pb.GetRecoveryStatusRequest
     ) -> pb.GetRecoveryStatusResponse:
         """Return what the service is doing, the report of this start and what stays alive."""
-        current = self._current_report()
+        current = self._status.report_id
         report = (
             None if current is None else await self._storage.point(recovery.reconciliation, current)
         )
@@ -142,7 +137,7 @@ class RecoveryService:
             response,
             state=self._gate.state,
             report=report,
-            containment=self._containment(),
+            containment=self._status.containment,
             unended=await self._storage.read(processes.unended, self._owner, limit=UNENDED_NAMED),
         )
         return response

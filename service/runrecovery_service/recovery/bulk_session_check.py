@@ -1,0 +1,113 @@
+"""Checks in bulk which sessions of agents can still be resumed.
+
+A check reads files, and their storage may not answer. Each bulk has a time limit. Sessions without
+an answer by then count as not answered, and the check of that engine is not called again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from runrecovery_service import daemon_threads
+from runrecovery_service.domain.errors import RecoveryInterrupted
+from runrecovery_service.domain.session_check import SessionCheck, SessionFinding, StoredHandle
+from runrecovery_service.stop_signal import StopSignal
+from runrecovery_service.storage import converge
+from runrecovery_service.storage.converge import Reach, StoredSession
+from runrecovery_service.storage.database import Database
+
+SESSIONS_PER_CHECK: Final = 5000
+CHECK_S: Final = 30.0
+"""The time limit of one bulk."""
+STOP_POLL_S: Final = 0.1
+"""How often a running check looks whether the service is to stop."""
+
+WorkspaceOf = Callable[[int, int], Path]
+"""Returns the workspace of a run key and an attempt."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BulkSessionCheck:
+    """Calls the session checks of all engines for one recovery, or for one plan.
+
+    Attributes:
+        checks: the check of each engine that has one.
+        stop: interrupts a bulk; by default nothing does.
+        check_s: the time limit of one bulk.
+        monotonic: the clock of the time limit.
+        hanging: the checks that did not answer in time, by engine. They are not called again.
+    """
+
+    checks: Mapping[str, SessionCheck]
+    workspace: WorkspaceOf
+    stop: StopSignal = field(default_factory=StopSignal)
+    check_s: float = CHECK_S
+    monotonic: Callable[[], float] = time.monotonic
+    hanging: dict[str, Future[None]] = field(default_factory=dict)
+
+    def find(self, engine: str, stored: Sequence[StoredSession]) -> list[SessionFinding]:
+        """Return the finding of the engine's check for each session.
+
+        Raises:
+            RecoveryInterrupted: the service is to stop.
+        """
+        check = self.checks[engine]
+        is_called = stored and engine not in self.hanging
+        findings = self._findings_in_time(engine, check, stored) if is_called else []
+        return findings + [check.not_answered] * (len(stored) - len(findings))
+
+    def _findings_in_time(
+        self, engine: str, check: SessionCheck, stored: Sequence[StoredSession]
+    ) -> list[SessionFinding]:
+        """Return the findings that arrive within the time limit; the rest are missing."""
+        handles = [self._handle(session) for session in stored]
+        findings: list[SessionFinding] = []
+
+        def look() -> None:
+            for finding in check.run(handles):
+                findings.append(finding)  # noqa: PERF402 - the waiting thread sees each at once
+
+        deadline = self.monotonic() + self.check_s
+        running = daemon_threads.start(look)
+        while not wait([running], STOP_POLL_S).done:
+            if self.stop.is_set():
+                raise RecoveryInterrupted
+            if self.monotonic() >= deadline:
+                self.hanging[engine] = running
+                return findings.copy()  # a copy: the check may still append to the list
+        running.result()
+        return findings
+
+    def _handle(self, session: StoredSession) -> StoredHandle:
+        return StoredHandle(
+            handle=session.handle,
+            workspace=self.workspace(session.run_key, session.attempt),
+            fingerprint=session.mark,
+        )
+
+
+def changed_findings(
+    db: Database, reach: Reach, bulk: BulkSessionCheck
+) -> Iterator[dict[int, SessionFinding]]:
+    """Check the session of every run that a restart decides on.
+
+    Yields:
+        The findings that differ from the recorded ones, by run key, one dict for each bulk.
+    """
+    for engine in bulk.checks:
+        after = 0
+        while stored := converge.sessions_to_check(
+            db, reach, engine=engine, after=after, limit=SESSIONS_PER_CHECK
+        ):
+            findings = bulk.find(engine, stored)
+            yield {
+                session.run_key: finding
+                for session, finding in zip(stored, findings, strict=True)
+                if finding != session.finding
+            }
+            after = stored[-1].run_key

@@ -1,0 +1,369 @@
+"""The order of a recovery: at a start, and for its own epoch at a planned stop.
+
+A crash may cut off any step; the next start then does the step again. A planned stop does the same
+steps, so that its next start finds them done.
+
+0. Adopt what another instance name left in a SQLite store. The steps below then cover it.
+1. Kill orphans, before any state changes: an orphan may still write to a run that is about to fail.
+2. Check the sessions of engines that have a session check.
+3. Decide on every run of an earlier epoch, in batches.
+4. Clear the bindings of ended runs.
+5. Remove trust entries that no run needs from the files of agent CLIs. No failure of this step
+   prevents a start.
+6. Set deadlines by the clock that runs now.
+7. Commit the report, with the result of the containment probe. The gate opens only after this.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Final, Protocol
+
+import structlog
+
+from runrecovery_service.clock import Clock
+from runrecovery_service.domain.errors import RecoveryInterrupted, StorageBusy, error_facts
+from runrecovery_service.domain.reconciliation import (
+    Cause,
+    OrphanCounts,
+    Reconciliation,
+    TrustClearing,
+    TrustRemoval,
+)
+from runrecovery_service.process.ending import Ending
+from runrecovery_service.recovery import report_warnings
+from runrecovery_service.recovery.bulk_session_check import BulkSessionCheck, changed_findings
+from runrecovery_service.recovery.report import ReportBuilder
+from runrecovery_service.recovery.status import RecoveryStatus
+from runrecovery_service.stop_signal import StopSignal
+from runrecovery_service.storage import adoption, converge, deadlines, processes, recovery
+from runrecovery_service.storage.adoption import Adopted
+from runrecovery_service.storage.converge import Batch, Scope
+from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.faults import DRIVER_ERRORS, translate
+from runrecovery_service.storage.instances import Owner
+from runrecovery_service.storage.processes import Ended, Lease
+
+log = structlog.get_logger()
+
+SMALLEST_BATCH: Final = 500
+TRUST_S: Final = 10.0
+"""Time for the files of agent CLIs. A sweep removes the rest while the service runs."""
+DECISIONS_LOGGED: Final = 1000
+"""Decisions of one recovery that get a log line of their own. The history has all decisions."""
+
+RecordRemovals = Callable[[Database, tuple[TrustRemoval, ...]], object]
+"""Records removals in the transaction that deletes their rows."""
+
+
+class LaunchEnder(Protocol):
+    """Kills the processes of launches."""
+
+    def end(self, launches: Sequence[Lease]) -> Mapping[int, Ending]:
+        """Kill every process of these launches, and return the result for each launch key."""
+        ...
+
+
+class TrustCleaner(Protocol):
+    """Removes trust entries that no run needs from the files of agent CLIs."""
+
+    def clear_on_connection(
+        self, db: Database, record: RecordRemovals, is_over: Callable[[], bool]
+    ) -> TrustClearing:
+        """Remove entries until all are removed, or until `is_over` returns True between two edits.
+
+        Call this outside of transactions.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecoveryLimits:
+    """The limits of a recovery.
+
+    Attributes:
+        batch_rows: most runs that one transaction decides.
+        batch_s: target duration of one such transaction.
+        safe_mode_after: unfinished starts after which a start launches nothing; 0: never.
+        safe_mode_window_s: the time within which unfinished starts are counted.
+        reopen_window_s: how long a run that lost its session can be reopened.
+    """
+
+    batch_rows: int
+    batch_s: float
+    safe_mode_after: int
+    safe_mode_window_s: float
+    reopen_window_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recovery:
+    """The recovery of one start, or of one planned stop.
+
+    Attributes:
+        cause: the start or the planned stop.
+        stop: interrupts the recovery.
+    """
+
+    owner: Owner
+    cause: Cause
+    clock: Clock
+    limits: RecoveryLimits
+    stop: StopSignal
+    sessions: BulkSessionCheck
+    launches: LaunchEnder
+    trust: TrustCleaner
+
+    @property
+    def before(self) -> int:
+        """The epoch below which the recovery decides on runs and kills processes."""
+        return self.owner.epoch + (1 if self.cause is Cause.SHUTDOWN else 0)
+
+    def run(self, db: Database, status: RecoveryStatus) -> Reconciliation:
+        """Recover, and return the completed report. This blocks.
+
+        Args:
+            status: gets the id of the report as soon as the store has the report.
+
+        Raises:
+            RecoveryInterrupted: the service is to stop.
+            RunRecoveryError, peewee errors: the report is FAILED; a retry is safe.
+        """
+        report = ReportBuilder(
+            owner=self.owner,
+            reconciliation_id=str(uuid.uuid4()),
+            cause=self.cause,
+            safe_mode=self._is_safe_mode(db),
+            clock=self.clock,
+        )
+        report.open(db)
+        status.report_id = report.reconciliation_id
+        log.info(
+            "recovery.started",
+            **_identity(report),
+            cause=report.cause.value,
+            safe_mode=report.safe_mode,
+        )
+        try:
+            self._reconcile(db, report)
+            if status.probe is not None:
+                with report.phase("containment"):
+                    report.containment = status.probe.result()
+            completed = report.complete(db)
+        except Exception as error:
+            self._fail(db, report, error)
+            raise
+        _log_completed(report, completed)
+        return completed
+
+    def _reconcile(self, db: Database, report: ReportBuilder) -> None:
+        """Do the steps in their order."""
+        is_start = self.cause is Cause.STARTUP
+        if is_start:
+            self._adopt(db, report)
+        with report.phase("orphans"):
+            self._end_orphans(db, report)
+        scope = Scope(
+            owner=self.owner,
+            before=self.before,
+            reconciliation_key=report.key,
+            reopen=self.clock.due_in(self.limits.reopen_window_s),
+            now=self.clock.now(),
+        )
+        with report.phase("sessions"):
+            self._check_sessions(db, report, scope)
+        with report.phase("converge"):
+            self._decide_runs(db, report, scope)
+        with report.phase("bindings"):
+            report.tally += converge.clear_stale_bindings(db, self.owner)
+        with report.phase("trust"):
+            self._clear_trust(db, report)
+        if is_start:
+            with report.phase("deadlines"):
+                self._rearm_deadlines(db, report)
+
+    def _is_safe_mode(self, db: Database) -> bool:
+        limits = self.limits
+        if not limits.safe_mode_after or self.cause is Cause.SHUTDOWN:
+            return False
+        since = self.clock.now() - timedelta(seconds=limits.safe_mode_window_s)
+        unfinished = recovery.unfinished_since(db, self.owner.instance, since)
+        return unfinished >= limits.safe_mode_after
+
+    def _fail(self, db: Database, report: ReportBuilder, error: Exception) -> None:
+        interrupted = isinstance(error, RecoveryInterrupted)
+        reason = recovery.INTERRUPTED if interrupted else type(error).__name__
+        log.error("recovery.failed", **_identity(report), error=reason)
+        try:
+            report.fail(db, reason)
+        except Exception:  # noqa: BLE001 - the store may have failed; the next start closes the report
+            log.warning("recovery.report_not_closed", **_identity(report))
+
+    # -- adoption ------------------------------------------------------------------------------
+
+    def _adopt(self, db: Database, report: ReportBuilder) -> None:
+        def record(db: Database, adopted: Sequence[Adopted]) -> None:
+            report.warnings.extend(map(report_warnings.adopted, adopted))
+            report.write(db)
+
+        for previous in adoption.adopt(db, self.owner, told=record, stopping=self.stop.is_set):
+            log.warning(
+                "recovery.adopted",
+                **_identity(report),
+                previous_instance=previous.instance,
+                runs=previous.runs,
+                launches=previous.launches,
+            )
+
+    # -- orphans -------------------------------------------------------------------------------
+
+    def _end_orphans(self, db: Database, report: ReportBuilder) -> None:
+        launches = processes.unclosed(db, self.owner, before=self.before)
+        if not launches:
+            return
+        endings = self.launches.end(launches)
+        ended = [(launch, _ended(endings[launch.key])) for launch in launches]
+        processes.close_all(db, ended, now=self.clock.now(), reconciliation_key=report.key)
+        for launch in launches:
+            for reason in endings[launch.key].refused:
+                log.warning("recovery.orphan_refused", **_identity(report), run_id=launch.run_id)
+                report.warnings.append(report_warnings.orphan_refused(launch.run_id, reason))
+        report.orphans = OrphanCounts(
+            found=sum(ending.found for ending in endings.values()),
+            ended=sum(ending.ended for ending in endings.values()),
+            already_gone=sum(ending.gone and not ending.found for ending in endings.values()),
+            refused=sum(len(ending.refused) for ending in endings.values()),
+        )
+        report.write(db)
+
+    # -- sessions ------------------------------------------------------------------------------
+
+    def _check_sessions(self, db: Database, report: ReportBuilder, scope: Scope) -> None:
+        # A new `hanging`: each try of a recovery calls every check again.
+        bulk = replace(self.sessions, hanging={}, stop=self.stop)
+        for findings in changed_findings(db, scope, bulk):
+            if self.stop.is_set():
+                raise RecoveryInterrupted
+            converge.record_findings(db, scope, findings)
+        report.warnings.extend(
+            report_warnings.sessions_not_answered(engine, bulk.check_s) for engine in bulk.hanging
+        )
+
+    # -- trust ---------------------------------------------------------------------------------
+
+    def _clear_trust(self, db: Database, report: ReportBuilder) -> None:
+        deadline = time.monotonic() + TRUST_S
+
+        def is_over() -> bool:
+            return self.stop.is_set() or time.monotonic() >= deadline
+
+        try:
+            clearing = self.trust.clear_on_connection(db, report.record_removals, is_over)
+        except Exception as error:  # noqa: BLE001 - no file of an agent CLI may prevent a start
+            log.warning("trust.not_cleared", **_identity(report), **error_facts(error))
+            clearing = TrustClearing(failures=(type(error).__name__,))
+        report.warnings.extend(map(report_warnings.trust_entry_kept, clearing.warnings))
+
+    # -- deadlines -----------------------------------------------------------------------------
+
+    def _rearm_deadlines(self, db: Database, report: ReportBuilder) -> None:
+        """Set deadlines by the clock that runs now: the machine may be booted anew, or another."""
+        count = deadlines.rearm(db, self.owner, now=self.clock.now(), steady=self.clock.steady())
+        if count:
+            log.info("recovery.deadlines_rearmed", **_identity(report), runs=count)
+
+    # -- decisions -----------------------------------------------------------------------------
+
+    def _decide_runs(self, db: Database, report: ReportBuilder, scope: Scope) -> None:
+        report.runs_total = converge.total(db, scope)
+        report.write(db)
+        rows, logged, after = self.limits.batch_rows, 0, 0
+        while batch := converge.next_batch(db, scope, after=after, rows=rows):
+            if self.stop.is_set():
+                raise RecoveryInterrupted
+            begun = time.monotonic()
+            try:
+                report.tally += converge.converge(db, scope, batch, report=report.write)
+            except DRIVER_ERRORS as error:
+                if rows <= SMALLEST_BATCH or not isinstance(translate(error), StorageBusy):
+                    raise
+                rows //= 2  # the batch took longer than the statement timeout of the database
+                continue
+            rows = next_batch_rows(
+                rows,
+                time.monotonic() - begun,
+                most=self.limits.batch_rows,
+                batch_s=self.limits.batch_s,
+            )
+            logged += _log_decisions(db, report, batch, limit=max(DECISIONS_LOGGED - logged, 0))
+            log.info(
+                "recovery.progress",
+                **_identity(report),
+                runs_scanned=report.tally.scanned,
+                runs_total=report.runs_total,
+            )
+            after = batch.last
+
+
+def next_batch_rows(rows: int, elapsed_s: float, *, most: int, batch_s: float) -> int:
+    """Return the size of the next batch: smaller after a slow one, larger after a quick one."""
+    if elapsed_s > batch_s:
+        return max(min(SMALLEST_BATCH, most), rows // 2)
+    if elapsed_s < batch_s / 4:
+        return min(most, rows * 2)
+    return rows
+
+
+def _ended(ending: Ending) -> Ended:
+    return Ended(
+        exit_code=None,
+        processes_ended=ending.ended,
+        gone=ending.gone,
+        orphans=ending.orphans,
+    )
+
+
+def _identity(report: ReportBuilder) -> dict[str, object]:
+    return {
+        "reconciliation_id": report.reconciliation_id,
+        "instance": report.owner.instance,
+        "epoch": report.owner.epoch,
+    }
+
+
+def _log_decisions(db: Database, report: ReportBuilder, batch: Batch, *, limit: int) -> int:
+    """Log the decisions of a batch, at most `limit`, and return how many."""
+    decided = converge.decided_in(db, report.key, batch, limit=limit)
+    for run_id, rule, status_before, status_after in decided:
+        log.info(
+            "recovery.run_decided",
+            **_identity(report),
+            run_id=run_id,
+            rule=rule,
+            status_before=status_before,
+            status_after=status_after,
+        )
+    return len(decided)
+
+
+def _log_completed(report: ReportBuilder, completed: Reconciliation) -> None:
+    log.info(
+        "recovery.completed",
+        **_identity(report),
+        cause=report.cause.value,
+        decisions={count.rule: count.count for count in completed.decisions},
+        runs_scanned=completed.runs_scanned,
+        runs_unchanged=completed.runs_unchanged,
+        quarantined=completed.quarantined,
+        orphans_ended=completed.orphans.ended,
+        orphans_refused=completed.orphans.refused,
+        seconds=round(sum(phase.duration_s for phase in completed.phases), 3),
+    )
+    if completed.safe_mode:
+        log.warning("recovery.safe_mode", **_identity(report))
+    for warning in completed.warnings:
+        log.warning("recovery.warning", **_identity(report), warning=warning)

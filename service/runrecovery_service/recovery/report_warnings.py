@@ -1,0 +1,31 @@
+"""The wording of every warning that a recovery writes into its report."""
+
+from __future__ import annotations
+
+from runrecovery_service.storage.adoption import Adopted
+
+
+def adopted(previous: Adopted) -> str:
+    """Return the warning that the store belonged to another instance name."""
+    return (
+        f"instance {previous.instance!r} had this database before: its unfinished runs (at least"
+        f" {previous.runs}) and launches (at least {previous.launches}) are adopted"
+    )
+
+
+def orphan_refused(run_id: str, reason: str) -> str:
+    """Return the warning that a process of a run could not be killed."""
+    return f"run {run_id}: {reason}"
+
+
+def sessions_not_answered(engine: str, check_s: float) -> str:
+    """Return the warning that the session check of an engine took too long."""
+    return (
+        f"engine {engine}: its sessions could not all be checked within {check_s:g} s each time;"
+        " the others count as not answered"
+    )
+
+
+def trust_entry_kept(reason: str) -> str:
+    """Return the warning that an entry stays in the file of an agent CLI."""
+    return f"trust entries stay: {reason}"

@@ -1,0 +1,26 @@
+"""How far the recovery of this start has come, while it runs and afterwards."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from runrecovery_service.domain.reconciliation import Containment
+
+
+@dataclass(slots=True)
+class RecoveryStatus:
+    """Written by the recovery, and read by GetRecoveryStatus.
+
+    Attributes:
+        probe: the probe of containment, which runs beside the start; None at a planned stop.
+        report_id: the reconciliation_id of the report; None until the store has the report.
+    """
+
+    probe: Future[Containment] | None = None
+    report_id: str | None = None
+
+    @property
+    def containment(self) -> Containment | None:
+        """What the probe proved; None while the probe runs."""
+        return self.probe.result() if self.probe is not None and self.probe.done() else None

@@ -1,0 +1,48 @@
+"""What a recovery works with, replaced by functions of a test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from runrecovery_service.domain.reconciliation import TrustClearing
+from runrecovery_service.process.ending import Ending
+from runrecovery_service.recovery.reconcile import RecordRemovals
+from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.processes import Lease
+
+ClearTrust = Callable[[Database, RecordRemovals, Callable[[], bool]], TrustClearing]
+
+
+def end_nothing(_: Sequence[Lease]) -> Mapping[int, Ending]:
+    """Find no launch."""
+    return {}
+
+
+def clear_nothing(*_: object) -> TrustClearing:
+    """Find no trust entry."""
+    return TrustClearing()
+
+
+@dataclass(frozen=True, slots=True)
+class FakeLaunchEnder:
+    """Ends launches by a function."""
+
+    end_launches: Callable[[Sequence[Lease]], Mapping[int, Ending]] = end_nothing
+
+    def end(self, launches: Sequence[Lease]) -> Mapping[int, Ending]:
+        """See `LaunchEnder`."""
+        return self.end_launches(launches)
+
+
+@dataclass(frozen=True, slots=True)
+class FakeTrustCleaner:
+    """Clears trust entries by a function."""
+
+    clear: ClearTrust = clear_nothing
+
+    def clear_on_connection(
+        self, db: Database, record: RecordRemovals, is_over: Callable[[], bool]
+    ) -> TrustClearing:
+        """See `TrustCleaner`."""
+        return self.clear(db, record, is_over)
