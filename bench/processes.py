@@ -48,8 +48,9 @@ from runrecovery_service.process.shimmed_process import ShimmedProcess
 from runrecovery_service.process.sweep import end_trees
 from runrecovery_service.process.watermark import watermark_bits
 from runrecovery_service.storage import instances, processes
-from runrecovery_service.storage.database import Database, open_database
+from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Boot, Owner
+from runrecovery_service.storage.opening import open_database
 from runrecovery_service.storage.processes import Lease, Place
 
 LIFETIME_S: Final = 120

@@ -45,7 +45,8 @@ from runrecovery_service.recovery.reconcile import Recovery, RecoveryLimits
 from runrecovery_service.recovery.status import RecoveryStatus
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import tables
-from runrecovery_service.storage.database import Database, open_database
+from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.opening import open_database
 from runrecovery_service.storage.processes import Lease
 
 from bench.postgres import ScratchPostgres, scratch_postgres
@@ -207,7 +208,7 @@ WAYS: Final[dict[str, Callable[[Database, Path], None]]] = {
 def measure(way: str, url: str, data_dir: Path) -> Measured:
     """Run one way on a store, in this process."""
     opened = open_database(url, data_dir)
-    db = TimedDatabase(opened.peewee, opened.dialect, opened.place)
+    db = TimedDatabase(opened.peewee, opened.dialect, opened.name)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     begun = time.perf_counter()
     WAYS[way](db, data_dir)

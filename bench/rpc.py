@@ -38,7 +38,7 @@ from runrecovery.v1 import run_service_pb2_grpc as pb_grpc
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from runrecovery_service.storage.database import open_database
+from runrecovery_service.storage.opening import open_database
 
 from bench.load import Load, generate
 from bench.seed import DEFAULT_MIX, Seeding, claim, fill

@@ -24,9 +24,11 @@ import structlog
 from runrecovery_service.domain.run import InteractionKind, Option
 from runrecovery_service.process.host import Host
 from runrecovery_service.storage import instances
-from runrecovery_service.storage.database import Database, Kind, open_database
+from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Boot, Owner
+from runrecovery_service.storage.opening import open_database
 from runrecovery_service.storage.rows import options_to_json, to_json, to_us
+from runrecovery_service.storage.sql_dialects import DatabaseKind
 
 DEFAULT_MIX: Final = {"waiting": 30, "lost": 10, "sticky": 10, "running": 30, "queued": 20}
 ROWS_PER_INSERT: Final = 5000
@@ -106,7 +108,7 @@ def fill(db: Database, owner: Owner, seeding: Seeding, *, now: datetime) -> dict
                 batch = []
         _insert(db, batch)
         _ask(db, after=before, now=now)
-    db.execute("ANALYZE" if db.dialect.kind is Kind.POSTGRESQL else "PRAGMA optimize")
+    db.execute("ANALYZE" if db.dialect.kind is DatabaseKind.POSTGRESQL else "PRAGMA optimize")
     return dict(words)
 
 

@@ -38,7 +38,7 @@ from runrecovery_service.domain.session_check import SessionCheck, SessionFinger
 from runrecovery_service.recovery.bulk_session_check import BulkSessionCheck, changed_findings
 from runrecovery_service.storage import converge
 from runrecovery_service.storage.converge import Scope
-from runrecovery_service.storage.database import open_database
+from runrecovery_service.storage.opening import open_database
 from support.sessions import PRESETS, SessionHome
 
 from bench.seed import claim

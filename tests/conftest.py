@@ -15,7 +15,8 @@ from typing import Any, Final
 import pytest
 import structlog
 import uvloop
-from runrecovery_service.storage.database import Database, open_database
+from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.opening import open_database
 from support.defects import defect_in
 from support.service import until
 

@@ -57,15 +57,13 @@ from runrecovery_service.rpc.server import ServerLimits, build_server
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import instances
 from runrecovery_service.storage.adapter import Storage
-from runrecovery_service.storage.database import (
-    Database,
-    Kind,
-    open_database,
-    refusing,
-    repeated,
-)
+from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Boot
+from runrecovery_service.storage.opening import open_database
 from runrecovery_service.storage.processes import Place
+from runrecovery_service.storage.refusals import refusing
+from runrecovery_service.storage.sql_dialects import DatabaseKind
+from runrecovery_service.storage.use_case import retry_conflicts
 from runrecovery_service.thread_pool import SteadyThreadPool
 
 log = structlog.get_logger()
@@ -136,10 +134,10 @@ def build(
     tree_deadline = TreeDeadline(trees_until(settings.lease_ttl_s, boot_time_ns()))
     clock, boot = Clock(), _boot(settings, held, host)
     ttl_s = settings.lease_ttl_s
-    with refusing(db.place):
-        owner = repeated(lambda: instances.claim(db, boot, now=clock.now(), ttl_s=ttl_s))
-    if db.dialect.kind is Kind.SQLITE:
-        db.keep_files()  # this thread's connection stays open, so that the log does
+    with refusing(db.name):
+        owner = retry_conflicts(lambda: instances.claim(db, boot, now=clock.now(), ttl_s=ttl_s))
+    if db.dialect.kind is DatabaseKind.SQLITE:
+        db.watch_files()  # this thread's connection stays open, so that the log does
     else:
         db.close()
     log.info("service.epoch_claimed", instance=owner.instance, epoch=owner.epoch)

@@ -41,7 +41,7 @@ from runrecovery_service.recovery.status import RecoveryStatus
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.server import GrpcServer
 from runrecovery_service.stop_signal import StopSignal
-from runrecovery_service.storage import instances
+from runrecovery_service.storage import backup, instances
 from runrecovery_service.storage.adapter import Storage
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner
@@ -82,7 +82,7 @@ def store_kept(db: Database) -> Iterator[None]:
         if ended_by is not None:
             raise ended_by
         return
-    lost.copy = str(db.rescue() or "") or None
+    lost.copy = str(backup.rescue(db) or "") or None
     if ended_by is None or ended_by is lost:
         raise lost
     log.error("service.ended_by", error=type(ended_by).__name__, reason=str(ended_by))

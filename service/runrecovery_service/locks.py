@@ -13,8 +13,8 @@ import structlog
 from runrecovery_service import paths
 from runrecovery_service.config.settings import Settings
 from runrecovery_service.domain.errors import DatabaseRefused, DataDirRefused
-from runrecovery_service.storage.database import path_lock, sqlite_path
-from runrecovery_service.storage.locks import Lock, LockFile
+from runrecovery_service.storage.file_locks import Lock, LockFile
+from runrecovery_service.storage.sqlite_file import path_lock, sqlite_path
 
 log = structlog.get_logger()
 

@@ -20,15 +20,12 @@ from runrecovery_service.machine import open_cgroup_parent, plan_open_files
 from runrecovery_service.process.agent_command import launch_problem
 from runrecovery_service.process.probe import prove_containment
 from runrecovery_service.process.watermark import watermark_bits
-from runrecovery_service.storage.database import (
-    applied_migrations,
-    backup_sqlite,
-    install_marker,
-    integrity_problems,
-    open_database,
-    postgresql_problems,
-    refusing,
-)
+from runrecovery_service.storage.backup import backup_sqlite
+from runrecovery_service.storage.integrity import integrity_problems
+from runrecovery_service.storage.migrate import applied_migrations
+from runrecovery_service.storage.opening import open_database, postgresql_problems
+from runrecovery_service.storage.refusals import refusing
+from runrecovery_service.storage.sqlite_file import install_marker
 
 
 def migrate(settings: Settings) -> list[str]:
@@ -46,7 +43,7 @@ def migrate(settings: Settings) -> list[str]:
     with Holdings.take(settings) as held:
         db = open_database(settings.database, held.data_dir, locks=held.locks)
         try:
-            with refusing(db.place):
+            with refusing(db.name):
                 return applied_migrations(db)
         finally:
             db.close()

@@ -13,8 +13,8 @@ import pytest
 from runrecovery.v1 import run_pb2
 from runrecovery_service.clock import Clock
 from runrecovery_service.storage import instances
-from runrecovery_service.storage.database import open_database
 from runrecovery_service.storage.instances import Boot
+from runrecovery_service.storage.opening import open_database
 from support.processes import Seen, seen, strike
 from support.service import Home, ServiceProcess, refused, script, until
 from support.stores import query

@@ -35,8 +35,8 @@ from runrecovery_service.process.watermark import watermark_bits
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import instances, interactions, runs
 from runrecovery_service.storage.adapter import Storage
-from runrecovery_service.storage.database import open_database
 from runrecovery_service.storage.instances import Boot, Owner
+from runrecovery_service.storage.opening import open_database
 from runrecovery_service.storage.processes import Place
 from runrecovery_service.thread_pool import SteadyThreadPool
 from support.processes import Seen, bearers, seen

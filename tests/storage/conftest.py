@@ -27,10 +27,11 @@ from runrecovery_service.domain.session_check import SessionFingerprint
 from runrecovery_service.domain.turn import Asked, TurnEnd
 from runrecovery_service.storage import converge, instances, interactions, recovery, runs, turns
 from runrecovery_service.storage.converge import Scope, Tally
-from runrecovery_service.storage.database import Database, Kind
+from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Boot, Owner
 from runrecovery_service.storage.processes import Ended, Place
 from runrecovery_service.storage.requests import Receipt
+from runrecovery_service.storage.sql_dialects import DatabaseKind
 from runrecovery_service.storage.turns import Turn
 
 T = TypeVar("T")
@@ -339,7 +340,7 @@ class World:
 
         SQLite has one writer thread by design; PostgreSQL as many as there are.
         """
-        if self.db.dialect.kind is Kind.SQLITE:
+        if self.db.dialect.kind is DatabaseKind.SQLITE:
             threads = 1
 
         def guarded(use: Callable[[], T]) -> T | Exception:
@@ -399,7 +400,7 @@ class CutDatabase(Database):
     """A database whose user dies at its n-th statement; nothing that was not committed stays."""
 
     def __init__(self, db: Database, at: int) -> None:
-        super().__init__(db.peewee, db.dialect, db.place)
+        super().__init__(db.peewee, db.dialect, db.name)
         self.left = at
 
     def execute(self, sql: str, params: Sequence[object] = ()) -> Any:

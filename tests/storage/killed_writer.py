@@ -16,7 +16,7 @@ from contextlib import closing
 from pathlib import Path
 
 import structlog
-from runrecovery_service.storage.database import open_database
+from runrecovery_service.storage.opening import open_database
 
 CHANCE = random.Random()  # noqa: S311 - no secret
 MOST_COMMITS = 40
@@ -25,7 +25,7 @@ SPIN = 20_000
 
 def write_until_killed(directory: Path, told: int) -> None:
     db = open_database("", directory)
-    db.keep_files()
+    db.watch_files()
     db.execute(f"PRAGMA wal_autocheckpoint = {CHANCE.choice((1, 2, 3, 10, 1000))}")
     while True:
         with db.transaction():

@@ -19,7 +19,9 @@ from runrecovery_service.domain.errors import (
 )
 from runrecovery_service.storage import adapter, postgresql, runs
 from runrecovery_service.storage.adapter import WRITES_PER_COMMIT, GroupCommitWriter, Storage
-from runrecovery_service.storage.database import Database, Kind, open_database
+from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.opening import open_database
+from runrecovery_service.storage.sql_dialects import DatabaseKind
 from support.pg_proxy import proxied
 
 from .conftest import World
@@ -45,9 +47,9 @@ class CountingDatabase(Database):
 @pytest.fixture
 def counting(world: World) -> CountingDatabase:
     """The world's database, counting. SQLite only: the writer thread is SQLite's."""
-    if world.db.dialect.kind is not Kind.SQLITE:
+    if world.db.dialect.kind is not DatabaseKind.SQLITE:
         pytest.skip("PostgreSQL commits each write by itself")
-    return CountingDatabase(world.db.peewee, world.db.dialect, world.db.place)
+    return CountingDatabase(world.db.peewee, world.db.dialect, world.db.name)
 
 
 def add(name: str) -> Callable[[Database], str]:
@@ -217,7 +219,7 @@ async def test_what_was_rolled_back_is_not_announced_with_the_next_write(storage
     run, other = asyncio.Event(), asyncio.Event()
 
     def touch_and_fail(db: Database) -> None:
-        db.touch(7)
+        db.mark_changed(7)
         raise ValueError("rolled back")
 
     with storage.changes.of_run(7, run), storage.changes.of_run(8, other):
@@ -225,7 +227,7 @@ async def test_what_was_rolled_back_is_not_announced_with_the_next_write(storage
             with pytest.raises(ValueError, match="rolled back"):
                 await storage.write(touch_and_fail)
         for _ in range(30):
-            await storage.write(lambda db: db.touch(8))
+            await storage.write(lambda db: db.mark_changed(8))
 
     assert (run.is_set(), other.is_set()) == (False, True)
 
@@ -241,7 +243,7 @@ async def test_many_callers_at_once_are_all_answered(world: World, storage: Stor
 async def test_a_failing_database_is_told_in_the_words_of_the_domain(
     world: World, storage: Storage
 ) -> None:
-    sqlite = world.db.dialect.kind is Kind.SQLITE
+    sqlite = world.db.dialect.kind is DatabaseKind.SQLITE
 
     def fail(db: Database) -> None:
         if sqlite:
@@ -265,7 +267,7 @@ async def test_a_failing_database_is_told_in_the_words_of_the_domain(
 async def test_a_transaction_that_met_another_one_is_repeated(
     world: World, storage: Storage, way: str, state: str
 ) -> None:
-    if world.db.dialect.kind is not Kind.POSTGRESQL:
+    if world.db.dialect.kind is not DatabaseKind.POSTGRESQL:
         pytest.skip("conflicts of PostgreSQL")
     tries: list[str] = []
 
@@ -282,7 +284,7 @@ async def test_a_transaction_that_met_another_one_is_repeated(
 
 
 async def test_conflicts_without_end_are_told(world: World, storage: Storage) -> None:
-    if world.db.dialect.kind is not Kind.POSTGRESQL:
+    if world.db.dialect.kind is not DatabaseKind.POSTGRESQL:
         pytest.skip("conflicts of PostgreSQL")
     tries: list[None] = []
 
@@ -354,7 +356,7 @@ async def test_the_connection_of_the_lease_is_kept_while_no_other_can_be_had(
 async def test_an_error_that_leaves_a_connection_sound_does_not_close_it(
     world: World, storage: Storage, state: str
 ) -> None:
-    if world.db.dialect.kind is not Kind.POSTGRESQL:
+    if world.db.dialect.kind is not DatabaseKind.POSTGRESQL:
         pytest.skip("connections of PostgreSQL")
 
     def fail(db: Database) -> None:
@@ -371,7 +373,7 @@ async def test_an_error_that_leaves_a_connection_sound_does_not_close_it(
 async def test_each_statement_of_a_use_has_its_own_time(
     world: World, storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if world.db.dialect.kind is not Kind.POSTGRESQL:
+    if world.db.dialect.kind is not DatabaseKind.POSTGRESQL:
         pytest.skip("connections of PostgreSQL")
     loop, time_s = asyncio.get_running_loop(), [1000.0]
     for module in (adapter, postgresql):

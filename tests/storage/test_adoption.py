@@ -17,9 +17,9 @@ from runrecovery_service.domain.run import RestartPolicy, RunStatus
 from runrecovery_service.domain.turn import Succeeded
 from runrecovery_service.storage import adoption, instances, processes, recovery, reopening
 from runrecovery_service.storage.adoption import Adopted
-from runrecovery_service.storage.database import Kind
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.processes import Ended
+from runrecovery_service.storage.sql_dialects import DatabaseKind
 
 from .conftest import REASONS, World, boot, one_of_each, reasons
 
@@ -47,7 +47,7 @@ def adopt(world: World, owner: Owner, *, rows: int = 1000) -> list[Adopted]:
 @pytest.fixture
 def alone(world: World) -> World:
     """A store that one service has to itself."""
-    if world.db.dialect.kind is not Kind.SQLITE:
+    if world.db.dialect.kind is not DatabaseKind.SQLITE:
         pytest.skip("PostgreSQL is shared")
     return world
 
@@ -247,7 +247,7 @@ def begun(world: World) -> int:
 @pytest.fixture
 def shared(world: World) -> World:
     """A store that other services may use at the same time."""
-    if world.db.dialect.kind is not Kind.POSTGRESQL:
+    if world.db.dialect.kind is not DatabaseKind.POSTGRESQL:
         pytest.skip("SQLite has one service")
     return world
 

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 from runrecovery_service.domain.errors import DatabaseRefused
-from runrecovery_service.storage import database, instances
-from runrecovery_service.storage.database import Kind, backup_sqlite, open_database
+from runrecovery_service.storage import backup, instances
+from runrecovery_service.storage.backup import backup_sqlite
 from runrecovery_service.storage.instances import Owner
+from runrecovery_service.storage.opening import open_database
+from runrecovery_service.storage.sql_dialects import DatabaseKind
 
 from .conftest import World, boot
 
@@ -20,7 +22,7 @@ NAME = "runrecovery.db"
 BACKUPS = """
 import sys
 from pathlib import Path
-from runrecovery_service.storage.database import backup_sqlite
+from runrecovery_service.storage.backup import backup_sqlite
 for n in range(4):
     copy = Path(sys.argv[2]) / f"copy-{n}.db"
     print(backup_sqlite(Path(sys.argv[1]), copy), flush=True)
@@ -30,7 +32,7 @@ for n in range(4):
 @pytest.fixture
 def store(world: World, tmp_path: Path) -> Path:
     """A store, closed, with three runs of one instance and two of another."""
-    if world.db.dialect.kind is not Kind.SQLITE:
+    if world.db.dialect.kind is not DatabaseKind.SQLITE:
         pytest.skip("PostgreSQL is backed up with its own tools")
     instances.claim(world.db, boot("other"), now=world.now)
     for instance, epoch, runs in (("default", 1, 3), ("other", 2, 2)):
@@ -62,7 +64,7 @@ def test_a_copy_that_lacks_rows_is_refused_and_removed(
         copy.execute(damage)
         copy.commit()
 
-    monkeypatch.setattr(database, "_copy_pages", copy_badly)
+    monkeypatch.setattr(backup, "_copy_pages", copy_badly)
 
     with pytest.raises(DatabaseRefused) as refused:
         backup_sqlite(store, tmp_path / "copy.db")

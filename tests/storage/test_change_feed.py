@@ -13,7 +13,8 @@ import pytest_asyncio
 from runrecovery_service.domain.errors import RunNotFound, StorageFull, StorageUnavailable
 from runrecovery_service.storage.adapter import Storage
 from runrecovery_service.storage.changes import Change, Changes, Subscription
-from runrecovery_service.storage.database import Database, open_database
+from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.opening import open_database
 
 BOUND_S = 30.0
 NOTHING_S = 0.02
@@ -34,7 +35,7 @@ def touching(*run_keys: int) -> Any:
 
     def use(db: Database) -> str:
         for key in run_keys:
-            db.touch(key)
+            db.mark_changed(key)
         return "done"
 
     return use
@@ -42,7 +43,7 @@ def touching(*run_keys: int) -> Any:
 
 def failing(error: Exception) -> Any:
     def use(db: Database) -> None:
-        db.touch(RUN)
+        db.mark_changed(RUN)
         raise error
 
     return use
@@ -126,7 +127,7 @@ async def test_a_commit_whose_caller_is_gone_is_announced(
     loop = asyncio.get_running_loop()
 
     def slowly(db: Database) -> None:
-        db.touch(RUN)
+        db.mark_changed(RUN)
         loop.call_soon_threadsafe(begun.set)
         assert go_on.wait(BOUND_S)
         if outcome is not None:

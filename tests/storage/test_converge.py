@@ -19,8 +19,10 @@ from runrecovery_service.engines.sessions.lines import FOUND
 from runrecovery_service.storage import converge, instances, recovery, runs
 from runrecovery_service.storage.adapter import Storage
 from runrecovery_service.storage.converge import Batch, Tally
-from runrecovery_service.storage.database import Database, Kind, open_database
+from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.opening import open_database
 from runrecovery_service.storage.rows import EPOCH
+from runrecovery_service.storage.sql_dialects import DatabaseKind
 
 from .conftest import (
     DECIDED,
@@ -420,7 +422,7 @@ class Meddling(Database):
 
 
 def test_a_stale_writer_in_the_middle_of_a_batch_is_fenced(world: World) -> None:
-    if world.db.dialect.kind is not Kind.POSTGRESQL:
+    if world.db.dialect.kind is not DatabaseKind.POSTGRESQL:
         pytest.skip("a transaction of SQLite excludes every other writer")
     turn, stale = world.running(), replace(world)
     met: list[object] = []
@@ -441,7 +443,7 @@ def test_a_stale_writer_in_the_middle_of_a_batch_is_fenced(world: World) -> None
             writer.join(timeout=0.01)
 
     world.restart()
-    meddling = Meddling(world.db.peewee, world.db.dialect, world.db.place)
+    meddling = Meddling(world.db.peewee, world.db.dialect, world.db.name)
     meddling.meddle, world.db = meddle, meddling
     world.converge()
     writer.join()
@@ -500,7 +502,7 @@ def test_decisions_are_told_to_the_log_up_to_a_limit(world: World) -> None:
 
 
 def test_few_live_runs_among_many_ended_ones_are_found_by_index(world: World) -> None:
-    if world.db.dialect.kind is not Kind.SQLITE:
+    if world.db.dialect.kind is not DatabaseKind.SQLITE:
         pytest.skip("PostgreSQL plans by its statistics")
     plans: list[str] = []
 
@@ -515,7 +517,7 @@ def test_few_live_runs_among_many_ended_ones_are_found_by_index(world: World) ->
     second = replace(world.create(), key=1)
     world.db.execute("UPDATE run SET id = 1 WHERE run_id = ?", (second.run_id,))
     world.restart()
-    world.db = Explaining(world.db.peewee, world.db.dialect, world.db.place)
+    world.db = Explaining(world.db.peewee, world.db.dialect, world.db.name)
 
     world.converge()
     converge.clear_stale_bindings(world.db, world.owner)
@@ -529,7 +531,7 @@ def test_few_live_runs_among_many_ended_ones_are_found_by_index(world: World) ->
 
 
 async def test_text_that_is_no_utf8_stops_neither_recovery_nor_lists(world: World) -> None:
-    if world.db.dialect.kind is not Kind.SQLITE:
+    if world.db.dialect.kind is not DatabaseKind.SQLITE:
         pytest.skip("PostgreSQL stores no such text")
     sound, damaged = world.waiting(), world.waiting()
     world.db.execute(

@@ -13,8 +13,8 @@ from runrecovery_service.domain.deadline import DueKind
 from runrecovery_service.domain.errors import Fenced, InteractionSuperseded, RunNotWaiting
 from runrecovery_service.domain.run import InteractionState, Profile, Run, RunStatus
 from runrecovery_service.storage import deadlines, interactions
-from runrecovery_service.storage.database import Kind
 from runrecovery_service.storage.deadlines import Passed
+from runrecovery_service.storage.sql_dialects import DatabaseKind
 
 from .conftest import QUESTION, REOPEN_S, WAIT_S, World
 
@@ -221,7 +221,7 @@ def test_a_reply_that_is_accepted_meanwhile_wins_over_the_deadline(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between the look at the clock and the closing of the question."""
-    if world.db.dialect.kind is Kind.SQLITE:
+    if world.db.dialect.kind is DatabaseKind.SQLITE:
         pytest.skip("a transaction of SQLite excludes every other writer")
     run = world.waiting(profile=Profile.STICKY_PROCESS)
     world.wait(WAIT_S)

@@ -16,7 +16,9 @@ from runrecovery_service.domain.errors import (
     StorageUnavailable,
 )
 from runrecovery_service.storage.adapter import Storage
-from runrecovery_service.storage.database import Database, Kind, refusing
+from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.refusals import refusing
+from runrecovery_service.storage.sql_dialects import DatabaseKind
 
 from .conftest import World
 
@@ -76,7 +78,7 @@ def raising(code: str) -> str:
 async def test_what_postgresql_refuses_is_named(
     world: World, storage: Storage, statements: list[str], kind: type[Exception], said: str
 ) -> None:
-    if world.db.dialect.kind is not Kind.POSTGRESQL:
+    if world.db.dialect.kind is not DatabaseKind.POSTGRESQL:
         pytest.skip("failures of PostgreSQL")
 
     def fail(db: Database) -> None:
@@ -109,7 +111,7 @@ async def test_what_postgresql_refuses_is_named(
 async def test_what_sqlite_refuses_is_named(
     world: World, storage: Storage, statements: list[str], kind: type[Exception], said: str
 ) -> None:
-    if world.db.dialect.kind is not Kind.SQLITE:
+    if world.db.dialect.kind is not DatabaseKind.SQLITE:
         pytest.skip("failures of SQLite")
 
     def fail(db: Database) -> None:

@@ -10,8 +10,8 @@ from runrecovery_service.domain.reconciliation import RecoveredFilter
 from runrecovery_service.domain.run import RecoveryState
 from runrecovery_service.storage import converge, feed, instances, recovery
 from runrecovery_service.storage.converge import Scope
-from runrecovery_service.storage.database import Kind
 from runrecovery_service.storage.feed import START, Decided, Place
+from runrecovery_service.storage.sql_dialects import DatabaseKind
 
 from .conftest import World, boot
 
@@ -79,7 +79,7 @@ def test_the_end_is_behind_all_and_nothing_is_missed_from_it(world: World) -> No
 
 
 def test_a_recovery_at_work_is_told_as_far_as_it_is_and_bars_those_behind(world: World) -> None:
-    if world.db.dialect.kind is Kind.SQLITE:
+    if world.db.dialect.kind is DatabaseKind.SQLITE:
         pytest.skip("one service at a time")
     for _ in range(4):
         world.create()

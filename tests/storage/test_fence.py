@@ -206,7 +206,7 @@ def test_an_epoch_that_was_superseded_writes_nothing(prepared: Prepared, what: s
     world = prepared.world
     assert changes(prepared, what)
     world.db.guard(partial(instances.demand_current, owner=world.owner))
-    of_the_next_start = Database(world.db.peewee, world.db.dialect, world.db.place)
+    of_the_next_start = Database(world.db.peewee, world.db.dialect, world.db.name)
     instances.claim(of_the_next_start, boot(), now=world.tick())
     before = content(world)
 

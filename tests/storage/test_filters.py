@@ -13,7 +13,7 @@ from runrecovery_service.domain.run import Option, Page, Question, Run, RunFilte
 from runrecovery_service.domain.turn import Asked
 from runrecovery_service.rpc import run_messages
 from runrecovery_service.storage import recovery, runs
-from runrecovery_service.storage.database import Kind
+from runrecovery_service.storage.sql_dialects import DatabaseKind
 
 from .conftest import QUESTION, World
 
@@ -184,7 +184,7 @@ def test_a_thousand_runs_in_the_basic_view_are_one_page(world: World) -> None:
 def test_a_label_leads_to_its_runs_by_its_index(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if world.db.dialect.kind is not Kind.SQLITE:
+    if world.db.dialect.kind is not DatabaseKind.SQLITE:
         pytest.skip("PostgreSQL plans by its statistics")
     asked: list[tuple[str, Any]] = []
     execute: Callable[[Any], Any] = world.db.peewee.execute

@@ -11,7 +11,7 @@ from runrecovery_service.domain.errors import ReconciliationNotFound, RunNotFoun
 from runrecovery_service.domain.reconciliation import ReconciliationState, RecoveredFilter
 from runrecovery_service.domain.run import RecoveryState, RestartPolicy, Run
 from runrecovery_service.storage import recovery
-from runrecovery_service.storage.database import Kind
+from runrecovery_service.storage.sql_dialects import DatabaseKind
 
 from .conftest import World
 
@@ -154,7 +154,7 @@ def test_unfinished_starts_are_counted_up_to_the_last_that_finished(world: World
     assert count(begun) == 3
     assert count(world.now + timedelta(hours=1)) == 0
     # A SQLite store has one service: under another name, it goes on where that one stopped.
-    of_other = 3 if world.db.dialect.kind is Kind.SQLITE else 0
+    of_other = 3 if world.db.dialect.kind is DatabaseKind.SQLITE else 0
     assert recovery.unfinished_since(world.db, "other", begun) == of_other
 
     complete(world)

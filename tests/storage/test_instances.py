@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from runrecovery_service.domain.errors import ClaimLost, Fenced, Held
 from runrecovery_service.storage import instances
-from runrecovery_service.storage.database import Database, Kind
+from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner
+from runrecovery_service.storage.sql_dialects import DatabaseKind
 
 from .conftest import World, boot
 
@@ -65,7 +66,7 @@ def test_whoever_holds_the_lock_of_the_holder_takes_over_at_once(
 def test_no_lease_stands_against_a_start_that_holds_the_sqlite_file(
     world: World, change: dict[str, str]
 ) -> None:
-    if world.db.dialect.kind is not Kind.SQLITE:
+    if world.db.dialect.kind is not DatabaseKind.SQLITE:
         pytest.skip("PostgreSQL has no lock that all machines see")
     a_year = f"UPDATE instance SET lease_until = {world.db.dialect.now_us} + 31536000000000"  # noqa: S608
     with world.db.transaction():
@@ -162,7 +163,7 @@ def test_first_starts_at_once_get_epochs_of_their_own(world: World) -> None:
     claimed = world.all_at_once([use] * 12, threads=12)
 
     epochs = sorted(owner.epoch for owner in claimed if isinstance(owner, Owner))
-    first = 2 if world.db.dialect.kind is Kind.SQLITE else 1  # above `default`, in its store
+    first = 2 if world.db.dialect.kind is DatabaseKind.SQLITE else 1  # SQLite: above `default`
     assert epochs == list(range(first, first + 12))
 
 
@@ -179,7 +180,7 @@ def test_the_lease_ends_by_the_clock_of_the_database(database: Database, world: 
 @pytest.fixture
 def shared(world: World) -> World:
     """A world whose store has many connections at once."""
-    if world.db.dialect.kind is not Kind.POSTGRESQL:
+    if world.db.dialect.kind is not DatabaseKind.POSTGRESQL:
         pytest.skip("SQLite has one writer at a time")
     return world
 

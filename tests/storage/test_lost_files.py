@@ -17,14 +17,12 @@ from pathlib import Path
 import pytest
 from runrecovery_service.domain.errors import DataDirRefused, StorageUnavailable, StoreLost
 from runrecovery_service.lifecycle import store_kept
-from runrecovery_service.storage import locks
+from runrecovery_service.storage import backup, file_watch
 from runrecovery_service.storage.adapter import GroupCommitWriter, Storage
-from runrecovery_service.storage.database import (
-    Database,
-    backup_sqlite,
-    integrity_problems,
-    open_database,
-)
+from runrecovery_service.storage.backup import backup_sqlite
+from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.integrity import integrity_problems
+from runrecovery_service.storage.opening import open_database
 
 NAME = "runrecovery.db"
 DELETE_AND_CHECKPOINT = """
@@ -55,7 +53,7 @@ Damage = Callable[[Path], None]
 def db(tmp_path: Path) -> Iterator[Database]:
     """A store in use, with one acknowledged write that is in the log only."""
     with closing(open_database("", tmp_path)) as db:
-        db.keep_files()
+        db.watch_files()
         with db.transaction():
             add(db, "acknowledged")
         yield db
@@ -165,7 +163,7 @@ def test_a_rescued_copy_has_everything_and_the_place_stays_as_it_is(
         db.demand_in_place()
     before = contents(tmp_path)
 
-    copy = db.rescue()
+    copy = backup.rescue(db)
     db.close()
 
     assert copy is not None
@@ -209,7 +207,7 @@ def test_no_rescue_is_claimed_where_none_can_be_written(db: Database, tmp_path: 
     (tmp_path / f"{NAME}-wal").unlink()
     tmp_path.rename(tmp_path.with_name("moved"))
 
-    assert db.rescue() is None
+    assert backup.rescue(db) is None
     tmp_path.with_name("moved").rename(tmp_path)
 
 
@@ -236,7 +234,7 @@ def test_work_beside_the_store_loses_nothing(db: Database, tmp_path: Path) -> No
 
 def backup_sqlite_elsewhere(path: Path) -> None:
     """Copy the store in another process: closing a file drops this process's locks on it."""
-    copy = "import sys; from pathlib import Path; from runrecovery_service.storage.database import"
+    copy = "import sys; from pathlib import Path; from runrecovery_service.storage.backup import"
     copy += f" {backup_sqlite.__name__} as run; run(*map(Path, sys.argv[1:]))"
     command = [sys.executable, "-c", copy, str(path / NAME), str(path / "backup.db")]
     subprocess.run(command, check=True, capture_output=True)
@@ -251,7 +249,7 @@ def test_a_place_that_cannot_be_seen_for_a_while_is_not_lost(
         raise PermissionError(errno.EACCES, "Permission denied")
 
     with monkeypatch.context() as patch:
-        patch.setattr(locks, "identity", denied)
+        patch.setattr(file_watch, "identity", denied)
         with pytest.raises(StorageUnavailable), db.transaction():
             pass
         with pytest.raises(PermissionError):
@@ -312,7 +310,7 @@ def copied(tmp_path: Path) -> Iterator[Database]:
             with db.transaction():
                 add(db, f"w{n}")
         db.fetch_all("PRAGMA wal_checkpoint(TRUNCATE)")
-        db.keep_files()
+        db.watch_files()
         with db.transaction():
             add(db, "acknowledged")
         yield db
@@ -327,7 +325,7 @@ def test_a_file_that_is_overwritten_after_the_start_after_a_crash_is_noticed(
         shutil.copy(f"{tmp_path / NAME}{suffix}", crashed)
 
     with closing(open_database("", crashed)) as started:
-        started.keep_files()
+        started.watch_files()
         started.demand_in_place()
         os.truncate(crashed / NAME, (crashed / NAME).stat().st_size + 4096)
 
@@ -348,7 +346,7 @@ def test_a_transaction_after_a_file_was_overwritten_does_not_begin(
     assert not begun
     with pytest.raises(StoreLost, match=f"{NAME}{suffix} was cut short or overwritten under"):
         copied.demand_in_place()
-    assert copied.rescue() is None
+    assert backup.rescue(copied) is None
     assert list(tmp_path.glob("*rescued*")) == []
 
 
@@ -381,7 +379,7 @@ def test_a_backup_that_is_copied_over_the_store_in_use_is_a_lost_store(
             with db.transaction():
                 add(db, f"{n:0100}")
         db.fetch_all("PRAGMA wal_checkpoint(RESTART)")
-        db.keep_files()
+        db.watch_files()
         with db.transaction():
             add(db, "acknowledged")
 
@@ -406,7 +404,7 @@ def test_heavy_writing_and_small_checkpoints_are_never_taken_for_damage(
     """Other threads look all the time, while SQLite begins its log anew, cuts it short, and gives
     pages of the file back."""
     with closing(open_database("", tmp_path)) as db:
-        db.keep_files()
+        db.watch_files()
         ended = threading.Event()
 
         def look() -> int:
@@ -436,7 +434,7 @@ def test_heavy_writing_and_small_checkpoints_are_never_taken_for_damage(
 
 def test_nothing_of_a_closed_store_stays_open(tmp_path: Path) -> None:
     with closing(open_database("", tmp_path)) as db:
-        db.keep_files()
+        db.watch_files()
         db.fetch_all("SELECT 1")
 
     links = [os.path.realpath(one) for one in Path("/proc/self/fd").iterdir()]

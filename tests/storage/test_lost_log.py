@@ -11,12 +11,10 @@ from pathlib import Path
 
 import pytest
 from runrecovery_service.domain.errors import DatabaseRefused
-from runrecovery_service.storage.database import (
-    Database,
-    integrity_problems,
-    migrate,
-    open_database,
-)
+from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.integrity import integrity_problems
+from runrecovery_service.storage.migrate import migrate
+from runrecovery_service.storage.opening import open_database
 
 NAME = "runrecovery.db"
 MARKER = f"{NAME}.installed"
@@ -155,7 +153,7 @@ def write_and_undo(db: Database) -> None:
 
 def test_what_is_undone_as_a_trial_is_commits_and_writes_nothing(tmp_path: Path) -> None:
     with closing(open_database("", tmp_path)) as db:
-        db.keep_files()
+        db.watch_files()
         with db.transaction():
             add(db, "one")
         before = contents(tmp_path)

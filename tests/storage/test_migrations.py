@@ -12,15 +12,17 @@ import pytest
 from runrecovery_service.domain.reconciliation import Cause, ReconciliationState
 from runrecovery_service.domain.run import RunEventKind, RunFilter, RunStatus
 from runrecovery_service.storage import (
-    database,
     events,
     instances,
+    migrate,
     processes,
     recovery,
     runs,
 )
-from runrecovery_service.storage.database import Database, applied_migrations, open_database
+from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner
+from runrecovery_service.storage.migrate import applied_migrations
+from runrecovery_service.storage.opening import open_database
 from runrecovery_service.storage.processes import Ended
 
 from .conftest import World, boot
@@ -85,9 +87,9 @@ def first(empty_database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """A closed and filled store of the first version: its URL and its content."""
     only = tmp_path / "migrations"
     only.mkdir()
-    shutil.copy(database.MIGRATIONS / "0001_initial.py", only)
+    shutil.copy(migrate.MIGRATIONS / "0001_initial.py", only)
     with monkeypatch.context() as patch:
-        patch.setattr(database, "MIGRATIONS", only)
+        patch.setattr(migrate, "MIGRATIONS", only)
         db = open_database(empty_database_url, tmp_path)
         assert applied_migrations(db) == ["0001_initial"]
         with db.transaction():
@@ -161,7 +163,7 @@ def test_everything_that_the_first_version_stored_is_there(first: First, world: 
             )
         ),
     }
-    assert applied_migrations(world.db) == sorted(database.known_migrations())
+    assert applied_migrations(world.db) == sorted(migrate.known_migrations())
 
 
 def test_an_epoch_of_the_first_version_is_followed_by_the_next_one(world: World) -> None:

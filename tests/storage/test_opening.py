@@ -18,20 +18,16 @@ from runrecovery_service.domain.errors import (
     DataDirRefused,
     Held,
 )
-from runrecovery_service.storage import database, postgresql
-from runrecovery_service.storage import locks as storage_locks
+from runrecovery_service.storage import file_locks as storage_locks
+from runrecovery_service.storage import postgresql, sqlite_file
 from runrecovery_service.storage.adapter import Storage
-from runrecovery_service.storage.database import (
-    SQLITE_PRAGMAS,
-    Database,
-    Kind,
-    integrity_problems,
-    known_migrations,
-    migrate,
-    open_database,
-    postgresql_problems,
-)
-from runrecovery_service.storage.locks import DatabaseLock, Lock, LockFile
+from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.file_locks import DatabaseLock, Lock, LockFile
+from runrecovery_service.storage.integrity import integrity_problems
+from runrecovery_service.storage.migrate import known_migrations, migrate
+from runrecovery_service.storage.opening import open_database, postgresql_problems
+from runrecovery_service.storage.sql_dialects import DatabaseKind
+from runrecovery_service.storage.sqlite_file import SQLITE_PRAGMAS
 from support.pg_proxy import proxied
 
 NAME = "runrecovery.db"
@@ -407,11 +403,11 @@ def test_a_store_can_be_named_by_url(tmp_path: Path) -> None:
     open_database(f"sqlite:///{place}", tmp_path).close()
 
     assert place.exists()
-    assert database.sqlite_path("postgresql://x", tmp_path) is None
+    assert sqlite_file.sqlite_path("postgresql://x", tmp_path) is None
 
 
 def test_postgresql_commits_are_durable_and_bounded(database: Database) -> None:
-    if database.dialect.kind is not Kind.POSTGRESQL:
+    if database.dialect.kind is not DatabaseKind.POSTGRESQL:
         pytest.skip("settings of PostgreSQL")
 
     def setting(name: str) -> object:

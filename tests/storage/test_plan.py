@@ -39,7 +39,7 @@ from runrecovery_service.storage.adapter import (
     Storage,
 )
 from runrecovery_service.storage.converge import Tally
-from runrecovery_service.storage.database import Kind
+from runrecovery_service.storage.sql_dialects import DatabaseKind
 
 from .conftest import World
 
@@ -331,7 +331,7 @@ async def test_a_plan_that_waits_for_files_keeps_no_thread_of_the_store(world: W
         yield from (FOUND[SessionReason.WHOLE] for _ in handles)
 
     storage = Storage(world.db)
-    is_sqlite = world.db.dialect.kind is Kind.SQLITE
+    is_sqlite = world.db.dialect.kind is DatabaseKind.SQLITE
     all_read = threading.Barrier(READER_THREADS if is_sqlite else POSTGRESQL_CONNECTIONS)
     deps = RecoveryDeps(
         storage=storage,

@@ -10,10 +10,7 @@ import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 from runrecovery_service.domain.errors import DatabaseRefused
-from runrecovery_service.storage.database import (
-    open_database,
-    postgresql_problems,
-)
+from runrecovery_service.storage.opening import open_database, postgresql_problems
 from runrecovery_service.storage.tables import EVERY
 
 from bench.postgres import ScratchPostgres

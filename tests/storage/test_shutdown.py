@@ -28,9 +28,10 @@ from runrecovery_service.recovery.bulk_session_check import BulkSessionCheck
 from runrecovery_service.recovery.reconcile import RecordRemovals, Recovery, RecoveryLimits
 from runrecovery_service.recovery.status import RecoveryStatus
 from runrecovery_service.stop_signal import StopSignal
-from runrecovery_service.storage import converge, instances, processes, recovery, runs
+from runrecovery_service.storage import converge, instances, processes, recovery, use_case
 from runrecovery_service.storage.converge import Tally
-from runrecovery_service.storage.database import Database, open_database
+from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.opening import open_database
 from runrecovery_service.storage.processes import Lease
 from support.recovery import ClearTrust, FakeLaunchEnder, FakeTrustCleaner, clear_nothing
 
@@ -497,7 +498,7 @@ def test_a_page_of_reports_is_bounded_by_what_they_hold(world: World) -> None:
         if (after := page.after) is None:
             break
 
-    assert {len(page) for page in pages[:-1]} == {runs.PAGE_CHARS // len(text)}
+    assert {len(page) for page in pages[:-1]} == {use_case.PAGE_CHARS // len(text)}
     ids = [report.reconciliation_id for page in pages for report in page]
     assert len(set(ids)) == len(ids) == 12
     with world.db.transaction():

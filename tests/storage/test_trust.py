@@ -21,7 +21,9 @@ from runrecovery_service.domain.reconciliation import TrustClearing
 from runrecovery_service.domain.run import Run, RunStatus
 from runrecovery_service.domain.turn import Succeeded
 from runrecovery_service.storage import instances, trust
-from runrecovery_service.storage.database import Database, Kind, open_database
+from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.opening import open_database
+from runrecovery_service.storage.sql_dialects import DatabaseKind
 from runrecovery_service.storage.trust import TrustEntry
 from runrecovery_service.trust import codex, files, toml_text
 from runrecovery_service.trust.entry import Added, Made, Outcome, Removal, Removals
@@ -216,7 +218,7 @@ def test_a_shared_store_has_entries_of_other_hosts_which_stay(place: Place) -> N
 
     assert (place.file.read_bytes(), len(place.rows()), len(done.removals)) == (text, 1, 1)
     # A SQLite store is one service's, whatever its host was called before.
-    alone = place.world.db.dialect.kind is Kind.SQLITE
+    alone = place.world.db.dialect.kind is DatabaseKind.SQLITE
     assert len(done.warnings) == alone
     ((away,),) = place.world.rows("SELECT away FROM trust_entry WHERE removed_at IS NULL")
     assert (away is not None) == alone

@@ -25,7 +25,8 @@ from hypothesis import strategies as st
 from runrecovery_service import logs
 from runrecovery_service.background_stream import BackgroundStream
 from runrecovery_service.config.settings import LogFormat, LogLevel
-from runrecovery_service.storage.database import Database, Kind
+from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.sql_dialects import DatabaseKind
 
 CANARY = "canary-9f1c"
 
@@ -311,8 +312,8 @@ def test_a_real_error_about_a_row_tells_nothing_of_the_row(database: Database) -
 
     # SQLite fails when it reads text that is not UTF-8; PostgreSQL takes no text for a number.
     about_a_value = {
-        Kind.SQLITE: (f"SELECT CAST(x'{CANARY.encode().hex()}ff' AS TEXT)", ()),
-        Kind.POSTGRESQL: ("SELECT CAST(? AS INTEGER)", (f"{CANARY}\n{CANARY}",)),
+        DatabaseKind.SQLITE: (f"SELECT CAST(x'{CANARY.encode().hex()}ff' AS TEXT)", ()),
+        DatabaseKind.POSTGRESQL: ("SELECT CAST(? AS INTEGER)", (f"{CANARY}\n{CANARY}",)),
     }[database.dialect.kind]
     about_a_row = ("INSERT INTO kept (prompt) VALUES (?)", (f"{CANARY}\n{CANARY}",))
     for sql, values in (about_a_row, about_a_value):

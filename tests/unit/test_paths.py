@@ -170,7 +170,7 @@ def test_a_path_is_as_long_as_sqlite_can_take(tmp_path: Path) -> None:
 
 
 def test_the_longest_path_that_is_allowed_really_works(tmp_path: Path) -> None:
-    from runrecovery_service.storage.database import open_database
+    from runrecovery_service.storage.opening import open_database
 
     folder = tmp_path
     while len(str(folder)) < 380:

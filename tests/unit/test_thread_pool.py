@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from runrecovery_service.background_stream import BackgroundStream
 from runrecovery_service.domain.errors import ThreadsRefused
-from runrecovery_service.storage import soundness
+from runrecovery_service.storage import quick_check
 from runrecovery_service.storage.adapter import GroupCommitWriter
 from runrecovery_service.thread_pool import SteadyThreadPool
 
@@ -27,7 +27,7 @@ def looked_at(_: object) -> None:
     """Look for damage in a database."""
     with closing(sqlite3.connect(":memory:")) as connection:
         connection.execute("CREATE TABLE instance (lease_until INTEGER)")
-        soundness.damage(connection)
+        quick_check.find_damage(connection)
 
 
 def test_every_task_is_done_once_by_the_threads_that_there_are(

@@ -44,7 +44,7 @@ from runrecovery_service.storage import adoption, converge, deadlines, processes
 from runrecovery_service.storage.adoption import Adopted
 from runrecovery_service.storage.converge import Batch, Scope
 from runrecovery_service.storage.database import Database
-from runrecovery_service.storage.faults import DRIVER_ERRORS, translate
+from runrecovery_service.storage.driver_errors import DRIVER_ERRORS, to_domain_error
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.processes import Ended, Lease
 
@@ -289,7 +289,7 @@ class Recovery:
             try:
                 report.tally += converge.converge(db, scope, batch, report=report.write)
             except DRIVER_ERRORS as error:
-                if rows <= SMALLEST_BATCH or not isinstance(translate(error), StorageBusy):
+                if rows <= SMALLEST_BATCH or not isinstance(to_domain_error(error), StorageBusy):
                     raise
                 rows //= 2  # the batch took longer than the statement timeout of the database
                 continue

@@ -16,7 +16,7 @@ from concurrent.futures import Future, wait
 from contextlib import suppress
 from threading import get_ident
 from time import monotonic
-from typing import Concatenate, Final, ParamSpec, TypeVar
+from typing import Final, ParamSpec, TypeVar
 
 import structlog
 
@@ -24,7 +24,6 @@ from runrecovery_service import daemon_threads
 from runrecovery_service.domain.errors import (
     NotNow,
     RunRecoveryError,
-    StorageUnavailable,
     error_facts,
 )
 from runrecovery_service.storage.changes import (
@@ -33,16 +32,17 @@ from runrecovery_service.storage.changes import (
     decisions_stamp,
     event_counts,
 )
-from runrecovery_service.storage.database import Database, Kind, is_undecodable, repeated
-from runrecovery_service.storage.faults import DRIVER_ERRORS, translate, words_of
-from runrecovery_service.storage.postgresql import PostgreSQL, cut, is_idle
+from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.driver_errors import DRIVER_ERRORS
+from runrecovery_service.storage.postgresql import PostgreSQL, cut
 from runrecovery_service.storage.recovery import close_abandoned
+from runrecovery_service.storage.sql_dialects import DatabaseKind
+from runrecovery_service.storage.use_case import UseCase, run_use_case
 from runrecovery_service.thread_pool import SteadyThreadPool
 from runrecovery_service.threads import start_thread
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Use = Callable[Concatenate[Database, P], R]
 
 READER_THREADS: Final = 2
 POSTGRESQL_CONNECTIONS: Final = 8
@@ -62,7 +62,7 @@ class Storage:
 
     def __init__(self, db: Database) -> None:
         self._db = db
-        self._inline = db.dialect.kind is Kind.SQLITE
+        self._inline = db.dialect.kind is DatabaseKind.SQLITE
         self._pool = SteadyThreadPool(
             READER_THREADS if self._inline else POSTGRESQL_CONNECTIONS,
             thread_name_prefix="storage",
@@ -81,13 +81,13 @@ class Storage:
         """True when other machines may use the same store, so that only leases fence."""
         return not self._inline
 
-    async def point(self, use: Use[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    async def point(self, use: UseCase[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Run a read of a row or two."""
         if self._inline:
-            return _translated(self._db, use, *args, **kwargs)
+            return run_use_case(self._db, use, *args, **kwargs)
         return await self.read(use, *args, **kwargs)
 
-    async def read(self, use: Use[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    async def read(self, use: UseCase[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Run a read of many rows."""
         return await asyncio.wrap_future(self._submit(lambda db: use(db, *args, **kwargs)))
 
@@ -99,7 +99,7 @@ class Storage:
 
         def read() -> R:
             try:
-                return _translated(self._db, noted)
+                return run_use_case(self._db, noted)
             finally:
                 self._under_way.pop(get_ident(), None)
 
@@ -116,7 +116,7 @@ class Storage:
                 log.warning("storage.connection_cut", seconds=round(monotonic() - begun, 1))
                 cut(connection)
 
-    async def write(self, use: Use[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    async def write(self, use: UseCase[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Run one transaction, return once it is durable, and announce the runs that it changed.
 
         A failure that does not exclude a commit is announced as a change in doubt.
@@ -128,7 +128,7 @@ class Storage:
                 self.changes.announce_doubt()
             raise
 
-    async def write_own(self, use: Use[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    async def write_own(self, use: UseCase[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Run one transaction of the execution itself; return once it is durable.
 
         Only watchers are woken: the subscriber is the one who writes, and it repeats or checks
@@ -139,13 +139,13 @@ class Storage:
     async def _write(
         self,
         announce: Callable[[frozenset[int]], None],
-        use: Use[P, R],
+        use: UseCase[P, R],
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> R:
         def noted(db: Database) -> tuple[R, frozenset[int]]:
-            db.take_touched()  # left over from a use that was rolled back
-            return use(db, *args, **kwargs), db.take_touched()
+            db.take_changed_runs()  # left over from a use that was rolled back
+            return use(db, *args, **kwargs), db.take_changed_runs()
 
         writing = (self._submit if self._writer is None else self._writer.submit)(noted)
         try:
@@ -191,7 +191,7 @@ class Storage:
             except Exception as error:  # noqa: BLE001 - whatever it was, the next look comes
                 log.warning("storage.changes_not_seen", **error_facts(error))
 
-    async def renewal(self, use: Use[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    async def renewal(self, use: UseCase[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the small write that keeps this instance the owner; it never queues behind reads."""
         if self._reserved is None:
             return await self.write(use, *args, **kwargs)
@@ -219,7 +219,7 @@ class Storage:
         self._reserved = replacement
         return replacement
 
-    async def attempt(self, use: Use[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    async def attempt(self, use: UseCase[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Run a trial: on a thread of its own, where it does not queue behind callers."""
         try:
             return await asyncio.wrap_future(
@@ -235,8 +235,8 @@ class Storage:
 
     def _alone(self, use: Callable[[Database], R]) -> R:
         try:
-            self._db.read_leniently()  # a recovery that has begun is not begun again
-            return _translated(self._db, use)
+            self._db.decode_leniently()  # a recovery that has begun is not begun again
+            return run_use_case(self._db, use)
         finally:
             self._db.close()
 
@@ -299,7 +299,7 @@ class ReservedConnection:
             self._connection = db.peewee.connection()
             return use(db)
 
-        return self._thread.submit(lambda: _translated(self._db, kept))
+        return self._thread.submit(lambda: run_use_case(self._db, kept))
 
     def give_up(self) -> None:
         """Cut the use off that is under way, and end."""
@@ -319,39 +319,6 @@ class ReservedConnection:
 
 def _connect(db: Database) -> None:
     """Use a connection, which opens it."""
-
-
-def _translated(db: Database, use: Use[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    try:
-        return repeated(lambda: _decoded(db, use, *args, **kwargs))
-    except DRIVER_ERRORS as error:
-        meaning = translate(error)
-        if meaning is None:
-            raise
-        log.warning(
-            "storage.failed",
-            error=words_of(error),
-            meaning=type(meaning).__name__,
-            cause=meaning.cause,
-        )
-        if (
-            db.dialect.kind is Kind.POSTGRESQL
-            and not db.peewee.in_transaction()
-            and (isinstance(meaning, StorageUnavailable) or not is_idle(db.peewee.connection()))
-        ):
-            db.close()  # the connection may be dead; the next use opens a new one
-        raise meaning from error
-
-
-def _decoded(db: Database, use: Use[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Use the store, once more and leniently if it holds text that cannot be read."""
-    try:
-        return use(db, *args, **kwargs)
-    except DRIVER_ERRORS as error:
-        if not is_undecodable(error):
-            raise
-    db.read_leniently()
-    return use(db, *args, **kwargs)
 
 
 class GroupCommitWriter:
@@ -457,7 +424,7 @@ class _Write:
     def perform(self, db: Database) -> None:
         """Do it in a transaction of its own and tell the caller."""
         try:
-            result = _translated(db, self._alone)
+            result = run_use_case(db, self._alone)
         except BaseException as error:  # noqa: BLE001 - the edge of the thread: the caller gets it
             self.future.set_exception(error)
         else:

@@ -12,8 +12,9 @@ from typing import Final
 
 from runrecovery_service.domain.errors import RecoveryInterrupted
 from runrecovery_service.storage import instances
-from runrecovery_service.storage.database import Database, Kind
+from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner
+from runrecovery_service.storage.sql_dialects import DatabaseKind
 from runrecovery_service.storage.tables import LIVE
 
 
@@ -58,7 +59,7 @@ def adopt(
         Fenced: a newer epoch of this instance has started.
         RecoveryInterrupted: the service is to stop.
     """
-    if db.dialect.kind is not Kind.SQLITE:
+    if db.dialect.kind is not DatabaseKind.SQLITE:
         return ()
     others = db.fetch_all(
         "SELECT name FROM instance WHERE name <> ? ORDER BY name", (owner.instance,)

@@ -57,7 +57,7 @@ class CommitMarker:
                 self._written = commits
 
 
-def stored(connection: sqlite3.Connection) -> int | None:
+def stored_count(connection: sqlite3.Connection) -> int | None:
     """Return how many commits a store has counted; None in one of an older version."""
     known = "SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = 'commit_count'"
     if connection.execute(known).fetchone() is None:
@@ -66,12 +66,14 @@ def stored(connection: sqlite3.Connection) -> int | None:
     return None if row is None else int(row[0])
 
 
-def loss(acknowledged: int | None, connection: sqlite3.Connection, marker: Path) -> str | None:
+def describe_loss(
+    acknowledged: int | None, connection: sqlite3.Connection, marker: Path
+) -> str | None:
     """Return what is wrong with a store that has fewer commits than were acknowledged.
 
     Read `acknowledged` before the connection's snapshot begins: a service may be at work.
     """
-    counted = stored(connection)
+    counted = stored_count(connection)
     if acknowledged is None or counted is None or counted >= acknowledged:
         return None
     return (

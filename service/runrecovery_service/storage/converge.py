@@ -37,11 +37,12 @@ from runrecovery_service.domain.session_check import (
     SessionFingerprint,
     SessionVerdict,
 )
-from runrecovery_service.storage.database import Database, Dialect, Kind
-from runrecovery_service.storage.faults import DRIVER_ERRORS, translate
+from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.driver_errors import DRIVER_ERRORS, to_domain_error
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.recovery import own_reports
 from runrecovery_service.storage.rows import finding_from, to_us, word
+from runrecovery_service.storage.sql_dialects import DatabaseKind, SqlDialect
 from runrecovery_service.storage.tables import LIVE, live, sql_words
 
 
@@ -136,7 +137,7 @@ def next_batch(db: Database, scope: Scope, *, after: int, rows: int) -> Batch | 
 # -- the matrix as SQL -------------------------------------------------------------------------
 
 
-def fact_conditions(dialect: Dialect) -> dict[Fact, str]:
+def fact_conditions(dialect: SqlDialect) -> dict[Fact, str]:
     """Return, per fact, the condition on a run `r` and its latest question `i`."""
     kinds = sql_words(tuple(kind.value for kind in InteractionKind))
     return {
@@ -152,7 +153,7 @@ def fact_conditions(dialect: Dialect) -> dict[Fact, str]:
     }
 
 
-def facts_sql(dialect: Dialect) -> str:
+def facts_sql(dialect: SqlDialect) -> str:
     """Return an expression for the facts of a run as the bits of `Fact`."""
     return " + ".join(
         f"CASE WHEN {condition} THEN {fact.value} ELSE 0 END"
@@ -160,7 +161,7 @@ def facts_sql(dialect: Dialect) -> str:
     )
 
 
-def damage_sql(dialect: Dialect) -> str:
+def damage_sql(dialect: SqlDialect) -> str:
     """Return an expression that names what cannot be read in a run's record, NULL if nothing."""
     json_columns = ("labels", "input", "output")
     unreadable = "".join(
@@ -219,7 +220,7 @@ def _matrix_values() -> str:
 _RANGE: Final = f"r.id BETWEEN ? AND ? AND {live('r.')} AND r.owner = ? AND r.owner_epoch < ?"
 
 
-def decisions_sql(dialect: Dialect) -> str:
+def decisions_sql(dialect: SqlDialect) -> str:
     """Return the query that decides every run of a range.
 
     Parameters: first, last key, instance, epoch. Columns: id, recovery_no, status, rule, facts,
@@ -284,7 +285,7 @@ _EVENT: Final = (
 )
 
 
-def _apply_sql(dialect: Dialect, batch: Batch, *, all_decided: bool) -> str:
+def _apply_sql(dialect: SqlDialect, batch: Batch, *, all_decided: bool) -> str:
     """Return the change of a batch's runs into what their newest history says.
 
     Parameters: our epoch, report, first and last key, instance, epoch; and the report once more
@@ -295,7 +296,7 @@ def _apply_sql(dialect: Dialect, batch: Batch, *, all_decided: bool) -> str:
     # SQLite: with a `+`, conditions do not lead to the index of live rows, which pays only where
     # few rows of the range are live.
     dense = batch.rows * 4 >= batch.last - batch.first + 1
-    column = "+run." if dense and dialect.kind is Kind.SQLITE else "run."
+    column = "+run." if dense and dialect.kind is DatabaseKind.SQLITE else "run."
     return (
         f"UPDATE run SET ({', '.join(_APPLIED)}) = (SELECT {', '.join(_APPLIED.values())} {_EVENT})"
         f" WHERE run.id BETWEEN ? AND ? AND {live(column)} AND run.owner = ?"
@@ -327,7 +328,7 @@ def converge(
             tally = _converge_range(db, scope, batch)
             report(db, tally)
     except DRIVER_ERRORS as error:
-        if translate(error) is not None:
+        if to_domain_error(error) is not None:
             raise
         return _isolate(db, scope, batch, error, report=report)
     return tally
@@ -420,7 +421,7 @@ def _hold(db: Database, reach: tuple[int, int, str, int]) -> None:
     In a statement of its own: the next one then decides on what was committed before it. SQLite
     needs no such thing, its transaction excludes every other writer.
     """
-    if db.dialect.kind is Kind.POSTGRESQL:
+    if db.dialect.kind is DatabaseKind.POSTGRESQL:
         db.execute(
             "SELECT count(*) FROM"
             f" (SELECT r.id FROM run r WHERE {_RANGE} ORDER BY r.id FOR UPDATE) AS held",
@@ -633,7 +634,7 @@ class Foreseen:
     situation: Situation
 
 
-def _situation_sql(dialect: Dialect) -> str:
+def _situation_sql(dialect: SqlDialect) -> str:
     """Return what a restart would see of the runs `r` as the columns of a query."""
     return (
         f"r.status, r.profile, {facts_sql(dialect)} AS facts,"

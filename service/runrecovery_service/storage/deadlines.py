@@ -16,7 +16,7 @@ from runrecovery_service.domain.deadline import DueKind, SteadyTime
 from runrecovery_service.domain.errors import Fenced
 from runrecovery_service.domain.run import ErrorCode, Profile, Run, RunStatus
 from runrecovery_service.domain.turn import RUN_TIMEOUT
-from runrecovery_service.storage import instances, interactions, runs
+from runrecovery_service.storage import instances, interactions, runs, use_case
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.rows import to_us
@@ -95,7 +95,7 @@ def passed(db: Database, owner: Owner, *, steady: SteadyTime, limit: int) -> lis
     return found
 
 
-@runs.retried
+@use_case.retried
 def end_wait(
     db: Database, run_key: int, *, owner: Owner, now: datetime, steady: SteadyTime
 ) -> Run | None:
@@ -127,7 +127,7 @@ def end_wait(
     return runs.get_by_key(db, run_key)
 
 
-@runs.retried
+@use_case.retried
 def end_run(
     db: Database, run_key: int, *, owner: Owner, now: datetime, steady: SteadyTime
 ) -> Run | None:

@@ -14,7 +14,7 @@ from runrecovery_service.domain.errors import WatchHistoryPruned, WatchSequenceU
 from runrecovery_service.domain.recovery_matrix import REOPEN_RULE
 from runrecovery_service.domain.run import Run, RunEvent, RunEventKind, RunStatus
 from runrecovery_service.storage import tables
-from runrecovery_service.storage.database import Database, Row, Statement, slot
+from runrecovery_service.storage.database import Database, Row
 from runrecovery_service.storage.rows import (
     RECOVERY_COLUMNS,
     from_us,
@@ -22,6 +22,7 @@ from runrecovery_service.storage.rows import (
     to_us,
     word,
 )
+from runrecovery_service.storage.statements import Statement, param
 
 EVENTS_KEPT: Final = 1000
 
@@ -30,14 +31,14 @@ _V, _E, _C = tables.RunEvent, tables.RecoveryEvent, tables.Reconciliation
 _ADD = Statement(
     lambda: _V.insert(
         {
-            _V.run: slot("run"),
-            _V.no: slot("no"),
-            _V.kind: slot("kind"),
-            _V.status: slot("status"),
-            _V.attempt: slot("attempt"),
-            _V.interaction: slot("interaction"),
-            _V.error_code: slot("error_code"),
-            _V.happened_at: slot("now"),
+            _V.run: param("run"),
+            _V.no: param("no"),
+            _V.kind: param("kind"),
+            _V.status: param("status"),
+            _V.attempt: param("attempt"),
+            _V.interaction: param("interaction"),
+            _V.error_code: param("error_code"),
+            _V.happened_at: param("now"),
         }
     )
 )
@@ -46,7 +47,7 @@ _OWN = Statement(
         _V.select(
             _V.no, _V.kind, _V.happened_at, _V.status, _V.attempt, _V.interaction, _V.error_code
         )
-        .where((_V.run == slot("run")) & (_V.no > slot("after")) & (_V.no <= slot("last")))
+        .where((_V.run == param("run")) & (_V.no > param("after")) & (_V.no <= param("last")))
         .order_by(_V.no)
     )
 )
@@ -55,7 +56,9 @@ _DECISIONS = Statement(
         _E.select(_E.sequence, _E.attempt, *RECOVERY_COLUMNS)
         .join(_C, on=(_C.id == _E.reconciliation))
         .where(
-            (_E.run == slot("run")) & (_E.sequence > slot("after")) & (_E.sequence <= slot("last"))
+            (_E.run == param("run"))
+            & (_E.sequence > param("after"))
+            & (_E.sequence <= param("last"))
         )
         .order_by(_E.sequence)
     )

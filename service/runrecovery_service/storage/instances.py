@@ -7,8 +7,9 @@ from datetime import datetime
 from typing import Final
 
 from runrecovery_service.domain.errors import ClaimLost, Fenced, Held
-from runrecovery_service.storage.database import Database, Kind, Row
+from runrecovery_service.storage.database import Database, Row
 from runrecovery_service.storage.rows import to_us
+from runrecovery_service.storage.sql_dialects import DatabaseKind
 
 LEASE_TTL_S: Final = 15.0
 """How long, unless it is configured, an instance is believed alive after its last renewal."""
@@ -71,7 +72,7 @@ def claim(db: Database, boot: Boot, *, now: datetime, ttl_s: float = LEASE_TTL_S
             "INSERT INTO instance_epoch (name, epoch) VALUES (?, 0) ON CONFLICT (name) DO NOTHING",
             (boot.instance,),
         )
-        lock = " FOR UPDATE" if db.dialect.kind is Kind.POSTGRESQL else ""
+        lock = " FOR UPDATE" if db.dialect.kind is DatabaseKind.POSTGRESQL else ""
         db.fetch_one(f"SELECT 1 FROM instance_epoch WHERE name = ?{lock}", (boot.instance,))
         row = _living(db, boot, lock)
         _demand_free(db, row, boot)
@@ -116,7 +117,7 @@ def _living(db: Database, boot: Boot, lock: str = "") -> Row | None:
 
 
 def _demand_free(db: Database, row: Row | None, boot: Boot) -> None:
-    if row is None or db.dialect.kind is Kind.SQLITE:
+    if row is None or db.dialect.kind is DatabaseKind.SQLITE:
         return
     _, host_id, data_dir, pid, lock_id, lease_runs = row
     if lease_runs and (lock_id is None or lock_id != boot.lock_id):
@@ -124,7 +125,7 @@ def _demand_free(db: Database, row: Row | None, boot: Boot) -> None:
 
 
 def _next_epoch(db: Database, own: Row | None) -> int:
-    if db.dialect.kind is Kind.SQLITE:
+    if db.dialect.kind is DatabaseKind.SQLITE:
         highest = db.fetch_one("SELECT COALESCE(max(epoch), 0) FROM instance")
         return 1 if highest is None else highest[0] + 1
     return 1 if own is None else own[0] + 1
@@ -156,7 +157,7 @@ def demand_current(db: Database, owner: Owner) -> None:
         Fenced: another start has claimed the instance since.
         ClaimLost: the store does not have this epoch any more.
     """
-    share = " FOR SHARE" if db.dialect.kind is Kind.POSTGRESQL else ""
+    share = " FOR SHARE" if db.dialect.kind is DatabaseKind.POSTGRESQL else ""
     current = db.fetch_one(
         f"SELECT 1 FROM instance_epoch WHERE name = ? AND epoch = ? AND boot_token = ?{share}",
         (owner.instance, owner.epoch, owner.boot_token),

@@ -20,8 +20,8 @@ from runrecovery_service.domain.run import (
     RunEventKind,
     RunStatus,
 )
-from runrecovery_service.storage import requests, runs, tables
-from runrecovery_service.storage.database import Database, Stale, Statement, slot
+from runrecovery_service.storage import requests, runs, tables, use_case
+from runrecovery_service.storage.database import Database, Stale
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.requests import Receipt
 from runrecovery_service.storage.rows import (
@@ -30,11 +30,12 @@ from runrecovery_service.storage.rows import (
     to_json,
     to_us,
 )
+from runrecovery_service.storage.statements import Statement, param
 
 _I: Final = tables.Interaction
 
 _FIND = Statement(
-    lambda: _I.select(*INTERACTION_COLUMNS).where((_I.run == slot("run")) & (_I.no == slot("no")))
+    lambda: _I.select(*INTERACTION_COLUMNS).where((_I.run == param("run")) & (_I.no == param("no")))
 )
 
 
@@ -44,7 +45,7 @@ def find(db: Database, run_key: int, interaction_id: int) -> Interaction | None:
     return None if row is None else interaction_from_row(row)
 
 
-@runs.retried
+@use_case.retried
 def reply(
     db: Database,
     run_id: str,
@@ -150,11 +151,9 @@ def page(
     query = _I.select(*INTERACTION_COLUMNS).where(
         (_I.run == run.key) & (_I.no > (after[0] if after else 0))
     )
-    found: list[Interaction] = []
-    chars = 0
-    for row in db.peewee.execute(query.order_by(_I.no).limit(limit + 1)):
-        chars += sum(len(text) for text in row if isinstance(text, str))
-        if len(found) == limit or (found and chars > runs.PAGE_CHARS):
-            return Page(rows=tuple(found), after=(found[-1].interaction_id,))
-        found.append(interaction_from_row(row))
-    return Page(rows=tuple(found), after=None)
+    return use_case.page_of(
+        db.peewee.execute(query.order_by(_I.no).limit(limit + 1)),
+        limit,
+        decode=interaction_from_row,
+        key=lambda row: (row[0],),
+    )

@@ -6,8 +6,7 @@ import contextlib
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any, Final
 from weakref import WeakKeyDictionary
@@ -160,84 +159,6 @@ def unfitness(fetch_one: Callable[[str], Sequence[Any] | None]) -> str | None:
         reason = f"{name} is {found}, not {wanted}, although the connection sets it"
         return f"{reason}; behind a pooler, set it for the role" if name in SESSION else reason
     return None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Table:
-    """A relation of the schema that the service uses, and what its role may do with it.
-
-    Attributes:
-        is_own: the role is, or is a member of, the owner.
-        lacks: the privileges that the service needs and the role does not have.
-    """
-
-    name: str
-    is_own: bool
-    lacks: tuple[str, ...]
-
-
-_TABLES: Final = """
-SELECT c.relname, pg_has_role(c.relowner, 'USAGE'),
-  CASE WHEN c.relkind IN ('r', 'p') THEN concat_ws(',',
-    CASE WHEN NOT has_table_privilege(c.oid, 'SELECT') THEN 'SELECT' END,
-    CASE WHEN NOT has_table_privilege(c.oid, 'INSERT') THEN 'INSERT' END,
-    CASE WHEN NOT has_table_privilege(c.oid, 'UPDATE') THEN 'UPDATE' END
-  ) ELSE '' END
-FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-WHERE n.nspname = current_schema() ORDER BY c.relname"""
-"""Of every relation. Keys are identity columns, whose sequences need no privilege."""
-
-
-class Rights:
-    """What the role may do in the schema that new tables are made in."""
-
-    def __init__(self, fetch_all: Callable[[str], Sequence[Sequence[Any]]]) -> None:
-        """Ask the server; whoever may connect may ask."""
-        ((self.role, self._schema, self._path, may_create),) = fetch_all(
-            "SELECT current_user, current_schema(), current_setting('search_path'),"
-            " has_schema_privilege(current_schema(), 'CREATE')"
-        )
-        self._may_create = bool(may_create)
-        self.tables = {
-            name: Table(name=name, is_own=is_own, lacks=tuple(filter(None, lacks.split(","))))
-            for name, is_own, lacks in fetch_all(_TABLES)
-        }
-
-    def no_schema(self) -> str | None:
-        """Return why there is no schema to work in, or None."""
-        if self._schema is not None:
-            return None
-        return (
-            f"the search_path ({self._path}) has no schema that the role {self.role!r} may use"
-            " (GRANT USAGE ON SCHEMA …)"
-        )
-
-    def cannot_migrate(self, names: Iterable[str]) -> str | None:
-        """Return why the role cannot create and alter these tables, or None."""
-        foreign = [name for name in names if name in self.tables and not self.tables[name].is_own]
-        if foreign:
-            return (
-                f"the table `{foreign[0]}` belongs to another role than {self.role!r}, and only its"
-                " owner can migrate it"
-            )
-        if self._may_create:
-            return None
-        return (
-            f"the role {self.role!r} may not create tables in the schema `{self._schema}`"
-            f" (GRANT CREATE ON SCHEMA {self._schema} TO …)"
-        )
-
-    def cannot_use(self, name: str, needed: Sequence[str] = ()) -> str | None:
-        """Return why the service cannot work with a table, or None.
-
-        Args:
-            needed: privileges; all that the service ever uses unless some are given.
-        """
-        table = self.tables.get(name)
-        if table is None:
-            return f"the table `{name}` is gone; restore a backup"
-        lacks = ", ".join(one for one in table.lacks if not needed or one in needed)
-        return f"the role {self.role!r} lacks {lacks} on the table `{name}`" if lacks else None
 
 
 def is_conflict(error: BaseException) -> bool:

@@ -299,7 +299,7 @@ def close_late(db: Database, late: Iterable[tuple[Lease, Ended]], *, now: dateti
                     *lease.identity,
                 ),
             )
-            db.touch(lease.run_key)  # it may be free to be launched again
+            db.mark_changed(lease.run_key)  # it may be free to be launched again
 
 
 def unended(db: Database, owner: Owner, *, limit: int) -> list[Unended]:

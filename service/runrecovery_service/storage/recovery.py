@@ -32,8 +32,8 @@ from runrecovery_service.domain.run import (
     Run,
     View,
 )
-from runrecovery_service.storage import runs, tables
-from runrecovery_service.storage.database import Database, Dialect, Kind, Row
+from runrecovery_service.storage import runs, tables, use_case
+from runrecovery_service.storage.database import Database, Row
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.processes import orphans_from_json
 from runrecovery_service.storage.rows import (
@@ -42,10 +42,12 @@ from runrecovery_service.storage.rows import (
     from_us,
     from_us_or_none,
     recovery_from_row,
+    run_from_row,
     to_json,
     to_us,
     word,
 )
+from runrecovery_service.storage.sql_dialects import DatabaseKind, SqlDialect
 
 _C, _E, _R = tables.Reconciliation, tables.RecoveryEvent, tables.Run
 
@@ -182,7 +184,8 @@ def recovered_page(
     )
 
 
-def _recovered_key(run: Run) -> tuple[int, ...]:
+def _recovered_key(row: Row) -> tuple[int, ...]:
+    run = run_from_row(row)
     if run.recovery is None:  # its report is gone; such a row still has a place in the order
         return (0, run.key)
     return (to_us(run.recovery.recovered_at), run.key)
@@ -206,7 +209,7 @@ def begin(
     closed as FAILED. What they had decided stands.
     """
     with db.transaction():
-        if db.dialect.kind is Kind.POSTGRESQL:
+        if db.dialect.kind is DatabaseKind.POSTGRESQL:
             # One after the other, so that reports become visible in the order of their keys: who
             # follows the decisions by it would otherwise pass one by that is not there yet.
             db.execute("SELECT pg_advisory_xact_lock(?)", (BEGIN_LOCK,))
@@ -244,7 +247,7 @@ def close_abandoned(db: Database) -> int:
     # A SQLite store is one service's at a time: whoever else has left one is gone.
     alive = (
         "SELECT name FROM instance WHERE 1 = 0"
-        if db.dialect.kind is Kind.SQLITE
+        if db.dialect.kind is DatabaseKind.SQLITE
         else f"SELECT name FROM instance WHERE lease_until > {db.dialect.now_us}"
     )
     with db.transaction():
@@ -255,10 +258,10 @@ def close_abandoned(db: Database) -> int:
     return closed
 
 
-def own_reports(dialect: Dialect) -> str:
+def own_reports(dialect: SqlDialect) -> str:
     """Return the condition, with the instance as its parameter, for reports of this service. All
     of a SQLite store are, though the service may have had another name then."""
-    return "? IS NOT NULL" if dialect.kind is Kind.SQLITE else "instance = ?"
+    return "? IS NOT NULL" if dialect.kind is DatabaseKind.SQLITE else "instance = ?"
 
 
 def unfinished_since(db: Database, instance: str, since: datetime) -> int:
@@ -355,16 +358,12 @@ def reconciliation_page(
     query = _C.select(*_REPORT_COLUMNS)
     if after is not None:
         query = query.where(_C.id < after[0])
-    found: list[Row] = []
-    chars = 0
-    for row in db.peewee.execute(query.order_by(_C.id.desc()).limit(limit + 1)):
-        chars += sum(len(value) for value in row if isinstance(value, str))
-        if len(found) == limit or (found and chars > runs.PAGE_CHARS):
-            break
-        found.append(row)
-    else:
-        return Page(rows=tuple(map(_report_from_row, found)), after=None)
-    return Page(rows=tuple(map(_report_from_row, found)), after=(found[-1][0],))
+    return use_case.page_of(
+        db.peewee.execute(query.order_by(_C.id.desc()).limit(limit + 1)),
+        limit,
+        decode=_report_from_row,
+        key=lambda row: (row[0],),
+    )
 
 
 def _report_from_row(row: Row) -> Reconciliation:

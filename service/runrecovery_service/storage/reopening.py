@@ -23,7 +23,7 @@ from runrecovery_service.domain.run import (
 )
 from runrecovery_service.domain.session_check import SessionFingerprint
 from runrecovery_service.domain.transitions import REOPENED
-from runrecovery_service.storage import instances, interactions, requests, runs
+from runrecovery_service.storage import instances, interactions, requests, runs, use_case
 from runrecovery_service.storage.database import Database, Stale
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.requests import Receipt
@@ -74,7 +74,7 @@ def candidate(db: Database, run_id: str) -> Candidate:
     return Candidate(run=run, handle=retired or own or None, mark=SessionFingerprint.read(mark))
 
 
-@runs.retried
+@use_case.retried
 def reopen(
     db: Database,
     run_id: str,
@@ -188,7 +188,7 @@ def _set_back(
     ).rowcount
     if changed != 1:
         raise Stale
-    db.touch(run.key)
+    db.mark_changed(run.key)
     _put_question_back(db, run, question, becomes, wait)
     _add_to_history(db, run, kept, becomes, now)
 

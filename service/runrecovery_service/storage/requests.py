@@ -7,8 +7,9 @@ from datetime import datetime
 
 from runrecovery_service.domain.errors import RequestIdReused
 from runrecovery_service.storage import tables
-from runrecovery_service.storage.database import Database, Stale, Statement, slot
+from runrecovery_service.storage.database import Database, Stale
 from runrecovery_service.storage.rows import to_us
+from runrecovery_service.storage.statements import Statement, param
 
 _T = tables.RequestReceipt
 
@@ -23,16 +24,16 @@ class Receipt:
 
 
 _FIND = Statement(
-    lambda: _T.select(_T.method, _T.fingerprint, _T.run).where(_T.request_id == slot("request_id"))
+    lambda: _T.select(_T.method, _T.fingerprint, _T.run).where(_T.request_id == param("request_id"))
 )
 _ADD = Statement(
     lambda: _T.insert(
         {
-            _T.request_id: slot("request_id"),
-            _T.method: slot("method"),
-            _T.fingerprint: slot("fingerprint"),
-            _T.run: slot("run"),
-            _T.created_at: slot("now"),
+            _T.request_id: param("request_id"),
+            _T.method: param("method"),
+            _T.fingerprint: param("fingerprint"),
+            _T.run: param("run"),
+            _T.created_at: param("now"),
         }
     ).on_conflict_ignore()
 )

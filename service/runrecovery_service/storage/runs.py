@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
-from functools import wraps
 from itertools import chain
-from typing import Any, Concatenate, Final, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Final, NamedTuple
 
 import peewee as pw
 
@@ -19,7 +18,6 @@ from runrecovery_service.domain.errors import (
     RunNotFound,
     RunOfAnotherInstance,
     RunQuarantined,
-    StorageBusy,
 )
 from runrecovery_service.domain.run import (
     InteractionState,
@@ -33,8 +31,8 @@ from runrecovery_service.domain.run import (
     View,
 )
 from runrecovery_service.domain.transitions import is_legal
-from runrecovery_service.storage import events, instances, requests, tables
-from runrecovery_service.storage.database import Database, Kind, Stale, Statement, slot
+from runrecovery_service.storage import events, instances, requests, tables, use_case
+from runrecovery_service.storage.database import Database, Row, Stale
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.requests import Receipt
 from runrecovery_service.storage.rows import (
@@ -46,36 +44,12 @@ from runrecovery_service.storage.rows import (
     to_json,
     to_us,
 )
-
-P = ParamSpec("P")
-R = TypeVar("R")
+from runrecovery_service.storage.sql_dialects import DatabaseKind
+from runrecovery_service.storage.statements import Statement, param
+from runrecovery_service.storage.use_case import retried
 
 _R = tables.Run
-PAGE_CHARS: Final = 600_000
-"""Texts of the runs of one page. A list of numbers, the worst, takes 5.5 times as many bytes on
-the wire as in JSON: a page stays below the 4 MiB that clients take by default."""
 FEW_LABELLED: Final = 2000
-TRIES: Final = 8
-"""How often a use case starts over when another writer was quicker (PostgreSQL only)."""
-
-
-def retried(
-    use: Callable[Concatenate[Database, P], R],
-) -> Callable[Concatenate[Database, P], R]:
-    """Run a use case in one transaction, and again from the start when it was overtaken."""
-
-    @wraps(use)
-    def run(db: Database, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        for _ in range(TRIES):
-            try:
-                with db.transaction():
-                    return use(db, *args, **kwargs)
-            except Stale:
-                continue
-        raise StorageBusy
-
-    return run
-
 
 # -- reading -----------------------------------------------------------------------------------
 
@@ -116,8 +90,8 @@ def select(view: View = View.FULL) -> pw.ModelSelect[tables.Run]:
     )
 
 
-_BY_RUN_ID = Statement(lambda: select().where(_R.run_id == slot("run_id")))
-_BY_KEY = Statement(lambda: select().where(_R.id == slot("key")))
+_BY_RUN_ID = Statement(lambda: select().where(_R.run_id == param("run_id")))
+_BY_KEY = Statement(lambda: select().where(_R.id == param("key")))
 
 
 def get(db: Database, run_id: str) -> Run:
@@ -147,7 +121,7 @@ class Stand(NamedTuple):
     event_count: int
 
 
-_STAND = Statement(lambda: _R.select(_R.version, _R.event_count).where(_R.id == slot("key")))
+_STAND = Statement(lambda: _R.select(_R.version, _R.event_count).where(_R.id == param("key")))
 
 
 def stand(db: Database, key: int) -> Stand | None:
@@ -179,7 +153,7 @@ def page(
         query = query.where(_R.created_at < to_us(wanted.before))
     if after is not None:
         query = query.where(key < after[0])
-    return page_of(db, [query.order_by(key.desc())], limit, lambda run: (run.key,))
+    return page_of(db, [query.order_by(key.desc())], limit, lambda row: (row[0],))
 
 
 def labelled(
@@ -206,7 +180,7 @@ def labelled(
         # A label of few runs leads to them. With one of many, SQLite would sort them all for each
         # page: they are met soon enough in the order of the page.
         leads = number == 0 and (by_run or _count_labelled(db, name, value) < FEW_LABELLED)
-        if leads or db.dialect.kind is not Kind.SQLITE:
+        if leads or db.dialect.kind is not DatabaseKind.SQLITE:
             query = query.join_from(_R, label, on=is_it)
             key = label.run if leads else key
         else:
@@ -227,18 +201,20 @@ def page_of(
     db: Database,
     queries: Iterable[pw.ModelSelect[tables.Run]],
     limit: int,
-    key: Callable[[Run], tuple[int, ...]],
+    key: Callable[[Row], tuple[int, ...]],
 ) -> Page[Run]:
-    """Return a page of queries built on `select()`, one after the other: `limit` runs, fewer
-    when they are large. A query is run only if those before it did not fill the page."""
-    found: list[Run] = []
-    chars = 0
-    for row in chain.from_iterable(db.peewee.execute(query.limit(limit + 1)) for query in queries):
-        chars += sum(len(row[at] or "") for at in LARGE_COLUMNS)
-        if len(found) == limit or (found and chars > PAGE_CHARS):
-            return Page(rows=tuple(found), after=key(found[-1]))
-        found.append(run_from_row(row))
-    return Page(rows=tuple(found), after=None)
+    """Return a page of the rows of several queries that are built on `select()`.
+
+    A query is run only if the queries before it did not fill the page.
+    """
+    rows = chain.from_iterable(db.peewee.execute(query.limit(limit + 1)) for query in queries)
+    return use_case.page_of(
+        rows,
+        limit,
+        decode=run_from_row,
+        key=key,
+        texts=lambda row: (row[at] for at in LARGE_COLUMNS),
+    )
 
 
 # -- creating ----------------------------------------------------------------------------------
@@ -247,26 +223,26 @@ _INSERT = Statement(
     lambda: (
         _R.insert(
             {
-                _R.run_id: slot("run_id"),
-                _R.engine: slot("engine"),
-                _R.labels: slot("labels"),
-                _R.input: slot("input"),
+                _R.run_id: param("run_id"),
+                _R.engine: param("engine"),
+                _R.labels: param("labels"),
+                _R.input: param("input"),
                 _R.status: RunStatus.QUEUED.value,
-                _R.profile: slot("profile"),
-                _R.restart_policy: slot("restart_policy"),
-                _R.max_attempts: slot("max_attempts"),
-                _R.session_timeout_us: slot("session_timeout_us"),
-                _R.require_user_reply: slot("require_user_reply"),
-                _R.max_run_us: slot("max_run_us"),
+                _R.profile: param("profile"),
+                _R.restart_policy: param("restart_policy"),
+                _R.max_attempts: param("max_attempts"),
+                _R.session_timeout_us: param("session_timeout_us"),
+                _R.require_user_reply: param("require_user_reply"),
+                _R.max_run_us: param("max_run_us"),
                 _R.attempt: 0,
                 _R.turn: 0,
                 _R.interaction_count: 0,
-                _R.owner: slot("owner"),
-                _R.owner_epoch: slot("epoch"),
+                _R.owner: param("owner"),
+                _R.owner_epoch: param("epoch"),
                 _R.version: 1,
-                _R.queued_at: slot("now"),
-                _R.created_at: slot("now"),
-                _R.updated_at: slot("now"),
+                _R.queued_at: param("now"),
+                _R.created_at: param("now"),
+                _R.updated_at: param("now"),
                 _R.recovery_state: RecoveryState.NONE.value,
                 _R.recovery_count: 0,
                 _R.event_count: 1,
@@ -282,9 +258,9 @@ _INSERT = Statement(
 _LABEL = Statement(
     lambda: tables.RunLabel.insert(
         {
-            tables.RunLabel.key: slot("key"),
-            tables.RunLabel.value: slot("value"),
-            tables.RunLabel.run: slot("run"),
+            tables.RunLabel.key: param("key"),
+            tables.RunLabel.value: param("value"),
+            tables.RunLabel.run: param("run"),
         }
     )
 )
@@ -335,7 +311,7 @@ def create(
     for key, value in new.labels.items():
         _LABEL.run(db, key=key, value=value, run=row[0])
     requests.add(db, receipt, run_key=row[0], now=now)
-    db.touch(row[0])
+    db.mark_changed(row[0])
     return get_by_key(db, row[0])
 
 
@@ -408,7 +384,7 @@ def change(
     ).rowcount
     if changed != 1:
         raise Stale
-    db.touch(run.key)
+    db.mark_changed(run.key)
     if event is not None:
         events.add(
             db,

@@ -1,7 +1,7 @@
 """The tables as this version reads and writes them. `migrations/` holds how they came to be.
 
 Not here: `migration_checksum` and, in a SQLite store, `commit_count`. They are bookkeeping of the
-store itself, which `database.py` and `commit_count.py` read before a store counts as usable.
+store itself, which `migrate.py` and `commit_count.py` read before a store counts as usable.
 """
 
 from __future__ import annotations

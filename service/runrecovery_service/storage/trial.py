@@ -17,8 +17,9 @@ from runrecovery_service.domain.deadline import SteadyTime
 from runrecovery_service.domain.errors import StorageUnavailable
 from runrecovery_service.domain.run import NewRun, Profile, RestartPolicy, RunFilter
 from runrecovery_service.storage import runs, turns
-from runrecovery_service.storage.database import Database, lacking_right
+from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner
+from runrecovery_service.storage.postgresql_rights import missing_for_work
 from runrecovery_service.storage.processes import Place
 from runrecovery_service.storage.turns import DueIn
 
@@ -43,7 +44,7 @@ def demand_rights(db: Database) -> None:
     Raises:
         StorageUnavailable: it lacks a privilege, or a table is gone.
     """
-    if reason := lacking_right(db):
+    if reason := missing_for_work(db):
         log.warning("storage.failed", error=reason, meaning=StorageUnavailable.__name__)
         raise StorageUnavailable
 
@@ -73,4 +74,4 @@ def create_and_take(
             now=now,
         )
         raise _Undo
-    db.take_touched()  # nothing of it is to be announced
+    db.take_changed_runs()  # nothing of it is to be announced

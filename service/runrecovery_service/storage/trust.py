@@ -14,9 +14,10 @@ from enum import StrEnum
 from typing import Final
 
 from runrecovery_service.domain.errors import Fenced
-from runrecovery_service.storage.database import Database, Kind, Row
+from runrecovery_service.storage.database import Database, Row
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.rows import from_us_or_none, to_us
+from runrecovery_service.storage.sql_dialects import DatabaseKind
 from runrecovery_service.storage.tables import live
 
 ROWS_PER_STATEMENT: Final = 500
@@ -103,7 +104,7 @@ class Settlement:
 def _ours(db: Database) -> str:
     """Return the condition, with one parameter, for entries of this host. A SQLite store is one
     service's: all of its entries are, though it may have been called otherwise then."""
-    return "? IS NOT NULL" if db.dialect.kind is Kind.SQLITE else "t.host_id = ?"
+    return "? IS NOT NULL" if db.dialect.kind is DatabaseKind.SQLITE else "t.host_id = ?"
 
 
 _STALE: Final = f"(r.id IS NULL OR r.attempt > t.attempt OR NOT ({live('r.')}))"

@@ -25,7 +25,7 @@ from runrecovery_service.domain.run import (
 )
 from runrecovery_service.domain.session_check import SessionFingerprint
 from runrecovery_service.domain.turn import Asked, Interrupted, Succeeded, TurnEnd
-from runrecovery_service.storage import interactions, processes, runs
+from runrecovery_service.storage import interactions, processes, runs, use_case
 from runrecovery_service.storage.database import Database, Stale
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.processes import Ended, Lease, Place
@@ -50,7 +50,7 @@ class Turn:
     reply: Interaction | None
 
 
-@runs.retried
+@use_case.retried
 def take_next(
     db: Database,
     *,
@@ -118,7 +118,7 @@ def take_next(
     return Turn(run=run, lease=lease, reply=reply)
 
 
-@runs.retried
+@use_case.retried
 def give_back(db: Database, *, owner: Owner, held: Collection[str], now: datetime) -> int:
     """Put runs back into the queue that were taken by a commit whose answer never came.
 
@@ -155,7 +155,7 @@ def give_back(db: Database, *, owner: Owner, held: Collection[str], now: datetim
     return len(lost)
 
 
-@runs.retried
+@use_case.retried
 def keep_session(
     db: Database, turn: Turn, *, owner: Owner, session: Session, now: datetime
 ) -> None:
@@ -183,7 +183,7 @@ def mark_of(db: Database, turn: Turn) -> SessionFingerprint | None:
     return SessionFingerprint.read(row[0]) if row else None
 
 
-@runs.retried
+@use_case.retried
 def delivered(db: Database, turn: Turn, *, owner: Owner) -> None:
     """Record that a process has been given the accepted answer."""
     run = _own(db, turn, owner)
@@ -194,7 +194,7 @@ def delivered(db: Database, turn: Turn, *, owner: Owner) -> None:
     )
 
 
-@runs.retried
+@use_case.retried
 def undelivered(db: Database, turn: Turn, *, owner: Owner, number: int) -> None:
     """Record that the answer to a question was given to a process, and never read."""
     run = _own(db, turn, owner)
@@ -205,7 +205,7 @@ def undelivered(db: Database, turn: Turn, *, owner: Owner, number: int) -> None:
     )
 
 
-@runs.retried
+@use_case.retried
 def ask_and_stay(
     db: Database,
     turn: Turn,
@@ -229,7 +229,7 @@ def ask_and_stay(
     return runs.get_by_key(db, run.key)
 
 
-@runs.retried
+@use_case.retried
 def end(
     db: Database,
     turn: Turn,

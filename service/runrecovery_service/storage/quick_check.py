@@ -21,13 +21,13 @@ REPEAT_S: Final = 0.05
 log = structlog.get_logger()
 
 
-def is_empty(connection: sqlite3.Connection) -> bool:
+def lacks_tables(connection: sqlite3.Connection) -> bool:
     """True for a file without our tables: a mending saved nothing of it, for example."""
     found = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'instance'").fetchone()
     return found is None
 
 
-def damage(connection: sqlite3.Connection) -> str | None:
+def find_damage(connection: sqlite3.Connection) -> str | None:
     """Return the first damage that SQLite finds in time, None if there is none.
 
     Raises:

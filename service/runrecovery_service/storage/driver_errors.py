@@ -169,22 +169,22 @@ def fault_of(error: BaseException) -> Fault | None:
     The whole chain is looked at: a rollback that fails because SQLite has rolled back already
     hides why it did.
     """
-    faults = [fault for link in chain(error) if (fault := _fault_of_one(link))]
+    faults = [fault for link in error_chain(error) if (fault := _fault_of_one(link))]
     # A lost connection fails the rollback as well, and says less than the first error.
     return next((fault for fault in faults if fault is not UNREACHABLE), next(iter(faults), None))
 
 
-def translate(error: Exception) -> StorageError | None:
+def to_domain_error(error: Exception) -> StorageError | None:
     """Return the domain's word for a driver's error, or None for one that is a defect of ours."""
     fault = fault_of(error)
     return None if fault is None else fault.meaning(cause=fault.cause)
 
 
-def words_of(error: Exception) -> str:
+def driver_message(error: Exception) -> str:
     """Return what the driver says of an error, in one line and without any value of a row."""
-    words = [words for link in chain(error) if (words := postgresql.words_of(link))]
+    words = [words for link in error_chain(error) if (words := postgresql.words_of(link))]
     # The first error: that a rollback failed tells nothing.
-    words = words or [str(link) for link in chain(error) if _fault_of_one(link)]
+    words = words or [str(link) for link in error_chain(error) if _fault_of_one(link)]
     return words[-1] if words else str(error)
 
 
@@ -193,7 +193,7 @@ def is_damage(error: BaseException) -> bool:
     return fault_of(error) is _DAMAGED
 
 
-def chain(error: BaseException) -> Iterator[BaseException]:
+def error_chain(error: BaseException) -> Iterator[BaseException]:
     """Yield an error, and what it was raised from or over."""
     seen: set[int] = set()
     waiting: list[BaseException | None] = [error]

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from runrecovery_service.domain.errors import DatabaseRefused
 from runrecovery_service.domain.run import RunStatus
-from runrecovery_service.storage import instances, runs, soundness, trial
-from runrecovery_service.storage.database import integrity_problems, open_database
+from runrecovery_service.storage import instances, quick_check, runs, trial
+from runrecovery_service.storage.integrity import integrity_problems
+from runrecovery_service.storage.opening import open_database
 
 from .conftest import World, boot
 
@@ -57,15 +58,15 @@ def test_the_time_to_look_is_longer_after_a_crash(
 ) -> None:
     file = make(tmp_path, stopped_in_order=stopped_in_order)
     taken: list[float] = []
-    interrupting = soundness._interrupting
+    interrupting = quick_check._interrupting
 
     def note(connection: sqlite3.Connection, within_s: float) -> Any:
         taken.append(within_s)
         return interrupting(connection, within_s)
 
-    monkeypatch.setattr(soundness, "_interrupting", note)
+    monkeypatch.setattr(quick_check, "_interrupting", note)
     with closing(sqlite3.connect(file)) as store:
-        assert soundness.damage(store) is None
+        assert quick_check.find_damage(store) is None
 
     assert taken == [bound]
 
@@ -75,7 +76,7 @@ def test_a_file_that_takes_too_long_is_taken_as_it_is(
 ) -> None:
     file = make(tmp_path, stopped_in_order=False)
     for name in ("AFTER_CRASH_S", "REPEAT_S"):
-        monkeypatch.setattr(soundness, name, 0.0001)
+        monkeypatch.setattr(quick_check, name, 0.0001)
     with closing(sqlite3.connect(file)) as store:
         store.execute("PRAGMA synchronous = OFF")
         store.execute("CREATE TABLE large (id INTEGER PRIMARY KEY, text TEXT)")
@@ -135,12 +136,12 @@ def try_it(world: World) -> None:
 def test_a_trial_changes_nothing_and_announces_nothing(world: World) -> None:
     run = world.create()
     before = world.dump()
-    world.db.take_touched()
+    world.db.take_changed_runs()
 
     try_it(world)
 
     assert world.dump() == before
-    assert world.db.take_touched() == frozenset()
+    assert world.db.take_changed_runs() == frozenset()
     assert world.get(run).status is RunStatus.QUEUED
 
 

@@ -1,0 +1,125 @@
+"""Locks that a service holds for life: on lock files, and on the SQLite file itself."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Final
+
+from runrecovery_service.domain.errors import DataDirRefused, Held
+from runrecovery_service.storage.file_identity import identity, identity_of
+
+LOCK_TABLE: Final = Path("/proc/locks")
+
+
+class Lock(ABC):
+    """An exclusive `flock` on one file. The kernel releases it when the process dies."""
+
+    def __init__(self, path: Path, what: str, *, create: bool) -> None:
+        """Take the lock.
+
+        Raises:
+            Held: another process has it; the error names it.
+        """
+        self._path = path
+        self._what = what
+        flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0)
+        while True:
+            self._descriptor = os.open(path, flags, 0o600)
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                holder = self._holder()
+                os.close(self._descriptor)
+                raise Held(what, holder) from error
+            except OSError:
+                os.close(self._descriptor)
+                raise
+            if self.is_in_place():  # else it was removed or replaced between the two calls
+                return
+            os.close(self._descriptor)
+
+    @abstractmethod
+    def _holder(self) -> str:
+        """Return who holds the file."""
+
+    def is_in_place(self) -> bool:
+        """True while the path still leads to the file that is locked."""
+        return identity(self._path) == identity_of(os.fstat(self._descriptor))
+
+    def demand_in_place(self) -> None:
+        """Raise DataDirRefused if another service could lock the path now."""
+        if not self.is_in_place():
+            raise DataDirRefused(
+                self._what, f"{self._path} was removed or replaced under the running service"
+            )
+
+    @property
+    def name(self) -> str:
+        """Return what names the locked file on this machine, by whatever path it is reached."""
+        device, inode = identity_of(os.fstat(self._descriptor))
+        return f"{device}:{inode}"
+
+    def release(self) -> None:
+        """Release the lock."""
+        os.close(self._descriptor)
+
+
+class LockFile(Lock):
+    """A file that exists to be locked, and names its holder."""
+
+    def __init__(self, path: Path, what: str, holder: str) -> None:
+        """Take the lock and write the holder into the file.
+
+        Raises:
+            Held: another process has it; the error quotes the file.
+        """
+        super().__init__(path, what, create=True)
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, holder.encode(), 0)
+
+    def _holder(self) -> str:
+        text = os.pread(self._descriptor, 500, 0).decode(errors="replace").strip()
+        return text or "an unknown process"
+
+    def release(self) -> None:
+        """Release the lock and empty the file. After a crash the file still names who died."""
+        os.ftruncate(self._descriptor, 0)
+        super().release()
+
+
+class DatabaseLock(Lock):
+    """A lock on the SQLite file itself, by whatever path or hard link it was reached.
+
+    SQLite locks with `fcntl`, which a `flock` neither blocks nor releases. But closing *any*
+    descriptor of a file drops all `fcntl` locks that the process has on it: take this lock before
+    the first connection and release it after the last.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Take the lock.
+
+        Raises:
+            Held: another service uses this file.
+        """
+        super().__init__(path, f"database {path}", create=False)
+
+    def _holder(self) -> str:
+        """Find the holder's pid: the file itself cannot name it.
+
+        The holder did not need the lock files that this process has: it came by another path, or
+        they were removed under it.
+        """
+        holder = "an unknown process"
+        found = os.fstat(self._descriptor)
+        device = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}"
+        with contextlib.suppress(OSError):
+            for line in LOCK_TABLE.read_text().splitlines():
+                words = line.split()
+                if words[1] == "FLOCK" and words[5] == f"{device}:{found.st_ino}":
+                    pid = words[4]  # 0 in another pid namespace
+                    holder = "a process of another container" if pid == "0" else f"pid {pid}"
+        return f"{holder}, through another lock file or path"

@@ -1,0 +1,36 @@
+"""Refusals of a start: a database's error becomes a reason that an operator can act on."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from runrecovery_service.domain.errors import DatabaseOutOfReach, DatabaseRefused
+from runrecovery_service.storage.driver_errors import (
+    DRIVER_ERRORS,
+    UNREACHABLE,
+    driver_message,
+    fault_of,
+)
+
+
+@contextlib.contextmanager
+def refusing(name: str) -> Iterator[None]:
+    """Turn every error of a database into a refusal of the start that names the database.
+
+    Raises:
+        DatabaseRefused: the database cannot be used.
+        DatabaseOutOfReach: the database does not answer in time. A later start may succeed.
+    """
+    try:
+        yield
+    except DRIVER_ERRORS as error:
+        fault, message = fault_of(error), driver_message(error)
+        if fault is None:
+            raise DatabaseRefused(name, message) from error
+        refused = DatabaseRefused if fault.lasts else DatabaseOutOfReach
+        # PostgreSQL says why a connection fails: role, password, database, host, TLS.
+        reason = message if fault is UNREACHABLE else fault.refusal(message)
+        raise refused(name, reason) from error
+    except OSError as error:
+        raise DatabaseRefused(name, error.strerror or "cannot be opened") from error

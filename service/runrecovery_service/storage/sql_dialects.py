@@ -1,0 +1,47 @@
+"""The two kinds of database, and the differences in hand-written SQL between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+
+class DatabaseKind(StrEnum):
+    """A kind of database that can hold the store."""
+
+    SQLITE = "sqlite"
+    POSTGRESQL = "postgresql"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SqlDialect:
+    """The parts of hand-written SQL that depend on the kind of database.
+
+    Attributes:
+        param: the driver's mark for a parameter.
+        now_us: microseconds UTC by the database's clock. PostgreSQL's clock moves on within a
+            transaction.
+    """
+
+    kind: DatabaseKind
+    param: str
+    now_us: str
+
+    def is_json(self, expression: str) -> str:
+        """Return a condition that is true when a text column can be parsed as JSON."""
+        if self.kind is DatabaseKind.SQLITE:
+            return f"json_valid({expression})"
+        return f"({expression}) IS JSON"
+
+
+SQLITE: Final = SqlDialect(
+    kind=DatabaseKind.SQLITE,
+    param="?",
+    now_us="CAST((julianday('now') - 2440587.5) * 86400000000 AS INTEGER)",
+)
+POSTGRESQL: Final = SqlDialect(
+    kind=DatabaseKind.POSTGRESQL,
+    param="%s",
+    now_us="CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS BIGINT)",
+)

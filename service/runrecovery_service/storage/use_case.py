@@ -1,0 +1,141 @@
+"""What every use case shares: repetition, translation of a driver's errors, and paging.
+
+A use case is a function whose first argument is the database. It is one transaction unless its
+docstring says otherwise.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar
+
+import structlog
+
+from runrecovery_service.domain.errors import StorageBusy, StorageUnavailable
+from runrecovery_service.domain.run import Page
+from runrecovery_service.storage import postgresql
+from runrecovery_service.storage.database import Database, Row, Stale, is_undecodable
+from runrecovery_service.storage.driver_errors import (
+    DRIVER_ERRORS,
+    driver_message,
+    error_chain,
+    to_domain_error,
+)
+from runrecovery_service.storage.sql_dialects import DatabaseKind
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+UseCase = Callable[Concatenate[Database, P], R]
+
+TRIES: Final = 8
+"""How often a use case starts, when other writers keep changing its rows (PostgreSQL only)."""
+CONFLICT_TRIES: Final = 6
+"""How often a transaction starts, when PostgreSQL keeps rolling it back over a conflict."""
+CONFLICT_PAUSE_S: Final = 0.01
+PAGE_CHARS: Final = 600_000
+"""The characters of text in one page. JSON lists of numbers, the worst case, take 5.5 times as many
+bytes on the wire: a page stays below 4 MiB, the limit that clients have by default."""
+
+log = structlog.get_logger()
+
+
+def retried(use: UseCase[P, R]) -> UseCase[P, R]:
+    """Run a use case in one transaction, and start it again when its rows have changed meanwhile.
+
+    Raises:
+        StorageBusy: the rows changed during each of the `TRIES` tries.
+    """
+
+    @wraps(use)
+    def run(db: Database, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        for _ in range(TRIES):
+            try:
+                with db.transaction():
+                    return use(db, *args, **kwargs)
+            except Stale:
+                continue
+        raise StorageBusy
+
+    return run
+
+
+def retry_conflicts(use: Callable[[], R]) -> R:
+    """Return the result of a whole transaction; repeat it after a conflict in PostgreSQL."""
+    for tries_left in reversed(range(CONFLICT_TRIES)):
+        try:
+            return use()
+        except DRIVER_ERRORS as error:
+            if not tries_left or not any(map(postgresql.is_conflict, error_chain(error))):
+                raise
+        time.sleep(random.uniform(0, CONFLICT_PAUSE_S * 2 ** (CONFLICT_TRIES - tries_left)))  # noqa: S311 - no secret
+    raise AssertionError
+
+
+def run_use_case(db: Database, use: UseCase[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Return the result of a use case; repeat it after conflicts and over undecodable text.
+
+    Raises:
+        StorageBusy, StorageFull, StorageUnavailable: for every error of the database itself.
+    """
+    try:
+        return retry_conflicts(lambda: _run_decodable(db, use, *args, **kwargs))
+    except DRIVER_ERRORS as error:
+        meaning = to_domain_error(error)
+        if meaning is None:
+            raise
+        log.warning(
+            "storage.failed",
+            error=driver_message(error),
+            meaning=type(meaning).__name__,
+            cause=meaning.cause,
+        )
+        if (
+            db.dialect.kind is DatabaseKind.POSTGRESQL
+            and not db.peewee.in_transaction()
+            and (
+                isinstance(meaning, StorageUnavailable)
+                or not postgresql.is_idle(db.peewee.connection())
+            )
+        ):
+            db.close()  # the connection may be dead; the next use opens a new one
+        raise meaning from error
+
+
+def _run_decodable(db: Database, use: UseCase[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Run a use case; run it again with lenient decoding when the store holds damaged text."""
+    try:
+        return use(db, *args, **kwargs)
+    except DRIVER_ERRORS as error:
+        if not is_undecodable(error):
+            raise
+    db.decode_leniently()
+    return use(db, *args, **kwargs)
+
+
+def page_of(
+    rows: Iterable[Row],
+    limit: int,
+    *,
+    decode: Callable[[Row], T],
+    key: Callable[[Row], tuple[int, ...]],
+    texts: Callable[[Row], Iterable[Any]] = lambda row: row,
+) -> Page[T]:
+    """Return a page of `limit` rows, or of fewer when their texts are long.
+
+    Args:
+        rows: the rows of the page and at least one more, if there are more.
+        key: returns the position of a row, from which the next page begins.
+        texts: returns the columns of a row that can hold long texts.
+    """
+    page: list[Row] = []
+    chars = 0
+    for row in rows:
+        chars += sum(len(value) for value in texts(row) if isinstance(value, str))
+        if len(page) == limit or (page and chars > PAGE_CHARS):
+            return Page(rows=tuple(map(decode, page)), after=key(page[-1]))
+        page.append(row)
+    return Page(rows=tuple(map(decode, page)), after=None)
