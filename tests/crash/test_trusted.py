@@ -481,7 +481,7 @@ def test_a_launch_that_waits_for_the_file_ends_with_a_stop(codex: Trusted) -> No
         assert service.stop() == 0
 
     # The stop itself waits for the lock, once, to take out what it can.
-    assert time.monotonic() - begun < trust_keeper_module.CLEAR_LOCK_WAIT_S + 8.0
+    assert time.monotonic() - begun < trust_keeper_module.RESTART_LOCK_WAIT_S + 8.0
 
 
 def test_a_launch_waits_for_the_file_and_says_so_once(codex: Trusted) -> None:

@@ -22,7 +22,7 @@ def pipe() -> Iterator[tuple[int, int]]:
 async def test_what_was_written_is_read_when_the_last_byte_was_taken(pipe: tuple[int, int]) -> None:
     reads, writes = pipe
     await pipes.write_all(writes, b"hello")
-    waiting = asyncio.create_task(pipes.until_read(writes))
+    waiting = asyncio.create_task(pipes.wait_until_read(writes))
 
     os.read(reads, 4)
     with pytest.raises(TimeoutError):
@@ -33,14 +33,14 @@ async def test_what_was_written_is_read_when_the_last_byte_was_taken(pipe: tuple
 
 
 async def test_nothing_written_is_nothing_to_wait_for(pipe: tuple[int, int]) -> None:
-    assert await asyncio.wait_for(pipes.until_read(pipe[1]), 30)
+    assert await asyncio.wait_for(pipes.wait_until_read(pipe[1]), 30)
 
 
 async def test_what_is_left_in_a_pipe_without_a_reader_is_never_read() -> None:
     reads, writes = os.pipe()
     try:
         await pipes.write_all(writes, b"hello")
-        waiting = asyncio.create_task(pipes.until_read(writes))
+        waiting = asyncio.create_task(pipes.wait_until_read(writes))
         os.read(reads, 4)
         os.close(reads)
 

@@ -26,18 +26,18 @@ class Keeper:
     broken: set[str] = field(default_factory=set)
     away: dict[str, tuple[str, ...]] = field(default_factory=dict)
     looked_at: list[str] = field(default_factory=list)
-    enough: Callable[[], bool] = bool
+    should_stop: Callable[[], bool] = bool
 
     def stale_files(self) -> list[str]:
         """See `TrustKeeper`."""
         return sorted(self.stale)
 
-    def clear_file(
-        self, file: str, *, lock_wait_s: float, enough: Callable[[], bool]
+    def remove_stale_in(
+        self, file: str, *, lock_wait_s: float, should_stop: Callable[[], bool]
     ) -> TrustClearing:
         """See `TrustKeeper`."""
         self.looked_at.append(file)
-        self.enough = enough
+        self.should_stop = should_stop
         if file in self.away:
             return TrustClearing(kept=self.away.pop(file))
         if file in self.broken:
@@ -102,11 +102,11 @@ async def test_a_stop_is_seen_between_edits_of_one_file(
     keeper = Keeper(stale=["/f"])
     sweep = sweep_of(keeper)
     await sweep.sweep()
-    before = keeper.enough()
+    before = keeper.should_stop()
 
     await sweep.stop()
 
-    assert (before, keeper.enough()) == (False, True)
+    assert (before, keeper.should_stop()) == (False, True)
 
 
 async def test_a_broken_file_keeps_no_other_from_being_cleared(

@@ -145,7 +145,7 @@ def test_the_entry_of_a_living_run_stays_and_that_of_a_dead_one_goes(place: Plac
     dead = place.running()
     kill(place, dead)
 
-    done = place.keeper().clear()
+    done = place.keeper().remove_stale()
 
     assert outcomes(done) == [(dead.run_id, "removed")]
     assert (done.removals[0].file, done.removals[0].folder) == (
@@ -153,7 +153,7 @@ def test_the_entry_of_a_living_run_stays_and_that_of_a_dead_one_goes(place: Plac
     )  # fmt: skip
     assert place.file.read_bytes() == text
     assert place.rows() == [(before.key, str(place.workspace(before)))]
-    assert place.keeper().clear() == TrustClearing()
+    assert place.keeper().remove_stale() == TrustClearing()
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_the_entry_of_a_living_run_stays_and_that_of_a_dead_one_goes(place: Plac
 def test_who_needs_no_entry_loses_it(place: Place, gone: dict[str, Any]) -> None:
     place.world.set(place.running(), **gone)
 
-    done = place.keeper().clear()
+    done = place.keeper().remove_stale()
 
     assert [one.outcome for one in done.removals] == ["removed"]
     assert place.file.read_bytes() == BEFORE
@@ -182,7 +182,7 @@ def test_who_is_alive_keeps_it(place: Place, status: str) -> None:
     run = place.running()
     place.world.set(run, status=status)
 
-    assert place.keeper().clear() == TrustClearing()
+    assert place.keeper().remove_stale() == TrustClearing()
     assert place.trusts(run)
 
 
@@ -191,7 +191,7 @@ def test_entries_of_another_instance_go_too(place: Place) -> None:
     kill(place, dead)
     place.world.owner = instances.claim(place.world.db, boot("other"), now=place.world.now)
 
-    place.keeper().clear()
+    place.keeper().remove_stale()
 
     assert place.file.read_bytes() == BEFORE
 
@@ -200,7 +200,7 @@ def test_who_has_the_file_takes_it_out_whatever_his_host_is_called(place: Place)
     kill(place, place.running())
     place.host_id = "another host"
 
-    done = place.keeper().clear()
+    done = place.keeper().remove_stale()
 
     assert (place.file.read_bytes(), place.rows(), len(done.removals)) == (BEFORE, [], 1)
 
@@ -214,7 +214,7 @@ def test_a_shared_store_has_entries_of_other_hosts_which_stay(place: Place) -> N
     text = place.file.read_bytes()
     kill(place, place.running())
 
-    done = place.keeper().clear()
+    done = place.keeper().remove_stale()
 
     assert (place.file.read_bytes(), len(place.rows()), len(done.removals)) == (text, 1, 1)
     # A SQLite store is one service's, whatever its host was called before.
@@ -222,7 +222,7 @@ def test_a_shared_store_has_entries_of_other_hosts_which_stay(place: Place) -> N
     assert len(done.warnings) == alone
     ((away,),) = place.world.rows("SELECT away FROM trust_entry WHERE removed_at IS NULL")
     assert (away is not None) == alone
-    assert place.keeper().clear().warnings == ()
+    assert place.keeper().remove_stale().warnings == ()
 
 
 def test_a_wait_in_a_shared_store_keeps_its_entry_while_another_service_starts(
@@ -232,7 +232,7 @@ def test_a_wait_in_a_shared_store_keeps_its_entry_while_another_service_starts(
     text = place.file.read_bytes()
     place.world.owner = instances.claim(place.world.db, boot("other"), now=place.world.now)
 
-    assert place.keeper().clear() == TrustClearing()
+    assert place.keeper().remove_stale() == TrustClearing()
     assert (place.file.read_bytes(), [key for key, _ in place.rows()]) == (text, [run.key])
 
 
@@ -253,7 +253,7 @@ def test_an_end_takes_out_what_is_of_that_run_alone(place: Place) -> None:
     turn = place.world.running()
     place.add(turn.run)
 
-    done = place.keeper().end(turn.run)
+    done = place.keeper().remove_run(turn.run)
 
     assert outcomes(done) == [(turn.run.run_id, "removed")]
     assert place.file.read_bytes() == text
@@ -266,7 +266,7 @@ def test_a_service_that_was_taken_over_takes_nothing_out_and_puts_nothing_in(pla
     late, text = place.keeper(), place.file.read_bytes()
     place.world.set(run, owner_epoch=place.world.restart().epoch)
 
-    assert late.end(run) == TrustClearing()
+    assert late.remove_run(run) == TrustClearing()
     with pytest.raises(Fenced):
         late.add(run, "codex", place.workspace(run).with_name("other"), place.env)
 
@@ -293,7 +293,7 @@ def test_what_was_there_before_comes_back_or_is_left(place: Place) -> None:
     for run in dead:
         kill(place, run)
 
-    done = place.keeper().clear()
+    done = place.keeper().remove_stale()
 
     assert dict(outcomes(done)) == {
         untrusted.run_id: "restored", trusted.run_id: "not_ours", changed.run_id: "changed",
@@ -311,7 +311,7 @@ def test_a_second_launch_in_a_workspace_changes_nothing(place: Place) -> None:
 
     assert (place.file.read_bytes(), place.rows()) == (text, rows)
     kill(place, run)
-    place.keeper().clear()
+    place.keeper().remove_stale()
     assert place.file.read_bytes() == BEFORE
 
 
@@ -329,7 +329,7 @@ def test_a_cut_between_the_record_and_the_entry_leaves_a_row_that_goes(
     assert (place.file.read_bytes(), len(place.rows())) == (BEFORE, 1)
     kill(place, run)
 
-    assert outcomes(place.keeper().clear()) == [(run.run_id, "gone")]
+    assert outcomes(place.keeper().remove_stale()) == [(run.run_id, "gone")]
     assert (place.file.read_bytes(), place.rows()) == (BEFORE, [])
 
 
@@ -340,10 +340,10 @@ def test_a_cut_between_the_removal_and_its_row_leaves_a_row_that_goes(
     kill(place, run)
     with monkeypatch.context() as patch:
         patch.setattr(trust, "settle", _die)
-        assert len(place.keeper().clear().failures) == 1
+        assert len(place.keeper().remove_stale().failures) == 1
     assert (place.file.read_bytes(), len(place.rows())) == (BEFORE, 1)
 
-    assert outcomes(place.keeper().clear()) == [(run.run_id, "gone")]
+    assert outcomes(place.keeper().remove_stale()) == [(run.run_id, "gone")]
     assert (place.file.read_bytes(), place.rows()) == (BEFORE, [])
 
 
@@ -364,8 +364,8 @@ def test_a_cut_at_any_statement_of_a_launch_or_a_clearing_is_made_good(place: Pl
         assert place.trusts(run) <= (run.key in dict(place.rows()))
         kill(place, run)
         with suppress(PowerCut):
-            place.keeper(CutDatabase(world.db, at)).clear()
-        place.keeper().clear()
+            place.keeper(CutDatabase(world.db, at)).remove_stale()
+        place.keeper().remove_stale()
 
         assert (place.file.read_bytes(), place.rows()) == (BEFORE, [])
     assert launched
@@ -395,7 +395,7 @@ def test_a_run_that_is_set_back_before_the_lock_is_had_keeps_its_entry(
     text = place.file.read_bytes()
     at_the_lock(monkeypatch, lambda: place.world.set(run, status="WAITING_USER"))
 
-    assert place.keeper().clear() == TrustClearing()
+    assert place.keeper().remove_stale() == TrustClearing()
     assert place.file.read_bytes() == text
     assert len(place.rows()) == 1
 
@@ -413,13 +413,13 @@ def test_a_run_that_is_set_back_during_the_edit_keeps_its_row_and_gets_its_entry
 
     with monkeypatch.context() as patch:
         patch.setattr(files, "_put", put_late)
-        place.keeper().clear()
+        place.keeper().remove_stale()
     assert len(place.rows()) == 1  # its launch may be about to count on it
 
     place.add(run)
     assert place.file.read_bytes() == text
     kill(place, run)
-    place.keeper().clear()
+    place.keeper().remove_stale()
     assert (place.file.read_bytes(), place.rows()) == (BEFORE, [])
 
 
@@ -431,7 +431,7 @@ def test_a_file_that_another_program_writes_meanwhile_loses_nothing(
     theirs = b"# theirs\n"
     at_the_lock(monkeypatch, lambda: place.file.write_bytes(theirs + text))
 
-    place.keeper().clear()
+    place.keeper().remove_stale()
 
     assert place.file.read_bytes() == theirs + BEFORE
 
@@ -447,7 +447,7 @@ def test_a_file_that_cannot_be_read_keeps_no_other_from_being_cleared(place: Pla
     broken = bad.file.read_bytes() + b'[projects\n"secret" ='
     bad.file.write_bytes(broken)
 
-    done = place.keeper().clear()
+    done = place.keeper().remove_stale()
 
     assert [one.file for one in done.removals] == [str(place.file)]
     assert len(done.failures) == 1
@@ -466,14 +466,14 @@ def test_a_damaged_row_keeps_no_other_from_going(place: Place) -> None:
         place.world.db.execute(sql, (runs[0].key,))
         place.world.db.execute("UPDATE trust_entry SET cli = 'x' WHERE run = ?", (runs[1].key,))
 
-    done = place.keeper().clear()
+    done = place.keeper().remove_stale()
 
     assert outcomes(done) == [(runs[2].run_id, "removed")]
     assert sorted(done.kept) == sorted(
         f"{place.file}: the record of {place.workspace(run)} is damaged" for run in runs[:2]
     )
     assert [place.trusts(run) for run in runs] == [True, True, False]
-    assert place.keeper().clear() == TrustClearing()  # said once
+    assert place.keeper().remove_stale() == TrustClearing()  # said once
 
 
 @pytest.mark.parametrize(
@@ -493,7 +493,7 @@ def test_no_damage_to_a_row_keeps_others_from_going(place: Place, added: str) ->
         sql = "UPDATE trust_entry SET added = ? WHERE run = ?"
         place.world.db.execute(sql, (added, runs[1].key))
 
-    done = place.keeper().clear()
+    done = place.keeper().remove_stale()
 
     assert [place.trusts(run) for run in runs] == [False, True, False]
     assert len(done.kept) == 1
@@ -516,7 +516,7 @@ def test_an_entry_that_leads_to_a_defect_keeps_no_other_from_going(
 
     monkeypatch.setattr(codex.CodexEditor, "remove_all", fail)
 
-    done = place.keeper().clear()
+    done = place.keeper().remove_stale()
 
     assert [place.trusts(run) for run in runs] == [False, False, True, False, False]
     assert len(done.removals) == 4
@@ -554,7 +554,7 @@ def test_a_file_behind_a_link_is_on_record_by_its_own_name(place: Place) -> None
 
     assert place.world.rows("SELECT file FROM trust_entry") == [(str(place.file),)]
     kill(place, run)
-    place.keeper().clear()
+    place.keeper().remove_stale()
     assert link.file.is_symlink()
     assert place.file.read_bytes() == BEFORE
 
@@ -590,7 +590,7 @@ def test_what_is_not_mounted_stays_on_record_until_it_is_back(place: Place, how:
     vanish(place, how)
     left = sorted(place.path.iterdir()) if place.path.exists() else None
 
-    first, *more = [place.keeper().clear() for _ in range(3)]
+    first, *more = [place.keeper().remove_stale() for _ in range(3)]
 
     assert (first.removals, first.failures, len(first.kept)) == ((), (), 1)
     assert first.kept[0].startswith(f"{place.file}: entries stay on record: its folder, or")
@@ -598,20 +598,20 @@ def test_what_is_not_mounted_stays_on_record_until_it_is_back(place: Place, how:
     assert len(place.rows()) == 1
     assert (sorted(place.path.iterdir()) if place.path.exists() else None) == left
     come_back(place, how)
-    assert [one.outcome for one in place.keeper().clear().removals] == ["removed"]
+    assert [one.outcome for one in place.keeper().remove_stale().removals] == ["removed"]
     assert (place.file.read_bytes(), place.rows()) == (BEFORE, [])
 
 
 @pytest.mark.parametrize("how", [*PLACES, "lock"])
 def test_what_is_not_mounted_for_a_week_is_forgotten(place: Place, how: str) -> None:
     vanish(place, how)
-    place.keeper().clear()
+    place.keeper().remove_stale()
 
     place.world.wait(GONE_FOR_GOOD - 60)
-    assert place.keeper().clear() == TrustClearing()
+    assert place.keeper().remove_stale() == TrustClearing()
     place.world.wait(61)
 
-    assert [one.outcome for one in place.keeper().clear().removals] == ["gone"]
+    assert [one.outcome for one in place.keeper().remove_stale().removals] == ["gone"]
     assert place.world.rows("SELECT * FROM trust_entry") == []
 
 
@@ -621,7 +621,7 @@ def test_a_run_whose_lock_was_removed_leaves_no_entry(place: Place) -> None:
     place.add(run)  # its next turn
     kill(place, run)
 
-    place.keeper().clear()
+    place.keeper().remove_stale()
 
     assert place.file.read_bytes() == BEFORE
 
@@ -634,14 +634,14 @@ def test_a_file_that_an_editor_is_writing_anew_is_waited_for(
     written = b"# edited\n" + place.file.read_bytes()
     place.file.unlink() if text is None else place.file.write_bytes(text)
 
-    done = place.keeper().clear()
+    done = place.keeper().remove_stale()
 
     assert (done.removals, done.kept) == (
         (), (f"{place.file}: entries stay on record: it is not there, or empty",)
     )  # fmt: skip
-    assert place.keeper().clear() == TrustClearing()
+    assert place.keeper().remove_stale() == TrustClearing()
     place.file.write_bytes(written)
-    place.keeper().clear()
+    place.keeper().remove_stale()
     assert (place.file.read_bytes(), place.rows()) == (b"# edited\n" + BEFORE, [])
 
 
@@ -651,12 +651,12 @@ def test_a_file_that_stays_away_for_a_minute_is_gone(place: Place) -> None:
 
     outs = []
     for _ in range(4):
-        outs += [one.outcome for one in place.keeper().clear().removals]
+        outs += [one.outcome for one in place.keeper().remove_stale().removals]
         place.world.wait(15)
     assert outs == []
     place.world.wait(15)
 
-    assert [one.outcome for one in place.keeper().clear().removals] == ["gone"]
+    assert [one.outcome for one in place.keeper().remove_stale().removals] == ["gone"]
     assert place.world.rows("SELECT * FROM trust_entry") == []
 
 
@@ -664,15 +664,15 @@ def test_a_week_without_the_folder_is_no_minute_without_the_file(place: Place) -
     kill(place, place.running())
     text = place.file.read_bytes()
     move_away(place)
-    place.keeper().clear()
+    place.keeper().remove_stale()
     place.world.wait(3600)
     move_back(place)
     place.file.unlink()
 
-    assert place.keeper().clear().removals == ()
+    assert place.keeper().remove_stale().removals == ()
 
     place.file.write_bytes(text)
-    place.keeper().clear()
+    place.keeper().remove_stale()
     assert place.file.read_bytes() == BEFORE
 
 
@@ -681,17 +681,17 @@ def test_a_file_of_our_making_that_somebody_has_deleted_is_gone(place: Place) ->
     kill(place, place.running())
     place.file.unlink()
 
-    assert [one.outcome for one in place.keeper().clear().removals] == ["gone"]
+    assert [one.outcome for one in place.keeper().remove_stale().removals] == ["gone"]
     assert not place.file.exists()
 
 
 def test_what_is_away_is_not_looked_for_all_the_time(place: Place) -> None:
     vanish(place, "folder")
     assert place.keeper().stale_files() == [str(place.file)]
-    place.keeper().clear()
+    place.keeper().remove_stale()
 
     assert place.keeper().stale_files() == []
-    place.world.wait(trust_removal.AWAY_LOOK.total_seconds())
+    place.world.wait(trust_removal.AWAY_CHECK.total_seconds())
     assert place.keeper().stale_files() == [str(place.file)]
 
 
@@ -705,7 +705,7 @@ def test_a_host_that_is_called_otherwise_twice_gives_back_what_was_there_first(
     place.add(run)
     kill(place, run)
 
-    place.keeper().clear()
+    place.keeper().remove_stale()
 
     assert place.file.read_bytes() == users
 
@@ -716,7 +716,7 @@ def test_a_host_that_is_called_otherwise_twice_gives_back_what_was_there_first(
 def test_an_entry_that_a_cli_writes_back_goes_again(place: Place) -> None:
     kill(place, place.running())
     read = place.file.read_bytes()
-    place.keeper().clear()
+    place.keeper().remove_stale()
     looks = []
 
     for at in range(100):  # the sweep
@@ -724,7 +724,7 @@ def test_an_entry_that_a_cli_writes_back_goes_again(place: Place) -> None:
             place.file.write_bytes(read)  # by whoever had read it before
         if place.keeper().stale_files():
             looks.append(at)
-            place.keeper().clear_file(str(place.file), lock_wait_s=1)
+            place.keeper().remove_stale_in(str(place.file), lock_wait_s=1)
         if at == 20:
             assert place.file.read_bytes() == BEFORE
 
@@ -737,14 +737,14 @@ def test_a_defect_keeps_no_row_of_what_was_taken_out_for_ever(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kill(place, place.running())
-    place.keeper().clear()
+    place.keeper().remove_stale()
 
     def fail(*_: object) -> Removals:
         raise LookupError
 
     monkeypatch.setattr(codex.CodexEditor, "remove_all", fail)
     for _ in range(2):
-        assert place.keeper().clear() == TrustClearing()
+        assert place.keeper().remove_stale() == TrustClearing()
         place.world.wait(60)
 
     assert place.world.rows("SELECT * FROM trust_entry") == []
@@ -754,10 +754,10 @@ def test_a_start_takes_out_what_came_back(place: Place) -> None:
     run = place.running()
     kill(place, run)
     read = place.file.read_bytes()
-    place.keeper().clear()
+    place.keeper().remove_stale()
     place.file.write_bytes(read)
 
-    assert outcomes(place.keeper().clear()) == [(run.run_id, "removed")]
+    assert outcomes(place.keeper().remove_stale()) == [(run.run_id, "removed")]
     assert place.file.read_bytes() == BEFORE
 
 
@@ -765,14 +765,14 @@ def test_an_end_is_looked_at_again_too(place: Place) -> None:
     turn = place.world.running()
     place.add(turn.run)
     read = place.file.read_bytes()
-    place.keeper().end(turn.run)
+    place.keeper().remove_run(turn.run)
     place.world.end(turn, Succeeded({}))
     place.file.write_bytes(read)
 
-    assert place.keeper().end(turn.run) == TrustClearing()
+    assert place.keeper().remove_run(turn.run) == TrustClearing()
     place.world.wait(5)
     assert place.keeper().stale_files() == [str(place.file)]
-    place.keeper().clear_file(str(place.file), lock_wait_s=1)
+    place.keeper().remove_stale_in(str(place.file), lock_wait_s=1)
     assert place.file.read_bytes() == BEFORE
 
 
@@ -780,23 +780,23 @@ def test_what_was_taken_out_is_put_in_anew_for_a_run_that_is_set_back(place: Pla
     run = place.waiting()
     kill(place, run)
     text = place.file.read_bytes()
-    place.keeper().clear()
+    place.keeper().remove_stale()
     place.world.set(run, status="QUEUED")
     place.add(run)
     place.world.wait(100)
 
-    assert place.keeper().clear() == TrustClearing()
+    assert place.keeper().remove_stale() == TrustClearing()
     assert place.file.read_bytes() == text
     assert place.rows() == [(run.key, str(place.workspace(run)))]
 
 
 def test_a_clock_that_is_set_back_keeps_no_row_for_ever(place: Place) -> None:
     kill(place, place.running())
-    place.keeper().clear()
+    place.keeper().remove_stale()
     place.world.step(timedelta(days=-30))
 
     assert place.keeper().stale_files() == [str(place.file)]
-    place.keeper().clear_file(str(place.file), lock_wait_s=1)
+    place.keeper().remove_stale_in(str(place.file), lock_wait_s=1)
     assert place.world.rows("SELECT * FROM trust_entry") == []
 
 
@@ -816,7 +816,7 @@ def test_an_entry_that_a_user_makes_while_ours_is_put_in_is_his(
     place.add(run)
     kill(place, run)
 
-    assert outcomes(place.keeper().clear()) == [(run.run_id, "not_ours")]
+    assert outcomes(place.keeper().remove_stale()) == [(run.run_id, "not_ours")]
     assert place.file.read_bytes() == users
 
 
@@ -831,11 +831,11 @@ def test_what_there_is_no_time_for_is_left_to_the_next_look(
         kill(place, place.running())
     asked = iter([False, False, True])  # before the file, and after each of two edits
 
-    first = place.keeper().clear(lambda: next(asked))
+    first = place.keeper().remove_stale(lambda: next(asked))
 
     assert (len(first.removals), first.failures, first.kept) == (4, (), (trust_keeper.LEFT,))
     assert len(place.rows()) == 1
-    rest = place.keeper().clear()
+    rest = place.keeper().remove_stale()
     assert (len(rest.removals), rest.warnings) == (1, ())
     assert (place.file.read_bytes(), place.rows()) == (BEFORE, [])
 
@@ -843,7 +843,7 @@ def test_what_there_is_no_time_for_is_left_to_the_next_look(
 def test_no_file_is_begun_when_there_is_no_time(place: Place) -> None:
     kill(place, place.running())
 
-    assert place.keeper().clear(lambda: True) == TrustClearing(kept=(trust_keeper.LEFT,))
+    assert place.keeper().remove_stale(lambda: True) == TrustClearing(kept=(trust_keeper.LEFT,))
     assert len(place.rows()) == 1
 
 
@@ -858,7 +858,7 @@ def test_rows_that_stay_do_not_keep_later_ones_from_their_turn(
         sql = "UPDATE trust_entry SET added = '{' WHERE run IN (?, ?, ?)"
         place.world.db.execute(sql, tuple(run.key for run in runs[3:]))
 
-    assert len(place.keeper().clear().removals) == 3
+    assert len(place.keeper().remove_stale().removals) == 3
 
 
 # -- many ------------------------------------------------------------------------------------------
@@ -890,7 +890,7 @@ def test_thousands_of_entries_go_with_a_few_looks_at_the_file(
 
     monkeypatch.setattr(toml_text, "parse", counted)
 
-    done = place.keeper().clear()
+    done = place.keeper().remove_stale()
 
     assert (len(done.removals), done.failures) == (many, ())
     assert place.file.read_bytes() == BEFORE + b"\n"
@@ -985,9 +985,9 @@ def test_two_services_and_a_cli_that_takes_no_lock_lose_nothing(
             place.keeper().add(turn.run, "claude", folder, env)
             trusted += str(folder) in json.loads(file.read_bytes())["projects"]
             if at % 2:
-                place.keeper().end(turn.run)
+                place.keeper().remove_run(turn.run)
             world.end(turn, Succeeded({}))
-            place.keeper().clear()
+            place.keeper().remove_stale()
         left = place.rows()
         db.close()
         assert left == []

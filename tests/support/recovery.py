@@ -41,7 +41,7 @@ class FakeTrustCleaner:
 
     clear: ClearTrust = clear_nothing
 
-    def clear_on_connection(
+    def remove_stale_on(
         self, db: Database, record: RecordRemovals, is_over: Callable[[], bool]
     ) -> TrustClearing:
         """See `TrustCleaner`."""

@@ -1,9 +1,9 @@
-"""Lets agent CLIs trust the workspaces of runs while these are alive, and no longer.
+"""Makes agent CLIs trust the workspaces of living runs, and of no other runs.
 
-The order is always the same: the lock of the CLI's file, then the store, and no file is edited
-within a transaction. An entry is on record before it is in the file, and its row is marked after
-it is out of the file, both under that lock: a crash leaves at most a row for what is not there.
-How a look at a file settles its rows is the matter of `trust_removal`.
+The order is always the same: first the lock of the CLI's file, then the store. No file is edited
+within a transaction. An entry is recorded before it is in the file, and its row is marked after the
+entry is out of the file, both under that lock. A crash leaves at most a row without an entry.
+What is removed from a file, and how its rows change by that, is decided in `trust_removal.py`.
 """
 
 from __future__ import annotations
@@ -14,13 +14,17 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 
 import structlog
 
-from runrecovery_service.agents import trust_removal
 from runrecovery_service.agents.blocking_store import BlockingStore, ConnectionStore
-from runrecovery_service.agents.trust_removal import Taken
+from runrecovery_service.agents.trust_removal import (
+    FileRemoval,
+    describe_error,
+    parse_added,
+    remove_entries,
+)
 from runrecovery_service.clock import Clock
 from runrecovery_service.domain.reconciliation import TrustClearing, TrustRemoval
 from runrecovery_service.domain.run import Run
@@ -35,26 +39,27 @@ from runrecovery_service.trust.errors import FolderUnusable, TrustError, TrustFi
 
 log = structlog.get_logger()
 
-R = TypeVar("R")
-
 MOST_NAME_BYTES: Final = 2000
-"""Of a file's and a folder's path together: PostgreSQL has no keys that are much longer."""
+"""Of the paths of a file and a folder together: PostgreSQL allows no much longer keys."""
 ADD_LOCK_WAIT_S: Final = 5.0
-"""For the lock of one file, at a launch, which then tells so and goes on waiting: many may begin
-at once, and a large file takes seconds."""
-CLEAR_LOCK_WAIT_S: Final = 5.0
-"""For the lock of one file, at a restart."""
-END_LOCK_WAIT_S: Final = 2.0
-"""The same where a run ends, and somebody may wait to be told so."""
+"""For the lock of a file at a launch, which then logs that it waits, and waits again. Many launches
+may begin at once, and the edit of a large file takes seconds."""
+RESTART_LOCK_WAIT_S: Final = 5.0
+"""For the lock of a file at a restart."""
+RUN_END_LOCK_WAIT_S: Final = 2.0
+"""For the lock of a file at the end of a run: a caller may wait for that end."""
 FIRST_CHUNK, CHUNK = 100, 500
-"""Entries that are taken out by one edit, of which several may be needed: at first, and at most."""
+"""Entries that one edit removes: at first, and at most."""
 QUICK_S: Final = 2.0
-"""After an edit that took less, the next one takes out more: in some files each entry takes long,
-in others the reading does."""
-LEFT: Final = "there was no time for all; the next look takes out the rest"
+"""After a quicker edit, the next one removes more. In some files each entry takes long, in others
+the reading does."""
+LEFT: Final = "there was not enough time; the next sweep removes the other entries"
+
+ReportRemovals = Callable[[Database, tuple[TrustRemoval, ...]], object]
+"""Reports removed entries, in the transaction that records their removal."""
 
 
-def _nothing(*_: object) -> None:
+def _report_nothing(*_: object) -> None:
     pass
 
 
@@ -63,23 +68,25 @@ def _never() -> bool:
 
 
 class TrustRefused(Exception):
-    """A CLI cannot be made to trust a workspace; its file was not touched."""
+    """A CLI cannot be made to trust a workspace. Its file was not changed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrustKeeper:
-    """Puts entries in and takes them out. Every method blocks: call it in a thread.
+    """Adds and removes trust entries. Every method blocks: call it in a thread.
 
     Attributes:
-        host_id: whose files these are, where several hosts share a store.
-        told: called with what was taken out, in the transaction that puts it on record.
+        host_id: the host of the files, where several hosts share a store.
+        report: called with removed entries.
     """
 
     host_id: str
     owner: Owner
     store: BlockingStore
     clock: Clock
-    told: Callable[[Database, tuple[TrustRemoval, ...]], object] = _nothing
+    report: ReportRemovals = _report_nothing
+
+    # -- adding --------------------------------------------------------------------------------
 
     def add(
         self,
@@ -90,131 +97,131 @@ class TrustKeeper:
         *,
         pause: Callable[[float], object] = time.sleep,
     ) -> None:
-        """Let a CLI with this environment trust a run's workspace. Again: changes nothing.
+        """Make a CLI with this environment trust a run's workspace. Repeating it changes nothing.
 
         Args:
-            pause: waits for others; what it raises comes through, and the file was not touched.
+            pause: waits while others hold the file. What it raises is raised; the file is then
+                unchanged.
 
         Raises:
-            TrustRefused: it cannot be; see `docs/trust.md`.
-            TrustFileBusy: others are at the file; trying again is safe.
+            TrustRefused: the CLI cannot be made to trust it; see `docs/trust.md`.
+            TrustFileBusy: others hold the file. It is safe to try again.
             Fenced: a newer epoch owns the run.
-            NotNow, Exhausted: the store did not take it; trying again is safe.
+            NotNow, Exhausted: the store did not record the entry. It is safe to try again.
         """
         try:
             kind = config_files.AgentCli(cli)
             file = os.path.realpath(config_files.config_file(kind, env))
             folder = os.path.realpath(workspace)
-            _demand_names(file, folder)
+            _demand_usable_names(file, folder)
         except TrustError as error:
             raise TrustRefused(f"{cli} cannot be made to trust the workspace: {error}") from error
+        addition = _Addition(keeper=self, run=run, cli=kind, file=file, folder=folder)
         try:
-            putting = _Putting(keeper=self, run=run, cli=kind, file=file, folder=folder)
             files.edit(
                 Path(file),
-                putting.decide,
-                begin=putting.begin,
-                record=putting.record,
+                addition.decide,
+                begin=addition.begin,
+                record=addition.record,
                 lock_wait_s=ADD_LOCK_WAIT_S,
                 pause=pause,
             )
         except TrustFileBusy:
             raise
         except (TrustError, OSError) as error:
-            reason = (
-                f"{cli} cannot be made to trust the workspace: {trust_removal.told(file, error)}"
-            )
-            raise TrustRefused(reason) from error
+            reason = describe_error(file, error)
+            raise TrustRefused(f"{cli} cannot be made to trust the workspace: {reason}") from error
 
-    def standing(self, file: str, place: str) -> dict[str, Added]:
-        """Return our entries in a file, by folder."""
+    def recorded_entries(self, file: str, place: str) -> dict[str, Added]:
+        """Return the entries of this service in a file, by folder."""
         rows = self.store.read(lambda db: trust.standing(db, self.host_id, file, place))
-        found = {folder: trust_removal.added_of(text) for folder, text in rows.items()}
+        found = {folder: parse_added(text) for folder, text in rows.items()}
         return {folder: added for folder, added in found.items() if added is not None}
 
     def record(self, entry: TrustEntry) -> None:
-        """Put an entry on record."""
+        """Record an entry."""
         self.store.write(
             lambda db: trust.record(
                 db, entry, host_id=self.host_id, owner=self.owner, now=self.clock.now()
             )
         )
 
+    # -- removing ------------------------------------------------------------------------------
+
     def entries_of(self, run: Run) -> Callable[[Database], list[TrustEntry]]:
-        """Return the read of what stands for a run; of a run that is not ours any more, nothing."""
+        """Return a read of a run's entries. It finds none if a newer epoch owns the run."""
         return lambda db: trust.of_run(db, self.host_id, run.run_id, owner=self.owner)
 
-    def end(self, run: Run) -> TrustClearing:
-        """Take out what stands for a run that is about to end."""
+    def remove_run(self, run: Run) -> TrustClearing:
+        """Remove the entries of a run that is about to end."""
         find = self.entries_of(run)
-        done = TrustClearing()
+        cleared = TrustClearing()
         for file in sorted({entry.file for entry in self.store.read(find)}):
-            taking = _Taking(keeper=self, file=file, find=find, only_stale=False)
-            done += taking.take(END_LOCK_WAIT_S)
-        return done
+            removal = _Removal(keeper=self, file=file, find=find, only_stale=False)
+            cleared += removal.run(RUN_END_LOCK_WAIT_S)
+        return cleared
 
     def stale_files(self, *, every: bool = False) -> list[str]:
-        """Return the files with entries that nobody needs any more, as far as they can be ours.
+        """Return the files of this host with entries that no run needs any more.
 
         Args:
-            every: also those that are to be looked at later.
+            every: also the files that are to be checked only later.
         """
         now = None if every else self.clock.now()
         places = self.store.read(lambda db: trust.stale_places(db, self.host_id, now=now))
         return sorted({file for file, place, ours in places if ours or _is_here(file, place)})
 
-    def clear_on_connection(
-        self,
-        db: Database,
-        report: Callable[[Database, tuple[TrustRemoval, ...]], object],
-        enough: Callable[[], bool],
-    ) -> TrustClearing:
-        """Do as `clear`, on the connection of a recovery, which has one of its own.
+    def remove_stale(self, should_stop: Callable[[], bool] = _never) -> TrustClearing:
+        """Remove from every file the entries that no run needs any more.
 
         Args:
-            report: called with the removed entries, in the transaction that records the removal.
+            should_stop: asked between edits; True: the other entries stay for now.
         """
-        return replace(self, store=ConnectionStore(db), told=report).clear(enough)
-
-    def clear(self, enough: Callable[[], bool] = _never) -> TrustClearing:
-        """Take out, of every file, what nobody needs any more.
-
-        Args:
-            enough: asked between edits; true: the rest is left.
-        """
-        done = TrustClearing()
+        cleared = TrustClearing()
         for file in self.stale_files(every=True):
-            if enough():
-                return done + TrustClearing(kept=(LEFT,))
-            done += self.clear_file(file, lock_wait_s=CLEAR_LOCK_WAIT_S, every=True, enough=enough)
-        return done
+            if should_stop():
+                return cleared + TrustClearing(kept=(LEFT,))
+            cleared += self.remove_stale_in(
+                file, lock_wait_s=RESTART_LOCK_WAIT_S, every=True, should_stop=should_stop
+            )
+        return cleared
 
-    def clear_file(
+    def remove_stale_on(
+        self, db: Database, report: ReportRemovals, should_stop: Callable[[], bool]
+    ) -> TrustClearing:
+        """Do as `remove_stale`, on the connection of a recovery, which has one of its own."""
+        keeper = replace(self, store=ConnectionStore(db), report=report)
+        return keeper.remove_stale(should_stop)
+
+    def remove_stale_in(
         self,
         file: str,
         *,
         lock_wait_s: float,
         every: bool = False,
-        enough: Callable[[], bool] = _never,
+        should_stop: Callable[[], bool] = _never,
     ) -> TrustClearing:
-        """Take out of one file what nobody needs any more. What fails is told, and stays."""
-        done, after = TrustClearing(), None
+        """Remove from one file the entries that no run needs any more.
+
+        A failure is returned, and its entries stay.
+        """
+        cleared, after = TrustClearing(), None
         now = None if every else self.clock.now()
         limit = min(FIRST_CHUNK, CHUNK)
         while True:
             find = partial(
                 trust.stale, host_id=self.host_id, file=file, now=now, after=after, limit=limit
             )
-            taking = _Taking(keeper=self, file=file, find=find, only_stale=True, limit=limit)
-            begun = time.monotonic()
-            done += taking.take(lock_wait_s)
-            if time.monotonic() - begun < QUICK_S:
+            removal = _Removal(keeper=self, file=file, find=find, only_stale=True, limit=limit)
+            started_s = time.monotonic()
+            cleared += removal.run(lock_wait_s)
+            if time.monotonic() - started_s < QUICK_S:
                 limit = min(limit * 2, CHUNK)
-            after = taking.last
+            after = removal.last
             if after is None:
-                return done
-            if enough():
-                return done + TrustClearing(kept=(LEFT,))
+                return cleared
+            if should_stop():
+                return cleared + TrustClearing(kept=(LEFT,))
 
 
 def _is_here(file: str, place: str) -> bool:
@@ -222,29 +229,31 @@ def _is_here(file: str, place: str) -> bool:
 
 
 @dataclass(slots=True, kw_only=True)
-class _Putting:
-    """One entry on its way into a file: what `files.edit` asks for."""
+class _Addition:
+    """The callbacks of `files.edit` that add one entry."""
 
     keeper: TrustKeeper
     run: Run
     cli: config_files.AgentCli
     file: str
     folder: str
-    _place: str = ""
-    _standing: Mapping[str, Added] = field(default_factory=dict)
+    _place: str = field(default="", init=False)
+    _recorded: Mapping[str, Added] = field(default_factory=dict, init=False)
 
     def begin(self, place: str | None) -> None:
-        """Read, once, what is ours in the file: not again after our own record, else an entry that
-        a user makes in between would be taken for it."""
+        """Read once which entries of the file are this service's.
+
+        Not again after `record`: an entry that a user makes in between would count as ours.
+        """
         self._place = place or ""
-        self._standing = self.keeper.standing(self.file, self._place)
+        self._recorded = self.keeper.recorded_entries(self.file, self._place)
 
     def decide(self, text: bytes | None) -> Edit:
         """Return the file with the entry."""
-        return config_files.EDITORS[self.cli].add(text, self.folder, self._standing)
+        return config_files.EDITORS[self.cli].add(text, self.folder, self._recorded)
 
     def record(self, edit: Edit) -> None:
-        """Put the entry on record."""
+        """Record the entry."""
         self.keeper.record(
             TrustEntry(
                 file=self.file,
@@ -260,14 +269,14 @@ class _Putting:
 
 
 @dataclass(slots=True, kw_only=True)
-class _Taking:
-    """Entries on their way out of a file: what `files.edit` asks for.
+class _Removal:
+    """The callbacks of `files.edit` that remove entries of one file.
 
     Attributes:
         find: reads the entries.
-        only_stale: those that are needed again meanwhile stay on record.
-        limit: how many `find` reads at most; None: all.
-        last: where to go on, if there may be more.
+        only_stale: entries that a run needs again meanwhile stay on record.
+        limit: how many entries `find` reads at most; None: all.
+        last: where the next read continues; None: there are no more entries.
     """
 
     keeper: TrustKeeper
@@ -275,49 +284,52 @@ class _Taking:
     find: Callable[[Database], list[TrustEntry]]
     only_stale: bool
     limit: int | None = None
-    last: After | None = None
-    _place: str | None = None
+    last: After | None = field(default=None, init=False)
+    _place: str | None = field(default=None, init=False)
 
-    def take(self, lock_wait_s: float) -> TrustClearing:
-        """Take them out. What fails is told, and stays."""
+    def run(self, lock_wait_s: float) -> TrustClearing:
+        """Remove the entries. A failure is returned, and its entries stay."""
         try:
-            taken = files.edit(
+            removed = files.edit(
                 Path(self.file),
                 self.decide,
                 begin=self.begin,
-                done=self.settle,
+                done=self.record,
                 make=False,
                 lock_wait_s=lock_wait_s,
             )
         except Exception as error:  # noqa: BLE001 - whatever it was, other files must not wait for it
             self.last = None
-            return TrustClearing(failures=(trust_removal.told(self.file, error),))
-        _log(taken.removals)
-        return TrustClearing(removals=taken.removals, kept=taken.kept)
+            return TrustClearing(failures=(describe_error(self.file, error),))
+        _log(removed.removals)
+        return TrustClearing(removals=removed.removals, kept=removed.kept)
 
     def begin(self, place: str | None) -> None:
-        """Know where we are."""
+        """Keep the token of the place that the file is in."""
         self._place = place
 
-    def decide(self, text: bytes | None) -> Taken:
-        """Return the file without the entries. They are found anew each time, under the lock: a run
-        that was set back meanwhile keeps its own."""
+    def decide(self, text: bytes | None) -> FileRemoval:
+        """Return the file without the entries.
+
+        The entries are read again with each call, under the lock: a run that was reopened
+        meanwhile keeps its own.
+        """
         found = self.keeper.store.read(self.find)
         self.last = found[-1].after if len(found) == self.limit else None
         here = [entry for entry in found if entry.file == self.file]
-        return trust_removal.taken(text, here, place=self._place, now=self.keeper.clock.now())
+        return remove_entries(text, here, place=self._place, now=self.keeper.clock.now())
 
-    def settle(self, taken: Taken) -> None:
-        """Put on record what came about."""
-        if not taken.removals and taken.settles_nothing:
+    def record(self, removed: FileRemoval) -> None:
+        """Record the outcome."""
+        if not removed.removals and removed.changes_no_rows:
             return
 
-        def put(db: Database) -> None:
-            trust.settle(db, taken.settlement, only_stale=self.only_stale)
-            if taken.removals:
-                self.keeper.told(db, taken.removals)
+        def settle(db: Database) -> None:
+            trust.settle(db, removed.settlement, only_stale=self.only_stale)
+            if removed.removals:
+                self.keeper.report(db, removed.removals)
 
-        self.keeper.store.write(put)
+        self.keeper.store.write(settle)
 
 
 def _log(removals: Iterable[TrustRemoval]) -> None:
@@ -332,16 +344,18 @@ def _log(removals: Iterable[TrustRemoval]) -> None:
 
 
 def trust_problem(cli: str, env: Mapping[str, str]) -> str | None:
-    """Return why a CLI with this environment could not be made to trust a folder, None if it
-    could. Nothing is changed."""
+    """Return why a CLI with this environment cannot be made to trust a folder; None: it can.
+
+    Nothing is changed.
+    """
     try:
         file = config_files.config_file(config_files.AgentCli(cli), env)
     except TrustError as error:
         return str(error)
     try:
-        config_files.EDITORS[config_files.AgentCli(cli)].add(_text(file), "/some/workspace")
+        config_files.EDITORS[config_files.AgentCli(cli)].add(_read(file), "/some/workspace")
     except (TrustError, OSError) as error:
-        return trust_removal.told(str(file), error)
+        return describe_error(str(file), error)
     folders = Path(os.path.realpath(file)).parents
     nearest = next(folder for folder in folders if folder.exists())
     if not os.access(nearest, os.W_OK | os.X_OK):
@@ -349,20 +363,16 @@ def trust_problem(cli: str, env: Mapping[str, str]) -> str | None:
     return None
 
 
-def _text(file: Path) -> bytes | None:
+def _read(file: Path) -> bytes | None:
     try:
         with open(open_regular(file.resolve(), os.O_RDONLY), "rb") as opened:  # noqa: PTH123 - safely
-            return opened.read(files.MOST_BYTES)  # so much is too much already
+            return opened.read(files.MOST_BYTES)  # a file of this size is refused
     except FileNotFoundError:
         return None
 
 
-def _demand_names(file: str, folder: str) -> None:
-    """Demand that both can be put into a file and on record.
-
-    Raises:
-        FolderUnusable: one cannot.
-    """
+def _demand_usable_names(file: str, folder: str) -> None:
+    """Raise FolderUnusable if a path cannot be in a CLI's file, or on record."""
     check_folder(folder)
     check_folder(file)
     if len(os.fsencode(file)) + len(os.fsencode(folder)) > MOST_NAME_BYTES:

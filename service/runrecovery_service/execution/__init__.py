@@ -1,1 +1,1 @@
-"""What happens while the service serves: runs are taken from the queue, launched and followed."""
+"""What happens after a start: runs are taken from the queue, launched, supervised and ended."""

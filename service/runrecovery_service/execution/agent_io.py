@@ -14,7 +14,7 @@ from typing import Final
 from runrecovery_service.agents.output import OutputChannel, OutputFiles
 from runrecovery_service.engines.dialect import Listener, ProtocolError
 from runrecovery_service.execution.blocking import run_blocking
-from runrecovery_service.execution.pipes import bytes_held, read, until_read, write_all
+from runrecovery_service.execution.pipes import bytes_held, read, wait_until_read, write_all
 from runrecovery_service.execution.turn_log import TurnLog
 from runrecovery_service.execution.turn_state import LineRead, ProtocolBroken, Signal, TurnEvent
 from runrecovery_service.process.shimmed_process import ShimmedProcess
@@ -87,7 +87,7 @@ class AgentIO:
 
     async def wait_until_input_read(self) -> bool:
         """Return True once the process has read its input, False when it has closed it unread."""
-        return await until_read(self.process.stdin.fileno())
+        return await wait_until_read(self.process.stdin.fileno())
 
     def close_input(self) -> None:
         """Close the process's input: no reply will follow."""

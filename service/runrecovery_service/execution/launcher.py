@@ -365,7 +365,7 @@ class Launch:
         try:
             if not await self.records.storage.point(trust.entries_of(run)):
                 return
-            cleared = await run_blocking(self.launcher.threads, trust.end, run)
+            cleared = await run_blocking(self.launcher.threads, trust.remove_run, run)
         except Exception as error:  # noqa: BLE001 - the end of the turn must still be recorded
             turn_log.warning("trust.not_cleared", **error_facts(error))
             return

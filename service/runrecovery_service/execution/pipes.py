@@ -1,7 +1,7 @@
-"""Reading and writing pipes on the event loop, by their descriptors.
+"""Reads and writes pipes on the event loop, by their descriptors.
 
-Not as the loop's transports: uvloop closes the descriptor of a pipe transport twice, and the second
-time it may be another thread's new one.
+Not as transports of the loop: uvloop closes the descriptor of a pipe transport twice, and the
+second time it may belong to another thread's new file.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from collections.abc import Callable
 from typing import Final
 
 READ_BYTES: Final = 65536
-LOOK_FIRST_S, LOOK_MOST_S = 0.002, 0.05
+POLL_FIRST_S, POLL_MOST_S = 0.002, 0.05
 
 
 async def read(descriptor: int) -> bytes:
-    """Return what a pipe holds, as soon as it holds something; nothing at its end."""
+    """Return what a pipe holds, as soon as it holds something; no bytes at its end."""
     os.set_blocking(descriptor, False)
     loop = asyncio.get_running_loop()
     while True:
         try:
             return os.read(descriptor, READ_BYTES)
         except BlockingIOError:
-            await _until_ready(descriptor, loop.add_reader, loop.remove_reader)
+            await _wait_until_ready(descriptor, loop.add_reader, loop.remove_reader)
 
 
 async def write_all(descriptor: int, data: bytes) -> None:
@@ -39,11 +39,11 @@ async def write_all(descriptor: int, data: bytes) -> None:
         try:
             left = left[os.write(descriptor, left) :]
         except BlockingIOError:
-            await _until_ready(descriptor, loop.add_writer, loop.remove_writer)
+            await _wait_until_ready(descriptor, loop.add_writer, loop.remove_writer)
 
 
 def fill(descriptor: int, data: bytes) -> int:
-    """Write what a pipe takes at once, and return how many bytes that were."""
+    """Write what a pipe takes at once, and return how many bytes it took."""
     os.set_blocking(descriptor, False)
     try:
         return os.write(descriptor, data) if data else 0
@@ -51,15 +51,17 @@ def fill(descriptor: int, data: bytes) -> int:
         return 0
 
 
-async def until_read(descriptor: int) -> bool:
-    """Return True once a reader has taken all that was written to a pipe, and False once nobody can
-    any more; never, if somebody could and does not."""
-    pause_s = LOOK_FIRST_S
+async def wait_until_read(descriptor: int) -> bool:
+    """Return True once the other end has read everything, False once nothing can read it any more.
+
+    A reader that keeps its end open and does not read makes this wait for ever.
+    """
+    pause_s = POLL_FIRST_S
     while bytes_held(descriptor):
         if _has_no_reader(descriptor):
-            return not bytes_held(descriptor)  # it may have read all since, and gone
-        await asyncio.sleep(pause_s)  # nothing tells of it
-        pause_s = min(pause_s * 2, LOOK_MOST_S)
+            return not bytes_held(descriptor)  # it may have read the rest, and closed its end
+        await asyncio.sleep(pause_s)  # no system call reports that a pipe was read
+        pause_s = min(pause_s * 2, POLL_MOST_S)
     return True
 
 
@@ -70,24 +72,24 @@ def _has_no_reader(descriptor: int) -> bool:
 
 
 def bytes_held(descriptor: int) -> int:
-    """Return how many bytes a pipe holds; either end tells."""
+    """Return how many bytes a pipe holds. Either end of the pipe will do."""
     held = array("i", [0])
     fcntl.ioctl(descriptor, termios.FIONREAD, held)
     return held[0]
 
 
-async def _until_ready(
+async def _wait_until_ready(
     descriptor: int,
     watch: Callable[[int, Callable[[], None]], None],
     unwatch: Callable[[int], object],
 ) -> None:
     ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    def note() -> None:
+    def set_ready() -> None:
         if not ready.done():
             ready.set_result(None)
 
-    watch(descriptor, note)
+    watch(descriptor, set_ready)
     try:
         await ready
     finally:

@@ -81,8 +81,8 @@ class TrustSweep:
     async def _clear(self, file: str) -> None:
         cleared = await run_blocking(
             self.threads,
-            lambda: self.keeper.clear_file(
-                file, lock_wait_s=LOCK_WAIT_S, enough=lambda: self._loop.is_stopping
+            lambda: self.keeper.remove_stale_in(
+                file, lock_wait_s=LOCK_WAIT_S, should_stop=lambda: self._loop.is_stopping
             ),
         )
         for reason in cleared.kept:

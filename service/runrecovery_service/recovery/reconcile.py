@@ -71,7 +71,7 @@ class LaunchEnder(Protocol):
 class TrustCleaner(Protocol):
     """Removes trust entries that no run needs from the files of agent CLIs."""
 
-    def clear_on_connection(
+    def remove_stale_on(
         self, db: Database, record: RecordRemovals, is_over: Callable[[], bool]
     ) -> TrustClearing:
         """Remove entries until all are removed, or until `is_over` returns True between two edits.
@@ -262,7 +262,7 @@ class Recovery:
             return self.stop.is_set() or time.monotonic() >= deadline
 
         try:
-            clearing = self.trust.clear_on_connection(db, report.record_removals, is_over)
+            clearing = self.trust.remove_stale_on(db, report.record_removals, is_over)
         except Exception as error:  # noqa: BLE001 - no file of an agent CLI may prevent a start
             log.warning("trust.not_cleared", **_identity(report), **error_facts(error))
             clearing = TrustClearing(failures=(type(error).__name__,))
