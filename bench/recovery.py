@@ -168,7 +168,7 @@ class Nothing:
         """See `LaunchEnder`."""
         return {}
 
-    def clear_on_connection(self, *_: object) -> TrustClearing:
+    def remove_stale_on(self, *_: object) -> TrustClearing:
         """See `TrustCleaner`."""
         return TrustClearing()
 
