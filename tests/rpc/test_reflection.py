@@ -155,8 +155,8 @@ async def test_descriptions_have_the_comments_of_the_contract(address: str) -> N
     ]
     comments = {tuple(at.path): at.leading_comments for at in file.source_code_info.location}
 
-    assert (
-        comments[6, 0, 2, 0] == " Records a run and queues it. It is durable when this returns.\n"
+    assert comments[6, 0, 2, 0] == (
+        " Records a run and queues it. The run is durable when this method returns.\n"
     )
     assert file.service[0].method[0].name == "CreateRun"
 

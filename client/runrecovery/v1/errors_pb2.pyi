@@ -35,72 +35,79 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     lists them, separated by commas.
     """
     ERROR_REASON_PAGE_TOKEN_INVALID: _ErrorReason.ValueType  # 5
-    """INVALID_ARGUMENT. The page token was not made by this service."""
+    """INVALID_ARGUMENT. The page token does not come from this service."""
     ERROR_REASON_PAGE_TOKEN_MISMATCH: _ErrorReason.ValueType  # 6
-    """INVALID_ARGUMENT. The page token belongs to another filter."""
+    """INVALID_ARGUMENT. The page token belongs to another method, filter or view."""
     ERROR_REASON_RUN_ALREADY_EXISTS: _ErrorReason.ValueType  # 7
-    """ALREADY_EXISTS. Another CreateRun has made a run with this id."""
+    """ALREADY_EXISTS. Another CreateRun has created a run with this id."""
     ERROR_REASON_REQUEST_ID_REUSED: _ErrorReason.ValueType  # 8
-    """ALREADY_EXISTS. The request_id was used before with another payload."""
+    """ALREADY_EXISTS. An earlier request with this request_id had another payload."""
     ERROR_REASON_RUN_NOT_WAITING: _ErrorReason.ValueType  # 9
-    """FAILED_PRECONDITION. The run does not wait for a reply."""
+    """FAILED_PRECONDITION. The run is not waiting for a reply."""
     ERROR_REASON_INTERACTION_SUPERSEDED: _ErrorReason.ValueType  # 10
-    """FAILED_PRECONDITION. That question was answered otherwise or is not the open one."""
+    """FAILED_PRECONDITION. The question is not the open one, or has another answer."""
     ERROR_REASON_RUN_ALREADY_TERMINAL: _ErrorReason.ValueType  # 11
-    """FAILED_PRECONDITION. The run SUCCEEDED or FAILED and cannot be canceled."""
+    """FAILED_PRECONDITION. The run has SUCCEEDED or FAILED, so it cannot be canceled."""
     ERROR_REASON_RUN_QUARANTINED: _ErrorReason.ValueType  # 12
-    """FAILED_PRECONDITION. The run's record is damaged and set aside."""
+    """FAILED_PRECONDITION. The run's record is damaged; the run is quarantined."""
     ERROR_REASON_ETAG_MISMATCH: _ErrorReason.ValueType  # 13
-    """ABORTED. The run has changed; metadata `current_etag` holds its etag now."""
+    """ABORTED. The run has changed; metadata `current_etag` is its present etag."""
     ERROR_REASON_RECONCILIATION_IN_PROGRESS: _ErrorReason.ValueType  # 14
-    """UNAVAILABLE. Recovery has not committed yet. RetryInfo says when to try again."""
+    """UNAVAILABLE. Recovery has not committed yet. RetryInfo says when to retry."""
     ERROR_REASON_SHUTTING_DOWN: _ErrorReason.ValueType  # 15
-    """UNAVAILABLE. The service is shutting down. RetryInfo says when to try again."""
+    """UNAVAILABLE. The service is shutting down. RetryInfo says when to retry."""
     ERROR_REASON_STORAGE_BUSY: _ErrorReason.ValueType  # 16
-    """UNAVAILABLE. The database is locked by somebody else. RetryInfo."""
+    """UNAVAILABLE. Another process locks the database. RetryInfo says when to retry."""
     ERROR_REASON_STORAGE_UNAVAILABLE: _ErrorReason.ValueType  # 17
-    """UNAVAILABLE. The database does not answer. RetryInfo."""
+    """UNAVAILABLE. The database does not answer. RetryInfo says when to retry."""
     ERROR_REASON_OVERLOADED: _ErrorReason.ValueType  # 18
-    """RESOURCE_EXHAUSTED. The queue or the server is full. RetryInfo."""
+    """RESOURCE_EXHAUSTED. Too many runs are queued, or too many calls or streams are
+    open. RetryInfo says when to retry.
+    """
     ERROR_REASON_STORAGE_FULL: _ErrorReason.ValueType  # 19
-    """RESOURCE_EXHAUSTED. The disk of the database is full. RetryInfo."""
+    """RESOURCE_EXHAUSTED. The disk of the database is full. RetryInfo says when to retry."""
     ERROR_REASON_OUTPUT_OUT_OF_RANGE: _ErrorReason.ValueType  # 20
-    """OUT_OF_RANGE. The output does not reach this far, or no such attempt was made."""
+    """OUT_OF_RANGE. The output ends before the offset, or the run has no such attempt."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 21
-    """INTERNAL. A defect of the service; metadata `error_id` is in its log."""
+    """INTERNAL. A defect of the service; its log has the details under metadata
+    `error_id`.
+    """
     ERROR_REASON_SAFE_MODE: _ErrorReason.ValueType  # 22
-    """UNAVAILABLE. Repeated unfinished recoveries made this start launch nothing:
-    CreateRun is refused until the next restart. RetryInfo.
+    """UNAVAILABLE. Several recoveries in a row did not finish, so this start launches
+    nothing. CreateRun is refused until the next restart. RetryInfo says when to retry.
     """
     ERROR_REASON_RUN_NOT_REOPENABLE: _ErrorReason.ValueType  # 23
-    """FAILED_PRECONDITION. ReopenRun cannot set this run back: it did not fail for want of a
-    session, or its retention window has passed. PreconditionFailure says which.
+    """FAILED_PRECONDITION. ReopenRun applies only to a run whose session a recovery found
+    lost, and only until `reopenable_until`. PreconditionFailure says which is not met.
     """
     ERROR_REASON_SESSION_NOT_RESUMABLE: _ErrorReason.ValueType  # 24
-    """FAILED_PRECONDITION. No handle was kept, or the engine's check refuses the handle."""
+    """FAILED_PRECONDITION. The run has no stored session handle, or the session check of
+    its engine found the session lost.
+    """
     ERROR_REASON_WATCH_HISTORY_PRUNED: _ErrorReason.ValueType  # 25
-    """OUT_OF_RANGE. The events after after_sequence are not kept any more; metadata
-    `oldest_sequence` is the first that is. Watch anew from a snapshot.
+    """OUT_OF_RANGE. Events after after_sequence have been deleted; metadata
+    `oldest_sequence` is the first that is left. Start a new watch with a snapshot.
     """
     ERROR_REASON_WATCH_SEQUENCE_UNKNOWN: _ErrorReason.ValueType  # 26
-    """OUT_OF_RANGE. after_sequence is beyond the run's latest event, metadata
-    `latest_sequence`: the caller saw events of another store, or of one restored since.
+    """OUT_OF_RANGE. after_sequence is greater than the sequence of the run's latest event,
+    which is metadata `latest_sequence`. The caller saw events of another database, or
+    the database was restored from a backup since.
     """
     ERROR_REASON_WATCH_CURSOR_INVALID: _ErrorReason.ValueType  # 27
-    """INVALID_ARGUMENT. The cursor was not made by WatchRecovered of this service."""
+    """INVALID_ARGUMENT. The cursor does not come from WatchRecovered of this service."""
     ERROR_REASON_SLOW_READER: _ErrorReason.ValueType  # 28
-    """RESOURCE_EXHAUSTED. The caller did not read its stream for too long (configuration
-    `watch_stall_s`) and was cut off. Resume from the last sequence, cursor or
-    offset. RetryInfo.
+    """RESOURCE_EXHAUSTED. The caller read its stream too slowly (configuration
+    `watch_stall_s`), so the service closed it. Resume after the last sequence, cursor
+    or offset received. RetryInfo says when to retry.
     """
     ERROR_REASON_RUN_OF_ANOTHER_INSTANCE: _ErrorReason.ValueType  # 29
-    """FAILED_PRECONDITION. The run belongs to another service on the same database, which
-    alone can change it; metadata `instance` names it.
+    """FAILED_PRECONDITION. The run belongs to another instance of the service on the same
+    database. Only that instance, named in metadata `instance`, can change the run.
     """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
-    """The `reason` of the google.rpc.ErrorInfo that every error carries, without the
-    prefix `ERROR_REASON_`; its `domain` is `runrecovery`.
+    """Every error of the service carries a google.rpc.ErrorInfo. Its `reason` is one of
+    these names without the prefix `ERROR_REASON_`; its `domain` is `runrecovery`.
     """
 
 ERROR_REASON_UNSPECIFIED: ErrorReason.ValueType  # 0
@@ -116,66 +123,73 @@ ERROR_REASON_UNKNOWN_ENGINE: ErrorReason.ValueType  # 4
 lists them, separated by commas.
 """
 ERROR_REASON_PAGE_TOKEN_INVALID: ErrorReason.ValueType  # 5
-"""INVALID_ARGUMENT. The page token was not made by this service."""
+"""INVALID_ARGUMENT. The page token does not come from this service."""
 ERROR_REASON_PAGE_TOKEN_MISMATCH: ErrorReason.ValueType  # 6
-"""INVALID_ARGUMENT. The page token belongs to another filter."""
+"""INVALID_ARGUMENT. The page token belongs to another method, filter or view."""
 ERROR_REASON_RUN_ALREADY_EXISTS: ErrorReason.ValueType  # 7
-"""ALREADY_EXISTS. Another CreateRun has made a run with this id."""
+"""ALREADY_EXISTS. Another CreateRun has created a run with this id."""
 ERROR_REASON_REQUEST_ID_REUSED: ErrorReason.ValueType  # 8
-"""ALREADY_EXISTS. The request_id was used before with another payload."""
+"""ALREADY_EXISTS. An earlier request with this request_id had another payload."""
 ERROR_REASON_RUN_NOT_WAITING: ErrorReason.ValueType  # 9
-"""FAILED_PRECONDITION. The run does not wait for a reply."""
+"""FAILED_PRECONDITION. The run is not waiting for a reply."""
 ERROR_REASON_INTERACTION_SUPERSEDED: ErrorReason.ValueType  # 10
-"""FAILED_PRECONDITION. That question was answered otherwise or is not the open one."""
+"""FAILED_PRECONDITION. The question is not the open one, or has another answer."""
 ERROR_REASON_RUN_ALREADY_TERMINAL: ErrorReason.ValueType  # 11
-"""FAILED_PRECONDITION. The run SUCCEEDED or FAILED and cannot be canceled."""
+"""FAILED_PRECONDITION. The run has SUCCEEDED or FAILED, so it cannot be canceled."""
 ERROR_REASON_RUN_QUARANTINED: ErrorReason.ValueType  # 12
-"""FAILED_PRECONDITION. The run's record is damaged and set aside."""
+"""FAILED_PRECONDITION. The run's record is damaged; the run is quarantined."""
 ERROR_REASON_ETAG_MISMATCH: ErrorReason.ValueType  # 13
-"""ABORTED. The run has changed; metadata `current_etag` holds its etag now."""
+"""ABORTED. The run has changed; metadata `current_etag` is its present etag."""
 ERROR_REASON_RECONCILIATION_IN_PROGRESS: ErrorReason.ValueType  # 14
-"""UNAVAILABLE. Recovery has not committed yet. RetryInfo says when to try again."""
+"""UNAVAILABLE. Recovery has not committed yet. RetryInfo says when to retry."""
 ERROR_REASON_SHUTTING_DOWN: ErrorReason.ValueType  # 15
-"""UNAVAILABLE. The service is shutting down. RetryInfo says when to try again."""
+"""UNAVAILABLE. The service is shutting down. RetryInfo says when to retry."""
 ERROR_REASON_STORAGE_BUSY: ErrorReason.ValueType  # 16
-"""UNAVAILABLE. The database is locked by somebody else. RetryInfo."""
+"""UNAVAILABLE. Another process locks the database. RetryInfo says when to retry."""
 ERROR_REASON_STORAGE_UNAVAILABLE: ErrorReason.ValueType  # 17
-"""UNAVAILABLE. The database does not answer. RetryInfo."""
+"""UNAVAILABLE. The database does not answer. RetryInfo says when to retry."""
 ERROR_REASON_OVERLOADED: ErrorReason.ValueType  # 18
-"""RESOURCE_EXHAUSTED. The queue or the server is full. RetryInfo."""
+"""RESOURCE_EXHAUSTED. Too many runs are queued, or too many calls or streams are
+open. RetryInfo says when to retry.
+"""
 ERROR_REASON_STORAGE_FULL: ErrorReason.ValueType  # 19
-"""RESOURCE_EXHAUSTED. The disk of the database is full. RetryInfo."""
+"""RESOURCE_EXHAUSTED. The disk of the database is full. RetryInfo says when to retry."""
 ERROR_REASON_OUTPUT_OUT_OF_RANGE: ErrorReason.ValueType  # 20
-"""OUT_OF_RANGE. The output does not reach this far, or no such attempt was made."""
+"""OUT_OF_RANGE. The output ends before the offset, or the run has no such attempt."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 21
-"""INTERNAL. A defect of the service; metadata `error_id` is in its log."""
+"""INTERNAL. A defect of the service; its log has the details under metadata
+`error_id`.
+"""
 ERROR_REASON_SAFE_MODE: ErrorReason.ValueType  # 22
-"""UNAVAILABLE. Repeated unfinished recoveries made this start launch nothing:
-CreateRun is refused until the next restart. RetryInfo.
+"""UNAVAILABLE. Several recoveries in a row did not finish, so this start launches
+nothing. CreateRun is refused until the next restart. RetryInfo says when to retry.
 """
 ERROR_REASON_RUN_NOT_REOPENABLE: ErrorReason.ValueType  # 23
-"""FAILED_PRECONDITION. ReopenRun cannot set this run back: it did not fail for want of a
-session, or its retention window has passed. PreconditionFailure says which.
+"""FAILED_PRECONDITION. ReopenRun applies only to a run whose session a recovery found
+lost, and only until `reopenable_until`. PreconditionFailure says which is not met.
 """
 ERROR_REASON_SESSION_NOT_RESUMABLE: ErrorReason.ValueType  # 24
-"""FAILED_PRECONDITION. No handle was kept, or the engine's check refuses the handle."""
+"""FAILED_PRECONDITION. The run has no stored session handle, or the session check of
+its engine found the session lost.
+"""
 ERROR_REASON_WATCH_HISTORY_PRUNED: ErrorReason.ValueType  # 25
-"""OUT_OF_RANGE. The events after after_sequence are not kept any more; metadata
-`oldest_sequence` is the first that is. Watch anew from a snapshot.
+"""OUT_OF_RANGE. Events after after_sequence have been deleted; metadata
+`oldest_sequence` is the first that is left. Start a new watch with a snapshot.
 """
 ERROR_REASON_WATCH_SEQUENCE_UNKNOWN: ErrorReason.ValueType  # 26
-"""OUT_OF_RANGE. after_sequence is beyond the run's latest event, metadata
-`latest_sequence`: the caller saw events of another store, or of one restored since.
+"""OUT_OF_RANGE. after_sequence is greater than the sequence of the run's latest event,
+which is metadata `latest_sequence`. The caller saw events of another database, or
+the database was restored from a backup since.
 """
 ERROR_REASON_WATCH_CURSOR_INVALID: ErrorReason.ValueType  # 27
-"""INVALID_ARGUMENT. The cursor was not made by WatchRecovered of this service."""
+"""INVALID_ARGUMENT. The cursor does not come from WatchRecovered of this service."""
 ERROR_REASON_SLOW_READER: ErrorReason.ValueType  # 28
-"""RESOURCE_EXHAUSTED. The caller did not read its stream for too long (configuration
-`watch_stall_s`) and was cut off. Resume from the last sequence, cursor or
-offset. RetryInfo.
+"""RESOURCE_EXHAUSTED. The caller read its stream too slowly (configuration
+`watch_stall_s`), so the service closed it. Resume after the last sequence, cursor
+or offset received. RetryInfo says when to retry.
 """
 ERROR_REASON_RUN_OF_ANOTHER_INSTANCE: ErrorReason.ValueType  # 29
-"""FAILED_PRECONDITION. The run belongs to another service on the same database, which
-alone can change it; metadata `instance` names it.
+"""FAILED_PRECONDITION. The run belongs to another instance of the service on the same
+database. Only that instance, named in metadata `instance`, can change the run.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -33,8 +33,8 @@ class _ReconciliationTriggerEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[
     RECONCILIATION_TRIGGER_STARTUP: _ReconciliationTrigger.ValueType  # 1
     """The start of the service."""
     RECONCILIATION_TRIGGER_SHUTDOWN: _ReconciliationTrigger.ValueType  # 2
-    """A planned stop: it decided what the next start otherwise would have, so
-    that the runs tell at once.
+    """A planned stop. It decides what the next start would otherwise decide, so that
+    callers see the decisions at once.
     """
 
 class ReconciliationTrigger(_ReconciliationTrigger, metaclass=_ReconciliationTriggerEnumTypeWrapper):
@@ -45,8 +45,8 @@ RECONCILIATION_TRIGGER_UNSPECIFIED: ReconciliationTrigger.ValueType  # 0
 RECONCILIATION_TRIGGER_STARTUP: ReconciliationTrigger.ValueType  # 1
 """The start of the service."""
 RECONCILIATION_TRIGGER_SHUTDOWN: ReconciliationTrigger.ValueType  # 2
-"""A planned stop: it decided what the next start otherwise would have, so
-that the runs tell at once.
+"""A planned stop. It decides what the next start would otherwise decide, so that
+callers see the decisions at once.
 """
 Global___ReconciliationTrigger: _TypeAlias = ReconciliationTrigger  # noqa: Y015
 
@@ -59,25 +59,23 @@ class _ContainmentLevelEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Cont
     CONTAINMENT_LEVEL_UNSPECIFIED: _ContainmentLevel.ValueType  # 0
     """Not set."""
     CONTAINMENT_LEVEL_NONE: _ContainmentLevel.ValueType  # 1
-    """A process that was launched for a trial was not found again."""
+    """The probe did not find its own process again."""
     CONTAINMENT_LEVEL_COOKIE: _ContainmentLevel.ValueType  # 2
-    """Found while they keep their environment, or their parents live."""
+    """Found while a process keeps its environment, or its parent lives."""
     CONTAINMENT_LEVEL_WATERMARK: _ContainmentLevel.ValueType  # 3
-    """Found whatever they do, short of changing their limits with privileges."""
+    """Found whatever a process does, unless it raises its own limits with privileges."""
 
 class ContainmentLevel(_ContainmentLevel, metaclass=_ContainmentLevelEnumTypeWrapper):
-    """How surely the processes of a run are found when nobody watches over them
-    any more.
-    """
+    """How reliably the service finds processes of a run after their supervisor died."""
 
 CONTAINMENT_LEVEL_UNSPECIFIED: ContainmentLevel.ValueType  # 0
 """Not set."""
 CONTAINMENT_LEVEL_NONE: ContainmentLevel.ValueType  # 1
-"""A process that was launched for a trial was not found again."""
+"""The probe did not find its own process again."""
 CONTAINMENT_LEVEL_COOKIE: ContainmentLevel.ValueType  # 2
-"""Found while they keep their environment, or their parents live."""
+"""Found while a process keeps its environment, or its parent lives."""
 CONTAINMENT_LEVEL_WATERMARK: ContainmentLevel.ValueType  # 3
-"""Found whatever they do, short of changing their limits with privileges."""
+"""Found whatever a process does, unless it raises its own limits with privileges."""
 Global___ContainmentLevel: _TypeAlias = ContainmentLevel  # noqa: Y015
 
 class _ReconciliationState:
@@ -89,26 +87,26 @@ class _ReconciliationStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_R
     RECONCILIATION_STATE_UNSPECIFIED: _ReconciliationState.ValueType  # 0
     """Not set."""
     RECONCILIATION_STATE_RUNNING: _ReconciliationState.ValueType  # 1
-    """It is at work, or the service died during it and has not started again."""
+    """In progress; or the service died during it and has not started again."""
     RECONCILIATION_STATE_COMPLETED: _ReconciliationState.ValueType  # 2
     """Every run has its decision and the report is final."""
     RECONCILIATION_STATE_FAILED: _ReconciliationState.ValueType  # 3
-    """It ended early; error says why. What it had committed stands, and the next
-    reconciliation did or does the rest.
+    """It ended early; error says why. Its committed decisions remain valid, and the next
+    reconciliation makes the others.
     """
 
 class ReconciliationState(_ReconciliationState, metaclass=_ReconciliationStateEnumTypeWrapper):
-    """How far a reconciliation has come."""
+    """The progress of a reconciliation."""
 
 RECONCILIATION_STATE_UNSPECIFIED: ReconciliationState.ValueType  # 0
 """Not set."""
 RECONCILIATION_STATE_RUNNING: ReconciliationState.ValueType  # 1
-"""It is at work, or the service died during it and has not started again."""
+"""In progress; or the service died during it and has not started again."""
 RECONCILIATION_STATE_COMPLETED: ReconciliationState.ValueType  # 2
 """Every run has its decision and the report is final."""
 RECONCILIATION_STATE_FAILED: ReconciliationState.ValueType  # 3
-"""It ended early; error says why. What it had committed stands, and the next
-reconciliation did or does the rest.
+"""It ended early; error says why. Its committed decisions remain valid, and the next
+reconciliation makes the others.
 """
 Global___ReconciliationState: _TypeAlias = ReconciliationState  # noqa: Y015
 
@@ -121,13 +119,13 @@ class _ServiceStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ServiceS
     SERVICE_STATE_UNSPECIFIED: _ServiceState.ValueType  # 0
     """Not set."""
     SERVICE_STATE_RECOVERING: _ServiceState.ValueType  # 1
-    """Recovery is at work; health says NOT_SERVING."""
+    """Recovery is in progress; health is NOT_SERVING."""
     SERVICE_STATE_RECOVERY_FAILED: _ServiceState.ValueType  # 2
-    """Recovery failed and will be tried again; health says NOT_SERVING."""
+    """Recovery failed and will be retried; health is NOT_SERVING."""
     SERVICE_STATE_SERVING: _ServiceState.ValueType  # 3
-    """Recovery has committed; health says SERVING."""
+    """Recovery has committed; health is SERVING."""
     SERVICE_STATE_DRAINING: _ServiceState.ValueType  # 4
-    """It is shutting down; health says NOT_SERVING."""
+    """The service is shutting down; health is NOT_SERVING."""
 
 class ServiceState(_ServiceState, metaclass=_ServiceStateEnumTypeWrapper):
     """What the service is doing as a whole."""
@@ -135,19 +133,19 @@ class ServiceState(_ServiceState, metaclass=_ServiceStateEnumTypeWrapper):
 SERVICE_STATE_UNSPECIFIED: ServiceState.ValueType  # 0
 """Not set."""
 SERVICE_STATE_RECOVERING: ServiceState.ValueType  # 1
-"""Recovery is at work; health says NOT_SERVING."""
+"""Recovery is in progress; health is NOT_SERVING."""
 SERVICE_STATE_RECOVERY_FAILED: ServiceState.ValueType  # 2
-"""Recovery failed and will be tried again; health says NOT_SERVING."""
+"""Recovery failed and will be retried; health is NOT_SERVING."""
 SERVICE_STATE_SERVING: ServiceState.ValueType  # 3
-"""Recovery has committed; health says SERVING."""
+"""Recovery has committed; health is SERVING."""
 SERVICE_STATE_DRAINING: ServiceState.ValueType  # 4
-"""It is shutting down; health says NOT_SERVING."""
+"""The service is shutting down; health is NOT_SERVING."""
 Global___ServiceState: _TypeAlias = ServiceState  # noqa: Y015
 
 @_typing.final
 class Containment(_message.Message):
-    """What a start of the service proved about itself: it loses a process on
-    purpose, and tries to find and end it.
+    """What the probe of a start proved: the start launches a process, loses it on purpose,
+    and tries to find and kill it.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -157,7 +155,7 @@ class Containment(_message.Message):
     level: Global___ContainmentLevel.ValueType
     """OUTPUT_ONLY. The level that was proved."""
     detail: _builtins.str
-    """OUTPUT_ONLY. What was tried and seen, as a sentence."""
+    """OUTPUT_ONLY. What the probe did and saw, as a sentence."""
     def __init__(
         self,
         *,
@@ -174,7 +172,7 @@ Global___Containment: _TypeAlias = Containment  # noqa: Y015
 
 @_typing.final
 class ReconciliationPhase(_message.Message):
-    """One part of a reconciliation and the time it took."""
+    """One phase of a reconciliation and its duration."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -186,7 +184,7 @@ class ReconciliationPhase(_message.Message):
     """
     @_builtins.property
     def duration(self) -> _duration_pb2.Duration:
-        """OUTPUT_ONLY. Wall time spent in it."""
+        """OUTPUT_ONLY. Its wall-clock time."""
 
     def __init__(
         self,
@@ -216,7 +214,7 @@ class DecisionCount(_message.Message):
     recovery_state: _run_pb2.RecoveryState.ValueType
     """OUTPUT_ONLY. The state that the rule leads to."""
     count: _builtins.int
-    """OUTPUT_ONLY. Runs that it decided in this reconciliation."""
+    """OUTPUT_ONLY. Number of runs that it decided in this reconciliation."""
     def __init__(
         self,
         *,
@@ -234,7 +232,7 @@ Global___DecisionCount: _TypeAlias = DecisionCount  # noqa: Y015
 
 @_typing.final
 class OrphanCounts(_message.Message):
-    """What became of the processes of earlier epochs on this host."""
+    """Processes of earlier epochs on this host, and what happened to them."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -243,16 +241,16 @@ class OrphanCounts(_message.Message):
     ALREADY_GONE_FIELD_NUMBER: _builtins.int
     REFUSED_FIELD_NUMBER: _builtins.int
     found: _builtins.int
-    """OUTPUT_ONLY. Processes that had outlived their service."""
+    """OUTPUT_ONLY. Orphans: processes that outlived the service that launched them."""
     ended: _builtins.int
-    """OUTPUT_ONLY. Of these, ended: by their own shim as soon as the service was
-    gone, or by this reconciliation.
+    """OUTPUT_ONLY. Orphans that were ended: by their shim once the service was gone, or by
+    this reconciliation.
     """
     already_gone: _builtins.int
-    """OUTPUT_ONLY. Recorded launches of which nothing was alive any more."""
+    """OUTPUT_ONLY. Recorded launches whose processes were all dead already."""
     refused: _builtins.int
-    """OUTPUT_ONLY. Processes that were not or could not be ended: not certainly
-    ours, not permitted, or unkillable. The warnings name them.
+    """OUTPUT_ONLY. Processes that were not ended, because they are not certainly ours,
+    may not be signalled, or cannot be killed. The warnings name them.
     """
     def __init__(
         self,
@@ -272,7 +270,7 @@ Global___OrphanCounts: _TypeAlias = OrphanCounts  # noqa: Y015
 
 @_typing.final
 class BindingCounts(_message.Message):
-    """What ended runs still held and what was therefore cleared."""
+    """What the reconciliation released because its run had ended."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -285,11 +283,9 @@ class BindingCounts(_message.Message):
     pending_interactions: _builtins.int
     """OUTPUT_ONLY. Open questions."""
     slots: _builtins.int
-    """OUTPUT_ONLY. Slots that runs of earlier epochs had held."""
+    """OUTPUT_ONLY. Slots of runs of earlier epochs."""
     trust_entries: _builtins.int
-    """OUTPUT_ONLY. Entries by which agent CLIs trusted the workspaces of runs:
-    those that were removed or restored.
-    """
+    """OUTPUT_ONLY. Trust entries (see TrustRemoval) that were removed or restored."""
     def __init__(
         self,
         *,
@@ -308,8 +304,8 @@ Global___BindingCounts: _TypeAlias = BindingCounts  # noqa: Y015
 
 @_typing.final
 class TrustRemoval(_message.Message):
-    """An entry by which an agent CLI trusted the workspace of a run, and what a
-    restart did about it.
+    """An entry in a file of an agent CLI that made the CLI trust the workspace of a run, and
+    what a restart did with it.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -319,15 +315,15 @@ class TrustRemoval(_message.Message):
     FOLDER_FIELD_NUMBER: _builtins.int
     OUTCOME_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
-    """OUTPUT_ONLY. The run that needed it; empty when there is no such run."""
+    """OUTPUT_ONLY. The run that needed the entry; empty when that run does not exist."""
     file: _builtins.str
-    """OUTPUT_ONLY. The file of the CLI."""
+    """OUTPUT_ONLY. The CLI's file."""
     folder: _builtins.str
-    """OUTPUT_ONLY. The workspace."""
+    """OUTPUT_ONLY. The path of the workspace."""
     outcome: _builtins.str
-    """OUTPUT_ONLY. `removed`; `restored`: the value of before is back; `gone`: it
-    was not there any more; `changed`: somebody had changed it, and it was
-    left; `not_ours`: the workspace had been trusted before, and was left so.
+    """OUTPUT_ONLY. `removed`: the entry was removed. `restored`: it has its earlier value
+    again. `gone`: it had been removed already. `changed`: somebody had changed it, so it
+    was left. `not_ours`: the CLI had trusted the workspace before, so it was left.
     """
     def __init__(
         self,
@@ -380,21 +376,20 @@ class Reconciliation(_message.Message):
     trigger: Global___ReconciliationTrigger.ValueType
     """OUTPUT_ONLY. What started it."""
     state: Global___ReconciliationState.ValueType
-    """OUTPUT_ONLY. How far it has come."""
+    """OUTPUT_ONLY. Its progress."""
     quarantined: _builtins.int
-    """OUTPUT_ONLY. Runs set aside because their record is damaged."""
+    """OUTPUT_ONLY. Number of runs quarantined because their record is damaged."""
     runs_scanned: _builtins.int
-    """OUTPUT_ONLY. Runs examined so far."""
+    """OUTPUT_ONLY. Number of runs examined so far."""
     runs_total: _builtins.int
-    """OUTPUT_ONLY. Runs that there are to examine."""
+    """OUTPUT_ONLY. Number of runs to examine."""
     runs_unchanged: _builtins.int
-    """OUTPUT_ONLY. Examined runs whose earlier decision still stands, so that
-    nothing was decided or changed.
+    """OUTPUT_ONLY. Number of examined runs whose earlier decision still applies; nothing was
+    decided or changed for them.
     """
     safe_mode: _builtins.bool
-    """OUTPUT_ONLY. True when repeated unfinished recoveries made this start mark
-    states only: until the next restart nothing is launched, and CreateRun is
-    refused.
+    """OUTPUT_ONLY. True when several recoveries in a row did not finish. This start then only
+    records decisions: until the next restart nothing is launched and CreateRun is refused.
     """
     error: _builtins.str
     """OUTPUT_ONLY. Why it FAILED; empty otherwise."""
@@ -408,36 +403,36 @@ class Reconciliation(_message.Message):
 
     @_builtins.property
     def phases(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReconciliationPhase]:
-        """OUTPUT_ONLY. Its parts so far, in order."""
+        """OUTPUT_ONLY. Its phases so far, in order."""
 
     @_builtins.property
     def decisions(self) -> _containers.RepeatedCompositeFieldContainer[Global___DecisionCount]:
-        """OUTPUT_ONLY. Decisions so far by rule, in the order of the matrix."""
-
-    @_builtins.property
-    def orphans(self) -> Global___OrphanCounts:
-        """OUTPUT_ONLY. Processes of earlier epochs."""
-
-    @_builtins.property
-    def bindings(self) -> Global___BindingCounts:
-        """OUTPUT_ONLY. What was cleared."""
-
-    @_builtins.property
-    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """OUTPUT_ONLY. Things that went wrong without stopping the recovery, at most
-        100; the log has all.
+        """OUTPUT_ONLY. Decisions so far by rule, in the order of the recovery matrix
+        (docs/recovery.md).
         """
 
     @_builtins.property
+    def orphans(self) -> Global___OrphanCounts:
+        """OUTPUT_ONLY. Processes of earlier epochs, and what happened to them."""
+
+    @_builtins.property
+    def bindings(self) -> Global___BindingCounts:
+        """OUTPUT_ONLY. What was released."""
+
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """OUTPUT_ONLY. Problems that did not stop the recovery, at most 100; the log has all."""
+
+    @_builtins.property
     def containment(self) -> Global___Containment:
-        """OUTPUT_ONLY. What this start's probe proved; absent until it has ended, and
-        in the report of a stop.
+        """OUTPUT_ONLY. What the containment probe of this start proved; absent until the probe
+        has ended, and in the report of a stop.
         """
 
     @_builtins.property
     def trust_removals(self) -> _containers.RepeatedCompositeFieldContainer[Global___TrustRemoval]:
-        """OUTPUT_ONLY. Trust entries that no run needs any more, at most 100; the log
-        has all. bindings.trust_entries counts those that were taken out.
+        """OUTPUT_ONLY. Trust entries that no run needs any more, at most 100; the log has all.
+        bindings.trust_entries counts those that were removed or restored.
         """
 
     def __init__(

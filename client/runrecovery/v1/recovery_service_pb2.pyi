@@ -107,15 +107,15 @@ class RecoveredFilter(_message.Message):
     RECONCILIATION_ID_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     recovery_reason: _builtins.str
-    """OPTIONAL. The rule that decided, as in RecoveryInfo.recovery_reason."""
+    """OPTIONAL. Only decisions by this rule, as in RecoveryInfo.recovery_reason."""
     engine: _builtins.str
-    """OPTIONAL. This engine only."""
+    """OPTIONAL. Only this engine."""
     reconciliation_id: _builtins.str
-    """OPTIONAL. Runs whose latest decision belongs to this report."""
+    """OPTIONAL. Only runs whose latest decision belongs to this report."""
     @_builtins.property
     def recovery_states(self) -> _containers.RepeatedScalarFieldContainer[_run_pb2.RecoveryState.ValueType]:
-        """OPTIONAL. Any of these; empty, or UNSPECIFIED among them, means every state
-        but NONE. NONE is refused.
+        """OPTIONAL. Only these states. Empty, or UNSPECIFIED among them, means every state but
+        NONE. NONE is refused.
         """
 
     @_builtins.property
@@ -128,7 +128,7 @@ class RecoveredFilter(_message.Message):
 
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """OPTIONAL. Runs that have all of these labels, at most 8."""
+        """OPTIONAL. Only runs that have all of these labels, at most 8."""
 
     def __init__(
         self,
@@ -160,9 +160,9 @@ class ListRecoveredRequest(_message.Message):
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     VIEW_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """OPTIONAL. Rows a page: 0 means 50, more than 1000 means 1000, negative is refused."""
+    """OPTIONAL. Rows per page: 0 means 50, more than 1000 means 1000, negative is refused."""
     page_token: _builtins.str
-    """OPTIONAL. next_page_token of the page before, with the same filter and view."""
+    """OPTIONAL. next_page_token of the previous page, with the same filter and view."""
     view: _run_pb2.RunView.ValueType
     """OPTIONAL. How much of each run."""
     @_builtins.property
@@ -252,18 +252,18 @@ class GetRecoveryStatusResponse(_message.Message):
     """Its boot counter."""
     @_builtins.property
     def reconciliation(self) -> _recovery_pb2.Reconciliation:
-        """The report of this start; absent until it has begun."""
+        """The report of this start; absent until its recovery has begun."""
 
     @_builtins.property
     def containment(self) -> _recovery_pb2.Containment:
-        """What this start's probe of its containment proved; absent until it has
-        ended, which is before SERVING.
+        """What the containment probe of this start proved; absent until the probe has ended,
+        which is before SERVING.
         """
 
     @_builtins.property
     def unended_launches(self) -> _containers.RepeatedCompositeFieldContainer[Global___UnendedLaunch]:
-        """Launches that are over and of which something is still alive, oldest first,
-        at most 100. Each is tried again until it is gone.
+        """Ended launches of which a process is still alive, oldest first, at most 100. The service
+        keeps trying to end these processes.
         """
 
     def __init__(
@@ -286,7 +286,7 @@ Global___GetRecoveryStatusResponse: _TypeAlias = GetRecoveryStatusResponse  # no
 
 @_typing.final
 class UnendedLaunch(_message.Message):
-    """A launch that is over, and of which a process could not be ended."""
+    """An ended launch of which a process could not be ended."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -294,7 +294,7 @@ class UnendedLaunch(_message.Message):
     ATTEMPT_FIELD_NUMBER: _builtins.int
     LAUNCHED_AT_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
-    """OUTPUT_ONLY. Its run, which is not launched again meanwhile."""
+    """OUTPUT_ONLY. Its run, which is not launched again while the process is alive."""
     attempt: _builtins.int
     """OUTPUT_ONLY. The attempt that it belonged to."""
     @_builtins.property
@@ -325,9 +325,9 @@ class ListReconciliationsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """OPTIONAL. Rows a page: 0 means 50, more than 1000 means 1000, negative is refused."""
+    """OPTIONAL. Rows per page: 0 means 50, more than 1000 means 1000, negative is refused."""
     page_token: _builtins.str
-    """OPTIONAL. next_page_token of the page before."""
+    """OPTIONAL. next_page_token of the previous page."""
     def __init__(
         self,
         *,
@@ -427,12 +427,12 @@ class WatchRecoveredRequest(_message.Message):
     FILTER_FIELD_NUMBER: _builtins.int
     AFTER_CURSOR_FIELD_NUMBER: _builtins.int
     after_cursor: _builtins.str
-    """OPTIONAL. The last cursor that the caller has seen, with the same filter or
-    another one; empty means from now on.
+    """OPTIONAL. The last cursor that the caller received, with this filter or another one.
+    Empty means: only decisions from now on.
     """
     @_builtins.property
     def filter(self) -> Global___RecoveredFilter:
-        """OPTIONAL. Which decisions. REOPENED is none of a restart and matches nothing."""
+        """OPTIONAL. Which decisions. REOPENED is not a decision of a restart and matches nothing."""
 
     def __init__(
         self,
@@ -450,7 +450,7 @@ Global___WatchRecoveredRequest: _TypeAlias = WatchRecoveredRequest  # noqa: Y015
 
 @_typing.final
 class WatchRecoveredResponse(_message.Message):
-    """A decision, or a sign of life."""
+    """A decision, or a bookmark."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -458,14 +458,16 @@ class WatchRecoveredResponse(_message.Message):
     DECISION_FIELD_NUMBER: _builtins.int
     BOOKMARK_FIELD_NUMBER: _builtins.int
     cursor: _builtins.str
-    """The place reached; after_cursor of a watch that goes on from here."""
+    """The position of this response; after_cursor of a watch that resumes after it."""
     @_builtins.property
     def decision(self) -> Global___RecoveredRun:
-        """One decision. In the order of the restarts, and of the runs in each."""
+        """One decision. Decisions come in the order of the restarts, and within one restart in
+        the order of the runs.
+        """
 
     @_builtins.property
     def bookmark(self) -> _run_pb2.WatchBookmark:
-        """First in every watch; then when nothing happened for 15 s."""
+        """The first response of every watch, and sent again after 15 s without a decision."""
 
     def __init__(
         self,
@@ -524,7 +526,7 @@ class RecoveredRun(_message.Message):
 
     @_builtins.property
     def recovery(self) -> _run_pb2.RecoveryInfo:
-        """OUTPUT_ONLY. The decision. A later one may have followed since."""
+        """OUTPUT_ONLY. The decision; a later decision may exist by now."""
 
     def __init__(
         self,
@@ -590,7 +592,7 @@ Global___ExplainRecoveryResponse: _TypeAlias = ExplainRecoveryResponse  # noqa: 
 
 @_typing.final
 class RecoveryExplanation(_message.Message):
-    """Why one decision was made, and what was done."""
+    """Why one decision was made, and what was done to processes."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -602,23 +604,21 @@ class RecoveryExplanation(_message.Message):
     because: _builtins.str
     """OUTPUT_ONLY. What its rule means, as a sentence for people."""
     profile: _run_pb2.InteractiveProfileKind.ValueType
-    """OUTPUT_ONLY. The kind of waiting that the decision saw; UNSPECIFIED when
-    none was recorded.
-    """
+    """OUTPUT_ONLY. The run's profile at the decision; UNSPECIFIED when none was recorded."""
     @_builtins.property
     def decision(self) -> _run_pb2.RecoveryInfo:
         """OUTPUT_ONLY. The decision."""
 
     @_builtins.property
     def facts(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecoveryFact]:
-        """OUTPUT_ONLY. Every fact that the rules look at. Empty for a decision that
-        looked at none: a damaged record, or a caller's ReopenRun.
+        """OUTPUT_ONLY. Every fact that the rules examine. Empty for a decision without facts: a
+        damaged record, or a caller's ReopenRun.
         """
 
     @_builtins.property
     def processes(self) -> _containers.RepeatedCompositeFieldContainer[Global___OrphanedProcess]:
-        """OUTPUT_ONLY. Processes of the run that outlived their service, and what was
-        done to them, at most 100 for each launch.
+        """OUTPUT_ONLY. Processes of the run that outlived their service, and what was done to
+        them; at most 100 for each launch.
         """
 
     def __init__(
@@ -648,13 +648,13 @@ class RecoveryFact(_message.Message):
     HELD_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """OUTPUT_ONLY. PENDING, HANDLE, CANCEL, REPLY or REQUEUE; docs/recovery.md
-    says what each means.
+    """OUTPUT_ONLY. PENDING, HANDLE, CANCEL, REPLY or REQUEUE; docs/recovery.md explains
+    them.
     """
     held: _builtins.bool
-    """OUTPUT_ONLY. Whether it held."""
+    """OUTPUT_ONLY. Whether the fact was true."""
     source: _builtins.str
-    """OUTPUT_ONLY. What was looked at and seen, as a sentence for people."""
+    """OUTPUT_ONLY. What was examined and found, as a sentence for people."""
     def __init__(
         self,
         *,
@@ -684,20 +684,20 @@ class OrphanedProcess(_message.Message):
     ENDED_FIELD_NUMBER: _builtins.int
     ENDED_BY_FIELD_NUMBER: _builtins.int
     pid: _builtins.int
-    """OUTPUT_ONLY. Its process id, as its host's service saw it."""
+    """OUTPUT_ONLY. Its process id, as the service on its host saw it."""
     attempt: _builtins.int
-    """OUTPUT_ONLY. The attempt and turn of the run that it was launched in."""
+    """OUTPUT_ONLY. The attempt of the run that launched it."""
     turn: _builtins.int
-    """OUTPUT_ONLY. See attempt."""
+    """OUTPUT_ONLY. The turn of that attempt."""
     evidence: _builtins.str
     """OUTPUT_ONLY. What proved that it belongs to the run: `watermark`, `cookie`,
     `cgroup`, `shim` or `descent`; docs/processes.md explains them.
     """
     ended: _builtins.bool
-    """OUTPUT_ONLY. True when it was seen dead afterwards."""
+    """OUTPUT_ONLY. True when the process was found dead afterwards."""
     ended_by: _builtins.str
-    """OUTPUT_ONLY. Who did it: `service`, or `shim`, the guard of the launch,
-    which acts by itself when its service is gone.
+    """OUTPUT_ONLY. Who ended it: `service`, or `shim`, the supervisor of one launch that
+    ends its processes when the service is gone.
     """
     @_builtins.property
     def signals(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -731,9 +731,9 @@ class PlanRecoveryRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """OPTIONAL. Rows a page: 0 means 50, more than 1000 means 1000, negative is refused."""
+    """OPTIONAL. Rows per page: 0 means 50, more than 1000 means 1000, negative is refused."""
     page_token: _builtins.str
-    """OPTIONAL. next_page_token of the page before."""
+    """OPTIONAL. next_page_token of the previous page."""
     def __init__(
         self,
         *,
@@ -765,7 +765,7 @@ class PlanRecoveryResponse(_message.Message):
 
     @_builtins.property
     def plan(self) -> Global___RecoveryPlan:
-        """All of it in numbers; on the first page only."""
+        """The totals of the plan; on the first page only."""
 
     def __init__(
         self,
@@ -784,7 +784,7 @@ Global___PlanRecoveryResponse: _TypeAlias = PlanRecoveryResponse  # noqa: Y015
 
 @_typing.final
 class RecoveryPlan(_message.Message):
-    """What a restart would come to."""
+    """The totals of what a restart would decide."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -794,16 +794,16 @@ class RecoveryPlan(_message.Message):
     QUARANTINED_FIELD_NUMBER: _builtins.int
     LAUNCHES_FIELD_NUMBER: _builtins.int
     runs_total: _builtins.int
-    """OUTPUT_ONLY. Runs that it would examine."""
+    """OUTPUT_ONLY. Number of runs that the restart would examine."""
     runs_unchanged: _builtins.int
-    """OUTPUT_ONLY. Of these, runs whose earlier decision stands."""
+    """OUTPUT_ONLY. Number of these runs whose earlier decision still applies."""
     quarantined: _builtins.int
-    """OUTPUT_ONLY. Runs that it would set aside."""
+    """OUTPUT_ONLY. Number of runs that the restart would quarantine."""
     launches: _builtins.int
-    """OUTPUT_ONLY. Launches whose processes it would end."""
+    """OUTPUT_ONLY. Number of launches whose processes the restart would end."""
     @_builtins.property
     def decisions(self) -> _containers.RepeatedCompositeFieldContainer[_recovery_pb2.DecisionCount]:
-        """OUTPUT_ONLY. Decisions by rule, in the order of the matrix."""
+        """OUTPUT_ONLY. Decisions by rule, in the order of the recovery matrix (docs/recovery.md)."""
 
     def __init__(
         self,
@@ -841,18 +841,18 @@ class PlannedDecision(_message.Message):
     engine: _builtins.str
     """OUTPUT_ONLY. Its engine."""
     status_before: _run_pb2.RunStatus.ValueType
-    """OUTPUT_ONLY. Its status now."""
+    """OUTPUT_ONLY. Its present status."""
     status_after: _run_pb2.RunStatus.ValueType
-    """OUTPUT_ONLY. The status that it would get."""
+    """OUTPUT_ONLY. The status that the run would get."""
     recovery_reason: _builtins.str
     """OUTPUT_ONLY. The rule that would decide."""
     recovery_state: _run_pb2.RecoveryState.ValueType
-    """OUTPUT_ONLY. The state that it would get."""
+    """OUTPUT_ONLY. The recovery state that the run would get."""
     error_code: _builtins.str
-    """OUTPUT_ONLY. The error code that it would get; empty if none."""
+    """OUTPUT_ONLY. The error code that the run would get; empty if none."""
     unchanged: _builtins.bool
-    """OUTPUT_ONLY. True when an earlier restart has decided just so and the run
-    has not changed since: nothing new would be recorded.
+    """OUTPUT_ONLY. True when an earlier restart made the same decision and the run has not
+    changed since; nothing new would be recorded.
     """
     def __init__(
         self,

@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class RecoveryServiceStub(object):
-    """Tells what restarts decided and why. GetRecoveryStatus, ListReconciliations
-    and GetReconciliation also answer while a recovery is at work.
+    """Shows what restarts decided and why. GetRecoveryStatus, ListReconciliations and
+    GetReconciliation also answer during a recovery.
     """
 
     def __init__(self, channel):
@@ -79,12 +79,12 @@ class RecoveryServiceStub(object):
 
 
 class RecoveryServiceServicer(object):
-    """Tells what restarts decided and why. GetRecoveryStatus, ListReconciliations
-    and GetReconciliation also answer while a recovery is at work.
+    """Shows what restarts decided and why. GetRecoveryStatus, ListReconciliations and
+    GetReconciliation also answer during a recovery.
     """
 
     def GetRecoveryInfo(self, request, context):
-        """Returns the latest decision for one run and its whole history.
+        """Returns the latest decision for one run and the history of its decisions.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -98,33 +98,32 @@ class RecoveryServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def WatchRecovered(self, request, context):
-        """Streams decisions as they are committed, each with a cursor; a stream that
-        broke goes on from after_cursor, also after a restart, and so tells of it.
-        It has no end of its own.
+        """Streams decisions as they are committed, each with a cursor. A caller whose stream broke
+        resumes with after_cursor, also after a restart, and misses none of its decisions. The
+        stream never ends by itself.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ExplainRecovery(self, request, context):
-        """Returns, for each decision about one run, the rule, every fact that it saw
-        and where that came from, and what was done to which process.
+        """Returns for each decision about one run the rule, each fact that was examined with its
+        source, and what was done to which process.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PlanRecovery(self, request, context):
-        """Pages through what a restart of this instance would decide at this moment,
-        in the order in which it would; the same rules decide. Changes nothing.
+        """Pages through the decisions that a restart of this instance would make now, in its
+        order and by the same rules. Changes nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetRecoveryStatus(self, request, context):
-        """Returns what the service is doing and the report of this start, as far as
-        it has come.
+        """Returns the state of the service and the report of this start so far.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -196,8 +195,8 @@ def add_RecoveryServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class RecoveryService(object):
-    """Tells what restarts decided and why. GetRecoveryStatus, ListReconciliations
-    and GetReconciliation also answer while a recovery is at work.
+    """Shows what restarts decided and why. GetRecoveryStatus, ListReconciliations and
+    GetReconciliation also answer during a recovery.
     """
 
     @staticmethod

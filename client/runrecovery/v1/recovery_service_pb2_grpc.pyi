@@ -27,8 +27,8 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class RecoveryServiceStub:
-    """Tells what restarts decided and why. GetRecoveryStatus, ListReconciliations
-    and GetReconciliation also answer while a recovery is at work.
+    """Shows what restarts decided and why. GetRecoveryStatus, ListReconciliations and
+    GetReconciliation also answer during a recovery.
     """
 
     @_typing.overload
@@ -36,26 +36,24 @@ class RecoveryServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> RecoveryServiceAsyncStub: ...
     GetRecoveryInfo: _grpc.UnaryUnaryMultiCallable[_recovery_service_pb2.GetRecoveryInfoRequest, _recovery_service_pb2.GetRecoveryInfoResponse]
-    """Returns the latest decision for one run and its whole history."""
+    """Returns the latest decision for one run and the history of its decisions."""
     ListRecovered: _grpc.UnaryUnaryMultiCallable[_recovery_service_pb2.ListRecoveredRequest, _recovery_service_pb2.ListRecoveredResponse]
     """Pages through recovered runs, newest decision first."""
     WatchRecovered: _grpc.UnaryStreamMultiCallable[_recovery_service_pb2.WatchRecoveredRequest, _recovery_service_pb2.WatchRecoveredResponse]
-    """Streams decisions as they are committed, each with a cursor; a stream that
-    broke goes on from after_cursor, also after a restart, and so tells of it.
-    It has no end of its own.
+    """Streams decisions as they are committed, each with a cursor. A caller whose stream broke
+    resumes with after_cursor, also after a restart, and misses none of its decisions. The
+    stream never ends by itself.
     """
     ExplainRecovery: _grpc.UnaryUnaryMultiCallable[_recovery_service_pb2.ExplainRecoveryRequest, _recovery_service_pb2.ExplainRecoveryResponse]
-    """Returns, for each decision about one run, the rule, every fact that it saw
-    and where that came from, and what was done to which process.
+    """Returns for each decision about one run the rule, each fact that was examined with its
+    source, and what was done to which process.
     """
     PlanRecovery: _grpc.UnaryUnaryMultiCallable[_recovery_service_pb2.PlanRecoveryRequest, _recovery_service_pb2.PlanRecoveryResponse]
-    """Pages through what a restart of this instance would decide at this moment,
-    in the order in which it would; the same rules decide. Changes nothing.
+    """Pages through the decisions that a restart of this instance would make now, in its
+    order and by the same rules. Changes nothing.
     """
     GetRecoveryStatus: _grpc.UnaryUnaryMultiCallable[_recovery_service_pb2.GetRecoveryStatusRequest, _recovery_service_pb2.GetRecoveryStatusResponse]
-    """Returns what the service is doing and the report of this start, as far as
-    it has come.
-    """
+    """Returns the state of the service and the report of this start so far."""
     ListReconciliations: _grpc.UnaryUnaryMultiCallable[_recovery_service_pb2.ListReconciliationsRequest, _recovery_service_pb2.ListReconciliationsResponse]
     """Pages through reports, newest first."""
     GetReconciliation: _grpc.UnaryUnaryMultiCallable[_recovery_service_pb2.GetReconciliationRequest, _recovery_service_pb2.GetReconciliationResponse]
@@ -63,40 +61,38 @@ class RecoveryServiceStub:
 
 @_typing.type_check_only
 class RecoveryServiceAsyncStub(RecoveryServiceStub):
-    """Tells what restarts decided and why. GetRecoveryStatus, ListReconciliations
-    and GetReconciliation also answer while a recovery is at work.
+    """Shows what restarts decided and why. GetRecoveryStatus, ListReconciliations and
+    GetReconciliation also answer during a recovery.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetRecoveryInfo: _aio.UnaryUnaryMultiCallable[_recovery_service_pb2.GetRecoveryInfoRequest, _recovery_service_pb2.GetRecoveryInfoResponse]  # type: ignore[assignment]
-    """Returns the latest decision for one run and its whole history."""
+    """Returns the latest decision for one run and the history of its decisions."""
     ListRecovered: _aio.UnaryUnaryMultiCallable[_recovery_service_pb2.ListRecoveredRequest, _recovery_service_pb2.ListRecoveredResponse]  # type: ignore[assignment]
     """Pages through recovered runs, newest decision first."""
     WatchRecovered: _aio.UnaryStreamMultiCallable[_recovery_service_pb2.WatchRecoveredRequest, _recovery_service_pb2.WatchRecoveredResponse]  # type: ignore[assignment]
-    """Streams decisions as they are committed, each with a cursor; a stream that
-    broke goes on from after_cursor, also after a restart, and so tells of it.
-    It has no end of its own.
+    """Streams decisions as they are committed, each with a cursor. A caller whose stream broke
+    resumes with after_cursor, also after a restart, and misses none of its decisions. The
+    stream never ends by itself.
     """
     ExplainRecovery: _aio.UnaryUnaryMultiCallable[_recovery_service_pb2.ExplainRecoveryRequest, _recovery_service_pb2.ExplainRecoveryResponse]  # type: ignore[assignment]
-    """Returns, for each decision about one run, the rule, every fact that it saw
-    and where that came from, and what was done to which process.
+    """Returns for each decision about one run the rule, each fact that was examined with its
+    source, and what was done to which process.
     """
     PlanRecovery: _aio.UnaryUnaryMultiCallable[_recovery_service_pb2.PlanRecoveryRequest, _recovery_service_pb2.PlanRecoveryResponse]  # type: ignore[assignment]
-    """Pages through what a restart of this instance would decide at this moment,
-    in the order in which it would; the same rules decide. Changes nothing.
+    """Pages through the decisions that a restart of this instance would make now, in its
+    order and by the same rules. Changes nothing.
     """
     GetRecoveryStatus: _aio.UnaryUnaryMultiCallable[_recovery_service_pb2.GetRecoveryStatusRequest, _recovery_service_pb2.GetRecoveryStatusResponse]  # type: ignore[assignment]
-    """Returns what the service is doing and the report of this start, as far as
-    it has come.
-    """
+    """Returns the state of the service and the report of this start so far."""
     ListReconciliations: _aio.UnaryUnaryMultiCallable[_recovery_service_pb2.ListReconciliationsRequest, _recovery_service_pb2.ListReconciliationsResponse]  # type: ignore[assignment]
     """Pages through reports, newest first."""
     GetReconciliation: _aio.UnaryUnaryMultiCallable[_recovery_service_pb2.GetReconciliationRequest, _recovery_service_pb2.GetReconciliationResponse]  # type: ignore[assignment]
     """Returns one report."""
 
 class RecoveryServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Tells what restarts decided and why. GetRecoveryStatus, ListReconciliations
-    and GetReconciliation also answer while a recovery is at work.
+    """Shows what restarts decided and why. GetRecoveryStatus, ListReconciliations and
+    GetReconciliation also answer during a recovery.
     """
 
     @_abc_1.abstractmethod
@@ -105,7 +101,7 @@ class RecoveryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _recovery_service_pb2.GetRecoveryInfoRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_recovery_service_pb2.GetRecoveryInfoResponse, _abc.Awaitable[_recovery_service_pb2.GetRecoveryInfoResponse]]:
-        """Returns the latest decision for one run and its whole history."""
+        """Returns the latest decision for one run and the history of its decisions."""
 
     @_abc_1.abstractmethod
     def ListRecovered(
@@ -121,9 +117,9 @@ class RecoveryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _recovery_service_pb2.WatchRecoveredRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_recovery_service_pb2.WatchRecoveredResponse], _abc.AsyncIterator[_recovery_service_pb2.WatchRecoveredResponse]]:
-        """Streams decisions as they are committed, each with a cursor; a stream that
-        broke goes on from after_cursor, also after a restart, and so tells of it.
-        It has no end of its own.
+        """Streams decisions as they are committed, each with a cursor. A caller whose stream broke
+        resumes with after_cursor, also after a restart, and misses none of its decisions. The
+        stream never ends by itself.
         """
 
     @_abc_1.abstractmethod
@@ -132,8 +128,8 @@ class RecoveryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _recovery_service_pb2.ExplainRecoveryRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_recovery_service_pb2.ExplainRecoveryResponse, _abc.Awaitable[_recovery_service_pb2.ExplainRecoveryResponse]]:
-        """Returns, for each decision about one run, the rule, every fact that it saw
-        and where that came from, and what was done to which process.
+        """Returns for each decision about one run the rule, each fact that was examined with its
+        source, and what was done to which process.
         """
 
     @_abc_1.abstractmethod
@@ -142,8 +138,8 @@ class RecoveryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _recovery_service_pb2.PlanRecoveryRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_recovery_service_pb2.PlanRecoveryResponse, _abc.Awaitable[_recovery_service_pb2.PlanRecoveryResponse]]:
-        """Pages through what a restart of this instance would decide at this moment,
-        in the order in which it would; the same rules decide. Changes nothing.
+        """Pages through the decisions that a restart of this instance would make now, in its
+        order and by the same rules. Changes nothing.
         """
 
     @_abc_1.abstractmethod
@@ -152,9 +148,7 @@ class RecoveryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _recovery_service_pb2.GetRecoveryStatusRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_recovery_service_pb2.GetRecoveryStatusResponse, _abc.Awaitable[_recovery_service_pb2.GetRecoveryStatusResponse]]:
-        """Returns what the service is doing and the report of this start, as far as
-        it has come.
-        """
+        """Returns the state of the service and the report of this start so far."""
 
     @_abc_1.abstractmethod
     def ListReconciliations(

@@ -29,45 +29,45 @@ class _RunStatus:
 class _RunStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RunStatus.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     RUN_STATUS_UNSPECIFIED: _RunStatus.ValueType  # 0
-    """Not set. On a Run it means that the stored status is one that no version
-    of the service knows; such a run is quarantined (see RecoveryState).
+    """Not set. On a Run: the stored status is unknown to every version of the service. Such
+    a run is quarantined (see RecoveryState).
     """
     RUN_STATUS_QUEUED: _RunStatus.ValueType  # 1
-    """Accepted and waiting for a slot. A run that was answered is QUEUED again
-    until its next turn starts.
+    """Accepted and waiting for a slot. A resumable run whose question was answered is QUEUED
+    again until its next turn starts.
     """
     RUN_STATUS_RUNNING: _RunStatus.ValueType  # 2
     """A process of its engine is being started or is alive."""
     RUN_STATUS_WAITING_USER: _RunStatus.ValueType  # 3
-    """It asked the user a question (pending_interaction) and waits for SubmitReply."""
+    """The run asked its user a question (pending_interaction) and waits for SubmitReply."""
     RUN_STATUS_SUCCEEDED: _RunStatus.ValueType  # 4
-    """Terminal: the engine reported a result (output) and ended well."""
+    """Terminal: the engine reported a result (output) and exited without an error."""
     RUN_STATUS_FAILED: _RunStatus.ValueType  # 5
-    """Terminal: it cannot go on; error says why."""
+    """Terminal: the run cannot continue; error says why."""
     RUN_STATUS_CANCELED: _RunStatus.ValueType  # 6
     """Terminal: a cancel was accepted before any other end was recorded."""
 
 class RunStatus(_RunStatus, metaclass=_RunStatusEnumTypeWrapper):
-    """Where a run stands. SUCCEEDED, FAILED and CANCELED are terminal: a run that
-    reached one of them never changes its status again.
+    """The status of a run. SUCCEEDED, FAILED and CANCELED are terminal: a run with one of
+    them keeps it, except that ReopenRun can set back one kind of FAILED run.
     """
 
 RUN_STATUS_UNSPECIFIED: RunStatus.ValueType  # 0
-"""Not set. On a Run it means that the stored status is one that no version
-of the service knows; such a run is quarantined (see RecoveryState).
+"""Not set. On a Run: the stored status is unknown to every version of the service. Such
+a run is quarantined (see RecoveryState).
 """
 RUN_STATUS_QUEUED: RunStatus.ValueType  # 1
-"""Accepted and waiting for a slot. A run that was answered is QUEUED again
-until its next turn starts.
+"""Accepted and waiting for a slot. A resumable run whose question was answered is QUEUED
+again until its next turn starts.
 """
 RUN_STATUS_RUNNING: RunStatus.ValueType  # 2
 """A process of its engine is being started or is alive."""
 RUN_STATUS_WAITING_USER: RunStatus.ValueType  # 3
-"""It asked the user a question (pending_interaction) and waits for SubmitReply."""
+"""The run asked its user a question (pending_interaction) and waits for SubmitReply."""
 RUN_STATUS_SUCCEEDED: RunStatus.ValueType  # 4
-"""Terminal: the engine reported a result (output) and ended well."""
+"""Terminal: the engine reported a result (output) and exited without an error."""
 RUN_STATUS_FAILED: RunStatus.ValueType  # 5
-"""Terminal: it cannot go on; error says why."""
+"""Terminal: the run cannot continue; error says why."""
 RUN_STATUS_CANCELED: RunStatus.ValueType  # 6
 """Terminal: a cancel was accepted before any other end was recorded."""
 Global___RunStatus: _TypeAlias = RunStatus  # noqa: Y015
@@ -83,12 +83,12 @@ class _InteractiveProfileKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper
     stored profile is missing or unknown.
     """
     INTERACTIVE_PROFILE_KIND_RESUMABLE: _InteractiveProfileKind.ValueType  # 1
-    """The process ends while the run waits; a later turn is a new process that
-    resumes by the session handle. Such a wait survives a restart.
+    """The process exits when it has asked. The next turn is a new process that resumes the
+    session by its handle. Such a wait survives a restart.
     """
     INTERACTIVE_PROFILE_KIND_STICKY_PROCESS: _InteractiveProfileKind.ValueType  # 2
-    """One process lives through the wait and keeps its slot. Such a wait is lost
-    when the process is.
+    """The process stays alive during the wait and keeps its slot. Such a wait is lost when
+    the process is lost.
     """
 
 class InteractiveProfileKind(_InteractiveProfileKind, metaclass=_InteractiveProfileKindEnumTypeWrapper):
@@ -99,12 +99,12 @@ INTERACTIVE_PROFILE_KIND_UNSPECIFIED: InteractiveProfileKind.ValueType  # 0
 stored profile is missing or unknown.
 """
 INTERACTIVE_PROFILE_KIND_RESUMABLE: InteractiveProfileKind.ValueType  # 1
-"""The process ends while the run waits; a later turn is a new process that
-resumes by the session handle. Such a wait survives a restart.
+"""The process exits when it has asked. The next turn is a new process that resumes the
+session by its handle. Such a wait survives a restart.
 """
 INTERACTIVE_PROFILE_KIND_STICKY_PROCESS: InteractiveProfileKind.ValueType  # 2
-"""One process lives through the wait and keeps its slot. Such a wait is lost
-when the process is.
+"""The process stays alive during the wait and keeps its slot. Such a wait is lost when
+the process is lost.
 """
 Global___InteractiveProfileKind: _TypeAlias = InteractiveProfileKind  # noqa: Y015
 
@@ -119,8 +119,8 @@ class _RestartPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Restart
     RESTART_POLICY_FAIL: _RestartPolicy.ValueType  # 1
     """The run ends as FAILED with ORCHESTRATOR_RESTART_INTERRUPTED."""
     RESTART_POLICY_REQUEUE: _RestartPolicy.ValueType  # 2
-    """The run starts again from the beginning, in a fresh workspace, as long as
-    its attempt budget (configuration `max_attempts`) lasts.
+    """The run starts again from the beginning in a new workspace, up to `max_attempts`
+    attempts (configuration).
     """
 
 class RestartPolicy(_RestartPolicy, metaclass=_RestartPolicyEnumTypeWrapper):
@@ -131,8 +131,8 @@ RESTART_POLICY_UNSPECIFIED: RestartPolicy.ValueType  # 0
 RESTART_POLICY_FAIL: RestartPolicy.ValueType  # 1
 """The run ends as FAILED with ORCHESTRATOR_RESTART_INTERRUPTED."""
 RESTART_POLICY_REQUEUE: RestartPolicy.ValueType  # 2
-"""The run starts again from the beginning, in a fresh workspace, as long as
-its attempt budget (configuration `max_attempts`) lasts.
+"""The run starts again from the beginning in a new workspace, up to `max_attempts`
+attempts (configuration).
 """
 Global___RestartPolicy: _TypeAlias = RestartPolicy  # noqa: Y015
 
@@ -181,50 +181,50 @@ class _RecoveryStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Recover
     RECOVERY_STATE_UNSPECIFIED: _RecoveryState.ValueType  # 0
     """Not set: as a filter, any state."""
     RECOVERY_STATE_NONE: _RecoveryState.ValueType  # 1
-    """No restart has ever touched the run."""
+    """No restart has decided about the run."""
     RECOVERY_STATE_RECOVERED_WAITING: _RecoveryState.ValueType  # 2
-    """It waited for its user and still does: reply and cancel work as before."""
+    """The run was waiting for its user and still is: reply and cancel work as before."""
     RECOVERY_STATE_FAILED_RECONCILED: _RecoveryState.ValueType  # 3
-    """It could not go on and was ended as FAILED; error says why."""
+    """The run could not continue and was ended as FAILED; error says why."""
     RECOVERY_STATE_RECOVERED_QUEUED: _RecoveryState.ValueType  # 4
-    """It was put (or kept) in the queue: its accepted reply will be given to a
-    new process, or it starts again under RESTART_POLICY_REQUEUE.
+    """The run was put or kept in the queue. A new process gets its accepted reply, or it
+    starts again under RESTART_POLICY_REQUEUE.
     """
     RECOVERY_STATE_CANCELED_RECONCILED: _RecoveryState.ValueType  # 5
-    """A cancel that was accepted before the restart was completed."""
+    """A cancel had been accepted before the restart; the run was ended as CANCELED."""
     RECOVERY_STATE_QUARANTINED: _RecoveryState.ValueType  # 6
-    """Its record is damaged. It was set aside unchanged for an operator; nothing
-    is launched for it and no other run is affected.
+    """The record of the run is damaged. It was left unchanged for an operator. Nothing is
+    launched for the run, and no other run is affected.
     """
     RECOVERY_STATE_REOPENED: _RecoveryState.ValueType  # 7
-    """A recovery had failed it for want of its session, and ReopenRun set it back
-    since. No restart decided this.
+    """A recovery had failed the run because its session was lost, and ReopenRun has set the
+    run back. This is not a decision of a restart.
     """
 
 class RecoveryState(_RecoveryState, metaclass=_RecoveryStateEnumTypeWrapper):
-    """What the last restart that concerned a run decided for it."""
+    """What the last restart that decided about a run decided."""
 
 RECOVERY_STATE_UNSPECIFIED: RecoveryState.ValueType  # 0
 """Not set: as a filter, any state."""
 RECOVERY_STATE_NONE: RecoveryState.ValueType  # 1
-"""No restart has ever touched the run."""
+"""No restart has decided about the run."""
 RECOVERY_STATE_RECOVERED_WAITING: RecoveryState.ValueType  # 2
-"""It waited for its user and still does: reply and cancel work as before."""
+"""The run was waiting for its user and still is: reply and cancel work as before."""
 RECOVERY_STATE_FAILED_RECONCILED: RecoveryState.ValueType  # 3
-"""It could not go on and was ended as FAILED; error says why."""
+"""The run could not continue and was ended as FAILED; error says why."""
 RECOVERY_STATE_RECOVERED_QUEUED: RecoveryState.ValueType  # 4
-"""It was put (or kept) in the queue: its accepted reply will be given to a
-new process, or it starts again under RESTART_POLICY_REQUEUE.
+"""The run was put or kept in the queue. A new process gets its accepted reply, or it
+starts again under RESTART_POLICY_REQUEUE.
 """
 RECOVERY_STATE_CANCELED_RECONCILED: RecoveryState.ValueType  # 5
-"""A cancel that was accepted before the restart was completed."""
+"""A cancel had been accepted before the restart; the run was ended as CANCELED."""
 RECOVERY_STATE_QUARANTINED: RecoveryState.ValueType  # 6
-"""Its record is damaged. It was set aside unchanged for an operator; nothing
-is launched for it and no other run is affected.
+"""The record of the run is damaged. It was left unchanged for an operator. Nothing is
+launched for the run, and no other run is affected.
 """
 RECOVERY_STATE_REOPENED: RecoveryState.ValueType  # 7
-"""A recovery had failed it for want of its session, and ReopenRun set it back
-since. No restart decided this.
+"""A recovery had failed the run because its session was lost, and ReopenRun has set the
+run back. This is not a decision of a restart.
 """
 Global___RecoveryState: _TypeAlias = RecoveryState  # noqa: Y015
 
@@ -237,25 +237,25 @@ class _RunViewEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RunView.Value
     RUN_VIEW_UNSPECIFIED: _RunView.ValueType  # 0
     """Same as FULL."""
     RUN_VIEW_BASIC: _RunView.ValueType  # 1
-    """Without input and output, and without prompt and options of the open
-    question: a page of 1000 fits the 4 MiB that clients take by default,
-    unless labels are very long.
+    """Without input and output, and without prompt and options of the open question. A page
+    of 1000 runs then fits the 4 MiB that clients accept by default, unless labels are
+    very long.
     """
     RUN_VIEW_FULL: _RunView.ValueType  # 2
-    """Everything."""
+    """All fields."""
 
 class RunView(_RunView, metaclass=_RunViewEnumTypeWrapper):
-    """How much of a run a list shows."""
+    """Which fields of a run a list returns."""
 
 RUN_VIEW_UNSPECIFIED: RunView.ValueType  # 0
 """Same as FULL."""
 RUN_VIEW_BASIC: RunView.ValueType  # 1
-"""Without input and output, and without prompt and options of the open
-question: a page of 1000 fits the 4 MiB that clients take by default,
-unless labels are very long.
+"""Without input and output, and without prompt and options of the open question. A page
+of 1000 runs then fits the 4 MiB that clients accept by default, unless labels are
+very long.
 """
 RUN_VIEW_FULL: RunView.ValueType  # 2
-"""Everything."""
+"""All fields."""
 Global___RunView: _TypeAlias = RunView  # noqa: Y015
 
 class _RunEventKind:
@@ -267,33 +267,33 @@ class _RunEventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RunEvent
     RUN_EVENT_KIND_UNSPECIFIED: _RunEventKind.ValueType  # 0
     """Not set, or a stored kind that this version does not know."""
     RUN_EVENT_KIND_CREATED: _RunEventKind.ValueType  # 1
-    """It was recorded and queued. Always the event with sequence 1."""
+    """The run was recorded and queued. Always the event with sequence 1."""
     RUN_EVENT_KIND_STARTED: _RunEventKind.ValueType  # 2
-    """A process is being launched for it."""
+    """A process is being launched for the run."""
     RUN_EVENT_KIND_ASKED: _RunEventKind.ValueType  # 3
-    """It asked its user; interaction_id names the question."""
+    """The run asked its user; interaction_id names the question."""
     RUN_EVENT_KIND_ANSWERED: _RunEventKind.ValueType  # 4
     """An answer to interaction_id was accepted."""
     RUN_EVENT_KIND_AUTO_DECIDED: _RunEventKind.ValueType  # 5
-    """Nobody had answered interaction_id in time; it was decided automatically."""
+    """Nobody answered interaction_id in time, so it was decided automatically."""
     RUN_EVENT_KIND_QUEUED: _RunEventKind.ValueType  # 6
-    """It went back to the queue without a restart: its launch did not happen, or
-    the service had stood still.
+    """The run went back to the queue without a restart: its launch did not happen, or the
+    service had been suspended.
     """
     RUN_EVENT_KIND_CANCEL_REQUESTED: _RunEventKind.ValueType  # 7
-    """A cancel was accepted; its process is being ended."""
+    """A cancel was accepted; the run's process is being ended."""
     RUN_EVENT_KIND_SUCCEEDED: _RunEventKind.ValueType  # 8
-    """It ended well."""
+    """The run succeeded."""
     RUN_EVENT_KIND_FAILED: _RunEventKind.ValueType  # 9
-    """It failed; error_code says how."""
+    """The run failed; error_code says how."""
     RUN_EVENT_KIND_CANCELED: _RunEventKind.ValueType  # 10
-    """It was canceled."""
+    """The run was canceled."""
     RUN_EVENT_KIND_RECOVERED: _RunEventKind.ValueType  # 11
-    """A restart decided on it; recovery says what. The status after it may be a
-    terminal one.
+    """A restart decided about the run; recovery holds the decision. The status may be
+    terminal from then on.
     """
     RUN_EVENT_KIND_REOPENED: _RunEventKind.ValueType  # 12
-    """ReopenRun set it back; recovery says from what."""
+    """ReopenRun set the run back; recovery holds the details."""
 
 class RunEventKind(_RunEventKind, metaclass=_RunEventKindEnumTypeWrapper):
     """What happened to a run."""
@@ -301,33 +301,33 @@ class RunEventKind(_RunEventKind, metaclass=_RunEventKindEnumTypeWrapper):
 RUN_EVENT_KIND_UNSPECIFIED: RunEventKind.ValueType  # 0
 """Not set, or a stored kind that this version does not know."""
 RUN_EVENT_KIND_CREATED: RunEventKind.ValueType  # 1
-"""It was recorded and queued. Always the event with sequence 1."""
+"""The run was recorded and queued. Always the event with sequence 1."""
 RUN_EVENT_KIND_STARTED: RunEventKind.ValueType  # 2
-"""A process is being launched for it."""
+"""A process is being launched for the run."""
 RUN_EVENT_KIND_ASKED: RunEventKind.ValueType  # 3
-"""It asked its user; interaction_id names the question."""
+"""The run asked its user; interaction_id names the question."""
 RUN_EVENT_KIND_ANSWERED: RunEventKind.ValueType  # 4
 """An answer to interaction_id was accepted."""
 RUN_EVENT_KIND_AUTO_DECIDED: RunEventKind.ValueType  # 5
-"""Nobody had answered interaction_id in time; it was decided automatically."""
+"""Nobody answered interaction_id in time, so it was decided automatically."""
 RUN_EVENT_KIND_QUEUED: RunEventKind.ValueType  # 6
-"""It went back to the queue without a restart: its launch did not happen, or
-the service had stood still.
+"""The run went back to the queue without a restart: its launch did not happen, or the
+service had been suspended.
 """
 RUN_EVENT_KIND_CANCEL_REQUESTED: RunEventKind.ValueType  # 7
-"""A cancel was accepted; its process is being ended."""
+"""A cancel was accepted; the run's process is being ended."""
 RUN_EVENT_KIND_SUCCEEDED: RunEventKind.ValueType  # 8
-"""It ended well."""
+"""The run succeeded."""
 RUN_EVENT_KIND_FAILED: RunEventKind.ValueType  # 9
-"""It failed; error_code says how."""
+"""The run failed; error_code says how."""
 RUN_EVENT_KIND_CANCELED: RunEventKind.ValueType  # 10
-"""It was canceled."""
+"""The run was canceled."""
 RUN_EVENT_KIND_RECOVERED: RunEventKind.ValueType  # 11
-"""A restart decided on it; recovery says what. The status after it may be a
-terminal one.
+"""A restart decided about the run; recovery holds the decision. The status may be
+terminal from then on.
 """
 RUN_EVENT_KIND_REOPENED: RunEventKind.ValueType  # 12
-"""ReopenRun set it back; recovery says from what."""
+"""ReopenRun set the run back; recovery holds the details."""
 Global___RunEventKind: _TypeAlias = RunEventKind  # noqa: Y015
 
 @_typing.final
@@ -342,15 +342,15 @@ class InteractiveProfile(_message.Message):
     kind: Global___InteractiveProfileKind.ValueType
     """OPTIONAL on CreateRun, OUTPUT_ONLY on Run. The kind of waiting."""
     require_user_reply: _builtins.bool
-    """OPTIONAL on CreateRun, OUTPUT_ONLY on Run. False: a question that nobody has
-    answered at its deadline is decided automatically, and the run goes on.
-    Otherwise the engine's own, which is true unless it is configured.
+    """OPTIONAL on CreateRun, OUTPUT_ONLY on Run. False: a question without an answer at its
+    deadline is decided automatically, and the run continues. Unset means the setting of
+    the engine, which is true unless configured.
     """
     @_builtins.property
     def session_timeout(self) -> _duration_pb2.Duration:
-        """OPTIONAL on CreateRun, OUTPUT_ONLY on Run. How long one question waits: more
-        than zero, at most the engine's own, which is the default. What happens then
-        is said at PendingInteraction.wait_deadline_at.
+        """OPTIONAL on CreateRun, OUTPUT_ONLY on Run. How long one question waits: at least 0.1 s,
+        at most the engine's own time, which is the default.
+        PendingInteraction.wait_deadline_at says what happens then.
         """
 
     def __init__(
@@ -379,8 +379,8 @@ class RunError(_message.Message):
     CODE_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     code: _builtins.str
-    """OUTPUT_ONLY. A stable code, for example SESSION_RESUME_FAILED. The set is
-    open: treat a code that you do not know as a plain failure.
+    """OUTPUT_ONLY. A stable code, for example SESSION_RESUME_FAILED. New codes may be added:
+    treat an unknown code as a plain failure.
     """
     message: _builtins.str
     """OUTPUT_ONLY. One sentence for people. Not stable; do not parse it."""
@@ -400,17 +400,17 @@ Global___RunError: _TypeAlias = RunError  # noqa: Y015
 
 @_typing.final
 class InteractionOption(_message.Message):
-    """One answer that a question offers."""
+    """One possible answer of a question."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     LABEL_FIELD_NUMBER: _builtins.int
     VALUE_FIELD_NUMBER: _builtins.int
     label: _builtins.str
-    """OUTPUT_ONLY. What to show."""
+    """OUTPUT_ONLY. The text to show."""
     @_builtins.property
     def value(self) -> _struct_pb2.Value:
-        """OUTPUT_ONLY. What to send in SubmitReply when this option is chosen."""
+        """OUTPUT_ONLY. The response to send in SubmitReply when the user chooses this option."""
 
     def __init__(
         self,
@@ -428,7 +428,7 @@ Global___InteractionOption: _TypeAlias = InteractionOption  # noqa: Y015
 
 @_typing.final
 class PendingInteraction(_message.Message):
-    """The question that a waiting run has asked and that nobody has answered yet."""
+    """The open question of a waiting run."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -439,14 +439,14 @@ class PendingInteraction(_message.Message):
     ASKED_AT_FIELD_NUMBER: _builtins.int
     WAIT_DEADLINE_AT_FIELD_NUMBER: _builtins.int
     interaction_id: _builtins.int
-    """OUTPUT_ONLY. The run's question counter, from 1. SubmitReply names it."""
+    """OUTPUT_ONLY. Number of the question in its run, from 1. SubmitReply names it."""
     kind: Global___InteractionKind.ValueType
     """OUTPUT_ONLY. What the question asks for."""
     prompt: _builtins.str
-    """OUTPUT_ONLY. The question, as the engine worded it."""
+    """OUTPUT_ONLY. The question in the engine's words."""
     @_builtins.property
     def options(self) -> _containers.RepeatedCompositeFieldContainer[Global___InteractionOption]:
-        """OUTPUT_ONLY. The offered answers; empty for free text."""
+        """OUTPUT_ONLY. The possible answers; empty for free text."""
 
     @_builtins.property
     def asked_at(self) -> _timestamp_pb2.Timestamp:
@@ -454,10 +454,10 @@ class PendingInteraction(_message.Message):
 
     @_builtins.property
     def wait_deadline_at(self) -> _timestamp_pb2.Timestamp:
-        """OUTPUT_ONLY. When it will have waited long enough. With require_user_reply
-        = false the question is then decided automatically; otherwise the process
-        of a sticky run is ended and the run fails with INTERACTION_WAIT_TIMEOUT.
-        Absent for a resumable run that requires a reply: it waits without end.
+        """OUTPUT_ONLY. When the wait ends. With require_user_reply = false the question is then
+        decided automatically. Otherwise the process of a sticky run is ended, and the run
+        fails with INTERACTION_WAIT_TIMEOUT. Absent for a resumable run that requires a reply:
+        it waits without a limit.
         """
 
     def __init__(
@@ -480,8 +480,8 @@ Global___PendingInteraction: _TypeAlias = PendingInteraction  # noqa: Y015
 
 @_typing.final
 class Session(_message.Message):
-    """The conversation that a resumable run can be continued in. The handle itself
-    is a secret and never leaves the service.
+    """The agent's conversation, which a later turn resumes. Its handle is a secret and never
+    leaves the service.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -494,7 +494,7 @@ class Session(_message.Message):
     has_handle: _builtins.bool
     """OUTPUT_ONLY. True while a handle is stored."""
     turn: _builtins.int
-    """OUTPUT_ONLY. The turn (1 = first process of the attempt) that made it."""
+    """OUTPUT_ONLY. The turn that created it; 1 is the first process of the attempt."""
     def __init__(
         self,
         *,
@@ -512,7 +512,7 @@ Global___Session: _TypeAlias = Session  # noqa: Y015
 
 @_typing.final
 class Interaction(_message.Message):
-    """One question of a run and what became of it."""
+    """One question of a run and its answer."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -525,23 +525,23 @@ class Interaction(_message.Message):
     REPLIED_AT_FIELD_NUMBER: _builtins.int
     AUTO_DECIDED_FIELD_NUMBER: _builtins.int
     interaction_id: _builtins.int
-    """OUTPUT_ONLY. The run's question counter, from 1."""
+    """OUTPUT_ONLY. Number of the question in its run, from 1."""
     kind: Global___InteractionKind.ValueType
     """OUTPUT_ONLY. What the question asked for."""
     prompt: _builtins.str
-    """OUTPUT_ONLY. The question, as the engine worded it."""
+    """OUTPUT_ONLY. The question in the engine's words."""
     auto_decided: _builtins.bool
-    """OUTPUT_ONLY. True when nobody answered in time and the service did, with
-    null: the engine is told so and decides by itself.
+    """OUTPUT_ONLY. True when nobody answered in time, so that the service answered with null.
+    The engine is told this and decides by itself.
     """
     @_builtins.property
     def options(self) -> _containers.RepeatedCompositeFieldContainer[Global___InteractionOption]:
-        """OUTPUT_ONLY. The offered answers."""
+        """OUTPUT_ONLY. The possible answers."""
 
     @_builtins.property
     def response(self) -> _struct_pb2.Value:
-        """OUTPUT_ONLY. The accepted answer; absent while open, and when the run ended
-        before anybody answered.
+        """OUTPUT_ONLY. The accepted answer; absent while the question is open, and when the run
+        ended without an answer.
         """
 
     @_builtins.property
@@ -590,17 +590,17 @@ class RecoveryInfo(_message.Message):
     RECOVERY_COUNT_FIELD_NUMBER: _builtins.int
     PROCESSES_ENDED_FIELD_NUMBER: _builtins.int
     recovery_state: Global___RecoveryState.ValueType
-    """OUTPUT_ONLY. The outcome in one word."""
+    """OUTPUT_ONLY. The outcome of the decision."""
     recovery_reason: _builtins.str
     """OUTPUT_ONLY. The stable name of the rule that decided, for example
-    `resumable_waiting_preserved`; empty in state NONE. docs/recovery.md lists all.
+    `resumable_waiting_preserved`; empty in state NONE. docs/recovery.md lists all rules.
     """
     status_before: Global___RunStatus.ValueType
-    """OUTPUT_ONLY. The status that the restart found."""
+    """OUTPUT_ONLY. The run's status before the decision."""
     status_after: Global___RunStatus.ValueType
-    """OUTPUT_ONLY. The status that it left."""
+    """OUTPUT_ONLY. The run's status after the decision."""
     error_code: _builtins.str
-    """OUTPUT_ONLY. The error code that it set on the run; empty if none."""
+    """OUTPUT_ONLY. The error code that the decision set on the run; empty if none."""
     reconciliation_id: _builtins.str
     """OUTPUT_ONLY. The report (GetReconciliation) that the decision belongs to."""
     instance: _builtins.str
@@ -608,9 +608,9 @@ class RecoveryInfo(_message.Message):
     epoch: _builtins.int
     """OUTPUT_ONLY. Its boot counter at that time."""
     recovery_count: _builtins.int
-    """OUTPUT_ONLY. How many decisions the run has had so far, this one included."""
+    """OUTPUT_ONLY. Number of decisions about the run so far, including this one."""
     processes_ended: _builtins.int
-    """OUTPUT_ONLY. Processes of the run that the restart found alive and ended."""
+    """OUTPUT_ONLY. Number of processes of the run that the restart found alive and ended."""
     @_builtins.property
     def recovered_at(self) -> _timestamp_pb2.Timestamp:
         """OUTPUT_ONLY. When the decision was committed; absent in state NONE."""
@@ -693,26 +693,26 @@ class Run(_message.Message):
     engine: _builtins.str
     """OUTPUT_ONLY. The configured engine that executes it."""
     status: Global___RunStatus.ValueType
-    """OUTPUT_ONLY. Where the run stands."""
+    """OUTPUT_ONLY. The status of the run."""
     restart_policy: Global___RestartPolicy.ValueType
     """OUTPUT_ONLY. What a restart does when it finds the run QUEUED or RUNNING."""
     interaction_count: _builtins.int
-    """OUTPUT_ONLY. Questions asked so far."""
+    """OUTPUT_ONLY. Number of questions asked so far."""
     attempt: _builtins.int
-    """OUTPUT_ONLY. How often the run was started from the beginning: 0 until its
-    first launch. All turns of one conversation belong to one attempt.
+    """OUTPUT_ONLY. How often the run was started from the beginning; 0 until its first
+    launch. All turns of one session belong to one attempt.
     """
     holds_slot: _builtins.bool
     """OUTPUT_ONLY. True while the run occupies a slot: RUNNING, or a sticky wait."""
     cancel_requested: _builtins.bool
     """OUTPUT_ONLY. True once a cancel was accepted; the run will end CANCELED."""
     etag: _builtins.str
-    """OUTPUT_ONLY. Changes with every change of the run's own state. A recovery
-    that keeps a run waiting leaves it as it was, so that a reply prepared
-    before the restart is still accepted after it.
+    """OUTPUT_ONLY. Changes with every change of the run's own state. A recovery that keeps the
+    run waiting does not change the etag, so a reply prepared before the restart is still
+    accepted after it.
     """
     auto_decided_count: _builtins.int
-    """OUTPUT_ONLY. Questions that were decided automatically so far."""
+    """OUTPUT_ONLY. Number of questions decided automatically so far."""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """OUTPUT_ONLY. The caller's own labels."""
@@ -723,15 +723,15 @@ class Run(_message.Message):
 
     @_builtins.property
     def input(self) -> _struct_pb2.Struct:
-        """OUTPUT_ONLY. What the caller gave to the engine."""
+        """OUTPUT_ONLY. The caller's input for the engine."""
 
     @_builtins.property
     def output(self) -> _struct_pb2.Struct:
-        """OUTPUT_ONLY. What the engine reported; absent unless SUCCEEDED."""
+        """OUTPUT_ONLY. The engine's result; absent unless SUCCEEDED."""
 
     @_builtins.property
     def error(self) -> Global___RunError:
-        """OUTPUT_ONLY. Why it failed; absent unless FAILED."""
+        """OUTPUT_ONLY. Why the run failed; absent unless FAILED."""
 
     @_builtins.property
     def pending_interaction(self) -> Global___PendingInteraction:
@@ -739,8 +739,8 @@ class Run(_message.Message):
 
     @_builtins.property
     def session(self) -> Global___Session:
-        """OUTPUT_ONLY. The conversation that a next turn resumes; absent until the
-        engine named one, and after the run has ended.
+        """OUTPUT_ONLY. The session that the next turn resumes; absent until the engine has named
+        one, and after the run has ended.
         """
 
     @_builtins.property
@@ -765,15 +765,14 @@ class Run(_message.Message):
 
     @_builtins.property
     def run_deadline_at(self) -> _timestamp_pb2.Timestamp:
-        """OUTPUT_ONLY. When the run will have taken too long: it then fails with
-        RUN_TIMEOUT, wherever it stands. Absent before its first launch, and for
-        engines without `max_run_time_s`.
+        """OUTPUT_ONLY. When the run fails with RUN_TIMEOUT, whatever its status. Absent before its
+        first launch, and for engines without `max_run_time_s`.
         """
 
     @_builtins.property
     def reopenable_until(self) -> _timestamp_pb2.Timestamp:
-        """OUTPUT_ONLY. Until when ReopenRun can set the run back; absent when it
-        cannot. A time in the past means that its window is over.
+        """OUTPUT_ONLY. Until when ReopenRun can set the run back; absent when it cannot. A time
+        in the past means that it is too late.
         """
 
     def __init__(
@@ -829,11 +828,11 @@ class RunEvent(_message.Message):
     kind: Global___RunEventKind.ValueType
     """OUTPUT_ONLY. What happened."""
     status: Global___RunStatus.ValueType
-    """OUTPUT_ONLY. The run's status from then on."""
+    """OUTPUT_ONLY. The run's status after the event."""
     attempt: _builtins.int
-    """OUTPUT_ONLY. The attempt that it belongs to; 0 before the first launch."""
+    """OUTPUT_ONLY. The attempt that the event belongs to; 0 before the first launch."""
     interaction_id: _builtins.int
-    """OUTPUT_ONLY. The question that it is about; 0 when about none."""
+    """OUTPUT_ONLY. The question that the event concerns; 0 for none."""
     error_code: _builtins.str
     """OUTPUT_ONLY. The error code that the run got; empty if none."""
     @_builtins.property
@@ -842,12 +841,12 @@ class RunEvent(_message.Message):
 
     @_builtins.property
     def recovery(self) -> Global___RecoveryInfo:
-        """OUTPUT_ONLY. The decision, of RECOVERED and REOPENED."""
+        """OUTPUT_ONLY. The decision; set for RECOVERED and REOPENED only."""
 
     @_builtins.property
     def run(self) -> Global___Run:
-        """OUTPUT_ONLY. The run as this event left it. Absent when another event had
-        followed before this one was sent; the last one bears it.
+        """OUTPUT_ONLY. The run after this event. Only the latest event of the run has it: absent
+        when another event had followed before this one was sent.
         """
 
     def __init__(
@@ -872,7 +871,7 @@ Global___RunEvent: _TypeAlias = RunEvent  # noqa: Y015
 
 @_typing.final
 class WatchBookmark(_message.Message):
-    """A sign of life in a stream that has nothing to tell."""
+    """Sent when a stream has nothing to report, so that the caller knows it is alive."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

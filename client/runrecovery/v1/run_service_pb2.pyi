@@ -36,7 +36,7 @@ class _OutputChannelEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OutputC
     """Standard error."""
 
 class OutputChannel(_OutputChannel, metaclass=_OutputChannelEnumTypeWrapper):
-    """Which of a process's two streams."""
+    """An output stream of a process."""
 
 OUTPUT_CHANNEL_UNSPECIFIED: OutputChannel.ValueType  # 0
 """Same as STDOUT."""
@@ -80,16 +80,16 @@ class CreateRunRequest(_message.Message):
     INTERACTIVE_PROFILE_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
-    """OPTIONAL. The caller's own id, `[a-z0-9][a-z0-9_-]{0,63}`; without one the
-    server makes a UUIDv7.
+    """OPTIONAL. The caller's own id, `[a-z0-9][a-z0-9_-]{0,63}`. Empty: the service makes a
+    UUIDv7.
     """
     engine: _builtins.str
     """REQUIRED. A configured engine."""
     restart_policy: _run_pb2.RestartPolicy.ValueType
-    """OPTIONAL. What a restart does with the run while QUEUED or RUNNING."""
+    """OPTIONAL. What a restart does with the run while it is QUEUED or RUNNING."""
     request_id: _builtins.str
-    """OPTIONAL. A UUID. The same id with the same payload gives the same run,
-    also after a restart; with another payload ALREADY_EXISTS.
+    """OPTIONAL. A UUID. A repeated request with the same id and payload returns the same run,
+    also after a restart. Another payload with this id gets ALREADY_EXISTS.
     """
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
@@ -99,15 +99,14 @@ class CreateRunRequest(_message.Message):
 
     @_builtins.property
     def input(self) -> _struct_pb2.Struct:
-        """OPTIONAL. Handed to the engine as it is. Nested at most 32 levels deep;
-        numbers are doubles. The whole request is at most 1 MiB by default
-        (configuration `max_request_bytes`).
+        """OPTIONAL. Passed to the engine unchanged. At most 32 levels deep; numbers are doubles.
+        The whole request may have 1 MiB by default (configuration `max_request_bytes`).
         """
 
     @_builtins.property
     def interactive_profile(self) -> _run_pb2.InteractiveProfile:
-        """OPTIONAL. Narrows the engine's own: its kind must be the engine's where it is
-        set, session_timeout at most the engine's.
+        """OPTIONAL. Overrides the engine's profile: kind must be the engine's own kind or unset,
+        and session_timeout at most the engine's own.
         """
 
     def __init__(
@@ -138,7 +137,7 @@ class CreateRunResponse(_message.Message):
     RUN_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def run(self) -> _run_pb2.Run:
-        """The run, as it stands now."""
+        """The run in its present state."""
 
     def __init__(
         self,
@@ -231,16 +230,16 @@ class RunFilter(_message.Message):
     CREATED_AFTER_FIELD_NUMBER: _builtins.int
     CREATED_BEFORE_FIELD_NUMBER: _builtins.int
     engine: _builtins.str
-    """OPTIONAL. This engine only."""
+    """OPTIONAL. Only this engine."""
     @_builtins.property
     def statuses(self) -> _containers.RepeatedScalarFieldContainer[_run_pb2.RunStatus.ValueType]:
-        """OPTIONAL. Any of these; empty, or UNSPECIFIED among them, means every
-        status. A quarantined run has no status: only such a filter shows it.
+        """OPTIONAL. Only these statuses. Empty, or UNSPECIFIED among them, means every status. A
+        quarantined run has no status, so only a filter for every status returns it.
         """
 
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """OPTIONAL. Runs that have all of these labels, at most 8."""
+        """OPTIONAL. Only runs that have all of these labels, at most 8."""
 
     @_builtins.property
     def created_after(self) -> _timestamp_pb2.Timestamp:
@@ -278,9 +277,9 @@ class ListRunsRequest(_message.Message):
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     VIEW_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """OPTIONAL. Rows a page: 0 means 50, more than 1000 means 1000, negative is refused."""
+    """OPTIONAL. Rows per page: 0 means 50, more than 1000 means 1000, negative is refused."""
     page_token: _builtins.str
-    """OPTIONAL. next_page_token of the page before, with the same filter and view."""
+    """OPTIONAL. next_page_token of the previous page, with the same filter and view."""
     view: _run_pb2.RunView.ValueType
     """OPTIONAL. How much of each run."""
     @_builtins.property
@@ -315,9 +314,9 @@ class ListRunsResponse(_message.Message):
     """Token of the next page; empty on the last one, and only there."""
     @_builtins.property
     def runs(self) -> _containers.RepeatedCompositeFieldContainer[_run_pb2.Run]:
-        """The runs, newest created_at first. A page may hold fewer than page_size
-        when they are large, so that it fits the 4 MiB that clients take by default;
-        only a single run that is larger than that comes alone and exceeds it.
+        """The runs, newest created_at first. A page of large runs may hold fewer than page_size, so
+        that it fits the 4 MiB that clients accept by default. A single run that is larger is
+        returned alone and exceeds that limit.
         """
 
     def __init__(
@@ -348,16 +347,14 @@ class SubmitReplyRequest(_message.Message):
     run_id: _builtins.str
     """REQUIRED. The waiting run."""
     interaction_id: _builtins.int
-    """REQUIRED. The question that is answered: pending_interaction.interaction_id."""
+    """REQUIRED. The question to answer: pending_interaction.interaction_id."""
     request_id: _builtins.str
     """OPTIONAL. A UUID, as in CreateRun."""
     etag: _builtins.str
-    """OPTIONAL. The etag that the caller saw; ABORTED if the run has changed."""
+    """OPTIONAL. The etag of the run that the caller saw; ABORTED if the run has changed."""
     @_builtins.property
     def response(self) -> _struct_pb2.Value:
-        """REQUIRED. The answer, handed to the engine as it is. Nested at most 32
-        levels deep.
-        """
+        """REQUIRED. The answer, passed to the engine unchanged. At most 32 levels deep."""
 
     def __init__(
         self,
@@ -402,7 +399,7 @@ Global___SubmitReplyResponse: _TypeAlias = SubmitReplyResponse  # noqa: Y015
 
 @_typing.final
 class CancelRunRequest(_message.Message):
-    """A request to end a run."""
+    """A request to cancel a run."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -414,7 +411,7 @@ class CancelRunRequest(_message.Message):
     request_id: _builtins.str
     """OPTIONAL. A UUID, as in CreateRun."""
     etag: _builtins.str
-    """OPTIONAL. The etag that the caller saw; ABORTED if the run has changed."""
+    """OPTIONAL. The etag of the run that the caller saw; ABORTED if the run has changed."""
     def __init__(
         self,
         *,
@@ -439,8 +436,8 @@ class CancelRunResponse(_message.Message):
     RUN_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def run(self) -> _run_pb2.Run:
-        """The run: CANCELED, or still RUNNING / WAITING_USER with cancel_requested
-        while its process is being ended.
+        """The run: CANCELED; or RUNNING or WAITING_USER with cancel_requested while its process is
+        being ended.
         """
 
     def __init__(
@@ -468,9 +465,9 @@ class ListInteractionsRequest(_message.Message):
     run_id: _builtins.str
     """REQUIRED. The run."""
     page_size: _builtins.int
-    """OPTIONAL. Rows a page: 0 means 50, more than 1000 means 1000, negative is refused."""
+    """OPTIONAL. Rows per page: 0 means 50, more than 1000 means 1000, negative is refused."""
     page_token: _builtins.str
-    """OPTIONAL. next_page_token of the page before, for the same run."""
+    """OPTIONAL. next_page_token of the previous page, for the same run."""
     def __init__(
         self,
         *,
@@ -530,12 +527,12 @@ class StreamOutputRequest(_message.Message):
     attempt: _builtins.int
     """OPTIONAL. The attempt; 0 means the latest."""
     channel: Global___OutputChannel.ValueType
-    """OPTIONAL. Which stream."""
+    """OPTIONAL. Which output stream."""
     offset: _builtins.int
-    """OPTIONAL. Bytes to skip; continue with the last offset + size."""
+    """OPTIONAL. Bytes to skip. To resume, add the size of the last data to its offset."""
     follow: _builtins.bool
-    """OPTIONAL. Go on until the run is terminal, or a later attempt has begun,
-    instead of ending at what is there.
+    """OPTIONAL. True: wait for more output until the run is terminal or a later attempt has
+    begun. False: end after the present output.
     """
     def __init__(
         self,
@@ -569,9 +566,9 @@ class StreamOutputResponse(_message.Message):
     offset: _builtins.int
     """Position of the first byte of data."""
     data: _builtins.bytes
-    """At most 64 KiB; a piece may end within a character."""
+    """At most 64 KiB; may end within a character."""
     truncated: _builtins.bool
-    """True on the last piece when more was written than is kept (configuration
+    """True on the last piece when the processes wrote more than is stored (configuration
     `max_output_bytes`).
     """
     def __init__(
@@ -601,9 +598,9 @@ class WatchRunRequest(_message.Message):
     run_id: _builtins.str
     """REQUIRED. The run."""
     after_sequence: _builtins.int
-    """OPTIONAL. The last sequence that the caller has seen: the stream begins with
-    the event after it, and without a snapshot. 0 asks for every event from the
-    creation on. OUT_OF_RANGE when the events after it are not kept any more.
+    """OPTIONAL. The last sequence that the caller received. The stream then begins with the
+    next event, without a snapshot. 0 asks for every event since the creation.
+    OUT_OF_RANGE when events after it have been deleted.
     """
     def __init__(
         self,
@@ -623,7 +620,7 @@ Global___WatchRunRequest: _TypeAlias = WatchRunRequest  # noqa: Y015
 
 @_typing.final
 class WatchRunResponse(_message.Message):
-    """What happened to the watched run."""
+    """A snapshot, an event or a bookmark of the watched run."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -632,10 +629,10 @@ class WatchRunResponse(_message.Message):
     EVENT_FIELD_NUMBER: _builtins.int
     BOOKMARK_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
-    """The sequence reached; after_sequence of a watch that goes on from here."""
+    """The sequence of this response; after_sequence of a watch that resumes after it."""
     @_builtins.property
     def snapshot(self) -> _run_pb2.Run:
-        """The run as it stands, first and only in a watch without after_sequence."""
+        """The run in its present state: the first response of a watch without after_sequence."""
 
     @_builtins.property
     def event(self) -> _run_pb2.RunEvent:
@@ -643,8 +640,8 @@ class WatchRunResponse(_message.Message):
 
     @_builtins.property
     def bookmark(self) -> _run_pb2.WatchBookmark:
-        """Nothing was told for 15 s; the watch is alive. Also first in a watch with
-        after_sequence, when there is nothing else to begin with.
+        """Sent after 15 s without an event. Also the first response of a watch with
+        after_sequence when no event follows it yet.
         """
 
     def __init__(
@@ -679,11 +676,11 @@ class ReopenRunRequest(_message.Message):
     run_id: _builtins.str
     """REQUIRED. The run, FAILED with SESSION_RESUME_FAILED by a recovery."""
     keep_session: _builtins.bool
-    """True: the handle that was kept. The caller confirms that it works again."""
+    """True: by the stored handle. The caller confirms that the session is usable again."""
     session_handle: _builtins.str
-    """Another handle, of at most 4096 characters. It is never shown or logged."""
+    """By another handle, of at most 4096 characters. It is never shown or logged."""
     etag: _builtins.str
-    """OPTIONAL. The etag that the caller saw; ABORTED if the run has changed."""
+    """OPTIONAL. The etag of the run that the caller saw; ABORTED if the run has changed."""
     request_id: _builtins.str
     """OPTIONAL. A UUID, as in CreateRun."""
     def __init__(
@@ -714,7 +711,7 @@ class ReopenRunResponse(_message.Message):
     RUN_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def run(self) -> _run_pb2.Run:
-        """The run: WAITING_USER, or QUEUED with its accepted reply."""
+        """The run: WAITING_USER, or QUEUED with the accepted reply."""
 
     def __init__(
         self,

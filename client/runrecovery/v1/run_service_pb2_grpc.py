@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class RunServiceStub(object):
-    """Creates runs, answers their questions, ends and shows them. Every method
-    answers UNAVAILABLE until the recovery of this start has committed.
+    """Creates, shows and cancels runs, and answers their questions. Every method returns
+    UNAVAILABLE until the recovery of this start has committed.
     """
 
     def __init__(self, channel):
@@ -84,12 +84,12 @@ class RunServiceStub(object):
 
 
 class RunServiceServicer(object):
-    """Creates runs, answers their questions, ends and shows them. Every method
-    answers UNAVAILABLE until the recovery of this start has committed.
+    """Creates, shows and cancels runs, and answers their questions. Every method returns
+    UNAVAILABLE until the recovery of this start has committed.
     """
 
     def CreateRun(self, request, context):
-        """Records a run and queues it. It is durable when this returns.
+        """Records a run and queues it. The run is durable when this method returns.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -110,51 +110,51 @@ class RunServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def WatchRun(self, request, context):
-        """Streams what happens to one run: first a snapshot, then every event, each
-        with a sequence that counts the run's events without a gap. A stream that
-        broke goes on from after_sequence, also after a restart of the service. It
-        ends with OK after the event that made the run terminal, or set it aside.
+        """Streams the events of one run: first a snapshot of the run, then every event with its
+        sequence, which counts the run's events without a gap. A caller whose stream broke
+        resumes with after_sequence, also after a restart of the service. The stream ends with
+        OK after the event that made the run terminal or quarantined it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SubmitReply(self, request, context):
-        """Answers the open question of a waiting run. Sending the same answer to the
-        same question again returns the run and changes nothing.
+        """Answers the open question of a waiting run. Sending the same answer to the same question
+        again returns the run and changes nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CancelRun(self, request, context):
-        """Asks for the end of a run. QUEUED and resumable waiting runs are CANCELED
-        at once; a live process is ended first. Canceling a CANCELED run is OK.
+        """Cancels a run. QUEUED and resumable waiting runs are CANCELED at once; a live process is
+        ended first. Canceling a CANCELED run returns OK.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReopenRun(self, request, context):
-        """Sets a run back that a recovery failed for want of its session
-        (SESSION_RESUME_FAILED): its question and handle are kept for a while
-        (configuration `reopen_window_s`). It is WAITING_USER again; QUEUED, when a
-        reply had been accepted, with which it resumes.
+        """Sets back a run that a recovery failed because its session was lost
+        (SESSION_RESUME_FAILED). The run's question and handle are stored for
+        `reopen_window_s` (configuration). The run becomes WAITING_USER again. If a reply had
+        been accepted, it becomes QUEUED and resumes with that reply.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListInteractions(self, request, context):
-        """Pages through the questions of one run, in the order asked.
+        """Pages through the questions of one run, oldest first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def StreamOutput(self, request, context):
-        """Streams what the processes of one attempt wrote. In the lines that name a
-        session its handle is masked.
+        """Streams the output of the processes of one attempt. Lines that name a session have its
+        handle masked.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -217,8 +217,8 @@ def add_RunServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class RunService(object):
-    """Creates runs, answers their questions, ends and shows them. Every method
-    answers UNAVAILABLE until the recovery of this start has committed.
+    """Creates, shows and cancels runs, and answers their questions. Every method returns
+    UNAVAILABLE until the recovery of this start has committed.
     """
 
     @staticmethod

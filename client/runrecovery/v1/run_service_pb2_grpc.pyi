@@ -27,8 +27,8 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class RunServiceStub:
-    """Creates runs, answers their questions, ends and shows them. Every method
-    answers UNAVAILABLE until the recovery of this start has committed.
+    """Creates, shows and cancels runs, and answers their questions. Every method returns
+    UNAVAILABLE until the recovery of this start has committed.
     """
 
     @_typing.overload
@@ -36,81 +36,81 @@ class RunServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> RunServiceAsyncStub: ...
     CreateRun: _grpc.UnaryUnaryMultiCallable[_run_service_pb2.CreateRunRequest, _run_service_pb2.CreateRunResponse]
-    """Records a run and queues it. It is durable when this returns."""
+    """Records a run and queues it. The run is durable when this method returns."""
     GetRun: _grpc.UnaryUnaryMultiCallable[_run_service_pb2.GetRunRequest, _run_service_pb2.GetRunResponse]
     """Returns one run with its recovery fields."""
     ListRuns: _grpc.UnaryUnaryMultiCallable[_run_service_pb2.ListRunsRequest, _run_service_pb2.ListRunsResponse]
     """Pages through runs, newest created first."""
     WatchRun: _grpc.UnaryStreamMultiCallable[_run_service_pb2.WatchRunRequest, _run_service_pb2.WatchRunResponse]
-    """Streams what happens to one run: first a snapshot, then every event, each
-    with a sequence that counts the run's events without a gap. A stream that
-    broke goes on from after_sequence, also after a restart of the service. It
-    ends with OK after the event that made the run terminal, or set it aside.
+    """Streams the events of one run: first a snapshot of the run, then every event with its
+    sequence, which counts the run's events without a gap. A caller whose stream broke
+    resumes with after_sequence, also after a restart of the service. The stream ends with
+    OK after the event that made the run terminal or quarantined it.
     """
     SubmitReply: _grpc.UnaryUnaryMultiCallable[_run_service_pb2.SubmitReplyRequest, _run_service_pb2.SubmitReplyResponse]
-    """Answers the open question of a waiting run. Sending the same answer to the
-    same question again returns the run and changes nothing.
+    """Answers the open question of a waiting run. Sending the same answer to the same question
+    again returns the run and changes nothing.
     """
     CancelRun: _grpc.UnaryUnaryMultiCallable[_run_service_pb2.CancelRunRequest, _run_service_pb2.CancelRunResponse]
-    """Asks for the end of a run. QUEUED and resumable waiting runs are CANCELED
-    at once; a live process is ended first. Canceling a CANCELED run is OK.
+    """Cancels a run. QUEUED and resumable waiting runs are CANCELED at once; a live process is
+    ended first. Canceling a CANCELED run returns OK.
     """
     ReopenRun: _grpc.UnaryUnaryMultiCallable[_run_service_pb2.ReopenRunRequest, _run_service_pb2.ReopenRunResponse]
-    """Sets a run back that a recovery failed for want of its session
-    (SESSION_RESUME_FAILED): its question and handle are kept for a while
-    (configuration `reopen_window_s`). It is WAITING_USER again; QUEUED, when a
-    reply had been accepted, with which it resumes.
+    """Sets back a run that a recovery failed because its session was lost
+    (SESSION_RESUME_FAILED). The run's question and handle are stored for
+    `reopen_window_s` (configuration). The run becomes WAITING_USER again. If a reply had
+    been accepted, it becomes QUEUED and resumes with that reply.
     """
     ListInteractions: _grpc.UnaryUnaryMultiCallable[_run_service_pb2.ListInteractionsRequest, _run_service_pb2.ListInteractionsResponse]
-    """Pages through the questions of one run, in the order asked."""
+    """Pages through the questions of one run, oldest first."""
     StreamOutput: _grpc.UnaryStreamMultiCallable[_run_service_pb2.StreamOutputRequest, _run_service_pb2.StreamOutputResponse]
-    """Streams what the processes of one attempt wrote. In the lines that name a
-    session its handle is masked.
+    """Streams the output of the processes of one attempt. Lines that name a session have its
+    handle masked.
     """
 
 @_typing.type_check_only
 class RunServiceAsyncStub(RunServiceStub):
-    """Creates runs, answers their questions, ends and shows them. Every method
-    answers UNAVAILABLE until the recovery of this start has committed.
+    """Creates, shows and cancels runs, and answers their questions. Every method returns
+    UNAVAILABLE until the recovery of this start has committed.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateRun: _aio.UnaryUnaryMultiCallable[_run_service_pb2.CreateRunRequest, _run_service_pb2.CreateRunResponse]  # type: ignore[assignment]
-    """Records a run and queues it. It is durable when this returns."""
+    """Records a run and queues it. The run is durable when this method returns."""
     GetRun: _aio.UnaryUnaryMultiCallable[_run_service_pb2.GetRunRequest, _run_service_pb2.GetRunResponse]  # type: ignore[assignment]
     """Returns one run with its recovery fields."""
     ListRuns: _aio.UnaryUnaryMultiCallable[_run_service_pb2.ListRunsRequest, _run_service_pb2.ListRunsResponse]  # type: ignore[assignment]
     """Pages through runs, newest created first."""
     WatchRun: _aio.UnaryStreamMultiCallable[_run_service_pb2.WatchRunRequest, _run_service_pb2.WatchRunResponse]  # type: ignore[assignment]
-    """Streams what happens to one run: first a snapshot, then every event, each
-    with a sequence that counts the run's events without a gap. A stream that
-    broke goes on from after_sequence, also after a restart of the service. It
-    ends with OK after the event that made the run terminal, or set it aside.
+    """Streams the events of one run: first a snapshot of the run, then every event with its
+    sequence, which counts the run's events without a gap. A caller whose stream broke
+    resumes with after_sequence, also after a restart of the service. The stream ends with
+    OK after the event that made the run terminal or quarantined it.
     """
     SubmitReply: _aio.UnaryUnaryMultiCallable[_run_service_pb2.SubmitReplyRequest, _run_service_pb2.SubmitReplyResponse]  # type: ignore[assignment]
-    """Answers the open question of a waiting run. Sending the same answer to the
-    same question again returns the run and changes nothing.
+    """Answers the open question of a waiting run. Sending the same answer to the same question
+    again returns the run and changes nothing.
     """
     CancelRun: _aio.UnaryUnaryMultiCallable[_run_service_pb2.CancelRunRequest, _run_service_pb2.CancelRunResponse]  # type: ignore[assignment]
-    """Asks for the end of a run. QUEUED and resumable waiting runs are CANCELED
-    at once; a live process is ended first. Canceling a CANCELED run is OK.
+    """Cancels a run. QUEUED and resumable waiting runs are CANCELED at once; a live process is
+    ended first. Canceling a CANCELED run returns OK.
     """
     ReopenRun: _aio.UnaryUnaryMultiCallable[_run_service_pb2.ReopenRunRequest, _run_service_pb2.ReopenRunResponse]  # type: ignore[assignment]
-    """Sets a run back that a recovery failed for want of its session
-    (SESSION_RESUME_FAILED): its question and handle are kept for a while
-    (configuration `reopen_window_s`). It is WAITING_USER again; QUEUED, when a
-    reply had been accepted, with which it resumes.
+    """Sets back a run that a recovery failed because its session was lost
+    (SESSION_RESUME_FAILED). The run's question and handle are stored for
+    `reopen_window_s` (configuration). The run becomes WAITING_USER again. If a reply had
+    been accepted, it becomes QUEUED and resumes with that reply.
     """
     ListInteractions: _aio.UnaryUnaryMultiCallable[_run_service_pb2.ListInteractionsRequest, _run_service_pb2.ListInteractionsResponse]  # type: ignore[assignment]
-    """Pages through the questions of one run, in the order asked."""
+    """Pages through the questions of one run, oldest first."""
     StreamOutput: _aio.UnaryStreamMultiCallable[_run_service_pb2.StreamOutputRequest, _run_service_pb2.StreamOutputResponse]  # type: ignore[assignment]
-    """Streams what the processes of one attempt wrote. In the lines that name a
-    session its handle is masked.
+    """Streams the output of the processes of one attempt. Lines that name a session have its
+    handle masked.
     """
 
 class RunServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Creates runs, answers their questions, ends and shows them. Every method
-    answers UNAVAILABLE until the recovery of this start has committed.
+    """Creates, shows and cancels runs, and answers their questions. Every method returns
+    UNAVAILABLE until the recovery of this start has committed.
     """
 
     @_abc_1.abstractmethod
@@ -119,7 +119,7 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _run_service_pb2.CreateRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_run_service_pb2.CreateRunResponse, _abc.Awaitable[_run_service_pb2.CreateRunResponse]]:
-        """Records a run and queues it. It is durable when this returns."""
+        """Records a run and queues it. The run is durable when this method returns."""
 
     @_abc_1.abstractmethod
     def GetRun(
@@ -143,10 +143,10 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _run_service_pb2.WatchRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_run_service_pb2.WatchRunResponse], _abc.AsyncIterator[_run_service_pb2.WatchRunResponse]]:
-        """Streams what happens to one run: first a snapshot, then every event, each
-        with a sequence that counts the run's events without a gap. A stream that
-        broke goes on from after_sequence, also after a restart of the service. It
-        ends with OK after the event that made the run terminal, or set it aside.
+        """Streams the events of one run: first a snapshot of the run, then every event with its
+        sequence, which counts the run's events without a gap. A caller whose stream broke
+        resumes with after_sequence, also after a restart of the service. The stream ends with
+        OK after the event that made the run terminal or quarantined it.
         """
 
     @_abc_1.abstractmethod
@@ -155,8 +155,8 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _run_service_pb2.SubmitReplyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_run_service_pb2.SubmitReplyResponse, _abc.Awaitable[_run_service_pb2.SubmitReplyResponse]]:
-        """Answers the open question of a waiting run. Sending the same answer to the
-        same question again returns the run and changes nothing.
+        """Answers the open question of a waiting run. Sending the same answer to the same question
+        again returns the run and changes nothing.
         """
 
     @_abc_1.abstractmethod
@@ -165,8 +165,8 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _run_service_pb2.CancelRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_run_service_pb2.CancelRunResponse, _abc.Awaitable[_run_service_pb2.CancelRunResponse]]:
-        """Asks for the end of a run. QUEUED and resumable waiting runs are CANCELED
-        at once; a live process is ended first. Canceling a CANCELED run is OK.
+        """Cancels a run. QUEUED and resumable waiting runs are CANCELED at once; a live process is
+        ended first. Canceling a CANCELED run returns OK.
         """
 
     @_abc_1.abstractmethod
@@ -175,10 +175,10 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _run_service_pb2.ReopenRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_run_service_pb2.ReopenRunResponse, _abc.Awaitable[_run_service_pb2.ReopenRunResponse]]:
-        """Sets a run back that a recovery failed for want of its session
-        (SESSION_RESUME_FAILED): its question and handle are kept for a while
-        (configuration `reopen_window_s`). It is WAITING_USER again; QUEUED, when a
-        reply had been accepted, with which it resumes.
+        """Sets back a run that a recovery failed because its session was lost
+        (SESSION_RESUME_FAILED). The run's question and handle are stored for
+        `reopen_window_s` (configuration). The run becomes WAITING_USER again. If a reply had
+        been accepted, it becomes QUEUED and resumes with that reply.
         """
 
     @_abc_1.abstractmethod
@@ -187,7 +187,7 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _run_service_pb2.ListInteractionsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_run_service_pb2.ListInteractionsResponse, _abc.Awaitable[_run_service_pb2.ListInteractionsResponse]]:
-        """Pages through the questions of one run, in the order asked."""
+        """Pages through the questions of one run, oldest first."""
 
     @_abc_1.abstractmethod
     def StreamOutput(
@@ -195,8 +195,8 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _run_service_pb2.StreamOutputRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_run_service_pb2.StreamOutputResponse], _abc.AsyncIterator[_run_service_pb2.StreamOutputResponse]]:
-        """Streams what the processes of one attempt wrote. In the lines that name a
-        session its handle is masked.
+        """Streams the output of the processes of one attempt. Lines that name a session have its
+        handle masked.
         """
 
 def add_RunServiceServicer_to_server(servicer: RunServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
