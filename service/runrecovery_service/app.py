@@ -1,4 +1,4 @@
-"""Builds every object of the service, in one place."""
+"""Builds every object of the service, in the order in which the objects need each other."""
 
 from __future__ import annotations
 
@@ -35,10 +35,24 @@ from runrecovery_service.execution.straggler_sweep import StragglerSweep
 from runrecovery_service.execution.supervisor_factory import SupervisorFactory
 from runrecovery_service.execution.tree_deadline import TreeDeadline
 from runrecovery_service.execution.trust_sweep import TrustSweep
-from runrecovery_service.lifecycle import Service, prepare_process, store_kept
+from runrecovery_service.lifecycle import (
+    RECOVERY_BACKOFF_MOST_S,
+    BackgroundWork,
+    Recoveries,
+    Service,
+    prepare_process,
+    store_kept,
+)
 from runrecovery_service.locks import Holdings
 from runrecovery_service.machine import open_cgroup_parent, plan_open_files
-from runrecovery_service.ownership import Ownership, trees_until
+from runrecovery_service.ownership import (
+    LeaseRenewal,
+    Ownership,
+    StatementTrials,
+    StorageHealth,
+    tree_deadline_ns,
+)
+from runrecovery_service.periodic import Backoff
 from runrecovery_service.process.boot_clock import boot_time_ns
 from runrecovery_service.process.cgroup import CgroupParent
 from runrecovery_service.process.host import Host
@@ -53,12 +67,12 @@ from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.listen_address import parse_listen_address
 from runrecovery_service.rpc.recovery_service import RecoveryDeps
 from runrecovery_service.rpc.run_service import RunDeps, RunLimits
-from runrecovery_service.rpc.server import ServerLimits, build_server
+from runrecovery_service.rpc.server import GrpcServer, ServerLimits, build_server
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import instances
 from runrecovery_service.storage.adapter import Storage
 from runrecovery_service.storage.database import Database
-from runrecovery_service.storage.instances import Boot
+from runrecovery_service.storage.instances import Boot, Owner
 from runrecovery_service.storage.opening import open_database
 from runrecovery_service.storage.processes import Place
 from runrecovery_service.storage.refusals import refusing
@@ -70,218 +84,286 @@ log = structlog.get_logger()
 
 
 def serve(settings: Settings) -> None:
-    """Run the service until it is told to stop.
+    """Run the service until a signal or an error stops it.
 
     Raises:
-        StartRefused: it will not start, or recovery gave up.
+        StartRefused: the start is refused, or every try of the recovery failed.
         StoreLost: the process must end without closing its last connection to the SQLite file.
         Fenced: a newer epoch of this instance has taken over.
     """
     prepare_process()
     open_files = plan_open_files(settings)
     open_files.apply()
-    # Before anything is claimed: a name server that is away may take its time.
+    # Before anything is claimed: a name server that does not answer takes long.
     per_address = open_files.connections // _addresses(settings.listen)
     with Holdings.take(settings) as held, SteadyThreadPool(1, "probe") as prober:
         early_signals.keep()
-        # Before the store is migrated and an epoch claimed: a start that nobody could reach must
-        # change nothing, and not count as one that did not finish recovering.
+        # Before the store is migrated and an epoch is claimed: a start that no client could reach
+        # must change nothing, and must not count as a start without a finished recovery.
         parse_listen_address(settings.listen).demand_bindable()
-        # Beside the rest of the start: it is some 30 ms of waiting for processes.
-        containment = prober.submit(prove_containment, watermark_bits())
+        # Beside the rest of the start: the probe waits some 30 ms for processes.
+        probe = prober.submit(prove_containment, watermark_bits())
         db = open_database(settings.database, held.data_dir, locks=held.locks)
         try:
-            with (
-                store_kept(db),
-                asyncio.Runner(loop_factory=new_event_loop) as runner,
-            ):
-                runner.run(_serve(settings, held, db, containment, open_files, per_address))
+            with store_kept(db), asyncio.Runner(loop_factory=new_event_loop) as runner:
+                runner.run(_run(settings, held, db, probe, open_files, per_address))
         finally:
             db.close()
 
 
-async def _serve(
+async def _run(
     settings: Settings,
     held: Holdings,
     db: Database,
-    containment: Future[Containment],
+    probe: Future[Containment],
     open_files: OpenFiles,
     per_address: int,
 ) -> None:
-    service = build(settings, held, db, containment, open_files, per_address)
-    await service.run()
+    await _App(settings, held, db, probe, open_files).service(per_address).run()
 
 
-def build(
-    settings: Settings,
-    held: Holdings,
-    db: Database,
-    containment: Future[Containment],
-    open_files: OpenFiles,
-    per_address: int,
-) -> Service:
-    """Claim the next epoch and put everything together; nothing runs yet.
+class _App:
+    """Builds the parts of one service, in the order in which they need each other.
 
-    Args:
-        per_address: connections that each address which is listened on may have.
-
-    Raises:
-        Held: an instance of this name is alive elsewhere.
-        ContainmentRefused: this is not a system on which processes can be contained.
+    Nothing runs before `service` returns. Make this object on the event loop.
     """
-    host, data_dir = _host(), held.data_dir
-    cgroups = open_cgroup_parent(settings)
-    tree_deadline = TreeDeadline(trees_until(settings.lease_ttl_s, boot_time_ns()))
-    clock, boot = Clock(), _boot(settings, held, host)
-    ttl_s = settings.lease_ttl_s
+
+    def __init__(
+        self,
+        settings: Settings,
+        held: Holdings,
+        db: Database,
+        probe: Future[Containment],
+        open_files: OpenFiles,
+    ) -> None:
+        """Claim the next epoch, and build what the larger parts have in common.
+
+        Raises:
+            Held: an instance of this name is alive elsewhere.
+            ContainmentRefused: processes cannot be contained on this system.
+        """
+        self.settings, self.held, self.db = settings, held, db
+        self.open_files = open_files
+        self.stop, self.clock = StopSignal(), Clock()
+        self.status = RecoveryStatus(probe)
+        self.gate = Gate(retry_after_s=settings.retry_hint_s)
+        self.host = _host()
+        self.cgroups = open_cgroup_parent(settings)
+        # Before the claim: processes must end before the lease does.
+        deadline_ns = tree_deadline_ns(settings.lease_ttl_s, boot_time_ns())
+        self.tree_deadline = TreeDeadline(deadline_ns)
+        self.owner = _claim(db, _boot(settings, held, self.host), self.clock, settings.lease_ttl_s)
+        self.storage = Storage(db)
+        self.catalog = build_catalog(settings)
+        self.workspaces = Workspaces(held.data_dir)
+        self.output = OutputFiles(self.workspaces, max_bytes=settings.max_output_bytes)
+        self.trust = TrustKeeper(
+            host_id=self.host.host_id,
+            owner=self.owner,
+            store=LoopStore(self.storage, asyncio.get_running_loop()),
+            clock=self.clock,
+        )
+        self.threads = SteadyThreadPool(settings.capacity * 4 + 4, thread_name_prefix="process")
+        self.turns = RunningTurns(tree_deadline=self.tree_deadline)
+        self.sessions = BulkSessionCheck(
+            checks=session_checks(self.catalog), workspace=self.workspaces.workspace
+        )
+
+    def service(self, per_address: int) -> Service:
+        """Return the service.
+
+        Args:
+            per_address: the most connections of each address that the server listens on.
+        """
+        launcher = self._launcher()
+        dispatcher = self._dispatcher(launcher)
+        ownership = self._ownership(dispatcher)
+        self.db.guard(ownership.lease.demand_current)
+        return Service(
+            settings=self.settings,
+            stop=self.stop,
+            gate=self.gate,
+            server=self._server(per_address),
+            ownership=ownership,
+            recoveries=self._recoveries(),
+            work=self._background_work(launcher, dispatcher),
+            max_connections=self.open_files.connections,
+        )
+
+    def _launcher(self) -> Launcher:
+        return Launcher(
+            workspaces=self.workspaces,
+            trust=self.trust,
+            threads=self.threads,
+            tree_deadline=self.tree_deadline,
+            cgroups=self.cgroups,
+            environ=dict(os.environ),
+            kill_grace_s=self.settings.cancel_grace_s,
+            soft_open_files=self.open_files.agents_soft,
+        )
+
+    def _dispatcher(self, launcher: Launcher) -> Dispatcher:
+        return Dispatcher(
+            queue=RunQueue(
+                storage=self.storage,
+                owner=self.owner,
+                clock=self.clock,
+                site=_launch_site(self.host, self.cgroups),
+            ),
+            supervisors=SupervisorFactory(
+                storage=self.storage,
+                owner=self.owner,
+                clock=self.clock,
+                catalog=self.catalog,
+                launcher=launcher,
+                output=self.output,
+                sessions=SessionChecker(catalog=self.catalog, workspaces=self.workspaces),
+                exit_grace_s=self.settings.exit_grace_s,
+            ),
+            launcher=launcher,
+            turns=self.turns,
+            capacity=self.settings.capacity,
+            stop_signal=self.stop,
+        )
+
+    def _ownership(self, dispatcher: Dispatcher) -> Ownership:
+        health = StorageHealth(self.gate)
+        ttl_s = self.settings.lease_ttl_s
+        return Ownership(
+            lease=LeaseRenewal(
+                lease_ttl_s=ttl_s,
+                storage=self.storage,
+                owner=self.owner,
+                turns=self.turns,
+                health=health,
+                stop=self.stop,
+            ),
+            trials=StatementTrials(
+                lease_ttl_s=ttl_s,
+                storage=self.storage,
+                owner=self.owner,
+                clock=self.clock,
+                dispatcher=dispatcher,
+                gate=self.gate,
+                health=health,
+                stop=self.stop,
+            ),
+            storage=self.storage,
+            owner=self.owner,
+            held=self.held,
+            stop=self.stop,
+        )
+
+    def _server(self, per_address: int) -> GrpcServer:
+        settings = self.settings
+        return build_server(
+            self.gate,
+            run_deps=RunDeps(
+                storage=self.storage,
+                owner=self.owner,
+                catalog=self.catalog,
+                workspaces=self.workspaces,
+                output=self.output,
+                limits=RunLimits(
+                    max_queued=settings.max_queued, max_attempts=settings.max_attempts
+                ),
+                clock=self.clock,
+            ),
+            recovery_deps=RecoveryDeps(
+                storage=self.storage,
+                owner=self.owner,
+                status=self.status,
+                planner=Planner(owner=self.owner, sessions=self.sessions),
+            ),
+            limits=ServerLimits(
+                max_concurrent_calls=settings.max_concurrent_calls,
+                max_concurrent_streams=settings.max_concurrent_streams,
+                stall_s=settings.watch_stall_s,
+                max_request_bytes=settings.max_request_bytes,
+                max_connections=per_address,
+            ),
+        )
+
+    def _recoveries(self) -> Recoveries:
+        settings = self.settings
+        at_start = Recovery(
+            owner=self.owner,
+            cause=Cause.STARTUP,
+            clock=self.clock,
+            limits=_recovery_limits(settings),
+            stop=self.stop,
+            sessions=self.sessions,
+            launches=self._launch_ender(
+                "orphan", settings.orphan_grace_s, settings.orphan_deadline_s
+            ),
+            trust=self.trust,
+        )
+        grace_s = settings.cancel_grace_s
+        at_stop = replace(
+            at_start,
+            cause=Cause.SHUTDOWN,
+            stop=StopSignal(),  # never set: only a second signal interrupts a stop, by an exit
+            launches=self._launch_ender("stop", grace_s, grace_s + settings.orphan_deadline_s),
+        )
+        return Recoveries(
+            storage=self.storage,
+            at_start=at_start,
+            at_stop=at_stop,
+            status=self.status,
+            gate=self.gate,
+            stop=self.stop,
+            tries=settings.recovery_tries,
+            backoff=Backoff(settings.recovery_backoff_s, RECOVERY_BACKOFF_MOST_S),
+        )
+
+    def _launch_ender(self, why: str, grace_s: float, deadline_s: float) -> LaunchEnder:
+        return LaunchEnder(
+            workspaces=self.workspaces,
+            cgroups=self.cgroups,
+            why=why,
+            grace_s=grace_s,
+            deadline_s=deadline_s,
+        )
+
+    def _background_work(self, launcher: Launcher, dispatcher: Dispatcher) -> BackgroundWork:
+        return BackgroundWork(
+            dispatcher=dispatcher,
+            straggler_sweep=StragglerSweep(
+                storage=self.storage,
+                owner=self.owner,
+                clock=self.clock,
+                turns=self.turns,
+                launcher=launcher,
+                stop_signal=self.stop,
+            ),
+            deadlines=Deadlines(
+                storage=self.storage,
+                owner=self.owner,
+                clock=self.clock,
+                turns=self.turns,
+                stop_signal=self.stop,
+            ),
+            trust_sweep=TrustSweep(keeper=self.trust, threads=self.threads, stop_signal=self.stop),
+            threads=self.threads,
+        )
+
+
+def _claim(db: Database, boot: Boot, clock: Clock, ttl_s: float) -> Owner:
     with refusing(db.name):
         owner = retry_conflicts(lambda: instances.claim(db, boot, now=clock.now(), ttl_s=ttl_s))
     if db.dialect.kind is DatabaseKind.SQLITE:
-        db.watch_files()  # this thread's connection stays open, so that the log does
+        db.watch_files()  # the connection of this thread stays open, which keeps the log
     else:
         db.close()
     log.info("service.epoch_claimed", instance=owner.instance, epoch=owner.epoch)
-    storage, catalog = Storage(db), build_catalog(settings)
-    workspaces = Workspaces(data_dir)
-    output = OutputFiles(workspaces, max_bytes=settings.max_output_bytes)
-    trust = TrustKeeper(
-        host_id=host.host_id,
-        owner=owner,
-        store=LoopStore(storage, asyncio.get_running_loop()),
-        clock=clock,
-    )
-    threads = SteadyThreadPool(settings.capacity * 4 + 4, thread_name_prefix="process")
-    launcher = Launcher(
-        workspaces=workspaces,
-        trust=trust,
-        threads=threads,
-        tree_deadline=tree_deadline,
-        cgroups=cgroups,
-        environ=dict(os.environ),
-        kill_grace_s=settings.cancel_grace_s,
-        soft_open_files=open_files.agents_soft,
-    )
-    stop, status = StopSignal(), RecoveryStatus(containment)
-    gate = Gate(retry_after_s=settings.retry_hint_s)
-    turns = RunningTurns(tree_deadline=tree_deadline)
-    dispatcher = Dispatcher(
-        queue=RunQueue(storage=storage, owner=owner, clock=clock, site=_place(host, cgroups)),
-        supervisors=SupervisorFactory(
-            storage=storage,
-            owner=owner,
-            clock=clock,
-            catalog=catalog,
-            launcher=launcher,
-            output=output,
-            sessions=SessionChecker(catalog=catalog, workspaces=workspaces),
-            exit_grace_s=settings.exit_grace_s,
-        ),
-        launcher=launcher,
-        turns=turns,
-        capacity=settings.capacity,
-        stop_signal=stop,
-    )
-    ownership = Ownership(
-        lease_ttl_s=ttl_s,
-        storage=storage,
-        owner=owner,
-        clock=clock,
-        dispatcher=dispatcher,
-        gate=gate,
-        held=held,
-        stop=stop,
-    )
-    db.guard(ownership.demand_current)
-    checks = session_checks(catalog)
-    sessions = BulkSessionCheck(checks=checks, workspace=workspaces.workspace)
-    server = build_server(
-        gate,
-        run_deps=RunDeps(
-            storage=storage,
-            owner=owner,
-            catalog=catalog,
-            workspaces=workspaces,
-            output=output,
-            limits=RunLimits(max_queued=settings.max_queued, max_attempts=settings.max_attempts),
-            clock=clock,
-        ),
-        recovery_deps=RecoveryDeps(
-            storage=storage,
-            owner=owner,
-            status=status,
-            planner=Planner(owner=owner, sessions=sessions),
-        ),
-        limits=ServerLimits(
-            max_concurrent_calls=settings.max_concurrent_calls,
-            max_concurrent_streams=settings.max_concurrent_streams,
-            stall_s=settings.watch_stall_s,
-            max_request_bytes=settings.max_request_bytes,
-            max_connections=per_address,
-        ),
-    )
-    recovery = Recovery(
-        owner=owner,
-        cause=Cause.STARTUP,
-        clock=clock,
-        limits=_recovery_limits(settings),
-        stop=stop,
-        sessions=sessions,
-        launches=LaunchEnder(
-            workspaces=workspaces,
-            cgroups=cgroups,
-            why="orphan",
-            grace_s=settings.orphan_grace_s,
-            deadline_s=settings.orphan_deadline_s,
-        ),
-        trust=trust,
-    )
-    # Only a second signal interrupts the recovery of a planned stop: it ends the process.
-    closing = replace(
-        recovery,
-        cause=Cause.SHUTDOWN,
-        stop=StopSignal(),
-        launches=LaunchEnder(
-            workspaces=workspaces,
-            cgroups=cgroups,
-            why="stop",
-            grace_s=settings.cancel_grace_s,
-            deadline_s=settings.cancel_grace_s + settings.orphan_deadline_s,
-        ),
-    )
-    return Service(
-        settings=settings,
-        storage=storage,
-        owner=owner,
-        threads=threads,
-        stop=stop,
-        status=status,
-        gate=gate,
-        server=server,
-        recovery=recovery,
-        closing=closing,
-        dispatcher=dispatcher,
-        patrol=StragglerSweep(
-            storage=storage,
-            owner=owner,
-            clock=clock,
-            turns=turns,
-            launcher=launcher,
-            stop_signal=stop,
-        ),
-        deadlines=Deadlines(
-            storage=storage, owner=owner, clock=clock, turns=turns, stop_signal=stop
-        ),
-        trust_sweep=TrustSweep(keeper=trust, threads=threads, stop_signal=stop),
-        ownership=ownership,
-        containment=containment,
-        max_connections=open_files.connections,
-    )
+    return owner
 
 
 def _addresses(listen: str) -> int:
-    """Return how many addresses `listen` may stand for; gRPC counts the connections of each by
-    themselves. A name stands for two at least: gRPC takes `localhost` for both, whatever the
-    system says."""
+    """Return how many addresses `listen` may stand for: gRPC limits connections per address.
+
+    A name stands for at least two: gRPC resolves `localhost` to both, whatever the system says.
+    """
     host, colon, _ = listen.rpartition(":")
     if not colon or listen.startswith(("unix:", "unix-abstract:")):
         return 1
@@ -290,7 +372,7 @@ def _addresses(listen: str) -> int:
         return 1
     try:
         found = {info[4][0] for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
-    except (OSError, UnicodeError):  # to be told when it is listened on
+    except (OSError, UnicodeError):  # the bind reports the error
         return 2
     return max(2, len(found))
 
@@ -310,12 +392,12 @@ def _boot(settings: Settings, held: Holdings, host: Host) -> Boot:
         host_id=host.host_id,
         data_dir=str(held.data_dir),
         pid=os.getpid(),
-        # A kernel that was booted once has one table of locks, and one number for each device.
+        # One boot of a kernel has one table of locks, and one number for each device.
         lock_id=f"{host.boot_id}/{held.locks[0].name}",
     )
 
 
-def _place(host: Host, cgroups: CgroupParent | None) -> Place:
+def _launch_site(host: Host, cgroups: CgroupParent | None) -> Place:
     return Place(
         host_id=host.host_id,
         boot_id=host.boot_id,

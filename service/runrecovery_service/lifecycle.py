@@ -1,4 +1,4 @@
-"""The order of a start and of a stop, and the signals that the process takes."""
+"""The order of a start and of a stop, and what the service does at each signal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Awaitable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,49 +35,49 @@ from runrecovery_service.execution.dispatcher import Dispatcher
 from runrecovery_service.execution.straggler_sweep import StragglerSweep
 from runrecovery_service.execution.trust_sweep import TrustSweep
 from runrecovery_service.ownership import Ownership
+from runrecovery_service.periodic import Backoff
 from runrecovery_service.process import prctl
 from runrecovery_service.recovery.reconcile import Recovery
 from runrecovery_service.recovery.status import RecoveryStatus
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.server import GrpcServer
 from runrecovery_service.stop_signal import StopSignal
-from runrecovery_service.storage import backup, instances
+from runrecovery_service.storage import backup
 from runrecovery_service.storage.adapter import Storage
 from runrecovery_service.storage.database import Database
-from runrecovery_service.storage.instances import Owner
 from runrecovery_service.thread_pool import SteadyThreadPool
 
 log = structlog.get_logger()
 
 RECOVERY_BACKOFF_MOST_S: Final = 30.0
 HANG_UP_SETTLES_S: Final = 0.5
-"""From SIGHUP until the system has taken the terminal away, if it does."""
+"""From SIGHUP until the system has taken the terminal away, if the terminal was closed."""
 STEP_S: Final = 30.0
-"""The most that a part of a stop may take on top of the graces that are configured for it."""
+"""The most that a step of a stop may take, on top of the graces that are configured for it."""
 
 
 def prepare_process() -> None:
-    """Guard this process against its agents, and take its signals from now on."""
+    """Protect this process from its agents, and handle its signals from now on."""
     if sys.platform == "linux":
-        prctl.hide()  # agents of the same user must not get at our ends of the shims' pipes
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whoever started us may have blocked some
+        prctl.hide()  # agents of the same user must not open the service's ends of shim pipes
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the parent may have blocked signals
     early_signals.leave(serves=True)
 
 
 @contextmanager
 def store_kept(db: Database) -> Iterator[None]:
-    """Look at the store's files before the last connection is closed, whatever the service ends by.
+    """Check the files of the store before the last connection is closed, however the service ends.
 
     Raises:
-        StoreLost: one is lost; a copy was made, if one could be. What the service ended by before
-            is its cause.
+        StoreLost: a file is lost; a copy was made, if that was possible. The error that ended the
+            service before is the cause.
     """
     ended_by: BaseException | None = None
     try:
         yield
-    except BaseException as error:  # noqa: BLE001 - raised again, or the cause of what is
+    except BaseException as error:  # noqa: BLE001 - raised below, or the cause of the raised error
         ended_by = error
-    lost = ended_by if isinstance(ended_by, StoreLost) else _lost(db)
+    lost = ended_by if isinstance(ended_by, StoreLost) else _store_lost(db)
     if lost is None:
         if ended_by is not None:
             raise ended_by
@@ -89,208 +89,261 @@ def store_kept(db: Database) -> Iterator[None]:
     raise lost from ended_by
 
 
-def _lost(db: Database) -> StoreLost | None:
+def _store_lost(db: Database) -> StoreLost | None:
     try:
         db.demand_in_place()
     except StoreLost as error:
         return error
-    except OSError:  # the system does not tell
+    except OSError:  # the system cannot tell
         pass
     return None
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
-class Service:
-    """All the parts of a running service."""
+# -- signals -----------------------------------------------------------------------------------
 
-    settings: Settings
-    storage: Storage
-    owner: Owner
-    threads: SteadyThreadPool
+
+@dataclass(slots=True)
+class Signals:
+    """The signal handlers of a running service."""
+
     stop: StopSignal
-    status: RecoveryStatus
-    gate: Gate
-    server: GrpcServer
-    recovery: Recovery
-    closing: Recovery
-    dispatcher: Dispatcher
-    patrol: StragglerSweep
-    deadlines: Deadlines
-    trust_sweep: TrustSweep
-    ownership: Ownership
-    containment: Future[Containment]
-    max_connections: int
-    _stop_asked: int = 0
+    _stops_requested: int = 0
     _had_terminal: bool = field(default_factory=early_signals.had_terminal)
 
-    async def run(self) -> None:
-        """Bind, recover, serve, drain. Raises what the service ended by, if not by a signal."""
-        self._listen_to_signals()
-        staying = self.ownership.start()
-        try:
-            port = await self.server.bind(self.settings.listen, keeper_ended=self.stop.task_ended)
-            log.info(
-                "service.listening",
-                address=_address(self.settings.listen, port),
-                max_connections=self.max_connections,
-            )
-            await self._demand_containment()
-            report = await self._recover()
-            if report is not None and not self.stop.is_set():
-                self._open(report)
-            await self.stop.wait()
-        finally:
-            await self._shut_down(staying)
-        if self.stop.failure is not None:
-            raise self.stop.failure
-
-    async def _demand_containment(self) -> None:
-        """Say what the probe proved. Strictly: stop the start if that is not enough."""
-        strict = self.settings.containment is ContainmentPolicy.STRICT
-        if not strict:
-            self.containment.add_done_callback(_log_containment)
-            return
-        proved = await asyncio.wrap_future(self.containment)
-        _log_containment(self.containment)
-        if not proved.level.is_strict:
-            self.stop.fail(
-                ContainmentRefused(
-                    f'containment = "strict", but {proved.level} is what was proved here:'
-                    f" {proved.detail}"
-                )
-            )
-
-    def _open(self, report: Reconciliation) -> None:
-        if not self.settings.engines:
-            log.warning("service.no_engines")
-        self.gate.open(safe_mode=report.safe_mode)
-        log.info("service.serving", epoch=self.owner.epoch)
-        self.patrol.start()
-        self.trust_sweep.start()
-        if not report.safe_mode:
-            self.dispatcher.start()
-            self.deadlines.start()
-
-    async def _recover(self) -> Reconciliation | None:
-        """Recover, again after a failure; None when the service is to stop instead."""
-        if self.stop.is_set():
-            return None
-        pause_s = self.settings.recovery_backoff_s
-        for left in reversed(range(self.settings.recovery_tries)):
-            try:
-                return await self.storage.alone(lambda db: self.recovery.run(db, self.status))
-            except RecoveryInterrupted:
-                return None
-            except Fenced as error:
-                self.stop.fail(error)
-                return None
-            except Exception as error:  # whatever it was: say so, stay NOT_SERVING, try again
-                log.error(  # noqa: TRY400 - an outage needs no traceback
-                    "recovery.try_failed",
-                    tries_left=left,
-                    **error_facts(error),
-                    exc_info=not is_outage(error),
-                )
-                self.gate.recovery_failed()
-                last = ": ".join(error_facts(error).values())
-                failure = RecoveryGaveUp(self.settings.recovery_tries, last)
-            if left and not await self.stop.wait_within(pause_s):
-                pause_s = min(pause_s * 2, RECOVERY_BACKOFF_MOST_S)
-                self.gate.recovering()
-            elif self.stop.is_set():
-                return None
-        self.stop.fail(failure)
-        return None
-
-    def _listen_to_signals(self) -> None:
+    def handle(self) -> None:
+        """Install the handlers, and handle the signals that came before."""
         loop = asyncio.get_running_loop()
         for number in early_signals.STOPS:
-            loop.add_signal_handler(number, self._asked_to_stop, number)
+            loop.add_signal_handler(number, self._request_stop, number)
         for number in early_signals.HARMLESS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGHUP is under nohup
-                loop.add_signal_handler(number, self._got_harmless, number)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+                loop.add_signal_handler(number, self._ignore, number)
         for kept in early_signals.kept():
-            (self._asked_to_stop if kept in early_signals.STOPS else self._got_harmless)(kept)
+            (self._request_stop if kept in early_signals.STOPS else self._ignore)(kept)
 
-    def _got_harmless(self, number: int) -> None:
+    def _request_stop(self, number: int) -> None:
+        self._stops_requested += 1
+        times = self._stops_requested
+        log.info("service.stop_asked", signal=signal.Signals(number).name, times=times)
+        if times > 1:
+            drain_stderr()
+            os._exit(128 + number)  # at once; the next start recovers what is left
+        self.stop.request()
+
+    def _ignore(self, number: int) -> None:
+        """Ignore a harmless signal, unless it says that the terminal was closed."""
         if number == signal.SIGHUP and self._had_terminal:
             asyncio.get_running_loop().call_later(HANG_UP_SETTLES_S, self._stop_if_hung_up)
         else:
             log.info("service.signal_ignored", signal=signal.Signals(number).name)
 
     def _stop_if_hung_up(self) -> None:
-        """Stop a service whose terminal was closed: nobody could see it or press Ctrl-C."""
+        """Stop a service whose terminal was closed: no user could see it or press Ctrl-C."""
         if early_signals.has_terminal():
             log.info("service.signal_ignored", signal=signal.SIGHUP.name)
         elif not self.stop.is_set():
             # Not counted: a single SIGTERM that follows must not cut the stop short.
-            log.info("service.stop_asked", signal=signal.SIGHUP.name, times=self._stop_asked)
+            times = self._stops_requested
+            log.info("service.stop_asked", signal=signal.SIGHUP.name, times=times)
             self.stop.request()
 
-    def _asked_to_stop(self, number: int) -> None:
-        self._stop_asked += 1
-        log.info("service.stop_asked", signal=signal.Signals(number).name, times=self._stop_asked)
-        if self._stop_asked > 1:
-            drain_stderr()
-            os._exit(128 + number)  # at once; the next start converges what is left
-        self.stop.request()
 
-    async def _shut_down(self, staying: Sequence[asyncio.Task[None]]) -> None:
-        """Drain, end, decide, let go. The lease is renewed, and process trees live, until the
-        last of them has been ended in order."""
-        grace_s = self.settings.cancel_grace_s
-        self.gate.drain()
-        await self._step("deadlines", self.deadlines.stop())
-        self.dispatcher.pause()  # what stays in the queue may survive; what starts now will not
-        if self.stop.failure is None:
-            await asyncio.sleep(self.settings.drain_delay_s)
-        else:  # perhaps another one owns the runs already: first of all, nothing of ours may act
-            await self._step("processes", self.dispatcher.stop(), grace_s=grace_s * 2)
-        self.gate.close()
-        stop_grace_s = self.settings.stop_grace_s
-        await self._step("server", self.server.stop(grace_s=stop_grace_s), grace_s=stop_grace_s)
-        await self._step("patrol", self.patrol.stop(), grace_s=grace_s)
-        await self._step("trust", self.trust_sweep.stop())
-        if self.stop.failure is None and self.gate.recovered:
-            # Without a bound by the clock: there may be many runs. The store has to answer.
-            await self._step("runs", self._decide_on_runs(), grace_s=math.inf)
-        await self._step("processes", self.dispatcher.stop(), grace_s=grace_s * 2)
-        for task in staying:
-            task.cancel()
-        await asyncio.gather(*staying, return_exceptions=True)
-        await self._step("threads", asyncio.to_thread(self.threads.shutdown))
-        if not isinstance(self.stop.failure, Fenced | LeaseLost | StoreLost):
-            await self._step("lease", self.storage.write(instances.resign, self.owner))
-        await self._step("storage", asyncio.to_thread(self.storage.close))
-        log.info("service.stopped", epoch=self.owner.epoch)
+# -- recovery ----------------------------------------------------------------------------------
 
-    async def _decide_on_runs(self) -> None:
-        """End the processes and record what becomes of every run, as the next start would.
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Recoveries:
+    """The recovery of this start, with its retries, and the recovery of a planned stop.
+
+    Attributes:
+        tries: failed recoveries after which the service ends.
+    """
+
+    storage: Storage
+    at_start: Recovery
+    at_stop: Recovery
+    status: RecoveryStatus
+    gate: Gate
+    stop: StopSignal
+    tries: int
+    backoff: Backoff
+
+    async def recover(self) -> Reconciliation | None:
+        """Recover, and return the report; None if the service is to stop instead."""
+        for tries_left in reversed(range(self.tries)):
+            if self.stop.is_set():
+                return None
+            try:
+                return await self.storage.alone(lambda db: self.at_start.run(db, self.status))
+            except RecoveryInterrupted:
+                return None
+            except Fenced as error:
+                self.stop.fail(error)
+                return None
+            except Exception as error:  # noqa: BLE001 - logged; the service stays NOT_SERVING, and retries
+                self._report_failure(error, tries_left)
+                last = ": ".join(error_facts(error).values())
+            if tries_left and not await self.stop.wait_within(self.backoff.next_s()):
+                self.gate.recovering()
+        if not self.stop.is_set():
+            self.stop.fail(RecoveryGaveUp(self.tries, last))
+        return None
+
+    def _report_failure(self, error: Exception, tries_left: int) -> None:
+        log.error(
+            "recovery.try_failed",
+            tries_left=tries_left,
+            **error_facts(error),
+            exc_info=not is_outage(error),
+        )
+        self.gate.recovery_failed()
+
+    async def decide_at_stop(self) -> None:
+        """Decide on every run, as the next start would."""
+        await self.storage.alone(lambda db: self.at_stop.run(db, RecoveryStatus()))
+
+
+# -- the service -------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class BackgroundWork:
+    """What launches, follows and cleans up the processes of runs while the service serves."""
+
+    dispatcher: Dispatcher
+    straggler_sweep: StragglerSweep
+    deadlines: Deadlines
+    trust_sweep: TrustSweep
+    threads: SteadyThreadPool
+
+    def start(self, *, safe_mode: bool) -> None:
+        """Start; in safe mode only what launches nothing and ends nothing."""
+        self.straggler_sweep.start()
+        self.trust_sweep.start()
+        if not safe_mode:
+            self.dispatcher.start()
+            self.deadlines.start()
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Service:
+    """A service of one start: runs it, and stops it in order.
+
+    Attributes:
+        max_connections: client connections at one time, for the log.
+    """
+
+    settings: Settings
+    stop: StopSignal
+    gate: Gate
+    server: GrpcServer
+    ownership: Ownership
+    recoveries: Recoveries
+    work: BackgroundWork
+    max_connections: int
+
+    async def run(self) -> None:
+        """Bind, recover, serve until a stop, and stop in order.
 
         Raises:
-            StorageUnavailable: the store has not answered for so long that the rest is left to it.
+            Exception: the error that stopped the service, if not a signal did.
         """
-        await self.dispatcher.detach()
-        deciding = asyncio.ensure_future(
-            self.storage.alone(lambda db: self.closing.run(db, RecoveryStatus()))
-        )
-        silent = asyncio.create_task(self.ownership.unrenewed.wait())
-        await asyncio.wait({deciding, silent}, return_when=asyncio.FIRST_COMPLETED)
-        silent.cancel()
+        Signals(self.stop).handle()
+        self.ownership.start()
+        try:
+            port = await self.server.bind(self.settings.listen, keeper_ended=self.stop.task_ended)
+            log.info(
+                "service.listening",
+                address=_bound_address(self.settings.listen, port),
+                max_connections=self.max_connections,
+            )
+            await self._report_containment()
+            report = await self.recoveries.recover()
+            if report is not None and not self.stop.is_set():
+                self._serve(report)
+            await self.stop.wait()
+        finally:
+            await self._shut_down()
+        if self.stop.failure is not None:
+            raise self.stop.failure
+
+    async def _report_containment(self) -> None:
+        """Log what the probe proved. Policy `strict` refuses the start if that is too little."""
+        probe = self.recoveries.status.probe
+        if probe is None:
+            return
+        if self.settings.containment is not ContainmentPolicy.STRICT:
+            probe.add_done_callback(_log_containment)
+            return
+        proved = await asyncio.wrap_future(probe)
+        _log_containment(probe)
+        if not proved.level.is_strict:
+            reason = f'containment = "strict", but only {proved.level} was proved: {proved.detail}'
+            self.stop.fail(ContainmentRefused(reason))
+
+    def _serve(self, report: Reconciliation) -> None:
+        if not self.settings.engines:
+            log.warning("service.no_engines")
+        self.gate.open(safe_mode=report.safe_mode)
+        log.info("service.serving", epoch=self.ownership.owner.epoch)
+        self.work.start(safe_mode=report.safe_mode)
+
+    # -- the stop ------------------------------------------------------------------------------
+
+    async def _shut_down(self) -> None:
+        """Drain, end processes, decide on runs, release the lease.
+
+        The lease is renewed, and process trees live, until the last tree was ended in order.
+        """
+        grace_s, stop_grace_s = self.settings.cancel_grace_s, self.settings.stop_grace_s
+        work = self.work
+        self.gate.drain()
+        await self._step("deadlines", work.deadlines.stop())
+        work.dispatcher.pause()  # queued runs may survive the stop; a launched one would not
+        if self.stop.failure is None:
+            await asyncio.sleep(self.settings.drain_delay_s)
+        else:  # another instance may own the runs already: first of all end our processes
+            await self._step("processes", work.dispatcher.stop(), grace_s=grace_s * 2)
+        self.gate.close()
+        await self._step("server", self.server.stop(grace_s=stop_grace_s), grace_s=stop_grace_s)
+        await self._step("patrol", work.straggler_sweep.stop(), grace_s=grace_s)
+        await self._step("trust", work.trust_sweep.stop())
+        if self.stop.failure is None and self.gate.recovered:
+            # Without a time limit: there may be many runs. But the store has to answer.
+            await self._step("runs", self._decide_on_runs(), grace_s=math.inf)
+        await self._step("processes", work.dispatcher.stop(), grace_s=grace_s * 2)
+        await self.ownership.stop_tasks()
+        await self._step("threads", asyncio.to_thread(work.threads.shutdown))
+        if not isinstance(self.stop.failure, Fenced | LeaseLost | StoreLost):
+            await self._step("lease", self.ownership.resign())
+        await self._step("storage", asyncio.to_thread(self.ownership.storage.close))
+        log.info("service.stopped", epoch=self.ownership.owner.epoch)
+
+    async def _decide_on_runs(self) -> None:
+        """End all processes and record a decision on every run, as the next start would.
+
+        Raises:
+            StorageUnavailable: the store did not answer for too long; the next start decides.
+        """
+        await self.work.dispatcher.detach()
+        deciding = asyncio.create_task(self.recoveries.decide_at_stop())
+        unrenewed = asyncio.create_task(self.ownership.lease.unrenewed.wait())
+        await asyncio.wait({deciding, unrenewed}, return_when=asyncio.FIRST_COMPLETED)
+        unrenewed.cancel()
         if not deciding.done():
             deciding.cancel()
             raise StorageUnavailable
         await deciding
-        await self.dispatcher.release()
+        await self.work.dispatcher.release()
 
-    async def _step(self, name: str, doing: Awaitable[object], *, grace_s: float = 0.0) -> None:
-        """Do one part of the stop; none of them keeps the others from being done."""
+    async def _step(self, name: str, work: Awaitable[object], *, grace_s: float = 0.0) -> None:
+        """Do one step of the stop. A step that fails does not prevent the others."""
         try:
             async with asyncio.timeout(None if grace_s == math.inf else grace_s + STEP_S):
-                await doing
+                await work
         except TimeoutError as error:
             log.error("service.stop_step_failed", step=name, **error_facts(error))  # noqa: TRY400 - no defect
-        except Exception as error:  # the service is ending; the next start converges what is left
+        except Exception as error:  # the service ends; the next start recovers what is left
             log.error(  # noqa: TRY400 - an outage needs no traceback
                 "service.stop_step_failed",
                 step=name,
@@ -299,18 +352,16 @@ class Service:
             )
 
 
-def _log_containment(proved: Future[Containment]) -> None:
-    if proved.cancelled():
+def _log_containment(probe: Future[Containment]) -> None:
+    if probe.cancelled():
         return
-    found = proved.result()
-    if found.level.is_strict:
-        log.info("service.containment", proved=found.level.value, detail=found.detail)
-    else:
-        log.warning("service.containment", proved=found.level.value, detail=found.detail)
+    proved = probe.result()
+    report = log.info if proved.level.is_strict else log.warning
+    report("service.containment", proved=proved.level.value, detail=proved.detail)
 
 
-def _address(listen: str, port: int) -> str:
-    """Return what a client connects to: the port that was really bound."""
+def _bound_address(listen: str, port: int) -> str:
+    """Return the address for clients: `listen` with the port that was bound."""
     host, colon, _ = listen.rpartition(":")
     is_socket_file = listen.startswith(("unix:", "unix-abstract:"))
     return f"{host}:{port}" if colon and not is_socket_file else listen

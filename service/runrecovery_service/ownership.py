@@ -1,9 +1,12 @@
-"""Stays the owner of this instance's runs: lease, tree deadline, trials of the store, files."""
+"""Keeps this service the owner of its runs, or stops it: lease, tree deadline, self-fencing.
+
+Trials of the store's statements and a watch on its files find what a renewal of the lease does not.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -13,7 +16,9 @@ from runrecovery_service import daemon_threads
 from runrecovery_service.clock import Clock
 from runrecovery_service.domain.errors import Fenced, LeaseLost, StartRefused, error_facts
 from runrecovery_service.execution.dispatcher import Dispatcher
+from runrecovery_service.execution.running_turns import RunningTurns
 from runrecovery_service.locks import Holdings
+from runrecovery_service.periodic import PeriodicTask
 from runrecovery_service.process.boot_clock import boot_time_ns
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.stop_signal import StopSignal
@@ -26,26 +31,51 @@ log = structlog.get_logger()
 
 RENEWALS_PER_LEASE: Final = 5
 SELF_FENCE_SHARE: Final = 2 / 3
-"""An instance that could not renew its lease for this part of it stops before it runs out. Not on
-SQLite: there the lock on the file fences, and a disk that is full is no reason to go."""
-TRY_SHARE: Final = 0.3
-"""The part of the lease that one try to renew it may take on PostgreSQL."""
+"""An instance that cannot renew its lease for this share of it stops before the lease ends.
+
+Not on SQLite: the lock on the file fences there, and a full disk is no reason to stop."""
+RENEWAL_TRY_SHARE: Final = 0.3
+"""The share of the lease that one try to renew it may take on PostgreSQL."""
 TREES_BEFORE_LEASE_S: Final = 1.0
-"""Process trees end themselves so long before the lease of a silent service runs out: whoever
-takes over then finds nothing alive."""
-WRITE_TRIAL_LEASES: Final = 2
+"""Process trees end so long before the lease of a service that does not renew it. An instance that
+takes over then finds no process alive."""
+LEASES_PER_WRITE_TRIAL: Final = 2
 """On PostgreSQL a write is tried once in so many leases: each trial uses up keys."""
 FAILURES_IN_A_ROW: Final = 2
-"""So many trials of the work's statements must fail until health says NOT_SERVING."""
-FILES_LOOK_S: Final = 1.0
-"""How soon a removed lock, or file of the SQLite store, is noticed without a write."""
-FILES_LOOK_MOST_S: Final = 5.0
-"""When a file system that has not answered such a look is logged."""
+"""Health says NOT_SERVING after so many failed trials in a row."""
+FILE_CHECK_S: Final = 1.0
+"""How soon a removed lock or SQLite file is noticed without a write."""
+FILE_CHECK_TIMEOUT_S: Final = 5.0
+"""A file system that does not answer a check for so long is logged."""
+
+
+def tree_deadline_ns(lease_ttl_s: float, renewed_ns: int) -> int:
+    """Return until when process trees may live after a renewal that began at `renewed_ns`.
+
+    Both times are of CLOCK_BOOTTIME, which also runs while the machine sleeps.
+    """
+    return renewed_ns + int((lease_ttl_s - TREES_BEFORE_LEASE_S) * 1e9)
+
+
+@dataclass(slots=True)
+class StorageHealth:
+    """Reports to health whether all parts of the storage answer."""
+
+    gate: Gate
+    _unanswered: set[str] = field(default_factory=set)
+
+    def note(self, part: str, *, answers: bool) -> None:
+        """Note whether one part answers. Health says SERVING only if all parts do."""
+        if answers:
+            self._unanswered.discard(part)
+        else:
+            self._unanswered.add(part)
+        self.gate.set_storage_answers(answers=not self._unanswered)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Ownership:
-    """What keeps this service the owner of its runs, or stops it.
+class LeaseRenewal:
+    """Renews the lease for ever, and fences this service when it may no longer be the owner.
 
     Attributes:
         unrenewed: set while the lease could not be renewed for `SELF_FENCE_SHARE` of it.
@@ -54,33 +84,50 @@ class Ownership:
     lease_ttl_s: float
     storage: Storage
     owner: Owner
-    clock: Clock
-    dispatcher: Dispatcher
-    gate: Gate
-    held: Holdings
+    turns: RunningTurns
+    health: StorageHealth
     stop: StopSignal
     unrenewed: asyncio.Event = field(default_factory=asyncio.Event, init=False)
-    _silent: set[str] = field(default_factory=set, init=False)
     _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop, init=False)
+    _renewed_s: float = field(init=False)
+    _last_try_s: float = field(init=False)
 
-    def start(self) -> Sequence[asyncio.Task[None]]:
-        """Begin, and return the tasks, which run until they are cancelled."""
-        staying = [
-            asyncio.create_task(self._renew()),
-            asyncio.create_task(watch_files(self._demand_files, self.stop.fail)),
-            asyncio.create_task(self._try_statements()),
-        ]
+    def __post_init__(self) -> None:
+        self._renewed_s = self._last_try_s = boot_time_ns() / 1e9
+
+    @property
+    def interval_s(self) -> float:
+        """The usual pause between two renewals."""
+        return self.lease_ttl_s / RENEWALS_PER_LEASE
+
+    def tasks(self) -> list[PeriodicTask]:
+        """Return the renewal and, where no instance can take over, what lets trees live on."""
+        renewal = PeriodicTask(
+            name="lease-renewal",
+            step=self.renew,
+            interval_s=self.interval_s,
+            failure_event="service.lease_not_renewed",
+            stop_signal=self.stop,
+            fatal=(Fenced, LeaseLost),
+            retried=(),  # `renew` handles every error of the store
+        )
         if self.storage.is_shared:
-            staying.append(asyncio.create_task(self.storage.follow_shared()))
-        else:
-            staying.append(asyncio.create_task(self._keep_trees()))
-        for task in staying:
-            task.add_done_callback(self.stop.task_ended)
-        return staying
+            return [renewal]
+        # A full disk makes renewals on SQLite fail or hang, and must not end process trees.
+        trees = PeriodicTask(
+            name="tree-deadline",
+            step=self._let_trees_live,
+            interval_s=self.interval_s,
+            failure_event="service.defect",
+            stop_signal=self.stop,
+            retried=(),
+        )
+        return [renewal, trees]
 
     def demand_current(self, db: Database) -> None:
-        """Fence the transaction that begins, on whatever thread, and stop a service that was
-        superseded. The lease alone would tell it only at the next renewal.
+        """Fence the transaction that begins, on any thread, and stop a superseded service.
+
+        The lease alone would reveal the new epoch only at the next renewal.
 
         Raises:
             Fenced: a newer epoch of this instance has started.
@@ -91,138 +138,203 @@ class Ownership:
             self._loop.call_soon_threadsafe(self.stop.fail, error)
             raise
 
-    async def _renew(self) -> None:
-        """Prolong the lease for ever; stop the service once it cannot be sure to be the owner."""
-        ttl_s, shared = self.lease_ttl_s, self.storage.is_shared
-        self_fence_s = ttl_s * SELF_FENCE_SHARE
-        renewed = last = boot_time_ns() / 1e9
-        pause_s = ttl_s / RENEWALS_PER_LEASE
-        while True:
-            await asyncio.sleep(pause_s)
-            begun_ns = boot_time_ns()
-            begun = begun_ns / 1e9
-            if begun - last > ttl_s - TREES_BEFORE_LEASE_S:
-                log.warning("service.stood_still", seconds=round(begun - last, 1))
-            last = begun
-            left_s = max(0.1, renewed + self_fence_s - begun)
-            try:
-                # One try of several where a connection may hang that another one replaces.
-                async with asyncio.timeout(min(left_s, ttl_s * TRY_SHARE) if shared else left_s):
-                    await self.storage.renewal(instances.renew, self.owner, ttl_s=ttl_s)
-            except Fenced as error:
-                self.stop.fail(error)
-                return
-            except Exception as error:  # noqa: BLE001 - whatever it was, the lease is not renewed
-                log.warning("service.lease_not_renewed", **error_facts(error))
-                self._note_storage("lease", answers=False)
-                pause_s = ttl_s / RENEWALS_PER_LEASE / 3
-            else:
-                renewed = begun
-                if shared:
-                    self._heartbeat(begun_ns)
-                self._note_storage("lease", answers=True)
-                self.unrenewed.clear()
-                pause_s = ttl_s / RENEWALS_PER_LEASE
-            if boot_time_ns() / 1e9 - renewed > self_fence_s:
-                self.unrenewed.set()
-                if shared:
-                    self.stop.fail(LeaseLost(self.owner.instance, self_fence_s))
-                    self.storage.abandon()  # or what waits for an answer would hang on
-                    return
+    async def renew(self) -> float | None:
+        """Try once to renew the lease, and return the pause until the next try; None: `interval_s`.
 
-    def _note_storage(self, part: str, *, answers: bool) -> None:
-        """Note whether a part of the storage answers; health needs all of them."""
-        if answers:
-            self._silent.discard(part)
-        else:
-            self._silent.add(part)
-        self.gate.set_storage_answers(answers=not self._silent)
-
-    async def _try_statements(self) -> None:
-        """For ever, once the gate is open: see that the statements of the work answer."""
-        failed, looks = 0, 0
-        write_every = 1
-        if self.storage.is_shared:
-            write_every = RENEWALS_PER_LEASE * WRITE_TRIAL_LEASES
-        while True:
-            await asyncio.sleep(self.lease_ttl_s / RENEWALS_PER_LEASE)
-            if not self.gate.recovered or self.stop.is_set():
-                continue
-            # After a failure every look: a read alone would call a failing write well.
-            error = await self._failing_statement(write=bool(failed) or looks % write_every == 0)
-            looks += 1
-            failed = 0 if error is None else failed + 1
-            self.dispatcher.check_queue()  # its last failure, or success, is news no more
-            if error is not None:
-                log.warning("service.statements_failed", **error, times=failed)
-            self._note_storage("statements", answers=failed < FAILURES_IN_A_ROW)
-
-    async def _failing_statement(self, *, write: bool) -> dict[str, str] | None:
-        """Try the statements; return what the log says of a failure, None if all answered."""
-        storage = self.storage
+        Raises:
+            Fenced: a newer epoch of this instance has started.
+            LeaseLost: the lease could not be renewed for too long, and other instances may take it.
+        """
+        begun_ns = boot_time_ns()
+        begun_s = begun_ns / 1e9
+        if begun_s - self._last_try_s > self.lease_ttl_s - TREES_BEFORE_LEASE_S:
+            log.warning("service.stood_still", seconds=round(begun_s - self._last_try_s, 1))
+        self._last_try_s = begun_s
+        pause_s = None
         try:
-            async with asyncio.timeout(self.lease_ttl_s):
-                await storage.attempt(trial.read)
-                if storage.is_shared:
-                    await storage.attempt(trial.demand_rights)
-            if write:
-                # SQLite has one thread that writes. Elsewhere it is a connection that may hang.
-                bound_s = self.lease_ttl_s if storage.is_shared else None
-                async with asyncio.timeout(bound_s):
-                    await (storage.attempt if storage.is_shared else storage.write_own)(
-                        trial.create_and_take,
-                        owner=self.owner,
-                        due_in=self.clock.due_in,
-                        steady=self.clock.steady(),
-                        now=self.clock.now(),
-                    )
-        except Exception as error:  # noqa: BLE001 - whatever it was, the work meets it as well
+            async with asyncio.timeout(self._try_limit_s(begun_s)):
+                await self.storage.renewal(instances.renew, self.owner, ttl_s=self.lease_ttl_s)
+        except Fenced:
+            raise
+        except Exception as error:  # noqa: BLE001 - after any error the lease is not renewed
+            log.warning("service.lease_not_renewed", **error_facts(error))
+            self.health.note("lease", answers=False)
+            pause_s = self.interval_s / 3
+        else:
+            self._note_renewed(begun_ns)
+        self._demand_recent_renewal()
+        return pause_s
+
+    def _try_limit_s(self, begun_s: float) -> float:
+        left_s = max(0.1, self._renewed_s + self.lease_ttl_s * SELF_FENCE_SHARE - begun_s)
+        if not self.storage.is_shared:
+            return left_s
+        # A connection may hang; a limit leaves time for a try on another connection.
+        return min(left_s, self.lease_ttl_s * RENEWAL_TRY_SHARE)
+
+    def _note_renewed(self, begun_ns: int) -> None:
+        self._renewed_s = begun_ns / 1e9
+        if self.storage.is_shared:
+            self.turns.heartbeat(tree_deadline_ns(self.lease_ttl_s, begun_ns))
+        self.health.note("lease", answers=True)
+        self.unrenewed.clear()
+
+    def _demand_recent_renewal(self) -> None:
+        self_fence_s = self.lease_ttl_s * SELF_FENCE_SHARE
+        if boot_time_ns() / 1e9 - self._renewed_s <= self_fence_s:
+            return
+        self.unrenewed.set()
+        if self.storage.is_shared:
+            self.storage.abandon()  # or calls that wait for an answer would never return
+            raise LeaseLost(self.owner.instance, self_fence_s)
+
+    async def _let_trees_live(self) -> None:
+        self.turns.heartbeat(tree_deadline_ns(self.lease_ttl_s, boot_time_ns()))
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class StatementTrials:
+    """Tries the statements that the work of the service consists of, once recovery has committed.
+
+    A renewed lease proves little: its row may be readable while others are damaged or locked.
+    """
+
+    lease_ttl_s: float
+    storage: Storage
+    owner: Owner
+    clock: Clock
+    dispatcher: Dispatcher
+    gate: Gate
+    health: StorageHealth
+    stop: StopSignal
+    _trials: int = field(default=0, init=False)
+    _failures: int = field(default=0, init=False)
+
+    def task(self) -> PeriodicTask:
+        """Return the loop of the trials."""
+        return PeriodicTask(
+            name="statement-trials",
+            step=self.run_trial,
+            interval_s=self.lease_ttl_s / RENEWALS_PER_LEASE,
+            failure_event="service.defect",
+            stop_signal=self.stop,
+            retried=(),  # `_failed_statement` handles every error of the store
+        )
+
+    async def run_trial(self) -> None:
+        """Try the statements once, and tell health the result."""
+        if not self.gate.recovered or self.stop.is_set():
+            return
+        trials_per_write = (
+            RENEWALS_PER_LEASE * LEASES_PER_WRITE_TRIAL if self.storage.is_shared else 1
+        )
+        # After a failure every trial writes: a read alone would hide that writes still fail.
+        writes = bool(self._failures) or self._trials % trials_per_write == 0
+        failure = await self._failed_statement(writes=writes)
+        self._trials += 1
+        self._failures = 0 if failure is None else self._failures + 1
+        self.dispatcher.check_queue()  # so that `failing_s` is up to date at the next trial
+        if failure is not None:
+            log.warning("service.statements_failed", **failure, times=self._failures)
+        self.health.note("statements", answers=self._failures < FAILURES_IN_A_ROW)
+
+    async def _failed_statement(self, *, writes: bool) -> dict[str, str] | None:
+        """Try the statements; return the log fields of a failure, or None if all answered."""
+        try:
+            await self._try_reads()
+            if writes:
+                await self._try_write()
+        except Exception as error:  # noqa: BLE001 - the work meets the same error, whatever it is
             return error_facts(error)
         failing_s = self.lease_ttl_s / RENEWALS_PER_LEASE
         return {"error": "take_next"} if self.dispatcher.failing_s >= failing_s else None
 
-    async def _keep_trees(self) -> None:
-        """Where nobody can take over, let the process trees live as long as the service does: a
-        full disk, which makes renewals fail or hang, ends none."""
-        while True:
-            await asyncio.sleep(self.lease_ttl_s / RENEWALS_PER_LEASE)
-            self._heartbeat(boot_time_ns())
+    async def _try_reads(self) -> None:
+        async with asyncio.timeout(self.lease_ttl_s):
+            await self.storage.attempt(trial.read)
+            if self.storage.is_shared:
+                await self.storage.attempt(trial.demand_rights)
 
-    def _demand_files(self) -> None:
-        self.storage.demand_in_place()
-        self.held.demand_in_place()
+    async def _try_write(self) -> None:
+        is_shared = self.storage.is_shared
+        # SQLite has one thread that writes. On PostgreSQL a connection may hang.
+        async with asyncio.timeout(self.lease_ttl_s if is_shared else None):
+            await (self.storage.attempt if is_shared else self.storage.write_own)(
+                trial.create_and_take,
+                owner=self.owner,
+                due_in=self.clock.due_in,
+                steady=self.clock.steady(),
+                now=self.clock.now(),
+            )
 
-    def _heartbeat(self, begun_ns: int) -> None:
-        """Let the process trees live on: the lease was, or needed not be, renewed at `begun_ns`."""
-        self.dispatcher.turns.heartbeat(trees_until(self.lease_ttl_s, begun_ns))
 
+def file_watch(demand_in_place: Callable[[], None], stop: StopSignal) -> PeriodicTask:
+    """Return the loop that stops the service once a lock or a file of the store is lost.
 
-async def watch_files(demand: Callable[[], None], fail: Callable[[Exception], None]) -> None:
-    """Fail once a file of the store or a lock was removed or replaced.
-
-    Each look has a thread: a file system that hangs (NFS, FUSE) must not stop the event loop.
-    There is one look at a time, and one that is not answered proves nothing.
+    Each check has a thread of its own: a file system that hangs (NFS, FUSE) must not block the
+    event loop. Only one check runs at a time. A check without an answer proves nothing.
     """
-    while True:
-        await asyncio.sleep(FILES_LOOK_S)
+
+    async def check() -> None:
         try:
-            look = asyncio.wrap_future(daemon_threads.start(demand))
-        except RuntimeError as error:  # the system gives no thread now
+            check = asyncio.wrap_future(daemon_threads.start(demand_in_place))
+        except RuntimeError as error:  # the system refuses a thread now
             log.warning("service.files_not_seen", error=str(error))
-            continue
-        answered, _ = await asyncio.wait({look}, timeout=FILES_LOOK_MOST_S)
+            return
+        answered, _ = await asyncio.wait({check}, timeout=FILE_CHECK_TIMEOUT_S)
         if not answered:
             log.warning("service.files_not_seen", error="no answer")
         try:
-            await look
-        except StartRefused as error:
-            fail(error)
-            return
-        except OSError as error:  # the renewal meets it as well, and says NOT_SERVING
+            await check
+        except OSError as error:  # renewals meet the error too, and health says NOT_SERVING
             log.warning("service.files_not_seen", error=error.strerror)
 
+    return PeriodicTask(
+        name="file-watch",
+        step=check,
+        interval_s=FILE_CHECK_S,
+        failure_event="service.defect",
+        stop_signal=stop,
+        fatal=(Fenced, StartRefused),
+        retried=(),
+    )
 
-def trees_until(lease_ttl_s: float, renewed_ns: int) -> int:
-    """Return until when (CLOCK_BOOTTIME, which also runs while the machine sleeps) process trees
-    may live after a renewal that began at `renewed_ns`."""
-    return renewed_ns + int((lease_ttl_s - TREES_BEFORE_LEASE_S) * 1e9)
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Ownership:
+    """Everything that keeps this service the owner of its runs, until `stop_tasks`."""
+
+    lease: LeaseRenewal
+    trials: StatementTrials
+    storage: Storage
+    owner: Owner
+    held: Holdings
+    stop: StopSignal
+    _tasks: list[asyncio.Task[None]] = field(default_factory=list, init=False)
+
+    def start(self) -> None:
+        """Start all loops. A defect in any of them stops the service."""
+        loops = [
+            *self.lease.tasks(),
+            self.trials.task(),
+            file_watch(self._demand_in_place, self.stop),
+        ]
+        self._tasks = [loop.start() for loop in loops]
+        if self.storage.is_shared:
+            self._tasks.append(asyncio.create_task(self.storage.follow_shared()))
+        for task in self._tasks:
+            task.add_done_callback(self.stop.task_ended)
+
+    async def stop_tasks(self) -> None:
+        """Stop all loops: the lease is no longer renewed."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def resign(self) -> None:
+        """Give the lease up, so that the next start need not wait for its end."""
+        await self.storage.write(instances.resign, self.owner)
+
+    def _demand_in_place(self) -> None:
+        self.storage.demand_in_place()
+        self.held.demand_in_place()

@@ -45,24 +45,28 @@ class Backoff:
 class PeriodicTask:
     """Calls a step again and again, until it is stopped.
 
-    A step that fails is logged and repeated after the usual pause. The same kind of error is
-    logged once, until a step succeeds. A step that is fenced stops the service and ends the loop.
+    A step that fails is logged, and the next step tries again. The same kind of error is logged
+    once, until a step succeeds.
 
     Attributes:
-        name: of the asyncio task.
-        step: one round.
-        interval_s: seconds from the end of one step to the begin of the next.
+        name: the name of the asyncio task.
+        step: one round. It returns the seconds until the next one; None: `interval_s`.
+        interval_s: seconds from the end of one step to the start of the next.
         failure_event: the log event of a step that failed.
-        stop_signal: stops the service.
+        stop_signal: the signal that stops the service.
         waits_first: False: the first step comes without a pause.
+        fatal: errors of a step that stop the service and end the loop.
+        retried: errors of a step that are logged and retried. Other errors end the task.
     """
 
     name: str
-    step: Callable[[], Awaitable[None]]
+    step: Callable[[], Awaitable[float | None]]
     interval_s: float
     failure_event: str
     stop_signal: StopSignal
     waits_first: bool = True
+    fatal: tuple[type[Exception], ...] = (Fenced,)
+    retried: tuple[type[Exception], ...] = (Exception,)
     _stopping: asyncio.Event = field(default_factory=asyncio.Event)
     _task: asyncio.Task[None] | None = None
     _reported: str = ""
@@ -78,7 +82,7 @@ class PeriodicTask:
         return self._task
 
     async def finish(self) -> None:
-        """Stop the loop after the step that is under way."""
+        """Stop the loop, after a step that is under way."""
         self._stopping.set()
         if self._task is not None:
             await self._task
@@ -93,16 +97,18 @@ class PeriodicTask:
         """Run the loop in the caller's task."""
         if self.waits_first and await wait_within(self._stopping, self.interval_s):
             return
+        pause_s: float | None = None
         while True:
             try:
-                await self.step()
+                pause_s = await self.step()
                 self._reported = ""
-            except Fenced as error:
+            except self.fatal as error:
                 self.stop_signal.fail(error)
                 return
-            except Exception as error:  # noqa: BLE001 - the edge of this task: the next step tries again
+            except self.retried as error:
+                pause_s = None
                 self._report(error)
-            if await wait_within(self._stopping, self.interval_s):
+            if await wait_within(self._stopping, self.interval_s if pause_s is None else pause_s):
                 return
 
     def _report(self, error: Exception) -> None:

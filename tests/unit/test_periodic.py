@@ -90,6 +90,41 @@ async def test_a_fenced_step_ends_the_loop_and_stops_the_service(
     assert (steps.count, stop_signal.is_set(), stop_signal.failure) == (2, True, error)
 
 
+async def test_a_step_may_name_the_pause_until_the_next_one(stop_signal: StopSignal) -> None:
+    pauses = [0.0, 0.0, 3600.0]
+    waits = asyncio.Event()
+
+    async def step() -> float:
+        pause_s = pauses.pop(0)
+        if not pauses:
+            waits.set()
+        return pause_s
+
+    task = PeriodicTask(
+        name="test", step=step, interval_s=3600.0, failure_event=FAILED, stop_signal=stop_signal,
+        waits_first=False,
+    )  # fmt: skip
+    task.start()
+    await waits.wait()
+    await task.finish()
+
+    assert pauses == []
+
+
+async def test_an_error_that_is_not_retried_ends_the_task(
+    make: Make, stop_signal: StopSignal
+) -> None:
+    error = ZeroDivisionError()
+    task = make(Steps(OSError(), error))
+    task.retried = (OSError,)
+
+    with capture_logs() as logs, pytest.raises(ZeroDivisionError):
+        await task.run()
+
+    assert [line["event"] for line in logs] == [FAILED]
+    assert not stop_signal.is_set()
+
+
 async def test_finish_lets_the_step_that_is_under_way_end(stop_signal: StopSignal) -> None:
     begun, go_on, ended = asyncio.Event(), asyncio.Event(), list[str]()
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from runrecovery_service import daemon_threads, ownership
 from runrecovery_service.domain.errors import DataDirRefused
+from runrecovery_service.stop_signal import StopSignal
 from structlog.testing import capture_logs
 from support.waiting import until_async
 
@@ -20,8 +21,8 @@ LOST = DataDirRefused("data directory /d", "/d/lock was removed or replaced")
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Look without a pause, and expect an answer at once."""
-    monkeypatch.setattr(ownership, "FILES_LOOK_S", 0.0)
-    monkeypatch.setattr(ownership, "FILES_LOOK_MOST_S", 0.01)
+    monkeypatch.setattr(ownership, "FILE_CHECK_S", 0.0)
+    monkeypatch.setattr(ownership, "FILE_CHECK_TIMEOUT_S", 0.01)
 
 
 async def until(holds: Callable[[], bool]) -> None:
@@ -34,7 +35,7 @@ async def until(holds: Callable[[], bool]) -> None:
 async def test_a_file_system_that_hangs_stops_neither_the_loop_nor_the_service() -> None:
     looks: list[None] = []
     answers = threading.Event()
-    failed: list[Exception] = []
+    stop = StopSignal()
 
     def demand() -> None:
         looks.append(None)
@@ -42,38 +43,38 @@ async def test_a_file_system_that_hangs_stops_neither_the_loop_nor_the_service()
         raise LOST
 
     with capture_logs() as events:
-        watching = asyncio.create_task(ownership.watch_files(demand, failed.append))
+        watching = ownership.file_watch(demand, stop).start()
         await until(lambda: len(events) > 0)
         for _ in range(20):  # no other look begins, and nothing is called lost
             await asyncio.sleep(0)
-        hanging: tuple[int, list[Exception], list[Any]] = (len(looks), list(failed), list(events))
+        hanging: tuple[int, bool, list[Any]] = (len(looks), stop.is_set(), list(events))
         answers.set()
         await watching
 
     told = {"event": "service.files_not_seen", "error": "no answer", "log_level": "warning"}
-    assert hanging == (1, [], [told])
-    assert failed == [LOST]
+    assert hanging == (1, False, [told])
+    assert stop.failure is LOST
 
 
 async def test_a_look_that_fails_is_not_taken_for_a_loss() -> None:
     answers: list[Exception] = [LOST, OSError(13, "Permission denied")]
-    failed: list[Exception] = []
+    stop = StopSignal()
 
     def demand() -> None:
         raise answers.pop()
 
     with capture_logs() as events:
-        await ownership.watch_files(demand, failed.append)
+        await ownership.file_watch(demand, stop).run()
 
     assert [event["error"] for event in events] == ["Permission denied"]
-    assert failed == [LOST]
+    assert stop.failure is LOST
 
 
 async def test_a_look_for_which_there_is_no_thread_is_made_later(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     begin, refusals = daemon_threads.start, [RuntimeError("can't start new thread")]
-    failed: list[Exception] = []
+    stop = StopSignal()
 
     def begin_later(do: Callable[[], None]) -> Future[None]:
         if refusals:
@@ -85,7 +86,7 @@ async def test_a_look_for_which_there_is_no_thread_is_made_later(
 
     monkeypatch.setattr(daemon_threads, "start", begin_later)
     with capture_logs() as events:
-        await ownership.watch_files(demand, failed.append)
+        await ownership.file_watch(demand, stop).run()
 
     assert [event["error"] for event in events] == ["can't start new thread"]
-    assert failed == [LOST]
+    assert stop.failure is LOST
