@@ -323,7 +323,7 @@ def test_a_cut_between_the_record_and_the_entry_leaves_a_row_that_goes(
 ) -> None:
     run = place.world.running().run
     with monkeypatch.context() as patch:
-        patch.setattr(files, "_put", _die)
+        patch.setattr(files, "_replace", _die)
         with pytest.raises(PowerCut):
             place.add(run)
     assert (place.file.read_bytes(), len(place.rows())) == (BEFORE, 1)
@@ -376,7 +376,7 @@ def test_a_cut_at_any_statement_of_a_launch_or_a_clearing_is_made_good(place: Pl
 
 def at_the_lock(monkeypatch: pytest.MonkeyPatch, do: Callable[[], object]) -> None:
     """Do something once, right after an edit has got the lock of its file."""
-    look = files._look
+    look = files._read
     pending = [do]
 
     def looked(target: Path) -> Any:
@@ -384,7 +384,7 @@ def at_the_lock(monkeypatch: pytest.MonkeyPatch, do: Callable[[], object]) -> No
             pending.pop()()
         return look(target)
 
-    monkeypatch.setattr(files, "_look", looked)
+    monkeypatch.setattr(files, "_read", looked)
 
 
 def test_a_run_that_is_set_back_before_the_lock_is_had_keeps_its_entry(
@@ -405,14 +405,14 @@ def test_a_run_that_is_set_back_during_the_edit_keeps_its_row_and_gets_its_entry
 ) -> None:
     run = place.waiting()
     kill(place, run)
-    text, put = place.file.read_bytes(), files._put
+    text, put = place.file.read_bytes(), files._replace
 
     def put_late(*given: Any) -> bool:
         place.world.set(run, status="QUEUED")
         return put(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "_put", put_late)
+        patch.setattr(files, "_replace", put_late)
         place.keeper().remove_stale()
     assert len(place.rows()) == 1  # its launch may be about to count on it
 
@@ -528,8 +528,8 @@ def test_an_entry_that_leads_to_a_defect_keeps_no_other_from_going(
     [
         ({}, "w", "HOME is not an absolute path"),
         ({"CODEX_HOME": "here"}, "w", "CODEX_HOME is not an absolute path"),
-        ({"CODEX_HOME": "/nowhere/\udcff"}, "w", "is no UTF-8 text"),
-        (None, "\udcff", "is no UTF-8 text"),
+        ({"CODEX_HOME": "/nowhere/\udcff"}, "w", "is not UTF-8 text"),
+        (None, "\udcff", "is not UTF-8 text"),
         (None, "/".join(["w" * 200] * 10), "is too long"),
     ],
     ids=["no home", "relative home", "odd home", "odd workspace", "long workspace"],
@@ -805,14 +805,14 @@ def test_an_entry_that_a_user_makes_while_ours_is_put_in_is_his(
 ) -> None:
     run = place.world.running().run
     users = BEFORE + f'\n[projects."{place.workspace(run)}"]\ntrust_level = "trusted"\n'.encode()
-    put, pending = files._put, [users]
+    put, pending = files._replace, [users]
 
     def put_late(*given: Any) -> bool:
         if pending:
             place.file.write_bytes(pending.pop())
         return put(*given)
 
-    monkeypatch.setattr(files, "_put", put_late)
+    monkeypatch.setattr(files, "_replace", put_late)
     place.add(run)
     kill(place, run)
 

@@ -38,7 +38,7 @@ class How(TypedDict, total=False):
 
     record: Callable[[To], object]
     done: Callable[[To], object]
-    places: files.Places
+    side_folders: files.SideFolders
     lock_wait_s: float
     pause: Callable[[float], object]
 
@@ -170,9 +170,9 @@ def test_the_last_three_versions_are_kept_the_newest_first(config: Path) -> None
 
 
 def test_locks_and_backups_can_lie_elsewhere(config: Path, tmp_path: Path) -> None:
-    places = files.Places(locks=tmp_path / "locks", backups=tmp_path / "backups")
+    places = files.SideFolders(locks=tmp_path / "locks", backups=tmp_path / "backups")
 
-    put(config, b"new", places=places)
+    put(config, b"new", side_folders=places)
 
     assert names(config.parent) == ["config.toml"]
     assert files.backup_file(config, 1, places).read_bytes() == b"old"
@@ -291,7 +291,7 @@ def _two_names(path: Path) -> None:
 
 def _large(path: Path) -> None:
     with path.open("wb") as file:
-        file.truncate(files.MOST_BYTES + 1)
+        file.truncate(files.MAX_BYTES + 1)
 
 
 def _read_only(path: Path) -> None:
@@ -436,7 +436,7 @@ def test_what_is_written_during_an_edit_is_not_lost(
 def test_what_is_written_between_the_last_look_and_the_end_of_it_is_seen(
     config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    look, looks = files._look, []
+    look, looks = files._read, []
 
     def then_written(target: Path) -> object:
         seen = look(target)
@@ -445,7 +445,7 @@ def test_what_is_written_between_the_last_look_and_the_end_of_it_is_seen(
             _replaced(target, b"CLI")
         return seen
 
-    monkeypatch.setattr(files, "_look", then_written)
+    monkeypatch.setattr(files, "_read", then_written)
     files.edit(config, lambda text: To((text or b"") + b"+ours"), pause=no_waiting)
 
     assert config.read_bytes() == b"CLI+ours"
@@ -651,15 +651,15 @@ def test_the_token_of_a_place_stays_and_is_no_other_places(config: Path, tmp_pat
         files.edit(path, lambda _: To(b"new"), begin=begun.append)
 
     assert begun == [begun[0], begun[0], begun[2]]
-    assert [files.place_of(path) for path in (config, other)] == [begun[0], begun[2]]
+    assert [files.token_of(path) for path in (config, other)] == [begun[0], begun[2]]
     assert len({*begun, None}) == 3
-    assert files.place_of(tmp_path / "nowhere") is None
+    assert files.token_of(tmp_path / "nowhere") is None
 
 
 def test_a_token_that_was_cut_off_is_drawn_anew(config: Path) -> None:
     files.lock_file(config).write_bytes(b"0123")
     put(config, b"new")
-    assert len(files.place_of(config) or "") == 32
+    assert len(files.token_of(config) or "") == 32
 
 
 @pytest.mark.parametrize("folder", [True, False], ids=["no lock", "no folder"])

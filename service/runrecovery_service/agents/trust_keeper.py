@@ -225,7 +225,7 @@ class TrustKeeper:
 
 
 def _is_here(file: str, place: str) -> bool:
-    return files.place_of(Path(file)) == place
+    return files.token_of(Path(file)) == place
 
 
 @dataclass(slots=True, kw_only=True)
@@ -366,7 +366,7 @@ def trust_problem(cli: str, env: Mapping[str, str]) -> str | None:
 def _read(file: Path) -> bytes | None:
     try:
         with open(open_regular(file.resolve(), os.O_RDONLY), "rb") as opened:  # noqa: PTH123 - safely
-            return opened.read(files.MOST_BYTES)  # a file of this size is refused
+            return opened.read(files.MAX_BYTES)  # a file of this size is refused
     except FileNotFoundError:
         return None
 

@@ -1,4 +1,4 @@
-"""Claude Code: `.claude.json` holds `projects["<dir>"].hasTrustDialogAccepted = true`."""
+"""Claude Code: `.claude.json` has `projects["<dir>"].hasTrustDialogAccepted = true`."""
 
 from __future__ import annotations
 

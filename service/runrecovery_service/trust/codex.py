@@ -1,7 +1,7 @@
-"""Codex: `config.toml` holds `[projects."<dir>"]` with `trust_level = "trusted"`.
+"""Codex: `config.toml` has `[projects."<dir>"]` with `trust_level = "trusted"`.
 
-People write the same in many ways: as a table of its own, as dotted keys in the root or below
-`[projects]`, in inline tables. An entry is put in beside what is there, in its way of writing.
+The same can be written as a table of its own, as dotted keys in the root or below `[projects]`, or
+in inline tables. A new entry is added beside the existing ones, in the same notation.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ from runrecovery_service.trust.text import Splice, Text, apply_all, lie_apart, n
 from runrecovery_service.trust.toml_text import Document, Field, Header, Table
 
 MOST_BYTES: Final = 8 << 20
-"""tomllib takes about a second for each of these MiB, if they hold tables and no long comments; an
-edit reads them twice."""
+"""tomllib takes about a second per MiB of tables, and an edit parses the file twice."""
 _PROJECTS, _LEVEL, _TRUSTED = "projects", "trust_level", "trusted"
 _ENTRY: Final = f'{_LEVEL} = "{_TRUSTED}"'
 
@@ -48,7 +47,7 @@ class CodexEditor:
             return False
 
     def add(
-        self, text: bytes | None, folder: str, standing: Mapping[str, Added] | None = None
+        self, text: bytes | None, folder: str, recorded: Mapping[str, Added] | None = None
     ) -> Edit:
         """See `entry.Editor`."""
         check_folder(folder)
@@ -61,13 +60,13 @@ class CodexEditor:
             )
         level = entry.get(_LEVEL)
         if level == _TRUSTED:
-            return unchanged(text, folder, standing)
+            return unchanged(text, folder, recorded)
         if not isinstance(level, str | None):
-            raise TrustFileUnusable(UnusableReason.UNEXPECTED_SHAPE, f"{_LEVEL} is no string")
+            raise TrustFileUnusable(UnusableReason.UNEXPECTED_SHAPE, f"{_LEVEL} is not a string")
         if level is None:
             insert = _Site(source.body, parsed, folder).insert()
             file = {Made.FILE} if text is None else set[Made]()
-            splice, added = insert.splice, insert.added(inherited(standing) | file)
+            splice, added = insert.splice, insert.added(inherited(recorded) | file)
         else:
             splice, previous = _replace(source.body, parsed, folder)
             added = Added(owned=True, previous=previous)
@@ -90,7 +89,7 @@ EDITOR: Final = CodexEditor()
 
 
 def _entry_of(table: Table, folder: str) -> dict[str, Any] | None:
-    """Return the folder's table, empty if there is none; None: something else is in its place."""
+    """Return the folder's table, empty if there is none; None if another value is in its place."""
     found: Any = table
     for key in (_PROJECTS, folder):
         found = found.get(key, {})
@@ -101,7 +100,7 @@ def _entry_of(table: Table, folder: str) -> dict[str, Any] | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Cut:
-    """What taking an entry out comes to; `value` is what is there then."""
+    """The removal of one entry. `value` is the entry's value afterwards."""
 
     outcome: Outcome
     splice: Splice | None = None
@@ -109,7 +108,7 @@ class _Cut:
 
 
 def _remove(text: bytes | None, entries: Mapping[str, Added]) -> Removals:
-    """Take out those entries whose places lie apart; a single one always."""
+    """Remove those entries whose parts of the text do not overlap; a single entry always."""
     if not any(added.owned for added in entries.values()):
         return Removals(text=text, outcomes=dict.fromkeys(entries, Outcome.NOT_OURS))
     source = Text.read(text or b"", most=2 * MOST_BYTES)
@@ -134,7 +133,7 @@ def _remove(text: bytes | None, entries: Mapping[str, Added]) -> Removals:
 
 
 def _parts(parsed: Document, folders: Iterable[str]) -> dict[str, Document]:
-    """Return the document for each folder, with the statements alone that can be about it."""
+    """Return the document for each folder, with only the statements that can concern it."""
     shared: list[Header | Field] = []
     own: dict[str, list[Header | Field]] = {folder: [] for folder in folders}
     for each in parsed.statements:
@@ -171,7 +170,7 @@ def _cut(body: str, parsed: Document, folder: str, added: Added) -> _Cut:
 
 
 def _replace(body: str, parsed: Document, folder: str) -> tuple[Splice, str]:
-    """Return the change that puts our value in the place of another, and that other as written."""
+    """Return the splice that replaces another value by ours, and the text of that value."""
     field = _Site(body, parsed, folder).level()
     raw = body[field.value_start : field.value_end]
     return Splice(field.value_start, field.value_end, f'"{_TRUSTED}"'), raw
@@ -179,7 +178,7 @@ def _replace(body: str, parsed: Document, folder: str) -> tuple[Splice, str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Insert:
-    """A new entry, where it goes, and the white space around it."""
+    """A new entry, its position, and the white space around it."""
 
     at: int
     text: str
@@ -193,12 +192,12 @@ class _Insert:
 
     def added(self, made: frozenset[Made]) -> Added:
         table = {Made.FOLDER} if self.makes_table else set[Made]()
-        # White space is only told of lines; in an inline table the commas say enough.
+        # White space is recorded for lines only. In an inline table the commas are enough.
         return Added(owned=True, made=made | table, lead=self.lead, trail=self.trail)
 
 
 class _Site:
-    """What a text that `toml_text.parse` accepts has on one folder, and where."""
+    """The statements about one folder in a parsed text, and their positions."""
 
     def __init__(self, body: str, parsed: Document, folder: str) -> None:
         self._body = body
@@ -222,20 +221,20 @@ class _Site:
                 self._collect(inner)
 
     def level(self) -> Field:
-        """Return the place of a value that is known to be there.
+        """Return the field of the trust level, which is known to exist.
 
         Raises:
-            TrustFileUnusable: it was not found.
+            TrustFileUnusable: the field was not found.
         """
         for field in self._fields:
             if field.path == self._target:
                 return field
         raise TrustFileUnusable(UnusableReason.NOT_PROVED, "the entry was not found in the text")
 
-    # -- putting in ----------------------------------------------------------------------------
+    # -- adding -------------------------------------------------------------------------------
 
     def insert(self) -> _Insert:
-        """Return the place for a new value, beside what is there of its kind."""
+        """Return the insertion of a new entry, beside existing entries of the same notation."""
         return (
             self._into_inline(self._table, _ENTRY)
             or self._below_header()
@@ -245,7 +244,7 @@ class _Site:
         )
 
     def _into_projects(self) -> _Insert | None:
-        """Where the root says `projects = {…}` or `projects."x".… = …`."""
+        """Return the insertion if the root has `projects = {…}` or `projects."x".… = …`."""
         if self._target[1] in self._projects:
             return None
         entry = f"{self._key} = {{ {_ENTRY} }}"
@@ -273,7 +272,7 @@ class _Site:
         return None
 
     def _beside(self, count: int, text: str) -> _Insert | None:
-        """After the last dotted key that names the first `count` parts of the path itself."""
+        """Return the insertion after the last dotted key with `count` parts of the path."""
         likes = [
             field
             for field in self._fields
@@ -291,7 +290,7 @@ class _Site:
         return _Insert(at=like.value_end, text=f", {text}")
 
     def _line(self, at: int, text: str, *, like: int) -> _Insert:
-        """A line of its own after the one that `at` is in, indented like another."""
+        """Return the insertion of a line after the line of `at`, with the indentation of `like`."""
         _, end, after = toml_text.rest_of_line(self._body, at)
         indent = self._body[toml_text.line_start(self._body, like) : like]
         if end:
@@ -299,7 +298,10 @@ class _Site:
         return _Insert(at=after, text=text, lead=newline_of(self._body) + indent)
 
     def _as_table(self) -> _Insert:
-        """A table at the end, set off by an empty line; the last line end is kept, or lacks."""
+        """Return the insertion of a table at the end, after an empty line.
+
+        A missing line end at the end of the file stays missing.
+        """
         body, newline = self._body, newline_of(self._body)
         ended = body.endswith("\n")
         lead = "" if not body else newline if ended else newline * 2
@@ -311,11 +313,13 @@ class _Site:
             makes_table=True,
         )
 
-    # -- taking out ----------------------------------------------------------------------------
+    # -- removing ------------------------------------------------------------------------------
 
     def cut(self, field: Field, added: Added) -> Splice:
-        """Return the change that takes the value out, and with it a table of our making that
-        holds nothing else. Sub-tables with a header of their own do not need it."""
+        """Return the splice that removes the value, and a table of ours that becomes empty.
+
+        Sub-tables with a header of their own do not need that table.
+        """
         ours = Made.FOLDER in added.made
         if not field.is_line:
             holder = self._holder(field)
@@ -330,8 +334,10 @@ class _Site:
         return self._cut_line(field.start, field, added)
 
     def _is_all(self, field: Field, header: Header) -> bool:
-        """The field is all that the folder's own table holds. A comment that somebody put into it
-        keeps it; one that follows it stays without it."""
+        """Return True if the folder's own table has no other content than the field.
+
+        A comment in the table is other content. A comment after the table is not.
+        """
         between = self._body[header.end : field.start]
         alone, _, _ = toml_text.rest_of_line(self._body, field.value_end)
         return (
@@ -345,7 +351,7 @@ class _Site:
         return next(each for each in self._fields if each.value_start == field.opened)
 
     def _cut_inline(self, field: Field) -> Splice:
-        """The exact reverse of a field put behind the last one, or behind the brace."""
+        """Return the splice that reverses an insertion after the last field or the brace."""
         fields = toml_text.inline_fields(self._body, self._holder(field))
         index = fields.index(field)
         if index > 0:
@@ -355,11 +361,11 @@ class _Site:
         return Splice(field.opened + 1, field.value_end)
 
     def _cut_line(self, start: int, field: Field, added: Added) -> Splice:
-        """From `start` to the end of the field, with the white space that was written with it."""
+        """Return the splice from `start` to the end of the field, with its white space."""
         body, end = self._body, field.value_end
         alone, _, after = toml_text.rest_of_line(body, end)
         if not alone:
-            return Splice(start, end)  # a comment stands behind it
+            return Splice(start, end)  # a comment follows
         begin = toml_text.line_start(body, start)
         lead, trail = start - len(added.lead), end + len(added.trail)
         fits = body[max(lead, 0) : start] == added.lead and body[end:trail] == added.trail
@@ -369,8 +375,8 @@ class _Site:
 
 
 def _quoted(folder: str) -> str:
-    """Return the folder as a key. A literal string where that shows it plainly, as for paths
-    with backslashes; a basic one with escapes for all else."""
+    """Return the folder as a quoted key: in a literal string if it has backslashes or quotes, and
+    with escapes if no literal string can hold it."""
     if '"' not in folder and "\\" not in folder and folder.isprintable():
         return f'"{folder}"'
     if "'" not in folder and folder.isprintable():
@@ -389,8 +395,10 @@ def _escaped(char: str) -> str:
 def _proved(
     source: Text, splices: Sequence[Splice], before: Document, values: Mapping[str, Any]
 ) -> bytes:
-    """Return the file with changes, once it is sure that it means what it should: the value of
-    each folder (None: without it), and all else as before."""
+    """Return the file with the splices, after a check of its meaning.
+
+    Each folder must have the given value (None: no value), and all else must be unchanged.
+    """
     body = apply_all(splices, source.body)
     try:
         after = toml_text.parse(body)
@@ -409,7 +417,7 @@ def _proved(
 
 
 def _without(table: Table, folders: Iterable[str]) -> Table:
-    """Return the document without the values, and without tables that are empty by that."""
+    """Return the document without the folders' levels and the tables that become empty."""
     projects = dict(table.get(_PROJECTS, {}))
     for folder in folders:
         entry = {key: each for key, each in projects.get(folder, {}).items() if key != _LEVEL}

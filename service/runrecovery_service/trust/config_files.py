@@ -1,4 +1,4 @@
-"""Where each agent CLI keeps the file with its trusted folders."""
+"""The path of each agent CLI's file with its trusted folders."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ EDITORS: Final[Mapping[AgentCli, Editor]] = {
 
 
 def config_file(cli: AgentCli, env: Mapping[str, str]) -> Path:
-    """Return the file that a CLI with this environment reads. It need not exist.
+    """Return the file that a CLI with this environment reads. The file need not exist.
 
     Args:
         env: the environment that the CLI is launched with, not the service's own.
 
     Raises:
-        HomeUnknown: a variable that counts is not set, or is relative: the CLI would take it from
-            the folder that it is started in.
+        HomeUnknown: a needed variable is not set, or is a relative path, which would depend on the
+            CLI's working directory.
     """
     match cli:
         case AgentCli.CODEX:
@@ -59,7 +59,7 @@ def _home(env: Mapping[str, str]) -> Path:
 
 
 def _folder(env: Mapping[str, str], variable: str) -> Path | None:
-    """Return the path in a variable; None if it is not set, or empty, which means the same."""
+    """Return the path in a variable; None if the variable is not set or empty."""
     value = env.get(variable, "")
     if not value:
         return None

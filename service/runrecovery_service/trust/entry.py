@@ -1,4 +1,4 @@
-"""What an edit of a trust entry did, and what all editors have in common."""
+"""The result of an edit of a trust entry, and what all editors share."""
 
 from __future__ import annotations
 
@@ -13,32 +13,33 @@ from runrecovery_service.trust.errors import FolderUnusable, TrustFileUnusable, 
 
 
 class Made(Enum):
-    """A container of the entry that was not there before us."""
+    """A container of the entry that the service created."""
 
     FILE = "file"
     DOCUMENT = "document"
-    """The file was empty, or held white space alone."""
+    """The document; the file was empty or blank before."""
     PROJECTS = "projects"
     FOLDER = "folder"
 
 
 RESERVE: Final = 64 << 10
-"""Bytes by which a file that has an entry of ours can grow before no other goes in."""
+"""Bytes by which a file with an entry of ours must be able to grow and still be edited."""
 
 SHARED: Final = frozenset({Made.FILE, Made.DOCUMENT, Made.PROJECTS})
-"""Containers that entries of several folders live in. Each entry of ours in one that we made knows
-that we did, so that whichever goes last can take it along."""
+"""Containers of the entries of several folders. Every entry in such a container records that the
+service created it, so that the removal of the last entry also removes the container."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Added:
-    """What `add` did for one folder: all that `remove` needs to know. Keep it until then.
+    """What `add` did for one folder. Store it, because `remove` needs it.
 
     Attributes:
-        owned: the entry is ours; False: the folder was trusted already, `remove` will do nothing.
-        previous: the value that ours has replaced, as it was written; None: there was none.
-        made: the containers that we made, or that an entry of ours before this one has made.
-        lead, trail: white space that was written around the entry (TOML alone).
+        owned: the service added the entry. False: the folder was already trusted, so `remove` does
+            nothing.
+        previous: the text of the value that was replaced; None: there was none.
+        made: the containers that this entry, or an earlier entry of ours, has created.
+        lead, trail: white space that was written around the entry (TOML only).
     """
 
     owned: bool
@@ -48,16 +49,16 @@ class Added:
     trail: str = ""
 
     def to_json(self) -> str:
-        """Return it as text for a row."""
+        """Return the text to store."""
         made = sorted(each.value for each in self.made)
         return json.dumps([self.owned, self.previous, made, self.lead, self.trail])
 
     @classmethod
     def from_json(cls, text: str) -> Added:
-        """Return what `to_json` wrote.
+        """Return the value of a stored text.
 
         Raises:
-            ValueError, TypeError, RecursionError: it did not write this.
+            ValueError, TypeError, RecursionError: `to_json` did not write this text.
         """
         owned, previous, made, lead, trail = json.loads(text)
         words = (lead, trail, "" if previous is None else previous)
@@ -76,29 +77,29 @@ class Added:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Edit:
-    """A new text for the file, and what is to be kept of how it came about."""
+    """The new content of the file, and what to store for the removal."""
 
     text: bytes | None
     added: Added
 
 
 class Outcome(Enum):
-    """What `remove` found."""
+    """The outcome of `remove`."""
 
     REMOVED = "removed"
     RESTORED = "restored"
-    """The value of before is back."""
+    """The previous value is back."""
     GONE = "gone"
-    """It is not there (any more): nothing to do."""
+    """The entry is not in the file, so there was nothing to do."""
     CHANGED = "changed"
-    """Somebody has changed it since; it is theirs now, and was left."""
+    """Somebody has changed the entry, so it belongs to them and stays."""
     NOT_OURS = "not_ours"
-    """It was never ours."""
+    """The service did not add the entry."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Removal:
-    """A new text for the file (None: the file is to go, it was not there before us)."""
+    """The new content of the file. None: remove the file, which the service created."""
 
     text: bytes | None
     outcome: Outcome
@@ -106,37 +107,37 @@ class Removal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Removals:
-    """A new text for the file, and what was found of each of several folders."""
+    """The new content of the file, and the outcome for each folder."""
 
     text: bytes | None
     outcomes: Mapping[str, Outcome]
 
 
 class Editor(Protocol):
-    """One CLI's trust entries. Pure: bytes of the file in (None: no file), bytes out."""
+    """Edits one CLI's trust entries. Pure: it gets and returns content (None: no file)."""
 
     def accepts(self, added: Added) -> bool:
-        """Tell whether this can be what an `add` of this editor told: a record may be damaged."""
+        """Return whether `add` of this editor can have returned this: a record may be damaged."""
         ...
 
     def add(
-        self, text: bytes | None, folder: str, standing: Mapping[str, Added] | None = None
+        self, text: bytes | None, folder: str, recorded: Mapping[str, Added] | None = None
     ) -> Edit:
-        """Let the CLI trust `folder`. A folder that it trusts already changes nothing.
+        """Return the edit that lets the CLI trust `folder`. A trusted folder changes nothing.
 
         Args:
-            standing: our entries in this file, by folder, as their `add` told. One of this same
-                folder stays what it is.
+            recorded: our entries in this file, by folder, as `add` returned them. An entry of
+                `folder` itself is returned unchanged.
 
         Raises:
-            TrustFileUnusable: the text cannot be edited safely, or would be so long that it could
-                not grow by `RESERVE` and still be edited.
+            TrustFileUnusable: the text cannot be edited safely, or would become too long to grow
+                by `RESERVE` and still be edited.
             FolderUnusable: the name cannot be an entry.
         """
         ...
 
     def remove(self, text: bytes | None, folder: str, added: Added) -> Removal:
-        """Take out what `add` put in, and containers of our making that are empty again.
+        """Return the edit that removes the entry, and containers of ours that become empty.
 
         Raises:
             TrustFileUnusable: the text cannot be edited safely.
@@ -144,7 +145,7 @@ class Editor(Protocol):
         ...
 
     def remove_all(self, text: bytes | None, entries: Mapping[str, Added]) -> Removals:
-        """Do what `remove` of each folder, one after the other, does.
+        """Return the edit of calling `remove` for each folder, one after the other.
 
         Raises:
             TrustFileUnusable: the text cannot be edited safely.
@@ -153,13 +154,13 @@ class Editor(Protocol):
 
 
 RemoveSome: TypeAlias = Callable[[bytes | None, Mapping[str, Added]], Removals]
-"""Takes out those of several entries that can go at one time; none, if that cannot be told."""
+"""Removes those of several entries that can be removed at once; none if that is not certain."""
 
 
 def in_rounds(
     editor: Editor, some: RemoveSome, text: bytes | None, entries: Mapping[str, Added]
 ) -> Removals:
-    """Take out several entries: many with one look at the text, which takes long for a long one.
+    """Remove several entries, many of them with one parse of the text, which may take long.
 
     Raises:
         TrustFileUnusable: the text cannot be edited safely.
@@ -173,7 +174,7 @@ def in_rounds(
         except TrustFileUnusable as error:
             if error.reason is not UnusableReason.NOT_PROVED or len(portion) == 1:
                 raise
-            most = len(portion) // 2  # one of them spoils it; it will be alone
+            most = len(portion) // 2  # one entry is the cause; halve until it is alone
             continue
         if not removals.outcomes:
             most = 1
@@ -188,10 +189,10 @@ def _one(editor: Editor, text: bytes | None, entries: Mapping[str, Added]) -> Re
 
 
 def with_reserve(text: bytes, most: int) -> bytes:
-    """Return the text, if it is shorter than what can be edited by so much.
+    """Return the text if it can grow by `RESERVE` bytes.
 
     Raises:
-        TrustFileUnusable: it is not.
+        TrustFileUnusable: it cannot.
     """
     if len(text) > most - RESERVE:
         raise TrustFileUnusable(
@@ -205,25 +206,25 @@ def check_folder(folder: str) -> None:
     """Check that the name can be an entry.
 
     Raises:
-        FolderUnusable: it is not absolute, holds a NUL, or bytes that are no UTF-8 (which Python
-            shows as lone surrogates, and which none of these files can hold).
+        FolderUnusable: the name is not absolute, contains a NUL, or is not UTF-8 (Python shows
+            such bytes as lone surrogates, which none of these files can contain).
     """
     if not folder.startswith("/"):
-        raise FolderUnusable(folder, "is no absolute path")
+        raise FolderUnusable(folder, "is not an absolute path")
     if "\0" in folder:
-        raise FolderUnusable(folder, "holds a NUL")
+        raise FolderUnusable(folder, "contains a NUL")
     if any("\ud800" <= char <= "\udfff" for char in folder):
-        raise FolderUnusable(folder, "is no UTF-8 text")
+        raise FolderUnusable(folder, "is not UTF-8 text")
 
 
-def inherited(standing: Mapping[str, Added] | None) -> frozenset[Made]:
-    """Return the shared containers that entries of ours have made."""
+def inherited(recorded: Mapping[str, Added] | None) -> frozenset[Made]:
+    """Return the shared containers that entries of ours have created."""
     made: frozenset[Made] = frozenset()
-    for added in (standing or {}).values():
+    for added in (recorded or {}).values():
         made |= added.made
     return made & SHARED
 
 
-def unchanged(text: bytes | None, folder: str, standing: Mapping[str, Added] | None) -> Edit:
-    """Return the edit of a folder that is trusted already: by an entry of ours, or not by us."""
-    return Edit(text=text, added=(standing or {}).get(folder, Added(owned=False)))
+def unchanged(text: bytes | None, folder: str, recorded: Mapping[str, Added] | None) -> Edit:
+    """Return the edit for a folder that is already trusted, by an entry of ours or another."""
+    return Edit(text=text, added=(recorded or {}).get(folder, Added(owned=False)))

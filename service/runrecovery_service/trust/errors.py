@@ -1,11 +1,11 @@
-"""What can be wrong with a trust file. Nothing was changed in it whenever one of these is raised.
+"""The errors of editing a trust file. Each of them means that the file was not changed.
 
 TrustError
-├── TrustFileUnusable   what the file is or holds cannot be edited safely
+├── TrustFileUnusable   the file, or its content, cannot be edited safely
 ├── FolderUnusable      the folder's name cannot be an entry
-├── TrustFileBusy       others hold the lock, or write it too often; later it may work
+├── TrustFileBusy       others hold the lock or write the file too often; retry later
 ├── TrustFileOutOfReach the system refused: permission, a full disk, a read-only folder
-└── HomeUnknown         the environment does not say where the file is
+└── HomeUnknown         the environment does not tell where the file is
 """
 
 from __future__ import annotations
@@ -16,39 +16,39 @@ from pathlib import Path
 
 
 class UnusableReason(Enum):
-    """Why a trust file is left alone."""
+    """Why a trust file cannot be edited."""
 
     NOT_UTF8 = "not_utf8"
-    """Its bytes are no UTF-8 text."""
+    """The content is not UTF-8."""
     NOT_PARSABLE = "not_parsable"
-    """It is not what its name says, by the rules of TOML 1.0 or of JSON (without comments)."""
+    """The content is not TOML 1.0, or not JSON (without comments)."""
     TOO_LARGE = "too_large"
     TOO_DEEP = "too_deep"
-    """Nested more deeply, or named by longer dotted keys, than any real file is."""
+    """The content has deeper nesting or longer dotted keys than any real file."""
     UNEXPECTED_SHAPE = "unexpected_shape"
-    """Where a table, an object or a plain value should be, there is something else."""
+    """The content has a value of another type where a table, an object or a text is expected."""
     NOT_PROVED = "not_proved"
-    """The new text would have changed more than our entry. A defect of ours, without a victim."""
+    """The edit would have changed more than our entry: a defect of the service, without harm."""
     NOT_REGULAR = "not_regular"
-    """A pipe, a folder, a device."""
+    """It is a pipe, a folder or a device."""
     LINKED = "linked"
-    """It has a second name (a hard link), which would keep the old text."""
+    """It has a second name (a hard link), which would still show the old content."""
     READ_ONLY = "read_only"
-    """Nobody may write it, by its mode: somebody wants it to stay as it is."""
+    """Its mode lets nobody write it, so its owner wants to keep it unchanged."""
     OWNER_LOST = "owner_lost"
-    """A new file could not be given the owner or the group of the old one."""
+    """A new file cannot get the owner or the group of the old one."""
 
 
 class TrustError(Exception):
-    """Root of the tree. Subclasses carry fields; their text is for people."""
+    """Root of the tree. Subclasses carry fields. Their text is for people."""
 
 
 @dataclass(eq=False)
 class TrustFileUnusable(TrustError):
-    """The file is left as it is, byte for byte.
+    """The file cannot be edited safely, and stays unchanged.
 
     Attributes:
-        detail: for people; never holds text of the file, which may be secret.
+        detail: for people. It contains no text of the file, which may be secret.
     """
 
     reason: UnusableReason
@@ -60,7 +60,7 @@ class TrustFileUnusable(TrustError):
 
 @dataclass(eq=False)
 class FolderUnusable(TrustError):
-    """No CLI could find an entry of that name."""
+    """The folder's name cannot be an entry."""
 
     folder: str
     detail: str
@@ -71,7 +71,7 @@ class FolderUnusable(TrustError):
 
 @dataclass(eq=False)
 class TrustFileBusy(TrustError):
-    """Try again later."""
+    """Others use the file. Retry later."""
 
     path: Path
     detail: str
@@ -82,7 +82,7 @@ class TrustFileBusy(TrustError):
 
 @dataclass(eq=False)
 class TrustFileOutOfReach(TrustError):
-    """The system refused something; `errno` says what."""
+    """The system refused an operation on the file. `errno` tells why."""
 
     path: Path
     errno: int
@@ -94,7 +94,7 @@ class TrustFileOutOfReach(TrustError):
 
 @dataclass(eq=False)
 class HomeUnknown(TrustError):
-    """A variable is missing, or is no absolute path."""
+    """A variable is missing or is not an absolute path."""
 
     variable: str
 

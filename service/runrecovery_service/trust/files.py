@@ -1,11 +1,12 @@
-"""Puts a new text in the place of a file that other programs read and write as well.
+"""Replaces the content of a file that other programs read and write as well.
 
-What stays possible: somebody who does not take our lock replaces or writes the file between our
-last look at it and the replacement, which are the next system calls (some ten microseconds), or
-has opened it before that and writes into it afterwards. His text is then lost, as it would be
-between any two writers of such a file; in the first case a copy of it is nowhere. No reader sees a
-torn file from us, and our own edits, by however many services on this host, never lose each other.
-A file that was not there is made without that gap.
+No reader sees a half-written file, and edits by several services on this host never lose each
+other. A new file is created without a race.
+
+One race remains with a program that does not acquire our lock. The program may replace or write the
+file between our last read and the replacement, some ten microseconds later. Or it may have opened
+the file before and write to it afterwards. Its text is then lost, as between any two writers of
+such a file. In the first case no copy of that text exists.
 """
 
 from __future__ import annotations
@@ -29,28 +30,27 @@ from runrecovery_service.trust.errors import (
     TrustFileUnusable,
     UnusableReason,
 )
-from runrecovery_service.trust.locks import locked, token
+from runrecovery_service.trust.locks import lock, read_token
 
-MOST_BYTES: Final = 32 << 20
-"""Twice what an entry is put into: a file that grew since must let it go again."""
+MAX_BYTES: Final = 32 << 20
+"""Twice the limit for adding an entry, so that an entry can be removed from a file that grew."""
 BACKUPS: Final = 3
-"""Earlier versions that are kept."""
+"""Number of earlier versions that are kept."""
 TRIES: Final = 12
-"""Looks at the file, because somebody wrote meanwhile or may be writing, before it is given up."""
-SETTLED_LOOKS: Final = 4
-"""Looks at a file that stays absent, empty or not parsable before it is taken for that: some CLIs
-empty their file and then write it, editors rename it away and write another, and what is seen in
-between is no state of it."""
+"""Number of tries while others write the file."""
+SETTLED_READS: Final = 4
+"""Number of equal reads after which a file counts as absent, empty or not parsable. Some CLIs empty
+their file before they write it, and editors rename it away first. Such a moment must not count."""
 LOCK_WAIT_S: Final = 10.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 0.1
 
 
 class Change(Protocol):
-    """What an edit decides: `entry.Edit` and `entry.Removal` are such."""
+    """The decision of an edit, such as `entry.Edit` or `entry.Removal`."""
 
     @property
     def text(self) -> bytes | None:
-        """What the file shall hold; None: it shall not be there."""
+        """The new content of the file; None: no file."""
         ...
 
 
@@ -58,20 +58,20 @@ _Change = TypeVar("_Change", bound=Change)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Places:
-    """Where our own files go.
+class SideFolders:
+    """The folders of lock files and backups.
 
     Attributes:
-        locks: a folder for lock files; None: beside the file. All services that edit one file
-            must say the same here, else they do not see each other.
-        backups: a folder for earlier versions; None: beside the file.
+        locks: the folder of lock files; None: beside the edited file. All services that edit one
+            file need the same folder, or else they do not exclude each other.
+        backups: the folder of earlier versions; None: beside the edited file.
     """
 
     locks: Path | None = None
     backups: Path | None = None
 
 
-BESIDE: Final = Places()
+BESIDE: Final = SideFolders()
 
 
 def edit(
@@ -81,80 +81,82 @@ def edit(
     begin: Callable[[str | None], object] = lambda _: None,
     record: Callable[[_Change], object] = lambda _: None,
     done: Callable[[_Change], object] = lambda _: None,
-    places: Places = BESIDE,
+    side_folders: SideFolders = BESIDE,
     make: bool = True,
     lock_wait_s: float = LOCK_WAIT_S,
     pause: Callable[[float], object] = time.sleep,
 ) -> _Change:
-    """Change a file as `decide` says, and return what it said. Blocks: call it in a thread.
+    """Change a file as `decide` returns, and return that decision. It blocks: call it in a thread.
 
-    A crash at any point leaves the old file or the new one. A symbolic link stays, and what it
-    leads to is changed. Mode, owner, group and, where the system lets us, extended attributes
-    stay. Folders on the way that do not exist are made (mode 0700), and are left.
+    A crash leaves either the old or the new file. A symbolic link stays, and its target is changed.
+    Mode, owner, group and, if the system allows it, extended attributes stay. Missing parent
+    folders are created with mode 0700, and are not removed.
+
+    An exception of one of the callables is passed on. The file is then unchanged, except for
+    exceptions of `done`.
 
     Args:
-        decide: from the file's bytes (None: no file) to the change. It is called again whenever
-            somebody else has written meanwhile. What it raises comes through.
-        begin: called once, under the lock and before the first decision, with the token of the
-            place (see `locks`); None: there is no lock.
-        record: called with each decision before anything is written, so that what was added is on
-            record before it is there. After a crash in between there is a record of something
-            that is not there; to remove that is harmless. What it raises comes through.
-        done: called once, with what came about, when the file holds it: also when nothing had to
-            be written. The lock is still held, so that a record that goes there is not the one
-            that the next edit makes. (Where the folder of the file does not exist there is no lock,
-            and nothing of ours.) What it raises comes through, and the change stays.
-        make: False: where the lock is not there, nothing of ours is: no file and no folder is made,
-            and `decide`, asked once with None, must say None.
-        pause: waits for others; what it raises comes through, and the file was not touched.
+        decide: returns the change for the file's content (None: no file). It is called again if
+            another program has written meanwhile.
+        begin: called once, under the lock, before the first decision, with the lock's token; with
+            None if there is no lock.
+        record: called with each decision before the file is written, so that an entry is recorded
+            before it exists. A crash in between leaves a record without an entry, whose removal
+            does no harm.
+        done: called once with the decision when the file has the new content, also if nothing had
+            to be written. The lock is still held, so `done` cannot delete the record of the next
+            edit. Without a parent folder there is no lock.
+        make: False: without a lock file there is no entry of ours, so create neither file nor
+            folder. `decide` is then called once with None and must return None.
+        pause: waits for other programs.
 
     Raises:
-        TrustFileUnusable: the file cannot be edited safely; it was not touched.
-        TrustFileBusy: others hold the lock, or write all the time; it was not touched.
-        TrustFileOutOfReach: the system refused; it was not touched.
+        TrustFileUnusable: the file cannot be edited safely, and is unchanged.
+        TrustFileBusy: others hold the lock or write all the time; the file is unchanged.
+        TrustFileOutOfReach: the system refused; the file is unchanged.
     """
-    target = _followed(path)
-    if not _is_there(target, places, make=make):
+    target = _resolve(path)
+    if not _must_lock(target, side_folders, make=make):
         begin(None)
         change = decide(None)
         if change.text is None:
             record(change)
             done(change)
             return change
-    _make_folders(target, places)
-    with locked(lock_file(target, places), wait_s=lock_wait_s, pause=pause) as here:
-        with _asking_the_system(target):
-            _clear_away(target, places)
+    _make_folders(target, side_folders)
+    with lock(lock_file(target, side_folders), wait_s=lock_wait_s, pause=pause) as here:
+        with _system_errors(target):
+            _remove_leftovers(target, side_folders)
         begin(here)
-        change = _edit_locked(path, target, decide, record, places, _Patience(target, pause))
+        change = _edit_locked(path, target, decide, record, side_folders, _Retries(target, pause))
         done(change)
         return change
 
 
-def _is_there(target: Path, places: Places, *, make: bool) -> bool:
-    needed = target.parent if make else lock_file(target, places)
-    with _asking_the_system(needed):
+def _must_lock(target: Path, side_folders: SideFolders, *, make: bool) -> bool:
+    needed = target.parent if make else lock_file(target, side_folders)
+    with _system_errors(needed):
         return needed.exists()
 
 
-def place_of(target: Path, places: Places = BESIDE) -> str | None:
-    """Return the token of the place that a file is in, as an edit's `begin` gets it; None where
-    nobody has edited it. Takes no lock."""
-    return token(lock_file(target, places))
+def token_of(target: Path, side_folders: SideFolders = BESIDE) -> str | None:
+    """Return the token of a file's lock, as `begin` of an edit gets it; None if the file was never
+    edited. Acquire no lock."""
+    return read_token(lock_file(target, side_folders))
 
 
-def lock_file(target: Path, places: Places = BESIDE) -> Path:
-    """Return the lock of a file (the one that links lead to)."""
-    return Path(f"{_stem(target, places.locks)}.lock")
+def lock_file(target: Path, side_folders: SideFolders = BESIDE) -> Path:
+    """Return the lock file of a file (which must not be a link)."""
+    return Path(f"{_stem(target, side_folders.locks)}.lock")
 
 
-def backup_file(target: Path, age: int, places: Places = BESIDE) -> Path:
-    """Return where the `age`-th last version of a file is: 1 is the last."""
-    return Path(f"{_stem(target, places.backups)}.{age}.bak")
+def backup_file(target: Path, age: int, side_folders: SideFolders = BESIDE) -> Path:
+    """Return the path of an earlier version of a file; age 1 is the latest."""
+    return Path(f"{_stem(target, side_folders.backups)}.{age}.bak")
 
 
 def _stem(target: Path, folder: Path | None) -> Path:
-    """Return what the names of our files for this target begin with."""
+    """Return the common beginning of the paths of our files for this target."""
     if folder is None:
         return target.parent / f".runrecovery.{target.name}"
     digest = hashlib.sha256(os.fsencode(target)).hexdigest()[:16]
@@ -165,13 +167,13 @@ def _temporary(target: Path, folder: Path | None) -> Path:
     return Path(f"{_stem(target, folder)}.{secrets.token_hex(8)}.tmp")
 
 
-def _followed(path: Path) -> Path:
-    """Return what links lead to. Where they lead in a circle, opening it will say so."""
+def _resolve(path: Path) -> Path:
+    """Return the target of links. A circle of links fails later, when the file is opened."""
     return Path(os.path.realpath(path))
 
 
 @contextmanager
-def _asking_the_system(path: Path) -> Iterator[None]:
+def _system_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -179,16 +181,16 @@ def _asking_the_system(path: Path) -> Iterator[None]:
         raise TrustFileOutOfReach(path, error.errno or 0, detail) from error
 
 
-def _make_folders(target: Path, places: Places) -> None:
-    for folder in (target.parent, places.locks, places.backups):
+def _make_folders(target: Path, side_folders: SideFolders) -> None:
+    for folder in (target.parent, side_folders.locks, side_folders.backups):
         if folder is not None:
-            with _asking_the_system(folder):
+            with _system_errors(folder):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
-def _clear_away(target: Path, places: Places) -> None:
-    """Remove what edits that were killed have left: whoever is not dead would hold the lock."""
-    for folder in {None, places.backups}:
+def _remove_leftovers(target: Path, side_folders: SideFolders) -> None:
+    """Remove temporary files of killed edits: a living edit would hold the lock."""
+    for folder in {None, side_folders.backups}:
         stem = _stem(target, folder)
         with os.scandir(stem.parent) as entries:
             names = [each.name for each in entries]
@@ -198,12 +200,12 @@ def _clear_away(target: Path, places: Places) -> None:
                 (stem.parent / name).unlink(missing_ok=True)
 
 
-# -- looking ---------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _State:
-    """What tells a file from another one, and from itself after a change."""
+    """The status by which a replaced or changed file is noticed."""
 
     device: int
     inode: int
@@ -229,38 +231,38 @@ class _State:
 
 
 @dataclass(frozen=True, slots=True)
-class _Seen:
-    """A file as it was read; both None: there was none."""
+class _Snapshot:
+    """A file as it was read. Both are None if there was no file."""
 
     state: _State | None = None
     data: bytes | None = None
 
 
-def _look(target: Path) -> _Seen:
-    """Read the file, and never wait for it.
+def _read(target: Path) -> _Snapshot:
+    """Read the file. Never wait, even if it is a pipe.
 
     Raises:
-        TrustFileUnusable: it is no regular file, has a second name, or is too large.
-        OSError: it cannot be read.
+        TrustFileUnusable: not a regular file, a file with a second name, or too large.
+        OSError: the file cannot be read.
     """
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         descriptor = os.open(target, flags)
     except FileNotFoundError:
-        return _Seen()
+        return _Snapshot()
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise TrustFileUnusable(UnusableReason.NOT_REGULAR, "no regular file")
+            raise TrustFileUnusable(UnusableReason.NOT_REGULAR, "not a regular file")
         if status.st_nlink > 1:
-            raise TrustFileUnusable(UnusableReason.LINKED, f"{status.st_nlink} names for one file")
+            raise TrustFileUnusable(UnusableReason.LINKED, f"the file has {status.st_nlink} names")
         with open(descriptor, "rb", closefd=False) as file:
-            data = file.read(MOST_BYTES + 1)
+            data = file.read(MAX_BYTES + 1)
     finally:
         os.close(descriptor)
-    if len(data) > MOST_BYTES:
-        raise TrustFileUnusable(UnusableReason.TOO_LARGE, f"more than {MOST_BYTES} bytes")
-    return _Seen(_State.of(status), data)
+    if len(data) > MAX_BYTES:
+        raise TrustFileUnusable(UnusableReason.TOO_LARGE, f"more than {MAX_BYTES} bytes")
+    return _Snapshot(_State.of(status), data)
 
 
 def _state(target: Path) -> _State | None:
@@ -270,32 +272,32 @@ def _state(target: Path) -> _State | None:
         return None
 
 
-class _Patience:
-    """Waits for others, within bounds."""
+class _Retries:
+    """Waits for programs that write the file, a limited number of times."""
 
     def __init__(self, target: Path, pause: Callable[[float], object]) -> None:
         self._target = target
         self._pause = pause
         self._tries = 0
-        self._seen: _Seen | None = None
-        self._looks = 0
+        self._seen: _Snapshot | None = None
+        self._same_reads = 0
 
     def again(self) -> None:
-        """Wait a little, more each time.
+        """Wait a little, longer each time.
 
         Raises:
-            TrustFileBusy: it was often enough.
+            TrustFileBusy: the limit of tries is reached.
         """
         self._tries += 1
         if self._tries == TRIES:
-            raise TrustFileBusy(self._target, f"others wrote it during {TRIES} tries")
+            raise TrustFileBusy(self._target, f"others wrote the file during {TRIES} tries")
         self._pause(min(_FIRST_PAUSE_S * 2 ** (self._tries - 1), _LONGEST_PAUSE_S))
 
-    def settles(self, seen: _Seen) -> bool:
-        """Wait for whoever may be in the middle of writing this. False: it stays as it is."""
-        self._looks = self._looks + 1 if seen == self._seen else 1
+    def may_change(self, seen: _Snapshot) -> bool:
+        """Wait and return True if another program may just be writing the file, else False."""
+        self._same_reads = self._same_reads + 1 if seen == self._seen else 1
         self._seen = seen
-        if self._looks == SETTLED_LOOKS:
+        if self._same_reads == SETTLED_READS:
             return False
         self.again()
         return True
@@ -309,52 +311,52 @@ def _edit_locked(
     target: Path,
     decide: Callable[[bytes | None], _Change],
     record: Callable[[_Change], object],
-    places: Places,
-    patience: _Patience,
+    side_folders: SideFolders,
+    retries: _Retries,
 ) -> _Change:
     while True:
-        with _asking_the_system(target):
-            seen = _look(target)
+        with _system_errors(target):
+            seen = _read(target)
         try:
-            if not seen.data and patience.settles(seen):
+            if not seen.data and retries.may_change(seen):
                 continue
             change = decide(seen.data)
         except TrustFileUnusable as error:
             unsettled = error.reason in {UnusableReason.NOT_PARSABLE, UnusableReason.NOT_UTF8}
-            if unsettled and patience.settles(seen):
+            if unsettled and retries.may_change(seen):
                 continue
             raise
         record(change)
         if change.text == seen.data:
             return change
-        if _followed(path) != target:
-            raise TrustFileBusy(path, "the link leads elsewhere than a moment ago")
-        with _asking_the_system(target):
-            if _put(target, seen, change.text, places):
+        if _resolve(path) != target:
+            raise TrustFileBusy(path, "the target of the link has just changed")
+        with _system_errors(target):
+            if _replace(target, seen, change.text, side_folders):
                 return change
-        patience.again()
+        retries.again()
 
 
-def _put(target: Path, seen: _Seen, text: bytes | None, places: Places) -> bool:
-    """Put the text in the place of what was seen. False: that has changed; nothing was done."""
+def _replace(target: Path, seen: _Snapshot, text: bytes | None, side_folders: SideFolders) -> bool:
+    """Replace the file. Return False if it has changed since it was read; nothing is done then."""
     if seen.state is not None and not seen.state.mode & 0o222:
-        raise TrustFileUnusable(UnusableReason.READ_ONLY, "no one may write it, by its mode")
+        raise TrustFileUnusable(UnusableReason.READ_ONLY, "its mode lets nobody write it")
     new = _temporary(target, None)
-    old = _temporary(target, places.backups)
+    old = _temporary(target, side_folders.backups)
     try:
         if text is not None:
             _write(new, text, like=seen.state, attributes_of=target)
         if seen.data is not None:
-            _write(old, seen.data, like=seen.state, most_mode=0o600)
-        if _look(target) != seen:
+            _write(old, seen.data, like=seen.state, max_mode=0o600)
+        if _read(target) != seen:
             return False
         if not _swap(new if text is not None else None, target, seen.state):
             return False
-        # It is done. What fails from here on, as a disk that breaks, must not say otherwise.
+        # The file is replaced. A later failure, for example of the disk, must not hide that.
         with suppress(OSError):
             _sync_folder(target.parent)
         with suppress(OSError):
-            _keep(old, target, places)
+            _rotate_backups(old, target, side_folders)
     finally:
         for left in (new, old):
             with suppress(OSError):
@@ -363,10 +365,10 @@ def _put(target: Path, seen: _Seen, text: bytes | None, places: Places) -> bool:
 
 
 def _swap(new: Path | None, target: Path, expected: _State | None) -> bool:
-    """Put the file (None: nothing) at the target, if that is still as expected."""
+    """Move the new file (None: none) to the target if that is still as expected."""
     if expected is None and new is not None:
-        return _place_new(new, target)
-    # Nothing may come between these two: whatever is written there is lost.
+        return _create(new, target)
+    # Nothing may come between these two calls: a write in between is lost.
     if _state(target) != expected:
         return False
     if new is None:
@@ -376,18 +378,18 @@ def _swap(new: Path | None, target: Path, expected: _State | None) -> bool:
     return True
 
 
-def _place_new(new: Path, target: Path) -> bool:
-    """Give a new file its name, unless somebody else was first."""
+def _create(new: Path, target: Path) -> bool:
+    """Give a new file its name, unless another program was first."""
     try:
         os.link(new, target)
     except FileExistsError:
         return False
-    except OSError:  # not every file system has links
+    except OSError:  # not every file system has hard links
         if os.path.lexists(target):
             return False
         new.replace(target)
         return True
-    new.unlink()  # a crash here leaves two names; the next edit clears the other one away
+    new.unlink()  # a crash before this leaves two names; the next edit removes this one
     return True
 
 
@@ -396,13 +398,13 @@ def _write(
     data: bytes,
     *,
     like: _State | None,
-    most_mode: int = 0o7777,
+    max_mode: int = 0o7777,
     attributes_of: Path | None = None,
 ) -> None:
-    """Write a new file, down to the disk, with the owner and the mode of another.
+    """Write and sync a new file with the owner and the mode of another.
 
     Raises:
-        TrustFileUnusable: it cannot be given to that owner.
+        TrustFileUnusable: the new file cannot get that owner.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open(path, flags, 0o600)
@@ -410,32 +412,32 @@ def _write(
         file.write(data)
         file.flush()
         if like is not None:
-            mode = like.mode & most_mode
-            _give(descriptor, like, mode)
+            mode = like.mode & max_mode
+            _set_owner(descriptor, like, mode)
             if attributes_of is not None:
                 _copy_attributes(attributes_of, descriptor)
-            os.fchmod(descriptor, mode)  # after the owner, whose change takes bits away
+            os.fchmod(descriptor, mode)  # after a change of owner, which clears bits
         os.fsync(descriptor)
 
 
-def _give(descriptor: int, like: _State, mode: int) -> None:
+def _set_owner(descriptor: int, like: _State, mode: int) -> None:
     status = os.fstat(descriptor)
     if (status.st_uid, status.st_gid) == (like.uid, like.gid):
         return
     try:
         os.fchown(descriptor, like.uid, like.gid)
     except PermissionError:
-        # A group that may do nothing with the file can be another one.
+        # The group does not matter if it has no permission on the file.
         if status.st_uid == like.uid and not mode & 0o070:
             return
         raise TrustFileUnusable(
             UnusableReason.OWNER_LOST,
-            f"belongs to {like.uid}:{like.gid}, which we may not give it to",
+            f"the service may not give a file to its owner {like.uid}:{like.gid}",
         ) from None
 
 
 def _copy_attributes(source: Path, descriptor: int) -> None:
-    """Copy access lists, labels and the like, as far as we may."""
+    """Copy access lists, labels and other attributes, as far as the system allows it."""
     if sys.platform != "linux":
         return
     with suppress(OSError):
@@ -444,14 +446,16 @@ def _copy_attributes(source: Path, descriptor: int) -> None:
                 os.setxattr(descriptor, name, os.getxattr(source, name, follow_symlinks=False))
 
 
-def _keep(old: Path, target: Path, places: Places) -> None:
-    """Make the earlier version the first backup, and the others older by one."""
+def _rotate_backups(old: Path, target: Path, side_folders: SideFolders) -> None:
+    """Make the earlier version the first backup, and each other backup one older."""
     if not old.exists():
         return
     for age in range(BACKUPS, 1, -1):
         with suppress(FileNotFoundError):
-            backup_file(target, age - 1, places).replace(backup_file(target, age, places))
-    old.replace(backup_file(target, 1, places))
+            backup_file(target, age - 1, side_folders).replace(
+                backup_file(target, age, side_folders)
+            )
+    old.replace(backup_file(target, 1, side_folders))
 
 
 def _sync_folder(folder: Path) -> None:

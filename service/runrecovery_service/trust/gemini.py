@@ -1,4 +1,4 @@
-"""Gemini CLI: `trustedFolders.json` holds `{"<dir>": "TRUST_FOLDER"}`."""
+"""Gemini CLI: `trustedFolders.json` has `{"<dir>": "TRUST_FOLDER"}`."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from typing import Final
 
 from runrecovery_service.trust.json_entry import JsonEditor
 
-# TRUST_PARENT, at a folder, trusts the folder above it and with that the folder.
+# TRUST_PARENT at a folder trusts its parent, and so the folder too.
 EDITOR: Final = JsonEditor(value='"TRUST_FOLDER"', trusting=("TRUST_FOLDER", "TRUST_PARENT"))

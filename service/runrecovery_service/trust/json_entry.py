@@ -1,4 +1,4 @@
-"""One value in a JSON file, put in and taken out again with everything else left as it is."""
+"""Adds and removes one value in a JSON file without any other change."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from runrecovery_service.trust.entry import (
     with_reserve,
 )
 from runrecovery_service.trust.errors import TrustFileUnusable, UnusableReason
-from runrecovery_service.trust.json_text import Member, Model, Object
+from runrecovery_service.trust.json_text import JsonMember, Model, Object
 from runrecovery_service.trust.text import Splice, Text, apply_all, lie_apart, newline_of
 
 MOST_BYTES: Final = 16 << 20
 _UNIT: Final = "  "
-"""One step of indentation where the file shows none."""
+"""One step of indentation in a file that shows none."""
 
 
 class _Gone(Enum):
@@ -37,17 +37,17 @@ class _Gone(Enum):
 
 _GONE: Final = _Gone.GONE
 _EMPTIED: Final = ("{\n}\n", "{\r\n}\r\n")
-"""What is left of a document of our making without its entry."""
+"""A document of ours after the removal of its only entry."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JsonEditor:
-    """Edits entries of the form `before, folder, after: value`.
+    """Edits entries with the path `before`, folder, `after`.
 
     Attributes:
-        before, after: names on the way to the value, above and below the folder's own.
-        value: as it is written.
-        trusting: values that let the CLI trust the folder; ours is one of them.
+        before, after: the names in the path before and after the folder's.
+        value: the text of the value.
+        trusting: the values with which the CLI trusts the folder; `value` is one of them.
     """
 
     before: tuple[str, ...] = ()
@@ -65,13 +65,13 @@ class JsonEditor:
             return False
 
     def add(
-        self, text: bytes | None, folder: str, standing: Mapping[str, Added] | None = None
+        self, text: bytes | None, folder: str, recorded: Mapping[str, Added] | None = None
     ) -> Edit:
         """See `entry.Editor`."""
         check_folder(folder)
         source = Text.read(text or b"", most=MOST_BYTES)
         if not source.body.strip(" \t\r\n"):
-            return self._begin(text, source, folder, inherited(standing))
+            return self._begin(text, source, folder, inherited(recorded))
         before = json_text.parse(source.body)
         trail = _follow(source.body, self._path(folder))
         if trail.is_blocked:
@@ -80,10 +80,10 @@ class JsonEditor:
             )
         if trail.leaf is None:
             splice = trail.insert(source.body, self.value)
-            made = self._made(trail.depth) | inherited(standing)
+            made = self._made(trail.depth) | inherited(recorded)
             added = Added(owned=True, made=made)
         elif trail.leaf.value in self.trusting:
-            return unchanged(text, folder, standing)
+            return unchanged(text, folder, recorded)
         elif isinstance(trail.leaf.value, list | tuple):
             raise TrustFileUnusable(
                 UnusableReason.UNEXPECTED_SHAPE, "the entry is not a plain value"
@@ -114,7 +114,7 @@ class JsonEditor:
             return self._restore(source, before, trail, added.previous)
         depth = self._emptied_from(trail, added)
         if trail.is_repeated(depth):
-            # Without ours, another one of the same name would count, which we know nothing about.
+            # Without our entry an earlier one with the same name would apply, which is not ours.
             return Removal(text=text, outcome=Outcome.CHANGED)
         expected = _without(before, trail.path[: depth + 1])
         done = _proved(source, (Splice(*trail.cut(depth)),), expected)
@@ -125,7 +125,7 @@ class JsonEditor:
         return in_rounds(self, self._remove_some, text, entries)
 
     def _remove_some(self, text: bytes | None, entries: Mapping[str, Added]) -> Removals:
-        """Take out those entries whose places lie apart, as long as another folder is left."""
+        """Remove those entries that do not overlap, as long as another folder is left."""
         source = Text.read(text or b"", most=2 * MOST_BYTES)
         if not source.body.strip(" \t\r\n"):
             return Removals(text=text, outcomes={})
@@ -146,7 +146,7 @@ class JsonEditor:
         return Removals(text=done, outcomes=outcomes)
 
     def _cut(self, body: str, outer: tuple[Object, ...], folder: str, added: Added) -> _Cut:
-        """Return what taking an entry out comes to, where other folders are left."""
+        """Return the removal of one entry if other folders are left."""
         if not added.owned:
             return _Cut(outcome=Outcome.NOT_OURS)
         trail = _follow(body, self._path(folder), known=outer)
@@ -171,24 +171,24 @@ class JsonEditor:
         return (*self.before, folder, *self.after)
 
     def _begin(
-        self, text: bytes | None, source: Text, folder: str, standing: frozenset[Made]
+        self, text: bytes | None, source: Text, folder: str, recorded: frozenset[Made]
     ) -> Edit:
-        """Write a whole document behind what blank there is."""
+        """Return the edit that writes a whole document after the existing white space."""
         newline = newline_of(source.body)
         gap = newline + _UNIT
         entry = _nested(self._path(folder), self.value, gap=gap, unit=_UNIT, colon=": ")
         made = {Made.FILE, Made.DOCUMENT} if text is None else {Made.DOCUMENT}
-        added = Added(owned=True, made=self._made(0) | made | standing)
+        added = Added(owned=True, made=self._made(0) | made | recorded)
         done = source.to_bytes(f"{source.body}{{{gap}{entry}{newline}}}{newline}")
         return Edit(text=with_reserve(done, MOST_BYTES), added=added)
 
     def _made(self, depth: int) -> frozenset[Made]:
-        """Return the containers that a member made at `depth` of the path brings along."""
+        """Return the containers that are created with a member at `depth` of the path."""
         levels = (Made.PROJECTS,) * len(self.before) + (Made.FOLDER,) * len(self.after)
         return frozenset(levels[depth:])
 
     def _emptied_from(self, trail: _Trail, added: Added) -> int:
-        """Return the depth of the outermost member that holds our entry alone and may go."""
+        """Return the depth of the outermost member that has only our entry and may be removed."""
         levels = (Made.PROJECTS,) * len(self.before) + (Made.FOLDER,) * len(self.after)
         depth = trail.depth
         while depth > 0 and levels[depth - 1] in added.made:
@@ -199,7 +199,7 @@ class JsonEditor:
 
     def _restore(self, source: Text, before: Model, trail: _Trail, previous: str) -> Removal:
         leaf = trail.leaf
-        assert leaf is not None  # noqa: S101 - looked at before
+        assert leaf is not None  # noqa: S101 - checked before
         splice = Splice(leaf.value_start, leaf.value_end, previous)
         expected = _with(before, trail.path, json_text.parse(previous))
         return Removal(text=_proved(source, (splice,), expected), outcome=Outcome.RESTORED)
@@ -207,8 +207,7 @@ class JsonEditor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Cut:
-    """What taking an entry out comes to, and which member then has another value, or (a `_Gone`)
-    is not there."""
+    """The removal of one entry. `value` is the new value at `path`, or `_GONE`."""
 
     outcome: Outcome
     splice: Splice | None = None
@@ -218,23 +217,23 @@ class _Cut:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Trail:
-    """The objects along a path, as far as they exist. `leaf` is at its end, if that is there.
+    """The objects along a path, as far as they exist. `leaf` is the member at the end, if any.
 
-    `is_blocked`: another value is where the next object should be.
+    `is_blocked`: the place of the next object has another value.
     """
 
     path: tuple[str, ...]
     objects: tuple[Object, ...]
-    leaf: Member | None = None
+    leaf: JsonMember | None = None
     is_blocked: bool = False
 
     @property
     def depth(self) -> int:
-        """The index in the path of what the last object has, or lacks."""
+        """The index in the path of the name that the last object has or lacks."""
         return len(self.objects) - 1
 
     def is_repeated(self, depth: int) -> bool:
-        """Some name from `depth` on is there more than once."""
+        """Return True if a name from `depth` on exists more than once."""
         return any(
             self.objects[at].count(self.path[at]) > 1 for at in range(depth, len(self.objects))
         )
@@ -247,7 +246,7 @@ class _Trail:
         return holder.cut(index)
 
     def insert(self, body: str, value: str) -> Splice:
-        """Return the change that puts the rest of the path into the last object, in its style."""
+        """Return the splice that adds the rest of the path to the last object, in its style."""
         holder, rest = self.objects[-1], self.path[self.depth :]
         unit = self._unit(body)
         if holder.members:
@@ -256,23 +255,23 @@ class _Trail:
             colon = body[last.key_end : last.value_start]
             entry = _nested(rest, value, gap=gap, unit=unit, colon=colon)
             return Splice(last.value_end, last.value_end, f",{gap}{entry}")
-        # The white space inside stays behind the entry: taken out, it leaves what was there.
+        # The white space in the object stays behind the entry, so that a removal restores it.
         inside = body[holder.start + 1 : holder.end - 1]
         gap = inside + unit if "\n" in inside else ""
         entry = _nested(rest, value, gap=gap, unit=unit, colon=": ")
         return Splice(holder.start + 1, holder.start + 1, gap + entry)
 
     def _unit(self, body: str) -> str:
-        """Return one step of the file's indentation, as its first member shows it."""
+        """Return one step of the file's indentation, taken from its first member."""
         root = self.objects[0]
         gap = root.gap_before(0, body) if root.members else ""
         return gap[gap.rfind("\n") + 1 :] if "\n" in gap else _UNIT
 
 
 def _follow(body: str, path: tuple[str, ...], *, known: tuple[Object, ...] = ()) -> _Trail:
-    """Walk along the path. `known` are the first objects on it, where they were found before."""
+    """Return the objects along the path. `known`: its first objects, if already parsed."""
     objects: tuple[Object, ...] = ()
-    leaf: Member | None = None
+    leaf: JsonMember | None = None
     at = json_text.skip_blank(body, 0)
     for depth, key in enumerate(path):
         found = known[depth] if depth < len(known) else json_text.read_object(body, at)
@@ -288,7 +287,7 @@ def _follow(body: str, path: tuple[str, ...], *, known: tuple[Object, ...] = ())
 
 
 def _nested(path: tuple[str, ...], value: str, *, gap: str, unit: str, colon: str) -> str:
-    """Write a member; what is nested in it goes deeper by a unit if its line is its own."""
+    """Return the text of a member. Nested members on lines of their own are indented further."""
     key = json.dumps(path[0], ensure_ascii=False)
     if len(path) == 1:
         return f"{key}{colon}{value}"
@@ -300,7 +299,7 @@ def _nested(path: tuple[str, ...], value: str, *, gap: str, unit: str, colon: st
 
 
 def _proved(source: Text, splices: Sequence[Splice], expected: Model) -> bytes:
-    """Return the file with the change, once it is sure that it means what is expected."""
+    """Return the file with the splices, after a check that its meaning is as expected."""
     body = apply_all(splices, source.body)
     try:
         right = json_text.parse(body) == expected
@@ -316,7 +315,7 @@ def _proved(source: Text, splices: Sequence[Splice], expected: Model) -> bytes:
 
 
 def _ended(source: Text, done: bytes, added: Added) -> bytes | None:
-    """Return what comes back of a file that was begun by us and holds nothing else any more."""
+    """Return the file, or the content before ours if the document is ours and empty now."""
     body = Text.read(done, most=2 * MOST_BYTES).body
     blank = body.removesuffix(_EMPTIED[0]).removesuffix(_EMPTIED[1])
     if Made.DOCUMENT not in added.made or blank == body or blank.strip(" \t\r\n"):
@@ -325,7 +324,7 @@ def _ended(source: Text, done: bytes, added: Added) -> bytes | None:
 
 
 def _with(model: Model, path: tuple[str, ...], value: Model) -> Model:
-    """Return the model with a value at the path: the last one of its name, else a new last one."""
+    """Return the model with a value at the path. It replaces the last value of that name."""
     if not path:
         return value
     assert isinstance(model, tuple)  # noqa: S101 - the trail went through objects alone
@@ -337,7 +336,7 @@ def _with(model: Model, path: tuple[str, ...], value: Model) -> Model:
 
 
 def _without(model: Model, path: tuple[str, ...]) -> Model:
-    """Return the model without the last member of the path."""
+    """Return the model without the member at the path, the last one of its name."""
     assert isinstance(model, tuple)  # noqa: S101 - the trail went through objects alone
     index = _last(model, path[0])
     assert index is not None  # noqa: S101 - the trail found it
@@ -348,7 +347,7 @@ def _without(model: Model, path: tuple[str, ...]) -> Model:
 
 
 def _changed(model: Model, changes: Mapping[tuple[str, ...], Model | _Gone]) -> Model:
-    """Return the model with other values at paths that it has: of each name, the last counts."""
+    """Return the model with new values at existing paths, each the last one of its name."""
     assert isinstance(model, tuple)  # noqa: S101 - the trail went through objects alone
     below: dict[str, dict[tuple[str, ...], Model | _Gone]] = {}
     for path, value in changes.items():

@@ -1,5 +1,8 @@
-"""JSON with positions. Whether a text is JSON, the standard library says; where things are, this
-module: an edit must not touch a byte beside them."""
+"""Parses JSON with positions, so that an edit changes no other byte of the text.
+
+The standard library decides whether a text is JSON. It gives no positions, and its writer would
+change white space, repeated names and the digits of numbers. So this module finds the positions.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,14 @@ from typing import Final, NoReturn, TypeAlias
 from runrecovery_service.trust.errors import TrustFileUnusable, UnusableReason
 
 Model: TypeAlias = "str | bool | bytes | list[Model] | tuple[tuple[str, Model], ...] | None"
-"""A JSON value in which nothing is lost: objects are their pairs in order, so that names which
-come twice are seen, and numbers are their digits."""
+"""A JSON value without loss: an object is a tuple of pairs, which may repeat a name, and a number
+is its digits."""
 
 _BLANK: Final = re.compile(r"[ \t\n\r]*")
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 _DECODER: Final = json.JSONDecoder(
@@ -32,10 +35,10 @@ _DECODER: Final = json.JSONDecoder(
 
 
 def parse(body: str) -> Model:
-    """Return what the text means.
+    """Return the value of the text.
 
     Raises:
-        TrustFileUnusable: it is no JSON, or is nested too deeply.
+        TrustFileUnusable: the text is not JSON, or is nested too deeply.
     """
     try:
         model: Model = _DECODER.decode(body)
@@ -57,8 +60,8 @@ def skip_blank(body: str, at: int) -> int:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Member:
-    """A name and its value in an object, and where they are."""
+class JsonMember:
+    """A name and its value in an object, with their positions."""
 
     key: str
     key_start: int
@@ -70,16 +73,16 @@ class Member:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Object:
-    """An object: `start` is at its opening brace, `end` behind its closing one."""
+    """An object. `start` is its opening brace, `end` is behind its closing brace."""
 
     start: int
     end: int
-    members: tuple[Member, ...]
+    members: tuple[JsonMember, ...]
     _last: Mapping[str, int]
     _counts: Mapping[str, int]
 
     @classmethod
-    def of(cls, members: Sequence[Member], *, start: int, end: int) -> Object:
+    def of(cls, members: Sequence[JsonMember], *, start: int, end: int) -> Object:
         """Return the object with these members."""
         return cls(
             start=start,
@@ -90,11 +93,11 @@ class Object:
         )
 
     def find(self, key: str) -> int | None:
-        """Return the index of the member that counts: of several with one name, the last."""
+        """Return the index of the last member with this name, which is the one that applies."""
         return self._last.get(key)
 
     def count(self, key: str) -> int:
-        """Return how often the name is there."""
+        """Return the number of members with this name."""
         return self._counts.get(key, 0)
 
     def gap_before(self, index: int, body: str) -> str:
@@ -104,9 +107,9 @@ class Object:
         return gap[gap.rfind(",") + 1 :]
 
     def cut(self, index: int) -> tuple[int, int]:
-        """Return the span that has to go with a member, comma included.
+        """Return the span to remove with a member, including its comma.
 
-        It is the exact reverse of a member put behind the last one, or behind the opening brace.
+        It exactly reverses an insertion after the last member or after the opening brace.
         """
         member = self.members[index]
         if index > 0:
@@ -117,10 +120,10 @@ class Object:
 
 
 def read_object(body: str, at: int) -> Object | None:
-    """Return the object at `at` of a text that `parse` accepts; None: another value is there."""
+    """Return the object at `at` of a parsed text; None if there is another value."""
     if body[at] != "{":
         return None
-    members: list[Member] = []
+    members: list[JsonMember] = []
     start, at = at, skip_blank(body, at + 1)
     while body[at] != "}":
         if body[at] == ",":
@@ -131,11 +134,11 @@ def read_object(body: str, at: int) -> Object | None:
     return Object.of(members, start=start, end=at + 1)
 
 
-def _read_member(body: str, key_start: int) -> Member:
+def _read_member(body: str, key_start: int) -> JsonMember:
     key, key_end = _DECODER.raw_decode(body, key_start)
     value_start = skip_blank(body, skip_blank(body, key_end) + 1)
     value, value_end = _DECODER.raw_decode(body, value_start)
-    return Member(
+    return JsonMember(
         key=key,
         key_start=key_start,
         key_end=key_end,

@@ -1,8 +1,11 @@
-"""A lock of our own, by which all services on a host edit a file one after the other.
+"""The lock with which all services on a host edit a file one after the other.
 
-What its file holds is drawn once, at random, and says where we are: what was done to a file is
-known to be undone only in the place that it was done in. A file system that is not mounted, or
-another one in its place, has no such lock.
+The lock file contains a random token, which identifies the place of the edited file. An entry can
+only be removed in the place in which it was added. If a file system is not mounted, or another one
+is mounted instead, the lock file is missing or has another token.
+
+It calls `flock` itself instead of using a lock library, because the token must be read and written
+through the same open file that holds the lock.
 """
 
 from __future__ import annotations
@@ -21,30 +24,30 @@ from typing import Final
 from runrecovery_service.trust.errors import TrustFileBusy, TrustFileOutOfReach
 
 _STEP_S: Final = 0.01
-"""Between two tries for the lock."""
+"""Time between two tries for the lock."""
 _TOKEN: Final = re.compile(rb"([0-9a-f]{32})\n")
 
 
 @contextmanager
-def locked(path: Path, *, wait_s: float, pause: Callable[[float], object]) -> Iterator[str]:
-    """Hold the lock file, against other processes and other threads alike; gives its token.
+def lock(path: Path, *, wait_s: float, pause: Callable[[float], object]) -> Iterator[str]:
+    """Acquire the lock against other processes and threads; yield its token.
 
-    The file stays when the lock is let go: whoever removed it could take it from somebody who
-    waits for it. The kernel lets go when its holder dies.
+    The lock file stays after the release. Its removal could take the lock from a process that
+    waits for it. The kernel releases the lock if its holder dies.
 
     Raises:
-        TrustFileBusy: others held it for `wait_s` seconds.
-        TrustFileOutOfReach: it cannot be opened.
+        TrustFileBusy: others held the lock for `wait_s` seconds.
+        TrustFileOutOfReach: the lock file cannot be opened.
     """
-    descriptor = _held(path, tries=1 + round(wait_s / _STEP_S), pause=pause)
+    descriptor = _acquire(path, tries=1 + round(wait_s / _STEP_S), pause=pause)
     try:
-        yield _token_of(descriptor, path)
+        yield _ensure_token(descriptor, path)
     finally:
         os.close(descriptor)
 
 
-def token(path: Path) -> str | None:
-    """Return the token in a lock file, None where there is none. Takes no lock."""
+def read_token(path: Path) -> str | None:
+    """Return the token in a lock file, or None. Acquire no lock."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
@@ -57,13 +60,13 @@ def token(path: Path) -> str | None:
         os.close(descriptor)
 
 
-def _held(path: Path, *, tries: int, pause: Callable[[float], object]) -> int:
-    """Return the lock file, opened and locked."""
+def _acquire(path: Path, *, tries: int, pause: Callable[[float], object]) -> int:
+    """Return the descriptor of the lock file, opened and locked."""
     for left in range(tries - 1, -1, -1):
         descriptor = _open(path)
         try:
-            # One that somebody has removed meanwhile keeps nobody out.
-            if _take(descriptor, path) and _is_at(descriptor, path):
+            # A lock file that was removed meanwhile excludes nobody.
+            if _try_lock(descriptor, path) and _is_at(descriptor, path):
                 return descriptor
         except BaseException:
             os.close(descriptor)
@@ -82,11 +85,11 @@ def _open(path: Path) -> int:
         raise TrustFileOutOfReach(path, error.errno or 0, f"the lock: {error.strerror}") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise TrustFileOutOfReach(path, errno.EINVAL, "the lock is no regular file")
+        raise TrustFileOutOfReach(path, errno.EINVAL, "the lock is not a regular file")
     return descriptor
 
 
-def _take(descriptor: int, path: Path) -> bool:
+def _try_lock(descriptor: int, path: Path) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -103,8 +106,8 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _token_of(descriptor: int, path: Path) -> str:
-    """Return what the lock file holds; write it if it is new, or was cut off at that."""
+def _ensure_token(descriptor: int, path: Path) -> str:
+    """Return the token of the lock file. Write one if the file is new or its token is damaged."""
     try:
         found = _read(descriptor)
         if found is None:

@@ -1,4 +1,4 @@
-"""Bytes to text and back, without loss, and cuts in it."""
+"""Decodes a file without loss, and replaces parts of its text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BOM: Final = "\ufeff"
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A file's text; a byte-order mark is kept aside."""
+    """A file's text, with its byte-order mark apart."""
 
     body: str
     bom: str = ""
@@ -23,7 +23,7 @@ class Text:
         """Decode a file.
 
         Raises:
-            TrustFileUnusable: it is larger than `most` bytes, or no UTF-8.
+            TrustFileUnusable: the file is larger than `most` bytes or is not UTF-8.
         """
         if len(data) > most:
             raise TrustFileUnusable(
@@ -43,7 +43,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Splice:
-    """`body[start:end]` becomes `new`; all else stays."""
+    """The replacement of `body[start:end]` by `new`."""
 
     start: int
     end: int
@@ -55,7 +55,7 @@ class Splice:
 
 
 def apply_all(splices: Sequence[Splice], body: str) -> str:
-    """Return the body with changes that lie apart, and are in order."""
+    """Return the body with all replacements, which must be in order and must not overlap."""
     pieces: list[str] = []
     at = 0
     for splice in splices:
@@ -65,7 +65,7 @@ def apply_all(splices: Sequence[Splice], body: str) -> str:
 
 
 def lie_apart(splices: Mapping[str, Splice]) -> dict[str, Splice]:
-    """Return, in order, those that do not touch what one before them takes."""
+    """Return the replacements in order, without those that overlap an earlier one."""
     apart: dict[str, Splice] = {}
     end = 0
     for name, splice in sorted(splices.items(), key=lambda each: each[1].start):
@@ -76,8 +76,10 @@ def lie_apart(splices: Mapping[str, Splice]) -> dict[str, Splice]:
 
 
 def newline_of(body: str, at: int | None = None) -> str:
-    """Return the line end that is used: of the line before `at` (default: the last), else of the
-    first line, else a plain one."""
+    """Return the line end of the line before `at` (default: the last line), else of the first line.
+
+    A text without a line end gets a plain newline.
+    """
     last = body.rfind("\n", 0, at)
     if last < 0:
         last = body.find("\n")
