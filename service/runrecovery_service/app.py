@@ -23,8 +23,8 @@ from runrecovery_service.agents.workspaces import Workspaces
 from runrecovery_service.clock import Clock
 from runrecovery_service.config.settings import Settings
 from runrecovery_service.daemon_threads import new_event_loop
-from runrecovery_service.domain.errors import ContainmentRefused
 from runrecovery_service.domain.reconciliation import Cause, Containment
+from runrecovery_service.domain.start_errors import ContainmentRefused
 from runrecovery_service.engine_setup import build_catalog
 from runrecovery_service.execution.deadlines import Deadlines
 from runrecovery_service.execution.dispatcher import Dispatcher

@@ -18,18 +18,15 @@ import structlog
 from runrecovery_service import early_signals
 from runrecovery_service.background_stream import drain_stderr
 from runrecovery_service.config.settings import ContainmentPolicy, Settings
-from runrecovery_service.domain.errors import (
+from runrecovery_service.domain.errors import Fenced, StorageUnavailable, error_facts, is_outage
+from runrecovery_service.domain.reconciliation import Containment, Reconciliation
+from runrecovery_service.domain.start_errors import (
     ContainmentRefused,
-    Fenced,
     LeaseLost,
     RecoveryGaveUp,
     RecoveryInterrupted,
-    StorageUnavailable,
     StoreLost,
-    error_facts,
-    is_outage,
 )
-from runrecovery_service.domain.reconciliation import Containment, Reconciliation
 from runrecovery_service.execution.deadlines import Deadlines
 from runrecovery_service.execution.dispatcher import Dispatcher
 from runrecovery_service.execution.straggler_sweep import StragglerSweep

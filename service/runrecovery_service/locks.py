@@ -12,7 +12,7 @@ import structlog
 
 from runrecovery_service import paths
 from runrecovery_service.config.settings import Settings
-from runrecovery_service.domain.errors import DatabaseRefused, DataDirRefused
+from runrecovery_service.domain.start_errors import DatabaseRefused, DataDirRefused
 from runrecovery_service.storage.file_locks import Lock, LockFile
 from runrecovery_service.storage.sqlite_file import path_lock, sqlite_path
 

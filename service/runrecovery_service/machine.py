@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from runrecovery_service.config.settings import Settings
-from runrecovery_service.domain.errors import CgroupRefused, OpenFilesRefused
+from runrecovery_service.domain.start_errors import CgroupRefused, OpenFilesRefused
 from runrecovery_service.process.cgroup import CgroupParent, CgroupUnusable
 from runrecovery_service.process.open_files import OpenFiles, TooFewOpenFiles
 

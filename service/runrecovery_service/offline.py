@@ -8,7 +8,7 @@ from pathlib import Path
 from runrecovery_service import paths
 from runrecovery_service.agents.trust_keeper import trust_problem
 from runrecovery_service.config.settings import ContainmentPolicy, Settings
-from runrecovery_service.domain.errors import (
+from runrecovery_service.domain.start_errors import (
     CgroupRefused,
     DatabaseRefused,
     DataDirRefused,

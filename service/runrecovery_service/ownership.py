@@ -14,7 +14,8 @@ import structlog
 
 from runrecovery_service import daemon_threads
 from runrecovery_service.clock import Clock
-from runrecovery_service.domain.errors import Fenced, LeaseLost, StartRefused, error_facts
+from runrecovery_service.domain.errors import Fenced, error_facts
+from runrecovery_service.domain.start_errors import LeaseLost, StartRefused
 from runrecovery_service.execution.dispatcher import Dispatcher
 from runrecovery_service.execution.running_turns import RunningTurns
 from runrecovery_service.locks import Holdings

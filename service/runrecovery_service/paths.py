@@ -12,7 +12,7 @@ import stat
 from pathlib import Path
 from typing import Final
 
-from runrecovery_service.domain.errors import DataDirRefused
+from runrecovery_service.domain.start_errors import DataDirRefused
 
 SQLITE_PATH_BYTES: Final = 500
 """SQLite refuses a path of 512 bytes. A new database has the longest one: `….new-journal`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
-from runrecovery_service.domain.errors import ThreadsRefused
+from runrecovery_service.domain.start_errors import ThreadsRefused
 
 
 class SteadyThreadPool(ThreadPoolExecutor):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from runrecovery_service.domain.errors import ThreadsRefused
+from runrecovery_service.domain.start_errors import ThreadsRefused
 
 
 def start_thread(do: Callable[[], object], name: str) -> threading.Thread:

@@ -6,14 +6,10 @@ import itertools
 from collections.abc import Callable
 
 import pytest
-from runrecovery_service.domain.errors import (
-    Fenced,
-    RecoveryInterrupted,
-    RunNotReopenable,
-    RunOfAnotherInstance,
-)
+from runrecovery_service.domain.errors import Fenced, RunNotReopenable, RunOfAnotherInstance
 from runrecovery_service.domain.reconciliation import Cause
 from runrecovery_service.domain.run import RestartPolicy, RunStatus
+from runrecovery_service.domain.start_errors import RecoveryInterrupted
 from runrecovery_service.domain.turn import Succeeded
 from runrecovery_service.storage import adoption, instances, processes, recovery, reopening
 from runrecovery_service.storage.adoption import Adopted

@@ -9,7 +9,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from runrecovery_service.domain.errors import DatabaseRefused
+from runrecovery_service.domain.start_errors import DatabaseRefused
 from runrecovery_service.storage import backup, instances
 from runrecovery_service.storage.backup import backup_sqlite
 from runrecovery_service.storage.instances import Owner

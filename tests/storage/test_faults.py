@@ -8,13 +8,8 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from runrecovery_service.domain.errors import (
-    DatabaseOutOfReach,
-    DatabaseRefused,
-    StorageBusy,
-    StorageFull,
-    StorageUnavailable,
-)
+from runrecovery_service.domain.errors import StorageBusy, StorageFull, StorageUnavailable
+from runrecovery_service.domain.start_errors import DatabaseOutOfReach, DatabaseRefused
 from runrecovery_service.storage.adapter import Storage
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.refusals import refusing

@@ -10,7 +10,8 @@ from functools import partial
 from typing import Any
 
 import pytest
-from runrecovery_service.domain.errors import ClaimLost, Fenced, Held
+from runrecovery_service.domain.errors import ClaimLost, Fenced
+from runrecovery_service.domain.start_errors import Held
 from runrecovery_service.storage import instances
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner

@@ -15,7 +15,8 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from runrecovery_service.domain.errors import DataDirRefused, StorageUnavailable, StoreLost
+from runrecovery_service.domain.errors import StorageUnavailable
+from runrecovery_service.domain.start_errors import DataDirRefused, StoreLost
 from runrecovery_service.lifecycle import store_kept
 from runrecovery_service.storage import backup, file_watch
 from runrecovery_service.storage.adapter import GroupCommitWriter, Storage

@@ -10,7 +10,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
-from runrecovery_service.domain.errors import DatabaseRefused
+from runrecovery_service.domain.start_errors import DatabaseRefused
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.integrity import integrity_problems
 from runrecovery_service.storage.migrate import migrate

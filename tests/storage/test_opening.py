@@ -12,7 +12,7 @@ from pathlib import Path
 import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
-from runrecovery_service.domain.errors import (
+from runrecovery_service.domain.start_errors import (
     DatabaseOutOfReach,
     DatabaseRefused,
     DataDirRefused,

@@ -9,7 +9,7 @@ from pathlib import Path
 import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
-from runrecovery_service.domain.errors import DatabaseRefused
+from runrecovery_service.domain.start_errors import DatabaseRefused
 from runrecovery_service.storage.opening import open_database, postgresql_problems
 from runrecovery_service.storage.tables import EVERY
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runrecovery_service.domain.errors import DatabaseRefused
 from runrecovery_service.domain.run import RunStatus
+from runrecovery_service.domain.start_errors import DatabaseRefused
 from runrecovery_service.storage import instances, quick_check, runs, trial
 from runrecovery_service.storage.integrity import integrity_problems
 from runrecovery_service.storage.opening import open_database

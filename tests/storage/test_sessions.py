@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from runrecovery_service.domain.errors import RecoveryInterrupted
 from runrecovery_service.domain.explanation import explain_facts
 from runrecovery_service.domain.reconciliation import Cause, Reconciliation
 from runrecovery_service.domain.run import Profile, Run, Session
@@ -23,6 +22,7 @@ from runrecovery_service.domain.session_check import (
     StoredHandle,
     UnknownSession,
 )
+from runrecovery_service.domain.start_errors import RecoveryInterrupted
 from runrecovery_service.domain.turn import Asked
 from runrecovery_service.engines.catalog import Engine
 from runrecovery_service.engines.sessions.lines import FOUND

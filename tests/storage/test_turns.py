@@ -8,12 +8,7 @@ from datetime import timedelta
 from functools import partial
 
 import pytest
-from runrecovery_service.domain.errors import (
-    Fenced,
-    RunNotWaiting,
-    RunQuarantined,
-    StorageBusy,
-)
+from runrecovery_service.domain.errors import Fenced, RunNotWaiting, RunQuarantined, StorageBusy
 from runrecovery_service.domain.run import (
     InteractionState,
     Profile,

@@ -30,7 +30,8 @@ from runrecovery.v1 import recovery_pb2, recovery_service_pb2, run_pb2, run_serv
 from runrecovery_service import logs
 from runrecovery_service.cli import COMMANDS, connection, local, main, printing, root
 from runrecovery_service.cli.exit_codes import ExitCode
-from runrecovery_service.domain import errors as domain
+from runrecovery_service.domain import start_errors
+from runrecovery_service.domain.errors import Fenced
 from support.service import processes_below, until
 
 CLIENT_ERRORS = [
@@ -39,10 +40,10 @@ CLIENT_ERRORS = [
     if issubclass(kind, errors.RunRecoveryClientError)
 ]
 START_ERRORS = {
-    ExitCode.HELD: domain.Held("data directory /d", "pid 7"),
-    ExitCode.STORAGE: domain.DatabaseRefused("/d/x.db", "is not one of ours"),
-    ExitCode.RECOVERY: domain.RecoveryGaveUp(5, "StorageFull"),
-    ExitCode.FENCED: domain.Fenced("instance 'a'"),
+    ExitCode.HELD: start_errors.Held("data directory /d", "pid 7"),
+    ExitCode.STORAGE: start_errors.DatabaseRefused("/d/x.db", "is not one of ours"),
+    ExitCode.RECOVERY: start_errors.RecoveryGaveUp(5, "StorageFull"),
+    ExitCode.FENCED: Fenced("instance 'a'"),
 }
 
 
@@ -276,7 +277,7 @@ def test_flags_reach_the_service(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_every_start_error_that_is_mapped_is_a_start_error() -> None:
-    assert all(issubclass(kind, domain.StartRefused | domain.Fenced) for kind in local.EXIT_CODES)
+    assert all(issubclass(kind, start_errors.StartRefused | Fenced) for kind in local.EXIT_CODES)
     assert local.HINTS.keys() <= local.EXIT_CODES.keys()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from runrecovery_service import paths
-from runrecovery_service.domain.errors import DataDirRefused
+from runrecovery_service.domain.start_errors import DataDirRefused
 
 ORDINARY = 65534
 """The user `nobody`."""

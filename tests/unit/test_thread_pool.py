@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from runrecovery_service.background_stream import BackgroundStream
-from runrecovery_service.domain.errors import ThreadsRefused
+from runrecovery_service.domain.start_errors import ThreadsRefused
 from runrecovery_service.storage import quick_check
 from runrecovery_service.storage.adapter import GroupCommitWriter
 from runrecovery_service.thread_pool import SteadyThreadPool

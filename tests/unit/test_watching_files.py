@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from runrecovery_service import daemon_threads, ownership
-from runrecovery_service.domain.errors import DataDirRefused
+from runrecovery_service.domain.start_errors import DataDirRefused
 from runrecovery_service.stop_signal import StopSignal
 from structlog.testing import capture_logs
 from support.waiting import until_async

@@ -19,20 +19,18 @@ from runrecovery_service.cli.failure import Failure
 from runrecovery_service.config import reading
 from runrecovery_service.config.reading import ConfigError
 from runrecovery_service.config.settings import SCALARS, LogFormat, LogLevel, Settings
-from runrecovery_service.domain.errors import (
+from runrecovery_service.domain.errors import ClaimLost, Fenced, RunGone
+from runrecovery_service.domain.start_errors import (
     BackupRefused,
     CgroupRefused,
-    ClaimLost,
     ContainmentRefused,
     DatabaseOutOfReach,
     DatabaseRefused,
     DataDirRefused,
-    Fenced,
     Held,
     LeaseLost,
     OpenFilesRefused,
     RecoveryGaveUp,
-    RunGone,
     StartRefused,
     StoreLost,
     ThreadsRefused,

@@ -13,7 +13,7 @@ RunRecoveryError
 ├── OutOfRange: OutputOutOfRange, WatchHistoryPruned, WatchSequenceUnknown
 └── Fenced: ClaimLost, RunGone
 
-StartRefused has its own tree: it ends the service, so no caller sees it.
+`start_errors.py` has the errors that end the service.
 """
 
 from __future__ import annotations
@@ -253,7 +253,7 @@ class StorageBusy(NotNow):
 
 @dataclass(eq=False)
 class StorageUnavailable(NotNow):
-    """The database does not do what it should: it does not answer, is damaged, or is read-only."""
+    """The database does not answer, is damaged or is read-only."""
 
     cause: str = "the database does not answer; retry later"
 
@@ -344,10 +344,9 @@ def is_outage(error: BaseException) -> bool:
 
 
 def error_facts(error: BaseException) -> dict[str, str]:
-    """Return what the log says of an error that is not raised again: its class and, of an outage,
-    its cause."""
+    """Return the log fields of an error that is not raised again: class, and cause of an outage."""
     cause = {"cause": str(error)} if is_outage(error) else {}
-    if isinstance(error, TimeoutError):  # behind a lock, or a disk, that holds the store up
+    if isinstance(error, TimeoutError):  # because of a lock or a slow disk
         cause = {"cause": "the database did not answer in time"}
     return {"error": type(error).__name__, **cause}
 
@@ -383,141 +382,3 @@ class RunGone(Fenced):
 
     def __str__(self) -> str:
         return f"the database no longer has {self.what}; it lost a commit"
-
-
-class StartRefused(Exception):
-    """The service does not start, or stops. Not a gRPC error: it serves no caller yet."""
-
-
-@dataclass(eq=False)
-class Held(StartRefused):
-    """Another service holds the data directory, the database or the instance name."""
-
-    what: str
-    holder: str
-
-    def __str__(self) -> str:
-        return f"{self.what} is held by {self.holder}"
-
-
-@dataclass(eq=False)
-class DatabaseRefused(StartRefused):
-    """This version may not open the database. It changed nothing in it."""
-
-    place: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.place}: {self.reason}"
-
-
-@dataclass(eq=False)
-class StoreLost(DatabaseRefused):
-    """A file of the SQLite database was removed or replaced while the service used it."""
-
-    copy: str | None = None
-
-    def __str__(self) -> str:
-        copy = f"a sound copy of the store is {self.copy}" if self.copy else "no copy could be made"
-        return f"{super().__str__()}; {copy}"
-
-
-class DatabaseOutOfReach(DatabaseRefused):
-    """The database does not answer now. A later start may succeed."""
-
-
-@dataclass(eq=False)
-class BackupRefused(StartRefused):
-    """The destination of the backup exists. Nothing was changed."""
-
-    place: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.place} {self.reason}"
-
-
-@dataclass(eq=False)
-class DataDirRefused(StartRefused):
-    """The data directory cannot be used."""
-
-    place: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.place}: {self.reason}"
-
-
-@dataclass(eq=False)
-class LeaseLost(StartRefused):
-    """The lease was not renewed for so long that another service may take over soon."""
-
-    instance: str
-    seconds: float
-
-    def __str__(self) -> str:
-        return f"the lease of instance {self.instance!r} was not renewed for {self.seconds:g} s"
-
-
-@dataclass(eq=False)
-class ThreadsRefused(StartRefused):
-    """The system refuses to start a thread for this process."""
-
-    reason: str
-
-    def __str__(self) -> str:
-        return f"the system gives this process no more threads: {self.reason}"
-
-
-@dataclass(eq=False)
-class OpenFilesRefused(StartRefused):
-    """The limit on open files is too low for the configuration."""
-
-    limit: int
-    needed: int
-    max_concurrent: int
-
-    def __str__(self) -> str:
-        return (
-            f"this process may open {self.limit} files (ulimit -n); max_concurrent ="
-            f" {self.max_concurrent} needs at least {self.needed}"
-        )
-
-
-@dataclass(eq=False)
-class RecoveryGaveUp(StartRefused):
-    """Recovery failed as often as the configuration allows. No call was served."""
-
-    tries: int
-    last_error: str
-
-    def __str__(self) -> str:
-        return f"recovery failed {self.tries} times; the last error was {self.last_error}"
-
-
-@dataclass(eq=False)
-class CgroupRefused(StartRefused):
-    """The configured cgroup cannot be used."""
-
-    place: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"cgroup_parent = {self.place!r}: {self.reason}"
-
-
-@dataclass(eq=False)
-class ContainmentRefused(StartRefused):
-    """Containment on this system is weaker than the service, or its configuration, requires."""
-
-    reason: str
-
-    def __str__(self) -> str:
-        return self.reason
-
-
-class RecoveryInterrupted(StartRefused):
-    """A stop was requested during recovery. The next start continues the recovery."""
-
-    def __str__(self) -> str:
-        return "a stop was requested during recovery; the next start continues it"

@@ -41,7 +41,7 @@ class Engine:
         session_file: the path of a session's file, with `{workspace}` and `{value}` (the session
             handle) as placeholders. None: not known.
         sessions: the sessions of a CLI that this version knows. It overrides `session_file`.
-        unknown_session: how a session counts whose check could not decide.
+        unknown_session: how a session counts when its check could not decide.
         session_timeout_s: how long a question of a sticky process waits, and any question that
             does not require a reply of its user.
         require_user_reply: False: a question is decided automatically after that time.

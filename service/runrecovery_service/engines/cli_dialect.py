@@ -176,7 +176,7 @@ class CliListener:
         text = (failure and failure.message) or self._warning or stderr_tail
         lost = self._resumed and self._cli.says_lost(exit_code, text)
         if failure is None and not lost and self._warning is None:
-            return None  # the message for any process with a bad exit code says as much
+            return None  # the general message for a bad exit code is just as good
         code = "" if exit_code is None else f" (exit code {exit_code})"
         reason = self._redact_text(text.strip()).replace("\0", "") or "it gave no reason"
         return RunError(

@@ -47,7 +47,7 @@ def read(event: JsonObject) -> Iterator[CliEvent]:
 
 
 def says_lost(exit_code: int | None, text: str) -> bool:
-    """Return True for a lost session. The exit code alone stands for any bad input."""
+    """Return True for a lost session. The exit code alone means any bad input."""
     return exit_code == _BAD_INPUT and _SESSION_LOST in text
 
 

@@ -58,7 +58,6 @@ def prepare(
     """
     if read_proc(os.getpid()) is None:
         raise LaunchFailed("a launch needs /proc to record the new process")
-    limits = limits or ResourceLimits()
     try:
         order = wire.pack(
             wire.Order(
@@ -68,12 +67,7 @@ def prepare(
                 argv=list(command),
                 env=dict(env),
                 cwd=str(cwd),
-                confinement=wire.Confinement(
-                    niceness=limits.niceness,
-                    rlimits=limits.rlimits,
-                    cgroup_procs=str(cgroup_procs or ""),
-                    soft_open_files=limits.soft_open_files or 0,
-                ),
+                confinement=_confinement(limits or ResourceLimits(), cgroup_procs),
             )
         )
     except ValueError as error:  # a NUL in a word
@@ -90,6 +84,15 @@ def prepare(
         raise LaunchFailed(f"the shim reported {event} before it reached its gate")
     process.watermarked = event.watermarked
     return process
+
+
+def _confinement(limits: ResourceLimits, cgroup_procs: Path | None) -> wire.Confinement:
+    return wire.Confinement(
+        niceness=limits.niceness,
+        rlimits=limits.rlimits,
+        cgroup_procs=str(cgroup_procs or ""),
+        soft_open_files=limits.soft_open_files or 0,
+    )
 
 
 def _spawn(markers: LaunchMarkers, journal: Path | None) -> ShimmedProcess:
@@ -148,7 +151,7 @@ def _describe(popen: subprocess.Popen[bytes], *, gate: int, report: int) -> Shim
 
 
 def _abandon(process: ShimmedProcess) -> None:
-    """Make a shim exit whose agent has not started; reap it if it exits in time."""
+    """Make the shim exit before its agent has started. Reap the shim if it exits in time."""
     process.close()
     with suppress(subprocess.TimeoutExpired):
         process.popen.wait(SHIM_TIMEOUT_S)

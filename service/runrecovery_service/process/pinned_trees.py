@@ -1,4 +1,4 @@
-"""The trees of all launches of one sweep: pins their processes and proves whose they are.
+"""The trees of all launches of one sweep: pins their processes and proves that they belong.
 
 A process is pinned by an open pidfd. It is proved once a marker was read while that pidfd was open,
 because only then the marker and the pidfd are certain to be of the same process.
@@ -109,7 +109,7 @@ class PinnedTrees:
         return pinned
 
     def unpin(self, pinned: PinnedProcess) -> None:
-        """Release a process whose marker could not be read again, and note it for the report."""
+        """Release a process without a marker in the second read, and note it for the report."""
         tree = self.tree_of(pinned.member)
         pinned.release()
         tree.pinned.pop(pinned.identity, None)

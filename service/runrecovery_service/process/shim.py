@@ -27,7 +27,7 @@ TICK_S = 1.0
 """How often the deadline is checked: a poll does not notice that the machine slept, but boot time
 also passes while it sleeps."""
 _IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-"""Signals that somebody may send to the whole tree, which the shim has to outlive."""
+"""Signals that may be sent to the whole tree. The shim has to outlive them."""
 _FREEZES = 10
 """Rounds of SIGSTOP that look for new processes before SIGKILL is sent regardless."""
 _KILL_TICK_S = 0.002

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Final
 
 from runrecovery_service import daemon_threads
-from runrecovery_service.domain.errors import RecoveryInterrupted
 from runrecovery_service.domain.session_check import SessionCheck, SessionFinding, StoredHandle
+from runrecovery_service.domain.start_errors import RecoveryInterrupted
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import converge
 from runrecovery_service.storage.converge import Reach, StoredSession

@@ -26,7 +26,7 @@ from typing import Final, Protocol
 import structlog
 
 from runrecovery_service.clock import Clock
-from runrecovery_service.domain.errors import RecoveryInterrupted, StorageBusy, error_facts
+from runrecovery_service.domain.errors import StorageBusy, error_facts
 from runrecovery_service.domain.reconciliation import (
     Cause,
     OrphanCounts,
@@ -34,6 +34,7 @@ from runrecovery_service.domain.reconciliation import (
     TrustClearing,
     TrustRemoval,
 )
+from runrecovery_service.domain.start_errors import RecoveryInterrupted
 from runrecovery_service.process.ending import Ending
 from runrecovery_service.recovery import report_warnings
 from runrecovery_service.recovery.bulk_session_check import BulkSessionCheck, changed_findings

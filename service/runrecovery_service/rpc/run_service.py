@@ -17,11 +17,7 @@ from runrecovery_service.agents.output import OutputChannel, OutputFiles
 from runrecovery_service.agents.session_checks import SESSION_TIMEOUT_S, check_session
 from runrecovery_service.agents.workspaces import Workspaces
 from runrecovery_service.clock import Clock
-from runrecovery_service.domain.errors import (
-    OutputOutOfRange,
-    SessionNotResumable,
-    ShuttingDown,
-)
+from runrecovery_service.domain.errors import OutputOutOfRange, SessionNotResumable, ShuttingDown
 from runrecovery_service.domain.recovery_matrix import REOPENABLE
 from runrecovery_service.domain.run import NewRun, Run, RunFilter, RunStatus
 from runrecovery_service.domain.session_check import REASON_TEXTS, StoredHandle

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from runrecovery_service.domain.errors import RecoveryInterrupted
+from runrecovery_service.domain.start_errors import RecoveryInterrupted
 from runrecovery_service.storage import instances
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner

@@ -11,7 +11,7 @@ from typing import Final
 
 import structlog
 
-from runrecovery_service.domain.errors import BackupRefused, DatabaseRefused
+from runrecovery_service.domain.start_errors import BackupRefused, DatabaseRefused
 from runrecovery_service.storage import commit_count
 from runrecovery_service.storage.commit_count import CommitMarker
 from runrecovery_service.storage.database import Database

@@ -11,7 +11,8 @@ from typing import Any, Final
 
 import peewee as pw
 
-from runrecovery_service.domain.errors import StorageUnavailable, StoreLost
+from runrecovery_service.domain.errors import StorageUnavailable
+from runrecovery_service.domain.start_errors import StoreLost
 from runrecovery_service.storage import commit_count, postgresql
 from runrecovery_service.storage.commit_count import CommitMarker
 from runrecovery_service.storage.driver_errors import DRIVER_ERRORS

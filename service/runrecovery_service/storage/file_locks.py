@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Final
 
-from runrecovery_service.domain.errors import DataDirRefused, Held
+from runrecovery_service.domain.start_errors import DataDirRefused, Held
 from runrecovery_service.storage.file_identity import identity, identity_of
 
 LOCK_TABLE: Final = Path("/proc/locks")

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
-from runrecovery_service.domain.errors import ClaimLost, Fenced, Held
+from runrecovery_service.domain.errors import ClaimLost, Fenced
+from runrecovery_service.domain.start_errors import Held
 from runrecovery_service.storage.database import Database, Row
 from runrecovery_service.storage.rows import to_us
 from runrecovery_service.storage.sql_dialects import DatabaseKind

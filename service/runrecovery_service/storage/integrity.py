@@ -6,7 +6,7 @@ import contextlib
 from pathlib import Path
 from typing import Final
 
-from runrecovery_service.domain.errors import DatabaseRefused
+from runrecovery_service.domain.start_errors import DatabaseRefused
 from runrecovery_service.storage import quick_check
 from runrecovery_service.storage.driver_errors import MENDING
 from runrecovery_service.storage.migrate import APPLIED_SQL, describe_misfit, known_migrations

@@ -5,11 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Final
 
-from runrecovery_service.domain.errors import (
-    InteractionSuperseded,
-    RunNotWaiting,
-    RunQuarantined,
-)
+from runrecovery_service.domain.errors import InteractionSuperseded, RunNotWaiting, RunQuarantined
 from runrecovery_service.domain.run import (
     Interaction,
     InteractionState,

@@ -10,7 +10,7 @@ from typing import Final
 
 import structlog
 
-from runrecovery_service.domain.errors import DatabaseRefused
+from runrecovery_service.domain.start_errors import DatabaseRefused
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.sql_dialects import DatabaseKind
 from runrecovery_service.storage.sqlite_header import APPLICATION_ID

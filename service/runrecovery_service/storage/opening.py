@@ -6,7 +6,7 @@ import sqlite3
 from pathlib import Path
 from typing import Final
 
-from runrecovery_service.domain.errors import DatabaseRefused
+from runrecovery_service.domain.start_errors import DatabaseRefused
 from runrecovery_service.storage import postgresql, postgresql_rights, quick_check
 from runrecovery_service.storage.commit_count import MARKER_TEXT
 from runrecovery_service.storage.database import Database

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from runrecovery_service.domain.errors import DatabaseOutOfReach, DatabaseRefused
+from runrecovery_service.domain.start_errors import DatabaseOutOfReach, DatabaseRefused
 from runrecovery_service.storage.driver_errors import (
     DRIVER_ERRORS,
     UNREACHABLE,

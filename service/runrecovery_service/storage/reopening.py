@@ -8,11 +8,7 @@ from datetime import datetime
 from typing import Final
 
 from runrecovery_service.domain.deadline import Due, SteadyTime
-from runrecovery_service.domain.errors import (
-    RunNotReopenable,
-    RunQuarantined,
-    SessionNotResumable,
-)
+from runrecovery_service.domain.errors import RunNotReopenable, RunQuarantined, SessionNotResumable
 from runrecovery_service.domain.recovery_matrix import REOPEN_RULE, REOPENABLE
 from runrecovery_service.domain.run import (
     Interaction,

@@ -11,7 +11,7 @@ from typing import Final
 
 import peewee as pw
 
-from runrecovery_service.domain.errors import DatabaseRefused
+from runrecovery_service.domain.start_errors import DatabaseRefused
 from runrecovery_service.storage import commit_count
 from runrecovery_service.storage.commit_count import CommitMarker
 from runrecovery_service.storage.database import Database

@@ -7,7 +7,7 @@ import struct
 from pathlib import Path
 from typing import Final
 
-from runrecovery_service.domain.errors import DatabaseRefused
+from runrecovery_service.domain.start_errors import DatabaseRefused
 
 APPLICATION_ID: Final = 0x52524356
 """`RRCV`, in the header of every SQLite file of this service."""

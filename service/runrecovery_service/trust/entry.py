@@ -92,7 +92,7 @@ class Outcome(Enum):
     GONE = "gone"
     """The entry is not in the file, so there was nothing to do."""
     CHANGED = "changed"
-    """Somebody has changed the entry, so it belongs to them and stays."""
+    """Another program or a person has changed the entry, so it stays."""
     NOT_OURS = "not_ours"
     """The service did not add the entry."""
 
