@@ -100,7 +100,7 @@ def serve(settings: Settings) -> None:
         early_signals.keep()
         # Before the store is migrated and an epoch is claimed: a start that no client could reach
         # must change nothing, and must not count as a start without a finished recovery.
-        parse_listen_address(settings.listen).demand_bindable()
+        parse_listen_address(settings.listen).check_bindable()
         # Beside the rest of the start: the probe waits some 30 ms for processes.
         probe = prober.submit(prove_containment, watermark_bits())
         db = open_database(settings.database, held.data_dir, locks=held.locks)

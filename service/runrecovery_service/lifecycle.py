@@ -181,7 +181,7 @@ class Recoveries:
                 self._report_failure(error, tries_left)
                 last = ": ".join(error_facts(error).values())
             if tries_left and not await self.stop.wait_within(self.backoff.next_s()):
-                self.gate.recovering()
+                self.gate.set_recovering()
         if not self.stop.is_set():
             self.stop.fail(RecoveryGaveUp(self.tries, last))
         return None
@@ -193,7 +193,7 @@ class Recoveries:
             **error_facts(error),
             exc_info=not is_outage(error),
         )
-        self.gate.recovery_failed()
+        self.gate.set_recovery_failed()
 
     async def decide_at_stop(self) -> None:
         """Decide on every run, as the next start would."""

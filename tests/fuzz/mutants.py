@@ -34,7 +34,7 @@ def let_escape() -> None:
     async def escape(_: object, __: object, error: Exception) -> None:
         raise error
 
-    _break(method_wrapper, "_refuse", escape)
+    _break(method_wrapper, "_abort", escape)
 
 
 def write_when_refused() -> None:
@@ -110,13 +110,13 @@ def hoard() -> None:
     from runrecovery_service.rpc.method_wrapper import MethodWrapper
 
     kept: list[bytes] = []
-    demand = MethodWrapper._demand_room
+    check = MethodWrapper._check_call_limit
 
-    def demand_and_keep(self: Any, *given: Any) -> None:
+    def check_and_keep(self: Any, *given: Any) -> None:
         kept.append(bytes(512 << 10))
-        demand(self, *given)
+        check(self, *given)
 
-    _break(MethodWrapper, "_demand_room", demand_and_keep)
+    _break(MethodWrapper, "_check_call_limit", check_and_keep)
 
 
 MUTANTS: Final[dict[str, Mutant]] = {

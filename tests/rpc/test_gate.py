@@ -40,11 +40,11 @@ def gate_that(*steps: Callable[[Gate], None]) -> Gate:
     [
         ((), {Access.READ: ReconciliationInProgress, Access.MUTATION: ReconciliationInProgress}),
         (
-            (Gate.recovery_failed,),
+            (Gate.set_recovery_failed,),
             {Access.READ: ReconciliationInProgress, Access.MUTATION: ReconciliationInProgress},
         ),
         (
-            (Gate.recovery_failed, Gate.recovering),
+            (Gate.set_recovery_failed, Gate.set_recovering),
             {Access.READ: ReconciliationInProgress, Access.MUTATION: ReconciliationInProgress},
         ),
         ((Gate.open,), {}),
@@ -75,7 +75,7 @@ def test_gate_lets_in_by_its_state(
     met = {}
     for access in Access:
         try:
-            gate.demand(access)
+            gate.check_access(access)
         except RunRecoveryError as error:
             met[access] = type(error)
     assert met == refusals
@@ -84,7 +84,7 @@ def test_gate_lets_in_by_its_state(
 def test_draining_is_final() -> None:
     gate = gate_that(Gate.open, Gate.drain)
 
-    for later in (gate.open, gate.recovering, gate.recovery_failed):
+    for later in (gate.open, gate.set_recovering, gate.set_recovery_failed):
         later()
         assert gate.state is ServiceState.DRAINING
 

@@ -82,7 +82,7 @@ async def test_only_liveness_serves_while_draining_or_without_storage_or_address
 
 
 async def test_failed_recovery_keeps_its_reads_serving(gate: Gate, health: Any) -> None:
-    gate.recovery_failed()
+    gate.set_recovery_failed()
 
     found = await statuses(health)
     assert (found[""], found[RECOVERY]) == (NOT_SERVING, SERVING)
@@ -99,7 +99,7 @@ async def test_watch_tells_every_change_and_ends_when_the_service_drains(
     gate: Gate, health: Any
 ) -> None:
     told = []
-    steps = [gate.open, gate.recovering, gate.open, gate.drain]
+    steps = [gate.open, gate.set_recovering, gate.open, gate.drain]
     async for response in health.Watch(asking("")):
         told.append(response.status)
         if steps:
@@ -111,8 +111,8 @@ async def test_watch_tells_every_change_and_ends_when_the_service_drains(
 async def test_watch_does_not_repeat_a_status(gate: Gate, health: Any) -> None:
     watch = health.Watch(asking(""))
     first = await anext(aiter(watch))
-    gate.recovery_failed()
-    gate.recovering()
+    gate.set_recovery_failed()
+    gate.set_recovering()
     gate.open()
 
     assert [first.status, (await anext(aiter(watch))).status] == [NOT_SERVING, SERVING]

@@ -9,7 +9,7 @@ from runrecovery.v1 import recovery_service_pb2, run_pb2, run_service_pb2
 from runrecovery_service.domain.errors import PageTokenInvalid, PageTokenMismatch
 from runrecovery_service.rpc import paging
 
-SCOPE = paging.scope(
+SCOPE = paging.token_scope(
     run_service_pb2.ListRunsRequest(filter=run_service_pb2.RunFilter(engine="demo")), width=2
 )
 KEYS = st.integers(min_value=-(2**63), max_value=2**63 - 1)
@@ -43,7 +43,7 @@ def test_any_text_is_refused_as_a_token(text: str) -> None:
 
 
 def test_another_filter_refuses_the_token() -> None:
-    other = paging.scope(
+    other = paging.token_scope(
         run_service_pb2.ListRunsRequest(filter=run_service_pb2.RunFilter(engine="other")), width=2
     )
 
@@ -52,8 +52,8 @@ def test_another_filter_refuses_the_token() -> None:
 
 
 def test_another_method_refuses_the_token() -> None:
-    first = paging.scope(run_service_pb2.ListRunsRequest(), width=1)
-    second = paging.scope(recovery_service_pb2.ListReconciliationsRequest(), width=1)
+    first = paging.token_scope(run_service_pb2.ListRunsRequest(), width=1)
+    second = paging.token_scope(recovery_service_pb2.ListReconciliationsRequest(), width=1)
 
     with pytest.raises(PageTokenMismatch):
         paging.decode(second, paging.encode(first, (1,)))
@@ -63,9 +63,9 @@ def test_page_size_and_token_do_not_belong_to_the_filter() -> None:
     wanted = run_service_pb2.RunFilter(statuses=[run_pb2.RUN_STATUS_QUEUED])
     first = run_service_pb2.ListRunsRequest(filter=wanted, page_size=7)
     second = run_service_pb2.ListRunsRequest(filter=wanted, page_size=9)
-    second.page_token = paging.encode(paging.scope(first, width=1), (1,))
+    second.page_token = paging.encode(paging.token_scope(first, width=1), (1,))
 
-    assert paging.scope(first, width=1) == paging.scope(second, width=1)
+    assert paging.token_scope(first, width=1) == paging.token_scope(second, width=1)
 
 
 def test_last_page_has_no_token_and_no_token_is_the_first_page() -> None:
@@ -84,7 +84,7 @@ def test_page_size_has_a_default_and_a_limit(asked: int, given: int) -> None:
 
 
 def test_another_spelling_of_the_same_bytes_is_refused() -> None:
-    scope = paging.scope(run_service_pb2.ListRunsRequest(), width=1)
+    scope = paging.token_scope(run_service_pb2.ListRunsRequest(), width=1)
     token = paging.encode(scope, (7,))
     # The last character of 25 bytes carries four bits that base64 readers ignore.
     spelling = token[:-1] + chr(ord(token[-1]) + 1)

@@ -31,8 +31,9 @@ from runrecovery_service.recovery.plan import Planner
 from runrecovery_service.recovery.status import RecoveryStatus
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.listen_address import ListenFailed
+from runrecovery_service.rpc.output_reader import PIECE_BYTES
 from runrecovery_service.rpc.recovery_service import RecoveryDeps
-from runrecovery_service.rpc.run_service import PIECE_BYTES, RunDeps, RunLimits
+from runrecovery_service.rpc.run_service import RunDeps, RunLimits
 from runrecovery_service.rpc.server import GrpcServer, ServerLimits, build_server
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.processes import Unended

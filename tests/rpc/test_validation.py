@@ -17,7 +17,7 @@ from runrecovery_service.domain.errors import FieldViolation, InvalidFields
 from runrecovery_service.domain.run import Profile
 from runrecovery_service.engines.catalog import Engine
 from runrecovery_service.rpc import times, validation
-from runrecovery_service.rpc.run_service import receipt
+from runrecovery_service.rpc.run_service import make_receipt
 from runrecovery_service.rpc.uuid7 import uuid7
 
 REQUEST_ID = "0192f0c1-aaaa-4bbb-8ccc-0123456789ab"
@@ -57,7 +57,7 @@ def test_all_that_is_wrong_with_a_request_is_told_at_once() -> None:
 
 def test_bad_fields_are_raised_together() -> None:
     with pytest.raises(InvalidFields) as caught:
-        validation.demand_valid(validation.create_run(bad_create()))
+        validation.require_valid(validation.create_run(bad_create()))
 
     assert len(caught.value.violations) == 9
 
@@ -217,15 +217,17 @@ def test_report_id_must_be_a_uuid(report: str) -> None:
 @pytest.mark.parametrize("run_id", ["", "A", "_a", "a b", "a\n", "a" * 65, "ä", "a/b", "a\0"])
 def test_quick_check_refuses_a_bad_run_id(run_id: str) -> None:
     with pytest.raises(InvalidFields):
-        validation.demand_run_id(run_id)
+        validation.require_run_id(run_id)
 
 
 def test_profile_may_be_unset_or_the_engines_own() -> None:
     wish = run_pb2.InteractiveProfile(kind=STICKY)
 
-    assert not list(validation.profile(run_pb2.InteractiveProfile(), engine(Profile.RESUMABLE)))
-    assert not list(validation.profile(wish, engine(Profile.STICKY_PROCESS)))
-    assert fields(validation.profile(wish, engine(Profile.RESUMABLE))) == [
+    assert not list(
+        validation.check_profile(run_pb2.InteractiveProfile(), engine(Profile.RESUMABLE))
+    )
+    assert not list(validation.check_profile(wish, engine(Profile.STICKY_PROCESS)))
+    assert fields(validation.check_profile(wish, engine(Profile.RESUMABLE))) == [
         "interactive_profile.kind"
     ]
 
@@ -239,7 +241,7 @@ def test_a_wait_may_be_as_long_as_the_engines_own(*, seconds: float, refused: bo
 
     found = [
         *validation.create_run(request),
-        *validation.profile(request.interactive_profile, engine(Profile.RESUMABLE)),
+        *validation.check_profile(request.interactive_profile, engine(Profile.RESUMABLE)),
     ]
 
     assert fields(found) == ["interactive_profile.session_timeout"] * refused
@@ -332,12 +334,12 @@ def test_receipt_is_of_the_payload_without_its_id() -> None:
     same = run_pb.CancelRunRequest(run_id="r1", request_id=REQUEST_ID.upper())
     other = run_pb.CancelRunRequest(run_id="r2", request_id=REQUEST_ID)
 
-    made = receipt(first)
+    made = make_receipt(first)
     assert made is not None
     assert (made.request_id, made.method, len(made.fingerprint)) == (REQUEST_ID, "CancelRun", 32)
-    assert made == receipt(same)
-    assert made != receipt(other)
-    assert receipt(run_pb.CancelRunRequest(run_id="r1")) is None
+    assert made == make_receipt(same)
+    assert made != make_receipt(other)
+    assert make_receipt(run_pb.CancelRunRequest(run_id="r1")) is None
     assert first.request_id == REQUEST_ID
 
 
@@ -345,9 +347,9 @@ def test_receipt_does_not_depend_on_the_order_of_labels() -> None:
     there = {f"k{n}": "v" for n in range(20)}
     back = dict(reversed(there.items()))
 
-    assert receipt(
+    assert make_receipt(
         run_pb.CreateRunRequest(engine="demo", labels=there, request_id=REQUEST_ID)
-    ) == receipt(run_pb.CreateRunRequest(engine="demo", labels=back, request_id=REQUEST_ID))
+    ) == make_receipt(run_pb.CreateRunRequest(engine="demo", labels=back, request_id=REQUEST_ID))
 
 
 @pytest.mark.parametrize("random", [b"\0" * 10, b"\xff" * 10])

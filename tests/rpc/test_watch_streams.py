@@ -42,7 +42,7 @@ def of_decisions() -> tuple[Waiting, Telling]:
 
 def of_gate() -> tuple[Waiting, Telling]:
     gate = Gate()
-    return gate.following, gate.drain
+    return gate.notify, gate.drain
 
 
 @pytest.mark.parametrize("make", [of_run, of_decisions, of_gate])
@@ -92,20 +92,20 @@ async def test_what_only_wakes_a_watcher_puts_off_no_sign_of_life(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(watch_streams, "BOOKMARK_S", 0.3)
-    quiet, woken = watch_streams._Quiet(told=True), asyncio.Event()
+    timer, woken = watch_streams._BookmarkTimer(sent=True), asyncio.Event()
     woken.set()  # and is never cleared: it wakes all the time
 
     async with asyncio.timeout(30):
-        while quiet.left_s:
-            await quiet.wait(woken)
+        while timer.left_s:
+            await timer.wait(woken)
             await asyncio.sleep(0)
 
-    quiet.told()
-    assert quiet.left_s > 0
+    timer.restart()
+    assert timer.left_s > 0
 
 
 async def test_who_goes_on_is_told_at_once_that_it_does() -> None:
-    assert watch_streams._Quiet(told=False).left_s == 0
+    assert watch_streams._BookmarkTimer(sent=False).left_s == 0
 
 
 def test_a_look_at_a_shared_store_tells_of_new_events_and_of_runs_that_were_not_looked_at() -> None:

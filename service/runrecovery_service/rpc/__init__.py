@@ -1,7 +1,6 @@
-"""The only room with gRPC: the services of the contract, the gate, health, reflection, errors."""
+"""gRPC: the services of the contract, access, health, reflection, and errors as status codes."""
 
 import os
 
-# Before grpc is imported anywhere: we start processes without fork handlers, and grpc's would
-# run in every child.
+# Set before any import of grpc: its fork handlers would run in every child process.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")

@@ -1,8 +1,8 @@
-"""The one table from what went wrong to what a caller sees. Nothing else aborts a call of ours.
+"""The one table from domain errors to gRPC status, message and details.
 
-Every error carries google.rpc details: an ErrorInfo with the reason (errors.proto), and by case
-BadRequest, PreconditionFailure, ResourceInfo or RetryInfo. All of it stays below the 8 KiB that
-a gRPC client takes as trailers; above, the client would see RESOURCE_EXHAUSTED instead.
+Every error carries google.rpc details: an ErrorInfo with the reason (errors.proto), and for some
+errors BadRequest, PreconditionFailure, ResourceInfo or RetryInfo. All details together stay below
+8 KiB. A gRPC client accepts no more as trailers and would see RESOURCE_EXHAUSTED instead.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from runrecovery_service.domain.errors import FieldViolation, RunRecoveryError
 DOMAIN: Final = "runrecovery"
 STATUS_TRAILER: Final = "grpc-status-details-bin"
 PUSHBACK_TRAILER: Final = "grpc-retry-pushback-ms"
-"""gRPC's own retry waits this long; it knows nothing of RetryInfo."""
+"""How long gRPC's own retry waits. It does not read RetryInfo."""
 
 MAX_VIOLATIONS: Final = 20
 MAX_VIOLATIONS_BYTES: Final = 4000
-"""With base64, message and ErrorInfo around them still below 8 KiB."""
+"""Together with base64, message and ErrorInfo this stays below 8 KiB."""
 MAX_TEXT_CHARS: Final = 200
 MAX_MESSAGE_BYTES: Final = 300
 MAX_METADATA_BYTES: Final = 1000
@@ -42,67 +42,67 @@ Trailers = tuple[tuple[str, str | bytes], ...]
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """How a call ends: what goes to grpc's `abort`."""
+    """How a call ends: the arguments of grpc's `abort`."""
 
     code: grpc.StatusCode
     message: str
     trailers: Trailers
 
 
-# The table pairs a class with functions of that class; that they match is tested, not typed.
-# google.rpc ships no types that mypy may see, so the details are Any as well.
+# A function of the table takes the class of its row; a test checks this, as types cannot. The
+# details are Any, too: google.rpc ships no types for mypy.
 _Details = Callable[[Any], Any]
 _Metadata = Callable[[Any], Mapping[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
-    """How one class of errors is told."""
+class Mapped:
+    """How one class of errors appears to the caller."""
 
     code: grpc.StatusCode
     reason: errors_pb2.ErrorReason.ValueType
     details: tuple[_Details, ...] = ()
     metadata: _Metadata = lambda _: {}
     message: str | None = None
-    """Said instead of the error's own text."""
+    """Replaces the error's own text."""
 
 
 def failure(error: RunRecoveryError) -> Failure:
-    """Return how a call ends that met this error.
+    """Return the status of a call that failed with this error.
 
     Raises:
-        KeyError: the class is not in the table; a test walks the tree.
+        KeyError: the class is not in the table; a test walks the error tree.
     """
-    case = TABLE[type(error)]
-    message = clip_bytes(case.message or str(error), MAX_MESSAGE_BYTES)
-    details = [error_info(case.reason, case.metadata(error))]
-    details += [build(error) for build in case.details]
-    trailers: Trailers = ((STATUS_TRAILER, _packed(case.code, message, details)),)
-    if case.details and case.details[0] is retry_info:
+    row = TABLE[type(error)]
+    message = clip_bytes(row.message or str(error), MAX_MESSAGE_BYTES)
+    details = [error_info(row.reason, row.metadata(error))]
+    details += [build(error) for build in row.details]
+    trailers: Trailers = ((STATUS_TRAILER, _pack_status(row.code, message, details)),)
+    if row.details and row.details[0] is retry_info:
         trailers += ((PUSHBACK_TRAILER, str(_pushback_ms(error))),)
-    return Failure(case.code, message, trailers)
+    return Failure(row.code, message, trailers)
 
 
 def _pushback_ms(error: RunRecoveryError) -> int:
-    # gRPC's own clients never repeat a call that is told 0.
+    # A pushback of 0 makes gRPC clients give up instead of retrying.
     return max(1, math.ceil(_retry_after_s(error) * 1000))
 
 
 def internal(error_id: str) -> Failure:
-    """Return how a call ends that met a defect: the id is in the log, nothing else is told."""
+    """Return the status of a call that failed by a defect. It names only the id in the log."""
     message = f"internal error {error_id}"
     info = error_info(Reason.ERROR_REASON_INTERNAL, {"error_id": error_id})
-    status = _packed(grpc.StatusCode.INTERNAL, message, [info])
+    status = _pack_status(grpc.StatusCode.INTERNAL, message, [info])
     return Failure(grpc.StatusCode.INTERNAL, message, ((STATUS_TRAILER, status),))
 
 
 def clip(text: str, chars: int = MAX_TEXT_CHARS) -> str:
-    """Return the text, or its beginning and an ellipsis."""
+    """Return the text, cut to `chars` characters with an ellipsis if it is longer."""
     return text if len(text) <= chars else text[: chars - 1] + "…"
 
 
 def clip_bytes(text: str, limit: int) -> str:
-    """Return the text, or what fits of it into `limit` bytes of UTF-8 with an ellipsis."""
+    """Return the text, cut to `limit` bytes of UTF-8 with an ellipsis if it is longer."""
     data = text.encode("utf-8", "replace")
     if len(data) <= limit:
         return data.decode()
@@ -113,7 +113,7 @@ def clip_bytes(text: str, limit: int) -> str:
 
 
 def error_info(reason: errors_pb2.ErrorReason.ValueType, metadata: Mapping[str, str]) -> Any:
-    """The detail that every error has."""
+    """Return the ErrorInfo, which every error has."""
     return error_details_pb2.ErrorInfo(
         reason=Reason.Name(reason).removeprefix(_PREFIX),
         domain=DOMAIN,
@@ -122,7 +122,7 @@ def error_info(reason: errors_pb2.ErrorReason.ValueType, metadata: Mapping[str, 
 
 
 def retry_info(error: RunRecoveryError) -> Any:
-    """When to try again."""
+    """Return the RetryInfo: when to retry."""
     seconds, rest = divmod(_retry_after_s(error), 1)
     delay = Duration(seconds=int(seconds), nanos=int(rest * 1e9))
     return error_details_pb2.RetryInfo(retry_delay=delay)
@@ -135,20 +135,20 @@ def _retry_after_s(error: RunRecoveryError) -> float:
 
 
 def bad_request(violations: tuple[FieldViolation, ...]) -> Any:
-    """The bad fields, at most 20 and 4000 bytes of them, then one that says `truncated`."""
+    """Return the invalid fields: at most 20 and 4000 bytes, then a field named `truncated`."""
     bad = error_details_pb2.BadRequest()
     for violation in violations:
-        told = error_details_pb2.BadRequest.FieldViolation(
+        added = error_details_pb2.BadRequest.FieldViolation(
             field=clip(violation.field), description=clip(violation.description)
         )
         if (
             len(bad.field_violations) == MAX_VIOLATIONS
-            or bad.ByteSize() + told.ByteSize() > MAX_VIOLATIONS_BYTES
+            or bad.ByteSize() + added.ByteSize() > MAX_VIOLATIONS_BYTES
         ):
             more = len(violations) - len(bad.field_violations)
             bad.field_violations.add(field="truncated", description=f"{more} more")
             break
-        bad.field_violations.append(told)
+        bad.field_violations.append(added)
     return bad
 
 
@@ -189,7 +189,7 @@ def _precondition(error: errors.Refused) -> Any:
     return failed
 
 
-def _packed(code: grpc.StatusCode, message: str, details: list[Any]) -> bytes:
+def _pack_status(code: grpc.StatusCode, message: str, details: list[Any]) -> bytes:
     status = status_pb2.Status(code=code.value[0], message=message)
     for detail in details:
         packed = AnyMessage()
@@ -203,121 +203,123 @@ def _packed(code: grpc.StatusCode, message: str, details: list[Any]) -> bytes:
 
 _Code = grpc.StatusCode
 
-TABLE: Final[Mapping[type[RunRecoveryError], Case]] = MappingProxyType(
+TABLE: Final[Mapping[type[RunRecoveryError], Mapped]] = MappingProxyType(
     {
-        errors.RunNotFound: Case(_Code.NOT_FOUND, Reason.ERROR_REASON_RUN_NOT_FOUND, (_run,)),
-        errors.ReconciliationNotFound: Case(
+        errors.RunNotFound: Mapped(_Code.NOT_FOUND, Reason.ERROR_REASON_RUN_NOT_FOUND, (_run,)),
+        errors.ReconciliationNotFound: Mapped(
             _Code.NOT_FOUND, Reason.ERROR_REASON_RECONCILIATION_NOT_FOUND, (_reconciliation,)
         ),
-        errors.InvalidFields: Case(
+        errors.InvalidFields: Mapped(
             _Code.INVALID_ARGUMENT,
             Reason.ERROR_REASON_INVALID_FIELD,
             (lambda error: bad_request(error.violations),),
         ),
-        errors.UnknownEngine: Case(
+        errors.UnknownEngine: Mapped(
             _Code.INVALID_ARGUMENT,
             Reason.ERROR_REASON_UNKNOWN_ENGINE,
             (_engine,),
             metadata=lambda error: {"known_engines": ",".join(error.known)},
         ),
-        errors.PageTokenInvalid: Case(
+        errors.PageTokenInvalid: Mapped(
             _Code.INVALID_ARGUMENT, Reason.ERROR_REASON_PAGE_TOKEN_INVALID, (_page_token,)
         ),
-        errors.PageTokenMismatch: Case(
+        errors.PageTokenMismatch: Mapped(
             _Code.INVALID_ARGUMENT, Reason.ERROR_REASON_PAGE_TOKEN_MISMATCH, (_page_token,)
         ),
-        errors.RunAlreadyExists: Case(
+        errors.RunAlreadyExists: Mapped(
             _Code.ALREADY_EXISTS, Reason.ERROR_REASON_RUN_ALREADY_EXISTS, (_run,)
         ),
-        errors.RequestIdReused: Case(
+        errors.RequestIdReused: Mapped(
             _Code.ALREADY_EXISTS,
             Reason.ERROR_REASON_REQUEST_ID_REUSED,
             metadata=lambda error: {"request_id": error.request_id},
         ),
-        errors.RunNotWaiting: Case(
+        errors.RunNotWaiting: Mapped(
             _Code.FAILED_PRECONDITION, Reason.ERROR_REASON_RUN_NOT_WAITING, (_precondition,)
         ),
-        errors.InteractionSuperseded: Case(
+        errors.InteractionSuperseded: Mapped(
             _Code.FAILED_PRECONDITION,
             Reason.ERROR_REASON_INTERACTION_SUPERSEDED,
             (_precondition,),
         ),
-        errors.RunAlreadyTerminal: Case(
+        errors.RunAlreadyTerminal: Mapped(
             _Code.FAILED_PRECONDITION, Reason.ERROR_REASON_RUN_ALREADY_TERMINAL, (_precondition,)
         ),
-        errors.RunQuarantined: Case(
+        errors.RunQuarantined: Mapped(
             _Code.FAILED_PRECONDITION, Reason.ERROR_REASON_RUN_QUARANTINED, (_precondition,)
         ),
-        errors.RunOfAnotherInstance: Case(
+        errors.RunOfAnotherInstance: Mapped(
             _Code.FAILED_PRECONDITION,
             Reason.ERROR_REASON_RUN_OF_ANOTHER_INSTANCE,
             (_precondition,),
             metadata=lambda error: {"instance": error.instance},
         ),
-        errors.EtagMismatch: Case(
+        errors.EtagMismatch: Mapped(
             _Code.ABORTED,
             Reason.ERROR_REASON_ETAG_MISMATCH,
             metadata=lambda error: {"current_etag": error.current_etag},
         ),
-        errors.ReconciliationInProgress: Case(
+        errors.ReconciliationInProgress: Mapped(
             _Code.UNAVAILABLE, Reason.ERROR_REASON_RECONCILIATION_IN_PROGRESS, (retry_info,)
         ),
-        errors.ShuttingDown: Case(
+        errors.ShuttingDown: Mapped(
             _Code.UNAVAILABLE, Reason.ERROR_REASON_SHUTTING_DOWN, (retry_info,)
         ),
-        errors.Fenced: Case(
+        errors.Fenced: Mapped(
             _Code.UNAVAILABLE,
             Reason.ERROR_REASON_SHUTTING_DOWN,
             (retry_info,),
             message="this instance was superseded and is stopping",
         ),
-        errors.ClaimLost: Case(
+        errors.ClaimLost: Mapped(
             _Code.UNAVAILABLE,
             Reason.ERROR_REASON_SHUTTING_DOWN,
             (retry_info,),
             message="the database lost this instance's claim; the instance is stopping",
         ),
-        errors.RunGone: Case(
+        errors.RunGone: Mapped(
             _Code.UNAVAILABLE,
             Reason.ERROR_REASON_SHUTTING_DOWN,
             (retry_info,),
             message="the database lost a commit; this instance is stopping",
         ),
-        errors.SafeMode: Case(_Code.UNAVAILABLE, Reason.ERROR_REASON_SAFE_MODE, (retry_info,)),
-        errors.StorageBusy: Case(
+        errors.SafeMode: Mapped(_Code.UNAVAILABLE, Reason.ERROR_REASON_SAFE_MODE, (retry_info,)),
+        errors.StorageBusy: Mapped(
             _Code.UNAVAILABLE, Reason.ERROR_REASON_STORAGE_BUSY, (retry_info,)
         ),
-        errors.StorageUnavailable: Case(
+        errors.StorageUnavailable: Mapped(
             _Code.UNAVAILABLE, Reason.ERROR_REASON_STORAGE_UNAVAILABLE, (retry_info,)
         ),
-        errors.Overloaded: Case(
+        errors.Overloaded: Mapped(
             _Code.RESOURCE_EXHAUSTED, Reason.ERROR_REASON_OVERLOADED, (retry_info,)
         ),
-        errors.StorageFull: Case(
+        errors.StorageFull: Mapped(
             _Code.RESOURCE_EXHAUSTED, Reason.ERROR_REASON_STORAGE_FULL, (retry_info,)
         ),
-        errors.SlowReader: Case(
+        errors.SlowReader: Mapped(
             _Code.RESOURCE_EXHAUSTED, Reason.ERROR_REASON_SLOW_READER, (retry_info,)
         ),
-        errors.RunNotReopenable: Case(
+        errors.RunNotReopenable: Mapped(
             _Code.FAILED_PRECONDITION, Reason.ERROR_REASON_RUN_NOT_REOPENABLE, (_precondition,)
         ),
-        errors.SessionNotResumable: Case(
+        errors.SessionNotResumable: Mapped(
             _Code.FAILED_PRECONDITION, Reason.ERROR_REASON_SESSION_NOT_RESUMABLE, (_precondition,)
         ),
-        errors.WatchCursorInvalid: Case(
+        errors.WatchCursorInvalid: Mapped(
             _Code.INVALID_ARGUMENT, Reason.ERROR_REASON_WATCH_CURSOR_INVALID, (_cursor,)
         ),
-        errors.WatchHistoryPruned: Case(
+        errors.WatchHistoryPruned: Mapped(
             _Code.OUT_OF_RANGE,
             Reason.ERROR_REASON_WATCH_HISTORY_PRUNED,
             metadata=lambda error: {"oldest_sequence": str(error.oldest)},
         ),
-        errors.WatchSequenceUnknown: Case(
+        errors.WatchSequenceUnknown: Mapped(
             _Code.OUT_OF_RANGE,
             Reason.ERROR_REASON_WATCH_SEQUENCE_UNKNOWN,
             metadata=lambda error: {"latest_sequence": str(error.latest)},
         ),
-        errors.OutputOutOfRange: Case(_Code.OUT_OF_RANGE, Reason.ERROR_REASON_OUTPUT_OUT_OF_RANGE),
+        errors.OutputOutOfRange: Mapped(
+            _Code.OUT_OF_RANGE, Reason.ERROR_REASON_OUTPUT_OUT_OF_RANGE
+        ),
     }
 )

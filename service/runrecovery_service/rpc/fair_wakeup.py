@@ -1,4 +1,4 @@
-"""Pacing of many that are woken at once, so that the event loop gets to other calls in between."""
+"""Paces tasks that are woken at the same time, so that other calls get their share of the loop."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from collections import deque
 
 
 class FairWakeup:
-    """Lets one pass in each round of the event loop, in the order in which they came.
+    """Lets one task pass per round of the event loop, first come, first served.
 
-    A thousand who wait for one event wake in one round. What each of them then does takes 0.2 ms
-    only, but together they would hold up every other call for longer than a health check may take.
-    One a round, and not some: a call takes many rounds until gRPC has brought it here and back.
+    A thousand watchers of one event wake in the same round. Each needs only 0.2 ms, but together
+    they would delay every other call for longer than a health check may take. One task per round,
+    not several: gRPC needs many rounds to receive and answer one call.
     """
 
     def __init__(self) -> None:
-        self._taken = False
+        self._is_busy = False
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     async def wait_turn(self) -> None:
-        """Return when it is the caller's turn: at once, unless there is a crowd."""
+        """Return when it is the caller's turn: at once, unless others wait."""
         loop = asyncio.get_running_loop()
-        if not self._taken:
-            self._taken = True
+        if not self._is_busy:
+            self._is_busy = True
             loop.call_soon(self._next, loop)
             return
         turn = loop.create_future()
@@ -32,8 +32,8 @@ class FairWakeup:
     def _next(self, loop: asyncio.AbstractEventLoop) -> None:
         while self._waiting:
             turn = self._waiting.popleft()
-            if not turn.done():  # its caller may have gone
+            if not turn.done():  # its task may have been cancelled
                 turn.set_result(None)
                 loop.call_soon(self._next, loop)
                 return
-        self._taken = False
+        self._is_busy = False

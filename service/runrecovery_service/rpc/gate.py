@@ -1,4 +1,4 @@
-"""What the service does as a whole, and therefore who may be let in. One place, one truth."""
+"""The state of the service as a whole, and which methods may be called in it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from runrecovery_service.domain.errors import ReconciliationInProgress, SafeMode
 
 
 class ServiceState(StrEnum):
-    """What the service is doing as a whole."""
+    """The state of the service as a whole."""
 
     RECOVERING = "RECOVERING"
     RECOVERY_FAILED = "RECOVERY_FAILED"
@@ -23,21 +23,20 @@ class Access(Enum):
     """When a method may be called."""
 
     ALWAYS = auto()
-    """In every state, and beside the limit of calls: one must be able to ask what is going on."""
+    """In every state, and outside the limit of concurrent calls."""
     READ = auto()
-    """Once recovery has committed, until the end."""
+    """From the commit of recovery until the server closes."""
     MUTATION = auto()
-    """Once recovery has committed, until the service drains."""
+    """From the commit of recovery until the service drains."""
 
 
 class Gate:
-    """The state of the service and who waits for it to change. Use it on the event loop only.
+    """Holds the state of the service and wakes those who wait for a change. Not thread-safe.
 
-    It begins closed, RECOVERING. DRAINING is final: whatever a recovery that is still at work
-    reports afterwards changes nothing.
+    The first state is RECOVERING. DRAINING is final: a recovery that ends later changes nothing.
 
     Args:
-        retry_after_s: when callers that come too early are told to try again.
+        retry_after_s: seconds after which refused callers are asked to retry.
     """
 
     def __init__(self, *, retry_after_s: float = 1.0) -> None:
@@ -49,21 +48,21 @@ class Gate:
         self._closed = False
         self._listens = True
         self._change = asyncio.Event()
-        self._followers: set[asyncio.Event] = set()
+        self._events: set[asyncio.Event] = set()
 
     @property
     def state(self) -> ServiceState:
-        """What the service is doing."""
+        """The present state."""
         return self._state
 
     @property
     def storage_answers(self) -> bool:
-        """False while the database is known not to answer."""
+        """False while the database does not answer."""
         return self._storage_answers
 
     @property
     def listens(self) -> bool:
-        """False while somebody else has the address on which the service listens."""
+        """False while another process has the listen address."""
         return self._listens
 
     @property
@@ -73,55 +72,55 @@ class Gate:
 
     @property
     def recovered(self) -> bool:
-        """True once recovery has committed, until the end."""
+        """True once recovery has committed."""
         return self._recovered
 
     @property
     def change(self) -> asyncio.Event:
-        """Set by the next change. Take it before looking at the state, and none is missed."""
+        """The event that the next change sets. Take it before reading the state."""
         return self._change
 
-    def recovering(self) -> None:
-        """A recovery is at work (again)."""
-        self._become(ServiceState.RECOVERING)
+    def set_recovering(self) -> None:
+        """Record that a recovery has started, perhaps again."""
+        self._set_state(ServiceState.RECOVERING)
 
-    def recovery_failed(self) -> None:
-        """The recovery failed and will be tried again."""
-        self._become(ServiceState.RECOVERY_FAILED)
+    def set_recovery_failed(self) -> None:
+        """Record that the recovery failed and will be retried."""
+        self._set_state(ServiceState.RECOVERY_FAILED)
 
     def open(self, *, safe_mode: bool = False) -> None:
-        """Recovery has committed: let everybody in. In safe mode no run may be created."""
+        """Record that recovery has committed. In safe mode no run may be created."""
         self._safe_mode = safe_mode
         self._recovered = self._recovered or not self.draining
-        self._become(ServiceState.SERVING)
+        self._set_state(ServiceState.SERVING)
 
     def drain(self) -> None:
-        """The service is shutting down. Mutations are refused from now on, reads are not."""
-        self._become(ServiceState.DRAINING)
+        """Record that the service is shutting down: refuse mutations from now on."""
+        self._set_state(ServiceState.DRAINING)
 
     def close(self) -> None:
-        """The server is about to end. Reads are refused as well from now on."""
+        """Record that the server is about to close: refuse reads as well from now on."""
         self._closed = True
 
     def set_storage_answers(self, *, answers: bool) -> None:
-        """Record whether the database answers; health tells it."""
+        """Record whether the database answers; health depends on it."""
         if answers is not self._storage_answers:
             self._storage_answers = answers
-            self._announce()
+            self._notify_all()
 
     def set_listens(self, *, listens: bool) -> None:
-        """Record whether the service still has its address; health tells it."""
+        """Record whether the service still has its address; health depends on it."""
         if listens is not self._listens:
             self._listens = listens
-            self._announce()
+            self._notify_all()
 
-    def demand(self, access: Access) -> None:
-        """Let a call pass, or refuse it.
+    def check_access(self, access: Access) -> None:
+        """Raise unless a method with this access may be called now.
 
         Raises:
             ReconciliationInProgress: recovery has not committed.
-            ShuttingDown: the service drains, and this would change something (or recovery never
-                committed, so that even a read could not be trusted), or the server is ending.
+            ShuttingDown: the service drains and this is a mutation; or recovery never committed, so
+                that reads would be wrong; or the server is closing.
         """
         if self._state is ServiceState.SERVING or access is Access.ALWAYS:
             return
@@ -130,8 +129,8 @@ class Gate:
         if access is Access.MUTATION or not self._recovered or self._closed:
             raise ShuttingDown(retry_after_s=self._retry_after_s)
 
-    def demand_launches(self) -> None:
-        """Let a new run pass.
+    def check_launches_allowed(self) -> None:
+        """Raise unless runs may be created.
 
         Raises:
             SafeMode: this start launches nothing.
@@ -140,26 +139,26 @@ class Gate:
             raise SafeMode(retry_after_s=self._retry_after_s)
 
     @contextmanager
-    def following(self, event: asyncio.Event) -> Iterator[None]:
-        """Have an event of the caller's own set with every change."""
-        self._followers.add(event)
+    def notify(self, event: asyncio.Event) -> Iterator[None]:
+        """Set the caller's event at every change, inside the context."""
+        self._events.add(event)
         try:
             yield
         finally:
-            self._followers.discard(event)
+            self._events.discard(event)
 
     async def wait(self, change: asyncio.Event, *, timeout_s: float) -> None:
         """Return at the change, or after `timeout_s` seconds without one."""
         with suppress(TimeoutError):
             await asyncio.wait_for(change.wait(), timeout_s)
 
-    def _become(self, state: ServiceState) -> None:
+    def _set_state(self, state: ServiceState) -> None:
         if state is not self._state and not self.draining:
             self._state = state
-            self._announce()
+            self._notify_all()
 
-    def _announce(self) -> None:
+    def _notify_all(self) -> None:
         change, self._change = self._change, asyncio.Event()
         change.set()
-        for event in self._followers:
+        for event in self._events:
             event.set()

@@ -1,10 +1,10 @@
-"""grpc.health.v1, computed from the gate at every look: there is no second copy to go stale.
+"""grpc.health.v1, computed from the gate at each request.
 
-| name | SERVING |
+| name | SERVING when |
 |---|---|
-| `""`, `runrecovery.v1.RunService` | recovered, database answers, address is ours, not draining |
-| `runrecovery.v1.RecoveryService` | the same, but also during a recovery |
-| `liveness` | always: that an answer comes is what it says |
+| `""`, `runrecovery.v1.RunService` | state SERVING, the database answers, the address is ours |
+| `runrecovery.v1.RecoveryService` | not draining, the database answers, the address is ours |
+| `liveness` | always: the process answers |
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2 as pb
 
 from runrecovery_service.rpc.gate import Gate, ServiceState
 
-# The package ships no types that mypy may see.
+# The package ships no types for mypy.
 Status: TypeAlias = Any
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -27,23 +27,23 @@ _NOT_SERVING: Final = pb.HealthCheckResponse.NOT_SERVING
 _UNKNOWN: Final = pb.HealthCheckResponse.SERVICE_UNKNOWN
 
 
-def _serves_runs(gate: Gate) -> bool:
+def _run_service_serves(gate: Gate) -> bool:
     return gate.state is ServiceState.SERVING and gate.storage_answers and gate.listens
 
 
-def _tells_of_recovery(gate: Gate) -> bool:
+def _recovery_service_serves(gate: Gate) -> bool:
     return not gate.draining and gate.storage_answers and gate.listens
 
 
 NAMES: Final[Mapping[str, Callable[[Gate], bool]]] = MappingProxyType(
     {
-        "": _serves_runs,
-        "runrecovery.v1.RunService": _serves_runs,
-        "runrecovery.v1.RecoveryService": _tells_of_recovery,
+        "": _run_service_serves,
+        "runrecovery.v1.RunService": _run_service_serves,
+        "runrecovery.v1.RecoveryService": _recovery_service_serves,
         "liveness": lambda _: True,
     }
 )
-"""Every name that health knows, and when it is SERVING."""
+"""Every health name, and when it is SERVING."""
 
 
 class HealthServicer:
@@ -53,10 +53,10 @@ class HealthServicer:
         self._gate = gate
 
     async def Check(self, request: Any, context: Context) -> Any:  # noqa: N802 - gRPC's name
-        """Return the status of one name; NOT_FOUND for a name that there is not."""
+        """Return the status of one name; abort with NOT_FOUND for an unknown name."""
         status = self._status(request.service)
         if status == _UNKNOWN:
-            await context.abort(grpc.StatusCode.NOT_FOUND, "health does not know this name")
+            await context.abort(grpc.StatusCode.NOT_FOUND, "unknown health name")
         return pb.HealthCheckResponse(status=status)
 
     async def List(self, _request: Any, _context: Context) -> Any:  # noqa: N802 - gRPC's name
@@ -69,18 +69,19 @@ class HealthServicer:
     async def Watch(  # noqa: N802 - gRPC's name
         self, request: Any, _context: Context
     ) -> AsyncIterator[Any]:
-        """Yield the status now and after each change; ends once the service drains.
+        """Yield the status now and after each change; end once the service drains.
 
-        An unknown name is SERVICE_UNKNOWN and the stream stays open, as the protocol has it.
+        The status of an unknown name is SERVICE_UNKNOWN, and the stream stays open, as the health
+        protocol says.
         """
-        told: Status = None
+        sent: Status = None
         while True:
             change = self._gate.change
             draining = self._gate.draining
             status = self._status(request.service)
-            if status != told:
+            if status != sent:
                 yield pb.HealthCheckResponse(status=status)
-                told = status
+                sent = status
             if draining:
                 return
             await change.wait()

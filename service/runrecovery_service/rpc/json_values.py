@@ -83,7 +83,7 @@ def read_value(value: Value, *, depth: int = 1) -> JsonValue:
         case "list_value":
             return _list(value.list_value, depth)
         case _:
-            raise InvalidJson("holds a value without a kind")
+            raise InvalidJson("contains a value without a kind")
 
 
 def _list(values: ListValue, depth: int) -> list[JsonValue]:
@@ -94,13 +94,13 @@ def _list(values: ListValue, depth: int) -> list[JsonValue]:
 
 def _text(text: str) -> str:
     if "\0" in text:
-        raise InvalidJson("holds a NUL character")
+        raise InvalidJson("contains a NUL character")
     return text
 
 
 def _number(number: float) -> int | float:
     if not math.isfinite(number):
-        raise InvalidJson("holds a number that is not finite")
+        raise InvalidJson("contains a number that is not finite")
     if number.is_integer() and abs(number) < 2**53:
         return int(number)
     return number

@@ -1,7 +1,7 @@
-"""Where the server listens: all of an address, by us, and still ours.
+"""Listen addresses: bind all of an address, check who has it, and release it.
 
-gRPC alone is content with less. It binds `localhost` by one of its addresses if the other is taken,
-and it removes whatever socket it finds at a path: when it binds, and again when it ends.
+gRPC alone does less. It binds only one address of `localhost` if the other is taken, and it removes
+any socket that it finds at a path: when it binds, and again when it ends.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from urllib.parse import quote, unquote
 from runrecovery_service.rpc.server_sockets import WILDCARDS, ServerSockets, plain_host
 
 Bind: TypeAlias = Callable[[str], int]
-"""Has gRPC bind an address; returns the port. Raises RuntimeError."""
+"""gRPC's function that binds an address and returns the port, or raises RuntimeError."""
 
 SocketAddress: TypeAlias = tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]
-"""As `socket` has it; the last one is of a Python without IPv6."""
+"""An address as in `socket`; the last form is of a Python without IPv6."""
 
 LOCK_TRIES: Final = 100
 LOCK_PAUSE_S: Final = 0.02
 MAX_PATH_BYTES: Final = 100
-"""Linux takes 107, and the socket is bound by a name that is 7 longer."""
-NOT_HERE: Final = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
-"""This machine has no such address, so nobody can listen there."""
+"""Linux allows 107, and the socket is bound under a name with 7 more bytes."""
+NO_SUCH_ADDRESS: Final = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
+"""This machine has no such address, so no other process can listen there."""
 
 
 class ListenFailed(OSError):
-    """The address cannot be listened on."""
+    """The service cannot listen on the address."""
 
     def __init__(self, listen: str, why: str = "taken, not permitted, or not an address") -> None:
         super().__init__(f"cannot listen on {listen}: {why}")
@@ -46,7 +46,7 @@ class ListenFailed(OSError):
 
 
 class Holder(Enum):
-    """Who has an address that we have bound."""
+    """Which process has an address that this service has bound."""
 
     OURS = auto()
     NOBODY = auto()
@@ -57,34 +57,36 @@ class ListenAddress(ABC):
     """An address to listen on."""
 
     @abstractmethod
-    def demand_bindable(self) -> None:
-        """Try whether the address can be bound now, and leave nothing behind. The bind itself may
-        fail all the same: this is for a start, which must not claim anything before it.
+    def check_bindable(self) -> None:
+        """Bind the address and release it at once, to see whether the real bind could succeed.
+
+        A start checks this before it claims anything. The real bind may still fail.
 
         Raises:
-            ListenFailed: it does not exist, somebody else has it, or it is not permitted.
+            ListenFailed: the address does not exist, is taken, or is not permitted.
         """
 
     @abstractmethod
     async def bind(self, bind: Bind) -> tuple[int, ServerSockets]:
-        """Have a server bind the whole address; return the port and its sockets. Can be repeated,
-        for the successor of a server that ended.
+        """Bind the whole address; return the port and the server's sockets.
+
+        Can be called again for the server that replaces one that ended.
 
         Raises:
-            ListenFailed: somebody else listens there, or nobody may.
+            ListenFailed: the address is taken or not permitted.
         """
 
     def holder(self) -> Holder:
-        """Return who has the address now. Where no other can take it, it is ours."""
+        """Return which process has the address now. OURS where no other process can take it."""
         return Holder.OURS
 
     def release(self) -> None:
-        """Remove what the bind has left; a socket without a file leaves nothing."""
+        """Remove the socket file, if the address has one."""
         return
 
 
 def parse_listen_address(listen: str) -> ListenAddress:
-    """Return the address of a valid `listen`."""
+    """Return the address for a valid value of `listen`."""
     if listen.startswith("unix-abstract:"):
         return AbstractSocket(listen)
     if listen.startswith("unix:"):
@@ -96,13 +98,13 @@ def parse_listen_address(listen: str) -> ListenAddress:
 
 
 class HostAndPort(ListenAddress):
-    """`host:port`, with every address that the host has; port 0 is chosen at the first bind."""
+    """`host:port`, with all addresses of the host. Port 0 becomes a free port at the first bind."""
 
     def __init__(self, listen: str) -> None:
         self._host, _, port = listen.rpartition(":")
         self._port = int(port)
 
-    def demand_bindable(self) -> None:
+    def check_bindable(self) -> None:
         """See `ListenAddress`."""
         name = self._host.strip("[]")
         addresses = _socket_addresses(name, self._port)
@@ -113,7 +115,7 @@ class HostAndPort(ListenAddress):
                     trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC does
                     trial.bind(address)
             except OSError as error:
-                if error.errno not in NOT_HERE:
+                if error.errno not in NO_SUCH_ADDRESS:
                     raise ListenFailed(self._listen, error.strerror or str(error)) from error
             else:
                 bindable = True
@@ -126,39 +128,39 @@ class HostAndPort(ListenAddress):
 
     async def bind(self, bind: Bind) -> tuple[int, ServerSockets]:
         """See `ListenAddress`."""
-        self._port = _bound(bind, self._listen)
+        self._port = _bind_or_raise(bind, self._listen)
         sockets = ServerSockets(self._port)
         bound = sockets.listening_hosts()
         for host in await _hosts(self._host.strip("[]")):
             if host not in bound:
-                self._demand_absent(host)
+                self._check_not_ours_to_bind(host)
         return self._port, sockets
 
-    def _demand_absent(self, host: str) -> None:
-        """Raise ListenFailed unless the host is none of this machine's."""
+    def _check_not_ours_to_bind(self, host: str) -> None:
+        """Raise ListenFailed if this machine has the address that gRPC did not bind."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             with socket.socket(family) as trial:
                 trial.bind((host, self._port))
         except OSError as error:
-            if error.errno in NOT_HERE:
+            if error.errno in NO_SUCH_ADDRESS:
                 return
         raise ListenFailed(self._listen, f"{host} could not be bound as well")
 
 
 async def _hosts(name: str) -> set[str]:
-    """Return the addresses that a host name or an address stands for."""
+    """Return the IP addresses of a host name or address."""
     found = await asyncio.to_thread(_socket_addresses, name, 0)
     return {str(address[0]) for _, address in found}
 
 
 def _socket_addresses(name: str, port: int) -> list[tuple[int, SocketAddress]]:
-    """Return each address that a host name or an address stands for, with its family.
+    """Return the addresses of a host name or address, each with its family.
 
     Raises:
-        ListenFailed: it stands for none.
+        ListenFailed: there are none.
     """
-    if name.lower() == "localhost":  # gRPC binds both, whatever /etc/hosts says
+    if name.lower() == "localhost":  # gRPC binds both addresses, whatever /etc/hosts says
         return [(socket.AF_INET, ("127.0.0.1", port)), (socket.AF_INET6, ("::1", port))]
     try:
         found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
@@ -177,13 +179,13 @@ def _socket_addresses(name: str, port: int) -> list[tuple[int, SocketAddress]]:
 
 
 class AbstractSocket(ListenAddress):
-    """`unix-abstract:name`. The system gives a name to one socket only."""
+    """`unix-abstract:name`. The kernel gives such a name to one socket only."""
 
     def __init__(self, listen: str) -> None:
         self._listen = listen
         self._name = b"\0" + unquote(listen.removeprefix("unix-abstract:")).encode()
 
-    def demand_bindable(self) -> None:
+    def check_bindable(self) -> None:
         """See `ListenAddress`."""
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as trial:
@@ -193,12 +195,14 @@ class AbstractSocket(ListenAddress):
 
     async def bind(self, bind: Bind) -> tuple[int, ServerSockets]:
         """See `ListenAddress`."""
-        return _bound(bind, self._listen), ServerSockets(self._name)
+        return _bind_or_raise(bind, self._listen), ServerSockets(self._name)
 
 
 class SocketFile(ListenAddress):
-    """`unix:path`. The socket is bound beside the path and moved there once nobody else has it, so
-    that gRPC never removes the socket of another."""
+    """`unix:path`. The socket is bound under a temporary name and renamed once the path is free.
+
+    gRPC would otherwise remove the socket of another process at the path.
+    """
 
     def __init__(self, listen: str) -> None:
         self._listen = listen
@@ -206,40 +210,40 @@ class SocketFile(ListenAddress):
         self._path = Path(f"/{path.lstrip('/')}" if path.startswith("//") else path)
         self._file: tuple[int, int] | None = None
 
-    def demand_bindable(self) -> None:
+    def check_bindable(self) -> None:
         """See `ListenAddress`."""
-        beside = self._beside()
+        temporary = self._temporary_path()
         try:
-            self._demand_free()
+            self._check_free()
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as trial:
-                trial.bind(os.fsencode(beside))
-            beside.unlink()
+                trial.bind(os.fsencode(temporary))
+            temporary.unlink()
         except ListenFailed:
             raise
         except OSError as error:
             raise ListenFailed(self._listen, error.strerror or "not possible") from error
 
-    def _beside(self) -> Path:
+    def _temporary_path(self) -> Path:
         if len(os.fsencode(self._path)) > MAX_PATH_BYTES:
             raise ListenFailed(self._listen, f"the path has more than {MAX_PATH_BYTES} bytes")
         return self._path.with_name(f"{self._path.name}.{secrets.token_hex(3)}")
 
     async def bind(self, bind: Bind) -> tuple[int, ServerSockets]:
         """See `ListenAddress`."""
-        beside = self._beside()
+        temporary = self._temporary_path()
         try:
-            async with _only_one_binds(self._path.parent):
-                self._demand_free()
-                port = _bound(bind, f"unix:{quote(str(beside))}")
-                self._file = _identity(beside)
-                beside.rename(self._path)
+            async with _bind_lock(self._path.parent):
+                self._check_free()
+                port = _bind_or_raise(bind, f"unix:{quote(str(temporary))}")
+                self._file = _identity(temporary)
+                temporary.rename(self._path)
         except ListenFailed as error:
             raise ListenFailed(self._listen) from error
         except OSError as error:
             raise ListenFailed(self._listen, error.strerror or "not possible") from error
-        return port, ServerSockets(str(beside))
+        return port, ServerSockets(str(temporary))
 
-    def _demand_free(self) -> None:
+    def _check_free(self) -> None:
         if self.holder() is not Holder.ANOTHER:
             return
         is_socket = self._path.is_socket()
@@ -247,7 +251,7 @@ class SocketFile(ListenAddress):
         raise ListenFailed(self._listen, why)
 
     def holder(self) -> Holder:
-        """Return who has the path. A socket on which nobody listens any more is nobody's."""
+        """Return which process has the path. A socket on which no process listens is NOBODY's."""
         try:
             found = self._path.lstat()
         except FileNotFoundError:
@@ -265,20 +269,20 @@ class SocketFile(ListenAddress):
 
 
 @asynccontextmanager
-async def _only_one_binds(folder: Path) -> AsyncIterator[None]:
-    """Keep other services from binding in this folder meanwhile.
+async def _bind_lock(folder: Path) -> AsyncIterator[None]:
+    """Keep other services from binding in this folder, inside the context.
 
     Raises:
-        OSError: the folder is not there, or is locked for too long.
+        OSError: the folder does not exist, or stays locked for too long.
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        for left in reversed(range(LOCK_TRIES)):
+        for tries_left in reversed(range(LOCK_TRIES)):
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if not left:
+                if not tries_left:
                     raise
                 await asyncio.sleep(LOCK_PAUSE_S)
         yield
@@ -287,13 +291,13 @@ async def _only_one_binds(folder: Path) -> AsyncIterator[None]:
 
 
 def _is_listened_on(path: Path) -> bool:
-    """Return whether anybody takes connections there; who cannot be asked counts as somebody."""
+    """Return whether a process accepts connections at the path; True when that is unknown."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as trial:
         try:
             trial.connect(str(path))
         except (ConnectionRefusedError, FileNotFoundError):
             return False
-        except OSError:  # its queue is full, or we may not
+        except OSError:  # its queue is full, or connecting is not permitted
             return True
     return True
 
@@ -303,9 +307,9 @@ def _identity(path: Path) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def _bound(bind: Bind, address: str) -> int:
+def _bind_or_raise(bind: Bind, address: str) -> int:
     port = 0
-    with suppress(RuntimeError):  # all that grpc says
+    with suppress(RuntimeError):  # gRPC raises nothing more specific
         port = bind(address)
     if not port:
         raise ListenFailed(address)

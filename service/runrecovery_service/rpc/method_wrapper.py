@@ -1,8 +1,8 @@
-"""What stands around every method of ours: gate, limit of calls, and the one place that aborts.
+"""Wraps every method of the contract: access, limits, parsing, and errors as gRPC status.
 
-A wrapper at registration, not an interceptor, which would cost each call some 10 µs more. Requests
-are parsed and answers serialized here too, so that neither can leak as UNKNOWN with the text of an
-exception.
+It wraps at registration because an interceptor costs some 10 µs more per call. It also parses
+requests and serializes responses, so that no failure of these reaches the caller as UNKNOWN with
+the text of an exception.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ Stream: TypeAlias = Callable[[Message], AsyncGenerator[Message, None]]
 
 log = structlog.get_logger()
 
-CUT_S: Final = 1.0
-"""For handing the status of a stream that is cut off to gRPC."""
+ABORT_TIMEOUT_S: Final = 1.0
+"""Time for gRPC to take the final status of a stream whose reader is too slow."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
-    """One method of the contract: its full name, when it may be called, what it takes."""
+    """One method of the contract: its full name, its access, and the type of its request."""
 
     name: str
     access: Access
@@ -52,9 +52,9 @@ class MethodWrapper:
     """Wraps methods.
 
     Args:
-        max_calls: calls under way at one time, beside those that ALWAYS answer.
-        max_streams: streams open at one time; they are idle for the most part, and not calls.
-        stall_s: a stream whose reader takes nothing for so long is cut off.
+        max_calls: concurrent unary calls; methods with access ALWAYS are not counted.
+        max_streams: concurrent streams; they are mostly idle, so they have their own limit.
+        stall_s: seconds after which a stream is closed if its reader has taken nothing.
     """
 
     def __init__(self, gate: Gate, *, max_calls: int, max_streams: int, stall_s: float) -> None:
@@ -63,102 +63,104 @@ class MethodWrapper:
         self._max_streams = max_streams
         self._stall_s = stall_s
         self.calls = OpenCalls()
-        self._under_way = 0
-        self._streams = 0
+        self._open_unary = 0
+        self._open_streams = 0
 
-    def unary(self, method: Method, answer: Unary) -> Callable[[bytes, Context], Awaitable[bytes]]:
-        """Return what a server calls for a method with one answer."""
+    def unary(self, method: Method, respond: Unary) -> Callable[[bytes, Context], Awaitable[bytes]]:
+        """Return the handler of a method with one response."""
         gate, access, parse = self._gate, method.access, method.request.FromString
         weight = 0 if access is Access.ALWAYS else 1
         serving = ServiceState.SERVING
 
         async def call(payload: bytes, context: Context) -> bytes:
-            self.calls.begin(context)
-            self._under_way += weight
+            self.calls.track(context)
+            self._open_unary += weight
             try:
-                self._demand_room(weight)
+                self._check_call_limit(weight)
                 if gate.state is not serving:
-                    gate.demand(access)
-                response = await answer(parse(payload))
+                    gate.check_access(access)
+                response = await respond(parse(payload))
                 return response.SerializeToString()
-            except Exception as error:  # noqa: BLE001 - the edge: everything gets a status
-                await _refuse(context, method, error)
+            except Exception as error:  # noqa: BLE001 - last handler: every error gets a status
+                await _abort(context, method, error)
             finally:
-                self._under_way -= weight
+                self._open_unary -= weight
 
         return call
 
     def stream(
-        self, method: Method, answers: Stream
+        self, method: Method, respond: Stream
     ) -> Callable[[bytes, Context], Awaitable[None]]:
-        """Return what a server calls for a method with a stream of answers."""
+        """Return the handler of a method with a stream of responses."""
         gate, access, parse = self._gate, method.access, method.request.FromString
 
         async def call(payload: bytes, context: Context) -> None:
-            self.calls.begin(context)
-            self._streams += 1
+            self.calls.track(context)
+            self._open_streams += 1
             try:
-                self._demand_room_for_streams()
-                gate.demand(access)
-                begun = False
-                async with aclosing(answers(parse(payload))) as responses:
+                self._check_stream_limit()
+                gate.check_access(access)
+                is_first = True
+                async with aclosing(respond(parse(payload))) as responses:
                     async for response in responses:
-                        await self._send(context, response.SerializeToString(), first=not begun)
-                        begun = True
+                        await self._send(context, response.SerializeToString(), first=is_first)
+                        is_first = False
             except SlowReader as error:
-                await _cut(context, method, error)
-            except Exception as error:  # noqa: BLE001 - the edge: everything gets a status
-                await _refuse(context, method, error)
+                await _close_slow_stream(context, method, error)
+            except Exception as error:  # noqa: BLE001 - last handler: every error gets a status
+                await _abort(context, method, error)
             finally:
-                self._streams -= 1
+                self._open_streams -= 1
 
         return call
 
     async def _send(self, context: Context, data: bytes, *, first: bool) -> None:
-        """Hand an answer over. It waits where flow control does: the reader's buffers are full."""
+        """Send a response. This waits while flow control does: the reader's buffers are full."""
         try:
             async with asyncio.timeout(self._stall_s):
                 if first:
-                    # Not together with the message: were that the one to be cut off, gRPC would
-                    # not know that these are sent, and could send no status.
+                    # Sent apart from the message. If the message is cancelled, gRPC would otherwise
+                    # not know that the metadata were sent, and could send no status.
                     await context.send_initial_metadata(())
                 await context.write(data)
         except TimeoutError:
             raise SlowReader from None
         except grpc.aio.InternalError:
-            # The reader is gone. gRPC cancels us for that a moment later, and what else ends a
-            # handler it would log as an error of ours, with a stack trace for each such reader.
+            # The reader is gone, and gRPC will cancel this handler. Any other exception would be
+            # logged by gRPC as an error with a stack trace, once per such reader.
             raise asyncio.CancelledError from None
 
-    def _demand_room(self, weight: int) -> None:
-        if weight and self._under_way > self._max_calls:
+    def _check_call_limit(self, weight: int) -> None:
+        if weight and self._open_unary > self._max_calls:
             raise Overloaded
 
-    def _demand_room_for_streams(self) -> None:
-        if self._streams > self._max_streams:
+    def _check_stream_limit(self) -> None:
+        if self._open_streams > self._max_streams:
             raise Overloaded
 
 
-async def _cut(context: Context, method: Method, error: SlowReader) -> None:
-    """End a stream that nobody reads. Its status waits behind what was not read, where it holds up
-    nothing of ours; the reader finds it when, if ever, it reads on."""
+async def _close_slow_stream(context: Context, method: Method, error: SlowReader) -> None:
+    """End a stream whose reader is too slow.
+
+    gRPC keeps the status behind the unread messages; the reader finds it if it reads on.
+    """
     log.warning("rpc.slow_reader_cut", method=method.name)
-    with suppress(TimeoutError, grpc.aio.InternalError):  # the latter: it went away meanwhile
-        async with asyncio.timeout(CUT_S):
-            await _refuse(context, method, error)
+    with suppress(TimeoutError, grpc.aio.InternalError):  # InternalError: the reader has gone
+        async with asyncio.timeout(ABORT_TIMEOUT_S):
+            await _abort(context, method, error)
 
 
-async def _refuse(context: Context, method: Method, error: Exception) -> NoReturn:
-    """End the call with what the caller may know of the error."""
-    if isinstance(error, grpc.aio.BaseError):  # gRPC's own, an abort for example
+async def _abort(context: Context, method: Method, error: Exception) -> NoReturn:
+    """End the call with the status, message and details of the error."""
+    if isinstance(error, grpc.aio.BaseError):  # raised by gRPC, for example by an abort
         raise error
-    failure = _failure(method, error)
+    failure = _to_failure(method, error)
     await context.abort(failure.code, failure.message, trailing_metadata=failure.trailers)
 
 
-def _failure(method: Method, error: Exception) -> errors.Failure:
+def _to_failure(method: Method, error: Exception) -> errors.Failure:
     if isinstance(error, DecodeError):
-        # No field can be named, so the message itself is.
+        # The whole message is invalid, so the violation names the message instead of a field.
         name = method.request.DESCRIPTOR.name
         error = InvalidFields((FieldViolation(name, "not a valid message of this type"),))
     if type(error) in errors.TABLE and isinstance(error, RunRecoveryError):

@@ -1,4 +1,4 @@
-"""The calls that are not over yet, whatever their service: a stop waits for them."""
+"""Calls of every service that have not ended yet. A stop waits for them."""
 
 from __future__ import annotations
 
@@ -7,26 +7,28 @@ from typing import Any, Final
 
 import grpc
 
-IDLE_LOOK_S: Final = 0.01
-"""How often a server that ends looks whether calls are still under way."""
+POLL_S: Final = 0.01
+"""How often a stopping server checks for open calls."""
 
 
 class OpenCalls:
-    """Counts calls until gRPC has handed their answers to the system, not only until the handler
-    has returned: a large answer waits for its reader after that."""
+    """Counts calls until gRPC has handed their responses to the operating system.
+
+    A call may still be open after its handler has returned: a large response waits for its reader.
+    """
 
     def __init__(self) -> None:
-        self._under_way = 0
+        self._open = 0
 
-    def begin(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        """Count a call until it is over."""
-        self._under_way += 1
+    def track(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        """Count a call until it ends."""
+        self._open += 1
         context.add_done_callback(self._end)  # type: ignore[arg-type]  # the stub is no protocol
 
     def _end(self, _context: object) -> None:
-        self._under_way -= 1
+        self._open -= 1
 
-    async def until_none(self) -> None:
-        """Return when no call is under way."""
-        while self._under_way:  # noqa: ASYNC110 - once in a life; calls stay quick
-            await asyncio.sleep(IDLE_LOOK_S)
+    async def wait_until_none(self) -> None:
+        """Return when no call is open."""
+        while self._open:  # noqa: ASYNC110 - used once, at a stop; calls stay fast
+            await asyncio.sleep(POLL_S)

@@ -1,8 +1,8 @@
 """Page tokens: opaque to callers, bound to method and filter, refused when altered.
 
 A token is urlsafe base64 without padding of: version (1 byte), digest of method and filter (8),
-the keys to go on after (8 each), checksum of all that (8). The checksum is against accidents,
-not attackers: a forged token shows nothing that the same caller could not list anyway.
+keys of the last row (8 each), checksum of all that (8). The checksum is against accidents, not
+attackers: a forged token returns nothing that the same caller could not list anyway.
 """
 
 from __future__ import annotations
@@ -32,37 +32,39 @@ _MAX_TOKEN_CHARS: Final = 200
 
 
 class PagedRequest(Protocol):
-    """What every request for a page has."""
+    """The fields that every request for a page has."""
 
     page_size: int
     page_token: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Scope:
-    """What a token belongs to: a method with a filter, whose keys are `width` numbers."""
+class TokenScope:
+    """The method and filter that a token belongs to. The keys of its rows are `width` numbers."""
 
     digest: bytes
     width: int
 
 
-def scope(request: Message, *, width: int) -> Scope:
-    """Return the scope of a request for a page: its type and all of it but page size and token."""
+def token_scope(request: Message, *, width: int) -> TokenScope:
+    """Return the scope of a request: its type, and its fields without page size and token."""
     wanted = type(request)()
     wanted.CopyFrom(request)
     wanted.ClearField("page_size")
     wanted.ClearField("page_token")
     named = request.DESCRIPTOR.full_name.encode() + b"\0"
-    return Scope(digest=_digest(named + wanted.SerializeToString(deterministic=True)), width=width)
+    return TokenScope(
+        digest=_digest(named + wanted.SerializeToString(deterministic=True)), width=width
+    )
 
 
 def page_size(requested: int) -> int:
-    """Return the rows of a page: 0 means 50, more than 1000 means 1000."""
+    """Return the number of rows per page: 0 means 50, more than 1000 means 1000."""
     return min(requested or DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE)
 
 
-def encode(scope: Scope, after: tuple[int, ...] | None) -> str:
-    """Return the token that goes on after these keys; empty for None, the last page."""
+def encode(scope: TokenScope, after: tuple[int, ...] | None) -> str:
+    """Return the token of the page after these keys; an empty one for None, after the last page."""
     if after is None:
         return ""
     if len(after) != scope.width:
@@ -71,12 +73,12 @@ def encode(scope: Scope, after: tuple[int, ...] | None) -> str:
     return _to_text(payload + _digest(payload))
 
 
-def decode(scope: Scope, token: str) -> tuple[int, ...] | None:
-    """Return the keys to go on after; None for the first page.
+def decode(scope: TokenScope, token: str) -> tuple[int, ...] | None:
+    """Return the keys after which the page begins; None for the first page.
 
     Raises:
-        PageTokenInvalid: this service did not make the token.
-        PageTokenMismatch: it was made for another filter.
+        PageTokenInvalid: the token does not come from this service.
+        PageTokenMismatch: the token belongs to another method or filter.
     """
     if not token:
         return None
@@ -101,7 +103,7 @@ def decode_cursor(cursor: str) -> Place | None:
     """Return the place that a cursor names; None for no cursor.
 
     Raises:
-        WatchCursorInvalid: this service did not make it.
+        WatchCursorInvalid: the cursor does not come from this service.
     """
     try:
         keys = decode(_cursor_scope(), cursor)
@@ -110,8 +112,8 @@ def decode_cursor(cursor: str) -> Place | None:
     return None if keys is None else Place(*keys)
 
 
-def _cursor_scope() -> Scope:
-    return Scope(digest=_digest(_CURSOR.encode()), width=3)
+def _cursor_scope() -> TokenScope:
+    return TokenScope(digest=_digest(_CURSOR.encode()), width=3)
 
 
 def _checked_payload(token: str) -> bytes:
@@ -122,7 +124,7 @@ def _checked_payload(token: str) -> bytes:
     except (binascii.Error, ValueError):  # ValueError: not ASCII
         raise PageTokenInvalid from None
     payload, checksum = raw[:-_DIGEST_BYTES], raw[-_DIGEST_BYTES:]
-    # The text is compared too: base64 has several spellings of the same bytes.
+    # The text is compared as well, because base64 can write the same bytes in several ways.
     if payload[:1] != _VERSION or checksum != _digest(payload) or _to_text(raw) != token:
         raise PageTokenInvalid
     return payload

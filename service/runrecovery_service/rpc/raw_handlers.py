@@ -1,7 +1,7 @@
-"""Handlers of the services that are not of our contract: health and reflection.
+"""Handlers for health and reflection, the services outside the contract.
 
-gRPC would answer bytes that are no message with UNKNOWN, a class of protobuf in the text, and a
-traceback in the log. They are parsed here instead, and refused as INVALID_ARGUMENT.
+They parse requests themselves. gRPC would respond an invalid message with UNKNOWN, the name of a
+protobuf class and a traceback in the log; these handlers respond INVALID_ARGUMENT.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 
 from runrecovery_service.rpc.open_calls import OpenCalls
 
-# Neither package ships types that mypy may see.
+# Neither package ships types for mypy.
 Request: TypeAlias = Any
 Response: TypeAlias = Any
 RequestType: TypeAlias = Any
@@ -25,14 +25,14 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[bytes, bytes]"
 def unary(
     calls: OpenCalls,
     request: RequestType,
-    answer: Callable[[Request, Context], Awaitable[Response]],
+    respond: Callable[[Request, Context], Awaitable[Response]],
 ) -> Handler:
-    """Return the handler of a method with one answer."""
+    """Return the handler of a method with one response."""
 
     async def call(payload: bytes, context: Context) -> bytes:
-        calls.begin(context)
+        calls.track(context)
         data: bytes = (
-            await answer(await _parsed(request, payload, context), context)
+            await respond(await _parse(request, payload, context), context)
         ).SerializeToString()
         return data
 
@@ -42,41 +42,41 @@ def unary(
 def stream(
     calls: OpenCalls,
     request: RequestType,
-    answers: Callable[[Request, Context], AsyncIterator[Response]],
+    respond: Callable[[Request, Context], AsyncIterator[Response]],
 ) -> Handler:
-    """Return the handler of a method with a stream of answers."""
+    """Return the handler of a method with a stream of responses."""
 
     async def call(payload: bytes, context: Context) -> AsyncIterator[bytes]:
-        calls.begin(context)
-        async for response in answers(await _parsed(request, payload, context), context):
+        calls.track(context)
+        async for response in respond(await _parse(request, payload, context), context):
             yield response.SerializeToString()
 
     return grpc.unary_stream_rpc_method_handler(call)
 
 
-def dialogue(
+def bidirectional_stream(
     calls: OpenCalls,
     request: RequestType,
-    answers: Callable[[AsyncIterator[Request], Context], AsyncIterator[Response]],
+    respond: Callable[[AsyncIterator[Request], Context], AsyncIterator[Response]],
 ) -> Handler:
-    """Return the handler of a method with streams in both directions."""
+    """Return the handler of a method that streams in both directions."""
 
     async def call(payloads: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
-        calls.begin(context)
-        async for response in answers(_each(request, payloads, context), context):
+        calls.track(context)
+        async for response in respond(_parse_each(request, payloads, context), context):
             yield response.SerializeToString()
 
     return grpc.stream_stream_rpc_method_handler(call)
 
 
-async def _each(
+async def _parse_each(
     request: RequestType, payloads: AsyncIterator[bytes], context: Context
 ) -> AsyncIterator[Request]:
     async for payload in payloads:
-        yield await _parsed(request, payload, context)
+        yield await _parse(request, payload, context)
 
 
-async def _parsed(request: RequestType, payload: bytes, context: Context) -> Request:
+async def _parse(request: RequestType, payload: bytes, context: Context) -> Request:
     try:
         return request.FromString(payload)
     except DecodeError:

@@ -1,4 +1,4 @@
-"""RecoveryService: what restarts decided, and what the service is doing."""
+"""RecoveryService: the decisions of restarts, and the state of the service."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from runrecovery_service.storage import processes, recovery
 from runrecovery_service.storage.adapter import Storage
 from runrecovery_service.storage.instances import Owner
 
-UNENDED_NAMED: Final = 100
-EXPLANATIONS: Final = 100
+MAX_UNENDED_LAUNCHES: Final = 100
+MAX_EXPLANATIONS: Final = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecoveryDeps:
-    """What RecoveryService works with."""
+    """The dependencies of RecoveryService."""
 
     storage: Storage
     owner: Owner
@@ -58,7 +58,7 @@ class RecoveryService:
         self, request: pb.GetRecoveryInfoRequest
     ) -> pb.GetRecoveryInfoResponse:
         """Return the decisions for one run."""
-        validation.demand_run_id(request.run_id)
+        validation.require_run_id(request.run_id)
         history = await self._storage.read(recovery.history, request.run_id)
         response = pb.GetRecoveryInfoResponse()
         recovery_messages.fill_recovery_info(response.recovery, history[0] if history else None)
@@ -68,11 +68,11 @@ class RecoveryService:
 
     async def list_recovered(self, request: pb.ListRecoveredRequest) -> pb.ListRecoveredResponse:
         """Return a page of recovered runs, newest decision first."""
-        validation.demand_valid(validation.list_recovered(request))
-        scope = paging.scope(request, width=2)
+        validation.require_valid(validation.list_recovered(request))
+        scope = paging.token_scope(request, width=2)
         page = await self._storage.read(
             recovery.recovered_page,
-            _wanted(request.filter),
+            _to_domain_filter(request.filter),
             after=paging.decode(scope, request.page_token),
             limit=paging.page_size(request.page_size),
             view=enums.VIEW_FROM_PROTO[request.view],
@@ -86,34 +86,38 @@ class RecoveryService:
         self, request: pb.WatchRecoveredRequest
     ) -> AsyncGenerator[pb.WatchRecoveredResponse, None]:
         """Stream decisions as they are committed."""
-        validation.demand_valid(validation.recovered_filter(request.filter))
-        async with aclosing(self._watcher.stream(request, _wanted(request.filter))) as told:
-            async for response in told:
+        validation.require_valid(validation.recovered_filter(request.filter))
+        async with aclosing(
+            self._watcher.stream(request, _to_domain_filter(request.filter))
+        ) as responses:
+            async for response in responses:
                 yield response
 
     async def explain_recovery(
         self, request: pb.ExplainRecoveryRequest
     ) -> pb.ExplainRecoveryResponse:
-        """Return why each decision about a run was made, and what was done."""
-        validation.demand_run_id(request.run_id)
-        explained = await self._storage.read(recovery.explained, request.run_id, limit=EXPLANATIONS)
+        """Return why each decision about a run was made, and what was done to processes."""
+        validation.require_run_id(request.run_id)
+        explained = await self._storage.read(
+            recovery.explained, request.run_id, limit=MAX_EXPLANATIONS
+        )
         response = pb.ExplainRecoveryResponse()
         for seen in explained:
             recovery_messages.fill_explanation(response.explanations.add(), seen)
         return response
 
     async def plan_recovery(self, request: pb.PlanRecoveryRequest) -> pb.PlanRecoveryResponse:
-        """Return what a restart at this moment would decide; the first page sums it up."""
-        validation.demand_valid(validation.plan_recovery(request))
-        scope = paging.scope(request, width=1)
+        """Return what a restart would decide now; the first page has the totals."""
+        validation.require_valid(validation.plan_recovery(request))
+        scope = paging.token_scope(request, width=1)
         after, limit = (
             paging.decode(scope, request.page_token),
             paging.page_size(request.page_size),
         )
         response = pb.PlanRecoveryResponse()
-        async with self._planning:  # it looks at every run, and at files: one at a time
+        async with self._planning:  # one at a time: it reads every run, and files
             rows = await self._storage.read(self._planner.read, after=after, limit=limit)
-            # Files may lie on storage that does not answer: no thread of a pool waits for it.
+            # A file system may hang, and must not block a thread of the pool.
             page, plan = await daemon_threads.run(lambda: self._planner.decide(rows))
         if plan is not None:
             recovery_messages.fill_plan(response.plan, plan)
@@ -125,7 +129,7 @@ class RecoveryService:
     async def get_recovery_status(
         self, _request: pb.GetRecoveryStatusRequest
     ) -> pb.GetRecoveryStatusResponse:
-        """Return what the service is doing, the report of this start and what stays alive."""
+        """Return the state of the service, the report of this start, and launches still alive."""
         current = self._status.report_id
         report = (
             None if current is None else await self._storage.point(recovery.reconciliation, current)
@@ -138,7 +142,9 @@ class RecoveryService:
             state=self._gate.state,
             report=report,
             containment=self._status.containment,
-            unended=await self._storage.read(processes.unended, self._owner, limit=UNENDED_NAMED),
+            unended=await self._storage.read(
+                processes.unended, self._owner, limit=MAX_UNENDED_LAUNCHES
+            ),
         )
         return response
 
@@ -146,8 +152,8 @@ class RecoveryService:
         self, request: pb.ListReconciliationsRequest
     ) -> pb.ListReconciliationsResponse:
         """Return a page of reports, newest first."""
-        validation.demand_valid(validation.list_reconciliations(request))
-        scope = paging.scope(request, width=1)
+        validation.require_valid(validation.list_reconciliations(request))
+        scope = paging.token_scope(request, width=1)
         page = await self._storage.read(
             recovery.reconciliation_page,
             after=paging.decode(scope, request.page_token),
@@ -163,15 +169,15 @@ class RecoveryService:
     ) -> pb.GetReconciliationResponse:
         """Return one report."""
         wanted = request.reconciliation_id
-        validation.demand_valid(validation.reconciliation_id_violations(wanted))
+        validation.require_valid(validation.reconciliation_id_violations(wanted))
         report = await self._storage.point(recovery.reconciliation, wanted.lower())
         response = pb.GetReconciliationResponse()
         recovery_messages.fill_reconciliation(response.reconciliation, report)
         return response
 
 
-def _wanted(asked: pb.RecoveredFilter) -> RecoveredFilter:
-    """Return the filter in the domain's words; UNSPECIFIED among the states means every state."""
+def _to_domain_filter(asked: pb.RecoveredFilter) -> RecoveredFilter:
+    """Return the filter as the domain's value; UNSPECIFIED among the states means every state."""
     any_state = 0 in asked.recovery_states
     return RecoveredFilter(
         states=frozenset(

@@ -1,11 +1,11 @@
 """Server reflection, v1 and v1alpha, for grpcurl, `buf curl` and the like.
 
-The two versions are the same on the wire, so one servicer with the v1alpha messages serves both;
-only the descriptor of v1 has to be made, for those who ask for it.
+Both versions have the same wire format, so one servicer with the v1alpha messages serves both. Only
+the descriptor of v1 has to be built, for callers that ask for it.
 
-The descriptors inside generated Python code have no comments and no `json_name`, without which
-grpcurl prints `run_id` instead of `runId`. So the contract is served as protoc wrote it
-(`contract.binpb`, by `make proto`), and the files of other packages get their names here.
+Descriptors in generated Python code have no comments and no `json_name`. Without the latter grpcurl
+prints `run_id` instead of `runId`. The contract is therefore served as protoc wrote it
+(`contract.binpb`, from `make proto`), and `json_name` is added here for other packages.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import grpc
 from google.protobuf import descriptor_pb2, descriptor_pool
 from google.protobuf.descriptor import Descriptor, FileDescriptor
 
-# Imported for the pool: callers look the details of our errors up by name.
+# Imported for the pool: callers look up the details of our errors by name.
 from google.rpc import error_details_pb2  # noqa: F401
 from grpc_reflection.v1alpha import reflection_pb2 as pb
 
@@ -30,17 +30,17 @@ V1ALPHA: Final = "grpc.reflection.v1alpha.ServerReflection"
 CONTRACT: Final = "contract.binpb"
 _V1_FILE: Final = "grpc/reflection/v1/reflection.proto"
 
-LAST_QUESTION_S: Final = 0.5
-"""While the service drains: how long a stream waits for its next question before it ends."""
+LAST_REQUEST_S: Final = 0.5
+"""While the service drains: how long a stream waits for its next request before it ends."""
 
-# The package ships no types that mypy may see.
+# The package ships no types for mypy.
 Request: TypeAlias = Any
 Response: TypeAlias = Any
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 def add_v1_descriptor(pool: descriptor_pool.DescriptorPool) -> None:
-    """Put the file of reflection v1 into the pool, once."""
+    """Add the descriptor of reflection v1 to the pool, unless it is there."""
     try:
         pool.FindFileByName(_V1_FILE)
     except KeyError:
@@ -61,7 +61,7 @@ def _v1_file() -> descriptor_pb2.FileDescriptorProto:
 
 
 def contract_files() -> dict[str, bytes]:
-    """Return the files of the contract and their imports by name, with comments and JSON names."""
+    """Return the contract's files and their imports by name, with comments and JSON names."""
     data = files("runrecovery_service.rpc").joinpath(CONTRACT).read_bytes()
     described = descriptor_pb2.FileDescriptorSet.FromString(data)
     return {file.name: file.SerializeToString() for file in described.file}
@@ -84,7 +84,7 @@ def _name_fields(message: descriptor_pb2.DescriptorProto, described: Descriptor)
 
 
 class ReflectionServicer:
-    """Answers questions about the services in the default descriptor pool."""
+    """Describes the services in the default descriptor pool."""
 
     def __init__(self, services: Iterable[str], gate: Gate) -> None:
         self._pool = descriptor_pool.Default()
@@ -103,16 +103,18 @@ class ReflectionServicer:
     async def ServerReflectionInfo(  # noqa: N802 - gRPC's name
         self, requests: AsyncIterator[Request], _context: Context
     ) -> AsyncIterator[Response]:
-        """Answer each request in turn; ends with the requests, or, once the service drains, when
-        no further request comes within `LAST_QUESTION_S`."""
-        draining = asyncio.create_task(self._drained())
+        """Answer each request in turn, until the requests end.
+
+        Once the service drains, the stream also ends when no request comes for `LAST_REQUEST_S`.
+        """
+        draining = asyncio.create_task(self._wait_until_draining())
         try:
             while (request := await _next(requests, draining)) is not None:
                 yield self._answer(request)
         finally:
             draining.cancel()
 
-    async def _drained(self) -> None:
+    async def _wait_until_draining(self) -> None:
         while not self._gate.draining:
             await self._gate.change.wait()
 
@@ -145,7 +147,7 @@ class ReflectionServicer:
         try:
             return self._pool.FindFileContainingSymbol(symbol)
         except KeyError:
-            # The pool does not find methods by their full name; grpcurl asks for them.
+            # The pool does not find methods by their full name, but grpcurl asks for them.
             service, _, method = symbol.rpartition(".")
             found = self._pool.FindServiceByName(service)
             return found.methods_by_name[method].containing_service.file
@@ -166,7 +168,7 @@ class ReflectionServicer:
         return response
 
     def _files(self, file: FileDescriptor) -> Response:
-        """Answer with a file and everything that it imports, each once."""
+        """Return a file and everything that it imports, each file once."""
         response = pb.ServerReflectionResponse()
         seen: dict[str, FileDescriptor] = {}
         waiting = [file]
@@ -182,15 +184,16 @@ class ReflectionServicer:
 
 
 async def _next(requests: AsyncIterator[Request], stop: asyncio.Task[None]) -> Request | None:
-    """Return the next request; None when there is none, or none soon after `stop` is done.
+    """Return the next request; None when the requests end.
 
-    Soon after, not at once: a request that the caller has sent already is still answered.
+    Once `stop` is done, also return None when no request comes for `LAST_REQUEST_S`. The pause lets
+    a request be answered that the caller has sent already.
     """
     coming = asyncio.ensure_future(anext(requests, None))
     try:
         await asyncio.wait({coming, stop}, return_when=asyncio.FIRST_COMPLETED)
         if not coming.done():
-            await asyncio.wait({coming}, timeout=LAST_QUESTION_S)
+            await asyncio.wait({coming}, timeout=LAST_REQUEST_S)
         return coming.result() if coming.done() else None
     finally:
         coming.cancel()

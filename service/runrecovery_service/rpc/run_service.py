@@ -1,4 +1,4 @@
-"""RunService: runs are created, read, answered, canceled, and their output streamed."""
+"""RunService: creates, reads and cancels runs, answers their questions, and streams."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ import secrets
 from collections.abc import AsyncGenerator, Coroutine
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Final, TypeVar
+from typing import TypeVar
 
 from runrecovery.v1 import run_pb2
 from runrecovery.v1 import run_service_pb2 as pb
 
-from runrecovery_service.agents.output import OutputChannel, OutputFiles
+from runrecovery_service.agents.output import OutputFiles
 from runrecovery_service.agents.session_checks import SESSION_TIMEOUT_S, check_session
 from runrecovery_service.agents.workspaces import Workspaces
 from runrecovery_service.clock import Clock
-from runrecovery_service.domain.errors import OutputOutOfRange, SessionNotResumable, ShuttingDown
+from runrecovery_service.domain.errors import SessionNotResumable
 from runrecovery_service.domain.recovery_matrix import REOPENABLE
 from runrecovery_service.domain.run import NewRun, Run, RunFilter, RunStatus
 from runrecovery_service.domain.session_check import REASON_TEXTS, StoredHandle
 from runrecovery_service.engines.catalog import Catalog, Engine
 from runrecovery_service.rpc import enums, json_values, paging, run_messages, times, validation
 from runrecovery_service.rpc.gate import Gate
+from runrecovery_service.rpc.output_reader import OutputReader
 from runrecovery_service.rpc.uuid7 import RANDOM_BYTES, uuid7
 from runrecovery_service.rpc.watch_streams import RunWatcher
 from runrecovery_service.storage import interactions, reopening, requests, runs
@@ -31,16 +32,6 @@ from runrecovery_service.storage.adapter import Storage
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.reopening import Candidate
 from runrecovery_service.storage.requests import Receipt
-
-PIECE_BYTES: Final = 65_536
-POLL_S: Final = 0.2
-"""How often a follower looks for more output."""
-
-_CHANNELS: Final = {
-    pb.OUTPUT_CHANNEL_UNSPECIFIED: OutputChannel.STDOUT,
-    pb.OUTPUT_CHANNEL_STDOUT: OutputChannel.STDOUT,
-    pb.OUTPUT_CHANNEL_STDERR: OutputChannel.STDERR,
-}
 
 MutationT = TypeVar(
     "MutationT",
@@ -53,7 +44,7 @@ MutationT = TypeVar(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunLimits:
-    """What CreateRun is bound by: runs that may wait, and starts that a run may have."""
+    """Limits of CreateRun: QUEUED runs at one time, and attempts of one run."""
 
     max_queued: int
     max_attempts: int
@@ -61,7 +52,7 @@ class RunLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunDeps:
-    """What RunService works with."""
+    """The dependencies of RunService."""
 
     storage: Storage
     owner: Owner
@@ -84,17 +75,17 @@ class RunService:
 
     async def create_run(self, request: pb.CreateRunRequest) -> pb.CreateRunResponse:
         """Record a run and queue it."""
-        self._gate.demand_launches()
-        validation.demand_valid(validation.create_run(request))
+        self._gate.check_launches_allowed()
+        validation.require_valid(validation.create_run(request))
         engine = self._deps.catalog.get(request.engine)
-        validation.demand_valid(validation.profile(request.interactive_profile, engine))
+        validation.require_valid(validation.check_profile(request.interactive_profile, engine))
         now = self._deps.clock.now()
         write = self._storage.write(
             runs.create,
             self._new_run(request, engine, now),
             owner=self._deps.owner,
             max_queued=self._deps.limits.max_queued,
-            receipt=receipt(request),
+            receipt=make_receipt(request),
             now=now,
         )
         response = pb.CreateRunResponse()
@@ -103,7 +94,7 @@ class RunService:
 
     async def get_run(self, request: pb.GetRunRequest) -> pb.GetRunResponse:
         """Return one run."""
-        validation.demand_run_id(request.run_id)
+        validation.require_run_id(request.run_id)
         run = await self._storage.point(runs.get, request.run_id)
         response = pb.GetRunResponse()
         run_messages.fill_run(response.run, run)
@@ -111,11 +102,11 @@ class RunService:
 
     async def list_runs(self, request: pb.ListRunsRequest) -> pb.ListRunsResponse:
         """Return a page of runs, newest first."""
-        validation.demand_valid(validation.list_runs(request))
-        scope = paging.scope(request, width=1)
+        validation.require_valid(validation.list_runs(request))
+        scope = paging.token_scope(request, width=1)
         page = await self._storage.read(
             runs.page,
-            _wanted(request.filter),
+            _to_domain_filter(request.filter),
             after=paging.decode(scope, request.page_token),
             limit=paging.page_size(request.page_size),
             view=enums.VIEW_FROM_PROTO[request.view],
@@ -126,8 +117,8 @@ class RunService:
         return response
 
     async def submit_reply(self, request: pb.SubmitReplyRequest) -> pb.SubmitReplyResponse:
-        """Accept the answer to a question."""
-        validation.demand_valid(validation.submit_reply(request))
+        """Record the answer to a question."""
+        validation.require_valid(validation.submit_reply(request))
         write = self._storage.write(
             interactions.reply,
             request.run_id,
@@ -135,7 +126,7 @@ class RunService:
             json_values.read_value(request.response),
             owner=self._deps.owner,
             etag=request.etag or None,
-            receipt=receipt(request),
+            receipt=make_receipt(request),
             now=self._deps.clock.now(),
         )
         response = pb.SubmitReplyResponse()
@@ -143,14 +134,14 @@ class RunService:
         return response
 
     async def cancel_run(self, request: pb.CancelRunRequest) -> pb.CancelRunResponse:
-        """Accept a cancel."""
-        validation.demand_valid(validation.cancel_run(request))
+        """Cancel a run, or record that it is to be canceled."""
+        validation.require_valid(validation.cancel_run(request))
         write = self._storage.write(
             runs.cancel,
             request.run_id,
             owner=self._deps.owner,
             etag=request.etag or None,
-            receipt=receipt(request),
+            receipt=make_receipt(request),
             now=self._deps.clock.now(),
         )
         response = pb.CancelRunResponse()
@@ -158,16 +149,16 @@ class RunService:
         return response
 
     def watch_run(self, request: pb.WatchRunRequest) -> AsyncGenerator[pb.WatchRunResponse, None]:
-        """Stream what happens to a run."""
+        """Stream the events of a run."""
         return self._watcher.stream(request)
 
     async def reopen_run(self, request: pb.ReopenRunRequest) -> pb.ReopenRunResponse:
-        """Set a run back that a recovery failed for want of its session."""
-        validation.demand_valid(validation.reopen_run(request))
+        """Set back a run that a recovery failed because its session was lost."""
+        validation.require_valid(validation.reopen_run(request))
         handle = request.session_handle or None
-        if await self._storage.point(requests.find, receipt(request)) is None:
+        if await self._storage.point(requests.find, make_receipt(request)) is None:
             found = await self._storage.point(reopening.candidate, request.run_id)
-            await self._demand_session(found, handle)
+            await self._check_session_usable(found, handle)
         write = self._storage.write(
             reopening.reopen,
             request.run_id,
@@ -175,7 +166,7 @@ class RunService:
             session_type=self._deps.catalog.session_type,
             owner=self._deps.owner,
             etag=request.etag or None,
-            receipt=receipt(request),
+            receipt=make_receipt(request),
             due_in=self._deps.clock.due_in,
             steady=self._deps.clock.steady(),
             now=self._deps.clock.now(),
@@ -184,33 +175,37 @@ class RunService:
         run_messages.fill_run(response.run, await self._commit(write))
         return response
 
-    async def _demand_session(self, found: Candidate, supplied: str | None) -> None:
-        """Refuse a handle that a restart would refuse again, and one of the caller's that is found
-        lost, with a mark or without. A run that is not to be set back at all is left to the write,
-        which knows why."""
+    async def _check_session_usable(self, found: Candidate, supplied: str | None) -> None:
+        """Raise SessionNotResumable if the session check finds the session lost.
+
+        A run that cannot be reopened at all is not checked here: the write refuses it with the
+        right reason.
+        """
         run, handle = found.run, supplied or found.handle
         rule = None if run.recovery is None else run.recovery.recovery_reason
         if run.status is not RunStatus.FAILED or rule not in REOPENABLE or handle is None:
             return
         if run.engine not in self._deps.catalog.names:
-            return  # as in a restart: nobody can tell
+            return  # without its engine the session cannot be checked, as in a restart
         engine = self._deps.catalog.get(run.engine)
         workspace = self._deps.workspaces.workspace(run.key, run.attempt)
-        mark = found.mark if handle == found.handle else None
-        stored = StoredHandle(handle=handle, workspace=workspace, fingerprint=mark)
+        fingerprint = found.mark if handle == found.handle else None
+        stored = StoredHandle(handle=handle, workspace=workspace, fingerprint=fingerprint)
         finding = await check_session(
             engine, stored, timeout_s=SESSION_TIMEOUT_S, seen_before=supplied is None
         )
         if finding is not None and not finding.holds:
-            why = "its session is lost" if finding.reason is None else REASON_TEXTS[finding.reason]
-            raise SessionNotResumable(run.run_id, why)
+            reason = (
+                "its session is lost" if finding.reason is None else REASON_TEXTS[finding.reason]
+            )
+            raise SessionNotResumable(run.run_id, reason)
 
     async def list_interactions(
         self, request: pb.ListInteractionsRequest
     ) -> pb.ListInteractionsResponse:
         """Return a page of a run's questions, oldest first."""
-        validation.demand_valid(validation.list_interactions(request))
-        scope = paging.scope(request, width=1)
+        validation.require_valid(validation.list_interactions(request))
+        scope = paging.token_scope(request, width=1)
         page = await self._storage.read(
             interactions.page,
             request.run_id,
@@ -229,7 +224,7 @@ class RunService:
         return OutputReader(self._storage, self._deps.output, self._gate).stream(request)
 
     def _new_run(self, request: pb.CreateRunRequest, engine: Engine, now: datetime) -> NewRun:
-        wish = request.interactive_profile
+        requested = request.interactive_profile
         return NewRun(
             run_id=request.run_id or str(uuid7(now, secrets.token_bytes(RANDOM_BYTES))),
             engine=engine.name,
@@ -237,30 +232,30 @@ class RunService:
             profile=engine.profile,
             restart_policy=enums.RESTART_POLICY_FROM_PROTO[request.restart_policy],
             max_attempts=self._deps.limits.max_attempts,
-            session_timeout_s=times.read_duration_s(wish.session_timeout)
-            if wish.HasField("session_timeout")
+            session_timeout_s=times.read_duration_s(requested.session_timeout)
+            if requested.HasField("session_timeout")
             else engine.session_timeout_s,
-            require_user_reply=wish.require_user_reply
-            if wish.HasField("require_user_reply")
+            require_user_reply=requested.require_user_reply
+            if requested.HasField("require_user_reply")
             else engine.require_user_reply,
             max_run_s=engine.max_run_time_s,
             input=json_values.read_struct(request.input),
         )
 
     async def _commit(self, write: Coroutine[object, object, Run]) -> Run:
-        """Write, also when the caller hangs up in between."""
+        """Finish the write even if the caller cancels its call."""
         task = asyncio.create_task(write)
         self._committing.add(task)
-        task.add_done_callback(self._committed)
+        task.add_done_callback(self._forget_commit)
         return await asyncio.shield(task)
 
-    def _committed(self, task: asyncio.Task[Run]) -> None:
+    def _forget_commit(self, task: asyncio.Task[Run]) -> None:
         self._committing.discard(task)
         if not task.cancelled():
-            task.exception()  # the caller has it, unless it hung up; then nobody wants it
+            task.exception()  # marked as seen: the caller has it, unless the call was cancelled
 
 
-def _wanted(asked: pb.RunFilter) -> RunFilter:
+def _to_domain_filter(asked: pb.RunFilter) -> RunFilter:
     any_status = run_pb2.RUN_STATUS_UNSPECIFIED in asked.statuses
     return RunFilter(
         statuses=frozenset(
@@ -273,8 +268,8 @@ def _wanted(asked: pb.RunFilter) -> RunFilter:
     )
 
 
-def receipt(request: MutationT) -> Receipt | None:
-    """Return what makes a repeated request have its effect once; None without a request_id."""
+def make_receipt(request: MutationT) -> Receipt | None:
+    """Return the receipt by which a repeated request takes effect once; None without request_id."""
     if not request.request_id:
         return None
     payload = type(request)()
@@ -285,105 +280,3 @@ def receipt(request: MutationT) -> Receipt | None:
         method=request.DESCRIPTOR.name.removesuffix("Request"),
         fingerprint=hashlib.sha256(payload.SerializeToString(deterministic=True)).digest(),
     )
-
-
-@dataclass(slots=True, kw_only=True)
-class _Cursor:
-    """Where a reader of output stands."""
-
-    run_key: int
-    attempt: int
-    channel: OutputChannel
-    offset: int
-    at_limit: bool = False
-    """True when the end of what is kept was reached: nothing will follow."""
-
-
-class OutputReader:
-    """Reads the output of one attempt to its end, or follows it."""
-
-    def __init__(self, storage: Storage, output: OutputFiles, gate: Gate) -> None:
-        self._storage = storage
-        self._output = output
-        self._gate = gate
-
-    async def stream(
-        self, request: pb.StreamOutputRequest
-    ) -> AsyncGenerator[pb.StreamOutputResponse, None]:
-        """Yield the output in pieces.
-
-        Raises:
-            InvalidFields, RunNotFound, OutputOutOfRange: nothing of it can be read.
-            ShuttingDown: a follower has to go; it can resume elsewhere by its offset.
-        """
-        validation.demand_valid(validation.stream_output(request))
-        cursor: _Cursor | None = None
-        while True:
-            change = self._gate.change
-            # The look at the run comes before the read: what was written until its end is read.
-            run = await self._storage.point(runs.get, request.run_id)
-            if cursor is None or not cursor.attempt:
-                cursor = _cursor(run, request)
-                await self._demand_offset(run, cursor, follow=request.follow)
-            live = request.follow and _goes_on(run, cursor)
-            async for piece in self._pieces(cursor):
-                yield piece
-            if not live or cursor.at_limit:
-                return
-            if self._gate.draining:
-                raise ShuttingDown
-            await self._gate.wait(change, timeout_s=POLL_S)
-
-    async def _pieces(self, cursor: _Cursor) -> AsyncGenerator[pb.StreamOutputResponse, None]:
-        """Yield what there is from the cursor on, and move it."""
-        while not cursor.at_limit:
-            try:
-                piece = await asyncio.to_thread(
-                    self._output.read,
-                    cursor.run_key,
-                    cursor.attempt,
-                    cursor.channel,
-                    cursor.offset,
-                    PIECE_BYTES,
-                )
-            except FileNotFoundError:
-                return
-            cursor.at_limit = piece.truncated
-            if not piece.data and not piece.truncated:
-                return
-            yield pb.StreamOutputResponse(
-                attempt=cursor.attempt,
-                offset=cursor.offset,
-                data=piece.data,
-                truncated=piece.truncated,
-            )
-            cursor.offset += len(piece.data)
-
-    async def _demand_offset(self, run: Run, cursor: _Cursor, *, follow: bool) -> None:
-        """Refuse an offset that the output does not reach and never will."""
-        if not cursor.offset or (follow and _goes_on(run, cursor)):
-            return
-        size = await asyncio.to_thread(
-            self._output.size, cursor.run_key, cursor.attempt, cursor.channel
-        )
-        if cursor.offset > size:
-            raise OutputOutOfRange(run.run_id, f"offset {cursor.offset} is behind its end, {size}")
-
-
-def _cursor(run: Run, request: pb.StreamOutputRequest) -> _Cursor:
-    if request.attempt > run.attempt:
-        raise OutputOutOfRange(
-            run.run_id, f"attempt {request.attempt} was never made, the latest is {run.attempt}"
-        )
-    return _Cursor(
-        run_key=run.key,
-        attempt=request.attempt or run.attempt,
-        channel=_CHANNELS[request.channel],
-        offset=request.offset,
-    )
-
-
-def _goes_on(run: Run, cursor: _Cursor) -> bool:
-    """True while the attempt may still write."""
-    over = run.status is None or run.status.is_terminal or run.quarantined
-    return not over and cursor.attempt == run.attempt

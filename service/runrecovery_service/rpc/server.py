@@ -1,4 +1,4 @@
-"""The gRPC server: every service registered, every method behind the wrapper."""
+"""The gRPC server: registers every service, listens, is replaced if it dies, and stops."""
 
 from __future__ import annotations
 
@@ -34,34 +34,37 @@ RUN_SERVICE: Final = run_service_pb2.DESCRIPTOR.services_by_name["RunService"]
 RECOVERY_SERVICE: Final = recovery_service_pb2.DESCRIPTOR.services_by_name["RecoveryService"]
 HEALTH: Final = health_pb2.DESCRIPTOR.services_by_name["Health"]
 ALWAYS_OPEN: Final = frozenset({"GetRecoveryStatus", "ListReconciliations", "GetReconciliation"})
-"""Methods of RecoveryService that answer whatever the service is doing."""
+"""Methods of RecoveryService that answer in every state of the service."""
 
 HANDSHAKE_TIMEOUT_MS: Final = 20_000
-"""A connection that has said nothing by then is closed."""
+"""A new connection that has not finished its handshake by then is closed."""
 KEEPALIVE_MS: Final = 60_000
-"""A connection that was silent for so long is pinged."""
+"""A connection that was silent for this long is pinged."""
 KEEPALIVE_TIMEOUT_MS: Final = 20_000
 """A connection whose ping is not answered by then is closed."""
 MIN_PING_INTERVAL_MS: Final = 9_000
-"""Clients that ping more often are cut off. Every 10 s is allowed, also where some pings are
-delayed on their way; ours pings every 30 s."""
+"""Clients that ping more often are disconnected. The docs allow a ping every 10 s; the margin is
+for pings that are delayed on their way. The Python client pings every 30 s."""
 
-
-LOOK_S: Final = 0.2
-"""How soon it is seen that the server has ended by itself."""
-LAST_LOOK_S: Final = 0.01
+CHECK_INTERVAL_S: Final = 0.2
+"""How often the server is checked for having ended by itself."""
+STOP_CHECK_S: Final = 0.01
 """The same at a stop."""
 FLUSH_S: Final = 0.05
-"""For gRPC to send the last answers before the connections are closed."""
+"""Time for gRPC to send the last responses before the connections are closed."""
 
 log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerLimits:
-    """What the server takes: calls and streams at one time, seconds in which a stream's reader must
-    take something, bytes of one request, connections at one time, and seconds after which one
-    without calls is closed."""
+    """Limits of the server.
+
+    Attributes:
+        stall_s: a stream is closed when its reader has taken nothing for so many seconds.
+        max_connections: concurrent connections.
+        idle_s: a connection without calls is closed after so many seconds.
+    """
 
     max_concurrent_calls: int
     max_concurrent_streams: int
@@ -72,12 +75,12 @@ class ServerLimits:
 
 
 class GrpcServer:
-    """The server of one start, and its successors. Build and use it on the event loop.
+    """The gRPC server of one start, replaced by a new one if it dies. Use it on the event loop.
 
     A call whose path is not UTF-8 ends the server of grpc.aio (seen in grpcio 1.85): it closes its
-    port for good, while the process lives on. Anybody who reaches the port could do that, so
-    another server takes its place within `LOOK_S`; callers see UNAVAILABLE and try again. The same
-    happens when the file of its Unix socket was removed.
+    port for good, while the process keeps running. Anybody who reaches the port could do that, so a
+    new server takes its place within `CHECK_INTERVAL_S`; callers see UNAVAILABLE and retry. A
+    server whose Unix socket file was removed is replaced as well.
     """
 
     def __init__(
@@ -91,32 +94,33 @@ class GrpcServer:
         self._address: ListenAddress | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._spare: int | None = None
-        self._unseen = False
-        self._not_replaced = ""
+        self._holder_unknown = False
+        self._last_replace_error = ""
 
     async def bind(
         self, listen: str, *, keeper_ended: Callable[[asyncio.Task[None]], None] | None = None
     ) -> int:
-        """Listen on `host:port` and answer from now on; return the port (for port 0: which).
+        """Listen on the address and answer from now on; return the port.
 
         Args:
             keeper_ended: called when the task that keeps the server reachable has ended.
 
         Raises:
-            ListenFailed: somebody else listens there, or nobody may.
+            ListenFailed: the address is taken or not permitted.
         """
         address = parse_listen_address(listen)
         port = await self._start(address)
         self._keeper = asyncio.create_task(self._keep(address))
         if keeper_ended is not None:
             self._keeper.add_done_callback(keeper_ended)
-        # A stop looks at the sockets, which takes a descriptor; there may be no other left then.
+        # Reserved for the stop, which needs a descriptor to list the sockets.
         self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         return port
 
     async def stop(self, *, grace_s: float) -> None:
-        """Take no more connections, wait for the calls under way for at most `grace_s` seconds, and
-        end. Until then calls are answered; no call is answered CANCELLED.
+        """Refuse new connections, wait up to `grace_s` seconds for open calls, and close.
+
+        Calls on open connections are answered until then. No call gets CANCELLED.
         """
         if self._spare is not None:
             os.close(self._spare)
@@ -125,8 +129,8 @@ class GrpcServer:
             if self._keeper is not None:
                 self._keeper.cancel()
                 await asyncio.gather(self._keeper, return_exceptions=True)
-                # One that has just ended by itself has nobody left to wait for.
-                if await self._ended_within(LAST_LOOK_S) is None:
+                # A server that has just ended by itself has no calls left.
+                if await self._wait_for_end(STOP_CHECK_S) is None:
                     await self._finish_calls(grace_s)
         finally:
             try:
@@ -141,16 +145,18 @@ class GrpcServer:
         deadline = asyncio.get_running_loop().time() + grace_s
         with suppress(TimeoutError):
             async with asyncio.timeout_at(deadline):
-                await self._calls.until_none()
+                await self._calls.wait_until_none()
         await asyncio.sleep(FLUSH_S)
         if self._sockets is not None:
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(deadline):
-                    await self._sockets.until_sent()
+                    await self._sockets.wait_until_sent()
 
     async def _end(self) -> None:
-        """Close the connections, then end gRPC's server, which answers CANCELLED to all that
-        reaches it meanwhile."""
+        """Close the connections, then gRPC's server.
+
+        In this order: a closing gRPC server answers every call that reaches it with CANCELLED.
+        """
         try:
             if self._sockets is not None:
                 await self._sockets.close_connections()
@@ -164,34 +170,36 @@ class GrpcServer:
         return port
 
     async def _keep(self, address: ListenAddress) -> None:
-        """Put another server in the place of one that ended by itself, or that nobody can reach
-        any more."""
+        """Replace a server that ended by itself, or that callers cannot reach any more."""
         while True:
-            error = await self._ended_within(LOOK_S)
+            error = await self._wait_for_end(CHECK_INTERVAL_S)
             if error is not None:
                 log.error("rpc.server_ended", error=f"{type(error).__name__}: {error}")
-            elif not self._is_out_of_reach(self._holder(address)):
+            elif not self._must_replace(self._holder(address)):
                 continue
-            with suppress(Exception):  # it has ended already; what matters is its successor
+            with suppress(Exception):  # it has ended already; only the new server matters
                 await self._end()
-            while not await self._is_replaced(address):  # noqa: ASYNC110 - time alone helps
-                await asyncio.sleep(LOOK_S)
+            while not await self._replace(address):  # noqa: ASYNC110 - there is no event to wait for
+                await asyncio.sleep(CHECK_INTERVAL_S)
 
     def _holder(self, address: ListenAddress) -> Holder:
-        """Return who has the address. While the system does not say, it counts as ours."""
+        """Return which process has the address; OURS while that cannot be determined."""
         try:
             holder = address.holder()
         except OSError as error:
-            if not self._unseen:
+            if not self._holder_unknown:
                 log.warning("rpc.address_not_seen", error=error.strerror)
-            self._unseen = True
+            self._holder_unknown = True
             return Holder.OURS
-        self._unseen = False
+        self._holder_unknown = False
         return holder
 
-    def _is_out_of_reach(self, holder: Holder) -> bool:
-        """Return whether another server is needed at the address. Where somebody else has it, none
-        would help: health says NOT_SERVING to those who are connected, until it is free again."""
+    def _must_replace(self, holder: Holder) -> bool:
+        """Return whether the server must be replaced because nobody has its address.
+
+        When another process has the address, a new server could not bind it. Health is then
+        NOT_SERVING for connected callers until the address is free again.
+        """
         if holder is Holder.NOBODY:
             log.error("rpc.address_lost", holder="nobody")
         elif holder is Holder.ANOTHER and self._gate.listens:
@@ -199,25 +207,25 @@ class GrpcServer:
         self._gate.set_listens(listens=holder is not Holder.ANOTHER)
         return holder is Holder.NOBODY
 
-    async def _ended_within(self, seconds: float) -> Exception | None:
-        """Return what the server has ended by; None when it has not within this time."""
+    async def _wait_for_end(self, seconds: float) -> Exception | None:
+        """Return the error that ended the server; None when it still runs after this time."""
         try:
             await self._server.wait_for_termination(seconds)
-        except Exception as error:  # noqa: BLE001 - whatever it was, nobody answers any more
+        except Exception as error:  # noqa: BLE001 - after any error the server answers nobody
             return error
         return None
 
-    async def _is_replaced(self, address: ListenAddress) -> bool:
+    async def _replace(self, address: ListenAddress) -> bool:
         self._server = self._build()
         try:
             await self._start(address)
-        except Exception as error:  # noqa: BLE001 - without it nobody would ever listen again
-            if str(error) != self._not_replaced:
-                self._not_replaced = str(error)
-                log.error("rpc.server_not_replaced", error=str(error))  # noqa: TRY400 - said in one line
-            await self._server.stop(None)  # it may listen on a part of the address
+        except Exception as error:  # noqa: BLE001 - otherwise the service would never listen again
+            if str(error) != self._last_replace_error:
+                self._last_replace_error = str(error)
+                log.error("rpc.server_last_replace_error", error=str(error))  # noqa: TRY400 - one line without a traceback
+            await self._server.stop(None)  # it may have bound a part of the address
             return False
-        self._not_replaced = ""
+        self._last_replace_error = ""
         log.warning("rpc.server_replaced")
         return True
 
@@ -225,7 +233,7 @@ class GrpcServer:
 def build_server(
     gate: Gate, *, run_deps: RunDeps, recovery_deps: RecoveryDeps, limits: ServerLimits
 ) -> GrpcServer:
-    """Return the server with every service on it; it listens nowhere yet."""
+    """Return the server with every service; it does not listen yet."""
     wrapper = MethodWrapper(
         gate,
         max_calls=limits.max_concurrent_calls,
@@ -233,7 +241,7 @@ def build_server(
         stall_s=limits.stall_s,
     )
     services = (RUN_SERVICE.full_name, RECOVERY_SERVICE.full_name, HEALTH.full_name)
-    every = (
+    all_handlers = (
         handlers(RUN_SERVICE, RunService(run_deps, gate), wrapper),
         handlers(RECOVERY_SERVICE, RecoveryService(recovery_deps, gate), wrapper),
         health_handlers(HealthServicer(gate), wrapper.calls),
@@ -242,7 +250,7 @@ def build_server(
 
     def build() -> grpc.aio.Server:
         server = grpc.aio.server(options=_options(limits))
-        server.add_generic_rpc_handlers(every)
+        server.add_generic_rpc_handlers(all_handlers)
         return server
 
     return GrpcServer(build, gate, wrapper)
@@ -251,22 +259,24 @@ def build_server(
 def handlers(
     service: ServiceDescriptor, servicer: object, wrapper: MethodWrapper
 ) -> grpc.GenericRpcHandler:
-    """Return the guarded methods of a service of ours.
+    """Return the wrapped methods of a service of the contract.
 
-    The servicer has a method of each name in the contract, in snake case; a missing one fails
-    here, at the start.
+    The servicer needs a method in snake case for each name in the contract. A missing method raises
+    AttributeError here, at the start.
     """
     return grpc.method_handlers_generic_handler(
         service.full_name,
         {
-            described.name: _handler(described, getattr(servicer, _snake(described.name)), wrapper)
+            described.name: _handler(
+                described, getattr(servicer, _to_snake_case(described.name)), wrapper
+            )
             for described in service.methods
         },
     )
 
 
 def health_handlers(servicer: HealthServicer, calls: OpenCalls) -> grpc.GenericRpcHandler:
-    """Return the methods of health."""
+    """Return the methods of grpc.health.v1.Health."""
     return grpc.method_handlers_generic_handler(
         HEALTH.full_name,
         {
@@ -281,7 +291,7 @@ def reflection_handlers(
     servicer: ReflectionServicer, calls: OpenCalls
 ) -> tuple[grpc.GenericRpcHandler, ...]:
     """Return the one servicer under the names of both versions."""
-    handler = raw_handlers.dialogue(
+    handler = raw_handlers.bidirectional_stream(
         calls, reflection_pb2.ServerReflectionRequest, servicer.ServerReflectionInfo
     )
     return tuple(
@@ -298,14 +308,14 @@ def _handler(
         access=access_of(described),
         request=message_factory.GetMessageClass(described.input_type),
     )
-    # No (de)serializers: the wrapper has them, so that their errors are ours as well.
+    # No (de)serializers: the wrapper parses and serializes, so that it also maps their errors.
     if described.server_streaming:
         return grpc.unary_stream_rpc_method_handler(wrapper.stream(method, answer))
     return grpc.unary_unary_rpc_method_handler(wrapper.unary(method, answer))
 
 
 def access_of(described: MethodDescriptor) -> Access:
-    """Return when a method may be called; what reads is what the contract marks so."""
+    """Return when a method may be called; READ for methods that the contract marks as such."""
     if described.name in ALWAYS_OPEN:
         return Access.ALWAYS
     if described.GetOptions().idempotency_level == MethodOptions.NO_SIDE_EFFECTS:
@@ -313,24 +323,24 @@ def access_of(described: MethodDescriptor) -> Access:
     return Access.MUTATION
 
 
-def _snake(name: str) -> str:
+def _to_snake_case(name: str) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
 
 
 def _options(limits: ServerLimits) -> tuple[tuple[str, int], ...]:
     return (
-        # By default a second server shares a taken port silently.
+        # By default a second server silently shares a taken port.
         ("grpc.so_reuseport", 0),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS),
         # A larger request gets RESOURCE_EXHAUSTED from gRPC itself, without details.
         ("grpc.max_receive_message_length", limits.max_request_bytes),
-        # One more is closed at once, before it costs a run or the store a descriptor.
+        # Further connections are closed at once, so that descriptors remain for runs and database.
         ("grpc.max_allowed_incoming_connections", limits.max_connections),
         ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
-        # Connections without calls, and those to callers that are gone, would keep others out.
+        # Idle connections and those of dead callers would use up max_connections.
         ("grpc.max_connection_idle_ms", int(limits.idle_s * 1000)),
         ("grpc.keepalive_time_ms", KEEPALIVE_MS),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
-        ("grpc.http2.max_pings_without_data", 0),  # a watch may be silent for as long as it likes
+        ("grpc.http2.max_pings_without_data", 0),  # a watch may be silent without a limit
     )

@@ -1,9 +1,8 @@
-"""The sockets of our gRPC server: gRPC opens them in this process and hands none of them out.
+"""The sockets of the gRPC server, which gRPC opens in this process and does not expose.
 
-They are found among the process's descriptors by their local address. Only gRPC's own end of a
-connection could end it for callers too, and that end answers what arrives in the meantime with
-CANCELLED. A connection that the system closes fails every call on it as UNAVAILABLE instead, as
-after a crash, and that is what clients retry.
+They are found among the descriptors of the process by their local address. A stop closes them here,
+not through gRPC. gRPC would answer late calls with CANCELLED, which clients do not retry. A
+connection that the operating system closes fails its calls with UNAVAILABLE, which clients retry.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from typing import Final, TypeAlias
 Local: TypeAlias = int | str | bytes
 """A TCP port, the path by which a Unix socket was bound, or an abstract name with its NUL."""
 
-CLOSED_WITHIN_S: Final = 1.0
-"""For gRPC to close connections that have been shut down."""
-LOOK_S: Final = 0.005
-SENT_LOOK_S: Final = 0.02
+CLOSE_TIMEOUT_S: Final = 1.0
+"""Time for gRPC to close connections that have been shut down."""
+CLOSE_POLL_S: Final = 0.005
+SENT_POLL_S: Final = 0.02
 WILDCARDS: Final = frozenset({"::", "0.0.0.0"})  # noqa: S104 - compared, not bound
 
 
@@ -33,8 +32,9 @@ class ServerSockets:
     """The listening sockets and the connections of one server.
 
     Args:
-        local: what tells them from others of the process, beside the addresses that are listened
-            on now: a connection to elsewhere may have the same port at another of them.
+        local: the local port or path of the server's sockets. For a port, the addresses on which
+            the server listens now count as well: an outgoing connection may have the same port at
+            another address.
     """
 
     def __init__(self, local: Local) -> None:
@@ -44,27 +44,29 @@ class ServerSockets:
             self._hosts = self.listening_hosts()
 
     def listening_hosts(self) -> set[str]:
-        """Return the IP addresses that are listened on."""
+        """Return the IP addresses on which the server listens."""
         return {host for one in self._sockets() if _listens(one) for host in _hosts(one)}
 
     def stop_listening(self) -> None:
-        """Refuse new connections, and those that nobody has accepted yet."""
+        """Refuse new connections, and those that gRPC has not accepted yet."""
         for one in self._sockets():
             if _listens(one):
                 _shut_down(one)
 
-    async def until_sent(self) -> None:
-        """Return when the callers' systems have all that was written. One that answers to a closed
-        connection meanwhile, were it only a window update, would lose the rest."""
+    async def wait_until_sent(self) -> None:
+        """Return when the peers have acknowledged everything that was written.
+
+        A peer that sends anything to a closed connection, even a window update, loses the rest.
+        """
         while sum(_unsent(one) for one in self._sockets() if _is_connected(one)):  # noqa: ASYNC110
-            await asyncio.sleep(SENT_LOOK_S)
+            await asyncio.sleep(SENT_POLL_S)
 
     async def close_connections(self) -> None:
-        """End every connection; return once gRPC has noticed, or after `CLOSED_WITHIN_S`."""
+        """Shut down every connection and wait until gRPC closes it, up to `CLOSE_TIMEOUT_S`."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(CLOSED_WITHIN_S):
-                while self._shut_down_connections():  # noqa: ASYNC110 - gRPC announces nothing
-                    await asyncio.sleep(LOOK_S)
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                while self._shut_down_connections():  # noqa: ASYNC110 - gRPC has no event for it
+                    await asyncio.sleep(CLOSE_POLL_S)
 
     def _shut_down_connections(self) -> int:
         found = 0
@@ -75,7 +77,7 @@ class ServerSockets:
         return found
 
     def _sockets(self) -> Iterator[socket.socket]:
-        """Yield a duplicate of each; it is closed when the next one is asked for."""
+        """Yield a duplicate of each socket of the server, and close it afterwards."""
         for one in _stream_sockets():
             with closing(one):
                 if self._is_ours(one):
@@ -93,16 +95,16 @@ class ServerSockets:
 def _stream_sockets() -> Iterator[socket.socket]:
     for link in Path("/proc/self/fd").iterdir():
         try:
-            # Closing a duplicate of a file would drop the locks of this process on it: SQLite's.
+            # Closing a duplicate of a file would drop this process's locks on it, such as SQLite's.
             if not str(link.readlink()).startswith("socket:"):
                 continue
-            # A duplicate: another thread may close the descriptor and open something else by it.
+            # Duplicated, because another thread may close the descriptor and reuse its number.
             descriptor = os.dup(int(link.name))
-        except OSError:  # closed meanwhile
+        except OSError:  # it was closed meanwhile
             continue
         try:
             one = socket.socket(fileno=descriptor)
-        except OSError:  # a file by now, which is left open for its locks
+        except OSError:  # it is a file by now, left open for its locks
             continue
         if one.type == socket.SOCK_STREAM:
             yield one
@@ -121,7 +123,7 @@ def _hosts(one: socket.socket) -> set[str]:
 
 
 def plain_host(host: str) -> str:
-    """Return an IPv4 address that is written as an IPv6 one as what it is; others as they are."""
+    """Return an IPv4-mapped IPv6 address as IPv4, any other address unchanged."""
     return host.removeprefix("::ffff:")
 
 
@@ -132,13 +134,13 @@ def _listens(one: socket.socket) -> bool:
 def _is_connected(one: socket.socket) -> bool:
     try:
         one.getpeername()
-    except OSError:  # it listens or listened, or its connection is over
+    except OSError:  # a listening socket, or a connection that has ended
         return False
     return True
 
 
 def _unsent(one: socket.socket) -> int:
-    """Return how many bytes of what was written the peer's system has not acknowledged."""
+    """Return how many written bytes the peer has not acknowledged."""
     try:
         return int.from_bytes(fcntl.ioctl(one, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
     except OSError:
@@ -146,5 +148,5 @@ def _unsent(one: socket.socket) -> int:
 
 
 def _shut_down(one: socket.socket) -> None:
-    with suppress(OSError):  # the peer or gRPC was faster
+    with suppress(OSError):  # the peer or gRPC has closed it already
         one.shutdown(socket.SHUT_RDWR)

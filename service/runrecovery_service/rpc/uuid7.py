@@ -1,4 +1,4 @@
-"""Ids that the service makes for its callers."""
+"""UUIDs of version 7, the ids of runs that have no id of the caller's own."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ RANDOM_BYTES: Final = 10
 
 
 def uuid7(now: datetime, random: bytes) -> UUID:
-    """Return a UUID of version 7 (RFC 9562): milliseconds since 1970, then random bits.
+    """Return a UUID of version 7 (RFC 9562): milliseconds since 1970, followed by random bits.
 
     Args:
-        now: an aware time.
+        now: the time, aware.
         random: 10 random bytes, of which 74 bits are used.
     """
     ms = (now - _EPOCH) // _MILLISECOND

@@ -1,4 +1,4 @@
-"""What a request may say. Every function yields all that is wrong with its request."""
+"""Checks requests. Every function yields all violations of its request, not only the first."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ LABEL_KEY: Final = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
 UUID: Final = re.compile(r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}", re.IGNORECASE)
 MAX_LABELS: Final = 32
 MAX_LABELS_FILTERED: Final = 8
-LEAST_SESSION_TIMEOUT_S: Final = 0.1
+MIN_SESSION_TIMEOUT_S: Final = 0.1
 _SESSION_TIMEOUT: Final = "interactive_profile.session_timeout"
 MAX_LABEL_CHARS: Final = 256
 MAX_NAME_CHARS: Final = 200
-"""Names of engines and rules, and etags: longer than any that exists."""
+"""For names of engines and rules, and for etags: longer than any that exists."""
 
 Violations = Iterator[FieldViolation]
 
 
-def demand_valid(violations: Iterable[FieldViolation]) -> None:
-    """Raise InvalidFields with all of them, if there are any."""
+def require_valid(violations: Iterable[FieldViolation]) -> None:
+    """Raise InvalidFields with all violations, if there are any."""
     found = tuple(violations)
     if found:
         raise InvalidFields(found)
 
 
-def demand_run_id(run_id: str) -> None:
-    """Raise InvalidFields unless it can be the id of a run: the whole check of a quick read."""
+def require_run_id(run_id: str) -> None:
+    """Raise InvalidFields unless `run_id` is well-formed: the whole check of GetRun, kept fast."""
     if not RUN_ID.fullmatch(run_id):
         raise InvalidFields(tuple(run_id_violations(run_id)))
 
@@ -49,7 +49,7 @@ def demand_run_id(run_id: str) -> None:
 
 
 def create_run(request: run_pb.CreateRunRequest) -> Violations:
-    """Check what can be checked without knowing the engine."""
+    """Check a new run, as far as possible without its engine."""
     if request.run_id:
         yield from run_id_violations(request.run_id)
     yield from _required_name("engine", request.engine)
@@ -67,24 +67,28 @@ def create_run(request: run_pb.CreateRunRequest) -> Violations:
 
 def _session_timeout(span: Duration) -> Violations:
     try:
-        if times.read_duration_s(span) < LEAST_SESSION_TIMEOUT_S:
-            yield FieldViolation(_SESSION_TIMEOUT, f"must be at least {LEAST_SESSION_TIMEOUT_S} s")
+        if times.read_duration_s(span) < MIN_SESSION_TIMEOUT_S:
+            yield FieldViolation(_SESSION_TIMEOUT, f"must be at least {MIN_SESSION_TIMEOUT_S} s")
     except ValueError as error:
         yield FieldViolation(_SESSION_TIMEOUT, str(error))
 
 
-def profile(wish: run_pb2.InteractiveProfile, engine: Engine) -> Violations:
-    """Check the wish for a profile, if there is one, against the engine's own."""
+def check_profile(requested: run_pb2.InteractiveProfile, engine: Engine) -> Violations:
+    """Check the requested profile, if any, against the engine's own."""
     named = clip(engine.name)
-    if wish.kind and enums.PROFILE_FROM_PROTO[wish.kind] is not engine.profile:
+    if requested.kind and enums.PROFILE_FROM_PROTO[requested.kind] is not engine.profile:
         yield FieldViolation(
             "interactive_profile.kind",
-            f"engine {named!r} is {engine.profile.value}; leave this unset",
+            f"engine {named!r} is {engine.profile.value}; leave this field unset",
         )
     most_s = engine.session_timeout_s
-    if wish.HasField("session_timeout") and times.read_duration_s(wish.session_timeout) > most_s:
+    if (
+        requested.HasField("session_timeout")
+        and times.read_duration_s(requested.session_timeout) > most_s
+    ):
         yield FieldViolation(
-            _SESSION_TIMEOUT, f"must be at most {most_s:g} s, which is that of engine {named!r}"
+            _SESSION_TIMEOUT,
+            f"must be at most {most_s:g} s, the session_timeout of engine {named!r}",
         )
 
 
@@ -108,12 +112,12 @@ def watch_run(request: run_pb.WatchRunRequest) -> Violations:
 
 
 def reopen_run(request: run_pb.ReopenRunRequest) -> Violations:
-    """Check a request to set a run back."""
+    """Check a request to set a failed run back."""
     yield from run_id_violations(request.run_id)
     match request.WhichOneof("session"):
         case "keep_session":
             if not request.keep_session:
-                yield FieldViolation("keep_session", "must be true where it is set")
+                yield FieldViolation("keep_session", "must be true if it is set")
         case "session_handle":
             yield from _session_handle(request.session_handle)
         case _:
@@ -128,11 +132,11 @@ def _session_handle(handle: str) -> Violations:
     if len(handle) > MAX_SESSION_CHARS:
         yield FieldViolation("session_handle", f"must be at most {MAX_SESSION_CHARS} characters")
     if "\0" in handle:
-        yield FieldViolation("session_handle", "must not hold a NUL character")
+        yield FieldViolation("session_handle", "must not contain a NUL character")
 
 
 def submit_reply(request: run_pb.SubmitReplyRequest) -> Violations:
-    """Check an answer."""
+    """Check a reply."""
     yield from run_id_violations(request.run_id)
     if request.interaction_id < 1:
         yield FieldViolation("interaction_id", "must be 1 or more")
@@ -158,7 +162,7 @@ def list_interactions(request: run_pb.ListInteractionsRequest) -> Violations:
 
 
 def stream_output(request: run_pb.StreamOutputRequest) -> Violations:
-    """Check a request for output."""
+    """Check a request for output of a run."""
     yield from run_id_violations(request.run_id)
     if request.attempt < 0:
         yield FieldViolation("attempt", "must not be negative")
@@ -181,11 +185,12 @@ def plan_recovery(request: recovery_pb.PlanRecoveryRequest) -> Violations:
 
 
 def recovered_filter(wanted: recovery_pb.RecoveredFilter) -> Violations:
-    """Check which decisions are asked for."""
+    """Check a filter of decisions."""
     for at, state in enumerate(wanted.recovery_states):
         if state == run_pb2.RECOVERY_STATE_NONE:
             yield FieldViolation(
-                f"filter.recovery_states[{at}]", "NONE is the state of runs never recovered"
+                f"filter.recovery_states[{at}]",
+                "must not be NONE, the state of runs without a decision",
             )
         elif state and state not in enums.RECOVERY_STATE_FROM_PROTO:
             yield _unknown(f"filter.recovery_states[{at}]", state)
@@ -235,7 +240,7 @@ def _name(field: str, text: str) -> Violations:
     if len(text) > MAX_NAME_CHARS:
         yield FieldViolation(field, f"must be at most {MAX_NAME_CHARS} characters")
     if "\0" in text:
-        yield FieldViolation(field, "must not hold a NUL character")
+        yield FieldViolation(field, "must not contain a NUL character")
 
 
 def _label_filter(labels: Mapping[str, str]) -> Violations:
@@ -254,7 +259,7 @@ def _labels(
         if len(value) > MAX_LABEL_CHARS:
             yield FieldViolation(field, f"must be at most {MAX_LABEL_CHARS} characters")
         if "\0" in value:
-            yield FieldViolation(field, "must not hold a NUL character")
+            yield FieldViolation(field, "must not contain a NUL character")
 
 
 def _json(field: str, value: Struct | Value) -> Violations:
@@ -289,7 +294,7 @@ def _time_range(
     for name in (after, before):
         try:
             if times.read_optional_time(wanted, name) is not None:
-                stamp = getattr(wanted, name)  # rounded, two bounds may be equal
+                stamp = getattr(wanted, name)  # rounded times of two bounds may be equal
                 bounds.append((stamp.seconds, stamp.nanos))
         except ValueError as error:
             yield FieldViolation(f"filter.{name}", str(error))
@@ -298,4 +303,4 @@ def _time_range(
 
 
 def _unknown(field: str, number: int) -> FieldViolation:
-    return FieldViolation(field, f"{number} is not a value of this version")
+    return FieldViolation(field, f"{number} is not a known value")

@@ -1,5 +1,8 @@
-"""Streams of what happens: to one run, and of decisions. Nothing is kept for a reader: each reads
-on from where it stands, so that a slow one costs nothing and a broken one goes on later."""
+"""Streams of the events of one run, and of the decisions of restarts.
+
+Nothing is buffered for a reader. Each reads from the database after the last response it got, so a
+slow reader costs no memory, and a broken stream can be resumed later.
+"""
 
 from __future__ import annotations
 
@@ -26,36 +29,40 @@ from runrecovery_service.storage.feed import Place
 from runrecovery_service.storage.runs import Stand
 
 BOOKMARK_S: Final = 15.0
-"""After so long with nothing to tell: a sign of life, and a look whether something was missed."""
-DECISIONS_PER_LOOK: Final = 500
+"""After this long without a response, send a bookmark and read the database for missed changes."""
+DECISIONS_PER_READ: Final = 500
 
 
-class _Quiet:
-    """Since when a stream has told nothing. `told`: it has just told something."""
+class _BookmarkTimer:
+    """When the next bookmark of a stream is due.
 
-    def __init__(self, *, told: bool) -> None:
+    Args:
+        sent: True when a response has just been sent; False makes a bookmark due at once.
+    """
+
+    def __init__(self, *, sent: bool) -> None:
         self._loop = asyncio.get_running_loop()
-        self._since = self._loop.time() if told else -BOOKMARK_S
+        self._since = self._loop.time() if sent else -BOOKMARK_S
 
-    def told(self) -> None:
-        """Something was told."""
+    def restart(self) -> None:
+        """Record that a response was sent."""
         self._since = self._loop.time()
 
     @property
     def left_s(self) -> float:
-        """Seconds until a sign of life is due; 0 when it is. What only wakes us delays it not."""
+        """Seconds until a bookmark is due. A wake-up without news does not postpone it."""
         return max(0.0, self._since + BOOKMARK_S - self._loop.time())
 
     async def wait(self, woken: asyncio.Event) -> None:
-        """Return when the event is set, or a sign of life is due."""
+        """Return when the event is set or a bookmark is due."""
         with suppress(TimeoutError):
             async with asyncio.timeout(self.left_s):
                 await woken.wait()
 
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
-class _State:
-    """A run as it stands, decoded and built once for all who watch it."""
+class _CachedRun:
+    """The present state of a run, decoded and encoded once for all its watchers."""
 
     run: Run
     message: run_pb2.Run = field(default_factory=run_pb2.Run)
@@ -63,73 +70,75 @@ class _State:
     def __post_init__(self) -> None:
         run_messages.fill_run(self.message, self.run)
 
-    def is_of(self, stand: Stand | None) -> bool:
-        """True while nothing has changed since."""
+    def is_current(self, stand: Stand | None) -> bool:
+        """True when the run has not changed since."""
         return stand == Stand(self.run.version, self.run.event_count)
 
 
 class RunWatcher:
-    """Tells what happens to one run, to each of its callers."""
+    """Streams the events of one run to each caller of WatchRun."""
 
     def __init__(self, storage: Storage, gate: Gate) -> None:
         self._storage = storage
         self._gate = gate
         self._wakeup = FairWakeup()
-        self._states: WeakValueDictionary[str, _State] = WeakValueDictionary()
+        self._states: WeakValueDictionary[str, _CachedRun] = WeakValueDictionary()
 
     async def stream(
         self, request: pb.WatchRunRequest
     ) -> AsyncGenerator[pb.WatchRunResponse, None]:
-        """Yield a snapshot, unless the caller stands somewhere already; then every event.
+        """Yield a snapshot, or resume after the caller's sequence; then yield every event.
 
         Raises:
-            InvalidFields, RunNotFound, WatchHistoryPruned, WatchSequenceUnknown: it cannot begin.
-            ShuttingDown: it can be gone on with elsewhere, or after the restart.
+            InvalidFields, RunNotFound, WatchHistoryPruned, WatchSequenceUnknown: see each.
+            ShuttingDown: the caller can resume after the restart.
         """
-        validation.demand_valid(validation.watch_run(request))
+        validation.require_valid(validation.watch_run(request))
         run_id = request.run_id
         key = (await self._storage.point(runs.get, run_id)).key
         woken = asyncio.Event()
-        with self._storage.changes.of_run(key, woken), self._gate.following(woken):
+        with self._storage.changes.of_run(key, woken), self._gate.notify(woken):
             state = await self._state(run_id, key)
-            goes_on = request.HasField("after_sequence")
-            at = request.after_sequence if goes_on else state.run.event_count
-            if not goes_on:
+            resumes = request.HasField("after_sequence")
+            at = request.after_sequence if resumes else state.run.event_count
+            if not resumes:
                 yield pb.WatchRunResponse(sequence=at, snapshot=state.message)
-            quiet = _Quiet(told=not goes_on)
+            timer = _BookmarkTimer(sent=not resumes)
             while True:
                 await self._wakeup.wait_turn()
                 woken.clear()
                 state = await self._state(run_id, key)
                 for event in await self._storage.point(events.between, state.run, at):
-                    yield _told(event, state)
-                    quiet.told()
+                    yield _event_response(event, state)
+                    timer.restart()
                 at = state.run.event_count
-                if _is_over(state.run):
+                if _has_ended(state.run):
                     return
                 if self._gate.draining:
                     raise ShuttingDown
-                if not quiet.left_s:
+                if not timer.left_s:
                     yield pb.WatchRunResponse(sequence=at, bookmark=run_pb2.WatchBookmark())
-                    quiet.told()
-                await quiet.wait(woken)
+                    timer.restart()
+                await timer.wait(woken)
 
-    async def _state(self, run_id: str, run_key: int) -> _State:
-        """Return how the run stands; it is read and built again only when it has changed. By its
-        run_id: the key is another run's where the database has lost commits."""
+    async def _state(self, run_id: str, run_key: int) -> _CachedRun:
+        """Return the present state of the run; read and encode it only when it has changed.
+
+        The cache is keyed by run_id: after the database lost commits, another run may have the key.
+        """
         state = self._states.get(run_id)
-        if state is None or not state.is_of(await self._storage.point(runs.stand, run_key)):
-            state = _State(await self._storage.point(runs.get, run_id))
+        if state is None or not state.is_current(await self._storage.point(runs.stand, run_key)):
+            state = _CachedRun(await self._storage.point(runs.get, run_id))
             self._states[run_id] = state
         return state
 
 
-def _is_over(run: Run) -> bool:
-    """True when nothing will happen any more by itself: it has ended, or was set aside."""
+def _has_ended(run: Run) -> bool:
+    """True when no further event will come by itself: the run is terminal or quarantined."""
     return run.quarantined or (run.status is not None and run.status.is_terminal)
 
 
-def _told(event: RunEvent, state: _State) -> pb.WatchRunResponse:
+def _event_response(event: RunEvent, state: _CachedRun) -> pb.WatchRunResponse:
     response = pb.WatchRunResponse(sequence=event.sequence)
     run_messages.fill_event(response.event, event)
     if event.sequence == state.run.event_count:
@@ -138,7 +147,7 @@ def _told(event: RunEvent, state: _State) -> pb.WatchRunResponse:
 
 
 class RecoveredWatcher:
-    """Tells the decisions of restarts, to each of its callers."""
+    """Streams the decisions of restarts to each caller of WatchRecovered."""
 
     def __init__(self, storage: Storage, gate: Gate) -> None:
         self._storage = storage
@@ -148,30 +157,30 @@ class RecoveredWatcher:
     async def stream(
         self, request: recovery_pb.WatchRecoveredRequest, wanted: RecoveredFilter
     ) -> AsyncGenerator[recovery_pb.WatchRecoveredResponse, None]:
-        """Yield where it begins, then every decision behind that which the filter lets through.
+        """Yield a bookmark with the first cursor, then every later decision of the filter.
 
         Raises:
-            WatchCursorInvalid: it cannot begin there.
-            ShuttingDown: it can be gone on with elsewhere, or after the restart.
+            WatchCursorInvalid: no decision has this cursor.
+            ShuttingDown: the caller can resume after the restart.
         """
         woken = asyncio.Event()
-        with self._storage.changes.of_decisions(woken), self._gate.following(woken):
+        with self._storage.changes.of_decisions(woken), self._gate.notify(woken):
             place = paging.decode_cursor(request.after_cursor)
             if place is None:
                 place = await self._storage.read(feed.end)
             else:
                 await self._storage.read(feed.demand_known, place)
-            quiet = _Quiet(told=False)
+            timer = _BookmarkTimer(sent=False)
             while True:
                 await self._wakeup.wait_turn()
                 if self._gate.draining:
                     raise ShuttingDown
-                if not quiet.left_s:
+                if not timer.left_s:
                     yield _bookmark(place)
-                    quiet.told()
+                    timer.restart()
                 woken.clear()
                 stretch = await self._storage.read(
-                    feed.behind, place, wanted, limit=DECISIONS_PER_LOOK
+                    feed.behind, place, wanted, limit=DECISIONS_PER_READ
                 )
                 for decided in stretch.decided:
                     await self._wakeup.wait_turn()
@@ -180,10 +189,10 @@ class RecoveredWatcher:
                     )
                     recovery_messages.fill_recovered_run(response.decision, decided)
                     yield response
-                    quiet.told()
+                    timer.restart()
                 place = stretch.upto
                 if not stretch.more:
-                    await quiet.wait(woken)
+                    await timer.wait(woken)
 
 
 def _bookmark(place: Place) -> recovery_pb.WatchRecoveredResponse:
