@@ -43,7 +43,7 @@ from runrecovery_service.lifecycle import (
     prepare_process,
     store_kept,
 )
-from runrecovery_service.locks import Holdings
+from runrecovery_service.locks import ServiceLocks
 from runrecovery_service.machine import open_cgroup_parent, plan_open_files
 from runrecovery_service.ownership import (
     LeaseRenewal,
@@ -96,30 +96,30 @@ def serve(settings: Settings) -> None:
     open_files.apply()
     # Before anything is claimed: a name server that does not answer takes long.
     per_address = open_files.connections // _addresses(settings.listen)
-    with Holdings.take(settings) as held, SteadyThreadPool(1, "probe") as prober:
-        early_signals.keep()
+    with ServiceLocks.acquire(settings) as locks, SteadyThreadPool(1, "probe") as prober:
+        early_signals.hold()
         # Before the store is migrated and an epoch is claimed: a start that no client could reach
         # must change nothing, and must not count as a start without a finished recovery.
         parse_listen_address(settings.listen).check_bindable()
         # Beside the rest of the start: the probe waits some 30 ms for processes.
         probe = prober.submit(prove_containment, watermark_bits())
-        db = open_database(settings.database, held.data_dir, locks=held.locks)
+        db = open_database(settings.database, locks.data_dir, locks=locks.locks)
         try:
             with store_kept(db), asyncio.Runner(loop_factory=new_event_loop) as runner:
-                runner.run(_run(settings, held, db, probe, open_files, per_address))
+                runner.run(_run(settings, locks, db, probe, open_files, per_address))
         finally:
             db.close()
 
 
 async def _run(
     settings: Settings,
-    held: Holdings,
+    locks: ServiceLocks,
     db: Database,
     probe: Future[Containment],
     open_files: OpenFiles,
     per_address: int,
 ) -> None:
-    await _App(settings, held, db, probe, open_files).service(per_address).run()
+    await _App(settings, locks, db, probe, open_files).service(per_address).run()
 
 
 class _App:
@@ -131,7 +131,7 @@ class _App:
     def __init__(
         self,
         settings: Settings,
-        held: Holdings,
+        locks: ServiceLocks,
         db: Database,
         probe: Future[Containment],
         open_files: OpenFiles,
@@ -142,7 +142,7 @@ class _App:
             Held: an instance of this name is alive elsewhere.
             ContainmentRefused: processes cannot be contained on this system.
         """
-        self.settings, self.held, self.db = settings, held, db
+        self.settings, self.locks, self.db = settings, locks, db
         self.open_files = open_files
         self.stop, self.clock = StopSignal(), Clock()
         self.status = RecoveryStatus(probe)
@@ -152,10 +152,10 @@ class _App:
         # Before the claim: processes must end before the lease does.
         deadline_ns = tree_deadline_ns(settings.lease_ttl_s, boot_time_ns())
         self.tree_deadline = TreeDeadline(deadline_ns)
-        self.owner = _claim(db, _boot(settings, held, self.host), self.clock, settings.lease_ttl_s)
+        self.owner = _claim(db, _boot(settings, locks, self.host), self.clock, settings.lease_ttl_s)
         self.storage = Storage(db)
         self.catalog = build_catalog(settings)
-        self.workspaces = Workspaces(held.data_dir)
+        self.workspaces = Workspaces(locks.data_dir)
         self.output = OutputFiles(self.workspaces, max_bytes=settings.max_output_bytes)
         self.trust = TrustKeeper(
             host_id=self.host.host_id,
@@ -250,7 +250,7 @@ class _App:
             ),
             storage=self.storage,
             owner=self.owner,
-            held=self.held,
+            locks=self.locks,
             stop=self.stop,
         )
 
@@ -385,15 +385,15 @@ def _host() -> Host:
         raise ContainmentRefused(reason) from error
 
 
-def _boot(settings: Settings, held: Holdings, host: Host) -> Boot:
+def _boot(settings: Settings, locks: ServiceLocks, host: Host) -> Boot:
     return Boot(
         instance=settings.instance,
         boot_token=secrets.token_hex(16),
         host_id=host.host_id,
-        data_dir=str(held.data_dir),
+        data_dir=str(locks.data_dir),
         pid=os.getpid(),
         # One boot of a kernel has one table of locks, and one number for each device.
-        lock_id=f"{host.boot_id}/{held.locks[0].name}",
+        lock_id=f"{host.boot_id}/{locks.locks[0].name}",
     )
 
 

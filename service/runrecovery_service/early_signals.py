@@ -1,7 +1,7 @@
-"""Signals that come before the service has its own handlers for them.
+"""Handles signals that come before the service has installed its own handlers.
 
-Python would end the process with a traceback (SIGINT), or the system would end it (the others),
-although nothing is wrong. Import this module first: it imports next to nothing.
+Without these handlers Python would print a traceback (SIGINT), or the system would kill the process
+(other signals), although nothing is wrong. Import this module first: it imports almost nothing.
 """
 
 from __future__ import annotations
@@ -12,22 +12,25 @@ import signal
 from types import FrameType
 from typing import Final
 
-STOPS: Final = (signal.SIGTERM, signal.SIGINT)
-HARMLESS: Final = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""They would end a process that does not ask for them, and are sent to services as a matter of
-course: to reload, to open the log anew."""
+STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+HARMLESS_SIGNALS: Final = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""Tools send these to services, to reload or to reopen the log. Without a handler they kill."""
 INTERRUPTED: Final = 130
 
 NO_TERMINAL: Final = frozenset({errno.ENXIO, errno.EIO, errno.ENOENT})
-"""What opening /dev/tty fails with then. A lack of descriptors, for one, says nothing of it."""
+"""Errors of opening /dev/tty without a terminal. Other errors prove nothing."""
 
-_kept: list[int] = []
+_held: list[int] = []
 _terminal: list[bool] = []
 
 
-def leave(*, serves: bool) -> None:
-    """Let Ctrl-C end a process that only imports and reads as yet. The service ends by SIGTERM as
-    well, with 0 as at any stop, and keeps the harmless ones."""
+def exit_at_once(*, serves: bool) -> None:
+    """Exit without a traceback at Ctrl-C: this process has only imported and read so far.
+
+    Args:
+        serves: the process is a service. It also exits at SIGTERM, with 0 as after any stop, and
+            holds harmless signals.
+    """
 
     def exit_now(_number: int, _frame: FrameType | None) -> None:
         os._exit(0 if serves else INTERRUPTED)
@@ -36,31 +39,33 @@ def leave(*, serves: bool) -> None:
     if serves:
         had_terminal()
         _handle(signal.SIGTERM, exit_now)
-        for number in HARMLESS:
-            _handle(number, _keep)
+        for number in HARMLESS_SIGNALS:
+            _handle(number, _hold)
 
 
-def interrupt() -> None:
-    """Let Ctrl-C raise KeyboardInterrupt again."""
+def restore_ctrl_c() -> None:
+    """Let Ctrl-C raise KeyboardInterrupt, as Python does by default."""
     _handle(signal.SIGINT, signal.default_int_handler)
 
 
-def keep() -> None:
-    """From now on keep what comes, for `kept`: something is held that must be released in order.
-    A second signal to stop ends the process at once."""
-    for number in (*STOPS, *HARMLESS):
-        _handle(number, _keep)
+def hold() -> None:
+    """Hold signals for `take_held` from now on: this process has locks to release in order.
+
+    A second stop signal exits at once.
+    """
+    for number in (*STOP_SIGNALS, *HARMLESS_SIGNALS):
+        _handle(number, _hold)
 
 
-def kept() -> list[int]:
-    """Return what came until now, in order, and forget it."""
-    came = _kept.copy()
-    _kept.clear()
-    return came
+def take_held() -> list[int]:
+    """Return the held signals in their order, and hold them no longer."""
+    signals = _held.copy()
+    _held.clear()
+    return signals
 
 
 def had_terminal() -> bool:
-    """Return whether this process had a controlling terminal when this was first asked."""
+    """Return whether this process had a controlling terminal at the first call."""
     if not _terminal:
         _terminal.append(has_terminal())
     return _terminal[0]
@@ -75,13 +80,13 @@ def has_terminal() -> bool:
     return True
 
 
-def _keep(number: int, _frame: FrameType | None) -> None:
-    if number in STOPS and any(before in STOPS for before in _kept):
+def _hold(number: int, _frame: FrameType | None) -> None:
+    if number in STOP_SIGNALS and any(before in STOP_SIGNALS for before in _held):
         os._exit(128 + number)
-    _kept.append(number)
+    _held.append(number)
 
 
 def _handle(number: int, handler: signal._HANDLER) -> None:
-    # Not SIG_IGN, which agents would inherit; and what is ignored already (nohup) stays so.
+    # Never SIG_IGN, which agents would inherit. A signal that nohup ignores stays ignored.
     if signal.getsignal(number) is not signal.SIG_IGN:
         signal.signal(number, handler)

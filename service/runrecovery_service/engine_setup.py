@@ -1,4 +1,4 @@
-"""Builds what the service knows of an engine from its settings, for a start and for `check`."""
+"""Builds the engine catalog from the settings, for a start and for `runrecovery check`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from runrecovery_service.process.agent_command import agent_environment
 
 
 def build_catalog(settings: Settings) -> Catalog:
+    """Return the catalog of all configured engines."""
     return Catalog(build_engine(name, engine) for name, engine in settings.engines.items())
 
 
 def build_engine(name: str, settings: EngineSettings) -> Engine:
+    """Return one engine with its dialect and its session store."""
     return Engine(
         name=name,
         command=settings.command,
@@ -62,4 +64,5 @@ def _agent_home(settings: EngineSettings) -> dict[str, str]:
 
 
 def environment_of(engine: EngineSettings) -> dict[str, str]:
+    """Return the environment in which the processes of an engine run."""
     return agent_environment(engine.env_allow, os.environ, _agent_home(engine))

@@ -58,7 +58,7 @@ def prepare_process() -> None:
     if sys.platform == "linux":
         prctl.hide()  # agents of the same user must not open the service's ends of shim pipes
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the parent may have blocked signals
-    early_signals.leave(serves=True)
+    early_signals.exit_at_once(serves=True)
 
 
 @contextmanager
@@ -110,13 +110,13 @@ class Signals:
     def handle(self) -> None:
         """Install the handlers, and handle the signals that came before."""
         loop = asyncio.get_running_loop()
-        for number in early_signals.STOPS:
+        for number in early_signals.STOP_SIGNALS:
             loop.add_signal_handler(number, self._request_stop, number)
-        for number in early_signals.HARMLESS:
+        for number in early_signals.HARMLESS_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
                 loop.add_signal_handler(number, self._ignore, number)
-        for kept in early_signals.kept():
-            (self._request_stop if kept in early_signals.STOPS else self._ignore)(kept)
+        for kept in early_signals.take_held():
+            (self._request_stop if kept in early_signals.STOP_SIGNALS else self._ignore)(kept)
 
     def _request_stop(self, number: int) -> None:
         self._stops_requested += 1
@@ -353,8 +353,10 @@ def _log_containment(probe: Future[Containment]) -> None:
     if probe.cancelled():
         return
     proved = probe.result()
-    report = log.info if proved.level.is_strict else log.warning
-    report("service.containment", proved=proved.level.value, detail=proved.detail)
+    if proved.level.is_strict:
+        log.info("service.containment", proved=proved.level.value, detail=proved.detail)
+    else:
+        log.warning("service.containment", proved=proved.level.value, detail=proved.detail)
 
 
 def _bound_address(listen: str, port: int) -> str:

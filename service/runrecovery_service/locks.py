@@ -1,4 +1,4 @@
-"""The locks that a service holds for life: of its data directory and of a SQLite file."""
+"""The locks that a service holds until it ends: on its data directory and on a SQLite file."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ LOCK_NAME: Final = "lock"
 
 
 def prepare_data_dir(settings: Settings) -> Path:
-    """Make the data directory, if there is none, and return its absolute path.
+    """Return the absolute path of the data directory, which is created if it does not exist.
 
     Raises:
-        DataDirRefused: it cannot be made or written to.
-        DatabaseRefused: there can be no SQLite store where the configuration wants it.
+        DataDirRefused: the directory cannot be created or written to.
+        DatabaseRefused: the configured path cannot have a SQLite store.
     """
     data_dir = paths.absolute(settings.data_dir)
     if reason := paths.directory_problem(data_dir):
@@ -44,53 +44,55 @@ def prepare_data_dir(settings: Settings) -> Path:
 
 
 def sqlite_file(settings: Settings, data_dir: Path) -> Path | None:
-    """Return the absolute path of the SQLite file, None with PostgreSQL.
+    """Return the absolute path of the SQLite file; None with PostgreSQL.
 
     Raises:
-        DataDirRefused: it is relative, and the working directory was removed.
+        DataDirRefused: the path is relative, and the working directory was removed.
     """
     path = sqlite_path(settings.database, data_dir)
     return None if path is None else paths.absolute(path)
 
 
 @dataclass(frozen=True, slots=True)
-class Holdings:
-    """The locks that a service holds for life: of its data directory, of the path of a SQLite
-    file, and, once `open_database` has it, of that file."""
+class ServiceLocks:
+    """The locks on the data directory, on the path of a SQLite file, and on that file itself.
+
+    `open_database` appends the last one to `locks`.
+    """
 
     data_dir: Path
     locks: list[Lock]
 
     @classmethod
-    def take(cls, settings: Settings) -> Holdings:
-        """Take them.
+    def acquire(cls, settings: Settings) -> ServiceLocks:
+        """Acquire the locks on the data directory and on the path of a SQLite file.
 
         Raises:
-            DataDirRefused, DatabaseRefused: as `prepare_data_dir`; or a lock cannot be made.
-            Held: another service has them; it is named.
+            DataDirRefused, DatabaseRefused: see `prepare_data_dir`; or a lock cannot be created.
+            Held: another service holds a lock; the error names that service.
         """
         data_dir = prepare_data_dir(settings)
         holder = f"instance {settings.instance!r}, pid {os.getpid()}, on {settings.listen}"
-        with ExitStack() as taken:
-            held = taken.enter_context(cls(data_dir, []))
+        with ExitStack() as acquired:
+            service_locks = acquired.enter_context(cls(data_dir, []))
             wanted = [(data_dir / LOCK_NAME, f"data directory {data_dir}")]
             if (database := sqlite_file(settings, data_dir)) is not None:
                 wanted.append((path_lock(database), f"database {database}"))
             for path, what in wanted:
                 try:
-                    held.locks.append(LockFile(path, what, holder))
+                    service_locks.locks.append(LockFile(path, what, holder))
                 except OSError as error:
                     reason = error.strerror or "cannot be made"
                     raise DataDirRefused(str(path), reason) from error
-            taken.pop_all()
-        return held
+            acquired.pop_all()
+        return service_locks
 
     def demand_in_place(self) -> None:
         """Raise DataDirRefused if another service could take one of the locks now."""
         for lock in self.locks:
             lock.demand_in_place()
 
-    def __enter__(self) -> Holdings:
+    def __enter__(self) -> ServiceLocks:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,10 +1,10 @@
-"""Where events are written and in what form.
+"""Writes log events: their stream, their form, and the redaction of secrets.
 
-Every event is one line on standard error: a JSON object, or for a terminal a coloured line.
-What the standard library's loggers say (grpc, asyncio) takes the same way.
+Every event is one line on standard error: a JSON object, or for a terminal a coloured line. Events
+of the standard library's loggers (grpc, asyncio) are written in the same way.
 
-Secrets are never given to a log call. As a last line of defence, values of keys that end in one
-of `SECRET_WORDS` and passwords inside URLs are blotted out here, also inside exceptions.
+No secret is passed to a log call. As a last defence, the values of keys that end in one of
+`SECRET_WORDS`, and passwords inside URLs, are redacted here, also inside exceptions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from runrecovery_service.config.settings import LogFormat, LogLevel
 
 @contextmanager
 def _without(module: str) -> Iterator[None]:
-    """Let `import module` fail meanwhile, unless it was imported before."""
+    """Make `import module` fail inside this context, unless the module was imported before."""
     if module in sys.modules:
         yield
         return
@@ -34,8 +34,8 @@ def _without(module: str) -> Iterator[None]:
         del sys.modules[module]
 
 
-# structlog takes rich along if it can, for tracebacks that we do not use (they show local
-# variables): a third of its import time, in every start of the service.
+# structlog imports rich if it can, for tracebacks that the service does not use (they show local
+# variables). That import takes a third of the import time of structlog, at every start.
 with _without("rich"):
     import structlog
 
@@ -53,7 +53,7 @@ SECRET_WORDS: Final = frozenset(
         "input",
     }
 )
-BLOT: Final = "[redacted]"
+REDACTED: Final = "[redacted]"
 
 _SECRET_KEY: Final = re.compile(rf"(?:^|_)(?:{'|'.join(sorted(SECRET_WORDS))})$", re.IGNORECASE)
 # PostgreSQL quotes whole rows in the detail of an error. A value in a row can have many lines, and
@@ -66,22 +66,25 @@ _PARAMETER: Final = re.compile(
     r"(password\s*=\s*)('(?:[^'\\]|\\.)*'?|[^\s&\"']+)", re.IGNORECASE | re.DOTALL
 )
 
-# What a database says of an error can quote a row: PostgreSQL in the lines after the first, under
-# names in the language of the server; SQLite behind these words.
+# The message of a database error can quote a row: PostgreSQL in the lines after the first, under
+# names in the language of the server; SQLite after these words.
 _DATABASES: Final = frozenset({"peewee", "psycopg", "sqlite3"})
 _QUOTED: Final = re.compile(r"\n.*| with text .*", re.DOTALL)
 _QUOTED_VALUE: Final = re.compile(r"[\n\"'«„“「].*", re.DOTALL)
 
-# peewee logs every statement with its values at DEBUG: prompts, replies and session handles.
+# At DEBUG peewee logs every statement with its values: prompts, replies and session handles.
 _NEVER_DEBUG: Final = ("peewee", "peewee.pool")
-_WARNINGS_ONLY: Final = ("peewee.migrations",)  # we say `storage.migrated` ourselves
+_WARNINGS_ONLY: Final = ("peewee.migrations",)  # `storage.migrated` reports migrations
 
 
 class Unfailing(TextIOBase):
-    """A stream that loses a line rather than failing its writer.
+    """A stream that drops text instead of raising an error.
 
-    A log on a full disk, or in a pipe that nobody reads any more, must not end the thread that
-    writes to the store. `lost` counts.
+    A log on a full disk, or in a pipe without a reader, must not end the thread that writes to the
+    store.
+
+    Attributes:
+        lost: how many writes were dropped.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -89,7 +92,7 @@ class Unfailing(TextIOBase):
         self.lost = 0
 
     def write(self, text: str) -> int:
-        """Write, or count what could not be written."""
+        """Write the text, or count it as lost."""
         try:
             return self._stream.write(text)
         except (OSError, ValueError):  # full, gone, closed
@@ -97,16 +100,16 @@ class Unfailing(TextIOBase):
             return len(text)
 
     def flush(self) -> None:
-        """Flush, if that is possible."""
+        """Flush the stream, if that is possible."""
         with suppress(OSError, ValueError):
             self._stream.flush()
 
     def isatty(self) -> bool:
-        """True when the stream is a terminal."""
+        """Return whether the stream is a terminal."""
         return self._stream.isatty()
 
 
-Event = MutableMapping[str, Any]  # structlog's own type of an event
+Event = MutableMapping[str, Any]  # the type that structlog has for an event
 
 
 def configure(
@@ -114,12 +117,12 @@ def configure(
     level: LogLevel,
     stream: TextIO | None = None,
 ) -> None:
-    """Send every event of the process to one stream.
+    """Write every event of the process to one stream.
 
     Args:
-        format: how a line looks; AUTO is CONSOLE when the stream is a terminal, else JSON.
-        level: less important events are dropped where they are made.
-        stream: standard error unless given.
+        format: the form of a line; AUTO is CONSOLE if the stream is a terminal, else JSON.
+        level: less important events are dropped at once.
+        stream: None: standard error.
     """
     out = _never_failing(stream or sys.stderr)
     people = out.isatty() if format is LogFormat.AUTO else format is LogFormat.CONSOLE
@@ -154,7 +157,7 @@ def _never_failing(stream: TextIO | BackgroundStream) -> BackgroundStream | Unfa
 
 
 def _loss_report(processors: list[structlog.typing.Processor]) -> Callable[[int], str]:
-    """Return what renders the event that lines were lost, past the queue in which they were."""
+    """Return a function that renders the event for lost lines, without the full queue."""
     rendered = structlog.wrap_logger(
         structlog.ReturnLogger(),
         processors=processors,
@@ -200,7 +203,7 @@ def _event_first(_logger: object, _method: str, event: Event) -> Event:
 
 
 def _shorten_exception(_logger: object, _method: str, event: Event) -> Event:
-    """Cut what a database quotes from the exception of an event (a structlog processor)."""
+    """Remove quoted rows from the exception of an event (a structlog processor)."""
     match event.get("exc_info"):
         case BaseException() as error:
             _shorten(error)
@@ -212,7 +215,7 @@ def _shorten_exception(_logger: object, _method: str, event: Event) -> Event:
 
 
 def _shorten(error: BaseException | None) -> None:
-    """Cut what a database quotes from an exception, which is at its end, and from all below it."""
+    """Remove quoted rows, which end the message, from an exception and from all of its causes."""
     seen: set[int] = set()
     waiting: list[object] = [error]
     while waiting:
@@ -224,20 +227,20 @@ def _shorten(error: BaseException | None) -> None:
         if isinstance(link, BaseExceptionGroup):
             waiting += link.exceptions
         elif type(link).__module__.partition(".")[0] in _DATABASES:
-            # An error of the class DataError is about a value, which it quotes in its first line.
+            # A DataError is about a value, and quotes the value in the first line.
             is_of_value = any(kind.__name__ == "DataError" for kind in type(link).__mro__)
             quoted = _QUOTED_VALUE if is_of_value else _QUOTED
             link.args = tuple(quoted.sub("", str(arg)) for arg in link.args)
 
 
 def redact(_logger: object, _method: str, event: Event) -> Event:
-    """Blot out secrets in an event (a structlog processor)."""
+    """Redact secrets in an event (a structlog processor)."""
     return {key: _redacted(key, value) for key, value in event.items()}
 
 
 def _redacted(key: str, value: object) -> object:
     if _SECRET_KEY.search(key) and value is not None and not isinstance(value, bool):
-        return BLOT
+        return REDACTED
     match value:
         case str():
             return _without_passwords(value)
@@ -256,7 +259,7 @@ def _redacted(key: str, value: object) -> object:
 
 def _without_passwords(text: str) -> str:
     if "://" in text:
-        text = _URL_PASSWORD.sub(rf"\1:{BLOT}@", text)
+        text = _URL_PASSWORD.sub(rf"\1:{REDACTED}@", text)
     if "DETAIL:" in text or "CONTEXT:" in text:
-        text = _DETAIL.sub(rf"\1: {BLOT}", text)
-    return _PARAMETER.sub(rf"\1{BLOT}", text) if "password" in text.lower() else text
+        text = _DETAIL.sub(rf"\1: {REDACTED}", text)
+    return _PARAMETER.sub(rf"\1{REDACTED}", text) if "password" in text.lower() else text

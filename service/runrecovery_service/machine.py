@@ -1,4 +1,4 @@
-"""Limits of the machine that a start works within: open files and a delegated cgroup."""
+"""What a start takes from the machine: the limit on open files and a delegated cgroup."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from runrecovery_service.process.open_files import OpenFiles, TooFewOpenFiles
 
 
 def plan_open_files(settings: Settings) -> OpenFiles:
-    """Divide the files that this process may open among runs, store and callers.
+    """Return how the limit on open files is divided among runs, store and clients.
 
     Raises:
-        OpenFilesRefused: they are too few.
+        OpenFilesRefused: the limit is too low for the configuration.
     """
     runs = settings.capacity
-    # Each call and stream may come by a connection of its own.
+    # Each call and each stream may use a connection of its own.
     wanted = settings.max_concurrent_calls + settings.max_concurrent_streams
     try:
         return OpenFiles.plan(runs=runs, connections=wanted)
@@ -26,10 +26,10 @@ def plan_open_files(settings: Settings) -> OpenFiles:
 
 
 def open_cgroup_parent(settings: Settings) -> CgroupParent | None:
-    """Open the delegated cgroup, if one is configured.
+    """Return the delegated cgroup; None if none is configured.
 
     Raises:
-        CgroupRefused: it cannot be used.
+        CgroupRefused: the cgroup cannot be used.
     """
     if not settings.cgroup_parent:
         return None

@@ -1,4 +1,4 @@
-"""Work on a store without a server: check, migrate, back up."""
+"""Commands that need no server: check the settings, migrate the store, back it up."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from runrecovery_service.domain.start_errors import (
     OpenFilesRefused,
 )
 from runrecovery_service.engine_setup import environment_of
-from runrecovery_service.locks import Holdings, sqlite_file
+from runrecovery_service.locks import ServiceLocks, sqlite_file
 from runrecovery_service.machine import open_cgroup_parent, plan_open_files
 from runrecovery_service.process.agent_command import launch_problem
 from runrecovery_service.process.probe import prove_containment
@@ -29,19 +29,19 @@ from runrecovery_service.storage.sqlite_file import install_marker
 
 
 def migrate(settings: Settings) -> list[str]:
-    """Open the store of a stopped service as a start does, which migrates it.
+    """Migrate the store of a stopped service, as a start does.
 
     Returns:
-        The names of all steps that the store has now.
+        The names of all migrations that the store has now.
 
     Raises:
-        StartRefused: it is held, or may not be opened.
+        StartRefused: another process holds the store, or the store cannot be opened.
     """
     path = sqlite_file(settings, paths.absolute(settings.data_dir))
     if path is not None and not os.path.lexists(path):
         raise DatabaseRefused(paths.shown(path), "does not exist; a first start creates it")
-    with Holdings.take(settings) as held:
-        db = open_database(settings.database, held.data_dir, locks=held.locks)
+    with ServiceLocks.acquire(settings) as locks:
+        db = open_database(settings.database, locks.data_dir, locks=locks.locks)
         try:
             with refusing(db.name):
                 return applied_migrations(db)
@@ -50,13 +50,13 @@ def migrate(settings: Settings) -> list[str]:
 
 
 def backup(settings: Settings, destination: Path) -> dict[str, int]:
-    """Copy the SQLite store of a running or stopped service, and prove the copy.
+    """Copy the SQLite store of a running or stopped service, and check the copy.
 
     Returns:
-        How many runs of each instance are in the copy.
+        The number of runs of each instance in the copy.
 
     Raises:
-        DatabaseRefused: it is not SQLite, is not there, or the copy is not sound.
+        DatabaseRefused: the store is not SQLite, does not exist, or its copy is damaged.
     """
     path = sqlite_file(settings, paths.absolute(settings.data_dir))
     if path is None:
@@ -65,7 +65,7 @@ def backup(settings: Settings, destination: Path) -> dict[str, int]:
 
 
 def check(settings: Settings) -> list[str]:
-    """Look for what would go wrong at a start, changing nothing; return one sentence each."""
+    """Return every problem that a start would have, one sentence each. Nothing is changed."""
     problems = [
         f"engine {name!r}: {reason}"
         for name, engine in settings.engines.items()
@@ -79,11 +79,14 @@ def check(settings: Settings) -> list[str]:
 
 
 def check_notes(settings: Settings) -> list[str]:
-    """Return what hinders no start, and yet is good to know; one sentence each."""
+    """Return what an operator should know although it prevents no start, one sentence each."""
     try:
         data_dir = paths.absolute(settings.data_dir)
         others = paths.others_who_may_write(data_dir)
-    except (DataDirRefused, OSError):  # a problem, or not there yet
+    except (
+        DataDirRefused,
+        OSError,
+    ):  # `check` reports the problem, or the directory does not exist yet
         return []
     return [] if others is None else [f"{data_dir}: may also be changed by {others}"]
 
@@ -108,7 +111,7 @@ def _store_problems(settings: Settings) -> list[str]:
     if path is None:
         problems += postgresql_problems(settings.database)
     elif problems and path.parent == data_dir:
-        pass  # of the file nothing can be said
+        pass  # without the directory nothing is known of the file
     elif reason := paths.database_problem(path, data_dir):
         problems.append(f"{paths.shown(path)}: {reason}")
     elif path.exists():

@@ -18,7 +18,7 @@ from runrecovery_service.domain.errors import Fenced, error_facts
 from runrecovery_service.domain.start_errors import LeaseLost, StartRefused
 from runrecovery_service.execution.dispatcher import Dispatcher
 from runrecovery_service.execution.running_turns import RunningTurns
-from runrecovery_service.locks import Holdings
+from runrecovery_service.locks import ServiceLocks
 from runrecovery_service.periodic import PeriodicTask
 from runrecovery_service.process.boot_clock import boot_time_ns
 from runrecovery_service.rpc.gate import Gate
@@ -309,7 +309,7 @@ class Ownership:
     trials: StatementTrials
     storage: Storage
     owner: Owner
-    held: Holdings
+    locks: ServiceLocks
     stop: StopSignal
     _tasks: list[asyncio.Task[None]] = field(default_factory=list, init=False)
 
@@ -338,4 +338,4 @@ class Ownership:
 
     def _demand_in_place(self) -> None:
         self.storage.demand_in_place()
-        self.held.demand_in_place()
+        self.locks.demand_in_place()

@@ -217,7 +217,7 @@ def test_a_damaged_record_is_set_aside_as_it_is(
     tally = world.recover()
 
     assert reasons(world, [sound, damaged]) == ["resumable_waiting_preserved", "record_damaged"]
-    assert (1, (f"run {damaged.run_id} is quarantined: {damage}",)) == (
+    assert (1, ((damaged.run_id, damage),)) == (
         tally.quarantined, tally.damaged
     )  # fmt: skip
     assert [(damaged.key, damage)] == world.rows("SELECT run, reason FROM quarantine")
@@ -307,7 +307,7 @@ def test_one_row_that_the_database_refuses_among_600_is_set_aside_alone(world: W
         tally.scanned, tally.quarantined, tally.decisions["queued_interrupted"]
     ) == (600, 1, 599)  # fmt: skip
     assert tally == told[-1]
-    assert (f"run {spoiled.run_id} is quarantined: convergence_refused",) == tally.damaged
+    assert ((spoiled.run_id, "convergence_refused"),) == tally.damaged
     assert world.rows("SELECT count(*) FROM run WHERE status = 'FAILED'") == [(599,)]
     got = world.get(spoiled)
     assert got.quarantined

@@ -78,8 +78,8 @@ def test_a_completed_report_is_read_back_as_it_was_told(
 ) -> None:
     book.runs_total = 9
     book.tally = Tally(
-        scanned=9, unchanged=1, quarantined=1, sessions=2, questions=3, slots=4, damaged=("d",),
-        decisions={"record_damaged": 1},
+        scanned=9, unchanged=1, quarantined=1, sessions=2, questions=3, slots=4,
+        damaged=(("r1", "d"),), decisions={"record_damaged": 1},
     )  # fmt: skip
     book.orphans = OrphanCounts(found=5, ended=4, already_gone=2, refused=1)
     book.warnings.append("w")
@@ -90,7 +90,9 @@ def test_a_completed_report_is_read_back_as_it_was_told(
     report = book.complete(database)
 
     assert report == stored(database)
-    assert (report.state, report.warnings) == (ReconciliationState.COMPLETED, ("w", "d"))
+    assert (report.state, report.warnings) == (
+        ReconciliationState.COMPLETED, ("w", "run r1 is quarantined: d")
+    )  # fmt: skip
     assert BindingCounts(sessions=2, pending_interactions=3, slots=4) == report.bindings
     assert [phase.name for phase in report.phases] == ["converge"]
 
@@ -113,7 +115,7 @@ def test_warnings_are_bounded(database: Database, book: ReportBuilder) -> None:
 def test_tallies_add_up() -> None:
     one = Tally(
         scanned=1, unchanged=2, quarantined=3, sessions=4, questions=5, slots=6,
-        decisions={"a": 1, "b": 2}, damaged=("x",) * 60,
+        decisions={"a": 1, "b": 2}, damaged=(("r1", "x"),) * 60,
     )  # fmt: skip
 
     both = one + replace(one, decisions={"b": 3, "c": 4})

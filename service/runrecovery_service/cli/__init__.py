@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     serves = (sys.argv[1:] if arguments is None else arguments)[:1] == ["serve"]
     try:
         if not serves:
-            early_signals.interrupt()
+            early_signals.restore_ctrl_c()
         code = root.main(arguments, prog_name="runrecovery", standalone_mode=False)
         sys.stdout.flush()
     except click.ClickException as failure:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from itertools import starmap
 
 from runrecovery_service.clock import Clock
 from runrecovery_service.domain.reconciliation import (
@@ -20,6 +21,7 @@ from runrecovery_service.domain.reconciliation import (
     ReconciliationState,
     TrustRemoval,
 )
+from runrecovery_service.recovery.report_warnings import run_quarantined
 from runrecovery_service.storage import recovery
 from runrecovery_service.storage.converge import Tally
 from runrecovery_service.storage.database import Database
@@ -41,15 +43,15 @@ class ReportBuilder:
     cause: Cause
     safe_mode: bool
     clock: Clock
-    key: int = 0
+    key: int = field(default=0, init=False)
     started_at: datetime = field(init=False)
-    runs_total: int = 0
-    tally: Tally = field(default_factory=Tally)
-    orphans: OrphanCounts = field(default_factory=OrphanCounts)
-    containment: Containment | None = None
-    trust_removals: tuple[TrustRemoval, ...] = ()
-    phases: list[Phase] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    runs_total: int = field(default=0, init=False)
+    tally: Tally = field(default_factory=Tally, init=False)
+    orphans: OrphanCounts = field(default_factory=OrphanCounts, init=False)
+    containment: Containment | None = field(default=None, init=False)
+    trust_removals: tuple[TrustRemoval, ...] = field(default=(), init=False)
+    phases: list[Phase] = field(default_factory=list, init=False)
+    warnings: list[str] = field(default_factory=list, init=False)
 
     def open(self, db: Database) -> None:
         """Write a new report with state RUNNING."""
@@ -125,7 +127,7 @@ class ReportBuilder:
                 trust_entries=sum(one.changed_file for one in self.trust_removals),
             ),
             quarantined=tally.quarantined,
-            warnings=(*self.warnings, *tally.damaged),
+            warnings=(*self.warnings, *starmap(run_quarantined, tally.damaged)),
             runs_scanned=tally.scanned,
             runs_total=self.runs_total,
             runs_unchanged=tally.unchanged,

@@ -18,6 +18,11 @@ def orphan_refused(run_id: str, reason: str) -> str:
     return f"run {run_id}: {reason}"
 
 
+def run_quarantined(run_id: str, reason: str) -> str:
+    """Return the warning that no rule may decide on a run."""
+    return f"run {run_id} is quarantined: {reason}"
+
+
 def sessions_not_answered(engine: str, check_s: float) -> str:
     """Return the warning that the session check of an engine took too long."""
     return (

@@ -85,7 +85,7 @@ class Tally:
     questions: int = 0
     slots: int = 0
     decisions: dict[str, int] = field(default_factory=dict)
-    damaged: tuple[str, ...] = ()
+    damaged: tuple[tuple[str, str], ...] = ()
 
     def __add__(self, other: Tally) -> Tally:
         names = self.decisions.keys() | other.decisions.keys()
@@ -442,7 +442,7 @@ def _adopt_unchanged(db: Database, scope: Scope, reach: tuple[int, int, str, int
 
 def _record_damaged(
     db: Database, scope: Scope, reach: tuple[int, int, str, int]
-) -> tuple[str, ...]:
+) -> tuple[tuple[str, str], ...]:
     rows = db.fetch_all(
         f"SELECT r.id, r.run_id, {damage_sql(db.dialect)} FROM run r WHERE {_RANGE}"
         f" AND ({damage_sql(db.dialect)}) IS NOT NULL",
@@ -450,7 +450,7 @@ def _record_damaged(
     )
     for key, _, damage in rows:
         _add_quarantine(db, scope, key, damage, "")
-    return tuple(f"run {run_id} is quarantined: {damage}" for _, run_id, damage in rows)
+    return tuple((run_id, damage) for _, run_id, damage in rows)
 
 
 def _add_quarantine(db: Database, scope: Scope, key: int, reason: str, detail: str) -> None:
@@ -579,7 +579,7 @@ def _quarantine(db: Database, scope: Scope, batch: Batch, detail: str) -> Tally:
         scanned=1,
         quarantined=1,
         decisions={QUARANTINE_RULE: 1},
-        damaged=(f"run {run_id} is quarantined: convergence_refused",),
+        damaged=((run_id, "convergence_refused"),),
     )
 
 
