@@ -30,11 +30,14 @@ help: ## Show these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
 
 $(READY): requirements/dev.txt
-	@echo "Setting up $(VENV) (once)…"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "runrecovery needs Python 3.11 or newer; name one with PYTHON=…")'
+	@echo "Setting up $(VENV), once:"
+	@echo "  1 of 3: creating the environment"
 	@rm -rf $(VENV)
 	@$(PYTHON) -m venv $(VENV)
+	@echo "  2 of 3: downloading and installing the packages of requirements/dev.txt (370 MB; some 40 s, or minutes on a slow network)"
 	@$(BIN)/python -m pip install --quiet --require-hashes -r requirements/dev.txt
+	@echo "  3 of 3: installing runrecovery itself"
 	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e client -e .
 	@touch $@
 
@@ -49,7 +52,7 @@ $(AGENT_CLIS_READY): tests/cli_agents/npm/package-lock.json
 	@mkdir -p $(AGENT_CLIS)
 	@cp tests/cli_agents/npm/package.json tests/cli_agents/npm/package-lock.json $(AGENT_CLIS)
 	@if command -v npm > /dev/null; then \
-		echo "Installing the agent CLIs into $(AGENT_CLIS) (once; 760 MB)…"; \
+		echo "Installing the agent CLIs into $(AGENT_CLIS), once (760 MB, minutes)"; \
 		cd $(AGENT_CLIS) && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error \
 		&& node node_modules/@anthropic-ai/claude-code/install.cjs && touch .ready; fi
 

@@ -279,8 +279,6 @@ class Service:
             self.stop.fail(ContainmentRefused(reason))
 
     def _serve(self, report: Reconciliation) -> None:
-        if not self.settings.engines:
-            log.warning("service.no_engines")
         self.gate.open(safe_mode=report.safe_mode)
         log.info("service.serving", epoch=self.ownership.owner.epoch)
         self.work.start(safe_mode=report.safe_mode)

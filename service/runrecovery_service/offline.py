@@ -60,7 +60,9 @@ def backup(settings: Settings, destination: Path) -> dict[str, int]:
     """
     path = sqlite_file(settings, paths.absolute(settings.data_dir))
     if path is None:
-        raise DatabaseRefused("PostgreSQL", "is backed up with its own tools (pg_dump)")
+        raise DatabaseRefused(
+            "PostgreSQL", "this command copies SQLite only; use PostgreSQL's own tools (pg_dump)"
+        )
     return backup_sqlite(path, destination)
 
 

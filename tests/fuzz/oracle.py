@@ -61,7 +61,7 @@ Found = tuple[Fault, str]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Documented:
-    """What docs/api.md says: code and details by reason, and reasons by method."""
+    """The pages: codes and details by reason (docs/errors.md), reasons by method (docs/api.md)."""
 
     codes: dict[str, grpc.StatusCode]
     details: dict[str, str]
@@ -69,9 +69,10 @@ class Documented:
 
 
 def documented() -> Documented:
-    """Read docs/api.md, and see that errors.proto says the same of each code."""
+    """Read docs/api.md and docs/errors.md, and see that errors.proto says the same of each code."""
     page = (REPOSITORY / "docs" / "api.md").read_text("utf-8")
-    rows = re.findall(r"^\| `([A-Z_]+)` \| ([A-Z_]+) \|[^|]*\|([^|]*)\|$", page, re.MULTILINE)
+    errors = (REPOSITORY / "docs" / "errors.md").read_text("utf-8")
+    rows = re.findall(r"^\| `([A-Z_]+)` \| ([A-Z_]+) \|[^|]*\|([^|]*)\|$", errors, re.MULTILINE)
     codes = {reason: grpc.StatusCode[code] for reason, code, _ in rows}
     proto = (REPOSITORY / "proto" / "runrecovery" / "v1" / "errors.proto").read_text("utf-8")
     contract = re.findall(
@@ -79,7 +80,7 @@ def documented() -> Documented:
     )
     said = {reason: grpc.StatusCode[code] for code, reason in contract}
     if differ := {reason for reason in said if codes.get(reason, said[reason]) is not said[reason]}:
-        raise AssertionError(f"docs/api.md and errors.proto name other codes for {differ}")
+        raise AssertionError(f"docs/errors.md and errors.proto name other codes for {differ}")
     sections = dict(re.findall(r"^### (\w+)\n(.*?)(?=^##)", page, re.MULTILINE | re.DOTALL))
     return Documented(
         codes=said | codes,

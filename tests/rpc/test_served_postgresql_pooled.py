@@ -24,7 +24,7 @@ input()
 print(json.dumps({"type": "result", "output": {"done": True}}), flush=True)
 """
 ENGINES = {"asks": script(ASKS, profile="sticky_process")}
-# Those of docs/operations.md that are not the server's defaults anyway.
+# Those of docs/postgresql.md that are not the server's defaults anyway.
 NEEDED = {
     "TimeZone": "UTC",
     "statement_timeout": "60s",

@@ -29,13 +29,19 @@ SERVICE: Final = ROOT / "service" / "runrecovery_service"
 LEVELS: Final = {"debug", "info", "warning", "error", "exception", "critical", "_log", "_warn"}
 EVENT: Final = re.compile(r"[a-z]+\.[a-z_]+")
 LINK: Final = re.compile(r"\]\((?!https?:)([^)#]*)(#[^)]*)?\)")
+CODE_BLOCK: Final = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+NAMED_PAGE: Final = re.compile(r"\bdocs/\w+\.md\b")
+NAMED_SECTION: Final = re.compile(r"(docs/\w+\.md), \*([^*]+)\*")
 METHODS: Final = [
     method
     for file in (run_service_pb2, recovery_service_pb2)
     for service in file.DESCRIPTOR.services_by_name.values()
     for method in service.methods
 ]
-PAGES: Final = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES: Final = sorted(
+    [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "client" / "README.md"]
+)
+IMAGE: Final = ROOT / "docs" / "states.svg"
 
 
 def _page(name: str) -> str:
@@ -68,10 +74,8 @@ def _shown(default: object) -> str:
 
 
 def _configuration() -> tuple[dict[str, str], dict[str, str]]:
-    service, engine = _section(_page("docs/operations.md"), "## Configuration").split(
-        "| key of `[engines.NAME]`"
-    )
-    return _rows(service), _rows(engine)
+    page = _page("docs/configuration.md")
+    return _rows(_section(page, "## The service")), _rows(_section(page, "## Engines"))
 
 
 def test_every_key_of_the_configuration_is_told_with_its_default() -> None:
@@ -95,7 +99,7 @@ def test_every_key_of_an_engine_is_told_with_its_default() -> None:
 
 
 def test_every_reason_is_told_with_its_code() -> None:
-    told = _rows(_section(_page("docs/api.md"), "## Errors"))
+    told = _rows(_section(_page("docs/errors.md"), "## Refused calls"))
     sent = {case.reason: case.code.name for case in errors.TABLE.values()}
     sent[errors_pb2.ERROR_REASON_INTERNAL] = "INTERNAL"
     reasons = {
@@ -146,9 +150,11 @@ def test_every_rule_error_code_and_recovery_state_is_told() -> None:
         for name in run_pb2.RecoveryState.DESCRIPTOR.values_by_name
         if not name.endswith("UNSPECIFIED")
     ]
-    words = [*(rule.name for rule in MATRIX), QUARANTINE_RULE, *ErrorCode, *states]
+    words = [*(rule.name for rule in MATRIX), QUARANTINE_RULE, *states]
+    codes = _rows(_section(_page("docs/errors.md"), "## Failed runs"))
 
     assert [word for word in words if word not in page] == []
+    assert [code for code in ErrorCode if code not in codes] == []
 
 
 def test_every_health_name_is_told() -> None:
@@ -177,13 +183,13 @@ def test_events_in_the_code_are_the_events_on_the_page() -> None:
 
 
 def test_every_exit_code_is_told() -> None:
-    told = _rows(_section(_page("docs/operations.md"), "## The command"))
+    told = _rows(_section(_page("docs/errors.md"), "## Exit codes"))
 
     assert {str(int(code)): code.name for code in ExitCode}.items() <= told.items()
 
 
 def test_every_command_is_told() -> None:
-    page = _section(_page("docs/operations.md"), "## The command")
+    page = _page("docs/commands.md")
 
     assert [name for name in COMMANDS if f"`runrecovery {name}" not in page] == []
 
@@ -208,19 +214,91 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
 def _leads_somewhere(target: Path, anchor: str) -> bool:
     if not anchor:
         return target.exists()
-    headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+    text = CODE_BLOCK.sub("", target.read_text(encoding="utf-8"))
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return anchor[1:] in {
         re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings
     }
 
 
-def test_engine_of_the_readme_works(tmp_path: Path) -> None:
-    readme = _page("README.md")
-    (code,) = (
-        block
-        for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-        if "def say" in block
+def test_every_page_is_in_the_index() -> None:
+    index = _page("docs/README.md")
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
+
+    assert [name for name in sorted(pages) if f"]({name})" not in index] == []
+
+
+def test_pages_that_texts_name_exist() -> None:
+    """Messages, comments, the contract and deploy/ name pages by their path."""
+    texts = [
+        path
+        for folder in ("service", "client", "proto", "deploy", "tests", "bench", "docs", ".ci")
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and path.suffix != ".pyc"
+    ]
+    texts += [ROOT / name for name in ("Makefile", "pyproject.toml", "runrecovery.example.toml")]
+    named = {
+        (str(text.relative_to(ROOT)), page)
+        for text in [*texts, *PAGES]
+        for page in NAMED_PAGE.findall(text.read_text(encoding="utf-8", errors="ignore"))
+    }
+
+    assert sorted((text, page) for text, page in named if not (ROOT / page).is_file()) == []
+
+
+def test_sections_that_messages_name_exist() -> None:
+    """Messages quote a heading between asterisks: `docs/operations.md, *A damaged database*`."""
+    named = {
+        found
+        for source in SERVICE.rglob("*.py")
+        for found in NAMED_SECTION.findall(source.read_text(encoding="utf-8"))
+    }
+
+    assert [
+        (page, heading)
+        for page, heading in sorted(named)
+        if not re.search(rf"^#+ {re.escape(heading)}$", _page(page), re.MULTILINE)
+    ] == []
+    assert named != set()
+
+
+def test_picture_shows_what_the_matrix_decides() -> None:
+    text = IMAGE.read_text(encoding="utf-8")
+    drawn = re.findall(
+        r'data-status="([A-Z_ ]+)" data-rule="(\w+)" data-becomes="(\w+)">(.*?)</g>',
+        text,
+        re.DOTALL,
     )
+
+    assert {
+        (frozenset(statuses.split()), rule, becomes) for statuses, rule, becomes, _ in drawn
+    } == {(frozenset(rule.statuses), rule.name, rule.becomes) for rule in MATRIX}
+    assert len(drawn) == len(MATRIX)
+    assert [
+        rule
+        for _, rule, becomes, shown in drawn
+        if f">{rule}<" not in shown or f">→ {becomes}<" not in shown
+    ] == []
+
+
+def test_picture_draws_the_rules_of_a_status_in_the_order_of_the_matrix() -> None:
+    text = IMAGE.read_text(encoding="utf-8")
+    tops = {
+        rule: (int(left), int(top))
+        for rule, left, top in re.findall(
+            r'data-rule="(\w+)".*?<rect x="(\d+)" y="(\d+)"', text, re.DOTALL
+        )
+    }
+    columns: dict[int, list[int]] = {}
+    for rule in MATRIX:
+        left, top = tops[rule.name]
+        columns.setdefault(left, []).append(top)
+
+    assert {left: sorted(found) for left, found in columns.items()} == columns
+
+
+def test_engine_of_the_page_works(tmp_path: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", _page("docs/engines.md"), re.DOTALL)
     task = {"run_id": "r", "attempt": 1, "input": {"greeting": "Hi"}, "workspace": str(tmp_path)}
     reply = {"interaction_id": 1, "response": "Ada"}
     session = {"type": "jsonl", "value": "1"}

@@ -122,7 +122,7 @@ def test_no_pattern_is_possessive() -> None:
 
 
 def test_every_deployment_bounds_the_arenas_of_glibc() -> None:
-    # docs/operations.md, Capacity. kubernetes.yaml runs the image of the Containerfile.
+    # docs/configure.md, Size the machine. kubernetes.yaml runs the image of the Containerfile.
     found = {
         name: re.findall(r"\bMALLOC_ARENA_MAX=\d+", (ROOT / "deploy" / name).read_text("utf-8"))
         for name in ("runrecovery.service", "Containerfile")

@@ -67,6 +67,9 @@ HINTS: Final[dict[type[Exception], str]] = {
     LeaseLost: "no other service is known to run; service.lease_not_renewed in the log says why",
 }
 
+CONFIGURATION_FILE: Final = f"{__name__}.configuration_file"
+"""The key of click's context for the file that was read, or would have been."""
+
 _STORE_OPTIONS: Final = (
     click.option(
         "--config",
@@ -91,6 +94,9 @@ def _with_settings(function: Callable[..., ExitCode]) -> Callable[..., ExitCode]
         path = parameters.pop("path")
         flags = {key: parameters.pop(key) for key in SCALARS if key in parameters}
         settings = _load(path, flags)
+        click.get_current_context().meta[CONFIGURATION_FILE] = str(
+            reading.configuration_file(path, os.environ)
+        )
         # Before `app`: importing it first keeps the import of structlog short.
         from runrecovery_service import logs
 
@@ -133,9 +139,14 @@ def _refusals() -> Iterator[None]:
 @click.option("--log-level", type=click.Choice([level.value for level in LogLevel]))
 def serve(settings: Settings) -> ExitCode:
     """Run the service until it is told to stop (SIGTERM or Ctrl-C; twice: at once)."""
+    import structlog
+
     from runrecovery_service import app
     from runrecovery_service.rpc.listen_address import ListenFailed
 
+    if not settings.engines:
+        file = click.get_current_context().meta[CONFIGURATION_FILE]
+        structlog.get_logger().warning("service.no_engines", file=file)
     try:
         app.serve(settings)
     except ListenFailed as error:

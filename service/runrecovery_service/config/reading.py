@@ -84,12 +84,17 @@ def load(*, path: Path | None, flags: Mapping[str, object], environ: Mapping[str
     return settings
 
 
+def configuration_file(path: Path | None, environ: Mapping[str, str]) -> Path:
+    """Return the file that is read: that of `--config`, of the environment, or the default one."""
+    return path or Path(environ.get("RUNRECOVERY_CONFIG") or FILE_NAME)
+
+
 def _file_layer(path: Path | None, environ: Mapping[str, str], problems: list[str]) -> _Layer:
-    named = path or (Path(found) if (found := environ.get("RUNRECOVERY_CONFIG")) else None)
-    source = named or Path(FILE_NAME)
+    source = configuration_file(path, environ)
+    may_be_absent = path is None and not environ.get("RUNRECOVERY_CONFIG")
     values: Mapping[str, object] = {}
     try:
-        if named is not None or source.exists():
+        if not may_be_absent or source.exists():
             # Editors on Windows write a byte-order mark, which TOML does not allow.
             values = tomllib.loads(source.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:

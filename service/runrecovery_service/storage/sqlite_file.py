@@ -17,7 +17,7 @@ from runrecovery_service.storage.commit_count import CommitMarker
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.sql_dialects import SQLITE
 
-# Measured (docs/operations.md): synchronous=NORMAL loses acknowledged commits in a power cut;
+# Measured (docs/storage.md): synchronous=NORMAL loses acknowledged commits in a power cut;
 # deferred transactions fail with "database is locked" in spite of the timeout.
 SQLITE_PRAGMAS: Final = {
     "journal_mode": "wal",
