@@ -222,7 +222,7 @@ class GrpcServer:
         except Exception as error:  # noqa: BLE001 - otherwise the service would never listen again
             if str(error) != self._last_replace_error:
                 self._last_replace_error = str(error)
-                log.error("rpc.server_last_replace_error", error=str(error))  # noqa: TRY400 - one line without a traceback
+                log.error("rpc.server_not_replaced", error=str(error))  # noqa: TRY400 - one line without a traceback
             await self._server.stop(None)  # it may have bound a part of the address
             return False
         self._last_replace_error = ""
