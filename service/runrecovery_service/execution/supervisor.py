@@ -43,15 +43,16 @@ from runrecovery_service.domain.turn import (
     judge,
 )
 from runrecovery_service.engines.catalog import Catalog, Engine
-from runrecovery_service.engines.dialect import HandleUnusable, Opening, Resumed, RunContext
+from runrecovery_service.engines.dialect import (
+    HandleUnusable,
+    Opening,
+    Resumed,
+    RunContext,
+    SessionMessage,
+)
 from runrecovery_service.execution.agent_io import AgentIO
 from runrecovery_service.execution.blocking import run_blocking
-from runrecovery_service.execution.launcher import (
-    Launch,
-    LeaseOver,
-    Unguarded,
-    Withdrawn,
-)
+from runrecovery_service.execution.launcher import Launch, LeaseOver, Unguarded, Withdrawn
 from runrecovery_service.execution.turn_records import TurnRecords
 from runrecovery_service.execution.turn_state import (
     SECOND_END,
@@ -183,7 +184,7 @@ class TurnSupervisor:
             if (lost := await self._lost_session(engine)) is not None:
                 return Failed(RunError(code=ErrorCode.SESSION_RESUME_FAILED, message=lost))
             if opening.handle is not None:  # on record before the process can act
-                await self._record_session(engine, opening.handle)
+                await self._take(engine, SessionMessage(value=opening.handle))
             process = await self.launch.start(engine, opening)
         except LaunchFailed as error:
             self.records.log.warning("execution.launch_failed", reason=error.reason)
@@ -293,10 +294,6 @@ class TurnSupervisor:
     def _warn_not_seen(self, reason: str) -> None:
         self.records.log.warning("execution.session_not_seen", reason=reason)
 
-    async def _record_session(self, engine: Engine, handle: str) -> None:
-        session = Session(type=engine.dialect.session_type, handle=handle, turn=self.turn.run.turn)
-        await self.records.record_session(session)
-
     # -- following -----------------------------------------------------------------------------
 
     async def _follow_process(
@@ -365,7 +362,8 @@ class TurnSupervisor:
     async def _take(self, engine: Engine, event: TurnEvent) -> None:
         match self._advance(event):
             case RecordSession(handle):
-                await self._record_session(engine, handle)
+                kind, turn = engine.dialect.session_type, self.turn.run.turn
+                await self.records.record_session(Session(type=kind, handle=handle, turn=turn))
             case RecordQuestion(question):
                 await self._record_question(question)
             case CompareEnds(first, second):
