@@ -47,11 +47,11 @@ from runrecovery_service.process.markers import LaunchMarkers
 from runrecovery_service.process.shimmed_process import ShimmedProcess
 from runrecovery_service.process.sweep import end_trees
 from runrecovery_service.process.watermark import watermark_bits
-from runrecovery_service.storage import instances, processes
+from runrecovery_service.storage import instances, launch_records
 from runrecovery_service.storage.database import Database
-from runrecovery_service.storage.instances import Boot, Owner
+from runrecovery_service.storage.instances import InstanceStart, Owner
+from runrecovery_service.storage.launch_records import LaunchRecord, LaunchSite
 from runrecovery_service.storage.opening import open_database
-from runrecovery_service.storage.processes import Lease, Place
 
 LIFETIME_S: Final = 120
 LAUNCHES: Final = 20
@@ -73,7 +73,7 @@ class Ledger:
 
     def __init__(self, db: Database) -> None:
         here = Host.here()
-        boot = Boot(
+        boot = InstanceStart(
             instance="bench",
             boot_token=secrets.token_hex(16),
             host_id=here.host_id,
@@ -82,21 +82,21 @@ class Ledger:
         )
         self._db = db
         self._owner: Owner = instances.claim(db, boot, now=Clock().now())
-        self._place = Place(
+        self._place = LaunchSite(
             host_id=here.host_id,
             boot_id=here.boot_id,
             pid_namespace=here.pid_namespace,
             watermark_bits=watermark_bits(),
         )
         self._runs = 0
-        self._leases: dict[int, Lease] = {}
+        self._leases: dict[int, LaunchRecord] = {}
 
     def intend(self) -> LaunchMarkers:
         """Record a launch of a run that there is not; a lease needs no more of it than this."""
         self._runs += 1
         run = cast(Run, SimpleNamespace(key=self._runs, attempt=1, turn=1))
         with self._db.transaction():
-            lease = processes.intend(
+            lease = launch_records.record_launch(
                 self._db, run, owner=self._owner, place=self._place, now=Clock().now()
             )
         self._leases[lease.key] = lease
@@ -108,8 +108,8 @@ class Ledger:
         """Commit what a service commits before it opens the gate."""
         made, owner = self._leases.pop(lease.launch_key), self._owner
         ticks = process.start_ticks
-        processes.gated(self._db, made, owner=owner, pid=process.pid, start_ticks=ticks)
-        processes.running(self._db, made, owner=owner)
+        launch_records.record_gated(self._db, made, owner=owner, pid=process.pid, start_ticks=ticks)
+        launch_records.record_running(self._db, made, owner=owner)
 
 
 @contextmanager

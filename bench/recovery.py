@@ -46,8 +46,8 @@ from runrecovery_service.recovery.status import RecoveryStatus
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import tables
 from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.launch_records import LaunchRecord
 from runrecovery_service.storage.opening import open_database
-from runrecovery_service.storage.processes import Lease
 
 from bench.postgres import ScratchPostgres, scratch_postgres
 from bench.seed import DEFAULT_MIX, Seeding, claim, fill
@@ -164,7 +164,7 @@ def _save_one(run: tables.Run, now: int) -> None:
 class Nothing:
     """No launch to end, and no trust entry to remove."""
 
-    def end(self, launches: Sequence[Lease]) -> dict[int, Ending]:
+    def end(self, launches: Sequence[LaunchRecord]) -> dict[int, Ending]:
         """See `LaunchEnder`."""
         return {}
 

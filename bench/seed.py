@@ -25,7 +25,7 @@ from runrecovery_service.domain.run import InteractionKind, Option
 from runrecovery_service.process.host import Host
 from runrecovery_service.storage import instances
 from runrecovery_service.storage.database import Database
-from runrecovery_service.storage.instances import Boot, Owner
+from runrecovery_service.storage.instances import InstanceStart, Owner
 from runrecovery_service.storage.opening import open_database
 from runrecovery_service.storage.rows import options_to_json, to_json, to_us
 from runrecovery_service.storage.sql_dialects import DatabaseKind
@@ -73,7 +73,7 @@ class Seeding:
 
 def claim(db: Database, *, instance: str, data_dir: Path) -> Owner:
     """Take the instance's next epoch as a start of the service does, and give up its lease."""
-    boot = Boot(
+    boot = InstanceStart(
         instance=instance,
         boot_token=secrets.token_hex(16),
         host_id=Host.here().host_id,

@@ -36,9 +36,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from runrecovery_service.clock import Clock
 from runrecovery_service.domain.session_check import SessionCheck, SessionFingerprint, StoredHandle
 from runrecovery_service.recovery.bulk_session_check import BulkSessionCheck, changed_findings
-from runrecovery_service.storage import converge
-from runrecovery_service.storage.converge import Scope
+from runrecovery_service.storage import session_checks
 from runrecovery_service.storage.opening import open_database
+from runrecovery_service.storage.recovery_scope import ApplyScope
 from support.sessions import PRESETS, SessionHome
 
 from bench.seed import claim
@@ -111,7 +111,7 @@ def restart(sessions: Sessions, handles: Sequence[StoredHandle], top: Path) -> f
             for key, stored in enumerate(handles, 1):
                 _store(db.execute, key, stored, first.epoch)
         owner = claim(db, instance=INSTANCE, data_dir=top)
-        scope = Scope(
+        scope = ApplyScope(
             owner=owner, before=owner.epoch, reconciliation_key=1, reopen=Clock().due_in(60),
             now=datetime.now(UTC),
         )  # fmt: skip
@@ -120,7 +120,7 @@ def restart(sessions: Sessions, handles: Sequence[StoredHandle], top: Path) -> f
         found = 0
         bulk = BulkSessionCheck(checks=checks, workspace=lambda key, _: handles[key - 1].workspace)
         for changed in changed_findings(db, scope, bulk):
-            converge.record_findings(db, scope, changed)
+            session_checks.record_findings(db, scope, changed)
             found += sum(one.holds for one in changed.values())
         seconds = time.perf_counter() - begun
         db.close()

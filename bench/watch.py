@@ -40,7 +40,7 @@ from runrecovery.v1 import run_service_pb2_grpc as pb_grpc
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from runrecovery_service.rpc import paging
-from runrecovery_service.storage.feed import START
+from runrecovery_service.storage.decision_feed import START
 from runrecovery_service.storage.opening import open_database
 
 from bench.load import Connection, Load, generate

@@ -70,11 +70,11 @@ from runrecovery_service.rpc.run_service import RunDeps, RunLimits
 from runrecovery_service.rpc.server import GrpcServer, ServerLimits, build_server
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import instances
-from runrecovery_service.storage.adapter import Storage
+from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.database import Database
-from runrecovery_service.storage.instances import Boot, Owner
+from runrecovery_service.storage.instances import InstanceStart, Owner
+from runrecovery_service.storage.launch_records import LaunchSite
 from runrecovery_service.storage.opening import open_database
-from runrecovery_service.storage.processes import Place
 from runrecovery_service.storage.refusals import refusing
 from runrecovery_service.storage.sql_dialects import DatabaseKind
 from runrecovery_service.storage.use_case import retry_conflicts
@@ -348,7 +348,7 @@ class _App:
         )
 
 
-def _claim(db: Database, boot: Boot, clock: Clock, ttl_s: float) -> Owner:
+def _claim(db: Database, boot: InstanceStart, clock: Clock, ttl_s: float) -> Owner:
     with refusing(db.name):
         owner = retry_conflicts(lambda: instances.claim(db, boot, now=clock.now(), ttl_s=ttl_s))
     if db.dialect.kind is DatabaseKind.SQLITE:
@@ -385,8 +385,8 @@ def _host() -> Host:
         raise ContainmentRefused(reason) from error
 
 
-def _boot(settings: Settings, locks: ServiceLocks, host: Host) -> Boot:
-    return Boot(
+def _boot(settings: Settings, locks: ServiceLocks, host: Host) -> InstanceStart:
+    return InstanceStart(
         instance=settings.instance,
         boot_token=secrets.token_hex(16),
         host_id=host.host_id,
@@ -397,8 +397,8 @@ def _boot(settings: Settings, locks: ServiceLocks, host: Host) -> Boot:
     )
 
 
-def _launch_site(host: Host, cgroups: CgroupParent | None) -> Place:
-    return Place(
+def _launch_site(host: Host, cgroups: CgroupParent | None) -> LaunchSite:
+    return LaunchSite(
         host_id=host.host_id,
         boot_id=host.boot_id,
         pid_namespace=host.pid_namespace,

@@ -40,7 +40,7 @@ from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.server import GrpcServer
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import backup
-from runrecovery_service.storage.adapter import Storage
+from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.database import Database
 from runrecovery_service.thread_pool import SteadyThreadPool
 
@@ -171,7 +171,9 @@ class Recoveries:
             if self.stop.is_set():
                 return None
             try:
-                return await self.storage.alone(lambda db: self.at_start.run(db, self.status))
+                return await self.storage.run_exclusive(
+                    lambda db: self.at_start.run(db, self.status)
+                )
             except RecoveryInterrupted:
                 return None
             except Fenced as error:
@@ -197,7 +199,7 @@ class Recoveries:
 
     async def decide_at_stop(self) -> None:
         """Decide on every run, as the next start would."""
-        await self.storage.alone(lambda db: self.at_stop.run(db, RecoveryStatus()))
+        await self.storage.run_exclusive(lambda db: self.at_stop.run(db, RecoveryStatus()))
 
 
 # -- the service -------------------------------------------------------------------------------

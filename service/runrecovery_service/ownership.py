@@ -24,7 +24,7 @@ from runrecovery_service.process.boot_clock import boot_time_ns
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import instances, trial
-from runrecovery_service.storage.adapter import Storage
+from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner
 
@@ -154,7 +154,7 @@ class LeaseRenewal:
         pause_s = None
         try:
             async with asyncio.timeout(self._try_limit_s(begun_s)):
-                await self.storage.renewal(instances.renew, self.owner, ttl_s=self.lease_ttl_s)
+                await self.storage.renew(instances.renew, self.owner, ttl_s=self.lease_ttl_s)
         except Fenced:
             raise
         except Exception as error:  # noqa: BLE001 - after any error the lease is not renewed
@@ -252,16 +252,16 @@ class StatementTrials:
 
     async def _try_reads(self) -> None:
         async with asyncio.timeout(self.lease_ttl_s):
-            await self.storage.attempt(trial.read)
+            await self.storage.run_trial(trial.read_newest_run)
             if self.storage.is_shared:
-                await self.storage.attempt(trial.demand_rights)
+                await self.storage.run_trial(trial.demand_rights)
 
     async def _try_write(self) -> None:
         is_shared = self.storage.is_shared
         # SQLite has one thread that writes. On PostgreSQL a connection may hang.
         async with asyncio.timeout(self.lease_ttl_s if is_shared else None):
-            await (self.storage.attempt if is_shared else self.storage.write_own)(
-                trial.create_and_take,
+            await (self.storage.run_trial if is_shared else self.storage.write_own)(
+                trial.try_create_and_take,
                 owner=self.owner,
                 due_in=self.clock.due_in,
                 steady=self.clock.steady(),

@@ -22,7 +22,7 @@ from runrecovery_service.process.ending import Ending
 from runrecovery_service.process.launch_tree import PinnedProcess
 from runrecovery_service.process.markers import LaunchMarkers
 from runrecovery_service.process.pinned_trees import PinnedTrees
-from runrecovery_service.storage import processes
+from runrecovery_service.storage import launch_records
 
 
 def _break(owner: object, name: str, broken: Callable[..., Any]) -> None:
@@ -65,16 +65,16 @@ def skip_rechecks() -> None:
 
 def close_on_failure() -> None:
     """Close every lease that is over, whatever is alive of it."""
-    close, close_late = processes.close, processes.close_late
+    close, close_late = launch_records.close, launch_records.record_late_end
 
-    def close_anyway(db: Any, lease: Any, ended: processes.Ended, **facts: Any) -> None:
+    def close_anyway(db: Any, lease: Any, ended: launch_records.LaunchEnd, **facts: Any) -> None:
         close(db, lease, replace(ended, gone=True), **facts)
 
     def close_late_anyway(db: Any, late: Any, **facts: Any) -> None:
         close_late(db, [(key, replace(ended, gone=True)) for key, ended in late], **facts)
 
-    _break(processes, "close", close_anyway)
-    _break(processes, "close_late", close_late_anyway)
+    _break(launch_records, "close", close_anyway)
+    _break(launch_records, "record_late_end", close_late_anyway)
 
 
 MUTANTS: Final[dict[str, Callable[[], None]]] = {

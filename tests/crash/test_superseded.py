@@ -13,7 +13,7 @@ import pytest
 from runrecovery.v1 import run_pb2
 from runrecovery_service.clock import Clock
 from runrecovery_service.storage import instances
-from runrecovery_service.storage.instances import Boot
+from runrecovery_service.storage.instances import InstanceStart
 from runrecovery_service.storage.opening import open_database
 from support.processes import Seen, seen, strike
 from support.service import Home, ServiceProcess, refused, script, until
@@ -42,7 +42,7 @@ def claim_beside(home: Home) -> None:
     """Take the next epoch, as a second start does whose lock does not exclude the first."""
     ((host_id, data_dir, lock_id),) = query(home, "SELECT host_id, data_dir, lock_id FROM instance")
     db = open_database(str(home.settings.get("database", "")), home.data)
-    boot = Boot(
+    boot = InstanceStart(
         instance="default",
         boot_token="second",  # noqa: S106 - no secret: it names a start
         host_id=host_id,

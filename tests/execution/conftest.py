@@ -34,10 +34,10 @@ from runrecovery_service.process.host import Host
 from runrecovery_service.process.watermark import watermark_bits
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import instances, interactions, runs
-from runrecovery_service.storage.adapter import Storage
-from runrecovery_service.storage.instances import Boot, Owner
+from runrecovery_service.storage.async_storage import Storage
+from runrecovery_service.storage.instances import InstanceStart, Owner
+from runrecovery_service.storage.launch_records import LaunchSite
 from runrecovery_service.storage.opening import open_database
-from runrecovery_service.storage.processes import Place
 from runrecovery_service.thread_pool import SteadyThreadPool
 from support.processes import Seen, bearers, seen
 from support.waiting import until_async
@@ -227,7 +227,7 @@ class Floor:
 
     async def get(self, run_id: str) -> Run:
         """Read a run."""
-        return await self.storage.point(runs.get, run_id)
+        return await self.storage.read_row(runs.get, run_id)
 
     async def until(self, run_id: str, reached: Callable[[Run], bool]) -> Run:
         """Return the run once it is so."""
@@ -272,7 +272,7 @@ async def opened(
     """Open a store below `path` and a dispatcher that works on it."""
     db = open_database("", path)
     here = Host.here()
-    boot = Boot(
+    boot = InstanceStart(
         instance="test",
         boot_token="boot",  # noqa: S106 - no secret: it names a start
         host_id=here.host_id,
@@ -308,7 +308,7 @@ async def opened(
             kill_grace_s=0.5,
         )
         stop, turns = StopSignal(), RunningTurns(tree_deadline=launcher.tree_deadline)
-        site = Place(
+        site = LaunchSite(
             host_id=here.host_id,
             boot_id=here.boot_id,
             pid_namespace=here.pid_namespace,

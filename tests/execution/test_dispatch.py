@@ -47,7 +47,7 @@ async def test_many_short_runs_at_once_all_end_well(floor: Floor) -> None:
 async def test_an_end_that_could_not_be_recorded_is_recorded_later(
     floor: Floor, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    monkeypatch.setattr(turns, "end", failing_first(2, error, turns.end))
+    monkeypatch.setattr(turns, "record_end", failing_first(2, error, turns.record_end))
 
     run = await floor.until_ended(await floor.create("quick"))
 

@@ -377,7 +377,7 @@ async def test_a_reply_that_a_sticky_process_cannot_read_ends_its_run(
 
     assert code_of(run) == "REPLY_NOT_DELIVERED"
     assert lease.tree() == []
-    asked = await floor.storage.point(interactions.find, run.key, 1)
+    asked = await floor.storage.read_row(interactions.find, run.key, 1)
     assert asked is not None
     assert asked.state == "CLOSED"  # answered, and never delivered
     await floor.until_free(floor.dispatcher.capacity)

@@ -82,7 +82,7 @@ async def test_a_mark_is_taken_when_the_whole_tree_has_ended(
     found = file.stat()
     assert run.error is None
     assert run.session is not None
-    candidate = await floor.storage.point(reopening.candidate, run_id)
+    candidate = await floor.storage.read_row(reopening.find_candidate, run_id)
     assert candidate.mark == SessionFingerprint(found.st_size, found.st_mtime_ns)
     stored = StoredHandle(
         handle=run.session.handle,
@@ -101,7 +101,7 @@ async def test_an_engine_of_which_it_is_not_known_where_sessions_lie_has_no_mark
 
     await floor.until_status(run_id, RunStatus.WAITING_USER)
 
-    assert (await floor.storage.point(reopening.candidate, run_id)).mark is None
+    assert (await floor.storage.read_row(reopening.find_candidate, run_id)).mark is None
 
 
 # -- what cannot be seen -----------------------------------------------------------------------
@@ -158,7 +158,7 @@ async def test_storage_that_does_not_answer_keeps_no_turn(
             run_id = await floor.create("writer")
             asked = await floor.until_status(run_id, RunStatus.WAITING_USER, RunStatus.FAILED)
             assert asked.error is None
-            assert (await floor.storage.point(reopening.candidate, run_id)).mark is None
+            assert (await floor.storage.read_row(reopening.find_candidate, run_id)).mark is None
             await floor.reply(run_id, "there")
             ended = await floor.until(run_id, lambda run: run.turn == 2 and run.status in ENDS)
     finally:
@@ -186,4 +186,4 @@ async def test_a_file_that_may_still_be_written_gets_no_mark(
         await floor.until_status(run_id, RunStatus.WAITING_USER, RunStatus.FAILED)
 
     assert not_seen(told) == ["not_ended"]
-    assert (await floor.storage.point(reopening.candidate, run_id)).mark is None
+    assert (await floor.storage.read_row(reopening.find_candidate, run_id)).mark is None

@@ -41,13 +41,13 @@ def losing_its_answer(use: Callable[..., Any]) -> Callable[..., Any]:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The run_ids whose records were read."""
     read: list[str] = []
-    look = turns.look
+    look = turns.current_run
 
     def counting(db: Any, turn: Any, **named: Any) -> Any:
         read.append(turn.run.run_id)
         return look(db, turn, **named)
 
-    monkeypatch.setattr(turns, "look", counting)
+    monkeypatch.setattr(turns, "current_run", counting)
     return read
 
 

@@ -31,7 +31,7 @@ from runrecovery_service.process.ending import Ending
 from runrecovery_service.process.launch import prepare
 from runrecovery_service.process.shimmed_process import ShimmedProcess
 from runrecovery_service.process.sweep import end_trees
-from runrecovery_service.storage import deadlines, interactions, processes, turns
+from runrecovery_service.storage import deadlines, interactions, launch_records, turns
 from support.processes import is_alive, is_stopped, seen, strike
 
 from .conftest import Floor, LeaseRow, NewFloor, until
@@ -243,14 +243,14 @@ async def test_a_shim_whose_time_runs_out_at_its_gate_interrupts_its_run(
 ) -> None:
     floor = await new_floor(trees_live_s=60)
     floor.beat(SHORT_S)
-    gated = processes.gated
+    gated = launch_records.record_gated
 
     def gated_too_late(*args: Any, **named: Any) -> None:
         while boot_time_ns() < floor.turns.tree_deadline.deadline_ns:
             os.sched_yield()
         gated(*args, **named)
 
-    monkeypatch.setattr(processes, "gated", gated_too_late)
+    monkeypatch.setattr(launch_records, "record_gated", gated_too_late)
     run = await floor.until_ended(await floor.create("holds"))
 
     assert error_of(run) == "ORCHESTRATOR_RESTART_INTERRUPTED"
@@ -272,7 +272,7 @@ async def test_a_sticky_wait_ends_with_its_process_when_nobody_answers(
     assert error_of(run) == "INTERACTION_WAIT_TIMEOUT"
     assert lease.tree() == []
     assert run.pending is None
-    asked = await floor.storage.point(interactions.find, run.key, 1)
+    asked = await floor.storage.read_row(interactions.find, run.key, 1)
     assert asked is not None
     assert asked.wait_deadline_at is not None
     assert asked.wait_deadline_at - asked.asked_at >= timedelta(seconds=0.29)
@@ -446,7 +446,7 @@ async def test_a_stuck_tree_of_a_canceled_run_is_named_until_a_patrol_has_ended_
     pending = (await floor.lease(run_id)).state
 
     async def unended() -> list[Any]:
-        return await floor.storage.read(processes.unended, floor.owner, limit=10)
+        return await floor.storage.read(launch_records.unended_launches, floor.owner, limit=10)
 
     named = await unended()
     await floor.straggler_sweep.sweep()
@@ -501,7 +501,7 @@ async def test_the_signal_that_a_cancel_ended_an_agent_by_is_on_record(floor: Fl
 # -- stopping in the middle of a launch --------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", ["prepare", "gated", "running", "release"])
+@pytest.mark.parametrize("step", ["prepare", "record_gated", "record_running", "release"])
 async def test_a_launch_that_a_stop_cuts_off_leaves_no_process(
     floor: Floor, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -521,7 +521,7 @@ async def test_a_launch_that_a_stop_cuts_off_leaves_no_process(
     elif step == "release":
         monkeypatch.setattr(ShimmedProcess, "release", held_up(ShimmedProcess.release))
     else:
-        monkeypatch.setattr(processes, step, held_up(getattr(processes, step)))
+        monkeypatch.setattr(launch_records, step, held_up(getattr(launch_records, step)))
     run_id = await floor.create("family")
     assert await asyncio.to_thread(reached.wait, 30)
     lease = await floor.lease(run_id)
@@ -546,7 +546,7 @@ async def test_a_fenced_launch_runs_no_agent(floor: Floor, monkeypatch: pytest.M
     def fenced(*_: object, **__: object) -> None:
         raise Fenced("lease")
 
-    monkeypatch.setattr(processes, "running", fenced)
+    monkeypatch.setattr(launch_records, "record_running", fenced)
     run_id = await floor.create("quick")
 
     async def is_fenced() -> bool:
@@ -568,7 +568,7 @@ async def test_a_run_that_belongs_to_a_newer_epoch_loses_its_tree_with_the_dispa
     def fenced(*_: object, **__: object) -> None:
         raise Fenced("run")
 
-    monkeypatch.setattr(turns, "ask_and_stay", fenced)
+    monkeypatch.setattr(turns, "record_sticky_question", fenced)
     run_id = await floor.create("deaf")
     lease = await floor.until_tree(run_id, 1)
 

@@ -29,7 +29,7 @@ from runrecovery_service.domain.reconciliation import (
 from runrecovery_service.domain.run import RecoveryState, Run, RunStatus
 from runrecovery_service.rpc import enums, json_values, recovery_messages, run_messages, times
 from runrecovery_service.rpc.gate import ServiceState
-from runrecovery_service.storage.processes import Unended
+from runrecovery_service.storage.launch_records import UnendedLaunch
 
 AT = datetime(2026, 11, 24, 1, 2, 3, 456_789, tzinfo=UTC)
 BARE = Run(
@@ -358,7 +358,7 @@ def test_status_names_the_probe_and_what_could_not_be_ended() -> None:
         state=ServiceState.SERVING,
         report=BARE_REPORT,
         containment=Containment(level=ContainmentLevel.WATERMARK, detail="found"),
-        unended=[Unended(run_id="r", attempt=2, launched_at=AT)],
+        unended=[UnendedLaunch(run_id="r", attempt=2, launched_at=AT)],
     )
 
     filled = {field.name for field, _ in to.ListFields()}

@@ -36,7 +36,7 @@ from runrecovery_service.rpc.recovery_service import RecoveryDeps
 from runrecovery_service.rpc.run_service import RunDeps, RunLimits
 from runrecovery_service.rpc.server import GrpcServer, ServerLimits, build_server
 from runrecovery_service.storage.instances import Owner
-from runrecovery_service.storage.processes import Unended
+from runrecovery_service.storage.launch_records import UnendedLaunch
 from structlog.testing import capture_logs
 from support.clock import FakeClock
 
@@ -82,7 +82,7 @@ class FakeStorage:
     """Knows one run. A write waits for `commit` and gives the run back."""
 
     run: Run = field(default_factory=run)
-    unended: list[Unended] = field(default_factory=list)
+    unended: list[UnendedLaunch] = field(default_factory=list)
     writes: list[tuple[Any, ...]] = field(default_factory=list)
     began: asyncio.Event = field(default_factory=asyncio.Event)
     commit: asyncio.Event = field(default_factory=asyncio.Event)
@@ -95,7 +95,7 @@ class FakeStorage:
         self.looked.set()
         return self.run
 
-    async def read(self, *_: Any, **__: Any) -> list[Unended]:
+    async def read(self, *_: Any, **__: Any) -> list[UnendedLaunch]:
         self.looked.set()
         return self.unended
 
@@ -243,7 +243,7 @@ async def test_status_tells_the_state_and_who_answers(house: House) -> None:
 
 
 async def test_status_names_what_could_not_be_ended(house: House) -> None:
-    house.storage.unended = [Unended(run_id="r", attempt=2, launched_at=AT)]
+    house.storage.unended = [UnendedLaunch(run_id="r", attempt=2, launched_at=AT)]
 
     answer = await house.recovery.GetRecoveryStatus(recovery_pb.GetRecoveryStatusRequest())
 
@@ -474,7 +474,7 @@ async def test_stop_waits_for_an_answer_that_is_still_being_sent(house: House) -
 
 
 async def test_stop_waits_for_answers_that_need_no_open_gate_as_well(house: House) -> None:
-    house.storage.unended = [Unended(run_id="r" * 100, attempt=1, launched_at=AT)] * 20_000
+    house.storage.unended = [UnendedLaunch(run_id="r" * 100, attempt=1, launched_at=AT)] * 20_000
     reads = asyncio.Event()
     reads.set()
     async with (

@@ -17,12 +17,19 @@ from runrecovery_service.domain.run import NewRun, Profile, RestartPolicy
 from runrecovery_service.rpc import watch_streams
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.watch_streams import RecoveredWatcher, RunWatcher
-from runrecovery_service.storage import converge, events, feed, instances, recovery, runs
-from runrecovery_service.storage.adapter import Storage
+from runrecovery_service.storage import (
+    decision_feed,
+    events,
+    instances,
+    recovery_apply,
+    reports,
+    runs,
+)
+from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.changes import Changes, SharedPoll
-from runrecovery_service.storage.converge import Scope
 from runrecovery_service.storage.database import Database
-from runrecovery_service.storage.instances import Boot, Owner
+from runrecovery_service.storage.instances import InstanceStart, Owner
+from runrecovery_service.storage.recovery_scope import ApplyScope
 
 RUN, OTHER = 7, 8
 
@@ -133,7 +140,7 @@ NEVER_S = 3600.0
 
 
 def claimed(db: Database) -> Owner:
-    boot = Boot(
+    boot = InstanceStart(
         instance="default",
         boot_token="t",  # noqa: S106 - no password
         host_id="h",
@@ -160,19 +167,19 @@ def created(db: Database, owner: Owner) -> None:
 def restarted(db: Database) -> None:
     """Decide on every run, as a restart does."""
     owner = claimed(db)
-    key = recovery.begin(
+    key = reports.open_report(
         db, owner, reconciliation_id="report", cause=Cause.STARTUP, safe_mode=False, now=NOW
     )
-    scope = Scope(
+    scope = ApplyScope(
         owner=owner,
         before=owner.epoch,
         reconciliation_key=key,
         reopen=Due(at=NOW, clock="boot-1", us=0),
         now=NOW,
     )
-    batch = converge.next_batch(db, scope, after=0, rows=9)
+    batch = recovery_apply.next_batch(db, scope, after=0, rows=9)
     assert batch is not None
-    converge.converge(db, scope, batch, report=lambda _, __: None)
+    recovery_apply.apply_batch(db, scope, batch, report=lambda _, __: None)
 
 
 @pytest.fixture
@@ -183,7 +190,7 @@ async def storage(database: Database, monkeypatch: pytest.MonkeyPatch) -> AsyncI
     await asyncio.to_thread(storage.close)
 
 
-@pytest.mark.parametrize("last_read", [runs.stand, events.between])
+@pytest.mark.parametrize("last_read", [runs.progress, events.events_after])
 async def test_what_happens_to_a_run_while_its_watcher_reads_is_told(
     storage: Storage,
     database: Database,
@@ -192,7 +199,7 @@ async def test_what_happens_to_a_run_while_its_watcher_reads_is_told(
 ) -> None:
     owner = claimed(database)
     created(database, owner)
-    point, cancels = storage.point, iter([runs.cancel])
+    point, cancels = storage.read_row, iter([runs.cancel])
 
     async def read_then_cancel(use: Callable[..., Any], *args: Any, **named: Any) -> Any:
         found = await point(use, *args, **named)
@@ -220,7 +227,7 @@ async def test_what_is_decided_while_a_watcher_reads_is_told(
 
     async def read_then_restart(use: Callable[..., Any], *args: Any, **named: Any) -> Any:
         found = await read(use, *args, **named)
-        if use is feed.behind:
+        if use is decision_feed.decisions_after:
             for restart in restarts:
                 await read(restart)
                 storage.changes.announce_decisions()

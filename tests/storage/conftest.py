@@ -25,19 +25,27 @@ from runrecovery_service.domain.run import (
 )
 from runrecovery_service.domain.session_check import SessionFingerprint
 from runrecovery_service.domain.turn import Asked, TurnEnd
-from runrecovery_service.storage import converge, instances, interactions, recovery, runs, turns
-from runrecovery_service.storage.converge import Scope, Tally
+from runrecovery_service.storage import (
+    instances,
+    interactions,
+    recovery_apply,
+    reports,
+    runs,
+    turns,
+)
 from runrecovery_service.storage.database import Database
-from runrecovery_service.storage.instances import Boot, Owner
-from runrecovery_service.storage.processes import Ended, Place
+from runrecovery_service.storage.instances import InstanceStart, Owner
+from runrecovery_service.storage.launch_records import LaunchEnd, LaunchSite
+from runrecovery_service.storage.recovery_apply import Tally
+from runrecovery_service.storage.recovery_scope import ApplyScope
 from runrecovery_service.storage.requests import Receipt
 from runrecovery_service.storage.sql_dialects import DatabaseKind
 from runrecovery_service.storage.turns import Turn
 
 T = TypeVar("T")
 
-PLACE = Place(host_id="host", boot_id="boot", pid_namespace=1, watermark_bits=62)
-GONE = Ended(exit_code=0, processes_ended=0, gone=True)
+PLACE = LaunchSite(host_id="host", boot_id="boot", pid_namespace=1, watermark_bits=62)
+GONE = LaunchEnd(exit_code=0, processes_ended=0, gone=True)
 QUESTION = Question(
     kind=InteractionKind.CONFIRM,
     prompt="Shall I go on?",
@@ -53,7 +61,7 @@ TABLES = (
 DECIDED = ("run", "interaction", "recovery_event", "quarantine")
 
 
-def boot(instance: str = "default", **changes: Any) -> Boot:
+def boot(instance: str = "default", **changes: Any) -> InstanceStart:
     """A start of the service on one host."""
     given: dict[str, Any] = {
         "boot_token": "t",
@@ -62,7 +70,7 @@ def boot(instance: str = "default", **changes: Any) -> Boot:
         "pid": 7,
         "lock_id": "boot/1:2",
     } | changes
-    return Boot(instance=instance, **given)
+    return InstanceStart(instance=instance, **given)
 
 
 def receipt(request_id: str = "request", *, payload: bytes = b"p", method: str = "M") -> Receipt:
@@ -162,7 +170,7 @@ class World:
         )
 
     def take(
-        self, *, busy: tuple[str, ...] = (), owner: Owner | None = None, place: Place = PLACE
+        self, *, busy: tuple[str, ...] = (), owner: Owner | None = None, place: LaunchSite = PLACE
     ) -> Turn | None:
         """Take the next run from the queue."""
         return turns.take_next(
@@ -188,11 +196,11 @@ class World:
         turn: Turn,
         how: TurnEnd,
         *,
-        ended: Ended = GONE,
+        ended: LaunchEnd = GONE,
         mark: SessionFingerprint | None = None,
     ) -> Run:
         """End a turn."""
-        return turns.end(
+        return turns.record_end(
             self.db,
             turn,
             owner=self.owner,
@@ -206,11 +214,11 @@ class World:
     def keep_session(self, turn: Turn, handle: str = "secret") -> None:
         """Record a session."""
         session = Session(type="demo", handle=handle, turn=1)
-        turns.keep_session(self.db, turn, owner=self.owner, session=session, now=self.tick())
+        turns.record_session(self.db, turn, owner=self.owner, session=session, now=self.tick())
 
     def ask_and_stay(self, turn: Turn) -> Run:
         """Let a sticky process ask its first question."""
-        return turns.ask_and_stay(
+        return turns.record_sticky_question(
             self.db,
             turn,
             owner=self.owner,
@@ -253,9 +261,9 @@ class World:
         """Take the next epoch over another view of the store."""
         self.owner = instances.claim(db, boot(self.owner.instance), now=self.tick())
 
-    def begin(self, cause: Cause = Cause.STARTUP) -> Scope:
+    def begin(self, cause: Cause = Cause.STARTUP) -> ApplyScope:
         """Open a report, and say what its recovery may touch."""
-        key = recovery.begin(
+        key = reports.open_report(
             self.db,
             self.owner,
             reconciliation_id=f"report-{next(iter(self.count))}",
@@ -265,9 +273,9 @@ class World:
         )
         return self.scope(key, cause)
 
-    def scope(self, reconciliation_key: int = 0, cause: Cause = Cause.STARTUP) -> Scope:
+    def scope(self, reconciliation_key: int = 0, cause: Cause = Cause.STARTUP) -> ApplyScope:
         """Say what a recovery may touch: earlier epochs, and at a planned stop its own."""
-        return Scope(
+        return ApplyScope(
             owner=self.owner,
             before=self.owner.epoch + (cause is Cause.SHUTDOWN),
             reconciliation_key=reconciliation_key,
@@ -279,13 +287,13 @@ class World:
         self,
         *,
         rows: int = 1000,
-        report: converge.Report | None = None,
+        report: recovery_apply.WriteProgress | None = None,
         cause: Cause = Cause.STARTUP,
     ) -> Tally:
         """Converge everything, in batches."""
         scope, tally, after = self.begin(cause), Tally(), 0
-        while batch := converge.next_batch(self.db, scope, after=after, rows=rows):
-            tally += converge.converge(
+        while batch := recovery_apply.next_batch(self.db, scope, after=after, rows=rows):
+            tally += recovery_apply.apply_batch(
                 self.db, scope, batch, report=report or (lambda db, tally: None)
             )
             after = batch.last

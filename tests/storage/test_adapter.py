@@ -17,9 +17,10 @@ from runrecovery_service.domain.errors import (
     StorageFull,
     StorageUnavailable,
 )
-from runrecovery_service.storage import adapter, postgresql, runs
-from runrecovery_service.storage.adapter import WRITES_PER_COMMIT, GroupCommitWriter, Storage
+from runrecovery_service.storage import async_storage, postgresql, runs
+from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.group_commit import WRITES_PER_COMMIT, GroupCommitWriter
 from runrecovery_service.storage.opening import open_database
 from runrecovery_service.storage.sql_dialects import DatabaseKind
 from support.pg_proxy import proxied
@@ -164,7 +165,7 @@ def test_a_log_that_fails_does_not_end_the_writer(
         def info(self, *_: object, **__: object) -> None:
             raise OSError("No space left on device")
 
-    monkeypatch.setattr(adapter, "log", Broken())
+    monkeypatch.setattr(async_storage, "log", Broken())
     batch = submit_together(counting, [broken("a"), add("b")])
     writer = GroupCommitWriter(counting)
 
@@ -207,10 +208,10 @@ async def test_reads_and_writes_answer_and_raise_the_words_of_the_domain(
 ) -> None:
     run = await storage.write(lambda db: world.create())
 
-    assert run == await storage.point(runs.get, run.run_id)
+    assert run == await storage.read_row(runs.get, run.run_id)
     assert run == await storage.read(runs.get, run.run_id)
-    assert run == await storage.alone(lambda db: runs.get(db, run.run_id))
-    for way in (storage.point, storage.read, storage.write):
+    assert run == await storage.run_exclusive(lambda db: runs.get(db, run.run_id))
+    for way in (storage.read_row, storage.read, storage.write):
         with pytest.raises(RunNotFound):
             await way(runs.get, "nobody")
 
@@ -301,8 +302,8 @@ async def test_conflicts_without_end_are_told(world: World, storage: Storage) ->
 async def test_a_connection_that_gives_no_answer_is_replaced(
     postgresql_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(adapter, "STATEMENT_MOST_S", 0.2)
-    monkeypatch.setattr(adapter, "POSTGRESQL_CONNECTIONS", 1)
+    monkeypatch.setattr(async_storage, "STATEMENT_MOST_S", 0.2)
+    monkeypatch.setattr(async_storage, "POSTGRESQL_CONNECTIONS", 1)
     with proxied(postgresql_url) as proxy:
         db = open_database(proxy.url, tmp_path)
         db.close()
@@ -314,7 +315,7 @@ async def test_a_connection_that_gives_no_answer_is_replaced(
         while not hanging.done():
             with suppress(TimeoutError, StorageUnavailable):
                 async with asyncio.timeout(0.1):
-                    await storage.renewal(traces)
+                    await storage.renew(traces)
 
         with pytest.raises(StorageUnavailable):
             hanging.result()
@@ -332,7 +333,7 @@ async def test_the_connection_of_the_lease_is_kept_while_no_other_can_be_had(
         db = open_database(proxy.url, tmp_path)
         db.close()
         storage = Storage(db)
-        before = await storage.renewal(lambda db: db.fetch_one(PID))
+        before = await storage.renew(lambda db: db.fetch_one(PID))
         proxy.refusing = True
         answers, under_way = threading.Event(), threading.Event()
 
@@ -341,14 +342,14 @@ async def test_the_connection_of_the_lease_is_kept_while_no_other_can_be_had(
             answers.wait()
 
         for _ in range(3):
-            renewing = asyncio.create_task(storage.renewal(slow))
+            renewing = asyncio.create_task(storage.renew(slow))
             await asyncio.to_thread(under_way.wait)
             renewing.cancel()
             with suppress(asyncio.CancelledError):
                 await renewing
         answers.set()
 
-        assert await storage.renewal(lambda db: db.fetch_one(PID)) == before
+        assert await storage.renew(lambda db: db.fetch_one(PID)) == before
         await asyncio.to_thread(storage.close)
 
 
@@ -363,11 +364,11 @@ async def test_an_error_that_leaves_a_connection_sound_does_not_close_it(
         with db.transaction():
             db.execute(f"DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '{state}'; END $$")
 
-    before = await storage.renewal(lambda db: db.fetch_one(PID))
+    before = await storage.renew(lambda db: db.fetch_one(PID))
     with pytest.raises((StorageBusy, StorageFull)):
-        await storage.renewal(fail)
+        await storage.renew(fail)
 
-    assert await storage.renewal(lambda db: db.fetch_one(PID)) == before
+    assert await storage.renew(lambda db: db.fetch_one(PID)) == before
 
 
 async def test_each_statement_of_a_use_has_its_own_time(
@@ -376,14 +377,14 @@ async def test_each_statement_of_a_use_has_its_own_time(
     if world.db.dialect.kind is not DatabaseKind.POSTGRESQL:
         pytest.skip("connections of PostgreSQL")
     loop, time_s = asyncio.get_running_loop(), [1000.0]
-    for module in (adapter, postgresql):
+    for module in (async_storage, postgresql):
         monkeypatch.setattr(module, "monotonic", lambda: time_s[0])
 
     def four_statements_of_50_s(db: Database) -> int:
         for _ in range(4):
             db.fetch_one("SELECT 1")
             time_s[0] += 50.0
-            look = storage.renewal(lambda db: None)  # cuts off what hangs
+            look = storage.renew(lambda db: None)  # cuts off what hangs
             asyncio.run_coroutine_threadsafe(look, loop).result()
         return 4
 
@@ -394,7 +395,7 @@ async def test_a_trial_does_not_queue_behind_callers(storage: Storage) -> None:
     ends = threading.Event()
     callers = [asyncio.create_task(storage.read(lambda db: ends.wait())) for _ in range(20)]
 
-    answer = await storage.attempt(lambda db: db.fetch_one("SELECT 1"))
+    answer = await storage.run_trial(lambda db: db.fetch_one("SELECT 1"))
 
     assert not any(caller.done() for caller in callers)
     ends.set()

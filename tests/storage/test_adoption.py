@@ -11,10 +11,17 @@ from runrecovery_service.domain.reconciliation import Cause
 from runrecovery_service.domain.run import RestartPolicy, RunStatus
 from runrecovery_service.domain.start_errors import RecoveryInterrupted
 from runrecovery_service.domain.turn import Succeeded
-from runrecovery_service.storage import adoption, instances, processes, recovery, reopening
+from runrecovery_service.storage import (
+    adoption,
+    decisions,
+    instances,
+    launch_records,
+    reopening,
+    reports,
+)
 from runrecovery_service.storage.adoption import Adopted
 from runrecovery_service.storage.instances import Owner
-from runrecovery_service.storage.processes import Ended
+from runrecovery_service.storage.launch_records import LaunchEnd
 from runrecovery_service.storage.sql_dialects import DatabaseKind
 
 from .conftest import REASONS, World, boot, one_of_each, reasons
@@ -96,7 +103,7 @@ def test_launches_of_another_name_are_among_the_orphans(alone: World) -> None:
 
     adopt(alone, owner)
 
-    (orphan,) = processes.unclosed(alone.db, owner, before=owner.epoch)
+    (orphan,) = launch_records.unclosed_launches(alone.db, owner, before=owner.epoch)
     assert orphan.key == turn.lease.key
 
 
@@ -210,15 +217,17 @@ def test_an_epoch_that_is_superseded_adopts_nothing(alone: World) -> None:
 def test_processes_that_an_earlier_report_counted_are_not_counted_again(alone: World) -> None:
     turn = alone.running(restart_policy=RestartPolicy.REQUEUE, max_attempts=3)
     alone.restart()
-    ended = Ended(exit_code=None, processes_ended=3, gone=True)
-    processes.close(alone.db, turn.lease, ended, now=alone.tick(), reconciliation_key=begun(alone))
+    ended = LaunchEnd(exit_code=None, processes_ended=3, gone=True)
+    launch_records.close(
+        alone.db, turn.lease, ended, now=alone.tick(), reconciliation_key=begun(alone)
+    )
     alone.converge()
     alone.db.execute("UPDATE reconciliation SET state = 'COMPLETED'")
     assert alone.take() is not None
     adopt(alone, renamed(alone))
     alone.converge()
 
-    newest, before = recovery.history(alone.db, turn.run.run_id)
+    newest, before = decisions.history(alone.db, turn.run.run_id)
     assert (before.instance, before.processes_ended) == ("default", 3)
     assert (newest.instance, newest.processes_ended) == ("other", 0)
 
@@ -229,7 +238,7 @@ def test_unfinished_starts_of_another_name_count_for_safe_mode(alone: World) -> 
     adopt(alone, renamed(alone))
     begun(alone)
 
-    assert recovery.unfinished_since(alone.db, "other", since) == 2
+    assert reports.count_unfinished_starts(alone.db, "other", since) == 2
 
 
 def begun(world: World) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 from runrecovery_service.domain.errors import RunNotFound, StorageFull, StorageUnavailable
-from runrecovery_service.storage.adapter import Storage
+from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.changes import Change, Changes, Subscription
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.opening import open_database

@@ -16,11 +16,11 @@ from runrecovery_service.domain.run import RecoveryState, RestartPolicy, Run, Ru
 from runrecovery_service.domain.session_check import SessionReason
 from runrecovery_service.domain.turn import Succeeded
 from runrecovery_service.engines.sessions.lines import FOUND
-from runrecovery_service.storage import converge, instances, recovery, runs
-from runrecovery_service.storage.adapter import Storage
-from runrecovery_service.storage.converge import Batch, Tally
+from runrecovery_service.storage import decisions, instances, recovery_apply, runs, session_checks
+from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.opening import open_database
+from runrecovery_service.storage.recovery_apply import Batch, Tally
 from runrecovery_service.storage.rows import EPOCH
 from runrecovery_service.storage.sql_dialects import DatabaseKind
 
@@ -130,7 +130,7 @@ def test_a_run_that_waits_anew_is_decided_anew(world: World) -> None:
     tally = world.recover()
 
     assert tally.decisions == {"accepted_reply_redriven": 1}
-    assert sorted(info.recovery_count for info in recovery.history(world.db, run.run_id)) == [1, 2]
+    assert sorted(info.recovery_count for info in decisions.history(world.db, run.run_id)) == [1, 2]
 
 
 def test_the_accepted_reply_is_given_to_the_next_turn(world: World) -> None:
@@ -155,12 +155,12 @@ def test_processes_that_were_ended_are_counted_in_the_history(world: World) -> N
             "UPDATE process_lease SET state = 'CLOSED', ended_by = ?, processes_ended = 3",
             (scope.reconciliation_key,),
         )
-    batch = converge.next_batch(world.db, scope, after=0, rows=10)
+    batch = recovery_apply.next_batch(world.db, scope, after=0, rows=10)
     assert batch is not None
 
-    converge.converge(world.db, scope, batch, report=lambda db, tally: None)
+    recovery_apply.apply_batch(world.db, scope, batch, report=lambda db, tally: None)
 
-    (info,) = recovery.history(world.db, turn.run.run_id)
+    (info,) = decisions.history(world.db, turn.run.run_id)
     assert info.processes_ended == 3
 
 
@@ -179,7 +179,7 @@ def test_runs_of_others_of_this_epoch_and_ended_ones_are_untouched(world: World)
     tally = world.converge()
 
     assert (before, Tally()) == (world.dump(*DECIDED), tally)
-    assert converge.total(world.db, world.scope()) == 0
+    assert recovery_apply.count_runs(world.db, world.scope()) == 0
 
 
 def test_one_batch_does_not_reach_beyond_its_keys(world: World) -> None:
@@ -187,12 +187,12 @@ def test_one_batch_does_not_reach_beyond_its_keys(world: World) -> None:
     world.restart()
     scope = world.begin()
 
-    converge.converge(
+    recovery_apply.apply_batch(
         world.db, scope, Batch(made[1].key, made[3].key, 3), report=lambda db, tally: None
     )
 
     assert [r and "x" for r in reasons(world, made)] == [None, "x", "x", "x", None]
-    assert converge.total(world.db, world.scope()) == 2
+    assert recovery_apply.count_runs(world.db, world.scope()) == 2
 
 
 # -- damage ------------------------------------------------------------------------------------
@@ -461,12 +461,12 @@ def test_what_ended_runs_hold_behind_our_back_is_cleared(world: World) -> None:
     world.set(ended, session_value="left", session_type="demo")
     world.db.execute("UPDATE interaction SET state = 'OPEN'")
 
-    tally = converge.clear_stale_bindings(world.db, world.owner)
+    tally = recovery_apply.clear_stale_bindings(world.db, world.owner)
 
     assert (tally.sessions, tally.questions) == (1, 1)
     assert world.get(alive) == alive
     assert None is world.column(ended, "session_value")
-    assert Tally() == converge.clear_stale_bindings(world.db, world.owner)
+    assert Tally() == recovery_apply.clear_stale_bindings(world.db, world.owner)
 
 
 def test_sessions_to_check_are_paged_by_engine_and_verdicts_hold(world: World) -> None:
@@ -474,10 +474,12 @@ def test_sessions_to_check_are_paged_by_engine_and_verdicts_hold(world: World) -
     world.restart()
     scope = world.scope()
 
-    first = converge.sessions_to_check(world.db, scope, engine="a", after=0, limit=2)
-    rest = converge.sessions_to_check(world.db, scope, engine="a", after=first[-1].run_key, limit=2)
+    first = session_checks.sessions_to_check(world.db, scope, engine="a", after=0, limit=2)
+    rest = session_checks.sessions_to_check(
+        world.db, scope, engine="a", after=first[-1].run_key, limit=2
+    )
     found = {made[0].key: FOUND[SessionReason.MISSING], made[2].key: FOUND[SessionReason.WHOLE]}
-    converge.record_findings(world.db, scope, found)
+    session_checks.record_findings(world.db, scope, found)
     world.converge()
 
     assert [made[0].key, made[2].key, made[3].key] == [s.run_key for s in (*first, *rest)]
@@ -489,16 +491,18 @@ def test_decisions_are_told_to_the_log_up_to_a_limit(world: World) -> None:
     made = one_of_each(world)
     world.restart()
     scope = world.begin()
-    batch = converge.next_batch(world.db, scope, after=0, rows=1000)
+    batch = recovery_apply.next_batch(world.db, scope, after=0, rows=1000)
     assert batch is not None
-    converge.converge(world.db, scope, batch, report=lambda db, tally: None)
+    recovery_apply.apply_batch(world.db, scope, batch, report=lambda db, tally: None)
 
-    told = converge.decided_in(world.db, scope.reconciliation_key, batch, limit=3)
+    told = recovery_apply.decisions_of_batch(world.db, scope.reconciliation_key, batch, limit=3)
 
     assert [(run.run_id, rule) for run, rule in zip(made, REASONS, strict=True)][:3] == [
         (row[0], row[1]) for row in told
     ]
-    assert converge.decided_in(world.db, scope.reconciliation_key, batch, limit=0) == []
+    assert (
+        recovery_apply.decisions_of_batch(world.db, scope.reconciliation_key, batch, limit=0) == []
+    )
 
 
 def test_few_live_runs_among_many_ended_ones_are_found_by_index(world: World) -> None:
@@ -520,7 +524,7 @@ def test_few_live_runs_among_many_ended_ones_are_found_by_index(world: World) ->
     world.db = Explaining(world.db.peewee, world.db.dialect, world.db.name)
 
     world.converge()
-    converge.clear_stale_bindings(world.db, world.owner)
+    recovery_apply.clear_stale_bindings(world.db, world.owner)
 
     tables = "run|r|interaction|i|recovery_event|e|process_lease"
     walk = re.compile(rf"SCAN ({tables})\b|SEARCH (run|r) USING INTEGER PRIMARY KEY \(rowid>")
@@ -541,11 +545,11 @@ async def test_text_that_is_no_utf8_stops_neither_recovery_nor_lists(world: Worl
     scope = world.scope()
     storage = Storage(world.db)
 
-    sessions = await storage.alone(
-        lambda db: converge.sessions_to_check(db, scope, engine="demo", after=0, limit=10)
+    sessions = await storage.run_exclusive(
+        lambda db: session_checks.sessions_to_check(db, scope, engine="demo", after=0, limit=10)
     )
-    await storage.alone(lambda _: world.converge())
-    one = await storage.point(runs.get, damaged.run_id)
+    await storage.run_exclusive(lambda _: world.converge())
+    one = await storage.read_row(runs.get, damaged.run_id)
     page = await storage.read(runs.page, RunFilter(), after=None, limit=10)
     storage.close()
 

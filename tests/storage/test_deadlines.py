@@ -13,7 +13,7 @@ from runrecovery_service.domain.deadline import DueKind
 from runrecovery_service.domain.errors import Fenced, InteractionSuperseded, RunNotWaiting
 from runrecovery_service.domain.run import InteractionState, Profile, Run, RunStatus
 from runrecovery_service.storage import deadlines, interactions
-from runrecovery_service.storage.deadlines import Passed
+from runrecovery_service.storage.deadlines import PassedDeadline
 from runrecovery_service.storage.sql_dialects import DatabaseKind
 
 from .conftest import QUESTION, REOPEN_S, WAIT_S, World
@@ -22,12 +22,12 @@ STEPS = [timedelta(days=10), timedelta(days=-10)]
 RUN_S = 600.0
 
 
-def passed(world: World) -> list[Passed]:
-    return deadlines.passed(world.db, world.owner, steady=world.steady, limit=100)
+def passed(world: World) -> list[PassedDeadline]:
+    return deadlines.passed_deadlines(world.db, world.owner, steady=world.steady, limit=100)
 
 
 def rearm(world: World) -> int:
-    return deadlines.rearm(world.db, world.owner, now=world.now, steady=world.steady)
+    return deadlines.move_to_clock(world.db, world.owner, now=world.now, steady=world.steady)
 
 
 def end_wait(world: World, run: Run) -> Run | None:
@@ -64,7 +64,7 @@ def test_a_stepped_wall_clock_ends_no_wait_early_and_none_late(
     world.wait(WAIT_S / 2)
 
     assert early == ([], None)
-    assert passed(world) == [Passed(run.key, DueKind.WAIT)]
+    assert passed(world) == [PassedDeadline(run.key, DueKind.WAIT)]
 
 
 def test_a_reboot_goes_by_what_the_wall_clock_says_is_left(world: World) -> None:
@@ -78,7 +78,7 @@ def test_a_reboot_goes_by_what_the_wall_clock_says_is_left(world: World) -> None
     world.wait(200)
 
     assert early == []
-    assert passed(world) == [Passed(run.key, DueKind.WAIT)]
+    assert passed(world) == [PassedDeadline(run.key, DueKind.WAIT)]
 
 
 def test_what_passed_during_a_reboot_has_passed(world: World) -> None:
@@ -87,7 +87,7 @@ def test_what_passed_during_a_reboot_has_passed(world: World) -> None:
     world.recover()
     rearm(world)
 
-    assert passed(world) == [Passed(run.key, DueKind.WAIT)]
+    assert passed(world) == [PassedDeadline(run.key, DueKind.WAIT)]
 
 
 def test_deadlines_of_another_clock_are_not_gone_by_before_they_are_brought_over(
@@ -162,7 +162,7 @@ def test_an_answer_before_it_stands(world: World) -> None:
 
 def test_the_deadline_of_one_question_is_not_that_of_the_next(world: World) -> None:
     run = armed(world)
-    stale = Passed(run.key, DueKind.WAIT)
+    stale = PassedDeadline(run.key, DueKind.WAIT)
     world.wait(WAIT_S)
     assert passed(world) == [stale]
     world.reply(run)  # between the look and the carrying out
@@ -274,7 +274,7 @@ def test_a_deadline_without_a_time_of_the_wall_has_passed(world: World) -> None:
     world.recover()
     rearm(world)
 
-    assert passed(world) == [Passed(run.key, DueKind.WAIT)]
+    assert passed(world) == [PassedDeadline(run.key, DueKind.WAIT)]
 
 
 def test_of_more_deadlines_than_are_looked_at_the_longest_past_come_first(world: World) -> None:
@@ -283,7 +283,7 @@ def test_of_more_deadlines_than_are_looked_at_the_longest_past_come_first(world:
         world.set(run, wait_due_us=world.steady_us + seconds)
     world.wait(10)
 
-    found = deadlines.passed(world.db, world.owner, steady=world.steady, limit=2)
+    found = deadlines.passed_deadlines(world.db, world.owner, steady=world.steady, limit=2)
 
     assert [one.run_key for one in found] == [first.key, middle.key]
 
@@ -301,7 +301,7 @@ def test_a_run_may_take_its_time_from_its_first_launch_on(world: World) -> None:
     world.wait(2)
 
     assert (queued, running) == (([], None), [])
-    assert passed(world) == [Passed(run.key, DueKind.RUN)]
+    assert passed(world) == [PassedDeadline(run.key, DueKind.RUN)]
 
 
 def test_a_run_without_a_process_fails_at_its_deadline(world: World) -> None:
@@ -326,7 +326,7 @@ def test_a_run_with_a_process_is_told_of_until_that_has_ended(world: World) -> N
     told = [end_run(world, turn.run) for _ in range(2)]
 
     assert [run.status for run in told if run is not None] == [RunStatus.RUNNING] * 2
-    assert passed(world) == [Passed(turn.run.key, DueKind.RUN)]
+    assert passed(world) == [PassedDeadline(turn.run.key, DueKind.RUN)]
 
 
 def test_the_deadline_of_a_run_survives_restarts_and_new_attempts(world: World) -> None:
@@ -341,7 +341,7 @@ def test_the_deadline_of_a_run_survives_restarts_and_new_attempts(world: World) 
     assert again is not None
     assert (again.run.attempt, again.run.run_deadline_at) == (2, deadline)
     world.wait(RUN_S / 2)
-    assert passed(world) == [Passed(turn.run.key, DueKind.RUN)]
+    assert passed(world) == [PassedDeadline(turn.run.key, DueKind.RUN)]
 
 
 def test_a_canceled_run_has_no_deadline(world: World) -> None:
@@ -380,7 +380,7 @@ def test_a_session_is_kept_for_its_window_and_no_longer(world: World, step: time
     world.wait(100)
 
     assert early == []
-    assert passed(world) == [Passed(run.key, DueKind.REOPEN)]
+    assert passed(world) == [PassedDeadline(run.key, DueKind.REOPEN)]
     deadlines.end_reopening(world.db, [run.key], owner=world.owner, steady=world.steady)
     assert passed(world) == []
     assert world.rows("SELECT retired_value, session_value FROM run") == [(None, None)]

@@ -20,7 +20,7 @@ from runrecovery_service.domain.run import (
 )
 from runrecovery_service.domain.turn import Asked, Interrupted, Succeeded
 from runrecovery_service.storage import deadlines, events
-from runrecovery_service.storage.converge import Batch
+from runrecovery_service.storage.recovery_apply import Batch
 
 from .conftest import QUESTION, WAIT_S, World
 
@@ -28,7 +28,7 @@ K = RunEventKind
 
 
 def told(world: World, run: Run, after: int = 0) -> tuple[RunEvent, ...]:
-    return events.between(world.db, world.get(run), after)
+    return events.events_after(world.db, world.get(run), after)
 
 
 def kinds(world: World, run: Run) -> list[RunEventKind | None]:
@@ -192,9 +192,9 @@ def test_a_row_that_recovery_cannot_change_is_told_as_well(world: World) -> None
     run = world.create()
     world.restart()
     scope = world.begin()
-    from runrecovery_service.storage import converge
+    from runrecovery_service.storage import recovery_apply
 
-    converge._quarantine(world.db, scope, Batch(run.key, run.key, 1), "refused")
+    recovery_apply._quarantine(world.db, scope, Batch(run.key, run.key, 1), "refused")
 
     assert kinds(world, run) == [K.CREATED, K.RECOVERED]
     assert told(world, run)[-1].happened_at - world.now <= timedelta(0)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from runrecovery_service.domain.errors import StorageBusy, StorageFull, StorageUnavailable
 from runrecovery_service.domain.start_errors import DatabaseOutOfReach, DatabaseRefused
-from runrecovery_service.storage.adapter import Storage
+from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.refusals import refusing
 from runrecovery_service.storage.sql_dialects import DatabaseKind

@@ -8,9 +8,9 @@ import pytest
 from runrecovery_service.domain.errors import StorageBusy, WatchCursorInvalid
 from runrecovery_service.domain.reconciliation import RecoveredFilter
 from runrecovery_service.domain.run import RecoveryState
-from runrecovery_service.storage import converge, feed, instances, recovery
-from runrecovery_service.storage.converge import Scope
-from runrecovery_service.storage.feed import START, Decided, Place
+from runrecovery_service.storage import decision_feed, instances, recovery_apply, reports
+from runrecovery_service.storage.decision_feed import START, FeedCursor, FeedDecision
+from runrecovery_service.storage.recovery_scope import ApplyScope
 from runrecovery_service.storage.sql_dialects import DatabaseKind
 
 from .conftest import World, boot
@@ -28,12 +28,12 @@ def recover(world: World) -> None:
 
 
 def read(
-    world: World, place: Place = START, wanted: RecoveredFilter = EVERYTHING, *, limit: int = 2
-) -> list[Decided]:
+    world: World, place: FeedCursor = START, wanted: RecoveredFilter = EVERYTHING, *, limit: int = 2
+) -> list[FeedDecision]:
     """Read to the end in small stretches; that each begins where the last ended is demanded."""
-    found: list[Decided] = []
+    found: list[FeedDecision] = []
     while True:
-        stretch = feed.behind(world.db, place, wanted, limit=limit)
+        stretch = decision_feed.decisions_after(world.db, place, wanted, limit=limit)
         found += stretch.decided
         assert stretch.upto >= place
         place = stretch.upto
@@ -69,7 +69,7 @@ def test_it_can_be_read_on_from_every_place(world: World) -> None:
 def test_the_end_is_behind_all_and_nothing_is_missed_from_it(world: World) -> None:
     world.waiting()
     recover(world)
-    end = feed.end(world.db)
+    end = decision_feed.end_cursor(world.db)
     assert read(world, end) == []
 
     run = world.create()
@@ -85,9 +85,9 @@ def test_a_recovery_at_work_is_told_as_far_as_it_is_and_bars_those_behind(world:
         world.create()
     world.restart()
     scope = world.begin()
-    first = converge.next_batch(world.db, scope, after=0, rows=2)
+    first = recovery_apply.next_batch(world.db, scope, after=0, rows=2)
     assert first is not None
-    converge.converge(world.db, scope, first, report=lambda db, tally: None)
+    recovery_apply.apply_batch(world.db, scope, first, report=lambda db, tally: None)
     # Another instance recovers meanwhile, and is through with it.
     other = World(db=world.db, owner=instances.claim(world.db, boot("other"), now=world.now))
     other.count = iter(range(100, 200))
@@ -96,9 +96,9 @@ def test_a_recovery_at_work_is_told_as_far_as_it_is_and_bars_those_behind(world:
     world.db.execute("UPDATE reconciliation SET state = 'COMPLETED' WHERE instance = 'other'")
 
     so_far = read(world)
-    second = converge.next_batch(world.db, scope, after=first.last, rows=2)
+    second = recovery_apply.next_batch(world.db, scope, after=first.last, rows=2)
     assert second is not None
-    converge.converge(world.db, scope, second, report=lambda db, tally: None)
+    recovery_apply.apply_batch(world.db, scope, second, report=lambda db, tally: None)
     complete(world)
 
     assert len(so_far) == 2
@@ -111,25 +111,25 @@ def test_a_recovery_whose_service_is_dead_bars_nobody(world: World) -> None:
     world.create()
     world.restart()
     scope = world.begin()
-    batch = converge.next_batch(world.db, scope, after=0, rows=9)
+    batch = recovery_apply.next_batch(world.db, scope, after=0, rows=9)
     assert batch is not None
     world.db.execute("UPDATE instance SET lease_until = 0")
     other = World(db=world.db, owner=instances.claim(world.db, boot("other"), now=world.now))
     other.count = iter(range(100, 200))
     elsewhere = other.create()
     other.recover()
-    recovery.close_abandoned(world.db)
+    reports.close_abandoned(world.db)
 
     assert [one.run_id for one in read(world)] == [elsewhere.run_id]
     with pytest.raises(StorageBusy):  # it wakes up: nothing is committed behind who read on
-        converge.converge(world.db, scope, batch, report=written(world, scope))
+        recovery_apply.apply_batch(world.db, scope, batch, report=written(world, scope))
     assert [one.run_id for one in read(world)] == [elsewhere.run_id]
 
 
-def written(world: World, scope: Scope) -> converge.Report:
+def written(world: World, scope: ApplyScope) -> recovery_apply.WriteProgress:
     """What writes a report's progress, as a recovery does."""
-    report = recovery.reconciliation_page(world.db, after=None, limit=9).rows[-1]
-    return lambda db, tally: recovery.write_report(db, scope.reconciliation_key, report)
+    report = reports.report_page(world.db, after=None, limit=9).rows[-1]
+    return lambda db, tally: reports.write_report(db, scope.reconciliation_key, report)
 
 
 def test_a_place_of_another_store_is_refused(world: World) -> None:
@@ -137,13 +137,13 @@ def test_a_place_of_another_store_is_refused(world: World) -> None:
     recover(world)
     (one,) = read(world)
 
-    feed.demand_known(world.db, one.place)
-    feed.demand_known(world.db, START)
+    decision_feed.demand_valid(world.db, one.place)
+    decision_feed.demand_valid(world.db, START)
     world.db.execute("UPDATE reconciliation SET reconciliation_id = 'restored'")
     with pytest.raises(WatchCursorInvalid):
-        feed.demand_known(world.db, one.place)
+        decision_feed.demand_valid(world.db, one.place)
     with pytest.raises(WatchCursorInvalid):
-        feed.demand_known(world.db, Place(99, 1, one.place.stamp))
+        decision_feed.demand_valid(world.db, FeedCursor(99, 1, one.place.stamp))
 
 
 def test_what_a_caller_set_back_is_no_decision_of_a_restart(world: World) -> None:

@@ -15,22 +15,23 @@ from runrecovery_service.domain.session_check import SessionFinding, SessionVerd
 from runrecovery_service.domain.turn import Asked, Failed, Interrupted, Succeeded
 from runrecovery_service.recovery.report import ReportBuilder
 from runrecovery_service.storage import (
-    converge,
     deadlines,
     instances,
-    processes,
-    recovery,
+    launch_records,
+    recovery_apply,
     reopening,
+    reports,
+    session_checks,
     trust,
     turns,
 )
 from runrecovery_service.storage.database import Database
-from runrecovery_service.storage.processes import Ended
-from runrecovery_service.storage.trust import Settlement, TrustEntry
+from runrecovery_service.storage.launch_records import LaunchEnd
+from runrecovery_service.storage.trust import EntryOutcome, TrustEntry
 
 from .conftest import GONE, QUESTION, World, boot, receipt
 
-STUCK = Ended(exit_code=None, processes_ended=1, gone=False)
+STUCK = LaunchEnd(exit_code=None, processes_ended=1, gone=False)
 ENTRY: dict[str, Any] = {"file": "/f", "folder": "/d", "place": "p", "cli": "codex", "added": "{}"}
 ENDS = (
     Asked(QUESTION),
@@ -54,7 +55,9 @@ class Prepared:
         self.waits = world.waiting(profile=Profile.STICKY_PROCESS, session_timeout_s=1.0)
         self.asked = world.waiting()
         self.gated = world.running()
-        processes.gated(world.db, self.gated.lease, owner=world.owner, pid=4242, start_ticks=99)
+        launch_records.record_gated(
+            world.db, self.gated.lease, owner=world.owner, pid=4242, start_ticks=99
+        )
         self.answered = world.running(profile=Profile.STICKY_PROCESS)
         world.reply(world.ask_and_stay(self.answered))
         self.stuck = world.running()
@@ -63,7 +66,7 @@ class Prepared:
         self.entry = TrustEntry(
             run_key=self.intended.run.key, run_id=self.intended.run.run_id, attempt=1, **ENTRY
         )
-        trust.record(world.db, self.entry, host_id="host", owner=world.owner, now=world.now)
+        trust.record_entry(world.db, self.entry, host_id="host", owner=world.owner, now=world.now)
         self.queued = world.create()
         self.report = ReportBuilder(
             owner=world.owner,
@@ -84,7 +87,7 @@ def _turn(prepared: Prepared, use: Callable[..., Any], **facts: Any) -> Any:
 
 def _end(prepared: Prepared, end: Any) -> Any:
     return _turn(
-        prepared, turns.end, end=end, ended=GONE, due=None,
+        prepared, turns.record_end, end=end, ended=GONE, due=None,
         now=prepared.world.now,
     )  # fmt: skip
 
@@ -112,14 +115,14 @@ def _end_window(prepared: Prepared) -> None:
 def _rearm(prepared: Prepared) -> None:
     world = prepared.world
     world.reboot(5)
-    deadlines.rearm(world.db, world.owner, now=world.now, steady=world.steady)
+    deadlines.move_to_clock(world.db, world.owner, now=world.now, steady=world.steady)
 
 
 def _converge(prepared: Prepared) -> Any:
     world = prepared.world
-    batch = converge.next_batch(world.db, prepared.scope, after=0, rows=100)
+    batch = recovery_apply.next_batch(world.db, prepared.scope, after=0, rows=100)
     assert batch is not None
-    return converge.converge(world.db, prepared.scope, batch, report=prepared.report.write)
+    return recovery_apply.apply_batch(world.db, prepared.scope, batch, report=prepared.report.write)
 
 
 WRITES: dict[str, Callable[[Prepared], object]] = {
@@ -129,29 +132,34 @@ WRITES: dict[str, Callable[[Prepared], object]] = {
     "cancel a running run": lambda p: p.world.cancel(p.gated.run),
     "reopen": _reopen,
     "take a run": lambda p: p.world.take(),
-    "give runs back": lambda p: turns.give_back(
+    "give runs back": lambda p: turns.requeue_unlaunched(
         p.world.db, owner=p.world.owner, held=(), now=p.world.now
     ),
     "keep a session": lambda p: _turn(
-        p, turns.keep_session, session=Session(type="demo", handle="h", turn=1), now=p.world.now
+        p, turns.record_session, session=Session(type="demo", handle="h", turn=1), now=p.world.now
     ),
-    "a delivered reply": lambda p: turns.delivered(
+    "a delivered reply": lambda p: turns.record_delivered(
         p.world.db, p.answered, owner=p.world.owner
     ),
     "a sticky question": lambda p: _turn(
-        p, turns.ask_and_stay, number=1, question=QUESTION, due=p.world.due_in(1), now=p.world.now
+        p,
+        turns.record_sticky_question,
+        number=1,
+        question=QUESTION,
+        due=p.world.due_in(1),
+        now=p.world.now,
     ),
     **{f"{type(end).__name__} turn": partial(_end, end=end) for end in ENDS},
-    "a shim at its gate": lambda p: processes.gated(
+    "a shim at its gate": lambda p: launch_records.record_gated(
         p.world.db, p.intended.lease, owner=p.world.owner, pid=1, start_ticks=1
     ),
-    "a gate that opens": lambda p: processes.running(
+    "a gate that opens": lambda p: launch_records.record_running(
         p.world.db, p.gated.lease, owner=p.world.owner
     ),
-    "orphans": lambda p: processes.close_all(
+    "orphans": lambda p: launch_records.close_all(
         p.world.db, [(p.gated.lease, STUCK)], now=p.world.now, reconciliation_key=p.report.key
     ),
-    "a straggler": lambda p: processes.close_late(
+    "a straggler": lambda p: launch_records.record_late_end(
         p.world.db, [(p.stuck.lease, GONE)], now=p.world.now
     ),
     "the end of a wait": lambda p: _by_time(p, deadlines.end_wait, p.waits.key),
@@ -161,17 +169,17 @@ WRITES: dict[str, Callable[[Prepared], object]] = {
     "a report that begins": lambda p: p.world.begin(),
     "a report that goes on": lambda p: p.report.write(p.world.db),
     "a report that ends": lambda p: p.report.complete(p.world.db),
-    "reports of the dead": lambda p: recovery.close_abandoned(p.world.db),
+    "reports of the dead": lambda p: reports.close_abandoned(p.world.db),
     "decisions": _converge,
-    "bindings": lambda p: converge.clear_stale_bindings(p.world.db, p.world.owner),
-    "checks of sessions": lambda p: converge.record_findings(
+    "bindings": lambda p: recovery_apply.clear_stale_bindings(p.world.db, p.world.owner),
+    "checks of sessions": lambda p: session_checks.record_findings(
         p.world.db, p.scope, {p.asked.key: SessionFinding(SessionVerdict.INVALID, None)}
     ),
-    "a trust entry": lambda p: trust.record(
+    "a trust entry": lambda p: trust.record_entry(
         p.world.db, p.entry, host_id="host", owner=p.world.owner, now=p.world.now
     ),
-    "a trust entry that went": lambda p: trust.settle(
-        p.world.db, Settlement(forget=(p.entry,)), only_stale=False
+    "a trust entry that went": lambda p: trust.record_outcome(
+        p.world.db, EntryOutcome(forget=(p.entry,)), only_stale=False
     ),
 }  # fmt: skip
 

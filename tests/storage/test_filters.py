@@ -12,7 +12,7 @@ from runrecovery_service.domain.reconciliation import RecoveredFilter
 from runrecovery_service.domain.run import Option, Page, Question, Run, RunFilter, View
 from runrecovery_service.domain.turn import Asked
 from runrecovery_service.rpc import run_messages
-from runrecovery_service.storage import recovery, runs
+from runrecovery_service.storage import decisions, runs
 from runrecovery_service.storage.sql_dialects import DatabaseKind
 
 from .conftest import QUESTION, World
@@ -91,7 +91,7 @@ def test_recovered_runs_are_found_by_label(world: World) -> None:
     red, _ = world.waiting(labels={"team": "red"}), world.waiting()
     world.recover()
 
-    page = recovery.recovered_page(
+    page = decisions.recovered_page(
         world.db, RecoveredFilter(labels={"team": "red"}), after=None, limit=9
     )
 
@@ -108,7 +108,7 @@ def test_a_label_of_many_runs_finds_the_same_ones(
 
     for few in (1, 4, 100):  # both are common, one of them is, none is
         monkeypatch.setattr(runs, "FEW_LABELLED", few)
-        page = recovery.recovered_page(
+        page = decisions.recovered_page(
             world.db, RecoveredFilter(labels=wanted), after=None, limit=9
         )
         assert ids(list(page.rows)) == expected
@@ -120,7 +120,7 @@ def test_recovered_runs_by_label_page_without_gap_or_repeat(world: World) -> Non
     world.recover()
     wanted, after, seen = RecoveredFilter(labels={"team": "red"}), None, list[str]()
     while True:
-        page = recovery.recovered_page(world.db, wanted, after=after, limit=2)
+        page = decisions.recovered_page(world.db, wanted, after=after, limit=2)
         seen += ids(list(page.rows))
         after = page.after
         if after is None:
@@ -140,7 +140,7 @@ def test_the_basic_view_leaves_out_what_may_be_large(world: World, listing: str)
     def page(view: View) -> Page[Run]:
         if listing == "runs":
             return runs.page(world.db, RunFilter(), after=None, limit=9, view=view)
-        return recovery.recovered_page(world.db, RecoveredFilter(), after=None, limit=9, view=view)
+        return decisions.recovered_page(world.db, RecoveredFilter(), after=None, limit=9, view=view)
 
     (basic,), (full,) = page(View.BASIC).rows, page(View.FULL).rows
     assert (basic.input, basic.output) == (None, None)

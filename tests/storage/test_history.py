@@ -10,7 +10,7 @@ import pytest
 from runrecovery_service.domain.errors import ReconciliationNotFound, RunNotFound
 from runrecovery_service.domain.reconciliation import ReconciliationState, RecoveredFilter
 from runrecovery_service.domain.run import RecoveryState, RestartPolicy, Run
-from runrecovery_service.storage import recovery
+from runrecovery_service.storage import decisions, reports
 from runrecovery_service.storage.sql_dialects import DatabaseKind
 
 from .conftest import World
@@ -19,17 +19,17 @@ EVERYTHING = RecoveredFilter()
 
 
 def listed(world: World, wanted: RecoveredFilter) -> set[str]:
-    page = recovery.recovered_page(world.db, wanted, after=None, limit=100)
+    page = decisions.recovered_page(world.db, wanted, after=None, limit=100)
     return {run.run_id for run in page.rows}
 
 
 def test_a_run_that_met_no_restart_has_no_history(world: World) -> None:
     run = world.create()
 
-    assert recovery.history(world.db, run.run_id) == ()
+    assert decisions.history(world.db, run.run_id) == ()
     assert (None, set()) == (run.recovery, listed(world, EVERYTHING))
     with pytest.raises(RunNotFound):
-        recovery.history(world.db, "nobody")
+        decisions.history(world.db, "nobody")
 
 
 def test_the_history_is_newest_first(world: World) -> None:
@@ -40,7 +40,7 @@ def test_the_history_is_newest_first(world: World) -> None:
     world.take()
     world.recover()
 
-    history = recovery.history(world.db, run.run_id)
+    history = decisions.history(world.db, run.run_id)
 
     assert [info.recovery_count for info in history] == [3, 2, 1]
     assert [info.epoch for info in history] == [4, 3, 2]
@@ -90,7 +90,7 @@ def test_recovered_runs_come_in_pages_newest_decision_first(world: World) -> Non
     world.recover()
     late = [world.create() for _ in range(3)]
     world.recover()
-    page = partial(recovery.recovered_page, world.db, EVERYTHING, limit=2)
+    page = partial(decisions.recovered_page, world.db, EVERYTHING, limit=2)
 
     pages = [page(after=None)]
     while pages[-1].after is not None:
@@ -107,7 +107,7 @@ def test_recovered_runs_come_in_pages_newest_decision_first(world: World) -> Non
 def test_reports_come_in_pages_newest_first(world: World) -> None:
     for _ in range(5):
         world.begin()
-    page = partial(recovery.reconciliation_page, world.db, limit=2)
+    page = partial(reports.report_page, world.db, limit=2)
 
     first = page(after=None)
     world.begin()
@@ -121,7 +121,7 @@ def test_reports_come_in_pages_newest_first(world: World) -> None:
 
 def test_a_report_that_is_not_there_is_not_found(world: World) -> None:
     with pytest.raises(ReconciliationNotFound):
-        recovery.reconciliation(world.db, "nobody")
+        reports.get_report(world.db, "nobody")
 
 
 def test_a_new_start_closes_the_reports_that_were_cut_off(world: World) -> None:
@@ -129,7 +129,7 @@ def test_a_new_start_closes_the_reports_that_were_cut_off(world: World) -> None:
     world.restart()
     world.begin()
 
-    newest, older = recovery.reconciliation_page(world.db, after=None, limit=9).rows
+    newest, older = reports.report_page(world.db, after=None, limit=9).rows
 
     assert ReconciliationState.RUNNING is newest.state
     assert (older.state, older.finished_at is not None) == (ReconciliationState.FAILED, True)
@@ -143,7 +143,7 @@ def complete(world: World) -> None:
 
 def test_unfinished_starts_are_counted_up_to_the_last_that_finished(world: World) -> None:
     begun = world.now
-    count = partial(recovery.unfinished_since, world.db, "default")
+    count = partial(reports.count_unfinished_starts, world.db, "default")
     assert count(begun) == 0
     world.begin()
     complete(world)
@@ -155,7 +155,7 @@ def test_unfinished_starts_are_counted_up_to_the_last_that_finished(world: World
     assert count(world.now + timedelta(hours=1)) == 0
     # A SQLite store has one service: under another name, it goes on where that one stopped.
     of_other = 3 if world.db.dialect.kind is DatabaseKind.SQLITE else 0
-    assert recovery.unfinished_since(world.db, "other", begun) == of_other
+    assert reports.count_unfinished_starts(world.db, "other", begun) == of_other
 
     complete(world)
 

@@ -172,7 +172,7 @@ def test_questions_are_listed_oldest_first_in_pages(world: World) -> None:
         world.reply(run, number, no=number)
         turn = world.take()
         assert turn is not None
-        turns.delivered(world.db, turn, owner=world.owner)
+        turns.record_delivered(world.db, turn, owner=world.owner)
         world.end(turn, Asked(QUESTION))
 
     first = interactions.page(world.db, run.run_id, after=None, limit=3)

@@ -9,10 +9,10 @@ from operator import or_
 
 import pytest
 from runrecovery_service.domain.recovery_matrix import NOTHING, Fact, Rule, decide
-from runrecovery_service.domain.run import Profile, RestartPolicy, RunStatus
+from runrecovery_service.domain.run import Profile, RestartPolicy, Run, RunStatus
 from runrecovery_service.domain.turn import Interrupted
 from runrecovery_service.storage import interactions
-from runrecovery_service.storage.processes import Ended
+from runrecovery_service.storage.launch_records import LaunchEnd
 from runrecovery_service.storage.turns import Turn
 
 from .conftest import World
@@ -109,6 +109,30 @@ def test_every_run_with_a_process_becomes_what_the_matrix_says(world: World) -> 
     }  # fmt: skip
 
 
+def outcome(world: World, run: Run) -> tuple[object, ...]:
+    """Status, error, session, question: what became of the run."""
+    asked = world.rows("SELECT state FROM interaction WHERE run = ?", run.key)
+    return (
+        run.status,
+        run.error.code if run.error else None,
+        world.column(run, "session_value"),
+        asked[0][0] if asked else None,
+    )
+
+
+def test_an_interruption_applies_a_decision_as_a_restart_applies_it(world: World) -> None:
+    cases = list(with_a_process())
+    interrupted = [store(world, *case) for case in cases]
+    left = [store(world, *case).run for case in cases]
+
+    ended = [world.end(turn, INTERRUPTED) for turn in interrupted]
+    after_interruption = [outcome(world, run) for run in ended]
+    world.recover()
+    after_restart = [outcome(world, world.get(run)) for run in left]
+
+    assert after_interruption == after_restart
+
+
 def test_nothing_of_it_looks_like_the_decision_of_a_restart(world: World) -> None:
     run = world.end(world.running(), INTERRUPTED)
 
@@ -162,7 +186,9 @@ def test_an_accepted_reply_is_given_to_the_next_process(world: World) -> None:
 def test_a_run_that_was_interrupted_waits_for_what_could_not_be_ended(world: World) -> None:
     turn = world.running(restart_policy=RestartPolicy.REQUEUE, max_attempts=2)
 
-    run = world.end(turn, INTERRUPTED, ended=Ended(exit_code=None, processes_ended=0, gone=False))
+    run = world.end(
+        turn, INTERRUPTED, ended=LaunchEnd(exit_code=None, processes_ended=0, gone=False)
+    )
 
     assert run.status is RunStatus.QUEUED
     assert world.take() is None

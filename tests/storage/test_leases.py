@@ -10,40 +10,44 @@ from typing import Any
 import pytest
 from runrecovery_service.domain.errors import Fenced
 from runrecovery_service.domain.turn import Succeeded
-from runrecovery_service.storage import instances, processes
+from runrecovery_service.storage import instances, launch_records
 from runrecovery_service.storage.instances import Owner
-from runrecovery_service.storage.processes import Ended, Lease, Place, Usage
+from runrecovery_service.storage.launch_records import LaunchEnd, LaunchRecord, LaunchSite, Usage
 from runrecovery_service.storage.turns import Turn
 
 from .conftest import GONE, World, boot
 
-LEFT = Ended(exit_code=None, processes_ended=2, gone=False)
+LEFT = LaunchEnd(exit_code=None, processes_ended=2, gone=False)
 USAGE = Usage(user_us=12, system_us=34, max_rss_kib=56)
-MANY = 2 * processes.CLOSED_PER_COMMIT + 17
+MANY = 2 * launch_records.CLOSED_PER_COMMIT + 17
 
 
 def gate(world: World, turn: Turn, *, pid: int = 4242, owner: Owner | None = None) -> None:
-    processes.gated(world.db, turn.lease, owner=owner or world.owner, pid=pid, start_ticks=99)
+    launch_records.record_gated(
+        world.db, turn.lease, owner=owner or world.owner, pid=pid, start_ticks=99
+    )
 
 
 def run_agent(world: World, turn: Turn, *, owner: Owner | None = None) -> None:
-    processes.running(world.db, turn.lease, owner=owner or world.owner)
+    launch_records.record_running(world.db, turn.lease, owner=owner or world.owner)
 
 
 def states(world: World) -> list[str]:
     return [state for (state,) in world.rows("SELECT state FROM process_lease ORDER BY id")]
 
 
-def close(world: World, turn: Turn, ended: Ended = GONE, *, report: int | None = None) -> None:
-    processes.close(world.db, turn.lease, ended, now=world.tick(), reconciliation_key=report)
+def close(world: World, turn: Turn, ended: LaunchEnd = GONE, *, report: int | None = None) -> None:
+    launch_records.close(world.db, turn.lease, ended, now=world.tick(), reconciliation_key=report)
 
 
-def orphans(world: World) -> list[Lease]:
-    return processes.unclosed(world.db, world.owner, before=world.owner.epoch)
+def orphans(world: World) -> list[LaunchRecord]:
+    return launch_records.unclosed_launches(world.db, world.owner, before=world.owner.epoch)
 
 
 def patrolled(world: World, *, seconds: float = 60) -> list[int]:
-    leases = processes.to_patrol(world.db, world.owner, now=world.now, closed_within_s=seconds)
+    leases = launch_records.launches_to_sweep(
+        world.db, world.owner, now=world.now, closed_within_s=seconds
+    )
     return sorted(lease.key for lease in leases)
 
 
@@ -127,7 +131,7 @@ def test_a_launch_whose_agent_the_system_refused_is_at_its_gate_again(world: Wor
 @pytest.mark.parametrize("ended", [GONE, LEFT], ids=["closed", "kill pending"])
 @pytest.mark.parametrize("step", [gate, run_agent])
 def test_a_launch_that_is_over_takes_no_step(
-    world: World, step: Callable[[World, Turn], None], ended: Ended
+    world: World, step: Callable[[World, Turn], None], ended: LaunchEnd
 ) -> None:
     turn = world.running()
     gate(world, turn)
@@ -145,7 +149,7 @@ def test_a_launch_that_is_over_takes_no_step(
 
 @pytest.mark.parametrize("bits", [40, 41, 53, 62])
 def test_a_watermark_is_as_long_as_may_be_set_here(world: World, bits: int) -> None:
-    place = Place(host_id="h", boot_id="b", pid_namespace=1, watermark_bits=bits)
+    place = LaunchSite(host_id="h", boot_id="b", pid_namespace=1, watermark_bits=bits)
     for _ in range(20):
         world.create()
 
@@ -160,7 +164,7 @@ def test_a_watermark_is_as_long_as_may_be_set_here(world: World, bits: int) -> N
 
 def test_where_none_can_be_set_there_is_no_watermark(world: World) -> None:
     world.create()
-    turn = world.take(place=Place(host_id="h", boot_id="b", pid_namespace=1))
+    turn = world.take(place=LaunchSite(host_id="h", boot_id="b", pid_namespace=1))
 
     assert turn is not None
     assert (turn.lease.watermark, turn.lease.cgroup) == (None, None)
@@ -168,7 +172,7 @@ def test_where_none_can_be_set_there_is_no_watermark(world: World) -> None:
 
 
 def test_each_launch_has_a_cgroup_of_its_own_below_the_delegated_one(world: World) -> None:
-    place = Place(host_id="h", boot_id="b", pid_namespace=1, cgroup_parent="/our/own")
+    place = LaunchSite(host_id="h", boot_id="b", pid_namespace=1, cgroup_parent="/our/own")
     for _ in range(3):
         world.create()
 
@@ -192,7 +196,7 @@ def test_the_marks_of_a_launch_are_never_shown(world: World) -> None:
 
 def test_the_end_of_a_turn_records_what_its_process_used(world: World) -> None:
     turn = world.running()
-    ended = Ended(exit_code=-9, processes_ended=3, gone=True, usage=USAGE)
+    ended = LaunchEnd(exit_code=-9, processes_ended=3, gone=True, usage=USAGE)
 
     world.end(turn, Succeeded({}), ended=ended)
     world.end(turn, Succeeded({}), ended=ended)  # an answer was lost
@@ -205,9 +209,9 @@ def test_the_end_of_a_turn_records_what_its_process_used(world: World) -> None:
 
 def test_a_later_look_forgets_nothing_that_an_earlier_one_saw(world: World) -> None:
     turn = world.running()
-    close(world, turn, Ended(exit_code=7, processes_ended=2, gone=False, usage=USAGE))
+    close(world, turn, LaunchEnd(exit_code=7, processes_ended=2, gone=False, usage=USAGE))
 
-    close(world, turn, Ended(exit_code=None, processes_ended=1, gone=True), report=5)
+    close(world, turn, LaunchEnd(exit_code=None, processes_ended=1, gone=True), report=5)
 
     assert world.rows(
         "SELECT state, exit_code, user_us, max_rss_kib, processes_ended, ended_by"
@@ -251,11 +255,11 @@ def test_thousands_of_leases_are_closed_together(world: World) -> None:
     world.restart()
     leases = orphans(world)
     endings = [
-        (lease, Ended(exit_code=None, processes_ended=at % 3, gone=at % 5 > 0))
+        (lease, LaunchEnd(exit_code=None, processes_ended=at % 3, gone=at % 5 > 0))
         for at, lease in enumerate(leases)
     ]
 
-    processes.close_all(world.db, endings, now=world.now, reconciliation_key=9)
+    launch_records.close_all(world.db, endings, now=world.now, reconciliation_key=9)
 
     assert len(leases) == MANY
     pending = sum(not ended.gone for _, ended in endings)
@@ -275,10 +279,10 @@ def test_a_close_that_is_cut_off_is_done_in_whole_commits(world: World) -> None:
     endings[-1] = (endings[-1][0], None)  # the service dies here
 
     with pytest.raises(AttributeError):
-        processes.close_all(world.db, endings, now=world.now, reconciliation_key=9)
+        launch_records.close_all(world.db, endings, now=world.now, reconciliation_key=9)
 
     assert world.rows("SELECT count(*) FROM process_lease WHERE state = 'CLOSED'") == [
-        (2 * processes.CLOSED_PER_COMMIT,)
+        (2 * launch_records.CLOSED_PER_COMMIT,)
     ]
 
 
@@ -291,7 +295,10 @@ def test_a_start_looks_after_earlier_epochs_and_a_stop_after_its_own_too(world: 
     own = world.running().lease.key
 
     found = {
-        before: [lease.key for lease in processes.unclosed(world.db, world.owner, before=before)]
+        before: [
+            lease.key
+            for lease in launch_records.unclosed_launches(world.db, world.owner, before=before)
+        ]
         for before in (world.owner.epoch, world.owner.epoch + 1)
     }
 
@@ -316,7 +323,7 @@ def test_the_launches_of_other_instances_are_left_to_them(world: World) -> None:
 
     assert open_ones == []
     assert patrolled(world) == []
-    assert processes.unended(world.db, world.owner, limit=10) == []
+    assert launch_records.unended_launches(world.db, world.owner, limit=10) == []
     close(world, theirs)
     assert patrolled(world, seconds=3600) == []
 
@@ -346,7 +353,9 @@ def test_a_patrol_knows_which_of_them_holds_its_run_back(world: World) -> None:
     close(world, pending, LEFT)
     close(world, closed)
 
-    leases = processes.to_patrol(world.db, world.owner, now=world.now, closed_within_s=60)
+    leases = launch_records.launches_to_sweep(
+        world.db, world.owner, now=world.now, closed_within_s=60
+    )
 
     assert {lease.key: lease.unended for lease in leases} == {
         pending.lease.key: True,
@@ -359,10 +368,10 @@ def test_what_a_patrol_ended_is_added_to_what_was_known(world: World) -> None:
     close(world, pending, LEFT, report=3)
     close(world, closed, report=4)
     gate(world, alive)
-    one_more = Ended(exit_code=None, processes_ended=1, gone=True)
+    one_more = LaunchEnd(exit_code=None, processes_ended=1, gone=True)
     at = world.tick()
 
-    processes.close_late(
+    launch_records.record_late_end(
         world.db,
         [(turn.lease, one_more) for turn in (pending, closed, alive)],
         now=at,
@@ -380,15 +389,15 @@ def test_a_closed_launch_that_turns_out_alive_holds_its_run_back_again(world: Wo
     turn = world.running()
     close(world, turn)
 
-    processes.close_late(world.db, [(turn.lease, LEFT)], now=world.tick())
-    (left,) = processes.unended(world.db, world.owner, limit=10)
+    launch_records.record_late_end(world.db, [(turn.lease, LEFT)], now=world.tick())
+    (left,) = launch_records.unended_launches(world.db, world.owner, limit=10)
     world.now += timedelta(hours=1)
     still = patrolled(world)
-    processes.close_late(world.db, [(turn.lease, GONE)], now=world.tick())
+    launch_records.record_late_end(world.db, [(turn.lease, GONE)], now=world.tick())
 
     assert left.run_id == turn.run.run_id
     assert still == [turn.lease.key]
-    assert processes.unended(world.db, world.owner, limit=10) == []
+    assert launch_records.unended_launches(world.db, world.owner, limit=10) == []
 
 
 def test_what_could_not_be_ended_is_named_oldest_first(world: World) -> None:
@@ -400,10 +409,10 @@ def test_what_could_not_be_ended_is_named_oldest_first(world: World) -> None:
     world.running()
     world.restart()
 
-    named = processes.unended(world.db, world.owner, limit=2)
+    named = launch_records.unended_launches(world.db, world.owner, limit=2)
 
     assert [(one.run_id, one.attempt, one.launched_at) for one in named] == made[:2]
-    assert len(processes.unended(world.db, world.owner, limit=10)) == 3
+    assert len(launch_records.unended_launches(world.db, world.owner, limit=10)) == 3
 
 
 def test_a_launch_whose_run_is_gone_is_named_by_its_key(world: World) -> None:
@@ -412,6 +421,6 @@ def test_a_launch_whose_run_is_gone_is_named_by_its_key(world: World) -> None:
     with world.db.transaction():
         world.db.execute("DELETE FROM run")
 
-    (left,) = processes.unended(world.db, world.owner, limit=10)
+    (left,) = launch_records.unended_launches(world.db, world.owner, limit=10)
 
     assert left.run_id == f"#{turn.run.key}"

@@ -9,7 +9,7 @@ import pytest
 from runrecovery_service.domain.errors import Fenced, RunGone
 from runrecovery_service.domain.run import Profile, RunError, Session
 from runrecovery_service.domain.turn import Asked, Failed, Interrupted, Succeeded, TurnEnd
-from runrecovery_service.storage import processes, trust, turns
+from runrecovery_service.storage import launch_records, trust, turns
 from runrecovery_service.storage.trust import TrustEntry
 from runrecovery_service.storage.turns import Turn
 
@@ -71,17 +71,19 @@ def test_a_turn_whose_run_was_lost_writes_nothing(
     owner, now, due = world.owner, world.now, world.due_in(1)
     session = Session(type="demo", handle="h", turn=1)
     writes: list[Callable[[], object]] = [
-        partial(turns.keep_session, world.db, turn, owner=owner, session=session, now=now),
-        partial(turns.delivered, world.db, turn, owner=owner),
+        partial(turns.record_session, world.db, turn, owner=owner, session=session, now=now),
+        partial(turns.record_delivered, world.db, turn, owner=owner),
         partial(
-            turns.ask_and_stay, world.db, turn, owner=owner, number=1, question=QUESTION,
+            turns.record_sticky_question, world.db, turn, owner=owner, number=1, question=QUESTION,
             due=due, now=now,
         ),
-        partial(processes.gated, world.db, turn.lease, owner=owner, pid=1, start_ticks=1),
-        partial(processes.running, world.db, turn.lease, owner=owner),
+        partial(
+            launch_records.record_gated, world.db, turn.lease, owner=owner, pid=1, start_ticks=1
+        ),
+        partial(launch_records.record_running, world.db, turn.lease, owner=owner),
         *(
             partial(
-                turns.end, world.db, turn, owner=owner, end=end, ended=GONE, due=due, now=now
+                turns.record_end, world.db, turn, owner=owner, end=end, ended=GONE, due=due, now=now
             )
             for end in ENDS
         ),
@@ -105,12 +107,12 @@ def test_what_became_of_a_lost_launch_is_written_onto_no_other(
     world.db.execute("UPDATE process_lease SET state = 'CLOSED'")
     before = world.dump()
 
-    processes.close(world.db, turn.lease, GONE, now=world.now)
-    processes.close_late(world.db, [(turn.lease, GONE)], now=world.now)
-    processes.close_all(world.db, [(turn.lease, GONE)], now=world.now, reconciliation_key=9)
+    launch_records.close(world.db, turn.lease, GONE, now=world.now)
+    launch_records.record_late_end(world.db, [(turn.lease, GONE)], now=world.now)
+    launch_records.close_all(world.db, [(turn.lease, GONE)], now=world.now, reconciliation_key=9)
 
     assert before == world.dump()
-    assert not processes.is_over(world.db, turn.lease)
+    assert not launch_records.is_over(world.db, turn.lease)
 
 
 @pytest.mark.parametrize("happens", [give_key_away, lose])
@@ -125,7 +127,7 @@ def test_a_lost_run_gets_no_trust_and_takes_none_away(
     )  # fmt: skip
 
     with pytest.raises(Fenced):
-        trust.record(world.db, entry, host_id="host", owner=world.owner, now=world.now)
+        trust.record_entry(world.db, entry, host_id="host", owner=world.owner, now=world.now)
 
     assert world.rows("SELECT count(*) FROM trust_entry") == [(0,)]
 
@@ -136,11 +138,11 @@ def test_an_entry_is_found_by_the_run_that_has_it(world: World) -> None:
         file="/f", folder="/d", place="p", cli="codex", run_key=turn.run.key,
         run_id=turn.run.run_id, attempt=1, added="{}",
     )  # fmt: skip
-    trust.record(world.db, entry, host_id="host", owner=world.owner, now=world.now)
+    trust.record_entry(world.db, entry, host_id="host", owner=world.owner, now=world.now)
     world.set(turn.run, run_id="of another caller")
 
     found = [
-        [one.folder for one in trust.of_run(world.db, "host", run_id, owner=world.owner)]
+        [one.folder for one in trust.entries_of_run(world.db, "host", run_id, owner=world.owner)]
         for run_id in (turn.run.run_id, "of another caller")
     ]
 
@@ -153,7 +155,7 @@ def test_a_launch_that_is_followed_is_known_by_its_cookie_when_takes_are_undone(
     followed = world.running()
     give_key_away(world, followed)
 
-    count = turns.give_back(
+    count = turns.requeue_unlaunched(
         world.db, owner=world.owner, held=[followed.lease.cookie], now=world.now
     )
 
@@ -167,4 +169,4 @@ def test_a_run_whose_claim_was_lost_is_not_called_a_newer_epochs(world: World) -
     world.set(turn.run, owner_epoch=1)
 
     with pytest.raises(RunGone, match="this start's claim of run 'run-0001'"):
-        turns.look(world.db, turn, owner=world.owner)
+        turns.current_run(world.db, turn, owner=world.owner)

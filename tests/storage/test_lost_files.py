@@ -19,9 +19,10 @@ from runrecovery_service.domain.errors import StorageUnavailable
 from runrecovery_service.domain.start_errors import DataDirRefused, StoreLost
 from runrecovery_service.lifecycle import store_kept
 from runrecovery_service.storage import backup, file_watch
-from runrecovery_service.storage.adapter import GroupCommitWriter, Storage
+from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.backup import backup_sqlite
 from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.group_commit import GroupCommitWriter
 from runrecovery_service.storage.integrity import integrity_problems
 from runrecovery_service.storage.opening import open_database
 
@@ -130,7 +131,7 @@ async def test_a_recovery_is_not_acknowledged_after_the_loss(db: Database, tmp_p
             (tmp_path / f"{NAME}-wal").unlink()
 
     with pytest.raises(StorageUnavailable):
-        await storage.alone(recover)
+        await storage.run_exclusive(recover)
     storage.close()
 
 

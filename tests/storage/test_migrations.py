@@ -11,19 +11,12 @@ import peewee as pw
 import pytest
 from runrecovery_service.domain.reconciliation import Cause, ReconciliationState
 from runrecovery_service.domain.run import RunEventKind, RunFilter, RunStatus
-from runrecovery_service.storage import (
-    events,
-    instances,
-    migrate,
-    processes,
-    recovery,
-    runs,
-)
+from runrecovery_service.storage import events, instances, launch_records, migrate, reports, runs
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner
+from runrecovery_service.storage.launch_records import LaunchEnd
 from runrecovery_service.storage.migrate import applied_migrations
 from runrecovery_service.storage.opening import open_database
-from runrecovery_service.storage.processes import Ended
 
 from .conftest import World, boot
 
@@ -193,13 +186,13 @@ def test_labels_of_earlier_runs_are_found(world: World) -> None:
 def test_an_earlier_run_is_watched_from_its_creation_on(world: World) -> None:
     run = runs.get(world.db, "run-3")
 
-    told = events.between(world.db, run, 0)
+    told = events.events_after(world.db, run, 0)
 
     assert [(event.sequence, event.kind) for event in told] == [(1, RunEventKind.CREATED)]
 
 
 def test_an_earlier_report_reads_as_the_report_of_a_start(world: World) -> None:
-    report = recovery.reconciliation(world.db, "first")
+    report = reports.get_report(world.db, "first")
 
     assert (report.cause, report.containment) == (Cause.STARTUP, None)
     assert (report.state, report.orphans.found) == (ReconciliationState.COMPLETED, 2)
@@ -218,7 +211,7 @@ def test_an_open_question_of_the_first_version_waits_on(world: World) -> None:
 
 
 def test_open_launches_of_the_first_version_are_orphans_without_a_watermark(world: World) -> None:
-    leases = processes.unclosed(world.db, world.owner, before=world.owner.epoch)
+    leases = launch_records.unclosed_launches(world.db, world.owner, before=world.owner.epoch)
 
     assert [(lease.watermark, lease.cgroup, lease.pid) for lease in leases] == [
         (None, None, 4242)
@@ -231,9 +224,9 @@ def test_open_launches_of_the_first_version_are_closed_and_their_runs_decided(
     world: World,
 ) -> None:
     scope = world.begin()
-    leases = processes.unclosed(world.db, world.owner, before=world.owner.epoch)
-    gone = Ended(exit_code=None, processes_ended=1, gone=True)
-    processes.close_all(
+    leases = launch_records.unclosed_launches(world.db, world.owner, before=world.owner.epoch)
+    gone = LaunchEnd(exit_code=None, processes_ended=1, gone=True)
+    launch_records.close_all(
         world.db,
         [(lease, gone) for lease in leases],
         now=world.tick(),
@@ -241,7 +234,7 @@ def test_open_launches_of_the_first_version_are_closed_and_their_runs_decided(
     )
     tally = world.converge()
 
-    assert processes.unclosed(world.db, world.owner, before=world.owner.epoch) == []
+    assert launch_records.unclosed_launches(world.db, world.owner, before=world.owner.epoch) == []
     assert tally.decisions == {"running_interrupted": 3, "resumable_waiting_preserved": 1}
     assert world.rows(
         "SELECT DISTINCT state, exit_code, processes_ended FROM process_lease WHERE id <="
@@ -252,7 +245,7 @@ def test_open_launches_of_the_first_version_are_closed_and_their_runs_decided(
 def test_new_launches_get_keys_of_their_own_and_every_state(world: World) -> None:
     (old,) = world.rows("SELECT max(id) FROM process_lease")
     turn = world.running()
-    processes.gated(world.db, turn.lease, owner=world.owner, pid=1, start_ticks=1)
+    launch_records.record_gated(world.db, turn.lease, owner=world.owner, pid=1, start_ticks=1)
 
     assert turn.lease.key > old[0]
     assert world.rows("SELECT state FROM process_lease WHERE id = ?", turn.lease.key) == [

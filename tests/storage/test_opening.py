@@ -20,7 +20,7 @@ from runrecovery_service.domain.start_errors import (
 )
 from runrecovery_service.storage import file_locks as storage_locks
 from runrecovery_service.storage import postgresql, sqlite_file
-from runrecovery_service.storage.adapter import Storage
+from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.file_locks import DatabaseLock, Lock, LockFile
 from runrecovery_service.storage.integrity import integrity_problems

@@ -32,13 +32,13 @@ from runrecovery_service.recovery.plan import Planner
 from runrecovery_service.recovery.status import RecoveryStatus
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.recovery_service import RecoveryDeps, RecoveryService
-from runrecovery_service.storage import converge
-from runrecovery_service.storage.adapter import (
+from runrecovery_service.storage import recovery_apply, recovery_preview, session_checks
+from runrecovery_service.storage.async_storage import (
     POSTGRESQL_CONNECTIONS,
     READER_THREADS,
     Storage,
 )
-from runrecovery_service.storage.converge import Tally
+from runrecovery_service.storage.recovery_apply import Tally
 from runrecovery_service.storage.sql_dialects import DatabaseKind
 
 from .conftest import World
@@ -112,10 +112,10 @@ def recover(world: World, checks: dict[str, SessionCheck]) -> Tally:
     scope = world.begin()
     bulk = planner(world, checks).sessions
     for found in changed_findings(world.db, scope, bulk):
-        converge.record_findings(world.db, scope, found)
+        session_checks.record_findings(world.db, scope, found)
     tally, after = Tally(), 0
-    while batch := converge.next_batch(world.db, scope, after=after, rows=3):
-        tally += converge.converge(world.db, scope, batch, report=lambda db, tally: None)
+    while batch := recovery_apply.next_batch(world.db, scope, after=after, rows=3):
+        tally += recovery_apply.apply_batch(world.db, scope, batch, report=lambda db, tally: None)
         after = batch.last
     return tally
 
@@ -298,7 +298,7 @@ def test_plans_leave_a_check_alone_that_does_not_answer(
 
 def test_a_plan_is_of_one_moment(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = [world.waiting(engine="checked") for _ in range(3)]
-    look = converge.situations
+    look = recovery_preview.count_situations
 
     def answer() -> None:
         world.reply(runs[0])
@@ -310,7 +310,7 @@ def test_a_plan_is_of_one_moment(world: World, monkeypatch: pytest.MonkeyPatch) 
             other.submit(answer).result(30)
         return seen
 
-    monkeypatch.setattr(converge, "situations", answered_after_the_look)
+    monkeypatch.setattr(recovery_preview, "count_situations", answered_after_the_look)
     checks: dict[str, SessionCheck] = {"checked": all_are(SessionReason.MISSING)}
 
     made = planner(world, checks)

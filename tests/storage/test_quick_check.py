@@ -127,8 +127,8 @@ def test_the_documented_mending_saves_the_runs(tmp_path: Path, damaged: str) -> 
 
 
 def try_it(world: World) -> None:
-    trial.read(world.db)
-    trial.create_and_take(
+    trial.read_newest_run(world.db)
+    trial.try_create_and_take(
         world.db, owner=world.owner, due_in=world.due_in, steady=world.steady, now=world.tick()
     )
 

@@ -15,7 +15,7 @@ from runrecovery_service.domain.errors import (
 )
 from runrecovery_service.domain.run import RecoveryState, Run, RunStatus
 from runrecovery_service.domain.turn import Succeeded
-from runrecovery_service.storage import deadlines, interactions, recovery, reopening
+from runrecovery_service.storage import deadlines, decisions, interactions, reopening
 
 from .conftest import REOPEN_S, World, receipt
 
@@ -116,7 +116,7 @@ def test_it_is_a_decision_in_the_history(world: World) -> None:
     failed = run.recovery
     reopen(world, run)
 
-    newest, before = recovery.history(world.db, run.run_id)
+    newest, before = decisions.history(world.db, run.run_id)
 
     assert before == failed
     assert (newest.recovery_state, newest.recovery_reason) == (
@@ -154,7 +154,7 @@ def test_a_window_by_another_clock_is_closed_until_it_is_brought_over(world: Wor
     world.reboot(60)
     with pytest.raises(RunNotReopenable):
         reopen(world, run)
-    deadlines.rearm(world.db, world.owner, now=world.now, steady=world.steady)
+    deadlines.move_to_clock(world.db, world.owner, now=world.now, steady=world.steady)
 
     assert reopen(world, run).status is RunStatus.WAITING_USER
 
@@ -254,7 +254,7 @@ def test_its_deadlines_are_gone_by_as_they_are_shown(world: World) -> None:
     reopen(world, run)
 
     def passed() -> list[DueKind]:
-        found = deadlines.passed(world.db, world.owner, steady=world.steady, limit=9)
+        found = deadlines.passed_deadlines(world.db, world.owner, steady=world.steady, limit=9)
         return [one.kind for one in found]
 
     told = [passed()]
@@ -266,7 +266,7 @@ def test_its_deadlines_are_gone_by_as_they_are_shown(world: World) -> None:
 
 
 def test_the_handle_is_in_no_repr(world: World) -> None:
-    found = reopening.candidate(world.db, lost(world).run_id)
+    found = reopening.find_candidate(world.db, lost(world).run_id)
 
     assert found.handle == "secret"
     assert "secret" not in repr(found).replace("<secret>", "")

@@ -32,8 +32,8 @@ from runrecovery_service.recovery.plan import Planner
 from runrecovery_service.recovery.reconcile import Recovery, RecoveryLimits
 from runrecovery_service.recovery.status import RecoveryStatus
 from runrecovery_service.stop_signal import StopSignal
-from runrecovery_service.storage import recovery, reopening, turns
-from runrecovery_service.storage.converge import StoredSession
+from runrecovery_service.storage import decisions, reopening, turns
+from runrecovery_service.storage.session_checks import StoredSession
 from support.recovery import FakeLaunchEnder, FakeTrustCleaner
 from support.sessions import PRESETS, SessionHome, text_of
 
@@ -123,7 +123,7 @@ class Shop:
 
     def explained(self, run: Run) -> str:
         """What an explanation says of the run's session."""
-        (seen,) = recovery.explained(self.world.db, run.run_id, limit=9)
+        (seen,) = decisions.explain(self.world.db, run.run_id, limit=9)
         (source,) = (fact.source for fact in explain_facts(seen) if fact.name == "HANDLE")
         return source
 
@@ -312,7 +312,7 @@ def test_a_stop_is_heard_while_a_check_does_not_answer(world: World, tmp_path: P
 
 def test_one_engine_that_does_not_answer_takes_no_time_of_another(world: World) -> None:
     release, clock = threading.Event(), [0.0]
-    one = StoredSession(run_key=1, attempt=1, handle="h", mark=None, finding=None)
+    one = StoredSession(run_key=1, attempt=1, handle="h", fingerprint=None, finding=None)
 
     def hang(handles: Sequence[StoredHandle]) -> Iterator[SessionFinding]:
         clock[0] += 100
@@ -339,7 +339,7 @@ def test_one_engine_that_does_not_answer_takes_no_time_of_another(world: World) 
 
 
 def test_a_check_with_a_defect_is_not_taken_for_silence(world: World) -> None:
-    one = StoredSession(run_key=1, attempt=1, handle="h", mark=None, finding=None)
+    one = StoredSession(run_key=1, attempt=1, handle="h", fingerprint=None, finding=None)
 
     def fail(handles: Sequence[StoredHandle]) -> list[SessionFinding]:
         raise ZeroDivisionError
@@ -467,7 +467,7 @@ def test_a_mark_is_of_one_handle(world: World, handle: str, mark: str | None) ->
     assert turn is not None
 
     session = Session(type="demo", handle=handle, turn=2)
-    turns.keep_session(world.db, turn, owner=world.owner, session=session, now=world.tick())
+    turns.record_session(world.db, turn, owner=world.owner, session=session, now=world.tick())
 
     assert world.column(run, "session_mark") == mark
 

@@ -28,11 +28,18 @@ from runrecovery_service.recovery.bulk_session_check import BulkSessionCheck
 from runrecovery_service.recovery.reconcile import RecordRemovals, Recovery, RecoveryLimits
 from runrecovery_service.recovery.status import RecoveryStatus
 from runrecovery_service.stop_signal import StopSignal
-from runrecovery_service.storage import converge, instances, processes, recovery, use_case
-from runrecovery_service.storage.converge import Tally
+from runrecovery_service.storage import (
+    decisions,
+    instances,
+    launch_records,
+    recovery_apply,
+    reports,
+    use_case,
+)
 from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.launch_records import LaunchRecord
 from runrecovery_service.storage.opening import open_database
-from runrecovery_service.storage.processes import Lease
+from runrecovery_service.storage.recovery_apply import Tally
 from support.recovery import ClearTrust, FakeLaunchEnder, FakeTrustCleaner, clear_nothing
 
 from .conftest import (
@@ -188,8 +195,8 @@ def test_nobody_writes_a_run_after_a_newer_epoch_in_the_name_of_a_stop(world: Wo
     world.recover()
     before = world.dump(*DECIDED)
 
-    assert converge.next_batch(world.db, old, after=0, rows=100) is None
-    assert converge.total(world.db, old) == 0
+    assert recovery_apply.next_batch(world.db, old, after=0, rows=100) is None
+    assert recovery_apply.count_runs(world.db, old) == 0
     assert world.dump(*DECIDED) == before
 
 
@@ -223,7 +230,7 @@ def test_a_stop_that_is_cut_off_anywhere_is_completed_by_the_next_start(
 # -- the whole of it ---------------------------------------------------------------------------
 
 
-def nobody_found(leases: Sequence[Lease]) -> Mapping[int, Ending]:
+def nobody_found(leases: Sequence[LaunchRecord]) -> Mapping[int, Ending]:
     """A sweep that finds one process of each launch."""
     return {lease.key: Ending(found=1, ended=1, gone=True) for lease in leases}
 
@@ -232,7 +239,7 @@ def make_recovery(
     world: World,
     cause: Cause,
     *,
-    sweep: Callable[[Sequence[Lease]], Mapping[int, Ending]] = nobody_found,
+    sweep: Callable[[Sequence[LaunchRecord]], Mapping[int, Ending]] = nobody_found,
     clear_trust: ClearTrust = clear_nothing,
     limits: RecoveryLimits | None = None,
 ) -> Recovery:
@@ -266,7 +273,7 @@ def recovered(world: World, cause: Cause, **changes: Any) -> Reconciliation:
     return make_recovery(world, cause, **changes).run(world.db, status)
 
 
-def fail_to_sweep(leases: Sequence[Lease]) -> Mapping[int, Ending]:
+def fail_to_sweep(leases: Sequence[LaunchRecord]) -> Mapping[int, Ending]:
     raise PowerCut
 
 
@@ -276,7 +283,7 @@ def test_the_report_of_a_stop_says_so_and_proves_nothing(world: World) -> None:
     world.restart()
     start = recovered(world, Cause.STARTUP)
 
-    newest, older = recovery.reconciliation_page(world.db, after=None, limit=9).rows
+    newest, older = reports.report_page(world.db, after=None, limit=9).rows
 
     assert (newest, older) == (start, stop)
     assert (stop.cause, start.cause) == (Cause.SHUTDOWN, Cause.STARTUP)
@@ -291,15 +298,15 @@ def test_the_report_of_a_stop_says_so_and_proves_nothing(world: World) -> None:
 def test_the_stop_accounts_for_the_processes_that_it_ended(world: World) -> None:
     turn = world.running()
     stop = recovered(world, Cause.SHUTDOWN)
-    (told,) = recovery.history(world.db, turn.run.run_id)
+    (told,) = decisions.history(world.db, turn.run.run_id)
     world.restart()
     start = recovered(world, Cause.STARTUP)
 
     assert (stop.orphans.found, stop.orphans.ended) == (1, 1)
     assert (start.orphans.found, start.orphans.ended) == (0, 0)
     assert told.processes_ended == 1
-    assert recovery.history(world.db, turn.run.run_id) == (told,)
-    assert processes.unclosed(world.db, world.owner, before=world.owner.epoch) == []
+    assert decisions.history(world.db, turn.run.run_id) == (told,)
+    assert launch_records.unclosed_launches(world.db, world.owner, before=world.owner.epoch) == []
 
 
 def test_what_a_stop_ended_before_it_was_cut_off_is_told_by_the_next_start(world: World) -> None:
@@ -315,7 +322,7 @@ def test_what_a_stop_ended_before_it_was_cut_off_is_told_by_the_next_start(world
 
     recovered(world, Cause.STARTUP)
 
-    (told,) = recovery.history(world.db, turn.run.run_id)
+    (told,) = decisions.history(world.db, turn.run.run_id)
     assert (told.recovery_reason, told.processes_ended) == ("running_interrupted", 1)
 
 
@@ -327,7 +334,7 @@ def test_a_stop_that_could_not_decide_says_so_and_the_next_start_does(world: Wor
     world.restart()
     start = recovered(world, Cause.STARTUP)
 
-    failed = recovery.reconciliation_page(world.db, after=None, limit=9).rows[1]
+    failed = reports.report_page(world.db, after=None, limit=9).rows[1]
     assert (failed.cause, failed.state, failed.error) == (
         Cause.SHUTDOWN, ReconciliationState.FAILED, "PowerCut",
     )  # fmt: skip
@@ -344,7 +351,7 @@ def test_stops_that_failed_lead_to_no_safe_mode(world: World) -> None:
             recovered(world, Cause.SHUTDOWN, sweep=fail_to_sweep)
         world.restart()
 
-    count = recovery.unfinished_since(world.db, "default", begun - timedelta(hours=1))
+    count = reports.count_unfinished_starts(world.db, "default", begun - timedelta(hours=1))
     start = recovered(world, Cause.STARTUP)
 
     assert (count, start.safe_mode) == (0, False)
@@ -359,9 +366,9 @@ def test_safe_mode_begins_after_as_many_unfinished_starts_as_configured_and_0_is
         with pytest.raises(PowerCut):
             recovered(world, Cause.STARTUP, sweep=fail_to_sweep, limits=limits_of(safe_mode_after))
 
-    reports = recovery.reconciliation_page(world.db, after=None, limit=9).rows
+    made = reports.report_page(world.db, after=None, limit=9).rows
 
-    assert [report.safe_mode for report in reversed(reports)] == [False, False, False, False, True]
+    assert [report.safe_mode for report in reversed(made)] == [False, False, False, False, True]
 
 
 def test_a_recovery_logs_so_many_decisions_and_no_more(
@@ -388,7 +395,7 @@ def test_a_stop_that_completed_ends_no_row_of_failed_starts(world: World) -> Non
     recovered(world, Cause.SHUTDOWN)
     world.restart()
 
-    count = recovery.unfinished_since(world.db, "default", begun - timedelta(hours=1))
+    count = reports.count_unfinished_starts(world.db, "default", begun - timedelta(hours=1))
 
     assert count == 3
     assert recovered(world, Cause.STARTUP).safe_mode
@@ -429,7 +436,7 @@ def test_what_was_taken_out_of_the_files_of_clis_is_in_the_report(
 
     recovered(world, cause, clear_trust=clear)  # nothing else was there to do
 
-    ((stored),) = recovery.reconciliation_page(world.db, after=None, limit=9).rows
+    ((stored),) = reports.report_page(world.db, after=None, limit=9).rows
     assert stored.state is ReconciliationState.COMPLETED
     assert stored.bindings.trust_entries == 100
     assert stored.trust_removals == taken[:100]
@@ -463,7 +470,7 @@ def test_what_was_taken_out_is_in_the_report_of_a_start_that_was_killed_after_it
         recovered(world, Cause.STARTUP, clear_trust=clear)
     recovered(world, Cause.STARTUP)
 
-    _, cut_off = recovery.reconciliation_page(world.db, after=None, limit=9).rows
+    _, cut_off = reports.report_page(world.db, after=None, limit=9).rows
     assert (cut_off.trust_removals, cut_off.bindings.trust_entries) == ((removal(0),), 1)
 
 
@@ -493,7 +500,7 @@ def test_a_page_of_reports_is_bounded_by_what_they_hold(world: World) -> None:
 
     pages, after = [], None
     while True:
-        page = recovery.reconciliation_page(world.db, after=after, limit=1000)
+        page = reports.report_page(world.db, after=after, limit=1000)
         pages.append(page.rows)
         if (after := page.after) is None:
             break
@@ -504,4 +511,4 @@ def test_a_page_of_reports_is_bounded_by_what_they_hold(world: World) -> None:
     with world.db.transaction():
         longer = json.dumps(json.loads(text) * 5)  # more than a page may hold
         world.db.execute("UPDATE reconciliation SET trust_removals = ?", (longer,))
-    assert len(recovery.reconciliation_page(world.db, after=None, limit=1000).rows) == 1
+    assert len(reports.report_page(world.db, after=None, limit=1000).rows) == 1

@@ -339,7 +339,7 @@ def test_a_cut_between_the_removal_and_its_row_leaves_a_row_that_goes(
     run = place.running()
     kill(place, run)
     with monkeypatch.context() as patch:
-        patch.setattr(trust, "settle", _die)
+        patch.setattr(trust, "record_outcome", _die)
         assert len(place.keeper().remove_stale().failures) == 1
     assert (place.file.read_bytes(), len(place.rows())) == (BEFORE, 1)
 
@@ -878,7 +878,7 @@ def test_thousands_of_entries_go_with_a_few_looks_at_the_file(
                 file=str(place.file), folder=f"/w/{at}", place=here, cli="codex",
                 run_key=run.key, run_id=run.run_id, attempt=1, added=added.to_json(),
             )  # fmt: skip
-            trust.record(world.db, entry, host_id="host", owner=world.owner, now=world.now)
+            trust.record_entry(world.db, entry, host_id="host", owner=world.owner, now=world.now)
     text = "".join(f'\n[projects."/w/{at}"]\ntrust_level = "trusted"\n' for at in range(many))
     place.file.write_bytes(BEFORE + b"\n" + text.encode())
     kill(place, run)
@@ -903,7 +903,7 @@ def test_what_is_kept_of_an_entry_is_opaque_to_the_store(place: Place) -> None:
 
     ((kept,),) = place.world.rows("SELECT added FROM trust_entry")
 
-    standing = trust.standing(place.world.db, "host", str(place.file), token_of(place))
+    standing = trust.recorded_entries(place.world.db, "host", str(place.file), token_of(place))
     assert standing == {str(place.workspace(run)): kept}
     assert json.loads(kept)[0] is True
 
@@ -920,7 +920,7 @@ def test_of_two_words_for_a_folder_that_of_this_place_counts_else_the_newest(pla
         )
 
     def standing(token: str) -> dict[str, str]:
-        return trust.standing(place.world.db, "host", str(place.file), token)
+        return trust.recorded_entries(place.world.db, "host", str(place.file), token)
 
     assert standing(here) == {folder: kept}
     assert standing("0" * 32) == {folder: "of 0"}

@@ -19,8 +19,8 @@ from runrecovery_service.domain.run import (
     Session,
 )
 from runrecovery_service.domain.turn import Asked, Failed, Interrupted, Succeeded, TurnEnd
-from runrecovery_service.storage import deadlines, interactions, processes, turns
-from runrecovery_service.storage.processes import Ended
+from runrecovery_service.storage import deadlines, interactions, launch_records, turns
+from runrecovery_service.storage.launch_records import LaunchEnd
 from runrecovery_service.storage.turns import Turn
 
 from .conftest import GONE, QUESTION, WAIT_S, World
@@ -137,8 +137,8 @@ def test_a_delivered_answer_is_on_record(world: World) -> None:
     turn = world.take()
     assert turn is not None
 
-    turns.delivered(world.db, turn, owner=world.owner)
-    turns.delivered(world.db, turn, owner=world.owner)
+    turns.record_delivered(world.db, turn, owner=world.owner)
+    turns.record_delivered(world.db, turn, owner=world.owner)
 
     asked = interactions.find(world.db, run.key, 1)
     assert asked is not None
@@ -150,8 +150,8 @@ def test_an_answer_that_was_not_read_is_known_by_its_question_though_another_is_
 ) -> None:
     turn = world.running(profile=Profile.STICKY_PROCESS)
     world.reply(world.ask_and_stay(turn))
-    turns.delivered(world.db, turn, owner=world.owner)
-    turns.ask_and_stay(
+    turns.record_delivered(world.db, turn, owner=world.owner)
+    turns.record_sticky_question(
         world.db,
         turn,
         owner=world.owner,
@@ -161,7 +161,7 @@ def test_an_answer_that_was_not_read_is_known_by_its_question_though_another_is_
         now=world.tick(),
     )
 
-    turns.undelivered(world.db, turn, owner=world.owner, number=1)
+    turns.record_undelivered(world.db, turn, owner=world.owner, number=1)
 
     states = world.rows("SELECT no, state FROM interaction ORDER BY no")
     assert states == [(1, "ANSWERED"), (2, "OPEN")]
@@ -222,15 +222,15 @@ def test_an_older_epoch_is_refused_everywhere(world: World) -> None:
     session = Session(type="demo", handle="h", turn=1)
     now = world.now
     writes: list[Callable[[], object]] = [
-        partial(turns.keep_session, world.db, turn, owner=old, session=session, now=now),
-        partial(turns.delivered, world.db, turn, owner=old),
+        partial(turns.record_session, world.db, turn, owner=old, session=session, now=now),
+        partial(turns.record_delivered, world.db, turn, owner=old),
         partial(
-            turns.ask_and_stay, world.db, turn, owner=old, number=1, question=QUESTION,
+            turns.record_sticky_question, world.db, turn, owner=old, number=1, question=QUESTION,
             due=world.due_in(1), now=now,
         ),
         *(
             partial(
-                turns.end, world.db, turn, owner=old, end=end,
+                turns.record_end, world.db, turn, owner=old, end=end,
                 ended=GONE, due=None, now=now,
             )
             for end in ENDS
@@ -269,7 +269,7 @@ def test_a_question_that_is_written_again_is_asked_once(world: World) -> None:
     turn = world.running(profile=Profile.STICKY_PROCESS)
     run = world.ask_and_stay(turn)
 
-    again = turns.ask_and_stay(
+    again = turns.record_sticky_question(
         world.db,
         turn,
         owner=world.owner,
@@ -284,8 +284,8 @@ def test_a_question_that_is_written_again_is_asked_once(world: World) -> None:
 
 def test_a_run_whose_process_could_not_be_ended_is_not_started(world: World) -> None:
     turn = world.running(restart_policy=RestartPolicy.REQUEUE, max_attempts=2)
-    stuck = Ended(exit_code=None, processes_ended=0, gone=False)
-    processes.close(world.db, turn.lease, stuck, now=world.tick())
+    stuck = LaunchEnd(exit_code=None, processes_ended=0, gone=False)
+    launch_records.close(world.db, turn.lease, stuck, now=world.tick())
     world.recover()
 
     assert world.get(turn.run).status is RunStatus.QUEUED

@@ -9,12 +9,12 @@ from runrecovery_service.domain.reconciliation import TrustClearing
 from runrecovery_service.process.ending import Ending
 from runrecovery_service.recovery.reconcile import RecordRemovals
 from runrecovery_service.storage.database import Database
-from runrecovery_service.storage.processes import Lease
+from runrecovery_service.storage.launch_records import LaunchRecord
 
 ClearTrust = Callable[[Database, RecordRemovals, Callable[[], bool]], TrustClearing]
 
 
-def end_nothing(_: Sequence[Lease]) -> Mapping[int, Ending]:
+def end_nothing(_: Sequence[LaunchRecord]) -> Mapping[int, Ending]:
     """Find no launch."""
     return {}
 
@@ -28,9 +28,9 @@ def clear_nothing(*_: object) -> TrustClearing:
 class FakeLaunchEnder:
     """Ends launches by a function."""
 
-    end_launches: Callable[[Sequence[Lease]], Mapping[int, Ending]] = end_nothing
+    end_launches: Callable[[Sequence[LaunchRecord]], Mapping[int, Ending]] = end_nothing
 
-    def end(self, launches: Sequence[Lease]) -> Mapping[int, Ending]:
+    def end(self, launches: Sequence[LaunchRecord]) -> Mapping[int, Ending]:
         """See `LaunchEnder`."""
         return self.end_launches(launches)
 

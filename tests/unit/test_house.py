@@ -78,7 +78,8 @@ def test_a_run_changes_by_compare_and_set_only() -> None:
 
     # Deadlines only move the deadlines themselves; what they end, they end through runs.py.
     assert writers == {
-        "storage/runs.py", "storage/converge.py", "storage/reopening.py", "storage/deadlines.py"
+        "storage/runs.py", "storage/recovery_apply.py", "storage/reopening.py",
+        "storage/deadlines.py", "storage/session_checks.py",
     }  # fmt: skip
 
 

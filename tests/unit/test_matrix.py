@@ -24,10 +24,11 @@ from runrecovery_service.domain.run import (
 from runrecovery_service.domain.transitions import is_legal
 from runrecovery_service.recovery.bulk_session_check import BulkSessionCheck
 from runrecovery_service.recovery.plan import Planner
-from runrecovery_service.storage import converge, instances, recovery
-from runrecovery_service.storage.converge import Scope, Tally
+from runrecovery_service.storage import instances, recovery_apply, reports
 from runrecovery_service.storage.database import Database
-from runrecovery_service.storage.instances import Boot, Owner
+from runrecovery_service.storage.instances import InstanceStart, Owner
+from runrecovery_service.storage.recovery_apply import Tally
+from runrecovery_service.storage.recovery_scope import ApplyScope
 
 LIVE: Final = tuple(status for status in RunStatus if status not in TERMINAL)
 PROFILES: Final = (*Profile, None)
@@ -94,7 +95,7 @@ def test_a_cancel_wins_over_everything() -> None:
 
 
 def owner_of(db: Database) -> Owner:
-    boot = Boot(
+    boot = InstanceStart(
         instance="default", boot_token="", host_id="h", data_dir="/d", pid=1, lock_id="the same"
     )
     return instances.claim(db, boot, now=NOW)
@@ -135,13 +136,15 @@ def _store_run(
 def converged(db: Database) -> Iterator[tuple[object, ...]]:
     """Converge all in one batch and return what became of each run, in order of its key."""
     owner = owner_of(db)
-    key = recovery.begin(
+    key = reports.open_report(
         db, owner, reconciliation_id="r", cause=Cause.STARTUP, safe_mode=False, now=NOW
     )
-    scope = Scope(owner=owner, before=owner.epoch, reconciliation_key=key, reopen=REOPEN, now=NOW)
-    batch = converge.next_batch(db, scope, after=0, rows=100_000)
+    scope = ApplyScope(
+        owner=owner, before=owner.epoch, reconciliation_key=key, reopen=REOPEN, now=NOW
+    )
+    batch = recovery_apply.next_batch(db, scope, after=0, rows=100_000)
     assert batch is not None
-    converge.converge(db, scope, batch, report=lambda db, tally: None)
+    recovery_apply.apply_batch(db, scope, batch, report=lambda db, tally: None)
     yield from db.fetch_all(
         "SELECT r.recovery_reason, e.facts, r.status, r.error_code,"
         " r.recovery_state, r.session_value, i.state, r.version, r.owner_epoch, r.ended_at"
@@ -213,12 +216,14 @@ def test_a_plan_is_what_the_restart_then_does(database: Database) -> None:
 def test_the_rules_are_all_counted(database: Database) -> None:
     store(database, owner_of(database), CAN_BE_STORED)
     owner = owner_of(database)
-    scope = Scope(owner=owner, before=owner.epoch, reconciliation_key=1, reopen=REOPEN, now=NOW)
-    batch = converge.next_batch(database, scope, after=0, rows=100_000)
+    scope = ApplyScope(
+        owner=owner, before=owner.epoch, reconciliation_key=1, reopen=REOPEN, now=NOW
+    )
+    batch = recovery_apply.next_batch(database, scope, after=0, rows=100_000)
     assert batch is not None
     tallies: list[Tally] = []
 
-    tally = converge.converge(
+    tally = recovery_apply.apply_batch(
         database, scope, batch, report=lambda db, tally: tallies.append(tally)
     )
 

@@ -21,10 +21,10 @@ from runrecovery_service.domain.reconciliation import (
 from runrecovery_service.domain.run import RecoveryState
 from runrecovery_service.recovery.reconcile import next_batch_rows
 from runrecovery_service.recovery.report import ReportBuilder
-from runrecovery_service.storage import recovery
-from runrecovery_service.storage.converge import DAMAGED_NAMED, Tally
+from runrecovery_service.storage import reports
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner
+from runrecovery_service.storage.recovery_apply import DAMAGED_NAMED, Tally
 from support.clock import FakeClock
 
 START = datetime(2026, 11, 24, tzinfo=UTC)
@@ -44,7 +44,7 @@ def book(database: Database) -> ReportBuilder:
 
 
 def stored(db: Database) -> Reconciliation:
-    return recovery.reconciliation(db, "r")
+    return reports.get_report(db, "r")
 
 
 def test_an_opened_report_is_running_and_empty(database: Database, book: ReportBuilder) -> None:
@@ -109,7 +109,7 @@ def test_warnings_are_bounded(database: Database, book: ReportBuilder) -> None:
 
     book.write(database)
 
-    assert len(stored(database).warnings) == recovery.WARNINGS_LIMIT
+    assert len(stored(database).warnings) == reports.WARNINGS_LIMIT
 
 
 def test_tallies_add_up() -> None:

@@ -11,7 +11,7 @@ from runrecovery_service.process.cgroup import CgroupParent
 from runrecovery_service.process.ending import Ending
 from runrecovery_service.process.shim_journal import killed_by_shim
 from runrecovery_service.process.sweep import end_trees
-from runrecovery_service.storage.processes import Lease
+from runrecovery_service.storage.launch_records import LaunchRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +31,7 @@ class LaunchEnder:
     grace_s: float
     deadline_s: float
 
-    def end(self, launches: Sequence[Lease]) -> Mapping[int, Ending]:
+    def end(self, launches: Sequence[LaunchRecord]) -> Mapping[int, Ending]:
         """End every process of these launches, and remove their cgroups.
 
         Returns:
@@ -56,7 +56,7 @@ class LaunchEnder:
         }
 
 
-def remove_cgroup(cgroups: CgroupParent | None, launch: Lease) -> bool:
+def remove_cgroup(cgroups: CgroupParent | None, launch: LaunchRecord) -> bool:
     """Remove the cgroup of a launch, if it had one; return False when that was not possible."""
     if launch.cgroup is None or cgroups is None:
         return True

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from runrecovery_service.process.host import Host
 from runrecovery_service.process.markers import LaunchMarkers
-from runrecovery_service.storage.processes import Lease
+from runrecovery_service.storage.launch_records import LaunchRecord
 
 
-def launch_markers(lease: Lease) -> LaunchMarkers:
+def launch_markers(lease: LaunchRecord) -> LaunchMarkers:
     """Return the markers of a recorded launch."""
     return LaunchMarkers(
         launch_key=lease.key,

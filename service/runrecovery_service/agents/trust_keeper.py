@@ -134,14 +134,14 @@ class TrustKeeper:
 
     def recorded_entries(self, file: str, place: str) -> dict[str, Added]:
         """Return the entries of this service in a file, by folder."""
-        rows = self.store.read(lambda db: trust.standing(db, self.host_id, file, place))
+        rows = self.store.read(lambda db: trust.recorded_entries(db, self.host_id, file, place))
         found = {folder: parse_added(text) for folder, text in rows.items()}
         return {folder: added for folder, added in found.items() if added is not None}
 
     def record(self, entry: TrustEntry) -> None:
         """Record an entry."""
         self.store.write(
-            lambda db: trust.record(
+            lambda db: trust.record_entry(
                 db, entry, host_id=self.host_id, owner=self.owner, now=self.clock.now()
             )
         )
@@ -150,7 +150,7 @@ class TrustKeeper:
 
     def entries_of(self, run: Run) -> Callable[[Database], list[TrustEntry]]:
         """Return a read of a run's entries. It finds none if a newer epoch owns the run."""
-        return lambda db: trust.of_run(db, self.host_id, run.run_id, owner=self.owner)
+        return lambda db: trust.entries_of_run(db, self.host_id, run.run_id, owner=self.owner)
 
     def remove_run(self, run: Run) -> TrustClearing:
         """Remove the entries of a run that is about to end."""
@@ -168,7 +168,7 @@ class TrustKeeper:
             every: also the files that are to be checked only later.
         """
         now = None if every else self.clock.now()
-        places = self.store.read(lambda db: trust.stale_places(db, self.host_id, now=now))
+        places = self.store.read(lambda db: trust.stale_files(db, self.host_id, now=now))
         return sorted({file for file, place, ours in places if ours or _is_here(file, place)})
 
     def remove_stale(self, should_stop: Callable[[], bool] = _never) -> TrustClearing:
@@ -210,7 +210,12 @@ class TrustKeeper:
         limit = min(FIRST_CHUNK, CHUNK)
         while True:
             find = partial(
-                trust.stale, host_id=self.host_id, file=file, now=now, after=after, limit=limit
+                trust.stale_entries,
+                host_id=self.host_id,
+                file=file,
+                now=now,
+                after=after,
+                limit=limit,
             )
             removal = _Removal(keeper=self, file=file, find=find, only_stale=True, limit=limit)
             started_s = time.monotonic()
@@ -325,7 +330,7 @@ class _Removal:
             return
 
         def settle(db: Database) -> None:
-            trust.settle(db, removed.settlement, only_stale=self.only_stale)
+            trust.record_outcome(db, removed.settlement, only_stale=self.only_stale)
             if removed.removals:
                 self.keeper.report(db, removed.removals)
 

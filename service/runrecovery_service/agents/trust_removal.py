@@ -16,7 +16,7 @@ from typing import Final
 import structlog
 
 from runrecovery_service.domain.reconciliation import TrustRemoval
-from runrecovery_service.storage.trust import Away, Mark, Settlement, TrustEntry
+from runrecovery_service.storage.trust import EntryOutcome, EntryUpdate, NotRemoved, TrustEntry
 from runrecovery_service.trust import config_files
 from runrecovery_service.trust.entry import Added, Made, Outcome
 from runrecovery_service.trust.errors import TrustError, TrustFileUnusable, UnusableReason
@@ -36,8 +36,8 @@ PLACE_GONE: Final = timedelta(days=7)
 """A file system that is missing for so long will not be mounted again."""
 _BOM: Final = b"\xef\xbb\xbf"
 _AWAY_TEXTS: Final = {
-    Away.PLACE: "its folder, or the lock that was beside it, is not there",
-    Away.FILE: "it is not there, or empty",
+    NotRemoved.PLACE: "its folder, or the lock that was beside it, is not there",
+    NotRemoved.FILE: "it is not there, or empty",
 }
 
 
@@ -50,7 +50,7 @@ class FileRemoval:
     """
 
     text: bytes | None
-    settlement: Settlement = field(default_factory=Settlement)
+    settlement: EntryOutcome = field(default_factory=EntryOutcome)
     removals: tuple[TrustRemoval, ...] = ()
     kept: tuple[str, ...] = ()
 
@@ -78,7 +78,7 @@ def remove_entries(
             continue  # another host's, and this is not its file
         cli, added = _parse(entry)
         if cli is None or added is None:
-            builder.keep(entry, Away.RECORD, f"the record of {entry.folder} is damaged")
+            builder.keep(entry, NotRemoved.RECORD, f"the record of {entry.folder} is damaged")
         elif not added.owned:
             builder.forget(entry, Outcome.NOT_OURS)
         elif (away := _away(entry, added, text, place)) is not None:
@@ -107,14 +107,16 @@ def parse_added(text: str) -> Added | None:
         return None
 
 
-def _away(entry: TrustEntry, added: Added, text: bytes | None, place: str | None) -> Away | None:
+def _away(
+    entry: TrustEntry, added: Added, text: bytes | None, place: str | None
+) -> NotRemoved | None:
     """Return why an entry that is not in the file may be elsewhere; None: it cannot be."""
     if entry.place != place:
-        return Away.PLACE
+        return NotRemoved.PLACE
     if text is not None and text.removeprefix(_BOM).strip():
         return None
     as_before = Made.FILE in added.made or (text is not None and Made.DOCUMENT in added.made)
-    return None if as_before else Away.FILE
+    return None if as_before else NotRemoved.FILE
 
 
 @dataclass(slots=True, kw_only=True)
@@ -124,7 +126,7 @@ class _FileRemovalBuilder:
     text: bytes | None
     now: datetime
     _forget: list[TrustEntry] = field(default_factory=list, init=False)
-    _marks: dict[Mark, list[TrustEntry]] = field(default_factory=dict, init=False)
+    _marks: dict[EntryUpdate, list[TrustEntry]] = field(default_factory=dict, init=False)
     _removals: list[TrustRemoval] = field(default_factory=list, init=False)
     _kept: dict[str, None] = field(default_factory=dict, init=False)
 
@@ -132,7 +134,7 @@ class _FileRemovalBuilder:
         """Return the changes."""
         return FileRemoval(
             text=self.text,
-            settlement=Settlement(forget=tuple(self._forget), marks=self._marks),
+            settlement=EntryOutcome(forget=tuple(self._forget), marks=self._marks),
             removals=tuple(self._removals),
             kept=tuple(self._kept),
         )
@@ -144,21 +146,21 @@ class _FileRemovalBuilder:
 
     # -- entries that are not there ------------------------------------------------------------
 
-    def add_missing(self, entry: TrustEntry, away: Away) -> None:
+    def add_missing(self, entry: TrustEntry, away: NotRemoved) -> None:
         """Keep the row of an entry whose file is missing: not for ever, and not once removed."""
         if entry.removed_at is not None:
             self._check_again(entry, entry.removed_at)
             return
-        limit = PLACE_GONE if away is Away.PLACE else FILE_GONE
+        limit = PLACE_GONE if away is NotRemoved.PLACE else FILE_GONE
         if self.now - self._away_since(entry, away) >= limit:
             self.forget(entry, Outcome.GONE)
             return
         self.keep(entry, away, f"entries stay on record: {_AWAY_TEXTS[away]}")
 
-    def keep(self, entry: TrustEntry, away: Away, why: str) -> None:
+    def keep(self, entry: TrustEntry, away: NotRemoved, why: str) -> None:
         """Keep the row of an entry, and report why if that is new."""
-        pause = RECORD_CHECK if away is Away.RECORD else AWAY_CHECK
-        mark = Mark(
+        pause = RECORD_CHECK if away is NotRemoved.RECORD else AWAY_CHECK
+        mark = EntryUpdate(
             look_at=self.now + pause,
             removed_at=entry.removed_at,
             away=away,
@@ -168,7 +170,7 @@ class _FileRemovalBuilder:
         if entry.away is not away:
             self._kept[f"{entry.file}: {why}"] = None
 
-    def _away_since(self, entry: TrustEntry, away: Away) -> datetime:
+    def _away_since(self, entry: TrustEntry, away: NotRemoved) -> datetime:
         if entry.away is not away or entry.away_since is None:
             return self.now
         return min(entry.away_since, self.now)
@@ -203,9 +205,9 @@ class _FileRemovalBuilder:
             if entry.removed_at is not None:
                 self._check_again(entry, entry.removed_at)
                 return
-            if entry.away is not Away.RECORD:
+            if entry.away is not NotRemoved.RECORD:
                 log.warning("trust.entry_failed", file=entry.file, exc_info=error)
-            self.keep(entry, Away.RECORD, describe_error(entry.folder, error))
+            self.keep(entry, NotRemoved.RECORD, describe_error(entry.folder, error))
             return
         pairs = list(entries.items())
         middle = len(pairs) // 2
@@ -224,9 +226,9 @@ class _FileRemovalBuilder:
     def _check_again(self, entry: TrustEntry, removed_at: datetime) -> None:
         """Keep the row for two checks after the removal, and then delete it."""
         if entry.removed_at is None:
-            mark = Mark(removed_at=removed_at, look_at=self.now + FIRST_CHECK)
+            mark = EntryUpdate(removed_at=removed_at, look_at=self.now + FIRST_CHECK)
         elif timedelta() <= self.now - removed_at < LAST_CHECK:
-            mark = Mark(removed_at=removed_at, look_at=removed_at + LAST_CHECK)
+            mark = EntryUpdate(removed_at=removed_at, look_at=removed_at + LAST_CHECK)
         else:  # both checks are done, or the clock was set back
             self._forget.append(entry)
             return

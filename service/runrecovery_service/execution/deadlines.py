@@ -20,8 +20,8 @@ from runrecovery_service.execution.running_turns import RunningTurns
 from runrecovery_service.periodic import PeriodicTask
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import deadlines
-from runrecovery_service.storage.adapter import Storage
-from runrecovery_service.storage.deadlines import Passed
+from runrecovery_service.storage.async_storage import Storage
+from runrecovery_service.storage.deadlines import PassedDeadline
 from runrecovery_service.storage.instances import Owner
 
 log = structlog.get_logger()
@@ -41,7 +41,7 @@ class Deadlines:
     turns: RunningTurns
     stop_signal: StopSignal
     _loop: PeriodicTask = field(init=False)
-    _failed: set[Passed] = field(default_factory=set, init=False)
+    _failed: set[PassedDeadline] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:
         self._loop = PeriodicTask(
@@ -66,8 +66,8 @@ class Deadlines:
 
         Data that is only to be forgotten comes last.
         """
-        found = await self.storage.point(
-            deadlines.passed, self.owner, steady=self.clock.steady(), limit=PER_CHECK
+        found = await self.storage.read_row(
+            deadlines.passed_deadlines, self.owner, steady=self.clock.steady(), limit=PER_CHECK
         )
         forgotten = [one.run_key for one in found if one.kind is DueKind.REOPEN]
         async with asyncio.TaskGroup() as group:
@@ -82,7 +82,7 @@ class Deadlines:
                 steady=self.clock.steady(),
             )
 
-    async def _try_to_carry_out(self, one: Passed) -> None:
+    async def _try_to_carry_out(self, one: PassedDeadline) -> None:
         """Carry out one deadline; a failure does not stop the others."""
         try:
             await self._carry_out(one)
@@ -99,7 +99,7 @@ class Deadlines:
                     **error_facts(error),
                 )
 
-    async def _carry_out(self, one: Passed) -> None:
+    async def _carry_out(self, one: PassedDeadline) -> None:
         end = deadlines.end_wait if one.kind is DueKind.WAIT else deadlines.end_run
         run = await self.storage.write(
             end,

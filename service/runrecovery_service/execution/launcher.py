@@ -363,7 +363,7 @@ class Launch:
         """Make no CLI trust the run's workspace any more. A failure is left to the trust sweep."""
         run, trust, turn_log = self.records.turn.run, self.launcher.trust, self.records.log
         try:
-            if not await self.records.storage.point(trust.entries_of(run)):
+            if not await self.records.storage.read_row(trust.entries_of(run)):
                 return
             cleared = await run_blocking(self.launcher.threads, trust.remove_run, run)
         except Exception as error:  # noqa: BLE001 - the end of the turn must still be recorded

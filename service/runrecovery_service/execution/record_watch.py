@@ -14,7 +14,7 @@ from runrecovery_service.execution.running_turns import RunningTurns
 from runrecovery_service.execution.supervisor import TurnSupervisor
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import turns
-from runrecovery_service.storage.adapter import Storage
+from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.changes import Subscription
 from runrecovery_service.storage.instances import Owner
 
@@ -98,7 +98,7 @@ class RecordWatch:
 
     async def _inform_one(self, supervisor: TurnSupervisor) -> None:
         """Inform a supervisor of what was accepted for its run, perhaps for the second time."""
-        run = await self.storage.point(turns.look, supervisor.turn, owner=self.owner)
+        run = await self.storage.read_row(turns.current_run, supervisor.turn, owner=self.owner)
         if run.cancel_requested:
             supervisor.cancel()
         elif run.status is RunStatus.RUNNING:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from runrecovery_service.clock import Clock
 from runrecovery_service.storage import turns
-from runrecovery_service.storage.adapter import Storage
+from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.instances import Owner
-from runrecovery_service.storage.processes import Place
+from runrecovery_service.storage.launch_records import LaunchSite
 from runrecovery_service.storage.turns import Turn
 
 
@@ -24,7 +24,7 @@ class RunQueue:
     storage: Storage
     owner: Owner
     clock: Clock
-    site: Place
+    site: LaunchSite
 
     async def take_next(self, busy_engines: Sequence[str]) -> Turn | None:
         """Take the run that waits longest, of an engine that is not busy; None: there is none."""
@@ -45,5 +45,5 @@ class RunQueue:
             supervised: cookies of the launches that have a supervisor.
         """
         return await self.storage.write_own(
-            turns.give_back, owner=self.owner, held=supervised, now=self.clock.now()
+            turns.requeue_unlaunched, owner=self.owner, held=supervised, now=self.clock.now()
         )

@@ -22,10 +22,10 @@ from runrecovery_service.execution.running_turns import RunningTurns
 from runrecovery_service.periodic import PeriodicTask
 from runrecovery_service.process.ending import Ending
 from runrecovery_service.stop_signal import StopSignal
-from runrecovery_service.storage import processes
-from runrecovery_service.storage.adapter import Storage
+from runrecovery_service.storage import launch_records
+from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.instances import Owner
-from runrecovery_service.storage.processes import Ended, Lease
+from runrecovery_service.storage.launch_records import LaunchEnd, LaunchRecord
 
 log = structlog.get_logger()
 
@@ -74,7 +74,7 @@ class StragglerSweep:
     async def sweep(self) -> None:
         """Search once for every launch that is over and is not known to be gone for good."""
         found = await self.storage.read(
-            processes.to_patrol,
+            launch_records.launches_to_sweep,
             self.owner,
             now=self.clock.now(),
             closed_within_s=CLOSED_WITHIN_S,
@@ -96,7 +96,7 @@ class StragglerSweep:
     def _threads(self) -> Executor:
         return self.launcher.threads
 
-    def _end(self, launches: Sequence[Lease]) -> dict[int, Ending]:
+    def _end(self, launches: Sequence[LaunchRecord]) -> dict[int, Ending]:
         return dict(
             self.launcher.end_trees(
                 [launch_markers(launch) for launch in launches],
@@ -105,16 +105,16 @@ class StragglerSweep:
             )
         )
 
-    async def _record(self, late: Sequence[tuple[Lease, Ending]]) -> None:
+    async def _record(self, late: Sequence[tuple[LaunchRecord, Ending]]) -> None:
         ended = [
-            (launch, Ended(exit_code=None, processes_ended=ending.ended, gone=ending.gone))
+            (launch, LaunchEnd(exit_code=None, processes_ended=ending.ended, gone=ending.gone))
             for launch, ending in late
         ]
-        await self.storage.write(processes.close_late, ended, now=self.clock.now())
+        await self.storage.write(launch_records.record_late_end, ended, now=self.clock.now())
         for launch, ending in late:
             self._report(launch, ending)
 
-    def _report(self, launch: Lease, ending: Ending) -> None:
+    def _report(self, launch: LaunchRecord, ending: Ending) -> None:
         if ending.gone:
             remove_cgroup(self.launcher.cgroups, launch)
         facts = {"run_id": launch.run_id, "attempt": launch.attempt, "turn": launch.turn}

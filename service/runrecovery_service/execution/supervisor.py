@@ -73,7 +73,7 @@ from runrecovery_service.execution.turn_state import (
 from runrecovery_service.process.ending import NOTHING_LEFT, Ending
 from runrecovery_service.process.launch_errors import LaunchFailed
 from runrecovery_service.process.shimmed_process import ShimmedProcess
-from runrecovery_service.storage.processes import Ended, Usage
+from runrecovery_service.storage.launch_records import LaunchEnd, Usage
 from runrecovery_service.storage.turns import Turn
 
 log = structlog.get_logger()
@@ -454,7 +454,7 @@ class TurnSupervisor:
         failure = opening.listener.failure(exit_code, tail)
         return self.state.observed(stderr_tail=tail, failure=failure)
 
-    async def _record(self, end: TurnEnd, ended: Ended) -> None:
+    async def _record(self, end: TurnEnd, ended: LaunchEnd) -> None:
         fingerprint = await self._fingerprint(end, gone=ended.gone)
         # A resumable wait ends only where an automatic decision ends it.
         due = None if self.turn.run.require_user_reply else self._wait_due()
@@ -470,14 +470,14 @@ class TurnSupervisor:
             max_rss_kib=None if usage is None else usage.max_rss_kib,
         )
 
-    def _ended(self, ending: Ending) -> Ended:
+    def _ended(self, ending: Ending) -> LaunchEnd:
         exited = self.state.exited
         if exited is None:
-            return Ended(exit_code=None, processes_ended=ending.ended, gone=ending.gone)
+            return LaunchEnd(exit_code=None, processes_ended=ending.ended, gone=ending.gone)
         usage = Usage(
             user_us=exited.user_us, system_us=exited.system_us, max_rss_kib=exited.max_rss_kib
         )
-        return Ended(
+        return LaunchEnd(
             exit_code=exited.code, processes_ended=ending.ended, gone=ending.gone, usage=usage
         )
 

@@ -12,7 +12,7 @@ from runrecovery_service.execution.launcher import Launch, Launcher
 from runrecovery_service.execution.supervisor import TurnSupervisor
 from runrecovery_service.execution.turn_log import TurnLog
 from runrecovery_service.execution.turn_records import TurnRecords
-from runrecovery_service.storage.adapter import Storage
+from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.turns import Turn
 

@@ -12,11 +12,11 @@ from runrecovery_service.domain.run import Interaction, Question, Run, Session
 from runrecovery_service.domain.session_check import SessionFingerprint
 from runrecovery_service.domain.turn import TurnEnd
 from runrecovery_service.execution.turn_log import TurnLog, retry_until_done
-from runrecovery_service.storage import instances, interactions, processes, turns
-from runrecovery_service.storage.adapter import Storage
+from runrecovery_service.storage import instances, interactions, launch_records, turns
+from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner
-from runrecovery_service.storage.processes import Ended
+from runrecovery_service.storage.launch_records import LaunchEnd
 from runrecovery_service.storage.turns import Turn
 
 P = ParamSpec("P")
@@ -39,7 +39,7 @@ class TurnRecords:
 
     async def read_run(self) -> Run:
         """Return the run as it is on record now."""
-        return await self._read(turns.look, self.turn, owner=self.owner)
+        return await self._read(turns.current_run, self.turn, owner=self.owner)
 
     async def read_reply(self, run: Run) -> Interaction | None:
         """Return the latest question of the run, with its reply if there is one."""
@@ -47,7 +47,7 @@ class TurnRecords:
 
     async def read_fingerprint(self) -> SessionFingerprint | None:
         """Return the fingerprint of the session file at its question; None: none was taken."""
-        return await self._read(turns.mark_of, self.turn)
+        return await self._read(turns.recorded_fingerprint, self.turn)
 
     async def demand_owned(self) -> None:
         """Raise Fenced if a newer epoch of this instance has started."""
@@ -57,23 +57,23 @@ class TurnRecords:
         """Record the shim that waits at its gate."""
         lease = self.turn.lease
         await self._write(
-            processes.gated, lease, owner=self.owner, pid=pid, start_ticks=start_ticks
+            launch_records.record_gated, lease, owner=self.owner, pid=pid, start_ticks=start_ticks
         )
 
     async def record_start(self) -> None:
         """Record that the gate is about to open, after which the agent may run."""
-        await self._write(processes.running, self.turn.lease, owner=self.owner)
+        await self._write(launch_records.record_running, self.turn.lease, owner=self.owner)
 
     async def record_session(self, session: Session) -> None:
         """Record the handle by which the conversation can be resumed."""
         await self._write(
-            turns.keep_session, self.turn, owner=self.owner, session=session, now=self.clock.now()
+            turns.record_session, self.turn, owner=self.owner, session=session, now=self.clock.now()
         )
 
     async def record_question(self, number: int, question: Question, *, due: Due) -> None:
         """Record the question of a sticky process, which waits for the reply."""
         await self._write(
-            turns.ask_and_stay,
+            turns.record_sticky_question,
             self.turn,
             owner=self.owner,
             number=number,
@@ -84,14 +84,19 @@ class TurnRecords:
 
     async def record_reply_read(self) -> None:
         """Record that the process has read the accepted reply."""
-        await self._write(turns.delivered, self.turn, owner=self.owner)
+        await self._write(turns.record_delivered, self.turn, owner=self.owner)
 
     async def record_reply_unread(self, number: int) -> None:
         """Record that the process was given the reply to a question, and never read it."""
-        await self._write(turns.undelivered, self.turn, owner=self.owner, number=number)
+        await self._write(turns.record_undelivered, self.turn, owner=self.owner, number=number)
 
     async def record_end(
-        self, end: TurnEnd, ended: Ended, *, due: Due | None, fingerprint: SessionFingerprint | None
+        self,
+        end: TurnEnd,
+        ended: LaunchEnd,
+        *,
+        due: Due | None,
+        fingerprint: SessionFingerprint | None,
     ) -> Run:
         """Record how the turn and its process ended, and return the run.
 
@@ -100,7 +105,7 @@ class TurnRecords:
             fingerprint: of the session file, if one could be taken.
         """
         return await self._write(
-            turns.end,
+            turns.record_end,
             self.turn,
             owner=self.owner,
             end=end,
@@ -113,7 +118,7 @@ class TurnRecords:
     async def _read(
         self, use: Callable[Concatenate[Database, P], R], *args: P.args, **kwargs: P.kwargs
     ) -> R:
-        return await retry_until_done(lambda: self.storage.point(use, *args, **kwargs), self.log)
+        return await retry_until_done(lambda: self.storage.read_row(use, *args, **kwargs), self.log)
 
     async def _write(
         self, use: Callable[Concatenate[Database, P], R], *args: P.args, **kwargs: P.kwargs

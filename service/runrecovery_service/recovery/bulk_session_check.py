@@ -17,9 +17,10 @@ from runrecovery_service import daemon_threads
 from runrecovery_service.domain.session_check import SessionCheck, SessionFinding, StoredHandle
 from runrecovery_service.domain.start_errors import RecoveryInterrupted
 from runrecovery_service.stop_signal import StopSignal
-from runrecovery_service.storage import converge
-from runrecovery_service.storage.converge import Reach, StoredSession
+from runrecovery_service.storage import session_checks
 from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.recovery_scope import RecoveryScope
+from runrecovery_service.storage.session_checks import StoredSession
 
 SESSIONS_PER_CHECK: Final = 5000
 CHECK_S: Final = 30.0
@@ -87,12 +88,12 @@ class BulkSessionCheck:
         return StoredHandle(
             handle=session.handle,
             workspace=self.workspace(session.run_key, session.attempt),
-            fingerprint=session.mark,
+            fingerprint=session.fingerprint,
         )
 
 
 def changed_findings(
-    db: Database, reach: Reach, bulk: BulkSessionCheck
+    db: Database, reach: RecoveryScope, bulk: BulkSessionCheck
 ) -> Iterator[dict[int, SessionFinding]]:
     """Check the session of every run that a restart decides on.
 
@@ -101,7 +102,7 @@ def changed_findings(
     """
     for engine in bulk.checks:
         after = 0
-        while stored := converge.sessions_to_check(
+        while stored := session_checks.sessions_to_check(
             db, reach, engine=engine, after=after, limit=SESSIONS_PER_CHECK
         ):
             findings = bulk.find(engine, stored)

@@ -22,10 +22,12 @@ from runrecovery_service.domain.recovery_matrix import Fact
 from runrecovery_service.domain.run import Page
 from runrecovery_service.domain.session_check import SessionFinding
 from runrecovery_service.recovery.bulk_session_check import SESSIONS_PER_CHECK, BulkSessionCheck
-from runrecovery_service.storage import converge, processes
-from runrecovery_service.storage.converge import Foreseen, Reach, StoredSession
+from runrecovery_service.storage import launch_records, recovery_preview
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner
+from runrecovery_service.storage.recovery_preview import PreviewedRun
+from runrecovery_service.storage.recovery_scope import RecoveryScope
+from runrecovery_service.storage.session_checks import StoredSession
 
 _Session = tuple[StoredSession, Situation]
 """A session to check, and the situation of its run by the stored rows."""
@@ -50,7 +52,7 @@ class _Totals:
 class Rows:
     """The rows of one snapshot: a page of runs and, for the first page, the totals of all runs."""
 
-    page: Sequence[Foreseen] = field(repr=False)
+    page: Sequence[PreviewedRun] = field(repr=False)
     after: tuple[int, ...] | None
     totals: _Totals | None
 
@@ -63,8 +65,8 @@ class Planner:
     sessions: BulkSessionCheck
 
     @property
-    def _reach(self) -> Reach:
-        return Reach(owner=self.owner, before=self.owner.epoch + 1)
+    def _reach(self) -> RecoveryScope:
+        return RecoveryScope(owner=self.owner, before=self.owner.epoch + 1)
 
     def read(self, db: Database, *, after: tuple[int, ...] | None, limit: int) -> Rows:
         """Read a page of runs, in the order in which a restart would decide on them.
@@ -72,7 +74,7 @@ class Planner:
         The first page also has the totals, from the same snapshot.
         """
         with db.snapshot():
-            runs = converge.foreseen_page(
+            runs = recovery_preview.preview_page(
                 db, self._reach, after=after[0] if after else 0, limit=limit + 1
             )
             return Rows(
@@ -83,9 +85,11 @@ class Planner:
 
     def _read_totals(self, db: Database) -> _Totals:
         return _Totals(
-            situations=converge.situations(db, self._reach),
+            situations=recovery_preview.count_situations(db, self._reach),
             sessions={engine: self._sessions(db, engine) for engine in self.sessions.checks},
-            launches=len(processes.unclosed(db, self.owner, before=self._reach.before)),
+            launches=len(
+                launch_records.unclosed_launches(db, self.owner, before=self._reach.before)
+            ),
         )
 
     def _sessions(self, db: Database, engine: str) -> list[_Session]:
@@ -93,7 +97,7 @@ class Planner:
         sessions: list[_Session] = []
         known: dict[Situation, Situation] = {}
         after = 0
-        while runs := converge.foreseen_of_engine(
+        while runs := recovery_preview.preview_engine(
             db, self._reach, engine, after=after, limit=SESSIONS_PER_CHECK
         ):
             sessions += (
@@ -123,7 +127,7 @@ class Planner:
         )
         return Page(rows=decisions, after=rows.after), plan
 
-    def _check_page(self, page: Sequence[Foreseen]) -> dict[int, SessionFinding]:
+    def _check_page(self, page: Sequence[PreviewedRun]) -> dict[int, SessionFinding]:
         """Return the findings of the sessions of these runs, by run key."""
         self._forget_finished_checks()
         found: dict[int, SessionFinding] = {}

@@ -41,13 +41,21 @@ from runrecovery_service.recovery.bulk_session_check import BulkSessionCheck, ch
 from runrecovery_service.recovery.report import ReportBuilder
 from runrecovery_service.recovery.status import RecoveryStatus
 from runrecovery_service.stop_signal import StopSignal
-from runrecovery_service.storage import adoption, converge, deadlines, processes, recovery
+from runrecovery_service.storage import (
+    adoption,
+    deadlines,
+    launch_records,
+    recovery_apply,
+    reports,
+    session_checks,
+)
 from runrecovery_service.storage.adoption import Adopted
-from runrecovery_service.storage.converge import Batch, Scope
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.driver_errors import DRIVER_ERRORS, to_domain_error
 from runrecovery_service.storage.instances import Owner
-from runrecovery_service.storage.processes import Ended, Lease
+from runrecovery_service.storage.launch_records import LaunchEnd, LaunchRecord
+from runrecovery_service.storage.recovery_apply import Batch
+from runrecovery_service.storage.recovery_scope import ApplyScope
 
 log = structlog.get_logger()
 
@@ -64,7 +72,7 @@ RecordRemovals = Callable[[Database, tuple[TrustRemoval, ...]], object]
 class LaunchEnder(Protocol):
     """Kills the processes of launches."""
 
-    def end(self, launches: Sequence[Lease]) -> Mapping[int, Ending]:
+    def end(self, launches: Sequence[LaunchRecord]) -> Mapping[int, Ending]:
         """Kill every process of these launches, and return the result for each launch key."""
         ...
 
@@ -168,7 +176,7 @@ class Recovery:
             self._adopt(db, report)
         with report.phase("orphans"):
             self._end_orphans(db, report)
-        scope = Scope(
+        scope = ApplyScope(
             owner=self.owner,
             before=self.before,
             reconciliation_key=report.key,
@@ -180,7 +188,7 @@ class Recovery:
         with report.phase("converge"):
             self._decide_runs(db, report, scope)
         with report.phase("bindings"):
-            report.tally += converge.clear_stale_bindings(db, self.owner)
+            report.tally += recovery_apply.clear_stale_bindings(db, self.owner)
         with report.phase("trust"):
             self._clear_trust(db, report)
         if is_start:
@@ -192,12 +200,12 @@ class Recovery:
         if not limits.safe_mode_after or self.cause is Cause.SHUTDOWN:
             return False
         since = self.clock.now() - timedelta(seconds=limits.safe_mode_window_s)
-        unfinished = recovery.unfinished_since(db, self.owner.instance, since)
+        unfinished = reports.count_unfinished_starts(db, self.owner.instance, since)
         return unfinished >= limits.safe_mode_after
 
     def _fail(self, db: Database, report: ReportBuilder, error: Exception) -> None:
         interrupted = isinstance(error, RecoveryInterrupted)
-        reason = recovery.INTERRUPTED if interrupted else type(error).__name__
+        reason = reports.INTERRUPTED if interrupted else type(error).__name__
         log.error("recovery.failed", **_identity(report), error=reason)
         try:
             report.fail(db, reason)
@@ -223,12 +231,12 @@ class Recovery:
     # -- orphans -------------------------------------------------------------------------------
 
     def _end_orphans(self, db: Database, report: ReportBuilder) -> None:
-        launches = processes.unclosed(db, self.owner, before=self.before)
+        launches = launch_records.unclosed_launches(db, self.owner, before=self.before)
         if not launches:
             return
         endings = self.launches.end(launches)
         ended = [(launch, _ended(endings[launch.key])) for launch in launches]
-        processes.close_all(db, ended, now=self.clock.now(), reconciliation_key=report.key)
+        launch_records.close_all(db, ended, now=self.clock.now(), reconciliation_key=report.key)
         for launch in launches:
             for reason in endings[launch.key].refused:
                 log.warning("recovery.orphan_refused", **_identity(report), run_id=launch.run_id)
@@ -243,13 +251,13 @@ class Recovery:
 
     # -- sessions ------------------------------------------------------------------------------
 
-    def _check_sessions(self, db: Database, report: ReportBuilder, scope: Scope) -> None:
+    def _check_sessions(self, db: Database, report: ReportBuilder, scope: ApplyScope) -> None:
         # A new `hanging`: each try of a recovery calls every check again.
         bulk = replace(self.sessions, hanging={}, stop=self.stop)
         for findings in changed_findings(db, scope, bulk):
             if self.stop.is_set():
                 raise RecoveryInterrupted
-            converge.record_findings(db, scope, findings)
+            session_checks.record_findings(db, scope, findings)
         report.warnings.extend(
             report_warnings.sessions_not_answered(engine, bulk.check_s) for engine in bulk.hanging
         )
@@ -273,22 +281,24 @@ class Recovery:
 
     def _rearm_deadlines(self, db: Database, report: ReportBuilder) -> None:
         """Set deadlines by the clock that runs now: the machine may be booted anew, or another."""
-        count = deadlines.rearm(db, self.owner, now=self.clock.now(), steady=self.clock.steady())
+        count = deadlines.move_to_clock(
+            db, self.owner, now=self.clock.now(), steady=self.clock.steady()
+        )
         if count:
             log.info("recovery.deadlines_rearmed", **_identity(report), runs=count)
 
     # -- decisions -----------------------------------------------------------------------------
 
-    def _decide_runs(self, db: Database, report: ReportBuilder, scope: Scope) -> None:
-        report.runs_total = converge.total(db, scope)
+    def _decide_runs(self, db: Database, report: ReportBuilder, scope: ApplyScope) -> None:
+        report.runs_total = recovery_apply.count_runs(db, scope)
         report.write(db)
         rows, logged, after = self.limits.batch_rows, 0, 0
-        while batch := converge.next_batch(db, scope, after=after, rows=rows):
+        while batch := recovery_apply.next_batch(db, scope, after=after, rows=rows):
             if self.stop.is_set():
                 raise RecoveryInterrupted
             begun = time.monotonic()
             try:
-                report.tally += converge.converge(db, scope, batch, report=report.write)
+                report.tally += recovery_apply.apply_batch(db, scope, batch, report=report.write)
             except DRIVER_ERRORS as error:
                 if rows <= SMALLEST_BATCH or not isinstance(to_domain_error(error), StorageBusy):
                     raise
@@ -319,8 +329,8 @@ def next_batch_rows(rows: int, elapsed_s: float, *, most: int, batch_s: float) -
     return rows
 
 
-def _ended(ending: Ending) -> Ended:
-    return Ended(
+def _ended(ending: Ending) -> LaunchEnd:
+    return LaunchEnd(
         exit_code=None,
         processes_ended=ending.ended,
         gone=ending.gone,
@@ -338,7 +348,7 @@ def _identity(report: ReportBuilder) -> dict[str, object]:
 
 def _log_decisions(db: Database, report: ReportBuilder, batch: Batch, *, limit: int) -> int:
     """Log the decisions of a batch, at most `limit`, and return how many."""
-    decided = converge.decided_in(db, report.key, batch, limit=limit)
+    decided = recovery_apply.decisions_of_batch(db, report.key, batch, limit=limit)
     for run_id, rule, status_before, status_after in decided:
         log.info(
             "recovery.run_decided",

@@ -22,11 +22,11 @@ from runrecovery_service.domain.reconciliation import (
     TrustRemoval,
 )
 from runrecovery_service.recovery.report_warnings import run_quarantined
-from runrecovery_service.storage import recovery
-from runrecovery_service.storage.converge import Tally
+from runrecovery_service.storage import reports
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner
-from runrecovery_service.storage.recovery import RULE_STATES
+from runrecovery_service.storage.recovery_apply import Tally
+from runrecovery_service.storage.reports import RULE_STATES
 
 
 @dataclass(slots=True, kw_only=True)
@@ -56,7 +56,7 @@ class ReportBuilder:
     def open(self, db: Database) -> None:
         """Write a new report with state RUNNING."""
         self.started_at = self.clock.now()
-        self.key = recovery.begin(
+        self.key = reports.open_report(
             db,
             self.owner,
             reconciliation_id=self.reconciliation_id,
@@ -74,7 +74,7 @@ class ReportBuilder:
 
     def write(self, db: Database, batch: Tally | None = None) -> None:
         """Write the report so far, including a batch that is about to commit."""
-        recovery.write_report(db, self.key, self._as_of(self.tally + (batch or Tally())))
+        reports.write_report(db, self.key, self._as_of(self.tally + (batch or Tally())))
 
     def record_removals(self, db: Database, removals: tuple[TrustRemoval, ...]) -> None:
         """Write trust removals into the report, in the transaction that deletes their rows.
@@ -101,7 +101,7 @@ class ReportBuilder:
         report = replace(
             self._as_of(self.tally), state=state, finished_at=self.clock.now(), error=error
         )
-        recovery.write_report(db, self.key, report)
+        reports.write_report(db, self.key, report)
         return report
 
     def _as_of(self, tally: Tally) -> Reconciliation:

@@ -15,7 +15,7 @@ from runrecovery_service.domain.run import Run
 from runrecovery_service.rpc import validation
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.storage import runs
-from runrecovery_service.storage.adapter import Storage
+from runrecovery_service.storage.async_storage import Storage
 
 PIECE_BYTES: Final = 65_536
 FOLLOW_POLL_S: Final = 0.2
@@ -62,7 +62,7 @@ class OutputReader:
         while True:
             change = self._gate.change
             # The run is read before the output. If it has ended by then, all its output is there.
-            run = await self._storage.point(runs.get, request.run_id)
+            run = await self._storage.read_row(runs.get, request.run_id)
             if cursor is None or not cursor.attempt:
                 cursor = _cursor(run, request)
                 await self._check_offset(run, cursor, follow=request.follow)

@@ -21,7 +21,7 @@ from runrecovery_service.domain.errors import (
     PageTokenMismatch,
     WatchCursorInvalid,
 )
-from runrecovery_service.storage.feed import Place
+from runrecovery_service.storage.decision_feed import FeedCursor
 
 DEFAULT_PAGE_SIZE: Final = 50
 MAX_PAGE_SIZE: Final = 1000
@@ -94,12 +94,12 @@ def decode(scope: TokenScope, token: str) -> tuple[int, ...] | None:
 _CURSOR: Final = "runrecovery.v1.WatchRecovered"
 
 
-def encode_cursor(place: Place) -> str:
+def encode_cursor(place: FeedCursor) -> str:
     """Return the cursor of a place among the decisions. It is bound to no filter."""
     return encode(_cursor_scope(), (place.report, place.run, place.stamp))
 
 
-def decode_cursor(cursor: str) -> Place | None:
+def decode_cursor(cursor: str) -> FeedCursor | None:
     """Return the place that a cursor names; None for no cursor.
 
     Raises:
@@ -109,7 +109,7 @@ def decode_cursor(cursor: str) -> Place | None:
         keys = decode(_cursor_scope(), cursor)
     except (PageTokenInvalid, PageTokenMismatch):
         raise WatchCursorInvalid from None
-    return None if keys is None else Place(*keys)
+    return None if keys is None else FeedCursor(*keys)
 
 
 def _cursor_scope() -> TokenScope:

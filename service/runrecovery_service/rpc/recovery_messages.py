@@ -21,8 +21,8 @@ from runrecovery_service.rpc.enums import (
 )
 from runrecovery_service.rpc.gate import ServiceState
 from runrecovery_service.rpc.times import write_duration, write_time
-from runrecovery_service.storage.feed import Decided
-from runrecovery_service.storage.processes import Unended
+from runrecovery_service.storage.decision_feed import FeedDecision
+from runrecovery_service.storage.launch_records import UnendedLaunch
 
 
 def fill_recovery_info(to: run_pb2.RecoveryInfo, recovery: RecoveryInfo | None) -> None:
@@ -44,7 +44,7 @@ def fill_recovery_info(to: run_pb2.RecoveryInfo, recovery: RecoveryInfo | None) 
     to.processes_ended = recovery.processes_ended
 
 
-def fill_recovered_run(to: recovery_service_pb2.RecoveredRun, decided: Decided) -> None:
+def fill_recovered_run(to: recovery_service_pb2.RecoveredRun, decided: FeedDecision) -> None:
     """Fill a message with a decision and its run."""
     to.run_id = decided.run_id
     to.engine = decided.engine
@@ -166,7 +166,7 @@ def fill_status(
     state: ServiceState,
     report: Reconciliation | None,
     containment: Containment | None,
-    unended: Sequence[Unended],
+    unended: Sequence[UnendedLaunch],
 ) -> None:
     """Fill a message with the state of the service and the launches that could not be ended.
 

@@ -24,8 +24,8 @@ from runrecovery_service.rpc import (
 )
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.watch_streams import RecoveredWatcher
-from runrecovery_service.storage import processes, recovery
-from runrecovery_service.storage.adapter import Storage
+from runrecovery_service.storage import decisions, launch_records, reports
+from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.instances import Owner
 
 MAX_UNENDED_LAUNCHES: Final = 100
@@ -59,7 +59,7 @@ class RecoveryService:
     ) -> pb.GetRecoveryInfoResponse:
         """Return the decisions for one run."""
         validation.require_run_id(request.run_id)
-        history = await self._storage.read(recovery.history, request.run_id)
+        history = await self._storage.read(decisions.history, request.run_id)
         response = pb.GetRecoveryInfoResponse()
         recovery_messages.fill_recovery_info(response.recovery, history[0] if history else None)
         for decision in history:
@@ -71,7 +71,7 @@ class RecoveryService:
         validation.require_valid(validation.list_recovered(request))
         scope = paging.token_scope(request, width=2)
         page = await self._storage.read(
-            recovery.recovered_page,
+            decisions.recovered_page,
             _to_domain_filter(request.filter),
             after=paging.decode(scope, request.page_token),
             limit=paging.page_size(request.page_size),
@@ -99,7 +99,7 @@ class RecoveryService:
         """Return why each decision about a run was made, and what was done to processes."""
         validation.require_run_id(request.run_id)
         explained = await self._storage.read(
-            recovery.explained, request.run_id, limit=MAX_EXPLANATIONS
+            decisions.explain, request.run_id, limit=MAX_EXPLANATIONS
         )
         response = pb.ExplainRecoveryResponse()
         for seen in explained:
@@ -132,7 +132,7 @@ class RecoveryService:
         """Return the state of the service, the report of this start, and launches still alive."""
         current = self._status.report_id
         report = (
-            None if current is None else await self._storage.point(recovery.reconciliation, current)
+            None if current is None else await self._storage.read_row(reports.get_report, current)
         )
         response = pb.GetRecoveryStatusResponse(
             instance=self._owner.instance, epoch=self._owner.epoch
@@ -143,7 +143,7 @@ class RecoveryService:
             report=report,
             containment=self._status.containment,
             unended=await self._storage.read(
-                processes.unended, self._owner, limit=MAX_UNENDED_LAUNCHES
+                launch_records.unended_launches, self._owner, limit=MAX_UNENDED_LAUNCHES
             ),
         )
         return response
@@ -155,7 +155,7 @@ class RecoveryService:
         validation.require_valid(validation.list_reconciliations(request))
         scope = paging.token_scope(request, width=1)
         page = await self._storage.read(
-            recovery.reconciliation_page,
+            reports.report_page,
             after=paging.decode(scope, request.page_token),
             limit=paging.page_size(request.page_size),
         )
@@ -170,7 +170,7 @@ class RecoveryService:
         """Return one report."""
         wanted = request.reconciliation_id
         validation.require_valid(validation.reconciliation_id_violations(wanted))
-        report = await self._storage.point(recovery.reconciliation, wanted.lower())
+        report = await self._storage.read_row(reports.get_report, wanted.lower())
         response = pb.GetReconciliationResponse()
         recovery_messages.fill_reconciliation(response.reconciliation, report)
         return response

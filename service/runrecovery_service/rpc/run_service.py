@@ -28,9 +28,9 @@ from runrecovery_service.rpc.output_reader import OutputReader
 from runrecovery_service.rpc.uuid7 import RANDOM_BYTES, uuid7
 from runrecovery_service.rpc.watch_streams import RunWatcher
 from runrecovery_service.storage import interactions, reopening, requests, runs
-from runrecovery_service.storage.adapter import Storage
+from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.instances import Owner
-from runrecovery_service.storage.reopening import Candidate
+from runrecovery_service.storage.reopening import ReopenCandidate
 from runrecovery_service.storage.requests import Receipt
 
 MutationT = TypeVar(
@@ -95,7 +95,7 @@ class RunService:
     async def get_run(self, request: pb.GetRunRequest) -> pb.GetRunResponse:
         """Return one run."""
         validation.require_run_id(request.run_id)
-        run = await self._storage.point(runs.get, request.run_id)
+        run = await self._storage.read_row(runs.get, request.run_id)
         response = pb.GetRunResponse()
         run_messages.fill_run(response.run, run)
         return response
@@ -156,8 +156,8 @@ class RunService:
         """Set back a run that a recovery failed because its session was lost."""
         validation.require_valid(validation.reopen_run(request))
         handle = request.session_handle or None
-        if await self._storage.point(requests.find, make_receipt(request)) is None:
-            found = await self._storage.point(reopening.candidate, request.run_id)
+        if await self._storage.read_row(requests.find_effect, make_receipt(request)) is None:
+            found = await self._storage.read_row(reopening.find_candidate, request.run_id)
             await self._check_session_usable(found, handle)
         write = self._storage.write(
             reopening.reopen,
@@ -175,7 +175,7 @@ class RunService:
         run_messages.fill_run(response.run, await self._commit(write))
         return response
 
-    async def _check_session_usable(self, found: Candidate, supplied: str | None) -> None:
+    async def _check_session_usable(self, found: ReopenCandidate, supplied: str | None) -> None:
         """Raise SessionNotResumable if the session check finds the session lost.
 
         A run that cannot be reopened at all is not checked here: the write refuses it with the

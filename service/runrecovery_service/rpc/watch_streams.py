@@ -23,10 +23,10 @@ from runrecovery_service.domain.run import Run, RunEvent
 from runrecovery_service.rpc import paging, recovery_messages, run_messages, validation
 from runrecovery_service.rpc.fair_wakeup import FairWakeup
 from runrecovery_service.rpc.gate import Gate
-from runrecovery_service.storage import events, feed, runs
-from runrecovery_service.storage.adapter import Storage
-from runrecovery_service.storage.feed import Place
-from runrecovery_service.storage.runs import Stand
+from runrecovery_service.storage import decision_feed, events, runs
+from runrecovery_service.storage.async_storage import Storage
+from runrecovery_service.storage.decision_feed import FeedCursor
+from runrecovery_service.storage.runs import RunProgress
 
 BOOKMARK_S: Final = 15.0
 """After this long without a response, send a bookmark and read the database for missed changes."""
@@ -70,9 +70,9 @@ class _CachedRun:
     def __post_init__(self) -> None:
         run_messages.fill_run(self.message, self.run)
 
-    def is_current(self, stand: Stand | None) -> bool:
+    def is_current(self, stand: RunProgress | None) -> bool:
         """True when the run has not changed since."""
-        return stand == Stand(self.run.version, self.run.event_count)
+        return stand == RunProgress(self.run.version, self.run.event_count)
 
 
 class RunWatcher:
@@ -95,7 +95,7 @@ class RunWatcher:
         """
         validation.require_valid(validation.watch_run(request))
         run_id = request.run_id
-        key = (await self._storage.point(runs.get, run_id)).key
+        key = (await self._storage.read_row(runs.get, run_id)).key
         woken = asyncio.Event()
         with self._storage.changes.of_run(key, woken), self._gate.notify(woken):
             state = await self._state(run_id, key)
@@ -108,7 +108,7 @@ class RunWatcher:
                 await self._wakeup.wait_turn()
                 woken.clear()
                 state = await self._state(run_id, key)
-                for event in await self._storage.point(events.between, state.run, at):
+                for event in await self._storage.read_row(events.events_after, state.run, at):
                     yield _event_response(event, state)
                     timer.restart()
                 at = state.run.event_count
@@ -127,8 +127,10 @@ class RunWatcher:
         The cache is keyed by run_id: after the database lost commits, another run may have the key.
         """
         state = self._states.get(run_id)
-        if state is None or not state.is_current(await self._storage.point(runs.stand, run_key)):
-            state = _CachedRun(await self._storage.point(runs.get, run_id))
+        if state is None or not state.is_current(
+            await self._storage.read_row(runs.progress, run_key)
+        ):
+            state = _CachedRun(await self._storage.read_row(runs.get, run_id))
             self._states[run_id] = state
         return state
 
@@ -167,9 +169,9 @@ class RecoveredWatcher:
         with self._storage.changes.of_decisions(woken), self._gate.notify(woken):
             place = paging.decode_cursor(request.after_cursor)
             if place is None:
-                place = await self._storage.read(feed.end)
+                place = await self._storage.read(decision_feed.end_cursor)
             else:
-                await self._storage.read(feed.demand_known, place)
+                await self._storage.read(decision_feed.demand_valid, place)
             timer = _BookmarkTimer(sent=False)
             while True:
                 await self._wakeup.wait_turn()
@@ -180,7 +182,7 @@ class RecoveredWatcher:
                     timer.restart()
                 woken.clear()
                 stretch = await self._storage.read(
-                    feed.behind, place, wanted, limit=DECISIONS_PER_READ
+                    decision_feed.decisions_after, place, wanted, limit=DECISIONS_PER_READ
                 )
                 for decided in stretch.decided:
                     await self._wakeup.wait_turn()
@@ -195,7 +197,7 @@ class RecoveredWatcher:
                     await timer.wait(woken)
 
 
-def _bookmark(place: Place) -> recovery_pb.WatchRecoveredResponse:
+def _bookmark(place: FeedCursor) -> recovery_pb.WatchRecoveredResponse:
     return recovery_pb.WatchRecoveredResponse(
         cursor=paging.encode_cursor(place), bookmark=run_pb2.WatchBookmark()
     )

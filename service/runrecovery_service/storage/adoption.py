@@ -40,12 +40,17 @@ _HOLDING: Final = (
 )
 
 
-Told = Callable[[Database, Sequence[Adopted]], object]
+RecordAdopted = Callable[[Database, Sequence[Adopted]], object]
 """Tells what was adopted, in the transaction that completes it."""
 
 
 def adopt(
-    db: Database, owner: Owner, *, told: Told, stopping: Callable[[], bool], rows: int = ROWS
+    db: Database,
+    owner: Owner,
+    *,
+    told: RecordAdopted,
+    stopping: Callable[[], bool],
+    rows: int = ROWS,
 ) -> Sequence[Adopted]:
     """Make `owner` the owner of everything that other instances left, and forget these instances.
 

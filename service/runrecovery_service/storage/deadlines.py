@@ -36,14 +36,14 @@ _WALL: Final = {
 
 
 @dataclass(frozen=True, slots=True)
-class Passed:
+class PassedDeadline:
     """A deadline that has passed."""
 
     run_key: int
     kind: DueKind
 
 
-def rearm(db: Database, owner: Owner, *, now: datetime, steady: SteadyTime) -> int:
+def move_to_clock(db: Database, owner: Owner, *, now: datetime, steady: SteadyTime) -> int:
     """Bring deadlines by another clock onto the one that runs now, some at a time; return of how
     many runs. Until it is through nobody may set a deadline of these runs, or go by one."""
     offset_us = steady.us - to_us(now)
@@ -82,7 +82,9 @@ def _of_another_clock(db: Database, owner: Owner, steady: SteadyTime) -> list[in
     return []
 
 
-def passed(db: Database, owner: Owner, *, steady: SteadyTime, limit: int) -> list[Passed]:
+def passed_deadlines(
+    db: Database, owner: Owner, *, steady: SteadyTime, limit: int
+) -> list[PassedDeadline]:
     """Return what has passed of each kind, the longest ago first, at most `limit` of each."""
     found = []
     for kind, column in _COLUMNS.items():
@@ -91,7 +93,7 @@ def passed(db: Database, owner: Owner, *, steady: SteadyTime, limit: int) -> lis
             f" AND due_clock = ? ORDER BY {column} LIMIT ?",
             (owner.instance, steady.us, steady.clock, limit),
         )
-        found += [Passed(run_key, kind) for (run_key,) in rows]
+        found += [PassedDeadline(run_key, kind) for (run_key,) in rows]
     return found
 
 

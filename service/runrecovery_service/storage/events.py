@@ -17,10 +17,10 @@ from runrecovery_service.storage import tables
 from runrecovery_service.storage.database import Database, Row
 from runrecovery_service.storage.rows import (
     RECOVERY_COLUMNS,
+    enum_from_text,
     from_us,
     recovery_from_row,
     to_us,
-    word,
 )
 from runrecovery_service.storage.statements import Statement, param
 
@@ -65,7 +65,7 @@ _DECISIONS = Statement(
 )
 
 
-def add(
+def record_event(
     db: Database,
     run: Run,
     *,
@@ -98,7 +98,7 @@ def add(
         )
 
 
-def between(db: Database, run: Run, after: int) -> tuple[RunEvent, ...]:
+def events_after(db: Database, run: Run, after: int) -> tuple[RunEvent, ...]:
     """Return the events of a run behind the sequence `after`, up to the state that was read.
 
     Raises:
@@ -129,9 +129,9 @@ def _event_from_row(row: Row) -> RunEvent:
     sequence, kind, happened_at, status, attempt, interaction_id, error_code = row
     return RunEvent(
         sequence=sequence,
-        kind=word(RunEventKind, kind),
+        kind=enum_from_text(RunEventKind, kind),
         happened_at=from_us(happened_at),
-        status=word(RunStatus, status),
+        status=enum_from_text(RunStatus, status),
         attempt=attempt,
         interaction_id=interaction_id,
         error_code=error_code,

@@ -31,7 +31,7 @@ class Owner:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Boot:
+class InstanceStart:
     """What identifies this start of the service.
 
     Attributes:
@@ -50,7 +50,7 @@ def _lease_until(db: Database, ttl_s: float) -> str:
     return f"{db.dialect.now_us} + {int(ttl_s * 1e6)}"
 
 
-def claim(db: Database, boot: Boot, *, now: datetime, ttl_s: float = LEASE_TTL_S) -> Owner:
+def claim(db: Database, boot: InstanceStart, *, now: datetime, ttl_s: float = LEASE_TTL_S) -> Owner:
     """Take the instance's next epoch, and a lease of `ttl_s`.
 
     In a SQLite store the epoch is above those of all names: the service adopts their runs. No
@@ -107,7 +107,7 @@ def claim(db: Database, boot: Boot, *, now: datetime, ttl_s: float = LEASE_TTL_S
     return Owner(boot.instance, epoch, boot.boot_token)
 
 
-def _living(db: Database, boot: Boot, lock: str = "") -> Row | None:
+def _living(db: Database, boot: InstanceStart, lock: str = "") -> Row | None:
     """Return the epoch, place, pid and lock of the instance, and whether its lease runs."""
     return db.fetch_one(
         "SELECT epoch, host_id, data_dir, pid, lock_id,"
@@ -117,7 +117,7 @@ def _living(db: Database, boot: Boot, lock: str = "") -> Row | None:
     )
 
 
-def _demand_free(db: Database, row: Row | None, boot: Boot) -> None:
+def _demand_free(db: Database, row: Row | None, boot: InstanceStart) -> None:
     if row is None or db.dialect.kind is DatabaseKind.SQLITE:
         return
     _, host_id, data_dir, pid, lock_id, lease_runs = row

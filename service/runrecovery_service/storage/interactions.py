@@ -62,7 +62,7 @@ def reply(
         RunNotFound, RunNotWaiting, InteractionSuperseded, RunOfAnotherInstance, RunQuarantined,
         EtagMismatch, RequestIdReused.
     """
-    earlier = requests.find(db, receipt)
+    earlier = requests.find_effect(db, receipt)
     if earlier is not None:
         return runs.get_by_key(db, earlier)
     run = runs.get(db, run_id)
@@ -70,7 +70,7 @@ def reply(
         _demand_open(run, interaction_id)
         runs.demand_etag(run, etag)
         accept(db, run, response, owner=owner, now=now)
-    requests.add(db, receipt, run_key=run.key, now=now)
+    requests.record_effect(db, receipt, run_key=run.key, now=now)
     return runs.get_by_key(db, run.key)
 
 

@@ -33,7 +33,7 @@ NO_HANDLE: Final = "no session handle was kept; supply one"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
+class ReopenCandidate:
     """A run that may be set back, the handle that was kept of it (a secret; None: none), and what
     its file was when the question was recorded."""
 
@@ -55,7 +55,7 @@ class _Kept:
     report: int
 
 
-def candidate(db: Database, run_id: str) -> Candidate:
+def find_candidate(db: Database, run_id: str) -> ReopenCandidate:
     """Return the run with the handle that it would be resumed by: the retired one, or, when it was
     set back already, its own.
 
@@ -67,7 +67,9 @@ def candidate(db: Database, run_id: str) -> Candidate:
         "SELECT retired_value, session_value, session_mark FROM run WHERE id = ?", (run.key,)
     )
     retired, own, mark = row or (None, None, None)
-    return Candidate(run=run, handle=retired or own or None, mark=SessionFingerprint.read(mark))
+    return ReopenCandidate(
+        run=run, handle=retired or own or None, mark=SessionFingerprint.read(mark)
+    )
 
 
 @use_case.retried
@@ -96,7 +98,7 @@ def reopen(
         RunNotFound, RunOfAnotherInstance, RunQuarantined, RunNotReopenable, SessionNotResumable,
         EtagMismatch, RequestIdReused.
     """
-    earlier = requests.find(db, receipt)
+    earlier = requests.find_effect(db, receipt)
     if earlier is not None:
         return runs.get_by_key(db, earlier)
     run = runs.get(db, run_id)
@@ -105,7 +107,7 @@ def reopen(
         _demand_failed_so(run)
         runs.demand_etag(run, etag)
         _set_back(db, run, handle, session_type, owner=owner, due_in=due_in, steady=steady, now=now)
-    requests.add(db, receipt, run_key=run.key, now=now)
+    requests.record_effect(db, receipt, run_key=run.key, now=now)
     return runs.get_by_key(db, run.key)
 
 

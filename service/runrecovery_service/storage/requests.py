@@ -39,7 +39,7 @@ _ADD = Statement(
 )
 
 
-def find(db: Database, receipt: Receipt | None) -> int | None:
+def find_effect(db: Database, receipt: Receipt | None) -> int | None:
     """Return the key of the run that this request has had its effect on, None if it has had none.
 
     Raises:
@@ -56,7 +56,7 @@ def find(db: Database, receipt: Receipt | None) -> int | None:
     return int(run_key)
 
 
-def add(db: Database, receipt: Receipt | None, *, run_key: int, now: datetime) -> None:
+def record_effect(db: Database, receipt: Receipt | None, *, run_key: int, now: datetime) -> None:
     """Record the effect, in the caller's transaction.
 
     Raises:

@@ -97,7 +97,7 @@ _WORDS: Final[dict[type[StrEnum], dict[str, Any]]] = {
 }
 
 
-def word(kind: type[E], text: str | None) -> E | None:
+def enum_from_text(kind: type[E], text: str | None) -> E | None:
     """Return the enum member of a stored word, None for a missing or unknown one."""
     member: E | None = _WORDS[kind].get(text or "")
     return member
@@ -105,8 +105,8 @@ def word(kind: type[E], text: str | None) -> E | None:
 
 def finding_from(verdict: str | None, reason: str | None) -> SessionFinding | None:
     """Return the finding that two columns hold; None: none, or of a verdict not known here."""
-    known = word(SessionVerdict, verdict)
-    return None if known is None else SessionFinding(known, word(SessionReason, reason))
+    known = enum_from_text(SessionVerdict, verdict)
+    return None if known is None else SessionFinding(known, enum_from_text(SessionReason, reason))
 
 
 # -- runs --------------------------------------------------------------------------------------
@@ -167,9 +167,9 @@ def run_from_row(row: Row) -> Run:
         engine=engine,
         labels={} if labels == "{}" else {k: str(v) for k, v in json_object(labels).items()},
         # What was set aside is neither active nor ended, whatever its row says.
-        status=None if quarantined else word(RunStatus, status),
-        profile=word(Profile, profile),
-        restart_policy=word(RestartPolicy, restart_policy) or RestartPolicy.FAIL,
+        status=None if quarantined else enum_from_text(RunStatus, status),
+        profile=enum_from_text(Profile, profile),
+        restart_policy=enum_from_text(RestartPolicy, restart_policy) or RestartPolicy.FAIL,
         max_attempts=max_attempts,
         session_timeout_s=_seconds(session_timeout_us),
         require_user_reply=require_user_reply != 0,
@@ -220,11 +220,11 @@ def recovery_from_row(row: Row) -> RecoveryInfo | None:
     if state is None or report is None:
         return None
     return RecoveryInfo(
-        recovery_state=word(RecoveryState, state) or RecoveryState.NONE,
+        recovery_state=enum_from_text(RecoveryState, state) or RecoveryState.NONE,
         recovered_at=from_us(at),
         recovery_reason=rule,
-        status_before=word(RunStatus, before),
-        status_after=word(RunStatus, after),
+        status_before=enum_from_text(RunStatus, before),
+        status_after=enum_from_text(RunStatus, after),
         error_code=error_code,
         reconciliation_id=report,
         instance=instance,
@@ -245,10 +245,10 @@ def interaction_from_row(row: Row) -> Interaction:
     ) = row  # fmt: skip
     return Interaction(
         interaction_id=no,
-        kind=word(InteractionKind, kind),
+        kind=enum_from_text(InteractionKind, kind),
         prompt=prompt,
         options=options_from_json(options),
-        state=word(InteractionState, state) or InteractionState.CLOSED,
+        state=enum_from_text(InteractionState, state) or InteractionState.CLOSED,
         asked_at=from_us(asked_at),
         replied_at=from_us_or_none(replied_at),
         response=json_value(response),

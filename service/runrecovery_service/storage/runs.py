@@ -114,7 +114,7 @@ def get_by_key(db: Database, key: int) -> Run:
     return run_from_row(row)
 
 
-class Stand(NamedTuple):
+class RunProgress(NamedTuple):
     """What changes with every change of a run, and with every event of it."""
 
     version: int
@@ -124,10 +124,10 @@ class Stand(NamedTuple):
 _STAND = Statement(lambda: _R.select(_R.version, _R.event_count).where(_R.id == param("key")))
 
 
-def stand(db: Database, key: int) -> Stand | None:
+def progress(db: Database, key: int) -> RunProgress | None:
     """Return how far a run has come; None when there is none."""
     row = _STAND.run(db, key=key).fetchone()
-    return None if row is None else Stand(*row)
+    return None if row is None else RunProgress(*row)
 
 
 def page(
@@ -139,7 +139,7 @@ def page(
     view: View = View.FULL,
 ) -> Page[Run]:
     """Return a page of runs, newest first."""
-    query, key = labelled(db, select(view), wanted.labels, by_run=True)
+    query, key = filter_by_labels(db, select(view), wanted.labels, by_run=True)
     if wanted.statuses:
         query = query.where(
             _R.status.in_([status.value for status in wanted.statuses])
@@ -156,7 +156,7 @@ def page(
     return page_of(db, [query.order_by(key.desc())], limit, lambda row: (row[0],))
 
 
-def labelled(
+def filter_by_labels(
     db: Database,
     query: pw.ModelSelect[tables.Run],
     labels: Mapping[str, str],
@@ -283,7 +283,7 @@ def create(
         RequestIdReused: the receipt belongs to another request.
         Overloaded: `max_queued` runs are waiting already.
     """
-    earlier = requests.find(db, receipt)
+    earlier = requests.find_effect(db, receipt)
     if earlier is not None:
         return get_by_key(db, earlier)
     instances.demand_current(db, owner)
@@ -305,12 +305,12 @@ def create(
         now=to_us(now),
     ).fetchone()
     if row is None:
-        if requests.find(db, receipt) is not None:  # this very request, by another caller
+        if requests.find_effect(db, receipt) is not None:  # this very request, by another caller
             raise Stale
         raise RunAlreadyExists(new.run_id)
     for key, value in new.labels.items():
         _LABEL.run(db, key=key, value=value, run=row[0])
-    requests.add(db, receipt, run_key=row[0], now=now)
+    requests.record_effect(db, receipt, run_key=row[0], now=now)
     db.mark_changed(row[0])
     return get_by_key(db, row[0])
 
@@ -386,7 +386,7 @@ def change(
         raise Stale
     db.mark_changed(run.key)
     if event is not None:
-        events.add(
+        events.record_event(
             db,
             run,
             kind=event,
@@ -456,7 +456,7 @@ def cancel(
         RunNotFound, RunAlreadyTerminal, RunOfAnotherInstance, RunQuarantined, EtagMismatch,
         RequestIdReused.
     """
-    earlier = requests.find(db, receipt)
+    earlier = requests.find_effect(db, receipt)
     if earlier is not None:
         return get_by_key(db, earlier)
     run = get(db, run_id)
@@ -476,5 +476,5 @@ def cancel(
             event=RunEventKind.CANCEL_REQUESTED if has_process else RunEventKind.CANCELED,
             cancel_requested_at=to_us(now),
         )
-    requests.add(db, receipt, run_key=run.key, now=now)
+    requests.record_effect(db, receipt, run_key=run.key, now=now)
     return get_by_key(db, run.key)

@@ -19,11 +19,11 @@ from runrecovery_service.domain.run import NewRun, Profile, RestartPolicy, RunFi
 from runrecovery_service.storage import runs, turns
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner
+from runrecovery_service.storage.launch_records import LaunchSite
 from runrecovery_service.storage.postgresql_rights import missing_for_work
-from runrecovery_service.storage.processes import Place
 from runrecovery_service.storage.turns import DueIn
 
-_NOWHERE: Final = Place(host_id="trial", boot_id="", pid_namespace=0)
+_NOWHERE: Final = LaunchSite(host_id="trial", boot_id="", pid_namespace=0)
 _UNBOUNDED: Final = 2**40
 
 log = structlog.get_logger()
@@ -33,7 +33,7 @@ class _Undo(Exception):
     """Rolls the trial back."""
 
 
-def read(db: Database) -> None:
+def read_newest_run(db: Database) -> None:
     """Read the newest runs, as ListRuns does."""
     runs.page(db, RunFilter(), after=None, limit=1)
 
@@ -49,7 +49,7 @@ def demand_rights(db: Database) -> None:
         raise StorageUnavailable
 
 
-def create_and_take(
+def try_create_and_take(
     db: Database, *, owner: Owner, due_in: DueIn, steady: SteadyTime, now: datetime
 ) -> None:
     """Create a run and take the next one, as CreateRun and the dispatcher do; undo both."""

@@ -28,7 +28,7 @@ After = tuple[int, str, str]
 """The place of a row in the order of `stale`."""
 
 
-class Away(StrEnum):
+class NotRemoved(StrEnum):
     """Why an entry could not be taken out."""
 
     PLACE = "place"
@@ -64,7 +64,7 @@ class TrustEntry:
     created_us: int = 0
     ours: bool = True
     removed_at: datetime | None = None
-    away: Away | None = None
+    away: NotRemoved | None = None
     away_since: datetime | None = None
 
     @property
@@ -79,7 +79,7 @@ class TrustEntry:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Mark:
+class EntryUpdate:
     """What is to be on record of an entry that stays there.
 
     Attributes:
@@ -89,16 +89,16 @@ class Mark:
 
     look_at: datetime
     removed_at: datetime | None = None
-    away: Away | None = None
+    away: NotRemoved | None = None
     away_since: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settlement:
+class EntryOutcome:
     """What a look at a file came to: entries to forget, and marks of others."""
 
     forget: tuple[TrustEntry, ...] = ()
-    marks: Mapping[Mark, Sequence[TrustEntry]] = field(default_factory=dict)
+    marks: Mapping[EntryUpdate, Sequence[TrustEntry]] = field(default_factory=dict)
 
 
 def _ours(db: Database) -> str:
@@ -143,7 +143,7 @@ def _entry(row: Row) -> TrustEntry:
         created_us=created,
         ours=bool(ours),
         removed_at=from_us_or_none(removed),
-        away=None if away is None else Away(away),
+        away=None if away is None else NotRemoved(away),
         away_since=from_us_or_none(away_since),
     )
 
@@ -155,7 +155,7 @@ def _due(now: datetime | None) -> tuple[int, int]:
     return (to_us(now), to_us(now + FAR))
 
 
-def standing(db: Database, host_id: str, file: str, place: str) -> dict[str, str]:
+def recorded_entries(db: Database, host_id: str, file: str, place: str) -> dict[str, str]:
     """Return what was added to a file, by folder."""
     rows = db.fetch_all(
         f"SELECT t.folder, t.added FROM trust_entry t WHERE t.file = ? AND t.removed_at IS NULL"
@@ -168,7 +168,9 @@ def standing(db: Database, host_id: str, file: str, place: str) -> dict[str, str
     return dict(rows)
 
 
-def record(db: Database, entry: TrustEntry, *, host_id: str, owner: Owner, now: datetime) -> None:
+def record_entry(
+    db: Database, entry: TrustEntry, *, host_id: str, owner: Owner, now: datetime
+) -> None:
     """Put an entry on record, or on record anew.
 
     Raises:
@@ -205,9 +207,7 @@ def record(db: Database, entry: TrustEntry, *, host_id: str, owner: Owner, now: 
         )
 
 
-def stale_places(
-    db: Database, host_id: str, *, now: datetime | None
-) -> list[tuple[str, str, bool]]:
+def stale_files(db: Database, host_id: str, *, now: datetime | None) -> list[tuple[str, str, bool]]:
     """Return the files with entries that nobody needs any more, or that are to be looked at again,
     the place of each, and whether the entries are of this host.
 
@@ -222,7 +222,7 @@ def stale_places(
     return [(file, place, bool(ours)) for file, place, ours in rows]
 
 
-def stale(
+def stale_entries(
     db: Database, host_id: str, file: str, *, now: datetime | None, after: After | None, limit: int
 ) -> list[TrustEntry]:
     """Return the entries of a file that `stale_places` speaks of, the newest first: in this order
@@ -235,7 +235,7 @@ def stale(
     return [_entry(row) for row in rows]
 
 
-def of_run(db: Database, host_id: str, run_id: str, *, owner: Owner) -> list[TrustEntry]:
+def entries_of_run(db: Database, host_id: str, run_id: str, *, owner: Owner) -> list[TrustEntry]:
     """Return the entries of a run that is ours; none, if a newer epoch has taken it over."""
     rows = db.fetch_all(
         f"{_select(db)} WHERE r.run_id = ? AND t.removed_at IS NULL AND r.owner = ?"
@@ -245,7 +245,7 @@ def of_run(db: Database, host_id: str, run_id: str, *, owner: Owner) -> list[Tru
     return [_entry(row) for row in rows]
 
 
-def settle(db: Database, done: Settlement, *, only_stale: bool) -> None:
+def record_outcome(db: Database, done: EntryOutcome, *, only_stale: bool) -> None:
     """Put on record what a look at a file came to.
 
     Args:

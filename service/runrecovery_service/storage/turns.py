@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import reduce
-from operator import or_
 from typing import Final
 
 from runrecovery_service.domain.deadline import Due, SteadyTime
 from runrecovery_service.domain.errors import Fenced, RunGone, RunNotFound, RunQuarantined
-from runrecovery_service.domain.recovery_matrix import NOTHING, Fact, decide
+from runrecovery_service.domain.recovery_matrix import decide
 from runrecovery_service.domain.run import (
     Interaction,
     InteractionState,
     Question,
-    RestartPolicy,
     Run,
     RunError,
     RunEventKind,
@@ -25,10 +22,11 @@ from runrecovery_service.domain.run import (
 )
 from runrecovery_service.domain.session_check import SessionFingerprint
 from runrecovery_service.domain.turn import Asked, Interrupted, Succeeded, TurnEnd
-from runrecovery_service.storage import interactions, processes, runs, use_case
+from runrecovery_service.storage import interactions, launch_records, runs, use_case
 from runrecovery_service.storage.database import Database, Stale
 from runrecovery_service.storage.instances import Owner
-from runrecovery_service.storage.processes import Ended, Lease, Place
+from runrecovery_service.storage.launch_records import LaunchEnd, LaunchRecord, LaunchSite
+from runrecovery_service.storage.recovery_sql import facts_of_run
 from runrecovery_service.storage.rows import options_to_json, to_json, to_us
 
 DueIn = Callable[[float], Due]
@@ -46,7 +44,7 @@ class Turn:
     """
 
     run: Run
-    lease: Lease
+    lease: LaunchRecord
     reply: Interaction | None
 
 
@@ -56,7 +54,7 @@ def take_next(
     *,
     owner: Owner,
     busy_engines: Sequence[str],
-    place: Place,
+    place: LaunchSite,
     due_in: DueIn,
     steady: SteadyTime,
     now: datetime,
@@ -114,12 +112,12 @@ def take_next(
         **columns,
     )
     run = runs.get_by_key(db, run.key)
-    lease = processes.intend(db, run, owner=owner, place=place, now=now)
+    lease = launch_records.record_launch(db, run, owner=owner, place=place, now=now)
     return Turn(run=run, lease=lease, reply=reply)
 
 
 @use_case.retried
-def give_back(db: Database, *, owner: Owner, held: Collection[str], now: datetime) -> int:
+def requeue_unlaunched(db: Database, *, owner: Owner, held: Collection[str], now: datetime) -> int:
     """Put runs back into the queue that were taken by a commit whose answer never came.
 
     Args:
@@ -156,7 +154,7 @@ def give_back(db: Database, *, owner: Owner, held: Collection[str], now: datetim
 
 
 @use_case.retried
-def keep_session(
+def record_session(
     db: Database, turn: Turn, *, owner: Owner, session: Session, now: datetime
 ) -> None:
     """Record the handle that the conversation can be resumed by."""
@@ -175,7 +173,7 @@ def keep_session(
     )
 
 
-def mark_of(db: Database, turn: Turn) -> SessionFingerprint | None:
+def recorded_fingerprint(db: Database, turn: Turn) -> SessionFingerprint | None:
     """Return what a run's session file was when its question was recorded; None: nobody looked."""
     row = db.fetch_one(
         "SELECT session_mark FROM run WHERE id = ? AND run_id = ?", (turn.run.key, turn.run.run_id)
@@ -184,7 +182,7 @@ def mark_of(db: Database, turn: Turn) -> SessionFingerprint | None:
 
 
 @use_case.retried
-def delivered(db: Database, turn: Turn, *, owner: Owner) -> None:
+def record_delivered(db: Database, turn: Turn, *, owner: Owner) -> None:
     """Record that a process has been given the accepted answer."""
     run = _own(db, turn, owner)
     db.execute(
@@ -195,7 +193,7 @@ def delivered(db: Database, turn: Turn, *, owner: Owner) -> None:
 
 
 @use_case.retried
-def undelivered(db: Database, turn: Turn, *, owner: Owner, number: int) -> None:
+def record_undelivered(db: Database, turn: Turn, *, owner: Owner, number: int) -> None:
     """Record that the answer to a question was given to a process, and never read."""
     run = _own(db, turn, owner)
     db.execute(
@@ -206,7 +204,7 @@ def undelivered(db: Database, turn: Turn, *, owner: Owner, number: int) -> None:
 
 
 @use_case.retried
-def ask_and_stay(
+def record_sticky_question(
     db: Database,
     turn: Turn,
     *,
@@ -230,13 +228,13 @@ def ask_and_stay(
 
 
 @use_case.retried
-def end(
+def record_end(
     db: Database,
     turn: Turn,
     *,
     owner: Owner,
     end: TurnEnd,
-    ended: Ended,
+    ended: LaunchEnd,
     due: Due | None,
     mark: SessionFingerprint | None = None,
     now: datetime,
@@ -250,9 +248,9 @@ def end(
     Safe to repeat when it is not known whether it was committed: the run may be in a later turn.
     """
     run = _own(db, turn, owner)
-    if processes.is_over(db, turn.lease):
+    if launch_records.is_over(db, turn.lease):
         return run
-    processes.close(db, turn.lease, ended, now=now)
+    launch_records.close(db, turn.lease, ended, now=now)
     if run.cancel_requested:
         runs.change(db, run, owner=owner, now=now, status=RunStatus.CANCELED)
     elif isinstance(end, Asked):
@@ -273,7 +271,7 @@ def end(
     return runs.get_by_key(db, run.key)
 
 
-def look(db: Database, turn: Turn, *, owner: Owner) -> Run:
+def current_run(db: Database, turn: Turn, *, owner: Owner) -> Run:
     """Return the run of a turn as it is now.
 
     Integer keys are handed out again when the database has lost commits. So the run is found by its
@@ -287,14 +285,14 @@ def look(db: Database, turn: Turn, *, owner: Owner) -> Run:
         run = runs.get(db, turn.run.run_id)
     except RunNotFound:
         raise RunGone(f"run {turn.run.run_id!r}") from None
-    if run.key != turn.run.key or not processes.is_on_record(db, turn.lease):
+    if run.key != turn.run.key or not launch_records.is_recorded(db, turn.lease):
         raise RunGone(f"the launch of run {turn.run.run_id!r}")
     _demand_owned(run, owner)
     return run
 
 
 def _own(db: Database, turn: Turn, owner: Owner) -> Run:
-    run = look(db, turn, owner=owner)
+    run = current_run(db, turn, owner=owner)
     if run.status is None:
         raise RunQuarantined(run.run_id)
     return run
@@ -310,7 +308,7 @@ def _demand_owned(run: Run, owner: Owner) -> None:
 def _interrupt(db: Database, run: Run, end: Interrupted, *, owner: Owner, now: datetime) -> None:
     """Do with the run what a restart at this moment would: the same matrix decides."""
     assert run.status is not None  # noqa: S101 - `_own` has refused such a run
-    rule = decide(run.status, run.profile, _facts(db, run))
+    rule = decide(run.status, run.profile, facts_of_run(db, run.key))
     if rule.error is not None:
         error = RunError(code=rule.error, message=end.because)
         _fail(db, run, error, owner=owner, now=now)
@@ -324,19 +322,6 @@ def _interrupt(db: Database, run: Run, end: Interrupted, *, owner: Owner, now: d
     runs.change(db, run, owner=owner, now=now, status=rule.becomes, event=event, about=0, **columns)
     if not rule.keeps:
         runs.close_questions(db, run)
-
-
-def _facts(db: Database, run: Run) -> Fact:
-    last = interactions.find(db, run.key, run.interaction_count)
-    holds = {
-        Fact.PENDING: run.pending is not None and run.pending.kind is not None,
-        Fact.HANDLE: run.session is not None,
-        Fact.CANCEL: run.cancel_requested,
-        Fact.REPLY: last is not None and last.state is InteractionState.ANSWERED,
-        Fact.REQUEUE: run.restart_policy is RestartPolicy.REQUEUE
-        and run.attempt < run.max_attempts,
-    }
-    return reduce(or_, (fact for fact, held in holds.items() if held), NOTHING)
 
 
 def _ask(

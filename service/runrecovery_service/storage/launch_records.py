@@ -27,7 +27,7 @@ ORPHANS_KEPT: Final = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class LaunchSite:
     """Where processes are launched: a host, one boot of it, one pid namespace.
 
     Attributes:
@@ -43,7 +43,7 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Lease:
+class LaunchRecord:
     """A recorded launch and the marks of its tree: `cookie` and `watermark`, which are secrets,
     `cgroup`, and the shim's `pid` and `start_ticks`, None until that is on record. `unended`: it
     is over, and something of it could not be ended so far."""
@@ -82,7 +82,7 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ended:
+class LaunchEnd:
     """What is left of a launch: `gone` is False while something of it could not be ended.
 
     `exit_code` and `usage` are None when nobody was there to see the agent end. `orphans` is for a
@@ -97,7 +97,7 @@ class Ended:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Unended:
+class UnendedLaunch:
     """A launch that is over and of which something is still alive."""
 
     run_id: str
@@ -112,7 +112,9 @@ _LEASE: Final = (
 )
 
 
-def intend(db: Database, run: Run, *, owner: Owner, place: Place, now: datetime) -> Lease:
+def record_launch(
+    db: Database, run: Run, *, owner: Owner, place: LaunchSite, now: datetime
+) -> LaunchRecord:
     """Record the launch that is about to happen, in the caller's transaction."""
     bits = place.watermark_bits
     # The highest bit set: a number of full length, as no other use of that limit would choose.
@@ -143,7 +145,9 @@ def intend(db: Database, run: Run, *, owner: Owner, place: Place, now: datetime)
     return _lease_from_row(made)
 
 
-def gated(db: Database, lease: Lease, *, owner: Owner, pid: int, start_ticks: int) -> None:
+def record_gated(
+    db: Database, lease: LaunchRecord, *, owner: Owner, pid: int, start_ticks: int
+) -> None:
     """Record the shim that stands at the gate.
 
     Raises:
@@ -156,7 +160,7 @@ def gated(db: Database, lease: Lease, *, owner: Owner, pid: int, start_ticks: in
     )  # fmt: skip
 
 
-def running(db: Database, lease: Lease, *, owner: Owner) -> None:
+def record_running(db: Database, lease: LaunchRecord, *, owner: Owner) -> None:
     """Record that the gate is about to be opened.
 
     Raises:
@@ -167,7 +171,7 @@ def running(db: Database, lease: Lease, *, owner: Owner) -> None:
 
 def _advance(
     db: Database,
-    lease: Lease,
+    lease: LaunchRecord,
     change: str,
     values: tuple[object, ...],
     *,
@@ -183,18 +187,18 @@ def _advance(
             f"UPDATE process_lease SET {change} WHERE {_IT} AND epoch = ? AND state IN ({marks})",
             (*values, *lease.identity, owner.epoch, *among),
         ).rowcount
-        if changed != 1 and not is_on_record(db, lease):
+        if changed != 1 and not is_recorded(db, lease):
             raise RunGone(f"the launch of run {lease.run_id!r}")
     if changed != 1:
         raise Fenced(f"lease {lease.key}")
 
 
-def is_on_record(db: Database, lease: Lease) -> bool:
+def is_recorded(db: Database, lease: LaunchRecord) -> bool:
     """True when this very launch is on record."""
     return db.fetch_one(f"SELECT 1 FROM process_lease WHERE {_IT}", lease.identity) is not None
 
 
-def is_over(db: Database, lease: Lease) -> bool:
+def is_over(db: Database, lease: LaunchRecord) -> bool:
     """True when the end of this launch is on record."""
     row = db.fetch_one(f"SELECT state FROM process_lease WHERE {_IT}", lease.identity)
     return row is not None and row[0] in {"CLOSED", "KILL_PENDING"}
@@ -202,8 +206,8 @@ def is_over(db: Database, lease: Lease) -> bool:
 
 def close(
     db: Database,
-    lease: Lease,
-    ended: Ended,
+    lease: LaunchRecord,
+    ended: LaunchEnd,
     *,
     now: datetime,
     reconciliation_key: int | None = None,
@@ -253,7 +257,11 @@ def orphans_from_json(text: str | None) -> tuple[Orphan, ...]:
 
 
 def close_all(
-    db: Database, ended: Iterable[tuple[Lease, Ended]], *, now: datetime, reconciliation_key: int
+    db: Database,
+    ended: Iterable[tuple[LaunchRecord, LaunchEnd]],
+    *,
+    now: datetime,
+    reconciliation_key: int,
 ) -> None:
     """Close many leases in a few commits."""
     left = list(ended)
@@ -264,7 +272,7 @@ def close_all(
                 close(db, lease, one, now=now, reconciliation_key=reconciliation_key)
 
 
-def unclosed(db: Database, owner: Owner, *, before: int) -> list[Lease]:
+def unclosed_launches(db: Database, owner: Owner, *, before: int) -> list[LaunchRecord]:
     """Return every launch of this instance's epochs below `before` that is not known to be gone."""
     rows = db.fetch_all(
         f"{_LEASE} WHERE l.instance = ? AND l.state <> 'CLOSED' AND l.epoch < ? ORDER BY l.id",
@@ -273,7 +281,9 @@ def unclosed(db: Database, owner: Owner, *, before: int) -> list[Lease]:
     return [_lease_from_row(row) for row in rows]
 
 
-def to_patrol(db: Database, owner: Owner, *, now: datetime, closed_within_s: float) -> list[Lease]:
+def launches_to_sweep(
+    db: Database, owner: Owner, *, now: datetime, closed_within_s: float
+) -> list[LaunchRecord]:
     """Return the launches that are over and want another look: those of which something could
     not be ended, and those closed a short time ago."""
     since = to_us(now - timedelta(seconds=closed_within_s))
@@ -285,7 +295,9 @@ def to_patrol(db: Database, owner: Owner, *, now: datetime, closed_within_s: flo
     return [_lease_from_row(row) for row in rows]
 
 
-def close_late(db: Database, late: Iterable[tuple[Lease, Ended]], *, now: datetime) -> None:
+def record_late_end(
+    db: Database, late: Iterable[tuple[LaunchRecord, LaunchEnd]], *, now: datetime
+) -> None:
     """Record what a patrol ended of launches that were over. Who ended them before stays named."""
     with db.transaction():
         for lease, ended in late:
@@ -302,7 +314,7 @@ def close_late(db: Database, late: Iterable[tuple[Lease, Ended]], *, now: dateti
             db.mark_changed(lease.run_key)  # it may be free to be launched again
 
 
-def unended(db: Database, owner: Owner, *, limit: int) -> list[Unended]:
+def unended_launches(db: Database, owner: Owner, *, limit: int) -> list[UnendedLaunch]:
     """Return launches of this instance that are over and of which something is alive."""
     rows = db.fetch_all(
         "SELECT r.run_id, l.run, l.attempt, l.created_at FROM process_lease l"
@@ -311,17 +323,19 @@ def unended(db: Database, owner: Owner, *, limit: int) -> list[Unended]:
         (owner.instance, limit),
     )
     return [
-        Unended(run_id=run_id or f"#{run_key}", attempt=attempt, launched_at=from_us(created_at))
+        UnendedLaunch(
+            run_id=run_id or f"#{run_key}", attempt=attempt, launched_at=from_us(created_at)
+        )
         for run_id, run_key, attempt, created_at in rows
     ]
 
 
-def _lease_from_row(row: Row) -> Lease:
+def _lease_from_row(row: Row) -> LaunchRecord:
     (
         key, run_key, run_id, attempt, turn, host_id, boot_id, pid_namespace,
         cookie, watermark, cgroup, pid, start_ticks, state,
     ) = row  # fmt: skip
-    return Lease(
+    return LaunchRecord(
         key=key,
         run_key=run_key,
         run_id=run_id or f"#{run_key}",

@@ -40,7 +40,7 @@ _BEHIND: Final = (
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Place:
+class FeedCursor:
     """The last decision that was read: keys of its reconciliation and its run.
 
     `stamp` is of the reconciliation's own id: a store that was restored from a backup gives its
@@ -52,7 +52,7 @@ class Place:
     stamp: int = field(default=0, compare=False)
 
 
-START: Final = Place(0, 0)
+START: Final = FeedCursor(0, 0)
 
 
 def stamp_of(reconciliation_id: str) -> int:
@@ -61,10 +61,10 @@ def stamp_of(reconciliation_id: str) -> int:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Decided:
+class FeedDecision:
     """A decision and the run that it is about."""
 
-    place: Place
+    place: FeedCursor
     run_id: str
     engine: str
     labels: dict[str, str]
@@ -72,15 +72,15 @@ class Decided:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stretch:
+class FeedPage:
     """Decisions in their order, and the place up to which everything was read."""
 
-    decided: tuple[Decided, ...]
-    upto: Place
+    decided: tuple[FeedDecision, ...]
+    upto: FeedCursor
     more: bool
 
 
-def end(db: Database) -> Place:
+def end_cursor(db: Database) -> FeedCursor:
     """Return the place behind every decision so far."""
     row = db.fetch_one(
         "SELECT e.reconciliation, e.run, c.reconciliation_id FROM recovery_event e"
@@ -88,10 +88,10 @@ def end(db: Database) -> Place:
         " ORDER BY e.reconciliation DESC, e.run DESC LIMIT 1",
         (_bar(db),),
     )
-    return START if row is None else Place(row[0], row[1], stamp_of(row[2]))
+    return START if row is None else FeedCursor(row[0], row[1], stamp_of(row[2]))
 
 
-def demand_known(db: Database, place: Place) -> None:
+def demand_valid(db: Database, place: FeedCursor) -> None:
     """Refuse a place that is none of this store, or of one that was restored since.
 
     Raises:
@@ -104,7 +104,9 @@ def demand_known(db: Database, place: Place) -> None:
         raise WatchCursorInvalid
 
 
-def behind(db: Database, place: Place, wanted: RecoveredFilter, *, limit: int) -> Stretch:
+def decisions_after(
+    db: Database, place: FeedCursor, wanted: RecoveredFilter, *, limit: int
+) -> FeedPage:
     """Return the next decisions behind a place that the filter lets through.
 
     At most `limit` are looked at: a filter that lets little through has to be asked again.
@@ -116,16 +118,18 @@ def behind(db: Database, place: Place, wanted: RecoveredFilter, *, limit: int) -
         recovery = recovery_from_row(tuple(columns))
         if recovery is None:
             continue
-        upto = Place(report, key, stamp_of(recovery.reconciliation_id))
+        upto = FeedCursor(report, key, stamp_of(recovery.reconciliation_id))
         shown = {name: str(value) for name, value in json_object(labels).items()}
-        if passes(wanted, recovery, engine=engine, labels=shown):
+        if matches(wanted, recovery, engine=engine, labels=shown):
             decided.append(
-                Decided(place=upto, run_id=run_id, engine=engine, labels=shown, recovery=recovery)
+                FeedDecision(
+                    place=upto, run_id=run_id, engine=engine, labels=shown, recovery=recovery
+                )
             )
-    return Stretch(decided=tuple(decided), upto=upto, more=len(rows) == limit)
+    return FeedPage(decided=tuple(decided), upto=upto, more=len(rows) == limit)
 
 
-def passes(
+def matches(
     wanted: RecoveredFilter, recovery: RecoveryInfo, *, engine: str, labels: dict[str, str]
 ) -> bool:
     """True when the filter lets a decision through."""

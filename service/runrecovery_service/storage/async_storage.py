@@ -1,0 +1,281 @@
+"""Runs the synchronous use cases of this package for the event loop.
+
+SQLite: a read of a row or two runs on the event loop itself (17 µs, less than a thread hand-off).
+Longer reads run on reader threads. Writes run on one writer thread, many to a commit.
+
+PostgreSQL: everything runs in a bounded pool with one connection per thread. The renewal of the
+lease has a thread and a connection of its own.
+
+No transaction stays open across an `await`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from contextlib import suppress
+from threading import get_ident
+from time import monotonic
+from typing import Final, ParamSpec, TypeVar
+
+import structlog
+
+from runrecovery_service import daemon_threads
+from runrecovery_service.domain.errors import (
+    NotNow,
+    RunRecoveryError,
+    error_facts,
+)
+from runrecovery_service.storage.changes import (
+    Changes,
+    SharedPoll,
+    decisions_stamp,
+    event_counts,
+)
+from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.group_commit import GroupCommitWriter
+from runrecovery_service.storage.postgresql import PostgreSQL, cut
+from runrecovery_service.storage.reports import close_abandoned
+from runrecovery_service.storage.reserved_connection import ReservedConnection
+from runrecovery_service.storage.sql_dialects import DatabaseKind
+from runrecovery_service.storage.use_case import UseCase, run_use_case
+from runrecovery_service.thread_pool import SteadyThreadPool
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+READER_THREADS: Final = 2
+POSTGRESQL_CONNECTIONS: Final = 8
+SHARED_POLL_S: Final = 1.0
+STATEMENT_MOST_S: Final = 75.0
+"""The limit for a statement on a PostgreSQL connection of the pool. The server's limit is 60 s."""
+CLOSE_S: Final = 5.0
+"""How long running use cases may take at a stop. After it they are cut, and get the time again."""
+
+log = structlog.get_logger()
+
+
+class Storage:
+    """Runs use cases for the event loop: reads, durable writes, and long exclusive work."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+        self._inline = db.dialect.kind is DatabaseKind.SQLITE
+        self._pool = SteadyThreadPool(
+            READER_THREADS if self._inline else POSTGRESQL_CONNECTIONS,
+            thread_name_prefix="storage",
+        )
+        self._writer = GroupCommitWriter(db) if self._inline else None
+        self._reserved = None if self._inline else ReservedConnection(db)
+        if self._reserved is not None:
+            self._reserved.open()  # before other clients take the last connection
+        self._replacement: ReservedConnection | None = None
+        self._trials = ReservedConnection(db, "storage-trial")
+        self._under_way: dict[int, tuple[float, object]] = {}
+        self.changes = Changes()
+
+    @property
+    def is_shared(self) -> bool:
+        """True when other machines can use the same store: only leases fence them."""
+        return not self._inline
+
+    async def read_row(self, use: UseCase[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run a read of a row or two."""
+        if self._inline:
+            return run_use_case(self._db, use, *args, **kwargs)
+        return await self.read(use, *args, **kwargs)
+
+    async def read(self, use: UseCase[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run a read of many rows."""
+        return await asyncio.wrap_future(self._submit(lambda db: use(db, *args, **kwargs)))
+
+    def _submit(self, use: Callable[[Database], R]) -> Future[R]:
+        def noted(db: Database) -> R:
+            if not self._inline:
+                self._under_way[get_ident()] = (monotonic(), db.peewee.connection())
+            return use(db)
+
+        def read() -> R:
+            try:
+                return run_use_case(self._db, noted)
+            finally:
+                self._under_way.pop(get_ident(), None)
+
+        return self._pool.submit(read)
+
+    def _cut_hanging(self) -> None:
+        """Cut the pool's connections whose statement exceeds `STATEMENT_MOST_S`.
+
+        The server ends every statement earlier, so the network has lost the answer.
+        """
+        peewee = self._db.peewee
+        for begun, connection in list(self._under_way.values()):
+            if isinstance(peewee, PostgreSQL):  # the limit is per statement, not per use case
+                begun = max(begun, peewee.last_begun(connection))  # noqa: PLW2901
+            if monotonic() - begun > STATEMENT_MOST_S:
+                log.warning("storage.connection_cut", seconds=round(monotonic() - begun, 1))
+                cut(connection)
+
+    async def write(self, use: UseCase[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run one transaction, return once it is durable, and announce the runs that it changed.
+
+        A failure that does not exclude a commit is announced as a change in doubt.
+        """
+        try:
+            return await self._write(self.changes.announce, use, *args, **kwargs)
+        except Exception as error:
+            if isinstance(error, NotNow) or not isinstance(error, RunRecoveryError):
+                self.changes.announce_doubt()
+            raise
+
+    async def write_own(self, use: UseCase[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run one transaction of the execution itself; return once it is durable.
+
+        Only watchers are woken: the subscriber is the one who writes, and it repeats or checks
+        what is in doubt.
+        """
+        return await self._write(self.changes.wake_watchers, use, *args, **kwargs)
+
+    async def _write(
+        self,
+        announce: Callable[[frozenset[int]], None],
+        use: UseCase[P, R],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> R:
+        def noted(db: Database) -> tuple[R, frozenset[int]]:
+            db.take_changed_runs()  # left over from a use that was rolled back
+            return use(db, *args, **kwargs), db.take_changed_runs()
+
+        writing = (self._submit if self._writer is None else self._writer.submit)(noted)
+        try:
+            result, touched = await asyncio.wrap_future(writing)
+        except asyncio.CancelledError:  # it may be committed even so
+            self._announce_once_done(writing, announce)
+            raise
+        announce(touched)
+        return result
+
+    def _announce_once_done(
+        self,
+        writing: Future[tuple[R, frozenset[int]]],
+        announce: Callable[[frozenset[int]], None],
+    ) -> None:
+        loop = asyncio.get_running_loop()
+
+        def announce_outcome(done: Future[tuple[R, frozenset[int]]]) -> None:
+            if done.exception() is None:
+                announce(done.result()[1])
+            else:
+                self.changes.announce_doubt()
+
+        def on_done(done: Future[tuple[R, frozenset[int]]]) -> None:
+            if not done.cancelled():
+                with suppress(RuntimeError):  # the loop is closed: no subscriber is left
+                    loop.call_soon_threadsafe(announce_outcome, done)
+
+        writing.add_done_callback(on_done)
+
+    async def follow_shared(self) -> None:
+        """Poll a shared store for the changes of other instances. Never returns."""
+        poll = SharedPoll()
+        while True:
+            await asyncio.sleep(SHARED_POLL_S)
+            try:
+                if keys := self.changes.runs_watched:
+                    self.changes.wake_watchers(poll.changed(await self.read(event_counts, keys)))
+                if self.changes.decisions_watched:
+                    await self.read(close_abandoned)  # an abandoned report blocks the decision feed
+                    if poll.has_decided(await self.read(decisions_stamp)):
+                        self.changes.announce_decisions()
+            except Exception as error:  # noqa: BLE001 - the next poll may succeed
+                log.warning("storage.changes_not_seen", **error_facts(error))
+
+    async def renew(self, use: UseCase[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run the renewal of the lease. It never queues behind reads."""
+        if self._reserved is None:
+            return await self.write(use, *args, **kwargs)
+        self._cut_hanging()
+        reserved = self._replaced(self._reserved)
+        try:
+            return await asyncio.wrap_future(reserved.submit(lambda db: use(db, *args, **kwargs)))
+        except asyncio.CancelledError:  # too slow: the network may drop packets
+            if self._replacement is None:
+                self._replacement = ReservedConnection(self._db)
+                self._replacement.open()
+            raise
+
+    def _replaced(self, reserved: ReservedConnection) -> ReservedConnection:
+        """Return the replacement of the lease's connection once it is connected.
+
+        Until then the old connection stays: it may only be slow, and another client may take its
+        place at the server.
+        """
+        replacement = self._replacement
+        if replacement is None or (is_connected := replacement.is_connected) is None:
+            return reserved
+        self._replacement = None
+        if not is_connected:
+            replacement.close()
+            return reserved
+        reserved.abort()
+        self._reserved = replacement
+        return replacement
+
+    async def run_trial(self, use: UseCase[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run a trial on a thread of its own. It does not queue behind callers."""
+        try:
+            return await asyncio.wrap_future(
+                self._trials.submit(lambda db: use(db, *args, **kwargs))
+            )
+        except asyncio.CancelledError:
+            self._trials.cut()
+            raise
+
+    async def run_exclusive(self, use: Callable[[Database], R]) -> R:
+        """Run long work of many transactions on a thread and a connection of its own."""
+        return await daemon_threads.run(lambda: self._run_exclusive(use))
+
+    def _run_exclusive(self, use: Callable[[Database], R]) -> R:
+        try:
+            self._db.decode_leniently()  # a started recovery is not repeated over damaged text
+            return run_use_case(self._db, use)
+        finally:
+            self._db.close()
+
+    def demand_in_place(self) -> None:
+        """Raise StoreLost if a file of a SQLite store was removed or replaced."""
+        self._db.demand_in_place()
+
+    def abandon(self) -> None:
+        """Fail every use of a PostgreSQL database, now and later.
+
+        From here on nothing may be written, and no caller waits for a network that is silent.
+        """
+        self._db.abandon()
+
+    def close(self, within_s: float = CLOSE_S) -> None:
+        """Finish the submitted use cases and close every connection but the main thread's.
+
+        Use cases that exceed `within_s` are cut. A use case that still hangs is abandoned.
+        """
+        if self._writer is not None:
+            self._writer.close(within_s)
+        # The barrier makes every thread of the pool take exactly one of these tasks.
+        barrier = threading.Barrier(self._pool._max_workers)  # noqa: SLF001 - no public count
+        closing = [self._pool.submit(self._close_thread, barrier) for _ in range(barrier.parties)]
+        own = (self._reserved, self._replacement, self._trials)
+        closing += [connection.close() for connection in own if connection is not None]
+        if wait(closing, within_s).not_done:
+            self.abandon()
+        hanging = wait(closing, within_s).not_done
+        barrier.abort()
+        self._pool.shutdown(wait=not hanging)
+        self._db.close()
+
+    def _close_thread(self, barrier: threading.Barrier) -> None:
+        with suppress(threading.BrokenBarrierError):
+            barrier.wait()
+        self._db.close()

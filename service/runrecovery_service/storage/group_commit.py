@@ -1,0 +1,136 @@
+"""Writes to SQLite on one thread, many to a commit: one sync of the disk serves them all."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Final, TypeVar
+
+import structlog
+
+from runrecovery_service.domain.errors import RunRecoveryError
+from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.driver_errors import DRIVER_ERRORS
+from runrecovery_service.storage.use_case import run_use_case
+from runrecovery_service.threads import start_thread
+
+R = TypeVar("R")
+
+WRITES_PER_COMMIT: Final = 64
+
+log = structlog.get_logger()
+
+
+class GroupCommitWriter:
+    """A thread that writes. Queued writes share a commit, each in a savepoint of its own.
+
+    A write that fails is rolled back alone. If the shared transaction fails, each of its writes is
+    tried again in a transaction of its own: one bad write cannot fail the others.
+    """
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+        self._waiting: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
+        self._thread = start_thread(self._work, "storage-writer")
+
+    def submit(self, use: Callable[[Database], R]) -> Future[R]:
+        """Queue a write; the future resolves after its commit."""
+        future: Future[R] = Future()
+        self._waiting.put(_Write(use, future))
+        return future
+
+    def close(self, within_s: float | None = None) -> None:
+        """Finish the queued writes and end the thread. A hanging disk may delay the end."""
+        self._waiting.put(None)
+        self._thread.join(within_s)
+
+    def _work(self) -> None:
+        is_open = True
+        while is_open:
+            batch, is_open = self._next_batch()
+            try:
+                self._commit(batch)
+            except BaseException as error:  # noqa: BLE001 - the thread must survive every error
+                for write in batch:
+                    write.fail(error)
+        self._db.close()
+
+    def _next_batch(self) -> tuple[list[_Write], bool]:
+        batch: list[_Write] = []
+        write = self._waiting.get()
+        while write is not None:
+            if write.future.set_running_or_notify_cancel():
+                batch.append(write)
+            if len(batch) >= WRITES_PER_COMMIT or self._waiting.empty():
+                return batch, True
+            write = self._waiting.get()
+        return batch, False
+
+    def _commit(self, batch: list[_Write]) -> None:
+        if len(batch) > 1:
+            try:
+                with self._db.transaction():
+                    for write in batch:
+                        write.attempt(self._db)
+            except SHARED_COMMIT_ERRORS:
+                log.info("storage.shared_commit_failed", writes=len(batch))
+            else:
+                for write in batch:
+                    write.resolve()
+                return
+        for write in batch:
+            write.perform(self._db)
+
+
+class _MayHaveEnded(Exception):
+    """A write failed in a way that may have ended the shared transaction."""
+
+
+SHARED_COMMIT_ERRORS: Final[tuple[type[Exception], ...]] = (*DRIVER_ERRORS, _MayHaveEnded)
+
+
+class _Write:
+    """A queued write and its result."""
+
+    def __init__(self, use: Callable[[Database], R], future: Future[R]) -> None:
+        self.use: Callable[[Database], object] = use
+        self.future: Future[object] = future  # type: ignore[assignment] # R is only between caller and future
+        self._result: object = None
+        self._error: RunRecoveryError | None = None
+
+    def attempt(self, db: Database) -> None:
+        """Run the write inside a shared transaction. A domain error is a result, not a failure."""
+        self._error = None
+        try:
+            with db.transaction():
+                self._result = self.use(db)
+        except RunRecoveryError as error:
+            self._error = error
+        except Exception as error:
+            raise _MayHaveEnded from error
+
+    def resolve(self) -> None:
+        """Pass the result to the caller, after the commit."""
+        if self._error is not None:
+            self.future.set_exception(self._error)
+        else:
+            self.future.set_result(self._result)
+
+    def fail(self, error: BaseException) -> None:
+        """Pass an unexpected error to the caller, unless the caller has a result."""
+        if not self.future.done():
+            self.future.set_exception(error)
+
+    def perform(self, db: Database) -> None:
+        """Run the write in a transaction of its own and pass the result to the caller."""
+        try:
+            result = run_use_case(db, self._in_transaction)
+        except BaseException as error:  # noqa: BLE001 - the caller gets every error
+            self.future.set_exception(error)
+        else:
+            self.future.set_result(result)
+
+    def _in_transaction(self, db: Database) -> object:
+        with db.transaction():
+            return self.use(db)

@@ -1,0 +1,460 @@
+"""Applies the decisions of a recovery to runs in batches. Each batch is one transaction.
+
+A batch is a range of keys. Its transaction appends the decisions to the history, changes the runs
+to what the history says, closes their questions, and writes the report. Every statement names the
+owner and the epochs below the recovery's: a repetition, or a crash at any point, changes nothing.
+
+A batch that the database refuses is split until the offending row is alone. That row is
+quarantined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+from runrecovery_service.domain.recovery_matrix import MATRIX, QUARANTINE_RULE, REOPENABLE
+from runrecovery_service.domain.run import Profile, RecoveryState, RunStatus
+from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.driver_errors import DRIVER_ERRORS, to_domain_error
+from runrecovery_service.storage.instances import Owner
+from runrecovery_service.storage.recovery_scope import ApplyScope, RecoveryScope
+from runrecovery_service.storage.recovery_sql import IN_RANGE, damage_sql, decisions_sql
+from runrecovery_service.storage.reports import own_reports
+from runrecovery_service.storage.rows import to_us
+from runrecovery_service.storage.sql_dialects import DatabaseKind, SqlDialect
+from runrecovery_service.storage.tables import LIVE, live, sql_words
+
+DAMAGED_NAMED: Final = 100
+"""How many quarantined runs a report names. The table `quarantine` names all of them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tally:
+    """The counts of one batch, or of all batches so far.
+
+    Attributes:
+        damaged: the run_id and the damage of quarantined runs, `DAMAGED_NAMED` at most.
+    """
+
+    scanned: int = 0
+    unchanged: int = 0
+    quarantined: int = 0
+    sessions: int = 0
+    questions: int = 0
+    slots: int = 0
+    decisions: dict[str, int] = field(default_factory=dict)
+    damaged: tuple[tuple[str, str], ...] = ()
+
+    def __add__(self, other: Tally) -> Tally:
+        names = self.decisions.keys() | other.decisions.keys()
+        return Tally(
+            scanned=self.scanned + other.scanned,
+            unchanged=self.unchanged + other.unchanged,
+            quarantined=self.quarantined + other.quarantined,
+            sessions=self.sessions + other.sessions,
+            questions=self.questions + other.questions,
+            slots=self.slots + other.slots,
+            decisions={
+                name: self.decisions.get(name, 0) + other.decisions.get(name, 0) for name in names
+            },
+            damaged=(self.damaged + other.damaged)[:DAMAGED_NAMED],
+        )
+
+
+WriteProgress = Callable[[Database, Tally], None]
+"""Writes the counts into the report, in the transaction of the batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A range of run keys, both ends included, and the number of live runs in it."""
+
+    first: int
+    last: int
+    rows: int
+
+
+def count_runs(db: Database, scope: RecoveryScope) -> int:
+    """Return the number of runs in scope."""
+    row = db.fetch_one(
+        f"SELECT count(*) FROM run WHERE {LIVE} AND owner = ? AND owner_epoch < ?", scope.params
+    )
+    return row[0] if row else 0
+
+
+def next_batch(db: Database, scope: RecoveryScope, *, after: int, rows: int) -> Batch | None:
+    """Return the range of the next `rows` runs whose key is above `after`, None at the end."""
+    row = db.fetch_one(
+        "SELECT min(id), max(id), count(*) FROM (SELECT id FROM run"
+        f" WHERE {LIVE} AND owner = ? AND owner_epoch < ? AND id > ? ORDER BY id LIMIT ?) AS b",
+        (*scope.params, after, rows),
+    )
+    return Batch(*row) if row and row[2] else None
+
+
+_TERMINAL: Final = sql_words(tuple(s.value for s in RunStatus if s.is_terminal))
+_KEEPING: Final = sql_words((*(r.name for r in MATRIX if r.keeps), QUARANTINE_RULE))
+_REOPENABLE: Final = sql_words(REOPENABLE)
+_UNTOUCHED: Final = sql_words(
+    (RecoveryState.RECOVERED_WAITING.value, RecoveryState.QUARANTINED.value)
+)
+
+# A run that keeps waiting, or is quarantined, keeps its version: its own state has not changed. A
+# client may send a reply with the etag from before the restart; the service must accept it.
+_APPLIED: Final = {
+    "event_count": "e.sequence",
+    "wait_due_us": f"CASE WHEN e.status_after = '{RunStatus.WAITING_USER}'"
+    " THEN run.wait_due_us END",
+    "run_due_us": f"CASE WHEN e.status_after NOT IN ({_TERMINAL}) THEN run.run_due_us END",
+    "status": "e.status_after",
+    "error_code": "COALESCE(e.error_code, run.error_code)",
+    "session_type": f"CASE WHEN e.rule IN ({_KEEPING}) THEN run.session_type END",
+    "session_value": f"CASE WHEN e.rule IN ({_KEEPING}) THEN run.session_value END",
+    "ended_at": f"CASE WHEN e.status_after IN ({_TERMINAL}) THEN e.recovered_at"
+    " ELSE run.ended_at END",
+    "updated_at": f"CASE WHEN e.recovery_state IN ({_UNTOUCHED}) THEN run.updated_at"
+    " ELSE e.recovered_at END",
+    "version": f"run.version + CASE WHEN e.recovery_state IN ({_UNTOUCHED}) THEN 0 ELSE 1 END",
+    "recovered_version": "run.version +"
+    f" CASE WHEN e.recovery_state IN ({_UNTOUCHED}) THEN 0 ELSE 1 END",
+    "recovery_state": "e.recovery_state",
+    "recovered_at": "e.recovered_at",
+    "recovery_reason": "e.rule",
+    "recovery_count": "e.no",
+    "reconciliation": "e.reconciliation",
+    "owner_epoch": "?",
+}
+_EVENT: Final = (
+    "FROM recovery_event e WHERE e.run = run.id AND e.no = run.recovery_count + 1"
+    " AND e.reconciliation = ?"
+)
+
+
+def _apply_sql(dialect: SqlDialect, batch: Batch, *, all_decided: bool) -> str:
+    """Return the UPDATE that changes a batch's runs to what their newest event says.
+
+    Parameters: the recovery's epoch, report, first and last key, instance, epoch; and the report
+    again unless `all_decided`. A run whose earlier decision still holds has no new event.
+
+    A subquery reads the event of each row: a join would first copy every new row.
+    """
+    # In SQLite a `+` keeps the planner from the index of live runs. That index is faster only
+    # where few runs of the range are live.
+    dense = batch.rows * 4 >= batch.last - batch.first + 1
+    column = "+run." if dense and dialect.kind is DatabaseKind.SQLITE else "run."
+    return (
+        f"UPDATE run SET ({', '.join(_APPLIED)}) = (SELECT {', '.join(_APPLIED.values())} {_EVENT})"
+        f" WHERE run.id BETWEEN ? AND ? AND {live(column)} AND run.owner = ?"
+        " AND run.owner_epoch < ?" + ("" if all_decided else f" AND EXISTS (SELECT 1 {_EVENT})")
+    )
+
+
+def apply_batch(db: Database, scope: ApplyScope, batch: Batch, *, report: WriteProgress) -> Tally:
+    """Decide on every run of the batch and apply the decisions.
+
+    Args:
+        report: writes the counts, in the transaction that they count.
+
+    Raises:
+        StorageBusy, StorageUnavailable, StorageFull: the transaction changed nothing. A retry is
+            safe.
+    """
+    try:
+        with db.transaction():
+            tally = _apply_range(db, scope, batch)
+            report(db, tally)
+    except DRIVER_ERRORS as error:
+        if to_domain_error(error) is not None:
+            raise
+        return _isolate(db, scope, batch, error, report=report)
+    return tally
+
+
+def _isolate(
+    db: Database, scope: ApplyScope, batch: Batch, error: Exception, *, report: WriteProgress
+) -> Tally:
+    """Split a batch that the database refuses, and quarantine a row that is alone."""
+    if batch.rows <= 1:
+        with db.transaction():
+            tally = _quarantine(db, scope, batch, type(error).__name__)
+            report(db, tally)
+        return tally
+    tally = Tally()
+    half = (batch.rows + 1) // 2
+    part = next_batch(db, scope, after=batch.first - 1, rows=half)
+    while part is not None and part.first <= batch.last:
+        part = _clip(db, scope, part, batch.last)
+        tally += apply_batch(db, scope, part, report=_adding(tally, report))
+        part = next_batch(db, scope, after=part.last, rows=half)
+    return tally
+
+
+def _adding(earlier: Tally, report: WriteProgress) -> WriteProgress:
+    return lambda db, tally: report(db, earlier + tally)
+
+
+def _clip(db: Database, scope: ApplyScope, part: Batch, last: int) -> Batch:
+    if part.last <= last:
+        return part
+    row = db.fetch_one(
+        f"SELECT count(*) FROM run r WHERE {IN_RANGE}",
+        (part.first, last, *scope.params),
+    )
+    return Batch(part.first, last, row[0] if row else 0)
+
+
+def _apply_range(db: Database, scope: ApplyScope, batch: Batch) -> Tally:
+    owner, now = scope.owner, to_us(scope.now)
+    bounds = (batch.first, batch.last, *scope.params)
+    _lock_rows(db, bounds)
+    db.execute(
+        "INSERT INTO recovery_event (run, no, reconciliation, rule, facts, status_before,"
+        " status_after, error_code, recovery_state, recovered_at, processes_ended, sequence,"
+        " profile, attempt, interaction, session_turn, session_verdict, session_reason)"
+        " SELECT d.id,"
+        f" d.recovery_no, {scope.reconciliation_key}, d.rule, d.facts, d.status, d.becomes,"
+        f" d.error_code, d.recovery_state, {now}, 0, d.sequence, d.profile, d.attempt,"
+        " d.interaction, d.session_turn, d.session_verdict, d.session_reason"
+        f" FROM ({decisions_sql(db.dialect)}) AS d"
+        " WHERE d.stands = 0",
+        bounds,
+    )
+    decided = _count_decisions(db, scope, bounds)
+    quarantined = decided.decisions.get(QUARANTINE_RULE, 0)
+    damaged = _record_damaged(db, scope, bounds) if quarantined else ()
+    questions = _close_questions(db, scope, batch)
+    if REOPENABLE & decided.decisions.keys():
+        _retire_sessions(db, scope, batch)
+    changed = sum(decided.decisions.values())
+    all_decided = changed == batch.rows
+    report = (scope.reconciliation_key,)
+    db.execute(
+        _apply_sql(db.dialect, batch, all_decided=all_decided),
+        (owner.epoch, *report, *bounds, *(() if all_decided else report)),
+    )
+    _record_killed_processes(db, scope, batch)
+    unchanged = 0 if all_decided else _adopt_unchanged(db, scope, bounds)
+    return Tally(
+        scanned=changed + unchanged,
+        unchanged=unchanged,
+        quarantined=quarantined,
+        sessions=decided.sessions,
+        slots=decided.slots,
+        questions=questions,
+        decisions=decided.decisions,
+        damaged=damaged,
+    )
+
+
+def _lock_rows(db: Database, bounds: tuple[int, int, str, int]) -> None:
+    """Lock the rows, so that an earlier epoch that still runs cannot write them until the commit.
+
+    The lock is a statement of its own: the next statement then reads what was committed before.
+    SQLite needs no lock, because a transaction excludes every other writer.
+    """
+    if db.dialect.kind is DatabaseKind.POSTGRESQL:
+        db.execute(
+            "SELECT count(*) FROM"
+            f" (SELECT r.id FROM run r WHERE {IN_RANGE} ORDER BY r.id FOR UPDATE) AS held",
+            bounds,
+        )
+
+
+def _adopt_unchanged(db: Database, scope: ApplyScope, bounds: tuple[int, int, str, int]) -> int:
+    """Move runs whose earlier decision still holds into this epoch, and return their number.
+
+    At a planned stop the epoch of newly decided runs is below the bound too; the report's key
+    excludes them.
+    """
+    adopted: int = db.execute(
+        f"UPDATE run SET owner_epoch = ? WHERE id BETWEEN ? AND ? AND {LIVE}"
+        " AND owner = ? AND owner_epoch < ? AND COALESCE(reconciliation, 0) <> ?",
+        (scope.owner.epoch, *bounds, scope.reconciliation_key),
+    ).rowcount
+    return adopted
+
+
+def _record_damaged(
+    db: Database, scope: ApplyScope, bounds: tuple[int, int, str, int]
+) -> tuple[tuple[str, str], ...]:
+    rows = db.fetch_all(
+        f"SELECT r.id, r.run_id, {damage_sql(db.dialect)} FROM run r WHERE {IN_RANGE}"
+        f" AND ({damage_sql(db.dialect)}) IS NOT NULL",
+        bounds,
+    )
+    for key, _, damage in rows:
+        _add_quarantine(db, scope, key, damage, "")
+    return tuple((run_id, damage) for _, run_id, damage in rows)
+
+
+def _add_quarantine(db: Database, scope: ApplyScope, key: int, reason: str, detail: str) -> None:
+    db.execute(
+        "INSERT INTO quarantine (run, reconciliation, reason, detail, quarantined_at)"
+        " VALUES (?, ?, ?, ?, ?)",
+        (key, scope.reconciliation_key, reason, detail, to_us(scope.now)),
+    )
+
+
+def _count_decisions(db: Database, scope: ApplyScope, bounds: tuple[int, int, str, int]) -> Tally:
+    """Count the new decisions, while the runs still have their old status and session."""
+    rows = db.fetch_all(
+        "SELECT e.rule, count(*),"
+        f" sum(CASE WHEN r.session_value <> '' AND e.rule NOT IN ({_KEEPING}) THEN 1 ELSE 0 END),"
+        f" sum(CASE WHEN r.status = '{RunStatus.RUNNING}' OR (r.status ="
+        f" '{RunStatus.WAITING_USER}' AND r.profile = '{Profile.STICKY_PROCESS}')"
+        " THEN 1 ELSE 0 END)"
+        " FROM run r JOIN recovery_event e ON e.run = r.id AND e.no = r.recovery_count + 1"
+        f" WHERE {IN_RANGE} AND e.reconciliation = ? GROUP BY e.rule",
+        (*bounds, scope.reconciliation_key),
+    )
+    return Tally(
+        decisions={rule: count for rule, count, _, _ in rows},
+        sessions=sum(int(sessions) for _, _, sessions, _ in rows),
+        slots=sum(int(slots) for _, _, _, slots in rows),
+    )
+
+
+def _record_killed_processes(db: Database, scope: ApplyScope, batch: Batch) -> None:
+    """Record how many processes of each run were killed since the last completed recovery.
+
+    This recovery killed them, or an earlier recovery that did not complete.
+    """
+    rows = db.fetch_all(
+        "SELECT run, sum(processes_ended) FROM process_lease"
+        " WHERE run BETWEEN ? AND ? AND ended_by > (SELECT COALESCE(max(id), 0)"
+        f" FROM reconciliation WHERE {own_reports(db.dialect)} AND state = 'COMPLETED')"
+        " GROUP BY run",
+        (batch.first, batch.last, scope.owner.instance),
+    )
+    for run_key, ended in rows:
+        db.execute(
+            "UPDATE recovery_event SET processes_ended = ? WHERE run = ? AND reconciliation = ?",
+            (int(ended), run_key, scope.reconciliation_key),
+        )
+
+
+def _close_questions(db: Database, scope: ApplyScope, batch: Batch) -> int:
+    """Close the questions of newly decided runs whose rule does not keep them."""
+    keys = (batch.first, batch.last)
+    closed: int = db.execute(
+        "UPDATE interaction SET state = 'CLOSED'"
+        " WHERE run BETWEEN ? AND ? AND state IN ('OPEN', 'ANSWERED')"
+        # A list, not EXISTS: SQLite would search the whole batch for each question.
+        " AND run IN (SELECT e.run FROM recovery_event e WHERE e.reconciliation = ?"
+        f" AND e.run BETWEEN ? AND ? AND e.rule NOT IN ({_KEEPING}))",
+        (*keys, scope.reconciliation_key, *keys),
+    ).rowcount
+    return closed
+
+
+def _retire_sessions(db: Database, scope: ApplyScope, batch: Batch) -> None:
+    """Keep the handles of runs that failed for want of their session, until `scope.reopen`."""
+    db.execute(
+        "UPDATE run SET retired_type = session_type, retired_value = session_value,"
+        " reopenable_until = ?, reopen_due_us = ?, due_clock = ? WHERE id IN"
+        " (SELECT e.run FROM recovery_event e WHERE e.reconciliation = ? AND e.run BETWEEN ? AND ?"
+        f" AND e.rule IN ({_REOPENABLE}))",
+        (
+            to_us(scope.reopen.at),
+            scope.reopen.us,
+            scope.reopen.clock,
+            scope.reconciliation_key,
+            batch.first,
+            batch.last,
+        ),
+    )
+
+
+def _quarantine(db: Database, scope: ApplyScope, batch: Batch, detail: str) -> Tally:
+    """Quarantine the one run of a batch that the database refuses to change."""
+    _lock_rows(db, (batch.first, batch.last, *scope.params))
+    row = db.fetch_one(
+        "SELECT r.run_id, r.status, r.event_count + 1, (SELECT COALESCE(max(e.no), 0) + 1"
+        f" FROM recovery_event e WHERE e.run = r.id) FROM run r WHERE {IN_RANGE}",
+        (batch.first, batch.last, *scope.params),
+    )
+    if row is None:
+        return Tally()
+    run_id, status, sequence, number = row
+    now = to_us(scope.now)
+    _add_quarantine(db, scope, batch.first, "convergence_refused", detail[:500])
+    db.execute(
+        "INSERT INTO recovery_event (run, no, reconciliation, rule, facts, status_before,"
+        " status_after, recovery_state, recovered_at, sequence)"
+        " VALUES (?, ?, ?, ?, 0, ?, ?, ?, ?, ?)",
+        (
+            batch.first,
+            number,
+            scope.reconciliation_key,
+            QUARANTINE_RULE,
+            status,
+            status,
+            RecoveryState.QUARANTINED.value,
+            now,
+            sequence,
+        ),
+    )
+    db.execute(
+        "UPDATE run SET event_count = ?, recovery_state = ?, recovered_at = ?,"
+        " recovery_reason = ?, recovery_count = ?, recovered_version = version,"
+        " reconciliation = ?, owner_epoch = ?"
+        " WHERE id = ? AND owner = ? AND owner_epoch < ?",
+        (
+            sequence,
+            RecoveryState.QUARANTINED.value,
+            now,
+            QUARANTINE_RULE,
+            number,
+            scope.reconciliation_key,
+            scope.owner.epoch,
+            batch.first,
+            *scope.params,
+        ),
+    )
+    return Tally(
+        scanned=1,
+        quarantined=1,
+        decisions={QUARANTINE_RULE: 1},
+        damaged=((run_id, "convergence_refused"),),
+    )
+
+
+def decisions_of_batch(
+    db: Database, reconciliation_key: int, batch: Batch, *, limit: int
+) -> list[tuple[str, str, str, str]]:
+    """Return (run_id, rule, status before, status after) of decisions in a batch, for the log."""
+    if limit <= 0:
+        return []
+    return db.fetch_all(
+        "SELECT r.run_id, e.rule, e.status_before, e.status_after"
+        " FROM run r JOIN recovery_event e ON e.run = r.id AND e.no = r.recovery_count"
+        # `+ 0` selects the index of recovered runs: the range may hold many long-ended runs.
+        " WHERE (r.id + 0) BETWEEN ? AND ? AND e.reconciliation = ? AND r.recovered_at >="
+        " (SELECT c.started_at FROM reconciliation c WHERE c.id = ?)"
+        " ORDER BY r.recovered_at, r.id LIMIT ?",
+        (batch.first, batch.last, reconciliation_key, reconciliation_key, limit),
+    )
+
+
+def clear_stale_bindings(db: Database, owner: Owner) -> Tally:
+    """Clear sessions and open questions of ended runs.
+
+    Every end of a run clears them already. This repairs rows that were changed by hand; it finds
+    them through indexes that are otherwise empty.
+    """
+    ended = f"status IN ({_TERMINAL})"
+    with db.transaction():
+        sessions = db.execute(
+            "UPDATE run SET session_type = NULL, session_value = NULL"
+            f" WHERE owner = ? AND session_value IS NOT NULL AND {ended}",
+            (owner.instance,),
+        ).rowcount
+        questions = db.execute(
+            "UPDATE interaction SET state = 'CLOSED' WHERE state IN ('OPEN', 'ANSWERED')"
+            f" AND EXISTS (SELECT 1 FROM run r WHERE r.id = interaction.run AND r.{ended}"
+            " AND r.owner = ?)",
+            (owner.instance,),
+        ).rowcount
+    return Tally(sessions=sessions, questions=questions)

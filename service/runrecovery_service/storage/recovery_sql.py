@@ -1,0 +1,147 @@
+"""The facts and the recovery matrix as SQL.
+
+The only definition of the facts about a stored run is here. `decide` reads them through
+`facts_of_run`; a recovery evaluates them and the matrix for a whole batch in one query. A test
+proves that the SQL matrix and `decide` agree for every combination of facts.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from runrecovery_service.domain.recovery_matrix import MATRIX, QUARANTINE_RULE, Fact, Rule
+from runrecovery_service.domain.run import (
+    InteractionKind,
+    InteractionState,
+    Profile,
+    RecoveryState,
+    RestartPolicy,
+    RunStatus,
+)
+from runrecovery_service.domain.session_check import LOST, SessionVerdict
+from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.sql_dialects import SqlDialect
+from runrecovery_service.storage.tables import live, sql_words
+
+WITH_LATEST_QUESTION: Final = (
+    "FROM run r LEFT JOIN interaction i ON i.run = r.id AND i.no = r.interaction_count"
+)
+IN_RANGE: Final = f"r.id BETWEEN ? AND ? AND {live('r.')} AND r.owner = ? AND r.owner_epoch < ?"
+"""The runs of a batch. Parameters: first and last key, instance, epoch."""
+
+
+def fact_conditions(dialect: SqlDialect) -> dict[Fact, str]:
+    """Return the condition of each fact on a run `r` and its latest question `i`."""
+    kinds = sql_words(tuple(kind.value for kind in InteractionKind))
+    return {
+        Fact.PENDING: f"i.state = '{InteractionState.OPEN}' AND i.kind IN ({kinds})"
+        f" AND {dialect.is_json('i.options')}",
+        Fact.HANDLE: "r.session_value <> '' AND r.session_type <> ''"
+        f" AND COALESCE(r.session_verdict, '{SessionVerdict.VALID}')"
+        f" NOT IN ({sql_words(tuple(verdict.value for verdict in LOST))})",
+        Fact.CANCEL: "r.cancel_requested_at IS NOT NULL",
+        Fact.REPLY: f"i.state = '{InteractionState.ANSWERED}' AND {dialect.is_json('i.response')}",
+        Fact.REQUEUE: f"r.restart_policy = '{RestartPolicy.REQUEUE}'"
+        " AND r.attempt < r.max_attempts",
+    }
+
+
+def facts_sql(dialect: SqlDialect) -> str:
+    """Return an expression for the facts of a run, as the bits of `Fact`."""
+    return " + ".join(
+        f"CASE WHEN {condition} THEN {fact.value} ELSE 0 END"
+        for fact, condition in fact_conditions(dialect).items()
+    )
+
+
+def facts_of_run(db: Database, run_key: int) -> Fact:
+    """Return the facts about one run."""
+    row = db.fetch_one(
+        f"SELECT {facts_sql(db.dialect)} {WITH_LATEST_QUESTION} WHERE r.id = ?", (run_key,)
+    )
+    return Fact(0 if row is None else row[0])
+
+
+def damage_sql(dialect: SqlDialect) -> str:
+    """Return an expression that names the unreadable part of a run's record; NULL for none."""
+    json_columns = ("labels", "input", "output")
+    unreadable = "".join(
+        f" WHEN r.{column} IS NOT NULL AND NOT {dialect.is_json('r.' + column)}"
+        f" THEN '{column}_unreadable'"
+        for column in json_columns
+    )
+    return (
+        f"CASE WHEN r.status NOT IN ({sql_words(tuple(s.value for s in RunStatus))})"
+        " THEN 'status_unknown'"
+        f" WHEN r.restart_policy NOT IN ({sql_words(tuple(p.value for p in RestartPolicy))})"
+        " THEN 'restart_policy_unknown'"
+        f"{unreadable} END"
+    )
+
+
+def condition_sql(rule: Rule) -> str:
+    """Return `Rule.matches` as a condition on the columns status, profile and facts."""
+    terms = [f"status IN ({sql_words(tuple(s.value for s in rule.statuses))})"]
+    if rule.profiles:
+        terms.append(_profile_sql(rule.profiles))
+    if rule.needs:
+        terms.append(f"(facts & {rule.needs.value}) = {rule.needs.value}")
+    if rule.lacks:
+        terms.append(f"(facts & {rule.lacks.value}) = 0")
+    return " AND ".join(terms)
+
+
+def _profile_sql(profiles: tuple[Profile | None, ...]) -> str:
+    known = sql_words(tuple(profile.value for profile in Profile))
+    terms = [f"profile = '{p.value}'" for p in profiles if p is not None]
+    if None in profiles:
+        terms.append(f"profile IS NULL OR profile NOT IN ({known})")
+    return f"({' OR '.join(terms)})"
+
+
+def rule_sql() -> str:
+    """Return the matrix as a CASE for the number of the first rule that matches.
+
+    The number of a damaged run is 0.
+    """
+    rules = " ".join(
+        f"WHEN {condition_sql(rule)} THEN {number}" for number, rule in enumerate(MATRIX, 1)
+    )
+    return f"CASE WHEN damage IS NOT NULL THEN 0 {rules} END"
+
+
+def _matrix_values() -> str:
+    rows = [f"(0, '{QUARANTINE_RULE}', NULL, NULL, '{RecoveryState.QUARANTINED}', 1)"]
+    for number, rule in enumerate(MATRIX, 1):
+        error = f"'{rule.error}'" if rule.error else "NULL"
+        rows.append(
+            f"({number}, '{rule.name}', '{rule.becomes}', {error}, '{rule.state}',"
+            f" {int(rule.keeps)})"
+        )
+    return ", ".join(rows)
+
+
+def decisions_sql(dialect: SqlDialect) -> str:
+    """Return the query that decides every run of a range.
+
+    Parameters: as `IN_RANGE`. Columns: id, recovery_no, status, rule, facts, becomes, error_code,
+    recovery_state, damage, stands (1 when the run already has this decision and has not changed
+    since), sequence. The other columns explain the decision: profile, attempt, interaction,
+    session_turn, session_verdict, session_reason.
+    """
+    return (
+        "WITH matrix (number, name, becomes, error_code, recovery_state, keeps) AS"
+        f" (VALUES {_matrix_values()}),"
+        " seen AS MATERIALIZED (SELECT r.id, r.status, r.profile, r.recovery_reason,"
+        " r.recovered_version, r.version, r.recovery_count, r.event_count, r.attempt,"
+        " r.interaction_count, r.session_turn, r.session_verdict, r.session_reason,"
+        f" {facts_sql(dialect)} AS facts, {damage_sql(dialect)} AS damage"
+        f" {WITH_LATEST_QUESTION} WHERE {IN_RANGE}),"
+        f" judged AS MATERIALIZED (SELECT seen.*, {rule_sql()} AS number FROM seen)"
+        " SELECT j.id, j.recovery_count + 1 AS recovery_no, j.status, m.name AS rule, j.facts,"
+        " COALESCE(m.becomes, j.status) AS becomes, m.error_code, m.recovery_state, j.damage,"
+        " CASE WHEN j.recovery_reason = m.name AND j.recovered_version = j.version"
+        " THEN 1 ELSE 0 END AS stands, j.event_count + 1 AS sequence, j.profile, j.attempt,"
+        " j.interaction_count AS interaction, j.session_turn, j.session_verdict, j.session_reason"
+        " FROM judged j JOIN matrix m ON m.number = j.number"
+    )

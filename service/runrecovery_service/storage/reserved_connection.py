@@ -1,0 +1,63 @@
+"""A connection to PostgreSQL that is reserved for one purpose, on a thread of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.postgresql import cut
+from runrecovery_service.storage.use_case import run_use_case
+from runrecovery_service.thread_pool import SteadyThreadPool
+
+R = TypeVar("R")
+
+
+class ReservedConnection:
+    """A thread that keeps its connection, so that no other client can take the last one."""
+
+    def __init__(self, db: Database, name: str = "storage-lease") -> None:
+        self._db = db
+        self._thread = SteadyThreadPool(1, thread_name_prefix=name)
+        self._connection: object = None
+        self._opening: Future[None] | None = None
+
+    def open(self) -> None:
+        """Start connecting."""
+        self._opening = self.submit(_connect)
+
+    @property
+    def is_connected(self) -> bool | None:
+        """True or False once `open` has succeeded or failed; None until then."""
+        if self._opening is None or not self._opening.done():
+            return None
+        return self._opening.exception() is None
+
+    def submit(self, use: Callable[[Database], R]) -> Future[R]:
+        """Run a use case on the connection."""
+
+        def on_connection(db: Database) -> R:
+            self._connection = db.peewee.connection()
+            return use(db)
+
+        return self._thread.submit(lambda: run_use_case(self._db, on_connection))
+
+    def abort(self) -> None:
+        """Fail the running use case and end the thread."""
+        self.close()
+        self.cut()
+
+    def cut(self) -> None:
+        """Fail the running use case."""
+        cut(self._connection)
+
+    def close(self) -> Future[None]:
+        """End the thread after the submitted use cases."""
+        closing = self._thread.submit(self._db.close)
+        self._thread.shutdown(wait=False)
+        return closing
+
+
+def _connect(db: Database) -> None:
+    """Do nothing. To run this opens the connection."""

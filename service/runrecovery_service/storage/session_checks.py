@@ -1,0 +1,70 @@
+"""The sessions that a recovery checks, and the findings of those checks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from runrecovery_service.domain.session_check import SessionFinding, SessionFingerprint
+from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.recovery_scope import ApplyScope, RecoveryScope
+from runrecovery_service.storage.rows import finding_from
+from runrecovery_service.storage.tables import LIVE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredSession:
+    """The session that a run would be resumed with. `handle` is a secret.
+
+    Attributes:
+        fingerprint: of the session file when the latest question was recorded; None: not recorded.
+        finding: the result of the latest check; None: not checked.
+    """
+
+    run_key: int
+    attempt: int
+    handle: str = field(repr=False)
+    fingerprint: SessionFingerprint | None
+    finding: SessionFinding | None
+
+
+def sessions_to_check(
+    db: Database, scope: RecoveryScope, *, engine: str, after: int, limit: int
+) -> list[StoredSession]:
+    """Return the sessions of an engine's runs in scope whose key is above `after`, by key."""
+    rows = db.fetch_all(
+        "SELECT id, attempt, session_value, session_mark, session_verdict, session_reason FROM run"
+        f" WHERE {LIVE} AND owner = ? AND owner_epoch < ? AND id > ? AND engine = ?"
+        " AND session_value <> '' ORDER BY id LIMIT ?",
+        (*scope.params, after, engine, limit),
+    )
+    return [stored_session(*row) for row in rows]
+
+
+def stored_session(
+    run_key: int,
+    attempt: int,
+    handle: str,
+    mark: str | None,
+    verdict: str | None,
+    reason: str | None,
+) -> StoredSession:
+    """Return the session that the columns of a run describe."""
+    return StoredSession(
+        run_key=run_key,
+        attempt=attempt,
+        handle=handle,
+        fingerprint=SessionFingerprint.read(mark),
+        finding=finding_from(verdict, reason),
+    )
+
+
+def record_findings(db: Database, scope: ApplyScope, found: Mapping[int, SessionFinding]) -> None:
+    """Record the findings of session checks, by run key."""
+    with db.transaction():
+        for run_key, finding in found.items():
+            db.execute(
+                "UPDATE run SET session_verdict = ?, session_reason = ?"
+                " WHERE id = ? AND owner = ? AND owner_epoch < ?",
+                (finding.verdict.value, finding.reason, run_key, *scope.params),
+            )
