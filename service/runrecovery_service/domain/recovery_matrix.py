@@ -67,7 +67,7 @@ class Rule:
     because: str
 
     def matches(self, status: RunStatus, profile: Profile | None, facts: Fact) -> bool:
-        """True if the rule applies to such a run."""
+        """Return True if the rule applies to such a run."""
         return (
             status in self.statuses
             and (not self.profiles or profile in self.profiles)

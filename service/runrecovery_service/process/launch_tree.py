@@ -96,14 +96,14 @@ class LaunchTree:
         self.empty_scans += 1
 
     def is_empty(self, now: float) -> bool:
-        """True if enough scans over enough time found no process except the shim."""
+        """Return True if enough scans over enough time found no process except the shim."""
         scans, span_s = (
             (CERTAIN_SCANS, CERTAIN_S) if self.pinned else (UNTOUCHED_SCANS, UNTOUCHED_S)
         )
         return self.empty_scans >= scans and now - self.empty_since >= span_s
 
     def is_gone(self, now: float) -> bool:
-        """True if no process is left, the shim included."""
+        """Return True if no process is left, the shim included."""
         return self.is_empty(now) and (not self.pinned or self.shim is None)
 
     @property

@@ -67,7 +67,7 @@ class PinnedTrees:
         return self._trees[member.launch_key]
 
     def is_shim(self, member: Member) -> bool:
-        """True if the member is the recorded shim of its launch."""
+        """Return True if the member is the recorded shim of its launch."""
         markers = self.tree_of(member).markers
         return member.proc.identity == (markers.pid, markers.start_ticks)
 
