@@ -1,14 +1,15 @@
-"""runrecovery, the service. The rooms, from the street inwards:
+"""The service of runrecovery. Its packages and main modules, from the outside inwards:
 
 - `cli`: the `runrecovery` command.
-- `app`: the only place that builds objects. `lifecycle`: the order of a start and of a stop.
-  `ownership`: what keeps a service the owner of its runs. `offline`: work without a server.
-- `rpc`: the only room with gRPC: the services, the gate, health, reflection, errors.
-- `recovery`: what happens between a start and SERVING. `execution`: what happens after it.
-  They do not know each other: recovery leaves rows, execution finds its work in them.
+- `app`: builds every object. `lifecycle`: the order of a start and of a stop, and signals.
+  `ownership`: lease, tree deadline and self-fencing. `offline`: check, migrate and back up.
+- `rpc`: the only package with gRPC: services, gate, health, reflection, errors.
+- `recovery`: what happens between a start and SERVING. `execution`: what happens after it. Neither
+  imports the other: recovery writes rows, and execution finds its work in them.
+- `agents`: what recovery, execution and rpc share about agents and their files.
 - `storage`: tables and use cases, one transaction each. `process`: /proc and signals.
-  `engines`: what an engine is and what it says. `trust`: entries in agent CLIs' own files.
-- `domain`: what a run is and what a restart does with it. Pure.
+  `engines`: agent programs and their dialects. `trust`: entries in the files of agent CLIs.
+- `domain`: what a run is, and what a restart does with a run. Pure.
 
 Imports run downwards only (`make imports`).
 """

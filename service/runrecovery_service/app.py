@@ -5,11 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-import socket
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import replace
-from ipaddress import ip_address
 
 import structlog
 
@@ -64,7 +61,7 @@ from runrecovery_service.recovery.plan import Planner
 from runrecovery_service.recovery.reconcile import Recovery, RecoveryLimits
 from runrecovery_service.recovery.status import RecoveryStatus
 from runrecovery_service.rpc.gate import Gate
-from runrecovery_service.rpc.listen_address import parse_listen_address
+from runrecovery_service.rpc.listen_address import count_addresses, parse_listen_address
 from runrecovery_service.rpc.recovery_service import RecoveryDeps
 from runrecovery_service.rpc.run_service import RunDeps, RunLimits
 from runrecovery_service.rpc.server import GrpcServer, ServerLimits, build_server
@@ -95,7 +92,7 @@ def serve(settings: Settings) -> None:
     open_files = plan_open_files(settings)
     open_files.apply()
     # Before anything is claimed: a name server that does not answer takes long.
-    per_address = open_files.connections // _addresses(settings.listen)
+    per_address = open_files.connections // count_addresses(settings.listen)
     with ServiceLocks.acquire(settings) as locks, SteadyThreadPool(1, "probe") as prober:
         early_signals.hold()
         # Before the store is migrated and an epoch is claimed: a start that no client could reach
@@ -357,24 +354,6 @@ def _claim(db: Database, boot: InstanceStart, clock: Clock, ttl_s: float) -> Own
         db.close()
     log.info("service.epoch_claimed", instance=owner.instance, epoch=owner.epoch)
     return owner
-
-
-def _addresses(listen: str) -> int:
-    """Return how many addresses `listen` may stand for: gRPC limits connections per address.
-
-    A name stands for at least two: gRPC resolves `localhost` to both, whatever the system says.
-    """
-    host, colon, _ = listen.rpartition(":")
-    if not colon or listen.startswith(("unix:", "unix-abstract:")):
-        return 1
-    with suppress(ValueError):
-        ip_address(host.strip("[]"))
-        return 1
-    try:
-        found = {info[4][0] for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
-    except (OSError, UnicodeError):  # the bind reports the error
-        return 2
-    return max(2, len(found))
 
 
 def _host() -> Host:

@@ -37,6 +37,7 @@ from runrecovery_service.process import prctl
 from runrecovery_service.recovery.reconcile import Recovery
 from runrecovery_service.recovery.status import RecoveryStatus
 from runrecovery_service.rpc.gate import Gate
+from runrecovery_service.rpc.listen_address import bound_address
 from runrecovery_service.rpc.server import GrpcServer
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import backup
@@ -253,7 +254,7 @@ class Service:
             port = await self.server.bind(self.settings.listen, keeper_ended=self.stop.task_ended)
             log.info(
                 "service.listening",
-                address=_bound_address(self.settings.listen, port),
+                address=bound_address(self.settings.listen, port),
                 max_connections=self.max_connections,
             )
             await self._report_containment()
@@ -357,10 +358,3 @@ def _log_containment(probe: Future[Containment]) -> None:
         log.info("service.containment", proved=proved.level.value, detail=proved.detail)
     else:
         log.warning("service.containment", proved=proved.level.value, detail=proved.detail)
-
-
-def _bound_address(listen: str, port: int) -> str:
-    """Return the address for clients: `listen` with the port that was bound."""
-    host, colon, _ = listen.rpartition(":")
-    is_socket_file = listen.startswith(("unix:", "unix-abstract:"))
-    return f"{host}:{port}" if colon and not is_socket_file else listen

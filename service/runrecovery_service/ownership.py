@@ -223,7 +223,7 @@ class StatementTrials:
         )
 
     async def run_trial(self) -> None:
-        """Try the statements once, and tell health the result."""
+        """Try the statements once, and report the result to health."""
         if not self.gate.recovered or self.stop.is_set():
             return
         trials_per_write = (

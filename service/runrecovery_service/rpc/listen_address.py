@@ -17,6 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from enum import Enum, auto
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Final, TypeAlias
 from urllib.parse import quote, unquote
@@ -152,6 +153,31 @@ async def _hosts(name: str) -> set[str]:
     """Return the IP addresses of a host name or address."""
     found = await asyncio.to_thread(_socket_addresses, name, 0)
     return {str(address[0]) for _, address in found}
+
+
+def count_addresses(listen: str) -> int:
+    """Return how many addresses `listen` may stand for: gRPC limits connections per address.
+
+    A name stands for at least two: gRPC resolves `localhost` to both, whatever the system says.
+    """
+    host, colon, _ = listen.rpartition(":")
+    if not colon or listen.startswith(("unix:", "unix-abstract:")):
+        return 1
+    with suppress(ValueError):
+        ip_address(host.strip("[]"))
+        return 1
+    try:
+        found = {info[4][0] for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    except (OSError, UnicodeError):  # the bind reports the error
+        return 2
+    return max(2, len(found))
+
+
+def bound_address(listen: str, port: int) -> str:
+    """Return the address for clients: `listen` with the port that was bound."""
+    host, colon, _ = listen.rpartition(":")
+    is_socket_file = listen.startswith(("unix:", "unix-abstract:"))
+    return f"{host}:{port}" if colon and not is_socket_file else listen
 
 
 def _socket_addresses(name: str, port: int) -> list[tuple[int, SocketAddress]]:

@@ -1,4 +1,9 @@
-"""UUIDs of version 7, the ids of runs that have no id of the caller's own."""
+"""UUIDs of version 7, the ids of runs that have no id of the caller's own.
+
+Written here, not taken from a library: uuid-utils costs a start 1.5 ms of CPU time and one more
+compiled dependency, takes no random bytes from its caller, and would replace five lines. Python has
+`uuid.uuid7` from 3.14 on.
+"""
 
 from __future__ import annotations
 
