@@ -55,7 +55,7 @@ def test_a_backup_of_a_running_service_can_be_started_from(
     _, api = home.start()
 
     assert code == 0
-    assert "found sound and complete; runs: 1 of instance 'default'" in said
+    assert "verified; runs: 1 of instance 'default'" in said
     assert api.get("kept").run_id == "kept"
 
 

@@ -225,7 +225,7 @@ def test_a_demo_without_a_place_for_its_files_says_so(tmp_path: Path) -> None:
     )
 
     assert ended.returncode == ExitCode.FAILED
-    assert ended.stderr.startswith("error: the demo cannot go on: ")
+    assert ended.stderr.startswith("error: the demo cannot continue: ")
     assert len(ended.stderr.splitlines()) == 1
 
 
@@ -511,7 +511,7 @@ def test_a_watch_tells_a_line_for_each_event(run: Run, server: Script) -> None:
 
     assert ended.code == ExitCode.OK
     assert [line.split("  ")[1:] for line in ended.out.splitlines()] == [
-        ["#4", "WAITING_USER", "as it stands", r"Ship \x1b[2J it?"],
+        ["#4", "WAITING_USER", "snapshot", r"Ship \x1b[2J it?"],
         ["#5", "ANSWERED", "→ RUNNING", "attempt 2", "question 1"],
         ["#6", "RECOVERED", "→ SUCCEEDED", "GONE", "rule_7"],
     ]
@@ -603,7 +603,7 @@ def test_ctrl_c_ends_a_watch_quietly_with_130(server: Script) -> None:
     ) as process:
         assert process.stdout is not None
         try:
-            assert "as it stands" in process.stdout.readline()
+            assert "snapshot" in process.stdout.readline()
             process.send_signal(signal.SIGINT)
             _, said = process.communicate(timeout=30)
         finally:
@@ -636,7 +636,7 @@ def test_a_byte_order_mark_before_an_input_is_no_part_of_it(
 @pytest.mark.parametrize(
     ("data", "why"),
     [
-        (b"\xff\xfe{\x00}\x00", "is not text in UTF-8"),
+        (b"\xff\xfe{\x00}\x00", "is not UTF-8 text"),
         (b'{"a": ' + b"[" * 100_000, "is nested too deeply"),
         (b'{"a": NaN}', "nan is not a JSON number"),
     ],
@@ -708,7 +708,7 @@ def test_a_run_is_described_with_its_times_and_its_waiting(run: Run, server: Scr
 
     told = dict(line.split(":", maxsplit=1) for line in ended.out.splitlines())
     assert {name: text.strip() for name, text in told.items()}.items() >= {
-        "each question": "waits 90 s, is then decided automatically",
+        "each question": "waits 90 s, then is decided automatically",
         "auto-decided": "2",
         "run deadline": "2026-11-24 10:00:00Z",
         "reopenable until": "2026-11-25 10:00:00Z",
@@ -865,7 +865,7 @@ def test_output_is_written_byte_for_byte(server: Script) -> None:
     )
 
     assert ended.stdout == data * 2
-    assert b"more than is kept" in ended.stderr
+    assert b"the rest of the output was not stored" in ended.stderr
     request = run_service_pb2.StreamOutputRequest.FromString(server.asked[0][1])
     assert request.channel == run_service_pb2.OUTPUT_CHANNEL_STDERR
 
@@ -1067,7 +1067,7 @@ def test_an_explanation_tells_the_decision_the_facts_and_the_processes(
     assert "HANDLE yes the record" in lines
     assert r"CANCEL no no \x1b[2J cancel" in lines
     assert "77 1 2 cookie SIGTERM SIGKILL ended by shim" in lines
-    assert "78 0 0 descent - not seen dead" in lines
+    assert "78 0 0 descent - not found dead" in lines
 
 
 def test_a_run_that_no_restart_has_touched_is_explained_so(run: Run, server: Script) -> None:
@@ -1075,7 +1075,7 @@ def test_a_run_that_no_restart_has_touched_is_explained_so(run: Run, server: Scr
 
     ended = run("recovery", "explain", "r", "--server", server.address)
 
-    assert ended.out == "no restart has decided on this run\n"
+    assert ended.out == "no restart has decided about this run\n"
 
 
 @pytest.mark.parametrize("as_json", [True, False])

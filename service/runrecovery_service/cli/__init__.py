@@ -21,7 +21,7 @@ from runrecovery_service.cli.failure import Failure
 FAILED: Final = 1
 INTERRUPTED: Final = early_signals.INTERRUPTED
 THREADS_S: Final = 10.0
-"""How long threads that the command has started may live on after its end."""
+"""How long to wait at the end for threads that the command started."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +34,14 @@ class _Entry:
 
 
 COMMANDS: Final[Mapping[str, _Entry]] = {
-    "serve": _Entry("local", "serve", "Run the service until it is told to stop."),
+    "serve": _Entry("local", "serve", "Run the service until SIGTERM or Ctrl-C."),
     "demo": _Entry("local", "demo", "Watch runs survive a kill -9, explained run by run."),
     "runs": _Entry("runs", "runs", "Create, show, watch, answer and cancel runs."),
     "recovery": _Entry("recovery", "recovery", "Show what restarts decided, and why."),
-    "health": _Entry("health", "health", "Ask whether the service is SERVING."),
-    "check": _Entry("local", "check", "Check the configuration, the engines and the store."),
-    "migrate": _Entry("local", "migrate", "Bring a stopped service's database up to date."),
-    "backup": _Entry("local", "backup", "Copy the SQLite database, also while the service runs."),
+    "health": _Entry("health", "health", "Check whether the service is SERVING."),
+    "check": _Entry("local", "check", "Check configuration, engines and database."),
+    "migrate": _Entry("local", "migrate", "Migrate the database of a stopped service."),
+    "backup": _Entry("local", "backup", "Back up the SQLite database, of a running service too."),
 }
 
 
@@ -57,7 +57,7 @@ class _LazyGroup(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        # click's own would import every command for its summary.
+        # click's own implementation would import every command for its summary.
         with formatter.section("Commands"):
             formatter.write_dl([(name, entry.summary) for name, entry in COMMANDS.items()])
 
@@ -65,14 +65,14 @@ class _LazyGroup(click.Group):
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="runrecovery")
 def root() -> None:
-    """Run long, interactive agent runs and account for every one of them after a restart."""
+    """Run long, interactive agents, and give every run a decision after a restart."""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line (sys.argv by default) and exit with one of `exit_codes.ExitCode`."""
     streams.prepare()
-    # gRPC's own lines on standard error would stand between ours, and a reader that does not read
-    # would stop who writes them. It reads this when it is imported, by any of the commands.
+    # Keeps gRPC's own lines off standard error: writing them would block while nobody reads.
+    # gRPC reads this variable when a command imports it.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     serves = (sys.argv[1:] if arguments is None else arguments)[:1] == ["serve"]
     try:
@@ -90,20 +90,20 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         code = INTERRUPTED
     except streams.OutputFailed as failed:
         code = FAILED
-        if not failed.no_reader:  # `… | head -1` needs no word about it
+        if not failed.no_reader:  # a reader that stops, as in `… | head -1`, is no error
             click.echo(f"error: standard output: {failed}", err=True)
     drain_stderr()
     if _threads_hang():
-        os._exit(code or 0)  # Python would wait for them, perhaps for ever
+        os._exit(code or 0)  # Python would wait for them, perhaps without end
     sys.exit(code or 0)
 
 
 def _threads_hang() -> bool:
-    """Wait for threads that are left; True when some do not end, as a disk that hangs has them."""
-    ends = time.monotonic() + THREADS_S
+    """Wait for the remaining threads; return whether one does not end, as on a hanging disk."""
+    deadline = time.monotonic() + THREADS_S
     for thread in threading.enumerate():
         if not thread.daemon and thread is not threading.current_thread():
-            thread.join(max(0.0, ends - time.monotonic()))
+            thread.join(max(0.0, deadline - time.monotonic()))
             if thread.is_alive():
                 return True
     return False

@@ -1,4 +1,4 @@
-"""What every command that asks a running service has: options, a client, one way to fail."""
+"""Common to commands that call a running service: options, client, errors as exit codes."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ EXIT_CODES: Final[dict[type[Exception], ExitCode]] = {
     errors.SlowReader: ExitCode.UNAVAILABLE,
     errors.DeadlineExceeded: ExitCode.UNAVAILABLE,
 }
-"""By class; a class that is missing has the code of its parent."""
+"""By error class; a class that is not listed has the code of its parent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceConnection:
-    """The service that a command asks, and how its answers are wanted.
+    """The service that a command calls, and the form of its output.
 
     Attributes:
         timeout_s: the deadline of one call.
-        as_json: JSON lines for programs instead of text for people.
+        as_json: print JSON lines for programs instead of text for people.
     """
 
     client: RunRecoveryClient
@@ -60,13 +60,13 @@ class ServiceConnection:
     as_json: bool
 
     def show(self, message: MessageT, for_people: Callable[[MessageT], str]) -> None:
-        """Print one answer."""
+        """Print one message."""
         click.echo(json_line(message) if self.as_json else for_people(message))
 
     def show_rows(
         self, rows: Iterator[MessageT], columns: Columns[MessageT], *, limit: int = 0
     ) -> None:
-        """Print at most `limit` rows (0: all) as they come."""
+        """Print at most `limit` rows (0: all), each as soon as it arrives."""
         shown = (row for _, row in zip(range(limit), rows, strict=False)) if limit else rows
         if self.as_json:
             for row in shown:
@@ -74,7 +74,7 @@ class ServiceConnection:
             return
         print_table(shown, columns)
         if limit and next(rows, None) is not None:
-            click.echo(f"(the first {limit}; --limit 0 shows all)", err=True)
+            click.echo(f"(only the first {limit}; --limit 0 shows all)", err=True)
 
 
 _OPTIONS: Final = (
@@ -86,7 +86,7 @@ _OPTIONS: Final = (
         show_envvar=True,
         metavar="HOST:PORT",
         callback=parameters.target,
-        help="The service to ask.",
+        help="Address of the service.",
     ),
     click.option(
         "--timeout",
@@ -95,10 +95,13 @@ _OPTIONS: Final = (
         default=10.0,
         show_default=True,
         metavar="SECONDS",
-        help="How long one call may take, also while no service is there.",
+        help="Deadline of one call, including the wait for a service that does not run yet.",
     ),
     click.option(
-        "--json", "as_json", is_flag=True, help="One JSON object a line, as in the contract."
+        "--json",
+        "as_json",
+        is_flag=True,
+        help="Print one JSON object per line, as in the contract.",
     ),
 )
 
@@ -106,11 +109,11 @@ _OPTIONS: Final = (
 def with_service(
     function: Callable[..., ExitCode | None],
 ) -> Callable[..., ExitCode | None]:
-    """Give a command the options of a client and, as its first argument, the service."""
+    """Add the options of a client to a command, and pass it the service as first argument."""
 
     @wraps(function)
     def call(**given: Any) -> ExitCode | None:  # click passes every parameter by its name
-        parameters.demand_text(given)
+        parameters.require_utf8(given)
         server, timeout_s = given.pop("server"), given.pop("timeout_s")
         as_json = given.pop("as_json")
         with failures(server), RunRecoveryClient(server, timeout_s=timeout_s) as client:
@@ -124,7 +127,7 @@ def with_service(
 
 @contextmanager
 def failures(server: str) -> Iterator[None]:
-    """Turn the client's errors into one sentence, a hint and an exit code."""
+    """Turn errors of the client into a `Failure` with sentence, hint and exit code."""
     try:
         yield
     except RunRecoveryClientError as error:
@@ -140,29 +143,29 @@ def exit_code(error: RunRecoveryClientError) -> ExitCode:
 
 
 def hint(error: RunRecoveryClientError, server: str) -> str:
-    """Return what the person at the terminal can do about it; empty when nothing is certain."""
+    """Return what the user can do about the error; empty if that is unknown."""
     match error:
         case errors.RecoveryInProgress():
-            return "`runrecovery recovery status --watch` shows how far the recovery is"
+            return "`runrecovery recovery status --watch` shows its progress"
         case errors.DeadlineExceeded() | errors.Unavailable(reason=""):
             return f"is a service running at {server}? `runrecovery serve` starts one"
         case errors.InvalidRequest(violations=violations):
-            untold = (bad for bad in violations if bad.description not in str(error))
-            return "; ".join(f"{bad.field}: {bad.description}" for bad in untold)
+            missing = (bad for bad in violations if bad.description not in str(error))
+            return "; ".join(f"{bad.field}: {bad.description}" for bad in missing)
         case (
             errors.RunNotWaiting()
             | errors.InteractionSuperseded()
             | errors.RunAlreadyTerminal()
             | errors.RunNotReopenable()
         ):
-            return "`runrecovery runs get RUN_ID` shows where the run stands"
+            return "`runrecovery runs get RUN_ID` shows the state of the run"
         case errors.SessionNotResumable():
-            return "put its session file back, or give another handle: `--session-handle-file`"
+            return "restore its session file, or give another handle with `--session-handle-file`"
         case errors.WatchHistoryPruned() | errors.WatchSequenceUnknown():
-            return "without a sequence the watch begins with the run as it stands"
+            return "without --after-sequence the watch begins with the present state of the run"
         case errors.WatchCursorInvalid():
-            return "without a cursor the watch begins now"
+            return "without --after the watch begins with the next decision"
         case errors.InternalError(error_id=error_id) if error_id:
-            return f"the service's log says more under error_id {error_id}"
+            return f"the service's log has the details under error_id {error_id}"
         case _:
             return ""

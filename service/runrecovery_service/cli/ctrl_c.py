@@ -1,4 +1,4 @@
-"""Ctrl-C while a stream is read."""
+"""Ctrl-C while a command reads a stream or polls."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from runrecovery_service.cli import INTERRUPTED
 
 @contextmanager
 def exit_at_once() -> Iterator[None]:
-    """Let Ctrl-C end this process where it stands, which only reads.
+    """Make Ctrl-C exit the process at once, inside the context. Only for commands that read.
 
-    A KeyboardInterrupt that happens to be raised in a callback of gRPC is lost, and who waits for
-    the next piece of a stream would go on waiting.
+    A KeyboardInterrupt raised in a callback of gRPC is lost, and the command would keep waiting for
+    the next message.
     """
 
-    def leave(_number: int, _frame: object) -> None:
-        with suppress(Exception):  # it may have come in the middle of a write
+    def exit_now(_number: int, _frame: object) -> None:
+        with suppress(Exception):  # the signal may have interrupted a write
             sys.stdout.flush()
         os._exit(INTERRUPTED)
 
-    before = signal.signal(signal.SIGINT, leave)
+    before = signal.signal(signal.SIGINT, exit_now)
     try:
         yield
     finally:

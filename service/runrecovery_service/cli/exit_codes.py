@@ -1,4 +1,4 @@
-"""What the exit code of the `runrecovery` command says."""
+"""Exit codes of the `runrecovery` command."""
 
 from __future__ import annotations
 
@@ -6,44 +6,45 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """One number for one kind of ending. 130 is Ctrl-C, as everywhere."""
+    """One code per kind of outcome. 130 means Ctrl-C, as usual."""
 
     OK = 0
-    """It was done; for `health`: SERVING."""
+    """Success; for `health`: SERVING."""
 
     FAILED = 1
-    """Something else went wrong; for `runs create --wait`: the run FAILED or was CANCELED; for
-    `runs watch`: it ended otherwise than SUCCEEDED; for `check` and `demo`: something did not
-    hold."""
+    """Any other failure.
+
+    For `runs create --wait`: the run FAILED or was CANCELED. For `runs watch`: the run did not end
+    as SUCCEEDED. For `check`: problems were found. For `demo`: a claim did not hold.
+    """
 
     USAGE = 2
-    """The command line, the configuration or the request is wrong as it stands."""
+    """The command line, the configuration or the request is invalid."""
 
     HELD = 3
-    """Another service holds the data directory, the database or the instance name."""
+    """Another service uses the data directory, the database or the instance name."""
 
     STORAGE = 4
-    """The data directory or the database cannot be used by this version, or the process may open
-    too few files; nothing was changed."""
+    """This version cannot use the data directory or the database, or a limit on files or threads is
+    too low. Nothing was changed."""
 
     LISTEN = 5
     """The listen address cannot be bound."""
 
     UNAVAILABLE = 6
-    """The service (for `serve`: its database) does not answer, not yet, or not in time; trying
-    again may help."""
+    """The service (for `serve`: its database) does not answer, or not in time. A retry may help."""
 
     NOT_FOUND = 7
-    """What was named does not exist."""
+    """The run, report or name does not exist."""
 
     REFUSED = 8
-    """What exists is not in a state that allows this."""
+    """The state of the run or file does not allow the command."""
 
     RECOVERY = 9
-    """Recovery failed as often as the configuration allows; nothing was served."""
+    """Recovery failed as often as the configuration allows; the service never served."""
 
     CONTAINMENT = 11
-    """`containment = "strict"`, and the probe of the start did not prove that much."""
+    """`containment = "strict"`, but the probe of the start did not prove it."""
 
     FENCED = 10
-    """A newer epoch of this instance has taken over, or may soon: the lease was not renewed."""
+    """A newer start of this instance has taken over, or may do so because the lease ran out."""

@@ -1,4 +1,4 @@
-"""How a command ends when it cannot do its work."""
+"""The error that ends a command: sentence, hint and exit code."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from runrecovery_service.cli.plain_text import safe
 
 
 class Failure(click.ClickException):
-    """Ends the command: one sentence on standard error, perhaps a hint, and an exit code.
+    """Ends the command with one sentence on standard error, an optional hint, and an exit code.
 
-    With `closes_nothing` the process exits at once, without the clean-up of the interpreter, which
-    closes database connections.
+    With `closes_nothing` the process exits without the clean-up of the interpreter, which would
+    close database connections.
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class Failure(click.ClickException):
         self.hint = hint
 
     def show(self, file: IO[Any] | None = None) -> None:
-        """Write it for the person at the terminal."""
+        """Print the sentence and the hint."""
         text = f"error: {self.message}" + (f"\nhint: {self.hint}" if self.hint else "")
         for line in text.split("\n"):
             click.echo(safe(line), file=file, err=file is None)

@@ -19,17 +19,17 @@ from runrecovery_service.cli.exit_codes import ExitCode
     "name",
     default="",
     metavar="NAME",
-    help="A health name, for example liveness; otherwise the service as a whole.",
+    help="A health name, for example liveness. Default: the service as a whole.",
 )
 @click.option(
     "--wait",
     "wait_s",
     type=parameters.Seconds(),
     metavar="SECONDS",
-    help="Wait so long for SERVING, also for a service that is not there yet.",
+    help="Wait up to this long for SERVING, also for a service that does not run yet.",
 )
 def health(service: ServiceConnection, name: str, wait_s: float | None) -> ExitCode:
-    """Ask whether the service is SERVING; the exit code is 0 only then."""
+    """Check whether the service is SERVING; exit with 0 only if it is."""
     if wait_s is None:
         status = service.client.health.check(name)
     else:

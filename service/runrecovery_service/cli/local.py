@@ -1,4 +1,4 @@
-"""Commands that work on this machine's data directory, without a running service to ask."""
+"""Commands that work on the data directory of this machine, without calling a service."""
 
 from __future__ import annotations
 
@@ -55,20 +55,20 @@ EXIT_CODES: Final[dict[type[Exception], ExitCode]] = {
 }
 
 HINTS: Final[dict[type[Exception], str]] = {
-    StoreLost: "docs/operations.md, *When something is wrong*, tells how to go on",
+    StoreLost: "docs/operations.md, *When something is wrong*, says what to do",
     Held: "stop that service, or give this one its own --data-dir and --instance",
     OpenFilesRefused: "raise the limit (LimitNOFILE= of a unit), or lower max_concurrent",
     ThreadsRefused: "raise the limit on processes (TasksMax= of a unit, ulimit -u, pids.max)",
-    RecoveryGaveUp: "the log says why; no run was changed without a record",
-    ContainmentRefused: "docs/processes.md tells what is missing, and what best_effort means",
-    Fenced: "another service runs under this instance's name; it goes on",
-    ClaimLost: "no newer start is known; start again: what the store holds is recovered",
-    RunGone: "its processes were ended; start again: what the store holds is recovered",
-    LeaseLost: "no other service is known to run; service.lease_not_renewed in the log says why",
+    RecoveryGaveUp: "the log says why; every changed run has a recorded decision",
+    ContainmentRefused: "docs/processes.md says what is missing, and what best_effort means",
+    Fenced: "another service runs under this instance's name, and continues",
+    ClaimLost: "no newer start is known; start again, and the recorded runs are recovered",
+    RunGone: "its processes were ended; start again, and the recorded runs are recovered",
+    LeaseLost: "no other service is known; service.lease_not_renewed in the log says why",
 }
 
 CONFIGURATION_FILE: Final = f"{__name__}.configuration_file"
-"""The key of click's context for the file that was read, or would have been."""
+"""Key in click's context: the configuration file that was read, or would have been."""
 
 _STORE_OPTIONS: Final = (
     click.option(
@@ -76,16 +76,16 @@ _STORE_OPTIONS: Final = (
         "path",
         type=click.Path(path_type=Path),
         metavar="FILE",
-        help="Configuration; otherwise $RUNRECOVERY_CONFIG, else ./runrecovery.toml if it exists.",
+        help="Configuration. Default: $RUNRECOVERY_CONFIG, else ./runrecovery.toml if it exists.",
     ),
-    click.option("--data-dir", metavar="DIR", help="Where outputs and the database are kept."),
+    click.option("--data-dir", metavar="DIR", help="Directory of outputs and SQLite database."),
     click.option("--database", metavar="URL", help="postgresql://… or sqlite:///path."),
-    click.option("--instance", metavar="NAME", help="The name of this copy of the service."),
+    click.option("--instance", metavar="NAME", help="Name of this instance of the service."),
 )
 
 
 def _with_settings(function: Callable[..., ExitCode]) -> Callable[..., ExitCode]:
-    """Give a command the options that say where the store is, and the settings they lead to."""
+    """Add the options that locate the database to a command, and pass it the settings."""
 
     @wraps(function)
     def call(**parameters: Any) -> ExitCode:  # click passes every parameter by its name
@@ -97,7 +97,7 @@ def _with_settings(function: Callable[..., ExitCode]) -> Callable[..., ExitCode]
         click.get_current_context().meta[CONFIGURATION_FILE] = str(
             reading.configuration_file(path, os.environ)
         )
-        # Before `app`: importing it first keeps the import of structlog short.
+        # Before `app`, because importing it first keeps the import of structlog short.
         from runrecovery_service import logs
 
         logs.configure(settings.log_format, settings.log_level)
@@ -138,7 +138,7 @@ def _refusals() -> Iterator[None]:
 @click.option("--log-format", type=click.Choice([form.value for form in LogFormat]))
 @click.option("--log-level", type=click.Choice([level.value for level in LogLevel]))
 def serve(settings: Settings) -> ExitCode:
-    """Run the service until it is told to stop (SIGTERM or Ctrl-C; twice: at once)."""
+    """Run the service until SIGTERM or Ctrl-C; a second signal stops it at once."""
     import structlog
 
     from runrecovery_service import app
@@ -158,7 +158,7 @@ def serve(settings: Settings) -> ExitCode:
 @click.command()
 @_with_settings
 def migrate(settings: Settings) -> ExitCode:
-    """Bring the database of a stopped service up to date, as its next start would."""
+    """Migrate the database of a stopped service, as its next start would."""
     from runrecovery_service import offline
 
     click.echo(f"up to date: {', '.join(offline.migrate(settings))}")
@@ -168,7 +168,7 @@ def migrate(settings: Settings) -> ExitCode:
 @click.command()
 @_with_settings
 def check(settings: Settings) -> ExitCode:
-    """Check the configuration, the engines and the store; nothing is changed."""
+    """Check configuration, engines and database. Changes nothing."""
     from runrecovery_service import offline
 
     problems = offline.check(settings)
@@ -186,25 +186,28 @@ def check(settings: Settings) -> ExitCode:
 @_with_settings
 @click.argument("dest", type=click.Path(path_type=Path))
 def backup(settings: Settings, dest: Path) -> ExitCode:
-    """Copy the SQLite database to DEST, also while the service runs."""
+    """Back up the SQLite database to DEST, also while the service runs."""
     from runrecovery_service import offline
 
     runs = offline.backup(settings, dest)
     kept = ", ".join(f"{count} of instance {name!r}" for name, count in runs.items()) or "none"
     size = dest.stat().st_size
-    click.echo(f"copied to {dest} ({size} bytes), and found sound and complete; runs: {kept}")
+    click.echo(f"copied to {dest} ({size} bytes) and verified; runs: {kept}")
     return ExitCode.OK
 
 
 @click.command()
 def demo() -> ExitCode:
-    """Watch runs survive a kill -9, explained run by run; nothing is left behind."""
+    """Watch runs survive a kill -9, explained run by run. Leaves nothing behind."""
     from runrecovery_service.cli.demo import steps
 
-    for number in (signal.SIGTERM, signal.SIGHUP):  # it must end its service, and clear away
+    for number in (
+        signal.SIGTERM,
+        signal.SIGHUP,
+    ):  # so that the demo cleans up
         if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGHUP is under nohup
             signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         return ExitCode(steps.run_demo())
     except OSError as error:
-        raise Failure(f"the demo cannot go on: {error}", code=ExitCode.FAILED) from error
+        raise Failure(f"the demo cannot continue: {error}", code=ExitCode.FAILED) from error

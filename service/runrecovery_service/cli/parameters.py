@@ -1,4 +1,4 @@
-"""Reads values of the command line that click does not know; to be given as `callback`."""
+"""Parameter types and callbacks for click: JSON, secrets, times, labels."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _URL: Final = re.compile(r"(?:https?|grpcs?)://", re.IGNORECASE)
 def json_object(
     _ctx: click.Context, _param: click.Parameter, value: str | None
 ) -> dict[str, Any] | None:
-    """Return the JSON object that was given as it is, as `@FILE`, or on standard input by `-`."""
+    """Return a JSON object, given as text, as `@FILE`, or as `-` for standard input."""
     if value is None:
         return None
     try:
         found = json.loads(_text(value))
     except OSError as error:
-        raise click.BadParameter(f"{_named(value)}: {error.strerror}") from error
+        raise click.BadParameter(f"{_source(value)}: {error.strerror}") from error
     except UnicodeError as error:
-        raise click.BadParameter(f"{_named(value)}: is not text in UTF-8") from error
+        raise click.BadParameter(f"{_source(value)}: is not UTF-8 text") from error
     except RecursionError as error:
         raise click.BadParameter("is nested too deeply") from error
     except ValueError as error:
@@ -43,12 +43,12 @@ def _text(value: str) -> str:
     return _file(value[1:]) if value.startswith("@") else value
 
 
-def _named(value: str) -> str:
+def _source(value: str) -> str:
     return "standard input" if value == "-" else value.removeprefix("@")
 
 
 def _file(path: str) -> str:
-    return Path(path).read_text(encoding="utf-8-sig")  # editors of Windows add a byte-order mark
+    return Path(path).read_text(encoding="utf-8-sig")  # Windows editors add a byte-order mark
 
 
 def _standard_input() -> str:
@@ -56,22 +56,22 @@ def _standard_input() -> str:
 
 
 def secret(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
-    """Return the first line of the file that was named, or of standard input by `-`."""
+    """Return the only line of the named file, or of standard input for `-`."""
     if value is None:
         return None
     try:
         text = _standard_input() if value == "-" else _file(value)
     except (OSError, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is not text in UTF-8"
-        raise click.BadParameter(f"{_named(value)}: {reason}") from error
+        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
+        raise click.BadParameter(f"{_source(value)}: {reason}") from error
     lines = text.splitlines()
     if len(lines) != 1 or not lines[0]:
-        raise click.BadParameter(f"{value}: must hold one line that is not empty")
+        raise click.BadParameter(f"{value}: must contain exactly one line, which is not empty")
     return lines[0]
 
 
 def time(_ctx: click.Context, _param: click.Parameter, value: str | None) -> datetime | None:
-    """Return the aware time that was given in ISO 8601, in UTC unless it says otherwise."""
+    """Return an ISO 8601 time as an aware time; UTC if it has no offset."""
     if value is None:
         return None
     try:
@@ -85,7 +85,7 @@ def time(_ctx: click.Context, _param: click.Parameter, value: str | None) -> dat
 
 
 def labels(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
-    """Return the labels that were given as KEY=VALUE, each key once."""
+    """Return labels given as KEY=VALUE. Refuse a repeated key."""
     found: dict[str, str] = {}
     for text in values:
         key, equals, value = text.partition("=")
@@ -98,7 +98,7 @@ def labels(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]
 
 
 def choices(names: Iterable[str], prefix: str) -> list[str]:
-    """Return the words of an enum of the contract as they are typed: short, in small letters."""
+    """Return the names of an enum as the user types them: lower case, without prefix."""
     words = (name.removeprefix(prefix).lower() for name in names)
     return [found for found in words if found not in {"unspecified", "none"}]
 
@@ -109,13 +109,23 @@ only_labels: Final = click.option(
     multiple=True,
     callback=labels,
     metavar="KEY=VALUE",
-    help="Only runs with this label; may be repeated.",
+    help="Only runs with this label. Can be repeated.",
 )
-"""The option of a list that is filtered by labels."""
+"""The `--label` option of commands that filter runs."""
+
+
+limit_rows: Final = click.option(
+    "--limit",
+    type=click.IntRange(min=0),
+    default=50,
+    show_default=True,
+    help="At most this many rows; 0 means all.",
+)
+"""The `--limit` option of commands that list."""
 
 
 class Seconds(click.FloatRange):
-    """A number of seconds that a deadline can be made of."""
+    """A number of seconds that is valid for a deadline."""
 
     def __init__(self, *, min_open: bool = False) -> None:
         super().__init__(min=0, min_open=min_open, max=1e9)
@@ -123,20 +133,20 @@ class Seconds(click.FloatRange):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
-        """See `click.ParamType`; nan is in no range."""
+        """Convert the value; refuse nan, which passes every range check."""
         seconds: float = super().convert(value, param, ctx)
         return (
             self.fail("nan is not a number of seconds", param, ctx) if isnan(seconds) else seconds
         )
 
 
-def demand_text(values: Mapping[str, object]) -> None:
-    """Refuse arguments that no message can hold: bytes of the command line that are not UTF-8."""
+def require_utf8(values: Mapping[str, object]) -> None:
+    """Refuse arguments that are not UTF-8 and so cannot be sent."""
     for name, value in values.items():
         try:
             "".join(_texts(value)).encode()
         except UnicodeEncodeError as error:
-            raise click.BadParameter("is not text in UTF-8", param_hint=name) from error
+            raise click.BadParameter("is not UTF-8 text", param_hint=name) from error
 
 
 def _texts(value: object) -> Iterable[str]:
@@ -151,8 +161,10 @@ def _texts(value: object) -> Iterable[str]:
             return ()
 
 
-def filled(_context: click.Context, parameter: click.Parameter, text: str | None) -> str | None:
-    """Refuse an empty text: most likely somebody's variable was not set."""
+def require_not_empty(
+    _context: click.Context, parameter: click.Parameter, text: str | None
+) -> str | None:
+    """Refuse an empty text: most likely a shell variable was not set."""
     if text == "":
         raise click.BadParameter("must not be empty", param=parameter)
     return text
@@ -162,4 +174,4 @@ def target(context: click.Context, parameter: click.Parameter, text: str | None)
     """Refuse an empty text and a URL: gRPC would look the whole of it up as a host name."""
     if text and (found := _URL.match(text)):
         raise click.BadParameter(f'must be HOST:PORT without "{found[0]}"', param=parameter)
-    return filled(context, parameter, text)
+    return require_not_empty(context, parameter, text)

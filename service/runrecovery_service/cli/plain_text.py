@@ -1,10 +1,10 @@
-"""Text that cannot steer a terminal."""
+"""Text without control characters, for terminals."""
 
 from __future__ import annotations
 
 
 def safe(text: str) -> str:
-    """Return text whose control characters are written out: agents must not steer a terminal."""
+    """Return the text with control characters escaped: an agent must not control the terminal."""
     if text.isprintable():
         return text
     return "".join(

@@ -1,4 +1,4 @@
-"""Messages of the contract as text: for programs as JSON lines, for people as words."""
+"""Messages of the contract as text: JSON lines for programs, tables and facts for people."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Columns: TypeAlias = Sequence[tuple[str, Callable[[MessageT], str]]]
 
 
 def json_line(message: Message) -> str:
-    """Return a message as one line of JSON, with the contract's names and every plain field."""
+    """Return a message as one line of JSON, with field names of the contract and default values."""
     return json_format.MessageToJson(
         message,
         indent=None,
@@ -33,7 +33,7 @@ def json_line(message: Message) -> str:
 
 
 def word(message: Message, field: str) -> str:
-    """Return the value of an enum field without the prefix that all its values share."""
+    """Return the name of an enum field's value without the common prefix."""
     kind = message.DESCRIPTOR.fields_by_name[field].enum_type
     if kind is None:
         raise TypeError(f"{field} is not an enum field")
@@ -46,26 +46,26 @@ def word(message: Message, field: str) -> str:
 
 
 def time(at: Timestamp) -> str:
-    """Return a time in UTC to the second; a dash for none."""
+    """Return a time in UTC to the second; a dash for an unset one."""
     if not (at.seconds or at.nanos):
         return "-"
     return at.ToDatetime(tzinfo=UTC).strftime("%Y-%m-%d %H:%M:%SZ")
 
 
-def span(of: Duration) -> str:
-    """Return a span in seconds."""
-    return f"{of.ToTimedelta().total_seconds():g} s"
+def seconds(duration: Duration) -> str:
+    """Return a duration in seconds."""
+    return f"{duration.ToTimedelta().total_seconds():g} s"
 
 
 def facts(*pairs: tuple[str, object]) -> str:
-    """Return aligned `name: value` lines; pairs with an empty value are left out."""
+    """Return aligned `name: value` lines, without pairs whose value is empty."""
     kept = [(name, safe(str(value))) for name, value in pairs if value not in ("", None)]
     width = max((len(name) for name, _ in kept), default=0) + 1
     return "\n".join(f"{name + ':':<{width}} {value}" for name, value in kept)
 
 
 def print_table(rows: Iterable[MessageT], columns: Columns[MessageT]) -> None:
-    """Print a table: on a terminal drawn by rich, elsewhere plain, with tabs and nothing cut."""
+    """Print a table: drawn by rich on a terminal, elsewhere plain with tabs and never cut."""
     headings = [heading for heading, _ in columns]
     cells = ([safe(text(row)) for _, text in columns] for row in rows)
     if sys.stdout.isatty():
@@ -78,7 +78,7 @@ def print_table(rows: Iterable[MessageT], columns: Columns[MessageT]) -> None:
 
 
 def table(rows: Iterable[MessageT], columns: Columns[MessageT]) -> str:
-    """Return a small table as aligned lines, for a place inside other text."""
+    """Return a small table as aligned lines, to be part of other text."""
     lines = [[heading for heading, _ in columns]]
     lines += [[safe(text(row)) for _, text in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -98,7 +98,7 @@ def _draw(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> None:
         table.add_column(heading, no_wrap=True)
     for line in lines:
         table.add_row(*(Text(cell) for cell in line))
-    # An id is copied: never fold or cut it. A long line runs over, as in other tools.
+    # Ids are copied, so they are never folded or cut; a long line wraps.
     console = Console()
     wide = max(console.width, console.measure(table).maximum)
     console.print(table, width=wide, soft_wrap=True, crop=False)

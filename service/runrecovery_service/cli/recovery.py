@@ -1,4 +1,4 @@
-"""`runrecovery recovery`: everything that RecoveryService offers."""
+"""`runrecovery recovery`: one command for each method of RecoveryService."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ Status: TypeAlias = recovery_service_pb2.GetRecoveryStatusResponse
 UnendedLaunch: TypeAlias = recovery_service_pb2.UnendedLaunch
 
 _STATE: Final = "RECOVERY_STATE_"
-_AT_WORK: Final = frozenset(
+_IN_RECOVERY: Final = frozenset(
     {recovery_pb2.SERVICE_STATE_RECOVERING, recovery_pb2.SERVICE_STATE_RECOVERY_FAILED}
 )
-_LOOK_EVERY_S: Final = 0.2
+_POLL_INTERVAL_S: Final = 0.2
 
 RECOVERED_COLUMNS: Final[Columns[run_pb2.Run]] = (
     ("RUN ID", lambda run: run.run_id),
@@ -64,7 +64,7 @@ REPORT_COLUMNS: Final[Columns[recovery_pb2.Reconciliation]] = (
 
 def _outcome(process: recovery_service_pb2.OrphanedProcess) -> str:
     if not process.ended:
-        return "not seen dead"
+        return "not found dead"
     return f"ended by {process.ended_by}" if process.ended_by else "ended"
 
 
@@ -81,7 +81,7 @@ PLAN_COLUMNS: Final[Columns[recovery_service_pb2.PlannedDecision]] = (
 
 FACT_COLUMNS: Final[Columns[recovery_service_pb2.RecoveryFact]] = (
     ("FACT", lambda fact: fact.name),
-    ("HELD", lambda fact: "yes" if fact.held else "no"),
+    ("TRUE", lambda fact: "yes" if fact.held else "no"),
     ("SOURCE", lambda fact: fact.source),
 )
 
@@ -99,7 +99,7 @@ _ONLY_STATES: Final = click.option(
     "states",
     multiple=True,
     type=click.Choice(parameters.choices(run_pb2.RecoveryState.keys(), _STATE)),
-    help="Only this outcome; may be repeated.",
+    help="Only this recovery state. Can be repeated.",
 )
 
 
@@ -110,9 +110,9 @@ def recovery() -> None:
 
 @recovery.command()
 @with_service
-@click.option("--watch", is_flag=True, help="Go on until the service has recovered.")
+@click.option("--watch", is_flag=True, help="Show progress until the recovery has ended.")
 def status(service: ServiceConnection, *, watch: bool) -> ExitCode:
-    """Show what the service is doing and how far its recovery is."""
+    """Show the state of the service and the progress of its recovery."""
     if not watch:
         service.show(service.client.recovery.status(), describe_status)
         return ExitCode.OK
@@ -122,44 +122,44 @@ def status(service: ServiceConnection, *, watch: bool) -> ExitCode:
 
 
 def _watch(service: ServiceConnection) -> Status:
-    """Show every change until nothing is at work any more; return the last answer."""
+    """Show every change until the recovery has ended; return the last response."""
     progress = _changes(service) if service.as_json or not sys.stdout.isatty() else _bar()
-    with progress as show, _remembered_interrupts() as demand_none:
+    with progress as show, _remember_ctrl_c() as raise_if_interrupted:
         while True:
             answer = service.client.recovery.status()
-            demand_none()
+            raise_if_interrupted()
             show(answer)
-            if answer.state not in _AT_WORK:
+            if answer.state not in _IN_RECOVERY:
                 break
-            sleep(_LOOK_EVERY_S)
+            sleep(_POLL_INTERVAL_S)
     if not service.as_json:
         click.echo(describe_status(answer))
     return answer
 
 
 @contextmanager
-def _remembered_interrupts() -> Iterator[Callable[[], None]]:
-    """Remember a Ctrl-C: a KeyboardInterrupt that is raised in a callback of gRPC is lost."""
+def _remember_ctrl_c() -> Iterator[Callable[[], None]]:
+    """Remember Ctrl-C, because a KeyboardInterrupt raised in a callback of gRPC is lost."""
     seen: list[int] = []
 
     def note(number: int, _frame: object) -> None:
         seen.append(number)
         raise KeyboardInterrupt
 
-    def demand_none() -> None:
+    def raise_if_interrupted() -> None:
         if seen:
             raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGINT, note)
     try:
-        yield demand_none
+        yield raise_if_interrupted
     finally:
         signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
 def _changes(service: ServiceConnection) -> Iterator[Callable[[Status], None]]:
-    """One line whenever something is new."""
+    """Yield a function that prints a line for each response that differs from the last one."""
     shown: set[bytes] = set()
 
     def show(answer: Status) -> None:
@@ -174,7 +174,7 @@ def _changes(service: ServiceConnection) -> Iterator[Callable[[Status], None]]:
 
 @contextmanager
 def _bar() -> Iterator[Callable[[Status], None]]:
-    """One living line on a terminal."""
+    """Yield a function that updates a progress bar on the terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -196,13 +196,13 @@ def _bar() -> Iterator[Callable[[Status], None]]:
 @recovery.command(name="list")
 @with_service
 @_ONLY_STATES
-@click.option("--reason", metavar="RULE", help="Only runs that this rule decided.")
+@click.option("--reason", metavar="RULE", help="Only runs decided by this rule.")
 @click.option("--engine", metavar="NAME", help="Only runs of this engine.")
 @parameters.only_labels
 @click.option("--report", metavar="ID", help="Only runs whose latest decision is in this report.")
-@click.option("--after", callback=parameters.time, metavar="TIME", help="Decided at or after it.")
-@click.option("--before", callback=parameters.time, metavar="TIME", help="Decided before it.")
-@click.option("--limit", type=click.IntRange(min=0), default=50, show_default=True, help="0: all.")
+@click.option("--after", callback=parameters.time, metavar="TIME", help="Decided at or after TIME.")
+@click.option("--before", callback=parameters.time, metavar="TIME", help="Decided before TIME.")
+@parameters.limit_rows
 def list_recovered(
     service: ServiceConnection,
     states: tuple[str, ...],
@@ -214,9 +214,9 @@ def list_recovered(
     before: datetime | None,
     limit: int,
 ) -> None:
-    """List the runs that a restart decided for, newest decision first.
+    """List the runs that a restart decided about, newest decision first.
 
-    TIME is ISO 8601, in UTC unless it says otherwise.
+    TIME is ISO 8601; UTC if it has no offset.
     """
     rows = service.client.recovery.recovered(
         recovery_states=_states(states),
@@ -240,9 +240,9 @@ def _states(words: Iterable[str]) -> list[run_pb2.RecoveryState.ValueType]:
 @click.option(
     "--after",
     "after_cursor",
-    callback=parameters.filled,
+    callback=parameters.require_not_empty,
     metavar="CURSOR",
-    help="Go on after this cursor, which --json shows; otherwise from now on.",
+    help="Resume after this cursor, as shown by --json. Default: from now on.",
 )
 @_ONLY_STATES
 @click.option("--reason", metavar="RULE", help="Only decisions by this rule.")
@@ -256,8 +256,8 @@ def watch(
     engine: str | None,
     labels: Mapping[str, str],
 ) -> None:
-    """Tell every decision as a restart makes it. It has no end of its own; Ctrl-C ends it."""
-    # A service that is not there at all is told at once; one that goes away is waited for.
+    """Show decisions as restarts make them, until Ctrl-C."""
+    # Fails at once if no service runs; a service that stops later is waited for.
     service.client.recovery.status()
     decisions = service.client.recovery.watch_recovered(
         recovery_states=_states(states),
@@ -265,7 +265,7 @@ def watch(
         engine=engine,
         labels=labels,
         after_cursor=after_cursor or "",
-        include_bookmarks=service.as_json,  # programs need the cursor of where it begins, too
+        include_bookmarks=service.as_json,  # programs need the first cursor as well
     )
     with exit_at_once(), closing(decisions):
         for response in decisions:
@@ -276,15 +276,15 @@ def watch(
 @with_service
 @click.argument("run_id")
 def explain(service: ServiceConnection, run_id: str) -> None:
-    """Explain every decision about one run: its rule, the facts, what was done to processes."""
+    """Explain every decision about one run: rule, facts, and what was done to processes."""
     service.show(service.client.recovery.explain(run_id), describe_explanations)
 
 
 @recovery.command()
 @with_service
-@click.option("--limit", type=click.IntRange(min=0), default=50, show_default=True, help="0: all.")
+@parameters.limit_rows
 def plan(service: ServiceConnection, limit: int) -> None:
-    """Show what a restart would decide at this moment; changes nothing."""
+    """Show what a restart would decide now. Changes nothing."""
     planned = service.client.recovery.plan()
     service.show(planned.totals, describe_totals)
     service.show_rows(planned.decisions, PLAN_COLUMNS, limit=limit)
@@ -300,7 +300,7 @@ def info(service: ServiceConnection, run_id: str) -> None:
 
 @recovery.command()
 @with_service
-@click.option("--limit", type=click.IntRange(min=0), default=50, show_default=True, help="0: all.")
+@parameters.limit_rows
 def reports(service: ServiceConnection, limit: int) -> None:
     """List the reports of all restarts, newest first."""
     service.show_rows(service.client.recovery.reconciliations(), REPORT_COLUMNS, limit=limit)
@@ -310,7 +310,7 @@ def reports(service: ServiceConnection, limit: int) -> None:
 @with_service
 @click.argument("report", default="latest")
 def show(service: ServiceConnection, report: str) -> None:
-    """Show the report of one restart: its id, or `latest` (the default)."""
+    """Show one report, given by its id; the latest by default."""
     if report != "latest":
         service.show(service.client.recovery.reconciliation(report), describe_report)
         return
@@ -325,8 +325,8 @@ def describe_status(answer: Status) -> str:
     own = facts(
         ("service", word(answer, "state")),
         ("instance", f"{answer.instance}, epoch {answer.epoch}"),
-        ("containment", _contained(answer.containment)),
-        *(("still alive", _left(launch)) for launch in answer.unended_launches),
+        ("containment", _containment(answer.containment)),
+        *(("still alive", _unended(launch)) for launch in answer.unended_launches),
     )
     if not answer.HasField("reconciliation"):
         return own
@@ -334,7 +334,7 @@ def describe_status(answer: Status) -> str:
 
 
 def progress_line(answer: Status) -> str:
-    """Return how far the recovery is, in one line."""
+    """Return the progress of the recovery in one line."""
     report = answer.reconciliation
     done = f"{report.runs_scanned} of {report.runs_total} runs"
     return " ".join(part for part in (word(answer, "state"), _phase(report), done) if part)
@@ -344,14 +344,14 @@ def decision_line(response: recovery_service_pb2.WatchRecoveredResponse) -> str:
     """Return a decision in one line."""
     decision, made = response.decision, response.decision.recovery
     change = f"{word(made, 'status_before')} → {word(made, 'status_after')}"
-    told = (decision.run_id, change, word(made, "recovery_state"), made.recovery_reason)
-    return safe("  ".join((time(made.recovered_at), *told, made.error_code)).rstrip())
+    cells = (decision.run_id, change, word(made, "recovery_state"), made.recovery_reason)
+    return safe("  ".join((time(made.recovered_at), *cells, made.error_code)).rstrip())
 
 
 def describe_explanations(answer: recovery_service_pb2.ExplainRecoveryResponse) -> str:
     """Return the decisions about one run for people, newest first."""
     explained = [_explanation(explanation) for explanation in answer.explanations]
-    return "\n\n".join(explained) or "no restart has decided on this run"
+    return "\n\n".join(explained) or "no restart has decided about this run"
 
 
 def _explanation(explained: recovery_service_pb2.RecoveryExplanation) -> str:
@@ -376,10 +376,10 @@ def _explanation(explained: recovery_service_pb2.RecoveryExplanation) -> str:
 
 
 def describe_totals(plan: recovery_service_pb2.RecoveryPlan) -> str:
-    """Return for people what a restart would come to."""
+    """Return the totals of a plan for people."""
     summary = facts(
         ("runs", f"{plan.runs_total}, {plan.runs_unchanged} unchanged"),
-        ("set aside", plan.quarantined),
+        ("quarantined", plan.quarantined),
         ("launches to end", plan.launches),
     )
     return "\n".join((summary, *_decisions(plan.decisions), ""))
@@ -390,9 +390,9 @@ def describe_report(report: recovery_pb2.Reconciliation) -> str:
     orphans, cleared = report.orphans, report.bindings
     processes = (
         f"{orphans.found} found, {orphans.ended} ended, {orphans.refused} refused;"
-        f" launches with nothing left: {orphans.already_gone}"
+        f" launches without a living process: {orphans.already_gone}"
     )
-    freed = (
+    released = (
         f"{cleared.sessions} sessions, {cleared.pending_interactions} questions,"
         f" {cleared.slots} slots, {cleared.trust_entries} trust entries"
     )
@@ -410,18 +410,23 @@ def describe_report(report: recovery_pb2.Reconciliation) -> str:
         ),
         ("quarantined", report.quarantined),
         ("orphans", processes),
-        ("cleared", freed),
-        ("containment", _contained(report.containment)),
+        ("released", released),
+        ("containment", _containment(report.containment)),
     )
-    parts = (_decisions(report.decisions), _phases(report), _untrusted(report), _warnings(report))
+    parts = (
+        _decisions(report.decisions),
+        _phases(report),
+        _trust_removals(report),
+        _warnings(report),
+    )
     return "\n".join((summary, *chain.from_iterable(parts)))
 
 
-def _contained(proved: recovery_pb2.Containment) -> str:
+def _containment(proved: recovery_pb2.Containment) -> str:
     return f"{word(proved, 'level')}: {proved.detail}" if proved.detail else ""
 
 
-def _left(launch: UnendedLaunch) -> str:
+def _unended(launch: UnendedLaunch) -> str:
     return f"run {launch.run_id}, attempt {launch.attempt}, since {time(launch.launched_at)}"
 
 
@@ -435,7 +440,7 @@ def _phases(report: recovery_pb2.Reconciliation) -> Iterator[str]:
         yield f"  {phase.duration.ToTimedelta().total_seconds():>8.3f} s {phase.name}"
 
 
-def _untrusted(report: recovery_pb2.Reconciliation) -> Iterator[str]:
+def _trust_removals(report: recovery_pb2.Reconciliation) -> Iterator[str]:
     for one in report.trust_removals:
         run = f" (run {one.run_id})" if one.run_id else ""
         yield safe(f"trust of {one.folder} in {one.file}: {one.outcome}{run}")

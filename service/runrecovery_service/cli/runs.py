@@ -1,4 +1,4 @@
-"""`runrecovery runs`: everything that RunService offers."""
+"""`runrecovery runs`: one command for each method of RunService."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from runrecovery_service.cli.ctrl_c import exit_at_once
 from runrecovery_service.cli.exit_codes import ExitCode
 from runrecovery_service.cli.failure import Failure
 from runrecovery_service.cli.plain_text import safe
-from runrecovery_service.cli.printing import Columns, facts, json_line, span, time, word
+from runrecovery_service.cli.printing import Columns, facts, json_line, seconds, time, word
 
 _STATUS: Final = "RUN_STATUS_"
 _POLICY: Final = "RESTART_POLICY_"
@@ -33,7 +33,7 @@ def _response(asked: run_pb2.Interaction) -> str:
     return f"{answer} (automatic)" if asked.auto_decided else answer
 
 
-def _json(message: Any) -> str:  # a Struct or a Value; the stubs of json_format take any message
+def _json(message: Any) -> str:  # a Struct or a Value; the stubs of json_format accept any message
     return json.dumps(json_format.MessageToDict(message), ensure_ascii=False)
 
 
@@ -57,18 +57,18 @@ INTERACTION_COLUMNS: Final[Columns[run_pb2.Interaction]] = (
 
 
 UNSENDABLE: Final = (ValueError, RecursionError, DecodeError)
-"""Why a JSON value fits no message: a number or text that it cannot hold, or its depth."""
+"""Errors of a JSON value that cannot be sent: a number, a text, or its depth."""
 
 
-def why_unsendable(error: Exception) -> str:
-    """Return in one sentence what is in the way."""
+def describe_unsendable(error: Exception) -> str:
+    """Return in one sentence why the value cannot be sent."""
     match error:
         case RecursionError() | DecodeError():
             return "is nested too deeply"
         case UnicodeEncodeError():
-            return "holds half of a surrogate pair, which is no text"
+            return "contains half of a surrogate pair, which is not valid text"
         case _:
-            return str(error) if len(str(error)) < 200 else "holds a number that is too large"
+            return str(error) if len(str(error)) < 200 else "contains a number that is too large"
 
 
 @click.group()
@@ -84,7 +84,7 @@ def runs() -> None:
     "given",
     callback=parameters.json_object,
     metavar="JSON|@FILE|-",
-    help="A JSON object for the engine.",
+    help="Input for the engine: a JSON object, a file, or standard input.",
 )
 @click.option(
     "--label",
@@ -92,9 +92,9 @@ def runs() -> None:
     multiple=True,
     callback=parameters.labels,
     metavar="KEY=VALUE",
-    help="A label of your own; may be repeated.",
+    help="A label. Can be repeated.",
 )
-@click.option("--run-id", metavar="ID", help="An id of your own instead of a new one.")
+@click.option("--run-id", metavar="ID", help="The id of the run. Default: the service makes one.")
 @click.option(
     "--restart-policy",
     type=click.Choice(parameters.choices(run_pb2.RestartPolicy.keys(), _POLICY)),
@@ -105,15 +105,15 @@ def runs() -> None:
     "session_timeout_s",
     type=click.FloatRange(min=0, min_open=True),
     metavar="SECONDS",
-    help="How long one question waits; at most the engine's own time.",
+    help="How long one question waits; at most the engine's own timeout.",
 )
 @click.option(
     "--require-user-reply/--no-require-user-reply",
     default=None,
-    help="Whether a question without an answer in that time is left to the user, or decided"
-    " automatically. Otherwise as the engine is configured.",
+    help="Whether a question requires the user's reply, or is decided automatically after the"
+    " session timeout. Default: the setting of the engine.",
 )
-@click.option("--wait", is_flag=True, help="Return once the run has ended or asks its user.")
+@click.option("--wait", is_flag=True, help="Wait until the run has ended or asks its user.")
 def create(
     service: ServiceConnection,
     engine: str,
@@ -139,7 +139,7 @@ def create(
             require_user_reply=require_user_reply,
         )
     except UNSENDABLE as error:
-        raise click.BadParameter(why_unsendable(error), param_hint="--input") from error
+        raise click.BadParameter(describe_unsendable(error), param_hint="--input") from error
     if wait:
         click.echo(f"waiting for run {run.run_id}", err=True)
         run = service.client.wait_for_run(run.run_id, timeout_s=None, or_waiting=True)
@@ -162,17 +162,20 @@ def get(service: ServiceConnection, run_id: str) -> None:
     "statuses",
     multiple=True,
     type=click.Choice(parameters.choices(run_pb2.RunStatus.keys(), _STATUS)),
-    help="Only this status; may be repeated.",
+    help="Only this status. Can be repeated.",
 )
 @click.option("--engine", metavar="NAME", help="Only runs of this engine.")
 @parameters.only_labels
 @click.option(
-    "--created-after", callback=parameters.time, metavar="TIME", help="Created at or after it."
+    "--created-after",
+    callback=parameters.time,
+    metavar="TIME",
+    help="Created at or after TIME.",
 )
 @click.option(
-    "--created-before", callback=parameters.time, metavar="TIME", help="Created before it."
+    "--created-before", callback=parameters.time, metavar="TIME", help="Created before TIME."
 )
-@click.option("--limit", type=click.IntRange(min=0), default=50, show_default=True, help="0: all.")
+@parameters.limit_rows
 def list_runs(
     service: ServiceConnection,
     statuses: tuple[str, ...],
@@ -182,9 +185,9 @@ def list_runs(
     created_before: datetime | None,
     limit: int,
 ) -> None:
-    """List runs, newest first, without their inputs, outputs and questions.
+    """List runs, newest first, without input, output and question.
 
-    TIME is ISO 8601, in UTC unless it says otherwise.
+    TIME is ISO 8601; UTC if it has no offset.
     """
     rows = service.client.runs.list(
         statuses=[run_pb2.RunStatus.Value(_STATUS + status.upper()) for status in statuses],
@@ -204,16 +207,16 @@ def list_runs(
     "--after-sequence",
     type=click.IntRange(min=0, max=2**63 - 1),
     metavar="N",
-    help="Only what follows this event, without the run as it stands.",
+    help="Only events after this one, without a snapshot.",
 )
-@click.option("--from-start", is_flag=True, help="Every event from the creation on.")
+@click.option("--from-start", is_flag=True, help="Every event since the creation.")
 def watch(
     service: ServiceConnection, run_id: str, after_sequence: int | None, *, from_start: bool
 ) -> ExitCode:
-    """Tell what happens to a run until it has ended, also across restarts of the service."""
+    """Show the events of a run until it has ended, also across restarts of the service."""
     if from_start and after_sequence is not None:
         raise click.UsageError("Give --after-sequence or --from-start, not both.")
-    # A service that is not there at all is told at once; one that goes away is waited for.
+    # Fails at once if no service runs; a service that stops later is waited for.
     service.client.recovery.status()
     status = None
     updates = service.client.runs.watch(run_id, after_sequence=0 if from_start else after_sequence)
@@ -221,9 +224,9 @@ def watch(
         for update in updates:
             status = (update.snapshot if update.HasField("snapshot") else update.event).status
             service.show(update, update_line)
-    if status is None:  # the caller had seen the end before
+    if status is None:  # the run had ended before --after-sequence
         status = service.client.runs.get(run_id).status
-    # Anything else has failed, was canceled, or is set aside.
+    # Any other status: failed, canceled or quarantined.
     return ExitCode.OK if status == run_pb2.RUN_STATUS_SUCCEEDED else ExitCode.FAILED
 
 
@@ -236,7 +239,7 @@ def watch(
     "--interaction",
     type=click.IntRange(min=1, max=2**31 - 1),
     metavar="N",
-    help="The question that is answered; otherwise the one that is open now.",
+    help="The question to answer. Default: the open one.",
 )
 def reply(
     service: ServiceConnection,
@@ -251,7 +254,7 @@ def reply(
     try:
         run = service.client.runs.reply(run_id, asked, answer)
     except UNSENDABLE as error:
-        raise click.BadParameter(why_unsendable(error), param_hint="--json-value") from error
+        raise click.BadParameter(describe_unsendable(error), param_hint="--json-value") from error
     service.show(run, describe)
 
 
@@ -263,7 +266,7 @@ def _answer(value: str | None, json_value: str | None) -> JsonValue:
     try:
         answer: JsonValue = json.loads(json_value)
     except RecursionError as error:
-        raise click.BadParameter(why_unsendable(error), param_hint="--json-value") from error
+        raise click.BadParameter(describe_unsendable(error), param_hint="--json-value") from error
     except ValueError as error:
         raise click.BadParameter(f"not JSON: {error}", param_hint="--json-value") from error
     return answer
@@ -283,7 +286,7 @@ def _open_question(service: ServiceConnection, run_id: str) -> int:
 @with_service
 @click.argument("run_id")
 def cancel(service: ServiceConnection, run_id: str) -> None:
-    """Ask for the end of a run; a live process is ended first."""
+    """Cancel a run; a live process is ended first."""
     service.show(service.client.runs.cancel(run_id), describe)
 
 
@@ -295,11 +298,11 @@ def cancel(service: ServiceConnection, run_id: str) -> None:
     "session_handle",
     callback=parameters.secret,
     metavar="FILE|-",
-    help="A file (-: standard input) that holds another session handle, a secret; otherwise the"
-    " handle that was kept works again.",
+    help="A file (-: standard input) with another session handle, a secret. Default: the stored"
+    " handle.",
 )
 def reopen(service: ServiceConnection, run_id: str, session_handle: str | None) -> None:
-    """Set a run back that a recovery failed for want of its session."""
+    """Set back a run that a recovery failed because its session was lost."""
     service.show(service.client.runs.reopen(run_id, session_handle=session_handle), describe)
 
 
@@ -314,25 +317,25 @@ def interactions(service: ServiceConnection, run_id: str) -> None:
 @runs.command()
 @with_service
 @click.argument("run_id")
-@click.option("--stderr", is_flag=True, help="Standard error instead of standard output.")
+@click.option("--stderr", is_flag=True, help="Show standard error instead of standard output.")
 @click.option(
     "--attempt",
     type=click.IntRange(min=1, max=2**31 - 1),
     metavar="N",
-    help="Otherwise the latest attempt.",
+    help="Default: the latest attempt.",
 )
-@click.option("--follow", is_flag=True, help="Go on until the attempt has ended.")
+@click.option("--follow", is_flag=True, help="Continue until the attempt has ended.")
 def output(
     service: ServiceConnection, run_id: str, attempt: int | None, *, stderr: bool, follow: bool
 ) -> None:
-    """Write what the processes of an attempt wrote (session handles masked)."""
+    """Print the output of an attempt, with session handles masked."""
     channel = run_service_pb2.OUTPUT_CHANNEL_STDOUT
     pieces = service.client.runs.output(
         run_id,
         attempt=attempt or 0,
         channel=run_service_pb2.OUTPUT_CHANNEL_STDERR if stderr else channel,
         follow=follow,
-        # A follower outlives a restart of the service; a reader of what is there need not.
+        # With --follow the reading continues after a restart of the service.
         reconnect_s=60.0 if follow else service.timeout_s,
     )
     sink = sys.stdout.buffer
@@ -341,7 +344,7 @@ def output(
             sink.write(json_line(piece).encode() + b"\n" if service.as_json else piece.data)
             sink.flush()
             if piece.truncated:
-                click.echo("(the process wrote more than is kept)", err=True)
+                click.echo("(the rest of the output was not stored)", err=True)
 
 
 def _is_ending(run: run_pb2.Run) -> bool:
@@ -354,24 +357,24 @@ def _if_set(message: Any, field: str) -> str:  # the stubs type each message's f
 
 
 def _questions(profile: run_pb2.InteractiveProfile) -> str:
-    """How long one question waits, and for whom."""
+    """Return how long one question waits, and what happens then."""
     sticky = profile.kind == run_pb2.INTERACTIVE_PROFILE_KIND_STICKY_PROCESS
-    if not profile.HasField("session_timeout"):  # of an earlier version
+    if not profile.HasField("session_timeout"):  # a run of an earlier version
         return ""
-    timeout = span(profile.session_timeout)
+    timeout = seconds(profile.session_timeout)
     if not profile.require_user_reply:
-        return f"waits {timeout}, is then decided automatically"
+        return f"waits {timeout}, then is decided automatically"
     if sticky:
         return f"waits {timeout} for the user's reply, then the run fails"
-    return "waits without end for the user's reply"
+    return "waits for the user's reply without a limit"
 
 
 def update_line(update: run_service_pb2.WatchRunResponse) -> str:
-    """Return what a watch tells, in one line for people."""
+    """Return one response of a watch as a line for people."""
     if update.HasField("snapshot"):
         run = update.snapshot
-        told = (word(run, "status"), "as it stands", *_asked(run))
-        return _line(time(run.updated_at), update.sequence, *told)
+        cells = (word(run, "status"), "snapshot", *_asked(run))
+        return _line(time(run.updated_at), update.sequence, *cells)
     event = update.event
     return _line(
         time(event.happened_at),
@@ -390,12 +393,12 @@ def _asked(run: run_pb2.Run) -> tuple[str, ...]:
     return (run.pending_interaction.prompt,) if run.HasField("pending_interaction") else ()
 
 
-def _line(at: str, sequence: int, *told: str) -> str:
-    return safe("  ".join(part for part in (at, f"#{sequence}", *told) if part))
+def _line(at: str, sequence: int, *cells: str) -> str:
+    return safe("  ".join(part for part in (at, f"#{sequence}", *cells) if part))
 
 
 def describe(run: run_pb2.Run) -> str:
-    """Return a run for people, a fact a line."""
+    """Return a run for people, one fact per line."""
     pending, decided = run.pending_interaction, run.recovery
     offered = ", ".join(option.label for option in pending.options)
     return facts(

@@ -1,4 +1,4 @@
-"""Standard input, output and error of the command, whatever it was started with."""
+"""Makes standard input, output and error usable, however the command was started."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _WRONG_WAY: Final = {STDIN: os.O_WRONLY, STDOUT: os.O_RDONLY, STDERR: os.O_RDONL
 
 
 class OutputFailed(Exception):
-    """Standard output does not take what was written."""
+    """Writing to standard output failed."""
 
     def __init__(self, error: OSError) -> None:
         super().__init__(error.strerror)
@@ -29,7 +29,7 @@ class OutputFailed(Exception):
 
 
 class _Output(io.FileIO):
-    """Standard output. A failure is raised once; later text, as Python's own flush, is dropped."""
+    """Standard output. Raises the first failure; drops later writes, such as Python's flush."""
 
     _has_failed = False
 
@@ -41,7 +41,7 @@ class _Output(io.FileIO):
                 written: int | None = super().write(data)
                 if written is not None:
                     return written
-                poll = select.poll()  # somebody else made the descriptor non-blocking
+                poll = select.poll()  # another process made the descriptor non-blocking
                 poll.register(self.fileno(), select.POLLOUT)
                 poll.poll()
         except OSError as error:
@@ -50,7 +50,7 @@ class _Output(io.FileIO):
 
 
 class _Messages(io.FileIO):
-    """Standard error. A message that cannot be written must not change how the command ends."""
+    """Standard error. A failed write is ignored, so that it does not change the exit code."""
 
     def write(self, data: ReadableBuffer) -> int:
         try:
@@ -63,9 +63,9 @@ class _Messages(io.FileIO):
 def prepare() -> None:
     """Make the three streams usable.
 
-    A descriptor that was closed would be given to the next file or socket that is opened, and
-    messages would be written into that. It becomes /dev/null, opened the wrong way round, so that
-    its use is an error.
+    The number of a closed descriptor would be reused for the next file or socket, and messages
+    would be written there. It becomes /dev/null instead, opened for the wrong direction, so that
+    using it is an error.
     """
     for descriptor, flags in _WRONG_WAY.items():
         try:
@@ -79,32 +79,32 @@ def prepare() -> None:
 
 
 def write_messages_in_background() -> None:
-    """Let no line on standard error wait for whoever reads it."""
-    descriptor = os.dup(STDERR)  # the thread may wait
-    _never_wait(STDERR)
+    """Write standard error from a thread, so that a slow reader blocks nothing."""
+    descriptor = os.dup(STDERR)  # the thread may block
+    _make_non_blocking(STDERR)
     sys.stderr = cast("TextIO", BackgroundStream(descriptor, encoding=sys.stderr.encoding))
 
 
-def _never_wait(descriptor: int) -> None:
-    """Let libraries in C, which write to the descriptor themselves, lose text instead of waiting.
+def _make_non_blocking(descriptor: int) -> None:
+    """Make writes of C libraries to the descriptor lose text instead of blocking.
 
-    A pipe or terminal is opened anew for that: whoever shares it with us must not be affected.
+    A pipe or terminal is opened again for this, because other processes may share it.
     """
     kind = os.fstat(descriptor).st_mode
     if stat.S_ISSOCK(kind):
         os.set_blocking(descriptor, False)
     elif stat.S_ISFIFO(kind) or os.isatty(descriptor):
         flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-        with suppress(OSError):  # nobody reads, or it is another user's: as it was, then
-            anew = os.open(f"/proc/self/fd/{descriptor}", flags)
-            os.dup2(anew, descriptor)
-            os.close(anew)
+        with suppress(OSError):  # nobody reads it, or another user owns it; then it stays blocking
+            reopened = os.open(f"/proc/self/fd/{descriptor}", flags)
+            os.dup2(reopened, descriptor)
+            os.close(reopened)
 
 
 def _text(raw: io.FileIO, *, like: TextIO | None) -> TextIO:
     return io.TextIOWrapper(
         io.BufferedWriter(raw),
         encoding=like.encoding if like is not None else "utf-8",
-        errors="backslashreplace",  # a name that is not text in this encoding is still shown
+        errors="backslashreplace",  # shows characters that the encoding lacks
         line_buffering=raw.fileno() == STDERR or raw.isatty(),
     )
