@@ -149,8 +149,15 @@ class _App:
         # Before the claim: processes must end before the lease does.
         deadline_ns = tree_deadline_ns(settings.lease_ttl_s, boot_time_ns())
         self.tree_deadline = TreeDeadline(deadline_ns)
-        self.owner = _claim(db, _boot(settings, locks, self.host), self.clock, settings.lease_ttl_s)
+        # Before the claim as well: a start that gets no thread must leave no lease behind.
         self.storage = Storage(db)
+        self.threads = SteadyThreadPool(settings.capacity * 4 + 4, thread_name_prefix="process")
+        boot = _boot(settings, locks, self.host)
+        try:
+            self.owner = _claim(db, boot, self.clock, settings.lease_ttl_s)
+        except BaseException:
+            self.storage.close()
+            raise
         self.catalog = build_catalog(settings)
         self.workspaces = Workspaces(locks.data_dir)
         self.output = OutputFiles(self.workspaces, max_bytes=settings.max_output_bytes)
@@ -160,7 +167,6 @@ class _App:
             store=LoopStore(self.storage, asyncio.get_running_loop()),
             clock=self.clock,
         )
-        self.threads = SteadyThreadPool(settings.capacity * 4 + 4, thread_name_prefix="process")
         self.turns = RunningTurns(tree_deadline=self.tree_deadline)
         self.sessions = BulkSessionCheck(
             checks=session_checks(self.catalog), workspace=self.workspaces.workspace
