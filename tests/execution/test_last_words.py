@@ -122,6 +122,15 @@ async def test_a_question_after_an_interim_result_is_asked(
     assert run.pending.prompt == "Deploy?"
 
 
+async def test_a_session_that_the_service_has_chosen_counts_as_named(new_floor: NewFloor) -> None:
+    """Claude Code gets its session's id by its command."""
+    (*_, asks) = claude_turn(ASK)
+
+    run = await end_of(new_floor, engine(say(asks), CLAUDE))
+
+    assert (run.status, run.error) == (RunStatus.WAITING_USER, None)
+
+
 @EVERY_CLI
 async def test_a_result_after_a_question_ends_the_run(
     new_floor: NewFloor, cli: CliDialect, named: JsonObject, turn: Turn

@@ -75,13 +75,13 @@ async def check_session(
             False: a caller names it, and the check has to prove that it can be resumed.
     """
 
-    def look() -> list[SessionFinding]:
+    def check() -> list[SessionFinding]:
         return list(check_sessions(engine, [stored], seen_before=seen_before))
 
     if engine.session_store is None:
         return None
     try:
-        (finding,) = await daemon_threads.run_within(timeout_s, look)
+        (finding,) = await daemon_threads.run_within(timeout_s, check)
     except TimeoutError:
         return apply_policy(NOT_ANSWERED, engine.unknown_session)
     return finding

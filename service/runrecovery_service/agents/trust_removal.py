@@ -220,7 +220,7 @@ class _FileRemovalBuilder:
             self._report(entry, outcome)
         if is_removed or outcome is Outcome.GONE:
             self._check_again(entry, entry.removed_at or self.now)
-        else:  # the entry in the file belongs to somebody else
+        else:  # the entry in the file belongs to another program
             self._forget.append(entry)
 
     def _check_again(self, entry: TrustEntry, removed_at: datetime) -> None:

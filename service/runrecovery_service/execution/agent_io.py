@@ -194,7 +194,7 @@ class AgentIO:
     # -- the shim ------------------------------------------------------------------------------
 
     async def read_shim_report(self) -> None:
-        """Report what the shim tells, until it closes its report."""
+        """Put the events of the shim into the queue, until it closes its report."""
         events, self.process.unread_events = self.process.unread_events, []
         while True:
             for event in events:

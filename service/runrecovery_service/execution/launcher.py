@@ -221,7 +221,7 @@ class Launch:
         process = await self._run_to_end(lambda: self._prepare(engine, command, workspace, env))
         await self.records.record_shim(pid=process.pid, start_ticks=process.start_ticks)
         await self.records.record_start()
-        # Before the agent looks: Gemini CLI takes input that is not there at once for none.
+        # Before the agent starts: Gemini CLI assumes no input if none is there at once.
         self.prefilled = fill(process.stdin.fileno(), opening.input)
         await self._run_to_end(self._open_gate)
         agent = process.agent

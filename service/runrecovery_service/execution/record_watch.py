@@ -31,7 +31,7 @@ class RecordWatch:
     """Reads the record of each running turn whose run has changed, and informs its supervisor.
 
     A change in doubt, whose COMMIT answer was lost, makes it read the records of all turns at once:
-    a cancel or a reply may have been committed although its caller was told of a failure.
+    a cancel or a reply may be committed although its caller got an error.
     """
 
     storage: Storage

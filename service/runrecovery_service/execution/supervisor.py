@@ -232,7 +232,7 @@ class TurnSupervisor:
     # -- sessions ------------------------------------------------------------------------------
 
     async def _lost_session(self, engine: Engine) -> str | None:
-        """Return why there is no session to resume; None: it can be resumed, or nobody can tell.
+        """Return why no session can be resumed; None: one can, or the check has no answer.
 
         The CLIs do not check: they resume what is left of a session that was cut off.
         """
@@ -274,7 +274,7 @@ class TurnSupervisor:
         """Return the fingerprint of the session file, which nothing writes to any more.
 
         With it a restart can prove that the file lacks nothing of the question. None: something
-        may still write, or no file is where the check looks.
+        may still write, or no file is where the CLI keeps its sessions.
         """
         name = self.turn.run.engine
         sessions = self.catalog.get(name).sessions if name in self.catalog.names else None
@@ -380,7 +380,7 @@ class TurnSupervisor:
         self.records.log.info("execution.waiting")
 
     def _wait_due(self) -> Due:
-        """Return when a question that is asked now will have waited long enough."""
+        """Return the deadline of a question that is asked now."""
         run = self.turn.run
         own_s = run.session_timeout_s
         return self.records.clock.due_in(own_s or self.catalog.get(run.engine).session_timeout_s)
@@ -441,7 +441,7 @@ class TurnSupervisor:
 
     async def _end_tree(self) -> Ending:
         if self.state.is_tree_empty and not self.state.is_unsupervised:
-            ending = NOTHING_LEFT  # the kernel has told the shim so
+            ending = NOTHING_LEFT  # the kernel has reported that to the shim
         else:
             ending = await self.launch.end_tree(why=self.state.end_reason)
         if self.state.interrupted is None:

@@ -101,7 +101,7 @@ class TurnRecords:
         """Record how the turn and its process ended, and return the run.
 
         Args:
-            due: when the wait that begins now, if any, will have lasted long enough; None: never.
+            due: the deadline of the wait that may begin now; None: it has none.
             fingerprint: of the session file, if one could be taken.
         """
         return await self._write(

@@ -156,7 +156,7 @@ class TurnState:
         exited: how the agent's own process ended; None: it lives.
         interrupted: why the shim ended the tree; None: it did not.
         is_unsupervised: the shim was gone, or stopped, before the agent had ended.
-        is_tree_empty: the kernel told the shim that nothing of the tree is left.
+        is_tree_empty: the kernel has reported to the shim that nothing of the tree is left.
         deadline_passed: the deadline by which the turn is ended.
         is_canceled: a cancel was accepted.
         is_waiting: a sticky process waits for the reply to its question.
