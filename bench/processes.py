@@ -97,7 +97,7 @@ class Ledger:
         run = cast(Run, SimpleNamespace(key=self._runs, attempt=1, turn=1))
         with self._db.transaction():
             lease = launch_records.record_launch(
-                self._db, run, owner=self._owner, place=self._place, now=Clock().now()
+                self._db, run, owner=self._owner, site=self._place, now=Clock().now()
             )
         self._leases[lease.key] = lease
         return replace(

@@ -44,7 +44,7 @@ from runrecovery_service.storage.turns import Turn
 
 T = TypeVar("T")
 
-PLACE = LaunchSite(host_id="host", boot_id="boot", pid_namespace=1, watermark_bits=62)
+SITE = LaunchSite(host_id="host", boot_id="boot", pid_namespace=1, watermark_bits=62)
 GONE = LaunchEnd(exit_code=0, processes_ended=0, gone=True)
 QUESTION = Question(
     kind=InteractionKind.CONFIRM,
@@ -170,14 +170,14 @@ class World:
         )
 
     def take(
-        self, *, busy: tuple[str, ...] = (), owner: Owner | None = None, place: LaunchSite = PLACE
+        self, *, busy: tuple[str, ...] = (), owner: Owner | None = None, site: LaunchSite = SITE
     ) -> Turn | None:
         """Take the next run from the queue."""
         return turns.take_next(
             self.db,
             owner=owner or self.owner,
             busy_engines=busy,
-            place=place,
+            site=site,
             due_in=self.due_in,
             steady=self.steady,
             now=self.tick(),

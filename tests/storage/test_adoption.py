@@ -104,7 +104,7 @@ def test_launches_of_another_name_are_among_the_orphans(alone: World) -> None:
     adopt(alone, owner)
 
     (orphan,) = launch_records.unclosed_launches(alone.db, owner, before=owner.epoch)
-    assert orphan.key == turn.lease.key
+    assert orphan.key == turn.launch.key
 
 
 def test_a_kept_wait_of_another_name_takes_a_reply(alone: World) -> None:
@@ -219,7 +219,7 @@ def test_processes_that_an_earlier_report_counted_are_not_counted_again(alone: W
     alone.restart()
     ended = LaunchEnd(exit_code=None, processes_ended=3, gone=True)
     launch_records.close(
-        alone.db, turn.lease, ended, now=alone.tick(), reconciliation_key=begun(alone)
+        alone.db, turn.launch, ended, now=alone.tick(), reconciliation_key=begun(alone)
     )
     alone.converge()
     alone.db.execute("UPDATE reconciliation SET state = 'COMPLETED'")

@@ -56,7 +56,7 @@ class Prepared:
         self.asked = world.waiting()
         self.gated = world.running()
         launch_records.record_gated(
-            world.db, self.gated.lease, owner=world.owner, pid=4242, start_ticks=99
+            world.db, self.gated.launch, owner=world.owner, pid=4242, start_ticks=99
         )
         self.answered = world.running(profile=Profile.STICKY_PROCESS)
         world.reply(world.ask_and_stay(self.answered))
@@ -151,16 +151,16 @@ WRITES: dict[str, Callable[[Prepared], object]] = {
     ),
     **{f"{type(end).__name__} turn": partial(_end, end=end) for end in ENDS},
     "a shim at its gate": lambda p: launch_records.record_gated(
-        p.world.db, p.intended.lease, owner=p.world.owner, pid=1, start_ticks=1
+        p.world.db, p.intended.launch, owner=p.world.owner, pid=1, start_ticks=1
     ),
     "a gate that opens": lambda p: launch_records.record_running(
-        p.world.db, p.gated.lease, owner=p.world.owner
+        p.world.db, p.gated.launch, owner=p.world.owner
     ),
     "orphans": lambda p: launch_records.close_all(
-        p.world.db, [(p.gated.lease, STUCK)], now=p.world.now, reconciliation_key=p.report.key
+        p.world.db, [(p.gated.launch, STUCK)], now=p.world.now, reconciliation_key=p.report.key
     ),
     "a straggler": lambda p: launch_records.record_late_end(
-        p.world.db, [(p.stuck.lease, GONE)], now=p.world.now
+        p.world.db, [(p.stuck.launch, GONE)], now=p.world.now
     ),
     "the end of a wait": lambda p: _by_time(p, deadlines.end_wait, p.waits.key),
     "the end of a run's time": lambda p: _by_time(p, deadlines.end_run, p.timed.key),

@@ -24,12 +24,12 @@ MANY = 2 * launch_records.CLOSED_PER_COMMIT + 17
 
 def gate(world: World, turn: Turn, *, pid: int = 4242, owner: Owner | None = None) -> None:
     launch_records.record_gated(
-        world.db, turn.lease, owner=owner or world.owner, pid=pid, start_ticks=99
+        world.db, turn.launch, owner=owner or world.owner, pid=pid, start_ticks=99
     )
 
 
 def run_agent(world: World, turn: Turn, *, owner: Owner | None = None) -> None:
-    launch_records.record_running(world.db, turn.lease, owner=owner or world.owner)
+    launch_records.record_running(world.db, turn.launch, owner=owner or world.owner)
 
 
 def states(world: World) -> list[str]:
@@ -37,7 +37,7 @@ def states(world: World) -> list[str]:
 
 
 def close(world: World, turn: Turn, ended: LaunchEnd = GONE, *, report: int | None = None) -> None:
-    launch_records.close(world.db, turn.lease, ended, now=world.tick(), reconciliation_key=report)
+    launch_records.close(world.db, turn.launch, ended, now=world.tick(), reconciliation_key=report)
 
 
 def orphans(world: World) -> list[LaunchRecord]:
@@ -76,8 +76,8 @@ def test_the_shim_is_on_record_from_the_gate_on(world: World) -> None:
 
     (lease,) = orphans(world)
 
-    assert (lease.key, lease.pid, lease.start_ticks) == (turn.lease.key, 4242, 99)
-    assert (lease.cookie, lease.watermark) == (turn.lease.cookie, turn.lease.watermark)
+    assert (lease.key, lease.pid, lease.start_ticks) == (turn.launch.key, 4242, 99)
+    assert (lease.cookie, lease.watermark) == (turn.launch.cookie, turn.launch.watermark)
 
 
 @pytest.mark.parametrize("step", [gate, run_agent])
@@ -149,11 +149,11 @@ def test_a_launch_that_is_over_takes_no_step(
 
 @pytest.mark.parametrize("bits", [40, 41, 53, 62])
 def test_a_watermark_is_as_long_as_may_be_set_here(world: World, bits: int) -> None:
-    place = LaunchSite(host_id="h", boot_id="b", pid_namespace=1, watermark_bits=bits)
+    site = LaunchSite(host_id="h", boot_id="b", pid_namespace=1, watermark_bits=bits)
     for _ in range(20):
         world.create()
 
-    marks = [turn.lease.watermark for turn in iter(partial(world.take, place=place), None)]
+    marks = [turn.launch.watermark for turn in iter(partial(world.take, site=site), None)]
 
     assert {mark.bit_length() for mark in marks if mark is not None} == {bits}
     assert len(set(marks)) == 20
@@ -164,26 +164,26 @@ def test_a_watermark_is_as_long_as_may_be_set_here(world: World, bits: int) -> N
 
 def test_where_none_can_be_set_there_is_no_watermark(world: World) -> None:
     world.create()
-    turn = world.take(place=LaunchSite(host_id="h", boot_id="b", pid_namespace=1))
+    turn = world.take(site=LaunchSite(host_id="h", boot_id="b", pid_namespace=1))
 
     assert turn is not None
-    assert (turn.lease.watermark, turn.lease.cgroup) == (None, None)
+    assert (turn.launch.watermark, turn.launch.cgroup) == (None, None)
     assert world.rows("SELECT watermark, cgroup FROM process_lease") == [(None, None)]
 
 
 def test_each_launch_has_a_cgroup_of_its_own_below_the_delegated_one(world: World) -> None:
-    place = LaunchSite(host_id="h", boot_id="b", pid_namespace=1, cgroup_parent="/our/own")
+    site = LaunchSite(host_id="h", boot_id="b", pid_namespace=1, cgroup_parent="/our/own")
     for _ in range(3):
         world.create()
 
-    groups = [turn.lease.cgroup for turn in iter(partial(world.take, place=place), None)]
+    groups = [turn.launch.cgroup for turn in iter(partial(world.take, site=site), None)]
 
     assert len(set(groups)) == 3
     assert all(group is not None and group.startswith("/our/own/") for group in groups)
 
 
 def test_the_marks_of_a_launch_are_never_shown(world: World) -> None:
-    lease = world.running().lease
+    lease = world.running().launch
 
     shown = repr(lease)
 
@@ -246,7 +246,7 @@ def fill_with_leases(world: World, count: int) -> None:
             f"INSERT INTO process_lease ({names}, attempt)"  # noqa: S608 - our own words
             " WITH RECURSIVE n (i) AS (SELECT 2 UNION ALL SELECT i + 1 FROM n WHERE i < ?)"
             f" SELECT {names}, n.i FROM process_lease CROSS JOIN n WHERE id = ?",
-            (count, turn.lease.key),
+            (count, turn.launch.key),
         )
 
 
@@ -290,9 +290,9 @@ def test_a_close_that_is_cut_off_is_done_in_whole_commits(world: World) -> None:
 
 
 def test_a_start_looks_after_earlier_epochs_and_a_stop_after_its_own_too(world: World) -> None:
-    earlier = world.running().lease.key
+    earlier = world.running().launch.key
     world.restart()
-    own = world.running().lease.key
+    own = world.running().launch.key
 
     found = {
         before: [
@@ -341,11 +341,11 @@ def test_a_patrol_looks_after_what_is_over_and_not_certainly_gone(world: World) 
     close(world, closed)
     gate(world, alive)
 
-    assert patrolled(world) == [pending.lease.key, closed.lease.key]
+    assert patrolled(world) == [pending.launch.key, closed.launch.key]
     assert patrolled(world, seconds=3600) == sorted(
-        [pending.lease.key, late.lease.key, closed.lease.key]
+        [pending.launch.key, late.launch.key, closed.launch.key]
     )
-    assert patrolled(world, seconds=0) == [pending.lease.key, closed.lease.key]
+    assert patrolled(world, seconds=0) == [pending.launch.key, closed.launch.key]
 
 
 def test_a_patrol_knows_which_of_them_holds_its_run_back(world: World) -> None:
@@ -358,8 +358,8 @@ def test_a_patrol_knows_which_of_them_holds_its_run_back(world: World) -> None:
     )
 
     assert {lease.key: lease.unended for lease in leases} == {
-        pending.lease.key: True,
-        closed.lease.key: False,
+        pending.launch.key: True,
+        closed.launch.key: False,
     }
 
 
@@ -373,7 +373,7 @@ def test_what_a_patrol_ended_is_added_to_what_was_known(world: World) -> None:
 
     launch_records.record_late_end(
         world.db,
-        [(turn.lease, one_more) for turn in (pending, closed, alive)],
+        [(turn.launch, one_more) for turn in (pending, closed, alive)],
         now=at,
     )
 
@@ -382,21 +382,21 @@ def test_what_a_patrol_ended_is_added_to_what_was_known(world: World) -> None:
         ("CLOSED", 1, 4),
         ("GATED", 0, None),
     ]
-    assert patrolled(world, seconds=0) == [pending.lease.key, closed.lease.key]
+    assert patrolled(world, seconds=0) == [pending.launch.key, closed.launch.key]
 
 
 def test_a_closed_launch_that_turns_out_alive_holds_its_run_back_again(world: World) -> None:
     turn = world.running()
     close(world, turn)
 
-    launch_records.record_late_end(world.db, [(turn.lease, LEFT)], now=world.tick())
+    launch_records.record_late_end(world.db, [(turn.launch, LEFT)], now=world.tick())
     (left,) = launch_records.unended_launches(world.db, world.owner, limit=10)
     world.now += timedelta(hours=1)
     still = patrolled(world)
-    launch_records.record_late_end(world.db, [(turn.lease, GONE)], now=world.tick())
+    launch_records.record_late_end(world.db, [(turn.launch, GONE)], now=world.tick())
 
     assert left.run_id == turn.run.run_id
-    assert still == [turn.lease.key]
+    assert still == [turn.launch.key]
     assert launch_records.unended_launches(world.db, world.owner, limit=10) == []
 
 

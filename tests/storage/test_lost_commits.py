@@ -32,7 +32,7 @@ def give_key_away(world: World, turn: Turn) -> None:
                 (turn.run.key, other.run.key),
             )
         world.db.execute(
-            "UPDATE process_lease SET id = ? WHERE id = ?", (turn.lease.key, other.lease.key)
+            "UPDATE process_lease SET id = ? WHERE id = ?", (turn.launch.key, other.launch.key)
         )
 
 
@@ -47,7 +47,7 @@ def create_again(world: World, turn: Turn) -> None:
     """Lose the run, and have its caller create it anew by the same request."""
     lose(world, turn)
     again = world.running(profile=Profile.STICKY_PROCESS, run_id=turn.run.run_id)
-    assert (again.run.key, again.run.attempt) == (again.lease.run_key, 1)
+    assert (again.run.key, again.run.attempt) == (again.launch.run_key, 1)
     world.set(again.run, id=turn.run.key)
     world.db.execute("UPDATE process_lease SET run = ?", (turn.run.key,))
 
@@ -78,9 +78,9 @@ def test_a_turn_whose_run_was_lost_writes_nothing(
             due=due, now=now,
         ),
         partial(
-            launch_records.record_gated, world.db, turn.lease, owner=owner, pid=1, start_ticks=1
+            launch_records.record_gated, world.db, turn.launch, owner=owner, pid=1, start_ticks=1
         ),
-        partial(launch_records.record_running, world.db, turn.lease, owner=owner),
+        partial(launch_records.record_running, world.db, turn.launch, owner=owner),
         *(
             partial(
                 turns.record_end, world.db, turn, owner=owner, end=end, ended=GONE, due=due, now=now
@@ -107,12 +107,12 @@ def test_what_became_of_a_lost_launch_is_written_onto_no_other(
     world.db.execute("UPDATE process_lease SET state = 'CLOSED'")
     before = world.dump()
 
-    launch_records.close(world.db, turn.lease, GONE, now=world.now)
-    launch_records.record_late_end(world.db, [(turn.lease, GONE)], now=world.now)
-    launch_records.close_all(world.db, [(turn.lease, GONE)], now=world.now, reconciliation_key=9)
+    launch_records.close(world.db, turn.launch, GONE, now=world.now)
+    launch_records.record_late_end(world.db, [(turn.launch, GONE)], now=world.now)
+    launch_records.close_all(world.db, [(turn.launch, GONE)], now=world.now, reconciliation_key=9)
 
     assert before == world.dump()
-    assert not launch_records.is_over(world.db, turn.lease)
+    assert not launch_records.is_over(world.db, turn.launch)
 
 
 @pytest.mark.parametrize("happens", [give_key_away, lose])
@@ -156,7 +156,7 @@ def test_a_launch_that_is_followed_is_known_by_its_cookie_when_takes_are_undone(
     give_key_away(world, followed)
 
     count = turns.requeue_unlaunched(
-        world.db, owner=world.owner, held=[followed.lease.cookie], now=world.now
+        world.db, owner=world.owner, held=[followed.launch.cookie], now=world.now
     )
 
     assert count == 1

@@ -245,10 +245,10 @@ def test_open_launches_of_the_first_version_are_closed_and_their_runs_decided(
 def test_new_launches_get_keys_of_their_own_and_every_state(world: World) -> None:
     (old,) = world.rows("SELECT max(id) FROM process_lease")
     turn = world.running()
-    launch_records.record_gated(world.db, turn.lease, owner=world.owner, pid=1, start_ticks=1)
+    launch_records.record_gated(world.db, turn.launch, owner=world.owner, pid=1, start_ticks=1)
 
-    assert turn.lease.key > old[0]
-    assert world.rows("SELECT state FROM process_lease WHERE id = ?", turn.lease.key) == [
+    assert turn.launch.key > old[0]
+    assert world.rows("SELECT state FROM process_lease WHERE id = ?", turn.launch.key) == [
         ("GATED",)
     ]
 

@@ -64,12 +64,12 @@ def test_taking_records_the_launch_before_it_happens(world: World) -> None:
 
     assert (turn.run.status, turn.run.attempt, turn.run.turn) == (RunStatus.RUNNING, 1, 1)
     assert turn.run.started_at == world.now
-    assert [(turn.lease.key, "INTENT", 1, 1, None)] == world.rows(
+    assert [(turn.launch.key, "INTENT", 1, 1, None)] == world.rows(
         "SELECT id, state, attempt, turn, pid FROM process_lease"
     )
     assert (turn.run.key, "host", "boot", 1, 32) == (
-        turn.lease.run_key, turn.lease.host_id, turn.lease.boot_id, turn.lease.pid_namespace,
-        len(turn.lease.cookie),
+        turn.launch.run_key, turn.launch.host_id, turn.launch.boot_id, turn.launch.pid_namespace,
+        len(turn.launch.cookie),
     )  # fmt: skip
 
 
@@ -285,7 +285,7 @@ def test_a_question_that_is_written_again_is_asked_once(world: World) -> None:
 def test_a_run_whose_process_could_not_be_ended_is_not_started(world: World) -> None:
     turn = world.running(restart_policy=RestartPolicy.REQUEUE, max_attempts=2)
     stuck = LaunchEnd(exit_code=None, processes_ended=0, gone=False)
-    launch_records.close(world.db, turn.lease, stuck, now=world.tick())
+    launch_records.close(world.db, turn.launch, stuck, now=world.tick())
     world.recover()
 
     assert world.get(turn.run).status is RunStatus.QUEUED

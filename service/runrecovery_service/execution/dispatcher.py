@@ -116,7 +116,7 @@ class Dispatcher:
             return
         log.info("execution.ending_all", processes=len(left))
         while left:  # once, unless a launch key was given out twice
-            by_key = {supervisor.turn.lease.key: supervisor for supervisor in left}
+            by_key = {supervisor.turn.launch.key: supervisor for supervisor in left}
             endings = await asyncio.to_thread(
                 self.launcher.end_trees,
                 [supervisor.launch.markers for supervisor in by_key.values()],
@@ -173,7 +173,7 @@ class Dispatcher:
         """
         for supervisor in self.turns.supervisors:
             living = supervisor.turn
-            if turn.run.key == living.run.key or turn.lease.key == living.lease.key:
+            if turn.run.key == living.run.key or turn.launch.key == living.launch.key:
                 raise RunGone(f"run {living.run.run_id!r}, whose process lives,")
 
     async def _give_back(self) -> None:

@@ -119,7 +119,7 @@ class Launch:
     _unwanted: threading.Event = field(default_factory=threading.Event, init=False)
 
     def __post_init__(self) -> None:
-        self.markers = launch_markers(self.records.turn.lease)
+        self.markers = launch_markers(self.records.turn.launch)
 
     # -- while it runs -------------------------------------------------------------------------
 
@@ -298,7 +298,7 @@ class Launch:
         )
 
     def _make_cgroup(self) -> Path | None:
-        cgroup = self.records.turn.lease.cgroup
+        cgroup = self.records.turn.launch.cgroup
         if cgroup is None or self.launcher.cgroups is None:
             return None
         return self.launcher.cgroups.make(cgroup)
@@ -390,7 +390,7 @@ class Launch:
             ),
             self.records.log,
         )
-        ending = endings[self.records.turn.lease.key]
+        ending = endings[self.records.turn.launch.key]
         for refusal in ending.refused:
             self.records.log.warning("execution.tree_not_ended", reason=refusal)
         return ending
@@ -407,7 +407,7 @@ class Launch:
         Args:
             gone: nothing of the tree is left. Otherwise the shim stays.
         """
-        process, lease = self._process, self.records.turn.lease
+        process, lease = self._process, self.records.turn.launch
         if process is None:
             return []
         last_events = process.drain_report()

@@ -32,7 +32,7 @@ class RunQueue:
             turns.take_next,
             owner=self.owner,
             busy_engines=busy_engines,
-            place=self.site,
+            site=self.site,
             due_in=self.clock.due_in,
             steady=self.clock.steady(),
             now=self.clock.now(),

@@ -54,7 +54,7 @@ class RunningTurns:
     @property
     def cookies(self) -> frozenset[str]:
         """The cookies of the launches that have a supervisor."""
-        return frozenset(supervisor.turn.lease.cookie for supervisor in self._tasks)
+        return frozenset(supervisor.turn.launch.cookie for supervisor in self._tasks)
 
     @property
     def engines_in_use(self) -> Counter[str]:

@@ -55,14 +55,14 @@ class TurnRecords:
 
     async def record_shim(self, *, pid: int, start_ticks: int) -> None:
         """Record the shim that waits at its gate."""
-        lease = self.turn.lease
+        lease = self.turn.launch
         await self._write(
             launch_records.record_gated, lease, owner=self.owner, pid=pid, start_ticks=start_ticks
         )
 
     async def record_start(self) -> None:
         """Record that the gate is about to open, after which the agent may run."""
-        await self._write(launch_records.record_running, self.turn.lease, owner=self.owner)
+        await self._write(launch_records.record_running, self.turn.launch, owner=self.owner)
 
     async def record_session(self, session: Session) -> None:
         """Record the handle by which the conversation can be resumed."""

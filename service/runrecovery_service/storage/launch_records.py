@@ -1,8 +1,8 @@
-"""Leases: one row a launch, written before it happens and kept until its tree is gone.
+"""Launch records: one row per launch, written before the process is spawned.
 
-INTENT: it is about to be launched. GATED: its shim stands at the gate; the agent has not run.
-RUNNING: the gate may be open. CLOSED: nothing of it is left. KILL_PENDING: it is over, but
-something of it could not be ended. Each is committed before the thing that it tells of can act.
+The states: INTENT, the spawn is about to happen. GATED, the shim runs and holds the agent back.
+RUNNING, the agent may run. CLOSED, no process of the launch is left. KILL_PENDING, the turn is
+over, but a process could not be killed. Each state is committed before the process can act on it.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from runrecovery_service.storage.rows import from_us, json_value, to_json, to_us
 
 CLOSED_PER_COMMIT: Final = 1000
 ORPHANS_KEPT: Final = 100
-"""Processes of one launch whose fate is kept; the log has all."""
+"""How many killed processes of one launch are recorded. The log names all of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchSite:
-    """Where processes are launched: a host, one boot of it, one pid namespace.
+    """Where processes are launched: a boot of a host, and a pid namespace.
 
     Attributes:
-        watermark_bits: how large a watermark may be set here; 0: none.
-        cgroup_parent: the delegated cgroup below which each launch gets its own; None: none.
+        watermark_bits: the length of a watermark; 0: watermarks cannot be set here.
+        cgroup_parent: the delegated cgroup that gets a child for each launch; None: no cgroups.
     """
 
     host_id: str
@@ -44,9 +44,14 @@ class LaunchSite:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchRecord:
-    """A recorded launch and the marks of its tree: `cookie` and `watermark`, which are secrets,
-    `cgroup`, and the shim's `pid` and `start_ticks`, None until that is on record. `unended`: it
-    is over, and something of it could not be ended so far."""
+    """A recorded launch with the markers of its processes.
+
+    Attributes:
+        cookie, watermark: markers that are secret.
+        cgroup: the launch's own cgroup; None: no cgroups.
+        pid, start_ticks: of the shim; None until the state GATED.
+        unended: the turn is over, but a process could not be killed yet.
+    """
 
     key: int
     run_key: int
@@ -65,16 +70,16 @@ class LaunchRecord:
 
     @property
     def identity(self) -> tuple[int, str]:
-        """The parameters of `_IT`: keys are handed out again when a database has lost commits."""
+        """The parameters of `_IDENTITY`. A database that lost commits gives out its keys again."""
         return self.key, self.cookie
 
 
-_IT: Final = "id = ? AND cookie = ?"
+_IDENTITY: Final = "id = ? AND cookie = ?"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """What the agent's own process used: microseconds of processor, KiB of memory at most."""
+    """What the agent's own process used: processor time in µs, and peak memory in KiB."""
 
     user_us: int
     system_us: int
@@ -83,10 +88,12 @@ class Usage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchEnd:
-    """What is left of a launch: `gone` is False while something of it could not be ended.
+    """The end of a launch.
 
-    `exit_code` and `usage` are None when nobody was there to see the agent end. `orphans` is for a
-    recovery: what it did to each process.
+    Attributes:
+        exit_code, usage: None when no service was running to observe the exit.
+        gone: False while a process could not be killed.
+        orphans: what a recovery did to each process.
     """
 
     exit_code: int | None
@@ -98,14 +105,14 @@ class LaunchEnd:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnendedLaunch:
-    """A launch that is over and of which something is still alive."""
+    """A launch whose turn is over and of which a process is still alive."""
 
     run_id: str
     attempt: int
     launched_at: datetime
 
 
-_LEASE: Final = (
+_SELECT: Final = (
     "SELECT l.id, l.run, r.run_id, l.attempt, l.turn, l.host_id, l.boot_id, l.pid_namespace,"
     " l.cookie, l.watermark, l.cgroup, l.pid, l.start_ticks, l.state"
     " FROM process_lease l LEFT JOIN run r ON r.id = l.run"
@@ -113,13 +120,13 @@ _LEASE: Final = (
 
 
 def record_launch(
-    db: Database, run: Run, *, owner: Owner, place: LaunchSite, now: datetime
+    db: Database, run: Run, *, owner: Owner, site: LaunchSite, now: datetime
 ) -> LaunchRecord:
-    """Record the launch that is about to happen, in the caller's transaction."""
-    bits = place.watermark_bits
-    # The highest bit set: a number of full length, as no other use of that limit would choose.
+    """Record a launch before its process is spawned, in the caller's transaction."""
+    bits = site.watermark_bits
+    # The highest bit is set: no other user of that limit chooses so large a number.
     watermark = secrets.randbits(bits) | 1 << (bits - 1) if bits else None
-    cgroup = f"{place.cgroup_parent}/{secrets.token_hex(8)}" if place.cgroup_parent else None
+    cgroup = f"{site.cgroup_parent}/{secrets.token_hex(8)}" if site.cgroup_parent else None
     row = db.fetch_one(
         "INSERT INTO process_lease (run, attempt, turn, instance, epoch, host_id, boot_id,"
         " pid_namespace, cookie, watermark, cgroup, state, processes_ended, created_at)"
@@ -130,9 +137,9 @@ def record_launch(
             run.turn,
             owner.instance,
             owner.epoch,
-            place.host_id,
-            place.boot_id,
-            place.pid_namespace,
+            site.host_id,
+            site.boot_id,
+            site.pid_namespace,
             secrets.token_hex(16),
             watermark,
             cgroup,
@@ -140,79 +147,84 @@ def record_launch(
         ),
     )
     assert row is not None  # noqa: S101 - RETURNING gives the row that was inserted
-    made = db.fetch_one(f"{_LEASE} WHERE l.id = ?", (row[0],))
+    made = db.fetch_one(f"{_SELECT} WHERE l.id = ?", (row[0],))
     assert made is not None  # noqa: S101 - it was inserted in this transaction
-    return _lease_from_row(made)
+    return _record_from_row(made)
 
 
 def record_gated(
-    db: Database, lease: LaunchRecord, *, owner: Owner, pid: int, start_ticks: int
+    db: Database, launch: LaunchRecord, *, owner: Owner, pid: int, start_ticks: int
 ) -> None:
-    """Record the shim that stands at the gate.
+    """Record the shim, which holds the agent back.
 
     Raises:
-        Fenced: a newer epoch has started, or has closed the lease.
+        Fenced: a newer epoch has started, or has closed the launch record.
     """
     _advance(
-        db, lease, "state = 'GATED', pid = ?, start_ticks = ?", (pid, start_ticks),
-        # RUNNING: the system refused to start the agent, and it is launched again.
+        db, launch, "state = 'GATED', pid = ?, start_ticks = ?", (pid, start_ticks),
+        # RUNNING too: the system refused to start the agent, and the launch is repeated.
         owner=owner, among=("INTENT", "GATED", "RUNNING"),
     )  # fmt: skip
 
 
-def record_running(db: Database, lease: LaunchRecord, *, owner: Owner) -> None:
-    """Record that the gate is about to be opened.
+def record_running(db: Database, launch: LaunchRecord, *, owner: Owner) -> None:
+    """Record that the shim is about to start the agent.
 
     Raises:
-        Fenced: a newer epoch has started, or has closed the lease.
+        Fenced: a newer epoch has started, or has closed the launch record.
     """
-    _advance(db, lease, "state = 'RUNNING'", (), owner=owner, among=("GATED", "RUNNING"))
+    _advance(db, launch, "state = 'RUNNING'", (), owner=owner, among=("GATED", "RUNNING"))
 
 
 def _advance(
     db: Database,
-    lease: LaunchRecord,
+    launch: LaunchRecord,
     change: str,
     values: tuple[object, ...],
     *,
     owner: Owner,
     among: tuple[str, ...],
 ) -> None:
-    """Change a lease that is in one of some states; the later one too, since a commit whose
-    answer was lost is done again."""
+    """Change a launch record that is in one of the states `among`.
+
+    `among` includes the new state, because a commit whose answer was lost is repeated.
+    """
     marks = ", ".join("?" for _ in among)
     with db.transaction():
         instances.demand_current(db, owner)
         changed = db.execute(
-            f"UPDATE process_lease SET {change} WHERE {_IT} AND epoch = ? AND state IN ({marks})",
-            (*values, *lease.identity, owner.epoch, *among),
+            f"UPDATE process_lease SET {change}"
+            f" WHERE {_IDENTITY} AND epoch = ? AND state IN ({marks})",
+            (*values, *launch.identity, owner.epoch, *among),
         ).rowcount
-        if changed != 1 and not is_recorded(db, lease):
-            raise RunGone(f"the launch of run {lease.run_id!r}")
+        if changed != 1 and not is_recorded(db, launch):
+            raise RunGone(f"the launch of run {launch.run_id!r}")
     if changed != 1:
-        raise Fenced(f"lease {lease.key}")
+        raise Fenced(f"launch {launch.key}")
 
 
-def is_recorded(db: Database, lease: LaunchRecord) -> bool:
-    """True when this very launch is on record."""
-    return db.fetch_one(f"SELECT 1 FROM process_lease WHERE {_IT}", lease.identity) is not None
+def is_recorded(db: Database, launch: LaunchRecord) -> bool:
+    """Return True when this very launch is recorded."""
+    return (
+        db.fetch_one(f"SELECT 1 FROM process_lease WHERE {_IDENTITY}", launch.identity) is not None
+    )
 
 
-def is_over(db: Database, lease: LaunchRecord) -> bool:
-    """True when the end of this launch is on record."""
-    row = db.fetch_one(f"SELECT state FROM process_lease WHERE {_IT}", lease.identity)
+def is_over(db: Database, launch: LaunchRecord) -> bool:
+    """Return True when the end of this launch is recorded."""
+    row = db.fetch_one(f"SELECT state FROM process_lease WHERE {_IDENTITY}", launch.identity)
     return row is not None and row[0] in {"CLOSED", "KILL_PENDING"}
 
 
 def close(
     db: Database,
-    lease: LaunchRecord,
+    launch: LaunchRecord,
     ended: LaunchEnd,
     *,
     now: datetime,
     reconciliation_key: int | None = None,
 ) -> None:
-    """Close the lease, or keep it as KILL_PENDING while something of it is alive."""
+    """Record the end of a launch: CLOSED, or KILL_PENDING while a process is alive."""
     usage = ended.usage
     with db.transaction():
         db.execute(
@@ -220,7 +232,7 @@ def close(
             " user_us = COALESCE(?, user_us), system_us = COALESCE(?, system_us),"
             " max_rss_kib = COALESCE(?, max_rss_kib), orphans = COALESCE(?, orphans),"
             " ended_by = ?,"
-            f" processes_ended = processes_ended + ?, closed_at = ? WHERE {_IT}",
+            f" processes_ended = processes_ended + ?, closed_at = ? WHERE {_IDENTITY}",
             (
                 "CLOSED" if ended.gone else "KILL_PENDING",
                 ended.exit_code,
@@ -231,13 +243,13 @@ def close(
                 reconciliation_key,
                 ended.processes_ended,
                 to_us(now) if ended.gone else None,
-                *lease.identity,
+                *launch.identity,
             ),
         )
 
 
 def _orphans_to_json(orphans: tuple[Orphan, ...]) -> str | None:
-    """As `orphans_from_json` reads them; None for none."""
+    """Return the text that `orphans_from_json` reads; None for no orphans."""
     if not orphans:
         return None
     kept = orphans[:ORPHANS_KEPT]
@@ -245,7 +257,7 @@ def _orphans_to_json(orphans: tuple[Orphan, ...]) -> str | None:
 
 
 def orphans_from_json(text: str | None) -> tuple[Orphan, ...]:
-    """Return what a recovery did to the processes of a launch; nothing where that is unreadable."""
+    """Return what a recovery did to the processes of a launch; nothing for unreadable text."""
     stored: Any = json_value(text)
     try:
         return tuple(
@@ -263,59 +275,62 @@ def close_all(
     now: datetime,
     reconciliation_key: int,
 ) -> None:
-    """Close many leases in a few commits."""
+    """Record the ends of many launches in a few commits."""
     left = list(ended)
     while left:
         now_closed, left = left[:CLOSED_PER_COMMIT], left[CLOSED_PER_COMMIT:]
         with db.transaction():
-            for lease, one in now_closed:
-                close(db, lease, one, now=now, reconciliation_key=reconciliation_key)
+            for launch, one in now_closed:
+                close(db, launch, one, now=now, reconciliation_key=reconciliation_key)
 
 
 def unclosed_launches(db: Database, owner: Owner, *, before: int) -> list[LaunchRecord]:
-    """Return every launch of this instance's epochs below `before` that is not known to be gone."""
+    """Return every launch of the instance's epochs below `before` that is not CLOSED."""
     rows = db.fetch_all(
-        f"{_LEASE} WHERE l.instance = ? AND l.state <> 'CLOSED' AND l.epoch < ? ORDER BY l.id",
+        f"{_SELECT} WHERE l.instance = ? AND l.state <> 'CLOSED' AND l.epoch < ? ORDER BY l.id",
         (owner.instance, before),
     )
-    return [_lease_from_row(row) for row in rows]
+    return [_record_from_row(row) for row in rows]
 
 
 def launches_to_sweep(
     db: Database, owner: Owner, *, now: datetime, closed_within_s: float
 ) -> list[LaunchRecord]:
-    """Return the launches that are over and want another look: those of which something could
-    not be ended, and those closed a short time ago."""
+    """Return the launches that a sweep searches for stragglers.
+
+    They are KILL_PENDING, or were closed within `closed_within_s` seconds.
+    """
     since = to_us(now - timedelta(seconds=closed_within_s))
     rows = db.fetch_all(
-        f"{_LEASE} WHERE l.instance = ? AND l.state = 'KILL_PENDING'"
-        f" UNION ALL {_LEASE} WHERE l.instance = ? AND l.closed_at >= ?",
+        f"{_SELECT} WHERE l.instance = ? AND l.state = 'KILL_PENDING'"
+        f" UNION ALL {_SELECT} WHERE l.instance = ? AND l.closed_at >= ?",
         (owner.instance, owner.instance, since),
     )
-    return [_lease_from_row(row) for row in rows]
+    return [_record_from_row(row) for row in rows]
 
 
 def record_late_end(
     db: Database, late: Iterable[tuple[LaunchRecord, LaunchEnd]], *, now: datetime
 ) -> None:
-    """Record what a patrol ended of launches that were over. Who ended them before stays named."""
+    """Record the processes that a sweep killed. The recovery that ended the launch stays named."""
     with db.transaction():
-        for lease, ended in late:
+        for launch, ended in late:
             db.execute(
                 "UPDATE process_lease SET processes_ended = processes_ended + ?,"
-                f" state = ?, closed_at = ? WHERE {_IT} AND state IN ('KILL_PENDING', 'CLOSED')",
+                f" state = ?, closed_at = ? WHERE {_IDENTITY}"
+                " AND state IN ('KILL_PENDING', 'CLOSED')",
                 (
                     ended.processes_ended,
                     "CLOSED" if ended.gone else "KILL_PENDING",
                     to_us(now) if ended.gone else None,
-                    *lease.identity,
+                    *launch.identity,
                 ),
             )
-            db.mark_changed(lease.run_key)  # it may be free to be launched again
+            db.mark_changed(launch.run_key)  # it may be free to be launched again
 
 
 def unended_launches(db: Database, owner: Owner, *, limit: int) -> list[UnendedLaunch]:
-    """Return launches of this instance that are over and of which something is alive."""
+    """Return the instance's KILL_PENDING launches."""
     rows = db.fetch_all(
         "SELECT r.run_id, l.run, l.attempt, l.created_at FROM process_lease l"
         " LEFT JOIN run r ON r.id = l.run"
@@ -330,7 +345,7 @@ def unended_launches(db: Database, owner: Owner, *, limit: int) -> list[UnendedL
     ]
 
 
-def _lease_from_row(row: Row) -> LaunchRecord:
+def _record_from_row(row: Row) -> LaunchRecord:
     (
         key, run_key, run_id, attempt, turn, host_id, boot_id, pid_namespace,
         cookie, watermark, cgroup, pid, start_ticks, state,

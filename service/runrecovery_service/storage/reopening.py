@@ -1,4 +1,4 @@
-"""Setting a run back that a recovery failed for want of its session."""
+"""ReopenRun: reopens a run that a recovery failed only because its session was lost."""
 
 from __future__ import annotations
 
@@ -34,8 +34,12 @@ NO_HANDLE: Final = "no session handle was kept; supply one"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReopenCandidate:
-    """A run that may be set back, the handle that was kept of it (a secret; None: none), and what
-    its file was when the question was recorded."""
+    """A run that may be reopened.
+
+    Attributes:
+        handle: the session handle that was kept, a secret; None: none was kept.
+        mark: the fingerprint of the session file at the question; None: not recorded.
+    """
 
     run: Run
     handle: str | None
@@ -47,7 +51,7 @@ class ReopenCandidate:
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """What a recovery kept of a run that it failed: its session, and where its history stands."""
+    """What a recovery has kept of a run that it failed: the session, and the end of the history."""
 
     session_type: str | None
     handle: str | None = field(repr=False)
@@ -56,8 +60,9 @@ class _Kept:
 
 
 def find_candidate(db: Database, run_id: str) -> ReopenCandidate:
-    """Return the run with the handle that it would be resumed by: the retired one, or, when it was
-    set back already, its own.
+    """Return the run with the handle that it would be resumed with.
+
+    The handle is the retired one, or the run's own if the run was reopened already.
 
     Raises:
         RunNotFound: there is no such run.
@@ -86,13 +91,14 @@ def reopen(
     steady: SteadyTime,
     now: datetime,
 ) -> Run:
-    """Set the run back: WAITING_USER with its question open again; QUEUED when its reply had been
-    accepted. Its deadlines begin anew. A run that was set back just so already is returned as it
-    is.
+    """Reopen a failed run, with new deadlines.
+
+    The run becomes WAITING_USER with its question open, or QUEUED if its reply was accepted. A run
+    that was already reopened by the same request is returned unchanged.
 
     Args:
-        handle: what it is resumed by; None: the handle that was kept.
-        session_type: gives the type of an engine's handles, where none is on record.
+        handle: the handle to resume with; None: the handle that was kept.
+        session_type: returns the type of an engine's handles, for a run without a recorded type.
 
     Raises:
         RunNotFound, RunOfAnotherInstance, RunQuarantined, RunNotReopenable, SessionNotResumable,
@@ -102,17 +108,19 @@ def reopen(
     if earlier is not None:
         return runs.get_by_key(db, earlier)
     run = runs.get(db, run_id)
-    if not _is_reopened_so(db, run, handle):
+    if not _is_already_reopened(db, run, handle):
         instances.demand_current(db, owner)
-        _demand_failed_so(run)
+        _demand_reopenable(run)
         runs.demand_etag(run, etag)
-        _set_back(db, run, handle, session_type, owner=owner, due_in=due_in, steady=steady, now=now)
+        _reopen_failed(
+            db, run, handle, session_type, owner=owner, due_in=due_in, steady=steady, now=now
+        )
     requests.record_effect(db, receipt, run_key=run.key, now=now)
     return runs.get_by_key(db, run.key)
 
 
-def _is_reopened_so(db: Database, run: Run, handle: str | None) -> bool:
-    """True when this very call was carried out and the run has not gone on since."""
+def _is_already_reopened(db: Database, run: Run, handle: str | None) -> bool:
+    """Return True if this request was carried out and the run has not changed since."""
     decided = run.recovery
     if decided is None or decided.recovery_reason != REOPEN_RULE or run.session is None:
         return False
@@ -120,7 +128,7 @@ def _is_reopened_so(db: Database, run: Run, handle: str | None) -> bool:
     return bool(row and row[0]) and handle in {None, run.session.handle}
 
 
-def _demand_failed_so(run: Run) -> None:
+def _demand_reopenable(run: Run) -> None:
     if run.status is None:
         raise RunQuarantined(run.run_id)
     rule = None if run.recovery is None else run.recovery.recovery_reason
@@ -128,7 +136,7 @@ def _demand_failed_so(run: Run) -> None:
         raise RunNotReopenable(run.run_id, NO_SESSION_LOST)
 
 
-def _set_back(
+def _reopen_failed(
     db: Database,
     run: Run,
     handle: str | None,
@@ -140,7 +148,9 @@ def _set_back(
     now: datetime,
 ) -> None:
     kept = _kept(db, run, steady)
-    runs.demand_own(run, owner)  # behind the window: an ended run keeps the name it ended under
+    runs.demand_own(
+        run, owner
+    )  # after the window: an ended run keeps the name of its last instance
     if not (handle or kept.handle):
         raise SessionNotResumable(run.run_id, NO_HANDLE)
     question = interactions.find(db, run.key, run.interaction_count)
@@ -148,12 +158,38 @@ def _set_back(
         raise RunNotReopenable(run.run_id, QUESTION_LOST)
     becomes = RunStatus.WAITING_USER if question.replied_at is None else RunStatus.QUEUED
     if becomes not in REOPENED[RunStatus.FAILED]:
-        raise ValueError(f"a FAILED run may not be set back to {becomes}")
+        raise ValueError(f"a FAILED run may not be reopened as {becomes}")
     wait = _wait(run, becomes, due_in)
-    whole = None if run.max_run_s is None else due_in(run.max_run_s)
-    columns: dict[str, object] = {
-        "status": becomes.value,
+    columns = _reopened(run, kept, becomes, handle, wait=wait, due_in=due_in, now=now) | {
         "session_type": kept.session_type or session_type(run.engine),
+        "owner_epoch": owner.epoch,
+    }
+    changed = db.execute(
+        f"UPDATE run SET {', '.join(f'{name} = ?' for name in columns)}"
+        " WHERE id = ? AND owner = ? AND owner_epoch = ? AND status = 'FAILED' AND version = ?",
+        (*columns.values(), run.key, owner.instance, run.owner_epoch, run.version),
+    ).rowcount
+    if changed != 1:
+        raise Stale
+    db.mark_changed(run.key)
+    _put_question_back(db, run, question, becomes, wait)
+    _add_to_history(db, run, kept, becomes, now)
+
+
+def _reopened(
+    run: Run,
+    kept: _Kept,
+    becomes: RunStatus,
+    handle: str | None,
+    *,
+    wait: Due | None,
+    due_in: DueIn,
+    now: datetime,
+) -> dict[str, object]:
+    """Return the changes of the run's row, beside the session type and the epoch."""
+    whole = None if run.max_run_s is None else due_in(run.max_run_s)
+    return {
+        "status": becomes.value,
         "session_value": handle or kept.handle,
         "session_verdict": None,
         "session_reason": None,
@@ -177,22 +213,15 @@ def _set_back(
         "recovery_reason": REOPEN_RULE,
         "recovered_version": run.version + 1,
         "recovery_count": kept.decisions + 1,
-        "owner_epoch": owner.epoch,
     }
-    changed = db.execute(
-        f"UPDATE run SET {', '.join(f'{name} = ?' for name in columns)}"
-        " WHERE id = ? AND owner = ? AND owner_epoch = ? AND status = 'FAILED' AND version = ?",
-        (*columns.values(), run.key, owner.instance, run.owner_epoch, run.version),
-    ).rowcount
-    if changed != 1:
-        raise Stale
-    db.mark_changed(run.key)
-    _put_question_back(db, run, question, becomes, wait)
-    _add_to_history(db, run, kept, becomes, now)
 
 
 def _kept(db: Database, run: Run, steady: SteadyTime) -> _Kept:
-    """Return what was kept of a run, while its window lasts."""
+    """Return what was kept of a run.
+
+    Raises:
+        RunNotReopenable: the window has passed.
+    """
     row = db.fetch_one(
         "SELECT reopen_due_us, due_clock, retired_type, retired_value, recovery_count,"
         " reconciliation FROM run WHERE id = ? AND version = ?",
@@ -207,7 +236,7 @@ def _kept(db: Database, run: Run, steady: SteadyTime) -> _Kept:
 
 
 def _add_to_history(db: Database, run: Run, kept: _Kept, becomes: RunStatus, now: datetime) -> None:
-    """Record it among the decisions, under the report of the one that it undoes."""
+    """Add the reopening to the history, under the report of the decision that it undoes."""
     db.execute(
         "INSERT INTO recovery_event (run, no, reconciliation, rule, facts, status_before,"
         " status_after, recovery_state, recovered_at, processes_ended, sequence, profile, attempt,"

@@ -1,4 +1,4 @@
-"""Runs: created, read, listed, canceled; and the one compare-and-set that changes them."""
+"""Runs: create, read, list and cancel them; and the compare-and-set that changes them."""
 
 from __future__ import annotations
 
@@ -58,11 +58,11 @@ _LEFT_OUT: Final = {
     View.FULL: {},
     View.BASIC: {"input": "NULL", "output": "NULL", "prompt": "''", "options": "'[]'"},
 }
-"""By view, columns that are not read, and what stands in their place."""
+"""The columns that a view does not read, and the SQL that replaces them."""
 
 
 def select(view: View = View.FULL) -> pw.ModelSelect[tables.Run]:
-    """A query for runs: the run, its latest question if open, its latest decision."""
+    """Return a query for runs with their open question and their latest decision."""
     question, event, report = tables.Interaction, tables.RecoveryEvent, tables.Reconciliation
     left_out = _LEFT_OUT[view]
     columns = (
@@ -95,10 +95,10 @@ _BY_KEY = Statement(lambda: select().where(_R.id == param("key")))
 
 
 def get(db: Database, run_id: str) -> Run:
-    """Return the run.
+    """Return the run with this id.
 
     Raises:
-        RunNotFound: there is none.
+        RunNotFound: there is no such run.
     """
     row = _BY_RUN_ID.run(db, run_id=run_id).fetchone()
     if row is None:
@@ -107,7 +107,7 @@ def get(db: Database, run_id: str) -> Run:
 
 
 def get_by_key(db: Database, key: int) -> Run:
-    """Return the run of a key that the store itself gave out."""
+    """Return the run with this key."""
     row = _BY_KEY.run(db, key=key).fetchone()
     if row is None:
         raise RunNotFound(f"#{key}")
@@ -115,18 +115,18 @@ def get_by_key(db: Database, key: int) -> Run:
 
 
 class RunProgress(NamedTuple):
-    """What changes with every change of a run, and with every event of it."""
+    """Two counters of a run: `version` rises with each change, `event_count` with each event."""
 
     version: int
     event_count: int
 
 
-_STAND = Statement(lambda: _R.select(_R.version, _R.event_count).where(_R.id == param("key")))
+_PROGRESS = Statement(lambda: _R.select(_R.version, _R.event_count).where(_R.id == param("key")))
 
 
 def progress(db: Database, key: int) -> RunProgress | None:
-    """Return how far a run has come; None when there is none."""
-    row = _STAND.run(db, key=key).fetchone()
+    """Return the counters of a run; None if there is no such run."""
+    row = _PROGRESS.run(db, key=key).fetchone()
     return None if row is None else RunProgress(*row)
 
 
@@ -163,33 +163,32 @@ def filter_by_labels(
     *,
     by_run: bool,
 ) -> tuple[pw.ModelSelect[tables.Run], Any]:
-    """Narrow a query to runs that have all of these labels.
+    """Restrict a query to runs that have all of these labels.
 
     Args:
-        by_run: the query is in order of the runs, which is that of a label's rows as well.
+        by_run: the query is ordered by the run's key, which is also the order of a label's rows.
 
     Returns:
-        The query, and the column that tells the run's key in the best order: an alias of a model
-        has no type of its own.
+        The query, and the column with the run's key by which the query is read fastest.
     """
     rarest_first = sorted(labels.items(), key=lambda label: _count_labelled(db, *label))
-    key: Any = _R.id
+    key: Any = _R.id  # Any: an alias of a model has no type of its own
     for number, (name, value) in enumerate(rarest_first):
         label = tables.RunLabel.alias()
-        is_it = (label.run == _R.id) & (label.key == name) & (label.value == value)
-        # A label of few runs leads to them. With one of many, SQLite would sort them all for each
-        # page: they are met soon enough in the order of the page.
+        has_label = (label.run == _R.id) & (label.key == name) & (label.value == value)
+        # A label with few runs is the fastest start. For a label with many runs, SQLite would sort
+        # all of them for each page; reading in the page's order meets enough of them soon.
         leads = number == 0 and (by_run or _count_labelled(db, name, value) < FEW_LABELLED)
         if leads or db.dialect.kind is not DatabaseKind.SQLITE:
-            query = query.join_from(_R, label, on=is_it)
+            query = query.join_from(_R, label, on=has_label)
             key = label.run if leads else key
         else:
-            query = query.where(pw.fn.EXISTS(label.select(pw.SQL("1")).where(is_it)))
+            query = query.where(pw.fn.EXISTS(label.select(pw.SQL("1")).where(has_label)))
     return query, key
 
 
 def _count_labelled(db: Database, name: str, value: str) -> int:
-    """Return how many runs have a label; no more than FEW_LABELLED are counted."""
+    """Return how many runs have a label, counted up to FEW_LABELLED."""
     row = db.fetch_one(
         "SELECT count(*) FROM (SELECT 1 FROM run_label WHERE key = ? AND value = ? LIMIT ?) AS few",
         (name, value, FEW_LABELLED),
@@ -276,12 +275,12 @@ def create(
     receipt: Receipt | None,
     now: datetime,
 ) -> Run:
-    """Record a run as QUEUED. The same receipt again gives the run as it is now.
+    """Create a QUEUED run. For a receipt that is already recorded, return its run as it is now.
 
     Raises:
-        RunAlreadyExists: the id is taken by another request.
+        RunAlreadyExists: another request has created a run with this id.
         RequestIdReused: the receipt belongs to another request.
-        Overloaded: `max_queued` runs are waiting already.
+        Overloaded: `max_queued` runs are queued already.
     """
     earlier = requests.find_effect(db, receipt)
     if earlier is not None:
@@ -305,7 +304,7 @@ def create(
         now=to_us(now),
     ).fetchone()
     if row is None:
-        if requests.find_effect(db, receipt) is not None:  # this very request, by another caller
+        if requests.find_effect(db, receipt) is not None:  # another caller sent the same request
             raise Stale
         raise RunAlreadyExists(new.run_id)
     for key, value in new.labels.items():
@@ -343,25 +342,26 @@ def change(
     about: int = 0,
     **columns: object,
 ) -> None:
-    """Compare-and-set: the only way, beside recovery and ReopenRun, in which a run changes.
+    """Change columns of a run if its row is still the one that was read in this transaction.
 
-    `run` is what was read in this transaction. A terminal status also ends what the run held: its
-    session, its open question, its deadlines.
+    Every change of a run uses this function, except those of recovery and ReopenRun. A terminal
+    status also clears the run's session, open question and deadlines.
 
     Args:
-        status: the new one, None to keep it.
-        event: what watchers are told; without one they are told of the status, if that is new.
-        about: the question that the event is about.
+        run: as read in this transaction.
+        status: the new status; None: keep the status.
+        event: the event to record; None: the event of the new status, if there is one.
+        about: the interaction_id that the event is about.
 
     Raises:
-        Stale: the row is not what was read; `retried` starts the use case over.
-        RunOfAnotherInstance, Fenced: as `demand_own`.
+        Stale: the row has changed meanwhile. `retried` starts the use case again.
+        RunOfAnotherInstance, Fenced: see `demand_own`.
     """
     demand_own(run, owner)
     if run.status is None:
         raise RunQuarantined(run.run_id)
     if status is not None:
-        # A status that stays is recovery's alone to give: here it would be a write done twice.
+        # Only recovery may write the same status again. Here it would be a write done twice.
         if status is run.status or not is_legal(run.status, status):
             raise ValueError(f"{run.status} may not become {status}")
         columns |= _entered(run.status, status, now)
@@ -369,22 +369,7 @@ def change(
     if event is not None:
         columns["event_count"] = run.event_count + 1
     columns |= {"updated_at": to_us(now), "version": run.version + 1}
-    assignments = ", ".join(f"{name} = ?" for name in columns)
-    changed = db.execute(
-        f"UPDATE run SET {assignments}"
-        " WHERE id = ? AND owner = ? AND owner_epoch = ? AND status = ? AND version = ?",
-        (
-            *columns.values(),
-            run.key,
-            owner.instance,
-            run.owner_epoch,
-            run.status.value,
-            run.version,
-        ),
-    ).rowcount
-    if changed != 1:
-        raise Stale
-    db.mark_changed(run.key)
+    _compare_and_set(db, run, run.status, owner, columns)
     if event is not None:
         events.record_event(
             db,
@@ -397,16 +382,37 @@ def change(
             now=now,
         )
     if status is not None and status.is_terminal:
-        # After the run, as a reply does it: in one order there is no deadlock.
+        # After the run, in the order of a reply: one order of locks excludes a deadlock.
         close_questions(db, run)
 
 
+def _compare_and_set(
+    db: Database, run: Run, status: RunStatus, owner: Owner, columns: Mapping[str, object]
+) -> None:
+    assignments = ", ".join(f"{name} = ?" for name in columns)
+    changed = db.execute(
+        f"UPDATE run SET {assignments}"
+        " WHERE id = ? AND owner = ? AND owner_epoch = ? AND status = ? AND version = ?",
+        (
+            *columns.values(),
+            run.key,
+            owner.instance,
+            run.owner_epoch,
+            status.value,
+            run.version,
+        ),
+    ).rowcount
+    if changed != 1:
+        raise Stale
+    db.mark_changed(run.key)
+
+
 def demand_own(run: Run, owner: Owner) -> None:
-    """Refuse to change a run that this epoch may not write.
+    """Raise if this epoch may not write the run.
 
     Raises:
-        RunOfAnotherInstance: another instance on the same database owns it.
-        Fenced: it belongs to a newer epoch.
+        RunOfAnotherInstance: another instance on the same database owns the run.
+        Fenced: the run belongs to a newer epoch.
     """
     if run.owner != owner.instance:
         raise RunOfAnotherInstance(run.run_id, run.owner)
@@ -415,7 +421,7 @@ def demand_own(run: Run, owner: Owner) -> None:
 
 
 def _entered(before: RunStatus, status: RunStatus, now: datetime) -> dict[str, object]:
-    """Return what changes with a status, beside what its cause changes."""
+    """Return the columns that every change to this status sets."""
     columns: dict[str, object] = {"status": status.value}
     if before is RunStatus.WAITING_USER:
         columns["wait_due_us"] = None
@@ -426,7 +432,7 @@ def _entered(before: RunStatus, status: RunStatus, now: datetime) -> dict[str, o
 
 
 def close_questions(db: Database, run: Run) -> None:
-    """End every question of the run that no process can get an answer to any more."""
+    """Close every question of the run whose reply no process has received."""
     db.execute(
         "UPDATE interaction SET state = 'CLOSED' WHERE run = ? AND state IN ('OPEN', 'ANSWERED')",
         (run.key,),
@@ -434,7 +440,7 @@ def close_questions(db: Database, run: Run) -> None:
 
 
 def demand_etag(run: Run, etag: str | None) -> None:
-    """Raise EtagMismatch when the caller saw another state of the run."""
+    """Raise EtagMismatch if the caller has seen another version of the run."""
     if etag and etag != run.etag:
         raise EtagMismatch(run.run_id, run.etag)
 
@@ -449,8 +455,10 @@ def cancel(
     receipt: Receipt | None,
     now: datetime,
 ) -> Run:
-    """Accept a cancel. A run without a process is CANCELED at once; otherwise the cancel is on
-    record and the run ends CANCELED as soon as its process has ended. Idempotent.
+    """Accept a cancel. Idempotent.
+
+    A run without a process becomes CANCELED at once. A run with a process becomes CANCELED when
+    the process has ended.
 
     Raises:
         RunNotFound, RunAlreadyTerminal, RunOfAnotherInstance, RunQuarantined, EtagMismatch,

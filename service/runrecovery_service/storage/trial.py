@@ -68,7 +68,7 @@ def try_create_and_take(
             db,
             owner=owner,
             busy_engines=(),
-            place=_NOWHERE,
+            site=_NOWHERE,
             due_in=due_in,
             steady=steady,
             now=now,

@@ -1,4 +1,4 @@
-"""One turn of a run: taken from the queue, launched, followed, ended."""
+"""The turns of runs: taken from the queue, and recorded as they proceed and end."""
 
 from __future__ import annotations
 
@@ -30,21 +30,22 @@ from runrecovery_service.storage.recovery_sql import facts_of_run
 from runrecovery_service.storage.rows import options_to_json, to_json, to_us
 
 DueIn = Callable[[float], Due]
-"""Gives the deadline that is so many seconds away."""
-_UNCHECKED: Final[Mapping[str, None]] = {"session_verdict": None, "session_reason": None}
-_UNSEEN: Final[Mapping[str, None]] = {**_UNCHECKED, "session_mark": None}
+"""Returns the deadline that is this many seconds away."""
+_NO_FINDING: Final[Mapping[str, None]] = {"session_verdict": None, "session_reason": None}
+_NO_FINGERPRINT: Final[Mapping[str, None]] = {**_NO_FINDING, "session_mark": None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """A run that was taken from the queue, and what its process is to be given.
+    """A run that was taken from the queue, and the record of its launch.
 
-    `reply` is the accepted answer that a resuming process gets; None when the run starts from
-    the beginning.
+    Attributes:
+        reply: the accepted reply that a resumed process gets; None: the run starts from the
+            beginning.
     """
 
     run: Run
-    lease: LaunchRecord
+    launch: LaunchRecord
     reply: Interaction | None
 
 
@@ -54,48 +55,25 @@ def take_next(
     *,
     owner: Owner,
     busy_engines: Sequence[str],
-    place: LaunchSite,
+    site: LaunchSite,
     due_in: DueIn,
     steady: SteadyTime,
     now: datetime,
 ) -> Turn | None:
-    """Take the run that waits longest, of an engine that is not busy; None when there is none. A
-    run whose time is over is left to its deadline.
+    """Take the run that has been queued longest, of an engine that is not busy; None for none.
 
-    The run is RUNNING and its lease on record (write-ahead) when this returns. With its first
-    launch the time begins that the whole run may take.
+    The run becomes RUNNING and its launch is recorded before the process is spawned. The first
+    launch starts the deadline of the whole run. A run whose deadline has passed is not taken.
     """
-    marks = ", ".join("?" for _ in busy_engines)
-    row = db.fetch_one(
-        "SELECT id FROM run WHERE owner = ? AND status = 'QUEUED' AND owner_epoch = ?"
-        " AND recovery_state <> 'QUARANTINED'"
-        " AND (run_due_us IS NULL OR run_due_us > ?)"
-        # Nobody works beside a process that could not be ended.
-        " AND NOT EXISTS (SELECT 1 FROM process_lease l"
-        " WHERE l.run = run.id AND l.state = 'KILL_PENDING')"
-        + (f" AND engine NOT IN ({marks})" if marks else "")
-        + " ORDER BY queued_at, id LIMIT 1",
-        (owner.instance, owner.epoch, steady.us, *busy_engines),
-    )
-    if row is None:
+    key = _next_in_queue(db, owner, busy_engines, steady)
+    if key is None:
         return None
-    run = runs.get_by_key(db, row[0])
+    run = runs.get_by_key(db, key)
     if run.status is not RunStatus.QUEUED:
         raise Stale
     last = interactions.find(db, run.key, run.interaction_count)
     reply = last if last is not None and last.state is InteractionState.ANSWERED else None
-    columns: dict[str, object] = (
-        {"turn": run.turn + 1}
-        if reply is not None
-        else {
-            "attempt": run.attempt + 1,
-            "turn": 1,
-            "started_at": to_us(now),
-            "session_type": None,
-            "session_value": None,
-            **_UNSEEN,
-        }
-    )
+    columns = _first_turn(run, now) if reply is None else {"turn": run.turn + 1}
     if run.max_run_s is not None and run.run_deadline_at is None:
         due = due_in(run.max_run_s)
         columns |= {
@@ -112,28 +90,58 @@ def take_next(
         **columns,
     )
     run = runs.get_by_key(db, run.key)
-    lease = launch_records.record_launch(db, run, owner=owner, place=place, now=now)
-    return Turn(run=run, lease=lease, reply=reply)
+    launch = launch_records.record_launch(db, run, owner=owner, site=site, now=now)
+    return Turn(run=run, launch=launch, reply=reply)
+
+
+def _next_in_queue(
+    db: Database, owner: Owner, busy_engines: Sequence[str], steady: SteadyTime
+) -> int | None:
+    marks = ", ".join("?" for _ in busy_engines)
+    row = db.fetch_one(
+        "SELECT id FROM run WHERE owner = ? AND status = 'QUEUED' AND owner_epoch = ?"
+        " AND recovery_state <> 'QUARANTINED'"
+        " AND (run_due_us IS NULL OR run_due_us > ?)"
+        # A new process must not run beside an earlier one that could not be killed.
+        " AND NOT EXISTS (SELECT 1 FROM process_lease l"
+        " WHERE l.run = run.id AND l.state = 'KILL_PENDING')"
+        + (f" AND engine NOT IN ({marks})" if marks else "")
+        + " ORDER BY queued_at, id LIMIT 1",
+        (owner.instance, owner.epoch, steady.us, *busy_engines),
+    )
+    return None if row is None else int(row[0])
+
+
+def _first_turn(run: Run, now: datetime) -> dict[str, object]:
+    """Return the changes of a run that starts a new attempt."""
+    return {
+        "attempt": run.attempt + 1,
+        "turn": 1,
+        "started_at": to_us(now),
+        "session_type": None,
+        "session_value": None,
+        **_NO_FINGERPRINT,
+    }
 
 
 @use_case.retried
 def requeue_unlaunched(db: Database, *, owner: Owner, held: Collection[str], now: datetime) -> int:
-    """Put runs back into the queue that were taken by a commit whose answer never came.
+    """Return runs to the queue that were taken by a commit whose answer was lost.
 
     Args:
-        held: cookies of the leases that somebody follows; a run of any other one whose process was
-            never launched goes back, and its lease with it.
+        held: the cookies of the launches that have a supervisor. Every other launch in the state
+            INTENT is deleted, and its run is queued again.
 
     Returns:
-        How many runs went back.
+        The number of requeued runs.
     """
     rows = db.fetch_all(
         "SELECT id, run, cookie FROM process_lease"
         " WHERE instance = ? AND epoch = ? AND state = 'INTENT'",
         (owner.instance, owner.epoch),
     )
-    lost = [(lease_key, run_key) for lease_key, run_key, cookie in rows if cookie not in held]
-    for lease_key, run_key in lost:
+    lost = [(launch_key, run_key) for launch_key, run_key, cookie in rows if cookie not in held]
+    for launch_key, run_key in lost:
         run = runs.get_by_key(db, run_key)
         if run.status is None:
             raise RunQuarantined(run.run_id)
@@ -149,7 +157,7 @@ def requeue_unlaunched(db: Database, *, owner: Owner, held: Collection[str], now
             about=0,
             **before,
         )
-        db.execute("DELETE FROM process_lease WHERE id = ?", (lease_key,))
+        db.execute("DELETE FROM process_lease WHERE id = ?", (launch_key,))
     return len(lost)
 
 
@@ -157,7 +165,7 @@ def requeue_unlaunched(db: Database, *, owner: Owner, held: Collection[str], now
 def record_session(
     db: Database, turn: Turn, *, owner: Owner, session: Session, now: datetime
 ) -> None:
-    """Record the handle that the conversation can be resumed by."""
+    """Record the session that the run can be resumed with."""
     run = _own(db, turn, owner)
     is_another = run.session is None or run.session.handle != session.handle
     runs.change(
@@ -169,12 +177,12 @@ def record_session(
         session_value=session.handle,
         session_turn=session.turn,
         about=0,
-        **(_UNSEEN if is_another else _UNCHECKED),
+        **(_NO_FINGERPRINT if is_another else _NO_FINDING),
     )
 
 
 def recorded_fingerprint(db: Database, turn: Turn) -> SessionFingerprint | None:
-    """Return what a run's session file was when its question was recorded; None: nobody looked."""
+    """Return the session fingerprint of the latest question; None: not recorded."""
     row = db.fetch_one(
         "SELECT session_mark FROM run WHERE id = ? AND run_id = ?", (turn.run.key, turn.run.run_id)
     )
@@ -183,7 +191,7 @@ def recorded_fingerprint(db: Database, turn: Turn) -> SessionFingerprint | None:
 
 @use_case.retried
 def record_delivered(db: Database, turn: Turn, *, owner: Owner) -> None:
-    """Record that a process has been given the accepted answer."""
+    """Record that a process has received the accepted reply."""
     run = _own(db, turn, owner)
     db.execute(
         "UPDATE interaction SET state = 'DELIVERED'"
@@ -194,7 +202,7 @@ def record_delivered(db: Database, turn: Turn, *, owner: Owner) -> None:
 
 @use_case.retried
 def record_undelivered(db: Database, turn: Turn, *, owner: Owner, number: int) -> None:
-    """Record that the answer to a question was given to a process, and never read."""
+    """Record that a process ended without reading the reply that it was sent."""
     run = _own(db, turn, owner)
     db.execute(
         "UPDATE interaction SET state = 'ANSWERED'"
@@ -214,11 +222,11 @@ def record_sticky_question(
     due: Due,
     now: datetime,
 ) -> Run:
-    """Record the question of a sticky process, which lives on: WAITING_USER.
+    """Record the question of a sticky process: the run becomes WAITING_USER, the process lives on.
 
     Args:
-        number: the question's interaction_id; one that is on record is not asked again.
-        due: when the wait will have lasted long enough.
+        number: the question's interaction_id. A question that is recorded is not recorded again.
+        due: the deadline of the wait.
     """
     run = _own(db, turn, owner)
     if run.interaction_count >= number:
@@ -239,18 +247,18 @@ def record_end(
     mark: SessionFingerprint | None = None,
     now: datetime,
 ) -> Run:
-    """Record how a turn ended, and close its lease, in one step. An accepted cancel wins.
+    """Record the end of a turn and of its launch in one transaction. An accepted cancel wins.
 
-    `due` is when the wait that begins with it, if any, will have lasted long enough; None: never.
-    `mark` is what the session's file is, now that nothing writes to it any more, if it was looked
-    at.
+    A repetition is safe when the answer to the commit was lost: the run may be in a later turn.
 
-    Safe to repeat when it is not known whether it was committed: the run may be in a later turn.
+    Args:
+        due: the deadline of the wait that begins, if one does; None: no deadline.
+        mark: the session fingerprint, taken after the process has ended; None: not taken.
     """
     run = _own(db, turn, owner)
-    if launch_records.is_over(db, turn.lease):
+    if launch_records.is_over(db, turn.launch):
         return run
-    launch_records.close(db, turn.lease, ended, now=now)
+    launch_records.close(db, turn.launch, ended, now=now)
     if run.cancel_requested:
         runs.change(db, run, owner=owner, now=now, status=RunStatus.CANCELED)
     elif isinstance(end, Asked):
@@ -272,20 +280,20 @@ def record_end(
 
 
 def current_run(db: Database, turn: Turn, *, owner: Owner) -> Run:
-    """Return the run of a turn as it is now.
+    """Return the current run of a turn.
 
-    Integer keys are handed out again when the database has lost commits. So the run is found by its
-    run_id, and the launch by its cookie: neither comes again.
+    The run is found by its run_id and the launch by its cookie. A database that lost commits gives
+    out integer keys again; run_ids and cookies are unique.
 
     Raises:
-        RunGone: the run, or the launch, is not in the store.
+        RunGone: the store has lost the run or the launch.
         Fenced: the run belongs to a newer epoch.
     """
     try:
         run = runs.get(db, turn.run.run_id)
     except RunNotFound:
         raise RunGone(f"run {turn.run.run_id!r}") from None
-    if run.key != turn.run.key or not launch_records.is_recorded(db, turn.lease):
+    if run.key != turn.run.key or not launch_records.is_recorded(db, turn.launch):
         raise RunGone(f"the launch of run {turn.run.run_id!r}")
     _demand_owned(run, owner)
     return run
@@ -306,7 +314,7 @@ def _demand_owned(run: Run, owner: Owner) -> None:
 
 
 def _interrupt(db: Database, run: Run, end: Interrupted, *, owner: Owner, now: datetime) -> None:
-    """Do with the run what a restart at this moment would: the same matrix decides."""
+    """Apply the decision of the recovery matrix, as a restart would make it now."""
     assert run.status is not None  # noqa: S101 - `_own` has refused such a run
     rule = decide(run.status, run.profile, facts_of_run(db, run.key))
     if rule.error is not None:
@@ -345,7 +353,7 @@ def _ask(
         event=RunEventKind.ASKED,
         about=number,
         interaction_count=number,
-        **{**_UNCHECKED, "session_mark": None if mark is None else str(mark)},
+        **{**_NO_FINDING, "session_mark": None if mark is None else str(mark)},
         **armed,
     )
     db.execute(
