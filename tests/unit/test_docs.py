@@ -29,6 +29,7 @@ SERVICE: Final = ROOT / "service" / "runrecovery_service"
 LEVELS: Final = {"debug", "info", "warning", "error", "exception", "critical", "_log", "_warn"}
 EVENT: Final = re.compile(r"[a-z]+\.[a-z_]+")
 LINK: Final = re.compile(r"\]\((?!https?:)([^)#]*)(#[^)]*)?\)")
+FILE_NAME: Final = re.compile(r"\.(py|md|proto|toml|txt|json|svg|binpb)$")
 CODE_BLOCK: Final = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 NAMED_PAGE: Final = re.compile(r"\bdocs/\w+\.md\b")
 NAMED_SECTION: Final = re.compile(r"(docs/\w+\.md), \*([^*]+)\*")
@@ -39,7 +40,7 @@ METHODS: Final = [
     for method in service.methods
 ]
 PAGES: Final = sorted(
-    [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "client" / "README.md"]
+    [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("[bc]*/README.md")]
 )
 IMAGE: Final = ROOT / "docs" / "states.svg"
 
@@ -260,6 +261,28 @@ def test_sections_that_messages_name_exist() -> None:
         if not re.search(rf"^#+ {re.escape(heading)}$", _page(page), re.MULTILINE)
     ] == []
     assert named != set()
+
+
+def _named_files(text: str) -> Iterator[str]:
+    """Yield the files and folders between backticks, and those of the tree at the top."""
+    for word in re.findall(r"`([\w.][\w./-]*)`", CODE_BLOCK.sub("", text)):
+        if word.endswith("/") or FILE_NAME.search(word):
+            yield word
+    for line in CODE_BLOCK.findall(text)[0].splitlines():
+        yield from re.findall(r"(?:^| )([\w.][\w./-]*(?:/|\.py))(?= |$)", line)
+
+
+def test_files_that_the_tour_names_exist() -> None:
+    named = list(_named_files(_page("docs/development.md")))
+
+    assert [
+        name
+        for name in named
+        if not (ROOT / name).exists()
+        and not (SERVICE / name).exists()
+        and not (SERVICE / "engines" / name).exists()  # sessions/ in the tree
+    ] == []
+    assert {"execution/supervisor.py", "recovery/reconcile.py", "trust/"} <= set(named)
 
 
 def test_picture_shows_what_the_matrix_decides() -> None:
