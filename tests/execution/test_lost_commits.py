@@ -19,6 +19,16 @@ async def until_fenced(floor: Floor) -> None:
     await until(is_so)
 
 
+async def until_followed(floor: Floor) -> None:
+    """Return once the supervisor of the only turn has read its record and sent the task."""
+
+    async def is_so() -> bool:
+        (supervisor,) = floor.turns.supervisors
+        return supervisor._io is not None and supervisor._io.process.stdin.closed
+
+    await until(is_so)
+
+
 async def give_away(floor: Floor, run_id: str, *, to: str) -> None:
     """Give the key of a run, and of its launch, to another run."""
 
@@ -51,6 +61,7 @@ async def test_the_end_of_a_lost_run_is_not_written_onto_the_run_that_has_its_ke
 ) -> None:
     run_id = await floor.create("holds")
     lease = await floor.until_tree(run_id, 1)
+    await until_followed(floor)
     await give_away(floor, run_id, to="of-another-caller")
     before = await floor.storage.read(lambda db: db.fetch_all(ROWS))
 
@@ -67,6 +78,7 @@ async def test_a_key_that_a_living_process_goes_by_is_not_launched_for_again(
 ) -> None:
     lost = await floor.create("holds")
     lease = await floor.until_tree(lost, 1)
+    await until_followed(floor)
     await lose_everything(floor)
 
     run_id = await floor.create("holds")
@@ -85,6 +97,7 @@ async def test_a_launch_key_that_a_living_process_goes_by_is_not_launched_for_ag
 ) -> None:
     """The run itself was not lost."""
     lease = await floor.until_tree(await floor.create("holds"), 1)
+    await until_followed(floor)
     await floor.storage.write(lambda db: db.execute("DELETE FROM process_lease"))
 
     run_id = await floor.create("holds")
@@ -101,6 +114,7 @@ async def test_a_deadline_and_a_cancel_of_another_run_end_no_process_of_a_lost_o
 ) -> None:
     lost = await floor.create("holds")
     lease = await floor.until_tree(lost, 1)
+    await until_followed(floor)
     await give_away(floor, lost, to="of-another-caller")
 
     await floor.cancel("of-another-caller")
