@@ -90,7 +90,7 @@ class FakeStorage:
     looks: int = 0
     looked: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def point(self, *_: Any) -> Run:
+    async def read_row(self, *_: Any) -> Run:
         self.looks += 1
         self.looked.set()
         return self.run

@@ -199,16 +199,16 @@ async def test_what_happens_to_a_run_while_its_watcher_reads_is_told(
 ) -> None:
     owner = claimed(database)
     created(database, owner)
-    point, cancels = storage.read_row, iter([runs.cancel])
+    read_row, cancels = storage.read_row, iter([runs.cancel])
 
     async def read_then_cancel(use: Callable[..., Any], *args: Any, **named: Any) -> Any:
-        found = await point(use, *args, **named)
+        found = await read_row(use, *args, **named)
         if use is last_read:
             for cancel in cancels:
                 await storage.write(cancel, "mine", owner=owner, etag=None, receipt=None, now=NOW)
         return found
 
-    monkeypatch.setattr(storage, "point", read_then_cancel)
+    monkeypatch.setattr(storage, "read_row", read_then_cancel)
     stream = RunWatcher(storage, Gate()).stream(pb.WatchRunRequest(run_id="mine"))
 
     async with aclosing(stream), asyncio.timeout(20):

@@ -17,7 +17,7 @@ from runrecovery_service.domain.errors import (
     StorageFull,
     StorageUnavailable,
 )
-from runrecovery_service.storage import async_storage, postgresql, runs
+from runrecovery_service.storage import async_storage, group_commit, postgresql, runs
 from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.group_commit import WRITES_PER_COMMIT, GroupCommitWriter
@@ -165,7 +165,7 @@ def test_a_log_that_fails_does_not_end_the_writer(
         def info(self, *_: object, **__: object) -> None:
             raise OSError("No space left on device")
 
-    monkeypatch.setattr(async_storage, "log", Broken())
+    monkeypatch.setattr(group_commit, "log", Broken())
     batch = submit_together(counting, [broken("a"), add("b")])
     writer = GroupCommitWriter(counting)
 
@@ -263,7 +263,7 @@ async def test_a_failing_database_is_told_in_the_words_of_the_domain(
     assert await storage.read(lambda db: db.fetch_one("SELECT 1")) == (1,)
 
 
-@pytest.mark.parametrize("way", ["point", "read", "write", "renewal", "alone"])
+@pytest.mark.parametrize("way", ["read_row", "read", "write", "renew", "run_exclusive"])
 @pytest.mark.parametrize("state", ["40001", "40P01"])
 async def test_a_transaction_that_met_another_one_is_repeated(
     world: World, storage: Storage, way: str, state: str
