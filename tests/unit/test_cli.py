@@ -197,6 +197,20 @@ def test_a_refusal_cannot_steer_the_terminal(run: Run) -> None:
     assert r"\x1b[2Jx" in ended.err
 
 
+def test_a_configuration_without_end_is_refused_with_its_size(run: Run) -> None:
+    ended = run("check", "--config", "/dev/zero")
+
+    assert ended.code == ExitCode.USAGE
+    assert "  /dev/zero: has more than 1048576 bytes\n" in ended.err
+
+
+def test_a_byte_of_a_path_that_is_not_utf8_is_shown_as_that_byte(run: Run) -> None:
+    ended = run("check", "--config", os.fsdecode(b"/nonexistent/a\xffb.toml"))
+
+    assert ended.code == ExitCode.USAGE
+    assert r"  /nonexistent/a\xffb.toml: No such file or directory" in ended.err
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_demo_that_is_told_to_end_leaves_nothing(tmp_path: Path, number: int) -> None:
     command = [sys.executable, "-m", "runrecovery_service", "demo"]

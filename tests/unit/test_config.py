@@ -60,6 +60,24 @@ def problems(load: Load, *args: object, **kwargs: object) -> tuple[str, ...]:
     return caught.value.problems
 
 
+def test_a_file_without_end_is_refused_after_its_largest_size() -> None:
+    with pytest.raises(ConfigError) as caught:
+        reading.load(path=Path("/dev/zero"), flags={}, environ={})
+
+    assert caught.value.problems == ("/dev/zero: has more than 1048576 bytes",)
+
+
+@pytest.mark.parametrize(("spaces", "refused"), [(1_048_576, False), (1_048_577, True)])
+def test_a_file_may_have_a_mebibyte(load: Load, *, spaces: int, refused: bool) -> None:
+    try:
+        load(" " * spaces)
+        was_refused = False
+    except ConfigError:
+        was_refused = True
+
+    assert was_refused is refused
+
+
 def test_an_empty_configuration_means_the_defaults(load: Load) -> None:
     assert Settings() == load()
 

@@ -16,6 +16,7 @@ import click
 from runrecovery_service.cli import streams
 from runrecovery_service.cli.exit_codes import ExitCode
 from runrecovery_service.cli.failure import Failure
+from runrecovery_service.cli.plain_text import safe
 from runrecovery_service.config import reading
 from runrecovery_service.config.reading import ConfigError
 from runrecovery_service.config.settings import SCALARS, LogFormat, LogLevel, Settings
@@ -173,9 +174,9 @@ def check(settings: Settings) -> ExitCode:
 
     problems = offline.check(settings)
     for problem in problems:
-        click.echo(problem)
+        click.echo(safe(problem))
     for note in offline.check_notes(settings):
-        click.echo(f"note: {note}")
+        click.echo(safe(f"note: {note}"))
     if problems:
         return ExitCode.FAILED
     click.echo("no problem found")

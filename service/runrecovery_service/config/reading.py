@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 FILE_NAME: Final = "runrecovery.toml"
 ENVIRONMENT_PREFIX: Final = "RUNRECOVERY_"
 
+MAX_FILE_BYTES: Final = 1_048_576
+"""Largest configuration file. A device such as /dev/zero would otherwise be read without end."""
+
 
 class ConfigError(Exception):
     """The configuration is refused.
@@ -95,19 +98,33 @@ def _file_layer(path: Path | None, environ: Mapping[str, str], problems: list[st
     values: Mapping[str, object] = {}
     try:
         if not may_be_absent or source.exists():
-            # Editors on Windows write a byte-order mark, which TOML does not allow.
-            values = tomllib.loads(source.read_text(encoding="utf-8-sig"))
+            values = tomllib.loads(_read_text(source))
     except UnicodeDecodeError as error:
         wide = error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         found = "UTF-16" if wide else "not valid UTF-8"
         problems.append(f"{source}: is {found}; save it as UTF-8")
     except RecursionError:
         problems.append(f"{source}: is nested too deeply")
+    except _FileTooLarge:
+        problems.append(f"{source}: has more than {MAX_FILE_BYTES} bytes")
     except ValueError as error:
         problems.append(f"{source}: not valid TOML: {error}")
     except OSError as error:
         problems.append(f"{source}: {error.strerror or 'cannot be read'}")
     return _Layer(values=values, place=lambda key: f"{source}: {key}")
+
+
+class _FileTooLarge(Exception):
+    """The configuration file has more than `MAX_FILE_BYTES` bytes."""
+
+
+def _read_text(source: Path) -> str:
+    with source.open("rb") as file:
+        data = file.read(MAX_FILE_BYTES + 1)
+    if len(data) > MAX_FILE_BYTES:
+        raise _FileTooLarge
+    # Editors on Windows write a byte-order mark, which TOML does not allow.
+    return data.decode("utf-8-sig")
 
 
 def _environment_layer(environ: Mapping[str, str], problems: list[str]) -> _Layer:
