@@ -201,7 +201,7 @@ def test_example_configuration_is_accepted() -> None:
     assert sorted(settings.engines) == ["demo", "demo-sticky"]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
     broken = [
         f"{target}{anchor}"
@@ -220,6 +220,17 @@ def _leads_somewhere(target: Path, anchor: str) -> bool:
     return anchor[1:] in {
         re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings
     }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_example_configurations_of_the_pages_are_accepted(page: Path, tmp_path: Path) -> None:
+    for example in re.findall(
+        r"^```toml\n(.*?)^```", page.read_text("utf-8"), re.MULTILINE | re.DOTALL
+    ):
+        file = tmp_path / "runrecovery.toml"
+        file.write_text(example, encoding="utf-8")
+
+        assert reading.load(path=file, flags={}, environ={}).engines != {}
 
 
 def test_every_page_is_in_the_index() -> None:
