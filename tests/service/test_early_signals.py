@@ -62,7 +62,7 @@ def has_open(service: ServiceProcess, path: Path) -> bool:
 def test_a_service_that_only_imports_ends_with_0(
     new_home: NewHome, number: int, module: str
 ) -> None:
-    home = new_home()
+    home = new_home(may_fork=False)
     (home.path / f"{module}.py").write_text(HANGS)
     service = home.spawn()
     until((home.path / "importing").exists, "it imports")
@@ -76,7 +76,7 @@ def test_a_service_that_only_imports_ends_with_0(
 
 @pytest.mark.parametrize("number", STOPS)
 def test_a_service_that_reads_its_configuration_ends_with_0(new_home: NewHome, number: int) -> None:
-    home = new_home()
+    home = new_home(may_fork=False)
     path = fifo(home)
     service = home.spawn("--config", str(path))
 
@@ -92,7 +92,7 @@ def test_a_service_that_reads_its_configuration_ends_with_0(new_home: NewHome, n
 def test_a_harmless_signal_before_the_configuration_is_read_is_logged_later(
     new_home: NewHome, number: int
 ) -> None:
-    home = new_home()
+    home = new_home(may_fork=False)
     path = fifo(home)
     service = home.spawn("--config", str(path))
 
@@ -107,7 +107,7 @@ def test_a_harmless_signal_before_the_configuration_is_read_is_logged_later(
 
 @pytest.mark.parametrize("number", STOPS)
 def test_a_service_that_opens_its_store_stops_in_order(new_home: NewHome, number: int) -> None:
-    home = new_home()
+    home = new_home(may_fork=False)
     service, _ = home.start()
     assert service.stop() == 0
     with home.store(writable=True) as other:

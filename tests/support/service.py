@@ -32,6 +32,7 @@ from runrecovery.v1 import run_service_pb2 as pb
 from support import waiting
 from support.defects import defect_in
 from support.processes import Seen, is_alive, is_stopped, strike
+from support.service_forker import ForkedService, can_be_forked, fork_service
 
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
 AGENTS: Final = REPOSITORY / "tests" / "agents"
@@ -40,7 +41,7 @@ NO_RETRY: Final = (
     ("grpc.enable_retries", 0),
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.initial_reconnect_backoff_ms", 20),
-    ("grpc.min_reconnect_backoff_ms", 20),
+    ("grpc.min_reconnect_backoff_ms", 1000),  # of a try that is not refused
     ("grpc.max_reconnect_backoff_ms", 100),
     ("grpc.max_receive_message_length", 64 << 20),
 )
@@ -337,7 +338,7 @@ def kill_below(place: Path) -> list[int]:
 class ServiceProcess:
     """One start of the service."""
 
-    popen: subprocess.Popen[bytes]
+    popen: subprocess.Popen[bytes] | ForkedService
     log: Path
     address: str = ""
     _apis: list[Api] = field(default_factory=list)
@@ -428,14 +429,17 @@ class Home:
         engines: Mapping[str, EngineSpec] = GOOD_ENGINES,
         env: Mapping[str, str] | None = None,
         prefix: Sequence[str] = (),
+        may_fork: bool = True,
         **settings: object,
     ) -> None:
         """Make the configuration.
 
         Args:
             prefix: words before the command of each service, of a program that becomes it.
+            may_fork: whether services may start without their imports (`service_forker.py`).
         """
         self.prefix = tuple(prefix)
+        self.may_fork = may_fork
         self.path = path.resolve()
         self.data = self.path / "data"
         self.env = dict(env or {})
@@ -468,22 +472,31 @@ class Home:
             stderr: a descriptor to use instead of the log file.
         """
         log = self.path / f"service-{len(self.services)}.log"
-        words = ["--config", str(self.config), "--data-dir", str(self.data)]
-        fixed = ["--listen", "127.0.0.1:0", "--log-format", "json"]
-        with log.open("wb") as output:
-            command = [sys.executable, "-m", "runrecovery_service", "serve"]
-            popen = subprocess.Popen(
-                [*self.prefix, *command, *words, *fixed, *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output if stderr is None else stderr,
-                cwd=self.path,
-                env={**os.environ, **self.env},
-                start_new_session=True,
-            )
+        words = ["serve", "--config", str(self.config), "--data-dir", str(self.data)]
+        words += ["--listen", "127.0.0.1:0", "--log-format", "json", *arguments]
+        with log.open("wb") as output, Path(os.devnull).open("rb") as nothing:
+            streams = (nothing.fileno(), output.fileno(), stderr or output.fileno())
+            popen = self._spawn(words, streams)
         service = ServiceProcess(popen=popen, log=log)
         self.services.append(service)
         return service
+
+    def _spawn(
+        self, words: Sequence[str], streams: tuple[int, int, int]
+    ) -> subprocess.Popen[bytes] | ForkedService:
+        env = {**os.environ, **self.env}
+        if self.may_fork and not self.prefix and can_be_forked(self.env):
+            return fork_service(words, cwd=self.path, env=env, streams=streams)
+        stdin, stdout, stderr = streams
+        return subprocess.Popen(
+            [*self.prefix, sys.executable, "-m", "runrecovery_service", *words],
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            cwd=self.path,
+            env=env,
+            start_new_session=True,
+        )
 
     def listen(self, *arguments: str) -> ServiceProcess:
         """Start the service and wait until its port answers."""
@@ -509,7 +522,7 @@ class Home:
             ],
             check=True,
             stdout=subprocess.DEVNULL,
-            timeout=PATIENCE_S,
+            timeout=PATIENCE_S + waiting.patience_s(),
         )  # fmt: skip
 
     def agents(self) -> list[int]:
