@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -42,17 +42,26 @@ _KEEPER: Final = pytest.StashKey[subprocess.Popen[bytes]]()
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_node_collection_finished(node: Any, ids: list[str]) -> None:
+def pytest_xdist_node_collection_finished(node: Any) -> None:
     """Start the server that all workers share, in their controller."""
-    _start_postgres(node.config, ids)
+    if _wanted_file(node.config).exists():
+        _start_postgres(node.config)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Start the server of a session without workers."""
-    if not hasattr(session.config, "workerinput"):
-        fixtures = (name for item in session.items for name in getattr(item, "fixturenames", ()))
-        ids = (item.nodeid for item in session.items)
-        _start_postgres(session.config, itertools.chain(ids, fixtures))
+    """Start the server if a test wants it; a worker leaves that to its controller."""
+    if not any(map(_wants_postgres, session.items)):
+        return
+    if hasattr(session.config, "workerinput"):
+        _wanted_file(session.config).touch()
+    else:
+        _start_postgres(session.config)
+
+
+def _wants_postgres(item: pytest.Item) -> bool:
+    """Return whether a test uses the shared server, by its fixtures and their parameters."""
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return "_postgres" in getattr(item, "fixturenames", ()) or "postgresql" in parameters
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -61,11 +70,15 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         keeper.communicate()
 
 
-def _start_postgres(config: pytest.Config, names: Iterable[str]) -> None:
-    """Start the server if a test wants it. A controller of workers knows no more than the ids."""
-    if _KEEPER not in config.stash and any("postgresql" in name for name in names):
+def _start_postgres(config: pytest.Config) -> None:
+    if _KEEPER not in config.stash:
         with _folder_file(config).open("wb") as output:
             config.stash[_KEEPER] = start_keeper(_SETTINGS, output)
+
+
+def _wanted_file(config: pytest.Config) -> Path:
+    """Return the file by which a worker tells its controller that a test wants the server."""
+    return _folder_file(config).with_name("postgres-wanted")
 
 
 def _folder_file(config: pytest.Config) -> Path:
