@@ -63,7 +63,7 @@ def test_it_can_be_read_on_from_every_place(world: World) -> None:
     every = read(world)
 
     for at, one in enumerate(every):
-        assert read(world, one.place) == every[at + 1 :]
+        assert read(world, one.cursor) == every[at + 1 :]
 
 
 def test_the_end_is_behind_all_and_nothing_is_missed_from_it(world: World) -> None:
@@ -102,7 +102,7 @@ def test_a_recovery_at_work_is_told_as_far_as_it_is_and_bars_those_behind(world:
     complete(world)
 
     assert len(so_far) == 2
-    rest = read(world, so_far[-1].place)
+    rest = read(world, so_far[-1].cursor)
     assert [one.run_id for one in rest][2:] == [elsewhere.run_id]
     assert len(rest) == 3
 
@@ -137,13 +137,13 @@ def test_a_place_of_another_store_is_refused(world: World) -> None:
     recover(world)
     (one,) = read(world)
 
-    decision_feed.demand_valid(world.db, one.place)
+    decision_feed.demand_valid(world.db, one.cursor)
     decision_feed.demand_valid(world.db, START)
     world.db.execute("UPDATE reconciliation SET reconciliation_id = 'restored'")
     with pytest.raises(WatchCursorInvalid):
-        decision_feed.demand_valid(world.db, one.place)
+        decision_feed.demand_valid(world.db, one.cursor)
     with pytest.raises(WatchCursorInvalid):
-        decision_feed.demand_valid(world.db, FeedCursor(99, 1, one.place.stamp))
+        decision_feed.demand_valid(world.db, FeedCursor(99, 1, one.cursor.stamp))
 
 
 def test_what_a_caller_set_back_is_no_decision_of_a_restart(world: World) -> None:

@@ -195,7 +195,7 @@ def test_options_of_the_url_are_kept(postgresql_url: str, tmp_path: Path) -> Non
 def test_a_setting_that_does_not_reach_the_server_is_refused(
     postgresql_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(postgresql.SESSION, "synchronous_commit", "off")
+    monkeypatch.setitem(postgresql.CONNECTION_SETTINGS, "synchronous_commit", "off")
 
     reason = refusal(tmp_path, postgresql_url)
 

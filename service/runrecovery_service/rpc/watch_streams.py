@@ -187,7 +187,7 @@ class RecoveredWatcher:
                 for decided in stretch.decided:
                     await self._wakeup.wait_turn()
                     response = recovery_pb.WatchRecoveredResponse(
-                        cursor=paging.encode_cursor(decided.place)
+                        cursor=paging.encode_cursor(decided.cursor)
                     )
                     recovery_messages.fill_recovered_run(response.decision, decided)
                     yield response

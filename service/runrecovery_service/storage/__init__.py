@@ -1,5 +1,5 @@
-"""The only room with peewee and SQL.
+"""The store. No other package uses peewee or SQL.
 
-Each public function of a use-case module is one transaction and returns frozen domain values;
-no row leaves the room. Times are integer microseconds UTC inside, aware datetimes outside.
+Each public function of a use-case module is one transaction and returns frozen domain values. No
+row leaves this package. Times are integer microseconds UTC inside, and aware datetimes outside.
 """

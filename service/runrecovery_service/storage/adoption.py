@@ -1,7 +1,7 @@
-"""Takes over what services under other instance names left in a SQLite store.
+"""Takes over the runs and launches of other instance names in a SQLite store.
 
-A SQLite store has one service at a time, which holds the store's lock: every service that wrote
-into the store under another name has ended. PostgreSQL is shared; nothing is adopted there.
+One service at a time uses a SQLite store, and holds its lock: every service that wrote into the
+store under another name has ended. PostgreSQL is shared, and nothing is adopted there.
 """
 
 from __future__ import annotations
@@ -20,8 +20,14 @@ from runrecovery_service.storage.tables import LIVE
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adopted:
-    """What was adopted from one instance name: `runs` had not ended, `launches` were not known to
-    be gone. At least so many: an adoption that was cut off before may have renamed others."""
+    """What was adopted from one instance name.
+
+    Attributes:
+        runs: the number of runs that had not ended.
+        launches: the number of launches that were not CLOSED.
+
+    An earlier adoption that was cut off may have renamed more rows.
+    """
 
     instance: str
     runs: int
@@ -30,8 +36,8 @@ class Adopted:
 
 ROWS: Final = 5_000
 _UNFINISHED: Final = (LIVE, "recovered_at IS NOT NULL AND recovery_state = 'QUARANTINED'")
-# Of ended runs only those that a start still acts on. The others keep the name under which they
-# ended: renaming them would rewrite the whole table.
+# The ended runs that a start still changes. Other ended runs keep the old instance name, because
+# renaming them would rewrite the whole table.
 _HOLDING: Final = (
     "session_value IS NOT NULL AND status IN ('CANCELED', 'FAILED', 'SUCCEEDED')",
     "wait_due_us IS NOT NULL",
@@ -41,7 +47,7 @@ _HOLDING: Final = (
 
 
 RecordAdopted = Callable[[Database, Sequence[Adopted]], object]
-"""Tells what was adopted, in the transaction that completes it."""
+"""Records what was adopted, in the transaction that completes the adoption."""
 
 
 def adopt(
@@ -52,13 +58,14 @@ def adopt(
     stopping: Callable[[], bool],
     rows: int = ROWS,
 ) -> Sequence[Adopted]:
-    """Make `owner` the owner of everything that other instances left, and forget these instances.
+    """Make `owner` the owner of all rows of other instances, and delete these instances.
 
-    One that is cut off is completed by the next start. A forgotten instance that is somehow alive
-    is fenced: every write of it demands a row.
+    The next start completes an adoption that is cut off. A deleted instance that is still alive is
+    fenced, because each of its writes requires its own row.
 
     Args:
-        rows: at most so many in one transaction, so that renewals of the lease get their turn.
+        told: records what was adopted.
+        rows: the most rows of one transaction. Renewals of the lease run between transactions.
 
     Raises:
         Fenced: a newer epoch of this instance has started.
@@ -86,7 +93,7 @@ def adopt(
 
 @dataclass(frozen=True, slots=True)
 class _Renaming:
-    """Renames rows of other instances, some at a time."""
+    """Renames rows of other instances, in several transactions."""
 
     db: Database
     owner: Owner
@@ -94,15 +101,15 @@ class _Renaming:
     stopping: Callable[[], bool]
 
     def runs(self, other: str) -> int:
-        """Rename an instance's runs, and return how many of them had not ended."""
-        # One statement for each condition, so that each finds its rows by an index.
+        """Rename an instance's runs, and return the number of those that had not ended."""
+        # One statement per condition: each can use an index.
         unfinished = sum(self._rename("run", "owner", other, which) for which in _UNFINISHED)
         for which in _HOLDING:
             self._rename("run", "owner", other, which)
         return unfinished
 
     def launches(self, other: str) -> int:
-        """Rename an instance's launches that are not known to be gone, and return how many."""
+        """Rename an instance's launches that are not CLOSED, and return their number."""
         return self._rename("process_lease", "instance", other, "state <> 'CLOSED'")
 
     def _rename(self, table: str, column: str, other: str, which: str) -> int:

@@ -1,9 +1,9 @@
-"""Counts the commits of a SQLite store twice, so that a start notices that some are missing.
+"""Counts the commits of a SQLite store twice, so that a start notices missing commits.
 
-SQLite opens a database whose log was removed as if the commits in that log had never been. So every
-transaction that changes something counts itself in the store, and once that is durable, before it
-is acknowledged, the number is written into a file beside the store. That file can be behind the
-store, when the service or the machine dies between the two, but never ahead of it.
+When its log was removed, SQLite opens a database without the commits of the log, and reports no
+error. Every transaction that changes a row therefore increments a counter in the store. After the
+commit and before the acknowledgement, the counter is written into a file beside the store. After a
+crash the file may be behind the store, but never ahead.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _COUNT: Final = re.compile(rb"Commits acknowledged: (\d{20})\n")
 
 
 class CommitMarker:
-    """The file beside a SQLite store."""
+    """The file beside a SQLite store, with the number of acknowledged commits."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -31,7 +31,7 @@ class CommitMarker:
         self._written = 0
 
     def read(self) -> int | None:
-        """Return how many commits were acknowledged; None if the file does not tell."""
+        """Return how many commits were acknowledged; None if the file has no number."""
         try:
             found = _COUNT.search(self._path.read_bytes())
         except FileNotFoundError:
@@ -39,13 +39,14 @@ class CommitMarker:
         return None if found is None else int(found.group(1))
 
     def first_text(self, commits: int) -> bytes:
-        """Return the whole content of a new file."""
+        """Return the content of a new file."""
         return (MARKER_TEXT + _LINE.format(commits)).encode()
 
     def write(self, commits: int) -> None:
-        """Write the number, unless a later one is there. No `fsync`: only behind is allowed.
+        """Write the number, unless the file has a later one.
 
-        An error is not raised: the commit stands, and a start after a loss notices less.
+        The file is not synced, because it may be behind the store. An error is ignored: the commit
+        is durable, and only a start after a loss notices less.
         """
         with self._lock, contextlib.suppress(OSError):
             if commits > self._written:
@@ -58,7 +59,7 @@ class CommitMarker:
 
 
 def stored_count(connection: sqlite3.Connection) -> int | None:
-    """Return how many commits a store has counted; None in one of an older version."""
+    """Return the counter of a store; None for a store of an older version."""
     known = "SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = 'commit_count'"
     if connection.execute(known).fetchone() is None:
         return None
@@ -69,9 +70,9 @@ def stored_count(connection: sqlite3.Connection) -> int | None:
 def describe_loss(
     acknowledged: int | None, connection: sqlite3.Connection, marker: Path
 ) -> str | None:
-    """Return what is wrong with a store that has fewer commits than were acknowledged.
+    """Return why a store that lacks acknowledged commits is refused, None if it lacks none.
 
-    Read `acknowledged` before the connection's snapshot begins: a service may be at work.
+    Read `acknowledged` before the connection's snapshot begins: a service may be committing.
     """
     counted = stored_count(connection)
     if acknowledged is None or counted is None or counted >= acknowledged:

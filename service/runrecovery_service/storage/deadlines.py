@@ -1,8 +1,8 @@
-"""Deadlines of runs: found when they have passed, and carried out.
+"""Deadlines of runs: finds those that have passed, and applies them.
 
-They are gone by on a clock that runs steadily from the machine's boot; see `domain.deadline`. At a
-start, deadlines by another clock (the machine was booted since, or is another one) are brought
-onto the one that runs now, by what the wall clock says is left of them.
+Deadlines are measured on the steady clock of one boot of the machine; see `domain.deadline`. After
+a reboot, or on another machine, a start converts them to the current clock. The conversion uses the
+time that is left by the wall clock.
 """
 
 from __future__ import annotations
@@ -44,11 +44,14 @@ class PassedDeadline:
 
 
 def move_to_clock(db: Database, owner: Owner, *, now: datetime, steady: SteadyTime) -> int:
-    """Bring deadlines by another clock onto the one that runs now, some at a time; return of how
-    many runs. Until it is through nobody may set a deadline of these runs, or go by one."""
+    """Convert deadlines of other clocks to the current clock, and return the number of runs.
+
+    It takes several transactions. Until the end, no other code may set or apply a deadline of
+    these runs.
+    """
     offset_us = steady.us - to_us(now)
     moved = ", ".join(
-        # Where the wall clock does not tell, the deadline has passed: better than never.
+        # A deadline without a wall time counts as passed. Otherwise it would never pass.
         f"{column} = CASE WHEN {column} IS NOT NULL THEN COALESCE({_WALL[kind]} + ?, 0) END"
         for kind, column in _COLUMNS.items()
     )
@@ -85,7 +88,7 @@ def _of_another_clock(db: Database, owner: Owner, steady: SteadyTime) -> list[in
 def passed_deadlines(
     db: Database, owner: Owner, *, steady: SteadyTime, limit: int
 ) -> list[PassedDeadline]:
-    """Return what has passed of each kind, the longest ago first, at most `limit` of each."""
+    """Return the passed deadlines, the oldest first, at most `limit` of each kind."""
     found = []
     for kind, column in _COLUMNS.items():
         rows = db.fetch_all(
@@ -101,14 +104,14 @@ def passed_deadlines(
 def end_wait(
     db: Database, run_key: int, *, owner: Owner, now: datetime, steady: SteadyTime
 ) -> Run | None:
-    """Carry out the deadline of a wait.
+    """Apply the deadline of a wait.
 
-    With an automatic decision the run goes on, as after a reply. Otherwise its question is closed,
-    so that no answer is accepted from here on; the run fails once its process has been ended.
+    A run with an automatic decision continues as after a reply. Otherwise the question is closed,
+    so that no reply is accepted, and the run fails when its process has ended.
 
     Returns:
-        The run: not WAITING_USER any more when it was decided for. None when there was nothing
-        to carry out: an answer or a cancel was quicker.
+        The run. After an automatic decision it is no longer WAITING_USER. None when a reply or a
+        cancel was accepted first.
     """
     run = runs.get_by_key(db, run_key)
     if not _has_passed(db, run, DueKind.WAIT, owner, steady):
@@ -122,9 +125,9 @@ def end_wait(
     if run.profile is not Profile.STICKY_PROCESS:
         _disarm(db, run, DueKind.WAIT, owner)
         return None
-    # It stays armed until the run has ended: who asked may not have got this answer.
+    # The deadline stays until the run has ended: the answer to this commit may be lost.
     if run.pending is not None:
-        runs.change(db, run, owner=owner, now=now)  # a reply that is being accepted wins
+        runs.change(db, run, owner=owner, now=now)  # a reply that is committed first wins
         runs.close_questions(db, run)
     return runs.get_by_key(db, run_key)
 
@@ -133,11 +136,11 @@ def end_wait(
 def end_run(
     db: Database, run_key: int, *, owner: Owner, now: datetime, steady: SteadyTime
 ) -> Run | None:
-    """Carry out the deadline of a whole run: FAILED at once where it has no process.
+    """Apply the deadline of a whole run. A run without a process fails at once.
 
     Returns:
-        The run; still alive when its process has to be ended first. None when there was nothing
-        to carry out.
+        The run. It is not terminal when its process must be killed first. None when the run has
+        ended or was canceled first.
     """
     run = runs.get_by_key(db, run_key)
     if not _has_passed(db, run, DueKind.RUN, owner, steady):
@@ -161,7 +164,7 @@ def end_run(
 def end_reopening(
     db: Database, run_keys: Sequence[int], *, owner: Owner, steady: SteadyTime
 ) -> None:
-    """Forget the sessions of runs that nobody has set back in their window."""
+    """Delete the kept sessions of runs whose window for ReopenRun has passed."""
     marks = ", ".join("?" for _ in run_keys)
     with db.transaction():
         instances.demand_current(db, owner)
@@ -173,7 +176,7 @@ def end_reopening(
 
 
 def _has_passed(db: Database, run: Run, kind: DueKind, owner: Owner, steady: SteadyTime) -> bool:
-    """Look again, in the transaction that carries it out."""
+    """Return True if the deadline still stands, in the transaction that applies it."""
     column = _COLUMNS[kind]
     row = db.fetch_one(
         f"SELECT 1 FROM run WHERE id = ? AND owner = ? AND due_clock = ? AND {column} <= ?",
@@ -183,7 +186,7 @@ def _has_passed(db: Database, run: Run, kind: DueKind, owner: Owner, steady: Ste
 
 
 def _disarm(db: Database, run: Run, kind: DueKind, owner: Owner) -> None:
-    """Forget a deadline that is nobody's any more, if the run is still what was read."""
+    """Delete a deadline that no longer applies, if the run has not changed since it was read."""
     if run.owner_epoch > owner.epoch or run.owner != owner.instance:
         raise Fenced(f"run {run.run_id!r}")
     db.execute(

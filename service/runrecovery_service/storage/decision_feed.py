@@ -1,9 +1,9 @@
-"""The decisions of all restarts in one order, to be read on from any place of it.
+"""The decisions of all recoveries in one order. A reader can resume after any decision.
 
-The order is that of the restarts, and of the runs' keys within each; both only grow. A restart that
-is at work bars those behind it, so that nothing is committed behind a place that was read past. One
-whose instance is not alive is closed by others (`recovery.close_abandoned`), and can commit nothing
-any more.
+The order is by report, then by run key; both only grow. A report that is RUNNING blocks the reports
+after it: no decision can be committed before a cursor that was already read. Other instances close
+the report of an instance that is not alive (`reports.close_abandoned`); no decision can be
+committed under a closed report.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _DECISION: Final = ", ".join(
     f"{'e' if column.model is tables.RecoveryEvent else 'c'}.{column.name}"
     for column in RECOVERY_COLUMNS
 )
-_BEHIND: Final = (
+_DECISIONS_AFTER: Final = (
     f"SELECT e.reconciliation, e.run, r.run_id, r.engine, r.labels, {_DECISION}"
     " FROM recovery_event e JOIN reconciliation c ON c.id = e.reconciliation"
     " JOIN run r ON r.id = e.run"
-    # What a caller set back shares its place with the decision that it undid, and is none.
+    # A reopening has the same position as the decision that it undoes, and is no decision.
     f" WHERE e.rule <> '{REOPEN_RULE}'"
     " AND (e.reconciliation, e.run) > (?, ?) AND e.reconciliation <= ?"
     " ORDER BY e.reconciliation, e.run LIMIT ?"
@@ -41,10 +41,12 @@ _BEHIND: Final = (
 
 @dataclass(frozen=True, slots=True, order=True)
 class FeedCursor:
-    """The last decision that was read: keys of its reconciliation and its run.
+    """The position of the last decision that was read.
 
-    `stamp` is of the reconciliation's own id: a store that was restored from a backup gives its
-    keys out again. 0 at the very start, before the first reconciliation.
+    Attributes:
+        report, run: the keys of the decision's report and run.
+        stamp: identifies the report, because a restored store gives out its keys again. 0 before
+            the first report.
     """
 
     report: int
@@ -56,15 +58,15 @@ START: Final = FeedCursor(0, 0)
 
 
 def stamp_of(reconciliation_id: str) -> int:
-    """Return 63 bits of a report's id."""
+    """Return 63 bits of the hash of a report's id."""
     return int.from_bytes(sha256(reconciliation_id.encode()).digest()[:8]) >> 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeedDecision:
-    """A decision and the run that it is about."""
+    """A decision and its run."""
 
-    place: FeedCursor
+    cursor: FeedCursor
     run_id: str
     engine: str
     labels: dict[str, str]
@@ -73,7 +75,7 @@ class FeedDecision:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeedPage:
-    """Decisions in their order, and the place up to which everything was read."""
+    """Decisions in order, and the cursor of the last decision that was read."""
 
     decided: tuple[FeedDecision, ...]
     upto: FeedCursor
@@ -81,39 +83,43 @@ class FeedPage:
 
 
 def end_cursor(db: Database) -> FeedCursor:
-    """Return the place behind every decision so far."""
+    """Return the cursor of the latest decision."""
     row = db.fetch_one(
         "SELECT e.reconciliation, e.run, c.reconciliation_id FROM recovery_event e"
         " JOIN reconciliation c ON c.id = e.reconciliation WHERE e.reconciliation <= ?"
         " ORDER BY e.reconciliation DESC, e.run DESC LIMIT 1",
-        (_bar(db),),
+        (_last_readable_report(db),),
     )
     return START if row is None else FeedCursor(row[0], row[1], stamp_of(row[2]))
 
 
-def demand_valid(db: Database, place: FeedCursor) -> None:
-    """Refuse a place that is none of this store, or of one that was restored since.
+def demand_valid(db: Database, cursor: FeedCursor) -> None:
+    """Raise if a cursor is not from this store, or is from before the store was restored.
 
     Raises:
-        WatchCursorInvalid: there is no such restart, or another one has its key.
+        WatchCursorInvalid: there is no such report, or another report has its key.
     """
-    if place.report == 0:
+    if cursor.report == 0:
         return
-    row = db.fetch_one("SELECT reconciliation_id FROM reconciliation WHERE id = ?", (place.report,))
-    if row is None or stamp_of(row[0]) != place.stamp:
+    row = db.fetch_one(
+        "SELECT reconciliation_id FROM reconciliation WHERE id = ?", (cursor.report,)
+    )
+    if row is None or stamp_of(row[0]) != cursor.stamp:
         raise WatchCursorInvalid
 
 
 def decisions_after(
-    db: Database, place: FeedCursor, wanted: RecoveredFilter, *, limit: int
+    db: Database, cursor: FeedCursor, wanted: RecoveredFilter, *, limit: int
 ) -> FeedPage:
-    """Return the next decisions behind a place that the filter lets through.
+    """Return the decisions after a cursor that match the filter.
 
-    At most `limit` are looked at: a filter that lets little through has to be asked again.
+    At most `limit` decisions are read. The page may be empty although `more` is True.
     """
-    rows = db.fetch_all(_BEHIND, (place.report, place.run, _bar(db), limit))
+    rows = db.fetch_all(
+        _DECISIONS_AFTER, (cursor.report, cursor.run, _last_readable_report(db), limit)
+    )
     decided = []
-    upto = place
+    upto = cursor
     for report, key, run_id, engine, labels, *columns in rows:
         recovery = recovery_from_row(tuple(columns))
         if recovery is None:
@@ -123,7 +129,7 @@ def decisions_after(
         if matches(wanted, recovery, engine=engine, labels=shown):
             decided.append(
                 FeedDecision(
-                    place=upto, run_id=run_id, engine=engine, labels=shown, recovery=recovery
+                    cursor=upto, run_id=run_id, engine=engine, labels=shown, recovery=recovery
                 )
             )
     return FeedPage(decided=tuple(decided), upto=upto, more=len(rows) == limit)
@@ -132,7 +138,7 @@ def decisions_after(
 def matches(
     wanted: RecoveredFilter, recovery: RecoveryInfo, *, engine: str, labels: dict[str, str]
 ) -> bool:
-    """True when the filter lets a decision through."""
+    """Return True when a decision matches the filter."""
     return (
         (not wanted.states or recovery.recovery_state in wanted.states)
         and wanted.reason in {None, recovery.recovery_reason}
@@ -144,8 +150,8 @@ def matches(
     )
 
 
-def _bar(db: Database) -> int:
-    """Return the first restart that is at work, or the last one of all."""
+def _last_readable_report(db: Database) -> int:
+    """Return the key of the first RUNNING report, or of the latest report if none is."""
     row = db.fetch_one(
         "SELECT COALESCE((SELECT min(id) FROM reconciliation WHERE state = 'RUNNING'),"
         " (SELECT max(id) FROM reconciliation), 0)"

@@ -1,7 +1,7 @@
-"""The one table from what a database's driver raises to what the service says, and does, about it.
+"""The table from a database driver's errors to the service's errors and remedies.
 
-Callers, the log, `check` and the sentences at an exit take their words from here. None of them
-holds a path or a value of a row.
+Callers, the log, `check` and the exit messages use these texts. No text holds a path or a value of
+a row.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from runrecovery_service.storage import postgresql
 
 DRIVER_ERRORS: Final[tuple[type[Exception], ...]] = (
     pw.PeeweeException,
-    sqlite3.Error,  # what fetching rows raises does not pass through peewee
+    sqlite3.Error,  # errors while rows are fetched do not pass through peewee
     *((postgresql.PSYCOPG.Error,) if postgresql.PSYCOPG is not None else ()),
 )
 StorageError = StorageBusy | StorageFull | StorageUnavailable
@@ -31,9 +31,9 @@ class Fault:
 
     Attributes:
         meaning: the error that a caller gets.
-        what: what is wrong, as it follows "the database".
-        remedy: what to do about it; empty where there is nothing to do but to wait.
-        lasts: True if a start cannot hope that the next one succeeds.
+        what: the problem, as the predicate of "the database".
+        remedy: what an operator can do; empty: only wait.
+        lasts: True if the next start would fail too.
     """
 
     meaning: type[StorageError]
@@ -47,7 +47,7 @@ class Fault:
         return f"the database {self.what}; {self.remedy or 'retry later'}"
 
     def refusal(self, words: str) -> str:
-        """Return why a start is refused, behind the name of the database."""
+        """Return why a start is refused, as the text after the database's name."""
         return f"{self.what} ({words})" + (f"; {self.remedy}" if self.remedy else "")
 
 
@@ -164,37 +164,37 @@ UNREACHABLE: Final = Fault(
 
 
 def fault_of(error: BaseException) -> Fault | None:
-    """Return what is wrong with the database, or None for what is a defect of ours, or of one row.
+    """Return the database's fault, or None for a defect of the service or of one row.
 
-    The whole chain is looked at: a rollback that fails because SQLite has rolled back already
-    hides why it did.
+    The whole chain of errors is searched. SQLite may have rolled back already; the error of a
+    second rollback then hides the cause.
     """
     faults = [fault for link in error_chain(error) if (fault := _fault_of_one(link))]
-    # A lost connection fails the rollback as well, and says less than the first error.
+    # After a lost connection the rollback fails too, with a less specific error.
     return next((fault for fault in faults if fault is not UNREACHABLE), next(iter(faults), None))
 
 
 def to_domain_error(error: Exception) -> StorageError | None:
-    """Return the domain's word for a driver's error, or None for one that is a defect of ours."""
+    """Return the domain error for a driver's error, or None for a defect of the service."""
     fault = fault_of(error)
     return None if fault is None else fault.meaning(cause=fault.cause)
 
 
 def driver_message(error: Exception) -> str:
-    """Return what the driver says of an error, in one line and without any value of a row."""
+    """Return the driver's message in one line, without any value of a row."""
     words = [words for link in error_chain(error) if (words := postgresql.words_of(link))]
-    # The first error: that a rollback failed tells nothing.
+    # The first error, because the error of a failed rollback says nothing.
     words = words or [str(link) for link in error_chain(error) if _fault_of_one(link)]
     return words[-1] if words else str(error)
 
 
 def is_damage(error: BaseException) -> bool:
-    """True when SQLite met a page, or a file, that is not what it wrote."""
+    """Return True when SQLite has read a damaged page or file."""
     return fault_of(error) is _DAMAGED
 
 
 def error_chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error, and what it was raised from or over."""
+    """Yield an error, its causes and its contexts."""
     seen: set[int] = set()
     waiting: list[BaseException | None] = [error]
     while waiting:

@@ -1,8 +1,8 @@
-"""What happened to a run, event by event: written with the change that it tells of.
+"""The events of runs. An event is written in the transaction of the change that it reports.
 
-An event has the run's `event_count` after it as its sequence, so that there is no gap. The
-creation, 1, is told by the run itself; decisions of recoveries are in their own history. A run
-keeps its latest events only, so that one that converses for ever does not grow for ever.
+The sequence of an event is the run's new `event_count`, so that there is no gap. The creation, 1,
+is derived from the run itself. The decisions of recoveries are in their own table. A run keeps only
+its latest events, so that an endless conversation does not grow without bound.
 """
 
 from __future__ import annotations
@@ -76,9 +76,11 @@ def record_event(
     error_code: object,
     now: datetime,
 ) -> None:
-    """Record the next event of `run`, as read before the change, in the caller's transaction.
+    """Record the next event of a run, in the caller's transaction.
 
-    `attempt` and `error_code` are what the columns of the same names hold after it.
+    Args:
+        run: as read before the change.
+        attempt, error_code: the columns of these names after the change.
     """
     number = run.event_count + 1
     _ADD.run(
@@ -99,11 +101,11 @@ def record_event(
 
 
 def events_after(db: Database, run: Run, after: int) -> tuple[RunEvent, ...]:
-    """Return the events of a run behind the sequence `after`, up to the state that was read.
+    """Return the events of a run after the sequence `after`, up to the version that was read.
 
     Raises:
-        WatchHistoryPruned: some of them are not kept any more.
-        WatchSequenceUnknown: the run has not come so far.
+        WatchHistoryPruned: some of these events were deleted.
+        WatchSequenceUnknown: the run has no event `after` yet.
     """
     last = run.event_count
     oldest = max(1, last - EVENTS_KEPT + 1)
@@ -120,7 +122,7 @@ def events_after(db: Database, run: Run, after: int) -> tuple[RunEvent, ...]:
         found.append(_created(run))
     found.sort(key=lambda event: event.sequence)
     if [event.sequence for event in found] != list(range(after + 1, last + 1)):
-        # Cut off between our two looks, or otherwise not there: no gap is passed over in silence.
+        # Events were deleted between the two queries, or are missing. Report every gap.
         raise WatchHistoryPruned(run.run_id, oldest)
     return tuple(found)
 

@@ -1,4 +1,4 @@
-"""Locks that a service holds for life: on lock files, and on the SQLite file itself."""
+"""Locks that a service holds until its end: on lock files, and on the SQLite file itself."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Lock(ABC):
         """Take the lock.
 
         Raises:
-            Held: another process has it; the error names it.
+            Held: another process has the lock; the error names the process.
         """
         self._path = path
         self._what = what
@@ -38,16 +38,16 @@ class Lock(ABC):
             except OSError:
                 os.close(self._descriptor)
                 raise
-            if self.is_in_place():  # else it was removed or replaced between the two calls
+            if self.is_in_place():  # else the file was removed or replaced between the two calls
                 return
             os.close(self._descriptor)
 
     @abstractmethod
     def _holder(self) -> str:
-        """Return who holds the file."""
+        """Return a text that names the holder of the lock."""
 
     def is_in_place(self) -> bool:
-        """True while the path still leads to the file that is locked."""
+        """Return True while the path still leads to the locked file."""
         return identity(self._path) == identity_of(os.fstat(self._descriptor))
 
     def demand_in_place(self) -> None:
@@ -59,7 +59,7 @@ class Lock(ABC):
 
     @property
     def name(self) -> str:
-        """Return what names the locked file on this machine, by whatever path it is reached."""
+        """The identity of the locked file on this machine, the same for every path to it."""
         device, inode = identity_of(os.fstat(self._descriptor))
         return f"{device}:{inode}"
 
@@ -69,13 +69,13 @@ class Lock(ABC):
 
 
 class LockFile(Lock):
-    """A file that exists to be locked, and names its holder."""
+    """A lock on a file that exists only for the lock, and names its holder."""
 
     def __init__(self, path: Path, what: str, holder: str) -> None:
         """Take the lock and write the holder into the file.
 
         Raises:
-            Held: another process has it; the error quotes the file.
+            Held: another process has the lock; the error quotes the file.
         """
         super().__init__(path, what, create=True)
         os.ftruncate(self._descriptor, 0)
@@ -86,17 +86,17 @@ class LockFile(Lock):
         return text or "an unknown process"
 
     def release(self) -> None:
-        """Release the lock and empty the file. After a crash the file still names who died."""
+        """Release the lock and empty the file. After a crash the file names the dead holder."""
         os.ftruncate(self._descriptor, 0)
         super().release()
 
 
 class DatabaseLock(Lock):
-    """A lock on the SQLite file itself, by whatever path or hard link it was reached.
+    """A lock on the SQLite file itself, whatever path or hard link leads to it.
 
-    SQLite locks with `fcntl`, which a `flock` neither blocks nor releases. But closing *any*
-    descriptor of a file drops all `fcntl` locks that the process has on it: take this lock before
-    the first connection and release it after the last.
+    SQLite locks with `fcntl`; a `flock` neither blocks nor releases those locks. But closing *any*
+    descriptor of a file drops all `fcntl` locks of the process on the file. Take this lock before
+    the first connection, and release it after the last.
     """
 
     def __init__(self, path: Path) -> None:
@@ -108,10 +108,10 @@ class DatabaseLock(Lock):
         super().__init__(path, f"database {path}", create=False)
 
     def _holder(self) -> str:
-        """Find the holder's pid: the file itself cannot name it.
+        """Return the holder's pid from the kernel's table: the file itself cannot name it.
 
-        The holder did not need the lock files that this process has: it came by another path, or
-        they were removed under it.
+        The holder has other lock files than this process: it uses another path, or its lock files
+        were removed.
         """
         holder = "an unknown process"
         found = os.fstat(self._descriptor)

@@ -1,4 +1,4 @@
-"""Instances and their epochs: who may write."""
+"""Instances, their epochs and their leases: which service may write."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from runrecovery_service.storage.rows import to_us
 from runrecovery_service.storage.sql_dialects import DatabaseKind
 
 LEASE_TTL_S: Final = 15.0
-"""How long, unless it is configured, an instance is believed alive after its last renewal."""
+"""How long a lease lasts after a renewal, unless it is configured."""
 
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """An instance and its boot counter: what every write names.
+    """An instance and its epoch. Every write names them.
 
     Attributes:
-        boot_token: of the start that claimed the epoch. After a failover that lost the claim,
-            another start claims the same epoch.
+        boot_token: identifies the start that claimed the epoch. After a failover that lost the
+            claim, another start can claim the same epoch.
     """
 
     instance: str
@@ -32,10 +32,10 @@ class Owner:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceStart:
-    """What identifies this start of the service.
+    """The identity of one start of the service.
 
     Attributes:
-        lock_id: names, on all hosts, the locked file that this start holds; None: there is none.
+        lock_id: identifies the locked file of this start across hosts; None: no locked file.
     """
 
     instance: str
@@ -51,31 +51,31 @@ def _lease_until(db: Database, ttl_s: float) -> str:
 
 
 def claim(db: Database, boot: InstanceStart, *, now: datetime, ttl_s: float = LEASE_TTL_S) -> Owner:
-    """Take the instance's next epoch, and a lease of `ttl_s`.
+    """Claim the instance's next epoch, with a lease of `ttl_s`.
 
-    In a SQLite store the epoch is above those of all names: the service adopts their runs. No
-    lease stands against it: the service holds the file's lock, so that its predecessor is dead.
-    A clock that was ahead once may have left a lease that ends in years.
+    SQLite: the epoch is above the epochs of all instances, because the service adopts their runs.
+    A running lease is ignored, because the lock on the file proves that its holder is dead. A clock
+    that was once ahead may have left a lease that ends in years.
 
-    On PostgreSQL a lease that still runs is passed over only where a lock proves that the holder is
-    dead: it held the very file that this start holds. Names prove nothing: hosts made from one
-    image share their machine-id.
+    PostgreSQL: a running lease is ignored only if its holder held the file that this start has
+    locked, which proves that the holder is dead. Names prove nothing: hosts made from one image
+    share their machine-id.
 
     Raises:
-        Held: an instance of this name is alive elsewhere, by its lease on PostgreSQL.
+        Held: on PostgreSQL, an instance of this name has a running lease.
     """
     until = _lease_until(db, ttl_s)
     with db.transaction():
-        # Before the wait for the writers of one that lives.
-        _demand_free(db, _living(db, boot), boot)
-        # Inserted first, so that starts of a new instance queue here as well.
+        # Before the wait for the writers of a living instance.
+        _demand_free(db, _registered(db, boot), boot)
+        # Inserted first, so that concurrent starts of a new instance wait here too.
         db.execute(
             "INSERT INTO instance_epoch (name, epoch) VALUES (?, 0) ON CONFLICT (name) DO NOTHING",
             (boot.instance,),
         )
         lock = " FOR UPDATE" if db.dialect.kind is DatabaseKind.POSTGRESQL else ""
         db.fetch_one(f"SELECT 1 FROM instance_epoch WHERE name = ?{lock}", (boot.instance,))
-        row = _living(db, boot, lock)
+        row = _registered(db, boot, lock)
         _demand_free(db, row, boot)
         epoch = _next_epoch(db, row)
         values = (
@@ -107,8 +107,8 @@ def claim(db: Database, boot: InstanceStart, *, now: datetime, ttl_s: float = LE
     return Owner(boot.instance, epoch, boot.boot_token)
 
 
-def _living(db: Database, boot: InstanceStart, lock: str = "") -> Row | None:
-    """Return the epoch, place, pid and lock of the instance, and whether its lease runs."""
+def _registered(db: Database, boot: InstanceStart, lock: str = "") -> Row | None:
+    """Return the instance's epoch, host, directory, pid and lock, and whether its lease runs."""
     return db.fetch_one(
         "SELECT epoch, host_id, data_dir, pid, lock_id,"
         f" CASE WHEN lease_until > {db.dialect.now_us} THEN 1 ELSE 0 END"
@@ -133,11 +133,11 @@ def _next_epoch(db: Database, own: Row | None) -> int:
 
 
 def renew(db: Database, owner: Owner, *, ttl_s: float = LEASE_TTL_S) -> None:
-    """Prolong the lease to `ttl_s` from now.
+    """Renew the lease until `ttl_s` from now.
 
     Raises:
-        Fenced: another start has claimed the instance since.
-        ClaimLost: the store does not have this epoch any more.
+        Fenced: another start has claimed the instance.
+        ClaimLost: the store has lost this epoch.
     """
     with db.transaction():
         changed = db.execute(
@@ -150,13 +150,13 @@ def renew(db: Database, owner: Owner, *, ttl_s: float = LEASE_TTL_S) -> None:
 
 
 def demand_current(db: Database, owner: Owner) -> None:
-    """Hold the instance's epoch against another start until the caller's transaction ends.
+    """Keep other starts from claiming the instance until the caller's transaction ends.
 
-    The lease is in another row, which can be renewed meanwhile.
+    The lease is in another row, and can be renewed meanwhile.
 
     Raises:
-        Fenced: another start has claimed the instance since.
-        ClaimLost: the store does not have this epoch any more.
+        Fenced: another start has claimed the instance.
+        ClaimLost: the store has lost this epoch.
     """
     share = " FOR SHARE" if db.dialect.kind is DatabaseKind.POSTGRESQL else ""
     current = db.fetch_one(
@@ -168,7 +168,7 @@ def demand_current(db: Database, owner: Owner) -> None:
 
 
 def _fence(db: Database, owner: Owner) -> Fenced:
-    """Return why an owner is not the current one."""
+    """Return the error for an owner that is not the current owner."""
     row = db.fetch_one(
         "SELECT epoch, boot_token FROM instance_epoch WHERE name = ?", (owner.instance,)
     )
@@ -179,7 +179,7 @@ def _fence(db: Database, owner: Owner) -> Fenced:
 
 
 def resign(db: Database, owner: Owner) -> None:
-    """Give the lease up at the end of a planned stop."""
+    """Release the lease at the end of a planned stop."""
     with db.transaction():
         db.execute(
             "UPDATE instance SET lease_until = 0 WHERE name = ? AND epoch = ? AND boot_token = ?",

@@ -1,4 +1,4 @@
-"""Questions of runs: answered and listed."""
+"""Questions of runs: answer and list them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _FIND = Statement(
 
 
 def find(db: Database, run_key: int, interaction_id: int) -> Interaction | None:
-    """Return one question of a run, None if it never asked it."""
+    """Return a question of a run, None if the run has not asked it."""
     row = _FIND.run(db, run=run_key, no=interaction_id).fetchone()
     return None if row is None else interaction_from_row(row)
 
@@ -53,10 +53,10 @@ def reply(
     receipt: Receipt | None,
     now: datetime,
 ) -> Run:
-    """Accept the answer to the open question: from here on it is never lost.
+    """Accept the reply to the open question. An accepted reply is never lost.
 
-    A resumable run is QUEUED for its next turn, a sticky one RUNNING again. The answer that is
-    on record already gives the run as it is.
+    A resumable run becomes QUEUED for its next turn. A sticky run becomes RUNNING. A reply that is
+    already recorded returns the run unchanged.
 
     Raises:
         RunNotFound, RunNotWaiting, InteractionSuperseded, RunOfAnotherInstance, RunQuarantined,
@@ -66,7 +66,7 @@ def reply(
     if earlier is not None:
         return runs.get_by_key(db, earlier)
     run = runs.get(db, run_id)
-    if not _is_answered_so(db, run, interaction_id, response):
+    if not _is_already_answered(db, run, interaction_id, response):
         _demand_open(run, interaction_id)
         runs.demand_etag(run, etag)
         accept(db, run, response, owner=owner, now=now)
@@ -74,8 +74,8 @@ def reply(
     return runs.get_by_key(db, run.key)
 
 
-def _is_answered_so(db: Database, run: Run, interaction_id: int, response: JsonValue) -> bool:
-    """True when this very answer was accepted before; another one is refused."""
+def _is_already_answered(db: Database, run: Run, interaction_id: int, response: JsonValue) -> bool:
+    """Return True if this reply was accepted before. Raise if another one was."""
     asked = find(db, run.key, interaction_id)
     if asked is None or asked.replied_at is None:
         return False
@@ -102,10 +102,10 @@ def accept(
     now: datetime,
     auto_decided: bool = False,
 ) -> None:
-    """Take the answer to the open question of a waiting run, in the caller's transaction.
+    """Record the reply to the open question of a waiting run, in the caller's transaction.
 
     Args:
-        auto_decided: nobody has answered in time; the answer is the service's own.
+        auto_decided: the deadline has passed, and the service replies itself.
     """
     resumable = run.profile is Profile.RESUMABLE
     runs.change(

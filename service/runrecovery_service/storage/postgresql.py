@@ -1,4 +1,4 @@
-"""PostgreSQL: how connections are set up and cut off, and what a server must be like."""
+"""PostgreSQL: settings of connections, cutting of connections, and requirements on the server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PSYCOPG: Final = getattr(pw, "psycopg", None)
 
 FLOOR: Final = 160000  # IS JSON
 
-SESSION: Final = {
+CONNECTION_SETTINGS: Final = {
     "synchronous_commit": "on",
     "default_transaction_isolation": "read committed",
     "standard_conforming_strings": "on",
@@ -27,14 +27,14 @@ SESSION: Final = {
     "lock_timeout": "10s",
     "idle_in_transaction_session_timeout": "1min",
 }
-"""What every connection sets for itself, whatever the server, the database or the role says. The
-values are written as the server shows them."""
+"""The settings that every connection sets, over those of the server, the database and the role.
+The values are written as the server shows them."""
 
 CONNECT: Final = {
     "client_encoding": "UTF8",
     "target_session_attrs": "read-write",  # never a standby
     "connect_timeout": 5,
-    # A network that drops packets is noticed within some 20 s, also while an answer is awaited.
+    # A network that drops packets is noticed within some 20 s, even during a statement.
     "tcp_user_timeout": 10_000,
     "keepalives": 1,
     "keepalives_idle": 10,
@@ -46,36 +46,36 @@ _NEEDED: Final = {
     "server_encoding": "UTF8",
     "client_encoding": "UTF8",
     "integer_datetimes": "on",
-    **SESSION,  # a pooler may drop what the connection sets
+    **CONNECTION_SETTINGS,  # a pooler may drop what the connection sets
 }
 _CONFLICTS: Final = frozenset({"40001", "40P01"})  # serialization failure, deadlock
 WORDS_MOST: Final = 500
 
 
 class Unreadable(Exception):
-    """The URL is none. What it holds, a password perhaps, is not repeated."""
+    """The URL cannot be parsed. The error does not quote it: it may hold a password."""
 
 
 class PostgreSQL(pw.PostgresqlDatabase):
-    """Knows its connections, so that those that hang in a silent network can be cut off."""
+    """A database that can cut its connections, when they hang in a silent network."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # State is per thread; with peewee's lock a connect that hangs would hold up every thread.
+        # No lock: state is per thread, and a hanging connect would block every thread.
         self._lock = contextlib.nullcontext()
-        # Each with the time at which its last statement began.
+        # Each connection with the time at which its last statement began.
         self._connections: WeakKeyDictionary[Any, float] = WeakKeyDictionary()
         self._listed = threading.Lock()
         self._is_abandoned = False
 
     def _connect(self) -> Any:
-        self._demand_kept()
+        self._demand_not_abandoned()
         connection = super()._connect()  # type: ignore[misc] # peewee's types lack it
         with self._listed:
             self._connections[connection] = monotonic()
         if self._is_abandoned:
             connection.close()
-        self._demand_kept()
+        self._demand_not_abandoned()
         return connection
 
     def execute_sql(self, sql: str, params: Any = None) -> Any:
@@ -89,12 +89,12 @@ class PostgreSQL(pw.PostgresqlDatabase):
         with self._listed:
             return self._connections.get(connection, 0.0)
 
-    def _demand_kept(self) -> None:
+    def _demand_not_abandoned(self) -> None:
         if self._is_abandoned and PSYCOPG is not None:
-            raise PSYCOPG.OperationalError("the service has given the database up")
+            raise PSYCOPG.OperationalError("the service has abandoned the database")
 
     def abandon(self) -> None:
-        """Cut every connection off, and open none any more."""
+        """Cut every connection, and open no new one."""
         self._is_abandoned = True
         with self._listed:
             connections = list(self._connections)
@@ -103,14 +103,14 @@ class PostgreSQL(pw.PostgresqlDatabase):
 
 
 def is_idle(connection: Any) -> bool:
-    """True when a connection can be used for the next transaction: it is open, and in none."""
+    """Return True when a connection is open and in no transaction."""
     return not connection.closed and int(connection.info.transaction_status) == 0  # IDLE
 
 
 def cut(connection: Any) -> None:
-    """Have whoever waits for an answer on a connection fail now. From any thread."""
+    """Fail every running statement of a connection at once. Callable from any thread."""
     with (
-        contextlib.suppress(Exception),  # it is closed: then nobody waits
+        contextlib.suppress(Exception),  # the connection is closed: no statement runs
         socket.socket(fileno=os.dup(connection.fileno())) as wire,
     ):
         wire.shutdown(socket.SHUT_RDWR)
@@ -120,7 +120,7 @@ def prepare(url: str) -> PostgreSQL:
     """Return the database of a URL, not connected yet.
 
     Raises:
-        Unreadable: the URL is none.
+        Unreadable: the URL cannot be parsed.
     """
     from psycopg import ProgrammingError  # noqa: PLC0415 - an extra
     from psycopg.conninfo import conninfo_to_dict  # noqa: PLC0415
@@ -134,14 +134,15 @@ def prepare(url: str) -> PostgreSQL:
     if any("@" in host[1:] for host in hosts) or not all(p.isdigit() for p in ports if p):
         raise Unreadable
     ours = " ".join(
-        f"-c {name}={value.replace(' ', chr(92) + ' ')}" for name, value in SESSION.items()
+        f"-c {name}={value.replace(' ', chr(92) + ' ')}"
+        for name, value in CONNECTION_SETTINGS.items()
     )
     options = f"{given.get('options') or ''} {ours}".strip()
     return PostgreSQL(url, prefer_psycopg3=True, options=options, prepare_threshold=None, **CONNECT)
 
 
 def unfitness(fetch_one: Callable[[str], Sequence[Any] | None]) -> str | None:
-    """Return why a store cannot live on the server that answers, or None."""
+    """Return why the server is unfit for the store, or None."""
     columns = ", ".join(f"current_setting('{name}')" for name in ("server_version_num", *_NEEDED))
     row = fetch_one(f"SELECT {columns}")
     if row is None:
@@ -157,18 +158,24 @@ def unfitness(fetch_one: Callable[[str], Sequence[Any] | None]) -> str | None:
                 " (CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0)"
             )
         reason = f"{name} is {found}, not {wanted}, although the connection sets it"
-        return f"{reason}; behind a pooler, set it for the role" if name in SESSION else reason
+        return (
+            f"{reason}; behind a pooler, set it for the role"
+            if name in CONNECTION_SETTINGS
+            else reason
+        )
     return None
 
 
 def is_conflict(error: BaseException) -> bool:
-    """True when PostgreSQL rolled a transaction back that can be tried again at once."""
+    """Return True when PostgreSQL has rolled back a transaction that may be retried at once."""
     return getattr(error, "sqlstate", None) in _CONFLICTS
 
 
 def words_of(error: BaseException) -> str | None:
-    """Return what the driver says in one line, without any value of a row; None if it is not the
-    driver's error. Not by the labels of its text: a server may speak another language."""
+    """Return the driver's message in one line without any value of a row; None for other errors.
+
+    The text's labels are not used, because the server may answer in another language.
+    """
     if PSYCOPG is None or not isinstance(error, PSYCOPG.Error):
         return None
     primary = error.diag.message_primary

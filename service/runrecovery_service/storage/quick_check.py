@@ -1,4 +1,4 @@
-"""Looks for damaged pages of a SQLite store at a start, within a bound of time."""
+"""Searches a SQLite store for damaged pages at a start, within a time limit."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from runrecovery_service.threads import start_thread
 
 AFTER_STOP_S: Final = 0.5
 AFTER_CRASH_S: Final = 10.0
-"""`quick_check` reads some 0.5 GB a second when the file is in memory."""
+"""`quick_check` reads some 0.5 GB per second when the file is in memory."""
 REPEAT_S: Final = 0.05
-"""An interruption between two statements has no effect, so it is repeated."""
+"""How often the interruption is repeated: one between two statements has no effect."""
 
 log = structlog.get_logger()
 
 
 def lacks_tables(connection: sqlite3.Connection) -> bool:
-    """True for a file without our tables: a mending saved nothing of it, for example."""
+    """Return True for a file without the service's tables, as a failed repair leaves it."""
     found = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'instance'").fetchone()
     return found is None
 
 
 def find_damage(connection: sqlite3.Connection) -> str | None:
-    """Return the first damage that SQLite finds in time, None if there is none.
+    """Return the first damage that SQLite finds within the time limit, None for none.
 
     Raises:
-        sqlite3.DatabaseError: the damage is such that SQLite cannot even look for it.
+        sqlite3.DatabaseError: the damage prevents the search itself.
     """
     within_s = AFTER_STOP_S if _was_stopped_in_order(connection) else AFTER_CRASH_S
     try:
@@ -46,19 +46,19 @@ def find_damage(connection: sqlite3.Connection) -> str | None:
 
 
 def one_line(finding: str) -> str:
-    """Return what a check says of one place, without the heading."""
+    """Return one finding of a check as one line, without the heading."""
     return " ".join(finding.removeprefix("*** in database main ***").split())
 
 
 def _was_stopped_in_order(connection: sqlite3.Connection) -> bool:
-    """A stop in order gives the lease up."""
+    """Return True after a planned stop, which releases the lease."""
     held = connection.execute("SELECT 1 FROM instance WHERE lease_until > 0 LIMIT 1").fetchone()
     return held is None
 
 
 @contextmanager
 def _interrupting(connection: sqlite3.Connection, within_s: float) -> Iterator[None]:
-    """Interrupt what the connection does once the time is over."""
+    """Interrupt the connection's statement when the time limit is reached."""
     done = threading.Event()
 
     def watch() -> None:

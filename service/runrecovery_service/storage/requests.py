@@ -1,4 +1,4 @@
-"""Receipts: a request_id has its effect once, and the same answer afterwards."""
+"""Receipts: a repeated request_id has no second effect, and gets the run of the first."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _ADD = Statement(
 
 
 def find_effect(db: Database, receipt: Receipt | None) -> int | None:
-    """Return the key of the run that this request has had its effect on, None if it has had none.
+    """Return the key of the run that this request has changed, None for a new request.
 
     Raises:
         RequestIdReused: the id was used with another method or payload.
@@ -57,10 +57,10 @@ def find_effect(db: Database, receipt: Receipt | None) -> int | None:
 
 
 def record_effect(db: Database, receipt: Receipt | None, *, run_key: int, now: datetime) -> None:
-    """Record the effect, in the caller's transaction.
+    """Record that the request has changed a run, in the caller's transaction.
 
     Raises:
-        Stale: the same request_id has had its effect since `find`.
+        Stale: the same request_id was recorded since `find_effect`.
     """
     if receipt is None:
         return

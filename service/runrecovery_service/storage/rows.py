@@ -1,7 +1,7 @@
-"""Between columns and domain values.
+"""Converts between columns and domain values.
 
-Decoding is lenient on purpose: a column that cannot be read shows as empty or None, so that one
-damaged row spoils no answer. Recovery is where damage is found and set aside.
+Decoding is lenient on purpose. An unreadable column becomes empty or None, so that one damaged row
+does not fail a whole response. Recovery finds damaged rows and quarantines them.
 """
 
 from __future__ import annotations
@@ -49,13 +49,15 @@ def to_us(time: datetime) -> int:
 def from_us(us: int) -> datetime:
     """Return microseconds since 1970 as an aware UTC time."""
     try:
-        return EPOCH + timedelta(0, 0, us)  # by position: half as long, and every run has several
-    except OverflowError:  # a damaged time; nobody must fail over it
+        return EPOCH + timedelta(
+            0, 0, us
+        )  # by position: twice as fast, and every run has several times
+    except OverflowError:  # a damaged time must not fail the response
         return EPOCH
 
 
 def from_us_or_none(us: int | None) -> datetime | None:
-    """As `from_us`; None stays None."""
+    """Return `from_us(us)`; None for None."""
     return None if us is None else from_us(us)
 
 
@@ -65,13 +67,13 @@ def to_json(value: JsonValue) -> str:
 
 
 def json_object(text: str | None) -> JsonObject:
-    """Return the stored object; empty when it cannot be read."""
+    """Return the stored object; empty for unreadable text."""
     value = json_value(text)
     return value if isinstance(value, dict) else {}
 
 
 def json_value(text: str | None) -> JsonValue:
-    """Return the stored value; None when it cannot be read."""
+    """Return the stored value; None for unreadable text."""
     if text is None:
         return None
     try:
@@ -98,13 +100,13 @@ _WORDS: Final[dict[type[StrEnum], dict[str, Any]]] = {
 
 
 def enum_from_text(kind: type[E], text: str | None) -> E | None:
-    """Return the enum member of a stored word, None for a missing or unknown one."""
+    """Return the enum member of a stored word; None for a missing or unknown word."""
     member: E | None = _WORDS[kind].get(text or "")
     return member
 
 
 def finding_from(verdict: str | None, reason: str | None) -> SessionFinding | None:
-    """Return the finding that two columns hold; None: none, or of a verdict not known here."""
+    """Return the finding in two columns; None for no finding or an unknown verdict."""
     known = enum_from_text(SessionVerdict, verdict)
     return None if known is None else SessionFinding(known, enum_from_text(SessionReason, reason))
 
@@ -145,11 +147,11 @@ LARGE_COLUMNS: Final = tuple(
     for at, column in enumerate((*RUN_COLUMNS, *INTERACTION_COLUMNS))
     if column.name in {"input", "output", "labels", "error_message", "prompt", "options"}
 )
-"""Where in a row of `runs.select()` the texts of any size are."""
+"""The positions of the columns of `runs.select()` that can hold long texts."""
 
 
 def run_from_row(row: Row) -> Run:
-    """Decode the columns of `runs.SELECT`: the run, its open question, its latest decision."""
+    """Return the run in a row of `runs.select()`, with its open question and latest decision."""
     (
         key, run_id, engine, labels, status, profile, restart_policy,
         max_attempts, input_, output, error_code, error_message,
@@ -166,7 +168,7 @@ def run_from_row(row: Row) -> Run:
         run_id=run_id,
         engine=engine,
         labels={} if labels == "{}" else {k: str(v) for k, v in json_object(labels).items()},
-        # What was set aside is neither active nor ended, whatever its row says.
+        # A quarantined run is neither active nor ended, whatever its row says.
         status=None if quarantined else enum_from_text(RunStatus, status),
         profile=enum_from_text(Profile, profile),
         restart_policy=enum_from_text(RestartPolicy, restart_policy) or RestartPolicy.FAIL,
@@ -203,19 +205,19 @@ def _seconds(us: int | None) -> float | None:
 
 
 def _error(code: str, message: str | None, row: Row) -> RunError:
-    """A recovery stores no message: it is its rule's."""
+    """Return the stored error. A recovery stores no message: the message is that of its rule."""
     return RunError(code=code, message=message or BECAUSE.get(row[_RULE_AT]) or "")
 
 
 def session_from_columns(kind: str | None, handle: str | None, turn: int | None) -> Session | None:
-    """Return the stored session, None when any part of it is missing."""
+    """Return the stored session; None when its type or handle is missing."""
     if not kind or not handle:
         return None
     return Session(type=kind, handle=handle, turn=turn or 0)
 
 
 def recovery_from_row(row: Row) -> RecoveryInfo | None:
-    """Decode RECOVERY_COLUMNS; None when the decision or its report is not there."""
+    """Return the decision in RECOVERY_COLUMNS; None without a decision or a report."""
     state, at, rule, before, after, error_code, count, ended, report, instance, epoch = row
     if state is None or report is None:
         return None
@@ -238,7 +240,7 @@ def recovery_from_row(row: Row) -> RecoveryInfo | None:
 
 
 def interaction_from_row(row: Row) -> Interaction:
-    """Decode INTERACTION_COLUMNS."""
+    """Return the question in INTERACTION_COLUMNS."""
     (
         no, kind, prompt, options, state, asked_at, replied_at, response,
         wait_deadline_at, auto_decided,
@@ -263,7 +265,7 @@ def options_to_json(options: tuple[Option, ...]) -> str:
 
 
 def options_from_json(text: str) -> tuple[Option, ...]:
-    """Return the stored options; what cannot be read is left out."""
+    """Return the stored options without the unreadable ones."""
     stored = json_value(text)
     if not isinstance(stored, list):
         return ()

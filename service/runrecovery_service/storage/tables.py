@@ -1,4 +1,4 @@
-"""The tables as this version reads and writes them. `migrations/` holds how they came to be.
+"""The tables as this version reads and writes them. `migrations/` creates them.
 
 Not here: `migration_checksum` and, in a SQLite store, `commit_count`. They are bookkeeping of the
 store itself, which `migrate.py` and `commit_count.py` read before a store counts as usable.
@@ -14,14 +14,17 @@ from runrecovery_service.domain.run import TERMINAL, RecoveryState
 
 
 def sql_words(words: frozenset[str] | tuple[str, ...]) -> str:
-    """Return constant words as the inside of a SQL `IN (…)`. For our own words only."""
+    """Return words as the inside of a SQL `IN (…)`. Only for constants of the service."""
     return ", ".join(f"'{word}'" for word in sorted(words))
 
 
 def live(of: str = "") -> str:
-    """Return the condition for runs that a restart must decide on; `of` is a prefix like `r.`.
+    """Return the condition for runs that a restart must decide on.
 
-    The partial index has the same words, or it would go unused.
+    The partial index has the same text; otherwise the database would not use the index.
+
+    Args:
+        of: a prefix of the columns, like `r.`.
     """
     return (
         f"{of}status NOT IN ({sql_words(frozenset(TERMINAL))})"
@@ -33,14 +36,14 @@ LIVE: Final = live()
 
 
 class Run(pw.Model):
-    """One row a run, clustered by `id`.
+    """One row per run, clustered by `id`.
 
-    `…_due_us` are deadlines by the steady clock `due_clock`; `retired_…` is the session of a run
-    that a recovery failed and that can be set back until `reopenable_until`; `session_mark` is what
-    the session's file was when the latest question was recorded.
+    `…_due_us` are deadlines on the steady clock `due_clock`. `retired_…` is the session of a failed
+    run that can be reopened until `reopenable_until`. `session_mark` is the session fingerprint of
+    the latest question.
 
-    `status`, `profile` and `restart_policy` bear no CHECK: a newer version running beside this one
-    may write a word that is unknown here, and recovery sets such a row aside instead of failing.
+    `status`, `profile` and `restart_policy` have no CHECK constraint. A newer version that runs
+    beside this one may write an unknown word; recovery quarantines such a row and does not fail.
     """
 
     id = pw.BigAutoField()
@@ -118,8 +121,10 @@ class Interaction(pw.Model):
 
 
 class RunEvent(pw.Model):
-    """One event of a run; `no` is its sequence. The creation, 1, and what RecoveryEvent holds are
-    not here."""
+    """One event of a run; `no` is its sequence.
+
+    The creation, 1, and the events of `RecoveryEvent` have no row here.
+    """
 
     run = pw.BigIntegerField()
     no = pw.BigIntegerField()
@@ -136,7 +141,7 @@ class RunEvent(pw.Model):
 
 
 class RunLabel(pw.Model):
-    """The labels of runs once more, to find runs by them."""
+    """The labels of runs, indexed for searches."""
 
     key = pw.TextField()
     value = pw.TextField()
@@ -148,8 +153,10 @@ class RunLabel(pw.Model):
 
 
 class RecoveryEvent(pw.Model):
-    """One decision of one restart for one run, and what it saw. Append-only; `no` counts the run's
-    decisions, `sequence` is its place among the run's events."""
+    """One decision of one recovery for one run, with its facts. Append-only.
+
+    `no` counts the run's decisions. `sequence` is the decision's number among the run's events.
+    """
 
     run = pw.BigIntegerField()
     no = pw.BigIntegerField()
@@ -176,7 +183,7 @@ class RecoveryEvent(pw.Model):
 
 
 class Reconciliation(pw.Model):
-    """The report of one restart. JSON columns hold what is only ever read as a whole."""
+    """The report of one recovery. JSON columns hold values that are always read as a whole."""
 
     id = pw.BigAutoField()
     reconciliation_id = pw.TextField(unique=True)
@@ -205,7 +212,7 @@ class Reconciliation(pw.Model):
 
 
 class Quarantine(pw.Model):
-    """Why a run was set aside."""
+    """Why a run was quarantined."""
 
     id = pw.BigAutoField()
     run = pw.BigIntegerField(index=True)
@@ -219,7 +226,7 @@ class Quarantine(pw.Model):
 
 
 class Instance(pw.Model):
-    """A running copy of the service, by name. `epoch` is its boot counter and only rises."""
+    """A configured replica of the service. `epoch` counts its starts."""
 
     name = pw.TextField(primary_key=True)
     epoch = pw.BigIntegerField()
@@ -236,8 +243,10 @@ class Instance(pw.Model):
 
 
 class InstanceEpoch(pw.Model):
-    """The epoch of an instance once more: writers hold this row while they write, so that a claim
-    waits for them, and a renewal does not."""
+    """The epoch of an instance again, in a row that writers lock.
+
+    A claim waits for the writers' locks; a renewal of the lease does not.
+    """
 
     name = pw.TextField(primary_key=True)
     epoch = pw.BigIntegerField()
@@ -248,7 +257,7 @@ class InstanceEpoch(pw.Model):
 
 
 class ProcessLease(pw.Model):
-    """One launch, recorded before it happens. `pid` and `start_ticks` are the shim's."""
+    """One launch record, written before the spawn. `pid` and `start_ticks` are the shim's."""
 
     id = pw.BigAutoField()
     run = pw.BigIntegerField()
@@ -280,9 +289,12 @@ class ProcessLease(pw.Model):
 
 
 class TrustEntry(pw.Model):
-    """An entry of ours in a file of an agent CLI, on record from before it is there until after it
-    is out: `removed_at` is when it was taken out, `away` why it could not be, and `look_at` when
-    to look again. `added` is opaque here: the room `trust` writes and reads it."""
+    """A trust entry of the service in a file of an agent CLI.
+
+    The row is written before the entry is added and deleted after the entry is removed.
+    `removed_at` is the time of the removal, `away` why the removal failed, `look_at` the time of
+    the next check. `added` is opaque here: the package `trust` writes and reads it.
+    """
 
     file = pw.TextField()
     folder = pw.TextField()
@@ -305,7 +317,7 @@ class TrustEntry(pw.Model):
 
 
 class RequestReceipt(pw.Model):
-    """Proof that a request_id had its effect; commits together with it."""
+    """The proof that a request was carried out, committed with its effect."""
 
     request_id = pw.TextField(primary_key=True)
     method = pw.TextField()

@@ -1,7 +1,7 @@
-"""Tries the statements that the work consists of, and undoes what they changed.
+"""Tries the statements of ordinary work for the health check, and rolls them back.
 
-That the lease can be renewed says little: its row lies on one page of a SQLite file, and a damaged
-page elsewhere can keep every queued run from being taken.
+A successful renewal of the lease proves little: its row is on one page of a SQLite file. A damaged
+page elsewhere can prevent every queued run from being taken.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def read_newest_run(db: Database) -> None:
 
 
 def demand_rights(db: Database) -> None:
-    """Ask what the role may do with every table, also with those that are seldom needed.
+    """Raise if the role lacks a privilege on any table, even on a seldom used one.
 
     Raises:
-        StorageUnavailable: it lacks a privilege, or a table is gone.
+        StorageUnavailable: a privilege or a table is missing.
     """
     if reason := missing_for_work(db):
         log.warning("storage.failed", error=reason, meaning=StorageUnavailable.__name__)
@@ -52,7 +52,7 @@ def demand_rights(db: Database) -> None:
 def try_create_and_take(
     db: Database, *, owner: Owner, due_in: DueIn, steady: SteadyTime, now: datetime
 ) -> None:
-    """Create a run and take the next one, as CreateRun and the dispatcher do; undo both."""
+    """Create a run and take the next one, as CreateRun and the dispatcher do. Roll both back."""
     new = NewRun(
         run_id=f"trial-{secrets.token_hex(16)}",
         engine="trial",
@@ -74,4 +74,4 @@ def try_create_and_take(
             now=now,
         )
         raise _Undo
-    db.take_changed_runs()  # nothing of it is to be announced
+    db.take_changed_runs()  # a rolled-back trial must not be announced

@@ -1,8 +1,8 @@
-"""Entries that let agent CLIs trust the workspaces of runs: which are in which file, and whose.
+"""Trust entries: the service's entries in the files of agent CLIs, for the workspaces of runs.
 
-A row is written before its entry and marked after it is out, so that what is in a file is on
-record. The rows of one file and place change only while the lock there is held; see
-`execution.trusting`.
+A row is written before its entry is added, and changed after the entry is removed: every entry in a
+file is recorded. The rows of one file change only while the lock beside the file is held; see
+`agents.trust_keeper`.
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ from runrecovery_service.storage.tables import live
 
 ROWS_PER_STATEMENT: Final = 500
 FAR: Final = timedelta(minutes=2)
-"""No look is put off for so long: a time beyond it was written by a clock that was ahead."""
+"""The longest delay of a check. A later time was written by a clock that was ahead."""
 
 After = tuple[int, str, str]
-"""The place of a row in the order of `stale`."""
+"""The position of a row in the order of `stale_entries`."""
 
 
 class NotRemoved(StrEnum):
-    """Why an entry could not be taken out."""
+    """Why an entry could not be removed."""
 
     PLACE = "place"
-    """The folder of the file, or the lock that was there, is not there."""
+    """The folder of the file, or its lock, does not exist."""
     FILE = "file"
-    """The file is not there, or holds nothing."""
+    """The file does not exist or is empty."""
     RECORD = "record"
-    """What is on record is damaged, or led to a failure."""
+    """The record is damaged, or its removal failed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrustEntry:
-    """An entry on record.
+    """A recorded entry.
 
     Attributes:
         file: the real path of the CLI's file.
-        place: what tells this file from another one of the same path.
-        cli: whose file it is.
-        added: what `trust.entry.Added` says, as it wrote it.
-        ours: it was made on this host.
-        removed_at: when it was taken out.
-        away: why it could not be, and since when.
+        place: the identity of the file's lock, which distinguishes files of the same path.
+        cli: the agent CLI that the file belongs to.
+        added: the text of `trust.entry.Added`.
+        ours: True for an entry that was made on this host.
+        removed_at: when the entry was removed.
+        away, away_since: why and since when the entry could not be removed.
     """
 
     file: str
@@ -69,22 +69,23 @@ class TrustEntry:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What it is found by."""
+        """The primary key of the row."""
         return self.file, self.folder, self.place
 
     @property
     def after(self) -> After:
-        """Where it is in the order of `stale`."""
+        """The position in the order of `stale_entries`."""
         return self.created_us, self.folder, self.place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EntryUpdate:
-    """What is to be on record of an entry that stays there.
+    """The change of a recorded entry that is kept.
 
     Attributes:
-        removed_at: when it was taken out; it is only looked at again.
-        away: why it could not be.
+        look_at: the time of the next check.
+        removed_at: when the entry was removed; the file is only checked again.
+        away, away_since: why and since when the entry could not be removed.
     """
 
     look_at: datetime
@@ -95,20 +96,22 @@ class EntryUpdate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EntryOutcome:
-    """What a look at a file came to: entries to forget, and marks of others."""
+    """The result of editing a file: rows to delete, and changes of other rows."""
 
     forget: tuple[TrustEntry, ...] = ()
     marks: Mapping[EntryUpdate, Sequence[TrustEntry]] = field(default_factory=dict)
 
 
 def _ours(db: Database) -> str:
-    """Return the condition, with one parameter, for entries of this host. A SQLite store is one
-    service's: all of its entries are, though it may have been called otherwise then."""
+    """Return the condition for entries of this host. Parameter: the host.
+
+    In a SQLite store every entry is of this host, even one under another host name.
+    """
     return "? IS NOT NULL" if db.dialect.kind is DatabaseKind.SQLITE else "t.host_id = ?"
 
 
 _STALE: Final = f"(r.id IS NULL OR r.attempt > t.attempt OR NOT ({live('r.')}))"
-"""Nobody needs it any more: its run is over, set aside or gone, or works in another workspace."""
+"""No run needs the entry: its run has ended, is quarantined or gone, or has a new workspace."""
 _FROM: Final = "FROM trust_entry t LEFT JOIN run r ON r.id = t.run"
 _WANTED: Final = (
     f"(t.removed_at IS NOT NULL OR {_STALE})"
@@ -118,7 +121,7 @@ _NEWEST_FIRST: Final = "ORDER BY t.created_at DESC, t.folder DESC, t.place DESC"
 
 
 def _select(db: Database) -> str:
-    """Return the beginning of a query for entries, with one parameter: the host."""
+    """Return the first part of a query for entries. Parameter: the host."""
     ours = f"CASE WHEN {_ours(db)} THEN 1 ELSE 0 END"
     return (
         "SELECT t.file, t.folder, t.place, t.cli, t.run, COALESCE(r.run_id, ''), t.attempt,"
@@ -149,18 +152,18 @@ def _entry(row: Row) -> TrustEntry:
 
 
 def _due(now: datetime | None) -> tuple[int, int]:
-    """Return the parameters of `_WANTED`; None: whenever it is due."""
+    """Return the parameters of `_WANTED`. None selects entries regardless of their next check."""
     if now is None:
         return (0, -1)
     return (to_us(now), to_us(now + FAR))
 
 
 def recorded_entries(db: Database, host_id: str, file: str, place: str) -> dict[str, str]:
-    """Return what was added to a file, by folder."""
+    """Return the text of each recorded entry of a file, by folder."""
     rows = db.fetch_all(
         f"SELECT t.folder, t.added FROM trust_entry t WHERE t.file = ? AND t.removed_at IS NULL"
-        # The place is another one when its lock was removed. Of two words for one folder the one
-        # of this place counts, else the newest.
+        # A removed lock changes the place. Of two entries for one folder the one with this place
+        # wins, else the newest.
         f" AND (t.place = ? OR {_ours(db)})"
         " ORDER BY CASE WHEN t.place = ? THEN 1 ELSE 0 END, t.created_at",
         (file, place, host_id, place),
@@ -171,10 +174,10 @@ def recorded_entries(db: Database, host_id: str, file: str, place: str) -> dict[
 def record_entry(
     db: Database, entry: TrustEntry, *, host_id: str, owner: Owner, now: datetime
 ) -> None:
-    """Put an entry on record, or on record anew.
+    """Record an entry, or record it again.
 
     Raises:
-        Fenced: its run is not ours to launch any more.
+        Fenced: this epoch may no longer launch the run.
     """
     with db.transaction():
         found = db.fetch_one(
@@ -208,11 +211,13 @@ def record_entry(
 
 
 def stale_files(db: Database, host_id: str, *, now: datetime | None) -> list[tuple[str, str, bool]]:
-    """Return the files with entries that nobody needs any more, or that are to be looked at again,
-    the place of each, and whether the entries are of this host.
+    """Return the files with entries to remove or to check again.
 
     Args:
-        now: leave out what is to be looked at later; None: leave out nothing.
+        now: leave out entries whose next check is later; None: leave out none.
+
+    Returns:
+        The path and place of each file, and whether the entries are of this host.
     """
     rows = db.fetch_all(
         f"SELECT DISTINCT t.file, t.place, CASE WHEN {_ours(db)} THEN 1 ELSE 0 END {_FROM}"
@@ -225,8 +230,10 @@ def stale_files(db: Database, host_id: str, *, now: datetime | None) -> list[tup
 def stale_entries(
     db: Database, host_id: str, file: str, *, now: datetime | None, after: After | None, limit: int
 ) -> list[TrustEntry]:
-    """Return the entries of a file that `stale_places` speaks of, the newest first: in this order
-    each is next to what it was put behind."""
+    """Return the entries of a file to remove or to check again, the newest first.
+
+    The newest entry is the last one in the file, so that each removal is next to the one before.
+    """
     rest = "" if after is None else " AND (t.created_at, t.folder, t.place) < (?, ?, ?)"
     rows = db.fetch_all(
         f"{_select(db)} WHERE t.file = ? AND {_WANTED}{rest} {_NEWEST_FIRST} LIMIT ?",
@@ -236,7 +243,7 @@ def stale_entries(
 
 
 def entries_of_run(db: Database, host_id: str, run_id: str, *, owner: Owner) -> list[TrustEntry]:
-    """Return the entries of a run that is ours; none, if a newer epoch has taken it over."""
+    """Return the entries of a run; none if another epoch owns the run."""
     rows = db.fetch_all(
         f"{_select(db)} WHERE r.run_id = ? AND t.removed_at IS NULL AND r.owner = ?"
         f" AND r.owner_epoch = ? {_NEWEST_FIRST}",
@@ -246,10 +253,10 @@ def entries_of_run(db: Database, host_id: str, run_id: str, *, owner: Owner) -> 
 
 
 def record_outcome(db: Database, done: EntryOutcome, *, only_stale: bool) -> None:
-    """Put on record what a look at a file came to.
+    """Record the result of editing a file.
 
     Args:
-        only_stale: leave alone those that are needed again: a run was set back in between.
+        only_stale: keep the rows of entries that are needed again, because a run was reopened.
     """
     with db.transaction():
         _each(db, "DELETE FROM trust_entry AS t", (), done.forget, only_stale=only_stale)

@@ -1,7 +1,7 @@
-"""Reads the index of a SQLite log (`-shm`): what the log and the database file must hold now.
+"""Parses the index of a SQLite log (`-shm`): what the log and the database file must contain.
 
 The layout is that of https://sqlite.org/walformat.html, section 2. SQLite changes the files in this
-order, so that two equal readings with a look between them prove what the files hold:
+order. Two equal readings of the index prove what the files contained between the readings:
 
 - A commit writes its frames into the log, and then their number into the index.
 - A new log begins in the index, without frames; then its header is written, or the log is cut.
@@ -24,7 +24,7 @@ _VERSION: Final = 3_007_000
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """A committed frame of the log: SQLite does not write it again as long as the salt stays."""
+    """A committed frame of the log. SQLite does not rewrite it while the salt stays."""
 
     number: int
     salt: bytes
@@ -33,27 +33,28 @@ class Frame:
 
     @property
     def offset(self) -> int:
-        """Where in the log it begins."""
+        """The offset of the frame in the log."""
         return LOG_HEADER_SIZE + (self.number - 1) * (FRAME_HEADER_SIZE + self.page_size)
 
     @property
     def end(self) -> int:
-        """Where in the log it ends."""
+        """The offset after the frame in the log."""
         return self.offset + FRAME_HEADER_SIZE + self.page_size
 
     def is_in(self, header: bytes) -> bool:
-        """True if a frame's header is that of this frame."""
+        """Return True if these bytes are the header of this frame."""
         return header[8:24] == self.salt + self.checksum
 
 
 @dataclass(frozen=True, slots=True)
 class WalIndex:
-    """What the index says.
+    """The content of the index.
 
     Attributes:
-        change: a counter of the changes of the index.
-        copied: how many frames are in the database file as well.
-        copying: how many frames a checkpoint has begun to copy.
+        change: counts the changes of the index.
+        last: the last committed frame.
+        copied: how many frames are also in the database file.
+        copying: how many frames a checkpoint has started to copy.
     """
 
     change: int
@@ -63,14 +64,20 @@ class WalIndex:
 
     @property
     def file_state(self) -> tuple[bytes, int] | None:
-        """Return what stays equal for as long as SQLite does not write into the database file;
-        None while it may be writing."""
+        """A value that stays equal while SQLite does not write into the database file.
+
+        None while SQLite may be writing.
+        """
         settled = self.copied == self.copying <= self.last.number
         return (self.last.salt, self.copied) if settled else None
 
 
 def parse(raw: bytes) -> WalIndex | None:
-    """Return what the first `SIZE` bytes of an index say; None while they are being written."""
+    """Return the content of an index; None while SQLite is writing it.
+
+    Args:
+        raw: the first `SIZE` bytes of the file.
+    """
     if len(raw) < SIZE or raw[:48] != raw[48:96]:
         return None
     version, _, change, ready, _, size, frames, _, sum1, sum2, salt, _ = _HEADER.unpack(raw[:48])
