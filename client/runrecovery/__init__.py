@@ -9,8 +9,8 @@ Quick start:
         run = client.runs.create(engine="demo", input={"task": "hello"})
         print(client.wait_for_run(run.run_id, timeout_s=60).status)
 
-`AsyncRunRecoveryClient` has the same methods to await. Answers are the generated messages of
-`runrecovery.v1`; failures are the classes of `runrecovery.errors`.
+`AsyncRunRecoveryClient` has the same methods for asyncio. Results are the generated messages of
+`runrecovery.v1`; failed calls raise the classes of `runrecovery.errors`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How a channel to the service is set up: retries, keepalive, sizes."""
+"""Options of a channel to the service: retries, keepalive, sizes, proxies."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ ChannelOption: TypeAlias = tuple[str, "int | str"]
 
 DEFAULT_TIMEOUT_S = 10.0
 DEFAULT_PAGE_SIZE = 50
-# gRPC's own 4 MiB is four runs of the largest input. The service is trusted with more.
+# gRPC's default of 4 MiB is four runs with the largest input.
 DEFAULT_MAX_RECEIVE_BYTES = 64 * 1024 * 1024
 
-# A request above this size is not kept and so not sent again; gRPC's own 256 KiB is less than
-# the 1 MiB that the service accepts.
+# gRPC does not retry a request above this size. Its default of 256 KiB is less than the 1 MiB that
+# the service accepts.
 _RETRY_BUFFER_BYTES = 4 * 1024 * 1024
 
 # gRPC adds jitter, stops at 5 attempts, and obeys the pushback trailer of the service.
@@ -27,8 +27,7 @@ _RETRY_POLICY = {
     "initialBackoff": "0.2s",
     "maxBackoff": "3s",
     "backoffMultiplier": 2,
-    # CANCELLED: a server that stops answers with it what reaches it too late. A cancel of the
-    # caller's own is never retried.
+    # A stopping server answers late calls with CANCELLED. A cancel by the caller is never retried.
     "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
 }
 
@@ -46,7 +45,7 @@ _SERVICE_CONFIG = {
             "name": [{"service": service.full_name} for service in _SERVICES],
             "retryPolicy": _RETRY_POLICY,
         },
-        # The more specific name wins: a stream is resumed from where it broke, not repeated.
+        # The more specific name wins: streams are not retried, because the client resumes them.
         {
             "name": [
                 {"service": service.full_name, "method": method.name}
@@ -65,26 +64,26 @@ def channel_options(
     max_receive_bytes: int = DEFAULT_MAX_RECEIVE_BYTES,
     options: Sequence[ChannelOption] = (),
 ) -> list[ChannelOption]:
-    """The options that a channel to the service needs for retries and long waits.
+    """Return the channel options for retries and long waits.
 
-    Give them to a channel that you make yourself; the clients use them for theirs.
+    The clients use them for their own channels. Use them for a channel that you make yourself.
 
     Args:
-        target: where the channel leads. On this machine (loopback, a Unix socket) it uses no
-            proxy, whatever `http_proxy` and its siblings say.
-        max_receive_bytes: the largest answer to accept; a page of runs holds the inputs and
-            outputs of its runs. -1 means any size.
-        options: further gRPC channel options; they win over these.
+        target: the target of the channel. For loopback and Unix sockets, proxy variables such as
+            `http_proxy` are ignored.
+        max_receive_bytes: size of the largest response to accept; a page of runs has the inputs
+            and outputs of its runs. -1 means no limit.
+        options: further gRPC channel options; they override these.
     """
     own: dict[str, int | str] = {
         "grpc.service_config": json.dumps(_SERVICE_CONFIG),
         "grpc.enable_retries": 1,
         "grpc.per_rpc_retry_buffer_size": _RETRY_BUFFER_BYTES,
-        # The service allows a ping every 10 s; a follower may hear nothing for hours.
+        # The service allows a ping every 10 s. A stream may be silent for hours.
         "grpc.keepalive_time_ms": 30_000,
         "grpc.keepalive_timeout_ms": 10_000,
         "grpc.http2.max_pings_without_data": 0,
-        # gRPC backs off up to 2 minutes, longer than a restart and any deadline here.
+        # gRPC's default is up to 2 minutes, longer than a restart and any deadline here.
         "grpc.initial_reconnect_backoff_ms": 200,
         "grpc.max_reconnect_backoff_ms": 2_000,
         "grpc.max_receive_message_length": max_receive_bytes,
@@ -122,11 +121,11 @@ def _is_loopback(host: str) -> bool:
         return False
     if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
         address = address.ipv4_mapped
-    return address.is_loopback or address.is_unspecified  # Linux takes the latter for loopback
+    return address.is_loopback or address.is_unspecified  # Linux: 0.0.0.0 is loopback, too
 
 
 def required_target(target: str | None) -> str:
-    """The target, which a client without a channel of its caller needs."""
+    """Return the target; raise TypeError if there is none."""
     if not target:
         raise TypeError("give a target, for example '127.0.0.1:50051', or a channel")
     return target

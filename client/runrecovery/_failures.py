@@ -1,4 +1,4 @@
-"""Turns a gRPC error into the client's own, by what its trailers say."""
+"""Converts gRPC errors into errors of the client, by their trailers."""
 
 from __future__ import annotations
 
@@ -49,28 +49,28 @@ BY_REASON: Mapping[str, type[RunRecoveryClientError]] = {
     "INTERNAL": errors.InternalError,
 }
 
-# Codes that mean one thing whoever sends them. The others (FAILED_PRECONDITION, ABORTED, …)
-# stand for several of our cases and say nothing without a reason.
+# Codes with one meaning. The others (FAILED_PRECONDITION, ABORTED, …) are used for several cases,
+# so they mean nothing without a reason.
 BY_CODE: Mapping[grpc.StatusCode, type[RunRecoveryClientError]] = {
     grpc.StatusCode.NOT_FOUND: errors.NotFound,
     grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidRequest,
     grpc.StatusCode.UNAVAILABLE: errors.Unavailable,
-    grpc.StatusCode.CANCELLED: errors.Unavailable,  # by the server or a proxy that stops
+    grpc.StatusCode.CANCELLED: errors.Unavailable,  # from a stopping server or proxy
     grpc.StatusCode.RESOURCE_EXHAUSTED: errors.ResourceExhausted,
     grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
     grpc.StatusCode.INTERNAL: errors.InternalError,
 }
 
 CHANNEL_CLOSED = "Channel closed!"
-"""gRPC's text when the caller closed the channel under a call: nothing to retry or resume."""
+"""gRPC's text when the caller closed the channel during a call: nothing to retry or resume."""
 
 MessageT = TypeVar("MessageT", bound=Message)
 
 
 def from_rpc_error(error: grpc.RpcError) -> RunRecoveryClientError:
-    """The client's error for a gRPC one. Raise it `from` the latter."""
+    """Return the client's error for a gRPC error. Raise it `from` the gRPC error."""
     pairs = cast("Iterable[tuple[str, str | bytes]]", error.trailing_metadata() or ())
-    # A tuple first: the metadata of grpc.aio has keys(), which misleads dict().
+    # As a tuple, because grpc.aio's metadata have keys(), which dict() would misread.
     details = read_details(error.code(), dict(tuple(pairs)))
     kind = BY_REASON.get(details.reason) or BY_CODE.get(details.code, errors.UnrecognizedError)
     if details.code is grpc.StatusCode.CANCELLED and CHANNEL_CLOSED in (error.details() or ""):
@@ -79,7 +79,7 @@ def from_rpc_error(error: grpc.RpcError) -> RunRecoveryClientError:
 
 
 def read_details(code: grpc.StatusCode, trailers: Mapping[str, str | bytes]) -> ErrorDetails:
-    """Everything that the trailers of a failed call say, in one value."""
+    """Return the details in the trailers of a failed call."""
     packed = _packed_details(trailers.get(STATUS_TRAILER))
     info = _unpack(packed, error_details_pb2.ErrorInfo)
     ours = info.domain == DOMAIN
@@ -101,12 +101,12 @@ def _packed_details(trailer: str | bytes | None) -> list[AnyMessage]:
         return []
     try:
         return list(status_pb2.Status.FromString(trailer).details)
-    except DecodeError:  # a proxy's own idea of the trailer must not hide the error itself
+    except DecodeError:  # an invalid trailer, from a proxy, must not hide the error
         return []
 
 
 def _unpack(packed: Iterable[AnyMessage], kind: type[MessageT]) -> MessageT:
-    """The first detail of this kind, or an empty one."""
+    """Return the first detail of this type, or an empty message."""
     found = kind()
     for detail in packed:
         if detail.TypeName() == kind.DESCRIPTOR.full_name:

@@ -1,6 +1,6 @@
-"""Every call of the contract as a value: its path, its request, how to read its answer.
+"""Every call of the contract as a value: path, request, and decoder of the response.
 
-Both clients perform these values, so what is asked and what is answered is said once.
+Both clients send these values, so requests and responses are defined once.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ RowT = TypeVar("RowT")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call(Generic[ResultT_co]):
-    """One call, ready to be sent.
+    """One call, ready to send.
 
     Attributes:
         path: `/package.Service/Method`.
         request: the message to send.
-        decode: makes the result from the bytes of the answer.
-        wait_for_ready: wait for a server that is not there yet, as long as the deadline lasts.
+        decode: converts the bytes of the response into the result.
+        wait_for_ready: wait until the deadline for a server that does not run yet.
     """
 
     path: str
-    request: Message = field(repr=False)  # it may hold a session handle, which is a secret
+    request: Message = field(repr=False)  # may contain a session handle, a secret
     decode: Callable[[bytes], ResultT_co]
     wait_for_ready: bool = True
 
     def encode(self, request: Message) -> bytes:
-        """The bytes of the request."""
+        """Return the bytes of the request."""
         return request.SerializeToString()
 
 
@@ -57,19 +57,19 @@ class Page(Generic[RowT]):
 
 @dataclass(frozen=True, slots=True)
 class PlanPage(Page[recovery_service_pb2.PlannedDecision]):
-    """A page of the plan; the first one tells what all of it comes to."""
+    """A page of the plan; the first page has the totals."""
 
     totals: recovery_service_pb2.RecoveryPlan
 
 
 @dataclass(frozen=True, slots=True)
 class Plan(Generic[DecisionsT_co]):
-    """What a restart would decide at this moment.
+    """What a restart would decide now.
 
     Attributes:
-        totals: all of it in numbers.
-        decisions: an iterator over every decision, in the order in which it would be made, page
-            by page as they are consumed. It can be walked once.
+        totals: the numbers of the whole plan.
+        decisions: an iterator over the decisions in their order, which fetches pages as needed.
+            It can be used once.
     """
 
     totals: recovery_service_pb2.RecoveryPlan
@@ -77,11 +77,11 @@ class Plan(Generic[DecisionsT_co]):
 
 
 Listing: TypeAlias = Callable[[str], Call[Page[RowT]]]
-"""The call for the page that a token names; the empty token names the first."""
+"""Returns the call for the page of a token; the empty token means the first page."""
 
 
 class ServingStatus(StrEnum):
-    """What a health check answers, as in grpc.health.v1."""
+    """The status of a health check, as in grpc.health.v1."""
 
     UNKNOWN = "UNKNOWN"
     SERVING = "SERVING"
@@ -234,7 +234,7 @@ def stream_output(
         path=_RUNS + "StreamOutput",
         request=request,
         decode=run_service_pb2.StreamOutputResponse.FromString,
-        # It has no deadline: the client's own reconnecting bounds the wait for a server.
+        # Streams have no deadline: the client's reconnecting limits the wait for a server.
         wait_for_ready=False,
     )
 
@@ -347,21 +347,21 @@ def get_reconciliation(reconciliation_id: str) -> Call[recovery_pb2.Reconciliati
 
 
 def check_health(service: str) -> Call[ServingStatus]:
-    """A health check that needs no grpcio-health-checking.
+    """Return a health check that needs no grpcio-health-checking.
 
-    HealthCheckRequest and HealthCheckResponse have one field each, and on the wire they are
-    the same as these wrappers; so nothing is registered that another package registers too.
+    HealthCheckRequest and HealthCheckResponse have one field each, and the same wire format as
+    these wrappers. So this package registers no message that another package registers too.
     """
     return Call(
         path="/grpc.health.v1.Health/Check",
         request=wrappers_pb2.StringValue(value=service),
         decode=_serving_status,
-        wait_for_ready=False,  # a probe tells what is, and at once
+        wait_for_ready=False,  # a probe reports the present state at once
     )
 
 
 def new_request_id() -> str:
-    """One id for one logical call, however often it is sent."""
+    """Return a new id for one logical call and its retries."""
     return str(uuid.uuid4())
 
 

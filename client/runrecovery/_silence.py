@@ -1,4 +1,4 @@
-"""Notices a stream that has gone silent, for readers that block."""
+"""Cancels a stream that has gone silent, for blocking readers."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from typing import TypeVar
 MessageT = TypeVar("MessageT")
 
 
-class SilenceGuard:
-    """Cancels a stream while its reader waits in vain; a thread, as a blocking read has no limit.
+class SilenceTimeout:
+    """Cancels a stream whose reader waits too long.
 
-    Only the waiting counts: what the caller does between two messages is none of the stream's
-    silence.
+    It uses a thread, because a blocking read has no timeout.
+
+    Only waiting for a message counts, not the time that the caller spends between two messages.
 
     Args:
-        silence_s: seconds of waiting after which the stream is dead.
-        cancel: ends the stream, from another thread.
+        silence_s: seconds of waiting after which the stream is cancelled.
+        cancel: cancels the stream; it is called from another thread.
     """
 
     def __init__(
@@ -28,36 +29,36 @@ class SilenceGuard:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.has_cut = False
+        self.has_expired = False
         self._silence_s = silence_s
         self._cancel = cancel
         self._clock = clock
-        self._listening_since: float | None = None
+        self._waiting_since: float | None = None
         self._ended = threading.Event()
-        threading.Thread(target=self._guard, name="runrecovery-silence", daemon=True).start()
+        threading.Thread(target=self._run, name="runrecovery-silence", daemon=True).start()
 
-    def heard(self, stream: Iterator[MessageT]) -> Iterator[MessageT]:
-        """The messages of the stream; it raises what the stream raises, also when it is cut."""
-        self._listening_since = self._clock()
+    def watch(self, stream: Iterator[MessageT]) -> Iterator[MessageT]:
+        """Yield the messages of the stream; raise what the stream raises, also when cancelled."""
+        self._waiting_since = self._clock()
         for message in stream:
-            self._listening_since = None
+            self._waiting_since = None
             yield message
-            self._listening_since = self._clock()
+            self._waiting_since = self._clock()
 
-    def end(self) -> None:
-        """The stream has ended; the thread does so too."""
+    def stop(self) -> None:
+        """End the thread, because the stream has ended."""
         self._ended.set()
 
-    def _guard(self) -> None:
+    def _run(self) -> None:
         left_s = self._silence_s
         while not self._ended.wait(left_s):
             left_s = self._left_s()
             if left_s <= 0:
-                self.has_cut = True
+                self.has_expired = True
                 self._cancel()
                 return
 
     def _left_s(self) -> float:
-        """Seconds after which the reader can have waited too long, and not before."""
-        since = self._listening_since
+        """Return the seconds until the reader may have waited too long."""
+        since = self._waiting_since
         return self._silence_s - (0.0 if since is None else self._clock() - since)

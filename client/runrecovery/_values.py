@@ -1,4 +1,4 @@
-"""Plain Python values as the contract's messages."""
+"""Converts plain Python values into messages of the contract."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from google.protobuf import duration_pb2, struct_pb2, timestamp_pb2
 JsonValue: TypeAlias = (
     "bool | int | float | str | Sequence[JsonValue] | Mapping[str, JsonValue] | None"
 )
-"""What JSON can say."""
+"""Any JSON value."""
 
-# Numbers travel as doubles; a larger integer would arrive as another one.
+# Numbers are sent as doubles, which cannot represent every larger integer.
 LARGEST_INTEGER = 2**53
 
 
 def to_struct(fields: Mapping[str, JsonValue]) -> struct_pb2.Struct:
-    """A JSON object as a message.
+    """Return a JSON object as a message.
 
     Raises:
-        TypeError: something in it is not JSON.
+        TypeError: a value in it is not JSON.
         ValueError: a number in it cannot be sent unchanged.
     """
     return struct_pb2.Struct(fields={_key(key): to_value(value) for key, value in fields.items()})
 
 
 def to_value(value: JsonValue) -> struct_pb2.Value:
-    """A JSON value as a message; errors as in `to_struct`."""
+    """Return a JSON value as a message; raises as `to_struct` does."""
     match value:
         case None:
             return struct_pb2.Value(null_value=struct_pb2.NULL_VALUE)
@@ -49,25 +49,25 @@ def to_value(value: JsonValue) -> struct_pb2.Value:
 
 
 def to_timestamp(at: datetime | None) -> timestamp_pb2.Timestamp | None:
-    """An aware time as a message; None stays None.
+    """Return an aware time as a message; None stays None.
 
     Raises:
-        ValueError: the time has no zone.
+        ValueError: the time has no time zone.
     """
     if at is None:
         return None
     if at.utcoffset() is None:
-        raise ValueError("a time needs a zone, for example datetime.now(timezone.utc)")
+        raise ValueError("a time needs a time zone, for example datetime.now(timezone.utc)")
     stamp = timestamp_pb2.Timestamp()
     stamp.FromDatetime(at)
     return stamp
 
 
 def to_duration(seconds: float | None) -> duration_pb2.Duration | None:
-    """Seconds as a message; None stays None.
+    """Return seconds as a message; None stays None.
 
     Raises:
-        ValueError: not a number of seconds that can be sent.
+        ValueError: the number cannot be sent.
     """
     if seconds is None:
         return None

@@ -1,4 +1,4 @@
-"""When to try again, and when to give up: the state of every wait, without its I/O."""
+"""State of waits: when to retry and when to stop. No I/O."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from runrecovery.v1 import run_pb2
 TERMINAL_STATUSES = frozenset(
     {run_pb2.RUN_STATUS_SUCCEEDED, run_pb2.RUN_STATUS_FAILED, run_pb2.RUN_STATUS_CANCELED}
 )
-"""A run that reached one of these never changes its status again."""
+"""Statuses of ended runs. Only `runs.reopen` can change a run's status afterwards."""
 
-# The last look of a loop, at its deadline, still needs time for one answer.
+# The last try, at the deadline, still needs time for one response.
 _LAST_TRY_S = 0.1
 RANDOM = random.SystemRandom()
 
@@ -26,10 +26,10 @@ ValueT = TypeVar("ValueT")
 
 
 class Backoff:
-    """Exponential pauses with full jitter.
+    """Exponential backoff with full jitter.
 
     Args:
-        first_s: ceiling of the first pause; each further one is twice as high.
+        first_s: ceiling of the first pause; it doubles with each further pause.
         longest_s: ceiling of every pause.
     """
 
@@ -45,9 +45,10 @@ class Backoff:
         self._uniform = uniform
 
     def pause_s(self, *, at_least_s: float = 0.0) -> float:
-        """Seconds to pause before the next try, on top of those that the service asked for.
+        """Return the seconds to pause: those that the service asked for, plus the jitter.
 
-        On top: it asks everybody for the same, and all of them at once is what it fears.
+        Added, because the service asks all clients for the same pause, and they must not all retry
+        at the same time.
         """
         pause = at_least_s + self._uniform(0.0, self._ceiling_s)
         self._ceiling_s = min(self._ceiling_s * 2, self._longest_s)
@@ -55,12 +56,12 @@ class Backoff:
 
 
 class Pacer:
-    """A backoff until a time limit.
+    """A backoff with a time limit.
 
     Args:
         first_s: as in `Backoff`.
         longest_s: as in `Backoff`.
-        within_s: seconds until the limit; None is no limit.
+        within_s: seconds until the limit; None: no limit.
     """
 
     def __init__(
@@ -77,11 +78,11 @@ class Pacer:
         self._end = None if within_s is None else clock() + within_s
 
     def left_s(self) -> float | None:
-        """Seconds until the limit, at least 0; None without a limit."""
+        """Return the seconds until the limit, at least 0; None without a limit."""
         return None if self._end is None else max(0.0, self._end - self._clock())
 
     def pause_s(self, *, at_least_s: float = 0.0) -> float | None:
-        """Seconds to pause before the next try; None when the limit is reached."""
+        """Return the seconds to pause before the next try; None at the limit."""
         left = self.left_s()
         if left == 0.0:
             return None
@@ -90,11 +91,11 @@ class Pacer:
 
 
 class Wait(Generic[ValueT]):
-    """A wait for a value that says enough, through answers that the service cannot give yet.
+    """A wait for a value that meets a condition, across failures of single tries.
 
     Args:
-        goal: what is awaited, for the error's text.
-        reached: says whether a value is enough.
+        goal: describes the condition in the text of an error.
+        reached: returns whether a value meets the condition.
     """
 
     def __init__(self, goal: str, *, reached: Callable[[ValueT], bool], pacer: Pacer) -> None:
@@ -106,7 +107,7 @@ class Wait(Generic[ValueT]):
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
-        """Around one try: being unavailable or late is a reason to try again."""
+        """Wrap one try: remember Unavailable and DeadlineExceeded as reasons to retry."""
         self._failure = None
         try:
             yield
@@ -114,20 +115,20 @@ class Wait(Generic[ValueT]):
             self._failure = failure
 
     def attempt_timeout_s(self, usual_s: float) -> float:
-        """The deadline of one try: the usual one, or what is left."""
+        """Return the deadline of one try: the usual one, or the remaining time if less."""
         left = self._pacer.left_s()
         return usual_s if left is None else min(usual_s, max(left, _LAST_TRY_S))
 
     def is_over(self, value: ValueT) -> bool:
-        """Whether this value ends the wait."""
-        self._seen = _in_short(value)
+        """Return whether this value ends the wait."""
+        self._seen = _summarize(value)
         return self._reached(value)
 
     def pause_s(self) -> float:
-        """Seconds to pause before the next try.
+        """Return the seconds to pause before the next try.
 
         Raises:
-            DeadlineExceeded: the time is over; its cause is the last failure, if that was it.
+            DeadlineExceeded: the time is over. Its cause is the failure of the last try, if any.
         """
         hint = self._failure.retry_after_s if isinstance(self._failure, Unavailable) else None
         pause = self._pacer.pause_s(at_least_s=hint or 0.0)
@@ -140,13 +141,13 @@ class Wait(Generic[ValueT]):
 
 
 def wait_for_run(run_id: str, *, timeout_s: float | None, or_waiting: bool) -> Wait[run_pb2.Run]:
-    """The wait for the end of a run, or also for its next question."""
-    enough = TERMINAL_STATUSES | ({run_pb2.RUN_STATUS_WAITING_USER} if or_waiting else set())
+    """Return a wait for the end of a run, or also for its next question."""
+    wanted = TERMINAL_STATUSES | ({run_pb2.RUN_STATUS_WAITING_USER} if or_waiting else set())
 
     def reached(run: run_pb2.Run) -> bool:
         if run.recovery.recovery_state == run_pb2.RECOVERY_STATE_QUARANTINED:
-            raise RunQuarantined(f"run {run_id!r} is set aside and will not end by itself")
-        return run.status in enough
+            raise RunQuarantined(f"run {run_id!r} is quarantined and will not end by itself")
+        return run.status in wanted
 
     goal = "end or to ask its user" if or_waiting else "end"
     pacer = Pacer(first_s=0.1, longest_s=2.0, within_s=timeout_s)
@@ -154,13 +155,13 @@ def wait_for_run(run_id: str, *, timeout_s: float | None, or_waiting: bool) -> W
 
 
 def wait_until_serving(service: str, *, timeout_s: float | None) -> Wait[str]:
-    """The wait for a health check that says SERVING."""
+    """Return a wait for a health check with SERVING."""
     pacer = Pacer(first_s=0.1, longest_s=1.0, within_s=timeout_s)
     goal = f"service {service!r} to be SERVING" if service else "the service to be SERVING"
     return Wait(goal, reached=lambda status: status == "SERVING", pacer=pacer)
 
 
-def _in_short(value: object) -> str:
+def _summarize(value: object) -> str:
     if isinstance(value, run_pb2.Run):
         return run_pb2.RunStatus.Name(value.status)
     return str(value)

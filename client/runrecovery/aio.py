@@ -1,4 +1,4 @@
-"""The client for asyncio: `runrecovery.client` with `await`, where the methods are explained."""
+"""The client for asyncio. `runrecovery.client` has the same methods and describes them in full."""
 
 from __future__ import annotations
 
@@ -83,21 +83,21 @@ class _AsyncWire:
         except StopAsyncIteration:
             return
         except TimeoutError as error:
-            raise streams.silent() from error
+            raise streams.silence_error() from error
         except grpc.RpcError as error:
             raise from_rpc_error(error) from error
         finally:
             answers.cancel()
 
     async def resumed(self, reader: streams.Reader[ResultT]) -> AsyncGenerator[ResultT, None]:
-        """The messages of a stream for its caller, through every break."""
+        """Yield the messages of a stream, and reopen the stream whenever it breaks."""
         while True:
             call, left_s = reader.open()
             stream = self.stream(call, timeout_s=left_s, silence_s=reader.silence_s)
             try:
                 async with aclosing(stream):
                     async for message in stream:
-                        if reader.took(message):
+                        if reader.accept(message):
                             yield message
             except streams.BROKEN as failure:
                 pause_s = reader.pause_s(failure)
@@ -128,7 +128,7 @@ class AsyncRuns:
         request_id: str | None = None,
         timeout_s: float | None = None,
     ) -> run_pb2.Run:
-        """Record and queue a run. It is durable when this returns."""
+        """Record and queue a run. The run is durable when this returns."""
         call = requests.create_run(
             engine=engine,
             input=input,
@@ -143,7 +143,7 @@ class AsyncRuns:
         return await self._wire.unary(call, timeout_s=timeout_s)
 
     async def get(self, run_id: str, *, timeout_s: float | None = None) -> run_pb2.Run:
-        """One run with its recovery fields; raises RunNotFound."""
+        """Return one run with its recovery fields; raise RunNotFound if there is none."""
         return await self._wire.unary(requests.get_run(run_id), timeout_s=timeout_s)
 
     def list(
@@ -158,7 +158,7 @@ class AsyncRuns:
         page_size: int = DEFAULT_PAGE_SIZE,
         timeout_s: float | None = None,
     ) -> AsyncIterator[run_pb2.Run]:
-        """All runs that match, newest first, page by page as they are consumed."""
+        """Iterate over all runs that match, newest first; pages are fetched as needed."""
         listing = requests.list_runs(
             statuses=statuses,
             engine=engine,
@@ -179,10 +179,10 @@ class AsyncRuns:
         reconnect_s: float | None = None,
         timeout_s: float | None = None,
     ) -> AsyncGenerator[run_service_pb2.WatchRunResponse, None]:
-        """What happens to a run: a snapshot, then every event once and in order.
+        """Iterate over the events of a run: a snapshot, then every event once and in order.
 
-        Resumes by itself as explained in `runrecovery.client.Runs.watch`. When you leave the loop
-        early, `contextlib.aclosing` around the iterator ends the stream at once.
+        The watch resumes by itself, see `runrecovery.client.Runs.watch`. If you leave the loop
+        early, wrap the iterator in `contextlib.aclosing` to end the stream at once.
         """
         watch = streams.RunWatch(
             run_id,
@@ -216,7 +216,7 @@ class AsyncRuns:
         request_id: str | None = None,
         timeout_s: float | None = None,
     ) -> run_pb2.Run:
-        """Ask for the end of a run. A live process is ended first: see `cancel_requested`."""
+        """Cancel a run. A live process is ended first: see `cancel_requested`."""
         call = requests.cancel_run(run_id, etag=etag, request_id=request_id)
         return await self._wire.unary(call, timeout_s=timeout_s)
 
@@ -229,7 +229,7 @@ class AsyncRuns:
         request_id: str | None = None,
         timeout_s: float | None = None,
     ) -> run_pb2.Run:
-        """Set a run back that a recovery failed for want of its session."""
+        """Set back a run that a recovery failed because its session was lost."""
         call = requests.reopen_run(
             run_id, session_handle=session_handle, etag=etag, request_id=request_id
         )
@@ -238,7 +238,7 @@ class AsyncRuns:
     def interactions(
         self, run_id: str, *, page_size: int = DEFAULT_PAGE_SIZE, timeout_s: float | None = None
     ) -> AsyncIterator[run_pb2.Interaction]:
-        """All questions of a run and what became of them, oldest first; raises RunNotFound."""
+        """Iterate over the questions and answers of a run, oldest first; raise RunNotFound."""
         listing = requests.list_interactions(run_id, page_size=page_size)
         return self._wire.rows(listing, timeout_s=timeout_s)
 
@@ -255,9 +255,9 @@ class AsyncRuns:
         reconnect_s: float = 60.0,
         timeout_s: float | None = None,
     ) -> AsyncGenerator[run_service_pb2.StreamOutputResponse, None]:
-        """What the processes of one attempt wrote, without gap or repeat.
+        """Iterate over the output of one attempt, without gap or repetition.
 
-        When you leave the loop early, `contextlib.aclosing` around the iterator ends the stream
+        If you leave the loop early, wrap the iterator in `contextlib.aclosing` to end the stream
         at once.
         """
         asked = run_service_pb2.StreamOutputRequest(
@@ -280,7 +280,7 @@ class AsyncRecovery:
     async def info(
         self, run_id: str, *, timeout_s: float | None = None
     ) -> recovery_service_pb2.GetRecoveryInfoResponse:
-        """The latest decision for a run and the history of all; raises RunNotFound."""
+        """Return the latest decision about a run and all earlier ones; raise RunNotFound."""
         return await self._wire.unary(requests.get_recovery_info(run_id), timeout_s=timeout_s)
 
     def recovered(
@@ -297,7 +297,7 @@ class AsyncRecovery:
         page_size: int = DEFAULT_PAGE_SIZE,
         timeout_s: float | None = None,
     ) -> AsyncIterator[run_pb2.Run]:
-        """All runs that a restart decided for, newest decision first, page by page."""
+        """Iterate over all runs that a restart decided about, newest decision first."""
         chosen = requests.recovered_filter(
             recovery_states=recovery_states,
             recovery_reason=recovery_reason,
@@ -325,7 +325,7 @@ class AsyncRecovery:
         reconnect_s: float | None = None,
         timeout_s: float | None = None,
     ) -> AsyncGenerator[recovery_service_pb2.WatchRecoveredResponse, None]:
-        """Decisions of restarts as they are made; resumes by itself, as `runs.watch` does."""
+        """Iterate over decisions as they are committed; resumes as `runs.watch` does."""
         chosen = requests.recovered_filter(
             recovery_states=recovery_states,
             recovery_reason=recovery_reason,
@@ -346,16 +346,16 @@ class AsyncRecovery:
     async def explain(
         self, run_id: str, *, timeout_s: float | None = None
     ) -> recovery_service_pb2.ExplainRecoveryResponse:
-        """Every decision for a run with its facts, their sources, and what was done to processes.
+        """Return the decisions about a run with facts, sources, and what was done to processes.
 
-        Newest first, at most the latest 100; raises RunNotFound.
+        Newest first, at most the latest 100. Raise RunNotFound if there is no such run.
         """
         return await self._wire.unary(requests.explain_recovery(run_id), timeout_s=timeout_s)
 
     async def plan(
         self, *, page_size: int = DEFAULT_PAGE_SIZE, timeout_s: float | None = None
     ) -> Plan[AsyncIterator[recovery_service_pb2.PlannedDecision]]:
-        """What a restart would decide at this moment. Changes nothing."""
+        """Return what a restart of this instance would decide now. Changes nothing."""
         listing = requests.plan_recovery(page_size=page_size)
         first = await self._wire.unary(listing(""), timeout_s=timeout_s)
         decisions = self._wire.rows(listing, first=first, timeout_s=timeout_s)
@@ -364,20 +364,20 @@ class AsyncRecovery:
     async def status(
         self, *, timeout_s: float | None = None
     ) -> recovery_service_pb2.GetRecoveryStatusResponse:
-        """What the service is doing; answers while a recovery is at work."""
+        """Return the state of the service; works during a recovery as well."""
         return await self._wire.unary(requests.get_recovery_status(), timeout_s=timeout_s)
 
     def reconciliations(
         self, *, page_size: int = DEFAULT_PAGE_SIZE, timeout_s: float | None = None
     ) -> AsyncIterator[recovery_pb2.Reconciliation]:
-        """All reports, newest first; answers while a recovery is at work."""
+        """Iterate over all reports, newest first; works during a recovery as well."""
         listing = requests.list_reconciliations(page_size=page_size)
         return self._wire.rows(listing, timeout_s=timeout_s)
 
     async def reconciliation(
         self, reconciliation_id: str, *, timeout_s: float | None = None
     ) -> recovery_pb2.Reconciliation:
-        """One report; raises ReconciliationNotFound."""
+        """Return one report; raise ReconciliationNotFound if there is none."""
         call = requests.get_reconciliation(reconciliation_id)
         return await self._wire.unary(call, timeout_s=timeout_s)
 
@@ -389,12 +389,12 @@ class AsyncHealth:
         self._wire = wire
 
     async def check(self, service: str = "", *, timeout_s: float | None = None) -> ServingStatus:
-        """Ask once, without retries and without waiting for a server."""
+        """Check once, without retries and without waiting for a server."""
         return await self._wire.unary(requests.check_health(service), timeout_s=timeout_s)
 
 
 class AsyncRunRecoveryClient:
-    """A connection to the service for one event loop; make it inside that loop and keep it.
+    """A connection to the service for one event loop. Create it inside that loop and reuse it.
 
     The arguments are those of `RunRecoveryClient`; `channel` is one of `grpc.aio`.
     """
@@ -435,12 +435,12 @@ class AsyncRunRecoveryClient:
         await self.close()
 
     async def close(self) -> None:
-        """Close the connection; open calls end. A channel of your own stays open."""
+        """Close the connection; open calls fail. Your own channel stays open."""
         if self._owns_channel:
             await self._channel.close()
 
     async def wait_until_ready(self, timeout_s: float | None = 60.0, *, service: str = "") -> None:
-        """Return once the service says SERVING; raises DeadlineExceeded after `timeout_s`."""
+        """Return once the service is SERVING; raise DeadlineExceeded after `timeout_s`."""
         wait = waiting.wait_until_serving(service, timeout_s=timeout_s)
         while True:
             with wait.attempt():
@@ -452,7 +452,7 @@ class AsyncRunRecoveryClient:
     async def wait_for_run(
         self, run_id: str, *, timeout_s: float | None, or_waiting: bool = False
     ) -> run_pb2.Run:
-        """Return a run once it has ended, through restarts of the service."""
+        """Return a run once it has ended, across restarts of the service."""
         wait = waiting.wait_for_run(run_id, timeout_s=timeout_s, or_waiting=or_waiting)
         while True:
             with wait.attempt():

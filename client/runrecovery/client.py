@@ -1,4 +1,4 @@
-"""The client for threads. `runrecovery.aio` has the same for asyncio."""
+"""The client for threads. `runrecovery.aio` is the same for asyncio."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from runrecovery._channel import (
 )
 from runrecovery._failures import from_rpc_error
 from runrecovery._requests import Call, Listing, Page, Plan, ServingStatus
-from runrecovery._silence import SilenceGuard
+from runrecovery._silence import SilenceTimeout
 from runrecovery._values import JsonValue
 from runrecovery.v1 import recovery_pb2, recovery_service_pb2, run_pb2, run_service_pb2
 
@@ -73,27 +73,27 @@ class _Wire:
             call.path, request_serializer=call.encode, response_deserializer=call.decode
         )
         answers = invoke(call.request, timeout=timeout_s, wait_for_ready=call.wait_for_ready)
-        guard = None if silence_s is None else SilenceGuard(silence_s, answers.cancel)
+        silence = None if silence_s is None else SilenceTimeout(silence_s, answers.cancel)
         try:
-            yield from answers if guard is None else guard.heard(answers)
+            yield from answers if silence is None else silence.watch(answers)
         except grpc.RpcError as error:
-            if guard is not None and guard.has_cut:
-                raise streams.silent() from error
+            if silence is not None and silence.has_expired:
+                raise streams.silence_error() from error
             raise from_rpc_error(error) from error
         finally:
-            if guard is not None:
-                guard.end()
+            if silence is not None:
+                silence.stop()
             answers.cancel()
 
     def resumed(self, reader: streams.Reader[ResultT]) -> Generator[ResultT, None, None]:
-        """The messages of a stream for its caller, through every break."""
+        """Yield the messages of a stream, and reopen the stream whenever it breaks."""
         while True:
             call, left_s = reader.open()
             stream = self.stream(call, timeout_s=left_s, silence_s=reader.silence_s)
             try:
                 with closing(stream):
                     for message in stream:
-                        if reader.took(message):
+                        if reader.accept(message):
                             yield message
             except streams.BROKEN as failure:
                 pause_s = reader.pause_s(failure)
@@ -105,8 +105,8 @@ class _Wire:
 class Runs:
     """RunService. Every method raises a `RunRecoveryClientError` when the call fails.
 
-    `timeout_s` is the deadline of one call in seconds; None is the client's own. A lost
-    connection and an UNAVAILABLE answer are tried again within it.
+    `timeout_s` is the deadline of one call in seconds; None means the client's own. Within it the
+    client retries after a lost connection and after UNAVAILABLE.
     """
 
     def __init__(self, wire: _Wire) -> None:
@@ -128,20 +128,20 @@ class Runs:
         request_id: str | None = None,
         timeout_s: float | None = None,
     ) -> run_pb2.Run:
-        """Record and queue a run. It is durable when this returns.
+        """Record and queue a run. The run is durable when this returns.
 
         Args:
             engine: a configured engine of the service.
             input: a JSON object for the engine.
-            run_id: an id of your own, `[a-z0-9][a-z0-9_-]{0,63}`; otherwise the service makes one.
+            run_id: your own id, `[a-z0-9][a-z0-9_-]{0,63}`; None: the service makes one.
             labels: your own labels, at most 32.
-            restart_policy: what a restart does with the run while QUEUED or RUNNING.
-            interactive_profile: must be the engine's own where it is set.
-            session_timeout_s: seconds that one question waits, at most the engine's own.
+            restart_policy: what a restart does with the run while it is QUEUED or RUNNING.
+            interactive_profile: the engine's own profile, or unset.
+            session_timeout_s: seconds that one question waits, at most the engine's own timeout.
             require_user_reply: False: a question without an answer in that time is decided
-                automatically; None: as the engine is configured.
-            request_id: a UUID that makes the call safe to repeat; otherwise one is made, which
-                covers the retries of this call only.
+                automatically. None: the setting of the engine.
+            request_id: a UUID that makes the call safe to repeat. None: the client makes one for
+                the retries of this call only.
 
         Raises:
             UnknownEngine, RunAlreadyExists, RequestIdReused, InvalidRequest, Overloaded,
@@ -163,7 +163,7 @@ class Runs:
         return self._wire.unary(call, timeout_s=timeout_s)
 
     def get(self, run_id: str, *, timeout_s: float | None = None) -> run_pb2.Run:
-        """One run with its recovery fields; raises RunNotFound."""
+        """Return one run with its recovery fields; raise RunNotFound if there is none."""
         return self._wire.unary(requests.get_run(run_id), timeout_s=timeout_s)
 
     def list(
@@ -178,16 +178,16 @@ class Runs:
         page_size: int = DEFAULT_PAGE_SIZE,
         timeout_s: float | None = None,
     ) -> Iterator[run_pb2.Run]:
-        """All runs that match, newest first, page by page as they are consumed.
+        """Iterate over all runs that match, newest first; pages are fetched as needed.
 
         Args:
-            statuses: any of these; empty means every status.
-            engine: this engine only.
-            labels: runs that have all of these, at most 8.
-            created_after: created at or after this time, which needs a zone.
-            created_before: created before this time, which needs a zone.
-            view: `RUN_VIEW_BASIC` leaves out input, output and the question's text.
-            page_size: runs a call, 1 to 1000. A page must fit `max_receive_bytes`.
+            statuses: only these; empty means every status.
+            engine: only this engine.
+            labels: only runs with all of these labels, at most 8.
+            created_after: only runs created at or after this time, which needs a time zone.
+            created_before: only runs created before this time, which needs a time zone.
+            view: `RUN_VIEW_BASIC` omits input, output and the question's text.
+            page_size: runs per call, 1 to 1000. A page must fit `max_receive_bytes`.
             timeout_s: the deadline of each page.
         """
         listing = requests.list_runs(
@@ -210,29 +210,29 @@ class Runs:
         reconnect_s: float | None = None,
         timeout_s: float | None = None,
     ) -> Generator[run_service_pb2.WatchRunResponse, None, None]:
-        """What happens to a run: a snapshot, then every event once and in order.
+        """Iterate over the events of a run: a snapshot, then every event once and in order.
 
-        A watch resumes by itself from the last update that it gave you: through broken
-        connections, restarts of the service, a reading that was too slow, and a connection that
-        only seems to live (45 s without a sign of life). It ends after the event that made the
-        run terminal, or set it aside.
+        The watch resumes by itself after the last update that it returned: after a broken
+        connection, a restart of the service, too slow a reader, and 45 s without any message. It
+        ends after the event that made the run terminal or quarantined it.
 
-        `contextlib.closing` around the iterator ends the stream when you leave the loop early.
+        If you leave the loop early, wrap the iterator in `contextlib.closing` to end the stream.
 
         Args:
             run_id: the run.
-            after_sequence: the last sequence that you have seen: what follows it is told, without
-                a snapshot. 0 tells everything from the creation on.
-            include_bookmarks: give the service's signs of life too, one every 15 s of quiet.
-            reconnect_s: seconds without a message for which a broken stream is reopened; None:
-                for ever. A service that is not there yet counts as broken.
-            timeout_s: seconds for the whole watch; None is no limit.
+            after_sequence: the last sequence that you received. The watch begins with the next
+                event, without a snapshot. 0 means every event since the creation.
+            include_bookmarks: return bookmarks as well; the service sends one after 15 s without
+                an event.
+            reconnect_s: how many seconds without a message a broken stream is reopened; None:
+                without a limit. A service that does not run yet counts as a broken stream.
+            timeout_s: seconds for the whole watch; None: no limit.
 
         Raises:
-            WatchHistoryPruned, WatchSequenceUnknown: watch anew without `after_sequence`.
-            WatchGap: the service leaves out events.
+            WatchHistoryPruned, WatchSequenceUnknown: start a new watch without `after_sequence`.
+            WatchGap: the service omitted events.
             RunNotFound, DeadlineExceeded: see each.
-            Unavailable, Overloaded, SlowReader: the last failure after `reconnect_s`.
+            Unavailable, Overloaded, SlowReader: the last failure, once `reconnect_s` is over.
         """
         watch = streams.RunWatch(
             run_id,
@@ -257,8 +257,8 @@ class Runs:
         Args:
             run_id: the waiting run.
             interaction_id: its `pending_interaction.interaction_id`.
-            response: the answer, handed to the engine as it is.
-            etag: the run's etag that you saw; refused if the run has changed since.
+            response: the answer, passed to the engine unchanged.
+            etag: the etag of the run that you saw; EtagMismatch if the run has changed since.
             request_id: as in `create`.
 
         Raises:
@@ -278,11 +278,11 @@ class Runs:
         request_id: str | None = None,
         timeout_s: float | None = None,
     ) -> run_pb2.Run:
-        """Ask for the end of a run. A live process is ended first: see `cancel_requested`.
+        """Cancel a run. A live process is ended first: see `cancel_requested`.
 
         Raises:
             RunNotFound, RunAlreadyTerminal, RunOfAnotherInstance, RunQuarantined, EtagMismatch,
-                RequestIdReused: see each. Canceling a CANCELED run is fine.
+                RequestIdReused: see each. Canceling a CANCELED run raises nothing.
         """
         call = requests.cancel_run(run_id, etag=etag, request_id=request_id)
         return self._wire.unary(call, timeout_s=timeout_s)
@@ -296,15 +296,15 @@ class Runs:
         request_id: str | None = None,
         timeout_s: float | None = None,
     ) -> run_pb2.Run:
-        """Set a run back that a recovery failed for want of its session.
+        """Set back a run that a recovery failed because its session was lost.
 
-        It is WAITING_USER again; QUEUED, when a reply had been accepted.
+        The run becomes WAITING_USER again; or QUEUED, if a reply had been accepted.
 
         Args:
             run_id: the run, FAILED with SESSION_RESUME_FAILED; see its `reopenable_until`.
-            session_handle: what the conversation is resumed by. It is a secret, never shown or
-                logged. None: the handle that was kept, which works again.
-            etag: the run's etag that you saw; refused if the run has changed since.
+            session_handle: the handle that resumes the session, a secret that is never shown or
+                logged. None: the stored handle, whose session is usable again.
+            etag: the etag of the run that you saw; EtagMismatch if the run has changed since.
             request_id: as in `create`.
 
         Raises:
@@ -319,7 +319,7 @@ class Runs:
     def interactions(
         self, run_id: str, *, page_size: int = DEFAULT_PAGE_SIZE, timeout_s: float | None = None
     ) -> Iterator[run_pb2.Interaction]:
-        """All questions of a run and what became of them, oldest first; raises RunNotFound."""
+        """Iterate over the questions and answers of a run, oldest first; raise RunNotFound."""
         listing = requests.list_interactions(run_id, page_size=page_size)
         return self._wire.rows(listing, timeout_s=timeout_s)
 
@@ -336,22 +336,23 @@ class Runs:
         reconnect_s: float = 60.0,
         timeout_s: float | None = None,
     ) -> Generator[run_service_pb2.StreamOutputResponse, None, None]:
-        """What the processes of one attempt wrote, in pieces of at most 64 KiB.
+        """Iterate over the output of one attempt, in pieces of at most 64 KiB.
 
-        A stream that breaks is reopened where it stopped: no byte is missing or repeated.
+        A broken stream is reopened where it stopped; no byte is missing or repeated.
 
         Args:
             run_id: the run.
             attempt: the attempt; 0 means the latest.
             channel: standard output (the default) or standard error.
             offset: bytes to skip.
-            follow: go on until the run is terminal instead of ending at what is there.
-            reconnect_s: seconds without a new piece for which a broken stream is reopened.
-            timeout_s: seconds for the whole reading; None is no limit.
+            follow: wait for more output until the run is terminal; False: end after the present
+                output.
+            reconnect_s: how many seconds without a new piece a broken stream is reopened.
+            timeout_s: seconds for reading everything; None: no limit.
 
         Raises:
             RunNotFound, OutputOutOfRange, DeadlineExceeded: see each.
-            Unavailable, Overloaded, SlowReader: the last failure after `reconnect_s`.
+            Unavailable, Overloaded, SlowReader: the last failure, once `reconnect_s` is over.
         """
         asked = run_service_pb2.StreamOutputRequest(
             run_id=run_id, attempt=attempt, channel=channel, offset=offset, follow=follow
@@ -373,7 +374,7 @@ class Recovery:
     def info(
         self, run_id: str, *, timeout_s: float | None = None
     ) -> recovery_service_pb2.GetRecoveryInfoResponse:
-        """The latest decision for a run and the history of all; raises RunNotFound."""
+        """Return the latest decision about a run and all earlier ones; raise RunNotFound."""
         return self._wire.unary(requests.get_recovery_info(run_id), timeout_s=timeout_s)
 
     def recovered(
@@ -390,18 +391,18 @@ class Recovery:
         page_size: int = DEFAULT_PAGE_SIZE,
         timeout_s: float | None = None,
     ) -> Iterator[run_pb2.Run]:
-        """All runs that a restart decided for, newest decision first, page by page.
+        """Iterate over all runs that a restart decided about, newest decision first.
 
         Args:
-            recovery_states: any of these; empty means every state but NONE.
-            recovery_reason: the rule that decided.
-            engine: this engine only.
-            labels: runs that have all of these, at most 8.
-            recovered_after: decided at or after this time, which needs a zone.
-            recovered_before: decided before this time, which needs a zone.
-            reconciliation_id: runs whose latest decision belongs to this report.
-            view: `RUN_VIEW_BASIC` leaves out input, output and the question's text.
-            page_size: runs a call, 1 to 1000. A page must fit `max_receive_bytes`.
+            recovery_states: only these; empty means every state but NONE.
+            recovery_reason: only decisions by this rule.
+            engine: only this engine.
+            labels: only runs with all of these labels, at most 8.
+            recovered_after: only decisions at or after this time, which needs a time zone.
+            recovered_before: only decisions before this time, which needs a time zone.
+            reconciliation_id: only runs whose latest decision belongs to this report.
+            view: `RUN_VIEW_BASIC` omits input, output and the question's text.
+            page_size: runs per call, 1 to 1000. A page must fit `max_receive_bytes`.
             timeout_s: the deadline of each page.
         """
         chosen = requests.recovered_filter(
@@ -431,26 +432,25 @@ class Recovery:
         reconnect_s: float | None = None,
         timeout_s: float | None = None,
     ) -> Generator[recovery_service_pb2.WatchRecoveredResponse, None, None]:
-        """Decisions of restarts as they are committed, each once; it has no end of its own.
+        """Iterate over decisions of restarts as they are committed, each once, without an end.
 
-        Resumes by itself as `Runs.watch` does, from the cursor of the last response that came.
-        Keep the cursor of the last response that you have dealt with, and a later watch goes on
-        from there.
+        The watch resumes by itself as `Runs.watch` does, after the last cursor that it returned.
+        Store the cursor of the last response that you have handled, to start a later watch there.
 
         Args:
             recovery_states: as in `recovered`, like the filters that follow.
-            after_cursor: the last cursor that you have seen; empty: from now on, which is when
-                the first bookmark comes.
-            include_bookmarks: give the signs of life too. The first response of every stream is
-                one, so that there is a cursor before there is a decision.
-            reconnect_s: seconds without a message for which a broken stream is reopened; None:
-                for ever.
-            timeout_s: seconds for the whole watch; None is no limit.
+            after_cursor: the last cursor that you handled; empty: only decisions from now on, that
+                is, after the first bookmark.
+            include_bookmarks: return bookmarks as well. The first response of every stream is a
+                bookmark, so you get a cursor before the first decision.
+            reconnect_s: how many seconds without a message a broken stream is reopened; None:
+                without a limit.
+            timeout_s: seconds for the whole watch; None: no limit.
 
         Raises:
-            WatchCursorInvalid: watch anew without `after_cursor`.
+            WatchCursorInvalid: start a new watch without `after_cursor`.
             InvalidRequest, DeadlineExceeded: see each.
-            Unavailable, Overloaded, SlowReader: the last failure after `reconnect_s`.
+            Unavailable, Overloaded, SlowReader: the last failure, once `reconnect_s` is over.
         """
         chosen = requests.recovered_filter(
             recovery_states=recovery_states,
@@ -472,20 +472,20 @@ class Recovery:
     def explain(
         self, run_id: str, *, timeout_s: float | None = None
     ) -> recovery_service_pb2.ExplainRecoveryResponse:
-        """Every decision for a run with its facts, their sources, and what was done to processes.
+        """Return the decisions about a run with facts, sources, and what was done to processes.
 
-        Newest first, at most the latest 100; raises RunNotFound.
+        Newest first, at most the latest 100. Raise RunNotFound if there is no such run.
         """
         return self._wire.unary(requests.explain_recovery(run_id), timeout_s=timeout_s)
 
     def plan(
         self, *, page_size: int = DEFAULT_PAGE_SIZE, timeout_s: float | None = None
     ) -> Plan[Iterator[recovery_service_pb2.PlannedDecision]]:
-        """What a restart of this instance would decide at this moment. Changes nothing.
+        """Return what a restart of this instance would decide now. Changes nothing.
 
         Args:
-            page_size: decisions a call, 1 to 1000.
-            timeout_s: the deadline of each page. The first page is asked for at once.
+            page_size: decisions per call, 1 to 1000.
+            timeout_s: the deadline of each page. The first page is fetched at once.
         """
         listing = requests.plan_recovery(page_size=page_size)
         first = self._wire.unary(listing(""), timeout_s=timeout_s)
@@ -495,20 +495,20 @@ class Recovery:
     def status(
         self, *, timeout_s: float | None = None
     ) -> recovery_service_pb2.GetRecoveryStatusResponse:
-        """What the service is doing; answers while a recovery is at work."""
+        """Return the state of the service; works during a recovery as well."""
         return self._wire.unary(requests.get_recovery_status(), timeout_s=timeout_s)
 
     def reconciliations(
         self, *, page_size: int = DEFAULT_PAGE_SIZE, timeout_s: float | None = None
     ) -> Iterator[recovery_pb2.Reconciliation]:
-        """All reports, newest first; answers while a recovery is at work."""
+        """Iterate over all reports, newest first; works during a recovery as well."""
         listing = requests.list_reconciliations(page_size=page_size)
         return self._wire.rows(listing, timeout_s=timeout_s)
 
     def reconciliation(
         self, reconciliation_id: str, *, timeout_s: float | None = None
     ) -> recovery_pb2.Reconciliation:
-        """One report; raises ReconciliationNotFound."""
+        """Return one report; raise ReconciliationNotFound if there is none."""
         call = requests.get_reconciliation(reconciliation_id)
         return self._wire.unary(call, timeout_s=timeout_s)
 
@@ -520,29 +520,28 @@ class Health:
         self._wire = wire
 
     def check(self, service: str = "", *, timeout_s: float | None = None) -> ServingStatus:
-        """Ask once, without retries and without waiting for a server.
+        """Check once, without retries and without waiting for a server.
 
         Args:
-            service: a health name of the service; empty is the service as a whole.
+            service: a health name of the service; empty: the service as a whole.
 
         Raises:
-            NotFound: there is no such name.
+            NotFound: the service has no such health name.
             Unavailable: there is no connection.
         """
         return self._wire.unary(requests.check_health(service), timeout_s=timeout_s)
 
 
 class RunRecoveryClient:
-    """A connection to the service. Safe to share between threads; make one and keep it.
+    """A connection to the service. Safe to share between threads; create one and reuse it.
 
     Args:
         target: `host:port` or any gRPC target.
-        channel: a channel of your own instead of a target (see `channel_options`); it stays
-            yours to close.
-        credentials: for TLS; without them the connection is not encrypted.
-        timeout_s: deadline of every unary call, in seconds, unless the call says otherwise.
-        max_receive_bytes: the largest answer to accept.
-        options: further gRPC channel options; they win over the client's own.
+        channel: your own channel instead of a target (see `channel_options`). You close it.
+        credentials: for TLS; None: the connection is not encrypted.
+        timeout_s: default deadline of unary calls, in seconds.
+        max_receive_bytes: size of the largest response to accept.
+        options: further gRPC channel options; they override the client's own.
     """
 
     def __init__(
@@ -580,20 +579,20 @@ class RunRecoveryClient:
         self.close()
 
     def close(self) -> None:
-        """Close the connection; open calls end. A channel of your own stays open."""
+        """Close the connection; open calls fail. Your own channel stays open."""
         if self._owns_channel:
             self._channel.close()
 
     def wait_until_ready(self, timeout_s: float | None = 60.0, *, service: str = "") -> None:
-        """Return once the service says SERVING, that is, once its recovery has committed.
+        """Return once the service is SERVING, which means that its recovery has committed.
 
         Args:
-            timeout_s: seconds to wait, also for a server that is not there yet; None: for ever.
-            service: a health name of the service; empty is the service as a whole.
+            timeout_s: seconds to wait, also for a server that does not run yet; None: no limit.
+            service: a health name of the service; empty: the service as a whole.
 
         Raises:
-            DeadlineExceeded: it was not SERVING in time.
-            NotFound: there is no such name.
+            DeadlineExceeded: the service was not SERVING in time.
+            NotFound: the service has no such health name.
         """
         wait = waiting.wait_until_serving(service, timeout_s=timeout_s)
         while True:
@@ -606,19 +605,19 @@ class RunRecoveryClient:
     def wait_for_run(
         self, run_id: str, *, timeout_s: float | None, or_waiting: bool = False
     ) -> run_pb2.Run:
-        """Return a run once it has ended, through restarts of the service.
+        """Return a run once it has ended, across restarts of the service.
 
-        It asks at growing intervals of up to 2 s.
+        This polls at growing intervals of up to 2 s.
 
         Args:
             run_id: the run.
-            timeout_s: seconds to wait; None: for ever.
-            or_waiting: return it also when it is WAITING_USER.
+            timeout_s: seconds to wait; None: no limit.
+            or_waiting: also return the run when it is WAITING_USER.
 
         Raises:
-            DeadlineExceeded: it has not ended in time.
-            RunNotFound: there is no such run.
-            RunQuarantined: the run is set aside and will not end by itself.
+            DeadlineExceeded: the run has not ended in time.
+            RunNotFound: no run has this id.
+            RunQuarantined: the run is quarantined and will not end by itself.
         """
         wait = waiting.wait_for_run(run_id, timeout_s=timeout_s, or_waiting=or_waiting)
         while True:

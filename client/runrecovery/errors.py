@@ -1,4 +1,4 @@
-"""Every failure that a call can end in, one class each.
+"""The errors of failed calls, one class each.
 
 RunRecoveryClientError
 ├── NotFound: RunNotFound, ReconciliationNotFound
@@ -23,8 +23,8 @@ RunRecoveryClientError
 ├── InternalError
 └── UnrecognizedError
 
-The service names the case in a `google.rpc.ErrorInfo`; the class is chosen by its reason, and
-by the gRPC code where there is none. The gRPC error stays as `__cause__`.
+The service names the reason in a `google.rpc.ErrorInfo`. The class depends on that reason, or on
+the gRPC code if there is no reason. The gRPC error is the `__cause__`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ import grpc
 
 @dataclass(frozen=True, slots=True)
 class FieldViolation:
-    """One bad field of a request: its path in the message, and what is wrong with it."""
+    """One invalid field of a request: its path in the message, and the problem."""
 
     field: str
     description: str
@@ -46,17 +46,16 @@ class FieldViolation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ErrorDetails:
-    """What the service said about a failure, beside its message.
+    """Details of a failure, besides its message.
 
     Attributes:
         code: the gRPC status code.
         reason: the ErrorReason without its prefix, for example `RUN_NOT_FOUND`; empty when the
-            answer did not come from the service itself (no connection, a proxy, a deadline).
-        metadata: facts that belong to the reason.
-        violations: the bad fields of the request; the service sends at most 20.
+            error does not come from the service (no connection, a proxy, a deadline).
+        metadata: values that belong to the reason.
+        violations: the invalid fields of the request; the service sends at most 20.
         resource_name: the id that was not found.
-        retry_after_s: seconds after which the service expects a new try to work; None if it
-            did not say.
+        retry_after_s: seconds after which a retry may succeed; None if the service did not say.
     """
 
     code: grpc.StatusCode = grpc.StatusCode.UNKNOWN
@@ -71,7 +70,7 @@ _NO_DETAILS = ErrorDetails()
 
 
 class RunRecoveryClientError(Exception):
-    """Root of the tree: catch it to catch every failed call. Its text is for people only."""
+    """Base class of all errors of failed calls. Its text is for people only."""
 
     def __init__(self, message: str = "", *, details: ErrorDetails = _NO_DETAILS) -> None:
         super().__init__(message)
@@ -84,21 +83,21 @@ class RunRecoveryClientError(Exception):
 
     @property
     def reason(self) -> str:
-        """The service's own name for the case; empty when the service did not give one."""
+        """The service's name of the reason; empty when the service did not give one."""
         return self.details.reason
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Facts that belong to the reason, read-only."""
+        """Values that belong to the reason, read-only."""
         return MappingProxyType(dict(self.details.metadata))
 
 
 class NotFound(RunRecoveryClientError):
-    """Something that the request named does not exist."""
+    """The run, report or name in the request does not exist."""
 
     @property
     def resource_name(self) -> str:
-        """The id that was not found; empty if the service did not repeat it."""
+        """The id that was not found; empty if the service did not name it."""
         return self.details.resource_name
 
 
@@ -111,131 +110,132 @@ class ReconciliationNotFound(NotFound):
 
 
 class InvalidRequest(RunRecoveryClientError):
-    """The request is wrong whatever the state of the service."""
+    """The request is invalid in every state of the service."""
 
     @property
     def violations(self) -> tuple[FieldViolation, ...]:
-        """Every bad field, at most 20; empty if the service named none."""
+        """The invalid fields, at most 20; empty if the service named none."""
         return self.details.violations
 
 
 class UnknownEngine(InvalidRequest):
-    """The service has no engine of this name."""
+    """The service has no engine with this name."""
 
     @property
     def known_engines(self) -> tuple[str, ...]:
-        """The names that it has; empty if it did not say."""
+        """The names of its engines; empty if the service did not name them."""
         names = self.details.metadata.get("known_engines", "").split(",")
         return tuple(name.strip() for name in names if name.strip())
 
 
 class PageTokenInvalid(InvalidRequest):
-    """The page token was not made by this service, or for another filter."""
+    """The page token does not come from this service, or belongs to another filter."""
 
 
 class WatchCursorInvalid(InvalidRequest):
-    """`after_cursor` was not made by `recovery.watch_recovered` of this service.
+    """`after_cursor` does not come from `recovery.watch_recovered` of this service.
 
-    Watch anew without it; `recovery.recovered` tells what was decided meanwhile.
+    Start a new watch without it; `recovery.recovered` lists the decisions in between.
     """
 
 
 class RunAlreadyExists(RunRecoveryClientError):
-    """Another call has made a run with this id."""
+    """Another call has created a run with this id."""
 
 
 class RequestIdReused(RunRecoveryClientError):
-    """The request_id was used before with another payload."""
+    """An earlier request with this request_id had another payload."""
 
 
 class RunNotWaiting(RunRecoveryClientError):
-    """A reply came while the run does not wait for one."""
+    """The run is not waiting for a reply."""
 
 
 class InteractionSuperseded(RunRecoveryClientError):
-    """A reply named a question that is not the open one, or that was answered otherwise."""
+    """The question is not the open one, or has another answer."""
 
 
 class RunAlreadyTerminal(RunRecoveryClientError):
-    """A cancel came after the run had SUCCEEDED or FAILED."""
+    """The run has SUCCEEDED or FAILED, so it cannot be canceled."""
 
 
 class RunQuarantined(RunRecoveryClientError):
-    """The run's record is damaged and set aside for an operator; nothing will happen to it."""
+    """The run's record is damaged; the run is quarantined for an operator."""
 
 
 class RunOfAnotherInstance(RunRecoveryClientError):
-    """The run belongs to another service on the same database; send the call to that one."""
+    """The run belongs to another instance on the same database; send the call to that instance."""
 
     @property
     def instance(self) -> str:
-        """The name of that service; empty if this one did not say."""
+        """The name of that instance; empty if the service did not name it."""
         return self.details.metadata.get("instance", "")
 
 
 class RunNotReopenable(RunRecoveryClientError):
-    """A reopening came too late, or for a run that did not fail for want of its session."""
+    """It is too late to reopen the run, or the run did not fail because its session was lost."""
 
 
 class SessionNotResumable(RunRecoveryClientError):
-    """The run has no kept handle, or the engine's check refuses the handle."""
+    """The run has no stored handle, or the session check found the session lost."""
 
 
 class EtagMismatch(RunRecoveryClientError):
-    """The run has changed since the caller saw it. Get it again and decide anew."""
+    """The run has changed since the caller read it. Read it again, then decide."""
 
     @property
     def current_etag(self) -> str:
-        """The run's etag now; empty if the service did not say."""
+        """The run's present etag; empty if the service did not name it."""
         return self.details.metadata.get("current_etag", "")
 
 
 class OutputOutOfRange(RunRecoveryClientError):
-    """The output does not reach as far as the offset, or no such attempt was made."""
+    """The output ends before the offset, or the run has no such attempt."""
 
 
 class WatchHistoryPruned(RunRecoveryClientError):
-    """The events after `after_sequence` are not kept any more.
+    """Events after `after_sequence` have been deleted.
 
-    Watch anew without `after_sequence`: that begins with the run as it stands.
+    Start a new watch without `after_sequence`; it begins with a snapshot of the run.
     """
 
     @property
     def oldest_sequence(self) -> int | None:
-        """The first event that is kept; None if the service did not say."""
+        """The sequence of the oldest event left; None if the service did not name it."""
         return _number(self.details.metadata.get("oldest_sequence"))
 
 
 class WatchSequenceUnknown(RunRecoveryClientError):
-    """`after_sequence` is beyond the run's latest event: it is of another store, or an older one.
+    """`after_sequence` is greater than the sequence of the run's latest event.
 
-    Watch anew without `after_sequence`, and forget what you had seen.
+    It is of another database, or the database was restored from a backup. Start a new watch without
+    `after_sequence`, and discard the events that you have.
     """
 
     @property
     def latest_sequence(self) -> int | None:
-        """The latest event of the run; None if the service did not say."""
+        """The sequence of the run's latest event; None if the service did not name it."""
         return _number(self.details.metadata.get("latest_sequence"))
 
 
 class WatchGap(RunRecoveryClientError):
-    """A watch left out events, and again when it was reopened: a defect of the service."""
+    """A watch omitted events, also after it was reopened: a defect of the service."""
 
 
 class Unavailable(RunRecoveryClientError):
-    """The service cannot answer now: try again later. The client's own retries are used up.
+    """The service cannot answer now; retry later. The client has already retried.
 
-    `reason` tells STORAGE_BUSY and STORAGE_UNAVAILABLE; it is empty when there is no connection.
+    `reason` is STORAGE_BUSY or STORAGE_UNAVAILABLE, or empty when there is no connection.
     """
 
     @property
     def retry_after_s(self) -> float | None:
-        """Seconds after which the service expects a new try to work; None if it did not say."""
+        """Seconds after which a retry may succeed; None if the service did not say."""
         return self.details.retry_after_s
 
 
 class RecoveryInProgress(Unavailable):
-    """The service has started and has not finished its recovery; `wait_until_ready` waits."""
+    """The service has not finished its recovery yet; `wait_until_ready` waits for it."""
 
 
 class ShuttingDown(Unavailable):
@@ -243,20 +243,20 @@ class ShuttingDown(Unavailable):
 
 
 class SafeMode(Unavailable):
-    """Earlier starts died while they recovered, so this one launches and takes no runs."""
+    """Several recoveries in a row did not finish, so this start launches and accepts no runs."""
 
 
 class ResourceExhausted(RunRecoveryClientError):
-    """Something is full or too large. Without a reason: an answer above `max_receive_bytes`."""
+    """A limit is reached. Without a reason: a response larger than `max_receive_bytes`."""
 
     @property
     def retry_after_s(self) -> float | None:
-        """Seconds after which the service expects a new try to work; None if it did not say."""
+        """Seconds after which a retry may succeed; None if the service did not say."""
         return self.details.retry_after_s
 
 
 class Overloaded(ResourceExhausted):
-    """The queue of runs, or the server, is full."""
+    """Too many runs are queued, or too many calls or streams are open."""
 
 
 class StorageFull(ResourceExhausted):
@@ -264,14 +264,14 @@ class StorageFull(ResourceExhausted):
 
 
 class SlowReader(ResourceExhausted):
-    """The caller did not read its stream for too long; the iterators of this client reopen it."""
+    """The caller read its stream too slowly. The iterators of this client resume it."""
 
 
 class DeadlineExceeded(RunRecoveryClientError):
-    """No answer came in time, and it is unknown whether the call took effect.
+    """No response arrived in time. It is unknown whether the call took effect.
 
-    `runs.create`, `runs.reply`, `runs.cancel` and `runs.reopen` can be called again safely with
-    a `request_id` that was given the first time too.
+    `runs.create`, `runs.reply`, `runs.cancel` and `runs.reopen` can be repeated safely with the
+    `request_id` of the first call.
     """
 
 
@@ -280,12 +280,12 @@ class InternalError(RunRecoveryClientError):
 
     @property
     def error_id(self) -> str:
-        """The id under which the service's log tells more; empty if it did not say."""
+        """The id of the details in the service's log; empty if the service did not name it."""
         return self.details.metadata.get("error_id", "")
 
 
 class UnrecognizedError(RunRecoveryClientError):
-    """Anything else: a newer service's reason, a proxy's refusal. See `code` and `reason`."""
+    """Any other error, from a newer service or a proxy. See `code` and `reason`."""
 
 
 def _number(text: str | None) -> int | None:

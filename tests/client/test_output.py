@@ -167,7 +167,7 @@ def test_progress_renews_the_time_to_reconnect() -> None:
     reader = _reader(clock=lambda: now)
     for now in (0.0, 50.0, 100.0, 150.0):  # noqa: B007 - the clock reads it
         reader.open()
-        reader.took(_piece(0, b"x"))
+        reader.accept(_piece(0, b"x"))
         assert reader.pause_s(rr.Unavailable("gone")) <= 0.2
 
 

@@ -15,7 +15,7 @@ from google.rpc import error_details_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 from runrecovery import _streams
-from runrecovery._silence import SilenceGuard
+from runrecovery._silence import SilenceTimeout
 from runrecovery._streams import Reconnection, RecoveredWatch, RunWatch
 from runrecovery.v1 import recovery_service_pb2, run_pb2, run_service_pb2
 
@@ -434,14 +434,14 @@ def test_only_the_time_that_a_reader_waits_counts_as_silence(clock: Clock) -> No
     def slowly() -> Iterator[Update]:
         for sequence in (1, 2):
             clock.now += 44  # the reader waits
-            left.append(guard._left_s())
+            left.append(silence._left_s())
             yield _event(sequence)
 
-    guard = SilenceGuard(45, lambda: None, clock=clock)
-    for _ in guard.heard(slowly()):
+    silence = SilenceTimeout(45, lambda: None, clock=clock)
+    for _ in silence.watch(slowly()):
         clock.now += 3600  # the caller takes its time
-        left.append(guard._left_s())
-    guard.end()
+        left.append(silence._left_s())
+    silence.stop()
 
     assert left == [1, 45, 1, 45]
 
@@ -552,7 +552,7 @@ def test_whatever_a_service_tells_the_caller_gets_each_event_once_and_none_is_mi
     given_out: list[Update] = []
     for message in told:
         try:
-            if watch.took(message):
+            if watch.accept(message):
                 given_out.append(message)
         except rr.Unavailable:  # reopened: what follows comes in another stream
             continue
@@ -576,7 +576,7 @@ def test_an_update_of_a_newer_service_has_its_place_in_the_sequence() -> None:
         include_bookmarks=False,
     )
 
-    assert [watch.took(Update(sequence=2)), watch.took(_event(3))] == [True, True]
+    assert [watch.accept(Update(sequence=2)), watch.accept(_event(3))] == [True, True]
 
 
 GONE = rr.Unavailable("gone")
@@ -613,7 +613,7 @@ def test_a_stream_that_has_proved_itself_begins_the_pauses_anew(
 
     reconnection.open()
     clock.now += lived_s
-    reconnection.heard(news=news)
+    reconnection.record_message(news=news)
     reconnection.pause_s(GONE)
 
     assert pauses[-1] == pause
@@ -627,7 +627,7 @@ def test_an_outage_is_measured_from_its_first_failure_and_ends_with_a_sign_of_li
     reconnection.pause_s(GONE)
     clock.now += 59
     reconnection.pause_s(GONE)
-    reconnection.heard(news=False)
+    reconnection.record_message(news=False)
     clock.now += 59
     reconnection.pause_s(GONE)
 
@@ -654,4 +654,4 @@ def test_decisions_without_a_cursor_are_not_lost(pauses: list[float]) -> None:
     )
     bare = Decision(decision=recovery_service_pb2.RecoveredRun(run_id="r"))
 
-    assert watch.took(bare)
+    assert watch.accept(bare)
