@@ -83,13 +83,14 @@ async def test_a_key_that_a_living_process_goes_by_is_not_launched_for_again(
 
     run_id = await floor.create("holds")
     await until_fenced(floor)
-    again = await floor.lease(run_id)
     await floor.dispatcher.stop()
+    states = await floor.storage.read(lambda db: db.fetch_all("SELECT state FROM process_lease"))
 
-    assert (again.key, again.state, again.tree()) == (lease.key, "INTENT", [])
+    # The record watch may find the loss before the dispatcher takes the new run.
+    assert states in ([], [("INTENT",)])
     assert lease.tree() == []
     assert not lease.is_guarded
-    assert (await floor.get(run_id)).status is RunStatus.RUNNING  # whoever starts next decides
+    assert (await floor.get(run_id)).status in {RunStatus.QUEUED, RunStatus.RUNNING}
 
 
 async def test_a_launch_key_that_a_living_process_goes_by_is_not_launched_for_again(
