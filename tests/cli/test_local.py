@@ -1,0 +1,168 @@
+"""Commands on this machine: serve, check, migrate, backup, demo."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runrecovery_service.cli import local
+from runrecovery_service.cli.exit_codes import ExitCode
+from runrecovery_service.domain import start_errors
+from runrecovery_service.domain.errors import Fenced
+from support.service import processes_below, until
+
+from .conftest import Run
+
+START_ERRORS = {
+    ExitCode.HELD: start_errors.Held("data directory /d", "pid 7"),
+    ExitCode.STORAGE: start_errors.DatabaseRefused("/d/x.db", "is not one of ours"),
+    ExitCode.RECOVERY: start_errors.RecoveryGaveUp(5, "StorageFull"),
+    ExitCode.FENCED: Fenced("instance 'a'"),
+}
+
+
+@pytest.mark.parametrize("command", [["serve"], ["check"], ["migrate"], ["backup", "copy.db"]])
+def test_a_refused_configuration_is_told_completely(run: Run, command: list[str]) -> None:
+    Path("runrecovery.toml").write_text("max_queued = 0\nlistn = 1", encoding="utf-8")
+
+    ended = run(*command, "--instance", "Not This")
+
+    assert ended.code == ExitCode.USAGE
+    assert ended.out == ""
+    for place in ("runrecovery.toml: max_queued", "runrecovery.toml: listn", "flag --instance"):
+        assert f"\n  {place}: " in ended.err
+
+
+def test_a_refusal_cannot_steer_the_terminal(run: Run) -> None:
+    Path("runrecovery.toml").write_text(r'instance = "\u001b[2Jx"', encoding="utf-8")
+
+    ended = run("check")
+
+    assert ended.code == ExitCode.USAGE
+    assert "\x1b" not in ended.err
+    assert r"\x1b[2Jx" in ended.err
+
+
+def test_a_configuration_without_end_is_refused_with_its_size(run: Run) -> None:
+    ended = run("check", "--config", "/dev/zero")
+
+    assert ended.code == ExitCode.USAGE
+    assert "  /dev/zero: has more than 1048576 bytes\n" in ended.err
+
+
+def test_a_byte_of_a_path_that_is_not_utf8_is_shown_as_that_byte(run: Run) -> None:
+    ended = run("check", "--config", os.fsdecode(b"/nonexistent/a\xffb.toml"))
+
+    assert ended.code == ExitCode.USAGE
+    assert r"  /nonexistent/a\xffb.toml: No such file or directory" in ended.err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_demo_that_is_told_to_end_leaves_nothing(tmp_path: Path, number: int) -> None:
+    command = [sys.executable, "-m", "runrecovery_service", "demo"]
+
+    with subprocess.Popen(
+        command, env={**os.environ, "TMPDIR": str(tmp_path)}, stdout=subprocess.DEVNULL
+    ) as process:
+        until(lambda: len(processes_below(tmp_path)) > 1, "its service and an agent run")
+        process.send_signal(number)
+
+        assert process.wait(60) == 128 + number
+    assert processes_below(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_demo_without_a_place_for_its_files_says_so(tmp_path: Path) -> None:
+    code = "import tempfile, sys; tempfile.tempdir = sys.argv.pop(); "
+    code += "from runrecovery_service.cli import main; main(['demo'])"
+
+    ended = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "none")],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+    assert ended.returncode == ExitCode.FAILED
+    assert ended.stderr.startswith("error: the demo cannot continue: ")
+    assert len(ended.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("code", START_ERRORS)
+def test_a_refused_start_has_its_own_exit_code(
+    run: Run, monkeypatch: pytest.MonkeyPatch, code: ExitCode
+) -> None:
+    from runrecovery_service import app
+
+    def refuse(_settings: object) -> None:
+        raise START_ERRORS[code]
+
+    monkeypatch.setattr(app, "serve", refuse)
+
+    ended = run("serve")
+
+    assert ended.code == code
+    assert f"error: {START_ERRORS[code]}\n" in ended.err
+
+
+def test_a_taken_port_has_its_own_exit_code_and_says_so(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        listen = f"127.0.0.1:{taken.getsockname()[1]}"
+        command = [sys.executable, "-m", "runrecovery_service", "serve", "--listen", listen]
+
+        ended = subprocess.run(
+            command, cwd=tmp_path, check=False, capture_output=True, text=True, timeout=60
+        )
+
+    assert ended.returncode == ExitCode.LISTEN
+    *log, error, hint = ended.stderr.splitlines()
+    assert all(json.loads(line)["event"] for line in log)
+    assert error == f"error: cannot listen on {listen}: Address already in use"
+    assert hint == "hint: choose another address with --listen, or free this one"
+
+
+def test_flags_reach_the_service(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from runrecovery_service import app
+
+    taken: list[Any] = []
+    monkeypatch.setattr(app, "serve", taken.append)
+
+    assert (
+        run("serve", "--listen", "127.0.0.1:0", "--data-dir", "d", "--log-level", "error").code == 0
+    )
+    assert [("127.0.0.1:0", Path("d"), "error")] == [
+        (settings.listen, settings.data_dir, settings.log_level) for settings in taken
+    ]
+
+
+def test_every_start_error_that_is_mapped_is_a_start_error() -> None:
+    assert all(issubclass(kind, start_errors.StartRefused | Fenced) for kind in local.EXIT_CODES)
+    assert local.HINTS.keys() <= local.EXIT_CODES.keys()
+
+
+def test_what_a_service_ends_by_has_the_exit_code_that_the_docs_give_it() -> None:
+    assert {kind.__name__: int(code) for kind, code in local.EXIT_CODES.items()} == {
+        "CgroupRefused": 2,
+        "Held": 3,
+        "DatabaseRefused": 4,
+        "StoreLost": 4,
+        "DataDirRefused": 4,
+        "OpenFilesRefused": 4,
+        "ThreadsRefused": 4,
+        "DatabaseOutOfReach": 6,
+        "BackupRefused": 8,
+        "RecoveryGaveUp": 9,
+        "Fenced": 10,
+        "ClaimLost": 10,
+        "RunGone": 10,
+        "LeaseLost": 10,
+        "ContainmentRefused": 11,
+    }
