@@ -67,7 +67,7 @@ demo: $(READY) ## Watch runs survive a kill -9, explained run by run (under a mi
 	@$(BIN)/runrecovery demo
 
 test: $(READY) ## Run the tests
-	@$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --ignore=tests/packaging --ignore=tests/cli_agents $(ARGS)
+	@$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal --ignore=tests/packaging --ignore=tests/cli_agents $(ARGS)
 
 test-agents: $(READY) $(AGENT_CLIS_READY) ## Try the presets with the real CLIs (npm installs them), ROUNDS=1
 	@ROUNDS=$(ROUNDS) $(BIN)/python -m pytest -n $(PYTEST_WORKERS) tests/cli_agents $(ARGS)

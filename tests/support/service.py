@@ -342,6 +342,8 @@ class ServiceProcess:
     log: Path
     address: str = ""
     _apis: list[Api] = field(default_factory=list)
+    _parsed: list[Json] = field(default_factory=list)
+    _parsed_size: int = -1
 
     @property
     def pid(self) -> int:
@@ -355,9 +357,12 @@ class ServiceProcess:
 
     def events(self, name: str | None = None) -> list[Json]:
         """Return the complete log lines so far, of one event or all."""
-        *lines, _ = self.text.split("\n")
-        found: list[Json] = [json.loads(line) for line in lines if line.startswith("{")]
-        return [event for event in found if name is None or event["event"] == name]
+        size = self.log.stat().st_size
+        if size != self._parsed_size:  # `until_event` looks again and again
+            *lines, _ = self.text.split("\n")
+            self._parsed = [json.loads(line) for line in lines if line.startswith("{")]
+            self._parsed_size = size
+        return [event for event in self._parsed if name is None or event["event"] == name]
 
     def until_event(self, name: str) -> Json:
         """Wait until it has logged an event and return the first one."""
