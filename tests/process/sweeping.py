@@ -1,0 +1,60 @@
+"""One sweep over one launch, and launches as a crash or another host would leave them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from process.trees import Signals, Tree
+from runrecovery_service.process.ending import Ending
+from runrecovery_service.process.markers import LaunchMarkers
+from runrecovery_service.process.sweep import end_trees
+
+NewLease = Callable[[], LaunchMarkers]
+
+
+ROOT = os.geteuid() == 0
+
+
+only_root = pytest.mark.skipif(not ROOT, reason="only root may become another user")
+
+
+ESCAPEES = ("child", "session", "daemon", "scrubbed", "scrubbed-session", "scrubbed-daemon",
+            "undumpable", "escapee", "thread")  # fmt: skip
+
+
+def end(
+    lease: LaunchMarkers,
+    *,
+    grace_s: float = 5,
+    deadline_s: float = 20,
+    clock: Callable[[], float] = time.monotonic,
+) -> Ending:
+    endings = end_trees([lease], why="test", grace_s=grace_s, deadline_s=deadline_s, clock=clock)
+    return endings[lease.launch_key]
+
+
+def once(holds: Callable[[], bool]) -> Callable[[], float]:
+    """A clock that starts when it holds: a busy machine's first look may outlast a short grace."""
+    began: list[float] = []
+
+    def clock() -> float:
+        if not began and holds():
+            began.append(time.monotonic())
+        return time.monotonic() - began[0] if began else 0.0
+
+    return clock
+
+
+def once_asked(signals: Signals, *trees: Tree) -> Callable[[], float]:
+    """A clock that starts when all have been sent SIGTERM."""
+    everybody = [proc.pid for tree in trees for proc in tree.procs.values()]
+    return once(lambda: all("SIGTERM" in signals.names(pid) for pid in everybody))
+
+
+def unrecorded(lease: LaunchMarkers) -> LaunchMarkers:
+    """The lease as a crash between the spawn and its recording leaves it."""
+    return replace(lease, pid=None, start_ticks=None)
