@@ -61,7 +61,7 @@ def test_a_database_in_memory_is_a_mistake_of_the_configuration(tmp_path: Path) 
     start, check = refusals(tmp_path, "--database", "sqlite:///:memory:")
 
     assert (start[0], check[0]) == (2, 2)
-    assert "in memory would be lost with the process" in start[1]
+    assert "in memory is lost with the process" in start[1]
     assert list(tmp_path.iterdir()) == []
 
 
