@@ -161,8 +161,10 @@ def test_engine_of_the_page_greets_over_a_service(terminals: Terminals) -> None:
 def test_service_without_an_engine_names_the_configuration_file_that_it_looked_for(
     terminals: Terminals,
 ) -> None:
-    terminals.type("runrecovery serve\nrunrecovery health --wait 30")
+    terminals.type("runrecovery check\nrunrecovery serve\nrunrecovery health --wait 30")
     terminals.stop()
+    note = "note: no engine is configured in runrecovery.toml, so no run can be created\n"
+    assert terminals.printed["runrecovery check"] == f"{note}no problem found\n"
     log = (terminals.home / "service.log").read_text("utf-8")
     events = [json.loads(line) for line in log.splitlines()]
 

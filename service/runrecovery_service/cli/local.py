@@ -177,6 +177,9 @@ def check(settings: Settings) -> ExitCode:
         click.echo(safe(problem))
     for note in offline.check_notes(settings):
         click.echo(safe(f"note: {note}"))
+    if not settings.engines:
+        file = click.get_current_context().meta[CONFIGURATION_FILE]
+        click.echo(safe(f"note: no engine is configured in {file}, so no run can be created"))
     if problems:
         return ExitCode.FAILED
     click.echo("no problem found")
