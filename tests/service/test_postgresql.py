@@ -259,7 +259,7 @@ def demand_lease_lost(service: ServiceProcess) -> None:
     assert service.exit_code() == 10
     assert (
         "error: the lease of instance 'default' was not renewed for 2 s\n"
-        "hint: no other service is known to run; service.lease_not_renewed in the log says why\n"
+        "hint: no other service is known; service.lease_not_renewed in the log says why\n"
     ) in service.text
     assert "Traceback" not in service.text
     assert [event for event in service.events() if "exception" in event] == []
