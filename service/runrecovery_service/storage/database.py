@@ -23,7 +23,7 @@ from runrecovery_service.storage.sql_dialects import DatabaseKind, SqlDialect
 FILES_LOST: Final = (
     "a file of the database was removed, replaced or overwritten; the service is stopping"
 )
-FILES_UNSEEN: Final = "the system does not tell whether the files of the database are in place"
+FILES_UNSEEN: Final = "the system does not say whether the files of the database are in place"
 
 Row = tuple[Any, ...]  # the columns of a query; each value is typed where it is decoded
 
@@ -129,7 +129,10 @@ class Database:
         self._commits = commits
 
     def _changes(self) -> int:
-        """Return how many row changes of this thread stand; 0 while commits are not counted."""
+        """Return the number of row changes of this thread that were not rolled back.
+
+        0 while commits are not counted.
+        """
         if self._commits is None:
             return 0
         return int(self.peewee.connection().total_changes) - self._rolled_back.rows

@@ -176,7 +176,7 @@ def end_reopening(
 
 
 def _has_passed(db: Database, run: Run, kind: DueKind, owner: Owner, steady: SteadyTime) -> bool:
-    """Return True if the deadline still stands, in the transaction that applies it."""
+    """Return True if the deadline has passed, in the transaction that applies it."""
     column = _COLUMNS[kind]
     row = db.fetch_one(
         f"SELECT 1 FROM run WHERE id = ? AND owner = ? AND due_clock = ? AND {column} <= ?",

@@ -28,7 +28,7 @@ from runrecovery_service.storage.turns import DueIn
 
 NO_SESSION_LOST: Final = "no recovery failed it for want of its session"
 WINDOW_OVER: Final = "the window for that is over"
-QUESTION_LOST: Final = "its question is not readable any more"
+QUESTION_LOST: Final = "its question is no longer readable"
 NO_HANDLE: Final = "no session handle was kept; supply one"
 
 
