@@ -31,7 +31,7 @@ EVENT: Final = re.compile(r"[a-z]+\.[a-z_]+")
 LINK: Final = re.compile(r"\]\((?!https?:)([^)#]*)(#[^)]*)?\)")
 FILE_NAME: Final = re.compile(r"\.(py|md|proto|toml|txt|json|svg|binpb)$")
 CODE_BLOCK: Final = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
-NAMED_PAGE: Final = re.compile(r"\bdocs/\w+\.md\b")
+NAMED_PAGE: Final = re.compile(r"\b(docs/\w+\.md)\b(#[\w-]+)?")
 NAMED_SECTION: Final = re.compile(r"(docs/\w+\.md), \*([^*]+)\*")
 METHODS: Final = [
     method
@@ -250,12 +250,15 @@ def test_pages_that_texts_name_exist() -> None:
     ]
     texts += [ROOT / name for name in ("Makefile", "pyproject.toml", "runrecovery.example.toml")]
     named = {
-        (str(text.relative_to(ROOT)), page)
+        (str(text.relative_to(ROOT)), page, anchor)
         for text in [*texts, *PAGES]
-        for page in NAMED_PAGE.findall(text.read_text(encoding="utf-8", errors="ignore"))
+        for page, anchor in NAMED_PAGE.findall(text.read_text(encoding="utf-8", errors="ignore"))
     }
 
-    assert sorted((text, page) for text, page in named if not (ROOT / page).is_file()) == []
+    assert ("deploy/runrecovery.service", "docs/install.md", "#systemd") in named
+    assert [
+        place for place in sorted(named) if not _leads_somewhere(ROOT / place[1], place[2])
+    ] == []
 
 
 def test_sections_that_messages_name_exist() -> None:
