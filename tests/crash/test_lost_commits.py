@@ -71,7 +71,7 @@ def test_a_service_whose_claim_was_lost_ends_as_fenced_and_names_no_other_servic
     assert service.exit_code() == 10
     assert (
         "error: the database no longer has this start's claim of instance 'default'\n"
-        "hint: no newer start is known; start again: what the store holds is recovered\n"
+        "hint: no newer start is known; start again, and the recorded runs are recovered\n"
     ) in service.text
     service, _ = home.start()
     assert service.stop() == 0

@@ -115,7 +115,7 @@ def test_a_claim_that_the_store_has_lost_is_not_called_superseded(
             world.db.execute(change.format(table))
 
     for refused in (instances.renew, instances.demand_current):
-        with pytest.raises(ClaimLost, match="claim of instance 'default' any more"):
+        with pytest.raises(ClaimLost, match="no longer has this start's claim"):
             refused(world.db, owner)
 
 

@@ -372,7 +372,7 @@ def settings_of(db: Database) -> dict[str, object]:
     return {name: row and row[0] for name, row in rows.items()}
 
 
-@pytest.mark.parametrize("use", ["point", "read", "write", "renewal", "alone"])
+@pytest.mark.parametrize("use", ["read_row", "read", "write", "renew", "run_exclusive"])
 async def test_every_connection_has_the_durable_settings(
     world_of_sqlite: Database, use: str
 ) -> None:

@@ -895,7 +895,8 @@ def test_thousands_of_entries_go_with_a_few_looks_at_the_file(
     assert (len(done.removals), done.failures) == (many, ())
     assert place.file.read_bytes() == BEFORE + b"\n"
     assert place.rows() == []
-    assert len(parses) <= 10
+    # Two for each edit. On a slow machine an edit takes 100 entries, on a fast one up to 500.
+    assert len(parses) <= 32
 
 
 def test_what_is_kept_of_an_entry_is_opaque_to_the_store(place: Place) -> None:

@@ -566,7 +566,11 @@ class Home:
         shims = self.shims()
         for shim in shims:
             strike(shim, signal.SIGSTOP)
-        until(lambda: all(map(is_stopped, shims)), "the shims stand still")
+        # One may have ended by itself before the signal came.
+        until(
+            lambda: all(is_stopped(shim) or not is_alive(shim) for shim in shims),
+            "the shims stand still",
+        )
         service.kill()
         for shim in shims:
             strike(shim, signal.SIGKILL)
