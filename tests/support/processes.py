@@ -61,9 +61,21 @@ def bearers(watermark: int) -> list[int]:
 
 def strike(process: Seen, number: int) -> None:
     """Send a signal to that very process; fail when it does not live."""
-    pidfd = os.pidfd_open(process.pid)
+    assert strike_if_alive(process, number)
+
+
+def strike_if_alive(process: Seen, number: int) -> bool:
+    """Send a signal to that very process; return False when it does not live."""
     try:
-        assert is_alive(process)
+        pidfd = os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        return False
+    try:
+        if not is_alive(process):
+            return False
         signal.pidfd_send_signal(pidfd, number)
+    except ProcessLookupError:
+        return False
     finally:
         os.close(pidfd)
+    return True

@@ -31,7 +31,7 @@ from runrecovery.v1 import run_service_pb2 as pb
 
 from support import waiting
 from support.defects import defect_in
-from support.processes import Seen, is_alive, is_stopped, strike
+from support.processes import Seen, is_alive, is_stopped, strike, strike_if_alive
 from support.service_forker import ForkedService, can_be_forked, fork_service
 
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
@@ -563,17 +563,15 @@ class Home:
 
     def kill_with_shims(self, service: ServiceProcess) -> None:
         """End a service and the guards of its trees at once: the trees stay, as orphans."""
-        shims = self.shims()
-        for shim in shims:
-            strike(shim, signal.SIGSTOP)
-        # One may have ended by itself before the signal came.
+        # A shim may end by itself before a signal reaches it.
+        shims = [shim for shim in self.shims() if strike_if_alive(shim, signal.SIGSTOP)]
         until(
             lambda: all(is_stopped(shim) or not is_alive(shim) for shim in shims),
             "the shims stand still",
         )
         service.kill()
         for shim in shims:
-            strike(shim, signal.SIGKILL)
+            strike_if_alive(shim, signal.SIGKILL)
         until(lambda: not self.shims(), "the shims are gone")
 
     @contextmanager
