@@ -30,35 +30,9 @@ from runrecovery_service.domain.run import RecoveryState, Run, RunStatus
 from runrecovery_service.rpc import enums, json_values, recovery_messages, run_messages, times
 from runrecovery_service.rpc.gate import ServiceState
 from runrecovery_service.storage.launch_records import UnendedLaunch
+from support.domain_runs import AT, QUEUED_RUN
 
-AT = datetime(2026, 11, 24, 1, 2, 3, 456_789, tzinfo=UTC)
-BARE = Run(
-    key=5,
-    run_id="r1",
-    engine="demo",
-    labels={},
-    status=RunStatus.QUEUED,
-    profile=domain.Profile.RESUMABLE,
-    restart_policy=domain.RestartPolicy.FAIL,
-    max_attempts=1,
-    input={},
-    output=None,
-    error=None,
-    pending=None,
-    session=None,
-    interaction_count=0,
-    attempt=0,
-    turn=0,
-    cancel_requested=False,
-    recovery=None,
-    owner="here",
-    owner_epoch=3,
-    version=2,
-    created_at=AT,
-    started_at=None,
-    updated_at=AT,
-    ended_at=None,
-)
+BARE = QUEUED_RUN
 QUESTION = domain.Interaction(
     interaction_id=2,
     kind=domain.InteractionKind.CHOOSE_ONE,

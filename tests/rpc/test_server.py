@@ -39,6 +39,7 @@ from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.launch_records import UnendedLaunch
 from structlog.testing import capture_logs
 from support.clock import FakeClock
+from support.domain_runs import QUEUED_RUN
 
 AT = datetime(2026, 11, 24, tzinfo=UTC)
 OWNER = Owner("here", 3, "t")
@@ -47,32 +48,8 @@ STDOUT = OutputChannel.STDOUT
 
 
 def run(**changes: Any) -> Run:
-    made = Run(
-        key=5,
-        run_id="r1",
-        engine="demo",
-        labels={},
-        status=RunStatus.RUNNING,
-        profile=domain.Profile.RESUMABLE,
-        restart_policy=domain.RestartPolicy.FAIL,
-        max_attempts=1,
-        input={},
-        output=None,
-        error=None,
-        pending=None,
-        session=None,
-        interaction_count=0,
-        attempt=1,
-        turn=1,
-        cancel_requested=False,
-        recovery=None,
-        owner="here",
-        owner_epoch=3,
-        version=2,
-        created_at=AT,
-        started_at=None,
-        updated_at=AT,
-        ended_at=None,
+    made = replace(
+        QUEUED_RUN, status=RunStatus.RUNNING, attempt=1, turn=1, created_at=AT, updated_at=AT
     )
     return replace(made, **changes)
 
