@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from support.processes import open_files
 from support.service import Home, ServiceProcess
 from support.waiting import patience_s, until
 
@@ -53,8 +54,7 @@ def fifo(home: Home) -> Path:
 
 def has_open(service: ServiceProcess, path: Path) -> bool:
     assert service.popen.poll() is None, service.text
-    links = Path(f"/proc/{service.pid}/fd")
-    return any(os.path.realpath(link) == str(path) for link in links.iterdir())
+    return str(path) in open_files(service.pid)
 
 
 @pytest.mark.parametrize("number", STOPS)

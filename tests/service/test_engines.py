@@ -14,6 +14,7 @@ import pytest
 from google.protobuf.json_format import MessageToDict
 from runrecovery.v1 import run_pb2
 from runrecovery.v1 import run_service_pb2 as pb
+from support.processes import open_files
 from support.service import (
     GOOD_ENGINES,
     Api,
@@ -241,10 +242,7 @@ def test_a_living_agent_holds_nothing_of_the_service(home: Home, api: Api) -> No
         api.until_status(run.run_id, "WAITING_USER")
     (first,), (second,) = (home.agents_of(run.run_id) for run in runs)
 
-    holds = {
-        pid: {str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir()}
-        for pid in (first, second)
-    }
+    holds = {pid: open_files(pid) for pid in (first, second)}
     assert not any(link.startswith("socket:") for links in holds.values() for link in links)
     assert not any(str(home.database) in link for links in holds.values() for link in links)
     assert holds[first].isdisjoint(holds[second])

@@ -25,6 +25,7 @@ from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.group_commit import GroupCommitWriter
 from runrecovery_service.storage.integrity import integrity_problems
 from runrecovery_service.storage.opening import open_database
+from support.processes import open_files
 
 NAME = "runrecovery.db"
 DELETE_AND_CHECKPOINT = """
@@ -439,5 +440,5 @@ def test_nothing_of_a_closed_store_stays_open(tmp_path: Path) -> None:
         db.watch_files()
         db.fetch_all("SELECT 1")
 
-    links = [os.path.realpath(one) for one in Path("/proc/self/fd").iterdir()]
+    links = open_files(os.getpid())
     assert [link for link in links if link.startswith(str(tmp_path))] == []

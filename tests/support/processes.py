@@ -43,6 +43,15 @@ def is_stopped(process: Seen) -> bool:
     return is_alive(process) and _fields(process.pid)[:1] == ["T"]
 
 
+def open_files(pid: int) -> set[str]:
+    """What a process's descriptors lead to now: paths, and names like `socket:[1]`."""
+    found = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # it was closed meanwhile
+            found.add(str(link.readlink()))
+    return found
+
+
 def lock_limit(pid: int) -> int | None:
     """Return a process's limit on file locks where that is a number."""
     with suppress(OSError):
