@@ -1,4 +1,7 @@
-"""Real databases: every test that takes `database` runs on SQLite and on PostgreSQL."""
+"""Fixtures of all folders: real databases, whole services, and a search for defects.
+
+A test that takes `database` runs on SQLite and on PostgreSQL.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,8 @@ import uvloop
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.opening import open_database
 from support.defects import defect_in
-from support.service import until
+from support.service import Home
+from support.waiting import until
 
 from bench.postgres import START_S, ScratchPostgres, start_keeper
 
@@ -157,6 +161,22 @@ def no_defects(request: pytest.FixtureRequest) -> Iterator[None]:
     marker = request.node.get_closest_marker("expects_defects")
     expected = () if marker is None else marker.args
     assert [one for one in found if one.split()[0] not in expected] == []
+
+
+@pytest.fixture
+def new_home(tmp_path: Path) -> Iterator[Callable[..., Home]]:
+    """Make homes in which services start. At the end of the test, clear each home."""
+    homes: list[Home] = []
+
+    def make(**settings: Any) -> Home:
+        path = tmp_path / f"home-{len(homes)}"
+        path.mkdir()
+        homes.append(Home(path, **settings))
+        return homes[-1]
+
+    yield make
+    for home in homes:
+        home.clear()
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ from campaign import watch
 from campaign.house import House, Marks
 from campaign.plans import leaf
 from campaign.watch import Identity, Seen
-from support.service import Api, until
+from support.api import Api
+from support.waiting import until
 
 FAMILY: Final = 3
 """Processes of one canary."""

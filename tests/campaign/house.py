@@ -19,7 +19,10 @@ from campaign import watch
 from campaign.plans import RunPlan
 from campaign.watch import Identity
 from runrecovery.v1 import run_pb2
-from support.service import Api, EngineSpec, Home, ServiceProcess, until
+from support.api import Api
+from support.engines import EngineSpec
+from support.service import Home, ServiceProcess
+from support.waiting import until
 
 HERE: Final = Path(__file__).parent
 WITHOUT_KILL: Final = ("setpriv", "--bounding-set", "-kill")

@@ -17,7 +17,9 @@ from campaign.house import House, Marks, Shims
 from campaign.plans import MOST_PAUSE_S, Kind, Plan, RunPlan, Way
 from campaign.watch import Watch
 from runrecovery.v1 import run_pb2
-from support.service import ENDED, Api, ServiceProcess, status_word, until
+from support.api import ENDED, Api, status_word
+from support.service import ServiceProcess
+from support.waiting import until
 
 SCANS: Final = 3
 """Looks for survivors once the service is SERVING: one scan is not atomic."""

@@ -16,7 +16,8 @@ from runrecovery_service.cli import local
 from runrecovery_service.cli.exit_codes import ExitCode
 from runrecovery_service.domain import start_errors
 from runrecovery_service.domain.errors import Fenced
-from support.service import processes_below, until
+from support.processes import processes_below
+from support.waiting import until
 
 from .conftest import Run
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from support.service import REPOSITORY
+from support.engines import REPOSITORY
 
 INSTALLED: Final = REPOSITORY / ".agent-clis" / "node_modules" / ".bin"
 """Where `make test-agents` installs them, from npm/package-lock.json."""

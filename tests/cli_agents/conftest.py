@@ -15,7 +15,7 @@ import pytest
 from cli_agents.clis import CLIS, Cli
 from cli_agents.desk import Desk
 from cli_agents.endpoints import ModelEndpoint
-from support.service import REPOSITORY
+from support.engines import REPOSITORY
 
 KEPT: Final = REPOSITORY / ".agent-clis" / "failed"
 ROUNDS: Final = int(os.environ.get("ROUNDS") or 1)

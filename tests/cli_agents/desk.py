@@ -15,7 +15,11 @@ from typing import Any, Final
 from cli_agents.clis import Cli
 from cli_agents.endpoints import ASK, HANG, SHELL, ModelEndpoint
 from runrecovery.v1 import run_pb2
-from support.service import Api, EngineSpec, Home, environment_of, status_word, until
+from support.api import Api, status_word
+from support.engines import EngineSpec
+from support.processes import environment_of
+from support.service import Home
+from support.waiting import until
 
 PATIENCE_S: Final = 90.0
 """How long a CLI may take to start and to speak, several of them at a time."""

@@ -10,7 +10,8 @@ from cli_agents.clis import Cli
 from cli_agents.desk import Desk, named
 from cli_agents.endpoints import OPTIONS, QUESTION, REFUSAL, REFUSE, ModelEndpoint
 from google.protobuf.json_format import MessageToDict
-from support.service import status_word, until
+from support.api import status_word
+from support.waiting import until
 
 NewDesk = Callable[..., Desk]
 

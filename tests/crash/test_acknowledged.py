@@ -30,19 +30,11 @@ import pytest
 from google.protobuf.json_format import MessageToDict
 from runrecovery.v1 import run_pb2
 from runrecovery.v1 import run_service_pb2 as pb
-from support.service import (
-    GOOD_ENGINES,
-    Api,
-    Home,
-    ServiceProcess,
-    refused,
-    script,
-    status_word,
-    struct,
-    until,
-    value,
-)
+from support.api import Api, refused, status_word, struct, value
+from support.engines import GOOD_ENGINES, script
+from support.service import Home, ServiceProcess
 from support.stores import lose_session, query
+from support.waiting import until
 
 NewHome = Callable[..., Home]
 

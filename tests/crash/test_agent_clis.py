@@ -14,18 +14,12 @@ import pytest
 from google.protobuf.json_format import MessageToDict
 from runrecovery.v1 import run_pb2
 from runrecovery.v1 import run_service_pb2 as pb
-from support.service import (
-    AGENTS,
-    Api,
-    EngineSpec,
-    Home,
-    environment_of,
-    processes_below,
-    refused,
-    status_word,
-    until,
-)
+from support.api import Api, refused, status_word
+from support.engines import AGENTS, EngineSpec
+from support.processes import environment_of, processes_below
+from support.service import Home
 from support.stores import query
+from support.waiting import until
 
 NewHome = Callable[..., Home]
 

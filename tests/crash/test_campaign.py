@@ -19,7 +19,10 @@ import grpc
 import pytest
 from runrecovery.v1 import run_pb2
 from runrecovery.v1 import run_service_pb2 as pb
-from support.service import GOOD_ENGINES, Api, Home, script, status_word, until
+from support.api import Api, status_word
+from support.engines import GOOD_ENGINES, script
+from support.service import Home
+from support.waiting import until
 
 NewHome = Callable[..., Home]
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from support.service import GOOD_ENGINES, Home, script, until
+from support.engines import GOOD_ENGINES, script
+from support.service import Home
+from support.waiting import until
 
 NewHome = Callable[..., Home]
 

@@ -14,7 +14,10 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import pytest
-from support.service import Home, script, status_word, until
+from support.api import status_word
+from support.engines import script
+from support.service import Home
+from support.waiting import until
 
 NewHome = Callable[..., Home]
 

@@ -8,7 +8,8 @@ from typing import Final
 import pytest
 from runrecovery.v1 import run_pb2
 from runrecovery.v1 import run_service_pb2 as pb
-from support.service import Home, refused, state_word, status_word
+from support.api import refused, state_word, status_word
+from support.service import Home
 
 NewHome = Callable[..., Home]
 

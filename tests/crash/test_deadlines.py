@@ -13,19 +13,12 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.json_format import MessageToDict
 from runrecovery.v1 import run_pb2
 from runrecovery.v1 import run_service_pb2 as pb
+from support.api import Api, refused, status_word
+from support.engines import GOOD_ENGINES, RESUMABLE, EngineSpec, script
 from support.observer import Events, assert_whole, kinds
-from support.service import (
-    GOOD_ENGINES,
-    RESUMABLE,
-    Api,
-    EngineSpec,
-    Home,
-    refused,
-    script,
-    status_word,
-    until,
-)
+from support.service import Home
 from support.stores import lose_session
+from support.waiting import until
 
 NewHome = Callable[..., Home]
 

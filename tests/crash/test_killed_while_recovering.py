@@ -12,7 +12,9 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from runrecovery.v1 import recovery_pb2
 from runrecovery.v1 import recovery_service_pb2 as recovery_rpc
-from support.service import Home, ServiceProcess, refused, status_word, until
+from support.api import refused, status_word
+from support.service import Home, ServiceProcess
+from support.waiting import until
 
 NewHome = Callable[..., Home]
 

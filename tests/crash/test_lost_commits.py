@@ -9,9 +9,12 @@ from typing import Final
 import grpc
 import pytest
 from runrecovery.v1 import run_service_pb2 as pb
-from support.processes import seen, strike
-from support.service import PATIENCE_S, Home, refused, script, until
+from support.api import CALL_TIMEOUT_S, refused
+from support.engines import script
+from support.processes import living_process, send_signal
+from support.service import Home
 from support.stores import change, query
+from support.waiting import until
 
 NewHome = Callable[..., Home]
 
@@ -28,7 +31,7 @@ def test_a_watch_of_a_lost_run_ends_and_tells_nothing_of_another(
     api.create("works", run_id="holds-the-slot")
     until(lambda: home.agents_of("holds-the-slot"), "it works")
     api.create("works", run_id="lost")
-    watch = api.runs.WatchRun(pb.WatchRunRequest(run_id="lost"), timeout=PATIENCE_S)
+    watch = api.runs.WatchRun(pb.WatchRunRequest(run_id="lost"), timeout=CALL_TIMEOUT_S)
     assert next(iter(watch)).snapshot.run_id == "lost"
 
     change(home, "UPDATE run SET run_id = 'of-another-caller' WHERE run_id = 'lost'")
@@ -45,12 +48,12 @@ def test_a_service_whose_run_was_lost_ends_as_fenced_and_says_why(
     service, api = home.start()
     api.create("works", run_id="lost")
     (pid,) = until(lambda: home.agents_of("lost"), "it works")
-    agent = seen(pid)
+    agent = living_process(pid)
     assert agent is not None
     change(home, "UPDATE run SET run_id = 'of-another-caller'")
     before = query(home, ROWS)
 
-    strike(agent, signal.SIGTERM)
+    send_signal(agent, signal.SIGTERM)
 
     assert service.exit_code() == 10
     assert "the database no longer has run 'lost'; it lost a commit" in service.text

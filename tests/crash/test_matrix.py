@@ -11,16 +11,10 @@ from typing import Any, Final
 import pytest
 from google.protobuf.json_format import MessageToDict
 from runrecovery.v1 import recovery_pb2, run_pb2
-from support.service import (
-    GOOD_ENGINES,
-    Api,
-    Home,
-    refused,
-    script,
-    state_word,
-    status_word,
-    until,
-)
+from support.api import Api, refused, state_word, status_word
+from support.engines import GOOD_ENGINES, script
+from support.service import Home
+from support.waiting import until
 
 NewHome = Callable[..., Home]
 

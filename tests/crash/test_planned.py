@@ -10,16 +10,11 @@ from typing import Any, Final
 import pytest
 from runrecovery.v1 import recovery_service_pb2 as recovery_pb
 from runrecovery.v1 import run_pb2
-from support.service import (
-    GOOD_ENGINES,
-    Api,
-    Home,
-    ServiceProcess,
-    script,
-    status_word,
-    until,
-)
+from support.api import Api, status_word
+from support.engines import GOOD_ENGINES, script
+from support.service import Home, ServiceProcess
 from support.stores import change, dump, lose_session, query
+from support.waiting import until
 
 NewHome = Callable[..., Home]
 

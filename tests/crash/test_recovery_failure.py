@@ -9,8 +9,10 @@ from typing import Final
 
 import grpc
 from runrecovery.v1 import recovery_pb2
-from support.service import Api, Home, ServiceProcess, refused, status_word, until
+from support.api import Api, refused, status_word
+from support.service import Home, ServiceProcess
 from support.stores import change, query
+from support.waiting import until
 
 NewHome = Callable[..., Home]
 

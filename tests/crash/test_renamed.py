@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from support.service import Home, state_word, status_word, until
+from support.api import state_word, status_word
+from support.service import Home
+from support.waiting import until
 
 NewHome = Callable[..., Home]
 QUESTION = {"kind": "open_text", "prompt": "Go on?"}

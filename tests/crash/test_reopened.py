@@ -13,19 +13,12 @@ from google.protobuf.json_format import MessageToDict, MessageToJson
 from runrecovery.v1 import recovery_service_pb2 as recovery_pb
 from runrecovery.v1 import run_pb2
 from runrecovery.v1 import run_service_pb2 as pb
+from support.api import Api, Refusal, refused, status_word
+from support.engines import GOOD_ENGINES, agent
 from support.observer import kinds
-from support.service import (
-    GOOD_ENGINES,
-    Api,
-    Home,
-    Refusal,
-    ServiceProcess,
-    agent,
-    refused,
-    status_word,
-    until,
-)
+from support.service import Home, ServiceProcess
 from support.stores import lose_session
+from support.waiting import until
 
 NewHome = Callable[..., Home]
 

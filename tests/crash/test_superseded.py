@@ -15,9 +15,12 @@ from runrecovery_service.clock import Clock
 from runrecovery_service.storage import instances
 from runrecovery_service.storage.instances import InstanceStart
 from runrecovery_service.storage.opening import open_database
-from support.processes import Seen, seen, strike
-from support.service import Home, ServiceProcess, refused, script, until
+from support.api import refused
+from support.engines import script
+from support.processes import ProcessIdentity, living_process, send_signal
+from support.service import Home, ServiceProcess
 from support.stores import query
+from support.waiting import until
 
 NewHome = Callable[..., Home]
 
@@ -30,10 +33,10 @@ FENCED: Final = 10
 HELD: Final = 3
 
 
-def agent_of(home: Home, run_id: str) -> Seen:
+def agent_of(home: Home, run_id: str) -> ProcessIdentity:
     """Return the agent of a run, once it works."""
     (pid,) = until(lambda: home.agents_of(run_id), "it works")
-    found = seen(pid)
+    found = living_process(pid)
     assert found is not None
     return found
 
@@ -69,7 +72,7 @@ def test_whoever_ends_its_agents_first_claimed_its_runs(
 
     claim_beside(home)
     for agent in agents:
-        strike(agent, signal.SIGTERM)
+        send_signal(agent, signal.SIGTERM)
 
     assert service.exit_code() == FENCED
     after = query(home, "SELECT run_id, status, error_code, version FROM run ORDER BY id")
@@ -86,7 +89,7 @@ def test_the_next_start_decides_what_the_superseded_one_left(
     api.create("works", run_id="again", restart_policy=REQUEUE)
     agent, _ = agent_of(home, "fails"), agent_of(home, "again")
     claim_beside(home)
-    strike(agent, signal.SIGTERM)
+    send_signal(agent, signal.SIGTERM)
     assert service.exit_code() == FENCED
 
     home.start()[1].until_status("again", "RUNNING")

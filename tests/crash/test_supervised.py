@@ -14,18 +14,19 @@ from typing import Final
 import pytest
 from runrecovery.v1 import recovery_pb2, run_pb2
 from runrecovery.v1 import recovery_service_pb2 as recovery_rpc
-from support.processes import Seen, bearers, is_alive, is_stopped, lock_limit, seen, strike
-from support.service import (
-    GOOD_ENGINES,
-    Api,
-    Home,
-    ServiceProcess,
-    refused,
-    script,
-    state_word,
-    status_word,
-    until,
+from support.api import Api, refused, state_word, status_word
+from support.engines import GOOD_ENGINES, script
+from support.processes import (
+    ProcessIdentity,
+    is_alive,
+    is_stopped,
+    living_process,
+    lock_limit,
+    processes_with_watermark,
+    send_signal,
 )
+from support.service import Home, ServiceProcess
+from support.waiting import until
 
 NewHome = Callable[..., Home]
 
@@ -97,7 +98,7 @@ def until_family_stands(home: Home, api: Api) -> int:
     until(lambda: api.get("escapes").attempt == 1, "it is taken")
     until(lambda: b"escaped" in b"".join(p.data for p in api.output("escapes")), "it has escaped")
     watermark = home.watermark_of("escapes")
-    until(lambda: len(bearers(watermark)) == 4, "the family stands, and its shim")
+    until(lambda: len(processes_with_watermark(watermark)) == 4, "the family stands, and its shim")
     assert is_alive(shim)
     return watermark
 
@@ -127,8 +128,8 @@ def decisions(report: recovery_pb2.Reconciliation) -> dict[str, int]:
     return {count.rule: count.count for count in report.decisions}
 
 
-def service_of(service: ServiceProcess) -> Seen:
-    found = seen(service.pid)
+def service_of(service: ServiceProcess) -> ProcessIdentity:
+    found = living_process(service.pid)
     assert found is not None
     return found
 
@@ -143,12 +144,12 @@ def test_a_service_that_stands_still_finds_its_trees_dead_and_goes_on(new_home: 
     (agent,) = home.agents_of("again")
     was = service_of(service)
 
-    strike(was, signal.SIGSTOP)
+    send_signal(was, signal.SIGSTOP)
     stopped = time.monotonic()
     until(lambda: home.agents() == [], "the shims have ended their trees", timeout_s=TTL_S + SOON_S)
     assert is_stopped(was)
     until(lambda: time.monotonic() > stopped + TTL_S + 0.5, "its lease is over")
-    strike(was, signal.SIGCONT)
+    send_signal(was, signal.SIGCONT)
 
     for run_id in ("tree", "sticky"):
         api.until_ended(run_id)
@@ -175,9 +176,9 @@ def test_a_short_stand_still_harms_nobody(new_home: NewHome) -> None:
     before = home.agents()
     was = service_of(service)
 
-    strike(was, signal.SIGSTOP)
+    send_signal(was, signal.SIGSTOP)
     until(lambda: is_stopped(was), "it stands still")
-    strike(was, signal.SIGCONT)
+    send_signal(was, signal.SIGCONT)
 
     assert api.health_of() == "SERVING"
     assert home.agents() == before
@@ -251,7 +252,7 @@ def test_a_second_signal_leaves_the_trees_to_their_shims(new_home: NewHome) -> N
 
     assert service.exit_code() == 128 + signal.SIGTERM
     until(lambda: home.agents() == [], "the shims end their trees", timeout_s=SOON_S)
-    until(lambda: bearers(watermark) == [], "and go", timeout_s=SOON_S)
+    until(lambda: not processes_with_watermark(watermark), "and exit", timeout_s=SOON_S)
 
     _, api = home.start()
     start, stop, _ = reports(api)
@@ -273,7 +274,7 @@ def test_after_a_kill_the_shims_end_their_trees_and_the_next_start_counts_them(
     watermark = until_family_stands(home, api)
 
     service.kill()
-    until(lambda: bearers(watermark) == [], "nothing of it lives", timeout_s=SOON_S)
+    until(lambda: not processes_with_watermark(watermark), "its tree is dead", timeout_s=SOON_S)
     _, api = home.start()
 
     report = api.status().reconciliation
@@ -292,10 +293,10 @@ def test_after_a_kill_of_service_and_shims_the_next_start_ends_every_tree_before
     until_tree_stands(home, api)
     watermarks = [home.watermark_of(run_id) for run_id in ("escapes", "tree")]
     home.kill_with_shims(service)
-    orphans = [len(bearers(watermark)) for watermark in watermarks]
+    orphans = [len(processes_with_watermark(watermark)) for watermark in watermarks]
 
     service, api = home.start()
-    left = [pid for watermark in watermarks for pid in bearers(watermark)]
+    left = [pid for watermark in watermarks for pid in processes_with_watermark(watermark)]
 
     assert orphans == [3, 4]
     assert left == []
@@ -316,11 +317,11 @@ def test_a_shim_that_is_killed_under_a_service_that_lives_takes_its_run_with_it(
     watermark = until_family_stands(home, api)
     (shim,) = home.shims()
 
-    strike(shim, signal.SIGKILL)
+    send_signal(shim, signal.SIGKILL)
     run = api.until_ended("escapes")
 
     assert run.error.code == "SUPERVISION_LOST"
-    assert bearers(watermark) == []
+    assert processes_with_watermark(watermark) == []
     assert api.health_of() == "SERVING"
 
 
@@ -440,7 +441,7 @@ def test_an_agent_is_bound_by_what_its_engine_is_configured_with(new_home: NewHo
 
 
 @contextmanager
-def of_another_user(watermark: int) -> Iterator[Seen]:
+def of_another_user(watermark: int) -> Iterator[ProcessIdentity]:
     """A process of another user that bears a launch's watermark."""
     limit = f"--locks={watermark}:{watermark}"
     become = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
@@ -449,7 +450,7 @@ def of_another_user(watermark: int) -> Iterator[Seen]:
     )
     try:
         until(lambda: Path(f"/proc/{popen.pid}/comm").read_text().strip() == "sleep", "it sleeps")
-        found = seen(popen.pid)
+        found = living_process(popen.pid)
         assert found is not None
         yield found
     finally:
@@ -473,7 +474,7 @@ def test_a_launch_that_cannot_be_ended_is_named_and_holds_its_run_back_until_it_
 
         status = api.status()
         run = api.get("again")
-        assert bearers(watermark) == [stuck.pid]  # the agent itself was ended
+        assert processes_with_watermark(watermark) == [stuck.pid]  # the agent itself was ended
         (left,) = status.unended_launches
         assert (left.run_id, left.attempt) == ("again", 1)
         assert left.launched_at.ToNanoseconds() >= run.created_at.ToNanoseconds()

@@ -9,8 +9,11 @@ from typing import Final
 
 import pytest
 from runrecovery.v1 import run_pb2
-from support.service import ENDED, Api, EngineSpec, Home, until
+from support.api import ENDED, Api
+from support.engines import EngineSpec
+from support.service import Home
 from support.stores import query
+from support.waiting import until
 from trust.cases import KINDS
 from trust.corpus import W
 from trust.test_refusals import REFUSED

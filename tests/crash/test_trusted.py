@@ -21,8 +21,11 @@ from runrecovery.v1 import recovery_service_pb2 as recovery_pb
 from runrecovery.v1 import run_service_pb2 as pb
 from runrecovery_service.agents import trust_keeper as trust_keeper_module
 from runrecovery_service.trust import files
-from support.service import RESUMABLE, STICKY, Api, EngineSpec, Home, status_word, until
+from support.api import Api, status_word
+from support.engines import RESUMABLE, STICKY, EngineSpec
+from support.service import Home
 from support.stores import change, key_of, lose_session, query
+from support.waiting import until
 
 NewHome = Callable[..., Home]
 

@@ -22,17 +22,11 @@ from runrecovery import AsyncRunRecoveryClient, RunRecoveryClient
 from runrecovery.v1 import recovery_service_pb2 as recovery_pb
 from runrecovery.v1 import run_pb2
 from runrecovery.v1 import run_service_pb2 as pb
+from support.api import Api, refused, status_word
+from support.engines import GOOD_ENGINES, script
 from support.observer import Events, Observer, assert_whole, kinds, statuses
-from support.service import (
-    GOOD_ENGINES,
-    Api,
-    Home,
-    ServiceProcess,
-    refused,
-    script,
-    status_word,
-    until,
-)
+from support.service import Home, ServiceProcess
+from support.waiting import until
 
 NewHome = Callable[..., Home]
 

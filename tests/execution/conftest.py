@@ -39,7 +39,7 @@ from runrecovery_service.storage.instances import InstanceStart, Owner
 from runrecovery_service.storage.launch_records import LaunchSite
 from runrecovery_service.storage.opening import open_database
 from runrecovery_service.thread_pool import SteadyThreadPool
-from support.processes import Seen, bearers, seen
+from support.processes import ProcessIdentity, living_process, processes_with_watermark
 from support.waiting import until_async
 
 DEMO = (sys.executable, "-m", "runrecovery_service.engines.demo_agent", "--profile")
@@ -97,11 +97,11 @@ class LeaseRow:
     processes_ended: int
 
     @property
-    def shim(self) -> Seen:
+    def shim(self) -> ProcessIdentity:
         """The shim on record."""
         assert self.pid is not None
         assert self.start_ticks is not None
-        return Seen(self.pid, self.start_ticks)
+        return ProcessIdentity(self.pid, self.start_ticks)
 
     @property
     def token(self) -> str:
@@ -110,12 +110,12 @@ class LeaseRow:
 
     def tree(self) -> list[int]:
         """Return the living processes that bear its watermark, the shim aside."""
-        return [pid for pid in bearers(self.watermark) if pid != self.pid]
+        return [pid for pid in processes_with_watermark(self.watermark) if pid != self.pid]
 
     @property
     def is_guarded(self) -> bool:
         """True while its shim lives."""
-        return self.pid is not None and seen(self.pid) == self.shim
+        return self.pid is not None and living_process(self.pid) == self.shim
 
 
 async def until(holds: Callable[[], Awaitable[bool]]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 
 from runrecovery_service.domain.run import RunStatus
-from support.processes import seen, strike
+from support.processes import living_process, send_signal
 
 from .conftest import Floor, LeaseRow, until
 
@@ -51,9 +51,9 @@ async def lose_everything(floor: Floor) -> None:
 
 def end_agent(lease: LeaseRow) -> None:
     (pid,) = lease.tree()
-    agent = seen(pid)
+    agent = living_process(pid)
     assert agent is not None
-    strike(agent, signal.SIGTERM)
+    send_signal(agent, signal.SIGTERM)
 
 
 async def test_the_end_of_a_lost_run_is_not_written_onto_the_run_that_has_its_key(

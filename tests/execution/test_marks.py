@@ -26,7 +26,7 @@ from runrecovery_service.execution import launcher
 from runrecovery_service.process.ending import Ending
 from runrecovery_service.process.sweep import end_trees
 from runrecovery_service.storage import reopening
-from support.service import AGENTS
+from support.engines import AGENTS
 
 from .conftest import NewFloor
 

@@ -32,7 +32,7 @@ from runrecovery_service.process.launch import prepare
 from runrecovery_service.process.shimmed_process import ShimmedProcess
 from runrecovery_service.process.sweep import end_trees
 from runrecovery_service.storage import deadlines, interactions, launch_records, turns
-from support.processes import is_alive, is_stopped, seen, strike
+from support.processes import is_alive, is_stopped, living_process, send_signal
 
 from .conftest import Floor, LeaseRow, NewFloor, until
 
@@ -60,7 +60,7 @@ async def test_a_run_whose_shim_is_killed_fails_and_nothing_of_it_lives_on(floor
     run_id = await floor.create("family")
     lease = await floor.until_tree(run_id, 2)
 
-    strike(lease.shim, signal.SIGKILL)
+    send_signal(lease.shim, signal.SIGKILL)
     run = await floor.until_ended(run_id)
 
     assert (run.status, error_of(run)) == (RunStatus.FAILED, "SUPERVISION_LOST")
@@ -74,7 +74,7 @@ async def test_a_sticky_run_that_waits_loses_its_process_with_its_shim(floor: Fl
     await floor.until_status(run_id, RunStatus.WAITING_USER)
     lease = await floor.lease(run_id)
 
-    strike(lease.shim, signal.SIGKILL)
+    send_signal(lease.shim, signal.SIGKILL)
     run = await floor.until_ended(run_id)
 
     assert error_of(run) == "INTERACTION_PROCESS_LOST"
@@ -87,7 +87,7 @@ async def test_a_sticky_run_that_waits_loses_its_process_with_its_shim(floor: Fl
 async def test_a_shim_that_is_stopped_does_not_keep_a_canceled_run_alive(floor: Floor) -> None:
     run_id = await floor.create("holds")
     lease = await floor.until_tree(run_id, 1)
-    strike(lease.shim, signal.SIGSTOP)
+    send_signal(lease.shim, signal.SIGSTOP)
 
     async def stands_still() -> bool:
         return is_stopped(lease.shim)
@@ -363,7 +363,7 @@ async def test_a_patrol_ends_and_records_what_outlived_its_launch(floor: Floor) 
     with straggler(before) as left:
         await floor.straggler_sweep.sweep()
 
-        assert seen(left.pid) is None
+        assert living_process(left.pid) is None
     after = await floor.lease(run_id)
     assert (before.state, after.state) == ("CLOSED", "CLOSED")
     assert after.processes_ended == before.processes_ended + 1

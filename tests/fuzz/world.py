@@ -23,7 +23,10 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from runrecovery.v1 import run_pb2
-from support.service import Api, EngineSpec, Home, ServiceProcess, status_word, until
+from support.api import Api, status_word
+from support.engines import EngineSpec
+from support.service import Home, ServiceProcess
+from support.waiting import until
 
 HERE: Final = Path(__file__).parent
 SEEDED: Final = 300

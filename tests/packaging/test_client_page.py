@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 from google.rpc import error_details_pb2
-from support.service import REPOSITORY, RESUMABLE, Home
+from support.engines import REPOSITORY, RESUMABLE
+from support.service import Home
 
 PAGE = REPOSITORY / "docs" / "clients.md"
 PROTO = REPOSITORY / "proto"

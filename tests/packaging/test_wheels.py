@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.service import REPOSITORY, Home, _demo_command
-from support.service import EngineSpec as Engine
+from support.engines import REPOSITORY, demo_command
+from support.engines import EngineSpec as Engine
+from support.service import Home
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -65,7 +66,7 @@ def blocks(heading: str) -> list[str]:
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a real service with the engine that the README speaks of."""
-    asking = Engine(command=(sys.executable, "-c", ASKING_AGENT, *_demo_command("resumable")))
+    asking = Engine(command=(sys.executable, "-c", ASKING_AGENT, *demo_command("resumable")))
     with Home(tmp_path_factory.mktemp("served"), engines={"demo": asking}) as home:
         process, _ = home.start()
         yield process.address

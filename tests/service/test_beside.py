@@ -6,7 +6,8 @@ from typing import Any, Final
 
 import grpc
 import pytest
-from support.service import Api, Home, refused
+from support.api import Api, refused
+from support.service import Home
 
 NO_MESSAGES: Final = {
     "corrupt": b"\xff\xff\xff\xff",

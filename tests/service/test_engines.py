@@ -14,18 +14,11 @@ import pytest
 from google.protobuf.json_format import MessageToDict
 from runrecovery.v1 import run_pb2
 from runrecovery.v1 import run_service_pb2 as pb
-from support.processes import open_files
-from support.service import (
-    GOOD_ENGINES,
-    Api,
-    EngineSpec,
-    Home,
-    agent,
-    environment_of,
-    script,
-    status_word,
-    until,
-)
+from support.api import Api, status_word
+from support.engines import GOOD_ENGINES, EngineSpec, agent, script
+from support.processes import environment_of, open_files
+from support.service import Home
+from support.waiting import until
 
 QUESTION: Final = {"kind": "open_text", "prompt": "What next?"}
 FOREVER_S: Final = 60

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from runrecovery.v1 import recovery_service_pb2 as pb
-from support.service import Api
+from support.api import Api
 
 
 def test_a_run_that_no_restart_has_touched_has_nothing_to_explain(api: Api) -> None:

@@ -11,7 +11,9 @@ from pathlib import Path
 import grpc
 import pytest
 from fuzz.sieges import OPENING, call, headers, message
-from support.service import Api, Home, ServiceProcess, until
+from support.api import Api
+from support.service import Home, ServiceProcess
+from support.waiting import until
 
 NewHome = Callable[..., Home]
 HOLDS = {"hold": True}

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from support.service import Api, Home, ServiceProcess, status_word, until
+from support.api import Api, status_word
+from support.service import Home, ServiceProcess
+from support.waiting import until
 
 NewHome = Callable[..., Home]
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import grpc
 import pytest
-from support.service import Api, Home, ServiceProcess
+from support.api import Api
+from support.service import Home, ServiceProcess
 
 NewHome = Callable[..., Home]
 

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.service import EngineSpec, Home
+from support.engines import EngineSpec
+from support.service import Home
 
 NewHome = Callable[..., Home]
 

@@ -15,7 +15,10 @@ import grpc
 import pytest
 from google.protobuf.json_format import MessageToDict
 from runrecovery.v1 import run_service_pb2 as pb
-from support.service import Api, Home, script, status_word, until
+from support.api import Api, status_word
+from support.engines import script
+from support.service import Home
+from support.waiting import until
 
 IDLE: Final = 1100
 PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))

@@ -16,7 +16,7 @@ from typing import Final
 import pytest
 from click.testing import CliRunner
 from runrecovery_service.cli import root
-from support.service import REPOSITORY
+from support.engines import REPOSITORY
 
 ADDRESS: Final = "unix:s"
 """A socket in the working directory: no test has to find a free port."""

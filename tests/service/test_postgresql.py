@@ -14,9 +14,12 @@ from typing import TypeAlias
 import grpc
 import psycopg
 import pytest
+from support.api import Api, refused
+from support.engines import script
 from support.pg_proxy import Proxy, proxied
-from support.service import Api, Home, ServiceProcess, refused, script, until
+from support.service import Home, ServiceProcess
 from support.stores import query
+from support.waiting import until
 
 HOLDS = "import time; input(); time.sleep(600)"
 ASKS = """

@@ -6,9 +6,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from support.api import Api
+from support.engines import script
 from support.network import Network, own_network, why_no_network
-from support.service import Api, Home, ServiceProcess, script, until
+from support.service import Home, ServiceProcess
 from support.stores import query
+from support.waiting import until
 
 HOLDS = """
 import json, os, time

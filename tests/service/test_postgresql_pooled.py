@@ -11,8 +11,9 @@ import psycopg
 import pytest
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
+from support.engines import script
 from support.pgbouncer import PROGRAM, pooled
-from support.service import Home, script
+from support.service import Home
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="pgbouncer is not installed")
 

@@ -11,7 +11,9 @@ import grpc
 import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
-from support.service import Home, ServiceProcess, refused, until
+from support.api import refused
+from support.service import Home, ServiceProcess
+from support.waiting import until
 
 
 @pytest.fixture

@@ -19,7 +19,8 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.json_format import MessageToDict, ParseDict
 from grpc_reflection.v1alpha import reflection_pb2
-from support.service import NO_RETRY, PATIENCE_S, Api, Home
+from support.api import CALL_TIMEOUT_S, NO_RETRY, Api
+from support.service import Home
 
 BUF: Final = Path(sys.executable).with_name("buf")
 RUNS: Final = "runrecovery.v1.RunService"
@@ -70,7 +71,7 @@ class Stranger:
     def ask(self, **question: Any) -> Any:
         """Ask reflection one question."""
         request = reflection_pb2.ServerReflectionRequest(**question)
-        (answer,) = self._ask(iter([request]), timeout=PATIENCE_S)
+        (answer,) = self._ask(iter([request]), timeout=CALL_TIMEOUT_S)
         return answer
 
     def services(self) -> set[str]:
@@ -108,7 +109,7 @@ class Stranger:
             response_deserializer=given.FromString,
         )
         message = ParseDict(request, wanted(), descriptor_pool=self._pool)
-        answer = invoke(message, timeout=PATIENCE_S)
+        answer = invoke(message, timeout=CALL_TIMEOUT_S)
         if not described.server_streaming:
             return [MessageToDict(answer)]
         answers = [MessageToDict(one) for one in islice(answer, take)]
@@ -131,7 +132,7 @@ def buf_curl(address: str, method: str, request: Json) -> list[Json]:
         ],
         capture_output=True,
         text=True,
-        timeout=PATIENCE_S,
+        timeout=CALL_TIMEOUT_S,
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -233,7 +234,7 @@ def test_buf_curl_lists_every_service_and_method(home: Home, api: Api) -> None:
         ],
         capture_output=True,
         text=True,
-        timeout=PATIENCE_S,
+        timeout=CALL_TIMEOUT_S,
         check=False,
     )  # fmt: skip
 

@@ -16,7 +16,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from runrecovery.v1 import recovery_service_pb2 as recovery_pb
 from runrecovery.v1 import run_pb2
 from runrecovery.v1 import run_service_pb2 as pb
-from support.service import Api, Home, Refusal, refused, status_word, struct, value
+from support.api import Api, Refusal, refused, status_word, struct, value
+from support.service import Home
 
 Code = grpc.StatusCode
 QUESTION: Final = {"kind": "open_text", "prompt": "What next?"}

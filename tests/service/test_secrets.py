@@ -9,7 +9,9 @@ from typing import Final
 from google.protobuf.message import Message
 from runrecovery.v1 import recovery_service_pb2 as recovery_rpc
 from runrecovery.v1 import run_service_pb2 as pb
-from support.service import GOOD_ENGINES, Api, Home, refused, script, status_word, value
+from support.api import Api, refused, status_word, value
+from support.engines import GOOD_ENGINES, script
+from support.service import Home
 
 NewHome = Callable[..., Home]
 

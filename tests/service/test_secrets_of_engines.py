@@ -11,7 +11,9 @@ from typing import Final
 
 import pytest
 from google.protobuf.json_format import MessageToDict
-from support.service import AGENTS, Api, EngineSpec, Home, script, status_word
+from support.api import Api, status_word
+from support.engines import AGENTS, EngineSpec, script
+from support.service import Home
 
 NewHome = Callable[..., Home]
 

@@ -7,15 +7,10 @@ from dataclasses import replace
 from typing import Final
 
 from runrecovery.v1 import run_service_pb2 as pb
-from support.service import (
-    GOOD_ENGINES,
-    RESUMABLE,
-    Api,
-    Home,
-    refused,
-    status_word,
-    until,
-)
+from support.api import Api, refused, status_word
+from support.engines import GOOD_ENGINES, RESUMABLE
+from support.service import Home
+from support.waiting import until
 
 QUESTION: Final = {"kind": "open_text", "prompt": "What next?"}
 TIMEOUT_S: Final = 10.0

@@ -19,17 +19,11 @@ from grpc_health.v1 import health_pb2
 from runrecovery.v1 import recovery_pb2
 from runrecovery.v1 import recovery_service_pb2 as recovery_rpc
 from runrecovery.v1 import run_service_pb2 as pb
-from support.service import (
-    Api,
-    Home,
-    ServiceProcess,
-    agent,
-    kill_below,
-    refusal_of,
-    refused,
-    status_word,
-    until,
-)
+from support.api import Api, refusal_of, refused, status_word
+from support.engines import agent
+from support.processes import kill_below
+from support.service import Home, ServiceProcess
+from support.waiting import until
 
 NewHome = Callable[..., Home]
 

@@ -10,7 +10,9 @@ from contextlib import closing
 import grpc
 import pytest
 from runrecovery.v1 import run_service_pb2 as pb
-from support.service import Api, Home, ServiceProcess, refused, until
+from support.api import Api, refused
+from support.service import Home, ServiceProcess
+from support.waiting import until
 
 NewHome = Callable[..., Home]
 PAGE = 4096

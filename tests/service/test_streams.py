@@ -21,16 +21,10 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from runrecovery.v1 import recovery_service_pb2 as recovery_pb
 from runrecovery.v1 import run_pb2
 from runrecovery.v1 import run_service_pb2 as pb
-from support.service import (
-    GOOD_ENGINES,
-    Api,
-    Home,
-    ServiceProcess,
-    refusal_of,
-    refused,
-    script,
-    until,
-)
+from support.api import Api, refusal_of, refused
+from support.engines import GOOD_ENGINES, script
+from support.service import Home, ServiceProcess
+from support.waiting import until
 
 NewHome = Callable[..., Home]
 

@@ -9,7 +9,9 @@ import grpc
 import pytest
 from fuzz.sieges import OPENING, call, headers, message
 from runrecovery.v1 import run_service_pb2 as pb
-from support.service import Api, Home, ServiceProcess, refused, until
+from support.api import Api, refused
+from support.service import Home, ServiceProcess
+from support.waiting import until
 
 BAD_PATHS = (b"/\xff", b"/runrecovery.v1.RunService/\xed\xa0\x80")
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from support.service import Home, until
+from support.service import Home
 from support.stores import change
+from support.waiting import until
 
 NewHome = Callable[..., Home]
 

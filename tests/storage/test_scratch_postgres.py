@@ -12,8 +12,9 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from support.processes import Seen, is_alive, seen
-from support.service import REPOSITORY, until
+from support.engines import REPOSITORY
+from support.processes import ProcessIdentity, is_alive, living_process
+from support.waiting import until
 
 from bench import postgres
 
@@ -74,9 +75,9 @@ def test_root_copies_binaries_that_nobody_cannot_reach(monkeypatch: pytest.Monke
         assert list(server.folder.glob("install/*/*/bin/postgres"))
 
 
-def postmaster(folder: Path) -> Seen:
+def postmaster(folder: Path) -> ProcessIdentity:
     """Return the process of a running server."""
-    process = seen(int((folder / "data" / "postmaster.pid").read_text().split()[0]))
+    process = living_process(int((folder / "data" / "postmaster.pid").read_text().split()[0]))
     assert process is not None
     return process
 

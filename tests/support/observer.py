@@ -12,7 +12,7 @@ import grpc
 from runrecovery.v1 import run_pb2, run_service_pb2_grpc
 from runrecovery.v1 import run_service_pb2 as pb
 
-from support.service import NO_RETRY
+from support.api import NO_RETRY
 
 AGAIN_S: Final = 0.02
 """Between two tries to reach a service that is not there."""
