@@ -49,7 +49,7 @@ class Call(Generic[ResultT_co]):
 
 @dataclass(frozen=True, slots=True)
 class Page(Generic[RowT]):
-    """Rows, and the token of the next page: empty on the last one, and only there."""
+    """Rows, and the token of the next page. The token is empty exactly on the last page."""
 
     rows: Sequence[RowT]
     next_token: str

@@ -217,7 +217,7 @@ class BackgroundWork:
     threads: SteadyThreadPool
 
     def start(self, *, safe_mode: bool) -> None:
-        """Start; in safe mode only what launches nothing and ends nothing."""
+        """Start the sweeps; outside safe mode also the dispatcher and the run deadlines."""
         self.straggler_sweep.start()
         self.trust_sweep.start()
         if not safe_mode:

@@ -16,10 +16,10 @@ from runrecovery_service.storage.launch_records import LaunchRecord
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchEnder:
-    """Ends launches for one purpose.
+    """Ends the processes of recorded launches.
 
     Attributes:
-        cgroups: where each launch has a cgroup of its own; None: none has.
+        cgroups: the parent of the cgroups of the launches; None if cgroups are not used.
         why: the purpose, for the log.
         grace_s: seconds between SIGTERM and SIGKILL.
         deadline_s: seconds after which what is still alive is left to a later try.

@@ -1,4 +1,7 @@
-"""Messages of the contract as text: JSON lines for programs, tables and facts for people."""
+"""How any message of the contract is printed: as a line of JSON, as a table, as names and values.
+
+`cli/runs.py` and `cli/recovery.py` choose the columns and the values.
+"""
 
 from __future__ import annotations
 

@@ -118,12 +118,14 @@ class Settings:
         watch_stall_s: the time after which a stream is cut off whose reader reads nothing.
         reopen_window_s: how long a run that lost its session in a restart can be reopened; the
             store keeps its question and handle for this time.
-        cancel_grace_s: from SIGTERM to SIGKILL for a cancelled run.
+        cancel_grace_s: from SIGTERM to SIGKILL when the service ends a process: after a cancel, a
+            deadline or an error of the agent, and at a stop.
         exit_grace_s: from a question, a result or a closed stdout to the exit of the process.
         drain_delay_s: from NOT_SERVING until the service accepts no more calls, for load balancers.
         stop_grace_s: time that calls in progress have to finish at a stop.
         orphan_grace_s: from SIGTERM to SIGKILL for processes of earlier epochs.
-        orphan_deadline_s: time to kill all of them together; survivors are reported.
+        orphan_deadline_s: time to kill all of them together; survivors are reported. A planned
+            stop has this time after `cancel_grace_s` for the processes of its own epoch.
         recovery_batch_rows: most runs that one transaction decides.
         recovery_batch_s: target duration of one such transaction.
         recovery_tries: failed recoveries after which the service exits.

@@ -1,5 +1,8 @@
 """Every failure that a caller can meet, one class each. `rpc/errors.py` maps them to gRPC codes.
 
+The text that callers get is in `__str__` of each class. Texts about fields of a request are in
+`rpc/validation.py`, reasons of a refusal where the error is raised.
+
 RunRecoveryError
 ├── NotFound: RunNotFound, ReconciliationNotFound
 ├── Invalid: InvalidFields, UnknownEngine, PageTokenInvalid, PageTokenMismatch,

@@ -183,7 +183,7 @@ class Reconciliation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecoveredFilter:
-    """Which recovered runs to list. Empty fields do not filter. Times: after <= t < before."""
+    """Which recovered runs to list: after <= recovered_at < before. Empty fields do not filter."""
 
     states: frozenset[RecoveryState] = field(default_factory=frozenset)
     reason: str | None = None

@@ -307,7 +307,7 @@ class View(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFilter:
-    """Which runs to list. Empty fields do not filter. Times: after <= t < before."""
+    """Which runs to list: after <= created_at < before. Empty fields do not filter."""
 
     statuses: frozenset[RunStatus] = frozenset()
     engine: str | None = None

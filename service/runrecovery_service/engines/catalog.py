@@ -33,7 +33,7 @@ class Engine:
 
     Attributes:
         command: the words of its command. The first word is searched in the engine's own PATH.
-        profile: the profile of its runs, unless CreateRun names another one.
+        profile: the profile of its runs. CreateRun may repeat it, but not name another.
         dialect: the protocol of its processes.
         env_allow: names of the service's environment variables that its processes get.
         env: further variables of its processes, which override those of `env_allow`.

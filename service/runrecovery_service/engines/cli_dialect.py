@@ -70,7 +70,7 @@ class CliDialect:
         says_lost: returns whether the failure of a resumed turn means a lost session.
         chooses_handle: the service chooses the handle, a UUID.
         when_trusted: further arguments if the operator lets the CLI trust the workspace.
-        trusted: the operator does.
+        trusted: whether the operator lets the CLI trust the workspace.
     """
 
     session_type: str

@@ -83,9 +83,10 @@ class Dispatcher:
     # -- stopping ------------------------------------------------------------------------------
 
     async def detach(self) -> None:
-        """Launch nothing and follow nothing any more; living processes live on for now.
+        """Stop launching, and stop supervising.
 
-        The runs stay as they are on record. A turn that has ended is recorded first.
+        Processes keep running, and no row is changed. Only the turns that are already ending are
+        recorded first, for at most `FINISH_S`.
         """
         self.pause()
         if ending := self.turns.ending_tasks:

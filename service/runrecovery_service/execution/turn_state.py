@@ -275,7 +275,10 @@ def _question(state: TurnState, asked: Asked, rules: TurnRules) -> Step:
 
 
 def _last_word(state: TurnState, said: Asked | Succeeded, rules: TurnRules) -> Step:
-    """Keep what ends the turn. Some dialects allow only one."""
+    """Keep the question or result that ends the turn.
+
+    If the dialect allows only one (`ends_once`), a second one is compared with the first.
+    """
     if state.is_waiting:
         return replace(state, protocol_error=RESULT_WHILE_WAITING), None
     if state.last_word is not None and rules.ends_once:

@@ -14,8 +14,8 @@ def find_program(command: Sequence[str], *, cwd: Path, path: str) -> str:
     """Return the absolute path of a command's program.
 
     Args:
-        cwd: the folder of a first word with a slash.
-        path: the PATH in which another first word is searched.
+        cwd: the base folder if the program's name contains a slash.
+        path: the PATH to search otherwise. Relative entries are ignored.
 
     Raises:
         LaunchFailed: there is no such program, or it is not executable.

@@ -72,7 +72,10 @@ class PinnedTrees:
         return member.proc.identity == (markers.pid, markers.start_ticks)
 
     def find_root(self, proc: Proc, known: Mapping[Identity, int]) -> Member | None:
-        """Return a process as a member if it is one of `known` or carries a marker, else None."""
+        """Return the process as a member if it was pinned before (`known`) or carries a marker.
+
+        None otherwise. The descendants of members are found separately.
+        """
         key = known.get(proc.identity)
         if key is not None:
             return Member(proc=proc, launch_key=key, proof=Proof.PINNED)

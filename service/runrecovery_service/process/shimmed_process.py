@@ -72,7 +72,7 @@ class ShimmedProcess:
         """Move the tree's deadline to `deadline_ns` (CLOCK_BOOTTIME); False if the shim is gone.
 
         If a stopped shim has let its pipe fill up, the heartbeat is dropped. That shim kills its
-        tree once it continues.
+        tree once it continues. Returns True for a dropped heartbeat too.
         """
         return self._write_to_gate(b"%d\n" % deadline_ns)
 

@@ -353,13 +353,12 @@ class _Sweep:
             self._note_deaths(min(TICK_S, left_s))
 
     def _note_deaths(self, timeout_s: float, *, whole_time: bool = False) -> None:
-        """Wait until all pinned processes have died, and release the dead ones.
+        """Wait at most `timeout_s` until all pinned processes have died; release the dead ones.
 
-        The pidfd of a zombie is readable.
+        A pidfd becomes readable when its process dies, even if the process is not reaped.
 
         Args:
-            timeout_s: the longest time to wait.
-            whole_time: wait for all of this time, even if no process is left to wait for.
+            whole_time: always wait for the full `timeout_s`.
         """
         by_fd = {pinned.pidfd: pinned for pinned in self._processes.pinned}
         poll = select.poll()

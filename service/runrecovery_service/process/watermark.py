@@ -14,10 +14,10 @@ LEAST_WATERMARK_BITS: Final = 40
 
 
 def watermark_bits() -> int:
-    """Return the number of random bits of a watermark; 0 if watermarks would not be unique.
+    """Return how many random bits a watermark may have; 0 if too few for a unique one.
 
-    A service under a limit on file locks (`ulimit -x`, another service's watermark) can only lower
-    that limit.
+    The watermark is a limit on file locks, which an unprivileged process cannot raise. An existing
+    hard limit (`ulimit -x`, another service's watermark) therefore reduces the bits.
     """
     try:
         hard = resource.getrlimit(procfs.RLIMIT_LOCKS)[1]

@@ -52,7 +52,9 @@ class BulkSessionCheck:
     hanging: dict[str, Future[None]] = field(default_factory=dict)
 
     def find(self, engine: str, stored: Sequence[StoredSession]) -> list[SessionFinding]:
-        """Return the finding of the engine's check for each session.
+        """Return one finding for each session.
+
+        Sessions without an answer in time get `not_answered`, as do all later ones of that engine.
 
         Raises:
             RecoveryInterrupted: the service is to stop.

@@ -1,7 +1,7 @@
 """The order of a recovery: at a start, and for its own epoch at a planned stop.
 
-A crash may cut off any step; the next start then does the step again. A planned stop does the same
-steps, so that its next start finds them done.
+A crash may cut off any step; the next start then does the step again. A planned stop does steps 1
+to 5 and commits its report, so that its next start finds nothing to decide.
 
 0. Adopt what another instance name left in a SQLite store. The steps below then cover it.
 1. Kill orphans, before any state changes: an orphan may still write to a run that is about to fail.

@@ -1,5 +1,8 @@
 """grpc.health.v1, computed from the gate at each request.
 
+`ownership.py` decides when the database counts as answering, and `rpc/server.py` when the address
+counts as the service's.
+
 | name | SERVING when |
 |---|---|
 | `""`, `runrecovery.v1.RunService` | state SERVING, the database answers, the address is ours |

@@ -170,7 +170,7 @@ class GrpcServer:
         return port
 
     async def _keep(self, address: ListenAddress) -> None:
-        """Replace a server that ended by itself, or that callers cannot reach any more."""
+        """Watch the server. When it ended by itself or lost its address, replace it."""
         while True:
             error = await self._wait_for_end(CHECK_INTERVAL_S)
             if error is not None:

@@ -30,8 +30,8 @@ class StoreFiles:
     def __init__(self, path: Path) -> None:
         """Record the files.
 
-        A connection that has read must be open and stay open: the last one that is closed removes
-        the log.
+        Before this call a SQLite connection must have read from the database. It must stay open:
+        SQLite deletes the log when the last connection is closed.
         """
         self._names = [str(path), f"{path}-wal", f"{path}-shm"]
         self._lost: str | None = None

@@ -361,7 +361,11 @@ class _Site:
         return Splice(field.opened + 1, field.value_end)
 
     def _cut_line(self, start: int, field: Field, added: Added) -> Splice:
-        """Return the splice from `start` to the end of the field, with its white space."""
+        """Return the splice that removes the text from `start` to the end of the field.
+
+        It also removes the white space that was recorded when the text was added. If the text is
+        no longer surrounded by that white space, the whole line is removed.
+        """
         body, end = self._body, field.value_end
         alone, _, after = toml_text.rest_of_line(body, end)
         if not alone:

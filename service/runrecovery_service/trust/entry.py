@@ -145,7 +145,7 @@ class Editor(Protocol):
         ...
 
     def remove_all(self, text: bytes | None, entries: Mapping[str, Added]) -> Removals:
-        """Return the edit of calling `remove` for each folder, one after the other.
+        """Return the same edit as calling `remove` for each folder in turn.
 
         Raises:
             TrustFileUnusable: the text cannot be edited safely.
