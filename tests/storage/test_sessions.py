@@ -82,7 +82,7 @@ class Shop:
         handle = self.home.new_id(turn.run.key)
         file = self.home.write(handle, workspace, filler=100)
         self.world.keep_session(turn, handle)
-        mark = self.home.mark(handle, workspace)
+        mark = self.home.fingerprint(handle, workspace)
         run = self.world.end(turn, Asked(QUESTION), mark=mark if marked else None)
         return (self.world.reply(run) if answered else run), file
 

@@ -1,6 +1,6 @@
-"""Session files as the agent CLIs write them: their places, their lines. No CLI is needed.
+"""Session files where and how the agent CLIs write them, written without a CLI.
 
-The shapes are those of codex-cli 0.171.0, gemini-cli 0.61.0 and claude-code 2.1.197.
+Paths and lines are those of codex-cli 0.171.0, gemini-cli 0.61.0 and claude-code 2.1.197.
 """
 
 from __future__ import annotations
@@ -12,30 +12,32 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Self, TypeAlias
 
 from runrecovery_service.domain.session_check import (
     SessionFinding,
     SessionFingerprint,
+    SessionReason,
     StoredHandle,
 )
 from runrecovery_service.engines.sessions import sessions_of
 from runrecovery_service.engines.sessions.files import CliSessions
+from runrecovery_service.engines.sessions.lines import VERDICT_OF
 
 Line: TypeAlias = dict[str, Any]
 PRESETS: Final = ("codex", "gemini", "claude")
 BEGUN_MS: Final = 1_795_871_924_059
-"""When the sessions began: 2026-11-28 13:18:44 UTC."""
+"""The time at which the sessions began: 2026-11-28 13:18:44 UTC."""
 AT: Final = "2026-11-28T13:18:44.180Z"
 INSTRUCTIONS: Final = "You are a coding agent. " * 850
-"""As long as those at the beginning of a session of Codex."""
+"""As long as the instructions at the beginning of a Codex session."""
 HOME_VARIABLE: Final[Mapping[str, str]] = {
     "codex": "CODEX_HOME", "gemini": "GEMINI_CLI_HOME", "claude": "CLAUDE_CONFIG_DIR"
 }  # fmt: skip
 
 
 def session_id(number: int, *, version: int = 7, begun_ms: int = BEGUN_MS) -> str:
-    """Return the id of a session: of version 7, with its time, as Codex makes them, or 4."""
+    """Return a session id: a UUID of version 4, or of 7 with its time, as Codex makes them."""
     noise = hashlib.sha256(str(number).encode()).hexdigest()
     head = f"{begun_ms:012x}" if version == 7 else noise[:12]
     return str(uuid.UUID(f"{head}{version}{noise[12:15]}8{noise[15:30]}"))
@@ -43,7 +45,7 @@ def session_id(number: int, *, version: int = 7, begun_ms: int = BEGUN_MS) -> st
 
 @dataclass(frozen=True, slots=True)
 class SessionHome:
-    """The home of one CLI, with sessions in it."""
+    """The agent home of one CLI, and the sessions in it."""
 
     preset: str
     path: Path
@@ -51,20 +53,20 @@ class SessionHome:
 
     @property
     def env(self) -> dict[str, str]:
-        """The variables that the CLI gets."""
+        """The environment variable that leads the CLI to its home."""
         return {HOME_VARIABLE[self.preset]: str(self.path)}
 
     @property
     def store(self) -> CliSessions:
-        """What checks them."""
+        """The code under test, which checks the sessions of this home."""
         return sessions_of(self.preset, self.env)
 
     def new_id(self, number: int) -> str:
-        """Return an id as the CLI makes them."""
+        """Return a session id of the version that the CLI makes."""
         return session_id(number, version=7 if self.preset == "codex" else 4)
 
     def file(self, handle: str, workspace: Path) -> Path:
-        """Return where the CLI keeps a session of a workspace, whose path has no links."""
+        """Return where the CLI keeps a session of a workspace, whose path has no symlinks."""
         match self.preset:
             case "codex":
                 name = f"rollout-2026-11-28T13-18-44-{handle}.jsonl"
@@ -78,7 +80,7 @@ class SessionHome:
                 return self.path / "projects" / folder / f"{handle}.jsonl"
 
     def write(self, handle: str, workspace: Path, *, turns: int = 1, filler: int = 0) -> Path:
-        """Write a session of so many whole turns, each with so many bytes of a tool's output."""
+        """Write a session of whole turns, each with `filler` bytes of a tool's output."""
         file = self.file(handle, workspace)
         file.parent.mkdir(parents=True, exist_ok=True)
         turn = self.turn(handle, workspace, filler)
@@ -130,20 +132,59 @@ class SessionHome:
     # -- checking ------------------------------------------------------------------------------
 
     def check(
-        self, handle: str, workspace: Path, mark: SessionFingerprint | None = None
+        self, handle: str, workspace: Path, fingerprint: SessionFingerprint | None = None
     ) -> SessionFinding:
-        """Check one session."""
-        stored = StoredHandle(handle=handle, workspace=workspace, fingerprint=mark)
+        """Return the finding of the check of one session."""
+        stored = StoredHandle(handle=handle, workspace=workspace, fingerprint=fingerprint)
         (finding,) = self.store.check([stored])
         return finding
 
-    def mark(self, handle: str, workspace: Path) -> SessionFingerprint | None:
-        """Mark one session."""
+    def fingerprint(self, handle: str, workspace: Path) -> SessionFingerprint | None:
+        """Return the fingerprint of one session."""
         return self.store.observe(StoredHandle(handle=handle, workspace=workspace)).fingerprint
 
 
+@dataclass(frozen=True, slots=True)
+class StoredSession:
+    """One session of one workspace in the home of a CLI."""
+
+    home: SessionHome
+    workspace: Path
+    handle: str
+    file: Path
+
+    @classmethod
+    def write(cls, preset: str, folder: Path) -> Self:
+        """Make an agent home and a workspace in a folder, and write a whole session of 100 KiB."""
+        home, workspace = (
+            SessionHome(preset, folder / "home"),
+            folder / "workspaces" / "work space.1",
+        )
+        workspace.mkdir(parents=True)
+        handle = home.new_id(1)
+        return cls(home, workspace, handle, home.write(handle, workspace, filler=100 * 1024))
+
+    def check(self, fingerprint: SessionFingerprint | None = None) -> SessionReason:
+        """Return what the check found; assert that its verdict is that of its reason."""
+        finding = self.home.check(self.handle, self.workspace, fingerprint)
+        assert finding.reason is not None
+        assert finding.verdict is VERDICT_OF[finding.reason]
+        return finding.reason
+
+    def fingerprint(self) -> SessionFingerprint:
+        """Return the fingerprint of the session file as it is."""
+        fingerprint = self.home.fingerprint(self.handle, self.workspace)
+        assert fingerprint is not None
+        return fingerprint
+
+    @property
+    def lines(self) -> list[bytes]:
+        """The lines of the session file, each with its line end."""
+        return self.file.read_bytes().splitlines(keepends=True)
+
+
 def text_of(lines: list[Line]) -> bytes:
-    """Return lines as the CLIs write them."""
+    """Return the bytes of lines as the CLIs write them."""
     return b"".join(json.dumps(line, separators=(",", ":")).encode() + b"\n" for line in lines)
 
 
