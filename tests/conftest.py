@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import hypothesis
 import pytest
 import structlog
 import uvloop
@@ -36,6 +37,12 @@ _TEMPLATE: Final = f"{_WORKER}_migrated"
 # they start would.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The time of an example depends on the load of the machine, so no test fails because of it.
+hypothesis.settings.register_profile(
+    "any load", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any load")
 
 # The tests start some hundred Python processes, which shall not compile the same modules each time:
 # they keep the compiled ones, as pip does where it installs.

@@ -157,7 +157,7 @@ def _is_open(text: bytes, path: tuple[str, ...]) -> bool:
     return not isinstance(found, dict | list)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(json_files(), several)
 def test_gemini_there_and_back(before: bytes, some: tuple[list[str], list[str]]) -> None:
     if all(_is_open(before, (folder,)) for folder in some[0]):
@@ -165,7 +165,7 @@ def test_gemini_there_and_back(before: bytes, some: tuple[list[str], list[str]])
         _means(KINDS["gemini"], before, some[0][0])
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(json_files(), several)
 def test_claude_there_and_back(before: bytes, some: tuple[list[str], list[str]]) -> None:
     paths = (("projects", folder, "hasTrustDialogAccepted") for folder in some[0])
@@ -174,14 +174,14 @@ def test_claude_there_and_back(before: bytes, some: tuple[list[str], list[str]])
         _means(KINDS["claude"], before, some[0][0])
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(toml_files(), several)
 def test_codex_there_and_back(before: bytes, some: tuple[list[str], list[str]]) -> None:
     _there_and_back(codex.EDITOR, before, *some)
     _means(KINDS["codex"], before, some[0][0])
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(toml_files())
 def test_codex_there_and_back_for_a_folder_in_odd_forms(before: bytes) -> None:
     _there_and_back(codex.EDITOR, before, [W], [W])

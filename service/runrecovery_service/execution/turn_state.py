@@ -1,7 +1,7 @@
 """What is known of a turn under way, and what each event changes. Pure: no I/O, no clock.
 
 `advance` takes the state and one event and returns the next state, with what the supervisor has to
-do about it before the next event. `tests/unit/test_turn_state.py` has the table.
+do about it before the next event. `tests/execution/test_turn_state.py` has the table.
 """
 
 from __future__ import annotations
