@@ -64,7 +64,7 @@ from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.listen_address import count_addresses, parse_listen_address
 from runrecovery_service.rpc.recovery_service import RecoveryDeps
 from runrecovery_service.rpc.run_service import RunDeps, RunLimits
-from runrecovery_service.rpc.server import GrpcServer, ServerLimits, build_server
+from runrecovery_service.rpc.server import GrpcServer, ServerLimits, build_server, start_grpc
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import instances
 from runrecovery_service.storage.async_storage import Storage
@@ -150,6 +150,7 @@ class _App:
         deadline_ns = tree_deadline_ns(settings.lease_ttl_s, boot_time_ns())
         self.tree_deadline = TreeDeadline(deadline_ns)
         # Before the claim as well: a start that gets no thread must leave no lease behind.
+        start_grpc()
         self.storage = Storage(db)
         self.threads = SteadyThreadPool(settings.capacity * 4 + 4, thread_name_prefix="process")
         boot = _boot(settings, locks, self.host)

@@ -19,6 +19,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 from runrecovery.v1 import recovery_service_pb2, run_service_pb2
 
+from runrecovery_service.domain.start_errors import ThreadsRefused
 from runrecovery_service.rpc import raw_handlers
 from runrecovery_service.rpc.gate import Access, Gate
 from runrecovery_service.rpc.health import HealthServicer
@@ -228,6 +229,21 @@ class GrpcServer:
         self._last_replace_error = ""
         log.warning("rpc.server_replaced")
         return True
+
+
+def start_grpc() -> None:
+    """Start the thread of gRPC that every server of this process needs. Call it on the event loop.
+
+    Without this call the first server starts the thread, and ends the process with a segmentation
+    fault when the system refuses it (seen in grpcio 1.85).
+
+    Raises:
+        ThreadsRefused: the system refuses the thread.
+    """
+    try:
+        grpc.aio.init_grpc_aio()
+    except RuntimeError as error:
+        raise ThreadsRefused(str(error)) from error
 
 
 def build_server(
