@@ -17,9 +17,10 @@ import runrecovery as rr
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from runrecovery import errors
 from runrecovery.v1 import run_pb2, run_service_pb2
+from support.scripted_server import ScriptedServer
 
 if TYPE_CHECKING:
-    from client.conftest import Caller, Connect, ScriptedServer
+    from client.conftest import Caller, Connect
 
 TWINS = [
     (rr.RunRecoveryClient, rr.AsyncRunRecoveryClient),

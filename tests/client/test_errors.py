@@ -13,9 +13,10 @@ from google.rpc import error_details_pb2
 from runrecovery import errors
 from runrecovery._failures import BY_REASON, from_rpc_error, read_details
 from runrecovery.v1 import errors_pb2
+from support.scripted_server import Fail, ScriptedServer
 
 if TYPE_CHECKING:
-    from client.conftest import Caller, Fail, ScriptedServer
+    from client.conftest import Caller
 
 CODES = {
     errors.NotFound: grpc.StatusCode.NOT_FOUND,
@@ -53,10 +54,9 @@ async def test_raises_the_class_of_the_reason_and_keeps_the_grpc_error(
     kind: type[rr.RunRecoveryClientError],
     caller: Caller,
     server: ScriptedServer,
-    fail: type[Fail],
 ) -> None:
     code = _code_of(kind)
-    server.on("GetRun", fail(code=code, reason=reason, pushback_ms="-1"))
+    server.on("GetRun", Fail(code=code, reason=reason, pushback_ms="-1"))
 
     with pytest.raises(rr.RunRecoveryClientError) as raised:
         await caller.call("runs.get", "r")
@@ -87,9 +87,8 @@ async def test_goes_by_the_code_when_there_is_no_detail(
     kind: type[rr.RunRecoveryClientError],
     caller: Caller,
     server: ScriptedServer,
-    fail: type[Fail],
 ) -> None:
-    server.on("GetRun", fail(code=code, pushback_ms="-1"))
+    server.on("GetRun", Fail(code=code, pushback_ms="-1"))
 
     with pytest.raises(rr.RunRecoveryClientError) as raised:
         await caller.call("runs.get", "r")
@@ -98,9 +97,10 @@ async def test_goes_by_the_code_when_there_is_no_detail(
 
 
 async def test_goes_by_the_code_when_the_reason_is_newer_than_the_client(
-    caller: Caller, server: ScriptedServer, fail: type[Fail]
+    caller: Caller,
+    server: ScriptedServer,
 ) -> None:
-    server.on("GetRun", fail(code=grpc.StatusCode.NOT_FOUND, reason="PLANET_NOT_FOUND"))
+    server.on("GetRun", Fail(code=grpc.StatusCode.NOT_FOUND, reason="PLANET_NOT_FOUND"))
 
     with pytest.raises(rr.NotFound) as raised:
         await caller.call("runs.get", "r")
@@ -109,9 +109,10 @@ async def test_goes_by_the_code_when_the_reason_is_newer_than_the_client(
 
 
 async def test_ignores_a_reason_of_another_domain(
-    caller: Caller, server: ScriptedServer, fail: type[Fail]
+    caller: Caller,
+    server: ScriptedServer,
 ) -> None:
-    foreign = fail(
+    foreign = Fail(
         code=grpc.StatusCode.NOT_FOUND,
         reason="RUN_NOT_FOUND",
         domain="mesh",
@@ -127,22 +128,24 @@ async def test_ignores_a_reason_of_another_domain(
 
 
 async def test_survives_a_damaged_details_trailer(
-    caller: Caller, server: ScriptedServer, fail: type[Fail]
+    caller: Caller,
+    server: ScriptedServer,
 ) -> None:
-    server.on("GetRun", fail(code=grpc.StatusCode.NOT_FOUND, trailer=b"\xff\xff\xff"))
+    server.on("GetRun", Fail(code=grpc.StatusCode.NOT_FOUND, trailer=b"\xff\xff\xff"))
 
     with pytest.raises(rr.NotFound):
         await caller.call("runs.get", "r")
 
 
 async def test_names_every_bad_field(
-    caller: Caller, server: ScriptedServer, fail: type[Fail]
+    caller: Caller,
+    server: ScriptedServer,
 ) -> None:
     bad = error_details_pb2.BadRequest()
     bad.field_violations.add(field="run_id", description="too long")
     bad.field_violations.add(field="labels", description="too many")
     invalid = grpc.StatusCode.INVALID_ARGUMENT
-    server.on("CreateRun", fail(code=invalid, reason="INVALID_FIELD", more=[bad]))
+    server.on("CreateRun", Fail(code=invalid, reason="INVALID_FIELD", more=[bad]))
 
     with pytest.raises(rr.InvalidRequest) as raised:
         await caller.call("runs.create", engine="demo")
@@ -154,12 +157,13 @@ async def test_names_every_bad_field(
 
 
 async def test_tells_which_engines_there_are(
-    caller: Caller, server: ScriptedServer, fail: type[Fail]
+    caller: Caller,
+    server: ScriptedServer,
 ) -> None:
     metadata = {"known_engines": "demo, reviewer"}
     server.on(
         "CreateRun",
-        fail(code=grpc.StatusCode.INVALID_ARGUMENT, reason="UNKNOWN_ENGINE", metadata=metadata),
+        Fail(code=grpc.StatusCode.INVALID_ARGUMENT, reason="UNKNOWN_ENGINE", metadata=metadata),
     )
 
     with pytest.raises(rr.UnknownEngine) as raised:
@@ -169,9 +173,10 @@ async def test_tells_which_engines_there_are(
 
 
 async def test_tells_the_etag_that_the_run_has_now(
-    caller: Caller, server: ScriptedServer, fail: type[Fail]
+    caller: Caller,
+    server: ScriptedServer,
 ) -> None:
-    mismatch = fail(
+    mismatch = Fail(
         code=grpc.StatusCode.ABORTED, reason="ETAG_MISMATCH", metadata={"current_etag": "e2"}
     )
     server.on("CancelRun", mismatch)
@@ -184,11 +189,12 @@ async def test_tells_the_etag_that_the_run_has_now(
 
 
 async def test_tells_what_was_not_found(
-    caller: Caller, server: ScriptedServer, fail: type[Fail]
+    caller: Caller,
+    server: ScriptedServer,
 ) -> None:
     resource = error_details_pb2.ResourceInfo(resource_type="run", resource_name="r9")
     server.on(
-        "GetRun", fail(code=grpc.StatusCode.NOT_FOUND, reason="RUN_NOT_FOUND", more=[resource])
+        "GetRun", Fail(code=grpc.StatusCode.NOT_FOUND, reason="RUN_NOT_FOUND", more=[resource])
     )
 
     with pytest.raises(rr.RunNotFound) as raised:
@@ -198,14 +204,15 @@ async def test_tells_what_was_not_found(
 
 
 async def test_tells_when_to_try_again(
-    caller: Caller, server: ScriptedServer, fail: type[Fail]
+    caller: Caller,
+    server: ScriptedServer,
 ) -> None:
     retry = error_details_pb2.RetryInfo(
         retry_delay=duration_pb2.Duration(seconds=1, nanos=500_000_000)
     )
     server.on(
         "GetRun",
-        fail(
+        Fail(
             code=grpc.StatusCode.UNAVAILABLE,
             reason="RECONCILIATION_IN_PROGRESS",
             more=[retry],
@@ -226,9 +233,10 @@ def test_takes_the_pushback_for_the_hint_when_there_is_no_retry_info() -> None:
 
 
 async def test_tells_the_id_of_an_internal_error(
-    caller: Caller, server: ScriptedServer, fail: type[Fail]
+    caller: Caller,
+    server: ScriptedServer,
 ) -> None:
-    defect = fail(code=grpc.StatusCode.INTERNAL, reason="INTERNAL", metadata={"error_id": "e-77"})
+    defect = Fail(code=grpc.StatusCode.INTERNAL, reason="INTERNAL", metadata={"error_id": "e-77"})
     server.on("GetRun", defect)
 
     with pytest.raises(rr.InternalError) as raised:
@@ -238,9 +246,10 @@ async def test_tells_the_id_of_an_internal_error(
 
 
 async def test_maps_errors_of_streams_too(
-    caller: Caller, server: ScriptedServer, fail: type[Fail]
+    caller: Caller,
+    server: ScriptedServer,
 ) -> None:
-    beyond = fail(code=grpc.StatusCode.OUT_OF_RANGE, reason="OUTPUT_OUT_OF_RANGE")
+    beyond = Fail(code=grpc.StatusCode.OUT_OF_RANGE, reason="OUTPUT_OUT_OF_RANGE")
     server.on("StreamOutput", beyond)
 
     with pytest.raises(rr.OutputOutOfRange):
@@ -248,9 +257,10 @@ async def test_maps_errors_of_streams_too(
 
 
 async def test_names_a_method_that_the_server_does_not_have(
-    caller: Caller, server: ScriptedServer, fail: type[Fail]
+    caller: Caller,
+    server: ScriptedServer,
 ) -> None:
-    server.on("GetRecoveryStatus", fail(code=grpc.StatusCode.UNIMPLEMENTED))
+    server.on("GetRecoveryStatus", Fail(code=grpc.StatusCode.UNIMPLEMENTED))
 
     with pytest.raises(rr.UnrecognizedError) as raised:
         await caller.call("recovery.status")

@@ -10,9 +10,10 @@ import pytest
 import runrecovery as rr
 from runrecovery._streams import OutputReader, Reconnection
 from runrecovery.v1 import run_service_pb2
+from support.scripted_server import Fail, ScriptedServer, Stream
 
 if TYPE_CHECKING:
-    from client.conftest import Caller, Connect, Fail, ScriptedServer, Stream
+    from client.conftest import Caller, Connect
 
 
 def _piece(
@@ -32,14 +33,15 @@ def _reader(*, timeout_s: float | None = None, **seams: Any) -> OutputReader:
 
 
 async def test_resumes_by_offset_in_the_same_attempt_after_unavailable(
-    caller: Caller, server: ScriptedServer, fail: type[Fail], stream: type[Stream]
+    caller: Caller,
+    server: ScriptedServer,
 ) -> None:
-    gone = fail(code=grpc.StatusCode.UNAVAILABLE, reason="SHUTTING_DOWN")
+    gone = Fail(code=grpc.StatusCode.UNAVAILABLE, reason="SHUTTING_DOWN")
     server.on(
         "StreamOutput",
-        stream([_piece(0, b"one "), _piece(4, b"two ")], then=gone),
+        Stream([_piece(0, b"one "), _piece(4, b"two ")], then=gone),
         gone,
-        stream([_piece(8, b"three", truncated=True)]),
+        Stream([_piece(8, b"three", truncated=True)]),
     )
 
     pieces = await caller.collect(
@@ -57,10 +59,12 @@ async def test_resumes_by_offset_in_the_same_attempt_after_unavailable(
 
 @pytest.mark.parametrize("reason", ["SLOW_READER", "OVERLOADED"])
 async def test_resumes_after_a_cut_and_a_full_server(
-    reason: str, caller: Caller, server: ScriptedServer, fail: type[Fail], stream: type[Stream]
+    reason: str,
+    caller: Caller,
+    server: ScriptedServer,
 ) -> None:
-    cut = fail(code=grpc.StatusCode.RESOURCE_EXHAUSTED, reason=reason)
-    server.on("StreamOutput", stream([_piece(0, b"one ")], then=cut), stream([_piece(4, b"two")]))
+    cut = Fail(code=grpc.StatusCode.RESOURCE_EXHAUSTED, reason=reason)
+    server.on("StreamOutput", Stream([_piece(0, b"one ")], then=cut), Stream([_piece(4, b"two")]))
 
     pieces = await caller.collect("runs.output", "r")
 
@@ -68,9 +72,10 @@ async def test_resumes_after_a_cut_and_a_full_server(
 
 
 async def test_starts_at_the_callers_offset(
-    caller: Caller, server: ScriptedServer, stream: type[Stream]
+    caller: Caller,
+    server: ScriptedServer,
 ) -> None:
-    server.on("StreamOutput", stream([_piece(5, b"tail", attempt=1)]))
+    server.on("StreamOutput", Stream([_piece(5, b"tail", attempt=1)]))
 
     pieces = await caller.collect("runs.output", "r", attempt=1, offset=5)
 
@@ -80,10 +85,11 @@ async def test_starts_at_the_callers_offset(
 
 
 async def test_does_not_resume_after_another_error(
-    caller: Caller, server: ScriptedServer, fail: type[Fail], stream: type[Stream]
+    caller: Caller,
+    server: ScriptedServer,
 ) -> None:
-    defect = fail(code=grpc.StatusCode.INTERNAL, reason="INTERNAL")
-    server.on("StreamOutput", stream([_piece(0, b"x")], then=defect))
+    defect = Fail(code=grpc.StatusCode.INTERNAL, reason="INTERNAL")
+    server.on("StreamOutput", Stream([_piece(0, b"x")], then=defect))
 
     with pytest.raises(rr.InternalError):
         await caller.collect("runs.output", "r")
@@ -92,9 +98,10 @@ async def test_does_not_resume_after_another_error(
 
 
 async def test_raises_what_lasts_longer_than_it_may(
-    caller: Caller, server: ScriptedServer, fail: type[Fail]
+    caller: Caller,
+    server: ScriptedServer,
 ) -> None:
-    server.on("StreamOutput", fail(code=grpc.StatusCode.UNAVAILABLE, reason="STORAGE_UNAVAILABLE"))
+    server.on("StreamOutput", Fail(code=grpc.StatusCode.UNAVAILABLE, reason="STORAGE_UNAVAILABLE"))
 
     with pytest.raises(rr.Unavailable) as raised:
         await caller.collect("runs.output", "r", reconnect_s=0.3)
@@ -104,9 +111,9 @@ async def test_raises_what_lasts_longer_than_it_may(
 
 
 async def test_waits_for_a_server_that_is_not_there_yet(
-    connect: Connect, server: ScriptedServer, stream: type[Stream], reserved: str
+    connect: Connect, server: ScriptedServer, reserved: str
 ) -> None:
-    server.on("StreamOutput", stream([_piece(0, b"x")]))
+    server.on("StreamOutput", Stream([_piece(0, b"x")]))
     caller = connect(reserved)
     reading = asyncio.create_task(caller.collect("runs.output", "r"))
     with pytest.raises(rr.Unavailable):
@@ -118,18 +125,20 @@ async def test_waits_for_a_server_that_is_not_there_yet(
 
 
 async def test_ends_at_the_callers_deadline(
-    caller: Caller, server: ScriptedServer, stream: type[Stream]
+    caller: Caller,
+    server: ScriptedServer,
 ) -> None:
-    server.on("StreamOutput", stream([_piece(0, b"x")], hold=True))
+    server.on("StreamOutput", Stream([_piece(0, b"x")], hold=True))
 
     with pytest.raises(rr.DeadlineExceeded):
         await caller.collect("runs.output", "r", follow=True, timeout_s=0.3)
 
 
 async def test_leaving_the_loop_ends_the_stream_on_the_server(
-    caller: Caller, server: ScriptedServer, stream: type[Stream]
+    caller: Caller,
+    server: ScriptedServer,
 ) -> None:
-    server.on("StreamOutput", stream([_piece(0, b"x")], hold=True))
+    server.on("StreamOutput", Stream([_piece(0, b"x")], hold=True))
 
     await caller.collect("runs.output", "r", follow=True, limit=1)
 

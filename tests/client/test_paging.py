@@ -10,9 +10,10 @@ import pytest
 import runrecovery as rr
 from runrecovery._values import to_timestamp
 from runrecovery.v1 import recovery_pb2, recovery_service_pb2, run_pb2, run_service_pb2
+from support.scripted_server import Fail, ScriptedServer
 
 if TYPE_CHECKING:
-    from client.conftest import Caller, Connect, Fail, ScriptedServer
+    from client.conftest import Caller, Connect
     from google.protobuf.message import Message
 
 
@@ -70,9 +71,10 @@ async def test_asks_for_a_page_only_when_its_rows_are_wanted(
 
 
 async def test_gives_the_rows_before_a_failed_page(
-    caller: Caller, server: ScriptedServer, fail: type[Fail]
+    caller: Caller,
+    server: ScriptedServer,
 ) -> None:
-    invalid = fail(code=grpc.StatusCode.INVALID_ARGUMENT, reason="PAGE_TOKEN_INVALID")
+    invalid = Fail(code=grpc.StatusCode.INVALID_ARGUMENT, reason="PAGE_TOKEN_INVALID")
     server.on("ListRuns", _runs("a", then="t1"), invalid)
 
     assert len(await caller.collect("runs.list", limit=1)) == 1

@@ -6,13 +6,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 from runrecovery.v1 import recovery_service_pb2, run_pb2, run_service_pb2
-
-if TYPE_CHECKING:
-    from client.conftest import ScriptedServer, Stream
+from support.scripted_server import ScriptedServer, Stream
 
 README = Path(__file__).parents[2] / "client" / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
@@ -34,7 +31,9 @@ PRINTED = [
 ]
 
 
-def _script(server: ScriptedServer, stream: type[Stream]) -> None:
+def _script(
+    server: ScriptedServer,
+) -> None:
     question = run_pb2.PendingInteraction(interaction_id=1, prompt="Go on?")
     waiting = run_pb2.Run(
         run_id="r", status=run_pb2.RUN_STATUS_WAITING_USER, pending_interaction=question
@@ -52,11 +51,11 @@ def _script(server: ScriptedServer, stream: type[Stream]) -> None:
         run_service_pb2.GetRunResponse(run=ended),
     )
     server.on("SubmitReply", run_service_pb2.SubmitReplyResponse(run=waiting))
-    server.on("StreamOutput", stream([run_service_pb2.StreamOutputResponse(data=b"bye")]))
+    server.on("StreamOutput", Stream([run_service_pb2.StreamOutputResponse(data=b"bye")]))
     events = [run_pb2.RunEvent(kind=kind, status=status) for kind, status in EVENTS]
     server.on(
         "WatchRun",
-        stream(
+        Stream(
             [
                 run_service_pb2.WatchRunResponse(sequence=number, event=event)
                 for number, event in enumerate(events, start=1)
@@ -66,15 +65,17 @@ def _script(server: ScriptedServer, stream: type[Stream]) -> None:
     bookmark = recovery_service_pb2.WatchRecoveredResponse(
         cursor="c", bookmark=run_pb2.WatchBookmark()
     )
-    server.on("WatchRecovered", stream([bookmark], hold=True))
+    server.on("WatchRecovered", Stream([bookmark], hold=True))
     server.on("ListRecovered", recovery_service_pb2.ListRecoveredResponse(runs=[lost]))
 
 
 @pytest.mark.parametrize(("block", "printed"), list(zip(BLOCKS, PRINTED, strict=True)))
 def test_example_of_the_readme_works(
-    block: str, printed: str, server: ScriptedServer, stream: type[Stream]
+    block: str,
+    printed: str,
+    server: ScriptedServer,
 ) -> None:
-    _script(server, stream)
+    _script(server)
     code = block.replace("127.0.0.1:50051", server.start())
 
     done = subprocess.run(

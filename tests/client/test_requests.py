@@ -14,12 +14,10 @@ from hypothesis import strategies as st
 from runrecovery import _requests
 from runrecovery._values import to_struct, to_timestamp, to_value
 from runrecovery.v1 import recovery_pb2, recovery_service_pb2, run_pb2, run_service_pb2
+from support.scripted_server import METHODS, ScriptedServer, Stream
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from client.conftest import Caller, ScriptedServer, Stream
-    from google.protobuf.descriptor import MethodDescriptor
+    from client.conftest import Caller
 
 json_values = st.recursive(
     st.none()
@@ -158,12 +156,10 @@ async def test_sends_null_as_a_reply_and_not_as_an_absent_one(
 async def test_reaches_every_method_of_the_contract(
     caller: Caller,
     server: ScriptedServer,
-    stream: type[Stream],
-    methods: Mapping[str, MethodDescriptor],
 ) -> None:
-    for method in methods.values():
+    for method in METHODS.values():
         answer = message_factory.GetMessageClass(method.output_type)()
-        server.on(method.name, stream([answer]) if method.server_streaming else answer)
+        server.on(method.name, Stream([answer]) if method.server_streaming else answer)
 
     await caller.call("runs.create", engine="demo")
     await caller.call("runs.get", "r")
@@ -183,7 +179,7 @@ async def test_reaches_every_method_of_the_contract(
     await caller.call("recovery.explain", "r")
     await caller.call("recovery.plan")
 
-    assert {name for name, _ in server.calls} == {method.name for method in methods.values()}
+    assert {name for name, _ in server.calls} == {method.name for method in METHODS.values()}
 
 
 async def test_returns_the_recovery_messages(caller: Caller, server: ScriptedServer) -> None:

@@ -10,9 +10,10 @@ import grpc
 import pytest
 import runrecovery as rr
 from runrecovery.v1 import recovery_service_pb2, run_pb2, run_service_pb2
+from support.scripted_server import Fail, ScriptedServer
 
 if TYPE_CHECKING:
-    from client.conftest import Caller, Connect, Fail, ScriptedServer
+    from client.conftest import Caller, Connect
 
 RUN = run_pb2.Run(run_id="r", status=run_pb2.RUN_STATUS_QUEUED)
 MUTATIONS = [
@@ -34,9 +35,8 @@ async def test_sends_the_same_request_id_again_after_unavailable(
     response: type[Any],
     caller: Caller,
     server: ScriptedServer,
-    fail: type[Fail],
 ) -> None:
-    busy = fail(code=grpc.StatusCode.UNAVAILABLE, reason="STORAGE_BUSY", pushback_ms="1")
+    busy = Fail(code=grpc.StatusCode.UNAVAILABLE, reason="STORAGE_BUSY", pushback_ms="1")
     server.on(method, busy, busy, response(run=RUN))
 
     run = await caller.call(name, *args, **kwargs)
@@ -58,9 +58,8 @@ async def test_sends_the_same_request_id_again_after_a_cancel_by_the_server(
     response: type[Any],
     caller: Caller,
     server: ScriptedServer,
-    fail: type[Fail],
 ) -> None:
-    stopping = fail(code=grpc.StatusCode.CANCELLED, pushback_ms="1")
+    stopping = Fail(code=grpc.StatusCode.CANCELLED, pushback_ms="1")
     server.on(method, stopping, stopping, response(run=RUN))
 
     run = await caller.call(name, *args, **kwargs)
@@ -96,11 +95,12 @@ async def test_two_calls_have_two_request_ids_and_a_given_one_is_kept(
 
 
 async def test_gives_up_after_five_attempts(
-    caller: Caller, server: ScriptedServer, fail: type[Fail]
+    caller: Caller,
+    server: ScriptedServer,
 ) -> None:
     server.on(
         "GetRun",
-        fail(code=grpc.StatusCode.UNAVAILABLE, reason="SHUTTING_DOWN", pushback_ms="1"),
+        Fail(code=grpc.StatusCode.UNAVAILABLE, reason="SHUTTING_DOWN", pushback_ms="1"),
     )
 
     with pytest.raises(rr.ShuttingDown):
@@ -110,9 +110,10 @@ async def test_gives_up_after_five_attempts(
 
 
 async def test_a_negative_pushback_forbids_a_retry(
-    caller: Caller, server: ScriptedServer, fail: type[Fail]
+    caller: Caller,
+    server: ScriptedServer,
 ) -> None:
-    server.on("GetRun", fail(code=grpc.StatusCode.UNAVAILABLE, pushback_ms="-1"))
+    server.on("GetRun", Fail(code=grpc.StatusCode.UNAVAILABLE, pushback_ms="-1"))
 
     with pytest.raises(rr.Unavailable):
         await caller.call("runs.get", "r")
@@ -121,9 +122,10 @@ async def test_a_negative_pushback_forbids_a_retry(
 
 
 async def test_retries_calls_of_the_recovery_service_too(
-    caller: Caller, server: ScriptedServer, fail: type[Fail]
+    caller: Caller,
+    server: ScriptedServer,
 ) -> None:
-    busy = fail(code=grpc.StatusCode.UNAVAILABLE, reason="STORAGE_BUSY", pushback_ms="1")
+    busy = Fail(code=grpc.StatusCode.UNAVAILABLE, reason="STORAGE_BUSY", pushback_ms="1")
     server.on("GetRecoveryStatus", busy, recovery_service_pb2.GetRecoveryStatusResponse())
 
     await caller.call("recovery.status")
@@ -143,9 +145,11 @@ async def test_retries_calls_of_the_recovery_service_too(
     ids=str,
 )
 async def test_does_not_retry_another_code(
-    code: grpc.StatusCode, caller: Caller, server: ScriptedServer, fail: type[Fail]
+    code: grpc.StatusCode,
+    caller: Caller,
+    server: ScriptedServer,
 ) -> None:
-    server.on("CreateRun", fail(code=code, pushback_ms="1"))
+    server.on("CreateRun", Fail(code=code, pushback_ms="1"))
 
     with pytest.raises(rr.RunRecoveryClientError):
         await caller.call("runs.create", engine="demo")
@@ -154,9 +158,10 @@ async def test_does_not_retry_another_code(
 
 
 async def test_retries_the_largest_request_that_the_service_accepts(
-    caller: Caller, server: ScriptedServer, fail: type[Fail]
+    caller: Caller,
+    server: ScriptedServer,
 ) -> None:
-    busy = fail(code=grpc.StatusCode.UNAVAILABLE, reason="STORAGE_BUSY", pushback_ms="1")
+    busy = Fail(code=grpc.StatusCode.UNAVAILABLE, reason="STORAGE_BUSY", pushback_ms="1")
     server.on("CreateRun", busy, run_service_pb2.CreateRunResponse(run=RUN))
 
     await caller.call("runs.create", engine="demo", input={"text": "x" * 1_000_000})

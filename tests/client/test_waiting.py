@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from runrecovery._waiting import Pacer
 from runrecovery.v1 import run_pb2, run_service_pb2
+from support.scripted_server import Fail, ScriptedServer
 
 if TYPE_CHECKING:
-    from client.conftest import Caller, Connect, Fail, ScriptedServer
+    from client.conftest import Caller, Connect
 
 
 def _run(status: run_pb2.RunStatus.ValueType) -> run_service_pb2.GetRunResponse:
@@ -103,9 +104,10 @@ async def test_returns_a_waiting_run_when_asked_to(caller: Caller, server: Scrip
 
 
 async def test_waits_through_a_restart_of_the_service(
-    caller: Caller, server: ScriptedServer, fail: type[Fail]
+    caller: Caller,
+    server: ScriptedServer,
 ) -> None:
-    recovering = fail(
+    recovering = Fail(
         code=grpc.StatusCode.UNAVAILABLE, reason="RECONCILIATION_IN_PROGRESS", pushback_ms="-1"
     )
     ended = _run(run_pb2.RUN_STATUS_FAILED)
@@ -126,9 +128,10 @@ async def test_says_what_it_saw_when_the_run_has_not_ended_in_time(
 
 
 async def test_does_not_wait_for_a_run_that_does_not_exist(
-    caller: Caller, server: ScriptedServer, fail: type[Fail]
+    caller: Caller,
+    server: ScriptedServer,
 ) -> None:
-    server.on("GetRun", fail(code=grpc.StatusCode.NOT_FOUND, reason="RUN_NOT_FOUND"))
+    server.on("GetRun", Fail(code=grpc.StatusCode.NOT_FOUND, reason="RUN_NOT_FOUND"))
 
     with pytest.raises(rr.RunNotFound):
         await caller.call("wait_for_run", "r", timeout_s=20)

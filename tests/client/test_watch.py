@@ -18,9 +18,10 @@ from runrecovery import _streams
 from runrecovery._silence import SilenceTimeout
 from runrecovery._streams import Reconnection, RecoveredWatch, RunWatch
 from runrecovery.v1 import recovery_service_pb2, run_pb2, run_service_pb2
+from support.scripted_server import Fail, ScriptedServer, Stream
 
 if TYPE_CHECKING:
-    from client.conftest import Caller, Fail, ScriptedServer, Stream
+    from client.conftest import Caller
 
 Update = run_service_pb2.WatchRunResponse
 Decision = recovery_service_pb2.WatchRecoveredResponse
@@ -67,9 +68,8 @@ class Recorded:
     Once it has no fault left, a stream tells all that there is and ends well.
     """
 
-    def __init__(self, stream: type[Stream], *faults: Fault) -> None:
+    def __init__(self, *faults: Fault) -> None:
         self.opened = threading.Event()
-        self._stream = stream
         self._faults = list(faults)
 
     def run(self, request: run_service_pb2.WatchRunRequest, _context: object) -> Stream:
@@ -87,31 +87,31 @@ class Recorded:
 
     def _answer(self, messages: Sequence[Any]) -> Stream:
         self.opened.set()
-        return self._faults.pop(0)(messages) if self._faults else self._stream(messages)
+        return self._faults.pop(0)(messages) if self._faults else Stream(messages)
 
 
 @pytest.fixture
-def gone(fail: type[Fail]) -> Fail:
-    return fail(code=grpc.StatusCode.UNAVAILABLE, reason="SHUTTING_DOWN")
+def gone() -> Fail:
+    return Fail(code=grpc.StatusCode.UNAVAILABLE, reason="SHUTTING_DOWN")
 
 
 @pytest.fixture
-def faults(stream: type[Stream], fail: type[Fail], gone: Fail) -> dict[str, Fault]:
+def faults(gone: Fail) -> dict[str, Fault]:
     """Ways to break a stream, by name."""
-    slow = fail(code=grpc.StatusCode.RESOURCE_EXHAUSTED, reason="SLOW_READER")
-    full = fail(code=grpc.StatusCode.RESOURCE_EXHAUSTED, reason="OVERLOADED")
-    recovering = fail(code=grpc.StatusCode.UNAVAILABLE, reason="RECONCILIATION_IN_PROGRESS")
-    cancelled = fail(code=grpc.StatusCode.CANCELLED)
+    slow = Fail(code=grpc.StatusCode.RESOURCE_EXHAUSTED, reason="SLOW_READER")
+    full = Fail(code=grpc.StatusCode.RESOURCE_EXHAUSTED, reason="OVERLOADED")
+    recovering = Fail(code=grpc.StatusCode.UNAVAILABLE, reason="RECONCILIATION_IN_PROGRESS")
+    cancelled = Fail(code=grpc.StatusCode.CANCELLED)
     return {
-        "nothing": lambda _: stream([], then=gone),
-        "recovering": lambda _: stream([], then=recovering),
-        "full": lambda _: stream([], then=full),
-        "broken": lambda told: stream(told[:2], then=gone),
-        "cancelled": lambda told: stream(told[:2], then=cancelled),
-        "slow": lambda told: stream(told[:2], then=slow),
-        "doubled": lambda told: stream([m for m in told[:3] for _ in "ab"], then=gone),
-        "repeated": lambda told: stream([*told[:3], *told[:3]], then=gone),
-        "silent": lambda told: stream(told[:2], hold=True),
+        "nothing": lambda _: Stream([], then=gone),
+        "recovering": lambda _: Stream([], then=recovering),
+        "full": lambda _: Stream([], then=full),
+        "broken": lambda told: Stream(told[:2], then=gone),
+        "cancelled": lambda told: Stream(told[:2], then=cancelled),
+        "slow": lambda told: Stream(told[:2], then=slow),
+        "doubled": lambda told: Stream([m for m in told[:3] for _ in "ab"], then=gone),
+        "repeated": lambda told: Stream([*told[:3], *told[:3]], then=gone),
+        "silent": lambda told: Stream(told[:2], hold=True),
     }
 
 
@@ -153,12 +153,11 @@ async def test_tells_a_snapshot_and_every_event_once_through_every_break(
     names: list[str],
     caller: Caller,
     server: ScriptedServer,
-    stream: type[Stream],
     faults: dict[str, Fault],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(_streams, "SILENCE_S", 0.3)
-    server.on("WatchRun", Recorded(stream, *(faults[name] for name in names)).run)
+    server.on("WatchRun", Recorded(*(faults[name] for name in names)).run)
 
     updates = await caller.collect("runs.watch", "r")
 
@@ -171,10 +170,9 @@ async def test_begins_after_the_sequence_that_the_caller_knows(
     after: int,
     caller: Caller,
     server: ScriptedServer,
-    stream: type[Stream],
     faults: dict[str, Fault],
 ) -> None:
-    server.on("WatchRun", Recorded(stream, faults["nothing"]).run)
+    server.on("WatchRun", Recorded(faults["nothing"]).run)
 
     updates = await caller.collect("runs.watch", "r", after_sequence=after)
 
@@ -184,13 +182,13 @@ async def test_begins_after_the_sequence_that_the_caller_knows(
 
 
 async def test_asks_without_a_sequence_until_there_is_a_snapshot_and_then_for_what_follows_it(
-    caller: Caller, server: ScriptedServer, stream: type[Stream], gone: Fail
+    caller: Caller, server: ScriptedServer, gone: Fail
 ) -> None:
     server.on(
         "WatchRun",
-        stream([_bookmark(9)], then=gone),  # it has not told where the run stands
-        stream([_snapshot(9)], then=gone),
-        stream([_bookmark(9)]),
+        Stream([_bookmark(9)], then=gone),  # it has not told where the run stands
+        Stream([_snapshot(9)], then=gone),
+        Stream([_bookmark(9)]),
     )
 
     await caller.collect("runs.watch", "r")
@@ -201,9 +199,9 @@ async def test_asks_without_a_sequence_until_there_is_a_snapshot_and_then_for_wh
 
 
 async def test_goes_on_after_the_server_has_been_restarted(
-    caller: Caller, server: ScriptedServer, stream: type[Stream], gone: Fail
+    caller: Caller, server: ScriptedServer, gone: Fail
 ) -> None:
-    recorded = Recorded(stream, lambda told: stream(told[:2], hold=True, then=gone))
+    recorded = Recorded(lambda told: Stream(told[:2], hold=True, then=gone))
     server.on("WatchRun", recorded.run)
     target = caller.target
     watching = asyncio.create_task(caller.collect("runs.watch", "r"))
@@ -216,9 +214,10 @@ async def test_goes_on_after_the_server_has_been_restarted(
 
 
 async def test_an_event_that_one_stream_left_out_is_told_by_the_next(
-    caller: Caller, server: ScriptedServer, stream: type[Stream]
+    caller: Caller,
+    server: ScriptedServer,
 ) -> None:
-    recorded = Recorded(stream, lambda told: stream([*told[:2], *told[3:]]))
+    recorded = Recorded(lambda told: Stream([*told[:2], *told[3:]]))
     server.on("WatchRun", recorded.run)
 
     updates = await caller.collect("runs.watch", "r")
@@ -229,9 +228,11 @@ async def test_an_event_that_one_stream_left_out_is_told_by_the_next(
 
 @pytest.mark.parametrize("later", [_event(6), _bookmark(5), _snapshot(5)], ids=["e", "b", "s"])
 async def test_a_gap_that_stays_is_an_error(
-    later: Update, caller: Caller, server: ScriptedServer, stream: type[Stream]
+    later: Update,
+    caller: Caller,
+    server: ScriptedServer,
 ) -> None:
-    server.on("WatchRun", stream([_snapshot(3), _event(4), later]), stream([later]))
+    server.on("WatchRun", Stream([_snapshot(3), _event(4), later]), Stream([later]))
 
     with pytest.raises(rr.WatchGap, match="after 4"):
         await caller.collect("runs.watch", "r")
@@ -240,9 +241,10 @@ async def test_a_gap_that_stays_is_an_error(
 
 
 async def test_a_watch_that_does_not_begin_with_a_snapshot_is_an_error(
-    caller: Caller, server: ScriptedServer, stream: type[Stream]
+    caller: Caller,
+    server: ScriptedServer,
 ) -> None:
-    server.on("WatchRun", stream([_event(4)]))
+    server.on("WatchRun", Stream([_event(4)]))
 
     with pytest.raises(rr.WatchGap, match="snapshot"):
         await caller.collect("runs.watch", "r")
@@ -263,9 +265,8 @@ async def test_a_place_that_the_service_does_not_have_is_an_error_that_tells_wha
     told: int | None,
     caller: Caller,
     server: ScriptedServer,
-    fail: type[Fail],
 ) -> None:
-    server.on("WatchRun", fail(code=grpc.StatusCode.OUT_OF_RANGE, reason=reason, metadata=metadata))
+    server.on("WatchRun", Fail(code=grpc.StatusCode.OUT_OF_RANGE, reason=reason, metadata=metadata))
 
     with pytest.raises(kind) as raised:
         await caller.collect("runs.watch", "r", after_sequence=4)
@@ -293,10 +294,8 @@ async def test_another_error_ends_the_watch(
     kind: type[rr.RunRecoveryClientError],
     caller: Caller,
     server: ScriptedServer,
-    fail: type[Fail],
-    stream: type[Stream],
 ) -> None:
-    server.on("WatchRun", stream([_snapshot(1)], then=fail(code=code, reason=reason)))
+    server.on("WatchRun", Stream([_snapshot(1)], then=Fail(code=code, reason=reason)))
 
     with pytest.raises(kind):
         await caller.collect("runs.watch", "r")
@@ -307,15 +306,13 @@ async def test_another_error_ends_the_watch(
 async def test_pauses_at_least_as_long_as_the_service_asks_for(
     caller: Caller,
     server: ScriptedServer,
-    stream: type[Stream],
-    fail: type[Fail],
     pauses: list[float],
 ) -> None:
     retry = error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=7))
-    recovering = fail(
+    recovering = Fail(
         code=grpc.StatusCode.UNAVAILABLE, reason="RECONCILIATION_IN_PROGRESS", more=[retry]
     )
-    server.on("WatchRun", recovering, recovering, stream([_snapshot(1)]))
+    server.on("WatchRun", recovering, recovering, Stream([_snapshot(1)]))
 
     await caller.collect("runs.watch", "r")
 
@@ -336,10 +333,9 @@ async def test_grpc_itself_does_not_repeat_a_stream(
     args: tuple[str, ...],
     caller: Caller,
     server: ScriptedServer,
-    fail: type[Fail],
 ) -> None:
     # gRPC's own retry would obey this pushback.
-    server.on(method, fail(code=grpc.StatusCode.UNAVAILABLE, reason="X", pushback_ms="1"))
+    server.on(method, Fail(code=grpc.StatusCode.UNAVAILABLE, reason="X", pushback_ms="1"))
 
     with pytest.raises(rr.Unavailable):
         await caller.collect(name, *args, reconnect_s=0)
@@ -348,10 +344,12 @@ async def test_grpc_itself_does_not_repeat_a_stream(
 
 
 async def test_raises_the_last_failure_when_an_outage_has_lasted_too_long(
-    caller: Caller, server: ScriptedServer, stream: type[Stream], gone: Fail, fail: type[Fail]
+    caller: Caller,
+    server: ScriptedServer,
+    gone: Fail,
 ) -> None:
-    storage = fail(code=grpc.StatusCode.UNAVAILABLE, reason="STORAGE_UNAVAILABLE")
-    server.on("WatchRun", stream([_snapshot(1)], then=gone), gone, storage)
+    storage = Fail(code=grpc.StatusCode.UNAVAILABLE, reason="STORAGE_UNAVAILABLE")
+    server.on("WatchRun", Stream([_snapshot(1)], then=gone), gone, storage)
 
     with pytest.raises(rr.Unavailable) as raised:
         await caller.collect("runs.watch", "r", reconnect_s=0.3)
@@ -360,18 +358,20 @@ async def test_raises_the_last_failure_when_an_outage_has_lasted_too_long(
 
 
 async def test_ends_at_the_callers_deadline(
-    caller: Caller, server: ScriptedServer, stream: type[Stream]
+    caller: Caller,
+    server: ScriptedServer,
 ) -> None:
-    server.on("WatchRun", stream([_snapshot(1)], hold=True))
+    server.on("WatchRun", Stream([_snapshot(1)], hold=True))
 
     with pytest.raises(rr.DeadlineExceeded):
         await caller.collect("runs.watch", "r", timeout_s=0.3)
 
 
 async def test_gives_bookmarks_to_those_who_want_them(
-    caller: Caller, server: ScriptedServer, stream: type[Stream]
+    caller: Caller,
+    server: ScriptedServer,
 ) -> None:
-    server.on("WatchRun", stream([_snapshot(3), _bookmark(3), _event(4)]))
+    server.on("WatchRun", Stream([_snapshot(3), _bookmark(3), _event(4)]))
 
     quietly = await caller.collect("runs.watch", "r")
     fully = await caller.collect("runs.watch", "r", include_bookmarks=True)
@@ -385,9 +385,9 @@ def _guards() -> Iterator[threading.Thread]:
 
 
 def test_a_watch_whose_channel_the_caller_closes_is_not_resumed(
-    server: ScriptedServer, stream: type[Stream]
+    server: ScriptedServer,
 ) -> None:
-    server.on("WatchRun", stream([_snapshot(3), _event(4)], hold=True))
+    server.on("WatchRun", Stream([_snapshot(3), _event(4)], hold=True))
     client = rr.RunRecoveryClient(server.start())
     watch = client.runs.watch("r")
     next(watch)
@@ -404,9 +404,8 @@ async def test_leaving_early_ends_the_call_and_leaves_nothing_behind(
     explicitly: bool,  # noqa: FBT001 - a parameter of the test
     caller: Caller,
     server: ScriptedServer,
-    stream: type[Stream],
 ) -> None:
-    server.on("WatchRun", stream([_snapshot(3), _event(4)], hold=True))
+    server.on("WatchRun", Stream([_snapshot(3), _event(4)], hold=True))
     tasks = asyncio.all_tasks()
 
     if not explicitly:
@@ -454,14 +453,13 @@ async def test_tells_every_decision_once_through_every_break(
     names: list[str],
     caller: Caller,
     server: ScriptedServer,
-    stream: type[Stream],
     faults: dict[str, Fault],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(_streams, "SILENCE_S", 0.3)
     # An opaque cursor has no order: only an immediate repetition can be told from news.
     chosen = [faults["doubled" if name == "repeated" else name] for name in names]
-    server.on("WatchRecovered", Recorded(stream, *chosen).decisions)
+    server.on("WatchRecovered", Recorded(*chosen).decisions)
 
     told = await caller.collect("recovery.watch_recovered", after_cursor="c3")
 
@@ -469,10 +467,10 @@ async def test_tells_every_decision_once_through_every_break(
 
 
 async def test_goes_on_from_the_cursor_of_a_bookmark(
-    caller: Caller, server: ScriptedServer, stream: type[Stream], gone: Fail
+    caller: Caller, server: ScriptedServer, gone: Fail
 ) -> None:
     passed = Decision(cursor="c9", bookmark=BOOKMARK)  # by decisions that do not match
-    server.on("WatchRecovered", gone, stream([passed], then=gone), stream([_decision(10)]))
+    server.on("WatchRecovered", gone, Stream([passed], then=gone), Stream([_decision(10)]))
 
     told = await caller.collect("recovery.watch_recovered")
     with_bookmarks = await caller.collect("recovery.watch_recovered", include_bookmarks=True)
@@ -483,10 +481,11 @@ async def test_goes_on_from_the_cursor_of_a_bookmark(
 
 
 async def test_gives_the_first_cursor_to_those_who_want_bookmarks(
-    caller: Caller, server: ScriptedServer, stream: type[Stream]
+    caller: Caller,
+    server: ScriptedServer,
 ) -> None:
     first = Decision(cursor="c0", bookmark=BOOKMARK)
-    server.on("WatchRecovered", stream([first, _decision(1)]))
+    server.on("WatchRecovered", Stream([first, _decision(1)]))
 
     told = await caller.collect("recovery.watch_recovered", include_bookmarks=True)
 
@@ -494,9 +493,9 @@ async def test_gives_the_first_cursor_to_those_who_want_bookmarks(
 
 
 async def test_watches_decisions_by_every_filter(
-    caller: Caller, server: ScriptedServer, stream: type[Stream], gone: Fail
+    caller: Caller, server: ScriptedServer, gone: Fail
 ) -> None:
-    server.on("WatchRecovered", gone, stream([]))
+    server.on("WatchRecovered", gone, Stream([]))
 
     await caller.collect(
         "recovery.watch_recovered",
@@ -523,9 +522,10 @@ async def test_watches_decisions_by_every_filter(
 
 
 async def test_a_cursor_of_elsewhere_is_an_error(
-    caller: Caller, server: ScriptedServer, fail: type[Fail]
+    caller: Caller,
+    server: ScriptedServer,
 ) -> None:
-    foreign = fail(code=grpc.StatusCode.INVALID_ARGUMENT, reason="WATCH_CURSOR_INVALID")
+    foreign = Fail(code=grpc.StatusCode.INVALID_ARGUMENT, reason="WATCH_CURSOR_INVALID")
     server.on("WatchRecovered", foreign)
 
     with pytest.raises(rr.WatchCursorInvalid):
