@@ -1,4 +1,4 @@
-"""A command that runs in the test, and a scripted server that it asks."""
+"""Run commands in the process of the test, against a server with fixed answers."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from pathlib import Path
 
 import grpc
 import pytest
-from google.protobuf import any_pb2
 from google.protobuf.message import Message
-from google.rpc import error_details_pb2, status_pb2
 from runrecovery.v1 import recovery_service_pb2, run_pb2
 from runrecovery_service import logs
 from runrecovery_service.cli import main
+from support.scripted_server import Fail
 
 
 @dataclass
@@ -32,7 +31,7 @@ Run = Callable[..., Ended]
 
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """Runs a command line in this process, in an empty directory, with logging left alone."""
+    """Run a command line in this process, in an empty folder, without configuring the log."""
     monkeypatch.setattr(logs, "configure", lambda *_: None)
     for name in ("stdin", "stdout", "stderr"):  # the command makes its own of them
         monkeypatch.setattr(sys, name, getattr(sys, name))
@@ -44,18 +43,26 @@ def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_
     def run(*arguments: str) -> Ended:
         with pytest.raises(SystemExit) as ended:
             main(arguments)
-        said = capfd.readouterr()
+        written = capfd.readouterr()
         assert isinstance(ended.value.code, int)
-        return Ended(int(ended.value.code), said.out, said.err)
+        return Ended(int(ended.value.code), written.out, written.err)
 
     return run
 
 
 @dataclass
-class Script(grpc.GenericRpcHandler):
-    """A server that answers each method as it is told, and keeps what it was asked."""
+class FixedAnswers(grpc.GenericRpcHandler):
+    """A server that answers any method, health included, with the messages that a test gives it.
 
-    answers: dict[str, list[Message] | tuple[grpc.StatusCode, str]] = field(default_factory=dict)
+    Unlike `ScriptedServer` of tests/support, each method has one answer, of any type.
+
+    Attributes:
+        answers: by method: the messages of the answer, or an error.
+        streams: by method: a function that makes the answer.
+        asked: the requests so far: the name of the method, and the bytes.
+    """
+
+    answers: dict[str, list[Message] | Fail] = field(default_factory=dict)
     streams: dict[str, Callable[[bytes, grpc.ServicerContext], Iterator[Message]]] = field(
         default_factory=dict
     )
@@ -72,38 +79,30 @@ class Script(grpc.GenericRpcHandler):
             if name in self.streams:
                 yield from self.streams[name](request, context)
                 return
-            said = self.answers[name]
-            if isinstance(said, tuple):
-                _abort(context, *said)
+            scripted = self.answers[name]
+            if isinstance(scripted, Fail):
+                scripted.abort(context)
             else:
-                yield from said
+                yield from scripted
 
         return grpc.unary_stream_rpc_method_handler(
             answer, response_serializer=lambda message: message.SerializeToString()
         )
 
 
-def _abort(context: grpc.ServicerContext, code: grpc.StatusCode, reason: str) -> None:
-    info = any_pb2.Any()
-    info.Pack(error_details_pb2.ErrorInfo(reason=reason, domain="runrecovery"))
-    status = status_pb2.Status(code=code.value[0], message="scripted", details=[info])
-    context.set_trailing_metadata((("grpc-status-details-bin", status.SerializeToString()),))
-    context.abort(code, "scripted")
-
-
 @pytest.fixture
-def server() -> Iterator[Script]:
-    script = Script()
+def server() -> Iterator[FixedAnswers]:
+    answers = FixedAnswers()
     with ExitStack() as stack:
         threads = stack.enter_context(ThreadPoolExecutor(2))
-        grpc_server = grpc.server(threads, handlers=[script])
-        script.address = f"127.0.0.1:{grpc_server.add_insecure_port('127.0.0.1:0')}"
+        grpc_server = grpc.server(threads, handlers=[answers])
+        answers.address = f"127.0.0.1:{grpc_server.add_insecure_port('127.0.0.1:0')}"
         grpc_server.start()
         stack.callback(lambda: grpc_server.stop(None).wait())
-        yield script
+        yield answers
 
 
-def watching(server: Script, *updates: Message) -> Script:
+def script_watch(server: FixedAnswers, *updates: Message) -> FixedAnswers:
     server.answers["GetRecoveryStatus"] = [recovery_service_pb2.GetRecoveryStatusResponse()]
     server.answers["WatchRun"] = list(updates)
     return server

@@ -13,8 +13,9 @@ from runrecovery import errors
 from runrecovery.v1 import run_service_pb2
 from runrecovery_service.cli import connection
 from runrecovery_service.cli.exit_codes import ExitCode
+from support.scripted_server import Fail
 
-from .conftest import Run, Script, a_run
+from .conftest import FixedAnswers, Run, a_run
 
 CLIENT_ERRORS = [
     kind
@@ -55,14 +56,14 @@ def test_every_failed_call_has_an_exit_code_and_no_hint_breaks(
     ],
 )
 def test_a_refused_call_ends_in_its_exit_code_with_one_sentence(
-    run: Run, server: Script, code: grpc.StatusCode, reason: str, exit_code: ExitCode
+    run: Run, server: FixedAnswers, code: grpc.StatusCode, reason: str, exit_code: ExitCode
 ) -> None:
-    server.answers["CancelRun"] = (code, reason)
+    server.answers["CancelRun"] = Fail(code=code, reason=reason)
 
     ended = run("runs", "cancel", "r", "--server", server.address)
 
     assert (ended.code, ended.out) == (exit_code, "")
-    assert ended.err.splitlines()[0] == "error: scripted"
+    assert ended.err.splitlines()[0] == "error: scripted failure"
 
 
 def test_an_absent_service_is_unavailable_and_the_hint_names_it(run: Run) -> None:
@@ -88,7 +89,7 @@ def test_a_url_as_the_server_is_a_usage_error(run: Run, scheme: str) -> None:
 
 
 def test_the_server_may_come_from_the_environment(
-    run: Run, server: Script, monkeypatch: pytest.MonkeyPatch
+    run: Run, server: FixedAnswers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RUNRECOVERY_SERVER", server.address)
     server.answers["GetRun"] = [run_service_pb2.GetRunResponse(run=a_run())]

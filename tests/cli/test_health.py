@@ -7,7 +7,7 @@ import json
 import pytest
 from runrecovery_service.cli.exit_codes import ExitCode
 
-from .conftest import Run, Script
+from .conftest import FixedAnswers, Run
 
 
 def test_a_health_check_that_waited_says_for_what(run: Run) -> None:
@@ -19,7 +19,7 @@ def test_a_health_check_that_waited_says_for_what(run: Run) -> None:
 
 @pytest.mark.parametrize(("status", "code"), [(1, ExitCode.OK), (2, ExitCode.UNAVAILABLE)])
 def test_health_is_ok_only_when_serving(
-    run: Run, server: Script, status: int, code: ExitCode
+    run: Run, server: FixedAnswers, status: int, code: ExitCode
 ) -> None:
     from google.protobuf import wrappers_pb2
 
@@ -33,7 +33,7 @@ def test_health_is_ok_only_when_serving(
 
 @pytest.mark.parametrize("variable", ["http_proxy", "https_proxy", "grpc_proxy"])
 def test_a_proxy_is_not_asked_about_a_service_on_loopback(
-    run: Run, server: Script, monkeypatch: pytest.MonkeyPatch, variable: str
+    run: Run, server: FixedAnswers, monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
     from google.protobuf import wrappers_pb2
 

@@ -11,7 +11,7 @@ from google.protobuf import json_format
 from runrecovery.v1 import run_service_pb2
 from runrecovery_service.cli.exit_codes import ExitCode
 
-from .conftest import Run, Script, a_run
+from .conftest import FixedAnswers, Run, a_run
 
 
 def typed(data: bytes) -> io.TextIOWrapper:
@@ -21,7 +21,7 @@ def typed(data: bytes) -> io.TextIOWrapper:
 
 @pytest.mark.parametrize("source", ["input.json", "-"])
 def test_a_byte_order_mark_before_an_input_is_no_part_of_it(
-    run: Run, server: Script, monkeypatch: pytest.MonkeyPatch, source: str
+    run: Run, server: FixedAnswers, monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
     data = b'\xef\xbb\xbf{"task": "\xc3\xa4"}\r\n'
     server.answers["CreateRun"] = [run_service_pb2.CreateRunResponse(run=a_run())]
@@ -45,7 +45,12 @@ def test_a_byte_order_mark_before_an_input_is_no_part_of_it(
 )
 @pytest.mark.parametrize("source", ["@input.json", "-"])
 def test_an_input_that_is_no_json_text_is_a_usage_error(
-    run: Run, server: Script, monkeypatch: pytest.MonkeyPatch, source: str, data: bytes, why: str
+    run: Run,
+    server: FixedAnswers,
+    monkeypatch: pytest.MonkeyPatch,
+    source: str,
+    data: bytes,
+    why: str,
 ) -> None:
     Path("input.json").write_bytes(data)
     monkeypatch.setattr("sys.stdin", typed(data))
@@ -58,7 +63,7 @@ def test_an_input_that_is_no_json_text_is_a_usage_error(
 
 @pytest.mark.parametrize("source", ["handle.txt", "-"])
 def test_reopening_reads_a_session_handle_that_is_never_shown(
-    run: Run, server: Script, monkeypatch: pytest.MonkeyPatch, source: str
+    run: Run, server: FixedAnswers, monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
     server.answers["ReopenRun"] = [run_service_pb2.ReopenRunResponse(run=a_run())]
     Path("handle.txt").write_text("hush-7\n", encoding="utf-8")
@@ -72,7 +77,9 @@ def test_reopening_reads_a_session_handle_that_is_never_shown(
     assert "hush" not in ended.out + ended.err
 
 
-def test_reopening_keeps_the_session_when_no_handle_is_given(run: Run, server: Script) -> None:
+def test_reopening_keeps_the_session_when_no_handle_is_given(
+    run: Run, server: FixedAnswers
+) -> None:
     server.answers["ReopenRun"] = [run_service_pb2.ReopenRunResponse(run=a_run())]
 
     run("runs", "reopen", "r", "--server", server.address)
@@ -84,7 +91,7 @@ def test_reopening_keeps_the_session_when_no_handle_is_given(run: Run, server: S
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"hush\nhush\n", b"\xff\n", None])
 def test_a_file_that_holds_no_handle_is_a_usage_error_that_shows_nothing_of_it(
-    run: Run, server: Script, content: bytes | None
+    run: Run, server: FixedAnswers, content: bytes | None
 ) -> None:
     if content is not None:
         Path("handle.txt").write_bytes(content)
@@ -109,7 +116,7 @@ def test_a_file_that_holds_no_handle_is_a_usage_error_that_shows_nothing_of_it(
     ],
 )
 def test_what_cannot_be_sent_is_a_usage_error_and_nothing_is_sent(
-    run: Run, server: Script, said: list[str]
+    run: Run, server: FixedAnswers, said: list[str]
 ) -> None:
     assert run("runs", "create", "e", *said, "--server", server.address).code == ExitCode.USAGE
     assert server.asked == []
@@ -158,7 +165,7 @@ TOO_DEEP: Final = '{"a":' + "[" * 60 + "]" * 60 + "}"
     ids=lambda said: " ".join(said)[:60].encode("ascii", "backslashreplace").decode(),
 )
 def test_what_no_message_can_hold_is_a_usage_error_in_few_words(
-    run: Run, server: Script, said: list[str]
+    run: Run, server: FixedAnswers, said: list[str]
 ) -> None:
     there = [] if "--server" in said else ["--server", server.address]
 

@@ -12,10 +12,10 @@ from grpc_health.v1.health_pb2 import HealthCheckResponse
 from runrecovery.v1 import recovery_pb2, recovery_service_pb2, run_service_pb2
 from runrecovery_service.cli.exit_codes import ExitCode
 
-from .conftest import Script, a_run
+from .conftest import FixedAnswers, a_run
 
 
-def test_output_is_written_byte_for_byte(server: Script) -> None:
+def test_output_is_written_byte_for_byte(server: FixedAnswers) -> None:
     data = bytes(range(256))
     server.answers["StreamOutput"] = [
         run_service_pb2.StreamOutputResponse(attempt=1, offset=0, data=data),
@@ -33,7 +33,7 @@ def test_output_is_written_byte_for_byte(server: Script) -> None:
     assert request.channel == run_service_pb2.OUTPUT_CHANNEL_STDERR
 
 
-def test_a_reader_that_goes_away_is_no_error(server: Script) -> None:
+def test_a_reader_that_goes_away_is_no_error(server: FixedAnswers) -> None:
     rows = [a_run(run_id=f"r{number}") for number in range(1000)]
     page = run_service_pb2.ListRunsResponse(runs=rows, next_page_token=rows[0].run_id)
     server.answers["ListRuns"] = [page]
@@ -61,7 +61,7 @@ def test_a_reader_that_goes_away_is_no_error(server: Script) -> None:
     ],
 )
 def test_output_that_cannot_be_written_is_one_sentence(
-    server: Script, path: str, redirect: str, why: str
+    server: FixedAnswers, path: str, redirect: str, why: str
 ) -> None:
     server.answers["ListRuns"] = [run_service_pb2.ListRunsResponse(runs=[a_run()])]
     server.answers["StreamOutput"] = [run_service_pb2.StreamOutputResponse(data=b"x")]
@@ -91,7 +91,7 @@ def test_a_message_that_cannot_be_written_changes_no_exit_code(redirect: str) ->
     assert ended.returncode == ExitCode.UNAVAILABLE
 
 
-def test_what_the_encoding_of_the_output_lacks_is_written_out(server: Script) -> None:
+def test_what_the_encoding_of_the_output_lacks_is_written_out(server: FixedAnswers) -> None:
     run = a_run(run_id="r→")
     server.answers["ListRuns"] = [run_service_pb2.ListRunsResponse(runs=[run])]
     command = [sys.executable, "-m", "runrecovery_service", "runs", "list"]
@@ -107,7 +107,7 @@ def test_what_the_encoding_of_the_output_lacks_is_written_out(server: Script) ->
     assert b"r\\u2192" in ended.stdout
 
 
-def test_ctrl_c_ends_it_quietly_with_130(server: Script) -> None:
+def test_ctrl_c_ends_it_quietly_with_130(server: FixedAnswers) -> None:
     running = recovery_service_pb2.GetRecoveryStatusResponse(
         state=recovery_pb2.SERVICE_STATE_RECOVERING
     )

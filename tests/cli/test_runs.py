@@ -10,10 +10,10 @@ from runrecovery.v1 import run_pb2, run_service_pb2
 from runrecovery_service.cli import printing
 from runrecovery_service.cli.exit_codes import ExitCode
 
-from .conftest import Run, Script, a_run
+from .conftest import FixedAnswers, Run, a_run
 
 
-def test_json_is_one_message_a_line_in_the_contracts_names(run: Run, server: Script) -> None:
+def test_json_is_one_message_a_line_in_the_contracts_names(run: Run, server: FixedAnswers) -> None:
     rows = [a_run(run_id="a"), a_run(run_id="b", status=run_pb2.RUN_STATUS_RUNNING)]
     server.answers["ListRuns"] = [run_service_pb2.ListRunsResponse(runs=rows)]
 
@@ -25,7 +25,7 @@ def test_json_is_one_message_a_line_in_the_contracts_names(run: Run, server: Scr
     assert '"holds_slot": false' in ended.out
 
 
-def test_a_table_in_a_pipe_is_plain_and_complete(run: Run, server: Script) -> None:
+def test_a_table_in_a_pipe_is_plain_and_complete(run: Run, server: FixedAnswers) -> None:
     long_id = "r" * 64
     row = a_run(run_id=long_id, engine="e" * 63)
     server.answers["ListRuns"] = [run_service_pb2.ListRunsResponse(runs=[row])]
@@ -39,7 +39,7 @@ def test_a_table_in_a_pipe_is_plain_and_complete(run: Run, server: Script) -> No
 
 @pytest.mark.parametrize(("limit", "shown", "notes"), [(1, 1, 1), (2, 2, 0), (0, 2, 0)])
 def test_a_limited_list_says_when_there_is_more(
-    run: Run, server: Script, limit: int, shown: int, notes: int
+    run: Run, server: FixedAnswers, limit: int, shown: int, notes: int
 ) -> None:
     rows = [a_run(run_id="a"), a_run(run_id="b")]
     server.answers["ListRuns"] = [run_service_pb2.ListRunsResponse(runs=rows)]
@@ -50,7 +50,7 @@ def test_a_limited_list_says_when_there_is_more(
     assert ended.err.count("--limit 0 shows all") == notes
 
 
-def test_create_sends_what_was_said(run: Run, server: Script) -> None:
+def test_create_sends_what_was_said(run: Run, server: FixedAnswers) -> None:
     server.answers["CreateRun"] = [run_service_pb2.CreateRunResponse(run=a_run())]
     Path("input.json").write_text('{"task": "hello"}', encoding="utf-8")
 
@@ -73,7 +73,7 @@ def test_create_sends_what_was_said(run: Run, server: Script) -> None:
 )
 def test_create_leaves_to_the_engine_what_was_not_said(
     run: Run,
-    server: Script,
+    server: FixedAnswers,
     said: list[str],
     required: bool | None,  # noqa: FBT001 - a parameter of the test
 ) -> None:
@@ -88,7 +88,7 @@ def test_create_leaves_to_the_engine_what_was_not_said(
 
 
 def test_a_list_of_runs_is_filtered_as_said_and_asks_for_no_more_than_it_shows(
-    run: Run, server: Script
+    run: Run, server: FixedAnswers
 ) -> None:
     server.answers["ListRuns"] = [run_service_pb2.ListRunsResponse()]
 
@@ -104,7 +104,7 @@ def test_a_list_of_runs_is_filtered_as_said_and_asks_for_no_more_than_it_shows(
     assert request.view == run_pb2.RUN_VIEW_BASIC
 
 
-def test_a_run_is_described_with_its_times_and_its_waiting(run: Run, server: Script) -> None:
+def test_a_run_is_described_with_its_times_and_its_waiting(run: Run, server: FixedAnswers) -> None:
     described = a_run()
     described.interactive_profile.session_timeout.seconds = 90
     described.interactive_profile.require_user_reply = False
@@ -134,7 +134,7 @@ def test_a_run_is_described_with_its_times_and_its_waiting(run: Run, server: Scr
     ],
 )
 def test_create_and_wait_tells_how_the_run_ended(
-    run: Run, server: Script, status: run_pb2.RunStatus.ValueType, code: ExitCode
+    run: Run, server: FixedAnswers, status: run_pb2.RunStatus.ValueType, code: ExitCode
 ) -> None:
     server.answers["CreateRun"] = [run_service_pb2.CreateRunResponse(run=a_run())]
     server.answers["GetRun"] = [run_service_pb2.GetRunResponse(run=a_run(status=status))]
@@ -147,7 +147,7 @@ def test_create_and_wait_tells_how_the_run_ended(
     [(["yes"], "yes"), (["--json-value", "true"], True), (["--json-value", "null"], None)],
 )
 def test_reply_answers_the_open_question(
-    run: Run, server: Script, said: list[str], answer: object
+    run: Run, server: FixedAnswers, said: list[str], answer: object
 ) -> None:
     waiting = a_run(status=run_pb2.RUN_STATUS_WAITING_USER)
     waiting.pending_interaction.interaction_id = 3
@@ -161,7 +161,7 @@ def test_reply_answers_the_open_question(
     assert json_format.MessageToDict(request.response) == answer
 
 
-def test_reply_without_an_open_question_is_refused(run: Run, server: Script) -> None:
+def test_reply_without_an_open_question_is_refused(run: Run, server: FixedAnswers) -> None:
     server.answers["GetRun"] = [run_service_pb2.GetRunResponse(run=a_run())]
 
     ended = run("runs", "reply", "r", "yes", "--server", server.address)
@@ -171,7 +171,7 @@ def test_reply_without_an_open_question_is_refused(run: Run, server: Script) -> 
 
 
 @pytest.mark.parametrize("said", [[], ["a", "--json-value", "1"], ["--json-value", "{"]])
-def test_reply_needs_exactly_one_answer(run: Run, server: Script, said: list[str]) -> None:
+def test_reply_needs_exactly_one_answer(run: Run, server: FixedAnswers, said: list[str]) -> None:
     ended = run("runs", "reply", "r", *said, "--server", server.address)
 
     assert ended.code == ExitCode.USAGE

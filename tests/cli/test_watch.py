@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 from runrecovery.v1 import run_pb2, run_service_pb2
 from runrecovery_service.cli.exit_codes import ExitCode
 
-from .conftest import Run, Script, a_run, watching
+from .conftest import FixedAnswers, Run, a_run, script_watch
 
 
 def a_watched_run(status: run_pb2.RunStatus.ValueType) -> list[Message]:
@@ -41,8 +41,8 @@ def a_watched_run(status: run_pb2.RunStatus.ValueType) -> list[Message]:
     ]
 
 
-def test_a_watch_tells_a_line_for_each_event(run: Run, server: Script) -> None:
-    watching(server, *a_watched_run(run_pb2.RUN_STATUS_SUCCEEDED))
+def test_a_watch_tells_a_line_for_each_event(run: Run, server: FixedAnswers) -> None:
+    script_watch(server, *a_watched_run(run_pb2.RUN_STATUS_SUCCEEDED))
 
     ended = run("runs", "watch", "r", "--server", server.address)
 
@@ -54,9 +54,9 @@ def test_a_watch_tells_a_line_for_each_event(run: Run, server: Script) -> None:
     ]
 
 
-def test_a_watch_in_json_is_an_update_a_line(run: Run, server: Script) -> None:
+def test_a_watch_in_json_is_an_update_a_line(run: Run, server: FixedAnswers) -> None:
     updates = a_watched_run(run_pb2.RUN_STATUS_SUCCEEDED)
-    watching(server, *updates)
+    script_watch(server, *updates)
 
     ended = run("runs", "watch", "r", "--json", "--server", server.address)
 
@@ -79,12 +79,12 @@ def test_a_watch_in_json_is_an_update_a_line(run: Run, server: Script) -> None:
 @pytest.mark.parametrize("seen_before", [True, False])
 def test_a_watch_tells_how_the_run_ended(
     run: Run,
-    server: Script,
+    server: FixedAnswers,
     status: run_pb2.RunStatus.ValueType,
     code: ExitCode,
     seen_before: bool,  # noqa: FBT001 - a parameter of the test
 ) -> None:
-    watching(server, *([] if seen_before else a_watched_run(status)))
+    script_watch(server, *([] if seen_before else a_watched_run(status)))
     server.answers["GetRun"] = [run_service_pb2.GetRunResponse(run=a_run(status=status))]
 
     assert run("runs", "watch", "r", "--server", server.address).code == code
@@ -95,9 +95,9 @@ def test_a_watch_tells_how_the_run_ended(
     [([], None), (["--from-start"], 0), (["--after-sequence", "3"], 3)],
 )
 def test_a_watch_begins_where_it_is_told_to(
-    run: Run, server: Script, said: list[str], after: int | None
+    run: Run, server: FixedAnswers, said: list[str], after: int | None
 ) -> None:
-    watching(server)
+    script_watch(server)
     server.answers["GetRun"] = [run_service_pb2.GetRunResponse(run=a_run())]
 
     run("runs", "watch", "r", *said, "--server", server.address)
@@ -107,7 +107,7 @@ def test_a_watch_begins_where_it_is_told_to(
     assert (request.after_sequence if request.HasField("after_sequence") else None) == after
 
 
-def test_a_watch_begins_at_one_place(run: Run, server: Script) -> None:
+def test_a_watch_begins_at_one_place(run: Run, server: FixedAnswers) -> None:
     said = ["--from-start", "--after-sequence", "3"]
 
     assert run("runs", "watch", "r", *said, "--server", server.address).code == ExitCode.USAGE
@@ -121,14 +121,14 @@ def test_a_watch_of_an_absent_service_is_unavailable_in_time(run: Run, command: 
     assert ended.code == ExitCode.UNAVAILABLE
 
 
-def test_ctrl_c_ends_a_watch_quietly_with_130(server: Script) -> None:
+def test_ctrl_c_ends_a_watch_quietly_with_130(server: FixedAnswers) -> None:
     def silently(_request: bytes, context: grpc.ServicerContext) -> Iterator[Message]:
         yield a_watched_run(run_pb2.RUN_STATUS_RUNNING)[0]
         gone = threading.Event()
         context.add_callback(gone.set)
         gone.wait(60)
 
-    watching(server)
+    script_watch(server)
     server.streams["WatchRun"] = silently
     command = [sys.executable, "-m", "runrecovery_service", "runs", "watch", "r"]
 

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import pytest
 from runrecovery import AsyncRunRecoveryClient, RunRecoveryClient
+from runrecovery._streams import Broken, Reconnection
 from support.scripted_server import ScriptedServer
 
 
@@ -95,3 +96,17 @@ def reserved() -> Iterator[str]:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         holder.bind(("127.0.0.1", 0))
         yield f"127.0.0.1:{holder.getsockname()[1]}"
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Replace each pause before a reconnection by none; return the pauses so far."""
+    asked: list[float] = []
+    pause_s = Reconnection.pause_s
+
+    def no_pause_s(self: Reconnection, failure: Broken) -> float:
+        asked.append(pause_s(self, failure))
+        return 0.0
+
+    monkeypatch.setattr(Reconnection, "pause_s", no_pause_s)
+    return asked
