@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from support.processes import open_files
 from support.service import Home, ServiceProcess
 from support.waiting import patience_s, until
 
@@ -52,9 +51,16 @@ def fifo(home: Home) -> Path:
     return path
 
 
-def has_open(service: ServiceProcess, path: Path) -> bool:
+def has_locked(service: ServiceProcess, path: Path) -> bool:
+    """Return True once the service holds a lock on the file; its descriptors are hidden from us."""
     assert service.popen.poll() is None, service.text
-    return str(path) in open_files(service.pid)
+    locks = [line.split() for line in Path("/proc/locks").read_text("ascii").splitlines()]
+    inode = str(path.stat().st_ino)
+    return any(
+        fields[4] == str(service.pid) and fields[5].rpartition(":")[2] == inode
+        for fields in locks
+        if "->" not in fields
+    )
 
 
 @pytest.mark.parametrize("number", STOPS)
@@ -113,7 +119,7 @@ def test_a_service_that_opens_its_store_stops_in_order(new_home: NewHome, number
     with home.store(writable=True) as other:
         other.execute("BEGIN EXCLUSIVE")
         service = home.spawn()
-        until(lambda: has_open(service, home.database), "it opens its store")
+        until(lambda: has_locked(service, home.database), "it opens its store")
 
         service.popen.send_signal(number)
         other.rollback()
