@@ -48,7 +48,7 @@ EVERY_METHOD: Final = {
     f"{RECOVERY}/ListRecovered",
 }
 NEEDS_A_RESTART: Final = f"{RUNS}/ReopenRun"
-"""Tried in tests/crash/test_reopening.py."""
+"""Tried in tests/crash/test_reopen_run.py."""
 QUESTION: Final = {"kind": "confirm", "prompt": "Go on?"}
 
 Json = dict[str, Any]

@@ -6,7 +6,7 @@ recording that gives it to a second process, with the same interaction_id. And a
 it is a running one: when that is killed with the service, the run fails as interrupted, as every
 running one does (or starts again, by its restart_policy); its reply stays on record.
 
-REPLY_ROUNDS=200 REPLY_SEED=1 pytest tests/crash/test_acknowledged.py for more.
+REPLY_ROUNDS=200 REPLY_SEED=1 pytest tests/crash/test_acknowledged_calls.py for more.
 """
 
 from __future__ import annotations

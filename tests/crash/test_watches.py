@@ -1,6 +1,6 @@
 """Whoever watches misses nothing and hears nothing twice, however often the service is killed.
 
-WATCH_ROUNDS=50 WATCH_SEED=1 pytest tests/crash/test_watched.py for more.
+WATCH_ROUNDS=50 WATCH_SEED=1 pytest tests/crash/test_watches.py for more.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Killed at random moments while clients work: what was acknowledged stands.
 
-CAMPAIGN_ROUNDS=200 pytest tests/crash/test_campaign.py for more.
+CAMPAIGN_ROUNDS=200 pytest tests/crash/test_random_kills.py for more.
 """
 
 from __future__ import annotations
