@@ -1,0 +1,161 @@
+"""How a failed turn of an agent CLI is recognised, and what its error says."""
+
+from __future__ import annotations
+
+import pytest
+from engines.agent_cli_turns import DIALECTS, GEMINI_TURN, ID, messages_of
+from runrecovery_service.domain.run import ErrorCode, JsonObject
+from runrecovery_service.engines.claude import CLAUDE
+from runrecovery_service.engines.cli_dialect import CliDialect, CliListener
+from runrecovery_service.engines.codex import CODEX
+from runrecovery_service.engines.dialect import ResultMessage
+from runrecovery_service.engines.gemini import GEMINI
+
+
+@pytest.mark.parametrize(
+    ("dialect", "exit_code", "events", "stderr"),
+    [
+        (CODEX, 1, [], f"Error: thread/resume failed: no rollout found for thread id {ID} (code)"),
+        (GEMINI, 42, [], "Error resuming session: No previous sessions found for this project."),
+        (
+            CLAUDE,
+            1,
+            [
+                {
+                    "type": "result",
+                    "subtype": "error_during_execution",
+                    "is_error": True,
+                    "session_id": ID,
+                    "errors": [f"No conversation found with session ID: {ID}"],
+                }
+            ],
+            "",
+        ),
+    ],
+)
+def test_a_lost_session_has_its_own_error_code_and_its_message_hides_the_handle(
+    dialect: CliDialect, exit_code: int, events: list[JsonObject], stderr: str
+) -> None:
+    listener = CliListener(dialect, ID, resumed=True)
+    assert messages_of(listener, events) == []
+
+    error = listener.failure(exit_code, stderr)
+
+    assert error is not None
+    assert error.code == ErrorCode.SESSION_RESUME_FAILED
+    assert ID not in error.message
+
+
+@pytest.mark.parametrize(
+    ("dialect", "event", "message"),
+    [
+        (CODEX, {"type": "turn.failed", "error": {"message": "401 Unauthorized"}}, "401"),
+        (CODEX, {"type": "turn.failed"}, "noise on stderr"),
+        (GEMINI, {"type": "result", "status": "error", "error": {"message": "quota"}}, "quota"),
+        (GEMINI, {"type": "result", "status": "error"}, "noise on stderr"),
+        (GEMINI, {"type": "error", "severity": "error", "message": "turn limit"}, "turn limit"),
+        (GEMINI, {"type": "error", "severity": "warning", "message": "Loop detected"}, "Loop"),
+        (
+            GEMINI,
+            {"type": "error", "severity": "warning", "message": "Agent execution stopped: hook"},
+            "stopped: hook",
+        ),
+        (
+            GEMINI,
+            {"type": "error", "severity": "warning", "message": "Agent execution blocked: rule"},
+            "blocked: rule",
+        ),
+        (
+            CLAUDE,
+            {"type": "result", "subtype": "success", "is_error": True, "result": "API"},
+            "API",
+        ),
+        (CLAUDE, {"type": "result", "subtype": "error_max_turns"}, "error_max_turns"),
+        (CLAUDE, {"type": "result"}, "noise on stderr"),
+    ],
+)
+def test_a_failed_turn_is_an_engine_failure_with_every_exit_code(
+    dialect: CliDialect, event: JsonObject, message: str
+) -> None:
+    for exit_code in (0, 1, None, -9):
+        listener = CliListener(dialect, None, resumed=False)
+        assert messages_of(listener, [event]) == []
+        error = listener.failure(exit_code, "noise on stderr")
+        assert error is not None
+        assert error.code == ErrorCode.ENGINE_FAILED
+        assert message in error.message
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_the_dialect_reports_no_error_for_an_exit_code_that_it_does_not_know(
+    dialect: CliDialect,
+) -> None:
+    assert CliListener(dialect, None, resumed=False).failure(55, "not a trusted directory") is None
+
+
+def test_a_failure_without_a_message_gets_that_of_the_last_warning() -> None:
+    listener = CliListener(GEMINI, None, resumed=False)
+    warning: JsonObject = {"type": "error", "severity": "warning", "message": "invalid stream"}
+
+    messages_of(listener, [warning, {"type": "result", "status": "error"}])
+    error = listener.failure(1, "noise")
+
+    assert error is not None
+    assert "invalid stream" in error.message
+
+
+def test_a_warning_alone_is_no_failure() -> None:
+    listener = CliListener(GEMINI, None, resumed=False)
+    warning: JsonObject = {"type": "error", "severity": "warning", "message": "slow"}
+
+    assert [type(each) for each in messages_of(listener, [warning, *GEMINI_TURN[-1:]])] == [
+        ResultMessage
+    ]
+    assert listener.failure(0, "") is None
+
+
+def test_a_first_turn_cannot_lose_a_session() -> None:
+    listener = CliListener(GEMINI, None, resumed=False)
+    stderr = "Error resuming session: No previous sessions found for this project."
+
+    assert listener.failure(42, stderr) is None
+
+
+@pytest.mark.parametrize(
+    ("dialect", "exit_code", "message"),
+    [
+        (GEMINI, 1, "Error resuming session: No previous sessions found for this project."),
+        (CLAUDE, 1, f"Read notes.md: No conversation found with session ID: {ID}"),
+        (CODEX, 1, "thread not found"),
+    ],
+)
+def test_an_error_text_that_only_resembles_a_lost_session_is_no_lost_session(
+    dialect: CliDialect, exit_code: int, message: str
+) -> None:
+    assert CliListener(dialect, ID, resumed=True).failure(exit_code, message) is None
+
+
+@pytest.mark.parametrize(
+    "reported",
+    [
+        {"type": "result", "status": "success"},
+        {"type": "result", "status": "error", "error": {"message": "what followed"}},
+        {"type": "error", "severity": "error", "message": "what followed"},
+    ],
+)
+def test_the_first_error_of_a_gemini_turn_is_reported_whatever_follows_it(
+    reported: JsonObject,
+) -> None:
+    listener = CliListener(GEMINI, ID, resumed=True)
+    first_error: JsonObject = {"type": "error", "severity": "error", "message": "turn limit"}
+
+    messages_of(listener, [first_error, reported])
+    error = listener.failure(0, "noise")
+
+    assert error is not None
+    assert error.code == ErrorCode.ENGINE_FAILED
+    assert error.message == "The agent failed (exit code 0): turn limit"
+
+
+def test_bad_input_of_gemini_with_the_same_exit_code_is_no_lost_session() -> None:
+    assert CliListener(GEMINI, ID, resumed=True).failure(42, "No input provided via stdin.") is None
