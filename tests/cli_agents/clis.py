@@ -1,4 +1,4 @@
-"""The three CLIs as the tests use them: a home each, with settings of its user, and an endpoint."""
+"""The three real CLIs: how the tests call them, and what their users have in their homes."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class Cli:
     """One CLI.
 
     Attributes:
-        name: of its preset and its program.
-        options: words of the operator's behind the program.
-        unattended: options that let it use its shell without anybody who allows that.
-        files: its user's own files, below its home, for an endpoint's URL. The first is the one
-            that trust entries go into.
-        rewrites: those of them that it writes itself while it runs.
-        env: variables of the service that the preset hands on to it, for an endpoint's URL.
-        sessions: where its conversations are, below its home.
-        needs_trust: what it says when it refuses a folder; None: it runs in any.
+        name: the name of its preset and of its program.
+        options: the options of its command.
+        unattended: the options that let it run shell commands without asking.
+        files: returns the files of its user, by their paths below its home, for the URL of a model
+            endpoint.
+        rewrites: the files that the CLI itself writes while it runs.
+        env: returns the variables of the service that the preset passes on to the CLI, for the URL
+            of a model endpoint.
+        needs_trust: its error message in a folder that it does not trust; None: it runs in any.
     """
 
     name: str
@@ -37,16 +37,15 @@ class Cli:
     files: Callable[[str], Mapping[str, str]]
     rewrites: frozenset[str] = frozenset()
     env: Callable[[str], Mapping[str, str]]
-    sessions: str
     needs_trust: str | None = None
 
     @property
     def program(self) -> Path:
-        """Where it is installed."""
+        """The path of the installed program."""
         return INSTALLED / self.name
 
     def prepare(self, agent_home: Path, url: str) -> Settings:
-        """Make a home for it, and return what its user has in there."""
+        """Write the files of its user into a home, and return them."""
         written = {}
         for name, text in self.files(url).items():
             path = agent_home / name
@@ -57,7 +56,7 @@ class Cli:
         return Settings(files=written, rewritten=rewritten)
 
     def environment(self, url: str) -> dict[str, str]:
-        """Return the variables of the service: nothing of the CLI leaves the machine."""
+        """Return the variables of the service. They lead the CLI to the endpoint for everything."""
         path = f"{INSTALLED}{os.pathsep}{os.environ['PATH']}"
         proxies = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), url)
         direct = dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1")
@@ -66,37 +65,28 @@ class Cli:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What a user had in the files of a CLI before it ran."""
+    """The files of a CLI's user, as they were before the CLI ran."""
 
     files: Mapping[Path, bytes]
     rewritten: frozenset[Path] = field(default_factory=frozenset)
 
-    @property
-    def trust_file(self) -> Path:
-        """The file that trust entries go into."""
-        return next(iter(self.files))
-
-    def trusts(self, folder: Path) -> bool:
-        """True when the file names a folder below this one."""
-        return str(folder) in self.trust_file.read_text("utf-8")
-
     def changed(self) -> list[str]:
-        """Return what is not as the user had it: a byte, or a value where the CLI itself writes."""
+        """Return the files that differ. Where the CLI writes too, only the user's values count."""
         return [
             path.name
             for path, before in self.files.items()
             if not (
-                _holds(json.loads(path.read_bytes()), json.loads(before))
+                _contains(json.loads(path.read_bytes()), json.loads(before))
                 if path in self.rewritten
                 else path.read_bytes() == before
             )
         ]
 
 
-def _holds(now: object, before: object) -> bool:
-    """True when all that was there is there still; more may have come."""
+def _contains(now: object, before: object) -> bool:
+    """Return whether everything of `before` is in `now`."""
     if isinstance(before, dict) and isinstance(now, dict):
-        return all(name in now and _holds(now[name], each) for name, each in before.items())
+        return all(name in now and _contains(now[name], each) for name, each in before.items())
     return now == before
 
 
@@ -164,7 +154,6 @@ CODEX: Final = Cli(
     unattended=("--sandbox", "danger-full-access"),
     files=_codex_files,
     env=lambda _: {"OPENAI_API_KEY": "no-key"},
-    sessions="sessions/*/*/*/rollout-*.jsonl",
     needs_trust="Not inside a trusted directory",
 )
 GEMINI: Final = Cli(
@@ -173,7 +162,6 @@ GEMINI: Final = Cli(
     options=("--model", "gemini-2.5-flash"),
     files=_gemini_files,
     env=lambda url: {"GOOGLE_GEMINI_BASE_URL": url, "GEMINI_API_KEY": "no-key"},
-    sessions=".gemini/tmp/*/chats/session-*.jsonl",
     needs_trust="not running in a trusted directory",
 )
 CLAUDE: Final = Cli(
@@ -182,6 +170,5 @@ CLAUDE: Final = Cli(
     files=_claude_files,
     rewrites=frozenset({".claude.json"}),
     env=lambda url: {"ANTHROPIC_BASE_URL": url, "ANTHROPIC_API_KEY": "no-key"},
-    sessions="projects/*/*.jsonl",
 )
 CLIS: Final = (CODEX, GEMINI, CLAUDE)

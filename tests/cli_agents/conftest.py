@@ -12,20 +12,20 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+from cli_agents.cli_setup import RealCliSetup
 from cli_agents.clis import CLIS, Cli
-from cli_agents.desk import Desk
-from cli_agents.endpoints import ModelEndpoint
+from cli_agents.model_endpoint import ModelEndpoint
 from support.engines import REPOSITORY
 
 KEPT: Final = REPOSITORY / ".agent-clis" / "failed"
 ROUNDS: Final = int(os.environ.get("ROUNDS") or 1)
 FAILED: Final = pytest.StashKey[bool]()
 
-NewDesk = Callable[..., Desk]
+NewSetup = Callable[..., RealCliSetup]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Play every scenario once a CLI and round."""
+    """Run every test once per CLI and round."""
     if "cli" in metafunc.fixturenames:
         metafunc.parametrize("cli", CLIS, ids=lambda cli: cli.name)
     if "round_number" in metafunc.fixturenames:
@@ -33,7 +33,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A CLI takes seconds to start; several at a time take longer."""
+    """Allow ten minutes per test: a CLI takes seconds to start, and longer beside others."""
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent):
             item.add_marker(pytest.mark.timeout(600))
@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Let a fixture see whether its test failed, and the table which round it was."""
+    """Record for fixtures whether the test failed, and for the table which scenario it was."""
     report = yield
     spec = getattr(item, "callspec", None)
     if spec is not None and "cli" in spec.params:
@@ -56,41 +56,41 @@ def pytest_runtest_makereport(
 
 @pytest.fixture
 def installed(cli: Cli) -> Cli:
-    """A CLI that is there; skips, saying which one is not and why."""
+    """An installed CLI. Without it the test is skipped, with the reason."""
     if not cli.program.exists():
         why = "npm is missing, which installs it"
         if shutil.which("npm"):
             why = "`make test-agents` installs it"
-        pytest.skip(f"the real {cli.name} is not here: {why}")
+        pytest.skip(f"the real {cli.name} is not installed: {why}")
     return cli
 
 
 @pytest.fixture
 def endpoint() -> Iterator[ModelEndpoint]:
-    """A model endpoint of the test's own."""
+    """A model endpoint for this test alone."""
     with ModelEndpoint() as endpoint:
         yield endpoint
 
 
 @pytest.fixture
-def new_desk(
+def new_setup(
     request: pytest.FixtureRequest, installed: Cli, tmp_path: Path, endpoint: ModelEndpoint
-) -> Iterator[NewDesk]:
-    """Makes the desk of a test, clears it away, and sees that nothing of it lives on."""
-    desks: list[Desk] = []
+) -> Iterator[NewSetup]:
+    """Makes setups. At the end of the test, clears them and checks that no process is left."""
+    setups: list[RealCliSetup] = []
 
-    def make(**more: Any) -> Desk:
-        desks.append(Desk(installed, tmp_path, endpoint, **more))
-        return desks[-1]
+    def make(**keys: Any) -> RealCliSetup:
+        setups.append(RealCliSetup(installed, tmp_path, endpoint, **keys))
+        return setups[-1]
 
     yield make
-    for desk in desks:
-        desk.home.clear()
-    left = [pid for desk in desks for pid in desk.processes()]
+    for setup in setups:
+        setup.home.clear()
+    left = [pid for setup in setups for pid in setup.processes()]
     unexpected = [*left, *endpoint.outside, *endpoint.unknown]
     if unexpected or request.node.stash.get(FAILED, True):
-        for desk in desks:
-            desk.keep(KEPT / request.node.name.replace("/", "-"))
+        for setup in setups:
+            setup.copy_to(KEPT / request.node.name.replace("/", "-"))
     shutil.rmtree(tmp_path, ignore_errors=True)  # a CLI's home is large
     assert unexpected == []
 

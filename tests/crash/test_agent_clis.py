@@ -1,12 +1,14 @@
-"""Engines with a preset, over a kill of the service. The CLIs are stand-ins that call, print and
-remember as the real ones do; `make test-agents` tries those."""
+"""Engines with a preset, over a kill of the service.
+
+The CLIs are pretended: tests/agents/pretend_cli.py prints what the real ones print, and keeps
+sessions as they do. `make test-agents` tries the real ones.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,10 +16,12 @@ import pytest
 from google.protobuf.json_format import MessageToDict
 from runrecovery.v1 import run_pb2
 from runrecovery.v1 import run_service_pb2 as pb
+from support.agent_cli import AgentCliSetup
 from support.api import Api, refused, status_word
-from support.engines import AGENTS, EngineSpec
+from support.engines import AGENTS
 from support.processes import environment_of, processes_below
 from support.service import Home
+from support.sessions import HOME_VARIABLE
 from support.stores import query
 from support.waiting import until
 
@@ -26,102 +30,72 @@ NewHome = Callable[..., Home]
 TASK: Final = {"prompt": "Plan the journey. /help"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cli:
-    """One of the CLIs: its name, its configuration with settings of the user's, its sessions."""
+USER_SETTINGS: Final[Mapping[str, str]] = {
+    "codex": '# mine\nmodel = "m"  # best\n\n[projects."/elsewhere"]\ntrust_level = "trusted"\n',
+    "gemini": '{\r\n\t"/elsewhere": "DO_NOT_TRUST"\r\n}',
+    "claude": (
+        '{"theme": "dark", "projects": {"/elsewhere": {"hasTrustDialogAccepted": false}}}\n'
+    ),
+}
+"""What the user of each CLI has in the file that trust entries go into."""
 
-    name: str
-    config: str
-    settings: str
-    sessions: str
-
-    @property
-    def config_is_rewritten(self) -> bool:
-        """The CLI itself writes into the file."""
-        return self.name == "claude"
+every_cli = pytest.mark.parametrize("cli", USER_SETTINGS)
 
 
-CODEX: Final = Cli(
-    name="codex",
-    config="config.toml",
-    settings='# mine\nmodel = "m"  # best\n\n[projects."/elsewhere"]\ntrust_level = "trusted"\n',
-    sessions="sessions/*/*/*/rollout-*.jsonl",
-)
-GEMINI: Final = Cli(
-    name="gemini",
-    config=".gemini/trustedFolders.json",
-    settings='{\r\n\t"/elsewhere": "DO_NOT_TRUST"\r\n}',
-    sessions=".gemini/tmp/*/chats/session-*.jsonl",
-)
-CLAUDE: Final = Cli(
-    name="claude",
-    config=".claude.json",
-    settings='{"theme": "dark", "projects": {"/elsewhere": {"hasTrustDialogAccepted": false}}}\n',
-    sessions="projects/*/*.jsonl",
-)
-
-every_cli = pytest.mark.parametrize("cli", [CODEX, GEMINI, CLAUDE], ids=lambda cli: cli.name)
-
-
-class Desk:
-    """A home of the service, and one of the CLI."""
+class PretendCliSetup(AgentCliSetup):
+    """A service whose engine is tests/agents/pretend_cli.py, and the home of that CLI."""
 
     def __init__(
         self,
         new_home: NewHome,
         tmp_path: Path,
-        cli: Cli,
+        cli: str,
         *,
         wrapper: Sequence[str] = (),
-        **more: object,
+        **keys: object,
     ) -> None:
         self.cli = cli
-        self.agent_home = tmp_path / "agent-home"
-        self.config = self.agent_home / cli.config
-        self.config.parent.mkdir(parents=True)
-        self.config.write_bytes(cli.settings.encode())
-        command = (*wrapper, sys.executable, "-I", "-S", str(AGENTS / "pretend_cli.py"), cli.name)
-        given = {"preset": cli.name, "agent_home": str(self.agent_home), **more}
-        self.home = new_home(engines={cli.name: EngineSpec(command=command, more=given)})
+        command = (*wrapper, sys.executable, "-I", "-S", str(AGENTS / "pretend_cli.py"), cli)
+        super().__init__(cli, command, tmp_path / "agent-home", new_home, **keys)
+        self.trust_file.parent.mkdir(parents=True)
+        self.trust_file.write_bytes(USER_SETTINGS[cli].encode())
 
     @property
     def session(self) -> Path:
         """The one session file."""
-        (found,) = self.agent_home.glob(self.cli.sessions)
+        (found,) = self.sessions
         return found
 
-    def waiting(self, api: Api) -> run_pb2.Run:
-        api.create(self.cli.name, TASK, run_id="r")
+    def run_until_question(self, api: Api) -> run_pb2.Run:
+        """Create the run "r", and wait for its question."""
+        api.create(self.cli, TASK, run_id="r")
         return api.until_status("r", "WAITING_USER")
 
-    def trusts(self) -> bool:
-        """Whether the CLI's file has an entry for a workspace of ours."""
-        return "/workspace" in self.config.read_text("utf-8")
-
-    def settings_are_the_users(self) -> bool:
-        text = self.config.read_bytes().decode()
-        if not self.cli.config_is_rewritten:
-            return text == self.cli.settings
+    def user_settings_are_unchanged(self) -> bool:
+        """Return whether the user's file is as before; Claude Code itself counts starts there."""
+        text = self.trust_file.read_bytes().decode()
+        if self.cli != "claude":
+            return text == USER_SETTINGS[self.cli]
         kept = json.loads(text)
         kept.pop("numStartups")
-        return bool(kept == json.loads(self.cli.settings))
+        return bool(kept == json.loads(USER_SETTINGS[self.cli]))
 
 
 @every_cli
-def test_a_conversation_goes_on_after_a_kill(new_home: NewHome, tmp_path: Path, cli: Cli) -> None:
-    desk = Desk(new_home, tmp_path, cli)
-    service, api = desk.home.start()
+def test_a_conversation_continues_after_a_kill(new_home: NewHome, tmp_path: Path, cli: str) -> None:
+    setup = PretendCliSetup(new_home, tmp_path, cli)
+    service, api = setup.home.start()
 
-    waiting = desk.waiting(api)
+    waiting = setup.run_until_question(api)
     assert waiting.pending_interaction.prompt == "Where to?"
     assert [option.label for option in waiting.pending_interaction.options] == ["Köln", "Ulm"]
-    assert waiting.session.type == cli.name
-    assert desk.trusts()
+    assert waiting.session.type == cli
+    assert setup.trusts()
     service.kill()
-    service, api = desk.home.start()
+    service, api = setup.home.start()
 
     assert api.get("r").recovery.recovery_reason == "resumable_waiting_preserved"
-    assert desk.trusts()
+    assert setup.trusts()
     api.reply("r", 1, "/Köln")
     ended = api.until_ended("r")
 
@@ -129,18 +103,20 @@ def test_a_conversation_goes_on_after_a_kill(new_home: NewHome, tmp_path: Path, 
     output = MessageToDict(ended.output)
     assert output["answer"] == "The user answers:\n\n/Köln\n"
     assert output["first"].endswith("Your task:\n\nPlan the journey. /help\n")
-    assert desk.settings_are_the_users()
-    assert query(desk.home, "SELECT 1 FROM trust_entry WHERE removed_at IS NULL") == []
+    assert setup.user_settings_are_unchanged()
+    assert query(setup.home, "SELECT 1 FROM trust_entry WHERE removed_at IS NULL") == []
 
 
-def test_a_session_that_a_caller_names_must_be_found(new_home: NewHome, tmp_path: Path) -> None:
-    desk = Desk(new_home, tmp_path, CODEX)
-    service, api = desk.home.start()
-    desk.waiting(api)
+def test_a_run_is_reopened_only_with_a_session_that_exists(
+    new_home: NewHome, tmp_path: Path
+) -> None:
+    setup = PretendCliSetup(new_home, tmp_path, "codex")
+    service, api = setup.home.start()
+    setup.run_until_question(api)
     service.kill()
-    session, whole = desk.session, desk.session.read_bytes()
+    session, whole = setup.session, setup.session.read_bytes()
     session.unlink()
-    service, api = desk.home.start()
+    service, api = setup.home.start()
     assert api.get("r").recovery.recovery_reason == "session_handle_lost"
 
     def reopen(**how: Any) -> run_pb2.Run:
@@ -155,15 +131,17 @@ def test_a_session_that_a_caller_names_must_be_found(new_home: NewHome, tmp_path
     assert status_word(reopen(session_handle=own)) == "WAITING_USER"
 
 
-def test_no_session_id_keeps_the_service_down(new_home: NewHome, tmp_path: Path) -> None:
-    desk = Desk(new_home, tmp_path, CODEX)
-    service, api = desk.home.start()
+def test_a_session_id_with_an_impossible_time_does_not_stop_a_start(
+    new_home: NewHome, tmp_path: Path
+) -> None:
+    setup = PretendCliSetup(new_home, tmp_path, "codex")
+    service, api = setup.home.start()
     api.create("codex", {"prompt": "FAR_FUTURE"}, run_id="r")
     api.until_status("r", "WAITING_USER")
-    assert "ffffffff-ffff-7fff-8fff-ffffffffffff" in desk.session.name
+    assert "ffffffff-ffff-7fff-8fff-ffffffffffff" in setup.session.name
     for _ in range(2):
         service.kill()
-        service, api = desk.home.start()
+        service, api = setup.home.start()
 
         assert api.get("r").recovery.recovery_reason == "resumable_waiting_preserved"
 
@@ -172,28 +150,27 @@ def test_no_session_id_keeps_the_service_down(new_home: NewHome, tmp_path: Path)
 
 
 @every_cli
-def test_a_cli_that_works_elsewhere_is_not_taken_for_one_that_lost_its_session(
-    new_home: NewHome, tmp_path: Path, cli: Cli
+def test_a_run_is_kept_whose_session_file_the_service_has_never_seen(
+    new_home: NewHome, tmp_path: Path, cli: str
 ) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    # It finds its trust there by its own settings; ours is for the workspace.
-    real = {"codex": "CODEX_HOME", "gemini": "GEMINI_CLI_HOME", "claude": "CLAUDE_CONFIG_DIR"}
+    # The CLI finds its trust there by its own settings; the service's entry is for the workspace.
     kept = tmp_path / "in a container"
     kept.mkdir()
-    script = f'cd "$0"; export {real[cli.name]}="$1"; shift; exec "$@"'
-    if cli is GEMINI:
+    script = f'cd "$0"; export {HOME_VARIABLE[cli]}="$1"; shift; exec "$@"'
+    if cli == "gemini":
         trusted = kept / ".gemini" / "trustedFolders.json"
         trusted.parent.mkdir()
         trusted.write_text(json.dumps({str(elsewhere): "TRUST_FOLDER"}))
     wrapper = ("/bin/sh", "-c", script, str(elsewhere), str(kept))
-    desk = Desk(new_home, tmp_path, cli, wrapper=wrapper)
-    service, api = desk.home.start()
-    desk.waiting(api)
-    (told,) = service.events("execution.session_not_seen")
-    assert told["reason"] == "missing"
+    setup = PretendCliSetup(new_home, tmp_path, cli, wrapper=wrapper)
+    service, api = setup.home.start()
+    setup.run_until_question(api)
+    (logged,) = service.events("execution.session_not_seen")
+    assert logged["reason"] == "missing"
     service.kill()
-    service, api = desk.home.start()
+    service, api = setup.home.start()
 
     assert api.get("r").recovery.recovery_reason == "resumable_waiting_preserved"
     api.reply("r", 1, "Ulm")
@@ -201,37 +178,39 @@ def test_a_cli_that_works_elsewhere_is_not_taken_for_one_that_lost_its_session(
 
 
 @every_cli
-def test_the_session_is_named_nowhere(new_home: NewHome, tmp_path: Path, cli: Cli) -> None:
-    desk = Desk(new_home, tmp_path, cli)
-    service, api = desk.home.start()
-    desk.waiting(api)
+def test_the_session_id_is_in_no_output_and_no_log(
+    new_home: NewHome, tmp_path: Path, cli: str
+) -> None:
+    setup = PretendCliSetup(new_home, tmp_path, cli)
+    service, api = setup.home.start()
+    setup.run_until_question(api)
     api.reply("r", 1, "x")
     ended = api.until_ended("r")
-    ((handle,),) = query(desk.home, "SELECT DISTINCT session_value FROM run") or [("",)]
-    name = desk.session.stem
+    ((handle,),) = query(setup.home, "SELECT DISTINCT session_value FROM run") or [("",)]
+    name = setup.session.stem
 
-    told = b"".join(piece.data for piece in api.output("r"))
-    warned = b"".join(piece.data for piece in api.output("r", channel=pb.OUTPUT_CHANNEL_STDERR))
+    stdout = b"".join(piece.data for piece in api.output("r"))
+    stderr = b"".join(piece.data for piece in api.output("r", channel=pb.OUTPUT_CHANNEL_STDERR))
 
     assert status_word(ended) == "SUCCEEDED"
     assert handle is None
-    assert b"[secret]" in told
-    assert warned == b"in [secret]\n" * 2
+    assert b"[secret]" in stdout
+    assert stderr == b"in [secret]\n" * 2
     for secret in (name, name[-36:]):
-        assert secret.encode() not in told
+        assert secret.encode() not in stdout
         assert secret not in service.text
 
 
 @every_cli
 @pytest.mark.parametrize("damage", ["removed", "cut_in_half", "cut_at_a_line", "last_byte"])
-def test_a_damaged_session_is_not_kept_waiting(
-    new_home: NewHome, tmp_path: Path, cli: Cli, damage: str
+def test_a_restart_fails_a_waiting_run_whose_session_is_damaged(
+    new_home: NewHome, tmp_path: Path, cli: str, damage: str
 ) -> None:
-    desk = Desk(new_home, tmp_path, cli)
-    service, api = desk.home.start()
-    desk.waiting(api)
+    setup = PretendCliSetup(new_home, tmp_path, cli)
+    service, api = setup.home.start()
+    setup.run_until_question(api)
     service.kill()
-    whole = desk.session.read_bytes()
+    whole = setup.session.read_bytes()
     cut = {
         "removed": None,
         "cut_in_half": whole[: len(whole) // 2],
@@ -239,32 +218,32 @@ def test_a_damaged_session_is_not_kept_waiting(
         "last_byte": whole[:-1],
     }[damage]
     if cut is None:
-        desk.session.unlink()
+        setup.session.unlink()
     else:
-        desk.session.write_bytes(cut)
-    _, api = desk.home.start()
+        setup.session.write_bytes(cut)
+    _, api = setup.home.start()
 
     failed = api.get("r")
 
     assert (status_word(failed), failed.error.code) == ("FAILED", "SESSION_RESUME_FAILED")
     assert failed.recovery.recovery_reason == "session_handle_lost"
-    assert desk.settings_are_the_users()
+    assert setup.user_settings_are_unchanged()
 
 
 @every_cli
 @pytest.mark.parametrize("damage", ["removed", "cut_at_a_line"])
-def test_a_session_that_is_damaged_while_the_service_runs_is_not_gone_on_with(
-    new_home: NewHome, tmp_path: Path, cli: Cli, damage: str
+def test_a_session_that_is_damaged_while_the_service_runs_is_not_resumed(
+    new_home: NewHome, tmp_path: Path, cli: str, damage: str
 ) -> None:
-    desk = Desk(new_home, tmp_path, cli)
-    _, api = desk.home.start()
-    desk.waiting(api)
-    handle = desk.session.stem[-36:]
+    setup = PretendCliSetup(new_home, tmp_path, cli)
+    _, api = setup.home.start()
+    setup.run_until_question(api)
+    handle = setup.session.stem[-36:]
     if damage == "removed":
-        desk.session.unlink()
+        setup.session.unlink()
     else:
-        lines = desk.session.read_bytes().splitlines(keepends=True)
-        desk.session.write_bytes(b"".join(lines[:-1]))
+        lines = setup.session.read_bytes().splitlines(keepends=True)
+        setup.session.write_bytes(b"".join(lines[:-1]))
 
     api.reply("r", 1, "Ulm")
     failed = api.until_ended("r")
@@ -272,36 +251,40 @@ def test_a_session_that_is_damaged_while_the_service_runs_is_not_gone_on_with(
     assert failed.error.code == "SESSION_RESUME_FAILED"
     assert failed.error.message.endswith("was gone." if damage == "removed" else "was cut off.")
     assert handle not in failed.error.message
-    assert desk.settings_are_the_users()
+    assert setup.user_settings_are_unchanged()
 
 
 @every_cli
-def test_a_reply_waits_for_a_home_that_is_away(new_home: NewHome, tmp_path: Path, cli: Cli) -> None:
-    desk = Desk(new_home, tmp_path, cli)
-    service, api = desk.home.start()
-    desk.waiting(api)
+def test_a_replied_run_waits_until_its_agent_home_is_back(
+    new_home: NewHome, tmp_path: Path, cli: str
+) -> None:
+    setup = PretendCliSetup(new_home, tmp_path, cli)
+    service, api = setup.home.start()
+    setup.run_until_question(api)
     service.kill()
-    away = desk.agent_home.rename(tmp_path / "not-mounted")
-    service, api = desk.home.start()
+    away = setup.agent_home.rename(tmp_path / "not-mounted")
+    service, api = setup.home.start()
 
     api.reply("r", 1, "Ulm")
     service.until_event("execution.session_not_seen")
     running = api.get("r")
-    made_anew = desk.agent_home.exists()
-    away.rename(desk.agent_home)
+    created_anew = setup.agent_home.exists()
+    away.rename(setup.agent_home)
     ended = api.until_ended("r")
 
     assert status_word(running) == "RUNNING"
-    assert not made_anew
+    assert not created_anew
     assert status_word(ended) == "SUCCEEDED", ended
     assert MessageToDict(ended.output)["answer"].endswith("Ulm\n")
 
 
-def test_a_run_that_waits_for_its_home_can_be_canceled(new_home: NewHome, tmp_path: Path) -> None:
-    desk = Desk(new_home, tmp_path, CODEX)
-    service, api = desk.home.start()
-    desk.waiting(api)
-    desk.agent_home.rename(tmp_path / "not-mounted")
+def test_a_run_that_waits_for_its_agent_home_can_be_canceled(
+    new_home: NewHome, tmp_path: Path
+) -> None:
+    setup = PretendCliSetup(new_home, tmp_path, "codex")
+    service, api = setup.home.start()
+    setup.run_until_question(api)
+    setup.agent_home.rename(tmp_path / "not-mounted")
     api.reply("r", 1, "Ulm")
     service.until_event("execution.session_not_seen")
 
@@ -312,69 +295,68 @@ def test_a_run_that_waits_for_its_home_can_be_canceled(new_home: NewHome, tmp_pa
 
 
 @every_cli
-def test_a_kill_in_the_middle_of_a_turn_leaves_neither_process_nor_trust(
-    new_home: NewHome, tmp_path: Path, cli: Cli
+def test_a_kill_in_the_middle_of_a_turn_leaves_no_process_and_no_trust(
+    new_home: NewHome, tmp_path: Path, cli: str
 ) -> None:
-    desk = Desk(new_home, tmp_path, cli)
-    service, api = desk.home.start()
-    api.create(cli.name, {"prompt": "HANG"}, run_id="r")
-    until(lambda: list(desk.agent_home.glob(cli.sessions)), "the session has begun")
-    assert desk.trusts()
+    setup = PretendCliSetup(new_home, tmp_path, cli)
+    service, api = setup.home.start()
+    api.create(cli, {"prompt": "HANG"}, run_id="r")
+    until(lambda: setup.sessions, "the session has begun")
+    assert setup.trusts()
     service.kill()
-    service, api = desk.home.start()
+    service, api = setup.home.start()
 
     failed = api.get("r")
 
     assert failed.error.code == "ORCHESTRATOR_RESTART_INTERRUPTED"
-    workers = processes_below(desk.home.data)
+    workers = processes_below(setup.home.data)
     assert [pid for pid in workers if "RUNRECOVERY_RUN_ID" in environment_of(pid)] == []
-    assert desk.settings_are_the_users()
+    assert setup.user_settings_are_unchanged()
     report = api.status().reconciliation
     assert report.bindings.trust_entries == 1
 
 
 @every_cli
-def test_what_the_cli_says_of_its_failure_is_the_error(
-    new_home: NewHome, tmp_path: Path, cli: Cli
+def test_the_clis_error_message_is_the_error_of_the_run(
+    new_home: NewHome, tmp_path: Path, cli: str
 ) -> None:
-    desk = Desk(new_home, tmp_path, cli)
-    _, api = desk.home.start()
-    api.create(cli.name, {"prompt": "FAIL"}, run_id="r")
+    setup = PretendCliSetup(new_home, tmp_path, cli)
+    _, api = setup.home.start()
+    api.create(cli, {"prompt": "FAIL"}, run_id="r")
 
     failed = api.until_ended("r")
 
     assert failed.error.code == "ENGINE_FAILED"
     assert "unexpected status 401" in failed.error.message
-    assert desk.settings_are_the_users()
+    assert setup.user_settings_are_unchanged()
 
 
 @pytest.mark.parametrize(
-    ("cli", "told"),
-    [(CODEX, "Not inside a trusted directory"), (GEMINI, "exited with 55")],
-    ids=["codex", "gemini"],
+    ("cli", "message"),
+    [("codex", "Not inside a trusted directory"), ("gemini", "exited with 55")],
 )
-def test_without_trust_the_cli_refuses(
-    new_home: NewHome, tmp_path: Path, cli: Cli, told: str
+def test_without_trust_the_cli_refuses_to_run(
+    new_home: NewHome, tmp_path: Path, cli: str, message: str
 ) -> None:
-    desk = Desk(new_home, tmp_path, cli, trust="none")
-    _, api = desk.home.start()
-    api.create(cli.name, TASK, run_id="r")
+    setup = PretendCliSetup(new_home, tmp_path, cli, trust="none")
+    _, api = setup.home.start()
+    api.create(cli, TASK, run_id="r")
 
     failed = api.until_ended("r")
 
     assert failed.error.code == "ENGINE_FAILED"
-    assert told in failed.error.message
-    assert desk.config.read_bytes().decode() == cli.settings
+    assert message in failed.error.message
+    assert setup.trust_file.read_bytes().decode() == USER_SETTINGS[cli]
 
 
-def test_the_session_of_claude_is_on_record_before_it_can_act(
+def test_the_session_of_claude_is_recorded_before_claude_reports_it(
     new_home: NewHome, tmp_path: Path
 ) -> None:
-    desk = Desk(new_home, tmp_path, CLAUDE)
-    _, api = desk.home.start()
+    setup = PretendCliSetup(new_home, tmp_path, "claude")
+    _, api = setup.home.start()
     api.create("claude", {"prompt": "HANG_UNNAMED"}, run_id="r")
 
-    until(lambda: processes_below(desk.home.data), "it has been launched")
+    until(lambda: processes_below(setup.home.data), "it has been launched")
     run = api.get("r")
 
     assert status_word(run) == "RUNNING"

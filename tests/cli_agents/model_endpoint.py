@@ -1,11 +1,11 @@
-"""A model endpoint on loopback, in three vendors' dialects, that writes down what it is asked.
+"""A model endpoint on loopback that speaks three vendors' protocols and records every request.
 
-It speaks just enough of the OpenAI Responses, Gemini and Anthropic Messages protocols for their
-CLIs to have a conversation with it. What it answers is decided from the request alone, so that
-retries, side questions (a title for the conversation) and restarts change nothing.
+It implements enough of the OpenAI Responses, Gemini and Anthropic Messages APIs for a conversation
+with the CLIs of these vendors. A reply depends on the request alone, so that retries, requests for
+a title of the conversation, and restarts change nothing.
 
-Its address also serves as the proxy for everything else: a CLI that wants to leave the machine is
-refused, and `outside` says where it wanted to go.
+The endpoint is also the proxy of the CLIs. It refuses every connection to another machine and
+records the destination in `outside`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ ASK: Final = "ASK"
 HANG: Final = "HANG"
 REFUSE: Final = "REFUSE"
 SHELL: Final = "SHELL:"
-"""Words in a prompt that ask for a question, for an answer that does not end, for an error, or for
-the rest of their line as a command in the CLI's shell."""
+"""Words in a prompt. ASK: the model asks a question. HANG: its answer does not end. REFUSE: it
+answers with an error. SHELL: it has the CLI run the rest of the line as a shell command."""
 TOOL_ANSWERS: Final = ("function_call_output", "functionResponse", "tool_result")
 REFUSAL: Final = "the model is not for you"
 QUESTION: Final = "Which port?"
@@ -37,8 +37,14 @@ BEAT_S: Final = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What the model says; `hangs` stops in the middle of it. Or a command that it wants to be
-    carried out, or why it says nothing."""
+    """An answer of the model.
+
+    Attributes:
+        text: the text of the answer.
+        hangs: the endpoint sends only the first half, and keeps the connection open.
+        command: a shell command for the CLI, instead of a text.
+        refusal: the message of an error, instead of an answer.
+    """
 
     text: str = ""
     hangs: bool = False
@@ -47,47 +53,51 @@ class Reply:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
-    """One request to the model. `texts` are all texts of its conversation, in order;
-    `carried_out` tells that a tool's answer is among it."""
+class ModelRequest:
+    """One request to the model.
+
+    Attributes:
+        path: the path of the URL.
+        texts: all texts of the conversation, in order.
+        has_tool_result: the conversation contains the result of a tool call.
+    """
 
     path: str
     texts: tuple[str, ...]
-    carried_out: bool
-    at: float
+    has_tool_result: bool
 
-    def saw(self, words: str) -> bool:
-        """True when the conversation holds these words."""
+    def contains(self, words: str) -> bool:
+        """Return whether a text of the conversation contains these words."""
         return any(words in text for text in self.texts)
 
 
-Script: TypeAlias = Callable[[Asked], Reply]
+Script: TypeAlias = Callable[[ModelRequest], Reply]
 
 
-def question_then_result(asked: Asked) -> Reply:
-    """Ask on the first turn and end with a result on the next; hang or refuse on demand."""
-    if asked.saw(REFUSE):
+def question_then_result(request: ModelRequest) -> Reply:
+    """Return a question for the first turn and a result for the next, or what the prompt wants."""
+    if request.contains(REFUSE):
         return Reply(refusal=REFUSAL)
-    if command := command_in(asked):
+    if command := command_in(request):
         return Reply(command=command)
-    if asked.saw(HANG):
+    if request.contains(HANG):
         return Reply('{"result": {"never": "said"}}', hangs=True)
-    if asked.saw(ASK) and not asked.saw("The user answers:"):
+    if request.contains(ASK) and not request.contains("The user answers:"):
         return Reply(json.dumps({"ask_user": {"prompt": QUESTION, "options": OPTIONS}}))
-    return Reply(json.dumps({"result": {"answers": answers_in(asked)}}))
+    return Reply(json.dumps({"result": {"answers": answers_in(request)}}))
 
 
-def command_in(asked: Asked) -> str | None:
-    """Return the command that a text asks for, unless that was carried out, or refused."""
-    wanted = [text.partition(SHELL)[2] for text in asked.texts if SHELL in text]
-    if not wanted or asked.carried_out:
+def command_in(request: ModelRequest) -> str | None:
+    """Return the command that the prompt wants, or None if there is none or it has a result."""
+    wanted = [text.partition(SHELL)[2] for text in request.texts if SHELL in text]
+    if not wanted or request.has_tool_result:
         return None
     return wanted[0].partition("\n")[0].strip()
 
 
-def answers_in(asked: Asked) -> list[str]:
-    """Return what the user had answered, of all that the model was told."""
-    marked = [text.partition("The user answers:\n\n") for text in asked.texts]
+def answers_in(request: ModelRequest) -> list[str]:
+    """Return all answers of the user in the conversation."""
+    marked = [text.partition("The user answers:\n\n") for text in request.texts]
     return [answer.strip() for _, found, answer in marked if found]
 
 
@@ -105,10 +115,10 @@ def texts_in(value: object) -> Iterator[str]:
 
 
 class ModelEndpoint:
-    """A server of its own thread and port; leaving it ends every answer that hangs."""
+    """A server with a thread and a port of its own. Its exit ends every answer that hangs."""
 
     def __init__(self, script: Script = question_then_result) -> None:
-        self.asked: list[Asked] = []
+        self.requests: list[ModelRequest] = []
         self.outside: list[str] = []
         self.unknown: list[str] = []
         self.ending = threading.Event()
@@ -118,7 +128,7 @@ class ModelEndpoint:
 
     @property
     def url(self) -> str:
-        """Where it is, without a path."""
+        """The URL of the endpoint, without a path."""
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def __enter__(self) -> Self:
@@ -137,20 +147,19 @@ class ModelEndpoint:
         self._server.server_close()  # waits for the threads of the answers
 
     def answer(self, path: str, conversation: object) -> Reply:
-        """Write a request down and decide what the model says to it."""
+        """Record a request, and return the reply of the script."""
         raw = json.dumps(conversation)
-        asked = Asked(
+        request = ModelRequest(
             path=path,
             texts=tuple(texts_in(conversation)),
-            carried_out=any(f'"{word}"' in raw for word in TOOL_ANSWERS),
-            at=time.monotonic(),
+            has_tool_result=any(f'"{word}"' in raw for word in TOOL_ANSWERS),
         )
-        self.asked.append(asked)
-        return self._script(asked)
+        self.requests.append(request)
+        return self._script(request)
 
-    def saw(self, *words: str) -> bool:
-        """True when one request held all of these words."""
-        return any(all(asked.saw(each) for each in words) for asked in self.asked)
+    def got(self, *words: str) -> bool:
+        """Return whether one request contained all of these words."""
+        return any(all(request.contains(each) for each in words) for request in self.requests)
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         return type("Handler", (_Handler,), {"endpoint": self})
@@ -159,7 +168,7 @@ class ModelEndpoint:
 class _Handler(BaseHTTPRequestHandler):
     endpoint: ModelEndpoint
     protocol_version = "HTTP/1.1"
-    timeout = 30.0  # of a connection that says nothing
+    timeout = 30.0  # of an idle connection
 
     def do_POST(self) -> None:
         body = self._body()
@@ -176,15 +185,15 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({}, status=404)
 
     def do_GET(self) -> None:
-        """Tell of no models."""
+        """Answer with an empty list of models."""
         self._json({"data": [], "models": []})
 
     def do_HEAD(self) -> None:
-        """Answer what asks whether anybody is there."""
+        """Answer a check whether the endpoint exists."""
         self.do_GET()
 
     def do_CONNECT(self) -> None:
-        """Refuse to be the way out."""
+        """Refuse, and record, a connection to another machine."""
         self.endpoint.outside.append(self.path)
         self._json({}, status=403)
 
@@ -203,7 +212,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def _stream(self, events: list[str], *, hangs: bool) -> None:
-        """Send server-sent events; one that hangs sends the first ones, and then only beats."""
+        """Send server-sent events. If `hangs`, send the first half of them, then only comments."""
         self.send_response(200)
         self.send_header("content-type", "text/event-stream")
         self.send_header("transfer-encoding", "chunked")
@@ -224,7 +233,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the name of the base
-        """Say nothing: `asked` has it."""
+        """Log nothing: `requests` has every request."""
 
 
 # -- what a reply looks like on the wire ---------------------------------------------------------
@@ -325,4 +334,4 @@ DIALECTS: Final[Mapping[str, tuple[str, Callable[[Reply], list[str]]]]] = {
     ":streamGenerateContent": ("contents", gemini),
     "/messages": ("messages", anthropic),
 }
-"""By the end of a path: where the conversation is in a request, and how an answer is put."""
+"""For the end of a path: the key of the conversation, and the function that builds the events."""
