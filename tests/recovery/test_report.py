@@ -58,7 +58,9 @@ def test_an_opened_report_is_running_and_empty(database: Database, book: ReportB
     ) == ("default", 3, True, ())  # fmt: skip
 
 
-def test_a_batch_is_written_before_it_counts(database: Database, book: ReportBuilder) -> None:
+def test_a_batch_is_written_before_it_is_added_to_the_tally(
+    database: Database, book: ReportBuilder
+) -> None:
     book.tally = Tally(scanned=2, decisions={"requeued": 2})
 
     book.write(database, Tally(scanned=3, decisions={"requeued": 1, "cancel_completed": 2}))
@@ -73,7 +75,7 @@ def test_a_batch_is_written_before_it_counts(database: Database, book: ReportBui
     assert book.tally.scanned == 2
 
 
-def test_a_completed_report_is_read_back_as_it_was_told(
+def test_a_completed_report_is_read_back_as_it_was_returned(
     database: Database, book: ReportBuilder
 ) -> None:
     book.runs_total = 9
@@ -104,7 +106,7 @@ def test_a_failed_report_says_why(database: Database, book: ReportBuilder) -> No
     assert (report.state, report.error) == (ReconciliationState.FAILED, "StorageFull")
 
 
-def test_warnings_are_bounded(database: Database, book: ReportBuilder) -> None:
+def test_warnings_are_stored_up_to_a_limit(database: Database, book: ReportBuilder) -> None:
     book.warnings.extend(str(n) for n in range(1000))
 
     book.write(database)
@@ -138,15 +140,17 @@ def test_tallies_add_up() -> None:
         (600, 9.0, 500),  # never below the smallest
     ],
 )
-def test_batches_keep_to_their_time(rows: int, seconds: float, becomes: int) -> None:
+def test_the_batch_size_follows_the_time_of_the_last_batch(
+    rows: int, seconds: float, becomes: int
+) -> None:
     assert becomes == next_batch_rows(rows, seconds, most=20_000, batch_s=1.0)
 
 
-def test_a_limit_below_the_smallest_batch_holds() -> None:
+def test_a_limit_below_the_smallest_batch_is_kept() -> None:
     assert next_batch_rows(10, 9.0, most=10, batch_s=1.0) == 10
 
 
-def test_what_could_not_be_put_on_record_as_taken_out_is_not_in_the_report(
+def test_a_removal_that_could_not_be_recorded_is_not_in_the_report(
     database: Database, book: ReportBuilder
 ) -> None:
     first, second = (

@@ -1,425 +1,49 @@
-"""A store with an owner, and short ways to bring runs where a test needs them."""
+"""Fixtures of a service's store, and of a host with an agent CLI."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
-from runrecovery_service.clock import Clock
-from runrecovery_service.domain.deadline import Due, SteadyTime
-from runrecovery_service.domain.reconciliation import Cause
-from runrecovery_service.domain.run import (
-    InteractionKind,
-    NewRun,
-    Option,
-    Profile,
-    Question,
-    RestartPolicy,
-    Run,
-    Session,
-)
-from runrecovery_service.domain.session_check import SessionFingerprint
-from runrecovery_service.domain.turn import Asked, TurnEnd
-from runrecovery_service.storage import (
-    instances,
-    interactions,
-    recovery_apply,
-    reports,
-    runs,
-    turns,
-)
+from runrecovery_service.storage import instances
 from runrecovery_service.storage.database import Database
-from runrecovery_service.storage.instances import InstanceStart, Owner
-from runrecovery_service.storage.launch_records import LaunchEnd, LaunchSite
-from runrecovery_service.storage.recovery_apply import Tally
-from runrecovery_service.storage.recovery_scope import ApplyScope
-from runrecovery_service.storage.requests import Receipt
-from runrecovery_service.storage.sql_dialects import DatabaseKind
-from runrecovery_service.storage.turns import Turn
-
-T = TypeVar("T")
-
-SITE = LaunchSite(host_id="host", boot_id="boot", pid_namespace=1, watermark_bits=62)
-GONE = LaunchEnd(exit_code=0, processes_ended=0, gone=True)
-QUESTION = Question(
-    kind=InteractionKind.CONFIRM,
-    prompt="Shall I go on?",
-    options=(Option(label="Yes", value=True), Option(label="No", value={"why": None})),
-)
-WAIT_S = 1200.0
-REOPEN_S = 3600.0
-TABLES = (
-    "run", "run_event", "run_label", "interaction", "recovery_event", "reconciliation",
-    "quarantine", "instance", "instance_epoch", "process_lease", "request_receipt",
-)  # fmt: skip
-
-DECIDED = ("run", "interaction", "recovery_event", "quarantine")
-
-
-def boot(instance: str = "default", **changes: Any) -> InstanceStart:
-    """A start of the service on one host."""
-    given: dict[str, Any] = {
-        "boot_token": "t",
-        "host_id": "host",
-        "data_dir": "/d",
-        "pid": 7,
-        "lock_id": "boot/1:2",
-    } | changes
-    return InstanceStart(instance=instance, **given)
-
-
-def receipt(request_id: str = "request", *, payload: bytes = b"p", method: str = "M") -> Receipt:
-    """A receipt of a request."""
-    return Receipt(request_id=request_id, method=method, fingerprint=payload)
-
-
-@dataclass
-class _TickingClock(Clock):
-    world: World
-
-    def now(self) -> datetime:
-        return self.world.tick()
-
-    def steady(self) -> SteadyTime:
-        return self.world.steady
-
-    def due_in(self, seconds: float) -> Due:
-        return self.world.due_in(seconds)
-
-
-@dataclass
-class World:
-    """An open store, the epoch that writes, and a clock that a test moves."""
-
-    db: Database
-    owner: Owner
-    now: datetime = datetime(2026, 11, 24, 12, tzinfo=UTC)
-    steady_us: int = 5_000_000_000
-    clock: str = "boot-1"
-    count: Iterable[int] = field(default_factory=lambda: itertools.count(1))
-
-    # -- a service at work -----------------------------------------------------------------
-
-    def tick(self) -> datetime:
-        """Move the clocks on by a second."""
-        self.wait(1)
-        return self.now
-
-    def wait(self, seconds: float) -> None:
-        """Move both clocks on."""
-        self.now += timedelta(seconds=seconds)
-        self.steady_us += round(seconds * 1e6)
-
-    def step(self, span: timedelta) -> None:
-        """Set the wall clock, as an operator or NTP may do; the steady one does not notice."""
-        self.now += span
-
-    def reboot(self, seconds: float) -> None:
-        """Boot the machine, which takes so long: its steady clock begins anew."""
-        self.now += timedelta(seconds=seconds)
-        self.steady_us, self.clock = 7_000_000, f"{self.clock}+"
-
-    @property
-    def steady(self) -> SteadyTime:
-        """The steady clock."""
-        return SteadyTime(clock=self.clock, us=self.steady_us)
-
-    @property
-    def ticking_clock(self) -> Clock:
-        """The clocks as one object, which ticks with each reading of the wall clock."""
-        return _TickingClock(self)
-
-    def due_in(self, seconds: float) -> Due:
-        """A deadline."""
-        return Due(
-            at=self.now + timedelta(seconds=seconds),
-            clock=self.clock,
-            us=self.steady_us + round(seconds * 1e6),
-        )
-
-    def create(
-        self,
-        *,
-        owner: Owner | None = None,
-        max_queued: int = 10_000,
-        with_receipt: Receipt | None = None,
-        **changes: Any,
-    ) -> Run:
-        """Create a run."""
-        new = NewRun(
-            run_id=f"run-{next(iter(self.count)):04}",
-            engine="demo",
-            labels={"team": "blue"},
-            profile=Profile.RESUMABLE,
-            restart_policy=RestartPolicy.FAIL,
-            max_attempts=1,
-            input={"prompt": "hello"},
-        )
-        return runs.create(
-            self.db,
-            replace(new, **changes),
-            owner=owner or self.owner,
-            max_queued=max_queued,
-            receipt=with_receipt,
-            now=self.tick(),
-        )
-
-    def take(
-        self, *, busy: tuple[str, ...] = (), owner: Owner | None = None, site: LaunchSite = SITE
-    ) -> Turn | None:
-        """Take the next run from the queue."""
-        return turns.take_next(
-            self.db,
-            owner=owner or self.owner,
-            busy_engines=busy,
-            site=site,
-            due_in=self.due_in,
-            steady=self.steady,
-            now=self.tick(),
-        )
-
-    def running(self, **changes: Any) -> Turn:
-        """A run whose process was launched."""
-        run = self.create(**changes)
-        turn = self.take()
-        assert turn is not None
-        assert turn.run.key == run.key
-        return turn
-
-    def end(
-        self,
-        turn: Turn,
-        how: TurnEnd,
-        *,
-        ended: LaunchEnd = GONE,
-        mark: SessionFingerprint | None = None,
-    ) -> Run:
-        """End a turn."""
-        return turns.record_end(
-            self.db,
-            turn,
-            owner=self.owner,
-            end=how,
-            ended=ended,
-            due=None if turn.run.require_user_reply else self.due_in(WAIT_S),
-            mark=mark,
-            now=self.tick(),
-        )
-
-    def keep_session(self, turn: Turn, handle: str = "secret") -> None:
-        """Record a session."""
-        session = Session(type="demo", handle=handle, turn=1)
-        turns.record_session(self.db, turn, owner=self.owner, session=session, now=self.tick())
-
-    def ask_and_stay(self, turn: Turn) -> Run:
-        """Let a sticky process ask its first question."""
-        return turns.record_sticky_question(
-            self.db,
-            turn,
-            owner=self.owner,
-            number=1,
-            question=QUESTION,
-            due=self.due_in(WAIT_S),
-            now=self.tick(),
-        )
-
-    def waiting(self, **changes: Any) -> Run:
-        """A run that waits for its user: without a process, or a sticky one with it."""
-        turn = self.running(**changes)
-        if turn.run.profile is Profile.STICKY_PROCESS:
-            return self.ask_and_stay(turn)
-        self.keep_session(turn)
-        return self.end(turn, Asked(QUESTION))
-
-    def reply(self, run: Run, response: Any = "yes", *, no: int = 1, **named: Any) -> Run:
-        """Answer a question."""
-        given: dict[str, Any] = {"owner": self.owner, "etag": None, "receipt": None} | named
-        return interactions.reply(self.db, run.run_id, no, response, now=self.tick(), **given)
-
-    def cancel(self, run: Run, **named: Any) -> Run:
-        """Cancel a run."""
-        given: dict[str, Any] = {"owner": self.owner, "etag": None, "receipt": None} | named
-        return runs.cancel(self.db, run.run_id, now=self.tick(), **given)
-
-    def get(self, run: Run) -> Run:
-        """Read a run again."""
-        return runs.get(self.db, run.run_id)
-
-    # -- a restart -------------------------------------------------------------------------
-
-    def restart(self) -> Owner:
-        """Take the next epoch, as the next start of the service does."""
-        self.owner = instances.claim(self.db, boot(self.owner.instance), now=self.tick())
-        return self.owner
-
-    def restart_with(self, db: Database) -> None:
-        """Take the next epoch over another view of the store."""
-        self.owner = instances.claim(db, boot(self.owner.instance), now=self.tick())
-
-    def begin(self, cause: Cause = Cause.STARTUP) -> ApplyScope:
-        """Open a report, and say what its recovery may touch."""
-        key = reports.open_report(
-            self.db,
-            self.owner,
-            reconciliation_id=f"report-{next(iter(self.count))}",
-            cause=cause,
-            safe_mode=False,
-            now=self.tick(),
-        )
-        return self.scope(key, cause)
-
-    def scope(self, reconciliation_key: int = 0, cause: Cause = Cause.STARTUP) -> ApplyScope:
-        """Say what a recovery may touch: earlier epochs, and at a planned stop its own."""
-        return ApplyScope(
-            owner=self.owner,
-            before=self.owner.epoch + (cause is Cause.SHUTDOWN),
-            reconciliation_key=reconciliation_key,
-            reopen=self.due_in(REOPEN_S),
-            now=self.tick(),
-        )
-
-    def converge(
-        self,
-        *,
-        rows: int = 1000,
-        report: recovery_apply.WriteProgress | None = None,
-        cause: Cause = Cause.STARTUP,
-    ) -> Tally:
-        """Converge everything, in batches."""
-        scope, tally, after = self.begin(cause), Tally(), 0
-        while batch := recovery_apply.next_batch(self.db, scope, after=after, rows=rows):
-            tally += recovery_apply.apply_batch(
-                self.db, scope, batch, report=report or (lambda db, tally: None)
-            )
-            after = batch.last
-        return tally
-
-    def recover(self, **named: Any) -> Tally:
-        """Restart and converge."""
-        self.restart()
-        return self.converge(**named)
-
-    # -- the store as it is ------------------------------------------------------------------
-
-    def set(self, run: Run, **columns: object) -> None:
-        """Change columns of a run behind the service's back."""
-        names = ", ".join(f"{name} = ?" for name in columns)
-        with self.db.transaction():
-            self.db.execute(f"UPDATE run SET {names} WHERE id = ?", (*columns.values(), run.key))  # noqa: S608
-
-    def set_question(self, run: Run, **columns: object) -> None:
-        """Change columns of a run's questions behind the service's back."""
-        names = ", ".join(f"{name} = ?" for name in columns)
-        with self.db.transaction():
-            self.db.execute(
-                f"UPDATE interaction SET {names} WHERE run = ?",  # noqa: S608
-                (*columns.values(), run.key),
-            )
-
-    def column(self, run: Run, name: str) -> Any:
-        """Return one stored column of a run."""
-        row = self.db.fetch_one(f"SELECT {name} FROM run WHERE id = ?", (run.key,))  # noqa: S608
-        assert row is not None
-        return row[0]
-
-    def rows(self, sql: str, *params: object) -> list[tuple[Any, ...]]:
-        """Run a query."""
-        return [tuple(row) for row in self.db.fetch_all(sql, params)]
-
-    def dump(self, *tables: str) -> dict[str, list[dict[str, Any]]]:
-        """Return the whole content of tables (all by default), in a stable order."""
-        return {table: self._dump(table) for table in tables or TABLES}
-
-    def _dump(self, table: str) -> list[dict[str, Any]]:
-        cursor = self.db.execute(f"SELECT * FROM {table}")  # noqa: S608
-        names = [column[0] for column in cursor.description]
-        rows = [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
-        return sorted(rows, key=lambda row: [str(value) for value in row.values()])
-
-    # -- concurrency -------------------------------------------------------------------------
-
-    def all_at_once(self, uses: Iterable[Callable[[], T]], *, threads: int) -> list[T | Exception]:
-        """Run uses in threads of their own and return results and errors in order.
-
-        SQLite has one writer thread by design; PostgreSQL as many as there are.
-        """
-        if self.db.dialect.kind is DatabaseKind.SQLITE:
-            threads = 1
-
-        def guarded(use: Callable[[], T]) -> T | Exception:
-            try:
-                return use()
-            except Exception as error:  # noqa: BLE001 - the test looks at it
-                return error
-            finally:
-                self.db.close()
-
-        with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(guarded, uses))
-
-
-# -- what a killed service leaves ----------------------------------------------------------------
-
-
-def one_of_each(world: World) -> list[Run]:
-    """Runs of many kinds, as a killed service leaves them."""
-    made = [
-        world.waiting(),
-        world.waiting(),
-        world.waiting(profile=Profile.STICKY_PROCESS),
-        world.waiting(),
-        world.waiting(),
-        world.cancel(world.waiting()),
-        world.running().run,
-        world.running().run,
-        world.running(restart_policy=RestartPolicy.REQUEUE, max_attempts=2).run,
-        world.create(),
-        world.create(),
-    ]
-    world.reply(made[0])
-    world.set(made[3], session_value=None)
-    world.set_question(made[4], state="DELIVERED")
-    world.cancel(made[6])
-    return made
-
-
-REASONS = [
-    "accepted_reply_redriven", "resumable_waiting_preserved", "sticky_process_lost",
-    "session_handle_lost", "pending_interaction_lost", None, "cancel_completed",
-    "running_interrupted", "requeued", "queued_interrupted", "queued_interrupted",
-]  # fmt: skip
-
-
-def reasons(world: World, made: Sequence[Run]) -> list[str | None]:
-    recovered = [world.get(run).recovery for run in made]
-    return [info.recovery_reason if info else None for info in recovered]
-
-
-class PowerCut(Exception):
-    """The service dies here."""
-
-
-class CutDatabase(Database):
-    """A database whose user dies at its n-th statement; nothing that was not committed stays."""
-
-    def __init__(self, db: Database, at: int) -> None:
-        super().__init__(db.peewee, db.dialect, db.name)
-        self.left = at
-
-    def execute(self, sql: str, params: Sequence[object] = ()) -> Any:
-        self.left -= 1
-        if self.left < 0:
-            raise PowerCut
-        return super().execute(sql, params)
+from runrecovery_service.storage.opening import open_database
+from storage.service_store import ServiceStore, boot
+from storage.trust_host import ORIGINAL, CliHost
 
 
 @pytest.fixture
-def world(database: Database) -> World:
+def store(database: Database) -> ServiceStore:
     """A store with the first epoch of instance `default`."""
     owner = instances.claim(database, boot(), now=datetime(2026, 11, 24, 11, tzinfo=UTC))
-    return World(db=database, owner=owner)
+    return ServiceStore(db=database, owner=owner)
+
+
+@pytest.fixture
+def new_store(
+    new_database_url: Callable[[], str], tmp_path: Path
+) -> Iterator[Callable[[], ServiceStore]]:
+    """Make stores, each with the first epoch of instance `default`."""
+    opened: list[Database] = []
+
+    def make() -> ServiceStore:
+        directory = tmp_path / f"store-{len(opened)}"
+        directory.mkdir()
+        db = open_database(new_database_url(), directory)
+        opened.append(db)
+        return ServiceStore(db=db, owner=instances.claim(db, boot(), now=ServiceStore.now))
+
+    yield make
+    for db in opened:
+        db.close()
+
+
+@pytest.fixture
+def host(store: ServiceStore, tmp_path: Path) -> CliHost:
+    """A host whose Codex has a file of the user's."""
+    made = CliHost(path=tmp_path / "codex", store=store)
+    made.path.mkdir()
+    made.file.write_bytes(ORIGINAL)
+    return made

@@ -23,21 +23,20 @@ from runrecovery_service.storage.adoption import Adopted
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.launch_records import LaunchEnd
 from runrecovery_service.storage.sql_dialects import DatabaseKind
+from storage.service_store import REASONS, ServiceStore, boot, one_of_each, reasons
 
-from .conftest import REASONS, World, boot, one_of_each, reasons
 
-
-def renamed(world: World, name: str = "other") -> Owner:
+def renamed(store: ServiceStore, name: str = "other") -> Owner:
     """Start the service under another name, as its next start would."""
-    world.owner = instances.claim(world.db, boot(name), now=world.tick())
-    return world.owner
+    store.owner = instances.claim(store.db, boot(name), now=store.tick())
+    return store.owner
 
 
-def adopt(world: World, owner: Owner, *, rows: int = 1000) -> list[Adopted]:
+def adopt(store: ServiceStore, owner: Owner, *, rows: int = 1000) -> list[Adopted]:
     """Adopt what others left, and see that it is told of."""
     heard: list[Adopted] = []
     adopted = adoption.adopt(
-        world.db,
+        store.db,
         owner,
         told=lambda db, found: heard.extend(found),
         stopping=lambda: False,
@@ -48,20 +47,20 @@ def adopt(world: World, owner: Owner, *, rows: int = 1000) -> list[Adopted]:
 
 
 @pytest.fixture
-def alone(world: World) -> World:
+def alone(store: ServiceStore) -> ServiceStore:
     """A store that one service has to itself."""
-    if world.db.dialect.kind is not DatabaseKind.SQLITE:
+    if store.db.dialect.kind is not DatabaseKind.SQLITE:
         pytest.skip("PostgreSQL is shared")
-    return world
+    return store
 
 
 @pytest.mark.parametrize("rows", [1, 3, 1000])
-def test_every_run_that_another_name_left_is_decided_on(alone: World, rows: int) -> None:
+def test_every_run_that_another_instance_left_is_decided(alone: ServiceStore, rows: int) -> None:
     made = one_of_each(alone)
     owner = renamed(alone)
 
     adopted = adopt(alone, owner, rows=rows)
-    alone.converge()
+    alone.apply_recovery()
 
     assert adopted == [Adopted(instance="default", runs=10, launches=4)]
     assert reasons(alone, made) == REASONS
@@ -73,7 +72,9 @@ def asked_more_than(times: int) -> Callable[[], bool]:
     return lambda: next(calls) >= times
 
 
-def test_an_adoption_that_is_cut_off_anywhere_is_completed_by_the_next_start(alone: World) -> None:
+def test_an_adoption_that_is_cut_off_at_any_statement_is_completed_by_the_next_start(
+    alone: ServiceStore,
+) -> None:
     made = one_of_each(alone)
     cuts = 0
 
@@ -90,14 +91,14 @@ def test_an_adoption_that_is_cut_off_anywhere_is_completed_by_the_next_start(alo
             break
         except RecoveryInterrupted:
             cuts += 1
-    alone.converge()
+    alone.apply_recovery()
 
     assert cuts > 5
     assert reasons(alone, made) == REASONS
     assert alone.rows("SELECT name FROM instance") == [(alone.owner.instance,)]
 
 
-def test_launches_of_another_name_are_among_the_orphans(alone: World) -> None:
+def test_launches_of_another_instance_are_orphans(alone: ServiceStore) -> None:
     turn = alone.running()
     owner = renamed(alone)
 
@@ -107,20 +108,20 @@ def test_launches_of_another_name_are_among_the_orphans(alone: World) -> None:
     assert orphan.key == turn.launch.key
 
 
-def test_a_kept_wait_of_another_name_takes_a_reply(alone: World) -> None:
+def test_a_waiting_run_of_another_instance_accepts_a_reply(alone: ServiceStore) -> None:
     run = alone.waiting()
     adopt(alone, renamed(alone))
-    alone.converge()
+    alone.apply_recovery()
 
     assert alone.reply(run).status is RunStatus.QUEUED
 
 
-def test_a_run_that_another_name_lost_can_be_set_back(alone: World) -> None:
+def test_a_run_that_another_instance_lost_can_be_reopened(alone: ServiceStore) -> None:
     run = alone.waiting()
     alone.set(run, session_verdict="INVALID")
     alone.recover()
     adopt(alone, renamed(alone))
-    alone.converge()
+    alone.apply_recovery()
 
     back = reopening.reopen(
         alone.db,
@@ -138,7 +139,9 @@ def test_a_run_that_another_name_lost_can_be_set_back(alone: World) -> None:
     assert back.status is RunStatus.WAITING_USER
 
 
-def test_an_ended_run_of_another_name_cannot_be_set_back_for_the_true_reason(alone: World) -> None:
+def test_reopening_an_ended_run_of_another_instance_is_refused_because_it_has_ended(
+    alone: ServiceStore,
+) -> None:
     run = alone.end(alone.running(), Succeeded({}))
     adopt(alone, renamed(alone))
 
@@ -157,7 +160,7 @@ def test_an_ended_run_of_another_name_cannot_be_set_back_for_the_true_reason(alo
         )
 
 
-def test_a_mended_quarantined_run_of_another_name_is_decided_on(alone: World) -> None:
+def test_a_repaired_quarantined_run_of_another_instance_is_decided(alone: ServiceStore) -> None:
     run = alone.create()
     alone.set(run, status="UNHEARD_OF")
     alone.recover()
@@ -170,20 +173,22 @@ def test_a_mended_quarantined_run_of_another_name_is_decided_on(alone: World) ->
     assert recovered.recovery_reason == "queued_interrupted"
 
 
-def test_the_epoch_of_a_new_name_is_above_every_other(alone: World) -> None:
+def test_the_epoch_of_a_new_instance_is_above_every_other(alone: ServiceStore) -> None:
     alone.restart()
     alone.restart()
 
     assert [renamed(alone).epoch, renamed(alone, "third").epoch] == [4, 5]
 
 
-def test_a_name_that_comes_back_goes_on_above_the_one_between(alone: World) -> None:
+def test_an_instance_that_returns_gets_an_epoch_above_the_one_in_between(
+    alone: ServiceStore,
+) -> None:
     adopt(alone, renamed(alone))
 
     assert renamed(alone, "default") == Owner("default", 3, "t")
 
 
-def test_an_adopted_instance_that_is_somehow_alive_is_fenced(alone: World) -> None:
+def test_an_adopted_instance_that_is_still_alive_is_fenced(alone: ServiceStore) -> None:
     old = alone.owner
     run = alone.waiting()
     adopt(alone, renamed(alone))
@@ -196,13 +201,13 @@ def test_an_adopted_instance_that_is_somehow_alive_is_fenced(alone: World) -> No
         alone.cancel(run, owner=old)
 
 
-def test_a_start_under_the_same_name_adopts_nothing(alone: World) -> None:
+def test_a_start_of_the_same_instance_adopts_nothing(alone: ServiceStore) -> None:
     one_of_each(alone)
 
     assert adopt(alone, alone.restart()) == []
 
 
-def test_an_epoch_that_is_superseded_adopts_nothing(alone: World) -> None:
+def test_a_superseded_epoch_adopts_nothing(alone: ServiceStore) -> None:
     alone.create()
     stale = renamed(alone)
     renamed(alone)
@@ -214,25 +219,27 @@ def test_an_epoch_that_is_superseded_adopts_nothing(alone: World) -> None:
     assert alone.dump() == before
 
 
-def test_processes_that_an_earlier_report_counted_are_not_counted_again(alone: World) -> None:
+def test_processes_that_an_earlier_report_counted_are_not_counted_again(
+    alone: ServiceStore,
+) -> None:
     turn = alone.running(restart_policy=RestartPolicy.REQUEUE, max_attempts=3)
     alone.restart()
     ended = LaunchEnd(exit_code=None, processes_ended=3, gone=True)
     launch_records.close(
         alone.db, turn.launch, ended, now=alone.tick(), reconciliation_key=begun(alone)
     )
-    alone.converge()
+    alone.apply_recovery()
     alone.db.execute("UPDATE reconciliation SET state = 'COMPLETED'")
     assert alone.take() is not None
     adopt(alone, renamed(alone))
-    alone.converge()
+    alone.apply_recovery()
 
     newest, before = decisions.history(alone.db, turn.run.run_id)
     assert (before.instance, before.processes_ended) == ("default", 3)
     assert (newest.instance, newest.processes_ended) == ("other", 0)
 
 
-def test_unfinished_starts_of_another_name_count_for_safe_mode(alone: World) -> None:
+def test_unfinished_starts_of_another_instance_count_towards_safe_mode(alone: ServiceStore) -> None:
     since = alone.now
     begun(alone)
     adopt(alone, renamed(alone))
@@ -241,23 +248,23 @@ def test_unfinished_starts_of_another_name_count_for_safe_mode(alone: World) -> 
     assert reports.count_unfinished_starts(alone.db, "other", since) == 2
 
 
-def begun(world: World) -> int:
+def begun(store: ServiceStore) -> int:
     """Begin a start's report and return its key."""
-    return world.begin(Cause.STARTUP).reconciliation_key
+    return store.open_report(Cause.STARTUP).reconciliation_key
 
 
 # -- a shared store ----------------------------------------------------------------------------
 
 
 @pytest.fixture
-def shared(world: World) -> World:
+def shared(store: ServiceStore) -> ServiceStore:
     """A store that other services may use at the same time."""
-    if world.db.dialect.kind is not DatabaseKind.POSTGRESQL:
+    if store.db.dialect.kind is not DatabaseKind.POSTGRESQL:
         pytest.skip("SQLite has one service")
-    return world
+    return store
 
 
-def test_nothing_is_adopted_from_a_shared_store(shared: World) -> None:
+def test_nothing_is_adopted_from_a_shared_store(shared: ServiceStore) -> None:
     one_of_each(shared)
     before = shared.dump("run", "process_lease")
 
@@ -265,7 +272,7 @@ def test_nothing_is_adopted_from_a_shared_store(shared: World) -> None:
     assert shared.dump("run", "process_lease") == before
 
 
-def test_names_in_a_shared_store_have_epochs_of_their_own(shared: World) -> None:
+def test_instances_in_a_shared_store_have_epochs_of_their_own(shared: ServiceStore) -> None:
     shared.restart()
 
     assert renamed(shared) == Owner("other", 1, "t")

@@ -15,8 +15,7 @@ from runrecovery_service.storage.backup import backup_sqlite
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.opening import open_database
 from runrecovery_service.storage.sql_dialects import DatabaseKind
-
-from .conftest import World, boot
+from storage.service_store import ServiceStore, boot
 
 NAME = "runrecovery.db"
 BACKUPS = """
@@ -30,20 +29,22 @@ for n in range(4):
 
 
 @pytest.fixture
-def store(world: World, tmp_path: Path) -> Path:
-    """A store, closed, with three runs of one instance and two of another."""
-    if world.db.dialect.kind is not DatabaseKind.SQLITE:
+def store_file(store: ServiceStore, tmp_path: Path) -> Path:
+    """A store_file, closed, with three runs of one instance and two of another."""
+    if store.db.dialect.kind is not DatabaseKind.SQLITE:
         pytest.skip("PostgreSQL is backed up with its own tools")
-    instances.claim(world.db, boot("other"), now=world.now)
+    instances.claim(store.db, boot("other"), now=store.now)
     for instance, epoch, runs in (("default", 1, 3), ("other", 2, 2)):
         for _ in range(runs):
-            world.create(owner=Owner(instance, epoch, "t"))
-    world.db.close()
+            store.create(owner=Owner(instance, epoch, "t"))
+    store.db.close()
     return tmp_path / NAME
 
 
-def test_a_backup_tells_its_runs_by_instance(store: Path, tmp_path: Path) -> None:
-    assert backup_sqlite(store, tmp_path / "copy.db") == {"default": 3, "other": 2}
+def test_a_backup_reports_the_number_of_runs_of_each_instance(
+    store_file: Path, tmp_path: Path
+) -> None:
+    assert backup_sqlite(store_file, tmp_path / "copy.db") == {"default": 3, "other": 2}
 
 
 @pytest.mark.parametrize(
@@ -56,7 +57,7 @@ def test_a_backup_tells_its_runs_by_instance(store: Path, tmp_path: Path) -> Non
     ],
 )
 def test_a_copy_that_lacks_rows_is_refused_and_removed(
-    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str, reason: str
+    store_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str, reason: str
 ) -> None:
     def copy_badly(source: sqlite3.Connection, copy: sqlite3.Connection) -> None:
         source.backup(copy)
@@ -67,40 +68,40 @@ def test_a_copy_that_lacks_rows_is_refused_and_removed(
     monkeypatch.setattr(backup, "_copy_pages", copy_badly)
 
     with pytest.raises(DatabaseRefused) as refused:
-        backup_sqlite(store, tmp_path / "copy.db")
+        backup_sqlite(store_file, tmp_path / "copy.db")
 
     assert reason in refused.value.reason
     assert not (tmp_path / "copy.db").exists()
 
 
 @pytest.mark.parametrize("kept_pages", range(1, 30, 3))
-def test_a_damaged_store_is_blamed_itself_and_no_copy_is_left(
-    store: Path, tmp_path: Path, kept_pages: int
+def test_a_backup_of_a_damaged_store_names_the_store_and_leaves_no_copy(
+    store_file: Path, tmp_path: Path, kept_pages: int
 ) -> None:
-    pages = bytearray(store.read_bytes())
+    pages = bytearray(store_file.read_bytes())
     pages[kept_pages * 4096 :] = b"\xa5" * (len(pages) - kept_pages * 4096)
-    store.write_bytes(pages)
+    store_file.write_bytes(pages)
 
     with pytest.raises(DatabaseRefused, match="is damaged") as refused:
-        backup_sqlite(store, tmp_path / "copy.db")
+        backup_sqlite(store_file, tmp_path / "copy.db")
 
-    assert refused.value.place == str(store)
+    assert refused.value.place == str(store_file)
     assert "copy.db" not in refused.value.reason
     assert not (tmp_path / "copy.db").exists()
 
 
-def test_backups_beside_a_writer_are_proved_each_time(
-    store: Path, tmp_path: Path, world: World
+def test_every_backup_during_writes_is_complete(
+    store_file: Path, tmp_path: Path, store: ServiceStore
 ) -> None:
     copies = tmp_path / "copies"
     copies.mkdir()
-    command = [sys.executable, "-c", BACKUPS, str(store), str(copies)]
+    command = [sys.executable, "-c", BACKUPS, str(store_file), str(copies)]
     made = 5
-    with closing(open_database("", store.parent)) as db:
-        world.db = db
+    with closing(open_database("", store_file.parent)) as db:
+        store.db = db
         backups = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         while backups.poll() is None:
-            world.create(owner=Owner("other", 2, "t"))
+            store.create(owner=Owner("other", 2, "t"))
             made += 1
     assert backups.stdout is not None
     with backups.stdout as output:
@@ -115,15 +116,15 @@ def test_backups_beside_a_writer_are_proved_each_time(
         assert 2 <= found <= made
 
 
-def test_a_backup_without_the_log_is_refused_and_leaves_no_file(
-    store: Path, tmp_path: Path, world: World
+def test_a_backup_without_the_wal_is_refused_and_leaves_no_file(
+    store_file: Path, tmp_path: Path, store: ServiceStore
 ) -> None:
-    with closing(open_database("", store.parent)) as db:
-        world.db = db
-        world.create(owner=Owner("other", 2, "t"))
-        store.with_name(f"{NAME}-wal").unlink()
+    with closing(open_database("", store_file.parent)) as db:
+        store.db = db
+        store.create(owner=Owner("other", 2, "t"))
+        store_file.with_name(f"{NAME}-wal").unlink()
 
         with pytest.raises(DatabaseRefused, match="lacks 1 commits that were acknowledged"):
-            backup_sqlite(store, tmp_path / "copy.db")
+            backup_sqlite(store_file, tmp_path / "copy.db")
 
     assert not (tmp_path / "copy.db").exists()

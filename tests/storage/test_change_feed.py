@@ -65,14 +65,16 @@ async def test_a_commit_announces_the_runs_that_it_has_changed(storage: Storage)
         assert await changes.next(NOTHING_S) is None
 
 
-async def test_what_came_before_a_subscription_is_not_announced_to_it(storage: Storage) -> None:
+async def test_changes_before_a_subscription_are_not_announced_to_it(storage: Storage) -> None:
     await storage.write(touching(RUN))
 
     with storage.changes.subscribe() as changes:
         assert await changes.next(NOTHING_S) is None
 
 
-async def test_commits_between_two_looks_come_together(storage: Storage) -> None:
+async def test_changes_of_several_commits_are_collected_until_they_are_read(
+    storage: Storage,
+) -> None:
     with storage.changes.subscribe() as changes:
         for _ in range(3):
             await storage.write(touching(RUN))
@@ -89,7 +91,7 @@ async def test_a_write_that_changes_no_run_announces_nothing(storage: Storage) -
 
 
 @pytest.mark.parametrize("error", [StorageUnavailable(), OSError("never seen")])
-async def test_a_write_that_may_be_committed_is_announced_as_in_doubt(
+async def test_a_write_whose_commit_is_in_doubt_is_announced_as_such(
     storage: Storage, error: Exception
 ) -> None:
     with storage.changes.subscribe() as changes:
@@ -108,7 +110,7 @@ async def test_a_refused_write_announces_nothing(storage: Storage, error: Except
         assert await changes.next(NOTHING_S) is None
 
 
-async def test_a_write_of_the_execution_itself_wakes_watchers_only(storage: Storage) -> None:
+async def test_a_write_by_execution_wakes_watchers_only(storage: Storage) -> None:
     woken = asyncio.Event()
     with storage.changes.subscribe() as changes, storage.changes.of_run(RUN, woken):
         await storage.write_own(touching(RUN))
@@ -120,7 +122,7 @@ async def test_a_write_of_the_execution_itself_wakes_watchers_only(storage: Stor
 
 
 @pytest.mark.parametrize("outcome", [None, StorageUnavailable()])
-async def test_a_commit_whose_caller_is_gone_is_announced(
+async def test_a_commit_whose_caller_has_gone_is_announced(
     storage: Storage, outcome: Exception | None
 ) -> None:
     begun, go_on = asyncio.Event(), threading.Event()
@@ -145,7 +147,7 @@ async def test_a_commit_whose_caller_is_gone_is_announced(
         assert await changed(changes) == expected
 
 
-async def test_a_wake_up_without_news_is_an_empty_change() -> None:
+async def test_a_wake_up_without_changes_is_an_empty_change() -> None:
     with Changes().subscribe() as changes:
         changes.wake()
 

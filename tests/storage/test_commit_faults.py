@@ -12,8 +12,7 @@ from peewee import OperationalError
 from runrecovery.v1 import recovery_service_pb2, run_service_pb2
 from runrecovery_service.domain.run import Profile, Run
 from runrecovery_service.storage import reopening
-
-from .conftest import PowerCut, World, receipt
+from storage.service_store import Crash, ServiceStore, receipt
 
 RECEIPT: Final = receipt("0190d3c5-7c3e-7000-8000-000000000001")
 DONE: Final = "done"
@@ -34,35 +33,35 @@ class Mutation:
     """
 
     method: str
-    prepare: Callable[[World], Run]
-    call: Callable[[World, Run], Run]
+    prepare: Callable[[ServiceStore], Run]
+    call: Callable[[ServiceStore, Run], Run]
     effect: dict[str, list[tuple[Any, ...]]]
 
 
-def lost(world: World) -> Run:
-    run = world.waiting()
-    world.set(run, session_verdict="INVALID")
-    world.recover()
-    return world.get(run)
+def lost(store: ServiceStore) -> Run:
+    run = store.waiting()
+    store.set(run, session_verdict="INVALID")
+    store.recover()
+    return store.get(run)
 
 
-def reopen(world: World, run: Run) -> Run:
+def reopen(store: ServiceStore, run: Run) -> Run:
     return reopening.reopen(
-        world.db, run.run_id, handle=None, session_type=lambda _: "jsonl", owner=world.owner,
-        etag=None, receipt=RECEIPT, due_in=world.due_in, steady=world.steady, now=world.tick(),
+        store.db, run.run_id, handle=None, session_type=lambda _: "jsonl", owner=store.owner,
+        etag=None, receipt=RECEIPT, due_in=store.due_in, steady=store.steady, now=store.tick(),
     )  # fmt: skip
 
 
-def create(world: World, _: Run) -> Run:
-    return world.create(engine="new", run_id="new", with_receipt=RECEIPT)
+def create(store: ServiceStore, _: Run) -> Run:
+    return store.create(engine="new", run_id="new", with_receipt=RECEIPT)
 
 
-def reply(world: World, run: Run) -> Run:
-    return world.reply(run, receipt=RECEIPT)
+def reply(store: ServiceStore, run: Run) -> Run:
+    return store.reply(run, receipt=RECEIPT)
 
 
-def cancel(world: World, run: Run) -> Run:
-    return world.cancel(run, receipt=RECEIPT)
+def cancel(store: ServiceStore, run: Run) -> Run:
+    return store.cancel(run, receipt=RECEIPT)
 
 
 LAST_EVENT: Final = "SELECT kind FROM run_event ORDER BY no DESC LIMIT 1"
@@ -70,7 +69,7 @@ QUESTION: Final = "SELECT state, response FROM interaction"
 MUTATIONS: Final = {
     "create": Mutation(
         "CreateRun",
-        World.create,
+        ServiceStore.create,
         create,
         {
             "SELECT count(*) FROM run WHERE engine = 'new'": [(1,)],
@@ -79,7 +78,7 @@ MUTATIONS: Final = {
     ),
     "reply to a resumable run": Mutation(
         "SubmitReply",
-        World.waiting,
+        ServiceStore.waiting,
         reply,
         {
             "SELECT status FROM run": [("QUEUED",)],
@@ -89,7 +88,7 @@ MUTATIONS: Final = {
     ),
     "reply to a sticky run": Mutation(
         "SubmitReply",
-        lambda world: world.waiting(profile=Profile.STICKY_PROCESS),
+        lambda store: store.waiting(profile=Profile.STICKY_PROCESS),
         reply,
         {
             "SELECT status FROM run": [("RUNNING",)],
@@ -99,13 +98,13 @@ MUTATIONS: Final = {
     ),
     "cancel a queued run": Mutation(
         "CancelRun",
-        World.create,
+        ServiceStore.create,
         cancel,
         {"SELECT status FROM run": [("CANCELED",)], LAST_EVENT: [("CANCELED",)]},
     ),
     "cancel a running run": Mutation(
         "CancelRun",
-        lambda world: world.running().run,
+        lambda store: store.running().run,
         cancel,
         {
             "SELECT status FROM run WHERE cancel_requested_at IS NOT NULL": [("RUNNING",)],
@@ -114,7 +113,7 @@ MUTATIONS: Final = {
     ),
     "cancel a waiting run": Mutation(
         "CancelRun",
-        World.waiting,
+        ServiceStore.waiting,
         cancel,
         {
             "SELECT status FROM run": [("CANCELED",)],
@@ -139,12 +138,12 @@ def mutation(request: pytest.FixtureRequest) -> Mutation:
     return MUTATIONS[request.param]
 
 
-def observed(world: World, mutation: Mutation) -> str:
+def observed(store: ServiceStore, mutation: Mutation) -> str:
     """Return `DONE` or `NOTHING`; fail on anything in between."""
-    receipts = world.rows(
+    receipts = store.rows(
         "SELECT method FROM request_receipt WHERE request_id = ?", RECEIPT.request_id
     )
-    effects = {sql: world.rows(sql) == after for sql, after in mutation.effect.items()}
+    effects = {sql: store.rows(sql) == after for sql, after in mutation.effect.items()}
     if receipts:
         assert (receipts, effects) == ([("M",)], dict.fromkeys(effects, True))
         return DONE
@@ -153,35 +152,35 @@ def observed(world: World, mutation: Mutation) -> str:
 
 
 @contextmanager
-def cut_at(world: World, number: int) -> Iterator[None]:
+def cut_at(store: ServiceStore, number: int) -> Iterator[None]:
     """End whoever carries out the statement of this number, once; statements of peewee count."""
-    execute: Callable[..., Any] = world.db.peewee.execute_sql
+    execute: Callable[..., Any] = store.db.peewee.execute_sql
     left = [number]
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         left[0] -= 1
         if left[0] == -1:
-            raise PowerCut
+            raise Crash
         return execute(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(world.db.peewee, "execute_sql", counted)
+        patch.setattr(store.db.peewee, "execute_sql", counted)
         yield
 
 
 @contextmanager
-def commit_that(world: World, *, stands: bool) -> Iterator[None]:
+def commit_that(store: ServiceStore, *, stands: bool) -> Iterator[None]:
     """Lose the answer to each COMMIT; `stands`: it was carried out all the same, so that SQLite has
     nothing to roll back any more, and says so."""
-    commit: Callable[[], Any] = world.db.peewee.commit
+    commit: Callable[[], Any] = store.db.peewee.commit
 
     def lose() -> Any:
         if stands:
             commit()
-        raise PowerCut
+        raise Crash
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(world.db.peewee, "commit", lose)
+        patch.setattr(store.db.peewee, "commit", lose)
         yield
 
 
@@ -201,59 +200,63 @@ def test_every_mutating_method_is_tried() -> None:
     assert {mutation.method for mutation in MUTATIONS.values()} == mutating
 
 
-def test_a_call_that_dies_at_any_statement_leaves_all_or_nothing(
-    world: World, mutation: Mutation
+def test_a_crash_at_any_statement_of_a_call_leaves_all_of_it_or_nothing(
+    store: ServiceStore, mutation: Mutation
 ) -> None:
-    run = mutation.prepare(world)
-    assert observed(world, mutation) == NOTHING
+    run = mutation.prepare(store)
+    assert observed(store, mutation) == NOTHING
 
     for at in range(MOST_STATEMENTS):
         try:
-            with cut_at(world, at):
-                mutation.call(world, run)
-        except PowerCut:
-            assert observed(world, mutation) == NOTHING, at
+            with cut_at(store, at):
+                mutation.call(store, run)
+        except Crash:
+            assert observed(store, mutation) == NOTHING, at
         else:
             break
 
     assert at > 4
-    assert observed(world, mutation) == DONE
+    assert observed(store, mutation) == DONE
 
 
-def test_a_commit_that_failed_is_done_by_the_next_try(world: World, mutation: Mutation) -> None:
-    run = mutation.prepare(world)
-    with pytest.raises(PowerCut), commit_that(world, stands=False):
-        mutation.call(world, run)
-    assert observed(world, mutation) == NOTHING
+def test_a_call_whose_commit_failed_is_done_by_the_next_try(
+    store: ServiceStore, mutation: Mutation
+) -> None:
+    run = mutation.prepare(store)
+    with pytest.raises(Crash), commit_that(store, stands=False):
+        mutation.call(store, run)
+    assert observed(store, mutation) == NOTHING
 
-    mutation.call(world, run)
+    mutation.call(store, run)
 
-    assert observed(world, mutation) == DONE
+    assert observed(store, mutation) == DONE
 
 
-def test_a_commit_whose_answer_was_lost_is_not_done_twice(world: World, mutation: Mutation) -> None:
-    run = mutation.prepare(world)
-    with pytest.raises((PowerCut, OperationalError)), commit_that(world, stands=True):
-        mutation.call(world, run)
-    assert observed(world, mutation) == DONE
-    before = world.dump()
+def test_a_call_whose_commit_succeeded_without_an_answer_is_not_done_twice(
+    store: ServiceStore, mutation: Mutation
+) -> None:
+    run = mutation.prepare(store)
+    with pytest.raises((Crash, OperationalError)), commit_that(store, stands=True):
+        mutation.call(store, run)
+    assert observed(store, mutation) == DONE
+    before = store.dump()
 
-    again = mutation.call(world, run)
+    again = mutation.call(store, run)
 
-    assert before == world.dump()
+    assert before == store.dump()
     assert again.run_id == ("new" if mutation.method == "CreateRun" else run.run_id)
 
 
-def test_of_many_callers_with_one_request_one_has_its_effect(
-    world: World, mutation: Mutation
+def test_many_callers_with_the_same_request_have_one_effect(
+    store: ServiceStore, mutation: Mutation
 ) -> None:
-    run = mutation.prepare(world)
+    run = mutation.prepare(store)
 
-    answers = world.all_at_once([lambda: mutation.call(world, run)] * 50, threads=12)
+    answers = store.all_at_once([lambda: mutation.call(store, run)] * 50, threads=12)
 
-    assert observed(world, mutation) == DONE
+    assert observed(store, mutation) == DONE
     wanted = "new" if mutation.method == "CreateRun" else run.run_id
     assert {answer.run_id if isinstance(answer, Run) else repr(answer) for answer in answers} == {
         wanted
     }
-    assert world.rows("SELECT count(*) FROM request_receipt") == [(1,)]
+    assert store.rows("SELECT count(*) FROM request_receipt") == [(1,)]

@@ -15,34 +15,33 @@ from runrecovery_service.domain.run import InteractionState, Profile, Run, RunSt
 from runrecovery_service.storage import deadlines, interactions
 from runrecovery_service.storage.deadlines import PassedDeadline
 from runrecovery_service.storage.sql_dialects import DatabaseKind
-
-from .conftest import QUESTION, REOPEN_S, WAIT_S, World
+from storage.service_store import QUESTION, REOPEN_S, WAIT_S, ServiceStore
 
 STEPS = [timedelta(days=10), timedelta(days=-10)]
 RUN_S = 600.0
 
 
-def passed(world: World) -> list[PassedDeadline]:
-    return deadlines.passed_deadlines(world.db, world.owner, steady=world.steady, limit=100)
+def passed(store: ServiceStore) -> list[PassedDeadline]:
+    return deadlines.passed_deadlines(store.db, store.owner, steady=store.steady, limit=100)
 
 
-def rearm(world: World) -> int:
-    return deadlines.move_to_clock(world.db, world.owner, now=world.now, steady=world.steady)
+def rearm(store: ServiceStore) -> int:
+    return deadlines.move_to_clock(store.db, store.owner, now=store.now, steady=store.steady)
 
 
-def end_wait(world: World, run: Run) -> Run | None:
-    given: dict[str, Any] = {"owner": world.owner, "now": world.now, "steady": world.steady}
-    return deadlines.end_wait(world.db, run.key, **given)
+def end_wait(store: ServiceStore, run: Run) -> Run | None:
+    given: dict[str, Any] = {"owner": store.owner, "now": store.now, "steady": store.steady}
+    return deadlines.end_wait(store.db, run.key, **given)
 
 
-def end_run(world: World, run: Run) -> Run | None:
-    given: dict[str, Any] = {"owner": world.owner, "now": world.now, "steady": world.steady}
-    return deadlines.end_run(world.db, run.key, **given)
+def end_run(store: ServiceStore, run: Run) -> Run | None:
+    given: dict[str, Any] = {"owner": store.owner, "now": store.now, "steady": store.steady}
+    return deadlines.end_run(store.db, run.key, **given)
 
 
-def armed(world: World) -> Run:
+def armed(store: ServiceStore) -> Run:
     """A run that waits, and decides automatically at its deadline."""
-    return world.waiting(require_user_reply=False)
+    return store.waiting(require_user_reply=False)
 
 
 # -- the clocks --------------------------------------------------------------------------------
@@ -50,240 +49,246 @@ def armed(world: World) -> Run:
 
 @pytest.mark.parametrize("step", STEPS, ids=["ahead", "back"])
 @pytest.mark.parametrize("restarts", [False, True], ids=["while up", "over a restart"])
-def test_a_stepped_wall_clock_ends_no_wait_early_and_none_late(
-    world: World, *, step: timedelta, restarts: bool
+def test_a_step_of_the_wall_clock_moves_no_deadline(
+    store: ServiceStore, *, step: timedelta, restarts: bool
 ) -> None:
-    run = armed(world)
-    world.step(step)
+    run = armed(store)
+    store.step_wall_clock(step)
     if restarts:
-        world.recover()
-        rearm(world)
+        store.recover()
+        rearm(store)
 
-    world.wait(WAIT_S / 2)
-    early = (passed(world), end_wait(world, run))
-    world.wait(WAIT_S / 2)
+    store.advance(WAIT_S / 2)
+    early = (passed(store), end_wait(store, run))
+    store.advance(WAIT_S / 2)
 
     assert early == ([], None)
-    assert passed(world) == [PassedDeadline(run.key, DueKind.WAIT)]
+    assert passed(store) == [PassedDeadline(run.key, DueKind.WAIT)]
 
 
-def test_a_reboot_goes_by_what_the_wall_clock_says_is_left(world: World) -> None:
-    run = armed(world)
-    world.reboot(100)
-    world.recover()
+def test_after_a_reboot_the_wall_clock_tells_how_much_time_is_left(store: ServiceStore) -> None:
+    run = armed(store)
+    store.reboot(100)
+    store.recover()
 
-    assert rearm(world) == 1
-    world.wait(WAIT_S - 200)
-    early = passed(world)
-    world.wait(200)
+    assert rearm(store) == 1
+    store.advance(WAIT_S - 200)
+    early = passed(store)
+    store.advance(200)
 
     assert early == []
-    assert passed(world) == [PassedDeadline(run.key, DueKind.WAIT)]
+    assert passed(store) == [PassedDeadline(run.key, DueKind.WAIT)]
 
 
-def test_what_passed_during_a_reboot_has_passed(world: World) -> None:
-    run = armed(world)
-    world.reboot(WAIT_S + 60)
-    world.recover()
-    rearm(world)
+def test_a_deadline_that_passed_during_a_reboot_has_passed(store: ServiceStore) -> None:
+    run = armed(store)
+    store.reboot(WAIT_S + 60)
+    store.recover()
+    rearm(store)
 
-    assert passed(world) == [PassedDeadline(run.key, DueKind.WAIT)]
+    assert passed(store) == [PassedDeadline(run.key, DueKind.WAIT)]
 
 
-def test_deadlines_of_another_clock_are_not_gone_by_before_they_are_brought_over(
-    world: World,
+def test_deadlines_of_an_earlier_boot_do_not_pass_before_they_are_rearmed(
+    store: ServiceStore,
 ) -> None:
-    run = armed(world)
-    world.reboot(60)
-    world.wait(10 * WAIT_S)
-    world.steady_us += 10**15  # whatever a clock says that is not the one of the row
+    run = armed(store)
+    store.reboot(60)
+    store.advance(10 * WAIT_S)
+    store.steady_us += 10**15  # whatever a clock says that is not the one of the row
 
-    assert end_wait(world, run) is None
+    assert end_wait(store, run) is None
 
 
-def test_arming_again_changes_nothing_the_second_time(world: World) -> None:
-    armed(world)
-    world.reboot(5)
-    world.recover()
-    rearm(world)
-    before = world.dump()
+def test_rearming_twice_changes_nothing(store: ServiceStore) -> None:
+    armed(store)
+    store.reboot(5)
+    store.recover()
+    rearm(store)
+    before = store.dump()
 
-    assert rearm(world) == 0
-    assert world.dump() == before
+    assert rearm(store) == 0
+    assert store.dump() == before
 
 
 # -- waits -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("profile", list(Profile))
-def test_a_wait_that_requires_no_reply_is_decided_and_kept(world: World, profile: Profile) -> None:
-    run = world.waiting(profile=profile, require_user_reply=False)
-    world.wait(WAIT_S)
+def test_a_wait_without_a_required_reply_is_decided_automatically_at_its_deadline(
+    store: ServiceStore, profile: Profile
+) -> None:
+    run = store.waiting(profile=profile, require_user_reply=False)
+    store.advance(WAIT_S)
 
-    decided = end_wait(world, run)
+    decided = end_wait(store, run)
 
     goes_on = RunStatus.QUEUED if profile is Profile.RESUMABLE else RunStatus.RUNNING
     assert decided is not None
     assert (decided.status, decided.auto_decided_count) == (goes_on, 1)
-    asked = interactions.find(world.db, run.key, 1)
+    asked = interactions.find(store.db, run.key, 1)
     assert asked is not None
     assert (asked.state, asked.auto_decided) == (InteractionState.ANSWERED, True)
-    assert (asked.response, asked.replied_at) == (None, world.now)
-    assert passed(world) == []
+    assert (asked.response, asked.replied_at) == (None, store.now)
+    assert passed(store) == []
 
 
-def test_it_is_decided_once(world: World) -> None:
-    run = armed(world)
-    world.wait(WAIT_S)
-    end_wait(world, run)
-    before = world.dump()
+def test_a_wait_is_decided_automatically_once(store: ServiceStore) -> None:
+    run = armed(store)
+    store.advance(WAIT_S)
+    end_wait(store, run)
+    before = store.dump()
 
-    assert end_wait(world, run) is None
-    assert world.dump() == before
+    assert end_wait(store, run) is None
+    assert store.dump() == before
 
 
-def test_an_answer_after_the_automatic_one_is_refused(world: World) -> None:
-    run = armed(world)
-    world.wait(WAIT_S)
-    end_wait(world, run)
+def test_a_reply_after_the_automatic_decision_is_refused(store: ServiceStore) -> None:
+    run = armed(store)
+    store.advance(WAIT_S)
+    end_wait(store, run)
 
     with pytest.raises(InteractionSuperseded):
-        world.reply(run, "too late")
+        store.reply(run, "too late")
 
 
-def test_an_answer_before_it_stands(world: World) -> None:
-    run = armed(world)
-    world.reply(run, "in time")
-    world.wait(WAIT_S)
+def test_a_reply_before_the_deadline_is_kept(store: ServiceStore) -> None:
+    run = armed(store)
+    store.reply(run, "in time")
+    store.advance(WAIT_S)
 
-    assert (passed(world), end_wait(world, run)) == ([], None)
-    assert world.get(run).auto_decided_count == 0
+    assert (passed(store), end_wait(store, run)) == ([], None)
+    assert store.get(run).auto_decided_count == 0
 
 
-def test_the_deadline_of_one_question_is_not_that_of_the_next(world: World) -> None:
-    run = armed(world)
+def test_the_deadline_of_an_answered_question_does_not_end_the_next_wait(
+    store: ServiceStore,
+) -> None:
+    run = armed(store)
     stale = PassedDeadline(run.key, DueKind.WAIT)
-    world.wait(WAIT_S)
-    assert passed(world) == [stale]
-    world.reply(run)  # between the look and the carrying out
-    turn = world.take()
+    store.advance(WAIT_S)
+    assert passed(store) == [stale]
+    store.reply(run)  # between the look and the carrying out
+    turn = store.take()
     assert turn is not None
     from runrecovery_service.domain.turn import Asked
 
-    world.end(turn, Asked(QUESTION))
+    store.end(turn, Asked(QUESTION))
 
-    assert end_wait(world, run) is None
-    assert passed(world) == []
-    world.wait(WAIT_S)
-    assert passed(world) == [stale]
-
-
-def test_a_cancel_goes_before_an_automatic_decision(world: World) -> None:
-    run = world.waiting(profile=Profile.STICKY_PROCESS, require_user_reply=False)
-    world.cancel(run)
-    world.wait(WAIT_S)
-
-    assert end_wait(world, run) is None
-    assert world.get(run).auto_decided_count == 0
-    assert passed(world) == []  # nobody asks again and again
+    assert end_wait(store, run) is None
+    assert passed(store) == []
+    store.advance(WAIT_S)
+    assert passed(store) == [stale]
 
 
-def test_a_resumable_run_that_requires_a_reply_waits_for_ever(world: World) -> None:
-    world.waiting()
-    world.wait(10**9)
+def test_an_accepted_cancel_wins_over_an_automatic_decision(store: ServiceStore) -> None:
+    run = store.waiting(profile=Profile.STICKY_PROCESS, require_user_reply=False)
+    store.cancel(run)
+    store.advance(WAIT_S)
 
-    assert passed(world) == []
+    assert end_wait(store, run) is None
+    assert store.get(run).auto_decided_count == 0
+    assert passed(store) == []  # nobody asks again and again
 
 
-def test_an_automatic_decision_survives_a_restart(world: World) -> None:
-    run = armed(world)
-    world.wait(WAIT_S)
-    end_wait(world, run)
-    world.recover()
+def test_a_resumable_run_that_requires_a_reply_waits_for_ever(store: ServiceStore) -> None:
+    store.waiting()
+    store.advance(10**9)
 
-    turn = world.take()
+    assert passed(store) == []
+
+
+def test_an_automatic_decision_survives_a_restart(store: ServiceStore) -> None:
+    run = armed(store)
+    store.advance(WAIT_S)
+    end_wait(store, run)
+    store.recover()
+
+    turn = store.take()
     assert turn is not None
     assert turn.reply is not None
     assert (turn.reply.interaction_id, turn.reply.auto_decided) == (1, True)
 
 
-def test_a_stale_epoch_decides_nothing(world: World) -> None:
-    run, old = armed(world), world.owner
-    world.recover()
-    world.wait(WAIT_S)
+def test_a_superseded_epoch_decides_nothing(store: ServiceStore) -> None:
+    run, old = armed(store), store.owner
+    store.recover()
+    store.advance(WAIT_S)
 
     with pytest.raises(Fenced):
-        deadlines.end_wait(world.db, run.key, owner=old, now=world.now, steady=world.steady)
-    assert world.get(run).status is RunStatus.WAITING_USER
+        deadlines.end_wait(store.db, run.key, owner=old, now=store.now, steady=store.steady)
+    assert store.get(run).status is RunStatus.WAITING_USER
 
 
-def test_a_reply_that_is_accepted_meanwhile_wins_over_the_deadline(
-    world: World, monkeypatch: pytest.MonkeyPatch
+def test_a_reply_that_is_accepted_between_check_and_write_wins_over_the_deadline(
+    store: ServiceStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between the look at the clock and the closing of the question."""
-    if world.db.dialect.kind is DatabaseKind.SQLITE:
+    if store.db.dialect.kind is DatabaseKind.SQLITE:
         pytest.skip("a transaction of SQLite excludes every other writer")
-    run = world.waiting(profile=Profile.STICKY_PROCESS)
-    world.wait(WAIT_S)
-    look, replies = deadlines._has_passed, iter([partial(world.reply, run, "just in time")])
+    run = store.waiting(profile=Profile.STICKY_PROCESS)
+    store.advance(WAIT_S)
+    look, replies = deadlines._has_passed, iter([partial(store.reply, run, "just in time")])
 
     def reply_after_the_look(*args: Any) -> bool:
         answer = look(*args)
         for reply in replies:
-            elsewhere(world, reply)
+            elsewhere(store, reply)
         return answer
 
     monkeypatch.setattr(deadlines, "_has_passed", reply_after_the_look)
 
-    assert end_wait(world, run) is None
-    assert world.get(run).status is RunStatus.RUNNING
-    assert world.rows("SELECT state, response FROM interaction") == [("ANSWERED", '"just in time"')]
+    assert end_wait(store, run) is None
+    assert store.get(run).status is RunStatus.RUNNING
+    assert store.rows("SELECT state, response FROM interaction") == [("ANSWERED", '"just in time"')]
 
 
-def elsewhere(world: World, do: Callable[[], object]) -> None:
+def elsewhere(store: ServiceStore, do: Callable[[], object]) -> None:
     """Do something on another thread, that is on another connection, and wait for it."""
 
     def work() -> None:
         try:
             do()
         finally:
-            world.db.close()
+            store.db.close()
 
     with ThreadPoolExecutor(1) as other:
         other.submit(work).result(30)
 
 
-def test_a_stale_epoch_closes_no_question_and_disarms_nothing(world: World) -> None:
-    run, old = world.waiting(profile=Profile.STICKY_PROCESS), world.owner
-    world.restart()
-    world.set(run, owner_epoch=world.owner.epoch)
-    world.wait(WAIT_S)
-    before = world.dump()
+def test_a_superseded_epoch_closes_no_question_and_removes_no_deadline(store: ServiceStore) -> None:
+    run, old = store.waiting(profile=Profile.STICKY_PROCESS), store.owner
+    store.restart()
+    store.set(run, owner_epoch=store.owner.epoch)
+    store.advance(WAIT_S)
+    before = store.dump()
 
     with pytest.raises(Fenced):
-        deadlines.end_wait(world.db, run.key, owner=old, now=world.now, steady=world.steady)
+        deadlines.end_wait(store.db, run.key, owner=old, now=store.now, steady=store.steady)
     with pytest.raises(Fenced):
-        deadlines.end_reopening(world.db, [run.key], owner=old, steady=world.steady)
-    assert world.dump() == before
+        deadlines.end_reopening(store.db, [run.key], owner=old, steady=store.steady)
+    assert store.dump() == before
 
 
-def test_a_deadline_without_a_time_of_the_wall_has_passed(world: World) -> None:
-    run = armed(world)
-    world.db.execute("UPDATE interaction SET wait_deadline_at = NULL")
-    world.reboot(5)
-    world.recover()
-    rearm(world)
+def test_a_deadline_without_a_wall_clock_time_has_passed(store: ServiceStore) -> None:
+    run = armed(store)
+    store.db.execute("UPDATE interaction SET wait_deadline_at = NULL")
+    store.reboot(5)
+    store.recover()
+    rearm(store)
 
-    assert passed(world) == [PassedDeadline(run.key, DueKind.WAIT)]
+    assert passed(store) == [PassedDeadline(run.key, DueKind.WAIT)]
 
 
-def test_of_more_deadlines_than_are_looked_at_the_longest_past_come_first(world: World) -> None:
-    later, middle, first = armed(world), armed(world), armed(world)
+def test_deadlines_that_passed_first_come_first(
+    store: ServiceStore,
+) -> None:
+    later, middle, first = armed(store), armed(store), armed(store)
     for run, seconds in ((first, 1), (middle, 2), (later, 3)):
-        world.set(run, wait_due_us=world.steady_us + seconds)
-    world.wait(10)
+        store.set(run, wait_due_us=store.steady_us + seconds)
+    store.advance(10)
 
-    found = deadlines.passed_deadlines(world.db, world.owner, steady=world.steady, limit=2)
+    found = deadlines.passed_deadlines(store.db, store.owner, steady=store.steady, limit=2)
 
     assert [one.run_key for one in found] == [first.key, middle.key]
 
@@ -291,77 +296,77 @@ def test_of_more_deadlines_than_are_looked_at_the_longest_past_come_first(world:
 # -- whole runs --------------------------------------------------------------------------------
 
 
-def test_a_run_may_take_its_time_from_its_first_launch_on(world: World) -> None:
-    run = world.create(max_run_s=RUN_S)
-    world.wait(RUN_S)
-    queued = (passed(world), world.get(run).run_deadline_at)
-    world.take()
-    world.wait(RUN_S - 2)
-    running = passed(world)
-    world.wait(2)
+def test_the_time_of_a_run_begins_with_its_first_launch(store: ServiceStore) -> None:
+    run = store.create(max_run_s=RUN_S)
+    store.advance(RUN_S)
+    queued = (passed(store), store.get(run).run_deadline_at)
+    store.take()
+    store.advance(RUN_S - 2)
+    running = passed(store)
+    store.advance(2)
 
     assert (queued, running) == (([], None), [])
-    assert passed(world) == [PassedDeadline(run.key, DueKind.RUN)]
+    assert passed(store) == [PassedDeadline(run.key, DueKind.RUN)]
 
 
-def test_a_run_without_a_process_fails_at_its_deadline(world: World) -> None:
-    run = world.waiting(max_run_s=RUN_S)
-    world.wait(RUN_S)
+def test_a_run_without_a_process_fails_at_its_deadline(store: ServiceStore) -> None:
+    run = store.waiting(max_run_s=RUN_S)
+    store.advance(RUN_S)
 
-    ended = end_run(world, run)
+    ended = end_run(store, run)
 
     assert ended is not None
     assert ended.status is RunStatus.FAILED
     assert ended.error is not None
     assert ended.error.code == "RUN_TIMEOUT"
-    assert (ended.session, passed(world)) == (None, [])
+    assert (ended.session, passed(store)) == (None, [])
     with pytest.raises(RunNotWaiting):
-        world.reply(run)
+        store.reply(run)
 
 
-def test_a_run_with_a_process_is_told_of_until_that_has_ended(world: World) -> None:
-    turn = world.running(max_run_s=RUN_S)
-    world.wait(RUN_S)
+def test_a_run_with_a_process_is_listed_until_its_process_has_ended(store: ServiceStore) -> None:
+    turn = store.running(max_run_s=RUN_S)
+    store.advance(RUN_S)
 
-    told = [end_run(world, turn.run) for _ in range(2)]
+    told = [end_run(store, turn.run) for _ in range(2)]
 
     assert [run.status for run in told if run is not None] == [RunStatus.RUNNING] * 2
-    assert passed(world) == [PassedDeadline(turn.run.key, DueKind.RUN)]
+    assert passed(store) == [PassedDeadline(turn.run.key, DueKind.RUN)]
 
 
-def test_the_deadline_of_a_run_survives_restarts_and_new_attempts(world: World) -> None:
+def test_the_deadline_of_a_run_survives_restarts_and_new_attempts(store: ServiceStore) -> None:
     from runrecovery_service.domain.run import RestartPolicy
 
-    turn = world.running(max_run_s=RUN_S, restart_policy=RestartPolicy.REQUEUE, max_attempts=3)
-    deadline = world.get(turn.run).run_deadline_at
-    world.wait(RUN_S / 2)
-    world.recover()
-    again = world.take()
+    turn = store.running(max_run_s=RUN_S, restart_policy=RestartPolicy.REQUEUE, max_attempts=3)
+    deadline = store.get(turn.run).run_deadline_at
+    store.advance(RUN_S / 2)
+    store.recover()
+    again = store.take()
 
     assert again is not None
     assert (again.run.attempt, again.run.run_deadline_at) == (2, deadline)
-    world.wait(RUN_S / 2)
-    assert passed(world) == [PassedDeadline(turn.run.key, DueKind.RUN)]
+    store.advance(RUN_S / 2)
+    assert passed(store) == [PassedDeadline(turn.run.key, DueKind.RUN)]
 
 
-def test_a_canceled_run_has_no_deadline(world: World) -> None:
-    turn = world.running(max_run_s=RUN_S)
-    world.cancel(turn.run)
-    world.wait(RUN_S)
+def test_a_canceled_run_has_no_deadline(store: ServiceStore) -> None:
+    turn = store.running(max_run_s=RUN_S)
+    store.cancel(turn.run)
+    store.advance(RUN_S)
 
-    assert end_run(world, turn.run) is None
-    assert passed(world) == []
+    assert end_run(store, turn.run) is None
+    assert passed(store) == []
 
 
-def test_a_run_whose_time_is_over_is_not_launched_again(world: World) -> None:
+def test_a_run_that_is_out_of_time_is_not_launched_again(store: ServiceStore) -> None:
     from runrecovery_service.domain.run import RestartPolicy
 
-    turn = world.running(max_run_s=RUN_S, restart_policy=RestartPolicy.REQUEUE, max_attempts=3)
-    world.recover()
-    world.wait(RUN_S)
+    turn = store.running(max_run_s=RUN_S, restart_policy=RestartPolicy.REQUEUE, max_attempts=3)
+    store.recover()
+    store.advance(RUN_S)
 
-    assert world.take() is None
-    ended = end_run(world, turn.run)
+    assert store.take() is None
+    ended = end_run(store, turn.run)
     assert ended is not None
     assert (ended.status, ended.attempt) == (RunStatus.FAILED, 1)
 
@@ -370,17 +375,17 @@ def test_a_run_whose_time_is_over_is_not_launched_again(world: World) -> None:
 
 
 @pytest.mark.parametrize("step", STEPS, ids=["ahead", "back"])
-def test_a_session_is_kept_for_its_window_and_no_longer(world: World, step: timedelta) -> None:
-    run = world.waiting()
-    world.set(run, session_verdict="INVALID")
-    world.recover()
-    world.step(step)
-    world.wait(REOPEN_S - 100)
-    early = passed(world)
-    world.wait(100)
+def test_a_session_is_kept_until_its_reopen_deadline(store: ServiceStore, step: timedelta) -> None:
+    run = store.waiting()
+    store.set(run, session_verdict="INVALID")
+    store.recover()
+    store.step_wall_clock(step)
+    store.advance(REOPEN_S - 100)
+    early = passed(store)
+    store.advance(100)
 
     assert early == []
-    assert passed(world) == [PassedDeadline(run.key, DueKind.REOPEN)]
-    deadlines.end_reopening(world.db, [run.key], owner=world.owner, steady=world.steady)
-    assert passed(world) == []
-    assert world.rows("SELECT retired_value, session_value FROM run") == [(None, None)]
+    assert passed(store) == [PassedDeadline(run.key, DueKind.REOPEN)]
+    deadlines.end_reopening(store.db, [run.key], owner=store.owner, steady=store.steady)
+    assert passed(store) == []
+    assert store.rows("SELECT retired_value, session_value FROM run") == [(None, None)]

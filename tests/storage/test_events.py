@@ -21,189 +21,194 @@ from runrecovery_service.domain.run import (
 from runrecovery_service.domain.turn import Asked, Interrupted, Succeeded
 from runrecovery_service.storage import deadlines, events
 from runrecovery_service.storage.recovery_apply import Batch
-
-from .conftest import QUESTION, WAIT_S, World
+from storage.service_store import QUESTION, WAIT_S, ServiceStore
 
 K = RunEventKind
 
 
-def told(world: World, run: Run, after: int = 0) -> tuple[RunEvent, ...]:
-    return events.events_after(world.db, world.get(run), after)
+def told(store: ServiceStore, run: Run, after: int = 0) -> tuple[RunEvent, ...]:
+    return events.events_after(store.db, store.get(run), after)
 
 
-def kinds(world: World, run: Run) -> list[RunEventKind | None]:
+def kinds(store: ServiceStore, run: Run) -> list[RunEventKind | None]:
     """The kinds of all events; that their sequence has no gap is always demanded."""
-    found = told(world, run)
-    assert [event.sequence for event in found] == list(range(1, world.get(run).event_count + 1))
+    found = told(store, run)
+    assert [event.sequence for event in found] == list(range(1, store.get(run).event_count + 1))
     return [event.kind for event in found]
 
 
-def test_a_conversation_is_told_event_by_event(world: World) -> None:
-    run = world.waiting()
-    world.reply(run)
-    turn = world.take()
+def test_a_run_with_a_question_has_an_event_for_each_step(store: ServiceStore) -> None:
+    run = store.waiting()
+    store.reply(run)
+    turn = store.take()
     assert turn is not None
-    world.end(turn, Succeeded({}))
+    store.end(turn, Succeeded({}))
 
-    assert kinds(world, run) == [
+    assert kinds(store, run) == [
         K.CREATED, K.STARTED, K.ASKED, K.ANSWERED, K.STARTED, K.SUCCEEDED
     ]  # fmt: skip
-    asked, answered = told(world, run)[2:4]
+    asked, answered = told(store, run)[2:4]
     assert (asked.status, asked.interaction_id, asked.attempt) == (RunStatus.WAITING_USER, 1, 1)
     assert (answered.status, answered.interaction_id) == (RunStatus.QUEUED, 1)
 
 
-def test_a_cancel_of_a_live_process_is_told_twice(world: World) -> None:
-    turn = world.running()
-    world.cancel(turn.run)
-    world.end(turn, Asked(QUESTION))
+def test_a_cancel_of_a_live_process_is_two_events(store: ServiceStore) -> None:
+    turn = store.running()
+    store.cancel(turn.run)
+    store.end(turn, Asked(QUESTION))
 
-    assert kinds(world, turn.run)[2:] == [K.CANCEL_REQUESTED, K.CANCELED]
-    requested, _ = told(world, turn.run)[2:]
+    assert kinds(store, turn.run)[2:] == [K.CANCEL_REQUESTED, K.CANCELED]
+    requested, _ = told(store, turn.run)[2:]
     assert requested.status is RunStatus.RUNNING
 
 
-def test_a_failure_is_told_with_its_code(world: World) -> None:
-    turn = world.running()
-    world.end(turn, Interrupted("stood still"))
+def test_a_failure_is_an_event_with_its_code(store: ServiceStore) -> None:
+    turn = store.running()
+    store.end(turn, Interrupted("stood still"))
 
-    last = told(world, turn.run)[-1]
+    last = told(store, turn.run)[-1]
     assert (last.kind, last.error_code) == (K.FAILED, "ORCHESTRATOR_RESTART_INTERRUPTED")
 
 
-def test_a_refused_call_is_no_event(world: World) -> None:
-    run = world.create()
+def test_a_refused_call_is_no_event(store: ServiceStore) -> None:
+    run = store.create()
     with pytest.raises(RunNotWaiting):
-        world.reply(run)
+        store.reply(run)
 
-    assert kinds(world, run) == [K.CREATED]
+    assert kinds(store, run) == [K.CREATED]
 
 
-def test_decisions_of_restarts_are_among_the_events(world: World) -> None:
-    run = world.waiting()
-    world.recover()
-    world.reply(run)
-    world.recover()
-    world.take()
-    world.recover()
+def test_decisions_of_restarts_are_among_the_events(store: ServiceStore) -> None:
+    run = store.waiting()
+    store.recover()
+    store.reply(run)
+    store.recover()
+    store.take()
+    store.recover()
 
-    assert kinds(world, run) == [
+    assert kinds(store, run) == [
         K.CREATED, K.STARTED, K.ASKED, K.RECOVERED, K.ANSWERED, K.RECOVERED, K.STARTED,
         K.RECOVERED,
     ]  # fmt: skip
-    kept = told(world, run)[3]
+    kept = told(store, run)[3]
     assert kept.recovery is not None
     assert kept.recovery.recovery_reason == "resumable_waiting_preserved"
     assert (kept.status, kept.recovery.recovery_count) == (RunStatus.WAITING_USER, 1)
 
 
-def test_a_restart_that_decides_nothing_new_is_no_event(world: World) -> None:
-    run = world.waiting()
-    world.recover()
-    before = kinds(world, run)
+def test_a_restart_that_decides_nothing_new_is_no_event(store: ServiceStore) -> None:
+    run = store.waiting()
+    store.recover()
+    before = kinds(store, run)
 
-    world.recover()
+    store.recover()
 
-    assert kinds(world, run) == before
+    assert kinds(store, run) == before
 
 
-def test_a_damaged_run_is_told_to_be_set_aside(world: World) -> None:
-    run = world.create()
-    world.set(run, status="NEWER_WORD")
-    world.recover()
+def test_a_quarantined_run_has_an_event_of_it(store: ServiceStore) -> None:
+    run = store.create()
+    store.set(run, status="NEWER_WORD")
+    store.recover()
 
-    last = told(world, run)[-1]
+    last = told(store, run)[-1]
     assert (last.kind, last.sequence) == (K.RECOVERED, 2)
     assert last.recovery is not None
     assert last.recovery.recovery_reason == "record_damaged"
 
 
-def test_a_watch_goes_on_behind_any_event(world: World) -> None:
-    run = world.waiting()
-    world.recover()
-    every = told(world, run)
+def test_a_watch_can_resume_after_every_event(store: ServiceStore) -> None:
+    run = store.waiting()
+    store.recover()
+    every = told(store, run)
 
     for after in range(len(every) + 1):
-        assert told(world, run, after) == every[after:]
+        assert told(store, run, after) == every[after:]
 
 
-def test_a_watch_does_not_begin_behind_what_has_not_happened(world: World) -> None:
-    run = world.create()
+def test_a_watch_cannot_resume_after_an_event_that_has_not_happened(store: ServiceStore) -> None:
+    run = store.create()
 
     with pytest.raises(WatchSequenceUnknown) as caught:
-        told(world, run, 2)
+        told(store, run, 2)
     assert caught.value.latest == 1
 
 
-def test_only_the_latest_events_are_kept(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_latest_events_are_kept(
+    store: ServiceStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(events, "EVENTS_KEPT", 5)
-    run = world.waiting()
+    run = store.waiting()
     for number in range(1, 4):
-        world.reply(run, no=number)
-        turn = world.take()
+        store.reply(run, no=number)
+        turn = store.take()
         assert turn is not None
-        world.end(turn, Asked(QUESTION))
+        store.end(turn, Asked(QUESTION))
 
-    last = world.get(run).event_count
+    last = store.get(run).event_count
     assert last == 12
     with pytest.raises(WatchHistoryPruned) as caught:
-        told(world, run, last - 6)
+        told(store, run, last - 6)
     assert caught.value.oldest == last - 4
-    assert [event.sequence for event in told(world, run, last - 5)] == list(range(8, 13))
-    assert world.rows("SELECT count(*) FROM run_event") == [(5,)]
+    assert [event.sequence for event in told(store, run, last - 5)] == list(range(8, 13))
+    assert store.rows("SELECT count(*) FROM run_event") == [(5,)]
 
 
-def test_an_automatic_decision_is_told_as_one(world: World) -> None:
-    run = world.waiting(require_user_reply=False)
-    world.wait(WAIT_S)
-    deadlines.end_wait(world.db, run.key, owner=world.owner, now=world.now, steady=world.steady)
+def test_an_automatic_decision_is_an_event_of_its_own_kind(store: ServiceStore) -> None:
+    run = store.waiting(require_user_reply=False)
+    store.advance(WAIT_S)
+    deadlines.end_wait(store.db, run.key, owner=store.owner, now=store.now, steady=store.steady)
 
-    last = told(world, run)[-1]
+    last = told(store, run)[-1]
     assert (last.kind, last.interaction_id) == (K.AUTO_DECIDED, 1)
 
 
-def test_a_run_of_an_earlier_version_goes_on_counting(world: World) -> None:
-    run = world.waiting()
-    world.db.execute("DELETE FROM run_event")
-    world.set(run, event_count=1)  # as the migration leaves it
+def test_the_events_of_a_run_of_an_earlier_version_continue_its_sequence(
+    store: ServiceStore,
+) -> None:
+    run = store.waiting()
+    store.db.execute("DELETE FROM run_event")
+    store.set(run, event_count=1)  # as the migration leaves it
 
-    world.reply(run)
+    store.reply(run)
 
-    assert kinds(world, run) == [K.CREATED, K.ANSWERED]
+    assert kinds(store, run) == [K.CREATED, K.ANSWERED]
 
 
-def test_every_kind_of_ending_is_one_of_the_kinds() -> None:
+def test_every_way_to_end_is_an_event_kind() -> None:
     assert {K(status) for status in RunStatus if status.is_terminal} <= set(K)
 
 
-def test_a_requeued_run_and_a_sticky_one_count_too(world: World) -> None:
-    again = world.running(restart_policy=RestartPolicy.REQUEUE, max_attempts=2).run
-    sticky = world.waiting(profile=Profile.STICKY_PROCESS)
-    world.recover()
-    world.take()
+def test_requeued_and_sticky_runs_have_events_without_a_gap(store: ServiceStore) -> None:
+    again = store.running(restart_policy=RestartPolicy.REQUEUE, max_attempts=2).run
+    sticky = store.waiting(profile=Profile.STICKY_PROCESS)
+    store.recover()
+    store.take()
 
-    assert kinds(world, again) == [K.CREATED, K.STARTED, K.RECOVERED, K.STARTED]
-    assert told(world, again)[-1].attempt == 2
-    assert kinds(world, sticky) == [K.CREATED, K.STARTED, K.ASKED, K.RECOVERED]
-    assert told(world, sticky)[-1].error_code == "INTERACTION_PROCESS_LOST"
+    assert kinds(store, again) == [K.CREATED, K.STARTED, K.RECOVERED, K.STARTED]
+    assert told(store, again)[-1].attempt == 2
+    assert kinds(store, sticky) == [K.CREATED, K.STARTED, K.ASKED, K.RECOVERED]
+    assert told(store, sticky)[-1].error_code == "INTERACTION_PROCESS_LOST"
 
 
-def test_a_row_that_recovery_cannot_change_is_told_as_well(world: World) -> None:
-    run = world.create()
-    world.restart()
-    scope = world.begin()
+def test_a_run_that_recovery_cannot_change_has_an_event_of_its_quarantine(
+    store: ServiceStore,
+) -> None:
+    run = store.create()
+    store.restart()
+    scope = store.open_report()
     from runrecovery_service.storage import recovery_apply
 
-    recovery_apply._quarantine(world.db, scope, Batch(run.key, run.key, 1), "refused")
+    recovery_apply._quarantine(store.db, scope, Batch(run.key, run.key, 1), "refused")
 
-    assert kinds(world, run) == [K.CREATED, K.RECOVERED]
-    assert told(world, run)[-1].happened_at - world.now <= timedelta(0)
+    assert kinds(store, run) == [K.CREATED, K.RECOVERED]
+    assert told(store, run)[-1].happened_at - store.now <= timedelta(0)
 
 
-def test_a_gap_is_never_passed_over(world: World) -> None:
-    run = world.waiting()
-    world.db.execute("DELETE FROM run_event WHERE no = 2")
+def test_events_after_a_gap_are_not_returned(store: ServiceStore) -> None:
+    run = store.waiting()
+    store.db.execute("DELETE FROM run_event WHERE no = 2")
 
     with pytest.raises(WatchHistoryPruned):
-        told(world, run)
-    assert [event.sequence for event in told(world, run, 2)] == [3]
+        told(store, run)
+    assert [event.sequence for event in told(store, run, 2)] == [3]

@@ -12,60 +12,59 @@ from runrecovery_service.domain.reconciliation import ReconciliationState, Recov
 from runrecovery_service.domain.run import RecoveryState, RestartPolicy, Run
 from runrecovery_service.storage import decisions, reports
 from runrecovery_service.storage.sql_dialects import DatabaseKind
-
-from .conftest import World
+from storage.service_store import ServiceStore
 
 EVERYTHING = RecoveredFilter()
 
 
-def listed(world: World, wanted: RecoveredFilter) -> set[str]:
-    page = decisions.recovered_page(world.db, wanted, after=None, limit=100)
+def listed(store: ServiceStore, wanted: RecoveredFilter) -> set[str]:
+    page = decisions.recovered_page(store.db, wanted, after=None, limit=100)
     return {run.run_id for run in page.rows}
 
 
-def test_a_run_that_met_no_restart_has_no_history(world: World) -> None:
-    run = world.create()
+def test_a_run_without_a_restart_has_no_history(store: ServiceStore) -> None:
+    run = store.create()
 
-    assert decisions.history(world.db, run.run_id) == ()
-    assert (None, set()) == (run.recovery, listed(world, EVERYTHING))
+    assert decisions.history(store.db, run.run_id) == ()
+    assert (None, set()) == (run.recovery, listed(store, EVERYTHING))
     with pytest.raises(RunNotFound):
-        decisions.history(world.db, "nobody")
+        decisions.history(store.db, "nobody")
 
 
-def test_the_history_is_newest_first(world: World) -> None:
-    run = world.create(restart_policy=RestartPolicy.REQUEUE, max_attempts=3)
-    world.recover()
-    world.take()
-    world.recover()
-    world.take()
-    world.recover()
+def test_the_history_is_newest_first(store: ServiceStore) -> None:
+    run = store.create(restart_policy=RestartPolicy.REQUEUE, max_attempts=3)
+    store.recover()
+    store.take()
+    store.recover()
+    store.take()
+    store.recover()
 
-    history = decisions.history(world.db, run.run_id)
+    history = decisions.history(store.db, run.run_id)
 
     assert [info.recovery_count for info in history] == [3, 2, 1]
     assert [info.epoch for info in history] == [4, 3, 2]
     assert [info.status_before for info in history] == ["RUNNING", "RUNNING", "QUEUED"]
-    assert history[0] == world.get(run).recovery
+    assert history[0] == store.get(run).recovery
 
 
-def three_restarts(world: World) -> tuple[Run, Run, Run]:
-    waiting = world.waiting(engine="a")
-    world.recover()
-    failed = world.running(engine="b").run
-    world.recover()
-    requeued = world.create(restart_policy=RestartPolicy.REQUEUE, max_attempts=2)
-    world.recover()
+def three_restarts(store: ServiceStore) -> tuple[Run, Run, Run]:
+    waiting = store.waiting(engine="a")
+    store.recover()
+    failed = store.running(engine="b").run
+    store.recover()
+    requeued = store.create(restart_policy=RestartPolicy.REQUEUE, max_attempts=2)
+    store.recover()
     return waiting, failed, requeued
 
 
-def test_recovered_runs_are_filtered(world: World) -> None:
-    waiting, failed, requeued = three_restarts(world)
-    info = world.get(failed).recovery
+def test_recovered_runs_are_filtered(store: ServiceStore) -> None:
+    waiting, failed, requeued = three_restarts(store)
+    info = store.get(failed).recovery
     assert info is not None
     second = timedelta(seconds=1)
 
     def found(**wanted: object) -> set[str]:
-        return listed(world, replace(EVERYTHING, **wanted))  # type: ignore[arg-type]
+        return listed(store, replace(EVERYTHING, **wanted))  # type: ignore[arg-type]
 
     every = {waiting.run_id, failed.run_id, requeued.run_id}
     assert every == found()
@@ -85,12 +84,12 @@ def test_recovered_runs_are_filtered(world: World) -> None:
     )
 
 
-def test_recovered_runs_come_in_pages_newest_decision_first(world: World) -> None:
-    early = [world.waiting() for _ in range(4)]
-    world.recover()
-    late = [world.create() for _ in range(3)]
-    world.recover()
-    page = partial(decisions.recovered_page, world.db, EVERYTHING, limit=2)
+def test_recovered_runs_come_in_pages_newest_decision_first(store: ServiceStore) -> None:
+    early = [store.waiting() for _ in range(4)]
+    store.recover()
+    late = [store.create() for _ in range(3)]
+    store.recover()
+    page = partial(decisions.recovered_page, store.db, EVERYTHING, limit=2)
 
     pages = [page(after=None)]
     while pages[-1].after is not None:
@@ -104,13 +103,13 @@ def test_recovered_runs_come_in_pages_newest_decision_first(world: World) -> Non
 # -- reports -----------------------------------------------------------------------------------
 
 
-def test_reports_come_in_pages_newest_first(world: World) -> None:
+def test_reports_come_in_pages_newest_first(store: ServiceStore) -> None:
     for _ in range(5):
-        world.begin()
-    page = partial(reports.report_page, world.db, limit=2)
+        store.open_report()
+    page = partial(reports.report_page, store.db, limit=2)
 
     first = page(after=None)
-    world.begin()
+    store.open_report()
     second = page(after=first.after)
     third = page(after=second.after)
 
@@ -119,54 +118,54 @@ def test_reports_come_in_pages_newest_first(world: World) -> None:
     assert third.after is None
 
 
-def test_a_report_that_is_not_there_is_not_found(world: World) -> None:
+def test_an_unknown_report_is_not_found(store: ServiceStore) -> None:
     with pytest.raises(ReconciliationNotFound):
-        reports.get_report(world.db, "nobody")
+        reports.get_report(store.db, "nobody")
 
 
-def test_a_new_start_closes_the_reports_that_were_cut_off(world: World) -> None:
-    world.begin()
-    world.restart()
-    world.begin()
+def test_a_start_closes_reports_that_were_cut_off(store: ServiceStore) -> None:
+    store.open_report()
+    store.restart()
+    store.open_report()
 
-    newest, older = reports.report_page(world.db, after=None, limit=9).rows
+    newest, older = reports.report_page(store.db, after=None, limit=9).rows
 
     assert ReconciliationState.RUNNING is newest.state
     assert (older.state, older.finished_at is not None) == (ReconciliationState.FAILED, True)
     assert older.error is not None
 
 
-def complete(world: World) -> None:
-    with world.db.transaction():
-        world.db.execute("UPDATE reconciliation SET state = 'COMPLETED' WHERE state = 'RUNNING'")
+def complete(store: ServiceStore) -> None:
+    with store.db.transaction():
+        store.db.execute("UPDATE reconciliation SET state = 'COMPLETED' WHERE state = 'RUNNING'")
 
 
-def test_unfinished_starts_are_counted_up_to_the_last_that_finished(world: World) -> None:
-    begun = world.now
-    count = partial(reports.count_unfinished_starts, world.db, "default")
+def test_unfinished_starts_are_counted_since_the_last_finished_one(store: ServiceStore) -> None:
+    begun = store.now
+    count = partial(reports.count_unfinished_starts, store.db, "default")
     assert count(begun) == 0
-    world.begin()
-    complete(world)
+    store.open_report()
+    complete(store)
     for _ in range(3):
-        world.restart()
-        world.begin()
-        world.begin()  # a second try of the same start is no further start
+        store.restart()
+        store.open_report()
+        store.open_report()  # a second try of the same start is no further start
     assert count(begun) == 3
-    assert count(world.now + timedelta(hours=1)) == 0
+    assert count(store.now + timedelta(hours=1)) == 0
     # A SQLite store has one service: under another name, it goes on where that one stopped.
-    of_other = 3 if world.db.dialect.kind is DatabaseKind.SQLITE else 0
-    assert reports.count_unfinished_starts(world.db, "other", begun) == of_other
+    of_other = 3 if store.db.dialect.kind is DatabaseKind.SQLITE else 0
+    assert reports.count_unfinished_starts(store.db, "other", begun) == of_other
 
-    complete(world)
+    complete(store)
 
     assert count(begun) == 0
 
 
-def test_the_error_of_a_recovery_says_why(world: World) -> None:
-    run = world.running().run
-    world.recover()
+def test_the_message_of_a_recovered_run_says_why_it_failed(store: ServiceStore) -> None:
+    run = store.running().run
+    store.recover()
 
-    error = world.get(run).error
+    error = store.get(run).error
 
     assert error is not None
     assert error.message == "The service restarted while the run was running."

@@ -16,12 +16,11 @@ from runrecovery_service.storage import instances
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.sql_dialects import DatabaseKind
+from storage.service_store import ServiceStore, boot
 
-from .conftest import World, boot
 
-
-def test_every_start_takes_the_next_epoch(world: World) -> None:
-    assert [world.restart().epoch, world.restart().epoch] == [2, 3]
+def test_every_start_takes_the_next_epoch(store: ServiceStore) -> None:
+    assert [store.restart().epoch, store.restart().epoch] == [2, 3]
 
 
 ELSEWHERE = {"lock_id": "another boot/1:2"}
@@ -37,8 +36,8 @@ LOST, AGAIN = {"boot_token": "lost"}, {"boot_token": "again"}
         {"host_id": "elsewhere", "data_dir": "/other", "lock_id": "elsewhere/1:2"},
     ],
 )
-def test_a_live_lease_is_held_unless_the_lock_proves_the_holder_dead(
-    shared: World, change: dict[str, Any]
+def test_a_live_lease_refuses_a_start_unless_a_lock_proves_its_holder_dead(
+    shared: ServiceStore, change: dict[str, Any]
 ) -> None:
     before = shared.dump("instance", "instance_epoch")
 
@@ -49,7 +48,7 @@ def test_a_live_lease_is_held_unless_the_lock_proves_the_holder_dead(
     assert before == shared.dump("instance", "instance_epoch")
 
 
-def test_two_starts_without_a_lock_prove_nothing_to_each_other(shared: World) -> None:
+def test_a_start_without_a_lock_cannot_prove_a_holder_dead(shared: ServiceStore) -> None:
     shared.db.execute("UPDATE instance SET lock_id = NULL")
 
     with pytest.raises(Held):
@@ -57,36 +56,36 @@ def test_two_starts_without_a_lock_prove_nothing_to_each_other(shared: World) ->
 
 
 @pytest.mark.parametrize("change", [{}, {"host_id": "renamed"}, {"data_dir": "/by/a/link"}])
-def test_whoever_holds_the_lock_of_the_holder_takes_over_at_once(
-    world: World, change: dict[str, str]
+def test_a_start_that_holds_the_lock_of_the_holder_takes_over_at_once(
+    store: ServiceStore, change: dict[str, str]
 ) -> None:
-    assert instances.claim(world.db, boot(**change), now=world.now).epoch == 2
+    assert instances.claim(store.db, boot(**change), now=store.now).epoch == 2
 
 
 @pytest.mark.parametrize("change", [{"host_id": "elsewhere"}, {"data_dir": "/other"}, ELSEWHERE])
-def test_no_lease_stands_against_a_start_that_holds_the_sqlite_file(
-    world: World, change: dict[str, str]
+def test_a_start_that_holds_the_sqlite_file_takes_over_at_once(
+    store: ServiceStore, change: dict[str, str]
 ) -> None:
-    if world.db.dialect.kind is not DatabaseKind.SQLITE:
+    if store.db.dialect.kind is not DatabaseKind.SQLITE:
         pytest.skip("PostgreSQL has no lock that all machines see")
-    a_year = f"UPDATE instance SET lease_until = {world.db.dialect.now_us} + 31536000000000"  # noqa: S608
-    with world.db.transaction():
-        world.db.execute(a_year)
+    a_year = f"UPDATE instance SET lease_until = {store.db.dialect.now_us} + 31536000000000"  # noqa: S608
+    with store.db.transaction():
+        store.db.execute(a_year)
 
-    claimed = instances.claim(world.db, boot(**change), now=world.now)
+    claimed = instances.claim(store.db, boot(**change), now=store.now)
 
     assert claimed == Owner("default", 2, "t")
-    ((left,),) = world.rows(f"SELECT lease_until - {world.db.dialect.now_us} FROM instance")  # noqa: S608
+    ((left,),) = store.rows(f"SELECT lease_until - {store.db.dialect.now_us} FROM instance")  # noqa: S608
     assert 0 < left <= 15_000_000
 
 
-def test_a_lease_that_was_given_up_is_free_for_every_place(world: World) -> None:
-    instances.resign(world.db, world.owner)
+def test_a_released_lease_is_free_for_every_host(store: ServiceStore) -> None:
+    instances.resign(store.db, store.owner)
 
-    assert instances.claim(world.db, boot(**ELSEWHERE), now=world.now).epoch == 2
+    assert instances.claim(store.db, boot(**ELSEWHERE), now=store.now).epoch == 2
 
 
-def test_a_renewed_lease_holds(shared: World) -> None:
+def test_a_renewed_lease_refuses_other_starts(shared: ServiceStore) -> None:
     instances.resign(shared.db, shared.owner)
     instances.renew(shared.db, shared.owner)
 
@@ -94,81 +93,83 @@ def test_a_renewed_lease_holds(shared: World) -> None:
         instances.claim(shared.db, boot(**ELSEWHERE), now=shared.now)
 
 
-def test_an_older_epoch_is_fenced(world: World) -> None:
-    old = world.owner
-    world.restart()
+def test_an_older_epoch_is_fenced(store: ServiceStore) -> None:
+    old = store.owner
+    store.restart()
 
     for refused in (instances.renew, instances.demand_current):
         with pytest.raises(Fenced) as fenced:
-            refused(world.db, old)
+            refused(store.db, old)
         assert type(fenced.value) is Fenced
-    instances.demand_current(world.db, world.owner)
+    instances.demand_current(store.db, store.owner)
 
 
 @pytest.mark.parametrize("change", ["UPDATE {} SET epoch = 1", "DELETE FROM {}"])
-def test_a_claim_that_the_store_has_lost_is_not_called_superseded(
-    world: World, change: str
+def test_a_claim_that_the_store_has_lost_is_not_reported_as_superseded(
+    store: ServiceStore, change: str
 ) -> None:
-    owner = world.restart()
-    with world.db.transaction():
+    owner = store.restart()
+    with store.db.transaction():
         for table in ("instance", "instance_epoch"):
-            world.db.execute(change.format(table))
+            store.db.execute(change.format(table))
 
     for refused in (instances.renew, instances.demand_current):
         with pytest.raises(ClaimLost, match="no longer has this start's claim"):
-            refused(world.db, owner)
+            refused(store.db, owner)
 
 
-def test_an_older_epoch_cannot_give_up_a_newer_ones_lease(world: World) -> None:
-    old = world.owner
-    world.restart()
-    before = world.dump("instance")
+def test_an_older_epoch_cannot_release_the_lease_of_a_newer_one(store: ServiceStore) -> None:
+    old = store.owner
+    store.restart()
+    before = store.dump("instance")
 
-    instances.resign(world.db, old)
+    instances.resign(store.db, old)
 
-    assert before == world.dump("instance")
+    assert before == store.dump("instance")
 
 
 def test_a_start_whose_claim_a_failover_lost_is_fenced_by_one_of_the_same_epoch(
-    world: World,
+    store: ServiceStore,
 ) -> None:
-    lost = instances.claim(world.db, boot(**LOST), now=world.now)
+    lost = instances.claim(store.db, boot(**LOST), now=store.now)
     for table in ("instance", "instance_epoch"):
-        world.db.execute(f"UPDATE {table} SET epoch = 1, boot_token = 't'")  # noqa: S608
-    again = instances.claim(world.db, boot(**AGAIN), now=world.now)
-    before = world.dump("instance", "instance_epoch")
+        store.db.execute(f"UPDATE {table} SET epoch = 1, boot_token = 't'")  # noqa: S608
+    again = instances.claim(store.db, boot(**AGAIN), now=store.now)
+    before = store.dump("instance", "instance_epoch")
 
     for refused in (instances.renew, instances.demand_current):
         with pytest.raises(Fenced) as fenced:
-            refused(world.db, lost)
+            refused(store.db, lost)
         assert type(fenced.value) is Fenced
-    instances.resign(world.db, lost)
+    instances.resign(store.db, lost)
 
     assert (lost.epoch, again.epoch) == (2, 2)
-    assert before == world.dump("instance", "instance_epoch")
-    instances.demand_current(world.db, again)
-    instances.renew(world.db, again)
+    assert before == store.dump("instance", "instance_epoch")
+    instances.demand_current(store.db, again)
+    instances.renew(store.db, again)
 
 
-def test_starts_at_once_get_epochs_of_their_own(world: World) -> None:
-    use = partial(instances.claim, world.db, boot(), now=world.now)
+def test_starts_at_once_get_epochs_of_their_own(store: ServiceStore) -> None:
+    use = partial(instances.claim, store.db, boot(), now=store.now)
 
-    claimed = world.all_at_once([use] * 12, threads=12)
+    claimed = store.all_at_once([use] * 12, threads=12)
 
     assert list(range(2, 14)) == sorted(o.epoch for o in claimed if isinstance(o, Owner))
 
 
-def test_first_starts_at_once_get_epochs_of_their_own(world: World) -> None:
-    use = partial(instances.claim, world.db, boot("new"), now=world.now)
+def test_first_starts_at_once_get_epochs_of_their_own(store: ServiceStore) -> None:
+    use = partial(instances.claim, store.db, boot("new"), now=store.now)
 
-    claimed = world.all_at_once([use] * 12, threads=12)
+    claimed = store.all_at_once([use] * 12, threads=12)
 
     epochs = sorted(owner.epoch for owner in claimed if isinstance(owner, Owner))
-    first = 2 if world.db.dialect.kind is DatabaseKind.SQLITE else 1  # SQLite: above `default`
+    first = 2 if store.db.dialect.kind is DatabaseKind.SQLITE else 1  # SQLite: above `default`
     assert epochs == list(range(first, first + 12))
 
 
-def test_the_lease_ends_by_the_clock_of_the_database(database: Database, world: World) -> None:
+def test_the_lease_ends_by_the_clock_of_the_database(
+    database: Database, store: ServiceStore
+) -> None:
     row = database.fetch_one(f"SELECT lease_until - {database.dialect.now_us} FROM instance")  # noqa: S608
 
     assert row is not None
@@ -179,16 +180,16 @@ def test_the_lease_ends_by_the_clock_of_the_database(database: Database, world: 
 
 
 @pytest.fixture
-def shared(world: World) -> World:
-    """A world whose store has many connections at once."""
-    if world.db.dialect.kind is not DatabaseKind.POSTGRESQL:
+def shared(store: ServiceStore) -> ServiceStore:
+    """A store whose store has many connections at once."""
+    if store.db.dialect.kind is not DatabaseKind.POSTGRESQL:
         pytest.skip("SQLite has one writer at a time")
-    return world
+    return store
 
 
 @contextmanager
 def in_threads(
-    world: World, count: int
+    store: ServiceStore, count: int
 ) -> Iterator[Callable[[Callable[[], object]], Future[object]]]:
     """Yield what runs a use in a thread with a connection of its own."""
 
@@ -196,25 +197,25 @@ def in_threads(
         try:
             return use()
         finally:
-            world.db.close()
+            store.db.close()
 
     with ThreadPoolExecutor(count) as pool:
         yield lambda use: pool.submit(alone, use)
 
 
-def until_waiting(world: World, count: int) -> None:
+def until_waiting(store: ServiceStore, count: int) -> None:
     """Return once so many connections of this database wait for a lock."""
     sql = (
         "SELECT count(*) FROM (SELECT pg_stat_clear_snapshot()) AS anew, pg_stat_activity"
         " WHERE datname = current_database() AND wait_event_type = 'Lock'"
     )
     ends = time.monotonic() + 30
-    while world.rows(sql) != [(count,)]:
-        assert time.monotonic() < ends, f"{world.rows(sql)} connections wait, not {count}"
+    while store.rows(sql) != [(count,)]:
+        assert time.monotonic() < ends, f"{store.rows(sql)} connections wait, not {count}"
         time.sleep(0.01)
 
 
-def test_a_renewal_does_not_wait_for_writers_that_wait_for_a_table(shared: World) -> None:
+def test_a_renewal_does_not_wait_for_writers_that_wait_for_a_table(shared: ServiceStore) -> None:
     create = partial(shared.create, max_queued=100)
     with in_threads(shared, 25) as start:
         with shared.db.transaction():
@@ -230,7 +231,7 @@ def test_a_renewal_does_not_wait_for_writers_that_wait_for_a_table(shared: World
     assert shared.rows("SELECT count(*) FROM run") == [(24,)]
 
 
-def test_a_claim_waits_for_a_writer_and_fences_it_afterwards(shared: World) -> None:
+def test_a_claim_waits_for_a_writer_and_fences_it_afterwards(shared: ServiceStore) -> None:
     old = shared.owner
     with in_threads(shared, 1) as start:
         with shared.db.transaction():
@@ -246,7 +247,9 @@ def test_a_claim_waits_for_a_writer_and_fences_it_afterwards(shared: World) -> N
 
 
 @pytest.mark.parametrize("write", ["create", "renew"])
-def test_who_meets_a_claim_waits_for_it_and_is_fenced(shared: World, write: str) -> None:
+def test_a_writer_during_a_claim_waits_for_it_and_is_fenced(
+    shared: ServiceStore, write: str
+) -> None:
     old = shared.owner
     uses: dict[str, Callable[[], object]] = {
         "create": partial(shared.create, owner=old),
@@ -264,7 +267,7 @@ def test_who_meets_a_claim_waits_for_it_and_is_fenced(shared: World, write: str)
 
 
 def test_a_claim_against_a_living_instance_is_refused_without_waiting_for_its_writers(
-    shared: World,
+    shared: ServiceStore,
 ) -> None:
     with in_threads(shared, 1) as start, shared.db.transaction():
         instances.demand_current(shared.db, shared.owner)

@@ -12,44 +12,43 @@ from runrecovery_service.domain.turn import Asked, Failed, Interrupted, Succeede
 from runrecovery_service.storage import launch_records, trust, turns
 from runrecovery_service.storage.trust import TrustEntry
 from runrecovery_service.storage.turns import Turn
-
-from .conftest import GONE, QUESTION, World
+from storage.service_store import GONE, QUESTION, ServiceStore
 
 ROWS = ("run_event", "run_label", "interaction", "process_lease", "run")
 
 
-def give_key_away(world: World, turn: Turn) -> None:
+def give_key_away(store: ServiceStore, turn: Turn) -> None:
     """Lose the run and its launch, and give their keys to those of another caller."""
-    other = world.running(profile=Profile.STICKY_PROCESS, run_id="of another caller")
-    with world.db.transaction():
+    other = store.running(profile=Profile.STICKY_PROCESS, run_id="of another caller")
+    with store.db.transaction():
         for table in ROWS:
             column = "id" if table == "run" else "run"
-            world.db.execute(f"DELETE FROM {table} WHERE {column} = ?", (turn.run.key,))  # noqa: S608
+            store.db.execute(f"DELETE FROM {table} WHERE {column} = ?", (turn.run.key,))  # noqa: S608
         for table in reversed(ROWS):
             column = "id" if table == "run" else "run"
-            world.db.execute(
+            store.db.execute(
                 f"UPDATE {table} SET {column} = ? WHERE {column} = ?",  # noqa: S608
                 (turn.run.key, other.run.key),
             )
-        world.db.execute(
+        store.db.execute(
             "UPDATE process_lease SET id = ? WHERE id = ?", (turn.launch.key, other.launch.key)
         )
 
 
-def lose(world: World, turn: Turn) -> None:
-    with world.db.transaction():
+def lose(store: ServiceStore, turn: Turn) -> None:
+    with store.db.transaction():
         for table in ROWS:
             column = "id" if table == "run" else "run"
-            world.db.execute(f"DELETE FROM {table} WHERE {column} = ?", (turn.run.key,))  # noqa: S608
+            store.db.execute(f"DELETE FROM {table} WHERE {column} = ?", (turn.run.key,))  # noqa: S608
 
 
-def create_again(world: World, turn: Turn) -> None:
+def create_again(store: ServiceStore, turn: Turn) -> None:
     """Lose the run, and have its caller create it anew by the same request."""
-    lose(world, turn)
-    again = world.running(profile=Profile.STICKY_PROCESS, run_id=turn.run.run_id)
+    lose(store, turn)
+    again = store.running(profile=Profile.STICKY_PROCESS, run_id=turn.run.run_id)
     assert (again.run.key, again.run.attempt) == (again.launch.run_key, 1)
-    world.set(again.run, id=turn.run.key)
-    world.db.execute("UPDATE process_lease SET run = ?", (turn.run.key,))
+    store.set(again.run, id=turn.run.key)
+    store.db.execute("UPDATE process_lease SET run = ?", (turn.run.key,))
 
 
 LOSSES = [give_key_away, lose, create_again]
@@ -63,27 +62,27 @@ ENDS: list[TurnEnd] = [
 
 @pytest.mark.parametrize("happens", LOSSES)
 def test_a_turn_whose_run_was_lost_writes_nothing(
-    world: World, happens: Callable[[World, Turn], None]
+    store: ServiceStore, happens: Callable[[ServiceStore, Turn], None]
 ) -> None:
-    turn = world.running(profile=Profile.STICKY_PROCESS)
-    happens(world, turn)
-    before = world.dump()
-    owner, now, due = world.owner, world.now, world.due_in(1)
+    turn = store.running(profile=Profile.STICKY_PROCESS)
+    happens(store, turn)
+    before = store.dump()
+    owner, now, due = store.owner, store.now, store.due_in(1)
     session = Session(type="demo", handle="h", turn=1)
     writes: list[Callable[[], object]] = [
-        partial(turns.record_session, world.db, turn, owner=owner, session=session, now=now),
-        partial(turns.record_delivered, world.db, turn, owner=owner),
+        partial(turns.record_session, store.db, turn, owner=owner, session=session, now=now),
+        partial(turns.record_delivered, store.db, turn, owner=owner),
         partial(
-            turns.record_sticky_question, world.db, turn, owner=owner, number=1, question=QUESTION,
+            turns.record_sticky_question, store.db, turn, owner=owner, number=1, question=QUESTION,
             due=due, now=now,
         ),
         partial(
-            launch_records.record_gated, world.db, turn.launch, owner=owner, pid=1, start_ticks=1
+            launch_records.record_gated, store.db, turn.launch, owner=owner, pid=1, start_ticks=1
         ),
-        partial(launch_records.record_running, world.db, turn.launch, owner=owner),
+        partial(launch_records.record_running, store.db, turn.launch, owner=owner),
         *(
             partial(
-                turns.record_end, world.db, turn, owner=owner, end=end, ended=GONE, due=due, now=now
+                turns.record_end, store.db, turn, owner=owner, end=end, ended=GONE, due=due, now=now
             )
             for end in ENDS
         ),
@@ -95,78 +94,78 @@ def test_a_turn_whose_run_was_lost_writes_nothing(
         assert str(gone.value).startswith("the database no longer has ")
         assert str(gone.value).endswith("; it lost a commit")
 
-    assert before == world.dump()
+    assert before == store.dump()
 
 
 @pytest.mark.parametrize("happens", LOSSES)
-def test_what_became_of_a_lost_launch_is_written_onto_no_other(
-    world: World, happens: Callable[[World, Turn], None]
+def test_the_end_of_a_lost_launch_is_recorded_for_no_other_launch(
+    store: ServiceStore, happens: Callable[[ServiceStore, Turn], None]
 ) -> None:
-    turn = world.running(profile=Profile.STICKY_PROCESS)
-    happens(world, turn)
-    world.db.execute("UPDATE process_lease SET state = 'CLOSED'")
-    before = world.dump()
+    turn = store.running(profile=Profile.STICKY_PROCESS)
+    happens(store, turn)
+    store.db.execute("UPDATE process_lease SET state = 'CLOSED'")
+    before = store.dump()
 
-    launch_records.close(world.db, turn.launch, GONE, now=world.now)
-    launch_records.record_late_end(world.db, [(turn.launch, GONE)], now=world.now)
-    launch_records.close_all(world.db, [(turn.launch, GONE)], now=world.now, reconciliation_key=9)
+    launch_records.close(store.db, turn.launch, GONE, now=store.now)
+    launch_records.record_late_end(store.db, [(turn.launch, GONE)], now=store.now)
+    launch_records.close_all(store.db, [(turn.launch, GONE)], now=store.now, reconciliation_key=9)
 
-    assert before == world.dump()
-    assert not launch_records.is_over(world.db, turn.launch)
+    assert before == store.dump()
+    assert not launch_records.is_over(store.db, turn.launch)
 
 
 @pytest.mark.parametrize("happens", [give_key_away, lose])
-def test_a_lost_run_gets_no_trust_and_takes_none_away(
-    world: World, happens: Callable[[World, Turn], None]
+def test_a_turn_whose_run_was_lost_records_no_trust_entry(
+    store: ServiceStore, happens: Callable[[ServiceStore, Turn], None]
 ) -> None:
-    turn = world.running(profile=Profile.STICKY_PROCESS)
-    happens(world, turn)
+    turn = store.running(profile=Profile.STICKY_PROCESS)
+    happens(store, turn)
     entry = TrustEntry(
         file="/f", folder="/d", place="p", cli="codex", run_key=turn.run.key,
         run_id=turn.run.run_id, attempt=1, added="{}",
     )  # fmt: skip
 
     with pytest.raises(Fenced):
-        trust.record_entry(world.db, entry, host_id="host", owner=world.owner, now=world.now)
+        trust.record_entry(store.db, entry, host_id="host", owner=store.owner, now=store.now)
 
-    assert world.rows("SELECT count(*) FROM trust_entry") == [(0,)]
+    assert store.rows("SELECT count(*) FROM trust_entry") == [(0,)]
 
 
-def test_an_entry_is_found_by_the_run_that_has_it(world: World) -> None:
-    turn = world.running(profile=Profile.STICKY_PROCESS)
+def test_a_trust_entry_is_found_by_the_run_that_has_it(store: ServiceStore) -> None:
+    turn = store.running(profile=Profile.STICKY_PROCESS)
     entry = TrustEntry(
         file="/f", folder="/d", place="p", cli="codex", run_key=turn.run.key,
         run_id=turn.run.run_id, attempt=1, added="{}",
     )  # fmt: skip
-    trust.record_entry(world.db, entry, host_id="host", owner=world.owner, now=world.now)
-    world.set(turn.run, run_id="of another caller")
+    trust.record_entry(store.db, entry, host_id="host", owner=store.owner, now=store.now)
+    store.set(turn.run, run_id="of another caller")
 
     found = [
-        [one.folder for one in trust.entries_of_run(world.db, "host", run_id, owner=world.owner)]
+        [one.folder for one in trust.entries_of_run(store.db, "host", run_id, owner=store.owner)]
         for run_id in (turn.run.run_id, "of another caller")
     ]
 
     assert found == [[], ["/d"]]
 
 
-def test_a_launch_that_is_followed_is_known_by_its_cookie_when_takes_are_undone(
-    world: World,
+def test_a_supervised_launch_is_identified_by_its_cookie_when_lost_takes_are_undone(
+    store: ServiceStore,
 ) -> None:
-    followed = world.running()
-    give_key_away(world, followed)
+    followed = store.running()
+    give_key_away(store, followed)
 
     count = turns.requeue_unlaunched(
-        world.db, owner=world.owner, held=[followed.launch.cookie], now=world.now
+        store.db, owner=store.owner, held=[followed.launch.cookie], now=store.now
     )
 
     assert count == 1
-    assert world.rows("SELECT run_id, status FROM run") == [("of another caller", "QUEUED")]
+    assert store.rows("SELECT run_id, status FROM run") == [("of another caller", "QUEUED")]
 
 
-def test_a_run_whose_claim_was_lost_is_not_called_a_newer_epochs(world: World) -> None:
-    world.restart()
-    turn = world.running()
-    world.set(turn.run, owner_epoch=1)
+def test_a_run_whose_claim_was_lost_is_not_reported_as_superseded(store: ServiceStore) -> None:
+    store.restart()
+    turn = store.running()
+    store.set(turn.run, owner_epoch=1)
 
     with pytest.raises(RunGone, match="this start's claim of run 'run-0001'"):
-        turns.current_run(world.db, turn, owner=world.owner)
+        turns.current_run(store.db, turn, owner=store.owner)

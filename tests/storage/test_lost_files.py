@@ -79,7 +79,7 @@ def names(path: Path) -> list[str]:
 
 @damages
 @suffixes
-def test_a_transaction_after_the_loss_does_not_begin(
+def test_no_transaction_begins_after_the_loss(
     db: Database, tmp_path: Path, suffix: str, damage: Damage
 ) -> None:
     damage(tmp_path / (NAME + suffix))
@@ -136,7 +136,7 @@ async def test_a_recovery_is_not_acknowledged_after_the_loss(db: Database, tmp_p
     storage.close()
 
 
-def test_no_new_connection_makes_another_log(db: Database, tmp_path: Path) -> None:
+def test_no_new_connection_makes_a_new_wal(db: Database, tmp_path: Path) -> None:
     (tmp_path / f"{NAME}-wal").unlink()
 
     with ThreadPoolExecutor(1) as pool, pytest.raises(StorageUnavailable):
@@ -145,7 +145,7 @@ def test_no_new_connection_makes_another_log(db: Database, tmp_path: Path) -> No
     assert not (tmp_path / f"{NAME}-wal").exists()
 
 
-def test_a_file_that_comes_back_was_lost_all_the_same(db: Database, tmp_path: Path) -> None:
+def test_a_file_that_comes_back_counts_as_lost(db: Database, tmp_path: Path) -> None:
     log = tmp_path / f"{NAME}-wal"
     log.rename(tmp_path / "aside")
     with pytest.raises(StoreLost):
@@ -158,7 +158,7 @@ def test_a_file_that_comes_back_was_lost_all_the_same(db: Database, tmp_path: Pa
 
 @damages
 @suffixes
-def test_a_rescued_copy_has_everything_and_the_place_stays_as_it_is(
+def test_a_rescued_copy_has_everything_and_the_directory_is_not_changed(
     db: Database, tmp_path: Path, suffix: str, damage: Damage
 ) -> None:
     damage(tmp_path / (NAME + suffix))
@@ -179,7 +179,7 @@ def test_a_rescued_copy_has_everything_and_the_place_stays_as_it_is(
 @pytest.mark.parametrize(
     "ended_by", [DataDirRefused("lock", "was removed"), KeyboardInterrupt(), ValueError()]
 )
-def test_a_service_that_ends_by_something_else_rescues_a_lost_store_as_well(
+def test_a_service_that_ends_by_another_error_rescues_a_lost_store_too(
     db: Database, tmp_path: Path, ended_by: BaseException
 ) -> None:
     def end() -> None:
@@ -194,7 +194,7 @@ def test_a_service_that_ends_by_something_else_rescues_a_lost_store_as_well(
     assert names(Path(lost.value.copy)) == ["acknowledged"]
 
 
-def test_a_service_that_ends_with_its_store_in_place_ends_by_what_it_did(db: Database) -> None:
+def test_a_service_that_ends_with_its_store_in_place_keeps_its_own_error(db: Database) -> None:
     failed = DataDirRefused("lock", "was removed")
 
     with pytest.raises(DataDirRefused) as ended, store_kept(db):
@@ -206,7 +206,7 @@ def test_a_service_that_ends_with_its_store_in_place_ends_by_what_it_did(db: Dat
     assert ended.value.__cause__ is None
 
 
-def test_no_rescue_is_claimed_where_none_can_be_written(db: Database, tmp_path: Path) -> None:
+def test_a_rescue_that_cannot_be_written_returns_no_copy(db: Database, tmp_path: Path) -> None:
     (tmp_path / f"{NAME}-wal").unlink()
     tmp_path.rename(tmp_path.with_name("moved"))
 
@@ -214,7 +214,7 @@ def test_no_rescue_is_claimed_where_none_can_be_written(db: Database, tmp_path: 
     tmp_path.with_name("moved").rename(tmp_path)
 
 
-def test_work_beside_the_store_loses_nothing(db: Database, tmp_path: Path) -> None:
+def test_other_connections_that_empty_the_wal_lose_nothing(db: Database, tmp_path: Path) -> None:
     """Other connections, of this process and of others, come and go, and empty the log."""
     with ThreadPoolExecutor(4) as pool:
         for n in range(20):
@@ -243,7 +243,7 @@ def backup_sqlite_elsewhere(path: Path) -> None:
     subprocess.run(command, check=True, capture_output=True)
 
 
-def test_a_place_that_cannot_be_seen_for_a_while_is_not_lost(
+def test_a_directory_that_cannot_be_searched_for_a_while_is_not_lost(
     db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As root there is no directory that cannot be searched."""
@@ -319,7 +319,7 @@ def copied(tmp_path: Path) -> Iterator[Database]:
         yield db
 
 
-def test_a_file_that_is_overwritten_after_the_start_after_a_crash_is_noticed(
+def test_a_file_that_is_overwritten_after_a_crash_and_a_start_is_noticed(
     db: Database, tmp_path: Path
 ) -> None:
     crashed = tmp_path / "crashed"
@@ -337,7 +337,7 @@ def test_a_file_that_is_overwritten_after_the_start_after_a_crash_is_noticed(
 
 
 @overwritten
-def test_a_transaction_after_a_file_was_overwritten_does_not_begin(
+def test_no_transaction_begins_after_a_file_was_overwritten(
     copied: Database, tmp_path: Path, suffix: str, damage: Damage
 ) -> None:
     damage(tmp_path / (NAME + suffix))
@@ -354,7 +354,7 @@ def test_a_transaction_after_a_file_was_overwritten_does_not_begin(
 
 
 @pytest.mark.parametrize("damage", [empty, blank, halve])
-def test_a_commit_into_a_log_that_was_overwritten_is_not_acknowledged(
+def test_a_commit_into_an_overwritten_wal_is_not_acknowledged(
     copied: Database, tmp_path: Path, damage: Damage
 ) -> None:
     def use() -> None:
@@ -401,7 +401,7 @@ def test_a_file_that_is_only_touched_is_not_lost(copied: Database, tmp_path: Pat
 
 
 @pytest.mark.parametrize("pages", [1, 3, 50])
-def test_heavy_writing_and_small_checkpoints_are_never_taken_for_damage(
+def test_heavy_writing_with_small_checkpoints_is_not_taken_for_damage(
     tmp_path: Path, pages: int
 ) -> None:
     """Other threads look all the time, while SQLite begins its log anew, cuts it short, and gives

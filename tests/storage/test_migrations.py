@@ -17,8 +17,7 @@ from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.launch_records import LaunchEnd
 from runrecovery_service.storage.migrate import applied_migrations
 from runrecovery_service.storage.opening import open_database
-
-from .conftest import World, boot
+from storage.service_store import ServiceStore, boot
 
 LEASE_STATES = ("INTENT", "RUNNING", "KILL_PENDING", "CLOSED")
 LABELS = ('"no object"', '{"team": "red", "n": 1}', '{"a": "1", "a": "1"}', "{}")
@@ -90,25 +89,27 @@ def first(empty_database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
                 "INSERT INTO instance (name, epoch, boot_token, host_id, data_dir, pid,"
                 " lease_until, started_at) VALUES ('default', 1, 't', 'host', '/d', 7, 0, 1)"
             )
-        world = World(db=db, owner=Owner("default", 1, "t"))
+        store = ServiceStore(db=db, owner=Owner("default", 1, "t"))
         fill(db)
-        content = world.dump(*TABLES)
+        content = store.dump(*TABLES)
         db.close()
     return empty_database_url, content
 
 
 @pytest.fixture
-def world(first: First, tmp_path: Path) -> Iterator[World]:
+def store(first: First, tmp_path: Path) -> Iterator[ServiceStore]:
     """The same store, opened by this version, in its next epoch."""
     db = open_database(first[0], tmp_path)
-    world = World(db=db, owner=instances.claim(db, boot(), now=World.now))
-    yield world
+    store = ServiceStore(db=db, owner=instances.claim(db, boot(), now=ServiceStore.now))
+    yield store
     db.close()
 
 
-def test_everything_that_the_first_version_stored_is_there(first: First, world: World) -> None:
+def test_a_migration_keeps_everything_that_the_first_version_stored(
+    first: First, store: ServiceStore
+) -> None:
     _, before = first
-    after = world.dump(*TABLES)
+    after = store.dump(*TABLES)
 
     kept = {
         table: [{name: row[name] for name in before[table][0]} for row in rows]
@@ -156,15 +157,15 @@ def test_everything_that_the_first_version_stored_is_there(first: First, world: 
             )
         ),
     }
-    assert applied_migrations(world.db) == sorted(migrate.known_migrations())
+    assert applied_migrations(store.db) == sorted(migrate.known_migrations())
 
 
-def test_an_epoch_of_the_first_version_is_followed_by_the_next_one(world: World) -> None:
-    assert world.rows("SELECT name, epoch FROM instance") == [("default", 2)]
-    assert world.rows("SELECT name, epoch FROM instance_epoch") == [("default", 2)]
+def test_an_epoch_of_the_first_version_is_followed_by_the_next_one(store: ServiceStore) -> None:
+    assert store.rows("SELECT name, epoch FROM instance") == [("default", 2)]
+    assert store.rows("SELECT name, epoch FROM instance_epoch") == [("default", 2)]
 
 
-def test_a_service_of_the_first_version_that_lives_is_current_after_a_migration(
+def test_a_living_service_of_the_first_version_is_current_after_a_migration(
     first: First, tmp_path: Path
 ) -> None:
     db = open_database(first[0], tmp_path)
@@ -175,43 +176,45 @@ def test_a_service_of_the_first_version_that_lives_is_current_after_a_migration(
         db.close()
 
 
-def test_labels_of_earlier_runs_are_found(world: World) -> None:
-    found = runs.page(world.db, RunFilter(labels={"team": "red"}), after=None, limit=9)
+def test_runs_of_the_first_version_are_found_by_label(store: ServiceStore) -> None:
+    found = runs.page(store.db, RunFilter(labels={"team": "red"}), after=None, limit=9)
 
     assert [run.run_id for run in found.rows] == ["run-1"]
-    keys = world.rows("SELECT run, key FROM run_label ORDER BY run")
+    keys = store.rows("SELECT run, key FROM run_label ORDER BY run")
     assert keys == [(found.rows[0].key, "team"), (found.rows[0].key + 1, "a")]
 
 
-def test_an_earlier_run_is_watched_from_its_creation_on(world: World) -> None:
-    run = runs.get(world.db, "run-3")
+def test_a_run_of_the_first_version_has_a_created_event(store: ServiceStore) -> None:
+    run = runs.get(store.db, "run-3")
 
-    told = events.events_after(world.db, run, 0)
+    told = events.events_after(store.db, run, 0)
 
     assert [(event.sequence, event.kind) for event in told] == [(1, RunEventKind.CREATED)]
 
 
-def test_an_earlier_report_reads_as_the_report_of_a_start(world: World) -> None:
-    report = reports.get_report(world.db, "first")
+def test_a_report_of_the_first_version_reads_as_the_report_of_a_start(store: ServiceStore) -> None:
+    report = reports.get_report(store.db, "first")
 
     assert (report.cause, report.containment) == (Cause.STARTUP, None)
     assert (report.state, report.orphans.found) == (ReconciliationState.COMPLETED, 2)
     assert report.decisions[0].count == 4
 
 
-def test_an_open_question_of_the_first_version_waits_on(world: World) -> None:
-    world.converge()
+def test_an_open_question_of_the_first_version_keeps_waiting(store: ServiceStore) -> None:
+    store.apply_recovery()
 
-    ((run_id,),) = world.rows("SELECT run_id FROM run WHERE status = 'WAITING_USER'")
-    run = runs.get(world.db, run_id)
+    ((run_id,),) = store.rows("SELECT run_id FROM run WHERE status = 'WAITING_USER'")
+    run = runs.get(store.db, run_id)
 
     assert run.status is RunStatus.WAITING_USER
     assert run.pending is not None
     assert run.pending.wait_deadline_at is None
 
 
-def test_open_launches_of_the_first_version_are_orphans_without_a_watermark(world: World) -> None:
-    leases = launch_records.unclosed_launches(world.db, world.owner, before=world.owner.epoch)
+def test_open_launches_of_the_first_version_are_orphans_without_a_watermark(
+    store: ServiceStore,
+) -> None:
+    leases = launch_records.unclosed_launches(store.db, store.owner, before=store.owner.epoch)
 
     assert [(lease.watermark, lease.cgroup, lease.pid) for lease in leases] == [
         (None, None, 4242)
@@ -221,47 +224,47 @@ def test_open_launches_of_the_first_version_are_orphans_without_a_watermark(worl
 
 
 def test_open_launches_of_the_first_version_are_closed_and_their_runs_decided(
-    world: World,
+    store: ServiceStore,
 ) -> None:
-    scope = world.begin()
-    leases = launch_records.unclosed_launches(world.db, world.owner, before=world.owner.epoch)
+    scope = store.open_report()
+    leases = launch_records.unclosed_launches(store.db, store.owner, before=store.owner.epoch)
     gone = LaunchEnd(exit_code=None, processes_ended=1, gone=True)
     launch_records.close_all(
-        world.db,
+        store.db,
         [(lease, gone) for lease in leases],
-        now=world.tick(),
+        now=store.tick(),
         reconciliation_key=scope.reconciliation_key,
     )
-    tally = world.converge()
+    tally = store.apply_recovery()
 
-    assert launch_records.unclosed_launches(world.db, world.owner, before=world.owner.epoch) == []
+    assert launch_records.unclosed_launches(store.db, store.owner, before=store.owner.epoch) == []
     assert tally.decisions == {"running_interrupted": 3, "resumable_waiting_preserved": 1}
-    assert world.rows(
+    assert store.rows(
         "SELECT DISTINCT state, exit_code, processes_ended FROM process_lease WHERE id <="
         " (SELECT max(id) - 1 FROM process_lease)"
     ) == [("CLOSED", -9, 4)]
 
 
-def test_new_launches_get_keys_of_their_own_and_every_state(world: World) -> None:
-    (old,) = world.rows("SELECT max(id) FROM process_lease")
-    turn = world.running()
-    launch_records.record_gated(world.db, turn.launch, owner=world.owner, pid=1, start_ticks=1)
+def test_new_launches_get_new_keys_and_can_be_gated(store: ServiceStore) -> None:
+    (old,) = store.rows("SELECT max(id) FROM process_lease")
+    turn = store.running()
+    launch_records.record_gated(store.db, turn.launch, owner=store.owner, pid=1, start_ticks=1)
 
     assert turn.launch.key > old[0]
-    assert world.rows("SELECT state FROM process_lease WHERE id = ?", turn.launch.key) == [
+    assert store.rows("SELECT state FROM process_lease WHERE id = ?", turn.launch.key) == [
         ("GATED",)
     ]
 
 
-def test_a_state_that_there_is_not_is_still_refused(world: World) -> None:
-    with pytest.raises((pw.IntegrityError, pw.InternalError)), world.db.transaction():
-        world.db.execute("UPDATE process_lease SET state = 'ASLEEP'")
+def test_an_unknown_launch_state_is_refused_after_a_migration(store: ServiceStore) -> None:
+    with pytest.raises((pw.IntegrityError, pw.InternalError)), store.db.transaction():
+        store.db.execute("UPDATE process_lease SET state = 'ASLEEP'")
 
 
-def test_two_launches_of_one_turn_are_still_refused(world: World) -> None:
-    with pytest.raises(pw.IntegrityError), world.db.transaction():
+def test_a_second_launch_of_one_turn_is_refused_after_a_migration(store: ServiceStore) -> None:
+    with pytest.raises(pw.IntegrityError), store.db.transaction():
         insert(
-            world.db,
+            store.db,
             "process_lease",
             {**FIRST_LEASE, "run": 1, "cookie": "x", "state": "INTENT"},
         )

@@ -74,7 +74,7 @@ def test_a_store_of_a_newer_version_is_refused(
     assert before == contents(tmp_path)
 
 
-def test_a_step_that_was_edited_since_is_refused(
+def test_a_store_with_an_edited_migration_is_refused(
     new_database_url: Callable[[], str], tmp_path: Path
 ) -> None:
     url = new_database_url()
@@ -87,7 +87,7 @@ def test_a_step_that_was_edited_since_is_refused(
 
 
 @pytest.mark.parametrize("lost", ["name IS NOT NULL", "name = '0001_initial'"])
-def test_a_store_that_lost_the_record_of_a_migration_step_is_refused(
+def test_a_store_that_lost_the_record_of_a_migration_is_refused(
     new_database_url: Callable[[], str], tmp_path: Path, lost: str
 ) -> None:
     url = new_database_url()
@@ -99,7 +99,7 @@ def test_a_store_that_lost_the_record_of_a_migration_step_is_refused(
     assert "no record of the migration step 0001_initial that makes them" in refusal(tmp_path, url)
 
 
-def test_a_check_says_that_the_record_of_a_migration_step_is_lost(made: Path) -> None:
+def test_check_reports_that_the_record_of_a_migration_is_lost(made: Path) -> None:
     with closing(sqlite3.connect(made / "runrecovery.db")) as connection, connection:
         connection.execute("DELETE FROM schema_migration")
 
@@ -108,7 +108,7 @@ def test_a_check_says_that_the_record_of_a_migration_step_is_lost(made: Path) ->
     assert "no record of the migration step 0001_initial that makes them" in problem
 
 
-def test_a_check_says_that_a_newer_version_made_a_sqlite_store(made: Path) -> None:
+def test_check_reports_that_a_newer_version_made_a_sqlite_store(made: Path) -> None:
     with closing(sqlite3.connect(made / "runrecovery.db")) as connection, connection:
         connection.execute("INSERT INTO schema_migration VALUES (99, '9999_later', '2026-11-24')")
 
@@ -117,7 +117,7 @@ def test_a_check_says_that_a_newer_version_made_a_sqlite_store(made: Path) -> No
     ]
 
 
-def test_a_foreign_table_run_in_postgresql_is_refused(
+def test_a_postgresql_database_with_another_programs_table_run_is_refused(
     new_database_url: Callable[[], str], tmp_path: Path
 ) -> None:
     url = new_database_url()
@@ -162,7 +162,7 @@ def test_a_postgresql_whose_encoding_is_not_utf8_is_refused(
         administer(postgresql_url, f"DROP DATABASE {name} WITH (FORCE)")
 
 
-def test_the_defaults_of_a_database_do_not_reach_the_service(
+def test_default_settings_of_a_database_do_not_affect_the_service(
     postgresql_url: str, tmp_path: Path
 ) -> None:
     name = conninfo_to_dict(postgresql_url)["dbname"]
@@ -192,7 +192,7 @@ def test_options_of_the_url_are_kept(postgresql_url: str, tmp_path: Path) -> Non
         assert db.fetch_one("SELECT current_schema()") == ("elsewhere",)
 
 
-def test_a_setting_that_does_not_reach_the_server_is_refused(
+def test_a_connection_on_which_settings_have_no_effect_is_refused(
     postgresql_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(postgresql.CONNECTION_SETTINGS, "synchronous_commit", "off")
@@ -216,7 +216,7 @@ def test_a_setting_that_does_not_reach_the_server_is_refused(
     ],
     ids=["role", "database", "TLS", "port", "host"],
 )
-def test_a_postgresql_that_cannot_be_reached_is_refused_in_its_own_words(
+def test_an_unreachable_postgresql_is_refused_with_its_own_message(
     postgresql_url: str, tmp_path: Path, of_the_url: dict[str, str], words: str
 ) -> None:
     with proxied(postgresql_url) as proxy:
@@ -234,9 +234,7 @@ def test_a_postgresql_that_cannot_be_reached_is_refused_in_its_own_words(
         assert "s3cret" not in text
 
 
-def test_a_database_that_can_only_be_read_is_refused_in_true_words(
-    postgresql_url: str, tmp_path: Path
-) -> None:
+def test_a_read_only_database_is_refused_as_read_only(postgresql_url: str, tmp_path: Path) -> None:
     name = conninfo_to_dict(postgresql_url)["dbname"]
     administer(postgresql_url, f"ALTER DATABASE {name} SET default_transaction_read_only = on")
 
@@ -244,7 +242,7 @@ def test_a_database_that_can_only_be_read_is_refused_in_true_words(
 
 
 @pytest.mark.parametrize("password", ["x@s3cret", "x@s3cret:9", "s3cret/x", "@@s3cret"])
-def test_a_password_that_is_not_escaped_is_not_repeated(tmp_path: Path, password: str) -> None:
+def test_an_unescaped_password_is_in_no_message(tmp_path: Path, password: str) -> None:
     reason = refusal(tmp_path, f"postgresql://runrecovery:{password}@127.0.0.1:1/runrecovery")
 
     assert reason == (
@@ -252,7 +250,7 @@ def test_a_password_that_is_not_escaped_is_not_repeated(tmp_path: Path, password
     )
 
 
-def test_a_url_that_cannot_be_read_is_refused_without_its_password(tmp_path: Path) -> None:
+def test_a_url_that_cannot_be_parsed_is_refused_without_its_password(tmp_path: Path) -> None:
     reason = refusal(tmp_path, "postgresql://runrecovery:s3%zzcret@db/runrecovery")
 
     assert reason == (
@@ -260,7 +258,7 @@ def test_a_url_that_cannot_be_read_is_refused_without_its_password(tmp_path: Pat
     )
 
 
-def test_a_check_says_that_a_newer_version_was_here(postgresql_url: str) -> None:
+def test_check_reports_that_a_newer_version_has_used_the_store(postgresql_url: str) -> None:
     administer(
         postgresql_url,
         "INSERT INTO schema_migration (name, applied) VALUES ('9999_later', '2026-11-24')",
@@ -283,7 +281,9 @@ def test_a_check_says_that_a_newer_version_was_here(postgresql_url: str) -> None
     ],
     ids=["empty", "foreign", "cut short"],
 )
-def test_what_is_no_store_is_refused_untouched(tmp_path: Path, content: bytes, reason: str) -> None:
+def test_a_file_that_is_no_store_is_refused_untouched(
+    tmp_path: Path, content: bytes, reason: str
+) -> None:
     (tmp_path / NAME).write_bytes(content)
 
     assert reason in refusal(tmp_path)
@@ -301,7 +301,7 @@ def test_the_file_of_another_application_is_refused_untouched(tmp_path: Path) ->
     assert before == contents(tmp_path)
 
 
-def test_a_vanished_file_is_refused_and_not_made_anew(made: Path) -> None:
+def test_a_missing_file_is_refused_and_not_created_again(made: Path) -> None:
     (made / NAME).unlink()
     before = contents(made)
 
@@ -315,7 +315,7 @@ def test_a_file_that_was_truncated_is_refused(made: Path) -> None:
     assert "is empty" in refusal(made)
 
 
-def test_what_a_crashed_first_start_left_is_no_hindrance(tmp_path: Path) -> None:
+def test_files_of_a_crashed_first_start_do_not_hinder_the_next(tmp_path: Path) -> None:
     for suffix in (".new", ".new-wal", ".new-shm"):
         (tmp_path / (NAME + suffix)).write_bytes(b"half of a database")
 
@@ -324,7 +324,7 @@ def test_what_a_crashed_first_start_left_is_no_hindrance(tmp_path: Path) -> None
     assert {NAME, NAME + ".installed"} == set(contents(tmp_path))
 
 
-def test_a_crash_before_the_marker_is_mended(made: Path) -> None:
+def test_a_crash_before_the_marker_file_was_written_is_repaired(made: Path) -> None:
     (made / (NAME + ".installed")).unlink()
 
     open_database("", made).close()
@@ -332,7 +332,7 @@ def test_a_crash_before_the_marker_is_mended(made: Path) -> None:
     assert (made / (NAME + ".installed")).exists()
 
 
-def test_a_locked_file_is_refused_clearly(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_locked_file_is_refused_as_locked(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SQLITE_PRAGMAS, "busy_timeout", 20)
     with closing(sqlite3.connect(made / NAME)) as other:
         other.execute("PRAGMA locking_mode = EXCLUSIVE")
@@ -343,7 +343,7 @@ def test_a_locked_file_is_refused_clearly(made: Path, monkeypatch: pytest.Monkey
         assert refusal(made) == said
 
 
-def test_the_files_are_for_their_owner_only(tmp_path: Path) -> None:
+def test_only_the_owner_can_read_the_files(tmp_path: Path) -> None:
     db = open_database("", tmp_path)
     with db.transaction():
         db.execute("UPDATE run SET version = version")
@@ -373,10 +373,8 @@ def settings_of(db: Database) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("use", ["read_row", "read", "write", "renew", "run_exclusive"])
-async def test_every_connection_has_the_durable_settings(
-    world_of_sqlite: Database, use: str
-) -> None:
-    storage = Storage(world_of_sqlite)
+async def test_every_connection_has_the_durable_settings(sqlite_store: Database, use: str) -> None:
+    storage = Storage(sqlite_store)
     try:
         assert await getattr(storage, use)(settings_of) == DURABLE_SETTINGS
     finally:
@@ -389,7 +387,7 @@ def test_a_new_store_and_a_reopened_one_have_the_durable_settings(tmp_path: Path
             assert settings_of(db) == DURABLE_SETTINGS
 
 
-def test_a_setting_that_does_not_hold_is_refused(
+def test_a_setting_that_does_not_take_effect_is_refused(
     made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(SQLITE_PRAGMAS, "synchronous", 99)
@@ -397,7 +395,7 @@ def test_a_setting_that_does_not_hold_is_refused(
     assert "PRAGMA synchronous" in refusal(made)
 
 
-def test_a_store_can_be_named_by_url(tmp_path: Path) -> None:
+def test_a_sqlite_store_can_be_named_by_url(tmp_path: Path) -> None:
     place = tmp_path / "elsewhere.db"
 
     open_database(f"sqlite:///{place}", tmp_path).close()
@@ -426,7 +424,7 @@ def test_postgresql_commits_are_durable_and_bounded(database: Database) -> None:
 
 
 @pytest.fixture
-def world_of_sqlite(tmp_path: Path) -> Iterator[Database]:
+def sqlite_store(tmp_path: Path) -> Iterator[Database]:
     db = open_database("", tmp_path)
     yield db
     db.close()
@@ -435,7 +433,7 @@ def world_of_sqlite(tmp_path: Path) -> Iterator[Database]:
 # -- the lock file -----------------------------------------------------------------------------
 
 
-def test_a_held_file_is_refused_naming_its_holder(tmp_path: Path) -> None:
+def test_a_file_in_use_is_refused_with_the_name_of_its_holder(tmp_path: Path) -> None:
     held = LockFile(tmp_path / "lock", "the data directory", "pid 4711")
 
     with pytest.raises(Held, match=r"the data directory is held by pid 4711"):
@@ -498,7 +496,7 @@ def test_a_sqlite_file_is_locked_under_all_its_names(
 @pytest.mark.parametrize(
     ("pid", "holder"), [("4711", "pid 4711"), ("0", "a process of another container")]
 )
-def test_the_holder_of_a_sqlite_file_is_named_as_far_as_the_system_tells(
+def test_the_holder_of_a_sqlite_file_is_named_as_far_as_it_is_known(
     made: Path,
     tmp_path: Path,
     locks: list[Lock],

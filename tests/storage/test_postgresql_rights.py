@@ -87,7 +87,7 @@ def test_a_role_without_usage_of_its_schema_is_refused(
     )
 
 
-def test_a_search_path_that_leads_nowhere_is_refused(postgresql_url: str, tmp_path: Path) -> None:
+def test_a_search_path_without_a_schema_is_refused(postgresql_url: str, tmp_path: Path) -> None:
     url = f"{postgresql_url}&options=-csearch_path%3Dnowhere"
 
     assert refused_alike(url, tmp_path) == (
@@ -97,7 +97,7 @@ def test_a_search_path_that_leads_nowhere_is_refused(postgresql_url: str, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["run", "trust_entry"])
-def test_a_table_of_another_program_is_refused(empty_url: str, tmp_path: Path, name: str) -> None:
+def test_a_table_of_another_owner_is_refused(empty_url: str, tmp_path: Path, name: str) -> None:
     administer(empty_url, f"CREATE TABLE {name} (x int)")
 
     assert refused_alike(empty_url, tmp_path) == f"has a table `{name}` that is not ours"
@@ -114,7 +114,7 @@ def test_a_role_that_owns_nothing_is_refused(
     )
 
 
-def test_a_role_needs_no_more_than_is_documented(
+def test_a_role_with_the_documented_privileges_is_accepted(
     postgresql_url: str, role: str, tmp_path: Path
 ) -> None:
     names = ", ".join(table._meta.table_name for table in EVERY)
@@ -135,7 +135,7 @@ def test_a_role_needs_no_more_than_is_documented(
         ("INSERT, UPDATE ON run", "INSERT, UPDATE on the table `run`"),
     ],
 )
-def test_a_privilege_that_the_work_needs_is_missed_at_the_start(
+def test_a_start_reports_each_missing_privilege(
     postgresql_url: str, role: str, tmp_path: Path, revoked: str, reason: str
 ) -> None:
     administer(
@@ -149,7 +149,7 @@ def test_a_privilege_that_the_work_needs_is_missed_at_the_start(
     assert found == f"the role '{role}' lacks {reason}"
 
 
-def test_a_step_that_only_the_owner_of_the_tables_can_take_is_missed_at_the_start(
+def test_a_start_reports_a_migration_that_only_the_tables_owner_can_do(
     postgresql_url: str, role: str, tmp_path: Path
 ) -> None:
     administer(
@@ -165,7 +165,7 @@ def test_a_step_that_only_the_owner_of_the_tables_can_take_is_missed_at_the_star
     )
 
 
-def test_a_table_that_is_gone_is_missed_at_the_start(postgresql_url: str, tmp_path: Path) -> None:
+def test_a_start_reports_a_missing_table(postgresql_url: str, tmp_path: Path) -> None:
     administer(postgresql_url, "DROP TABLE run_label")
 
     assert (
@@ -173,7 +173,7 @@ def test_a_table_that_is_gone_is_missed_at_the_start(postgresql_url: str, tmp_pa
     )
 
 
-def test_a_member_of_the_owner_is_refused_nothing(
+def test_a_member_of_the_owners_role_is_accepted(
     postgresql_url: str, role: str, tmp_path: Path
 ) -> None:
     administer(postgresql_url, f"GRANT postgres TO {role}")

@@ -16,16 +16,15 @@ from runrecovery_service.domain.start_errors import DatabaseRefused
 from runrecovery_service.storage import instances, quick_check, runs, trial
 from runrecovery_service.storage.integrity import integrity_problems
 from runrecovery_service.storage.opening import open_database
-
-from .conftest import World, boot
+from storage.service_store import ServiceStore, boot
 
 PAGE = 4096
 
 
 def break_page(file: Path, of: str) -> None:
     """Overwrite the page on which an index or a table begins."""
-    with closing(sqlite3.connect(file)) as store:
-        ((page,),) = store.execute("SELECT rootpage FROM sqlite_master WHERE name = ?", (of,))
+    with closing(sqlite3.connect(file)) as connection:
+        ((page,),) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = ?", (of,))
     with file.open("r+b") as raw:
         raw.seek((page - 1) * PAGE)
         raw.write(b"\xff" * PAGE)
@@ -34,7 +33,7 @@ def break_page(file: Path, of: str) -> None:
 def make(folder: Path, *, stopped_in_order: bool) -> Path:
     """Make a store that a service has left."""
     with closing(open_database("", folder)) as db:
-        owner = instances.claim(db, boot(), now=World.now)
+        owner = instances.claim(db, boot(), now=ServiceStore.now)
         if stopped_in_order:
             instances.resign(db, owner)
     return folder / "runrecovery.db"
@@ -53,7 +52,7 @@ def test_a_damaged_page_refuses_the_start(tmp_path: Path, *, stopped_in_order: b
 
 
 @pytest.mark.parametrize(("stopped_in_order", "bound"), [(True, 0.5), (False, 10.0)])
-def test_the_time_to_look_is_longer_after_a_crash(
+def test_a_check_may_take_longer_after_a_crash(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, stopped_in_order: bool, bound: float
 ) -> None:
     file = make(tmp_path, stopped_in_order=stopped_in_order)
@@ -65,37 +64,37 @@ def test_the_time_to_look_is_longer_after_a_crash(
         return interrupting(connection, within_s)
 
     monkeypatch.setattr(quick_check, "_interrupting", note)
-    with closing(sqlite3.connect(file)) as store:
-        assert quick_check.find_damage(store) is None
+    with closing(sqlite3.connect(file)) as connection:
+        assert quick_check.find_damage(connection) is None
 
     assert taken == [bound]
 
 
-def test_a_file_that_takes_too_long_is_taken_as_it_is(
+def test_a_file_whose_check_takes_too_long_is_accepted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = make(tmp_path, stopped_in_order=False)
     for name in ("AFTER_CRASH_S", "REPEAT_S"):
         monkeypatch.setattr(quick_check, name, 0.0001)
-    with closing(sqlite3.connect(file)) as store:
-        store.execute("PRAGMA synchronous = OFF")
-        store.execute("CREATE TABLE large (id INTEGER PRIMARY KEY, text TEXT)")
-        store.executemany(
+    with closing(sqlite3.connect(file)) as connection:
+        connection.execute("PRAGMA synchronous = OFF")
+        connection.execute("CREATE TABLE large (id INTEGER PRIMARY KEY, text TEXT)")
+        connection.executemany(
             "INSERT INTO large (text) VALUES (?)", (("x" * 2000,) for _ in range(50_000))
         )
-        store.commit()
+        connection.commit()
 
     open_database("", tmp_path).close()
 
     assert "storage.check_cut_short" in capsys.readouterr().out
 
 
-def test_a_file_without_tables_is_refused_and_check_says_so(tmp_path: Path) -> None:
+def test_a_file_without_tables_is_refused_and_check_reports_it(tmp_path: Path) -> None:
     file = make(tmp_path, stopped_in_order=True)
     file.unlink()
-    with closing(sqlite3.connect(file)) as store:
-        store.execute("PRAGMA application_id = 1381122902")
-        store.execute("CREATE TABLE lost_and_found (id)")
+    with closing(sqlite3.connect(file)) as connection:
+        connection.execute("PRAGMA application_id = 1381122902")
+        connection.execute("CREATE TABLE lost_and_found (id)")
     Path(f"{file}.installed").unlink()
 
     said = "has none of the service's tables; restore a backup"
@@ -105,12 +104,12 @@ def test_a_file_without_tables_is_refused_and_check_says_so(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("damaged", ["run_queue", "run_label"])
-def test_the_documented_mending_saves_the_runs(tmp_path: Path, damaged: str) -> None:
+def test_the_documented_repair_saves_the_runs(tmp_path: Path, damaged: str) -> None:
     if shutil.which("sqlite3") is None:
         pytest.skip("no sqlite3 command here")
     with closing(open_database("", tmp_path)) as db:
-        world = World(db=db, owner=instances.claim(db, boot(), now=World.now))
-        run = world.create()
+        store = ServiceStore(db=db, owner=instances.claim(db, boot(), now=ServiceStore.now))
+        run = store.create()
     break_page(tmp_path / "runrecovery.db", damaged)
     page = (Path(__file__).parents[2] / "docs" / "operations.md").read_text("utf-8")
     script = page.partition("### A damaged database")[2].split("```\n")[1]
@@ -126,23 +125,23 @@ def test_the_documented_mending_saves_the_runs(tmp_path: Path, damaged: str) -> 
 # -- trials ------------------------------------------------------------------------------------
 
 
-def try_it(world: World) -> None:
-    trial.read_newest_run(world.db)
+def try_it(store: ServiceStore) -> None:
+    trial.read_newest_run(store.db)
     trial.try_create_and_take(
-        world.db, owner=world.owner, due_in=world.due_in, steady=world.steady, now=world.tick()
+        store.db, owner=store.owner, due_in=store.due_in, steady=store.steady, now=store.tick()
     )
 
 
-def test_a_trial_changes_nothing_and_announces_nothing(world: World) -> None:
-    run = world.create()
-    before = world.dump()
-    world.db.take_changed_runs()
+def test_a_trial_changes_nothing_and_announces_nothing(store: ServiceStore) -> None:
+    run = store.create()
+    before = store.dump()
+    store.db.take_changed_runs()
 
-    try_it(world)
+    try_it(store)
 
-    assert world.dump() == before
-    assert world.db.take_changed_runs() == frozenset()
-    assert world.get(run).status is RunStatus.QUEUED
+    assert store.dump() == before
+    assert store.db.take_changed_runs() == frozenset()
+    assert store.get(run).status is RunStatus.QUEUED
 
 
 @pytest.mark.parametrize(
@@ -154,10 +153,10 @@ def test_a_trial_changes_nothing_and_announces_nothing(world: World) -> None:
         "ALTER TABLE recovery_event RENAME TO elsewhere",
     ],
 )
-def test_a_trial_fails_where_the_work_would(world: World, breakage: str) -> None:
-    world.create()
-    with world.db.transaction():
-        world.db.execute(breakage)
+def test_a_trial_fails_where_real_work_would(store: ServiceStore, breakage: str) -> None:
+    store.create()
+    with store.db.transaction():
+        store.db.execute(breakage)
 
     with pytest.raises(Exception, match=r"no such table|does not exist"):
-        try_it(world)
+        try_it(store)

@@ -16,35 +16,34 @@ from runrecovery_service.domain.errors import (
 from runrecovery_service.domain.run import RecoveryState, Run, RunStatus
 from runrecovery_service.domain.turn import Succeeded
 from runrecovery_service.storage import deadlines, decisions, interactions, reopening
+from storage.service_store import REOPEN_S, ServiceStore, receipt
 
-from .conftest import REOPEN_S, World, receipt
 
-
-def reopen(world: World, run: Run, handle: str | None = None, **changes: Any) -> Run:
+def reopen(store: ServiceStore, run: Run, handle: str | None = None, **changes: Any) -> Run:
     given: dict[str, Any] = {
-        "session_type": lambda _: "jsonl", "owner": world.owner, "etag": None, "receipt": None,
-        "due_in": world.due_in, "steady": world.steady, "now": world.tick(),
+        "session_type": lambda _: "jsonl", "owner": store.owner, "etag": None, "receipt": None,
+        "due_in": store.due_in, "steady": store.steady, "now": store.tick(),
     } | changes  # fmt: skip
-    return reopening.reopen(world.db, run.run_id, handle=handle, **given)
+    return reopening.reopen(store.db, run.run_id, handle=handle, **given)
 
 
-def lost(world: World, *, replied: bool = False, **changes: Any) -> Run:
+def lost(store: ServiceStore, *, replied: bool = False, **changes: Any) -> Run:
     """A run that a restart failed because its session was lost."""
-    run = world.waiting(**changes)
+    run = store.waiting(**changes)
     if replied:
-        world.reply(run, "accepted")
-    world.set(run, session_verdict="INVALID")
-    world.recover()
-    failed = world.get(run)
+        store.reply(run, "accepted")
+    store.set(run, session_verdict="INVALID")
+    store.recover()
+    failed = store.get(run)
     assert failed.status is RunStatus.FAILED
     assert failed.session is None
     return failed
 
 
-def test_a_failed_wait_waits_again_with_its_question(world: World) -> None:
-    run = lost(world)
+def test_a_failed_wait_waits_again_with_its_question(store: ServiceStore) -> None:
+    run = lost(store)
 
-    back = reopen(world, run)
+    back = reopen(store, run)
 
     assert back.status is RunStatus.WAITING_USER
     assert back.pending is not None
@@ -54,23 +53,23 @@ def test_a_failed_wait_waits_again_with_its_question(world: World) -> None:
     assert (back.session.handle, back.session.turn) == ("secret", 1)
 
 
-def test_it_goes_on_as_if_nothing_had_happened(world: World) -> None:
-    run = lost(world)
-    reopen(world, run)
-    world.reply(run, "yes")
-    turn = world.take()
+def test_a_reopened_run_accepts_a_reply_and_resumes(store: ServiceStore) -> None:
+    run = lost(store)
+    reopen(store, run)
+    store.reply(run, "yes")
+    turn = store.take()
     assert turn is not None
     assert turn.reply is not None
     assert turn.reply.response == "yes"
 
-    assert world.end(turn, Succeeded({"done": True})).status is RunStatus.SUCCEEDED
+    assert store.end(turn, Succeeded({"done": True})).status is RunStatus.SUCCEEDED
 
 
-def test_an_accepted_reply_is_not_lost_with_the_session(world: World) -> None:
-    run = lost(world, replied=True)
+def test_a_reopened_run_with_an_accepted_reply_is_queued_with_it(store: ServiceStore) -> None:
+    run = lost(store, replied=True)
 
-    back = reopen(world, run)
-    turn = world.take()
+    back = reopen(store, run)
+    turn = store.take()
 
     assert back.status is RunStatus.QUEUED
     assert turn is not None
@@ -78,45 +77,45 @@ def test_an_accepted_reply_is_not_lost_with_the_session(world: World) -> None:
     assert (turn.reply.response, turn.run.key) == ("accepted", run.key)
 
 
-def test_another_handle_takes_the_place_of_the_lost_one(world: World) -> None:
-    back = reopen(world, lost(world), "newer")
+def test_a_new_handle_replaces_the_lost_one(store: ServiceStore) -> None:
+    back = reopen(store, lost(store), "newer")
 
     assert back.session is not None
     assert back.session.handle == "newer"
 
 
-def test_the_mark_of_a_session_file_stays_with_its_own_handle_alone(world: World) -> None:
-    kept, named, replaced = lost(world), lost(world), lost(world)
+def test_a_fingerprint_is_kept_only_with_its_own_handle(store: ServiceStore) -> None:
+    kept, named, replaced = lost(store), lost(store), lost(store)
     for run in (kept, named, replaced):
-        world.set(run, session_mark="12 34")
+        store.set(run, session_mark="12 34")
 
-    reopen(world, kept)
-    reopen(world, named, "secret")
-    reopen(world, replaced, "newer")
+    reopen(store, kept)
+    reopen(store, named, "secret")
+    reopen(store, replaced, "newer")
 
-    assert world.column(kept, "session_mark") == "12 34"
-    assert world.column(named, "session_mark") == "12 34"
-    assert world.column(replaced, "session_mark") is None
+    assert store.column(kept, "session_mark") == "12 34"
+    assert store.column(named, "session_mark") == "12 34"
+    assert store.column(replaced, "session_mark") is None
 
 
-def test_a_run_without_a_handle_needs_one(world: World) -> None:
-    run = world.waiting()
-    world.set(run, session_value=None, session_type=None)
-    world.recover()
+def test_a_run_without_a_handle_is_reopened_only_with_one(store: ServiceStore) -> None:
+    run = store.waiting()
+    store.set(run, session_value=None, session_type=None)
+    store.recover()
 
     with pytest.raises(SessionNotResumable):
-        reopen(world, run)
-    back = reopen(world, run, "found again")
+        reopen(store, run)
+    back = reopen(store, run, "found again")
     assert back.session is not None
     assert (back.session.type, back.session.handle) == ("jsonl", "found again")
 
 
-def test_it_is_a_decision_in_the_history(world: World) -> None:
-    run = lost(world)
+def test_a_reopening_is_a_decision_in_the_history(store: ServiceStore) -> None:
+    run = lost(store)
     failed = run.recovery
-    reopen(world, run)
+    reopen(store, run)
 
-    newest, before = decisions.history(world.db, run.run_id)
+    newest, before = decisions.history(store.db, run.run_id)
 
     assert before == failed
     assert (newest.recovery_state, newest.recovery_reason) == (
@@ -125,156 +124,162 @@ def test_it_is_a_decision_in_the_history(world: World) -> None:
     assert (newest.status_before, newest.status_after) == (
         RunStatus.FAILED, RunStatus.WAITING_USER
     )  # fmt: skip
-    assert world.get(run).recovery == newest
+    assert store.get(run).recovery == newest
 
 
-def test_the_next_restart_keeps_it_waiting(world: World) -> None:
-    run = lost(world)
-    reopen(world, run)
-    world.recover()
+def test_the_next_restart_keeps_a_reopened_run_waiting(store: ServiceStore) -> None:
+    run = lost(store)
+    reopen(store, run)
+    store.recover()
 
-    kept = world.get(run).recovery
+    kept = store.get(run).recovery
     assert kept is not None
     assert (kept.recovery_state, kept.recovery_count) == (RecoveryState.RECOVERED_WAITING, 3)
 
 
-def test_the_window_closes(world: World) -> None:
-    run = lost(world)
+def test_a_run_is_reopened_only_before_its_deadline(store: ServiceStore) -> None:
+    run = lost(store)
     assert run.reopenable_until is not None
-    world.wait(REOPEN_S + 1)
+    store.advance(REOPEN_S + 1)
 
     with pytest.raises(RunNotReopenable, match="window"):
-        reopen(world, run)
+        reopen(store, run)
 
 
-def test_a_window_by_another_clock_is_closed_until_it_is_brought_over(world: World) -> None:
+def test_a_deadline_of_an_earlier_boot_refuses_reopening_until_it_is_rearmed(
+    store: ServiceStore,
+) -> None:
     from runrecovery_service.storage import deadlines
 
-    run = lost(world)
-    world.reboot(60)
+    run = lost(store)
+    store.reboot(60)
     with pytest.raises(RunNotReopenable):
-        reopen(world, run)
-    deadlines.move_to_clock(world.db, world.owner, now=world.now, steady=world.steady)
+        reopen(store, run)
+    deadlines.move_to_clock(store.db, store.owner, now=store.now, steady=store.steady)
 
-    assert reopen(world, run).status is RunStatus.WAITING_USER
+    assert reopen(store, run).status is RunStatus.WAITING_USER
 
 
 @pytest.mark.parametrize("how", ["queued", "running", "question", "succeeded", "canceled"])
-def test_nothing_else_is_set_back(world: World, how: str) -> None:
+def test_a_run_that_failed_for_another_reason_is_not_reopened(
+    store: ServiceStore, how: str
+) -> None:
     if how == "succeeded":
-        turn = world.running()
-        run = world.end(turn, Succeeded({}))
+        turn = store.running()
+        run = store.end(turn, Succeeded({}))
     else:
-        run = world.create() if how == "queued" else world.waiting()
+        run = store.create() if how == "queued" else store.waiting()
         if how == "running":
-            world.reply(run)
-            world.take()
-            world.set(run, session_value=None)
-            world.db.execute("UPDATE interaction SET state = 'DELIVERED'")
+            store.reply(run)
+            store.take()
+            store.set(run, session_value=None)
+            store.db.execute("UPDATE interaction SET state = 'DELIVERED'")
         elif how == "question":
-            world.db.execute("DELETE FROM interaction")
+            store.db.execute("DELETE FROM interaction")
         elif how == "canceled":
-            world.cancel(run)
-        world.recover()
-    before = world.dump()
+            store.cancel(run)
+        store.recover()
+    before = store.dump()
 
     with pytest.raises(RunNotReopenable):
-        reopen(world, run)
-    assert world.dump() == before
+        reopen(store, run)
+    assert store.dump() == before
 
 
-def test_a_run_that_waits_is_not_set_back(world: World) -> None:
+def test_a_waiting_run_is_not_reopened(store: ServiceStore) -> None:
     with pytest.raises(RunNotReopenable):
-        reopen(world, world.waiting())
+        reopen(store, store.waiting())
 
 
-def test_a_quarantined_run_is_not_set_back(world: World) -> None:
-    run = lost(world)
-    world.set(run, recovery_state="QUARANTINED")
+def test_a_quarantined_run_is_not_reopened(store: ServiceStore) -> None:
+    run = lost(store)
+    store.set(run, recovery_state="QUARANTINED")
 
     with pytest.raises(RunQuarantined):
-        reopen(world, run)
+        reopen(store, run)
 
 
-def test_a_question_that_cannot_be_read_is_in_the_way(world: World) -> None:
-    run = lost(world)
-    world.db.execute("UPDATE interaction SET kind = 'newer'")
+def test_a_run_with_an_unreadable_question_is_not_reopened(store: ServiceStore) -> None:
+    run = lost(store)
+    store.db.execute("UPDATE interaction SET kind = 'newer'")
 
     with pytest.raises(RunNotReopenable, match="question"):
-        reopen(world, run)
+        reopen(store, run)
 
 
-def test_the_etag_decides_between_two(world: World) -> None:
-    run = lost(world)
+def test_a_reopening_with_an_old_etag_is_refused(store: ServiceStore) -> None:
+    run = lost(store)
 
     with pytest.raises(EtagMismatch):
-        reopen(world, run, etag="1-1")
-    assert reopen(world, run, etag=run.etag).status is RunStatus.WAITING_USER
+        reopen(store, run, etag="1-1")
+    assert reopen(store, run, etag=run.etag).status is RunStatus.WAITING_USER
 
 
-def test_the_same_call_again_changes_nothing(world: World) -> None:
-    run = lost(world)
-    reopen(world, run, "mine")
-    before = world.dump("run", "interaction", "recovery_event", "run_event")
+def test_the_same_call_again_changes_nothing(store: ServiceStore) -> None:
+    run = lost(store)
+    reopen(store, run, "mine")
+    before = store.dump("run", "interaction", "recovery_event", "run_event")
 
-    reopen(world, run, "mine")
-    reopen(world, run)
+    reopen(store, run, "mine")
+    reopen(store, run)
     with pytest.raises(RunNotReopenable):
-        reopen(world, run, "another")
+        reopen(store, run, "another")
 
-    assert world.dump("run", "interaction", "recovery_event", "run_event") == before
+    assert store.dump("run", "interaction", "recovery_event", "run_event") == before
 
 
-def test_a_receipt_gives_the_run_whatever_became_of_it(world: World) -> None:
-    run = lost(world)
-    reopen(world, run, receipt=receipt())
-    world.cancel(run)
+def test_a_repeated_call_returns_the_run_as_it_is_now(store: ServiceStore) -> None:
+    run = lost(store)
+    reopen(store, run, receipt=receipt())
+    store.cancel(run)
 
-    assert reopen(world, run, receipt=receipt()).status is RunStatus.CANCELED
+    assert reopen(store, run, receipt=receipt()).status is RunStatus.CANCELED
     with pytest.raises(RequestIdReused):
-        reopen(world, run, receipt=receipt(payload=b"other"))
+        reopen(store, run, receipt=receipt(payload=b"other"))
 
 
-def test_its_deadlines_begin_anew(world: World) -> None:
-    run = lost(world, require_user_reply=False, session_timeout_s=50.0, max_run_s=100.0)
-    world.wait(500)
+def test_the_deadlines_of_a_reopened_run_begin_anew(store: ServiceStore) -> None:
+    run = lost(store, require_user_reply=False, session_timeout_s=50.0, max_run_s=100.0)
+    store.advance(500)
 
-    back = reopen(world, run)
+    back = reopen(store, run)
 
     assert back.pending is not None
     assert back.pending.wait_deadline_at is not None
-    assert (back.pending.wait_deadline_at - world.now).total_seconds() == 50
+    assert (back.pending.wait_deadline_at - store.now).total_seconds() == 50
     assert back.run_deadline_at is not None
-    assert (back.run_deadline_at - world.now).total_seconds() == 100
+    assert (back.run_deadline_at - store.now).total_seconds() == 100
 
 
-def test_its_deadlines_are_gone_by_as_they_are_shown(world: World) -> None:
-    run = lost(world, require_user_reply=False, session_timeout_s=50.0, max_run_s=100.0)
-    world.wait(500)
-    reopen(world, run)
+def test_the_deadlines_of_a_reopened_run_pass_when_they_are_shown_to_pass(
+    store: ServiceStore,
+) -> None:
+    run = lost(store, require_user_reply=False, session_timeout_s=50.0, max_run_s=100.0)
+    store.advance(500)
+    reopen(store, run)
 
     def passed() -> list[DueKind]:
-        found = deadlines.passed_deadlines(world.db, world.owner, steady=world.steady, limit=9)
+        found = deadlines.passed_deadlines(store.db, store.owner, steady=store.steady, limit=9)
         return [one.kind for one in found]
 
     told = [passed()]
     for seconds in (49.9, 0.1, 49.9, 0.1):
-        world.wait(seconds)
+        store.advance(seconds)
         told.append(passed())
 
     assert told == [[], [], [DueKind.WAIT], [DueKind.WAIT], [DueKind.WAIT, DueKind.RUN]]
 
 
-def test_the_handle_is_in_no_repr(world: World) -> None:
-    found = reopening.find_candidate(world.db, lost(world).run_id)
+def test_the_handle_is_in_no_repr(store: ServiceStore) -> None:
+    found = reopening.find_candidate(store.db, lost(store).run_id)
 
     assert found.handle == "secret"
     assert "secret" not in repr(found).replace("<secret>", "")
 
 
-def test_a_closed_question_of_an_ended_run_stays_closed(world: World) -> None:
-    run = lost(world)
+def test_a_closed_question_of_an_ended_run_stays_closed(store: ServiceStore) -> None:
+    run = lost(store)
 
-    asked = interactions.find(world.db, run.key, 1)
+    asked = interactions.find(store.db, run.key, 1)
     assert asked is not None
     assert asked.state.value == "CLOSED"

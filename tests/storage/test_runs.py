@@ -27,14 +27,13 @@ from runrecovery_service.domain.run import (
 )
 from runrecovery_service.domain.turn import Failed, Succeeded
 from runrecovery_service.storage import instances, runs
-
-from .conftest import World, boot, receipt
+from storage.service_store import ServiceStore, boot, receipt
 
 FAILED = Failed(RunError(code="ENGINE_FAILED", message="m"))
 
 
-def test_a_created_run_is_read_back_as_it_was_given(world: World) -> None:
-    run = world.create(
+def test_a_created_run_is_read_back_as_it_was_given(store: ServiceStore) -> None:
+    run = store.create(
         run_id="mine",
         engine="codex",
         labels={"a": "ä"},
@@ -44,104 +43,104 @@ def test_a_created_run_is_read_back_as_it_was_given(world: World) -> None:
         input={"n": [1, 2.5, None, {"deep": True}], "quote'?%s": "%"},
     )
 
-    assert run == runs.get(world.db, "mine")
+    assert run == runs.get(store.db, "mine")
     assert (run.status, run.engine, run.labels) == (RunStatus.QUEUED, "codex", {"a": "ä"})
     assert run.input == {"n": [1, 2.5, None, {"deep": True}], "quote'?%s": "%"}
     assert (run.profile, run.restart_policy) == (Profile.STICKY_PROCESS, RestartPolicy.REQUEUE)
     assert (run.attempt, run.turn, run.max_attempts, run.version) == (0, 0, 3, 1)
-    assert run.created_at == run.updated_at == world.now
+    assert run.created_at == run.updated_at == store.now
     assert (run.owner, run.owner_epoch) == ("default", 1)
 
 
-def test_a_run_that_is_not_there_is_not_found(world: World) -> None:
+def test_an_unknown_run_is_not_found(store: ServiceStore) -> None:
     with pytest.raises(RunNotFound):
-        runs.get(world.db, "nobody")
+        runs.get(store.db, "nobody")
 
 
-def test_a_taken_run_id_is_refused_and_changes_nothing(world: World) -> None:
-    world.create(run_id="mine")
-    before = world.dump()
+def test_a_taken_run_id_is_refused_and_changes_nothing(store: ServiceStore) -> None:
+    store.create(run_id="mine")
+    before = store.dump()
 
     with pytest.raises(RunAlreadyExists):
-        world.create(run_id="mine", engine="other", with_receipt=receipt())
+        store.create(run_id="mine", engine="other", with_receipt=receipt())
 
-    assert before == world.dump()
+    assert before == store.dump()
 
 
-def test_the_same_receipt_gives_the_same_run_as_it_is_now(world: World) -> None:
-    first = world.create(with_receipt=receipt())
-    world.cancel(first)
+def test_a_repeated_request_returns_the_same_run_as_it_is_now(store: ServiceStore) -> None:
+    first = store.create(with_receipt=receipt())
+    store.cancel(first)
 
-    again = world.create(run_id="ignored", with_receipt=receipt())
+    again = store.create(run_id="ignored", with_receipt=receipt())
 
-    assert again == world.get(first)
+    assert again == store.get(first)
     assert again.status is RunStatus.CANCELED
 
 
 @pytest.mark.parametrize(
     "other", [receipt(payload=b"other"), receipt(method="Other")], ids=["payload", "method"]
 )
-def test_a_receipt_with_another_request_is_refused(world: World, other: object) -> None:
-    world.create(with_receipt=receipt())
-    before = world.dump()
+def test_a_request_id_with_another_request_is_refused(store: ServiceStore, other: object) -> None:
+    store.create(with_receipt=receipt())
+    before = store.dump()
 
     with pytest.raises(RequestIdReused):
-        world.create(with_receipt=other)  # type: ignore[arg-type]
+        store.create(with_receipt=other)  # type: ignore[arg-type]
 
-    assert before == world.dump()
+    assert before == store.dump()
 
 
-def test_fifty_callers_with_one_request_make_one_run(world: World) -> None:
-    uses = [partial(world.create, run_id=f"r{n}", with_receipt=receipt()) for n in range(50)]
+def test_fifty_callers_with_one_request_id_create_one_run(store: ServiceStore) -> None:
+    uses = [partial(store.create, run_id=f"r{n}", with_receipt=receipt()) for n in range(50)]
 
-    results = world.all_at_once(uses, threads=50)
+    results = store.all_at_once(uses, threads=50)
 
     runs_made = {result.run_id for result in results if isinstance(result, Run)}
     errors = [result for result in results if isinstance(result, Exception)]
-    assert len(world.dump("run")["run"]) == len(runs_made) == 1
+    assert len(store.dump("run")["run"]) == len(runs_made) == 1
     assert errors == []
 
 
-def test_fifty_callers_with_one_request_and_run_id_get_one_run(world: World) -> None:
-    use = partial(world.create, run_id="one", with_receipt=receipt())
+def test_fifty_callers_with_one_request_id_and_run_id_get_one_run(store: ServiceStore) -> None:
+    use = partial(store.create, run_id="one", with_receipt=receipt())
 
-    results = world.all_at_once([use] * 50, threads=50)
+    results = store.all_at_once([use] * 50, threads=50)
 
     assert [r.run_id if isinstance(r, Run) else repr(r) for r in results] == ["one"] * 50
 
 
-def test_fifty_callers_with_one_run_id_make_one_run(world: World) -> None:
-    results = world.all_at_once([partial(world.create, run_id="one")] * 50, threads=50)
+def test_fifty_callers_with_one_run_id_create_one_run(store: ServiceStore) -> None:
+    results = store.all_at_once([partial(store.create, run_id="one")] * 50, threads=50)
 
     assert sum(isinstance(result, Run) for result in results) == 1
     assert {type(r) for r in results if not isinstance(r, Run)} == {RunAlreadyExists}
 
 
-def test_the_queue_is_bounded(world: World) -> None:
-    world.create(max_queued=2)
-    world.create(max_queued=2)
+def test_the_queue_is_bounded(store: ServiceStore) -> None:
+    store.create(max_queued=2)
+    store.create(max_queued=2)
 
     with pytest.raises(Overloaded):
-        world.create(max_queued=2)
+        store.create(max_queued=2)
 
-    world.take()
-    assert world.create(max_queued=2).status is RunStatus.QUEUED
-
-
-def test_a_receipt_is_answered_even_when_the_queue_is_full(world: World) -> None:
-    run = world.create(max_queued=1, with_receipt=receipt())
-
-    assert run == world.create(max_queued=1, with_receipt=receipt())
+    store.take()
+    assert store.create(max_queued=2).status is RunStatus.QUEUED
 
 
-def test_pages_are_newest_first_and_hold_against_new_rows(world: World) -> None:
-    ids = [world.create().run_id for _ in range(7)]
-    page = partial(runs.page, world.db, RunFilter(), limit=3)
+def test_a_repeated_create_is_answered_when_the_queue_is_full(store: ServiceStore) -> None:
+    run = store.create(max_queued=1, with_receipt=receipt())
+
+    assert run == store.create(max_queued=1, with_receipt=receipt())
+
+
+def test_pages_are_newest_first_and_not_disturbed_by_new_runs(store: ServiceStore) -> None:
+    ids = [store.create().run_id for _ in range(7)]
+    page = partial(runs.page, store.db, RunFilter(), limit=3)
 
     first = page(after=None)
-    world.create()
+    store.create()
     second = page(after=first.after)
-    world.create()
+    store.create()
     third = page(after=second.after)
 
     seen = [run.run_id for part in (first, second, third) for run in part.rows]
@@ -149,23 +148,23 @@ def test_pages_are_newest_first_and_hold_against_new_rows(world: World) -> None:
     assert third.after is None
 
 
-def test_a_full_last_page_says_that_it_is_the_last(world: World) -> None:
+def test_a_full_last_page_has_no_next_page(store: ServiceStore) -> None:
     for _ in range(3):
-        world.create()
+        store.create()
 
-    page = runs.page(world.db, RunFilter(), after=None, limit=3)
+    page = runs.page(store.db, RunFilter(), after=None, limit=3)
 
     assert (len(page.rows), page.after) == (3, None)
 
 
-def test_pages_filter_by_status_and_engine(world: World) -> None:
-    running = world.running(engine="a").run
-    queued = world.create(engine="b")
+def test_pages_filter_by_status_and_engine(store: ServiceStore) -> None:
+    running = store.running(engine="a").run
+    queued = store.create(engine="b")
     both = frozenset({RunStatus.RUNNING, RunStatus.QUEUED})
 
     def listed(statuses: frozenset[RunStatus], engine: str | None) -> list[str]:
         wanted = RunFilter(statuses=statuses, engine=engine)
-        page = runs.page(world.db, wanted, after=None, limit=9)
+        page = runs.page(store.db, wanted, after=None, limit=9)
         return [run.run_id for run in page.rows]
 
     assert [running.run_id] == listed(frozenset({RunStatus.RUNNING}), None)
@@ -174,37 +173,37 @@ def test_pages_filter_by_status_and_engine(world: World) -> None:
     assert [queued.run_id, running.run_id] == listed(frozenset(), None)
 
 
-def test_quarantined_runs_take_no_room_in_the_queue(world: World) -> None:
+def test_quarantined_runs_do_not_count_towards_the_queue(store: ServiceStore) -> None:
     for _ in range(3):
-        world.set(world.create(), recovery_state="QUARANTINED")
+        store.set(store.create(), recovery_state="QUARANTINED")
 
-    made = world.create(max_queued=1)
+    made = store.create(max_queued=1)
 
     assert made.status is RunStatus.QUEUED
     with pytest.raises(Overloaded):
-        world.create(max_queued=1)
+        store.create(max_queued=1)
 
 
-def test_runs_of_another_instance_take_no_room_in_the_queue(world: World) -> None:
-    other = instances.claim(world.db, boot("other"), now=world.now)
+def test_runs_of_another_instance_do_not_count_towards_the_queue(store: ServiceStore) -> None:
+    other = instances.claim(store.db, boot("other"), now=store.now)
     for _ in range(2):
-        world.create(max_queued=2, owner=other)
+        store.create(max_queued=2, owner=other)
 
-    made = [world.create(max_queued=2) for _ in range(2)]
+    made = [store.create(max_queued=2) for _ in range(2)]
 
     assert [(run.owner, run.status) for run in made] == [("default", RunStatus.QUEUED)] * 2
-    for owner in (world.owner, other):
+    for owner in (store.owner, other):
         with pytest.raises(Overloaded):
-            world.create(max_queued=2, owner=owner)
+            store.create(max_queued=2, owner=owner)
 
 
-def test_a_quarantined_run_is_listed_under_no_status(world: World) -> None:
-    run = world.create()
-    world.set(run, recovery_state="QUARANTINED")
+def test_a_quarantined_run_is_listed_under_no_status(store: ServiceStore) -> None:
+    run = store.create()
+    store.set(run, recovery_state="QUARANTINED")
 
     waits = RunFilter(statuses=frozenset({RunStatus.QUEUED}))
-    queued = runs.page(world.db, waits, after=None, limit=9)
-    every = runs.page(world.db, RunFilter(), after=None, limit=9)
+    queued = runs.page(store.db, waits, after=None, limit=9)
+    every = runs.page(store.db, RunFilter(), after=None, limit=9)
 
     assert (queued.rows, [row.status for row in every.rows]) == ((), [None])
 
@@ -212,144 +211,146 @@ def test_a_quarantined_run_is_listed_under_no_status(world: World) -> None:
 # -- cancel ------------------------------------------------------------------------------------
 
 
-def test_a_queued_run_is_canceled_at_once(world: World) -> None:
-    run = world.cancel(world.create())
+def test_a_queued_run_is_canceled_at_once(store: ServiceStore) -> None:
+    run = store.cancel(store.create())
 
     assert (run.status, run.cancel_requested) == (RunStatus.CANCELED, True)
-    assert run.ended_at == world.now
+    assert run.ended_at == store.now
 
 
-def test_a_running_run_is_canceled_when_its_process_ends(world: World) -> None:
-    turn = world.running()
+def test_a_running_run_is_canceled_when_its_process_ends(store: ServiceStore) -> None:
+    turn = store.running()
 
-    asked = world.cancel(turn.run)
-    ended = world.end(turn, Succeeded({"x": 1}))
+    asked = store.cancel(turn.run)
+    ended = store.end(turn, Succeeded({"x": 1}))
 
     assert (asked.status, asked.cancel_requested) == (RunStatus.RUNNING, True)
     assert (ended.status, ended.output) == (RunStatus.CANCELED, None)
 
 
-def test_a_waiting_run_without_a_process_is_canceled_with_its_question(world: World) -> None:
-    run = world.cancel(world.waiting())
+def test_a_waiting_run_without_a_process_is_canceled_with_its_question(store: ServiceStore) -> None:
+    run = store.cancel(store.waiting())
 
     assert (run.status, run.pending, run.session) == (RunStatus.CANCELED, None, None)
-    assert world.rows("SELECT state FROM interaction") == [("CLOSED",)]
+    assert store.rows("SELECT state FROM interaction") == [("CLOSED",)]
 
 
-def test_a_waiting_sticky_run_is_canceled_when_its_process_ends(world: World) -> None:
-    run = world.cancel(world.waiting(profile=Profile.STICKY_PROCESS))
+def test_a_waiting_sticky_run_is_canceled_when_its_process_ends(store: ServiceStore) -> None:
+    run = store.cancel(store.waiting(profile=Profile.STICKY_PROCESS))
 
     assert (run.status, run.cancel_requested) == (RunStatus.WAITING_USER, True)
 
 
-def test_a_cancel_again_changes_nothing(world: World) -> None:
-    run = world.cancel(world.create())
+def test_a_second_cancel_changes_nothing(store: ServiceStore) -> None:
+    run = store.cancel(store.create())
 
-    assert run == world.cancel(run)
-    assert run == world.cancel(run, etag="stale")
+    assert run == store.cancel(run)
+    assert run == store.cancel(run, etag="stale")
 
 
 @pytest.mark.parametrize("end", [Succeeded({}), FAILED], ids=["succeeded", "failed"])
-def test_an_ended_run_cannot_be_canceled(world: World, end: Succeeded | Failed) -> None:
-    turn = world.running()
-    world.end(turn, end)
-    before = world.dump()
+def test_an_ended_run_cannot_be_canceled(store: ServiceStore, end: Succeeded | Failed) -> None:
+    turn = store.running()
+    store.end(turn, end)
+    before = store.dump()
 
     with pytest.raises(RunAlreadyTerminal):
-        world.cancel(turn.run, receipt=receipt())
+        store.cancel(turn.run, receipt=receipt())
 
-    assert before == world.dump()
+    assert before == store.dump()
 
 
-def test_a_cancel_with_an_old_etag_is_refused(world: World) -> None:
-    turn = world.running()
+def test_a_cancel_with_an_old_etag_is_refused(store: ServiceStore) -> None:
+    turn = store.running()
     etag = turn.run.etag
-    world.keep_session(turn)
+    store.keep_session(turn)
 
     with pytest.raises(EtagMismatch) as refused:
-        world.cancel(turn.run, etag=etag)
+        store.cancel(turn.run, etag=etag)
 
-    assert world.get(turn.run).etag == refused.value.current_etag
-    assert world.cancel(turn.run, etag=refused.value.current_etag).cancel_requested
+    assert store.get(turn.run).etag == refused.value.current_etag
+    assert store.cancel(turn.run, etag=refused.value.current_etag).cancel_requested
 
 
-def test_a_cancel_of_nobody_and_of_a_quarantined_run_is_refused(world: World) -> None:
-    run = world.create()
-    world.set(run, recovery_state="QUARANTINED")
+def test_a_cancel_of_an_unknown_or_quarantined_run_is_refused(store: ServiceStore) -> None:
+    run = store.create()
+    store.set(run, recovery_state="QUARANTINED")
 
     with pytest.raises(RunQuarantined):
-        world.cancel(run)
+        store.cancel(run)
     with pytest.raises(RunNotFound):
-        world.cancel(replace(run, run_id="nobody"))
+        store.cancel(replace(run, run_id="nobody"))
 
 
-def test_a_cancel_is_answered_from_its_receipt(world: World) -> None:
-    run = world.create()
+def test_a_repeated_cancel_is_answered_from_its_receipt(store: ServiceStore) -> None:
+    run = store.create()
 
-    first = world.cancel(run, receipt=receipt())
+    first = store.cancel(run, receipt=receipt())
 
-    assert first == world.cancel(run, receipt=receipt())
+    assert first == store.cancel(run, receipt=receipt())
     with pytest.raises(RequestIdReused):
-        world.cancel(run, receipt=receipt(payload=b"other"))
+        store.cancel(run, receipt=receipt(payload=b"other"))
 
 
-def test_of_many_cancels_and_creates_at_once_none_is_lost(world: World) -> None:
-    made = [world.create() for _ in range(20)]
-    uses = [partial(world.cancel, run) for run in made for _ in range(3)]
+def test_of_many_cancels_and_creates_at_once_none_is_lost(store: ServiceStore) -> None:
+    made = [store.create() for _ in range(20)]
+    uses = [partial(store.cancel, run) for run in made for _ in range(3)]
 
-    results = world.all_at_once(uses, threads=8)
+    results = store.all_at_once(uses, threads=8)
 
     assert {RunStatus.CANCELED} == {result.status for result in results if isinstance(result, Run)}
     assert len(results) == 60
-    assert world.rows("SELECT version, count(*) FROM run GROUP BY version") == [(2, 20)]
+    assert store.rows("SELECT version, count(*) FROM run GROUP BY version") == [(2, 20)]
 
 
 # -- fencing -----------------------------------------------------------------------------------
 
 
-def test_an_older_epoch_may_not_create(world: World) -> None:
-    old = world.owner
-    world.restart()
-    before = world.dump()
+def test_a_superseded_epoch_may_not_create(store: ServiceStore) -> None:
+    old = store.owner
+    store.restart()
+    before = store.dump()
 
     with pytest.raises(Fenced):
-        world.create(owner=old)
+        store.create(owner=old)
 
-    assert before == world.dump()
+    assert before == store.dump()
 
 
-def test_an_older_epoch_may_not_write_what_a_newer_one_took_over(world: World) -> None:
-    waiting, queued = world.waiting(), world.create()
-    old = world.owner
-    world.restart()
-    world.set(waiting, owner_epoch=2)
-    world.set(queued, owner_epoch=2)
-    before = world.dump()
+def test_a_superseded_epoch_may_not_write_a_run_that_a_newer_one_has_taken_over(
+    store: ServiceStore,
+) -> None:
+    waiting, queued = store.waiting(), store.create()
+    old = store.owner
+    store.restart()
+    store.set(waiting, owner_epoch=2)
+    store.set(queued, owner_epoch=2)
+    before = store.dump()
 
     with pytest.raises(Fenced):
-        world.cancel(waiting, owner=old)
+        store.cancel(waiting, owner=old)
     with pytest.raises(Fenced):
-        world.reply(waiting, owner=old)
-    assert world.take(owner=old) is None
+        store.reply(waiting, owner=old)
+    assert store.take(owner=old) is None
 
-    assert before == world.dump()
+    assert before == store.dump()
 
 
-def test_another_instance_may_not_write(world: World) -> None:
-    run = world.waiting()
-    other = instances.claim(world.db, boot("other"), now=world.now)
+def test_another_instance_may_not_write_a_run(store: ServiceStore) -> None:
+    run = store.waiting()
+    other = instances.claim(store.db, boot("other"), now=store.now)
 
-    for refused in (world.cancel, world.reply):
+    for refused in (store.cancel, store.reply):
         with pytest.raises(RunOfAnotherInstance, match="belongs to instance 'default'"):
             refused(run, owner=other)
 
 
-def test_a_status_that_may_not_follow_is_never_written(world: World) -> None:
-    turn = world.running()
-    run = world.end(turn, Succeeded({}))
+def test_a_forbidden_transition_is_not_written(store: ServiceStore) -> None:
+    turn = store.running()
+    run = store.end(turn, Succeeded({}))
 
     for status in RunStatus:
-        with pytest.raises(ValueError, match="may not become"), world.db.transaction():
-            runs.change(world.db, run, owner=world.owner, now=world.now, status=status)
+        with pytest.raises(ValueError, match="may not become"), store.db.transaction():
+            runs.change(store.db, run, owner=store.owner, now=store.now, status=status)
 
-    assert run == world.get(run)
+    assert run == store.get(run)

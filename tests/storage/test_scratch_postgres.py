@@ -58,7 +58,7 @@ def test_a_server_leaves_no_process_user_file_or_mode_behind() -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root starts a server as another user")
-def test_root_copies_binaries_that_nobody_cannot_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_binaries_that_user_nobody_cannot_reach_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     closed = Path(postgres.__file__).parent
     reach = Path.stat
 

@@ -14,8 +14,7 @@ from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.refusals import refusing
 from runrecovery_service.storage.sql_dialects import DatabaseKind
-
-from .conftest import World
+from storage.service_store import ServiceStore
 
 ADD = "INSERT INTO request_receipt VALUES ('r', 'm', 'f', 1, 1)"
 MENDING = "docs/operations.md, *A damaged database*, tells how to mend it"
@@ -23,8 +22,8 @@ NO_ROOM = "cannot be written to: its disk is full"
 
 
 @pytest.fixture
-def storage(world: World) -> Iterator[Storage]:
-    storage = Storage(world.db)
+def storage(store: ServiceStore) -> Iterator[Storage]:
+    storage = Storage(store.db)
     yield storage
     storage.close()
 
@@ -70,10 +69,10 @@ def raising(code: str) -> str:
     ids=["read-only", "permission", "table", "full", "connections", "page", "index", "lock",
          "starting", "stopping"],
 )  # fmt: skip
-async def test_what_postgresql_refuses_is_named(
-    world: World, storage: Storage, statements: list[str], kind: type[Exception], said: str
+async def test_each_sqlstate_of_postgresql_has_its_domain_error(
+    store: ServiceStore, storage: Storage, statements: list[str], kind: type[Exception], said: str
 ) -> None:
-    if world.db.dialect.kind is not DatabaseKind.POSTGRESQL:
+    if store.db.dialect.kind is not DatabaseKind.POSTGRESQL:
         pytest.skip("failures of PostgreSQL")
 
     def fail(db: Database) -> None:
@@ -103,10 +102,10 @@ async def test_what_postgresql_refuses_is_named(
     ],
     ids=["read-only", "not there", "full"],
 )  # fmt: skip
-async def test_what_sqlite_refuses_is_named(
-    world: World, storage: Storage, statements: list[str], kind: type[Exception], said: str
+async def test_each_error_code_of_sqlite_has_its_domain_error(
+    store: ServiceStore, storage: Storage, statements: list[str], kind: type[Exception], said: str
 ) -> None:
-    if world.db.dialect.kind is not DatabaseKind.SQLITE:
+    if store.db.dialect.kind is not DatabaseKind.SQLITE:
         pytest.skip("failures of SQLite")
 
     def fail(db: Database) -> None:
@@ -140,7 +139,7 @@ async def test_what_sqlite_refuses_is_named(
         (sqlite3.SQLITE_NOMEM, "cannot be used: the system has no memory left", DatabaseOutOfReach),
     ],
 )  # fmt: skip
-def test_a_start_and_check_use_the_words_that_callers_get(
+def test_a_start_and_check_report_the_text_that_callers_get(
     code: int, said: str, refusal: type[DatabaseRefused]
 ) -> None:
     with pytest.raises(DatabaseRefused) as refused, refusing("/data/x.db"):
@@ -150,7 +149,7 @@ def test_a_start_and_check_use_the_words_that_callers_get(
     assert str(refused.value).startswith(f"/data/x.db: {said} (disk I/O error)")
 
 
-def test_a_failed_rollback_does_not_hide_what_it_failed_over() -> None:
+def test_a_failed_rollback_does_not_hide_the_first_error() -> None:
     def fail() -> None:
         try:
             raise sqlite_error(sqlite3.SQLITE_FULL)
@@ -163,12 +162,12 @@ def test_a_failed_rollback_does_not_hide_what_it_failed_over() -> None:
     assert str(refused.value) == f"x: {NO_ROOM} (disk I/O error); make room"
 
 
-def test_a_damaged_page_is_named_with_the_way_to_mend_it(tmp_path: Path) -> None:
+def test_a_damaged_page_is_reported_with_the_way_to_repair_it(tmp_path: Path) -> None:
     file = tmp_path / "x.db"
-    with closing(sqlite3.connect(file)) as store:
-        store.execute("CREATE TABLE t (a)")
-        store.execute("INSERT INTO t VALUES (1)")
-        store.commit()
+    with closing(sqlite3.connect(file)) as connection:
+        connection.execute("CREATE TABLE t (a)")
+        connection.execute("INSERT INTO t VALUES (1)")
+        connection.commit()
     with file.open("r+b") as raw:
         raw.seek(4096)
         raw.write(b"\xff" * 4096)
@@ -176,8 +175,8 @@ def test_a_damaged_page_is_named_with_the_way_to_mend_it(tmp_path: Path) -> None
     with (
         pytest.raises(DatabaseRefused) as refused,
         refusing("x"),
-        closing(sqlite3.connect(file)) as store,
+        closing(sqlite3.connect(file)) as connection,
     ):
-        store.execute("SELECT a FROM t")
+        connection.execute("SELECT a FROM t")
 
     assert str(refused.value) == f"x: is damaged (database disk image is malformed); {MENDING}"

@@ -34,10 +34,9 @@ from runrecovery_service.recovery.status import RecoveryStatus
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import decisions, reopening, turns
 from runrecovery_service.storage.session_checks import StoredSession
+from storage.service_store import QUESTION, ServiceStore
 from support.recovery import FakeLaunchEnder, FakeTrustCleaner
 from support.sessions import PRESETS, SessionHome, text_of
-
-from .conftest import QUESTION, World
 
 LOST: Final = "SESSION_RESUME_FAILED"
 
@@ -46,7 +45,7 @@ LOST: Final = "SESSION_RESUME_FAILED"
 class Shop:
     """A service of one engine, with its store and the sessions of its CLI."""
 
-    world: World
+    store: ServiceStore
     home: SessionHome
     top: Path
     unknown: UnknownSession
@@ -74,48 +73,48 @@ class Shop:
         """What asks this check."""
         return BulkSessionCheck(checks=self.checks, workspace=self.workspace)
 
-    def waiting(self, *, marked: bool = True, answered: bool = False) -> tuple[Run, Path]:
+    def waiting(self, *, fingerprinted: bool = True, answered: bool = False) -> tuple[Run, Path]:
         """A run that waits for its user or for its turn, and its session file."""
-        turn = self.world.running()
+        turn = self.store.running()
         workspace = self.workspace(turn.run.key, turn.run.attempt)
         workspace.mkdir(parents=True)
         handle = self.home.new_id(turn.run.key)
         file = self.home.write(handle, workspace, filler=100)
-        self.world.keep_session(turn, handle)
-        mark = self.home.fingerprint(handle, workspace)
-        run = self.world.end(turn, Asked(QUESTION), mark=mark if marked else None)
-        return (self.world.reply(run) if answered else run), file
+        self.store.keep_session(turn, handle)
+        fingerprint = self.home.fingerprint(handle, workspace) if fingerprinted else None
+        run = self.store.end(turn, Asked(QUESTION), fingerprint=fingerprint)
+        return (self.store.reply(run) if answered else run), file
 
     def recover(
         self, *, stop: StopSignal | None = None, check_s: float = CHECK_S
     ) -> Reconciliation:
         """Restart, and recover as the service does."""
-        self.world.restart()
+        self.store.restart()
         limits = RecoveryLimits(
             batch_rows=3, batch_s=1, safe_mode_after=0, safe_mode_window_s=0, reopen_window_s=60
         )
         return Recovery(
-            owner=self.world.owner,
+            owner=self.store.owner,
             cause=Cause.STARTUP,
-            clock=self.world.ticking_clock,
+            clock=self.store.ticking_clock,
             limits=limits,
             stop=stop or StopSignal(),
             sessions=replace(self.sessions, check_s=check_s),
             launches=FakeLaunchEnder(),
             trust=FakeTrustCleaner(),
-        ).run(self.world.db, RecoveryStatus())
+        ).run(self.store.db, RecoveryStatus())
 
     def planned(self) -> tuple[dict[str, str], dict[str, int]]:
         """The rule that a plan foresees for each run, and how many runs each rule gets."""
-        planner = Planner(owner=self.world.owner, sessions=self.sessions)
-        page, totals = planner.decide(planner.read(self.world.db, after=None, limit=100))
+        planner = Planner(owner=self.store.owner, sessions=self.sessions)
+        page, totals = planner.decide(planner.read(self.store.db, after=None, limit=100))
         assert totals is not None
         rules = {one.run_id: one.decision.rule for one in page.rows}
         return rules, {count.rule: count.count for count in totals.decisions}
 
     def recorded(self, run: Run) -> tuple[object, ...]:
         """What stands on record of a run: status, error, verdict, reason."""
-        (row,) = self.world.rows(
+        (row,) = self.store.rows(
             "SELECT status, error_code, session_verdict, session_reason FROM run WHERE id = ?",
             run.key,
         )
@@ -123,7 +122,7 @@ class Shop:
 
     def explained(self, run: Run) -> str:
         """What an explanation says of the run's session."""
-        (seen,) = decisions.explain(self.world.db, run.run_id, limit=9)
+        (seen,) = decisions.explain(self.store.db, run.run_id, limit=9)
         (source,) = (fact.source for fact in explain_facts(seen) if fact.name == "HANDLE")
         return source
 
@@ -135,9 +134,9 @@ def preset(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def shop(world: World, tmp_path: Path, preset: str) -> Shop:
+def shop(store: ServiceStore, tmp_path: Path, preset: str) -> Shop:
     home = SessionHome(preset, tmp_path.resolve() / "home")
-    return Shop(world, home, tmp_path.resolve(), UnknownSession.KEEP)
+    return Shop(store, home, tmp_path.resolve(), UnknownSession.KEEP)
 
 
 def untouched(file: Path) -> None:
@@ -184,7 +183,7 @@ GONE: Final = [
 def test_a_restart_keeps_and_fails_runs_by_their_session_files_as_planned(shop: Shop) -> None:
     kept = [(shop.waiting(), how, reason) for how, reason in KEPT]
     gone = [(shop.waiting(), how, reason) for how, reason in GONE]
-    bare, _ = shop.waiting(marked=False)
+    bare, _ = shop.waiting(fingerprinted=False)
     answered, file = shop.waiting(answered=True)
     for (_, session), how, _ in (*kept, *gone):
         how(session)
@@ -199,7 +198,7 @@ def test_a_restart_keeps_and_fails_runs_by_their_session_files_as_planned(shop: 
         assert shop.recorded(run) == ("FAILED", LOST, "INVALID", reason)
     assert shop.recorded(bare) == ("WAITING_USER", None, "VALID", "whole")
     assert shop.recorded(answered) == ("FAILED", LOST, "INVALID", "missing")
-    assert rules == dict(reasons_by_id(shop.world))
+    assert rules == dict(reasons_by_id(shop.store))
     assert counts == {count.rule: count.count for count in report.decisions}
     assert counts == {
         "resumable_waiting_preserved": 3, "session_handle_lost": 5,
@@ -207,18 +206,18 @@ def test_a_restart_keeps_and_fails_runs_by_their_session_files_as_planned(shop: 
     }  # fmt: skip
 
 
-def reasons_by_id(world: World) -> list[tuple[str, str]]:
-    return [(row[0], row[1]) for row in world.rows("SELECT run_id, recovery_reason FROM run")]
+def reasons_by_id(store: ServiceStore) -> list[tuple[str, str]]:
+    return [(row[0], row[1]) for row in store.rows("SELECT run_id, recovery_reason FROM run")]
 
 
 @pytest.mark.parametrize("unknown", UnknownSession)
-def test_what_was_never_seen_is_not_known_to_be_lost(
-    world: World, tmp_path: Path, preset: str, unknown: UnknownSession
+def test_a_session_that_was_never_seen_is_not_known_to_be_lost(
+    store: ServiceStore, tmp_path: Path, preset: str, unknown: UnknownSession
 ) -> None:
     home = SessionHome(preset, tmp_path.resolve() / "home")
-    shop = Shop(world, home, tmp_path.resolve(), unknown)
+    shop = Shop(store, home, tmp_path.resolve(), unknown)
     gone = [
-        (shop.waiting(marked=False), how, reason)
+        (shop.waiting(fingerprinted=False), how, reason)
         for how, reason in GONE
         if how is not cut_at_a_line  # without a mark it looks whole
     ]
@@ -235,11 +234,11 @@ def test_what_was_never_seen_is_not_known_to_be_lost(
             if kept
             else ("FAILED", LOST, "UNKNOWN_REFUSED", reason)
         )
-    assert rules == dict(reasons_by_id(world))
+    assert rules == dict(reasons_by_id(store))
     assert counts == {count.rule: count.count for count in report.decisions}
 
 
-def test_a_home_that_is_not_mounted_costs_no_run(shop: Shop) -> None:
+def test_an_unmounted_home_of_a_cli_loses_no_run(shop: Shop) -> None:
     run, file = shop.waiting()
     away = shop.home.path.rename(shop.home.path.with_name("away"))
     shop.recover()
@@ -249,14 +248,14 @@ def test_a_home_that_is_not_mounted_costs_no_run(shop: Shop) -> None:
     shop.recover()
     assert shop.recorded(run)[2:] == ("VALID", "unchanged")
     file.unlink()
-    shop.world.restart()
+    shop.store.restart()
     shop.recover()
     assert shop.recorded(run) == ("FAILED", LOST, "INVALID", "missing")
 
 
 @pytest.mark.parametrize("unknown", UnknownSession)
-def test_a_check_that_does_not_answer_ends_neither_the_start_nor_a_run(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unknown: UnknownSession
+def test_a_check_that_does_not_answer_fails_neither_the_start_nor_a_run(
+    store: ServiceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unknown: UnknownSession
 ) -> None:
     monkeypatch.setattr(bulk_session_check, "SESSIONS_PER_CHECK", 2)
     release, asked = threading.Event(), list[int]()
@@ -268,9 +267,9 @@ def test_a_check_that_does_not_answer_ends_neither_the_start_nor_a_run(
         yield FOUND[SessionReason.MISSING]
 
     home = SessionHome("claude", tmp_path.resolve() / "home")
-    shop = Shop(world, home, tmp_path.resolve(), unknown, hang)
+    shop = Shop(store, home, tmp_path.resolve(), unknown, hang)
     runs = [shop.waiting()[0] for _ in range(5)]
-    world.restart()
+    store.restart()
     try:
         report = shop.recover(check_s=0.0)
     finally:
@@ -289,7 +288,9 @@ def test_a_check_that_does_not_answer_ends_neither_the_start_nor_a_run(
     assert warning.startswith("engine demo: ")
 
 
-def test_a_stop_is_heard_while_a_check_does_not_answer(world: World, tmp_path: Path) -> None:
+def test_a_recovery_stops_while_a_check_does_not_answer(
+    store: ServiceStore, tmp_path: Path
+) -> None:
     release, stop = threading.Event(), StopSignal()
 
     def hang(handles: Sequence[StoredHandle]) -> Iterator[SessionFinding]:
@@ -298,19 +299,19 @@ def test_a_stop_is_heard_while_a_check_does_not_answer(world: World, tmp_path: P
         yield from ()
 
     home = SessionHome("claude", tmp_path.resolve() / "home")
-    shop = Shop(world, home, tmp_path.resolve(), UnknownSession.KEEP, hang)
+    shop = Shop(store, home, tmp_path.resolve(), UnknownSession.KEEP, hang)
     shop.waiting()
-    world.restart()
+    store.restart()
     try:
         with pytest.raises(RecoveryInterrupted):
             shop.recover(stop=stop, check_s=3600.0)
     finally:
         release.set()
 
-    assert world.rows("SELECT session_verdict FROM run") == [(None,)]
+    assert store.rows("SELECT session_verdict FROM run") == [(None,)]
 
 
-def test_one_engine_that_does_not_answer_takes_no_time_of_another(world: World) -> None:
+def test_one_engine_that_does_not_answer_takes_no_time_of_another(store: ServiceStore) -> None:
     release, clock = threading.Event(), [0.0]
     one = StoredSession(run_key=1, attempt=1, handle="h", fingerprint=None, finding=None)
 
@@ -338,7 +339,7 @@ def test_one_engine_that_does_not_answer_takes_no_time_of_another(world: World) 
     assert list(bulk.hanging) == ["hangs"]
 
 
-def test_a_check_with_a_defect_is_not_taken_for_silence(world: World) -> None:
+def test_a_defect_in_a_check_is_not_taken_for_a_timeout(store: ServiceStore) -> None:
     one = StoredSession(run_key=1, attempt=1, handle="h", fingerprint=None, finding=None)
 
     def fail(handles: Sequence[StoredHandle]) -> list[SessionFinding]:
@@ -352,11 +353,11 @@ def test_a_check_with_a_defect_is_not_taken_for_silence(world: World) -> None:
 
 
 @pytest.mark.parametrize("unknown", UnknownSession)
-def test_an_operator_decides_on_sessions_that_cannot_be_judged(
-    world: World, tmp_path: Path, preset: str, unknown: UnknownSession
+def test_the_configured_policy_decides_on_sessions_that_cannot_be_judged(
+    store: ServiceStore, tmp_path: Path, preset: str, unknown: UnknownSession
 ) -> None:
     home = SessionHome(preset, tmp_path.resolve() / "home")
-    shop = Shop(world, home, tmp_path.resolve(), unknown)
+    shop = Shop(store, home, tmp_path.resolve(), unknown)
     run, file = shop.waiting()
     rewritten(file)
     rules, _ = shop.planned()
@@ -369,12 +370,12 @@ def test_an_operator_decides_on_sessions_that_cannot_be_judged(
         if kept
         else ("FAILED", LOST, "UNKNOWN_REFUSED", "not_known")
     )
-    assert rules == dict(reasons_by_id(world))
+    assert rules == dict(reasons_by_id(store))
     assert "a format that this version does not know" in shop.explained(run)
     assert f'unknown_session = "{unknown}"' in shop.explained(run)
 
 
-def test_an_explanation_says_what_was_found_and_never_the_handle(shop: Shop) -> None:
+def test_an_explanation_shows_the_finding_and_not_the_handle(shop: Shop) -> None:
     run, file = shop.waiting()
     cut_at_a_line(file)
 
@@ -385,22 +386,22 @@ def test_an_explanation_says_what_was_found_and_never_the_handle(shop: Shop) -> 
     assert run.session.handle not in shop.explained(run)
 
 
-def test_a_run_whose_session_came_back_is_set_back_and_kept_by_its_mark(shop: Shop) -> None:
+def test_a_run_whose_session_is_back_is_reopened_and_kept_by_its_fingerprint(shop: Shop) -> None:
     run, file = shop.waiting()
     away = file.with_suffix(".away")
     shutil.move(file, away)
     shop.recover()
-    mark = shop.world.column(run, "session_mark")
+    mark = shop.store.column(run, "session_mark")
     shutil.move(away, file)
-    reopen(shop.world, run)
+    reopen(shop.store, run)
 
     shop.recover()
 
     assert shop.recorded(run) == ("WAITING_USER", None, "VALID", "unchanged")
-    assert shop.world.column(run, "session_mark") == mark is not None
+    assert shop.store.column(run, "session_mark") == mark is not None
 
 
-def test_a_stop_is_heard_between_two_bulks_of_checks(shop: Shop) -> None:
+def test_a_recovery_stops_between_two_bulks_of_checks(shop: Shop) -> None:
     shop.waiting()
     stop = StopSignal()
     stop.request()
@@ -408,7 +409,7 @@ def test_a_stop_is_heard_between_two_bulks_of_checks(shop: Shop) -> None:
     with pytest.raises(RecoveryInterrupted):
         shop.recover(stop=stop)
 
-    assert shop.world.rows("SELECT session_verdict FROM run") == [(None,)]
+    assert shop.store.rows("SELECT session_verdict FROM run") == [(None,)]
 
 
 # -- the mark on record ------------------------------------------------------------------------
@@ -416,86 +417,88 @@ def test_a_stop_is_heard_between_two_bulks_of_checks(shop: Shop) -> None:
 MARK: Final = SessionFingerprint(1234, 5678)
 
 
-def reopen(world: World, run: Run, handle: str | None = None) -> Run:
+def reopen(store: ServiceStore, run: Run, handle: str | None = None) -> Run:
     return reopening.reopen(
-        world.db, run.run_id, handle=handle, session_type=lambda _: "jsonl", owner=world.owner,
-        etag=None, receipt=None, due_in=world.due_in, steady=world.steady, now=world.tick(),
+        store.db, run.run_id, handle=handle, session_type=lambda _: "jsonl", owner=store.owner,
+        etag=None, receipt=None, due_in=store.due_in, steady=store.steady, now=store.tick(),
     )  # fmt: skip
 
 
-def asked(world: World, **changes: Any) -> Run:
+def asked(store: ServiceStore, **changes: Any) -> Run:
     """A run that asked, with a mark."""
-    turn = world.running(**changes)
-    world.keep_session(turn, "handle")
-    return world.end(turn, Asked(QUESTION), mark=MARK)
+    turn = store.running(**changes)
+    store.keep_session(turn, "handle")
+    return store.end(turn, Asked(QUESTION), fingerprint=MARK)
 
 
-def test_a_mark_is_recorded_with_its_question(world: World) -> None:
-    assert world.column(asked(world), "session_mark") == "1234 5678"
+def test_a_fingerprint_is_recorded_with_its_question(store: ServiceStore) -> None:
+    assert store.column(asked(store), "session_mark") == "1234 5678"
 
 
-def test_a_question_without_a_mark_leaves_none_of_an_earlier_one(world: World) -> None:
-    run = asked(world)
-    world.reply(run)
-    turn = world.take()
+def test_a_question_without_a_fingerprint_clears_the_earlier_one(store: ServiceStore) -> None:
+    run = asked(store)
+    store.reply(run)
+    turn = store.take()
     assert turn is not None
 
-    world.end(turn, Asked(QUESTION))
+    store.end(turn, Asked(QUESTION))
 
-    assert world.column(run, "session_mark") is None
+    assert store.column(run, "session_mark") is None
 
 
-def test_a_question_clears_what_an_earlier_restart_found(world: World) -> None:
-    run = asked(world)
-    world.reply(run)
-    turn = world.take()
+def test_a_question_clears_the_finding_of_an_earlier_restart(store: ServiceStore) -> None:
+    run = asked(store)
+    store.reply(run)
+    turn = store.take()
     assert turn is not None
-    world.set(run, session_verdict="UNKNOWN", session_reason="not_known")
+    store.set(run, session_verdict="UNKNOWN", session_reason="not_known")
 
-    world.end(turn, Asked(QUESTION), mark=MARK)
+    store.end(turn, Asked(QUESTION), fingerprint=MARK)
 
-    assert world.column(run, "session_mark") == "1234 5678"
-    assert world.column(run, "session_verdict") is None
-    assert world.column(run, "session_reason") is None
+    assert store.column(run, "session_mark") == "1234 5678"
+    assert store.column(run, "session_verdict") is None
+    assert store.column(run, "session_reason") is None
 
 
 @pytest.mark.parametrize(("handle", "mark"), [("handle", "1234 5678"), ("another", None)])
-def test_a_mark_is_of_one_handle(world: World, handle: str, mark: str | None) -> None:
-    run = asked(world)
-    world.reply(run)
-    turn = world.take()
+def test_a_new_handle_clears_the_fingerprint(
+    store: ServiceStore, handle: str, mark: str | None
+) -> None:
+    run = asked(store)
+    store.reply(run)
+    turn = store.take()
     assert turn is not None
 
     session = Session(type="demo", handle=handle, turn=2)
-    turns.record_session(world.db, turn, owner=world.owner, session=session, now=world.tick())
+    turns.record_session(store.db, turn, owner=store.owner, session=session, now=store.tick())
 
-    assert world.column(run, "session_mark") == mark
+    assert store.column(run, "session_mark") == mark
 
 
-def test_a_new_attempt_has_no_mark(world: World) -> None:
-    run = asked(world)
-    world.set(run, status="QUEUED", interaction_count=0, session_reason="whole")
+def test_a_new_attempt_has_no_fingerprint(store: ServiceStore) -> None:
+    run = asked(store)
+    store.set(run, status="QUEUED", interaction_count=0, session_reason="whole")
 
-    turn = world.take()
+    turn = store.take()
 
     assert turn is not None
     assert turn.reply is None
-    assert world.column(run, "session_mark") is None
-    assert world.column(run, "session_reason") is None
+    assert store.column(run, "session_mark") is None
+    assert store.column(run, "session_reason") is None
 
 
 @pytest.mark.parametrize(
     ("handle", "mark"), [(None, "1234 5678"), ("handle", "1234 5678"), ("another", None)]
 )
-def test_a_run_that_is_set_back_keeps_the_mark_of_its_own_handle(
-    world: World, handle: str | None, mark: str | None
+def test_a_reopened_run_keeps_the_fingerprint_of_its_own_handle_only(
+    store: ServiceStore, handle: str | None, mark: str | None
 ) -> None:
-    run = asked(world)
-    world.set(run, session_verdict="INVALID", session_reason="missing")
-    world.recover()
-    assert world.column(run, "session_mark") == "1234 5678"
+    run = asked(store)
+    store.set(run, session_verdict="INVALID", session_reason="missing")
+    store.recover()
+    assert store.column(run, "session_mark") == "1234 5678"
 
-    reopen(world, run, handle)
+    reopen(store, run, handle)
 
-    assert world.column(run, "session_mark") == mark
-    assert world.column(run, "session_reason") is None
+    assert store.column(run, "session_mark") == mark
+    assert store.column(run, "session_reason") is None

@@ -1,12 +1,11 @@
-"""Writes that wait share a commit, and fail each for itself."""
+"""How the event loop reads and writes a store: many callers at once, failures, connections."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from pathlib import Path
 
 import peewee as pw
@@ -17,40 +16,13 @@ from runrecovery_service.domain.errors import (
     StorageFull,
     StorageUnavailable,
 )
-from runrecovery_service.storage import async_storage, group_commit, postgresql, runs
+from runrecovery_service.storage import async_storage, postgresql, runs
 from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.database import Database
-from runrecovery_service.storage.group_commit import WRITES_PER_COMMIT, GroupCommitWriter
 from runrecovery_service.storage.opening import open_database
 from runrecovery_service.storage.sql_dialects import DatabaseKind
+from storage.service_store import ServiceStore
 from support.pg_proxy import proxied
-
-from .conftest import World
-
-
-class CountingDatabase(Database):
-    """Counts outermost transactions that committed; the next `failing` of them fail to."""
-
-    commits = 0
-    failing = 0
-
-    @contextmanager
-    def transaction(self) -> Iterator[None]:
-        outermost = not self.peewee.in_transaction()
-        with super().transaction():
-            yield
-            if outermost and self.failing:
-                self.failing -= 1
-                raise pw.IntegrityError("the shared commit fails")
-        self.commits += outermost
-
-
-@pytest.fixture
-def counting(world: World) -> CountingDatabase:
-    """The world's database, counting. SQLite only: the writer thread is SQLite's."""
-    if world.db.dialect.kind is not DatabaseKind.SQLITE:
-        pytest.skip("PostgreSQL commits each write by itself")
-    return CountingDatabase(world.db.peewee, world.db.dialect, world.db.name)
 
 
 def add(name: str) -> Callable[[Database], str]:
@@ -63,150 +35,21 @@ def add(name: str) -> Callable[[Database], str]:
     return use
 
 
-def refused(name: str) -> Callable[[Database], str]:
-    """A write that the domain refuses after it has written."""
-
-    def use(db: Database) -> str:
-        add(name)(db)
-        raise RunNotFound(name)
-
-    return use
-
-
-def broken(name: str) -> Callable[[Database], str]:
-    """A write that is a defect."""
-
-    def use(db: Database) -> str:
-        add(name)(db)
-        raise ZeroDivisionError
-
-    return use
-
-
 def traces(db: Database) -> list[str]:
     return [row[0] for row in db.fetch_all("SELECT request_id FROM request_receipt ORDER BY 1")]
 
 
-def submit_together(db: Database, uses: list[Callable[[Database], str]]) -> list[Future[str]]:
-    """Let writes pile up behind one that waits, so that they make one batch."""
-    writer, release, begun = GroupCommitWriter(db), threading.Event(), threading.Event()
-
-    def wait(db: Database) -> None:
-        begun.set()
-        release.wait()
-
-    writer.submit(wait)
-    begun.wait()
-    futures = [writer.submit(use) for use in uses]
-    release.set()
-    writer.close()
-    return futures
-
-
-def test_writes_that_wait_share_a_commit(counting: CountingDatabase) -> None:
-    names = [f"w{n:03}" for n in range(WRITES_PER_COMMIT)]
-
-    futures = submit_together(counting, [add(name) for name in names])
-
-    assert names == [future.result() for future in futures] == traces(counting)
-    assert counting.commits == 2  # the one that was waited for, and all the others
-
-
-def test_more_writes_than_a_commit_holds_take_another(counting: CountingDatabase) -> None:
-    futures = submit_together(counting, [add(f"w{n}") for n in range(WRITES_PER_COMMIT + 1)])
-
-    assert len({future.result() for future in futures}) == WRITES_PER_COMMIT + 1
-    assert counting.commits == 3
-
-
-def test_a_refused_write_fails_alone_within_the_shared_commit(counting: CountingDatabase) -> None:
-    good, bad, last = submit_together(counting, [add("a"), refused("b"), add("c")])
-
-    assert (good.result(), last.result()) == ("a", "c")
-    assert isinstance(bad.exception(), RunNotFound)
-    assert traces(counting) == ["a", "c"]
-    assert counting.commits == 2
-
-
-def test_a_broken_write_takes_no_other_down(counting: CountingDatabase) -> None:
-    uses = [add("a"), broken("b"), add("c"), add("a")]
-
-    good, bad, last, twice = submit_together(counting, uses)
-
-    assert (good.result(), last.result()) == ("a", "c")
-    assert isinstance(bad.exception(), ZeroDivisionError)
-    assert isinstance(twice.exception(), pw.IntegrityError)
-    assert traces(counting) == ["a", "c"]
-
-
-def test_a_shared_commit_that_fails_is_done_one_by_one(counting: CountingDatabase) -> None:
-    names = ["a", "b", "c"]
-    writer, release, begun = GroupCommitWriter(counting), threading.Event(), threading.Event()
-
-    def wait(db: Database) -> None:
-        begun.set()
-        release.wait()
-
-    first = writer.submit(wait)
-    begun.wait()
-    futures = [writer.submit(add(name)) for name in names]
-    first.add_done_callback(lambda done: setattr(counting, "failing", 1))
-    release.set()
-    writer.close()
-
-    assert names == [future.result() for future in futures] == traces(counting)
-    assert 1 + len(names) == counting.commits
-
-
-def test_a_log_that_fails_does_not_end_the_writer(
-    counting: CountingDatabase, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Broken:
-        def info(self, *_: object, **__: object) -> None:
-            raise OSError("No space left on device")
-
-    monkeypatch.setattr(group_commit, "log", Broken())
-    batch = submit_together(counting, [broken("a"), add("b")])
-    writer = GroupCommitWriter(counting)
-
-    later = writer.submit(add("c"))
-    writer.close()
-
-    assert later.result() == "c"
-    assert all(future.exception() is not None for future in batch)
-
-
-def test_a_write_that_was_given_up_before_it_began_is_not_done(counting: CountingDatabase) -> None:
-    writer, release, begun = GroupCommitWriter(counting), threading.Event(), threading.Event()
-
-    def wait(db: Database) -> None:
-        begun.set()
-        release.wait()
-
-    writer.submit(wait)
-    begun.wait()
-    given_up, kept = writer.submit(add("a")), writer.submit(add("b"))
-    assert given_up.cancel()
-    release.set()
-    writer.close()
-
-    assert (kept.result(), traces(counting)) == ("b", ["b"])
-
-
-# -- Storage -----------------------------------------------------------------------------------
-
-
 @pytest.fixture
-async def storage(world: World) -> AsyncIterator[Storage]:
-    storage = Storage(world.db)
+async def storage(store: ServiceStore) -> AsyncIterator[Storage]:
+    storage = Storage(store.db)
     yield storage
     await asyncio.to_thread(storage.close)
 
 
-async def test_reads_and_writes_answer_and_raise_the_words_of_the_domain(
-    world: World, storage: Storage
+async def test_every_kind_of_read_and_write_returns_results_and_raises_domain_errors(
+    store: ServiceStore, storage: Storage
 ) -> None:
-    run = await storage.write(lambda db: world.create())
+    run = await storage.write(lambda db: store.create())
 
     assert run == await storage.read_row(runs.get, run.run_id)
     assert run == await storage.read(runs.get, run.run_id)
@@ -216,7 +59,9 @@ async def test_reads_and_writes_answer_and_raise_the_words_of_the_domain(
             await way(runs.get, "nobody")
 
 
-async def test_what_was_rolled_back_is_not_announced_with_the_next_write(storage: Storage) -> None:
+async def test_changes_that_were_rolled_back_are_not_announced_with_the_next_write(
+    storage: Storage,
+) -> None:
     run, other = asyncio.Event(), asyncio.Event()
 
     def touch_and_fail(db: Database) -> None:
@@ -233,18 +78,20 @@ async def test_what_was_rolled_back_is_not_announced_with_the_next_write(storage
     assert (run.is_set(), other.is_set()) == (False, True)
 
 
-async def test_many_callers_at_once_are_all_answered(world: World, storage: Storage) -> None:
-    made = await asyncio.gather(*(storage.write(lambda db: world.create()) for _ in range(100)))
+async def test_a_hundred_callers_at_once_all_get_their_result(
+    store: ServiceStore, storage: Storage
+) -> None:
+    made = await asyncio.gather(*(storage.write(lambda db: store.create()) for _ in range(100)))
 
     read = await asyncio.gather(*(storage.read(runs.get, run.run_id) for run in made))
 
     assert len({run.run_id for run in read}) == 100
 
 
-async def test_a_failing_database_is_told_in_the_words_of_the_domain(
-    world: World, storage: Storage
+async def test_a_failing_database_is_reported_as_unavailable_and_used_again_afterwards(
+    store: ServiceStore, storage: Storage
 ) -> None:
-    sqlite = world.db.dialect.kind is DatabaseKind.SQLITE
+    sqlite = store.db.dialect.kind is DatabaseKind.SQLITE
 
     def fail(db: Database) -> None:
         if sqlite:
@@ -265,10 +112,10 @@ async def test_a_failing_database_is_told_in_the_words_of_the_domain(
 
 @pytest.mark.parametrize("way", ["read_row", "read", "write", "renew", "run_exclusive"])
 @pytest.mark.parametrize("state", ["40001", "40P01"])
-async def test_a_transaction_that_met_another_one_is_repeated(
-    world: World, storage: Storage, way: str, state: str
+async def test_a_transaction_that_conflicts_with_another_is_repeated(
+    store: ServiceStore, storage: Storage, way: str, state: str
 ) -> None:
-    if world.db.dialect.kind is not DatabaseKind.POSTGRESQL:
+    if store.db.dialect.kind is not DatabaseKind.POSTGRESQL:
         pytest.skip("conflicts of PostgreSQL")
     tries: list[str] = []
 
@@ -284,8 +131,10 @@ async def test_a_transaction_that_met_another_one_is_repeated(
     assert await storage.read(traces) == [f"{way}-3"]
 
 
-async def test_conflicts_without_end_are_told(world: World, storage: Storage) -> None:
-    if world.db.dialect.kind is not DatabaseKind.POSTGRESQL:
+async def test_a_transaction_that_conflicts_six_times_fails_as_busy(
+    store: ServiceStore, storage: Storage
+) -> None:
+    if store.db.dialect.kind is not DatabaseKind.POSTGRESQL:
         pytest.skip("conflicts of PostgreSQL")
     tries: list[None] = []
 
@@ -299,7 +148,7 @@ async def test_conflicts_without_end_are_told(world: World, storage: Storage) ->
     assert len(tries) == 6
 
 
-async def test_a_connection_that_gives_no_answer_is_replaced(
+async def test_a_connection_that_does_not_answer_is_replaced(
     postgresql_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(async_storage, "STATEMENT_MOST_S", 0.2)
@@ -326,7 +175,7 @@ async def test_a_connection_that_gives_no_answer_is_replaced(
 PID = "SELECT pg_backend_pid()"
 
 
-async def test_the_connection_of_the_lease_is_kept_while_no_other_can_be_had(
+async def test_the_renewals_connection_is_kept_while_no_new_one_can_be_opened(
     postgresql_url: str, tmp_path: Path
 ) -> None:
     with proxied(postgresql_url) as proxy:
@@ -354,10 +203,10 @@ async def test_the_connection_of_the_lease_is_kept_while_no_other_can_be_had(
 
 
 @pytest.mark.parametrize("state", ["55P03", "57014", "53100"])
-async def test_an_error_that_leaves_a_connection_sound_does_not_close_it(
-    world: World, storage: Storage, state: str
+async def test_an_error_that_does_not_break_the_connection_does_not_close_it(
+    store: ServiceStore, storage: Storage, state: str
 ) -> None:
-    if world.db.dialect.kind is not DatabaseKind.POSTGRESQL:
+    if store.db.dialect.kind is not DatabaseKind.POSTGRESQL:
         pytest.skip("connections of PostgreSQL")
 
     def fail(db: Database) -> None:
@@ -371,10 +220,10 @@ async def test_an_error_that_leaves_a_connection_sound_does_not_close_it(
     assert await storage.renew(lambda db: db.fetch_one(PID)) == before
 
 
-async def test_each_statement_of_a_use_has_its_own_time(
-    world: World, storage: Storage, monkeypatch: pytest.MonkeyPatch
+async def test_each_statement_has_its_own_timeout(
+    store: ServiceStore, storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if world.db.dialect.kind is not DatabaseKind.POSTGRESQL:
+    if store.db.dialect.kind is not DatabaseKind.POSTGRESQL:
         pytest.skip("connections of PostgreSQL")
     loop, time_s = asyncio.get_running_loop(), [1000.0]
     for module in (async_storage, postgresql):
@@ -403,15 +252,17 @@ async def test_a_trial_does_not_queue_behind_callers(storage: Storage) -> None:
     assert answer == (1,)
 
 
-async def test_a_defect_of_ours_is_not_told_as_the_databases(storage: Storage) -> None:
+async def test_an_error_in_sql_is_raised_as_a_defect_not_as_a_failing_database(
+    storage: Storage,
+) -> None:
     with pytest.raises(pw.PeeweeException):
         await storage.read(lambda db: db.execute("SELECT nothing FROM run"))
 
 
-async def test_closing_leaves_no_thread(world: World) -> None:
+async def test_closing_leaves_no_thread(store: ServiceStore) -> None:
     before = set(threading.enumerate())
-    storage = Storage(world.db)
-    await asyncio.gather(*(storage.write(lambda db: world.create()) for _ in range(5)))
+    storage = Storage(store.db)
+    await asyncio.gather(*(storage.write(lambda db: store.create()) for _ in range(5)))
     await storage.read(lambda db: None)
     await asyncio.to_thread(lambda: None)  # the loop's own thread pool is not ours
 

@@ -14,8 +14,7 @@ from runrecovery_service.domain.turn import Interrupted
 from runrecovery_service.storage import interactions
 from runrecovery_service.storage.launch_records import LaunchEnd
 from runrecovery_service.storage.turns import Turn
-
-from .conftest import World
+from storage.service_store import ServiceStore
 
 BECAUSE = "The service stood still."
 INTERRUPTED = Interrupted(BECAUSE)
@@ -36,17 +35,21 @@ def with_a_process() -> Iterator[tuple[RunStatus, Profile | None, Fact, str | No
         yield status, profile, reduce(or_, held, QUESTIONS[question]), question
 
 
-def store(
-    world: World, status: RunStatus, profile: Profile | None, facts: Fact, question: str | None
+def store_run(
+    store: ServiceStore,
+    status: RunStatus,
+    profile: Profile | None,
+    facts: Fact,
+    question: str | None,
 ) -> Turn:
     """Bring a run with a live process into a state."""
     requeue = Fact.REQUEUE in facts
-    turn = world.running(
+    turn = store.running(
         restart_policy=RestartPolicy.REQUEUE if requeue else RestartPolicy.FAIL,
         max_attempts=2 if requeue else 1,
     )
     handle = Fact.HANDLE in facts
-    world.set(
+    store.set(
         turn.run,
         status=status.value,
         profile=profile.value if profile else None,
@@ -56,8 +59,8 @@ def store(
         cancel_requested_at=1 if Fact.CANCEL in facts else None,
     )
     if question is not None:
-        with world.db.transaction():
-            world.db.execute(
+        with store.db.transaction():
+            store.db.execute(
                 "INSERT INTO interaction (run, no, kind, prompt, options, state, asked_at,"
                 " replied_at, response) VALUES (?, 1, 'confirm', 'So', '[]', ?, 1, ?, ?)",
                 (
@@ -81,21 +84,21 @@ def expected(rule: Rule, facts: Fact, question: str | None) -> tuple[object, ...
     )
 
 
-def test_every_run_with_a_process_becomes_what_the_matrix_says(world: World) -> None:
+def test_every_interrupted_turn_ends_as_the_matrix_says(store: ServiceStore) -> None:
     cases = list(with_a_process())
-    stored = [store(world, *case) for case in cases]
+    stored = [store_run(store, *case) for case in cases]
     wrong = []
     for turn, (status, profile, facts, question) in zip(stored, cases, strict=True):
         rule = decide(status, profile, facts)
 
-        run = world.end(turn, INTERRUPTED)
+        run = store.end(turn, INTERRUPTED)
 
-        asked = world.rows("SELECT state FROM interaction WHERE run = ?", run.key)
+        asked = store.rows("SELECT state FROM interaction WHERE run = ?", run.key)
         became = (
             run.status,
             run.error.code if run.error else None,
             run.error.message if run.error else None,
-            world.column(run, "session_value"),
+            store.column(run, "session_value"),
             asked[0][0] if asked else None,
         )
         if became != expected(rule, facts, question):
@@ -109,44 +112,44 @@ def test_every_run_with_a_process_becomes_what_the_matrix_says(world: World) -> 
     }  # fmt: skip
 
 
-def outcome(world: World, run: Run) -> tuple[object, ...]:
+def outcome(store: ServiceStore, run: Run) -> tuple[object, ...]:
     """Status, error, session, question: what became of the run."""
-    asked = world.rows("SELECT state FROM interaction WHERE run = ?", run.key)
+    asked = store.rows("SELECT state FROM interaction WHERE run = ?", run.key)
     return (
         run.status,
         run.error.code if run.error else None,
-        world.column(run, "session_value"),
+        store.column(run, "session_value"),
         asked[0][0] if asked else None,
     )
 
 
-def test_an_interruption_applies_a_decision_as_a_restart_applies_it(world: World) -> None:
+def test_an_interruption_applies_a_decision_as_a_restart_applies_it(store: ServiceStore) -> None:
     cases = list(with_a_process())
-    interrupted = [store(world, *case) for case in cases]
-    left = [store(world, *case).run for case in cases]
+    interrupted = [store_run(store, *case) for case in cases]
+    left = [store_run(store, *case).run for case in cases]
 
-    ended = [world.end(turn, INTERRUPTED) for turn in interrupted]
-    after_interruption = [outcome(world, run) for run in ended]
-    world.recover()
-    after_restart = [outcome(world, world.get(run)) for run in left]
+    ended = [store.end(turn, INTERRUPTED) for turn in interrupted]
+    after_interruption = [outcome(store, run) for run in ended]
+    store.recover()
+    after_restart = [outcome(store, store.get(run)) for run in left]
 
     assert after_interruption == after_restart
 
 
-def test_nothing_of_it_looks_like_the_decision_of_a_restart(world: World) -> None:
-    run = world.end(world.running(), INTERRUPTED)
+def test_an_interruption_is_not_recorded_as_the_decision_of_a_restart(store: ServiceStore) -> None:
+    run = store.end(store.running(), INTERRUPTED)
 
     assert run.recovery is None
-    assert world.rows("SELECT count(*) FROM recovery_event") == [(0,)]
+    assert store.rows("SELECT count(*) FROM recovery_event") == [(0,)]
 
 
-def test_a_run_that_starts_over_queues_behind_what_waits_already(world: World) -> None:
-    turn = world.running(restart_policy=RestartPolicy.REQUEUE, max_attempts=2)
-    world.keep_session(turn)
-    first = world.create()
-    world.end(turn, INTERRUPTED)
+def test_a_restarted_run_queues_behind_runs_that_are_queued(store: ServiceStore) -> None:
+    turn = store.running(restart_policy=RestartPolicy.REQUEUE, max_attempts=2)
+    store.keep_session(turn)
+    first = store.create()
+    store.end(turn, INTERRUPTED)
 
-    taken = [world.take(), world.take()]
+    taken = [store.take(), store.take()]
 
     assert [one.run.run_id for one in taken if one] == [first.run_id, turn.run.run_id]
     again = taken[1]
@@ -154,27 +157,27 @@ def test_a_run_that_starts_over_queues_behind_what_waits_already(world: World) -
     assert (again.run.attempt, again.run.turn, again.run.session) == (2, 1, None)
 
 
-def test_a_run_whose_budget_is_spent_does_not_start_over(world: World) -> None:
-    turn = world.running(restart_policy=RestartPolicy.REQUEUE, max_attempts=2)
-    world.end(turn, INTERRUPTED)
-    again = world.take()
+def test_a_run_without_attempts_left_does_not_start_over(store: ServiceStore) -> None:
+    turn = store.running(restart_policy=RestartPolicy.REQUEUE, max_attempts=2)
+    store.end(turn, INTERRUPTED)
+    again = store.take()
     assert again is not None
 
-    run = world.end(again, INTERRUPTED)
+    run = store.end(again, INTERRUPTED)
 
     assert run.status is RunStatus.FAILED
     assert run.error is not None
     assert run.error.code == "ORCHESTRATOR_RESTART_INTERRUPTED"
 
 
-def test_an_accepted_reply_is_given_to_the_next_process(world: World) -> None:
-    waiting = world.waiting()
-    world.reply(waiting, {"a": 1})
-    turn = world.take()
+def test_an_accepted_reply_is_delivered_to_the_next_process(store: ServiceStore) -> None:
+    waiting = store.waiting()
+    store.reply(waiting, {"a": 1})
+    turn = store.take()
     assert turn is not None
-    world.end(turn, INTERRUPTED)
+    store.end(turn, INTERRUPTED)
 
-    again = world.take()
+    again = store.take()
 
     assert again is not None
     assert (again.run.attempt, again.run.turn) == (1, 3)
@@ -183,30 +186,32 @@ def test_an_accepted_reply_is_given_to_the_next_process(world: World) -> None:
     assert again.reply.response == {"a": 1}
 
 
-def test_a_run_that_was_interrupted_waits_for_what_could_not_be_ended(world: World) -> None:
-    turn = world.running(restart_policy=RestartPolicy.REQUEUE, max_attempts=2)
+def test_an_interrupted_run_is_not_launched_before_its_processes_have_ended(
+    store: ServiceStore,
+) -> None:
+    turn = store.running(restart_policy=RestartPolicy.REQUEUE, max_attempts=2)
 
-    run = world.end(
+    run = store.end(
         turn, INTERRUPTED, ended=LaunchEnd(exit_code=None, processes_ended=0, gone=False)
     )
 
     assert run.status is RunStatus.QUEUED
-    assert world.take() is None
-    with world.db.transaction():
-        world.db.execute("UPDATE process_lease SET state = 'CLOSED'")
-    assert world.take() is not None
+    assert store.take() is None
+    with store.db.transaction():
+        store.db.execute("UPDATE process_lease SET state = 'CLOSED'")
+    assert store.take() is not None
 
 
 @pytest.mark.parametrize("policy", list(RestartPolicy))
-def test_an_interruption_that_is_written_again_changes_nothing(
-    world: World, policy: RestartPolicy
+def test_recording_an_interruption_twice_changes_nothing(
+    store: ServiceStore, policy: RestartPolicy
 ) -> None:
-    turn = world.running(restart_policy=policy, max_attempts=2)
-    world.end(turn, INTERRUPTED)
-    world.take()
-    before = world.dump()
+    turn = store.running(restart_policy=policy, max_attempts=2)
+    store.end(turn, INTERRUPTED)
+    store.take()
+    before = store.dump()
 
-    world.end(turn, INTERRUPTED)
+    store.end(turn, INTERRUPTED)
 
-    assert world.dump() == before
-    assert interactions.find(world.db, turn.run.key, 1) is None
+    assert store.dump() == before
+    assert interactions.find(store.db, turn.run.key, 1) is None

@@ -61,7 +61,7 @@ def test_a_start_after_a_kill_finds_everything(killed: Path) -> None:
         assert receipts(db) == 5
 
 
-def test_a_removed_log_is_refused_and_nothing_is_touched(killed: Path) -> None:
+def test_a_store_without_its_wal_is_refused_and_no_file_is_touched(killed: Path) -> None:
     (killed / f"{NAME}-wal").rename(killed / "log")
     (killed / f"{NAME}-shm").unlink()
     before = contents(killed)
@@ -77,7 +77,7 @@ def test_a_removed_log_is_refused_and_nothing_is_touched(killed: Path) -> None:
         assert receipts(db) == 5
 
 
-def test_a_log_that_was_cut_short_is_refused_and_nothing_is_touched(killed: Path) -> None:
+def test_a_store_with_a_truncated_wal_is_refused_and_no_file_is_touched(killed: Path) -> None:
     log = killed / f"{NAME}-wal"
     log.write_bytes(log.read_bytes()[: log.stat().st_size // 2])
     before = contents(killed)
@@ -86,7 +86,7 @@ def test_a_log_that_was_cut_short_is_refused_and_nothing_is_touched(killed: Path
     assert contents(killed) == before
 
 
-def test_a_store_without_its_marker_goes_on_without_the_lost_commits(killed: Path) -> None:
+def test_a_store_whose_marker_file_was_removed_opens_without_the_lost_commits(killed: Path) -> None:
     (killed / f"{NAME}-wal").unlink()
     (killed / MARKER).unlink()
 
@@ -96,7 +96,7 @@ def test_a_store_without_its_marker_goes_on_without_the_lost_commits(killed: Pat
         add(db, "again")
 
 
-def test_an_older_copy_in_place_of_the_store_is_refused(tmp_path: Path) -> None:
+def test_an_older_copy_in_the_place_of_the_store_is_refused(tmp_path: Path) -> None:
     open_database("", tmp_path).close()
     shutil.copy(tmp_path / NAME, tmp_path / "older")
     with closing(open_database("", tmp_path)) as db, db.transaction():
@@ -106,14 +106,14 @@ def test_an_older_copy_in_place_of_the_store_is_refused(tmp_path: Path) -> None:
     assert "lacks 1 commits" in reason(tmp_path)
 
 
-def test_a_removed_index_costs_nothing(killed: Path) -> None:
+def test_a_removed_wal_index_loses_nothing(killed: Path) -> None:
     (killed / f"{NAME}-shm").unlink()
 
     with closing(open_database("", killed)) as db:
         assert receipts(db) == 5
 
 
-def test_another_program_may_empty_and_remove_the_log(killed: Path) -> None:
+def test_another_program_may_empty_and_remove_the_wal(killed: Path) -> None:
     with closing(sqlite3.connect(killed / NAME)) as theirs:
         assert theirs.execute("SELECT count(*) FROM request_receipt").fetchall() == [(5,)]
     assert not (killed / f"{NAME}-wal").exists()
@@ -151,7 +151,7 @@ def write_and_undo(db: Database) -> None:
         add(db, f"{1 / 0}")
 
 
-def test_what_is_undone_as_a_trial_is_commits_and_writes_nothing(tmp_path: Path) -> None:
+def test_a_rolled_back_trial_counts_no_commit_and_writes_nothing(tmp_path: Path) -> None:
     with closing(open_database("", tmp_path)) as db:
         db.watch_files()
         with db.transaction():
@@ -193,7 +193,7 @@ def test_a_marker_that_cannot_be_written_fails_no_commit(tmp_path: Path) -> None
         assert receipts(db) == 1
 
 
-def test_a_kill_at_any_moment_is_never_taken_for_a_lost_log(tmp_path: Path) -> None:
+def test_a_kill_at_any_moment_is_not_taken_for_a_lost_wal(tmp_path: Path) -> None:
     """Writers that empty their log every few commits are killed, and the store opens each time with
     every acknowledged commit."""
     open_database("", tmp_path).close()
@@ -205,7 +205,7 @@ def test_a_kill_at_any_moment_is_never_taken_for_a_lost_log(tmp_path: Path) -> N
     assert done.stdout.endswith("12 kills survived\n")
 
 
-def test_a_store_that_was_just_migrated_counts(tmp_path: Path) -> None:
+def test_a_store_that_was_just_migrated_counts_commits(tmp_path: Path) -> None:
     with closing(open_database("", tmp_path)) as db:
         assert migrate(db) == []
         assert db.fetch_all("SELECT id, commits FROM commit_count") == [(1, 0)]

@@ -40,15 +40,14 @@ from runrecovery_service.storage.async_storage import (
 )
 from runrecovery_service.storage.recovery_apply import Tally
 from runrecovery_service.storage.sql_dialects import DatabaseKind
-
-from .conftest import World
+from storage.service_store import ServiceStore
 
 
 def planner(
-    world: World, checks: dict[str, SessionCheck] | None = None, *, check_s: float = CHECK_S
+    store: ServiceStore, checks: dict[str, SessionCheck] | None = None, *, check_s: float = CHECK_S
 ) -> Planner:
     return Planner(
-        owner=world.owner,
+        owner=store.owner,
         sessions=BulkSessionCheck(
             checks=checks or {},
             workspace=lambda key, attempt: Path(f"/{key}/{attempt}"),
@@ -67,73 +66,73 @@ def all_are(reason: SessionReason) -> SessionCheck:
     return each(lambda stored: FOUND[reason])
 
 
-def planned(world: World, made: Planner, *, limit: int = 2) -> list[PlannedDecision]:
+def planned(store: ServiceStore, made: Planner, *, limit: int = 2) -> list[PlannedDecision]:
     found: list[PlannedDecision] = []
     after: tuple[int, ...] | None = None
     while True:
-        page, _ = made.decide(made.read(world.db, after=after, limit=limit))
+        page, _ = made.decide(made.read(store.db, after=after, limit=limit))
         found += page.rows
         after = page.after
         if after is None:
             return found
 
 
-def totals_of(world: World, made: Planner) -> RecoveryPlan:
-    _, totals = made.decide(made.read(world.db, after=None, limit=1))
+def totals_of(store: ServiceStore, made: Planner) -> RecoveryPlan:
+    _, totals = made.decide(made.read(store.db, after=None, limit=1))
     assert totals is not None
     return totals
 
 
-def one_of_each(world: World) -> list[Run]:
+def one_of_each(store: ServiceStore) -> list[Run]:
     """A run in every situation that a restart tells apart."""
-    replied = world.waiting()
-    world.reply(replied)
-    held = world.take()
+    replied = store.waiting()
+    store.reply(replied)
+    held = store.take()
     assert held is not None
-    canceled = world.waiting(profile=Profile.STICKY_PROCESS)
-    world.cancel(canceled)
-    damaged = world.waiting()
-    world.set(damaged, input="{")
-    unknown = world.waiting()
-    world.set(unknown, profile="NEWER")
-    lost = world.waiting()
-    world.set(lost, session_value=None)
-    again = world.running(restart_policy=RestartPolicy.REQUEUE, max_attempts=3).run
+    canceled = store.waiting(profile=Profile.STICKY_PROCESS)
+    store.cancel(canceled)
+    damaged = store.waiting()
+    store.set(damaged, input="{")
+    unknown = store.waiting()
+    store.set(unknown, profile="NEWER")
+    lost = store.waiting()
+    store.set(lost, session_value=None)
+    again = store.running(restart_policy=RestartPolicy.REQUEUE, max_attempts=3).run
     return [
-        replied, canceled, damaged, unknown, lost, again, world.waiting(), world.running().run,
-        world.waiting(profile=Profile.STICKY_PROCESS), world.create(),
-        world.create(restart_policy=RestartPolicy.REQUEUE, max_attempts=3),
+        replied, canceled, damaged, unknown, lost, again, store.waiting(), store.running().run,
+        store.waiting(profile=Profile.STICKY_PROCESS), store.create(),
+        store.create(restart_policy=RestartPolicy.REQUEUE, max_attempts=3),
     ]  # fmt: skip
 
 
-def recover(world: World, checks: dict[str, SessionCheck]) -> Tally:
+def recover(store: ServiceStore, checks: dict[str, SessionCheck]) -> Tally:
     """Restart as the service does: sessions are checked before anything is decided."""
-    world.restart()
-    scope = world.begin()
-    bulk = planner(world, checks).sessions
-    for found in changed_findings(world.db, scope, bulk):
-        session_checks.record_findings(world.db, scope, found)
+    store.restart()
+    scope = store.open_report()
+    bulk = planner(store, checks).sessions
+    for found in changed_findings(store.db, scope, bulk):
+        session_checks.record_findings(store.db, scope, found)
     tally, after = Tally(), 0
-    while batch := recovery_apply.next_batch(world.db, scope, after=after, rows=3):
-        tally += recovery_apply.apply_batch(world.db, scope, batch, report=lambda db, tally: None)
+    while batch := recovery_apply.next_batch(store.db, scope, after=after, rows=3):
+        tally += recovery_apply.apply_batch(store.db, scope, batch, report=lambda db, tally: None)
         after = batch.last
     return tally
 
 
-def demand_plan_comes_true(world: World, checks: dict[str, SessionCheck]) -> None:
-    made = planner(world, checks)
-    decisions, totals = planned(world, made), totals_of(world, made)
+def demand_plan_comes_true(store: ServiceStore, checks: dict[str, SessionCheck]) -> None:
+    made = planner(store, checks)
+    decisions, totals = planned(store, made), totals_of(store, made)
     before = {
-        one.run_id: world.db.fetch_one(
+        one.run_id: store.db.fetch_one(
             "SELECT recovery_count FROM run WHERE run_id = ?", (one.run_id,)
         )
         for one in decisions
     }
 
-    tally = recover(world, checks)
+    tally = recover(store, checks)
 
     for one in decisions:
-        row = world.db.fetch_one(
+        row = store.db.fetch_one(
             "SELECT recovery_reason, recovery_state, status, recovery_count FROM run"
             " WHERE run_id = ?",
             (one.run_id,),
@@ -149,32 +148,32 @@ def demand_plan_comes_true(world: World, checks: dict[str, SessionCheck]) -> Non
     assert totals.runs_total == len(decisions) == tally.scanned
 
 
-def test_a_plan_comes_true_again_and_again(world: World) -> None:
-    one_of_each(world)
+def test_a_plan_is_what_each_of_several_restarts_decides(store: ServiceStore) -> None:
+    one_of_each(store)
     for _ in range(3):
-        demand_plan_comes_true(world, {})
+        demand_plan_comes_true(store, {})
 
 
-def test_a_plan_knows_what_the_engines_checks_will_say(world: World) -> None:
-    runs = [world.waiting(engine="checked") for _ in range(4)]
-    world.reply(runs[3])
+def test_a_plan_uses_the_session_checks_of_the_engines(store: ServiceStore) -> None:
+    runs = [store.waiting(engine="checked") for _ in range(4)]
+    store.reply(runs[3])
     gone = {f"/{run.key}/1" for run in runs[1:]}
 
     def look(stored: StoredHandle) -> SessionFinding:
         there = stored.handle == "secret" and str(stored.workspace) not in gone
         return FOUND[SessionReason.WHOLE if there else SessionReason.MISSING]
 
-    demand_plan_comes_true(world, {"checked": each(look)})
+    demand_plan_comes_true(store, {"checked": each(look)})
     gone.clear()  # it failed them; their sessions come back too late
-    demand_plan_comes_true(world, {"checked": each(look)})
+    demand_plan_comes_true(store, {"checked": each(look)})
 
 
 @pytest.mark.parametrize("unknown", UnknownSession)
-def test_a_plan_knows_what_becomes_of_sessions_that_cannot_be_judged(
-    world: World, unknown: UnknownSession
+def test_a_plan_applies_the_policy_for_sessions_that_cannot_be_judged(
+    store: ServiceStore, unknown: UnknownSession
 ) -> None:
-    runs = [world.waiting(engine="checked") for _ in range(3)]
-    world.reply(runs[2])
+    runs = [store.waiting(engine="checked") for _ in range(3)]
+    store.reply(runs[2])
     reasons = [SessionReason.NOT_KNOWN, SessionReason.WHOLE, SessionReason.NOT_ANSWERED]
     of = {
         f"/{run.key}/1": apply_policy(FOUND[reason], unknown)
@@ -182,86 +181,86 @@ def test_a_plan_knows_what_becomes_of_sessions_that_cannot_be_judged(
     }
     checks = {"checked": each(lambda stored: of[str(stored.workspace)])}
 
-    demand_plan_comes_true(world, checks)
+    demand_plan_comes_true(store, checks)
 
-    statuses = [world.get(run).status for run in runs]
+    statuses = [store.get(run).status for run in runs]
     kept = unknown is UnknownSession.KEEP
     assert [status is RunStatus.FAILED for status in statuses] == [not kept, False, not kept]
     verdict = "UNKNOWN" if kept else "UNKNOWN_REFUSED"
-    assert world.rows(
+    assert store.rows(
         "SELECT session_verdict, session_reason FROM recovery_event ORDER BY run"
     ) == [(verdict, "not_known"), ("VALID", "whole"), (verdict, "not_answered")]
 
 
-def test_a_check_is_asked_in_bulk_and_told_the_mark(world: World) -> None:
-    runs = [world.waiting(engine="checked") for _ in range(3)]
-    world.set(runs[1], session_mark="7 -5")
+def test_a_check_gets_handles_in_bulk_with_their_fingerprints(store: ServiceStore) -> None:
+    runs = [store.waiting(engine="checked") for _ in range(3)]
+    store.set(runs[1], session_mark="7 -5")
     asked: list[list[StoredHandle]] = []
 
     def check(handles: Sequence[StoredHandle]) -> list[SessionFinding]:
         asked.append(list(handles))
         return [FOUND[SessionReason.WHOLE] for _ in handles]
 
-    recover(world, {"checked": SessionCheck(check)})
+    recover(store, {"checked": SessionCheck(check)})
 
     (handles,) = asked
     assert [one.fingerprint for one in handles] == [None, SessionFingerprint(7, -5), None]
     assert [one.workspace for one in handles] == [Path(f"/{run.key}/1") for run in runs]
 
 
-def test_a_session_that_came_back_counts_again(world: World) -> None:
-    run = world.waiting(engine="checked")
-    world.set(run, session_verdict="INVALID")
+def test_a_session_that_is_back_is_valid_again(store: ServiceStore) -> None:
+    run = store.waiting(engine="checked")
+    store.set(run, session_verdict="INVALID")
 
-    demand_plan_comes_true(world, {"checked": all_are(SessionReason.WHOLE)})
-
-
-def test_a_handle_without_a_type_is_none_whatever_its_check_says(world: World) -> None:
-    run = world.waiting(engine="checked")
-    world.set(run, session_type=None, session_verdict="INVALID")
-
-    demand_plan_comes_true(world, {"checked": all_are(SessionReason.WHOLE)})
+    demand_plan_comes_true(store, {"checked": all_are(SessionReason.WHOLE)})
 
 
-def test_a_plan_changes_nothing(world: World) -> None:
-    one_of_each(world)
-    before = world.dump()
-    made = planner(world, {"demo": all_are(SessionReason.MISSING)})
+def test_a_handle_without_a_type_counts_as_missing(store: ServiceStore) -> None:
+    run = store.waiting(engine="checked")
+    store.set(run, session_type=None, session_verdict="INVALID")
 
-    planned(world, made)
-    totals_of(world, made)
-
-    assert world.dump() == before
+    demand_plan_comes_true(store, {"checked": all_are(SessionReason.WHOLE)})
 
 
-def test_a_plan_counts_the_launches_that_would_be_ended(world: World) -> None:
-    world.running()
-    world.waiting(profile=Profile.STICKY_PROCESS)
-    world.waiting()
+def test_a_plan_changes_nothing(store: ServiceStore) -> None:
+    one_of_each(store)
+    before = store.dump()
+    made = planner(store, {"demo": all_are(SessionReason.MISSING)})
 
-    assert totals_of(world, planner(world)).launches == 2
+    planned(store, made)
+    totals_of(store, made)
 
-
-def test_an_empty_store_has_an_empty_plan(world: World) -> None:
-    totals = totals_of(world, planner(world))
-
-    assert (planned(world, planner(world)), totals.runs_total, totals.decisions) == ([], 0, ())
+    assert store.dump() == before
 
 
-def test_a_plan_looks_at_sessions_when_its_rows_are_read(world: World) -> None:
+def test_a_plan_counts_the_launches_that_would_be_ended(store: ServiceStore) -> None:
+    store.running()
+    store.waiting(profile=Profile.STICKY_PROCESS)
+    store.waiting()
+
+    assert totals_of(store, planner(store)).launches == 2
+
+
+def test_an_empty_store_has_an_empty_plan(store: ServiceStore) -> None:
+    totals = totals_of(store, planner(store))
+
+    assert (planned(store, planner(store)), totals.runs_total, totals.decisions) == ([], 0, ())
+
+
+def test_a_plan_checks_sessions_after_its_rows_are_read(store: ServiceStore) -> None:
     for _ in range(3):
-        world.waiting(engine="checked")
+        store.waiting(engine="checked")
     asked: list[str] = []
 
     def look(stored: StoredHandle) -> SessionFinding:
         asked.append(stored.handle)
         return FOUND[SessionReason.MISSING]
 
-    made = planner(world, {"checked": each(look)})
-    rows = made.read(world.db, after=None, limit=2)
+    made = planner(store, {"checked": each(look)})
+    rows = made.read(store.db, after=None, limit=2)
     assert asked == []
-    assert not world.db.peewee.in_transaction()
-    world.db.close()
+    assert not store.db.peewee.in_transaction()
+    store.db.close()
 
     page, totals = made.decide(rows)
 
@@ -269,14 +268,14 @@ def test_a_plan_looks_at_sessions_when_its_rows_are_read(world: World) -> None:
     assert totals is not None
     assert {count.rule: count.count for count in totals.decisions} == {"session_handle_lost": 3}
     assert [one.decision.rule for one in page.rows] == ["session_handle_lost"] * 2
-    assert world.db.peewee.is_closed()
+    assert store.db.peewee.is_closed()
 
 
 @pytest.mark.parametrize("unknown", UnknownSession)
-def test_plans_leave_a_check_alone_that_does_not_answer(
-    world: World, unknown: UnknownSession
+def test_plans_do_not_call_a_check_that_has_not_answered(
+    store: ServiceStore, unknown: UnknownSession
 ) -> None:
-    world.waiting(engine="hangs")
+    store.waiting(engine="hangs")
     release, asked = threading.Event(), list[int]()
 
     def hang(handles: Sequence[StoredHandle]) -> Iterator[SessionFinding]:
@@ -284,11 +283,11 @@ def test_plans_leave_a_check_alone_that_does_not_answer(
         release.wait()
         yield FOUND[SessionReason.WHOLE]
 
-    made = planner(world, {"hangs": SessionCheck(hang, unknown)}, check_s=0.0)
+    made = planner(store, {"hangs": SessionCheck(hang, unknown)}, check_s=0.0)
     kept = unknown is UnknownSession.KEEP
     try:
         for _ in range(3):
-            (found,) = planned(world, made)
+            (found,) = planned(store, made)
             rule = "resumable_waiting_preserved" if kept else "session_handle_lost"
             assert found.decision.rule == rule
         assert asked == [1]
@@ -296,13 +295,13 @@ def test_plans_leave_a_check_alone_that_does_not_answer(
         release.set()
 
 
-def test_a_plan_is_of_one_moment(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = [world.waiting(engine="checked") for _ in range(3)]
+def test_a_plan_reads_one_snapshot(store: ServiceStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [store.waiting(engine="checked") for _ in range(3)]
     look = recovery_preview.count_situations
 
     def answer() -> None:
-        world.reply(runs[0])
-        world.db.close()
+        store.reply(runs[0])
+        store.db.close()
 
     def answered_after_the_look(*args: Any) -> Any:
         seen = look(*args)
@@ -313,16 +312,18 @@ def test_a_plan_is_of_one_moment(world: World, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(recovery_preview, "count_situations", answered_after_the_look)
     checks: dict[str, SessionCheck] = {"checked": all_are(SessionReason.MISSING)}
 
-    made = planner(world, checks)
-    page, totals = made.decide(made.read(world.db, after=None, limit=9))
+    made = planner(store, checks)
+    page, totals = made.decide(made.read(store.db, after=None, limit=9))
 
     assert totals is not None
     assert {count.rule: count.count for count in totals.decisions} == {"session_handle_lost": 3}
     assert [one.decision.rule for one in page.rows] == ["session_handle_lost"] * 3
 
 
-async def test_a_plan_that_waits_for_files_keeps_no_thread_of_the_store(world: World) -> None:
-    world.waiting(engine="hangs")
+async def test_a_plan_that_waits_for_session_files_holds_no_thread_of_the_storage(
+    store: ServiceStore,
+) -> None:
+    store.waiting(engine="hangs")
     release, asked = threading.Event(), threading.Event()
 
     def hang(handles: Sequence[StoredHandle]) -> Iterator[SessionFinding]:
@@ -330,14 +331,14 @@ async def test_a_plan_that_waits_for_files_keeps_no_thread_of_the_store(world: W
         release.wait()
         yield from (FOUND[SessionReason.WHOLE] for _ in handles)
 
-    storage = Storage(world.db)
-    is_sqlite = world.db.dialect.kind is DatabaseKind.SQLITE
+    storage = Storage(store.db)
+    is_sqlite = store.db.dialect.kind is DatabaseKind.SQLITE
     all_read = threading.Barrier(READER_THREADS if is_sqlite else POSTGRESQL_CONNECTIONS)
     deps = RecoveryDeps(
         storage=storage,
-        owner=world.owner,
+        owner=store.owner,
         status=RecoveryStatus(),
-        planner=planner(world, {"hangs": SessionCheck(hang)}, check_s=600.0),
+        planner=planner(store, {"hangs": SessionCheck(hang)}, check_s=600.0),
     )
     service = RecoveryService(deps, Gate())
     plans = [
