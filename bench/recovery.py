@@ -165,7 +165,7 @@ class Nothing:
     """No launch to end, and no trust entry to remove."""
 
     def end(self, launches: Sequence[LaunchRecord]) -> dict[int, Ending]:
-        """See `LaunchEnder`."""
+        """See `EndsLaunches`."""
         return {}
 
     def remove_stale_on(self, *_: object) -> TrustClearing:

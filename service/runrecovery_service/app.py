@@ -35,18 +35,18 @@ from runrecovery_service.execution.trust_sweep import TrustSweep
 from runrecovery_service.lifecycle import (
     RECOVERY_BACKOFF_MOST_S,
     BackgroundWork,
-    Recoveries,
+    RecoveryRunner,
     Service,
     prepare_process,
     store_kept,
 )
 from runrecovery_service.locks import ServiceLocks
-from runrecovery_service.machine import open_cgroup_parent, plan_open_files
+from runrecovery_service.machine_limits import open_cgroup_parent, plan_open_files
 from runrecovery_service.ownership import (
     LeaseRenewal,
     Ownership,
     StatementTrials,
-    StorageHealth,
+    StorageHealthReporter,
     tree_deadline_ns,
 )
 from runrecovery_service.periodic import Backoff
@@ -65,6 +65,7 @@ from runrecovery_service.rpc.listen_address import count_addresses, parse_listen
 from runrecovery_service.rpc.recovery_service import RecoveryDeps
 from runrecovery_service.rpc.run_service import RunDeps, RunLimits
 from runrecovery_service.rpc.server import GrpcServer, ServerLimits, build_server, start_grpc
+from runrecovery_service.steady_thread_pool import SteadyThreadPool
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import instances
 from runrecovery_service.storage.async_storage import Storage
@@ -75,7 +76,6 @@ from runrecovery_service.storage.opening import open_database
 from runrecovery_service.storage.refusals import refusing
 from runrecovery_service.storage.sql_dialects import DatabaseKind
 from runrecovery_service.storage.use_case import retry_conflicts
-from runrecovery_service.thread_pool import SteadyThreadPool
 
 log = structlog.get_logger()
 
@@ -189,7 +189,7 @@ class _App:
             gate=self.gate,
             server=self._server(per_address),
             ownership=ownership,
-            recoveries=self._recoveries(),
+            recovery_runner=self._recovery_runner(),
             work=self._background_work(launcher, dispatcher),
             max_connections=self.open_files.connections,
         )
@@ -202,7 +202,7 @@ class _App:
             tree_deadline=self.tree_deadline,
             cgroups=self.cgroups,
             environ=dict(os.environ),
-            kill_grace_s=self.settings.cancel_grace_s,
+            cancel_grace_s=self.settings.cancel_grace_s,
             soft_open_files=self.open_files.agents_soft,
         )
 
@@ -231,7 +231,7 @@ class _App:
         )
 
     def _ownership(self, dispatcher: Dispatcher) -> Ownership:
-        health = StorageHealth(self.gate)
+        health = StorageHealthReporter(self.gate)
         ttl_s = self.settings.lease_ttl_s
         return Ownership(
             lease=LeaseRenewal(
@@ -288,7 +288,7 @@ class _App:
             ),
         )
 
-    def _recoveries(self) -> Recoveries:
+    def _recovery_runner(self) -> RecoveryRunner:
         settings = self.settings
         at_start = Recovery(
             owner=self.owner,
@@ -309,7 +309,7 @@ class _App:
             stop=StopSignal(),  # never set: only a second signal interrupts a stop, by an exit
             launches=self._launch_ender("stop", grace_s, grace_s + settings.orphan_deadline_s),
         )
-        return Recoveries(
+        return RecoveryRunner(
             storage=self.storage,
             at_start=at_start,
             at_stop=at_stop,

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from io import TextIOBase
 from typing import Final, TypeAlias
 
-from runrecovery_service.threads import start_thread
+from runrecovery_service.required_threads import start_thread
 
 MOST_BYTES: Final = 256 * 1024
 """Text that may wait to be written: some thousand lines of the log."""

@@ -10,7 +10,7 @@ from typing import Final, TypeVar
 
 import uvloop
 
-from runrecovery_service.thread_pool import SteadyThreadPool
+from runrecovery_service.steady_thread_pool import SteadyThreadPool
 
 R = TypeVar("R")
 

@@ -1,5 +1,7 @@
 """Handles signals that come before the service has installed its own handlers.
 
+It also records whether the process had a terminal, because SIGHUP may take the terminal away.
+
 Without these handlers Python would print a traceback (SIGINT), or the system would kill the process
 (other signals), although nothing is wrong. Import this module first: it imports almost nothing.
 """

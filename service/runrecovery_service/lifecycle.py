@@ -39,11 +39,11 @@ from runrecovery_service.recovery.status import RecoveryStatus
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.listen_address import bound_address
 from runrecovery_service.rpc.server import GrpcServer
+from runrecovery_service.steady_thread_pool import SteadyThreadPool
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import backup
 from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.database import Database
-from runrecovery_service.thread_pool import SteadyThreadPool
 
 log = structlog.get_logger()
 
@@ -150,7 +150,7 @@ class Signals:
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Recoveries:
+class RecoveryRunner:
     """The recovery of this start, with its retries, and the recovery of a planned stop.
 
     Attributes:
@@ -238,7 +238,7 @@ class Service:
     gate: Gate
     server: GrpcServer
     ownership: Ownership
-    recoveries: Recoveries
+    recovery_runner: RecoveryRunner
     work: BackgroundWork
     max_connections: int
 
@@ -258,7 +258,7 @@ class Service:
                 max_connections=self.max_connections,
             )
             await self._report_containment()
-            report = await self.recoveries.recover()
+            report = await self.recovery_runner.recover()
             if report is not None and not self.stop.is_set():
                 self._serve(report)
             await self.stop.wait()
@@ -269,7 +269,7 @@ class Service:
 
     async def _report_containment(self) -> None:
         """Log what the probe proved. Policy `strict` refuses the start if that is too little."""
-        probe = self.recoveries.status.probe
+        probe = self.recovery_runner.status.probe
         if probe is None:
             return
         if self.settings.containment is not ContainmentPolicy.STRICT:
@@ -324,7 +324,7 @@ class Service:
             StorageUnavailable: the store did not answer for too long; the next start decides.
         """
         await self.work.dispatcher.detach()
-        deciding = asyncio.create_task(self.recoveries.decide_at_stop())
+        deciding = asyncio.create_task(self.recovery_runner.decide_at_stop())
         unrenewed = asyncio.create_task(self.ownership.lease.unrenewed.wait())
         await asyncio.wait({deciding, unrenewed}, return_when=asyncio.FIRST_COMPLETED)
         unrenewed.cancel()

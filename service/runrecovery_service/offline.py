@@ -16,7 +16,7 @@ from runrecovery_service.domain.start_errors import (
 )
 from runrecovery_service.engine_setup import environment_of
 from runrecovery_service.locks import ServiceLocks, sqlite_file
-from runrecovery_service.machine import open_cgroup_parent, plan_open_files
+from runrecovery_service.machine_limits import open_cgroup_parent, plan_open_files
 from runrecovery_service.process.agent_command import launch_problem
 from runrecovery_service.process.probe import prove_containment
 from runrecovery_service.process.watermark import watermark_bits

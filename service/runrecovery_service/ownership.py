@@ -31,6 +31,7 @@ from runrecovery_service.storage.instances import Owner
 log = structlog.get_logger()
 
 RENEWALS_PER_LEASE: Final = 5
+"""Renewals, and trials of the statements, in the time of one lease."""
 SELF_FENCE_SHARE: Final = 2 / 3
 """An instance that cannot renew its lease for this share of it stops before the lease ends.
 
@@ -59,7 +60,7 @@ def tree_deadline_ns(lease_ttl_s: float, renewed_ns: int) -> int:
 
 
 @dataclass(slots=True)
-class StorageHealth:
+class StorageHealthReporter:
     """Reports to health whether all parts of the storage answer."""
 
     gate: Gate
@@ -86,7 +87,7 @@ class LeaseRenewal:
     storage: Storage
     owner: Owner
     turns: RunningTurns
-    health: StorageHealth
+    health: StorageHealthReporter
     stop: StopSignal
     unrenewed: asyncio.Event = field(default_factory=asyncio.Event, init=False)
     _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop, init=False)
@@ -206,7 +207,7 @@ class StatementTrials:
     clock: Clock
     dispatcher: Dispatcher
     gate: Gate
-    health: StorageHealth
+    health: StorageHealthReporter
     stop: StopSignal
     _trials: int = field(default=0, init=False)
     _failures: int = field(default=0, init=False)

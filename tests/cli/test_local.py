@@ -145,12 +145,30 @@ def test_flags_reach_the_service(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_every_start_error_that_is_mapped_is_a_start_error() -> None:
-    assert all(issubclass(kind, start_errors.StartRefused | Fenced) for kind in local.EXIT_CODES)
-    assert local.HINTS.keys() <= local.EXIT_CODES.keys()
+    assert all(
+        issubclass(kind, start_errors.StartRefused | Fenced) for kind in local.START_EXIT_CODES
+    )
+    assert local.HINTS.keys() <= local.START_EXIT_CODES.keys()
+
+
+def test_a_kind_of_error_that_is_not_listed_has_the_exit_code_of_its_parent(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from runrecovery_service import app
+
+    class DatabaseTooNew(start_errors.DatabaseRefused):
+        pass
+
+    def refuse(_settings: object) -> None:
+        raise DatabaseTooNew("/d/x.db", "was migrated by a newer version")
+
+    monkeypatch.setattr(app, "serve", refuse)
+
+    assert run("serve").code == 4
 
 
 def test_what_a_service_ends_by_has_the_exit_code_that_the_docs_give_it() -> None:
-    assert {kind.__name__: int(code) for kind, code in local.EXIT_CODES.items()} == {
+    assert {kind.__name__: int(code) for kind, code in local.START_EXIT_CODES.items()} == {
         "CgroupRefused": 2,
         "Held": 3,
         "DatabaseRefused": 4,

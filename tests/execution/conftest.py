@@ -32,13 +32,13 @@ from runrecovery_service.execution.tree_deadline import TreeDeadline
 from runrecovery_service.process.boot_clock import boot_time_ns
 from runrecovery_service.process.host import Host
 from runrecovery_service.process.watermark import watermark_bits
+from runrecovery_service.steady_thread_pool import SteadyThreadPool
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import instances, interactions, runs
 from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.instances import InstanceStart, Owner
 from runrecovery_service.storage.launch_records import LaunchSite
 from runrecovery_service.storage.opening import open_database
-from runrecovery_service.thread_pool import SteadyThreadPool
 from support.processes import ProcessIdentity, living_process, processes_with_watermark
 from support.waiting import until_async
 
@@ -305,7 +305,7 @@ async def opened(
             tree_deadline=TreeDeadline(in_ns(trees_live_s)),
             cgroups=None,
             environ=dict(os.environ),
-            kill_grace_s=0.5,
+            cancel_grace_s=0.5,
         )
         stop, turns = StopSignal(), RunningTurns(tree_deadline=launcher.tree_deadline)
         site = LaunchSite(

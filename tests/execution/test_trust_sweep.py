@@ -12,8 +12,8 @@ from runrecovery_service.agents.trust_keeper import LEFT
 from runrecovery_service.domain.reconciliation import TrustClearing, TrustRemoval
 from runrecovery_service.execution import trust_sweep
 from runrecovery_service.execution.trust_sweep import TrustSweep
+from runrecovery_service.steady_thread_pool import SteadyThreadPool
 from runrecovery_service.stop_signal import StopSignal
-from runrecovery_service.thread_pool import SteadyThreadPool
 
 from .conftest import until
 

@@ -60,11 +60,11 @@ def tell_a_path() -> None:
     """Name a file of ours in every refusal."""
     from runrecovery_service.rpc import errors
 
-    failure = errors.failure
+    status_of = errors.status_of
     _break(
         errors,
-        "failure",
-        lambda error: replace(failure(error), message=f"{error} at {errors.__file__}"),
+        "status_of",
+        lambda error: replace(status_of(error), message=f"{error} at {errors.__file__}"),
     )
 
 

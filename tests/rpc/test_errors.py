@@ -54,7 +54,7 @@ def leaves(kind: type[RunRecoveryError] = RunRecoveryError) -> Iterator[type[Run
         yield from leaves(one)
 
 
-def details_of(failure: errors.Failure) -> dict[str, Any]:
+def details_of(failure: errors.CallStatus) -> dict[str, Any]:
     packed = dict(failure.trailers)[errors.STATUS_TRAILER]
     assert isinstance(packed, bytes)
     status = status_pb2.Status.FromString(packed)
@@ -83,7 +83,7 @@ def test_every_reason_is_told_by_somebody() -> None:
 def test_error_becomes_a_status_with_its_reason(error: RunRecoveryError) -> None:
     case = errors.TABLE[type(error)]
 
-    failure = errors.failure(error)
+    failure = errors.status_of(error)
 
     info = details_of(failure)["ErrorInfo"]
     reason = errors_pb2.ErrorReason.Name(case.reason)
@@ -94,7 +94,7 @@ def test_error_becomes_a_status_with_its_reason(error: RunRecoveryError) -> None
 
 @pytest.mark.parametrize("error", EXAMPLES, ids=lambda error: type(error).__name__)
 def test_what_can_be_retried_says_when_in_details_and_trailer(error: RunRecoveryError) -> None:
-    failure = errors.failure(error)
+    failure = errors.status_of(error)
 
     retriable = failure.code in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED}
     assert ("RetryInfo" in details_of(failure)) is retriable
@@ -102,7 +102,7 @@ def test_what_can_be_retried_says_when_in_details_and_trailer(error: RunRecovery
 
 
 def test_retry_delay_is_the_errors_own() -> None:
-    failure = errors.failure(domain.ReconciliationInProgress(retry_after_s=2.5))
+    failure = errors.status_of(domain.ReconciliationInProgress(retry_after_s=2.5))
 
     delay = details_of(failure)["RetryInfo"].retry_delay
     assert (delay.seconds, delay.nanos) == (2, 500_000_000)
@@ -110,14 +110,14 @@ def test_retry_delay_is_the_errors_own() -> None:
 
 
 def test_nobody_is_told_to_come_back_after_no_time_which_grpc_takes_for_never() -> None:
-    failure = errors.failure(domain.ReconciliationInProgress(retry_after_s=0.0))
+    failure = errors.status_of(domain.ReconciliationInProgress(retry_after_s=0.0))
 
     assert dict(failure.trailers)[errors.PUSHBACK_TRAILER] == "1"
 
 
 def test_known_engines_and_current_etag_are_metadata() -> None:
-    unknown = details_of(errors.failure(domain.UnknownEngine("x", ("a", "b"))))["ErrorInfo"]
-    changed = details_of(errors.failure(domain.EtagMismatch("r1", "5-2")))["ErrorInfo"]
+    unknown = details_of(errors.status_of(domain.UnknownEngine("x", ("a", "b"))))["ErrorInfo"]
+    changed = details_of(errors.status_of(domain.EtagMismatch("r1", "5-2")))["ErrorInfo"]
 
     assert dict(unknown.metadata) == {"known_engines": "a,b"}
     assert dict(changed.metadata) == {"current_etag": "5-2"}
@@ -126,7 +126,7 @@ def test_known_engines_and_current_etag_are_metadata() -> None:
 def test_all_bad_fields_are_told_at_once() -> None:
     bad = tuple(FieldViolation(f"field{n}", "is bad") for n in range(20))
 
-    told = details_of(errors.failure(domain.InvalidFields(bad)))["BadRequest"].field_violations
+    told = details_of(errors.status_of(domain.InvalidFields(bad)))["BadRequest"].field_violations
 
     assert [v.field for v in told] == [v.field for v in bad]
 
@@ -134,7 +134,7 @@ def test_all_bad_fields_are_told_at_once() -> None:
 def test_more_than_twenty_bad_fields_are_truncated() -> None:
     bad = tuple(FieldViolation(f"field{n}", "is bad") for n in range(50))
 
-    told = details_of(errors.failure(domain.InvalidFields(bad)))["BadRequest"].field_violations
+    told = details_of(errors.status_of(domain.InvalidFields(bad)))["BadRequest"].field_violations
 
     assert len(told) == 21
     assert (told[-1].field, told[-1].description) == ("truncated", "30 more")
@@ -146,21 +146,21 @@ def test_status_stays_below_what_a_client_takes(letter: str) -> None:
     long = letter * 5000
     bad = tuple(FieldViolation(long, long) for _ in range(500))
     for error in (domain.InvalidFields(bad), domain.UnknownEngine(long, (long,) * 50)):
-        failure = errors.failure(error)
+        failure = errors.status_of(error)
 
         packed = dict(failure.trailers)[errors.STATUS_TRAILER]
         assert len(packed) * 4 / 3 + len(failure.message.encode()) * 3 < 8000
 
 
 def test_defect_tells_nothing_but_its_id() -> None:
-    failure = errors.internal("abc")
+    failure = errors.internal_status("abc")
 
     assert failure.message == "internal error abc"
     assert dict(details_of(failure)["ErrorInfo"].metadata) == {"error_id": "abc"}
 
 
 def test_fenced_instance_does_not_tell_what_it_lost() -> None:
-    assert "secret" not in repr(errors.failure(domain.Fenced("instance 'secret'")))
+    assert "secret" not in repr(errors.status_of(domain.Fenced("instance 'secret'")))
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_fenced_instance_does_not_tell_what_it_lost() -> None:
 def test_only_a_superseded_instance_says_that_it_is(
     kind: type[domain.Fenced], message: str
 ) -> None:
-    assert errors.failure(kind("x")).message == message
+    assert errors.status_of(kind("x")).message == message
 
 
 def test_long_text_is_clipped_within_its_limit() -> None:
@@ -220,7 +220,7 @@ TOLD = {
 
 @pytest.mark.parametrize("error", EXAMPLES, ids=lambda error: type(error).__name__)
 def test_each_error_is_told_as_the_contract_says(error: RunRecoveryError) -> None:
-    failure = errors.failure(error)
+    failure = errors.status_of(error)
     details = details_of(failure)
 
     assert (failure.code.name, details["ErrorInfo"].reason, "RetryInfo" in details) == TOLD[

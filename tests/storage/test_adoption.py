@@ -38,7 +38,7 @@ def adopt(store: ServiceStore, owner: Owner, *, rows: int = 1000) -> list[Adopte
     adopted = adoption.adopt(
         store.db,
         owner,
-        told=lambda db, found: heard.extend(found),
+        record=lambda db, found: heard.extend(found),
         stopping=lambda: False,
         rows=rows,
     )
@@ -84,7 +84,7 @@ def test_an_adoption_that_is_cut_off_at_any_statement_is_completed_by_the_next_s
             adoption.adopt(
                 alone.db,
                 owner,
-                told=lambda db, found: None,
+                record=lambda db, found: None,
                 stopping=asked_more_than(steps),
                 rows=1,
             )
@@ -127,7 +127,7 @@ def test_a_run_that_another_instance_lost_can_be_reopened(alone: ServiceStore) -
         alone.db,
         run.run_id,
         handle="found",
-        session_type=lambda engine: "demo",
+        session_type_of=lambda engine: "demo",
         owner=alone.owner,
         etag=None,
         receipt=None,
@@ -150,7 +150,7 @@ def test_reopening_an_ended_run_of_another_instance_is_refused_because_it_has_en
             alone.db,
             run.run_id,
             handle="found",
-            session_type=lambda engine: "demo",
+            session_type_of=lambda engine: "demo",
             owner=alone.owner,
             etag=None,
             receipt=None,

@@ -47,7 +47,7 @@ def lost(store: ServiceStore) -> Run:
 
 def reopen(store: ServiceStore, run: Run) -> Run:
     return reopening.reopen(
-        store.db, run.run_id, handle=None, session_type=lambda _: "jsonl", owner=store.owner,
+        store.db, run.run_id, handle=None, session_type_of=lambda _: "jsonl", owner=store.owner,
         etag=None, receipt=RECEIPT, due_in=store.due_in, steady=store.steady, now=store.tick(),
     )  # fmt: skip
 

@@ -158,7 +158,7 @@ def test_a_reopening_is_no_decision_of_the_feed(store: ServiceStore) -> None:
     store.set(run, session_verdict="INVALID")
     recover(store)
     reopening.reopen(
-        store.db, run.run_id, handle=None, session_type=lambda _: "jsonl", owner=store.owner,
+        store.db, run.run_id, handle=None, session_type_of=lambda _: "jsonl", owner=store.owner,
         etag=None, receipt=None, due_in=store.due_in, steady=store.steady, now=store.tick(),
     )  # fmt: skip
 

@@ -106,7 +106,7 @@ def test_a_label_of_many_runs_finds_the_same_runs(
     expected = [run.run_id for run in reversed(made) if run.labels == wanted]
 
     for few in (1, 4, 100):  # both are common, one of them is, none is
-        monkeypatch.setattr(runs, "FEW_LABELLED", few)
+        monkeypatch.setattr(runs, "RARE_LABEL_RUNS", few)
         page = decisions.recovered_page(
             store.db, RecoveredFilter(labels=wanted), after=None, limit=9
         )

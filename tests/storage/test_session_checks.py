@@ -331,8 +331,8 @@ def test_one_engine_that_does_not_answer_takes_no_time_of_another(store: Service
     )
     try:
         for _ in range(2):
-            assert bulk.find("hangs", [one, one]) == [FOUND[SessionReason.NOT_ANSWERED]] * 2
-            assert bulk.find("answers", [one]) == [FOUND[SessionReason.WHOLE]]
+            assert bulk.check_all("hangs", [one, one]) == [FOUND[SessionReason.NOT_ANSWERED]] * 2
+            assert bulk.check_all("answers", [one]) == [FOUND[SessionReason.WHOLE]]
     finally:
         release.set()
     assert clock == [100.0]
@@ -349,7 +349,7 @@ def test_a_defect_in_a_check_is_not_taken_for_a_timeout(store: ServiceStore) -> 
         checks={"demo": SessionCheck(fail)}, workspace=lambda key, attempt: Path("/")
     )
     with pytest.raises(ZeroDivisionError):
-        bulk.find("demo", [one])
+        bulk.check_all("demo", [one])
 
 
 @pytest.mark.parametrize("unknown", UnknownSession)
@@ -419,7 +419,7 @@ MARK: Final = SessionFingerprint(1234, 5678)
 
 def reopen(store: ServiceStore, run: Run, handle: str | None = None) -> Run:
     return reopening.reopen(
-        store.db, run.run_id, handle=handle, session_type=lambda _: "jsonl", owner=store.owner,
+        store.db, run.run_id, handle=handle, session_type_of=lambda _: "jsonl", owner=store.owner,
         etag=None, receipt=None, due_in=store.due_in, steady=store.steady, now=store.tick(),
     )  # fmt: skip
 

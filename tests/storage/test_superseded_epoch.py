@@ -99,7 +99,7 @@ def _by_time(prepared: Prepared, use: Callable[..., Any], key: int) -> Any:
 def _reopen(prepared: Prepared) -> Any:
     store = prepared.store
     return reopening.reopen(
-        store.db, prepared.lost.run_id, handle="h", session_type=lambda _: "jsonl",
+        store.db, prepared.lost.run_id, handle="h", session_type_of=lambda _: "jsonl",
         owner=store.owner, etag=None, receipt=receipt(), due_in=store.due_in,
         steady=store.steady, now=store.now,
     )  # fmt: skip

@@ -31,7 +31,7 @@ class FakeLaunchEnder:
     end_launches: Callable[[Sequence[LaunchRecord]], Mapping[int, Ending]] = end_nothing
 
     def end(self, launches: Sequence[LaunchRecord]) -> Mapping[int, Ending]:
-        """See `LaunchEnder`."""
+        """See `EndsLaunches`."""
         return self.end_launches(launches)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
@@ -14,14 +14,14 @@ from runrecovery import RunRecoveryClient, errors
 from runrecovery.errors import RunRecoveryClientError
 
 from runrecovery_service.cli import parameters
-from runrecovery_service.cli.exit_codes import ExitCode
+from runrecovery_service.cli.exit_codes import ExitCode, of_class
 from runrecovery_service.cli.failure import Failure
 from runrecovery_service.cli.printing import Columns, json_line, print_table
+from runrecovery_service.config import defaults
 
 MessageT = TypeVar("MessageT", bound=Message)
 
-EXIT_CODES: Final[dict[type[Exception], ExitCode]] = {
-    RunRecoveryClientError: ExitCode.FAILED,
+CALL_EXIT_CODES: Final[Mapping[type, ExitCode]] = {
     errors.NotFound: ExitCode.NOT_FOUND,
     errors.InvalidRequest: ExitCode.USAGE,
     errors.RunAlreadyExists: ExitCode.REFUSED,
@@ -43,7 +43,7 @@ EXIT_CODES: Final[dict[type[Exception], ExitCode]] = {
     errors.SlowReader: ExitCode.UNAVAILABLE,
     errors.DeadlineExceeded: ExitCode.UNAVAILABLE,
 }
-"""By error class; a class that is not listed has the code of its parent."""
+"""The exit code of a command whose call failed, by error class. See `of_class`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +81,7 @@ _OPTIONS: Final = (
     click.option(
         "--server",
         envvar="RUNRECOVERY_SERVER",
-        default="127.0.0.1:50051",
+        default=defaults.LISTEN,
         show_default=True,
         show_envvar=True,
         metavar="HOST:PORT",
@@ -139,7 +139,7 @@ def failures(server: str) -> Iterator[None]:
 
 def exit_code(error: RunRecoveryClientError) -> ExitCode:
     """Return the exit code for a failed call."""
-    return next(EXIT_CODES[kind] for kind in type(error).__mro__ if kind in EXIT_CODES)
+    return of_class(CALL_EXIT_CODES, type(error), otherwise=ExitCode.FAILED)
 
 
 def hint(error: RunRecoveryClientError, server: str) -> str:

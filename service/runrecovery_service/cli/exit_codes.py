@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import IntEnum
+from typing import TypeVar
+
+ValueT = TypeVar("ValueT")
 
 
 class ExitCode(IntEnum):
@@ -48,3 +52,8 @@ class ExitCode(IntEnum):
 
     FENCED = 10
     """A newer start of this instance has taken over, or may do so because the lease ran out."""
+
+
+def of_class(table: Mapping[type, ValueT], kind: type[Exception], *, otherwise: ValueT) -> ValueT:
+    """Return the value of an error class. A class that is not listed has its parent's value."""
+    return next((table[each] for each in kind.__mro__ if each in table), otherwise)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any, Final
 import click
 
 from runrecovery_service.cli import streams
-from runrecovery_service.cli.exit_codes import ExitCode
+from runrecovery_service.cli.exit_codes import ExitCode, of_class
 from runrecovery_service.cli.failure import Failure
 from runrecovery_service.cli.plain_text import safe
 from runrecovery_service.config import reading
@@ -37,7 +37,7 @@ from runrecovery_service.domain.start_errors import (
     ThreadsRefused,
 )
 
-EXIT_CODES: Final[dict[type[Exception], ExitCode]] = {
+START_EXIT_CODES: Final[Mapping[type, ExitCode]] = {
     Held: ExitCode.HELD,
     BackupRefused: ExitCode.REFUSED,
     DatabaseRefused: ExitCode.STORAGE,
@@ -54,8 +54,9 @@ EXIT_CODES: Final[dict[type[Exception], ExitCode]] = {
     RunGone: ExitCode.FENCED,
     LeaseLost: ExitCode.FENCED,
 }
+"""The exit code of a service that did not start, or that an error stopped. See `of_class`."""
 
-HINTS: Final[dict[type[Exception], str]] = {
+HINTS: Final[Mapping[type, str]] = {
     StoreLost: "docs/operations.md, *When something is wrong*, says what to do",
     Held: "stop that service, or give this one its own --data-dir and --instance",
     OpenFilesRefused: "raise the limit (LimitNOFILE= of a unit), or lower max_concurrent",
@@ -124,11 +125,10 @@ def _refusals() -> Iterator[None]:
         yield
     except (StartRefused, Fenced) as error:
         kind = type(error)
-        code = EXIT_CODES.get(kind, ExitCode.FAILED)
         raise Failure(
             str(error),
-            code=code,
-            hint=HINTS.get(kind, ""),
+            code=of_class(START_EXIT_CODES, kind, otherwise=ExitCode.FAILED),
+            hint=of_class(HINTS, kind, otherwise=""),
             closes_nothing=isinstance(error, StoreLost),
         ) from error
 

@@ -60,8 +60,8 @@ def seconds(duration: Duration) -> str:
     return f"{duration.ToTimedelta().total_seconds():g} s"
 
 
-def facts(*pairs: tuple[str, object]) -> str:
-    """Return aligned `name: value` lines, without pairs whose value is empty."""
+def aligned_pairs(*pairs: tuple[str, object]) -> str:
+    """Return one line `name: value` for each pair with a value; the values are aligned."""
     kept = [(name, safe(str(value))) for name, value in pairs if value not in ("", None)]
     width = max((len(name) for name, _ in kept), default=0) + 1
     return "\n".join(f"{name + ':':<{width}} {value}" for name, value in kept)

@@ -20,7 +20,7 @@ from runrecovery_service.cli.ctrl_c import exit_at_once
 from runrecovery_service.cli.exit_codes import ExitCode
 from runrecovery_service.cli.failure import Failure
 from runrecovery_service.cli.plain_text import safe
-from runrecovery_service.cli.printing import Columns, facts, table, time, word
+from runrecovery_service.cli.printing import Columns, aligned_pairs, table, time, word
 
 Status: TypeAlias = recovery_service_pb2.GetRecoveryStatusResponse
 UnendedLaunch: TypeAlias = recovery_service_pb2.UnendedLaunch
@@ -322,7 +322,7 @@ def show(service: ServiceConnection, report: str) -> None:
 
 def describe_status(answer: Status) -> str:
     """Return the state of the service for people, with the report of this start."""
-    own = facts(
+    own = aligned_pairs(
         ("service", word(answer, "state")),
         ("instance", f"{answer.instance}, epoch {answer.epoch}"),
         ("containment", _containment(answer.containment)),
@@ -357,7 +357,7 @@ def describe_explanations(answer: recovery_service_pb2.ExplainRecoveryResponse) 
 def _explanation(explained: recovery_service_pb2.RecoveryExplanation) -> str:
     made = explained.decision
     parts = [
-        facts(
+        aligned_pairs(
             ("decision", f"{word(made, 'recovery_state')}, {made.recovery_reason}"),
             ("because", explained.because),
             ("status", f"{word(made, 'status_before')} → {word(made, 'status_after')}"),
@@ -377,7 +377,7 @@ def _explanation(explained: recovery_service_pb2.RecoveryExplanation) -> str:
 
 def describe_totals(plan: recovery_service_pb2.RecoveryPlan) -> str:
     """Return the totals of a plan for people."""
-    summary = facts(
+    summary = aligned_pairs(
         ("runs", f"{plan.runs_total}, {plan.runs_unchanged} unchanged"),
         ("quarantined", plan.quarantined),
         ("launches to end", plan.launches),
@@ -396,7 +396,7 @@ def describe_report(report: recovery_pb2.Reconciliation) -> str:
         f"{cleared.sessions} sessions, {cleared.pending_interactions} questions,"
         f" {cleared.slots} slots, {cleared.trust_entries} trust entries"
     )
-    summary = facts(
+    summary = aligned_pairs(
         ("report", report.reconciliation_id),
         ("trigger", word(report, "trigger")),
         ("state", word(report, "state") + (" (safe mode)" if report.safe_mode else "")),

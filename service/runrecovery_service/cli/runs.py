@@ -21,7 +21,7 @@ from runrecovery_service.cli.ctrl_c import exit_at_once
 from runrecovery_service.cli.exit_codes import ExitCode
 from runrecovery_service.cli.failure import Failure
 from runrecovery_service.cli.plain_text import safe
-from runrecovery_service.cli.printing import Columns, facts, json_line, seconds, time, word
+from runrecovery_service.cli.printing import Columns, aligned_pairs, json_line, seconds, time, word
 
 _STATUS: Final = "RUN_STATUS_"
 _POLICY: Final = "RESTART_POLICY_"
@@ -401,7 +401,7 @@ def describe(run: run_pb2.Run) -> str:
     """Return a run for people, one fact per line."""
     pending, decided = run.pending_interaction, run.recovery
     offered = ", ".join(option.label for option in pending.options)
-    return facts(
+    return aligned_pairs(
         ("run", run.run_id),
         ("status", word(run, "status") + (" (cancel requested)" if _is_ending(run) else "")),
         ("engine", f"{run.engine} ({word(run.interactive_profile, 'kind')})"),

@@ -241,11 +241,11 @@ def _preset_values(word: object) -> dict[str, object]:
         # The reader of `preset` reports the word. These values prevent further reports, of keys
         # that a valid preset would have given.
         return {"command": ["?"], "profile": Profile.RESUMABLE.value.lower()}
-    facts = PRESETS[Preset(word)]
+    preset = PRESETS[Preset(word)]
     return {
-        "command": [facts.program],
+        "command": [preset.program],
         "profile": Profile.RESUMABLE.value.lower(),
-        "env_allow": [*DEFAULT_ENV_ALLOW, *facts.variables],
+        "env_allow": [*DEFAULT_ENV_ALLOW, *preset.variables],
         "trust": word,
     }
 

@@ -8,7 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Final
 
-from runrecovery_service.config import values
+from runrecovery_service.config import defaults, values
 from runrecovery_service.config.capacity import machine_capacity
 from runrecovery_service.domain.run import Profile
 from runrecovery_service.domain.session_check import UnknownSession
@@ -145,7 +145,7 @@ class Settings:
         engines: the engines that runs may use, by name.
     """
 
-    listen: Annotated[str, values.listen] = "127.0.0.1:50051"
+    listen: Annotated[str, values.listen] = defaults.LISTEN
     insecure_listen: Annotated[bool, values.boolean] = False
     data_dir: Annotated[Path, values.path] = Path("./runrecovery-data")
     database: Annotated[str, values.database] = field(default="", repr=False)

@@ -85,14 +85,14 @@ class Orphan:
         evidence: how it was proved to belong to its launch; a value of `process.markers.Proof`.
         signals: the names of the signals that it was sent, in order.
         ended: it was found dead afterwards.
-        by: who ended it: `service`, or `shim`, the guard of its launch.
+        ended_by: who ended it: `service`, or `shim`, the guard of its launch.
     """
 
     pid: int
     evidence: str
     signals: tuple[str, ...]
     ended: bool
-    by: str
+    ended_by: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,8 +22,8 @@ class Preset(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PresetFacts:
-    """The facts about a CLI.
+class CliDescription:
+    """What the service knows about a CLI.
 
     Attributes:
         dialect: its dialect.
@@ -54,14 +54,14 @@ _NETWORK: Final = (
     "TMPDIR",
 )
 
-PRESETS: Final[Mapping[Preset, PresetFacts]] = {
-    Preset.CODEX: PresetFacts(
+PRESETS: Final[Mapping[Preset, CliDescription]] = {
+    Preset.CODEX: CliDescription(
         dialect=CODEX,
         program="codex",
         home_variable="CODEX_HOME",
         variables=("CODEX_HOME", "CODEX_API_KEY", "OPENAI_API_KEY", "OPENAI_BASE_URL", *_NETWORK),
     ),
-    Preset.GEMINI: PresetFacts(
+    Preset.GEMINI: CliDescription(
         dialect=GEMINI,
         program="gemini",
         home_variable="GEMINI_CLI_HOME",
@@ -79,7 +79,7 @@ PRESETS: Final[Mapping[Preset, PresetFacts]] = {
             *_NETWORK,
         ),
     ),
-    Preset.CLAUDE: PresetFacts(
+    Preset.CLAUDE: CliDescription(
         dialect=CLAUDE,
         program="claude",
         home_variable="CLAUDE_CONFIG_DIR",

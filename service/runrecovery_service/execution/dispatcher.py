@@ -122,7 +122,7 @@ class Dispatcher:
                 self.launcher.end_trees,
                 [supervisor.launch.markers for supervisor in by_key.values()],
                 why="stop",
-                deadline_s=self.launcher.kill_grace_s * 2 + 5.0,
+                deadline_s=self.launcher.cancel_grace_s * 2 + 5.0,
             )
             for key, supervisor in by_key.items():
                 await asyncio.to_thread(supervisor.launch.release, gone=endings[key].gone)

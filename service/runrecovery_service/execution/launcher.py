@@ -79,7 +79,7 @@ class Launcher:
         threads: for what blocks.
         cgroups: where each launch gets a cgroup of its own; None: none does.
         environ: the service's environment, of which agents get a part.
-        kill_grace_s: seconds between SIGTERM and SIGKILL.
+        cancel_grace_s: seconds between SIGTERM and SIGKILL.
         soft_open_files: agents' soft limit on open files; None: the service's own.
     """
 
@@ -89,14 +89,14 @@ class Launcher:
     tree_deadline: TreeDeadline
     cgroups: CgroupParent | None
     environ: Mapping[str, str]
-    kill_grace_s: float
+    cancel_grace_s: float
     soft_open_files: int | None = None
 
     def end_trees(
         self, markers: Sequence[LaunchMarkers], *, why: str, deadline_s: float
     ) -> Mapping[int, Ending]:
         """End the trees of launches, and return by launch key what was ended. Blocking."""
-        return end_trees(markers, why=why, grace_s=self.kill_grace_s, deadline_s=deadline_s)
+        return end_trees(markers, why=why, grace_s=self.cancel_grace_s, deadline_s=deadline_s)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -385,7 +385,7 @@ class Launch:
             lambda: run_blocking(
                 launcher.threads,
                 lambda: launcher.end_trees(
-                    [self.markers], why=why, deadline_s=launcher.kill_grace_s + ENDING_DEADLINE_S
+                    [self.markers], why=why, deadline_s=launcher.cancel_grace_s + ENDING_DEADLINE_S
                 ),
             ),
             self.records.log,

@@ -101,7 +101,7 @@ class StragglerSweep:
             self.launcher.end_trees(
                 [launch_markers(launch) for launch in launches],
                 why="patrol",
-                deadline_s=self.launcher.kill_grace_s + SWEEP_DEADLINE_S,
+                deadline_s=self.launcher.cancel_grace_s + SWEEP_DEADLINE_S,
             )
         )
 

@@ -35,7 +35,9 @@ class Ending:
         """Add the processes that the shim killed by itself. No process is counted twice."""
         unseen = killed - self.dead
         by_shim = tuple(
-            Orphan(pid=pid, evidence=Proof.DESCENT, signals=("SIGKILL",), ended=True, by=BY_SHIM)
+            Orphan(
+                pid=pid, evidence=Proof.DESCENT, signals=("SIGKILL",), ended=True, ended_by=BY_SHIM
+            )
             for pid, _ in sorted(unseen)
         )
         return replace(

@@ -148,7 +148,7 @@ def _orphan(pinned: PinnedProcess) -> Orphan:
         evidence=pinned.member.proof.value,
         signals=tuple(number.name for number in _SIGNAL_ORDER if number in pinned.sent),
         ended=not pinned.alive,
-        by=BY_SERVICE,
+        ended_by=BY_SERVICE,
     )
 
 

@@ -71,7 +71,7 @@ class PinnedTrees:
         markers = self.tree_of(member).markers
         return member.proc.identity == (markers.pid, markers.start_ticks)
 
-    def find_root(self, proc: Proc, known: Mapping[Identity, int]) -> Member | None:
+    def find_direct_member(self, proc: Proc, known: Mapping[Identity, int]) -> Member | None:
         """Return the process as a member if it was pinned before (`known`) or carries a marker.
 
         None otherwise. The descendants of members are found separately.
@@ -137,7 +137,9 @@ class PinnedTrees:
         snapshot = procfs.scan(list(found.members))
         known = {who: key for who, key in self.identities.items() if self._is_proved(who, key)}
         roots = {
-            pid: root for pid, proc in snapshot.items() if (root := self.find_root(proc, known))
+            pid: root
+            for pid, proc in snapshot.items()
+            if (root := self.find_direct_member(proc, known))
         }
         again = find_members(snapshot, roots, protected=protected).members
         for each in fresh:

@@ -236,7 +236,7 @@ class _Sweep:
             if proc is None:
                 continue
             snapshot[pid] = proc
-            root = self._processes.find_root(proc, known)
+            root = self._processes.find_direct_member(proc, known)
             if root is not None:
                 roots[pid] = root
                 self._freeze_on_sight(root, known)

@@ -51,7 +51,7 @@ class BulkSessionCheck:
     monotonic: Callable[[], float] = time.monotonic
     hanging: dict[str, Future[None]] = field(default_factory=dict)
 
-    def find(self, engine: str, stored: Sequence[StoredSession]) -> list[SessionFinding]:
+    def check_all(self, engine: str, stored: Sequence[StoredSession]) -> list[SessionFinding]:
         """Return one finding for each session.
 
         Sessions without an answer in time get `not_answered`, as do all later ones of that engine.
@@ -107,7 +107,7 @@ def changed_findings(
         while stored := session_checks.sessions_to_check(
             db, reach, engine=engine, after=after, limit=SESSIONS_PER_CHECK
         ):
-            findings = bulk.find(engine, stored)
+            findings = bulk.check_all(engine, stored)
             yield {
                 session.run_key: finding
                 for session, finding in zip(stored, findings, strict=True)

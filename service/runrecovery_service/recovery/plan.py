@@ -134,7 +134,7 @@ class Planner:
         for engine in self.sessions.checks:
             stored = [run.session for run in page if run.engine == engine and run.session]
             keys = [session.run_key for session in stored]
-            found |= zip(keys, self.sessions.find(engine, stored), strict=True)
+            found |= zip(keys, self.sessions.check_all(engine, stored), strict=True)
         return found
 
     def _count(self, totals: _Totals, found: Mapping[int, SessionFinding]) -> RecoveryPlan:
@@ -169,7 +169,7 @@ def _findings(
     for at in range(0, len(sessions), SESSIONS_PER_CHECK):
         portion = sessions[at : at + SESSIONS_PER_CHECK]
         unknown = [stored for stored, _ in portion if stored.run_key not in known]
-        findings = iter(bulk.find(engine, unknown))
+        findings = iter(bulk.check_all(engine, unknown))
         for session in portion:
             finding = known.get(session[0].run_key)
             yield session, next(findings) if finding is None else finding

@@ -69,7 +69,7 @@ RecordRemovals = Callable[[Database, tuple[TrustRemoval, ...]], object]
 """Records removals in the transaction that deletes their rows."""
 
 
-class LaunchEnder(Protocol):
+class EndsLaunches(Protocol):
     """Kills the processes of launches."""
 
     def end(self, launches: Sequence[LaunchRecord]) -> Mapping[int, Ending]:
@@ -124,11 +124,11 @@ class Recovery:
     limits: RecoveryLimits
     stop: StopSignal
     sessions: BulkSessionCheck
-    launches: LaunchEnder
+    launches: EndsLaunches
     trust: TrustCleaner
 
     @property
-    def before(self) -> int:
+    def before_epoch(self) -> int:
         """The epoch below which the recovery decides on runs and kills processes."""
         return self.owner.epoch + (1 if self.cause is Cause.SHUTDOWN else 0)
 
@@ -178,7 +178,7 @@ class Recovery:
             self._end_orphans(db, report)
         scope = ApplyScope(
             owner=self.owner,
-            before=self.before,
+            before=self.before_epoch,
             reconciliation_key=report.key,
             reopen=self.clock.due_in(self.limits.reopen_window_s),
             now=self.clock.now(),
@@ -219,7 +219,7 @@ class Recovery:
             report.warnings.extend(map(report_warnings.adopted, adopted))
             report.write(db)
 
-        for previous in adoption.adopt(db, self.owner, told=record, stopping=self.stop.is_set):
+        for previous in adoption.adopt(db, self.owner, record=record, stopping=self.stop.is_set):
             log.warning(
                 "recovery.adopted",
                 **_identity(report),
@@ -231,7 +231,7 @@ class Recovery:
     # -- orphans -------------------------------------------------------------------------------
 
     def _end_orphans(self, db: Database, report: ReportBuilder) -> None:
-        launches = launch_records.unclosed_launches(db, self.owner, before=self.before)
+        launches = launch_records.unclosed_launches(db, self.owner, before=self.before_epoch)
         if not launches:
             return
         endings = self.launches.end(launches)

@@ -41,8 +41,8 @@ Trailers = tuple[tuple[str, str | bytes], ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
-    """How a call ends: the arguments of grpc's `abort`."""
+class CallStatus:
+    """The status with which a call fails: the arguments of grpc's `abort`."""
 
     code: grpc.StatusCode
     message: str
@@ -56,8 +56,8 @@ _Metadata = Callable[[Any], Mapping[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
-class Mapped:
-    """How one class of errors appears to the caller."""
+class ErrorMapping:
+    """The gRPC code, the reason and the details of one class of errors."""
 
     code: grpc.StatusCode
     reason: errors_pb2.ErrorReason.ValueType
@@ -67,7 +67,7 @@ class Mapped:
     """Replaces the error's own text."""
 
 
-def failure(error: RunRecoveryError) -> Failure:
+def status_of(error: RunRecoveryError) -> CallStatus:
     """Return the status of a call that failed with this error.
 
     Raises:
@@ -80,7 +80,7 @@ def failure(error: RunRecoveryError) -> Failure:
     trailers: Trailers = ((STATUS_TRAILER, _pack_status(row.code, message, details)),)
     if row.details and row.details[0] is retry_info:
         trailers += ((PUSHBACK_TRAILER, str(_pushback_ms(error))),)
-    return Failure(row.code, message, trailers)
+    return CallStatus(row.code, message, trailers)
 
 
 def _pushback_ms(error: RunRecoveryError) -> int:
@@ -88,12 +88,12 @@ def _pushback_ms(error: RunRecoveryError) -> int:
     return max(1, math.ceil(_retry_after_s(error) * 1000))
 
 
-def internal(error_id: str) -> Failure:
+def internal_status(error_id: str) -> CallStatus:
     """Return the status of a call that failed by a defect. It names only the id in the log."""
     message = f"internal error {error_id}"
     info = error_info(Reason.ERROR_REASON_INTERNAL, {"error_id": error_id})
     status = _pack_status(grpc.StatusCode.INTERNAL, message, [info])
-    return Failure(grpc.StatusCode.INTERNAL, message, ((STATUS_TRAILER, status),))
+    return CallStatus(grpc.StatusCode.INTERNAL, message, ((STATUS_TRAILER, status),))
 
 
 def clip(text: str, chars: int = MAX_TEXT_CHARS) -> str:
@@ -203,122 +203,126 @@ def _pack_status(code: grpc.StatusCode, message: str, details: list[Any]) -> byt
 
 _Code = grpc.StatusCode
 
-TABLE: Final[Mapping[type[RunRecoveryError], Mapped]] = MappingProxyType(
+TABLE: Final[Mapping[type[RunRecoveryError], ErrorMapping]] = MappingProxyType(
     {
-        errors.RunNotFound: Mapped(_Code.NOT_FOUND, Reason.ERROR_REASON_RUN_NOT_FOUND, (_run,)),
-        errors.ReconciliationNotFound: Mapped(
+        errors.RunNotFound: ErrorMapping(
+            _Code.NOT_FOUND, Reason.ERROR_REASON_RUN_NOT_FOUND, (_run,)
+        ),
+        errors.ReconciliationNotFound: ErrorMapping(
             _Code.NOT_FOUND, Reason.ERROR_REASON_RECONCILIATION_NOT_FOUND, (_reconciliation,)
         ),
-        errors.InvalidFields: Mapped(
+        errors.InvalidFields: ErrorMapping(
             _Code.INVALID_ARGUMENT,
             Reason.ERROR_REASON_INVALID_FIELD,
             (lambda error: bad_request(error.violations),),
         ),
-        errors.UnknownEngine: Mapped(
+        errors.UnknownEngine: ErrorMapping(
             _Code.INVALID_ARGUMENT,
             Reason.ERROR_REASON_UNKNOWN_ENGINE,
             (_engine,),
             metadata=lambda error: {"known_engines": ",".join(error.known)},
         ),
-        errors.PageTokenInvalid: Mapped(
+        errors.PageTokenInvalid: ErrorMapping(
             _Code.INVALID_ARGUMENT, Reason.ERROR_REASON_PAGE_TOKEN_INVALID, (_page_token,)
         ),
-        errors.PageTokenMismatch: Mapped(
+        errors.PageTokenMismatch: ErrorMapping(
             _Code.INVALID_ARGUMENT, Reason.ERROR_REASON_PAGE_TOKEN_MISMATCH, (_page_token,)
         ),
-        errors.RunAlreadyExists: Mapped(
+        errors.RunAlreadyExists: ErrorMapping(
             _Code.ALREADY_EXISTS, Reason.ERROR_REASON_RUN_ALREADY_EXISTS, (_run,)
         ),
-        errors.RequestIdReused: Mapped(
+        errors.RequestIdReused: ErrorMapping(
             _Code.ALREADY_EXISTS,
             Reason.ERROR_REASON_REQUEST_ID_REUSED,
             metadata=lambda error: {"request_id": error.request_id},
         ),
-        errors.RunNotWaiting: Mapped(
+        errors.RunNotWaiting: ErrorMapping(
             _Code.FAILED_PRECONDITION, Reason.ERROR_REASON_RUN_NOT_WAITING, (_precondition,)
         ),
-        errors.InteractionSuperseded: Mapped(
+        errors.InteractionSuperseded: ErrorMapping(
             _Code.FAILED_PRECONDITION,
             Reason.ERROR_REASON_INTERACTION_SUPERSEDED,
             (_precondition,),
         ),
-        errors.RunAlreadyTerminal: Mapped(
+        errors.RunAlreadyTerminal: ErrorMapping(
             _Code.FAILED_PRECONDITION, Reason.ERROR_REASON_RUN_ALREADY_TERMINAL, (_precondition,)
         ),
-        errors.RunQuarantined: Mapped(
+        errors.RunQuarantined: ErrorMapping(
             _Code.FAILED_PRECONDITION, Reason.ERROR_REASON_RUN_QUARANTINED, (_precondition,)
         ),
-        errors.RunOfAnotherInstance: Mapped(
+        errors.RunOfAnotherInstance: ErrorMapping(
             _Code.FAILED_PRECONDITION,
             Reason.ERROR_REASON_RUN_OF_ANOTHER_INSTANCE,
             (_precondition,),
             metadata=lambda error: {"instance": error.instance},
         ),
-        errors.EtagMismatch: Mapped(
+        errors.EtagMismatch: ErrorMapping(
             _Code.ABORTED,
             Reason.ERROR_REASON_ETAG_MISMATCH,
             metadata=lambda error: {"current_etag": error.current_etag},
         ),
-        errors.ReconciliationInProgress: Mapped(
+        errors.ReconciliationInProgress: ErrorMapping(
             _Code.UNAVAILABLE, Reason.ERROR_REASON_RECONCILIATION_IN_PROGRESS, (retry_info,)
         ),
-        errors.ShuttingDown: Mapped(
+        errors.ShuttingDown: ErrorMapping(
             _Code.UNAVAILABLE, Reason.ERROR_REASON_SHUTTING_DOWN, (retry_info,)
         ),
-        errors.Fenced: Mapped(
+        errors.Fenced: ErrorMapping(
             _Code.UNAVAILABLE,
             Reason.ERROR_REASON_SHUTTING_DOWN,
             (retry_info,),
             message="this instance was superseded and is stopping",
         ),
-        errors.ClaimLost: Mapped(
+        errors.ClaimLost: ErrorMapping(
             _Code.UNAVAILABLE,
             Reason.ERROR_REASON_SHUTTING_DOWN,
             (retry_info,),
             message="the database lost this instance's claim; the instance is stopping",
         ),
-        errors.RunGone: Mapped(
+        errors.RunGone: ErrorMapping(
             _Code.UNAVAILABLE,
             Reason.ERROR_REASON_SHUTTING_DOWN,
             (retry_info,),
             message="the database lost a commit; this instance is stopping",
         ),
-        errors.SafeMode: Mapped(_Code.UNAVAILABLE, Reason.ERROR_REASON_SAFE_MODE, (retry_info,)),
-        errors.StorageBusy: Mapped(
+        errors.SafeMode: ErrorMapping(
+            _Code.UNAVAILABLE, Reason.ERROR_REASON_SAFE_MODE, (retry_info,)
+        ),
+        errors.StorageBusy: ErrorMapping(
             _Code.UNAVAILABLE, Reason.ERROR_REASON_STORAGE_BUSY, (retry_info,)
         ),
-        errors.StorageUnavailable: Mapped(
+        errors.StorageUnavailable: ErrorMapping(
             _Code.UNAVAILABLE, Reason.ERROR_REASON_STORAGE_UNAVAILABLE, (retry_info,)
         ),
-        errors.Overloaded: Mapped(
+        errors.Overloaded: ErrorMapping(
             _Code.RESOURCE_EXHAUSTED, Reason.ERROR_REASON_OVERLOADED, (retry_info,)
         ),
-        errors.StorageFull: Mapped(
+        errors.StorageFull: ErrorMapping(
             _Code.RESOURCE_EXHAUSTED, Reason.ERROR_REASON_STORAGE_FULL, (retry_info,)
         ),
-        errors.SlowReader: Mapped(
+        errors.SlowReader: ErrorMapping(
             _Code.RESOURCE_EXHAUSTED, Reason.ERROR_REASON_SLOW_READER, (retry_info,)
         ),
-        errors.RunNotReopenable: Mapped(
+        errors.RunNotReopenable: ErrorMapping(
             _Code.FAILED_PRECONDITION, Reason.ERROR_REASON_RUN_NOT_REOPENABLE, (_precondition,)
         ),
-        errors.SessionNotResumable: Mapped(
+        errors.SessionNotResumable: ErrorMapping(
             _Code.FAILED_PRECONDITION, Reason.ERROR_REASON_SESSION_NOT_RESUMABLE, (_precondition,)
         ),
-        errors.WatchCursorInvalid: Mapped(
+        errors.WatchCursorInvalid: ErrorMapping(
             _Code.INVALID_ARGUMENT, Reason.ERROR_REASON_WATCH_CURSOR_INVALID, (_cursor,)
         ),
-        errors.WatchHistoryPruned: Mapped(
+        errors.WatchHistoryPruned: ErrorMapping(
             _Code.OUT_OF_RANGE,
             Reason.ERROR_REASON_WATCH_HISTORY_PRUNED,
             metadata=lambda error: {"oldest_sequence": str(error.oldest)},
         ),
-        errors.WatchSequenceUnknown: Mapped(
+        errors.WatchSequenceUnknown: ErrorMapping(
             _Code.OUT_OF_RANGE,
             Reason.ERROR_REASON_WATCH_SEQUENCE_UNKNOWN,
             metadata=lambda error: {"latest_sequence": str(error.latest)},
         ),
-        errors.OutputOutOfRange: Mapped(
+        errors.OutputOutOfRange: ErrorMapping(
             _Code.OUT_OF_RANGE, Reason.ERROR_REASON_OUTPUT_OUT_OF_RANGE
         ),
     }

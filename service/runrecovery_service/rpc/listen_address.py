@@ -24,7 +24,7 @@ from urllib.parse import quote, unquote
 
 from runrecovery_service.rpc.server_sockets import WILDCARDS, ServerSockets, plain_host
 
-Bind: TypeAlias = Callable[[str], int]
+BindPort: TypeAlias = Callable[[str], int]
 """gRPC's function that binds an address and returns the port, or raises RuntimeError."""
 
 SocketAddress: TypeAlias = tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]
@@ -68,8 +68,8 @@ class ListenAddress(ABC):
         """
 
     @abstractmethod
-    async def bind(self, bind: Bind) -> tuple[int, ServerSockets]:
-        """Bind the whole address; return the port and the server's sockets.
+    async def bind(self, bind_port: BindPort) -> tuple[int, ServerSockets]:
+        """BindPort the whole address; return the port and the server's sockets.
 
         Can be called again for the server that replaces one that ended.
 
@@ -127,9 +127,9 @@ class HostAndPort(ListenAddress):
     def _listen(self) -> str:
         return f"{self._host}:{self._port}"
 
-    async def bind(self, bind: Bind) -> tuple[int, ServerSockets]:
+    async def bind(self, bind_port: BindPort) -> tuple[int, ServerSockets]:
         """See `ListenAddress`."""
-        self._port = _bind_or_raise(bind, self._listen)
+        self._port = _bind_or_raise(bind_port, self._listen)
         sockets = ServerSockets(self._port)
         bound = sockets.listening_hosts()
         for host in await _hosts(self._host.strip("[]")):
@@ -219,9 +219,9 @@ class AbstractSocket(ListenAddress):
         except OSError as error:
             raise ListenFailed(self._listen, error.strerror or str(error)) from error
 
-    async def bind(self, bind: Bind) -> tuple[int, ServerSockets]:
+    async def bind(self, bind_port: BindPort) -> tuple[int, ServerSockets]:
         """See `ListenAddress`."""
-        return _bind_or_raise(bind, self._listen), ServerSockets(self._name)
+        return _bind_or_raise(bind_port, self._listen), ServerSockets(self._name)
 
 
 class SocketFile(ListenAddress):
@@ -254,13 +254,13 @@ class SocketFile(ListenAddress):
             raise ListenFailed(self._listen, f"the path has more than {MAX_PATH_BYTES} bytes")
         return self._path.with_name(f"{self._path.name}.{secrets.token_hex(3)}")
 
-    async def bind(self, bind: Bind) -> tuple[int, ServerSockets]:
+    async def bind(self, bind_port: BindPort) -> tuple[int, ServerSockets]:
         """See `ListenAddress`."""
         temporary = self._temporary_path()
         try:
             async with _bind_lock(self._path.parent):
                 self._check_free()
-                port = _bind_or_raise(bind, f"unix:{quote(str(temporary))}")
+                port = _bind_or_raise(bind_port, f"unix:{quote(str(temporary))}")
                 self._file = _identity(temporary)
                 temporary.rename(self._path)
         except ListenFailed as error:
@@ -333,10 +333,10 @@ def _identity(path: Path) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def _bind_or_raise(bind: Bind, address: str) -> int:
+def _bind_or_raise(bind_port: BindPort, address: str) -> int:
     port = 0
     with suppress(RuntimeError):  # gRPC raises nothing more specific
-        port = bind(address)
+        port = bind_port(address)
     if not port:
         raise ListenFailed(address)
     return port

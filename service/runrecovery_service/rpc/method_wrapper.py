@@ -154,17 +154,17 @@ async def _abort(context: Context, method: Method, error: Exception) -> NoReturn
     """End the call with the status, message and details of the error."""
     if isinstance(error, grpc.aio.BaseError):  # raised by gRPC, for example by an abort
         raise error
-    failure = _to_failure(method, error)
-    await context.abort(failure.code, failure.message, trailing_metadata=failure.trailers)
+    status = _to_status(method, error)
+    await context.abort(status.code, status.message, trailing_metadata=status.trailers)
 
 
-def _to_failure(method: Method, error: Exception) -> errors.Failure:
+def _to_status(method: Method, error: Exception) -> errors.CallStatus:
     if isinstance(error, DecodeError):
         # The whole message is invalid, so the violation names the message instead of a field.
         name = method.request.DESCRIPTOR.name
         error = InvalidFields((FieldViolation(name, "not a valid message of this type"),))
     if type(error) in errors.TABLE and isinstance(error, RunRecoveryError):
-        return errors.failure(error)
+        return errors.status_of(error)
     error_id = uuid.uuid4().hex
     log.error("rpc.internal_error", error_id=error_id, method=method.name, exc_info=error)
-    return errors.internal(error_id)
+    return errors.internal_status(error_id)

@@ -68,7 +68,7 @@ def fill_explanation(to: recovery_service_pb2.RecoveryExplanation, seen: Recorde
                 evidence=orphan.evidence,
                 signals=orphan.signals,
                 ended=orphan.ended,
-                ended_by=orphan.by,
+                ended_by=orphan.ended_by,
             )
 
 

@@ -163,7 +163,7 @@ class RunService:
             reopening.reopen,
             request.run_id,
             handle=handle,
-            session_type=self._deps.catalog.session_type,
+            session_type_of=self._deps.catalog.session_type,
             owner=self._deps.owner,
             etag=request.etag or None,
             receipt=make_receipt(request),

@@ -20,7 +20,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 from runrecovery.v1 import recovery_service_pb2, run_service_pb2
 
 from runrecovery_service.domain.start_errors import ThreadsRefused
-from runrecovery_service.rpc import raw_handlers
+from runrecovery_service.rpc import standard_handlers
 from runrecovery_service.rpc.gate import Access, Gate
 from runrecovery_service.rpc.health import HealthServicer
 from runrecovery_service.rpc.listen_address import Holder, ListenAddress, parse_listen_address
@@ -111,7 +111,7 @@ class GrpcServer:
         """
         address = parse_listen_address(listen)
         port = await self._start(address)
-        self._keeper = asyncio.create_task(self._keep(address))
+        self._keeper = asyncio.create_task(self._watch_server(address))
         if keeper_ended is not None:
             self._keeper.add_done_callback(keeper_ended)
         # Reserved for the stop, which needs a descriptor to list the sockets.
@@ -170,7 +170,7 @@ class GrpcServer:
         await self._server.start()
         return port
 
-    async def _keep(self, address: ListenAddress) -> None:
+    async def _watch_server(self, address: ListenAddress) -> None:
         """Watch the server. When it ended by itself or lost its address, replace it."""
         while True:
             error = await self._wait_for_end(CHECK_INTERVAL_S)
@@ -296,9 +296,9 @@ def health_handlers(servicer: HealthServicer, calls: OpenCalls) -> grpc.GenericR
     return grpc.method_handlers_generic_handler(
         HEALTH.full_name,
         {
-            "Check": raw_handlers.unary(calls, health_pb2.HealthCheckRequest, servicer.Check),
-            "List": raw_handlers.unary(calls, health_pb2.HealthListRequest, servicer.List),
-            "Watch": raw_handlers.stream(calls, health_pb2.HealthCheckRequest, servicer.Watch),
+            "Check": standard_handlers.unary(calls, health_pb2.HealthCheckRequest, servicer.Check),
+            "List": standard_handlers.unary(calls, health_pb2.HealthListRequest, servicer.List),
+            "Watch": standard_handlers.stream(calls, health_pb2.HealthCheckRequest, servicer.Watch),
         },
     )
 
@@ -307,7 +307,7 @@ def reflection_handlers(
     servicer: ReflectionServicer, calls: OpenCalls
 ) -> tuple[grpc.GenericRpcHandler, ...]:
     """Return the one servicer under the names of both versions."""
-    handler = raw_handlers.bidirectional_stream(
+    handler = standard_handlers.bidirectional_stream(
         calls, reflection_pb2.ServerReflectionRequest, servicer.ServerReflectionInfo
     )
     return tuple(

@@ -70,9 +70,9 @@ class _CachedRun:
     def __post_init__(self) -> None:
         run_messages.fill_run(self.message, self.run)
 
-    def is_current(self, stand: RunProgress | None) -> bool:
+    def is_current(self, progress: RunProgress | None) -> bool:
         """True when the run has not changed since."""
-        return stand == RunProgress(self.run.version, self.run.event_count)
+        return progress == RunProgress(self.run.version, self.run.event_count)
 
 
 class RunWatcher:

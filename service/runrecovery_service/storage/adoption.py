@@ -54,7 +54,7 @@ def adopt(
     db: Database,
     owner: Owner,
     *,
-    told: RecordAdopted,
+    record: RecordAdopted,
     stopping: Callable[[], bool],
     rows: int = ROWS,
 ) -> Sequence[Adopted]:
@@ -64,7 +64,7 @@ def adopt(
     fenced, because each of its writes requires its own row.
 
     Args:
-        told: records what was adopted.
+        record: records what was adopted.
         rows: the most rows of one transaction. Renewals of the lease run between transactions.
 
     Raises:
@@ -78,16 +78,18 @@ def adopt(
     )
     if not others:
         return ()
-    change = _Renaming(db, owner, rows, stopping)
+    renaming = _Renaming(db, owner, rows, stopping)
     adopted = [
-        Adopted(instance=name, runs=change.runs(name), launches=change.launches(name))
+        Adopted(
+            instance=name, runs=renaming.rename_runs(name), launches=renaming.rename_launches(name)
+        )
         for (name,) in others
     ]
     with db.transaction():
         instances.demand_current(db, owner)
         for table in ("instance", "instance_epoch"):
             db.execute(f"DELETE FROM {table} WHERE name <> ?", (owner.instance,))
-        told(db, adopted)
+        record(db, adopted)
     return adopted
 
 
@@ -100,7 +102,7 @@ class _Renaming:
     rows: int
     stopping: Callable[[], bool]
 
-    def runs(self, other: str) -> int:
+    def rename_runs(self, other: str) -> int:
         """Rename an instance's runs, and return the number of those that had not ended."""
         # One statement per condition: each can use an index.
         unfinished = sum(self._rename("run", "owner", other, which) for which in _UNFINISHED)
@@ -108,7 +110,7 @@ class _Renaming:
             self._rename("run", "owner", other, which)
         return unfinished
 
-    def launches(self, other: str) -> int:
+    def rename_launches(self, other: str) -> int:
         """Rename an instance's launches that are not CLOSED, and return their number."""
         return self._rename("process_lease", "instance", other, "state <> 'CLOSED'")
 

@@ -28,6 +28,7 @@ from runrecovery_service.domain.errors import (
     RunRecoveryError,
     error_facts,
 )
+from runrecovery_service.steady_thread_pool import SteadyThreadPool
 from runrecovery_service.storage.changes import (
     Changes,
     SharedPoll,
@@ -41,7 +42,6 @@ from runrecovery_service.storage.reports import close_abandoned
 from runrecovery_service.storage.reserved_connection import ReservedConnection
 from runrecovery_service.storage.sql_dialects import DatabaseKind
 from runrecovery_service.storage.use_case import UseCase, run_use_case
-from runrecovery_service.thread_pool import SteadyThreadPool
 
 P = ParamSpec("P")
 R = TypeVar("R")

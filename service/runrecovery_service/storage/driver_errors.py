@@ -22,7 +22,7 @@ DRIVER_ERRORS: Final[tuple[type[Exception], ...]] = (
     *((postgresql.PSYCOPG.Error,) if postgresql.PSYCOPG is not None else ()),
 )
 StorageError = StorageBusy | StorageFull | StorageUnavailable
-MENDING: Final = "docs/operations.md, *A damaged database*, tells how to mend it"
+REPAIR_HINT: Final = "docs/operations.md, *A damaged database*, tells how to mend it"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +57,9 @@ _FULL: Final = Fault(
     remedy="make room",
 )
 _LOCKED: Final = Fault(meaning=StorageBusy, what="is busy: another connection holds its lock")
-_DAMAGED: Final = Fault(meaning=StorageUnavailable, what="is damaged", remedy=MENDING, lasts=True)
+_DAMAGED: Final = Fault(
+    meaning=StorageUnavailable, what="is damaged", remedy=REPAIR_HINT, lasts=True
+)
 _READ_ERROR: Final = Fault(
     meaning=StorageUnavailable,
     what="cannot be read: the system reports an I/O error",

@@ -10,10 +10,10 @@ from typing import Final, TypeVar
 import structlog
 
 from runrecovery_service.domain.errors import RunRecoveryError
+from runrecovery_service.required_threads import start_thread
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.driver_errors import DRIVER_ERRORS
 from runrecovery_service.storage.use_case import run_use_case
-from runrecovery_service.threads import start_thread
 
 R = TypeVar("R")
 

@@ -8,7 +8,7 @@ from typing import Final
 
 from runrecovery_service.domain.start_errors import DatabaseRefused
 from runrecovery_service.storage import quick_check
-from runrecovery_service.storage.driver_errors import MENDING
+from runrecovery_service.storage.driver_errors import REPAIR_HINT
 from runrecovery_service.storage.migrate import APPLIED_SQL, describe_misfit, known_migrations
 from runrecovery_service.storage.refusals import refusing
 from runrecovery_service.storage.sqlite_file import connect_read_only, lost_commits
@@ -34,4 +34,4 @@ def integrity_problems(path: Path) -> list[str]:
                     return [f"{path}: {reason}"] if reason else []
     except DatabaseRefused as error:
         return [str(error)]
-    return [f"{path}: is damaged ({quick_check.one_line(one)}); {MENDING}" for one in found]
+    return [f"{path}: is damaged ({quick_check.one_line(one)}); {REPAIR_HINT}" for one in found]

@@ -253,7 +253,7 @@ def _orphans_to_json(orphans: tuple[Orphan, ...]) -> str | None:
     if not orphans:
         return None
     kept = orphans[:ORPHANS_KEPT]
-    return to_json([[o.pid, o.evidence, list(o.signals), o.ended, o.by] for o in kept])
+    return to_json([[o.pid, o.evidence, list(o.signals), o.ended, o.ended_by] for o in kept])
 
 
 def orphans_from_json(text: str | None) -> tuple[Orphan, ...]:
@@ -261,7 +261,7 @@ def orphans_from_json(text: str | None) -> tuple[Orphan, ...]:
     stored: Any = json_value(text)
     try:
         return tuple(
-            Orphan(pid=pid, evidence=evidence, signals=tuple(signals), ended=ended, by=by)
+            Orphan(pid=pid, evidence=evidence, signals=tuple(signals), ended=ended, ended_by=by)
             for pid, evidence, signals, ended, by in stored or ()
         )
     except (TypeError, ValueError):

@@ -10,7 +10,7 @@ from runrecovery_service.domain.start_errors import DatabaseRefused
 from runrecovery_service.storage import postgresql, postgresql_rights, quick_check
 from runrecovery_service.storage.commit_count import MARKER_TEXT
 from runrecovery_service.storage.database import Database
-from runrecovery_service.storage.driver_errors import MENDING
+from runrecovery_service.storage.driver_errors import REPAIR_HINT
 from runrecovery_service.storage.durable_files import durably_write, sync_directory
 from runrecovery_service.storage.file_locks import DatabaseLock, Lock
 from runrecovery_service.storage.integrity import NO_TABLES
@@ -59,7 +59,7 @@ def _demand_sound(db: Database) -> None:
     if quick_check.lacks_tables(db.peewee.connection()):
         raise DatabaseRefused(db.name, NO_TABLES)
     if found := quick_check.find_damage(db.peewee.connection()):
-        raise DatabaseRefused(db.name, f"is damaged ({found}); {MENDING}")
+        raise DatabaseRefused(db.name, f"is damaged ({found}); {REPAIR_HINT}")
 
 
 def _open_postgresql(url: str) -> Database:
@@ -80,7 +80,7 @@ def _open_postgresql(url: str) -> Database:
 
 
 def _check_postgresql(db: Database) -> None:
-    reason = postgresql.unfitness(db.fetch_one)
+    reason = postgresql.server_problem(db.fetch_one)
     if reason is not None:
         raise DatabaseRefused(db.name, reason)
     if reason := postgresql_rights.missing_for_start(db):

@@ -16,7 +16,8 @@ import peewee as pw
 PSYCOPG: Final = getattr(pw, "psycopg", None)
 """peewee's own import of the extra `postgres`, or None."""
 
-FLOOR: Final = 160000  # IS JSON
+MIN_SERVER_VERSION: Final = 160000
+"""PostgreSQL 16, the first with IS JSON."""
 
 CONNECTION_SETTINGS: Final = {
     "synchronous_commit": "on",
@@ -30,7 +31,7 @@ CONNECTION_SETTINGS: Final = {
 """The settings that every connection sets, over those of the server, the database and the role.
 The values are written as the server shows them."""
 
-CONNECT: Final = {
+CONNECTION_PARAMETERS: Final = {
     "client_encoding": "UTF8",
     "target_session_attrs": "read-write",  # never a standby
     "connect_timeout": 5,
@@ -41,8 +42,9 @@ CONNECT: Final = {
     "keepalives_interval": 3,
     "keepalives_count": 3,
 }
+"""The parameters with which libpq connects."""
 
-_NEEDED: Final = {
+_REQUIRED_SETTINGS: Final = {
     "server_encoding": "UTF8",
     "client_encoding": "UTF8",
     "integer_datetimes": "on",
@@ -138,18 +140,22 @@ def prepare(url: str) -> PostgreSQL:
         for name, value in CONNECTION_SETTINGS.items()
     )
     options = f"{given.get('options') or ''} {ours}".strip()
-    return PostgreSQL(url, prefer_psycopg3=True, options=options, prepare_threshold=None, **CONNECT)
+    return PostgreSQL(
+        url, prefer_psycopg3=True, options=options, prepare_threshold=None, **CONNECTION_PARAMETERS
+    )
 
 
-def unfitness(fetch_one: Callable[[str], Sequence[Any] | None]) -> str | None:
-    """Return why the server is unfit for the store, or None."""
-    columns = ", ".join(f"current_setting('{name}')" for name in ("server_version_num", *_NEEDED))
+def server_problem(fetch_one: Callable[[str], Sequence[Any] | None]) -> str | None:
+    """Return why the store cannot use this server; None if it can."""
+    columns = ", ".join(
+        f"current_setting('{name}')" for name in ("server_version_num", *_REQUIRED_SETTINGS)
+    )
     row = fetch_one(f"SELECT {columns}")
     if row is None:
         return "does not say its version"
-    if (version := int(row[0])) < FLOOR:
+    if (version := int(row[0])) < MIN_SERVER_VERSION:
         return f"PostgreSQL 16 or newer is needed, and this is {version // 10000}"
-    for (name, wanted), found in zip(_NEEDED.items(), row[1:], strict=True):
+    for (name, wanted), found in zip(_REQUIRED_SETTINGS.items(), row[1:], strict=True):
         if found == wanted:
             continue
         if name == "server_encoding":

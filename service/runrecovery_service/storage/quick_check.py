@@ -10,7 +10,7 @@ from typing import Final
 
 import structlog
 
-from runrecovery_service.threads import start_thread
+from runrecovery_service.required_threads import start_thread
 
 AFTER_STOP_S: Final = 0.5
 AFTER_CRASH_S: Final = 10.0

@@ -83,7 +83,7 @@ def reopen(
     run_id: str,
     *,
     handle: str | None,
-    session_type: Callable[[str], str],
+    session_type_of: Callable[[str], str],
     owner: Owner,
     etag: str | None,
     receipt: Receipt | None,
@@ -98,7 +98,7 @@ def reopen(
 
     Args:
         handle: the handle to resume with; None: the handle that was kept.
-        session_type: returns the type of an engine's handles, for a run without a recorded type.
+        session_type_of: returns the type of an engine's handles, for a run without a recorded type.
 
     Raises:
         RunNotFound, RunOfAnotherInstance, RunQuarantined, RunNotReopenable, SessionNotResumable,
@@ -113,7 +113,7 @@ def reopen(
         _demand_reopenable(run)
         runs.demand_etag(run, etag)
         _reopen_failed(
-            db, run, handle, session_type, owner=owner, due_in=due_in, steady=steady, now=now
+            db, run, handle, session_type_of, owner=owner, due_in=due_in, steady=steady, now=now
         )
     requests.record_effect(db, receipt, run_key=run.key, now=now)
     return runs.get_by_key(db, run.key)
@@ -140,7 +140,7 @@ def _reopen_failed(
     db: Database,
     run: Run,
     handle: str | None,
-    session_type: Callable[[str], str],
+    session_type_of: Callable[[str], str],
     *,
     owner: Owner,
     due_in: DueIn,
@@ -161,7 +161,7 @@ def _reopen_failed(
         raise ValueError(f"a FAILED run may not be reopened as {becomes}")
     wait = _wait(run, becomes, due_in)
     columns = _reopened(run, kept, becomes, handle, wait=wait, due_in=due_in, now=now) | {
-        "session_type": kept.session_type or session_type(run.engine),
+        "session_type": kept.session_type or session_type_of(run.engine),
         "owner_epoch": owner.epoch,
     }
     changed = db.execute(

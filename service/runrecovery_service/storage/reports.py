@@ -43,7 +43,8 @@ INTERRUPTED: Final = "interrupted by a stop"
 """The error of a report whose recovery was interrupted by a stop of the service."""
 ABANDONED: Final = "the service ended before it was complete"
 """The error of a report whose service ended before the recovery completed."""
-BEGIN_LOCK: Final = 0x5252_4356_0001
+OPEN_REPORT_LOCK: Final = 0x5252_4356_0001
+"""The key of the advisory lock under which a report is opened."""
 WARNINGS_LIMIT: Final = 100
 TRUST_REMOVALS_LIMIT: Final = 100
 
@@ -71,7 +72,7 @@ def open_report(
         if db.dialect.kind is DatabaseKind.POSTGRESQL:
             # Reports must become visible in the order of their keys. Otherwise the decision feed
             # would skip a report that is committed late.
-            db.execute("SELECT pg_advisory_xact_lock(?)", (BEGIN_LOCK,))
+            db.execute("SELECT pg_advisory_xact_lock(?)", (OPEN_REPORT_LOCK,))
         close_abandoned(db)
         db.execute(
             f"UPDATE reconciliation SET state = 'FAILED', finished_at = ?, error = '{ABANDONED}'"

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
+from runrecovery_service.steady_thread_pool import SteadyThreadPool
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.postgresql import cut
 from runrecovery_service.storage.use_case import run_use_case
-from runrecovery_service.thread_pool import SteadyThreadPool
 
 R = TypeVar("R")
 

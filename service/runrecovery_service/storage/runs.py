@@ -49,7 +49,8 @@ from runrecovery_service.storage.statements import Statement, param
 from runrecovery_service.storage.use_case import retried
 
 _R = tables.Run
-FEW_LABELLED: Final = 2000
+RARE_LABEL_RUNS: Final = 2000
+"""A label that fewer runs have is rare: a query that begins with its runs is the fastest."""
 
 # -- reading -----------------------------------------------------------------------------------
 
@@ -178,7 +179,7 @@ def filter_by_labels(
         has_label = (label.run == _R.id) & (label.key == name) & (label.value == value)
         # A label with few runs is the fastest start. For a label with many runs, SQLite would sort
         # all of them for each page; reading in the page's order meets enough of them soon.
-        leads = number == 0 and (by_run or _count_labelled(db, name, value) < FEW_LABELLED)
+        leads = number == 0 and (by_run or _count_labelled(db, name, value) < RARE_LABEL_RUNS)
         if leads or db.dialect.kind is not DatabaseKind.SQLITE:
             query = query.join_from(_R, label, on=has_label)
             key = label.run if leads else key
@@ -188,10 +189,10 @@ def filter_by_labels(
 
 
 def _count_labelled(db: Database, name: str, value: str) -> int:
-    """Return how many runs have a label, counted up to FEW_LABELLED."""
+    """Return how many runs have a label, counted up to RARE_LABEL_RUNS."""
     row = db.fetch_one(
         "SELECT count(*) FROM (SELECT 1 FROM run_label WHERE key = ? AND value = ? LIMIT ?) AS few",
-        (name, value, FEW_LABELLED),
+        (name, value, RARE_LABEL_RUNS),
     )
     return 0 if row is None else int(row[0])
 

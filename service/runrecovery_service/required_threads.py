@@ -1,4 +1,4 @@
-"""Threads that the service needs for life."""
+"""Threads without which the service cannot run: it ends if the system refuses one."""
 
 from __future__ import annotations
 

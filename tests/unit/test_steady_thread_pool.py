@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from runrecovery_service.background_stream import BackgroundStream
 from runrecovery_service.domain.start_errors import ThreadsRefused
+from runrecovery_service.steady_thread_pool import SteadyThreadPool
 from runrecovery_service.storage import quick_check
 from runrecovery_service.storage.group_commit import GroupCommitWriter
-from runrecovery_service.thread_pool import SteadyThreadPool
 
 
 def refuse(_: threading.Thread) -> None:

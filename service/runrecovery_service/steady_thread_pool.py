@@ -1,4 +1,4 @@
-"""A thread pool that a lack of threads (pids.max, ulimit -u) slows down, and does not break."""
+"""A thread pool that works on with fewer threads when the system refuses new ones."""
 
 from __future__ import annotations
 

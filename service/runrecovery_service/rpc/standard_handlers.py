@@ -1,4 +1,4 @@
-"""Handlers for health and reflection, the services outside the contract.
+"""Handlers for gRPC's standard services: health and reflection, which are not in our contract.
 
 They parse requests themselves. gRPC would respond an invalid message with UNKNOWN, the name of a
 protobuf class and a traceback in the log; these handlers respond INVALID_ARGUMENT.
