@@ -1,8 +1,8 @@
-"""The service with one thing broken, without a change of its files.
+"""Mutants: the service with one deliberate defect, patched at its start.
 
     python mutants.py NAME serve …
 
-A campaign that does not find out which one was broken is worth nothing.
+The campaign must find a fault with each mutant.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ from runrecovery_service.storage import launch_records
 
 
 def _break(owner: object, name: str, broken: Callable[..., Any]) -> None:
-    """Put something broken in the place of what is there, and must be."""
+    """Replace an attribute, which must exist."""
     getattr(owner, name)
     setattr(owner, name, broken)
 
 
 def kill_groups() -> None:
-    """End orphans by the process group of the recorded pid, whatever that is by now."""
+    """Kill orphans by the process group of the recorded pid, which may be reused."""
 
-    def end_groups(leases: Collection[LaunchMarkers], **_: object) -> dict[int, Ending]:
-        for lease in leases:
-            if lease.pid is not None:
+    def end_groups(launches: Collection[LaunchMarkers], **_: object) -> dict[int, Ending]:
+        for launch in launches:
+            if launch.pid is not None:
                 with suppress(ProcessLookupError):
-                    os.killpg(lease.pid, signal.SIGKILL)
-        return {lease.launch_key: Ending(gone=True) for lease in leases}
+                    os.killpg(launch.pid, signal.SIGKILL)
+        return {launch.launch_key: Ending(gone=True) for launch in launches}
 
     _break(end_launches, "end_trees", end_groups)
 
 
 def forget_watermarks() -> None:
-    """Do not see the mark that nobody can lose by accident."""
+    """Ignore watermarks."""
     _break(procfs, "watermark", lambda _: None)
 
 
 def skip_rechecks() -> None:
-    """Signal whoever is there now where evidence was seen a moment ago."""
+    """Signal a pid without reading the proof again."""
 
     def believe(
         _: PinnedTrees, pinned: Collection[PinnedProcess], *__: object, **___: object
@@ -64,11 +64,11 @@ def skip_rechecks() -> None:
 
 
 def close_on_failure() -> None:
-    """Close every lease that is over, whatever is alive of it."""
+    """Close every launch record at its end, even if processes of the launch live."""
     close, close_late = launch_records.close, launch_records.record_late_end
 
-    def close_anyway(db: Any, lease: Any, ended: launch_records.LaunchEnd, **facts: Any) -> None:
-        close(db, lease, replace(ended, gone=True), **facts)
+    def close_anyway(db: Any, launch: Any, ended: launch_records.LaunchEnd, **facts: Any) -> None:
+        close(db, launch, replace(ended, gone=True), **facts)
 
     def close_late_anyway(db: Any, late: Any, **facts: Any) -> None:
         close_late(db, [(key, replace(ended, gone=True)) for key, ended in late], **facts)

@@ -1,4 +1,4 @@
-"""What a trial does, from its seed. Pure."""
+"""The plan of a trial, as a pure function of its seed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Final, TypedDict
 from runrecovery.v1 import run_pb2
 
 UNENDED_EVERY, UNENDED_AT = 40, 7
-"""Of so many seeds in a row one, this one, is a trial of what cannot be ended."""
+"""One seed in so many, at this remainder, is a trial with a process that cannot be killed."""
 MOST_NODES: Final = 9
 MOST_DEPTH: Final = 4
 STORM: Final = (60, 250)
@@ -22,7 +22,7 @@ MOST_PAUSE_S: Final = 0.12
 
 
 class Node(TypedDict):
-    """A process of a tree, as adversary.py reads it."""
+    """A process of a tree, as hostile_agent.py reads it."""
 
     mark: str
     how: str
@@ -36,7 +36,7 @@ class Node(TypedDict):
 
 
 def leaf(mark: str, *, how: str = "leader", executes: str = "", end: str = "rest") -> Node:
-    """Return a process that does nothing special and has nobody below."""
+    """Return a plain process without children."""
     return {
         "mark": mark, "how": how, "executes": executes, "acts": [], "below": [],
         "storm": 0, "shim": 0, "end": end, "generations": 0,
@@ -44,27 +44,27 @@ def leaf(mark: str, *, how: str = "leader", executes: str = "", end: str = "rest
 
 
 class Kind(StrEnum):
-    """What a trial is about."""
+    """What a trial proves."""
 
     ORDINARY = "ordinary"
-    """Everything that lives is ended, and nothing else."""
+    """Every process of a tree is killed, and no other process."""
     UNENDED = "unended"
-    """What may not be signalled stays, and is told of until it is gone."""
+    """A process that may not be signalled stays, and is reported until it is gone."""
 
 
 class Way(StrEnum):
-    """How the service and its shims are struck."""
+    """How the service and its shims are killed."""
 
     SERVICE = "service"
-    """The service alone: the shims see it."""
+    """The service alone, which the shims notice."""
     SERVICE_THEN_SHIMS = "service, then shims"
-    """At once after each other: some shims have begun to end their trees."""
+    """At once after each other: some shims have begun to kill their trees."""
     SHIMS_THEN_SERVICE = "shims, then service"
-    """With a moment between, in which the service may have seen it."""
+    """With a pause between, in which the service may notice."""
     SHIMS_UNSEEN = "shims while the service is stopped, then service"
-    """Nobody has begun to end anything."""
+    """Neither has begun to kill anything."""
     SHIMS_STOPPED = "shims stopped, then service"
-    """The shims live, and can do nothing."""
+    """The shims live, but cannot act."""
 
 
 _WAYS: Final = {
@@ -88,7 +88,7 @@ _ACTS: Final = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunPlan:
-    """A run of a trial: whether it waits (as a sticky process), how it restarts, what it grows."""
+    """A run of a trial: whether it asks (as a sticky process), its restart policy, its tree."""
 
     mark: str
     asks: bool
@@ -97,19 +97,23 @@ class RunPlan:
 
     @property
     def engine(self) -> str:
-        """The engine that it is created with."""
+        """The engine of the run."""
         return "sticky" if self.asks else "resumable"
 
     @property
     def requeues(self) -> bool:
-        """True when a restart starts it again."""
+        """Whether a restart queues it again."""
         return self.policy == run_pb2.RESTART_POLICY_REQUEUE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """One trial. `early`: it is struck without waiting for the trees to have begun; `pause_s`:
-    else so long after they have."""
+    """One trial.
+
+    Attributes:
+        early: whether the service is killed before the trees have begun to grow.
+        pause_s: otherwise, the pause between that moment and the kill.
+    """
 
     seed: int
     kind: Kind
@@ -120,7 +124,7 @@ class Plan:
 
     @property
     def only_watermark_tells(self) -> bool:
-        """True when somebody will live of whom nothing but his watermark tells whose he is."""
+        """Whether a process will live that only its watermark ties to its launch."""
         lost = any(
             node["how"] == "daemon" and node["executes"] == "scrubbed" and node["end"] == "rest"
             for run in self.runs
@@ -130,7 +134,7 @@ class Plan:
 
 
 def plan(seed: int, mark: str, *, root: bool) -> Plan:
-    """Return the trial of a seed. `mark` begins the mark of each run; it is not of the seed."""
+    """Return the trial of a seed. `mark` is the prefix of the mark of each run."""
     dice = random.Random(seed)  # noqa: S311 - choices, not secrets
     unended = root and seed % UNENDED_EVERY == UNENDED_AT
     way = dice.choices(list(_WAYS), weights=list(_WAYS.values()))[0]
@@ -138,7 +142,7 @@ def plan(seed: int, mark: str, *, root: bool) -> Plan:
         _run(dice, f"{mark}.{number}.", root=root and not unended)
         for number in range(dice.randint(2, 4))
     )
-    if not unended:  # there the trees are to live until they are struck
+    if not unended:  # in an unended trial the trees must live until the kill
         _add_rarities(dice, runs)
     return Plan(
         seed=seed,
@@ -168,12 +172,12 @@ class _Growth:
     left: int
 
     def node(self, depth: int) -> Node:
-        """Return a process and what is below it, as long as there are some left."""
+        """Return a process with its children, until `left` is used up."""
         self.left -= 1
         dice = self.dice
         acts = [act for act, chance in _ACTS.items() if dice.random() < chance]
         if depth == 0 and "close" in acts:
-            acts.remove("close")  # its output ended, the service would end it by itself
+            acts.remove("close")  # the service itself kills an agent that closes its output
         if self.root and dice.random() < 0.1:
             acts.append("nobody")
         below = []
@@ -190,7 +194,7 @@ class _Growth:
 
 
 def _add_rarities(dice: random.Random, runs: tuple[RunPlan, ...]) -> None:
-    """Add what a trial has once at most."""
+    """Add behaviour that a trial has at most once."""
     if dice.random() < 0.1:
         _any_node(dice, runs)["storm"] = dice.randint(*STORM)
     if dice.random() < 0.25:
@@ -207,7 +211,7 @@ def _any_node(dice: random.Random, runs: tuple[RunPlan, ...]) -> Node:
 
 
 def nodes(root: Node) -> list[Node]:
-    """Return a process and all that are below it."""
+    """Return a process and all its descendants."""
     found = [root]
     for node in found:
         found += node["below"]
@@ -215,5 +219,5 @@ def nodes(root: Node) -> list[Node]:
 
 
 def seeds(first: int, suits: Callable[[Plan], bool], *, root: bool) -> Iterator[int]:
-    """Yield, from `first` on, the seeds of trials that suit."""
+    """Yield, from `first` on, the seeds whose plans suit."""
     return (seed for seed in count(first) if suits(plan(seed, "", root=root)))

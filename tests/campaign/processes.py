@@ -1,17 +1,17 @@
-"""Random hostile trees, killed services: nobody survives who must not, nobody else is touched.
+"""Kill services over random hostile process trees: no process survives, no innocent is signalled.
 
     python tests/campaign/processes.py --trials 100
     python tests/campaign/processes.py --seed 1234 --trials 1 --verbose     one trial again
     python tests/campaign/processes.py --mutate killpg --trials 5           must be found out
 
-A trial lets a service run two to four agents that grow trees as a seed says (`plans.py` has what
-there is), strikes the service and its shims, and starts the service again. From SERVING on nothing
-of the trees may be alive, and each run must have its reason. Meanwhile canaries live, who look as
-much like a tree's processes as strangers can. Who is alive is told by words among the arguments,
-which the service does not know (`watch.py`).
+A trial starts a service with two to four agents, whose trees follow from a seed (`plans.py`). Then
+the trial kills the service and its shims, and starts the service again. From SERVING on no process
+of the trees may live, and each run must have its reason. Innocent processes that look like agents
+run beside the trees (`look_alikes.py`). The trial finds living processes by words among their
+arguments, which the service does not know (`scan.py`).
 
-Exit code 0: all held, or the mutant was found out (or this system cannot try it, which is said);
-1: not so.
+Exit code 0: no fault was found, or the mutant was found out, or this system cannot try the mutant.
+Exit code 1: otherwise.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ import click
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from campaign.canaries import Neighbour
-from campaign.house import House, is_root
+from campaign.home import CampaignHome, is_root
+from campaign.look_alikes import Neighbour
 from campaign.plans import Kind, Plan, plan, seeds
-from campaign.trial import Fault, Outcome, Stage, Trial
+from campaign.trial import Fault, Outcome, Trial, TrialHome
 
 TAKEOVER_S: Final = 60.0
 UNSHARE: Final = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
@@ -47,7 +47,7 @@ NO_RECHECK: Final = "no-recheck"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mutation:
-    """How a broken service is to be found out: by which fault, in which trials."""
+    """How the campaign finds a mutant out: by which fault, in which trials."""
 
     fault: Fault
     suits: Callable[[Plan], bool]
@@ -60,75 +60,78 @@ MUTATIONS: Final = {
         fault=Fault.SURVIVOR, suits=lambda plan: plan.only_watermark_tells and not plan.early
     ),
     "close-on-failure": Mutation(
-        fault=Fault.LEASE, suits=lambda plan: plan.kind is Kind.UNENDED, root=True
+        fault=Fault.LAUNCH, suits=lambda plan: plan.kind is Kind.UNENDED, root=True
     ),
 }
 MUTANTS: Final = (*MUTATIONS, NO_RECHECK)
-"""The last one is found out by takeover.py, and not by chance in trials."""
+"""takeover.py finds the last one out; trials would do so only by chance."""
 SEEDS: Final = 2**32
 
 
 class Campaign:
-    """The houses in which trials are played, and what all of them saw."""
+    """Runs trials, in one home for each kind of trial."""
 
     def __init__(self, place: Path, *, mutant: str = "") -> None:
         self._place = place
         self._mutant = mutant
-        self._stages: dict[Kind, Stage] = {}
-        self._houses = 0
+        self._trial_homes: dict[Kind, TrialHome] = {}
+        self._homes = 0
         self.neighbour = Neighbour(place)
 
-    def play(self, seed: int) -> Outcome:
-        """Play the trial of one seed. After one that did not get through, its house is left."""
+    def run(self, seed: int) -> Outcome:
+        """Run the trial of one seed. After a breakdown, remove its home."""
         mark = secrets.token_hex(8)
         planned = plan(seed, mark, root=is_root())
         trial = Trial(
-            stage=self._stage(planned.kind), plan=planned, mark=mark, neighbour=self.neighbour
+            trial_home=self._trial_home(planned.kind),
+            plan=planned,
+            mark=mark,
+            neighbour=self.neighbour,
         )
         begun = time.monotonic()
         try:
-            trial.play()
-        except Exception as error:  # noqa: BLE001 - told as a fault, and the next one is played
+            trial.run()
+        except Exception as error:  # noqa: BLE001 - recorded as a fault; the next trial runs
             trial.outcome.faults.append((Fault.BROKEN, f"{type(error).__name__}: {error}"))
-            self._stages.pop(planned.kind).house.leave()
+            self._trial_homes.pop(planned.kind).home.clear_all()
         trial.outcome.seconds = time.monotonic() - begun
         return trial.outcome
 
-    def _stage(self, kind: Kind) -> Stage:
-        if kind not in self._stages:
-            self._houses += 1
-            house = House(
-                self._place / f"house-{self._houses}",
+    def _trial_home(self, kind: Kind) -> TrialHome:
+        if kind not in self._trial_homes:
+            self._homes += 1
+            home = CampaignHome(
+                self._place / f"home-{self._homes}",
                 mutant=self._mutant,
-                all_mighty=kind is Kind.ORDINARY,
+                may_signal_all=kind is Kind.ORDINARY,
             )
-            self._stages[kind] = Stage(house)
-        return self._stages[kind]
+            self._trial_homes[kind] = TrialHome(home)
+        return self._trial_homes[kind]
 
-    def leave(self) -> None:
-        """End everything."""
+    def clear_all(self) -> None:
+        """Kill everything and remove all homes."""
         with ExitStack() as stack:
-            stack.callback(self.neighbour.house.leave)
-            for stage in self._stages.values():
-                stack.callback(stage.house.leave)
+            stack.callback(self.neighbour.home.clear_all)
+            for trial_home in self._trial_homes.values():
+                stack.callback(trial_home.home.clear_all)
 
 
 @contextmanager
 def campaign(*, mutant: str = "") -> Iterator[Campaign]:
-    """A campaign in a temporary directory, of which nothing is left."""
+    """Yield a campaign in a temporary folder, which is removed."""
     with tempfile.TemporaryDirectory(prefix="runrecovery-campaign-") as place:
-        playing = Campaign(Path(place), mutant=mutant)
+        running = Campaign(Path(place), mutant=mutant)
         try:
-            yield playing
+            yield running
         finally:
-            playing.leave()
+            running.clear_all()
 
 
 # -- an innocent takes over a pid ----------------------------------------------------------------
 
 
 def take_over(*words: str) -> dict[str, bool] | None:
-    """Play takeover.py; None where the system does not let us: it needs root and namespaces."""
+    """Return the result of takeover.py, or None without root or namespaces."""
     if (
         not is_root()
         or subprocess.run([*UNSHARE, "true"], check=False, capture_output=True).returncode
@@ -150,24 +153,24 @@ def take_over(*words: str) -> dict[str, bool] | None:
 
 @dataclass(slots=True)
 class Summary:
-    """What all trials saw together."""
+    """The outcomes of all trials."""
 
     outcomes: list[Outcome] = field(default_factory=list)
 
     @property
     def failed(self) -> list[Outcome]:
-        """Those that found something."""
+        """The trials that found a fault."""
         return [outcome for outcome in self.outcomes if outcome.faults]
 
     def found(self, fault: Fault) -> bool:
-        """True when some trial found that."""
+        """Return whether a trial found this fault."""
         return any(kind is fault for outcome in self.outcomes for kind, _ in outcome.faults)
 
     def lines(self) -> Iterator[str]:
-        """Tell it in a few lines."""
+        """Yield the lines of the summary."""
         deaths = [o.last_death_s for o in self.outcomes if o.last_death_s is not None] or [0.0]
         unended = sum(o.plan.kind is Kind.UNENDED for o in self.outcomes)
-        yield f"trials             {len(self.outcomes)} ({unended} of what cannot be ended)"
+        yield f"trials             {len(self.outcomes)} ({unended} of unkillable processes)"
         yield f"processes grown    {sum(o.grown for o in self.outcomes)}"
         yield f"survivors          {sum(o.survivors for o in self.outcomes)}"
         yield f"innocents hit      {sum(o.innocents for o in self.outcomes)}"
@@ -176,7 +179,7 @@ class Summary:
         )
         yield f"a trial took       {statistics.fmean(o.seconds for o in self.outcomes):.2f} s mean"
         if not is_root():
-            yield "skipped            other users, what cannot be ended, pid takeover: need root"
+            yield "skipped            other users, unkillable processes, pid takeover: need root"
         failed = ", ".join(str(outcome.plan.seed) for outcome in self.failed)
         yield f"failed seeds       {failed or 'none'}"
 
@@ -185,22 +188,22 @@ def run_trials(
     of: Sequence[int],
     *,
     mutant: str = "",
-    told: Callable[[Outcome], object] = lambda _: None,
+    report: Callable[[Outcome], object] = lambda _: None,
     enough: Callable[[Summary], bool] = lambda _: False,
 ) -> Summary:
-    """Play the trials of these seeds, until there are `enough`."""
+    """Run the trials of these seeds, until `enough` holds."""
     summary = Summary()
-    with campaign(mutant=mutant) as playing:
+    with campaign(mutant=mutant) as running:
         for seed in of:
-            summary.outcomes.append(playing.play(seed))
-            told(summary.outcomes[-1])
+            summary.outcomes.append(running.run(seed))
+            report(summary.outcomes[-1])
             if enough(summary):
                 break
     return summary
 
 
 def is_found_out(mutant: str, first: int, trials: int) -> bool | None:
-    """Return whether the campaign finds a broken service out; None: only root can try."""
+    """Return whether the campaign finds a mutant out, or None if that needs root."""
     if mutant == NO_RECHECK:
         spared = take_over("--no-recheck")
         return None if spared is None else not any(spared.values())
@@ -236,7 +239,7 @@ def _play(first: int, trials: int, *, verbose: bool) -> bool:
     for place, is_spared in (spared or {}).items():
         click.echo(f"taken-over pid     {place}: {'spared' if is_spared else 'HIT'}")
     summary = run_trials(
-        range(first, first + trials), told=lambda outcome: _tell(outcome, verbose=verbose)
+        range(first, first + trials), report=lambda outcome: _tell(outcome, verbose=verbose)
     )
     for line in summary.lines():
         click.echo(line)
@@ -249,7 +252,7 @@ def _play(first: int, trials: int, *, verbose: bool) -> bool:
 @click.option("--verbose", is_flag=True, help="A line for each trial.")
 @click.option("--mutate", type=click.Choice(MUTANTS), help="Break the service in that way.")
 def main(*, trials: int, seed: int | None, verbose: bool, mutate: str | None) -> None:
-    """Play trials."""
+    """Run trials."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and clear away
     first = secrets.randbelow(SEEDS) if seed is None else seed
     click.echo(f"first seed         {first}")

@@ -1,10 +1,10 @@
-"""An innocent takes over the pid of a process between the moment it was seen and its pidfd.
+"""Let an innocent process take over a pid between the read of a process and the open of its pidfd.
 
     unshare --pid --fork --mount-proc python takeover.py [--no-recheck]
 
-Made to happen, not waited for: `os.pidfd_open` is wrapped, and in a pid namespace of our own root
-says which pid comes next. Three times: where the sweep asks, where it freezes on sight, and where a
-shim ends its tree. Prints one JSON object: by name of the place, whether the innocent was spared.
+The takeover is forced: `os.pidfd_open` is wrapped, and root chooses the next pid in a namespace. It
+happens in three places: where the sweep sends SIGTERM, where the sweep stops what it finds, and
+where a shim kills its tree. Prints one JSON object: by place, whether the innocent was spared.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def start(code: str, *words: str) -> subprocess.Popen[bytes]:
 
 
 class Takeover:
-    """A victim and the innocent that gets its pid when somebody opens a pidfd of it."""
+    """A victim, and the innocent process that gets its pid when its pidfd is opened."""
 
     def __init__(self) -> None:
         self.watermark = secrets.randbits(61) | 1 << 61
@@ -64,7 +64,7 @@ class Takeover:
         self._pidfd_open = os.pidfd_open
 
     def pidfd_open(self, pid: int, flags: int = 0) -> int:
-        """Open a pidfd; the first one of the victim comes too late."""
+        """Open a pidfd. Before the first one of the victim, replace the victim by the innocent."""
         if pid == self.victim.pid and self.innocent is None:
             self.victim.kill()
             self.victim.wait()
@@ -75,10 +75,10 @@ class Takeover:
         return self._pidfd_open(pid, flags)
 
     def spared(self, act: Callable[[], object]) -> bool:
-        """True when the innocent lives after `act`, and nobody has stopped it."""
+        """Return whether the innocent is alive and not stopped after `act`."""
         with mock.patch.object(os, "pidfd_open", self.pidfd_open):
             act()
-        assert self.innocent is not None, "nobody opened a pidfd"
+        assert self.innocent is not None, "no pidfd was opened"
         with suppress(subprocess.TimeoutExpired):
             self.innocent.wait(DYING_S)
         proc = procfs.read_proc(self.innocent.pid)
@@ -89,9 +89,9 @@ class Takeover:
 
 
 def in_a_sweep(*, grace_s: float) -> bool:
-    """Let it happen while a sweep ends the victim."""
+    """Take over the pid while a sweep kills the victim."""
     scene, here = Takeover(), Host.here()
-    lease = LaunchMarkers(
+    launch = LaunchMarkers(
         launch_key=1,
         run_key=1,
         cookie=secrets.token_hex(16),
@@ -100,11 +100,11 @@ def in_a_sweep(*, grace_s: float) -> bool:
         start_ticks=None,
         host=here,
     )
-    return scene.spared(lambda: end_trees([lease], why="", grace_s=grace_s, deadline_s=3.0))
+    return scene.spared(lambda: end_trees([launch], why="", grace_s=grace_s, deadline_s=3.0))
 
 
 def in_a_shim() -> bool:
-    """Let it happen while a shim kills the victim. Here both it and the innocent are below us."""
+    """Take over the pid while a shim kills the victim. Both are children of this process."""
     scene = Takeover()
     victim = procfs.read_proc(scene.victim.pid)
     assert victim is not None
@@ -114,7 +114,7 @@ def in_a_shim() -> bool:
 
 
 def main() -> None:
-    """Play all three and tell."""
+    """Run all three, and print the result."""
     structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
     if sys.argv[1:] == ["--no-recheck"]:
         skip_rechecks()

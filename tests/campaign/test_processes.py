@@ -1,4 +1,4 @@
-"""A short campaign. CAMPAIGN_TRIALS=200 pytest tests/campaign, or processes.py itself, for more."""
+"""A short campaign. CAMPAIGN_TRIALS=200 pytest tests/campaign, or processes.py, for more."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Final
 
 import pytest
-from campaign.house import is_root
+from campaign.home import is_root
 from campaign.plans import UNENDED_EVERY, Kind, Plan, plan, seeds
 from campaign.processes import (
     MUTANTS,
@@ -22,21 +22,21 @@ from campaign.processes import (
 TRIALS: Final = int(os.environ.get("CAMPAIGN_TRIALS", "8"))
 MUTANT_TRIALS: Final = 3
 
-only_root = pytest.mark.skipif(not is_root(), reason="only root can plant what cannot be ended")
+only_root = pytest.mark.skipif(not is_root(), reason="only root can make unkillable processes")
 
 
 def is_unended(of: Plan) -> bool:
-    """A trial of what cannot be ended."""
+    """Return whether a trial has a process that cannot be killed."""
     return of.kind is Kind.UNENDED
 
 
 def faults(summary: Summary) -> list[str]:
-    """What was found, with the seeds to find it again."""
+    """Return the faults, with the seeds that reproduce them."""
     return [f"{outcome}: {outcome.faults}" for outcome in summary.failed]
 
 
 @pytest.mark.timeout(120 + 10 * TRIALS)
-def test_nobody_survives_and_nobody_else_is_touched() -> None:
+def test_no_process_survives_a_restart_and_no_innocent_is_signalled() -> None:
     summary = run_trials(range(first := secrets.randbelow(SEEDS), first + TRIALS))
 
     assert faults(summary) == []
@@ -44,13 +44,13 @@ def test_nobody_survives_and_nobody_else_is_touched() -> None:
 
 
 @only_root
-def test_what_cannot_be_ended_is_told_of_until_it_is_gone() -> None:
+def test_a_process_that_cannot_be_killed_is_reported_until_it_is_gone() -> None:
     summary = run_trials([next(seeds(secrets.randbelow(SEEDS), is_unended, root=True))])
 
     assert faults(summary) == []
 
 
-def test_an_innocent_that_takes_over_a_pid_is_spared() -> None:
+def test_an_innocent_process_that_takes_over_a_pid_is_spared() -> None:
     spared = take_over()
 
     if spared is None:
@@ -60,7 +60,7 @@ def test_an_innocent_that_takes_over_a_pid_is_spared() -> None:
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
-def test_a_broken_service_is_found_out(mutant: str) -> None:
+def test_each_mutant_of_the_service_is_found_out(mutant: str) -> None:
     found_out = is_found_out(mutant, secrets.randbelow(SEEDS), MUTANT_TRIALS)
 
     if found_out is None:
@@ -68,11 +68,11 @@ def test_a_broken_service_is_found_out(mutant: str) -> None:
     assert found_out
 
 
-def test_a_seed_gives_the_same_trial_again() -> None:
+def test_a_seed_determines_its_trial() -> None:
     assert plan(7_000, "m", root=True) == plan(7_000, "m", root=True)
 
 
-def test_every_so_many_seeds_one_is_of_what_cannot_be_ended() -> None:
+def test_one_seed_in_40_is_a_trial_with_a_process_that_cannot_be_killed() -> None:
     first, second = islice(seeds(0, is_unended, root=True), 2)
 
     assert first < UNENDED_EVERY

@@ -1,4 +1,4 @@
-"""One trial: grow, strike, start again, judge."""
+"""One trial: grow trees, kill the service, start it again, judge."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
-from campaign import watch
-from campaign.canaries import Canaries, Neighbour, planted
-from campaign.house import House, Marks, Shims
+from campaign import scan
+from campaign.home import CampaignHome, RecordedMarkers, Shims
+from campaign.look_alikes import LookAlikes, Neighbour, unkillable_family
 from campaign.plans import MOST_PAUSE_S, Kind, Plan, RunPlan, Way
-from campaign.watch import Watch
+from campaign.scan import ScanThread
 from runrecovery.v1 import run_pb2
 from support.api import ENDED, Api, status_word
 from support.service import ServiceProcess
 from support.waiting import until
 
 SCANS: Final = 3
-"""Looks for survivors once the service is SERVING: one scan is not atomic."""
+"""Scans for survivors once the service is SERVING: one scan is not atomic."""
 LATE_S: Final = 15.0
-"""In which a lease is closed once what could not be ended is gone; a patrol comes every 2 s."""
+"""Within which the straggler sweep, every 2 s, closes a launch whose last process is gone."""
 
 
 class Fault(StrEnum):
-    """What a trial can find."""
+    """A fault that a trial can find."""
 
     SURVIVOR = "survivor"
-    """A process of a tree, or a shim, lives."""
+    """A process of a tree, or a shim, is alive."""
     INNOCENT = "innocent"
-    """A canary is dead or stopped."""
+    """An innocent process is dead or stopped."""
     RUN = "run"
-    """A run is in a state that no rule gives it, or without a reason."""
-    LEASE = "lease"
-    """A lease is closed and must not be, or is open and must not be."""
+    """A run has a state that no rule gives, or no reason."""
+    LAUNCH = "launch record"
+    """A launch record is closed too early, or stays open."""
     BROKEN = "broken"
-    """The trial itself did not get through."""
+    """The trial itself broke down."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Outcome:
-    """What a trial saw. `grown`: processes of trees that were seen alive."""
+    """The result of a trial. `grown` counts the processes of trees that were seen alive."""
 
     plan: Plan
     grown: int = 0
@@ -64,21 +64,21 @@ class Outcome:
 
 
 @dataclass(slots=True, eq=False)
-class Stage:
-    """A house and the service that runs in it, from trial to trial."""
+class TrialHome:
+    """A home and its service, which trials of one kind use one after another."""
 
-    house: House
+    home: CampaignHome
     service: ServiceProcess | None = None
     api: Api | None = None
 
     def start(self) -> Api:
-        """Start the service if it does not run, and return a channel to it."""
+        """Start the service unless it runs; return a channel to it."""
         if self.api is None:
-            self.service, self.api = self.house.start()
+            self.service, self.api = self.home.start()
         return self.api
 
-    def strike(self, shims: Shims, way: Way, pause_s: float) -> None:
-        """Kill the service, and its shims in that way."""
+    def kill_service(self, shims: Shims, way: Way, pause_s: float) -> None:
+        """Kill the service, and its shims, in that way."""
         assert self.service is not None
         match way:
             case Way.SHIMS_STOPPED:
@@ -98,42 +98,42 @@ class Stage:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Trial:
-    """One play on a stage; `mark` begins the marks of its runs."""
+    """One trial. `mark` is the prefix of the marks of its runs."""
 
-    stage: Stage
+    trial_home: TrialHome
     plan: Plan
     mark: str
     neighbour: Neighbour
     outcome: Outcome = field(init=False)
-    _canaries: Canaries = field(default_factory=Canaries)
+    _look_alikes: LookAlikes = field(default_factory=LookAlikes)
     _runs: dict[str, RunPlan] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.outcome = Outcome(plan=self.plan)
 
-    def play(self) -> Outcome:
-        """Do all of it; what was started for the trial is ended afterwards.
+    def run(self) -> Outcome:
+        """Run the trial, and kill everything that it started.
 
         Raises:
-            AssertionError, OSError, RpcError: it did not get through.
+            AssertionError, OSError, RpcError: the trial broke down.
         """
         try:
-            with Watch(self.mark) as seen:
+            with ScanThread(self.mark) as seen:
                 self._begin(seen)
                 with self._pinned_shims() as shims:
                     if self.plan.kind is Kind.UNENDED:
-                        self._end_with_a_stranger(shims, seen)
+                        self._end_with_an_unkillable_process(shims, seen)
                     else:
-                        self._end_with_nobody_left(shims, seen)
+                        self._end_with_no_process_left(shims, seen)
         finally:
-            watch.end_bearing(self.mark)
-            self._canaries.end()
+            scan.kill_all_with(self.mark)
+            self._look_alikes.end()
         return self.outcome
 
     @contextmanager
     def _pinned_shims(self) -> Iterator[Shims]:
-        assert self.stage.service is not None
-        shims = self.stage.house.pin_shims(self.stage.service)
+        assert self.trial_home.service is not None
+        shims = self.trial_home.home.pin_shims(self.trial_home.service)
         try:
             yield shims
         finally:
@@ -145,53 +145,53 @@ class Trial:
 
     # -- before ------------------------------------------------------------------------------------
 
-    def _begin(self, seen: Watch) -> None:
-        house, api = self.stage.house, self.stage.start()
-        earlier = house.marks() if self.plan.early and house.database.exists() else None
+    def _begin(self, seen: ScanThread) -> None:
+        home, api = self.trial_home.home, self.trial_home.start()
+        earlier = home.newest_markers() if self.plan.early and home.database.exists() else None
         if earlier is not None:
-            self._canaries.release(earlier)
+            self._look_alikes.start(earlier)
         for planned in self.plan.runs:
-            self._runs[house.create(api, planned).run_id] = planned
+            self._runs[home.create(api, planned).run_id] = planned
         if earlier is None:
             for run_id, planned in self._runs.items():
                 _until_begun(api, seen, run_id, planned.mark)
-            self._canaries.release(_newest_lease(house))
+            self._look_alikes.start(_newest_launch(home))
         time.sleep(self.plan.pause_s)
 
-    def _end(self, shims: Shims, seen: Watch) -> None:
-        self._strike_and_start(shims, seen)
+    def _end(self, shims: Shims, seen: ScanThread) -> None:
+        self._kill_and_restart(shims, seen)
         self._judge_processes(seen)
         self._judge_runs()
 
-    def _end_with_nobody_left(self, shims: Shims, seen: Watch) -> None:
+    def _end_with_no_process_left(self, shims: Shims, seen: ScanThread) -> None:
         self._end(shims, seen)
         self._judge_shims(shims)
-        open_leases, told = self._open_leases(), self._told()
-        if len(open_leases) != len(told):
-            self._find(Fault.LEASE, f"open: {open_leases}; told: {told}")
+        open_launches, reported = self._open_launches(), self._reported()
+        if len(open_launches) != len(reported):
+            self._find(Fault.LAUNCH, f"open: {open_launches}; reported: {reported}")
 
-    def _strike_and_start(self, shims: Shims, seen: Watch) -> None:
+    def _kill_and_restart(self, shims: Shims, seen: ScanThread) -> None:
         dice = random.Random(self.plan.seed)  # noqa: S311 - moments, not secrets
         seen.look()
         self.outcome.grown = len(seen.everybody)
-        struck = time.monotonic()
-        self.stage.strike(shims, self.plan.way, dice.uniform(0, MOST_PAUSE_S))
-        pid, start_ticks = self._canaries.recorded()
-        self.stage.house.forge_lease(pid, start_ticks - dice.randint(1, 1000))
-        self.stage.start()
+        killed = time.monotonic()
+        self.trial_home.kill_service(shims, self.plan.way, dice.uniform(0, MOST_PAUSE_S))
+        pid, start_ticks = self._look_alikes.recorded()
+        self.trial_home.home.forge_launch(pid, start_ticks - dice.randint(1, 1000))
+        self.trial_home.start()
         seen.look()
         self.outcome.grown = len(seen.everybody)
         if seen.last_alive:
-            self.outcome.last_death_s = max(0.0, seen.last_alive - struck)
+            self.outcome.last_death_s = max(0.0, seen.last_alive - killed)
 
     # -- judging -----------------------------------------------------------------------------------
 
-    def _judge_processes(self, seen: Watch) -> None:
+    def _judge_processes(self, seen: ScanThread) -> None:
         survivors = dict(self._older_than_the_service())
         for _ in range(SCANS):
             survivors |= {s.pid: repr(s.command) for s in seen.look().values()}
-            time.sleep(watch.LOOK_S)
-        innocents = self._canaries.missing() + self.neighbour.missing()
+            time.sleep(scan.LOOK_S)
+        innocents = self._look_alikes.missing() + self.neighbour.missing()
         self.outcome.survivors, self.outcome.innocents = len(survivors), len(innocents)
         for pid, who in survivors.items():
             self._find(Fault.SURVIVOR, f"pid {pid}: {who}")
@@ -204,74 +204,74 @@ class Trial:
             self._find(Fault.SURVIVOR, f"pid {pid}: a shim")
 
     def _older_than_the_service(self) -> dict[int, str]:
-        """Return who of this house was there before its service: an agent that had not begun to
-        be its tree, or one of an earlier trial."""
-        assert self.stage.service is not None
-        service = watch.look_at(self.stage.service.pid)
+        """Return the processes of this home that are older than its service: agents that had not
+        begun to grow, or processes of an earlier trial."""
+        assert self.trial_home.service is not None
+        service = scan.read_process(self.trial_home.service.pid)
         assert service is not None
         return {
             seen.pid: repr(seen.command)
-            for seen in watch.bearing(self.stage.house.mark).values()
+            for seen in scan.processes_with(self.trial_home.home.mark).values()
             if seen.start_ticks < service.start_ticks
         }
 
     def _judge_runs(self) -> None:
-        api = self.stage.start()
+        api = self.trial_home.start()
         for run_id, planned in self._runs.items():
             run = api.get(run_id)
             if "Traceback" in run.error.message:
-                self._find(Fault.BROKEN, f"the adversary failed: {run.error.message}")
+                self._find(Fault.BROKEN, f"the hostile agent failed: {run.error.message}")
             if not _has_its_reason(run, planned):
                 self._find(Fault.RUN, f"{run_id} ({planned.mark}): {run}")
 
-    def _open_leases(self) -> list[tuple[int, str]]:
-        """Return key and state of the leases of earlier epochs that are not closed."""
+    def _open_launches(self) -> list[tuple[int, str]]:
+        """Return key and state of the open launch records of earlier epochs."""
         return [
             (key, state)
-            for key, state in self.stage.house.rows(
+            for key, state in self.trial_home.home.rows(
                 "SELECT id, state FROM process_lease WHERE state <> 'CLOSED'"
                 " AND epoch < (SELECT epoch FROM instance WHERE name = 'default')"
             )
         ]
 
-    def _told(self) -> list[str]:
-        return [launch.run_id for launch in self.stage.start().status().unended_launches]
+    def _reported(self) -> list[str]:
+        return [launch.run_id for launch in self.trial_home.start().status().unended_launches]
 
     # -- what cannot be ended -------------------------------------------------------------------
 
-    def _end_with_a_stranger(self, shims: Shims, seen: Watch) -> None:
-        """A process that the service may not signal bears the watermark of a lease."""
-        lease = _newest_lease(self.stage.house, running=True)
-        with planted(lease.watermark) as stranger:
-            everybody = watch.bearing(stranger)
+    def _end_with_an_unkillable_process(self, shims: Shims, seen: ScanThread) -> None:
+        """End a trial in which a process with the watermark of a launch may not be signalled."""
+        launch = _newest_launch(self.trial_home.home, running=True)
+        with unkillable_family(launch.watermark) as stranger:
+            everybody = scan.processes_with(stranger)
             self._end(shims, seen)
-            if watch.bearing(stranger).keys() != everybody.keys():
-                self._find(Fault.INNOCENT, "what must not be signalled is dead")
-            self._judge_unended(lease)
+            if scan.processes_with(stranger).keys() != everybody.keys():
+                self._find(Fault.INNOCENT, "a process that must not be signalled is dead")
+            self._judge_unended(launch)
         with suppress(AssertionError):
-            until(lambda: not self._is_unended(lease), "it is noticed", timeout_s=LATE_S)
+            until(lambda: not self._is_unended(launch), "the launch is closed", timeout_s=LATE_S)
         self._judge_shims(shims)
-        if self._open_leases() or self._told():
-            self._find(Fault.LEASE, f"open although nothing is left: {self._open_leases()}")
+        if self._open_launches() or self._reported():
+            self._find(Fault.LAUNCH, f"open although nothing is left: {self._open_launches()}")
 
-    def _judge_unended(self, lease: Marks) -> None:
-        expected = ([(lease.key, "KILL_PENDING")], [lease.run_id])
-        found = (self._open_leases(), self._told())
+    def _judge_unended(self, launch: RecordedMarkers) -> None:
+        expected = ([(launch.key, "KILL_PENDING")], [launch.run_id])
+        found = (self._open_launches(), self._reported())
         if found != expected:
-            self._find(Fault.LEASE, f"something of it lives, and it says {found}, not {expected}")
+            self._find(Fault.LAUNCH, f"a process of it lives; found {found}, expected {expected}")
 
-    def _is_unended(self, lease: Marks) -> bool:
-        return any(key == lease.key for key, _ in self._open_leases()) or bool(self._told())
+    def _is_unended(self, launch: RecordedMarkers) -> bool:
+        return any(key == launch.key for key, _ in self._open_launches()) or bool(self._reported())
 
 
-def _newest_lease(house: House, *, running: bool = False) -> Marks:
-    marks = until(lambda: house.marks(running=running), "there is a lease")
+def _newest_launch(home: CampaignHome, *, running: bool = False) -> RecordedMarkers:
+    marks = until(lambda: home.newest_markers(running=running), "there is a launch record")
     assert marks is not None
     return marks
 
 
-def _until_begun(api: Api, seen: Watch, run_id: str, mark: str) -> None:
-    """Wait until an agent was seen at work, or its run has ended again."""
+def _until_begun(api: Api, seen: ScanThread, run_id: str, mark: str) -> None:
+    """Wait until an agent was seen at work, or its run has ended."""
     until(
         lambda: seen.saw(mark) or api.get(run_id).status in ENDED,
         f"the tree of {run_id} has begun to grow",
@@ -279,7 +279,7 @@ def _until_begun(api: Api, seen: Watch, run_id: str, mark: str) -> None:
 
 
 def _has_its_reason(run: run_pb2.Run, planned: RunPlan) -> bool:
-    """True when a run that was interrupted is FAILED and says why, or begins again as planned."""
+    """Return whether an interrupted run is FAILED with a reason, or was queued again as planned."""
     if status_word(run) == "FAILED":
         return bool(run.error.code and run.error.message)
     again = status_word(run) in {"QUEUED", "RUNNING", "SUCCEEDED"}

@@ -1,4 +1,4 @@
-"""Who of a campaign is alive: by a word among the arguments, and by none of the service's means."""
+"""Find living processes by a word among their arguments, without the code under test."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CLEAR_S: Final = 20.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seen:
+class Process:
     """A living process and its arguments, joined by NULs."""
 
     pid: int
@@ -33,12 +33,12 @@ class Seen:
 
     @property
     def identity(self) -> Identity:
-        """Tells it from a later process with the same pid."""
+        """The pid and the start ticks, which a later process of that pid does not share."""
         return self.pid, self.start_ticks
 
 
-def look_at(pid: int) -> Seen | None:
-    """Read one process; None for one that is dead, zombies included."""
+def read_process(pid: int) -> Process | None:
+    """Return one process, or None if it is dead or a zombie."""
     try:
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
         stat = Path(f"/proc/{pid}/stat").read_bytes()
@@ -48,19 +48,19 @@ def look_at(pid: int) -> Seen | None:
     state = fields[0].decode()
     if state in "ZXx":
         return None
-    return Seen(
+    return Process(
         pid=pid, ppid=int(fields[1]), start_ticks=int(fields[19]), state=state, command=command
     )
 
 
-def bearing(mark: str) -> dict[Identity, Seen]:
+def processes_with(mark: str) -> dict[Identity, Process]:
     """Return the living processes with `mark` among their arguments, newest pids first."""
     word = mark.encode()
     found = {}
     for pid in sorted((int(e) for e in os.listdir("/proc") if e.isdigit()), reverse=True):  # noqa: PTH208 - quick
         if word not in _command(pid):
             continue
-        seen = look_at(pid)
+        seen = read_process(pid)
         if seen is not None and word in seen.command:
             found[seen.identity] = seen
     return found
@@ -79,15 +79,15 @@ def _command(pid: int) -> bytes:
         os.close(fd)
 
 
-def strike(pid: int, number: int, *, proof: Callable[[Seen], bool]) -> bool:
-    """Send a signal to a process that is what it is held for; False when it is not, or is gone.
+def send_signal(pid: int, number: int, *, proof: Callable[[Process], bool]) -> bool:
+    """Send a signal to a process that satisfies `proof`; return whether it was sent.
 
-    The proof is read after the pidfd is open: who is signalled is who was looked at.
+    `proof` is evaluated after the pidfd was opened, so that a reused pid is never signalled.
     """
     with suppress(ProcessLookupError):
         pidfd = os.pidfd_open(pid)
         try:
-            seen = look_at(pid)
+            seen = read_process(pid)
             if seen is not None and proof(seen):
                 signal.pidfd_send_signal(pidfd, number)
                 return True
@@ -96,15 +96,15 @@ def strike(pid: int, number: int, *, proof: Callable[[Seen], bool]) -> bool:
     return False
 
 
-def end_bearing(mark: str) -> int:
-    """Kill whoever bears the mark until nobody does; return how many were signalled."""
+def kill_all_with(mark: str) -> int:
+    """Kill processes with `mark` until none is left; return how many were signalled."""
     word = mark.encode()
     ended: set[Identity] = set()
     clear, until = 0, time.monotonic() + CLEAR_S
     while clear < CLEAR_LOOKS and time.monotonic() < until:
-        found = bearing(mark)
+        found = processes_with(mark)
         for identity, seen in found.items():
-            if strike(seen.pid, signal.SIGKILL, proof=lambda now: word in now.command):
+            if send_signal(seen.pid, signal.SIGKILL, proof=lambda now: word in now.command):
                 ended.add(identity)
         clear = 0 if found else clear + 1
         time.sleep(LOOK_S)
@@ -112,23 +112,23 @@ def end_bearing(mark: str) -> int:
 
 
 @dataclass(slots=True, eq=False)
-class Watch:
-    """Looks for the bearers of a mark, again and again, in a thread.
+class ScanThread:
+    """Scans for processes with a mark in a thread, again and again.
 
     Attributes:
-        everybody: all that were ever seen.
-        last_alive: when (monotonic) the latest scan that saw one of them began.
+        everybody: all processes that any scan has found.
+        last_alive: the monotonic time at which the last scan with a living process began.
     """
 
     mark: str
-    everybody: dict[Identity, Seen] = field(default_factory=dict)
+    everybody: dict[Identity, Process] = field(default_factory=dict)
     last_alive: float = 0.0
     _words: set[bytes] = field(default_factory=set)
     _over: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
 
-    def __enter__(self) -> Watch:
-        self._thread = threading.Thread(target=self._work, name="watch", daemon=True)
+    def __enter__(self) -> ScanThread:
+        self._thread = threading.Thread(target=self._work, name="scan", daemon=True)
         self._thread.start()
         return self
 
@@ -144,10 +144,10 @@ class Watch:
             self.look()
             pause_s = max(LOOK_S, 2 * (time.monotonic() - began))
 
-    def look(self) -> dict[Identity, Seen]:
-        """Look now; return who is alive."""
+    def look(self) -> dict[Identity, Process]:
+        """Scan now; return the living processes."""
         began = time.monotonic()
-        found = bearing(self.mark)
+        found = processes_with(self.mark)
         for identity, seen in found.items():
             if identity not in self.everybody:
                 self._words.update(seen.command.split(b"\0"))
@@ -157,5 +157,5 @@ class Watch:
         return found
 
     def saw(self, word: str) -> bool:
-        """True once somebody with that argument was seen."""
+        """Return whether a scan has found a process with that argument."""
         return word.encode() in self._words

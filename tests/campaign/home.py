@@ -1,4 +1,4 @@
-"""A home whose service may be a broken one, or one that may not signal other users."""
+"""A home of the campaign: its service may be a mutant, or may lack the right to signal others."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from campaign import watch
+from campaign import scan
 from campaign.plans import RunPlan
-from campaign.watch import Identity
+from campaign.scan import Identity
 from runrecovery.v1 import run_pb2
 from support.api import Api
 from support.engines import EngineSpec
@@ -26,21 +26,21 @@ from support.waiting import until
 
 HERE: Final = Path(__file__).parent
 WITHOUT_KILL: Final = ("setpriv", "--bounding-set", "-kill")
-"""Takes from root the right to signal other users' processes. Not another user instead: he might
-not be able to execute the Python that we run in."""
+"""Takes from root the right to signal other users' processes. To become another user instead would
+not do: that user may lack access to this Python."""
 SLOTS: Final = 4
 SHIM: Final = "shim_main.py"
 """Among the arguments of every shim, also of other services."""
 
 
 def is_root() -> bool:
-    """True when what only root can make may be tried."""
+    """Return whether trials that need root can run."""
     return os.geteuid() == 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Marks:
-    """What a lease marks its tree by."""
+class RecordedMarkers:
+    """The markers of one launch record."""
 
     key: int
     run_id: str
@@ -49,24 +49,24 @@ class Marks:
 
     @property
     def token(self) -> str:
-        """What its tree bears in its environment."""
+        """The value of the cookie variable in the environment of the tree."""
         return f"{self.key:x}.{self.cookie}"
 
 
 @dataclass(frozen=True, slots=True)
 class Shims:
-    """Pinned shims, by identity."""
+    """Shims that are held by pidfds, by identity."""
 
     pidfds: Mapping[Identity, int]
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal to those that live."""
+        """Send a signal to the living ones."""
         for pidfd in self.pidfds.values():
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(pidfd, number)
 
     def alive(self) -> list[int]:
-        """Return the pids of those that live."""
+        """Return the pids of the living ones."""
         poll = select.poll()
         for pidfd in self.pidfds.values():
             poll.register(pidfd, select.POLLIN)
@@ -74,26 +74,26 @@ class Shims:
         return [identity[0] for identity, pidfd in self.pidfds.items() if pidfd not in dead]
 
     def close(self) -> None:
-        """Let go of them."""
+        """Close the pidfds."""
         for pidfd in self.pidfds.values():
             os.close(pidfd)
 
 
-class House(Home):
-    """A home whose engines are the adversary.
+class CampaignHome(Home):
+    """A home whose engines are the hostile agent.
 
     Attributes:
-        mark: among the arguments of everything that its engines start.
-        mutant: what is broken in its service; empty: nothing.
-        all_mighty: its service may signal everybody; else, started by root, only root's.
+        mark: an argument of every process that the engines start.
+        mutant: the mutant that runs as the service; empty for the real service.
+        may_signal_all: whether the service may signal processes of other users.
     """
 
-    def __init__(self, path: Path, *, mutant: str = "", all_mighty: bool = True) -> None:
+    def __init__(self, path: Path, *, mutant: str = "", may_signal_all: bool = True) -> None:
         self.mark = secrets.token_hex(8)
         self.mutant = mutant
-        self.all_mighty = all_mighty
+        self.may_signal_all = may_signal_all
         path.mkdir()
-        command = (sys.executable, "-I", "-S", str(HERE / "adversary.py"), self.mark)
+        command = (sys.executable, "-I", "-S", str(HERE / "hostile_agent.py"), self.mark)
         super().__init__(
             path,
             engines={
@@ -107,13 +107,13 @@ class House(Home):
 
     @property
     def _program(self) -> Sequence[str]:
-        before = () if self.all_mighty else WITHOUT_KILL
+        before = () if self.may_signal_all else WITHOUT_KILL
         if self.mutant:
             return (*before, sys.executable, str(HERE / "mutants.py"), self.mutant)
         return (*before, sys.executable, "-m", "runrecovery_service")
 
     def spawn(self, *arguments: str, stderr: int | None = None) -> ServiceProcess:
-        """Start the service, as it is or broken, as mighty as the house says."""
+        """Start the service or its mutant, with the rights of this home."""
         log = self.path / f"service-{len(self.services)}.log"
         words = ["--config", str(self.config), "--data-dir", str(self.data)]
         fixed = ["--listen", "127.0.0.1:0", "--log-format", "json"]
@@ -135,9 +135,12 @@ class House(Home):
         given: dict[str, Any] = {"asks": planned.asks, "node": planned.node}
         return api.create(planned.engine, given, restart_policy=planned.policy)
 
-    def marks(self, *, running: bool = False) -> Marks | None:
-        """Return the marks of the newest lease, or of the newest one whose agent runs under the
-        service of now; None: there is none."""
+    def newest_markers(self, *, running: bool = False) -> RecordedMarkers | None:
+        """Return the markers of the newest launch record, or None if there is no record.
+
+        Args:
+            running: consider only launches whose agent runs under the current service.
+        """
         rows = self.rows(
             "SELECT l.id, r.run_id, l.cookie, l.watermark FROM process_lease l"
             " JOIN run r ON r.id = l.run WHERE l.watermark IS NOT NULL AND (NOT ?"
@@ -148,9 +151,9 @@ class House(Home):
         if not rows:
             return None
         key, run_id, cookie, watermark = rows[0]
-        return Marks(key=key, run_id=run_id, cookie=cookie, watermark=watermark)
+        return RecordedMarkers(key=key, run_id=run_id, cookie=cookie, watermark=watermark)
 
-    def forge_lease(self, pid: int, start_ticks: int) -> None:
+    def forge_launch(self, pid: int, start_ticks: int) -> None:
         """Record a launch of an earlier epoch whose shim had this pid."""
         with self.store(writable=True) as store:
             store.execute(
@@ -163,23 +166,23 @@ class House(Home):
             )
 
     def pin_shims(self, service: ServiceProcess) -> Shims:
-        """Hold the living shims of a service: who is signalled later is who was looked at."""
+        """Open pidfds of the living shims of a service."""
         pidfds = {}
-        for seen in watch.bearing(SHIM).values():
+        for seen in scan.processes_with(SHIM).values():
             pidfd = os.pidfd_open(seen.pid) if seen.ppid == service.pid else -1
-            now = watch.look_at(seen.pid) if pidfd >= 0 else None
+            now = scan.read_process(seen.pid) if pidfd >= 0 else None
             if now is not None and SHIM.encode() in now.command and now.ppid == service.pid:
                 pidfds[now.identity] = pidfd
             elif pidfd >= 0:
                 os.close(pidfd)
         return Shims(pidfds)
 
-    def leave(self) -> None:
-        """End all that was ever started here."""
+    def clear_all(self) -> None:
+        """Kill everything that was started here, and remove the folder."""
         for service in self.services:
             if service.popen.poll() is None:
                 service.popen.kill()
-        watch.end_bearing(self.mark)
+        scan.kill_all_with(self.mark)
         self.clear()
-        until(lambda: not watch.bearing(self.mark), "nobody of the house is left")
+        until(lambda: not scan.processes_with(self.mark), "no process of the home is left")
         shutil.rmtree(self.path)

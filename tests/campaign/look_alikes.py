@@ -1,4 +1,4 @@
-"""Strangers who look as much like a lease's processes as strangers can, and must be spared."""
+"""Innocent processes that look like the processes of a launch, and must not be signalled."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from campaign import watch
-from campaign.house import House, Marks
+from campaign import scan
+from campaign.home import CampaignHome, RecordedMarkers
 from campaign.plans import leaf
-from campaign.watch import Identity, Seen
+from campaign.scan import Identity, Process
 from support.api import Api
 from support.waiting import until
 
 FAMILY: Final = 3
-"""Processes of one canary."""
+"""Processes of one look-alike."""
 NOBODY: Final = 65534
-_PROGRAM: Final = str(Path(__file__).with_name("canary.py"))
+_PROGRAM: Final = str(Path(__file__).with_name("look_alike.py"))
 
 
 def start_family(
     mark: str, *limit_and_user: int, environment: Mapping[str, str] | None = None
 ) -> subprocess.Popen[bytes]:
-    """Start a canary's three processes; `announced` waits for them."""
+    """Start the three processes of a look-alike, without waiting for them."""
     return subprocess.Popen(
         [sys.executable, "-I", "-S", _PROGRAM, mark, *map(str, limit_and_user)],
         stdin=subprocess.DEVNULL,
@@ -38,60 +38,60 @@ def start_family(
     )
 
 
-def announced(family: subprocess.Popen[bytes]) -> Seen:
-    """Return the first process of a family once all three are there."""
+def announced(family: subprocess.Popen[bytes]) -> Process:
+    """Wait until all three processes of a family run; return the first."""
     assert family.stdout is not None
     assert family.stdout.readline() == b"ready\n"
-    seen = watch.look_at(family.pid)
+    seen = scan.read_process(family.pid)
     assert seen is not None
     return seen
 
 
 @contextmanager
-def planted(limit: int) -> Iterator[str]:
-    """Let a family of another user bear a lease's real watermark; yield its mark."""
+def unkillable_family(limit: int) -> Iterator[str]:
+    """Run a family of another user with the real watermark of a launch; yield its mark."""
     mark = secrets.token_hex(8)
     family = start_family(mark, limit, NOBODY)
     try:
         announced(family)
         yield mark
     finally:
-        watch.end_bearing(mark)
+        scan.kill_all_with(mark)
         family.communicate()
 
 
 @dataclass(slots=True, eq=False)
-class Canaries:
-    """Families that look like those of one lease and are nobody's."""
+class LookAlikes:
+    """Innocent families that look like the tree of one launch."""
 
     mark: str = field(default_factory=lambda: secrets.token_hex(8))
     families: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
-    everybody: dict[Identity, Seen] = field(default_factory=dict)
+    everybody: dict[Identity, Process] = field(default_factory=dict)
 
-    def release(self, lease: Marks) -> None:
-        """Start one of each kind, and return once all are there."""
-        half, rest = lease.token[:-16], lease.token[-16:]
+    def start(self, launch: RecordedMarkers) -> None:
+        """Start one family of each kind, and wait until all run."""
+        half, rest = launch.token[:-16], launch.token[-16:]
         wrong = half + "".join(f"{15 - int(digit, 16):x}" for digit in rest)
         self._start("same shape")
         self._start("recorded pid")
         self._start("half a cookie", RUNRECOVERY_LEASE=wrong)
-        self._start("cut cookie", RUNRECOVERY_LEASE=half, X_RUNRECOVERY_LEASE=lease.token)
-        self._start("neighbouring watermark", lease.watermark - 1)
+        self._start("cut cookie", RUNRECOVERY_LEASE=half, X_RUNRECOVERY_LEASE=launch.token)
+        self._start("neighbouring watermark", launch.watermark - 1)
         for family in self.families.values():
             announced(family)
-        self.everybody = watch.bearing(self.mark)
-        assert len(self.everybody) == FAMILY * len(self.families), "the canaries are not complete"
+        self.everybody = scan.processes_with(self.mark)
+        assert len(self.everybody) == FAMILY * len(self.families), "a look-alike is missing"
 
     def _start(self, kind: str, *limit: int, **variables: str) -> None:
         self.families[kind] = start_family(self.mark, *limit, environment=variables)
 
     def recorded(self) -> Identity:
-        """Return whose pid a forged lease is to name: he leads a group."""
+        """Return the group leader whose pid a forged launch record names."""
         pid = self.families["recorded pid"].pid
         return next(identity for identity in self.everybody if identity[0] == pid)
 
     def missing(self) -> list[str]:
-        """Return who is dead or stopped, by kind."""
+        """Return the families with a dead or stopped process, by kind."""
         kinds = {family.pid: kind for kind, family in self.families.items()}
         return [
             f"{kinds.get(seen.pid) or kinds.get(seen.ppid)} (pid {seen.pid})"
@@ -99,15 +99,15 @@ class Canaries:
         ]
 
     def end(self) -> None:
-        """End all of them."""
-        watch.end_bearing(self.mark)
+        """Kill all look-alikes."""
+        scan.kill_all_with(self.mark)
         for family in self.families.values():
             family.communicate()
 
 
-def missing(everybody: Mapping[Identity, Seen], mark: str) -> list[Seen]:
-    """Return who of these is dead or stopped."""
-    now = watch.bearing(mark)
+def missing(everybody: Mapping[Identity, Process], mark: str) -> list[Process]:
+    """Return the dead and stopped processes among these."""
+    now = scan.processes_with(mark)
     return [
         seen
         for identity, seen in everybody.items()
@@ -116,18 +116,18 @@ def missing(everybody: Mapping[Identity, Seen], mark: str) -> list[Seen]:
 
 
 class Neighbour:
-    """A second service, which lives beside all trials, and the tree of its agent."""
+    """A second service that runs beside all trials, with the tree of an agent."""
 
     def __init__(self, place: Path) -> None:
-        self.house = House(place / "neighbour")
+        self.home = CampaignHome(place / "neighbour")
         try:
-            self.service, api = self.house.start()
+            self.service, api = self.home.start()
             self.everybody = self._grow(api)
         except BaseException:
-            self.house.leave()
+            self.home.clear_all()
             raise
 
-    def _grow(self, api: Api) -> dict[Identity, Seen]:
+    def _grow(self, api: Api) -> dict[Identity, Process]:
         mark = secrets.token_hex(8)
         ways = ("child", "session", "daemon")
         below = [leaf(mark, how=how, executes="scrubbed", end="stay") for how in ways]
@@ -135,17 +135,17 @@ class Neighbour:
 
         def has_grown() -> bool:
             # Until a child has executed its program, its arguments are those of the leader.
-            commands = [seen.command for seen in watch.bearing(mark).values()]
+            commands = [seen.command for seen in scan.processes_with(mark).values()]
             done = sum(b"scrubbed" not in command for command in commands)
             return (done, len(commands)) == (len(ways), 1 + len(ways))
 
         until(has_grown, "the neighbour's tree has grown")
-        return watch.bearing(self.house.mark)
+        return scan.processes_with(self.home.mark)
 
     def missing(self) -> list[str]:
-        """Return who of the tree is dead or stopped; and the service, if it is."""
+        """Return the dead and stopped processes of the tree, and the service if it is dead."""
         gone = [
             f"the neighbour's agent (pid {seen.pid})"
-            for seen in missing(self.everybody, self.house.mark)
+            for seen in missing(self.everybody, self.home.mark)
         ]
         return gone + ["the neighbour's service"] * (self.service.popen.poll() is not None)

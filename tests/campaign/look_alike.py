@@ -1,10 +1,10 @@
-"""A family that nobody has a reason to end: three processes of the shape of a tree's.
+"""Three innocent processes in the shape of an agent's tree.
 
-    canary.py MARK [LIMIT [USER]]
+    look_alike.py MARK [LIMIT [USER]]
 
-The first leads a session and a group with its first child; the second child has left for a
-session of its own. LIMIT is what all of them bear as their limit on file locks, USER whose they
-are. It says so once all three are there.
+The first process leads a session and a group with its first child. The second child has a session
+of its own. LIMIT is their limit on file locks, USER their user. The first process prints a line
+once all three run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ RLIMIT_LOCKS = 10
 
 
 def rest() -> None:
-    """Live until somebody or the alarm ends us."""
+    """Sleep until a signal or the alarm."""
     signal.alarm(LIFETIME_S)
     while True:
         time.sleep(LIFETIME_S)

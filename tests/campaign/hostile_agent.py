@@ -1,12 +1,12 @@
 """The engine of the campaign: grows the tree that its input describes, and keeps it alive.
 
-    adversary.py HOME_MARK                as the service starts it; then it becomes
-    adversary.py HOME_MARK MARK NODE      and so does whoever executes a program in the tree
+    hostile_agent.py HOME_MARK                the command of the engine, which becomes
+    hostile_agent.py HOME_MARK MARK NODE      as does each process of the tree that calls exec
 
 The marks are random words that the service does not know. They stay in the arguments of every
-process over fork, exec and changes of name: by them, and nothing else, the campaign tells who of
-the tree is alive. A later attempt of a run ends at once and bears no MARK. Nothing lives longer
-than LIFETIME_S (STAY_S if the plan says so), unless it is stopped; the campaign ends what is left.
+process over fork, exec and changes of name. The campaign finds living processes by the marks alone.
+A later attempt of a run exits at once, without a MARK. A process lives for LIFETIME_S at most
+(STAY_S if the plan says so), unless it is stopped. The campaign kills the rest.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Node = dict[str, Any]  # as it came out of JSON; plans.py has its type
 
 
 def say(**fields: object) -> None:
-    """Tell the service something."""
+    """Send a message to the service."""
     os.write(1, json.dumps(fields).encode() + b"\n")
 
 
@@ -47,13 +47,13 @@ def become(node: Node, environment: dict[str, str]) -> None:
 
 def prctl(option: int, value: object) -> None:
     """Change an attribute of this process."""
-    import ctypes  # it takes longer than all the rest: only for those who need it
+    import ctypes  # slow to import, and few processes need it
 
     ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
 def take_other_limits() -> None:
-    """Set limits, of which none is the one that the service marks trees by."""
+    """Set limits, but not the limit that is the watermark."""
     for number in (resource.RLIMIT_CORE, resource.RLIMIT_MSGQUEUE, resource.RLIMIT_MEMLOCK):
         resource.setrlimit(number, (0, 0))
     resource.setrlimit(resource.RLIMIT_NOFILE, (16, 16))
@@ -66,7 +66,7 @@ def lead_group() -> None:
 
 
 def turn_into_nobody() -> None:
-    """Become another user; root alone can."""
+    """Become another user, which needs root."""
     os.setgroups([])
     os.setgid(NOBODY)
     os.setuid(NOBODY)
@@ -85,8 +85,8 @@ def answer_with_a_child() -> None:
     signal.signal(signal.SIGTERM, answer)
 
 
-def strike_shim(number: int) -> None:
-    """Send a signal to our parent if he is our shim."""
+def signal_shim(number: int) -> None:
+    """Send a signal to the parent if it is the shim."""
     parent = os.getppid()
     if b"shim_main.py" in Path(f"/proc/{parent}/cmdline").read_bytes():
         with suppress(PermissionError):  # we may be another user by now
@@ -110,19 +110,19 @@ ACTS: dict[str, Callable[[], object]] = {
 
 
 def rest() -> None:
-    """Live until somebody or the alarm ends us."""
+    """Sleep until a signal or the alarm."""
     while True:
         time.sleep(LIFETIME_S)
 
 
 def stop() -> None:
-    """Stop, and live on if somebody continues us."""
+    """Stop by SIGSTOP; sleep after a SIGCONT."""
     os.kill(os.getpid(), signal.SIGSTOP)
     rest()
 
 
 def flicker(generations: int) -> None:
-    """Live on in a new process every few milliseconds."""
+    """Fork and exit every few milliseconds."""
     for _ in range(generations):
         time.sleep(FLICK_S)
         if os.fork():
@@ -130,7 +130,7 @@ def flicker(generations: int) -> None:
 
 
 def storm(children: int) -> None:
-    """Have many children at once."""
+    """Fork many children at once."""
     for _ in range(children):
         if os.fork() == 0:
             signal.alarm(LIFETIME_S)
@@ -141,7 +141,7 @@ def storm(children: int) -> None:
 
 
 def plant(node: Node) -> None:
-    """Start a process of the tree below us."""
+    """Start a process of the tree below this one."""
     pid = os.fork()
     if pid:
         if node["how"] == "daemon":
@@ -158,16 +158,16 @@ def plant(node: Node) -> None:
 
 
 def enter(node: Node) -> None:
-    """Begin to be a process of the tree, by executing a program if the plan says so."""
+    """Become a process of the tree, by exec if the plan says so."""
     executes, node = node["executes"], node | {"executes": ""}
     if executes:
-        with suppress(PermissionError):  # not everybody may execute the Python that we run in
+        with suppress(PermissionError):  # another user may lack access to this Python
             become(node, {} if executes == "scrubbed" else dict(os.environ))
     live(node)
 
 
 def live(node: Node) -> None:
-    """Do what the plan says, to the end."""
+    """Carry out the plan of this process."""
     signal.alarm(LIFETIME_S)
     for act in node["acts"]:
         ACTS[act]()
@@ -175,7 +175,7 @@ def live(node: Node) -> None:
         plant(below)
     storm(int(node["storm"]))
     if node["shim"]:
-        strike_shim(int(node["shim"]))
+        signal_shim(int(node["shim"]))
     if node["end"] == "stop":
         stop()
     elif node["end"] == "flicker":
@@ -189,7 +189,7 @@ def live(node: Node) -> None:
 
 
 def lead() -> None:
-    """Hear from the service what to grow, and become its leader."""
+    """Read the plan of the tree from the service, and become its leader."""
     message = json.loads(sys.stdin.readline())
     if message["attempt"] > 1:
         say(type="result", output={})
