@@ -191,7 +191,7 @@ class RunWatch(Reader[run_service_pb2.WatchRunResponse]):
         return news or (self._include_bookmarks and message.HasField("bookmark"))
 
     def _is_first_snapshot(self, sequence: int) -> bool:
-        """Return whether this is the first snapshot; a later one must not skip events."""
+        """Return whether this is the first snapshot. A later one that skips events is a gap."""
         return self._last is None or self._is_new(sequence, by=0)
 
     def _is_new(self, sequence: int, *, by: int) -> bool:

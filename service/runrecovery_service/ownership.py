@@ -196,7 +196,7 @@ class LeaseRenewal:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class StatementTrials:
-    """Tries the statements that the work of the service consists of, once recovery has committed.
+    """After the recovery, regularly tries the statements on which the work of the service depends.
 
     A renewed lease proves little: its row may be readable while others are damaged or locked.
     """

@@ -1,4 +1,4 @@
-"""The store as a thread uses it that may wait for an answer."""
+"""The store for code in a thread, which may block until the database answers."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class SessionChecker:
 
 
 def session_checks(catalog: Catalog) -> dict[str, SessionCheck]:
-    """Return the check of each engine that has one: it is known where its sessions lie."""
+    """Return the session check of each engine that has one, by the engine's name."""
     checks = {name: catalog.get(name).session_check for name in catalog.names}
     return {name: check for name, check in checks.items() if check is not None}
 
@@ -68,11 +68,10 @@ def session_checks(catalog: Catalog) -> dict[str, SessionCheck]:
 async def check_session(
     engine: Engine, stored: StoredHandle, *, timeout_s: float, seen_before: bool = True
 ) -> SessionFinding | None:
-    """Return what the engine's check finds of a session; None: the engine has no check.
+    """Return the engine's finding about a session; None if the engine has no check.
 
     Args:
-        seen_before: the handle is one that the engine named, and was fingerprinted if it could be.
-            False: a caller names it, and the check has to prove that it can be resumed.
+        seen_before: as in `engines.catalog.check_sessions`.
     """
 
     def check() -> list[SessionFinding]:

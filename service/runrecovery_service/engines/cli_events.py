@@ -26,7 +26,7 @@ class TextWritten:
 
 @dataclass(frozen=True, slots=True)
 class OtherActivity:
-    """The agent did something else, so its next text is a new one."""
+    """The agent did something other than writing, so its next text does not continue the last."""
 
 
 @dataclass(frozen=True, slots=True)

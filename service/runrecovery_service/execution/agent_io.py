@@ -63,9 +63,10 @@ class AgentIO:
         return tail.decode("utf-8", "replace").replace("\0", "").strip()
 
     def has_unread_output(self) -> bool:
-        """Return True while output is unread or unparsed, up to a limit of bytes.
+        """Return True while output is unread or unparsed.
 
-        The time that our own reading takes does not count against the agent.
+        The supervisor then extends the agent's time, because our own reading takes it. After
+        `OVERTIME_BYTES` of such output the answer is False.
         """
         if self._overtime_from is None:
             self._overtime_from = self._read_bytes

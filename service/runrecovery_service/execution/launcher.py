@@ -319,7 +319,7 @@ class Launch:
     async def _add_trust(self, cli: str, workspace: Path, env: Mapping[str, str]) -> None:
         """Make the CLI trust the workspace, before the agent starts.
 
-        The launch waits while others hold the CLI's file: that is not the run's fault.
+        While another program locks the CLI's file, the launch waits instead of failing.
 
         Raises:
             LaunchFailed: the CLI cannot be made to trust it.
@@ -360,7 +360,7 @@ class Launch:
         return await retry_until_done(lambda: self._run_to_end(add), self.records.log)
 
     async def remove_trust(self) -> None:
-        """Make no CLI trust the run's workspace any more. A failure is left to the trust sweep."""
+        """Remove the trust entry of the workspace. The trust sweep retries a failure."""
         run, trust, turn_log = self.records.turn.run, self.launcher.trust, self.records.log
         try:
             if not await self.records.storage.read_row(trust.entries_of(run)):

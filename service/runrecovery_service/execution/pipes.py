@@ -20,7 +20,7 @@ POLL_FIRST_S, POLL_MOST_S = 0.002, 0.05
 
 
 async def read(descriptor: int) -> bytes:
-    """Return what a pipe holds, as soon as it holds something; no bytes at its end."""
+    """Wait until a pipe has data, and return the data; empty at the end of the pipe."""
     os.set_blocking(descriptor, False)
     loop = asyncio.get_running_loop()
     while True:

@@ -97,7 +97,7 @@ class RecordWatch:
             raise
 
     async def _inform_one(self, supervisor: TurnSupervisor) -> None:
-        """Inform a supervisor of what was accepted for its run, perhaps for the second time."""
+        """Pass an accepted cancel or reply to the supervisor. It may get the same one twice."""
         run = await self.storage.read_row(turns.current_run, supervisor.turn, owner=self.owner)
         if run.cancel_requested:
             supervisor.cancel()

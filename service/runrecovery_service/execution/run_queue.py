@@ -27,7 +27,7 @@ class RunQueue:
     site: LaunchSite
 
     async def take_next(self, busy_engines: Sequence[str]) -> Turn | None:
-        """Take the run that waits longest, of an engine that is not busy; None: there is none."""
+        """Take the longest-waiting run whose engine is not busy; None if there is none."""
         return await self.storage.write_own(
             turns.take_next,
             owner=self.owner,

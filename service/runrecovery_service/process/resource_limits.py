@@ -16,8 +16,8 @@ class ResourceLimits:
         max_open_files: descriptors of each process (RLIMIT_NOFILE).
         max_processes: processes of the user as a whole, threads included (RLIMIT_NPROC). Root is
             exempt.
-        soft_open_files: the soft limit on descriptors where `max_open_files` is None and the
-            service raised its own limit.
+        soft_open_files: the soft limit on descriptors, if `max_open_files` is None although the
+            service has raised its own limit.
     """
 
     niceness: int = 0

@@ -170,7 +170,7 @@ def fill_status(
 ) -> None:
     """Fill a message with the state of the service and the launches that could not be ended.
 
-    The report of this start and the result of its probe are left unset while they are None.
+    A report and a containment that are None stay unset.
     """
     to.state = SERVICE_STATE_TO_PROTO[state]
     if report is not None:

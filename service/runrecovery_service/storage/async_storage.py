@@ -108,7 +108,7 @@ class Storage:
     def _cut_hanging(self) -> None:
         """Cut the pool's connections whose statement exceeds `STATEMENT_MOST_S`.
 
-        The server ends every statement earlier, so the network has lost the answer.
+        The server ends every statement earlier than that, so such a connection is dead.
         """
         peewee = self._db.peewee
         for begun, connection in list(self._under_way.values()):
@@ -133,8 +133,8 @@ class Storage:
     async def write_own(self, use: UseCase[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Run one transaction of the execution itself; return once it is durable.
 
-        Only watchers are woken: the subscriber is the one who writes, and it repeats or checks
-        what is in doubt.
+        Only watchers are woken. The execution need not be: it made the change itself, and it checks
+        or repeats a write that is in doubt.
         """
         return await self._write(self.changes.wake_watchers, use, *args, **kwargs)
 

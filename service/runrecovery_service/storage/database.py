@@ -197,7 +197,11 @@ class Database:
             raise StoreLost(self.name, f"{lost} under the running service")
 
     def demand_files(self) -> None:
-        """Raise StorageUnavailable, for the caller of an RPC, where `demand_in_place` raises."""
+        """Check the files as `demand_in_place` does, but raise an error that callers can get.
+
+        Raises:
+            StorageUnavailable: a file is lost, or the system does not say so.
+        """
         try:
             self.demand_in_place()
         except StoreLost as error:

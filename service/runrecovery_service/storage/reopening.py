@@ -51,7 +51,12 @@ class ReopenCandidate:
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """What a recovery has kept of a run that it failed: the session, and the end of the history."""
+    """What the store keeps of a failed run so that it can be reopened.
+
+    Attributes:
+        decisions: how many decisions its history has.
+        report: the key of the report with the latest decision.
+    """
 
     session_type: str | None
     handle: str | None = field(repr=False)

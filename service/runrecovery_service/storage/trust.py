@@ -152,7 +152,7 @@ def _entry(row: Row) -> TrustEntry:
 
 
 def _due(now: datetime | None) -> tuple[int, int]:
-    """Return the parameters of `_WANTED`. None selects entries regardless of their next check."""
+    """Return the parameters of `_WANTED`: entries whose check is due at `now`, or all (None)."""
     if now is None:
         return (0, -1)
     return (to_us(now), to_us(now + FAR))

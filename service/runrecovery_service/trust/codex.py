@@ -108,7 +108,7 @@ class _Cut:
 
 
 def _remove(text: bytes | None, entries: Mapping[str, Added]) -> Removals:
-    """Remove those entries that do not overlap in the text; a single entry always."""
+    """Remove the entries whose texts do not overlap. A single entry overlaps with nothing."""
     if not any(added.owned for added in entries.values()):
         return Removals(text=text, outcomes=dict.fromkeys(entries, Outcome.NOT_OURS))
     source = Text.read(text or b"", most=2 * MOST_BYTES)

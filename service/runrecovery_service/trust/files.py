@@ -168,7 +168,7 @@ def _temporary(target: Path, folder: Path | None) -> Path:
 
 
 def _resolve(path: Path) -> Path:
-    """Return the target of links. A circle of links fails later, when the file is opened."""
+    """Return the path with all links resolved. A circle of links fails later, at the open."""
     return Path(os.path.realpath(path))
 
 

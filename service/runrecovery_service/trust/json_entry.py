@@ -125,7 +125,7 @@ class JsonEditor:
         return in_rounds(self, self._remove_some, text, entries)
 
     def _remove_some(self, text: bytes | None, entries: Mapping[str, Added]) -> Removals:
-        """Remove those entries that do not overlap, as long as another folder is left."""
+        """Remove the entries whose texts do not overlap, if another entry stays in the file."""
         source = Text.read(text or b"", most=2 * MOST_BYTES)
         if not source.body.strip(" \t\r\n"):
             return Removals(text=text, outcomes={})
@@ -219,7 +219,7 @@ class _Cut:
 class _Trail:
     """The objects along a path, as far as they exist. `leaf` is the member at the end, if any.
 
-    `is_blocked`: the place of the next object has another value.
+    `is_blocked`: a value that is no object is where the next object would have to be.
     """
 
     path: tuple[str, ...]
@@ -324,7 +324,7 @@ def _ended(source: Text, done: bytes, added: Added) -> bytes | None:
 
 
 def _with(model: Model, path: tuple[str, ...], value: Model) -> Model:
-    """Return the model with a value at the path. It replaces the last value of that name."""
+    """Return the model with the value at the path. Of equal names the last one is replaced."""
     if not path:
         return value
     assert isinstance(model, tuple)  # noqa: S101 - the trail went through objects alone
@@ -347,7 +347,7 @@ def _without(model: Model, path: tuple[str, ...]) -> Model:
 
 
 def _changed(model: Model, changes: Mapping[tuple[str, ...], Model | _Gone]) -> Model:
-    """Return the model with new values at existing paths, each the last one of its name."""
+    """Return the model with new values at existing paths. Of equal names the last one is meant."""
     assert isinstance(model, tuple)  # noqa: S101 - the trail went through objects alone
     below: dict[str, dict[tuple[str, ...], Model | _Gone]] = {}
     for path, value in changes.items():
