@@ -73,7 +73,7 @@ def test_an_absent_service_is_unavailable_and_the_hint_names_it(run: Run) -> Non
     assert "is a service running at 127.0.0.1:1?" in ended.err
 
 
-def test_a_list_of_an_absent_service_is_no_empty_table(run: Run) -> None:
+def test_a_list_of_an_absent_service_prints_no_empty_table(run: Run) -> None:
     ended = run("runs", "list", "--server", "127.0.0.1:1", "--timeout", "0.2")
 
     assert (ended.code, ended.out) == (ExitCode.UNAVAILABLE, "")
@@ -97,7 +97,7 @@ def test_the_server_may_come_from_the_environment(
     assert run("runs", "get", "r").code == ExitCode.OK
 
 
-def test_grpcs_own_lines_do_not_stand_between_ours() -> None:
+def test_grpc_writes_no_lines_of_its_own_to_stderr() -> None:
     environ = {key: text for key, text in os.environ.items() if key != "GRPC_VERBOSITY"}
     command = [sys.executable, "-m", "runrecovery_service", "health", "--server", "dns:///"]
 

@@ -15,12 +15,12 @@ from .conftest import FixedAnswers, Run, a_run
 
 
 def typed(data: bytes) -> io.TextIOWrapper:
-    """Standard input that holds this."""
+    """Return standard input with these bytes."""
     return io.TextIOWrapper(io.BytesIO(data))
 
 
 @pytest.mark.parametrize("source", ["input.json", "-"])
-def test_a_byte_order_mark_before_an_input_is_no_part_of_it(
+def test_a_byte_order_mark_before_an_input_is_ignored(
     run: Run, server: FixedAnswers, monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
     data = b'\xef\xbb\xbf{"task": "\xc3\xa4"}\r\n'
@@ -115,7 +115,7 @@ def test_a_file_that_holds_no_handle_is_a_usage_error_that_shows_nothing_of_it(
         ["--restart-policy", "unspecified"],
     ],
 )
-def test_what_cannot_be_sent_is_a_usage_error_and_nothing_is_sent(
+def test_an_argument_that_cannot_be_sent_is_a_usage_error_and_nothing_is_sent(
     run: Run, server: FixedAnswers, said: list[str]
 ) -> None:
     assert run("runs", "create", "e", *said, "--server", server.address).code == ExitCode.USAGE
@@ -164,7 +164,7 @@ TOO_DEEP: Final = '{"a":' + "[" * 60 + "]" * 60 + "}"
     ],
     ids=lambda said: " ".join(said)[:60].encode("ascii", "backslashreplace").decode(),
 )
-def test_what_no_message_can_hold_is_a_usage_error_in_few_words(
+def test_text_that_no_message_can_hold_is_a_short_usage_error(
     run: Run, server: FixedAnswers, said: list[str]
 ) -> None:
     there = [] if "--server" in said else ["--server", server.address]

@@ -30,7 +30,7 @@ START_ERRORS = {
 
 
 @pytest.mark.parametrize("command", [["serve"], ["check"], ["migrate"], ["backup", "copy.db"]])
-def test_a_refused_configuration_is_told_completely(run: Run, command: list[str]) -> None:
+def test_all_problems_of_a_refused_configuration_are_reported(run: Run, command: list[str]) -> None:
     Path("runrecovery.toml").write_text("max_queued = 0\nlistn = 1", encoding="utf-8")
 
     ended = run(*command, "--instance", "Not This")
@@ -41,7 +41,7 @@ def test_a_refused_configuration_is_told_completely(run: Run, command: list[str]
         assert f"\n  {place}: " in ended.err
 
 
-def test_a_refusal_cannot_steer_the_terminal(run: Run) -> None:
+def test_a_refusal_prints_no_control_characters(run: Run) -> None:
     Path("runrecovery.toml").write_text(r'instance = "\u001b[2Jx"', encoding="utf-8")
 
     ended = run("check")
@@ -51,7 +51,7 @@ def test_a_refusal_cannot_steer_the_terminal(run: Run) -> None:
     assert r"\x1b[2Jx" in ended.err
 
 
-def test_a_configuration_without_end_is_refused_with_its_size(run: Run) -> None:
+def test_an_endless_configuration_file_is_refused_with_the_size_limit(run: Run) -> None:
     ended = run("check", "--config", "/dev/zero")
 
     assert ended.code == ExitCode.USAGE
@@ -66,7 +66,9 @@ def test_a_byte_of_a_path_that_is_not_utf8_is_shown_as_that_byte(run: Run) -> No
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_demo_that_is_told_to_end_leaves_nothing(tmp_path: Path, number: int) -> None:
+def test_a_demo_that_gets_a_signal_leaves_no_process_and_no_file(
+    tmp_path: Path, number: int
+) -> None:
     command = [sys.executable, "-m", "runrecovery_service", "demo"]
 
     with subprocess.Popen(
@@ -80,7 +82,7 @@ def test_a_demo_that_is_told_to_end_leaves_nothing(tmp_path: Path, number: int) 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_demo_without_a_place_for_its_files_says_so(tmp_path: Path) -> None:
+def test_a_demo_without_a_writable_folder_says_so(tmp_path: Path) -> None:
     code = "import tempfile, sys; tempfile.tempdir = sys.argv.pop(); "
     code += "from runrecovery_service.cli import main; main(['demo'])"
 
@@ -167,7 +169,7 @@ def test_a_kind_of_error_that_is_not_listed_has_the_exit_code_of_its_parent(
     assert run("serve").code == 4
 
 
-def test_what_a_service_ends_by_has_the_exit_code_that_the_docs_give_it() -> None:
+def test_every_error_that_ends_a_service_has_its_documented_exit_code() -> None:
     assert {kind.__name__: int(code) for kind, code in local.START_EXIT_CODES.items()} == {
         "CgroupRefused": 2,
         "Held": 3,

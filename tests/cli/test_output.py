@@ -91,7 +91,7 @@ def test_a_message_that_cannot_be_written_changes_no_exit_code(redirect: str) ->
     assert ended.returncode == ExitCode.UNAVAILABLE
 
 
-def test_what_the_encoding_of_the_output_lacks_is_written_out(server: FixedAnswers) -> None:
+def test_characters_that_the_encoding_lacks_are_escaped(server: FixedAnswers) -> None:
     run = a_run(run_id="r→")
     server.answers["ListRuns"] = [run_service_pb2.ListRunsResponse(runs=[run])]
     command = [sys.executable, "-m", "runrecovery_service", "runs", "list"]

@@ -41,7 +41,7 @@ def test_the_overview_names_every_command_without_importing_grpc() -> None:
     assert said.stdout.splitlines()[-1] == "False"
 
 
-def test_the_version_is_the_packages(run: Run) -> None:
+def test_the_version_is_that_of_the_package(run: Run) -> None:
     from runrecovery_service import __version__
 
     assert __version__ in run("--version").out
@@ -56,5 +56,5 @@ def test_python_m_is_the_same_command() -> None:
     assert "No such command" in ended.stderr
 
 
-def test_exit_codes_are_told_apart() -> None:
+def test_exit_codes_are_distinct() -> None:
     assert len({code.value for code in ExitCode}) == len(ExitCode.__members__)

@@ -10,7 +10,7 @@ from runrecovery_service.cli.exit_codes import ExitCode
 from .conftest import FixedAnswers, Run, script_watch
 
 
-def test_watching_ends_when_the_service_serves(run: Run, server: FixedAnswers) -> None:
+def test_a_status_watch_ends_when_the_service_serves(run: Run, server: FixedAnswers) -> None:
     serving = recovery_service_pb2.GetRecoveryStatusResponse(
         state=recovery_pb2.SERVICE_STATE_SERVING, instance="default", epoch=3
     )
@@ -22,7 +22,7 @@ def test_watching_ends_when_the_service_serves(run: Run, server: FixedAnswers) -
     assert "default, epoch 3" in ended.out
 
 
-def test_a_list_of_recovered_runs_is_filtered_as_said(run: Run, server: FixedAnswers) -> None:
+def test_a_list_of_recovered_runs_sends_every_filter(run: Run, server: FixedAnswers) -> None:
     server.answers["ListRecovered"] = [recovery_service_pb2.ListRecoveredResponse()]
 
     said = ["--state", "failed_reconciled", "--reason", "x", "--after", "2026-11-24T10:00:00"]
@@ -38,7 +38,9 @@ def test_a_list_of_recovered_runs_is_filtered_as_said(run: Run, server: FixedAns
     assert request.recovered_after.ToJsonString() == "2026-11-24T10:00:00Z"
 
 
-def test_decisions_are_watched_as_said_a_line_each(run: Run, server: FixedAnswers) -> None:
+def test_a_watch_of_decisions_sends_every_filter_and_prints_a_line_each(
+    run: Run, server: FixedAnswers
+) -> None:
     made = run_pb2.RecoveryInfo(
         recovery_state=run_pb2.RECOVERY_STATE_FAILED_RECONCILED,
         recovery_reason="rule_7",
@@ -70,7 +72,7 @@ def test_decisions_are_watched_as_said_a_line_each(run: Run, server: FixedAnswer
     )
 
 
-def test_an_explanation_tells_the_decision_the_facts_and_the_processes(
+def test_an_explanation_shows_the_decision_the_facts_and_the_processes(
     run: Run, server: FixedAnswers
 ) -> None:
     explanation = recovery_service_pb2.RecoveryExplanation(
@@ -110,7 +112,7 @@ def test_an_explanation_tells_the_decision_the_facts_and_the_processes(
     assert "78 0 0 descent - not found dead" in lines
 
 
-def test_a_run_that_no_restart_has_touched_is_explained_so(run: Run, server: FixedAnswers) -> None:
+def test_an_explanation_of_a_run_without_decisions_says_so(run: Run, server: FixedAnswers) -> None:
     server.answers["ExplainRecovery"] = [recovery_service_pb2.ExplainRecoveryResponse()]
 
     ended = run("recovery", "explain", "r", "--server", server.address)
@@ -119,7 +121,7 @@ def test_a_run_that_no_restart_has_touched_is_explained_so(run: Run, server: Fix
 
 
 @pytest.mark.parametrize("as_json", [True, False])
-def test_a_plan_tells_its_totals_and_then_its_decisions(
+def test_a_plan_shows_its_totals_and_then_its_decisions(
     run: Run,
     server: FixedAnswers,
     as_json: bool,  # noqa: FBT001 - a parameter of the test
@@ -183,7 +185,7 @@ def test_the_latest_report_is_shown_with_its_decisions_and_warnings(
     assert "trust of /x in /c: gone\n" in ended.out
 
 
-def test_no_report_yet_is_not_found(run: Run, server: FixedAnswers) -> None:
+def test_a_service_without_a_report_is_not_found(run: Run, server: FixedAnswers) -> None:
     server.answers["ListReconciliations"] = [recovery_service_pb2.ListReconciliationsResponse()]
 
     assert run("recovery", "show", "--server", server.address).code == ExitCode.NOT_FOUND

@@ -13,7 +13,9 @@ from runrecovery_service.cli.exit_codes import ExitCode
 from .conftest import FixedAnswers, Run, a_run
 
 
-def test_json_is_one_message_a_line_in_the_contracts_names(run: Run, server: FixedAnswers) -> None:
+def test_json_output_is_one_message_per_line_with_the_names_of_the_contract(
+    run: Run, server: FixedAnswers
+) -> None:
     rows = [a_run(run_id="a"), a_run(run_id="b", status=run_pb2.RUN_STATUS_RUNNING)]
     server.answers["ListRuns"] = [run_service_pb2.ListRunsResponse(runs=rows)]
 
@@ -50,7 +52,7 @@ def test_a_limited_list_says_when_there_is_more(
     assert ended.err.count("--limit 0 shows all") == notes
 
 
-def test_create_sends_what_was_said(run: Run, server: FixedAnswers) -> None:
+def test_create_sends_every_option(run: Run, server: FixedAnswers) -> None:
     server.answers["CreateRun"] = [run_service_pb2.CreateRunResponse(run=a_run())]
     Path("input.json").write_text('{"task": "hello"}', encoding="utf-8")
 
@@ -71,7 +73,7 @@ def test_create_sends_what_was_said(run: Run, server: FixedAnswers) -> None:
     ("said", "required"),
     [([], None), (["--require-user-reply"], True), (["--no-require-user-reply"], False)],
 )
-def test_create_leaves_to_the_engine_what_was_not_said(
+def test_create_leaves_out_the_options_that_were_not_given(
     run: Run,
     server: FixedAnswers,
     said: list[str],
@@ -87,7 +89,7 @@ def test_create_leaves_to_the_engine_what_was_not_said(
     assert (profile.require_user_reply if profile.ListFields() else None) == required
 
 
-def test_a_list_of_runs_is_filtered_as_said_and_asks_for_no_more_than_it_shows(
+def test_a_list_of_runs_sends_every_filter_and_requests_only_the_rows_that_it_shows(
     run: Run, server: FixedAnswers
 ) -> None:
     server.answers["ListRuns"] = [run_service_pb2.ListRunsResponse()]
@@ -104,7 +106,9 @@ def test_a_list_of_runs_is_filtered_as_said_and_asks_for_no_more_than_it_shows(
     assert request.view == run_pb2.RUN_VIEW_BASIC
 
 
-def test_a_run_is_described_with_its_times_and_its_waiting(run: Run, server: FixedAnswers) -> None:
+def test_a_description_shows_the_times_of_a_run_and_its_open_question(
+    run: Run, server: FixedAnswers
+) -> None:
     described = a_run()
     described.interactive_profile.session_timeout.seconds = 90
     described.interactive_profile.require_user_reply = False
@@ -133,7 +137,7 @@ def test_a_run_is_described_with_its_times_and_its_waiting(run: Run, server: Fix
         (run_pb2.RUN_STATUS_CANCELED, ExitCode.FAILED),
     ],
 )
-def test_create_and_wait_tells_how_the_run_ended(
+def test_create_with_wait_exits_with_the_code_of_the_final_status(
     run: Run, server: FixedAnswers, status: run_pb2.RunStatus.ValueType, code: ExitCode
 ) -> None:
     server.answers["CreateRun"] = [run_service_pb2.CreateRunResponse(run=a_run())]

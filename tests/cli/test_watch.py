@@ -41,7 +41,7 @@ def a_watched_run(status: run_pb2.RunStatus.ValueType) -> list[Message]:
     ]
 
 
-def test_a_watch_tells_a_line_for_each_event(run: Run, server: FixedAnswers) -> None:
+def test_a_watch_prints_a_line_for_each_event(run: Run, server: FixedAnswers) -> None:
     script_watch(server, *a_watched_run(run_pb2.RUN_STATUS_SUCCEEDED))
 
     ended = run("runs", "watch", "r", "--server", server.address)
@@ -54,7 +54,7 @@ def test_a_watch_tells_a_line_for_each_event(run: Run, server: FixedAnswers) -> 
     ]
 
 
-def test_a_watch_in_json_is_an_update_a_line(run: Run, server: FixedAnswers) -> None:
+def test_a_watch_in_json_prints_an_update_per_line(run: Run, server: FixedAnswers) -> None:
     updates = a_watched_run(run_pb2.RUN_STATUS_SUCCEEDED)
     script_watch(server, *updates)
 
@@ -77,7 +77,7 @@ def test_a_watch_in_json_is_an_update_a_line(run: Run, server: FixedAnswers) -> 
     ],
 )
 @pytest.mark.parametrize("seen_before", [True, False])
-def test_a_watch_tells_how_the_run_ended(
+def test_a_watch_exits_with_the_code_of_the_final_status(
     run: Run,
     server: FixedAnswers,
     status: run_pb2.RunStatus.ValueType,
@@ -94,7 +94,7 @@ def test_a_watch_tells_how_the_run_ended(
     ("said", "after"),
     [([], None), (["--from-start"], 0), (["--after-sequence", "3"], 3)],
 )
-def test_a_watch_begins_where_it_is_told_to(
+def test_a_watch_begins_after_the_given_sequence(
     run: Run, server: FixedAnswers, said: list[str], after: int | None
 ) -> None:
     script_watch(server)
@@ -107,7 +107,7 @@ def test_a_watch_begins_where_it_is_told_to(
     assert (request.after_sequence if request.HasField("after_sequence") else None) == after
 
 
-def test_a_watch_begins_at_one_place(run: Run, server: FixedAnswers) -> None:
+def test_a_watch_takes_only_one_start(run: Run, server: FixedAnswers) -> None:
     said = ["--from-start", "--after-sequence", "3"]
 
     assert run("runs", "watch", "r", *said, "--server", server.address).code == ExitCode.USAGE
@@ -115,7 +115,9 @@ def test_a_watch_begins_at_one_place(run: Run, server: FixedAnswers) -> None:
 
 
 @pytest.mark.parametrize("command", [["runs", "watch", "r"], ["recovery", "watch"]])
-def test_a_watch_of_an_absent_service_is_unavailable_in_time(run: Run, command: list[str]) -> None:
+def test_a_watch_of_an_absent_service_is_unavailable_after_its_timeout(
+    run: Run, command: list[str]
+) -> None:
     ended = run(*command, "--timeout", "0.2", "--server", "127.0.0.1:1")
 
     assert ended.code == ExitCode.UNAVAILABLE

@@ -1,4 +1,4 @@
-"""The clients as objects: health, ownership, and that the two are one."""
+"""Both clients: the same methods, health, channels, options and proxies."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_everything_public_is_exported_and_exists() -> None:
 
 
 @pytest.mark.parametrize("serving", [True, False])
-async def test_tells_the_health_of_a_name(
+async def test_returns_the_health_of_a_name(
     serving: bool,  # noqa: FBT001 - a parameter of the test
     caller: Caller,
     server: ScriptedServer,
@@ -89,7 +89,7 @@ async def test_a_health_check_without_a_server_fails_at_once(
         await connect(reserved).call("health.check", timeout_s=30)
 
 
-def test_lives_beside_grpcio_health_checking(server: ScriptedServer) -> None:
+def test_works_beside_grpcio_health_checking(server: ScriptedServer) -> None:
     target = server.start()
     with rr.RunRecoveryClient(target) as client, grpc.insecure_channel(target) as channel:
         theirs = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
@@ -105,7 +105,7 @@ def test_can_be_imported_before_and_after_grpcio_health_checking(imports: str) -
     subprocess.run([sys.executable, "-c", f"import {imports}"], check=True, timeout=60)
 
 
-def test_imports_nothing_that_it_does_not_depend_on() -> None:
+def test_imports_only_its_declared_dependencies() -> None:
     code = """
 import sys, grpc, grpc.aio
 def roots():
@@ -122,7 +122,7 @@ print(*sorted(roots() - before - {"google"}))
     assert done.stdout.split() == ["runrecovery"]
 
 
-def test_needs_a_target_or_a_channel_and_not_both() -> None:
+def test_takes_either_a_target_or_a_channel() -> None:
     with pytest.raises(TypeError, match="target"):
         rr.RunRecoveryClient()
     with (
@@ -163,7 +163,7 @@ def test_closes_a_channel_of_its_own(server: ScriptedServer) -> None:
         client.health.check()
 
 
-def test_the_callers_options_win() -> None:
+def test_channel_options_of_the_caller_override_the_defaults() -> None:
     options = dict(rr.channel_options(options=[("grpc.keepalive_time_ms", 60_000)]))
 
     assert options["grpc.keepalive_time_ms"] == 60_000
@@ -172,7 +172,7 @@ def test_the_callers_options_win() -> None:
 
 @contextmanager
 def proxied(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
-    """Name a proxy in the environment; it takes connections and answers none."""
+    """Name a proxy in the environment that accepts connections and answers none."""
     with socket.create_server(("127.0.0.1", 0)) as proxy:
         proxy.settimeout(30)
         for name in ("grpc_proxy", "https_proxy", "http_proxy"):

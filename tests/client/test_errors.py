@@ -1,4 +1,4 @@
-"""What a failed call raises."""
+"""Which error a failed call raises, and what the error has."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ async def test_raises_the_class_of_the_reason_and_keeps_the_grpc_error(
     ],
     ids=str,
 )
-async def test_goes_by_the_code_when_there_is_no_detail(
+async def test_raises_the_class_of_the_code_without_details(
     code: grpc.StatusCode,
     kind: type[rr.RunRecoveryClientError],
     caller: Caller,
@@ -96,7 +96,7 @@ async def test_goes_by_the_code_when_there_is_no_detail(
     assert (type(raised.value), raised.value.reason) == (kind, "")
 
 
-async def test_goes_by_the_code_when_the_reason_is_newer_than_the_client(
+async def test_raises_the_class_of_the_code_for_an_unknown_reason(
     caller: Caller,
     server: ScriptedServer,
 ) -> None:
@@ -156,7 +156,7 @@ async def test_names_every_bad_field(
     )
 
 
-async def test_tells_which_engines_there_are(
+async def test_unknown_engine_has_the_names_of_the_known_engines(
     caller: Caller,
     server: ScriptedServer,
 ) -> None:
@@ -172,7 +172,7 @@ async def test_tells_which_engines_there_are(
     assert raised.value.known_engines == ("demo", "reviewer")
 
 
-async def test_tells_the_etag_that_the_run_has_now(
+async def test_an_etag_mismatch_has_the_current_etag(
     caller: Caller,
     server: ScriptedServer,
 ) -> None:
@@ -188,7 +188,7 @@ async def test_tells_the_etag_that_the_run_has_now(
     assert server.asked("CancelRun")[0].etag == "e1"
 
 
-async def test_tells_what_was_not_found(
+async def test_not_found_has_the_name_of_the_resource(
     caller: Caller,
     server: ScriptedServer,
 ) -> None:
@@ -203,7 +203,7 @@ async def test_tells_what_was_not_found(
     assert raised.value.resource_name == "r9"
 
 
-async def test_tells_when_to_try_again(
+async def test_a_retryable_error_has_its_delay(
     caller: Caller,
     server: ScriptedServer,
 ) -> None:
@@ -226,13 +226,13 @@ async def test_tells_when_to_try_again(
     assert raised.value.retry_after_s == 1.5
 
 
-def test_takes_the_pushback_for_the_hint_when_there_is_no_retry_info() -> None:
+def test_the_delay_is_the_pushback_without_retry_info() -> None:
     details = read_details(grpc.StatusCode.UNAVAILABLE, {"grpc-retry-pushback-ms": "250"})
 
     assert details.retry_after_s == 0.25
 
 
-async def test_tells_the_id_of_an_internal_error(
+async def test_an_internal_error_has_its_id(
     caller: Caller,
     server: ScriptedServer,
 ) -> None:
@@ -268,7 +268,7 @@ async def test_names_a_method_that_the_server_does_not_have(
     assert raised.value.code is grpc.StatusCode.UNIMPLEMENTED
 
 
-def test_an_error_can_cross_a_process_boundary() -> None:
+def test_an_error_can_be_pickled() -> None:
     details = rr.ErrorDetails(code=grpc.StatusCode.ABORTED, metadata={"current_etag": "e2"})
     error = rr.EtagMismatch("changed", details=details)
 

@@ -97,7 +97,7 @@ async def test_does_not_resume_after_another_error(
     assert len(server.asked("StreamOutput")) == 1
 
 
-async def test_raises_what_lasts_longer_than_it_may(
+async def test_raises_the_failure_of_an_outage_longer_than_reconnect_s(
     caller: Caller,
     server: ScriptedServer,
 ) -> None:

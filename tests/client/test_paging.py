@@ -70,7 +70,7 @@ async def test_asks_for_a_page_only_when_its_rows_are_wanted(
     assert len(server.asked("ListRuns")) == 1
 
 
-async def test_gives_the_rows_before_a_failed_page(
+async def test_returns_the_rows_before_a_failed_page(
     caller: Caller,
     server: ScriptedServer,
 ) -> None:
@@ -142,7 +142,7 @@ async def test_pages_through_recovered_runs_by_every_filter(
     ) == ("sticky_process_lost", "demo", "x")
 
 
-async def test_a_plan_tells_its_totals_at_once_and_its_decisions_page_by_page(
+async def test_a_plan_has_its_totals_at_once_and_its_decisions_page_by_page(
     caller: Caller, server: ScriptedServer
 ) -> None:
     def page(name: str, token: str = "", runs_total: int = 0) -> Message:

@@ -1,4 +1,4 @@
-"""What is sent: values, and every method of the contract."""
+"""The requests that the clients send: values, and every method of the contract."""
 
 from __future__ import annotations
 
@@ -52,9 +52,7 @@ def test_refuses_a_time_without_a_zone() -> None:
         to_timestamp(datetime(2026, 11, 24))  # noqa: DTZ001 - the point of the test
 
 
-async def test_sends_everything_that_create_was_given(
-    caller: Caller, server: ScriptedServer
-) -> None:
+async def test_create_sends_every_argument(caller: Caller, server: ScriptedServer) -> None:
     server.on("CreateRun", run_service_pb2.CreateRunResponse(run=run_pb2.Run(run_id="mine")))
 
     run = await caller.call(
@@ -87,7 +85,7 @@ async def test_sends_everything_that_create_was_given(
     }
 
 
-async def test_leaves_out_what_create_was_not_given(caller: Caller, server: ScriptedServer) -> None:
+async def test_create_leaves_out_absent_arguments(caller: Caller, server: ScriptedServer) -> None:
     server.on("CreateRun", run_service_pb2.CreateRunResponse())
 
     await caller.call("runs.create", engine="demo")

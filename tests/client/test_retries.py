@@ -1,4 +1,4 @@
-"""When a call is sent again, and how."""
+"""When the clients retry a call, and how."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ async def test_retries_the_largest_request_that_the_service_accepts(
     assert len(server.asked("CreateRun")) == 2
 
 
-async def test_a_caller_that_starts_before_the_server_just_works(
+async def test_a_call_before_the_server_starts_succeeds_once_it_has_started(
     connect: Connect, server: ScriptedServer, reserved: str
 ) -> None:
     server.on("CreateRun", run_service_pb2.CreateRunResponse(run=RUN))
@@ -186,7 +186,9 @@ async def test_a_caller_that_starts_before_the_server_just_works(
     assert await waiting == RUN
 
 
-async def test_says_in_time_that_there_is_no_server(connect: Connect, reserved: str) -> None:
+async def test_a_call_without_a_server_fails_within_its_deadline(
+    connect: Connect, reserved: str
+) -> None:
     caller = connect(reserved, timeout_s=0.3)
 
     with pytest.raises(rr.DeadlineExceeded):

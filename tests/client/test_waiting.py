@@ -54,7 +54,7 @@ async def test_waits_for_a_server_that_starts_later(
     await ready
 
 
-async def test_says_what_it_saw_when_the_service_is_not_ready_in_time(
+async def test_a_timeout_of_wait_ready_has_the_last_status(
     caller: Caller, server: ScriptedServer
 ) -> None:
     server.set_health("", serving=False)
@@ -65,7 +65,7 @@ async def test_says_what_it_saw_when_the_service_is_not_ready_in_time(
     assert raised.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
-async def test_keeps_the_last_failure_when_there_is_no_server_in_time(
+async def test_a_timeout_without_a_server_has_the_last_failure(
     connect: Connect, reserved: str
 ) -> None:
     with pytest.raises(rr.DeadlineExceeded) as raised:
@@ -118,7 +118,7 @@ async def test_waits_through_a_restart_of_the_service(
     assert run == ended.run
 
 
-async def test_says_what_it_saw_when_the_run_has_not_ended_in_time(
+async def test_a_timeout_of_a_wait_for_a_run_has_the_last_status(
     caller: Caller, server: ScriptedServer
 ) -> None:
     server.on("GetRun", RUNNING)
@@ -137,9 +137,7 @@ async def test_does_not_wait_for_a_run_that_does_not_exist(
         await caller.call("wait_for_run", "r", timeout_s=20)
 
 
-async def test_does_not_wait_for_a_run_that_is_set_aside(
-    caller: Caller, server: ScriptedServer
-) -> None:
+async def test_does_not_wait_for_a_quarantined_run(caller: Caller, server: ScriptedServer) -> None:
     recovery = run_pb2.RecoveryInfo(recovery_state=run_pb2.RECOVERY_STATE_QUARANTINED)
     run = run_pb2.Run(run_id="r", status=run_pb2.RUN_STATUS_RUNNING, recovery=recovery)
     server.on("GetRun", run_service_pb2.GetRunResponse(run=run))

@@ -1,4 +1,4 @@
-"""gRPC ignores an option that it does not know: ours must all be options of it."""
+"""gRPC ignores unknown channel options: all options of the service must be known to it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES = sorted({name for name, _ in (*server._options(LIMITS), *channel_options(
 
 @pytest.fixture(scope="module")
 def library() -> bytes:
-    """The library that holds the names of all options."""
+    """Return gRPC's library, which contains the names of all options."""
     (path,) = Path(grpc.__file__).parent.glob("_cython/cygrpc*.so")
     return path.read_bytes()
 

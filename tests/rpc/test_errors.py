@@ -72,7 +72,7 @@ def test_every_domain_error_is_in_the_table() -> None:
     assert {type(example) for example in EXAMPLES} == set(errors.TABLE)
 
 
-def test_every_reason_is_told_by_somebody() -> None:
+def test_every_reason_of_the_contract_has_a_domain_error() -> None:
     told = {case.reason for case in errors.TABLE.values()}
     elsewhere = {errors_pb2.ERROR_REASON_UNSPECIFIED, errors_pb2.ERROR_REASON_INTERNAL}
 
@@ -93,7 +93,9 @@ def test_error_becomes_a_status_with_its_reason(error: RunRecoveryError) -> None
 
 
 @pytest.mark.parametrize("error", EXAMPLES, ids=lambda error: type(error).__name__)
-def test_what_can_be_retried_says_when_in_details_and_trailer(error: RunRecoveryError) -> None:
+def test_an_error_that_can_be_retried_has_a_delay_in_details_and_trailer(
+    error: RunRecoveryError,
+) -> None:
     failure = errors.status_of(error)
 
     retriable = failure.code in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED}
@@ -109,7 +111,7 @@ def test_retry_delay_is_the_errors_own() -> None:
     assert dict(failure.trailers)[errors.PUSHBACK_TRAILER] == "2500"
 
 
-def test_nobody_is_told_to_come_back_after_no_time_which_grpc_takes_for_never() -> None:
+def test_a_retry_delay_is_never_0_which_grpc_takes_for_never() -> None:
     failure = errors.status_of(domain.ReconciliationInProgress(retry_after_s=0.0))
 
     assert dict(failure.trailers)[errors.PUSHBACK_TRAILER] == "1"
@@ -123,7 +125,7 @@ def test_known_engines_and_current_etag_are_metadata() -> None:
     assert dict(changed.metadata) == {"current_etag": "5-2"}
 
 
-def test_all_bad_fields_are_told_at_once() -> None:
+def test_all_bad_fields_are_reported_at_once() -> None:
     bad = tuple(FieldViolation(f"field{n}", "is bad") for n in range(20))
 
     told = details_of(errors.status_of(domain.InvalidFields(bad)))["BadRequest"].field_violations
@@ -141,7 +143,7 @@ def test_more_than_twenty_bad_fields_are_truncated() -> None:
 
 
 @pytest.mark.parametrize("letter", ["x", "é", "\U0001f600"], ids=ascii)
-def test_status_stays_below_what_a_client_takes(letter: str) -> None:
+def test_status_stays_below_the_size_that_a_client_accepts(letter: str) -> None:
     # Only ASCII arrives as one byte of a trailer; the message is percent-encoded beside it.
     long = letter * 5000
     bad = tuple(FieldViolation(long, long) for _ in range(500))
@@ -152,14 +154,14 @@ def test_status_stays_below_what_a_client_takes(letter: str) -> None:
         assert len(packed) * 4 / 3 + len(failure.message.encode()) * 3 < 8000
 
 
-def test_defect_tells_nothing_but_its_id() -> None:
+def test_a_defect_sends_nothing_but_its_id() -> None:
     failure = errors.internal_status("abc")
 
     assert failure.message == "internal error abc"
     assert dict(details_of(failure)["ErrorInfo"].metadata) == {"error_id": "abc"}
 
 
-def test_fenced_instance_does_not_tell_what_it_lost() -> None:
+def test_a_fenced_instance_does_not_say_what_it_lost() -> None:
     assert "secret" not in repr(errors.status_of(domain.Fenced("instance 'secret'")))
 
 
@@ -215,11 +217,11 @@ TOLD = {
     "WatchHistoryPruned": ("OUT_OF_RANGE", "WATCH_HISTORY_PRUNED", False),
     "WatchSequenceUnknown": ("OUT_OF_RANGE", "WATCH_SEQUENCE_UNKNOWN", False),
 }
-"""Literal, and not from our own table: by class the code, the reason, and whether to try again."""
+"""By class: the code, the reason, and whether a retry may help. Literal, not from the table."""
 
 
 @pytest.mark.parametrize("error", EXAMPLES, ids=lambda error: type(error).__name__)
-def test_each_error_is_told_as_the_contract_says(error: RunRecoveryError) -> None:
+def test_each_error_has_the_code_and_reason_of_the_contract(error: RunRecoveryError) -> None:
     failure = errors.status_of(error)
     details = details_of(failure)
 

@@ -1,4 +1,4 @@
-"""FairWakeup: one passes in each round of the loop, and who has gone is passed over."""
+"""FairWakeup lets one waiter pass in each round of the event loop, and skips waiters that left."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import asyncio
 from runrecovery_service.rpc.fair_wakeup import FairWakeup
 
 
-async def test_of_a_crowd_one_passes_in_each_round_in_the_order_of_its_coming() -> None:
+async def test_waiters_pass_one_per_round_in_the_order_of_their_arrival() -> None:
     wakeup, passed = FairWakeup(), list[tuple[int, int]]()
     round_of_the_loop = 0
 
@@ -24,7 +24,7 @@ async def test_of_a_crowd_one_passes_in_each_round_in_the_order_of_its_coming() 
     assert len({when for when, _ in passed}) == 10
 
 
-async def test_one_who_is_alone_passes_at_once() -> None:
+async def test_a_single_waiter_passes_at_once() -> None:
     wakeup = FairWakeup()
     await wakeup.wait_turn()
     await asyncio.sleep(0)
@@ -40,7 +40,7 @@ async def test_one_who_is_alone_passes_at_once() -> None:
     assert not waited
 
 
-async def test_who_gave_up_waiting_keeps_nobody_behind_from_passing() -> None:
+async def test_a_waiter_that_gave_up_blocks_no_later_waiter() -> None:
     wakeup = FairWakeup()
     first, gone, behind = (asyncio.create_task(wakeup.wait_turn()) for _ in range(3))
     await asyncio.sleep(0)

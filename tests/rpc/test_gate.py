@@ -1,4 +1,4 @@
-"""The gate, and the wrapper that asks it, on a real server."""
+"""The gate, and the method wrapper that checks it, on a real server."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def gate_that(*steps: Callable[[Gate], None]) -> Gate:
         "opened-too-late",
     ],
 )
-def test_gate_lets_in_by_its_state(
+def test_the_state_of_the_gate_decides_which_calls_pass(
     steps: tuple[Callable[[Gate], None], ...], refusals: dict[Access, type[RunRecoveryError]]
 ) -> None:
     gate = gate_that(*steps)
@@ -89,7 +89,7 @@ def test_draining_is_final() -> None:
         assert gate.state is ServiceState.DRAINING
 
 
-async def test_waiting_ends_with_the_change_or_the_time() -> None:
+async def test_waiting_ends_with_a_change_or_the_timeout() -> None:
     gate = Gate()
     change = gate.change
 
@@ -101,7 +101,7 @@ async def test_waiting_ends_with_the_change_or_the_time() -> None:
     assert not gate.change.is_set()
 
 
-def test_what_changes_nothing_is_not_announced() -> None:
+def test_a_change_to_the_same_state_is_not_announced() -> None:
     gate = gate_that(Gate.open)
     change = gate.change
 
@@ -112,7 +112,7 @@ def test_what_changes_nothing_is_not_announced() -> None:
     assert change.is_set()
 
 
-def test_every_method_of_the_contract_has_its_access() -> None:
+def test_every_method_of_the_contract_has_an_access_rule() -> None:
     access = {
         method.name: access_of(method)
         for service in (RUN_SERVICE, RECOVERY_SERVICE)
@@ -136,7 +136,7 @@ def test_every_method_of_the_contract_has_its_access() -> None:
 
 
 class FakeRuns:
-    """Answers, fails or waits as a test wants it."""
+    """A RunService whose methods answer, fail or wait as a test says."""
 
     def __init__(self) -> None:
         self.error: Exception | None = None
@@ -225,7 +225,7 @@ async def test_closed_gate_refuses_with_a_retry_hint_and_status_still_answers() 
     assert dict(caught.value.trailing_metadata())["grpc-retry-pushback-ms"] == "1000"
 
 
-async def test_draining_service_still_reads_and_changes_nothing() -> None:
+async def test_draining_service_answers_reads_and_refuses_changes() -> None:
     async with serving(gate_that(Gate.open, Gate.drain), FakeRuns()) as channel:
         await RunServiceStub(channel).GetRun(run_pb.GetRunRequest())
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -245,7 +245,7 @@ async def test_domain_error_becomes_its_status() -> None:
     assert told(caught.value)["ResourceInfo"].resource_name == "r1"
 
 
-async def test_defect_is_logged_with_its_id_and_nothing_of_it_is_on_the_wire() -> None:
+async def test_a_defect_is_logged_with_its_id_and_only_the_id_is_sent() -> None:
     runs = FakeRuns()
     runs.error = ValueError("SELECT secret FROM /etc/passwd")
     with structlog.testing.capture_logs() as logs:
@@ -263,7 +263,7 @@ async def test_defect_is_logged_with_its_id_and_nothing_of_it_is_on_the_wire() -
     assert "secret" not in repr(caught.value.trailing_metadata())
 
 
-async def test_stream_that_fails_keeps_what_it_sent_and_says_why() -> None:
+async def test_a_failed_stream_delivers_its_messages_and_then_its_error() -> None:
     runs = FakeRuns()
     runs.error = ShuttingDown()
     async with serving(gate_that(Gate.open), runs) as channel:
@@ -284,7 +284,7 @@ async def test_stream_is_refused_while_the_gate_is_closed() -> None:
     assert told(caught.value)["ErrorInfo"].reason == "RECONCILIATION_IN_PROGRESS"
 
 
-async def test_bytes_that_are_no_message_are_an_invalid_argument() -> None:
+async def test_a_malformed_request_is_an_invalid_argument() -> None:
     async with serving(gate_that(Gate.open), FakeRuns()) as channel:
         call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(
             "/runrecovery.v1.RunService/GetRun"
@@ -315,7 +315,7 @@ async def test_call_over_the_limit_is_refused_and_status_still_answers() -> None
     assert told(caught.value)["ErrorInfo"].reason == "OVERLOADED"
 
 
-async def test_call_that_its_caller_cancels_gives_its_place_back() -> None:
+async def test_a_cancelled_call_no_longer_counts_against_the_limit() -> None:
     runs = FakeRuns()
     async with serving(gate_that(Gate.open), runs, max_calls=1) as channel:
         waiting = RunServiceStub(channel).ListRuns(run_pb.ListRunsRequest())

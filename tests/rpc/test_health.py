@@ -46,7 +46,7 @@ async def statuses(health: Any) -> dict[str, int]:
     return checked
 
 
-async def test_nothing_that_needs_recovery_serves_at_first(health: Any) -> None:
+async def test_only_liveness_and_recovery_serve_before_the_gate_opens(health: Any) -> None:
     assert await statuses(health) == {
         "": NOT_SERVING,
         RUNS: NOT_SERVING,
@@ -55,7 +55,7 @@ async def test_nothing_that_needs_recovery_serves_at_first(health: Any) -> None:
     }
 
 
-async def test_everything_serves_once_the_gate_is_open(gate: Gate, health: Any) -> None:
+async def test_every_name_serves_once_the_gate_is_open(gate: Gate, health: Any) -> None:
     gate.open()
 
     assert set((await statuses(health)).values()) == {SERVING}
@@ -95,7 +95,7 @@ async def test_unknown_name_is_not_found(health: Any) -> None:
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
-async def test_watch_tells_every_change_and_ends_when_the_service_drains(
+async def test_watch_sends_every_change_and_ends_when_the_service_drains(
     gate: Gate, health: Any
 ) -> None:
     told = []

@@ -107,7 +107,7 @@ def as_json(run: Run) -> dict[str, Any]:
 # -- runs --------------------------------------------------------------------------------------
 
 
-def test_bare_run_says_no_more_than_there_is() -> None:
+def test_optional_fields_of_a_new_run_are_absent() -> None:
     assert as_json(BARE) == {
         "run_id": "r1",
         "engine": "demo",
@@ -125,7 +125,7 @@ def test_bare_run_says_no_more_than_there_is() -> None:
     }
 
 
-def test_full_run_says_all_of_it() -> None:
+def test_every_field_of_a_full_run_is_sent() -> None:
     run = replace(
         BARE,
         labels={"team": "payments"},
@@ -205,7 +205,7 @@ def test_every_field_of_the_contract_can_be_filled() -> None:
     assert filled == {field.name for field in run_pb2.Run.DESCRIPTOR.fields}
 
 
-def test_damaged_words_are_unspecified() -> None:
+def test_unreadable_enum_words_become_unspecified() -> None:
     found = message(replace(BARE, status=None, profile=None))
 
     assert found.status == run_pb2.RUN_STATUS_UNSPECIFIED
@@ -266,7 +266,7 @@ def test_open_question_has_no_answer() -> None:
     assert to.kind == run_pb2.INTERACTION_KIND_UNSPECIFIED
 
 
-def test_report_says_all_of_it() -> None:
+def test_every_field_of_a_report_is_sent() -> None:
     report = Reconciliation(
         reconciliation_id="c1",
         instance="here",
@@ -314,7 +314,7 @@ def test_report_says_all_of_it() -> None:
     )
 
 
-def test_report_of_nothing_still_has_its_counts() -> None:
+def test_a_bare_report_has_its_counts_and_no_end() -> None:
     to = recovery_pb2.Reconciliation()
     recovery_messages.fill_reconciliation(to, BARE_REPORT)
 
@@ -325,7 +325,7 @@ def test_report_of_nothing_still_has_its_counts() -> None:
     assert to.trigger == recovery_pb2.RECONCILIATION_TRIGGER_STARTUP
 
 
-def test_status_names_the_probe_and_what_could_not_be_ended() -> None:
+def test_every_field_of_a_status_is_filled() -> None:
     to = recovery_service_pb2.GetRecoveryStatusResponse(instance="here", epoch=4)
     recovery_messages.fill_status(
         to,
@@ -345,7 +345,7 @@ def test_status_names_the_probe_and_what_could_not_be_ended() -> None:
     assert (left.run_id, left.attempt, left.launched_at.ToDatetime(tzinfo=UTC)) == ("r", 2, AT)
 
 
-def test_status_of_a_start_that_knows_nothing_yet_says_nothing() -> None:
+def test_status_before_the_report_and_the_probe_has_only_its_state() -> None:
     to = recovery_service_pb2.GetRecoveryStatusResponse()
     recovery_messages.fill_status(
         to, state=ServiceState.RECOVERING, report=None, containment=None, unended=[]
@@ -355,7 +355,7 @@ def test_status_of_a_start_that_knows_nothing_yet_says_nothing() -> None:
 
 
 @pytest.mark.parametrize("at", [None, AT + timedelta(minutes=20)])
-def test_an_open_question_says_how_long_it_waits(at: datetime | None) -> None:
+def test_an_open_question_has_its_deadline_if_there_is_one(at: datetime | None) -> None:
     waiting = replace(
         BARE, status=RunStatus.WAITING_USER, pending=replace(QUESTION, wait_deadline_at=at)
     )
@@ -421,7 +421,9 @@ def test_impossible_time_is_refused(stamp: Timestamp) -> None:
 @pytest.mark.parametrize(
     ("seconds", "expected"), [(0.0, (0, 0)), (1.25, (1, 250_000_000)), (0.9999999, (1, 0))]
 )
-def test_span_is_rounded_to_the_microsecond(seconds: float, expected: tuple[int, int]) -> None:
+def test_a_duration_is_rounded_to_the_microsecond(
+    seconds: float, expected: tuple[int, int]
+) -> None:
     span = Duration()
     times.write_duration(span, seconds)
 
@@ -432,7 +434,7 @@ def test_span_is_rounded_to_the_microsecond(seconds: float, expected: tuple[int,
 
 
 @given(st.dictionaries(TEXT, JSON, max_size=5))
-def test_json_object_comes_back_as_it_went(values: domain.JsonObject) -> None:
+def test_a_json_object_survives_the_round_trip(values: domain.JsonObject) -> None:
     struct = Struct()
     json_values.write_struct(struct, values)
 
@@ -480,7 +482,7 @@ def test_what_is_not_json_is_refused(value: Value, problem: str) -> None:
 
 
 @pytest.mark.parametrize("lists", [True, False])
-def test_deepest_input_that_is_taken_can_be_read_back_from_a_page(*, lists: bool) -> None:
+def test_the_deepest_accepted_input_can_be_read_back_from_a_page(*, lists: bool) -> None:
     deep = json_values.read_value(nested(json_values.MAX_JSON_DEPTH, lists=lists))
     page = run_service_pb2.ListRunsResponse()
     question = run_service_pb2.ListInteractionsResponse()

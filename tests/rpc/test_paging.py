@@ -16,7 +16,7 @@ KEYS = st.integers(min_value=-(2**63), max_value=2**63 - 1)
 
 
 @given(st.tuples(KEYS, KEYS))
-def test_token_gives_back_the_keys_it_was_made_of(after: tuple[int, ...]) -> None:
+def test_a_token_decodes_to_its_keys(after: tuple[int, ...]) -> None:
     assert paging.decode(SCOPE, paging.encode(SCOPE, after)) == after
 
 
@@ -73,7 +73,7 @@ def test_last_page_has_no_token_and_no_token_is_the_first_page() -> None:
     assert paging.decode(SCOPE, "") is None
 
 
-def test_keys_of_another_number_are_a_defect() -> None:
+def test_a_wrong_number_of_keys_is_a_defect() -> None:
     with pytest.raises(ValueError, match="1 keys for a scope of 2"):
         paging.encode(SCOPE, (1,))
 
@@ -83,7 +83,7 @@ def test_page_size_has_a_default_and_a_limit(asked: int, given: int) -> None:
     assert paging.page_size(asked) == given
 
 
-def test_another_spelling_of_the_same_bytes_is_refused() -> None:
+def test_another_encoding_of_the_same_token_is_refused() -> None:
     scope = paging.token_scope(run_service_pb2.ListRunsRequest(), width=1)
     token = paging.encode(scope, (7,))
     # The last character of 25 bytes carries four bits that base64 readers ignore.

@@ -99,7 +99,7 @@ async def test_both_versions_list_every_service(version: str, address: str) -> N
         (V1ALPHA, "grpc_reflection/v1alpha/reflection.proto"),
     ],
 )
-async def test_symbol_leads_to_its_file(symbol: str, file: str, address: str) -> None:
+async def test_a_symbol_finds_its_file(symbol: str, file: str, address: str) -> None:
     answer = await ask(address, V1, file_containing_symbol=symbol)
 
     assert file_names(answer)[0] == file
@@ -214,7 +214,7 @@ async def test_file_comes_with_everything_that_it_imports_once(address: str) -> 
     ],
     ids=str,
 )
-async def test_what_there_is_not_is_answered_not_found(
+async def test_an_unknown_file_or_symbol_is_not_found(
     question: dict[str, Any], address: str
 ) -> None:
     answer = await ask(address, V1, **question)
@@ -223,7 +223,7 @@ async def test_what_there_is_not_is_answered_not_found(
     assert answer.original_request == pb.ServerReflectionRequest(**question)
 
 
-async def test_question_for_nothing_is_invalid(address: str) -> None:
+async def test_an_empty_request_is_invalid(address: str) -> None:
     answer = await ask(address, V1)
 
     assert answer.error_response.error_code == grpc.StatusCode.INVALID_ARGUMENT.value[0]

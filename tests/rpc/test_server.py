@@ -1,4 +1,4 @@
-"""The whole server with stand-ins behind it: binding, sizes, output, what a hang-up leaves."""
+"""The gRPC server over a fake storage: binding, sizes, writes, output, stop."""
 
 from __future__ import annotations
 
@@ -56,7 +56,11 @@ def run(**changes: Any) -> Run:
 
 @dataclass
 class FakeStorage:
-    """Knows one run. A write waits for `commit` and gives the run back."""
+    """A storage with one run. A write waits for `commit` and returns the run.
+
+    Attributes:
+        looks: how many reads there were; each sets `looked`.
+    """
 
     run: Run = field(default_factory=run)
     unended: list[UnendedLaunch] = field(default_factory=list)
@@ -85,8 +89,8 @@ class FakeStorage:
 
 
 @dataclass
-class House:
-    """A server with its stand-ins."""
+class FakedServer:
+    """A running server, its fakes, and stubs that call it."""
 
     gate: Gate
     storage: FakeStorage
@@ -95,7 +99,7 @@ class House:
     runs: Any
     recovery: Any
     address: str
-    server: GrpcServer
+    grpc_server: GrpcServer
 
     def write(self, data: bytes, *, attempt: int = 1) -> None:
         self.workspaces.prepare(5, attempt, fresh=False)
@@ -146,7 +150,7 @@ def deps(storage: FakeStorage, workspaces: Workspaces) -> tuple[RunDeps, Recover
 
 
 @pytest.fixture
-async def house(tmp_path: Path) -> AsyncIterator[House]:
+async def served(tmp_path: Path) -> AsyncIterator[FakedServer]:
     gate, storage, workspaces = Gate(), FakeStorage(), Workspaces(tmp_path)
     run_deps, recovery_deps = deps(storage, workspaces)
     server = build_server(
@@ -159,7 +163,7 @@ async def house(tmp_path: Path) -> AsyncIterator[House]:
     gate.open()
     address = f"127.0.0.1:{port}"
     async with grpc.aio.insecure_channel(address) as channel:
-        yield House(
+        yield FakedServer(
             gate=gate,
             storage=storage,
             workspaces=workspaces,
@@ -167,7 +171,7 @@ async def house(tmp_path: Path) -> AsyncIterator[House]:
             runs=RunServiceStub(channel),
             recovery=RecoveryServiceStub(channel),
             address=address,
-            server=server,
+            grpc_server=server,
         )
     storage.commit.set()
     await server.stop(grace_s=0)
@@ -184,8 +188,8 @@ def reason(error: grpc.aio.AioRpcError) -> str:
 # -- the server --------------------------------------------------------------------------------
 
 
-async def test_taken_port_is_refused(house: House, tmp_path: Path) -> None:
-    run_deps, recovery_deps = deps(house.storage, Workspaces(tmp_path))
+async def test_taken_port_is_refused(served: FakedServer, tmp_path: Path) -> None:
+    run_deps, recovery_deps = deps(served.storage, Workspaces(tmp_path))
     second = build_server(
         Gate(),
         run_deps=run_deps,
@@ -193,24 +197,24 @@ async def test_taken_port_is_refused(house: House, tmp_path: Path) -> None:
         limits=limits(max_concurrent_calls=1, max_request_bytes=1000),
     )
 
-    with pytest.raises(ListenFailed, match=house.address):
-        await second.bind(house.address)
+    with pytest.raises(ListenFailed, match=served.address):
+        await second.bind(served.address)
     await second.stop(grace_s=0)
 
 
-async def test_request_over_the_limit_is_refused_by_grpc_itself(house: House) -> None:
+async def test_request_over_the_limit_is_refused_by_grpc_itself(served: FakedServer) -> None:
     request = pb.CreateRunRequest(engine="demo")
     request.input["text"] = "x" * 100_001
 
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await house.runs.CreateRun(request)
+        await served.runs.CreateRun(request)
 
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert "larger than max" in str(caught.value.details())
 
 
-async def test_status_tells_the_state_and_who_answers(house: House) -> None:
-    answer = await house.recovery.GetRecoveryStatus(recovery_pb.GetRecoveryStatusRequest())
+async def test_status_has_the_state_the_instance_and_the_epoch(served: FakedServer) -> None:
+    answer = await served.recovery.GetRecoveryStatus(recovery_pb.GetRecoveryStatusRequest())
 
     assert answer == recovery_pb.GetRecoveryStatusResponse(
         state=3,  # type: ignore[arg-type]
@@ -219,19 +223,19 @@ async def test_status_tells_the_state_and_who_answers(house: House) -> None:
     )
 
 
-async def test_status_names_what_could_not_be_ended(house: House) -> None:
-    house.storage.unended = [UnendedLaunch(run_id="r", attempt=2, launched_at=AT)]
+async def test_status_names_launches_that_could_not_be_ended(served: FakedServer) -> None:
+    served.storage.unended = [UnendedLaunch(run_id="r", attempt=2, launched_at=AT)]
 
-    answer = await house.recovery.GetRecoveryStatus(recovery_pb.GetRecoveryStatusRequest())
+    answer = await served.recovery.GetRecoveryStatus(recovery_pb.GetRecoveryStatusRequest())
 
     assert [(left.run_id, left.attempt) for left in answer.unended_launches] == [("r", 2)]
 
 
-async def test_largest_refusal_arrives_whole(house: House) -> None:
+async def test_largest_refusal_arrives_whole(served: FakedServer) -> None:
     labels = {"É" * 200 + str(n): "x" * 300 for n in range(50)}
 
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await house.runs.CreateRun(pb.CreateRunRequest(engine="e" * 300, labels=labels))
+        await served.runs.CreateRun(pb.CreateRunRequest(engine="e" * 300, labels=labels))
 
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert reason(caught.value) == "INVALID_FIELD"
@@ -240,8 +244,8 @@ async def test_largest_refusal_arrives_whole(house: House) -> None:
 # -- mutations ---------------------------------------------------------------------------------
 
 
-async def test_create_records_what_was_asked(house: House) -> None:
-    house.storage.commit.set()
+async def test_create_stores_every_field_of_its_request(served: FakedServer) -> None:
+    served.storage.commit.set()
     request = pb.CreateRunRequest(
         engine="demo",
         labels={"a": "b"},
@@ -251,9 +255,9 @@ async def test_create_records_what_was_asked(house: House) -> None:
     )
     request.input["n"] = 1
 
-    await house.runs.CreateRun(request)
+    await served.runs.CreateRun(request)
 
-    ((_, new, keywords),) = house.storage.writes
+    ((_, new, keywords),) = served.storage.writes
     assert new == NewRun(
         run_id="mine",
         engine="demo",
@@ -268,69 +272,71 @@ async def test_create_records_what_was_asked(house: House) -> None:
     assert keywords["receipt"].request_id == "0192f0c1-aaaa-4bbb-8ccc-0123456789ab"
 
 
-async def test_unknown_engine_is_refused_with_the_known_ones(house: House) -> None:
+async def test_unknown_engine_is_refused_with_the_names_of_the_known_engines(
+    served: FakedServer,
+) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await house.runs.CreateRun(pb.CreateRunRequest(engine="nobody"))
+        await served.runs.CreateRun(pb.CreateRunRequest(engine="nobody"))
 
     assert reason(caught.value) == "UNKNOWN_ENGINE"
-    assert house.storage.writes == []
+    assert served.storage.writes == []
 
 
-async def test_a_write_is_committed_though_its_caller_hung_up(house: House) -> None:
-    call = house.runs.CancelRun(pb.CancelRunRequest(run_id="r1"))
-    await house.storage.began.wait()
+async def test_a_write_is_committed_after_its_caller_hung_up(served: FakedServer) -> None:
+    call = served.runs.CancelRun(pb.CancelRunRequest(run_id="r1"))
+    await served.storage.began.wait()
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
         await call
     # A round trip on the same connection: the server has met the cancel by now.
-    await house.runs.GetRun(pb.GetRunRequest(run_id="r1"))
-    house.storage.commit.set()
+    await served.runs.GetRun(pb.GetRunRequest(run_id="r1"))
+    served.storage.commit.set()
 
-    await asyncio.wait_for(house.storage.committed.wait(), 10)
+    await asyncio.wait_for(served.storage.committed.wait(), 10)
 
 
 # -- output ------------------------------------------------------------------------------------
 
 
-async def output(house: House, **asked: Any) -> list[pb.StreamOutputResponse]:
+async def output(served: FakedServer, **asked: Any) -> list[pb.StreamOutputResponse]:
     request = pb.StreamOutputRequest(run_id="r1", **asked)
-    return [piece async for piece in house.runs.StreamOutput(request)]
+    return [piece async for piece in served.runs.StreamOutput(request)]
 
 
-async def test_output_comes_in_pieces_with_their_places(house: House) -> None:
+async def test_output_comes_in_pieces_with_their_offsets(served: FakedServer) -> None:
     data = bytes(range(256)) * 300
-    house.write(data)
+    served.write(data)
 
-    pieces = await output(house, offset=10)
+    pieces = await output(served, offset=10)
 
     assert b"".join(piece.data for piece in pieces) == data[10:]
     assert [piece.offset for piece in pieces] == [10, 10 + PIECE_BYTES]
     assert {piece.attempt for piece in pieces} == {1}
 
 
-async def test_only_the_last_piece_says_that_more_was_written_than_kept(house: House) -> None:
-    house.write(b"x" * (MAX_OUTPUT_BYTES + 1))
+async def test_only_the_last_piece_says_that_output_was_truncated(served: FakedServer) -> None:
+    served.write(b"x" * (MAX_OUTPUT_BYTES + 1))
 
-    pieces = await output(house, follow=True)
+    pieces = await output(served, follow=True)
 
     assert sum(len(piece.data) for piece in pieces) == MAX_OUTPUT_BYTES
     assert [piece.truncated for piece in pieces] == [False] * (len(pieces) - 1) + [True]
 
 
 @pytest.mark.parametrize("attempt", [0, 1])
-async def test_run_that_wrote_nothing_has_no_output(attempt: int, house: House) -> None:
-    house.storage.run = run(attempt=attempt)
+async def test_run_that_wrote_nothing_has_no_output(attempt: int, served: FakedServer) -> None:
+    served.storage.run = run(attempt=attempt)
 
-    assert await output(house) == []
+    assert await output(served) == []
 
 
-async def test_earlier_attempt_can_be_read_and_is_not_followed(house: House) -> None:
-    house.storage.run = run(attempt=2)
-    house.write(b"first", attempt=1)
-    house.write(b"second", attempt=2)
+async def test_output_of_an_earlier_attempt_ends_even_for_a_follower(served: FakedServer) -> None:
+    served.storage.run = run(attempt=2)
+    served.write(b"first", attempt=1)
+    served.write(b"second", attempt=2)
 
-    assert [p.data for p in await output(house, attempt=1, follow=True)] == [b"first"]
-    assert [p.data for p in await output(house)] == [b"second"]
+    assert [p.data for p in await output(served, attempt=1, follow=True)] == [b"first"]
+    assert [p.data for p in await output(served)] == [b"second"]
 
 
 @pytest.mark.parametrize(
@@ -343,47 +349,49 @@ async def test_earlier_attempt_can_be_read_and_is_not_followed(house: House) -> 
         ({"status": None}, {"offset": 5, "follow": True}),
     ],
 )
-async def test_output_that_there_is_not_is_out_of_range(
-    changes: dict[str, Any], asked: dict[str, Any], house: House
+async def test_an_attempt_or_offset_without_output_is_out_of_range(
+    changes: dict[str, Any], asked: dict[str, Any], served: FakedServer
 ) -> None:
-    house.storage.run = run(**changes)
-    house.write(b"four")
+    served.storage.run = run(**changes)
+    served.write(b"four")
 
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await output(house, **asked)
+        await output(served, **asked)
 
     assert caught.value.code() is grpc.StatusCode.OUT_OF_RANGE
     assert reason(caught.value) == "OUTPUT_OUT_OF_RANGE"
 
 
-async def test_end_of_the_output_is_in_range(house: House) -> None:
-    house.write(b"four")
+async def test_an_offset_at_the_end_of_the_output_is_in_range(served: FakedServer) -> None:
+    served.write(b"four")
 
-    assert await output(house, offset=4) == []
+    assert await output(served, offset=4) == []
 
 
-async def test_follower_sees_all_that_was_written_before_the_end(house: House) -> None:
-    house.storage.run = run(attempt=0, status=RunStatus.QUEUED)
-    following = asyncio.create_task(output(house, follow=True))
-    await house.storage.looked.wait()
-    house.write(b"one")
-    house.storage.run = run()
-    looks = house.storage.looks
-    while house.storage.looks < looks + 2:
-        house.storage.looked.clear()
-        await asyncio.wait_for(house.storage.looked.wait(), 10)
-    house.write(b"two")
-    house.storage.run = run(status=RunStatus.SUCCEEDED)
+async def test_follower_gets_all_output_that_was_written_before_the_run_ended(
+    served: FakedServer,
+) -> None:
+    served.storage.run = run(attempt=0, status=RunStatus.QUEUED)
+    following = asyncio.create_task(output(served, follow=True))
+    await served.storage.looked.wait()
+    served.write(b"one")
+    served.storage.run = run()
+    looks = served.storage.looks
+    while served.storage.looks < looks + 2:
+        served.storage.looked.clear()
+        await asyncio.wait_for(served.storage.looked.wait(), 10)
+    served.write(b"two")
+    served.storage.run = run(status=RunStatus.SUCCEEDED)
 
     pieces = await asyncio.wait_for(following, 10)
     assert b"".join(piece.data for piece in pieces) == b"onetwo"
     assert [piece.offset for piece in pieces] == [0, 3]
 
 
-async def test_draining_service_sends_followers_away(house: House) -> None:
-    following = asyncio.create_task(output(house, follow=True))
-    await house.storage.looked.wait()
-    house.gate.drain()
+async def test_drain_ends_the_streams_of_followers(served: FakedServer) -> None:
+    following = asyncio.create_task(output(served, follow=True))
+    await served.storage.looked.wait()
+    served.gate.drain()
 
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await asyncio.wait_for(following, 10)
@@ -394,11 +402,11 @@ async def test_draining_service_sends_followers_away(house: House) -> None:
 
 
 @asynccontextmanager
-async def reader_that_waits(address: str, reads: asyncio.Event) -> AsyncIterator[str]:
-    """Serve as a proxy to the address that hands answers over only while `reads` is set."""
+async def proxy_that_waits(address: str, reads: asyncio.Event) -> AsyncIterator[str]:
+    """Run a proxy to the address that passes answers on only while `reads` is set."""
     ends: list[asyncio.StreamWriter] = []
 
-    async def hand_over(
+    async def pass_on(
         source: asyncio.StreamReader, target: asyncio.StreamWriter, go: asyncio.Event
     ) -> None:
         while data := await source.read(65_536):
@@ -414,8 +422,8 @@ async def reader_that_waits(address: str, reads: asyncio.Event) -> AsyncIterator
         at_once = asyncio.Event()
         at_once.set()
         await asyncio.gather(
-            hand_over(reader, server, at_once),
-            hand_over(answers, writer, reads),
+            pass_on(reader, server, at_once),
+            pass_on(answers, writer, reads),
             return_exceptions=True,
         )
 
@@ -428,20 +436,20 @@ async def reader_that_waits(address: str, reads: asyncio.Event) -> AsyncIterator
             end.close()
 
 
-async def test_stop_waits_for_an_answer_that_is_still_being_sent(house: House) -> None:
-    house.storage.run = run(input={"text": "x" * 3_000_000})
+async def test_stop_waits_for_an_answer_that_is_still_being_sent(served: FakedServer) -> None:
+    served.storage.run = run(input={"text": "x" * 3_000_000})
     reads = asyncio.Event()
     reads.set()
     async with (
-        reader_that_waits(house.address, reads) as address,
+        proxy_that_waits(served.address, reads) as address,
         grpc.aio.insecure_channel(address) as channel,
     ):
         await asyncio.wait_for(channel.channel_ready(), 20)
         reads.clear()
         call = RunServiceStub(channel).GetRun(pb.GetRunRequest(run_id="r1"))
-        await asyncio.wait_for(house.storage.looked.wait(), 10)
+        await asyncio.wait_for(served.storage.looked.wait(), 10)
 
-        stop = asyncio.create_task(house.server.stop(grace_s=30))
+        stop = asyncio.create_task(served.grpc_server.stop(grace_s=30))
         await asyncio.wait({stop}, timeout=0.5)
         reads.set()
 
@@ -450,12 +458,12 @@ async def test_stop_waits_for_an_answer_that_is_still_being_sent(house: House) -
         await stop
 
 
-async def test_stop_waits_for_answers_that_need_no_open_gate_as_well(house: House) -> None:
-    house.storage.unended = [UnendedLaunch(run_id="r" * 100, attempt=1, launched_at=AT)] * 20_000
+async def test_stop_waits_for_answers_of_calls_that_pass_a_closed_gate(served: FakedServer) -> None:
+    served.storage.unended = [UnendedLaunch(run_id="r" * 100, attempt=1, launched_at=AT)] * 20_000
     reads = asyncio.Event()
     reads.set()
     async with (
-        reader_that_waits(house.address, reads) as address,
+        proxy_that_waits(served.address, reads) as address,
         grpc.aio.insecure_channel(address) as channel,
     ):
         await asyncio.wait_for(channel.channel_ready(), 20)
@@ -463,9 +471,9 @@ async def test_stop_waits_for_answers_that_need_no_open_gate_as_well(house: Hous
         call = RecoveryServiceStub(channel).GetRecoveryStatus(
             recovery_pb.GetRecoveryStatusRequest()
         )
-        await asyncio.wait_for(house.storage.looked.wait(), 10)
+        await asyncio.wait_for(served.storage.looked.wait(), 10)
 
-        stop = asyncio.create_task(house.server.stop(grace_s=30))
+        stop = asyncio.create_task(served.grpc_server.stop(grace_s=30))
         await asyncio.wait({stop}, timeout=0.5)
         reads.set()
 
@@ -478,7 +486,7 @@ def highest_descriptor() -> int:
     return max(int(one.name) for one in Path("/proc/self/fd").iterdir())
 
 
-async def test_stop_without_a_free_descriptor_ends_the_server(house: House) -> None:
+async def test_stop_without_a_free_descriptor_ends_the_server(served: FakedServer) -> None:
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     highest = highest_descriptor()
     taken: list[int] = []
@@ -487,18 +495,18 @@ async def test_stop_without_a_free_descriptor_ends_the_server(house: House) -> N
         with suppress(OSError):
             while True:
                 taken.append(os.open(os.devnull, os.O_RDONLY))
-        await house.server.stop(grace_s=0)
+        await served.grpc_server.stop(grace_s=0)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
         for descriptor in taken:
             os.close(descriptor)
 
-    host, _, port = house.address.rpartition(":")
+    host, _, port = served.address.rpartition(":")
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((host, int(port)))
 
 
-async def test_server_is_kept_reachable_after_its_socket_could_not_be_looked_at(
+async def test_removed_socket_is_bound_again_after_it_could_not_be_checked(
     tmp_path: Path,
 ) -> None:
     folder, aside = tmp_path / "f", tmp_path / "g"

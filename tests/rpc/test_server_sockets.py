@@ -1,4 +1,4 @@
-"""A look at the process's own sockets leaves its other files alone."""
+"""The search for the server's own sockets leaves other files and connections alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ with open(sys.argv[1], "r+b") as file:
 """
 
 
-def test_a_look_at_the_sockets_keeps_the_locks_that_the_process_has_on_files(
+def test_the_search_for_sockets_keeps_the_file_locks_of_the_process(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "database"
@@ -36,7 +36,7 @@ def test_a_look_at_the_sockets_keeps_the_locks_that_the_process_has_on_files(
     assert "BlockingIOError" in other.stderr
 
 
-async def test_a_connection_to_elsewhere_with_the_same_port_is_left_alone() -> None:
+async def test_a_connection_to_another_server_with_the_same_port_is_left_alone() -> None:
     with (
         socket.create_server(("127.0.0.1", 0)) as listener,
         socket.create_server(("127.0.0.3", 0)) as elsewhere,

@@ -41,7 +41,7 @@ def bad_create() -> run_pb.CreateRunRequest:
     return request
 
 
-def test_all_that_is_wrong_with_a_request_is_told_at_once() -> None:
+def test_all_problems_of_a_request_are_reported_at_once() -> None:
     assert fields(validation.create_run(bad_create())) == [
         "run_id",
         "engine",
@@ -248,7 +248,7 @@ def test_a_wait_may_be_as_long_as_the_engines_own(*, seconds: float, refused: bo
 
 
 @pytest.mark.parametrize("too_many", [0, 1])
-def test_what_a_request_may_hold_ends_where_the_docs_say(too_many: int) -> None:
+def test_the_limits_of_a_request_are_the_documented_ones(too_many: int) -> None:
     labels = {f"k{number}": "" for number in range(32 + too_many)}
     create = [
         run_pb.CreateRunRequest(engine="e", labels=labels),
@@ -277,7 +277,7 @@ def test_what_a_request_may_hold_ends_where_the_docs_say(too_many: int) -> None:
         {"seconds": 1, "nanos": -1}, {"seconds": 315_576_000_001},
     ],
 )  # fmt: skip
-def test_a_span_that_is_none_is_refused(span: dict[str, int]) -> None:
+def test_an_invalid_duration_is_refused(span: dict[str, int]) -> None:
     request = run_pb.CreateRunRequest(engine="e")
     request.interactive_profile.session_timeout.CopyFrom(Duration(**span))
 
@@ -296,7 +296,7 @@ def engine(profile: Profile) -> Engine:
     )
 
 
-def test_a_filter_takes_few_labels_and_an_orderly_time_range() -> None:
+def test_a_filter_has_at_most_8_valid_labels_and_an_ordered_time_range() -> None:
     request = run_pb.ListRunsRequest(view=cast("run_pb2.RunView.ValueType", 9))
     request.filter.labels.update({f"k{number}": "v" for number in range(9)})
     request.filter.labels["UPPER"] = "v"
@@ -319,17 +319,19 @@ def test_a_filter_takes_few_labels_and_an_orderly_time_range() -> None:
         (run_pb.ReopenRunRequest(run_id="", keep_session=True), "run_id"),
     ],
 )
-def test_who_sets_a_run_back_says_by_what(request_: run_pb.ReopenRunRequest, field: str) -> None:
+def test_a_reopening_must_say_which_session_it_uses(
+    request_: run_pb.ReopenRunRequest, field: str
+) -> None:
     assert fields(validation.reopen_run(request_)) == [field]
 
 
-def test_a_watch_begins_at_no_negative_sequence() -> None:
+def test_a_watch_from_a_negative_sequence_is_refused() -> None:
     request = run_pb.WatchRunRequest(run_id="r", after_sequence=-1)
 
     assert fields(validation.watch_run(request)) == ["after_sequence"]
 
 
-def test_receipt_is_of_the_payload_without_its_id() -> None:
+def test_a_receipt_covers_the_payload_without_the_request_id() -> None:
     first = run_pb.CancelRunRequest(run_id="r1", request_id=REQUEST_ID)
     same = run_pb.CancelRunRequest(run_id="r1", request_id=REQUEST_ID.upper())
     other = run_pb.CancelRunRequest(run_id="r2", request_id=REQUEST_ID)

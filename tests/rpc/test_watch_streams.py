@@ -1,4 +1,4 @@
-"""Watchers in the room: what is left of one that has gone, and what one that looks may miss."""
+"""Watchers: which changes wake them, and that they miss no change while they read."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def of_gate() -> tuple[Waiting, Telling]:
 
 
 @pytest.mark.parametrize("make", [of_run, of_decisions, of_gate])
-async def test_who_waits_is_woken_and_who_was_cancelled_is_not(
+async def test_a_change_wakes_a_waiter_and_not_a_cancelled_one(
     make: Callable[[], tuple[Waiting, Telling]],
 ) -> None:
     waits_for, tell = make()
@@ -78,7 +78,7 @@ async def ended(task: Awaitable[None]) -> None:
         await task
 
 
-def test_what_nobody_waits_for_any_more_is_not_looked_at() -> None:
+def test_a_run_without_waiters_is_no_longer_watched() -> None:
     changes, first, second = Changes(), asyncio.Event(), asyncio.Event()
     with changes.of_run(RUN, first):
         with changes.of_run(RUN, second), changes.of_decisions(second):
@@ -87,7 +87,7 @@ def test_what_nobody_waits_for_any_more_is_not_looked_at() -> None:
     assert changes.runs_watched == []
 
 
-async def test_the_change_of_one_run_wakes_nobody_who_waits_for_another() -> None:
+async def test_a_change_of_one_run_wakes_no_waiter_of_another() -> None:
     changes, mine, other = Changes(), asyncio.Event(), asyncio.Event()
     with changes.of_run(RUN, mine), changes.of_run(OTHER, other):
         changes.announce([RUN])
@@ -95,7 +95,7 @@ async def test_the_change_of_one_run_wakes_nobody_who_waits_for_another() -> Non
     assert (mine.is_set(), other.is_set()) == (True, False)
 
 
-async def test_what_only_wakes_a_watcher_puts_off_no_sign_of_life(
+async def test_a_wake_up_without_news_does_not_postpone_the_bookmark(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(watch_streams, "BOOKMARK_S", 0.3)
@@ -111,11 +111,11 @@ async def test_what_only_wakes_a_watcher_puts_off_no_sign_of_life(
     assert timer.left_s > 0
 
 
-async def test_who_goes_on_is_told_at_once_that_it_does() -> None:
+async def test_a_resumed_watch_gets_a_bookmark_at_once() -> None:
     assert watch_streams._BookmarkTimer(sent=False).left_s == 0
 
 
-def test_a_look_at_a_shared_store_tells_of_new_events_and_of_runs_that_were_not_looked_at() -> None:
+def test_a_poll_of_a_shared_store_announces_new_events_and_runs_that_are_newly_watched() -> None:
     look = SharedPoll()
 
     told = [
@@ -136,7 +136,7 @@ def test_a_look_at_a_shared_store_tells_of_new_events_and_of_runs_that_were_not_
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
 NEVER_S = 3600.0
-"""Until a sign of life, with which a watcher looks again whatever woke it."""
+"""The interval of bookmarks, at which a watcher reads again without a wake-up."""
 
 
 def claimed(db: Database) -> Owner:
@@ -165,7 +165,7 @@ def created(db: Database, owner: Owner) -> None:
 
 
 def restarted(db: Database) -> None:
-    """Decide on every run, as a restart does."""
+    """Decide every run, as a restart does."""
     owner = claimed(db)
     key = reports.open_report(
         db, owner, reconciliation_id="report", cause=Cause.STARTUP, safe_mode=False, now=NOW
@@ -191,7 +191,7 @@ async def storage(database: Database, monkeypatch: pytest.MonkeyPatch) -> AsyncI
 
 
 @pytest.mark.parametrize("last_read", [runs.progress, events.events_after])
-async def test_what_happens_to_a_run_while_its_watcher_reads_is_told(
+async def test_an_event_during_the_read_of_a_run_watcher_is_sent(
     storage: Storage,
     database: Database,
     monkeypatch: pytest.MonkeyPatch,
@@ -219,7 +219,7 @@ async def test_what_happens_to_a_run_while_its_watcher_reads_is_told(
     ]  # fmt: skip
 
 
-async def test_what_is_decided_while_a_watcher_reads_is_told(
+async def test_a_decision_during_the_read_of_a_watcher_is_sent(
     storage: Storage, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     created(database, claimed(database))
