@@ -279,7 +279,7 @@ class _Removal:
 
     Attributes:
         find: reads the entries.
-        only_stale: entries that a run needs again meanwhile stay on record.
+        only_stale: leave an entry in the file if a run needs it again meanwhile.
         limit: how many entries `find` reads at most; None: all.
         last: where the next read continues; None: there are no more entries.
     """

@@ -47,7 +47,7 @@ def read(event: JsonObject) -> Iterator[CliEvent]:
 
 
 def says_lost(exit_code: int | None, text: str) -> bool:
-    """Return True for a lost session. The exit code alone means any bad input."""
+    """Return True for a lost session. Other bad input has the same exit code."""
     return exit_code == _BAD_INPUT and _SESSION_LOST in text
 
 

@@ -162,9 +162,11 @@ class AgentIO:
         self.events.put_nowait(Signal.STDERR_ENDED)
 
     async def take_unfinished_line(self) -> Sequence[TurnEvent]:
-        """Keep and return what an agent that has exited printed last, without a newline.
+        """Store and parse the last line of an agent that has exited, if the line has no newline.
 
-        Its child may still hold the output open. Half a line of that child is not reported.
+        Returns:
+            The meaning of the line; nothing if it cannot be parsed. It may be half a line of a
+            child that still writes to the pipe.
         """
         line = b"".join(self._line_start)
         if not line:

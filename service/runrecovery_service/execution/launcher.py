@@ -76,8 +76,8 @@ class Launcher:
     """What every launch of this service uses.
 
     Attributes:
-        threads: for what blocks.
-        cgroups: where each launch gets a cgroup of its own; None: none does.
+        threads: the pool for blocking work.
+        cgroups: the parent of the cgroups of the launches; None if cgroups are not used.
         environ: the service's environment, of which agents get a part.
         cancel_grace_s: seconds between SIGTERM and SIGKILL.
         soft_open_files: agents' soft limit on open files; None: the service's own.

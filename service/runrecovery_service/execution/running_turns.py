@@ -48,7 +48,7 @@ class RunningTurns:
 
     @property
     def ending_tasks(self) -> list[asyncio.Task[None]]:
-        """The tasks of turns whose end is only to be carried out and recorded."""
+        """The tasks of turns that are over: their end is being carried out and recorded."""
         return [task for supervisor, task in self._tasks.items() if supervisor.is_ending]
 
     @property

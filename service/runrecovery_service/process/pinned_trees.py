@@ -112,7 +112,7 @@ class PinnedTrees:
         return pinned
 
     def unpin(self, pinned: PinnedProcess) -> None:
-        """Release a process without a marker in the second read, and note it for the report."""
+        """Release a process that had no marker when it was read again; note it for the report."""
         tree = self.tree_of(pinned.member)
         pinned.release()
         tree.pinned.pop(pinned.identity, None)

@@ -47,7 +47,7 @@ class Proc:
 
     @property
     def dead(self) -> bool:
-        """True for a zombie. A process with other living threads has only lost its first thread."""
+        """True for a zombie. While other threads live, only the first thread has ended: False."""
         return self.state in "ZXx" and self.threads <= 1
 
     def __repr__(self) -> str:

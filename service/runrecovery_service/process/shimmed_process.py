@@ -163,7 +163,7 @@ class ShimmedProcess:
         return events
 
     def _error_text(self) -> str:
-        """Return the last line that a shim which ended has written to standard error."""
+        """Return the last line of standard error of a shim that has ended."""
         if not _is_readable(self.stderr.fileno(), 0):
             return "it reported no reason"
         lines = os.read(self.stderr.fileno(), 65536).decode("utf-8", "replace").split("\n")
@@ -203,7 +203,10 @@ def _is_readable(fd: int, seconds: float) -> bool:
 
 
 def _is_ready(fd: int, event: int, seconds: float) -> bool:
-    """Wait up to `seconds`. By poll, because select takes no descriptor above 1023."""
+    """Wait for the event on a descriptor; False after `seconds`.
+
+    This uses poll, because select takes no descriptor above 1023.
+    """
     poll = select.poll()
     poll.register(fd, event)
     return bool(poll.poll(max(0.0, seconds) * 1000))

@@ -180,7 +180,8 @@ def is_conflict(error: BaseException) -> bool:
 def words_of(error: BaseException) -> str | None:
     """Return the driver's message in one line without any value of a row; None for other errors.
 
-    The text's labels are not used, because the server may answer in another language.
+    Parts with values (`DETAIL:`) cannot be found by their labels in the whole text, because the
+    server may answer in another language. So only the primary message is used.
     """
     if PSYCOPG is None or not isinstance(error, PSYCOPG.Error):
         return None

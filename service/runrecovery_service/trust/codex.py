@@ -170,7 +170,7 @@ def _cut(body: str, parsed: Document, folder: str, added: Added) -> _Cut:
 
 
 def _replace(body: str, parsed: Document, folder: str) -> tuple[Splice, str]:
-    """Return the splice that replaces another value by ours, and the text of that value."""
+    """Return the splice that replaces another value by ours, and the text of the old value."""
     field = _Site(body, parsed, folder).level()
     raw = body[field.value_start : field.value_end]
     return Splice(field.value_start, field.value_end, f'"{_TRUSTED}"'), raw

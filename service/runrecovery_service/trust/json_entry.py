@@ -229,7 +229,7 @@ class _Trail:
 
     @property
     def depth(self) -> int:
-        """The index in the path of the name that the last object has or lacks."""
+        """The index, in the path, of the name that belongs in the last object."""
         return len(self.objects) - 1
 
     def is_repeated(self, depth: int) -> bool:
