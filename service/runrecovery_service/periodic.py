@@ -41,6 +41,29 @@ class Backoff:
         self._next_s = self.first_s
 
 
+@dataclass(slots=True, kw_only=True)
+class FailureLog:
+    """Logs the failures of a repeated step: the same kind of error once, until a success.
+
+    Attributes:
+        failure_event: the log event of a failure.
+    """
+
+    failure_event: str
+    _reported: str = field(default="", init=False)
+
+    def report(self, error: Exception) -> None:
+        """Log the error, with its traceback if it is a defect, unless its kind was just logged."""
+        kind = type(error).__name__
+        if kind != self._reported:
+            self._reported = kind
+            log.warning(self.failure_event, **error_facts(error), exc_info=not is_outage(error))
+
+    def note_success(self) -> None:
+        """Log the next failure, whatever its kind."""
+        self._reported = ""
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class PeriodicTask:
     """Calls a step again and again, until it is stopped.
@@ -69,7 +92,10 @@ class PeriodicTask:
     retried: tuple[type[Exception], ...] = (Exception,)
     _stopping: asyncio.Event = field(default_factory=asyncio.Event)
     _task: asyncio.Task[None] | None = None
-    _reported: str = ""
+    _failures: FailureLog = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._failures = FailureLog(failure_event=self.failure_event)
 
     @property
     def is_stopping(self) -> bool:
@@ -101,18 +127,12 @@ class PeriodicTask:
         while True:
             try:
                 pause_s = await self.step()
-                self._reported = ""
+                self._failures.note_success()
             except self.fatal as error:
                 self.stop_signal.fail(error)
                 return
             except self.retried as error:
                 pause_s = None
-                self._report(error)
+                self._failures.report(error)
             if await wait_within(self._stopping, self.interval_s if pause_s is None else pause_s):
                 return
-
-    def _report(self, error: Exception) -> None:
-        kind = type(error).__name__
-        if kind != self._reported:
-            self._reported = kind
-            log.warning(self.failure_event, **error_facts(error), exc_info=not is_outage(error))

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import Final
 
-import structlog
-
-from runrecovery_service.domain.errors import Fenced, error_facts, is_outage
+from runrecovery_service.domain.errors import Fenced
 from runrecovery_service.domain.run import RunStatus
 from runrecovery_service.execution.running_turns import RunningTurns
 from runrecovery_service.execution.supervisor import TurnSupervisor
+from runrecovery_service.periodic import FailureLog
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import turns
 from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.changes import Subscription
 from runrecovery_service.storage.instances import Owner
 
-log = structlog.get_logger()
-
 CHECK_INTERVAL_S: Final = 5.0
-"""On a shared store, all records are read after so long without a change."""
+"""On a shared store, all records are read this often, whatever changes are announced."""
 RETRY_S: Final = 0.5
 """After a read that failed."""
 
@@ -41,6 +39,11 @@ class RecordWatch:
     _task: asyncio.Task[None] | None = field(default=None, init=False)
     _due_keys: set[int] = field(default_factory=set, init=False)
     _all_due: bool = field(default=False, init=False)
+    _full_read_due_s: float = field(default=0.0, init=False)
+    _failures: FailureLog = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._failures = FailureLog(failure_event="execution.records_unread")
 
     def start(self) -> None:
         """Start to watch. Every change from now on is noticed."""
@@ -54,47 +57,59 @@ class RecordWatch:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def _work(self, changes: Subscription) -> None:
-        reported = ""
+        self._schedule_full_read()
         with changes:
             while True:
+                await self._wait(changes)
                 try:
                     await self._inform()
-                    reported = ""
                 except Fenced as error:
                     self.stop_signal.fail(error)
                     return
-                except Exception as error:  # the edge of this task: the next round tries again
-                    if reported != (reported := type(error).__name__):
-                        log.warning(
-                            "execution.records_unread",
-                            **error_facts(error),
-                            exc_info=not is_outage(error),
-                        )
-                await self._wait(changes)
+
+    def _schedule_full_read(self) -> None:
+        self._full_read_due_s = monotonic() + CHECK_INTERVAL_S
 
     async def _wait(self, changes: Subscription) -> None:
         """Return at a change, or when it is time to read without one."""
-        is_due = self._all_due or bool(self._due_keys)
-        change = await changes.next(RETRY_S if is_due else CHECK_INTERVAL_S)
+        pause_s = max(0.0, self._full_read_due_s - monotonic())
+        if self._due_keys:
+            pause_s = min(pause_s, RETRY_S)
+        change = await changes.next(pause_s)
         if change is not None:
             self._due_keys |= change.run_keys
-            self._all_due = self._all_due or change.in_doubt
-        elif self.storage.is_shared:
-            self._all_due = True  # another process may have written
+            self._all_due = change.in_doubt
+        if monotonic() >= self._full_read_due_s:
+            self._all_due = self._all_due or self.storage.is_shared  # another process may write
+            self._schedule_full_read()
 
     async def _inform(self) -> None:
-        """Read what is due, and inform the supervisors. What failed stays due."""
+        """Read what is due, and inform the supervisors. A run that could not be read stays due."""
         due_keys, self._due_keys = self._due_keys, set()
         all_due, self._all_due = self._all_due, False
+        for supervisor in self.turns.supervisors:
+            key = supervisor.turn.run.key
+            is_due = all_due or key in due_keys
+            is_due = is_due and supervisor in self.turns  # otherwise it has ended meanwhile
+            if is_due and not await self._could_inform(supervisor):
+                self._due_keys.add(key)
+        if not self._due_keys:
+            self._failures.note_success()
+
+    async def _could_inform(self, supervisor: TurnSupervisor) -> bool:
+        """Return False, and log why, if the run could not be read.
+
+        Raises:
+            Fenced: a newer epoch owns the run.
+        """
         try:
-            for supervisor in self.turns.supervisors:
-                is_due = all_due or supervisor.turn.run.key in due_keys
-                if is_due and supervisor in self.turns:  # otherwise it has ended meanwhile
-                    await self._inform_one(supervisor)
-        except BaseException:
-            self._due_keys |= due_keys
-            self._all_due = self._all_due or all_due
+            await self._inform_one(supervisor)
+        except Fenced:
             raise
+        except Exception as error:  # noqa: BLE001 - one run must not keep the others waiting
+            self._failures.report(error)
+            return False
+        return True
 
     async def _inform_one(self, supervisor: TurnSupervisor) -> None:
         """Pass an accepted cancel or reply to the supervisor. It may get the same one twice."""

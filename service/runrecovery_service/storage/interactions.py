@@ -56,7 +56,7 @@ def reply(
     """Accept the reply to the open question. An accepted reply is never lost.
 
     A resumable run becomes QUEUED for its next turn. A sticky run becomes RUNNING. A reply that is
-    already recorded returns the run unchanged.
+    already recorded returns the run unchanged, and is announced again: the turn may have missed it.
 
     Raises:
         RunNotFound, RunNotWaiting, InteractionSuperseded, RunOfAnotherInstance, RunQuarantined,
@@ -64,6 +64,7 @@ def reply(
     """
     earlier = requests.find_effect(db, receipt)
     if earlier is not None:
+        db.mark_changed(earlier)
         return runs.get_by_key(db, earlier)
     run = runs.get(db, run_id)
     if not _is_already_answered(db, run, interaction_id, response):
@@ -71,6 +72,7 @@ def reply(
         runs.demand_etag(run, etag)
         accept(db, run, response, owner=owner, now=now)
     requests.record_effect(db, receipt, run_key=run.key, now=now)
+    db.mark_changed(run.key)
     return runs.get_by_key(db, run.key)
 
 

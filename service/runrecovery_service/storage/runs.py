@@ -459,7 +459,7 @@ def cancel(
     """Accept a cancel. Idempotent.
 
     A run without a process becomes CANCELED at once. A run with a process becomes CANCELED when
-    the process has ended.
+    the process has ended. A repeated cancel is announced again: the turn may have missed the first.
 
     Raises:
         RunNotFound, RunAlreadyTerminal, RunOfAnotherInstance, RunQuarantined, EtagMismatch,
@@ -467,6 +467,7 @@ def cancel(
     """
     earlier = requests.find_effect(db, receipt)
     if earlier is not None:
+        db.mark_changed(earlier)
         return get_by_key(db, earlier)
     run = get(db, run_id)
     if run.status is None:
@@ -486,4 +487,5 @@ def cancel(
             cancel_requested_at=to_us(now),
         )
     requests.record_effect(db, receipt, run_key=run.key, now=now)
+    db.mark_changed(run.key)
     return get_by_key(db, run.key)
