@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, Any, Final
 
 import psycopg
 
@@ -89,13 +89,34 @@ def run_postgres(*settings: str) -> Iterator[ScratchPostgres]:
     PostgreSQL refuses to run as root, so that root starts it as `nobody`. No user is created, and
     no mode is changed outside of the server's own folder.
     """
+    with _folder() as (top, account):
+        binaries = _binaries(top, account)
+        initdb = [binaries / "initdb", "-D", top / "data", "-U", "postgres", "-A", "trust"]
+        _run([*initdb, "-E", "UTF8", "-N"], top, account)
+        with _server(binaries, top, account, settings):
+            yield ScratchPostgres(top)
+
+
+@contextmanager
+def run_standby(primary: ScratchPostgres, *settings: str) -> Iterator[ScratchPostgres]:
+    """Start a hot standby of a server; stop it and delete its data directory afterwards."""
+    with _folder() as (top, account):
+        binaries = _binaries(top, account)
+        copy = [binaries / "pg_basebackup", "-h", primary.folder, "-U", "postgres"]
+        _run([*copy, "-D", top / "data", "-R", "-c", "fast"], top, account)
+        with _server(binaries, top, account, settings):
+            yield ScratchPostgres(top)
+
+
+@contextmanager
+def _folder() -> Iterator[tuple[Path, pwd.struct_passwd | None]]:
+    """Make a folder, and return it with the account that shall own it; None: this process's."""
     top = Path(tempfile.mkdtemp(prefix="runrecovery-pg-"))
     try:
         account = _unprivileged() if os.geteuid() == 0 else None
         if account is not None:
             os.chown(top, account.pw_uid, account.pw_gid)
-        with _server(_binaries(top, account), top, account, settings):
-            yield ScratchPostgres(top)
+        yield top, account
     finally:
         shutil.rmtree(top)
 
@@ -129,38 +150,41 @@ def _copied(install: Path, target: Path) -> Path:
     return target / install.relative_to(package.parent)
 
 
-@contextmanager
-def _server(
-    binaries: Path, top: Path, account: pwd.struct_passwd | None, settings: Sequence[str]
-) -> Iterator[None]:
-    data = top / "data"
-    user, group = (None, None) if account is None else (account.pw_uid, account.pw_gid)
-    groups = None if account is None else ()
-    made = subprocess.run(
-        [binaries / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "-N"],
+def _identity(account: pwd.struct_passwd | None) -> dict[str, Any]:
+    """Return the arguments of Popen by which a process runs as the account."""
+    if account is None:
+        return {}
+    return {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": ()}
+
+
+def _run(command: Sequence[str | Path], top: Path, account: pwd.struct_passwd | None) -> None:
+    done = subprocess.run(
+        command,
         cwd=top,
-        user=user,
-        group=group,
-        extra_groups=groups,
+        **_identity(account),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         check=False,
     )
-    if made.returncode != 0:
-        raise RuntimeError(f"initdb failed: {made.stdout}")
+    if done.returncode != 0:
+        raise RuntimeError(f"{Path(command[0]).name} failed: {done.stdout}")
+
+
+@contextmanager
+def _server(
+    binaries: Path, top: Path, account: pwd.struct_passwd | None, settings: Sequence[str]
+) -> Iterator[None]:
     log = top / "log"
     with log.open("wb") as output:
         server = subprocess.Popen(
             [
-                *(binaries / "postgres", "-D", data, "-k", top, "-h", ""),
+                *(binaries / "postgres", "-D", top / "data", "-k", top, "-h", ""),
                 *(word for setting in settings for word in ("-c", setting)),
             ],
             cwd=top,
-            user=user,
-            group=group,
-            extra_groups=groups,
+            **_identity(account),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

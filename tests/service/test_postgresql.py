@@ -307,7 +307,10 @@ def test_a_database_that_is_silent_at_the_start_is_out_of_reach(home: Home, prox
     service = home.spawn()
 
     assert service.exit_code() == 6
-    assert service.text == "error: the PostgreSQL database: connection timeout expired\n"
+    assert service.text == (
+        "error: the PostgreSQL database: connection timeout expired; repair what this names, or"
+        " start again\n"
+    )
 
 
 # -- words and exit codes ------------------------------------------------------------------------
@@ -325,7 +328,30 @@ def test_a_connection_that_is_lost_at_the_claim_ends_the_start_in_true_words(
     assert service.text == (
         "error: the PostgreSQL database: consuming input failed: server closed the connection"
         " unexpectedly This probably means the server terminated abnormally before or while"
-        " processing the request.\n"
+        " processing the request; repair what this names, or start again\n"
     )
     service, _ = home.start()
+    assert service.stop() == 0
+
+
+def test_a_second_service_of_an_instance_is_exit_3_or_5_if_it_has_the_same_address(
+    new_home: Callable[..., Home], postgresql_url: str
+) -> None:
+    first, second = new_home(database=postgresql_url), new_home(database=postgresql_url)
+    service, api = first.start()
+    ((holder,),) = query(first, "SELECT host_id FROM instance")
+
+    with_its_address = second.spawn("--listen", service.address)
+    assert with_its_address.exit_code() == 5  # before it releases the data directory
+    with_another_address = second.spawn()
+
+    assert f"error: cannot listen on {service.address}" in with_its_address.text
+    assert with_another_address.exit_code() == 3
+    assert with_another_address.text == (
+        f"error: instance 'default' is held by pid {service.pid} on host {holder}"
+        f" ({first.data})\n"
+        "hint: stop that service, or give this one its own --data-dir and --instance\n"
+    )
+    assert query(first, "SELECT epoch FROM instance") == [(1,)]
+    assert api.health_of() == "SERVING"
     assert service.stop() == 0

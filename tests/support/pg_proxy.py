@@ -43,7 +43,7 @@ class Proxy:
     def __init__(self, url: str) -> None:
         """Listen on loopback for the server of a URL that names a socket directory."""
         named = conninfo_to_dict(url)
-        self._server = f"{named['host']}/.s.PGSQL.5432"
+        self._server = _socket_of(url)
         self._listener = socket.create_server(("127.0.0.1", 0))
         port = self._listener.getsockname()[1]
         self.url = f"postgresql://{named['user']}@127.0.0.1:{port}/{named['dbname']}"
@@ -79,6 +79,11 @@ class Proxy:
         """Close every connection."""
         self._cutting = True
         self._wake.send(b"x")
+
+    def direct_to(self, url: str) -> None:
+        """Close every connection, and lead new ones to another server."""
+        self._server = _socket_of(url)
+        self.cut()
 
     def close(self) -> None:
         """End the proxy and every connection."""
@@ -160,6 +165,10 @@ class Proxy:
     def _drop_all(self) -> None:
         for end in list(self._ends):
             self._drop(end)
+
+
+def _socket_of(url: str) -> str:
+    return f"{conninfo_to_dict(url)['host']}/.s.PGSQL.5432"
 
 
 @contextmanager

@@ -110,6 +110,11 @@ _SQLITE: Final[dict[int, Fault]] = {
 }
 """By extended result code, else by primary one."""
 
+_READ_ONLY: Final = Fault(
+    meaning=StorageUnavailable,
+    what="is read-only",
+    remedy="it is a standby, or default_transaction_read_only is set",
+)
 _SQLSTATES: Final[dict[str, Fault]] = {
     "40001": Fault(meaning=StorageBusy, what="is busy: transactions are in each other's way"),
     "40P01": Fault(meaning=StorageBusy, what="is busy: transactions are in each other's way"),
@@ -123,11 +128,7 @@ _SQLSTATES: Final[dict[str, Fault]] = {
         remedy="raise its max_connections, or end other clients",
     ),
     "53": Fault(meaning=StorageUnavailable, what="has too few resources"),
-    "25006": Fault(
-        meaning=StorageUnavailable,
-        what="is read-only",
-        remedy="it is a standby, or default_transaction_read_only is set",
-    ),
+    "25006": _READ_ONLY,
     "08": Fault(meaning=StorageUnavailable, what="does not answer"),
     "57": Fault(meaning=StorageUnavailable, what="is stopping or starting"),
     "58": Fault(
@@ -163,6 +164,8 @@ UNREACHABLE: Final = Fault(
     meaning=StorageUnavailable, what="does not answer, or refuses the connection"
 )
 """PostgreSQL's driver gives no SQLSTATE when there is no connection."""
+UNREACHABLE_REMEDY: Final = "repair what this names, or start again"
+"""For an operator, after the driver's message."""
 
 
 def fault_of(error: BaseException) -> Fault | None:
@@ -219,4 +222,6 @@ def _fault_of_one(error: BaseException) -> Fault | None:
         "InterfaceError",
         "ConnectionTimeout",
     }
+    if lost and postgresql.refused_as_read_only(error):
+        return _READ_ONLY
     return UNREACHABLE if lost else None

@@ -172,6 +172,14 @@ def server_problem(fetch_one: Callable[[str], Sequence[Any] | None]) -> str | No
     return None
 
 
+def refused_as_read_only(error: BaseException) -> bool:
+    """Return True when the driver gave a connection up because of `target_session_attrs`.
+
+    The text is the driver's own. It is English, whatever the language of the server is.
+    """
+    return "session is read-only" in str(error)
+
+
 def is_conflict(error: BaseException) -> bool:
     """Return True when PostgreSQL has rolled back a transaction that may be retried at once."""
     return getattr(error, "sqlstate", None) in _CONFLICTS

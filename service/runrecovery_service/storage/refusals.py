@@ -9,6 +9,7 @@ from runrecovery_service.domain.start_errors import DatabaseOutOfReach, Database
 from runrecovery_service.storage.driver_errors import (
     DRIVER_ERRORS,
     UNREACHABLE,
+    UNREACHABLE_REMEDY,
     driver_message,
     fault_of,
 )
@@ -30,7 +31,10 @@ def refusing(name: str) -> Iterator[None]:
             raise DatabaseRefused(name, message) from error
         refused = DatabaseRefused if fault.lasts else DatabaseOutOfReach
         # PostgreSQL says why a connection fails: role, password, database, host, TLS.
-        reason = message if fault is UNREACHABLE else fault.refusal(message)
+        if fault is UNREACHABLE:
+            reason = f"{message.removesuffix('.')}; {UNREACHABLE_REMEDY}"
+        else:
+            reason = fault.refusal(message)
         raise refused(name, reason) from error
     except OSError as error:
         raise DatabaseRefused(name, error.strerror or "cannot be opened") from error

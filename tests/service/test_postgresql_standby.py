@@ -1,0 +1,101 @@
+"""PostgreSQL's primary fails, and its standby answers in its place: read-only, then promoted."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+import psycopg
+import pytest
+from psycopg.conninfo import conninfo_to_dict
+from runrecovery.v1 import run_pb2
+from support.engines import script
+from support.pg_proxy import proxied
+from support.service import Home, ServiceProcess
+from support.waiting import until
+
+from bench.postgres import ScratchPostgres, run_postgres, run_standby
+
+READ_ONLY = "it is a standby, or default_transaction_read_only is set"
+HOLDS = "import time; input(); time.sleep(600)"
+
+
+def assert_refused(home: Home, place: str) -> None:
+    """Check that a start and `check` say that the database is read-only."""
+    sentence = (
+        "the PostgreSQL database: is read-only (connection failed: connection to server"
+        f" {place} failed: session is read-only); {READ_ONLY}\n"
+    )
+
+    service = home.spawn()
+    checked = subprocess.run(
+        [sys.executable, "-m", "runrecovery_service", "check", "--config", str(home.config)],
+        cwd=home.path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert service.exit_code() == 6, service.text
+    assert service.text == f"error: {sentence}"
+    assert (checked.returncode, checked.stdout, checked.stderr) == (1, sentence, "")
+
+
+def test_a_database_that_can_only_be_read_is_exit_6(
+    new_home: Callable[..., Home], postgresql_url: str
+) -> None:
+    named = conninfo_to_dict(postgresql_url)
+    with psycopg.connect(postgresql_url, autocommit=True) as server:
+        setting = f"ALTER DATABASE {named['dbname']} SET default_transaction_read_only = on"
+        server.execute(setting.encode())
+
+    assert_refused(new_home(database=postgresql_url), f'on socket "{named["host"]}/.s.PGSQL.5432"')
+
+
+def causes(service: ServiceProcess) -> set[str]:
+    """Return why the lease was not renewed, as the log has it."""
+    return {str(event.get("cause")) for event in service.events("service.lease_not_renewed")}
+
+
+def has_run(server: ScratchPostgres, run_id: str) -> bool:
+    """Return whether the server has a run."""
+    with psycopg.connect(server.url("runs")) as connection:
+        found = connection.execute("SELECT 1 FROM run WHERE run_id = %s", (run_id,)).fetchone()
+    return found is not None
+
+
+@pytest.mark.timeout(300)
+def test_a_failover_to_a_standby_ends_the_service_and_loses_no_run(
+    new_home: Callable[..., Home],
+) -> None:
+    with (
+        run_postgres("fsync=off") as primary,
+        run_standby(primary, "fsync=off") as standby,
+        proxied(primary.create("runs")) as proxy,
+    ):
+        home = new_home(
+            database=proxy.url, engines={"holds": script(HOLDS)}, max_concurrent=1, lease_ttl_s=9
+        )
+        service, api = home.start()
+        running = api.create("holds")
+        queued = api.create("holds", restart_policy=run_pb2.RESTART_POLICY_REQUEUE)
+        api.until_status(running.run_id, "RUNNING")
+        until(lambda: has_run(standby, queued.run_id), "the standby has both runs")
+
+        proxy.direct_to(standby.url("runs"))
+        until(lambda: api.health_of() == "NOT_SERVING", "health says that the database fails")
+
+        assert service.exit_code() == 10
+        assert f"the database is read-only; {READ_ONLY}" in causes(service)
+        until(lambda: not home.agents(), "no agent lives")
+        address = conninfo_to_dict(proxy.url)
+        assert_refused(home, f'at "{address["host"]}", port {address["port"]}')
+
+        with psycopg.connect(standby.url("runs"), autocommit=True) as connection:
+            connection.execute("SELECT pg_promote()")
+        service, api = home.start()
+        interrupted = api.get(running.run_id)
+        assert interrupted.error.code == "ORCHESTRATOR_RESTART_INTERRUPTED"
+        api.until_status(queued.run_id, "RUNNING")
+        assert service.stop() == 0
