@@ -35,6 +35,7 @@ from runrecovery_service.rpc.server import (
     health_handlers,
     reflection_handlers,
 )
+from support.api import refusal_of
 
 BUF = Path(sys.executable).with_name("buf")
 SERVICES = [RUN_SERVICE.full_name, RECOVERY_SERVICE.full_name, "grpc.health.v1.Health"]
@@ -236,7 +237,9 @@ async def test_type_without_extensions_has_none(address: str) -> None:
     assert not answer.all_extension_numbers_response.extension_number
 
 
-async def test_open_stream_ends_when_the_service_drains(address: str, gate: Gate) -> None:
+async def test_an_open_stream_fails_as_other_calls_do_when_the_service_drains(
+    address: str, gate: Gate
+) -> None:
     async with grpc.aio.insecure_channel(address) as channel:
         call = channel.stream_stream(
             f"/{V1}/ServerReflectionInfo",
@@ -247,8 +250,12 @@ async def test_open_stream_ends_when_the_service_drains(address: str, gate: Gate
         await call.read()
         gate.drain()
 
-        assert await asyncio.wait_for(call.read(), 10) is grpc.aio.EOF
-        assert await call.code() is grpc.StatusCode.OK
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await asyncio.wait_for(call.read(), 10)
+
+    refusal = refusal_of(failed.value)
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
+    assert refusal.retry_after_s == 1.0
 
 
 @pytest.mark.parametrize("name", [V1, V1ALPHA])

@@ -23,6 +23,8 @@ from google.protobuf.descriptor import Descriptor, FileDescriptor
 from google.rpc import error_details_pb2  # noqa: F401
 from grpc_reflection.v1alpha import reflection_pb2 as pb
 
+from runrecovery_service.domain.errors import ShuttingDown
+from runrecovery_service.rpc import errors
 from runrecovery_service.rpc.gate import Gate
 
 V1: Final = "grpc.reflection.v1.ServerReflection"
@@ -31,7 +33,7 @@ CONTRACT: Final = "contract.binpb"
 _V1_FILE: Final = "grpc/reflection/v1/reflection.proto"
 
 LAST_REQUEST_S: Final = 0.5
-"""While the service drains: how long a stream waits for its next request before it ends."""
+"""While the service drains: how long a stream waits for its next request before it fails."""
 
 # The package ships no types for mypy.
 Request: TypeAlias = Any
@@ -101,16 +103,21 @@ class ReflectionServicer:
         }
 
     async def ServerReflectionInfo(  # noqa: N802 - gRPC's name
-        self, requests: AsyncIterator[Request], _context: Context
+        self, requests: AsyncIterator[Request], context: Context
     ) -> AsyncIterator[Response]:
         """Answer each request in turn, until the requests end.
 
-        Once the service drains, the stream also ends when no request comes for `LAST_REQUEST_S`.
+        Once the service drains, the stream fails with SHUTTING_DOWN when no request comes for
+        `LAST_REQUEST_S`. With OK, a caller that asks at this moment would believe that its request
+        was answered.
         """
         draining = asyncio.create_task(self._wait_until_draining())
         try:
             while (request := await _next(requests, draining)) is not None:
                 yield self._answer(request)
+        except TimeoutError:
+            failure = errors.failure(ShuttingDown())
+            await context.abort(failure.code, failure.message, trailing_metadata=failure.trailers)
         finally:
             draining.cancel()
 
@@ -186,15 +193,18 @@ class ReflectionServicer:
 async def _next(requests: AsyncIterator[Request], stop: asyncio.Task[None]) -> Request | None:
     """Return the next request; None when the requests end.
 
-    Once `stop` is done, also return None when no request comes for `LAST_REQUEST_S`. The pause lets
-    a request be answered that the caller has sent already.
+    The pause lets a request be answered that the caller has sent already.
+
+    Raises:
+        TimeoutError: `stop` is done, and no request came for `LAST_REQUEST_S`.
     """
     coming = asyncio.ensure_future(anext(requests, None))
     try:
         await asyncio.wait({coming, stop}, return_when=asyncio.FIRST_COMPLETED)
         if not coming.done():
-            await asyncio.wait({coming}, timeout=LAST_REQUEST_S)
-        return coming.result() if coming.done() else None
+            async with asyncio.timeout(LAST_REQUEST_S):
+                await coming
+        return coming.result()
     finally:
         coming.cancel()
 
