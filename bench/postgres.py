@@ -91,7 +91,15 @@ def run_postgres(*settings: str) -> Iterator[ScratchPostgres]:
     """
     with _folder() as (top, account):
         binaries = _binaries(top, account)
-        initdb = [binaries / "initdb", "-D", top / "data", "-U", "postgres", "-A", "trust"]
+        initdb: list[str | Path] = [
+            binaries / "initdb",
+            "-D",
+            top / "data",
+            "-U",
+            "postgres",
+            "-A",
+            "trust",
+        ]
         _run([*initdb, "-E", "UTF8", "-N"], top, account)
         with _server(binaries, top, account, settings):
             yield ScratchPostgres(top)
@@ -102,7 +110,13 @@ def run_standby(primary: ScratchPostgres, *settings: str) -> Iterator[ScratchPos
     """Start a hot standby of a server; stop it and delete its data directory afterwards."""
     with _folder() as (top, account):
         binaries = _binaries(top, account)
-        copy = [binaries / "pg_basebackup", "-h", primary.folder, "-U", "postgres"]
+        copy: list[str | Path] = [
+            binaries / "pg_basebackup",
+            "-h",
+            primary.folder,
+            "-U",
+            "postgres",
+        ]
         _run([*copy, "-D", top / "data", "-R", "-c", "fast"], top, account)
         with _server(binaries, top, account, settings):
             yield ScratchPostgres(top)
