@@ -91,16 +91,8 @@ def run_postgres(*settings: str) -> Iterator[ScratchPostgres]:
     """
     with _folder() as (top, account):
         binaries = _binaries(top, account)
-        initdb: list[str | Path] = [
-            binaries / "initdb",
-            "-D",
-            top / "data",
-            "-U",
-            "postgres",
-            "-A",
-            "trust",
-        ]
-        _run([*initdb, "-E", "UTF8", "-N"], top, account)
+        data = ("-D", top / "data", "-U", "postgres")
+        _run(account, top, binaries / "initdb", *data, "-A", "trust", "-E", "UTF8", "-N")
         with _server(binaries, top, account, settings):
             yield ScratchPostgres(top)
 
@@ -110,14 +102,18 @@ def run_standby(primary: ScratchPostgres, *settings: str) -> Iterator[ScratchPos
     """Start a hot standby of a server; stop it and delete its data directory afterwards."""
     with _folder() as (top, account):
         binaries = _binaries(top, account)
-        copy: list[str | Path] = [
+        data = ("-D", top / "data", "-U", "postgres")
+        _run(
+            account,
+            top,
             binaries / "pg_basebackup",
+            *data,
             "-h",
             primary.folder,
-            "-U",
-            "postgres",
-        ]
-        _run([*copy, "-D", top / "data", "-R", "-c", "fast"], top, account)
+            "-R",
+            "-c",
+            "fast",
+        )
         with _server(binaries, top, account, settings):
             yield ScratchPostgres(top)
 
@@ -171,10 +167,10 @@ def _identity(account: pwd.struct_passwd | None) -> dict[str, Any]:
     return {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": ()}
 
 
-def _run(command: Sequence[str | Path], top: Path, account: pwd.struct_passwd | None) -> None:
+def _run(account: pwd.struct_passwd | None, cwd: Path, *command: str | Path) -> None:
     done = subprocess.run(
         command,
-        cwd=top,
+        cwd=cwd,
         **_identity(account),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -183,7 +179,7 @@ def _run(command: Sequence[str | Path], top: Path, account: pwd.struct_passwd | 
         check=False,
     )
     if done.returncode != 0:
-        raise RuntimeError(f"{Path(command[0]).name} failed: {done.stdout}")
+        raise RuntimeError(f"{command[0]} failed: {done.stdout}")
 
 
 @contextmanager

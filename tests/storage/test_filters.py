@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from runrecovery.v1 import run_service_pb2
 from runrecovery_service.domain.reconciliation import RecoveredFilter
-from runrecovery_service.domain.run import Option, Page, Question, Run, RunFilter, View
+from runrecovery_service.domain.run import Option, Page, Question, Run, RunFilter, RunStatus, View
 from runrecovery_service.domain.turn import Asked
 from runrecovery_service.rpc import run_messages
 from runrecovery_service.storage import decisions, runs
@@ -50,6 +50,14 @@ def test_a_label_filter_pages_without_gap_or_repeat(store: ServiceStore) -> None
             break
 
     assert seen == [run.run_id for run in reversed(made) if run.labels["n"] == "x"]
+
+
+def test_a_quarantined_run_is_found_by_no_status(store: ServiceStore) -> None:
+    run, quarantined = store.create(), store.create()
+    store.set(quarantined, recovery_state="QUARANTINED")
+
+    assert ids(listed(store, statuses=tuple(RunStatus))) == [run.run_id]
+    assert ids(listed(store)) == [quarantined.run_id, run.run_id]
 
 
 def test_labels_of_any_text_are_found(store: ServiceStore) -> None:

@@ -116,8 +116,8 @@ class ReflectionServicer:
             while (request := await _next(requests, draining)) is not None:
                 yield self._answer(request)
         except TimeoutError:
-            failure = errors.failure(ShuttingDown())
-            await context.abort(failure.code, failure.message, trailing_metadata=failure.trailers)
+            status = errors.status_of(ShuttingDown())
+            await context.abort(status.code, status.message, trailing_metadata=status.trailers)
         finally:
             draining.cancel()
 
