@@ -1,4 +1,4 @@
-"""Engines that misbehave, and what every engine gets and leaves, seen through the API and /proc."""
+"""Agents that misbehave, and what every agent gets and leaves, seen through the API and /proc."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def error_of(run: run_pb2.Run) -> str:
 
 
 def joined(pieces: list[pb.StreamOutputResponse]) -> bytes:
-    """Join the pieces and see that they fit."""
+    """Join the pieces; check that their offsets leave no gap."""
     data = b""
     for piece in pieces:
         assert piece.offset == pieces[0].offset + len(data)
@@ -96,7 +96,7 @@ def joined(pieces: list[pb.StreamOutputResponse]) -> bytes:
 # -- how an engine can fail --------------------------------------------------------------------
 
 
-def test_a_command_that_is_not_there_fails_the_launch(new_home: Callable[..., Home]) -> None:
+def test_a_missing_command_fails_the_launch(new_home: Callable[..., Home]) -> None:
     missing = agent("exits_3")
     there_is_none = type(missing)(command=("/nonexistent/agent",))
     home = new_home(engines={"missing": there_is_none})
@@ -110,7 +110,7 @@ def test_a_command_that_is_not_there_fails_the_launch(new_home: Callable[..., Ho
     assert api.health_of() == "SERVING"
 
 
-def test_the_input_lies_ready_when_the_agent_starts(new_home: Callable[..., Home]) -> None:
+def test_the_input_is_ready_when_the_agent_starts(new_home: Callable[..., Home]) -> None:
     look = 'read -t 0 && there=true || there=false; read -r _; echo "'
     told = look + '{\\"type\\":\\"result\\",\\"output\\":{\\"there\\":$there}}"'
     home = new_home(engines={"hasty": EngineSpec(command=("/bin/bash", "-c", told))})
@@ -136,7 +136,9 @@ def test_a_good_exit_without_a_result_fails_the_run(api: Api) -> None:
 
 
 @pytest.mark.parametrize("engine", PROTOCOL_BREAKERS)
-def test_whoever_breaks_the_protocol_is_ended_and_fails(home: Home, api: Api, engine: str) -> None:
+def test_an_agent_that_breaks_the_protocol_is_killed_and_its_run_fails(
+    home: Home, api: Api, engine: str
+) -> None:
     run = ended(api, engine)
 
     assert error_of(run) == "ENGINE_PROTOCOL_ERROR"
@@ -145,14 +147,14 @@ def test_whoever_breaks_the_protocol_is_ended_and_fails(home: Home, api: Api, en
 
 
 @pytest.mark.parametrize("engine", ["unknown_types", "result_then_hangs", "floods_stderr"])
-def test_a_result_counts_in_spite_of_odd_manners(home: Home, api: Api, engine: str) -> None:
+def test_a_result_counts_despite_harmless_oddities(home: Home, api: Api, engine: str) -> None:
     run = ended(api, engine)
 
     assert (status_word(run), MessageToDict(run.output)) == ("SUCCEEDED", {"done": True})
     assert home.agents_of(run.run_id) == []
 
 
-def test_what_an_engine_leaves_behind_is_ended_with_it(home: Home, api: Api) -> None:
+def test_processes_that_an_agent_leaves_behind_are_killed(home: Home, api: Api) -> None:
     run = ended(api, "leaves_children")
 
     left = MessageToDict(run.output)
@@ -229,7 +231,7 @@ def test_an_engine_gets_the_variables_that_are_allowed_and_no_descriptor_of_the_
     assert told["cwd"].startswith(str(home.data / "runs"))
 
 
-def test_a_living_agent_holds_nothing_of_the_service(home: Home, api: Api) -> None:
+def test_a_living_agent_holds_no_file_or_port_of_the_service(home: Home, api: Api) -> None:
     runs = [api.create("sticky", {"questions": [QUESTION]}) for _ in range(2)]
     for run in runs:
         api.until_status(run.run_id, "WAITING_USER")
@@ -247,7 +249,7 @@ def mode_of(path: Path) -> str:
     return oct(stat.S_IMODE(path.stat().st_mode))
 
 
-def test_only_the_owner_can_read_what_is_kept(new_home: Callable[..., Home]) -> None:
+def test_only_the_owner_can_read_the_data_directory(new_home: Callable[..., Home]) -> None:
     home = new_home(engines={**GOOD_ENGINES, "exits_3": agent("exits_3")})
     _, api = home.start()
     run = api.until_ended(api.create("resumable", {}).run_id)
@@ -262,7 +264,7 @@ def test_only_the_owner_can_read_what_is_kept(new_home: Callable[..., Home]) -> 
     assert status_word(run) == "SUCCEEDED"
 
 
-def test_the_cookie_of_a_lease_is_seen_by_its_owner_only(home: Home, api: Api) -> None:
+def test_only_the_owner_can_read_the_cookie_of_a_launch(home: Home, api: Api) -> None:
     run = api.create("sticky", {"questions": [QUESTION]})
     api.until_status(run.run_id, "WAITING_USER")
     (pid,) = home.agents_of(run.run_id)
@@ -334,7 +336,7 @@ def test_stderr_is_a_channel_of_its_own(api: Api) -> None:
     assert api.output(run.run_id) == []
 
 
-def test_output_above_the_limit_is_cut_and_says_so(new_home: Callable[..., Home]) -> None:
+def test_output_above_the_limit_is_truncated_and_marked(new_home: Callable[..., Home]) -> None:
     home = new_home(engines={"floods": script(FLOODS)}, max_output_bytes=65_536)
     _, api = home.start()
     run = ended(api, "floods")
@@ -348,7 +350,7 @@ def test_output_above_the_limit_is_cut_and_says_so(new_home: Callable[..., Home]
     assert followed == pieces
 
 
-def test_what_an_agent_prints_beside_a_nul_or_odd_bytes_is_kept_as_written(
+def test_output_with_nul_or_odd_bytes_is_kept_byte_for_byte(
     new_home: Callable[..., Home],
 ) -> None:
     odd = b"\x00\xff\xfe odd \xf0\x9f\n"
@@ -363,7 +365,7 @@ def test_what_an_agent_prints_beside_a_nul_or_odd_bytes_is_kept_as_written(
     assert joined(api.output(run.run_id, channel=pb.OUTPUT_CHANNEL_STDERR)) == odd
 
 
-def test_what_the_configuration_bounds_an_agent_by_reaches_the_agent(
+def test_the_configured_limits_reach_the_agent(
     new_home: Callable[..., Home],
 ) -> None:
     hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
@@ -384,7 +386,7 @@ def test_what_the_configuration_bounds_an_agent_by_reaches_the_agent(
     }
 
 
-def test_the_locks_of_a_service_name_who_holds_them(new_home: Callable[..., Home]) -> None:
+def test_the_lock_files_name_the_service_that_holds_them(new_home: Callable[..., Home]) -> None:
     home = new_home(engines=GOOD_ENGINES)
     service, _ = home.start()
 

@@ -1,4 +1,4 @@
-"""Health means that the statements of the work answer, not only the renewal of the lease."""
+"""Health is SERVING only while the store answers the statements of the work."""
 
 from __future__ import annotations
 

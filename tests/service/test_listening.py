@@ -1,4 +1,4 @@
-"""Where a service listens: all of its address, nobody else's, and as long as it lives."""
+"""The address of a service: which ones work, which are refused, and how the service keeps it."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ RECOVERY = "runrecovery.v1.RecoveryService"
 
 
 def health(address: str) -> str:
-    """Ask for health by a new connection."""
+    """Return health by a new connection."""
     api = Api(address)
     with closing(api.channel):
         return api.health_of()
 
 
 def refused_start(home: Home, listen: str) -> str:
-    """Start a service that must end with exit code 5; return what it said."""
+    """Start a service that must exit with 5; return its log."""
     service = home.spawn("--listen", listen)
     assert service.exit_code() == 5, service.text
     return service.text
@@ -49,7 +49,7 @@ def start(home: Home, path: Path) -> tuple[ServiceProcess, Api]:
 # -- the file of a Unix socket -----------------------------------------------------------------
 
 
-def test_a_second_service_on_a_socket_file_is_exit_5_and_leaves_the_first_alone(
+def test_a_second_service_on_a_socket_file_exits_with_5_and_leaves_the_first_alone(
     new_home: NewHome,
 ) -> None:
     first, second = new_home(), new_home()
@@ -114,14 +114,14 @@ def test_a_file_that_is_no_socket_is_left_alone(new_home: NewHome) -> None:
     assert [entry.name for entry in home.path.glob("socket*")] == ["socket"]
 
 
-def test_a_folder_that_does_not_exist_is_exit_5(new_home: NewHome) -> None:
+def test_a_socket_file_in_a_missing_folder_ends_the_start_with_5(new_home: NewHome) -> None:
     home = new_home()
 
     assert "No such file or directory" in refused_start(home, f"unix:{home.path}/no/socket")
 
 
 @pytest.mark.parametrize("more", [0, 1])
-def test_a_path_of_100_bytes_is_listened_on_and_a_longer_one_says_why_not(
+def test_a_socket_path_of_100_bytes_works_and_a_longer_one_is_refused_with_the_reason(
     new_home: NewHome, monkeypatch: pytest.MonkeyPatch, more: int
 ) -> None:
     home = new_home()
@@ -183,7 +183,7 @@ def test_a_stop_leaves_the_socket_file_of_another(new_home: NewHome) -> None:
 # -- abstract names ----------------------------------------------------------------------------
 
 
-def test_a_taken_abstract_name_is_exit_5(new_home: NewHome) -> None:
+def test_a_taken_abstract_name_ends_the_start_with_5(new_home: NewHome) -> None:
     name = f"runrecovery-test-{uuid.uuid4()}"
     with listener(socket.AF_UNIX, f"\0{name}"):
         assert name in refused_start(new_home(), f"unix-abstract:{name}")
@@ -219,7 +219,9 @@ def has_ipv6() -> bool:
         pytest.param("::1", marks=pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here")),
     ],
 )
-def test_a_name_of_which_one_address_is_taken_is_exit_5(new_home: NewHome, taken: str) -> None:
+def test_a_host_name_with_one_taken_address_ends_the_start_with_5(
+    new_home: NewHome, taken: str
+) -> None:
     family = socket.AF_INET6 if ":" in taken else socket.AF_INET
     with listener(family, (taken, 0)) as other:
         port = other.getsockname()[1]
@@ -229,7 +231,7 @@ def test_a_name_of_which_one_address_is_taken_is_exit_5(new_home: NewHome, taken
     assert f"localhost:{port}" in said
 
 
-def test_localhost_is_all_of_its_addresses(new_home: NewHome) -> None:
+def test_localhost_listens_on_all_of_its_addresses(new_home: NewHome) -> None:
     service, _ = new_home().start("--listen", "localhost:0")
     port = service.address.rpartition(":")[2]
 
@@ -241,7 +243,7 @@ def test_localhost_is_all_of_its_addresses(new_home: NewHome) -> None:
 @pytest.mark.parametrize(
     "host", ["127.0.0.1", "[::1]", "[0:0::1]", "127.8.9.10", "[::ffff:127.0.0.1]"]
 )
-def test_every_way_to_name_an_address_is_listened_on(new_home: NewHome, host: str) -> None:
+def test_every_form_of_an_address_works(new_home: NewHome, host: str) -> None:
     if host.startswith("[") and not has_ipv6():
         pytest.skip("no IPv6 here")
     service, _ = new_home().start("--listen", f"{host}:0")

@@ -1,4 +1,4 @@
-"""Whoever reads the log, or does not, cannot stop the service."""
+"""A log that is not read, closed or on a full disk cannot stop the service."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LOGGED_DECISIONS: Final = 1_000
 
 @contextmanager
 def tiny_pipe() -> Iterator[tuple[int, int]]:
-    """A pipe of 4 KiB: its reader, which does not block, and its writer."""
+    """Yield a pipe of 4 KiB: its reader, which does not block, and its writer."""
     reader, writer = os.pipe()
     fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
     os.set_blocking(reader, False)
@@ -37,7 +37,7 @@ def tiny_pipe() -> Iterator[tuple[int, int]]:
 
 
 def start(home: Home, *, stderr: int | None = None) -> tuple[ServiceProcess, Api]:
-    """Start a service whose address need not be read from its log."""
+    """Start a service with a known address, so that its log need not be read."""
     address = f"unix:{home.path / 'socket'}"
     service = home.spawn("--listen", address, stderr=stderr)
     service.address = address
@@ -52,7 +52,7 @@ def read(reader: int) -> bytes:
 
 
 def read_until(reader: int, event: str, seen: bytearray) -> None:
-    """Read the log until it tells an event."""
+    """Read the log until it has an event."""
 
     def look() -> bool:
         seen.extend(read(reader))
@@ -68,7 +68,7 @@ def work(api: Api) -> None:
     assert status_word(api.until_ended(run.run_id)) == "SUCCEEDED"
 
 
-def test_a_log_that_nobody_reads_delays_nothing_and_says_later_what_is_missing(
+def test_an_unread_log_delays_nothing_and_reports_later_how_many_lines_are_missing(
     new_home: NewHome,
 ) -> None:
     home = new_home(lease_ttl_s=3.0)
@@ -121,7 +121,7 @@ def a_terminal() -> Iterator[int]:
 
 
 @pytest.mark.parametrize("place", [a_pipe, a_socket, a_terminal], ids=lambda make: make.__name__)
-def test_what_grpc_writes_by_itself_delays_nothing_either(
+def test_unread_lines_of_grpc_itself_delay_nothing(
     new_home: NewHome, place: Callable[[], AbstractContextManager[int]]
 ) -> None:
     home = new_home(env={"GRPC_VERBOSITY": "DEBUG", "GRPC_TRACE": "http,api"})
@@ -136,7 +136,7 @@ def test_what_grpc_writes_by_itself_delays_nothing_either(
         assert service.stop() == 0
 
 
-def test_the_end_does_not_wait_for_a_reader(new_home: NewHome) -> None:
+def test_a_stop_does_not_wait_for_a_reader_of_the_log(new_home: NewHome) -> None:
     home = new_home(drain_delay_s=60.0)
     with tiny_pipe() as (_, writer):
         service, api = start(home, stderr=writer)
@@ -149,7 +149,7 @@ def test_the_end_does_not_wait_for_a_reader(new_home: NewHome) -> None:
         assert service.exit_code() == 128 + signal.SIGTERM
 
 
-def test_a_refusal_does_not_wait_for_a_reader(new_home: NewHome) -> None:
+def test_a_refused_start_does_not_wait_for_a_reader_of_the_log(new_home: NewHome) -> None:
     home = new_home()
     start(home)
     with tiny_pipe() as (reader, writer):

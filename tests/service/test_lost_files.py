@@ -32,7 +32,7 @@ def replace_database(home: Home) -> None:
 
 
 def create_until_refused(api: Api) -> list[str]:
-    """Create runs until the first that is not acknowledged; return those that were."""
+    """Create runs until one is refused; return the acknowledged ones."""
     made: list[str] = []
     try:
         while True:
@@ -53,7 +53,7 @@ def rows(path: Path, sql: str) -> list[tuple[object, ...]]:
 
 
 @pytest.mark.parametrize("damage", [remove_log, replace_database])
-def test_what_was_acknowledged_before_the_loss_is_in_the_copy_that_the_service_leaves(
+def test_acknowledged_runs_are_in_the_copy_that_the_service_leaves_after_the_loss(
     new_home: NewHome, damage: Callable[[Home], None]
 ) -> None:
     home = new_home()
@@ -90,7 +90,9 @@ def test_nothing_is_acknowledged_once_a_file_was_cut_short_in_place(
     assert "no copy could be made" in said
 
 
-def test_a_stop_right_after_the_loss_damages_nothing_and_tells(new_home: NewHome) -> None:
+def test_a_stop_right_after_the_loss_damages_nothing_and_reports_the_loss(
+    new_home: NewHome,
+) -> None:
     home = new_home(drain_delay_s=0.0)
     service, api = home.start()
     run_id = api.create("resumable", {}).run_id
@@ -103,7 +105,7 @@ def test_a_stop_right_after_the_loss_damages_nothing_and_tells(new_home: NewHome
     assert rows(rescued_copy(service), "SELECT run_id FROM run") == [(run_id,)]
 
 
-def test_a_backup_beside_a_service_whose_log_was_removed_is_exit_4_and_leaves_no_file(
+def test_a_backup_beside_a_service_whose_wal_was_removed_exits_with_4_and_leaves_no_file(
     new_home: NewHome,
 ) -> None:
     home = new_home()
@@ -124,7 +126,7 @@ def test_a_backup_beside_a_service_whose_log_was_removed_is_exit_4_and_leaves_no
     assert service.exit_code() == 4
 
 
-def test_a_start_after_a_kill_whose_log_was_removed_is_exit_4_until_the_marker_is_removed(
+def test_a_start_after_a_kill_and_a_removed_wal_exits_with_4_until_the_marker_is_removed(
     new_home: NewHome,
 ) -> None:
     home = new_home()

@@ -1,4 +1,4 @@
-"""Health and reflection, served: what is no message is refused, and nothing internal is told."""
+"""Malformed requests to health and reflection are refused, without internals in the answer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TIMEOUT_S: Final = 10.0
 
 @pytest.mark.parametrize("payload", NO_MESSAGES.values(), ids=NO_MESSAGES)
 @pytest.mark.parametrize("method", ["Check", "Watch"])
-def test_health_refuses_what_is_no_message(api: Api, method: str, payload: bytes) -> None:
+def test_health_refuses_a_malformed_request(api: Api, method: str, payload: bytes) -> None:
     call: Any = api.channel.unary_stream(f"/grpc.health.v1.Health/{method}")
 
     refusal = refused(lambda: list(call(payload, timeout=TIMEOUT_S)))
@@ -32,7 +32,7 @@ def test_health_refuses_what_is_no_message(api: Api, method: str, payload: bytes
 
 @pytest.mark.parametrize("payload", NO_MESSAGES.values(), ids=NO_MESSAGES)
 @pytest.mark.parametrize("version", REFLECTIONS)
-def test_reflection_refuses_what_is_no_message(api: Api, version: str, payload: bytes) -> None:
+def test_reflection_refuses_a_malformed_request(api: Api, version: str, payload: bytes) -> None:
     path = f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo"
     call: Any = api.channel.stream_stream(path)
 
@@ -42,7 +42,7 @@ def test_reflection_refuses_what_is_no_message(api: Api, version: str, payload: 
     assert refusal.message == "not a valid ServerReflectionRequest message"
 
 
-def test_reflection_answers_until_a_request_is_no_message(api: Api) -> None:
+def test_reflection_answers_until_a_malformed_request(api: Api) -> None:
     path = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"
     call: Any = api.channel.stream_stream(path)
     answers: list[bytes] = []
@@ -54,7 +54,7 @@ def test_reflection_answers_until_a_request_is_no_message(api: Api) -> None:
     assert refusal.code is grpc.StatusCode.INVALID_ARGUMENT
 
 
-def test_the_log_calls_none_of_it_a_defect(api: Api, home: Home) -> None:
+def test_malformed_requests_are_no_defects_in_the_log(api: Api, home: Home) -> None:
     call: Any = api.channel.unary_unary("/grpc.health.v1.Health/List")
 
     refused(lambda: call(b"\xff", timeout=TIMEOUT_S))

@@ -17,7 +17,7 @@ NewHome = Callable[..., Home]
 
 
 def run(home: Home, *arguments: str | Path) -> tuple[int, str]:
-    """Run a subcommand on a home's data directory; return its exit code and all that it said."""
+    """Run a subcommand on a home's data directory; return its exit code and its output."""
     command = [sys.executable, "-m", "runrecovery_service", arguments[0]]
     options = ["--config", str(home.config), "--data-dir", str(home.database.parent)]
     done = subprocess.run(
@@ -106,14 +106,14 @@ THERE = (
 
 
 def found(folder: Path) -> dict[str, tuple[int, int, int]]:
-    """What is in a folder, links unfollowed."""
+    """Return the entries of a folder, without following links."""
     states = {path.name: path.lstat() for path in folder.iterdir()}
     return {name: (s.st_ino, s.st_mode, s.st_size) for name, s in states.items()}
 
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
-    """A stopped service's home that no test changes."""
+    """The home of a stopped service, which no test changes."""
     with Home(tmp_path_factory.mktemp("kept")) as home:
         service, _ = home.start()
         service.stop()
@@ -186,7 +186,7 @@ def test_check_says_that_a_database_is_gone(stopped: Home) -> None:
     assert "is gone" in said
 
 
-def test_check_says_where_a_cli_could_write_nothing(new_home: NewHome) -> None:
+def test_check_names_the_folders_that_a_cli_cannot_write(new_home: NewHome) -> None:
     more = {"preset": "claude", "agent_home": "/proc/1/agents"}
     home = new_home(engines={"claude": EngineSpec(command=(sys.executable,), more=more)})
 
@@ -241,7 +241,7 @@ def test_migrate_makes_no_database_where_there_is_none(stopped: Home) -> None:
     assert (code, stopped.database.exists()) == (4, False)
 
 
-def test_a_lock_names_its_holder_while_it_is_held_only(new_home: NewHome) -> None:
+def test_a_lock_file_names_its_holder_only_while_it_is_held(new_home: NewHome) -> None:
     home = new_home()
     service, _ = home.start()
     lock = home.database.parent / "lock"

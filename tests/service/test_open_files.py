@@ -1,4 +1,4 @@
-"""A service that may open few files, and callers that connect and say nothing."""
+"""A service with a low limit on open files, and callers that hold idle connections."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ NewHome = Callable[..., Home]
 
 
 def limited(soft: int, hard: int) -> dict[str, object]:
-    """What makes a home's services start with these limits on open files."""
+    """Return the settings of a home whose services start with these limits on open files."""
     words = f'ulimit -S -n {soft}; ulimit -H -n {hard}; exec "$@"'
     return {"prefix": ("/bin/sh", "-c", words, "sh")}
 
 
 @pytest.fixture
 def many_files() -> Iterator[None]:
-    """Lets the test itself open as many files as it may."""
+    """Raise the test's own soft limit on open files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard < 2 * IDLE:
         pytest.skip("this user may not open so many files")
@@ -51,7 +51,7 @@ def many_files() -> Iterator[None]:
 
 @contextmanager
 def idle_connections(address: str, count: int) -> Iterator[list[socket.socket]]:
-    """Connect so often, and say no more than that it is HTTP/2."""
+    """Open so many connections that send only the HTTP/2 preface."""
     host, _, port = address.rpartition(":")
     with ExitStack() as stack:
         found = []
@@ -89,7 +89,7 @@ def is_answered(address: str) -> bool:
 
 
 @pytest.mark.usefixtures("many_files")
-def test_idle_connections_cost_no_run_its_launch_and_no_list_its_store(
+def test_idle_connections_leave_enough_files_for_launches_and_the_store(
     new_home: NewHome,
 ) -> None:
     home = new_home(**limited(1024, 1024), max_concurrent=4)
@@ -139,7 +139,7 @@ def test_a_limit_that_cannot_work_is_refused_with_the_number(
     assert not Path(home.data).exists()
 
 
-def test_the_least_limit_works(new_home: NewHome) -> None:
+def test_the_lowest_accepted_limit_works(new_home: NewHome) -> None:
     home = new_home(**limited(256, 256), max_concurrent=4)
     service, api = home.start()
 
@@ -169,7 +169,7 @@ def test_a_name_of_two_addresses_has_no_more_connections(new_home: NewHome) -> N
 
 
 def is_open(connection: socket.socket) -> bool:
-    """Read what there is, and tell whether more may come."""
+    """Read all there is; return whether the connection is open."""
     connection.settimeout(0)
     try:
         while connection.recv(1000):

@@ -47,7 +47,7 @@ Outage: TypeAlias = AbstractContextManager[None]
 
 @pytest.fixture
 def proxy(postgresql_url: str) -> Iterator[Proxy]:
-    """The way of the test's services to their database."""
+    """The proxy between the test's services and their database."""
     with proxied(postgresql_url) as proxy:
         yield proxy
 
@@ -60,7 +60,7 @@ def home(proxy: Proxy, new_home: Callable[..., Home]) -> Home:
 
 @contextmanager
 def traffic(api: Api) -> Iterator[None]:
-    """Have changes of other runs announced all the time: the looks that come without one do not."""
+    """Change other runs all the time, so that announced changes, too, wake the service."""
     ended = threading.Event()
 
     def work() -> None:
@@ -125,7 +125,7 @@ def test_a_reply_whose_commit_was_not_answered_is_delivered_amid_other_traffic(
 
 @contextmanager
 def no_server(home: Home, proxy: Proxy) -> Iterator[None]:
-    """Let PostgreSQL be away."""
+    """Make PostgreSQL unreachable."""
     proxy.refusing = True
     proxy.cut()
     yield
@@ -134,7 +134,7 @@ def no_server(home: Home, proxy: Proxy) -> Iterator[None]:
 
 @contextmanager
 def no_writes(home: Home, proxy: Proxy) -> Iterator[None]:
-    """Let nobody write into SQLite."""
+    """Lock SQLite against writes."""
     with closing(sqlite3.connect(home.database, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         yield
@@ -143,7 +143,7 @@ def no_writes(home: Home, proxy: Proxy) -> Iterator[None]:
 
 @contextmanager
 def no_room(home: Home, proxy: Proxy) -> Iterator[None]:
-    """Let no file of the service grow beyond SQLite's log: what that needs now does not fit."""
+    """Limit the file size of the service to that of SQLite's log, so that no write fits."""
     log = home.database.with_name(f"{home.database.name}-wal")
     pid, limit = home.services[-1].pid, resource.RLIMIT_FSIZE
     before = resource.prlimit(pid, limit)
@@ -153,7 +153,7 @@ def no_room(home: Home, proxy: Proxy) -> Iterator[None]:
 
 
 def retried_for_s(service: ServiceProcess) -> float:
-    """Return how long a service has tried to record what an agent did."""
+    """Return how long a service has retried to record what an agent did."""
     times = [
         datetime.fromisoformat(event["timestamp"])
         for event in service.events("execution.write_retried")
@@ -164,7 +164,7 @@ def retried_for_s(service: ServiceProcess) -> float:
 @pytest.mark.parametrize(
     "outage", [no_server, no_writes, no_room], ids=["postgresql", "sqlite locked", "sqlite full"]
 )
-def test_a_question_that_was_asked_well_in_an_outage_waits_for_its_answer(
+def test_a_question_from_an_outage_waits_for_its_answer(
     new_home: Callable[..., Home], proxy: Proxy, outage: Callable[[Home, Proxy], Outage]
 ) -> None:
     database = proxy.url if outage is no_server else ""
@@ -189,7 +189,7 @@ SHORT_LEASE_S = 3
 
 
 def renewals(home: Home, service: ServiceProcess, count: int) -> None:
-    """Return once the lease was renewed so many times, by a service that lives."""
+    """Wait until a living service has renewed its lease so many times."""
     seen: set[int] = set()
 
     def renewed() -> bool:
@@ -234,7 +234,7 @@ def test_a_lost_connection_of_the_lease_is_replaced_in_time(
     assert service.stop() == 0
 
 
-def test_a_slow_connection_of_the_lease_is_kept_where_no_other_is_to_be_had(
+def test_a_slow_connection_of_the_lease_is_kept_while_the_server_refuses_another(
     home: Home, postgresql_url: str, proxy: Proxy
 ) -> None:
     home.write_config(lease_ttl_s=20)
@@ -258,7 +258,7 @@ def test_a_slow_connection_of_the_lease_is_kept_where_no_other_is_to_be_had(
 
 
 def demand_lease_lost(service: ServiceProcess) -> None:
-    """Check how a service ended that could not renew its lease, and what it said."""
+    """Check the exit and the log of a service that could not renew its lease."""
     assert service.exit_code() == 10
     assert (
         "error: the lease of instance 'default' was not renewed for 2 s\n"
@@ -269,7 +269,7 @@ def demand_lease_lost(service: ServiceProcess) -> None:
 
 
 @pytest.mark.parametrize("signaled", [False, True], ids=["by itself", "at SIGTERM"])
-def test_a_service_whose_database_is_silent_ends_its_agents_and_itself(
+def test_a_service_with_a_silent_database_kills_its_agents_and_exits(
     home: Home, proxy: Proxy, *, signaled: bool
 ) -> None:
     home.write_config(lease_ttl_s=SHORT_LEASE_S)
@@ -290,7 +290,7 @@ def test_a_service_whose_database_is_silent_ends_its_agents_and_itself(
     assert service.stop() == 0
 
 
-def test_a_database_that_becomes_silent_in_the_recovery_ends_the_start(
+def test_a_database_that_falls_silent_during_recovery_ends_the_start(
     home: Home, proxy: Proxy
 ) -> None:
     home.write_config(lease_ttl_s=SHORT_LEASE_S)
@@ -301,7 +301,9 @@ def test_a_database_that_becomes_silent_in_the_recovery_ends_the_start(
     demand_lease_lost(service)
 
 
-def test_a_database_that_is_silent_at_the_start_is_out_of_reach(home: Home, proxy: Proxy) -> None:
+def test_a_silent_database_at_the_start_is_reported_as_unreachable(
+    home: Home, proxy: Proxy
+) -> None:
     proxy.silent = True
 
     service = home.spawn()
@@ -316,7 +318,7 @@ def test_a_database_that_is_silent_at_the_start_is_out_of_reach(home: Home, prox
 # -- words and exit codes ------------------------------------------------------------------------
 
 
-def test_a_connection_that_is_lost_at_the_claim_ends_the_start_in_true_words(
+def test_a_connection_that_is_lost_at_the_claim_ends_the_start_with_the_true_reason(
     home: Home, proxy: Proxy
 ) -> None:
     proxy.lose_answer_after("INSERT INTO instance_epoch")

@@ -33,7 +33,7 @@ def network(postgresql_url: str) -> Iterator[Network]:
 
 @pytest.fixture
 def home(network: Network, new_home: Callable[..., Home]) -> Home:
-    """A home of services that are in the network."""
+    """A home whose services are in the network."""
     return new_home(engines={"holds": script(HOLDS)}, database=network.url, prefix=network.prefix)
 
 
@@ -51,7 +51,7 @@ def held(home: Home, api: Api) -> str:
 
 
 @pytest.mark.parametrize("signaled", [False, True], ids=["by itself", "at SIGTERM"])
-def test_a_service_whose_packets_are_dropped_ends_its_agents_and_itself(
+def test_a_service_whose_packets_are_dropped_kills_its_agents_and_exits(
     home: Home, network: Network, *, signaled: bool
 ) -> None:
     home.write_config(lease_ttl_s=3)

@@ -35,7 +35,7 @@ NEEDED = {
 
 
 def set_what_is_needed(url: str, *, but: str = "") -> None:
-    """Set it for the test's database; the role is that of all tests."""
+    """Set the settings that the service needs on the test's database, except `but`."""
     name = str(conninfo_to_dict(url)["dbname"])
     with psycopg.connect(url, autocommit=True) as connection:
         for setting, value in NEEDED.items():
@@ -48,7 +48,7 @@ def set_what_is_needed(url: str, *, but: str = "") -> None:
 
 
 def check(home: Home) -> tuple[int, str]:
-    """Return the exit code of `check`, and all that it said."""
+    """Return the exit code and the output of `check`."""
     done = subprocess.run(
         [
             *(sys.executable, "-m", "runrecovery_service", "check"),

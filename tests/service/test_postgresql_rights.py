@@ -1,4 +1,4 @@
-"""The service's role in PostgreSQL may do less than the work needs, from the start or later."""
+"""The service's role in PostgreSQL lacks privileges, from the start or later."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from support.waiting import until
 
 @pytest.fixture
 def role(postgresql_url: str) -> Iterator[str]:
-    """A role that may do with the tables what the documentation asks for."""
+    """A role with the documented privileges."""
     name = f"app_{uuid.uuid4().hex[:12]}"
     with psycopg.connect(postgresql_url, autocommit=True) as server:
         server.execute(f"CREATE ROLE {name} LOGIN".encode())
@@ -47,7 +47,7 @@ def reasons(service: ServiceProcess) -> set[str]:
 @pytest.mark.parametrize(
     "revoked", ["INSERT ON run", "UPDATE ON run", "SELECT ON run", "INSERT ON trust_entry"]
 )
-def test_health_follows_what_the_role_may_do(
+def test_health_follows_the_privileges_of_the_role(
     home: Home, postgresql_url: str, role: str, revoked: str
 ) -> None:
     privilege, _, table = revoked.split()
@@ -74,7 +74,7 @@ def test_health_follows_what_the_role_may_do(
     assert service.stop() == 0
 
 
-def test_a_start_and_a_check_name_the_privilege_that_is_missing(
+def test_a_start_and_a_check_name_the_missing_privilege(
     home: Home, postgresql_url: str, role: str
 ) -> None:
     with psycopg.connect(postgresql_url, autocommit=True) as server:

@@ -1,4 +1,4 @@
-"""What a stranger without our code can do: everything, by reflection."""
+"""A client that knows nothing but reflection can call everything."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ Call = Callable[[str, Json], list[Json]]
 
 
 class Stranger:
-    """A client that is built from what reflection tells, and from nothing else."""
+    """A client that is built from the answers of reflection alone."""
 
     def __init__(self, channel: grpc.Channel, reflection: str) -> None:
         self._channel = channel
@@ -124,7 +124,7 @@ def stranger(home: Home, api: Api, request: pytest.FixtureRequest) -> Iterator[S
 
 
 def buf_curl(address: str, method: str, request: Json) -> list[Json]:
-    """Call a method with `buf curl`, which knows nothing but what reflection tells it."""
+    """Call a method with `buf curl`, which learns the contract by reflection."""
     done = subprocess.run(
         [
             str(BUF), "curl", "--http2-prior-knowledge", "--protocol", "grpc",

@@ -1,4 +1,4 @@
-"""Requests that are wrong: each has its documented answer, and changes nothing."""
+"""Invalid requests have their documented answers and change nothing."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def assert_bad(refusal: Refusal, *fields: str) -> None:
 # -- what there is not -------------------------------------------------------------------------
 
 
-def test_a_run_that_there_is_not_is_told_apart_by_every_method(api: Api) -> None:
+def test_every_method_answers_not_found_for_an_unknown_run(api: Api) -> None:
     run_id = new_id()
     calls: list[Callable[[], object]] = [
         lambda: api.get(run_id),
@@ -81,7 +81,7 @@ def test_a_run_that_there_is_not_is_told_apart_by_every_method(api: Api) -> None
         assert refusal.resource == run_id
 
 
-def test_a_report_that_there_is_not_is_not_found(api: Api) -> None:
+def test_an_unknown_report_is_not_found(api: Api) -> None:
     wanted = str(uuid.uuid4())
     request = recovery_pb.GetReconciliationRequest(reconciliation_id=wanted)
 
@@ -110,7 +110,7 @@ def test_an_unknown_method_is_unimplemented(api: Api) -> None:
 # -- what cannot be meant ------------------------------------------------------------------------
 
 
-def test_all_bad_fields_come_in_one_answer(api: Api) -> None:
+def test_all_bad_fields_are_reported_at_once(api: Api) -> None:
     run_id = new_id()
     request = pb.CreateRunRequest(
         run_id="Not An Id",
@@ -199,7 +199,7 @@ def _sized(data: bytes) -> bytes:
     return prefix + bytes([size]) + data
 
 
-def test_bytes_that_are_no_message_are_refused(api: Api) -> None:
+def test_a_malformed_message_is_refused(api: Api) -> None:
     call = raw_call(api, "GetRun")
 
     refusal = refused(lambda: call(b"\xff\xff\xff\xff"))
@@ -256,7 +256,7 @@ def test_a_request_above_the_limit_is_refused_and_one_below_it_is_kept(api: Api)
     assert api.get(run.run_id).input["text"] == small["text"]
 
 
-def test_a_run_id_can_be_had_once(api: Api) -> None:
+def test_a_run_id_can_be_used_once(api: Api) -> None:
     run = waiting(api)
 
     refusal = refused(lambda: api.create("sticky", {}, run_id=run.run_id))
@@ -335,7 +335,7 @@ def test_a_negative_page_size_is_refused_by_every_listing(api: Api) -> None:
     )
 
 
-def test_a_recovered_filter_that_cannot_be_meant_is_refused(api: Api) -> None:
+def test_a_contradictory_filter_of_recovered_runs_is_refused(api: Api) -> None:
     wanted = recovery_pb.RecoveredFilter(
         recovery_states=[run_pb2.RECOVERY_STATE_NONE, 99],  # type: ignore[list-item]
         recovered_after=Timestamp(seconds=20),
@@ -368,7 +368,7 @@ def test_a_filter_by_any_status_and_by_the_last_time_lists_every_run(api: Api) -
     assert list(none.runs) == []
 
 
-def test_output_that_there_is_not_is_out_of_range(api: Api) -> None:
+def test_an_offset_or_attempt_without_output_is_out_of_range(api: Api) -> None:
     run = succeeded(api)
 
     for wanted in ({"attempt": 2}, {"offset": 10_000_000}, {"offset": 2**63 - 1}):
@@ -523,7 +523,7 @@ def test_a_reply_and_a_cancel_can_be_repeated_by_their_request_id(api: Api) -> N
 # -- what needs a service of its own ---------------------------------------------------------------
 
 
-def test_a_request_id_holds_after_a_kill(new_home: Callable[..., Home]) -> None:
+def test_a_request_id_is_remembered_after_a_kill(new_home: Callable[..., Home]) -> None:
     home = new_home()
     service, api = home.start()
     request_id = str(uuid.uuid4())
@@ -541,7 +541,7 @@ def test_a_request_id_holds_after_a_kill(new_home: Callable[..., Home]) -> None:
     assert len(page(api).runs) == 1
 
 
-def test_a_page_holds_1000_runs_at_most_and_50_unless_told(new_home: Callable[..., Home]) -> None:
+def test_a_page_has_1000_runs_at_most_and_50_by_default(new_home: Callable[..., Home]) -> None:
     home = new_home(max_concurrent=1, engines={"resumable": new_home().engines["resumable"]})
     service, api = home.start()
     api.create("resumable", {})

@@ -1,4 +1,4 @@
-"""What the service opens has an owner that closes it."""
+"""A service closes at its end whatever it has opened."""
 
 from __future__ import annotations
 

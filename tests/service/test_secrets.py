@@ -1,4 +1,4 @@
-"""What is given in confidence stays out of the log, and a session handle out of every answer."""
+"""Confidential values stay out of the log, and session handles out of every answer."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ BROKEN_LINES: Final = (
 
 
 def answers(api: Api) -> Iterable[Message]:
-    """Everything that can be read through the API."""
+    """Return everything that the API can read."""
     listed = api.runs.ListRuns(pb.ListRunsRequest(page_size=1000), timeout=TIMEOUT_S)
     yield listed
     for run in listed.runs:
@@ -59,7 +59,7 @@ def answers(api: Api) -> Iterable[Message]:
     yield api.recovery.ListReconciliations(reports, timeout=TIMEOUT_S)
 
 
-def test_nothing_that_was_said_in_confidence_is_in_any_log(new_home: NewHome) -> None:
+def test_no_confidential_value_is_in_any_log(new_home: NewHome) -> None:
     engines = {**GOOD_ENGINES, "asks": script(ASKS), "breaks": script(BREAKS)}
     home = new_home(engines=engines, log_level="debug")
     canaries = {

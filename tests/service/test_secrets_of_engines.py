@@ -1,4 +1,4 @@
-"""What goes to an engine, and what comes from it, is in no log: each kind of engine is tried."""
+"""The messages between the service and each kind of engine are in no log."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ GIVEN: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Secrets:
-    """One word for each thing that is confidential; which of them the engine was seen to use."""
+    """One random word for each confidential value, and which words the engine has used."""
 
     words: Mapping[str, str]
 
@@ -73,7 +73,7 @@ def files_below(folder: Path) -> Iterator[Path]:
 
 
 def converse(api: Api, name: str, told: Secrets, *, fails: bool) -> str:
-    """Ask, answer and end one run; return how it ended."""
+    """Run one run with a question and an answer; return its final status."""
     words = told.words
     given = {word: words[word] for word in GIVEN} | {"fails": fails}
     if name in PRESETS:
@@ -94,7 +94,7 @@ def converse(api: Api, name: str, told: Secrets, *, fails: bool) -> str:
 
 @pytest.mark.parametrize("form", ["json", "console"])
 @pytest.mark.parametrize("name", ["resumable", "sticky_process", *PRESETS])
-def test_nothing_that_an_engine_is_told_or_says_is_in_the_log(
+def test_no_message_to_or_from_an_engine_is_in_the_log(
     new_home: NewHome, tmp_path: Path, name: str, form: str
 ) -> None:
     told = Secrets.make()

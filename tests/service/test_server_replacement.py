@@ -1,4 +1,4 @@
-"""What would end gRPC's server ends a call at most: another server listens at the same place."""
+"""A request that breaks gRPC's server ends streams at most: a new server takes its address."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from support.waiting import until
 BAD_PATHS = (b"/\xff", b"/runrecovery.v1.RunService/\xed\xa0\x80")
 
 
-def strike(service: ServiceProcess, path: bytes) -> None:
-    """Make a call whose path is not UTF-8, and wait until the server that got it is replaced."""
+def break_server(service: ServiceProcess, path: bytes) -> None:
+    """Make a call whose path is not UTF-8, and wait until the server was replaced."""
     before = len(service.events("rpc.server_replaced"))
     port = int(service.address.rpartition(":")[2])
     with socket.create_connection(("127.0.0.1", port)) as connection:
@@ -26,7 +26,7 @@ def strike(service: ServiceProcess, path: bytes) -> None:
 
 
 @pytest.mark.parametrize("path", BAD_PATHS)
-def test_a_path_that_is_no_text_leaves_the_service_serving(
+def test_a_call_path_that_is_not_utf8_leaves_the_service_serving(
     new_home: Callable[..., Home], path: bytes
 ) -> None:
     service, api = new_home().start()
@@ -34,14 +34,14 @@ def test_a_path_that_is_no_text_leaves_the_service_serving(
     api.until_status(run.run_id, "RUNNING")
 
     for _ in range(3):
-        strike(service, path)
+        break_server(service, path)
         service.until_serving()
 
     assert api.until_status(run.run_id, "RUNNING").attempt == 1
     assert service.stop() == 0
 
 
-def test_who_follows_a_stream_meanwhile_is_told_to_come_again(
+def test_streams_of_the_broken_server_end_with_unavailable(
     new_home: Callable[..., Home],
 ) -> None:
     service, api = new_home().start()
@@ -51,7 +51,7 @@ def test_who_follows_a_stream_meanwhile_is_told_to_come_again(
     )
     next(following)
 
-    strike(service, BAD_PATHS[0])
+    break_server(service, BAD_PATHS[0])
 
     assert refused(lambda: list(following)).code is grpc.StatusCode.UNAVAILABLE
     assert _is_served(service, run.run_id)

@@ -1,4 +1,4 @@
-"""Slots, counted from outside: by the processes that live."""
+"""Slots limit the living processes, and runs get them in order."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ NewHome = Callable[..., Home]
 
 
 def statuses(api: Api) -> list[str]:
-    """The status of every run, oldest first."""
+    """Return the status of every run, oldest first."""
     listed = api.runs.ListRuns(pb.ListRunsRequest(page_size=1000), timeout=TIMEOUT_S)
     return [status_word(run) for run in reversed(listed.runs)]
 
 
 def most_at_once(home: Home) -> int:
-    """The most launches that were open at one time, by the record: no moment is missed."""
+    """Return the highest number of launches that were open at one time, by the launch records."""
     leases = home.rows("SELECT created_at, closed_at FROM process_lease")
     return max(sum(1 for began, ended in leases if began <= at < ended) for at, _ in leases)
 
@@ -87,7 +87,7 @@ def test_runs_start_in_the_order_in_which_they_were_created(new_home: NewHome) -
     assert len(set(starts)) == len(starts)
 
 
-def test_an_answered_run_queues_behind_those_that_came_before(new_home: NewHome) -> None:
+def test_an_answered_run_queues_behind_earlier_runs(new_home: NewHome) -> None:
     home = new_home(max_concurrent=1)
     _, api = home.start()
     waiting = api.create("resumable", {"questions": [QUESTION]})
@@ -105,7 +105,7 @@ def test_an_answered_run_queues_behind_those_that_came_before(new_home: NewHome)
     assert ends == sorted(ends)
 
 
-def test_a_resumable_wait_gives_its_slot_away_and_a_sticky_one_keeps_it(new_home: NewHome) -> None:
+def test_a_resumable_wait_releases_its_slot_and_a_sticky_wait_keeps_it(new_home: NewHome) -> None:
     home = new_home(max_concurrent=1)
     _, api = home.start()
     resumable = api.create("resumable", {"questions": [QUESTION]})
@@ -125,7 +125,7 @@ def test_a_resumable_wait_gives_its_slot_away_and_a_sticky_one_keeps_it(new_home
         assert status_word(api.until_ended(run.run_id)) == "SUCCEEDED"
 
 
-def test_a_full_queue_refuses_and_takes_again_once_there_is_room(new_home: NewHome) -> None:
+def test_a_full_queue_refuses_runs_until_there_is_room(new_home: NewHome) -> None:
     home = new_home(max_concurrent=1, max_queued=2, engines=GOOD_ENGINES)
     _, api = home.start()
     holds = api.create("resumable", {"hold": True})
@@ -168,7 +168,7 @@ def test_a_reply_is_accepted_though_the_queue_is_full(new_home: NewHome) -> None
     assert status_word(api.until_ended(waiting.run_id)) == "SUCCEEDED"
 
 
-def test_every_way_to_end_gives_the_slot_back(home: Home, api: Api) -> None:
+def test_every_end_of_a_run_releases_its_slot(home: Home, api: Api) -> None:
     bad = ("exits_3", "garbage_line", "exits_silently", "leaves_children", "result_then_hangs")
     for _ in range(2):
         runs = [api.create(engine, {}) for engine in bad]

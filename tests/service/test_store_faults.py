@@ -1,4 +1,4 @@
-"""What is wrong with the store while the service runs is said to callers, by log and health."""
+"""Faults of the store under a running service are reported to callers, in the log and by health."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NOT_WRITTEN = (
 
 
 def checkpointed(home: Home) -> sqlite3.Connection:
-    """Have SQLite copy the log into the file, and return a connection."""
+    """Checkpoint the SQLite file, and return a connection."""
     connection = sqlite3.connect(home.database, timeout=20, isolation_level=None)
 
     def copied() -> bool:
@@ -38,7 +38,7 @@ def checkpointed(home: Home) -> sqlite3.Connection:
 
 
 def break_page(home: Home, name: str) -> None:
-    """Overwrite the page on which a table or an index begins; the file's header stays."""
+    """Overwrite the first page of a table or an index, but not the header of the file."""
     with closing(checkpointed(home)) as store:
         ((page,),) = store.execute(
             "SELECT rootpage FROM sqlite_schema WHERE name = ?1"
@@ -51,7 +51,7 @@ def break_page(home: Home, name: str) -> None:
 
 
 def causes(service: ServiceProcess) -> set[str]:
-    """Return why health said NOT_SERVING, as the log has it."""
+    """Return the logged causes of NOT_SERVING."""
     names = ("service.statements_failed", "service.lease_not_renewed")
     return {str(event.get("cause")) for name in names for event in service.events(name)}
 
@@ -73,9 +73,7 @@ def test_a_damaged_table_of_runs_is_named_and_health_follows(new_home: NewHome) 
 
 
 @pytest.mark.parametrize("name", ["run", "run_queue", "sqlite_schema"])
-def test_what_is_damaged_under_a_service_that_is_killed_refuses_its_next_start(
-    new_home: NewHome, name: str
-) -> None:
+def test_damage_under_a_killed_service_refuses_its_next_start(new_home: NewHome, name: str) -> None:
     home = new_home()
     service, api = home.start()
     api.until_ended(api.create("resumable", {}).run_id)
@@ -106,7 +104,7 @@ def test_a_limit_on_file_sizes_is_named_until_it_is_raised(new_home: NewHome) ->
     api.until_ended(api.create("resumable", {}).run_id)
 
 
-def test_the_lock_of_another_program_is_named_and_waited_for(new_home: NewHome) -> None:
+def test_the_service_names_a_lock_of_another_program_and_waits_for_it(new_home: NewHome) -> None:
     home = new_home(lease_ttl_s=3.0)
     service, api = home.start()
     api.create("resumable", {}, run_id="before")

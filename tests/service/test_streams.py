@@ -1,4 +1,4 @@
-"""Streams as their readers see them: who does not read is cut off, and nobody else notices."""
+"""Slow readers of streams are cut off, without harm to anyone else; limits on streams."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ with grpc.insecure_channel(sys.argv[1]) as channel:
 
 
 def flooded(api: Api) -> str:
-    """Make a run that wrote more than any buffer between us and the service takes."""
+    """Return a run that wrote more output than all buffers up to the client hold."""
     run = api.create("floods_stderr")
     api.until_ended(run.run_id)
     return run.run_id
 
 
 def waiting(api: Api) -> str:
-    """Make a run that waits, so that a watch of it stays open."""
+    """Return a run that waits, so that a watch of it stays open."""
     run = api.create("resumable", {"questions": [QUESTION]})
     api.until_status(run.run_id, "WAITING_USER")
     return run.run_id
@@ -70,21 +70,21 @@ def output_of(run_id: str) -> pb.StreamOutputRequest:
 
 
 def read_one(api: Api, run_id: str) -> Any:
-    """Begin to read the output of a run, and stop after the first piece."""
+    """Read the first piece of a run's output; return the stream."""
     stream = api.runs.StreamOutput(output_of(run_id), timeout=LONG_S)
     next(stream)
     return stream
 
 
 def watch(api: Api, run_id: str) -> Any:
-    """Watch a run, from its snapshot on."""
+    """Open a watch of a run and read its snapshot; return the stream."""
     stream = api.runs.WatchRun(pb.WatchRunRequest(run_id=run_id), timeout=LONG_S)
     assert next(stream).snapshot.run_id == run_id
     return stream
 
 
 def until_accepted(api: Api, run_id: str) -> None:
-    """Wait until there is room for one more stream."""
+    """Wait until the service accepts one more stream."""
 
     def accepted() -> bool:
         stream = api.runs.WatchRun(pb.WatchRunRequest(run_id=run_id), timeout=LONG_S)
@@ -124,8 +124,8 @@ def _named(text: str) -> bytes:
     return bytes([len(text)]) + text.encode()
 
 
-def deaf_reader(service: ServiceProcess, run_id: str) -> socket.socket:
-    """Ask for output by bare HTTP/2, and never read: what one stream is granted is all it gets."""
+def silent_reader(service: ServiceProcess, run_id: str) -> socket.socket:
+    """Request output by bare HTTP/2 and never read, nor grant more than the first window."""
     host, _, port = service.address.rpartition(":")
     connection = socket.create_connection((host, int(port)))
     headers = b"".join(
@@ -148,18 +148,18 @@ def deaf_reader(service: ServiceProcess, run_id: str) -> socket.socket:
 
 
 @contextmanager
-def deaf_readers(service: ServiceProcess, run_id: str, count: int) -> Iterator[None]:
-    """Keep so many deaf readers connected."""
+def silent_readers(service: ServiceProcess, run_id: str, count: int) -> Iterator[None]:
+    """Keep so many readers connected that never read."""
     with ExitStack() as stack:
         for _ in range(count):
-            stack.enter_context(deaf_reader(service, run_id))
+            stack.enter_context(silent_reader(service, run_id))
         yield
 
 
 # -- cut off -------------------------------------------------------------------------------------
 
 
-def test_who_reads_no_more_is_cut_off_and_told_so_when_it_reads_on(new_home: NewHome) -> None:
+def test_a_reader_that_pauses_too_long_is_cut_off_with_slow_reader(new_home: NewHome) -> None:
     home = new_home(engines=ENGINES, max_output_bytes=2 * FLOOD_BYTES, watch_stall_s=STALL_S)
     service, api = home.start()
     run_id = flooded(api)
@@ -173,10 +173,10 @@ def test_who_reads_no_more_is_cut_off_and_told_so_when_it_reads_on(new_home: New
     assert errors(service) == []
 
 
-def test_who_reads_nothing_at_all_is_told_so_when_it_begins_to_read(new_home: NewHome) -> None:
+def test_a_reader_that_starts_too_late_is_cut_off_with_slow_reader(new_home: NewHome) -> None:
     home = new_home(engines=ENGINES, max_output_bytes=2 * FLOOD_BYTES, watch_stall_s=STALL_S)
     service, api = home.start()
-    with deaf_reader(service, flooded(api)) as connection:
+    with silent_reader(service, flooded(api)) as connection:
         until_cuts(service, 1)
         for stream in (0, 1):
             connection.sendall(_frame(8, 0, stream, struct.pack(">I", FLOOD_BYTES)))
@@ -189,7 +189,7 @@ def test_who_reads_nothing_at_all_is_told_so_when_it_begins_to_read(new_home: Ne
     assert errors(service) == []
 
 
-def test_what_was_read_before_the_cut_has_no_gap_and_the_rest_can_be_read(
+def test_a_cut_off_reader_has_no_gap_and_can_resume(
     new_home: NewHome,
 ) -> None:
     home = new_home(engines=ENGINES, max_output_bytes=2 * FLOOD_BYTES, watch_stall_s=STALL_S)
@@ -213,7 +213,7 @@ def test_what_was_read_before_the_cut_has_no_gap_and_the_rest_can_be_read(
 
 
 @pytest.mark.parametrize("deaf", [False, True], ids=["reads one", "reads nothing"])
-def test_the_place_of_who_was_cut_off_is_free_again(new_home: NewHome, deaf: bool) -> None:  # noqa: FBT001
+def test_a_cut_off_reader_no_longer_counts_against_the_limit(new_home: NewHome, deaf: bool) -> None:  # noqa: FBT001
     home = new_home(
         engines=ENGINES,
         max_output_bytes=2 * FLOOD_BYTES,
@@ -224,7 +224,7 @@ def test_the_place_of_who_was_cut_off_is_free_again(new_home: NewHome, deaf: boo
     run_id, other = flooded(api), waiting(api)
     with ExitStack() as stack:
         if deaf:
-            stack.enter_context(deaf_reader(service, run_id))
+            stack.enter_context(silent_reader(service, run_id))
         else:
             stack.callback(read_one(api, run_id).cancel)
         until_cuts(service, 1)
@@ -233,7 +233,7 @@ def test_the_place_of_who_was_cut_off_is_free_again(new_home: NewHome, deaf: boo
     assert errors(service) == []
 
 
-def test_beside_some_who_do_not_read_everything_else_goes_on(new_home: NewHome) -> None:
+def test_readers_that_do_not_read_delay_nothing_else(new_home: NewHome) -> None:
     home = new_home(
         engines=ENGINES,
         max_output_bytes=2 * FLOOD_BYTES,
@@ -242,7 +242,7 @@ def test_beside_some_who_do_not_read_everything_else_goes_on(new_home: NewHome) 
     )
     service, api = home.start()
     run_id = flooded(api)
-    with deaf_readers(service, run_id, 20):
+    with silent_readers(service, run_id, 20):
         stalled = [read_one(api, run_id) for _ in range(5)]
         read = api.runs.StreamOutput(output_of(run_id), timeout=LONG_S)
 
@@ -254,7 +254,7 @@ def test_beside_some_who_do_not_read_everything_else_goes_on(new_home: NewHome) 
     assert cuts(service) == 0
 
 
-def test_memory_does_not_grow_with_those_who_were_cut_off(new_home: NewHome) -> None:
+def test_memory_does_not_grow_with_cut_off_readers(new_home: NewHome) -> None:
     home = new_home(engines=ENGINES, max_output_bytes=2 * FLOOD_BYTES, watch_stall_s=0.1)
     service, api = home.start()
     run_id, at_once, cut = flooded(api), 100, 0
@@ -262,7 +262,7 @@ def test_memory_does_not_grow_with_those_who_were_cut_off(new_home: NewHome) -> 
     for rounds in (3, 5):  # the first hundreds leave behind what those after them use again
         for _ in range(rounds):
             cut += at_once
-            with deaf_readers(service, run_id, at_once):
+            with silent_readers(service, run_id, at_once):
                 until_cuts(service, cut)
         grown.append(resident_kib(service.pid))
 
@@ -272,18 +272,18 @@ def test_memory_does_not_grow_with_those_who_were_cut_off(new_home: NewHome) -> 
 
 
 def resident_kib(pid: int) -> int:
-    """Return what a process has in memory."""
+    """Return the resident memory of a process."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
 
 
-def test_a_stop_does_not_wait_for_those_who_were_cut_off(new_home: NewHome) -> None:
+def test_a_stop_does_not_wait_for_cut_off_readers(new_home: NewHome) -> None:
     home = new_home(
         engines=ENGINES, max_output_bytes=2 * FLOOD_BYTES, watch_stall_s=STALL_S, stop_grace_s=0.5
     )
     service, api = home.start()
     run_id = flooded(api)
-    with deaf_readers(service, run_id, 20):
+    with silent_readers(service, run_id, 20):
         stream = read_one(api, run_id)
         until_cuts(service, 21)
 
@@ -292,11 +292,11 @@ def test_a_stop_does_not_wait_for_those_who_were_cut_off(new_home: NewHome) -> N
     assert errors(service) == []
 
 
-def test_who_leaves_while_it_is_written_to_is_no_error(new_home: NewHome) -> None:
+def test_a_reader_that_leaves_during_a_write_is_no_error(new_home: NewHome) -> None:
     home = new_home(engines=ENGINES, max_output_bytes=2 * FLOOD_BYTES, watch_stall_s=LONG_S)
     service, api = home.start()
     run_id = flooded(api)
-    with deaf_readers(service, run_id, 20):
+    with silent_readers(service, run_id, 20):
         for _ in range(20):
             read_one(api, run_id).cancel()
     assert service.stop() == 0
@@ -307,7 +307,7 @@ def test_who_leaves_while_it_is_written_to_is_no_error(new_home: NewHome) -> Non
 # -- places --------------------------------------------------------------------------------------
 
 
-def test_streams_have_places_of_their_own_and_one_too_many_is_refused(new_home: NewHome) -> None:
+def test_streams_have_a_limit_of_their_own_and_one_too_many_is_refused(new_home: NewHome) -> None:
     home = new_home(max_concurrent_streams=2, max_concurrent_calls=1)
     _, api = home.start()
     run_id = waiting(api)
@@ -323,7 +323,7 @@ def test_streams_have_places_of_their_own_and_one_too_many_is_refused(new_home: 
     until_accepted(api, waiting(api))
 
 
-def test_who_hangs_up_gives_its_place_back(new_home: NewHome) -> None:
+def test_a_caller_that_hangs_up_no_longer_counts_against_the_limit(new_home: NewHome) -> None:
     home = new_home(max_concurrent_streams=1)
     service, api = home.start()
     run_id = waiting(api)
@@ -335,7 +335,7 @@ def test_who_hangs_up_gives_its_place_back(new_home: NewHome) -> None:
     assert errors(service) == []
 
 
-def test_who_is_killed_gives_its_place_back(new_home: NewHome) -> None:
+def test_a_killed_caller_no_longer_counts_against_the_limit(new_home: NewHome) -> None:
     home = new_home(max_concurrent_streams=1)
     service, api = home.start()
     run_id = waiting(api)
@@ -357,7 +357,7 @@ def test_who_is_killed_gives_its_place_back(new_home: NewHome) -> None:
 # -- a stop --------------------------------------------------------------------------------------
 
 
-def test_every_watcher_is_told_of_a_stop_and_when_to_come_again(new_home: NewHome) -> None:
+def test_a_stop_ends_every_watch_with_a_retry_delay(new_home: NewHome) -> None:
     home = new_home(retry_hint_s=0.25)
     service, api = home.start()
     run_id = waiting(api)
@@ -375,7 +375,7 @@ def test_every_watcher_is_told_of_a_stop_and_when_to_come_again(new_home: NewHom
 # -- at a stop ---------------------------------------------------------------------------------
 
 
-def test_streams_that_callers_leave_open_do_not_hold_up_a_stop(new_home: NewHome) -> None:
+def test_open_streams_do_not_delay_a_stop(new_home: NewHome) -> None:
     service, api = new_home(stop_grace_s=600.0).start()
     run = api.create("resumable", {"questions": [{"prompt": "?"}]})
     api.until_status(run.run_id, "WAITING_USER")

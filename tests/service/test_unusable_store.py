@@ -1,4 +1,4 @@
-"""A store that cannot be used: a start and `check` say the same, and leave nothing behind."""
+"""An unusable store: a start and `check` give the same reason, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MENDING: Final = "docs/operations.md, *A damaged database*, tells how to mend it
 
 
 def run(folder: Path, *words: str) -> tuple[int, str]:
-    """Run the command in a folder; return its exit code and what it said beside its log."""
+    """Run the command in a folder; return its exit code and its output without log lines."""
     done = subprocess.run(
         [sys.executable, "-m", "runrecovery_service", *words],
         cwd=folder,
@@ -31,7 +31,7 @@ def run(folder: Path, *words: str) -> tuple[int, str]:
 
 
 def refusals(folder: Path, *options: str) -> tuple[tuple[int, str], tuple[int, str]]:
-    """Return what a start and `check` say, without the note of `check` that no engine is set up."""
+    """Return the refusals of a start and of `check`, without the note that there is no engine."""
     code, text = run(folder, "check", *options)
     problems = [line for line in text.splitlines() if not line.startswith("note: no engine")]
     start = run(folder, "serve", "--listen", "127.0.0.1:0", *options)
@@ -49,7 +49,7 @@ def refusals(folder: Path, *options: str) -> tuple[tuple[int, str], tuple[int, s
     ],
     ids=["no directory", "a directory", "below a file", "too long"],
 )  # fmt: skip
-def test_a_place_that_cannot_be_is_refused_and_nothing_is_made(
+def test_an_impossible_path_is_refused_and_nothing_is_created(
     tmp_path: Path, options: list[str], said: str
 ) -> None:
     start, check = refusals(tmp_path, *options)
@@ -68,7 +68,7 @@ def test_a_database_in_memory_is_a_mistake_of_the_configuration(tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_path_that_is_no_text_is_refused(tmp_path: Path) -> None:
+def test_a_path_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / os.fsdecode(b"b\xffd")
     folder.mkdir()
 
@@ -78,7 +78,7 @@ def test_a_path_that_is_no_text_is_refused(tmp_path: Path) -> None:
     assert (start, check) == ((4, f"error: {said}"), (1, said))
 
 
-def test_a_removed_working_directory_is_told(tmp_path: Path) -> None:
+def test_a_removed_working_directory_is_reported(tmp_path: Path) -> None:
     program = "import os, sys; os.rmdir(os.getcwd()); os.execv(sys.executable, sys.argv[1:])"
     command = [sys.executable, "-m", "runrecovery_service", "serve", "--data-dir", "data"]
     gone = tmp_path / "gone"
@@ -111,7 +111,7 @@ def overwrite(database: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut, overwrite])
-def test_a_damaged_database_is_refused_with_the_way_to_mend_it(
+def test_a_damaged_database_is_refused_with_the_way_to_repair_it(
     new_home: NewHome, damage: Callable[[Path], None]
 ) -> None:
     home = new_home()
@@ -125,7 +125,7 @@ def test_a_damaged_database_is_refused_with_the_way_to_mend_it(
     assert (start, check) == ((4, f"error: {said}"), (1, said))
 
 
-def test_a_directory_that_others_share_is_used_as_it_is_and_told(new_home: NewHome) -> None:
+def test_a_shared_directory_is_used_with_a_warning(new_home: NewHome) -> None:
     home = new_home()
     home.data.mkdir()
     home.data.chmod(0o2777)
