@@ -1,4 +1,4 @@
-"""Runs what blocks in a thread of a pool, beside the event loop."""
+"""Runs blocking work in a thread pool, so that the event loop does not wait."""
 
 from __future__ import annotations
 

@@ -400,12 +400,12 @@ class Launch:
         return await run_blocking(self.launcher.threads, killed_by_shim, self._shim_journal)
 
     def release(self, *, gone: bool) -> list[ShimEvent]:
-        """Return the last events of the shim, close the pipes and reap the shim. Blocking, shortly.
+        """Return the last events of the shim, close the pipes and reap the shim. Blocks shortly.
 
         Call it after the tree was ended: until then the unreaped shim keeps its pid.
 
         Args:
-            gone: nothing of the tree is left. Otherwise the shim stays.
+            gone: no process of the tree is left. False: the shim is not reaped.
         """
         process, lease = self._process, self.records.turn.launch
         if process is None:

@@ -1,7 +1,8 @@
-"""Ends the processes that are left of launches that are over, while the service runs.
+"""Ends leftover processes of launches that are over, while the service runs.
 
-A tree that could not be ended is tried again until it is gone, which frees its run. Launches that
-were closed a short time ago are searched for once more: no scan of a process table is proof.
+A tree that could not be ended is tried again until it is gone; then its run can continue. Launches
+that were closed a short time ago are searched once more, because one scan of the process table may
+miss a process.
 """
 
 from __future__ import annotations

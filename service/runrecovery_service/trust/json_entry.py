@@ -315,7 +315,10 @@ def _proved(source: Text, splices: Sequence[Splice], expected: Model) -> bytes:
 
 
 def _ended(source: Text, done: bytes, added: Added) -> bytes | None:
-    """Return the file, or the content before ours if the document is ours and empty now."""
+    """Return the edited file. If we made its document and it is empty now, remove the document.
+
+    None: we made the file too, so it is removed.
+    """
     body = Text.read(done, most=2 * MOST_BYTES).body
     blank = body.removesuffix(_EMPTIED[0]).removesuffix(_EMPTIED[1])
     if Made.DOCUMENT not in added.made or blank == body or blank.strip(" \t\r\n"):
