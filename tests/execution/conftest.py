@@ -1,4 +1,4 @@
-"""The dispatcher on uvloop, as in production, with a store and processes of its own."""
+"""A dispatcher with a store and real agent processes, on uvloop as in production."""
 
 from __future__ import annotations
 
@@ -76,13 +76,13 @@ FAR_S = 600.0
 
 
 def in_ns(seconds: float) -> int:
-    """Return a deadline of trees: so many seconds from now."""
+    """Return the tree deadline that is `seconds` from now."""
     return boot_time_ns() + int(seconds * 1e9)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LeaseRow:
-    """A lease as it is stored."""
+class StoredLaunch:
+    """A launch as it is stored."""
 
     key: int
     state: str
@@ -98,34 +98,34 @@ class LeaseRow:
 
     @property
     def shim(self) -> ProcessIdentity:
-        """The shim on record."""
+        """The recorded shim."""
         assert self.pid is not None
         assert self.start_ticks is not None
         return ProcessIdentity(self.pid, self.start_ticks)
 
     @property
     def token(self) -> str:
-        """What its processes have in their environment."""
+        """The cookie that its processes have in their environment."""
         return f"{self.key:x}.{self.cookie}"
 
     def tree(self) -> list[int]:
-        """Return the living processes that bear its watermark, the shim aside."""
+        """Return the living processes with its watermark, without the shim."""
         return [pid for pid in processes_with_watermark(self.watermark) if pid != self.pid]
 
     @property
     def is_guarded(self) -> bool:
-        """True while its shim lives."""
+        """Whether its shim lives."""
         return self.pid is not None and living_process(self.pid) == self.shim
 
 
 async def until(holds: Callable[[], Awaitable[bool]]) -> None:
-    """Return once it holds; fail when it does not in time."""
+    """Return once `holds` answers true; fail when it does not in time."""
     await until_async(holds, "it holds")
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Floor:
-    """A running dispatcher, and what a caller of it does."""
+class Execution:
+    """A running dispatcher, and the calls of its clients."""
 
     storage: Storage
     owner: Owner
@@ -139,37 +139,37 @@ class Floor:
 
     @property
     def is_fenced(self) -> bool:
-        """True once the service was to stop because a newer epoch owns the runs."""
+        """Whether the service has to stop because a newer epoch owns its runs."""
         return isinstance(self.stop.failure, Fenced)
 
-    def beat(self, seconds: float) -> None:
-        """Let the trees live for so long from now."""
+    def heartbeat(self, seconds: float) -> None:
+        """Move the tree deadline to `seconds` from now."""
         self.turns.heartbeat(in_ns(seconds))
 
-    async def lease(self, run_id: str, *, turn: int = 1, attempt: int = 1) -> LeaseRow:
-        """Return the lease of a launch."""
-        names = ", ".join(f"l.{name}" for name in LeaseRow.__slots__ if name != "key")
+    async def launch(self, run_id: str, *, turn: int = 1, attempt: int = 1) -> StoredLaunch:
+        """Return a launch as it is stored."""
+        names = ", ".join(f"l.{name}" for name in StoredLaunch.__slots__ if name != "key")
         sql = (
             f"SELECT l.id, {names} FROM process_lease l JOIN run r ON r.id = l.run"  # noqa: S608
             " WHERE r.run_id = ? AND l.attempt = ? AND l.turn = ?"
         )
         row = await self.storage.read(lambda db: db.fetch_one(sql, (run_id, attempt, turn)))
         assert row is not None
-        return LeaseRow(**dict(zip(LeaseRow.__slots__, row, strict=True)))
+        return StoredLaunch(**dict(zip(StoredLaunch.__slots__, row, strict=True)))
 
-    async def set_lease_state(self, state: str) -> None:
-        """Change the state of every lease behind the service's back."""
+    async def set_launch_state(self, state: str) -> None:
+        """Change the state of every launch behind the service's back."""
         await self.storage.write(
             lambda db: db.execute("UPDATE process_lease SET state = ?", (state,)).rowcount
         )
 
-    async def until_tree(self, run_id: str, size: int) -> LeaseRow:
-        """Return the lease of a run's first launch once so many processes bear its mark."""
+    async def until_tree(self, run_id: str, size: int) -> StoredLaunch:
+        """Return a run's first launch once `size` processes have its watermark."""
 
-        found: list[LeaseRow] = []
+        found: list[StoredLaunch] = []
 
         async def stands() -> bool:
-            found.append(await self.lease(run_id))
+            found.append(await self.launch(run_id))
             return found[-1].state == "RUNNING" and len(found[-1].tree()) >= size
 
         await self.until_status(run_id, RunStatus.RUNNING, RunStatus.WAITING_USER)
@@ -230,7 +230,7 @@ class Floor:
         return await self.storage.read_row(runs.get, run_id)
 
     async def until(self, run_id: str, reached: Callable[[Run], bool]) -> Run:
-        """Return the run once it is so."""
+        """Return the run once `reached` holds for it."""
         found: list[Run] = []
 
         async def is_so() -> bool:
@@ -241,11 +241,11 @@ class Floor:
         return found[-1]
 
     async def until_status(self, run_id: str, *statuses: RunStatus) -> Run:
-        """Return the run once it has one of these."""
+        """Return the run once it has one of these statuses."""
         return await self.until(run_id, lambda run: run.status in statuses)
 
     async def until_free(self, slots: int) -> None:
-        """Return once so many slots are free."""
+        """Return once at least `slots` slots are free."""
 
         async def is_so() -> bool:
             return self.dispatcher.capacity - self.dispatcher.slots_in_use >= slots
@@ -257,19 +257,19 @@ class Floor:
         return await self.until(run_id, lambda run: run.status is None or run.status.is_terminal)
 
 
-NewFloor = Callable[..., Awaitable[Floor]]
+NewExecution = Callable[..., Awaitable[Execution]]
 
 
 @asynccontextmanager
-async def opened(
+async def running_execution(
     path: Path,
     *,
     trees_live_s: float = FAR_S,
     session_timeout_s: float = FAR_S,
     more: Sequence[Engine] = (),
     session_check_s: float = FAR_S,
-) -> AsyncIterator[Floor]:
-    """Open a store below `path` and a dispatcher that works on it."""
+) -> AsyncIterator[Execution]:
+    """Open a store below `path`, and run a dispatcher on it."""
     db = open_database("", path)
     here = Host.here()
     boot = InstanceStart(
@@ -346,7 +346,7 @@ async def opened(
         )
         dispatcher.start()
         deadlines.start()
-        yield Floor(
+        yield Execution(
             storage=storage,
             owner=owner,
             catalog=catalog,
@@ -365,13 +365,13 @@ async def opened(
 
 
 @pytest_asyncio.fixture
-async def new_floor(tmp_path: Path) -> AsyncIterator[NewFloor]:
-    """Makes a floor with its own times and engines, and clears it away."""
+async def new_execution(tmp_path: Path) -> AsyncIterator[NewExecution]:
+    """Start executions with times and engines of a test; stop them afterwards."""
     async with AsyncExitStack() as stack:
-        yield lambda **named: stack.enter_async_context(opened(tmp_path, **named))
+        yield lambda **named: stack.enter_async_context(running_execution(tmp_path, **named))
 
 
 @pytest_asyncio.fixture
-async def floor(new_floor: NewFloor) -> Floor:
-    """A floor on which nothing runs out of time."""
-    return await new_floor()
+async def execution(new_execution: NewExecution) -> Execution:
+    """An execution in which no deadline passes by itself."""
+    return await new_execution()

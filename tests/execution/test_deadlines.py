@@ -1,4 +1,4 @@
-"""Deadlines, carried out beside the sessions: one that cannot be stops none of the others."""
+"""Deadlines are carried out while turns run, each by itself."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ from runrecovery_service.domain.errors import StorageUnavailable
 from runrecovery_service.domain.run import Run, RunStatus
 from runrecovery_service.storage import deadlines, runs
 
-from .conftest import Floor, NewFloor, until
+from .conftest import Execution, NewExecution, until
 
 ASKS = {"questions": [{"prompt": "So?"}]}
 
 
-async def asks(floor: Floor) -> str:
-    """A run that decides automatically, 0.3 s after it has asked."""
-    run_id = await floor.create("resumable", ASKS, require_user_reply=False, session_timeout_s=0.3)
-    await floor.until_status(run_id, RunStatus.WAITING_USER, RunStatus.SUCCEEDED)
+async def asks(execution: Execution) -> str:
+    """Create a run that is decided automatically 0.3 s after its question; return its id."""
+    run_id = await execution.create(
+        "resumable", ASKS, require_user_reply=False, session_timeout_s=0.3
+    )
+    await execution.until_status(run_id, RunStatus.WAITING_USER, RunStatus.SUCCEEDED)
     return run_id
 
 
-async def test_a_run_that_cannot_be_read_holds_up_no_deadline_but_its_own(
-    floor: Floor, monkeypatch: pytest.MonkeyPatch
+async def test_a_deadline_that_cannot_be_carried_out_does_not_delay_others(
+    execution: Execution, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read, end_wait, bad = runs.get_by_key, deadlines.end_wait, list[int]()
 
@@ -37,13 +39,13 @@ async def test_a_run_that_cannot_be_read_holds_up_no_deadline_but_its_own(
 
     monkeypatch.setattr(deadlines, "end_wait", refuse(end_wait))
     monkeypatch.setattr(runs, "get_by_key", lambda db, key: _unless(bad, key, read, db))
-    first = await asks(floor)
+    first = await asks(execution)
     await until(lambda: _true(bool(bad)))
 
-    second = await floor.until_ended(await asks(floor))
+    second = await execution.until_ended(await asks(execution))
 
     assert (second.status, second.auto_decided_count) == (RunStatus.SUCCEEDED, 1)
-    assert (await floor.get(first)).status is RunStatus.WAITING_USER
+    assert (await execution.get(first)).status is RunStatus.WAITING_USER
 
 
 async def _true(answer: bool) -> bool:  # noqa: FBT001 - a condition to wait on
@@ -57,8 +59,8 @@ def _unless(bad: list[int], key: int, read: Any, db: Any) -> Run:
     return run
 
 
-async def test_a_decision_whose_answer_was_lost_is_carried_on(
-    floor: Floor, monkeypatch: pytest.MonkeyPatch
+async def test_an_automatic_decision_whose_commit_answer_was_lost_is_delivered(
+    execution: Execution, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     end_wait, lost = deadlines.end_wait, list[int]()
 
@@ -69,24 +71,26 @@ async def test_a_decision_whose_answer_was_lost_is_carried_on(
             raise StorageUnavailable
         return answer
 
-    monkeypatch.setattr(floor.storage, "_writer", None)  # each use is a commit of its own
+    monkeypatch.setattr(execution.storage, "_writer", None)  # each use is a commit of its own
     monkeypatch.setattr(deadlines, "end_wait", commit_and_lose)
-    run_id = await floor.create("sticky", ASKS, require_user_reply=False, session_timeout_s=0.3)
+    run_id = await execution.create("sticky", ASKS, require_user_reply=False, session_timeout_s=0.3)
 
-    run = await floor.until_ended(run_id)
+    run = await execution.until_ended(run_id)
 
     assert lost == [run.key]
     assert (run.status, run.output) == (RunStatus.SUCCEEDED, {"answers": [None]})
     assert run.auto_decided_count == 1
 
 
-async def test_a_run_out_of_time_is_ended_wherever_it_stands(new_floor: NewFloor) -> None:
-    floor = await new_floor()
-    run_id = await floor.create("holds", max_run_s=0.5)
-    lease = await floor.until_tree(run_id, 1)
+async def test_a_run_that_is_out_of_time_fails_and_its_processes_end(
+    new_execution: NewExecution,
+) -> None:
+    execution = await new_execution()
+    run_id = await execution.create("holds", max_run_s=0.5)
+    launch = await execution.until_tree(run_id, 1)
 
-    run = await floor.until_ended(run_id)
+    run = await execution.until_ended(run_id)
 
     assert run.error is not None
     assert (run.status, run.error.code) == (RunStatus.FAILED, "RUN_TIMEOUT")
-    assert lease.tree() == []
+    assert launch.tree() == []

@@ -1,4 +1,4 @@
-"""A launch for which the system lacks the means is tried again, and ends no run."""
+"""A launch for which the system lacks resources is tried again, and fails no run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from runrecovery_service.process.shim_events import NotStarted, parse_event
 from runrecovery_service.process.shimmed_process import ShimmedProcess
 from runrecovery_service.trust import files
 
-from .conftest import QUICK, Floor, NewFloor, until
+from .conftest import QUICK, Execution, NewExecution, until
 
 LACKING = [errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM]
 
@@ -39,7 +39,7 @@ def twice(error: Callable[[], Exception], use: Callable[..., Any]) -> Callable[.
 
 
 def in_turn(*uses: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function of which each call is a call of the next one of these."""
+    """Return a function whose first call calls the first of `uses`, and so on."""
     left = iter(uses)
 
     def call(*args: Any, **named: Any) -> Any:
@@ -52,52 +52,54 @@ def lacking(number: int) -> Callable[[], OSError]:
     return lambda: OSError(number, os.strerror(number))
 
 
-async def run_of(floor: Floor, engine: str = "quick") -> tuple[Run, list[str]]:
-    """Run to the end; return the run, and why it was delayed as far as that was told."""
+async def run_of(execution: Execution, engine: str = "quick") -> tuple[Run, list[str]]:
+    """Run to the end; return the run, and the logged reasons of its delays."""
     with structlog.testing.capture_logs() as logs:
-        run = await floor.until_ended(await floor.create(engine))
+        run = await execution.until_ended(await execution.create(engine))
     delays = [line["reason"] for line in logs if line["event"] == "execution.launch_delayed"]
     return run, delays
 
 
 @pytest.mark.parametrize("number", LACKING)
-async def test_a_shim_for_which_the_system_lacks_the_means_is_started_later(
-    floor: Floor, monkeypatch: pytest.MonkeyPatch, number: int
+async def test_a_shim_that_cannot_start_for_lack_of_resources_is_started_later(
+    execution: Execution, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     monkeypatch.setattr(os, "pipe", twice(lacking(number), os.pipe))
 
-    run, delays = await run_of(floor)
+    run, delays = await run_of(execution)
 
     assert (run.status, run.error, run.attempt) == (RunStatus.SUCCEEDED, None, 1)
     assert delays == [f"{os.strerror(number)}: the shim"]
 
 
-async def test_a_workspace_is_made_later(floor: Floor, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_workspace_that_cannot_be_made_for_lack_of_resources_is_made_later(
+    execution: Execution, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Workspaces, "prepare", twice(lacking(errno.EMFILE), Workspaces.prepare))
 
-    run, delays = await run_of(floor)
+    run, delays = await run_of(execution)
 
     assert run.status is RunStatus.SUCCEEDED
     assert delays == ["the workspace cannot be made: Too many open files"]
 
 
 async def test_an_agent_that_could_not_be_forked_is_started_by_another_shim(
-    floor: Floor, monkeypatch: pytest.MonkeyPatch
+    execution: Execution, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The launch is on record as RUNNING by then."""
     release = twice(lambda: LaunchDelayed("fork"), ShimmedProcess.release)
     monkeypatch.setattr(ShimmedProcess, "release", release)
 
-    run, delays = await run_of(floor)
+    run, delays = await run_of(execution)
 
     assert (run.status, run.output) == (RunStatus.SUCCEEDED, {"done": True})
     assert delays == ["fork"]
-    lease = await floor.lease(run.run_id)
-    assert (lease.state, lease.exit_code) == ("CLOSED", 0)
+    launch = await execution.launch(run.run_id)
+    assert (launch.state, launch.exit_code) == ("CLOSED", 0)
 
 
-async def test_a_trust_file_is_edited_later(
-    new_floor: NewFloor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+async def test_a_trust_file_that_cannot_be_edited_for_lack_of_resources_is_edited_later(
+    new_execution: NewExecution, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     home = tmp_path / "home"
     home.mkdir()
@@ -111,47 +113,47 @@ async def test_a_trust_file_is_edited_later(
         session_file=None,
         trust="codex",
     )
-    floor = await new_floor(more=[engine])
+    execution = await new_execution(more=[engine])
     monkeypatch.setattr(files, "edit", twice(lacking(errno.EMFILE), files.edit))
 
-    run, delays = await run_of(floor, "trusted")
+    run, delays = await run_of(execution, "trusted")
 
     assert run.status is RunStatus.SUCCEEDED
     assert len(delays) == 1
     assert "Too many open files" in delays[0]
 
 
-async def test_a_delayed_launch_that_is_canceled_never_starts(
-    floor: Floor, monkeypatch: pytest.MonkeyPatch
+async def test_a_delayed_launch_that_is_canceled_is_not_started(
+    execution: Execution, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def never(*_: object, **__: object) -> None:
         raise LaunchDelayed("no memory")
 
     monkeypatch.setattr(launcher, "prepare", never)
-    run_id = await floor.create("quick")
+    run_id = await execution.create("quick")
 
     async def is_followed() -> bool:
-        return floor.dispatcher.slots_in_use == 1
+        return execution.dispatcher.slots_in_use == 1
 
     await until(is_followed)
-    await floor.cancel(run_id)
+    await execution.cancel(run_id)
 
-    assert (await floor.until_ended(run_id)).status is RunStatus.CANCELED
-    await floor.until_free(floor.dispatcher.capacity)
+    assert (await execution.until_ended(run_id)).status is RunStatus.CANCELED
+    await execution.until_free(execution.dispatcher.capacity)
 
 
-async def test_what_the_system_refuses_for_another_reason_fails_the_launch(
-    floor: Floor, monkeypatch: pytest.MonkeyPatch
+async def test_an_error_other_than_a_lack_of_resources_fails_the_launch(
+    execution: Execution, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Workspaces, "prepare", twice(lacking(errno.EACCES), Workspaces.prepare))
 
-    run, delays = await run_of(floor)
+    run, delays = await run_of(execution)
 
     assert run.error is not None
     assert (run.error.code, delays) == ("LAUNCH_FAILED", [])
 
 
-def test_a_shim_tells_what_the_system_lacks() -> None:
+def test_a_shim_reports_which_resource_is_missing() -> None:
     event = parse_event("refused 11 fork")
 
     assert isinstance(event, NotStarted)
@@ -160,14 +162,14 @@ def test_a_shim_tells_what_the_system_lacks() -> None:
     assert not isinstance(launch_error(OSError(errno.ENOENT, ""), "gone"), LaunchDelayed)
 
 
-async def test_a_shim_that_is_lost_at_its_gate_is_followed_by_another(
-    floor: Floor, monkeypatch: pytest.MonkeyPatch
+async def test_a_shim_that_is_lost_at_its_gate_is_replaced(
+    execution: Execution, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As one is for which the system has no descriptor: its Python ends without a word."""
+    """A shim for which the system has no descriptor ends without an event."""
     lost = twice(lambda: ShimLost("the shim ended"), launch.prepare)
     monkeypatch.setattr(launcher, "prepare", lost)
 
-    run, delays = await run_of(floor)
+    run, delays = await run_of(execution)
 
     assert (run.status, run.error, run.attempt) == (RunStatus.SUCCEEDED, None, 1)
     assert delays == ["the shim ended"]
@@ -177,23 +179,23 @@ def lose(*_: object, **__: object) -> ShimmedProcess:
     raise ShimLost("the shim ended")
 
 
-async def test_a_shim_lost_at_its_gate_costs_no_run_though_one_before_it_was_released(
-    floor: Floor, monkeypatch: pytest.MonkeyPatch
+async def test_a_shim_that_is_lost_after_a_failed_fork_of_another_is_replaced(
+    execution: Execution, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the agent that the first shim could not fork nothing has run."""
+    """The first shim could not fork its agent, so nothing of the agent has run."""
     steps = in_turn(launch.prepare, lose, launch.prepare, launch.prepare)
     monkeypatch.setattr(launcher, "prepare", steps)
     release = twice(lambda: LaunchDelayed("fork"), ShimmedProcess.release)
     monkeypatch.setattr(ShimmedProcess, "release", release)
 
-    run, delays = await run_of(floor)
+    run, delays = await run_of(execution)
 
     assert (run.status, run.error, run.attempt) == (RunStatus.SUCCEEDED, None, 1)
     assert delays == ["fork"]
 
 
-async def test_only_shims_that_are_lost_in_a_row_fail_the_launch(
-    floor: Floor, monkeypatch: pytest.MonkeyPatch
+async def test_shims_that_are_lost_with_another_delay_between_them_do_not_fail_the_launch(
+    execution: Execution, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def lack(*_: object, **__: object) -> ShimmedProcess:
         raise LaunchDelayed("no memory")
@@ -202,13 +204,13 @@ async def test_only_shims_that_are_lost_in_a_row_fail_the_launch(
     monkeypatch.setattr(launcher, "prepare", steps)
     monkeypatch.setattr(launcher, "DELAY_MOST_S", launcher.DELAY_FIRST_S)
 
-    run, _ = await run_of(floor)
+    run, _ = await run_of(execution)
 
     assert (run.status, run.error, run.attempt) == (RunStatus.SUCCEEDED, None, 1)
 
 
-async def test_shims_that_are_lost_again_and_again_fail_the_launch(
-    floor: Floor, monkeypatch: pytest.MonkeyPatch
+async def test_five_shims_lost_in_a_row_fail_the_launch(
+    execution: Execution, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tries: list[None] = []
 
@@ -218,7 +220,7 @@ async def test_shims_that_are_lost_again_and_again_fail_the_launch(
 
     monkeypatch.setattr(launcher, "prepare", lose)
 
-    run, _ = await run_of(floor)
+    run, _ = await run_of(execution)
 
     assert run.error is not None
     assert (run.error.code, len(tries)) == ("LAUNCH_FAILED", 5)

@@ -1,4 +1,4 @@
-"""What is in a pipe, and until when."""
+"""Writes to a pipe are known to be read or never to be."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def pipe() -> Iterator[tuple[int, int]]:
         os.close(end)
 
 
-async def test_what_was_written_is_read_when_the_last_byte_was_taken(pipe: tuple[int, int]) -> None:
+async def test_a_write_counts_as_read_once_its_last_byte_was_read(pipe: tuple[int, int]) -> None:
     reads, writes = pipe
     await pipes.write_all(writes, b"hello")
     waiting = asyncio.create_task(pipes.wait_until_read(writes))
@@ -32,11 +32,11 @@ async def test_what_was_written_is_read_when_the_last_byte_was_taken(pipe: tuple
     assert await asyncio.wait_for(waiting, 30)
 
 
-async def test_nothing_written_is_nothing_to_wait_for(pipe: tuple[int, int]) -> None:
+async def test_an_empty_pipe_counts_as_read(pipe: tuple[int, int]) -> None:
     assert await asyncio.wait_for(pipes.wait_until_read(pipe[1]), 30)
 
 
-async def test_what_is_left_in_a_pipe_without_a_reader_is_never_read() -> None:
+async def test_bytes_left_in_a_pipe_without_a_reader_count_as_unread() -> None:
     reads, writes = os.pipe()
     try:
         await pipes.write_all(writes, b"hello")

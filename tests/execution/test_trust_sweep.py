@@ -1,4 +1,4 @@
-"""What is left of trust entries is taken out while the service runs, and told of once."""
+"""Stale trust entries are removed while the service runs, and failures are logged once."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from .conftest import until
 
 
 @dataclass
-class Keeper:
-    """Stands for the keeper: some files have something in them, and some of these are broken."""
+class FakeTrustKeeper:
+    """A trust keeper whose files `stale` have stale entries; it fails for those in `broken`."""
 
     stale: list[str]
     broken: set[str] = field(default_factory=set)
     away: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    looked_at: list[str] = field(default_factory=list)
+    cleared: list[str] = field(default_factory=list)
     should_stop: Callable[[], bool] = bool
 
     def stale_files(self) -> list[str]:
@@ -36,7 +36,7 @@ class Keeper:
         self, file: str, *, lock_wait_s: float, should_stop: Callable[[], bool]
     ) -> TrustClearing:
         """See `TrustKeeper`."""
-        self.looked_at.append(file)
+        self.cleared.append(file)
         self.should_stop = should_stop
         if file in self.away:
             return TrustClearing(kept=self.away.pop(file))
@@ -49,8 +49,8 @@ class Keeper:
 
 
 @pytest.fixture
-def sweep_of() -> Iterator[Callable[[Keeper], TrustSweep]]:
-    """Makes a sweep that asks this keeper."""
+def sweep_of() -> Iterator[Callable[[FakeTrustKeeper], TrustSweep]]:
+    """Make sweeps that use a fake keeper."""
     with SteadyThreadPool(1, "trust") as threads:
 
         def make(keeper: Any) -> TrustSweep:
@@ -59,22 +59,22 @@ def sweep_of() -> Iterator[Callable[[Keeper], TrustSweep]]:
         yield make
 
 
-SweepOf = Callable[[Keeper], TrustSweep]
+SweepOf = Callable[[FakeTrustKeeper], TrustSweep]
 
 
-async def test_a_broken_file_is_left_alone_for_longer_each_time_and_told_of_once(
+async def test_a_broken_file_is_retried_with_growing_pauses_and_logged_once(
     sweep_of: SweepOf,
 ) -> None:
-    keeper = Keeper(stale=["/bad"], broken={"/bad"})
+    keeper = FakeTrustKeeper(stale=["/bad"], broken={"/bad"})
     sweep, now = sweep_of(keeper), [1000.0]
     sweep.time = lambda: now[0]
     looks = []
 
     with structlog.testing.capture_logs() as told:
         for _ in range(300):
-            before = len(keeper.looked_at)
+            before = len(keeper.cleared)
             await sweep.sweep()
-            if len(keeper.looked_at) > before:
+            if len(keeper.cleared) > before:
                 looks.append(now[0] - 1000.0)
             now[0] += 1.0
 
@@ -82,10 +82,10 @@ async def test_a_broken_file_is_left_alone_for_longer_each_time_and_told_of_once
     assert [line["event"] for line in told] == ["trust.entry_kept"]
 
 
-async def test_what_is_kept_is_told_and_delays_nothing_else_in_the_file(
+async def test_kept_entries_are_logged_and_delay_no_other_in_their_file(
     sweep_of: SweepOf,
 ) -> None:
-    keeper = Keeper(stale=["/f"], away={"/f": ("one", "two", LEFT)})
+    keeper = FakeTrustKeeper(stale=["/f"], away={"/f": ("one", "two", LEFT)})
     sweep = sweep_of(keeper)
 
     with structlog.testing.capture_logs() as told:
@@ -96,10 +96,10 @@ async def test_what_is_kept_is_told_and_delays_nothing_else_in_the_file(
     assert keeper.stale == []
 
 
-async def test_a_stop_is_seen_between_edits_of_one_file(
+async def test_a_stop_ends_the_edits_of_a_file(
     sweep_of: SweepOf,
 ) -> None:
-    keeper = Keeper(stale=["/f"])
+    keeper = FakeTrustKeeper(stale=["/f"])
     sweep = sweep_of(keeper)
     await sweep.sweep()
     before = keeper.should_stop()
@@ -109,24 +109,24 @@ async def test_a_stop_is_seen_between_edits_of_one_file(
     assert (before, keeper.should_stop()) == (False, True)
 
 
-async def test_a_broken_file_keeps_no_other_from_being_cleared(
+async def test_a_broken_file_does_not_keep_others_from_being_cleared(
     sweep_of: SweepOf,
 ) -> None:
-    keeper = Keeper(stale=["/bad", "/good"], broken={"/bad"})
+    keeper = FakeTrustKeeper(stale=["/bad", "/good"], broken={"/bad"})
     sweep = sweep_of(keeper)
 
     await sweep.sweep()
     keeper.stale.append("/later")
     await sweep.sweep()
 
-    assert keeper.looked_at == ["/bad", "/good", "/later"]
+    assert keeper.cleared == ["/bad", "/good", "/later"]
     assert keeper.stale == ["/bad"]
 
 
-async def test_a_file_that_was_mended_is_told_of_again_when_it_breaks_again(
+async def test_a_repaired_file_is_logged_again_when_it_breaks_again(
     sweep_of: SweepOf,
 ) -> None:
-    keeper = Keeper(stale=["/f"], broken={"/f"})
+    keeper = FakeTrustKeeper(stale=["/f"], broken={"/f"})
     sweep = sweep_of(keeper)
 
     with structlog.testing.capture_logs() as told:
@@ -139,11 +139,11 @@ async def test_a_file_that_was_mended_is_told_of_again_when_it_breaks_again(
     assert [line["event"] for line in told] == ["trust.entry_kept"] * 2
 
 
-async def test_it_goes_on_after_a_sweep_that_failed(
+async def test_the_sweep_continues_after_a_failure(
     sweep_of: SweepOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trust_sweep, "SWEEP_INTERVAL_S", 0.01)
-    keeper = Keeper(stale=["/f"])
+    keeper = FakeTrustKeeper(stale=["/f"])
     sweep, failures = sweep_of(keeper), iter(range(3))
 
     def fail_first() -> list[str]:

@@ -1,4 +1,4 @@
-"""A launch waits for the file of its CLI as long as somebody wants the run, and no longer."""
+"""A launch waits for the busy trust file of its CLI while its run is wanted, and no longer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from runrecovery_service.engines.catalog import Engine
 from runrecovery_service.storage import runs
 from runrecovery_service.trust.errors import TrustFileBusy
 
-from .conftest import FAR_S, QUICK, Floor, opened, until
+from .conftest import FAR_S, QUICK, Execution, running_execution, until
 
 BOUND_S = 10.0
 TRUSTING = Engine(
@@ -33,15 +33,15 @@ TRUSTING = Engine(
 
 
 @pytest.fixture
-async def trusting(tmp_path: Path) -> AsyncIterator[Floor]:
-    """A floor with an engine whose CLI is to trust workspaces."""
-    async with opened(tmp_path, more=[TRUSTING]) as floor:
-        yield floor
+async def trusting(tmp_path: Path) -> AsyncIterator[Execution]:
+    """An execution with an engine whose CLI gets trust entries."""
+    async with running_execution(tmp_path, more=[TRUSTING]) as execution:
+        yield execution
 
 
 @pytest.fixture
 def events() -> Iterator[list[Any]]:
-    """What is logged."""
+    """The logged events."""
     with structlog.testing.capture_logs() as told:
         yield told
 
@@ -53,12 +53,12 @@ def count(events: list[Any], event: str) -> int:
 def adding(
     monkeypatch: pytest.MonkeyPatch, do: Callable[[Callable[[float], object]], None]
 ) -> None:
-    """Have a keeper do this, with the pause that it is given, instead of putting an entry in."""
+    """Let trust keepers call `do` with their pause instead of adding an entry."""
     monkeypatch.setattr(TrustKeeper, "add", lambda *_, pause: do(pause))
 
 
 def wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Have launches wait for a lock that is never free; returns who has begun to."""
+    """Let launches wait for a lock that is never free; return a list of those that wait."""
     begun: list[str] = []
 
     def do(pause: Callable[[float], object]) -> None:
@@ -81,8 +81,8 @@ def busy() -> TrustFileBusy:
     return TrustFileBusy(Path("/f"), "others hold the lock")
 
 
-async def test_a_defect_fails_the_run_and_is_not_met_again(
-    trusting: Floor, monkeypatch: pytest.MonkeyPatch, events: list[Any]
+async def test_a_defect_fails_the_run_at_once(
+    trusting: Execution, monkeypatch: pytest.MonkeyPatch, events: list[Any]
 ) -> None:
     def fail(_: object) -> None:
         raise LookupError
@@ -97,8 +97,8 @@ async def test_a_defect_fails_the_run_and_is_not_met_again(
     assert count(events, "trust.not_added") == 1
 
 
-async def test_a_busy_file_is_waited_for_and_told_of_once(
-    trusting: Floor, monkeypatch: pytest.MonkeyPatch, events: list[Any]
+async def test_a_busy_trust_file_is_waited_for_and_logged_once(
+    trusting: Execution, monkeypatch: pytest.MonkeyPatch, events: list[Any]
 ) -> None:
     left = [busy() for _ in range(5)]
 
@@ -113,8 +113,8 @@ async def test_a_busy_file_is_waited_for_and_told_of_once(
     assert count(events, "trust.lock_waited") == 1
 
 
-async def test_a_cancel_that_is_only_on_record_ends_the_wait(
-    trusting: Floor, monkeypatch: pytest.MonkeyPatch
+async def test_an_unannounced_cancel_ends_the_wait_for_a_trust_file(
+    trusting: Execution, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tries: list[str] = []
 
@@ -133,7 +133,9 @@ async def test_a_cancel_that_is_only_on_record_ends_the_wait(
     assert (await trusting.until_ended(run_id)).status is RunStatus.CANCELED
 
 
-async def test_a_cancel_ends_a_wait(trusting: Floor, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_cancel_ends_the_wait_for_a_trust_file(
+    trusting: Execution, monkeypatch: pytest.MonkeyPatch
+) -> None:
     begun = wait_for_ever(monkeypatch)
     run_id = await trusting.create("trusting")
     await waits(begun)
@@ -144,8 +146,8 @@ async def test_a_cancel_ends_a_wait(trusting: Floor, monkeypatch: pytest.MonkeyP
     await trusting.until_free(8)
 
 
-async def test_the_end_of_a_runs_time_ends_a_wait(
-    trusting: Floor, monkeypatch: pytest.MonkeyPatch
+async def test_a_run_timeout_ends_the_wait_for_a_trust_file(
+    trusting: Execution, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun = wait_for_ever(monkeypatch)
     run_id = await trusting.create("trusting")
@@ -158,7 +160,9 @@ async def test_the_end_of_a_runs_time_ends_a_wait(
     assert run.error.code == "RUN_TIMEOUT"
 
 
-async def test_a_stop_ends_a_wait(trusting: Floor, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_stop_ends_the_wait_for_a_trust_file(
+    trusting: Execution, monkeypatch: pytest.MonkeyPatch
+) -> None:
     begun = wait_for_ever(monkeypatch)
     run_id = await trusting.create("trusting")
     await waits(begun)

@@ -1,4 +1,4 @@
-"""The report of a restart, as it grows in the store."""
+"""The report of a recovery grows in the store, batch by batch."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ START = datetime(2026, 11, 24, tzinfo=UTC)
 
 
 @pytest.fixture
-def book(database: Database) -> ReportBuilder:
-    book = ReportBuilder(
+def builder(database: Database) -> ReportBuilder:
+    builder = ReportBuilder(
         owner=Owner("default", 3, "t"),
         reconciliation_id="r",
         cause=Cause.STARTUP,
         safe_mode=True,
         clock=FakeClock(wall=START, tick_s=1.0),
     )
-    book.open(database)
-    return book
+    builder.open(database)
+    return builder
 
 
 def stored(db: Database) -> Reconciliation:
     return reports.get_report(db, "r")
 
 
-def test_an_opened_report_is_running_and_empty(database: Database, book: ReportBuilder) -> None:
+def test_an_opened_report_is_running_and_empty(database: Database, builder: ReportBuilder) -> None:
     report = stored(database)
 
     assert (
@@ -59,11 +59,11 @@ def test_an_opened_report_is_running_and_empty(database: Database, book: ReportB
 
 
 def test_a_batch_is_written_before_it_is_added_to_the_tally(
-    database: Database, book: ReportBuilder
+    database: Database, builder: ReportBuilder
 ) -> None:
-    book.tally = Tally(scanned=2, decisions={"requeued": 2})
+    builder.tally = Tally(scanned=2, decisions={"requeued": 2})
 
-    book.write(database, Tally(scanned=3, decisions={"requeued": 1, "cancel_completed": 2}))
+    builder.write(database, Tally(scanned=3, decisions={"requeued": 1, "cancel_completed": 2}))
 
     assert stored(database).runs_scanned == 5
     assert (
@@ -72,24 +72,24 @@ def test_a_batch_is_written_before_it_is_added_to_the_tally(
         ),
         DecisionCount(rule="requeued", recovery_state=RecoveryState.RECOVERED_QUEUED, count=3),
     ) == stored(database).decisions
-    assert book.tally.scanned == 2
+    assert builder.tally.scanned == 2
 
 
 def test_a_completed_report_is_read_back_as_it_was_returned(
-    database: Database, book: ReportBuilder
+    database: Database, builder: ReportBuilder
 ) -> None:
-    book.runs_total = 9
-    book.tally = Tally(
+    builder.runs_total = 9
+    builder.tally = Tally(
         scanned=9, unchanged=1, quarantined=1, sessions=2, questions=3, slots=4,
         damaged=(("r1", "d"),), decisions={"record_damaged": 1},
     )  # fmt: skip
-    book.orphans = OrphanCounts(found=5, ended=4, already_gone=2, refused=1)
-    book.warnings.append("w")
-    book.containment = Containment(level=ContainmentLevel.COOKIE, detail="no watermark")
-    with book.phase("converge"):
+    builder.orphans = OrphanCounts(found=5, ended=4, already_gone=2, refused=1)
+    builder.warnings.append("w")
+    builder.containment = Containment(level=ContainmentLevel.COOKIE, detail="no watermark")
+    with builder.phase("converge"):
         pass
 
-    report = book.complete(database)
+    report = builder.complete(database)
 
     assert report == stored(database)
     assert (report.state, report.warnings) == (
@@ -99,17 +99,17 @@ def test_a_completed_report_is_read_back_as_it_was_returned(
     assert [phase.name for phase in report.phases] == ["converge"]
 
 
-def test_a_failed_report_says_why(database: Database, book: ReportBuilder) -> None:
-    report = book.fail(database, "StorageFull")
+def test_a_failed_report_says_why(database: Database, builder: ReportBuilder) -> None:
+    report = builder.fail(database, "StorageFull")
 
     assert report == stored(database)
     assert (report.state, report.error) == (ReconciliationState.FAILED, "StorageFull")
 
 
-def test_warnings_are_stored_up_to_a_limit(database: Database, book: ReportBuilder) -> None:
-    book.warnings.extend(str(n) for n in range(1000))
+def test_warnings_are_stored_up_to_a_limit(database: Database, builder: ReportBuilder) -> None:
+    builder.warnings.extend(str(n) for n in range(1000))
 
-    book.write(database)
+    builder.write(database)
 
     assert len(stored(database).warnings) == reports.WARNINGS_LIMIT
 
@@ -151,16 +151,16 @@ def test_a_limit_below_the_smallest_batch_is_kept() -> None:
 
 
 def test_a_removal_that_could_not_be_recorded_is_not_in_the_report(
-    database: Database, book: ReportBuilder
+    database: Database, builder: ReportBuilder
 ) -> None:
     first, second = (
         TrustRemoval(run_id="r", file="/f", folder=folder, outcome="removed")
         for folder in ("/one", "/two")
     )
-    book.record_removals(database, (first,))
+    builder.record_removals(database, (first,))
     database.execute("UPDATE reconciliation SET state = 'FAILED'")
     with pytest.raises(StorageBusy):  # another start has closed it
-        book.record_removals(database, (second,))
+        builder.record_removals(database, (second,))
     database.execute("UPDATE reconciliation SET state = 'RUNNING'")
 
-    assert book.complete(database).trust_removals == (first,)
+    assert builder.complete(database).trust_removals == (first,)

@@ -1,4 +1,4 @@
-"""What ends a turn: the last question or result before the process's end, in every dialect."""
+"""The last question or result before the process ends is the end of its turn, in every dialect."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from runrecovery_service.engines.jsonl import JSON_LINES
 from runrecovery_service.execution import agent_io, turn_state
 from runrecovery_service.storage import interactions
 
-from .conftest import NewFloor, until
+from .conftest import NewExecution, until
 
 HANDLE: Final = "01a2224f-ff16-7cb2-8eb4-59969e2c0c53"
 ASK: Final = '{"ask_user": {"prompt": "Deploy?"}}'
@@ -28,7 +28,7 @@ INTERIM: Final = "I have started 2 background agents."
 
 
 def engine(script: str, dialect: Dialect = JSON_LINES, **changes: Any) -> Engine:
-    """An engine whose process is a shell script; it is said what it is to print."""
+    """Return an engine whose process is a shell script."""
     facts: dict[str, Any] = {
         "name": "agent",
         "command": ("/bin/sh", "-c", script, "agent"),
@@ -43,14 +43,14 @@ def engine(script: str, dialect: Dialect = JSON_LINES, **changes: Any) -> Engine
 
 
 def say(*events: JsonObject) -> str:
-    """A command that prints events, one a line."""
+    """Return a command that prints events, one per line."""
     return "\n".join(f"printf '%s\\n' '{json.dumps(event)}'" for event in events)
 
 
-async def end_of(new_floor: NewFloor, agent: Engine) -> Run:
-    floor = await new_floor(more=[agent])
-    run_id = await floor.create("agent")
-    return await floor.until_status(
+async def end_of(new_execution: NewExecution, agent: Engine) -> Run:
+    execution = await new_execution(more=[agent])
+    run_id = await execution.create("agent")
+    return await execution.until_status(
         run_id, RunStatus.SUCCEEDED, RunStatus.FAILED, RunStatus.WAITING_USER
     )
 
@@ -104,60 +104,62 @@ Turn = Callable[[str], list[JsonObject]]
 
 @EVERY_CLI
 async def test_the_last_result_of_a_cli_counts(
-    new_floor: NewFloor, cli: CliDialect, named: JsonObject, turn: Turn
+    new_execution: NewExecution, cli: CliDialect, named: JsonObject, turn: Turn
 ) -> None:
-    run = await end_of(new_floor, engine(say(named, *turn(INTERIM), *turn(DONE)), cli))
+    run = await end_of(new_execution, engine(say(named, *turn(INTERIM), *turn(DONE)), cli))
 
     assert (run.status, run.output) == (RunStatus.SUCCEEDED, {"done": True})
 
 
 @EVERY_CLI
 async def test_a_question_after_an_interim_result_is_asked(
-    new_floor: NewFloor, cli: CliDialect, named: JsonObject, turn: Turn
+    new_execution: NewExecution, cli: CliDialect, named: JsonObject, turn: Turn
 ) -> None:
-    run = await end_of(new_floor, engine(say(named, *turn(INTERIM), *turn(ASK)), cli))
+    run = await end_of(new_execution, engine(say(named, *turn(INTERIM), *turn(ASK)), cli))
 
     assert run.status is RunStatus.WAITING_USER
     assert run.pending is not None
     assert run.pending.prompt == "Deploy?"
 
 
-async def test_a_session_that_the_service_has_chosen_counts_as_named(new_floor: NewFloor) -> None:
-    """Claude Code gets its session's id by its command."""
+async def test_a_session_id_that_the_service_has_chosen_needs_no_event(
+    new_execution: NewExecution,
+) -> None:
+    """Claude Code gets the id of its session by its command line."""
     (*_, asks) = claude_turn(ASK)
 
-    run = await end_of(new_floor, engine(say(asks), CLAUDE))
+    run = await end_of(new_execution, engine(say(asks), CLAUDE))
 
     assert (run.status, run.error) == (RunStatus.WAITING_USER, None)
 
 
 @EVERY_CLI
 async def test_a_result_after_a_question_ends_the_run(
-    new_floor: NewFloor, cli: CliDialect, named: JsonObject, turn: Turn
+    new_execution: NewExecution, cli: CliDialect, named: JsonObject, turn: Turn
 ) -> None:
-    run = await end_of(new_floor, engine(say(named, *turn(ASK), *turn(DONE)), cli))
+    run = await end_of(new_execution, engine(say(named, *turn(ASK), *turn(DONE)), cli))
 
     assert (run.status, run.output) == (RunStatus.SUCCEEDED, {"done": True})
 
 
 @EVERY_CLI
-async def test_an_interim_result_is_the_last_word_of_a_cli_that_then_exits(
-    new_floor: NewFloor, cli: CliDialect, named: JsonObject, turn: Turn
+async def test_an_interim_result_counts_when_the_cli_exits_in_its_next_turn(
+    new_execution: NewExecution, cli: CliDialect, named: JsonObject, turn: Turn
 ) -> None:
     begun = turn(DONE)[:-1]  # another turn that never ends
 
-    run = await end_of(new_floor, engine(say(named, *turn(INTERIM), *begun), cli))
+    run = await end_of(new_execution, engine(say(named, *turn(INTERIM), *begun), cli))
 
     assert (run.status, run.output) == (RunStatus.SUCCEEDED, {"text": INTERIM})
 
 
 @EVERY_CLI
 async def test_a_failure_after_a_result_fails_the_run(
-    new_floor: NewFloor, cli: CliDialect, named: JsonObject, turn: Turn
+    new_execution: NewExecution, cli: CliDialect, named: JsonObject, turn: Turn
 ) -> None:
     failure = FAILURES[cli.session_type]
 
-    run = await end_of(new_floor, engine(say(named, *turn(INTERIM), failure), cli))
+    run = await end_of(new_execution, engine(say(named, *turn(INTERIM), failure), cli))
 
     assert (run.status, code_of(run)) == (RunStatus.FAILED, "ENGINE_FAILED")
     assert run.error is not None
@@ -165,29 +167,29 @@ async def test_a_failure_after_a_result_fails_the_run(
 
 
 @EVERY_CLI
-async def test_a_result_after_a_failure_stands(
-    new_floor: NewFloor, cli: CliDialect, named: JsonObject, turn: Turn
+async def test_a_result_after_a_failure_succeeds(
+    new_execution: NewExecution, cli: CliDialect, named: JsonObject, turn: Turn
 ) -> None:
     failure = FAILURES[cli.session_type]
 
-    run = await end_of(new_floor, engine(say(named, failure, *turn(DONE)), cli))
+    run = await end_of(new_execution, engine(say(named, failure, *turn(DONE)), cli))
 
     assert (run.status, run.output) == (RunStatus.SUCCEEDED, {"done": True})
 
 
 @EVERY_CLI
-async def test_a_cli_at_work_on_another_turn_is_not_ended_by_the_time_for_its_exit(
-    new_floor: NewFloor,
+async def test_a_cli_in_its_next_turn_is_not_killed_after_the_exit_grace(
+    new_execution: NewExecution,
     monkeypatch: pytest.MonkeyPatch,
     cli: CliDialect,
     named: JsonObject,
     turn: Turn,
 ) -> None:
-    """It is silent in its second turn until any such time would long be over."""
+    """The CLI is silent in its second turn for longer than `exit_grace_s`, which is 1 s."""
     first, *rest = turn(DONE)
     script = say(named, *turn(INTERIM), first) + "\nsleep 2.5\n" + say(*rest)
 
-    run = await end_of(new_floor, engine(script, cli))  # exit_grace_s is 1
+    run = await end_of(new_execution, engine(script, cli))
 
     assert (run.status, run.output) == (RunStatus.SUCCEEDED, {"done": True})
 
@@ -205,8 +207,8 @@ TASKS: Final[dict[str, tuple[JsonObject, JsonObject]]] = {
 
 
 @pytest.mark.parametrize("told", ["level", "edges"])
-async def test_claude_is_waited_for_while_its_tasks_run_in_the_background(
-    new_floor: NewFloor, told: str
+async def test_claude_is_not_killed_while_its_background_tasks_run(
+    new_execution: NewExecution, told: str
 ) -> None:
     began, ceased = TASKS[told]
     turn: list[JsonObject] = [{"type": "system", "subtype": "init", "session_id": HANDLE}, began]
@@ -214,40 +216,40 @@ async def test_claude_is_waited_for_while_its_tasks_run_in_the_background(
         say(*turn, *claude_turn(INTERIM)[1:]) + "\nsleep 2.5\n" + say(ceased, *claude_turn(ASK))
     )
 
-    run = await end_of(new_floor, engine(script, CLAUDE))
+    run = await end_of(new_execution, engine(script, CLAUDE))
 
     assert run.status is RunStatus.WAITING_USER
 
 
-async def test_claude_is_ended_after_its_last_result_when_no_task_is_left(
-    new_floor: NewFloor,
+async def test_claude_is_killed_after_its_last_result_when_no_background_task_is_left(
+    new_execution: NewExecution,
 ) -> None:
     began, ceased = TASKS["level"]
     script = say(began, ceased, *claude_turn(DONE)) + "\nexec sleep 600"
 
-    run = await end_of(new_floor, engine(script, CLAUDE))
+    run = await end_of(new_execution, engine(script, CLAUDE))
 
     assert (run.status, run.output) == (RunStatus.SUCCEEDED, {"done": True})
 
 
 @EVERY_CLI
-async def test_a_cli_that_lives_on_after_its_failed_turn_is_ended(
-    new_floor: NewFloor, cli: CliDialect, named: JsonObject, turn: Turn
+async def test_a_cli_that_does_not_exit_after_a_failed_turn_is_killed(
+    new_execution: NewExecution, cli: CliDialect, named: JsonObject, turn: Turn
 ) -> None:
     script = say(named, FAILURES[cli.session_type]) + "\nexec sleep 600"
 
-    run = await end_of(new_floor, engine(script, cli))
+    run = await end_of(new_execution, engine(script, cli))
 
     assert code_of(run) == "ENGINE_FAILED"
 
 
-async def test_an_interim_result_is_no_result_when_the_time_of_the_run_is_over(
-    new_floor: NewFloor,
+async def test_an_interim_result_does_not_count_when_the_run_is_out_of_time(
+    new_execution: NewExecution,
 ) -> None:
     script = say(*claude_turn(INTERIM), *claude_turn(DONE)[:-1]) + "\nexec sleep 600"
-    floor = await new_floor(more=[engine(script, CLAUDE)])
+    execution = await new_execution(more=[engine(script, CLAUDE)])
 
-    run = await floor.until_ended(await floor.create("agent", max_run_s=3.0))
+    run = await execution.until_ended(await execution.create("agent", max_run_s=3.0))
 
     assert code_of(run) == "RUN_TIMEOUT"
 
@@ -271,19 +273,19 @@ TWO_ENDS: Final = "The agent gave a second, different result or question."
     ],
     ids=["the same", "the same in another order", "unknown", "session", "progress"],
 )
-async def test_what_changes_nothing_may_follow_a_result(
-    new_floor: NewFloor, after: JsonObject
+async def test_a_message_without_effect_may_follow_a_result(
+    new_execution: NewExecution, after: JsonObject
 ) -> None:
-    run = await end_of(new_floor, engine(say(RESULT, after)))
+    run = await end_of(new_execution, engine(say(RESULT, after)))
 
     assert (run.status, run.output) == (RunStatus.SUCCEEDED, {"a": 1, "b": True})
 
 
 @pytest.mark.parametrize("after", [{"type": "thought"}, QUESTION], ids=["unknown", "the same"])
-async def test_what_changes_nothing_may_follow_a_question(
-    new_floor: NewFloor, after: JsonObject
+async def test_a_message_without_effect_may_follow_a_question(
+    new_execution: NewExecution, after: JsonObject
 ) -> None:
-    run = await end_of(new_floor, engine(say(SESSION, QUESTION, after)))
+    run = await end_of(new_execution, engine(say(SESSION, QUESTION, after)))
 
     assert run.status is RunStatus.WAITING_USER
 
@@ -298,59 +300,59 @@ async def test_what_changes_nothing_may_follow_a_question(
         (QUESTION, {"type": "ask", "kind": "confirm", "prompt": "Ship it?"}),
     ],
 )
-async def test_a_second_end_that_is_another_breaks_the_protocol(
-    new_floor: NewFloor, first: JsonObject, second: JsonObject
+async def test_a_second_different_result_or_question_breaks_the_protocol(
+    new_execution: NewExecution, first: JsonObject, second: JsonObject
 ) -> None:
-    run = await end_of(new_floor, engine(say(SESSION, first, second)))
+    run = await end_of(new_execution, engine(say(SESSION, first, second)))
 
     assert run.error is not None
     assert (run.error.code, run.error.message) == ("ENGINE_PROTOCOL_ERROR", TWO_ENDS)
 
 
-async def test_a_bad_exit_after_a_result_fails_however_long_it_takes_while_lines_come(
-    new_floor: NewFloor,
+async def test_a_bad_exit_after_a_result_fails_however_long_lines_delay_it(
+    new_execution: NewExecution,
 ) -> None:
-    """It exits after three times `exit_grace_s`, in which it is never silent for so long."""
+    """The agent exits after three times `exit_grace_s`, and is never silent for `exit_grace_s`."""
     script = (
         say(RESULT) + "\nfor i in 1 2 3 4 5 6 7 8 9 10 11 12; do sleep 0.25;\n"
         f"{say(RESULT)}\ndone; exit 3"
     )
 
-    run = await end_of(new_floor, engine(script))
+    run = await end_of(new_execution, engine(script))
 
     assert code_of(run) == "ENGINE_FAILED"
 
 
-async def test_a_sticky_agent_that_ends_while_its_question_is_open_breaks_the_protocol(
-    new_floor: NewFloor,
+async def test_a_sticky_agent_that_returns_a_result_while_its_question_is_open_breaks_the_protocol(
+    new_execution: NewExecution,
 ) -> None:
     script = say(QUESTION, RESULT) + "\nexec sleep 600"
-    floor = await new_floor(more=[engine(script, profile=Profile.STICKY_PROCESS)])
+    execution = await new_execution(more=[engine(script, profile=Profile.STICKY_PROCESS)])
 
-    run = await floor.until_ended(await floor.create("agent"))
+    run = await execution.until_ended(await execution.create("agent"))
 
     assert code_of(run) == "ENGINE_PROTOCOL_ERROR"
 
 
 async def test_a_sticky_agent_that_asks_after_its_result_breaks_the_protocol(
-    new_floor: NewFloor,
+    new_execution: NewExecution,
 ) -> None:
     script = say(RESULT, QUESTION) + "\nexec sleep 600"
-    floor = await new_floor(more=[engine(script, profile=Profile.STICKY_PROCESS)])
+    execution = await new_execution(more=[engine(script, profile=Profile.STICKY_PROCESS)])
 
-    run = await floor.until_ended(await floor.create("agent"))
+    run = await execution.until_ended(await execution.create("agent"))
 
     assert run.error is not None
     assert (run.error.code, run.error.message) == ("ENGINE_PROTOCOL_ERROR", TWO_ENDS)
 
 
-async def test_a_sticky_agent_that_closes_its_output_in_its_wait_is_told_as_such(
-    new_floor: NewFloor,
+async def test_a_sticky_agent_that_closes_its_output_while_it_waits_breaks_the_protocol(
+    new_execution: NewExecution,
 ) -> None:
     script = f"exec 3>&1; {{\n{say(QUESTION)}\n}} >&3; exec >&- 3>&-; exec sleep 600"
-    floor = await new_floor(more=[engine(script, profile=Profile.STICKY_PROCESS)])
+    execution = await new_execution(more=[engine(script, profile=Profile.STICKY_PROCESS)])
 
-    run = await floor.until_ended(await floor.create("agent"))
+    run = await execution.until_ended(await execution.create("agent"))
 
     assert run.error is not None
     assert (run.error.code, run.error.message) == (
@@ -372,24 +374,24 @@ CLOSES_UNREAD: Final = (
     ["exec <&-; exec sleep 600", f"exec {sys.executable} -I -S -c '{CLOSES_UNREAD}'"],
     ids=["before the reply", "with the reply in it"],
 )
-async def test_a_reply_that_a_sticky_process_cannot_read_ends_its_run(
-    new_floor: NewFloor, rest: str
+async def test_a_reply_that_a_sticky_process_cannot_read_fails_its_run(
+    new_execution: NewExecution, rest: str
 ) -> None:
     script = f"read -r task; {say(QUESTION)}\n{rest}"
-    floor = await new_floor(more=[engine(script, profile=Profile.STICKY_PROCESS)])
-    run_id = await floor.create("agent")
-    await floor.until_status(run_id, RunStatus.WAITING_USER)
-    lease = await floor.lease(run_id)
+    execution = await new_execution(more=[engine(script, profile=Profile.STICKY_PROCESS)])
+    run_id = await execution.create("agent")
+    await execution.until_status(run_id, RunStatus.WAITING_USER)
+    launch = await execution.launch(run_id)
 
-    await floor.reply(run_id, answer=True)
-    run = await floor.until_ended(run_id)
+    await execution.reply(run_id, answer=True)
+    run = await execution.until_ended(run_id)
 
     assert code_of(run) == "REPLY_NOT_DELIVERED"
-    assert lease.tree() == []
-    asked = await floor.storage.read_row(interactions.find, run.key, 1)
+    assert launch.tree() == []
+    asked = await execution.storage.read_row(interactions.find, run.key, 1)
     assert asked is not None
     assert asked.state == "CLOSED"  # answered, and never delivered
-    await floor.until_free(floor.dispatcher.capacity)
+    await execution.until_free(execution.dispatcher.capacity)
 
 
 @pytest.mark.parametrize(
@@ -401,39 +403,39 @@ async def test_a_reply_that_a_sticky_process_cannot_read_ends_its_run(
     ],
     ids=["good exit", "bad exit", "result"],
 )
-async def test_the_end_of_a_process_that_read_no_reply_still_counts(
-    new_floor: NewFloor, monkeypatch: pytest.MonkeyPatch, rest: str, end: str | None
+async def test_the_way_in_which_a_process_ends_counts_though_it_read_no_reply(
+    new_execution: NewExecution, monkeypatch: pytest.MonkeyPatch, rest: str, end: str | None
 ) -> None:
-    monkeypatch.setattr(turn_state, "LAST_OUTPUT_S", 60.0)  # it comes in time on any machine
+    monkeypatch.setattr(turn_state, "LAST_OUTPUT_S", 60.0)  # long enough on any machine
     script = (
         f"read -r task; {say(QUESTION)}\nexec <&-\nuntil [ -s go ]; do sleep 0.05; done; {rest}"
     )
-    floor = await new_floor(more=[engine(script, profile=Profile.STICKY_PROCESS)])
-    run_id = await floor.create("agent")
-    run = await floor.until_status(run_id, RunStatus.WAITING_USER)
+    execution = await new_execution(more=[engine(script, profile=Profile.STICKY_PROCESS)])
+    run_id = await execution.create("agent")
+    run = await execution.until_status(run_id, RunStatus.WAITING_USER)
 
     async def is_refused() -> bool:
-        return any(one.state.is_reply_lost for one in floor.turns.supervisors)
+        return any(one.state.is_reply_lost for one in execution.turns.supervisors)
 
-    await floor.reply(run_id, answer=True)
+    await execution.reply(run_id, answer=True)
     await until(is_refused)
-    (floor.launcher.workspaces.workspace(run.key, run.attempt) / "go").write_text("go")
-    run = await floor.until_ended(run_id)
+    (execution.launcher.workspaces.workspace(run.key, run.attempt) / "go").write_text("go")
+    run = await execution.until_ended(run_id)
 
     assert code_of(run) == end
 
 
-async def test_a_resumed_process_that_does_not_read_its_reply_ends_its_run(
-    new_floor: NewFloor,
+async def test_a_resumed_process_that_does_not_read_its_reply_fails_its_run(
+    new_execution: NewExecution,
 ) -> None:
     first = say(SESSION, QUESTION)
     script = f"if mkdir first; then\n{first}\nelse exec <&-; exec sleep 600; fi"
-    floor = await new_floor(more=[engine(script)])
-    run_id = await floor.create("agent")
-    await floor.until_status(run_id, RunStatus.WAITING_USER)
+    execution = await new_execution(more=[engine(script)])
+    run_id = await execution.create("agent")
+    await execution.until_status(run_id, RunStatus.WAITING_USER)
 
-    await floor.reply(run_id, answer=True)
-    run = await floor.until_ended(run_id)
+    await execution.reply(run_id, answer=True)
+    run = await execution.until_ended(run_id)
 
     assert code_of(run) == "REPLY_NOT_DELIVERED"
 
@@ -445,70 +447,73 @@ HOLDS_OUTPUT: Final = "sleep 600 & "
 
 
 @pytest.mark.parametrize("child", ["", HOLDS_OUTPUT])
-async def test_the_last_line_needs_no_newline(new_floor: NewFloor, child: str) -> None:
+async def test_the_last_line_needs_no_newline(new_execution: NewExecution, child: str) -> None:
     script = f"{child}printf %s '{json.dumps(RESULT)}'"
-    floor = await new_floor(more=[engine(script)])
+    execution = await new_execution(more=[engine(script)])
 
-    run = await floor.until_ended(await floor.create("agent"))
+    run = await execution.until_ended(await execution.create("agent"))
 
     assert (run.status, run.output) == (RunStatus.SUCCEEDED, {"a": 1, "b": True})
-    workspace = floor.launcher.workspaces.workspace(run.key, run.attempt)
+    workspace = execution.launcher.workspaces.workspace(run.key, run.attempt)
     assert workspace.with_name("stdout.log").read_text() == json.dumps(RESULT)
 
 
-async def test_half_a_line_of_a_child_spoils_no_result(new_floor: NewFloor) -> None:
+async def test_half_a_line_of_a_child_does_not_break_a_result(new_execution: NewExecution) -> None:
     script = f"{say(RESULT)}; {HOLDS_OUTPUT}printf '{{half'"
 
-    run = await end_of(new_floor, engine(script))
+    run = await end_of(new_execution, engine(script))
 
     assert (run.status, run.output) == (RunStatus.SUCCEEDED, {"a": 1, "b": True})
 
 
 async def test_a_child_that_writes_for_ever_does_not_keep_a_run_alive(
-    new_floor: NewFloor, monkeypatch: pytest.MonkeyPatch
+    new_execution: NewExecution, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(agent_io, "bytes_held", lambda _: 1)  # it is never found empty
     monkeypatch.setattr(agent_io, "OVERTIME_BYTES", 1 << 18)
     monkeypatch.setattr(turn_state, "LAST_OUTPUT_S", 0.02)
     flood = json.dumps({"type": "progress", "message": "x" * 8000})
 
-    run = await end_of(new_floor, engine(f"{say(RESULT)}; yes '{flood}' &"))
+    run = await end_of(new_execution, engine(f"{say(RESULT)}; yes '{flood}' &"))
 
     assert (run.status, run.output) == (RunStatus.SUCCEEDED, {"a": 1, "b": True})
 
 
-async def test_a_failed_agent_whose_child_holds_stderr_is_told_by_its_last_words(
-    new_floor: NewFloor,
+async def test_the_error_of_a_failed_agent_has_its_stderr_though_a_child_keeps_stderr_open(
+    new_execution: NewExecution,
 ) -> None:
-    """What may be part of a secret is held back until it is known what follows."""
+    """Text that may be the beginning of a secret is held back until more text comes."""
     script = f"{HOLDS_OUTPUT}printf 'the model is away' >&2; exit 3"
 
-    run = await end_of(new_floor, engine(script, CODEX))
+    run = await end_of(new_execution, engine(script, CODEX))
 
     assert run.error is not None
     assert run.error.message.endswith("the model is away")
 
 
-async def test_a_tree_that_ends_itself_after_a_good_exit_interrupts_no_run(
-    new_floor: NewFloor, monkeypatch: pytest.MonkeyPatch
+async def test_a_tree_deadline_after_a_good_exit_interrupts_no_run(
+    new_execution: NewExecution, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(turn_state, "LAST_OUTPUT_S", 600.0)
-    floor = await new_floor(more=[engine(f"{say(RESULT)}; {HOLDS_OUTPUT}exit 0")])
-    run_id = await floor.create("agent")
+    execution = await new_execution(more=[engine(f"{say(RESULT)}; {HOLDS_OUTPUT}exit 0")])
+    run_id = await execution.create("agent")
 
     async def has_exited() -> bool:
-        return any(one.state.exited is not None for one in floor.turns.supervisors)
+        return any(one.state.exited is not None for one in execution.turns.supervisors)
 
     await until(has_exited)
-    floor.beat(-1.0)  # the lease is over: the shim ends what is left
-    run = await floor.until_ended(run_id)
+    execution.heartbeat(-1.0)  # the tree deadline has passed: the shim ends what is left
+    run = await execution.until_ended(run_id)
 
     assert (run.status, run.output) == (RunStatus.SUCCEEDED, {"a": 1, "b": True})
 
 
-async def test_the_end_of_a_long_stderr_begins_with_a_whole_character(new_floor: NewFloor) -> None:
+async def test_a_shortened_stderr_begins_with_a_whole_character(
+    new_execution: NewExecution,
+) -> None:
     run = await end_of(
-        new_floor, engine("i=0; while [ $i -lt 1000 ]; do printf €; i=$((i+1)); done >&2; exit 3")
+        new_execution,
+        engine("i=0; while [ $i -lt 1000 ]; do printf €; i=$((i+1)); done >&2; exit 3"),
     )
 
     assert run.error is not None
