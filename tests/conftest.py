@@ -59,6 +59,7 @@ def pytest_xdist_node_collection_finished(node: Any) -> None:
         _start_postgres(node.config)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reports the collection to the controller
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Start the server if a test wants it; a worker leaves that to its controller."""
     if not any(map(_wants_postgres, session.items)):
