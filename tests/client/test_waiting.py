@@ -118,6 +118,18 @@ async def test_waits_through_a_restart_of_the_service(
     assert run == ended.run
 
 
+async def test_waits_through_a_call_that_took_too_long(
+    caller: Caller, server: ScriptedServer
+) -> None:
+    server.on(
+        "GetRun", Fail(code=grpc.StatusCode.DEADLINE_EXCEEDED), _run(run_pb2.RUN_STATUS_SUCCEEDED)
+    )
+
+    ended = await caller.call("wait_for_run", "r", timeout_s=20)
+
+    assert ended.status == run_pb2.RUN_STATUS_SUCCEEDED
+
+
 async def test_a_timeout_of_a_wait_for_a_run_has_the_last_status(
     caller: Caller, server: ScriptedServer
 ) -> None:

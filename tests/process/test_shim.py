@@ -298,3 +298,28 @@ def test_a_book_tells_whole_lines_only(tmp_path: Path) -> None:
 
     assert killed_by_shim(journal) == {(5, 6)}
     assert killed_by_shim(tmp_path / "none") == frozenset()
+
+
+# In a process of its own: what the shim prepares stays with the process.
+REFUSES_LIMITS = """
+import resource
+from runrecovery_service.process import shim, wire
+
+def refuse(*_):
+    raise ValueError("not allowed to raise maximum limit")
+
+resource.setrlimit = refuse
+order = wire.Order(
+    deadline_ns=0, watermark=1 << 60, program="", argv=[], env={}, cwd="",
+    confinement=wire.Confinement(),
+)
+print(shim.Shim(-1, -1, -1)._prepare_guard(order))
+"""
+
+
+def test_a_watermark_that_the_system_refuses_is_reported() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSES_LIMITS], capture_output=True, text=True, check=False
+    )
+
+    assert (done.stdout, done.stderr) == ("False\n", "")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from process.trees import PATIENCE_S, Grow, Start, Tree, alive, in_ns, strike, until
-from runrecovery_service.process import launch, procfs, shim, wire
+from runrecovery_service.process import launch, procfs
 from runrecovery_service.process.launch_errors import LaunchDelayed, LaunchFailed
 from runrecovery_service.process.markers import COOKIE_VARIABLE
 from runrecovery_service.process.resource_limits import ResourceLimits
@@ -260,40 +260,36 @@ def _number(word: str) -> int:
     return resource.RLIM_INFINITY if word == "unlimited" else int(word)
 
 
-SCORE = Path("/proc/self/oom_score_adj")
-TELLS_SCORE = f"print(open({str(SCORE)!r}).read(), end='', flush=True)"
+# Becomes an agent that prints its score. Only a privileged process may have a negative score, so
+# the first argument is what is read as the score of the service.
+SHOWS_SCORE = """
+import os, sys
+from runrecovery_service.process import procfs, shim, wire
+
+file, read = "/proc/self/oom_score_adj", procfs.read
+procfs.read = lambda path: sys.argv[1].encode() if path == file else read(path)
+with open(file, "w") as own:
+    own.write("9")
+order = wire.Order(
+    deadline_ns=0, watermark=0, program="/bin/cat", argv=["cat", file], env={}, cwd="/",
+    confinement=wire.Confinement(),
+)
+shim._become_agent(order, os.open(os.devnull, os.O_WRONLY))
+"""
 
 
-@pytest.mark.parametrize(("of_the_service", "of_the_agent"), [(b"-17\n", "0\n"), (b"9\n", "9\n")])
+@pytest.mark.parametrize(("of_the_service", "of_the_agent"), [("-17\n", "0\n"), ("9\n", "9\n")])
 def test_an_agent_is_not_protected_from_the_out_of_memory_killer_as_its_service_may_be(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, of_the_service: bytes, of_the_agent: str
+    of_the_service: str, of_the_agent: str
 ) -> None:
-    # Only a privileged process may have a negative score, so that one is only told to the agent.
-    read = procfs.read
-    monkeypatch.setattr(
-        procfs, "read", lambda path: of_the_service if path == str(SCORE) else read(path)
-    )
-    told = tmp_path / "told"
-    order = wire.Order(
-        deadline_ns=0,
-        watermark=0,
-        program=sys.executable,
-        argv=[*CODE, TELLS_SCORE],
-        env={},
-        cwd=str(tmp_path),
-        confinement=wire.Confinement(),
+    done = subprocess.run(
+        [sys.executable, "-c", SHOWS_SCORE, of_the_service],
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
-    if not (pid := os.fork()):
-        try:
-            SCORE.write_text("9")
-            os.dup2(os.open(told, os.O_WRONLY | os.O_CREAT), 1)
-            shim._become_agent(order, os.open(os.devnull, os.O_WRONLY))
-        finally:
-            os._exit(1)
-
-    assert os.waitpid(pid, 0)[1] == 0
-    assert told.read_text() == of_the_agent
+    assert (done.returncode, done.stdout, done.stderr) == (0, of_the_agent, "")
 
 
 def test_the_memory_bound_is_felt(start: Start) -> None:
