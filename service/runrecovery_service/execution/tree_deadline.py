@@ -12,7 +12,7 @@ from runrecovery_service.process.boot_clock import boot_time_ns
 class TreeDeadline:
     """The time, by CLOCK_BOOTTIME, at which process trees end themselves.
 
-    Every renewal of the service's lease moves it. A shim that is sent no later time ends its tree.
+    Every renewal of the service's lease moves it. A shim that gets no later time ends its tree.
     """
 
     deadline_ns: int

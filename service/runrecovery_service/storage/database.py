@@ -70,7 +70,7 @@ class Database:
         self._guard: Callable[[Database], object] | None = None
 
     def guard(self, check: Callable[[Database], object]) -> None:
-        """Begin every later transaction with this check. An error of the check ends it."""
+        """Begin every later transaction with this check. An error of the check rolls it back."""
         self._guard = check
 
     def mark_changed(self, run_key: int) -> None:

@@ -28,7 +28,7 @@ def lacks_tables(connection: sqlite3.Connection) -> bool:
 
 
 def find_damage(connection: sqlite3.Connection) -> str | None:
-    """Return the first damage that SQLite finds within the time limit, None for none.
+    """Return the first damage that SQLite finds within the time limit; None if it finds none.
 
     Raises:
         sqlite3.DatabaseError: the damage prevents the search itself.
