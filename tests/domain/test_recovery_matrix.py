@@ -1,4 +1,4 @@
-"""The recovery matrix: one rule for everything that a restart can find, read alike by SQL."""
+"""The recovery matrix: one rule for every unfinished run, evaluated alike by SQL and Python."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ NOW: Final = datetime(2026, 11, 24, tzinfo=UTC)
 REOPEN: Final = Due(at=NOW, clock="boot", us=1)
 
 
-def test_every_live_run_has_exactly_one_first_rule() -> None:
+def test_every_unfinished_run_has_exactly_one_first_rule() -> None:
     for status, profile, facts in EVERYTHING:
         first = next(rule for rule in MATRIX if rule.matches(status, profile, facts))
 
         assert first is decide(status, profile, facts)
 
 
-def test_every_rule_is_reached() -> None:
+def test_every_rule_is_first_for_some_run() -> None:
     assert set(MATRIX) == {decide(*case) for case in CAN_BE_STORED}
 
 
@@ -60,14 +60,14 @@ def test_every_decision_is_a_legal_transition() -> None:
     assert all(is_legal(case[0], decide(*case).becomes) for case in EVERYTHING)
 
 
-def test_nothing_is_decided_for_what_has_ended() -> None:
+def test_no_rule_decides_an_ended_run() -> None:
     for status, profile, facts in product(TERMINAL, PROFILES, FACTS):
         with pytest.raises(ValueError, match="no rule"):
             decide(status, profile, facts)
 
 
 @pytest.mark.parametrize("rule", MATRIX, ids=lambda rule: rule.name)
-def test_a_rule_agrees_with_itself(rule: Rule) -> None:
+def test_the_parts_of_a_rule_agree(rule: Rule) -> None:
     assert (rule.error is not None) == (rule.becomes is RunStatus.FAILED)
     assert rule.keeps <= (rule.becomes not in TERMINAL)
     assert (rule.state is RecoveryState.RECOVERED_WAITING) == (
@@ -85,7 +85,7 @@ def test_names_are_unique_and_texts_are_safe_inside_sql() -> None:
         assert not set("?%'\"\\") & set(text)
 
 
-def test_a_cancel_wins_over_everything() -> None:
+def test_a_cancel_request_precedes_every_other_rule() -> None:
     for status, profile, facts in EVERYTHING:
         if Fact.CANCEL in facts:
             assert RunStatus.CANCELED is decide(status, profile, facts).becomes
@@ -133,8 +133,8 @@ def _store_run(
     db.execute(f"INSERT INTO run ({', '.join(row)}) VALUES ({marks})", tuple(row.values()))  # noqa: S608
 
 
-def converged(db: Database) -> Iterator[tuple[object, ...]]:
-    """Converge all in one batch and return what became of each run, in order of its key."""
+def recovered(db: Database) -> Iterator[tuple[object, ...]]:
+    """Recover all runs in one batch, and return each run with its decision, in order of the key."""
     owner = owner_of(db)
     key = reports.open_report(
         db, owner, reconciliation_id="r", cause=Cause.STARTUP, safe_mode=False, now=NOW
@@ -154,7 +154,7 @@ def converged(db: Database) -> Iterator[tuple[object, ...]]:
 
 
 def expected(case: Case) -> tuple[object, ...]:
-    """What the matrix in Python says of a case, in the words of the store."""
+    """Return the row that the store should have by the matrix in Python."""
     rule, facts = decide(*case), case[2]
     question = "OPEN" if Fact.PENDING in facts else "ANSWERED" if Fact.REPLY in facts else None
     ended = rule.becomes in TERMINAL
@@ -173,15 +173,15 @@ def expected(case: Case) -> tuple[object, ...]:
     )
 
 
-def test_sql_decides_as_python_does(database: Database) -> None:
+def test_sql_and_python_decide_alike(database: Database) -> None:
     store(database, owner_of(database), CAN_BE_STORED)
 
-    became = [tuple(row) for row in converged(database)]
+    became = [tuple(row) for row in recovered(database)]
 
     assert [expected(case) for case in CAN_BE_STORED] == became
 
 
-def test_a_plan_is_what_the_restart_then_does(database: Database) -> None:
+def test_a_restart_does_what_its_plan_said(database: Database) -> None:
     before = owner_of(database)
     store(database, before, CAN_BE_STORED)
     planner = Planner(
@@ -205,7 +205,7 @@ def test_a_plan_is_what_the_restart_then_does(database: Database) -> None:
     # The next epoch, as a restart claims it.
     became = [
         (rule, RunStatus(str(status)), code and ErrorCode(str(code)), RecoveryState(str(state)))
-        for rule, _, status, code, state, *_ in converged(database)
+        for rule, _, status, code, state, *_ in recovered(database)
     ]
 
     assert planned == became
@@ -213,7 +213,7 @@ def test_a_plan_is_what_the_restart_then_does(database: Database) -> None:
     assert (totals.runs_total, totals.runs_unchanged) == (len(became), 0)
 
 
-def test_the_rules_are_all_counted(database: Database) -> None:
+def test_every_applied_rule_is_counted(database: Database) -> None:
     store(database, owner_of(database), CAN_BE_STORED)
     owner = owner_of(database)
     scope = ApplyScope(

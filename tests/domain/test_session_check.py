@@ -1,4 +1,4 @@
-"""What the check of a session said, on record and in words."""
+"""The finding of a session check: how it is recorded, explained, and changed by policy."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ AT = datetime(2026, 11, 28, tzinfo=UTC)
 
 
 def handle_source(finding: SessionFinding | None, *, held: bool, **changes: Any) -> str:
-    """What an explanation says of the fact HANDLE."""
+    """Return the explanation of the fact HANDLE."""
     info = RecoveryInfo(
         recovery_state=RecoveryState.RECOVERED_WAITING,
         recovery_reason="resumable_waiting_preserved",
@@ -69,7 +69,9 @@ def handle_source(finding: SessionFinding | None, *, held: bool, **changes: Any)
 
 @pytest.mark.parametrize("reason", SessionReason)
 @pytest.mark.parametrize("unknown", UnknownSession)
-def test_an_explanation_says_what_was_found(reason: SessionReason, unknown: UnknownSession) -> None:
+def test_an_explanation_contains_the_reason_of_the_finding(
+    reason: SessionReason, unknown: UnknownSession
+) -> None:
     finding = apply_policy(FOUND[reason], unknown)
 
     source = handle_source(finding, held=finding.holds)
@@ -82,19 +84,19 @@ def test_an_explanation_says_what_was_found(reason: SessionReason, unknown: Unkn
     assert (", but " in source) is not finding.holds
 
 
-def test_an_explanation_of_an_earlier_version_says_its_verdict() -> None:
+def test_an_explanation_of_a_finding_without_a_reason_contains_its_verdict() -> None:
     assert "returned INVALID" in handle_source(
         SessionFinding(SessionVerdict.INVALID, None), held=False
     )
 
 
-def test_an_explanation_tells_a_handle_that_nobody_checked_from_none() -> None:
+def test_an_explanation_distinguishes_an_unchecked_handle_from_no_handle() -> None:
     assert "no session check" in handle_source(None, held=True)
     assert handle_source(None, held=False) == "No session handle was stored."
 
 
 @pytest.mark.parametrize("reason", SessionReason)
-def test_a_policy_changes_only_what_is_unknown(reason: SessionReason) -> None:
+def test_unknown_session_changes_only_unknown_findings(reason: SessionReason) -> None:
     found = FOUND[reason]
 
     refused = apply_policy(found, UnknownSession.FAIL)
@@ -106,30 +108,30 @@ def test_a_policy_changes_only_what_is_unknown(reason: SessionReason) -> None:
 
 
 @given(st.integers(0, 2**63 - 1), st.integers(-(2**62), 2**63 - 1))
-def test_a_mark_reads_as_it_was_written(size: int, mtime_ns: int) -> None:
-    mark = SessionFingerprint(size, mtime_ns)
+def test_a_fingerprint_is_read_as_it_was_written(size: int, mtime_ns: int) -> None:
+    fingerprint = SessionFingerprint(size, mtime_ns)
 
-    assert SessionFingerprint.read(str(mark)) == mark
+    assert SessionFingerprint.read(str(fingerprint)) == fingerprint
 
 
 @pytest.mark.parametrize("text", [None, "", "5", "5 x", "-5 1", "5 1 2", "5 1\n", "\uff19 1"])
-def test_a_mark_that_cannot_be_read_is_none(text: str | None) -> None:
+def test_a_fingerprint_that_cannot_be_parsed_is_none(text: str | None) -> None:
     assert SessionFingerprint.read(text) is None
 
 
-def test_a_finding_of_another_version_is_read_as_far_as_it_is_known() -> None:
+def test_unknown_parts_of_a_finding_of_another_version_are_none() -> None:
     assert finding_from("INVALID", None) == SessionFinding(SessionVerdict.INVALID, None)
     assert finding_from("VALID", "by_magic") == SessionFinding(SessionVerdict.VALID, None)
     assert finding_from("PERHAPS", "missing") is None
     assert finding_from(None, None) is None
 
 
-def test_a_handle_is_not_shown() -> None:
+def test_the_repr_of_a_handle_hides_it() -> None:
     assert "secret" not in repr(StoredHandle(handle="secret", workspace=Path("/w")))
 
 
 @pytest.mark.parametrize("reason", SessionReason)
-def test_only_of_a_session_that_was_seen_is_it_known_that_it_is_lost(reason: SessionReason) -> None:
+def test_a_lost_session_is_only_unknown_if_the_service_never_saw_it(reason: SessionReason) -> None:
     found = FOUND[reason]
     lost = found.verdict is SessionVerdict.INVALID and reason is not SessionReason.UNUSABLE
 

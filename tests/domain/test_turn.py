@@ -1,4 +1,4 @@
-"""How a turn ended is judged from what was seen of its process."""
+"""How `judge` decides the outcome of a turn from what was observed of its process."""
 
 from __future__ import annotations
 
@@ -45,32 +45,34 @@ def code_of(end: TurnEnd) -> str:
 
 
 def kind_of(end: TurnEnd) -> str:
-    """The error code of a failure, else the kind of the end."""
+    """Return the error code of a failure, else the name of the outcome."""
     return end.error.code if isinstance(end, Failed) else type(end).__name__
 
 
 @pytest.mark.parametrize("said", [ASKED, SUCCEEDED])
 @pytest.mark.parametrize("exit_code", [0, None], ids=["ended", "lingered"])
-def test_a_process_is_taken_at_its_last_word(said: Asked | Succeeded, exit_code: int) -> None:
+def test_a_clean_end_has_the_outcome_of_the_final_message(
+    said: Asked | Succeeded, exit_code: int
+) -> None:
     assert said == judge(replace(WELL, said=said, exit_code=exit_code))
 
 
 @pytest.mark.parametrize("exit_code", [1, 255, -9])
-def test_a_bad_exit_fails_whatever_was_said(exit_code: int) -> None:
+def test_a_bad_exit_code_fails_the_turn_whatever_its_final_message(exit_code: int) -> None:
     assert code_of(judge(replace(WELL, exit_code=exit_code))) == ErrorCode.ENGINE_FAILED
 
 
-def test_saying_nothing_fails() -> None:
+def test_an_exit_without_a_final_message_fails_the_turn() -> None:
     assert code_of(judge(replace(WELL, said=None))) == ErrorCode.ENGINE_FAILED
 
 
-def test_closing_the_output_without_a_word_and_living_on_breaks_the_protocol() -> None:
+def test_closing_the_output_without_a_final_message_and_living_on_is_a_protocol_error() -> None:
     end = judge(replace(WELL, said=None, exit_code=None))
 
     assert code_of(end) == ErrorCode.ENGINE_PROTOCOL_ERROR
 
 
-def test_ending_while_the_user_is_waited_for_loses_the_process() -> None:
+def test_an_exit_while_the_user_is_awaited_loses_the_process() -> None:
     end = judge(replace(WELL, said=ASKED, in_wait=True))
 
     assert code_of(end) == ErrorCode.INTERACTION_PROCESS_LOST
@@ -86,7 +88,7 @@ def test_ending_while_the_user_is_waited_for_loses_the_process() -> None:
         (SUCCEEDED, None, "Succeeded"),
     ],
 )
-def test_a_reply_that_was_not_read_is_why_nothing_came_of_it(
+def test_a_turn_without_a_result_whose_reply_was_not_read_is_reply_not_delivered(
     said: Succeeded | None, exit_code: int | None, kind: str
 ) -> None:
     end = judge(replace(WELL, said=said, exit_code=exit_code, undelivered=True))
@@ -94,7 +96,7 @@ def test_a_reply_that_was_not_read_is_why_nothing_came_of_it(
     assert kind_of(end) == kind
 
 
-def test_closing_the_output_while_the_user_is_waited_for_is_no_end_of_the_process() -> None:
+def test_closing_the_output_while_the_user_is_awaited_is_a_protocol_error() -> None:
     end = judge(replace(WELL, said=None, exit_code=None, in_wait=True))
 
     assert isinstance(end, Failed)
@@ -104,7 +106,7 @@ def test_closing_the_output_while_the_user_is_waited_for_is_no_end_of_the_proces
     )
 
 
-def test_a_broken_protocol_is_told_before_all_else() -> None:
+def test_a_protocol_error_precedes_every_other_failure() -> None:
     end = judge(replace(WELL, broken="line 3 is no JSON", in_wait=True, exit_code=-9))
 
     assert isinstance(end, Failed)
@@ -119,14 +121,14 @@ def test_the_signal_and_the_last_lines_are_in_the_message() -> None:
     assert end.error.message.endswith(": boom")
 
 
-def test_a_wait_that_was_too_long_is_told_as_such() -> None:
+def test_a_wait_over_its_deadline_is_interaction_wait_timeout() -> None:
     end = judge(replace(WELL, said=None, exit_code=None, in_wait=True, timed_out=DueKind.WAIT))
 
     assert code_of(end) == ErrorCode.INTERACTION_WAIT_TIMEOUT
 
 
 @pytest.mark.parametrize(("said", "kind"), [(SUCCEEDED, "Succeeded"), (None, "RUN_TIMEOUT")])
-def test_a_run_that_took_too_long_fails_unless_its_result_was_there(
+def test_a_result_that_arrived_before_the_run_deadline_is_kept(
     said: Succeeded | None, kind: str
 ) -> None:
     end = judge(replace(WELL, said=said, exit_code=None, timed_out=DueKind.RUN))
@@ -139,20 +141,22 @@ BROKE = RunError(code=ErrorCode.SESSION_RESUME_FAILED, message="The agent failed
 
 @pytest.mark.parametrize("exit_code", [0, 1, None])
 @pytest.mark.parametrize("said", [ASKED, SUCCEEDED, None])
-def test_what_an_engine_says_of_its_failure_goes_before_what_it_said(
+def test_a_failure_that_the_engine_reports_precedes_its_final_message(
     said: Asked | Succeeded | None, exit_code: int | None
 ) -> None:
     assert judge(replace(WELL, said=said, exit_code=exit_code, failure=BROKE)) == Failed(BROKE)
 
 
-def test_a_failed_turn_that_took_too_long_has_no_result() -> None:
+def test_a_failure_that_the_engine_reports_does_not_hide_a_run_timeout() -> None:
     end = judge(replace(WELL, failure=BROKE, timed_out=DueKind.RUN))
 
     assert code_of(end) == ErrorCode.RUN_TIMEOUT
 
 
 @pytest.mark.parametrize("in_wait", [False, True])
-def test_what_its_own_shim_ended_was_interrupted_whatever_it_did(*, in_wait: bool) -> None:
+def test_a_turn_that_its_shim_killed_was_interrupted_whatever_its_exit_code(
+    *, in_wait: bool
+) -> None:
     end = judge(replace(WELL, exit_code=-9, in_wait=in_wait, interrupted="stood still"))
 
     assert end == Interrupted("stood still")
@@ -162,13 +166,13 @@ def test_what_its_own_shim_ended_was_interrupted_whatever_it_did(*, in_wait: boo
     ("in_wait", "code"),
     [(False, ErrorCode.SUPERVISION_LOST), (True, ErrorCode.INTERACTION_PROCESS_LOST)],
 )
-def test_a_process_without_its_shim_is_given_up(*, in_wait: bool, code: ErrorCode) -> None:
+def test_a_process_without_its_shim_fails_the_turn(*, in_wait: bool, code: ErrorCode) -> None:
     end = judge(replace(WELL, exit_code=None, in_wait=in_wait, unsupervised=True))
 
     assert code_of(end) == code
 
 
-def test_what_was_done_to_a_process_goes_before_what_it_did() -> None:
+def test_failures_have_this_order_of_precedence() -> None:
     everything = Observed(
         said=SUCCEEDED,
         broken="no JSON",
@@ -196,7 +200,7 @@ def test_what_was_done_to_a_process_goes_before_what_it_did() -> None:
 
 
 @given(SEEN)
-def test_every_end_has_one_judgement_and_success_needs_a_clean_one(seen: Observed) -> None:
+def test_every_observation_has_one_outcome_and_success_needs_a_clean_end(seen: Observed) -> None:
     end = judge(seen)
 
     if isinstance(end, Failed):

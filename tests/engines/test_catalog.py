@@ -1,4 +1,4 @@
-"""Engines by name, and whether a session of one can be resumed."""
+"""Engines by name, their session files, and the check of a session."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def check(engine: Engine, workspace: Path, handle: str) -> SessionFinding:
     return finding
 
 
-def test_finds_an_engine_by_name() -> None:
+def test_an_engine_is_found_by_its_name() -> None:
     catalog = Catalog([engine("b"), engine("a")])
 
     assert catalog.get("a") == engine("a")
@@ -55,15 +55,15 @@ def test_an_unknown_engine_is_refused_with_the_known_names() -> None:
     assert caught.value.known == ("a", "b")
 
 
-def test_fills_in_the_workspace_and_the_handle(tmp_path: Path) -> None:
+def test_a_session_path_contains_the_workspace_and_the_handle(tmp_path: Path) -> None:
     assert engine().session_path(tmp_path, "ab-1._") == tmp_path / "session-ab-1._.json"
 
 
-def test_fills_in_each_placeholder_once() -> None:
+def test_placeholders_in_the_workspace_are_not_replaced() -> None:
     assert engine().session_path(Path("/w/{value}"), "x") == Path("/w/{value}/session-x.json")
 
 
-def test_may_lie_outside_the_workspace() -> None:
+def test_a_session_path_may_be_outside_the_workspace() -> None:
     home = engine(session_file="/home/agent/.sessions/{value}")
 
     assert home.session_path(Path("/w"), "x") == Path("/home/agent/.sessions/x")
@@ -72,7 +72,7 @@ def test_may_lie_outside_the_workspace() -> None:
 @pytest.mark.parametrize(
     "value", ["", ".", "..", "a/b", "../a", "/etc/passwd", "a\0", "a\n", "ä", "a b", "x" * 513]
 )
-def test_a_handle_that_could_lead_elsewhere_has_no_file(tmp_path: Path, value: str) -> None:
+def test_a_handle_that_is_no_file_name_has_no_session_path(tmp_path: Path, value: str) -> None:
     bare = engine(session_file="{workspace}/{value}")
 
     assert bare.session_path(tmp_path, value) is None
@@ -80,13 +80,13 @@ def test_a_handle_that_could_lead_elsewhere_has_no_file(tmp_path: Path, value: s
 
 
 @given(st.text(max_size=20))
-def test_no_handle_leads_out_of_its_folder(value: str) -> None:
+def test_no_handle_leads_out_of_the_session_folder(value: str) -> None:
     path = engine(session_file="{workspace}/{value}").session_path(Path("/w/s"), value)
 
     assert path is None or Path(os.path.normpath(path)).parent == Path("/w/s")
 
 
-def test_a_session_is_valid_while_its_file_holds_something(tmp_path: Path) -> None:
+def test_a_session_whose_file_is_not_empty_is_valid(tmp_path: Path) -> None:
     (tmp_path / "session-x.json").write_text("{}")
 
     assert check(engine(), tmp_path, "x") == SessionFinding(
@@ -130,7 +130,7 @@ def test_a_name_too_long_for_the_disk_is_no_session(tmp_path: Path) -> None:
     )
 
 
-def test_an_engine_that_does_not_say_where_it_keeps_sessions_has_no_check(tmp_path: Path) -> None:
+def test_an_engine_without_a_session_file_has_no_session_check(tmp_path: Path) -> None:
     silent = engine(session_file=None)
 
     assert silent.session_store is None
@@ -146,7 +146,7 @@ def test_an_engine_that_does_not_say_where_it_keeps_sessions_has_no_check(tmp_pa
         (UnknownSession.FAIL, SessionVerdict.UNKNOWN_REFUSED),
     ],
 )
-def test_what_the_system_does_not_let_us_look_at_is_for_the_operator_to_decide(
+def test_unknown_session_decides_about_a_file_that_the_system_fails_to_read(
     tmp_path: Path, unknown: UnknownSession, verdict: SessionVerdict
 ) -> None:
     loop = tmp_path / "session-x.json"
@@ -159,7 +159,7 @@ def test_what_the_system_does_not_let_us_look_at_is_for_the_operator_to_decide(
 
 
 @pytest.mark.parametrize("unknown", UnknownSession)
-def test_a_session_of_a_preset_that_was_never_seen_is_not_known_to_be_lost(
+def test_a_missing_session_of_a_preset_is_only_unknown_if_it_was_never_seen(
     tmp_path: Path, unknown: UnknownSession
 ) -> None:
     (tmp_path / "home" / "sessions").mkdir(parents=True)
@@ -177,7 +177,9 @@ def test_a_session_of_a_preset_that_was_never_seen_is_not_known_to_be_lost(
     assert list(check_sessions(codex, [bare, marked], seen_before=False)) == [missing] * 2
 
 
-def test_a_file_that_an_engine_names_needs_no_mark(tmp_path: Path) -> None:
+def test_a_missing_session_file_of_an_engine_is_invalid_without_a_fingerprint(
+    tmp_path: Path,
+) -> None:
     assert check(engine(), tmp_path, "gone") == SessionFinding(
         SessionVerdict.INVALID, SessionReason.MISSING
     )

@@ -1,4 +1,4 @@
-"""The demo agent keeps to the protocol, and its sessions survive it."""
+"""The demo agent obeys the protocol, and its sessions survive its processes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TWO_QUESTIONS: JsonObject = {
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Start demo agents; end what is left of them."""
+    """Starts demo agents; kills those that still live at the end."""
     started: list[subprocess.Popen[bytes]] = []
 
     def make(profile: str, message: bytes) -> subprocess.Popen[bytes]:
@@ -62,8 +62,8 @@ def task(workspace: Path, given: JsonObject) -> RunContext:
     return RunContext(run_id="r-1", attempt=1, input=given, workspace=str(workspace))
 
 
-def said(agent: subprocess.Popen[bytes]) -> Message:
-    """The next message that is not progress."""
+def next_message(agent: subprocess.Popen[bytes]) -> Message:
+    """Return the next message that is not progress."""
     assert agent.stdout is not None
     while True:
         message = jsonl.parse(agent.stdout.readline())
@@ -72,7 +72,7 @@ def said(agent: subprocess.Popen[bytes]) -> Message:
 
 
 def turn(start: Start, task: RunContext, session: str | None, reply: str) -> tuple[str, Message]:
-    """One process of a resumable run."""
+    """Run one process of a resumable run; return its session and its last message."""
     if session is None:
         agent = start("resumable", jsonl.start_message(task))
         number = 0
@@ -83,13 +83,15 @@ def turn(start: Start, task: RunContext, session: str | None, reply: str) -> tup
             "resumable",
             jsonl.resume_message(task, session=held, reply=answered(number, reply)),
         )
-    named, then = said(agent), said(agent)
+    named, then = next_message(agent), next_message(agent)
     assert agent.wait(30) == 0
     assert isinstance(named, SessionMessage)
     return named.value, then
 
 
-def test_a_resumable_agent_lives_through_its_processes(start: Start, tmp_path: Path) -> None:
+def test_a_resumable_agent_keeps_its_session_over_several_processes(
+    start: Start, tmp_path: Path
+) -> None:
     work = task(tmp_path, TWO_QUESTIONS)
 
     session, first = turn(start, work, None, "")
@@ -120,21 +122,21 @@ def test_a_lost_session_is_refused(start: Start, tmp_path: Path) -> None:
     work = task(tmp_path, TWO_QUESTIONS)
 
     agent = start("resumable", jsonl.resume_message(work, session=lost, reply=answered(1, "x")))
-    _, complaint = agent.communicate(timeout=30)
+    _, stderr = agent.communicate(timeout=30)
 
     assert agent.returncode == demo_agent.EXIT_NO_SESSION
-    assert b"cannot be resumed" in complaint
+    assert b"cannot be resumed" in stderr
 
 
 def test_a_sticky_agent_answers_in_one_process(start: Start, tmp_path: Path) -> None:
     agent = start("sticky", jsonl.start_message(task(tmp_path, TWO_QUESTIONS)))
     assert agent.stdin is not None
 
-    first = said(agent)
+    first = next_message(agent)
     agent.stdin.write(jsonl.reply_message(answered(1, "yes")))
-    second = said(agent)
+    second = next_message(agent)
     agent.stdin.write(jsonl.reply_message(answered(2, {"city": "Ulm"})))
-    last = said(agent)
+    last = next_message(agent)
 
     assert isinstance(first, AskMessage)
     assert isinstance(second, AskMessage)
@@ -142,28 +144,30 @@ def test_a_sticky_agent_answers_in_one_process(start: Start, tmp_path: Path) -> 
     assert agent.wait(30) == 0
 
 
-def test_a_sticky_agent_ends_when_nobody_can_reply(start: Start, tmp_path: Path) -> None:
+def test_a_sticky_agent_exits_when_its_input_is_closed(start: Start, tmp_path: Path) -> None:
     agent = start("sticky", jsonl.start_message(task(tmp_path, TWO_QUESTIONS)))
     assert agent.stdin is not None
-    said(agent)
+    next_message(agent)
 
     agent.stdin.close()
 
     assert agent.wait(30) == demo_agent.EXIT_NO_REPLY
 
 
-def test_fails_on_demand(start: Start, tmp_path: Path) -> None:
+def test_the_agent_fails_if_its_input_says_so(start: Start, tmp_path: Path) -> None:
     agent = start("resumable", jsonl.start_message(task(tmp_path, {"fail": "exit3"})))
 
-    _, complaint = agent.communicate(timeout=30)
+    _, stderr = agent.communicate(timeout=30)
 
     assert agent.returncode == 3
-    assert b"told to fail" in complaint
+    assert b"told to fail" in stderr
 
 
-def test_works_on_when_its_service_is_dead(start: Start, tmp_path: Path) -> None:
+def test_the_agent_finishes_its_work_after_its_pipes_are_closed(
+    start: Start, tmp_path: Path
+) -> None:
     agent = start("resumable", jsonl.start_message(task(tmp_path, {"work_s": 0.4})))
-    assert isinstance(said(agent), SessionMessage)
+    assert isinstance(next_message(agent), SessionMessage)
     assert agent.stdin is not None
     assert agent.stdout is not None
 
@@ -173,21 +177,21 @@ def test_works_on_when_its_service_is_dead(start: Start, tmp_path: Path) -> None
     assert agent.wait(30) == 0
 
 
-def test_ignores_sigterm_on_demand(start: Start, tmp_path: Path) -> None:
+def test_the_agent_ignores_sigterm_if_its_input_says_so(start: Start, tmp_path: Path) -> None:
     given: JsonObject = {"ignore_sigterm": True, "work_s": 0.5, "result": {"kept": "on"}}
     agent = start("resumable", jsonl.start_message(task(tmp_path, given)))
     assert agent.stdout is not None
-    said(agent)
+    next_message(agent)
     agent.stdout.readline()  # it works, so it has set its handler
 
     agent.terminate()
 
-    assert said(agent) == ResultMessage(output={"kept": "on", "answers": []})
+    assert next_message(agent) == ResultMessage(output={"kept": "on", "answers": []})
 
 
-def test_stops_when_it_is_told_to(start: Start, tmp_path: Path) -> None:
+def test_sigterm_ends_the_agent(start: Start, tmp_path: Path) -> None:
     agent = start("resumable", jsonl.start_message(task(tmp_path, {"hold": True})))
-    said(agent)
+    next_message(agent)
 
     agent.terminate()
 
@@ -195,7 +199,9 @@ def test_stops_when_it_is_told_to(start: Start, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("nonsense", [b"hello\n", b"[]\n", b""])
-def test_says_that_it_was_not_understood(start: Start, nonsense: bytes) -> None:
+def test_input_that_is_no_message_has_an_exit_code_of_its_own(
+    start: Start, nonsense: bytes
+) -> None:
     agent = start("resumable", nonsense)
 
     agent.communicate(timeout=30)
@@ -203,7 +209,7 @@ def test_says_that_it_was_not_understood(start: Start, nonsense: bytes) -> None:
     assert agent.returncode == demo_agent.EXIT_BAD_INPUT
 
 
-def test_starts_without_the_heavy_rooms() -> None:
+def test_the_agent_imports_no_heavy_library() -> None:
     code = (
         "import sys, runrecovery_service.engines.demo_agent;"
         "print(*sorted({name.split('.')[0] for name in sys.modules}))"

@@ -1,4 +1,4 @@
-"""What the text that an agent CLI ends its turn with is taken for."""
+"""The final text of an agent CLI is parsed as a question or as a result."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def output(text: str) -> JsonObject:
         '{"ask_user": "Where to?"}',
     ],
 )
-def test_an_object_at_the_very_end_asks(text: str) -> None:
+def test_an_ask_user_object_at_the_end_is_a_question(text: str) -> None:
     assert question(text) == WHERE
 
 
@@ -72,7 +72,7 @@ def test_an_object_at_the_very_end_asks(text: str) -> None:
         "}" * 1000,
     ],
 )
-def test_anything_else_is_the_result_as_it_stands(text: str) -> None:
+def test_any_other_text_is_the_result_unchanged(text: str) -> None:
     assert output(text) == {"text": text}
 
 
@@ -80,7 +80,7 @@ def test_a_result_object_is_the_output() -> None:
     assert output('Done.\n{"result": {"files": ["a"], "ok": true}}') == {"files": ["a"], "ok": True}
 
 
-def test_options_and_kind_are_kept() -> None:
+def test_a_question_has_the_kind_and_the_options_of_its_object() -> None:
     asked = {"prompt": "Sure?", "kind": "confirm", "options": ["yes", {"label": "No", "value": 0}]}
 
     assert question(json.dumps({"ask_user": asked})) == Question(
@@ -100,7 +100,7 @@ def test_options_and_kind_are_kept() -> None:
         ({"kind": 3, "options": ["a"]}, InteractionKind.CHOOSE_ONE, 1),
     ],
 )
-def test_a_slip_in_kind_or_options_loses_no_question(
+def test_a_mistake_in_kind_or_options_does_not_lose_the_question(
     extra: dict[str, object], kind: InteractionKind, count: int
 ) -> None:
     found = question(json.dumps({"ask_user": {"prompt": "Which?", **extra}}))
@@ -108,30 +108,30 @@ def test_a_slip_in_kind_or_options_loses_no_question(
     assert (found.kind, len(found.options)) == (kind, count)
 
 
-def test_text_that_no_store_can_hold_is_replaced() -> None:
+def test_characters_that_no_store_accepts_are_replaced() -> None:
     assert output("a\0b\ud800c") == {
         "text": "a\N{REPLACEMENT CHARACTER}b\N{REPLACEMENT CHARACTER}c"
     }
 
 
-def test_a_text_that_is_too_long_is_cut_and_says_so() -> None:
+def test_a_text_that_is_too_long_is_truncated_and_marked_as_such() -> None:
     found = output("x" + "ü" * final_message.MAX_BYTES)
 
     assert found == {"text": "ü" * (final_message.MAX_BYTES // 2), "truncated": True}
 
 
-def test_a_text_that_is_cut_inside_a_character_begins_with_a_whole_one() -> None:
+def test_a_truncated_text_begins_with_a_whole_character() -> None:
     found = output("€" * final_message.MAX_BYTES)
 
     assert final_message.MAX_BYTES % 3 == 1
     assert found == {"text": "€" * (final_message.MAX_BYTES // 3), "truncated": True}
 
 
-def test_a_question_behind_a_text_that_is_too_long_is_asked() -> None:
+def test_a_question_after_a_text_that_is_too_long_is_found() -> None:
     assert question("x" * 5 * final_message.MAX_BYTES + ASK) == WHERE
 
 
-def test_code_within_an_object_is_not_its_end() -> None:
+def test_a_code_fence_inside_an_object_does_not_end_it() -> None:
     asked = {"prompt": "Run this?\n```\nrm -r build\n```", "kind": "confirm"}
 
     assert question(f"```json\n{json.dumps({'ask_user': asked})}\n```").prompt == asked["prompt"]
@@ -148,20 +148,20 @@ def test_code_within_an_object_is_not_its_end() -> None:
     ],
     ids=["blanks", "braces", "nested", "wide", "gaps"],
 )
-def test_a_text_made_to_take_long_is_looked_at_a_few_times(
+def test_a_text_made_to_be_slow_is_parsed_a_limited_number_of_times(
     text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looks: list[int] = []
+    tries: list[int] = []
 
-    def look(text: str, begin: int) -> tuple[JsonObject, int]:
-        looks.append(begin)
+    def count_and_read(text: str, begin: int) -> tuple[JsonObject, int]:
+        tries.append(begin)
         return strict_json.read_first_object(text, begin)
 
-    monkeypatch.setattr(final_message, "read_first_object", look)
+    monkeypatch.setattr(final_message, "read_first_object", count_and_read)
 
     parse(text)
 
-    assert len(looks) <= final_message.TRIES
+    assert len(tries) <= final_message.TRIES
 
 
 def test_an_object_that_is_too_long_is_text() -> None:
@@ -177,10 +177,10 @@ def test_nesting_that_is_too_deep_is_text() -> None:
 
 
 @given(st.text())
-def test_never_fails(text: str) -> None:
+def test_every_text_is_a_result_or_a_question(text: str) -> None:
     assert isinstance(parse(text), ResultMessage | AskMessage)
 
 
 @given(st.lists(st.sampled_from(["{", "}", "\n", '"', "```", "ask_user", ":", " ", "[", "\\"])))
-def test_never_fails_on_what_looks_like_json(pieces: list[str]) -> None:
+def test_every_text_that_resembles_json_is_a_result_or_a_question(pieces: list[str]) -> None:
     assert isinstance(parse("".join(pieces)), ResultMessage | AskMessage)

@@ -1,4 +1,4 @@
-"""The JSON-lines protocol: what is said to an engine, and what may be believed of what it says."""
+"""The JSON-lines protocol: the messages to an engine, and how its lines are parsed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def line(**message: object) -> bytes:
     return json.dumps(message).encode()
 
 
-def test_start_names_the_task() -> None:
+def test_a_start_message_has_the_run_its_input_and_its_workspace() -> None:
     assert json.loads(jsonl.start_message(TASK)) == {
         "type": "start",
         "run_id": "r-1",
@@ -53,18 +53,18 @@ def test_start_names_the_task() -> None:
     }
 
 
-def test_an_automatic_decision_is_said_to_be_one() -> None:
+def test_an_automatic_decision_is_marked_in_reply_and_resume() -> None:
     session = Session(type="jsonl", handle="h", turn=3)
     decided = answered(2, None, auto_decided=True)
 
     resumed = json.loads(jsonl.resume_message(TASK, session=session, reply=decided))
-    told = json.loads(jsonl.reply_message(decided))
+    replied = json.loads(jsonl.reply_message(decided))
 
     assert resumed["reply"] == {"interaction_id": 2, "response": None, "auto_decided": True}
-    assert told == {"type": "reply", **resumed["reply"]}
+    assert replied == {"type": "reply", **resumed["reply"]}
 
 
-def test_resume_names_the_session_and_the_reply() -> None:
+def test_a_resume_message_has_the_session_and_the_reply() -> None:
     session = Session(type="jsonl", handle="h", turn=3)
 
     sent = json.loads(jsonl.resume_message(TASK, session=session, reply=answered(4, {"a": None})))
@@ -106,12 +106,12 @@ def test_every_message_is_one_line_of_ascii(response: JsonValue) -> None:
         ('{"type":"progress","message":"é"}'.encode(), ProgressMessage(message="é")),
     ],
 )
-def test_reads(printed: bytes, expected: Message) -> None:
+def test_a_message_of_the_agent_is_parsed(printed: bytes, expected: Message) -> None:
     assert parse(printed) == expected
 
 
 @pytest.mark.parametrize("kind", list(InteractionKind))
-def test_reads_every_kind_of_question(kind: InteractionKind) -> None:
+def test_every_kind_of_question_is_parsed(kind: InteractionKind) -> None:
     assert parse(line(type="ask", kind=kind.value, prompt="?")) == AskMessage(
         question=Question(kind=kind, prompt="?")
     )
@@ -128,7 +128,7 @@ def test_reads_every_kind_of_question(kind: InteractionKind) -> None:
         ({"label": "Both", "value": {"a": [1]}, "x": 1}, Option(label="Both", value={"a": [1]})),
     ],
 )
-def test_reads_options(option: JsonValue, expected: Option) -> None:
+def test_options_are_parsed(option: JsonValue, expected: Option) -> None:
     message = parse(line(type="ask", kind="choose_one", prompt="?", options=[option]))
 
     assert isinstance(message, AskMessage)
@@ -136,7 +136,7 @@ def test_reads_options(option: JsonValue, expected: Option) -> None:
 
 
 def nested(depth: int) -> JsonValue:
-    """Objects in objects: the dearest shape for protobuf."""
+    """Return nested objects: the most expensive shape for protobuf."""
     value: JsonValue = {}
     for _ in range(depth - 1):
         value = {"a": value}
@@ -201,7 +201,7 @@ def nested(depth: int) -> JsonValue:
         b'{"type":"result","output":{"a":' + b"[" * 500 + b"]" * 500 + b"}}",
     ],
 )
-def test_refuses(printed: bytes) -> None:
+def test_a_line_that_is_no_message_is_a_protocol_error(printed: bytes) -> None:
     with pytest.raises(ProtocolError):
         parse(printed)
 
@@ -210,7 +210,7 @@ def test_a_whole_surrogate_pair_is_a_character() -> None:
     assert parse(b'{"type":"progress","message":"\\ud83d\\ude00"}') == ProgressMessage(message="😀")
 
 
-def test_a_line_of_exactly_the_limit_is_read() -> None:
+def test_a_line_of_exactly_the_size_limit_is_parsed() -> None:
     empty = line(type="progress", message="")
     full = line(type="progress", message="x" * (jsonl.MAX_LINE_BYTES - len(empty)))
 
@@ -218,7 +218,7 @@ def test_a_line_of_exactly_the_limit_is_read() -> None:
     assert isinstance(parse(full), ProgressMessage)
 
 
-def test_callers_can_read_the_deepest_output_that_is_accepted() -> None:
+def test_clients_can_parse_the_deepest_output_that_is_accepted() -> None:
     message = parse(line(type="result", output=nested(MAX_DEPTH - 1)))
     assert isinstance(message, ResultMessage)
     answer = run_service_pb2.ListRunsResponse()
@@ -229,7 +229,7 @@ def test_callers_can_read_the_deepest_output_that_is_accepted() -> None:
     assert again == answer
 
 
-def test_refuses_without_quoting_the_line() -> None:
+def test_a_protocol_error_does_not_quote_the_line() -> None:
     with pytest.raises(ProtocolError) as caught:
         parse(b'{"type":"session","value":"hunter2"')
 
@@ -238,12 +238,12 @@ def test_refuses_without_quoting_the_line() -> None:
     assert caught.value.__suppress_context__
 
 
-def test_a_session_message_does_not_show_its_handle() -> None:
+def test_the_repr_of_a_session_message_hides_the_handle() -> None:
     assert "hunter2" not in repr(SessionMessage(value="hunter2"))
 
 
 @given(st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()))
-def test_whatever_is_printed_is_a_message_or_a_protocol_error(printed: bytes) -> None:
+def test_every_line_is_a_message_or_a_protocol_error(printed: bytes) -> None:
     try:
         message = parse(printed)
     except ProtocolError:
@@ -254,7 +254,7 @@ def test_whatever_is_printed_is_a_message_or_a_protocol_error(printed: bytes) ->
 
 
 @given(st.dictionaries(TEXT, JSON, max_size=4))
-def test_an_output_arrives_as_it_was_printed(output: dict[str, JsonValue]) -> None:
+def test_an_output_is_parsed_as_it_was_printed(output: dict[str, JsonValue]) -> None:
     printed = json.dumps({"type": "result", "output": output}, ensure_ascii=False).encode()
 
     assert parse(printed) == ResultMessage(output=output)

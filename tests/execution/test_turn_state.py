@@ -44,7 +44,7 @@ from runrecovery_service.process.shim_events import (
 
 NOW_S: Final = 1000.0
 SOON_S: Final = 1001.0
-"""A second later: how long output may stay open after an exit."""
+"""One second after the exit: until then, output may stay open."""
 GRACE_S: Final = 1010.0
 RULES: Final = TurnRules(
     profile=Profile.RESUMABLE, resumes=False, ends_once=True, exit_grace_s=10.0
@@ -173,7 +173,7 @@ TABLE: Final[list[tuple[Facts, TurnEvent, TurnRules, Facts, object]]] = [
 
 
 @pytest.mark.parametrize(("before", "event", "rules", "changes", "action"), TABLE)
-def test_an_event_changes_exactly_this(
+def test_an_event_changes_what_the_table_says_and_nothing_else(
     before: Facts, event: TurnEvent, rules: TurnRules, changes: Facts, action: object
 ) -> None:
     state = replace(NEW, **before)
@@ -202,13 +202,13 @@ def test_every_signal_is_in_the_table() -> None:
         ({"protocol_error": "How."}, True),
     ],
 )
-def test_a_turn_is_over_when_its_process_has_ended_or_must_be_ended(
+def test_a_turn_is_over_when_its_process_has_ended_or_must_be_killed(
     facts: Facts, *, is_over: bool
 ) -> None:
     assert replace(NEW, **facts).is_over is is_over
 
 
-def test_the_reason_to_end_a_tree_is_the_first_that_holds() -> None:
+def test_reasons_to_end_a_process_tree_have_this_order() -> None:
     facts: Facts = {
         "is_canceled": True, "deadline_passed": DueKind.RUN, "protocol_error": "How.",
         "is_unsupervised": True, "is_reply_lost": True,
@@ -224,7 +224,7 @@ def test_the_reason_to_end_a_tree_is_the_first_that_holds() -> None:
     ]  # fmt: skip
 
 
-def test_a_hundred_unknown_types_are_remembered() -> None:
+def test_at_most_a_hundred_unknown_message_types_are_remembered() -> None:
     state = NEW
     for number in range(101):
         state, _ = advance(state, UnknownMessage(type=str(number)), RULES, now_s=NOW_S)
@@ -239,7 +239,7 @@ EVENTS: Final = [event for _, event, *_ in TABLE]
     events=st.lists(st.sampled_from(EVENTS), max_size=12),
     rules=st.sampled_from([RULES, STICKY, LAST_COUNTS, RESUMING]),
 )
-def test_what_ends_a_turn_is_never_taken_back(events: list[TurnEvent], rules: TurnRules) -> None:
+def test_no_later_event_undoes_the_end_of_a_turn(events: list[TurnEvent], rules: TurnRules) -> None:
     state = NEW
     for event in events:
         before = state
@@ -252,7 +252,7 @@ def test_what_ends_a_turn_is_never_taken_back(events: list[TurnEvent], rules: Tu
         assert state.open_outputs <= before.open_outputs
 
 
-def test_every_event_is_taken_in_every_state() -> None:
+def test_every_event_is_accepted_in_every_state() -> None:
     states = [replace(NEW, **facts) for facts, *_ in TABLE]
     for state, event, rules in product(states, EVENTS, [RULES, STICKY, LAST_COUNTS]):
         advanced, _ = advance(state, event, rules, now_s=NOW_S)

@@ -1,4 +1,4 @@
-"""The three editors with their files, and what each file means, read without that code."""
+"""The three editors with their test files, which are parsed here without the code under test."""
 
 from __future__ import annotations
 

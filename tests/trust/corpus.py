@@ -1,4 +1,4 @@
-"""Odd files, as people and programs leave them, and folders with odd names."""
+"""Unusual files, as users and programs write them, and folders with unusual names."""
 
 from __future__ import annotations
 

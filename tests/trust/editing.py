@@ -1,7 +1,7 @@
-"""Programs of the file tests: our own edits, and a CLI that rewrites its file as such do.
+"""Programs for test_writers.py: edits of the service, and a CLI that rewrites its file.
 
 editing.py add FILE KIND FOLDER...     add these; print "decided" and wait for a line in between
-editing.py toggle FILE KIND FOLDER     add and remove for ever; print a line after each edit
+editing.py toggle FILE KIND FOLDER     add and remove forever; print a line after each edit
 editing.py dying FILE KIND FOLDER N    add, and die by SIGKILL before the N-th system event
 editing.py cli FILE                    for each line read: count up, rewrite the file, print
 """
@@ -22,42 +22,42 @@ from runrecovery_service.trust.entry import Added, Edit, Removal
 from runrecovery_service.trust.errors import TrustFileBusy
 
 
-def put_in(path: Path, kind: str, folder: str, record: Callable[[Edit], object]) -> Edit:
+def add_entry(path: Path, kind: str, folder: str, record: Callable[[Edit], object]) -> Edit:
     editor = config_files.EDITORS[config_files.AgentCli(kind)]
     return files.edit(path, lambda text: editor.add(text, folder), record=record)
 
 
-def take_out(path: Path, kind: str, folder: str, added: Added) -> Removal:
+def remove_entry(path: Path, kind: str, folder: str, added: Added) -> Removal:
     editor = config_files.EDITORS[config_files.AgentCli(kind)]
     return files.edit(path, lambda text: editor.remove(text, folder, added))
 
 
 def add(path: Path, kind: str, *folders: str) -> None:
     for folder in folders:
-        told: list[Edit] = []
+        recorded: list[Edit] = []
 
-        def tell(edit: Edit, told: list[Edit] = told) -> None:
-            if not told:
+        def record(edit: Edit, recorded: list[Edit] = recorded) -> None:
+            if not recorded:
                 print("decided", flush=True)
                 sys.stdin.readline()
-            told.append(edit)
+            recorded.append(edit)
 
-        put_in(path, kind, folder, tell)
+        add_entry(path, kind, folder, record)
 
 
 def toggle(path: Path, kind: str, folder: str) -> None:
     while True:
-        with suppress(TrustFileBusy):  # a CLI that writes without a break
-            edit = put_in(path, kind, folder, lambda _: None)
+        with suppress(TrustFileBusy):  # a CLI that writes all the time
+            edit = add_entry(path, kind, folder, lambda _: None)
             print("added", flush=True)
-            take_out(path, kind, folder, edit.added)
+            remove_entry(path, kind, folder, edit.added)
             print("removed", flush=True)
 
 
 def dying(path: Path, kind: str, folder: str, before: str) -> None:
     config_files.EDITORS[config_files.AgentCli(kind)].add(
         b"", folder
-    )  # what it imports late is imported now
+    )  # import now what it imports late
     events = itertools.count(1)
     fsync, last = os.fsync, int(before)
 
@@ -72,7 +72,7 @@ def dying(path: Path, kind: str, folder: str, before: str) -> None:
 
     setattr(os, "fsync", audited)  # noqa: B010 - its type is another one
     sys.addaudithook(die_at)
-    put_in(path, kind, folder, lambda _: None)
+    add_entry(path, kind, folder, lambda _: None)
 
 
 def cli(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Where the files are."""
+"""Where each CLI has the file that trust entries go into."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FILES = [
 
 
 @pytest.mark.parametrize(("cli", "env", "path"), FILES)
-def test_the_file_is_where_its_cli_looks_for_it(
+def test_the_trust_file_is_where_its_cli_reads_it(
     cli: AgentCli, env: dict[str, str], path: str
 ) -> None:
     assert config_file(cli, env) == Path(path)

@@ -1,4 +1,4 @@
-"""Any document, in any layout: what was put in comes out, and nothing else moves."""
+"""In any document of any layout, entries can be added and removed, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -159,7 +159,9 @@ def _is_open(text: bytes, path: tuple[str, ...]) -> bool:
 
 @settings(max_examples=200)
 @given(json_files(), several)
-def test_gemini_there_and_back(before: bytes, some: tuple[list[str], list[str]]) -> None:
+def test_entries_in_any_gemini_file_can_be_added_and_removed(
+    before: bytes, some: tuple[list[str], list[str]]
+) -> None:
     if all(_is_open(before, (folder,)) for folder in some[0]):
         _there_and_back(gemini.EDITOR, before, *some)
         _means(KINDS["gemini"], before, some[0][0])
@@ -167,7 +169,9 @@ def test_gemini_there_and_back(before: bytes, some: tuple[list[str], list[str]])
 
 @settings(max_examples=200)
 @given(json_files(), several)
-def test_claude_there_and_back(before: bytes, some: tuple[list[str], list[str]]) -> None:
+def test_entries_in_any_claude_file_can_be_added_and_removed(
+    before: bytes, some: tuple[list[str], list[str]]
+) -> None:
     paths = (("projects", folder, "hasTrustDialogAccepted") for folder in some[0])
     if all(_is_open(before, path) for path in paths):
         _there_and_back(claude.EDITOR, before, *some)
@@ -176,13 +180,17 @@ def test_claude_there_and_back(before: bytes, some: tuple[list[str], list[str]])
 
 @settings(max_examples=300)
 @given(toml_files(), several)
-def test_codex_there_and_back(before: bytes, some: tuple[list[str], list[str]]) -> None:
+def test_entries_in_any_codex_file_can_be_added_and_removed(
+    before: bytes, some: tuple[list[str], list[str]]
+) -> None:
     _there_and_back(codex.EDITOR, before, *some)
     _means(KINDS["codex"], before, some[0][0])
 
 
 @settings(max_examples=300)
 @given(toml_files())
-def test_codex_there_and_back_for_a_folder_in_odd_forms(before: bytes) -> None:
+def test_an_entry_in_any_codex_file_that_has_the_folder_can_be_added_and_removed(
+    before: bytes,
+) -> None:
     _there_and_back(codex.EDITOR, before, [W], [W])
     _means(KINDS["codex"], before, W)

@@ -1,4 +1,4 @@
-"""What cannot be edited safely is left alone, and it is said why."""
+"""Files that cannot be edited safely are refused with a reason."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ OURS = Added(owned=True, made=frozenset(Made))
     [(kind, data, reason) for kind, _, data, reason in REFUSED],
     ids=[f"{kind}: {name}" for kind, name, _, _ in REFUSED],
 )
-def test_add_refuses_such_a_file_with_its_reason(
+def test_add_refuses_a_file_that_it_cannot_edit_safely_with_the_reason(
     kind: str, data: bytes, reason: UnusableReason
 ) -> None:
     with pytest.raises(TrustFileUnusable) as refused:
@@ -83,8 +83,12 @@ def test_add_refuses_such_a_file_with_its_reason(
     ("kind", "data", "reason"),
     [each for each in ((k, d, r) for k, _, d, r in REFUSED) if each[2] is not R.UNEXPECTED_SHAPE],
 )
-def test_remove_refuses_what_it_cannot_read(kind: str, data: bytes, reason: UnusableReason) -> None:
-    data = data * 2 if reason is R.TOO_LARGE else data  # what has an entry already may grow so far
+def test_remove_refuses_a_file_that_it_cannot_parse_with_the_reason(
+    kind: str, data: bytes, reason: UnusableReason
+) -> None:
+    data = (
+        data * 2 if reason is R.TOO_LARGE else data
+    )  # an entry can still be removed from a file of this size
     with pytest.raises(TrustFileUnusable) as refused:
         KINDS[kind].editor.remove(data, W, OURS)
 
@@ -94,7 +98,7 @@ def test_remove_refuses_what_it_cannot_read(kind: str, data: bytes, reason: Unus
 @pytest.mark.parametrize(
     ("kind", "data"), [(k, d) for k, _, d, reason in REFUSED if reason is R.UNEXPECTED_SHAPE]
 )
-def test_remove_finds_nothing_of_ours_in_another_shape(kind: str, data: bytes) -> None:
+def test_remove_leaves_a_file_of_another_shape_unchanged(kind: str, data: bytes) -> None:
     removal = KINDS[kind].editor.remove(data, W, OURS)
 
     assert removal.text == data
@@ -103,13 +107,13 @@ def test_remove_finds_nothing_of_ours_in_another_shape(kind: str, data: bytes) -
 
 @pytest.mark.parametrize("folder", ["", "relative", "./x", "~/x", "/a\0b", "/a\ud800", "/\udcff"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_name_that_no_entry_can_have_is_refused(kind: str, folder: str) -> None:
+def test_a_folder_name_that_no_entry_can_have_is_refused(kind: str, folder: str) -> None:
     with pytest.raises(FolderUnusable):
         KINDS[kind].editor.add(None, folder)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_error_tells_nothing_of_what_the_file_holds(kind: str) -> None:
+def test_an_error_message_contains_nothing_of_the_file(kind: str) -> None:
     secret = b'api_key = "sk-secret-1234" sk-secret-1234 = }\n{"sk-secret-1234": }'
 
     with pytest.raises(TrustFileUnusable) as refused:
@@ -151,7 +155,9 @@ def test_a_large_file_is_edited_like_a_small_one(
 
 
 @pytest.mark.parametrize("stray", [(0, 1, "b"), (0, 5, "")], ids=["another key", "a line gone"])
-def test_an_edit_of_toml_that_would_change_more_is_not_made(stray: tuple[int, int, str]) -> None:
+def test_a_toml_edit_that_would_change_more_than_the_entry_is_refused(
+    stray: tuple[int, int, str],
+) -> None:
     body = f'a = 1\n[projects."{W}"]\ntrust_level = "trusted"\n'
 
     with pytest.raises(TrustFileUnusable) as refused:
@@ -161,7 +167,9 @@ def test_an_edit_of_toml_that_would_change_more_is_not_made(stray: tuple[int, in
 
 
 @pytest.mark.parametrize("stray", [(6, 7, "2"), (2, 3, "b"), (0, 1, "")])
-def test_an_edit_of_json_that_would_change_more_is_not_made(stray: tuple[int, int, str]) -> None:
+def test_a_json_edit_that_would_change_more_than_the_entry_is_refused(
+    stray: tuple[int, int, str],
+) -> None:
     body = '{"a": 1}'
 
     with pytest.raises(TrustFileUnusable) as refused:
@@ -174,14 +182,14 @@ MOST_OF = {"codex": codex.MOST_BYTES, "gemini": json_entry.MOST_BYTES}
 
 
 def _filled(kind: str, size: int) -> bytes:
-    """A file of so many bytes, which is quickly parsed."""
+    """Return a file of this size that is quickly parsed."""
     if kind == "codex":
         return b"#" * size
     return b'{"mine": "' + b"x" * (size - 12) + b'"}'
 
 
 @pytest.mark.parametrize("kind", MOST_OF)
-def test_an_entry_goes_out_of_a_file_that_grew_past_the_bound(kind: str) -> None:
+def test_an_entry_is_removed_from_a_file_that_grew_over_the_size_limit(kind: str) -> None:
     editor, most = KINDS[kind].editor, MOST_OF[kind]
     before = _filled(kind, most - RESERVE - 1000)
 
@@ -196,7 +204,7 @@ def test_an_entry_goes_out_of_a_file_that_grew_past_the_bound(kind: str) -> None
 
 
 @pytest.mark.parametrize("kind", MOST_OF)
-def test_no_entry_goes_into_a_file_that_could_not_grow(kind: str) -> None:
+def test_no_entry_is_added_to_a_file_that_could_not_grow_any_more(kind: str) -> None:
     with pytest.raises(TrustFileUnusable) as refused:
         KINDS[kind].editor.add(_filled(kind, MOST_OF[kind] - RESERVE), "/w")
     assert refused.value.reason is R.TOO_LARGE
@@ -205,7 +213,7 @@ def test_no_entry_goes_into_a_file_that_could_not_grow(kind: str) -> None:
 @pytest.mark.parametrize(
     "value", ['"""a"b"""', '""""a""b"""""', "'''a'b'''", '"""a\\"""b"""', '["""a"b""", 1]']
 )
-def test_quotes_inside_a_string_of_several_lines_do_not_end_it(value: str) -> None:
+def test_quotes_inside_a_multi_line_string_do_not_end_it(value: str) -> None:
     (field,) = toml_text.parse(f"a = {value} # c\n").statements
 
     assert isinstance(field, toml_text.Field)

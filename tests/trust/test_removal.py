@@ -1,4 +1,4 @@
-"""What happens to an entry when others have written the file since."""
+"""Removing an entry from a file that the user or the CLI has changed since."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trust.corpus import W
 
 
 def _codex(before: bytes | None, *changes: tuple[bytes, bytes]) -> tuple[bytes | None, Outcome]:
-    """Add, change the text as somebody else might, remove."""
+    """Add an entry, change the text as a user might, and remove the entry."""
     edit = codex.EDITOR.add(before, W)
     text = edit.text or b""
     for old, new in changes:
@@ -26,7 +26,7 @@ HEADER = b'[projects."/runs/a project"]\n'
 ENTRY = b'trust_level = "trusted"\n'
 
 
-def test_a_comment_behind_our_table_stays_when_it_goes() -> None:
+def test_a_comment_after_the_added_table_is_kept_when_the_table_is_removed() -> None:
     after, _ = _codex(b"a = 1\n", (ENTRY, ENTRY + b"# mine\n\n# of t\n[t]\n"))
 
     assert after == b"a = 1\n# mine\n\n# of t\n[t]\n"
@@ -43,13 +43,15 @@ def test_a_comment_behind_our_table_stays_when_it_goes() -> None:
         (ENTRY, b"other = 1\n  " + ENTRY + b"x = 1", HEADER + b"other = 1\nx = 1"),
     ],
 )
-def test_what_somebody_put_into_our_table_keeps_it(old: bytes, new: bytes, left: bytes) -> None:
+def test_an_added_table_is_kept_if_the_user_wrote_into_it(
+    old: bytes, new: bytes, left: bytes
+) -> None:
     after, outcome = _codex(None, (old, new))
 
     assert (after, outcome) == (left, Outcome.REMOVED)
 
 
-def test_a_sub_table_keeps_its_own_header_without_ours() -> None:
+def test_a_sub_table_is_kept_when_the_added_table_is_removed() -> None:
     sub = b'[projects."/runs/a project".sub]\nb = 1\n'
 
     after, _ = _codex(None, (ENTRY, ENTRY + sub))
@@ -67,7 +69,7 @@ def test_a_sub_table_keeps_its_own_header_without_ours() -> None:
         b'[projects]\r\n[projects."/runs/a project"]\r\n\r\ntrust_level = "trusted"\r\n\r\n',
     ],
 )
-def test_an_entry_is_found_in_whatever_way_somebody_has_rewritten_it(rewritten: bytes) -> None:
+def test_an_entry_is_removed_in_whatever_notation_the_user_rewrote_it(rewritten: bytes) -> None:
     added = codex.EDITOR.add(b"a = 1\n", W).added
 
     removal = codex.EDITOR.remove(b"a = 1\n" + rewritten, W, added)
@@ -78,13 +80,13 @@ def test_an_entry_is_found_in_whatever_way_somebody_has_rewritten_it(rewritten: 
     assert cli.means(removal.text)["a"] == 1
 
 
-def test_a_new_line_end_at_the_end_is_not_taken_away() -> None:
+def test_a_line_end_that_the_user_added_at_the_end_is_kept() -> None:
     after, _ = _codex(b"a = 1", (ENTRY[:-1], ENTRY))
 
     assert after == b"a = 1\n"
 
 
-def test_an_editor_that_strips_the_last_line_end_does_no_harm() -> None:
+def test_a_stripped_last_line_end_does_no_harm() -> None:
     after, _ = _codex(b"a = 1\n", (ENTRY, ENTRY[:-1]))
 
     assert after == b"a = 1\n\n"
@@ -101,7 +103,7 @@ def test_an_editor_that_strips_the_last_line_end_does_no_harm() -> None:
         ("claude", b"true", b"1"),
     ],
 )
-def test_a_value_that_somebody_has_changed_is_theirs(kind: str, ours: bytes, theirs: bytes) -> None:
+def test_a_value_that_the_user_has_changed_is_kept(kind: str, ours: bytes, theirs: bytes) -> None:
     edit = KINDS[kind].editor.add(None, W)
     text = (edit.text or b"").replace(ours, theirs)
 
@@ -111,7 +113,7 @@ def test_a_value_that_somebody_has_changed_is_theirs(kind: str, ours: bytes, the
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_entry_that_is_gone_needs_nothing(kind: str) -> None:
+def test_an_entry_that_is_already_gone_changes_nothing(kind: str) -> None:
     editor = KINDS[kind].editor
     added = editor.add(None, W).added
 
@@ -121,7 +123,7 @@ def test_an_entry_that_is_gone_needs_nothing(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_file_of_our_making_stays_when_somebody_else_uses_it(kind: str) -> None:
+def test_a_created_file_is_kept_if_it_has_entries_of_others(kind: str) -> None:
     editor = KINDS[kind].editor
     edit = editor.add(None, W)
     theirs = editor.add(edit.text, "/somebody/else").text
@@ -133,7 +135,7 @@ def test_a_file_of_our_making_stays_when_somebody_else_uses_it(kind: str) -> Non
 
 
 @pytest.mark.parametrize("kind", ["gemini", "claude"])
-def test_a_file_of_our_making_that_was_laid_out_anew_is_left_empty(kind: str) -> None:
+def test_a_created_file_that_was_reformatted_is_left_without_entries(kind: str) -> None:
     editor = KINDS[kind].editor
     edit = editor.add(None, W)
     again = json.dumps(json.loads(edit.text or b""), indent=4).encode()
@@ -144,7 +146,7 @@ def test_a_file_of_our_making_that_was_laid_out_anew_is_left_empty(kind: str) ->
     assert json.loads(removal.text) == {}
 
 
-def test_keys_that_the_cli_put_beside_ours_keep_the_project() -> None:
+def test_a_project_is_kept_if_the_cli_added_keys_to_it() -> None:
     edit = claude.EDITOR.add(b"{}", W)
     project = {"allowedTools": [], "hasTrustDialogAccepted": True, "cost": 0.50}
     text = json.dumps({"projects": {W: project}}, indent=2).encode()
@@ -154,14 +156,14 @@ def test_keys_that_the_cli_put_beside_ours_keep_the_project() -> None:
     assert json.loads(removal.text or b"") == {"projects": {W: {"allowedTools": [], "cost": 0.5}}}
 
 
-def test_projects_of_the_user_stay_when_they_are_empty_again() -> None:
+def test_an_empty_projects_object_of_the_user_is_kept() -> None:
     before = b'{"projects": {}}'
     edit = claude.EDITOR.add(before, W)
 
     assert claude.EDITOR.remove(edit.text, W, edit.added).text == before
 
 
-def test_an_entry_that_came_twice_is_left_because_the_other_would_count() -> None:
+def test_a_duplicated_entry_is_left_because_the_other_one_would_count() -> None:
     edit = gemini.EDITOR.add(b"{}", W)
     entry = json.dumps(W).encode()
     text = b"{" + entry + b': "DO_NOT_TRUST", ' + entry + b': "TRUST_FOLDER"}'
@@ -171,7 +173,7 @@ def test_an_entry_that_came_twice_is_left_because_the_other_would_count() -> Non
     assert (removal.text, removal.outcome) == (text, Outcome.CHANGED)
 
 
-def test_a_trusted_parent_rule_of_gemini_needs_no_entry_of_ours() -> None:
+def test_a_trust_parent_entry_of_gemini_makes_an_entry_unnecessary() -> None:
     before = json.dumps({W: "TRUST_PARENT"}).encode()
 
     edit = gemini.EDITOR.add(before, W)
@@ -179,7 +181,7 @@ def test_a_trusted_parent_rule_of_gemini_needs_no_entry_of_ours() -> None:
     assert (edit.text, edit.added) == (before, Added(owned=False))
 
 
-def test_containers_go_with_the_last_entry_even_if_an_earlier_one_made_them() -> None:
+def test_containers_are_removed_with_the_last_entry_even_if_an_earlier_entry_created_them() -> None:
     first = claude.EDITOR.add(b"{}", "/a")
     second = claude.EDITOR.add(first.text, "/b", {"/a": first.added})
     alone = claude.EDITOR.remove(second.text, "/a", first.added)

@@ -1,4 +1,4 @@
-"""What is put in can be taken out, and nothing else moves."""
+"""An entry can be added and removed again, and nothing else of the file changes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_after_add_and_remove_the_file_is_the_same_byte_for_byte(kind: str, name
 
 
 @pytest.mark.parametrize(("kind", "name"), FILES)
-def test_add_changes_the_meaning_by_its_own_entry_alone(kind: str, name: str) -> None:
+def test_add_changes_the_parsed_file_by_its_entry_alone(kind: str, name: str) -> None:
     cli = KINDS[kind]
 
     edit = cli.editor.add(cli.files[name], W)
@@ -33,7 +33,7 @@ def test_add_changes_the_meaning_by_its_own_entry_alone(kind: str, name: str) ->
 
 
 @pytest.mark.parametrize(("kind", "name"), FILES)
-def test_add_leaves_every_byte_outside_of_one_place(kind: str, name: str) -> None:
+def test_add_changes_bytes_in_one_place_only(kind: str, name: str) -> None:
     cli = KINDS[kind]
     before = cli.files[name] or b""
 
@@ -53,9 +53,7 @@ def _crlf(text: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(("kind", "name"), FILES)
-def test_every_line_that_is_put_into_a_file_with_crlf_ends_like_the_others(
-    kind: str, name: str
-) -> None:
+def test_lines_added_to_a_crlf_file_end_with_crlf(kind: str, name: str) -> None:
     editor, before = KINDS[kind].editor, _crlf(KINDS[kind].files[name] or b"")
     has_lines = b"\r\n" in before
     added = []
@@ -93,13 +91,15 @@ def test_every_line_that_is_put_into_a_file_with_crlf_ends_like_the_others(
           b"\r\n  }\r\n }\r\n}")),
     ],
 )  # fmt: skip
-def test_lines_of_ours_in_a_file_with_crlf(kind: str, before: bytes, after: bytes) -> None:
+def test_an_entry_in_a_crlf_file_is_written_like_this(
+    kind: str, before: bytes, after: bytes
+) -> None:
     assert KINDS[kind].editor.add(before, "/w").text == after
 
 
 @pytest.mark.parametrize("folder", corpus.FOLDERS.values(), ids=corpus.FOLDERS)
 @pytest.mark.parametrize(("kind", "name"), FILES)
-def test_any_folder_name_comes_and_goes(kind: str, name: str, folder: str) -> None:
+def test_any_folder_name_can_be_added_and_removed(kind: str, name: str, folder: str) -> None:
     cli = KINDS[kind]
 
     edit = cli.editor.add(cli.files[name], folder)
@@ -110,7 +110,9 @@ def test_any_folder_name_comes_and_goes(kind: str, name: str, folder: str) -> No
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 @pytest.mark.parametrize(("kind", "name"), FILES)
-def test_three_entries_go_in_any_order(kind: str, name: str, order: tuple[int, ...]) -> None:
+def test_three_entries_can_be_removed_in_any_order(
+    kind: str, name: str, order: tuple[int, ...]
+) -> None:
     cli = KINDS[kind]
     folders = [W, "/runs/b", '/runs/"c']
     text, standing = cli.files[name], dict[str, Added]()
@@ -125,7 +127,7 @@ def test_three_entries_go_in_any_order(kind: str, name: str, order: tuple[int, .
 
 
 @pytest.mark.parametrize(("kind", "name"), FILES)
-def test_adding_again_changes_nothing_and_stays_ours(kind: str, name: str) -> None:
+def test_adding_an_entry_again_changes_nothing_and_it_stays_owned(kind: str, name: str) -> None:
     editor = KINDS[kind].editor
 
     first = editor.add(KINDS[kind].files[name], W)
@@ -135,7 +137,7 @@ def test_adding_again_changes_nothing_and_stays_ours(kind: str, name: str) -> No
 
 
 @pytest.mark.parametrize(("kind", "name"), FILES)
-def test_removing_again_changes_nothing(kind: str, name: str) -> None:
+def test_removing_an_entry_again_changes_nothing(kind: str, name: str) -> None:
     editor, before = KINDS[kind].editor, KINDS[kind].files[name]
     edit = editor.add(before, W)
 
@@ -146,7 +148,7 @@ def test_removing_again_changes_nothing(kind: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "name"), FILES)
-def test_a_folder_that_the_user_trusts_is_never_ours(kind: str, name: str) -> None:
+def test_an_entry_of_the_user_is_neither_owned_nor_removed(kind: str, name: str) -> None:
     editor = KINDS[kind].editor
     by_user = editor.add(KINDS[kind].files[name], W).text
 
@@ -158,7 +160,7 @@ def test_a_folder_that_the_user_trusts_is_never_ours(kind: str, name: str) -> No
 
 
 @pytest.mark.parametrize(("kind", "name"), FILES)
-def test_what_was_added_survives_a_row(kind: str, name: str) -> None:
+def test_the_record_of_an_added_entry_survives_json(kind: str, name: str) -> None:
     added = KINDS[kind].editor.add(KINDS[kind].files[name], W).added
 
     assert Added.from_json(added.to_json()) == added
@@ -182,5 +184,7 @@ def test_what_was_added_survives_a_row(kind: str, name: str) -> None:
          '\t\t\t"hasTrustDialogAccepted": true\n\t\t}\n\t}\n}')),
     ],
 )  # fmt: skip
-def test_an_entry_is_written_as_its_neighbours_are(kind: str, before: str, after: str) -> None:
+def test_an_entry_is_written_in_the_style_of_its_neighbours(
+    kind: str, before: str, after: str
+) -> None:
     assert KINDS[kind].editor.add(before.encode(), "/w").text == after.encode()

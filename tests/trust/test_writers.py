@@ -1,4 +1,4 @@
-"""Several programs edit one file, and some of them are killed."""
+"""Several programs edit one file at a time, and some of them are killed."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _temporary(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_threads_lose_nothing_of_each_other(tmp_path: Path, kind: str) -> None:
+def test_no_edit_of_one_thread_is_lost_to_another(tmp_path: Path, kind: str) -> None:
     path, editor = tmp_path / "config", KINDS[kind].editor
     folders = [f"/w/{i}" for i in range(24)]
 
@@ -93,7 +93,7 @@ def _let_the_cli_in_between(
     return writes
 
 
-def test_two_services_and_a_cli_that_rewrites_the_file_lose_nothing(
+def test_two_services_and_a_cli_that_rewrites_the_file_lose_no_entry(
     tmp_path: Path, start: Start
 ) -> None:
     path = tmp_path / ".claude.json"
@@ -116,7 +116,9 @@ def test_two_services_and_a_cli_that_rewrites_the_file_lose_nothing(
     assert _temporary(tmp_path) == []
 
 
-def test_a_cli_that_writes_at_will_never_sees_half_a_file(tmp_path: Path, start: Start) -> None:
+def test_a_cli_that_writes_at_any_time_never_reads_a_half_written_file(
+    tmp_path: Path, start: Start
+) -> None:
     path = tmp_path / ".claude.json"
     path.write_text('{"mine": "' + "x" * 100_000 + '"}')
     toggling = [start("toggle", path, "claude", f"/w/{who}") for who in "ab"]
@@ -157,7 +159,7 @@ def test_a_kill_at_any_step_leaves_the_old_file_or_the_new_one(
         code = start("dying", path, kind, "/w", str(step)).wait()
         states.append(path.read_bytes() if path.exists() else None)
 
-        # Whatever is left, the next edit goes through and clears away.
+        # Whatever the killed edit has left, the next edit succeeds and removes it.
         files.edit(path, lambda text: EDITORS[kind].add(text, "/w"))
         assert path.read_bytes() == new
         assert _temporary(home) == []
@@ -192,7 +194,7 @@ def _parsed(kind: str, data: bytes) -> object:
 
 
 @pytest.mark.parametrize("kind", BEFORE)
-def test_a_reader_never_sees_half_a_file(tmp_path: Path, start: Start, kind: str) -> None:
+def test_a_reader_never_reads_a_half_written_file(tmp_path: Path, start: Start, kind: str) -> None:
     path = tmp_path / "config"
     path.write_bytes(BEFORE[kind])
     program = start("toggle", path, kind, "/w")

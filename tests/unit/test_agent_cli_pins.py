@@ -1,4 +1,4 @@
-"""The agent CLIs that `make test-agents` installs are those that docs/agents.md tells of."""
+"""The agent CLIs that `make test-agents` installs have the versions of docs/agents.md."""
 
 from __future__ import annotations
 

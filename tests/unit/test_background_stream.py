@@ -1,4 +1,4 @@
-"""A stream that is written by a thread: nobody who writes to it waits."""
+"""A stream that a thread writes: a call of `write` never waits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PATIENCE_S = 30.0
 
 @pytest.fixture
 def pipe() -> Iterator[tuple[int, int]]:
-    """A pipe of 4 KiB: its reader, its writer."""
+    """The read end and the write end of a pipe of 4 KiB."""
     reader, writer = os.pipe()
     fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
     yield reader, writer
@@ -45,7 +45,7 @@ def read_all(reader: int, stream: BackgroundStream) -> list[str]:
     return b"".join(found).decode().splitlines()
 
 
-def test_text_comes_in_order_and_whole(pipe: tuple[int, int]) -> None:
+def test_text_is_written_completely_and_in_order(pipe: tuple[int, int]) -> None:
     reader, writer = pipe
     stream = BackgroundStream(writer)
     for number in range(1000):
@@ -56,7 +56,9 @@ def test_text_comes_in_order_and_whole(pipe: tuple[int, int]) -> None:
     assert lines == [f"line {number} → ok" for number in range(1000)] + ["end"]
 
 
-def test_what_finds_the_queue_full_is_counted_in_its_place(pipe: tuple[int, int]) -> None:
+def test_lines_lost_to_a_full_queue_are_reported_where_they_are_missing(
+    pipe: tuple[int, int],
+) -> None:
     reader, writer = pipe
     stream = BackgroundStream(writer, most_bytes=10_000)
     stream.report_loss = lambda lines: f"lost {lines}\n"
@@ -70,7 +72,7 @@ def test_what_finds_the_queue_full_is_counted_in_its_place(pipe: tuple[int, int]
     assert 100 <= kept <= 150  # the queue, and what lies in the pipe
 
 
-def test_one_text_that_is_larger_than_the_queue_is_lost_alone(pipe: tuple[int, int]) -> None:
+def test_a_text_larger_than_the_queue_is_lost_and_no_other(pipe: tuple[int, int]) -> None:
     reader, writer = pipe
     stream = BackgroundStream(writer, most_bytes=1000)
     stream.report_loss = lambda lines: f"lost {lines}\n"
@@ -83,7 +85,7 @@ def test_one_text_that_is_larger_than_the_queue_is_lost_alone(pipe: tuple[int, i
     assert read_all(reader, stream) == ["a", "lost 1000", "b", "end"]
 
 
-def test_waiting_for_the_reader_has_an_end(pipe: tuple[int, int]) -> None:
+def test_drain_returns_false_at_its_timeout(pipe: tuple[int, int]) -> None:
     stream = BackgroundStream(pipe[1])
     stream.write(LINE * 100)
 
@@ -94,7 +96,7 @@ def test_waiting_for_the_reader_has_an_end(pipe: tuple[int, int]) -> None:
     assert stream.drain(PATIENCE_S)
 
 
-def test_a_descriptor_that_does_not_block_loses_nothing(pipe: tuple[int, int]) -> None:
+def test_a_non_blocking_descriptor_loses_nothing(pipe: tuple[int, int]) -> None:
     reader, writer = pipe
     os.set_blocking(writer, False)
     stream = BackgroundStream(writer)
@@ -104,7 +106,7 @@ def test_a_descriptor_that_does_not_block_loses_nothing(pipe: tuple[int, int]) -
     assert read_all(reader, stream) == ["x" * 99] * 1000 + ["end"]
 
 
-def test_a_reader_that_comes_back_is_told_what_is_missing(tmp_path: Path) -> None:
+def test_a_reader_that_returns_reads_how_many_lines_were_lost(tmp_path: Path) -> None:
     fifo = tmp_path / "log"
     os.mkfifo(fifo)
     first = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
@@ -124,7 +126,7 @@ def test_a_reader_that_comes_back_is_told_what_is_missing(tmp_path: Path) -> Non
     os.close(writer)
 
 
-def test_a_line_that_was_cut_does_not_run_into_the_next(tmp_path: Path) -> None:
+def test_a_line_that_was_cut_off_is_followed_by_a_line_end(tmp_path: Path) -> None:
     path = tmp_path / "log"
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT)
     stream = BackgroundStream(descriptor)
@@ -150,7 +152,7 @@ def test_a_line_that_was_cut_does_not_run_into_the_next(tmp_path: Path) -> None:
     os.close(descriptor)
 
 
-def test_it_serves_whoever_takes_text_streams_only(pipe: tuple[int, int]) -> None:
+def test_the_stream_behaves_like_a_text_stream(pipe: tuple[int, int]) -> None:
     stream = BackgroundStream(pipe[1], encoding="latin-1")
 
     assert stream.write("ä→\n") == 3
@@ -161,7 +163,7 @@ def test_it_serves_whoever_takes_text_streams_only(pipe: tuple[int, int]) -> Non
     assert os.read(pipe[0], 100) == b"\xe4\\u2192\n"
 
 
-def test_a_loss_whose_report_fails_is_told_in_plain_words(pipe: tuple[int, int]) -> None:
+def test_a_loss_is_written_in_plain_text_if_its_report_fails(pipe: tuple[int, int]) -> None:
     def fail(_: int) -> str:
         raise ValueError("a defect in a processor")
 

@@ -1,4 +1,4 @@
-"""Rules of the house that import-linter cannot see."""
+"""Rules of the code that import-linter cannot check."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_signals_are_sent_in_one_place_only() -> None:
     assert senders == SENDS_SIGNALS
 
 
-def test_one_function_sends_signals_and_only_the_one_that_demands_evidence_calls_it() -> None:
+def test_only_send_which_demands_markers_calls_the_one_function_that_sends_signals() -> None:
     tree = ast.parse((SERVICE / "process" / "signals.py").read_text("utf-8"))
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     senders = [node.name for node in functions if SENDERS & set(calls(node))]
@@ -51,7 +51,7 @@ def test_one_function_sends_signals_and_only_the_one_that_demands_evidence_calls
     assert (senders, callers) == (["_send"], ["send"])
 
 
-def test_nobody_goes_round_the_function_that_demands_evidence() -> None:
+def test_no_other_code_sends_signals_by_another_way() -> None:
     words = ("pidfd_send_signal", "killpg", "cgroup.kill", "signals._send", "import _send")
     named = {
         (str(path.relative_to(SERVICE)), word)
@@ -60,13 +60,13 @@ def test_nobody_goes_round_the_function_that_demands_evidence() -> None:
         if word in path.read_text("utf-8")
     }
 
-    # The cgroup's file is looked for, as a sign of version 2, and never written.
+    # That the file of the cgroup exists shows version 2. The file is never written.
     assert named == {
         ("process/signals.py", "pidfd_send_signal"), ("process/cgroup.py", "cgroup.kill")
     }  # fmt: skip
 
 
-def test_a_run_changes_by_compare_and_set_only() -> None:
+def test_runs_are_updated_only_in_the_files_that_compare_and_set() -> None:
     writers = {
         name
         for name, tree in sources()
@@ -76,7 +76,7 @@ def test_a_run_changes_by_compare_and_set_only() -> None:
         and node.value.lstrip().startswith("UPDATE run ")
     }
 
-    # Deadlines only move the deadlines themselves; what they end, they end through runs.py.
+    # storage/deadlines.py updates deadlines only. It ends runs through storage/runs.py.
     assert writers == {
         "storage/runs.py", "storage/recovery_apply.py", "storage/reopening.py",
         "storage/deadlines.py", "storage/session_checks.py",

@@ -1,4 +1,4 @@
-"""Threads that nobody waits for, also on a system that refuses threads."""
+"""Threads that no exit waits for, also on a system that refuses to start threads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from runrecovery_service import daemon_threads
 from support.waiting import until
 
 
-def test_a_loop_closes_although_a_thread_of_it_hangs() -> None:
+def test_a_loop_closes_while_one_of_its_threads_hangs() -> None:
     hanging, ended = threading.Event(), threading.Event()
 
     def hang() -> None:
@@ -35,7 +35,9 @@ def test_a_loop_closes_although_a_thread_of_it_hangs() -> None:
         closing.join()
 
 
-async def test_work_waits_for_a_thread_and_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_work_waits_until_a_thread_can_start_and_runs_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     start = threading.Thread.start
     refusals = [2]
     calls: list[str] = []
@@ -53,7 +55,7 @@ async def test_work_waits_for_a_thread_and_runs_once(monkeypatch: pytest.MonkeyP
     assert (calls, refusals) == (["call"], [0])
 
 
-async def test_a_defect_in_the_work_is_not_mistaken_for_a_lack_of_threads() -> None:
+async def test_a_runtime_error_of_the_work_is_raised_and_not_retried() -> None:
     def fail() -> None:
         raise RuntimeError("a defect")
 

@@ -1,4 +1,4 @@
-"""A defect that an edge caught and logged is seen by the tests, however it was logged."""
+"""A defect that the service only logs is recognised by the tests, however it was logged."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ GROUP = "  + ExceptionGroup: unhandled (1 sub-exception)\n    | NameError: name 
         ({"event": "service.serving"}, None),
     ],
 )
-def test_a_log_event_tells_of_a_defect(event: dict[str, object], defect: str | None) -> None:
+def test_a_defect_is_recognised_in_a_log_event(
+    event: dict[str, object], defect: str | None
+) -> None:
     assert defect_in(event) == defect
 
 
-def test_a_traceback_that_is_not_formatted_yet_tells_of_it() -> None:
+def test_a_defect_is_recognised_in_an_unformatted_traceback() -> None:
     try:
         undefined  # type: ignore[name-defined] # noqa: B018
     except NameError:
@@ -34,5 +36,5 @@ def test_a_traceback_that_is_not_formatted_yet_tells_of_it() -> None:
 
 
 @pytest.mark.expects_defects("TypeError")
-def test_a_test_that_causes_a_defect_says_so() -> None:
+def test_a_test_marked_expects_defects_may_cause_them() -> None:
     structlog.get_logger().warning("trust.not_cleared", error="TypeError")

@@ -23,7 +23,7 @@ def _signals_as_they_were() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("why", [KeyboardInterrupt, SystemExit, DemoFailed])
-def test_a_demo_that_is_ended_while_its_service_starts_ends_that_service(
+def test_a_demo_that_is_interrupted_while_its_service_starts_kills_the_service(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: type[BaseException]
 ) -> None:
     started: list[subprocess.Popen[bytes]] = []
@@ -45,7 +45,7 @@ def test_a_demo_that_is_ended_while_its_service_starts_ends_that_service(
 
 
 @pytest.mark.usefixtures("_signals_as_they_were")
-def test_a_demo_under_nohup_goes_on_when_its_terminal_is_closed(
+def test_a_demo_under_nohup_ignores_sighup(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[object] = []

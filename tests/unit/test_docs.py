@@ -1,4 +1,4 @@
-"""What the pages say of names is complete: keys, calls, reasons, events, exit codes."""
+"""The pages document every name: keys, calls, reasons, events, exit codes."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _configuration() -> tuple[dict[str, str], dict[str, str]]:
     return _rows(_section(page, "## The service")), _rows(_section(page, "## Engines"))
 
 
-def test_every_key_of_the_configuration_is_told_with_its_default() -> None:
+def test_every_configuration_key_is_documented_with_its_default() -> None:
     told, _ = _configuration()
     del told["key"]  # the heading
     settings = Settings()
@@ -89,7 +89,7 @@ def test_every_key_of_the_configuration_is_told_with_its_default() -> None:
     }
 
 
-def test_every_key_of_an_engine_is_told_with_its_default() -> None:
+def test_every_engine_key_is_documented_with_its_default() -> None:
     _, told = _configuration()
     defaults = {
         key.name: "required" if key.name in {"command", "profile"} else _shown(key.default)
@@ -99,7 +99,7 @@ def test_every_key_of_an_engine_is_told_with_its_default() -> None:
     assert {key: text.strip("`") for key, text in told.items() if key in defaults} == defaults
 
 
-def test_every_reason_is_told_with_its_code() -> None:
+def test_every_error_reason_is_documented_with_its_code() -> None:
     told = _rows(_section(_page("docs/errors.md"), "## Refused calls"))
     sent = {case.reason: case.code.name for case in errors.TABLE.values()}
     sent[errors_pb2.ERROR_REASON_INTERNAL] = "INTERNAL"
@@ -122,7 +122,7 @@ def _fields(message: Descriptor | None) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
-def test_every_call_is_told_with_the_fields_of_its_request(method: MethodDescriptor) -> None:
+def test_every_call_is_documented_with_the_fields_of_its_request(method: MethodDescriptor) -> None:
     page = _page("docs/api.md")
     section = _section(page, f"### {method.name}")
 
@@ -135,7 +135,7 @@ def test_every_call_is_told_with_the_fields_of_its_request(method: MethodDescrip
     ] == []
 
 
-def test_every_recovery_field_and_status_is_told() -> None:
+def test_every_recovery_field_and_status_is_documented() -> None:
     run = _section(_page("docs/api.md"), "## A run")
 
     names = [field.name for field in run_pb2.RecoveryInfo.DESCRIPTOR.fields]
@@ -144,7 +144,7 @@ def test_every_recovery_field_and_status_is_told() -> None:
     assert [name for name in statuses if f"`{name}`" not in run] == []
 
 
-def test_every_rule_error_code_and_recovery_state_is_told() -> None:
+def test_every_rule_error_code_and_recovery_state_is_documented() -> None:
     page = _page("docs/recovery.md")
     states = [
         name.removeprefix("RECOVERY_STATE_")
@@ -158,7 +158,7 @@ def test_every_rule_error_code_and_recovery_state_is_told() -> None:
     assert [code for code in ErrorCode if code not in codes] == []
 
 
-def test_every_health_name_is_told() -> None:
+def test_every_health_name_is_documented() -> None:
     health = _section(_page("docs/api.md"), "## Health")
 
     assert [name for name in NAMES if f"`{name}`" not in health and name] == []
@@ -183,13 +183,13 @@ def test_events_in_the_code_are_the_events_on_the_page() -> None:
     assert told == set(_events())
 
 
-def test_every_exit_code_is_told() -> None:
+def test_every_exit_code_is_documented() -> None:
     told = _rows(_section(_page("docs/errors.md"), "## Exit codes"))
 
     assert {str(int(code)): code.name for code in ExitCode}.items() <= told.items()
 
 
-def test_every_command_is_told() -> None:
+def test_every_command_is_documented() -> None:
     page = _page("docs/commands.md")
 
     assert [name for name in COMMANDS if f"`runrecovery {name}" not in page] == []
@@ -202,7 +202,7 @@ def test_example_configuration_is_accepted() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_between_pages_lead_somewhere(page: Path) -> None:
+def test_every_link_between_pages_has_its_target(page: Path) -> None:
     broken = [
         f"{target}{anchor}"
         for target, anchor in LINK.findall(page.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""What a line of the log looks like, and what never stands in one."""
+"""The format of a log line, and what a log line never contains."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_an_event_is_one_line_of_json_with_the_event_first_and_the_time_in_utc()
     assert timedelta(0) == datetime.fromisoformat(event["timestamp"]).utcoffset()
 
 
-def test_auto_is_json_unless_a_person_looks_on() -> None:
+def test_auto_is_json_unless_the_stream_is_a_terminal() -> None:
     file, terminal = io.StringIO(), Terminal()
     for stream in (file, terminal):
         logs.configure(LogFormat.AUTO, LogLevel.INFO, stream)
@@ -88,7 +88,7 @@ def test_auto_is_json_unless_a_person_looks_on() -> None:
 
 
 @pytest.mark.parametrize("form", [LogFormat.JSON, LogFormat.CONSOLE])
-def test_less_important_events_are_dropped_whoever_makes_them(form: LogFormat) -> None:
+def test_events_below_the_level_are_dropped_whatever_their_source(form: LogFormat) -> None:
     stream, log = configured(form, LogLevel.WARNING)
 
     log.info("a.b")
@@ -97,7 +97,7 @@ def test_less_important_events_are_dropped_whoever_makes_them(form: LogFormat) -
     assert stream.getvalue() == ""
 
 
-def test_what_the_standard_librarys_loggers_say_takes_the_same_way() -> None:
+def test_events_of_standard_library_loggers_have_the_same_format() -> None:
     stream, _ = configured()
 
     logging.getLogger("grpc._server").warning("no %s", "answer")
@@ -110,7 +110,7 @@ def test_what_the_standard_librarys_loggers_say_takes_the_same_way() -> None:
     ) == ("no answer", "warning", "grpc._server")
 
 
-def test_warnings_take_the_same_way() -> None:
+def test_python_warnings_have_the_same_format() -> None:
     stream, _ = configured()
 
     with warnings.catch_warnings():
@@ -131,7 +131,7 @@ def test_an_exception_is_structured_and_shows_no_local_variable() -> None:
 
 
 @pytest.mark.parametrize("form", [LogFormat.JSON, LogFormat.CONSOLE])
-def test_no_secret_comes_through_at_any_depth(form: LogFormat) -> None:
+def test_no_secret_is_logged_at_any_depth(form: LogFormat) -> None:
     stream, log = configured(form)
     for word in logs.SECRET_WORDS:
         secret = {word: CANARY, f"the_{word}": CANARY, word.upper(): [CANARY]}
@@ -181,14 +181,14 @@ def test_redaction_finds_a_secret_wherever_it_is_nested(
         f"postgresql://host/db?sslpassword={CANARY}&dbname=d",
     ],
 )
-def test_a_password_among_parameters_is_not_logged_however_it_is_written(told: str) -> None:
+def test_a_password_among_parameters_is_redacted_in_every_notation(told: str) -> None:
     event = logs.redact(None, "info", {"event": told})
 
     assert CANARY not in str(event)
     assert "[redacted]" in str(event)
 
 
-def test_facts_about_secrets_may_be_told() -> None:
+def test_facts_about_secrets_are_not_redacted() -> None:
     event = {"has_handle": True, "token": None, "input_bytes": 5, "run_id": "r"}
 
     assert event == logs.redact(None, "info", event)
@@ -235,7 +235,7 @@ class Full(io.StringIO):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_log_that_cannot_be_written_fails_nobody() -> None:
+def test_a_log_that_cannot_be_written_raises_nothing() -> None:
     logs.configure(LogFormat.JSON, LogLevel.INFO, Full())
 
     structlog.get_logger().warning("storage.failed")
@@ -285,7 +285,7 @@ def _database_errors() -> Iterator[Exception]:
 
 
 @pytest.mark.parametrize("form", [LogFormat.JSON, LogFormat.CONSOLE])
-def test_nothing_of_a_row_in_a_database_error_is_logged_in_any_language(form: LogFormat) -> None:
+def test_no_part_of_a_row_in_a_database_error_is_logged_in_any_language(form: LogFormat) -> None:
     def raised(error: Exception) -> None:
         try:
             raise error  # noqa: TRY301 - the way that errors mostly take
@@ -308,7 +308,7 @@ def test_nothing_of_a_row_in_a_database_error_is_logged_in_any_language(form: Lo
             assert "null value" in stream.getvalue()
 
 
-def test_a_real_error_about_a_row_tells_nothing_of_the_row(database: Database) -> None:
+def test_a_real_database_error_is_logged_without_the_values_of_the_row(database: Database) -> None:
     database.execute("CREATE TEMPORARY TABLE kept (prompt TEXT, number INTEGER NOT NULL)")
     stream, log = configured()
 

@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 from runrecovery_service.process.open_files import TooFewOpenFiles, connections_within
 
 
-def test_connections_get_what_runs_and_store_and_a_sweep_leave() -> None:
+def test_connections_get_the_files_that_runs_the_store_and_a_sweep_leave() -> None:
     assert connections_within(1024, runs=4) == 1024 - 144 - 4 * 20 - 256
     assert connections_within(1024, runs=20) == 1024 - 144 - 20 * 20 - 256
     assert connections_within(300, runs=2) == 41
 
 
-def test_the_least_that_works_is_named_where_it_is_not_there() -> None:
+def test_a_limit_that_is_too_low_is_refused_with_the_lowest_possible_one() -> None:
     assert connections_within(256, runs=4) == 32
     with pytest.raises(TooFewOpenFiles) as caught:
         connections_within(255, runs=4)
@@ -23,7 +23,9 @@ def test_the_least_that_works_is_named_where_it_is_not_there() -> None:
 
 
 @given(st.integers(1, 10_000), st.integers(0, 1 << 20))
-def test_from_the_least_limit_on_runs_and_store_keep_their_share(runs: int, more: int) -> None:
+def test_from_the_lowest_possible_limit_on_runs_and_the_store_keep_their_share(
+    runs: int, more: int
+) -> None:
     least = 144 + 20 * runs + 32
 
     with pytest.raises(TooFewOpenFiles):

@@ -1,4 +1,4 @@
-"""What a start and `runrecovery check` say of the data directory and of the SQLite file."""
+"""Which data directories and SQLite files a start and `runrecovery check` refuse, and why."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def tree(below: Path) -> list[str]:
 
 @pytest.fixture
 def limit_of_file_size() -> Iterator[int]:
-    """A limit of a megabyte."""
+    """The limit on the size of files is one megabyte."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
     yield 1_000_000
@@ -37,7 +37,7 @@ def limit_of_file_size() -> Iterator[int]:
 # -- the data directory ------------------------------------------------------------------------
 
 
-def test_a_directory_that_does_not_exist_yet_is_fine_and_is_made_for_its_owner(
+def test_a_missing_directory_is_accepted_and_created_for_its_owner_alone(
     tmp_path: Path,
 ) -> None:
     wanted = tmp_path / "some" / "where"
@@ -71,7 +71,7 @@ def test_a_directory_that_exists_keeps_its_mode(tmp_path: Path, mode: int) -> No
     ("mode", "others"),
     [(0o700, None), (0o755, None), (0o770, "group 7"), (0o1777, "group 7, every user")],
 )
-def test_who_else_may_write_is_told(
+def test_other_users_with_write_access_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int, others: str | None
 ) -> None:
     found = os.stat_result((mode, 0, 0, 0, os.geteuid(), 7, 0, 0, 0, 0))
@@ -80,36 +80,36 @@ def test_who_else_may_write_is_told(
     assert paths.others_who_may_write(tmp_path) == others
 
 
-def test_another_owner_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_owner_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = os.stat_result((0o700, 0, 0, 0, os.geteuid() + 4711, 7, 0, 0, 0, 0))
     monkeypatch.setattr(Path, "stat", lambda _: found)
 
     assert paths.others_who_may_write(tmp_path) == f"user {os.geteuid() + 4711}"
 
 
-def test_a_file_is_no_directory(tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
 
     assert paths.directory_problem(tmp_path / "file") == "is not a directory"
     assert paths.directory_problem(tmp_path / "file" / "below") == "Not a directory"
 
 
-def test_a_dangling_link_is_not_followed(tmp_path: Path) -> None:
+def test_a_dangling_symlink_is_refused(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    said = f"is a link to {tmp_path}/nowhere, which does not exist; is a volume not mounted?"
+    problem = f"is a link to {tmp_path}/nowhere, which does not exist; is a volume not mounted?"
 
-    assert paths.directory_problem(tmp_path / "link") == said
+    assert paths.directory_problem(tmp_path / "link") == problem
     assert paths.directory_problem(tmp_path / "link" / "below") == (
-        f"cannot be made: {tmp_path}/link {said}"
+        f"cannot be made: {tmp_path}/link {problem}"
     )
-    assert of_database(tmp_path / "link") == said
+    assert of_database(tmp_path / "link") == problem
 
 
-def test_a_name_that_is_too_long_is_told(tmp_path: Path) -> None:
+def test_a_name_that_is_too_long_is_refused(tmp_path: Path) -> None:
     assert paths.directory_problem(tmp_path / ("n" * 300)) == "File name too long"
 
 
-def test_bytes_that_are_no_text_are_refused_and_shown_as_escapes(tmp_path: Path) -> None:
+def test_a_path_that_is_not_utf8_is_refused_and_shown_with_escapes(tmp_path: Path) -> None:
     path = tmp_path / os.fsdecode(b"b\xffd")
 
     assert paths.directory_problem(path) == "the path is not valid UTF-8"
@@ -133,7 +133,7 @@ def test_a_relative_path_needs_a_working_directory(
 # -- the SQLite file ---------------------------------------------------------------------------
 
 
-def test_a_database_is_fine_where_its_directory_is_or_will_be_made(tmp_path: Path) -> None:
+def test_a_database_is_accepted_if_its_directory_exists_or_will_be_created(tmp_path: Path) -> None:
     assert of_database(tmp_path / "x.db") is None
     assert of_database(tmp_path / "later" / "x.db") is None
     assert paths.database_problem(tmp_path / "later" / "x.db", tmp_path) == (
@@ -155,7 +155,7 @@ def test_only_a_regular_file_can_be_a_database(tmp_path: Path) -> None:
     assert of_database(tmp_path / "file") is None
 
 
-def test_a_path_is_as_long_as_sqlite_can_take(tmp_path: Path) -> None:
+def test_a_path_longer_than_sqlite_accepts_is_refused(tmp_path: Path) -> None:
     folder = tmp_path
     while len(str(folder)) < 380:
         folder /= "d" * 50
@@ -169,7 +169,7 @@ def test_a_path_is_as_long_as_sqlite_can_take(tmp_path: Path) -> None:
     )
 
 
-def test_the_longest_path_that_is_allowed_really_works(tmp_path: Path) -> None:
+def test_a_database_with_the_longest_accepted_path_can_be_opened(tmp_path: Path) -> None:
     from runrecovery_service.storage.opening import open_database
 
     folder = tmp_path
@@ -185,7 +185,7 @@ def test_the_longest_path_that_is_allowed_really_works(tmp_path: Path) -> None:
         db.close()
 
 
-def test_a_small_limit_of_the_size_of_files_is_told(
+def test_a_file_size_limit_that_is_too_low_is_refused(
     tmp_path: Path, limit_of_file_size: int
 ) -> None:
     (tmp_path / "there").write_bytes(b"x" * 1000)
@@ -199,7 +199,7 @@ def test_a_small_limit_of_the_size_of_files_is_told(
 
 @pytest.fixture
 def as_ordinary_user() -> Iterator[Path]:
-    """An own directory that this test, also when root runs it, may enter as an ordinary user."""
+    """Run the test as an ordinary user, and return a directory of that user."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         before = os.geteuid()
@@ -212,7 +212,7 @@ def as_ordinary_user() -> Iterator[Path]:
             os.seteuid(before)
 
 
-def test_a_file_that_may_not_be_written_is_told(as_ordinary_user: Path) -> None:
+def test_a_database_that_may_not_be_written_is_refused(as_ordinary_user: Path) -> None:
     file, user = as_ordinary_user / "x.db", os.geteuid()
     file.write_text("")
     file.chmod(0o444)
@@ -222,7 +222,7 @@ def test_a_file_that_may_not_be_written_is_told(as_ordinary_user: Path) -> None:
     )
 
 
-def test_a_directory_that_may_not_be_written_is_told(as_ordinary_user: Path) -> None:
+def test_a_database_directory_that_may_not_be_written_is_refused(as_ordinary_user: Path) -> None:
     folder, user = as_ordinary_user / "data", os.geteuid()
     folder.mkdir()
     (folder / "x.db").write_text("")

@@ -1,4 +1,4 @@
-"""A pool to which the system gives no more threads."""
+"""A thread pool on a system that refuses to start more threads."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def refuse(_: threading.Thread) -> None:
 
 
 def looked_at(_: object) -> None:
-    """Look for damage in a database."""
+    """Run the quick check of a database."""
     with closing(sqlite3.connect(":memory:")) as connection:
         connection.execute("CREATE TABLE instance (lease_until INTEGER)")
         quick_check.find_damage(connection)
 
 
-def test_every_task_is_done_once_by_the_threads_that_there_are(
+def test_every_task_runs_once_on_the_threads_that_could_start(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     done: list[int] = []
@@ -43,7 +43,7 @@ def test_every_task_is_done_once_by_the_threads_that_there_are(
     assert done == list(range(20))
 
 
-def test_a_pool_grows_again_when_there_are_threads_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pool_grows_again_when_threads_can_start_again(monkeypatch: pytest.MonkeyPatch) -> None:
     both, go = threading.Barrier(2), threading.Event()
     with SteadyThreadPool(2) as pool:
         with monkeypatch.context() as patch:
@@ -68,7 +68,7 @@ def test_a_pool_without_any_thread_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("start", [BackgroundStream, GroupCommitWriter, looked_at])
-def test_a_thread_that_is_needed_for_life_is_refused_in_words(
+def test_a_start_without_a_needed_thread_is_refused_with_a_message(
     monkeypatch: pytest.MonkeyPatch, start: Callable[[Any], object]
 ) -> None:
     monkeypatch.setattr(threading.Thread, "start", refuse)
@@ -86,7 +86,7 @@ NO_ROOM = ("sh", "-c", 'ulimit -s 16000000; ulimit -v 8000000; exec "$@"', "sh")
 
 
 @pytest.mark.parametrize("command", ["serve", "check"])
-def test_a_command_without_threads_ends_with_the_documented_code(
+def test_a_command_that_gets_no_threads_exits_with_the_documented_code(
     tmp_path: Path, command: str
 ) -> None:
     done = subprocess.run(

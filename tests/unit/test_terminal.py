@@ -1,4 +1,4 @@
-"""Whether the service has a terminal."""
+"""How the service finds out whether it has a terminal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from runrecovery_service import early_signals
         (errno.ENOMEM, True),
     ],
 )
-def test_only_a_system_that_says_so_has_taken_the_terminal_away(
+def test_only_an_error_of_the_terminal_itself_means_that_there_is_none(
     monkeypatch: pytest.MonkeyPatch, number: int, *, has: bool
 ) -> None:
     def refuse(*_: object) -> int:

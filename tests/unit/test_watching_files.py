@@ -20,7 +20,7 @@ LOST = DataDirRefused("data directory /d", "/d/lock was removed or replaced")
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Look without a pause, and expect an answer at once."""
+    """Check without pauses, and with a very short timeout."""
     monkeypatch.setattr(ownership, "FILE_CHECK_S", 0.0)
     monkeypatch.setattr(ownership, "FILE_CHECK_TIMEOUT_S", 0.01)
 
@@ -33,30 +33,30 @@ async def until(holds: Callable[[], bool]) -> None:
 
 
 async def test_a_file_system_that_hangs_stops_neither_the_loop_nor_the_service() -> None:
-    looks: list[None] = []
+    checks: list[None] = []
     answers = threading.Event()
     stop = StopSignal()
 
     def demand() -> None:
-        looks.append(None)
+        checks.append(None)
         answers.wait()
         raise LOST
 
     with capture_logs() as events:
         watching = ownership.file_watch(demand, stop).start()
         await until(lambda: len(events) > 0)
-        for _ in range(20):  # no other look begins, and nothing is called lost
+        for _ in range(20):  # no other check begins, and no file counts as lost
             await asyncio.sleep(0)
-        hanging: tuple[int, bool, list[Any]] = (len(looks), stop.is_set(), list(events))
+        hanging: tuple[int, bool, list[Any]] = (len(checks), stop.is_set(), list(events))
         answers.set()
         await watching
 
-    told = {"event": "service.files_not_seen", "error": "no answer", "log_level": "warning"}
-    assert hanging == (1, False, [told])
+    logged = {"event": "service.files_not_seen", "error": "no answer", "log_level": "warning"}
+    assert hanging == (1, False, [logged])
     assert stop.failure is LOST
 
 
-async def test_a_look_that_fails_is_not_taken_for_a_loss() -> None:
+async def test_a_check_that_fails_does_not_count_as_a_lost_file() -> None:
     answers: list[Exception] = [LOST, OSError(13, "Permission denied")]
     stop = StopSignal()
 
@@ -70,7 +70,7 @@ async def test_a_look_that_fails_is_not_taken_for_a_loss() -> None:
     assert stop.failure is LOST
 
 
-async def test_a_look_for_which_there_is_no_thread_is_made_later(
+async def test_a_check_that_gets_no_thread_is_made_later(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     begin, refusals = daemon_threads.start, [RuntimeError("can't start new thread")]
