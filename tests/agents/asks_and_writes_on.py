@@ -1,4 +1,4 @@
-"""Asks with a session as Claude Code keeps it, in a home that it is told; a child writes on."""
+"""Asks in a session like Claude Code's, below the folder of its argument; a child writes on."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ SESSION = "a118d5f6-2157-480e-b6db-18676c86055f"
 NOTE = b'{"type":"note"}\n'
 
 
-def write_on(session: int, told: int) -> None:
-    """Append notes until somebody ends this process, for 60 s at most."""
+def write_on(session: int, began: int) -> None:
+    """Append notes until this process is killed, for 60 s at most."""
     signal.alarm(60)
     os.close(1)
     os.close(2)
     os.write(session, NOTE)
-    os.close(told)
+    os.close(began)
     while True:
         os.write(session, NOTE)
 
@@ -33,10 +33,10 @@ for kind in ("user", "assistant"):
     message = {"role": kind, "content": ""}
     line = {"type": kind, "message": message, "sessionId": SESSION, "cwd": workspace}
     os.write(session, json.dumps(line).encode() + b"\n")
-ready, told = os.pipe()
+ready, began = os.pipe()
 if not os.fork():
-    write_on(session, told)
-os.close(told)
+    write_on(session, began)
+os.close(began)
 os.read(ready, 1)  # until it writes
 print(json.dumps({"type": "session", "value": SESSION}))
 print(json.dumps({"type": "ask", "kind": "open_text", "prompt": "What?"}), flush=True)

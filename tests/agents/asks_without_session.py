@@ -1,4 +1,4 @@
-"""Asks and exits 0, but never names a session in which it could be resumed."""
+"""Asks and exits 0, but never reports a session by which it could be resumed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prints for ever without a newline (60 s at most)."""
+"""Prints endlessly without a newline (60 s at most)."""
 
 from __future__ import annotations
 

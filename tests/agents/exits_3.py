@@ -1,4 +1,4 @@
-"""Says on stderr what is wrong and exits 3."""
+"""Writes its error to stderr and exits with 3."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exits 0 without a result and without a question."""
+"""Exits with 0, without a result and without a question."""
 
 from __future__ import annotations
 

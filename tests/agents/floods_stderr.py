@@ -1,4 +1,4 @@
-"""Writes 8 MiB to stderr before its result: whoever does not read stderr sees it hang."""
+"""Writes 8 MiB to stderr before its result: unless stderr is read, the agent hangs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ignores SIGTERM, says so and waits (60 s at most)."""
+"""Ignores SIGTERM, reports that, and waits (60 s at most)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Gives its result and exits, leaving two processes (60 s at most): one that cleaned its
-environment but kept the session, one that left the session but kept the environment."""
+"""Prints its result and exits, but leaves two processes (60 s at most): one has cleared its
+environment but not left the process session, the other has left it but kept the environment."""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
 """Stands in for an agent CLI: `pretend_cli.py codex|gemini|claude`, then the real one's arguments.
 
-It calls, prints, remembers and refuses as codex-cli 0.171.0, gemini-cli 0.61.0 and claude-code
-2.1.197 were seen to. Its model asks in a first turn, and in a resumed one tells what it remembers
-of the first. A task with the word HANG is never done (60 s at most); HANG_UNNAMED, before its
-session is named; FAIL fails. A Codex with FAR_FUTURE names a session of a year beyond all clocks.
+It takes the arguments of codex-cli 0.171.0, gemini-cli 0.61.0 and claude-code 2.1.197, and prints,
+stores sessions and refuses as they do. Its model asks a question in the first turn. In a resumed
+turn, its result contains the answer and the prompt of the first turn.
+
+Words in a prompt: HANG never ends (60 s at most), HANG_UNNAMED neither, and does not report its
+session. FAIL fails. Codex with FAR_FUTURE reports a session id with a time beyond all clocks.
 """
 
 from __future__ import annotations
@@ -26,11 +28,11 @@ HOME = Path(os.environ["HOME"])
 CWD = str(Path.cwd())
 
 
-def say(event: dict[str, Any]) -> None:
+def print_event(event: dict[str, Any]) -> None:
     print(json.dumps(event), flush=True)
 
 
-def whisper(handle: str) -> None:
+def write_handle_to_stderr(handle: str) -> None:
     """Write the handle to standard error, in two pieces."""
     for piece in (f"in {handle[:18]}", f"{handle[18:]}\n"):
         print(piece, end="", file=sys.stderr, flush=True)
@@ -46,13 +48,13 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
-def remember(path: Path, *lines: dict[str, Any]) -> None:
+def append_lines(path: Path, *lines: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
-def think(prompt: str, earlier: str | None) -> str:
+def answer_of_model(prompt: str, earlier: str | None) -> str:
     if "HANG" in prompt:
         time.sleep(60)
     if earlier is None:
@@ -89,33 +91,35 @@ def codex(arguments: list[str], prompt: str) -> None:
         handle = BEYOND if "FAR_FUTURE" in prompt else handle
         day, now = time.strftime("%Y/%m/%d"), time.strftime("%Y-%m-%dT%H-%M-%S")
         path = home / "sessions" / day / f"rollout-{now}-{handle}.jsonl"
-        remember(
+        append_lines(
             path,
             {"ordinal": 0, "type": "session_meta",
              "payload": {"session_id": handle, "id": handle, "cwd": CWD}},
         )  # fmt: skip
-    whisper(handle)
-    say({"type": "thread.started", "thread_id": handle})
-    say({"type": "turn.started"})
-    remember(
+    write_handle_to_stderr(handle)
+    print_event({"type": "thread.started", "thread_id": handle})
+    print_event({"type": "turn.started"})
+    append_lines(
         path,
         {"type": "event_msg", "payload": {"type": "task_started"}},
         {"type": "response_item",
          "payload": {"type": "message", "role": "user", "content": [{"text": prompt}]}},
     )  # fmt: skip
     if "FAIL" in prompt:
-        say({"type": "turn.failed", "error": {"message": "unexpected status 401 Unauthorized"}})
+        print_event(
+            {"type": "turn.failed", "error": {"message": "unexpected status 401 Unauthorized"}}
+        )
         sys.exit(1)
-    text = think(prompt, earlier)
-    remember(
+    text = answer_of_model(prompt, earlier)
+    append_lines(
         path,
         {"type": "response_item",
          "payload": {"type": "message", "role": "assistant", "content": [{"text": text}]}},
         {"type": "event_msg", "payload": {"type": "task_complete", "last_agent_message": text}},
     )  # fmt: skip
     item = {"id": "item_1", "type": "agent_message", "text": text}
-    say({"type": "item.completed", "item": item})
-    say({"type": "turn.completed", "usage": {"input_tokens": 10}})
+    print_event({"type": "item.completed", "item": item})
+    print_event({"type": "turn.completed", "usage": {"input_tokens": 10}})
 
 
 def gemini(arguments: list[str], prompt: str) -> None:
@@ -123,7 +127,7 @@ def gemini(arguments: list[str], prompt: str) -> None:
     trusted = root / "trustedFolders.json"
     if not trusted.exists() or json.loads(trusted.read_text()).get(CWD) != "TRUST_FOLDER":
         refuse(55, "Gemini CLI is not running in a trusted directory.")
-    slug = hashlib.sha256(CWD.encode()).hexdigest()[:8]  # the real one counts: a race less here
+    slug = hashlib.sha256(CWD.encode()).hexdigest()[:8]  # the real one counts; a hash has no race
     (root / "tmp" / slug).mkdir(parents=True, exist_ok=True)
     (root / "tmp" / slug / ".project_root").write_text(CWD)
     chats = root / "tmp" / slug / "chats"
@@ -138,20 +142,22 @@ def gemini(arguments: list[str], prompt: str) -> None:
         handle = str(uuid.uuid4())
         path = chats / f"session-{time.strftime('%Y-%m-%dT%H-%M')}-{handle[:8]}.jsonl"
         digest = hashlib.sha256(CWD.encode()).hexdigest()
-        remember(path, {"sessionId": handle, "projectHash": digest, "kind": "main"})
-    whisper(handle)
-    say({"type": "init", "session_id": handle, "model": "m"})
-    say({"type": "message", "role": "user", "content": prompt})
-    remember(path, {"id": "u", "type": "user", "content": [{"text": prompt}]})
+        append_lines(path, {"sessionId": handle, "projectHash": digest, "kind": "main"})
+    write_handle_to_stderr(handle)
+    print_event({"type": "init", "session_id": handle, "model": "m"})
+    print_event({"type": "message", "role": "user", "content": prompt})
+    append_lines(path, {"id": "u", "type": "user", "content": [{"text": prompt}]})
     if "FAIL" in prompt:
         error = {"type": "FatalAuthenticationError", "message": "unexpected status 401"}
-        say({"type": "result", "status": "error", "error": error})
+        print_event({"type": "result", "status": "error", "error": error})
         sys.exit(41)
-    text = think(prompt, earlier)
-    remember(path, {"id": "g", "type": "gemini", "content": text}, {"$set": {"lastUpdated": "now"}})
+    text = answer_of_model(prompt, earlier)
+    append_lines(
+        path, {"id": "g", "type": "gemini", "content": text}, {"$set": {"lastUpdated": "now"}}
+    )
     for piece in (text[:9], text[9:]):
-        say({"type": "message", "role": "assistant", "content": piece, "delta": True})
-    say({"type": "result", "status": "success", "stats": {}})
+        print_event({"type": "message", "role": "assistant", "content": piece, "delta": True})
+    print_event({"type": "result", "status": "success", "stats": {}})
 
 
 def claude(arguments: list[str], prompt: str) -> None:
@@ -170,7 +176,7 @@ def claude(arguments: list[str], prompt: str) -> None:
     if resumed is not None:
         if not path.exists() or not path.stat().st_size:
             errors = [f"No conversation found with session ID: {resumed}"]
-            say(
+            print_event(
                 {"type": "result", "subtype": "error_during_execution", "is_error": True,
                  "session_id": resumed, "errors": errors}
             )  # fmt: skip
@@ -178,23 +184,23 @@ def claude(arguments: list[str], prompt: str) -> None:
         handle, earlier = resumed, lines_of(path)[0]["message"]["content"]
     if "HANG_UNNAMED" in prompt:
         time.sleep(60)
-    whisper(handle or "")
-    say({"type": "system", "subtype": "init", "cwd": CWD, "session_id": handle})
+    write_handle_to_stderr(handle or "")
+    print_event({"type": "system", "subtype": "init", "cwd": CWD, "session_id": handle})
     seen = {"cwd": CWD, "sessionId": handle}
-    remember(path, {"type": "user", "message": {"role": "user", "content": prompt}, **seen})
+    append_lines(path, {"type": "user", "message": {"role": "user", "content": prompt}, **seen})
     if "FAIL" in prompt:
-        say({"type": "result", "subtype": "success", "is_error": True, "session_id": handle,
+        print_event({"type": "result", "subtype": "success", "is_error": True, "session_id": handle,
              "result": "API Error: unexpected status 401"})  # fmt: skip
         sys.exit(1)
-    text = think(prompt, earlier)
+    text = answer_of_model(prompt, earlier)
     message = {"role": "assistant", "content": [{"type": "text", "text": text}]}
-    remember(
+    append_lines(
         path,
         {"type": "assistant", "message": message, **seen},
         {"type": "last-prompt", "lastPrompt": prompt, "sessionId": handle},
     )
-    say({"type": "assistant", "message": message, "session_id": handle})
-    say({"type": "result", "subtype": "success", "is_error": False, "result": text,
+    print_event({"type": "assistant", "message": message, "session_id": handle})
+    print_event({"type": "result", "subtype": "success", "is_error": False, "result": text,
          "session_id": handle})  # fmt: skip
 
 

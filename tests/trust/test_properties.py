@@ -23,7 +23,7 @@ names = st.one_of(st.sampled_from([W, "projects", "hasTrustDialogAccepted", "a",
 
 @st.composite
 def json_values(draw: st.DrawFn, depth: int = 3) -> str:
-    """Any JSON value, with white space anywhere."""
+    """Draw a JSON value, with white space anywhere."""
     kind = draw(st.sampled_from(["object", "array", "scalar"] if depth else ["scalar"]))
     if kind == "object":
         return draw(json_objects(depth - 1))
@@ -37,7 +37,7 @@ def json_values(draw: st.DrawFn, depth: int = 3) -> str:
 
 @st.composite
 def json_objects(draw: st.DrawFn, depth: int = 3) -> str:
-    """Any JSON object; names may come twice."""
+    """Draw a JSON object, in which names may come twice."""
     members = draw(st.lists(st.tuples(names, json_values(depth)), max_size=4))
     inside = ",".join(
         f"{draw(blanks)}{json.dumps(name)}{draw(blanks)}:{draw(blanks)}{value}{draw(blanks)}"
@@ -48,7 +48,7 @@ def json_objects(draw: st.DrawFn, depth: int = 3) -> str:
 
 @st.composite
 def json_files(draw: st.DrawFn) -> bytes:
-    """Any JSON file with an object."""
+    """Draw a file with a JSON object."""
     bom = draw(st.sampled_from(["", "\ufeff"]))
     return f"{bom}{draw(blanks)}{draw(json_objects())}{draw(blanks)}".encode()
 
@@ -72,7 +72,7 @@ def _escaped(name: str) -> str:
 
 @st.composite
 def toml_keys(draw: st.DrawFn, *start: str) -> str:
-    """A dotted key that begins with these parts, spaced and quoted anyhow."""
+    """Draw a dotted TOML key that begins with these parts, with any spaces and quotes."""
     dot = draw(st.sampled_from([".", " . "]))
     parts = [_key(part, literal=draw(st.booleans())) for part in start]
     return dot.join(parts)
@@ -80,7 +80,7 @@ def toml_keys(draw: st.DrawFn, *start: str) -> str:
 
 @st.composite
 def toml_entries(draw: st.DrawFn, folder: str, form: str) -> tuple[str, str]:
-    """One project in one way of writing: lines for the root, and lines for the end."""
+    """Draw a project in one notation: lines for the root, and lines for the end of the file."""
     level = draw(st.sampled_from(['"untrusted"', "'untrusted'", '"""untrusted"""', ""]))
     other = draw(toml_scalars)
     newline = draw(newlines)
@@ -101,7 +101,7 @@ def toml_entries(draw: st.DrawFn, folder: str, form: str) -> tuple[str, str]:
 
 @st.composite
 def toml_files(draw: st.DrawFn) -> bytes:
-    """A TOML file with projects in many ways of writing, and other things around."""
+    """Draw a TOML file with projects in several notations, and other content."""
     used = draw(st.lists(folders, max_size=3, unique=True).map(lambda some: sorted({*some, W})))
     forms = st.sampled_from(["dotted", "inline", "sub", "header", "none"])
     head = draw(st.sampled_from(["", "# top\n", "model = 'm'\r\n", "\n\n"]))

@@ -93,7 +93,7 @@ def test_a_stripped_last_line_end_does_no_harm() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "ours", "theirs"),
+    ("kind", "added", "changed"),
     [
         ("codex", b'"trusted"', b'"untrusted"'),
         ("codex", b'"trusted"', b"7"),
@@ -103,9 +103,9 @@ def test_a_stripped_last_line_end_does_no_harm() -> None:
         ("claude", b"true", b"1"),
     ],
 )
-def test_a_value_that_the_user_has_changed_is_kept(kind: str, ours: bytes, theirs: bytes) -> None:
+def test_a_value_that_the_user_has_changed_is_kept(kind: str, added: bytes, changed: bytes) -> None:
     edit = KINDS[kind].editor.add(None, W)
-    text = (edit.text or b"").replace(ours, theirs)
+    text = (edit.text or b"").replace(added, changed)
 
     removal = KINDS[kind].editor.remove(text, W, edit.added)
 
@@ -126,9 +126,9 @@ def test_an_entry_that_is_already_gone_changes_nothing(kind: str) -> None:
 def test_a_created_file_is_kept_if_it_has_entries_of_others(kind: str) -> None:
     editor = KINDS[kind].editor
     edit = editor.add(None, W)
-    theirs = editor.add(edit.text, "/somebody/else").text
+    with_another = editor.add(edit.text, "/somebody/else").text
 
-    removal = editor.remove(theirs, W, edit.added)
+    removal = editor.remove(with_another, W, edit.added)
 
     assert removal.text is not None
     assert KINDS[kind].at(removal.text, "/somebody/else") == KINDS[kind].value

@@ -22,7 +22,7 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Start programs of editing.py; end what is left of them."""
+    """Starts programs of editing.py; kills those that still live at the end."""
     started: list[subprocess.Popen[str]] = []
 
     def make(*words: str | Path) -> subprocess.Popen[str]:
@@ -41,13 +41,13 @@ def start() -> Iterator[Start]:
             program.kill()
 
 
-def _say(program: subprocess.Popen[str], line: str) -> None:
+def _write_line(program: subprocess.Popen[str], line: str) -> None:
     assert program.stdin is not None
     program.stdin.write(f"{line}\n")
     program.stdin.flush()
 
 
-def _hear(program: subprocess.Popen[str]) -> str:
+def _read_line(program: subprocess.Popen[str]) -> str:
     assert program.stdout is not None
     return program.stdout.readline().strip()
 
@@ -80,16 +80,16 @@ def test_no_edit_of_one_thread_is_lost_to_another(tmp_path: Path, kind: str) -> 
     assert left in ([], ["absent" for _ in folders])
 
 
-def _let_the_cli_in_between(
+def _let_the_cli_write_between(
     writer: subprocess.Popen[str], cli: subprocess.Popen[str], turn: threading.Lock
 ) -> int:
-    """While an edit has decided and not yet written, let the CLI rewrite the file."""
+    """Have the CLI rewrite the file between the decision and the write of each edit."""
     writes = 0
-    while _hear(writer):
+    while _read_line(writer):
         with turn:
-            _say(cli, "write")
-            writes += _hear(cli) == "written"
-        _say(writer, "go on")
+            _write_line(cli, "write")
+            writes += _read_line(cli) == "written"
+        _write_line(writer, "go on")
     return writes
 
 
@@ -104,7 +104,7 @@ def test_two_services_and_a_cli_that_rewrites_the_file_lose_no_entry(
     turn = threading.Lock()
 
     with ThreadPoolExecutor(2) as pool:
-        writes = sum(pool.map(lambda each: _let_the_cli_in_between(each, cli, turn), writers))
+        writes = sum(pool.map(lambda each: _let_the_cli_write_between(each, cli, turn), writers))
 
     assert [writer.wait() for writer in writers] == [0, 0]
     document = json.loads(path.read_bytes())
@@ -124,11 +124,11 @@ def test_a_cli_that_writes_at_any_time_never_reads_a_half_written_file(
     toggling = [start("toggle", path, "claude", f"/w/{who}") for who in "ab"]
     cli = start("cli", path)
 
-    # Entries of one side may be lost to the other's replacement here; torn or foreign text may not.
+    # An entry of one program may be lost to the replacement by another. The user's text may not.
     for _ in range(100):
-        _say(cli, "write")
-        assert _hear(cli) == "written"
-    assert {_hear(each) for each in toggling} == {"added"}
+        _write_line(cli, "write")
+        assert _read_line(cli) == "written"
+    assert {_read_line(each) for each in toggling} == {"added"}
     assert json.loads(path.read_bytes())["mine"] == "x" * 100_000
 
 
@@ -168,7 +168,7 @@ def test_a_kill_at_any_step_leaves_the_old_file_or_the_new_one(
     assert code == 0
     assert states[:done] == [old] * done
     assert states[done:] == [new] * (len(states) - done)
-    assert 5 < done < len(states)  # there were steps before and after the one that counts
+    assert 5 < done < len(states)  # the kills were before and after the replacement
 
 
 @pytest.mark.parametrize("kind", BEFORE)
@@ -182,7 +182,7 @@ def test_a_kill_at_a_random_moment_leaves_the_old_file_or_the_new_one(
     for edits in range(1, 16):
         path.write_bytes(old)
         program = start("toggle", path, kind, "/w")
-        assert all(_hear(program) for _ in range(edits))
+        assert all(_read_line(program) for _ in range(edits))
         program.kill()
         program.wait()
 
@@ -198,7 +198,7 @@ def test_a_reader_never_reads_a_half_written_file(tmp_path: Path, start: Start, 
     path = tmp_path / "config"
     path.write_bytes(BEFORE[kind])
     program = start("toggle", path, kind, "/w")
-    listening = threading.Thread(target=lambda: [_hear(program) for _ in range(60)])
+    listening = threading.Thread(target=lambda: [_read_line(program) for _ in range(60)])
 
     listening.start()
     seen = set()

@@ -69,7 +69,7 @@ def test_lines_lost_to_a_full_queue_are_reported_where_they_are_missing(
 
     kept = lines.count("x" * 99)
     assert lines == ["x" * 99] * kept + [f"lost {1000 - kept}", "end"]
-    assert 100 <= kept <= 150  # the queue, and what lies in the pipe
+    assert 100 <= kept <= 150  # the queue and the pipe
 
 
 def test_a_text_larger_than_the_queue_is_lost_and_no_other(pipe: tuple[int, int]) -> None:
