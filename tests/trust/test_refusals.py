@@ -137,7 +137,6 @@ def _toml_of_1_mib() -> bytes:
     return "".join(tables).encode()[: 1 << 20].rpartition(b"\n\n")[0]
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     ("kind", "make", "least"),
     [("claude", _json_of_5_mib, 5 << 20), ("gemini", _many_names, 5 << 20),
