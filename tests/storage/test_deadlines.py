@@ -389,3 +389,16 @@ def test_a_session_is_kept_until_its_reopen_deadline(store: ServiceStore, step: 
     deadlines.end_reopening(store.db, [run.key], owner=store.owner, steady=store.steady)
     assert passed(store) == []
     assert store.rows("SELECT retired_value, session_value FROM run") == [(None, None)]
+
+
+def test_a_session_is_not_forgotten_by_the_clock_of_another_boot(store: ServiceStore) -> None:
+    run = store.waiting()
+    store.set(run, session_verdict="INVALID")
+    store.recover()
+    kept = store.rows("SELECT retired_value FROM run")
+    store.reboot(60)
+    store.steady_us += 10**15  # whatever a clock says that is not the one of the row
+
+    deadlines.end_reopening(store.db, [run.key], owner=store.owner, steady=store.steady)
+
+    assert store.rows("SELECT retired_value FROM run") == kept != [(None,)]
