@@ -1,10 +1,10 @@
-"""What a call said yes to holds, whatever is killed when: once, and not a second time.
+"""An accepted call takes effect exactly once, whatever is killed at any moment.
 
-*Exactly once* is said of the effect: an accepted reply is on record once, and counts once in the
-run's output. Its delivery may be repeated: a crash between handing the reply to a process and
-recording that gives it to a second process, with the same interaction_id. And a process that got
-it is a running one: when that is killed with the service, the run fails as interrupted, as every
-running one does (or starts again, by its restart_policy); its reply stays on record.
+*Exactly once* is about the effect: an accepted reply is stored once, and counts once in the run's
+output. Its delivery may be repeated: after a crash between a delivery and its record, a second
+process gets the reply with the same interaction_id. A process that got the reply is running. If it
+is killed with the service, its run fails as interrupted (or starts again, by its restart_policy),
+and the reply stays stored.
 
 REPLY_ROUNDS=200 REPLY_SEED=1 pytest tests/crash/test_acknowledged_calls.py for more.
 """
@@ -89,7 +89,7 @@ def call(api: Api, method: str, request: object) -> run_pb2.Run:
 
 
 def call_from_all_sides(service: ServiceProcess, method: str, request: object) -> list[run_pb2.Run]:
-    """Send one request from 50 callers on five channels at one time; return all the answers."""
+    """Send one request from 50 callers on five channels at once; return all answers."""
     apis = [service.api() for _ in range(CHANNELS)]
     gate = threading.Barrier(CALLERS)
 
@@ -102,7 +102,7 @@ def call_from_all_sides(service: ServiceProcess, method: str, request: object) -
 
 
 def assert_reuse_is_refused(api: Api, ids: dict[str, str]) -> None:
-    """See that no id is taken for another payload, nor for another method."""
+    """Assert that no request id is accepted for another payload or method."""
     for method, request_id in ids.items():
         for other in MAKE:
             request = MAKE[other](request_id, other=other == method)
@@ -167,7 +167,7 @@ def test_one_request_id_has_one_effect_from_50_callers_and_over_a_kill(
 
 
 def assert_one_effect_each(api: Api, created: str) -> None:
-    """See each method's effect on record, once, in the events of its run."""
+    """Assert that the events of each run have the effect of its method once."""
     kinds = {run_id: kinds_of(api, run_id) for run_id in ("asks", "canceled", "lost")}
     assert everything(api).keys() == {"asks", "waits", "canceled", "lost", created}
     assert [kinds["asks"].count(kind) for kind in ("ANSWERED", "SUCCEEDED")] == [1, 1]
@@ -178,7 +178,7 @@ def assert_one_effect_each(api: Api, created: str) -> None:
 
 
 def kinds_of(api: Api, run_id: str) -> list[str]:
-    """Return the kinds of the events that a run has had so far."""
+    """Return the kinds of a run's events so far."""
     last = api.runs.WatchRun(pb.WatchRunRequest(run_id=run_id), timeout=PATIENCE_S)
     sequence = next(iter(last)).sequence
     last.cancel()
@@ -199,7 +199,7 @@ def kinds_of(api: Api, run_id: str) -> list[str]:
 
 @dataclass(slots=True, kw_only=True)
 class Replier:
-    """Sends one answer at its moment, and knows what was said to it."""
+    """Sends one reply at its moment, and keeps the service's answer."""
 
     run_id: str
     answer: str
@@ -222,13 +222,13 @@ class Replier:
 
 
 def is_gone(error: grpc.RpcError) -> bool:
-    """True when a call failed because its service was killed."""
+    """Return whether a call failed because its service was killed."""
     call: Any = error
     return call.code() is grpc.StatusCode.UNAVAILABLE
 
 
 def kill(home: Home, service: ServiceProcess, dice: random.Random) -> None:
-    """Kill the service, and now and then the shims of its processes with it."""
+    """Kill the service, and sometimes its shims."""
     if dice.random() < 0.4:
         home.kill_with_shims(service)
     else:
@@ -236,7 +236,7 @@ def kill(home: Home, service: ServiceProcess, dice: random.Random) -> None:
 
 
 def state_of(home: Home, run_id: str) -> tuple[str, str]:
-    """Return the run's status and what became of its question, as on record."""
+    """Return the stored status of a run and of its question."""
     ((status, state),) = query(
         home,
         "SELECT r.status, i.state FROM run r JOIN interaction i ON i.run = r.id"
@@ -247,7 +247,7 @@ def state_of(home: Home, run_id: str) -> tuple[str, str]:
 
 
 def reply_around_a_kill(home: Home, number: int, dice: random.Random) -> list[Replier]:
-    """Four runs wait; all are answered, and the service is killed, each at a random moment."""
+    """Answer four waiting runs and kill the service, each at a random moment."""
     service, api = home.start()
     names = [f"r{number}-{one}" for one in range(4)]
     for run_id in names:
@@ -302,7 +302,7 @@ def test_an_accepted_reply_is_never_lost_and_counts_once(new_home: NewHome) -> N
 
 
 def note_the_given(home: Home, sent: list[Replier], given: set[str]) -> None:
-    """Note, while nobody runs, whose running process had got the reply: it will be interrupted."""
+    """Note the runs whose process had got the reply at the kill: they will be interrupted."""
     given.update(
         one.run_id for one in sent if state_of(home, one.run_id) == ("RUNNING", "DELIVERED")
     )
@@ -404,7 +404,7 @@ def test_a_reply_that_its_process_has_not_read_yet_is_given_to_the_next_one(
 
 
 def is_told(pid: int) -> bool:
-    """True when something lies in the input of a process."""
+    """Return whether the input of a process has unread bytes."""
     held = array("i", [0])
     try:
         with Path(f"/proc/{pid}/fd/0").open("rb", buffering=0) as stdin:
@@ -446,7 +446,7 @@ def said_something(api: Api, run_id: str) -> bool:
 
 @pytest.mark.parametrize("engine", ["result_at_the_end", "result_then_hangs"])
 @pytest.mark.parametrize("killed", ["nobody", "service", "service and shims"])
-def test_a_cancel_wins_over_a_result_that_is_being_printed(
+def test_a_cancel_wins_over_a_result_that_the_agent_is_printing(
     new_home: NewHome, engine: str, killed: str
 ) -> None:
     home = new_home(engines=CANCELED_ENGINES, cancel_grace_s=0.5, exit_grace_s=60.0)
@@ -475,7 +475,7 @@ def test_a_cancel_wins_over_a_result_that_is_being_printed(
 
 @dataclass(slots=True, kw_only=True)
 class Canceler(Replier):
-    """Cancels at its moment."""
+    """Sends one cancel at its moment."""
 
     too_late: bool = False
 
@@ -496,7 +496,7 @@ class Canceler(Replier):
 
 
 def cancel_around_a_kill(home: Home, number: int, dice: random.Random) -> list[Canceler]:
-    """Runs that end after a moment are canceled around their end, and around a kill."""
+    """Cancel short runs around their end and around a kill."""
     service, api = home.start()
     sent = [
         Canceler(run_id=f"c{number}-{one}", answer="", after_s=dice.uniform(0, 0.4))
@@ -522,7 +522,7 @@ def cancel_around_a_kill(home: Home, number: int, dice: random.Random) -> list[C
 
 
 @pytest.mark.timeout(120 + 5 * CANCEL_ROUNDS)
-def test_an_accepted_cancel_ends_canceled_whatever_is_killed_when(new_home: NewHome) -> None:
+def test_an_accepted_cancel_ends_in_canceled_over_kills_at_any_moment(new_home: NewHome) -> None:
     home = new_home(safe_mode_after=0)
     seed = int(os.environ.get("CANCEL_SEED", time.time_ns()))
     print(f"CANCEL_SEED={seed}")
@@ -546,7 +546,7 @@ def test_an_accepted_cancel_ends_canceled_whatever_is_killed_when(new_home: NewH
     assert home.agents() == []
 
 
-def test_a_run_that_waits_is_canceled_before_and_after_a_restart(new_home: NewHome) -> None:
+def test_a_waiting_run_can_be_canceled_before_and_after_a_restart(new_home: NewHome) -> None:
     home = new_home()
     service, api = home.start()
     for run_id in ("before", "after"):

@@ -1,4 +1,4 @@
-"""A cgroup of its own for each launch, on a real cgroup v2 where this user may make one."""
+"""Each launch has a cgroup of its own, on a real cgroup v2 where this user may create one."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ time.sleep(600)
 
 @pytest.fixture
 def parent() -> Iterator[Path]:
-    """A cgroup that the service may have; not made yet."""
+    """Return a cgroup path for the service, which does not exist yet."""
     mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
     places = [Path(words[1]) for words in mounts if words[2] == "cgroup2"]
     path = (places[0] if places else Path("/nowhere")) / f"runrecovery-{secrets.token_hex(4)}"
@@ -82,7 +82,7 @@ def test_a_launch_has_a_cgroup_of_its_own_until_it_is_over(new_home: NewHome, pa
     assert cgroups_in(parent) == []
 
 
-def test_the_cgroup_tells_of_who_has_wiped_off_every_other_mark(
+def test_a_process_that_removed_every_other_marker_is_found_by_its_cgroup(
     new_home: NewHome, parent: Path
 ) -> None:
     home = new_home(engines={**GOOD_ENGINES, "fades": script(FADES)}, cgroup_parent=str(parent))
@@ -98,7 +98,7 @@ def test_the_cgroup_tells_of_who_has_wiped_off_every_other_mark(
     assert api.status().reconciliation.orphans.refused == 0
 
 
-def test_a_place_that_is_no_cgroup_is_a_mistake_of_the_configuration(
+def test_a_folder_that_is_no_cgroup_is_a_configuration_error(
     new_home: NewHome, tmp_path: Path
 ) -> None:
     home = new_home(cgroup_parent=str(tmp_path / "none"))

@@ -1,5 +1,5 @@
-"""Deadlines are carried out, none early and none forgotten, whatever happens to the service or to
-the wall clock meanwhile; and a budget of attempts is counted over restarts."""
+"""No deadline is early or forgotten over kills, stops and steps of the wall clock; the budget of
+attempts counts over restarts."""
 
 from __future__ import annotations
 
@@ -67,13 +67,13 @@ def impatient(seconds: float, *, require_user_reply: bool = False) -> run_pb2.In
 
 
 def limited(engine: EngineSpec, seconds: float) -> EngineSpec:
-    """Return the engine with a limit on whole runs."""
+    """Return the engine with a limit on the time of a run."""
     more = {**engine.more, "max_run_time_s": seconds}
     return EngineSpec(command=engine.command, profile=engine.profile, more=more)
 
 
 def events_of(api: Api, run_id: str) -> Events:
-    """Return what has happened to a run that is over."""
+    """Return the events of an ended run."""
     request = pb.WatchRunRequest(run_id=run_id, after_sequence=0)
     updates = api.runs.WatchRun(request, timeout=PATIENCE_S)
     return [(update.sequence, update.event) for update in updates]
@@ -105,7 +105,7 @@ def assert_auto_decided(api: Api, run_id: str) -> None:
     [("tells", {}), ("tells-sticky", {"stays": True})],
     ids=["resumable", "sticky"],
 )
-def test_a_question_that_needs_no_user_is_decided_and_the_agent_is_told(
+def test_a_question_that_needs_no_user_is_decided_by_its_default_and_sent_to_the_agent(
     new_home: NewHome, engine: str, given: dict[str, Any]
 ) -> None:
     home = new_home(engines=ENGINES)
@@ -122,7 +122,7 @@ def test_a_question_that_needs_no_user_is_decided_and_the_agent_is_told(
     )
 
 
-def test_a_question_whose_time_passes_while_the_service_is_down_is_decided_after_it(
+def test_a_question_that_expires_while_the_service_is_down_is_decided_at_the_next_start(
     new_home: NewHome,
 ) -> None:
     home = new_home(engines=ENGINES)
@@ -143,7 +143,7 @@ def test_a_question_whose_time_passes_while_the_service_is_down_is_decided_after
 
 
 def let_pass(home: Home, seconds: float, *run_ids: str) -> None:
-    """Make, while no service runs, the deadlines of these runs so much nearer."""
+    """Move the deadlines of these runs so much earlier, while no service runs."""
     us = int(seconds * 1e6)
     marks = ", ".join("?" * len(run_ids))
     with home.store(writable=True) as store:
@@ -159,7 +159,7 @@ def let_pass(home: Home, seconds: float, *run_ids: str) -> None:
         )
 
 
-def test_a_sticky_wait_that_nobody_answers_fails_and_leaves_no_process(new_home: NewHome) -> None:
+def test_an_expired_sticky_wait_fails_and_leaves_no_process(new_home: NewHome) -> None:
     home = new_home()
     _, api = home.start()
     run_id = api.create(
@@ -177,7 +177,7 @@ def test_a_sticky_wait_that_nobody_answers_fails_and_leaves_no_process(new_home:
     assert refused(lambda: api.reply(run_id, 1, "late")).reason == "RUN_NOT_WAITING"
 
 
-def test_a_resumable_wait_that_needs_its_user_has_no_end(new_home: NewHome) -> None:
+def test_a_resumable_wait_that_requires_a_user_reply_never_expires(new_home: NewHome) -> None:
     home = new_home()
     service, api = home.start()
     mine = impatient(SOON_S, require_user_reply=True)
@@ -200,7 +200,7 @@ def test_a_resumable_wait_that_needs_its_user_has_no_end(new_home: NewHome) -> N
 # -- whole runs ----------------------------------------------------------------------------------
 
 
-def test_a_run_that_takes_too_long_fails_wherever_it_stands(new_home: NewHome) -> None:
+def test_a_run_over_its_time_fails_in_every_status(new_home: NewHome) -> None:
     home = new_home(
         engines={"resumable": limited(RESUMABLE, 4.0), "free": RESUMABLE}, max_concurrent=2
     )
@@ -229,7 +229,7 @@ def test_a_run_that_takes_too_long_fails_wherever_it_stands(new_home: NewHome) -
     assert refused(lambda: api.reply("waiting", 1, "late")).reason == "RUN_NOT_WAITING"
 
 
-def test_the_time_of_a_run_also_passes_while_the_service_is_down(new_home: NewHome) -> None:
+def test_the_time_of_a_run_also_counts_while_the_service_is_down(new_home: NewHome) -> None:
     engines = {"resumable": limited(RESUMABLE, FAR_S), "stalls": limited(script(STALLS), FAR_S)}
     home = new_home(engines=engines, max_concurrent=1)
     service, api = home.start()
@@ -327,7 +327,7 @@ def test_no_deadline_is_early_or_lost_when_the_wall_clock_steps(
     assert api.until_status("run-far", "FAILED").error.code == "RUN_TIMEOUT"
 
 
-def test_after_a_boot_of_the_machine_the_wall_clock_tells_what_is_left(new_home: NewHome) -> None:
+def test_after_a_reboot_the_remaining_time_follows_the_wall_clock(new_home: NewHome) -> None:
     engines = {**ENGINES, "limited": limited(RESUMABLE, FAR_S)}
     home = new_home(engines=engines)
     service, api = home.start()

@@ -1,4 +1,4 @@
-"""A kill -9 in the middle of a recovery, again and again: in the end, as if there had been none."""
+"""A recovery that is killed again and again ends as if it had not been killed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def decided(home: Home) -> int:
 
 
 def outcomes(home: Home) -> dict[tuple[object, ...], int]:
-    """Count the runs that were decided on, by all that the decision must have changed at once."""
+    """Count the decided runs, grouped by everything that a decision changes in one transaction."""
     rows = home.rows(
         "SELECT r.status, r.recovery_state, r.error_code, i.state, r.session_value IS NOT NULL,"
         " count(*) FROM run r LEFT JOIN interaction i ON i.run = r.id AND i.no = 1"
@@ -45,7 +45,7 @@ def outcomes(home: Home) -> dict[tuple[object, ...], int]:
 
 
 def assert_no_half_decision(home: Home) -> None:
-    """See that every run is either untouched or decided in every respect."""
+    """Assert that every run is either untouched or completely decided."""
     assert set(outcomes(home)) <= OUTCOMES
     odd = home.rows(
         "SELECT count(*) FROM run r WHERE (r.recovery_state <> 'NONE') <>"
@@ -58,7 +58,7 @@ def assert_no_half_decision(home: Home) -> None:
 
 
 def kill_during_recovery(home: Home, decisions: int, delay_s: float = 0.0) -> ServiceProcess:
-    """Start the service and kill it that long after its recovery has made so many decisions."""
+    """Start the service, and kill it after so many decisions and a delay."""
     service = home.spawn()
     service.until_event("recovery.started")
     sql = "SELECT runs_scanned - runs_unchanged FROM reconciliation ORDER BY id DESC LIMIT 1"
@@ -118,7 +118,7 @@ def test_twenty_kills_in_a_recovery_of_20000_runs_leave_one_decision_each(
 
 
 def os_seed() -> int:
-    """A new seed each time, shown by pytest when the test fails."""
+    """Return a new seed, which pytest shows if the test fails."""
     seed = time.time_ns()
     print(f"seed {seed}")
     return seed

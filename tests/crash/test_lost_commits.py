@@ -1,4 +1,4 @@
-"""Where the database lost commits, callers of a lost run learn nothing of the run with its key."""
+"""After the database lost commits, callers of a lost run see nothing of the run with its key."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ ENGINES: Final = {"works": script(WORKS)}
 ROWS: Final = "SELECT run_id, status, error_code, version FROM run ORDER BY id"
 
 
-def test_a_watch_of_a_lost_run_ends_and_tells_nothing_of_another(
+def test_a_watch_of_a_lost_run_ends_and_sends_nothing_of_another_run(
     new_database_url: Callable[[], str], new_home: NewHome
 ) -> None:
     home = new_home(database=new_database_url(), engines=ENGINES, max_concurrent=1)
     _, api = home.start()
     api.create("works", run_id="holds-the-slot")
-    until(lambda: home.agents_of("holds-the-slot"), "it works")
+    until(lambda: home.agents_of("holds-the-slot"), "the agent runs")
     api.create("works", run_id="lost")
     watch = api.runs.WatchRun(pb.WatchRunRequest(run_id="lost"), timeout=CALL_TIMEOUT_S)
     assert next(iter(watch)).snapshot.run_id == "lost"
@@ -47,7 +47,7 @@ def test_a_service_whose_run_was_lost_ends_as_fenced_and_says_why(
     home = new_home(database=new_database_url(), engines=ENGINES)
     service, api = home.start()
     api.create("works", run_id="lost")
-    (pid,) = until(lambda: home.agents_of("lost"), "it works")
+    (pid,) = until(lambda: home.agents_of("lost"), "the agent runs")
     agent = living_process(pid)
     assert agent is not None
     change(home, "UPDATE run SET run_id = 'of-another-caller'")

@@ -1,4 +1,4 @@
-"""The plan of a restart is what the restart then does; and each decision can be explained."""
+"""A restart decides as its plan says, and ExplainRecovery explains each decision."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ OVER: Final = ("finished", "failed", "canceled")
 
 
 def at_work(api: Api, run_id: str) -> bool:
-    """True once a process of the run's latest attempt has its children and signals as it wants."""
+    """Return whether the agent of a run has set up its children and its signal handlers."""
     run = api.get(run_id)
     if status_word(run) != "RUNNING" or run.attempt == 0:
         return False
@@ -76,7 +76,7 @@ def at_work(api: Api, run_id: str) -> bool:
 
 
 def bring_into_every_situation(home: Home) -> tuple[ServiceProcess, Api]:
-    """Return a service whose runs are in every situation that a restart can find, and stay so."""
+    """Start a service; put runs into every situation that a restart can find."""
     service, api = home.start()
     api.create("resumable", {}, run_id="finished")
     api.create("resumable", {"fail": "exit9"}, run_id="failed")
@@ -114,7 +114,7 @@ def bring_into_every_situation(home: Home) -> tuple[ServiceProcess, Api]:
 def plan(
     api: Api, *, page_size: int = 1000
 ) -> tuple[list[recovery_pb.PlannedDecision], recovery_pb.RecoveryPlan]:
-    """Return the whole plan, page by page; only the first page bears the numbers."""
+    """Return the whole plan from its pages; assert that only the first page has the totals."""
     found: list[recovery_pb.PlannedDecision] = []
     numbers, token = None, ""
     while True:
@@ -156,7 +156,7 @@ def history(api: Api, run_ids: tuple[str, ...]) -> dict[str, list[run_pb2.Recove
 def assert_restart_keeps_to_plan(
     home: Home, service: ServiceProcess, api: Api, run_ids: tuple[str, ...]
 ) -> tuple[ServiceProcess, Api, dict[str, str]]:
-    """Plan, kill -9, restart, compare run by run and in total; return what was planned."""
+    """Plan, kill -9, restart, compare runs and totals; return the plan."""
     before = dump(home)
     planned, numbers = plan(api, page_size=2)
     everything = plan(api)
@@ -194,7 +194,7 @@ def assert_restart_keeps_to_plan(
     return service, api, {one.run_id: one.recovery_reason for one in planned}
 
 
-def test_the_plan_is_the_restart_that_follows_and_changes_nothing(
+def test_a_restart_decides_as_planned_and_the_plan_changes_nothing(
     new_database_url: Callable[[], str], new_home: NewHome
 ) -> None:
     home = new_home(
@@ -227,7 +227,7 @@ def test_the_plan_is_the_restart_that_follows_and_changes_nothing(
     assert (numbers.runs_unchanged, list(numbers.decisions), numbers.launches) == (2, [], 0)
 
 
-def test_a_session_that_comes_back_is_planned_for_as_there(new_home: NewHome) -> None:
+def test_a_plan_sees_a_session_that_is_back(new_home: NewHome) -> None:
     home = new_home()
     service, api = home.start()
     for run_id in ("waits", "waits-too"):
@@ -261,14 +261,14 @@ FACTS: Final = ["PENDING", "HANDLE", "CANCEL", "REPLY", "REQUEUE"]
 @pytest.mark.parametrize(
     ("guarded", "ended_by"), [(True, "shim"), (False, "service")], ids=["guarded", "shims killed"]
 )
-def test_a_decision_about_an_orphaned_tree_names_each_process_and_who_ended_it(
+def test_the_explanation_of_an_orphaned_tree_names_each_process_and_who_killed_it(
     new_home: NewHome, *, guarded: bool, ended_by: str
 ) -> None:
     home = new_home()
     service, api = home.start()
     given = {**HOLDS, "children": 3, "ignore_sigterm": True}
     api.create("resumable", given, run_id="tree")
-    until(lambda: at_work(api, "tree"), "the tree stands")
+    until(lambda: at_work(api, "tree"), "the tree is complete")
     tree = home.agents_of("tree")
     shims = [shim.pid for shim in home.shims()]
     if guarded:
@@ -312,7 +312,7 @@ def test_two_restarts_are_explained_newest_first_each_with_its_own_processes(
     api.create("resumable", HOLDS, run_id="again", restart_policy=REQUEUE)
     pids = []
     for attempt in (1, 2):
-        until(partial(at_work, api, "again"), "it is at work")
+        until(partial(at_work, api, "again"), "it works")
         assert api.get("again").attempt == attempt
         (pid,) = set(home.agents_of("again")) - {shim.pid for shim in home.shims()}
         pids.append(pid)
@@ -331,7 +331,7 @@ def test_two_restarts_are_explained_newest_first_each_with_its_own_processes(
     assert ["1 of 3" in requeue[0].source, "2 of 3" in requeue[1].source] == [True, True]
 
 
-def test_facts_say_what_was_looked_at_for_each_situation(new_home: NewHome) -> None:
+def test_an_explanation_has_the_facts_of_its_situation(new_home: NewHome) -> None:
     home = new_home(engines=ENGINES, max_concurrent=SLOTS, cancel_grace_s=60.0)
     service, api = bring_into_every_situation(home)
     service.kill()

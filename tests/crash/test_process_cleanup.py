@@ -1,4 +1,4 @@
-"""Who ends the processes of runs: the service, their shims, or the next start. Somebody always."""
+"""The service, the shims or the next start kill the processes of every run."""
 
 from __future__ import annotations
 
@@ -74,43 +74,46 @@ ENGINES: Final = {
 
 
 def play(home: Home, api: Api) -> None:
-    """Bring runs to work and to wait."""
+    """Create runs that work and runs that wait."""
     api.create("resumable", ASKS, run_id="waiting")
     api.until_status("waiting", "WAITING_USER")
     api.create("stays", {}, run_id="sticky")
     api.until_status("sticky", "WAITING_USER")
     api.create("resumable", {"hold": True, "children": 3}, run_id="tree")
     api.create("resumable", {"hold": True}, run_id="again", restart_policy=REQUEUE)
-    until_tree_stands(home, api)
+    until_tree_is_complete(home, api)
     until(lambda: len(home.agents_of("again")) == 1, "the other works")
 
 
-def until_tree_stands(home: Home, api: Api) -> None:
-    """Wait until the run `tree` has made all its processes and works on."""
-    until(lambda: api.get("tree").attempt == 1, "it is taken")
-    until(lambda: b"worked" in b"".join(p.data for p in api.output("tree")), "it is at work")
-    until(lambda: len(home.agents_of("tree")) == 4, "the tree stands")
+def until_tree_is_complete(home: Home, api: Api) -> None:
+    """Wait until the run `tree` works and has all its processes."""
+    until(lambda: api.get("tree").attempt == 1, "it is launched")
+    until(lambda: b"worked" in b"".join(p.data for p in api.output("tree")), "it works")
+    until(lambda: len(home.agents_of("tree")) == 4, "the tree is complete")
 
 
-def until_family_stands(home: Home, api: Api) -> int:
-    """Return the watermark of the run that escapes, once its three processes and its shim live."""
+def until_escapees_live(home: Home, api: Api) -> int:
+    """Wait for the three processes and the shim of the run `escapes`; return their watermark."""
     (shim,) = until(lambda: home.shims_of("escapes"), "it is launched")
-    until(lambda: api.get("escapes").attempt == 1, "it is taken")
+    until(lambda: api.get("escapes").attempt == 1, "it is launched")
     until(lambda: b"escaped" in b"".join(p.data for p in api.output("escapes")), "it has escaped")
     watermark = home.watermark_of("escapes")
-    until(lambda: len(processes_with_watermark(watermark)) == 4, "the family stands, and its shim")
+    until(
+        lambda: len(processes_with_watermark(watermark)) == 4,
+        "all three and the shim live",
+    )
     assert is_alive(shim)
     return watermark
 
 
 def until_second_attempt(api: Api) -> run_pb2.Run:
-    """Wait until the run `again` has been started over, and return it."""
+    """Wait for the second attempt of the run `again`; return the run."""
     until(lambda: api.get("again").attempt == 2, "it starts over")
     return api.get("again")
 
 
 def told(api: Api, *run_ids: str) -> dict[str, tuple[str, str, str]]:
-    """Status, error code and recovery_reason of runs."""
+    """Return status, error code and recovery_reason of runs."""
     runs = {run_id: api.get(run_id) for run_id in run_ids}
     return {
         run_id: (status_word(run), run.error.code, run.recovery.recovery_reason)
@@ -119,7 +122,7 @@ def told(api: Api, *run_ids: str) -> dict[str, tuple[str, str, str]]:
 
 
 def reports(api: Api) -> list[recovery_pb2.Reconciliation]:
-    """All reports, newest first."""
+    """Return all reports, newest first."""
     request = recovery_rpc.ListReconciliationsRequest()
     return list(api.recovery.ListReconciliations(request, timeout=10).reconciliations)
 
@@ -137,7 +140,9 @@ def service_of(service: ServiceProcess) -> ProcessIdentity:
 # -- a service that stands still ---------------------------------------------------------------
 
 
-def test_a_service_that_stands_still_finds_its_trees_dead_and_goes_on(new_home: NewHome) -> None:
+def test_a_service_that_was_frozen_beyond_its_lease_finds_its_trees_dead(
+    new_home: NewHome,
+) -> None:
     home = new_home(engines=ENGINES, lease_ttl_s=TTL_S)
     service, api = home.start()
     play(home, api)
@@ -169,7 +174,7 @@ def test_a_service_that_stands_still_finds_its_trees_dead_and_goes_on(new_home: 
     assert service.popen.poll() is None
 
 
-def test_a_short_stand_still_harms_nobody(new_home: NewHome) -> None:
+def test_a_service_that_was_frozen_briefly_keeps_its_agents(new_home: NewHome) -> None:
     home = new_home(engines=ENGINES, lease_ttl_s=60)
     service, api = home.start()
     play(home, api)
@@ -177,7 +182,7 @@ def test_a_short_stand_still_harms_nobody(new_home: NewHome) -> None:
     was = service_of(service)
 
     send_signal(was, signal.SIGSTOP)
-    until(lambda: is_stopped(was), "it stands still")
+    until(lambda: is_stopped(was), "it is stopped")
     send_signal(was, signal.SIGCONT)
 
     assert api.health_of() == "SERVING"
@@ -239,13 +244,13 @@ def test_a_stop_leaves_no_process_and_every_run_decided(new_home: NewHome) -> No
     assert status_word(api.until_ended("waiting")) == "SUCCEEDED"
 
 
-def test_a_second_signal_leaves_the_trees_to_their_shims(new_home: NewHome) -> None:
+def test_after_a_second_signal_the_shims_kill_the_trees(new_home: NewHome) -> None:
     home = new_home(engines=ENGINES, cancel_grace_s=60.0)
     service, api = home.start()
     api.create("resumable", {"hold": True, "ignore_sigterm": True}, run_id="stubborn")
     api.create("escapes", {}, run_id="escapes")
-    until(lambda: len(home.agents_of("stubborn")) == 1, "it works")
-    watermark = until_family_stands(home, api)
+    until(lambda: len(home.agents_of("stubborn")) == 1, "the agent runs")
+    watermark = until_escapees_live(home, api)
     service.terminate()
     until(lambda: service.events("recovery.started")[1:], "it has begun to end them")
     service.terminate()
@@ -265,13 +270,13 @@ def test_a_second_signal_leaves_the_trees_to_their_shims(new_home: NewHome) -> N
 # -- a kill, with and without the shims --------------------------------------------------------
 
 
-def test_after_a_kill_the_shims_end_their_trees_and_the_next_start_counts_them(
+def test_after_a_kill_the_shims_kill_their_trees_and_the_next_start_counts_them(
     new_home: NewHome,
 ) -> None:
     home = new_home(engines=ENGINES)
     service, api = home.start()
     api.create("escapes", {}, run_id="escapes")
-    watermark = until_family_stands(home, api)
+    watermark = until_escapees_live(home, api)
 
     service.kill()
     until(lambda: not processes_with_watermark(watermark), "its tree is dead", timeout_s=SOON_S)
@@ -282,15 +287,15 @@ def test_after_a_kill_the_shims_end_their_trees_and_the_next_start_counts_them(
     assert api.get("escapes").recovery.processes_ended == 3
 
 
-def test_after_a_kill_of_service_and_shims_the_next_start_ends_every_tree_before_it_serves(
+def test_after_a_kill_of_service_and_shims_the_next_start_kills_every_tree_before_it_serves(
     new_home: NewHome,
 ) -> None:
     home = new_home(engines=ENGINES)
     service, api = home.start()
     api.create("escapes", {}, run_id="escapes")
     api.create("resumable", {"hold": True, "children": 3}, run_id="tree")
-    until_family_stands(home, api)
-    until_tree_stands(home, api)
+    until_escapees_live(home, api)
+    until_tree_is_complete(home, api)
     watermarks = [home.watermark_of(run_id) for run_id in ("escapes", "tree")]
     home.kill_with_shims(service)
     orphans = [len(processes_with_watermark(watermark)) for watermark in watermarks]
@@ -308,13 +313,13 @@ def test_after_a_kill_of_service_and_shims_the_next_start_ends_every_tree_before
     assert home.agents() == []
 
 
-def test_a_shim_that_is_killed_under_a_service_that_lives_takes_its_run_with_it(
+def test_a_run_whose_shim_is_killed_under_a_living_service_fails(
     new_home: NewHome,
 ) -> None:
     home = new_home(engines=ENGINES)
     _, api = home.start()
     api.create("escapes", {}, run_id="escapes")
-    watermark = until_family_stands(home, api)
+    watermark = until_escapees_live(home, api)
     (shim,) = home.shims()
 
     send_signal(shim, signal.SIGKILL)
@@ -331,7 +336,7 @@ UNMARKED: Final = ("prlimit", "--locks=100:100")
 """A service that is itself under a small limit on file locks cannot set a watermark."""
 
 
-def test_a_start_says_what_it_proved(new_home: NewHome) -> None:
+def test_a_start_reports_its_containment_level(new_home: NewHome) -> None:
     home = new_home(containment="strict")
     service, api = home.start()
 
@@ -345,7 +350,7 @@ def test_a_start_says_what_it_proved(new_home: NewHome) -> None:
     assert list(status.unended_launches) == []
 
 
-def test_a_start_that_must_contain_strictly_and_cannot_is_exit_11(new_home: NewHome) -> None:
+def test_a_start_that_cannot_meet_strict_containment_exits_with_11(new_home: NewHome) -> None:
     home = new_home(containment="strict", prefix=UNMARKED)
 
     service = home.spawn()
@@ -357,11 +362,11 @@ def test_a_start_that_must_contain_strictly_and_cannot_is_exit_11(new_home: NewH
     assert not service.events("recovery.started")
 
 
-def test_a_start_that_does_its_best_without_a_watermark_says_so(new_home: NewHome) -> None:
+def test_a_start_without_watermarks_reports_a_lower_containment_level(new_home: NewHome) -> None:
     home = new_home(prefix=UNMARKED, engines=ENGINES)
     service, api = home.start()
     api.create("resumable", {"hold": True, "children": 3}, run_id="tree")
-    until_tree_stands(home, api)
+    until_tree_is_complete(home, api)
 
     status = api.status()
 
@@ -380,11 +385,11 @@ def test_a_start_that_does_its_best_without_a_watermark_says_so(new_home: NewHom
 # -- what an agent gets ------------------------------------------------------------------------
 
 
-def test_an_agent_has_three_descriptors_and_a_place_of_its_own(new_home: NewHome) -> None:
+def test_an_agent_has_three_descriptors_and_a_folder_of_its_own(new_home: NewHome) -> None:
     home = new_home()
     _, api = home.start()
     api.create("resumable", {"hold": True}, run_id="holds")
-    (pid,) = until(lambda: home.agents_of("holds"), "it works")
+    (pid,) = until(lambda: home.agents_of("holds"), "the agent runs")
     until(lambda: b"worked" in b"".join(p.data for p in api.output("holds")), "it has begun")
 
     place = Path(f"/proc/{pid}/cwd").readlink()
@@ -401,7 +406,7 @@ def stat_mode(path: Path) -> int:
 
 
 def limits_of(pid: int) -> dict[str, tuple[str, str]]:
-    """Soft and hard limits by their name in /proc."""
+    """Return soft and hard limits by their names in /proc."""
     lines = Path(f"/proc/{pid}/limits").read_text("ascii").splitlines()[1:]
     return {line[:26].strip(): (line[26:47].strip(), line[47:68].strip()) for line in lines}
 
@@ -410,15 +415,15 @@ def niceness_of(pid: int) -> int:
     return os.getpriority(os.PRIO_PROCESS, pid)
 
 
-def test_an_agent_is_bound_by_what_its_engine_is_configured_with(new_home: NewHome) -> None:
+def test_an_agent_has_the_configured_limits_of_its_engine(new_home: NewHome) -> None:
     holds = "import sys, time; sys.stdin.readline(); time.sleep(600)"
     bounded = script(holds, nice=5, max_memory="512M", max_open_files=64, max_processes=4000)
     home = new_home(engines={"bounded": bounded, "free": script(holds)})
     service, api = home.start()
     for engine in home.engines:
         api.create(engine, {}, run_id=engine)
-    (pid,) = until(lambda: home.agents_of("bounded"), "it works")
-    (free,) = until(lambda: home.agents_of("free"), "it works")
+    (pid,) = until(lambda: home.agents_of("bounded"), "the agent runs")
+    (free,) = until(lambda: home.agents_of("free"), "the agent runs")
 
     limits = limits_of(pid)
 
@@ -441,8 +446,8 @@ def test_an_agent_is_bound_by_what_its_engine_is_configured_with(new_home: NewHo
 
 
 @contextmanager
-def of_another_user(watermark: int) -> Iterator[ProcessIdentity]:
-    """A process of another user that bears a launch's watermark."""
+def process_of_another_user(watermark: int) -> Iterator[ProcessIdentity]:
+    """Run a process of another user with the watermark of a launch."""
     limit = f"--locks={watermark}:{watermark}"
     become = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
     popen = subprocess.Popen(
@@ -459,16 +464,16 @@ def of_another_user(watermark: int) -> Iterator[ProcessIdentity]:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can start a process of another user")
-def test_a_launch_that_cannot_be_ended_is_named_and_holds_its_run_back_until_it_is_gone(
+def test_a_launch_that_cannot_be_killed_is_reported_and_delays_its_run_until_it_is_gone(
     new_home: NewHome,
 ) -> None:
     # Root without the privilege to signal others: as any other user, for whom this is so anyway.
     home = new_home(prefix=("setpriv", "--bounding-set=-kill"), engines=ENGINES)
     service, api = home.start()
     api.create("resumable", {"hold": True}, run_id="again", restart_policy=REQUEUE)
-    (agent,) = until(lambda: home.agents_of("again"), "it works")
+    (agent,) = until(lambda: home.agents_of("again"), "the agent runs")
     watermark = home.watermark_of("again")
-    with of_another_user(watermark) as stuck:
+    with process_of_another_user(watermark) as stuck:
         home.kill_with_shims(service)
         service, api = home.start()
 
@@ -484,7 +489,10 @@ def test_a_launch_that_cannot_be_ended_is_named_and_holds_its_run_back_until_it_
         assert home.rows("SELECT state FROM process_lease") == [("KILL_PENDING",)]
         # Others are launched beside it, and it is not.
         assert status_word(api.until_ended(api.create("resumable", {}).run_id)) == "SUCCEEDED"
-        until(lambda: service.events("process.signal_refused")[1:], "a patrol has tried again")
+        until(
+            lambda: service.events("process.signal_refused")[1:],
+            "the sweep has tried again",
+        )
         assert api.get("again").attempt == 1
         assert api.health_of() == "SERVING"
         assert is_alive(stuck)
@@ -496,12 +504,14 @@ def test_a_launch_that_cannot_be_ended_is_named_and_holds_its_run_back_until_it_
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can start a process of another user")
-def test_a_canceled_run_ends_though_a_process_of_it_cannot_be_ended(new_home: NewHome) -> None:
+def test_a_canceled_run_ends_even_if_one_of_its_processes_cannot_be_killed(
+    new_home: NewHome,
+) -> None:
     home = new_home(prefix=("setpriv", "--bounding-set=-kill"), engines=ENGINES, cancel_grace_s=0.1)
     _, api = home.start()
     api.create("resumable", {"hold": True}, run_id="holds")
-    until(lambda: home.agents_of("holds"), "it works")
-    with of_another_user(home.watermark_of("holds")):
+    until(lambda: home.agents_of("holds"), "the agent runs")
+    with process_of_another_user(home.watermark_of("holds")):
         api.cancel("holds")
         run = api.until_ended("holds")
         named = [left.run_id for left in api.status().unended_launches]
@@ -545,12 +555,12 @@ def test_a_shim_that_was_stopped_counts_as_lost(new_home: NewHome) -> None:
 
 
 def until_pipes_are_there(home: Home, key: int) -> None:
-    """Wait until the agent of a run has put its pipes where files were."""
+    """Wait until the agent of a run has replaced files by pipes."""
     last = home.data / "runs" / str(key) / "1" / "shim-2.log"
     until(last.exists, "the pipes are there")
 
 
-def test_pipes_in_the_place_of_files_hold_up_nobody(new_home: NewHome) -> None:
+def test_pipes_in_place_of_output_files_block_no_other_run(new_home: NewHome) -> None:
     home = new_home(engines={**GOOD_ENGINES, "pipes": script(PIPES_IN_THE_WAY)}, max_concurrent=2)
     service, api = home.start()
     for number in range(10):  # more than there are threads

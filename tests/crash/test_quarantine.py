@@ -1,4 +1,4 @@
-"""One damaged row among many: it is set aside, and nobody else notices."""
+"""A run with a damaged row is quarantined, and recovery decides all others."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DAMAGE: Final = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_one_damaged_run_is_quarantined_and_599_converge(new_home: NewHome, damage: str) -> None:
+def test_one_damaged_run_is_quarantined_and_599_are_decided(new_home: NewHome, damage: str) -> None:
     home = new_home(recovery_batch_rows=100)
     home.seed(SEEDED)
     with home.store(writable=True) as store:
@@ -60,7 +60,7 @@ def test_one_damaged_run_is_quarantined_and_599_converge(new_home: NewHome, dama
     assert api.status().reconciliation.quarantined == 0
 
 
-def test_a_mended_run_is_decided_on_by_the_next_start(new_home: NewHome) -> None:
+def test_a_repaired_run_is_decided_by_the_next_start(new_home: NewHome) -> None:
     home = new_home()
     home.seed(10, mix="waiting=1")
     with home.store(writable=True) as store:

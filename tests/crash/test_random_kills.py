@@ -1,4 +1,4 @@
-"""Killed at random moments while clients work: what was acknowledged stands.
+"""Acknowledged calls survive kills at random moments while clients work.
 
 CAMPAIGN_ROUNDS=200 pytest tests/crash/test_random_kills.py for more.
 """
@@ -49,7 +49,7 @@ else:
 
 @dataclass(slots=True)
 class Acknowledged:
-    """What the service has said yes to."""
+    """The calls that the service has acknowledged."""
 
     created: dict[str, bool] = field(default_factory=dict)
     """Run ids, and whether the run asks."""
@@ -58,7 +58,7 @@ class Acknowledged:
 
 
 class Worker(threading.Thread):
-    """A client that creates, answers and cancels until its service is gone."""
+    """A client that creates, answers and cancels runs until its service is gone."""
 
     def __init__(self, address: str, known: Acknowledged, seed: int) -> None:
         super().__init__(daemon=True)
@@ -124,7 +124,7 @@ class Worker(threading.Thread):
 
 
 def play(home: Home, known: Acknowledged, dice: random.Random) -> None:
-    """One round: a start, work from several sides, a kill at a random moment."""
+    """Start the service, let clients work, and kill it at a random moment."""
     service, _ = home.start()
     workers = [Worker(service.address, known, dice.getrandbits(64)) for _ in range(WORKERS)]
     for worker in workers:
@@ -140,7 +140,7 @@ def play(home: Home, known: Acknowledged, dice: random.Random) -> None:
 
 
 def pages(api: Api) -> list[run_pb2.Run]:
-    """Every run there is."""
+    """Return all runs."""
     found: list[run_pb2.Run] = []
     token = ""
     while True:
@@ -152,8 +152,8 @@ def pages(api: Api) -> list[run_pb2.Run]:
             return found
 
 
-def assert_all_stands(home: Home, api: Api, known: Acknowledged) -> None:
-    """Compare what was acknowledged with what is on record."""
+def assert_all_survived(home: Home, api: Api, known: Acknowledged) -> None:
+    """Assert that every acknowledged call has its effect in the store."""
     runs = {run.run_id: run for run in pages(api)}
     assert known.created.keys() <= runs.keys()
     for run_id in known.canceled:
@@ -178,7 +178,7 @@ def assert_all_stands(home: Home, api: Api, known: Acknowledged) -> None:
 
 
 @pytest.mark.timeout(120 + 5 * ROUNDS)
-def test_whatever_was_acknowledged_stands_after_any_number_of_kills(new_home: NewHome) -> None:
+def test_every_acknowledged_call_survives_any_number_of_kills(new_home: NewHome) -> None:
     home = new_home(
         engines={**GOOD_ENGINES, "quick": script(QUICK)}, max_concurrent=SLOTS, cancel_grace_s=0.3
     )
@@ -193,7 +193,7 @@ def test_whatever_was_acknowledged_stands_after_any_number_of_kills(new_home: Ne
 
     assert len(known.created) > ROUNDS
     assert known.canceled
-    assert_all_stands(home, api, known)
+    assert_all_survived(home, api, known)
     until(lambda: home.agents() == [], "no agent lives", timeout_s=1.0)
     open_leases = home.rows("SELECT count(*) FROM process_lease WHERE state <> 'CLOSED'")
     assert open_leases == [(0,)]

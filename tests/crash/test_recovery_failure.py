@@ -1,4 +1,4 @@
-"""A recovery that cannot write: nobody is served, all can be read, and it goes on by itself."""
+"""A recovery that cannot write serves no run, answers reads, and is retried."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FAILED: Final = recovery_pb2.SERVICE_STATE_RECOVERY_FAILED
 
 @contextmanager
 def locked(home: Home) -> Iterator[None]:
-    """Hold the database's lock, as a backup tool that hangs would."""
+    """Hold the write lock of the database, like a backup tool that hangs."""
     store = sqlite3.connect(home.database, isolation_level=None, timeout=30)
     with closing(store):
         store.execute("BEGIN IMMEDIATE")
@@ -50,7 +50,7 @@ def start_that_is_locked_out(home: Home) -> Iterator[tuple[ServiceProcess, Api]]
         yield service, service.api()
 
 
-def test_a_recovery_that_finds_the_database_locked_fails_and_ends_well_after_the_lock(
+def test_a_recovery_on_a_locked_database_fails_and_succeeds_after_the_lock(
     new_home: NewHome,
 ) -> None:
     home = new_home(recovery_backoff_s=0.01, recovery_tries=1000)
@@ -73,7 +73,7 @@ def test_a_recovery_that_finds_the_database_locked_fails_and_ends_well_after_the
     assert service.events("recovery.try_failed")
 
 
-def test_a_recovery_that_fails_for_good_exits_with_9_and_served_nobody(new_home: NewHome) -> None:
+def test_a_recovery_that_keeps_failing_exits_with_9_and_never_serves(new_home: NewHome) -> None:
     home = new_home(recovery_backoff_s=0.01, recovery_tries=2)
     killed_with_an_orphan(home)
     service = home.spawn()
@@ -101,7 +101,7 @@ WHEN (NEW.state = 'COMPLETED') EXECUTE FUNCTION no_end()
 """
 
 
-def test_a_report_that_cannot_be_closed_keeps_the_gate_shut(
+def test_the_gate_stays_closed_while_the_report_cannot_be_completed(
     new_database_url: Callable[[], str], new_home: NewHome
 ) -> None:
     url = new_database_url()
@@ -131,13 +131,13 @@ def test_a_report_that_cannot_be_closed_keeps_the_gate_shut(
     assert states == [("COMPLETED",), *[("FAILED",)] * 3, ("COMPLETED",)]
 
 
-def test_a_database_that_is_locked_for_longer_than_a_lease_ends_no_process(
+def test_a_database_lock_longer_than_a_lease_kills_no_agent(
     new_home: NewHome,
 ) -> None:
     home = new_home(lease_ttl_s=3)
     service, api = home.start()
     api.create("resumable", {"hold": True}, run_id="works")
-    (agent,) = until(lambda: home.agents_of("works"), "it works")
+    (agent,) = until(lambda: home.agents_of("works"), "the agent runs")
 
     with locked(home):
         # Each of them waits for the lock for longer than trees live without a heartbeat.

@@ -1,4 +1,4 @@
-"""A kill -9 finds runs in every state; the restart makes of each exactly what the matrix says."""
+"""A restart after kill -9 decides runs in every state by the recovery matrix."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STUBBORN: Final = {"hold": True, "ignore_sigterm": True}
 
 @dataclass(frozen=True, kw_only=True)
 class Told:
-    """What is expected of a run after the restart."""
+    """The expected state of a run after the restart."""
 
     status: str
     state: str
@@ -96,7 +96,7 @@ SLOTS: Final = 5
 
 
 def lose_sessions(home: Home, key: int) -> None:
-    """Remove the conversation of a run."""
+    """Remove the session files of a run."""
     files = list((home.data / "runs" / str(key)).rglob("session-*.json"))
     assert files
     for file in files:
@@ -109,7 +109,7 @@ def key_of(home: Home, run_id: str) -> int:
 
 
 def play_until_the_crash(home: Home, api: Api) -> None:
-    """Bring a run into every state."""
+    """Create a run in every state."""
     asks = {"questions": [QUESTION]}
     api.create("resumable", {}, run_id="finished")
     api.create("resumable", {"fail": "exit9"}, run_id="failed")
@@ -138,13 +138,13 @@ def play_until_the_crash(home: Home, api: Api) -> None:
 
 
 def at_work(api: Api, run_id: str) -> bool:
-    """True once the process of a run has its children and its signals as it wants them."""
+    """Return whether the agent of a run has set up its children and its signal handlers."""
     started = api.get(run_id).attempt > 0
     return started and b"worked" in b"".join(piece.data for piece in api.output(run_id))
 
 
 def damage(home: Home) -> None:
-    """Lose, while nobody runs, what a crash of the machine could lose."""
+    """Remove what a crash of the machine may lose, while no service runs."""
     for run_id in ("session-gone", "replied-gone"):
         lose_sessions(home, key_of(home, run_id))
     with home.store(writable=True) as store:
@@ -165,7 +165,7 @@ def as_told(run: run_pb2.Run, info: run_pb2.RecoveryInfo) -> Told:
 
 
 @pytest.mark.parametrize("guarded", [True, False], ids=["guarded", "shims killed too"])
-def test_every_run_is_what_the_matrix_says_and_all_answers_agree(
+def test_every_run_has_its_decision_of_the_matrix_and_all_answers_agree(
     new_home: NewHome, *, guarded: bool
 ) -> None:
     home = new_home(engines=ENGINES, max_concurrent=SLOTS, cancel_grace_s=60.0)
@@ -195,14 +195,14 @@ def test_every_run_is_what_the_matrix_says_and_all_answers_agree(
 
 
 def demand_safe_mode(home: Home) -> None:
-    """Let the next start decide as always and launch nothing, so that all can be looked at."""
+    """Put the next start into safe mode: it decides every run and launches none."""
     home.write_config(safe_mode_after=1)
     with home.store(writable=True) as store:
         store.execute("UPDATE reconciliation SET state = 'FAILED'")
 
 
 def assert_consistent(home: Home, api: Api, name: str, told: Told) -> None:
-    """See that the run, its history, its questions and the listings tell the same."""
+    """Assert that the run, its history, its questions and the lists agree."""
     run, info = api.get(name), api.recovery_info(name)
     assert list(info.history) == [info.recovery] == [run.recovery]
     assert (info.recovery.recovery_count, info.recovery.epoch) == (1, 2)
@@ -278,7 +278,7 @@ def test_further_restarts_decide_nothing_and_change_no_answer(new_home: NewHome)
         assert home.agents() == []
 
 
-def test_what_was_recovered_goes_on(new_home: NewHome) -> None:
+def test_recovered_runs_continue(new_home: NewHome) -> None:
     home = new_home(max_concurrent=1, cancel_grace_s=60.0)
     service, api = home.start()
     asks = {"questions": [QUESTION], "result": {"name": "x"}}
@@ -311,7 +311,7 @@ def test_what_was_recovered_goes_on(new_home: NewHome) -> None:
     assert (asked.response.string_value, asked.interaction_id) == ("yes", 1)
 
 
-def test_a_requeued_run_starts_afresh_until_its_budget_is_spent(new_home: NewHome) -> None:
+def test_a_requeued_run_starts_again_until_its_attempts_are_used_up(new_home: NewHome) -> None:
     home = new_home(max_attempts=3)
     service, api = home.start()
     api.create("resumable", HOLDS, run_id="again", restart_policy=REQUEUE)

@@ -1,4 +1,4 @@
-"""Another instance name on the same SQLite store: the next start adopts what the old name left."""
+"""A start under another instance name adopts the runs of the old name on the same SQLite store."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NewHome = Callable[..., Home]
 QUESTION = {"kind": "open_text", "prompt": "Go on?"}
 
 
-def test_a_start_under_another_name_recovers_what_the_old_one_left(new_home: NewHome) -> None:
+def test_a_start_under_another_name_recovers_the_runs_of_the_old_name(new_home: NewHome) -> None:
     home = new_home()
     service, api = home.start()
     api.create("resumable", {"questions": [QUESTION]}, run_id="waits")
@@ -48,7 +48,7 @@ SEEDED = 12_000
 RENAMED = "SELECT count(*) FROM run WHERE owner = 'renamed'"
 
 
-def test_an_adoption_that_a_kill_cuts_off_is_completed_by_the_next_start(new_home: NewHome) -> None:
+def test_an_adoption_that_was_killed_is_completed_by_the_next_start(new_home: NewHome) -> None:
     home = new_home()
     home.seed(SEEDED)
     service = home.spawn("--instance", "renamed")

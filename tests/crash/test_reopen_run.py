@@ -1,4 +1,4 @@
-"""A run that a restart failed for want of its session is set back, when its session is back."""
+"""ReopenRun lets a run wait again that failed for a lost session, once the session is back."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def handle_in(kept: dict[str, bytes]) -> str:
 
 
 def events_of(api: Api, run_id: str) -> list[str]:
-    """Return what has happened to a run that is over."""
+    """Return the events of an ended run."""
     request = pb.WatchRunRequest(run_id=run_id, after_sequence=0)
     updates = api.runs.WatchRun(request, timeout=PATIENCE_S)
     return kinds([(update.sequence, update.event) for update in updates])
 
 
 def lose_in_a_restart(home: Home, *run_ids: str) -> tuple[Api, dict[str, dict[str, bytes]]]:
-    """Let runs wait, kill the service, lose their sessions, and start it again."""
+    """Kill a service with waiting runs, remove their sessions, and restart the service."""
     service, api = home.start()
     for run_id in run_ids:
         api.create("resumable", ASKS, run_id=run_id)
@@ -111,7 +111,7 @@ def test_a_lost_session_that_is_back_waits_with_its_question_and_succeeds(
     ]  # fmt: skip
 
 
-def test_without_its_session_it_is_not_reopened_and_stays_as_it_is(new_home: NewHome) -> None:
+def test_reopening_without_the_session_is_refused_and_changes_nothing(new_home: NewHome) -> None:
     home = new_home()
     api, kept = lose_in_a_restart(home, "lost")
     failed = api.get("lost")
@@ -132,7 +132,7 @@ def test_without_its_session_it_is_not_reopened_and_stays_as_it_is(new_home: New
     assert status_word(reopen(api, "lost")) == "WAITING_USER"  # and it still can be
 
 
-def test_another_handle_that_works_takes_the_place_of_the_lost_one(new_home: NewHome) -> None:
+def test_another_valid_handle_replaces_the_lost_one(new_home: NewHome) -> None:
     home = new_home()
     api, kept = lose_in_a_restart(home, "lost")
     (name,), (text,) = kept["lost"], kept["lost"].values()
@@ -147,7 +147,7 @@ def test_another_handle_that_works_takes_the_place_of_the_lost_one(new_home: New
     assert other not in home.logs()
 
 
-def test_an_accepted_reply_whose_session_comes_back_resumes_by_itself(new_home: NewHome) -> None:
+def test_a_run_with_an_accepted_reply_resumes_at_once_when_reopened(new_home: NewHome) -> None:
     home = new_home(max_concurrent=1)
     service, api = home.start()
     api.create("resumable", ASKS, run_id="replied")
@@ -225,7 +225,7 @@ def test_a_reopening_with_an_old_etag_is_refused(new_home: NewHome) -> None:
     assert status_word(reopen(api, "lost", keep_session=True, etag=etag)) == "WAITING_USER"
 
 
-def test_after_its_window_a_run_stays_failed_and_its_handle_is_forgotten(
+def test_after_the_reopen_window_a_run_stays_failed_and_its_handle_is_deleted(
     new_home: NewHome,
 ) -> None:
     home = new_home(reopen_window_s=0.5)
@@ -244,7 +244,7 @@ def test_after_its_window_a_run_stays_failed_and_its_handle_is_forgotten(
     assert failed.HasField("reopenable_until")  # it says when the window was over
 
 
-def test_a_window_that_passes_while_the_service_is_down_is_over_after_it(
+def test_a_reopen_window_also_passes_while_the_service_is_down(
     new_home: NewHome,
 ) -> None:
     home = new_home(reopen_window_s=600.0)
@@ -296,7 +296,7 @@ def test_no_answer_and_no_log_line_holds_the_handle(new_home: NewHome) -> None:
 
 
 def everything_about(api: Api, run_id: str) -> str:
-    """Return all that any call says of a run."""
+    """Return all answers about a run as text."""
     explain = recovery_pb.ExplainRecoveryRequest(run_id=run_id)
     since = pb.WatchRunRequest(run_id=run_id)
     watch = api.runs.WatchRun(since, timeout=PATIENCE_S)

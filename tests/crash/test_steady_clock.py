@@ -1,7 +1,7 @@
-"""Deadlines go by the clock that also runs while the machine sleeps, in the service and in shims.
+"""Deadlines follow the clock that also runs while the machine sleeps, in the service and in shims.
 
-In a time namespace that clock is 100,000 s ahead of the one that does not: whoever reads the wrong
-one is far too late, or far too early.
+In a time namespace that clock is 100,000 s ahead of the other one: a reader of the wrong clock is
+far too late or far too early.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ ENGINES: Final = {
 
 @pytest.fixture
 def apart(new_home: NewHome) -> Callable[..., Home]:
-    """Makes homes whose services live in a time namespace."""
+    """Make homes whose services run in a time namespace."""
     tried = subprocess.run([*APART, "true"], check=False, capture_output=True, text=True)
     if tried.returncode:
         pytest.skip(f"time namespaces are not permitted here: {tried.stderr.strip()}")
@@ -65,7 +65,7 @@ def apart(new_home: NewHome) -> Callable[..., Home]:
     return make
 
 
-def test_every_reading_of_the_steady_clock_goes_on_while_the_machine_sleeps(
+def test_all_readers_of_the_steady_clock_use_the_one_that_runs_during_sleep(
     apart: Callable[..., Home],
 ) -> None:
     told = subprocess.run(
@@ -78,7 +78,7 @@ def test_every_reading_of_the_steady_clock_goes_on_while_the_machine_sleeps(
     assert readings == sorted(readings)
 
 
-def test_agents_live_and_deadlines_pass_by_that_clock(apart: Callable[..., Home]) -> None:
+def test_agents_and_deadlines_follow_the_steady_clock(apart: Callable[..., Home]) -> None:
     _, api = apart().start()
     for engine in ("ends", "asks", "limited"):
         api.create(engine, run_id=engine)
@@ -92,15 +92,15 @@ def test_agents_live_and_deadlines_pass_by_that_clock(apart: Callable[..., Home]
     }
 
 
-def test_a_shim_that_hears_nothing_any_more_ends_its_tree_by_that_clock(
+def test_a_shim_without_heartbeats_kills_its_tree_by_the_steady_clock(
     apart: Callable[..., Home],
 ) -> None:
     home = apart(lease_ttl_s=3)
     service, api = home.start()
     api.create("holds", run_id="holds")
-    until(lambda: home.agents_of("holds"), "it works")
+    until(lambda: home.agents_of("holds"), "the agent runs")
     service.popen.send_signal(signal.SIGSTOP)
     try:
-        until(lambda: not home.agents_of("holds"), "its shim ends it")
+        until(lambda: not home.agents_of("holds"), "its shim kills it")
     finally:
         service.popen.send_signal(signal.SIGCONT)

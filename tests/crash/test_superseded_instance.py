@@ -1,4 +1,4 @@
-"""A service whose instance was claimed by another start writes nothing more, and says so."""
+"""A service whose instance another start has claimed writes nothing more and exits as fenced."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ HELD: Final = 3
 
 
 def agent_of(home: Home, run_id: str) -> ProcessIdentity:
-    """Return the agent of a run, once it works."""
-    (pid,) = until(lambda: home.agents_of(run_id), "it works")
+    """Wait for the agent of a run; return it."""
+    (pid,) = until(lambda: home.agents_of(run_id), "the agent runs")
     found = living_process(pid)
     assert found is not None
     return found
 
 
 def claim_beside(home: Home) -> None:
-    """Take the next epoch, as a second start does whose lock does not exclude the first."""
+    """Claim the next epoch, like a second start that the first one's lock does not exclude."""
     ((host_id, data_dir, lock_id),) = query(home, "SELECT host_id, data_dir, lock_id FROM instance")
     db = open_database(str(home.settings.get("database", "")), home.data)
     boot = InstanceStart(
@@ -59,7 +59,7 @@ def claim_beside(home: Home) -> None:
         db.close()
 
 
-def test_whoever_ends_its_agents_first_claimed_its_runs(
+def test_a_superseded_service_records_no_end_of_its_agents(
     new_database_url: Callable[[], str], new_home: NewHome
 ) -> None:
     # Renewals are too far apart to tell the service anything.
@@ -80,7 +80,7 @@ def test_whoever_ends_its_agents_first_claimed_its_runs(
     assert [row[1:3] for row in after] == [("RUNNING", None)] * RUNS
 
 
-def test_the_next_start_decides_what_the_superseded_one_left(
+def test_the_next_start_decides_the_runs_of_the_superseded_service(
     new_database_url: Callable[[], str], new_home: NewHome
 ) -> None:
     home = new_home(database=new_database_url(), engines=ENGINES, lease_ttl_s=600)
@@ -105,13 +105,13 @@ def test_the_next_start_decides_what_the_superseded_one_left(
     ]
 
 
-def test_a_caller_of_the_superseded_one_changes_nothing(
+def test_a_call_to_the_superseded_service_changes_nothing(
     new_database_url: Callable[[], str], new_home: NewHome
 ) -> None:
     home = new_home(database=new_database_url(), engines=ENGINES, lease_ttl_s=600)
     service, api = home.start()
     api.create("works", run_id="works")
-    until(lambda: home.agents_of("works"), "it works")
+    until(lambda: home.agents_of("works"), "the agent runs")
     before = query(home, "SELECT status, cancel_requested_at, version FROM run")
     claim_beside(home)
 
@@ -145,7 +145,7 @@ def elsewhere() -> Callable[[Home], ServiceProcess]:
     return start
 
 
-def test_on_postgresql_a_host_of_the_same_image_is_refused_while_the_first_one_lives(
+def test_on_postgresql_a_second_host_of_the_same_image_is_refused_while_the_first_lives(
     postgresql_url: str, new_home: NewHome, elsewhere: Callable[[Home], ServiceProcess]
 ) -> None:
     home = new_home(database=postgresql_url, engines=ENGINES, lease_ttl_s=600)

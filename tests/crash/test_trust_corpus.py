@@ -1,4 +1,4 @@
-"""Odd files of agent CLIs through register, crash and restart: as they were, byte for byte."""
+"""Unusual files of agent CLIs are restored byte for byte after a launch, a crash and a restart."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ WORKS: Final = ("/bin/sh", "-c", "exec sleep 60")
 
 
 def large(cli: str) -> bytes:
-    """A file of more than 5 MiB."""
+    """Return a file of more than 5 MiB."""
     line = LARGE[cli]
     count = 5 * MIB // len(line) + 1
     if cli == "codex":
@@ -47,7 +47,7 @@ def large(cli: str) -> bytes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """A file, the folder it is the home of, and whether it can be edited."""
+    """A file, its agent home, and whether the file can be edited."""
 
     name: str
     run_id: str
@@ -61,7 +61,7 @@ class Case:
 
 
 def cases(cli: str, folder: Path, workspace: Callable[[int], str]) -> list[Case]:
-    """Lay out every file of the corpus; the folder it speaks of is the workspace of its run."""
+    """Write every file of the corpus; the folder in the file is the workspace of its run."""
     good = {**KINDS[cli].files, "large": large(cli)}
     bad = {
         f"unusable: {name}": text
@@ -86,7 +86,7 @@ def cases(cli: str, folder: Path, workspace: Callable[[int], str]) -> list[Case]
 
 
 @pytest.mark.parametrize("cli", KINDS)
-def test_a_crash_leaves_no_byte_of_ours_in_any_file(
+def test_a_restart_after_a_crash_restores_every_file_byte_for_byte(
     new_home: NewHome, tmp_path: Path, cli: str
 ) -> None:
     data = (tmp_path / "home-0" / "data").resolve()
@@ -135,7 +135,7 @@ def test_a_crash_leaves_no_byte_of_ours_in_any_file(
 
 
 def is_settled(api: Api, case: Case) -> bool:
-    """Whether a run's process works, or never will."""
+    """Return whether a run works or has ended."""
     run = api.get(case.run_id)
     if not case.usable:
         return run.status in ENDED
@@ -144,6 +144,6 @@ def is_settled(api: Api, case: Case) -> bool:
 
 
 def trusted_by_now(case: Case) -> bool:
-    """Whether a file has been changed, or had no need to be."""
+    """Return whether a file was changed, or mentions trust already."""
     needs_none = case.before is not None and b"trusted" in case.before.lower()
     return needs_none or case.now != case.before

@@ -1,5 +1,5 @@
-"""Agent CLIs trust the workspace of a run while it is alive, and no longer, whatever happens to the
-service; and their files are otherwise as their users left them."""
+"""Agent CLIs trust the workspace of a run exactly while the run lives, over kills and stops, and
+their files are otherwise unchanged."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ BROKEN: Final = b'model = "m"\n[projects."/mine"\nsecret = 1\n'
 
 
 def trusting(engine: EngineSpec, cli: str, **more: object) -> EngineSpec:
-    """Return the engine, with a CLI inside."""
+    """Return the engine with the trust setting of a CLI."""
     own = {"trust": cli, "env_allow": ["PATH", HOMES[cli]]}
     return EngineSpec(
         command=engine.command, profile=engine.profile, more={**engine.more, **own, **more}
@@ -87,7 +87,7 @@ class Trusted:
         return str(found)
 
     def trusts(self, run_id: str) -> bool:
-        """Whether the file has an entry for the run."""
+        """Return whether the file trusts the workspace of the run."""
         sql = "SELECT folder FROM trust_entry WHERE run = ? AND removed_at IS NULL"
         rows = query(self.home, sql, key_of(self.home, run_id))
         return any(folder.encode() in self.text for (folder,) in rows)
@@ -98,36 +98,36 @@ class Trusted:
         until(lambda: self.text == wanted, f"the file is as it was, not {self.text!r}")
 
     def rows(self) -> int:
-        """How many entries are on record that are not known to be out."""
+        """Return how many recorded entries are not known to be removed."""
         return len(query(self.home, "SELECT folder FROM trust_entry WHERE removed_at IS NULL"))
 
 
 @pytest.fixture
 def codex(new_home: NewHome, tmp_path: Path) -> Trusted:
-    """A home with Codex inside."""
+    """A home whose engines run Codex."""
     return Trusted(new_home, tmp_path / "cli")
 
 
 def waiting(api: Api, run_id: str, engine: str = "resumable") -> None:
-    """Let a run wait."""
+    """Create a run that waits."""
     api.create(engine, ASKS, run_id=run_id)
     api.until_status(run_id, "WAITING_USER")
 
 
 def holding(trusted: Trusted, api: Api, run_id: str) -> None:
-    """Let a run work."""
+    """Create a run that works."""
     api.create("resumable", HOLDS, run_id=run_id)
-    until(lambda: trusted.home.agents_of(run_id), "it works")
+    until(lambda: trusted.home.agents_of(run_id), "the agent runs")
 
 
 class Cli:
-    """A program that rewrites its file whenever it is told to, without any lock, as CLIs do."""
+    """A program that rewrites its file on demand without a lock, like the CLIs."""
 
     def __init__(self, popen: subprocess.Popen[str]) -> None:
         self._popen = popen
 
     def write(self) -> None:
-        """Have it count up in its file."""
+        """Let the program write its next number into the file."""
         assert self._popen.stdin is not None
         assert self._popen.stdout is not None
         self._popen.stdin.write("write\n")
@@ -137,7 +137,7 @@ class Cli:
 
 @contextmanager
 def running_cli(file: Path) -> Iterator[Cli]:
-    """Start such a program; it ends with its input."""
+    """Run such a program until its input closes."""
     program = Path(__file__).parents[1] / "trust" / "editing.py"
     command = [sys.executable, str(program), "cli", str(file)]
     with subprocess.Popen(
@@ -148,7 +148,7 @@ def running_cli(file: Path) -> Iterator[Cli]:
 
 @contextmanager
 def locked(file: Path) -> Iterator[None]:
-    """Hold the lock of the file, as another service at work on it does."""
+    """Hold the lock of the file, like another service that edits it."""
     with files.lock_file(file).open("r+b") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -176,7 +176,7 @@ def test_a_workspace_is_trusted_while_its_run_waits_and_not_when_it_has_succeede
     assert trusted.rows() == 0
 
 
-def test_the_entry_is_there_before_the_process_looks(codex: Trusted) -> None:
+def test_the_entry_is_written_before_the_agent_starts(codex: Trusted) -> None:
     looks = (
         "import json, os, pathlib, sys\n"
         "sys.stdin.readline()\n"
@@ -195,7 +195,7 @@ def test_the_entry_is_there_before_the_process_looks(codex: Trusted) -> None:
     assert codex.text == USERS["codex"]
 
 
-def test_it_is_not_trusted_when_the_run_has_failed(codex: Trusted) -> None:
+def test_a_workspace_is_not_trusted_after_its_run_failed(codex: Trusted) -> None:
     _, api = codex.home.start()
 
     api.create("resumable", {"fail": "exit3"}, run_id="r")
@@ -205,7 +205,7 @@ def test_it_is_not_trusted_when_the_run_has_failed(codex: Trusted) -> None:
     assert "trust.entry_removed" in codex.home.logs()
 
 
-def test_it_is_not_trusted_when_a_run_at_work_was_canceled(codex: Trusted) -> None:
+def test_a_workspace_is_not_trusted_after_its_running_run_was_canceled(codex: Trusted) -> None:
     _, api = codex.home.start()
     holding(codex, api, "r")
     assert codex.trusts("r")
@@ -216,7 +216,7 @@ def test_it_is_not_trusted_when_a_run_at_work_was_canceled(codex: Trusted) -> No
     assert codex.text == USERS["codex"]
 
 
-def test_it_is_soon_not_trusted_when_a_waiting_run_was_canceled(codex: Trusted) -> None:
+def test_a_workspace_is_soon_not_trusted_after_its_waiting_run_was_canceled(codex: Trusted) -> None:
     _, api = codex.home.start()
     waiting(api, "r")
     waiting(api, "other")
@@ -231,7 +231,7 @@ def test_it_is_soon_not_trusted_when_a_waiting_run_was_canceled(codex: Trusted) 
     codex.until_as_before()
 
 
-def test_it_is_soon_not_trusted_when_a_waiting_run_has_timed_out(codex: Trusted) -> None:
+def test_a_workspace_is_soon_not_trusted_after_its_waiting_run_timed_out(codex: Trusted) -> None:
     _, api = codex.home.start()
     waiting(api, "r", "limited")
 
@@ -243,7 +243,7 @@ def test_it_is_soon_not_trusted_when_a_waiting_run_has_timed_out(codex: Trusted)
 # -- restarts --------------------------------------------------------------------------------------
 
 
-def test_a_restart_takes_out_what_is_of_dead_runs_and_keeps_what_is_of_waiting_ones(
+def test_a_restart_removes_entries_of_dead_runs_and_keeps_those_of_waiting_runs(
     new_database_url: Callable[[], str], new_home: NewHome, tmp_path: Path
 ) -> None:
     trusted = Trusted(new_home, tmp_path / "cli", database=new_database_url())
@@ -272,7 +272,7 @@ def test_a_restart_takes_out_what_is_of_dead_runs_and_keeps_what_is_of_waiting_o
     assert trusted.text == USERS["codex"]
 
 
-def test_a_restart_with_nothing_else_to_do_takes_them_out(codex: Trusted) -> None:
+def test_a_restart_without_runs_to_decide_removes_stale_entries(codex: Trusted) -> None:
     service, api = codex.home.start()
     waiting(api, "r")
 
@@ -287,7 +287,7 @@ def test_a_restart_with_nothing_else_to_do_takes_them_out(codex: Trusted) -> Non
     assert codex.text == USERS["codex"]
 
 
-def test_a_planned_stop_takes_out_what_is_of_runs_that_it_ends(codex: Trusted) -> None:
+def test_a_planned_stop_removes_entries_of_the_runs_that_it_ends(codex: Trusted) -> None:
     service, api = codex.home.start()
     waiting(api, "waits")
     kept = codex.text
@@ -304,11 +304,11 @@ def test_a_planned_stop_takes_out_what_is_of_runs_that_it_ends(codex: Trusted) -
     assert reports[1].trigger == recovery_pb2.RECONCILIATION_TRIGGER_SHUTDOWN
 
 
-def test_a_run_that_starts_again_is_trusted_in_its_new_workspace_alone(codex: Trusted) -> None:
+def test_only_the_new_workspace_of_a_restarted_run_is_trusted(codex: Trusted) -> None:
     service, api = codex.home.start()
     again = run_pb2.RESTART_POLICY_REQUEUE
     api.create("resumable", HOLDS, run_id="r", restart_policy=again)
-    until(lambda: codex.home.agents_of("r"), "it works")
+    until(lambda: codex.home.agents_of("r"), "the agent runs")
     first = codex.text
 
     service.kill()
@@ -323,7 +323,7 @@ def test_a_run_that_starts_again_is_trusted_in_its_new_workspace_alone(codex: Tr
     assert codex.text == USERS["codex"]
 
 
-def test_a_run_that_is_set_back_is_trusted_again_when_it_works(codex: Trusted) -> None:
+def test_a_reopened_run_is_trusted_again_when_it_works(codex: Trusted) -> None:
     service, api = codex.home.start()
     waiting(api, "r")
     service.kill()
@@ -345,7 +345,7 @@ def test_a_run_that_is_set_back_is_trusted_again_when_it_works(codex: Trusted) -
 # -- files that cannot be edited -------------------------------------------------------------------
 
 
-def test_a_file_that_does_not_parse_is_left_and_the_service_serves(codex: Trusted) -> None:
+def test_an_unparsable_file_is_left_unchanged_and_the_service_serves(codex: Trusted) -> None:
     service, api = codex.home.start()
     holding(codex, api, "r")
     with_entry = codex.text
@@ -395,7 +395,7 @@ def test_a_file_that_is_not_mounted_at_a_start_is_cleared_once_it_is(codex: Trus
     assert api.status().reconciliation.bindings.trust_entries == 1
 
 
-def test_an_entry_that_a_cli_writes_back_after_the_end_goes_again(codex: Trusted) -> None:
+def test_an_entry_that_a_cli_writes_back_after_the_end_is_removed_again(codex: Trusted) -> None:
     _, api = codex.home.start()
     waiting(api, "r")
     read = codex.text
@@ -418,7 +418,7 @@ def test_a_run_whose_cli_has_no_home_fails_and_says_so(codex: Trusted) -> None:
     assert codex.text == USERS["codex"]
 
 
-def test_a_run_that_could_not_be_launched_leaves_no_trust(codex: Trusted) -> None:
+def test_a_failed_launch_leaves_no_entry(codex: Trusted) -> None:
     codex.home.engines["absent"] = trusting(EngineSpec(command=("/nowhere/to-be-found",)), "codex")
     codex.home.write_config()
     _, api = codex.home.start()
@@ -430,7 +430,7 @@ def test_a_run_that_could_not_be_launched_leaves_no_trust(codex: Trusted) -> Non
     assert "trust.entry_removed" in codex.home.logs()  # it had been there
 
 
-def test_an_end_does_not_wait_for_ever_for_a_file_that_others_hold(codex: Trusted) -> None:
+def test_the_end_of_a_run_does_not_wait_forever_for_a_locked_file(codex: Trusted) -> None:
     _, api = codex.home.start()
     holding(codex, api, "r")
 
@@ -444,7 +444,7 @@ def test_an_end_does_not_wait_for_ever_for_a_file_that_others_hold(codex: Truste
 
 
 def launching(trusted: Trusted, api: Api, engine: str) -> None:
-    """Let a run's launch wait for the lock, which is held."""
+    """Create a run whose launch waits for the held lock."""
     api.create(engine, HOLDS, run_id="r")
     until(lambda: status_word(api.get("r")) == "RUNNING", "it is launched")
 
@@ -495,13 +495,13 @@ def test_a_launch_waits_for_the_file_and_says_so_once(codex: Trusted) -> None:
         launching(codex, api, "resumable")
         until(lambda: "trust.lock_waited" in codex.home.logs(), "it is told")
         assert status_word(api.get("r")) == "RUNNING"
-    until(lambda: codex.home.agents_of("r"), "it works")
+    until(lambda: codex.home.agents_of("r"), "the agent runs")
 
     assert codex.home.logs().count("trust.lock_waited") == 1
     assert codex.trusts("r")
 
 
-def test_safe_mode_takes_them_out_too(codex: Trusted) -> None:
+def test_safe_mode_removes_stale_entries_too(codex: Trusted) -> None:
     service, api = codex.home.start()
     waiting(api, "r")
     service.kill()

@@ -1,4 +1,4 @@
-"""Whoever watches misses nothing and hears nothing twice, however often the service is killed.
+"""A watcher that resumes gets every event and decision once, over kills and stops.
 
 WATCH_ROUNDS=50 WATCH_SEED=1 pytest tests/crash/test_watches.py for more.
 """
@@ -51,7 +51,7 @@ QUICK: Final = script(
 
 
 def events_since(api: Api, run_id: str, sequence: int = 0) -> Events:
-    """Return the events of a run that is over, from a watch that ends by itself."""
+    """Return the events of an ended run."""
     request = pb.WatchRunRequest(run_id=run_id, after_sequence=sequence)
     updates = list(api.runs.WatchRun(request, timeout=PATIENCE_S))
     assert all(update.HasField("event") for update in updates)
@@ -63,7 +63,7 @@ def events_since(api: Api, run_id: str, sequence: int = 0) -> Events:
 
 @dataclass(slots=True)
 class Play:
-    """What lives through the kills: the address of the moment, the watches, the dice."""
+    """State that outlives the kills: the current address, the watches, the random numbers."""
 
     dice: random.Random
     address: str = ""
@@ -108,7 +108,7 @@ class Play:
 
 
 class suppress_refusals:  # noqa: N801 - reads as `contextlib.suppress` does
-    """Goes on when the service says no; not when it is gone."""
+    """Ignore refusals of the service, but not its death."""
 
     def __enter__(self) -> None:
         pass
@@ -159,7 +159,7 @@ def test_a_watch_that_resumes_sees_every_event_once_through_kills(new_home: NewH
 
 
 def without_runs(events: Events, last: int) -> Events:
-    """Return the events as a later watch tells them: only the last one bears the run."""
+    """Return the events as a later watch sends them: only the last one has the run."""
     bare: Events = []
     for sequence, event in events:
         copy = run_pb2.RunEvent()
@@ -170,7 +170,7 @@ def without_runs(events: Events, last: int) -> Events:
     return bare
 
 
-def test_a_recovered_wait_is_told_and_keeps_its_etag(new_home: NewHome) -> None:
+def test_a_recovered_wait_is_an_event_and_keeps_the_etag(new_home: NewHome) -> None:
     home = new_home()
     service, api = home.start()
     api.create("resumable", ASKS, run_id="waits")
@@ -227,7 +227,7 @@ def test_a_watch_begins_with_a_snapshot_and_refuses_a_sequence_that_was_never_re
     assert list(api.runs.WatchRun(pb.WatchRunRequest(run_id="waits"), timeout=PATIENCE_S))
 
 
-def test_a_planned_stop_ends_a_watch_that_goes_on_after_it(new_home: NewHome) -> None:
+def test_a_planned_stop_ends_a_watch_that_can_resume_after_it(new_home: NewHome) -> None:
     home = new_home()
     service, api = home.start()
     api.create("resumable", {"hold": True}, run_id="holds")
@@ -251,12 +251,12 @@ def test_a_planned_stop_ends_a_watch_that_goes_on_after_it(new_home: NewHome) ->
 
 
 def abstract_address() -> str:
-    """An address that leaves no file, and that nobody else can take during a restart."""
+    """Return an abstract socket address, which stays free during a restart."""
     return f"unix-abstract:runrecovery-test-{uuid.uuid4()}"
 
 
 def play_for_a_client(home: Home, address: str, seen: Callable[[], int]) -> None:
-    """A run waits, survives a kill and a planned stop, and is answered; each after it was seen."""
+    """Let a run wait over a kill and a stop, then answer it; wait for the client at each step."""
     service, api = home.start("--listen", address)
     api.create("resumable", ASKS, run_id="waits")
     api.until_status("waits", "WAITING_USER")
@@ -327,7 +327,7 @@ Told = tuple[str, recovery_pb.RecoveredRun]
 
 
 class DecisionReader:
-    """Reads decisions behind a cursor, in a thread, until the stream breaks."""
+    """Reads decisions after a cursor in a thread, until the stream breaks."""
 
     def __init__(self, api: Api, after: str = "", **wanted: Any) -> None:
         self.cursors: list[str] = []
@@ -361,7 +361,7 @@ class DecisionReader:
 
 
 def read_decisions(api: Api, after: str, count: int, **wanted: Any) -> list[Told]:
-    """Return decisions behind a cursor once there are so many."""
+    """Wait for so many decisions after a cursor; return them."""
     reader = DecisionReader(api, after, **wanted)
     until(lambda: len(reader.told) >= count, f"{count} decisions are told")
     return reader.close()
@@ -414,7 +414,7 @@ def restart(home: Home, service: ServiceProcess, how: str) -> tuple[ServiceProce
 
 
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM"])
-def test_decisions_are_told_once_and_in_order_over_two_restarts(
+def test_each_decision_of_two_restarts_is_sent_once_and_in_order(
     new_home: NewHome, how: str
 ) -> None:
     home = new_home(max_concurrent=3)
@@ -451,12 +451,12 @@ def test_decisions_are_told_once_and_in_order_over_two_restarts(
     for _, one in told:
         assert one.recovery in api.recovery_info(one.run_id).history
         assert dict(one.labels) == dict(api.get(one.run_id).labels)
-    assert_any_cursor_tells_the_rest(api, begin, told)
+    assert_any_cursor_returns_the_rest(api, begin, told)
     assert_listed(api, told)
 
 
-def assert_any_cursor_tells_the_rest(api: Api, begin: str, told: list[Told]) -> None:
-    """See that whoever reads again reads the same, from whatever place."""
+def assert_any_cursor_returns_the_rest(api: Api, begin: str, told: list[Told]) -> None:
+    """Assert that a watch from any cursor sends the same decisions again."""
     everything = read_decisions(api, begin, len(told) + 1)
     assert everything[: len(told)] == told
     for place, (cursor, _) in enumerate(told, start=1):
