@@ -61,7 +61,7 @@ class Caller:
         """Call and return how it ended.
 
         Args:
-            payload: the case's own, with the world's words in it.
+            payload: the case's own, with the target's words in it.
             patient: wait for the end of a stream too, because it must have one.
         """
         method = METHODS.get(case.method)

@@ -1,6 +1,6 @@
 """What is sent: hypothesis strategies over every request message, from its descriptor.
 
-A case holds placeholders where the world that it is played in has its own words: ids and etags of
+A case holds placeholders where its target has its own words: ids and etags of
 runs, page tokens, cursors (`lexicon.py`). A seed therefore gives the same cases everywhere.
 """
 
@@ -272,7 +272,7 @@ def _spoiled(
 
 
 class Requests:
-    """Strategies for the payloads of one world."""
+    """Strategies for the payloads of one target."""
 
     def __init__(self, lexicon: Lexicon) -> None:
         self._lexicon = lexicon

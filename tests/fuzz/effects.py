@@ -12,7 +12,7 @@ from fuzz.cases import OURS, Case, changes
 from fuzz.lexicon import run_id
 from fuzz.oracle import Fault, Found, Oracle, parsed, wrongs
 from fuzz.store import changed
-from fuzz.world import World
+from fuzz.target import Target
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from runrecovery.v1 import run_pb2
@@ -22,20 +22,20 @@ Code = grpc.StatusCode
 
 
 class Referee:
-    """Plays cases in a world."""
+    """Plays cases against a target."""
 
-    def __init__(self, world: World) -> None:
-        self._world = world
+    def __init__(self, target: Target) -> None:
+        self._target = target
         self._oracle = Oracle()
-        self._version = world.store.version()
-        self._rows = world.store.rows()
+        self._version = target.store.version()
+        self._rows = target.store.rows()
 
     def play(self, case: Case) -> tuple[Outcome, list[Found]]:
         """Make a call, and return how it ended and what was wrong with that."""
-        payload = self._world.lexicon.fill(case.payload)
+        payload = self._target.lexicon.fill(case.payload)
         request = parsed(case, payload) if case.method in OURS else None
         bad = _why_bad(case, request)
-        outcome = self._world.caller.call(case, payload, patient=bad is not None)
+        outcome = self._target.caller.call(case, payload, patient=bad is not None)
         found = list(self._oracle.judge(case, payload, outcome, bad=bad))
         if request is not None and outcome.is_ok and outcome.answers:
             found += self._answered(case, request, outcome.answers[0])
@@ -50,10 +50,10 @@ class Referee:
     # -- the store ---------------------------------------------------------------------------------
 
     def _differences(self) -> dict[tuple[object, ...], object]:
-        version = self._world.store.version()
+        version = self._target.store.version()
         if version == self._version:
             return {}
-        before, self._version, self._rows = self._rows, version, self._world.store.rows()
+        before, self._version, self._rows = self._rows, version, self._target.store.rows()
         return changed(before, self._rows)
 
     def _left(self, case: Case, request: Message | None, outcome: Outcome) -> Iterator[Found]:
@@ -65,23 +65,23 @@ class Referee:
             return
         if is_unsure:
             self._let_it_arrive()
-        restless = set(self._world.store.restless().values())
+        restless = set(self._target.store.restless().values())
         earlier = {owner for owner, _ in self._rows.values()}
-        named = self._world.store.keys_of(*_named(request, outcome, case))
+        named = self._target.store.keys_of(*_named(request, outcome, case))
         for key, owner in self._differences().items():
             is_new = owner not in earlier and method.name == "CreateRun"
             if owner is None or not (owner in named or owner in restless or is_new):
                 yield Fault.STATE, f"changed, and not of the run that was named: {key}"
-        self._world.repair()
+        self._target.repair()
         self._differences()
 
     def _let_it_arrive(self) -> None:
         """Return when calls before this one have had their effect: those of one connection begin in
         order, what they write is written in order, and an OK comes after the commit. (A refusal
         would not do: it may come before the commit of what was written before it.)"""
-        payload = wire.sized(1, self._world.lexicon.fill(run_id("canceled").encode()))
+        payload = wire.sized(1, self._target.lexicon.fill(run_id("canceled").encode()))
         again = Case(method="/runrecovery.v1.RunService/CancelRun", payload=payload)
-        outcome = self._world.caller.call(again, payload)
+        outcome = self._target.caller.call(again, payload)
         if not outcome.is_ok:
             raise AssertionError(f"to cancel again ended with {outcome.code}")
 
@@ -103,7 +103,7 @@ class Referee:
             yield Fault.EFFECT, f"{method.name} answered otherwise than it was asked"
 
     def _created(self, request: Any, told: run_pb2.Run) -> bool:
-        run = self._world.api.get(told.run_id)
+        run = self._target.api.get(told.run_id)
         policy = request.restart_policy or run_pb2.RESTART_POLICY_FAIL
         return (
             all(_plain(each.input) == _plain(request.input) for each in (run, told))
@@ -112,7 +112,7 @@ class Referee:
         )
 
     def _replied(self, request: Any, told: run_pb2.Run) -> bool:
-        asked = self._world.api.interactions(told.run_id)
+        asked = self._target.api.interactions(told.run_id)
         kept = [one.response for one in asked if one.interaction_id == request.interaction_id]
         return [_plain(one) for one in kept] == [_plain(request.response)]
 

@@ -36,7 +36,7 @@ from fuzz.cases import METHODS, OURS, Case, Manner, cases, changes
 from fuzz.effects import Referee
 from fuzz.mutants import MUTANTS
 from fuzz.oracle import Fault, Found
-from fuzz.world import World, world
+from fuzz.target import Target, start_target
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import seed as seeded
 
@@ -50,12 +50,12 @@ GROWTH_MIB: Final = 64.0
 
 
 class Guilty(Exception):
-    """A case found something."""
+    """A case has found a fault."""
 
 
 @dataclass(slots=True)
 class Summary:
-    """What all cases saw together."""
+    """What was counted and found over all cases."""
 
     seed: int
     played: int = 0
@@ -69,11 +69,11 @@ class Summary:
     guilty: Case | None = None
 
     def kinds(self) -> set[Fault]:
-        """What was found."""
+        """Return the kinds of the faults."""
         return {fault for fault, _ in self.found}
 
     def lines(self) -> Iterator[str]:
-        """Tell it in a few lines."""
+        """Return the summary in a few lines."""
         yield f"cases              {self.played}, of {len(self.methods)} methods"
         yield "answers            " + ", ".join(f"{n} {c}" for c, n in self.statuses.most_common())
         yield f"effects            {self.changes}, each looked at"
@@ -87,16 +87,16 @@ class Summary:
 
 
 class Campaign:
-    """Plays cases and sieges in one world."""
+    """Plays cases and sieges against one target."""
 
-    def __init__(self, played: World, seed: int, *, shrinks: bool) -> None:
+    def __init__(self, target: Target, seed: int, *, shrinks: bool) -> None:
         self.summary = Summary(seed)
-        self._world = played
-        self._referee = Referee(played)
+        self._target = target
+        self._referee = Referee(target)
         self._phases = (Phase.generate, Phase.shrink) if shrinks else (Phase.generate,)
 
     def run(self, total: int, *, besieged: bool = True) -> Summary:
-        """Play so many cases, unless one of them finds something."""
+        """Play `total` cases, or until one finds a fault."""
         summary = self.summary
         number = 0
         while summary.played < total and not summary.found:
@@ -104,9 +104,9 @@ class Campaign:
             if besieged and not summary.found:
                 self._siege(number)
             if not summary.warm_mib and summary.played >= min(WARM, total // 2):
-                summary.warm_mib = self._world.resident_mib()
+                summary.warm_mib = self._target.resident_mib()
             number += 1
-        summary.found += _ending(self._world, summary)
+        summary.found += _ending(self._target, summary)
         return summary
 
     def play(self, case: Case) -> list[Found]:
@@ -135,7 +135,7 @@ class Campaign:
             verbosity=Verbosity.quiet,
             suppress_health_check=list(HealthCheck),
         )
-        @given(cases(self._world.lexicon))
+        @given(cases(self._target.lexicon))
         def play(case: Case) -> None:
             if found := self.play(case):
                 if self.summary.guilty is None or case.size <= self.summary.guilty.size:
@@ -152,27 +152,27 @@ class Campaign:
         self.summary.sieges[sieges.name(number)] += 1
         try:
             self.summary.found += sieges.lay(
-                number, self.summary.seed, self._world.service.address, self._world.serves
+                number, self.summary.seed, self._target.service.address, self._target.serves
             )
-            self._world.service.until_serving()
+            self._target.service.until_serving()
         except (AssertionError, OSError, grpc.RpcError) as error:
             told = f"siege {sieges.name(number)!r}: {type(error).__name__}: {error}"
             self.summary.found.append((Fault.HEALTH, told[:500]))
         self.summary.found += self._referee.unchanged()
 
 
-def _ending(played: World, summary: Summary) -> list[Found]:
-    """Look at the service as it is afterwards, and stop it."""
+def _ending(target: Target, summary: Summary) -> list[Found]:
+    """Check the service after all cases, and stop it."""
     found: list[Found] = []
-    summary.end_mib = played.resident_mib()
+    summary.end_mib = target.resident_mib()
     if summary.warm_mib and summary.end_mib > summary.warm_mib + GROWTH_MIB:
         found.append((Fault.MEMORY, f"{summary.end_mib:.0f} MiB after {summary.warm_mib:.0f}"))
-    if not played.serves():
-        found.append((Fault.HEALTH, "it does not serve at the end"))
-    found += [(Fault.LOG, line[:300]) for line in _defects(played.service.text)]
-    if played.service.stop():
-        found.append((Fault.HEALTH, "it did not stop in order"))
-    if left := played.home.agents():
+    if not target.serves():
+        found.append((Fault.HEALTH, "the service does not serve at the end"))
+    found += [(Fault.LOG, line[:300]) for line in _defects(target.service.text)]
+    if target.service.stop():
+        found.append((Fault.HEALTH, "the service did not stop in order"))
+    if left := target.home.agents():
         found.append((Fault.LEFTOVER, f"{len(left)} processes of agents"))
     return found
 
@@ -198,12 +198,12 @@ def _defects(log: str) -> list[str]:
 
 
 def run_cases(seed: int, total: int, *, mutant: str = "", besieged: bool = True) -> Summary:
-    """Play cases in a world of their own; against a mutant without sieges and shrinking."""
+    """Play cases against a target of their own; against a mutant without sieges and shrinking."""
     with (
         tempfile.TemporaryDirectory(prefix="runrecovery-fuzz-") as place,
-        world(Path(place), mutant=mutant) as played,
+        start_target(Path(place), mutant=mutant) as target,
     ):
-        return Campaign(played, seed, shrinks=not mutant).run(total, besieged=besieged)
+        return Campaign(target, seed, shrinks=not mutant).run(total, besieged=besieged)
 
 
 def is_found_out(mutant: str, seed: int, total: int) -> bool:
@@ -213,15 +213,15 @@ def is_found_out(mutant: str, seed: int, total: int) -> bool:
 
 
 def replay(case: Case) -> list[Found]:
-    """Play one case in a world of its own."""
+    """Play one case against a target of its own."""
     with (
         tempfile.TemporaryDirectory(prefix="runrecovery-fuzz-") as place,
-        world(Path(place)) as played,
+        start_target(Path(place)) as target,
     ):
-        campaign = Campaign(played, 0, shrinks=False)
+        campaign = Campaign(target, 0, shrinks=False)
         found = campaign.play(case)
         click.echo(f"answer             {', '.join(campaign.summary.statuses)}")
-        return found + _ending(played, campaign.summary)
+        return found + _ending(target, campaign.summary)
 
 
 def _told(found: list[Found]) -> bool:

@@ -1,4 +1,4 @@
-"""The words of one world that a case names by placeholders of the same length."""
+"""The ids and tokens of one target, for which cases hold placeholders of the same length."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Final
 
 ENGINES: Final = (b"held", b"held", b"quick", b"sticky", b"seeded", b"nobody")
 REQUEST_IDS: Final = tuple(b"00000000-0000-4000-8000-%012d" % number for number in range(8))
-"""The first one was used while the world was made."""
+"""The first one was used while the target was prepared."""
 ROLES: Final = (
     "running", "queued", "waiting", "sticky", "succeeded", "failed", "canceled",
     "damaged", "kept", "interrupted", "lost",
 )  # fmt: skip
-"""What the runs of a world are there for; `world.py` says of which status each is."""
+"""What the runs of a target are for; `target.py` has the status of each."""
 NUMBER_CHARS: Final = 4
 
 

@@ -51,7 +51,7 @@ def test_no_input_gets_more_than_a_documented_refusal() -> None:
 
 
 @pytest.mark.parametrize("mutant", QUICK_MUTANTS)
-def test_a_broken_service_is_found_out(mutant: str) -> None:
+def test_the_campaign_finds_the_fault_of_a_broken_service(mutant: str) -> None:
     assert is_found_out(mutant, 1, MUTANT_CASES)
 
 
@@ -69,13 +69,13 @@ def test_every_method_of_the_contract_is_called() -> None:
     raise AssertionError(f"in no case of 20 seeds: {missing}")
 
 
-def test_every_mutant_names_a_fault_that_there_is() -> None:
+def test_every_mutant_names_existing_faults() -> None:
     from fuzz.oracle import Fault
 
     assert all(mutant.faults <= Fault.__members__.keys() for mutant in MUTANTS.values())
 
 
-def test_the_page_of_the_api_tells_the_code_of_every_reason() -> None:
+def test_docs_api_has_the_status_code_of_every_reason() -> None:
     reasons = {name.removeprefix("ERROR_REASON_") for name in errors_pb2.ErrorReason.keys()}  # noqa: SIM118
 
     assert documented().codes.keys() == reasons - {"UNSPECIFIED"}
@@ -95,14 +95,14 @@ WRONG: Final = {
 
 
 @pytest.mark.parametrize("payload", WRONG.values(), ids=WRONG)
-def test_the_oracle_knows_what_cannot_be_meant(payload: bytes) -> None:
+def test_the_oracle_finds_what_is_wrong_with_an_invalid_request(payload: bytes) -> None:
     request = parsed(Case(method=CREATE, payload=payload), payload)
 
     assert request is not None
     assert list(wrongs(request))
 
 
-def test_the_oracle_has_nothing_against_what_can_be_meant() -> None:
+def test_the_oracle_finds_nothing_wrong_with_a_valid_request() -> None:
     deepest = wire.entry(1, b"a", wire.deep_value(31, lists=False))
     payload = wire.sized(1, b"a-1") + wire.sized(4, deepest) + wire.number(5, 2)
     request = parsed(Case(method=CREATE, payload=payload), payload)
@@ -111,7 +111,7 @@ def test_the_oracle_has_nothing_against_what_can_be_meant() -> None:
     assert list(wrongs(request)) == []
 
 
-def test_what_is_no_message_is_none() -> None:
+def test_bytes_that_are_no_message_are_parsed_as_none() -> None:
     for method in METHODS:
         assert parsed(Case(method=method, payload=b"\xff"), b"\xff") is None
 
@@ -127,12 +127,12 @@ def test_what_is_no_message_is_none() -> None:
         "runrecovery_service.storage.runs",
     ],
 )
-def test_what_is_internal_is_seen_unless_the_caller_said_it(text: str) -> None:
+def test_an_internal_detail_is_a_leak_unless_the_caller_sent_it(text: str) -> None:
     assert list(leaks([text], b""))
     assert list(leaks([text], text.encode())) == []
 
 
-def test_what_is_documented_is_not_internal() -> None:
+def test_a_documented_text_is_no_leak() -> None:
     told = "run_id: must match [a-z0-9][a-z0-9_-]{0,63}; labels['UPPER']: the key must match"
 
     assert (

@@ -1,8 +1,8 @@
-"""The service under fire: a home with a run in every status.
+"""The target of the hostile cases: a real service with a run in every status.
 
-Between two cases nothing moves by itself: what runs is held, what is queued has no slot. So after a
-call without effect the store must be as it was, to the last column; and after one with an effect
-the difference is of the run that it names.
+Between two cases no run changes by itself: running agents hold, and queued runs have no slot. So a
+call without effect must leave every column of the store as it was, and a call with an effect may
+change only rows of the run that it names.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ STATUSES: Final = {
     "succeeded": "SUCCEEDED", "failed": "FAILED", "canceled": "CANCELED",
     "kept": "WAITING_USER", "lost": "FAILED", "damaged": "UNSPECIFIED", "interrupted": "FAILED",
 }  # fmt: skip
-"""What who plays a role is."""
+"""The status of the run in each role."""
 ENGINE_OF: Final = {"running": "held", "queued": "held", "interrupted": "held", "sticky": "sticky"}
 ACT_OF: Final = {
     "running": "hold", "queued": "hold", "interrupted": "hold", "failed": "fail",
@@ -63,8 +63,8 @@ ENGINES: Final = {
 }
 
 
-class World:
-    """One started service, the runs in it, and the words for them."""
+class Target:
+    """One started service, a run in each role, and the words that stand for ids and tokens."""
 
     def __init__(self, home: Home, service: ServiceProcess) -> None:
         self.home = home
@@ -85,29 +85,29 @@ class World:
         self.store.close()
 
     def serves(self) -> bool:
-        """True when health says so."""
+        """Return whether health says SERVING."""
         return self.api.health_of() == "SERVING"
 
     def resident_mib(self) -> float:
-        """Return what the service holds of the memory."""
+        """Return the resident memory of the service in MiB."""
         pages = int(Path(f"/proc/{self.service.pid}/statm").read_text("ascii").split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
 
-    # -- its runs ----------------------------------------------------------------------------------
+    # -- runs ----------------------------------------------------------------------------------
 
     def repair(self) -> None:
-        """End what a case began, replace what it ended, and return when nothing moves any more."""
-        until(self._is_whole, "the world is whole again")
+        """Cancel runs that a case created, replace runs that it ended; wait until all rest."""
+        until(self._has_all_roles, "there is a run in each role again")
 
-    def _is_whole(self) -> bool:
+    def _has_all_roles(self) -> bool:
         now = {role: self._status(role) for role in STATUSES}
         vacant = [
             role for role, status in STATUSES.items() if now[role] in {None, *AT_REST} - {status}
         ]
-        playing = {role for role, status in STATUSES.items() if now[role] == status}
+        filled = {role for role, status in STATUSES.items() if now[role] == status}
         if "running" in vacant:
-            playing.discard("queued")  # it gets the slot that is free
-        unwanted = self.store.restless().keys() - {self._player(role) for role in playing}
+            filled.discard("queued")  # it gets the slot that is free
+        unwanted = self.store.restless().keys() - {self._run_in_role(role) for role in filled}
         unwanted -= {
             run_id(role, spare)
             for role in SPARES
@@ -115,28 +115,28 @@ class World:
         }
         for run in unwanted:
             self._cancel(run)
-        if unwanted or playing | set(vacant) < now.keys():  # who is neither is about to end
+        if unwanted or filled | set(vacant) < now.keys():  # the others are about to end
             return False
         for role in vacant:
             self._fill(role)
         return not self.store.unaccounted()
 
-    def _player(self, role: str) -> str:
+    def _run_in_role(self, role: str) -> str:
         return run_id(role, self._numbers[role])
 
     def _status(self, role: str) -> str | None:
-        """Return the status of who plays a role; None before anybody does."""
+        """Return the status of the run in a role; None before there is one."""
         if role not in self._numbers:
             return None
-        run = self.api.get(self._player(role))
+        run = self.api.get(self._run_in_role(role))
         word = status_word(run)
         return word if word in AT_REST or not run.cancel_requested else "ENDING"
 
     def _fill(self, role: str) -> None:
-        """Let another run play a role, as long as there is one."""
+        """Put another run into a role, as long as there is one for it."""
         number = self._numbers.get(role, -1) + 1
         if role not in SPARES:
-            run = cast(self.api, role, number)
+            run = create_for(self.api, role, number)
         elif number < SPARES[role]:
             run = self.api.get(run_id(role, number))
         else:
@@ -152,10 +152,10 @@ class World:
         self.lexicon.mean(run_id(role).encode(), run.run_id.encode())
         self.lexicon.mean(etag_slot(role), run.etag.encode())
 
-    # -- its words ---------------------------------------------------------------------------------
+    # -- words ---------------------------------------------------------------------------------
 
     def _harvest(self) -> None:
-        """Learn page tokens, cursors and report ids from every method that tells some."""
+        """Collect page tokens, cursors and report ids from the responses of all methods."""
         for path, method in OURS.items():
             if not changes(method):
                 for name, word in self._words(path):
@@ -189,8 +189,8 @@ def _texts(message: Message) -> Iterator[tuple[str, str]]:
                 yield from _texts(one)
 
 
-def cast(api: Api, role: str, number: int = 0) -> run_pb2.Run:
-    """Create a run and bring it to where its role wants it."""
+def create_for(api: Api, role: str, number: int = 0) -> run_pb2.Run:
+    """Create a run, and bring it into the status of its role."""
     more: dict[str, Any] = (
         {"request_id": REQUEST_IDS[0].decode()} if _is_first(role, number) else {}
     )
@@ -215,7 +215,7 @@ def _is_first(role: str, number: int) -> bool:
 
 
 def _canned() -> Mapping[str, Sequence[bytes]]:
-    """Requests that have an effect, and the one that had its effect while the world was made."""
+    """Return requests with an effect, and the one that prepared the target with its effect."""
     answer = {"interaction_id": 1, "response": {"string_value": "yes"}}
     created = {
         "engine": "quick", "input": {"act": "end"}, "run_id": run_id("succeeded"),
@@ -252,27 +252,27 @@ def _canned() -> Mapping[str, Sequence[bytes]]:
 
 
 @contextmanager
-def world(place: Path, *, mutant: str = "") -> Iterator[World]:
-    """A started service in a directory of its own, with a restart behind it."""
+def start_target(place: Path, *, mutant: str = "") -> Iterator[Target]:
+    """Start a service in a directory of its own, after a kill and a restart."""
     with Home(place, engines=ENGINES, max_concurrent=8) as home:
         home.seed(SEEDED)
-        _play_before(home)
+        _create_runs_to_recover(home)
         if mutant:
             home.prefix = (sys.executable, str(HERE / "mutants.py"), mutant)
         service, _ = home.start()
-        made = World(home, service)
+        made = Target(home, service)
         try:
             yield made
         finally:
             made.close()
 
 
-def _play_before(home: Home) -> None:
-    """Let a service make the runs that its successor recovers, and end it."""
+def _create_runs_to_recover(home: Home) -> None:
+    """Let a service create the runs that its next start recovers, and kill it."""
     service, api = home.start()
     for role, count in SPARES.items():
         for number in range(count):
-            cast(api, role, number)
+            create_for(api, role, number)
     api.until_status(run_id("interrupted"), "RUNNING")
     service.kill()
     with home.store(writable=True) as store:
