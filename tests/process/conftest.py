@@ -1,4 +1,4 @@
-"""Real process trees of our own making. Each lives 60 s at most and is ended after its test."""
+"""Real process trees, each of which lives for 60 s at most and is killed after its test."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from runrecovery_service.process.resource_limits import ResourceLimits
 from runrecovery_service.process.watermark import watermark_bits
 
 QUIET = {"stubborn", "hydra", "flicker"}
-"""Roles of tree.py that announce nobody."""
+"""Roles of tree.py that print no line."""
 _KEYS = itertools.count(1)
 
 
 @pytest.fixture
 def new_lease() -> Callable[[], LaunchMarkers]:
-    """Make leases of this host whose process is not recorded."""
+    """Make launch markers of this host without a recorded process."""
 
     def make() -> LaunchMarkers:
         here = Host.here()
@@ -45,7 +45,7 @@ def new_lease() -> Callable[[], LaunchMarkers]:
 
 @pytest.fixture
 def start(new_lease: Callable[[], LaunchMarkers], tmp_path: Path) -> Iterator[Start]:
-    """Launch commands behind shims; end what is left of them afterwards."""
+    """Launch commands behind shims; kill the rest of their trees afterwards."""
     trees: list[Tree] = []
 
     def make(

@@ -1,5 +1,4 @@
-"""A service that launches one agent: tells of it on stdout, and then holds until it is killed
-("hold"), or looks at who owns the two in /proc ("look")."""
+"""Launch one agent and print its pid, like a service; then wait for a kill if argv says "hold"."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Races for a pid, as the first process of a small pid namespace: what became of it on stdout.
+"""Let a pid be reused during a sweep, as the first process of a pid namespace; print the result.
 
-A marked process of ours is swept. At the moment that argv names, it is killed and buried, and an
-innocent process takes its pid. What guards it can be left out, by name, to see that it is needed.
+A process with a watermark is swept. At the moment that argv names, it is killed and reaped, and an
+innocent process takes its pid. A check can be left out, by name, to prove that it is needed.
 
 Moments: `before` the sweep; `opening` the pidfd, the first time; `opened`, right after that;
-`shim`: opening it in the shim's own ending. Guards: `prove` (the sweep reads again who has been
-pinned), `send` (the evidence is read before a signal).
+`shim`: opening it while a shim kills its tree. Checks: `prove` (the sweep reads a pinned process
+again), `send` (the proof is read before a signal).
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ def sleeper(prepare: Callable[[], object]) -> Proc:
     return proc
 
 
-def bear_the_mark() -> None:
-    """What a shim does to all that comes of it."""
+def set_watermark() -> None:
+    """Set the watermark, as a shim does for its tree."""
     resource.setrlimit(procfs.RLIMIT_LOCKS, (MARK, MARK))
 
 
 def replace_it() -> Proc:
-    """End our process; give its pid to an innocent one."""
+    """Kill the process of the launch; give its pid to an innocent one."""
     os.kill(ours.pid, signal.SIGKILL)
     os.waitpid(ours.pid, 0)
     Path("/proc/sys/kernel/ns_last_pid").write_text(str(ours.pid - 1))
@@ -70,7 +70,7 @@ def replace_it() -> Proc:
 
 
 def swapping_open(pid: int, flags: int = 0) -> int:
-    """Open a pidfd as the kernel does, with the race at its worst moment."""
+    """Open a pidfd, with the race at the chosen moment."""
     if pid != ours.pid or swapped:
         return open_pidfd(pid, flags)
     if moment == "opened":
@@ -82,10 +82,10 @@ def swapping_open(pid: int, flags: int = 0) -> int:
 
 
 class Log:
-    """Stands in for the sweep's log."""
+    """Replaces the log of the sweep."""
 
     def info(self, _: str, **facts: object) -> None:
-        """Keep whom a signal was sent to or withheld from."""
+        """Keep the pid that a signal was sent to or withheld from."""
         lines.add((facts["signal"], facts["outcome"]))
 
     warning = info
@@ -94,13 +94,13 @@ class Log:
 def believe_the_pin(
     trees: PinnedTrees, pinned: Collection[PinnedProcess], found: object, *, protected: object
 ) -> None:
-    """Take everybody who was pinned for proved: a sweep without its second look."""
+    """Count every pinned process as proved, without a second read."""
     for each in pinned:
         each.proved = True
 
 
 def send_unproved(pid: int, pidfd: int, number: int, **told: Callable[..., object]) -> str:
-    """Send without reading the evidence: a `signals.send` without its proof."""
+    """Send a signal without reading the proof."""
     return real_send(pid, pidfd, number, prove=lambda: "believed", audit=told["audit"])
 
 
@@ -114,7 +114,7 @@ if "send" in without:
     signals.send = send_unproved
 sweep.log = Log()
 
-ours = sleeper(bear_the_mark)
+ours = sleeper(set_watermark)
 began = time.clock_gettime(time.CLOCK_BOOTTIME)
 while time.clock_gettime(time.CLOCK_BOOTTIME) - began < 0.05:
     time.sleep(0.01)  # start ticks are 10 ms long: the next process must be a later one

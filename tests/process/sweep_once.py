@@ -1,8 +1,7 @@
-"""Runs one sweep in a process of its own: lease as JSON in argv, ending as JSON on stderr.
+"""Run one sweep in a process of its own: markers as JSON in argv, result as JSON on stderr.
 
-With "marked" after the lease it bears the lease's watermark itself; with a number it sweeps as that
-user, and becomes him only when all is imported, what a first call imports included: the interpreter
-may lie where he may not look.
+With "marked" as the next argument this process has the watermark itself. With a number it sweeps as
+that user. It becomes that user after all imports, because the user may lack access to this Python.
 """
 
 from __future__ import annotations

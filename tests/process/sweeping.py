@@ -1,4 +1,4 @@
-"""One sweep over one launch, and launches as a crash or another host would leave them."""
+"""Sweep one launch, also one that a crash or another host has left."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def end(
 
 
 def once(holds: Callable[[], bool]) -> Callable[[], float]:
-    """A clock that starts when it holds: a busy machine's first look may outlast a short grace."""
+    """Return a clock that starts with a condition: the first scan may outlast a short grace."""
     began: list[float] = []
 
     def clock() -> float:
@@ -50,11 +50,11 @@ def once(holds: Callable[[], bool]) -> Callable[[], float]:
 
 
 def once_asked(signals: Signals, *trees: Tree) -> Callable[[], float]:
-    """A clock that starts when all have been sent SIGTERM."""
+    """Return a clock that starts once all processes got SIGTERM."""
     everybody = [proc.pid for tree in trees for proc in tree.procs.values()]
     return once(lambda: all("SIGTERM" in signals.names(pid) for pid in everybody))
 
 
 def unrecorded(lease: LaunchMarkers) -> LaunchMarkers:
-    """The lease as a crash between the spawn and its recording leaves it."""
+    """Return the markers that a crash between the spawn and its record leaves."""
     return replace(lease, pid=None, start_ticks=None)

@@ -1,4 +1,4 @@
-"""The demo agent's tree is one that a sweep can end, whatever is left of it."""
+"""A sweep can kill the tree of the demo agent."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from runrecovery_service.process import procfs
 from runrecovery_service.process.sweep import end_trees
 
 
-def test_all_of_it_is_found_after_a_crash_of_service_and_shim(start: Start, tmp_path: Path) -> None:
+def test_its_whole_tree_is_found_after_a_crash_of_service_and_shim(
+    start: Start, tmp_path: Path
+) -> None:
     tree = start([sys.executable, "-m", demo_agent.__name__, "--profile", "sticky"])
     task = RunContext(
         run_id="r-1", attempt=1, input={"hold": True, "children": 3}, workspace=str(tmp_path)

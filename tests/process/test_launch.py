@@ -1,4 +1,4 @@
-"""Starting an agent: what it is given, why it cannot start, and the words between the two sides."""
+"""Launches: what an agent gets, why it cannot start, and the messages between service and shim."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from process.trees import PATIENCE_S, Start, alive, bearers, in_ns
+from process.trees import PATIENCE_S, Start, alive, in_ns, processes_with_watermark
 from runrecovery_service.process import launch, procfs, wire
 from runrecovery_service.process.agent_command import agent_environment, launch_problem
 from runrecovery_service.process.launch_errors import LaunchFailed
@@ -66,7 +66,7 @@ def test_the_agent_gets_exactly_this_environment_and_directory(
     assert cwd == str(tmp_path)
 
 
-def test_the_agent_gets_its_words_as_they_are(start: Start) -> None:
+def test_the_agent_gets_its_arguments_unchanged(start: Start) -> None:
     words = ["", "two words", "$HOME;ls", "line\nline", "\udcff", "ü", "=", ""]
     code = "import sys; sys.stdout.buffer.write(repr(sys.argv[1:]).encode())"
     tree = start([*CODE, code, *words], env={"LC_ALL": "C.UTF-8"})
@@ -90,7 +90,7 @@ def test_finds_the_command_on_the_agents_path(start: Start, tmp_path: Path) -> N
     assert tree.process.stdout.read() == b"found\n"
 
 
-def test_a_relative_entry_of_the_path_chooses_nothing(
+def test_a_relative_entry_of_path_is_ignored(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -114,7 +114,7 @@ def test_passes_only_allowed_variables() -> None:
     assert found == {"PATH": "/bin", "LANG": "C"}
 
 
-def test_what_the_service_sets_wins() -> None:
+def test_variables_of_the_service_override_the_others() -> None:
     found = agent_environment(["A"], {"A": "inherited"}, {"A": "set", COOKIE_VARIABLE: "1.ab"})
 
     assert found == {"A": "set", COOKIE_VARIABLE: "1.ab"}
@@ -156,7 +156,7 @@ def test_says_why_a_command_cannot_be_prepared(
         ([], "the engine's command is empty"),
     ],
 )
-def test_says_beforehand_what_could_not_be_launched(
+def test_launch_problem_names_a_command_that_could_not_be_launched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str], expected: str | None
 ) -> None:
     monkeypatch.setenv("PATH", str(program(tmp_path, "#!/bin/sh\n").parent))
@@ -187,7 +187,7 @@ def test_a_launch_without_a_shim_says_so_and_leaves_nothing(
     assert descriptors() == before
 
 
-def test_a_book_that_cannot_be_opened_stops_the_launch(start: Start, tmp_path: Path) -> None:
+def test_a_journal_that_cannot_be_opened_stops_the_launch(start: Start, tmp_path: Path) -> None:
     first = start(["/bin/true"])
     (tmp_path / f"journal{first.lease.launch_key + 1}").mkdir()
     before = descriptors()
@@ -221,7 +221,7 @@ def test_a_launch_leaves_no_descriptor(start: Start) -> None:
     assert descriptors() == before
 
 
-def test_disposing_of_what_still_waits_or_runs_leaves_nothing(start: Start) -> None:
+def test_dispose_of_a_waiting_or_running_launch_leaves_nothing(start: Start) -> None:
     before = descriptors()
     waiting, running = start(["/bin/true"], release=False), start([*CODE, "input()"])
 
@@ -231,7 +231,7 @@ def test_disposing_of_what_still_waits_or_runs_leaves_nothing(start: Start) -> N
     assert descriptors() == before
     for tree in (waiting, running):
         assert not alive(tree.shim)
-        assert bearers(tree.lease) == []
+        assert processes_with_watermark(tree.lease) == []
 
 
 # -- the words on the pipes --------------------------------------------------------------------
@@ -307,7 +307,7 @@ def test_an_order_with_a_nul_is_refused(place: str) -> None:
         ("empty", Empty()),
     ],
 )
-def test_reads_what_the_shim_tells(line: str, event: object) -> None:
+def test_parses_every_event_of_the_shim(line: str, event: object) -> None:
     assert parse_event(line) == event
 
 
@@ -316,7 +316,7 @@ def test_reads_what_the_shim_tells(line: str, event: object) -> None:
     ["", "gated", "gated 1 2", "started 1", "started a b", "exited 0", "exited", "refused x y",
      "ending", "empty now", "Traceback (most recent call last):", " empty"],
 )  # fmt: skip
-def test_refuses_what_no_shim_tells(line: str) -> None:
+def test_refuses_a_line_that_no_shim_writes(line: str) -> None:
     with pytest.raises(ValueError, match=r"not an event|invalid literal"):
         parse_event(line)
 
@@ -388,7 +388,9 @@ def test_a_launch_works_beside_more_than_a_thousand_descriptors(start: Start) ->
 
 
 @pytest.mark.parametrize("kind", ["pipe", "link", "folder"])
-def test_what_an_agent_put_in_the_place_of_a_book_is_not_read(tmp_path: Path, kind: str) -> None:
+def test_a_file_that_an_agent_put_in_place_of_the_journal_is_not_read(
+    tmp_path: Path, kind: str
+) -> None:
     journal = tmp_path / "journal"
     match kind:
         case "pipe":
@@ -402,7 +404,7 @@ def test_what_an_agent_put_in_the_place_of_a_book_is_not_read(tmp_path: Path, ki
     assert killed_by_shim(journal) == frozenset()
 
 
-def test_no_more_than_the_start_of_a_book_is_read(tmp_path: Path) -> None:
+def test_only_the_start_of_a_long_journal_is_read(tmp_path: Path) -> None:
     journal = tmp_path / "journal"
     journal.write_text(KILLED)
     os.truncate(journal, 1 << 33)

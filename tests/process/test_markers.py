@@ -1,4 +1,4 @@
-"""Which processes belong to which launch: their markers, and the decision."""
+"""Markers prove which processes belong to a launch."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def lease(key: int = 7, pid: int | None = None, ticks: int | None = None) -> Lau
     )
 
 
-# -- what a process bears ----------------------------------------------------------------------
+# -- the markers of a process ----------------------------------------------------------------------
 
 
 bare = {"pid": None, "start_ticks": None, "watermark": None, "cookie": "", "cgroup": None}
@@ -71,7 +71,7 @@ bare = {"pid": None, "start_ticks": None, "watermark": None, "cookie": "", "cgro
 
 
 def kind(tree: Tree, role: str, **recorded: object) -> Proof | None:
-    """Return what a role of a tree is found by, when this alone is recorded of it."""
+    """Return the marker by which a role of a tree is found."""
     index = MarkerIndex([replace(tree.lease, **(bare | recorded))])  # type: ignore[arg-type]
     found = procfs.read_proc(tree.procs[role].pid)
     assert found is not None
@@ -95,7 +95,7 @@ def test_a_shim_is_found_by_its_pid_and_start_ticks(grow: Grow) -> None:
     "role",
     ["child", "session", "daemon", "scrubbed", "scrubbed-daemon", "undumpable", "escapee"],
 )
-def test_whoever_descends_bears_the_watermark_whatever_he_does(grow: Grow, role: str) -> None:
+def test_every_descendant_has_the_watermark_whatever_it_does(grow: Grow, role: str) -> None:
     tree = grow(role)
     tree.kill_shim()
     tree.end_leader()
@@ -112,21 +112,21 @@ def test_the_full_cookie_is_found_in_the_environment(grow: Grow, role: str) -> N
 
 
 @pytest.mark.parametrize("role", ["scrubbed", "scrubbed-daemon", "escapee"])
-def test_an_empty_environment_bears_no_cookie(grow: Grow, role: str) -> None:
+def test_an_empty_environment_has_no_cookie(grow: Grow, role: str) -> None:
     tree = grow(role)
 
     assert kind(tree, role, cookie=tree.lease.cookie) is None
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may look into every process")
-def test_who_is_not_dumpable_hides_his_cookie_and_not_his_watermark(grow: Grow) -> None:
+def test_an_undumpable_process_hides_its_cookie_but_not_its_watermark(grow: Grow) -> None:
     tree = grow("undumpable")
 
     assert kind(tree, "undumpable", cookie=tree.lease.cookie) is None
     assert kind(tree, "undumpable", watermark=tree.lease.watermark) is Proof.WATERMARK
 
 
-def test_a_watermark_wiped_off_on_purpose_is_gone(grow: Grow) -> None:
+def test_a_watermark_can_be_removed_on_purpose(grow: Grow) -> None:
     tree = grow("renegade")
 
     assert kind(tree, "renegade", watermark=tree.lease.watermark) is None
@@ -157,7 +157,7 @@ def test_the_cookie_of_another_key_proves_nothing(grow: Grow) -> None:
 
 
 @pytest.mark.parametrize("cookie", ["", "0123", COOKIE.upper(), COOKIE + "0"])
-def test_a_damaged_record_of_a_cookie_matches_nobody(cookie: str) -> None:
+def test_a_damaged_cookie_in_the_record_matches_no_process(cookie: str) -> None:
     damaged = replace(lease(), cookie=cookie)
 
     with sleeper(env={COOKIE_VARIABLE: launch_token(7, cookie)}) as pid:
@@ -167,7 +167,7 @@ def test_a_damaged_record_of_a_cookie_matches_nobody(cookie: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["uninitialized\n", "", "\n", "ä"])
-def test_a_machine_without_an_id_is_called_by_its_host_name(
+def test_the_host_id_of_a_machine_without_one_is_its_host_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     file = tmp_path / "machine-id"
@@ -215,14 +215,14 @@ def test_a_cgroup_that_an_agent_made_in_its_own_is_its_own(
     assert member.proof is Proof.CGROUP
 
 
-def test_a_zombie_bears_nothing_but_its_identity(grow: Grow) -> None:
+def test_a_zombie_has_no_marker_but_its_identity(grow: Grow) -> None:
     tree = grow("zombie")
     lease = tree.lease
 
     assert kind(tree, "zombie", watermark=lease.watermark, cookie=lease.cookie) is None
 
 
-def test_of_several_leases_the_right_one_is_named(grow: Grow) -> None:
+def test_a_process_is_matched_to_the_right_one_of_several_launches(grow: Grow) -> None:
     trees = [grow("scrubbed") for _ in range(3)]
     index = MarkerIndex([tree.lease for tree in trees])
 
@@ -251,7 +251,7 @@ def kinds(found: Membership) -> dict[int, Proof]:
     return {pid: member.proof for pid, member in found.members.items()}
 
 
-def test_whoever_descends_from_a_proved_one_belongs() -> None:
+def test_a_descendant_of_a_proved_process_belongs_to_the_launch() -> None:
     found = judge(
         proc(10),
         proc(12, ppid=10, ticks=102),
@@ -271,7 +271,7 @@ def test_neither_group_nor_session_proves_anything() -> None:
     assert kinds(found) == {10: Proof.WATERMARK}
 
 
-def test_kin_is_never_older_than_its_proof() -> None:
+def test_a_process_older_than_its_proved_parent_is_no_descendant() -> None:
     found = judge(proc(10), proc(12, ppid=10, ticks=99), proc(13, ppid=12), roots=(10,))
 
     assert kinds(found) == {10: Proof.WATERMARK}
@@ -283,7 +283,7 @@ def test_a_zombie_still_proves_its_children() -> None:
     assert kinds(found) == {10: Proof.WATERMARK, 11: Proof.DESCENT}
 
 
-def test_who_proves_himself_is_not_taken_for_a_mere_descendant() -> None:
+def test_a_proof_of_its_own_takes_precedence_over_descent() -> None:
     snapshot = {10: proc(10), 11: proc(11, ppid=10)}
     roots = {
         pid: Member(proc=snapshot[pid], launch_key=key, proof=Proof.COOKIE)
@@ -295,7 +295,7 @@ def test_who_proves_himself_is_not_taken_for_a_mere_descendant() -> None:
     assert {pid: member.launch_key for pid, member in found.members.items()} == {10: 7, 11: 8}
 
 
-def test_kinship_does_not_pass_through_the_shield() -> None:
+def test_descent_does_not_pass_through_a_shielded_process() -> None:
     # We were started by an agent: our own new agents are not its descendants.
     found = judge(
         proc(10), proc(40, ppid=10), proc(41, ppid=40), roots=(10,), protected=frozenset({40})
@@ -304,14 +304,14 @@ def test_kinship_does_not_pass_through_the_shield() -> None:
     assert kinds(found) == {10: Proof.WATERMARK}
 
 
-def test_who_bears_a_mark_and_is_shielded_is_reported() -> None:
+def test_a_shielded_process_with_a_marker_is_reported() -> None:
     found = judge(proc(40), roots=(40,), protected=frozenset({40}))
 
     assert found.members == {}
     assert [member.pid for member in found.protected] == [40]
 
 
-def test_shields_pid_1_us_our_ancestors_and_our_group() -> None:
+def test_shields_pid_1_itself_its_ancestors_and_its_group() -> None:
     snapshot = {
         1: proc(1, ppid=0),
         5: proc(5),
@@ -339,7 +339,7 @@ TABLES = st.lists(
 
 
 @given(TABLES, st.sets(PIDS), st.sets(PIDS))
-def test_exactly_those_that_a_line_of_parents_ties_to_a_proof_are_members(
+def test_members_are_exactly_the_processes_with_a_proved_ancestor(
     table: list[Proc], roots: set[int], protected: set[int]
 ) -> None:
     snapshot = {one.pid: one for one in table}
@@ -357,7 +357,7 @@ def test_exactly_those_that_a_line_of_parents_ties_to_a_proof_are_members(
 
 
 @given(TABLES)
-def test_without_a_proof_nobody_is_a_member(table: list[Proc]) -> None:
+def test_without_a_proof_there_is_no_member(table: list[Proc]) -> None:
     assert judge(*table) == Membership(members={}, protected=())
 
 
@@ -366,7 +366,7 @@ def test_without_a_proof_nobody_is_a_member(table: list[Proc]) -> None:
 
 @contextmanager
 def sleeper(**options: object) -> Iterator[int]:
-    """A process of ours that has said that it runs."""
+    """Yield a running process."""
     code = "import os, time; os.write(1, b'.'); time.sleep(60)"
     command = [sys.executable, "-I", "-S", "-c", code]
     with subprocess.Popen(command, stdout=subprocess.PIPE, **options) as popen:  # type: ignore[call-overload]
@@ -446,7 +446,7 @@ def test_soft_and_hard_must_both_be_the_number() -> None:
         assert procfs.watermark(pid) is None
 
 
-def test_says_nothing_of_who_does_not_exist() -> None:
+def test_a_process_that_does_not_exist_has_no_data() -> None:
     beyond = int(Path("/proc/sys/kernel/pid_max").read_text()) + 1
 
     assert procfs.read_proc(beyond) is None
@@ -456,7 +456,7 @@ def test_says_nothing_of_who_does_not_exist() -> None:
     assert procfs.scan([beyond]) == {}
 
 
-def test_being_unable_to_look_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_proc_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_descriptor_left(*_: object) -> int:
         raise OSError(24, "Too many open files")
 
@@ -466,7 +466,7 @@ def test_being_unable_to_look_is_an_error(monkeypatch: pytest.MonkeyPatch) -> No
         procfs.scan([os.getpid()])
 
 
-def test_a_scan_finds_us_and_our_child() -> None:
+def test_a_scan_finds_its_own_process_and_a_child() -> None:
     with sleeper() as pid:
         found = procfs.scan()
 
@@ -475,12 +475,12 @@ def test_a_scan_finds_us_and_our_child() -> None:
     assert [one.pid for one in procfs.descendants(found, os.getpid())].count(pid) == 1
 
 
-def test_here_is_the_same_place_twice() -> None:
+def test_the_host_is_the_same_when_read_twice() -> None:
     assert Host.here() == Host.here()
     assert len(Host.here().boot_id) == 36
 
 
-def test_a_lease_does_not_show_its_marks() -> None:
+def test_the_repr_of_launch_markers_shows_no_marker() -> None:
     shown = repr(replace(lease(), watermark=MARK))
 
     assert COOKIE not in shown

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from process.trees import PATIENCE_S, Grow, Start, Tree, alive, in_ns, strike, until
+from process.trees import PATIENCE_S, Grow, Start, Tree, alive, in_ns, send_signal, until
 from runrecovery_service.process import procfs, signals, wire
 from runrecovery_service.process.boot_clock import boot_time_ns
 from runrecovery_service.process.launch_errors import ShimLost
@@ -54,7 +54,7 @@ def test_a_deadline_that_passes_before_the_release_means_that_the_agent_never_ru
     assert not mark.exists()
 
 
-def test_a_release_whose_own_deadline_is_over_releases_nobody(start: Start, tmp_path: Path) -> None:
+def test_a_release_with_a_past_deadline_starts_no_agent(start: Start, tmp_path: Path) -> None:
     command, mark = leave_a_mark(tmp_path)
     tree = start(command, release=False)
 
@@ -81,7 +81,7 @@ def test_a_heartbeat_keeps_the_shim_at_its_gate(start: Start, tmp_path: Path) ->
     assert mark.exists()
 
 
-def test_a_heartbeat_and_a_release_after_the_deadline_release_nobody(
+def test_a_heartbeat_and_a_release_after_the_deadline_start_no_agent(
     start: Start, tmp_path: Path
 ) -> None:
     command, mark = leave_a_mark(tmp_path)
@@ -95,7 +95,7 @@ def test_a_heartbeat_and_a_release_after_the_deadline_release_nobody(
     tree.process.heartbeat(in_ns(PATIENCE_S))
     with ThreadPoolExecutor(1) as pool:
         releasing = pool.submit(tree.process.release, in_ns(PATIENCE_S))
-        strike(tree.shim, signal.SIGCONT)
+        send_signal(tree.shim, signal.SIGCONT)
         assert isinstance(releasing.exception(), ShimLost)
 
     assert tree.shim_exit() == wire.NEVER_RAN
@@ -116,7 +116,7 @@ def test_nothing_of_the_agent_runs_before_the_release(start: Start, tmp_path: Pa
     assert mark.exists()
 
 
-def test_stands_at_the_gate_with_the_watermark(start: Start) -> None:
+def test_a_gated_shim_has_the_watermark(start: Start) -> None:
     tree = start(["/bin/true"], release=False)
 
     assert tree.process.watermarked
@@ -134,7 +134,7 @@ def assert_it_ended_everything(tree: Tree, why: str) -> None:
 
 
 @pytest.mark.parametrize("manners", [(), ("stubborn",)], ids=["meek", "stubborn"])
-def test_the_end_of_the_gate_ends_every_descendant(grow: Grow, manners: tuple[str, ...]) -> None:
+def test_a_closed_gate_kills_every_descendant(grow: Grow, manners: tuple[str, ...]) -> None:
     tree = grow(*manners, *ESCAPEES, "stopped", "thread", "renegade")
 
     tree.process.close_gate()
@@ -142,7 +142,7 @@ def test_the_end_of_the_gate_ends_every_descendant(grow: Grow, manners: tuple[st
     assert_it_ended_everything(tree, wire.SERVICE_GONE)
 
 
-def test_a_service_that_does_not_read_what_the_shim_tells_keeps_nobody_alive(grow: Grow) -> None:
+def test_a_service_that_does_not_read_the_report_keeps_no_process_alive(grow: Grow) -> None:
     tree = grow("child", "stubborn")
     fill_up(tree.process.report)
 
@@ -154,7 +154,7 @@ def test_a_service_that_does_not_read_what_the_shim_tells_keeps_nobody_alive(gro
 
 
 def fill_up(reading_end: int) -> None:
-    """Fill a pipe of which only the reading end is ours."""
+    """Fill a pipe by its reading end."""
     writing_end = os.open(f"/proc/self/fd/{reading_end}", os.O_WRONLY | os.O_NONBLOCK)
     try:
         for size in (4096, 1):
@@ -166,7 +166,7 @@ def fill_up(reading_end: int) -> None:
 
 
 @only_root
-def test_the_end_of_the_gate_ends_processes_of_another_user(grow: Grow) -> None:
+def test_a_closed_gate_kills_processes_of_another_user(grow: Grow) -> None:
     tree = grow("other-user")
 
     tree.process.close_gate()
@@ -174,7 +174,7 @@ def test_the_end_of_the_gate_ends_processes_of_another_user(grow: Grow) -> None:
     assert_it_ended_everything(tree, wire.SERVICE_GONE)
 
 
-def test_the_death_of_the_service_ends_the_tree(tmp_path: Path) -> None:
+def test_the_death_of_the_service_kills_the_tree(tmp_path: Path) -> None:
     ours, theirs = os.pipe()
     script = Path(__file__).with_name("launch_once.py")
     command = [sys.executable, str(script), "hold", str(tmp_path / "journal")]
@@ -190,7 +190,7 @@ def test_the_death_of_the_service_ends_the_tree(tmp_path: Path) -> None:
             until(lambda: not any(alive(one) for one in found if one is not None))
 
 
-def test_silence_beyond_the_deadline_ends_every_descendant(grow: Grow) -> None:
+def test_a_missed_deadline_kills_every_descendant(grow: Grow) -> None:
     tree = grow("stubborn", *ESCAPEES)
 
     tree.process.heartbeat(in_ns(0.2))
@@ -214,7 +214,7 @@ def test_a_heartbeat_moves_the_deadline(grow: Grow) -> None:
     assert alive(tree.shim)
 
 
-def test_a_heartbeat_after_the_deadline_saves_nobody(grow: Grow) -> None:
+def test_a_heartbeat_after_the_deadline_saves_no_process(grow: Grow) -> None:
     tree = grow("stubborn", "daemon")
     deadline = in_ns(0.7)
     tree.process.heartbeat(deadline)
@@ -223,7 +223,7 @@ def test_a_heartbeat_after_the_deadline_saves_nobody(grow: Grow) -> None:
     until(lambda: boot_time_ns() > deadline)
 
     assert tree.process.heartbeat(in_ns(PATIENCE_S))
-    strike(tree.shim, signal.SIGCONT)
+    send_signal(tree.shim, signal.SIGCONT)
 
     assert_it_ended_everything(tree, wire.LEASE_OVER)
 
@@ -240,9 +240,9 @@ def test_heartbeats_to_a_stopped_shim_never_block(grow: Grow) -> None:
     assert not tree.process.heartbeat(in_ns(PATIENCE_S))
 
 
-def test_ends_a_fork_storm(grow: Grow) -> None:
+def test_kills_a_fork_storm(grow: Grow) -> None:
     tree = grow("storm")
-    assert len(tree.bearers()) == 302
+    assert len(tree.processes_with_watermark()) == 302
 
     tree.process.close_gate()
 
@@ -251,7 +251,7 @@ def test_ends_a_fork_storm(grow: Grow) -> None:
     assert len(killed_by_shim(tree.journal)) == 302
 
 
-def test_ends_who_forks_and_exits_all_the_time(grow: Grow) -> None:
+def test_kills_a_process_that_forks_and_exits_all_the_time(grow: Grow) -> None:
     tree = grow("flicker", "flicker", "flicker")
 
     tree.process.close_gate()
@@ -260,7 +260,7 @@ def test_ends_who_forks_and_exits_all_the_time(grow: Grow) -> None:
     assert tree.nobody_alive()
 
 
-def test_every_signal_of_the_shim_is_in_its_book(grow: Grow) -> None:
+def test_every_signal_of_the_shim_is_in_its_journal(grow: Grow) -> None:
     tree = grow("daemon")
 
     tree.process.close_gate()
@@ -283,7 +283,7 @@ def test_every_signal_of_the_shim_is_in_its_book(grow: Grow) -> None:
     assert tree.journal.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_book_tells_whole_lines_only(tmp_path: Path) -> None:
+def test_a_journal_has_only_whole_lines(tmp_path: Path) -> None:
     journal = tmp_path / "journal"
     killed = {"signal": "SIGKILL", "outcome": "sent", "pid": 5, "start_ticks": 6}
     lines = [

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from process.trees import PATIENCE_S, Grow, Start, Tree, alive, in_ns, strike, until
+from process.trees import PATIENCE_S, Grow, Start, Tree, alive, in_ns, send_signal, until
 from runrecovery_service.process import launch, procfs
 from runrecovery_service.process.launch_errors import LaunchDelayed, LaunchFailed
 from runrecovery_service.process.markers import COOKIE_VARIABLE
@@ -46,7 +46,7 @@ def exit_of(tree: Tree) -> Exited:
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL),
     ],
 )
-def test_tells_how_the_agent_ended(start: Start, code: str, expected: int) -> None:
+def test_reports_the_exit_of_the_agent(start: Start, code: str, expected: int) -> None:
     tree = start([*CODE, code])
 
     assert exit_of(tree).code == expected
@@ -54,7 +54,7 @@ def test_tells_how_the_agent_ended(start: Start, code: str, expected: int) -> No
     assert tree.shim_exit() == 0
 
 
-def test_tells_what_the_agent_used(start: Start) -> None:
+def test_reports_the_resources_that_the_agent_used(start: Start) -> None:
     idle = exit_of(start([*CODE, ""]))
     busy = exit_of(
         start([*CODE, "import time; x = b'x' * (64 << 20)\nwhile time.process_time() < 0.2: pass"])
@@ -64,19 +64,19 @@ def test_tells_what_the_agent_used(start: Start) -> None:
     assert busy.max_rss_kib > 64 << 10 > idle.max_rss_kib > 1 << 10
 
 
-def test_what_the_agent_leaves_keeps_the_shim(grow: Grow) -> None:
+def test_the_shim_lives_as_long_as_processes_that_the_agent_left(grow: Grow) -> None:
     tree = grow("scrubbed-daemon")
     tree.end_leader()
     assert exit_of(tree).code == -signal.SIGKILL
     assert alive(tree.shim)
 
-    strike(tree.procs["scrubbed-daemon"], signal.SIGKILL)
+    send_signal(tree.procs["scrubbed-daemon"], signal.SIGKILL)
 
     assert tree.events() == [Empty()]
     assert tree.shim_exit() == 0
 
 
-def test_what_the_agent_leaves_is_ended_at_the_deadline(grow: Grow) -> None:
+def test_processes_that_the_agent_left_are_killed_at_the_deadline(grow: Grow) -> None:
     tree = grow("escapee")
     tree.end_leader()
 
@@ -87,13 +87,13 @@ def test_what_the_agent_leaves_is_ended_at_the_deadline(grow: Grow) -> None:
     assert killed_by_shim(tree.journal) == {tree.procs["escapee"].identity}
 
 
-def test_the_shim_buries_orphans(grow: Grow) -> None:
+def test_the_shim_reaps_orphans(grow: Grow) -> None:
     tree = grow("daemon", "scrubbed-daemon")
     orphans = [tree.procs["daemon"].pid, tree.procs["scrubbed-daemon"].pid]
     assert {one.ppid for one in procfs.scan(orphans).values()} == {tree.shim.pid}
 
     for role in ("daemon", "scrubbed-daemon"):
-        strike(tree.procs[role], signal.SIGKILL)
+        send_signal(tree.procs[role], signal.SIGKILL)
 
     until(lambda: procfs.scan(orphans) == {})
     assert tree.alive("leader")
@@ -122,11 +122,11 @@ def test_the_shim_is_small(grow: Grow) -> None:
     assert int(status(tree.shim.pid)["VmHWM"].split()[0]) < 12 << 10
 
 
-def test_the_shim_outlives_what_is_sent_to_a_tree(grow: Grow) -> None:
+def test_the_shim_survives_signals_that_are_sent_to_its_tree(grow: Grow) -> None:
     tree = grow()
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
-        strike(tree.shim, number)
+        send_signal(tree.shim, number)
     tree.process.heartbeat(in_ns(PATIENCE_S))
     until(tree.heard_everything)  # and so, before it, the signals
 
@@ -153,7 +153,7 @@ def test_the_shim_has_the_cookie_alone_and_stays_at_the_root(start: Start) -> No
     assert os.readlink(f"/proc/{tree.shim.pid}/cwd") == "/"  # noqa: PTH115 - as it is written
 
 
-def test_nobody_may_look_into_the_shim(tmp_path: Path) -> None:
+def test_no_other_user_can_read_the_shim_in_proc(tmp_path: Path) -> None:
     """What is not dumpable belongs to root's user *and* group in /proc, whosever it is."""
     script = Path(__file__).with_name("launch_once.py")
     said = subprocess.run(
@@ -196,7 +196,7 @@ def test_no_signal_is_ignored_or_blocked_in_the_agent(start: Start) -> None:
     assert masks == dict.fromkeys(masks, 0)
 
 
-def test_a_service_that_blocks_signals_does_not_make_the_shim_deaf(start: Start) -> None:
+def test_the_shim_gets_signals_that_its_service_blocks(start: Start) -> None:
     with inherited_by_mistake():
         tree = start([*CODE, "input()"])
 
@@ -292,7 +292,7 @@ def test_an_agent_is_not_protected_from_the_out_of_memory_killer_as_its_service_
     assert (done.returncode, done.stdout, done.stderr) == (0, of_the_agent, "")
 
 
-def test_the_memory_bound_is_felt(start: Start) -> None:
+def test_the_memory_limit_is_enforced(start: Start) -> None:
     code = "import sys\ntry: b'x' * (300 << 20)\nexcept MemoryError: sys.exit(9)"
 
     assert exit_of(start([*CODE, code])).code == 0

@@ -15,20 +15,20 @@ from runrecovery_service.process.sweep import end_trees
 
 
 def orphaned(tree: Tree) -> Tree:
-    """Kill shim and leader: what is left has nothing but its marks."""
+    """Kill shim and leader, so that only markers prove the rest."""
     tree.kill_shim()
     tree.end_leader()
     return tree
 
 
-def test_ends_an_agent_and_its_children(grow: Grow) -> None:
+def test_kills_an_agent_and_its_children(grow: Grow) -> None:
     tree = grow("child", "child", "session")
 
     assert end(tree.lease) == Ending(found=4, ended=4, gone=True)
     assert tree.nobody_alive()
 
 
-def test_ends_who_tries_to_get_away(grow: Grow) -> None:
+def test_kills_a_process_that_tries_to_escape(grow: Grow) -> None:
     tree = grow(*ESCAPEES, "renegade")
 
     ending = end(tree.lease)
@@ -39,7 +39,7 @@ def test_ends_who_tries_to_get_away(grow: Grow) -> None:
 
 
 @pytest.mark.parametrize("known", [lambda lease: lease, unrecorded], ids=["recorded", "not"])
-def test_ends_what_a_dead_shim_and_a_dead_agent_left(
+def test_kills_processes_that_a_dead_shim_and_a_dead_agent_left(
     grow: Grow, known: Callable[[LaunchMarkers], LaunchMarkers]
 ) -> None:
     tree = orphaned(grow("stubborn", *ESCAPEES))
@@ -88,7 +88,7 @@ def test_neither_group_nor_session_proves_anything(grow: Grow, signals: Signals)
 
 @pytest.mark.parametrize("grace_s", [0, 2])
 @pytest.mark.parametrize("manners", [(), ("stubborn",)], ids=["meek", "stubborn"])
-def test_ends_a_fork_storm_without_its_shim(
+def test_kills_a_fork_storm_without_its_shim(
     grow: Grow, grace_s: float, manners: tuple[str, ...]
 ) -> None:
     tree = orphaned(grow(*manners, "storm"))
@@ -101,11 +101,11 @@ def test_ends_a_fork_storm_without_its_shim(
 
 @pytest.mark.parametrize("grace_s", [0, 0.2])
 @pytest.mark.parametrize("manners", [(), ("stubborn",)], ids=["meek", "stubborn"])
-def test_ends_who_forks_and_exits_all_the_time_without_its_shim(
+def test_kills_a_process_that_forks_and_exits_all_the_time_without_its_shim(
     grow: Grow, grace_s: float, manners: tuple[str, ...]
 ) -> None:
     tree = orphaned(grow(*manners, "flicker", "flicker", "flicker"))
-    until(tree.bearers)
+    until(tree.processes_with_watermark)
 
     ending = end(tree.lease, grace_s=grace_s)
 
@@ -114,14 +114,14 @@ def test_ends_who_forks_and_exits_all_the_time_without_its_shim(
 
 
 @only_root
-def test_ends_processes_of_another_user(grow: Grow) -> None:
+def test_kills_processes_of_another_user(grow: Grow) -> None:
     tree = orphaned(grow("other-user"))
 
     assert end(tree.lease) == Ending(found=1, ended=1, gone=True)
     assert tree.nobody_alive()
 
 
-def test_ends_many_trees_together(grow: Grow) -> None:
+def test_kills_many_trees_together(grow: Grow) -> None:
     trees = [grow("stubborn", "child", "scrubbed-daemon") for _ in range(30)]
     for tree in trees[::3]:
         orphaned(tree)
@@ -135,7 +135,7 @@ def test_ends_many_trees_together(grow: Grow) -> None:
     assert all(tree.nobody_alive() for tree in trees)
 
 
-def test_finds_what_is_forked_during_the_grace(grow: Grow, signals: Signals) -> None:
+def test_finds_a_process_that_is_forked_during_the_grace(grow: Grow, signals: Signals) -> None:
     tree = grow("hydra")
 
     ending = end(tree.lease, grace_s=1, clock=once_asked(signals, tree))
@@ -145,7 +145,9 @@ def test_finds_what_is_forked_during_the_grace(grow: Grow, signals: Signals) -> 
     assert signals.names(late) == ["SIGTERM"]
 
 
-def test_finds_what_a_scrubbed_one_forks_during_the_grace(grow: Grow, signals: Signals) -> None:
+def test_finds_a_process_that_a_scrubbed_one_forks_during_the_grace(
+    grow: Grow, signals: Signals
+) -> None:
     tree = grow("scrubbed-hydra")
     tree.kill_shim()
 
@@ -156,7 +158,7 @@ def test_finds_what_a_scrubbed_one_forks_during_the_grace(grow: Grow, signals: S
     assert tree.nobody_alive()
 
 
-def test_who_was_held_still_proves_its_children_when_its_own_proof_is_gone(
+def test_a_pinned_process_still_proves_its_children_after_its_own_proof_is_gone(
     grow: Grow, signals: Signals
 ) -> None:
     # At the SIGTERM it wipes off its watermark, the only thing that ties it to us, and forks.
@@ -186,7 +188,7 @@ def test_a_healthy_shim_is_neither_signalled_nor_counted(
     assert tree.shim_exit() == 0
 
 
-def test_a_shim_that_guards_nobody_is_awaited_and_not_counted(grow: Grow, signals: Signals) -> None:
+def test_a_shim_without_a_tree_is_awaited_and_not_counted(grow: Grow, signals: Signals) -> None:
     tree = grow()
     tree.stop_shim()
     tree.end_leader()
@@ -196,7 +198,7 @@ def test_a_shim_that_guards_nobody_is_awaited_and_not_counted(grow: Grow, signal
     assert not alive(tree.shim)
 
 
-def test_a_stopped_shim_is_ended_after_all_of_its_tree(
+def test_a_stopped_shim_is_killed_after_its_whole_tree(
     grow: Grow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tree = grow("stubborn", "daemon", "escapee")
@@ -219,7 +221,7 @@ def test_a_stopped_shim_is_ended_after_all_of_its_tree(
     assert (log.lines[-1]["signal"], log.lines[-1]["evidence"]) == ("SIGKILL", "shim")
 
 
-def test_a_gated_shim_is_ended(start: Start, signals: Signals) -> None:
+def test_a_gated_shim_is_killed(start: Start, signals: Signals) -> None:
     """Nobody holds it any more but a service that hangs: it guards nothing, and must go."""
     tree = start(["/bin/true"], release=False)
 

@@ -1,4 +1,4 @@
-"""How a sweep ends processes, and what it reports, leaves and logs."""
+"""How a sweep kills processes, and what it reports, leaves and logs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from runrecovery_service.process.procfs import Proc
 from runrecovery_service.process.sweep import end_trees
 
 
-def test_asks_before_it_kills(grow: Grow, signals: Signals) -> None:
+def test_sends_sigterm_before_sigkill(grow: Grow, signals: Signals) -> None:
     tree = grow("child")
 
     end(tree.lease)
@@ -30,7 +30,7 @@ def test_asks_before_it_kills(grow: Grow, signals: Signals) -> None:
     assert signals.pids() == {proc.pid for proc in tree.procs.values()}
 
 
-def test_kills_who_ignores_sigterm_after_the_grace(grow: Grow, signals: Signals) -> None:
+def test_kills_a_process_that_ignores_sigterm_after_the_grace(grow: Grow, signals: Signals) -> None:
     tree = grow("stubborn", "child", "daemon")
     began = time.monotonic()
 
@@ -52,7 +52,9 @@ def test_returns_as_soon_as_all_are_gone(grow: Grow) -> None:
     assert time.monotonic() - began < 50
 
 
-def test_wakes_a_stopped_process_so_that_it_can_obey(grow: Grow, signals: Signals) -> None:
+def test_continues_a_stopped_process_so_that_it_can_handle_sigterm(
+    grow: Grow, signals: Signals
+) -> None:
     tree = grow("stopped")
     stopped = tree.procs["stopped"].pid
 
@@ -112,7 +114,7 @@ def scans(monkeypatch: pytest.MonkeyPatch, note: Callable[[], object]) -> None:
     monkeypatch.setattr(sweep._Sweep, "_scan", scan)
 
 
-def test_nothing_found_takes_two_scans_not_five(
+def test_a_launch_without_processes_takes_two_scans(
     new_lease: NewLease, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[bool] = []
@@ -124,7 +126,7 @@ def test_nothing_found_takes_two_scans_not_five(
     assert len(seen) == 2
 
 
-def test_something_ended_takes_five_empty_scans(
+def test_a_launch_with_killed_processes_takes_five_empty_scans(
     grow: Grow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tree = grow()
@@ -136,7 +138,7 @@ def test_something_ended_takes_five_empty_scans(
     assert living.count(False) >= 5
 
 
-def test_ends_more_than_it_may_hold_descriptors_of(
+def test_kills_more_processes_than_it_may_open_pidfds(
     grow: Grow, signals: Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tree = grow("stubborn", *["daemon"] * 20)
@@ -181,7 +183,7 @@ def test_sweeping_twice_changes_nothing(grow: Grow) -> None:
     assert end(tree.lease) == Ending(gone=True)
 
 
-def test_says_who_may_not_be_signalled(
+def test_reports_a_process_that_may_not_be_signalled(
     grow: Grow, signals: Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tree = grow()
@@ -200,7 +202,7 @@ def test_says_who_may_not_be_signalled(
     assert time.monotonic() - began < 60  # no use in waiting for the deadline
 
 
-def test_says_who_survives_the_deadline(
+def test_reports_a_process_that_survives_the_deadline(
     grow: Grow, signals: Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tree = grow()
@@ -219,7 +221,7 @@ def test_says_who_survives_the_deadline(
     assert "is alive after SIGKILL (state " in ending.refused[0]
 
 
-def test_leaves_nothing_frozen_when_the_deadline_passes(grow: Grow, signals: Signals) -> None:
+def test_leaves_no_process_stopped_when_the_deadline_passes(grow: Grow, signals: Signals) -> None:
     tree = grow("stubborn")
     leader = tree.procs["leader"].pid
 
@@ -233,9 +235,7 @@ def test_leaves_nothing_frozen_when_the_deadline_passes(grow: Grow, signals: Sig
     assert signals.names(leader) == ["SIGSTOP", "SIGKILL"]
 
 
-def test_being_unable_to_look_is_not_an_empty_scan(
-    grow: Grow, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unreadable_proc_is_no_empty_scan(grow: Grow, monkeypatch: pytest.MonkeyPatch) -> None:
     tree = grow()
 
     def blind() -> None:
@@ -248,7 +248,7 @@ def test_being_unable_to_look_is_not_an_empty_scan(
     assert tree.alive("leader")
 
 
-def test_who_cannot_be_held_is_not_gone(grow: Grow, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_without_a_pidfd_is_not_gone(grow: Grow, monkeypatch: pytest.MonkeyPatch) -> None:
     tree = grow()
 
     def no_descriptor_left(_: int) -> int:
@@ -263,7 +263,7 @@ def test_who_cannot_be_held_is_not_gone(grow: Grow, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("grace_s", [0, 5], ids=["frozen", "asked"])
-def test_a_signal_goes_only_to_evidence_read_again(
+def test_a_signal_is_sent_only_after_the_proof_was_read_again(
     grow: Grow, signals: Signals, monkeypatch: pytest.MonkeyPatch, grace_s: float
 ) -> None:
     tree = grow()
@@ -271,7 +271,7 @@ def test_a_signal_goes_only_to_evidence_read_again(
     seen: list[int] = []
 
     def once(pid: int) -> int | None:
-        """Each process bears its mark when it is looked at first, and never again."""
+        """Let each process have its marker at the first read only."""
         if pid in seen:
             return None
         seen.append(pid)
@@ -332,7 +332,7 @@ def test_every_signal_is_logged_with_its_reason(grow: Grow, signals: Signals) ->
         ]
 
 
-def test_no_mark_is_ever_logged(grow: Grow, signals: Signals) -> None:
+def test_no_marker_is_ever_logged(grow: Grow, signals: Signals) -> None:
     tree = grow("daemon")
 
     ending = end(tree.lease)
@@ -355,7 +355,7 @@ def test_there_is_one_place_that_sends_signals() -> None:
     assert senders - {"cli/demo/service_process.py"} == {"process/signals.py"}
 
 
-def test_who_is_found_is_killed_though_the_first_look_outlasts_the_deadline(
+def test_a_found_process_is_killed_even_if_the_first_scan_outlasts_the_deadline(
     grow: Grow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tree = grow("stubborn", "child", "escapee")

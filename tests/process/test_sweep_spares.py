@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from process.sweeping import ROOT, NewLease, end, only_root, unrecorded
-from process.trees import PATIENCE_S, Grow, Signals, alive, strike
+from process.trees import PATIENCE_S, Grow, Signals, alive, send_signal
 from runrecovery_service.process import procfs
 from runrecovery_service.process.ending import Ending
 from runrecovery_service.process.markers import COOKIE_VARIABLE, LaunchMarkers
@@ -26,7 +26,7 @@ def launched_on(lease: LaunchMarkers, **host: Any) -> LaunchMarkers:
     return replace(lease, host=replace(lease.host, **host))
 
 
-def test_leaves_a_sibling_lease_alone(grow: Grow, signals: Signals) -> None:
+def test_spares_another_launch(grow: Grow, signals: Signals) -> None:
     ours, sibling = grow("child", "escapee"), grow("child", "escapee")
 
     end(ours.lease)
@@ -36,8 +36,8 @@ def test_leaves_a_sibling_lease_alone(grow: Grow, signals: Signals) -> None:
     assert signals.pids() == {proc.pid for proc in ours.procs.values()}
 
 
-def test_leaves_a_twin_alone(grow: Grow, signals: Signals, tmp_path: Path) -> None:
-    """Same program, same words, same place, the shape of a tree of ours; but no mark."""
+def test_spares_a_process_that_looks_the_same(grow: Grow, signals: Signals, tmp_path: Path) -> None:
+    """The same program, arguments, folder and shape of tree, but no marker."""
     ours = grow("child")
     command = Path(f"/proc/{ours.procs['leader'].pid}/cmdline").read_text().split("\0")[:-1]
     with subprocess.Popen(
@@ -54,11 +54,11 @@ def test_leaves_a_twin_alone(grow: Grow, signals: Signals, tmp_path: Path) -> No
         finally:
             for twin in twins:
                 assert twin is not None
-                strike(twin, signal.SIGKILL)
+                send_signal(twin, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("off_by", [-1, 1])
-def test_a_reused_pid_is_a_stranger(
+def test_spares_the_process_of_a_reused_pid(
     grow: Grow, new_lease: NewLease, signals: Signals, off_by: int
 ) -> None:
     stranger = grow("child")
@@ -106,7 +106,7 @@ def test_half_a_cookie_proves_nothing(
     assert signals.lines == []
 
 
-def test_another_boot_is_gone_without_a_look(
+def test_a_launch_of_another_boot_is_gone_without_a_scan(
     grow: Grow, signals: Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tree = grow("child")
@@ -122,7 +122,7 @@ def test_another_boot_is_gone_without_a_look(
     assert signals.lines == []
 
 
-def test_a_pid_of_another_namespace_means_nothing(
+def test_a_recorded_pid_of_another_namespace_is_ignored(
     grow: Grow, new_lease: NewLease, signals: Signals
 ) -> None:
     stranger = grow("child")
@@ -138,7 +138,7 @@ def test_a_pid_of_another_namespace_means_nothing(
     assert signals.lines == []
 
 
-def test_the_marks_of_another_namespace_mean_what_they_say(grow: Grow) -> None:
+def test_markers_of_another_namespace_are_valid(grow: Grow) -> None:
     # A service in a container shares the host's boot id; what it launched can be seen from here.
     tree = grow("daemon", "escapee")
     tree.kill_shim()
@@ -149,7 +149,7 @@ def test_the_marks_of_another_namespace_mean_what_they_say(grow: Grow) -> None:
     assert tree.nobody_alive()
 
 
-def test_tells_that_another_host_cannot_be_looked_at(grow: Grow, signals: Signals) -> None:
+def test_reports_that_another_host_cannot_be_scanned(grow: Grow, signals: Signals) -> None:
     tree = grow()
 
     ending = end(launched_on(tree.lease, host_id="elsewhere", boot_id="another"))
@@ -182,7 +182,7 @@ def sweep_once(lease: LaunchMarkers, *words: str, **options: Any) -> dict[str, A
 
 
 @pytest.mark.parametrize("mark", ["cookie", "watermark"])
-def test_never_touches_itself_although_it_bears_the_mark(new_lease: NewLease, mark: str) -> None:
+def test_never_signals_itself_even_with_the_marker(new_lease: NewLease, mark: str) -> None:
     lease = new_lease()
     cookie = {COOKIE_VARIABLE: lease.token} if mark == "cookie" else {}
     words = ["marked"] if mark == "watermark" else []
@@ -194,7 +194,7 @@ def test_never_touches_itself_although_it_bears_the_mark(new_lease: NewLease, ma
 
 
 @only_root
-def test_says_who_belongs_to_another_user_and_leaves_him(grow: Grow) -> None:
+def test_reports_a_process_of_another_user_and_spares_it(grow: Grow) -> None:
     tree = grow("escapee")
     tree.kill_shim()
 
@@ -225,7 +225,7 @@ in_a_namespace = pytest.mark.skipif(
 
 
 def race(*words: str) -> dict[str, Any]:
-    """Let pid_reuse.py swap a process of ours for an innocent one of the same pid."""
+    """Let pid_reuse.py replace a process of the launch by an innocent one with its pid."""
     script = Path(__file__).with_name("pid_reuse.py")
     done = subprocess.run(
         ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", sys.executable, script,
@@ -242,7 +242,9 @@ def race(*words: str) -> dict[str, Any]:
 @in_a_namespace
 @pytest.mark.parametrize("grace_s", ["0", "0.2"])
 @pytest.mark.parametrize("moment", ["before", "opening", "opened"])
-def test_who_takes_the_pid_of_a_process_of_ours_is_not_touched(moment: str, grace_s: str) -> None:
+def test_spares_an_innocent_that_takes_the_pid_of_a_process_of_the_launch(
+    moment: str, grace_s: str
+) -> None:
     told = race(moment, grace_s)
 
     assert told["state"] not in {"T", "Z"}
@@ -251,13 +253,13 @@ def test_who_takes_the_pid_of_a_process_of_ours_is_not_touched(moment: str, grac
 
 
 @in_a_namespace
-def test_the_shim_does_not_touch_who_takes_the_pid_of_a_descendant() -> None:
+def test_the_shim_spares_an_innocent_that_takes_the_pid_of_a_descendant() -> None:
     assert race("shim", "0")["state"] not in {"T", "Z"}
 
 
 @in_a_namespace
 @pytest.mark.parametrize("left_out", ["prove", "send"])
-def test_one_of_two_proofs_is_enough_to_save_an_innocent(left_out: str) -> None:
+def test_one_of_two_checks_is_enough_to_spare_an_innocent(left_out: str) -> None:
     assert race("opening", "0.2", left_out)["state"] not in {"T", "Z"}
 
 
@@ -267,6 +269,6 @@ def test_one_of_two_proofs_is_enough_to_save_an_innocent(left_out: str) -> None:
     [("opening", "0.2", "prove", "send"), ("opening", "0", "send"), ("shim", "0", "send")],
     ids=["asked", "frozen", "shim"],
 )
-def test_without_the_proof_an_innocent_dies(words: tuple[str, ...]) -> None:
+def test_without_both_checks_an_innocent_dies(words: tuple[str, ...]) -> None:
     """Or the tests above could not fail."""
     assert race(*words)["state"] == "Z"

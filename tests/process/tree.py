@@ -1,17 +1,17 @@
-"""Grows a process tree of the shape that the arguments name; every process says its role and pid.
+"""Grow the process tree that the arguments describe; each process prints its role and pid.
 
-Nothing of it lives longer than 60 s. Roles:
+Each process lives for 60 s at most. Roles:
 
 - child, session (setsid), daemon (double fork and setsid), thread (its first thread ends, another
   lives), zombie, stopped, other-user (root alone can make it).
 - scrubbed (a child with an empty environment), scrubbed-session, scrubbed-daemon (double fork and
-  setsid); undumpable (a child that nobody may look into), escapee (a scrubbed daemon, undumpable).
+  setsid); undumpable (a child whose /proc is unreadable), escapee (a scrubbed daemon, undumpable).
 - renegade: double-forked into the leader's group, scrubbed, and it has lowered its limit on locks:
-  nothing but its shim's descent proves it.
+  only descent from its shim proves it.
 - storm: a child with 300 children. flicker: a daemon that forks and exits every 5 ms, for 20 s.
 - stubborn makes all that follow, and the leader, ignore SIGTERM. hydra makes the leader answer
   SIGTERM with a child in a session of its own, without an environment; scrubbed-hydra is a
-  scrubbed child that does so; turncoat-hydra wipes off its watermark first.
+  scrubbed child that does so; turncoat-hydra removes its watermark first.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ while time.monotonic() < until:
 
 
 def announce(role: str, pid: int) -> None:
-    """One write, so that lines of several processes do not mix."""
+    """Print the role and the pid in one write, so that lines do not mix."""
     os.write(1, f"{role} {pid}\n".encode())
 
 
 def rest(role: str) -> None:
-    """Say who we are and sleep."""
+    """Print the role and sleep."""
     signal.alarm(LIFETIME_S)
     announce(role, os.getpid())
     while True:
@@ -87,7 +87,7 @@ def fork(then: Callable[[], object]) -> int:
 
 
 def fork_twice(then: Callable[[], object], *, setsid: bool) -> None:
-    """Run `then` in a process that is nobody's child here."""
+    """Run `then` in a grandchild whose parent exits."""
 
     def first() -> None:
         if setsid:
@@ -143,7 +143,7 @@ def leave_stopped(role: str) -> None:
 
 
 def hide(role: str) -> None:
-    """Let nobody look into us."""
+    """Make /proc of this process unreadable."""
     ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     rest(role)
 
@@ -156,7 +156,7 @@ def turn_into_nobody(role: str) -> None:
 
 
 def storm(role: str) -> None:
-    """Have many children, then say so."""
+    """Fork many children, then print the role."""
 
     def sleep() -> None:
         signal.alarm(LIFETIME_S)
@@ -168,7 +168,7 @@ def storm(role: str) -> None:
 
 
 def flicker() -> None:
-    """Live on in a new process every few milliseconds."""
+    """Fork and exit every few milliseconds."""
     until = time.monotonic() + FLICKER_S
     while time.monotonic() < until:
         time.sleep(FLICK_S)
@@ -177,7 +177,7 @@ def flicker() -> None:
 
 
 def reborn() -> None:
-    """Become a scrubbed program that obeys SIGTERM."""
+    """Become a scrubbed program that exits by SIGTERM."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     become(SCRUBBED, "late")
 

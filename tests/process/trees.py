@@ -1,4 +1,4 @@
-"""A launched tree, and how a test looks at it and strikes it, without the code that is tested."""
+"""A launched tree, which tests read and signal without the code under test."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ PATIENCE_S = 60
 
 
 def until(holds: Callable[[], object]) -> None:
-    """Return once it holds; fail when it does not in time."""
+    """Wait until a condition holds; fail if it does not in time."""
     waiting.until(holds, "it holds")
 
 
 def alive(proc: Proc) -> bool:
-    """True while that very process lives."""
+    """Return whether that very process lives."""
     now = procfs.read_proc(proc.pid)
     return now is not None and now.identity == proc.identity and not now.dead
 
 
-def strike(proc: Proc, number: int) -> None:
-    """Send a signal to that very process, or to nobody."""
+def send_signal(proc: Proc, number: int) -> None:
+    """Send a signal to that very process; fail if it is dead."""
     pidfd = os.pidfd_open(proc.pid)
     try:
         assert alive(proc)
@@ -54,7 +54,7 @@ def in_ns(seconds: float) -> int:
 
 @dataclass
 class Tree:
-    """A launched tree: its lease as the store would have it, and who announced himself."""
+    """A launched tree: the markers of its launch, and its processes by their printed roles."""
 
     process: ShimmedProcess
     lease: LaunchMarkers
@@ -63,26 +63,26 @@ class Tree:
     procs: dict[str, Proc] = field(default_factory=dict)
 
     def alive(self, role: str) -> bool:
-        """True while that very process lives."""
+        """Return whether that very process lives."""
         return alive(self.procs[role])
 
     def end_leader(self) -> None:
-        """Kill the leader alone, and wait until he is dead."""
-        strike(self.procs["leader"], signal.SIGKILL)
+        """Kill the leader alone, and wait for its death."""
+        send_signal(self.procs["leader"], signal.SIGKILL)
         until(lambda: not self.alive("leader"))
 
     def kill_shim(self) -> None:
-        """Kill the shim alone: what it guarded goes on, and nobody reaps or ends it."""
-        strike(self.shim, signal.SIGKILL)
+        """Kill the shim alone; its tree lives on, unreaped."""
+        send_signal(self.shim, signal.SIGKILL)
         self.process.popen.wait(PATIENCE_S)
 
     def stop_shim(self) -> None:
         """Stop the shim alone."""
-        strike(self.shim, signal.SIGSTOP)
+        send_signal(self.shim, signal.SIGSTOP)
         until(lambda: self.shim_state() == "T")
 
     def shim_state(self) -> str:
-        """Return the state of the shim; empty once it was reaped."""
+        """Return the state of the shim, or "" once it was reaped."""
         now = procfs.read_proc(self.shim.pid)
         return now.state if now is not None else ""
 
@@ -90,16 +90,25 @@ class Tree:
         """Wait for the shim's exit code."""
         return self.process.popen.wait(PATIENCE_S)
 
-    def bearers(self) -> list[Proc]:
-        """Return who bears the watermark and lives, the shim aside."""
-        return [proc for proc in bearers(self.lease) if proc.identity != self.shim.identity]
+    def processes_with_watermark(self) -> list[Proc]:
+        """Return the living processes with the watermark, without the shim."""
+        return [
+            proc
+            for proc in processes_with_watermark(self.lease)
+            if proc.identity != self.shim.identity
+        ]
 
     def nobody_alive(self) -> bool:
-        """True when all that announced themselves are dead, nobody else bears the mark, and
-        nobody holds the output that all of them inherit: of that the kernel is certain, while a
-        scan may miss who forks and exits all the time."""
+        """Return whether the whole tree is dead.
+
+        All known processes are dead, no other process has the watermark, and no process holds the
+        inherited output. Only the last is certain: a scan may miss a process that forks and exits
+        all the time.
+        """
         return (
-            not any(map(alive, self.procs.values())) and not self.bearers() and self._fell_silent()
+            not any(map(alive, self.procs.values()))
+            and not self.processes_with_watermark()
+            and self._fell_silent()
         )
 
     def _fell_silent(self) -> bool:
@@ -113,16 +122,16 @@ class Tree:
         return True
 
     def identities(self) -> set[tuple[int, int]]:
-        """Return pid and start ticks of all that announced themselves."""
+        """Return pid and start ticks of all known processes."""
         return {proc.identity for proc in self.procs.values()}
 
     def heard_everything(self) -> bool:
-        """True when the shim has read all that was written into the gate."""
+        """Return whether the shim has read everything from its gate."""
         unread = fcntl.ioctl(self.process.gate, termios.FIONREAD, b"\0" * 4)
         return not int.from_bytes(unread, sys.byteorder)
 
     def events(self, last: type[object] | None = None) -> list[ShimEvent]:
-        """Read what the shim tells, up to an event of this kind or the end of its report."""
+        """Read the events of the shim, up to an event of this kind or the end of its report."""
         told: list[ShimEvent] = []
         while True:
             while self.process.unread_events:
@@ -159,40 +168,40 @@ class Grow(Protocol):
     def __call__(self, *roles: str, deadline_s: float = PATIENCE_S) -> Tree: ...
 
 
-def bearers(lease: LaunchMarkers) -> list[Proc]:
-    """Return who bears a lease's watermark and lives."""
-    # The newest first: who forks and exits all the time would run ahead of us.
+def processes_with_watermark(lease: LaunchMarkers) -> list[Proc]:
+    """Return the living processes with the watermark of a launch."""
+    # The newest first: a process that forks and exits all the time would outrun the scan.
     pids = sorted(procfs.pids(), reverse=True)
     found = [procfs.read_proc(pid) for pid in pids if procfs.watermark(pid) == lease.watermark]
     return [proc for proc in found if proc is not None and not proc.dead]
 
 
 def clear_away(tree: Tree) -> None:
-    """End everything of a tree, without the code that is tested."""
+    """Kill everything of a tree, without the code under test."""
     popen = tree.process.popen
     if popen.poll() is None:  # our own child, and not reaped: its pid is its own
         popen.kill()
         popen.wait(PATIENCE_S)
     for proc in tree.procs.values():
-        _put_down(proc)
-    until(lambda: _nobody_left(tree.lease))
+        _kill(proc)
+    until(lambda: _is_cleared(tree.lease))
     tree.process.dispose()
 
 
-def _nobody_left(lease: LaunchMarkers) -> bool:
-    left = bearers(lease)
+def _is_cleared(lease: LaunchMarkers) -> bool:
+    left = processes_with_watermark(lease)
     for proc in left:
-        _put_down(proc)
+        _kill(proc)
     return not left
 
 
-def _put_down(proc: Proc) -> None:
+def _kill(proc: Proc) -> None:
     with suppress(ProcessLookupError, AssertionError):
-        strike(proc, signal.SIGKILL)
+        send_signal(proc, signal.SIGKILL)
 
 
 class Signals:
-    """Stands in for the sweep's log: what was signalled, in order."""
+    """Replaces the log of the sweep; keeps the logged signals, in order."""
 
     def __init__(self) -> None:
         self.lines: list[dict[str, object]] = []
@@ -204,9 +213,9 @@ class Signals:
     warning = info
 
     def names(self, pid: object) -> list[object]:
-        """Return what one process was sent."""
+        """Return the signals to one process."""
         return [line["signal"] for line in self.lines if line["pid"] == pid]
 
     def pids(self) -> set[object]:
-        """Return who was sent anything."""
+        """Return the pids that got a signal."""
         return {line["pid"] for line in self.lines}
