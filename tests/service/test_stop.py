@@ -14,9 +14,10 @@ from typing import Final
 
 import grpc
 import pytest
-from runrecovery.v1 import recovery_pb2
+from runrecovery.v1 import recovery_pb2, run_pb2
 from runrecovery.v1 import run_service_pb2 as pb
 from support.api import Api, refusal_of, refused, status_word
+from support.engines import script
 from support.service import Home, ServiceProcess
 from support.waiting import until
 
@@ -59,6 +60,36 @@ def test_a_draining_service_answers_reads_and_refuses_changes(new_home: NewHome)
     assert refusal_of(ended.value).reason == "SHUTTING_DOWN"
     assert service.exit_code() == 0
     assert home.agents() == []
+
+
+WAITS_FOR_FILE: Final = """
+import json, os, time
+task = json.loads(input())
+while not os.path.exists(task["input"]["go"]):
+    time.sleep(0.01)
+print(json.dumps({"type": "result", "output": {}}), flush=True)
+"""
+
+
+def test_a_slot_that_becomes_free_during_the_drain_launches_no_queued_run(
+    new_home: NewHome,
+) -> None:
+    home = new_home(engines={"waits": script(WAITS_FOR_FILE)}, max_concurrent=1, drain_delay_s=4.0)
+    service, api = home.start()
+    given = {"go": str(home.path / "go")}
+    running = api.create("waits", given)
+    queued = api.create("waits", given, restart_policy=run_pb2.RESTART_POLICY_REQUEUE)
+    api.until_status(running.run_id, "RUNNING")
+
+    service.terminate()
+    until(lambda: api.health_of() == "NOT_SERVING", "the service drains")
+    (home.path / "go").touch()
+    api.until_status(running.run_id, "SUCCEEDED")
+
+    assert service.exit_code() == 0
+    launched = "SELECT r.run_id FROM process_lease l JOIN run r ON r.id = l.run"
+    assert home.rows(launched) == [(running.run_id,)]
+    assert home.rows("SELECT status FROM run WHERE run_id = ?", queued.run_id) == [("QUEUED",)]
 
 
 Refusals = set[tuple[str, str]]
