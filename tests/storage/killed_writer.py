@@ -1,4 +1,4 @@
-"""Kills writers of a SQLite store at random moments, and sees that the store opens each time.
+"""Kills writers of a SQLite store at random moments, and checks that the store opens each time.
 
     python killed_writer.py DIRECTORY KILLS
 

@@ -1,4 +1,4 @@
-"""Deadlines on rows: never early by a stepped clock, never forgotten, carried out once."""
+"""Stored deadlines pass on time whatever the wall clock does, and are carried out once."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def end_run(store: ServiceStore, run: Run) -> Run | None:
 
 
 def armed(store: ServiceStore) -> Run:
-    """A run that waits, and decides automatically at its deadline."""
+    """Return a waiting run that is decided automatically at its deadline."""
     return store.waiting(require_user_reply=False)
 
 
@@ -168,7 +168,7 @@ def test_the_deadline_of_an_answered_question_does_not_end_the_next_wait(
     stale = PassedDeadline(run.key, DueKind.WAIT)
     store.advance(WAIT_S)
     assert passed(store) == [stale]
-    store.reply(run)  # between the look and the carrying out
+    store.reply(run)  # after it was found passed and before it is carried out
     turn = store.take()
     assert turn is not None
     from runrecovery_service.domain.turn import Asked
@@ -223,7 +223,7 @@ def test_a_superseded_epoch_decides_nothing(store: ServiceStore) -> None:
 def test_a_reply_that_is_accepted_between_check_and_write_wins_over_the_deadline(
     store: ServiceStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between the look at the clock and the closing of the question."""
+    """The reply is accepted after the deadline was found passed and before the question closes."""
     if store.db.dialect.kind is DatabaseKind.SQLITE:
         pytest.skip("a transaction of SQLite excludes every other writer")
     run = store.waiting(profile=Profile.STICKY_PROCESS)
@@ -244,7 +244,7 @@ def test_a_reply_that_is_accepted_between_check_and_write_wins_over_the_deadline
 
 
 def elsewhere(store: ServiceStore, do: Callable[[], object]) -> None:
-    """Do something on another thread, that is on another connection, and wait for it."""
+    """Call a function on another thread, so on another connection, and wait for it."""
 
     def work() -> None:
         try:
@@ -371,7 +371,7 @@ def test_a_run_that_is_out_of_time_is_not_launched_again(store: ServiceStore) ->
     assert (ended.status, ended.attempt) == (RunStatus.FAILED, 1)
 
 
-# -- what is kept to set a run back ------------------------------------------------------------
+# -- sessions that are kept to reopen a run ----------------------------------------------------
 
 
 @pytest.mark.parametrize("step", STEPS, ids=["ahead", "back"])

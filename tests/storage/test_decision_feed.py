@@ -1,4 +1,4 @@
-"""Decisions in one order that can be read on from any place of it."""
+"""Decisions are read in one order, and reading can be resumed after any of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each kind of failure of a database is named, and is told apart from the others."""
+"""Each kind of database failure has a domain error of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The events of a run: a sequence without a gap, whatever happens to it."""
+"""The events of a run are a sequence without a gap, whatever happens to the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lists by label and time, and how much of each run they read."""
+"""Runs are listed by label and time, in a basic or a full view."""
 
 from __future__ import annotations
 

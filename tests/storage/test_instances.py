@@ -1,4 +1,4 @@
-"""Epochs only rise, and one name is held by one service."""
+"""Epochs only rise, and one service at a time has the lease of an instance."""
 
 from __future__ import annotations
 

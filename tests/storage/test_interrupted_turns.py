@@ -1,4 +1,4 @@
-"""A turn that was ended for want of a service becomes exactly what a restart would make of it."""
+"""A turn whose processes ended at the tree deadline gets the decision that a restart would make."""
 
 from __future__ import annotations
 

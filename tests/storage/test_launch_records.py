@@ -1,4 +1,4 @@
-"""A launch is on record before it happens, state by state, and until its tree is gone."""
+"""A launch is recorded before it happens, state by state, until its tree is gone."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def orphans(store: ServiceStore) -> list[LaunchRecord]:
     return launch_records.unclosed_launches(store.db, store.owner, before=store.owner.epoch)
 
 
-def patrolled(store: ServiceStore, *, seconds: float = 60) -> list[int]:
-    leases = launch_records.launches_to_sweep(
+def keys_to_sweep(store: ServiceStore, *, seconds: float = 60) -> list[int]:
+    launches = launch_records.launches_to_sweep(
         store.db, store.owner, now=store.now, closed_within_s=seconds
     )
-    return sorted(lease.key for lease in leases)
+    return sorted(launch.key for launch in launches)
 
 
-# -- the way of a launch -----------------------------------------------------------------------
+# -- the states of a launch --------------------------------------------------------------------
 
 
 def test_a_launch_is_recorded_step_by_step(store: ServiceStore) -> None:
@@ -75,10 +75,10 @@ def test_a_gated_launch_has_the_identity_of_its_shim(store: ServiceStore) -> Non
     gate(store, turn)
     store.restart()
 
-    (lease,) = orphans(store)
+    (launch,) = orphans(store)
 
-    assert (lease.key, lease.pid, lease.start_ticks) == (turn.launch.key, 4242, 99)
-    assert (lease.cookie, lease.watermark) == (turn.launch.cookie, turn.launch.watermark)
+    assert (launch.key, launch.pid, launch.start_ticks) == (turn.launch.key, 4242, 99)
+    assert (launch.cookie, launch.watermark) == (turn.launch.cookie, turn.launch.watermark)
 
 
 @pytest.mark.parametrize("step", [gate, run_agent])
@@ -147,7 +147,7 @@ def test_a_launch_that_has_ended_accepts_no_step(
     assert store.dump("process_lease") == before
 
 
-# -- marks -------------------------------------------------------------------------------------
+# -- markers -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bits", [40, 41, 53, 62])
@@ -156,12 +156,12 @@ def test_a_watermark_has_as_many_bits_as_the_host_allows(store: ServiceStore, bi
     for _ in range(20):
         store.create()
 
-    marks = [turn.launch.watermark for turn in iter(partial(store.take, site=site), None)]
+    watermarks = [turn.launch.watermark for turn in iter(partial(store.take, site=site), None)]
 
-    assert {mark.bit_length() for mark in marks if mark is not None} == {bits}
-    assert len(set(marks)) == 20
+    assert {watermark.bit_length() for watermark in watermarks if watermark is not None} == {bits}
+    assert len(set(watermarks)) == 20
     assert store.rows("SELECT watermark FROM process_lease ORDER BY id") == [
-        (mark,) for mark in marks
+        (watermark,) for watermark in watermarks
     ]
 
 
@@ -186,12 +186,12 @@ def test_each_launch_has_a_cgroup_of_its_own_below_the_delegated_one(store: Serv
 
 
 def test_the_markers_of_a_launch_are_in_no_repr(store: ServiceStore) -> None:
-    lease = store.running().launch
+    launch = store.running().launch
 
-    shown = repr(lease)
+    shown = repr(launch)
 
-    assert lease.cookie not in shown
-    assert str(lease.watermark) not in shown
+    assert launch.cookie not in shown
+    assert str(launch.watermark) not in shown
 
 
 # -- the end of a launch -----------------------------------------------------------------------
@@ -229,18 +229,18 @@ def test_a_launch_that_could_not_be_ended_stays_an_orphan_until_it_is_gone(
     close(store, turn, LEFT)
     store.restart()
 
-    (lease,) = orphans(store)
+    (launch,) = orphans(store)
     close(store, turn, LEFT, report=5)
     (again,) = orphans(store)
     close(store, turn, report=5)
 
-    assert lease.unended
-    assert again == lease
+    assert launch.unended
+    assert again == launch
     assert orphans(store) == []
 
 
-def fill_with_leases(store: ServiceStore, count: int) -> None:
-    """Make leases of one run, as so many attempts."""
+def add_launches(store: ServiceStore, count: int) -> None:
+    """Add launches of one run, each as an attempt of its own."""
     turn = store.running()
     names = (
         "run, turn, instance, epoch, host_id, boot_id, pid_namespace, cookie, state,"
@@ -256,17 +256,17 @@ def fill_with_leases(store: ServiceStore, count: int) -> None:
 
 
 def test_thousands_of_launches_are_closed_together(store: ServiceStore) -> None:
-    fill_with_leases(store, MANY)
+    add_launches(store, MANY)
     store.restart()
-    leases = orphans(store)
+    launches = orphans(store)
     endings = [
-        (lease, LaunchEnd(exit_code=None, processes_ended=at % 3, gone=at % 5 > 0))
-        for at, lease in enumerate(leases)
+        (launch, LaunchEnd(exit_code=None, processes_ended=at % 3, gone=at % 5 > 0))
+        for at, launch in enumerate(launches)
     ]
 
     launch_records.close_all(store.db, endings, now=store.now, reconciliation_key=9)
 
-    assert len(leases) == MANY
+    assert len(launches) == MANY
     pending = sum(not ended.gone for _, ended in endings)
     assert store.rows(
         "SELECT state, ended_by, count(*) FROM process_lease GROUP BY 1, 2 ORDER BY 1"
@@ -278,9 +278,9 @@ def test_thousands_of_launches_are_closed_together(store: ServiceStore) -> None:
 
 
 def test_a_close_that_is_cut_off_has_closed_whole_batches(store: ServiceStore) -> None:
-    fill_with_leases(store, MANY)
+    add_launches(store, MANY)
     store.restart()
-    endings: list[Any] = [(lease, GONE) for lease in orphans(store)]
+    endings: list[Any] = [(launch, GONE) for launch in orphans(store)]
     endings[-1] = (endings[-1][0], None)  # the service dies here
 
     with pytest.raises(AttributeError):
@@ -303,8 +303,8 @@ def test_a_start_ends_launches_of_earlier_epochs_and_a_stop_its_own_too(
 
     found = {
         before: [
-            lease.key
-            for lease in launch_records.unclosed_launches(store.db, store.owner, before=before)
+            launch.key
+            for launch in launch_records.unclosed_launches(store.db, store.owner, before=before)
         ]
         for before in (store.owner.epoch, store.owner.epoch + 1)
     }
@@ -329,13 +329,13 @@ def test_launches_of_other_instances_are_not_touched(store: ServiceStore) -> Non
     close(store, theirs, LEFT)
 
     assert open_ones == []
-    assert patrolled(store) == []
+    assert keys_to_sweep(store) == []
     assert launch_records.unended_launches(store.db, store.owner, limit=10) == []
     close(store, theirs)
-    assert patrolled(store, seconds=3600) == []
+    assert keys_to_sweep(store, seconds=3600) == []
 
 
-# -- patrols -----------------------------------------------------------------------------------
+# -- the sweep for stragglers ------------------------------------------------------------------
 
 
 def test_the_sweep_covers_ended_launches_that_may_have_left_processes(store: ServiceStore) -> None:
@@ -348,11 +348,11 @@ def test_the_sweep_covers_ended_launches_that_may_have_left_processes(store: Ser
     close(store, closed)
     gate(store, alive)
 
-    assert patrolled(store) == [pending.launch.key, closed.launch.key]
-    assert patrolled(store, seconds=3600) == sorted(
+    assert keys_to_sweep(store) == [pending.launch.key, closed.launch.key]
+    assert keys_to_sweep(store, seconds=3600) == sorted(
         [pending.launch.key, late.launch.key, closed.launch.key]
     )
-    assert patrolled(store, seconds=0) == [pending.launch.key, closed.launch.key]
+    assert keys_to_sweep(store, seconds=0) == [pending.launch.key, closed.launch.key]
 
 
 def test_the_sweep_knows_which_launches_hold_their_runs_back(store: ServiceStore) -> None:
@@ -360,11 +360,11 @@ def test_the_sweep_knows_which_launches_hold_their_runs_back(store: ServiceStore
     close(store, pending, LEFT)
     close(store, closed)
 
-    leases = launch_records.launches_to_sweep(
+    launches = launch_records.launches_to_sweep(
         store.db, store.owner, now=store.now, closed_within_s=60
     )
 
-    assert {lease.key: lease.unended for lease in leases} == {
+    assert {launch.key: launch.unended for launch in launches} == {
         pending.launch.key: True,
         closed.launch.key: False,
     }
@@ -389,7 +389,7 @@ def test_processes_that_the_sweep_ended_are_added_to_the_count(store: ServiceSto
         ("CLOSED", 1, 4),
         ("GATED", 0, None),
     ]
-    assert patrolled(store, seconds=0) == [pending.launch.key, closed.launch.key]
+    assert keys_to_sweep(store, seconds=0) == [pending.launch.key, closed.launch.key]
 
 
 def test_a_closed_launch_that_is_found_alive_holds_its_run_back_again(store: ServiceStore) -> None:
@@ -399,7 +399,7 @@ def test_a_closed_launch_that_is_found_alive_holds_its_run_back_again(store: Ser
     launch_records.record_late_end(store.db, [(turn.launch, LEFT)], now=store.tick())
     (left,) = launch_records.unended_launches(store.db, store.owner, limit=10)
     store.now += timedelta(hours=1)
-    still = patrolled(store)
+    still = keys_to_sweep(store)
     launch_records.record_late_end(store.db, [(turn.launch, GONE)], now=store.tick())
 
     assert left.run_id == turn.run.run_id

@@ -1,4 +1,4 @@
-"""Where commits were lost, integer keys belong to others: a turn writes by what stays its own."""
+"""After lost commits, an integer key may belong to another run: a turn writes only its own run."""
 
 from __future__ import annotations
 

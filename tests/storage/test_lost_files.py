@@ -1,4 +1,4 @@
-"""A SQLite store of which a file was removed, replaced or overwritten acknowledges nothing more."""
+"""A SQLite store with a removed, replaced or overwritten file acknowledges no more commits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A SQLite store that lacks commits which were acknowledged is not opened as if nothing were."""
+"""A SQLite store that lacks acknowledged commits is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A store of the first version is brought up to date and loses nothing by it."""
+"""A store of the first version is migrated without a loss."""
 
 from __future__ import annotations
 

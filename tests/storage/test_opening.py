@@ -1,4 +1,4 @@
-"""A store is opened only when it is ours; what is refused is not touched."""
+"""Only a store of this service is opened; a refused file or database is not changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A planned stop decides what its next start would, and leaves that nothing to decide."""
+"""A planned stop makes the decisions of the next start, and leaves it nothing to decide."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ PROVED = Containment(level=ContainmentLevel.WATERMARK, detail="found")
 
 
 def shut_down(store: ServiceStore, **named: Any) -> Tally:
-    """Decide on everything as a planned stop does."""
+    """Decide every run as a planned stop does."""
     return store.apply_recovery(cause=Cause.SHUTDOWN, **named)
 
 
@@ -199,7 +199,7 @@ def test_a_stop_that_is_cut_off_at_any_statement_is_completed_by_the_next_start(
     assert 5 < cuts < 60
 
 
-# -- the whole of it ---------------------------------------------------------------------------
+# -- the whole reconciliation ------------------------------------------------------------------
 
 
 def nobody_found(leases: Sequence[LaunchRecord]) -> Mapping[int, Ending]:
@@ -238,7 +238,7 @@ def limits_of(safe_mode_after: int, *, batch_rows: int = 4) -> RecoveryLimits:
 
 
 def recovered(store: ServiceStore, cause: Cause, **changes: Any) -> Reconciliation:
-    """Do all that a start, or a planned stop, does."""
+    """Reconcile as a start or a planned stop does; return the report."""
     probe: Future[Containment] = Future()
     probe.set_result(PROVED)
     status = RecoveryStatus(None if cause is Cause.SHUTDOWN else probe)
@@ -427,7 +427,7 @@ def test_a_recovery_completes_when_trust_entries_cannot_be_removed(store: Servic
 
 
 class Killed(BaseException):
-    """The process is gone, at once."""
+    """The service is killed here."""
 
 
 def test_trust_entries_removed_before_a_kill_are_in_the_report_of_the_killed_start(

@@ -1,4 +1,4 @@
-"""What the service's role may not do in PostgreSQL: a start and `check` find the same."""
+"""A start and `check` report the same missing rights of the service's PostgreSQL role."""
 
 from __future__ import annotations
 

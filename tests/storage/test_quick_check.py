@@ -1,4 +1,4 @@
-"""A start finds damaged pages of a SQLite file, within a bound of time."""
+"""A start checks a SQLite file for damaged pages, within a time limit."""
 
 from __future__ import annotations
 

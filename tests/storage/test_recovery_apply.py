@@ -1,4 +1,4 @@
-"""A restart decides every run once, in batches that may be cut off anywhere."""
+"""A restart decides every run once, in batches, also when it is cut off at any statement."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_the_history_counts_the_processes_that_were_killed(store: ServiceStore) 
     assert info.processes_ended == 3
 
 
-# -- what must not be touched ------------------------------------------------------------------
+# -- runs out of scope -------------------------------------------------------------------------
 
 
 def test_ended_runs_and_runs_of_this_epoch_or_other_instances_are_not_changed(
@@ -292,7 +292,7 @@ def test_a_run_whose_session_failed_its_check_fails_with_session_handle_lost(
 
 
 def forge_decision(store: ServiceStore, run: Run) -> None:
-    """Take the place in the history that the next decision needs."""
+    """Use up the number of the run's next decision, so that the database refuses the decision."""
     with store.db.transaction():
         store.db.execute(
             "INSERT INTO recovery_event (run, no, reconciliation, rule, facts, status_before,"
@@ -436,7 +436,7 @@ def test_a_stale_writer_in_the_middle_of_a_batch_is_fenced(store: ServiceStore) 
     assert store.get(turn.run).status is RunStatus.FAILED
 
 
-# -- bindings, sessions, reach -----------------------------------------------------------------
+# -- stale bindings, sessions, indexes ---------------------------------------------------------
 
 
 def test_sessions_and_questions_of_ended_runs_are_cleared(store: ServiceStore) -> None:

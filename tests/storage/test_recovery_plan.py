@@ -1,4 +1,4 @@
-"""A plan is what the restart that follows decides, run by run and in total; it changes nothing."""
+"""A plan is what the next restart decides, run by run and in total, and changes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Setting a run back: only what a recovery failed for want of its session, and only in time."""
+"""A run that recovery failed because of its session can be reopened until its deadline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A restart keeps a waiting run while its CLI's session file is whole; a plan says so before."""
+"""A restart keeps a waiting run whose session file is whole, and a plan foresees the decision."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ LOST: Final = "SESSION_RESUME_FAILED"
 
 
 @dataclass(frozen=True, slots=True)
-class Shop:
+class OneEngineService:
     """A service of one engine, with its store and the sessions of its CLI."""
 
     store: ServiceStore
@@ -50,15 +50,15 @@ class Shop:
     top: Path
     unknown: UnknownSession
     look: Callable[[Sequence[StoredHandle]], Iterable[SessionFinding]] | None = None
-    """What looks instead of the engine's check."""
+    """Called instead of the engine's check."""
 
     def workspace(self, run_key: int, attempt: int) -> Path:
-        """Where a run works."""
+        """Return the workspace of an attempt."""
         return self.top / "runs" / str(run_key) / str(attempt) / "workspace"
 
     @property
     def checks(self) -> Mapping[str, SessionCheck]:
-        """The check of its engine."""
+        """The session check of the engine."""
         engine = Engine(
             name="demo", command=("agent",), profile=Profile.RESUMABLE, env_allow=(),
             max_concurrent=None, session_file=None, sessions=self.home.store,
@@ -70,11 +70,11 @@ class Shop:
 
     @property
     def sessions(self) -> BulkSessionCheck:
-        """What asks this check."""
+        """The bulk check of a recovery, with this session check."""
         return BulkSessionCheck(checks=self.checks, workspace=self.workspace)
 
     def waiting(self, *, fingerprinted: bool = True, answered: bool = False) -> tuple[Run, Path]:
-        """A run that waits for its user or for its turn, and its session file."""
+        """Return a run that waits for its user, or is queued with a reply, and its session file."""
         turn = self.store.running()
         workspace = self.workspace(turn.run.key, turn.run.attempt)
         workspace.mkdir(parents=True)
@@ -105,7 +105,7 @@ class Shop:
         ).run(self.store.db, RecoveryStatus())
 
     def planned(self) -> tuple[dict[str, str], dict[str, int]]:
-        """The rule that a plan foresees for each run, and how many runs each rule gets."""
+        """Return the rule that a plan foresees for each run and the number of runs per rule."""
         planner = Planner(owner=self.store.owner, sessions=self.sessions)
         page, totals = planner.decide(planner.read(self.store.db, after=None, limit=100))
         assert totals is not None
@@ -113,7 +113,7 @@ class Shop:
         return rules, {count.rule: count.count for count in totals.decisions}
 
     def recorded(self, run: Run) -> tuple[object, ...]:
-        """What stands on record of a run: status, error, verdict, reason."""
+        """Return the stored status, error, verdict and reason of a run."""
         (row,) = self.store.rows(
             "SELECT status, error_code, session_verdict, session_reason FROM run WHERE id = ?",
             run.key,
@@ -121,7 +121,7 @@ class Shop:
         return row
 
     def explained(self, run: Run) -> str:
-        """What an explanation says of the run's session."""
+        """Return what an explanation says about the session of a run."""
         (seen,) = decisions.explain(self.store.db, run.run_id, limit=9)
         (source,) = (fact.source for fact in explain_facts(seen) if fact.name == "HANDLE")
         return source
@@ -134,9 +134,9 @@ def preset(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def shop(store: ServiceStore, tmp_path: Path, preset: str) -> Shop:
+def service(store: ServiceStore, tmp_path: Path, preset: str) -> OneEngineService:
     home = SessionHome(preset, tmp_path.resolve() / "home")
-    return Shop(store, home, tmp_path.resolve(), UnknownSession.KEEP)
+    return OneEngineService(store, home, tmp_path.resolve(), UnknownSession.KEEP)
 
 
 def untouched(file: Path) -> None:
@@ -180,25 +180,27 @@ GONE: Final = [
 ]  # fmt: skip
 
 
-def test_a_restart_keeps_and_fails_runs_by_their_session_files_as_planned(shop: Shop) -> None:
-    kept = [(shop.waiting(), how, reason) for how, reason in KEPT]
-    gone = [(shop.waiting(), how, reason) for how, reason in GONE]
-    bare, _ = shop.waiting(fingerprinted=False)
-    answered, file = shop.waiting(answered=True)
+def test_a_restart_keeps_and_fails_runs_by_their_session_files_as_planned(
+    service: OneEngineService,
+) -> None:
+    kept = [(service.waiting(), how, reason) for how, reason in KEPT]
+    gone = [(service.waiting(), how, reason) for how, reason in GONE]
+    bare, _ = service.waiting(fingerprinted=False)
+    answered, file = service.waiting(answered=True)
     for (_, session), how, _ in (*kept, *gone):
         how(session)
     file.unlink()
-    rules, counts = shop.planned()
+    rules, counts = service.planned()
 
-    report = shop.recover()
+    report = service.recover()
 
     for (run, _), _, reason in kept:
-        assert shop.recorded(run) == ("WAITING_USER", None, "VALID", reason)
+        assert service.recorded(run) == ("WAITING_USER", None, "VALID", reason)
     for (run, _), _, reason in gone:
-        assert shop.recorded(run) == ("FAILED", LOST, "INVALID", reason)
-    assert shop.recorded(bare) == ("WAITING_USER", None, "VALID", "whole")
-    assert shop.recorded(answered) == ("FAILED", LOST, "INVALID", "missing")
-    assert rules == dict(reasons_by_id(shop.store))
+        assert service.recorded(run) == ("FAILED", LOST, "INVALID", reason)
+    assert service.recorded(bare) == ("WAITING_USER", None, "VALID", "whole")
+    assert service.recorded(answered) == ("FAILED", LOST, "INVALID", "missing")
+    assert rules == dict(reasons_by_id(service.store))
     assert counts == {count.rule: count.count for count in report.decisions}
     assert counts == {
         "resumable_waiting_preserved": 3, "session_handle_lost": 5,
@@ -215,21 +217,21 @@ def test_a_session_that_was_never_seen_is_not_known_to_be_lost(
     store: ServiceStore, tmp_path: Path, preset: str, unknown: UnknownSession
 ) -> None:
     home = SessionHome(preset, tmp_path.resolve() / "home")
-    shop = Shop(store, home, tmp_path.resolve(), unknown)
+    service = OneEngineService(store, home, tmp_path.resolve(), unknown)
     gone = [
-        (shop.waiting(fingerprinted=False), how, reason)
+        (service.waiting(fingerprinted=False), how, reason)
         for how, reason in GONE
         if how is not cut_at_a_line  # without a mark it looks whole
     ]
     for (_, session), how, _ in gone:
         how(session)
-    rules, counts = shop.planned()
+    rules, counts = service.planned()
 
-    report = shop.recover()
+    report = service.recover()
 
     kept = unknown is UnknownSession.KEEP
     for (run, _), _, reason in gone:
-        assert shop.recorded(run) == (
+        assert service.recorded(run) == (
             ("WAITING_USER", None, "UNKNOWN", reason)
             if kept
             else ("FAILED", LOST, "UNKNOWN_REFUSED", reason)
@@ -238,19 +240,19 @@ def test_a_session_that_was_never_seen_is_not_known_to_be_lost(
     assert counts == {count.rule: count.count for count in report.decisions}
 
 
-def test_an_unmounted_home_of_a_cli_loses_no_run(shop: Shop) -> None:
-    run, file = shop.waiting()
-    away = shop.home.path.rename(shop.home.path.with_name("away"))
-    shop.recover()
-    assert shop.recorded(run) == ("WAITING_USER", None, "UNKNOWN", "home_away")
+def test_an_unmounted_home_of_a_cli_loses_no_run(service: OneEngineService) -> None:
+    run, file = service.waiting()
+    away = service.home.path.rename(service.home.path.with_name("away"))
+    service.recover()
+    assert service.recorded(run) == ("WAITING_USER", None, "UNKNOWN", "home_away")
 
-    away.rename(shop.home.path)
-    shop.recover()
-    assert shop.recorded(run)[2:] == ("VALID", "unchanged")
+    away.rename(service.home.path)
+    service.recover()
+    assert service.recorded(run)[2:] == ("VALID", "unchanged")
     file.unlink()
-    shop.store.restart()
-    shop.recover()
-    assert shop.recorded(run) == ("FAILED", LOST, "INVALID", "missing")
+    service.store.restart()
+    service.recover()
+    assert service.recorded(run) == ("FAILED", LOST, "INVALID", "missing")
 
 
 @pytest.mark.parametrize("unknown", UnknownSession)
@@ -267,11 +269,11 @@ def test_a_check_that_does_not_answer_fails_neither_the_start_nor_a_run(
         yield FOUND[SessionReason.MISSING]
 
     home = SessionHome("claude", tmp_path.resolve() / "home")
-    shop = Shop(store, home, tmp_path.resolve(), unknown, hang)
-    runs = [shop.waiting()[0] for _ in range(5)]
+    service = OneEngineService(store, home, tmp_path.resolve(), unknown, hang)
+    runs = [service.waiting()[0] for _ in range(5)]
     store.restart()
     try:
-        report = shop.recover(check_s=0.0)
+        report = service.recover(check_s=0.0)
     finally:
         release.set()
 
@@ -282,8 +284,8 @@ def test_a_check_that_does_not_answer_fails_neither_the_start_nor_a_run(
         else ("FAILED", LOST, "UNKNOWN_REFUSED", "not_answered")
     )
     assert asked == [2]  # the other bulks are not asked of
-    assert shop.recorded(runs[0])[2:] == ("VALID", "whole")
-    assert [shop.recorded(run) for run in runs[1:]] == [silent] * 4
+    assert service.recorded(runs[0])[2:] == ("VALID", "whole")
+    assert [service.recorded(run) for run in runs[1:]] == [silent] * 4
     (warning,) = report.warnings
     assert warning.startswith("engine demo: ")
 
@@ -299,12 +301,12 @@ def test_a_recovery_stops_while_a_check_does_not_answer(
         yield from ()
 
     home = SessionHome("claude", tmp_path.resolve() / "home")
-    shop = Shop(store, home, tmp_path.resolve(), UnknownSession.KEEP, hang)
-    shop.waiting()
+    service = OneEngineService(store, home, tmp_path.resolve(), UnknownSession.KEEP, hang)
+    service.waiting()
     store.restart()
     try:
         with pytest.raises(RecoveryInterrupted):
-            shop.recover(stop=stop, check_s=3600.0)
+            service.recover(stop=stop, check_s=3600.0)
     finally:
         release.set()
 
@@ -357,64 +359,67 @@ def test_the_configured_policy_decides_on_sessions_that_cannot_be_judged(
     store: ServiceStore, tmp_path: Path, preset: str, unknown: UnknownSession
 ) -> None:
     home = SessionHome(preset, tmp_path.resolve() / "home")
-    shop = Shop(store, home, tmp_path.resolve(), unknown)
-    run, file = shop.waiting()
+    service = OneEngineService(store, home, tmp_path.resolve(), unknown)
+    run, file = service.waiting()
     rewritten(file)
-    rules, _ = shop.planned()
+    rules, _ = service.planned()
 
-    shop.recover()
+    service.recover()
 
     kept = unknown is UnknownSession.KEEP
-    assert shop.recorded(run) == (
+    assert service.recorded(run) == (
         ("WAITING_USER", None, "UNKNOWN", "not_known")
         if kept
         else ("FAILED", LOST, "UNKNOWN_REFUSED", "not_known")
     )
     assert rules == dict(reasons_by_id(store))
-    assert "a format that this version does not know" in shop.explained(run)
-    assert f'unknown_session = "{unknown}"' in shop.explained(run)
+    assert "a format that this version does not know" in service.explained(run)
+    assert f'unknown_session = "{unknown}"' in service.explained(run)
 
 
-def test_an_explanation_shows_the_finding_and_not_the_handle(shop: Shop) -> None:
-    run, file = shop.waiting()
+def test_an_explanation_shows_the_finding_and_not_the_handle(service: OneEngineService) -> None:
+    run, file = service.waiting()
     cut_at_a_line(file)
 
-    shop.recover()
+    service.recover()
 
-    assert "was stored, but its session file was cut off." in shop.explained(run)
+    assert "was stored, but its session file was cut off." in service.explained(run)
     assert run.session is not None
-    assert run.session.handle not in shop.explained(run)
+    assert run.session.handle not in service.explained(run)
 
 
-def test_a_run_whose_session_is_back_is_reopened_and_kept_by_its_fingerprint(shop: Shop) -> None:
-    run, file = shop.waiting()
+def test_a_run_whose_session_is_back_is_reopened_and_kept_by_its_fingerprint(
+    service: OneEngineService,
+) -> None:
+    run, file = service.waiting()
     away = file.with_suffix(".away")
     shutil.move(file, away)
-    shop.recover()
-    mark = shop.store.column(run, "session_mark")
+    service.recover()
+    fingerprint = service.store.column(run, "session_mark")
     shutil.move(away, file)
-    reopen(shop.store, run)
+    reopen(service.store, run)
 
-    shop.recover()
+    service.recover()
 
-    assert shop.recorded(run) == ("WAITING_USER", None, "VALID", "unchanged")
-    assert shop.store.column(run, "session_mark") == mark is not None
+    assert service.recorded(run) == ("WAITING_USER", None, "VALID", "unchanged")
+    assert fingerprint is not None
+    assert service.store.column(run, "session_mark") == fingerprint
 
 
-def test_a_recovery_stops_between_two_bulks_of_checks(shop: Shop) -> None:
-    shop.waiting()
+def test_a_recovery_stops_between_two_bulks_of_checks(service: OneEngineService) -> None:
+    service.waiting()
     stop = StopSignal()
     stop.request()
 
     with pytest.raises(RecoveryInterrupted):
-        shop.recover(stop=stop)
+        service.recover(stop=stop)
 
-    assert shop.store.rows("SELECT session_verdict FROM run") == [(None,)]
+    assert service.store.rows("SELECT session_verdict FROM run") == [(None,)]
 
 
-# -- the mark on record ------------------------------------------------------------------------
+# -- the stored fingerprint --------------------------------------------------------------------
 
-MARK: Final = SessionFingerprint(1234, 5678)
+FINGERPRINT: Final = SessionFingerprint(1234, 5678)
 
 
 def reopen(store: ServiceStore, run: Run, handle: str | None = None) -> Run:
@@ -425,10 +430,10 @@ def reopen(store: ServiceStore, run: Run, handle: str | None = None) -> Run:
 
 
 def asked(store: ServiceStore, **changes: Any) -> Run:
-    """A run that asked, with a mark."""
+    """Return a run that has asked, with a session fingerprint."""
     turn = store.running(**changes)
     store.keep_session(turn, "handle")
-    return store.end(turn, Asked(QUESTION), fingerprint=MARK)
+    return store.end(turn, Asked(QUESTION), fingerprint=FINGERPRINT)
 
 
 def test_a_fingerprint_is_recorded_with_its_question(store: ServiceStore) -> None:
@@ -453,16 +458,16 @@ def test_a_question_clears_the_finding_of_an_earlier_restart(store: ServiceStore
     assert turn is not None
     store.set(run, session_verdict="UNKNOWN", session_reason="not_known")
 
-    store.end(turn, Asked(QUESTION), fingerprint=MARK)
+    store.end(turn, Asked(QUESTION), fingerprint=FINGERPRINT)
 
     assert store.column(run, "session_mark") == "1234 5678"
     assert store.column(run, "session_verdict") is None
     assert store.column(run, "session_reason") is None
 
 
-@pytest.mark.parametrize(("handle", "mark"), [("handle", "1234 5678"), ("another", None)])
+@pytest.mark.parametrize(("handle", "expected"), [("handle", "1234 5678"), ("another", None)])
 def test_a_new_handle_clears_the_fingerprint(
-    store: ServiceStore, handle: str, mark: str | None
+    store: ServiceStore, handle: str, expected: str | None
 ) -> None:
     run = asked(store)
     store.reply(run)
@@ -472,7 +477,7 @@ def test_a_new_handle_clears_the_fingerprint(
     session = Session(type="demo", handle=handle, turn=2)
     turns.record_session(store.db, turn, owner=store.owner, session=session, now=store.tick())
 
-    assert store.column(run, "session_mark") == mark
+    assert store.column(run, "session_mark") == expected
 
 
 def test_a_new_attempt_has_no_fingerprint(store: ServiceStore) -> None:
@@ -488,10 +493,10 @@ def test_a_new_attempt_has_no_fingerprint(store: ServiceStore) -> None:
 
 
 @pytest.mark.parametrize(
-    ("handle", "mark"), [(None, "1234 5678"), ("handle", "1234 5678"), ("another", None)]
+    ("handle", "expected"), [(None, "1234 5678"), ("handle", "1234 5678"), ("another", None)]
 )
 def test_a_reopened_run_keeps_the_fingerprint_of_its_own_handle_only(
-    store: ServiceStore, handle: str | None, mark: str | None
+    store: ServiceStore, handle: str | None, expected: str | None
 ) -> None:
     run = asked(store)
     store.set(run, session_verdict="INVALID", session_reason="missing")
@@ -500,5 +505,5 @@ def test_a_reopened_run_keeps_the_fingerprint_of_its_own_handle_only(
 
     reopen(store, run, handle)
 
-    assert store.column(run, "session_mark") == mark
+    assert store.column(run, "session_mark") == expected
     assert store.column(run, "session_reason") is None

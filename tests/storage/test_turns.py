@@ -1,4 +1,4 @@
-"""Turns are taken in order, numbered, and ended in one step with their lease."""
+"""Turns are taken in order, numbered, and ended in one step with their launch."""
 
 from __future__ import annotations
 
