@@ -1,6 +1,7 @@
 """One service that all tests of a module share, and that none of them stops.
 
-A test that starts its own service takes `new_home` of tests/conftest.py.
+A test that starts its own service takes `new_home` of tests/conftest.py. Tests of what a service
+finds after it was killed, stopped or replaced are in tests/crash.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Exceptions that an edge of the service caught and only logged, and that no test foresaw."""
+"""Find defects of the code in log events: exceptions that the service caught and only logged."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ DEFECTS: Final = frozenset(
         "NotImplementedError", "TypeError", "UnboundLocalError",
     }
 )  # fmt: skip
-"""What code alone is the cause of: no database, file or agent, however damaged."""
+"""Exceptions that only code can cause: no damaged database, file or agent."""
 _RAISED: Final = re.compile(r"^[ |+-]*([A-Za-z]+)(?::|$)", re.MULTILINE)
 
 
 def defect_in(event: Mapping[str, Any]) -> str | None:
-    """Return the name of the defect that a log event tells of, if it does."""
+    """Return the name of the defect in a log event, or None."""
     names = {str(event.get("error")), *_RAISED.findall(str(event.get("exception", "")))}
     raised = event.get("exc_info")
     if raised:

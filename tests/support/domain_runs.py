@@ -1,4 +1,4 @@
-"""A run as the domain has it, for tests of what is made of one."""
+"""A queued run of the domain, from which tests derive others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A network of a test's own, in which packets to and from its database can be dropped.
+"""A network namespace of one test, in which packets to and from its database can be dropped.
 
 It needs no root where the system lets users make namespaces.
 """
@@ -48,11 +48,11 @@ def why_no_network() -> str | None:
 
 
 class Network:
-    """The way to the database within the network.
+    """A network namespace with a path to the database.
 
     Attributes:
-        url: of the database, for whoever is in the network.
-        prefix: words before a command that make its process a part of the network.
+        url: the URL of the database for processes in the network.
+        prefix: words before a command that run it in the network.
     """
 
     def __init__(self, pid: int, url: str) -> None:
@@ -83,7 +83,7 @@ class Network:
 
 @contextmanager
 def own_network(database_url: str) -> Iterator[Network]:
-    """Yield a network with a way to the server of a URL that names a socket directory."""
+    """Yield a network with a path to the server of a URL that names a socket directory."""
     command = [*_unshare(), sys.executable, "-m", "support.network", database_url]
     tests = Path(__file__).parents[1]
     with subprocess.Popen(

@@ -1,4 +1,4 @@
-"""A small watcher of runs that anybody could write: it resumes by `after_sequence` alone."""
+"""A minimal watcher of runs, which resumes by `after_sequence` alone."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Observer:
     """Collects the events of one run, from the first to the end of the stream.
 
     Attributes:
-        address: tells where the service listens now.
-        events: what was told so far.
+        address: returns the current address of the service.
+        events: the events so far.
         breaks: how often the stream broke.
-        ended: whether the service ended it with OK.
+        ended: whether the service ended the stream with OK.
     """
 
     run_id: str
@@ -43,7 +43,7 @@ class Observer:
         self._thread.start()
 
     def join(self, timeout_s: float) -> None:
-        """Wait until the stream has ended; raise what went wrong."""
+        """Wait for the end of the stream; raise its failure."""
         self._thread.join(timeout_s)
         self._gone.set()
         if self.broken is not None:
@@ -51,7 +51,7 @@ class Observer:
         assert self.ended, f"the watch of {self.run_id} did not end: {kinds(self.events)[-3:]}"
 
     def leave(self) -> None:
-        """Watch no longer than until the stream breaks."""
+        """Stop watching when the stream breaks."""
         self._gone.set()
 
     def _work(self) -> None:
@@ -106,19 +106,19 @@ LEAVES: Final[Mapping[str, frozenset[str]]] = {
 
 
 def kinds(events: Events) -> list[str]:
-    """Return what happened, in words."""
+    """Return the kinds of the events."""
     names = [run_pb2.RunEventKind.Name(event.kind) for _, event in events]
     return [name.removeprefix("RUN_EVENT_KIND_") for name in names]
 
 
 def statuses(events: Events) -> list[str]:
-    """Return the run's status after each event, in words."""
+    """Return the status of the run after each event."""
     names = [run_pb2.RunStatus.Name(event.status) for _, event in events]
     return [name.removeprefix("RUN_STATUS_") for name in names]
 
 
 def assert_whole(events: Events) -> None:
-    """See that nothing is left out, told twice, or could not have followed what was before."""
+    """Assert that no event is missing, doubled, or impossible after the one before."""
     assert [sequence for sequence, _ in events] == list(range(1, len(events) + 1))
     happened, became = kinds(events), statuses(events)
     assert happened[0] == "CREATED"

@@ -1,4 +1,4 @@
-"""A way to a PostgreSQL server over TCP that a test can silence, cut, or let lose an answer."""
+"""A TCP proxy to PostgreSQL that a test can silence or cut, or that loses an answer."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Proxy:
     """Forwards every connection to the server's socket, in one thread.
 
     Attributes:
-        silent: swallow whatever comes, and let new connections wait for ever: as a network does
+        silent: swallow all bytes and let new connections wait forever, like a network
             that drops packets.
         refusing: close new connections at once.
         refused: how many were closed in that way.
@@ -71,7 +71,7 @@ class Proxy:
         self._silencing_mark = mark.encode()
 
     def stall(self) -> None:
-        """Swallow what comes on the connections that there are; new ones work."""
+        """Swallow the bytes of existing connections; new ones work."""
         for end in list(self._ends):
             end.is_stalled = True
 

@@ -1,4 +1,4 @@
-"""Questions, as a store would hand them out."""
+"""Questions, as the store returns them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NOW: Final = datetime(2026, 11, 24, tzinfo=UTC)
 
 
 def answered(number: int, response: JsonValue, *, auto_decided: bool = False) -> Interaction:
-    """A question whose answer was accepted."""
+    """Return a question whose answer was accepted."""
     return Interaction(
         interaction_id=number,
         kind=InteractionKind.OPEN_TEXT,

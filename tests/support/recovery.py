@@ -1,4 +1,4 @@
-"""What a recovery works with, replaced by functions of a test."""
+"""Fakes for a recovery: functions that end launches and remove trust entries."""
 
 from __future__ import annotations
 

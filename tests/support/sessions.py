@@ -1,4 +1,4 @@
-"""Session files where and how the agent CLIs write them, written without a CLI.
+"""Write session files as the agent CLIs do, without a CLI.
 
 Paths and lines are those of codex-cli 0.171.0, gemini-cli 0.61.0 and claude-code 2.1.197.
 """

@@ -1,4 +1,4 @@
-"""The store of a service, read and written beside it, whichever database it is."""
+"""Read and write the store of a service, on either database."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def query(home: Home, sql: str, *values: object) -> Rows:
 
 
 def change(home: Home, sql: str, *values: object) -> int:
-    """Carry out one statement, while no service writes; return how many rows it changed."""
+    """Execute one statement while no service writes; return how many rows it changed."""
     url = str(home.settings.get("database", ""))
     if url:
         with psycopg.connect(url, autocommit=True) as server:
@@ -33,7 +33,7 @@ def change(home: Home, sql: str, *values: object) -> int:
 
 
 def dump(home: Home) -> dict[str, Rows]:
-    """Return every row of every table, but for what the renewals of a living service change."""
+    """Return every row of every table, without the columns that lease renewals change."""
     names = "name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'"
     if home.settings.get("database"):
         names = "table_name FROM information_schema.tables WHERE table_schema = 'public'"
@@ -53,7 +53,7 @@ def key_of(home: Home, run_id: str) -> int:
 
 
 def lose_session(home: Home, run_id: str) -> dict[str, bytes]:
-    """Remove the conversation of a run, and return it for `put_session_back`."""
+    """Remove the session files of a run; return their contents by path."""
     folder = home.data / "runs" / str(key_of(home, run_id))
     kept = {str(file): file.read_bytes() for file in folder.rglob("session-*.json")}
     assert kept
