@@ -6,6 +6,7 @@ import asyncio
 import os
 import secrets
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import replace
 
 import structlog
@@ -151,14 +152,14 @@ class _App:
         self.tree_deadline = TreeDeadline(deadline_ns)
         # Before the claim as well: a start that gets no thread must leave no lease behind.
         start_grpc()
-        self.storage = Storage(db)
-        self.threads = SteadyThreadPool(settings.capacity * 4 + 4, thread_name_prefix="process")
         boot = _boot(settings, locks, self.host)
-        try:
+        with ExitStack() as made:  # a refused start ends at once: no thread may be left
+            self.storage = Storage(db)
+            made.callback(self.storage.close)
+            self.threads = SteadyThreadPool(settings.capacity * 4 + 4, thread_name_prefix="process")
+            made.callback(self.threads.shutdown)
             self.owner = _claim(db, boot, self.clock, settings.lease_ttl_s)
-        except BaseException:
-            self.storage.close()
-            raise
+            made.pop_all()
         self.catalog = build_catalog(settings)
         self.workspaces = Workspaces(locks.data_dir)
         self.output = OutputFiles(self.workspaces, max_bytes=settings.max_output_bytes)

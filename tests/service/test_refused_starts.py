@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 from collections.abc import Callable
 from typing import Final
 
@@ -45,6 +46,30 @@ def test_a_second_service_on_a_data_directory_exits_with_3_and_names_the_first(
     assert f"pid {service.pid}" in said
     assert "default" in said
     assert api.health_of() == "SERVING"
+
+
+# Becomes the service. A forced end, which comes after a long wait for threads that do not end, has
+# an exit code of its own.
+NEVER_FORCED: Final = """
+import os, runpy, sys
+
+_, _, _, module, *words = sys.argv
+force_exit = os._exit
+os._exit = lambda _: force_exit(99)
+sys.argv[:] = [module, *words]
+runpy.run_module(module, run_name="__main__", alter_sys=True)
+"""
+
+
+def test_a_start_whose_claim_is_refused_leaves_no_thread_that_its_exit_would_wait_for(
+    new_home: NewHome, postgresql_url: str
+) -> None:
+    first = new_home(database=postgresql_url)
+    first.start()
+    second = new_home(database=postgresql_url, prefix=(sys.executable, "-c", NEVER_FORCED)).spawn()
+
+    assert second.exit_code(timeout_s=60) == 3
+    assert "instance 'default' is held by pid" in second.text
 
 
 def use_by_url(first: Home, second: Home) -> None:

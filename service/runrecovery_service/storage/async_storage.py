@@ -15,7 +15,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from threading import get_ident
 from time import monotonic
 from typing import Final, ParamSpec, TypeVar
@@ -63,16 +63,24 @@ class Storage:
     def __init__(self, db: Database) -> None:
         self._db = db
         self._inline = db.dialect.kind is DatabaseKind.SQLITE
-        self._pool = SteadyThreadPool(
-            READER_THREADS if self._inline else POSTGRESQL_CONNECTIONS,
-            thread_name_prefix="storage",
-        )
-        self._writer = GroupCommitWriter(db) if self._inline else None
-        self._reserved = None if self._inline else ReservedConnection(db)
-        if self._reserved is not None:
-            self._reserved.open()  # before other clients take the last connection
+        self._writer: GroupCommitWriter | None = None
+        self._reserved: ReservedConnection | None = None
         self._replacement: ReservedConnection | None = None
-        self._trials = ReservedConnection(db, "storage-trial")
+        with ExitStack() as made:  # if the system refuses a thread, the others end
+            self._pool = SteadyThreadPool(
+                READER_THREADS if self._inline else POSTGRESQL_CONNECTIONS,
+                thread_name_prefix="storage",
+            )
+            made.callback(self._pool.shutdown)
+            if self._inline:
+                self._writer = GroupCommitWriter(db)
+                made.callback(self._writer.close)
+            else:
+                self._reserved = ReservedConnection(db)
+                made.callback(self._reserved.close)
+                self._reserved.open()  # before other clients take the last connection
+            self._trials = ReservedConnection(db, "storage-trial")
+            made.pop_all()
         self._under_way: dict[int, tuple[float, object]] = {}
         self.changes = Changes()
 
