@@ -37,7 +37,7 @@ SELF_FENCE_SHARE: Final = 2 / 3
 
 Not on SQLite: the lock on the file fences there, and a full disk is no reason to stop."""
 RENEWAL_TRY_SHARE: Final = 0.3
-"""The share of the lease that one try to renew it may take on PostgreSQL."""
+"""The share of the lease that one try to renew it may take."""
 TREES_BEFORE_LEASE_S: Final = 1.0
 """Process trees end so long before the lease of a service that does not renew it. An instance that
 takes over then finds no process alive."""
@@ -168,11 +168,12 @@ class LeaseRenewal:
         return pause_s
 
     def _try_limit_s(self, begun_s: float) -> float:
-        left_s = max(0.1, self._renewed_s + self.lease_ttl_s * SELF_FENCE_SHARE - begun_s)
-        if not self.storage.is_shared:
-            return left_s
         # A connection may hang; a limit leaves time for a try on another connection.
-        return min(left_s, self.lease_ttl_s * RENEWAL_TRY_SHARE)
+        most_s = self.lease_ttl_s * RENEWAL_TRY_SHARE
+        if not self.storage.is_shared:  # it has no fence time: a slow disk may be late, and recover
+            return most_s
+        left_s = self._renewed_s + self.lease_ttl_s * SELF_FENCE_SHARE - begun_s
+        return min(max(0.1, left_s), most_s)
 
     def _note_renewed(self, begun_ns: int) -> None:
         self._renewed_s = begun_ns / 1e9

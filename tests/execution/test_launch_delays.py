@@ -18,6 +18,7 @@ from runrecovery_service.process import launch
 from runrecovery_service.process.launch_errors import LaunchDelayed, ShimLost, launch_error
 from runrecovery_service.process.shim_events import NotStarted, parse_event
 from runrecovery_service.process.shimmed_process import ShimmedProcess
+from runrecovery_service.storage import runs, turns
 from runrecovery_service.trust import files
 
 from .conftest import QUICK, Execution, NewExecution, until
@@ -140,6 +141,51 @@ async def test_a_delayed_launch_that_is_canceled_is_not_started(
 
     assert (await execution.until_ended(run_id)).status is RunStatus.CANCELED
     await execution.until_free(execution.dispatcher.capacity)
+
+
+async def test_a_run_whose_cancel_came_before_its_turn_was_known_never_starts(
+    execution: Execution, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The turn is taken and canceled in one commit, so the cancel is only on record."""
+    take, release = turns.take_next, ShimmedProcess.release
+    released: list[ShimmedProcess] = []
+
+    def take_and_cancel(db: Any, **named: Any) -> Any:
+        turn = take(db, **named)
+        if turn is not None:
+            runs.cancel(
+                db,
+                turn.run.run_id,
+                owner=execution.owner,
+                etag=None,
+                receipt=None,
+                now=named["now"],
+            )
+        return turn
+
+    def record(process: ShimmedProcess, deadline_ns: int) -> None:
+        released.append(process)
+        release(process, deadline_ns)
+
+    monkeypatch.setattr(turns, "take_next", take_and_cancel)
+    monkeypatch.setattr(ShimmedProcess, "release", record)
+
+    run = await execution.until_ended(await execution.create("holds"))
+
+    assert (run.status, released) == (RunStatus.CANCELED, [])
+    await execution.until_free(execution.dispatcher.capacity)
+
+
+async def test_every_try_of_a_launch_uses_one_workspace(
+    execution: Execution, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "prepare", twice(lacking(errno.EMFILE), launch.prepare))
+
+    run, delays = await run_of(execution)
+
+    assert (run.status, len(delays)) == (RunStatus.SUCCEEDED, 1)
+    attempts = execution.launcher.workspaces.attempt(run.key, 1).parent
+    assert [folder.name for folder in attempts.iterdir()] == ["1"]
 
 
 async def test_an_error_other_than_a_lack_of_resources_fails_the_launch(

@@ -162,6 +162,20 @@ def test_a_supervised_launch_is_identified_by_its_cookie_when_lost_takes_are_und
     assert store.rows("SELECT run_id, status FROM run") == [("of another caller", "QUEUED")]
 
 
+def test_a_canceled_run_is_not_queued_again_when_its_lost_take_is_undone(
+    store: ServiceStore,
+) -> None:
+    turn = store.running()
+    store.cancel(turn.run)
+
+    count = turns.requeue_unlaunched(store.db, owner=store.owner, held=[], now=store.now)
+
+    assert count == 1
+    assert store.rows("SELECT status FROM run") == [("CANCELED",)]
+    assert store.rows("SELECT kind FROM run_event ORDER BY no DESC LIMIT 1") == [("CANCELED",)]
+    assert store.rows("SELECT count(*) FROM process_lease") == [(0,)]
+
+
 def test_a_run_whose_claim_was_lost_is_not_reported_as_superseded(store: ServiceStore) -> None:
     store.restart()
     turn = store.running()

@@ -1,12 +1,14 @@
-"""When the lease is renewed."""
+"""When the lease is renewed, and how long a renewal may take."""
 
 from __future__ import annotations
 
+import asyncio
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from runrecovery_service.ownership import LeaseRenewal
+from runrecovery_service.process.boot_clock import boot_time_ns
 from runrecovery_service.stop_signal import StopSignal
 
 
@@ -28,3 +30,28 @@ async def test_the_lease_is_renewed_and_trees_live_on_five_times_in_its_time(
     pauses = {task.name: task.interval_s for task in renewal.tasks()}
 
     assert pauses == ({"lease-renewal": 3.0} | ({} if is_shared else {"tree-deadline": 3.0}))
+
+
+@pytest.mark.parametrize("unrenewed_s", [0.0, 15.0])
+async def test_on_sqlite_a_slow_renewal_succeeds_however_late_it_is(unrenewed_s: float) -> None:
+    noted: list[tuple[str, bool]] = []
+
+    async def renew_on_a_slow_disk(*_: object, **__: object) -> None:
+        await asyncio.sleep(0.3)
+
+    unused: Any = None
+    storage: Any = SimpleNamespace(is_shared=False, renew=renew_on_a_slow_disk)
+    health: Any = SimpleNamespace(note=lambda part, *, answers: noted.append((part, answers)))
+    renewal = LeaseRenewal(
+        lease_ttl_s=15.0,
+        storage=storage,
+        owner=unused,
+        turns=unused,
+        health=health,
+        stop=StopSignal(),
+    )
+    renewal._renewed_s = boot_time_ns() / 1e9 - unrenewed_s
+
+    await renewal.renew()
+
+    assert noted == [("lease", True)]

@@ -115,6 +115,7 @@ class Launch:
     _process: ShimmedProcess | None = field(default=None, init=False)
     _deadline_ns: int = field(default=0, init=False)
     _is_gate_open: bool = field(default=False, init=False)
+    _has_workspace: bool = field(default=False, init=False)
     _lost_shims: int = field(default=0, init=False)
     _unwanted: threading.Event = field(default_factory=threading.Event, init=False)
 
@@ -163,7 +164,7 @@ class Launch:
             LaunchFailed: the agent could not be started.
             LeaseOver: the tree deadline passed before the agent started.
             Unguarded: the shim was killed.
-            Withdrawn: `stop_waiting` was called while the launch waited.
+            Withdrawn: the run was ended before the agent started.
             Fenced: a newer epoch owns the run.
         """
         backoff, is_reported = Backoff(DELAY_FIRST_S, DELAY_MOST_S), False
@@ -223,6 +224,7 @@ class Launch:
         await self.records.record_start()
         # Before the agent starts: Gemini CLI assumes no input if none is there at once.
         self.prefilled = fill(process.stdin.fileno(), opening.input)
+        await self.demand_wanted()
         await self._run_to_end(self._open_gate)
         agent = process.agent
         self.records.log.info(
@@ -254,10 +256,13 @@ class Launch:
 
     def _make_workspace(self) -> Path:
         run = self.records.turn.run
+        is_fresh = run.turn == 1 and not self._has_workspace
         try:
-            return self.launcher.workspaces.prepare(run.key, run.attempt, fresh=run.turn == 1)
+            workspace = self.launcher.workspaces.prepare(run.key, run.attempt, fresh=is_fresh)
         except OSError as error:
             raise launch_error(error, f"the workspace cannot be made: {error.strerror}") from error
+        self._has_workspace = True  # a later try of this launch uses it too
+        return workspace
 
     def _prepare(
         self, engine: Engine, command: Sequence[str], workspace: Path, env: Mapping[str, str]

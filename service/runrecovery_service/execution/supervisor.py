@@ -328,9 +328,6 @@ class TurnSupervisor:
                 group.create_task(self._send_replies(engine, io)),
                 group.create_task(self._watch_replies(io)),
             ]
-            # A cancel that was accepted before this turn was known is only on record.
-            if (await self.records.read_run()).cancel_requested:
-                self.cancel()
             await self._take_events(engine, io)
             for task in tasks:
                 task.cancel()

@@ -130,10 +130,11 @@ def requeue_unlaunched(db: Database, *, owner: Owner, held: Collection[str], now
 
     Args:
         held: the cookies of the launches that have a supervisor. Every other launch in the state
-            INTENT is deleted, and its run is queued again.
+            INTENT is deleted, and its run is queued again; a run with an accepted cancel becomes
+            CANCELED.
 
     Returns:
-        The number of requeued runs.
+        The number of these runs.
     """
     rows = db.fetch_all(
         "SELECT id, run, cookie FROM process_lease"
@@ -146,14 +147,15 @@ def requeue_unlaunched(db: Database, *, owner: Owner, held: Collection[str], now
         if run.status is None:
             raise RunQuarantined(run.run_id)
         _demand_owned(run, owner)
+        status = RunStatus.CANCELED if run.cancel_requested else RunStatus.QUEUED
         before = {"turn": run.turn - 1} if run.turn > 1 else {"attempt": run.attempt - 1, "turn": 0}
         runs.change(
             db,
             run,
             owner=owner,
             now=now,
-            status=RunStatus.QUEUED,
-            event=RunEventKind.QUEUED,
+            status=status,
+            event=RunEventKind(status),
             about=0,
             **before,
         )
