@@ -298,10 +298,11 @@ class Service:
         self.gate.drain()
         await self._step("deadlines", work.deadlines.stop())
         work.dispatcher.pause()  # queued runs may survive the stop; a launched one would not
-        if self.stop.failure is None:
-            await asyncio.sleep(self.settings.drain_delay_s)
-        else:  # another instance may own the runs already: first of all end our processes
+        if self.stop.failure is not None:
+            # Another instance may own the runs already: first of all end our processes.
             await self._step("processes", work.dispatcher.stop(), grace_s=grace_s * 2)
+        elif self.gate.recovered:  # otherwise no load balancer sends calls here
+            await asyncio.sleep(self.settings.drain_delay_s)
         self.gate.close()
         await self._step("server", self.server.stop(grace_s=stop_grace_s), grace_s=stop_grace_s)
         await self._step("patrol", work.straggler_sweep.stop(), grace_s=grace_s)

@@ -163,13 +163,14 @@ def test_a_health_watch_sees_recovery_serving_and_drain_in_order(new_home: NewHo
 def test_a_stop_in_the_middle_of_a_recovery_leaves_the_rest_to_the_next_start(
     new_home: NewHome,
 ) -> None:
-    home = new_home(recovery_batch_rows=100)
+    home = new_home(recovery_batch_rows=100, drain_delay_s=3600.0)  # no caller has to leave yet
     home.seed(5000)
     service = home.listen()
     service.until_event("recovery.progress")
     service.terminate()
 
     assert service.exit_code() == 0
+    home.write_config(drain_delay_s=0.0)
     (decided,) = home.rows("SELECT count(*) FROM run WHERE recovery_count = 1")[0]
     _, api = home.start()
     assert 0 < decided < 5000

@@ -245,7 +245,8 @@ def test_unfinished_starts_of_another_instance_count_towards_safe_mode(alone: Se
     adopt(alone, renamed(alone))
     begun(alone)
 
-    assert reports.count_unfinished_starts(alone.db, "other", since) == 2
+    next_start = Owner("other", 99, "next")
+    assert reports.count_unfinished_starts(alone.db, next_start, since) == 2
 
 
 def begun(store: ServiceStore) -> int:

@@ -11,6 +11,7 @@ from runrecovery_service.domain.errors import ReconciliationNotFound, RunNotFoun
 from runrecovery_service.domain.reconciliation import ReconciliationState, RecoveredFilter
 from runrecovery_service.domain.run import RecoveryState, RestartPolicy, Run
 from runrecovery_service.storage import decisions, reports
+from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.sql_dialects import DatabaseKind
 from storage.service_store import ServiceStore
 
@@ -142,7 +143,7 @@ def complete(store: ServiceStore) -> None:
 
 def test_unfinished_starts_are_counted_since_the_last_finished_one(store: ServiceStore) -> None:
     begun = store.now
-    count = partial(reports.count_unfinished_starts, store.db, "default")
+    count = partial(reports.count_unfinished_starts, store.db, Owner("default", 99, "next"))
     assert count(begun) == 0
     store.open_report()
     complete(store)
@@ -154,7 +155,7 @@ def test_unfinished_starts_are_counted_since_the_last_finished_one(store: Servic
     assert count(store.now + timedelta(hours=1)) == 0
     # A SQLite store has one service: under another name, it goes on where that one stopped.
     of_other = 3 if store.db.dialect.kind is DatabaseKind.SQLITE else 0
-    assert reports.count_unfinished_starts(store.db, "other", begun) == of_other
+    assert reports.count_unfinished_starts(store.db, Owner("other", 1, "t"), begun) == of_other
 
     complete(store)
 

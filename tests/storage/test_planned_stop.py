@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
@@ -325,7 +326,7 @@ def test_failed_stops_do_not_lead_to_safe_mode(store: ServiceStore) -> None:
             recovered(store, Cause.SHUTDOWN, sweep=fail_to_sweep)
         store.restart()
 
-    count = reports.count_unfinished_starts(store.db, "default", begun - timedelta(hours=1))
+    count = reports.count_unfinished_starts(store.db, store.owner, begun - timedelta(hours=1))
     start = recovered(store, Cause.STARTUP)
 
     assert (count, start.safe_mode) == (0, False)
@@ -359,6 +360,42 @@ def test_a_recovery_logs_decisions_up_to_a_limit(
     assert (report.runs_scanned, len(logged)) == (10, 3)
 
 
+def test_a_start_does_not_count_its_own_failed_try_towards_safe_mode(store: ServiceStore) -> None:
+    one_of_each(store)
+    store.restart()
+    with pytest.raises(Crash):
+        recovered(store, Cause.STARTUP, sweep=fail_to_sweep, limits=limits_of(1))
+
+    assert not recovered(store, Cause.STARTUP, limits=limits_of(1)).safe_mode
+
+
+def test_the_report_of_a_failed_recovery_counts_the_committed_part_of_a_split_batch(
+    store: ServiceStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The database refuses the batch of four as a whole, and is busy at its second half."""
+    for _ in range(4):
+        store.create()
+    store.restart()
+    apply_range = recovery_apply._apply_range
+    busy = sqlite3.OperationalError("database is locked")
+    busy.sqlite_errorcode = sqlite3.SQLITE_BUSY
+    errors = iter([sqlite3.IntegrityError("refused"), None, busy])
+
+    def fail_at_times(*args: Any) -> Tally:
+        if (error := next(errors)) is not None:
+            raise error
+        return apply_range(*args)
+
+    monkeypatch.setattr(recovery_apply, "_apply_range", fail_at_times)
+
+    with pytest.raises(sqlite3.OperationalError):
+        recovered(store, Cause.STARTUP)
+
+    failed = reports.report_page(store.db, after=None, limit=1).rows[0]
+    assert (failed.state, failed.runs_scanned) == (ReconciliationState.FAILED, 2)
+    assert store.rows("SELECT count(*) FROM run WHERE recovery_count = 1") == [(2,)]
+
+
 def test_a_completed_stop_does_not_reset_the_count_of_failed_starts(store: ServiceStore) -> None:
     one_of_each(store)
     begun = store.now
@@ -369,7 +406,7 @@ def test_a_completed_stop_does_not_reset_the_count_of_failed_starts(store: Servi
     recovered(store, Cause.SHUTDOWN)
     store.restart()
 
-    count = reports.count_unfinished_starts(store.db, "default", begun - timedelta(hours=1))
+    count = reports.count_unfinished_starts(store.db, store.owner, begun - timedelta(hours=1))
 
     assert count == 3
     assert recovered(store, Cause.STARTUP).safe_mode

@@ -358,3 +358,45 @@ async def test_a_plan_that_waits_for_session_files_holds_no_thread_of_the_storag
         await asyncio.to_thread(storage.close)
 
     assert [answer.plan.runs_total for answer in answers] == [1] * 12
+
+
+async def test_a_plan_waits_for_the_thread_of_a_plan_whose_call_was_cancelled(
+    store: ServiceStore,
+) -> None:
+    for _ in range(2):
+        store.waiting(engine="hangs")
+    release, asked = threading.Event(), threading.Event()
+    checks: list[int] = []
+
+    def hang(handles: Sequence[StoredHandle]) -> Iterator[SessionFinding]:
+        checks.append(len(handles))
+        asked.set()
+        release.wait()
+        yield from (FOUND[SessionReason.WHOLE] for _ in handles)
+
+    storage = Storage(store.db)
+    deps = RecoveryDeps(
+        storage=storage,
+        owner=store.owner,
+        status=RecoveryStatus(),
+        planner=planner(store, {"hangs": SessionCheck(hang)}, check_s=600.0),
+    )
+    service = RecoveryService(deps, Gate())
+    first = asyncio.create_task(service.plan_recovery(pb.PlanRecoveryRequest()))
+    try:
+        await asyncio.to_thread(asked.wait, 60)
+        first.cancel()
+        await asyncio.wait([first])
+
+        second = asyncio.create_task(service.plan_recovery(pb.PlanRecoveryRequest()))
+        for _ in range(100):  # time enough for a plan that does not wait
+            await storage.read(lambda db: db.fetch_one("SELECT 1"))
+        seen = len(checks)
+    finally:
+        release.set()
+        answer = await second
+        await asyncio.to_thread(storage.close)
+
+    assert first.cancelled()
+    assert seen == 1
+    assert answer.plan.runs_total == 2

@@ -38,13 +38,18 @@ class OutputFiles:
         self._max_bytes = max_bytes
 
     def append(self, run_key: int, attempt: int, channel: OutputChannel, data: bytes) -> None:
-        """Append what fits below the limit, and record when something did not fit."""
+        """Append what fits below the limit, and record when something did not fit.
+
+        Raises:
+            OSError: not all of it was written, for example because the disk is full.
+        """
         path = self._file(run_key, attempt, channel)
         descriptor = open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         try:
-            room = self._max_bytes - os.fstat(descriptor).st_size
-            if room > 0:
-                os.write(descriptor, data[:room])
+            room = max(0, self._max_bytes - os.fstat(descriptor).st_size)
+            left = memoryview(data)[:room]
+            while left:  # a full disk takes a part, and refuses the next write
+                left = left[os.write(descriptor, left) :]
             if len(data) > room:
                 path.with_name(path.name + _TRUNCATED).touch(mode=0o600)
         finally:

@@ -200,7 +200,7 @@ class Recovery:
         if not limits.safe_mode_after or self.cause is Cause.SHUTDOWN:
             return False
         since = self.clock.now() - timedelta(seconds=limits.safe_mode_window_s)
-        unfinished = reports.count_unfinished_starts(db, self.owner.instance, since)
+        unfinished = reports.count_unfinished_starts(db, self.owner, since)
         return unfinished >= limits.safe_mode_after
 
     def _fail(self, db: Database, report: ReportBuilder, error: Exception) -> None:
@@ -298,7 +298,9 @@ class Recovery:
                 raise RecoveryInterrupted
             begun = time.monotonic()
             try:
-                report.tally += recovery_apply.apply_batch(db, scope, batch, report=report.write)
+                recovery_apply.apply_batch(
+                    db, scope, batch, report=report.write, on_commit=report.add
+                )
             except DRIVER_ERRORS as error:
                 if rows <= SMALLEST_BATCH or not isinstance(to_domain_error(error), StorageBusy):
                     raise

@@ -76,6 +76,10 @@ class ReportBuilder:
         """Write the report so far, including a batch that is about to commit."""
         reports.write_report(db, self.key, self._as_of(self.tally + (batch or Tally())))
 
+    def add(self, committed: Tally) -> None:
+        """Add the counts of a transaction that is committed."""
+        self.tally += committed
+
     def record_removals(self, db: Database, removals: tuple[TrustRemoval, ...]) -> None:
         """Write trust removals into the report, in the transaction that deletes their rows.
 

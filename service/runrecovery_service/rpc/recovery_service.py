@@ -11,7 +11,9 @@ from typing import Final
 from runrecovery.v1 import recovery_service_pb2 as pb
 
 from runrecovery_service import daemon_threads
+from runrecovery_service.domain.plan import PlannedDecision, RecoveryPlan
 from runrecovery_service.domain.reconciliation import RecoveredFilter
+from runrecovery_service.domain.run import Page
 from runrecovery_service.recovery.plan import Planner
 from runrecovery_service.recovery.status import RecoveryStatus
 from runrecovery_service.rpc import (
@@ -115,16 +117,30 @@ class RecoveryService:
             paging.page_size(request.page_size),
         )
         response = pb.PlanRecoveryResponse()
-        async with self._planning:  # one at a time: it reads every run, and files
-            rows = await self._storage.read(self._planner.read, after=after, limit=limit)
-            # A file system may hang, and must not block a thread of the pool.
-            page, plan = await daemon_threads.run(lambda: self._planner.decide(rows))
+        await self._planning.acquire()  # one at a time: it reads every run, and files
+        planning = asyncio.create_task(self._plan(after, limit))
+        planning.add_done_callback(self._end_planning)
+        page, plan = await asyncio.shield(planning)  # its thread outlives a call that is cancelled
         if plan is not None:
             recovery_messages.fill_plan(response.plan, plan)
         response.next_page_token = paging.encode(scope, page.after)
         for planned in page.rows:
             recovery_messages.fill_planned_decision(response.decisions.add(), planned)
         return response
+
+    async def _plan(
+        self, after: tuple[int, ...] | None, limit: int
+    ) -> tuple[Page[PlannedDecision], RecoveryPlan | None]:
+        rows = await self._storage.read(self._planner.read, after=after, limit=limit)
+        # A file system may hang, and must not block a thread of the pool.
+        return await daemon_threads.run(lambda: self._planner.decide(rows))
+
+    def _end_planning(
+        self, planning: asyncio.Task[tuple[Page[PlannedDecision], RecoveryPlan | None]]
+    ) -> None:
+        self._planning.release()
+        if not planning.cancelled():
+            planning.exception()  # marked as seen: the caller has it, unless its call was cancelled
 
     async def get_recovery_status(
         self, _request: pb.GetRecoveryStatusRequest

@@ -151,15 +151,25 @@ def _apply_sql(dialect: SqlDialect, batch: Batch, *, all_decided: bool) -> str:
     )
 
 
-def apply_batch(db: Database, scope: ApplyScope, batch: Batch, *, report: WriteProgress) -> Tally:
-    """Decide on every run of the batch and apply the decisions.
+def apply_batch(
+    db: Database,
+    scope: ApplyScope,
+    batch: Batch,
+    *,
+    report: WriteProgress,
+    on_commit: Callable[[Tally], object] = lambda _: None,
+) -> Tally:
+    """Decide on every run of the batch, apply the decisions, and return the counts.
+
+    A batch that is split has several transactions. If one of them fails, those before it stand.
 
     Args:
-        report: writes the counts, in the transaction that they count.
+        report: writes the counts of a transaction, in that transaction.
+        on_commit: takes the counts of each transaction once it is committed.
 
     Raises:
-        StorageBusy, StorageUnavailable, StorageFull: the transaction changed nothing. A retry is
-            safe.
+        Exception: an error of the driver that is no fault of a row. The failed transaction changed
+            nothing. A retry is safe.
     """
     try:
         with db.transaction():
@@ -168,31 +178,35 @@ def apply_batch(db: Database, scope: ApplyScope, batch: Batch, *, report: WriteP
     except DRIVER_ERRORS as error:
         if to_domain_error(error) is not None:
             raise
-        return _isolate(db, scope, batch, error, report=report)
+        return _isolate(db, scope, batch, error, report=report, on_commit=on_commit)
+    on_commit(tally)
     return tally
 
 
 def _isolate(
-    db: Database, scope: ApplyScope, batch: Batch, error: Exception, *, report: WriteProgress
+    db: Database,
+    scope: ApplyScope,
+    batch: Batch,
+    error: Exception,
+    *,
+    report: WriteProgress,
+    on_commit: Callable[[Tally], object],
 ) -> Tally:
     """Split a batch that the database refuses, and quarantine a row that is alone."""
     if batch.rows <= 1:
         with db.transaction():
             tally = _quarantine(db, scope, batch, type(error).__name__)
             report(db, tally)
+        on_commit(tally)
         return tally
     tally = Tally()
     half = (batch.rows + 1) // 2
     part = next_batch(db, scope, after=batch.first - 1, rows=half)
     while part is not None and part.first <= batch.last:
         part = _clip(db, scope, part, batch.last)
-        tally += apply_batch(db, scope, part, report=_adding(tally, report))
+        tally += apply_batch(db, scope, part, report=report, on_commit=on_commit)
         part = next_batch(db, scope, after=part.last, rows=half)
     return tally
-
-
-def _adding(earlier: Tally, report: WriteProgress) -> WriteProgress:
-    return lambda db, tally: report(db, earlier + tally)
 
 
 def _clip(db: Database, scope: ApplyScope, part: Batch, last: int) -> Batch:

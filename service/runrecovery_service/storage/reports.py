@@ -126,13 +126,13 @@ def own_reports(dialect: SqlDialect) -> str:
     return "? IS NOT NULL" if dialect.kind is DatabaseKind.SQLITE else "instance = ?"
 
 
-def count_unfinished_starts(db: Database, instance: str, since: datetime) -> int:
-    """Return how many of the instance's latest starts in a row did not complete a recovery."""
+def count_unfinished_starts(db: Database, owner: Owner, since: datetime) -> int:
+    """Return how many starts in a row before this one did not complete a recovery."""
     rows = db.fetch_all(
         f"SELECT epoch, state FROM reconciliation WHERE {own_reports(db.dialect)}"
-        " AND started_at >= ?"
+        " AND NOT (instance = ? AND epoch = ?) AND started_at >= ?"
         " AND cause = 'STARTUP' AND COALESCE(error, '') <> ? ORDER BY id DESC LIMIT 1000",
-        (instance, to_us(since), INTERRUPTED),
+        (owner.instance, owner.instance, owner.epoch, to_us(since), INTERRUPTED),
     )
     unfinished = takewhile(lambda row: row[1] != ReconciliationState.COMPLETED, rows)
     return len({epoch for epoch, _ in unfinished})
