@@ -67,7 +67,10 @@ def backup(settings: Settings, destination: Path) -> dict[str, int]:
 
 
 def check(settings: Settings) -> list[str]:
-    """Return every problem that a start would have, one sentence each. Nothing is changed."""
+    """Return every problem that a start would have, one sentence each.
+
+    Nothing is changed, except that a configured cgroup is created if only its parent exists.
+    """
     problems = [
         f"engine {name!r}: {reason}"
         for name, engine in settings.engines.items()

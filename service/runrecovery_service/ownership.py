@@ -14,7 +14,7 @@ import structlog
 
 from runrecovery_service import daemon_threads
 from runrecovery_service.clock import Clock
-from runrecovery_service.domain.errors import Fenced, error_facts
+from runrecovery_service.domain.errors import Exhausted, Fenced, NotNow, error_facts
 from runrecovery_service.domain.start_errors import LeaseLost, StartRefused
 from runrecovery_service.execution.dispatcher import Dispatcher
 from runrecovery_service.execution.running_turns import RunningTurns
@@ -47,6 +47,8 @@ FAILURES_IN_A_ROW: Final = 2
 """Health says NOT_SERVING after so many failed trials in a row."""
 FILE_CHECK_S: Final = 1.0
 """How soon a removed lock or SQLite file is noticed without a write."""
+SHARED_POLL_S: Final = 1.0
+"""How soon watchers are woken by a change of another instance."""
 FILE_CHECK_TIMEOUT_S: Final = 5.0
 """A file system that does not answer a check for so long is logged."""
 
@@ -303,6 +305,18 @@ def file_watch(demand_in_place: Callable[[], None], stop: StopSignal) -> Periodi
     )
 
 
+def shared_poll(storage: Storage, stop: StopSignal) -> PeriodicTask:
+    """Return the loop that looks for the changes of other instances in a shared store."""
+    return PeriodicTask(
+        name="shared-poll",
+        step=storage.poll_shared,
+        interval_s=SHARED_POLL_S,
+        failure_event="storage.changes_not_seen",
+        stop_signal=stop,
+        retried=(NotNow, Exhausted),
+    )
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class Ownership:
     """Everything that keeps this service the owner of its runs, until `stop_tasks`."""
@@ -321,10 +335,9 @@ class Ownership:
             *self.lease.tasks(),
             self.trials.task(),
             file_watch(self._demand_in_place, self.stop),
+            *([shared_poll(self.storage, self.stop)] if self.storage.is_shared else []),
         ]
         self._tasks = [loop.start() for loop in loops]
-        if self.storage.is_shared:
-            self._tasks.append(asyncio.create_task(self.storage.follow_shared()))
         for task in self._tasks:
             task.add_done_callback(self.stop.task_ended)
 

@@ -36,10 +36,6 @@ class Backoff:
         pause_s, self._next_s = self._next_s, min(self._next_s * 2, self.most_s)
         return pause_s
 
-    def reset(self) -> None:
-        """Begin with the first pause again, after a success."""
-        self._next_s = self.first_s
-
 
 @dataclass(slots=True, kw_only=True)
 class FailureLog:

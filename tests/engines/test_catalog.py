@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -53,6 +55,15 @@ def test_an_unknown_engine_is_refused_with_the_known_names() -> None:
         Catalog([engine("b"), engine("a")]).get("c")
 
     assert caught.value.known == ("a", "b")
+
+
+@pytest.mark.parametrize(("own_s", "wait_s"), [(30.0, 30.0), (None, 90.0)])
+def test_a_question_waits_as_its_run_says_or_else_as_its_engine_says(
+    own_s: float | None, wait_s: float
+) -> None:
+    run: Any = SimpleNamespace(engine="demo", session_timeout_s=own_s)
+
+    assert Catalog([replace(engine(), session_timeout_s=90.0)]).wait_s(run) == wait_s
 
 
 def test_a_session_path_contains_the_workspace_and_the_handle(tmp_path: Path) -> None:

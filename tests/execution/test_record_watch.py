@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import structlog
 from runrecovery_service.clock import Clock
 from runrecovery_service.domain.errors import StorageUnavailable
 from runrecovery_service.domain.run import RunStatus
@@ -193,7 +194,7 @@ async def test_changes_of_other_runs_cause_no_read_of_a_record(
     assert run_id not in counted
 
 
-async def test_a_queue_that_cannot_be_written_is_tried_once_after_each_change(
+async def test_a_queue_that_cannot_be_written_is_tried_once_after_each_change_and_logged_once(
     execution: Execution, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tries: list[None] = []
@@ -203,14 +204,16 @@ async def test_a_queue_that_cannot_be_written_is_tried_once_after_each_change(
         raise StorageUnavailable
 
     monkeypatch.setattr(turns, "take_next", fail)
-    for number in range(5):
-        await execution.create("quick")
+    with structlog.testing.capture_logs() as logs:
+        for number in range(5):
+            await execution.create("quick")
 
-        async def has_tried(so_often: int = number + 1) -> bool:
-            return len(tries) >= so_often
+            async def has_tried(so_often: int = number + 1) -> bool:
+                return len(tries) >= so_often
 
-        await until(has_tried)
-    for _ in range(MANY):  # time enough for a loop that would wake itself
-        await execution.storage.read(lambda db: db.fetch_one("SELECT 1"))
+            await until(has_tried)
+        for _ in range(MANY):  # time enough for a loop that would wake itself
+            await execution.storage.read(lambda db: db.fetch_one("SELECT 1"))
 
     assert len(tries) == 5
+    assert [line["event"] for line in logs] == ["execution.queue_unreadable"]

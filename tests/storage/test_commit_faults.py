@@ -47,8 +47,9 @@ def lost(store: ServiceStore) -> Run:
 
 def reopen(store: ServiceStore, run: Run) -> Run:
     return reopening.reopen(
-        store.db, run.run_id, handle=None, session_type_of=lambda _: "jsonl", owner=store.owner,
-        etag=None, receipt=RECEIPT, due_in=store.due_in, steady=store.steady, now=store.tick(),
+        store.db, run.run_id, handle=None, session_type_of=lambda _: "jsonl",
+        wait_s_of=lambda _: 60.0, owner=store.owner, etag=None, receipt=RECEIPT,
+        due_in=store.due_in, steady=store.steady, now=store.tick(),
     )  # fmt: skip
 
 

@@ -158,8 +158,9 @@ def test_a_reopening_is_no_decision_of_the_feed(store: ServiceStore) -> None:
     store.set(run, session_verdict="INVALID")
     recover(store)
     reopening.reopen(
-        store.db, run.run_id, handle=None, session_type_of=lambda _: "jsonl", owner=store.owner,
-        etag=None, receipt=None, due_in=store.due_in, steady=store.steady, now=store.tick(),
+        store.db, run.run_id, handle=None, session_type_of=lambda _: "jsonl",
+        wait_s_of=lambda _: 60.0, owner=store.owner, etag=None, receipt=None,
+        due_in=store.due_in, steady=store.steady, now=store.tick(),
     )  # fmt: skip
 
     assert [one.recovery.recovery_reason for one in read(store)] == ["session_handle_lost"]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from runrecovery_service.domain.errors import ClaimLost, Fenced
+from runrecovery_service.domain.lease import LEASE_TTL_S
 from runrecovery_service.domain.start_errors import Held
 from runrecovery_service.storage import instances
 from runrecovery_service.storage.database import Database
@@ -173,7 +174,7 @@ def test_the_lease_ends_by_the_clock_of_the_database(
     row = database.fetch_one(f"SELECT lease_until - {database.dialect.now_us} FROM instance")  # noqa: S608
 
     assert row is not None
-    assert 0 < row[0] <= instances.LEASE_TTL_S * 1e6
+    assert 0 < row[0] <= LEASE_TTL_S * 1e6
 
 
 # -- who waits for whom on PostgreSQL ------------------------------------------------------------

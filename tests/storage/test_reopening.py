@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -18,10 +19,14 @@ from runrecovery_service.domain.turn import Succeeded
 from runrecovery_service.storage import deadlines, decisions, interactions, reopening
 from storage.service_store import REOPEN_S, ServiceStore, receipt
 
+ENGINE_WAIT_S = 90.0
+
 
 def reopen(store: ServiceStore, run: Run, handle: str | None = None, **changes: Any) -> Run:
     given: dict[str, Any] = {
-        "session_type": lambda _: "jsonl", "owner": store.owner, "etag": None, "receipt": None,
+        "session_type_of": lambda _: "jsonl",
+        "wait_s_of": lambda run: run.session_timeout_s or ENGINE_WAIT_S,
+        "owner": store.owner, "etag": None, "receipt": None,
         "due_in": store.due_in, "steady": store.steady, "now": store.tick(),
     } | changes  # fmt: skip
     return reopening.reopen(store.db, run.run_id, handle=handle, **given)
@@ -51,6 +56,25 @@ def test_a_failed_wait_waits_again_with_its_question(store: ServiceStore) -> Non
     assert (back.error, back.ended_at, back.reopenable_until) == (None, None, None)
     assert back.session is not None
     assert (back.session.handle, back.session.turn) == ("secret", 1)
+
+
+def test_the_question_of_a_reopened_run_waits_as_long_as_its_engine_says(
+    store: ServiceStore,
+) -> None:
+    """The run itself does not say how long."""
+    run = lost(store, require_user_reply=False)
+    assert run.session_timeout_s is None
+
+    back = reopen(store, run)
+
+    assert back.pending is not None
+    assert back.pending.wait_deadline_at == store.now + timedelta(seconds=ENGINE_WAIT_S)
+
+
+def test_a_candidate_shows_no_handle(store: ServiceStore) -> None:
+    found = reopening.find_candidate(store.db, lost(store).run_id)
+
+    assert repr(found) == "ReopenCandidate(run='run-0001', handle=<secret>)"
 
 
 def test_a_reopened_run_accepts_a_reply_and_resumes(store: ServiceStore) -> None:

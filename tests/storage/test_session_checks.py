@@ -424,8 +424,9 @@ FINGERPRINT: Final = SessionFingerprint(1234, 5678)
 
 def reopen(store: ServiceStore, run: Run, handle: str | None = None) -> Run:
     return reopening.reopen(
-        store.db, run.run_id, handle=handle, session_type_of=lambda _: "jsonl", owner=store.owner,
-        etag=None, receipt=None, due_in=store.due_in, steady=store.steady, now=store.tick(),
+        store.db, run.run_id, handle=handle, session_type_of=lambda _: "jsonl",
+        wait_s_of=lambda _: 60.0, owner=store.owner, etag=None, receipt=None,
+        due_in=store.due_in, steady=store.steady, now=store.tick(),
     )  # fmt: skip
 
 

@@ -100,8 +100,8 @@ def _reopen(prepared: Prepared) -> Any:
     store = prepared.store
     return reopening.reopen(
         store.db, prepared.lost.run_id, handle="h", session_type_of=lambda _: "jsonl",
-        owner=store.owner, etag=None, receipt=receipt(), due_in=store.due_in,
-        steady=store.steady, now=store.now,
+        wait_s_of=lambda _: 60.0, owner=store.owner, etag=None, receipt=receipt(),
+        due_in=store.due_in, steady=store.steady, now=store.now,
     )  # fmt: skip
 
 

@@ -22,7 +22,6 @@ class EditOptions(TypedDict, total=False):
 
     record: Callable[[NewText], object]
     done: Callable[[NewText], object]
-    side_folders: files.SideFolders
     lock_wait_s: float
     pause: Callable[[float], object]
 

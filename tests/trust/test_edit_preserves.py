@@ -110,17 +110,6 @@ def test_the_last_three_versions_are_kept_the_newest_first(config: Path) -> None
     assert len(side_files(config.parent)) == 3
 
 
-def test_locks_and_backups_can_be_in_other_folders(config: Path, tmp_path: Path) -> None:
-    folders = files.SideFolders(locks=tmp_path / "locks", backups=tmp_path / "backups")
-
-    replace_text(config, b"new", side_folders=folders)
-
-    assert names(config.parent) == ["config.toml"]
-    assert files.backup_file(config, 1, folders).read_bytes() == b"old"
-    assert files.lock_file(config, folders).exists()
-    assert stat.S_IMODE((tmp_path / "backups").stat().st_mode) == 0o700
-
-
 def test_an_edit_that_changes_nothing_writes_nothing(config: Path) -> None:
     before = config.stat()
 

@@ -30,7 +30,7 @@ class ExitCode(IntEnum):
 
     STORAGE = 4
     """This version cannot use the data directory or the database, or a limit on files or threads is
-    too low. Nothing was changed."""
+    too low."""
 
     LISTEN = 5
     """The listen address cannot be bound."""

@@ -10,6 +10,7 @@ from typing import Annotated, Final
 
 from runrecovery_service.config import defaults, values
 from runrecovery_service.config.capacity import machine_capacity
+from runrecovery_service.domain.lease import LEASE_TTL_S
 from runrecovery_service.domain.run import Profile
 from runrecovery_service.domain.session_check import UnknownSession
 from runrecovery_service.engines.presets import Preset
@@ -171,7 +172,7 @@ class Settings:
     recovery_backoff_s: Annotated[float, values.seconds(0, 3_600)] = 0.5
     safe_mode_after: Annotated[int, values.whole(0, 1_000)] = 5
     safe_mode_window_s: Annotated[float, values.seconds(1, 30 * _DAY_S)] = 600.0
-    lease_ttl_s: Annotated[float, values.seconds(3, 3_600)] = 15.0
+    lease_ttl_s: Annotated[float, values.seconds(3, 3_600)] = LEASE_TTL_S
     containment: Annotated[ContainmentPolicy, values.one_of(ContainmentPolicy)] = (
         ContainmentPolicy.BEST_EFFORT
     )
@@ -182,11 +183,6 @@ class Settings:
     engines: Mapping[str, EngineSettings] = field(default_factory=dict)
 
     @property
-    def redacted_database(self) -> str:
-        """The database URL for people and logs, without password and parameters."""
-        return redacted_url(self.database)
-
-    @property
     def capacity(self) -> int:
         """Processes at one time: `max_concurrent`, or the capacity of this machine."""
         return self.max_concurrent or machine_capacity()
@@ -194,19 +190,3 @@ class Settings:
 
 SCALARS: Final = tuple(key.name for key in fields(Settings) if key.name != "engines")
 """The keys that a flag or an environment variable may set."""
-
-
-def redacted_url(url: str) -> str:
-    """Return a database URL without its password and its parameters, which may hold a password.
-
-    Everything before the last `@` counts as user and password: a password with reserved characters
-    makes the URL invalid, and must be hidden as well.
-    """
-    scheme, separator, rest = url.partition("://")
-    if not separator:
-        return "***" if url else ""
-    credentials, at, place = rest.rpartition("@")
-    user, colon, _ = credentials.partition(":")
-    place, question, _ = place.partition("?")
-    hidden = f"{user}{':***' if colon else ''}{at}{place}{'?***' if question else ''}"
-    return f"{scheme}://{hidden}"

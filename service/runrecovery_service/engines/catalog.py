@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from runrecovery_service.domain.errors import UnknownEngine
-from runrecovery_service.domain.run import Profile
+from runrecovery_service.domain.run import Profile, Run
 from runrecovery_service.domain.session_check import (
     SessionCheck,
     SessionFinding,
@@ -140,6 +140,14 @@ class Catalog:
         """Return the type of an engine's handles, also for an engine that was removed."""
         engine = self._engines.get(name)
         return JSON_LINES.session_type if engine is None else engine.dialect.session_type
+
+    def wait_s(self, run: Run) -> float:
+        """Return how long a question of the run waits: as the run says, or else its engine.
+
+        Raises:
+            UnknownEngine: the run does not say it, and the configuration has no such engine.
+        """
+        return run.session_timeout_s or self.get(run.engine).session_timeout_s
 
     def get(self, name: str) -> Engine:
         """Return the engine of that name.

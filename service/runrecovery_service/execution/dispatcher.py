@@ -9,13 +9,14 @@ from typing import Final
 
 import structlog
 
-from runrecovery_service.domain.errors import Exhausted, Fenced, NotNow, RunGone, error_facts
+from runrecovery_service.domain.errors import Exhausted, Fenced, NotNow, RunGone
 from runrecovery_service.execution.launcher import Launcher
 from runrecovery_service.execution.record_watch import RecordWatch
 from runrecovery_service.execution.run_queue import RunQueue
 from runrecovery_service.execution.running_turns import RunningTurns
 from runrecovery_service.execution.supervisor import TurnSupervisor
 from runrecovery_service.execution.supervisor_factory import SupervisorFactory
+from runrecovery_service.periodic import FailureLog
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage.changes import Subscription
 from runrecovery_service.storage.turns import Turn
@@ -50,9 +51,11 @@ class Dispatcher:
     _is_take_in_doubt: bool = field(default=False, init=False)
     _changes: Subscription | None = field(default=None, init=False)
     _record_watch: RecordWatch = field(init=False)
+    _failures: FailureLog = field(init=False)
     _task: asyncio.Task[None] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
+        self._failures = FailureLog(failure_event="execution.queue_unreadable")
         self._record_watch = RecordWatch(
             storage=self.queue.storage,
             owner=self.queue.owner,
@@ -137,13 +140,14 @@ class Dispatcher:
                 try:
                     await self._launch_what_fits()
                     self._failing_since, self.failing_s = None, 0.0
+                    self._failures.note_success()
                 except Fenced as error:
                     self.stop_signal.fail(error)
                     return
                 except (NotNow, Exhausted) as error:
                     self._is_take_in_doubt = True
                     self._note_failure()
-                    log.warning("execution.queue_unreadable", **error_facts(error))
+                    self._failures.report(error)
                 except Exception:  # the edge of this task: nothing would be launched any more
                     self._note_failure()
                     log.exception("execution.dispatch_failed")

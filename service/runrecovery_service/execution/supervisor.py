@@ -378,9 +378,7 @@ class TurnSupervisor:
 
     def _wait_due(self) -> Due:
         """Return the deadline of a question that is asked now."""
-        run = self.turn.run
-        own_s = run.session_timeout_s
-        return self.records.clock.due_in(own_s or self.catalog.get(run.engine).session_timeout_s)
+        return self.records.clock.due_in(self.catalog.wait_s(self.turn.run))
 
     # -- replies -------------------------------------------------------------------------------
 

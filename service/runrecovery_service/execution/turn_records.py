@@ -27,8 +27,8 @@ R = TypeVar("R")
 class TurnRecords:
     """Reads and writes what is on record of one turn.
 
-    Each method repeats its call until the store answers. Each raises Fenced when a newer epoch
-    owns the run.
+    Each method repeats its call until the store answers. Each but `read_reply` and
+    `read_fingerprint` raises Fenced when a newer epoch owns the run.
     """
 
     storage: Storage
@@ -83,7 +83,7 @@ class TurnRecords:
         )
 
     async def record_reply_read(self) -> None:
-        """Record that the process has read the accepted reply."""
+        """Record that the process has the accepted reply: a sticky one may yet have to read it."""
         await self._write(turns.record_delivered, self.turn, owner=self.owner)
 
     async def record_reply_unread(self, number: int) -> None:

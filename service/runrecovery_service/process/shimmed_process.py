@@ -23,8 +23,8 @@ SHIM_TIMEOUT_S: Final = 20.0
 class ShimmedProcess:
     """An agent behind its shim, with pipes to the agent's standard streams.
 
-    The pipes are unbuffered and blocking. If an event loop takes a pipe, the loop also closes that
-    pipe. `dispose` closes the others.
+    The pipes are unbuffered, and blocking until an event loop first uses them. `close` and
+    `dispose` close all of them.
 
     Attributes:
         popen: the shim, which leads a session of its own. The agent leads another one.

@@ -12,7 +12,7 @@ import binascii
 import hashlib
 import struct
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
 from google.protobuf.message import Message
 
@@ -29,13 +29,6 @@ MAX_PAGE_SIZE: Final = 1000
 _VERSION: Final = b"\x01"
 _DIGEST_BYTES: Final = 8
 _MAX_TOKEN_CHARS: Final = 200
-
-
-class PagedRequest(Protocol):
-    """The fields that every request for a page has."""
-
-    page_size: int
-    page_token: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

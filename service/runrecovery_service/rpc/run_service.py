@@ -164,6 +164,7 @@ class RunService:
             request.run_id,
             handle=handle,
             session_type_of=self._deps.catalog.session_type,
+            wait_s_of=self._deps.catalog.wait_s,
             owner=self._deps.owner,
             etag=request.etag or None,
             receipt=make_receipt(request),

@@ -23,11 +23,7 @@ from typing import Final, ParamSpec, TypeVar
 import structlog
 
 from runrecovery_service import daemon_threads
-from runrecovery_service.domain.errors import (
-    NotNow,
-    RunRecoveryError,
-    error_facts,
-)
+from runrecovery_service.domain.errors import NotNow, RunRecoveryError
 from runrecovery_service.steady_thread_pool import SteadyThreadPool
 from runrecovery_service.storage.changes import (
     Changes,
@@ -48,7 +44,6 @@ R = TypeVar("R")
 
 READER_THREADS: Final = 2
 POSTGRESQL_CONNECTIONS: Final = 8
-SHARED_POLL_S: Final = 1.0
 STATEMENT_MOST_S: Final = 75.0
 """The limit for a statement on a PostgreSQL connection of the pool. The server's limit is 60 s."""
 CLOSE_S: Final = 5.0
@@ -83,6 +78,7 @@ class Storage:
             made.pop_all()
         self._under_way: dict[int, tuple[float, object]] = {}
         self.changes = Changes()
+        self._poll = SharedPoll()
 
     @property
     def is_shared(self) -> bool:
@@ -186,20 +182,15 @@ class Storage:
 
         writing.add_done_callback(on_done)
 
-    async def follow_shared(self) -> None:
-        """Poll a shared store for the changes of other instances. Never returns."""
-        poll = SharedPoll()
-        while True:
-            await asyncio.sleep(SHARED_POLL_S)
-            try:
-                if keys := self.changes.runs_watched:
-                    self.changes.wake_watchers(poll.changed(await self.read(event_counts, keys)))
-                if self.changes.decisions_watched:
-                    await self.read(close_abandoned)  # an abandoned report blocks the decision feed
-                    if poll.has_decided(await self.read(decisions_stamp)):
-                        self.changes.announce_decisions()
-            except Exception as error:  # noqa: BLE001 - the next poll may succeed
-                log.warning("storage.changes_not_seen", **error_facts(error))
+    async def poll_shared(self) -> None:
+        """Wake the watchers of what other instances have changed in a shared store."""
+        if keys := self.changes.runs_watched:
+            counts = await self.read(event_counts, keys)
+            self.changes.wake_watchers(self._poll.changed(counts))
+        if self.changes.decisions_watched:
+            await self.read(close_abandoned)  # an abandoned report blocks the decision feed
+            if self._poll.has_decided(await self.read(decisions_stamp)):
+                self.changes.announce_decisions()
 
     async def renew(self, use: UseCase[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the renewal of the lease. It never queues behind reads."""

@@ -2,7 +2,7 @@
 
 Watchers wait for one run, or for decisions. The execution subscribes to every change. A write whose
 COMMIT answer was lost is announced as in doubt, so that subscribers read the records at once.
-Another process may write to a shared store too: `Storage.follow_shared` polls for that, in one
+Another process may write to a shared store too: `Storage.poll_shared` asks for that, in one
 query for all watchers.
 """
 

@@ -13,7 +13,6 @@ from datetime import datetime
 from typing import Final
 
 from runrecovery_service.domain.deadline import DueKind, SteadyTime
-from runrecovery_service.domain.errors import Fenced
 from runrecovery_service.domain.run import ErrorCode, Profile, Run, RunStatus
 from runrecovery_service.domain.turn import RUN_TIMEOUT
 from runrecovery_service.storage import instances, interactions, runs, use_case
@@ -187,8 +186,7 @@ def _has_passed(db: Database, run: Run, kind: DueKind, owner: Owner, steady: Ste
 
 def _disarm(db: Database, run: Run, kind: DueKind, owner: Owner) -> None:
     """Delete a deadline that no longer applies, if the run has not changed since it was read."""
-    if run.owner_epoch > owner.epoch or run.owner != owner.instance:
-        raise Fenced(f"run {run.run_id!r}")
+    runs.demand_own(run, owner)
     db.execute(
         f"UPDATE run SET {_COLUMNS[kind]} = NULL"
         " WHERE id = ? AND owner = ? AND owner_epoch = ? AND version = ?",

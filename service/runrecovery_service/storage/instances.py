@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Final
 
 from runrecovery_service.domain.errors import ClaimLost, Fenced
+from runrecovery_service.domain.lease import LEASE_TTL_S
 from runrecovery_service.domain.start_errors import Held
 from runrecovery_service.storage.database import Database, Row
 from runrecovery_service.storage.rows import to_us
 from runrecovery_service.storage.sql_dialects import DatabaseKind
-
-LEASE_TTL_S: Final = 15.0
-"""How long a lease lasts after a renewal, unless it is configured."""
 
 
 @dataclass(frozen=True, slots=True)

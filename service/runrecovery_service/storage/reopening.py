@@ -46,7 +46,7 @@ class ReopenCandidate:
     mark: SessionFingerprint | None
 
     def __repr__(self) -> str:
-        return f"Candidate(run={self.run.run_id!r}, handle=<secret>)"
+        return f"ReopenCandidate(run={self.run.run_id!r}, handle=<secret>)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +89,7 @@ def reopen(
     *,
     handle: str | None,
     session_type_of: Callable[[str], str],
+    wait_s_of: Callable[[Run], float],
     owner: Owner,
     etag: str | None,
     receipt: Receipt | None,
@@ -104,6 +105,7 @@ def reopen(
     Args:
         handle: the handle to resume with; None: the handle that was kept.
         session_type_of: returns the type of an engine's handles, for a run without a recorded type.
+        wait_s_of: returns how long a question of the run waits.
 
     Raises:
         RunNotFound, RunOfAnotherInstance, RunQuarantined, RunNotReopenable, SessionNotResumable,
@@ -118,7 +120,15 @@ def reopen(
         _demand_reopenable(run)
         runs.demand_etag(run, etag)
         _reopen_failed(
-            db, run, handle, session_type_of, owner=owner, due_in=due_in, steady=steady, now=now
+            db,
+            run,
+            handle,
+            session_type_of,
+            wait_s_of,
+            owner=owner,
+            due_in=due_in,
+            steady=steady,
+            now=now,
         )
     requests.record_effect(db, receipt, run_key=run.key, now=now)
     return runs.get_by_key(db, run.key)
@@ -146,6 +156,7 @@ def _reopen_failed(
     run: Run,
     handle: str | None,
     session_type_of: Callable[[str], str],
+    wait_s_of: Callable[[Run], float],
     *,
     owner: Owner,
     due_in: DueIn,
@@ -164,7 +175,8 @@ def _reopen_failed(
     becomes = RunStatus.WAITING_USER if question.replied_at is None else RunStatus.QUEUED
     if becomes not in REOPENED[RunStatus.FAILED]:
         raise ValueError(f"a FAILED run may not be reopened as {becomes}")
-    wait = _wait(run, becomes, due_in)
+    waits_for_ever = becomes is not RunStatus.WAITING_USER or run.require_user_reply
+    wait = None if waits_for_ever else due_in(wait_s_of(run))
     columns = _reopened(run, kept, becomes, handle, wait=wait, due_in=due_in, now=now) | {
         "session_type": kept.session_type or session_type_of(run.engine),
         "owner_epoch": owner.epoch,
@@ -260,11 +272,6 @@ def _add_to_history(db: Database, run: Run, kept: _Kept, becomes: RunStatus, now
             run.interaction_count,
         ),
     )
-
-
-def _wait(run: Run, becomes: RunStatus, due_in: DueIn) -> Due | None:
-    ends = becomes is RunStatus.WAITING_USER and not run.require_user_reply
-    return due_in(run.session_timeout_s) if ends and run.session_timeout_s else None
 
 
 def _put_question_back(

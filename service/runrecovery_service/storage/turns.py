@@ -316,7 +316,7 @@ def _demand_owned(run: Run, owner: Owner) -> None:
 
 
 def _interrupt(db: Database, run: Run, end: Interrupted, *, owner: Owner, now: datetime) -> None:
-    """Apply the decision of the recovery matrix, as a restart would make it now."""
+    """Apply the decision that a restart would make now. A run that fails is not reopenable."""
     assert run.status is not None  # noqa: S101 - `_own` has refused such a run
     rule = decide(run.status, run.profile, facts_of_run(db, run.key))
     if rule.error is not None:

@@ -11,7 +11,6 @@ such a file. In the first case no copy of that text exists.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import secrets
@@ -57,23 +56,6 @@ class Change(Protocol):
 _Change = TypeVar("_Change", bound=Change)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SideFolders:
-    """The folders of lock files and backups.
-
-    Attributes:
-        locks: the folder of lock files; None: beside the edited file. All services that edit one
-            file need the same folder, or else they do not exclude each other.
-        backups: the folder of earlier versions; None: beside the edited file.
-    """
-
-    locks: Path | None = None
-    backups: Path | None = None
-
-
-BESIDE: Final = SideFolders()
-
-
 def edit(
     path: Path,
     decide: Callable[[bytes | None], _Change],
@@ -81,7 +63,6 @@ def edit(
     begin: Callable[[str | None], object] = lambda _: None,
     record: Callable[[_Change], object] = lambda _: None,
     done: Callable[[_Change], object] = lambda _: None,
-    side_folders: SideFolders = BESIDE,
     make: bool = True,
     lock_wait_s: float = LOCK_WAIT_S,
     pause: Callable[[float], object] = time.sleep,
@@ -116,55 +97,53 @@ def edit(
         TrustFileOutOfReach: the system refused; the file is unchanged.
     """
     target = _resolve(path)
-    if not _must_lock(target, side_folders, make=make):
+    if not _must_lock(target, make=make):
         begin(None)
         change = decide(None)
         if change.text is None:
             record(change)
             done(change)
             return change
-    _make_folders(target, side_folders)
-    with lock(lock_file(target, side_folders), wait_s=lock_wait_s, pause=pause) as here:
+    with _system_errors(target.parent):
+        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with lock(lock_file(target), wait_s=lock_wait_s, pause=pause) as here:
         with _system_errors(target):
-            _remove_leftovers(target, side_folders)
+            _remove_leftovers(target)
         begin(here)
-        change = _edit_locked(path, target, decide, record, side_folders, _Retries(target, pause))
+        change = _edit_locked(path, target, decide, record, _Retries(target, pause))
         done(change)
         return change
 
 
-def _must_lock(target: Path, side_folders: SideFolders, *, make: bool) -> bool:
-    needed = target.parent if make else lock_file(target, side_folders)
+def _must_lock(target: Path, *, make: bool) -> bool:
+    needed = target.parent if make else lock_file(target)
     with _system_errors(needed):
         return needed.exists()
 
 
-def token_of(target: Path, side_folders: SideFolders = BESIDE) -> str | None:
+def token_of(target: Path) -> str | None:
     """Return the token of a file's lock, as `begin` of an edit gets it; None if the file was never
     edited. Acquire no lock."""
-    return read_token(lock_file(target, side_folders))
+    return read_token(lock_file(target))
 
 
-def lock_file(target: Path, side_folders: SideFolders = BESIDE) -> Path:
+def lock_file(target: Path) -> Path:
     """Return the lock file of a file (which must not be a link)."""
-    return Path(f"{_stem(target, side_folders.locks)}.lock")
+    return Path(f"{_stem(target)}.lock")
 
 
-def backup_file(target: Path, age: int, side_folders: SideFolders = BESIDE) -> Path:
+def backup_file(target: Path, age: int) -> Path:
     """Return the path of an earlier version of a file; age 1 is the latest."""
-    return Path(f"{_stem(target, side_folders.backups)}.{age}.bak")
+    return Path(f"{_stem(target)}.{age}.bak")
 
 
-def _stem(target: Path, folder: Path | None) -> Path:
+def _stem(target: Path) -> Path:
     """Return the common beginning of the paths of our files for this target."""
-    if folder is None:
-        return target.parent / f".runrecovery.{target.name}"
-    digest = hashlib.sha256(os.fsencode(target)).hexdigest()[:16]
-    return folder / f"{target.name.lstrip('.')}.{digest}"
+    return target.parent / f".runrecovery.{target.name}"
 
 
-def _temporary(target: Path, folder: Path | None) -> Path:
-    return Path(f"{_stem(target, folder)}.{secrets.token_hex(8)}.tmp")
+def _temporary(target: Path) -> Path:
+    return Path(f"{_stem(target)}.{secrets.token_hex(8)}.tmp")
 
 
 def _resolve(path: Path) -> Path:
@@ -181,23 +160,15 @@ def _system_errors(path: Path) -> Iterator[None]:
         raise TrustFileOutOfReach(path, error.errno or 0, detail) from error
 
 
-def _make_folders(target: Path, side_folders: SideFolders) -> None:
-    for folder in (target.parent, side_folders.locks, side_folders.backups):
-        if folder is not None:
-            with _system_errors(folder):
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-
-
-def _remove_leftovers(target: Path, side_folders: SideFolders) -> None:
+def _remove_leftovers(target: Path) -> None:
     """Remove temporary files of killed edits: a living edit would hold the lock."""
-    for folder in {None, side_folders.backups}:
-        stem = _stem(target, folder)
-        with os.scandir(stem.parent) as entries:
-            names = [each.name for each in entries]
-        ours = re.compile(re.escape(stem.name) + r"\.[0-9a-f]{16}\.tmp")
-        for name in names:
-            if ours.fullmatch(name):
-                (stem.parent / name).unlink(missing_ok=True)
+    stem = _stem(target)
+    with os.scandir(stem.parent) as entries:
+        names = [each.name for each in entries]
+    ours = re.compile(re.escape(stem.name) + r"\.[0-9a-f]{16}\.tmp")
+    for name in names:
+        if ours.fullmatch(name):
+            (stem.parent / name).unlink(missing_ok=True)
 
 
 # -- reading ---------------------------------------------------------------------------------------
@@ -311,7 +282,6 @@ def _edit_locked(
     target: Path,
     decide: Callable[[bytes | None], _Change],
     record: Callable[[_Change], object],
-    side_folders: SideFolders,
     retries: _Retries,
 ) -> _Change:
     while True:
@@ -332,17 +302,17 @@ def _edit_locked(
         if _resolve(path) != target:
             raise TrustFileBusy(path, "the target of the link has just changed")
         with _system_errors(target):
-            if _replace(target, seen, change.text, side_folders):
+            if _replace(target, seen, change.text):
                 return change
         retries.again()
 
 
-def _replace(target: Path, seen: _Snapshot, text: bytes | None, side_folders: SideFolders) -> bool:
+def _replace(target: Path, seen: _Snapshot, text: bytes | None) -> bool:
     """Replace the file. Return False if it has changed since it was read; nothing is done then."""
     if seen.state is not None and not seen.state.mode & 0o222:
         raise TrustFileUnusable(UnusableReason.READ_ONLY, "its mode lets nobody write it")
-    new = _temporary(target, None)
-    old = _temporary(target, side_folders.backups)
+    new = _temporary(target)
+    old = _temporary(target)
     try:
         if text is not None:
             _write(new, text, like=seen.state, attributes_of=target)
@@ -356,7 +326,7 @@ def _replace(target: Path, seen: _Snapshot, text: bytes | None, side_folders: Si
         with suppress(OSError):
             _sync_folder(target.parent)
         with suppress(OSError):
-            _rotate_backups(old, target, side_folders)
+            _rotate_backups(old, target)
     finally:
         for left in (new, old):
             with suppress(OSError):
@@ -446,16 +416,14 @@ def _copy_attributes(source: Path, descriptor: int) -> None:
                 os.setxattr(descriptor, name, os.getxattr(source, name, follow_symlinks=False))
 
 
-def _rotate_backups(old: Path, target: Path, side_folders: SideFolders) -> None:
+def _rotate_backups(old: Path, target: Path) -> None:
     """Make the earlier version the first backup, and each other backup one older."""
     if not old.exists():
         return
     for age in range(BACKUPS, 1, -1):
         with suppress(FileNotFoundError):
-            backup_file(target, age - 1, side_folders).replace(
-                backup_file(target, age, side_folders)
-            )
-    old.replace(backup_file(target, 1, side_folders))
+            backup_file(target, age - 1).replace(backup_file(target, age))
+    old.replace(backup_file(target, 1))
 
 
 def _sync_folder(folder: Path) -> None:

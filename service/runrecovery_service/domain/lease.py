@@ -1,0 +1,8 @@
+"""The lease of an instance: the right to own its runs until a time."""
+
+from __future__ import annotations
+
+from typing import Final
+
+LEASE_TTL_S: Final = 15.0
+"""How long a lease lasts after a renewal, unless it is configured."""
