@@ -113,7 +113,7 @@ def restart(sessions: Sessions, handles: Sequence[StoredHandle], top: Path) -> f
         owner = claim(db, instance=INSTANCE, data_dir=top)
         scope = ApplyScope(
             owner=owner, before=owner.epoch, reconciliation_key=1, reopen=Clock().due_in(60),
-            now=datetime.now(UTC),
+            now=datetime.now(UTC), steady=Clock().steady(),
         )  # fmt: skip
         checks: dict[str, SessionCheck] = {ENGINE: SessionCheck(sessions.home.store.check)}
         begun = time.perf_counter()

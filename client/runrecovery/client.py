@@ -135,7 +135,8 @@ class Runs:
             input: a JSON object for the engine.
             run_id: your own id, `[a-z0-9][a-z0-9_-]{0,63}`; None: the service makes one.
             labels: your own labels, at most 32.
-            restart_policy: what a restart does with the run while it is QUEUED or RUNNING.
+            restart_policy: what a restart does with the run while it is QUEUED or RUNNING. Unset:
+                the policy of the engine.
             interactive_profile: the engine's own profile, or unset.
             session_timeout_s: seconds that one question waits, at most the engine's own timeout.
             require_user_reply: False: a question without an answer in that time is decided

@@ -35,6 +35,8 @@ def build_engine(name: str, settings: EngineSettings) -> Engine:
         unknown_session=settings.unknown_session,
         session_timeout_s=settings.session_timeout_s,
         require_user_reply=settings.require_user_reply,
+        restart_policy=settings.restart_policy,
+        max_resumes=settings.max_resumes if settings.resumes_interrupted else 0,
         max_run_time_s=settings.max_run_time_s,
         niceness=settings.nice,
         max_memory=settings.max_memory,

@@ -65,6 +65,7 @@ def test_a_preset_sets_what_an_engine_does_not_set(load: Load, preset: Preset) -
         profile=Profile.RESUMABLE,
         env_allow=(*DEFAULT_ENV_ALLOW, *facts.variables),
         trust=preset.value,
+        resumes_interrupted=True,
     )
     assert facts.home_variable in engine.env_allow
 

@@ -38,11 +38,12 @@ say = lambda **fields: print(json.dumps(fields), flush=True)
 if message["input"].get("stubborn"):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     time.sleep(60)
-elif message["type"] == "start" and message["input"].get("asks"):
+reply = message.get("interrupted", message).get("reply")
+if message["input"].get("asks") and reply is None:
     say(type="session", value="s")
     say(type="ask", kind="open_text", prompt="?")
 else:
-    answer = message.get("reply", {}).get("response")
+    answer = reply and reply["response"]
     say(type="result", output={"answer": answer, "attempt": message["attempt"]})
 """
 
@@ -180,7 +181,9 @@ def assert_all_survived(home: Home, api: Api, known: Acknowledged) -> None:
 @pytest.mark.timeout(120 + 5 * ROUNDS)
 def test_every_acknowledged_call_survives_any_number_of_kills(new_home: NewHome) -> None:
     home = new_home(
-        engines={**GOOD_ENGINES, "quick": script(QUICK)}, max_concurrent=SLOTS, cancel_grace_s=0.3
+        engines={**GOOD_ENGINES, "quick": script(QUICK, resumes_interrupted=True)},
+        max_concurrent=SLOTS,
+        cancel_grace_s=0.3,
     )
     seed = int(os.environ.get("CAMPAIGN_SEED", time.time_ns()))
     print(f"CAMPAIGN_SEED={seed}")

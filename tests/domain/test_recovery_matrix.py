@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from runrecovery_service.domain.deadline import Due
+from runrecovery_service.domain.deadline import Due, SteadyTime
 from runrecovery_service.domain.plan import RecoveryPlan
 from runrecovery_service.domain.reconciliation import Cause
 from runrecovery_service.domain.recovery_matrix import MATRIX, QUARANTINE_RULE, Fact, Rule, decide
@@ -35,12 +35,17 @@ PROFILES: Final = (*Profile, None)
 FACTS: Final = tuple(Fact(bits) for bits in range(2 ** len(Fact)))
 Case = tuple[RunStatus, Profile | None, Fact]
 EVERYTHING: Final = tuple(product(LIVE, PROFILES, FACTS))
-CAN_BE_STORED: Final = tuple(
-    # A run's latest question is open, or answered and not delivered, or neither; never both.
-    case
-    for case in EVERYTHING
-    if Fact.PENDING | Fact.REPLY not in case[2]
-)
+OF_RESUME: Final = Fact.RESUME_LEFT | Fact.RESTART_LEFT
+
+
+def can_be_stored(facts: Fact) -> bool:
+    """A run has one policy, and its latest question is not both open and answered."""
+    if Fact.PENDING | Fact.REPLY in facts or Fact.REQUEUE | Fact.RESUME in facts:
+        return False
+    return Fact.RESUME in facts or not facts & OF_RESUME
+
+
+CAN_BE_STORED: Final = tuple(case for case in EVERYTHING if can_be_stored(case[2]))
 NOW: Final = datetime(2026, 11, 24, tzinfo=UTC)
 REOPEN: Final = Due(at=NOW, clock="boot", us=1)
 
@@ -116,6 +121,12 @@ def store(db: Database, owner: Owner, cases: tuple[Case, ...]) -> None:
                 )
 
 
+def _policy(facts: Fact) -> str:
+    if Fact.RESUME in facts:
+        return "RESUME"
+    return "REQUEUE" if Fact.REQUEUE in facts else "FAIL"
+
+
 def _store_run(
     db: Database, owner: Owner, key: int, status: RunStatus, profile: Profile | None, facts: Fact
 ) -> None:
@@ -123,8 +134,10 @@ def _store_run(
     row: dict[str, object] = {
         "id": key, "run_id": f"run-{key}", "engine": "demo", "labels": "{}", "input": "{}",
         "status": status.value, "profile": profile.value if profile else None,
-        "restart_policy": "REQUEUE" if Fact.REQUEUE in facts else "FAIL", "max_attempts": 2,
-        "attempt": 1, "turn": 1, "interaction_count": 1, "session_type": session[0],
+        "restart_policy": _policy(facts), "max_attempts": 2,
+        "attempt": 1 if facts & (Fact.REQUEUE | Fact.RESTART_LEFT) else 2, "turn": 1,
+        "resume_count": 1, "max_resumes": 2 if Fact.RESUME_LEFT in facts else 1,
+        "interaction_count": 1, "session_type": session[0],
         "session_value": session[1], "owner": owner.instance, "owner_epoch": owner.epoch,
         "cancel_requested_at": 1 if Fact.CANCEL in facts else None,
         "version": 5, "queued_at": 1, "created_at": 1, "updated_at": 1,
@@ -140,7 +153,12 @@ def recovered(db: Database) -> Iterator[tuple[object, ...]]:
         db, owner, reconciliation_id="r", cause=Cause.STARTUP, safe_mode=False, now=NOW
     )
     scope = ApplyScope(
-        owner=owner, before=owner.epoch, reconciliation_key=key, reopen=REOPEN, now=NOW
+        owner=owner,
+        before=owner.epoch,
+        reconciliation_key=key,
+        reopen=REOPEN,
+        now=NOW,
+        steady=SteadyTime("boot-1", 0),
     )
     batch = recovery_apply.next_batch(db, scope, after=0, rows=100_000)
     assert batch is not None
@@ -217,7 +235,12 @@ def test_every_applied_rule_is_counted(database: Database) -> None:
     store(database, owner_of(database), CAN_BE_STORED)
     owner = owner_of(database)
     scope = ApplyScope(
-        owner=owner, before=owner.epoch, reconciliation_key=1, reopen=REOPEN, now=NOW
+        owner=owner,
+        before=owner.epoch,
+        reconciliation_key=1,
+        reopen=REOPEN,
+        now=NOW,
+        steady=SteadyTime("boot-1", 0),
     )
     batch = recovery_apply.next_batch(database, scope, after=0, rows=100_000)
     assert batch is not None

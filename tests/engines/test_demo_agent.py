@@ -15,6 +15,7 @@ from runrecovery_service.engines.dialect import (
     Message,
     ProgressMessage,
     ResultMessage,
+    Resumed,
     RunContext,
     SessionMessage,
 )
@@ -81,7 +82,7 @@ def turn(start: Start, task: RunContext, session: str | None, reply: str) -> tup
         held = Session(type="jsonl", handle=session, turn=number)
         agent = start(
             "resumable",
-            jsonl.resume_message(task, session=held, reply=answered(number, reply)),
+            jsonl.resume_message(task, Resumed(session=held, reply=answered(number, reply))),
         )
     named, then = next_message(agent), next_message(agent)
     assert agent.wait(30) == 0
@@ -121,7 +122,9 @@ def test_a_lost_session_is_refused(start: Start, tmp_path: Path) -> None:
     lost = Session(type="jsonl", handle="0" * 32, turn=1)
     work = task(tmp_path, TWO_QUESTIONS)
 
-    agent = start("resumable", jsonl.resume_message(work, session=lost, reply=answered(1, "x")))
+    agent = start(
+        "resumable", jsonl.resume_message(work, Resumed(session=lost, reply=answered(1, "x")))
+    )
     _, stderr = agent.communicate(timeout=30)
 
     assert agent.returncode == demo_agent.EXIT_NO_SESSION

@@ -17,6 +17,7 @@ from runrecovery_service.engines.dialect import (
     ProgressMessage,
     ProtocolError,
     ResultMessage,
+    Resumed,
     RunContext,
     SessionMessage,
     UnknownMessage,
@@ -57,7 +58,7 @@ def test_an_automatic_decision_is_marked_in_reply_and_resume() -> None:
     session = Session(type="jsonl", handle="h", turn=3)
     decided = answered(2, None, auto_decided=True)
 
-    resumed = json.loads(jsonl.resume_message(TASK, session=session, reply=decided))
+    resumed = json.loads(jsonl.resume_message(TASK, Resumed(session=session, reply=decided)))
     replied = json.loads(jsonl.reply_message(decided))
 
     assert resumed["reply"] == {"interaction_id": 2, "response": None, "auto_decided": True}
@@ -67,7 +68,9 @@ def test_an_automatic_decision_is_marked_in_reply_and_resume() -> None:
 def test_a_resume_message_has_the_session_and_the_reply() -> None:
     session = Session(type="jsonl", handle="h", turn=3)
 
-    sent = json.loads(jsonl.resume_message(TASK, session=session, reply=answered(4, {"a": None})))
+    sent = json.loads(
+        jsonl.resume_message(TASK, Resumed(session=session, reply=answered(4, {"a": None})))
+    )
 
     assert sent == {
         "type": "resume",

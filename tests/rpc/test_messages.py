@@ -196,6 +196,8 @@ def test_every_field_of_the_contract_can_be_filled() -> None:
         auto_decided_count=1,
         run_deadline_at=AT,
         reopenable_until=AT,
+        resume_count=1,
+        resume_at=AT,
         session_timeout_s=1.5,
     )
 

@@ -221,13 +221,13 @@ def test_quick_check_refuses_a_bad_run_id(run_id: str) -> None:
 
 
 def test_profile_may_be_unset_or_the_engines_own() -> None:
-    wish = run_pb2.InteractiveProfile(kind=STICKY)
+    unset = run_pb.CreateRunRequest(engine="e")
+    wish = run_pb.CreateRunRequest(engine="e")
+    wish.interactive_profile.kind = STICKY
 
-    assert not list(
-        validation.check_profile(run_pb2.InteractiveProfile(), engine(Profile.RESUMABLE))
-    )
-    assert not list(validation.check_profile(wish, engine(Profile.STICKY_PROCESS)))
-    assert fields(validation.check_profile(wish, engine(Profile.RESUMABLE))) == [
+    assert not list(validation.fits_engine(unset, engine(Profile.RESUMABLE)))
+    assert not list(validation.fits_engine(wish, engine(Profile.STICKY_PROCESS)))
+    assert fields(validation.fits_engine(wish, engine(Profile.RESUMABLE))) == [
         "interactive_profile.kind"
     ]
 
@@ -241,7 +241,7 @@ def test_a_wait_may_be_as_long_as_the_engines_own(*, seconds: float, refused: bo
 
     found = [
         *validation.create_run(request),
-        *validation.check_profile(request.interactive_profile, engine(Profile.RESUMABLE)),
+        *validation.fits_engine(request, engine(Profile.RESUMABLE)),
     ]
 
     assert fields(found) == ["interactive_profile.session_timeout"] * refused

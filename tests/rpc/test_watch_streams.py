@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from runrecovery.v1 import recovery_service_pb2 as recovery_pb
 from runrecovery.v1 import run_service_pb2 as pb
-from runrecovery_service.domain.deadline import Due
+from runrecovery_service.domain.deadline import Due, SteadyTime
 from runrecovery_service.domain.reconciliation import Cause, RecoveredFilter
 from runrecovery_service.domain.run import NewRun, Profile, RestartPolicy
 from runrecovery_service.rpc import watch_streams
@@ -176,6 +176,7 @@ def restarted(db: Database) -> None:
         reconciliation_key=key,
         reopen=Due(at=NOW, clock="boot-1", us=0),
         now=NOW,
+        steady=SteadyTime("boot-1", 0),
     )
     batch = recovery_apply.next_batch(db, scope, after=0, rows=9)
     assert batch is not None

@@ -211,6 +211,7 @@ class ServiceStore:
             end=how,
             ended=ended,
             due=None if turn.run.require_user_reply else self.due_in(WAIT_S),
+            due_in=self.due_in,
             mark=fingerprint,
             now=self.tick(),
         )
@@ -285,6 +286,7 @@ class ServiceStore:
             reconciliation_key=reconciliation_key,
             reopen=self.due_in(REOPEN_S),
             now=self.tick(),
+            steady=self.steady,
         )
 
     def apply_recovery(

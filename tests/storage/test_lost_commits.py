@@ -82,7 +82,8 @@ def test_a_turn_whose_run_was_lost_writes_nothing(
         partial(launch_records.record_running, store.db, turn.launch, owner=owner),
         *(
             partial(
-                turns.record_end, store.db, turn, owner=owner, end=end, ended=GONE, due=due, now=now
+                turns.record_end, store.db, turn, owner=owner, end=end, ended=GONE, due=due,
+                due_in=store.due_in, now=now,
             )
             for end in ENDS
         ),

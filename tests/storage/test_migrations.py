@@ -138,6 +138,12 @@ def test_a_migration_keeps_everything_that_the_first_version_stored(
         ("interaction", "auto_decided", 0),
         ("run", "event_count", 1),
         ("run", "auto_decided_count", 0),
+        ("run", "max_resumes", 0),
+        ("run", "resume_count", 0),
+        ("run", "resume_due_us", None),
+        ("run", "resume_at", None),
+        ("run", "interrupted_at", None),
+        ("run", "interrupted_by", None),
         *(
             ("run", name, None)
             for name in (

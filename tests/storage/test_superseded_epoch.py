@@ -86,7 +86,7 @@ def _turn(prepared: Prepared, use: Callable[..., Any], **facts: Any) -> Any:
 
 def _end(prepared: Prepared, end: Any) -> Any:
     return _turn(
-        prepared, turns.record_end, end=end, ended=GONE, due=None,
+        prepared, turns.record_end, end=end, ended=GONE, due=None, due_in=prepared.store.due_in,
         now=prepared.store.now,
     )  # fmt: skip
 

@@ -230,7 +230,7 @@ def test_a_superseded_epoch_is_refused_by_every_step_of_a_turn(store: ServiceSto
         *(
             partial(
                 turns.record_end, store.db, turn, owner=old, end=end,
-                ended=GONE, due=None, now=now,
+                ended=GONE, due=None, due_in=store.due_in, now=now,
             )
             for end in ENDS
         ),

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
+from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
@@ -71,6 +72,8 @@ def _shown(default: object) -> str:
         return "none"
     if isinstance(default, bool | int | float):
         return str(default).lower()
+    if isinstance(default, StrEnum):
+        return f'"{default.lower()}"'  # as it is written in a configuration file
     return f'"./{default}"' if isinstance(default, Path) else f'"{default}"'
 
 

@@ -115,24 +115,36 @@ class _RestartPolicy:
 class _RestartPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RestartPolicy.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     RESTART_POLICY_UNSPECIFIED: _RestartPolicy.ValueType  # 0
-    """Same as FAIL."""
+    """Not set. On CreateRun: the policy of the engine is used, which is FAIL unless configured."""
     RESTART_POLICY_FAIL: _RestartPolicy.ValueType  # 1
     """The run ends as FAILED with ORCHESTRATOR_RESTART_INTERRUPTED."""
     RESTART_POLICY_REQUEUE: _RestartPolicy.ValueType  # 2
     """The run starts again from the beginning in a new workspace, up to `max_attempts`
     attempts (configuration).
     """
+    RESTART_POLICY_RESUME: _RestartPolicy.ValueType  # 3
+    """A turn that was interrupted is completed by a new process, which resumes the agent's
+    session and is told what happened; the same turn at most `max_resumes` times
+    (configuration). Without a session to resume: as REQUEUE. Only for engines that can be
+    resumed in the middle of a turn.
+    """
 
 class RestartPolicy(_RestartPolicy, metaclass=_RestartPolicyEnumTypeWrapper):
     """What a restart does with a run that it finds QUEUED or RUNNING."""
 
 RESTART_POLICY_UNSPECIFIED: RestartPolicy.ValueType  # 0
-"""Same as FAIL."""
+"""Not set. On CreateRun: the policy of the engine is used, which is FAIL unless configured."""
 RESTART_POLICY_FAIL: RestartPolicy.ValueType  # 1
 """The run ends as FAILED with ORCHESTRATOR_RESTART_INTERRUPTED."""
 RESTART_POLICY_REQUEUE: RestartPolicy.ValueType  # 2
 """The run starts again from the beginning in a new workspace, up to `max_attempts`
 attempts (configuration).
+"""
+RESTART_POLICY_RESUME: RestartPolicy.ValueType  # 3
+"""A turn that was interrupted is completed by a new process, which resumes the agent's
+session and is told what happened; the same turn at most `max_resumes` times
+(configuration). Without a session to resume: as REQUEUE. Only for engines that can be
+resumed in the middle of a turn.
 """
 Global___RestartPolicy: _TypeAlias = RestartPolicy  # noqa: Y015
 
@@ -187,8 +199,8 @@ class _RecoveryStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Recover
     RECOVERY_STATE_FAILED_RECONCILED: _RecoveryState.ValueType  # 3
     """The run could not continue and was ended as FAILED; error says why."""
     RECOVERY_STATE_RECOVERED_QUEUED: _RecoveryState.ValueType  # 4
-    """The run was put or kept in the queue. A new process gets its accepted reply, or it
-    starts again under RESTART_POLICY_REQUEUE.
+    """The run was put or kept in the queue. A new process gets its accepted reply, completes
+    the interrupted turn (RESTART_POLICY_RESUME), or starts again from the beginning.
     """
     RECOVERY_STATE_CANCELED_RECONCILED: _RecoveryState.ValueType  # 5
     """A cancel had been accepted before the restart; the run was ended as CANCELED."""
@@ -213,8 +225,8 @@ RECOVERY_STATE_RECOVERED_WAITING: RecoveryState.ValueType  # 2
 RECOVERY_STATE_FAILED_RECONCILED: RecoveryState.ValueType  # 3
 """The run could not continue and was ended as FAILED; error says why."""
 RECOVERY_STATE_RECOVERED_QUEUED: RecoveryState.ValueType  # 4
-"""The run was put or kept in the queue. A new process gets its accepted reply, or it
-starts again under RESTART_POLICY_REQUEUE.
+"""The run was put or kept in the queue. A new process gets its accepted reply, completes
+the interrupted turn (RESTART_POLICY_RESUME), or starts again from the beginning.
 """
 RECOVERY_STATE_CANCELED_RECONCILED: RecoveryState.ValueType  # 5
 """A cancel had been accepted before the restart; the run was ended as CANCELED."""
@@ -277,8 +289,8 @@ class _RunEventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RunEvent
     RUN_EVENT_KIND_AUTO_DECIDED: _RunEventKind.ValueType  # 5
     """Nobody answered interaction_id in time, so it was decided automatically."""
     RUN_EVENT_KIND_QUEUED: _RunEventKind.ValueType  # 6
-    """The run went back to the queue without a restart: its launch did not happen, or the
-    service had been suspended.
+    """The run went back to the queue without a restart: its launch did not happen, the
+    service had been suspended, or its interrupted turn is to be resumed.
     """
     RUN_EVENT_KIND_CANCEL_REQUESTED: _RunEventKind.ValueType  # 7
     """A cancel was accepted; the run's process is being ended."""
@@ -311,8 +323,8 @@ RUN_EVENT_KIND_ANSWERED: RunEventKind.ValueType  # 4
 RUN_EVENT_KIND_AUTO_DECIDED: RunEventKind.ValueType  # 5
 """Nobody answered interaction_id in time, so it was decided automatically."""
 RUN_EVENT_KIND_QUEUED: RunEventKind.ValueType  # 6
-"""The run went back to the queue without a restart: its launch did not happen, or the
-service had been suspended.
+"""The run went back to the queue without a restart: its launch did not happen, the
+service had been suspended, or its interrupted turn is to be resumed.
 """
 RUN_EVENT_KIND_CANCEL_REQUESTED: RunEventKind.ValueType  # 7
 """A cancel was accepted; the run's process is being ended."""
@@ -688,6 +700,8 @@ class Run(_message.Message):
     AUTO_DECIDED_COUNT_FIELD_NUMBER: _builtins.int
     RUN_DEADLINE_AT_FIELD_NUMBER: _builtins.int
     REOPENABLE_UNTIL_FIELD_NUMBER: _builtins.int
+    RESUME_COUNT_FIELD_NUMBER: _builtins.int
+    RESUME_AT_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """OUTPUT_ONLY. The id of the run: `[a-z0-9][a-z0-9_-]{0,63}`."""
     engine: _builtins.str
@@ -713,6 +727,8 @@ class Run(_message.Message):
     """
     auto_decided_count: _builtins.int
     """OUTPUT_ONLY. Number of questions decided automatically so far."""
+    resume_count: _builtins.int
+    """OUTPUT_ONLY. How often the latest turn was resumed after an interruption."""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """OUTPUT_ONLY. The caller's own labels."""
@@ -775,6 +791,12 @@ class Run(_message.Message):
         in the past means that it is too late.
         """
 
+    @_builtins.property
+    def resume_at(self) -> _timestamp_pb2.Timestamp:
+        """OUTPUT_ONLY. The interrupted turn is not resumed before this time: it has been resumed
+        before. Absent when there is no such pause.
+        """
+
     def __init__(
         self,
         *,
@@ -802,10 +824,12 @@ class Run(_message.Message):
         auto_decided_count: _builtins.int = ...,
         run_deadline_at: _timestamp_pb2.Timestamp | None = ...,
         reopenable_until: _timestamp_pb2.Timestamp | None = ...,
+        resume_count: _builtins.int = ...,
+        resume_at: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "ended_at", b"ended_at", "error", b"error", "input", b"input", "interactive_profile", b"interactive_profile", "output", b"output", "pending_interaction", b"pending_interaction", "recovery", b"recovery", "reopenable_until", b"reopenable_until", "run_deadline_at", b"run_deadline_at", "session", b"session", "started_at", b"started_at", "updated_at", b"updated_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "ended_at", b"ended_at", "error", b"error", "input", b"input", "interactive_profile", b"interactive_profile", "output", b"output", "pending_interaction", b"pending_interaction", "recovery", b"recovery", "reopenable_until", b"reopenable_until", "resume_at", b"resume_at", "run_deadline_at", b"run_deadline_at", "session", b"session", "started_at", b"started_at", "updated_at", b"updated_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "auto_decided_count", b"auto_decided_count", "cancel_requested", b"cancel_requested", "created_at", b"created_at", "ended_at", b"ended_at", "engine", b"engine", "error", b"error", "etag", b"etag", "holds_slot", b"holds_slot", "input", b"input", "interaction_count", b"interaction_count", "interactive_profile", b"interactive_profile", "labels", b"labels", "output", b"output", "pending_interaction", b"pending_interaction", "recovery", b"recovery", "reopenable_until", b"reopenable_until", "restart_policy", b"restart_policy", "run_deadline_at", b"run_deadline_at", "run_id", b"run_id", "session", b"session", "started_at", b"started_at", "status", b"status", "updated_at", b"updated_at"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "auto_decided_count", b"auto_decided_count", "cancel_requested", b"cancel_requested", "created_at", b"created_at", "ended_at", b"ended_at", "engine", b"engine", "error", b"error", "etag", b"etag", "holds_slot", b"holds_slot", "input", b"input", "interaction_count", b"interaction_count", "interactive_profile", b"interactive_profile", "labels", b"labels", "output", b"output", "pending_interaction", b"pending_interaction", "recovery", b"recovery", "reopenable_until", b"reopenable_until", "restart_policy", b"restart_policy", "resume_at", b"resume_at", "resume_count", b"resume_count", "run_deadline_at", b"run_deadline_at", "run_id", b"run_id", "session", b"session", "started_at", b"started_at", "status", b"status", "updated_at", b"updated_at"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -86,7 +86,9 @@ class CreateRunRequest(_message.Message):
     engine: _builtins.str
     """REQUIRED. A configured engine."""
     restart_policy: _run_pb2.RestartPolicy.ValueType
-    """OPTIONAL. What a restart does with the run while it is QUEUED or RUNNING."""
+    """OPTIONAL. What a restart does with the run while it is QUEUED or RUNNING. Unset: the
+    policy of the engine.
+    """
     request_id: _builtins.str
     """OPTIONAL. A UUID. A repeated request with the same id and payload returns the same run,
     also after a restart. Another payload with this id gets ALREADY_EXISTS.

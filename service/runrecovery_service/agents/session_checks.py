@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from runrecovery_service import daemon_threads
@@ -36,14 +36,20 @@ class SessionChecker:
     timeout_s: float = SESSION_TIMEOUT_S
 
     async def check(
-        self, run: Run, handle: str, fingerprint: SessionFingerprint | None
+        self,
+        run: Run,
+        handle: str,
+        fingerprint: SessionFingerprint | None,
+        *,
+        in_turn: bool = False,
     ) -> SessionFinding | None:
         """Return what the check finds of a run's session; None: its engine has no check.
 
         Args:
             fingerprint: of the session file when its question was recorded, if one was taken.
+            in_turn: the agent was killed in its turn, so the end of the file may be incomplete.
         """
-        stored = self._stored(run, handle, fingerprint)
+        stored = replace(self._stored(run, handle, fingerprint), in_turn=in_turn)
         return await check_session(self.catalog.get(run.engine), stored, timeout_s=self.timeout_s)
 
     async def fingerprint(self, run: Run, sessions: CliSessions, handle: str) -> SessionObservation:

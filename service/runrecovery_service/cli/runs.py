@@ -408,6 +408,8 @@ def describe(run: run_pb2.Run) -> str:
         ("labels", " ".join(f"{key}={run.labels[key]}" for key in sorted(run.labels))),
         ("attempt", run.attempt),
         ("restart policy", word(run, "restart_policy")),
+        ("resumed", run.resume_count or ""),
+        ("resumes at", _if_set(run, "resume_at")),
         ("question", f"#{pending.interaction_id} {pending.prompt}" if pending.prompt else ""),
         ("options", offered),
         ("waits until", _if_set(pending, "wait_deadline_at")),

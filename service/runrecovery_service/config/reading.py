@@ -23,7 +23,7 @@ from runrecovery_service.config.settings import (
     Settings,
 )
 from runrecovery_service.config.values import InvalidValue, Reader
-from runrecovery_service.domain.run import Profile
+from runrecovery_service.domain.run import Profile, RestartPolicy
 from runrecovery_service.engines.presets import PRESETS, Preset
 
 if TYPE_CHECKING:
@@ -228,8 +228,9 @@ def _engine(table: object) -> EngineSettings:
     settings: EngineSettings = _converter().structure(
         _preset_values(table.get("preset")) | table, EngineSettings
     )
-    if problems := list(_preset_contradictions(settings, table)):
-        raise ExceptionGroup("preset", problems)
+    problems = [*_preset_contradictions(settings, table), *_resume_contradictions(settings)]
+    if problems:
+        raise ExceptionGroup("engine", problems)
     return settings
 
 
@@ -247,6 +248,7 @@ def _preset_values(word: object) -> dict[str, object]:
         "profile": Profile.RESUMABLE.value.lower(),
         "env_allow": [*DEFAULT_ENV_ALLOW, *preset.variables],
         "trust": word,
+        "resumes_interrupted": True,
     }
 
 
@@ -263,6 +265,13 @@ def _preset_contradictions(
         yield InvalidValue(f'must be "{settings.preset}" or "none" with this preset', below="trust")
     if "session_file" in table:
         yield InvalidValue("must not be set with a preset, which defines it", below="session_file")
+
+
+def _resume_contradictions(settings: EngineSettings) -> Iterator[InvalidValue]:
+    if settings.restart_policy is RestartPolicy.RESUME and not settings.resumes_interrupted:
+        yield InvalidValue(
+            '"resume" needs an engine with resumes_interrupted = true', below="restart_policy"
+        )
 
 
 # -- cattrs ------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Annotated, Final
 from runrecovery_service.config import defaults, values
 from runrecovery_service.config.capacity import machine_capacity
 from runrecovery_service.domain.lease import LEASE_TTL_S
-from runrecovery_service.domain.run import Profile
+from runrecovery_service.domain.run import Profile, RestartPolicy
 from runrecovery_service.domain.session_check import UnknownSession
 from runrecovery_service.engines.presets import Preset
 
@@ -71,6 +71,12 @@ class EngineSettings:
             which is then killed, or if `require_user_reply` is false.
         require_user_reply: false: a question that waited for `session_timeout_s` is decided
             automatically, and the run continues.
+        restart_policy: what a restart does with a queued or running run of the engine, unless the
+            caller says: `"fail"`, `"requeue"` (start again from the beginning) or `"resume"` (tell
+            the agent in its session what happened, so that it completes its turn).
+        max_resumes: how often one turn may be resumed after an interruption.
+        resumes_interrupted: the engine understands a `resume` message with `interrupted`. With a
+            preset the default is true.
         max_run_time_s: the time from the first launch, waits included, after which a run fails.
             Without this key a run may take any time.
         nice: added to the niceness of the service.
@@ -91,6 +97,9 @@ class EngineSettings:
     unknown_session: Annotated[UnknownSession, values.one_of(UnknownSession)] = UnknownSession.KEEP
     session_timeout_s: Annotated[float, values.seconds(0.1, 365 * _DAY_S)] = 1_200.0
     require_user_reply: Annotated[bool, values.boolean] = True
+    restart_policy: Annotated[RestartPolicy, values.one_of(RestartPolicy)] = RestartPolicy.FAIL
+    max_resumes: Annotated[int, values.whole(1, 100)] = 3
+    resumes_interrupted: Annotated[bool, values.boolean] = False
     max_run_time_s: Annotated[float | None, values.seconds(0.1, 365 * _DAY_S)] = None
     nice: Annotated[int, values.whole(0, 19)] = 0
     max_memory: Annotated[int | None, values.size_bytes(1024**2, 2**50)] = None

@@ -38,3 +38,5 @@ class DueKind(StrEnum):
     """The longest time of the whole run."""
     REOPEN = "REOPEN"
     """The time in which a failed run can be reopened."""
+    RESUME = "RESUME"
+    """The pause before an interrupted turn is resumed."""

@@ -53,7 +53,8 @@ class RecordedDecision:
         session_turn: the turn that named the handle. None: there was no handle, or the turn is not
             recorded.
         session_finding: the result of the session check. None: the session was not checked.
-        restart_policy, max_attempts, canceled_at: of the run.
+        resumes: how often the interrupted turn had been resumed.
+        restart_policy, max_attempts, max_resumes, canceled_at: of the run.
     """
 
     info: RecoveryInfo
@@ -67,6 +68,8 @@ class RecordedDecision:
     max_attempts: int
     canceled_at: datetime | None
     launches: tuple[LaunchOrphans, ...]
+    resumes: int = 0
+    max_resumes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +93,7 @@ def explain_facts(decision: RecordedDecision) -> tuple[ExplainedFact, ...]:
     return tuple(
         ExplainedFact(fact.name or "", held := fact in decision.facts, source(decision, held))
         for fact, source in _SOURCES.items()
+        if fact not in _OF_RESUME or decision.restart_policy is RestartPolicy.RESUME
     )
 
 
@@ -148,9 +152,26 @@ def _reply(decision: RecordedDecision, held: bool) -> str:  # noqa: FBT001
 def _requeue(decision: RecordedDecision, held: bool) -> str:  # noqa: FBT001
     if decision.restart_policy is not RestartPolicy.REQUEUE:
         return f"The restart policy is {decision.restart_policy}."
+    return f"The restart policy is REQUEUE; {_attempts_left(decision, held)}."
+
+
+def _resume(decision: RecordedDecision, _: bool) -> str:  # noqa: FBT001
+    return f"The restart policy is {decision.restart_policy}."
+
+
+def _resume_left(decision: RecordedDecision, held: bool) -> str:  # noqa: FBT001
+    used = f"{decision.resumes} of {decision.max_resumes}"
+    left = "may be resumed" if held else "may not be resumed"
+    return f"The turn had been resumed {used} times, so it {left}."
+
+
+def _restart_left(decision: RecordedDecision, held: bool) -> str:  # noqa: FBT001
+    return f"To start from the beginning, {_attempts_left(decision, held)}."
+
+
+def _attempts_left(decision: RecordedDecision, held: bool) -> str:  # noqa: FBT001
     left = "attempts were left" if held else "no attempt was left"
-    used = f"{decision.attempt} of {decision.max_attempts} used"
-    return f"The restart policy is REQUEUE; {left} ({used})."
+    return f"{left} ({decision.attempt} of {decision.max_attempts} used)"
 
 
 _SOURCES: Final[Mapping[Fact, Callable[[RecordedDecision, bool], str]]] = MappingProxyType(
@@ -160,5 +181,10 @@ _SOURCES: Final[Mapping[Fact, Callable[[RecordedDecision, bool], str]]] = Mappin
         Fact.CANCEL: _cancel,
         Fact.REPLY: _reply,
         Fact.REQUEUE: _requeue,
+        Fact.RESUME: _resume,
+        Fact.RESUME_LEFT: _resume_left,
+        Fact.RESTART_LEFT: _restart_left,
     }
 )
+_OF_RESUME: Final = Fact.RESUME | Fact.RESUME_LEFT | Fact.RESTART_LEFT
+"""The facts that only the rules of the restart policy RESUME use."""

@@ -27,6 +27,12 @@ class Fact(Flag):
     """An accepted reply has not been delivered to a process yet."""
     REQUEUE = auto()
     """restart_policy is REQUEUE and attempts are left."""
+    RESUME = auto()
+    """restart_policy is RESUME."""
+    RESUME_LEFT = auto()
+    """restart_policy is RESUME and the turn may be resumed once more."""
+    RESTART_LEFT = auto()
+    """restart_policy is RESUME and attempts are left."""
 
 
 NOTHING: Final = Fact(0)
@@ -75,6 +81,9 @@ class Rule:
             and not (self.lacks & facts)
         )
 
+
+RESUMED_RULE: Final = "interrupted_turn_resumed"
+"""The recovery_reason of a run whose next turn resumes its session with a notice."""
 
 MATRIX: Final[tuple[Rule, ...]] = (
     Rule(
@@ -148,6 +157,26 @@ MATRIX: Final[tuple[Rule, ...]] = (
         because="The run waited for a reply, but its profile is not recorded.",
     ),
     Rule(
+        # QUEUED too: the run may be waiting for the turn that resumes it.
+        name=RESUMED_RULE,
+        statuses=(RunStatus.QUEUED, RunStatus.RUNNING),
+        needs=Fact.RESUME_LEFT | Fact.HANDLE,
+        becomes=RunStatus.QUEUED,
+        state=RecoveryState.RECOVERED_QUEUED,
+        keeps=True,
+        because="The restart policy is RESUME. The next turn resumes the session with a notice.",
+    ),
+    Rule(
+        name="interrupted_before_session",
+        statuses=(RunStatus.QUEUED, RunStatus.RUNNING),
+        needs=Fact.RESTART_LEFT,
+        lacks=Fact.HANDLE,
+        becomes=RunStatus.QUEUED,
+        state=RecoveryState.RECOVERED_QUEUED,
+        because="The restart policy is RESUME, but there is no session to resume. The run starts"
+        " from the beginning.",
+    ),
+    Rule(
         name="requeued",
         statuses=(RunStatus.QUEUED, RunStatus.RUNNING),
         needs=Fact.REQUEUE,
@@ -174,6 +203,25 @@ MATRIX: Final[tuple[Rule, ...]] = (
         error=ErrorCode.ORCHESTRATOR_RESTART_INTERRUPTED,
         state=RecoveryState.FAILED_RECONCILED,
         because="The service restarted before the run was started.",
+    ),
+    Rule(
+        name="resumes_used_up",
+        statuses=(RunStatus.RUNNING,),
+        needs=Fact.RESUME | Fact.HANDLE,
+        becomes=RunStatus.FAILED,
+        error=ErrorCode.ORCHESTRATOR_RESTART_INTERRUPTED,
+        state=RecoveryState.FAILED_RECONCILED,
+        because="The run was interrupted, and its turn had been resumed max_resumes times already.",
+    ),
+    Rule(
+        name="attempts_used_up",
+        statuses=(RunStatus.RUNNING,),
+        needs=Fact.RESUME,
+        becomes=RunStatus.FAILED,
+        error=ErrorCode.ORCHESTRATOR_RESTART_INTERRUPTED,
+        state=RecoveryState.FAILED_RECONCILED,
+        because="The run was interrupted, there is no session to resume, and it had been started"
+        " max_attempts times already.",
     ),
     Rule(
         name="running_interrupted",

@@ -45,6 +45,7 @@ class RestartPolicy(StrEnum):
 
     FAIL = "FAIL"
     REQUEUE = "REQUEUE"
+    RESUME = "RESUME"
 
 
 class RecoveryState(StrEnum):
@@ -204,6 +205,9 @@ class Run:
         event_count: the sequence of the latest event.
         session_timeout_s: how long a question waits. None: the engine's setting decides.
         max_run_s: the longest time of the whole run. None: no limit.
+        max_resumes: how often one interrupted turn may be resumed; 0: never.
+        resume_count: how often the latest turn was resumed.
+        resume_at: before that time no process is launched for the run. None: no such time.
         input: None if the view omits it.
     """
 
@@ -239,6 +243,9 @@ class Run:
     ended_at: datetime | None
     run_deadline_at: datetime | None = None
     reopenable_until: datetime | None = None
+    max_resumes: int = 0
+    resume_count: int = 0
+    resume_at: datetime | None = None
 
     @property
     def holds_slot(self) -> bool:
@@ -273,6 +280,7 @@ class NewRun:
     session_timeout_s: float | None = None
     require_user_reply: bool = True
     max_run_s: float | None = None
+    max_resumes: int = 0
     input: JsonObject
 
 

@@ -127,11 +127,16 @@ class SessionFingerprint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredHandle:
-    """A session to check. `handle` is a secret that an agent has written."""
+    """A session to check. `handle` is a secret that an agent has written.
+
+    `in_turn`: the agent was killed in a turn that shall be resumed, so the end of the file may be
+    incomplete.
+    """
 
     handle: str = field(repr=False)
     workspace: Path
     fingerprint: SessionFingerprint | None = None
+    in_turn: bool = False
 
 
 NOT_ANSWERED: Final = SessionFinding(SessionVerdict.UNKNOWN, SessionReason.NOT_ANSWERED)

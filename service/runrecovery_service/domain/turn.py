@@ -10,9 +10,13 @@ from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 from runrecovery_service.domain.deadline import DueKind
+from runrecovery_service.domain.interruption import InterruptionCause
 from runrecovery_service.domain.run import ErrorCode, JsonObject, Question, RunError
 
 RUN_TIMEOUT: Final = "The run took longer than its engine allows."
+SHIM_LOST: Final = (
+    "The shim that guarded the process was killed or stopped, so the process was ended."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +42,20 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Interrupted:
-    """The shim killed the process because its service was gone. A restart decides on the run."""
+    """The service's own trouble ended the process. The recovery matrix decides on the run."""
 
     because: str
+    cause: InterruptionCause = InterruptionCause.SUSPENSION
 
 
-TurnEnd: TypeAlias = Asked | Succeeded | Failed | Interrupted
+@dataclass(frozen=True, slots=True)
+class SessionGone:
+    """The session that an interrupted turn was to resume is lost. `error` says how."""
+
+    error: RunError
+
+
+TurnEnd: TypeAlias = Asked | Succeeded | Failed | Interrupted | SessionGone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +70,7 @@ class Observed:
         exit_code: None if the process was alive and had to be ended; negative for a signal.
         interrupted: why the shim killed the process, None if the shim did not.
         unsupervised: the shim was gone or stopped before the process ended.
+        resumes: an interrupted turn of the run is resumed (restart policy RESUME).
         timed_out: the deadline for which the process was ended, None if it was not.
         at_work: the process had resumed work after `said`.
         in_wait: the process ended or closed its output before its user had replied.
@@ -74,6 +87,7 @@ class Observed:
     undelivered: bool = False
     interrupted: str | None = None
     unsupervised: bool = False
+    resumes: bool = False
     timed_out: DueKind | None = None
     failure: RunError | None = None
 
@@ -107,11 +121,10 @@ def judge(seen: Observed) -> TurnEnd:
         return Interrupted(seen.interrupted)
     if seen.in_wait:
         return _lost_in_wait(seen)
+    if seen.unsupervised and seen.resumes:
+        return Interrupted(SHIM_LOST, InterruptionCause.SHIM_LOST)
     if seen.unsupervised:
-        return _failed(
-            ErrorCode.SUPERVISION_LOST,
-            "The shim that guarded the process was killed or stopped, so the process was ended.",
-        )
+        return _failed(ErrorCode.SUPERVISION_LOST, SHIM_LOST)
     if seen.failure is not None:
         return Failed(seen.failure)
     if seen.exit_code not in {None, 0}:

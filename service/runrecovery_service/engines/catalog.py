@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from runrecovery_service.domain.errors import UnknownEngine
-from runrecovery_service.domain.run import Profile, Run
+from runrecovery_service.domain.run import Profile, RestartPolicy, Run
 from runrecovery_service.domain.session_check import (
     SessionCheck,
     SessionFinding,
@@ -45,6 +45,9 @@ class Engine:
         session_timeout_s: how long a question of a sticky process waits, and any question that
             does not require a reply of its user.
         require_user_reply: False: a question is decided automatically after that time.
+        restart_policy: that of its runs, unless CreateRun names another one.
+        max_resumes: how often one turn may be resumed after an interruption. 0: the engine cannot
+            be resumed in the middle of a turn.
         max_run_time_s: the longest time of a run since its first launch. None: no limit.
         niceness, max_memory, max_open_files, max_processes: limits of its processes
             (`process.resource_limits`). None: the service sets no limit.
@@ -64,6 +67,8 @@ class Engine:
     unknown_session: UnknownSession = UnknownSession.KEEP
     session_timeout_s: float = 1_200.0
     require_user_reply: bool = True
+    restart_policy: RestartPolicy = RestartPolicy.FAIL
+    max_resumes: int = 0
     max_run_time_s: float | None = None
     niceness: int = 0
     max_memory: int | None = None

@@ -96,7 +96,7 @@ class CliDialect:
                 raise HandleUnusable
             return Opening(
                 arguments=(*self.resume(handle), *self._trust_arguments),
-                input=_encode(prompts.reply_prompt(resumed.reply)),
+                input=_encode(prompts.resume_prompt(run.input, resumed)),
                 listener=CliListener(self, handle, resumed=True),
             )
         chosen = str(uuid4()) if self.chooses_handle else None

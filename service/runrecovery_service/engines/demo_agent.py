@@ -97,9 +97,12 @@ def _emit(kind: str, /, **fields: object) -> None:
 def _resumable(message: Json) -> None:
     if message.get("type") == "resume":
         session, state = _load(message)
-        reply = message["reply"]
-        # By id: a reply that is delivered twice because of a crash counts once.
-        state["answers"][str(reply["interaction_id"])] = reply["response"]
+        interrupted = message.get("interrupted")
+        if interrupted is not None:
+            _emit("progress", message=f"interrupted {interrupted['times']} times")
+        if reply := (interrupted or message).get("reply"):
+            # By id: a reply that is delivered twice because of a crash counts once.
+            state["answers"][str(reply["interaction_id"])] = reply["response"]
     else:
         session, state = uuid.uuid4().hex, {"answers": {}}
     _save(Path(message["workspace"]), session, state)

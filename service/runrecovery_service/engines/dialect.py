@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
+from runrecovery_service.domain.interruption import Interruption
 from runrecovery_service.domain.run import Interaction, JsonObject, Question, RunError, Session
 
 
@@ -75,10 +76,16 @@ class RunContext:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resumed:
-    """The session that a process resumes, and the reply to the session's last question."""
+    """The session that a process resumes, and what for.
+
+    Attributes:
+        reply: the reply to the session's last question, which the process gets.
+        interruption: what interrupted the process before, if this process is to complete its turn.
+    """
 
     session: Session
-    reply: Interaction
+    reply: Interaction | None = None
+    interruption: Interruption | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Final
 
+from runrecovery_service.domain.interruption import Interruption
 from runrecovery_service.domain.run import (
     Interaction,
     JsonObject,
@@ -12,9 +13,8 @@ from runrecovery_service.domain.run import (
     Option,
     Question,
     RunError,
-    Session,
 )
-from runrecovery_service.engines import questions
+from runrecovery_service.engines import prompts, questions
 from runrecovery_service.engines.dialect import (
     AskMessage,
     Heard,
@@ -44,16 +44,31 @@ def start_message(run: RunContext) -> bytes:
     return _line({"type": "start", **_context(run)})
 
 
-def resume_message(run: RunContext, *, session: Session, reply: Interaction) -> bytes:
-    """Return the line that resumes a session with the reply to its question."""
-    return _line(
-        {
-            "type": "resume",
-            **_context(run),
-            "session": {"type": session.type, "value": session.handle},
-            "reply": _reply(reply),
-        }
-    )
+def resume_message(run: RunContext, resumed: Resumed) -> bytes:
+    """Return the line that resumes a session, with the reply to its question or after an
+    interruption."""
+    session = resumed.session
+    message: JsonObject = {
+        "type": "resume",
+        **_context(run),
+        "session": {"type": session.type, "value": session.handle},
+    }
+    if resumed.interruption is not None:
+        message["interrupted"] = _interruption(resumed.interruption)
+    elif resumed.reply is not None:
+        message["reply"] = _reply(resumed.reply)
+    return _line(message)
+
+
+def _interruption(interruption: Interruption) -> JsonObject:
+    """Return what happened. `reply` is the one that the interrupted process had received."""
+    fields: JsonObject = {
+        "at": interruption.at.isoformat(),
+        "cause": interruption.cause.value.lower(),
+        "times": interruption.times,
+        "notice": prompts.interruption_notice(interruption),
+    }
+    return fields if interruption.reply is None else fields | {"reply": _reply(interruption.reply)}
 
 
 def reply_message(reply: Interaction) -> bytes:
@@ -167,8 +182,7 @@ class JsonLines:
         """Return the `start` or the `resume` line."""
         if resumed is None:
             return Opening(input=start_message(run), listener=self)
-        line = resume_message(run, session=resumed.session, reply=resumed.reply)
-        return Opening(input=line, listener=self)
+        return Opening(input=resume_message(run, resumed), listener=self)
 
     def reply(self, reply: Interaction) -> bytes:
         """Return the `reply` line."""

@@ -7,10 +7,13 @@ Every prompt begins with text of the service, because some CLIs take a text that
 from __future__ import annotations
 
 import json
+from datetime import UTC
 from typing import Final
 
+from runrecovery_service.domain.interruption import Interruption, InterruptionCause
 from runrecovery_service.domain.run import Interaction, JsonObject, JsonValue
 from runrecovery_service.engines import questions
+from runrecovery_service.engines.dialect import Resumed
 
 HOW_TO_END: Final = f"""\
 Nobody can see what you write until you end your turn. When you need a decision or a fact that only
@@ -22,6 +25,20 @@ You may add "options" (a list of texts to choose from) and "kind" (one of
 When you are done, end your turn with one JSON object instead that says what came of it:
 {{"result": {{"summary": "…"}}}}"""
 
+HOW_TO_GO_ON: Final = (
+    "Commands that you had started may have run completely, partly or not at all, although you see"
+    " no result of them here. Before you continue, look at your workspace and at everything else"
+    " that your commands change. Do not repeat what has already taken effect. Then complete your"
+    " turn."
+)
+RESTATED_CHARS: Final = 16_384
+"""A longer message is not repeated after an interruption, because it fills the agent's context
+twice. The CLIs save the message before they send it to the model."""
+_WHAT_HAPPENED: Final = {
+    InterruptionCause.RESTART: "The service that runs you was restarted.",
+    InterruptionCause.SUSPENSION: "The machine that you run on stood still for a while.",
+    InterruptionCause.SHIM_LOST: "The process that supervised you was lost.",
+}
 NOBODY_ANSWERED: Final = (
     "Nobody answered your question in time, and nobody will. Decide by yourself, and go on."
 )
@@ -48,6 +65,39 @@ def reply_prompt(reply: Interaction) -> str:
     response = reply.response
     words = response if isinstance(response, str) else _as_json(response)
     return f"The user answers:\n\n{words}\n"
+
+
+def resume_prompt(run_input: JsonObject, resumed: Resumed) -> str:
+    """Return the prompt that resumes a session: the reply, or what happened to the turn before."""
+    if resumed.interruption is not None:
+        return _after_interruption(run_input, resumed.interruption)
+    assert resumed.reply is not None  # noqa: S101 - a session is resumed for one of the two
+    return reply_prompt(resumed.reply)
+
+
+def interruption_notice(interruption: Interruption) -> str:
+    """Return what an agent is told about the interruption of its turn."""
+    at = interruption.at.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    again = f" This is interruption {interruption.times} of this turn." * (interruption.times > 1)
+    return (
+        f"{_WHAT_HAPPENED[interruption.cause]} At {at} your process was found to have been ended"
+        f" in the middle of your turn.{again} {HOW_TO_GO_ON}"
+    )
+
+
+def _after_interruption(run_input: JsonObject, interruption: Interruption) -> str:
+    """Return the notice, and what the agent may not have in its session: the message before.
+
+    A process that is killed early may not have saved the message that began its turn.
+    """
+    notice = interruption_notice(interruption)
+    if interruption.reply is not None:
+        before = reply_prompt(interruption.reply)
+    else:
+        before = first_prompt(run_input)
+    if len(before) > RESTATED_CHARS:
+        return f"{notice}\n"
+    return f"{notice}\n\nThe message that began this turn, in case it is missing above:\n\n{before}"
 
 
 def _as_json(value: JsonValue) -> str:

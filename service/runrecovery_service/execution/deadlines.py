@@ -1,4 +1,4 @@
-"""Carries out the deadlines of runs: of waits, of whole runs, of what is kept to reopen a run.
+"""Carries out the deadlines of runs: of waits, of whole runs, of pauses, of what is kept to reopen.
 
 Deadlines are rows, so that a restart forgets none. Those that passed while the service was down are
 carried out right after its start.
@@ -29,6 +29,11 @@ log = structlog.get_logger()
 CHECK_INTERVAL_S: Final = 0.25
 """How late, on top of the work itself, a deadline may be carried out."""
 PER_CHECK: Final = 500
+_TOGETHER: Final = {
+    DueKind.RESUME: deadlines.end_pauses,
+    DueKind.REOPEN: deadlines.end_reopening,
+}
+"""Deadlines that only change their rows, many in one write. Data to be forgotten comes last."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -62,25 +67,19 @@ class Deadlines:
         await self._loop.cancel()
 
     async def check(self) -> None:
-        """Carry out every deadline that has passed, together, so that they share commits.
-
-        Data that is only to be forgotten comes last.
-        """
+        """Carry out every deadline that has passed, together, so that they share commits."""
         found = await self.storage.read_row(
             deadlines.passed_deadlines, self.owner, steady=self.clock.steady(), limit=PER_CHECK
         )
-        forgotten = [one.run_key for one in found if one.kind is DueKind.REOPEN]
         async with asyncio.TaskGroup() as group:
             for one in found:
-                if one.kind is not DueKind.REOPEN:
+                if one.kind not in _TOGETHER:
                     group.create_task(self._try_to_carry_out(one))
-        if forgotten:
-            await self.storage.write(
-                deadlines.end_reopening,
-                forgotten,
-                owner=self.owner,
-                steady=self.clock.steady(),
-            )
+        for kind, end in _TOGETHER.items():
+            if run_keys := [one.run_key for one in found if one.kind is kind]:
+                await self.storage.write(
+                    end, run_keys, owner=self.owner, steady=self.clock.steady()
+                )
 
     async def _try_to_carry_out(self, one: PassedDeadline) -> None:
         """Carry out one deadline; a failure does not stop the others."""

@@ -10,7 +10,7 @@ import asyncio
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final
+from typing import Final, TypeGuard
 
 import structlog
 
@@ -23,6 +23,7 @@ from runrecovery_service.domain.run import (
     InteractionState,
     Profile,
     Question,
+    RestartPolicy,
     RunError,
     RunStatus,
     Session,
@@ -38,6 +39,7 @@ from runrecovery_service.domain.turn import (
     Failed,
     Interrupted,
     Observed,
+    SessionGone,
     TurnEnd,
     is_repeated,
     judge,
@@ -149,6 +151,8 @@ class TurnSupervisor:
             Fenced: a newer epoch owns the run.
         """
         end = await self._run_process()
+        if self.turn.interruption is not None and _is_session_lost(end):
+            end = SessionGone(end.error)
         self.is_ending = True
         ending = await self._end_tree()
         await self._finish(end, ending)
@@ -174,7 +178,7 @@ class TurnSupervisor:
         await self._record(end, self._ended(ending))
 
     def _ends_run(self, end: TurnEnd) -> bool:
-        return self.state.is_canceled or not isinstance(end, Asked | Interrupted)
+        return self.state.is_canceled or not isinstance(end, Asked | Interrupted | SessionGone)
 
     async def _run_process(self) -> TurnEnd:
         """Launch the process and follow it until it has ended or must be; return how it ended."""
@@ -224,10 +228,12 @@ class TurnSupervisor:
 
     @property
     def _resumed(self) -> Resumed | None:
-        session, reply = self.turn.run.session, self.turn.reply
-        if session is None or reply is None:
+        session, reply, interruption = (
+            self.turn.run.session, self.turn.reply, self.turn.interruption
+        )  # fmt: skip
+        if session is None or (reply is None and interruption is None):
             return None
-        return Resumed(session=session, reply=reply)
+        return Resumed(session=session, reply=reply, interruption=interruption)
 
     # -- sessions ------------------------------------------------------------------------------
 
@@ -258,7 +264,9 @@ class TurnSupervisor:
         """
         is_reported = False
         while True:
-            finding = await self.sessions.check(self.turn.run, handle, fingerprint)
+            finding = await self.sessions.check(
+                self.turn.run, handle, fingerprint, in_turn=self.turn.interruption is not None
+            )
             is_away = (
                 finding is not None and finding.reason is SessionReason.HOME_AWAY and finding.holds
             )
@@ -388,7 +396,7 @@ class TurnSupervisor:
         # Recorded once the process has read it, not before: what is in the pipe is lost with the
         # process, and after a crash the reply goes to another one. A process that reads to the
         # end of its input has read the reply by then.
-        if self._resumed is not None:
+        if self.turn.reply is not None:
             if is_written and await io.wait_until_input_read():
                 await self.records.record_reply_read()
             else:
@@ -447,7 +455,8 @@ class TurnSupervisor:
         tail = "" if self._io is None else self._io.stderr_tail
         exit_code = None if self.state.exited is None else self.state.exited.code
         failure = opening.listener.failure(exit_code, tail)
-        return self.state.observed(stderr_tail=tail, failure=failure)
+        resumes = self.turn.run.restart_policy is RestartPolicy.RESUME
+        return self.state.observed(stderr_tail=tail, failure=failure, resumes=resumes)
 
     async def _record(self, end: TurnEnd, ended: LaunchEnd) -> None:
         fingerprint = await self._fingerprint(end, gone=ended.gone)
@@ -475,6 +484,10 @@ class TurnSupervisor:
         return LaunchEnd(
             exit_code=exited.code, processes_ended=ending.ended, gone=ending.gone, usage=usage
         )
+
+
+def _is_session_lost(end: TurnEnd) -> TypeGuard[Failed]:
+    return isinstance(end, Failed) and end.error.code == ErrorCode.SESSION_RESUME_FAILED
 
 
 def _first_fenced(group: ExceptionGroup[Exception]) -> Fenced | None:

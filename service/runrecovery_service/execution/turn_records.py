@@ -111,6 +111,7 @@ class TurnRecords:
             end=end,
             ended=ended,
             due=due,
+            due_in=self.clock.due_in,
             mark=fingerprint,
             now=self.clock.now(),
         )

@@ -204,7 +204,9 @@ class TurnState:
         }
         return next((why for why, holds in reasons.items() if holds), "turn_over")
 
-    def observed(self, *, stderr_tail: str, failure: RunError | None) -> Observed:
+    def observed(
+        self, *, stderr_tail: str, failure: RunError | None, resumes: bool = False
+    ) -> Observed:
         """Return what `domain.turn.judge` decides on."""
         return Observed(
             said=self.last_word,
@@ -217,6 +219,7 @@ class TurnState:
             stderr_tail=stderr_tail,
             interrupted=self.interrupted,
             unsupervised=self.is_unsupervised,
+            resumes=resumes,
             timed_out=self.deadline_passed,
         )
 

@@ -91,6 +91,7 @@ class BulkSessionCheck:
             handle=session.handle,
             workspace=self.workspace(session.run_key, session.attempt),
             fingerprint=session.fingerprint,
+            in_turn=session.in_turn,
         )
 
 

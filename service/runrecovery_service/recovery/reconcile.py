@@ -182,6 +182,7 @@ class Recovery:
             reconciliation_key=report.key,
             reopen=self.clock.due_in(self.limits.reopen_window_s),
             now=self.clock.now(),
+            steady=self.clock.steady(),
         )
         with report.phase("sessions"):
             self._check_sessions(db, report, scope)

@@ -54,12 +54,12 @@ RESTART_POLICY_TO_PROTO: Final = MappingProxyType[RestartPolicy, run_pb2.Restart
     {
         RestartPolicy.FAIL: run_pb2.RESTART_POLICY_FAIL,
         RestartPolicy.REQUEUE: run_pb2.RESTART_POLICY_REQUEUE,
+        RestartPolicy.RESUME: run_pb2.RESTART_POLICY_RESUME,
     }
 )
 
 RESTART_POLICY_FROM_PROTO: Final = MappingProxyType(
-    {run_pb2.RESTART_POLICY_UNSPECIFIED: RestartPolicy.FAIL}
-    | {number: policy for policy, number in RESTART_POLICY_TO_PROTO.items()}
+    {number: policy for policy, number in RESTART_POLICY_TO_PROTO.items()}
 )
 
 RECOVERY_STATE_TO_PROTO: Final = MappingProxyType[RecoveryState, run_pb2.RecoveryState.ValueType](

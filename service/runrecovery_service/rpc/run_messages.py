@@ -77,6 +77,10 @@ def _fill_optional_fields(to: run_pb2.Run, run: Run) -> None:
         write_time(to.run_deadline_at, run.run_deadline_at)
     if run.reopenable_until is not None:
         write_time(to.reopenable_until, run.reopenable_until)
+    if run.resume_count:
+        to.resume_count = run.resume_count
+    if run.resume_at is not None:
+        write_time(to.resume_at, run.resume_at)
 
 
 def _fill_pending(to: run_pb2.PendingInteraction, question: Interaction) -> None:

@@ -19,7 +19,7 @@ from runrecovery_service.agents.workspaces import Workspaces
 from runrecovery_service.clock import Clock
 from runrecovery_service.domain.errors import SessionNotResumable
 from runrecovery_service.domain.recovery_matrix import REOPENABLE
-from runrecovery_service.domain.run import NewRun, Run, RunFilter, RunStatus
+from runrecovery_service.domain.run import NewRun, RestartPolicy, Run, RunFilter, RunStatus
 from runrecovery_service.domain.session_check import REASON_TEXTS, StoredHandle
 from runrecovery_service.engines.catalog import Catalog, Engine
 from runrecovery_service.rpc import enums, json_values, paging, run_messages, times, validation
@@ -78,7 +78,7 @@ class RunService:
         self._gate.check_launches_allowed()
         validation.require_valid(validation.create_run(request))
         engine = self._deps.catalog.get(request.engine)
-        validation.require_valid(validation.check_profile(request.interactive_profile, engine))
+        validation.require_valid(validation.fits_engine(request, engine))
         now = self._deps.clock.now()
         write = self._storage.write(
             runs.create,
@@ -226,13 +226,15 @@ class RunService:
 
     def _new_run(self, request: pb.CreateRunRequest, engine: Engine, now: datetime) -> NewRun:
         requested = request.interactive_profile
+        policy = enums.RESTART_POLICY_FROM_PROTO.get(request.restart_policy, engine.restart_policy)
         return NewRun(
             run_id=request.run_id or str(uuid7(now, secrets.token_bytes(RANDOM_BYTES))),
             engine=engine.name,
             labels=dict(request.labels),
             profile=engine.profile,
-            restart_policy=enums.RESTART_POLICY_FROM_PROTO[request.restart_policy],
+            restart_policy=policy,
             max_attempts=self._deps.limits.max_attempts,
+            max_resumes=engine.max_resumes if policy is RestartPolicy.RESUME else 0,
             session_timeout_s=times.read_duration_s(requested.session_timeout)
             if requested.HasField("session_timeout")
             else engine.session_timeout_s,

@@ -55,7 +55,8 @@ def create_run(request: run_pb.CreateRunRequest) -> Violations:
     yield from _required_name("engine", request.engine)
     yield from _labels(request.labels)
     yield from _json("input", request.input)
-    if request.restart_policy not in enums.RESTART_POLICY_FROM_PROTO:
+    policy = request.restart_policy
+    if policy and policy not in enums.RESTART_POLICY_FROM_PROTO:
         yield _unknown("restart_policy", request.restart_policy)
     kind = request.interactive_profile.kind
     if kind and kind not in enums.PROFILE_FROM_PROTO:
@@ -73,8 +74,18 @@ def _session_timeout(span: Duration) -> Violations:
         yield FieldViolation(_SESSION_TIMEOUT, str(error))
 
 
-def check_profile(requested: run_pb2.InteractiveProfile, engine: Engine) -> Violations:
-    """Check the requested profile, if any, against the engine's own."""
+def fits_engine(request: run_pb.CreateRunRequest, engine: Engine) -> Violations:
+    """Check what the request asks for against what the engine can do."""
+    yield from _fits_profile(request.interactive_profile, engine)
+    if request.restart_policy == run_pb2.RESTART_POLICY_RESUME and not engine.max_resumes:
+        yield FieldViolation(
+            "restart_policy",
+            f"engine {clip(engine.name)!r} cannot resume an interrupted turn"
+            " (resumes_interrupted is not set in its configuration)",
+        )
+
+
+def _fits_profile(requested: run_pb2.InteractiveProfile, engine: Engine) -> Violations:
     named = clip(engine.name)
     if requested.kind and enums.PROFILE_FROM_PROTO[requested.kind] is not engine.profile:
         yield FieldViolation(

@@ -25,12 +25,14 @@ _COLUMNS: Final = {
     DueKind.WAIT: "wait_due_us",
     DueKind.RUN: "run_due_us",
     DueKind.REOPEN: "reopen_due_us",
+    DueKind.RESUME: "resume_due_us",
 }
 _WALL: Final = {
     DueKind.WAIT: "(SELECT i.wait_deadline_at FROM interaction i"
     " WHERE i.run = run.id AND i.no = run.interaction_count)",
     DueKind.RUN: "run_deadline_at",
     DueKind.REOPEN: "reopenable_until",
+    DueKind.RESUME: "resume_at",
 }
 
 
@@ -172,6 +174,20 @@ def end_reopening(
             f" WHERE owner = ? AND due_clock = ? AND reopen_due_us <= ? AND id IN ({marks})",
             (owner.instance, steady.clock, steady.us, *run_keys),
         )
+
+
+def end_pauses(db: Database, run_keys: Sequence[int], *, owner: Owner, steady: SteadyTime) -> None:
+    """Let interrupted turns be resumed whose pause has passed."""
+    marks = ", ".join("?" for _ in run_keys)
+    with db.transaction():
+        instances.demand_current(db, owner)
+        db.execute(
+            "UPDATE run SET resume_due_us = NULL, resume_at = NULL"
+            f" WHERE owner = ? AND due_clock = ? AND resume_due_us <= ? AND id IN ({marks})",
+            (owner.instance, steady.clock, steady.us, *run_keys),
+        )
+        for run_key in run_keys:
+            db.mark_changed(run_key)
 
 
 def _has_passed(db: Database, run: Run, kind: DueKind, owner: Owner, steady: SteadyTime) -> bool:

@@ -62,7 +62,7 @@ def explain(db: Database, run_id: str, *, limit: int) -> tuple[RecordedDecision,
     query = (
         _E.select(
             *RECOVERY_COLUMNS, _E.facts, _E.profile, _E.attempt, _E.interaction,
-            _E.session_turn, _E.session_verdict, _E.session_reason, _E.reconciliation,
+            _E.session_turn, _E.session_verdict, _E.session_reason, _E.resumes, _E.reconciliation,
         )
         .join(_C, on=(_C.id == _E.reconciliation))
         .where(_E.run == run.key)
@@ -74,7 +74,7 @@ def explain(db: Database, run_id: str, *, limit: int) -> tuple[RecordedDecision,
     launches = _launch_orphans(db, run)
     found = []
     for row, earlier in zip(rows, [*rows[1:], None], strict=False):  # of no rows: none
-        *columns, facts, profile, attempt, question, turn, verdict, reason, report = row
+        *columns, facts, profile, attempt, question, turn, verdict, reason, resumes, report = row
         info = recovery_from_row(tuple(columns))
         if info is None:
             continue
@@ -90,6 +90,8 @@ def explain(db: Database, run_id: str, *, limit: int) -> tuple[RecordedDecision,
                 session_finding=finding_from(verdict, reason),
                 restart_policy=run.restart_policy,
                 max_attempts=run.max_attempts,
+                resumes=resumes or 0,
+                max_resumes=run.max_resumes,
                 canceled_at=from_us_or_none(canceled[0]) if canceled else None,
                 # Includes the kills of earlier recoveries that were cut off before they decided.
                 launches=tuple(launch for by, launch in launches if since < by <= report),

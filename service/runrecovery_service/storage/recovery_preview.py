@@ -11,7 +11,7 @@ from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.recovery_scope import RecoveryScope
 from runrecovery_service.storage.recovery_sql import WITH_LATEST_QUESTION, damage_sql, facts_sql
 from runrecovery_service.storage.rows import enum_from_text
-from runrecovery_service.storage.session_checks import StoredSession, stored_session
+from runrecovery_service.storage.session_checks import IN_TURN, StoredSession, stored_session
 from runrecovery_service.storage.sql_dialects import SqlDialect
 from runrecovery_service.storage.tables import live
 
@@ -59,7 +59,7 @@ def _preview(
 ) -> list[PreviewedRun]:
     rows = db.fetch_all(
         "SELECT r.id, r.run_id, r.engine, r.session_type, r.attempt, r.session_value,"
-        " r.session_mark, r.session_verdict, r.session_reason,"
+        f" r.session_mark, r.session_verdict, r.session_reason, {IN_TURN} AS in_turn,"
         f" {_situation_sql(db.dialect)}{_RUNS_IN_SCOPE} AND {which}",
         (*scope.params, *params),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
-from runrecovery_service.domain.deadline import Due
+from runrecovery_service.domain.deadline import Due, SteadyTime
 from runrecovery_service.storage.instances import Owner
 
 
@@ -33,9 +33,10 @@ class ApplyScope(RecoveryScope):
     Attributes:
         reconciliation_key: the key of the report.
         reopen: until when a run that fails for want of its session can be reopened.
-        now: the time of every decision.
+        now, steady: the time of every decision, by the wall clock and by the steady clock.
     """
 
     reconciliation_key: int
     reopen: Due
     now: datetime
+    steady: SteadyTime

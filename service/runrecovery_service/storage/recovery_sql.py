@@ -33,6 +33,7 @@ IN_RANGE: Final = f"r.id BETWEEN ? AND ? AND {live('r.')} AND r.owner = ? AND r.
 def fact_conditions(dialect: SqlDialect) -> dict[Fact, str]:
     """Return the condition of each fact on a run `r` and its latest question `i`."""
     kinds = sql_words(tuple(kind.value for kind in InteractionKind))
+    resumes = f"r.restart_policy = '{RestartPolicy.RESUME}'"
     return {
         Fact.PENDING: f"i.state = '{InteractionState.OPEN}' AND i.kind IN ({kinds})"
         f" AND {dialect.is_json('i.options')}",
@@ -43,6 +44,9 @@ def fact_conditions(dialect: SqlDialect) -> dict[Fact, str]:
         Fact.REPLY: f"i.state = '{InteractionState.ANSWERED}' AND {dialect.is_json('i.response')}",
         Fact.REQUEUE: f"r.restart_policy = '{RestartPolicy.REQUEUE}'"
         " AND r.attempt < r.max_attempts",
+        Fact.RESUME: resumes,
+        Fact.RESUME_LEFT: f"{resumes} AND r.resume_count < r.max_resumes",
+        Fact.RESTART_LEFT: f"{resumes} AND r.attempt < r.max_attempts",
     }
 
 
@@ -127,7 +131,7 @@ def decisions_sql(dialect: SqlDialect) -> str:
     Parameters: as `IN_RANGE`. Columns: id, recovery_no, status, rule, facts, becomes, error_code,
     recovery_state, damage, stands (1 when the run already has this decision and has not changed
     since), sequence. The other columns explain the decision: profile, attempt, interaction,
-    session_turn, session_verdict, session_reason.
+    session_turn, session_verdict, session_reason, resumes.
     """
     return (
         "WITH matrix (number, name, becomes, error_code, recovery_state, keeps) AS"
@@ -135,6 +139,7 @@ def decisions_sql(dialect: SqlDialect) -> str:
         " seen AS MATERIALIZED (SELECT r.id, r.status, r.profile, r.recovery_reason,"
         " r.recovered_version, r.version, r.recovery_count, r.event_count, r.attempt,"
         " r.interaction_count, r.session_turn, r.session_verdict, r.session_reason,"
+        " r.resume_count,"
         f" {facts_sql(dialect)} AS facts, {damage_sql(dialect)} AS damage"
         f" {WITH_LATEST_QUESTION} WHERE {IN_RANGE}),"
         f" judged AS MATERIALIZED (SELECT seen.*, {rule_sql()} AS number FROM seen)"
@@ -142,6 +147,7 @@ def decisions_sql(dialect: SqlDialect) -> str:
         " COALESCE(m.becomes, j.status) AS becomes, m.error_code, m.recovery_state, j.damage,"
         " CASE WHEN j.recovery_reason = m.name AND j.recovered_version = j.version"
         " THEN 1 ELSE 0 END AS stands, j.event_count + 1 AS sequence, j.profile, j.attempt,"
-        " j.interaction_count AS interaction, j.session_turn, j.session_verdict, j.session_reason"
+        " j.interaction_count AS interaction, j.session_turn, j.session_verdict, j.session_reason,"
+        " j.resume_count AS resumes"
         " FROM judged j JOIN matrix m ON m.number = j.number"
     )

@@ -13,6 +13,7 @@ from typing import Any, Final, TypeVar
 
 import peewee as pw
 
+from runrecovery_service.domain.interruption import InterruptionCause
 from runrecovery_service.domain.recovery_matrix import BECAUSE
 from runrecovery_service.domain.run import (
     Interaction,
@@ -95,6 +96,7 @@ _WORDS: Final[dict[type[StrEnum], dict[str, Any]]] = {
         RunEventKind,
         SessionVerdict,
         SessionReason,
+        InterruptionCause,
     )
 }
 
@@ -127,7 +129,8 @@ RUN_COLUMNS: Final[tuple[pw.Field, ...]] = (
     _R.turn, _R.cancel_requested_at, _R.owner, _R.owner_epoch, _R.version, _R.created_at,
     _R.started_at, _R.updated_at, _R.ended_at, _R.recovery_state, _R.recovery_count,
     _R.event_count, _R.session_timeout_us, _R.require_user_reply, _R.max_run_us,
-    _R.auto_decided_count, _R.run_deadline_at, _R.reopenable_until,
+    _R.auto_decided_count, _R.run_deadline_at, _R.reopenable_until, _R.max_resumes,
+    _R.resume_count, _R.resume_at,
 )  # fmt: skip
 INTERACTION_COLUMNS: Final[tuple[pw.Field, ...]] = (
     _I.no, _I.kind, _I.prompt, _I.options, _I.state, _I.asked_at, _I.replied_at, _I.response,
@@ -159,7 +162,8 @@ def run_from_row(row: Row) -> Run:
         turn, cancel_requested_at, owner, owner_epoch, version, created_at,
         started_at, updated_at, ended_at, recovery_state, recovery_count,
         event_count, session_timeout_us, require_user_reply, max_run_us,
-        auto_decided_count, run_deadline_at, reopenable_until,
+        auto_decided_count, run_deadline_at, reopenable_until, max_resumes,
+        resume_count, resume_at,
     ) = row[:_INTERACTION_AT]  # fmt: skip
     quarantined = recovery_state == RecoveryState.QUARANTINED
     waiting = status == RunStatus.WAITING_USER and row[_INTERACTION_AT] is not None
@@ -197,6 +201,9 @@ def run_from_row(row: Row) -> Run:
         ended_at=from_us_or_none(ended_at),
         run_deadline_at=from_us_or_none(run_deadline_at),
         reopenable_until=from_us_or_none(reopenable_until),
+        max_resumes=max_resumes,
+        resume_count=resume_count,
+        resume_at=from_us_or_none(resume_at),
     )
 
 

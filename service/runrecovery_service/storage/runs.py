@@ -234,6 +234,8 @@ _INSERT = Statement(
                 _R.session_timeout_us: param("session_timeout_us"),
                 _R.require_user_reply: param("require_user_reply"),
                 _R.max_run_us: param("max_run_us"),
+                _R.max_resumes: param("max_resumes"),
+                _R.resume_count: 0,
                 _R.attempt: 0,
                 _R.turn: 0,
                 _R.interaction_count: 0,
@@ -300,6 +302,7 @@ def create(
         session_timeout_us=_us(new.session_timeout_s),
         require_user_reply=int(new.require_user_reply),
         max_run_us=_us(new.max_run_s),
+        max_resumes=new.max_resumes,
         owner=owner.instance,
         epoch=owner.epoch,
         now=to_us(now),
@@ -428,7 +431,7 @@ def _entered(before: RunStatus, status: RunStatus, now: datetime) -> dict[str, o
         columns["wait_due_us"] = None
     if status.is_terminal:
         columns |= {"ended_at": to_us(now), "session_type": None, "session_value": None}
-        columns["run_due_us"] = None
+        columns |= {"run_due_us": None, "resume_due_us": None, "resume_at": None}
     return columns
 
 

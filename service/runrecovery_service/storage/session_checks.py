@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
+from runrecovery_service.domain.run import InteractionState, RestartPolicy, RunStatus
 from runrecovery_service.domain.session_check import SessionFinding, SessionFingerprint
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.recovery_scope import ApplyScope, RecoveryScope
 from runrecovery_service.storage.rows import finding_from
-from runrecovery_service.storage.tables import LIVE
+from runrecovery_service.storage.tables import live
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +21,7 @@ class StoredSession:
     Attributes:
         fingerprint: of the session file when the latest question was recorded; None: not recorded.
         finding: the result of the latest check; None: not checked.
+        in_turn: an interrupted turn of the run is to be resumed.
     """
 
     run_key: int
@@ -26,6 +29,16 @@ class StoredSession:
     handle: str = field(repr=False)
     fingerprint: SessionFingerprint | None
     finding: SessionFinding | None
+    in_turn: bool = False
+
+
+IN_TURN: Final = (
+    f"CASE WHEN r.restart_policy = '{RestartPolicy.RESUME}'"
+    f" AND r.status <> '{RunStatus.WAITING_USER}' AND NOT EXISTS (SELECT 1 FROM interaction a"
+    f" WHERE a.run = r.id AND a.no = r.interaction_count"
+    f" AND a.state = '{InteractionState.ANSWERED}') THEN 1 ELSE 0 END"
+)
+"""Whether the session of a run `r` is that of an interrupted turn that is to be resumed."""
 
 
 def sessions_to_check(
@@ -33,9 +46,10 @@ def sessions_to_check(
 ) -> list[StoredSession]:
     """Return the sessions of an engine's runs in scope whose key is above `after`, by key."""
     rows = db.fetch_all(
-        "SELECT id, attempt, session_value, session_mark, session_verdict, session_reason FROM run"
-        f" WHERE {LIVE} AND owner = ? AND owner_epoch < ? AND id > ? AND engine = ?"
-        " AND session_value <> '' ORDER BY id LIMIT ?",
+        "SELECT r.id, r.attempt, r.session_value, r.session_mark, r.session_verdict,"
+        f" r.session_reason, {IN_TURN} FROM run r"
+        f" WHERE {live('r.')} AND r.owner = ? AND r.owner_epoch < ? AND r.id > ? AND r.engine = ?"
+        " AND r.session_value <> '' ORDER BY r.id LIMIT ?",
         (*scope.params, after, engine, limit),
     )
     return [stored_session(*row) for row in rows]
@@ -48,6 +62,7 @@ def stored_session(
     mark: str | None,
     verdict: str | None,
     reason: str | None,
+    in_turn: int,
 ) -> StoredSession:
     """Return the session that the columns of a run describe."""
     return StoredSession(
@@ -56,6 +71,7 @@ def stored_session(
         handle=handle,
         fingerprint=SessionFingerprint.read(mark),
         finding=finding_from(verdict, reason),
+        in_turn=bool(in_turn),
     )
 
 

@@ -40,7 +40,8 @@ class Run(pw.Model):
 
     `…_due_us` are deadlines on the steady clock `due_clock`. `retired_…` is the session of a failed
     run that can be reopened until `reopenable_until`. `session_mark` is the session fingerprint of
-    the latest question.
+    the latest question. `interrupted_…` is the interruption after which the next turn, or the
+    current one, resumes the session. `resume_count` counts the resumes of that turn.
 
     `status`, `profile` and `restart_policy` have no CHECK constraint. A newer version that runs
     beside this one may write an unknown word; recovery quarantines such a row and does not fail.
@@ -94,7 +95,13 @@ class Run(pw.Model):
     wait_due_us = pw.BigIntegerField(null=True)
     run_due_us = pw.BigIntegerField(null=True)
     reopen_due_us = pw.BigIntegerField(null=True)
+    resume_due_us = pw.BigIntegerField(null=True)
     due_clock = pw.TextField(null=True)
+    max_resumes = pw.BigIntegerField()
+    resume_count = pw.BigIntegerField()
+    interrupted_at = pw.BigIntegerField(null=True)
+    interrupted_by = pw.TextField(null=True)
+    resume_at = pw.BigIntegerField(null=True)
 
     class Meta:
         table_name = "run"
@@ -176,6 +183,7 @@ class RecoveryEvent(pw.Model):
     session_turn = pw.BigIntegerField(null=True)
     session_verdict = pw.TextField(null=True)
     session_reason = pw.TextField(null=True)
+    resumes = pw.BigIntegerField(null=True)
 
     class Meta:
         table_name = "recovery_event"

@@ -9,7 +9,12 @@ from typing import Final
 
 from runrecovery_service.domain.deadline import Due, SteadyTime
 from runrecovery_service.domain.errors import Fenced, RunGone, RunNotFound, RunQuarantined
-from runrecovery_service.domain.recovery_matrix import decide
+from runrecovery_service.domain.interruption import (
+    Interruption,
+    InterruptionCause,
+    resume_delay_s,
+)
+from runrecovery_service.domain.recovery_matrix import RESUMED_RULE, Fact, Rule, decide
 from runrecovery_service.domain.run import (
     Interaction,
     InteractionState,
@@ -21,32 +26,44 @@ from runrecovery_service.domain.run import (
     Session,
 )
 from runrecovery_service.domain.session_check import SessionFingerprint
-from runrecovery_service.domain.turn import Asked, Interrupted, Succeeded, TurnEnd
+from runrecovery_service.domain.turn import Asked, Interrupted, SessionGone, Succeeded, TurnEnd
 from runrecovery_service.storage import interactions, launch_records, runs, use_case
 from runrecovery_service.storage.database import Database, Stale
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.launch_records import LaunchEnd, LaunchRecord, LaunchSite
 from runrecovery_service.storage.recovery_sql import facts_of_run
-from runrecovery_service.storage.rows import options_to_json, to_json, to_us
+from runrecovery_service.storage.rows import (
+    enum_from_text,
+    from_us,
+    options_to_json,
+    to_json,
+    to_us,
+)
 
 DueIn = Callable[[float], Due]
 """Returns the deadline that is this many seconds away."""
 _NO_FINDING: Final[Mapping[str, None]] = {"session_verdict": None, "session_reason": None}
 _NO_FINGERPRINT: Final[Mapping[str, None]] = {**_NO_FINDING, "session_mark": None}
+_NO_INTERRUPTION: Final[Mapping[str, object]] = {
+    "interrupted_at": None, "interrupted_by": None, "resume_count": 0
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
     """A run that was taken from the queue, and the record of its launch.
 
+    With neither a reply nor an interruption the run starts from the beginning.
+
     Attributes:
-        reply: the accepted reply that a resumed process gets; None: the run starts from the
-            beginning.
+        reply: the accepted reply with which the process resumes the session.
+        interruption: the interruption after which the process resumes the session.
     """
 
     run: Run
     launch: LaunchRecord
-    reply: Interaction | None
+    reply: Interaction | None = None
+    interruption: Interruption | None = None
 
 
 @use_case.retried
@@ -73,7 +90,12 @@ def take_next(
         raise Stale
     last = interactions.find(db, run.key, run.interaction_count)
     reply = last if last is not None and last.state is InteractionState.ANSWERED else None
-    columns = _first_turn(run, now) if reply is None else {"turn": run.turn + 1}
+    interruption = _interruption(db, run, last) if reply is None else None
+    columns: dict[str, object] = {"turn": run.turn + 1}
+    if interruption is not None:
+        columns |= {"resume_count": interruption.times}
+    else:
+        columns |= {**_NO_INTERRUPTION, **(_first_turn(run, now) if reply is None else {})}
     if run.max_run_s is not None and run.run_deadline_at is None:
         due = due_in(run.max_run_s)
         columns |= {
@@ -91,7 +113,7 @@ def take_next(
     )
     run = runs.get_by_key(db, run.key)
     launch = launch_records.record_launch(db, run, owner=owner, site=site, now=now)
-    return Turn(run=run, launch=launch, reply=reply)
+    return Turn(run=run, launch=launch, reply=reply, interruption=interruption)
 
 
 def _next_in_queue(
@@ -102,6 +124,7 @@ def _next_in_queue(
         "SELECT id FROM run WHERE owner = ? AND status = 'QUEUED' AND owner_epoch = ?"
         " AND recovery_state <> 'QUARANTINED'"
         " AND (run_due_us IS NULL OR run_due_us > ?)"
+        " AND resume_due_us IS NULL"
         # A new process must not run beside an earlier one that could not be killed.
         " AND NOT EXISTS (SELECT 1 FROM process_lease l"
         " WHERE l.run = run.id AND l.state = 'KILL_PENDING')"
@@ -110,6 +133,23 @@ def _next_in_queue(
         (owner.instance, owner.epoch, steady.us, *busy_engines),
     )
     return None if row is None else int(row[0])
+
+
+def _interruption(db: Database, run: Run, last: Interaction | None) -> Interruption | None:
+    """Return the interruption after which the queued run is resumed, or None."""
+    if run.session is None:
+        return None
+    row = db.fetch_one("SELECT interrupted_at, interrupted_by FROM run WHERE id = ?", (run.key,))
+    at, cause = row or (None, None)
+    if at is None:
+        return None
+    received = last is not None and last.state is InteractionState.DELIVERED
+    return Interruption(
+        at=from_us(at),
+        cause=enum_from_text(InterruptionCause, cause) or InterruptionCause.RESTART,
+        times=run.resume_count + 1,
+        reply=last if received else None,
+    )
 
 
 def _first_turn(run: Run, now: datetime) -> dict[str, object]:
@@ -149,6 +189,8 @@ def requeue_unlaunched(db: Database, *, owner: Owner, held: Collection[str], now
         _demand_owned(run, owner)
         status = RunStatus.CANCELED if run.cancel_requested else RunStatus.QUEUED
         before = {"turn": run.turn - 1} if run.turn > 1 else {"attempt": run.attempt - 1, "turn": 0}
+        if run.resume_count:
+            before["resume_count"] = run.resume_count - 1
         runs.change(
             db,
             run,
@@ -246,6 +288,7 @@ def record_end(
     end: TurnEnd,
     ended: LaunchEnd,
     due: Due | None,
+    due_in: DueIn,
     mark: SessionFingerprint | None = None,
     now: datetime,
 ) -> Run:
@@ -255,6 +298,7 @@ def record_end(
 
     Args:
         due: the deadline of the wait that begins, if one does; None: no deadline.
+        due_in: gives the end of the pause before an interrupted turn is resumed.
         mark: the session fingerprint, taken after the process has ended; None: not taken.
     """
     run = _own(db, turn, owner)
@@ -275,7 +319,9 @@ def record_end(
             output=to_json(end.output),
         )
     elif isinstance(end, Interrupted):
-        _interrupt(db, run, end, owner=owner, now=now)
+        _interrupt(db, run, end, owner=owner, due_in=due_in, now=now)
+    elif isinstance(end, SessionGone):
+        _start_over(db, run, end, owner=owner, now=now)
     else:
         _fail(db, run, end.error, owner=owner, now=now)
     return runs.get_by_key(db, run.key)
@@ -315,15 +361,45 @@ def _demand_owned(run: Run, owner: Owner) -> None:
         raise Fenced(f"run {run.run_id!r}")
 
 
-def _interrupt(db: Database, run: Run, end: Interrupted, *, owner: Owner, now: datetime) -> None:
+def _interrupt(
+    db: Database, run: Run, end: Interrupted, *, owner: Owner, due_in: DueIn, now: datetime
+) -> None:
     """Apply the decision that a restart would make now. A run that fails is not reopenable."""
-    assert run.status is not None  # noqa: S101 - `_own` has refused such a run
-    rule = decide(run.status, run.profile, facts_of_run(db, run.key))
+    rule = _rule(run, facts_of_run(db, run.key))
     if rule.error is not None:
-        error = RunError(code=rule.error, message=end.because)
-        _fail(db, run, error, owner=owner, now=now)
+        because = f"{end.because} {rule.because}" if rule.needs & Fact.RESUME else end.because
+        _fail(db, run, RunError(code=rule.error, message=because), owner=owner, now=now)
         return
     columns: dict[str, object] = {}
+    if rule.name == RESUMED_RULE:
+        columns |= {"interrupted_at": to_us(now), "interrupted_by": end.cause.value}
+        if delay_s := resume_delay_s(run.resume_count):
+            due = due_in(delay_s)
+            columns |= {
+                "resume_at": to_us(due.at), "resume_due_us": due.us, "due_clock": due.clock
+            }  # fmt: skip
+    _apply_rule(db, run, rule, owner=owner, now=now, **columns)
+
+
+def _start_over(db: Database, run: Run, end: SessionGone, *, owner: Owner, now: datetime) -> None:
+    """Apply the decision of the recovery matrix on an interrupted run without a session."""
+    rule = _rule(run, facts_of_run(db, run.key) & ~Fact.HANDLE)
+    if rule.error is None:
+        _apply_rule(db, run, rule, owner=owner, now=now)
+    else:
+        error = RunError(code=end.error.code, message=f"{end.error.message} {rule.because}")
+        _fail(db, run, error, owner=owner, now=now)
+
+
+def _rule(run: Run, facts: Fact) -> Rule:
+    assert run.status is not None  # noqa: S101 - `_own` has refused such a run
+    return decide(run.status, run.profile, facts)
+
+
+def _apply_rule(
+    db: Database, run: Run, rule: Rule, *, owner: Owner, now: datetime, **columns: object
+) -> None:
+    """Change the run to what a rule without an error makes of it."""
     if not rule.keeps:
         columns |= {"session_type": None, "session_value": None}
     if rule.becomes is RunStatus.QUEUED:

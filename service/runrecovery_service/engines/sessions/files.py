@@ -239,6 +239,8 @@ def _observe_open_file(
         reason = SessionReason.CUT_OFF
     else:
         reason = judge_excerpt(_excerpt(descriptor, now.size, stored.fingerprint), stored, layout)
+        if reason is SessionReason.CUT_OFF and stored.in_turn:
+            reason = SessionReason.PRESENT
     finding = FOUND[reason]
     return SessionObservation(finding, None if finding.verdict is SessionVerdict.INVALID else now)
 
