@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import Final
 
 import structlog
@@ -50,6 +51,7 @@ log = structlog.get_logger()
 RECOVERY_BACKOFF_MOST_S: Final = 30.0
 HANG_UP_SETTLES_S: Final = 0.5
 """From SIGHUP until the system has taken the terminal away, if the terminal was closed."""
+FINISH_POLL_S: Final = 0.1
 STEP_S: Final = 30.0
 """The most that a step of a stop may take, on top of the graces that are configured for it."""
 
@@ -295,14 +297,16 @@ class Service:
         """
         grace_s, stop_grace_s = self.settings.cancel_grace_s, self.settings.stop_grace_s
         work = self.work
+        begun_s = monotonic()
+        work.dispatcher.pause()  # queued runs may survive the stop; a launched one would not
+        await self._let_turns_end()
         self.gate.drain()
         await self._step("deadlines", work.deadlines.stop())
-        work.dispatcher.pause()  # queued runs may survive the stop; a launched one would not
         if self.stop.failure is not None:
             # Another instance may own the runs already: first of all end our processes.
             await self._step("processes", work.dispatcher.stop(), grace_s=grace_s * 2)
         elif self.gate.recovered:  # otherwise no load balancer sends calls here
-            await asyncio.sleep(self.settings.drain_delay_s)
+            await asyncio.sleep(self.settings.drain_delay_s - (monotonic() - begun_s))
         self.gate.close()
         await self._step("server", self.server.stop(grace_s=stop_grace_s), grace_s=stop_grace_s)
         await self._step("patrol", work.straggler_sweep.stop(), grace_s=grace_s)
@@ -317,6 +321,20 @@ class Service:
             await self._step("lease", self.ownership.resign())
         await self._step("storage", asyncio.to_thread(self.ownership.storage.close))
         log.info("service.stopped", epoch=self.ownership.owner.epoch)
+
+    async def _let_turns_end(self) -> None:
+        """Wait until the turns under way have ended, for `finish_s` at most.
+
+        Replies and cancels are accepted meanwhile, and deadlines carried out.
+        """
+        turns, end_s = self.work.dispatcher.turns, monotonic() + self.settings.finish_s
+        if not self.settings.finish_s or self.stop.failure is not None or not turns.at_work:
+            return
+        self.gate.finish()
+        log.info("service.finishing", turns=turns.at_work, finish_s=self.settings.finish_s)
+        while turns.at_work and monotonic() < end_s and self.stop.failure is None:  # noqa: ASYNC110 - three conditions have no common event
+            await asyncio.sleep(FINISH_POLL_S)
+        log.info("service.finished", turns_left=turns.at_work)
 
     async def _decide_on_runs(self) -> None:
         """End all processes and record a decision on every run, as the next start would.

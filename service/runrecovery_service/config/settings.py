@@ -131,6 +131,8 @@ class Settings:
         cancel_grace_s: from SIGTERM to SIGKILL when the service ends a process: after a cancel, a
             deadline or an error of the agent, and at a stop.
         exit_grace_s: from a question, a result or a closed stdout to the exit of the process.
+        finish_s: at a stop, time that turns under way have to end by themselves; then they are
+            interrupted. Nothing is launched meanwhile.
         drain_delay_s: from NOT_SERVING until the service accepts no more calls, for load balancers.
         stop_grace_s: time that calls in progress have to finish at a stop.
         orphan_grace_s: from SIGTERM to SIGKILL for processes of earlier epochs.
@@ -171,6 +173,7 @@ class Settings:
     reopen_window_s: Annotated[float, values.seconds(0, 365 * _DAY_S)] = 7 * _DAY_S
     cancel_grace_s: Annotated[float, values.seconds(0, 3_600)] = 5.0
     exit_grace_s: Annotated[float, values.seconds(0, 3_600)] = 10.0
+    finish_s: Annotated[float, values.seconds(0, 7 * _DAY_S)] = 0.0
     drain_delay_s: Annotated[float, values.seconds(0, 3_600)] = 0.0
     stop_grace_s: Annotated[float, values.seconds(0, 3_600)] = 5.0
     orphan_grace_s: Annotated[float, values.seconds(0, 3_600)] = 2.0

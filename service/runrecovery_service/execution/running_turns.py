@@ -52,6 +52,11 @@ class RunningTurns:
         return [task for supervisor, task in self._tasks.items() if supervisor.is_ending]
 
     @property
+    def at_work(self) -> int:
+        """How many turns do not wait for their user."""
+        return sum(not supervisor.state.is_waiting for supervisor in self._tasks)
+
+    @property
     def cookies(self) -> frozenset[str]:
         """The cookies of the launches that have a supervisor."""
         return frozenset(supervisor.turn.launch.cookie for supervisor in self._tasks)

@@ -27,7 +27,8 @@ class Access(Enum):
     READ = auto()
     """From the commit of recovery until the server closes."""
     MUTATION = auto()
-    """From the commit of recovery until the service drains."""
+    """From the commit of recovery until the service drains; not before the turns have ended that
+    it lets end."""
 
 
 class Gate:
@@ -45,6 +46,7 @@ class Gate:
         self._recovered = False
         self._storage_answers = True
         self._safe_mode = False
+        self._finishing = False
         self._closed = False
         self._listens = True
         self._change = asyncio.Event()
@@ -94,8 +96,14 @@ class Gate:
         self._recovered = self._recovered or not self.draining
         self._set_state(ServiceState.SERVING)
 
+    def finish(self) -> None:
+        """Record that the service is shutting down once its turns have ended: create no run."""
+        self._finishing = True
+        self._set_state(ServiceState.DRAINING)
+
     def drain(self) -> None:
         """Record that the service is shutting down: refuse mutations from now on."""
+        self._finishing = False
         self._set_state(ServiceState.DRAINING)
 
     def close(self) -> None:
@@ -126,7 +134,8 @@ class Gate:
             return
         if not self.draining:
             raise ReconciliationInProgress(retry_after_s=self._retry_after_s)
-        if access is Access.MUTATION or not self._recovered or self._closed:
+        refuses_mutations = not self._finishing and access is Access.MUTATION
+        if refuses_mutations or not self._recovered or self._closed:
             raise ShuttingDown(retry_after_s=self._retry_after_s)
 
     def check_launches_allowed(self) -> None:
@@ -134,7 +143,10 @@ class Gate:
 
         Raises:
             SafeMode: this start launches nothing.
+            ShuttingDown: the service waits for the turns under way and launches nothing else.
         """
+        if self._finishing:
+            raise ShuttingDown(retry_after_s=self._retry_after_s)
         if self._safe_mode:
             raise SafeMode(retry_after_s=self._retry_after_s)
 
