@@ -2,41 +2,58 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from runrecovery_service.domain.deadline import DueKind
+from runrecovery_service.domain.interruption import InterruptionCause
 from runrecovery_service.domain.run import ErrorCode, InteractionKind, Question, RunError
 from runrecovery_service.domain.turn import (
     Asked,
     Failed,
     Interrupted,
-    Observed,
+    ProcessEnd,
     Succeeded,
     TurnEnd,
+    TurnFacts,
     judge,
 )
 
 ASKED = Asked(Question(kind=InteractionKind.CONFIRM, prompt="?"))
 SUCCEEDED = Succeeded({"x": 1})
-WELL = Observed(said=SUCCEEDED, broken=None, exit_code=0, in_wait=False, stderr_tail="")
-SEEN = st.builds(
-    Observed,
-    said=st.sampled_from([ASKED, SUCCEEDED, None]),
-    broken=st.none() | st.text(min_size=1),
-    exit_code=st.none() | st.integers(-64, 255),
-    in_wait=st.booleans(),
-    stderr_tail=st.text(),
+TURNS = st.builds(
+    TurnFacts,
+    last_word=st.sampled_from([ASKED, SUCCEEDED, None]),
+    protocol_error=st.none() | st.text(min_size=1),
+    is_waiting=st.booleans(),
     interrupted=st.none() | st.just("stood still"),
-    unsupervised=st.booleans(),
-    undelivered=st.booleans(),
-    at_work=st.booleans(),
-    timed_out=st.sampled_from([None, DueKind.WAIT, DueKind.RUN]),
+    is_unsupervised=st.booleans(),
+    is_reply_lost=st.booleans(),
+    is_at_work=st.booleans(),
+    deadline_passed=st.sampled_from([None, DueKind.WAIT, DueKind.RUN]),
+)
+ENDS = st.builds(
+    ProcessEnd,
+    exit_code=st.none() | st.integers(-64, 255),
+    stderr_tail=st.text(),
     failure=st.none() | st.just(RunError(code=ErrorCode.ENGINE_FAILED, message="!")),
 )
+
+
+def outcome(
+    *,
+    exit_code: int | None = 0,
+    failure: RunError | None = None,
+    stderr_tail: str = "",
+    resumes: bool = False,
+    **facts: Any,
+) -> TurnEnd:
+    """Return how a turn ends that went well but for what is given."""
+    turn = TurnFacts(**{"last_word": SUCCEEDED} | facts)
+    process = ProcessEnd(exit_code=exit_code, failure=failure, stderr_tail=stderr_tail)
+    return judge(turn, process, resumes=resumes)
 
 
 def code_of(end: TurnEnd) -> str:
@@ -54,26 +71,26 @@ def kind_of(end: TurnEnd) -> str:
 def test_a_clean_end_has_the_outcome_of_the_final_message(
     said: Asked | Succeeded, exit_code: int
 ) -> None:
-    assert said == judge(replace(WELL, said=said, exit_code=exit_code))
+    assert said == outcome(last_word=said, exit_code=exit_code)
 
 
 @pytest.mark.parametrize("exit_code", [1, 255, -9])
 def test_a_bad_exit_code_fails_the_turn_whatever_its_final_message(exit_code: int) -> None:
-    assert code_of(judge(replace(WELL, exit_code=exit_code))) == ErrorCode.ENGINE_FAILED
+    assert code_of(outcome(exit_code=exit_code)) == ErrorCode.ENGINE_FAILED
 
 
 def test_an_exit_without_a_final_message_fails_the_turn() -> None:
-    assert code_of(judge(replace(WELL, said=None))) == ErrorCode.ENGINE_FAILED
+    assert code_of(outcome(last_word=None)) == ErrorCode.ENGINE_FAILED
 
 
 def test_closing_the_output_without_a_final_message_and_living_on_is_a_protocol_error() -> None:
-    end = judge(replace(WELL, said=None, exit_code=None))
+    end = outcome(last_word=None, exit_code=None)
 
     assert code_of(end) == ErrorCode.ENGINE_PROTOCOL_ERROR
 
 
 def test_an_exit_while_the_user_is_awaited_loses_the_process() -> None:
-    end = judge(replace(WELL, said=ASKED, in_wait=True))
+    end = outcome(last_word=ASKED, is_waiting=True)
 
     assert code_of(end) == ErrorCode.INTERACTION_PROCESS_LOST
 
@@ -91,13 +108,13 @@ def test_an_exit_while_the_user_is_awaited_loses_the_process() -> None:
 def test_a_turn_without_a_result_whose_reply_was_not_read_is_reply_not_delivered(
     said: Succeeded | None, exit_code: int | None, kind: str
 ) -> None:
-    end = judge(replace(WELL, said=said, exit_code=exit_code, undelivered=True))
+    end = outcome(last_word=said, exit_code=exit_code, is_reply_lost=True)
 
     assert kind_of(end) == kind
 
 
 def test_closing_the_output_while_the_user_is_awaited_is_a_protocol_error() -> None:
-    end = judge(replace(WELL, said=None, exit_code=None, in_wait=True))
+    end = outcome(last_word=None, exit_code=None, is_waiting=True)
 
     assert isinstance(end, Failed)
     assert end.error.code == "ENGINE_PROTOCOL_ERROR"
@@ -107,14 +124,14 @@ def test_closing_the_output_while_the_user_is_awaited_is_a_protocol_error() -> N
 
 
 def test_a_protocol_error_precedes_every_other_failure() -> None:
-    end = judge(replace(WELL, broken="line 3 is no JSON", in_wait=True, exit_code=-9))
+    end = outcome(protocol_error="line 3 is no JSON", is_waiting=True, exit_code=-9)
 
     assert isinstance(end, Failed)
     assert (end.error.code, end.error.message) == ("ENGINE_PROTOCOL_ERROR", "line 3 is no JSON")
 
 
 def test_the_signal_and_the_last_lines_are_in_the_message() -> None:
-    end = judge(replace(WELL, exit_code=-11, stderr_tail="boom"))
+    end = outcome(exit_code=-11, stderr_tail="boom")
 
     assert isinstance(end, Failed)
     assert "signal 11" in end.error.message
@@ -122,7 +139,7 @@ def test_the_signal_and_the_last_lines_are_in_the_message() -> None:
 
 
 def test_a_wait_over_its_deadline_is_interaction_wait_timeout() -> None:
-    end = judge(replace(WELL, said=None, exit_code=None, in_wait=True, timed_out=DueKind.WAIT))
+    end = outcome(last_word=None, exit_code=None, is_waiting=True, deadline_passed=DueKind.WAIT)
 
     assert code_of(end) == ErrorCode.INTERACTION_WAIT_TIMEOUT
 
@@ -131,9 +148,23 @@ def test_a_wait_over_its_deadline_is_interaction_wait_timeout() -> None:
 def test_a_result_that_arrived_before_the_run_deadline_is_kept(
     said: Succeeded | None, kind: str
 ) -> None:
-    end = judge(replace(WELL, said=said, exit_code=None, timed_out=DueKind.RUN))
+    end = outcome(last_word=said, exit_code=None, deadline_passed=DueKind.RUN)
 
     assert kind_of(end) == kind
+
+
+def test_a_run_timeout_names_what_the_agent_was_retrying() -> None:
+    turn = TurnFacts(deadline_passed=DueKind.RUN)
+
+    end = judge(turn, ProcessEnd(exit_code=None, retry="attempt 8 failed with status 401"))
+
+    assert end == Failed(
+        RunError(
+            code="RUN_TIMEOUT",
+            message="The run took longer than its engine allows."
+            " Its agent was retrying: attempt 8 failed with status 401.",
+        )
+    )
 
 
 BROKE = RunError(code=ErrorCode.SESSION_RESUME_FAILED, message="The agent failed: gone.")
@@ -144,11 +175,11 @@ BROKE = RunError(code=ErrorCode.SESSION_RESUME_FAILED, message="The agent failed
 def test_a_failure_that_the_engine_reports_precedes_its_final_message(
     said: Asked | Succeeded | None, exit_code: int | None
 ) -> None:
-    assert judge(replace(WELL, said=said, exit_code=exit_code, failure=BROKE)) == Failed(BROKE)
+    assert outcome(last_word=said, exit_code=exit_code, failure=BROKE) == Failed(BROKE)
 
 
 def test_a_failure_that_the_engine_reports_does_not_hide_a_run_timeout() -> None:
-    end = judge(replace(WELL, failure=BROKE, timed_out=DueKind.RUN))
+    end = outcome(failure=BROKE, deadline_passed=DueKind.RUN)
 
     assert code_of(end) == ErrorCode.RUN_TIMEOUT
 
@@ -157,7 +188,7 @@ def test_a_failure_that_the_engine_reports_does_not_hide_a_run_timeout() -> None
 def test_a_turn_that_its_shim_killed_was_interrupted_whatever_its_exit_code(
     *, in_wait: bool
 ) -> None:
-    end = judge(replace(WELL, exit_code=-9, in_wait=in_wait, interrupted="stood still"))
+    end = outcome(exit_code=-9, is_waiting=in_wait, interrupted="stood still")
 
     assert end == Interrupted("stood still")
 
@@ -167,31 +198,37 @@ def test_a_turn_that_its_shim_killed_was_interrupted_whatever_its_exit_code(
     [(False, ErrorCode.SUPERVISION_LOST), (True, ErrorCode.INTERACTION_PROCESS_LOST)],
 )
 def test_a_process_without_its_shim_fails_the_turn(*, in_wait: bool, code: ErrorCode) -> None:
-    end = judge(replace(WELL, exit_code=None, in_wait=in_wait, unsupervised=True))
+    end = outcome(exit_code=None, is_waiting=in_wait, is_unsupervised=True)
 
     assert code_of(end) == code
 
 
-def test_failures_have_this_order_of_precedence() -> None:
-    everything = Observed(
-        said=SUCCEEDED,
-        broken="no JSON",
-        exit_code=3,
-        in_wait=True,
-        stderr_tail="boom",
-        interrupted="stood still",
-        unsupervised=True,
-        timed_out=DueKind.WAIT,
+def test_a_process_without_its_shim_interrupts_a_run_that_is_resumed() -> None:
+    end = outcome(exit_code=None, is_unsupervised=True, resumes=True)
+
+    assert end == Interrupted(
+        "The shim that guarded the process was killed or stopped, so the process was ended.",
+        InterruptionCause.SHIM_LOST,
     )
+    assert kind_of(
+        outcome(exit_code=None, is_unsupervised=True, is_waiting=True, resumes=True)
+    ) == ("INTERACTION_PROCESS_LOST")
+
+
+def test_failures_have_this_order_of_precedence() -> None:
+    everything: dict[str, Any] = {
+        "protocol_error": "no JSON", "deadline_passed": DueKind.WAIT, "interrupted": "stood still",
+        "is_waiting": True, "is_unsupervised": True, "exit_code": 3, "stderr_tail": "boom",
+    }  # fmt: skip
     nothing: dict[str, Any] = {
-        "broken": None, "timed_out": None, "interrupted": None, "in_wait": False,
-        "unsupervised": False, "exit_code": 0,
+        "protocol_error": None, "deadline_passed": None, "interrupted": None, "is_waiting": False,
+        "is_unsupervised": False, "exit_code": 0,
     }  # fmt: skip
 
-    order = [kind_of(judge(everything))]
+    order = [kind_of(outcome(**everything))]
     for name, value in nothing.items():
-        everything = replace(everything, **{name: value})
-        order.append(kind_of(judge(everything)))
+        everything[name] = value
+        order.append(kind_of(outcome(**everything)))
 
     assert order == [
         "ENGINE_PROTOCOL_ERROR", "INTERACTION_WAIT_TIMEOUT", "Interrupted",
@@ -199,20 +236,22 @@ def test_failures_have_this_order_of_precedence() -> None:
     ]  # fmt: skip
 
 
-@given(SEEN)
-def test_every_observation_has_one_outcome_and_success_needs_a_clean_end(seen: Observed) -> None:
-    end = judge(seen)
+@given(TURNS, ENDS)
+def test_every_observation_has_one_outcome_and_success_needs_a_clean_end(
+    turn: TurnFacts, process: ProcessEnd
+) -> None:
+    end = judge(turn, process)
 
     if isinstance(end, Failed):
         assert end.error.code in set(ErrorCode)
         assert end.error.message
     elif isinstance(end, Interrupted):
-        assert end.because == seen.interrupted
-        assert (seen.broken, seen.timed_out) == (None, None)
+        assert end.because == turn.interrupted
+        assert (turn.protocol_error, turn.deadline_passed) == (None, None)
     else:
-        assert end is seen.said
-        assert seen.broken is None
-        assert seen.exit_code in {None, 0}
-        in_time = seen.timed_out is None
-        assert in_time or (seen.timed_out is DueKind.RUN and isinstance(end, Succeeded))
-        assert not in_time or not any((seen.in_wait, seen.unsupervised, seen.interrupted))
+        assert end is turn.last_word
+        assert turn.protocol_error is None
+        assert process.exit_code in {None, 0}
+        in_time = turn.deadline_passed is None
+        assert in_time or (turn.deadline_passed is DueKind.RUN and isinstance(end, Succeeded))
+        assert not in_time or not any((turn.is_waiting, turn.is_unsupervised, turn.interrupted))

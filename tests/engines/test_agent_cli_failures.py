@@ -72,6 +72,27 @@ def test_a_lost_session_has_its_own_error_code_and_its_message_hides_the_handle(
         ),
         (CLAUDE, {"type": "result", "subtype": "error_max_turns"}, "error_max_turns"),
         (CLAUDE, {"type": "result"}, "noise on stderr"),
+        (
+            CLAUDE,
+            {
+                "type": "result",
+                "subtype": "success",
+                "is_error": False,
+                "result": "",
+                "stop_reason": "tool_deferred",
+                "deferred_tool_use": {"id": "t", "name": "Bash", "input": {}},
+            },
+            "A hook deferred its call of the tool Bash",
+        ),
+        (
+            GEMINI,
+            {
+                "type": "tool_result",
+                "status": "error",
+                "error": {"type": "stop_execution", "message": "enough for today"},
+            },
+            "enough for today",
+        ),
     ],
 )
 def test_a_failed_turn_is_an_engine_failure_with_every_exit_code(
@@ -159,3 +180,60 @@ def test_the_first_error_of_a_gemini_turn_is_reported_whatever_follows_it(
 
 def test_bad_input_of_gemini_with_the_same_exit_code_is_no_lost_session() -> None:
     assert CliListener(GEMINI, ID, resumed=True).failure(42, "No input provided via stdin.") is None
+
+
+CLAUDE_RETRY: JsonObject = {
+    "type": "system",
+    "subtype": "api_retry",
+    "attempt": 8,
+    "error_status": 401,
+    "error": "authentication_failed",
+}
+
+
+@pytest.mark.parametrize(
+    ("dialect", "events", "stderr", "retry"),
+    [
+        (
+            CLAUDE,
+            [CLAUDE_RETRY],
+            "",
+            "attempt 8 to call the model failed with status 401 (authentication_failed)",
+        ),
+        (
+            CLAUDE,
+            [{"type": "system", "subtype": "api_retry"}],
+            "",
+            "an attempt to call the model failed",
+        ),
+        (
+            CODEX,
+            [{"type": "error", "message": "Reconnecting... 2/5 (stream closed)"}],
+            "",
+            "Reconnecting... 2/5 (stream closed)",
+        ),
+        (
+            GEMINI,
+            [],
+            "Attempt 4 failed with status 429.\nAttempt 5 failed with status 429. Retrying",
+            "Attempt 5 failed with status 429",
+        ),
+        (CODEX, [{"type": "error", "message": "some warning"}], "Attempt 1 failed", None),
+        (GEMINI, [], "", None),
+    ],
+)
+def test_the_latest_retry_of_a_cli_is_known(
+    dialect: CliDialect, events: list[JsonObject], stderr: str, retry: str | None
+) -> None:
+    listener = CliListener(dialect, ID, resumed=False)
+    messages_of(listener, events)
+
+    assert listener.retry(stderr) == retry
+
+
+def test_work_after_a_retry_shows_that_it_has_succeeded() -> None:
+    listener = CliListener(CLAUDE, ID, resumed=False)
+
+    messages_of(listener, [CLAUDE_RETRY, {"type": "assistant", "message": {"content": []}}])
+
+    assert listener.retry("") is None

@@ -59,37 +59,51 @@ TurnEnd: TypeAlias = Asked | Succeeded | Failed | Interrupted | SessionGone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Observed:
-    """What the service observed of a process until its end.
+class TurnFacts:
+    """What is known of a turn that decides how it ends.
 
     Attributes:
-        said: the latest question or result that the process printed, None if neither.
-        broken: how the process broke the protocol, None if it did not.
-        failure: the failure that the process reported, if its dialect can report one. It takes
-            precedence over `said`.
+        last_word: the latest question or result that the process printed; None: neither.
+        is_at_work: the process has resumed work after `last_word`.
+        protocol_error: how the process broke the protocol; None: it did not.
+        interrupted: why the shim killed the process; None: the shim did not.
+        is_unsupervised: the shim was gone or stopped before the process ended.
+        deadline_passed: the deadline for which the process is ended; None: none has passed.
+        is_waiting: the process waits for the reply to its question.
+        is_reply_lost: the process closed its input before it had read the reply.
+    """
+
+    last_word: Asked | Succeeded | None = None
+    is_at_work: bool = False
+    protocol_error: str | None = None
+    interrupted: str | None = None
+    is_unsupervised: bool = False
+    deadline_passed: DueKind | None = None
+    is_waiting: bool = False
+    is_reply_lost: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessEnd:
+    """How the process of a turn ended.
+
+    Attributes:
         exit_code: None if the process was alive and had to be ended; negative for a signal.
-        interrupted: why the shim killed the process, None if the shim did not.
-        unsupervised: the shim was gone or stopped before the process ended.
-        resumes: an interrupted turn of the run is resumed (restart policy RESUME).
-        timed_out: the deadline for which the process was ended, None if it was not.
-        at_work: the process had resumed work after `said`.
-        in_wait: the process ended or closed its output before its user had replied.
-        undelivered: the process closed its input before it had read the reply.
+        failure: the failure that the process reported, if its dialect can report one. It takes
+            precedence over the last question or result.
+        retry: what the process was trying again and again when it had to be ended, if it said so.
         stderr_tail: the last lines of standard error.
     """
 
-    said: Asked | Succeeded | None
-    broken: str | None
     exit_code: int | None
-    in_wait: bool
-    stderr_tail: str
-    at_work: bool = False
-    undelivered: bool = False
-    interrupted: str | None = None
-    unsupervised: bool = False
-    resumes: bool = False
-    timed_out: DueKind | None = None
     failure: RunError | None = None
+    retry: str | None = None
+    stderr_tail: str = ""
+
+    @property
+    def is_clean(self) -> bool:
+        """True if the process did not fail, or had to be ended."""
+        return self.exit_code in {None, 0} and self.failure is None
 
 
 def is_repeated(first: Asked | Succeeded, second: Asked | Succeeded) -> bool:
@@ -103,7 +117,7 @@ def _canonical(output: JsonObject) -> str:
     return json.dumps(output, sort_keys=True)
 
 
-def judge(seen: Observed) -> TurnEnd:
+def judge(turn: TurnFacts, process: ProcessEnd, *, resumes: bool = False) -> TurnEnd:
     """Return how the turn ended.
 
     What the service did to the process takes precedence over what the process said last. One
@@ -112,45 +126,48 @@ def judge(seen: Observed) -> TurnEnd:
 
     The result of a process that did not exit by itself is kept. The result of a process with a bad
     exit code is not.
+
+    Args:
+        resumes: an interrupted turn of the run is resumed (restart policy RESUME).
     """
-    if seen.broken is not None:
-        return _failed(ErrorCode.ENGINE_PROTOCOL_ERROR, seen.broken)
-    if seen.timed_out is not None:
-        return _out_of_time(seen)
-    if seen.interrupted is not None:
-        return Interrupted(seen.interrupted)
-    if seen.in_wait:
-        return _lost_in_wait(seen)
-    if seen.unsupervised and seen.resumes:
+    if turn.protocol_error is not None:
+        return _failed(ErrorCode.ENGINE_PROTOCOL_ERROR, turn.protocol_error)
+    if turn.deadline_passed is not None:
+        return _out_of_time(turn, process)
+    if turn.interrupted is not None:
+        return Interrupted(turn.interrupted)
+    if turn.is_waiting:
+        return _lost_in_wait(turn, process)
+    if turn.is_unsupervised and resumes:
         return Interrupted(SHIM_LOST, InterruptionCause.SHIM_LOST)
-    if seen.unsupervised:
+    if turn.is_unsupervised:
         return _failed(ErrorCode.SUPERVISION_LOST, SHIM_LOST)
-    if seen.failure is not None:
-        return Failed(seen.failure)
-    if seen.exit_code not in {None, 0}:
-        return _failed(ErrorCode.ENGINE_FAILED, _how_it_ended(seen))
-    if seen.said is not None:
-        return seen.said
-    return _silent(seen)
+    if process.failure is not None:
+        return Failed(process.failure)
+    if not process.is_clean:
+        return _failed(ErrorCode.ENGINE_FAILED, _how_it_ended(process))
+    if turn.last_word is not None:
+        return turn.last_word
+    return _silent(turn, process)
 
 
-def _silent(seen: Observed) -> TurnEnd:
+def _silent(turn: TurnFacts, process: ProcessEnd) -> TurnEnd:
     """Return the end of a process without a bad exit code that said nothing."""
-    if seen.undelivered:
+    if turn.is_reply_lost:
         return _failed(
             ErrorCode.REPLY_NOT_DELIVERED,
             "The process closed its input before it had read the reply.",
         )
-    if seen.exit_code is None:
+    if process.exit_code is None:
         return _failed(
             ErrorCode.ENGINE_PROTOCOL_ERROR,
             "The process closed its output without a result or a question, but did not exit.",
         )
-    return _failed(ErrorCode.ENGINE_FAILED, _how_it_ended(seen))
+    return _failed(ErrorCode.ENGINE_FAILED, _how_it_ended(process))
 
 
-def _lost_in_wait(seen: Observed) -> TurnEnd:
-    if seen.exit_code is None and not seen.unsupervised:
+def _lost_in_wait(turn: TurnFacts, process: ProcessEnd) -> TurnEnd:
+    if process.exit_code is None and not turn.is_unsupervised:
         return _failed(
             ErrorCode.ENGINE_PROTOCOL_ERROR,
             "The process closed its output while it waited for the reply, but did not exit.",
@@ -160,21 +177,21 @@ def _lost_in_wait(seen: Observed) -> TurnEnd:
     )
 
 
-def _out_of_time(seen: Observed) -> TurnEnd:
-    if seen.timed_out is DueKind.WAIT:
+def _out_of_time(turn: TurnFacts, process: ProcessEnd) -> TurnEnd:
+    if turn.deadline_passed is DueKind.WAIT:
         return _failed(
             ErrorCode.INTERACTION_WAIT_TIMEOUT, "No answer arrived before the deadline of the wait."
         )
-    well = seen.exit_code in {None, 0} and seen.failure is None
-    if isinstance(seen.said, Succeeded) and well and not seen.at_work:
-        return seen.said
-    return _failed(ErrorCode.RUN_TIMEOUT, RUN_TIMEOUT)
+    if isinstance(turn.last_word, Succeeded) and process.is_clean and not turn.is_at_work:
+        return turn.last_word
+    reported = "" if process.retry is None else f" Its agent was retrying: {process.retry}."
+    return _failed(ErrorCode.RUN_TIMEOUT, f"{RUN_TIMEOUT}{reported}")
 
 
-def _how_it_ended(seen: Observed) -> str:
-    code = seen.exit_code or 0
+def _how_it_ended(process: ProcessEnd) -> str:
+    code = process.exit_code or 0
     how = f"was ended by signal {-code}" if code < 0 else f"exited with {code}"
-    tail = f": {seen.stderr_tail}" if seen.stderr_tail else "."
+    tail = f": {process.stderr_tail}" if process.stderr_tail else "."
     return f"The process {how} without a usable result{tail}"
 
 

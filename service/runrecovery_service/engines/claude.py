@@ -12,6 +12,7 @@ from runrecovery_service.engines.cli_events import (
     BackgroundTasks,
     CliEvent,
     OtherActivity,
+    RetryReported,
     SessionNamed,
     TurnFailed,
     TurnFinished,
@@ -29,6 +30,8 @@ def read(event: JsonObject) -> Iterator[CliEvent]:
         case {"type": "assistant" | "user" | "stream_event"}:
             if event.get("parent_tool_use_id") is None:  # otherwise of a background task
                 yield OtherActivity()
+        case {"type": "system", "subtype": "api_retry"}:
+            yield RetryReported(_retry_text(event))
         case {"type": "system", "subtype": str(subtype)}:
             yield from _read_tasks(subtype, event)
         case {
@@ -41,6 +44,9 @@ def read(event: JsonObject) -> Iterator[CliEvent]:
             # A resumed session first reports the tasks that ended with the process before.
             yield TurnFinished("")
             yield OtherActivity()
+        case {"type": "result", "stop_reason": "tool_deferred"}:
+            # A hook of the user deferred a tool call: nothing was done, and nobody can be asked.
+            yield TurnFailed(_deferred_text(event))
         case {"type": "result", "subtype": "success", "is_error": False, "result": str(text)}:
             yield TurnFinished(text)
         case {"type": "result"}:
@@ -70,6 +76,22 @@ def _task_name(task: JsonValue) -> str | None:
         case {"task_id": str(name)}:
             return name
     return None
+
+
+def _retry_text(event: JsonObject) -> str:
+    """Return what failed, by the status and the name of the error if the event has them."""
+    attempt, status, error = (event.get(key) for key in ("attempt", "error_status", "error"))
+    tried = f"attempt {attempt}" if isinstance(attempt, int) else "an attempt"
+    status = f" with status {status}" if isinstance(status, int) else ""
+    named = f" ({error})" if isinstance(error, str) and error else ""
+    return f"{tried} to call the model failed{status}{named}"
+
+
+def _deferred_text(event: JsonObject) -> str:
+    match event:
+        case {"deferred_tool_use": {"name": str(name)}}:
+            return f"A hook deferred its call of the tool {name}, so the turn ended unfinished."
+    return "A hook deferred its tool call, so the turn ended unfinished."
 
 
 def _failure_text(event: JsonObject) -> str | None:

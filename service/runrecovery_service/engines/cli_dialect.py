@@ -24,6 +24,7 @@ from runrecovery_service.engines.cli_events import (
     IsSessionLost,
     OtherActivity,
     ReadEvent,
+    RetryReported,
     SessionNamed,
     TextWritten,
     TurnFailed,
@@ -68,6 +69,7 @@ class CliDialect:
         resume: returns the arguments of a later turn, given the handle.
         read: yields the meaning of one event.
         says_lost: returns whether the failure of a resumed turn means a lost session.
+        retry_on_stderr: finds reports of retries on standard error. None: the events have them.
         chooses_handle: the service chooses the handle, a UUID.
         when_trusted: further arguments if the operator lets the CLI trust the workspace.
         trusted: whether the operator lets the CLI trust the workspace.
@@ -81,6 +83,7 @@ class CliDialect:
     chooses_handle: bool = False
     when_trusted: tuple[str, ...] = ()
     trusted: bool = False
+    retry_on_stderr: re.Pattern[str] | None = None
     max_line_bytes: int = MAX_LINE_BYTES
     ends_once: bool = False
 
@@ -143,6 +146,7 @@ class CliListener:
         self._final_failure: TurnFailed | None = None
         self._resumed_another = False
         self._warning: str | None = None
+        self._retry: str | None = None
 
     @property
     def buffered_bytes(self) -> int:
@@ -184,6 +188,14 @@ class CliListener:
             message=f"The agent failed{code}: {reason[:MAX_MESSAGE_CHARS]}",
         )
 
+    def retry(self, stderr_tail: str) -> str | None:
+        """Return the latest reported retry that no work followed, or None."""
+        found = self._retry
+        if found is None and self._cli.retry_on_stderr is not None:
+            reports = self._cli.retry_on_stderr.findall(stderr_tail)
+            found = reports[-1] if reports else None
+        return found and self._redact_text(found.strip()).replace("\0", "")[:MAX_MESSAGE_CHARS]
+
     # -- events --------------------------------------------------------------------------------
 
     def _events(self, line: bytes) -> Iterable[CliEvent]:
@@ -208,6 +220,8 @@ class CliListener:
                 self._update_tasks(event)
             case WarningShown(message):
                 self._warning = message
+            case RetryReported(message):
+                self._retry = message
             case TurnFinished(text):
                 self._end_turn(None)
                 yield final_message.parse(self._redact_text(text or "".join(self._pieces)))
@@ -217,6 +231,7 @@ class CliListener:
                 self._end_turn(event)
 
     def _note_work(self) -> None:
+        self._retry = None
         if self._at_work is not None:
             self._at_work = True
 

@@ -52,6 +52,13 @@ class WarningShown:
 
 
 @dataclass(frozen=True, slots=True)
+class RetryReported:
+    """The CLI waits and calls its model again. Unless work follows, that is what it waits for."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
 class TurnFinished:
     """The turn ended with this text, or else with the latest one. Another turn may follow."""
 
@@ -71,7 +78,7 @@ class TurnFailed:
 
 CliEvent: TypeAlias = (
     "SessionNamed | TextWritten | OtherActivity | BackgroundTask | BackgroundTasks | WarningShown"
-    " | TurnFinished | TurnFailed"
+    " | RetryReported | TurnFinished | TurnFailed"
 )
 ReadEvent: TypeAlias = Callable[[JsonObject], Iterable[CliEvent]]
 """Yields what one output line of a CLI means. It must not raise, whatever the line contains."""

@@ -10,6 +10,7 @@ from runrecovery_service.engines.cli_dialect import CliDialect
 from runrecovery_service.engines.cli_events import (
     CliEvent,
     OtherActivity,
+    RetryReported,
     SessionNamed,
     TextWritten,
     TurnFailed,
@@ -18,6 +19,7 @@ from runrecovery_service.engines.cli_events import (
 )
 
 _SESSION_LOST: Final = "thread/resume failed"
+_RETRY: Final = "Reconnecting"
 
 
 def read(event: JsonObject) -> Iterator[CliEvent]:
@@ -37,6 +39,8 @@ def read(event: JsonObject) -> Iterator[CliEvent]:
             yield TurnFailed(None)
         case {"type": "error", "message": str(message)}:
             yield WarningShown(message)
+            if message.startswith(_RETRY):
+                yield RetryReported(message)
         case _:
             return
 

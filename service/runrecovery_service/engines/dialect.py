@@ -137,6 +137,14 @@ class Listener(Protocol):
         """
         ...
 
+    def retry(self, stderr_tail: str) -> str | None:
+        """Return what the process was trying again when it had to be ended, or None.
+
+        Args:
+            stderr_tail: the last lines of standard error.
+        """
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opening:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Final
 
@@ -20,6 +21,7 @@ from runrecovery_service.engines.cli_events import (
 _OUTPUT: Final = ("--output-format", "stream-json")
 _BAD_INPUT: Final = 42
 _SESSION_LOST: Final = "Error resuming session"
+_STOPPED_BY_HOOK: Final = "A hook stopped the agent in the middle of its turn."
 _STOPPED: Final = ("Loop detected", "Agent execution")
 """Beginnings of warnings after which Gemini CLI stops but reports success."""
 
@@ -31,6 +33,11 @@ def read(event: JsonObject) -> Iterator[CliEvent]:
             yield SessionNamed(handle)
         case {"type": "message", "role": "assistant", "content": str(text)}:
             yield TextWritten(text, is_piece=event.get("delta") is True)
+        # A hook told the CLI to stop. The CLI reports success afterwards.
+        case {"type": "tool_result", "error": {"type": "stop_execution", "message": str(message)}}:
+            yield TurnFailed(message, is_final=True)
+        case {"type": "tool_result", "error": {"type": "stop_execution"}}:
+            yield TurnFailed(_STOPPED_BY_HOOK, is_final=True)
         case {"type": "tool_use" | "tool_result"}:
             yield OtherActivity()
         case {"type": "error", "severity": severity, "message": str(message)}:
@@ -57,4 +64,5 @@ GEMINI: Final = CliDialect(
     resume=lambda handle: ("--resume", handle, *_OUTPUT),
     read=read,
     says_lost=says_lost,
+    retry_on_stderr=re.compile(r"Attempt \d+ failed with status \d+"),
 )

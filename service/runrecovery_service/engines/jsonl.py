@@ -203,5 +203,9 @@ class JsonLines:
         """Return None: the protocol has neither failure messages nor exit codes with a meaning."""
         return None
 
+    def retry(self, stderr_tail: str) -> str | None:
+        """Return None: the protocol has no message for retries."""
+        return None
+
 
 JSON_LINES: Final = JsonLines()

@@ -38,7 +38,7 @@ from runrecovery_service.domain.turn import (
     Asked,
     Failed,
     Interrupted,
-    Observed,
+    ProcessEnd,
     SessionGone,
     TurnEnd,
     is_repeated,
@@ -199,11 +199,11 @@ class TurnSupervisor:
             return Interrupted(SUSPENDED)
         except Unguarded:
             self._advance(Signal.SHIM_USELESS)
-            return judge(self._observed(opening))
+            return self._judge(opening)
         except Withdrawn:
             while not self._events.empty():  # why; a cancel may be only on record
                 await self._take(engine, self._events.get_nowait())
-            return judge(self._observed(opening))
+            return self._judge(opening)
         return await self._follow_process(engine, process, opening)
 
     def _engine(self) -> Engine:
@@ -323,7 +323,7 @@ class TurnSupervisor:
                 raise fenced from None
             log.exception("execution.session_failed", run_id=self.turn.run.run_id)
             return _defect()
-        return judge(self._observed(opening))
+        return self._judge(opening)
 
     async def _converse(self, engine: Engine, io: AgentIO, opening: Opening) -> None:
         """Take events until the process has ended or must be ended."""
@@ -451,12 +451,17 @@ class TurnSupervisor:
             return ending
         return ending.with_shim_kills(await self.launch.killed_by_shim())
 
-    def _observed(self, opening: Opening) -> Observed:
+    def _judge(self, opening: Opening) -> TurnEnd:
         tail = "" if self._io is None else self._io.stderr_tail
         exit_code = None if self.state.exited is None else self.state.exited.code
-        failure = opening.listener.failure(exit_code, tail)
+        process = ProcessEnd(
+            exit_code=exit_code,
+            failure=opening.listener.failure(exit_code, tail),
+            retry=opening.listener.retry(tail),
+            stderr_tail=tail,
+        )
         resumes = self.turn.run.restart_policy is RestartPolicy.RESUME
-        return self.state.observed(stderr_tail=tail, failure=failure, resumes=resumes)
+        return judge(self.state, process, resumes=resumes)
 
     async def _record(self, end: TurnEnd, ended: LaunchEnd) -> None:
         fingerprint = await self._fingerprint(end, gone=ended.gone)

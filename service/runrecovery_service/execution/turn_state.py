@@ -11,8 +11,8 @@ from enum import Enum, auto
 from typing import Final, TypeAlias
 
 from runrecovery_service.domain.deadline import DueKind
-from runrecovery_service.domain.run import Profile, Question, RunError
-from runrecovery_service.domain.turn import Asked, Observed, Succeeded
+from runrecovery_service.domain.run import Profile, Question
+from runrecovery_service.domain.turn import Asked, Succeeded, TurnFacts
 from runrecovery_service.engines.dialect import (
     AskMessage,
     Message,
@@ -146,38 +146,22 @@ class TurnRules:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TurnState:
-    """What is known of a turn.
+class TurnState(TurnFacts):
+    """What is known of a turn under way.
 
     Attributes:
-        last_word: the question or result that ends the turn; the latest one counts.
-        is_at_work: the agent works on after a turn of its own has ended.
-        protocol_error: how the agent broke the protocol; None: it did not.
         exited: how the agent's own process ended; None: it lives.
-        interrupted: why the shim ended the tree; None: it did not.
-        is_unsupervised: the shim was gone, or stopped, before the agent had ended.
         is_tree_empty: the kernel has reported to the shim that nothing of the tree is left.
-        deadline_passed: the deadline by which the turn is ended.
         is_canceled: a cancel was accepted.
-        is_waiting: a sticky process waits for the reply to its question.
-        is_reply_lost: the process closed its input before it had read the reply.
         has_session: the process has named its session.
         open_outputs: how many of stdout and stderr are open.
         exit_due_s: the loop's time by which the process must have ended; None: any time.
         unknown_types: message types that were reported as unknown.
     """
 
-    last_word: Asked | Succeeded | None = None
-    is_at_work: bool = False
-    protocol_error: str | None = None
     exited: Exited | None = None
-    interrupted: str | None = None
-    is_unsupervised: bool = False
     is_tree_empty: bool = False
-    deadline_passed: DueKind | None = None
     is_canceled: bool = False
-    is_waiting: bool = False
-    is_reply_lost: bool = False
     has_session: bool = False
     open_outputs: int = 2
     exit_due_s: float | None = None
@@ -203,25 +187,6 @@ class TurnState:
             "reply_lost": self.is_reply_lost,
         }
         return next((why for why, holds in reasons.items() if holds), "turn_over")
-
-    def observed(
-        self, *, stderr_tail: str, failure: RunError | None, resumes: bool = False
-    ) -> Observed:
-        """Return what `domain.turn.judge` decides on."""
-        return Observed(
-            said=self.last_word,
-            at_work=self.is_at_work,
-            undelivered=self.is_reply_lost,
-            broken=self.protocol_error,
-            exit_code=None if self.exited is None else self.exited.code,
-            failure=failure,
-            in_wait=self.is_waiting,
-            stderr_tail=stderr_tail,
-            interrupted=self.interrupted,
-            unsupervised=self.is_unsupervised,
-            resumes=resumes,
-            timed_out=self.deadline_passed,
-        )
 
 
 Step: TypeAlias = "tuple[TurnState, Action | None]"
