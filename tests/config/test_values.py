@@ -128,6 +128,7 @@ BOUNDS: Final[dict[str, tuple[float, float]]] = {
     "reopen_window_s": (0, 31_536_000),
     "cancel_grace_s": (0, 3_600),
     "exit_grace_s": (0, 3_600),
+    "finish_s": (0, 604_800),
     "drain_delay_s": (0, 3_600),
     "stop_grace_s": (0, 3_600),
     "orphan_grace_s": (0, 3_600),

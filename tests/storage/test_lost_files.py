@@ -11,8 +11,9 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from runrecovery_service.domain.errors import StorageUnavailable
@@ -52,10 +53,34 @@ suffixes = pytest.mark.parametrize("suffix", ["", "-wal", "-shm"], ids=["file", 
 Damage = Callable[[Path], None]
 
 
+@contextmanager
+def opened(data_dir: Path) -> Iterator[Database]:
+    """Open a store, and close every connection to it also when it has lost a file.
+
+    With a lost file the store itself leaves them open.
+    """
+    db = open_database("", data_dir)
+    peewee: Any = db.peewee
+    made: list[sqlite3.Connection] = [peewee.connection()]
+    connect = peewee._connect
+
+    def recorded_connect() -> sqlite3.Connection:
+        made.append(connect())
+        return made[-1]
+
+    peewee._connect = recorded_connect
+    try:
+        with closing(db):
+            yield db
+    finally:
+        for connection in made:
+            connection.close()
+
+
 @pytest.fixture
 def db(tmp_path: Path) -> Iterator[Database]:
     """A store in use, with one acknowledged write that is in the log only."""
-    with closing(open_database("", tmp_path)) as db:
+    with opened(tmp_path) as db:
         db.watch_files()
         with db.transaction():
             add(db, "acknowledged")
@@ -308,7 +333,7 @@ overwritten = pytest.mark.parametrize(
 @pytest.fixture
 def copied(tmp_path: Path) -> Iterator[Database]:
     """A store in use, whose log was copied into the file, and has a commit since."""
-    with closing(open_database("", tmp_path)) as db:
+    with opened(tmp_path) as db:
         for n in range(20):
             with db.transaction():
                 add(db, f"w{n}")
@@ -327,7 +352,7 @@ def test_a_file_that_is_overwritten_after_a_crash_and_a_start_is_noticed(
     for suffix in ("", "-wal", ".installed"):
         shutil.copy(f"{tmp_path / NAME}{suffix}", crashed)
 
-    with closing(open_database("", crashed)) as started:
+    with opened(crashed) as started:
         started.watch_files()
         started.demand_in_place()
         os.truncate(crashed / NAME, (crashed / NAME).stat().st_size + 4096)
@@ -377,7 +402,7 @@ def test_a_backup_that_is_copied_over_the_store_in_use_is_a_lost_store(
         backup_sqlite(file, older)
     else:
         shutil.copyfile(file, older)
-    with closing(open_database("", file.parent)) as db:
+    with opened(file.parent) as db:
         for n in range(200):
             with db.transaction():
                 add(db, f"{n:0100}")
@@ -406,7 +431,7 @@ def test_heavy_writing_with_small_checkpoints_is_not_taken_for_damage(
 ) -> None:
     """Other threads look all the time, while SQLite begins its log anew, cuts it short, and gives
     pages of the file back."""
-    with closing(open_database("", tmp_path)) as db:
+    with opened(tmp_path) as db:
         db.watch_files()
         ended = threading.Event()
 
@@ -436,7 +461,7 @@ def test_heavy_writing_with_small_checkpoints_is_not_taken_for_damage(
 
 
 def test_nothing_of_a_closed_store_stays_open(tmp_path: Path) -> None:
-    with closing(open_database("", tmp_path)) as db:
+    with opened(tmp_path) as db:
         db.watch_files()
         db.fetch_all("SELECT 1")
 
