@@ -86,8 +86,8 @@ class PeriodicTask:
     waits_first: bool = True
     fatal: tuple[type[Exception], ...] = (Fenced,)
     retried: tuple[type[Exception], ...] = (Exception,)
-    _stopping: asyncio.Event = field(default_factory=asyncio.Event)
-    _task: asyncio.Task[None] | None = None
+    _stopping: asyncio.Event = field(default_factory=asyncio.Event, init=False)
+    _task: asyncio.Task[None] | None = field(default=None, init=False)
     _failures: FailureLog = field(init=False)
 
     def __post_init__(self) -> None:

@@ -201,6 +201,24 @@ def test_a_pause_goes_on_after_a_reboot_of_the_machine(store: ServiceStore) -> N
     assert next_turn(store).run.resume_count == 2
 
 
+def test_a_pause_after_a_reboot_leaves_the_deadline_of_the_run_where_it_was(
+    store: ServiceStore,
+) -> None:
+    run = interrupted(store, max_run_s=86_400.0)
+    deadline = next_turn(store).run.run_deadline_at
+    assert deadline is not None
+    store.reboot(60)
+    store.restart()
+    store.apply_recovery()
+    deadlines.move_to_clock(store.db, store.owner, now=store.now, steady=store.steady)
+
+    left_us = store.column(run, "run_due_us") - store.steady.us
+    pause_us = store.column(run, "resume_due_us") - store.steady.us
+
+    assert left_us / 1e6 == (deadline - store.now).total_seconds()
+    assert 0 < pause_us <= 10_000_000
+
+
 def test_a_restart_in_the_pause_keeps_the_pause_and_counts_nothing(store: ServiceStore) -> None:
     run = interrupted(store)
     next_turn(store)

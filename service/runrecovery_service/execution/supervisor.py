@@ -1,7 +1,7 @@
 """Supervises one turn: launches its process, follows it, ends it and records how it ended.
 
 What the events of a turn mean is in `turn_state.py`, the pipes are in `agent_io.py`, the launch is
-in `launcher.py`, the store in `turn_records.py`.
+in `launcher.py`, the store in `turn_records.py`, the agent's session in `turn_sessions.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Final, TypeGuard
 import structlog
 
 from runrecovery_service.agents.output import OutputFiles
-from runrecovery_service.agents.session_checks import SessionChecker
 from runrecovery_service.domain.deadline import Due, DueKind
 from runrecovery_service.domain.errors import Fenced
 from runrecovery_service.domain.run import (
@@ -27,12 +26,6 @@ from runrecovery_service.domain.run import (
     RunError,
     RunStatus,
     Session,
-)
-from runrecovery_service.domain.session_check import (
-    REASON_TEXTS,
-    SessionFinding,
-    SessionFingerprint,
-    SessionReason,
 )
 from runrecovery_service.domain.turn import (
     Asked,
@@ -56,6 +49,7 @@ from runrecovery_service.execution.agent_io import AgentIO
 from runrecovery_service.execution.blocking import run_blocking
 from runrecovery_service.execution.launcher import Launch, LeaseOver, Unguarded, Withdrawn
 from runrecovery_service.execution.turn_records import TurnRecords
+from runrecovery_service.execution.turn_sessions import TurnSessions
 from runrecovery_service.execution.turn_state import (
     SECOND_END,
     SUSPENDED,
@@ -83,9 +77,6 @@ log = structlog.get_logger()
 UNGUARDED_CHECKS: Final = 2
 """Checks, 2 s apart, that must find a shim stopped or gone. One may find it at its normal end."""
 HANDLE_UNUSABLE: Final = "The session's handle is none that this engine could have named."
-NOT_ENDED: Final = "not_ended"
-HOME_CHECK_S: Final = 1.0
-"""Between two checks for the home of a CLI that is not there."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -99,7 +90,7 @@ class TurnSupervisor:
     records: TurnRecords
     launch: Launch
     catalog: Catalog
-    sessions: SessionChecker
+    sessions: TurnSessions
     output: OutputFiles
     threads: Executor
     exit_grace_s: float
@@ -185,7 +176,7 @@ class TurnSupervisor:
         try:
             engine = self._engine()
             opening = self._open(engine)
-            if (lost := await self._lost_session(engine)) is not None:
+            if (lost := await self.sessions.why_lost(engine, self._resumed)) is not None:
                 return Failed(RunError(code=ErrorCode.SESSION_RESUME_FAILED, message=lost))
             if opening.handle is not None:  # on record before the process can act
                 await self._take(engine, SessionMessage(value=opening.handle))
@@ -220,7 +211,7 @@ class TurnSupervisor:
             ends_once=dialect.ends_once,
             exit_grace_s=self.exit_grace_s,
         )
-        workspace = self.sessions.workspaces.workspace(run.key, run.attempt)
+        workspace = self.sessions.workspace
         task = RunContext(
             run_id=run.run_id, attempt=run.attempt, input=run.input or {}, workspace=str(workspace)
         )
@@ -234,73 +225,6 @@ class TurnSupervisor:
         if session is None or (reply is None and interruption is None):
             return None
         return Resumed(session=session, reply=reply, interruption=interruption)
-
-    # -- sessions ------------------------------------------------------------------------------
-
-    async def _lost_session(self, engine: Engine) -> str | None:
-        """Return why no session can be resumed; None: one can, or the check has no answer.
-
-        The CLIs do not check: they resume what is left of a session that was cut off.
-        """
-        resumed = self._resumed
-        if resumed is None or engine.sessions is None:
-            return None
-        fingerprint = await self.records.read_fingerprint()
-        finding = await self._check_session(resumed.session.handle, fingerprint)
-        if finding is None or finding.reason is None:
-            return None
-        if finding.reason is SessionReason.NOT_ANSWERED:
-            self._warn_not_seen(finding.reason.value)
-        if finding.holds:
-            return None
-        return f"The session cannot be resumed: {REASON_TEXTS[finding.reason]}."
-
-    async def _check_session(
-        self, handle: str, fingerprint: SessionFingerprint | None
-    ) -> SessionFinding | None:
-        """Return what the check finds once the CLI's home is there.
-
-        A CLI that is launched before would make another, empty home, without any session.
-        """
-        is_reported = False
-        while True:
-            finding = await self.sessions.check(
-                self.turn.run, handle, fingerprint, in_turn=self.turn.interruption is not None
-            )
-            is_away = (
-                finding is not None and finding.reason is SessionReason.HOME_AWAY and finding.holds
-            )
-            if not is_away:
-                return finding
-            if not is_reported:
-                self._warn_not_seen(SessionReason.HOME_AWAY.value)
-            is_reported = True
-            await self.launch.demand_wanted()
-            await asyncio.sleep(HOME_CHECK_S)
-
-    async def _fingerprint(self, end: TurnEnd, *, gone: bool) -> SessionFingerprint | None:
-        """Return the fingerprint of the session file, which nothing writes to any more.
-
-        With it a restart can prove that the file lacks nothing of the question. None: something
-        may still write, or no file is where the CLI keeps its sessions.
-        """
-        name = self.turn.run.engine
-        sessions = self.catalog.get(name).sessions if name in self.catalog.names else None
-        if sessions is None or not isinstance(end, Asked):
-            return None
-        if not gone:
-            self._warn_not_seen(NOT_ENDED)
-            return None
-        session = (await self.records.read_run()).session
-        if session is None:
-            return None
-        seen = await self.sessions.fingerprint(self.turn.run, sessions, session.handle)
-        if seen.fingerprint is None:
-            self._warn_not_seen((seen.finding.reason or SessionReason.NOT_ANSWERED).value)
-        return seen.fingerprint
-
-    def _warn_not_seen(self, reason: str) -> None:
-        self.records.log.warning("execution.session_not_seen", reason=reason)
 
     # -- following -----------------------------------------------------------------------------
 
@@ -464,7 +388,7 @@ class TurnSupervisor:
         return judge(self.state, process, resumes=resumes)
 
     async def _record(self, end: TurnEnd, ended: LaunchEnd) -> None:
-        fingerprint = await self._fingerprint(end, gone=ended.gone)
+        fingerprint = await self.sessions.fingerprint(end, gone=ended.gone)
         # A resumable wait ends only where an automatic decision ends it.
         due = None if self.turn.run.require_user_reply else self._wait_due()
         run = await self.records.record_end(end, ended, due=due, fingerprint=fingerprint)

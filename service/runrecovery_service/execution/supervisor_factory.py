@@ -12,6 +12,7 @@ from runrecovery_service.execution.launcher import Launch, Launcher
 from runrecovery_service.execution.supervisor import TurnSupervisor
 from runrecovery_service.execution.turn_log import TurnLog
 from runrecovery_service.execution.turn_records import TurnRecords
+from runrecovery_service.execution.turn_sessions import TurnSessions
 from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.turns import Turn
@@ -43,11 +44,14 @@ class SupervisorFactory:
             turn=turn,
             log=TurnLog(turn.run),
         )
+        launch = Launch(launcher=self.launcher, records=records)
         return TurnSupervisor(
             records=records,
-            launch=Launch(launcher=self.launcher, records=records),
+            launch=launch,
             catalog=self.catalog,
-            sessions=self.sessions,
+            sessions=TurnSessions(
+                records=records, launch=launch, catalog=self.catalog, checker=self.sessions
+            ),
             output=self.output,
             threads=self.launcher.threads,
             exit_grace_s=self.exit_grace_s,

@@ -14,11 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-from runrecovery_service.domain.interruption import (
-    LONGEST_DELAY_S,
-    InterruptionCause,
-    resume_delay_s,
-)
 from runrecovery_service.domain.recovery_matrix import (
     MATRIX,
     QUARANTINE_RULE,
@@ -26,6 +21,7 @@ from runrecovery_service.domain.recovery_matrix import (
     RESUMED_RULE,
 )
 from runrecovery_service.domain.run import Profile, RecoveryState, RunStatus
+from runrecovery_service.storage import interruptions
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.driver_errors import DRIVER_ERRORS, to_domain_error
 from runrecovery_service.storage.instances import Owner
@@ -252,7 +248,7 @@ def _apply_range(db: Database, scope: ApplyScope, batch: Batch) -> Tally:
     if REOPENABLE & decided.decisions.keys():
         _retire_sessions(db, scope, batch)
     if RESUMED_RULE in decided.decisions:
-        _record_interruptions(db, scope, batch)
+        interruptions.record_batch(db, scope, first=batch.first, last=batch.last)
     changed = sum(decided.decisions.values())
     all_decided = changed == batch.rows
     report = (scope.reconciliation_key,)
@@ -391,40 +387,6 @@ def _retire_sessions(db: Database, scope: ApplyScope, batch: Batch) -> None:
             batch.last,
         ),
     )
-
-
-def _record_interruptions(db: Database, scope: ApplyScope, batch: Batch) -> None:
-    """Record what the resumed turns are told, and how long they wait.
-
-    A run that was QUEUED already keeps the interruption that it waits for.
-    """
-    delay_us = _resume_delay_us_sql()
-    db.execute(
-        f"UPDATE run SET interrupted_at = ?, interrupted_by = '{InterruptionCause.RESTART}',"
-        f" resume_at = CASE WHEN {delay_us} > 0 THEN {delay_us} + ? END,"
-        f" resume_due_us = CASE WHEN {delay_us} > 0 THEN {delay_us} + ? END, due_clock = ?"
-        " WHERE id IN (SELECT e.run FROM recovery_event e WHERE e.reconciliation = ?"
-        f" AND e.run BETWEEN ? AND ? AND e.rule = '{RESUMED_RULE}'"
-        f" AND e.status_before = '{RunStatus.RUNNING}')",
-        (
-            to_us(scope.now),
-            to_us(scope.now),
-            scope.steady.us,
-            scope.steady.clock,
-            scope.reconciliation_key,
-            batch.first,
-            batch.last,
-        ),
-    )
-
-
-def _resume_delay_us_sql() -> str:
-    """Return `resume_delay_s(resume_count)` in microseconds as an expression."""
-    delays, longest = [], 0
-    while resume_delay_s(longest) < LONGEST_DELAY_S:
-        delays.append(f"WHEN {longest} THEN {round(resume_delay_s(longest) * 1e6)}")
-        longest += 1
-    return f"(CASE resume_count {' '.join(delays)} ELSE {round(LONGEST_DELAY_S * 1e6)} END)"
 
 
 def _quarantine(db: Database, scope: ApplyScope, batch: Batch, detail: str) -> Tally:

@@ -9,11 +9,7 @@ from typing import Final
 
 from runrecovery_service.domain.deadline import Due, SteadyTime
 from runrecovery_service.domain.errors import Fenced, RunGone, RunNotFound, RunQuarantined
-from runrecovery_service.domain.interruption import (
-    Interruption,
-    InterruptionCause,
-    resume_delay_s,
-)
+from runrecovery_service.domain.interruption import Interruption
 from runrecovery_service.domain.recovery_matrix import RESUMED_RULE, Fact, Rule, decide
 from runrecovery_service.domain.run import (
     Interaction,
@@ -27,14 +23,18 @@ from runrecovery_service.domain.run import (
 )
 from runrecovery_service.domain.session_check import SessionFingerprint
 from runrecovery_service.domain.turn import Asked, Interrupted, SessionGone, Succeeded, TurnEnd
-from runrecovery_service.storage import interactions, launch_records, runs, use_case
+from runrecovery_service.storage import (
+    interactions,
+    interruptions,
+    launch_records,
+    runs,
+    use_case,
+)
 from runrecovery_service.storage.database import Database, Stale
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.launch_records import LaunchEnd, LaunchRecord, LaunchSite
 from runrecovery_service.storage.recovery_sql import facts_of_run
 from runrecovery_service.storage.rows import (
-    enum_from_text,
-    from_us,
     options_to_json,
     to_json,
     to_us,
@@ -44,9 +44,6 @@ DueIn = Callable[[float], Due]
 """Returns the deadline that is this many seconds away."""
 _NO_FINDING: Final[Mapping[str, None]] = {"session_verdict": None, "session_reason": None}
 _NO_FINGERPRINT: Final[Mapping[str, None]] = {**_NO_FINDING, "session_mark": None}
-_NO_INTERRUPTION: Final[Mapping[str, object]] = {
-    "interrupted_at": None, "interrupted_by": None, "resume_count": 0
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,12 +87,12 @@ def take_next(
         raise Stale
     last = interactions.find(db, run.key, run.interaction_count)
     reply = last if last is not None and last.state is InteractionState.ANSWERED else None
-    interruption = _interruption(db, run, last) if reply is None else None
+    interruption = interruptions.pending(db, run, last) if reply is None else None
     columns: dict[str, object] = {"turn": run.turn + 1}
     if interruption is not None:
         columns |= {"resume_count": interruption.times}
     else:
-        columns |= {**_NO_INTERRUPTION, **(_first_turn(run, now) if reply is None else {})}
+        columns |= {**interruptions.NONE, **(_first_turn(run, now) if reply is None else {})}
     if run.max_run_s is not None and run.run_deadline_at is None:
         due = due_in(run.max_run_s)
         columns |= {
@@ -133,23 +130,6 @@ def _next_in_queue(
         (owner.instance, owner.epoch, steady.us, *busy_engines),
     )
     return None if row is None else int(row[0])
-
-
-def _interruption(db: Database, run: Run, last: Interaction | None) -> Interruption | None:
-    """Return the interruption after which the queued run is resumed, or None."""
-    if run.session is None:
-        return None
-    row = db.fetch_one("SELECT interrupted_at, interrupted_by FROM run WHERE id = ?", (run.key,))
-    at, cause = row or (None, None)
-    if at is None:
-        return None
-    received = last is not None and last.state is InteractionState.DELIVERED
-    return Interruption(
-        at=from_us(at),
-        cause=enum_from_text(InterruptionCause, cause) or InterruptionCause.RESTART,
-        times=run.resume_count + 1,
-        reply=last if received else None,
-    )
 
 
 def _first_turn(run: Run, now: datetime) -> dict[str, object]:
@@ -372,12 +352,7 @@ def _interrupt(
         return
     columns: dict[str, object] = {}
     if rule.name == RESUMED_RULE:
-        columns |= {"interrupted_at": to_us(now), "interrupted_by": end.cause.value}
-        if delay_s := resume_delay_s(run.resume_count):
-            due = due_in(delay_s)
-            columns |= {
-                "resume_at": to_us(due.at), "resume_due_us": due.us, "due_clock": due.clock
-            }  # fmt: skip
+        columns |= interruptions.columns(run, end.cause, due_in=due_in, now=now)
     _apply_rule(db, run, rule, owner=owner, now=now, **columns)
 
 

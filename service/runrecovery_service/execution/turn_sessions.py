@@ -1,0 +1,109 @@
+"""The agent's session in one turn: checked before it is resumed, fingerprinted at a question."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from runrecovery_service.agents.session_checks import SessionChecker
+from runrecovery_service.domain.session_check import (
+    REASON_TEXTS,
+    SessionFinding,
+    SessionFingerprint,
+    SessionReason,
+)
+from runrecovery_service.domain.turn import Asked, TurnEnd
+from runrecovery_service.engines.catalog import Catalog, Engine
+from runrecovery_service.engines.dialect import Resumed
+from runrecovery_service.execution.launcher import Launch
+from runrecovery_service.execution.turn_records import TurnRecords
+
+NOT_ENDED: Final = "not_ended"
+HOME_CHECK_S: Final = 1.0
+"""Between two checks for the home of a CLI that is not there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnSessions:
+    """Checks and fingerprints the session of one turn's run."""
+
+    records: TurnRecords
+    launch: Launch
+    catalog: Catalog
+    checker: SessionChecker
+
+    @property
+    def workspace(self) -> Path:
+        """The workspace of the run's attempt."""
+        run = self.records.turn.run
+        return self.checker.workspaces.workspace(run.key, run.attempt)
+
+    async def why_lost(self, engine: Engine, resumed: Resumed | None) -> str | None:
+        """Return why no session can be resumed; None: one can, or the check has no answer.
+
+        The CLIs do not check: they resume what is left of a session that was cut off.
+        """
+        if resumed is None or engine.sessions is None:
+            return None
+        fingerprint = await self.records.read_fingerprint()
+        finding = await self._check(resumed.session.handle, fingerprint)
+        if finding is None or finding.reason is None:
+            return None
+        if finding.reason is SessionReason.NOT_ANSWERED:
+            self._warn_not_seen(finding.reason.value)
+        if finding.holds:
+            return None
+        return f"The session cannot be resumed: {REASON_TEXTS[finding.reason]}."
+
+    async def _check(
+        self, handle: str, fingerprint: SessionFingerprint | None
+    ) -> SessionFinding | None:
+        """Return what the check finds once the CLI's home is there.
+
+        A CLI that is launched before would make another, empty home, without any session.
+        """
+        turn = self.records.turn
+        is_reported = False
+        while True:
+            finding = await self.checker.check(
+                turn.run, handle, fingerprint, in_turn=turn.interruption is not None
+            )
+            is_away = (
+                finding is not None and finding.reason is SessionReason.HOME_AWAY and finding.holds
+            )
+            if not is_away:
+                return finding
+            if not is_reported:
+                self._warn_not_seen(SessionReason.HOME_AWAY.value)
+            is_reported = True
+            await self.launch.demand_wanted()
+            await asyncio.sleep(HOME_CHECK_S)
+
+    async def fingerprint(self, end: TurnEnd, *, gone: bool) -> SessionFingerprint | None:
+        """Return the fingerprint of the session file, which nothing writes to any more.
+
+        With it a restart can prove that the file lacks nothing of the question. None: something
+        may still write, or no file is where the CLI keeps its sessions.
+
+        Args:
+            gone: all processes of the turn have ended.
+        """
+        name = self.records.turn.run.engine
+        sessions = self.catalog.get(name).sessions if name in self.catalog.names else None
+        if sessions is None or not isinstance(end, Asked):
+            return None
+        if not gone:
+            self._warn_not_seen(NOT_ENDED)
+            return None
+        run = await self.records.read_run()
+        if run.session is None:
+            return None
+        seen = await self.checker.fingerprint(run, sessions, run.session.handle)
+        if seen.fingerprint is None:
+            self._warn_not_seen((seen.finding.reason or SessionReason.NOT_ANSWERED).value)
+        return seen.fingerprint
+
+    def _warn_not_seen(self, reason: str) -> None:
+        self.records.log.warning("execution.session_not_seen", reason=reason)

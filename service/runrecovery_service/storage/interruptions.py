@@ -1,0 +1,91 @@
+"""The interruption of a turn in the row of its run: recorded, read for the next turn, forgotten."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from typing import Final
+
+from runrecovery_service.domain.deadline import Due
+from runrecovery_service.domain.interruption import (
+    LONGEST_DELAY_S,
+    Interruption,
+    InterruptionCause,
+    resume_delay_s,
+)
+from runrecovery_service.domain.recovery_matrix import RESUMED_RULE
+from runrecovery_service.domain.run import Interaction, InteractionState, Run, RunStatus
+from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.recovery_scope import ApplyScope
+from runrecovery_service.storage.rows import enum_from_text, from_us, to_us
+
+NONE: Final[Mapping[str, object]] = {
+    "interrupted_at": None, "interrupted_by": None, "resume_count": 0
+}  # fmt: skip
+"""The columns of a turn that no interruption came before."""
+
+
+def columns(
+    run: Run, cause: InterruptionCause, *, due_in: Callable[[float], Due], now: datetime
+) -> dict[str, object]:
+    """Return the columns of a turn that was interrupted now and is to be resumed."""
+    changes: dict[str, object] = {"interrupted_at": to_us(now), "interrupted_by": cause.value}
+    if delay_s := resume_delay_s(run.resume_count):
+        due = due_in(delay_s)
+        changes |= {
+            "resume_at": to_us(due.at), "resume_due_us": due.us, "due_clock": due.clock
+        }  # fmt: skip
+    return changes
+
+
+def record_batch(db: Database, scope: ApplyScope, *, first: int, last: int) -> None:
+    """Record the interruption of the runs of a batch that a recovery has just decided to resume.
+
+    A run that was QUEUED already keeps the interruption that it waits for. A run with deadlines of
+    another clock keeps that clock: the recovery converts all of its deadlines together, later.
+    """
+    delay_us = _resume_delay_us_sql()
+    db.execute(
+        f"UPDATE run SET interrupted_at = ?, interrupted_by = '{InterruptionCause.RESTART}',"
+        f" resume_at = CASE WHEN {delay_us} > 0 THEN {delay_us} + ? END,"
+        f" resume_due_us = CASE WHEN {delay_us} > 0 THEN {delay_us} + ? END,"
+        " due_clock = COALESCE(due_clock, ?)"
+        " WHERE id IN (SELECT e.run FROM recovery_event e WHERE e.reconciliation = ?"
+        f" AND e.run BETWEEN ? AND ? AND e.rule = '{RESUMED_RULE}'"
+        f" AND e.status_before = '{RunStatus.RUNNING}')",
+        (
+            to_us(scope.now),
+            to_us(scope.now),
+            scope.steady.us,
+            scope.steady.clock,
+            scope.reconciliation_key,
+            first,
+            last,
+        ),
+    )
+
+
+def _resume_delay_us_sql() -> str:
+    """Return `resume_delay_s(resume_count)` in microseconds as an expression."""
+    delays, longest = [], 0
+    while resume_delay_s(longest) < LONGEST_DELAY_S:
+        delays.append(f"WHEN {longest} THEN {round(resume_delay_s(longest) * 1e6)}")
+        longest += 1
+    return f"(CASE resume_count {' '.join(delays)} ELSE {round(LONGEST_DELAY_S * 1e6)} END)"
+
+
+def pending(db: Database, run: Run, last: Interaction | None) -> Interruption | None:
+    """Return the interruption after which the queued run is resumed, or None."""
+    if run.session is None:
+        return None
+    row = db.fetch_one("SELECT interrupted_at, interrupted_by FROM run WHERE id = ?", (run.key,))
+    at, cause = row or (None, None)
+    if at is None:
+        return None
+    received = last is not None and last.state is InteractionState.DELIVERED
+    return Interruption(
+        at=from_us(at),
+        cause=enum_from_text(InterruptionCause, cause) or InterruptionCause.RESTART,
+        times=run.resume_count + 1,
+        reply=last if received else None,
+    )
