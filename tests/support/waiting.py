@@ -9,7 +9,11 @@ from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
 
 PATIENCE_S: Final = 15.0
-LOOK_S: Final = 0.005
+LEAST_PAUSE_S: Final = 0.005
+MOST_PAUSE_S: Final = 0.05
+LOOKS_SHARE: Final = 4
+"""A pause is this many times as long as the look before it: what is waited for needs the processor
+too."""
 
 T = TypeVar("T")
 
@@ -24,19 +28,27 @@ def until(condition: Callable[[], T], what: str, *, timeout_s: float | None = No
     bound_s = patience_s() if timeout_s is None else timeout_s
     ends = time.monotonic() + bound_s
     while True:
+        began = time.monotonic()
         answer = condition()
         if answer:
             return answer
-        if time.monotonic() > ends:
+        if began > ends:
             raise AssertionError(f"not within {bound_s:.0f} s: {what}")
-        time.sleep(LOOK_S)
+        time.sleep(_pause_s(time.monotonic() - began))
 
 
 async def until_async(condition: Callable[[], Awaitable[object]], what: str) -> None:
     """Wait until `condition` returns true; fail if it does not in time."""
     bound_s = patience_s()
     ends = time.monotonic() + bound_s
-    while not await condition():
-        if time.monotonic() > ends:
+    while True:
+        began = time.monotonic()
+        if await condition():
+            return
+        if began > ends:
             raise AssertionError(f"not within {bound_s:.0f} s: {what}")
-        await asyncio.sleep(LOOK_S)
+        await asyncio.sleep(_pause_s(time.monotonic() - began))
+
+
+def _pause_s(look_s: float) -> float:
+    return min(MOST_PAUSE_S, max(LEAST_PAUSE_S, LOOKS_SHARE * look_s))
