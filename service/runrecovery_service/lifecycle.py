@@ -327,14 +327,14 @@ class Service:
 
         Replies and cancels are accepted meanwhile, and deadlines carried out.
         """
-        turns, end_s = self.work.dispatcher.turns, monotonic() + self.settings.finish_s
-        if not self.settings.finish_s or self.stop.failure is not None or not turns.at_work:
+        work, end_s = self.work.dispatcher, monotonic() + self.settings.finish_s
+        if not self.settings.finish_s or self.stop.failure is not None or not work.at_work:
             return
         self.gate.finish()
-        log.info("service.finishing", turns=turns.at_work, finish_s=self.settings.finish_s)
-        while turns.at_work and monotonic() < end_s and self.stop.failure is None:  # noqa: ASYNC110 - three conditions have no common event
+        log.info("service.finishing", turns=work.at_work, finish_s=self.settings.finish_s)
+        while work.at_work and monotonic() < end_s and self.stop.failure is None:  # noqa: ASYNC110 - three conditions have no common event
             await asyncio.sleep(FINISH_POLL_S)
-        log.info("service.finished", turns_left=turns.at_work)
+        log.info("service.finished", turns_left=work.at_work)
 
     async def _decide_on_runs(self) -> None:
         """End all processes and record a decision on every run, as the next start would.

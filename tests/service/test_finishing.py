@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import grpc
+from runrecovery.v1 import run_pb2
+from runrecovery.v1 import run_service_pb2 as pb
 from support.api import Api, refused
 from support.engines import GOOD_ENGINES, script
 from support.service import Home, ServiceProcess
@@ -70,6 +72,20 @@ def test_meanwhile_health_says_not_serving_and_no_run_is_created(new_home: NewHo
     refusal = refused(lambda: api.create("told", {"file": "x"}))
     assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
     file.touch()
+    assert service.exit_code() == 0
+
+
+def test_meanwhile_a_watch_goes_on(new_home: NewHome) -> None:
+    home, service, api = start(new_home)
+    run_id, file = working(home, api)
+    watch = api.runs.WatchRun(pb.WatchRunRequest(run_id=run_id), timeout=60.0)
+    next(watch)
+
+    finishing(service)
+    file.touch()
+
+    kinds = [answer.event.kind for answer in watch if answer.HasField("event")]
+    assert kinds[-1] == run_pb2.RUN_EVENT_KIND_SUCCEEDED
     assert service.exit_code() == 0
 
 

@@ -173,7 +173,7 @@ def test_questions_are_listed_oldest_first_in_pages(store: ServiceStore) -> None
         store.reply(run, number, no=number)
         turn = store.take()
         assert turn is not None
-        turns.record_delivered(store.db, turn, owner=store.owner)
+        turns.record_delivered(store.db, turn, owner=store.owner, number=number)
         store.end(turn, Asked(QUESTION))
 
     first = interactions.page(store.db, run.run_id, after=None, limit=3)

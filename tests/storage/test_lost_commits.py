@@ -71,7 +71,7 @@ def test_a_turn_whose_run_was_lost_writes_nothing(
     session = Session(type="demo", handle="h", turn=1)
     writes: list[Callable[[], object]] = [
         partial(turns.record_session, store.db, turn, owner=owner, session=session, now=now),
-        partial(turns.record_delivered, store.db, turn, owner=owner),
+        partial(turns.record_delivered, store.db, turn, owner=owner, number=1),
         partial(
             turns.record_sticky_question, store.db, turn, owner=owner, number=1, question=QUESTION,
             due=due, now=now,

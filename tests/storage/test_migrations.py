@@ -140,6 +140,7 @@ def test_a_migration_keeps_everything_that_the_first_version_stored(
         ("run", "auto_decided_count", 0),
         ("run", "max_resumes", 0),
         ("run", "resume_count", 0),
+        ("run", "questions_before", 0),
         ("run", "resume_due_us", None),
         ("run", "resume_at", None),
         ("run", "interrupted_at", None),

@@ -26,7 +26,7 @@ from runrecovery_service.domain.turn import (
     SessionGone,
     Succeeded,
 )
-from runrecovery_service.storage import deadlines, interactions, turns
+from runrecovery_service.storage import deadlines, interactions, launch_records, turns
 from runrecovery_service.storage.turns import Turn
 from storage.service_store import QUESTION, ServiceStore
 
@@ -45,9 +45,17 @@ def interrupted(store: ServiceStore, **changes: Any) -> Run:
     return store.get(turn.run)
 
 
-def next_turn(store: ServiceStore) -> Turn:
+def taken(store: ServiceStore) -> Turn:
     turn = store.take()
     assert turn is not None
+    return turn
+
+
+def next_turn(store: ServiceStore) -> Turn:
+    """Return the next turn, whose agent has been started."""
+    turn = taken(store)
+    launch_records.record_gated(store.db, turn.launch, owner=store.owner, pid=1, start_ticks=1)
+    launch_records.record_running(store.db, turn.launch, owner=store.owner)
     return turn
 
 
@@ -81,7 +89,8 @@ def test_an_interrupted_turn_resumes_its_session_in_the_same_attempt(
 
     resumed = next_turn(store)
 
-    assert (resumed.run.attempt, resumed.run.turn, resumed.run.resume_count) == (1, 2, 1)
+    assert (resumed.run.attempt, resumed.run.turn) == (1, 2)
+    assert store.get(run).resume_count == 1
     assert resumed.run.session is not None
     assert resumed.run.session.handle == "the session"
     assert resumed.reply is None
@@ -102,7 +111,7 @@ def test_a_resumed_run_succeeds_as_any_other(store: ServiceStore) -> None:
 def test_the_reply_of_the_interrupted_turn_is_repeated(store: ServiceStore) -> None:
     run = store.reply(store.waiting(**RESUME), "blue")
     turn = next_turn(store)
-    turns.record_delivered(store.db, turn, owner=store.owner)
+    turns.record_delivered(store.db, turn, owner=store.owner, number=1)
     store.recover()
 
     resumed = next_turn(store)
@@ -139,7 +148,8 @@ def test_a_turn_is_resumed_max_resumes_times_and_then_fails_with_the_reason(
     store.recover()
     store.advance(10)
     end_pauses(store)
-    assert next_turn(store).run.resume_count == 2
+    next_turn(store)
+    assert store.get(run).resume_count == 2
 
     store.recover()
 
@@ -188,7 +198,7 @@ def test_a_turn_in_its_pause_is_not_taken_before_the_pause_has_passed(store: Ser
 
 
 def test_a_pause_goes_on_after_a_reboot_of_the_machine(store: ServiceStore) -> None:
-    interrupted(store)
+    run = interrupted(store)
     next_turn(store)
     store.recover()
     store.reboot(60)
@@ -198,7 +208,8 @@ def test_a_pause_goes_on_after_a_reboot_of_the_machine(store: ServiceStore) -> N
 
     end_pauses(store)
 
-    assert next_turn(store).run.resume_count == 2
+    next_turn(store)
+    assert store.get(run).resume_count == 2
 
 
 def test_a_pause_after_a_reboot_leaves_the_deadline_of_the_run_where_it_was(
@@ -368,13 +379,13 @@ def test_failures_of_the_agent_are_no_interruptions(store: ServiceStore, code: E
 
 def test_a_lost_taking_of_a_resumed_turn_is_taken_back_whole(store: ServiceStore) -> None:
     run = interrupted(store)
-    next_turn(store)
+    taken(store)
 
     turns.requeue_unlaunched(store.db, owner=store.owner, held=[], now=store.tick())
 
     assert store.get(run).resume_count == 0
-    again = next_turn(store)
-    assert (again.run.turn, again.run.resume_count) == (2, 1)
+    again = taken(store)
+    assert again.run.turn == 2
     assert again.interruption is not None
     assert again.interruption.times == 1
 
@@ -403,3 +414,132 @@ def test_a_run_with_another_policy_keeps_its_rules(store: ServiceStore) -> None:
     run = store.get(turn.run)
     assert run.recovery is not None
     assert run.recovery.recovery_reason == "running_interrupted"
+
+
+def test_a_pause_is_recorded_just_before_a_steady_clock_needs_more_than_32_bits(
+    store: ServiceStore,
+) -> None:
+    run = interrupted(store)
+    next_turn(store)
+    store.steady_us = 2**31 - 8_000_000
+
+    store.recover()
+
+    found = store.get(run)
+    assert (found.status, found.quarantined) == (RunStatus.QUEUED, False)
+    assert store.column(run, "resume_due_us") - store.steady.us in range(9_000_000, 10_000_001)
+
+
+def test_a_reply_of_an_earlier_attempt_is_not_repeated(store: ServiceStore) -> None:
+    run = store.reply(store.waiting(**RESUME), "blue")
+    turn = next_turn(store)
+    turns.record_delivered(store.db, turn, owner=store.owner, number=1)
+    store.recover()
+    store.end(next_turn(store), SessionGone(LOST))
+    second = next_turn(store)
+    assert second.run.attempt == 2
+    store.keep_session(second, "another session")
+    store.recover()
+
+    resumed = next_turn(store)
+
+    assert resumed.run.run_id == run.run_id
+    assert resumed.interruption is not None
+    assert resumed.interruption.reply is None
+
+
+def test_an_accepted_reply_whose_session_is_lost_is_not_discarded(store: ServiceStore) -> None:
+    run = store.reply(store.waiting(**RESUME), "blue")
+    next_turn(store)
+    store.set(run, session_verdict="INVALID", session_reason="missing")
+
+    store.recover()
+
+    found = store.get(run)
+    assert found.recovery is not None
+    assert found.recovery.recovery_reason == "accepted_reply_session_lost"
+    assert found.reopenable_until is not None
+
+
+def test_a_shim_that_is_lost_before_the_reply_was_read_fails_the_run(store: ServiceStore) -> None:
+    store.reply(store.waiting(**RESUME), "blue")
+
+    run = store.end(next_turn(store), Interrupted("Lost.", InterruptionCause.SHIM_LOST))
+
+    assert run.status is RunStatus.FAILED
+    assert run.error == RunError(code="SUPERVISION_LOST", message="Lost.")
+
+
+def test_a_launch_whose_agent_was_not_started_uses_up_no_resume(store: ServiceStore) -> None:
+    run = interrupted(store, max_resumes=1)
+    for _ in range(5):
+        assert taken(store).interruption is not None
+        store.recover()
+
+    assert store.get(run).status is RunStatus.QUEUED
+    assert store.get(run).resume_count == 0
+
+
+def test_a_start_that_is_recorded_twice_is_counted_once(store: ServiceStore) -> None:
+    run = interrupted(store)
+    turn = next_turn(store)
+
+    launch_records.record_running(store.db, turn.launch, owner=store.owner)
+
+    assert store.get(run).resume_count == 1
+
+
+def test_a_pause_that_another_machine_recorded_is_converted(store: ServiceStore) -> None:
+    run = interrupted(store, max_run_s=86_400.0)
+    next_turn(store)
+    here, uptime_us = store.clock, store.steady_us
+    store.clock, store.steady_us = "another machine", uptime_us + 10**13
+    store.restart()
+    store.apply_recovery()  # and it ends before it has converted the deadlines
+    store.clock, store.steady_us = here, uptime_us
+    store.restart()
+    store.apply_recovery()
+
+    deadlines.move_to_clock(store.db, store.owner, now=store.now, steady=store.steady)
+
+    assert store.column(run, "resume_due_us") - store.steady.us <= 10_000_000
+
+
+def test_a_wall_clock_that_was_set_back_prolongs_no_pause(store: ServiceStore) -> None:
+    run = interrupted(store)
+    next_turn(store)
+    store.recover()
+    store.reboot(60)
+    store.step_wall_clock(timedelta(days=-365))
+    store.restart()
+
+    deadlines.move_to_clock(store.db, store.owner, now=store.now, steady=store.steady)
+
+    assert store.column(run, "resume_due_us") - store.steady.us == 300_000_000
+
+
+def test_a_queued_run_that_can_neither_be_resumed_nor_started_says_so(store: ServiceStore) -> None:
+    run = interrupted(store, max_attempts=1)
+    next_turn(store)
+    store.recover()  # in its pause
+    store.set(run, session_verdict="INVALID", session_reason="missing")
+
+    store.recover()
+
+    found = store.get(run)
+    assert found.status is RunStatus.FAILED
+    assert found.recovery is not None
+    assert found.recovery.recovery_reason == "attempts_used_up"
+    assert found.resume_at is None
+    assert store.column(run, "resume_due_us") is None
+
+
+def test_the_count_of_a_sticky_process_begins_anew_with_its_next_reply(store: ServiceStore) -> None:
+    run = interrupted(store, profile=Profile.STICKY_PROCESS)
+    turn = next_turn(store)
+    assert store.get(run).resume_count == 1
+    store.ask_and_stay(turn)
+
+    store.reply(run, "go on")
+
+    assert store.get(run).resume_count == 0

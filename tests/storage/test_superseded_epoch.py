@@ -138,7 +138,7 @@ WRITES: dict[str, Callable[[Prepared], object]] = {
         p, turns.record_session, session=Session(type="demo", handle="h", turn=1), now=p.store.now
     ),
     "a delivered reply": lambda p: turns.record_delivered(
-        p.store.db, p.answered, owner=p.store.owner
+        p.store.db, p.answered, owner=p.store.owner, number=1
     ),
     "a sticky question": lambda p: _turn(
         p,

@@ -136,8 +136,8 @@ def test_a_delivered_reply_is_recorded(store: ServiceStore) -> None:
     turn = store.take()
     assert turn is not None
 
-    turns.record_delivered(store.db, turn, owner=store.owner)
-    turns.record_delivered(store.db, turn, owner=store.owner)
+    turns.record_delivered(store.db, turn, owner=store.owner, number=1)
+    turns.record_delivered(store.db, turn, owner=store.owner, number=1)
 
     asked = interactions.find(store.db, run.key, 1)
     assert asked is not None
@@ -149,7 +149,7 @@ def test_an_unread_reply_is_identified_by_its_question_while_another_is_open(
 ) -> None:
     turn = store.running(profile=Profile.STICKY_PROCESS)
     store.reply(store.ask_and_stay(turn))
-    turns.record_delivered(store.db, turn, owner=store.owner)
+    turns.record_delivered(store.db, turn, owner=store.owner, number=1)
     turns.record_sticky_question(
         store.db,
         turn,
@@ -222,7 +222,7 @@ def test_a_superseded_epoch_is_refused_by_every_step_of_a_turn(store: ServiceSto
     now = store.now
     writes: list[Callable[[], object]] = [
         partial(turns.record_session, store.db, turn, owner=old, session=session, now=now),
-        partial(turns.record_delivered, store.db, turn, owner=old),
+        partial(turns.record_delivered, store.db, turn, owner=old, number=1),
         partial(
             turns.record_sticky_question, store.db, turn, owner=old, number=1, question=QUESTION,
             due=store.due_in(1), now=now,

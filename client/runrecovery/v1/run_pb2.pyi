@@ -794,7 +794,7 @@ class Run(_message.Message):
     @_builtins.property
     def resume_at(self) -> _timestamp_pb2.Timestamp:
         """OUTPUT_ONLY. The interrupted turn is not resumed before this time: it has been resumed
-        before. Absent when there is no such pause.
+        before. Absent when there is no such pause. In the past: the run waits for a slot.
         """
 
     def __init__(

@@ -170,7 +170,7 @@ MATRIX: Final[tuple[Rule, ...]] = (
         name="interrupted_before_session",
         statuses=(RunStatus.QUEUED, RunStatus.RUNNING),
         needs=Fact.RESTART_LEFT,
-        lacks=Fact.HANDLE,
+        lacks=Fact.HANDLE | Fact.REPLY,  # to start over would discard the accepted reply
         becomes=RunStatus.QUEUED,
         state=RecoveryState.RECOVERED_QUEUED,
         because="The restart policy is RESUME, but there is no session to resume. The run starts"
@@ -197,6 +197,17 @@ MATRIX: Final[tuple[Rule, ...]] = (
         because="A reply was accepted, but the session that it would resume is lost.",
     ),
     Rule(
+        name="attempts_used_up",
+        statuses=(RunStatus.QUEUED, RunStatus.RUNNING),
+        needs=Fact.RESUME,
+        lacks=Fact.HANDLE | Fact.REPLY,
+        becomes=RunStatus.FAILED,
+        error=ErrorCode.ORCHESTRATOR_RESTART_INTERRUPTED,
+        state=RecoveryState.FAILED_RECONCILED,
+        because="The run was interrupted, there is no session to resume, and it had been started"
+        " max_attempts times already.",
+    ),
+    Rule(
         name="queued_interrupted",
         statuses=(RunStatus.QUEUED,),
         becomes=RunStatus.FAILED,
@@ -212,16 +223,6 @@ MATRIX: Final[tuple[Rule, ...]] = (
         error=ErrorCode.ORCHESTRATOR_RESTART_INTERRUPTED,
         state=RecoveryState.FAILED_RECONCILED,
         because="The run was interrupted, and its turn had been resumed max_resumes times already.",
-    ),
-    Rule(
-        name="attempts_used_up",
-        statuses=(RunStatus.RUNNING,),
-        needs=Fact.RESUME,
-        becomes=RunStatus.FAILED,
-        error=ErrorCode.ORCHESTRATOR_RESTART_INTERRUPTED,
-        state=RecoveryState.FAILED_RECONCILED,
-        because="The run was interrupted, there is no session to resume, and it had been started"
-        " max_attempts times already.",
     ),
     Rule(
         name="running_interrupted",

@@ -147,6 +147,7 @@ class CliListener:
         self._resumed_another = False
         self._warning: str | None = None
         self._retry: str | None = None
+        self._has_worked = False
 
     @property
     def buffered_bytes(self) -> int:
@@ -191,7 +192,8 @@ class CliListener:
     def retry(self, stderr_tail: str) -> str | None:
         """Return the latest reported retry that no work followed, or None."""
         found = self._retry
-        if found is None and self._cli.retry_on_stderr is not None:
+        # Nothing tells whether a line of standard error came before the work or after it.
+        if found is None and self._cli.retry_on_stderr is not None and not self._has_worked:
             reports = self._cli.retry_on_stderr.findall(stderr_tail)
             found = reports[-1] if reports else None
         return found and self._redact_text(found.strip()).replace("\0", "")[:MAX_MESSAGE_CHARS]
@@ -231,7 +233,7 @@ class CliListener:
                 self._end_turn(event)
 
     def _note_work(self) -> None:
-        self._retry = None
+        self._retry, self._has_worked = None, True
         if self._at_work is not None:
             self._at_work = True
 

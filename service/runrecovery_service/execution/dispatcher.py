@@ -48,6 +48,7 @@ class Dispatcher:
     failing_s: float = field(default=0.0, init=False)
     _failing_since: float | None = field(default=None, init=False)
     _is_taking: bool = field(default=True, init=False)
+    _is_take_under_way: bool = field(default=False, init=False)
     _is_take_in_doubt: bool = field(default=False, init=False)
     _changes: Subscription | None = field(default=None, init=False)
     _record_watch: RecordWatch = field(init=False)
@@ -67,6 +68,11 @@ class Dispatcher:
     def slots_in_use(self) -> int:
         """Processes alive or being launched."""
         return len(self.turns)
+
+    @property
+    def at_work(self) -> int:
+        """Turns that do not wait for their user, and one that is being taken from the queue."""
+        return self.turns.at_work + self._is_take_under_way
 
     def start(self) -> None:
         """Start to launch. Not called in safe mode."""
@@ -163,7 +169,11 @@ class Dispatcher:
         if self._is_take_in_doubt:
             await self._give_back()
         while self._is_taking and self.slots_in_use < self.capacity:
-            turn = await self.queue.take_next(self._busy_engines())
+            self._is_take_under_way = True
+            try:
+                turn = await self.queue.take_next(self._busy_engines())
+            finally:
+                self._is_take_under_way = False
             if turn is None:
                 return
             self._demand_new(turn)

@@ -320,9 +320,9 @@ class TurnSupervisor:
         # Recorded once the process has read it, not before: what is in the pipe is lost with the
         # process, and after a crash the reply goes to another one. A process that reads to the
         # end of its input has read the reply by then.
-        if self.turn.reply is not None:
+        if (reply := self.turn.reply) is not None:
             if is_written and await io.wait_until_input_read():
-                await self.records.record_reply_read()
+                await self.records.record_reply_read(reply.interaction_id)
             else:
                 self._events.put_nowait(Signal.REPLY_LOST)
         if self.turn.run.profile is Profile.RESUMABLE:
@@ -347,8 +347,8 @@ class TurnSupervisor:
             return
         self._advance(Signal.REPLY_ACCEPTED)
         if await io.write(engine.dialect.reply(reply)):
-            await self.records.record_reply_read()
-            self._replies_written.put_nowait(run.interaction_count)
+            await self.records.record_reply_read(reply.interaction_id)
+            self._replies_written.put_nowait(reply.interaction_id)
         else:
             self._events.put_nowait(Signal.REPLY_LOST)
 

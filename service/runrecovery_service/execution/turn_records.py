@@ -82,9 +82,9 @@ class TurnRecords:
             now=self.clock.now(),
         )
 
-    async def record_reply_read(self) -> None:
+    async def record_reply_read(self, number: int) -> None:
         """Record that the process has the accepted reply: a sticky one may yet have to read it."""
-        await self._write(turns.record_delivered, self.turn, owner=self.owner)
+        await self._write(turns.record_delivered, self.turn, owner=self.owner, number=number)
 
     async def record_reply_unread(self, number: int) -> None:
         """Record that the process was given the reply to a question, and never read it."""

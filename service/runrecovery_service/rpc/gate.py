@@ -73,6 +73,11 @@ class Gate:
         return self._state is ServiceState.DRAINING
 
     @property
+    def ends_streams(self) -> bool:
+        """True once streams are to end: not while the turns under way may still end."""
+        return self.draining and not self._finishing
+
+    @property
     def recovered(self) -> bool:
         """True once recovery has committed."""
         return self._recovered
@@ -103,7 +108,9 @@ class Gate:
 
     def drain(self) -> None:
         """Record that the service is shutting down: refuse mutations from now on."""
-        self._finishing = False
+        if self._finishing:
+            self._finishing = False
+            self._notify_all()
         self._set_state(ServiceState.DRAINING)
 
     def close(self) -> None:

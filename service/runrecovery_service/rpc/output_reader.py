@@ -71,7 +71,7 @@ class OutputReader:
                 yield piece
             if not following or cursor.at_limit:
                 return
-            if self._gate.draining:
+            if self._gate.ends_streams:
                 raise ShuttingDown
             await self._gate.wait(change, timeout_s=FOLLOW_POLL_S)
 

@@ -122,7 +122,7 @@ class ReflectionServicer:
             draining.cancel()
 
     async def _wait_until_draining(self) -> None:
-        while not self._gate.draining:
+        while not self._gate.ends_streams:
             await self._gate.change.wait()
 
     def _answer(self, request: Request) -> Response:

@@ -114,7 +114,7 @@ class RunWatcher:
                 at = state.run.event_count
                 if _has_ended(state.run):
                     return
-                if self._gate.draining:
+                if self._gate.ends_streams:
                     raise ShuttingDown
                 if not timer.left_s:
                     yield pb.WatchRunResponse(sequence=at, bookmark=run_pb2.WatchBookmark())
@@ -175,7 +175,7 @@ class RecoveredWatcher:
             timer = _BookmarkTimer(sent=False)
             while True:
                 await self._wakeup.wait_turn()
-                if self._gate.draining:
+                if self._gate.ends_streams:
                     raise ShuttingDown
                 if not timer.left_s:
                     yield _bookmark(place)

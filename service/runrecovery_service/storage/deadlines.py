@@ -13,6 +13,7 @@ from datetime import datetime
 from typing import Final
 
 from runrecovery_service.domain.deadline import DueKind, SteadyTime
+from runrecovery_service.domain.interruption import LONGEST_DELAY_S
 from runrecovery_service.domain.run import ErrorCode, Profile, Run, RunStatus
 from runrecovery_service.domain.turn import RUN_TIMEOUT
 from runrecovery_service.storage import instances, interactions, runs, use_case
@@ -71,6 +72,13 @@ def move_to_clock(db: Database, owner: Owner, *, now: datetime, steady: SteadyTi
                     steady.clock,
                 ),
             ).rowcount
+    # A wall clock that was set back must not prolong a pause.
+    longest_us = steady.us + round(LONGEST_DELAY_S * 1e6)
+    with db.transaction():
+        db.execute(
+            "UPDATE run SET resume_due_us = ? WHERE owner = ? AND resume_due_us > ?",
+            (longest_us, owner.instance, longest_us),
+        )
     return count
 
 
@@ -182,7 +190,7 @@ def end_pauses(db: Database, run_keys: Sequence[int], *, owner: Owner, steady: S
     with db.transaction():
         instances.demand_current(db, owner)
         db.execute(
-            "UPDATE run SET resume_due_us = NULL, resume_at = NULL"
+            "UPDATE run SET resume_due_us = NULL"
             f" WHERE owner = ? AND due_clock = ? AND resume_due_us <= ? AND id IN ({marks})",
             (owner.instance, steady.clock, steady.us, *run_keys),
         )

@@ -119,6 +119,7 @@ def accept(
         event=RunEventKind.AUTO_DECIDED if auto_decided else RunEventKind.ANSWERED,
         about=run.interaction_count,
         queued_at=to_us(now),
+        resume_count=0,
         auto_decided_count=run.auto_decided_count + auto_decided,
     )
     answered = db.execute(

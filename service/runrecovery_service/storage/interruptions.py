@@ -42,14 +42,15 @@ def record_batch(db: Database, scope: ApplyScope, *, first: int, last: int) -> N
     """Record the interruption of the runs of a batch that a recovery has just decided to resume.
 
     A run that was QUEUED already keeps the interruption that it waits for. A run with deadlines of
-    another clock keeps that clock: the recovery converts all of its deadlines together, later.
+    another clock loses that clock: the recovery converts all of its deadlines together, later.
     """
     delay_us = _resume_delay_us_sql()
     db.execute(
         f"UPDATE run SET interrupted_at = ?, interrupted_by = '{InterruptionCause.RESTART}',"
         f" resume_at = CASE WHEN {delay_us} > 0 THEN {delay_us} + ? END,"
         f" resume_due_us = CASE WHEN {delay_us} > 0 THEN {delay_us} + ? END,"
-        " due_clock = COALESCE(due_clock, ?)"
+        # An empty clock is none, so that the deadlines are converted by the wall clock.
+        " due_clock = CASE WHEN COALESCE(due_clock, ?) = ? THEN ? ELSE '' END"
         " WHERE id IN (SELECT e.run FROM recovery_event e WHERE e.reconciliation = ?"
         f" AND e.run BETWEEN ? AND ? AND e.rule = '{RESUMED_RULE}'"
         f" AND e.status_before = '{RunStatus.RUNNING}')",
@@ -57,7 +58,7 @@ def record_batch(db: Database, scope: ApplyScope, *, first: int, last: int) -> N
             to_us(scope.now),
             to_us(scope.now),
             scope.steady.us,
-            scope.steady.clock,
+            *(scope.steady.clock,) * 3,
             scope.reconciliation_key,
             first,
             last,
@@ -71,21 +72,42 @@ def _resume_delay_us_sql() -> str:
     while resume_delay_s(longest) < LONGEST_DELAY_S:
         delays.append(f"WHEN {longest} THEN {round(resume_delay_s(longest) * 1e6)}")
         longest += 1
-    return f"(CASE resume_count {' '.join(delays)} ELSE {round(LONGEST_DELAY_S * 1e6)} END)"
+    longest_us = round(LONGEST_DELAY_S * 1e6)
+    # PostgreSQL: the sum with a time since the boot must not be of 32 bits.
+    return f"CAST(CASE resume_count {' '.join(delays)} ELSE {longest_us} END AS BIGINT)"
 
 
 def pending(db: Database, run: Run, last: Interaction | None) -> Interruption | None:
-    """Return the interruption after which the queued run is resumed, or None."""
+    """Return the interruption after which the queued run is resumed, or None.
+
+    Args:
+        last: the run's latest question.
+    """
     if run.session is None:
         return None
-    row = db.fetch_one("SELECT interrupted_at, interrupted_by FROM run WHERE id = ?", (run.key,))
-    at, cause = row or (None, None)
+    row = db.fetch_one(
+        "SELECT interrupted_at, interrupted_by, questions_before FROM run WHERE id = ?", (run.key,)
+    )
+    at, cause, questions_before = row or (None, None, 0)
     if at is None:
         return None
-    received = last is not None and last.state is InteractionState.DELIVERED
+    received = (
+        last is not None
+        and last.state is InteractionState.DELIVERED
+        and last.interaction_id > questions_before  # otherwise of an earlier attempt
+    )
     return Interruption(
         at=from_us(at),
         cause=enum_from_text(InterruptionCause, cause) or InterruptionCause.RESTART,
         times=run.resume_count + 1,
         reply=last if received else None,
+    )
+
+
+def count_resume(db: Database, run_key: int) -> None:
+    """Count a resume, in the transaction that records the start of its agent."""
+    db.execute(
+        "UPDATE run SET resume_count = resume_count + 1"
+        " WHERE id = ? AND interrupted_at IS NOT NULL",
+        (run_key,),
     )

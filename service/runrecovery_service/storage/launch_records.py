@@ -16,7 +16,7 @@ from typing import Any, Final
 from runrecovery_service.domain.errors import Fenced, RunGone
 from runrecovery_service.domain.reconciliation import Orphan
 from runrecovery_service.domain.run import Run
-from runrecovery_service.storage import instances
+from runrecovery_service.storage import instances, interruptions
 from runrecovery_service.storage.database import Database, Row
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.rows import from_us, json_value, to_json, to_us
@@ -173,7 +173,13 @@ def record_running(db: Database, launch: LaunchRecord, *, owner: Owner) -> None:
     Raises:
         Fenced: a newer epoch has started, or has closed the launch record.
     """
-    _advance(db, launch, "state = 'RUNNING'", (), owner=owner, among=("GATED", "RUNNING"))
+    with db.transaction():
+        gated = db.fetch_one(
+            f"SELECT 1 FROM process_lease WHERE {_IDENTITY} AND state = 'GATED'", launch.identity
+        )
+        _advance(db, launch, "state = 'RUNNING'", (), owner=owner, among=("GATED", "RUNNING"))
+        if gated is not None:
+            interruptions.count_resume(db, launch.run_key)
 
 
 def _advance(

@@ -114,6 +114,8 @@ _APPLIED: Final = {
     "wait_due_us": f"CASE WHEN e.status_after = '{RunStatus.WAITING_USER}'"
     " THEN run.wait_due_us END",
     "run_due_us": f"CASE WHEN e.status_after NOT IN ({_TERMINAL}) THEN run.run_due_us END",
+    "resume_due_us": f"CASE WHEN e.status_after NOT IN ({_TERMINAL}) THEN run.resume_due_us END",
+    "resume_at": f"CASE WHEN e.status_after NOT IN ({_TERMINAL}) THEN run.resume_at END",
     "status": "e.status_after",
     "error_code": "COALESCE(e.error_code, run.error_code)",
     "session_type": f"CASE WHEN e.rule IN ({_KEEPING}) THEN run.session_type END",

@@ -236,6 +236,7 @@ _INSERT = Statement(
                 _R.max_run_us: param("max_run_us"),
                 _R.max_resumes: param("max_resumes"),
                 _R.resume_count: 0,
+                _R.questions_before: 0,
                 _R.attempt: 0,
                 _R.turn: 0,
                 _R.interaction_count: 0,

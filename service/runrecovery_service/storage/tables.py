@@ -42,6 +42,7 @@ class Run(pw.Model):
     run that can be reopened until `reopenable_until`. `session_mark` is the session fingerprint of
     the latest question. `interrupted_…` is the interruption after which the next turn, or the
     current one, resumes the session. `resume_count` counts the resumes of that turn.
+    `questions_before` is the `interaction_count` at the start of the latest attempt.
 
     `status`, `profile` and `restart_policy` have no CHECK constraint. A newer version that runs
     beside this one may write an unknown word; recovery quarantines such a row and does not fail.
@@ -99,6 +100,7 @@ class Run(pw.Model):
     due_clock = pw.TextField(null=True)
     max_resumes = pw.BigIntegerField()
     resume_count = pw.BigIntegerField()
+    questions_before = pw.BigIntegerField()
     interrupted_at = pw.BigIntegerField(null=True)
     interrupted_by = pw.TextField(null=True)
     resume_at = pw.BigIntegerField(null=True)

@@ -9,9 +9,10 @@ from typing import Final
 
 from runrecovery_service.domain.deadline import Due, SteadyTime
 from runrecovery_service.domain.errors import Fenced, RunGone, RunNotFound, RunQuarantined
-from runrecovery_service.domain.interruption import Interruption
+from runrecovery_service.domain.interruption import Interruption, InterruptionCause
 from runrecovery_service.domain.recovery_matrix import RESUMED_RULE, Fact, Rule, decide
 from runrecovery_service.domain.run import (
+    ErrorCode,
     Interaction,
     InteractionState,
     Question,
@@ -88,10 +89,8 @@ def take_next(
     last = interactions.find(db, run.key, run.interaction_count)
     reply = last if last is not None and last.state is InteractionState.ANSWERED else None
     interruption = interruptions.pending(db, run, last) if reply is None else None
-    columns: dict[str, object] = {"turn": run.turn + 1}
-    if interruption is not None:
-        columns |= {"resume_count": interruption.times}
-    else:
+    columns: dict[str, object] = {"turn": run.turn + 1, "resume_at": None}
+    if interruption is None:
         columns |= {**interruptions.NONE, **(_first_turn(run, now) if reply is None else {})}
     if run.max_run_s is not None and run.run_deadline_at is None:
         due = due_in(run.max_run_s)
@@ -137,6 +136,7 @@ def _first_turn(run: Run, now: datetime) -> dict[str, object]:
     return {
         "attempt": run.attempt + 1,
         "turn": 1,
+        "questions_before": run.interaction_count,
         "started_at": to_us(now),
         "session_type": None,
         "session_value": None,
@@ -169,8 +169,6 @@ def requeue_unlaunched(db: Database, *, owner: Owner, held: Collection[str], now
         _demand_owned(run, owner)
         status = RunStatus.CANCELED if run.cancel_requested else RunStatus.QUEUED
         before = {"turn": run.turn - 1} if run.turn > 1 else {"attempt": run.attempt - 1, "turn": 0}
-        if run.resume_count:
-            before["resume_count"] = run.resume_count - 1
         runs.change(
             db,
             run,
@@ -214,13 +212,13 @@ def recorded_fingerprint(db: Database, turn: Turn) -> SessionFingerprint | None:
 
 
 @use_case.retried
-def record_delivered(db: Database, turn: Turn, *, owner: Owner) -> None:
-    """Record that a process has received the accepted reply."""
+def record_delivered(db: Database, turn: Turn, *, owner: Owner, number: int) -> None:
+    """Record that a process has received the accepted reply to the question `number`."""
     run = _own(db, turn, owner)
     db.execute(
         "UPDATE interaction SET state = 'DELIVERED'"
         " WHERE run = ? AND no = ? AND state = 'ANSWERED'",
-        (run.key, run.interaction_count),
+        (run.key, number),
     )
 
 
@@ -345,7 +343,18 @@ def _interrupt(
     db: Database, run: Run, end: Interrupted, *, owner: Owner, due_in: DueIn, now: datetime
 ) -> None:
     """Apply the decision that a restart would make now. A run that fails is not reopenable."""
-    rule = _rule(run, facts_of_run(db, run.key))
+    facts = facts_of_run(db, run.key)
+    if end.cause is InterruptionCause.SHIM_LOST and Fact.REPLY in facts:
+        # A reply is delivered without a limit: a shim that is lost each time would have none.
+        _fail(
+            db,
+            run,
+            RunError(code=ErrorCode.SUPERVISION_LOST, message=end.because),
+            owner=owner,
+            now=now,
+        )
+        return
+    rule = _rule(run, facts)
     if rule.error is not None:
         because = f"{end.because} {rule.because}" if rule.needs & Fact.RESUME else end.because
         _fail(db, run, RunError(code=rule.error, message=because), owner=owner, now=now)

@@ -7,6 +7,8 @@ from peewee import SqliteDatabase
 BOTH = """
 ALTER TABLE run ADD COLUMN max_resumes {int} NOT NULL DEFAULT 0;
 ALTER TABLE run ADD COLUMN resume_count {int} NOT NULL DEFAULT 0;
+-- The questions that earlier attempts have asked.
+ALTER TABLE run ADD COLUMN questions_before {int} NOT NULL DEFAULT 0;
 ALTER TABLE run ADD COLUMN interrupted_at {int};
 ALTER TABLE run ADD COLUMN interrupted_by TEXT;
 -- The pause before the next resume, by the wall clock and by the steady clock `due_clock`.
