@@ -85,8 +85,11 @@ class Target:
         self.store.close()
 
     def serves(self) -> bool:
-        """Return whether health says SERVING."""
-        return self.api.health_of() == "SERVING"
+        """Return whether health says SERVING, within the time of a call."""
+        try:
+            return self.api.health_of() == "SERVING"
+        except grpc.RpcError:
+            return False
 
     def resident_mib(self) -> float:
         """Return the resident memory of the service in MiB."""
