@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from runrecovery_service.trust import claude, codex, gemini
 from runrecovery_service.trust.entry import Added, Editor, Outcome
@@ -178,6 +178,9 @@ def test_entries_in_any_claude_file_can_be_added_and_removed(
         _means(KINDS["claude"], before, some[0][0])
 
 
+@example(before=b'[projects."/0"]', some=(["/", "/0"], ["/", "/0"]))
+@example(before=b'x = 1\r\n[projects."/0"]', some=(["/", "/0"], ["/", "/0"]))
+@example(before=b'[projects."/0"]', some=(["/", "/0", "/1"], ["/1", "/", "/0"]))
 @settings(max_examples=300)
 @given(toml_files(), several)
 def test_entries_in_any_codex_file_can_be_added_and_removed(

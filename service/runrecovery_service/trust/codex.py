@@ -375,6 +375,9 @@ class _Site:
         fits = body[max(lead, 0) : start] == added.lead and body[end:trail] == added.trail
         if fits and (added.lead or added.trail) and (begin == lead or "\n" in added.lead):
             return Splice(lead, trail)
+        if begin and end == len(body) and added.trail and not added.lead:
+            # The line end that was added with the line is gone, so the one before it ends the file.
+            begin -= len("\r\n") if body[:begin].endswith("\r\n") else len("\n")
         return Splice(begin, after)
 
 
