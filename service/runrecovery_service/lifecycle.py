@@ -49,6 +49,8 @@ from runrecovery_service.storage.database import Database
 log = structlog.get_logger()
 
 RECOVERY_BACKOFF_MOST_S: Final = 30.0
+TWICE_REPORTED_S: Final = 0.05
+"""How long a signal that was held may still be reported by the loop as well."""
 HANG_UP_SETTLES_S: Final = 0.5
 """From SIGHUP until the system has taken the terminal away, if the terminal was closed."""
 FINISH_POLL_S: Final = 0.1
@@ -108,18 +110,32 @@ class Signals:
 
     stop: StopSignal
     _stops_requested: int = 0
+    _were_held: set[int] = field(default_factory=set)
     _had_terminal: bool = field(default_factory=early_signals.had_terminal)
 
     def handle(self) -> None:
         """Install the handlers, and handle the signals that came before."""
         loop = asyncio.get_running_loop()
         for number in early_signals.STOP_SIGNALS:
-            loop.add_signal_handler(number, self._request_stop, number)
+            loop.add_signal_handler(number, self._receive_stop, number)
         for number in early_signals.HARMLESS_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
                 loop.add_signal_handler(number, self._ignore, number)
         for kept in early_signals.take_held():
             (self._request_stop if kept in early_signals.STOP_SIGNALS else self._ignore)(kept)
+            self._were_held.add(kept)
+        loop.call_later(TWICE_REPORTED_S, self._were_held.clear)
+
+    def _receive_stop(self, number: int) -> None:
+        """Handle a stop signal, unless it was held already.
+
+        The loop's descriptor is told of signals a moment before the loop's handlers replace the
+        ones that hold. A signal in between is reported by both, and must count once.
+        """
+        if number in self._were_held:
+            self._were_held.discard(number)
+        else:
+            self._request_stop(number)
 
     def _request_stop(self, number: int) -> None:
         self._stops_requested += 1
