@@ -168,3 +168,40 @@ def test_another_command_that_only_imports_ends_by_ctrl_c_with_130(
     assert process.returncode == 130
     assert out == b""
     assert b"Traceback" not in error
+
+
+TAKES_OVER = """
+import asyncio, os, signal
+from runrecovery_service import early_signals, lifecycle
+from runrecovery_service.stop_signal import StopSignal
+
+early_signals.hold()
+tell_loop = signal.set_wakeup_fd
+
+def tell_loop_and_be_signalled(*given, **named):
+    signal.set_wakeup_fd = tell_loop
+    before = tell_loop(*given, **named)
+    os.kill(os.getpid(), {number})
+    return before
+
+async def main():
+    stop = StopSignal()
+    signal.set_wakeup_fd = tell_loop_and_be_signalled
+    lifecycle.Signals(stop).handle()
+    await asyncio.wait_for(stop.wait(), 20)
+    await asyncio.sleep(0)  # a loop that reports the signal too does so by now
+    await asyncio.sleep(0)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("number", STOPS)
+def test_a_signal_while_the_loop_takes_over_the_handlers_counts_once(number: int) -> None:
+    code = TAKES_OVER.replace("{number}", str(int(number)))
+
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, timeout=patience_s(), check=False
+    )
+
+    assert (done.returncode, done.stdout.count(b"service.stop_asked")) == (0, 1), done
