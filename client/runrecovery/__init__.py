@@ -15,7 +15,7 @@ Quick start:
 
 from __future__ import annotations
 
-from runrecovery._channel import Tls, channel_options
+from runrecovery._channel import channel_options
 from runrecovery._requests import Plan, ServingStatus
 from runrecovery._values import JsonValue
 from runrecovery._waiting import TERMINAL_STATUSES
@@ -50,7 +50,6 @@ from runrecovery.errors import (
     ShuttingDown,
     SlowReader,
     StorageFull,
-    TokenUnusable,
     Unavailable,
     UnknownEngine,
     UnrecognizedError,
@@ -93,7 +92,6 @@ __all__ = [
     "Health",
     "AsyncHealth",
     "channel_options",
-    "Tls",
     # values
     "JsonValue",
     "Plan",
@@ -155,7 +153,6 @@ __all__ = [
     "Overloaded",
     "StorageFull",
     "SlowReader",
-    "TokenUnusable",
     "DeadlineExceeded",
     "InternalError",
     "UnrecognizedError",

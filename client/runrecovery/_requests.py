@@ -99,6 +99,8 @@ def create_run(
     interactive_profile: run_pb2.InteractiveProfileKind.ValueType,
     session_timeout_s: float | None,
     require_user_reply: bool | None,
+    max_tokens: int | None,
+    max_cost_usd: float | None,
     request_id: str | None,
 ) -> Call[run_pb2.Run]:
     profile = run_pb2.InteractiveProfile(
@@ -114,6 +116,8 @@ def create_run(
         restart_policy=restart_policy,
         interactive_profile=profile if profile.ListFields() else None,
         request_id=request_id or new_request_id(),
+        max_tokens=max_tokens,
+        max_cost_usd=max_cost_usd,
     )
     return Call(
         path=_RUNS + "CreateRun",

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from datetime import datetime
-from os import PathLike
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -21,14 +20,11 @@ from runrecovery._channel import (
     DEFAULT_PAGE_SIZE,
     DEFAULT_TIMEOUT_S,
     ChannelOption,
-    Tls,
     channel_options,
     required_target,
-    secured,
 )
 from runrecovery._failures import from_rpc_error
 from runrecovery._requests import Call, Listing, Page, Plan, ServingStatus
-from runrecovery._token import BearerToken, demand_encrypted
 from runrecovery._values import JsonValue
 from runrecovery.v1 import recovery_pb2, recovery_service_pb2, run_pb2, run_service_pb2
 
@@ -39,10 +35,9 @@ RowT = TypeVar("RowT")
 class _AsyncWire:
     """Performs calls on a channel and raises the client's own errors."""
 
-    def __init__(self, channel: grpc.aio.Channel, *, timeout_s: float, token: BearerToken) -> None:
+    def __init__(self, channel: grpc.aio.Channel, *, timeout_s: float) -> None:
         self.channel = channel
         self.timeout_s = timeout_s
-        self.token = token
 
     async def unary(self, call: Call[ResultT], *, timeout_s: float | None) -> ResultT:
         invoke = self.channel.unary_unary(
@@ -53,7 +48,6 @@ class _AsyncWire:
                 call.request,
                 timeout=self.timeout_s if timeout_s is None else timeout_s,
                 wait_for_ready=call.wait_for_ready,
-                metadata=self.token.metadata(),
             )
         except grpc.RpcError as error:
             raise from_rpc_error(error) from error
@@ -79,12 +73,7 @@ class _AsyncWire:
         invoke = self.channel.unary_stream(
             call.path, request_serializer=call.encode, response_deserializer=call.decode
         )
-        answers = invoke(
-            call.request,
-            timeout=timeout_s,
-            wait_for_ready=call.wait_for_ready,
-            metadata=self.token.metadata(),
-        )
+        answers = invoke(call.request, timeout=timeout_s, wait_for_ready=call.wait_for_ready)
         coming = aiter(answers)
         try:
             while True:
@@ -136,6 +125,8 @@ class AsyncRuns:
         ),
         session_timeout_s: float | None = None,
         require_user_reply: bool | None = None,
+        max_tokens: int | None = None,
+        max_cost_usd: float | None = None,
         request_id: str | None = None,
         timeout_s: float | None = None,
     ) -> run_pb2.Run:
@@ -149,6 +140,8 @@ class AsyncRuns:
             interactive_profile=interactive_profile,
             session_timeout_s=session_timeout_s,
             require_user_reply=require_user_reply,
+            max_tokens=max_tokens,
+            max_cost_usd=max_cost_usd,
             request_id=request_id,
         )
         return await self._wire.unary(call, timeout_s=timeout_s)
@@ -415,10 +408,7 @@ class AsyncRunRecoveryClient:
         target: str | None = None,
         *,
         channel: grpc.aio.Channel | None = None,
-        tls: Tls | bool = False,
         credentials: grpc.ChannelCredentials | None = None,
-        token: str | None = None,
-        token_file: str | PathLike[str] | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         max_receive_bytes: int = DEFAULT_MAX_RECEIVE_BYTES,
         options: Sequence[ChannelOption] = (),
@@ -426,17 +416,13 @@ class AsyncRunRecoveryClient:
         asyncio.get_running_loop()  # grpc would take any loop, and hang on the wrong one
         if channel is not None and target is not None:
             raise TypeError("give a target or a channel, not both")
-        bearer = BearerToken(token=token, file=token_file)
         settings = channel_options(
             target=target, max_receive_bytes=max_receive_bytes, options=options
         )
         self._owns_channel = channel is None
-        if channel is None:
-            credentials, settings = secured(settings, tls=tls, credentials=credentials)
-            channel = _open(required_target(target), credentials, settings, bearer)
-        self._channel = channel
+        self._channel = channel or _open(required_target(target), credentials, settings)
         self._timeout_s = timeout_s
-        wire = _AsyncWire(self._channel, timeout_s=timeout_s, token=bearer)
+        wire = _AsyncWire(self._channel, timeout_s=timeout_s)
         self.runs = AsyncRuns(wire)
         self.recovery = AsyncRecovery(wire)
         self.health = AsyncHealth(wire)
@@ -482,12 +468,8 @@ class AsyncRunRecoveryClient:
 
 
 def _open(
-    target: str,
-    credentials: grpc.ChannelCredentials | None,
-    options: Sequence[ChannelOption],
-    token: BearerToken,
+    target: str, credentials: grpc.ChannelCredentials | None, options: Sequence[ChannelOption]
 ) -> grpc.aio.Channel:
     if credentials is None:
-        demand_encrypted(token, target)
         return grpc.aio.insecure_channel(target, options=options)
     return grpc.aio.secure_channel(target, credentials, options=options)

@@ -6,7 +6,6 @@ import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from datetime import datetime
-from os import PathLike
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -20,15 +19,12 @@ from runrecovery._channel import (
     DEFAULT_PAGE_SIZE,
     DEFAULT_TIMEOUT_S,
     ChannelOption,
-    Tls,
     channel_options,
     required_target,
-    secured,
 )
 from runrecovery._failures import from_rpc_error
 from runrecovery._requests import Call, Listing, Page, Plan, ServingStatus
 from runrecovery._silence import SilenceTimeout
-from runrecovery._token import BearerToken, demand_encrypted
 from runrecovery._values import JsonValue
 from runrecovery.v1 import recovery_pb2, recovery_service_pb2, run_pb2, run_service_pb2
 
@@ -39,10 +35,9 @@ RowT = TypeVar("RowT")
 class _Wire:
     """Performs calls on a channel and raises the client's own errors."""
 
-    def __init__(self, channel: grpc.Channel, *, timeout_s: float, token: BearerToken) -> None:
+    def __init__(self, channel: grpc.Channel, *, timeout_s: float) -> None:
         self.channel = channel
         self.timeout_s = timeout_s
-        self.token = token
 
     def unary(self, call: Call[ResultT], *, timeout_s: float | None) -> ResultT:
         invoke = self.channel.unary_unary(
@@ -53,7 +48,6 @@ class _Wire:
                 call.request,
                 timeout=self.timeout_s if timeout_s is None else timeout_s,
                 wait_for_ready=call.wait_for_ready,
-                metadata=self.token.metadata(),
             )
         except grpc.RpcError as error:
             raise from_rpc_error(error) from error
@@ -78,12 +72,7 @@ class _Wire:
         invoke = self.channel.unary_stream(
             call.path, request_serializer=call.encode, response_deserializer=call.decode
         )
-        answers = invoke(
-            call.request,
-            timeout=timeout_s,
-            wait_for_ready=call.wait_for_ready,
-            metadata=self.token.metadata(),
-        )
+        answers = invoke(call.request, timeout=timeout_s, wait_for_ready=call.wait_for_ready)
         silence = None if silence_s is None else SilenceTimeout(silence_s, answers.cancel)
         try:
             yield from answers if silence is None else silence.watch(answers)
@@ -136,6 +125,8 @@ class Runs:
         ),
         session_timeout_s: float | None = None,
         require_user_reply: bool | None = None,
+        max_tokens: int | None = None,
+        max_cost_usd: float | None = None,
         request_id: str | None = None,
         timeout_s: float | None = None,
     ) -> run_pb2.Run:
@@ -152,6 +143,9 @@ class Runs:
             session_timeout_s: seconds that one question waits, at most the engine's own timeout.
             require_user_reply: False: a question without an answer in that time is decided
                 automatically. None: the setting of the engine.
+            max_tokens: tokens that the run may use, input and output together; at most the limit
+                of the engine, which is the default. Then the run fails with BUDGET_EXCEEDED.
+            max_cost_usd: the same for the cost that the agent reports.
             request_id: a UUID that makes the call safe to repeat. None: the client makes one for
                 the retries of this call only.
 
@@ -170,6 +164,8 @@ class Runs:
             interactive_profile=interactive_profile,
             session_timeout_s=session_timeout_s,
             require_user_reply=require_user_reply,
+            max_tokens=max_tokens,
+            max_cost_usd=max_cost_usd,
             request_id=request_id,
         )
         return self._wire.unary(call, timeout_s=timeout_s)
@@ -550,19 +546,10 @@ class RunRecoveryClient:
     Args:
         target: `host:port` or any gRPC target.
         channel: your own channel instead of a target (see `channel_options`). You close it.
-        tls: how the connection is encrypted: a `Tls`, or True for the roots that gRPC trusts and
-            no certificate of the client. False: not encrypted, unless `credentials` are given.
-        credentials: any other credentials of gRPC, instead of `tls`.
-        token: the caller's bearer token. It is never sent to another machine without encryption.
-        token_file: the file that holds the token instead. It is read for each call, so that the
-            token can be replaced.
+        credentials: for TLS; None: the connection is not encrypted.
         timeout_s: default deadline of unary calls, in seconds.
         max_receive_bytes: size of the largest response to accept.
         options: further gRPC channel options; they override the client's own.
-
-    Raises:
-        OSError: a file of `tls` cannot be read.
-        ValueError: the token is not one, or would be sent to another machine unencrypted.
     """
 
     def __init__(
@@ -570,10 +557,7 @@ class RunRecoveryClient:
         target: str | None = None,
         *,
         channel: grpc.Channel | None = None,
-        tls: Tls | bool = False,
         credentials: grpc.ChannelCredentials | None = None,
-        token: str | None = None,
-        token_file: str | PathLike[str] | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         max_receive_bytes: int = DEFAULT_MAX_RECEIVE_BYTES,
         options: Sequence[ChannelOption] = (),
@@ -583,14 +567,10 @@ class RunRecoveryClient:
         )
         if channel is not None and target is not None:
             raise TypeError("give a target or a channel, not both")
-        bearer = BearerToken(token=token, file=token_file)
         self._owns_channel = channel is None
-        if channel is None:
-            credentials, settings = secured(settings, tls=tls, credentials=credentials)
-            channel = _open(required_target(target), credentials, settings, bearer)
-        self._channel = channel
+        self._channel = channel or _open(required_target(target), credentials, settings)
         self._timeout_s = timeout_s
-        wire = _Wire(self._channel, timeout_s=timeout_s, token=bearer)
+        wire = _Wire(self._channel, timeout_s=timeout_s)
         self.runs = Runs(wire)
         self.recovery = Recovery(wire)
         self.health = Health(wire)
@@ -657,12 +637,8 @@ class RunRecoveryClient:
 
 
 def _open(
-    target: str,
-    credentials: grpc.ChannelCredentials | None,
-    options: Sequence[ChannelOption],
-    token: BearerToken,
+    target: str, credentials: grpc.ChannelCredentials | None, options: Sequence[ChannelOption]
 ) -> grpc.Channel:
     if credentials is None:
-        demand_encrypted(token, target)
         return grpc.insecure_channel(target, options=options)
     return grpc.secure_channel(target, credentials, options=options)

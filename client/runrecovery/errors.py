@@ -19,7 +19,6 @@ RunRecoveryClientError
 ├── WatchGap
 ├── Unavailable: RecoveryInProgress, ShuttingDown, SafeMode
 ├── ResourceExhausted: Overloaded, StorageFull, SlowReader
-├── TokenUnusable
 ├── DeadlineExceeded
 ├── InternalError
 └── UnrecognizedError
@@ -266,10 +265,6 @@ class StorageFull(ResourceExhausted):
 
 class SlowReader(ResourceExhausted):
     """The caller read its stream too slowly. The iterators of this client resume it."""
-
-
-class TokenUnusable(RunRecoveryClientError):
-    """The `token_file` cannot be read, or holds no token. Nothing was sent."""
 
 
 class DeadlineExceeded(RunRecoveryClientError):

@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 
 from runrecovery_service.config.settings import EngineSettings, Settings
+from runrecovery_service.domain.usage import Budget, cost_to_nanos
 from runrecovery_service.engines.catalog import Catalog, Engine
 from runrecovery_service.engines.dialect import Dialect
 from runrecovery_service.engines.jsonl import JSON_LINES
@@ -38,11 +39,20 @@ def build_engine(name: str, settings: EngineSettings) -> Engine:
         restart_policy=settings.restart_policy,
         max_resumes=settings.max_resumes if settings.resumes_interrupted else 0,
         max_run_time_s=settings.max_run_time_s,
+        budget=_budget(settings),
         niceness=settings.nice,
         max_memory=settings.max_memory,
         max_open_files=settings.max_open_files,
         max_processes=settings.max_processes,
         trust=settings.trust,
+    )
+
+
+def _budget(settings: EngineSettings) -> Budget:
+    cost = settings.max_cost_usd
+    return Budget(
+        max_tokens=settings.max_tokens,
+        max_cost_nanos=None if cost is None else cost_to_nanos(cost),
     )
 
 

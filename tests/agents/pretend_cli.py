@@ -4,8 +4,15 @@ It takes the arguments of codex-cli 0.171.0, gemini-cli 0.61.0 and claude-code 2
 stores sessions and refuses as they do. Its model asks a question in the first turn. In a resumed
 turn, its result contains the answer and the prompt of the first turn.
 
+Each call of its model reads 100 tokens (60 from its cache) and writes 10 (4 of them reasoning,
+where the CLI reports that). Codex reports the total of its thread, the calls of killed processes
+included; Claude Code does so by modelUsage and the cost, and reports its process beside; Gemini CLI
+reports its process.
+
 Words in a prompt: HANG never ends (60 s at most), HANG_UNNAMED neither, and does not report its
-session. FAIL fails. Codex with FAR_FUTURE reports a session id with a time beyond all clocks.
+session; HANG_ONCE ends in the turn that is told of the interruption. FAIL fails. REFUSED calls a
+model that refuses its credentials, for ever. Codex with FAR_FUTURE reports a session id with a time
+beyond all clocks.
 """
 
 from __future__ import annotations
@@ -19,6 +26,8 @@ import signal
 import sys
 import time
 import uuid
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -54,8 +63,15 @@ def append_lines(path: Path, *lines: dict[str, Any]) -> None:
         file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
+def refused_attempts(prompt: str) -> Iterator[int]:
+    if "REFUSED" in prompt:
+        for attempt in count(1):
+            yield attempt
+            time.sleep(0.05)
+
+
 def answer_of_model(prompt: str, earlier: str | None) -> str:
-    if "HANG" in prompt:
+    if "HANG" in prompt and not ("HANG_ONCE" in prompt and "your process was found" in prompt):
         time.sleep(60)
     if earlier is None:
         return ASK
@@ -110,6 +126,8 @@ def codex(arguments: list[str], prompt: str) -> None:
             {"type": "turn.failed", "error": {"message": "unexpected status 401 Unauthorized"}}
         )
         sys.exit(1)
+    for attempt in refused_attempts(prompt):
+        print_event({"type": "error", "message": f"Reconnecting... {attempt}/5 (401 Unauthorized)"})
     text = answer_of_model(prompt, earlier)
     append_lines(
         path,
@@ -119,7 +137,11 @@ def codex(arguments: list[str], prompt: str) -> None:
     )  # fmt: skip
     item = {"id": "item_1", "type": "agent_message", "text": text}
     print_event({"type": "item.completed", "item": item})
-    print_event({"type": "turn.completed", "usage": {"input_tokens": 10}})
+    calls = sum(line["payload"].get("type") == "task_started" for line in lines_of(path))
+    used = {"input_tokens": 100, "cached_input_tokens": 60, "cache_write_input_tokens": 0,
+            "output_tokens": 10, "reasoning_output_tokens": 4}  # fmt: skip
+    total = {name: calls * tokens for name, tokens in used.items()}
+    print_event({"type": "turn.completed", "usage": total})
 
 
 def gemini(arguments: list[str], prompt: str) -> None:
@@ -151,13 +173,17 @@ def gemini(arguments: list[str], prompt: str) -> None:
         error = {"type": "FatalAuthenticationError", "message": "unexpected status 401"}
         print_event({"type": "result", "status": "error", "error": error})
         sys.exit(41)
+    for attempt in refused_attempts(prompt):
+        print(f"Attempt {attempt} failed with status 401. Retrying", file=sys.stderr, flush=True)
     text = answer_of_model(prompt, earlier)
     append_lines(
         path, {"id": "g", "type": "gemini", "content": text}, {"$set": {"lastUpdated": "now"}}
     )
     for piece in (text[:9], text[9:]):
         print_event({"type": "message", "role": "assistant", "content": piece, "delta": True})
-    print_event({"type": "result", "status": "success", "stats": {}})
+    used = {"total_tokens": 110, "input_tokens": 100, "output_tokens": 6, "cached": 60, "input": 40}
+    stats = {**used, "duration_ms": 1, "tool_calls": 0, "models": {"m": used}}
+    print_event({"type": "result", "status": "success", "stats": stats})
 
 
 def claude(arguments: list[str], prompt: str) -> None:
@@ -192,6 +218,9 @@ def claude(arguments: list[str], prompt: str) -> None:
         print_event({"type": "result", "subtype": "success", "is_error": True, "session_id": handle,
              "result": "API Error: unexpected status 401"})  # fmt: skip
         sys.exit(1)
+    for attempt in refused_attempts(prompt):
+        print_event({"type": "system", "subtype": "api_retry", "attempt": attempt,
+             "error_status": 401, "error": "authentication_failed"})  # fmt: skip
     text = answer_of_model(prompt, earlier)
     message = {"role": "assistant", "content": [{"type": "text", "text": text}]}
     append_lines(
@@ -200,8 +229,14 @@ def claude(arguments: list[str], prompt: str) -> None:
         {"type": "last-prompt", "lastPrompt": prompt, "sessionId": handle},
     )
     print_event({"type": "assistant", "message": message, "session_id": handle})
+    calls = sum(line["type"] == "user" for line in lines_of(path))
+    used = {"input_tokens": 40, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 60,
+            "output_tokens": 10}  # fmt: skip
+    total = {"inputTokens": 40 * calls, "cacheReadInputTokens": 60 * calls,
+             "cacheCreationInputTokens": 0, "outputTokens": 10 * calls}  # fmt: skip
     print_event({"type": "result", "subtype": "success", "is_error": False, "result": text,
-         "session_id": handle})  # fmt: skip
+         "session_id": handle, "usage": used, "modelUsage": {"m": total},
+         "total_cost_usd": 0.25 * calls})  # fmt: skip
 
 
 signal.alarm(60)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from google.protobuf import json_format
+from google.protobuf.duration_pb2 import Duration
 from runrecovery.v1 import recovery_pb2, recovery_service_pb2, run_pb2
 from runrecovery_service.cli.exit_codes import ExitCode
 
@@ -133,6 +134,14 @@ def test_a_plan_shows_its_totals_and_then_its_decisions(
         decisions=[recovery_pb2.DecisionCount(rule="rule_7", count=2)],
         runs_total=2,
         runs_unchanged=1,
+        groups=[
+            recovery_service_pb2.PlannedGroup(
+                outcome=recovery_service_pb2.PLANNED_OUTCOME_KEPT_WAITING,
+                runs=2,
+                tokens=1200,
+                running_time=Duration(seconds=90),
+            )
+        ],
     )
     server.answers["PlanRecovery"] = [
         recovery_service_pb2.PlanRecoveryResponse(decisions=[planned, planned], plan=totals)
@@ -149,6 +158,7 @@ def test_a_plan_shows_its_totals_and_then_its_decisions(
         assert " ".join(first.split()) == "runs: 2, 1 unchanged"
         assert last.split("\t")[:2] == ["a", "e"]
         assert "2 x rule_7" in ended.out
+        assert "kept waiting: 2 runs, 1200 tokens, 90 s of running turns" in ended.out
         assert "--limit 0 shows all" in ended.err
 
 

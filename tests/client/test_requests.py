@@ -65,6 +65,8 @@ async def test_create_sends_every_argument(caller: Caller, server: ScriptedServe
         interactive_profile=(rr.InteractiveProfileKind.INTERACTIVE_PROFILE_KIND_STICKY_PROCESS),
         session_timeout_s=90.5,
         require_user_reply=False,
+        max_tokens=1000,
+        max_cost_usd=0.5,
         request_id="0b0f6c5e-54c1-4bd3-9a3c-0a5f8e6f3a11",
     )
 
@@ -82,6 +84,8 @@ async def test_create_sends_every_argument(caller: Caller, server: ScriptedServe
             "require_user_reply": False,
         },
         "request_id": "0b0f6c5e-54c1-4bd3-9a3c-0a5f8e6f3a11",
+        "max_tokens": "1000",
+        "max_cost_usd": 0.5,
     }
 
 

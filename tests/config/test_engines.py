@@ -112,6 +112,37 @@ def test_a_size_may_be_in_bytes_or_have_a_unit(load: Load, text: str, size: int)
     assert load(f"{ENGINE}max_memory = {text}").engines["reviewer"].max_memory == size
 
 
+def test_a_budget_of_a_run_is_in_tokens_and_dollars(load: Load) -> None:
+    engine = load(f"{PRESET}max_tokens = 1000\nmax_cost_usd = 2").engines["x"]
+
+    assert (engine.max_tokens, engine.max_cost_usd) == (1000, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("table", "problem"),
+    [
+        ("max_tokens = 0", "max_tokens: must be from 1 to 1000000000000000, not 0"),
+        ("max_cost_usd = 0", "max_cost_usd: must be above 0 and at most 1000000000, not 0"),
+        ("max_cost_usd = nan", "max_cost_usd: must be above 0 and at most 1000000000, not nan"),
+        ('max_cost_usd = "1"', 'max_cost_usd: must be a number of US dollars, not "1"'),
+        ("max_cost_usd = true", "max_cost_usd: must be a number of US dollars, not true"),
+    ],
+)
+def test_a_budget_out_of_range_is_refused(problems: Problems, table: str, problem: str) -> None:
+    (found,) = problems(PRESET + table)
+
+    assert found.endswith(f"engines.x.{problem}")
+
+
+@pytest.mark.parametrize("preset", ["codex", "gemini"])
+def test_a_cost_that_a_cli_never_reports_is_no_budget(problems: Problems, preset: str) -> None:
+    (found,) = problems(f'[engines.x]\npreset = "{preset}"\nmax_cost_usd = 2')
+
+    assert found.endswith(
+        "engines.x.max_cost_usd: would never be reached: this CLI reports no cost; set max_tokens"
+    )
+
+
 @pytest.mark.parametrize("text", ['"1.5G"', '"-1"', '"512X"', '"M"', '""', '"0x10"', '"1 2M"'])
 def test_a_size_that_cannot_be_parsed_is_refused_with_an_example(
     problems: Problems, text: str

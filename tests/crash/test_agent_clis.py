@@ -107,6 +107,34 @@ def test_a_conversation_continues_after_a_kill(new_home: NewHome, tmp_path: Path
     assert query(setup.home, "SELECT 1 FROM trust_entry WHERE removed_at IS NULL") == []
 
 
+@every_cli
+def test_the_usage_of_a_conversation_is_counted_once_over_a_kill(
+    new_home: NewHome, tmp_path: Path, cli: str
+) -> None:
+    """Codex and Claude Code report the total of the session, with the turn that was killed."""
+    setup = PretendCliSetup(new_home, tmp_path, cli, restart_policy="resume")
+    service, api = setup.home.start()
+    setup.run_until_question(api)
+    api.reply("r", 1, "HANG_ONCE")
+    until(lambda: b"HANG_ONCE" in setup.session.read_bytes(), "the model is called")
+    service.kill()
+    service, api = setup.home.start()
+    resumed = api.until_ended("r")
+    assert status_word(resumed) == "SUCCEEDED", resumed
+
+    calls = {"codex": 3, "gemini": 2, "claude": 3}[cli]  # Gemini CLI forgets the killed one
+    assert MessageToDict(resumed.usage, preserving_proto_field_name=True) == {
+        "input_tokens": str(100 * calls),
+        "cached_input_tokens": str(60 * calls),
+        "output_tokens": str(10 * calls),
+        **({} if cli == "claude" else {"reasoning_output_tokens": str(4 * calls)}),
+        **({"cost_usd": 0.25 * calls} if cli == "claude" else {}),
+        **({} if cli == "codex" else {"model": "m"}),
+    }
+    (engine,) = api.status().engine_usage
+    assert (engine.engine, engine.turns, engine.usage.output_tokens) == (cli, 2, 10 * calls)
+
+
 def test_a_run_is_reopened_only_with_a_session_that_exists(
     new_home: NewHome, tmp_path: Path
 ) -> None:
@@ -314,6 +342,29 @@ def test_a_kill_in_the_middle_of_a_turn_leaves_no_process_and_no_trust(
     assert setup.user_settings_are_unchanged()
     report = api.status().reconciliation
     assert report.bindings.trust_entries == 1
+
+
+@every_cli
+def test_credentials_that_the_model_refuses_again_end_the_turn_at_once(
+    new_home: NewHome, tmp_path: Path, cli: str
+) -> None:
+    setup = PretendCliSetup(new_home, tmp_path, cli)
+    _, api = setup.home.start()
+    api.create(cli, {"prompt": "REFUSED"}, run_id="r")
+
+    failed = api.until_ended("r")
+
+    assert failed.error.code == "ENGINE_UNAUTHENTICATED", failed
+    assert failed.error.message.startswith(
+        "The model refuses the agent's credentials, but the agent tries again: "
+    )
+    request = pb.WatchRunRequest(run_id="r", after_sequence=0)
+    events = [update.event for update in api.runs.WatchRun(request, timeout=20)]
+    retries = [one for one in events if one.kind == run_pb2.RUN_EVENT_KIND_RETRYING]
+    assert len(retries) == 2
+    assert "401" in retries[-1].message
+    assert retries[-1].status == run_pb2.RUN_STATUS_RUNNING
+    assert processes_below(setup.home.data) == []
 
 
 @every_cli

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+from runrecovery_service.clock import Clock
 from runrecovery_service.domain.deadline import Due, SteadyTime
 from runrecovery_service.domain.plan import RecoveryPlan
 from runrecovery_service.domain.reconciliation import Cause
@@ -203,7 +204,9 @@ def test_a_restart_does_what_its_plan_said(database: Database) -> None:
     before = owner_of(database)
     store(database, before, CAN_BE_STORED)
     planner = Planner(
-        owner=before, sessions=BulkSessionCheck(checks={}, workspace=lambda key, attempt: Path("/"))
+        owner=before,
+        sessions=BulkSessionCheck(checks={}, workspace=lambda key, attempt: Path("/")),
+        clock=Clock(),
     )
     planned: list[tuple[object, ...]] = []
     totals: RecoveryPlan | None = None

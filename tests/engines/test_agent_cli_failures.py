@@ -8,7 +8,7 @@ from runrecovery_service.domain.run import ErrorCode, JsonObject
 from runrecovery_service.engines.claude import CLAUDE
 from runrecovery_service.engines.cli_dialect import CliDialect, CliListener
 from runrecovery_service.engines.codex import CODEX
-from runrecovery_service.engines.dialect import ResultMessage
+from runrecovery_service.engines.dialect import ResultMessage, RetryMessage
 from runrecovery_service.engines.gemini import GEMINI
 
 
@@ -229,6 +229,82 @@ def test_the_latest_retry_of_a_cli_is_known(
     messages_of(listener, events)
 
     assert listener.retry(stderr) == retry
+
+
+def claude_retry(status: int, attempt: int = 1) -> JsonObject:
+    return {"type": "system", "subtype": "api_retry", "attempt": attempt, "error_status": status}
+
+
+WORK: JsonObject = {"type": "assistant", "message": {"content": []}}
+
+
+@pytest.mark.parametrize(
+    ("dialect", "events", "hopeless"),
+    [
+        (CLAUDE, [claude_retry(401), claude_retry(401)], [False, True]),
+        (CLAUDE, [claude_retry(403), claude_retry(401)], [False, True]),
+        (CLAUDE, [claude_retry(401, attempt=8)], [True]),
+        (CLAUDE, [claude_retry(429), claude_retry(429, attempt=2)], [False, False]),
+        (CLAUDE, [claude_retry(401), claude_retry(529), claude_retry(401)], [False] * 3),
+        (CLAUDE, [claude_retry(401), WORK, claude_retry(401)], [False, False]),
+        (CLAUDE, [claude_retry(401) | {"attempt": [], "error_status": {}}] * 2, [False, False]),
+        (
+            CODEX,
+            [
+                {"type": "error", "message": "Reconnecting... 1/5 (401 Unauthorized)"},
+                {"type": "error", "message": "Reconnecting... 2/5 (401 Unauthorized)"},
+            ],
+            [False, True],
+        ),
+        (CODEX, [{"type": "error", "message": "Reconnecting... 2/5 (4011)"}] * 2, [False, False]),
+    ],
+)
+def test_credentials_that_are_refused_twice_in_a_row_are_hopeless(
+    dialect: CliDialect, events: list[JsonObject], hopeless: list[bool]
+) -> None:
+    listener = CliListener(dialect, ID, resumed=False)
+
+    found = [m for m in messages_of(listener, events) if isinstance(m, RetryMessage)]
+
+    assert [message.is_hopeless for message in found] == hopeless
+
+
+def test_retries_on_standard_error_are_reported_once_and_whole() -> None:
+    listener = CliListener(GEMINI, ID, resumed=False)
+    tails = [
+        "Attempt 1 failed with status 4",
+        "Attempt 1 failed with status 429. Retrying",
+        "Attempt 1 failed with status 429. Retrying\nmore",
+        f"Attempt 2 failed with status 401 {ID}",
+        "Attempt 3 failed with status 401",
+    ]
+
+    found = [listener.hear_stderr(tail) for tail in tails]
+
+    assert found == [
+        (),
+        (RetryMessage(message="Attempt 1 failed with status 429"),),
+        (),
+        (RetryMessage(message="Attempt 2 failed with status 401"),),
+        (RetryMessage(message="Attempt 3 failed with status 401", is_hopeless=True),),
+    ]
+    assert CliListener(CODEX, ID, resumed=False).hear_stderr(tails[1]) == ()
+
+
+def test_a_cli_that_gives_up_after_refusals_was_refused() -> None:
+    listener = CliListener(CODEX, ID, resumed=False)
+    messages_of(
+        listener,
+        [
+            {"type": "error", "message": "Reconnecting... 1/5 (401 Unauthorized)"},
+            {"type": "turn.failed", "error": {"message": "no more"}},
+        ],
+    )
+
+    error = listener.failure(1, "")
+
+    assert error is not None
+    assert error.code == ErrorCode.ENGINE_UNAUTHENTICATED
 
 
 def test_work_after_a_retry_shows_that_it_has_succeeded() -> None:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from runrecovery.v1 import run_service_pb2
 from runrecovery_service.domain.run import InteractionKind, JsonValue, Option, Question, Session
+from runrecovery_service.domain.usage import TurnUsage, Usage
 from runrecovery_service.engines import jsonl
 from runrecovery_service.engines.dialect import (
     AskMessage,
@@ -21,6 +22,7 @@ from runrecovery_service.engines.dialect import (
     RunContext,
     SessionMessage,
     UnknownMessage,
+    UsageMessage,
 )
 from runrecovery_service.engines.jsonl import parse
 from runrecovery_service.engines.strict_json import MAX_DEPTH
@@ -102,6 +104,43 @@ def test_every_message_is_one_line_of_ascii(response: JsonValue) -> None:
         (line(type="progress", message=""), ProgressMessage(message="")),
         (line(type="result", output={}), ResultMessage(output={})),
         (line(type="result", output={"a": [1, None]}), ResultMessage(output={"a": [1, None]})),
+        (
+            line(type="usage", input_tokens=5, output_tokens=2, cost_usd=0.5, model="m"),
+            UsageMessage(
+                used=TurnUsage(
+                    turn=Usage(input_tokens=5, output_tokens=2, cost_nanos=500_000_000, model="m")
+                )
+            ),
+        ),
+        (
+            line(
+                type="usage",
+                input_tokens=5,
+                cached_input_tokens=3,
+                cache_write_input_tokens=2,
+                output_tokens=2,
+                reasoning_output_tokens=1,
+            ),
+            UsageMessage(
+                used=TurnUsage(
+                    turn=Usage(
+                        input_tokens=5,
+                        cached_input_tokens=3,
+                        cache_write_input_tokens=2,
+                        output_tokens=2,
+                        reasoning_output_tokens=1,
+                    )
+                )
+            ),
+        ),
+        (
+            line(type="usage", input_tokens=-5, output_tokens=2),
+            UnknownMessage(type="usage", problem="input_tokens is not from 0 to 1000000000000"),
+        ),
+        (
+            line(type="usage", tokens=12),
+            UnknownMessage(type="usage", problem="input_tokens is missing"),
+        ),
         (line(type="thought", text="hm"), UnknownMessage(type="thought")),
         (line(type="t" * 100), UnknownMessage(type="t" * 64)),
         (line(type="progress", message="x", extra=1), ProgressMessage(message="x")),

@@ -10,14 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from runrecovery_service.domain.deadline import DueKind
-from runrecovery_service.domain.run import InteractionKind, Profile, Question
+from runrecovery_service.domain.run import InteractionKind, Profile, Question, RunError
 from runrecovery_service.domain.turn import Asked, Succeeded
+from runrecovery_service.domain.usage import Budget, TurnUsage, Usage
 from runrecovery_service.engines.dialect import (
     AskMessage,
     ProgressMessage,
     ResultMessage,
+    RetryMessage,
     SessionMessage,
     UnknownMessage,
+    UsageMessage,
 )
 from runrecovery_service.execution.turn_state import (
     CompareEnds,
@@ -25,7 +28,9 @@ from runrecovery_service.execution.turn_state import (
     LineRead,
     ProtocolBroken,
     RecordQuestion,
+    RecordRetry,
     RecordSession,
+    RecordUsage,
     ReportUnknown,
     Signal,
     TurnEvent,
@@ -54,6 +59,16 @@ LAST_COUNTS: Final = replace(RULES, ends_once=False)
 RESUMING: Final = replace(RULES, resumes=True)
 QUESTION: Final = Question(kind=InteractionKind.CONFIRM, prompt="Go on?")
 ASKED, RESULT, OTHER = Asked(QUESTION), Succeeded({"a": 1}), Succeeded({"a": 2})
+USED: Final = TurnUsage(turn=Usage(input_tokens=2, output_tokens=1))
+HOPELESS: Final = RetryMessage(message="m", is_hopeless=True)
+REFUSED: Final = RunError(
+    code="ENGINE_UNAUTHENTICATED",
+    message="The model refuses the agent's credentials, but the agent tries again: m.",
+)
+TIGHT: Final = replace(
+    RULES, budget=Budget(max_tokens=10), used_before=Usage(input_tokens=4, output_tokens=3)
+)
+USED_UP: Final = RunError(code="BUDGET_EXCEEDED", message="The run has used 10 of its 10 tokens.")
 EXIT: Final = Exited(code=0, user_us=1, system_us=2, max_rss_kib=3)
 SUSPENDED: Final = (
     "The service was suspended for longer than its lease, so that the run's processes were ended."
@@ -75,6 +90,42 @@ TABLE: Final[list[tuple[Facts, TurnEvent, TurnRules, Facts, object]]] = [
         {"unknown_types": frozenset({"t"})}, ReportUnknown("t"),
     ),
     ({"unknown_types": frozenset({"t"})}, UnknownMessage(type="t"), RULES, {}, None),
+    (
+        {}, UnknownMessage(type="t", problem="p"), RULES,
+        {"unknown_types": frozenset({"t"})}, ReportUnknown("t", "p"),
+    ),
+    # -- usage is recorded every 5 s, and at the end
+    (
+        {}, UsageMessage(used=USED), RULES,
+        {"used": USED, "usage_due_s": 1005.0}, RecordUsage(USED),
+    ),
+    ({"usage_due_s": 1000.5}, UsageMessage(used=USED), RULES, {"used": USED}, None),
+    ({"last_word": RESULT}, UsageMessage(used=USED), RULES, {"used": USED}, None),
+    # -- retries are recorded 20 times; the second refusal of the credentials ends the turn
+    ({}, RetryMessage(message="m"), RULES, {"retries": 1}, RecordRetry("m")),
+    ({"retries": 20}, RetryMessage(message="m"), RULES, {}, None),
+    ({}, HOPELESS, RULES, {"retries": 1, "stopped": REFUSED}, RecordRetry("m")),
+    ({"retries": 20}, HOPELESS, RULES, {"stopped": REFUSED}, None),
+    ({"last_word": RESULT}, HOPELESS, RULES, {"retries": 1}, RecordRetry("m")),
+    (
+        {"last_word": RESULT, "is_at_work": True}, HOPELESS, RULES,
+        {"retries": 1, "stopped": REFUSED}, RecordRetry("m"),
+    ),
+    # -- a budget ends a turn that goes on, and never one that is at its end
+    ({"used": USED}, LineRead(None), TIGHT, {"stopped": USED_UP}, None),
+    ({"used": USED}, LineRead(None), replace(TIGHT, used_before=None), {}, None),
+    (
+        {"used": USED, "last_word": RESULT}, LineRead(None), TIGHT,
+        {"exit_due_s": GRACE_S}, None,
+    ),
+    (
+        {"used": USED, "last_word": RESULT}, LineRead(at_work=True), TIGHT,
+        {"stopped": USED_UP}, None,
+    ),
+    (
+        {"used": USED, "exited": EXIT}, LineRead(None), TIGHT,
+        {}, None,
+    ),
     # -- a resumable process asks
     (
         {}, AskMessage(question=QUESTION), RULES,

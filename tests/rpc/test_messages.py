@@ -27,12 +27,23 @@ from runrecovery_service.domain.reconciliation import (
     TrustRemoval,
 )
 from runrecovery_service.domain.run import RecoveryState, Run, RunStatus
+from runrecovery_service.domain.usage import Budget, Usage
 from runrecovery_service.rpc import enums, json_values, recovery_messages, run_messages, times
 from runrecovery_service.rpc.gate import ServiceState
 from runrecovery_service.storage.launch_records import UnendedLaunch
+from runrecovery_service.storage.usage import EngineUsage
 from support.domain_runs import AT, QUEUED_RUN
 
 BARE = QUEUED_RUN
+USAGE = Usage(
+    input_tokens=9,
+    cached_input_tokens=4,
+    cache_write_input_tokens=3,
+    output_tokens=8,
+    reasoning_output_tokens=2,
+    cost_nanos=250_000_000,
+    model="m",
+)
 QUESTION = domain.Interaction(
     interaction_id=2,
     kind=domain.InteractionKind.CHOOSE_ONE,
@@ -199,12 +210,31 @@ def test_every_field_of_the_contract_can_be_filled() -> None:
         resume_count=1,
         resume_at=AT,
         session_timeout_s=1.5,
+        usage=USAGE,
+        budget=Budget(max_tokens=7, max_cost_nanos=500_000_000),
     )
 
     profile = {field.name for field, _ in message(full).interactive_profile.ListFields()}
     assert profile == {field.name for field in run_pb2.InteractiveProfile.DESCRIPTOR.fields}
+    assert (message(full).max_tokens, message(full).max_cost_usd) == (7, 0.5)
     filled = {field.name for field, _ in message(full).ListFields()}
     assert filled == {field.name for field in run_pb2.Run.DESCRIPTOR.fields}
+    assert json_format.MessageToDict(message(full).usage, preserving_proto_field_name=True) == {
+        "input_tokens": "9",
+        "cached_input_tokens": "4",
+        "cache_write_input_tokens": "3",
+        "output_tokens": "8",
+        "reasoning_output_tokens": "2",
+        "cost_usd": 0.25,
+        "model": "m",
+    }
+
+
+def test_a_report_of_nothing_is_a_report_and_no_cost_is_no_cost() -> None:
+    used = message(replace(BARE, usage=Usage()))
+
+    assert used.HasField("usage")
+    assert not used.usage.HasField("cost_usd")
 
 
 def test_unreadable_enum_words_become_unspecified() -> None:
@@ -335,6 +365,7 @@ def test_every_field_of_a_status_is_filled() -> None:
         report=BARE_REPORT,
         containment=Containment(level=ContainmentLevel.WATERMARK, detail="found"),
         unended=[UnendedLaunch(run_id="r", attempt=2, launched_at=AT)],
+        used=[EngineUsage(engine="e", turns=3, usage=USAGE)],
     )
 
     filled = {field.name for field, _ in to.ListFields()}
@@ -343,6 +374,8 @@ def test_every_field_of_a_status_is_filled() -> None:
         recovery_pb2.CONTAINMENT_LEVEL_WATERMARK,
         "found",
     )
+    (used,) = to.engine_usage
+    assert (used.engine, used.turns, used.usage.input_tokens) == ("e", 3, 9)
     (left,) = to.unended_launches
     assert (left.run_id, left.attempt, left.launched_at.ToDatetime(tzinfo=UTC)) == ("r", 2, AT)
 
@@ -350,7 +383,7 @@ def test_every_field_of_a_status_is_filled() -> None:
 def test_status_before_the_report_and_the_probe_has_only_its_state() -> None:
     to = recovery_service_pb2.GetRecoveryStatusResponse()
     recovery_messages.fill_status(
-        to, state=ServiceState.RECOVERING, report=None, containment=None, unended=[]
+        to, state=ServiceState.RECOVERING, report=None, containment=None, unended=[], used=[]
     )
 
     assert [field.name for field, _ in to.ListFields()] == ["state"]

@@ -35,6 +35,7 @@ from runrecovery_service.rpc.output_reader import PIECE_BYTES
 from runrecovery_service.rpc.recovery_service import RecoveryDeps
 from runrecovery_service.rpc.run_service import RunDeps, RunLimits
 from runrecovery_service.rpc.server import GrpcServer, ServerLimits, build_server
+from runrecovery_service.storage import launch_records
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.launch_records import UnendedLaunch
 from structlog.testing import capture_logs
@@ -76,9 +77,9 @@ class FakeStorage:
         self.looked.set()
         return self.run
 
-    async def read(self, *_: Any, **__: Any) -> list[UnendedLaunch]:
+    async def read(self, use: Any, *_: Any, **__: Any) -> list[UnendedLaunch]:
         self.looked.set()
-        return self.unended
+        return self.unended if use is launch_records.unended_launches else []
 
     async def write(self, *arguments: Any, **keywords: Any) -> Run:
         self.writes.append((*arguments, keywords))
@@ -144,6 +145,7 @@ def deps(storage: FakeStorage, workspaces: Workspaces) -> tuple[RunDeps, Recover
             planner=Planner(
                 owner=OWNER,
                 sessions=BulkSessionCheck(checks={}, workspace=workspaces.workspace),
+                clock=FakeClock(wall=AT),
             ),
         ),
     )

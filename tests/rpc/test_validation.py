@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, cast
 from uuid import UUID
@@ -15,7 +16,9 @@ from runrecovery.v1 import run_pb2
 from runrecovery.v1 import run_service_pb2 as run_pb
 from runrecovery_service.domain.errors import FieldViolation, InvalidFields
 from runrecovery_service.domain.run import Profile
+from runrecovery_service.domain.usage import Budget
 from runrecovery_service.engines.catalog import Engine
+from runrecovery_service.engines.codex import CODEX
 from runrecovery_service.rpc import times, validation
 from runrecovery_service.rpc.run_service import make_receipt
 from runrecovery_service.rpc.uuid7 import uuid7
@@ -245,6 +248,37 @@ def test_a_wait_may_be_as_long_as_the_engines_own(*, seconds: float, refused: bo
     ]
 
     assert fields(found) == ["interactive_profile.session_timeout"] * refused
+
+
+@pytest.mark.parametrize(
+    ("wanted", "bad"),
+    [
+        ({}, []),
+        ({"max_tokens": 100, "max_cost_usd": 2.0}, []),
+        ({"max_tokens": 1, "max_cost_usd": 1e-6}, []),
+        ({"max_tokens": 101, "max_cost_usd": 2.01}, ["max_tokens", "max_cost_usd"]),
+        ({"max_tokens": 0, "max_cost_usd": 0}, ["max_tokens", "max_cost_usd"]),
+        ({"max_tokens": -1, "max_cost_usd": float("nan")}, ["max_tokens", "max_cost_usd"]),
+    ],
+)
+def test_a_budget_may_be_as_large_as_the_engines_own(
+    wanted: dict[str, Any], bad: list[str]
+) -> None:
+    request = run_pb.CreateRunRequest(engine="e", **wanted)
+    own = replace(
+        engine(Profile.RESUMABLE), budget=Budget(max_tokens=100, max_cost_nanos=2_000_000_000)
+    )
+
+    found = [*validation.create_run(request), *validation.fits_engine(request, own)]
+
+    assert fields(found) == bad
+
+
+def test_a_cost_is_no_budget_for_an_engine_that_reports_none() -> None:
+    request = run_pb.CreateRunRequest(engine="e", max_cost_usd=1)
+    codex = replace(engine(Profile.RESUMABLE), dialect=CODEX)
+
+    assert fields(validation.fits_engine(request, codex)) == ["max_cost_usd"]
 
 
 @pytest.mark.parametrize("too_many", [0, 1])

@@ -24,6 +24,7 @@ from runrecovery_service.domain.run import (
 )
 from runrecovery_service.domain.session_check import SessionFingerprint
 from runrecovery_service.domain.turn import Asked, TurnEnd
+from runrecovery_service.domain.usage import TurnUsage
 from runrecovery_service.storage import (
     instances,
     interactions,
@@ -55,6 +56,7 @@ REOPEN_S = 3600.0
 TABLES = (
     "run", "run_event", "run_label", "interaction", "recovery_event", "reconciliation",
     "quarantine", "instance", "instance_epoch", "process_lease", "request_receipt",
+    "engine_usage",
 )  # fmt: skip
 
 DECIDED = ("run", "interaction", "recovery_event", "quarantine")
@@ -202,6 +204,7 @@ class ServiceStore:
         *,
         ended: LaunchEnd = GONE,
         fingerprint: SessionFingerprint | None = None,
+        used: TurnUsage | None = None,
     ) -> Run:
         """End a turn."""
         return turns.record_end(
@@ -213,6 +216,7 @@ class ServiceStore:
             due=None if turn.run.require_user_reply else self.due_in(WAIT_S),
             due_in=self.due_in,
             mark=fingerprint,
+            used=used,
             now=self.tick(),
         )
 

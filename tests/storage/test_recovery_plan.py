@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from runrecovery.v1 import recovery_service_pb2 as pb
-from runrecovery_service.domain.plan import PlannedDecision, RecoveryPlan
+from runrecovery_service.domain.plan import Outcome, PlannedDecision, RecoveryPlan, Work
 from runrecovery_service.domain.run import Profile, RestartPolicy, Run, RunStatus
 from runrecovery_service.domain.session_check import (
     SessionCheck,
@@ -22,6 +22,7 @@ from runrecovery_service.domain.session_check import (
     UnknownSession,
     apply_policy,
 )
+from runrecovery_service.domain.usage import TurnUsage, Usage
 from runrecovery_service.engines.sessions.lines import FOUND
 from runrecovery_service.recovery.bulk_session_check import (
     CHECK_S,
@@ -32,14 +33,21 @@ from runrecovery_service.recovery.plan import Planner
 from runrecovery_service.recovery.status import RecoveryStatus
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.recovery_service import RecoveryDeps, RecoveryService
-from runrecovery_service.storage import recovery_apply, recovery_preview, session_checks
+from runrecovery_service.storage import (
+    recovery_apply,
+    recovery_preview,
+    session_checks,
+    turns,
+)
 from runrecovery_service.storage.async_storage import (
     POSTGRESQL_CONNECTIONS,
     READER_THREADS,
     Storage,
 )
 from runrecovery_service.storage.recovery_apply import Tally
+from runrecovery_service.storage.rows import to_us
 from runrecovery_service.storage.sql_dialects import DatabaseKind
+from runrecovery_service.storage.turns import Turn
 from storage.service_store import ServiceStore
 
 
@@ -53,6 +61,7 @@ def planner(
             workspace=lambda key, attempt: Path(f"/{key}/{attempt}"),
             check_s=check_s,
         ),
+        clock=store.ticking_clock,
     )
 
 
@@ -103,6 +112,44 @@ def one_of_each(store: ServiceStore) -> list[Run]:
         store.waiting(profile=Profile.STICKY_PROCESS), store.create(),
         store.create(restart_policy=RestartPolicy.REQUEUE, max_attempts=3),
     ]  # fmt: skip
+
+
+def test_a_plan_says_what_work_is_at_stake(store: ServiceStore) -> None:
+    def used(turn: Turn, tokens: int) -> None:
+        usage = TurnUsage(turn=Usage(input_tokens=tokens, output_tokens=1))
+        turns.record_usage(store.db, turn, owner=store.owner, used=usage)
+
+    resume: dict[str, Any] = {
+        "restart_policy": RestartPolicy.RESUME, "max_resumes": 3, "max_attempts": 2,
+        "engine": "checked",
+    }  # fmt: skip
+    for tokens, policy in ((10, {}), (20, {}), (40, resume), (80, resume)):
+        turn = store.running(**policy)
+        used(turn, tokens)
+        if policy:
+            store.keep_session(turn, f"kept-{tokens}")
+    store.waiting()
+    store.reply(store.waiting(engine="checked"))
+    store.create(restart_policy=RestartPolicy.REQUEUE, max_attempts=2)
+    store.advance(100)
+
+    def look(stored: StoredHandle) -> SessionFinding:
+        return FOUND[SessionReason.MISSING if stored.handle == "kept-80" else SessionReason.WHOLE]
+
+    began = store.now
+    plan = totals_of(store, planner(store, {"checked": each(look)}))
+
+    taken = store.db.fetch_all("SELECT created_at FROM process_lease WHERE state = 'INTENT'")
+    ages = [to_us(began) + 1_000_000 - at for (at,) in sorted(taken)]
+    assert min(ages) > 100_000_000
+    assert plan.groups == (
+        (Outcome.KEPT_WAITING, Work(runs=1)),
+        (Outcome.REPLY_DELIVERED, Work(runs=1)),
+        (Outcome.RESUMED, Work(runs=1, tokens=41, running_us=ages[2])),
+        (Outcome.RESTARTED, Work(runs=2, tokens=81, running_us=ages[3])),
+        (Outcome.FAILED, Work(runs=2, tokens=32, running_us=ages[0] + ages[1])),
+    )
+    assert sum(work.runs for _, work in plan.groups) == plan.runs_total
 
 
 def recover(store: ServiceStore, checks: dict[str, SessionCheck]) -> Tally:
@@ -297,19 +344,19 @@ def test_plans_do_not_call_a_check_that_has_not_answered(
 
 def test_a_plan_reads_one_snapshot(store: ServiceStore, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = [store.waiting(engine="checked") for _ in range(3)]
-    look = recovery_preview.count_situations
+    look = recovery_preview.sum_situations
 
     def answer() -> None:
         store.reply(runs[0])
         store.db.close()
 
-    def answered_after_the_look(*args: Any) -> Any:
-        seen = look(*args)
+    def answered_after_the_look(*args: Any, **named: Any) -> Any:
+        seen = look(*args, **named)
         with ThreadPoolExecutor(1) as other:
             other.submit(answer).result(30)
         return seen
 
-    monkeypatch.setattr(recovery_preview, "count_situations", answered_after_the_look)
+    monkeypatch.setattr(recovery_preview, "sum_situations", answered_after_the_look)
     checks: dict[str, SessionCheck] = {"checked": all_are(SessionReason.MISSING)}
 
     made = planner(store, checks)

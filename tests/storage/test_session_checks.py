@@ -106,7 +106,9 @@ class OneEngineService:
 
     def planned(self) -> tuple[dict[str, str], dict[str, int]]:
         """Return the rule that a plan foresees for each run and the number of runs per rule."""
-        planner = Planner(owner=self.store.owner, sessions=self.sessions)
+        planner = Planner(
+            owner=self.store.owner, sessions=self.sessions, clock=self.store.ticking_clock
+        )
         page, totals = planner.decide(planner.read(self.store.db, after=None, limit=100))
         assert totals is not None
         rules = {one.run_id: one.decision.rule for one in page.rows}

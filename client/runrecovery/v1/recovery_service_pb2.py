@@ -22,12 +22,13 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from runrecovery.v1 import recovery_pb2 as runrecovery_dot_v1_dot_recovery__pb2
 from runrecovery.v1 import run_pb2 as runrecovery_dot_v1_dot_run__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%runrecovery/v1/recovery_service.proto\x12\x0erunrecovery.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1drunrecovery/v1/recovery.proto\x1a\x18runrecovery/v1/run.proto\"(\n\x16GetRecoveryInfoRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"x\n\x17GetRecoveryInfoResponse\x12.\n\x08recovery\x18\x01 \x01(\x0b\x32\x1c.runrecovery.v1.RecoveryInfo\x12-\n\x07history\x18\x02 \x03(\x0b\x32\x1c.runrecovery.v1.RecoveryInfo\"\xe4\x02\n\x0fRecoveredFilter\x12\x36\n\x0frecovery_states\x18\x01 \x03(\x0e\x32\x1d.runrecovery.v1.RecoveryState\x12\x17\n\x0frecovery_reason\x18\x02 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x03 \x01(\t\x12\x33\n\x0frecovered_after\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x34\n\x10recovered_before\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x19\n\x11reconciliation_id\x18\x06 \x01(\t\x12;\n\x06labels\x18\x07 \x03(\x0b\x32+.runrecovery.v1.RecoveredFilter.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x95\x01\n\x14ListRecoveredRequest\x12/\n\x06\x66ilter\x18\x01 \x01(\x0b\x32\x1f.runrecovery.v1.RecoveredFilter\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12%\n\x04view\x18\x04 \x01(\x0e\x32\x17.runrecovery.v1.RunView\"S\n\x15ListRecoveredResponse\x12!\n\x04runs\x18\x01 \x03(\x0b\x32\x13.runrecovery.v1.Run\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x1a\n\x18GetRecoveryStatusRequest\"\x8c\x02\n\x19GetRecoveryStatusResponse\x12+\n\x05state\x18\x01 \x01(\x0e\x32\x1c.runrecovery.v1.ServiceState\x12\x10\n\x08instance\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12\x36\n\x0ereconciliation\x18\x04 \x01(\x0b\x32\x1e.runrecovery.v1.Reconciliation\x12\x30\n\x0b\x63ontainment\x18\x05 \x01(\x0b\x32\x1b.runrecovery.v1.Containment\x12\x37\n\x10unended_launches\x18\x06 \x03(\x0b\x32\x1d.runrecovery.v1.UnendedLaunch\"a\n\rUnendedLaunch\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12/\n\x0blaunched_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"C\n\x1aListReconciliationsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"o\n\x1bListReconciliationsResponse\x12\x37\n\x0freconciliations\x18\x01 \x03(\x0b\x32\x1e.runrecovery.v1.Reconciliation\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"5\n\x18GetReconciliationRequest\x12\x19\n\x11reconciliation_id\x18\x01 \x01(\t\"S\n\x19GetReconciliationResponse\x12\x36\n\x0ereconciliation\x18\x01 \x01(\x0b\x32\x1e.runrecovery.v1.Reconciliation\"^\n\x15WatchRecoveredRequest\x12/\n\x06\x66ilter\x18\x01 \x01(\x0b\x32\x1f.runrecovery.v1.RecoveredFilter\x12\x14\n\x0c\x61\x66ter_cursor\x18\x02 \x01(\t\"\x97\x01\n\x16WatchRecoveredResponse\x12\x0e\n\x06\x63ursor\x18\x01 \x01(\t\x12\x30\n\x08\x64\x65\x63ision\x18\x02 \x01(\x0b\x32\x1c.runrecovery.v1.RecoveredRunH\x00\x12\x31\n\x08\x62ookmark\x18\x03 \x01(\x0b\x32\x1d.runrecovery.v1.WatchBookmarkH\x00\x42\x08\n\x06update\"\xc7\x01\n\x0cRecoveredRun\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12\x38\n\x06labels\x18\x03 \x03(\x0b\x32(.runrecovery.v1.RecoveredRun.LabelsEntry\x12.\n\x08recovery\x18\x04 \x01(\x0b\x32\x1c.runrecovery.v1.RecoveryInfo\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"(\n\x16\x45xplainRecoveryRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"T\n\x17\x45xplainRecoveryResponse\x12\x39\n\x0c\x65xplanations\x18\x01 \x03(\x0b\x32#.runrecovery.v1.RecoveryExplanation\"\xf0\x01\n\x13RecoveryExplanation\x12.\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x1c.runrecovery.v1.RecoveryInfo\x12\x0f\n\x07\x62\x65\x63\x61use\x18\x02 \x01(\t\x12\x37\n\x07profile\x18\x03 \x01(\x0e\x32&.runrecovery.v1.InteractiveProfileKind\x12+\n\x05\x66\x61\x63ts\x18\x04 \x03(\x0b\x32\x1c.runrecovery.v1.RecoveryFact\x12\x32\n\tprocesses\x18\x05 \x03(\x0b\x32\x1f.runrecovery.v1.OrphanedProcess\":\n\x0cRecoveryFact\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04held\x18\x02 \x01(\x08\x12\x0e\n\x06source\x18\x03 \x01(\t\"\x81\x01\n\x0fOrphanedProcess\x12\x0b\n\x03pid\x18\x01 \x01(\x05\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12\x0c\n\x04turn\x18\x03 \x01(\x05\x12\x10\n\x08\x65vidence\x18\x04 \x01(\t\x12\x0f\n\x07signals\x18\x05 \x03(\t\x12\r\n\x05\x65nded\x18\x06 \x01(\x08\x12\x10\n\x08\x65nded_by\x18\x07 \x01(\t\"<\n\x13PlanRecoveryRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"\x8f\x01\n\x14PlanRecoveryResponse\x12\x32\n\tdecisions\x18\x01 \x03(\x0b\x32\x1f.runrecovery.v1.PlannedDecision\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12*\n\x04plan\x18\x03 \x01(\x0b\x32\x1c.runrecovery.v1.RecoveryPlan\"\x93\x01\n\x0cRecoveryPlan\x12\x30\n\tdecisions\x18\x01 \x03(\x0b\x32\x1d.runrecovery.v1.DecisionCount\x12\x12\n\nruns_total\x18\x02 \x01(\x03\x12\x16\n\x0eruns_unchanged\x18\x03 \x01(\x03\x12\x13\n\x0bquarantined\x18\x04 \x01(\x03\x12\x10\n\x08launches\x18\x05 \x01(\x03\"\x8b\x02\n\x0fPlannedDecision\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12\x30\n\rstatus_before\x18\x03 \x01(\x0e\x32\x19.runrecovery.v1.RunStatus\x12/\n\x0cstatus_after\x18\x04 \x01(\x0e\x32\x19.runrecovery.v1.RunStatus\x12\x17\n\x0frecovery_reason\x18\x05 \x01(\t\x12\x35\n\x0erecovery_state\x18\x06 \x01(\x0e\x32\x1d.runrecovery.v1.RecoveryState\x12\x12\n\nerror_code\x18\x07 \x01(\t\x12\x11\n\tunchanged\x18\x08 \x01(\x08\x32\xe1\x06\n\x0fRecoveryService\x12g\n\x0fGetRecoveryInfo\x12&.runrecovery.v1.GetRecoveryInfoRequest\x1a\'.runrecovery.v1.GetRecoveryInfoResponse\"\x03\x90\x02\x01\x12\x61\n\rListRecovered\x12$.runrecovery.v1.ListRecoveredRequest\x1a%.runrecovery.v1.ListRecoveredResponse\"\x03\x90\x02\x01\x12\x66\n\x0eWatchRecovered\x12%.runrecovery.v1.WatchRecoveredRequest\x1a&.runrecovery.v1.WatchRecoveredResponse\"\x03\x90\x02\x01\x30\x01\x12g\n\x0f\x45xplainRecovery\x12&.runrecovery.v1.ExplainRecoveryRequest\x1a\'.runrecovery.v1.ExplainRecoveryResponse\"\x03\x90\x02\x01\x12^\n\x0cPlanRecovery\x12#.runrecovery.v1.PlanRecoveryRequest\x1a$.runrecovery.v1.PlanRecoveryResponse\"\x03\x90\x02\x01\x12m\n\x11GetRecoveryStatus\x12(.runrecovery.v1.GetRecoveryStatusRequest\x1a).runrecovery.v1.GetRecoveryStatusResponse\"\x03\x90\x02\x01\x12s\n\x13ListReconciliations\x12*.runrecovery.v1.ListReconciliationsRequest\x1a+.runrecovery.v1.ListReconciliationsResponse\"\x03\x90\x02\x01\x12m\n\x11GetReconciliation\x12(.runrecovery.v1.GetReconciliationRequest\x1a).runrecovery.v1.GetReconciliationResponse\"\x03\x90\x02\x01\x42\x41\n\x0erunrecovery.v1P\x01Z\x1crunrecovery/v1;runrecoveryv1\xaa\x02\x0eRunRecovery.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%runrecovery/v1/recovery_service.proto\x12\x0erunrecovery.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1drunrecovery/v1/recovery.proto\x1a\x18runrecovery/v1/run.proto\"(\n\x16GetRecoveryInfoRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"x\n\x17GetRecoveryInfoResponse\x12.\n\x08recovery\x18\x01 \x01(\x0b\x32\x1c.runrecovery.v1.RecoveryInfo\x12-\n\x07history\x18\x02 \x03(\x0b\x32\x1c.runrecovery.v1.RecoveryInfo\"\xe4\x02\n\x0fRecoveredFilter\x12\x36\n\x0frecovery_states\x18\x01 \x03(\x0e\x32\x1d.runrecovery.v1.RecoveryState\x12\x17\n\x0frecovery_reason\x18\x02 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x03 \x01(\t\x12\x33\n\x0frecovered_after\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x34\n\x10recovered_before\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x19\n\x11reconciliation_id\x18\x06 \x01(\t\x12;\n\x06labels\x18\x07 \x03(\x0b\x32+.runrecovery.v1.RecoveredFilter.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x95\x01\n\x14ListRecoveredRequest\x12/\n\x06\x66ilter\x18\x01 \x01(\x0b\x32\x1f.runrecovery.v1.RecoveredFilter\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12%\n\x04view\x18\x04 \x01(\x0e\x32\x17.runrecovery.v1.RunView\"S\n\x15ListRecoveredResponse\x12!\n\x04runs\x18\x01 \x03(\x0b\x32\x13.runrecovery.v1.Run\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x1a\n\x18GetRecoveryStatusRequest\"\xbf\x02\n\x19GetRecoveryStatusResponse\x12+\n\x05state\x18\x01 \x01(\x0e\x32\x1c.runrecovery.v1.ServiceState\x12\x10\n\x08instance\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12\x36\n\x0ereconciliation\x18\x04 \x01(\x0b\x32\x1e.runrecovery.v1.Reconciliation\x12\x30\n\x0b\x63ontainment\x18\x05 \x01(\x0b\x32\x1b.runrecovery.v1.Containment\x12\x37\n\x10unended_launches\x18\x06 \x03(\x0b\x32\x1d.runrecovery.v1.UnendedLaunch\x12\x31\n\x0c\x65ngine_usage\x18\x07 \x03(\x0b\x32\x1b.runrecovery.v1.EngineUsage\"R\n\x0b\x45ngineUsage\x12\x0e\n\x06\x65ngine\x18\x01 \x01(\t\x12\r\n\x05turns\x18\x02 \x01(\x03\x12$\n\x05usage\x18\x03 \x01(\x0b\x32\x15.runrecovery.v1.Usage\"a\n\rUnendedLaunch\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12/\n\x0blaunched_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"C\n\x1aListReconciliationsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"o\n\x1bListReconciliationsResponse\x12\x37\n\x0freconciliations\x18\x01 \x03(\x0b\x32\x1e.runrecovery.v1.Reconciliation\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"5\n\x18GetReconciliationRequest\x12\x19\n\x11reconciliation_id\x18\x01 \x01(\t\"S\n\x19GetReconciliationResponse\x12\x36\n\x0ereconciliation\x18\x01 \x01(\x0b\x32\x1e.runrecovery.v1.Reconciliation\"^\n\x15WatchRecoveredRequest\x12/\n\x06\x66ilter\x18\x01 \x01(\x0b\x32\x1f.runrecovery.v1.RecoveredFilter\x12\x14\n\x0c\x61\x66ter_cursor\x18\x02 \x01(\t\"\x97\x01\n\x16WatchRecoveredResponse\x12\x0e\n\x06\x63ursor\x18\x01 \x01(\t\x12\x30\n\x08\x64\x65\x63ision\x18\x02 \x01(\x0b\x32\x1c.runrecovery.v1.RecoveredRunH\x00\x12\x31\n\x08\x62ookmark\x18\x03 \x01(\x0b\x32\x1d.runrecovery.v1.WatchBookmarkH\x00\x42\x08\n\x06update\"\xc7\x01\n\x0cRecoveredRun\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12\x38\n\x06labels\x18\x03 \x03(\x0b\x32(.runrecovery.v1.RecoveredRun.LabelsEntry\x12.\n\x08recovery\x18\x04 \x01(\x0b\x32\x1c.runrecovery.v1.RecoveryInfo\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"(\n\x16\x45xplainRecoveryRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"T\n\x17\x45xplainRecoveryResponse\x12\x39\n\x0c\x65xplanations\x18\x01 \x03(\x0b\x32#.runrecovery.v1.RecoveryExplanation\"\xf0\x01\n\x13RecoveryExplanation\x12.\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x1c.runrecovery.v1.RecoveryInfo\x12\x0f\n\x07\x62\x65\x63\x61use\x18\x02 \x01(\t\x12\x37\n\x07profile\x18\x03 \x01(\x0e\x32&.runrecovery.v1.InteractiveProfileKind\x12+\n\x05\x66\x61\x63ts\x18\x04 \x03(\x0b\x32\x1c.runrecovery.v1.RecoveryFact\x12\x32\n\tprocesses\x18\x05 \x03(\x0b\x32\x1f.runrecovery.v1.OrphanedProcess\":\n\x0cRecoveryFact\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04held\x18\x02 \x01(\x08\x12\x0e\n\x06source\x18\x03 \x01(\t\"\x81\x01\n\x0fOrphanedProcess\x12\x0b\n\x03pid\x18\x01 \x01(\x05\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12\x0c\n\x04turn\x18\x03 \x01(\x05\x12\x10\n\x08\x65vidence\x18\x04 \x01(\t\x12\x0f\n\x07signals\x18\x05 \x03(\t\x12\r\n\x05\x65nded\x18\x06 \x01(\x08\x12\x10\n\x08\x65nded_by\x18\x07 \x01(\t\"<\n\x13PlanRecoveryRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"\x8f\x01\n\x14PlanRecoveryResponse\x12\x32\n\tdecisions\x18\x01 \x03(\x0b\x32\x1f.runrecovery.v1.PlannedDecision\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12*\n\x04plan\x18\x03 \x01(\x0b\x32\x1c.runrecovery.v1.RecoveryPlan\"\xc1\x01\n\x0cRecoveryPlan\x12\x30\n\tdecisions\x18\x01 \x03(\x0b\x32\x1d.runrecovery.v1.DecisionCount\x12\x12\n\nruns_total\x18\x02 \x01(\x03\x12\x16\n\x0eruns_unchanged\x18\x03 \x01(\x03\x12\x13\n\x0bquarantined\x18\x04 \x01(\x03\x12\x10\n\x08launches\x18\x05 \x01(\x03\x12,\n\x06groups\x18\x06 \x03(\x0b\x32\x1c.runrecovery.v1.PlannedGroup\"\x8e\x01\n\x0cPlannedGroup\x12/\n\x07outcome\x18\x01 \x01(\x0e\x32\x1e.runrecovery.v1.PlannedOutcome\x12\x0c\n\x04runs\x18\x02 \x01(\x03\x12\x0e\n\x06tokens\x18\x03 \x01(\x03\x12/\n\x0crunning_time\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x8b\x02\n\x0fPlannedDecision\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12\x30\n\rstatus_before\x18\x03 \x01(\x0e\x32\x19.runrecovery.v1.RunStatus\x12/\n\x0cstatus_after\x18\x04 \x01(\x0e\x32\x19.runrecovery.v1.RunStatus\x12\x17\n\x0frecovery_reason\x18\x05 \x01(\t\x12\x35\n\x0erecovery_state\x18\x06 \x01(\x0e\x32\x1d.runrecovery.v1.RecoveryState\x12\x12\n\nerror_code\x18\x07 \x01(\t\x12\x11\n\tunchanged\x18\x08 \x01(\x08*\x8f\x02\n\x0ePlannedOutcome\x12\x1f\n\x1bPLANNED_OUTCOME_UNSPECIFIED\x10\x00\x12 \n\x1cPLANNED_OUTCOME_KEPT_WAITING\x10\x01\x12#\n\x1fPLANNED_OUTCOME_REPLY_DELIVERED\x10\x02\x12\x1b\n\x17PLANNED_OUTCOME_RESUMED\x10\x03\x12\x1d\n\x19PLANNED_OUTCOME_RESTARTED\x10\x04\x12\x1a\n\x16PLANNED_OUTCOME_FAILED\x10\x05\x12\x1c\n\x18PLANNED_OUTCOME_CANCELED\x10\x06\x12\x1f\n\x1bPLANNED_OUTCOME_QUARANTINED\x10\x07\x32\xe1\x06\n\x0fRecoveryService\x12g\n\x0fGetRecoveryInfo\x12&.runrecovery.v1.GetRecoveryInfoRequest\x1a\'.runrecovery.v1.GetRecoveryInfoResponse\"\x03\x90\x02\x01\x12\x61\n\rListRecovered\x12$.runrecovery.v1.ListRecoveredRequest\x1a%.runrecovery.v1.ListRecoveredResponse\"\x03\x90\x02\x01\x12\x66\n\x0eWatchRecovered\x12%.runrecovery.v1.WatchRecoveredRequest\x1a&.runrecovery.v1.WatchRecoveredResponse\"\x03\x90\x02\x01\x30\x01\x12g\n\x0f\x45xplainRecovery\x12&.runrecovery.v1.ExplainRecoveryRequest\x1a\'.runrecovery.v1.ExplainRecoveryResponse\"\x03\x90\x02\x01\x12^\n\x0cPlanRecovery\x12#.runrecovery.v1.PlanRecoveryRequest\x1a$.runrecovery.v1.PlanRecoveryResponse\"\x03\x90\x02\x01\x12m\n\x11GetRecoveryStatus\x12(.runrecovery.v1.GetRecoveryStatusRequest\x1a).runrecovery.v1.GetRecoveryStatusResponse\"\x03\x90\x02\x01\x12s\n\x13ListReconciliations\x12*.runrecovery.v1.ListReconciliationsRequest\x1a+.runrecovery.v1.ListReconciliationsResponse\"\x03\x90\x02\x01\x12m\n\x11GetReconciliation\x12(.runrecovery.v1.GetReconciliationRequest\x1a).runrecovery.v1.GetReconciliationResponse\"\x03\x90\x02\x01\x42\x41\n\x0erunrecovery.v1P\x01Z\x1crunrecovery/v1;runrecoveryv1\xaa\x02\x0eRunRecovery.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -55,58 +56,64 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RECOVERYSERVICE'].methods_by_name['ListReconciliations']._serialized_options = b'\220\002\001'
   _globals['_RECOVERYSERVICE'].methods_by_name['GetReconciliation']._loaded_options = None
   _globals['_RECOVERYSERVICE'].methods_by_name['GetReconciliation']._serialized_options = b'\220\002\001'
-  _globals['_GETRECOVERYINFOREQUEST']._serialized_start=147
-  _globals['_GETRECOVERYINFOREQUEST']._serialized_end=187
-  _globals['_GETRECOVERYINFORESPONSE']._serialized_start=189
-  _globals['_GETRECOVERYINFORESPONSE']._serialized_end=309
-  _globals['_RECOVEREDFILTER']._serialized_start=312
-  _globals['_RECOVEREDFILTER']._serialized_end=668
-  _globals['_RECOVEREDFILTER_LABELSENTRY']._serialized_start=623
-  _globals['_RECOVEREDFILTER_LABELSENTRY']._serialized_end=668
-  _globals['_LISTRECOVEREDREQUEST']._serialized_start=671
-  _globals['_LISTRECOVEREDREQUEST']._serialized_end=820
-  _globals['_LISTRECOVEREDRESPONSE']._serialized_start=822
-  _globals['_LISTRECOVEREDRESPONSE']._serialized_end=905
-  _globals['_GETRECOVERYSTATUSREQUEST']._serialized_start=907
-  _globals['_GETRECOVERYSTATUSREQUEST']._serialized_end=933
-  _globals['_GETRECOVERYSTATUSRESPONSE']._serialized_start=936
-  _globals['_GETRECOVERYSTATUSRESPONSE']._serialized_end=1204
-  _globals['_UNENDEDLAUNCH']._serialized_start=1206
-  _globals['_UNENDEDLAUNCH']._serialized_end=1303
-  _globals['_LISTRECONCILIATIONSREQUEST']._serialized_start=1305
-  _globals['_LISTRECONCILIATIONSREQUEST']._serialized_end=1372
-  _globals['_LISTRECONCILIATIONSRESPONSE']._serialized_start=1374
-  _globals['_LISTRECONCILIATIONSRESPONSE']._serialized_end=1485
-  _globals['_GETRECONCILIATIONREQUEST']._serialized_start=1487
-  _globals['_GETRECONCILIATIONREQUEST']._serialized_end=1540
-  _globals['_GETRECONCILIATIONRESPONSE']._serialized_start=1542
-  _globals['_GETRECONCILIATIONRESPONSE']._serialized_end=1625
-  _globals['_WATCHRECOVEREDREQUEST']._serialized_start=1627
-  _globals['_WATCHRECOVEREDREQUEST']._serialized_end=1721
-  _globals['_WATCHRECOVEREDRESPONSE']._serialized_start=1724
-  _globals['_WATCHRECOVEREDRESPONSE']._serialized_end=1875
-  _globals['_RECOVEREDRUN']._serialized_start=1878
-  _globals['_RECOVEREDRUN']._serialized_end=2077
-  _globals['_RECOVEREDRUN_LABELSENTRY']._serialized_start=623
-  _globals['_RECOVEREDRUN_LABELSENTRY']._serialized_end=668
-  _globals['_EXPLAINRECOVERYREQUEST']._serialized_start=2079
-  _globals['_EXPLAINRECOVERYREQUEST']._serialized_end=2119
-  _globals['_EXPLAINRECOVERYRESPONSE']._serialized_start=2121
-  _globals['_EXPLAINRECOVERYRESPONSE']._serialized_end=2205
-  _globals['_RECOVERYEXPLANATION']._serialized_start=2208
-  _globals['_RECOVERYEXPLANATION']._serialized_end=2448
-  _globals['_RECOVERYFACT']._serialized_start=2450
-  _globals['_RECOVERYFACT']._serialized_end=2508
-  _globals['_ORPHANEDPROCESS']._serialized_start=2511
-  _globals['_ORPHANEDPROCESS']._serialized_end=2640
-  _globals['_PLANRECOVERYREQUEST']._serialized_start=2642
-  _globals['_PLANRECOVERYREQUEST']._serialized_end=2702
-  _globals['_PLANRECOVERYRESPONSE']._serialized_start=2705
-  _globals['_PLANRECOVERYRESPONSE']._serialized_end=2848
-  _globals['_RECOVERYPLAN']._serialized_start=2851
-  _globals['_RECOVERYPLAN']._serialized_end=2998
-  _globals['_PLANNEDDECISION']._serialized_start=3001
-  _globals['_PLANNEDDECISION']._serialized_end=3268
-  _globals['_RECOVERYSERVICE']._serialized_start=3271
-  _globals['_RECOVERYSERVICE']._serialized_end=4136
+  _globals['_PLANNEDOUTCOME']._serialized_start=3629
+  _globals['_PLANNEDOUTCOME']._serialized_end=3900
+  _globals['_GETRECOVERYINFOREQUEST']._serialized_start=179
+  _globals['_GETRECOVERYINFOREQUEST']._serialized_end=219
+  _globals['_GETRECOVERYINFORESPONSE']._serialized_start=221
+  _globals['_GETRECOVERYINFORESPONSE']._serialized_end=341
+  _globals['_RECOVEREDFILTER']._serialized_start=344
+  _globals['_RECOVEREDFILTER']._serialized_end=700
+  _globals['_RECOVEREDFILTER_LABELSENTRY']._serialized_start=655
+  _globals['_RECOVEREDFILTER_LABELSENTRY']._serialized_end=700
+  _globals['_LISTRECOVEREDREQUEST']._serialized_start=703
+  _globals['_LISTRECOVEREDREQUEST']._serialized_end=852
+  _globals['_LISTRECOVEREDRESPONSE']._serialized_start=854
+  _globals['_LISTRECOVEREDRESPONSE']._serialized_end=937
+  _globals['_GETRECOVERYSTATUSREQUEST']._serialized_start=939
+  _globals['_GETRECOVERYSTATUSREQUEST']._serialized_end=965
+  _globals['_GETRECOVERYSTATUSRESPONSE']._serialized_start=968
+  _globals['_GETRECOVERYSTATUSRESPONSE']._serialized_end=1287
+  _globals['_ENGINEUSAGE']._serialized_start=1289
+  _globals['_ENGINEUSAGE']._serialized_end=1371
+  _globals['_UNENDEDLAUNCH']._serialized_start=1373
+  _globals['_UNENDEDLAUNCH']._serialized_end=1470
+  _globals['_LISTRECONCILIATIONSREQUEST']._serialized_start=1472
+  _globals['_LISTRECONCILIATIONSREQUEST']._serialized_end=1539
+  _globals['_LISTRECONCILIATIONSRESPONSE']._serialized_start=1541
+  _globals['_LISTRECONCILIATIONSRESPONSE']._serialized_end=1652
+  _globals['_GETRECONCILIATIONREQUEST']._serialized_start=1654
+  _globals['_GETRECONCILIATIONREQUEST']._serialized_end=1707
+  _globals['_GETRECONCILIATIONRESPONSE']._serialized_start=1709
+  _globals['_GETRECONCILIATIONRESPONSE']._serialized_end=1792
+  _globals['_WATCHRECOVEREDREQUEST']._serialized_start=1794
+  _globals['_WATCHRECOVEREDREQUEST']._serialized_end=1888
+  _globals['_WATCHRECOVEREDRESPONSE']._serialized_start=1891
+  _globals['_WATCHRECOVEREDRESPONSE']._serialized_end=2042
+  _globals['_RECOVEREDRUN']._serialized_start=2045
+  _globals['_RECOVEREDRUN']._serialized_end=2244
+  _globals['_RECOVEREDRUN_LABELSENTRY']._serialized_start=655
+  _globals['_RECOVEREDRUN_LABELSENTRY']._serialized_end=700
+  _globals['_EXPLAINRECOVERYREQUEST']._serialized_start=2246
+  _globals['_EXPLAINRECOVERYREQUEST']._serialized_end=2286
+  _globals['_EXPLAINRECOVERYRESPONSE']._serialized_start=2288
+  _globals['_EXPLAINRECOVERYRESPONSE']._serialized_end=2372
+  _globals['_RECOVERYEXPLANATION']._serialized_start=2375
+  _globals['_RECOVERYEXPLANATION']._serialized_end=2615
+  _globals['_RECOVERYFACT']._serialized_start=2617
+  _globals['_RECOVERYFACT']._serialized_end=2675
+  _globals['_ORPHANEDPROCESS']._serialized_start=2678
+  _globals['_ORPHANEDPROCESS']._serialized_end=2807
+  _globals['_PLANRECOVERYREQUEST']._serialized_start=2809
+  _globals['_PLANRECOVERYREQUEST']._serialized_end=2869
+  _globals['_PLANRECOVERYRESPONSE']._serialized_start=2872
+  _globals['_PLANRECOVERYRESPONSE']._serialized_end=3015
+  _globals['_RECOVERYPLAN']._serialized_start=3018
+  _globals['_RECOVERYPLAN']._serialized_end=3211
+  _globals['_PLANNEDGROUP']._serialized_start=3214
+  _globals['_PLANNEDGROUP']._serialized_end=3356
+  _globals['_PLANNEDDECISION']._serialized_start=3359
+  _globals['_PLANNEDDECISION']._serialized_end=3626
+  _globals['_RECOVERYSERVICE']._serialized_start=3903
+  _globals['_RECOVERYSERVICE']._serialized_end=4768
 # @@protoc_insertion_point(module_scope)

@@ -5,9 +5,11 @@ isort:skip_file
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from runrecovery.v1 import recovery_pb2 as _recovery_pb2
 from runrecovery.v1 import run_pb2 as _run_pb2
 import builtins as _builtins
@@ -20,6 +22,54 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _PlannedOutcome:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PlannedOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PlannedOutcome.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PLANNED_OUTCOME_UNSPECIFIED: _PlannedOutcome.ValueType  # 0
+    """Not set."""
+    PLANNED_OUTCOME_KEPT_WAITING: _PlannedOutcome.ValueType  # 1
+    """The run waits for its user, as before."""
+    PLANNED_OUTCOME_REPLY_DELIVERED: _PlannedOutcome.ValueType  # 2
+    """The run gets its accepted reply by a new process, in its session."""
+    PLANNED_OUTCOME_RESUMED: _PlannedOutcome.ValueType  # 3
+    """The interrupted turn is completed by a new process, in its session."""
+    PLANNED_OUTCOME_RESTARTED: _PlannedOutcome.ValueType  # 4
+    """The run starts from the beginning: what it has done so far is done again. A run that was
+    QUEUED for its first turn only waits on.
+    """
+    PLANNED_OUTCOME_FAILED: _PlannedOutcome.ValueType  # 5
+    """The run fails: what it has done so far is lost."""
+    PLANNED_OUTCOME_CANCELED: _PlannedOutcome.ValueType  # 6
+    """The run is canceled, as its caller wanted."""
+    PLANNED_OUTCOME_QUARANTINED: _PlannedOutcome.ValueType  # 7
+    """The run is set aside, because its record is damaged."""
+
+class PlannedOutcome(_PlannedOutcome, metaclass=_PlannedOutcomeEnumTypeWrapper):
+    """What a restart would make of a run, for people who decide about a deploy."""
+
+PLANNED_OUTCOME_UNSPECIFIED: PlannedOutcome.ValueType  # 0
+"""Not set."""
+PLANNED_OUTCOME_KEPT_WAITING: PlannedOutcome.ValueType  # 1
+"""The run waits for its user, as before."""
+PLANNED_OUTCOME_REPLY_DELIVERED: PlannedOutcome.ValueType  # 2
+"""The run gets its accepted reply by a new process, in its session."""
+PLANNED_OUTCOME_RESUMED: PlannedOutcome.ValueType  # 3
+"""The interrupted turn is completed by a new process, in its session."""
+PLANNED_OUTCOME_RESTARTED: PlannedOutcome.ValueType  # 4
+"""The run starts from the beginning: what it has done so far is done again. A run that was
+QUEUED for its first turn only waits on.
+"""
+PLANNED_OUTCOME_FAILED: PlannedOutcome.ValueType  # 5
+"""The run fails: what it has done so far is lost."""
+PLANNED_OUTCOME_CANCELED: PlannedOutcome.ValueType  # 6
+"""The run is canceled, as its caller wanted."""
+PLANNED_OUTCOME_QUARANTINED: PlannedOutcome.ValueType  # 7
+"""The run is set aside, because its record is damaged."""
+Global___PlannedOutcome: _TypeAlias = PlannedOutcome  # noqa: Y015
 
 @_typing.final
 class GetRecoveryInfoRequest(_message.Message):
@@ -244,6 +294,7 @@ class GetRecoveryStatusResponse(_message.Message):
     RECONCILIATION_FIELD_NUMBER: _builtins.int
     CONTAINMENT_FIELD_NUMBER: _builtins.int
     UNENDED_LAUNCHES_FIELD_NUMBER: _builtins.int
+    ENGINE_USAGE_FIELD_NUMBER: _builtins.int
     state: _recovery_pb2.ServiceState.ValueType
     """What the service is doing."""
     instance: _builtins.str
@@ -266,6 +317,12 @@ class GetRecoveryStatusResponse(_message.Message):
         keeps trying to end these processes.
         """
 
+    @_builtins.property
+    def engine_usage(self) -> _containers.RepeatedCompositeFieldContainer[Global___EngineUsage]:
+        """What the runs of each engine have used since the database was made, by engine. Engines
+        without a report are absent.
+        """
+
     def __init__(
         self,
         *,
@@ -275,14 +332,47 @@ class GetRecoveryStatusResponse(_message.Message):
         reconciliation: _recovery_pb2.Reconciliation | None = ...,
         containment: _recovery_pb2.Containment | None = ...,
         unended_launches: _abc.Iterable[Global___UnendedLaunch] | None = ...,
+        engine_usage: _abc.Iterable[Global___EngineUsage] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["containment", b"containment", "reconciliation", b"reconciliation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["containment", b"containment", "epoch", b"epoch", "instance", b"instance", "reconciliation", b"reconciliation", "state", b"state", "unended_launches", b"unended_launches"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["containment", b"containment", "engine_usage", b"engine_usage", "epoch", b"epoch", "instance", b"instance", "reconciliation", b"reconciliation", "state", b"state", "unended_launches", b"unended_launches"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetRecoveryStatusResponse: _TypeAlias = GetRecoveryStatusResponse  # noqa: Y015
+
+@_typing.final
+class EngineUsage(_message.Message):
+    """What the runs of one engine have used."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENGINE_FIELD_NUMBER: _builtins.int
+    TURNS_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
+    engine: _builtins.str
+    """OUTPUT_ONLY. The engine."""
+    turns: _builtins.int
+    """OUTPUT_ONLY. Number of turns whose agent reported something."""
+    @_builtins.property
+    def usage(self) -> _run_pb2.Usage:
+        """OUTPUT_ONLY. The sum, without a model. It never falls, also when runs are deleted."""
+
+    def __init__(
+        self,
+        *,
+        engine: _builtins.str = ...,
+        turns: _builtins.int = ...,
+        usage: _run_pb2.Usage | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "turns", b"turns", "usage", b"usage"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EngineUsage: _TypeAlias = EngineUsage  # noqa: Y015
 
 @_typing.final
 class UnendedLaunch(_message.Message):
@@ -793,6 +883,7 @@ class RecoveryPlan(_message.Message):
     RUNS_UNCHANGED_FIELD_NUMBER: _builtins.int
     QUARANTINED_FIELD_NUMBER: _builtins.int
     LAUNCHES_FIELD_NUMBER: _builtins.int
+    GROUPS_FIELD_NUMBER: _builtins.int
     runs_total: _builtins.int
     """OUTPUT_ONLY. Number of runs that the restart would examine."""
     runs_unchanged: _builtins.int
@@ -805,6 +896,12 @@ class RecoveryPlan(_message.Message):
     def decisions(self) -> _containers.RepeatedCompositeFieldContainer[_recovery_pb2.DecisionCount]:
         """OUTPUT_ONLY. Decisions by rule, in the order of the recovery matrix (docs/recovery.md)."""
 
+    @_builtins.property
+    def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlannedGroup]:
+        """OUTPUT_ONLY. What would become of all runs_total runs and of the work that they stand for,
+        in the order of PlannedOutcome. Groups without a run are absent.
+        """
+
     def __init__(
         self,
         *,
@@ -813,14 +910,55 @@ class RecoveryPlan(_message.Message):
         runs_unchanged: _builtins.int = ...,
         quarantined: _builtins.int = ...,
         launches: _builtins.int = ...,
+        groups: _abc.Iterable[Global___PlannedGroup] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decisions", b"decisions", "launches", b"launches", "quarantined", b"quarantined", "runs_total", b"runs_total", "runs_unchanged", b"runs_unchanged"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decisions", b"decisions", "groups", b"groups", "launches", b"launches", "quarantined", b"quarantined", "runs_total", b"runs_total", "runs_unchanged", b"runs_unchanged"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RecoveryPlan: _TypeAlias = RecoveryPlan  # noqa: Y015
+
+@_typing.final
+class PlannedGroup(_message.Message):
+    """The runs that a restart would treat alike, and the work that they stand for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    RUNS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    RUNNING_TIME_FIELD_NUMBER: _builtins.int
+    outcome: Global___PlannedOutcome.ValueType
+    """OUTPUT_ONLY. What the restart would make of these runs."""
+    runs: _builtins.int
+    """OUTPUT_ONLY. Number of runs."""
+    tokens: _builtins.int
+    """OUTPUT_ONLY. What these runs have used in all their turns, as far as their agents have
+    reported it: Run.usage.input_tokens and output_tokens together.
+    """
+    @_builtins.property
+    def running_time(self) -> _duration_pb2.Duration:
+        """OUTPUT_ONLY. How long the processes that the restart would end have been running for these
+        runs, added up.
+        """
+
+    def __init__(
+        self,
+        *,
+        outcome: Global___PlannedOutcome.ValueType = ...,
+        runs: _builtins.int = ...,
+        tokens: _builtins.int = ...,
+        running_time: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["running_time", b"running_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["outcome", b"outcome", "running_time", b"running_time", "runs", b"runs", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlannedGroup: _TypeAlias = PlannedGroup  # noqa: Y015
 
 @_typing.final
 class PlannedDecision(_message.Message):

@@ -306,6 +306,10 @@ class _RunEventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RunEvent
     """
     RUN_EVENT_KIND_REOPENED: _RunEventKind.ValueType  # 12
     """ReopenRun set the run back; recovery holds the details."""
+    RUN_EVENT_KIND_RETRYING: _RunEventKind.ValueType  # 13
+    """The agent waits and calls its model again; message says why. At most 20 of these events
+    for each turn. The status does not change.
+    """
 
 class RunEventKind(_RunEventKind, metaclass=_RunEventKindEnumTypeWrapper):
     """What happened to a run."""
@@ -340,6 +344,10 @@ terminal from then on.
 """
 RUN_EVENT_KIND_REOPENED: RunEventKind.ValueType  # 12
 """ReopenRun set the run back; recovery holds the details."""
+RUN_EVENT_KIND_RETRYING: RunEventKind.ValueType  # 13
+"""The agent waits and calls its model again; message says why. At most 20 of these events
+for each turn. The status does not change.
+"""
 Global___RunEventKind: _TypeAlias = RunEventKind  # noqa: Y015
 
 @_typing.final
@@ -651,6 +659,64 @@ class RecoveryInfo(_message.Message):
 Global___RecoveryInfo: _TypeAlias = RecoveryInfo  # noqa: Y015
 
 @_typing.final
+class Usage(_message.Message):
+    """Tokens and cost of an agent's model calls, as the agent reported them. The numbers mean the
+    same for every engine: what an agent CLI counts in another way is converted.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_INPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHE_WRITE_INPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    REASONING_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    COST_USD_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    input_tokens: _builtins.int
+    """OUTPUT_ONLY. Every token that the model read, those from and for its prompt cache included."""
+    cached_input_tokens: _builtins.int
+    """OUTPUT_ONLY. The part of input_tokens that was read from the prompt cache."""
+    cache_write_input_tokens: _builtins.int
+    """OUTPUT_ONLY. The part of input_tokens that was written to the prompt cache; 0 where the
+    agent does not report it.
+    """
+    output_tokens: _builtins.int
+    """OUTPUT_ONLY. Every token that the model wrote, its reasoning included."""
+    reasoning_output_tokens: _builtins.int
+    """OUTPUT_ONLY. The part of output_tokens that was reasoning; 0 where the agent does not
+    report it.
+    """
+    cost_usd: _builtins.float
+    """OUTPUT_ONLY. The cost in US dollars. Absent when the agent reported none: the service
+    knows no prices.
+    """
+    model: _builtins.str
+    """OUTPUT_ONLY. The model of the latest report, as the agent named it; of several models the
+    one with the most tokens. Empty when the agent named none.
+    """
+    def __init__(
+        self,
+        *,
+        input_tokens: _builtins.int = ...,
+        cached_input_tokens: _builtins.int = ...,
+        cache_write_input_tokens: _builtins.int = ...,
+        output_tokens: _builtins.int = ...,
+        reasoning_output_tokens: _builtins.int = ...,
+        cost_usd: _builtins.float | None = ...,
+        model: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cost_usd", b"_cost_usd", "cost_usd", b"cost_usd"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cost_usd", b"_cost_usd", "cache_write_input_tokens", b"cache_write_input_tokens", "cached_input_tokens", b"cached_input_tokens", "cost_usd", b"cost_usd", "input_tokens", b"input_tokens", "model", b"model", "output_tokens", b"output_tokens", "reasoning_output_tokens", b"reasoning_output_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__cost_usd: _TypeAlias = _typing.Literal["cost_usd"]  # noqa: Y015
+    _WhichOneofArgType__cost_usd: _TypeAlias = _typing.Literal["_cost_usd", b"_cost_usd"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cost_usd) -> _WhichOneofReturnType__cost_usd | None: ...
+
+Global___Usage: _TypeAlias = Usage  # noqa: Y015
+
+@_typing.final
 class Run(_message.Message):
     """One execution of an engine for one request."""
 
@@ -702,6 +768,9 @@ class Run(_message.Message):
     REOPENABLE_UNTIL_FIELD_NUMBER: _builtins.int
     RESUME_COUNT_FIELD_NUMBER: _builtins.int
     RESUME_AT_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
+    MAX_TOKENS_FIELD_NUMBER: _builtins.int
+    MAX_COST_USD_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """OUTPUT_ONLY. The id of the run: `[a-z0-9][a-z0-9_-]{0,63}`."""
     engine: _builtins.str
@@ -729,6 +798,13 @@ class Run(_message.Message):
     """OUTPUT_ONLY. Number of questions decided automatically so far."""
     resume_count: _builtins.int
     """OUTPUT_ONLY. How often the latest turn was resumed after an interruption."""
+    max_tokens: _builtins.int
+    """OUTPUT_ONLY. The most tokens (usage.input_tokens and usage.output_tokens together) that
+    the run may use. It fails with BUDGET_EXCEEDED before a next turn, or in the middle of a
+    turn whose agent reports so many. Absent: no limit.
+    """
+    max_cost_usd: _builtins.float
+    """OUTPUT_ONLY. The same for usage.cost_usd."""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """OUTPUT_ONLY. The caller's own labels."""
@@ -797,6 +873,12 @@ class Run(_message.Message):
         before. Absent when there is no such pause. In the past: the run waits for a slot.
         """
 
+    @_builtins.property
+    def usage(self) -> Global___Usage:
+        """OUTPUT_ONLY. What all turns of all attempts have used so far, as far as it was reported.
+        Absent until the first report. A report alone does not change the etag.
+        """
+
     def __init__(
         self,
         *,
@@ -826,12 +908,22 @@ class Run(_message.Message):
         reopenable_until: _timestamp_pb2.Timestamp | None = ...,
         resume_count: _builtins.int = ...,
         resume_at: _timestamp_pb2.Timestamp | None = ...,
+        usage: Global___Usage | None = ...,
+        max_tokens: _builtins.int | None = ...,
+        max_cost_usd: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "ended_at", b"ended_at", "error", b"error", "input", b"input", "interactive_profile", b"interactive_profile", "output", b"output", "pending_interaction", b"pending_interaction", "recovery", b"recovery", "reopenable_until", b"reopenable_until", "resume_at", b"resume_at", "run_deadline_at", b"run_deadline_at", "session", b"session", "started_at", b"started_at", "updated_at", b"updated_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_cost_usd", b"_max_cost_usd", "_max_tokens", b"_max_tokens", "created_at", b"created_at", "ended_at", b"ended_at", "error", b"error", "input", b"input", "interactive_profile", b"interactive_profile", "max_cost_usd", b"max_cost_usd", "max_tokens", b"max_tokens", "output", b"output", "pending_interaction", b"pending_interaction", "recovery", b"recovery", "reopenable_until", b"reopenable_until", "resume_at", b"resume_at", "run_deadline_at", b"run_deadline_at", "session", b"session", "started_at", b"started_at", "updated_at", b"updated_at", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "auto_decided_count", b"auto_decided_count", "cancel_requested", b"cancel_requested", "created_at", b"created_at", "ended_at", b"ended_at", "engine", b"engine", "error", b"error", "etag", b"etag", "holds_slot", b"holds_slot", "input", b"input", "interaction_count", b"interaction_count", "interactive_profile", b"interactive_profile", "labels", b"labels", "output", b"output", "pending_interaction", b"pending_interaction", "recovery", b"recovery", "reopenable_until", b"reopenable_until", "restart_policy", b"restart_policy", "resume_at", b"resume_at", "resume_count", b"resume_count", "run_deadline_at", b"run_deadline_at", "run_id", b"run_id", "session", b"session", "started_at", b"started_at", "status", b"status", "updated_at", b"updated_at"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_cost_usd", b"_max_cost_usd", "_max_tokens", b"_max_tokens", "attempt", b"attempt", "auto_decided_count", b"auto_decided_count", "cancel_requested", b"cancel_requested", "created_at", b"created_at", "ended_at", b"ended_at", "engine", b"engine", "error", b"error", "etag", b"etag", "holds_slot", b"holds_slot", "input", b"input", "interaction_count", b"interaction_count", "interactive_profile", b"interactive_profile", "labels", b"labels", "max_cost_usd", b"max_cost_usd", "max_tokens", b"max_tokens", "output", b"output", "pending_interaction", b"pending_interaction", "recovery", b"recovery", "reopenable_until", b"reopenable_until", "restart_policy", b"restart_policy", "resume_at", b"resume_at", "resume_count", b"resume_count", "run_deadline_at", b"run_deadline_at", "run_id", b"run_id", "session", b"session", "started_at", b"started_at", "status", b"status", "updated_at", b"updated_at", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__max_cost_usd: _TypeAlias = _typing.Literal["max_cost_usd"]  # noqa: Y015
+    _WhichOneofArgType__max_cost_usd: _TypeAlias = _typing.Literal["_max_cost_usd", b"_max_cost_usd"]  # noqa: Y015
+    _WhichOneofReturnType__max_tokens: _TypeAlias = _typing.Literal["max_tokens"]  # noqa: Y015
+    _WhichOneofArgType__max_tokens: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_cost_usd) -> _WhichOneofReturnType__max_cost_usd | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_tokens) -> _WhichOneofReturnType__max_tokens | None: ...
 
 Global___Run: _TypeAlias = Run  # noqa: Y015
 
@@ -849,6 +941,8 @@ class RunEvent(_message.Message):
     ERROR_CODE_FIELD_NUMBER: _builtins.int
     RECOVERY_FIELD_NUMBER: _builtins.int
     RUN_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
     kind: Global___RunEventKind.ValueType
     """OUTPUT_ONLY. What happened."""
     status: Global___RunStatus.ValueType
@@ -859,6 +953,10 @@ class RunEvent(_message.Message):
     """OUTPUT_ONLY. The question that the event concerns; 0 for none."""
     error_code: _builtins.str
     """OUTPUT_ONLY. The error code that the run got; empty if none."""
+    message: _builtins.str
+    """OUTPUT_ONLY. What the agent reported, for people; set for RETRYING only. Not stable; do not
+    parse it.
+    """
     @_builtins.property
     def happened_at(self) -> _timestamp_pb2.Timestamp:
         """OUTPUT_ONLY. When it was committed."""
@@ -873,6 +971,13 @@ class RunEvent(_message.Message):
         when another event had followed before this one was sent.
         """
 
+    @_builtins.property
+    def usage(self) -> Global___Usage:
+        """OUTPUT_ONLY. What the turn that ended with this event has used. Absent when no turn ended
+        or its agent reported nothing, and for RECOVERED: Run.usage then holds what a turn had
+        reported before it was interrupted.
+        """
+
     def __init__(
         self,
         *,
@@ -884,10 +989,12 @@ class RunEvent(_message.Message):
         error_code: _builtins.str = ...,
         recovery: Global___RecoveryInfo | None = ...,
         run: Global___Run | None = ...,
+        usage: Global___Usage | None = ...,
+        message: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["happened_at", b"happened_at", "recovery", b"recovery", "run", b"run"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["happened_at", b"happened_at", "recovery", b"recovery", "run", b"run", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "error_code", b"error_code", "happened_at", b"happened_at", "interaction_id", b"interaction_id", "kind", b"kind", "recovery", b"recovery", "run", b"run", "status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "error_code", b"error_code", "happened_at", b"happened_at", "interaction_id", b"interaction_id", "kind", b"kind", "message", b"message", "recovery", b"recovery", "run", b"run", "status", b"status", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

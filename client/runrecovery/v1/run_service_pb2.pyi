@@ -79,6 +79,8 @@ class CreateRunRequest(_message.Message):
     RESTART_POLICY_FIELD_NUMBER: _builtins.int
     INTERACTIVE_PROFILE_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    MAX_TOKENS_FIELD_NUMBER: _builtins.int
+    MAX_COST_USD_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """OPTIONAL. The caller's own id, `[a-z0-9][a-z0-9_-]{0,63}`. Empty: the service makes a
     UUIDv7.
@@ -92,6 +94,14 @@ class CreateRunRequest(_message.Message):
     request_id: _builtins.str
     """OPTIONAL. A UUID. A repeated request with the same id and payload returns the same run,
     also after a restart. Another payload with this id gets ALREADY_EXISTS.
+    """
+    max_tokens: _builtins.int
+    """OPTIONAL. The most tokens that the run may use (Run.max_tokens), at least 1 and at most the
+    engine's own limit, which is the default.
+    """
+    max_cost_usd: _builtins.float
+    """OPTIONAL. The same for the cost that its agent reports (Run.max_cost_usd), above 0. Refused
+    for an engine that is known to report no cost.
     """
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
@@ -121,12 +131,21 @@ class CreateRunRequest(_message.Message):
         restart_policy: _run_pb2.RestartPolicy.ValueType = ...,
         interactive_profile: _run_pb2.InteractiveProfile | None = ...,
         request_id: _builtins.str = ...,
+        max_tokens: _builtins.int | None = ...,
+        max_cost_usd: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "interactive_profile", b"interactive_profile"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_cost_usd", b"_max_cost_usd", "_max_tokens", b"_max_tokens", "input", b"input", "interactive_profile", b"interactive_profile", "max_cost_usd", b"max_cost_usd", "max_tokens", b"max_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "input", b"input", "interactive_profile", b"interactive_profile", "labels", b"labels", "request_id", b"request_id", "restart_policy", b"restart_policy", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_cost_usd", b"_max_cost_usd", "_max_tokens", b"_max_tokens", "engine", b"engine", "input", b"input", "interactive_profile", b"interactive_profile", "labels", b"labels", "max_cost_usd", b"max_cost_usd", "max_tokens", b"max_tokens", "request_id", b"request_id", "restart_policy", b"restart_policy", "run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__max_cost_usd: _TypeAlias = _typing.Literal["max_cost_usd"]  # noqa: Y015
+    _WhichOneofArgType__max_cost_usd: _TypeAlias = _typing.Literal["_max_cost_usd", b"_max_cost_usd"]  # noqa: Y015
+    _WhichOneofReturnType__max_tokens: _TypeAlias = _typing.Literal["max_tokens"]  # noqa: Y015
+    _WhichOneofArgType__max_tokens: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_cost_usd) -> _WhichOneofReturnType__max_cost_usd | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_tokens) -> _WhichOneofReturnType__max_tokens | None: ...
 
 Global___CreateRunRequest: _TypeAlias = CreateRunRequest  # noqa: Y015
 

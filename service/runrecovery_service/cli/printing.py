@@ -16,6 +16,7 @@ from google.protobuf import json_format
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
+from runrecovery.v1 import run_pb2
 
 from runrecovery_service.cli.plain_text import safe
 
@@ -58,6 +59,26 @@ def time(at: Timestamp) -> str:
 def seconds(duration: Duration) -> str:
     """Return a duration in seconds."""
     return f"{duration.ToTimedelta().total_seconds():g} s"
+
+
+def usage_text(usage: run_pb2.Usage) -> str:
+    """Return tokens and cost in one phrase; parts that are 0 or not reported are left out."""
+    read = [
+        f"{tokens} {what}"
+        for tokens, what in (
+            (usage.cached_input_tokens, "cached"),
+            (usage.cache_write_input_tokens, "written to the cache"),
+        )
+        if tokens
+    ]
+    thought = usage.reasoning_output_tokens
+    parts = [
+        f"{usage.input_tokens} tokens in" + (f" ({', '.join(read)})" if read else ""),
+        f"{usage.output_tokens} out" + (f" ({thought} reasoning)" if thought else ""),
+        f"${usage.cost_usd:.4f}" if usage.HasField("cost_usd") else "",
+        usage.model,
+    ]
+    return ", ".join(part for part in parts if part)
 
 
 def aligned_pairs(*pairs: tuple[str, object]) -> str:

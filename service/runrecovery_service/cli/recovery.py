@@ -20,7 +20,7 @@ from runrecovery_service.cli.ctrl_c import exit_at_once
 from runrecovery_service.cli.exit_codes import ExitCode
 from runrecovery_service.cli.failure import Failure
 from runrecovery_service.cli.plain_text import safe
-from runrecovery_service.cli.printing import Columns, aligned_pairs, table, time, word
+from runrecovery_service.cli.printing import Columns, aligned_pairs, table, time, usage_text, word
 
 Status: TypeAlias = recovery_service_pb2.GetRecoveryStatusResponse
 UnendedLaunch: TypeAlias = recovery_service_pb2.UnendedLaunch
@@ -327,6 +327,7 @@ def describe_status(answer: Status) -> str:
         ("instance", f"{answer.instance}, epoch {answer.epoch}"),
         ("containment", _containment(answer.containment)),
         *(("still alive", _unended(launch)) for launch in answer.unended_launches),
+        *((f"used by {one.engine}", _engine_usage(one)) for one in answer.engine_usage),
     )
     if not answer.HasField("reconciliation"):
         return own
@@ -382,7 +383,8 @@ def describe_totals(plan: recovery_service_pb2.RecoveryPlan) -> str:
         ("quarantined", plan.quarantined),
         ("launches to end", plan.launches),
     )
-    return "\n".join((summary, *_decisions(plan.decisions), ""))
+    lines = (summary, *_decisions(plan.decisions), *_groups(plan.groups), "")
+    return "\n".join(lines)
 
 
 def describe_report(report: recovery_pb2.Reconciliation) -> str:
@@ -430,9 +432,22 @@ def _unended(launch: UnendedLaunch) -> str:
     return f"run {launch.run_id}, attempt {launch.attempt}, since {time(launch.launched_at)}"
 
 
+def _engine_usage(one: recovery_service_pb2.EngineUsage) -> str:
+    return f"{usage_text(one.usage)}, in {one.turns} turns"
+
+
 def _decisions(decisions: Iterable[recovery_pb2.DecisionCount]) -> Iterator[str]:
     for made in decisions:
         yield f"  {made.count:>8} x {made.rule} → {word(made, 'recovery_state')}"
+
+
+def _groups(groups: Iterable[recovery_service_pb2.PlannedGroup]) -> Iterator[str]:
+    for group in groups:
+        running_s = group.running_time.ToTimedelta().total_seconds()
+        yield (
+            f"{word(group, 'outcome').lower().replace('_', ' ')}: {group.runs} runs,"
+            f" {group.tokens} tokens, {running_s:.0f} s of running turns"
+        )
 
 
 def _phases(report: recovery_pb2.Reconciliation) -> Iterator[str]:

@@ -21,7 +21,15 @@ from runrecovery_service.cli.ctrl_c import exit_at_once
 from runrecovery_service.cli.exit_codes import ExitCode
 from runrecovery_service.cli.failure import Failure
 from runrecovery_service.cli.plain_text import safe
-from runrecovery_service.cli.printing import Columns, aligned_pairs, json_line, seconds, time, word
+from runrecovery_service.cli.printing import (
+    Columns,
+    aligned_pairs,
+    json_line,
+    seconds,
+    time,
+    usage_text,
+    word,
+)
 
 _STATUS: Final = "RUN_STATUS_"
 _POLICY: Final = "RESTART_POLICY_"
@@ -113,6 +121,18 @@ def runs() -> None:
     help="Whether a question requires the user's reply, or is decided automatically after the"
     " session timeout. Default: the setting of the engine.",
 )
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=1, max=2**63 - 1),
+    metavar="N",
+    help="Tokens that the run may use; at most the engine's own limit.",
+)
+@click.option(
+    "--max-cost-usd",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="USD",
+    help="What the run may cost, as its agent reports; at most the engine's own limit.",
+)
 @click.option("--wait", is_flag=True, help="Wait until the run has ended or asks its user.")
 def create(
     service: ServiceConnection,
@@ -124,6 +144,8 @@ def create(
     session_timeout_s: float | None,
     *,
     require_user_reply: bool | None,
+    max_tokens: int | None,
+    max_cost_usd: float | None,
     wait: bool,
 ) -> ExitCode:
     """Record a run of ENGINE and queue it."""
@@ -137,6 +159,8 @@ def create(
             restart_policy=policy,
             session_timeout_s=session_timeout_s,
             require_user_reply=require_user_reply,
+            max_tokens=max_tokens,
+            max_cost_usd=max_cost_usd,
         )
     except UNSENDABLE as error:
         raise click.BadParameter(describe_unsendable(error), param_hint="--input") from error
@@ -356,6 +380,12 @@ def _if_set(message: Any, field: str) -> str:  # the stubs type each message's f
     return time(getattr(message, field)) if message.HasField(field) else ""
 
 
+def _budget(run: run_pb2.Run) -> str:
+    tokens = f"{run.max_tokens} tokens" if run.HasField("max_tokens") else ""
+    cost = f"${run.max_cost_usd:g}" if run.HasField("max_cost_usd") else ""
+    return ", ".join(filter(None, (tokens, cost)))
+
+
 def _questions(profile: run_pb2.InteractiveProfile) -> str:
     """Return how long one question waits, and what happens then."""
     sticky = profile.kind == run_pb2.INTERACTIVE_PROFILE_KIND_STICKY_PROCESS
@@ -385,6 +415,8 @@ def update_line(update: run_service_pb2.WatchRunResponse) -> str:
         f"question {event.interaction_id}" if event.interaction_id else "",
         event.error_code,
         event.recovery.recovery_reason,
+        event.message,
+        usage_text(event.usage) if event.HasField("usage") else "",
         *_asked(event.run),
     )
 
@@ -415,6 +447,8 @@ def describe(run: run_pb2.Run) -> str:
         ("waits until", _if_set(pending, "wait_deadline_at")),
         ("each question", _questions(run.interactive_profile)),
         ("auto-decided", run.auto_decided_count or ""),
+        ("used", usage_text(run.usage) if run.HasField("usage") else ""),
+        ("may use", _budget(run)),
         ("run deadline", _if_set(run, "run_deadline_at")),
         ("error", f"{run.error.code}: {run.error.message}" if run.error.code else ""),
         ("output", _json(run.output) if run.HasField("output") else ""),

@@ -19,10 +19,8 @@ from runrecovery_service.config import values
 from runrecovery_service.config.settings import (
     DEFAULT_ENV_ALLOW,
     SCALARS,
-    ClientAuth,
     EngineSettings,
     Settings,
-    TlsSettings,
 )
 from runrecovery_service.config.values import InvalidValue, Reader
 from runrecovery_service.domain.run import Profile, RestartPolicy
@@ -206,7 +204,7 @@ def _contradictions(settings: Settings, places: Mapping[str, str]) -> Iterator[s
         )
 
 
-# -- tables -----------------------------------------------------------------------------
+# -- engine tables -----------------------------------------------------------------------------
 
 
 def _engines(value: object) -> Mapping[str, EngineSettings]:
@@ -224,23 +222,9 @@ def _engines(value: object) -> Mapping[str, EngineSettings]:
     return engines
 
 
-def _table(table: object) -> dict[str, object]:
+def _engine(table: object) -> EngineSettings:
     if not isinstance(table, dict):
         raise InvalidValue(f"must be a table, not {values.quote(table)}")
-    return table
-
-
-def _tls(value: object) -> TlsSettings:
-    settings: TlsSettings = _converter().structure(_table(value), TlsSettings)
-    if settings.client_auth is ClientAuth.REQUIRE and settings.client_ca is None:
-        raise InvalidValue('is missing; client_auth = "require" needs it', below="client_ca")
-    if settings.client_auth is ClientAuth.NONE and settings.client_ca is not None:
-        raise InvalidValue('has no effect without client_auth = "require"', below="client_ca")
-    return settings
-
-
-def _engine(value: object) -> EngineSettings:
-    table = _table(value)
     settings: EngineSettings = _converter().structure(
         _preset_values(table.get("preset")) | table, EngineSettings
     )
@@ -279,6 +263,10 @@ def _preset_contradictions(
         yield InvalidValue('must be "resumable" with a preset', below="profile")
     if settings.trust not in {settings.preset, None}:
         yield InvalidValue(f'must be "{settings.preset}" or "none" with this preset', below="trust")
+    if settings.max_cost_usd is not None and not PRESETS[settings.preset].dialect.reports_cost:
+        yield InvalidValue(
+            "would never be reached: this CLI reports no cost; set max_tokens", below="max_cost_usd"
+        )
     if "session_file" in table:
         yield InvalidValue("must not be set with a preset, which defines it", below="session_file")
 
@@ -288,10 +276,6 @@ def _resume_contradictions(settings: EngineSettings) -> Iterator[InvalidValue]:
         yield InvalidValue(
             '"resume" needs an engine with resumes_interrupted = true', below="restart_policy"
         )
-
-
-_TABLES: Final[Mapping[str, Reader[object]]] = {"tls": _tls, "engines": _engines}
-"""The readers of the keys of `Settings` with tables of their own."""
 
 
 # -- cattrs ------------------------------------------------------------------------------------
@@ -309,10 +293,10 @@ def _converter() -> Converter:
     def hook(read: Reader[object]) -> Callable[[Any, Any], object]:
         return lambda value, _: read(value)
 
-    for kind in (EngineSettings, TlsSettings, Settings):
+    for kind in (EngineSettings, Settings):
         hints = get_type_hints(kind, include_extras=True)
         readers = {
-            key: override(struct_hook=hook(_TABLES.get(key) or hint.__metadata__[0]))
+            key: override(struct_hook=hook(_engines if key == "engines" else hint.__metadata__[0]))
             for key, hint in hints.items()
         }
         # mypy cannot see that `readers` holds no other keyword of that function.

@@ -13,6 +13,7 @@ from runrecovery_service.config.capacity import machine_capacity
 from runrecovery_service.domain.lease import LEASE_TTL_S
 from runrecovery_service.domain.run import Profile, RestartPolicy
 from runrecovery_service.domain.session_check import UnknownSession
+from runrecovery_service.domain.usage import MAX_BUDGET_TOKENS, MAX_BUDGET_USD
 from runrecovery_service.engines.presets import Preset
 
 DEFAULT_ENV_ALLOW: Final = ("PATH", "HOME", "LANG", "LC_ALL", "TZ")
@@ -34,13 +35,6 @@ class LogFormat(StrEnum):
     AUTO = "auto"
     JSON = "json"
     CONSOLE = "console"
-
-
-class ClientAuth(StrEnum):
-    """Whether clients need a certificate of their own."""
-
-    NONE = "none"
-    REQUIRE = "require"
 
 
 class ContainmentPolicy(StrEnum):
@@ -86,6 +80,8 @@ class EngineSettings:
             preset the default is true.
         max_run_time_s: the time from the first launch, waits included, after which a run fails.
             Without this key a run may take any time.
+        max_tokens: tokens that a run may use, input and output together. Then it fails.
+        max_cost_usd: what a run may cost, as its agent reports.
         nice: added to the niceness of the service.
         max_memory: private writable memory of each process (RLIMIT_DATA), in bytes or "512M".
         max_open_files: descriptors of each process (RLIMIT_NOFILE).
@@ -108,27 +104,12 @@ class EngineSettings:
     max_resumes: Annotated[int, values.whole(1, 100)] = 3
     resumes_interrupted: Annotated[bool, values.boolean] = False
     max_run_time_s: Annotated[float | None, values.seconds(0.1, 365 * _DAY_S)] = None
+    max_tokens: Annotated[int | None, values.whole(1, MAX_BUDGET_TOKENS)] = None
+    max_cost_usd: Annotated[float | None, values.dollars(0, MAX_BUDGET_USD)] = None
     nice: Annotated[int, values.whole(0, 19)] = 0
     max_memory: Annotated[int | None, values.size_bytes(1024**2, 2**50)] = None
     max_open_files: Annotated[int | None, values.whole(8, 2**20)] = None
     max_processes: Annotated[int | None, values.whole(1, 2**22)] = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TlsSettings:
-    """The `[tls]` table. The files are read again when they change.
-
-    Attributes:
-        certificate: the certificate of the service in PEM, followed by the intermediate ones.
-        key: its private key in PEM, without a password.
-        client_ca: the certificates in PEM that sign those of clients.
-        client_auth: `"require"`: a client needs a certificate that `client_ca` has signed.
-    """
-
-    certificate: Annotated[Path, values.path]
-    key: Annotated[Path, values.path]
-    client_ca: Annotated[Path | None, values.path] = None
-    client_auth: Annotated[ClientAuth, values.one_of(ClientAuth)] = ClientAuth.NONE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,7 +159,6 @@ class Settings:
         retry_hint_s: the time after which callers that come too early are told to retry.
         log_level: `debug`, `info`, `warning` or `error`.
         log_format: `auto`, `json` or `console`.
-        tls: encrypts `listen`. Without it connections are not encrypted.
         engines: the engines that runs may use, by name.
     """
 
@@ -217,7 +197,6 @@ class Settings:
     retry_hint_s: Annotated[float, values.seconds(0.01, 3_600)] = 1.0
     log_level: Annotated[LogLevel, values.one_of(LogLevel)] = LogLevel.INFO
     log_format: Annotated[LogFormat, values.one_of(LogFormat)] = LogFormat.AUTO
-    tls: TlsSettings | None = None
     engines: Mapping[str, EngineSettings] = field(default_factory=dict)
 
     @property
@@ -226,7 +205,5 @@ class Settings:
         return self.max_concurrent or machine_capacity()
 
 
-TABLES: Final = frozenset({"tls", "engines"})
-"""The keys with tables of their own, which only a file can hold."""
-SCALARS: Final = tuple(key.name for key in fields(Settings) if key.name not in TABLES)
+SCALARS: Final = tuple(key.name for key in fields(Settings) if key.name != "engines")
 """The keys that a flag or an environment variable may set."""

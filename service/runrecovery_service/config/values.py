@@ -72,6 +72,17 @@ def seconds(least: float, most: float) -> Reader[float]:
     return read
 
 
+def dollars(above: float, most: float) -> Reader[float]:
+    def read(value: object) -> float:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise InvalidValue(f"must be a number of US dollars, not {quote(value)}")
+        if not above < value <= most:  # also true of nan
+            raise InvalidValue(f"must be above {above:g} and at most {most:.0f}, not {value}")
+        return float(value)
+
+    return read
+
+
 def size_bytes(least: int, most: int) -> Reader[int]:
     def read(value: object) -> int:
         found = _SIZE.fullmatch(value) if isinstance(value, str) else None

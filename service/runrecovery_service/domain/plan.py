@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
 
 from runrecovery_service.domain.reconciliation import DecisionCount
-from runrecovery_service.domain.recovery_matrix import MATRIX, QUARANTINE_RULE, Fact, decide
+from runrecovery_service.domain.recovery_matrix import (
+    MATRIX,
+    QUARANTINE_RULE,
+    RESUMED_RULE,
+    Fact,
+    decide,
+)
 from runrecovery_service.domain.run import ErrorCode, Profile, RecoveryState, RunStatus
 
 
@@ -38,6 +46,46 @@ class Decision:
     unchanged: bool
 
 
+class Outcome(StrEnum):
+    """What a restart would make of a run, for people who decide about a deploy."""
+
+    KEPT_WAITING = "KEPT_WAITING"
+    REPLY_DELIVERED = "REPLY_DELIVERED"
+    RESUMED = "RESUMED"
+    RESTARTED = "RESTARTED"
+    FAILED = "FAILED"
+    CANCELED = "CANCELED"
+    QUARANTINED = "QUARANTINED"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """Runs, and the work that they stand for.
+
+    Attributes:
+        tokens: what all their turns have used, as far as it was reported.
+        running_us: how long their present processes have been running, in microseconds.
+    """
+
+    runs: int = 0
+    tokens: int = 0
+    running_us: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            runs=self.runs + other.runs,
+            tokens=self.tokens + other.tokens,
+            running_us=self.running_us + other.running_us,
+        )
+
+    def __sub__(self, other: Work) -> Work:
+        return Work(
+            runs=self.runs - other.runs,
+            tokens=self.tokens - other.tokens,
+            running_us=self.running_us - other.running_us,
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedDecision:
     """A run and what a restart would decide for it."""
@@ -50,13 +98,14 @@ class PlannedDecision:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecoveryPlan:
-    """The numbers of a plan, as the restart's report would have them."""
+    """The numbers of a plan, as the restart's report would have them, and the work at stake."""
 
     decisions: tuple[DecisionCount, ...]
     runs_total: int
     runs_unchanged: int
     quarantined: int
     launches: int
+    groups: tuple[tuple[Outcome, Work], ...]
 
 
 def preview_decision(run: Situation) -> Decision:
@@ -79,16 +128,36 @@ def preview_decision(run: Situation) -> Decision:
     )
 
 
-def sum_decisions(decisions: Iterable[tuple[Decision, int]], *, launches: int) -> RecoveryPlan:
-    """Return the plan for pairs of a decision and the number of its runs."""
+def outcome_of(decision: Decision) -> Outcome:
+    """Return what a decision makes of a run."""
+    if decision.state is not RecoveryState.RECOVERED_QUEUED:
+        return _OUTCOMES[decision.state]
+    if decision.rule == RESUMED_RULE:
+        return Outcome.RESUMED
+    return Outcome.REPLY_DELIVERED if decision.rule in _KEEPING else Outcome.RESTARTED
+
+
+_KEEPING: Final = frozenset(rule.name for rule in MATRIX if rule.keeps)
+_OUTCOMES: Final = {
+    RecoveryState.RECOVERED_WAITING: Outcome.KEPT_WAITING,
+    RecoveryState.FAILED_RECONCILED: Outcome.FAILED,
+    RecoveryState.CANCELED_RECONCILED: Outcome.CANCELED,
+    RecoveryState.QUARANTINED: Outcome.QUARANTINED,
+}
+
+
+def sum_decisions(decisions: Iterable[tuple[Decision, Work]], *, launches: int) -> RecoveryPlan:
+    """Return the plan for pairs of a decision and its runs."""
     states = {rule.name: rule.state for rule in MATRIX}
     counts: dict[str, int] = dict.fromkeys((*states, QUARANTINE_RULE), 0)
+    groups = dict.fromkeys(Outcome, Work())
     unchanged = 0
-    for decision, count in decisions:
+    for decision, work in decisions:
+        groups[outcome_of(decision)] += work
         if decision.unchanged:
-            unchanged += count
+            unchanged += work.runs
         else:
-            counts[decision.rule] += count
+            counts[decision.rule] += work.runs
     return RecoveryPlan(
         decisions=tuple(
             DecisionCount(
@@ -103,4 +172,5 @@ def sum_decisions(decisions: Iterable[tuple[Decision, int]], *, launches: int) -
         runs_unchanged=unchanged,
         quarantined=counts[QUARANTINE_RULE],
         launches=launches,
+        groups=tuple((outcome, work) for outcome, work in groups.items() if work.runs),
     )

@@ -8,6 +8,8 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Generic, TypeAlias, TypeVar
 
+from runrecovery_service.domain.usage import UNLIMITED, Budget, Usage
+
 JsonValue: TypeAlias = "bool | int | float | str | list[JsonValue] | dict[str, JsonValue] | None"
 JsonObject: TypeAlias = dict[str, JsonValue]
 
@@ -98,6 +100,7 @@ class RunEventKind(StrEnum):
     CANCELED = "CANCELED"
     RECOVERED = "RECOVERED"
     REOPENED = "REOPENED"
+    RETRYING = "RETRYING"
 
 
 class ErrorCode(StrEnum):
@@ -109,9 +112,11 @@ class ErrorCode(StrEnum):
     INTERACTION_WAIT_TIMEOUT = "INTERACTION_WAIT_TIMEOUT"
     REPLY_NOT_DELIVERED = "REPLY_NOT_DELIVERED"
     RUN_TIMEOUT = "RUN_TIMEOUT"
+    BUDGET_EXCEEDED = "BUDGET_EXCEEDED"
     SUPERVISION_LOST = "SUPERVISION_LOST"
     ENGINE_FAILED = "ENGINE_FAILED"
     ENGINE_PROTOCOL_ERROR = "ENGINE_PROTOCOL_ERROR"
+    ENGINE_UNAUTHENTICATED = "ENGINE_UNAUTHENTICATED"
     LAUNCH_FAILED = "LAUNCH_FAILED"
     INTERNAL_ERROR = "INTERNAL_ERROR"
 
@@ -208,6 +213,8 @@ class Run:
         max_resumes: how often one interrupted turn may be resumed; 0: never.
         resume_count: how often the latest turn was resumed.
         resume_at: before that time no process is launched for the run. None: no such time.
+        usage: what its turns have used so far; None until the first report.
+        budget: what its turns may use.
         input: None if the view omits it.
     """
 
@@ -246,6 +253,8 @@ class Run:
     max_resumes: int = 0
     resume_count: int = 0
     resume_at: datetime | None = None
+    usage: Usage | None = None
+    budget: Budget = UNLIMITED
 
     @property
     def holds_slot(self) -> bool:
@@ -281,6 +290,7 @@ class NewRun:
     require_user_reply: bool = True
     max_run_s: float | None = None
     max_resumes: int = 0
+    budget: Budget = UNLIMITED
     input: JsonObject
 
 
@@ -293,6 +303,8 @@ class RunEvent:
         kind, status: None if the stored word is unknown.
         interaction_id: the question of the event; 0: none.
         recovery: the decision, for RECOVERED and REOPENED.
+        usage: what the turn that ended with the event has used, if its agent reported that.
+        message: what the agent reported, for RETRYING.
     """
 
     sequence: int
@@ -303,6 +315,8 @@ class RunEvent:
     interaction_id: int
     error_code: str | None
     recovery: RecoveryInfo | None = None
+    usage: Usage | None = None
+    message: str = ""
 
 
 class View(StrEnum):

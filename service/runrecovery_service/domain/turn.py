@@ -71,6 +71,7 @@ class TurnFacts:
         deadline_passed: the deadline for which the process is ended; None: none has passed.
         is_waiting: the process waits for the reply to its question.
         is_reply_lost: the process closed its input before it had read the reply.
+        stopped: why the service ends a process that would have gone on; None: it does not.
     """
 
     last_word: Asked | Succeeded | None = None
@@ -81,6 +82,7 @@ class TurnFacts:
     deadline_passed: DueKind | None = None
     is_waiting: bool = False
     is_reply_lost: bool = False
+    stopped: RunError | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,12 +132,8 @@ def judge(turn: TurnFacts, process: ProcessEnd, *, resumes: bool = False) -> Tur
     Args:
         resumes: an interrupted turn of the run is resumed (restart policy RESUME).
     """
-    if turn.protocol_error is not None:
-        return _failed(ErrorCode.ENGINE_PROTOCOL_ERROR, turn.protocol_error)
-    if turn.deadline_passed is not None:
-        return _out_of_time(turn, process)
-    if turn.interrupted is not None:
-        return Interrupted(turn.interrupted)
+    if (ended := _ended_by_service(turn, process)) is not None:
+        return ended
     if turn.is_waiting:
         return _lost_in_wait(turn, process)
     if turn.is_unsupervised and resumes:
@@ -149,6 +147,27 @@ def judge(turn: TurnFacts, process: ProcessEnd, *, resumes: bool = False) -> Tur
     if turn.last_word is not None:
         return turn.last_word
     return _silent(turn, process)
+
+
+def _ended_by_service(turn: TurnFacts, process: ProcessEnd) -> TurnEnd | None:
+    """Return the end of a process that could not go on; None: it could have."""
+    if turn.protocol_error is not None:
+        return _failed(ErrorCode.ENGINE_PROTOCOL_ERROR, turn.protocol_error)
+    if turn.deadline_passed is not None:
+        return _out_of_time(turn, process)
+    if turn.interrupted is not None:
+        return Interrupted(turn.interrupted)
+    return None if turn.stopped is None else Failed(turn.stopped)
+
+
+def end_of_budget(end: TurnEnd, used_up: str | None) -> TurnEnd:
+    """Return the end of a turn after which no other turn may follow, if `used_up` says why.
+
+    A result is kept: it needs no other turn.
+    """
+    if used_up is None or isinstance(end, Succeeded | Failed):
+        return end
+    return _failed(ErrorCode.BUDGET_EXCEEDED, used_up)
 
 
 def _silent(turn: TurnFacts, process: ProcessEnd) -> TurnEnd:

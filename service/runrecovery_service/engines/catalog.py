@@ -19,6 +19,7 @@ from runrecovery_service.domain.session_check import (
     apply_policy,
     weaken_if_never_seen,
 )
+from runrecovery_service.domain.usage import UNLIMITED, Budget
 from runrecovery_service.engines.dialect import Dialect
 from runrecovery_service.engines.jsonl import JSON_LINES
 from runrecovery_service.engines.sessions.files import CliSessions, NamedFiles, SessionStore
@@ -49,6 +50,7 @@ class Engine:
         max_resumes: how often one turn may be resumed after an interruption. 0: the engine cannot
             be resumed in the middle of a turn.
         max_run_time_s: the longest time of a run since its first launch. None: no limit.
+        budget: what one of its runs may use, unless CreateRun names less.
         niceness, max_memory, max_open_files, max_processes: limits of its processes
             (`process.resource_limits`). None: the service sets no limit.
         trust: the CLI (`trust.config_files.AgentCli`) that shall trust the workspaces of its
@@ -70,6 +72,7 @@ class Engine:
     restart_policy: RestartPolicy = RestartPolicy.FAIL
     max_resumes: int = 0
     max_run_time_s: float | None = None
+    budget: Budget = UNLIMITED
     niceness: int = 0
     max_memory: int | None = None
     max_open_files: int | None = None

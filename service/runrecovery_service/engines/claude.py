@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from typing import Final
 
 from runrecovery_service.domain.run import JsonObject, JsonValue
+from runrecovery_service.engines import cli_usage
 from runrecovery_service.engines.cli_dialect import CliDialect
 from runrecovery_service.engines.cli_events import (
+    REFUSED,
     BackgroundTask,
     BackgroundTasks,
     CliEvent,
@@ -31,7 +33,7 @@ def read(event: JsonObject) -> Iterator[CliEvent]:
             if event.get("parent_tool_use_id") is None:  # otherwise of a background task
                 yield OtherActivity()
         case {"type": "system", "subtype": "api_retry"}:
-            yield RetryReported(_retry_text(event))
+            yield _retry(event)
         case {"type": "system", "subtype": str(subtype)}:
             yield from _read_tasks(subtype, event)
         case {
@@ -78,13 +80,17 @@ def _task_name(task: JsonValue) -> str | None:
     return None
 
 
-def _retry_text(event: JsonObject) -> str:
+def _retry(event: JsonObject) -> RetryReported:
     """Return what failed, by the status and the name of the error if the event has them."""
     attempt, status, error = (event.get(key) for key in ("attempt", "error_status", "error"))
     tried = f"attempt {attempt}" if isinstance(attempt, int) else "an attempt"
-    status = f" with status {status}" if isinstance(status, int) else ""
+    answered = f" with status {status}" if isinstance(status, int) else ""
     named = f" ({error})" if isinstance(error, str) and error else ""
-    return f"{tried} to call the model failed{status}{named}"
+    return RetryReported(
+        f"{tried} to call the model failed{answered}{named}",
+        is_refused=status in REFUSED,
+        attempt=attempt if isinstance(attempt, int) else 1,
+    )
 
 
 def _deferred_text(event: JsonObject) -> str:
@@ -112,6 +118,8 @@ CLAUDE: Final = CliDialect(
     first=lambda handle: (*_OUTPUT, "--session-id", handle or ""),
     resume=lambda handle: (*_OUTPUT, "--resume", handle),
     read=read,
+    read_usage=cli_usage.claude,
+    reports_cost=True,
     says_lost=says_lost,
     chooses_handle=True,
 )

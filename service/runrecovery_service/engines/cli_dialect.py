@@ -15,15 +15,18 @@ from dataclasses import dataclass
 from typing import Final
 from uuid import uuid4
 
-from runrecovery_service.domain.run import ErrorCode, Interaction, RunError
+from runrecovery_service.domain.run import ErrorCode, Interaction, JsonObject, RunError
+from runrecovery_service.domain.usage import SessionUsage
 from runrecovery_service.engines import final_message, prompts
 from runrecovery_service.engines.cli_events import (
+    REFUSED,
     BackgroundTask,
     BackgroundTasks,
     CliEvent,
     IsSessionLost,
     OtherActivity,
     ReadEvent,
+    ReadUsage,
     RetryReported,
     SessionNamed,
     TextWritten,
@@ -31,6 +34,7 @@ from runrecovery_service.engines.cli_events import (
     TurnFinished,
     WarningShown,
 )
+from runrecovery_service.engines.cli_usage import UsageCounter
 from runrecovery_service.engines.dialect import (
     HandleUnusable,
     Heard,
@@ -38,8 +42,10 @@ from runrecovery_service.engines.dialect import (
     Opening,
     ProtocolError,
     Resumed,
+    RetryMessage,
     RunContext,
     SessionMessage,
+    UsageMessage,
 )
 
 MAX_LINE_BYTES: Final = 4 << 20
@@ -68,6 +74,7 @@ class CliDialect:
             None if the CLI chooses the handle.
         resume: returns the arguments of a later turn, given the handle.
         read: yields the meaning of one event.
+        read_usage: returns what an event reports as used.
         says_lost: returns whether the failure of a resumed turn means a lost session.
         retry_on_stderr: finds reports of retries on standard error. None: the events have them.
         chooses_handle: the service chooses the handle, a UUID.
@@ -79,11 +86,13 @@ class CliDialect:
     first: Callable[[str | None], tuple[str, ...]]
     resume: Callable[[str], tuple[str, ...]]
     read: ReadEvent
+    read_usage: ReadUsage
     says_lost: IsSessionLost
     chooses_handle: bool = False
     when_trusted: tuple[str, ...] = ()
     trusted: bool = False
     retry_on_stderr: re.Pattern[str] | None = None
+    reports_cost: bool = False
     max_line_bytes: int = MAX_LINE_BYTES
     ends_once: bool = False
 
@@ -100,7 +109,7 @@ class CliDialect:
             return Opening(
                 arguments=(*self.resume(handle), *self._trust_arguments),
                 input=_encode(prompts.resume_prompt(run.input, resumed)),
-                listener=CliListener(self, handle, resumed=True),
+                listener=CliListener(self, handle, resumed=True, used_before=resumed.usage),
             )
         chosen = str(uuid4()) if self.chooses_handle else None
         return Opening(
@@ -123,20 +132,38 @@ def _encode(text: str) -> bytes:
     return text.encode("utf-8", "replace")
 
 
+def _event(line: bytes) -> JsonObject:
+    """Return the event in a line; an empty one for any other line."""
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return event if isinstance(event, dict) else {}
+
+
 class CliListener:
     """Turns the events of one process into messages.
 
     Args:
         handle: the session's handle, if it is known before the process names it.
         resumed: the process resumes this session.
+        used_before: what earlier processes of this session have reported.
     """
 
     max_secret_bytes = HANDLE_CHARS
 
-    def __init__(self, cli: CliDialect, handle: str | None, *, resumed: bool) -> None:
+    def __init__(
+        self,
+        cli: CliDialect,
+        handle: str | None,
+        *,
+        resumed: bool,
+        used_before: SessionUsage | None = None,
+    ) -> None:
         self._cli = cli
         self._handle = handle
         self._resumed = resumed
+        self._usage = UsageCounter(used_before)
         self._pieces: deque[str] = deque()
         self._chars = 0
         self._begins_new_text = False
@@ -146,7 +173,9 @@ class CliListener:
         self._final_failure: TurnFailed | None = None
         self._resumed_another = False
         self._warning: str | None = None
-        self._retry: str | None = None
+        self._retry: RetryReported | None = None
+        self._stderr_retry: str | None = None
+        self._is_refused = False
         self._has_worked = False
 
     @property
@@ -160,9 +189,21 @@ class CliListener:
         Only the end of a turn yields a question or a result. The CLI may begin another turn when a
         background task has ended.
         """
-        messages = [each for event in self._events(line) for each in self._handle_event(event)]
+        event = _event(line)
+        messages = [each for one in self._cli.read(event) for each in self._handle_event(one)]
+        if (used := self._cli.read_usage(event)) is not None:  # after the result that it is for
+            messages.append(UsageMessage(used=self._usage.add(used)))
         at_work = self._at_work if self._at_work is None else self._at_work or bool(self._tasks)
         return Heard(self.redact(line), tuple(messages), at_work)
+
+    def hear_stderr(self, tail: str) -> tuple[Message, ...]:
+        """Return the latest retry that standard error reports, if it is another than before."""
+        report = self._latest_on_stderr(tail)
+        if report is None or report == self._stderr_retry:
+            return ()
+        self._stderr_retry = report
+        is_refused = report.endswith(tuple(map(str, REFUSED)))
+        return (self._note_retry(RetryReported(report, is_refused=is_refused)),)
 
     def redact(self, text: bytes) -> bytes:
         """Return the text without the handle, or without every UUID until the handle is known."""
@@ -184,28 +225,30 @@ class CliListener:
             return None  # the general message for a bad exit code is just as good
         code = "" if exit_code is None else f" (exit code {exit_code})"
         reason = self._redact_text(text.strip()).replace("\0", "") or "it gave no reason"
+        refused = ErrorCode.ENGINE_UNAUTHENTICATED if self._is_refused else ErrorCode.ENGINE_FAILED
         return RunError(
-            code=ErrorCode.SESSION_RESUME_FAILED if lost else ErrorCode.ENGINE_FAILED,
+            code=ErrorCode.SESSION_RESUME_FAILED if lost else refused,
             message=f"The agent failed{code}: {reason[:MAX_MESSAGE_CHARS]}",
         )
 
     def retry(self, stderr_tail: str) -> str | None:
         """Return the latest reported retry that no work followed, or None."""
-        found = self._retry
+        found = None if self._retry is None else self._retry.message
         # Nothing tells whether a line of standard error came before the work or after it.
-        if found is None and self._cli.retry_on_stderr is not None and not self._has_worked:
-            reports = self._cli.retry_on_stderr.findall(stderr_tail)
-            found = reports[-1] if reports else None
-        return found and self._redact_text(found.strip()).replace("\0", "")[:MAX_MESSAGE_CHARS]
+        if found is None and not self._has_worked:
+            found = self._latest_on_stderr(stderr_tail)
+        return found and self._retry_text(found)
+
+    def _latest_on_stderr(self, tail: str) -> str | None:
+        if self._cli.retry_on_stderr is None:
+            return None
+        reports: list[str] = self._cli.retry_on_stderr.findall(tail)
+        return reports[-1] if reports else None
+
+    def _retry_text(self, report: str) -> str:
+        return self._redact_text(report.strip()).replace("\0", "")[:MAX_MESSAGE_CHARS]
 
     # -- events --------------------------------------------------------------------------------
-
-    def _events(self, line: bytes) -> Iterable[CliEvent]:
-        try:
-            event = json.loads(line)
-        except (ValueError, RecursionError):
-            return ()
-        return self._cli.read(event) if isinstance(event, dict) else ()
 
     def _handle_event(self, event: CliEvent) -> Iterable[Message]:
         match event:
@@ -222,8 +265,9 @@ class CliListener:
                 self._update_tasks(event)
             case WarningShown(message):
                 self._warning = message
-            case RetryReported(message):
-                self._retry = message
+            case RetryReported():
+                self._retry = event
+                yield self._note_retry(event)
             case TurnFinished(text):
                 self._end_turn(None)
                 yield final_message.parse(self._redact_text(text or "".join(self._pieces)))
@@ -232,8 +276,18 @@ class CliListener:
             case TurnFailed():
                 self._end_turn(event)
 
+    def _note_retry(self, retry: RetryReported) -> RetryMessage:
+        """Return the message of a retry.
+
+        The first refusal may be of a token that was out of date, which the CLI renews. The second
+        one in a row is final.
+        """
+        is_hopeless = retry.is_refused and (self._is_refused or retry.attempt > 1)
+        self._is_refused = retry.is_refused
+        return RetryMessage(message=self._retry_text(retry.message), is_hopeless=is_hopeless)
+
     def _note_work(self) -> None:
-        self._retry, self._has_worked = None, True
+        self._retry, self._has_worked, self._is_refused = None, True, False
         if self._at_work is not None:
             self._at_work = True
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from runrecovery_service.domain.run import JsonObject
+from runrecovery_service.domain.usage import Usage
+
+REFUSED: Final = (401, 403)
+"""HTTP statuses by which a model refuses the credentials of its caller."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +57,41 @@ class WarningShown:
 
 @dataclass(frozen=True, slots=True)
 class RetryReported:
-    """The CLI waits and calls its model again. Unless work follows, that is what it waits for."""
+    """The CLI waits and calls its model again. Unless work follows, that is what it waits for.
+
+    Attributes:
+        is_refused: the model refused the credentials of the CLI.
+        attempt: how often this call has failed.
+    """
 
     message: str
+    is_refused: bool = False
+    attempt: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class UsageReported:
+    """The CLI reported what it has used.
+
+    Attributes:
+        total: of the session if `spans_session`, else of the process.
+        of_process: the part of the process, as far as the CLI reports that beside the total.
+    """
+
+    total: Usage
+    spans_session: bool = False
+    of_process: Usage | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CallReported:
+    """The CLI reported what one call of a model has used so far, before the report of the turn.
+
+    A later event of the same `call` replaces the one before.
+    """
+
+    call: str
+    usage: Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,3 +120,6 @@ ReadEvent: TypeAlias = Callable[[JsonObject], Iterable[CliEvent]]
 """Yields what one output line of a CLI means. It must not raise, whatever the line contains."""
 IsSessionLost: TypeAlias = Callable[[int | None, str], bool]
 """Returns from a resumed turn's exit code and error text whether the session is lost."""
+ReadUsage: TypeAlias = Callable[[JsonObject], UsageReported | CallReported | None]
+"""Returns what an output line reports as used; None: nothing, or numbers that cannot be. It must
+not raise either."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Final
 
 from runrecovery_service.domain.run import JsonObject
+from runrecovery_service.engines import cli_usage
 from runrecovery_service.engines.cli_dialect import CliDialect
 from runrecovery_service.engines.cli_events import (
     CliEvent,
@@ -20,6 +22,7 @@ from runrecovery_service.engines.cli_events import (
 
 _SESSION_LOST: Final = "thread/resume failed"
 _RETRY: Final = "Reconnecting"
+_REFUSED: Final = re.compile(r"\b(?:401 Unauthorized|403 Forbidden)\b")
 
 
 def read(event: JsonObject) -> Iterator[CliEvent]:
@@ -40,7 +43,7 @@ def read(event: JsonObject) -> Iterator[CliEvent]:
         case {"type": "error", "message": str(message)}:
             yield WarningShown(message)
             if message.startswith(_RETRY):
-                yield RetryReported(message)
+                yield RetryReported(message, is_refused=_REFUSED.search(message) is not None)
         case _:
             return
 
@@ -57,5 +60,6 @@ CODEX: Final = CliDialect(
     # Outside a Git repository Codex requires this flag, even for a folder that it trusts.
     when_trusted=("--skip-git-repo-check",),
     read=read,
+    read_usage=cli_usage.codex,
     says_lost=says_lost,
 )

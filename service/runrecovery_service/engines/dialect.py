@@ -11,6 +11,7 @@ from typing import Protocol, TypeAlias
 
 from runrecovery_service.domain.interruption import Interruption
 from runrecovery_service.domain.run import Interaction, JsonObject, Question, RunError, Session
+from runrecovery_service.domain.usage import SessionUsage, TurnUsage
 
 
 class ProtocolError(Exception):
@@ -53,14 +54,40 @@ class ResultMessage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UsageMessage:
+    """What the turn has used so far. It replaces the report before."""
+
+    used: TurnUsage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetryMessage:
+    """The agent waits and calls its model again.
+
+    Attributes:
+        message: why, as the agent reports it.
+        is_hopeless: the model refuses the agent's credentials, again.
+    """
+
+    message: str
+    is_hopeless: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UnknownMessage:
-    """A message of a type that this version does not know. It is counted and ignored."""
+    """A message that is logged and ignored.
+
+    Attributes:
+        problem: what is wrong with the message; empty: this version does not know its type.
+    """
 
     type: str
+    problem: str = ""
 
 
 Message: TypeAlias = (
-    "SessionMessage | AskMessage | ProgressMessage | ResultMessage | UnknownMessage"
+    "SessionMessage | AskMessage | ProgressMessage | ResultMessage | UsageMessage | RetryMessage"
+    " | UnknownMessage"
 )
 
 
@@ -81,11 +108,13 @@ class Resumed:
     Attributes:
         reply: the reply to the session's last question, which the process gets.
         interruption: what interrupted the process before, if this process is to complete its turn.
+        usage: what earlier processes of the session have reported.
     """
 
     session: Session
     reply: Interaction | None = None
     interruption: Interruption | None = None
+    usage: SessionUsage | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +141,10 @@ class Listener(Protocol):
         Raises:
             ProtocolError: the dialect does not allow this line.
         """
+        ...
+
+    def hear_stderr(self, tail: str) -> tuple[Message, ...]:
+        """Return what is new in the last lines of standard error, without secrets."""
         ...
 
     @property
@@ -182,6 +215,11 @@ class Dialect(Protocol):
 
         False: it replaces the one before.
         """
+        ...
+
+    @property
+    def reports_cost(self) -> bool:
+        """False: an engine never reports what it has cost."""
         ...
 
     def open(self, run: RunContext, resumed: Resumed | None) -> Opening:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from runrecovery_service.domain.run import JsonObject
+from runrecovery_service.engines import cli_usage
 from runrecovery_service.engines.cli_dialect import CliDialect
 from runrecovery_service.engines.cli_events import (
     CliEvent,
@@ -63,6 +64,7 @@ GEMINI: Final = CliDialect(
     first=lambda _: _OUTPUT,
     resume=lambda handle: ("--resume", handle, *_OUTPUT),
     read=read,
+    read_usage=cli_usage.gemini,
     says_lost=says_lost,
-    retry_on_stderr=re.compile(r"Attempt \d+ failed with status \d+"),
+    retry_on_stderr=re.compile(r"Attempt \d+ failed with status \d{3}"),
 )

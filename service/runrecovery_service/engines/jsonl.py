@@ -14,6 +14,7 @@ from runrecovery_service.domain.run import (
     Question,
     RunError,
 )
+from runrecovery_service.domain.usage import InvalidUsage, TurnUsage, usage_of
 from runrecovery_service.engines import prompts, questions
 from runrecovery_service.engines.dialect import (
     AskMessage,
@@ -27,6 +28,7 @@ from runrecovery_service.engines.dialect import (
     RunContext,
     SessionMessage,
     UnknownMessage,
+    UsageMessage,
 )
 from runrecovery_service.engines.strict_json import read_object
 
@@ -115,6 +117,8 @@ def parse(line: bytes) -> Message:
             return ProgressMessage(message=_text(message, "message", empty=True))
         case "result":
             return ResultMessage(output=_output(message))
+        case "usage":
+            return _usage(message)
         case str():
             return UnknownMessage(type=kind[:64])
         case _:
@@ -159,6 +163,23 @@ def _option(value: JsonValue) -> Option:
     return found
 
 
+def _usage(message: JsonObject) -> UsageMessage | UnknownMessage:
+    """Return the usage of the process so far. Bad numbers do not fail the run: its work is done."""
+    try:
+        usage = usage_of(
+            input_tokens=message.get("input_tokens"),
+            output_tokens=message.get("output_tokens"),
+            cached=message.get("cached_input_tokens", 0),
+            cache_write=message.get("cache_write_input_tokens", 0),
+            reasoning=message.get("reasoning_output_tokens", 0),
+            cost_usd=message.get("cost_usd"),
+            model=message.get("model", ""),
+        )
+    except InvalidUsage as invalid:
+        return UnknownMessage(type="usage", problem=str(invalid))
+    return UsageMessage(used=TurnUsage(turn=usage))
+
+
 def _output(message: JsonObject) -> JsonObject:
     output = message.get("output")
     if not isinstance(output, dict):
@@ -175,6 +196,7 @@ class JsonLines:
     session_type = SESSION_TYPE
     max_line_bytes = MAX_LINE_BYTES
     ends_once = True
+    reports_cost = True
     buffered_bytes = 0
     max_secret_bytes = 0
 
@@ -194,6 +216,10 @@ class JsonLines:
             return Heard(line)
         message = parse(line)
         return Heard(SESSION_SHOWN if isinstance(message, SessionMessage) else line, (message,))
+
+    def hear_stderr(self, tail: str) -> tuple[Message, ...]:
+        """Return nothing: the protocol has no messages on standard error."""
+        return ()
 
     def redact(self, text: bytes) -> bytes:
         """Return the text unchanged: an engine names its handle in `session` lines only."""

@@ -34,6 +34,7 @@ from runrecovery_service.domain.turn import (
     ProcessEnd,
     SessionGone,
     TurnEnd,
+    end_of_budget,
     is_repeated,
     judge,
 )
@@ -58,7 +59,9 @@ from runrecovery_service.execution.turn_state import (
     DeadlinePassed,
     ProtocolBroken,
     RecordQuestion,
+    RecordRetry,
     RecordSession,
+    RecordUsage,
     ReportUnknown,
     Signal,
     TurnEvent,
@@ -144,6 +147,8 @@ class TurnSupervisor:
         end = await self._run_process()
         if self.turn.interruption is not None and _is_session_lost(end):
             end = SessionGone(end.error)
+        if self._rules is not None:
+            end = end_of_budget(end, self._rules.why_used_up(self.state.used))
         self.is_ending = True
         ending = await self._end_tree()
         await self._finish(end, ending)
@@ -210,6 +215,8 @@ class TurnSupervisor:
             resumes=run.session is not None,
             ends_once=dialect.ends_once,
             exit_grace_s=self.exit_grace_s,
+            budget=run.budget,
+            used_before=run.usage,
         )
         workspace = self.sessions.workspace
         task = RunContext(
@@ -224,7 +231,8 @@ class TurnSupervisor:
         )  # fmt: skip
         if session is None or (reply is None and interruption is None):
             return None
-        return Resumed(session=session, reply=reply, interruption=interruption)
+        used = self.turn.session_usage
+        return Resumed(session=session, reply=reply, interruption=interruption, usage=used)
 
     # -- following -----------------------------------------------------------------------------
 
@@ -254,7 +262,6 @@ class TurnSupervisor:
         async with asyncio.TaskGroup() as group:
             tasks = [
                 group.create_task(io.read_stdout()),
-                group.create_task(io.parse_stdout()),
                 group.create_task(io.read_stderr()),
                 group.create_task(io.read_shim_report()),
                 group.create_task(self._send_task(io, opening)),
@@ -299,8 +306,14 @@ class TurnSupervisor:
             case CompareEnds(first, second):
                 if not await run_blocking(self.threads, is_repeated, first, second):
                     self._advance(ProtocolBroken(SECOND_END))
-            case ReportUnknown(kind):
-                self.records.log.info("execution.message_ignored", type=kind)
+            case RecordUsage(used):
+                await self.records.record_usage(used)
+            case RecordRetry(message):
+                is_last = self.state.stopped is not None
+                self.records.log.info("execution.agent_retries", is_last=is_last)
+                await self.records.record_retry(message)
+            case ReportUnknown(kind, problem):
+                self.records.log.info("execution.message_ignored", type=kind, problem=problem)
             case None:
                 pass
 
@@ -392,8 +405,9 @@ class TurnSupervisor:
         fingerprint = await self.sessions.fingerprint(end, gone=ended.gone)
         # A resumable wait ends only where an automatic decision ends it.
         due = None if self.turn.run.require_user_reply else self._wait_due()
-        run = await self.records.record_end(end, ended, due=due, fingerprint=fingerprint)
-        usage = ended.usage
+        used = self.state.used
+        run = await self.records.record_end(end, ended, due=due, fingerprint=fingerprint, used=used)
+        usage, tokens = ended.usage, None if used is None else used.turn
         self.records.log.info(
             "execution.turn_ended",
             status=run.status.value if run.status else None,
@@ -402,6 +416,9 @@ class TurnSupervisor:
             processes_ended=ended.processes_ended,
             cpu_s=None if usage is None else round((usage.user_us + usage.system_us) / 1e6, 3),
             max_rss_kib=None if usage is None else usage.max_rss_kib,
+            input_tokens=None if tokens is None else tokens.input_tokens,
+            output_tokens=None if tokens is None else tokens.output_tokens,
+            cost_usd=None if tokens is None else tokens.cost_usd,
         )
 
     def _ended(self, ending: Ending) -> LaunchEnd:

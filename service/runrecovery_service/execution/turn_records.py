@@ -11,6 +11,7 @@ from runrecovery_service.domain.deadline import Due
 from runrecovery_service.domain.run import Interaction, Question, Run, Session
 from runrecovery_service.domain.session_check import SessionFingerprint
 from runrecovery_service.domain.turn import TurnEnd
+from runrecovery_service.domain.usage import TurnUsage
 from runrecovery_service.execution.turn_log import TurnLog, retry_until_done
 from runrecovery_service.storage import instances, interactions, launch_records, turns
 from runrecovery_service.storage.async_storage import Storage
@@ -82,6 +83,16 @@ class TurnRecords:
             now=self.clock.now(),
         )
 
+    async def record_usage(self, used: TurnUsage) -> None:
+        """Record what the turn has used so far."""
+        await self._write(turns.record_usage, self.turn, owner=self.owner, used=used)
+
+    async def record_retry(self, message: str) -> None:
+        """Record that the agent waits and calls its model again."""
+        await self._write(
+            turns.record_retry, self.turn, owner=self.owner, message=message, now=self.clock.now()
+        )
+
     async def record_reply_read(self, number: int) -> None:
         """Record that the process has the accepted reply: a sticky one may yet have to read it."""
         await self._write(turns.record_delivered, self.turn, owner=self.owner, number=number)
@@ -97,12 +108,14 @@ class TurnRecords:
         *,
         due: Due | None,
         fingerprint: SessionFingerprint | None,
+        used: TurnUsage | None,
     ) -> Run:
         """Record how the turn and its process ended, and return the run.
 
         Args:
             due: the deadline of the wait that may begin now; None: it has none.
             fingerprint: of the session file, if one could be taken.
+            used: what the turn has used, if its agent reported that.
         """
         return await self._write(
             turns.record_end,
@@ -113,6 +126,7 @@ class TurnRecords:
             due=due,
             due_in=self.clock.due_in,
             mark=fingerprint,
+            used=used,
             now=self.clock.now(),
         )
 

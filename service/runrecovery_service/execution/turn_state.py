@@ -11,15 +11,18 @@ from enum import Enum, auto
 from typing import Final, TypeAlias
 
 from runrecovery_service.domain.deadline import DueKind
-from runrecovery_service.domain.run import Profile, Question
+from runrecovery_service.domain.run import ErrorCode, Profile, Question, RunError
 from runrecovery_service.domain.turn import Asked, Succeeded, TurnFacts
+from runrecovery_service.domain.usage import UNLIMITED, Budget, TurnUsage, Usage
 from runrecovery_service.engines.dialect import (
     AskMessage,
     Message,
     ProgressMessage,
     ResultMessage,
+    RetryMessage,
     SessionMessage,
     UnknownMessage,
+    UsageMessage,
 )
 from runrecovery_service.process.shim_events import (
     Empty,
@@ -33,8 +36,13 @@ from runrecovery_service.process.shim_events import (
 
 LAST_OUTPUT_S: Final = 1.0
 """How long a process that has exited may leave its output open: a child may hold it."""
+USAGE_RECORDED_EVERY_S: Final = 5.0
+"""Between two records of what a turn under way has used. Its end records the last report."""
+RETRIES_RECORDED: Final = 20
+"""Retries of one turn that become events of the run."""
 UNKNOWN_TYPES: Final = 100
 """Unknown message types of one turn that are remembered, and so reported once."""
+UNAUTHENTICATED: Final = "The model refuses the agent's credentials, but the agent tries again:"
 SECOND_END: Final = "The agent gave a second, different result or question."
 ASKED_WITHOUT_SESSION: Final = "The agent asked without having named a session to resume."
 ASKED_WHILE_WAITING: Final = "The agent asked while its last question was open."
@@ -116,13 +124,30 @@ class CompareEnds:
 
 
 @dataclass(frozen=True, slots=True)
+class RecordUsage:
+    """Record what the turn has used so far."""
+
+    used: TurnUsage
+
+
+@dataclass(frozen=True, slots=True)
+class RecordRetry:
+    """Record that the agent waits and calls its model again."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
 class ReportUnknown:
-    """Log a message of an unknown type."""
+    """Log a message of an unknown type, or one that cannot be used because of `problem`."""
 
     type: str
+    problem: str = ""
 
 
-Action: TypeAlias = RecordSession | RecordQuestion | CompareEnds | ReportUnknown
+Action: TypeAlias = (
+    RecordSession | RecordQuestion | CompareEnds | RecordUsage | RecordRetry | ReportUnknown
+)
 
 
 # -- state -------------------------------------------------------------------------------------
@@ -137,12 +162,23 @@ class TurnRules:
         resumes: the process goes on with a session that is on record.
         ends_once: a second, different result or question breaks the protocol.
         exit_grace_s: how long a process may live on after its end or its last output.
+        budget: what the run may use.
+        used_before: what the run had used before this turn.
     """
 
     profile: Profile | None
     resumes: bool
     ends_once: bool
     exit_grace_s: float
+    budget: Budget = UNLIMITED
+    used_before: Usage | None = None
+
+    def why_used_up(self, used: TurnUsage | None) -> str | None:
+        """Return why the run may not go on after this usage of the turn; None: it may."""
+        before = self.used_before
+        if used is None:
+            return self.budget.why_used_up(before)
+        return self.budget.why_used_up(used.turn if before is None else before.plus(used.turn))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +192,9 @@ class TurnState(TurnFacts):
         has_session: the process has named its session.
         open_outputs: how many of stdout and stderr are open.
         exit_due_s: the loop's time by which the process must have ended; None: any time.
+        used: the latest report of what the turn has used.
+        usage_due_s: the loop's time from which such a report is recorded before the end.
+        retries: how many retries were recorded.
         unknown_types: message types that were reported as unknown.
     """
 
@@ -165,6 +204,9 @@ class TurnState(TurnFacts):
     has_session: bool = False
     open_outputs: int = 2
     exit_due_s: float | None = None
+    used: TurnUsage | None = None
+    usage_due_s: float = 0.0
+    retries: int = 0
     unknown_types: frozenset[str] = frozenset()
 
     @property
@@ -174,6 +216,7 @@ class TurnState(TurnFacts):
         has_ended = self.exited is not None and not self.open_outputs
         is_lost = self.is_unsupervised or self.interrupted is not None
         is_stopped = self.is_canceled or self.deadline_passed is not None
+        is_stopped |= self.stopped is not None
         return has_ended or is_lost or is_stopped or self.protocol_error is not None
 
     @property
@@ -183,6 +226,7 @@ class TurnState(TurnFacts):
             "canceled": self.is_canceled,
             "timed_out": self.deadline_passed is not None,
             "protocol_broken": self.protocol_error is not None,
+            "stopped": self.stopped is not None,
             "shim_lost": self.is_unsupervised,
             "reply_lost": self.is_reply_lost,
         }
@@ -211,6 +255,8 @@ def advance(state: TurnState, event: TurnEvent, rules: TurnRules, *, now_s: floa
             return _shim_event(state, event, now_s), None
         case Gated() | Started() | NotStarted():
             return state, None  # the launch has waited for these
+        case UsageMessage(used=used):
+            return _usage(state, used, now_s)
         case _:
             return _message(state, event, rules)
 
@@ -223,9 +269,11 @@ def _message(state: TurnState, message: Message, rules: TurnRules) -> Step:
             return _question(state, Asked(question), rules)
         case ResultMessage(output=output):
             return _last_word(state, Succeeded(output), rules)
-        case UnknownMessage(type=kind):
-            return _unknown(state, kind)
-        case ProgressMessage():
+        case UnknownMessage():
+            return _unknown(state, message)
+        case RetryMessage():
+            return _retry(state, message)
+        case ProgressMessage() | UsageMessage():
             return state, None
 
 
@@ -254,12 +302,30 @@ def _last_word(state: TurnState, said: Asked | Succeeded, rules: TurnRules) -> S
     return replace(state, last_word=said), None
 
 
-def _unknown(state: TurnState, kind: str) -> Step:
+def _usage(state: TurnState, used: TurnUsage, now_s: float) -> Step:
+    state = replace(state, used=used)
+    if state.last_word is not None or now_s < state.usage_due_s:
+        return state, None
+    return replace(state, usage_due_s=now_s + USAGE_RECORDED_EVERY_S), RecordUsage(used)
+
+
+def _retry(state: TurnState, retry: RetryMessage) -> Step:
+    if retry.is_hopeless and (state.last_word is None or state.is_at_work):
+        how = f"{UNAUTHENTICATED} {retry.message}."
+        error = RunError(code=ErrorCode.ENGINE_UNAUTHENTICATED, message=how)
+        state = replace(state, stopped=error)
+    if state.retries >= RETRIES_RECORDED:
+        return state, None
+    return replace(state, retries=state.retries + 1), RecordRetry(retry.message)
+
+
+def _unknown(state: TurnState, message: UnknownMessage) -> Step:
+    kind = message.type
     if kind in state.unknown_types:
         return state, None
     if len(state.unknown_types) < UNKNOWN_TYPES:
         state = replace(state, unknown_types=state.unknown_types | {kind})
-    return state, ReportUnknown(kind)
+    return state, ReportUnknown(kind, message.problem)
 
 
 def _line_read(
@@ -271,6 +337,9 @@ def _line_read(
     """
     if state.exited is not None or not state.open_outputs:
         return replace(state, is_at_work=at_work is True)
+    goes_on = state.last_word is None or at_work is True
+    if goes_on and state.used is not None and (why := rules.why_used_up(state.used)) is not None:
+        return replace(state, stopped=RunError(code=ErrorCode.BUDGET_EXCEEDED, message=why))
     if at_work is True:
         return replace(state, is_at_work=True, exit_due_s=None)
     if state.last_word is not None or at_work is False:

@@ -6,15 +6,18 @@ files may be on storage that does not answer, and no transaction may wait for su
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 
+from runrecovery_service.clock import Clock
 from runrecovery_service.domain.plan import (
     Decision,
     PlannedDecision,
     RecoveryPlan,
     Situation,
+    Work,
     preview_decision,
     sum_decisions,
 )
@@ -29,8 +32,8 @@ from runrecovery_service.storage.recovery_preview import PreviewedRun
 from runrecovery_service.storage.recovery_scope import RecoveryScope
 from runrecovery_service.storage.session_checks import StoredSession
 
-_Session = tuple[StoredSession, Situation]
-"""A session to check, and the situation of its run by the stored rows."""
+_Session = tuple[StoredSession, Situation, Work]
+"""A session to check, the situation of its run by the stored rows, and the work of its run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,12 +41,12 @@ class _Totals:
     """The rows from which all runs are counted.
 
     Attributes:
-        situations: how many runs are in each situation, by the stored rows.
+        situations: the runs in each situation, by the stored rows.
         sessions: the sessions to check, by engine.
         launches: how many launches a restart would end.
     """
 
-    situations: Sequence[tuple[Situation, int]]
+    situations: Sequence[tuple[Situation, Work]]
     sessions: Mapping[str, Sequence[_Session]] = field(repr=False)
     launches: int
 
@@ -63,6 +66,7 @@ class Planner:
 
     owner: Owner
     sessions: BulkSessionCheck
+    clock: Clock
 
     @property
     def _reach(self) -> RecoveryScope:
@@ -73,35 +77,36 @@ class Planner:
 
         The first page also has the totals, from the same snapshot.
         """
+        now = self.clock.now()
         with db.snapshot():
             runs = recovery_preview.preview_page(
-                db, self._reach, after=after[0] if after else 0, limit=limit + 1
+                db, self._reach, after=after[0] if after else 0, limit=limit + 1, now=now
             )
             return Rows(
                 page=runs[:limit],
                 after=(runs[limit - 1].run_key,) if len(runs) > limit else None,
-                totals=None if after else self._read_totals(db),
+                totals=None if after else self._read_totals(db, now),
             )
 
-    def _read_totals(self, db: Database) -> _Totals:
+    def _read_totals(self, db: Database, now: datetime) -> _Totals:
         return _Totals(
-            situations=recovery_preview.count_situations(db, self._reach),
-            sessions={engine: self._sessions(db, engine) for engine in self.sessions.checks},
+            situations=recovery_preview.sum_situations(db, self._reach, now=now),
+            sessions={engine: self._sessions(db, engine, now) for engine in self.sessions.checks},
             launches=len(
                 launch_records.unclosed_launches(db, self.owner, before=self._reach.before)
             ),
         )
 
-    def _sessions(self, db: Database, engine: str) -> list[_Session]:
+    def _sessions(self, db: Database, engine: str, now: datetime) -> list[_Session]:
         """Return the sessions of an engine. Equal situations share one object, to save memory."""
         sessions: list[_Session] = []
         known: dict[Situation, Situation] = {}
         after = 0
         while runs := recovery_preview.preview_engine(
-            db, self._reach, engine, after=after, limit=SESSIONS_PER_CHECK
+            db, self._reach, engine, after=after, limit=SESSIONS_PER_CHECK, now=now
         ):
             sessions += (
-                (run.session, known.setdefault(run.situation, run.situation))
+                (run.session, known.setdefault(run.situation, run.situation), run.work)
                 for run in runs
                 if run.session is not None
             )
@@ -138,18 +143,18 @@ class Planner:
         return found
 
     def _count(self, totals: _Totals, found: Mapping[int, SessionFinding]) -> RecoveryPlan:
-        """Count all runs by their stored situation, then correct runs with another finding."""
-        counts: Counter[Decision] = Counter()
-        for situation, count in totals.situations:
-            counts[preview_decision(situation)] += count
+        """Add up all runs by their stored situation, then correct runs with another finding."""
+        sums: defaultdict[Decision, Work] = defaultdict(Work)
+        for situation, work in totals.situations:
+            sums[preview_decision(situation)] += work
         self._forget_finished_checks()
         for engine, sessions in totals.sessions.items():
-            for (_, situation), finding in _findings(self.sessions, engine, sessions, found):
+            for (_, situation, work), finding in _findings(self.sessions, engine, sessions, found):
                 now = _with_finding(situation, finding)
                 if now != situation:
-                    counts[preview_decision(situation)] -= 1
-                    counts[preview_decision(now)] += 1
-        return sum_decisions(counts.items(), launches=totals.launches)
+                    sums[preview_decision(situation)] -= work
+                    sums[preview_decision(now)] += work
+        return sum_decisions(sums.items(), launches=totals.launches)
 
     def _forget_finished_checks(self) -> None:
         """Let engines whose previous check has finished be checked again."""
@@ -168,7 +173,7 @@ def _findings(
     """Yield each session with its finding. Sessions with a known finding are not checked."""
     for at in range(0, len(sessions), SESSIONS_PER_CHECK):
         portion = sessions[at : at + SESSIONS_PER_CHECK]
-        unknown = [stored for stored, _ in portion if stored.run_key not in known]
+        unknown = [stored for stored, _, _ in portion if stored.run_key not in known]
         findings = iter(bulk.check_all(engine, unknown))
         for session in portion:
             finding = known.get(session[0].run_key)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import Final
 
-from runrecovery.v1 import recovery_pb2, run_pb2
+from runrecovery.v1 import recovery_pb2, recovery_service_pb2, run_pb2
 
+from runrecovery_service.domain.plan import Outcome
 from runrecovery_service.domain.reconciliation import Cause, ContainmentLevel, ReconciliationState
 from runrecovery_service.domain.run import (
     InteractionKind,
@@ -95,6 +96,10 @@ EVENT_KIND_TO_PROTO: Final = MappingProxyType[RunEventKind | None, run_pb2.RunEv
     {None: run_pb2.RUN_EVENT_KIND_UNSPECIFIED}
     | {kind: run_pb2.RunEventKind.Value(f"RUN_EVENT_KIND_{kind}") for kind in RunEventKind}
 )
+
+PLANNED_OUTCOME_TO_PROTO: Final = MappingProxyType[
+    Outcome, recovery_service_pb2.PlannedOutcome.ValueType
+]({one: recovery_service_pb2.PlannedOutcome.Value(f"PLANNED_OUTCOME_{one}") for one in Outcome})
 
 VIEW_FROM_PROTO: Final = MappingProxyType[int, View](
     {

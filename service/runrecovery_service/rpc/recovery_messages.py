@@ -10,8 +10,10 @@ from runrecovery_service.domain.explanation import RecordedDecision, explain_fac
 from runrecovery_service.domain.plan import PlannedDecision, RecoveryPlan
 from runrecovery_service.domain.reconciliation import Containment, DecisionCount, Reconciliation
 from runrecovery_service.domain.run import RecoveryInfo
+from runrecovery_service.domain.usage import Usage
 from runrecovery_service.rpc.enums import (
     CONTAINMENT_LEVEL_TO_PROTO,
+    PLANNED_OUTCOME_TO_PROTO,
     PROFILE_TO_PROTO,
     RECONCILIATION_STATE_TO_PROTO,
     RECOVERY_STATE_TO_PROTO,
@@ -23,6 +25,7 @@ from runrecovery_service.rpc.gate import ServiceState
 from runrecovery_service.rpc.times import write_duration, write_time
 from runrecovery_service.storage.decision_feed import FeedDecision
 from runrecovery_service.storage.launch_records import UnendedLaunch
+from runrecovery_service.storage.usage import EngineUsage
 
 
 def fill_recovery_info(to: run_pb2.RecoveryInfo, recovery: RecoveryInfo | None) -> None:
@@ -42,6 +45,19 @@ def fill_recovery_info(to: run_pb2.RecoveryInfo, recovery: RecoveryInfo | None) 
     to.epoch = recovery.epoch
     to.recovery_count = recovery.recovery_count
     to.processes_ended = recovery.processes_ended
+
+
+def fill_usage(to: run_pb2.Usage, usage: Usage) -> None:
+    """Fill a message with tokens and cost."""
+    to.input_tokens = usage.input_tokens
+    to.cached_input_tokens = usage.cached_input_tokens
+    to.cache_write_input_tokens = usage.cache_write_input_tokens
+    to.output_tokens = usage.output_tokens
+    to.reasoning_output_tokens = usage.reasoning_output_tokens
+    if usage.cost_usd is not None:
+        to.cost_usd = usage.cost_usd
+    to.model = usage.model
+    to.SetInParent()
 
 
 def fill_recovered_run(to: recovery_service_pb2.RecoveredRun, decided: FeedDecision) -> None:
@@ -94,6 +110,10 @@ def fill_plan(to: recovery_service_pb2.RecoveryPlan, plan: RecoveryPlan) -> None
     to.runs_unchanged = plan.runs_unchanged
     to.quarantined = plan.quarantined
     to.launches = plan.launches
+    for outcome, work in plan.groups:
+        group = to.groups.add(outcome=PLANNED_OUTCOME_TO_PROTO[outcome], runs=work.runs)
+        group.tokens = work.tokens
+        write_duration(group.running_time, work.running_us / 1e6)
 
 
 def _fill_decision_counts(
@@ -167,8 +187,9 @@ def fill_status(
     report: Reconciliation | None,
     containment: Containment | None,
     unended: Sequence[UnendedLaunch],
+    used: Sequence[EngineUsage],
 ) -> None:
-    """Fill a message with the state of the service and the launches that could not be ended.
+    """Fill a message with the state of the service, and what its launches left and used.
 
     A report and a containment that are None stay unset.
     """
@@ -180,3 +201,5 @@ def fill_status(
     for launch in unended:
         left = to.unended_launches.add(run_id=launch.run_id, attempt=launch.attempt)
         write_time(left.launched_at, launch.launched_at)
+    for one in used:
+        fill_usage(to.engine_usage.add(engine=one.engine, turns=one.turns).usage, one.usage)

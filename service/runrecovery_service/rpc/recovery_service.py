@@ -26,7 +26,7 @@ from runrecovery_service.rpc import (
 )
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.watch_streams import RecoveredWatcher
-from runrecovery_service.storage import decisions, launch_records, reports
+from runrecovery_service.storage import decisions, launch_records, reports, usage
 from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.instances import Owner
 
@@ -161,6 +161,7 @@ class RecoveryService:
             unended=await self._storage.read(
                 launch_records.unended_launches, self._owner, limit=MAX_UNENDED_LAUNCHES
             ),
+            used=await self._storage.read(usage.by_engine),
         )
         return response
 

@@ -17,7 +17,7 @@ from runrecovery_service.rpc.enums import (
     STATUS_TO_PROTO,
 )
 from runrecovery_service.rpc.json_values import write_struct, write_value
-from runrecovery_service.rpc.recovery_messages import fill_recovery_info
+from runrecovery_service.rpc.recovery_messages import fill_recovery_info, fill_usage
 from runrecovery_service.rpc.times import write_duration, write_time
 
 
@@ -81,6 +81,16 @@ def _fill_optional_fields(to: run_pb2.Run, run: Run) -> None:
         to.resume_count = run.resume_count
     if run.resume_at is not None:
         write_time(to.resume_at, run.resume_at)
+    _fill_usage_and_budget(to, run)
+
+
+def _fill_usage_and_budget(to: run_pb2.Run, run: Run) -> None:
+    if run.usage is not None:
+        fill_usage(to.usage, run.usage)
+    if run.budget.max_tokens is not None:
+        to.max_tokens = run.budget.max_tokens
+    if run.budget.max_cost_usd is not None:
+        to.max_cost_usd = run.budget.max_cost_usd
 
 
 def _fill_pending(to: run_pb2.PendingInteraction, question: Interaction) -> None:
@@ -123,3 +133,7 @@ def fill_event(to: run_pb2.RunEvent, event: RunEvent) -> None:
     to.error_code = event.error_code or ""
     if event.recovery is not None:
         fill_recovery_info(to.recovery, event.recovery)
+    if event.message:
+        to.message = event.message
+    if event.usage is not None:
+        fill_usage(to.usage, event.usage)

@@ -21,6 +21,7 @@ from runrecovery_service.domain.errors import SessionNotResumable
 from runrecovery_service.domain.recovery_matrix import REOPENABLE
 from runrecovery_service.domain.run import NewRun, RestartPolicy, Run, RunFilter, RunStatus
 from runrecovery_service.domain.session_check import REASON_TEXTS, StoredHandle
+from runrecovery_service.domain.usage import Budget, cost_to_nanos
 from runrecovery_service.engines.catalog import Catalog, Engine
 from runrecovery_service.rpc import enums, json_values, paging, run_messages, times, validation
 from runrecovery_service.rpc.gate import Gate
@@ -242,6 +243,7 @@ class RunService:
             if requested.HasField("require_user_reply")
             else engine.require_user_reply,
             max_run_s=engine.max_run_time_s,
+            budget=engine.budget.narrowed(_budget(request)),
             input=json_values.read_struct(request.input),
         )
 
@@ -256,6 +258,14 @@ class RunService:
         self._committing.discard(task)
         if not task.cancelled():
             task.exception()  # marked as seen: the caller has it, unless the call was cancelled
+
+
+def _budget(request: pb.CreateRunRequest) -> Budget:
+    has_cost = request.HasField("max_cost_usd")
+    return Budget(
+        max_tokens=request.max_tokens if request.HasField("max_tokens") else None,
+        max_cost_nanos=cost_to_nanos(request.max_cost_usd) if has_cost else None,
+    )
 
 
 def _to_domain_filter(asked: pb.RunFilter) -> RunFilter:

@@ -13,6 +13,7 @@ from runrecovery.v1 import run_pb2
 from runrecovery.v1 import run_service_pb2 as run_pb
 
 from runrecovery_service.domain.errors import FieldViolation, InvalidFields
+from runrecovery_service.domain.usage import MAX_BUDGET_TOKENS, MAX_BUDGET_USD
 from runrecovery_service.engines.catalog import Engine
 from runrecovery_service.engines.jsonl import MAX_SESSION_CHARS
 from runrecovery_service.rpc import enums, json_values, times
@@ -63,7 +64,15 @@ def create_run(request: run_pb.CreateRunRequest) -> Violations:
         yield _unknown("interactive_profile.kind", kind)
     if request.interactive_profile.HasField("session_timeout"):
         yield from _session_timeout(request.interactive_profile.session_timeout)
+    yield from _budget(request)
     yield from _request_id(request.request_id)
+
+
+def _budget(request: run_pb.CreateRunRequest) -> Violations:
+    if request.HasField("max_tokens") and not 1 <= request.max_tokens <= MAX_BUDGET_TOKENS:
+        yield FieldViolation("max_tokens", f"must be from 1 to {MAX_BUDGET_TOKENS}")
+    if request.HasField("max_cost_usd") and not 0 < request.max_cost_usd <= MAX_BUDGET_USD:
+        yield FieldViolation("max_cost_usd", f"must be above 0 and at most {MAX_BUDGET_USD:.0f}")
 
 
 def _session_timeout(span: Duration) -> Violations:
@@ -82,6 +91,24 @@ def fits_engine(request: run_pb.CreateRunRequest, engine: Engine) -> Violations:
             "restart_policy",
             f"engine {clip(engine.name)!r} cannot resume an interrupted turn"
             " (resumes_interrupted is not set in its configuration)",
+        )
+    yield from _fits_budget(request, engine)
+
+
+def _fits_budget(request: run_pb.CreateRunRequest, engine: Engine) -> Violations:
+    named, most = clip(engine.name), engine.budget
+    if most.max_tokens is not None and request.max_tokens > most.max_tokens:
+        yield FieldViolation(
+            "max_tokens", f"must be at most {most.max_tokens}, the max_tokens of engine {named!r}"
+        )
+    if most.max_cost_usd is not None and request.max_cost_usd > most.max_cost_usd:
+        yield FieldViolation(
+            "max_cost_usd",
+            f"must be at most {most.max_cost_usd:g}, the max_cost_usd of engine {named!r}",
+        )
+    if request.HasField("max_cost_usd") and not engine.dialect.reports_cost:
+        yield FieldViolation(
+            "max_cost_usd", f"engine {named!r} reports no cost; use max_tokens instead"
         )
 
 

@@ -13,6 +13,7 @@ from typing import Final
 from runrecovery_service.domain.errors import WatchHistoryPruned, WatchSequenceUnknown
 from runrecovery_service.domain.recovery_matrix import REOPEN_RULE
 from runrecovery_service.domain.run import Run, RunEvent, RunEventKind, RunStatus
+from runrecovery_service.domain.usage import Usage
 from runrecovery_service.storage import tables
 from runrecovery_service.storage.database import Database, Row
 from runrecovery_service.storage.rows import (
@@ -21,6 +22,8 @@ from runrecovery_service.storage.rows import (
     from_us,
     recovery_from_row,
     to_us,
+    usage_from_json,
+    usage_to_json,
 )
 from runrecovery_service.storage.statements import Statement, param
 
@@ -45,7 +48,15 @@ _ADD = Statement(
 _OWN = Statement(
     lambda: (
         _V.select(
-            _V.no, _V.kind, _V.happened_at, _V.status, _V.attempt, _V.interaction, _V.error_code
+            _V.no,
+            _V.kind,
+            _V.happened_at,
+            _V.status,
+            _V.attempt,
+            _V.interaction,
+            _V.error_code,
+            _V.usage,
+            _V.message,
         )
         .where((_V.run == param("run")) & (_V.no > param("after")) & (_V.no <= param("last")))
         .order_by(_V.no)
@@ -100,6 +111,22 @@ def record_event(
         )
 
 
+def add_to_event(
+    db: Database, run: Run, *, usage: Usage | None = None, message: str | None = None
+) -> None:
+    """Add to the event that was just recorded, in the same transaction.
+
+    Args:
+        run: as read before the event was recorded.
+        usage: what the turn that ended has used.
+        message: what the agent reported.
+    """
+    db.execute(
+        "UPDATE run_event SET usage = ?, message = ? WHERE run = ? AND no = ?",
+        (usage_to_json(usage), message, run.key, run.event_count + 1),
+    )
+
+
 def events_after(db: Database, run: Run, after: int) -> tuple[RunEvent, ...]:
     """Return the events of a run after the sequence `after`, up to the version that was read.
 
@@ -128,7 +155,7 @@ def events_after(db: Database, run: Run, after: int) -> tuple[RunEvent, ...]:
 
 
 def _event_from_row(row: Row) -> RunEvent:
-    sequence, kind, happened_at, status, attempt, interaction_id, error_code = row
+    sequence, kind, happened_at, status, attempt, interaction_id, error_code, usage, message = row
     return RunEvent(
         sequence=sequence,
         kind=enum_from_text(RunEventKind, kind),
@@ -137,6 +164,8 @@ def _event_from_row(row: Row) -> RunEvent:
         attempt=attempt,
         interaction_id=interaction_id,
         error_code=error_code,
+        usage=usage_from_json(usage),
+        message=message or "",
     )
 
 

@@ -254,6 +254,16 @@ def close(
         )
 
 
+def swap_usage(db: Database, launch: LaunchRecord, usage: str | None) -> str | None:
+    """Record what the turn has used so far, and return what was recorded before.
+
+    In the caller's transaction.
+    """
+    before = db.fetch_one(f"SELECT usage FROM process_lease WHERE {_IDENTITY}", launch.identity)
+    db.execute(f"UPDATE process_lease SET usage = ? WHERE {_IDENTITY}", (usage, *launch.identity))
+    return None if before is None else before[0]
+
+
 def _orphans_to_json(orphans: tuple[Orphan, ...]) -> str | None:
     """Return the text that `orphans_from_json` reads; None for no orphans."""
     if not orphans:

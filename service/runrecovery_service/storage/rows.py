@@ -7,6 +7,7 @@ does not fail a whole response. Recovery finds damaged rows and quarantines them
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any, Final, TypeVar
@@ -33,6 +34,7 @@ from runrecovery_service.domain.run import (
     Session,
 )
 from runrecovery_service.domain.session_check import SessionFinding, SessionReason, SessionVerdict
+from runrecovery_service.domain.usage import Budget, SessionUsage, Usage
 from runrecovery_service.storage import tables
 from runrecovery_service.storage.database import Row
 
@@ -130,7 +132,9 @@ RUN_COLUMNS: Final[tuple[pw.Field, ...]] = (
     _R.started_at, _R.updated_at, _R.ended_at, _R.recovery_state, _R.recovery_count,
     _R.event_count, _R.session_timeout_us, _R.require_user_reply, _R.max_run_us,
     _R.auto_decided_count, _R.run_deadline_at, _R.reopenable_until, _R.max_resumes,
-    _R.resume_count, _R.resume_at,
+    _R.resume_count, _R.resume_at, _R.input_tokens, _R.cached_input_tokens,
+    _R.cache_write_input_tokens, _R.output_tokens, _R.reasoning_output_tokens, _R.cost_nanos,
+    _R.model, _R.max_tokens, _R.max_cost_nanos,
 )  # fmt: skip
 INTERACTION_COLUMNS: Final[tuple[pw.Field, ...]] = (
     _I.no, _I.kind, _I.prompt, _I.options, _I.state, _I.asked_at, _I.replied_at, _I.response,
@@ -163,7 +167,7 @@ def run_from_row(row: Row) -> Run:
         started_at, updated_at, ended_at, recovery_state, recovery_count,
         event_count, session_timeout_us, require_user_reply, max_run_us,
         auto_decided_count, run_deadline_at, reopenable_until, max_resumes,
-        resume_count, resume_at,
+        resume_count, resume_at, *usage, max_tokens, max_cost_nanos,
     ) = row[:_INTERACTION_AT]  # fmt: skip
     quarantined = recovery_state == RecoveryState.QUARANTINED
     waiting = status == RunStatus.WAITING_USER and row[_INTERACTION_AT] is not None
@@ -204,6 +208,8 @@ def run_from_row(row: Row) -> Run:
         max_resumes=max_resumes,
         resume_count=resume_count,
         resume_at=from_us_or_none(resume_at),
+        usage=usage_from_columns(*usage),
+        budget=Budget(max_tokens=max_tokens, max_cost_nanos=max_cost_nanos),
     )
 
 
@@ -221,6 +227,54 @@ def session_from_columns(kind: str | None, handle: str | None, turn: int | None)
     if not kind or not handle:
         return None
     return Session(type=kind, handle=handle, turn=turn or 0)
+
+
+def usage_from_columns(
+    input_tokens: int,
+    cached: int,
+    cache_write: int,
+    output_tokens: int,
+    reasoning: int,
+    cost_nanos: int | None,
+    model: str | None,
+) -> Usage | None:
+    """Return the usage of a run; None until the first report."""
+    if model is None:
+        return None
+    return Usage(
+        input_tokens=input_tokens,
+        cached_input_tokens=cached,
+        cache_write_input_tokens=cache_write,
+        output_tokens=output_tokens,
+        reasoning_output_tokens=reasoning,
+        cost_nanos=cost_nanos,
+        model=model,
+    )
+
+
+def usage_to_json(usage: Usage | SessionUsage | None) -> str | None:
+    """Return the text that `usage_from_json` or `session_usage_from_json` reads; None for None."""
+    return None if usage is None else to_json(asdict(usage))
+
+
+def usage_from_json(text: str | None) -> Usage | None:
+    """Return the stored usage; None for a missing or unreadable text."""
+    return _usage(json_value(text))
+
+
+def session_usage_from_json(text: str | None) -> SessionUsage | None:
+    """Return the stored usage of a session; None for a missing or unreadable text."""
+    stored = json_value(text)
+    if not isinstance(stored, dict):
+        return None
+    return SessionUsage(total=_usage(stored.get("total")), calls=_usage(stored.get("calls")))
+
+
+def _usage(stored: Any) -> Usage | None:  # Any: each member has its own type
+    try:
+        return Usage(**stored) if isinstance(stored, dict) else None
+    except TypeError:
+        return None
 
 
 def recovery_from_row(row: Row) -> RecoveryInfo | None:

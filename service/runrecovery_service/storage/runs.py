@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from datetime import datetime
 from itertools import chain
 from typing import Any, Final, NamedTuple
@@ -235,8 +236,8 @@ _INSERT = Statement(
                 _R.require_user_reply: param("require_user_reply"),
                 _R.max_run_us: param("max_run_us"),
                 _R.max_resumes: param("max_resumes"),
-                _R.resume_count: 0,
-                _R.questions_before: 0,
+                _R.max_tokens: param("max_tokens"),
+                _R.max_cost_nanos: param("max_cost_nanos"),
                 _R.attempt: 0,
                 _R.turn: 0,
                 _R.interaction_count: 0,
@@ -304,6 +305,7 @@ def create(
         require_user_reply=int(new.require_user_reply),
         max_run_us=_us(new.max_run_s),
         max_resumes=new.max_resumes,
+        **asdict(new.budget),
         owner=owner.instance,
         epoch=owner.epoch,
         now=to_us(now),

@@ -43,6 +43,9 @@ class Run(pw.Model):
     the latest question. `interrupted_…` is the interruption after which the next turn, or the
     current one, resumes the session. `resume_count` counts the resumes of that turn.
     `questions_before` is the `interaction_count` at the start of the latest attempt.
+    `…_tokens`, `cost_nanos` and `model` are the sum of what the turns have used; `model` is NULL
+    until the first report. `session_usage` is what the next process of the session subtracts from
+    the total that it reports.
 
     `status`, `profile` and `restart_policy` have no CHECK constraint. A newer version that runs
     beside this one may write an unknown word; recovery quarantines such a row and does not fail.
@@ -104,6 +107,16 @@ class Run(pw.Model):
     interrupted_at = pw.BigIntegerField(null=True)
     interrupted_by = pw.TextField(null=True)
     resume_at = pw.BigIntegerField(null=True)
+    input_tokens = pw.BigIntegerField()
+    cached_input_tokens = pw.BigIntegerField()
+    cache_write_input_tokens = pw.BigIntegerField()
+    output_tokens = pw.BigIntegerField()
+    reasoning_output_tokens = pw.BigIntegerField()
+    cost_nanos = pw.BigIntegerField(null=True)
+    model = pw.TextField(null=True)
+    session_usage = pw.TextField(null=True)
+    max_tokens = pw.BigIntegerField(null=True)
+    max_cost_nanos = pw.BigIntegerField(null=True)
 
     class Meta:
         table_name = "run"
@@ -132,7 +145,8 @@ class Interaction(pw.Model):
 class RunEvent(pw.Model):
     """One event of a run; `no` is its sequence.
 
-    The creation, 1, and the events of `RecoveryEvent` have no row here.
+    The creation, 1, and the events of `RecoveryEvent` have no row here. `usage` is what the turn
+    that ended with the event has used. `message` is a text of the agent.
     """
 
     run = pw.BigIntegerField()
@@ -143,6 +157,8 @@ class RunEvent(pw.Model):
     interaction = pw.BigIntegerField()
     error_code = pw.TextField(null=True)
     happened_at = pw.BigIntegerField()
+    usage = pw.TextField(null=True)
+    message = pw.TextField(null=True)
 
     class Meta:
         table_name = "run_event"
@@ -267,7 +283,10 @@ class InstanceEpoch(pw.Model):
 
 
 class ProcessLease(pw.Model):
-    """One launch record, written before the spawn. `pid` and `start_ticks` are the shim's."""
+    """One launch record, written before the spawn. `pid` and `start_ticks` are the shim's.
+
+    `usage` is what the turn has used so far.
+    """
 
     id = pw.BigAutoField()
     run = pw.BigIntegerField()
@@ -293,9 +312,28 @@ class ProcessLease(pw.Model):
     orphans = pw.TextField(null=True)
     created_at = pw.BigIntegerField()
     closed_at = pw.BigIntegerField(null=True)
+    usage = pw.TextField(null=True)
 
     class Meta:
         table_name = "process_lease"
+
+
+class EngineUsage(pw.Model):
+    """What the turns of one engine, supervised by one instance, have used. It only grows."""
+
+    engine = pw.TextField()
+    instance = pw.TextField()
+    turns = pw.BigIntegerField()
+    input_tokens = pw.BigIntegerField()
+    cached_input_tokens = pw.BigIntegerField()
+    cache_write_input_tokens = pw.BigIntegerField()
+    output_tokens = pw.BigIntegerField()
+    reasoning_output_tokens = pw.BigIntegerField()
+    cost_nanos = pw.BigIntegerField(null=True)
+
+    class Meta:
+        table_name = "engine_usage"
+        primary_key = pw.CompositeKey("engine", "instance")
 
 
 class TrustEntry(pw.Model):
@@ -350,6 +388,7 @@ EVERY: Final = (
     Instance,
     InstanceEpoch,
     ProcessLease,
+    EngineUsage,
     TrustEntry,
     RequestReceipt,
 )

@@ -24,11 +24,14 @@ from runrecovery_service.domain.run import (
 )
 from runrecovery_service.domain.session_check import SessionFingerprint
 from runrecovery_service.domain.turn import Asked, Interrupted, SessionGone, Succeeded, TurnEnd
+from runrecovery_service.domain.usage import SessionUsage, TurnUsage
 from runrecovery_service.storage import (
+    events,
     interactions,
     interruptions,
     launch_records,
     runs,
+    usage,
     use_case,
 )
 from runrecovery_service.storage.database import Database, Stale
@@ -56,12 +59,14 @@ class Turn:
     Attributes:
         reply: the accepted reply with which the process resumes the session.
         interruption: the interruption after which the process resumes the session.
+        session_usage: what earlier processes of the session have reported.
     """
 
     run: Run
     launch: LaunchRecord
     reply: Interaction | None = None
     interruption: Interruption | None = None
+    session_usage: SessionUsage | None = None
 
 
 @use_case.retried
@@ -78,14 +83,24 @@ def take_next(
     """Take the run that has been queued longest, of an engine that is not busy; None for none.
 
     The run becomes RUNNING and its launch is recorded before the process is spawned. The first
-    launch starts the deadline of the whole run. A run whose deadline has passed is not taken.
+    launch starts the deadline of the whole run. A run whose deadline has passed is not taken, and
+    one whose budget is used up is failed.
     """
-    key = _next_in_queue(db, owner, busy_engines, steady)
-    if key is None:
-        return None
-    run = runs.get_by_key(db, key)
-    if run.status is not RunStatus.QUEUED:
-        raise Stale
+    while (key := _next_in_queue(db, owner, busy_engines, steady)) is not None:
+        run = runs.get_by_key(db, key)
+        if run.status is not RunStatus.QUEUED:
+            raise Stale
+        used_up = run.budget.why_used_up(run.usage)
+        if used_up is None:
+            return _take(db, run, owner=owner, site=site, due_in=due_in, now=now)
+        error = RunError(code=ErrorCode.BUDGET_EXCEEDED, message=used_up)
+        _fail(db, run, error, owner=owner, now=now)
+    return None
+
+
+def _take(
+    db: Database, run: Run, *, owner: Owner, site: LaunchSite, due_in: DueIn, now: datetime
+) -> Turn:
     last = interactions.find(db, run.key, run.interaction_count)
     reply = last if last is not None and last.state is InteractionState.ANSWERED else None
     interruption = interruptions.pending(db, run, last) if reply is None else None
@@ -109,7 +124,13 @@ def take_next(
     )
     run = runs.get_by_key(db, run.key)
     launch = launch_records.record_launch(db, run, owner=owner, site=site, now=now)
-    return Turn(run=run, launch=launch, reply=reply, interruption=interruption)
+    return Turn(
+        run=run,
+        launch=launch,
+        reply=reply,
+        interruption=interruption,
+        session_usage=usage.of_session(db, run.key),
+    )
 
 
 def _next_in_queue(
@@ -140,6 +161,7 @@ def _first_turn(run: Run, now: datetime) -> dict[str, object]:
         "started_at": to_us(now),
         "session_type": None,
         "session_value": None,
+        "session_usage": None,
         **_NO_FINGERPRINT,
     }
 
@@ -258,6 +280,22 @@ def record_sticky_question(
 
 
 @use_case.retried
+def record_usage(db: Database, turn: Turn, *, owner: Owner, used: TurnUsage) -> None:
+    """Record what a turn under way has used so far. After its end this changes nothing."""
+    run = _own(db, turn, owner)
+    if not launch_records.is_over(db, turn.launch):
+        usage.record(db, run, turn.launch, used, owner=owner)
+
+
+@use_case.retried
+def record_retry(db: Database, turn: Turn, *, owner: Owner, message: str, now: datetime) -> None:
+    """Record that the agent waits and calls its model again."""
+    run = _own(db, turn, owner)
+    runs.change(db, run, owner=owner, now=now, event=RunEventKind.RETRYING)
+    events.add_to_event(db, run, message=message)
+
+
+@use_case.retried
 def record_end(
     db: Database,
     turn: Turn,
@@ -268,6 +306,7 @@ def record_end(
     due: Due | None,
     due_in: DueIn,
     mark: SessionFingerprint | None = None,
+    used: TurnUsage | None = None,
     now: datetime,
 ) -> Run:
     """Record the end of a turn and of its launch in one transaction. An accepted cancel wins.
@@ -278,11 +317,14 @@ def record_end(
         due: the deadline of the wait that begins, if one does; None: no deadline.
         due_in: gives the end of the pause before an interrupted turn is resumed.
         mark: the session fingerprint, taken after the process has ended; None: not taken.
+        used: the last report of the turn's usage; None: there was none.
     """
     run = _own(db, turn, owner)
     if launch_records.is_over(db, turn.launch):
         return run
     launch_records.close(db, turn.launch, ended, now=now)
+    if used is not None:
+        usage.record(db, run, turn.launch, used, owner=owner)
     if run.cancel_requested:
         runs.change(db, run, owner=owner, now=now, status=RunStatus.CANCELED)
     elif isinstance(end, Asked):
@@ -302,6 +344,8 @@ def record_end(
         _start_over(db, run, end, owner=owner, now=now)
     else:
         _fail(db, run, end.error, owner=owner, now=now)
+    if used is not None:
+        events.add_to_event(db, run, usage=used.turn)
     return runs.get_by_key(db, run.key)
 
 

@@ -1,0 +1,226 @@
+"""The tokens and the cost of an agent's model calls, as the agent reported them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Final
+
+MAX_TOKENS: Final = 10**12
+"""The most tokens that one report can have; sums of reports fit 64 bits."""
+MAX_COST_USD: Final = 10_000.0
+MAX_MODEL_CHARS: Final = 200
+MAX_BUDGET_TOKENS: Final = 10**15
+MAX_BUDGET_USD: Final = 1e9
+NANOS: Final = 10**9
+
+
+class InvalidUsage(ValueError):
+    """A report has a number that cannot be. The text says which and quotes nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Tokens and cost, of a process, a turn, a run or an engine.
+
+    Attributes:
+        input_tokens: every token that the model read, the cached ones included.
+        cached_input_tokens: the part of `input_tokens` that was read from the prompt cache.
+        cache_write_input_tokens: the part of `input_tokens` that was written to the prompt cache.
+        output_tokens: every token that the model wrote, its reasoning included.
+        reasoning_output_tokens: the part of `output_tokens` that was reasoning.
+        cost_nanos: 10⁻⁹ US dollars. None: no cost was reported.
+        model: as the agent named it; empty: not named.
+    """
+
+    input_tokens: int = 0
+    cached_input_tokens: int = 0
+    cache_write_input_tokens: int = 0
+    output_tokens: int = 0
+    reasoning_output_tokens: int = 0
+    cost_nanos: int | None = None
+    model: str = ""
+
+    @property
+    def total_tokens(self) -> int:
+        """What a limit on tokens counts: the whole input and the whole output."""
+        return self.input_tokens + self.output_tokens
+
+    @property
+    def cost_usd(self) -> float | None:
+        """The cost in US dollars; None: no cost was reported."""
+        return None if self.cost_nanos is None else self.cost_nanos / NANOS
+
+    def plus(self, more: Usage) -> Usage:
+        """Return the sum, with the model of `more` if that has one."""
+        return self._combine(more, 1)
+
+    def minus(self, part: Usage) -> Usage:
+        """Return the difference, in which numbers may be negative, with the model of this one."""
+        return replace(self._combine(part, -1), model=self.model)
+
+    def covers(self, part: Usage) -> bool:
+        """Return True if no number of `part` is greater than the one here."""
+        rest = self.minus(part)
+        numbers: list[int] = [getattr(rest, name) for name in TOKEN_FIELDS]
+        return min(*numbers, rest.cost_nanos or 0) >= 0
+
+    def _combine(self, other: Usage, sign: int) -> Usage:
+        costs = [self.cost_nanos, other.cost_nanos]
+        tokens = {name: getattr(self, name) + sign * getattr(other, name) for name in TOKEN_FIELDS}
+        return Usage(
+            **tokens,
+            cost_nanos=None if costs == [None, None] else (costs[0] or 0) + sign * (costs[1] or 0),
+            model=other.model or self.model,
+        )
+
+
+TOKEN_FIELDS: Final = tuple(field.name for field in fields(Usage) if field.name.endswith("_tokens"))
+
+
+def usage_of(
+    *,
+    input_tokens: object,
+    output_tokens: object,
+    cached: object = 0,
+    cache_write: object = 0,
+    reasoning: object = 0,
+    cost_usd: object = None,
+    model: object = "",
+) -> Usage:
+    """Return a report whose parts come from an agent and can be anything.
+
+    Raises:
+        InvalidUsage: a number is missing, negative or too large, is none, or a part is larger than
+            its whole.
+    """
+    usage = Usage(
+        input_tokens=_tokens("input_tokens", input_tokens),
+        cached_input_tokens=_tokens("cached_input_tokens", cached),
+        cache_write_input_tokens=_tokens("cache_write_input_tokens", cache_write),
+        output_tokens=_tokens("output_tokens", output_tokens),
+        reasoning_output_tokens=_tokens("reasoning_output_tokens", reasoning),
+        cost_nanos=_cost_nanos(cost_usd),
+        model=_model(model),
+    )
+    if usage.cached_input_tokens + usage.cache_write_input_tokens > usage.input_tokens:
+        raise InvalidUsage("cached tokens are more than input_tokens, which includes them")
+    if usage.reasoning_output_tokens > usage.output_tokens:
+        raise InvalidUsage("reasoning tokens are more than output_tokens, which includes them")
+    return usage
+
+
+def _tokens(name: str, value: object) -> int:
+    if value is None:
+        raise InvalidUsage(f"{name} is missing")
+    if isinstance(value, float) and value.is_integer():  # also False of NaN and infinity
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InvalidUsage(f"{name} is not a whole number")
+    if not 0 <= value <= MAX_TOKENS:
+        raise InvalidUsage(f"{name} is not from 0 to {MAX_TOKENS}")
+    return value
+
+
+def _cost_nanos(value: object) -> int | None:
+    if value is None:
+        return None
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise InvalidUsage("cost_usd is not a number")
+    if not 0 <= value <= MAX_COST_USD or math.isnan(value):
+        raise InvalidUsage(f"cost_usd is not from 0 to {MAX_COST_USD:g}")
+    return round(value * NANOS)
+
+
+def _model(value: object) -> str:
+    if not isinstance(value, str) or len(value) > MAX_MODEL_CHARS or "\0" in value:
+        raise InvalidUsage(f"model is not a text of at most {MAX_MODEL_CHARS} characters")
+    return value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionUsage:
+    """What the processes of a session have reported, for a next one that reports a total.
+
+    Attributes:
+        total: the latest total of the session; None: none.
+        calls: what processes have used since, whose turn was cut off before its total. The next
+            total may have this or not.
+    """
+
+    total: Usage | None = None
+    calls: Usage | None = None
+
+    def plus_calls(self, calls: Usage) -> SessionUsage:
+        """Return this with more calls of a turn that is not at its end."""
+        return replace(self, calls=calls if self.calls is None else self.calls.plus(calls))
+
+    def since(self, total: Usage, *, at_least: Usage | None = None) -> Usage:
+        """Return the part of a new process in the total that the process reports.
+
+        Args:
+            at_least: what the process has certainly used; None: not known.
+
+        Returns:
+            The difference to what is known. The whole total if the difference cannot be: a number
+            is negative or below `at_least`, so the process does not count over the session.
+        """
+        known = self.total or Usage()
+        for before in (known if self.calls is None else known.plus(self.calls), known):
+            part = total.minus(before)
+            if part.covers(at_least or Usage()):
+                return part
+        return total
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnUsage:
+    """What a turn has used so far.
+
+    Attributes:
+        turn: the part of the turn, since the start of its process.
+        session: what the next process of the session has to know; None: nothing new.
+    """
+
+    turn: Usage
+    session: SessionUsage | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """What a run may use. None: no limit."""
+
+    max_tokens: int | None = None
+    max_cost_nanos: int | None = None
+
+    @property
+    def max_cost_usd(self) -> float | None:
+        """The limit of the cost in US dollars; None: no limit."""
+        return None if self.max_cost_nanos is None else self.max_cost_nanos / NANOS
+
+    def narrowed(self, wanted: Budget) -> Budget:
+        """Return the limits that are in `wanted`, and the own ones elsewhere."""
+        tokens, cost = wanted.max_tokens, wanted.max_cost_nanos
+        return Budget(
+            max_tokens=self.max_tokens if tokens is None else tokens,
+            max_cost_nanos=self.max_cost_nanos if cost is None else cost,
+        )
+
+    def why_used_up(self, used: Usage | None) -> str | None:
+        """Return in a sentence which limit is reached; None: none is."""
+        if used is None:
+            return None
+        if self.max_tokens is not None and used.total_tokens >= self.max_tokens:
+            return f"The run has used {used.total_tokens} of its {self.max_tokens} tokens."
+        cost, most = used.cost_usd or 0.0, self.max_cost_usd
+        if most is not None and cost >= most:
+            return f"The run has cost {cost:.6f} of its {most:.6f} US dollars."
+        return None
+
+
+UNLIMITED: Final = Budget()
+
+
+def cost_to_nanos(usd: float) -> int:
+    """Return US dollars in 10⁻⁹ US dollars, at least 1: a limit of 0 would be none."""
+    return max(1, round(usd * NANOS))

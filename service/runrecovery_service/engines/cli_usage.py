@@ -1,0 +1,175 @@
+"""What the agent CLIs report as used, in the one meaning that `Usage` has.
+
+docs/agents.md says which CLI counts what, and from when on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import reduce
+from typing import Final
+
+from runrecovery_service.domain.run import JsonObject, JsonValue
+from runrecovery_service.domain.usage import (
+    InvalidUsage,
+    SessionUsage,
+    TurnUsage,
+    Usage,
+    usage_of,
+)
+from runrecovery_service.engines.cli_events import CallReported, UsageReported
+
+MAX_CALLS: Final = 10_000
+"""Calls of one process whose reports are kept apart, so that a repetition counts once."""
+
+
+class UsageCounter:
+    """Turns the reports of one process into what its turn has used so far.
+
+    Args:
+        before: what earlier processes of the session have reported; None: nothing.
+    """
+
+    def __init__(self, before: SessionUsage | None) -> None:
+        self._before = before or SessionUsage()
+        self._reported = TurnUsage(turn=Usage())
+        self._session = self._before
+        self._calls: dict[str, Usage] = {}
+        self._sum = Usage()
+
+    def add(self, said: UsageReported | CallReported) -> TurnUsage:
+        """Return what the turn has used, with this report.
+
+        Calls count on top of the latest report of the turn, until the next one replaces them.
+        """
+        if isinstance(said, UsageReported):
+            self._calls.clear()
+            self._sum = Usage()
+            self._reported = self._report(said)
+            self._session = self._reported.session or self._session
+            return self._reported
+        if said.call in self._calls or len(self._calls) < MAX_CALLS:
+            earlier = self._calls.get(said.call, Usage())
+            self._calls[said.call] = said.usage
+            self._sum = self._sum.minus(earlier).plus(said.usage)
+        return TurnUsage(
+            turn=self._reported.turn.plus(self._sum), session=self._session.plus_calls(self._sum)
+        )
+
+    def _report(self, said: UsageReported) -> TurnUsage:
+        if not said.spans_session:
+            return TurnUsage(turn=said.total)
+        turn = self._before.since(said.total, at_least=said.of_process)
+        return TurnUsage(turn=turn, session=SessionUsage(total=said.total))
+
+
+def codex(event: JsonObject) -> UsageReported | None:
+    """Return the usage in an event of Codex: of the whole thread, earlier processes included."""
+    match event:
+        case {"type": "turn.completed", "usage": dict(said)}:
+            try:
+                total = usage_of(
+                    input_tokens=said.get("input_tokens"),
+                    output_tokens=said.get("output_tokens"),
+                    cached=said.get("cached_input_tokens", 0),
+                    cache_write=said.get("cache_write_input_tokens", 0),
+                    reasoning=said.get("reasoning_output_tokens", 0),
+                )
+            except InvalidUsage:
+                return None
+            return UsageReported(total, spans_session=True)
+    return None
+
+
+def gemini(event: JsonObject) -> UsageReported | None:
+    """Return the usage in an event of Gemini CLI: of the process."""
+    match event:
+        case {"type": "result", "stats": dict(said)}:
+            try:
+                read, written = said.get("input_tokens"), _whole(said.get("output_tokens"))
+                # `output_tokens` has the answers alone; what the total has more is reasoning.
+                beyond = _whole(said.get("total_tokens")) - _whole(read) - written
+                reasoning = max(0, beyond)
+                total = usage_of(
+                    input_tokens=read,
+                    output_tokens=written + reasoning,
+                    cached=said.get("cached", 0),
+                    reasoning=reasoning,
+                    model=_largest(said.get("models"), "total_tokens"),
+                )
+            except InvalidUsage:
+                return None
+            return UsageReported(total)
+    return None
+
+
+def claude(event: JsonObject) -> UsageReported | CallReported | None:
+    """Return the usage in an event of Claude Code: of a call, or of a turn at its end.
+
+    `modelUsage` has every model and agrees with the cost. Newer versions count it over the whole
+    session, older ones over the process; `usage`, of the main model in the process, tells which.
+    """
+    try:
+        match event:
+            case {"type": "assistant", "message": {"id": str(call), "usage": dict(said), **more}}:
+                named = usage_of(input_tokens=0, output_tokens=0, model=more.get("model", ""))
+                return CallReported(call, _claude_tokens(said).plus(named))
+            case {"type": "result"}:
+                return _claude_turn(event)
+    except InvalidUsage:
+        pass
+    return None
+
+
+def _claude_turn(event: JsonObject) -> UsageReported | None:
+    by_model, said = event.get("modelUsage"), event.get("usage")
+    process = _claude_tokens(said) if isinstance(said, dict) else None
+    priced = usage_of(input_tokens=0, output_tokens=0, cost_usd=event.get("total_cost_usd"))
+    if isinstance(by_model, dict) and by_model:
+        total = reduce(Usage.plus, _claude_models(by_model), priced)
+        named = Usage(model=_largest(by_model, "inputTokens"))
+        return UsageReported(total.plus(named), spans_session=True, of_process=process)
+    return None if process is None else UsageReported(process.plus(priced))
+
+
+def _claude_tokens(said: JsonObject) -> Usage:
+    written = _whole(said.get("cache_creation_input_tokens"))
+    cached = _whole(said.get("cache_read_input_tokens"))
+    return usage_of(  # Claude's input has no cached tokens in it
+        input_tokens=_whole(said.get("input_tokens")) + written + cached,
+        output_tokens=said.get("output_tokens"),
+        cached=cached,
+        cache_write=written,
+    )
+
+
+def _claude_models(by_model: dict[str, JsonValue]) -> Iterator[Usage]:
+    for said in by_model.values():
+        if isinstance(said, dict):
+            written = _whole(said.get("cacheCreationInputTokens"))
+            cached = _whole(said.get("cacheReadInputTokens"))
+            yield usage_of(
+                input_tokens=_whole(said.get("inputTokens")) + written + cached,
+                output_tokens=said.get("outputTokens"),
+                cached=cached,
+                cache_write=written,
+            )
+
+
+def _whole(value: JsonValue) -> int:
+    """Return a number of tokens; 0 for a missing one.
+
+    Raises:
+        InvalidUsage: as `usage_of`.
+    """
+    return usage_of(input_tokens=0 if value is None else value, output_tokens=0).input_tokens
+
+
+def _largest(by_model: JsonValue, tokens: str) -> str:
+    """Return the model with the most tokens; empty without one."""
+    if not isinstance(by_model, dict):
+        return ""
+    sizes: dict[str, int] = {
+        name: _whole(said.get(tokens)) for name, said in by_model.items() if isinstance(said, dict)
+    }
+    return max(sizes, key=lambda name: sizes[name], default="")

@@ -1,0 +1,106 @@
+"""What turns have used: written to the launch, the run and its engine in one transaction.
+
+A launch has the whole usage of its turn, so that a repeated write changes nothing. The run and the
+engine get the difference to what the launch had before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from runrecovery_service.domain.run import Run
+from runrecovery_service.domain.usage import TOKEN_FIELDS, SessionUsage, TurnUsage, Usage
+from runrecovery_service.storage import launch_records
+from runrecovery_service.storage.database import Database, Row, Stale
+from runrecovery_service.storage.instances import Owner
+from runrecovery_service.storage.launch_records import LaunchRecord
+from runrecovery_service.storage.rows import (
+    session_usage_from_json,
+    usage_from_json,
+    usage_to_json,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineUsage:
+    """What the turns of one engine have used. `turns`: those that reported something."""
+
+    engine: str
+    turns: int
+    usage: Usage
+
+
+def record(db: Database, run: Run, launch: LaunchRecord, used: TurnUsage, *, owner: Owner) -> None:
+    """Record what a turn has used so far, in the caller's transaction.
+
+    Args:
+        run: as read in this transaction.
+
+    Raises:
+        Stale: another epoch has taken the run over meanwhile.
+    """
+    known = usage_from_json(launch_records.swap_usage(db, launch, usage_to_json(used.turn)))
+    grown = used.turn if known is None else used.turn.minus(known)
+    amounts: dict[str, int] = {name: getattr(grown, name) for name in TOKEN_FIELDS}
+    if grown.cost_nanos is not None:
+        amounts["cost_nanos"] = grown.cost_nanos
+    sums = ", ".join(f"{name} = COALESCE({name}, 0) + ?" for name in amounts)
+    changed = db.execute(
+        f"UPDATE run SET {sums}, model = ?, session_usage = COALESCE(?, session_usage)"
+        " WHERE id = ? AND owner = ? AND owner_epoch = ?",
+        (
+            *amounts.values(),
+            used.turn.model or (run.usage.model if run.usage else ""),
+            usage_to_json(used.session),
+            run.key,
+            owner.instance,
+            owner.epoch,
+        ),
+    ).rowcount
+    if changed != 1:
+        raise Stale
+    _add_to_engine(db, run.engine, amounts, turns=int(known is None), owner=owner)
+
+
+def _add_to_engine(
+    db: Database, engine: str, amounts: dict[str, int], *, turns: int, owner: Owner
+) -> None:
+    columns = {"turns": turns} | amounts
+    sums = ", ".join(f"{name} = COALESCE(engine_usage.{name}, 0) + ?" for name in columns)
+    db.execute(
+        f"INSERT INTO engine_usage (engine, instance, {', '.join(columns)})"
+        f" VALUES (?, ?, {', '.join('?' for _ in columns)})"
+        f" ON CONFLICT (engine, instance) DO UPDATE SET {sums}",
+        (engine, owner.instance, *columns.values(), *columns.values()),
+    )
+
+
+def of_session(db: Database, run_key: int) -> SessionUsage | None:
+    """Return what earlier processes of the run's session have reported; None: nothing."""
+    row = db.fetch_one("SELECT session_usage FROM run WHERE id = ?", (run_key,))
+    return None if row is None else session_usage_from_json(row[0])
+
+
+_SUMS: Final = ", ".join(f"sum({name})" for name in ("turns", *TOKEN_FIELDS, "cost_nanos"))
+
+
+def by_engine(db: Database) -> list[EngineUsage]:
+    """Return what the turns of each engine have used, sorted by engine."""
+    rows = db.fetch_all(f"SELECT engine, {_SUMS} FROM engine_usage GROUP BY engine ORDER BY engine")
+    return [_engine_usage(row) for row in rows]
+
+
+def _engine_usage(row: Row) -> EngineUsage:
+    engine, turns, *sums = row
+    # A sum is a Decimal in PostgreSQL.
+    read, cached, stored, written, reasoned, cost = (None if n is None else int(n) for n in sums)
+    usage = Usage(
+        input_tokens=read or 0,
+        cached_input_tokens=cached or 0,
+        cache_write_input_tokens=stored or 0,
+        output_tokens=written or 0,
+        reasoning_output_tokens=reasoned or 0,
+        cost_nanos=cost,
+    )
+    return EngineUsage(engine=engine, turns=int(turns), usage=usage)
