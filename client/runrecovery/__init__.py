@@ -15,7 +15,7 @@ Quick start:
 
 from __future__ import annotations
 
-from runrecovery._channel import channel_options
+from runrecovery._channel import Tls, channel_options
 from runrecovery._requests import Plan, ServingStatus
 from runrecovery._values import JsonValue
 from runrecovery._waiting import TERMINAL_STATUSES
@@ -50,6 +50,7 @@ from runrecovery.errors import (
     ShuttingDown,
     SlowReader,
     StorageFull,
+    TokenUnusable,
     Unavailable,
     UnknownEngine,
     UnrecognizedError,
@@ -92,6 +93,7 @@ __all__ = [
     "Health",
     "AsyncHealth",
     "channel_options",
+    "Tls",
     # values
     "JsonValue",
     "Plan",
@@ -153,6 +155,7 @@ __all__ = [
     "Overloaded",
     "StorageFull",
     "SlowReader",
+    "TokenUnusable",
     "DeadlineExceeded",
     "InternalError",
     "UnrecognizedError",

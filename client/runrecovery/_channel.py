@@ -1,12 +1,17 @@
-"""Options of a channel to the service: retries, keepalive, sizes, proxies."""
+"""A channel to the service: options for retries, keepalive, sizes and proxies; and TLS."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address
+from os import PathLike
+from pathlib import Path
 from typing import TypeAlias
 from urllib.parse import unquote
+
+import grpc
 
 from runrecovery.v1 import recovery_service_pb2, run_service_pb2
 
@@ -56,6 +61,42 @@ _SERVICE_CONFIG = {
         },
     ]
 }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tls:
+    """TLS of a connection. The files are in PEM, and are read once, when the client is made.
+
+    Attributes:
+        ca: the certificates that sign that of the service. None: the roots that gRPC trusts.
+        certificate: the client's own certificate, if the service demands one.
+        key: the private key of `certificate`.
+        server_name: the name in the certificate of the service, if the target has another one.
+    """
+
+    ca: str | PathLike[str] | None = None
+    certificate: str | PathLike[str] | None = None
+    key: str | PathLike[str] | None = None
+    server_name: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.certificate is None) != (self.key is None):
+            raise TypeError("give certificate and key, or neither")
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """Read the files; raise OSError if one cannot be read."""
+        return grpc.ssl_channel_credentials(
+            _read(self.ca), _read(self.key), _read(self.certificate)
+        )
+
+    def options(self) -> list[ChannelOption]:
+        """Return the options of a channel with these credentials."""
+        name = self.server_name
+        return [] if name is None else [("grpc.ssl_target_name_override", name)]
+
+
+def _read(file: str | PathLike[str] | None) -> bytes | None:
+    return None if file is None else Path(file).read_bytes()
 
 
 def channel_options(
@@ -122,6 +163,21 @@ def _is_loopback(host: str) -> bool:
     if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
         address = address.ipv4_mapped
     return address.is_loopback or address.is_unspecified  # Linux: 0.0.0.0 is loopback, too
+
+
+def secured(
+    options: Sequence[ChannelOption],
+    *,
+    tls: Tls | bool,
+    credentials: grpc.ChannelCredentials | None,
+) -> tuple[grpc.ChannelCredentials | None, list[ChannelOption]]:
+    """Return the credentials of a channel, None for plaintext, and its options."""
+    if not tls:
+        return credentials, list(options)
+    if credentials is not None:
+        raise TypeError("give tls or credentials, not both")
+    chosen = Tls() if tls is True else tls
+    return chosen.credentials(), [*options, *chosen.options()]
 
 
 def required_target(target: str | None) -> str:

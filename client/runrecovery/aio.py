@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from datetime import datetime
+from os import PathLike
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -20,11 +21,14 @@ from runrecovery._channel import (
     DEFAULT_PAGE_SIZE,
     DEFAULT_TIMEOUT_S,
     ChannelOption,
+    Tls,
     channel_options,
     required_target,
+    secured,
 )
 from runrecovery._failures import from_rpc_error
 from runrecovery._requests import Call, Listing, Page, Plan, ServingStatus
+from runrecovery._token import BearerToken, demand_encrypted
 from runrecovery._values import JsonValue
 from runrecovery.v1 import recovery_pb2, recovery_service_pb2, run_pb2, run_service_pb2
 
@@ -35,9 +39,10 @@ RowT = TypeVar("RowT")
 class _AsyncWire:
     """Performs calls on a channel and raises the client's own errors."""
 
-    def __init__(self, channel: grpc.aio.Channel, *, timeout_s: float) -> None:
+    def __init__(self, channel: grpc.aio.Channel, *, timeout_s: float, token: BearerToken) -> None:
         self.channel = channel
         self.timeout_s = timeout_s
+        self.token = token
 
     async def unary(self, call: Call[ResultT], *, timeout_s: float | None) -> ResultT:
         invoke = self.channel.unary_unary(
@@ -48,6 +53,7 @@ class _AsyncWire:
                 call.request,
                 timeout=self.timeout_s if timeout_s is None else timeout_s,
                 wait_for_ready=call.wait_for_ready,
+                metadata=self.token.metadata(),
             )
         except grpc.RpcError as error:
             raise from_rpc_error(error) from error
@@ -73,7 +79,12 @@ class _AsyncWire:
         invoke = self.channel.unary_stream(
             call.path, request_serializer=call.encode, response_deserializer=call.decode
         )
-        answers = invoke(call.request, timeout=timeout_s, wait_for_ready=call.wait_for_ready)
+        answers = invoke(
+            call.request,
+            timeout=timeout_s,
+            wait_for_ready=call.wait_for_ready,
+            metadata=self.token.metadata(),
+        )
         coming = aiter(answers)
         try:
             while True:
@@ -408,7 +419,10 @@ class AsyncRunRecoveryClient:
         target: str | None = None,
         *,
         channel: grpc.aio.Channel | None = None,
+        tls: Tls | bool = False,
         credentials: grpc.ChannelCredentials | None = None,
+        token: str | None = None,
+        token_file: str | PathLike[str] | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         max_receive_bytes: int = DEFAULT_MAX_RECEIVE_BYTES,
         options: Sequence[ChannelOption] = (),
@@ -416,13 +430,17 @@ class AsyncRunRecoveryClient:
         asyncio.get_running_loop()  # grpc would take any loop, and hang on the wrong one
         if channel is not None and target is not None:
             raise TypeError("give a target or a channel, not both")
+        bearer = BearerToken(token=token, file=token_file)
         settings = channel_options(
             target=target, max_receive_bytes=max_receive_bytes, options=options
         )
         self._owns_channel = channel is None
-        self._channel = channel or _open(required_target(target), credentials, settings)
+        if channel is None:
+            credentials, settings = secured(settings, tls=tls, credentials=credentials)
+            channel = _open(required_target(target), credentials, settings, bearer)
+        self._channel = channel
         self._timeout_s = timeout_s
-        wire = _AsyncWire(self._channel, timeout_s=timeout_s)
+        wire = _AsyncWire(self._channel, timeout_s=timeout_s, token=bearer)
         self.runs = AsyncRuns(wire)
         self.recovery = AsyncRecovery(wire)
         self.health = AsyncHealth(wire)
@@ -468,8 +486,12 @@ class AsyncRunRecoveryClient:
 
 
 def _open(
-    target: str, credentials: grpc.ChannelCredentials | None, options: Sequence[ChannelOption]
+    target: str,
+    credentials: grpc.ChannelCredentials | None,
+    options: Sequence[ChannelOption],
+    token: BearerToken,
 ) -> grpc.aio.Channel:
     if credentials is None:
+        demand_encrypted(token, target)
         return grpc.aio.insecure_channel(target, options=options)
     return grpc.aio.secure_channel(target, credentials, options=options)

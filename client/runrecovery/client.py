@@ -6,6 +6,7 @@ import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from datetime import datetime
+from os import PathLike
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -19,12 +20,15 @@ from runrecovery._channel import (
     DEFAULT_PAGE_SIZE,
     DEFAULT_TIMEOUT_S,
     ChannelOption,
+    Tls,
     channel_options,
     required_target,
+    secured,
 )
 from runrecovery._failures import from_rpc_error
 from runrecovery._requests import Call, Listing, Page, Plan, ServingStatus
 from runrecovery._silence import SilenceTimeout
+from runrecovery._token import BearerToken, demand_encrypted
 from runrecovery._values import JsonValue
 from runrecovery.v1 import recovery_pb2, recovery_service_pb2, run_pb2, run_service_pb2
 
@@ -35,9 +39,10 @@ RowT = TypeVar("RowT")
 class _Wire:
     """Performs calls on a channel and raises the client's own errors."""
 
-    def __init__(self, channel: grpc.Channel, *, timeout_s: float) -> None:
+    def __init__(self, channel: grpc.Channel, *, timeout_s: float, token: BearerToken) -> None:
         self.channel = channel
         self.timeout_s = timeout_s
+        self.token = token
 
     def unary(self, call: Call[ResultT], *, timeout_s: float | None) -> ResultT:
         invoke = self.channel.unary_unary(
@@ -48,6 +53,7 @@ class _Wire:
                 call.request,
                 timeout=self.timeout_s if timeout_s is None else timeout_s,
                 wait_for_ready=call.wait_for_ready,
+                metadata=self.token.metadata(),
             )
         except grpc.RpcError as error:
             raise from_rpc_error(error) from error
@@ -72,7 +78,12 @@ class _Wire:
         invoke = self.channel.unary_stream(
             call.path, request_serializer=call.encode, response_deserializer=call.decode
         )
-        answers = invoke(call.request, timeout=timeout_s, wait_for_ready=call.wait_for_ready)
+        answers = invoke(
+            call.request,
+            timeout=timeout_s,
+            wait_for_ready=call.wait_for_ready,
+            metadata=self.token.metadata(),
+        )
         silence = None if silence_s is None else SilenceTimeout(silence_s, answers.cancel)
         try:
             yield from answers if silence is None else silence.watch(answers)
@@ -546,10 +557,19 @@ class RunRecoveryClient:
     Args:
         target: `host:port` or any gRPC target.
         channel: your own channel instead of a target (see `channel_options`). You close it.
-        credentials: for TLS; None: the connection is not encrypted.
+        tls: how the connection is encrypted: a `Tls`, or True for the roots that gRPC trusts and
+            no certificate of the client. False: not encrypted, unless `credentials` are given.
+        credentials: any other credentials of gRPC, instead of `tls`.
+        token: the caller's bearer token. It is never sent to another machine without encryption.
+        token_file: the file that holds the token instead. It is read for each call, so that the
+            token can be replaced.
         timeout_s: default deadline of unary calls, in seconds.
         max_receive_bytes: size of the largest response to accept.
         options: further gRPC channel options; they override the client's own.
+
+    Raises:
+        OSError: a file of `tls` cannot be read.
+        ValueError: the token is not one, or would be sent to another machine unencrypted.
     """
 
     def __init__(
@@ -557,7 +577,10 @@ class RunRecoveryClient:
         target: str | None = None,
         *,
         channel: grpc.Channel | None = None,
+        tls: Tls | bool = False,
         credentials: grpc.ChannelCredentials | None = None,
+        token: str | None = None,
+        token_file: str | PathLike[str] | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         max_receive_bytes: int = DEFAULT_MAX_RECEIVE_BYTES,
         options: Sequence[ChannelOption] = (),
@@ -567,10 +590,14 @@ class RunRecoveryClient:
         )
         if channel is not None and target is not None:
             raise TypeError("give a target or a channel, not both")
+        bearer = BearerToken(token=token, file=token_file)
         self._owns_channel = channel is None
-        self._channel = channel or _open(required_target(target), credentials, settings)
+        if channel is None:
+            credentials, settings = secured(settings, tls=tls, credentials=credentials)
+            channel = _open(required_target(target), credentials, settings, bearer)
+        self._channel = channel
         self._timeout_s = timeout_s
-        wire = _Wire(self._channel, timeout_s=timeout_s)
+        wire = _Wire(self._channel, timeout_s=timeout_s, token=bearer)
         self.runs = Runs(wire)
         self.recovery = Recovery(wire)
         self.health = Health(wire)
@@ -637,8 +664,12 @@ class RunRecoveryClient:
 
 
 def _open(
-    target: str, credentials: grpc.ChannelCredentials | None, options: Sequence[ChannelOption]
+    target: str,
+    credentials: grpc.ChannelCredentials | None,
+    options: Sequence[ChannelOption],
+    token: BearerToken,
 ) -> grpc.Channel:
     if credentials is None:
+        demand_encrypted(token, target)
         return grpc.insecure_channel(target, options=options)
     return grpc.secure_channel(target, credentials, options=options)

@@ -19,6 +19,7 @@ RunRecoveryClientError
 ├── WatchGap
 ├── Unavailable: RecoveryInProgress, ShuttingDown, SafeMode
 ├── ResourceExhausted: Overloaded, StorageFull, SlowReader
+├── TokenUnusable
 ├── DeadlineExceeded
 ├── InternalError
 └── UnrecognizedError
@@ -265,6 +266,10 @@ class StorageFull(ResourceExhausted):
 
 class SlowReader(ResourceExhausted):
     """The caller read its stream too slowly. The iterators of this client resume it."""
+
+
+class TokenUnusable(RunRecoveryClientError):
+    """The `token_file` cannot be read, or holds no token. Nothing was sent."""
 
 
 class DeadlineExceeded(RunRecoveryClientError):

@@ -7,11 +7,12 @@ import os
 import secrets
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import structlog
 
 from runrecovery_service import early_signals
+from runrecovery_service.access_setup import tls_files
 from runrecovery_service.agents.blocking_store import LoopStore
 from runrecovery_service.agents.end_launches import LaunchEnder
 from runrecovery_service.agents.output import OutputFiles
@@ -66,6 +67,7 @@ from runrecovery_service.rpc.listen_address import count_addresses, parse_listen
 from runrecovery_service.rpc.recovery_service import RecoveryDeps
 from runrecovery_service.rpc.run_service import RunDeps, RunLimits
 from runrecovery_service.rpc.server import GrpcServer, ServerLimits, build_server, start_grpc
+from runrecovery_service.rpc.tls import ServerTls
 from runrecovery_service.steady_thread_pool import SteadyThreadPool
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import instances
@@ -92,6 +94,8 @@ def serve(settings: Settings) -> None:
     prepare_process()
     open_files = plan_open_files(settings)
     open_files.apply()
+    files = tls_files(settings)
+    tls = None if files is None else ServerTls(files)
     # Before anything is claimed: a name server that does not answer takes long.
     per_address = open_files.connections // count_addresses(settings.listen)
     with ServiceLocks.acquire(settings) as locks, SteadyThreadPool(1, "probe") as prober:
@@ -104,7 +108,9 @@ def serve(settings: Settings) -> None:
         db = open_database(settings.database, locks.data_dir, locks=locks.locks)
         try:
             with store_kept(db), asyncio.Runner(loop_factory=new_event_loop) as runner:
-                runner.run(_run(settings, locks, db, probe, open_files, per_address))
+                runner.run(
+                    _run(settings, locks, db, probe, open_files, _Entrance(per_address, tls))
+                )
         finally:
             db.close()
 
@@ -115,9 +121,22 @@ async def _run(
     db: Database,
     probe: Future[Containment],
     open_files: OpenFiles,
-    per_address: int,
+    entrance: _Entrance,
 ) -> None:
-    await _App(settings, locks, db, probe, open_files).service(per_address).run()
+    await _App(settings, locks, db, probe, open_files).service(entrance).run()
+
+
+@dataclass(frozen=True, slots=True)
+class _Entrance:
+    """How clients get in.
+
+    Attributes:
+        per_address: the most connections of each address that the server listens on.
+        tls: None: connections are not encrypted.
+    """
+
+    per_address: int
+    tls: ServerTls | None
 
 
 class _App:
@@ -174,12 +193,8 @@ class _App:
             checks=session_checks(self.catalog), workspace=self.workspaces.workspace
         )
 
-    def service(self, per_address: int) -> Service:
-        """Return the service.
-
-        Args:
-            per_address: the most connections of each address that the server listens on.
-        """
+    def service(self, entrance: _Entrance) -> Service:
+        """Return the service."""
         launcher = self._launcher()
         dispatcher = self._dispatcher(launcher)
         ownership = self._ownership(dispatcher)
@@ -188,7 +203,7 @@ class _App:
             settings=self.settings,
             stop=self.stop,
             gate=self.gate,
-            server=self._server(per_address),
+            server=self._server(entrance),
             ownership=ownership,
             recovery_runner=self._recovery_runner(),
             work=self._background_work(launcher, dispatcher),
@@ -259,7 +274,7 @@ class _App:
             stop=self.stop,
         )
 
-    def _server(self, per_address: int) -> GrpcServer:
+    def _server(self, entrance: _Entrance) -> GrpcServer:
         settings = self.settings
         return build_server(
             self.gate,
@@ -285,8 +300,9 @@ class _App:
                 max_concurrent_streams=settings.max_concurrent_streams,
                 stall_s=settings.watch_stall_s,
                 max_request_bytes=settings.max_request_bytes,
-                max_connections=per_address,
+                max_connections=entrance.per_address,
             ),
+            tls=entrance.tls,
         )
 
     def _recovery_runner(self) -> RecoveryRunner:

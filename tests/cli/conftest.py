@@ -60,6 +60,7 @@ class FixedAnswers(grpc.GenericRpcHandler):
         answers: by method: the messages of the answer, or an error.
         streams: by method: a function that makes the answer.
         asked: the requests so far: the name of the method, and the bytes.
+        tokens: the values of `authorization` so far.
     """
 
     answers: dict[str, list[Message] | Fail] = field(default_factory=dict)
@@ -68,6 +69,7 @@ class FixedAnswers(grpc.GenericRpcHandler):
     )
     asked: list[tuple[str, bytes]] = field(default_factory=list)
     address: str = ""
+    tokens: list[str | bytes] = field(default_factory=list)
 
     def service(
         self, details: grpc.HandlerCallDetails
@@ -76,6 +78,8 @@ class FixedAnswers(grpc.GenericRpcHandler):
 
         def answer(request: bytes, context: grpc.ServicerContext) -> Iterator[Message]:
             self.asked.append((name, request))
+            metadata = context.invocation_metadata()
+            self.tokens += [value for key, value in metadata if key == "authorization"]
             if name in self.streams:
                 yield from self.streams[name](request, context)
                 return

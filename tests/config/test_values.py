@@ -13,6 +13,7 @@ Load: TypeAlias = Callable[..., Settings]
 Problems: TypeAlias = Callable[..., tuple[str, ...]]
 
 PRESET = '[engines.x]\npreset = "claude"\n'
+TLS = "[tls]\ncertificate = 'c'\nkey = 'k'\n"
 ENGINE = '[engines.reviewer]\ncommand = ["agent", "--jsonl"]\nprofile = "resumable"\n'
 
 
@@ -62,6 +63,13 @@ def test_a_lease_may_last_from_three_seconds_to_an_hour(load: Load, text: str) -
         (PRESET + "command = []", "engines.x.command", "must name a program"),
         ("engines.x.unknown_session = 'ask'", "engines.x.unknown_session", '"keep" or "fail"'),
         (ENGINE.replace("reviewer", "Bad"), "engines.Bad", "must be 1 to 63 of a-z"),
+        ("tls = 1", "tls", "must be a table, not 1"),
+        ("tls.certificate = 'c'", "tls.key", "is missing"),
+        ("tls.certificat = 'c'", "tls.certificat", 'did you mean "certificate"'),
+        ("tls.certificate = ''", "tls.certificate", "must not be empty"),
+        (TLS + "client_auth = 'request'", "tls.client_auth", 'must be "none" or "require"'),
+        (TLS + "client_auth = 'require'", "tls.client_ca", "is missing"),
+        (TLS + "client_ca = 'c'", "tls.client_ca", "has no effect without client_auth"),
         ("insecure_listen = 'yes'", "insecure_listen", 'must be true or false, not "yes"'),
         ("insecure_listen = 1", "insecure_listen", "must be true or false, not 1"),
         ("max_queued = 1.5", "max_queued", "must be a whole number, not 1.5"),

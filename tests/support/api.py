@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Self, TypeAlias
+from typing import Any, Final, NamedTuple, Self, TypeAlias
 
 import grpc
 from google.protobuf.struct_pb2 import Struct, Value
@@ -102,11 +102,63 @@ def value(of: Any) -> Value:
     return holder.fields["v"]
 
 
+class _Details(NamedTuple):
+    """What gRPC tells an interceptor about a call."""
+
+    method: str
+    timeout: float | None
+    metadata: Any
+    credentials: Any
+    wait_for_ready: Any
+    compression: Any
+
+
+class WithMetadata(
+    grpc.UnaryUnaryClientInterceptor,
+    grpc.UnaryStreamClientInterceptor,
+    grpc.StreamStreamClientInterceptor,
+):
+    """Adds the same metadata to every call of a channel."""
+
+    def __init__(self, metadata: tuple[tuple[str, str], ...]) -> None:
+        self._metadata = metadata
+
+    def _call(self, proceed: Any, details: Any, request: Any) -> Any:
+        metadata = (*(details.metadata or ()), *self._metadata)
+        return proceed(
+            _Details(
+                details.method, details.timeout, metadata, details.credentials,
+                details.wait_for_ready, details.compression,
+            ),
+            request,
+        )  # fmt: skip
+
+    intercept_unary_unary: Any = _call
+    intercept_unary_stream: Any = _call
+    intercept_stream_stream: Any = _call
+
+
 class Api:
     """A channel to one service and its stubs."""
 
-    def __init__(self, address: str, *, timeout_s: float = 10.0) -> None:
-        self.channel = grpc.insecure_channel(address, options=NO_RETRY)
+    def __init__(
+        self,
+        address: str,
+        *,
+        timeout_s: float = 10.0,
+        credentials: grpc.ChannelCredentials | None = None,
+        token: str = "",
+        options: tuple[tuple[str, Any], ...] = (),
+    ) -> None:
+        options = (*NO_RETRY, *options)
+        if credentials is None:
+            channel = grpc.insecure_channel(address, options=options)
+        else:
+            channel = grpc.secure_channel(address, credentials, options=options)
+        if token:
+            metadata = (("authorization", f"Bearer {token}"),)
+            channel = grpc.intercept_channel(channel, WithMetadata(metadata))
+        self.channel = channel
         self.runs = run_service_pb2_grpc.RunServiceStub(self.channel)
         self.recovery = recovery_service_pb2_grpc.RecoveryServiceStub(self.channel)
         self.health: Any = health_pb2_grpc.HealthStub(self.channel)

@@ -86,6 +86,7 @@ class ScriptedServer(grpc.GenericRpcHandler):
 
     Attributes:
         calls: the requests so far, each with the name of its method.
+        tokens: the values of `authorization` of each of these calls.
         left: set when a stream has ended, also because its caller went away.
     """
 
@@ -94,6 +95,7 @@ class ScriptedServer(grpc.GenericRpcHandler):
         self.left = threading.Event()
         self.release = threading.Event()
         self.calls: list[tuple[str, Any]] = []
+        self.tokens: list[list[str | bytes]] = []
         self._scripts: dict[str, list[Step]] = {}
         self._played: dict[str, int] = defaultdict(int)
         self._lock = threading.Lock()
@@ -107,12 +109,17 @@ class ScriptedServer(grpc.GenericRpcHandler):
         """Return the requests of a method, in order."""
         return [request for name, request in list(self.calls) if name == method]
 
-    def start(self, address: str = "127.0.0.1:0") -> str:
-        """Start, and return `host:port`."""
+    def start(
+        self, address: str = "127.0.0.1:0", credentials: grpc.ServerCredentials | None = None
+    ) -> str:
+        """Start, and return `host:port`. With credentials the connections are encrypted."""
         server = grpc.server(ThreadPoolExecutor(max_workers=8))
         server.add_generic_rpc_handlers((self,))
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
-        port = server.add_insecure_port(address)
+        if credentials is None:
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, credentials)
         server.start()
         self._servers.append(server)
         return f"127.0.0.1:{port}"
@@ -146,16 +153,18 @@ class ScriptedServer(grpc.GenericRpcHandler):
             response_serializer=lambda message: message.SerializeToString(),
         )
 
-    def _next(self, name: str, request: Any) -> Step:
+    def _next(self, name: str, request: Any, context: grpc.ServicerContext) -> Step:
+        metadata = context.invocation_metadata()
         with self._lock:
             self.calls.append((name, request))
+            self.tokens.append([value for key, value in metadata if key == "authorization"])
             script = self._scripts[name]
             step = script[min(self._played[name], len(script) - 1)]
             self._played[name] += 1
             return step
 
     def _answer(self, name: str, request: Any, context: grpc.ServicerContext) -> Message:
-        step = self._next(name, request)
+        step = self._next(name, request, context)
         if isinstance(step, Fail):
             step.abort(context)
         if callable(step):
@@ -164,7 +173,7 @@ class ScriptedServer(grpc.GenericRpcHandler):
         return step
 
     def _stream(self, name: str, request: Any, context: grpc.ServicerContext) -> Iterator[Message]:
-        step = self._next(name, request)
+        step = self._next(name, request, context)
         if isinstance(step, Fail):
             step = Stream((), then=step)
         if callable(step):

@@ -49,7 +49,11 @@ SHIMS: Final = (
 
 def config_text(settings: Mapping[str, object], engines: Mapping[str, EngineSpec]) -> str:
     """Return a configuration file."""
-    lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
+    tables = {key: value for key, value in settings.items() if isinstance(value, dict)}
+    lines = [f"{key} = {_toml(value)}" for key, value in settings.items() if key not in tables]
+    for key, table in tables.items():
+        lines += ["", f"[{key}]"]
+        lines += [f"{name} = {_toml(value)}" for name, value in table.items()]
     for name, engine in engines.items():
         table = {"command": list(engine.command), "profile": engine.profile, **engine.more}
         lines += ["", f"[engines.{name}]"]
@@ -57,12 +61,26 @@ def config_text(settings: Mapping[str, object], engines: Mapping[str, EngineSpec
     return "\n".join(lines) + "\n"
 
 
+def _toml(value: object) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        rows = (", ".join(f"{key} = {_toml(cell)}" for key, cell in row.items()) for row in value)
+        return f"[{', '.join(f'{{ {row} }}' for row in rows)}]"
+    return json.dumps(value if not isinstance(value, Path) else str(value))
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class ServiceProcess:
-    """One start of the service."""
+    """One start of the service.
+
+    Attributes:
+        credentials: of the channels to it; None: plaintext.
+        token: the bearer token of the calls on them; empty: none.
+    """
 
     popen: subprocess.Popen[bytes] | ForkedService
     log: Path
+    credentials: grpc.ChannelCredentials | None = None
+    token: str = ""
     address: str = ""
     _apis: list[Api] = field(default_factory=list)
     _parsed: list[Json] = field(default_factory=list)
@@ -100,7 +118,7 @@ class ServiceProcess:
 
     def api(self) -> Api:
         """Return a channel to it, which `close` closes."""
-        api = Api(self.address)
+        api = Api(self.address, credentials=self.credentials, token=self.token)
         self._apis.append(api)
         return api
 
@@ -158,6 +176,8 @@ class Home:
         env: Mapping[str, str] | None = None,
         prefix: Sequence[str] = (),
         may_fork: bool = True,
+        credentials: grpc.ChannelCredentials | None = None,
+        token: str = "",
         **settings: object,
     ) -> None:
         """Make the configuration.
@@ -165,7 +185,9 @@ class Home:
         Args:
             prefix: words before the command of each service, of a program that becomes it.
             may_fork: whether services may start without their imports (`service_forker.py`).
+            credentials, token: of the tests' channels to its services.
         """
+        self.credentials, self.token = credentials, token
         self.prefix = tuple(prefix)
         self.may_fork = may_fork
         self.path = path.resolve()
@@ -205,7 +227,9 @@ class Home:
         with log.open("wb") as output, Path(os.devnull).open("rb") as nothing:
             streams = (nothing.fileno(), output.fileno(), stderr or output.fileno())
             popen = self._spawn(words, streams)
-        service = ServiceProcess(popen=popen, log=log)
+        service = ServiceProcess(
+            popen=popen, log=log, credentials=self.credentials, token=self.token
+        )
         self.services.append(service)
         return service
 

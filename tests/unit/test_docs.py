@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Final
@@ -19,7 +19,7 @@ from runrecovery.v1 import errors_pb2, recovery_service_pb2, run_pb2, run_servic
 from runrecovery_service.cli import COMMANDS
 from runrecovery_service.cli.exit_codes import ExitCode
 from runrecovery_service.config import reading
-from runrecovery_service.config.settings import EngineSettings, Settings
+from runrecovery_service.config.settings import EngineSettings, Settings, TlsSettings
 from runrecovery_service.domain.recovery_matrix import MATRIX, QUARANTINE_RULE
 from runrecovery_service.domain.run import ErrorCode
 from runrecovery_service.rpc import errors
@@ -75,6 +75,15 @@ def _shown(default: object) -> str:
     if isinstance(default, StrEnum):
         return f'"{default.lower()}"'  # as it is written in a configuration file
     return f'"./{default}"' if isinstance(default, Path) else f'"{default}"'
+
+
+def test_every_tls_key_is_documented_with_its_default() -> None:
+    told = _rows(_section(_page("docs/configuration.md"), "## TLS"))
+
+    assert {key.name: told[key.name].strip("`") for key in fields(TlsSettings)} == {
+        key.name: "required" if key.default is MISSING else _shown(key.default)
+        for key in fields(TlsSettings)
+    }
 
 
 def _configuration() -> tuple[dict[str, str], dict[str, str]]:

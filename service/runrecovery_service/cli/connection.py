@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar
 
 import click
 from google.protobuf.message import Message
-from runrecovery import RunRecoveryClient, errors
+from runrecovery import RunRecoveryClient, Tls, errors
 from runrecovery.errors import RunRecoveryClientError
 
 from runrecovery_service.cli import parameters
@@ -20,10 +20,12 @@ from runrecovery_service.cli.printing import Columns, json_line, print_table
 from runrecovery_service.config import defaults
 
 MessageT = TypeVar("MessageT", bound=Message)
+AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
 
 CALL_EXIT_CODES: Final[Mapping[type, ExitCode]] = {
     errors.NotFound: ExitCode.NOT_FOUND,
     errors.InvalidRequest: ExitCode.USAGE,
+    errors.TokenUnusable: ExitCode.USAGE,
     errors.RunAlreadyExists: ExitCode.REFUSED,
     errors.RequestIdReused: ExitCode.REFUSED,
     errors.RunNotWaiting: ExitCode.REFUSED,
@@ -77,6 +79,18 @@ class ServiceConnection:
             click.echo(f"(only the first {limit}; --limit 0 shows all)", err=True)
 
 
+def _file_option(name: str, text: str) -> Callable[[AnyFunction], AnyFunction]:
+    variable = f"RUNRECOVERY_{name.removeprefix('--').replace('-', '_').upper()}"
+    return click.option(
+        name,
+        envvar=variable,
+        show_envvar=True,
+        metavar="FILE",
+        callback=parameters.require_not_empty,
+        help=text,
+    )
+
+
 _OPTIONS: Final = (
     click.option(
         "--server",
@@ -88,6 +102,22 @@ _OPTIONS: Final = (
         callback=parameters.target,
         help="Address of the service.",
     ),
+    click.option(
+        "--tls",
+        is_flag=True,
+        envvar="RUNRECOVERY_TLS",
+        help="Encrypt, and trust the roots that gRPC trusts. Any other --tls option implies it.",
+    ),
+    _file_option("--tls-ca", "Certificates (PEM) that sign that of the service."),
+    _file_option("--tls-certificate", "Own certificate (PEM), if the service demands one."),
+    _file_option("--tls-key", "Private key (PEM) of --tls-certificate."),
+    click.option(
+        "--tls-server-name",
+        envvar="RUNRECOVERY_TLS_SERVER_NAME",
+        metavar="NAME",
+        help="Name in the certificate of the service, if --server has another one.",
+    ),
+    _file_option("--token-file", "File with the bearer token."),
     click.option(
         "--timeout",
         "timeout_s",
@@ -116,13 +146,33 @@ def with_service(
         parameters.require_utf8(given)
         server, timeout_s = given.pop("server"), given.pop("timeout_s")
         as_json = given.pop("as_json")
-        with failures(server), RunRecoveryClient(server, timeout_s=timeout_s) as client:
+        with failures(server), _connect(server, timeout_s, given) as client:
             service = ServiceConnection(client=client, timeout_s=timeout_s, as_json=as_json)
             return function(service, **given)
 
     for option in reversed(_OPTIONS):
         call = option(call)
     return call
+
+
+def _connect(server: str, timeout_s: float, given: dict[str, Any]) -> RunRecoveryClient:
+    """Return a client by the options for TLS and the token, which are taken out of `given`."""
+    named = {key: given.pop(f"tls_{key}") for key in ("ca", "certificate", "key", "server_name")}
+    wants_tls, token_file = given.pop("tls"), given.pop("token_file")
+    try:
+        tls = Tls(**named) if any(named.values()) else wants_tls
+        return RunRecoveryClient(server, tls=tls, token_file=token_file, timeout_s=timeout_s)
+    except OSError as error:
+        raise Failure(f"{error.filename}: {error.strerror}", code=ExitCode.USAGE) from error
+    except (TypeError, ValueError) as error:
+        raise Failure(_as_flags(str(error)), code=ExitCode.USAGE) from error
+
+
+def _as_flags(text: str) -> str:
+    """Return a message about arguments of the client in words of the command line."""
+    return {
+        "give certificate and key, or neither": "give --tls-certificate and --tls-key, or neither"
+    }.get(text, text.replace("give tls=", "give --tls-ca or --tls"))
 
 
 @contextmanager

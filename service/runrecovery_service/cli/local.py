@@ -35,6 +35,7 @@ from runrecovery_service.domain.start_errors import (
     StartRefused,
     StoreLost,
     ThreadsRefused,
+    TlsRefused,
 )
 
 START_EXIT_CODES: Final[Mapping[type, ExitCode]] = {
@@ -48,6 +49,7 @@ START_EXIT_CODES: Final[Mapping[type, ExitCode]] = {
     ThreadsRefused: ExitCode.STORAGE,
     RecoveryGaveUp: ExitCode.RECOVERY,
     CgroupRefused: ExitCode.USAGE,
+    TlsRefused: ExitCode.USAGE,
     ContainmentRefused: ExitCode.CONTAINMENT,
     Fenced: ExitCode.FENCED,
     ClaimLost: ExitCode.FENCED,

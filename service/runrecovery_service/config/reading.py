@@ -19,8 +19,10 @@ from runrecovery_service.config import values
 from runrecovery_service.config.settings import (
     DEFAULT_ENV_ALLOW,
     SCALARS,
+    ClientAuth,
     EngineSettings,
     Settings,
+    TlsSettings,
 )
 from runrecovery_service.config.values import InvalidValue, Reader
 from runrecovery_service.domain.run import Profile, RestartPolicy
@@ -204,7 +206,7 @@ def _contradictions(settings: Settings, places: Mapping[str, str]) -> Iterator[s
         )
 
 
-# -- engine tables -----------------------------------------------------------------------------
+# -- tables -----------------------------------------------------------------------------
 
 
 def _engines(value: object) -> Mapping[str, EngineSettings]:
@@ -222,9 +224,23 @@ def _engines(value: object) -> Mapping[str, EngineSettings]:
     return engines
 
 
-def _engine(table: object) -> EngineSettings:
+def _table(table: object) -> dict[str, object]:
     if not isinstance(table, dict):
         raise InvalidValue(f"must be a table, not {values.quote(table)}")
+    return table
+
+
+def _tls(value: object) -> TlsSettings:
+    settings: TlsSettings = _converter().structure(_table(value), TlsSettings)
+    if settings.client_auth is ClientAuth.REQUIRE and settings.client_ca is None:
+        raise InvalidValue('is missing; client_auth = "require" needs it', below="client_ca")
+    if settings.client_auth is ClientAuth.NONE and settings.client_ca is not None:
+        raise InvalidValue('has no effect without client_auth = "require"', below="client_ca")
+    return settings
+
+
+def _engine(value: object) -> EngineSettings:
+    table = _table(value)
     settings: EngineSettings = _converter().structure(
         _preset_values(table.get("preset")) | table, EngineSettings
     )
@@ -278,6 +294,10 @@ def _resume_contradictions(settings: EngineSettings) -> Iterator[InvalidValue]:
         )
 
 
+_TABLES: Final[Mapping[str, Reader[object]]] = {"tls": _tls, "engines": _engines}
+"""The readers of the keys of `Settings` with tables of their own."""
+
+
 # -- cattrs ------------------------------------------------------------------------------------
 
 
@@ -293,10 +313,10 @@ def _converter() -> Converter:
     def hook(read: Reader[object]) -> Callable[[Any, Any], object]:
         return lambda value, _: read(value)
 
-    for kind in (EngineSettings, Settings):
+    for kind in (EngineSettings, TlsSettings, Settings):
         hints = get_type_hints(kind, include_extras=True)
         readers = {
-            key: override(struct_hook=hook(_engines if key == "engines" else hint.__metadata__[0]))
+            key: override(struct_hook=hook(_TABLES.get(key) or hint.__metadata__[0]))
             for key, hint in hints.items()
         }
         # mypy cannot see that `readers` holds no other keyword of that function.

@@ -37,6 +37,13 @@ class LogFormat(StrEnum):
     CONSOLE = "console"
 
 
+class ClientAuth(StrEnum):
+    """Whether clients need a certificate of their own."""
+
+    NONE = "none"
+    REQUIRE = "require"
+
+
 class ContainmentPolicy(StrEnum):
     """What a start does when its probe cannot prove that every process can be found."""
 
@@ -113,6 +120,23 @@ class EngineSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TlsSettings:
+    """The `[tls]` table. The files are read again when they change.
+
+    Attributes:
+        certificate: the certificate of the service in PEM, followed by the intermediate ones.
+        key: its private key in PEM, without a password.
+        client_ca: the certificates in PEM that sign those of clients.
+        client_auth: `"require"`: a client needs a certificate that `client_ca` has signed.
+    """
+
+    certificate: Annotated[Path, values.path]
+    key: Annotated[Path, values.path]
+    client_ca: Annotated[Path | None, values.path] = None
+    client_auth: Annotated[ClientAuth, values.one_of(ClientAuth)] = ClientAuth.NONE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """The whole configuration. Relative paths start from the working directory.
 
@@ -159,6 +183,7 @@ class Settings:
         retry_hint_s: the time after which callers that come too early are told to retry.
         log_level: `debug`, `info`, `warning` or `error`.
         log_format: `auto`, `json` or `console`.
+        tls: encrypts `listen`. Without it connections are not encrypted.
         engines: the engines that runs may use, by name.
     """
 
@@ -197,6 +222,7 @@ class Settings:
     retry_hint_s: Annotated[float, values.seconds(0.01, 3_600)] = 1.0
     log_level: Annotated[LogLevel, values.one_of(LogLevel)] = LogLevel.INFO
     log_format: Annotated[LogFormat, values.one_of(LogFormat)] = LogFormat.AUTO
+    tls: TlsSettings | None = None
     engines: Mapping[str, EngineSettings] = field(default_factory=dict)
 
     @property
@@ -205,5 +231,7 @@ class Settings:
         return self.max_concurrent or machine_capacity()
 
 
-SCALARS: Final = tuple(key.name for key in fields(Settings) if key.name != "engines")
+TABLES: Final = frozenset({"tls", "engines"})
+"""The keys with tables of their own, which only a file can hold."""
+SCALARS: Final = tuple(key.name for key in fields(Settings) if key.name not in TABLES)
 """The keys that a flag or an environment variable may set."""

@@ -4,7 +4,7 @@ StartRefused
 ├── Held, LeaseLost
 ├── DatabaseRefused: StoreLost, DatabaseOutOfReach
 ├── BackupRefused, DataDirRefused
-├── ThreadsRefused, OpenFilesRefused, CgroupRefused, ContainmentRefused
+├── ThreadsRefused, OpenFilesRefused, CgroupRefused, ContainmentRefused, TlsRefused
 └── RecoveryGaveUp, RecoveryInterrupted
 """
 
@@ -142,6 +142,16 @@ class ContainmentRefused(StartRefused):
 
     def __str__(self) -> str:
         return self.reason
+
+
+@dataclass(eq=False)
+class TlsRefused(StartRefused):
+    """The files of the configured TLS cannot be used."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return f"tls: {self.reason}"
 
 
 class RecoveryInterrupted(StartRefused):

@@ -30,6 +30,7 @@ from runrecovery_service.rpc.recovery_service import RecoveryDeps, RecoveryServi
 from runrecovery_service.rpc.reflection import V1, V1ALPHA, ReflectionServicer
 from runrecovery_service.rpc.run_service import RunDeps, RunService
 from runrecovery_service.rpc.server_sockets import ServerSockets
+from runrecovery_service.rpc.tls import ServerTls
 
 RUN_SERVICE: Final = run_service_pb2.DESCRIPTOR.services_by_name["RunService"]
 RECOVERY_SERVICE: Final = recovery_service_pb2.DESCRIPTOR.services_by_name["RecoveryService"]
@@ -85,9 +86,14 @@ class GrpcServer:
     """
 
     def __init__(
-        self, build: Callable[[], grpc.aio.Server], gate: Gate, wrapper: MethodWrapper
+        self,
+        build: Callable[[], grpc.aio.Server],
+        gate: Gate,
+        wrapper: MethodWrapper,
+        tls: ServerTls | None = None,
     ) -> None:
         self._build = build
+        self._tls = tls
         self._gate = gate
         self._calls = wrapper.calls
         self._server = build()
@@ -165,10 +171,15 @@ class GrpcServer:
             await self._server.stop(None)
 
     async def _start(self, address: ListenAddress) -> int:
-        port, self._sockets = await address.bind(self._server.add_insecure_port)
+        port, self._sockets = await address.bind(self._bind_port)
         self._address = address
         await self._server.start()
         return port
+
+    def _bind_port(self, address: str) -> int:
+        if self._tls is None:
+            return self._server.add_insecure_port(address)
+        return self._server.add_secure_port(address, self._tls.credentials())
 
     async def _watch_server(self, address: ListenAddress) -> None:
         """Watch the server. When it ended by itself or lost its address, replace it."""
@@ -247,9 +258,18 @@ def start_grpc() -> None:
 
 
 def build_server(
-    gate: Gate, *, run_deps: RunDeps, recovery_deps: RecoveryDeps, limits: ServerLimits
+    gate: Gate,
+    *,
+    run_deps: RunDeps,
+    recovery_deps: RecoveryDeps,
+    limits: ServerLimits,
+    tls: ServerTls | None = None,
 ) -> GrpcServer:
-    """Return the server with every service; it does not listen yet."""
+    """Return the server with every service; it does not listen yet.
+
+    Args:
+        tls: None: connections are not encrypted.
+    """
     wrapper = MethodWrapper(
         gate,
         max_calls=limits.max_concurrent_calls,
@@ -269,7 +289,7 @@ def build_server(
         server.add_generic_rpc_handlers(all_handlers)
         return server
 
-    return GrpcServer(build, gate, wrapper)
+    return GrpcServer(build, gate, wrapper, tls)
 
 
 def handlers(
