@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import resource
@@ -80,6 +82,31 @@ def test_talks_through_its_pipes(start: Start) -> None:
 
     assert tree.process.stdout.readline() == b"hello\n"
     assert tree.process.stderr.readline() == b"oops\n"
+
+
+def test_the_pipe_of_standard_output_takes_a_mebibyte(start: Start) -> None:
+    pipe = start(["/bin/cat"]).process.stdout.fileno()
+
+    assert fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ) == 1 << 20
+
+
+@pytest.mark.parametrize(("allowed", "expected"), [(300_000, 262_144), (0, 65_536)])
+def test_a_user_whose_pipes_are_used_up_gets_the_largest_pipe_that_is_left(
+    start: Start, monkeypatch: pytest.MonkeyPatch, allowed: int, expected: int
+) -> None:
+    """The kernel refuses like that beyond fs.pipe-user-pages-soft; root is never refused."""
+    change = fcntl.fcntl
+
+    def limited(descriptor: int, command: int, size: int = 0) -> int:
+        if command == fcntl.F_SETPIPE_SZ and size > allowed:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+        return change(descriptor, command, size)
+
+    monkeypatch.setattr(fcntl, "fcntl", limited)
+    tree = start([*CODE, "print('here')"])
+
+    assert change(tree.process.stdout.fileno(), fcntl.F_GETPIPE_SZ) == expected
+    assert tree.process.stdout.read() == b"here\n"
 
 
 def test_finds_the_command_on_the_agents_path(start: Start, tmp_path: Path) -> None:

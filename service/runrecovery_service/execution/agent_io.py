@@ -1,6 +1,9 @@
 """The pipes of one process: its lines are parsed, its output is kept without secrets.
 
 What the process and its shim report is put into a queue of events, in the order in which it came.
+
+Standard output is read at once, whatever its parser and the store are doing: some agent CLIs exit
+without writing the rest of their output to a full pipe. It waits in a backlog until it is parsed.
 """
 
 from __future__ import annotations
@@ -13,8 +16,15 @@ from typing import Final
 
 from runrecovery_service.agents.output import OutputChannel, OutputFiles
 from runrecovery_service.engines.dialect import Listener, ProtocolError
+from runrecovery_service.execution.backlog import Backlog
 from runrecovery_service.execution.blocking import run_blocking
-from runrecovery_service.execution.pipes import bytes_held, read, wait_until_read, write_all
+from runrecovery_service.execution.pipes import (
+    READ_BYTES,
+    bytes_held,
+    read,
+    wait_until_read,
+    write_all,
+)
 from runrecovery_service.execution.turn_log import TurnLog
 from runrecovery_service.execution.turn_state import LineRead, ProtocolBroken, Signal, TurnEvent
 from runrecovery_service.process.shimmed_process import ShimmedProcess
@@ -24,7 +34,12 @@ LONG_LINE_BYTES: Final = 16384
 STDERR_TAIL_BYTES: Final = 2000
 UTF8_CONTINUATION: Final = bytes(range(0x80, 0xC0))
 OVERTIME_BYTES: Final = 16 << 20
-"""Output that is still read and parsed after a deadline; a descendant may write for ever."""
+"""Output that is still parsed after a deadline; a descendant may write for ever."""
+BACKLOG_BYTES: Final = 4 << 20
+"""Output of one process that may wait to be parsed. Beyond it, the process waits in its pipe."""
+UNTAKEN_BYTES: Final = 1 << 20
+UNTAKEN_EVENTS: Final = 1000
+"""Lines and events that are parsed ahead of the supervisor, which may wait for the store."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -46,13 +61,18 @@ class AgentIO:
     output: OutputFiles
     threads: Executor
     log: TurnLog
+    _backlog: Backlog = field(init=False)
     _is_parsing: bool = field(default=False, init=False)
     _is_keeping: bool = field(default=False, init=False)
-    _read_bytes: int = field(default=0, init=False)
+    _parsed_bytes: int = field(default=0, init=False)
+    _untaken_bytes: int = field(default=0, init=False)
     _overtime_from: int | None = field(default=None, init=False)
     _line_start: list[bytes] = field(default_factory=list, init=False)
     _stderr_tail: bytes = field(default=b"", init=False)
     _stderr_held: bytes = field(default=b"", init=False)
+
+    def __post_init__(self) -> None:
+        self._backlog = Backlog(max_bytes=BACKLOG_BYTES)
 
     @property
     def stderr_tail(self) -> str:
@@ -69,10 +89,10 @@ class AgentIO:
         `OVERTIME_BYTES` of such output the answer is False.
         """
         if self._overtime_from is None:
-            self._overtime_from = self._read_bytes
-        is_bounded = self._read_bytes - self._overtime_from < OVERTIME_BYTES
+            self._overtime_from = self._parsed_bytes
+        is_bounded = self._parsed_bytes - self._overtime_from < OVERTIME_BYTES
         pipes = (self.process.stdout, self.process.stderr)
-        held = sum(bytes_held(pipe.fileno()) for pipe in pipes)
+        held = len(self._backlog) + sum(bytes_held(pipe.fileno()) for pipe in pipes)
         return is_bounded and (self._is_parsing or self._is_keeping or held > 0)
 
     # -- input ---------------------------------------------------------------------------------
@@ -97,10 +117,16 @@ class AgentIO:
     # -- output --------------------------------------------------------------------------------
 
     async def read_stdout(self) -> None:
-        """Read standard output until its end, and report each line."""
+        """Read standard output into the backlog until its end."""
         while data := await read(self.process.stdout.fileno()):
+            await self._backlog.put(data)
+        self._backlog.end()
+
+    async def parse_stdout(self) -> None:
+        """Parse standard output until its end, and report each line."""
+        while data := await self._backlog.take(READ_BYTES):
             self._is_parsing = True
-            self._read_bytes += len(data)
+            self._parsed_bytes += len(data)
             first, newline, more = data.partition(b"\n")
             self._line_start.append(first)
             if newline:
@@ -136,7 +162,10 @@ class AgentIO:
         for _, events in parsed:
             for event in events:
                 self.events.put_nowait(event)
-        await self.events.join()  # an agent that floods us waits in its pipe
+        self._untaken_bytes += sum(map(len, lines))
+        if self._untaken_bytes > UNTAKEN_BYTES or self.events.qsize() > UNTAKEN_EVENTS:
+            await self.events.join()
+            self._untaken_bytes = 0
 
     def _parse(self, line: bytes) -> tuple[bytes, Sequence[TurnEvent]]:
         """Return the line as it may be kept and shown, and the events in it."""
@@ -151,7 +180,7 @@ class AgentIO:
         """Read standard error until its end."""
         while data := await read(self.process.stderr.fileno()):
             self._is_keeping = True
-            self._read_bytes += len(data)
+            self._parsed_bytes += len(data)
             text = self.listener.redact(self._stderr_held + data)
             end = max(len(text) - max(self.listener.max_secret_bytes - 1, 0), 0)
             self._stderr_held = text[end:]  # a secret may come in two pieces

@@ -262,6 +262,7 @@ class TurnSupervisor:
         async with asyncio.TaskGroup() as group:
             tasks = [
                 group.create_task(io.read_stdout()),
+                group.create_task(io.parse_stdout()),
                 group.create_task(io.read_stderr()),
                 group.create_task(io.read_shim_report()),
                 group.create_task(self._send_task(io, opening)),

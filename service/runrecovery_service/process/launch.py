@@ -7,6 +7,7 @@ the agent never runs.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -26,6 +27,9 @@ from runrecovery_service.process.shim_events import Gated
 from runrecovery_service.process.shimmed_process import SHIM_TIMEOUT_S, ShimmedProcess
 
 SHIM: Final = str(Path(__file__).with_name("shim_main.py"))
+STDOUT_PIPE_BYTES: Final = 1 << 20
+"""What an agent's standard output takes while the service does not read, as by fs.pipe-max-size."""
+USUAL_PIPE_BYTES: Final = 1 << 16
 
 
 def prepare(
@@ -126,6 +130,8 @@ def _spawn(markers: LaunchMarkers, journal: Path | None) -> ShimmedProcess:
         for fd in for_shim:
             os.close(fd)
     try:
+        assert popen.stdout is not None  # noqa: S101 - it is a pipe
+        widen_pipe(popen.stdout.fileno())
         return _describe(popen, gate=for_service[0], report=for_service[1])
     except BaseException:  # an open gate would keep the shim waiting at it
         for fd in for_service:
@@ -134,6 +140,23 @@ def _spawn(markers: LaunchMarkers, journal: Path | None) -> ShimmedProcess:
             if pipe is not None:
                 pipe.close()
         raise
+
+
+def widen_pipe(descriptor: int) -> None:
+    """Let a pipe take `STDOUT_PIPE_BYTES`, or as much of it as the system allows.
+
+    Agent CLIs exit without writing the rest of their output to a full pipe. The kernel limits the
+    sum of all pipes of an ordinary user (fs.pipe-user-pages-soft, 64 MiB). A pipe that is not
+    widened is no reason to refuse a launch.
+    """
+    size = STDOUT_PIPE_BYTES
+    while size > USUAL_PIPE_BYTES:
+        try:
+            fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, size)
+        except OSError:
+            size //= 2
+        else:
+            return
 
 
 def _open_journal(journal: Path | None) -> int:
