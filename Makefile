@@ -52,9 +52,10 @@ $(AGENT_CLIS_READY): tests/cli_agents/npm/package-lock.json
 	@mkdir -p $(AGENT_CLIS)
 	@cp tests/cli_agents/npm/package.json tests/cli_agents/npm/package-lock.json $(AGENT_CLIS)
 	@if command -v npm > /dev/null; then \
-		echo "Installing the agent CLIs into $(AGENT_CLIS), once (760 MB, minutes)"; \
+		echo "Installing the agent CLIs into $(AGENT_CLIS), once (1.2 GB, minutes)"; \
 		cd $(AGENT_CLIS) && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error \
-		&& node node_modules/@anthropic-ai/claude-code/install.cjs && touch .ready; fi
+		&& node node_modules/@anthropic-ai/claude-code/install.cjs \
+		&& (cd node_modules/claude-code-newest && node install.cjs) && touch .ready; fi
 
 $(NODE_CLIENT_READY): tests/packaging/npm/package-lock.json
 	@mkdir -p $(NODE_CLIENT)

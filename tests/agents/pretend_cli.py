@@ -11,8 +11,9 @@ reports its process.
 
 Words in a prompt: HANG never ends (60 s at most), HANG_UNNAMED neither, and does not report its
 session; HANG_ONCE ends in the turn that is told of the interruption. FAIL fails. REFUSED calls a
-model that refuses its credentials, for ever. Codex with FAR_FUTURE reports a session id with a time
-beyond all clocks.
+model that refuses its credentials, for ever. Gemini with TOOL calls a tool, stores its response
+twice as the real CLI does, and does not resume a session with two responses to a call. Codex with
+FAR_FUTURE reports a session id with a time beyond all clocks.
 """
 
 from __future__ import annotations
@@ -144,6 +145,18 @@ def codex(arguments: list[str], prompt: str) -> None:
     print_event({"type": "turn.completed", "usage": total})
 
 
+TOOL_CALL: dict[str, Any] = {"id": "call", "name": "run_shell_command", "args": {}}
+TOOL_RESPONSE = {"functionResponse": {"id": "call", "name": "run_shell_command"}}
+
+
+def gemini_responses(path: Path) -> int:
+    """Return how often the response of the tool is in the history."""
+    messages = {line["id"]: line for line in lines_of(path) if "id" in line}
+    with_call = messages.get("g-tool", {}).get("toolCalls", [])
+    by_user = messages.get("u-tool", {}).get("content", [])
+    return sum("result" in call for call in with_call) + len(by_user)
+
+
 def gemini(arguments: list[str], prompt: str) -> None:
     root = Path(os.environ.get("GEMINI_CLI_HOME") or HOME) / ".gemini"
     trusted = root / "trustedFolders.json"
@@ -160,6 +173,8 @@ def gemini(arguments: list[str], prompt: str) -> None:
             refuse(42, "Error resuming session: No previous sessions found for this project.")
         path = found[0]
         earlier = lines_of(path)[1]["content"][0]["text"]
+        if gemini_responses(path) > 1:
+            refuse(144, "function response parts must equal function call parts")
     else:
         handle = str(uuid.uuid4())
         path = chats / f"session-{time.strftime('%Y-%m-%dT%H-%M')}-{handle[:8]}.jsonl"
@@ -175,6 +190,13 @@ def gemini(arguments: list[str], prompt: str) -> None:
         sys.exit(41)
     for attempt in refused_attempts(prompt):
         print(f"Attempt {attempt} failed with status 401. Retrying", file=sys.stderr, flush=True)
+    if "TOOL" in prompt:
+        called = [TOOL_CALL | {"result": [TOOL_RESPONSE]}]
+        append_lines(
+            path,
+            {"id": "g-tool", "type": "gemini", "content": "", "toolCalls": called},
+            {"id": "u-tool", "type": "user", "content": [TOOL_RESPONSE]},
+        )
     text = answer_of_model(prompt, earlier)
     append_lines(
         path, {"id": "g", "type": "gemini", "content": text}, {"$set": {"lastUpdated": "now"}}

@@ -55,12 +55,12 @@ class RealCliSetup(AgentCliSetup):
         self.settings = cli.prepare(agent_home, endpoint.url)
         service.mkdir()
         env = {**cli.environment(endpoint.url), "HOME": str(folder)}
-        command = (cli.name, *cli.options, *(cli.unattended if unattended else ()))
-        super().__init__(cli.name, command, agent_home, partial(Home, service, env=env), **keys)
+        command = (str(cli.program), *cli.options, *(cli.unattended if unattended else ()))
+        super().__init__(cli.preset, command, agent_home, partial(Home, service, env=env), **keys)
 
     def create_run(self, api: Api, word: str = ASK) -> None:
         """Create the run. Its prompt contains `task`, by which the endpoint recognises it."""
-        api.create(self.cli.name, {"prompt": f"{word} {self.task}"}, run_id=self.run_id)
+        api.create(self.cli.preset, {"prompt": f"{word} {self.task}"}, run_id=self.run_id)
 
     def for_another_run(self) -> RealCliSetup:
         """Return the setup for another run with the same service and the same agent home."""

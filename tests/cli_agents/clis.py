@@ -1,17 +1,17 @@
-"""The three real CLIs: how the tests call them, and what their users have in their homes."""
+"""The real CLIs: how the tests call them, and what their users have in their homes."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
 from support.engines import REPOSITORY
 
-INSTALLED: Final = REPOSITORY / ".agent-clis" / "node_modules" / ".bin"
+MODULES: Final = REPOSITORY / ".agent-clis" / "node_modules"
 """Where `make test-agents` installs them, from npm/package-lock.json."""
 
 
@@ -20,7 +20,9 @@ class Cli:
     """One CLI.
 
     Attributes:
-        name: the name of its preset and of its program.
+        name: what the tests call it.
+        preset: the name of its preset.
+        program: where `make test-agents` installs the program.
         options: the options of its command.
         unattended: the options that let it run shell commands without asking.
         files: returns the files of its user, by their paths below its home, for the URL of a model
@@ -32,17 +34,14 @@ class Cli:
     """
 
     name: str
+    preset: str
+    program: Path
     options: Sequence[str] = ()
     unattended: Sequence[str]
     files: Callable[[str], Mapping[str, str]]
     rewrites: frozenset[str] = frozenset()
     env: Callable[[str], Mapping[str, str]]
     needs_trust: str | None = None
-
-    @property
-    def program(self) -> Path:
-        """The path of the installed program."""
-        return INSTALLED / self.name
 
     def prepare(self, agent_home: Path, url: str) -> Settings:
         """Write the files of its user into a home, and return them."""
@@ -57,7 +56,7 @@ class Cli:
 
     def environment(self, url: str) -> dict[str, str]:
         """Return the variables of the service. They lead the CLI to the endpoint for everything."""
-        path = f"{INSTALLED}{os.pathsep}{os.environ['PATH']}"
+        path = f"{MODULES / '.bin'}{os.pathsep}{os.environ['PATH']}"
         proxies = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), url)
         direct = dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1")
         return {"PATH": path, **proxies, **direct, **self.env(url)}
@@ -151,6 +150,8 @@ def _claude_files(url: str) -> Mapping[str, str]:
 
 CODEX: Final = Cli(
     name="codex",
+    preset="codex",
+    program=MODULES / ".bin" / "codex",
     unattended=("--sandbox", "danger-full-access"),
     files=_codex_files,
     env=lambda _: {"OPENAI_API_KEY": "no-key"},
@@ -158,6 +159,8 @@ CODEX: Final = Cli(
 )
 GEMINI: Final = Cli(
     name="gemini",
+    preset="gemini",
+    program=MODULES / ".bin" / "gemini",
     unattended=("--approval-mode", "yolo"),
     options=("--model", "gemini-2.5-flash"),
     files=_gemini_files,
@@ -166,9 +169,16 @@ GEMINI: Final = Cli(
 )
 CLAUDE: Final = Cli(
     name="claude",
+    preset="claude",
+    program=MODULES / ".bin" / "claude",
     unattended=("--allowedTools=Bash",),
     files=_claude_files,
     rewrites=frozenset({".claude.json"}),
     env=lambda url: {"ANTHROPIC_BASE_URL": url, "ANTHROPIC_API_KEY": "no-key"},
 )
-CLIS: Final = (CODEX, GEMINI, CLAUDE)
+CLAUDE_NEWEST: Final = replace(
+    CLAUDE,
+    name="claude-newest",
+    program=MODULES / "claude-code-newest" / "bin" / "claude.exe",  # also on Linux
+)
+CLIS: Final = (CODEX, GEMINI, CLAUDE, CLAUDE_NEWEST)

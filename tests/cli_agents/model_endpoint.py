@@ -1,8 +1,9 @@
 """A model endpoint on loopback that speaks three vendors' protocols and records every request.
 
 It implements enough of the OpenAI Responses, Gemini and Anthropic Messages APIs for a conversation
-with the CLIs of these vendors. A reply depends on the request alone, so that retries, requests for
-a title of the conversation, and restarts change nothing.
+with the CLIs of these vendors. It answers a conversation that breaks its vendor's rules for tool
+calls with status 400, and records what was wrong in `violations`. A reply depends on the request,
+so that retries, requests for a title of the conversation, and restarts change nothing.
 
 The endpoint is also the proxy of the CLIs. It refuses every connection to another machine and
 records the destination in `outside`.
@@ -13,11 +14,13 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Final, Self, TypeAlias
+
+from cli_agents.vendor_rules import anthropic_violations, gemini_violations, openai_violations
 
 Json: TypeAlias = dict[str, Any]
 
@@ -59,12 +62,19 @@ class ModelRequest:
     Attributes:
         path: the path of the URL.
         texts: all texts of the conversation, in order.
-        has_tool_result: the conversation contains the result of a tool call.
+        raw: the conversation as JSON, with tool calls and their results.
+        offers_tools: the model may call tools. It may not in a request for a title.
     """
 
     path: str
     texts: tuple[str, ...]
-    has_tool_result: bool
+    raw: str
+    offers_tools: bool
+
+    @property
+    def has_tool_result(self) -> bool:
+        """Whether the conversation contains the result of a tool call."""
+        return any(f'"{word}"' in self.raw for word in TOOL_ANSWERS)
 
     def contains(self, words: str) -> bool:
         """Return whether a text of the conversation contains these words."""
@@ -114,6 +124,21 @@ def texts_in(value: object) -> Iterator[str]:
                 yield from texts_in(each)
 
 
+@dataclass(frozen=True, slots=True)
+class Vendor:
+    """The protocol of a vendor.
+
+    Attributes:
+        conversation: the key of the conversation in a request.
+        events: builds the events of an answer.
+        violations: returns how a conversation breaks the vendor's rules.
+    """
+
+    conversation: str
+    events: Callable[[Reply], list[str]]
+    violations: Callable[[Sequence[Json]], list[str]]
+
+
 class ModelEndpoint:
     """A server with a thread and a port of its own. Its exit ends every answer that hangs."""
 
@@ -121,6 +146,7 @@ class ModelEndpoint:
         self.requests: list[ModelRequest] = []
         self.outside: list[str] = []
         self.unknown: list[str] = []
+        self.violations: list[str] = []
         self.ending = threading.Event()
         self._script = script
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -146,15 +172,20 @@ class ModelEndpoint:
         self._thread.join()
         self._server.server_close()  # waits for the threads of the answers
 
-    def answer(self, path: str, conversation: object) -> Reply:
-        """Record a request, and return the reply of the script."""
-        raw = json.dumps(conversation)
+    def answer(self, path: str, body: Json, vendor: Vendor) -> Reply:
+        """Record a request, and return the reply of the script, or what breaks a rule."""
+        conversation = body.get(vendor.conversation)
         request = ModelRequest(
             path=path,
             texts=tuple(texts_in(conversation)),
-            has_tool_result=any(f'"{word}"' in raw for word in TOOL_ANSWERS),
+            raw=json.dumps(conversation),
+            offers_tools=bool(body.get("tools")),
         )
         self.requests.append(request)
+        messages = conversation if isinstance(conversation, list) else []
+        if violations := vendor.violations(messages):
+            self.violations += violations
+            return Reply(refusal="; ".join(violations))
         return self._script(request)
 
     def got(self, *words: str) -> bool:
@@ -173,11 +204,11 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self._body()
         path = self.path.partition("?")[0]
-        for ending, (conversation, speak) in DIALECTS.items():
+        for ending, vendor in VENDORS.items():
             if path.endswith(ending):
-                reply = self.endpoint.answer(path, body.get(conversation))
+                reply = self.endpoint.answer(path, body, vendor)
                 if reply.refusal is None:
-                    self._stream(speak(reply), hangs=reply.hangs)
+                    self._stream(vendor.events(reply), hangs=reply.hangs)
                 else:
                     self._json({"error": {"message": reply.refusal, "code": 400}}, status=400)
                 return
@@ -329,9 +360,9 @@ def anthropic(reply: Reply) -> list[str]:
     ]
 
 
-DIALECTS: Final[Mapping[str, tuple[str, Callable[[Reply], list[str]]]]] = {
-    "/responses": ("input", openai),
-    ":streamGenerateContent": ("contents", gemini),
-    "/messages": ("messages", anthropic),
+VENDORS: Final[Mapping[str, Vendor]] = {
+    "/responses": Vendor("input", openai, openai_violations),
+    ":streamGenerateContent": Vendor("contents", gemini, gemini_violations),
+    "/messages": Vendor("messages", anthropic, anthropic_violations),
 }
-"""For the end of a path: the key of the conversation, and the function that builds the events."""
+"""The vendor of a request, by the end of its path."""

@@ -66,9 +66,9 @@ class PretendCliSetup(AgentCliSetup):
         (found,) = self.sessions
         return found
 
-    def run_until_question(self, api: Api) -> run_pb2.Run:
+    def run_until_question(self, api: Api, task: Mapping[str, str] = TASK) -> run_pb2.Run:
         """Create the run "r", and wait for its question."""
-        api.create(self.cli, TASK, run_id="r")
+        api.create(self.cli, dict(task), run_id="r")
         return api.until_status("r", "WAITING_USER")
 
     def user_settings_are_unchanged(self) -> bool:
@@ -280,6 +280,42 @@ def test_a_session_that_is_damaged_while_the_service_runs_is_not_resumed(
     assert failed.error.message.endswith("was gone." if damage == "removed" else "was cut off.")
     assert handle not in failed.error.message
     assert setup.user_settings_are_unchanged()
+
+
+def test_a_gemini_session_with_a_tool_call_is_repaired_by_lines_at_its_end(
+    new_home: NewHome, tmp_path: Path
+) -> None:
+    setup = PretendCliSetup(new_home, tmp_path, "gemini")
+    service, api = setup.home.start()
+    setup.run_until_question(api, {"prompt": "Use your TOOL."})
+    before = setup.session.read_bytes()
+    service.kill()
+    service, api = setup.home.start()
+
+    api.reply("r", 1, "Ulm")
+    ended = api.until_ended("r")
+
+    assert status_word(ended) == "SUCCEEDED", ended
+    (repaired,) = service.events("execution.session_repaired")
+    assert (repaired["lines"], repaired["after_bytes"]) == (2, len(before))
+    assert setup.session.read_bytes().startswith(before)
+
+
+def test_a_session_that_cannot_be_repaired_is_resumed_as_it_is(
+    new_home: NewHome, tmp_path: Path
+) -> None:
+    setup = PretendCliSetup(new_home, tmp_path, "gemini")
+    service, api = setup.home.start()
+    setup.run_until_question(api)
+    kept = setup.session.rename(setup.session.with_suffix(".kept"))
+    kept.with_suffix(".jsonl").symlink_to(kept)
+
+    api.reply("r", 1, "Ulm")
+    ended = api.until_ended("r")
+
+    assert status_word(ended) == "SUCCEEDED", ended
+    (logged,) = service.events("execution.session_not_repaired")
+    assert logged["reason"] == "OSError"
 
 
 @every_cli

@@ -18,6 +18,7 @@ from runrecovery_service.domain.session_check import (
 )
 from runrecovery_service.engines.catalog import Catalog, Engine, check_sessions
 from runrecovery_service.engines.sessions.files import CliSessions, SessionObservation
+from runrecovery_service.engines.sessions.repair import Repair
 
 SESSION_TIMEOUT_S: Final = 10.0
 """How long the storage of a session's files may take to answer."""
@@ -57,6 +58,15 @@ class SessionChecker:
         return await fingerprint_session(
             sessions, self._stored(run, handle), timeout_s=self.timeout_s
         )
+
+    async def repair(self, run: Run, sessions: CliSessions, handle: str) -> list[Repair]:
+        """Repair a run's session before it is resumed, and return what was appended to its files.
+
+        Raises:
+            NotRepairable, OSError, NotKnown: a file is left as it is. TimeoutError is an OSError.
+        """
+        stored = self._stored(run, handle)
+        return await daemon_threads.run_within(self.timeout_s, lambda: sessions.repair(stored))
 
     def _stored(
         self, run: Run, handle: str, fingerprint: SessionFingerprint | None = None

@@ -183,6 +183,7 @@ class TurnSupervisor:
             opening = self._open(engine)
             if (lost := await self.sessions.why_lost(engine, self._resumed)) is not None:
                 return Failed(RunError(code=ErrorCode.SESSION_RESUME_FAILED, message=lost))
+            await self.sessions.repair(engine, self._resumed)
             if opening.handle is not None:  # on record before the process can act
                 await self._take(engine, SessionMessage(value=opening.handle))
             process = await self.launch.start(engine, opening)

@@ -17,6 +17,8 @@ from runrecovery_service.domain.session_check import (
 from runrecovery_service.domain.turn import Asked, TurnEnd
 from runrecovery_service.engines.catalog import Catalog, Engine
 from runrecovery_service.engines.dialect import Resumed
+from runrecovery_service.engines.sessions.folders import NotKnown
+from runrecovery_service.engines.sessions.repair import NotRepairable
 from runrecovery_service.execution.launcher import Launch
 from runrecovery_service.execution.turn_records import TurnRecords
 
@@ -56,6 +58,25 @@ class TurnSessions:
         if finding.holds:
             return None
         return f"The session cannot be resumed: {REASON_TEXTS[finding.reason]}."
+
+    async def repair(self, engine: Engine, resumed: Resumed | None) -> None:
+        """Repair the session that is about to be resumed. Without success the CLI gets it as it is.
+
+        Its CLI may be another version, which can resume it.
+        """
+        if resumed is None or engine.sessions is None:
+            return
+        log = self.records.log
+        try:
+            repairs = await self.checker.repair(
+                self.records.turn.run, engine.sessions, resumed.session.handle
+            )
+        except (OSError, NotRepairable, NotKnown) as error:
+            reason = str(error) if isinstance(error, NotRepairable) else type(error).__name__
+            log.warning("execution.session_not_repaired", reason=reason)
+        else:
+            for each in repairs:
+                log.info("execution.session_repaired", lines=each.lines, after_bytes=each.after)
 
     async def _check(
         self, handle: str, fingerprint: SessionFingerprint | None

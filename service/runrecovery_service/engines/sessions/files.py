@@ -30,6 +30,7 @@ from runrecovery_service.engines.sessions.lines import (
     is_uuid,
     judge_excerpt,
 )
+from runrecovery_service.engines.sessions.repair import History, Repair, repair
 
 FIRST_READ: Final = 32 * 1024
 """Bytes that are read at the beginning and at the end. Codex begins with some 21 KiB."""
@@ -129,11 +130,13 @@ class CliSessions:
     Attributes:
         home: the home folder of the CLI; None: not known.
         finder: returns a finder for one batch; None: `home` is not known.
+        history: repairs a session before it is resumed; None: the CLI resumes any that it has.
     """
 
     home: Path | None
     finder: Callable[[], Finder] | None
     layout: Layout
+    history: History | None = None
 
     def check(self, handles: Sequence[StoredHandle]) -> Iterator[SessionFinding]:
         """Find and check each file. A file with an unchanged fingerprint is not read."""
@@ -144,6 +147,18 @@ class CliSessions:
     def observe(self, stored: StoredHandle) -> SessionObservation:
         """Check one session and return its fingerprint too. No process may write to it now."""
         return self._new_batch().observe(stored)
+
+    def repair(self, stored: StoredHandle) -> list[Repair]:
+        """Repair the files of one session. No process may write to them now.
+
+        Raises:
+            NotRepairable, OSError, NotKnown: a file is left as it is.
+        """
+        if self.history is None or self.finder is None or not is_uuid(stored.handle):
+            return []
+        stored = replace(stored, workspace=Path(os.path.realpath(stored.workspace)))
+        repairs = [repair(path, self.history) for path in self.finder().paths(stored)]
+        return [each for each in repairs if each is not None]
 
     def _new_batch(self) -> _Batch:
         return _Batch(self.home, self.finder() if self.finder else None, self.layout)

@@ -26,6 +26,7 @@ from runrecovery_service.engines.sessions.folders import (
     names_in,
     read_small,
 )
+from runrecovery_service.engines.sessions.gemini_history import GeminiHistory
 from runrecovery_service.engines.sessions.lines import is_folder_name
 
 MOST_PROJECTS_BYTES: Final = 4 * 1024**2
@@ -38,7 +39,8 @@ def sessions(env: Mapping[str, str]) -> CliSessions:
     if home is None:
         return CliSessions(None, None, GeminiLayout())
     own = home if env.get("GEMINI_CLI_HOME") else home / ".gemini"
-    return CliSessions(own, lambda: GeminiFinder(home / ".gemini"), GeminiLayout())
+    layout, history = GeminiLayout(), GeminiHistory()
+    return CliSessions(own, lambda: GeminiFinder(home / ".gemini"), layout, history)
 
 
 def is_of_session(name: str, session_id: str) -> bool:

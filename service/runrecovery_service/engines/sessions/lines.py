@@ -86,7 +86,7 @@ def judge_excerpt(excerpt: Excerpt, stored: StoredHandle, layout: Layout) -> Ses
     first, newline, _ = excerpt.head.partition(b"\n")
     if not newline and not excerpt.tail_is_all:
         return SessionReason.NOT_KNOWN  # the first line is too long
-    named = _json_object(first)
+    named = json_object(first)
     if named is None:
         return SessionReason.BROKEN if newline else SessionReason.CUT_OFF
     if not newline:
@@ -101,7 +101,7 @@ def _more(head: bytes) -> Iterator[JsonObject]:
     """Yield the objects of the next complete lines."""
     *whole, _ = head.split(b"\n", HEAD_LINES)
     for line in whole:
-        if (parsed := _json_object(line)) is not None:
+        if (parsed := json_object(line)) is not None:
             yield parsed
 
 
@@ -111,17 +111,18 @@ def _judge_end(excerpt: Excerpt, layout: Layout) -> SessionReason:
         lines = lines[1:]  # the first line may lack its beginning
     if rest or not lines:  # the last line has no newline, or is too long
         return SessionReason.CUT_OFF if rest else SessionReason.NOT_KNOWN
-    if _json_object(lines[-1]) is None:
+    if json_object(lines[-1]) is None:
         return SessionReason.CUT_OFF
     for line in reversed(lines):
-        parsed = _json_object(line)
+        parsed = json_object(line)
         ended = None if parsed is None else layout.is_end_of_turn(parsed)
         if ended is not None:
             return SessionReason.WHOLE if ended else SessionReason.CUT_OFF
     return SessionReason.CUT_OFF if excerpt.tail_is_all else SessionReason.WHOLE
 
 
-def _json_object(line: bytes) -> JsonObject | None:
+def json_object(line: bytes) -> JsonObject | None:
+    """Return the object of a line, or None if the line is no JSON object."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError

@@ -1,0 +1,77 @@
+"""Repairs a session whose history its CLI would send in a form that the model's API refuses.
+
+Lines are appended to the session file. Every byte that the CLI has written stays as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+from runrecovery_service.domain.run import JsonObject
+from runrecovery_service.engines.sessions.lines import json_object
+
+MOST_BYTES: Final = 256 * 1024**2
+"""A longer file is not read into memory."""
+
+
+class History(Protocol):
+    """The conversations of a CLI that may need a repair."""
+
+    def corrections(self, lines: Iterable[JsonObject]) -> list[JsonObject]:
+        """Return the lines to append; none for a history that is valid."""
+
+
+class NotRepairable(Exception):
+    """A session cannot be repaired. The text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Repair:
+    """What was appended to a session file: so many lines, after so many bytes."""
+
+    lines: int
+    after: int
+
+
+def repair(path: Path, history: History) -> Repair | None:
+    """Append to a session file what its history lacks, or return None if it lacks nothing.
+
+    No process may write to the file meanwhile. An interrupted repair leaves the file usable, and
+    the next one completes it.
+
+    Raises:
+        NotRepairable: the file is too long or no file, or its history stays wrong.
+        OSError: the file cannot be read or written.
+    """
+    # Agents can write where the file is: no link at its end, and no waiting for a pipe.
+    flags = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with os.fdopen(os.open(path, flags), "r+b", buffering=0) as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise NotRepairable("not_a_file")
+        if found.st_size > MOST_BYTES:
+            raise NotRepairable("too_long")
+        data = file.read()
+        corrections = _corrections(data, history)
+        if not corrections:
+            return None
+        begin = b"" if data.endswith(b"\n") else b"\n"  # a process may have been killed in a line
+        added = begin + b"".join(json.dumps(line).encode() + b"\n" for line in corrections)
+        while added:
+            added = added[file.write(added) :]
+        return Repair(len(corrections), len(data))
+
+
+def _corrections(data: bytes, history: History) -> list[JsonObject]:
+    """Return the lines to append, which are proved to be enough."""
+    lines = [line for each in data.split(b"\n") if (line := json_object(each)) is not None]
+    corrections = history.corrections(lines)
+    if corrections and history.corrections([*lines, *corrections]):
+        raise NotRepairable("stays_wrong")
+    return corrections
