@@ -39,7 +39,8 @@ class ScratchPostgres:
 
     def create(self, name: str, *, template: str = "template1") -> str:
         """Make a database, a copy of `template`, and return its URL."""
-        self._administer(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
+        # Without syncs a copy of files needs half the CPU time of a copy by the log.
+        self._administer(f'CREATE DATABASE "{name}" TEMPLATE "{template}" STRATEGY file_copy')
         return self.url(name)
 
     def drop(self, name: str) -> None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +24,7 @@ import uvloop
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.opening import open_database
 from support.defects import defect_in
+from support.postgres_pool import PostgresPool
 from support.service import Home
 from support.waiting import until
 
@@ -111,10 +114,35 @@ def _postgres(
     return server
 
 
+@pytest.fixture(scope="session")
+def _postgres_pool(_postgres: ScratchPostgres) -> PostgresPool:
+    """Databases for tests of this process, one after another."""
+    return PostgresPool(_postgres, _NAMES, _TEMPLATE)
+
+
+@pytest.fixture(scope="session")
+def _sqlite_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data directory with a migrated SQLite store, to be copied."""
+    folder = tmp_path_factory.mktemp("template")
+    open_database("", folder).close()
+    return folder
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
-def new_database_url(request: pytest.FixtureRequest) -> Iterator[Callable[[], str]]:
-    """Make stores; the URL of a SQLite one is empty: it lies in the data directory."""
-    if request.param == "sqlite":
+def database_kind(request: pytest.FixtureRequest) -> str:
+    """The database of a test that runs on both."""
+    return str(request.param)
+
+
+@pytest.fixture
+def new_database_url(
+    request: pytest.FixtureRequest, database_kind: str
+) -> Iterator[Callable[[], str]]:
+    """Make stores; the URL of a SQLite one is empty: it lies in the data directory.
+
+    A PostgreSQL database is new and serves this test only, whatever the test does to it.
+    """
+    if database_kind == "sqlite":
         yield lambda: ""
         return
     server: ScratchPostgres = request.getfixturevalue("_postgres")
@@ -137,10 +165,10 @@ def postgresql_url(_postgres: ScratchPostgres) -> Iterator[str]:
     _postgres.drop(name)
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def empty_database_url(request: pytest.FixtureRequest) -> Iterator[str]:
+@pytest.fixture
+def empty_database_url(request: pytest.FixtureRequest, database_kind: str) -> Iterator[str]:
     """The URL of a store that no version has been in yet."""
-    if request.param == "sqlite":
+    if database_kind == "sqlite":
         yield ""
         return
     server: ScratchPostgres = request.getfixturevalue("_postgres")
@@ -188,11 +216,31 @@ def new_home(tmp_path: Path) -> Iterator[Callable[..., Home]]:
 
 
 @pytest.fixture
-def database(new_database_url: Callable[[], str], tmp_path: Path) -> Iterator[Database]:
+def new_database(
+    request: pytest.FixtureRequest, database_kind: str
+) -> Iterator[Callable[[Path], Database]]:
+    """Open migrated stores without a row, each for a data directory."""
+    with ExitStack() as stack:
+
+        def make(folder: Path) -> Database:
+            url = ""
+            if database_kind == "sqlite":
+                template: Path = request.getfixturevalue("_sqlite_folder")
+                shutil.copytree(template, folder, dirs_exist_ok=True)
+            else:
+                pool: PostgresPool = request.getfixturevalue("_postgres_pool")
+                url = stack.enter_context(pool.database())
+            db = open_database(url, folder)
+            stack.callback(db.close)
+            return db
+
+        yield make
+
+
+@pytest.fixture
+def database(new_database: Callable[[Path], Database], tmp_path: Path) -> Database:
     """An open, empty store."""
-    db = open_database(new_database_url(), tmp_path)
-    yield db
-    db.close()
+    return new_database(tmp_path)
 
 
 def pytest_asyncio_loop_factories(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from runrecovery_service.storage import instances
 from runrecovery_service.storage.database import Database
-from runrecovery_service.storage.opening import open_database
 from storage.service_store import ServiceStore, boot
 from storage.trust_host import ORIGINAL, CliHost
 
@@ -23,21 +23,16 @@ def store(database: Database) -> ServiceStore:
 
 @pytest.fixture
 def new_store(
-    new_database_url: Callable[[], str], tmp_path: Path
-) -> Iterator[Callable[[], ServiceStore]]:
+    new_database: Callable[[Path], Database], tmp_path: Path
+) -> Callable[[], ServiceStore]:
     """Make stores, each with the first epoch of instance `default`."""
-    opened: list[Database] = []
+    numbers = itertools.count()
 
     def make() -> ServiceStore:
-        directory = tmp_path / f"store-{len(opened)}"
-        directory.mkdir()
-        db = open_database(new_database_url(), directory)
-        opened.append(db)
+        db = new_database(tmp_path / f"store-{next(numbers)}")
         return ServiceStore(db=db, owner=instances.claim(db, boot(), now=ServiceStore.now))
 
-    yield make
-    for db in opened:
-        db.close()
+    return make
 
 
 @pytest.fixture

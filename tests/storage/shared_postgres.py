@@ -9,7 +9,7 @@ import pytest
 from runrecovery_service.storage.database import Database
 
 
-@pytest.mark.parametrize("new_database_url", [pytest.param("postgresql", id="real")], indirect=True)
+@pytest.mark.parametrize("database_kind", [pytest.param("postgresql", id="real")], indirect=True)
 def test_a_worker_has_a_database(database: Database) -> None:
     row = database.fetch_one("SELECT current_setting('data_directory'), current_database()")
     assert row is not None

@@ -1,0 +1,91 @@
+"""Databases of the shared PostgreSQL that tests use one after another.
+
+A copy of the template and its removal cost more CPU time than most tests. To delete the rows of a
+test costs a few milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import psycopg
+
+from bench.postgres import ScratchPostgres
+
+LARGEST: Final = 16 << 20
+"""A database of more bytes is removed: rows leave their space behind."""
+
+_END_OTHERS: Final = (
+    b"SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity"
+    b" WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    b" AND backend_type = 'client backend'"
+)
+_OWN: Final = "(SELECT oid FROM pg_database WHERE datname = current_database())"
+_SOURCES: Final = (
+    *("pg_class", "pg_attribute", "pg_attrdef", "pg_constraint", "pg_index", "pg_namespace"),
+    *("pg_proc", "pg_rewrite", "pg_trigger", "migration_checksum", "schema_migration"),
+    f"pg_database WHERE oid = {_OWN}",
+    f"pg_db_role_setting WHERE setdatabase = {_OWN}",
+)
+_DEFINITION: Final = " UNION ALL ".join(
+    f"SELECT count(*), max(xmin::text::bigint) FROM {source}"  # noqa: S608
+    for source in _SOURCES
+).encode()
+_TABLES: Final = (
+    b"SELECT quote_ident(relname) FROM pg_class WHERE relnamespace = 'public'::regnamespace"
+    b" AND relkind = 'r' AND relname NOT IN ('migration_checksum', 'schema_migration')"
+)
+_RESTART_KEYS: Final = b"SELECT setval(seqrelid, seqstart, false) FROM pg_sequence"
+_SIZE: Final = b"SELECT pg_database_size(current_database())"
+
+
+def definition_of(connection: psycopg.Connection[Any]) -> list[Any]:
+    """Return what every change of a database's schema, privileges, settings and history changes.
+
+    For each table of such facts: the number of rows, and the latest transaction that wrote one.
+    """
+    return connection.execute(_DEFINITION).fetchall()
+
+
+class PostgresPool:
+    """The databases of one worker.
+
+    Attributes:
+        template: the name of the migrated database that the others are copies of.
+    """
+
+    def __init__(self, server: ScratchPostgres, names: Iterator[str], template: str) -> None:
+        self._server = server
+        self._names = names
+        self.template = template
+        self._free: list[tuple[str, list[Any]]] = []
+
+    @contextmanager
+    def database(self) -> Iterator[str]:
+        """Lend the URL of a migrated database without a row. It lasts as long as the server."""
+        name, definition = self._free.pop() if self._free else self._make()
+        yield self._server.url(name)
+        if self._is_emptied(name, definition):
+            self._free.append((name, definition))
+        else:
+            self._server.drop(name)
+
+    def _make(self) -> tuple[str, list[Any]]:
+        name = next(self._names)
+        with psycopg.connect(self._server.create(name, template=self.template)) as connection:
+            return name, definition_of(connection)
+
+    def _is_emptied(self, name: str, definition: list[Any]) -> bool:
+        """Delete the rows of a database; False if it is not as it was, or too large."""
+        with psycopg.connect(self._server.url(name), autocommit=True) as connection:
+            connection.execute(_END_OTHERS)
+            ((size,),) = connection.execute(_SIZE)
+            if size > LARGEST or definition_of(connection) != definition:
+                return False
+            tables = [table for (table,) in connection.execute(_TABLES)]
+            deletes = "; ".join(f"DELETE FROM {table}" for table in tables)  # noqa: S608
+            connection.execute(deletes.encode())
+            connection.execute(_RESTART_KEYS)
+        return True
