@@ -19,6 +19,7 @@ from runrecovery_service.engines.dialect import (
     RunContext,
     SessionMessage,
 )
+from support.engines import REPOSITORY
 from support.questions import answered
 
 Start = Callable[..., subprocess.Popen[bytes]]
@@ -212,14 +213,31 @@ def test_input_that_is_no_message_has_an_exit_code_of_its_own(
     assert agent.returncode == demo_agent.EXIT_BAD_INPUT
 
 
+@pytest.mark.parametrize("words", [[], ["--profile"], ["--profile", "other"]])
+def test_a_command_line_without_a_profile_is_refused_with_the_usage(words: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", demo_agent.__name__, *words],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert (done.returncode, done.stdout) == (demo_agent.EXIT_USAGE, "")
+    assert done.stderr == "usage: demo_agent --profile resumable|sticky\n"
+
+
 def test_the_agent_imports_no_heavy_library() -> None:
     code = (
-        "import sys, runrecovery_service.engines.demo_agent;"
+        f"import sys; sys.path.append({str(REPOSITORY / 'service')!r});"
+        "import runrecovery_service.engines.demo_agent;"
         "print(*sorted({name.split('.')[0] for name in sys.modules}))"
     )
     loaded = subprocess.run(
-        [sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True
+        [sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()
 
     assert "runrecovery_service" in loaded
-    assert not {"asyncio", "grpc", "google", "peewee", "structlog", "cattrs"} & set(loaded)
+    heavy = {"asyncio", "grpc", "google", "peewee", "structlog", "cattrs"}
+    heavy |= {"argparse", "pathlib", "subprocess", "typing", "uuid"}
+    assert not heavy & set(loaded)

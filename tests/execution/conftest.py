@@ -39,10 +39,10 @@ from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.instances import InstanceStart, Owner
 from runrecovery_service.storage.launch_records import LaunchSite
 from runrecovery_service.storage.opening import open_database
+from support.engines import demo_command
 from support.processes import ProcessIdentity, living_process, processes_with_watermark
 from support.waiting import until_async
 
-DEMO = (sys.executable, "-m", "runrecovery_service.engines.demo_agent", "--profile")
 QUICK = 'read task; echo \'{"type":"result","output":{"done":true}}\''
 DEAF = 'read task; echo \'{"type":"ask","kind":"open_text","prompt":"What?"}\'; exec sleep 60'
 HOLDS = "read task; exec sleep 600"
@@ -62,8 +62,8 @@ ASKS_AND_LISTENS = (
 )
 WORKS_AND_FAILS = "i=0; while [ $i -lt 30000 ]; do i=$((i+1)); done; exit 7"
 ENGINES: Mapping[str, tuple[Profile, tuple[str, ...]]] = {
-    "resumable": (Profile.RESUMABLE, (*DEMO, "resumable")),
-    "sticky": (Profile.STICKY_PROCESS, (*DEMO, "sticky")),
+    "resumable": (Profile.RESUMABLE, demo_command("resumable")),
+    "sticky": (Profile.STICKY_PROCESS, demo_command("sticky")),
     "quick": (Profile.RESUMABLE, ("/bin/sh", "-c", QUICK)),
     "deaf": (Profile.STICKY_PROCESS, ("/bin/sh", "-c", DEAF)),
     "holds": (Profile.RESUMABLE, ("/bin/sh", "-c", HOLDS)),

@@ -11,6 +11,13 @@ from typing import Final
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
 AGENTS: Final = REPOSITORY / "tests" / "agents"
 
+_DEMO_AGENT: Final = f"""
+import sys
+sys.path.append({str(REPOSITORY / "service")!r})
+from runrecovery_service.engines.demo_agent import main
+sys.exit(main())
+"""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSpec:
@@ -22,9 +29,11 @@ class EngineSpec:
 
 
 def demo_command(profile: str) -> tuple[str, ...]:
-    """Return the command of the demo agent."""
-    module = "runrecovery_service.engines.demo_agent"
-    return (sys.executable, "-m", module, "--profile", profile)
+    """Return the command of the demo agent.
+
+    Without site packages, which take longer to find than the agent needs for a turn.
+    """
+    return (sys.executable, "-I", "-S", "-c", _DEMO_AGENT, "--profile", profile)
 
 
 RESUMABLE: Final = EngineSpec(
