@@ -13,7 +13,8 @@ RLIMIT_LOCKS = 10
 inherits and shows this limit but does not enforce it."""
 MAX_ENVIRONMENT_BYTES = 2 << 20
 """Exec takes no larger environment by default. A process may claim any size afterwards."""
-_LOCKS = b"Max file locks"
+_LOCKS = b"\nMax file locks"
+_PIECE = 65536
 
 
 class Proc:
@@ -92,11 +93,11 @@ def watermark(pid: int) -> int | None:
     None for other limits, for "unlimited" and for a process that has ended. Any user may read the
     limits of any process, even of one that is not dumpable.
     """
-    for line in read(f"/proc/{pid}/limits").splitlines():
-        if line.startswith(_LOCKS):
-            soft, hard, *_ = line[len(_LOCKS) :].split()
-            return int(soft) if soft == hard and soft.isdigit() else None
-    return None
+    _, found, rest = read(f"/proc/{pid}/limits").partition(_LOCKS)
+    if not found:
+        return None
+    soft, hard, _ = rest.split(None, 2)
+    return int(soft) if soft == hard and soft.isdigit() else None
 
 
 def environment(pid: int, proc: Proc | None = None) -> bytes:
@@ -150,9 +151,11 @@ def read(path: str, *, most: int = sys.maxsize) -> bytes:
         return b""
     pieces: list[bytes] = []
     try:
-        while most > 0 and (piece := os.read(fd, 65536)):
-            pieces.append(piece)
+        while most > 0:
+            pieces.append(piece := os.read(fd, _PIECE))
             most -= len(piece)
+            if len(piece) < _PIECE:  # the end: /proc fills what it is given
+                break
     except (ProcessLookupError, PermissionError):
         return b""
     finally:
@@ -163,7 +166,7 @@ def read(path: str, *, most: int = sys.maxsize) -> bytes:
 def _parse(pid: int, raw: bytes) -> Proc:
     # The second field is a name that the program chose. It may contain parentheses and spaces, so
     # the next fields begin behind the last ")". proc(5) counts them from 3.
-    fields = raw[raw.rindex(b")") + 1 :].split()
+    fields = raw[raw.rindex(b")") + 1 :].split(None, 20)
     return Proc(
         pid=pid,
         state=fields[0].decode("ascii"),
