@@ -14,6 +14,8 @@ MOST_PAUSE_S: Final = 0.05
 LOOKS_SHARE: Final = 4
 """A pause is this many times as long as the look before it: what is waited for needs the processor
 too."""
+WAITED_SHARE: Final = 5
+"""A pause is this part of the time waited so far: looks are few, and none comes a quarter late."""
 
 T = TypeVar("T")
 
@@ -26,29 +28,31 @@ def patience_s() -> float:
 def until(condition: Callable[[], T], what: str, *, timeout_s: float | None = None) -> T:
     """Return the first true result of `condition`; fail if there is none in time."""
     bound_s = patience_s() if timeout_s is None else timeout_s
-    ends = time.monotonic() + bound_s
+    started = time.monotonic()
     while True:
         began = time.monotonic()
         answer = condition()
         if answer:
             return answer
-        if began > ends:
+        if began > started + bound_s:
             raise AssertionError(f"not within {bound_s:.0f} s: {what}")
-        time.sleep(_pause_s(time.monotonic() - began))
+        time.sleep(_pause_s(started, began))
 
 
 async def until_async(condition: Callable[[], Awaitable[object]], what: str) -> None:
     """Wait until `condition` returns true; fail if it does not in time."""
     bound_s = patience_s()
-    ends = time.monotonic() + bound_s
+    started = time.monotonic()
     while True:
         began = time.monotonic()
         if await condition():
             return
-        if began > ends:
+        if began > started + bound_s:
             raise AssertionError(f"not within {bound_s:.0f} s: {what}")
-        await asyncio.sleep(_pause_s(time.monotonic() - began))
+        await asyncio.sleep(_pause_s(started, began))
 
 
-def _pause_s(look_s: float) -> float:
-    return min(MOST_PAUSE_S, max(LEAST_PAUSE_S, LOOKS_SHARE * look_s))
+def _pause_s(started: float, began: float) -> float:
+    """Return the pause after a look that began at `began`."""
+    look_s, waited_s = time.monotonic() - began, began - started
+    return min(MOST_PAUSE_S, max(LEAST_PAUSE_S, LOOKS_SHARE * look_s, waited_s / WAITED_SHARE))
