@@ -2,7 +2,8 @@
 
 editing.py add FILE KIND FOLDER...     add these; print "decided" and wait for a line in between
 editing.py toggle FILE KIND FOLDER     add and remove forever; print a line after each edit
-editing.py dying FILE KIND FOLDER N    add, and die by SIGKILL before the N-th system event
+editing.py dying FILE KIND FOLDER      for each line N read: in a child, add, and die by SIGKILL
+                                       before the N-th system event; print the child's exit code
 editing.py cli FILE                    for each line read: count up, rewrite the file, print
 """
 
@@ -54,12 +55,21 @@ def toggle(path: Path, kind: str, folder: str) -> None:
             print("removed", flush=True)
 
 
-def dying(path: Path, kind: str, folder: str, before: str) -> None:
-    config_files.EDITORS[config_files.AgentCli(kind)].add(
-        b"", folder
-    )  # import now what it imports late
+def dying(path: Path, kind: str, folder: str) -> None:
+    # Imports now what it imports late.
+    config_files.EDITORS[config_files.AgentCli(kind)].add(b"", folder)
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            add_and_die(path, kind, folder, int(line))
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+def add_and_die(path: Path, kind: str, folder: str, last: int) -> None:
     events = itertools.count(1)
-    fsync, last = os.fsync, int(before)
+    fsync = os.fsync
 
     def die_at(event: str, _: tuple[object, ...]) -> None:
         watched = event in {"open", "fsync"} or event.startswith(("os.", "fcntl."))

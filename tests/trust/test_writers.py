@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -147,25 +148,27 @@ def test_a_kill_at_any_step_leaves_the_old_file_or_the_new_one(
     old = before and BEFORE[kind]
     new = EDITORS[kind].add(old, "/w").text
     states: list[bytes | None] = []
-    step, code = 0, -9
+    step, ended = 0, "-9"
+    path = tmp_path / "home" / "config"
+    program = start("dying", path, kind, "/w")
 
-    while code == -9:
+    while ended == "-9":
         step += 1
-        home = tmp_path / str(step)
-        home.mkdir()
-        path = home / "config"
+        path.parent.mkdir()
         if old is not None:
             path.write_bytes(old)
-        code = start("dying", path, kind, "/w", str(step)).wait()
+        _write_line(program, str(step))
+        ended = _read_line(program)
         states.append(path.read_bytes() if path.exists() else None)
 
         # Whatever the killed edit has left, the next edit succeeds and removes it.
         files.edit(path, lambda text: EDITORS[kind].add(text, "/w"))
         assert path.read_bytes() == new
-        assert _temporary(home) == []
+        assert _temporary(path.parent) == []
+        shutil.rmtree(path.parent)
 
     done = states.index(new)
-    assert code == 0
+    assert ended == "0"
     assert states[:done] == [old] * done
     assert states[done:] == [new] * (len(states) - done)
     assert 5 < done < len(states)  # the kills were before and after the replacement
