@@ -7,9 +7,8 @@ import secrets
 import select
 import shutil
 import signal
-import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,15 +83,19 @@ class CampaignHome(Home):
 
     Attributes:
         mark: an argument of every process that the engines start.
-        mutant: the mutant that runs as the service; empty for the real service.
-        may_signal_all: whether the service may signal processes of other users.
     """
 
     def __init__(self, path: Path, *, mutant: str = "", may_signal_all: bool = True) -> None:
+        """Make the configuration.
+
+        Args:
+            mutant: the mutant that runs as the service; empty for the real service.
+            may_signal_all: whether the service may signal processes of other users.
+        """
         self.mark = secrets.token_hex(8)
-        self.mutant = mutant
-        self.may_signal_all = may_signal_all
         path.mkdir()
+        rights = () if may_signal_all else WITHOUT_KILL
+        program = (sys.executable, str(HERE / "mutants.py"), mutant) if mutant else ()
         command = (sys.executable, "-I", "-S", str(HERE / "hostile_agent.py"), self.mark)
         super().__init__(
             path,
@@ -100,35 +103,11 @@ class CampaignHome(Home):
                 "resumable": EngineSpec(command=command),
                 "sticky": EngineSpec(command=command, profile="sticky_process"),
             },
+            prefix=(*rights, *program),
             max_concurrent=SLOTS,
             orphan_grace_s=0.1,
             cancel_grace_s=0.2,
         )
-
-    @property
-    def _program(self) -> Sequence[str]:
-        before = () if self.may_signal_all else WITHOUT_KILL
-        if self.mutant:
-            return (*before, sys.executable, str(HERE / "mutants.py"), self.mutant)
-        return (*before, sys.executable, "-m", "runrecovery_service")
-
-    def spawn(self, *arguments: str, stderr: int | None = None) -> ServiceProcess:
-        """Start the service or its mutant, with the rights of this home."""
-        log = self.path / f"service-{len(self.services)}.log"
-        words = ["--config", str(self.config), "--data-dir", str(self.data)]
-        fixed = ["--listen", "127.0.0.1:0", "--log-format", "json"]
-        with log.open("wb") as output:
-            popen = subprocess.Popen(
-                [*self._program, "serve", *words, *fixed, *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output if stderr is None else stderr,
-                cwd=self.path,
-                start_new_session=True,
-            )
-        service = ServiceProcess(popen=popen, log=log)
-        self.services.append(service)
-        return service
 
     def create(self, api: Api, planned: RunPlan) -> run_pb2.Run:
         """Create a run whose agent grows the planned tree."""

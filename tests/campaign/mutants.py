@@ -85,6 +85,6 @@ MUTANTS: Final[dict[str, Callable[[], None]]] = {
 }
 
 if __name__ == "__main__":
-    name, *arguments = sys.argv[1:]
+    name, _, _, _, *arguments = sys.argv[1:]  # of the service: python -m runrecovery_service
     MUTANTS[name]()
     main(arguments)

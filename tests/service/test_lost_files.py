@@ -6,8 +6,6 @@ import os
 import re
 import signal
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -16,6 +14,7 @@ import grpc
 import pytest
 from support.api import Api
 from support.service import Home, ServiceProcess
+from support.service_forker import run_command
 
 NewHome = Callable[..., Home]
 
@@ -115,9 +114,8 @@ def test_a_backup_beside_a_service_whose_wal_was_removed_exits_with_4_and_leaves
     remove_log(home)
     copy = home.path / "copy.db"
 
-    command = [sys.executable, "-m", "runrecovery_service", "backup", str(copy)]
-    options = ["--config", str(home.config), "--data-dir", str(home.data)]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+    options = ("--config", home.config, "--data-dir", home.data)
+    done = run_command("backup", copy, *options, cwd=home.path)
     service.popen.send_signal(signal.SIGCONT)
 
     assert done.returncode == 4

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,21 +11,15 @@ from pathlib import Path
 import pytest
 from support.engines import EngineSpec
 from support.service import Home
+from support.service_forker import run_command
 
 NewHome = Callable[..., Home]
 
 
 def run(home: Home, *arguments: str | Path) -> tuple[int, str]:
     """Run a subcommand on a home's data directory; return its exit code and its output."""
-    command = [sys.executable, "-m", "runrecovery_service", arguments[0]]
-    options = ["--config", str(home.config), "--data-dir", str(home.database.parent)]
-    done = subprocess.run(
-        [*command, *options, *map(str, arguments[1:])],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=home.database.parent.parent,
-    )
+    options = ("--config", home.config, "--data-dir", home.data)
+    done = run_command(arguments[0], *options, *arguments[1:], cwd=home.path)
     return done.returncode, done.stdout + done.stderr
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 
 import psycopg
 import pytest
 from support.service import Home
+from support.service_forker import run_command
 
 from bench.postgres import ScratchPostgres, scratch_postgres
 
@@ -38,13 +37,7 @@ def server() -> Iterator[ScratchPostgres]:
 
 def check(home: Home) -> tuple[int, str, str]:
     """Run `check`; return its exit code and both outputs."""
-    done = subprocess.run(
-        [sys.executable, "-m", "runrecovery_service", "check", "--config", str(home.config)],
-        cwd=home.path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_command("check", "--config", home.config, cwd=home.path)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from psycopg.conninfo import conninfo_to_dict
 from support.engines import script
 from support.pgbouncer import PROGRAM, pooled
 from support.service import Home
+from support.service_forker import run_command
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="pgbouncer is not installed")
 
@@ -49,15 +48,7 @@ def set_what_is_needed(url: str, *, but: str = "") -> None:
 
 def check(home: Home) -> tuple[int, str]:
     """Return the exit code and the output of `check`."""
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "runrecovery_service", "check"),
-            *("--config", home.config, "--data-dir", home.data),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_command("check", "--config", home.config, "--data-dir", home.data, cwd=home.path)
     return done.returncode, done.stdout + done.stderr
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import uuid
 from collections.abc import Callable, Iterator
 
@@ -13,6 +11,7 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 from support.api import refused
 from support.service import Home, ServiceProcess
+from support.service_forker import run_command
 from support.waiting import until
 
 
@@ -82,13 +81,7 @@ def test_a_start_and_a_check_name_the_missing_privilege(
     sentence = f"the PostgreSQL database: the role '{role}' lacks UPDATE on the table `instance`\n"
 
     service = home.spawn()
-    checked = subprocess.run(
-        [sys.executable, "-m", "runrecovery_service", "check", "--config", str(home.config)],
-        cwd=home.path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    checked = run_command("check", "--config", home.config, cwd=home.path)
 
     assert service.exit_code() == 4
     assert service.text == f"error: {sentence}"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 
 import psycopg
@@ -13,6 +11,7 @@ from runrecovery.v1 import run_pb2
 from support.engines import script
 from support.pg_proxy import proxied
 from support.service import Home, ServiceProcess
+from support.service_forker import run_command
 from support.waiting import until
 
 from bench.postgres import ScratchPostgres, run_postgres, run_standby
@@ -29,13 +28,7 @@ def assert_refused(home: Home, place: str) -> None:
     )
 
     service = home.spawn()
-    checked = subprocess.run(
-        [sys.executable, "-m", "runrecovery_service", "check", "--config", str(home.config)],
-        cwd=home.path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    checked = run_command("check", "--config", home.config, cwd=home.path)
 
     assert service.exit_code() == 6, service.text
     assert service.text == f"error: {sentence}"

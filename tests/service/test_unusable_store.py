@@ -12,6 +12,7 @@ from typing import Final
 
 import pytest
 from support.service import Home
+from support.service_forker import run_command
 
 NewHome = Callable[..., Home]
 MENDING: Final = "docs/operations.md, *A damaged database*, tells how to mend it"
@@ -19,14 +20,8 @@ MENDING: Final = "docs/operations.md, *A damaged database*, tells how to mend it
 
 def run(folder: Path, *words: str) -> tuple[int, str]:
     """Run the command in a folder; return its exit code and its output without log lines."""
-    done = subprocess.run(
-        [sys.executable, "-m", "runrecovery_service", *words],
-        cwd=folder,
-        capture_output=True,
-        check=False,
-        timeout=60,
-    )
-    lines = (done.stdout + done.stderr).decode("utf-8", "backslashreplace").splitlines()
+    done = run_command(*words, cwd=folder)
+    lines = (done.stdout + done.stderr).splitlines()
     return done.returncode, "\n".join(line for line in lines if not line.startswith("{"))
 
 

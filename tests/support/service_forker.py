@@ -1,4 +1,4 @@
-"""Services that are forked from a process which has imported everything already.
+"""Services and commands that are forked from a process which has imported everything already.
 
 An ordinary start spends most of its CPU time on imports. Each test worker keeps one forker: this
 file as a program. It imports the service once and forks a child for each request. The child gets
@@ -11,6 +11,7 @@ The forker ends when its standard input closes, so also when its worker was kill
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import resource
@@ -19,12 +20,15 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
+COMMAND_S: Final = 60.0
+"""The most that a command may take."""
 _MAX_REQUEST: Final = 1 << 20
 _CANNOT_BE_SET_LATER: Final = ("GRPC_", "PYTHON", "LD_", "MALLOC_", "GLIBC_")
 """Environment variables that the interpreter and libraries read once, before `main` runs."""
@@ -34,7 +38,7 @@ _CANNOT_BE_SET_LATER: Final = ("GRPC_", "PYTHON", "LD_", "MALLOC_", "GLIBC_")
 
 
 class ForkedService:
-    """A service that was forked, with the part of the interface of `Popen` that tests use."""
+    """A process that was forked, with the part of the interface of `Popen` that tests use."""
 
     def __init__(self, pid: int, pidfd: int, report: socket.socket) -> None:
         self.pid = pid
@@ -140,16 +144,61 @@ def fork_service(
     return _forker().fork(arguments, cwd=cwd, env=env, streams=streams)
 
 
+def run_command(
+    *words: str | Path, cwd: Path, timeout_s: float = COMMAND_S
+) -> subprocess.CompletedProcess[str]:
+    """Run `runrecovery WORDS` in a process of its own, without any input.
+
+    Raises:
+        subprocess.TimeoutExpired: the command still runs; it was killed.
+    """
+    with (
+        Path(os.devnull).open("rb") as nothing,
+        tempfile.TemporaryFile() as out,
+        tempfile.TemporaryFile() as error,
+    ):
+        streams = (nothing.fileno(), out.fileno(), error.fileno())
+        command = _start_command([str(word) for word in words], cwd, streams)
+        try:
+            code = command.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            command.kill()
+            command.wait()
+            raise
+        texts = [os.pread(file.fileno(), 1 << 24, 0) for file in (out, error)]
+    said, errors = (text.decode("utf-8", "backslashreplace") for text in texts)
+    return subprocess.CompletedProcess(words, code, said, errors)
+
+
+def _start_command(
+    words: list[str], cwd: Path, streams: Sequence[int]
+) -> subprocess.Popen[bytes] | ForkedService:
+    if can_be_forked({}):
+        return fork_service(words, cwd=cwd, env=os.environ, streams=streams)
+    stdin, stdout, stderr = streams
+    return subprocess.Popen(
+        [sys.executable, "-m", "runrecovery_service", *words],
+        stdin=stdin,
+        stdout=stdout,
+        stderr=stderr,
+        cwd=cwd,
+    )
+
+
 # -- the program -----------------------------------------------------------------------------------
 
 
 def _import_all() -> None:
-    """Import what `runrecovery serve` imports."""
+    """Import what `runrecovery serve` and the commands without a service import."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # as the command does
     sys.path.remove(str(Path(__file__).parent))
     import psycopg  # noqa: F401
     import runrecovery_service.app
-    import runrecovery_service.cli.local  # noqa: F401
+    import runrecovery_service.cli.local
+    import runrecovery_service.offline  # noqa: F401
+
+    gc.collect()
+    gc.freeze()  # a collection in a child copies no page of what was imported here
 
 
 def _run_forker(control: socket.socket) -> dict[str, Any]:
