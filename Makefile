@@ -85,11 +85,11 @@ proto: $(CODEGEN_READY) ## Regenerate client/runrecovery/v1 and the served descr
 		$$(find proto -name '*.proto' | sort)
 	@echo '"""Messages and stubs generated from proto/runrecovery/v1 (make proto)."""' > $(GENERATED)/__init__.py
 
-docs: $(READY) ## Regenerate the matrix in docs/recovery.md
+docs: $(READY) ## Regenerate the tables in docs/recovery.md and docs/security.md
 	@$(BIN)/python docs/generate.py
 
 verify: proto docs ## Prove that the generated code and pages are current
-	@git diff --exit-code -- $(GENERATED) $(DESCRIPTORS) docs/recovery.md
+	@git diff --exit-code -- $(GENERATED) $(DESCRIPTORS) docs/recovery.md docs/security.md
 	@test -z "$$(git ls-files --others --exclude-standard -- $(GENERATED))"
 
 lint: $(READY) ## ruff and buf lint

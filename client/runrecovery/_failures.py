@@ -46,6 +46,10 @@ BY_REASON: Mapping[str, type[RunRecoveryClientError]] = {
     "WATCH_HISTORY_PRUNED": errors.WatchHistoryPruned,
     "WATCH_SEQUENCE_UNKNOWN": errors.WatchSequenceUnknown,
     "WATCH_CURSOR_INVALID": errors.WatchCursorInvalid,
+    "CALLER_UNKNOWN": errors.Unauthenticated,
+    "ROLE_NOT_SUFFICIENT": errors.PermissionDenied,
+    "ENGINE_NOT_ALLOWED": errors.PermissionDenied,
+    "CALLER_OVERLOADED": errors.Overloaded,
     "INTERNAL": errors.InternalError,
 }
 
@@ -53,6 +57,8 @@ BY_REASON: Mapping[str, type[RunRecoveryClientError]] = {
 # so they mean nothing without a reason.
 BY_CODE: Mapping[grpc.StatusCode, type[RunRecoveryClientError]] = {
     grpc.StatusCode.NOT_FOUND: errors.NotFound,
+    grpc.StatusCode.UNAUTHENTICATED: errors.Unauthenticated,
+    grpc.StatusCode.PERMISSION_DENIED: errors.PermissionDenied,
     grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidRequest,
     grpc.StatusCode.UNAVAILABLE: errors.Unavailable,
     grpc.StatusCode.CANCELLED: errors.Unavailable,  # from a stopping server or proxy

@@ -19,7 +19,8 @@ RunRecoveryClientError
 ├── WatchGap
 ├── Unavailable: RecoveryInProgress, ShuttingDown, SafeMode
 ├── ResourceExhausted: Overloaded, StorageFull, SlowReader
-├── TokenUnusable
+├── Unauthenticated: TokenUnusable
+├── PermissionDenied
 ├── DeadlineExceeded
 ├── InternalError
 └── UnrecognizedError
@@ -257,7 +258,7 @@ class ResourceExhausted(RunRecoveryClientError):
 
 
 class Overloaded(ResourceExhausted):
-    """Too many runs are queued, or too many calls or streams are open."""
+    """Too many runs are queued, or too many calls or streams are open, perhaps of this caller."""
 
 
 class StorageFull(ResourceExhausted):
@@ -268,7 +269,20 @@ class SlowReader(ResourceExhausted):
     """The caller read its stream too slowly. The iterators of this client resume it."""
 
 
-class TokenUnusable(RunRecoveryClientError):
+class Unauthenticated(RunRecoveryClientError):
+    """The service knows neither the token nor the certificate of this caller."""
+
+
+class PermissionDenied(RunRecoveryClientError):
+    """The caller's role, or its engines, do not allow the call."""
+
+    @property
+    def needed_role(self) -> str:
+        """The role that the call needs; empty if the role is not the reason."""
+        return self.details.metadata.get("needed_role", "")
+
+
+class TokenUnusable(Unauthenticated):
     """The `token_file` cannot be read, or holds no token. Nothing was sent."""
 
 

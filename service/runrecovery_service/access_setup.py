@@ -1,9 +1,19 @@
-"""From settings to who may connect, for a start and for `runrecovery check`."""
+"""From settings to who may connect and call, for a start and for `runrecovery check`."""
 
 from __future__ import annotations
 
-from runrecovery_service.config.settings import Settings
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Final
+
+from runrecovery_service.config.settings import CallerSettings, Settings
+from runrecovery_service.config.values import MAX_TOKENS
+from runrecovery_service.domain.caller import Caller, Credentials, Role, token_problem
+from runrecovery_service.domain.start_errors import CallersRefused
 from runrecovery_service.rpc.certificates import TlsFiles, TlsUnusable, read_certificate
+
+MAX_TOKEN_FILE_BYTES: Final = 4096
 
 
 def tls_files(settings: Settings) -> TlsFiles | None:
@@ -17,13 +27,83 @@ def tls_files(settings: Settings) -> TlsFiles | None:
     )
 
 
-def tls_problems(settings: Settings) -> list[str]:
-    """Return why a start would refuse the files of TLS, or clients their certificate."""
+def read_callers(settings: Settings) -> list[Credentials]:
+    """Return how each configured caller is recognised. Read the token files.
+
+    Raises:
+        CallersRefused: with every problem. No caller is left out instead: a typo in one file must
+            not lock a caller out, or in.
+    """
+    found, problems = [], []
+    for caller in settings.callers:
+        try:
+            found.append(_credentials(caller))
+        except _TokenFileRefused as error:
+            problems.append(f"caller {caller.name!r}: {caller.token_file}: {error}")
+    problems += _shared_tokens(found)
+    if problems:
+        raise CallersRefused(tuple(problems))
+    return found
+
+
+def access_problems(settings: Settings) -> list[str]:
+    """Return why a start would refuse TLS or callers, or clients the certificate."""
+    problems: list[str] = []
+    try:
+        read_callers(settings)
+    except CallersRefused as error:
+        problems += error.problems
     files = tls_files(settings)
     if files is None:
-        return []
+        return problems
     try:
-        found = read_certificate(files)
+        invalid = read_certificate(files).invalid
     except TlsUnusable as error:
-        return [f"tls: {error}"]
-    return [f"tls: {files.certificate}: {found.invalid}"] if found.invalid else []
+        return [*problems, f"tls: {error}"]
+    return [*problems, f"tls: {files.certificate}: {invalid}"] if invalid else problems
+
+
+class _TokenFileRefused(Exception):
+    """A token file cannot be used. The text never quotes it."""
+
+
+def _credentials(settings: CallerSettings) -> Credentials:
+    digests = tuple(bytes.fromhex(digest) for digest in settings.token_sha256)
+    if settings.token_file is not None:
+        digests = tuple(_read_tokens(settings.token_file))
+    return Credentials(
+        caller=Caller(
+            name=settings.name,
+            role=Role[settings.role.name],
+            engines=None if settings.engines is None else frozenset(settings.engines),
+            max_calls=settings.max_calls,
+        ),
+        tokens=digests,
+        certificate_name=settings.certificate_name,
+    )
+
+
+def _read_tokens(file: Path) -> Iterator[bytes]:
+    """Yield the SHA-256 of each token of a file."""
+    try:
+        with file.open("rb") as opened:
+            data = opened.read(MAX_TOKEN_FILE_BYTES + 1)
+    except OSError as error:
+        raise _TokenFileRefused(error.strerror) from error
+    tokens = [line.strip() for line in data.decode("utf-8", "replace").splitlines() if line.strip()]
+    if not 1 <= len(tokens) <= MAX_TOKENS or len(data) > MAX_TOKEN_FILE_BYTES:
+        raise _TokenFileRefused(f"must hold one token, or {MAX_TOKENS}, each on its own line")
+    for token in tokens:
+        if problem := token_problem(token):
+            raise _TokenFileRefused(f"a token {problem}")
+        yield sha256(token.encode()).digest()
+
+
+def _shared_tokens(found: list[Credentials]) -> Iterator[str]:
+    """Yield a problem for each two callers with a token in common."""
+    owner: dict[bytes, str] = {}
+    for each in found:
+        for digest in set(each.tokens):
+            other = owner.setdefault(digest, each.caller.name)
+            if other != each.caller.name:
+                yield f"callers {other!r} and {each.caller.name!r} have the same token"

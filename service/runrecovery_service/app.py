@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import structlog
 
 from runrecovery_service import early_signals
-from runrecovery_service.access_setup import tls_files
+from runrecovery_service.access_setup import read_callers, tls_files
 from runrecovery_service.agents.blocking_store import LoopStore
 from runrecovery_service.agents.end_launches import LaunchEnder
 from runrecovery_service.agents.output import OutputFiles
@@ -62,6 +62,7 @@ from runrecovery_service.recovery.bulk_session_check import BulkSessionCheck
 from runrecovery_service.recovery.plan import Planner
 from runrecovery_service.recovery.reconcile import Recovery, RecoveryLimits
 from runrecovery_service.recovery.status import RecoveryStatus
+from runrecovery_service.rpc.callers import CallerGuard, CallerTable
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.listen_address import count_addresses, parse_listen_address
 from runrecovery_service.rpc.recovery_service import RecoveryDeps
@@ -94,10 +95,8 @@ def serve(settings: Settings) -> None:
     prepare_process()
     open_files = plan_open_files(settings)
     open_files.apply()
-    files = tls_files(settings)
-    tls = None if files is None else ServerTls(files)
     # Before anything is claimed: a name server that does not answer takes long.
-    per_address = open_files.connections // count_addresses(settings.listen)
+    entrance = _Entrance.make(settings, open_files)
     with ServiceLocks.acquire(settings) as locks, SteadyThreadPool(1, "probe") as prober:
         early_signals.hold()
         # Before the store is migrated and an epoch is claimed: a start that no client could reach
@@ -108,9 +107,7 @@ def serve(settings: Settings) -> None:
         db = open_database(settings.database, locks.data_dir, locks=locks.locks)
         try:
             with store_kept(db), asyncio.Runner(loop_factory=new_event_loop) as runner:
-                runner.run(
-                    _run(settings, locks, db, probe, open_files, _Entrance(per_address, tls))
-                )
+                runner.run(_run(settings, locks, db, probe, open_files, entrance))
         finally:
             db.close()
 
@@ -128,15 +125,31 @@ async def _run(
 
 @dataclass(frozen=True, slots=True)
 class _Entrance:
-    """How clients get in.
+    """How callers get in.
 
     Attributes:
         per_address: the most connections of each address that the server listens on.
         tls: None: connections are not encrypted.
+        guard: None: whoever connects may do everything.
     """
 
     per_address: int
     tls: ServerTls | None
+    guard: CallerGuard | None
+
+    @classmethod
+    def make(cls, settings: Settings, open_files: OpenFiles) -> _Entrance:
+        """Read the files of TLS and the tokens.
+
+        Raises:
+            TlsRefused, CallersRefused: they cannot be used.
+        """
+        files, known = tls_files(settings), read_callers(settings)
+        return cls(
+            per_address=open_files.connections // count_addresses(settings.listen),
+            tls=None if files is None else ServerTls(files),
+            guard=CallerGuard(CallerTable(known)) if known else None,
+        )
 
 
 class _App:
@@ -303,6 +316,8 @@ class _App:
                 max_connections=entrance.per_address,
             ),
             tls=entrance.tls,
+            guard=entrance.guard,
+            public_reflection=settings.public_reflection,
         )
 
     def _recovery_runner(self) -> RecoveryRunner:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from runrecovery_service import paths
-from runrecovery_service.access_setup import tls_problems
+from runrecovery_service.access_setup import access_problems
 from runrecovery_service.agents.trust_keeper import trust_problem
 from runrecovery_service.config.settings import ContainmentPolicy, Settings
 from runrecovery_service.domain.start_errors import (
@@ -80,7 +80,7 @@ def check(settings: Settings) -> list[str]:
     problems += _trust_problems(settings)
     problems += _containment_problems(settings)
     problems += _open_files_problems(settings)
-    problems += tls_problems(settings)
+    problems += access_problems(settings)
     problems += _store_problems(settings)
     return problems
 

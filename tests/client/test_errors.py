@@ -30,6 +30,8 @@ CODES = {
     errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
     errors.ResourceExhausted: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.InternalError: grpc.StatusCode.INTERNAL,
+    errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    errors.PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
 }
 
 
@@ -78,7 +80,7 @@ async def test_raises_the_class_of_the_reason_and_keeps_the_grpc_error(
         (grpc.StatusCode.DEADLINE_EXCEEDED, rr.DeadlineExceeded),
         (grpc.StatusCode.INTERNAL, rr.InternalError),
         (grpc.StatusCode.FAILED_PRECONDITION, rr.UnrecognizedError),
-        (grpc.StatusCode.UNAUTHENTICATED, rr.UnrecognizedError),
+        (grpc.StatusCode.UNAUTHENTICATED, rr.Unauthenticated),
     ],
     ids=str,
 )

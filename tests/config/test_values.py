@@ -14,6 +14,8 @@ Problems: TypeAlias = Callable[..., tuple[str, ...]]
 
 PRESET = '[engines.x]\npreset = "claude"\n'
 TLS = "[tls]\ncertificate = 'c'\nkey = 'k'\n"
+DIGEST = "a" * 64
+CALLER = f"[[callers]]\nname = 'ci'\nrole = 'viewer'\ntoken_sha256 = '{DIGEST}'\n"
 ENGINE = '[engines.reviewer]\ncommand = ["agent", "--jsonl"]\nprofile = "resumable"\n'
 
 
@@ -70,6 +72,39 @@ def test_a_lease_may_last_from_three_seconds_to_an_hour(load: Load, text: str) -
         (TLS + "client_auth = 'request'", "tls.client_auth", 'must be "none" or "require"'),
         (TLS + "client_auth = 'require'", "tls.client_ca", "is missing"),
         (TLS + "client_ca = 'c'", "tls.client_ca", "has no effect without client_auth"),
+        ("callers = 1", "callers", "must be a list of tables, each under [[callers]]"),
+        ("[callers]\nname = 'a'", "callers", "must be a list of tables"),
+        ("callers = [1]", "callers[0]", "must be a table, not 1"),
+        (CALLER.replace("name", "nam"), "callers[0].nam", 'did you mean "name"'),
+        (CALLER.replace("'viewer'", "'admin'"), "callers[0].role", '"creator" or "operator", not'),
+        (CALLER.replace("'ci'", "'C I'"), "callers[0].name", "must be 1 to 63 of a-z"),
+        ("[[callers]]\nname = 'ci'\nrole = 'viewer'", "callers[0]", "needs token_sha256, token"),
+        (CALLER + "token_file = 'f'", "callers[0].token_file", "excludes token_sha256"),
+        (CALLER.replace(DIGEST, "secret"), "callers[0].token_sha256", "64 hexadecimal digits"),
+        (
+            CALLER.replace(f"'{DIGEST}'", f"{[DIGEST] * 3}"),
+            "callers[0].token_sha256",
+            "a list of at most 2",
+        ),
+        (CALLER + "max_calls = 0", "callers[0].max_calls", "from 1 to 1000000"),
+        (CALLER + "engines = []", "callers[0].engines", "must not be empty"),
+        (CALLER + "engines = ['none']", "callers[0].engines", 'no engine "none" is configured'),
+        (
+            CALLER.replace("viewer", "operator") + "engines = ['a']",
+            "callers[0].engines",
+            "is not for an operator",
+        ),
+        (
+            CALLER + "certificate_name = 'ci'",
+            "callers[0].certificate_name",
+            'needs tls.client_auth = "require"',
+        ),
+        (CALLER + CALLER.replace(DIGEST, "b" * 64), "callers", "two callers have the same name"),
+        (
+            CALLER + CALLER.replace("'ci'", "'cd'"),
+            "callers",
+            "two callers have the same token_sha256",
+        ),
         ("insecure_listen = 'yes'", "insecure_listen", 'must be true or false, not "yes"'),
         ("insecure_listen = 1", "insecure_listen", "must be true or false, not 1"),
         ("max_queued = 1.5", "max_queued", "must be a whole number, not 1.5"),

@@ -12,7 +12,7 @@ from runrecovery_service.domain.reconciliation import RecoveredFilter
 from runrecovery_service.domain.run import Option, Page, Question, Run, RunFilter, RunStatus, View
 from runrecovery_service.domain.turn import Asked
 from runrecovery_service.rpc import run_messages
-from runrecovery_service.storage import decisions, runs
+from runrecovery_service.storage import decisions, label_filter, runs
 from runrecovery_service.storage.sql_dialects import DatabaseKind
 from storage.service_store import QUESTION, ServiceStore
 
@@ -114,7 +114,7 @@ def test_a_label_of_many_runs_finds_the_same_runs(
     expected = [run.run_id for run in reversed(made) if run.labels == wanted]
 
     for few in (1, 4, 100):  # both are common, one of them is, none is
-        monkeypatch.setattr(runs, "RARE_LABEL_RUNS", few)
+        monkeypatch.setattr(label_filter, "RARE_LABEL_RUNS", few)
         page = decisions.recovered_page(
             store.db, RecoveredFilter(labels=wanted), after=None, limit=9
         )

@@ -19,11 +19,17 @@ from runrecovery.v1 import errors_pb2, recovery_service_pb2, run_pb2, run_servic
 from runrecovery_service.cli import COMMANDS
 from runrecovery_service.cli.exit_codes import ExitCode
 from runrecovery_service.config import reading
-from runrecovery_service.config.settings import EngineSettings, Settings, TlsSettings
+from runrecovery_service.config.settings import (
+    CallerSettings,
+    EngineSettings,
+    Settings,
+    TlsSettings,
+)
 from runrecovery_service.domain.recovery_matrix import MATRIX, QUARANTINE_RULE
 from runrecovery_service.domain.run import ErrorCode
 from runrecovery_service.rpc import errors
 from runrecovery_service.rpc.health import NAMES
+from runrecovery_service.rpc.roles import ROLES
 
 ROOT: Final = Path(__file__).parents[2]
 SERVICE: Final = ROOT / "service" / "runrecovery_service"
@@ -77,13 +83,20 @@ def _shown(default: object) -> str:
     return f'"./{default}"' if isinstance(default, Path) else f'"{default}"'
 
 
-def test_every_tls_key_is_documented_with_its_default() -> None:
-    told = _rows(_section(_page("docs/configuration.md"), "## TLS"))
+@pytest.mark.parametrize(("heading", "kind"), [("TLS", TlsSettings), ("Callers", CallerSettings)])
+def test_every_key_of_a_table_is_documented_with_its_default(heading: str, kind: type) -> None:
+    told = _rows(_section(_page("docs/configuration.md"), f"## {heading}"))
 
-    assert {key.name: told[key.name].strip("`") for key in fields(TlsSettings)} == {
+    assert {key.name: told[key.name].strip("`") for key in fields(kind)} == {
         key.name: "required" if key.default is MISSING else _shown(key.default)
-        for key in fields(TlsSettings)
+        for key in fields(kind)
     }
+
+
+def test_the_page_has_the_table_of_roles_as_it_is_enforced() -> None:
+    page = _section(_page("docs/security.md"), "## What each role may do")
+
+    assert [method for method in ROLES if f"| `{method}` |" not in page] == []
 
 
 def _configuration() -> tuple[dict[str, str], dict[str, str]]:

@@ -104,6 +104,22 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """FAILED_PRECONDITION. The run belongs to another instance of the service on the same
     database. Only that instance, named in metadata `instance`, can change the run.
     """
+    ERROR_REASON_CALLER_UNKNOWN: _ErrorReason.ValueType  # 30
+    """UNAUTHENTICATED. The call has no valid token, and its connection no certificate of a
+    known caller (configuration `callers`).
+    """
+    ERROR_REASON_ROLE_NOT_SUFFICIENT: _ErrorReason.ValueType  # 31
+    """PERMISSION_DENIED. The call needs another role; metadata `role` is the caller's own,
+    `needed_role` the one that it needs.
+    """
+    ERROR_REASON_ENGINE_NOT_ALLOWED: _ErrorReason.ValueType  # 32
+    """PERMISSION_DENIED. The caller may not create runs of this engine, which is metadata
+    `engine`.
+    """
+    ERROR_REASON_CALLER_OVERLOADED: _ErrorReason.ValueType  # 33
+    """RESOURCE_EXHAUSTED. The caller has as many calls and streams in progress as it may have
+    (`max_calls` of the caller). RetryInfo says when to retry.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Every error of the service carries a google.rpc.ErrorInfo. Its `reason` is one of
@@ -191,5 +207,21 @@ or offset received. RetryInfo says when to retry.
 ERROR_REASON_RUN_OF_ANOTHER_INSTANCE: ErrorReason.ValueType  # 29
 """FAILED_PRECONDITION. The run belongs to another instance of the service on the same
 database. Only that instance, named in metadata `instance`, can change the run.
+"""
+ERROR_REASON_CALLER_UNKNOWN: ErrorReason.ValueType  # 30
+"""UNAUTHENTICATED. The call has no valid token, and its connection no certificate of a
+known caller (configuration `callers`).
+"""
+ERROR_REASON_ROLE_NOT_SUFFICIENT: ErrorReason.ValueType  # 31
+"""PERMISSION_DENIED. The call needs another role; metadata `role` is the caller's own,
+`needed_role` the one that it needs.
+"""
+ERROR_REASON_ENGINE_NOT_ALLOWED: ErrorReason.ValueType  # 32
+"""PERMISSION_DENIED. The caller may not create runs of this engine, which is metadata
+`engine`.
+"""
+ERROR_REASON_CALLER_OVERLOADED: ErrorReason.ValueType  # 33
+"""RESOURCE_EXHAUSTED. The caller has as many calls and streams in progress as it may have
+(`max_calls` of the caller). RetryInfo says when to retry.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

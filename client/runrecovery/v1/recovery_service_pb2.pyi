@@ -303,7 +303,9 @@ class GetRecoveryStatusResponse(_message.Message):
     """Its boot counter."""
     @_builtins.property
     def reconciliation(self) -> _recovery_pb2.Reconciliation:
-        """The report of this start; absent until its recovery has begun."""
+        """The report of this start; absent until its recovery has begun. Where callers are
+        configured, only an operator gets it.
+        """
 
     @_builtins.property
     def containment(self) -> _recovery_pb2.Containment:
@@ -314,7 +316,8 @@ class GetRecoveryStatusResponse(_message.Message):
     @_builtins.property
     def unended_launches(self) -> _containers.RepeatedCompositeFieldContainer[Global___UnendedLaunch]:
         """Ended launches of which a process is still alive, oldest first, at most 100. The service
-        keeps trying to end these processes.
+        keeps trying to end these processes. Where callers are configured, only an operator gets
+        them.
         """
 
     @_builtins.property

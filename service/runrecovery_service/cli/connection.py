@@ -26,6 +26,8 @@ CALL_EXIT_CODES: Final[Mapping[type, ExitCode]] = {
     errors.NotFound: ExitCode.NOT_FOUND,
     errors.InvalidRequest: ExitCode.USAGE,
     errors.TokenUnusable: ExitCode.USAGE,
+    errors.Unauthenticated: ExitCode.DENIED,
+    errors.PermissionDenied: ExitCode.DENIED,
     errors.RunAlreadyExists: ExitCode.REFUSED,
     errors.RequestIdReused: ExitCode.REFUSED,
     errors.RunNotWaiting: ExitCode.REFUSED,
@@ -46,6 +48,16 @@ CALL_EXIT_CODES: Final[Mapping[type, ExitCode]] = {
     errors.DeadlineExceeded: ExitCode.UNAVAILABLE,
 }
 """The exit code of a command whose call failed, by error class. See `of_class`."""
+
+
+_WATCH_AGAIN: Final = "without --after-sequence the watch begins with the present state of the run"
+FIXED_HINTS: Final[Mapping[type, str]] = {
+    errors.TokenUnusable: "",
+    errors.Unauthenticated: "--token-file, or --tls-certificate with --tls-key, says who calls",
+    errors.WatchHistoryPruned: _WATCH_AGAIN,
+    errors.WatchSequenceUnknown: _WATCH_AGAIN,
+}
+"""Hints that depend on the class of the error only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,11 +223,9 @@ def hint(error: RunRecoveryClientError, server: str) -> str:
             return "`runrecovery runs get RUN_ID` shows the state of the run"
         case errors.SessionNotResumable():
             return "restore its session file, or give another handle with `--session-handle-file`"
-        case errors.WatchHistoryPruned() | errors.WatchSequenceUnknown():
-            return "without --after-sequence the watch begins with the present state of the run"
         case errors.WatchCursorInvalid():
             return "without --after the watch begins with the next decision"
         case errors.InternalError(error_id=error_id) if error_id:
             return f"the service's log has the details under error_id {error_id}"
         case _:
-            return ""
+            return of_class(FIXED_HINTS, type(error), otherwise="")

@@ -50,6 +50,9 @@ class ExitCode(IntEnum):
     CONTAINMENT = 11
     """`containment = "strict"`, but the probe of the start did not prove it."""
 
+    DENIED = 12
+    """The service does not know the caller, or the caller may not do this."""
+
     FENCED = 10
     """A newer start of this instance has taken over, or may do so because the lease ran out."""
 

@@ -23,6 +23,7 @@ from runrecovery_service.config.settings import SCALARS, LogFormat, LogLevel, Se
 from runrecovery_service.domain.errors import ClaimLost, Fenced, RunGone
 from runrecovery_service.domain.start_errors import (
     BackupRefused,
+    CallersRefused,
     CgroupRefused,
     ContainmentRefused,
     DatabaseOutOfReach,
@@ -50,6 +51,7 @@ START_EXIT_CODES: Final[Mapping[type, ExitCode]] = {
     RecoveryGaveUp: ExitCode.RECOVERY,
     CgroupRefused: ExitCode.USAGE,
     TlsRefused: ExitCode.USAGE,
+    CallersRefused: ExitCode.USAGE,
     ContainmentRefused: ExitCode.CONTAINMENT,
     Fenced: ExitCode.FENCED,
     ClaimLost: ExitCode.FENCED,

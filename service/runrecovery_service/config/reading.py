@@ -8,7 +8,7 @@ from __future__ import annotations
 import codecs
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from functools import cache
@@ -19,8 +19,10 @@ from runrecovery_service.config import values
 from runrecovery_service.config.settings import (
     DEFAULT_ENV_ALLOW,
     SCALARS,
+    CallerSettings,
     ClientAuth,
     EngineSettings,
+    RoleName,
     Settings,
     TlsSettings,
 )
@@ -185,7 +187,7 @@ def _read(layer: _Layer, problems: list[str]) -> dict[str, object]:
     except ExceptionGroup as error:
         leaves = list(_leaves(error, ""))
         problems += [f"{layer.place(at)}: {text}" for at, text in leaves]
-        bad = {at.partition(".")[0] for at, _ in leaves}
+        bad = {re.split(r"[.\[]", at, maxsplit=1)[0] for at, _ in leaves}
         good = {key: value for key, value in good.items() if key not in bad}
         settings = _converter().structure(good, Settings)
     return {key: getattr(settings, key) for key in good}
@@ -198,6 +200,13 @@ def _contradictions(settings: Settings, places: Mapping[str, str]) -> Iterator[s
             f"{places['listen']}: {settings.listen} can be reached from other machines and the"
             " connection is not encrypted; listen on 127.0.0.1, or set insecure_listen = true"
         )
+    for index, caller in enumerate(settings.callers):
+        place = f"{places['callers']}[{index}]"
+        for name in set(caller.engines or ()) - settings.engines.keys():
+            yield f"{place}.engines: no engine {values.quote(name)} is configured"
+        has_certificates = settings.tls and settings.tls.client_auth is ClientAuth.REQUIRE
+        if caller.certificate_name is not None and not has_certificates:
+            yield f'{place}.certificate_name: needs tls.client_auth = "require"'
     if settings.orphan_deadline_s < settings.orphan_grace_s:
         place = places.get("orphan_deadline_s") or places["orphan_grace_s"]
         yield (
@@ -237,6 +246,49 @@ def _tls(value: object) -> TlsSettings:
     if settings.client_auth is ClientAuth.NONE and settings.client_ca is not None:
         raise InvalidValue('has no effect without client_auth = "require"', below="client_ca")
     return settings
+
+
+def _callers(value: object) -> tuple[CallerSettings, ...]:
+    if not isinstance(value, list):
+        raise InvalidValue("must be a list of tables, each under [[callers]]")
+    callers: list[CallerSettings] = []
+    problems: list[Exception] = []
+    for index, table in enumerate(value):
+        try:
+            callers.append(_caller(table))
+        except (ValueError, ExceptionGroup) as error:
+            at = f"[{index}]"
+            problems += [InvalidValue(text, below=where) for where, text in _leaves(error, at)]
+    problems += _repeated(callers)
+    if problems:
+        raise ExceptionGroup("callers", problems)
+    return tuple(callers)
+
+
+def _caller(value: object) -> CallerSettings:
+    settings: CallerSettings = _converter().structure(_table(value), CallerSettings)
+    problems = []
+    if settings.token_sha256 and settings.token_file:
+        problems.append(InvalidValue("excludes token_sha256", below="token_file"))
+    if not (settings.token_sha256 or settings.token_file or settings.certificate_name):
+        problems.append(InvalidValue("needs token_sha256, token_file or certificate_name"))
+    if settings.role is RoleName.OPERATOR and settings.engines is not None:
+        problems.append(InvalidValue("is not for an operator, who sees all runs", below="engines"))
+    if problems:
+        raise ExceptionGroup("caller", problems)
+    return settings
+
+
+def _repeated(callers: Sequence[CallerSettings]) -> Iterator[InvalidValue]:
+    """Yield a problem for everything that must belong to one caller and belongs to several."""
+    own: dict[str, list[str | None]] = {
+        "name": [caller.name for caller in callers],
+        "certificate_name": [caller.certificate_name for caller in callers],
+        "token_sha256": [digest for caller in callers for digest in caller.token_sha256],
+    }
+    for key, found in own.items():
+        for _ in {value for value in found if value is not None and found.count(value) > 1}:
+            yield InvalidValue(f"two callers have the same {key}")
 
 
 def _engine(value: object) -> EngineSettings:
@@ -294,7 +346,11 @@ def _resume_contradictions(settings: EngineSettings) -> Iterator[InvalidValue]:
         )
 
 
-_TABLES: Final[Mapping[str, Reader[object]]] = {"tls": _tls, "engines": _engines}
+_TABLES: Final[Mapping[str, Reader[object]]] = {
+    "tls": _tls,
+    "callers": _callers,
+    "engines": _engines,
+}
 """The readers of the keys of `Settings` with tables of their own."""
 
 
@@ -313,10 +369,11 @@ def _converter() -> Converter:
     def hook(read: Reader[object]) -> Callable[[Any, Any], object]:
         return lambda value, _: read(value)
 
-    for kind in (EngineSettings, TlsSettings, Settings):
+    for kind in (EngineSettings, TlsSettings, CallerSettings, Settings):
         hints = get_type_hints(kind, include_extras=True)
+        tables = _TABLES if kind is Settings else {}
         readers = {
-            key: override(struct_hook=hook(_TABLES.get(key) or hint.__metadata__[0]))
+            key: override(struct_hook=hook(tables.get(key) or hint.__metadata__[0]))
             for key, hint in hints.items()
         }
         # mypy cannot see that `readers` holds no other keyword of that function.

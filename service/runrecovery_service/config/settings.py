@@ -44,6 +44,15 @@ class ClientAuth(StrEnum):
     REQUIRE = "require"
 
 
+class RoleName(StrEnum):
+    """The role of a caller, as it is written; `domain/caller.py` says what each may do."""
+
+    VIEWER = "viewer"
+    REPLIER = "replier"
+    CREATOR = "creator"
+    OPERATOR = "operator"
+
+
 class ContainmentPolicy(StrEnum):
     """What a start does when its probe cannot prove that every process can be found."""
 
@@ -137,6 +146,31 @@ class TlsSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CallerSettings:
+    """One `[[callers]]` table. Either tokens or a certificate are enough.
+
+    Attributes:
+        name: recorded with everything that the caller changes.
+        role: what the caller may do: `"viewer"`, `"replier"`, `"creator"` or `"operator"`.
+        token_sha256: the SHA-256 of the token in hexadecimal, or a list of at most two, so that a
+            token can be replaced.
+        token_file: a file with the token on a line of its own, or with at most two, instead.
+        certificate_name: a URI or DNS name, or the common name, in the caller's certificate.
+        engines: the engines whose runs the caller may create, see and change. Without this key all.
+        max_calls: calls and streams of the caller at one time. Without this key only the limits of
+            the service apply.
+    """
+
+    name: Annotated[str, values.name]
+    role: Annotated[RoleName, values.one_of(RoleName)]
+    token_sha256: Annotated[tuple[str, ...], values.token_digests] = ()
+    token_file: Annotated[Path | None, values.path] = None
+    certificate_name: Annotated[str | None, values.filled] = None
+    engines: Annotated[tuple[str, ...] | None, values.names] = None
+    max_calls: Annotated[int | None, values.whole(1, 1_000_000)] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """The whole configuration. Relative paths start from the working directory.
 
@@ -184,6 +218,8 @@ class Settings:
         log_level: `debug`, `info`, `warning` or `error`.
         log_format: `auto`, `json` or `console`.
         tls: encrypts `listen`. Without it connections are not encrypted.
+        public_reflection: reflection needs no caller.
+        callers: who may call, and what. Without any, whoever connects may do everything.
         engines: the engines that runs may use, by name.
     """
 
@@ -222,7 +258,9 @@ class Settings:
     retry_hint_s: Annotated[float, values.seconds(0.01, 3_600)] = 1.0
     log_level: Annotated[LogLevel, values.one_of(LogLevel)] = LogLevel.INFO
     log_format: Annotated[LogFormat, values.one_of(LogFormat)] = LogFormat.AUTO
+    public_reflection: Annotated[bool, values.boolean] = False
     tls: TlsSettings | None = None
+    callers: tuple[CallerSettings, ...] = ()
     engines: Mapping[str, EngineSettings] = field(default_factory=dict)
 
     @property
@@ -231,7 +269,7 @@ class Settings:
         return self.max_concurrent or machine_capacity()
 
 
-TABLES: Final = frozenset({"tls", "engines"})
+TABLES: Final = frozenset({"tls", "callers", "engines"})
 """The keys with tables of their own, which only a file can hold."""
 SCALARS: Final = tuple(key.name for key in fields(Settings) if key.name not in TABLES)
 """The keys that a flag or an environment variable may set."""

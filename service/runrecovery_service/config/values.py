@@ -15,6 +15,9 @@ _NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PORT: Final = re.compile(r"[0-9]{1,5}")
 _SIZE: Final = re.compile(r"([0-9]{1,12}) ?([KMGT]?)(?:iB|B)?", re.IGNORECASE)
+_SHA256: Final = re.compile(r"[0-9a-fA-F]{64}")
+MAX_TOKENS: Final = 2
+"""Tokens of one caller: the present one, and the one that replaces it."""
 _UNITS: Final = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
 
 T = TypeVar("T")
@@ -207,6 +210,28 @@ def command(value: object) -> tuple[str, ...]:
             below="[0]",
         )
     return words
+
+
+def names(value: object) -> tuple[str, ...]:
+    found = strings(value)
+    if not found:
+        raise InvalidValue("must not be empty")
+    for index, each in enumerate(found):
+        try:
+            name(each)
+        except InvalidValue as error:
+            raise InvalidValue(str(error), below=f"[{index}]") from None
+    return found
+
+
+def token_digests(value: object) -> tuple[str, ...]:
+    # No message quotes the value: it may be a token by mistake.
+    found = (value,) if isinstance(value, str) else strings(value)
+    if not 1 <= len(found) <= MAX_TOKENS:
+        raise InvalidValue(f"must be one digest, or a list of at most {MAX_TOKENS}")
+    if not all(_SHA256.fullmatch(digest) for digest in found):
+        raise InvalidValue("must be the SHA-256 of the token: 64 hexadecimal digits")
+    return tuple(digest.lower() for digest in found)
 
 
 def variables(value: object) -> tuple[str, ...]:

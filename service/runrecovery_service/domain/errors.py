@@ -11,8 +11,10 @@ RunRecoveryError
 ├── Refused: RunNotWaiting, InteractionSuperseded, RunAlreadyTerminal, RunQuarantined,
 │   RunOfAnotherInstance, RunNotReopenable, SessionNotResumable
 ├── EtagMismatch
+├── CallerUnknown
+├── Denied: RoleNotSufficient, EngineNotAllowed
 ├── NotNow: ReconciliationInProgress, ShuttingDown, SafeMode, StorageBusy, StorageUnavailable
-├── Exhausted: Overloaded, StorageFull, SlowReader
+├── Exhausted: Overloaded, CallerOverloaded, StorageFull, SlowReader
 ├── OutOfRange: OutputOutOfRange, WatchHistoryPruned, WatchSequenceUnknown
 └── Fenced: ClaimLost, RunGone
 
@@ -217,6 +219,44 @@ class EtagMismatch(RunRecoveryError):
 
 
 @dataclass(eq=False)
+class CallerUnknown(RunRecoveryError):
+    """The request has no valid token, and no certificate of a known caller. Never has a token."""
+
+    why: str
+
+    def __str__(self) -> str:
+        return self.why
+
+
+@dataclass(eq=False)
+class Denied(RunRecoveryError):
+    """The caller is known and may not do this."""
+
+    caller: str
+
+
+@dataclass(eq=False)
+class RoleNotSufficient(Denied):
+    """The method needs another role."""
+
+    role: str = field(kw_only=True)
+    needed: str = field(kw_only=True)
+
+    def __str__(self) -> str:
+        return f"caller {self.caller!r} is a {self.role}; this call needs the role {self.needed}"
+
+
+@dataclass(eq=False)
+class EngineNotAllowed(Denied):
+    """The caller may not create runs of this engine."""
+
+    engine: str
+
+    def __str__(self) -> str:
+        return f"caller {self.caller!r} may not create runs of engine {self.engine!r}"
+
+
+@dataclass(eq=False)
 class NotNow(RunRecoveryError):
     """The service cannot answer yet, or no longer. Retry after `retry_after_s` seconds."""
 
@@ -276,6 +316,16 @@ class Overloaded(Exhausted):
 
     def __str__(self) -> str:
         return "the service has reached its limit of queued runs or open calls; retry later"
+
+
+@dataclass(eq=False)
+class CallerOverloaded(Exhausted):
+    """The caller has as many calls and streams in progress as it may have."""
+
+    caller: str
+
+    def __str__(self) -> str:
+        return f"caller {self.caller!r} has reached its limit of calls in progress; retry later"
 
 
 @dataclass(eq=False)

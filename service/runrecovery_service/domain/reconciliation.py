@@ -183,8 +183,12 @@ class Reconciliation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecoveredFilter:
-    """Which recovered runs to list: after <= recovered_at < before. Empty fields do not filter."""
+    """Which recovered runs to list: after <= recovered_at < before. Empty fields do not filter.
 
+    `engines` are those that the caller may see; None: all.
+    """
+
+    engines: frozenset[str] | None = None
     states: frozenset[RecoveryState] = field(default_factory=frozenset)
     reason: str | None = None
     engine: str | None = None

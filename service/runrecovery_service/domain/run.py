@@ -329,8 +329,12 @@ class View(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFilter:
-    """Which runs to list: after <= created_at < before. Empty fields do not filter."""
+    """Which runs to list: after <= created_at < before. Empty fields do not filter.
 
+    `engines` are those that the caller may see; None: all.
+    """
+
+    engines: frozenset[str] | None = None
     statuses: frozenset[RunStatus] = frozenset()
     engine: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict)

@@ -4,7 +4,8 @@ StartRefused
 ├── Held, LeaseLost
 ├── DatabaseRefused: StoreLost, DatabaseOutOfReach
 ├── BackupRefused, DataDirRefused
-├── ThreadsRefused, OpenFilesRefused, CgroupRefused, ContainmentRefused, TlsRefused
+├── ThreadsRefused, OpenFilesRefused, CgroupRefused, ContainmentRefused
+├── TlsRefused, CallersRefused
 └── RecoveryGaveUp, RecoveryInterrupted
 """
 
@@ -152,6 +153,16 @@ class TlsRefused(StartRefused):
 
     def __str__(self) -> str:
         return f"tls: {self.reason}"
+
+
+@dataclass(eq=False)
+class CallersRefused(StartRefused):
+    """The tokens of the configured callers cannot be used. No text has a token."""
+
+    problems: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "; ".join(self.problems)
 
 
 class RecoveryInterrupted(StartRefused):

@@ -261,6 +261,19 @@ TABLE: Final[Mapping[type[RunRecoveryError], ErrorMapping]] = MappingProxyType(
             Reason.ERROR_REASON_ETAG_MISMATCH,
             metadata=lambda error: {"current_etag": error.current_etag},
         ),
+        errors.CallerUnknown: ErrorMapping(
+            _Code.UNAUTHENTICATED, Reason.ERROR_REASON_CALLER_UNKNOWN
+        ),
+        errors.RoleNotSufficient: ErrorMapping(
+            _Code.PERMISSION_DENIED,
+            Reason.ERROR_REASON_ROLE_NOT_SUFFICIENT,
+            metadata=lambda error: {"role": error.role, "needed_role": error.needed},
+        ),
+        errors.EngineNotAllowed: ErrorMapping(
+            _Code.PERMISSION_DENIED,
+            Reason.ERROR_REASON_ENGINE_NOT_ALLOWED,
+            metadata=lambda error: {"engine": error.engine},
+        ),
         errors.ReconciliationInProgress: ErrorMapping(
             _Code.UNAVAILABLE, Reason.ERROR_REASON_RECONCILIATION_IN_PROGRESS, (retry_info,)
         ),
@@ -296,6 +309,9 @@ TABLE: Final[Mapping[type[RunRecoveryError], ErrorMapping]] = MappingProxyType(
         ),
         errors.Overloaded: ErrorMapping(
             _Code.RESOURCE_EXHAUSTED, Reason.ERROR_REASON_OVERLOADED, (retry_info,)
+        ),
+        errors.CallerOverloaded: ErrorMapping(
+            _Code.RESOURCE_EXHAUSTED, Reason.ERROR_REASON_CALLER_OVERLOADED, (retry_info,)
         ),
         errors.StorageFull: ErrorMapping(
             _Code.RESOURCE_EXHAUSTED, Reason.ERROR_REASON_STORAGE_FULL, (retry_info,)

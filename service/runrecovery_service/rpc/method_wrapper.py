@@ -1,4 +1,4 @@
-"""Wraps every method of the contract: access, limits, parsing, and errors as gRPC status.
+"""Wraps every method of the contract: callers, access, limits, parsing, errors as gRPC status.
 
 It wraps at registration because an interceptor costs some 10 µs more per call. It also parses
 requests and serializes responses, so that no failure of these reaches the caller as UNKNOWN with
@@ -18,6 +18,7 @@ import grpc
 import structlog
 from google.protobuf.message import DecodeError, Message
 
+from runrecovery_service.domain.caller import Role
 from runrecovery_service.domain.errors import (
     FieldViolation,
     InvalidFields,
@@ -26,6 +27,7 @@ from runrecovery_service.domain.errors import (
     SlowReader,
 )
 from runrecovery_service.rpc import errors
+from runrecovery_service.rpc.callers import CallerGuard
 from runrecovery_service.rpc.gate import Access, Gate, ServiceState
 from runrecovery_service.rpc.open_calls import OpenCalls
 
@@ -41,9 +43,10 @@ ABORT_TIMEOUT_S: Final = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
-    """One method of the contract: its full name, its access, and the type of its request."""
+    """One method of the contract: its full name, the role it needs, its access, its request."""
 
     name: str
+    role: Role
     access: Access
     request: type[Message]
 
@@ -55,10 +58,20 @@ class MethodWrapper:
         max_calls: concurrent unary calls; methods with access ALWAYS are not counted.
         max_streams: concurrent streams; they are mostly idle, so they have their own limit.
         stall_s: seconds after which a stream is closed if its reader has taken nothing.
+        guard: admits callers; None: everyone may call everything.
     """
 
-    def __init__(self, gate: Gate, *, max_calls: int, max_streams: int, stall_s: float) -> None:
+    def __init__(
+        self,
+        gate: Gate,
+        *,
+        max_calls: int,
+        max_streams: int,
+        stall_s: float,
+        guard: CallerGuard | None = None,
+    ) -> None:
         self._gate = gate
+        self._guard = guard
         self._max_calls = max_calls
         self._max_streams = max_streams
         self._stall_s = stall_s
@@ -69,11 +82,13 @@ class MethodWrapper:
     def unary(self, method: Method, respond: Unary) -> Callable[[bytes, Context], Awaitable[bytes]]:
         """Return the handler of a method with one response."""
         gate, access, parse = self._gate, method.access, method.request.FromString
-        weight = 0 if access is Access.ALWAYS else 1
+        guard, weight = self._guard, 0 if access is Access.ALWAYS else 1
         serving = ServiceState.SERVING
 
         async def call(payload: bytes, context: Context) -> bytes:
             self.calls.track(context)
+            # Before the limits: a refused call must not take the place of another caller's.
+            caller = None if guard is None else await guard.admit(context, method.name, method.role)
             self._open_unary += weight
             try:
                 self._check_call_limit(weight)
@@ -85,6 +100,8 @@ class MethodWrapper:
                 await _abort(context, method, error)
             finally:
                 self._open_unary -= weight
+                if guard is not None and caller is not None:
+                    guard.release(caller)
 
         return call
 
@@ -93,9 +110,12 @@ class MethodWrapper:
     ) -> Callable[[bytes, Context], Awaitable[None]]:
         """Return the handler of a method with a stream of responses."""
         gate, access, parse = self._gate, method.access, method.request.FromString
+        guard = self._guard
 
         async def call(payload: bytes, context: Context) -> None:
             self.calls.track(context)
+            # Before the limits: a refused call must not take the place of another caller's.
+            caller = None if guard is None else await guard.admit(context, method.name, method.role)
             self._open_streams += 1
             try:
                 self._check_stream_limit()
@@ -111,6 +131,8 @@ class MethodWrapper:
                 await _abort(context, method, error)
             finally:
                 self._open_streams -= 1
+                if guard is not None and caller is not None:
+                    guard.release(caller)
 
         return call
 

@@ -14,6 +14,7 @@ from runrecovery_service.domain.errors import OutputOutOfRange, ShuttingDown
 from runrecovery_service.domain.run import Run
 from runrecovery_service.rpc import validation
 from runrecovery_service.rpc.gate import Gate
+from runrecovery_service.rpc.visibility import demand_visible
 from runrecovery_service.storage import runs
 from runrecovery_service.storage.async_storage import Storage
 
@@ -58,6 +59,7 @@ class OutputReader:
             ShuttingDown: only when following; the caller can resume by its offset.
         """
         validation.require_valid(validation.stream_output(request))
+        await demand_visible(self._storage, request.run_id)
         cursor: _Cursor | None = None
         while True:
             change = self._gate.change

@@ -11,6 +11,7 @@ from typing import Final
 from runrecovery.v1 import recovery_service_pb2 as pb
 
 from runrecovery_service import daemon_threads
+from runrecovery_service.domain.caller import Role
 from runrecovery_service.domain.plan import PlannedDecision, RecoveryPlan
 from runrecovery_service.domain.reconciliation import RecoveredFilter
 from runrecovery_service.domain.run import Page
@@ -24,7 +25,9 @@ from runrecovery_service.rpc import (
     times,
     validation,
 )
+from runrecovery_service.rpc.callers import CALLER
 from runrecovery_service.rpc.gate import Gate
+from runrecovery_service.rpc.visibility import demand_visible, visible_engines
 from runrecovery_service.rpc.watch_streams import RecoveredWatcher
 from runrecovery_service.storage import decisions, launch_records, reports, usage
 from runrecovery_service.storage.async_storage import Storage
@@ -61,6 +64,7 @@ class RecoveryService:
     ) -> pb.GetRecoveryInfoResponse:
         """Return the decisions for one run."""
         validation.require_run_id(request.run_id)
+        await demand_visible(self._storage, request.run_id)
         history = await self._storage.read(decisions.history, request.run_id)
         response = pb.GetRecoveryInfoResponse()
         recovery_messages.fill_recovery_info(response.recovery, history[0] if history else None)
@@ -100,6 +104,7 @@ class RecoveryService:
     ) -> pb.ExplainRecoveryResponse:
         """Return why each decision about a run was made, and what was done to processes."""
         validation.require_run_id(request.run_id)
+        await demand_visible(self._storage, request.run_id)
         explained = await self._storage.read(
             decisions.explain, request.run_id, limit=MAX_EXPLANATIONS
         )
@@ -145,11 +150,16 @@ class RecoveryService:
     async def get_recovery_status(
         self, _request: pb.GetRecoveryStatusRequest
     ) -> pb.GetRecoveryStatusResponse:
-        """Return the state of the service, the report of this start, and launches still alive."""
+        """Return the state of the service.
+
+        An operator also gets the report of this start and the launches that are still alive, which
+        are about the runs of all engines. Others get what the engines have used that they may see.
+        """
         current = self._status.report_id
-        report = (
-            None if current is None else await self._storage.read_row(reports.get_report, current)
-        )
+        is_operator = CALLER.get().role is Role.OPERATOR
+        report = None
+        if is_operator and current is not None:
+            report = await self._storage.read_row(reports.get_report, current)
         response = pb.GetRecoveryStatusResponse(
             instance=self._owner.instance, epoch=self._owner.epoch
         )
@@ -160,8 +170,14 @@ class RecoveryService:
             containment=self._status.containment,
             unended=await self._storage.read(
                 launch_records.unended_launches, self._owner, limit=MAX_UNENDED_LAUNCHES
-            ),
-            used=await self._storage.read(usage.by_engine),
+            )
+            if is_operator
+            else (),
+            used=[
+                used
+                for used in await self._storage.read(usage.by_engine)
+                if CALLER.get().sees(used.engine)
+            ],
         )
         return response
 
@@ -197,6 +213,7 @@ def _to_domain_filter(asked: pb.RecoveredFilter) -> RecoveredFilter:
     """Return the filter as the domain's value; UNSPECIFIED among the states means every state."""
     any_state = 0 in asked.recovery_states
     return RecoveredFilter(
+        engines=visible_engines(),
         states=frozenset(
             () if any_state else (enums.RECOVERY_STATE_FROM_PROTO[n] for n in asked.recovery_states)
         ),

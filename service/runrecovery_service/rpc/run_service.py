@@ -24,9 +24,11 @@ from runrecovery_service.domain.session_check import REASON_TEXTS, StoredHandle
 from runrecovery_service.domain.usage import Budget, cost_to_nanos
 from runrecovery_service.engines.catalog import Catalog, Engine
 from runrecovery_service.rpc import enums, json_values, paging, run_messages, times, validation
+from runrecovery_service.rpc.callers import CALLER
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.output_reader import OutputReader
 from runrecovery_service.rpc.uuid7 import RANDOM_BYTES, uuid7
+from runrecovery_service.rpc.visibility import demand_visible, visible_engines
 from runrecovery_service.rpc.watch_streams import RunWatcher
 from runrecovery_service.storage import interactions, reopening, requests, runs
 from runrecovery_service.storage.async_storage import Storage
@@ -78,6 +80,7 @@ class RunService:
         """Record a run and queue it."""
         self._gate.check_launches_allowed()
         validation.require_valid(validation.create_run(request))
+        CALLER.get().demand_engine(request.engine)
         engine = self._deps.catalog.get(request.engine)
         validation.require_valid(validation.fits_engine(request, engine))
         now = self._deps.clock.now()
@@ -97,6 +100,7 @@ class RunService:
         """Return one run."""
         validation.require_run_id(request.run_id)
         run = await self._storage.read_row(runs.get, request.run_id)
+        CALLER.get().demand_visible(run.run_id, run.engine)
         response = pb.GetRunResponse()
         run_messages.fill_run(response.run, run)
         return response
@@ -120,6 +124,7 @@ class RunService:
     async def submit_reply(self, request: pb.SubmitReplyRequest) -> pb.SubmitReplyResponse:
         """Record the answer to a question."""
         validation.require_valid(validation.submit_reply(request))
+        await demand_visible(self._storage, request.run_id)
         write = self._storage.write(
             interactions.reply,
             request.run_id,
@@ -137,6 +142,7 @@ class RunService:
     async def cancel_run(self, request: pb.CancelRunRequest) -> pb.CancelRunResponse:
         """Cancel a run, or record that it is to be canceled."""
         validation.require_valid(validation.cancel_run(request))
+        await demand_visible(self._storage, request.run_id)
         write = self._storage.write(
             runs.cancel,
             request.run_id,
@@ -156,6 +162,7 @@ class RunService:
     async def reopen_run(self, request: pb.ReopenRunRequest) -> pb.ReopenRunResponse:
         """Set back a run that a recovery failed because its session was lost."""
         validation.require_valid(validation.reopen_run(request))
+        await demand_visible(self._storage, request.run_id)
         handle = request.session_handle or None
         if await self._storage.read_row(requests.find_effect, make_receipt(request)) is None:
             found = await self._storage.read_row(reopening.find_candidate, request.run_id)
@@ -207,6 +214,7 @@ class RunService:
     ) -> pb.ListInteractionsResponse:
         """Return a page of a run's questions, oldest first."""
         validation.require_valid(validation.list_interactions(request))
+        await demand_visible(self._storage, request.run_id)
         scope = paging.token_scope(request, width=1)
         page = await self._storage.read(
             interactions.page,
@@ -271,6 +279,7 @@ def _budget(request: pb.CreateRunRequest) -> Budget:
 def _to_domain_filter(asked: pb.RunFilter) -> RunFilter:
     any_status = run_pb2.RUN_STATUS_UNSPECIFIED in asked.statuses
     return RunFilter(
+        engines=visible_engines(),
         statuses=frozenset(
             () if any_status else (enums.STATUS_FROM_PROTO[number] for number in asked.statuses)
         ),

@@ -21,6 +21,7 @@ from runrecovery.v1 import recovery_service_pb2, run_service_pb2
 
 from runrecovery_service.domain.start_errors import ThreadsRefused
 from runrecovery_service.rpc import standard_handlers
+from runrecovery_service.rpc.callers import CallerGuard
 from runrecovery_service.rpc.gate import Access, Gate
 from runrecovery_service.rpc.health import HealthServicer
 from runrecovery_service.rpc.listen_address import Holder, ListenAddress, parse_listen_address
@@ -28,6 +29,7 @@ from runrecovery_service.rpc.method_wrapper import Method, MethodWrapper
 from runrecovery_service.rpc.open_calls import OpenCalls
 from runrecovery_service.rpc.recovery_service import RecoveryDeps, RecoveryService
 from runrecovery_service.rpc.reflection import V1, V1ALPHA, ReflectionServicer
+from runrecovery_service.rpc.roles import role_of
 from runrecovery_service.rpc.run_service import RunDeps, RunService
 from runrecovery_service.rpc.server_sockets import ServerSockets
 from runrecovery_service.rpc.tls import ServerTls
@@ -264,24 +266,33 @@ def build_server(
     recovery_deps: RecoveryDeps,
     limits: ServerLimits,
     tls: ServerTls | None = None,
+    guard: CallerGuard | None = None,
+    public_reflection: bool = False,
 ) -> GrpcServer:
     """Return the server with every service; it does not listen yet.
 
     Args:
         tls: None: connections are not encrypted.
+        guard: admits callers; None: everyone may call everything.
+        public_reflection: reflection needs no caller.
     """
     wrapper = MethodWrapper(
         gate,
         max_calls=limits.max_concurrent_calls,
         max_streams=limits.max_concurrent_streams,
         stall_s=limits.stall_s,
+        guard=guard,
     )
     services = (RUN_SERVICE.full_name, RECOVERY_SERVICE.full_name, HEALTH.full_name)
     all_handlers = (
         handlers(RUN_SERVICE, RunService(run_deps, gate), wrapper),
         handlers(RECOVERY_SERVICE, RecoveryService(recovery_deps, gate), wrapper),
         health_handlers(HealthServicer(gate), wrapper.calls),
-        *reflection_handlers(ReflectionServicer(services, gate), wrapper.calls),
+        *reflection_handlers(
+            ReflectionServicer(services, gate),
+            wrapper.calls,
+            guard=None if public_reflection else guard,
+        ),
     )
 
     def build() -> grpc.aio.Server:
@@ -324,14 +335,21 @@ def health_handlers(servicer: HealthServicer, calls: OpenCalls) -> grpc.GenericR
 
 
 def reflection_handlers(
-    servicer: ReflectionServicer, calls: OpenCalls
+    servicer: ReflectionServicer, calls: OpenCalls, *, guard: CallerGuard | None = None
 ) -> tuple[grpc.GenericRpcHandler, ...]:
     """Return the one servicer under the names of both versions."""
-    handler = standard_handlers.bidirectional_stream(
-        calls, reflection_pb2.ServerReflectionRequest, servicer.ServerReflectionInfo
-    )
+
+    def handler(version: str) -> grpc.RpcMethodHandler[bytes, bytes]:
+        return standard_handlers.bidirectional_stream(
+            calls,
+            reflection_pb2.ServerReflectionRequest,
+            servicer.ServerReflectionInfo,
+            guard=guard,
+            method=f"{version}.ServerReflectionInfo",
+        )
+
     return tuple(
-        grpc.method_handlers_generic_handler(name, {"ServerReflectionInfo": handler})
+        grpc.method_handlers_generic_handler(name, {"ServerReflectionInfo": handler(name)})
         for name in (V1, V1ALPHA)
     )
 
@@ -339,8 +357,12 @@ def reflection_handlers(
 def _handler(
     described: MethodDescriptor, answer: Callable[..., Any], wrapper: MethodWrapper
 ) -> grpc.RpcMethodHandler[bytes, bytes]:
+    role = role_of(described.full_name)
+    if role is None:
+        raise LookupError(f"{described.full_name} needs a role in rpc/roles.py")
     method = Method(
         name=described.full_name,
+        role=role,
         access=access_of(described),
         request=message_factory.GetMessageClass(described.input_type),
     )

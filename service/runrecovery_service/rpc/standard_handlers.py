@@ -12,7 +12,9 @@ from typing import Any, TypeAlias
 import grpc
 from google.protobuf.message import DecodeError
 
+from runrecovery_service.rpc.callers import CallerGuard
 from runrecovery_service.rpc.open_calls import OpenCalls
+from runrecovery_service.rpc.roles import role_of
 
 # Neither package ships types for mypy.
 Request: TypeAlias = Any
@@ -58,13 +60,29 @@ def bidirectional_stream(
     calls: OpenCalls,
     request: RequestType,
     respond: Callable[[AsyncIterator[Request], Context], AsyncIterator[Response]],
+    *,
+    guard: CallerGuard | None,
+    method: str,
 ) -> Handler:
-    """Return the handler of a method that streams in both directions."""
+    """Return the handler of a method that streams in both directions.
+
+    Args:
+        guard: admits callers; None: everyone may call the method.
+        method: its full name.
+    """
+    needed = role_of(method)
 
     async def call(payloads: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
         calls.track(context)
-        async for response in respond(_parse_each(request, payloads, context), context):
-            yield response.SerializeToString()
+        caller = None
+        if guard is not None and needed is not None:
+            caller = await guard.admit(context, method, needed)
+        try:
+            async for response in respond(_parse_each(request, payloads, context), context):
+                yield response.SerializeToString()
+        finally:
+            if guard is not None and caller is not None:
+                guard.release(caller)
 
     return grpc.stream_stream_rpc_method_handler(call)
 

@@ -23,6 +23,7 @@ from runrecovery_service.domain.run import Run, RunEvent
 from runrecovery_service.rpc import paging, recovery_messages, run_messages, validation
 from runrecovery_service.rpc.fair_wakeup import FairWakeup
 from runrecovery_service.rpc.gate import Gate
+from runrecovery_service.rpc.visibility import demand_visible
 from runrecovery_service.storage import decision_feed, events, runs
 from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.decision_feed import FeedCursor
@@ -95,6 +96,7 @@ class RunWatcher:
         """
         validation.require_valid(validation.watch_run(request))
         run_id = request.run_id
+        await demand_visible(self._storage, run_id)
         key = (await self._storage.read_row(runs.get, run_id)).key
         woken = asyncio.Event()
         with self._storage.changes.of_run(key, woken), self._gate.notify(woken):

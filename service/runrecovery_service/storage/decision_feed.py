@@ -143,6 +143,7 @@ def matches(
         (not wanted.states or recovery.recovery_state in wanted.states)
         and wanted.reason in {None, recovery.recovery_reason}
         and wanted.engine in {None, engine}
+        and (wanted.engines is None or engine in wanted.engines)
         and wanted.reconciliation_id in {None, recovery.reconciliation_id}
         and (wanted.after is None or wanted.after <= recovery.recovered_at)
         and (wanted.before is None or recovery.recovered_at < wanted.before)

@@ -18,6 +18,7 @@ from runrecovery_service.domain.run import (
 )
 from runrecovery_service.storage import runs, tables
 from runrecovery_service.storage.database import Database, Row
+from runrecovery_service.storage.label_filter import filter_by_labels
 from runrecovery_service.storage.launch_records import orphans_from_json
 from runrecovery_service.storage.rows import (
     RECOVERY_COLUMNS,
@@ -124,7 +125,7 @@ def recovered_page(
     view: View = View.FULL,
 ) -> Page[Run]:
     """Return a page of recovered runs, newest decision first."""
-    query, _ = runs.filter_by_labels(db, runs.select(view), wanted.labels, by_run=False)
+    query, _ = filter_by_labels(db, runs.select(view), wanted.labels, by_run=False)
     query = query.where(_R.recovered_at.is_null(is_null=False))
     if wanted.states:
         query = query.where(_R.recovery_state.in_([state.value for state in wanted.states]))
@@ -132,6 +133,8 @@ def recovered_page(
         query = query.where(_R.recovery_reason == wanted.reason)
     if wanted.engine is not None:
         query = query.where(_R.engine == wanted.engine)
+    if wanted.engines is not None:
+        query = query.where(_R.engine.in_(sorted(wanted.engines)))
     if wanted.after is not None:
         query = query.where(_R.recovered_at >= to_us(wanted.after))
     if wanted.before is not None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from datetime import datetime
 from itertools import chain
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import peewee as pw
 
@@ -32,7 +32,14 @@ from runrecovery_service.domain.run import (
     View,
 )
 from runrecovery_service.domain.transitions import is_legal
-from runrecovery_service.storage import events, instances, requests, tables, use_case
+from runrecovery_service.storage import (
+    events,
+    instances,
+    label_filter,
+    requests,
+    tables,
+    use_case,
+)
 from runrecovery_service.storage.database import Database, Row, Stale
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.requests import Receipt
@@ -45,13 +52,10 @@ from runrecovery_service.storage.rows import (
     to_json,
     to_us,
 )
-from runrecovery_service.storage.sql_dialects import DatabaseKind
 from runrecovery_service.storage.statements import Statement, param
 from runrecovery_service.storage.use_case import retried
 
 _R = tables.Run
-RARE_LABEL_RUNS: Final = 2000
-"""A label that fewer runs have is rare: a query that begins with its runs is the fastest."""
 
 # -- reading -----------------------------------------------------------------------------------
 
@@ -141,7 +145,7 @@ def page(
     view: View = View.FULL,
 ) -> Page[Run]:
     """Return a page of runs, newest first."""
-    query, key = filter_by_labels(db, select(view), wanted.labels, by_run=True)
+    query, key = label_filter.filter_by_labels(db, select(view), wanted.labels, by_run=True)
     if wanted.statuses:
         query = query.where(
             _R.status.in_([status.value for status in wanted.statuses])
@@ -149,6 +153,8 @@ def page(
         )
     if wanted.engine is not None:
         query = query.where(_R.engine == wanted.engine)
+    if wanted.engines is not None:
+        query = query.where(_R.engine.in_(sorted(wanted.engines)))
     if wanted.after is not None:
         query = query.where(_R.created_at >= to_us(wanted.after))
     if wanted.before is not None:
@@ -156,46 +162,6 @@ def page(
     if after is not None:
         query = query.where(key < after[0])
     return page_of(db, [query.order_by(key.desc())], limit, lambda row: (row[0],))
-
-
-def filter_by_labels(
-    db: Database,
-    query: pw.ModelSelect[tables.Run],
-    labels: Mapping[str, str],
-    *,
-    by_run: bool,
-) -> tuple[pw.ModelSelect[tables.Run], Any]:
-    """Restrict a query to runs that have all of these labels.
-
-    Args:
-        by_run: the query is ordered by the run's key, which is also the order of a label's rows.
-
-    Returns:
-        The query, and the column with the run's key by which the query is read fastest.
-    """
-    rarest_first = sorted(labels.items(), key=lambda label: _count_labelled(db, *label))
-    key: Any = _R.id  # Any: an alias of a model has no type of its own
-    for number, (name, value) in enumerate(rarest_first):
-        label = tables.RunLabel.alias()
-        has_label = (label.run == _R.id) & (label.key == name) & (label.value == value)
-        # A label with few runs is the fastest start. For a label with many runs, SQLite would sort
-        # all of them for each page; reading in the page's order meets enough of them soon.
-        leads = number == 0 and (by_run or _count_labelled(db, name, value) < RARE_LABEL_RUNS)
-        if leads or db.dialect.kind is not DatabaseKind.SQLITE:
-            query = query.join_from(_R, label, on=has_label)
-            key = label.run if leads else key
-        else:
-            query = query.where(pw.fn.EXISTS(label.select(pw.SQL("1")).where(has_label)))
-    return query, key
-
-
-def _count_labelled(db: Database, name: str, value: str) -> int:
-    """Return how many runs have a label, counted up to RARE_LABEL_RUNS."""
-    row = db.fetch_one(
-        "SELECT count(*) FROM (SELECT 1 FROM run_label WHERE key = ? AND value = ? LIMIT ?) AS few",
-        (name, value, RARE_LABEL_RUNS),
-    )
-    return 0 if row is None else int(row[0])
 
 
 def page_of(

@@ -1,0 +1,104 @@
+"""Callers: who sends a request, and what the caller may do."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Final
+
+from runrecovery_service.domain.errors import EngineNotAllowed, RoleNotSufficient, RunNotFound
+
+MIN_TOKEN_BITS: Final = 128
+MIN_DISTINCT_CHARS: Final = 8
+"""A random token of enough bits has more; `aaaa…` and `12341234…` do not."""
+
+_TOKEN: Final = re.compile(r"[A-Za-z0-9._~+/-]+=*")
+"""The characters of RFC 6750."""
+_ALPHABETS: Final = (
+    (re.compile(r"[0-9]*"), 10),
+    (re.compile(r"[0-9a-f]*|[0-9A-F]*"), 16),
+    (re.compile(r"[0-9a-z]*|[0-9A-Z]*"), 36),
+)
+
+
+class Role(IntEnum):
+    """What a caller may do. Each role includes the ones before it."""
+
+    VIEWER = 1
+    """Read runs, their questions, events and output, and the decisions about them."""
+    REPLIER = 2
+    """Also answer questions and cancel runs."""
+    CREATOR = 3
+    """Also create and reopen runs."""
+    OPERATOR = 4
+    """Everything: also the reports and plans of recoveries, which are about all runs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caller:
+    """One caller of the service.
+
+    Attributes:
+        name: recorded with everything that the caller changes.
+        engines: the engines whose runs the caller may create, see and change. None: all.
+        max_calls: calls and streams of the caller at one time. None: only the service has limits.
+    """
+
+    name: str
+    role: Role
+    engines: frozenset[str] | None = None
+    max_calls: int | None = None
+
+    def demand_role(self, needed: Role) -> None:
+        """Raise RoleNotSufficient unless the caller has this role."""
+        if self.role < needed:
+            raise RoleNotSufficient(self.name, role=self.role.name, needed=needed.name)
+
+    def sees(self, engine: str) -> bool:
+        """Return whether the caller may see the runs of this engine."""
+        return self.engines is None or engine in self.engines
+
+    def demand_engine(self, engine: str) -> None:
+        """Raise EngineNotAllowed unless the caller may create runs of this engine."""
+        if not self.sees(engine):
+            raise EngineNotAllowed(self.name, engine)
+
+    def demand_visible(self, run_id: str, engine: str) -> None:
+        """Raise RunNotFound for a run that the caller may not see, as if there were no such run."""
+        if not self.sees(engine):
+            raise RunNotFound(run_id)
+
+
+ANYONE: Final = Caller(name="", role=Role.OPERATOR)
+"""The caller of every request where no callers are configured."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Credentials:
+    """How a caller is recognised.
+
+    Attributes:
+        tokens: the SHA-256 of each token.
+        certificate_name: a URI or DNS name, or the common name, of the caller's certificate.
+    """
+
+    caller: Caller
+    tokens: tuple[bytes, ...] = field(default=(), repr=False)
+    certificate_name: str | None = None
+
+
+def token_problem(token: str) -> str | None:
+    """Return why a token is refused, None for a good one. Never quotes the token.
+
+    A token cannot be proved random. Its length, and the characters that it uses, must allow for
+    `MIN_TOKEN_BITS`.
+    """
+    if not _TOKEN.fullmatch(token):
+        return "must be one line of letters, digits and -._~+/="
+    alphabet = next((size for chars, size in _ALPHABETS if chars.fullmatch(token)), 64)
+    bits = len(token.rstrip("=")) * math.log2(alphabet)
+    if bits < MIN_TOKEN_BITS or len(set(token)) < MIN_DISTINCT_CHARS:
+        return f"must have at least {MIN_TOKEN_BITS} random bits, for example 32 hexadecimal digits"
+    return None

@@ -1,0 +1,156 @@
+"""Finds out which caller sends a request, and whether the caller may send it.
+
+A call carries a bearer token as metadata, or comes on a connection with a certificate. A token that
+is given decides: a call with a wrong token is refused whatever its certificate.
+
+Tokens are compared by their SHA-256, in constant time. The digests are looked up under a random key
+of this process, so that the time of a lookup says nothing about the stored ones.
+"""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from contextvars import ContextVar
+from hashlib import blake2b, sha256
+from time import monotonic
+from typing import Any, Final, TypeAlias
+
+import grpc
+import structlog
+
+from runrecovery_service.domain.caller import ANYONE, Caller, Credentials, Role
+from runrecovery_service.domain.errors import CallerOverloaded, CallerUnknown, Denied
+from runrecovery_service.rpc import errors
+
+AUTHORIZATION: Final = "authorization"
+LOG_INTERVAL_S: Final = 60.0
+"""Refused calls of one caller are logged once in this time, with their number."""
+
+CALLER: Final[ContextVar[Caller]] = ContextVar("caller", default=ANYONE)
+"""The caller of the call that the present task handles. gRPC makes a task for each call."""
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+log = structlog.get_logger()
+
+
+class CallerTable:
+    """All callers, by token and by certificate. Immutable: a change makes a new table."""
+
+    def __init__(self, known: Iterable[Credentials]) -> None:
+        self._key = secrets.token_bytes(32)
+        self._by_token: dict[bytes, tuple[bytes, Caller]] = {}
+        self._by_certificate: dict[str, Caller] = {}
+        for each in known:
+            for digest in each.tokens:
+                self._by_token[self._place(digest)] = (digest, each.caller)
+            if each.certificate_name is not None:
+                self._by_certificate[each.certificate_name] = each.caller
+
+    @property
+    def reads_certificates(self) -> bool:
+        """True if a certificate identifies some caller."""
+        return bool(self._by_certificate)
+
+    def of_token(self, token: bytes) -> Caller | None:
+        """Return the caller with this token."""
+        digest = sha256(token).digest()
+        found = self._by_token.get(self._place(digest))
+        return found[1] if found is not None and hmac.compare_digest(found[0], digest) else None
+
+    def of_certificate(self, names: Mapping[str, Iterable[bytes]]) -> Caller | None:
+        """Return the caller by the names in a certificate, as gRPC gives them."""
+        for kind in ("peer_uri", "peer_dns", "x509_common_name"):
+            for name in names.get(kind, ()):
+                if found := self._by_certificate.get(name.decode("utf-8", "replace")):
+                    return found
+        return None
+
+    def _place(self, digest: bytes) -> bytes:
+        return blake2b(digest, key=self._key, digest_size=16).digest()
+
+
+class CallerGuard:
+    """Admits calls. Use it on the event loop.
+
+    Attributes:
+        table: the callers; assign another table to replace all of them at once. Calls in progress
+            are not ended.
+    """
+
+    def __init__(self, table: CallerTable) -> None:
+        self.table = table
+        self._in_progress: Counter[str] = Counter()
+        self._refusals = RefusalLog()
+
+    async def admit(self, context: Context, method: str, needed: Role) -> Caller:
+        """Return the caller, as `CALLER` of this task too, or end the call with its status.
+
+        `release` must follow. A call is ended when neither its token nor its certificate is a
+        caller's, when the caller's role is less than `needed`, and when the caller has as many
+        calls in progress as it may have.
+        """
+        try:
+            caller = self._identify(context)
+            caller.demand_role(needed)
+            self._demand_room(caller)
+        except (CallerUnknown, Denied, CallerOverloaded) as error:
+            name = "" if isinstance(error, CallerUnknown) else error.caller
+            self._refusals.record(name, method=method, peer=context.peer(), reason=str(error))
+            status = errors.status_of(error)
+            await context.abort(status.code, status.message, trailing_metadata=status.trailers)
+        CALLER.set(caller)
+        self._in_progress[caller.name] += 1
+        return caller
+
+    def release(self, caller: Caller) -> None:
+        """Record that a call of the caller has ended."""
+        self._in_progress[caller.name] -= 1
+
+    def _demand_room(self, caller: Caller) -> None:
+        if caller.max_calls is not None and self._in_progress[caller.name] >= caller.max_calls:
+            raise CallerOverloaded(caller.name)
+
+    def _identify(self, context: Context) -> Caller:
+        given = [
+            value for key, value in context.invocation_metadata() or () if key == AUTHORIZATION
+        ]
+        table = self.table
+        if not given:
+            names = context.auth_context() if table.reads_certificates else {}
+            caller = table.of_certificate(names)
+            if caller is None:
+                raise CallerUnknown("the call has no token, and its caller is not known otherwise")
+            return caller
+        if len(given) > 1:
+            raise CallerUnknown("the call has more than one authorization")
+        scheme, _, token = _text(given[0]).partition(" ")
+        caller = table.of_token(token.encode()) if scheme.lower() == "bearer" else None
+        if caller is None:
+            raise CallerUnknown("the token of the call is not valid")
+        return caller
+
+
+def _text(value: str | bytes) -> str:
+    return value if isinstance(value, str) else value.decode("utf-8", "replace")
+
+
+class RefusalLog:
+    """Logs refused calls: of one caller, or of all unknown ones, at most once a minute."""
+
+    def __init__(self) -> None:
+        self._next_s: dict[str, float] = {}
+        self._unlogged: Counter[str] = Counter()
+
+    def record(self, caller: str, **facts: str) -> None:
+        """Log a refused call, or count it for the next line about this caller."""
+        now_s = monotonic()
+        self._unlogged[caller] += 1
+        if now_s < self._next_s.get(caller, now_s):
+            return
+        self._next_s[caller] = now_s + LOG_INTERVAL_S
+        calls = self._unlogged.pop(caller)
+        log.warning("rpc.call_refused", caller=caller, calls=calls, **facts)

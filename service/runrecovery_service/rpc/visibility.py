@@ -1,0 +1,24 @@
+"""Which runs the caller of the present call may see.
+
+A run of another engine is answered as if it did not exist. Its engine never changes, so that one
+read before the call's own is enough.
+"""
+
+from __future__ import annotations
+
+from runrecovery_service.rpc.callers import CALLER
+from runrecovery_service.storage import runs
+from runrecovery_service.storage.async_storage import Storage
+
+
+def visible_engines() -> frozenset[str] | None:
+    """Return the engines whose runs the caller may see; None: all."""
+    return CALLER.get().engines
+
+
+async def demand_visible(storage: Storage, run_id: str) -> None:
+    """Raise RunNotFound for a run that the caller may not see. Reads nothing if all are visible."""
+    caller = CALLER.get()
+    if caller.engines is not None:
+        found = await storage.read_row(runs.get, run_id)
+        caller.demand_visible(run_id, found.engine)

@@ -1,0 +1,150 @@
+"""The guard that admits callers: credentials, a table that is replaced, a log that is bounded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from hashlib import sha256
+from typing import Any, NoReturn, cast
+
+import grpc
+import pytest
+from google.protobuf import descriptor_pb2, descriptor_pool
+from runrecovery_service.domain.caller import Caller, Credentials, Role
+from runrecovery_service.rpc import callers
+from runrecovery_service.rpc.callers import CALLER, CallerGuard, CallerTable
+from runrecovery_service.rpc.gate import Gate
+from runrecovery_service.rpc.method_wrapper import MethodWrapper
+from runrecovery_service.rpc.server import handlers
+from structlog.testing import capture_logs
+from support.callers import token_of
+
+SPIFFE = "spiffe://example.org/ci"
+
+
+def credentials(name: str, **more: Any) -> Credentials:
+    return Credentials(
+        caller=Caller(name=name, role=Role.VIEWER, max_calls=more.pop("max_calls", None)),
+        tokens=more.pop("tokens", (sha256(token_of(name).encode()).digest(),)),
+        **more,
+    )
+
+
+class Aborted(Exception):
+    """A call was ended with this status."""
+
+
+class FakeContext:
+    """A call with a token or a certificate, and its end."""
+
+    def __init__(
+        self, token: str | None = None, certificate: Mapping[str, list[bytes]] | None = None
+    ) -> None:
+        self._metadata = () if token is None else (("authorization", f"Bearer {token}"),)
+        self._certificate = certificate or {}
+
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        return self._metadata
+
+    def auth_context(self) -> Mapping[str, list[bytes]]:
+        return self._certificate
+
+    def peer(self) -> str:
+        return "ipv4:10.0.0.1:1234"
+
+    async def abort(self, code: grpc.StatusCode, *_: object, **__: object) -> NoReturn:
+        raise Aborted(code.name)
+
+
+async def admitted(guard: CallerGuard, context: FakeContext, role: Role = Role.VIEWER) -> str:
+    """Return the name of the admitted caller, or the status that the call ended with."""
+    try:
+        return (await guard.admit(cast("Any", context), "s.M", role)).name
+    except Aborted as aborted:
+        return str(aborted)
+
+
+async def test_a_table_is_replaced_at_once_and_calls_in_progress_still_count() -> None:
+    guard = CallerGuard(CallerTable([credentials("a", max_calls=1), credentials("b")]))
+    first = await guard.admit(cast("Any", FakeContext(token_of("a"))), "s.M", Role.VIEWER)
+
+    guard.table = CallerTable([credentials("a", max_calls=1)])
+
+    assert await admitted(guard, FakeContext(token_of("b"))) == "UNAUTHENTICATED"
+    assert await admitted(guard, FakeContext(token_of("a"))) == "RESOURCE_EXHAUSTED"
+    guard.release(first)
+    assert await admitted(guard, FakeContext(token_of("a"))) == "a"
+    assert CALLER.get().name == "a"
+
+
+@pytest.mark.parametrize(
+    ("names", "caller"),
+    [
+        ({"peer_uri": [SPIFFE.encode()]}, "uri"),
+        ({"peer_dns": [b"x.example", b"ci.example"]}, "dns"),
+        ({"x509_common_name": [b"ci"]}, "common"),
+        ({"peer_uri": [SPIFFE.encode()], "x509_common_name": [b"ci"]}, "uri"),
+        ({"peer_dns": [b"CI.example"]}, "UNAUTHENTICATED"),
+        ({"x509_common_name": [b"\xff"]}, "UNAUTHENTICATED"),
+        ({"peer_email": [b"ci"]}, "UNAUTHENTICATED"),
+        ({}, "UNAUTHENTICATED"),
+    ],
+)
+async def test_a_certificate_names_its_caller(names: dict[str, list[bytes]], caller: str) -> None:
+    guard = CallerGuard(
+        CallerTable(
+            credentials(name, tokens=(), certificate_name=known)
+            for name, known in {"uri": SPIFFE, "dns": "ci.example", "common": "ci"}.items()
+        )
+    )
+
+    assert await admitted(guard, FakeContext(certificate=names)) == caller
+
+
+async def test_a_wrong_token_is_refused_whatever_the_certificate() -> None:
+    guard = CallerGuard(CallerTable([credentials("a", certificate_name="ci")]))
+    certificate = {"x509_common_name": [b"ci"]}
+
+    assert await admitted(guard, FakeContext(certificate=certificate)) == "a"
+    assert await admitted(guard, FakeContext("wrong", certificate)) == "UNAUTHENTICATED"
+    assert await admitted(guard, FakeContext("", certificate)) == "UNAUTHENTICATED"
+
+
+async def test_ten_thousand_wrong_tokens_write_one_line_a_minute_and_hide_no_other_caller(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    guard = CallerGuard(CallerTable([credentials("a")]))
+    now = 1000.0
+    monkeypatch.setattr(callers, "monotonic", lambda: now)
+    with capture_logs() as logged:
+        for number in range(10_000):
+            assert await admitted(guard, FakeContext(f"wrong{number}")) == "UNAUTHENTICATED"
+        assert await admitted(guard, FakeContext(token_of("a"))) == "a"
+        denied = FakeContext(token_of("a"))
+        assert await admitted(guard, denied, Role.OPERATOR) == "PERMISSION_DENIED"
+        now += 60
+        await admitted(guard, FakeContext("wrong"))
+
+    assert [(event["caller"], event["calls"]) for event in logged] == [
+        ("", 1), ("a", 1), ("", 10_000),
+    ]  # fmt: skip
+    assert {event["event"] for event in logged} == {"rpc.call_refused"}
+    assert not any("wrong" in str(event) for event in logged)
+
+
+def test_a_method_without_a_row_fails_the_start() -> None:
+    file = descriptor_pb2.FileDescriptorProto(name="unlisted.proto", package="unlisted")
+    file.message_type.add(name="Request")
+    file.service.add(name="Service").method.add(
+        name="Forgotten", input_type=".unlisted.Request", output_type=".unlisted.Request"
+    )
+    pool = descriptor_pool.DescriptorPool()
+    pool.AddSerializedFile(file.SerializeToString())
+    service = pool.FindServiceByName("unlisted.Service")
+
+    class Servicer:
+        async def forgotten(self, request: object) -> object:
+            return request
+
+    wrapper = MethodWrapper(Gate(), max_calls=1, max_streams=1, stall_s=1)
+    with pytest.raises(LookupError, match=r"unlisted\.Service\.Forgotten has no row in rpc/roles"):
+        handlers(service, Servicer(), wrapper)
