@@ -10,6 +10,7 @@ from runrecovery_service.domain.usage import Budget, cost_to_nanos
 from runrecovery_service.engines.catalog import Catalog, Engine
 from runrecovery_service.engines.dialect import Dialect
 from runrecovery_service.engines.jsonl import JSON_LINES
+from runrecovery_service.engines.permissions import Permissions
 from runrecovery_service.engines.presets import PRESETS
 from runrecovery_service.engines.sessions import sessions_of
 from runrecovery_service.engines.sessions.files import CliSessions
@@ -59,8 +60,10 @@ def _budget(settings: EngineSettings) -> Budget:
 def _dialect(settings: EngineSettings) -> Dialect:
     if settings.preset is None:
         return JSON_LINES
-    trusted = settings.trust == settings.preset
-    return replace(PRESETS[settings.preset].dialect, trusted=trusted)
+    dialect = PRESETS[settings.preset].dialect
+    if dialect.permissions is not None:
+        dialect = replace(dialect, permissions=Permissions(patterns=settings.ask_for))
+    return replace(dialect, trusted=settings.trust == settings.preset)
 
 
 def _sessions(settings: EngineSettings) -> CliSessions | None:

@@ -8,6 +8,8 @@ Each call of its model reads 100 tokens (60 from its cache) and writes 10 (4 of 
 where the CLI reports that). Codex reports the total of its thread, the calls of killed processes
 included; Claude Code does so by modelUsage and the cost, and reports its process beside; Gemini CLI
 reports its process.
+Claude Code calls Bash as the lines `CALLS: a | b` of the first prompt say, in one message for each
+line, and runs the hooks of `--settings`. Its quirks with deferred calls are those of 2.1.197.
 
 Words in a prompt: HANG never ends (60 s at most), HANG_UNNAMED neither, and does not report its
 session; HANG_ONCE ends in the turn that is told of the interruption. FAIL fails. REFUSED calls a
@@ -24,6 +26,7 @@ import os
 import re
 import secrets
 import signal
+import subprocess
 import sys
 import time
 import uuid
@@ -208,7 +211,141 @@ def gemini(arguments: list[str], prompt: str) -> None:
     print_event({"type": "result", "status": "success", "stats": stats})
 
 
+class ClaudeTools:
+    """The calls of Bash in one session of Claude Code."""
+
+    def __init__(self, arguments: list[str], path: Path, seen: dict[str, Any]) -> None:
+        settings = json.loads(option(arguments, "--settings") or "{}")
+        entries = settings.get("hooks", {}).get("PreToolUse", [])
+        self.hooks = [hook["command"] for entry in entries for hook in entry["hooks"]]
+        self.path, self.seen = path, seen
+
+    def make_calls(self, wanted: list[list[str]], prompt: str) -> bool:
+        """Make the calls that the model still wants; return False when one was deferred."""
+        again = prompt.partition("with exactly this input:\n\n")[2]
+        if again and not self.make({"command": json.loads(again)["command"]}, is_wanted=False):
+            return False
+        made = sum(bool(line.get("wanted")) for line in lines_of(self.path))
+        return all(
+            self.make(*({"command": each.strip()} for each in commands), is_wanted=True)
+            for commands in wanted[made:]
+        )
+
+    def make(self, *inputs: dict[str, Any], is_wanted: bool) -> bool:
+        ids = [f"toolu_{secrets.token_hex(8)}" for _ in inputs]
+        calls = [
+            {"type": "tool_use", "id": key, "name": "Bash", "input": each}
+            for key, each in zip(ids, inputs, strict=True)
+        ]
+        message = {"role": "assistant", "content": calls, "stop_reason": "tool_use"}
+        append_lines(
+            self.path, {"type": "assistant", "message": message, "wanted": is_wanted, **self.seen}
+        )
+        for call in calls:
+            print_event({"type": "assistant", "message": {"content": [call]}})
+        return self.run(calls)
+
+    def return_to_deferred_call(self) -> bool:
+        """Run the call that was deferred last; return False when it is deferred again.
+
+        Without a prompt there must be one. With one, the prompt comes next in any case.
+        """
+        lines = lines_of(self.path)
+        markers = [line["attachment"] for line in lines if line["type"] == "attachment"]
+        answered = [each["tool_use_id"] for each in self._results()]
+        if not markers or markers[-1]["toolUseID"] in answered:
+            if not PROMPT:
+                refuse(1, "Error: No deferred tool marker found in the resumed session.")
+            return True
+        messages = [line["message"]["content"] for line in lines if line.get("wanted") is not None]
+        (call,) = (each for each in messages[-1] if each["id"] == markers[-1]["toolUseID"])
+        return self.run([call], is_lost=call is not messages[-1][-1])
+
+    def run(self, calls: list[dict[str, Any]], *, is_lost: bool = False) -> bool:
+        """Run calls as their hooks say; return False when one was deferred. All hooks at once."""
+        decided = [[self._start(hook, call) for hook in self.hooks] for call in calls]
+        deferred = None
+        for call, started in zip(calls, decided, strict=True):
+            decisions = [self._decision(process) for process in started]
+            kinds = {each.get("permissionDecision"): each for each in decisions}
+            if "deny" in kinds:
+                self._answer(call, kinds["deny"]["permissionDecisionReason"], is_lost=is_lost)
+            elif "defer" in kinds:
+                deferred = call
+            else:
+                given = kinds.get("allow", {}).get("updatedInput", call["input"])
+                ran = subprocess.run(
+                    ["/bin/sh", "-c", given["command"]], capture_output=True, text=True, check=False
+                )
+                self._answer(call, ran.stdout, is_lost=is_lost)
+        if deferred is not None:
+            self._defer(deferred)
+        return deferred is None
+
+    def _start(self, hook: str, call: dict[str, Any]) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            ["/bin/sh", "-c", hook],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        asked = {
+            "session_id": self.seen["sessionId"],
+            "hook_event_name": "PreToolUse",
+            "tool_name": call["name"],
+            "tool_input": call["input"],
+            "tool_use_id": call["id"],
+        }
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(asked))
+        process.stdin.close()
+        process.stdin = None
+        return process
+
+    def _decision(self, process: subprocess.Popen[str]) -> dict[str, Any]:
+        out, errors = process.communicate()
+        if process.returncode == 2:
+            return {"permissionDecision": "deny", "permissionDecisionReason": errors}
+        if process.returncode or not out:
+            return {}  # another failure of a hook does not stop the real one either
+        decision: dict[str, Any] = json.loads(out)["hookSpecificOutput"]
+        return decision
+
+    def _answer(self, call: dict[str, Any], content: str, *, is_lost: bool) -> None:
+        result = {"type": "tool_result", "tool_use_id": call["id"], "content": content}
+        message = {"role": "user", "content": [result]}
+        append_lines(self.path, {"type": "user", "message": message, "lost": is_lost, **self.seen})
+        print_event({"type": "user", "message": message})
+
+    def _defer(self, call: dict[str, Any]) -> None:
+        marker = {"type": "hook_deferred_tool", "toolUseID": call["id"]}
+        append_lines(
+            self.path,
+            {"type": "attachment", "attachment": marker, **self.seen},
+            {"type": "last-prompt", "sessionId": self.seen["sessionId"]},
+        )
+        held = {name: call[name] for name in ("id", "name", "input")}
+        print_event(
+            {"type": "result", "subtype": "success", "is_error": False, "result": "",
+             "stop_reason": "tool_deferred", "session_id": self.seen["sessionId"],
+             "deferred_tool_use": held}
+        )  # fmt: skip
+
+    def _results(self) -> list[dict[str, Any]]:
+        found = [line for line in lines_of(self.path) if "lost" in line]
+        lost = {"content": "[Tool result missing due to internal error]"}
+        return [each["message"]["content"][0] | (lost if each["lost"] else {}) for each in found]
+
+    def results(self) -> list[str]:
+        """Return the results that the model sees."""
+        return [each["content"] for each in self._results()]
+
+
 def claude(arguments: list[str], prompt: str) -> None:
+    if "--version" in arguments:
+        print(f"{option(arguments, '--pretend-version') or '2.1.197'} (Claude Code)")
+        return
     variable = os.environ.get("CLAUDE_CONFIG_DIR")
     settings = Path(variable or HOME) / ".claude.json"
     home = Path(variable) if variable else HOME / ".claude"
@@ -233,8 +370,12 @@ def claude(arguments: list[str], prompt: str) -> None:
     if "HANG_UNNAMED" in prompt:
         time.sleep(60)
     write_handle_to_stderr(handle or "")
-    print_event({"type": "system", "subtype": "init", "cwd": CWD, "session_id": handle})
     seen = {"cwd": CWD, "sessionId": handle}
+    tools = ClaudeTools(arguments, path, seen)
+    if resumed is not None and not tools.return_to_deferred_call() and not prompt:
+        return
+    prompt = prompt or "Continue from where you left off."
+    print_event({"type": "system", "subtype": "init", "cwd": CWD, "session_id": handle})
     append_lines(path, {"type": "user", "message": {"role": "user", "content": prompt}, **seen})
     if "FAIL" in prompt:
         print_event({"type": "result", "subtype": "success", "is_error": True, "session_id": handle,
@@ -243,7 +384,12 @@ def claude(arguments: list[str], prompt: str) -> None:
     for attempt in refused_attempts(prompt):
         print_event({"type": "system", "subtype": "api_retry", "attempt": attempt,
              "error_status": 401, "error": "authentication_failed"})  # fmt: skip
-    text = answer_of_model(prompt, earlier)
+    task = (earlier or prompt).splitlines()
+    wanted = [line.partition("CALLS: ")[2].split(" | ") for line in task if "CALLS: " in line]
+    if wanted and not tools.make_calls(wanted, prompt):
+        return
+    results = json.dumps({"result": {"results": tools.results()}})
+    text = results if wanted else answer_of_model(prompt, earlier)
     message = {"role": "assistant", "content": [{"type": "text", "text": text}]}
     append_lines(
         path,
@@ -262,6 +408,5 @@ def claude(arguments: list[str], prompt: str) -> None:
 
 
 signal.alarm(60)
-{"codex": codex, "gemini": gemini, "claude": claude}[sys.argv[1]](
-    sys.argv[2:], sys.stdin.buffer.read().decode()
-)
+PROMPT = sys.stdin.buffer.read().decode()
+{"codex": codex, "gemini": gemini, "claude": claude}[sys.argv[1]](sys.argv[2:], PROMPT)

@@ -7,7 +7,12 @@ from typing import TypeAlias
 
 import pytest
 from runrecovery_service.config.reading import ConfigError
-from runrecovery_service.config.settings import DEFAULT_ENV_ALLOW, EngineSettings, Settings
+from runrecovery_service.config.settings import (
+    DEFAULT_ENV_ALLOW,
+    EngineSettings,
+    PermissionPolicy,
+    Settings,
+)
 from runrecovery_service.domain.run import Profile
 from runrecovery_service.engines.presets import PRESETS, Preset
 from runrecovery_service.trust.config_files import AgentCli
@@ -164,3 +169,55 @@ def test_a_nul_character_in_a_command_is_reported_as_one(problems: Problems) -> 
     (problem,) = problems('[engines.x]\ncommand = ["a", "\\u0000"]\nprofile = "resumable"')
 
     assert problem.endswith("engines.x.command[1]: must not contain a NUL character")
+
+
+def test_permissions_are_asked_for_with_claude(load: Load) -> None:
+    engine = load(PRESET + 'permissions = "ask"\nask_for = ["Bash", "mcp__*", "Write(/etc/*)"]\n')
+
+    assert engine.engines["x"].permissions is PermissionPolicy.ASK
+    assert engine.engines["x"].ask_for == ("Bash", "mcp__*", "Write(/etc/*)")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (PRESET + 'permissions = "ask"\n', "x.ask_for: must name tools"),
+        (PRESET + 'permissions = "ask"\nask_for = []\n', "x.ask_for: must name tools"),
+        (PRESET + 'ask_for = ["Bash"]\n', 'x.ask_for: is for engines with permissions = "ask"'),
+        (PRESET + 'permissions = "always"\n', 'x.permissions: must be "cli" or "ask"'),
+        (
+            PRESET + 'permissions = "ask"\nask_for = ["Bash", "Bash(ls"]\n',
+            'x.ask_for[1]: must end with ")" after an argument, not "Bash(ls"',
+        ),
+        (
+            PRESET + 'permissions = "ask"\nask_for = "Bash"\n',
+            "x.ask_for: must be a list of strings",
+        ),
+        (
+            ENGINE + 'permissions = "ask"\nask_for = ["Bash"]\n',
+            'reviewer.permissions: "ask" needs preset = "claude"',
+        ),
+        (
+            '[engines.x]\npreset = "codex"\npermissions = "ask"\nask_for = ["Bash"]\n',
+            'x.permissions: "ask" does not work with Codex: its hooks can refuse a call',
+        ),
+        (
+            '[engines.x]\npreset = "gemini"\npermissions = "ask"\nask_for = ["Bash"]\n',
+            'x.permissions: "ask" does not work with Gemini CLI: its hooks can refuse a call',
+        ),
+        (
+            PRESET + 'command = ["claude", "--settings=a"]\npermissions = "ask"\nask_for = ["*"]\n',
+            "x.command[1]: must not have --settings",
+        ),
+        (
+            PRESET + 'command = ["claude", "--bare"]\npermissions = "ask"\nask_for = ["Bash"]\n',
+            "x.command[1]: must not have --bare",
+        ),
+    ],
+)
+def test_permissions_that_cannot_be_asked_for_are_refused(
+    problems: Problems, text: str, problem: str
+) -> None:
+    (found,) = problems(text)
+
+    assert problem in found

@@ -7,13 +7,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
-from runrecovery_service.domain.run import Interaction, JsonObject, Session
+from runrecovery_service.domain.run import (
+    Interaction,
+    JsonObject,
+    JsonValue,
+    Session,
+    ToolCall,
+)
 from runrecovery_service.engines.claude import CLAUDE
 from runrecovery_service.engines.cli_dialect import CliDialect, CliListener
 from runrecovery_service.engines.codex import CODEX
 from runrecovery_service.engines.dialect import Message, Resumed, RunContext
 from runrecovery_service.engines.gemini import GEMINI
+from support.questions import answered
 
 ID = "01a2224f-ff16-7cb2-8eb4-59969e2c0c53"
 ASK = '{"ask_user": {"prompt": "Deploy to which place?"}}'
@@ -60,9 +68,29 @@ FINAL_MESSAGES: dict[str, Callable[[str], list[JsonObject]]] = {
 TURNS = [(CODEX, CODEX_TURN), (GEMINI, GEMINI_TURN), (CLAUDE, CLAUDE_TURN)]
 
 
-def task(given: JsonObject) -> RunContext:
+def task(
+    given: JsonObject, *, turn: int = 1, permissions: str = "/p", deferred: Iterable[str] = ()
+) -> RunContext:
     """Return a run with this input."""
-    return RunContext(run_id="r", attempt=1, input=given, workspace="/w")
+    return RunContext(
+        run_id="r",
+        attempt=1,
+        input=given,
+        workspace="/w",
+        turn=turn,
+        permissions=permissions,
+        deferred=frozenset(deferred),
+    )
+
+
+def permission_answer(
+    response: JsonValue, *, given: JsonObject, auto_decided: bool = False, is_last: bool = True
+) -> Interaction:
+    """Return the answered question about the call "toolu_1" of Bash with this input."""
+    call = ToolCall(
+        id="toolu_1", tool="Bash", input=given, workspace="/w", pattern="Bash", is_last=is_last
+    )
+    return replace(answered(1, response, auto_decided=auto_decided), tool_call=call)
 
 
 def resumed(dialect: CliDialect, reply: Interaction, handle: str = ID) -> Resumed:

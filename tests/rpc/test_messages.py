@@ -189,6 +189,32 @@ def test_every_field_of_a_full_run_is_sent() -> None:
     assert b"the-secret" not in message(run).SerializeToString()
 
 
+def test_a_permission_question_has_its_call_while_it_is_open_and_afterwards() -> None:
+    call = domain.ToolCall(
+        id="toolu_1", tool="Bash", input={"command": "ls"}, workspace="/w", pattern="Ba*"
+    )
+    question = replace(QUESTION, kind=domain.InteractionKind.RISK_ACK, tool_call=call)
+    kept = run_pb2.Interaction()
+    run_messages.fill_interaction(kept, question)
+
+    waiting = as_json(replace(BARE, status=RunStatus.WAITING_USER, pending=question))
+
+    assert waiting["pending_interaction"]["kind"] == "INTERACTION_KIND_RISK_ACK"
+    assert waiting["pending_interaction"]["tool_call"] == {
+        "call_id": "toolu_1",
+        "tool": "Bash",
+        "input": {"command": "ls"},
+        "workspace": "/w",
+        "pattern": "Ba*",
+    }
+    assert (
+        kept.tool_call
+        == message(
+            replace(BARE, status=RunStatus.WAITING_USER, pending=question)
+        ).pending_interaction.tool_call
+    )
+
+
 def test_every_field_of_the_contract_can_be_filled() -> None:
     full = replace(
         BARE,

@@ -9,6 +9,7 @@ import pytest
 from runrecovery_service.domain.errors import (
     EtagMismatch,
     InteractionSuperseded,
+    InvalidFields,
     RequestIdReused,
     RunNotFound,
     RunNotWaiting,
@@ -16,11 +17,15 @@ from runrecovery_service.domain.errors import (
 )
 from runrecovery_service.domain.run import (
     Interaction,
+    InteractionKind,
     InteractionState,
+    JsonObject,
     JsonValue,
     Profile,
+    Question,
     Run,
     RunStatus,
+    ToolCall,
 )
 from runrecovery_service.domain.turn import Asked
 from runrecovery_service.storage import interactions, turns
@@ -57,6 +62,28 @@ def test_a_reply_queues_a_resumable_run_and_continues_a_sticky_one(
     asked = latest(store, run)
     assert (asked.state, asked.response) == (InteractionState.ANSWERED, {"answer": [1, "ä"]})
     assert store.now == asked.replied_at
+
+
+def test_a_permission_question_keeps_its_call_and_takes_only_an_answer(
+    store: ServiceStore,
+) -> None:
+    given: JsonObject = {"command": "rm \0 ä", "n": 2**60}
+    call = ToolCall(id="toolu_1", tool="Bash", input=given, workspace="/w", pattern="*")
+    question = Question(kind=InteractionKind.RISK_ACK, prompt="May I?", tool_call=call)
+    turn = store.running()
+    store.keep_session(turn)
+    run = store.end(turn, Asked(question))
+
+    assert run.pending is not None
+    assert run.pending.tool_call == call
+    for response in ("yes", True, {"decision": "perhaps"}):
+        with pytest.raises(InvalidFields) as refused:
+            store.reply(run, response)
+        assert [each.field for each in refused.value.violations] == ["response"]
+        assert store.get(run) == run
+    answer: JsonValue = {"decision": "allow", "input": {"command": "ls"}}
+    assert store.reply(run, answer).status is RunStatus.QUEUED
+    assert (latest(store, run).response, latest(store, run).tool_call) == (answer, call)
 
 
 @pytest.mark.parametrize("response", [None, False, 0, "", [], {}])

@@ -136,6 +136,7 @@ def test_a_migration_keeps_everything_that_the_first_version_stored(
             for name in ("watermark", "cgroup", "user_us", "system_us", "max_rss_kib", "orphans")
         ),
         ("interaction", "auto_decided", 0),
+        ("interaction", "tool_call", None),
         ("run", "event_count", 1),
         ("run", "auto_decided_count", 0),
         ("run", "max_resumes", 0),

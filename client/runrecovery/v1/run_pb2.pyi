@@ -249,7 +249,7 @@ class _RunViewEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RunView.Value
     RUN_VIEW_UNSPECIFIED: _RunView.ValueType  # 0
     """Same as FULL."""
     RUN_VIEW_BASIC: _RunView.ValueType  # 1
-    """Without input and output, and without prompt and options of the open question. A page
+    """Without input and output, and without prompt, options and call of the open question. A page
     of 1000 runs then fits the 4 MiB that clients accept by default, unless labels are
     very long.
     """
@@ -262,7 +262,7 @@ class RunView(_RunView, metaclass=_RunViewEnumTypeWrapper):
 RUN_VIEW_UNSPECIFIED: RunView.ValueType  # 0
 """Same as FULL."""
 RUN_VIEW_BASIC: RunView.ValueType  # 1
-"""Without input and output, and without prompt and options of the open question. A page
+"""Without input and output, and without prompt, options and call of the open question. A page
 of 1000 runs then fits the 4 MiB that clients accept by default, unless labels are
 very long.
 """
@@ -447,6 +447,50 @@ class InteractionOption(_message.Message):
 Global___InteractionOption: _TypeAlias = InteractionOption  # noqa: Y015
 
 @_typing.final
+class ToolCall(_message.Message):
+    """The call of a tool for which a permission question asks (`permissions = "ask"`,
+    docs/agents.md). SubmitReply answers it with "allow", "deny",
+    {"decision": "allow", "input": {…}} (changed arguments) or
+    {"decision": "deny", "reason": "…"}; any other response is refused.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALL_ID_FIELD_NUMBER: _builtins.int
+    TOOL_FIELD_NUMBER: _builtins.int
+    INPUT_FIELD_NUMBER: _builtins.int
+    WORKSPACE_FIELD_NUMBER: _builtins.int
+    PATTERN_FIELD_NUMBER: _builtins.int
+    call_id: _builtins.str
+    """OUTPUT_ONLY. The id that the agent's CLI has given to the call."""
+    tool: _builtins.str
+    """OUTPUT_ONLY. The name of the tool, for example `Bash`."""
+    workspace: _builtins.str
+    """OUTPUT_ONLY. The folder in which the agent works, on the machine of the service."""
+    pattern: _builtins.str
+    """OUTPUT_ONLY. Why the user is asked: the pattern of `ask_for` that the call matches."""
+    @_builtins.property
+    def input(self) -> _struct_pb2.Struct:
+        """OUTPUT_ONLY. The arguments of the call."""
+
+    def __init__(
+        self,
+        *,
+        call_id: _builtins.str = ...,
+        tool: _builtins.str = ...,
+        input: _struct_pb2.Struct | None = ...,
+        workspace: _builtins.str = ...,
+        pattern: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "input", b"input", "pattern", b"pattern", "tool", b"tool", "workspace", b"workspace"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ToolCall: _TypeAlias = ToolCall  # noqa: Y015
+
+@_typing.final
 class PendingInteraction(_message.Message):
     """The open question of a waiting run."""
 
@@ -458,6 +502,7 @@ class PendingInteraction(_message.Message):
     OPTIONS_FIELD_NUMBER: _builtins.int
     ASKED_AT_FIELD_NUMBER: _builtins.int
     WAIT_DEADLINE_AT_FIELD_NUMBER: _builtins.int
+    TOOL_CALL_FIELD_NUMBER: _builtins.int
     interaction_id: _builtins.int
     """OUTPUT_ONLY. Number of the question in its run, from 1. SubmitReply names it."""
     kind: Global___InteractionKind.ValueType
@@ -480,6 +525,10 @@ class PendingInteraction(_message.Message):
         it waits without a limit.
         """
 
+    @_builtins.property
+    def tool_call(self) -> Global___ToolCall:
+        """OUTPUT_ONLY. The call that the question asks permission for; absent for other questions."""
+
     def __init__(
         self,
         *,
@@ -489,10 +538,11 @@ class PendingInteraction(_message.Message):
         options: _abc.Iterable[Global___InteractionOption] | None = ...,
         asked_at: _timestamp_pb2.Timestamp | None = ...,
         wait_deadline_at: _timestamp_pb2.Timestamp | None = ...,
+        tool_call: Global___ToolCall | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["asked_at", b"asked_at", "wait_deadline_at", b"wait_deadline_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["asked_at", b"asked_at", "tool_call", b"tool_call", "wait_deadline_at", b"wait_deadline_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked_at", b"asked_at", "interaction_id", b"interaction_id", "kind", b"kind", "options", b"options", "prompt", b"prompt", "wait_deadline_at", b"wait_deadline_at"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked_at", b"asked_at", "interaction_id", b"interaction_id", "kind", b"kind", "options", b"options", "prompt", b"prompt", "tool_call", b"tool_call", "wait_deadline_at", b"wait_deadline_at"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -544,6 +594,7 @@ class Interaction(_message.Message):
     ASKED_AT_FIELD_NUMBER: _builtins.int
     REPLIED_AT_FIELD_NUMBER: _builtins.int
     AUTO_DECIDED_FIELD_NUMBER: _builtins.int
+    TOOL_CALL_FIELD_NUMBER: _builtins.int
     interaction_id: _builtins.int
     """OUTPUT_ONLY. Number of the question in its run, from 1."""
     kind: Global___InteractionKind.ValueType
@@ -552,7 +603,7 @@ class Interaction(_message.Message):
     """OUTPUT_ONLY. The question in the engine's words."""
     auto_decided: _builtins.bool
     """OUTPUT_ONLY. True when nobody answered in time, so that the service answered with null.
-    The engine is told this and decides by itself.
+    The engine is told this and decides by itself; a call that waits for permission is denied.
     """
     @_builtins.property
     def options(self) -> _containers.RepeatedCompositeFieldContainer[Global___InteractionOption]:
@@ -572,6 +623,10 @@ class Interaction(_message.Message):
     def replied_at(self) -> _timestamp_pb2.Timestamp:
         """OUTPUT_ONLY. When the answer was accepted; absent without an answer."""
 
+    @_builtins.property
+    def tool_call(self) -> Global___ToolCall:
+        """OUTPUT_ONLY. The call that the question asks permission for; absent for other questions."""
+
     def __init__(
         self,
         *,
@@ -583,10 +638,11 @@ class Interaction(_message.Message):
         asked_at: _timestamp_pb2.Timestamp | None = ...,
         replied_at: _timestamp_pb2.Timestamp | None = ...,
         auto_decided: _builtins.bool = ...,
+        tool_call: Global___ToolCall | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["asked_at", b"asked_at", "replied_at", b"replied_at", "response", b"response"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["asked_at", b"asked_at", "replied_at", b"replied_at", "response", b"response", "tool_call", b"tool_call"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked_at", b"asked_at", "auto_decided", b"auto_decided", "interaction_id", b"interaction_id", "kind", b"kind", "options", b"options", "prompt", b"prompt", "replied_at", b"replied_at", "response", b"response"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked_at", b"asked_at", "auto_decided", b"auto_decided", "interaction_id", b"interaction_id", "kind", b"kind", "options", b"options", "prompt", b"prompt", "replied_at", b"replied_at", "response", b"response", "tool_call", b"tool_call"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -375,7 +375,9 @@ class SubmitReplyRequest(_message.Message):
     """OPTIONAL. The etag of the run that the caller saw; ABORTED if the run has changed."""
     @_builtins.property
     def response(self) -> _struct_pb2.Value:
-        """REQUIRED. The answer, passed to the engine unchanged. At most 32 levels deep."""
+        """REQUIRED. The answer, passed to the engine unchanged. At most 32 levels deep. A question
+        with a tool_call takes only the answers that ToolCall names.
+        """
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 <data_dir>/runs/<run key>/<attempt>/workspace/      the agent's own folder, 0700
 <data_dir>/runs/<run key>/<attempt>/stdout.log      and stderr.log, 0600 (`output.py`)
+<data_dir>/runs/<run key>/<attempt>/permissions/    the files of the permission hook, 0700
 <data_dir>/runs/<run key>/<attempt>/shim-<turn>.log the signals that a shim sent by itself, 0600
 """
 
@@ -28,6 +29,10 @@ class Workspaces:
     def shim_journal(self, run_key: int, attempt: int, turn: int) -> Path:
         """Return the file in which the shim of a turn records the signals that it sends."""
         return self.attempt(run_key, attempt) / f"shim-{turn}.log"
+
+    def permissions(self, run_key: int, attempt: int) -> Path:
+        """Return the folder for the files of a permission hook; it may not exist."""
+        return self.attempt(run_key, attempt) / "permissions"
 
     def prepare(self, run_key: int, attempt: int, *, fresh: bool) -> Path:
         """Make the folder that the agent works in, and return it. Blocking, shortly.

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_type_hints
 
 from runrecovery_service.config import values
+from runrecovery_service.config.permissions import permission_contradictions
 from runrecovery_service.config.settings import (
     DEFAULT_ENV_ALLOW,
     SCALARS,
@@ -296,7 +297,11 @@ def _engine(value: object) -> EngineSettings:
     settings: EngineSettings = _converter().structure(
         _preset_values(table.get("preset")) | table, EngineSettings
     )
-    problems = [*_preset_contradictions(settings, table), *_resume_contradictions(settings)]
+    problems = [
+        *_preset_contradictions(settings, table),
+        *_resume_contradictions(settings),
+        *permission_contradictions(settings),
+    ]
     if problems:
         raise ExceptionGroup("engine", problems)
     return settings

@@ -53,6 +53,15 @@ class RoleName(StrEnum):
     OPERATOR = "operator"
 
 
+class PermissionPolicy(StrEnum):
+    """Who decides whether an agent CLI may run a tool."""
+
+    CLI = "cli"
+    """The CLI itself, by its options and settings."""
+    ASK = "ask"
+    """The user of the run, for the calls that `ask_for` names; the CLI itself for all others."""
+
+
 class ContainmentPolicy(StrEnum):
     """What a start does when its probe cannot prove that every process can be found."""
 
@@ -77,6 +86,10 @@ class EngineSettings:
             this key the variable or the default of the CLI applies.
         trust: the CLI that trusts the workspace of each run while the run is alive: `"codex"`,
             `"gemini"`, `"claude"`, or `"none"`.
+        permissions: who decides whether the CLI may run a tool: `"cli"`, by its own options and
+            settings, or `"ask"`: calls that match `ask_for` end the turn with a question.
+        ask_for: patterns of calls of tools: `"NAME"` or `"NAME(ARGUMENT)"`, with `*` for any
+            characters.
         env_allow: the environment variables of the service that processes of the engine inherit.
         max_concurrent: processes of the engine at one time; without this key only the limit of
             the service applies.
@@ -110,6 +123,8 @@ class EngineSettings:
     preset: Annotated[Preset | None, values.one_of(Preset)] = None
     agent_home: Annotated[str | None, values.absolute] = None
     trust: Annotated[str | None, values.trust] = None
+    permissions: Annotated[PermissionPolicy, values.one_of(PermissionPolicy)] = PermissionPolicy.CLI
+    ask_for: Annotated[tuple[str, ...], values.tool_patterns] = ()
     env_allow: Annotated[tuple[str, ...], values.variables] = DEFAULT_ENV_ALLOW
     max_concurrent: Annotated[int | None, values.whole(1, 10_000)] = None
     session_file: Annotated[str | None, values.session_file] = None

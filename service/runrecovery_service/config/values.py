@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final, TypeAlias, TypeVar
 
 from runrecovery_service.engines.presets import Preset
+from runrecovery_service.engines.tool_patterns import MAX_PATTERNS, pattern_problem
 
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -240,6 +241,16 @@ def variables(value: object) -> tuple[str, ...]:
         if not _VARIABLE.fullmatch(name):
             raise InvalidValue(f"{quote(name)} is not the name of a variable", below=f"[{index}]")
     return names
+
+
+def tool_patterns(value: object) -> tuple[str, ...]:
+    patterns = strings(value)
+    if len(patterns) > MAX_PATTERNS:
+        raise InvalidValue(f"must be at most {MAX_PATTERNS} patterns, not {len(patterns)}")
+    for index, pattern in enumerate(patterns):
+        if (problem := pattern_problem(pattern)) is not None:
+            raise InvalidValue(f"{problem}, not {quote(pattern)}", below=f"[{index}]")
+    return patterns
 
 
 def cgroup_parent(value: object) -> str:

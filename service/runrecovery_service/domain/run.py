@@ -130,12 +130,34 @@ class Option:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall:
+    """A call of a tool by an agent, for which a permission question asks.
+
+    Attributes:
+        id: the agent CLI's id of the call.
+        input: the arguments of the call.
+        workspace: the absolute path of the folder in which the agent works.
+        pattern: the pattern of the engine's `ask_for` that the call matches.
+        is_last: no other call followed it in the agent's message, so the CLI can return to it and
+            show the model its result.
+    """
+
+    id: str
+    tool: str
+    input: JsonObject
+    workspace: str
+    pattern: str
+    is_last: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """A question of an engine to its user."""
+    """A question of an engine to its user. `tool_call`: the call that it asks permission for."""
 
     kind: InteractionKind
     prompt: str
     options: tuple[Option, ...] = ()
+    tool_call: ToolCall | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +167,7 @@ class Interaction:
     `interaction_id` counts the run's questions from 1. `kind` is None if the stored one is unknown.
     `response` is valid only if `replied_at` is set. `wait_deadline_at` is the end of the wait, None
     if the wait has no end. `auto_decided`: no answer came by then, so the service answered null.
+    `tool_call`: the call that the question asks permission for; None: it asks something else.
     """
 
     interaction_id: int
@@ -157,6 +180,7 @@ class Interaction:
     response: JsonValue
     wait_deadline_at: datetime | None = None
     auto_decided: bool = False
+    tool_call: ToolCall | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import Final
 
 from runrecovery_service.domain.run import JsonObject, JsonValue
 from runrecovery_service.engines import cli_usage
-from runrecovery_service.engines.cli_dialect import CliDialect
+from runrecovery_service.engines.cli_dialect import CliDialect, deferred_text
 from runrecovery_service.engines.cli_events import (
     REFUSED,
     BackgroundTask,
@@ -16,12 +16,16 @@ from runrecovery_service.engines.cli_events import (
     OtherActivity,
     RetryReported,
     SessionNamed,
+    ToolCalled,
+    TurnDeferred,
     TurnFailed,
     TurnFinished,
 )
+from runrecovery_service.engines.permissions import Permissions
 
 _OUTPUT: Final = ("--print", "--verbose", "--output-format", "stream-json")
 _SESSION_LOST: Final = "No conversation found with session ID"
+_CALL_LOST: Final = "Error: No deferred tool marker found"
 
 
 def read(event: JsonObject) -> Iterator[CliEvent]:
@@ -32,6 +36,7 @@ def read(event: JsonObject) -> Iterator[CliEvent]:
         case {"type": "assistant" | "user" | "stream_event"}:
             if event.get("parent_tool_use_id") is None:  # otherwise of a background task
                 yield OtherActivity()
+                yield from _read_calls(event)
         case {"type": "system", "subtype": "api_retry"}:
             yield _retry(event)
         case {"type": "system", "subtype": str(subtype)}:
@@ -47,14 +52,29 @@ def read(event: JsonObject) -> Iterator[CliEvent]:
             yield TurnFinished("")
             yield OtherActivity()
         case {"type": "result", "stop_reason": "tool_deferred"}:
-            # A hook of the user deferred a tool call: nothing was done, and nobody can be asked.
-            yield TurnFailed(_deferred_text(event))
+            yield _read_deferral(event)
         case {"type": "result", "subtype": "success", "is_error": False, "result": str(text)}:
             yield TurnFinished(text)
         case {"type": "result"}:
             yield TurnFailed(_failure_text(event))
         case _:
             return
+
+
+def _read_calls(event: JsonObject) -> Iterator[CliEvent]:
+    match event:
+        case {"type": "assistant", "message": {"content": list(blocks)}}:
+            for block in blocks:
+                match block:
+                    case {"type": "tool_use", "id": str(key)}:
+                        yield ToolCalled(key)
+
+
+def _read_deferral(event: JsonObject) -> CliEvent:
+    match event.get("deferred_tool_use"):
+        case {"id": str(key), "name": str(tool), "input": dict(given)}:
+            return TurnDeferred(key, tool, given)
+    return TurnFailed(deferred_text(None))
 
 
 def _read_tasks(subtype: str, event: JsonObject) -> Iterator[CliEvent]:
@@ -93,13 +113,6 @@ def _retry(event: JsonObject) -> RetryReported:
     )
 
 
-def _deferred_text(event: JsonObject) -> str:
-    match event:
-        case {"deferred_tool_use": {"name": str(name)}}:
-            return f"A hook deferred its call of the tool {name}, so the turn ended unfinished."
-    return "A hook deferred its tool call, so the turn ended unfinished."
-
-
 def _failure_text(event: JsonObject) -> str | None:
     texts: list[JsonValue] = [event.get("result"), event.get("subtype")]
     errors = event.get("errors")
@@ -109,8 +122,11 @@ def _failure_text(event: JsonObject) -> str | None:
 
 
 def says_lost(_: int | None, text: str) -> bool:
-    """Return True for a lost session, which Claude Code reports at the beginning of its text."""
-    return text.startswith(_SESSION_LOST)
+    """Return True for a lost session, which Claude Code reports at the beginning of its text.
+
+    A session without the call that has its answer counts as lost: something has changed the file.
+    """
+    return text.startswith((_SESSION_LOST, _CALL_LOST))
 
 
 CLAUDE: Final = CliDialect(
@@ -122,4 +138,5 @@ CLAUDE: Final = CliDialect(
     reports_cost=True,
     says_lost=says_lost,
     chooses_handle=True,
+    permissions=Permissions(),
 )

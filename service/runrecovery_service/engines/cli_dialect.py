@@ -11,7 +11,7 @@ import json
 import re
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 from uuid import uuid4
 
@@ -30,12 +30,15 @@ from runrecovery_service.engines.cli_events import (
     RetryReported,
     SessionNamed,
     TextWritten,
+    ToolCalled,
+    TurnDeferred,
     TurnFailed,
     TurnFinished,
     WarningShown,
 )
 from runrecovery_service.engines.cli_usage import UsageCounter
 from runrecovery_service.engines.dialect import (
+    AskMessage,
     HandleUnusable,
     Heard,
     Message,
@@ -46,6 +49,12 @@ from runrecovery_service.engines.dialect import (
     RunContext,
     SessionMessage,
     UsageMessage,
+)
+from runrecovery_service.engines.permissions import (
+    LEAST_VERSION,
+    DeferredCalls,
+    Permissions,
+    returns_to_call,
 )
 
 MAX_LINE_BYTES: Final = 4 << 20
@@ -80,6 +89,8 @@ class CliDialect:
         chooses_handle: the service chooses the handle, a UUID.
         when_trusted: further arguments if the operator lets the CLI trust the workspace.
         trusted: whether the operator lets the CLI trust the workspace.
+        permissions: which calls of tools need the permission of the user. None: the CLI cannot
+            defer a call.
     """
 
     session_type: str
@@ -93,6 +104,7 @@ class CliDialect:
     trusted: bool = False
     retry_on_stderr: re.Pattern[str] | None = None
     reports_cost: bool = False
+    permissions: Permissions | None = None
     max_line_bytes: int = MAX_LINE_BYTES
     ends_once: bool = False
 
@@ -102,30 +114,60 @@ class CliDialect:
         The prompt goes to standard input, where its length has no limit and other users cannot
         read it.
         """
-        if resumed is not None:
-            handle = resumed.session.handle
-            if resumed.session.type != self.session_type or not _HANDLE.fullmatch(handle):
-                raise HandleUnusable
-            return Opening(
-                arguments=(*self.resume(handle), *self._trust_arguments),
-                input=_encode(prompts.resume_prompt(run.input, resumed)),
-                listener=CliListener(self, handle, resumed=True, used_before=resumed.usage),
+        if resumed is None:
+            chosen = str(uuid4()) if self.chooses_handle else None
+            opening = Opening(
+                arguments=self.first(chosen),
+                input=_encode(prompts.first_prompt(run.input)),
+                handle=chosen,
+                listener=CliListener(self, chosen, resumed=False, calls=self._calls(run)),
             )
-        chosen = str(uuid4()) if self.chooses_handle else None
-        return Opening(
-            arguments=(*self.first(chosen), *self._trust_arguments),
-            input=_encode(prompts.first_prompt(run.input)),
-            handle=chosen,
-            listener=CliListener(self, chosen, resumed=False),
+            return self._completed(opening, run, None)
+        handle = resumed.session.handle
+        if resumed.session.type != self.session_type or not _HANDLE.fullmatch(handle):
+            raise HandleUnusable
+        returns = self.permissions is not None and returns_to_call(resumed.reply)
+        opening = Opening(
+            arguments=self.resume(handle),
+            # Without a prompt the CLI returns to its call, and the hook gives the answer.
+            input=b"" if returns else _encode(prompts.resume_prompt(run.input, resumed)),
+            listener=CliListener(
+                self,
+                handle,
+                resumed=True,
+                used_before=resumed.usage,
+                calls=self._calls(run, has_prompt=not returns),
+            ),
+        )
+        return self._completed(opening, run, resumed)
+
+    def _completed(self, opening: Opening, run: RunContext, resumed: Resumed | None) -> Opening:
+        """Return the opening with the arguments and files that do not depend on its kind."""
+        more = self.when_trusted if self.trusted else ()
+        hook = None if self.permissions is None else self.permissions.prepare(run, resumed)
+        if hook is None:
+            return replace(opening, arguments=(*opening.arguments, *more))
+        return replace(
+            opening,
+            arguments=(*opening.arguments, *more, *hook.arguments),
+            files=hook.files,
+            least_version=LEAST_VERSION,
         )
 
-    @property
-    def _trust_arguments(self) -> tuple[str, ...]:
-        return self.when_trusted if self.trusted else ()
+    def _calls(self, run: RunContext, *, has_prompt: bool = True) -> DeferredCalls | None:
+        if self.permissions is None:
+            return None
+        return DeferredCalls(permissions=self.permissions, run=run, has_prompt=has_prompt)
 
     def reply(self, reply: Interaction) -> bytes:
         """Raise ProtocolError: a CLI exits after its question, so no process can get a reply."""
         raise ProtocolError("an agent CLI takes no reply while it runs")
+
+
+def deferred_text(tool: str | None) -> str:
+    """Return why a turn failed that a hook of the user ended. `tool`: its name, if it is known."""
+    call = "tool call" if tool is None else f"call of the tool {tool}"
+    return f"A hook deferred its {call}, so the turn ended unfinished."
 
 
 def _encode(text: str) -> bytes:
@@ -148,6 +190,7 @@ class CliListener:
         handle: the session's handle, if it is known before the process names it.
         resumed: the process resumes this session.
         used_before: what earlier processes of this session have reported.
+        calls: asks about calls that the permission hook has deferred. None: the CLI has no hook.
     """
 
     max_secret_bytes = HANDLE_CHARS
@@ -159,8 +202,11 @@ class CliListener:
         *,
         resumed: bool,
         used_before: SessionUsage | None = None,
+        calls: DeferredCalls | None = None,
     ) -> None:
         self._cli = cli
+        self._calls = calls
+        self._last_call: str | None = None
         self._handle = handle
         self._resumed = resumed
         self._usage = UsageCounter(used_before)
@@ -268,9 +314,18 @@ class CliListener:
             case RetryReported():
                 self._retry = event
                 yield self._note_retry(event)
+            case ToolCalled(call_id):
+                self._last_call = call_id
+            case TurnFinished() | TurnDeferred() | TurnFailed():
+                yield from self._handle_end(event)
+
+    def _handle_end(self, event: TurnFinished | TurnDeferred | TurnFailed) -> Iterable[Message]:
+        match event:
             case TurnFinished(text):
                 self._end_turn(None)
                 yield final_message.parse(self._redact_text(text or "".join(self._pieces)))
+            case TurnDeferred():
+                yield from self._defer(event)
             case TurnFailed(is_final=True):
                 self._final_failure = self._final_failure or event
             case TurnFailed():
@@ -285,6 +340,20 @@ class CliListener:
         is_hopeless = retry.is_refused and (self._is_refused or retry.attempt > 1)
         self._is_refused = retry.is_refused
         return RetryMessage(message=self._retry_text(retry.message), is_hopeless=is_hopeless)
+
+    def _defer(self, event: TurnDeferred) -> Iterable[Message]:
+        """End the turn with the question about the deferred call, or as failed."""
+        if self._calls is not None and self._calls.is_repeated(event):
+            return  # the CLI returned to a call of an earlier turn, and reads its prompt next
+        question = None
+        if self._calls is not None:
+            is_last = event.call_id == self._last_call
+            question = self._calls.question(event, session=self._handle or "", is_last=is_last)
+        if question is None:
+            self._end_turn(TurnFailed(deferred_text(event.tool)))
+        else:
+            self._end_turn(None)
+            yield AskMessage(question=question)
 
     def _note_work(self) -> None:
         self._retry, self._has_worked, self._is_refused = None, True, False

@@ -29,6 +29,13 @@ class TextWritten:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCalled:
+    """The agent called a tool, other than by a background task."""
+
+    call_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class OtherActivity:
     """The agent did something other than writing, so its next text does not continue the last."""
 
@@ -102,6 +109,15 @@ class TurnFinished:
 
 
 @dataclass(frozen=True, slots=True)
+class TurnDeferred:
+    """A hook deferred this call of a tool, and the turn ended with the call undone."""
+
+    call_id: str
+    tool: str
+    input: JsonObject
+
+
+@dataclass(frozen=True, slots=True)
 class TurnFailed:
     """The turn failed. `message` is None if the CLI gave no reason.
 
@@ -113,8 +129,8 @@ class TurnFailed:
 
 
 CliEvent: TypeAlias = (
-    "SessionNamed | TextWritten | OtherActivity | BackgroundTask | BackgroundTasks | WarningShown"
-    " | RetryReported | TurnFinished | TurnFailed"
+    "SessionNamed | TextWritten | ToolCalled | OtherActivity | BackgroundTask | BackgroundTasks"
+    " | WarningShown | RetryReported | TurnFinished | TurnDeferred | TurnFailed"
 )
 ReadEvent: TypeAlias = Callable[[JsonObject], Iterable[CliEvent]]
 """Yields what one output line of a CLI means. It must not raise, whatever the line contains."""

@@ -6,7 +6,9 @@ the lines that the process prints. Both are pure: `execution/` handles pipes, fi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol, TypeAlias
 
 from runrecovery_service.domain.interruption import Interruption
@@ -93,12 +95,22 @@ Message: TypeAlias = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunContext:
-    """What every process of a run receives. `workspace` is an absolute path."""
+    """What every process of a run receives.
+
+    Attributes:
+        turn: the number of the process in its attempt.
+        workspace: an absolute path.
+        permissions: the absolute path of the folder for the files of a permission hook.
+        deferred: the ids of the calls that the hook has deferred in earlier turns of the attempt.
+    """
 
     run_id: str
     attempt: int
     input: JsonObject
     workspace: str
+    turn: int = 1
+    permissions: str = ""
+    deferred: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,12 +199,16 @@ class Opening:
         arguments: appended to the engine's command. They may contain the handle.
         input: the beginning of standard input.
         handle: the session handle if the service chooses it, a secret. None: the process names it.
+        files: the contents of files that must exist before the process starts.
+        least_version: the first version of the engine's program that may be started so. None: any.
         listener: parses the output of this process only.
     """
 
     arguments: tuple[str, ...] = field(default=(), repr=False)
     input: bytes = field(repr=False)
     handle: str | None = field(default=None, repr=False)
+    files: Mapping[Path, bytes] = field(default_factory=dict, repr=False)
+    least_version: tuple[int, ...] | None = None
     listener: Listener
 
 

@@ -11,7 +11,8 @@ from datetime import UTC
 from typing import Final
 
 from runrecovery_service.domain.interruption import Interruption, InterruptionCause
-from runrecovery_service.domain.run import Interaction, JsonObject, JsonValue
+from runrecovery_service.domain.permission import Allow, Deny, parse_answer
+from runrecovery_service.domain.run import Interaction, JsonObject, JsonValue, ToolCall
 from runrecovery_service.engines import questions
 from runrecovery_service.engines.dialect import Resumed
 
@@ -60,11 +61,34 @@ def first_prompt(run_input: JsonObject) -> str:
 
 def reply_prompt(reply: Interaction) -> str:
     """Return the prompt with the reply to the last question."""
+    if reply.tool_call is not None:
+        return permission_prompt(reply, reply.tool_call)
     if reply.auto_decided:
         return f"{NOBODY_ANSWERED}\n"
     response = reply.response
     words = response if isinstance(response, str) else _as_json(response)
     return f"The user answers:\n\n{words}\n"
+
+
+def permission_prompt(reply: Interaction, call: ToolCall) -> str:
+    """Return what an agent is told about the answer to a permission question."""
+    asked = f"your call of {call.tool} with this input:\n\n{_as_json(call.input)}\n"
+    match parse_answer(reply.response):
+        case Allow(input=changed) if not call.is_last:
+            given = call.input if changed is None else changed
+            return (
+                f"The user allowed your call of {call.tool}. It has not run, because you made it"
+                f" together with other calls. Call {call.tool} now, alone, with exactly this"
+                f" input:\n\n{_as_json(given)}\n"
+            )
+        case Allow(input=None):
+            return f"The user allowed {asked}"
+        case Allow(input=changed):
+            return f"The user allowed {asked}\nbut with this input:\n\n{_as_json(changed)}\n"
+        case Deny(reason=str(reason)):
+            return f"The user refused {asked}\nfor this reason: {reason}\n"
+    who = "Nobody answered whether to allow" if reply.auto_decided else "The user refused"
+    return f"{who} {asked}"
 
 
 def resume_prompt(run_input: JsonObject, resumed: Resumed) -> str:

@@ -22,6 +22,7 @@ from runrecovery_service.domain.errors import Exhausted, Fenced, NotNow, error_f
 from runrecovery_service.engines.catalog import Engine
 from runrecovery_service.engines.dialect import Opening
 from runrecovery_service.execution.blocking import run_blocking
+from runrecovery_service.execution.cli_launch import demand_version, write_files
 from runrecovery_service.execution.pipes import fill
 from runrecovery_service.execution.tree_deadline import TreeDeadline
 from runrecovery_service.execution.turn_log import retry_until_done
@@ -215,6 +216,7 @@ class Launch:
     async def _start(self, engine: Engine, opening: Opening) -> None:
         env = self._environment(engine)
         workspace = await self._run_to_end(self._make_workspace)
+        await self._run_to_end(lambda: self._prepare_cli(engine, opening, workspace, env))
         if engine.trust is not None:
             await self._add_trust(engine.trust, workspace, env)
         await self.launcher.tree_deadline.wait_until_ahead()
@@ -263,6 +265,16 @@ class Launch:
             raise launch_error(error, f"the workspace cannot be made: {error.strerror}") from error
         self._has_workspace = True  # a later try of this launch uses it too
         return workspace
+
+    def _prepare_cli(
+        self, engine: Engine, opening: Opening, workspace: Path, env: Mapping[str, str]
+    ) -> None:
+        try:
+            write_files(opening.files)
+            if opening.least_version is not None:
+                demand_version(engine.command, opening.least_version, cwd=workspace, env=env)
+        except OSError as error:
+            raise launch_error(error, f"the system refused: {error}") from error
 
     def _prepare(
         self, engine: Engine, command: Sequence[str], workspace: Path, env: Mapping[str, str]

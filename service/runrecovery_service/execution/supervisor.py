@@ -17,6 +17,7 @@ import structlog
 from runrecovery_service.agents.output import OutputFiles
 from runrecovery_service.domain.deadline import Due, DueKind
 from runrecovery_service.domain.errors import Fenced
+from runrecovery_service.domain.interruption import InterruptionCause
 from runrecovery_service.domain.run import (
     ErrorCode,
     InteractionState,
@@ -49,6 +50,7 @@ from runrecovery_service.engines.dialect import (
 from runrecovery_service.execution.agent_io import AgentIO
 from runrecovery_service.execution.blocking import run_blocking
 from runrecovery_service.execution.launcher import Launch, LeaseOver, Unguarded, Withdrawn
+from runrecovery_service.execution.turn_permissions import USED_BEFORE, TurnPermissions
 from runrecovery_service.execution.turn_records import TurnRecords
 from runrecovery_service.execution.turn_sessions import TurnSessions
 from runrecovery_service.execution.turn_state import (
@@ -94,6 +96,7 @@ class TurnSupervisor:
     launch: Launch
     catalog: Catalog
     sessions: TurnSessions
+    permissions: TurnPermissions
     output: OutputFiles
     threads: Executor
     exit_grace_s: float
@@ -169,6 +172,7 @@ class TurnSupervisor:
         # Before anything is done about the end: the instance that took the run over may have
         # ended its process. The write checks the owner again, in its transaction.
         await self.records.demand_owned()
+        await self.permissions.record_if_used()  # the process may have ended at once
         if self._ends_run(end):  # a caller that sees the end finds no trust left
             await self.launch.remove_trust()
         await self._record(end, self._ended(ending))
@@ -181,6 +185,8 @@ class TurnSupervisor:
         try:
             engine = self._engine()
             opening = self._open(engine)
+            if await self.permissions.record_if_used():
+                return Interrupted(USED_BEFORE, InterruptionCause.RESTART)
             if (lost := await self.sessions.why_lost(engine, self._resumed)) is not None:
                 return Failed(RunError(code=ErrorCode.SESSION_RESUME_FAILED, message=lost))
             await self.sessions.repair(engine, self._resumed)
@@ -221,7 +227,13 @@ class TurnSupervisor:
         )
         workspace = self.sessions.workspace
         task = RunContext(
-            run_id=run.run_id, attempt=run.attempt, input=run.input or {}, workspace=str(workspace)
+            run_id=run.run_id,
+            attempt=run.attempt,
+            input=run.input or {},
+            workspace=str(workspace),
+            turn=run.turn,
+            permissions=str(self.permissions.folder),
+            deferred=self.permissions.deferred(),
         )
         return dialect.open(task, self._resumed)
 
@@ -333,6 +345,11 @@ class TurnSupervisor:
     async def _send_task(self, io: AgentIO, opening: Opening) -> None:
         """Send the process its task, and with it the reply that it resumes by."""
         is_written = await io.write(opening.input[self.launch.prefilled :])
+        if self.permissions.answer is not None:
+            io.close_input()
+            await self.permissions.wait_until_used()
+            await self.permissions.record_if_used()
+            return
         # Recorded once the process has read it, not before: what is in the pipe is lost with the
         # process, and after a crash the reply goes to another one. A process that reads to the
         # end of its input has read the reply by then.

@@ -11,6 +11,7 @@ from runrecovery_service.engines.catalog import Catalog
 from runrecovery_service.execution.launcher import Launch, Launcher
 from runrecovery_service.execution.supervisor import TurnSupervisor
 from runrecovery_service.execution.turn_log import TurnLog
+from runrecovery_service.execution.turn_permissions import TurnPermissions
 from runrecovery_service.execution.turn_records import TurnRecords
 from runrecovery_service.execution.turn_sessions import TurnSessions
 from runrecovery_service.storage.async_storage import Storage
@@ -52,6 +53,7 @@ class SupervisorFactory:
             sessions=TurnSessions(
                 records=records, launch=launch, catalog=self.catalog, checker=self.sessions
             ),
+            permissions=TurnPermissions(records=records, workspaces=self.launcher.workspaces),
             output=self.output,
             threads=self.launcher.threads,
             exit_grace_s=self.exit_grace_s,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from runrecovery.v1 import run_pb2
 
-from runrecovery_service.domain.run import Interaction, Option, Run, RunEvent
+from runrecovery_service.domain.run import Interaction, Option, Run, RunEvent, ToolCall
 from runrecovery_service.rpc.enums import (
     EVENT_KIND_TO_PROTO,
     INTERACTION_KIND_TO_PROTO,
@@ -99,6 +99,8 @@ def _fill_pending(to: run_pb2.PendingInteraction, question: Interaction) -> None
     to.prompt = question.prompt
     for option in question.options:
         _fill_option(to.options.add(), option)
+    if question.tool_call is not None:
+        _fill_tool_call(to.tool_call, question.tool_call)
     write_time(to.asked_at, question.asked_at)
     if question.wait_deadline_at is not None:
         write_time(to.wait_deadline_at, question.wait_deadline_at)
@@ -109,6 +111,15 @@ def _fill_option(to: run_pb2.InteractionOption, option: Option) -> None:
     write_value(to.value, option.value)
 
 
+def _fill_tool_call(to: run_pb2.ToolCall, call: ToolCall) -> None:
+    to.call_id = call.id
+    to.tool = call.tool
+    to.input.SetInParent()
+    write_struct(to.input, call.input)
+    to.workspace = call.workspace
+    to.pattern = call.pattern
+
+
 def fill_interaction(to: run_pb2.Interaction, question: Interaction) -> None:
     """Fill a message with a question and its answer."""
     to.interaction_id = question.interaction_id
@@ -116,6 +127,8 @@ def fill_interaction(to: run_pb2.Interaction, question: Interaction) -> None:
     to.prompt = question.prompt
     for option in question.options:
         _fill_option(to.options.add(), option)
+    if question.tool_call is not None:
+        _fill_tool_call(to.tool_call, question.tool_call)
     write_time(to.asked_at, question.asked_at)
     if question.replied_at is not None:
         write_time(to.replied_at, question.replied_at)

@@ -5,7 +5,14 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Final
 
-from runrecovery_service.domain.errors import InteractionSuperseded, RunNotWaiting, RunQuarantined
+from runrecovery_service.domain.errors import (
+    FieldViolation,
+    InteractionSuperseded,
+    InvalidFields,
+    RunNotWaiting,
+    RunQuarantined,
+)
+from runrecovery_service.domain.permission import FORMS, parse_answer
 from runrecovery_service.domain.run import (
     Interaction,
     InteractionState,
@@ -61,6 +68,7 @@ def reply(
     Raises:
         RunNotFound, RunNotWaiting, InteractionSuperseded, RunOfAnotherInstance, RunQuarantined,
         EtagMismatch, RequestIdReused.
+        InvalidFields: the response does not answer the permission question that is open.
     """
     earlier = requests.find_effect(db, receipt)
     if earlier is not None:
@@ -70,6 +78,7 @@ def reply(
     if not _is_already_answered(db, run, interaction_id, response):
         _demand_open(run, interaction_id)
         runs.demand_etag(run, etag)
+        _demand_answer(run, response)
         accept(db, run, response, owner=owner, now=now)
     requests.record_effect(db, receipt, run_key=run.key, now=now)
     db.mark_changed(run.key)
@@ -93,6 +102,13 @@ def _demand_open(run: Run, interaction_id: int) -> None:
         raise RunNotWaiting(run.run_id)
     if run.pending.interaction_id != interaction_id:
         raise InteractionSuperseded(run.run_id)
+
+
+def _demand_answer(run: Run, response: JsonValue) -> None:
+    """Refuse a response to a permission question that says neither yes nor no."""
+    asks = run.pending is not None and run.pending.tool_call is not None
+    if asks and parse_answer(response) is None:
+        raise InvalidFields((FieldViolation("response", FORMS),))
 
 
 def accept(

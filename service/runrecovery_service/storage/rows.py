@@ -32,6 +32,7 @@ from runrecovery_service.domain.run import (
     RunEventKind,
     RunStatus,
     Session,
+    ToolCall,
 )
 from runrecovery_service.domain.session_check import SessionFinding, SessionReason, SessionVerdict
 from runrecovery_service.domain.usage import Budget, SessionUsage, Usage
@@ -138,7 +139,7 @@ RUN_COLUMNS: Final[tuple[pw.Field, ...]] = (
 )  # fmt: skip
 INTERACTION_COLUMNS: Final[tuple[pw.Field, ...]] = (
     _I.no, _I.kind, _I.prompt, _I.options, _I.state, _I.asked_at, _I.replied_at, _I.response,
-    _I.wait_deadline_at, _I.auto_decided,
+    _I.wait_deadline_at, _I.auto_decided, _I.tool_call,
 )  # fmt: skip
 RECOVERY_COLUMNS: Final = (
     _E.recovery_state, _E.recovered_at, _E.rule, _E.status_before, _E.status_after,
@@ -152,7 +153,8 @@ _RULE_AT: Final = _RECOVERY_AT + 2
 LARGE_COLUMNS: Final = tuple(
     at
     for at, column in enumerate((*RUN_COLUMNS, *INTERACTION_COLUMNS))
-    if column.name in {"input", "output", "labels", "error_message", "prompt", "options"}
+    if column.name
+    in {"input", "output", "labels", "error_message", "prompt", "options", "tool_call"}
 )
 """The positions of the columns of `runs.select()` that can hold long texts."""
 
@@ -304,7 +306,7 @@ def interaction_from_row(row: Row) -> Interaction:
     """Return the question in INTERACTION_COLUMNS."""
     (
         no, kind, prompt, options, state, asked_at, replied_at, response,
-        wait_deadline_at, auto_decided,
+        wait_deadline_at, auto_decided, tool_call,
     ) = row  # fmt: skip
     return Interaction(
         interaction_id=no,
@@ -317,7 +319,46 @@ def interaction_from_row(row: Row) -> Interaction:
         response=json_value(response),
         wait_deadline_at=from_us_or_none(wait_deadline_at),
         auto_decided=bool(auto_decided),
+        tool_call=None if tool_call is None else tool_call_from_json(tool_call),
     )
+
+
+def tool_call_to_json(call: ToolCall | None) -> str | None:
+    """Return the call of a permission question as stored; None for another question."""
+    if call is None:
+        return None
+    return to_json(
+        {
+            "id": call.id,
+            "tool": call.tool,
+            "input": call.input,
+            "workspace": call.workspace,
+            "pattern": call.pattern,
+            "is_last": call.is_last,
+        }
+    )
+
+
+def tool_call_from_json(text: str) -> ToolCall | None:
+    """Return the stored call; None if it is unreadable."""
+    match json_value(text):
+        case {
+            "id": str(key),
+            "tool": str(tool),
+            "input": dict(given),
+            "workspace": str(workspace),
+            "pattern": str(pattern),
+            "is_last": bool(is_last),
+        }:
+            return ToolCall(
+                id=key,
+                tool=tool,
+                input=given,
+                workspace=workspace,
+                pattern=pattern,
+                is_last=is_last,
+            )
+    return None
 
 
 def options_to_json(options: tuple[Option, ...]) -> str:

@@ -62,8 +62,10 @@ _R = tables.Run
 
 _LEFT_OUT: Final = {
     View.FULL: {},
-    View.BASIC: {"input": "NULL", "output": "NULL", "prompt": "''", "options": "'[]'"},
-}
+    View.BASIC: {
+        "input": "NULL", "output": "NULL", "prompt": "''", "options": "'[]'", "tool_call": "NULL"
+    },
+}  # fmt: skip
 """The columns that a view does not read, and the SQL that replaces them."""
 
 

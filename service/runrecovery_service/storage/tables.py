@@ -136,6 +136,7 @@ class Interaction(pw.Model):
     replied_at = pw.BigIntegerField(null=True)
     response = pw.TextField(null=True)
     auto_decided = pw.BigIntegerField()
+    tool_call = pw.TextField(null=True)
 
     class Meta:
         table_name = "interaction"

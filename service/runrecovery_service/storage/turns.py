@@ -42,6 +42,7 @@ from runrecovery_service.storage.rows import (
     options_to_json,
     to_json,
     to_us,
+    tool_call_to_json,
 )
 
 DueIn = Callable[[float], Due]
@@ -464,7 +465,7 @@ def _ask(
     )
     db.execute(
         "INSERT INTO interaction (run, no, kind, prompt, options, state, asked_at,"
-        " wait_deadline_at) VALUES (?, ?, ?, ?, ?, 'OPEN', ?, ?)",
+        " wait_deadline_at, tool_call) VALUES (?, ?, ?, ?, ?, 'OPEN', ?, ?, ?)",
         (
             run.key,
             number,
@@ -473,6 +474,7 @@ def _ask(
             options_to_json(question.options),
             to_us(now),
             None if due is None else to_us(due.at),
+            tool_call_to_json(question.tool_call),
         ),
     )
 

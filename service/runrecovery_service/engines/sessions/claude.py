@@ -89,12 +89,20 @@ class ClaudeLayout:
         if line.get("isSidechain") or line.get("isMeta"):
             return None
         match line.get("type"), line.get("message"):
+            case "attachment", _:
+                return True if _is_deferral(line) else None
             case "user", dict():
                 return False
             case "assistant", dict() as message:
                 return message.get("stop_reason") != "tool_use" and not _calls_tool(message)
             case _:
                 return None
+
+
+def _is_deferral(line: JsonObject) -> bool:
+    """Return whether a hook deferred a call, and the turn ended with that."""
+    attachment = line.get("attachment")
+    return isinstance(attachment, dict) and attachment.get("type") == "hook_deferred_tool"
 
 
 def _calls_tool(message: JsonObject) -> bool:

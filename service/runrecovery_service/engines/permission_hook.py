@@ -1,0 +1,152 @@
+"""The permission hook: decides about one call of a tool, in a process of its own.
+
+Claude Code waits for the answer. A call that matches a pattern of the engine is deferred: Claude
+Code then ends, and the service asks its user. In the turn that resumes with the answer, Claude Code
+asks the hook about the same call again, and the hook gives the answer, once.
+
+The hook decides by files that the service wrote before the launch, and by files of its own that
+only one process can create. If it cannot decide, it exits with `BLOCK`, and the call does not run.
+
+It imports only light parts of the standard library.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+from runrecovery_service.engines.tool_patterns import first_match
+
+TYPE_CHECKING = False  # that of `typing` costs an import of some milliseconds
+if TYPE_CHECKING:
+    from typing import Any, TypeAlias
+
+    Json: TypeAlias = dict[str, Any]
+
+BLOCK = 2
+"""The exit code after which Claude Code does not run the call. It ignores every other failure."""
+MAX_INPUT_CHARS = 250_000
+"""The longest input of a call, as JSON, that can be asked for. Claude Code was tried with as much;
+it looks for a deferred call only near the end of its session."""
+MAX_DEPTH = 24
+"""The deepest input of a call that a question can show."""
+
+ONE_AT_A_TIME = (
+    "This call was not run. It needs the user's permission, and the user is asked about one call at"
+    " a time. Call the tool again, alone, once the other call has its answer."
+)
+USED = (
+    "This call was not run again. The user allowed it once, and it may have run already. Look at"
+    " what it changes before you call the tool again."
+)
+NOT_IN_SUBAGENTS = (
+    "This call was not run. It needs the user's permission, which only the main agent can ask for."
+    " End your task now and report which call is needed."
+)
+NOT_SHOWN = (
+    "This call was not run. It needs the user's permission, and its input is too large or cannot be"
+    " shown to the user. Divide it into smaller calls."
+)
+
+
+def main(arguments: list[str]) -> int:
+    """Decide about the call on standard input; return the exit code."""
+    try:
+        folder, turn = arguments
+        with open(f"{folder}/{turn}.json", encoding="utf-8") as file:  # noqa: PTH123
+            rules: Json = json.load(file)
+        call: Json = json.loads(sys.stdin.buffer.read())
+        answer = decide(call, rules, folder, turn)
+        if answer is not None:
+            said = {"hookSpecificOutput": {"hookEventName": "PreToolUse", **answer}}
+            sys.stdout.write(json.dumps(said))
+            sys.stdout.flush()
+    except BaseException as error:  # noqa: BLE001 - whatever it is, the call must not run
+        sys.stderr.write(f"runrecovery cannot decide about this call: {error!r}"[:500])
+        return BLOCK
+    return 0
+
+
+def decide(call: Json, rules: Json, folder: str, turn: str) -> Json | None:
+    """Return the answer to Claude Code; None if its own rules shall decide.
+
+    Args:
+        call: as Claude Code describes it.
+        rules: `patterns`; `deferred`, the ids of calls that were deferred in earlier turns; and
+            the `grant` that the user gave: `name` (of the file that says that it was used),
+            `call_id` (None: a repetition of the call), `tool`, `input`, `answer`.
+        folder: the folder of the files.
+        turn: the number of the turn, a part of the names of its files.
+    """
+    key, tool, given = call["tool_use_id"], call["tool_name"], call["tool_input"]
+    grant: Json | None = rules["grant"]
+    is_old = key in rules["deferred"]
+    if grant is not None and _is_granted(grant, key, tool, given, is_old=is_old):
+        if _create(f"{folder}/{grant['name']}", key):
+            answer: Json = grant["answer"]
+            return answer
+        return _deny(USED)
+    if is_old:  # Claude Code returns to it before it reads the prompt that it was given
+        return {"permissionDecision": "defer"}
+    if first_match(rules["patterns"], tool, given) is None:
+        return None
+    if call.get("agent_id"):
+        return _deny(NOT_IN_SUBAGENTS)
+    if not can_be_shown(given, call["session_id"]):
+        return _deny(NOT_SHOWN)
+    mark = f"{folder}/{turn}.asked"
+    if _create(mark, key) or _content(mark) == key:
+        return {"permissionDecision": "defer"}
+    return _deny(ONE_AT_A_TIME)
+
+
+def _is_granted(grant: Json, key: str, tool: str, given: object, *, is_old: bool) -> bool:
+    same = (grant["tool"], grant["input"]) == (tool, given)
+    return same and (not is_old if grant["call_id"] is None else grant["call_id"] == key)
+
+
+def can_be_shown(given: object, session: str) -> bool:
+    """Return whether a question can show the input of a call. The session's id is a secret."""
+    try:
+        text = json.dumps(given, ensure_ascii=False, allow_nan=False)
+        text.encode()
+    except (ValueError, RecursionError):  # also for a character that is not Unicode
+        return False
+    return len(text) <= MAX_INPUT_CHARS and _depth(given) <= MAX_DEPTH and session not in text
+
+
+def _depth(value: object) -> int:
+    if isinstance(value, dict):
+        return 1 + max(map(_depth, value.values()), default=0)
+    if isinstance(value, list):
+        return 1 + max(map(_depth, value), default=0)
+    return 0
+
+
+def _deny(reason: str) -> Json:
+    return {"permissionDecision": "deny", "permissionDecisionReason": reason}
+
+
+def _create(path: str, content: str) -> bool:
+    """Create a file durably; return False if it exists. Only one process can create it."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        return False
+    try:
+        os.write(descriptor, content.encode())
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_CLOEXEC)  # noqa: PTH120
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+    return True
+
+
+def _content(path: str) -> str:
+    with open(path, encoding="utf-8") as file:  # noqa: PTH123
+        return file.read()

@@ -1,0 +1,209 @@
+"""Permission questions of Claude Code: the hook of a launch, and the question about a call. Pure.
+
+`permission_hook.py` is the hook itself. docs/agents.md says how both work together.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final
+
+from runrecovery_service.domain.permission import Allow, Deny, parse_answer
+from runrecovery_service.domain.run import (
+    Interaction,
+    InteractionKind,
+    JsonObject,
+    Option,
+    Question,
+    ToolCall,
+)
+from runrecovery_service.engines.cli_events import TurnDeferred
+from runrecovery_service.engines.dialect import Resumed, RunContext
+from runrecovery_service.engines.permission_hook import BLOCK, can_be_shown
+from runrecovery_service.engines.tool_patterns import first_match
+
+LEAST_VERSION: Final = (2, 1, 89)
+"""The first version of Claude Code that can defer a call. 2.1.88 ignores that and runs the tool."""
+HOOK_TIMEOUT_S: Final = 86_400
+"""After this time Claude Code goes on without the hook's answer. The hook takes milliseconds."""
+SHOWN_CHARS: Final = 4000
+REFUSED: Final = "The user refused this call"
+NOBODY_ANSWERED: Final = (
+    "Nobody answered in time whether this call may run, and nobody will, so it must not. Go on"
+    " without it."
+)
+
+_PROGRAM: Final = Path(__file__).with_name("permission_hook_main.py")
+_OPTIONS: Final = (Option(label="Allow", value="allow"), Option(label="Deny", value="deny"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedHook:
+    """What a launch needs for the hook.
+
+    Attributes:
+        arguments: of the CLI.
+        files: the contents of files that must exist before the CLI starts.
+    """
+
+    arguments: tuple[str, ...]
+    files: Mapping[Path, bytes] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Permissions:
+    """Which calls of tools need the permission of the user. Empty `patterns`: none."""
+
+    patterns: tuple[str, ...] = ()
+
+    def prepare(self, run: RunContext, resumed: Resumed | None) -> PreparedHook | None:
+        """Return the hook of a process; None if it needs none.
+
+        A call that has its answer is decided by the hook even if the engine does not ask for
+        permission any more.
+        """
+        grant = _grant(resumed)
+        if not self.patterns and grant is None and not run.deferred:
+            return None
+        rules: JsonObject = {
+            "patterns": [*self.patterns],
+            "deferred": [*sorted(run.deferred)],
+            "grant": grant,
+        }
+        folder = Path(run.permissions)
+        hook = [sys.executable, "-I", "-S", str(_PROGRAM), str(folder), str(run.turn)]
+        # A shell runs the command. Every failure must become the one that blocks the call.
+        command = f"{shlex.join(hook)} || exit {BLOCK}"
+        entry = {"type": "command", "command": command, "timeout": HOOK_TIMEOUT_S}
+        settings = {
+            "disableAllHooks": False,
+            "hooks": {"PreToolUse": [{"matcher": "*", "hooks": [entry]}]},
+        }
+        return PreparedHook(
+            arguments=("--settings", json.dumps(settings)),
+            files={folder / f"{run.turn}.json": json.dumps(rules).encode()},
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeferredCalls:
+    """Asks about the calls that the hook of one process has deferred.
+
+    Attributes:
+        has_prompt: the process gets a prompt. When it resumes, it first returns to a call that is
+            still deferred, and the hook defers that again.
+    """
+
+    permissions: Permissions
+    run: RunContext
+    has_prompt: bool
+
+    def is_repeated(self, event: TurnDeferred) -> bool:
+        """Return whether the call is of an earlier turn, so that the prompt is read next."""
+        return self.has_prompt and event.call_id in self.run.deferred
+
+    def question(self, event: TurnDeferred, *, session: str, is_last: bool) -> Question | None:
+        """Return the question; None if another hook has deferred the call.
+
+        Args:
+            session: the session's handle, a secret.
+            is_last: no other call followed the call in its message.
+        """
+        if event.call_id in self.run.deferred or not can_be_shown(event.input, session):
+            return None
+        pattern = first_match(self.permissions.patterns, event.tool, event.input)
+        if pattern is None:
+            return None
+        call = ToolCall(
+            id=event.call_id,
+            tool=event.tool,
+            input=event.input,
+            workspace=self.run.workspace,
+            pattern=pattern,
+            is_last=is_last,
+        )
+        return Question(
+            kind=InteractionKind.RISK_ACK, prompt=_prompt(call), options=_OPTIONS, tool_call=call
+        )
+
+
+def returns_to_call(reply: Interaction | None) -> bool:
+    """Return whether the process that gets a reply returns to the call that waits for it.
+
+    Claude Code (2.1.197) shows the model no result of a call that others followed in its message.
+    The model is told to repeat such a call instead.
+    """
+    return reply is not None and reply.tool_call is not None and reply.tool_call.is_last
+
+
+def used_mark(folder: Path, reply: Interaction) -> Path:
+    """Return the file that the hook creates when it gives the answer to a permission question."""
+    return folder / _mark_name(reply)
+
+
+def deferred_calls(folder: Path, turn: int) -> frozenset[str]:
+    """Return the ids of the calls that the hook deferred in the turns before this one. Blocking."""
+    marks = (path for path in folder.glob("*.asked") if path.stem != str(turn))
+    return frozenset(path.read_text("utf-8", "replace") for path in marks)
+
+
+def _mark_name(reply: Interaction) -> str:
+    return f"{reply.interaction_id}.used"
+
+
+def _grant(resumed: Resumed | None) -> JsonObject | None:
+    """Return the answer that the hook gives, and to which call; None if there is none."""
+    reply, interruption = (resumed.reply, resumed.interruption) if resumed else (None, None)
+    if reply is not None and reply.tool_call is not None and reply.tool_call.is_last:
+        call = reply.tool_call
+        return _granted(reply, call, call_id=call.id, answer=_hook_answer(reply))
+    if interruption is not None:
+        reply = interruption.reply
+    if reply is None or reply.tool_call is None or reply.tool_call.is_last:
+        return None
+    match parse_answer(reply.response):
+        case Allow(input=changed):
+            call = reply.tool_call if changed is None else replace(reply.tool_call, input=changed)
+            return _granted(reply, call, call_id=None, answer={"permissionDecision": "allow"})
+    return None
+
+
+def _granted(
+    reply: Interaction, call: ToolCall, *, call_id: str | None, answer: JsonObject
+) -> JsonObject:
+    return {
+        "name": _mark_name(reply),
+        "call_id": call_id,
+        "tool": call.tool,
+        "input": call.input,
+        "answer": answer,
+    }
+
+
+def _hook_answer(reply: Interaction) -> JsonObject:
+    """Return the answer in the words of Claude Code. What is not an answer denies."""
+    match parse_answer(reply.response):
+        case Allow(input=None):
+            return {"permissionDecision": "allow"}
+        case Allow(input=changed):
+            return {"permissionDecision": "allow", "updatedInput": changed}
+        case Deny(reason=str(reason)):
+            text = f"{REFUSED}: {reason}"
+        case _:
+            text = NOBODY_ANSWERED if reply.auto_decided else f"{REFUSED}."
+    return {"permissionDecision": "deny", "permissionDecisionReason": text}
+
+
+def _prompt(call: ToolCall) -> str:
+    given = json.dumps(call.input, ensure_ascii=False, indent=2)
+    if len(given) > SHOWN_CHARS:
+        given = f"{given[:SHOWN_CHARS]}…"
+    return (
+        f"The agent asks for permission to call {call.tool}, because the call matches"
+        f" {call.pattern} of ask_for.\n\n{given}\n\nIt works in {call.workspace}."
+    )

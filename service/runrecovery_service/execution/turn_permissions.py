@@ -1,0 +1,63 @@
+"""The answer to a permission question in the turn that resumes with it: whether it was used.
+
+The agent's input is empty. Its permission hook gives the answer, and says so by a file, before the
+call of the tool can begin. So the file, not the pipe, proves that the process has the answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from runrecovery_service.agents.workspaces import Workspaces
+from runrecovery_service.domain.run import Interaction
+from runrecovery_service.engines.permissions import deferred_calls, returns_to_call, used_mark
+from runrecovery_service.execution.turn_records import TurnRecords
+
+LOOK_S: Final = 0.1
+USED_BEFORE: Final = "The permission had been used by a process that was lost with the service."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnPermissions:
+    """The permission answer of one turn, if its reply is one."""
+
+    records: TurnRecords
+    workspaces: Workspaces
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the hook's files."""
+        run = self.records.turn.run
+        return self.workspaces.permissions(run.key, run.attempt)
+
+    def deferred(self) -> frozenset[str]:
+        """Return the ids of the calls that were deferred in earlier turns. Blocking, shortly."""
+        return deferred_calls(self.folder, self.records.turn.run.turn)
+
+    @property
+    def answer(self) -> Interaction | None:
+        """The reply of the turn if the hook gives it, and not a prompt."""
+        reply = self.records.turn.reply
+        return reply if returns_to_call(reply) else None
+
+    async def wait_until_used(self) -> None:
+        """Return once the hook has given the answer."""
+        while True:
+            if self.is_used:
+                return
+            await asyncio.sleep(LOOK_S)
+
+    @property
+    def is_used(self) -> bool:
+        """True once the hook has given the answer: the call may have begun."""
+        return self.answer is not None and used_mark(self.folder, self.answer).exists()
+
+    async def record_if_used(self) -> bool:
+        """Record the answer as delivered if the hook has given it, and return whether it has."""
+        if self.answer is None or not self.is_used:
+            return False
+        await self.records.record_reply_read(self.answer.interaction_id)
+        return True
