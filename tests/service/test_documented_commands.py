@@ -17,6 +17,7 @@ import pytest
 from click.testing import CliRunner
 from runrecovery_service.cli import root
 from support.engines import REPOSITORY
+from support.pages import code_blocks
 
 ADDRESS: Final = "unix:s"
 """A socket in the working directory: no test has to find a free port."""
@@ -100,15 +101,8 @@ def terminals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Termi
         opened.stop()
 
 
-def blocks(page: str, *, language: str = "") -> list[str]:
-    """Return the code blocks of a page in one language, in order."""
-    text = (REPOSITORY / page).read_text("utf-8")
-    found = re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    return [code for tag, code in found if tag == language]
-
-
 def test_commands_of_the_tutorial_show_the_decisions_that_it_promises(terminals: Terminals) -> None:
-    for block in blocks("docs/tutorial.md"):
+    for block in code_blocks("docs/tutorial.md"):
         terminals.type(block)
 
     decided = terminals.printed["runrecovery recovery list"]
@@ -134,25 +128,25 @@ def test_commands_of_the_tutorial_show_the_decisions_that_it_promises(terminals:
 
 
 def test_quick_start_of_the_readme_works(terminals: Terminals) -> None:
-    for block in blocks("README.md"):
+    for block in code_blocks("README.md"):
         if re.match(r"make |buf curl|runrecovery runs create codex", block) is None:
             terminals.type(block)
-    (example,) = blocks("README.md", language="python")
+    (example,) = code_blocks("README.md", language="python")
 
     assert '{"answers": ["yes"]}' in terminals.printed["runrecovery runs get first"]
     assert terminals.run_python(example) == "RUN_STATUS_SUCCEEDED {'answers': ['go on']}\n"
 
 
 def test_engine_of_the_page_greets_over_a_service(terminals: Terminals) -> None:
-    (code,) = blocks("docs/engines.md", language="python")
-    (table,) = blocks("docs/engines.md", language="toml")
+    (code,) = code_blocks("docs/engines.md", language="python")
+    (table,) = code_blocks("docs/engines.md", language="toml")
     engine = terminals.home / "greeter.py"
     engine.write_text(code, "utf-8")
     configuration = table.replace("/absolute/path/to/greeter.py", str(engine))
     (terminals.home / "runrecovery.toml").write_text(configuration, "utf-8")
 
     terminals.type("runrecovery serve\nrunrecovery health --wait 30")
-    (commands,) = blocks("docs/engines.md")
+    (commands,) = code_blocks("docs/engines.md")
     terminals.type(commands)
 
     assert 'output:         {"text": "Hi, Ada!"}' in terminals.printed["runrecovery runs get hello"]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import signal
+import sys
+import tomllib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -11,7 +14,8 @@ import pytest
 from google.protobuf.json_format import MessageToDict
 from runrecovery.v1 import run_pb2
 from support.api import Api, refused
-from support.engines import GOOD_ENGINES, agent
+from support.engines import GOOD_ENGINES, EngineSpec, agent
+from support.pages import code_blocks
 from support.processes import send_signal
 from support.service import Home
 from support.waiting import until
@@ -176,3 +180,33 @@ def test_the_policy_of_an_engine_is_that_of_its_runs(new_home: NewHome, policy: 
     run = api.create("e")
 
     assert run_pb2.RestartPolicy.Name(run.restart_policy) == f"RESTART_POLICY_{policy.upper()}"
+
+
+def test_the_engine_of_the_page_asks_about_the_step_in_which_it_was_killed(
+    new_home: NewHome, tmp_path: Path
+) -> None:
+    (code,) = code_blocks("docs/interruptions.md", language="python")
+    engine = tmp_path / "steps.py"
+    engine.write_text(code, "utf-8")
+    (table,) = code_blocks("docs/interruptions.md", language="toml")
+    keys = tomllib.loads(table)["engines"]["steps"]
+    command = [sys.executable, *keys.pop("command")[1:-1], str(engine)]
+    home = new_home(engines={"steps": EngineSpec(command=command, more=keys)})
+    did, go_on = tmp_path / "did", tmp_path / "go on"
+    waits = f"echo two >> {did}; until test -e '{go_on}'; do sleep 0.1; done"
+    steps = [f"echo one >> {did}", waits, f"echo three >> {did}"]
+    service, api = home.start()
+    run_id = api.create("steps", {"steps": steps}).run_id
+    until(lambda: did.exists() and did.read_text() == "one\ntwo\n", "the second step runs")
+    service.kill()
+    service, api = home.start()
+    asked = api.until_status(run_id, "WAITING_USER").pending_interaction
+    service.kill()
+    _, api = home.start()
+
+    api.reply(run_id, asked.interaction_id, "yes")
+
+    _, output = succeeded(api, run_id)
+    assert asked.prompt == f"Has {waits!r} taken effect?"
+    assert output == {"steps": 3.0}
+    assert did.read_text() == "one\ntwo\nthree\n"
