@@ -27,6 +27,7 @@ from runrecovery_service.domain.start_errors import ContainmentRefused
 from runrecovery_service.engine_setup import build_catalog
 from runrecovery_service.execution.deadlines import Deadlines
 from runrecovery_service.execution.dispatcher import Dispatcher
+from runrecovery_service.execution.found_ends import EndFinder
 from runrecovery_service.execution.launcher import Launcher
 from runrecovery_service.execution.run_queue import RunQueue
 from runrecovery_service.execution.running_turns import RunningTurns
@@ -195,6 +196,12 @@ class _App:
         self.catalog = build_catalog(settings)
         self.workspaces = Workspaces(locks.data_dir)
         self.output = OutputFiles(self.workspaces, max_bytes=settings.max_output_bytes)
+        self.ends = EndFinder(
+            catalog=self.catalog,
+            workspaces=self.workspaces,
+            output=self.output,
+            boot_id=self.host.boot_id,
+        )
         self.trust = TrustKeeper(
             host_id=self.host.host_id,
             owner=self.owner,
@@ -306,7 +313,12 @@ class _App:
                 storage=self.storage,
                 owner=self.owner,
                 status=self.status,
-                planner=Planner(owner=self.owner, sessions=self.sessions, clock=self.clock),
+                planner=Planner(
+                    owner=self.owner,
+                    sessions=self.sessions,
+                    clock=self.clock,
+                    find_end=self.ends.find,
+                ),
             ),
             limits=ServerLimits(
                 max_concurrent_calls=settings.max_concurrent_calls,
@@ -333,6 +345,7 @@ class _App:
                 "orphan", settings.orphan_grace_s, settings.orphan_deadline_s
             ),
             trust=self.trust,
+            find_end=self.ends.find,
         )
         grace_s = settings.cancel_grace_s
         at_stop = replace(

@@ -12,17 +12,21 @@ from typing import Final
 import pytest
 from runrecovery_service.clock import Clock
 from runrecovery_service.domain.deadline import Due, SteadyTime
+from runrecovery_service.domain.found_end import FoundEnd
 from runrecovery_service.domain.plan import RecoveryPlan
 from runrecovery_service.domain.reconciliation import Cause
 from runrecovery_service.domain.recovery_matrix import MATRIX, QUARANTINE_RULE, Fact, Rule, decide
 from runrecovery_service.domain.run import (
     TERMINAL,
     ErrorCode,
+    InteractionKind,
     Profile,
+    Question,
     RecoveryState,
     RunStatus,
 )
 from runrecovery_service.domain.transitions import is_legal
+from runrecovery_service.domain.turn import Asked, Succeeded
 from runrecovery_service.recovery.bulk_session_check import BulkSessionCheck
 from runrecovery_service.recovery.plan import Planner
 from runrecovery_service.storage import instances, recovery_apply, reports
@@ -36,12 +40,21 @@ PROFILES: Final = (*Profile, None)
 FACTS: Final = tuple(Fact(bits) for bits in range(2 ** len(Fact)))
 Case = tuple[RunStatus, Profile | None, Fact]
 EVERYTHING: Final = tuple(product(LIVE, PROFILES, FACTS))
+EXCLUSIVE: Final = (
+    Fact.PENDING | Fact.REPLY, Fact.REQUEUE | Fact.RESUME, Fact.RESULT | Fact.QUESTION
+)  # fmt: skip
+IN_OUTPUT: Final = Fact.RESULT | Fact.QUESTION
+RESULT: Final = Succeeded({"done": True})
+QUESTION: Final = Asked(Question(kind=InteractionKind.CONFIRM, prompt="Ship?", options=()))
 OF_RESUME: Final = Fact.RESUME_LEFT | Fact.RESTART_LEFT
 
 
 def can_be_stored(facts: Fact) -> bool:
-    """A run has one policy, and its latest question is not both open and answered."""
-    if Fact.PENDING | Fact.REPLY in facts or Fact.REQUEUE | Fact.RESUME in facts:
+    """A run has one policy, and its latest question is not both open and answered.
+
+    A turn has one end.
+    """
+    if any(both in facts for both in EXCLUSIVE):
         return False
     return Fact.RESUME in facts or not facts & OF_RESUME
 
@@ -120,6 +133,24 @@ def store(db: Database, owner: Owner, cases: tuple[Case, ...]) -> None:
                     " response) VALUES (?, 1, 'confirm', 'Go on.', '[]', ?, 1, ?)",
                     (key, state, response),
                 )
+            if facts & IN_OUTPUT:
+                db.execute(
+                    "INSERT INTO process_lease (run, attempt, turn, instance, epoch, host_id,"
+                    " boot_id, pid_namespace, cookie, pid, start_ticks, state, created_at)"
+                    " SELECT id, attempt, turn, owner, owner_epoch, 'h', 'b', 1, run_id, 1, 1,"
+                    " 'CLOSED', 1 FROM run WHERE id = ?",
+                    (key,),
+                )
+
+
+def found_in(cases: tuple[Case, ...]) -> dict[int, FoundEnd]:
+    """Return the ends that are found in the kept output of these runs."""
+    ends = {Fact.RESULT: FoundEnd(end=RESULT), Fact.QUESTION: FoundEnd(end=QUESTION)}
+    return {
+        key: ends[facts & IN_OUTPUT]
+        for key, (_, _, facts) in enumerate(cases, 1)
+        if facts & IN_OUTPUT
+    }
 
 
 def _policy(facts: Fact) -> str:
@@ -160,6 +191,7 @@ def recovered(db: Database) -> Iterator[tuple[object, ...]]:
         reopen=REOPEN,
         now=NOW,
         steady=SteadyTime("boot-1", 0),
+        found=found_in(CAN_BE_STORED),
     )
     batch = recovery_apply.next_batch(db, scope, after=0, rows=100_000)
     assert batch is not None
@@ -168,7 +200,7 @@ def recovered(db: Database) -> Iterator[tuple[object, ...]]:
         "SELECT r.recovery_reason, e.facts, r.status, r.error_code,"
         " r.recovery_state, r.session_value, i.state, r.version, r.owner_epoch, r.ended_at"
         " FROM run r JOIN recovery_event e ON e.run = r.id"
-        " LEFT JOIN interaction i ON i.run = r.id ORDER BY r.id"
+        " LEFT JOIN interaction i ON i.run = r.id AND i.no = 1 ORDER BY r.id"
     )
 
 
@@ -177,7 +209,7 @@ def expected(case: Case) -> tuple[object, ...]:
     rule, facts = decide(*case), case[2]
     question = "OPEN" if Fact.PENDING in facts else "ANSWERED" if Fact.REPLY in facts else None
     ended = rule.becomes in TERMINAL
-    kept_waiting = rule.state is RecoveryState.RECOVERED_WAITING
+    kept_waiting = case[0] is rule.becomes is RunStatus.WAITING_USER
     return (
         rule.name,
         facts.value,
@@ -203,10 +235,12 @@ def test_sql_and_python_decide_alike(database: Database) -> None:
 def test_a_restart_does_what_its_plan_said(database: Database) -> None:
     before = owner_of(database)
     store(database, before, CAN_BE_STORED)
+    found = found_in(CAN_BE_STORED)
     planner = Planner(
         owner=before,
         sessions=BulkSessionCheck(checks={}, workspace=lambda key, attempt: Path("/")),
         clock=Clock(),
+        find_end=lambda turn: found.get(turn.run_key),
     )
     planned: list[tuple[object, ...]] = []
     totals: RecoveryPlan | None = None
@@ -244,6 +278,7 @@ def test_every_applied_rule_is_counted(database: Database) -> None:
         reopen=REOPEN,
         now=NOW,
         steady=SteadyTime("boot-1", 0),
+        found=found_in(CAN_BE_STORED),
     )
     batch = recovery_apply.next_batch(database, scope, after=0, rows=100_000)
     assert batch is not None

@@ -91,7 +91,7 @@ class HeldParser:
 
         def held(io: AgentIO, line: bytes) -> Any:
             self.io = io
-            self._may_parse.wait(30)
+            assert self._may_parse.wait(30)
             return parse(io, line)
 
         monkeypatch.setattr(AgentIO, "_parse", held)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from runrecovery_service.clock import Clock
 from runrecovery_service.domain.deadline import Due, SteadyTime
+from runrecovery_service.domain.found_end import FoundEnd
 from runrecovery_service.domain.reconciliation import Cause
 from runrecovery_service.domain.run import (
     InteractionKind,
@@ -299,9 +300,10 @@ class ServiceStore:
         rows: int = 1000,
         report: recovery_apply.WriteProgress | None = None,
         cause: Cause = Cause.STARTUP,
+        found: Mapping[int, FoundEnd] | None = None,
     ) -> Tally:
         """Decide every run in scope, in batches of `rows`."""
-        scope, tally, after = self.open_report(cause), Tally(), 0
+        scope, tally, after = replace(self.open_report(cause), found=found or {}), Tally(), 0
         while batch := recovery_apply.next_batch(self.db, scope, after=after, rows=rows):
             tally += recovery_apply.apply_batch(
                 self.db, scope, batch, report=report or (lambda db, tally: None)

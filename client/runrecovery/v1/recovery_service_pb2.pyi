@@ -32,7 +32,7 @@ class _PlannedOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Planne
     PLANNED_OUTCOME_UNSPECIFIED: _PlannedOutcome.ValueType  # 0
     """Not set."""
     PLANNED_OUTCOME_KEPT_WAITING: _PlannedOutcome.ValueType  # 1
-    """The run waits for its user, as before."""
+    """The run waits for its user."""
     PLANNED_OUTCOME_REPLY_DELIVERED: _PlannedOutcome.ValueType  # 2
     """The run gets its accepted reply by a new process, in its session."""
     PLANNED_OUTCOME_RESUMED: _PlannedOutcome.ValueType  # 3
@@ -47,6 +47,8 @@ class _PlannedOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Planne
     """The run is canceled, as its caller wanted."""
     PLANNED_OUTCOME_QUARANTINED: _PlannedOutcome.ValueType  # 7
     """The run is set aside, because its record is damaged."""
+    PLANNED_OUTCOME_SUCCEEDED: _PlannedOutcome.ValueType  # 8
+    """The run has succeeded: its process has ended well, and its result was not recorded yet."""
 
 class PlannedOutcome(_PlannedOutcome, metaclass=_PlannedOutcomeEnumTypeWrapper):
     """What a restart would make of a run, for people who decide about a deploy."""
@@ -54,7 +56,7 @@ class PlannedOutcome(_PlannedOutcome, metaclass=_PlannedOutcomeEnumTypeWrapper):
 PLANNED_OUTCOME_UNSPECIFIED: PlannedOutcome.ValueType  # 0
 """Not set."""
 PLANNED_OUTCOME_KEPT_WAITING: PlannedOutcome.ValueType  # 1
-"""The run waits for its user, as before."""
+"""The run waits for its user."""
 PLANNED_OUTCOME_REPLY_DELIVERED: PlannedOutcome.ValueType  # 2
 """The run gets its accepted reply by a new process, in its session."""
 PLANNED_OUTCOME_RESUMED: PlannedOutcome.ValueType  # 3
@@ -69,6 +71,8 @@ PLANNED_OUTCOME_CANCELED: PlannedOutcome.ValueType  # 6
 """The run is canceled, as its caller wanted."""
 PLANNED_OUTCOME_QUARANTINED: PlannedOutcome.ValueType  # 7
 """The run is set aside, because its record is damaged."""
+PLANNED_OUTCOME_SUCCEEDED: PlannedOutcome.ValueType  # 8
+"""The run has succeeded: its process has ended well, and its result was not recorded yet."""
 Global___PlannedOutcome: _TypeAlias = PlannedOutcome  # noqa: Y015
 
 @_typing.final

@@ -195,7 +195,9 @@ class _RecoveryStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Recover
     RECOVERY_STATE_NONE: _RecoveryState.ValueType  # 1
     """No restart has decided about the run."""
     RECOVERY_STATE_RECOVERED_WAITING: _RecoveryState.ValueType  # 2
-    """The run was waiting for its user and still is: reply and cancel work as before."""
+    """The run waits for its user: reply and cancel work as before. Its question was open before
+    the restart, or was found in the kept output of a process that had ended well.
+    """
     RECOVERY_STATE_FAILED_RECONCILED: _RecoveryState.ValueType  # 3
     """The run could not continue and was ended as FAILED; error says why."""
     RECOVERY_STATE_RECOVERED_QUEUED: _RecoveryState.ValueType  # 4
@@ -212,6 +214,10 @@ class _RecoveryStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Recover
     """A recovery had failed the run because its session was lost, and ReopenRun has set the
     run back. This is not a decision of a restart.
     """
+    RECOVERY_STATE_SUCCEEDED_RECONCILED: _RecoveryState.ValueType  # 8
+    """The process of the run had ended well before the restart, and its result was found in its
+    kept output. The run was ended as SUCCEEDED.
+    """
 
 class RecoveryState(_RecoveryState, metaclass=_RecoveryStateEnumTypeWrapper):
     """What the last restart that decided about a run decided."""
@@ -221,7 +227,9 @@ RECOVERY_STATE_UNSPECIFIED: RecoveryState.ValueType  # 0
 RECOVERY_STATE_NONE: RecoveryState.ValueType  # 1
 """No restart has decided about the run."""
 RECOVERY_STATE_RECOVERED_WAITING: RecoveryState.ValueType  # 2
-"""The run was waiting for its user and still is: reply and cancel work as before."""
+"""The run waits for its user: reply and cancel work as before. Its question was open before
+the restart, or was found in the kept output of a process that had ended well.
+"""
 RECOVERY_STATE_FAILED_RECONCILED: RecoveryState.ValueType  # 3
 """The run could not continue and was ended as FAILED; error says why."""
 RECOVERY_STATE_RECOVERED_QUEUED: RecoveryState.ValueType  # 4
@@ -237,6 +245,10 @@ launched for the run, and no other run is affected.
 RECOVERY_STATE_REOPENED: RecoveryState.ValueType  # 7
 """A recovery had failed the run because its session was lost, and ReopenRun has set the
 run back. This is not a decision of a restart.
+"""
+RECOVERY_STATE_SUCCEEDED_RECONCILED: RecoveryState.ValueType  # 8
+"""The process of the run had ended well before the restart, and its result was found in its
+kept output. The run was ended as SUCCEEDED.
 """
 Global___RecoveryState: _TypeAlias = RecoveryState  # noqa: Y015
 

@@ -37,8 +37,11 @@ class OutputFiles:
         self._workspaces = workspaces
         self._max_bytes = max_bytes
 
-    def append(self, run_key: int, attempt: int, channel: OutputChannel, data: bytes) -> None:
+    def append(self, run_key: int, attempt: int, channel: OutputChannel, data: bytes) -> int | None:
         """Append what fits below the limit, and record when something did not fit.
+
+        Returns:
+            The size of the file afterwards; None if something did not fit.
 
         Raises:
             OSError: not all of it was written, for example because the disk is full.
@@ -46,12 +49,15 @@ class OutputFiles:
         path = self._file(run_key, attempt, channel)
         descriptor = open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         try:
-            room = max(0, self._max_bytes - os.fstat(descriptor).st_size)
+            size = os.fstat(descriptor).st_size
+            room = max(0, self._max_bytes - size)
             left = memoryview(data)[:room]
             while left:  # a full disk takes a part, and refuses the next write
                 left = left[os.write(descriptor, left) :]
             if len(data) > room:
                 path.with_name(path.name + _TRUNCATED).touch(mode=0o600)
+                return None
+            return size + len(data)
         finally:
             os.close(descriptor)
 

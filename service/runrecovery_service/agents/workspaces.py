@@ -3,7 +3,7 @@
 <data_dir>/runs/<run key>/<attempt>/workspace/      the agent's own folder, 0700
 <data_dir>/runs/<run key>/<attempt>/stdout.log      and stderr.log, 0600 (`output.py`)
 <data_dir>/runs/<run key>/<attempt>/permissions/    the files of the permission hook, 0700
-<data_dir>/runs/<run key>/<attempt>/shim-<turn>.log the signals that a shim sent by itself, 0600
+<data_dir>/runs/<run key>/<attempt>/shim-<turn>.log the journal of a launch, 0600
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Workspaces:
         return self.attempt(run_key, attempt) / "workspace"
 
     def shim_journal(self, run_key: int, attempt: int, turn: int) -> Path:
-        """Return the file in which the shim of a turn records the signals that it sends."""
+        """Return the journal of the launch of a turn (`process/shim_journal.py`)."""
         return self.attempt(run_key, attempt) / f"shim-{turn}.log"
 
     def permissions(self, run_key: int, attempt: int) -> Path:

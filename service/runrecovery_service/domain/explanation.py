@@ -15,7 +15,7 @@ from runrecovery_service.domain.recovery_matrix import (
     REOPEN_RULE,
     Fact,
 )
-from runrecovery_service.domain.run import Profile, RecoveryInfo, RestartPolicy
+from runrecovery_service.domain.run import Profile, RecoveryInfo, RestartPolicy, RunStatus
 from runrecovery_service.domain.session_check import (
     INCONCLUSIVE,
     REASON_TEXTS,
@@ -93,8 +93,15 @@ def explain_facts(decision: RecordedDecision) -> tuple[ExplainedFact, ...]:
     return tuple(
         ExplainedFact(fact.name or "", held := fact in decision.facts, source(decision, held))
         for fact, source in _SOURCES.items()
-        if fact not in _OF_RESUME or decision.restart_policy is RestartPolicy.RESUME
+        if _is_used(fact, decision)
     )
+
+
+def _is_used(fact: Fact, decision: RecordedDecision) -> bool:
+    """Return whether a rule for such a run uses the fact."""
+    if fact in _OF_OUTPUT:
+        return decision.info.status_before is RunStatus.RUNNING
+    return fact not in _OF_RESUME or decision.restart_policy is RestartPolicy.RESUME
 
 
 def _pending(decision: RecordedDecision, held: bool) -> str:  # noqa: FBT001 - called from the table only
@@ -169,6 +176,20 @@ def _restart_left(decision: RecordedDecision, held: bool) -> str:  # noqa: FBT00
     return f"To start from the beginning, {_attempts_left(decision, held)}."
 
 
+def _result(_: RecordedDecision, held: bool) -> str:  # noqa: FBT001
+    return _end_in_output("result", held=held)
+
+
+def _question(_: RecordedDecision, held: bool) -> str:  # noqa: FBT001
+    return _end_in_output("question", held=held)
+
+
+def _end_in_output(end: str, *, held: bool) -> str:
+    if held:
+        return f"The shim had recorded exit code 0, and the whole output was kept: it has a {end}."
+    return f"No output that was kept to its end, of a process with exit code 0, has a {end}."
+
+
 def _attempts_left(decision: RecordedDecision, held: bool) -> str:  # noqa: FBT001
     left = "attempts were left" if held else "no attempt was left"
     return f"{left} ({decision.attempt} of {decision.max_attempts} used)"
@@ -184,7 +205,11 @@ _SOURCES: Final[Mapping[Fact, Callable[[RecordedDecision, bool], str]]] = Mappin
         Fact.RESUME: _resume,
         Fact.RESUME_LEFT: _resume_left,
         Fact.RESTART_LEFT: _restart_left,
+        Fact.RESULT: _result,
+        Fact.QUESTION: _question,
     }
 )
 _OF_RESUME: Final = Fact.RESUME | Fact.RESUME_LEFT | Fact.RESTART_LEFT
 """The facts that only the rules of the restart policy RESUME use."""
+_OF_OUTPUT: Final = Fact.RESULT | Fact.QUESTION
+"""The facts that only rules for RUNNING runs use."""

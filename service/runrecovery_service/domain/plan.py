@@ -56,6 +56,7 @@ class Outcome(StrEnum):
     FAILED = "FAILED"
     CANCELED = "CANCELED"
     QUARANTINED = "QUARANTINED"
+    SUCCEEDED = "SUCCEEDED"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +144,7 @@ _OUTCOMES: Final = {
     RecoveryState.FAILED_RECONCILED: Outcome.FAILED,
     RecoveryState.CANCELED_RECONCILED: Outcome.CANCELED,
     RecoveryState.QUARANTINED: Outcome.QUARANTINED,
+    RecoveryState.SUCCEEDED_RECONCILED: Outcome.SUCCEEDED,
 }
 
 

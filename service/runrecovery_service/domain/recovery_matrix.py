@@ -33,6 +33,10 @@ class Fact(Flag):
     """restart_policy is RESUME and the turn may be resumed once more."""
     RESTART_LEFT = auto()
     """restart_policy is RESUME and attempts are left."""
+    RESULT = auto()
+    """The process had exited with 0, and its result lies complete in the kept output."""
+    QUESTION = auto()
+    """The process had exited with 0, and its question lies complete in the kept output."""
 
 
 NOTHING: Final = Fact(0)
@@ -82,6 +86,11 @@ class Rule:
         )
 
 
+RESULT_RULE: Final = "result_found_in_output"
+QUESTION_RULE: Final = "question_found_in_output"
+"""The recovery_reason of a run whose process had ended well, with a result or a question, before
+the service could record that."""
+
 RESUMED_RULE: Final = "interrupted_turn_resumed"
 """The recovery_reason of a run whose next turn resumes its session with a notice."""
 
@@ -93,6 +102,26 @@ MATRIX: Final[tuple[Rule, ...]] = (
         becomes=RunStatus.CANCELED,
         state=RecoveryState.CANCELED_RECONCILED,
         because="A cancel was accepted before the restart. A cancel wins over every other end.",
+    ),
+    Rule(
+        name=RESULT_RULE,
+        statuses=(RunStatus.RUNNING,),
+        needs=Fact.RESULT,
+        becomes=RunStatus.SUCCEEDED,
+        state=RecoveryState.SUCCEEDED_RECONCILED,
+        because="The process had exited with 0 before the restart, and its whole output was kept."
+        " It ends with the result.",
+    ),
+    Rule(
+        name=QUESTION_RULE,
+        statuses=(RunStatus.RUNNING,),
+        profiles=(Profile.RESUMABLE,),
+        needs=Fact.QUESTION | Fact.HANDLE,
+        becomes=RunStatus.WAITING_USER,
+        state=RecoveryState.RECOVERED_WAITING,
+        keeps=True,
+        because="The process had exited with 0 before the restart, and its whole output was kept."
+        " It ends with a question, and its session is intact.",
     ),
     Rule(
         # RUNNING too: until the process has received the reply, the acknowledged reply exists

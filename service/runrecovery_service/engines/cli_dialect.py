@@ -66,6 +66,8 @@ MAX_TASKS: Final = 1000
 """Background tasks whose names are remembered."""
 HANDLE_CHARS: Final = 36
 SECRET: Final = b"[secret]"
+UNRECORDED_HANDLE: Final = "00000000-0000-0000-0000-000000000000"
+"""Takes the place of a handle that only the kept output had, where it is hidden."""
 
 _HANDLE: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 """A UUID, which is the session id of every supported CLI. A CLI could take another word for a
@@ -158,6 +160,15 @@ class CliDialect:
         if self.permissions is None:
             return None
         return DeferredCalls(permissions=self.permissions, run=run, has_prompt=has_prompt)
+
+    def reread(self, handle: str | None, *, resumed: bool) -> KeptListener:
+        """Return a listener that puts the handle back where the kept output hides it.
+
+        It knows no deferred tool call: a turn that ended with one is left to the restart policy.
+        """
+        if handle is not None and not _HANDLE.fullmatch(handle):
+            raise HandleUnusable
+        return KeptListener(self, handle, resumed=resumed)
 
     def reply(self, reply: Interaction) -> bytes:
         """Raise ProtocolError: a CLI exits after its question, so no process can get a reply."""
@@ -397,3 +408,19 @@ class CliListener:
     def _redact_text(self, text: str) -> str:
         """Return the text without the handle, which any text of the agent may quote."""
         return text if self._handle is None else text.replace(self._handle, SECRET.decode())
+
+
+class KeptListener(CliListener):
+    """Parses the kept output of a process that has ended, in which `redact` has hidden handles."""
+
+    def hear(self, line: bytes) -> Heard:
+        """Return the meaning of one line, as it was when the process printed it.
+
+        Raises:
+            ProtocolError: the line hides an id that is not known.
+        """
+        hidden = UNRECORDED_HANDLE if self._handle is None else self._handle
+        heard = super().hear(line.replace(SECRET, hidden.encode("ascii")))
+        if self._handle is None and SECRET in line:
+            raise ProtocolError("an id is hidden, and the agent has not named its session yet")
+        return heard

@@ -246,6 +246,18 @@ class Dialect(Protocol):
         """
         ...
 
+    def reread(self, handle: str | None, *, resumed: bool) -> Listener:
+        """Return a listener for the kept output of a process, in which the handle is hidden.
+
+        Args:
+            handle: of the session on record; None: none is.
+            resumed: the process resumed this session.
+
+        Raises:
+            HandleUnusable: this engine cannot have named the session's handle.
+        """
+        ...
+
     def reply(self, reply: Interaction) -> bytes:
         """Return the input that gives a reply to a process that waits for it."""
         ...

@@ -206,6 +206,10 @@ class JsonLines:
             return Opening(input=start_message(run), listener=self)
         return Opening(input=resume_message(run, resumed), listener=self)
 
+    def reread(self, handle: str | None, *, resumed: bool) -> JsonLines:
+        """Return the listener of every process: only `session` lines are hidden."""
+        return self
+
     def reply(self, reply: Interaction) -> bytes:
         """Return the `reply` line."""
         return reply_message(reply)

@@ -12,6 +12,8 @@ import asyncio
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Final
 
 from runrecovery_service.agents.output import OutputChannel, OutputFiles
@@ -27,6 +29,7 @@ from runrecovery_service.execution.pipes import (
 )
 from runrecovery_service.execution.turn_log import TurnLog
 from runrecovery_service.execution.turn_state import LineRead, ProtocolBroken, Signal, TurnEvent
+from runrecovery_service.process.shim_journal import record_kept
 from runrecovery_service.process.shimmed_process import ShimmedProcess
 
 LONG_LINE_BYTES: Final = 16384
@@ -52,6 +55,7 @@ class AgentIO:
         events: takes what the process and its shim report.
         threads: for what blocks.
         log: of the turn; its run names the files that the output is kept in.
+        journal: of the launch. It gets a record once all of standard output is kept.
     """
 
     process: ShimmedProcess
@@ -61,6 +65,7 @@ class AgentIO:
     output: OutputFiles
     threads: Executor
     log: TurnLog
+    journal: Path
     _backlog: Backlog = field(init=False)
     _is_parsing: bool = field(default=False, init=False)
     _is_keeping: bool = field(default=False, init=False)
@@ -68,6 +73,9 @@ class AgentIO:
     _untaken_bytes: int = field(default=0, init=False)
     _overtime_from: int | None = field(default=None, init=False)
     _line_start: list[bytes] = field(default_factory=list, init=False)
+    _kept_from: int | None = field(default=None, init=False)
+    _kept_to: int | None = field(default=None, init=False)
+    _is_all_kept: bool = field(default=True, init=False)
     _stderr_tail: bytes = field(default=b"", init=False)
     _stderr_held: bytes = field(default=b"", init=False)
 
@@ -142,6 +150,7 @@ class AgentIO:
             self._is_parsing = True
             self._line_start = []
             await self._take_lines([last], end=b"")
+        await self._record_kept()
         self.events.put_nowait(Signal.STDOUT_ENDED)
 
     async def _refuse_line(self, line: bytes) -> None:
@@ -218,12 +227,36 @@ class AgentIO:
         run = self.log.run
         if not data:
             return
+        size: int | None = None
         try:
-            await run_blocking(
+            size = await run_blocking(
                 self.threads, self.output.append, run.key, run.attempt, channel, data
             )
         except OSError as error:
             self.log.warning("execution.output_lost", channel=channel.value, error=error.strerror)
+        if channel is OutputChannel.STDOUT:
+            self._note_kept(len(data), size)
+
+    def _note_kept(self, added: int, size: int | None) -> None:
+        """Note where standard output is kept; `size` is that of the file, None if some is lost."""
+        if size is None:
+            self._is_all_kept = False
+        elif self._kept_from is None:
+            self._kept_from = size - added
+        self._kept_to = size
+
+    async def _record_kept(self) -> None:
+        """Record that all of standard output is kept, so that a restart can find a result in it."""
+        begin, end = self._kept_from, self._kept_to
+        if begin is None or end is None or not self._is_all_kept:
+            return
+        shim = (self.process.pid, self.process.start_ticks)
+        try:
+            await run_blocking(
+                self.threads, partial(record_kept, self.journal, shim, begin=begin, end=end)
+            )
+        except OSError as error:
+            self.log.warning("execution.journal_not_written", error=error.strerror)
 
     # -- the shim ------------------------------------------------------------------------------
 

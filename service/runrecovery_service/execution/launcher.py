@@ -303,7 +303,7 @@ class Launch:
             cwd=workspace,
             env=env,
             deadline_ns=self._deadline_ns,
-            journal=self._shim_journal,
+            journal=self.journal,
             limits=ResourceLimits(
                 niceness=engine.niceness,
                 max_memory=engine.max_memory,
@@ -327,7 +327,8 @@ class Launch:
             self._process.release(self._deadline_ns)
 
     @property
-    def _shim_journal(self) -> Path:
+    def journal(self) -> Path:
+        """The journal of the launch (`process/shim_journal.py`)."""
         run = self.records.turn.run
         return self.launcher.workspaces.shim_journal(run.key, run.attempt, run.turn)
 
@@ -414,7 +415,7 @@ class Launch:
 
     async def killed_by_shim(self) -> frozenset[Identity]:
         """Return the processes that the shim killed by itself."""
-        return await run_blocking(self.launcher.threads, killed_by_shim, self._shim_journal)
+        return await run_blocking(self.launcher.threads, killed_by_shim, self.journal)
 
     def release(self, *, gone: bool) -> list[ShimEvent]:
         """Return the last events of the shim, close the pipes and reap the shim. Blocks shortly.

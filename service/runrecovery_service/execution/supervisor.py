@@ -260,6 +260,7 @@ class TurnSupervisor:
             output=self.output,
             threads=self.threads,
             log=self.records.log,
+            journal=self.launch.journal,
         )
         try:
             await self._converse(engine, io, opening)

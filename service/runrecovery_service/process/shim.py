@@ -50,6 +50,7 @@ class Shim:
         self._is_released = False
         self._deadline_ns = 0
         self._agent = 0
+        self._start_ticks = 0
         self._wake_read, self._wake_write = os.pipe()
 
     def run(self) -> int:
@@ -130,6 +131,11 @@ class Shim:
             signal.signal(number, signal.SIG_IGN)
         # The shim inherits the signals that the service's thread had blocked, SIGCHLD perhaps.
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        try:
+            own = procfs.read_proc(os.getpid())
+        except OSError:  # no descriptor or memory now; then no later start finds the exit code
+            own = None
+        self._start_ticks = own.start_ticks if own else 0
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
@@ -214,6 +220,7 @@ class Shim:
                 return True
             if pid == self._agent:
                 code = os.waitstatus_to_exitcode(status)
+                self._record_exit(code)  # first: what the service knows can be proved later
                 user_us, system_us = int(usage.ru_utime * 1e6), int(usage.ru_stime * 1e6)
                 self._report_event(f"{wire.EXITED} {code} {user_us} {system_us} {usage.ru_maxrss}")
 
@@ -283,6 +290,15 @@ class Shim:
             f' "start_ticks": {proc.start_ticks}, "signal": "{name}", "why": "{why}",'
             f' "evidence": "{proof}", "outcome": "{outcome}", "by": {os.getpid()}}}\n'
         )
+        self._write_journal(line)
+
+    def _record_exit(self, code: int) -> None:
+        self._write_journal(
+            f'{{"event": "{wire.AGENT_EXITED}", "at_ns": {time.time_ns()}, "code": {code},'
+            f' "by": {os.getpid()}, "by_start_ticks": {self._start_ticks}}}\n'
+        )
+
+    def _write_journal(self, line: str) -> None:
         try:
             os.write(self._journal, line.encode())
         except OSError:  # a full disk must not keep processes alive

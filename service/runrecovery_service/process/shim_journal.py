@@ -1,19 +1,94 @@
-"""The file in which a shim records the signals that it sends by itself."""
+"""The journal of one launch: what is known of the launch when its service is dead.
+
+The shim records the signals that it sends by itself, and how the agent ended. The service records
+that it has kept the whole output. A machine that crashes may lose any of it.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from runrecovery_service.process import signals
+from runrecovery_service.process import signals, wire
 from runrecovery_service.process.markers import Identity
-from runrecovery_service.process.safe_open import read_start
+from runrecovery_service.process.safe_open import open_regular, read_start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordedEnd:
+    """The end of an agent whose whole standard output was kept.
+
+    Attributes:
+        exit_code: negative for the signal that killed it.
+        begin, end: where its standard output lies in the kept output of its attempt, in bytes.
+    """
+
+    exit_code: int
+    begin: int
+    end: int
+
+
+def record_kept(journal: Path, shim: Identity, *, begin: int, end: int) -> None:
+    """Record that the standard output of an agent was read to its end, and kept as a whole.
+
+    Raises:
+        OSError: it could not be recorded.
+    """
+    pid, start_ticks = shim
+    fact = {
+        "event": wire.KEPT,
+        "begin": begin,
+        "end": end,
+        "by": pid,
+        "by_start_ticks": start_ticks,
+    }
+    descriptor = open_regular(journal, os.O_WRONLY | os.O_APPEND)
+    try:
+        os.write(
+            descriptor, json.dumps(fact).encode() + b"\n"
+        )  # in one piece: the shim appends too
+    finally:
+        os.close(descriptor)
+
+
+def read_end(journal: Path, shim: Identity) -> RecordedEnd | None:
+    """Return how an agent ended, if both the shim's and the service's record of it are there.
+
+    Raises:
+        OSError: the journal cannot be read.
+    """
+    entries = [entry for line in _lines(journal) if (entry := _entry(line, shim)) is not None]
+    exits = [entry for entry in entries if entry.get("event") == wire.AGENT_EXITED]
+    kept = [entry for entry in entries if entry.get("event") == wire.KEPT]
+    if len(exits) != 1 or len(kept) != 1:
+        return None
+    numbers = exits[0].get("code"), kept[0].get("begin"), kept[0].get("end")
+    code, begin, end = (number if type(number) is int else None for number in numbers)
+    if code is None or begin is None or end is None or not 0 <= begin <= end:
+        return None
+    return RecordedEnd(exit_code=code, begin=begin, end=end)
+
+
+def _entry(line: str, shim: Identity) -> Mapping[str, object] | None:
+    """Return an entry about the launch of this shim. An older database may have had another one."""
+    try:
+        entry = json.loads(line)
+        return entry if (entry["by"], entry["by_start_ticks"]) == shim else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _lines(journal: Path) -> list[str]:
+    return read_start(journal).decode("utf-8", "replace").split("\n")
 
 
 def killed_by_shim(journal: Path) -> frozenset[Identity]:
     """Return the processes that a shim killed by itself; none if there is no journal."""
     try:
-        lines = read_start(journal).decode("utf-8", "replace").splitlines()
+        lines = _lines(journal)
     except OSError:
         return frozenset()
     return frozenset(identity for line in lines if (identity := _killed(line)) is not None)

@@ -28,6 +28,9 @@ GATED, STARTED, REFUSED, EXITED, EMPTY, ENDING = (
 - `ending WHY`: the shim kills its whole tree.
 """
 
+AGENT_EXITED, KEPT = "agent.exited", "output.kept"
+"""Entries of the journal: the shim records the exit, the service that it has kept all output."""
+
 SERVICE_GONE, LEASE_OVER = "service_gone", "lease_over"
 """Why a shim kills its tree: the gate closed, or no heartbeat came before the deadline."""
 

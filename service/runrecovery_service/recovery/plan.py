@@ -1,7 +1,7 @@
 """Previews what a restart at this moment would decide, without a change.
 
-The rows are read in one snapshot. The sessions are checked after the snapshot is closed: their
-files may be on storage that does not answer, and no transaction may wait for such files.
+The rows are read in one snapshot. Sessions and kept output are read after the snapshot is closed:
+their files may be on storage that does not answer, and no transaction may wait for such files.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from runrecovery_service.domain.plan import (
     preview_decision,
     sum_decisions,
 )
-from runrecovery_service.domain.recovery_matrix import Fact
+from runrecovery_service.domain.recovery_matrix import NOTHING, Fact
 from runrecovery_service.domain.run import Page
 from runrecovery_service.domain.session_check import SessionFinding
 from runrecovery_service.recovery.bulk_session_check import SESSIONS_PER_CHECK, BulkSessionCheck
-from runrecovery_service.storage import launch_records, recovery_preview
+from runrecovery_service.recovery.find_end import FindEnd, find_no_end
+from runrecovery_service.storage import found_ends, launch_records, recovery_preview
 from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.found_ends import OpenTurn
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.recovery_preview import PreviewedRun
 from runrecovery_service.storage.recovery_scope import RecoveryScope
@@ -43,30 +45,41 @@ class _Totals:
     Attributes:
         situations: the runs in each situation, by the stored rows.
         sessions: the sessions to check, by engine.
+        running: the runs whose kept output may have their end.
         launches: how many launches a restart would end.
     """
 
     situations: Sequence[tuple[Situation, Work]]
     sessions: Mapping[str, Sequence[_Session]] = field(repr=False)
+    running: Sequence[PreviewedRun] = field(repr=False)
     launches: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
-    """The rows of one snapshot: a page of runs and, for the first page, the totals of all runs."""
+    """The rows of one snapshot: a page of runs and, for the first page, the totals of all runs.
+
+    `turns` are the turns under way of the page, or of all runs where there are totals.
+    """
 
     page: Sequence[PreviewedRun] = field(repr=False)
+    turns: Sequence[OpenTurn] = field(repr=False)
     after: tuple[int, ...] | None
     totals: _Totals | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planner:
-    """Previews the next restart of one instance, with the session checks of this start."""
+    """Previews the next restart of one instance, with the session checks of this start.
+
+    Attributes:
+        find_end: finds the ends of turns in their kept output.
+    """
 
     owner: Owner
     sessions: BulkSessionCheck
     clock: Clock
+    find_end: FindEnd = find_no_end
 
     @property
     def _reach(self) -> RecoveryScope:
@@ -82,8 +95,11 @@ class Planner:
             runs = recovery_preview.preview_page(
                 db, self._reach, after=after[0] if after else 0, limit=limit + 1, now=now
             )
+            page = runs[:limit]
+            span = {"first": page[0].run_key, "last": page[-1].run_key} if after and page else {}
             return Rows(
-                page=runs[:limit],
+                page=page,
+                turns=found_ends.open_turns(db, self._reach, **span),
                 after=(runs[limit - 1].run_key,) if len(runs) > limit else None,
                 totals=None if after else self._read_totals(db, now),
             )
@@ -92,6 +108,7 @@ class Planner:
         return _Totals(
             situations=recovery_preview.sum_situations(db, self._reach, now=now),
             sessions={engine: self._sessions(db, engine, now) for engine in self.sessions.checks},
+            running=recovery_preview.preview_running(db, self._reach, now=now),
             launches=len(
                 launch_records.unclosed_launches(db, self.owner, before=self._reach.before)
             ),
@@ -119,14 +136,19 @@ class Planner:
         This blocks, and needs no store.
         """
         found, plan = self._check_page(rows.page), None
+        ends = {
+            turn.run_key: end.fact
+            for turn in rows.turns
+            if (end := self.find_end(turn)) is not None
+        }
         if rows.totals is not None:
-            plan = self._count(rows.totals, found)
+            plan = self._count(rows.totals, found, ends)
         decisions = tuple(
             PlannedDecision(
                 run_id=run.run_id,
                 engine=run.engine,
                 status=run.situation.status,
-                decision=preview_decision(_with_finding(run.situation, found.get(run.run_key))),
+                decision=preview_decision(_now(run, found, ends)),
             )
             for run in rows.page
         )
@@ -142,18 +164,31 @@ class Planner:
             found |= zip(keys, self.sessions.check_all(engine, stored), strict=True)
         return found
 
-    def _count(self, totals: _Totals, found: Mapping[int, SessionFinding]) -> RecoveryPlan:
-        """Add up all runs by their stored situation, then correct runs with another finding."""
+    def _count(
+        self, totals: _Totals, found: Mapping[int, SessionFinding], ends: Mapping[int, Fact]
+    ) -> RecoveryPlan:
+        """Add up all runs by their stored situation, then correct runs with another one now."""
         sums: defaultdict[Decision, Work] = defaultdict(Work)
+
+        def correct(before: Situation, now: Situation, work: Work) -> None:
+            if now != before:
+                sums[preview_decision(before)] -= work
+                sums[preview_decision(now)] += work
+
         for situation, work in totals.situations:
             sums[preview_decision(situation)] += work
         self._forget_finished_checks()
+        of_ended: dict[int, SessionFinding] = {}
         for engine, sessions in totals.sessions.items():
-            for (_, situation, work), finding in _findings(self.sessions, engine, sessions, found):
-                now = _with_finding(situation, finding)
-                if now != situation:
-                    sums[preview_decision(situation)] -= work
-                    sums[preview_decision(now)] += work
+            for (stored, situation, work), finding in _findings(
+                self.sessions, engine, sessions, found
+            ):
+                correct(situation, _with_finding(situation, finding), work)
+                if stored.run_key in ends:
+                    of_ended[stored.run_key] = finding
+        for run in totals.running:
+            if run.run_key in ends:
+                correct(_now(run, of_ended, {}), _now(run, of_ended, ends), run.work)
         return sum_decisions(sums.items(), launches=totals.launches)
 
     def _forget_finished_checks(self) -> None:
@@ -178,6 +213,14 @@ def _findings(
         for session in portion:
             finding = known.get(session[0].run_key)
             yield session, next(findings) if finding is None else finding
+
+
+def _now(
+    run: PreviewedRun, found: Mapping[int, SessionFinding], ends: Mapping[int, Fact]
+) -> Situation:
+    """Return the situation of a run with what was found in its session and its kept output."""
+    situation = _with_finding(run.situation, found.get(run.run_key))
+    return replace(situation, facts=situation.facts | ends.get(run.run_key, NOTHING))
 
 
 def _with_finding(situation: Situation, finding: SessionFinding | None) -> Situation:

@@ -6,7 +6,8 @@ to 5 and commits its report, so that its next start finds nothing to decide.
 0. Adopt what another instance name left in a SQLite store. The steps below then cover it.
 1. Kill orphans, before any state changes: an orphan may still write to a run that is about to fail.
 2. Check the sessions of engines that have a session check.
-3. Decide on every run of an earlier epoch, in batches.
+3. Find the results and questions of turns that had ended before their end could be recorded, and
+   decide on every run of an earlier epoch, in batches.
 4. Clear the bindings of ended runs.
 5. Remove trust entries that no run needs from the files of agent CLIs. No failure of this step
    prevents a start.
@@ -27,6 +28,7 @@ import structlog
 
 from runrecovery_service.clock import Clock
 from runrecovery_service.domain.errors import StorageBusy, error_facts
+from runrecovery_service.domain.found_end import FoundEnd
 from runrecovery_service.domain.reconciliation import (
     Cause,
     OrphanCounts,
@@ -38,12 +40,14 @@ from runrecovery_service.domain.start_errors import RecoveryInterrupted
 from runrecovery_service.process.ending import Ending
 from runrecovery_service.recovery import report_warnings
 from runrecovery_service.recovery.bulk_session_check import BulkSessionCheck, changed_findings
+from runrecovery_service.recovery.find_end import FindEnd, find_no_end
 from runrecovery_service.recovery.report import ReportBuilder
 from runrecovery_service.recovery.status import RecoveryStatus
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import (
     adoption,
     deadlines,
+    found_ends,
     launch_records,
     recovery_apply,
     reports,
@@ -116,6 +120,7 @@ class Recovery:
     Attributes:
         cause: the start or the planned stop.
         stop: interrupts the recovery.
+        find_end: finds the ends of turns in their kept output.
     """
 
     owner: Owner
@@ -126,6 +131,7 @@ class Recovery:
     sessions: BulkSessionCheck
     launches: EndsLaunches
     trust: TrustCleaner
+    find_end: FindEnd = find_no_end
 
     @property
     def before_epoch(self) -> int:
@@ -187,7 +193,8 @@ class Recovery:
         with report.phase("sessions"):
             self._check_sessions(db, report, scope)
         with report.phase("converge"):
-            self._decide_runs(db, report, scope)
+            found = self._find_ends(db, scope)
+            self._decide_runs(db, report, replace(scope, found=found))
         with report.phase("bindings"):
             report.tally += recovery_apply.clear_stale_bindings(db, self.owner)
         with report.phase("trust"):
@@ -262,6 +269,19 @@ class Recovery:
         report.warnings.extend(
             report_warnings.sessions_not_answered(engine, bulk.check_s) for engine in bulk.hanging
         )
+
+    # -- results and questions in the kept output ----------------------------------------------
+
+    def _find_ends(self, db: Database, scope: ApplyScope) -> dict[int, FoundEnd]:
+        """Return the ends of turns that their service did not record, by run key."""
+        found: dict[int, FoundEnd] = {}
+        for turn in found_ends.open_turns(db, scope):
+            if self.stop.is_set():
+                raise RecoveryInterrupted
+            end = self.find_end(turn)
+            if end is not None:
+                found[turn.run_key] = end
+        return found
 
     # -- trust ---------------------------------------------------------------------------------
 

@@ -72,6 +72,7 @@ RECOVERY_STATE_TO_PROTO: Final = MappingProxyType[RecoveryState, run_pb2.Recover
         RecoveryState.CANCELED_RECONCILED: run_pb2.RECOVERY_STATE_CANCELED_RECONCILED,
         RecoveryState.QUARANTINED: run_pb2.RECOVERY_STATE_QUARANTINED,
         RecoveryState.REOPENED: run_pb2.RECOVERY_STATE_REOPENED,
+        RecoveryState.SUCCEEDED_RECONCILED: run_pb2.RECOVERY_STATE_SUCCEEDED_RECONCILED,
     }
 )
 

@@ -21,7 +21,7 @@ from runrecovery_service.domain.recovery_matrix import (
     RESUMED_RULE,
 )
 from runrecovery_service.domain.run import Profile, RecoveryState, RunStatus
-from runrecovery_service.storage import interruptions
+from runrecovery_service.storage import found_ends, interruptions
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.driver_errors import DRIVER_ERRORS, to_domain_error
 from runrecovery_service.storage.instances import Owner
@@ -109,6 +109,7 @@ _UNTOUCHED: Final = sql_words(
 
 # A run that keeps waiting, or is quarantined, keeps its version: its own state has not changed. A
 # client may send a reply with the etag from before the restart; the service must accept it.
+_KEPT: Final = f"e.recovery_state IN ({_UNTOUCHED}) AND e.status_before = e.status_after"
 _APPLIED: Final = {
     "event_count": "e.sequence",
     "wait_due_us": f"CASE WHEN e.status_after = '{RunStatus.WAITING_USER}'"
@@ -122,11 +123,9 @@ _APPLIED: Final = {
     "session_value": f"CASE WHEN e.rule IN ({_KEEPING}) THEN run.session_value END",
     "ended_at": f"CASE WHEN e.status_after IN ({_TERMINAL}) THEN e.recovered_at"
     " ELSE run.ended_at END",
-    "updated_at": f"CASE WHEN e.recovery_state IN ({_UNTOUCHED}) THEN run.updated_at"
-    " ELSE e.recovered_at END",
-    "version": f"run.version + CASE WHEN e.recovery_state IN ({_UNTOUCHED}) THEN 0 ELSE 1 END",
-    "recovered_version": "run.version +"
-    f" CASE WHEN e.recovery_state IN ({_UNTOUCHED}) THEN 0 ELSE 1 END",
+    "updated_at": f"CASE WHEN {_KEPT} THEN run.updated_at ELSE e.recovered_at END",
+    "version": f"run.version + CASE WHEN {_KEPT} THEN 0 ELSE 1 END",
+    "recovered_version": f"run.version + CASE WHEN {_KEPT} THEN 0 ELSE 1 END",
     "recovery_state": "e.recovery_state",
     "recovered_at": "e.recovered_at",
     "recovery_reason": "e.rule",
@@ -231,6 +230,7 @@ def _apply_range(db: Database, scope: ApplyScope, batch: Batch) -> Tally:
     owner, now = scope.owner, to_us(scope.now)
     bounds = (batch.first, batch.last, *scope.params)
     _lock_rows(db, bounds)
+    found = {key: end for key, end in scope.found.items() if batch.first <= key <= batch.last}
     db.execute(
         "INSERT INTO recovery_event (run, no, reconciliation, rule, facts, status_before,"
         " status_after, error_code, recovery_state, recovered_at, processes_ended, sequence,"
@@ -239,7 +239,7 @@ def _apply_range(db: Database, scope: ApplyScope, batch: Batch) -> Tally:
         f" d.recovery_no, {scope.reconciliation_key}, d.rule, d.facts, d.status, d.becomes,"
         f" d.error_code, d.recovery_state, {now}, 0, d.sequence, d.profile, d.attempt,"
         " d.interaction, d.session_turn, d.session_verdict, d.session_reason, d.resumes"
-        f" FROM ({decisions_sql(db.dialect)}) AS d"
+        f" FROM ({decisions_sql(db.dialect, found)}) AS d"
         " WHERE d.stands = 0",
         bounds,
     )
@@ -251,6 +251,8 @@ def _apply_range(db: Database, scope: ApplyScope, batch: Batch) -> Tally:
         _retire_sessions(db, scope, batch)
     if RESUMED_RULE in decided.decisions:
         interruptions.record_batch(db, scope, first=batch.first, last=batch.last)
+    if found_ends.RULES & decided.decisions.keys():
+        found_ends.record_batch(db, scope, first=batch.first, last=batch.last)
     changed = sum(decided.decisions.values())
     all_decided = changed == batch.rows
     report = (scope.reconciliation_key,)

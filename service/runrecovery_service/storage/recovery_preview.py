@@ -68,6 +68,11 @@ def preview_engine(
     return _preview(db, scope, which, (after, engine, limit), now=now)
 
 
+def preview_running(db: Database, scope: RecoveryScope, *, now: datetime) -> list[PreviewedRun]:
+    """Return the runs in scope that are RUNNING."""
+    return _preview(db, scope, "r.status = ?", (RunStatus.RUNNING.value,), now=now)
+
+
 def _preview(
     db: Database, scope: RecoveryScope, which: str, params: tuple[object, ...], *, now: datetime
 ) -> list[PreviewedRun]:

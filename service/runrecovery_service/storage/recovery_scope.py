@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from runrecovery_service.domain.deadline import Due, SteadyTime
+from runrecovery_service.domain.found_end import FoundEnd
 from runrecovery_service.storage.instances import Owner
 
 
@@ -34,9 +36,11 @@ class ApplyScope(RecoveryScope):
         reconciliation_key: the key of the report.
         reopen: until when a run that fails for want of its session can be reopened.
         now, steady: the time of every decision, by the wall clock and by the steady clock.
+        found: the ends of turns that were found in the kept output, by run key.
     """
 
     reconciliation_key: int
     reopen: Due
     now: datetime
     steady: SteadyTime
+    found: Mapping[int, FoundEnd] = field(default_factory=dict)

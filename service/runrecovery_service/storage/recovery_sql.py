@@ -7,8 +7,10 @@ proves that the SQL matrix and `decide` agree for every combination of facts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
+from runrecovery_service.domain.found_end import FoundEnd
 from runrecovery_service.domain.recovery_matrix import MATRIX, QUARANTINE_RULE, Fact, Rule
 from runrecovery_service.domain.run import (
     InteractionKind,
@@ -19,6 +21,7 @@ from runrecovery_service.domain.run import (
     RunStatus,
 )
 from runrecovery_service.domain.session_check import LOST, SessionVerdict
+from runrecovery_service.storage import found_ends
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.sql_dialects import SqlDialect
 from runrecovery_service.storage.tables import live, sql_words
@@ -48,6 +51,7 @@ def fact_conditions(dialect: SqlDialect) -> dict[Fact, str]:
         Fact.RESUME_LEFT: f"{resumes} AND r.resume_count < r.max_resumes",
         Fact.RESTART_LEFT: f"{resumes} AND r.attempt < r.max_attempts",
     }
+    # RESULT and QUESTION are not in the store: `found_ends.facts_sql` adds them.
 
 
 def facts_sql(dialect: SqlDialect) -> str:
@@ -125,8 +129,11 @@ def _matrix_values() -> str:
     return ", ".join(rows)
 
 
-def decisions_sql(dialect: SqlDialect) -> str:
+def decisions_sql(dialect: SqlDialect, found: Mapping[int, FoundEnd]) -> str:
     """Return the query that decides every run of a range.
+
+    Args:
+        found: the ends that were found in the kept output of these runs, by run key.
 
     Parameters: as `IN_RANGE`. Columns: id, recovery_no, status, rule, facts, becomes, error_code,
     recovery_state, damage, stands (1 when the run already has this decision and has not changed
@@ -140,7 +147,8 @@ def decisions_sql(dialect: SqlDialect) -> str:
         " r.recovered_version, r.version, r.recovery_count, r.event_count, r.attempt,"
         " r.interaction_count, r.session_turn, r.session_verdict, r.session_reason,"
         " r.resume_count,"
-        f" {facts_sql(dialect)} AS facts, {damage_sql(dialect)} AS damage"
+        f" {facts_sql(dialect)} + {found_ends.facts_sql(found)} AS facts,"
+        f" {damage_sql(dialect)} AS damage"
         f" {WITH_LATEST_QUESTION} WHERE {IN_RANGE}),"
         f" judged AS MATERIALIZED (SELECT seen.*, {rule_sql()} AS number FROM seen)"
         " SELECT j.id, j.recovery_count + 1 AS recovery_no, j.status, m.name AS rule, j.facts,"

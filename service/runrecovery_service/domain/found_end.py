@@ -1,0 +1,25 @@
+"""The end of a turn that a recovery finds in the kept output of its process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from runrecovery_service.domain.recovery_matrix import Fact
+from runrecovery_service.domain.turn import Asked, Succeeded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundEnd:
+    """The result or question with which a process ended that had exited with 0.
+
+    Attributes:
+        wait_s: how long the question waits; None: without a limit.
+    """
+
+    end: Asked | Succeeded
+    wait_s: float | None = None
+
+    @property
+    def fact(self) -> Fact:
+        """The fact by which the recovery matrix decides."""
+        return Fact.QUESTION if isinstance(self.end, Asked) else Fact.RESULT

@@ -1,0 +1,139 @@
+"""Finds the result or question of a turn that had ended before the service could record it.
+
+The kept output is parsed by the same dialect and the same rules as the output of a living process.
+Three things must be proved, or nothing is found: the shim has recorded that the agent exited with
+0, the service has recorded that all of the output was kept, and the machine has not crashed since.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import structlog
+
+from runrecovery_service.agents.output import OutputChannel, OutputFiles
+from runrecovery_service.agents.workspaces import Workspaces
+from runrecovery_service.domain.errors import UnknownEngine
+from runrecovery_service.domain.found_end import FoundEnd
+from runrecovery_service.domain.turn import Asked, ProcessEnd, Succeeded, is_repeated, judge
+from runrecovery_service.engines.catalog import Catalog
+from runrecovery_service.engines.dialect import Dialect, HandleUnusable, Listener, ProtocolError
+from runrecovery_service.execution.turn_state import (
+    CompareEnds,
+    LineRead,
+    RecordQuestion,
+    RecordSession,
+    TurnRules,
+    TurnState,
+    advance,
+)
+from runrecovery_service.process.shim_journal import read_end
+from runrecovery_service.storage.found_ends import OpenTurn
+
+log = structlog.get_logger()
+
+REREAD_BYTES: Final = 16 << 20
+"""Longer output of one turn is not parsed again: it would delay the start."""
+
+
+class NothingFound(Exception):
+    """The kept output does not prove how the turn ended."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndFinder:
+    """Finds the ends of turns in the kept output. Blocking.
+
+    Attributes:
+        boot_id: the current boot of the machine.
+    """
+
+    catalog: Catalog
+    workspaces: Workspaces
+    output: OutputFiles
+    boot_id: str
+
+    def find(self, turn: OpenTurn) -> FoundEnd | None:
+        """Return the end of a turn whose process had exited with 0; None if nothing proves it."""
+        try:
+            end = self._find(turn)
+            wait_s = turn.session_timeout_s or self.catalog.get(turn.engine).session_timeout_s
+        except (NothingFound, ProtocolError, HandleUnusable, UnknownEngine, OSError):
+            return None
+        except Exception as error:
+            kind = type(error).__name__
+            log.warning("recovery.output_not_read", run_id=turn.run_id, error=kind, exc_info=True)
+            return None
+        return FoundEnd(end=end, wait_s=None if turn.require_user_reply else wait_s)
+
+    def _find(self, turn: OpenTurn) -> Asked | Succeeded:
+        if turn.boot_id != self.boot_id:  # a crash of the machine may have lost the last output
+            raise NothingFound
+        journal = self.workspaces.shim_journal(turn.run_key, turn.attempt, turn.turn)
+        ended = read_end(journal, turn.shim)
+        if ended is None or ended.exit_code != 0 or ended.end - ended.begin > REREAD_BYTES:
+            raise NothingFound
+        size = ended.end - ended.begin
+        kept = self.output.read(turn.run_key, turn.attempt, OutputChannel.STDOUT, ended.begin, size)
+        if len(kept.data) != size:
+            raise NothingFound
+        return end_of_output(kept.data, self.catalog.get(turn.engine).dialect, turn)
+
+
+def end_of_output(output: bytes, dialect: Dialect, turn: OpenTurn) -> Asked | Succeeded:
+    """Return the result or question with which the whole output of a process ends.
+
+    Raises:
+        NothingFound, ProtocolError, HandleUnusable: a living process with this output would not
+            have ended with a result or a question that can be used now.
+    """
+    session = turn.session
+    if session is not None and session.type != dialect.session_type:
+        raise HandleUnusable
+    is_resumed = session is not None and session.turn < turn.turn
+    handle = None if session is None else session.handle
+    listener = dialect.reread(handle, resumed=is_resumed)
+    rules = TurnRules(
+        profile=turn.profile,
+        resumes=session is not None,
+        ends_once=dialect.ends_once,
+        exit_grace_s=0.0,
+    )
+    state, sessions_named = TurnState(), 0
+    for line in _lines(output):
+        state, named = _take_line(state, line, listener, rules)
+        sessions_named += named
+    end = judge(state, ProcessEnd(exit_code=0, failure=listener.failure(0, "")))
+    if state.is_at_work or not isinstance(end, Asked | Succeeded):
+        raise NothingFound
+    # The session that the process named last must be the one on record.
+    if isinstance(end, Asked) and sessions_named > (session is not None and not is_resumed):
+        raise NothingFound
+    return end
+
+
+def _lines(output: bytes) -> list[bytes]:
+    *lines, last = output.split(b"\n")
+    return [*lines, last] if last else lines
+
+
+def _take_line(
+    state: TurnState, line: bytes, listener: Listener, rules: TurnRules
+) -> tuple[TurnState, int]:
+    """Return the state after a line, and how many sessions the line named."""
+    heard, sessions_named = listener.hear(line), 0
+    for event in (*heard.messages, LineRead(heard.at_work)):
+        state, action = advance(state, event, rules, now_s=0.0)
+        match action:
+            case CompareEnds(first, second) if not is_repeated(first, second):
+                raise NothingFound
+            case RecordQuestion():  # the output does not show whether the reply came after it
+                raise NothingFound
+            case RecordSession():
+                sessions_named += 1
+            case _:
+                pass
+        if state.protocol_error is not None:
+            raise NothingFound
+    return state, sessions_named

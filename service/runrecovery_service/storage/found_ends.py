@@ -1,0 +1,140 @@
+"""Turns whose end a recovery may find in the kept output, and the ends that it has found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from runrecovery_service.domain.found_end import FoundEnd
+from runrecovery_service.domain.recovery_matrix import QUESTION_RULE, RESULT_RULE
+from runrecovery_service.domain.run import InteractionState, Profile, Question, RunStatus, Session
+from runrecovery_service.domain.turn import Asked, Succeeded
+from runrecovery_service.storage.database import Database, Row
+from runrecovery_service.storage.recovery_scope import ApplyScope, RecoveryScope
+from runrecovery_service.storage.rows import (
+    enum_from_text,
+    options_to_json,
+    session_from_columns,
+    to_json,
+    to_us,
+)
+from runrecovery_service.storage.tables import live, sql_words
+
+RULES: Final = frozenset({RESULT_RULE, QUESTION_RULE})
+LAST_KEY: Final = (1 << 63) - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenTurn:
+    """A turn that is RUNNING on record, and its launch.
+
+    Attributes:
+        session: of the run; its handle is a secret.
+        boot_id: the boot of the machine in which the process was launched.
+        shim: pid and start ticks of its shim.
+        session_timeout_s: how long a question of the run waits; None: the engine's setting.
+    """
+
+    run_key: int
+    run_id: str
+    engine: str
+    profile: Profile | None
+    attempt: int
+    turn: int
+    session: Session | None = field(repr=False)
+    boot_id: str
+    shim: tuple[int, int]
+    session_timeout_s: float | None
+    require_user_reply: bool
+
+
+def open_turns(
+    db: Database, scope: RecoveryScope, *, first: int = 0, last: int = LAST_KEY
+) -> list[OpenTurn]:
+    """Return the turns of runs in scope with keys from `first` to `last`, without canceled runs."""
+    rows = db.fetch_all(
+        "SELECT r.id, r.run_id, r.engine, r.profile, r.attempt, r.turn, r.session_type,"
+        " r.session_value, r.session_turn, l.boot_id, l.pid, l.start_ticks, r.session_timeout_us,"
+        " r.require_user_reply FROM run r"
+        " JOIN process_lease l ON l.run = r.id AND l.attempt = r.attempt AND l.turn = r.turn"
+        f" WHERE r.status = '{RunStatus.RUNNING}' AND {live('r.')} AND r.owner = ?"
+        " AND r.owner_epoch < ? AND r.id BETWEEN ? AND ? AND r.cancel_requested_at IS NULL"
+        " AND l.pid IS NOT NULL AND l.start_ticks IS NOT NULL ORDER BY r.id",
+        (*scope.params, first, last),
+    )
+    return [_open_turn(row) for row in rows]
+
+
+def _open_turn(row: Row) -> OpenTurn:
+    key, run_id, engine, profile, attempt, turn, *session, boot_id, pid, ticks, wait_us, must = row
+    return OpenTurn(
+        run_key=key,
+        run_id=run_id,
+        engine=engine,
+        profile=enum_from_text(Profile, profile),
+        attempt=attempt,
+        turn=turn,
+        session=session_from_columns(*session),
+        boot_id=boot_id,
+        shim=(pid, ticks),
+        session_timeout_s=None if wait_us is None else wait_us / 1e6,
+        require_user_reply=must != 0,
+    )
+
+
+def facts_sql(found: Mapping[int, FoundEnd]) -> str:
+    """Return an expression for the facts of a run `r` that its kept output has, as bits."""
+    whens = " ".join(f"WHEN {key:d} THEN {end.fact.value}" for key, end in sorted(found.items()))
+    return f"CASE r.id {whens} ELSE 0 END" if found else "0"
+
+
+def record_batch(db: Database, scope: ApplyScope, *, first: int, last: int) -> None:
+    """Record the results and questions of runs that a recovery has just decided by them."""
+    rows = db.fetch_all(
+        "SELECT e.run, r.interaction_count FROM recovery_event e JOIN run r ON r.id = e.run"
+        " WHERE e.reconciliation = ? AND e.run BETWEEN ? AND ?"
+        f" AND e.rule IN ({sql_words(RULES)})",
+        (scope.reconciliation_key, first, last),
+    )
+    for key, questions in rows:
+        found = scope.found[key]
+        match found.end:
+            case Succeeded(output):
+                db.execute("UPDATE run SET output = ? WHERE id = ?", (to_json(output), key))
+            case Asked(question):
+                _ask(db, scope, key, questions + 1, question, found.wait_s)
+
+
+def _ask(
+    db: Database,
+    scope: ApplyScope,
+    run_key: int,
+    number: int,
+    question: Question,
+    wait_s: float | None,
+) -> None:
+    """Record a question as open. A run with deadlines of another clock loses that clock.
+
+    The recovery converts all of its deadlines together, later.
+    """
+    now_us, wait_us = to_us(scope.now), None if wait_s is None else round(wait_s * 1e6)
+    due_us = None if wait_us is None else scope.steady.us + wait_us
+    db.execute(
+        "UPDATE run SET interaction_count = ?, session_mark = NULL, wait_due_us = ?,"
+        " due_clock = CASE WHEN COALESCE(due_clock, ?) = ? THEN ? ELSE '' END WHERE id = ?",
+        (number, due_us, *(scope.steady.clock,) * 3, run_key),
+    )
+    db.execute(
+        "INSERT INTO interaction (run, no, kind, prompt, options, state, asked_at,"
+        f" wait_deadline_at) VALUES (?, ?, ?, ?, ?, '{InteractionState.OPEN}', ?, ?)",
+        (
+            run_key,
+            number,
+            question.kind.value,
+            question.prompt,
+            options_to_json(question.options),
+            now_us,
+            None if wait_us is None else now_us + wait_us,
+        ),
+    )
