@@ -1,8 +1,7 @@
-"""A short campaign of hostile input. FUZZ_CASES=5000 pytest tests/fuzz, or hostile.py, for more."""
+"""A short campaign of hostile input. `make fuzz` plays more cases, and finds every mutant out."""
 
 from __future__ import annotations
 
-import os
 import secrets
 from typing import Final
 
@@ -17,10 +16,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
 from runrecovery.v1 import errors_pb2
 
-CASES: Final = int(os.environ.get("FUZZ_CASES", "200"))
+CASES: Final = 200
 MUTANT_CASES: Final = 400
-QUICK_MUTANTS: Final = ("unknown", "writes", "path")
-"""Found out within a few dozen cases; `make fuzz` tries all."""
+QUICK_MUTANT: Final = "unknown"
+"""Found out within a few dozen cases."""
 
 
 def made(seed: int) -> list[Case]:
@@ -42,7 +41,6 @@ def made(seed: int) -> list[Case]:
     return found
 
 
-@pytest.mark.timeout(120 + CASES // 10)
 def test_no_input_gets_more_than_a_documented_refusal() -> None:
     summary = run_cases(secrets.randbelow(SEEDS), CASES)
 
@@ -50,9 +48,8 @@ def test_no_input_gets_more_than_a_documented_refusal() -> None:
     assert summary.played >= CASES
 
 
-@pytest.mark.parametrize("mutant", QUICK_MUTANTS)
-def test_the_campaign_finds_the_fault_of_a_broken_service(mutant: str) -> None:
-    assert is_found_out(mutant, 1, MUTANT_CASES)
+def test_the_campaign_finds_the_fault_of_a_broken_service() -> None:
+    assert is_found_out(QUICK_MUTANT, 1, MUTANT_CASES)
 
 
 def test_a_seed_gives_the_same_cases_again() -> None:
