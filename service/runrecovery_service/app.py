@@ -81,6 +81,7 @@ from runrecovery_service.storage.opening import open_database
 from runrecovery_service.storage.refusals import refusing
 from runrecovery_service.storage.sql_dialects import DatabaseKind
 from runrecovery_service.storage.use_case import retry_conflicts
+from runrecovery_service.systemd import SystemdNotifier
 
 log = structlog.get_logger()
 
@@ -227,6 +228,7 @@ class _App:
             ownership=ownership,
             recovery_runner=self._recovery_runner(),
             work=self._background_work(launcher, dispatcher),
+            systemd=SystemdNotifier.from_environment(self.gate, os.environ),
             max_connections=self.open_files.connections,
         )
 

@@ -45,6 +45,7 @@ from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import backup
 from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.database import Database
+from runrecovery_service.systemd import SystemdNotifier
 
 log = structlog.get_logger()
 
@@ -258,6 +259,7 @@ class Service:
     ownership: Ownership
     recovery_runner: RecoveryRunner
     work: BackgroundWork
+    systemd: SystemdNotifier
     max_connections: int
 
     async def run(self) -> None:
@@ -267,6 +269,7 @@ class Service:
             Exception: the error that stopped the service, if not a signal did.
         """
         Signals(self.stop).handle()
+        self.systemd.start()
         self.ownership.start()
         try:
             port = await self.server.bind(self.settings.listen, keeper_ended=self.stop.task_ended)
@@ -282,6 +285,7 @@ class Service:
             await self.stop.wait()
         finally:
             await self._shut_down()
+            await self.systemd.stop()
         if self.stop.failure is not None:
             raise self.stop.failure
 

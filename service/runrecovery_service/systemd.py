@@ -1,0 +1,121 @@
+"""Tells systemd what the service does: when it serves, what it waits for, and that it is alive.
+
+The protocol is that of sd_notify(3): datagrams to the socket that NOTIFY_SOCKET names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Final, Self
+
+import structlog
+
+from runrecovery_service.rpc.gate import Gate, ServiceState
+
+log = structlog.get_logger()
+
+INTERVAL_S: Final = 5.0
+"""The longest pause between two messages."""
+EXTENSION_S: Final = 30.0
+"""A start or a stop may take so much longer after each message, whatever time the unit allows. A
+service that hangs sends none, and systemd ends it after this time."""
+
+_STATUS: Final[Mapping[ServiceState, str]] = {
+    ServiceState.RECOVERING: "recovering the runs of earlier starts",
+    ServiceState.RECOVERY_FAILED: "the recovery failed, and will be tried again",
+    ServiceState.SERVING: "serving",
+    ServiceState.DRAINING: "stopping",
+}
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class SystemdNotifier:
+    """Sends the state of the gate at each change, and at least every few seconds.
+
+    The messages come from the event loop, so that systemd's watchdog notices a loop that hangs.
+
+    Attributes:
+        address: the socket of systemd; empty: nobody is told.
+        watchdog_s: systemd ends the service after so many seconds without a message; None: never.
+    """
+
+    gate: Gate
+    address: str
+    watchdog_s: float | None
+    _task: asyncio.Task[None] | None = field(default=None, init=False)
+    _ready: bool = field(default=False, init=False)
+    _failed: bool = field(default=False, init=False)
+
+    @classmethod
+    def from_environment(cls, gate: Gate, environ: Mapping[str, str]) -> Self:
+        """Return the notifier for the variables that systemd has set, if it has."""
+        watchdog_s = None
+        if environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
+            with suppress(ValueError):
+                watchdog_s = int(environ.get("WATCHDOG_USEC", "")) / 1e6
+        return cls(gate=gate, address=environ.get("NOTIFY_SOCKET", ""), watchdog_s=watchdog_s)
+
+    @property
+    def _path(self) -> str:
+        """The address as the system knows it: an abstract one begins with a NUL."""
+        return f"\0{self.address[1:]}" if self.address.startswith("@") else self.address
+
+    def start(self) -> None:
+        """Send messages from now on, if systemd waits for them."""
+        if self.address:
+            self._task = asyncio.create_task(self._run(), name="systemd")
+
+    async def stop(self) -> None:
+        """Send no more messages."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        interval_s = min(INTERVAL_S, (self.watchdog_s or INTERVAL_S) / 2)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+            channel.settimeout(0)
+            while True:
+                change = self.gate.change
+                self._send(channel, "\n".join(self.message()))
+                await self.gate.wait(change, timeout_s=interval_s)
+
+    def message(self) -> list[str]:
+        """Return the assignments of the next message."""
+        state = self.gate.state
+        lines = [f"STATUS={self._status(state)}"]
+        if state is ServiceState.SERVING and not self._ready:
+            self._ready = True
+            lines.append("READY=1")
+        if state is ServiceState.DRAINING:
+            lines.append("STOPPING=1")
+        if state is not ServiceState.SERVING:
+            lines.append(f"EXTEND_TIMEOUT_USEC={int(EXTENSION_S * 1e6)}")
+        if self.watchdog_s is not None:
+            lines.append("WATCHDOG=1")
+        return lines
+
+    def _status(self, state: ServiceState) -> str:
+        status = _STATUS[state]
+        if state is ServiceState.SERVING and not self.gate.storage_answers:
+            return f"{status}; the database does not answer"
+        if state is ServiceState.SERVING and not self.gate.listens:
+            return f"{status}; another process has the listen address"
+        if state is ServiceState.DRAINING and not self.gate.ends_streams:
+            return f"{status}; turns under way may end by themselves"
+        return status
+
+    def _send(self, channel: socket.socket, message: str) -> None:
+        try:
+            channel.sendto(message.encode(), self._path)
+        except OSError as error:  # systemd may be replaced, or its socket full
+            if not self._failed:
+                log.warning("service.systemd_not_notified", error=error.strerror)
+            self._failed = True
+        else:
+            self._failed = False
