@@ -5,9 +5,9 @@ stores sessions and refuses as they do. Its model asks a question in the first t
 turn, its result contains the answer and the prompt of the first turn.
 
 Each call of its model reads 100 tokens (60 from its cache) and writes 10 (4 of them reasoning,
-where the CLI reports that). Codex reports the total of its thread, the calls of killed processes
-included; Claude Code does so by modelUsage and the cost, and reports its process beside; Gemini CLI
-reports its process.
+where the CLI reports that). Codex reports the total of its thread; Claude Code (2.1.332) does so by
+modelUsage and the cost, and reports its process beside; Gemini CLI reports its process. None
+reports the calls of a process that was killed.
 Claude Code calls Bash as the lines `CALLS: a | b` of the first prompt say, in one message for each
 line, and runs the hooks of `--settings`. Its quirks with deferred calls are those of 2.1.197.
 
@@ -141,7 +141,7 @@ def codex(arguments: list[str], prompt: str) -> None:
     )  # fmt: skip
     item = {"id": "item_1", "type": "agent_message", "text": text}
     print_event({"type": "item.completed", "item": item})
-    calls = sum(line["payload"].get("type") == "task_started" for line in lines_of(path))
+    calls = sum(line["payload"].get("type") == "task_complete" for line in lines_of(path))
     used = {"input_tokens": 100, "cached_input_tokens": 60, "cache_write_input_tokens": 0,
             "output_tokens": 10, "reasoning_output_tokens": 4}  # fmt: skip
     total = {name: calls * tokens for name, tokens in used.items()}
@@ -397,7 +397,7 @@ def claude(arguments: list[str], prompt: str) -> None:
         {"type": "last-prompt", "lastPrompt": prompt, "sessionId": handle},
     )
     print_event({"type": "assistant", "message": message, "session_id": handle})
-    calls = sum(line["type"] == "user" for line in lines_of(path))
+    calls = sum(line["type"] == "assistant" for line in lines_of(path))
     used = {"input_tokens": 40, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 60,
             "output_tokens": 10}  # fmt: skip
     total = {"inputTokens": 40 * calls, "cacheReadInputTokens": 60 * calls,

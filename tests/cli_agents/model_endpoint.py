@@ -27,9 +27,11 @@ Json: TypeAlias = dict[str, Any]
 ASK: Final = "ASK"
 HANG: Final = "HANG"
 REFUSE: Final = "REFUSE"
+LOCKED: Final = "LOCKED"
 SHELL: Final = "SHELL:"
 """Words in a prompt. ASK: the model asks a question. HANG: its answer does not end. REFUSE: it
-answers with an error. SHELL: it has the CLI run the rest of the line as a shell command."""
+answers with an error. LOCKED: it refuses the credentials. SHELL: it has the CLI run the rest of the
+line as a shell command."""
 TOOL_ANSWERS: Final = ("function_call_output", "functionResponse", "tool_result")
 REFUSAL: Final = "the model is not for you"
 QUESTION: Final = "Which port?"
@@ -47,12 +49,14 @@ class Reply:
         hangs: the endpoint sends only the first half, and keeps the connection open.
         command: a shell command for the CLI, instead of a text.
         refusal: the message of an error, instead of an answer.
+        status: the HTTP status of the refusal.
     """
 
     text: str = ""
     hangs: bool = False
     command: str | None = None
     refusal: str | None = None
+    status: int = 400
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +92,8 @@ def question_then_result(request: ModelRequest) -> Reply:
     """Return a question for the first turn and a result for the next, or what the prompt wants."""
     if request.contains(REFUSE):
         return Reply(refusal=REFUSAL)
+    if request.contains(LOCKED):
+        return Reply(refusal=REFUSAL, status=401)
     if command := command_in(request):
         return Reply(command=command)
     if request.contains(HANG):
@@ -210,7 +216,8 @@ class _Handler(BaseHTTPRequestHandler):
                 if reply.refusal is None:
                     self._stream(vendor.events(reply), hangs=reply.hangs)
                 else:
-                    self._json({"error": {"message": reply.refusal, "code": 400}}, status=400)
+                    error = {"message": reply.refusal, "code": reply.status}
+                    self._json({"error": error}, status=reply.status)
                 return
         self.endpoint.unknown.append(f"POST {path}")
         self._json({}, status=404)
@@ -286,7 +293,10 @@ def openai(reply: Reply) -> list[str]:
     """Return the events of an answer of OpenAI's Responses API."""
     response, message = _new_id("resp"), _new_id("msg")
     usage = {"input_tokens": 10, "output_tokens": 5, "total_tokens": 15}
-    details = {"input_tokens_details": None, "output_tokens_details": None}
+    details = {
+        "input_tokens_details": {"cached_tokens": 4},
+        "output_tokens_details": {"reasoning_tokens": 2},
+    }
     ended = {"id": response, "usage": {**usage, **details}}
     if reply.command is None:
         said = _openai_text(message, reply.text)
@@ -315,7 +325,13 @@ def _openai_text(message: str, text: str) -> list[str]:
 
 def gemini(reply: Reply) -> list[str]:
     """Return the events of an answer of the Gemini API."""
-    usage = {"promptTokenCount": 10, "candidatesTokenCount": 5, "totalTokenCount": 15}
+    usage = {
+        "promptTokenCount": 10,
+        "cachedContentTokenCount": 4,
+        "candidatesTokenCount": 3,
+        "thoughtsTokenCount": 2,
+        "totalTokenCount": 15,
+    }
     parts: list[Json] = [{"text": half} for half in _halves(reply.text)]
     if reply.command is not None:
         call = {"name": "run_shell_command", "args": {"command": reply.command}}
@@ -339,7 +355,7 @@ def anthropic(reply: Reply) -> list[str]:
         "content": [],
         "stop_reason": None,
         "stop_sequence": None,
-        "usage": {"input_tokens": 10, "output_tokens": 1},
+        "usage": {"input_tokens": 6, "cache_read_input_tokens": 4, "output_tokens": 1},
     }
     block: Json = {"type": "text", "text": ""}
     deltas = [{"type": "text_delta", "text": half} for half in _halves(reply.text)]

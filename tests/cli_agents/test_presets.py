@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 from cli_agents.cli_setup import RealCliSetup, pids_of_sleep
 from cli_agents.clis import Cli
-from cli_agents.model_endpoint import OPTIONS, QUESTION, REFUSAL, REFUSE, ModelEndpoint
+from cli_agents.model_endpoint import (
+    LOCKED,
+    OPTIONS,
+    QUESTION,
+    REFUSAL,
+    REFUSE,
+    SHELL,
+    ModelEndpoint,
+)
 from google.protobuf.json_format import MessageToDict
 from support.api import status_word
 from support.waiting import until
@@ -189,6 +197,59 @@ def test_several_runs_with_one_agent_home_leave_no_trust_entry(
     assert all(endpoint.got(each.task, f"answer to {each.run_id}") for each in setups)
     until(lambda: not setup.trusts(), "the trust entries are removed")
     assert setup.settings.changed() == []
+
+
+def test_the_usage_of_a_run_is_what_the_model_sent(
+    cli: Cli, new_setup: NewSetup, endpoint: ModelEndpoint
+) -> None:
+    setup = new_setup()
+    service, api = setup.home.start()
+    waiting = setup.run_until_question(api)
+    first = len(endpoint.requests)
+    service.kill()
+    service, api = setup.home.start()
+    api.reply(setup.run_id, 1, "Ostend")
+    ended = setup.until(api, "SUCCEEDED", "FAILED")
+
+    for run, calls in ((waiting, first), (ended, len(endpoint.requests))):
+        used = run.usage
+        assert (used.input_tokens, used.cached_input_tokens) == (10 * calls, 4 * calls), run
+        assert used.output_tokens == 5 * calls
+        assert used.reasoning_output_tokens == (0 if cli.name == "claude" else 2 * calls)
+        assert used.HasField("cost_usd") is (cli.name == "claude")
+    assert first < len(endpoint.requests)
+
+
+def test_the_calls_of_a_killed_turn_count_as_far_as_the_cli_reports_them(
+    cli: Cli, new_setup: NewSetup, endpoint: ModelEndpoint
+) -> None:
+    setup = new_setup(unattended=True, restart_policy="resume")
+    service, api = setup.home.start()
+    setup.create_run(api, f"{SHELL} [ -e once ] || {{ touch once; sleep 60; }}\n")
+    until(lambda: [*setup.home.data.rglob("once")], "the command runs", timeout_s=90.0)
+    if cli.name == "claude":
+        until(lambda: api.get(setup.run_id).HasField("usage"), "the first call is on record")
+    killed = len(endpoint.requests)
+    service.kill()
+    _, api = setup.home.start()
+    ended = setup.until(api, "SUCCEEDED", "FAILED")
+
+    counted = len(endpoint.requests) - (0 if cli.name == "claude" else killed)
+    assert status_word(ended) == "SUCCEEDED", ended
+    assert ended.usage.input_tokens == 10 * counted
+
+
+def test_refused_credentials_end_the_turn(cli: Cli, new_setup: NewSetup) -> None:
+    setup = new_setup()
+    _, api = setup.home.start()
+    setup.create_run(api, LOCKED)
+
+    failed = setup.until(api, "FAILED")
+
+    # Codex and Gemini CLI give up by themselves.
+    assert failed.error.code in {"ENGINE_UNAUTHENTICATED", "ENGINE_FAILED"}
+    assert cli.name != "claude" or failed.error.code == "ENGINE_UNAUTHENTICATED", failed
+    assert not setup.processes()
 
 
 def test_the_clis_error_message_is_the_error_of_the_run(cli: Cli, new_setup: NewSetup) -> None:

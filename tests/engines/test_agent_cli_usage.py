@@ -55,6 +55,7 @@ def claude_result(calls: int, *, of_process: int, cost: float) -> JsonObject:
                 "cacheReadInputTokens": 70 * calls,
                 "cacheCreationInputTokens": 20 * calls,
                 "costUSD": cost,
+                "thinkingTokens": 2 * calls,
             },
             "small": {"inputTokens": calls, "outputTokens": calls},
         },
@@ -67,6 +68,7 @@ def claude_usage(calls: int, cost_nanos: int) -> Usage:
         cached_input_tokens=70 * calls,
         cache_write_input_tokens=20 * calls,
         output_tokens=6 * calls,
+        reasoning_output_tokens=2 * calls,
         cost_nanos=cost_nanos,
         model="big",
     )

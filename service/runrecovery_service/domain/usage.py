@@ -145,7 +145,7 @@ class SessionUsage:
     Attributes:
         total: the latest total of the session; None: none.
         calls: what processes have used since, whose turn was cut off before its total. The next
-            total may have this or not.
+            total may have this or not: the CLIs seen so far do not, but nothing promises it.
     """
 
     total: Usage | None = None

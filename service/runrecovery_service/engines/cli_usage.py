@@ -153,6 +153,7 @@ def _claude_models(by_model: dict[str, JsonValue]) -> Iterator[Usage]:
                 output_tokens=said.get("outputTokens"),
                 cached=cached,
                 cache_write=written,
+                reasoning=said.get("thinkingTokens", 0),
             )
 
 
