@@ -7,12 +7,11 @@ import os
 import secrets
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import structlog
 
 from runrecovery_service import early_signals
-from runrecovery_service.access_setup import read_callers, tls_files
 from runrecovery_service.agents.blocking_store import LoopStore
 from runrecovery_service.agents.end_launches import LaunchEnder
 from runrecovery_service.agents.output import OutputFiles
@@ -25,6 +24,7 @@ from runrecovery_service.daemon_threads import new_event_loop
 from runrecovery_service.domain.reconciliation import Cause, Containment
 from runrecovery_service.domain.start_errors import ContainmentRefused
 from runrecovery_service.engine_setup import build_catalog
+from runrecovery_service.entrance import Entrance
 from runrecovery_service.execution.deadlines import Deadlines
 from runrecovery_service.execution.dispatcher import Dispatcher
 from runrecovery_service.execution.found_ends import EndFinder
@@ -63,13 +63,11 @@ from runrecovery_service.recovery.bulk_session_check import BulkSessionCheck
 from runrecovery_service.recovery.plan import Planner
 from runrecovery_service.recovery.reconcile import Recovery, RecoveryLimits
 from runrecovery_service.recovery.status import RecoveryStatus
-from runrecovery_service.rpc.callers import CallerGuard, CallerTable
 from runrecovery_service.rpc.gate import Gate
-from runrecovery_service.rpc.listen_address import count_addresses, parse_listen_address
+from runrecovery_service.rpc.listen_address import parse_listen_address
 from runrecovery_service.rpc.recovery_service import RecoveryDeps
 from runrecovery_service.rpc.run_service import RunDeps, RunLimits
 from runrecovery_service.rpc.server import GrpcServer, ServerLimits, build_server, start_grpc
-from runrecovery_service.rpc.tls import ServerTls
 from runrecovery_service.steady_thread_pool import SteadyThreadPool
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import instances
@@ -98,12 +96,14 @@ def serve(settings: Settings) -> None:
     open_files = plan_open_files(settings)
     open_files.apply()
     # Before anything is claimed: a name server that does not answer takes long.
-    entrance = _Entrance.make(settings, open_files)
+    entrance = Entrance.make(settings, open_files)
     with ServiceLocks.acquire(settings) as locks, SteadyThreadPool(1, "probe") as prober:
         early_signals.hold()
         # Before the store is migrated and an epoch is claimed: a start that no client could reach
         # must change nothing, and must not count as a start without a finished recovery.
         parse_listen_address(settings.listen).check_bindable()
+        if settings.probe_listen:
+            parse_listen_address(settings.probe_listen).check_bindable()
         # Beside the rest of the start: the probe waits some 30 ms for processes.
         probe = prober.submit(prove_containment, watermark_bits())
         db = open_database(settings.database, locks.data_dir, locks=locks.locks)
@@ -120,38 +120,9 @@ async def _run(
     db: Database,
     probe: Future[Containment],
     open_files: OpenFiles,
-    entrance: _Entrance,
+    entrance: Entrance,
 ) -> None:
     await _App(settings, locks, db, probe, open_files).service(entrance).run()
-
-
-@dataclass(frozen=True, slots=True)
-class _Entrance:
-    """How callers get in.
-
-    Attributes:
-        per_address: the most connections of each address that the server listens on.
-        tls: None: connections are not encrypted.
-        guard: None: whoever connects may do everything.
-    """
-
-    per_address: int
-    tls: ServerTls | None
-    guard: CallerGuard | None
-
-    @classmethod
-    def make(cls, settings: Settings, open_files: OpenFiles) -> _Entrance:
-        """Read the files of TLS and the tokens.
-
-        Raises:
-            TlsRefused, CallersRefused: they cannot be used.
-        """
-        files, known = tls_files(settings), read_callers(settings)
-        return cls(
-            per_address=open_files.connections // count_addresses(settings.listen),
-            tls=None if files is None else ServerTls(files),
-            guard=CallerGuard(CallerTable(known)) if known else None,
-        )
 
 
 class _App:
@@ -214,7 +185,7 @@ class _App:
             checks=session_checks(self.catalog), workspace=self.workspaces.workspace
         )
 
-    def service(self, entrance: _Entrance) -> Service:
+    def service(self, entrance: Entrance) -> Service:
         """Return the service."""
         launcher = self._launcher()
         dispatcher = self._dispatcher(launcher)
@@ -229,7 +200,8 @@ class _App:
             recovery_runner=self._recovery_runner(),
             work=self._background_work(launcher, dispatcher),
             systemd=SystemdNotifier.from_environment(self.gate, os.environ),
-            max_connections=self.open_files.connections,
+            max_connections=entrance.connections,
+            probe=entrance.probe(self.gate),
         )
 
     def _launcher(self) -> Launcher:
@@ -296,7 +268,7 @@ class _App:
             stop=self.stop,
         )
 
-    def _server(self, entrance: _Entrance) -> GrpcServer:
+    def _server(self, entrance: Entrance) -> GrpcServer:
         settings = self.settings
         return build_server(
             self.gate,

@@ -250,6 +250,7 @@ class Service:
 
     Attributes:
         max_connections: client connections at one time, for the log.
+        probe: answers health checks on an address of their own.
     """
 
     settings: Settings
@@ -261,6 +262,7 @@ class Service:
     work: BackgroundWork
     systemd: SystemdNotifier
     max_connections: int
+    probe: GrpcServer | None
 
     async def run(self) -> None:
         """Bind, recover, serve until a stop, and stop in order.
@@ -272,12 +274,7 @@ class Service:
         self.systemd.start()
         self.ownership.start()
         try:
-            port = await self.server.bind(self.settings.listen, keeper_ended=self.stop.task_ended)
-            log.info(
-                "service.listening",
-                address=bound_address(self.settings.listen, port),
-                max_connections=self.max_connections,
-            )
+            await self._listen()
             await self._report_containment()
             report = await self.recovery_runner.recover()
             if report is not None and not self.stop.is_set():
@@ -288,6 +285,16 @@ class Service:
             await self.systemd.stop()
         if self.stop.failure is not None:
             raise self.stop.failure
+
+    async def _listen(self) -> None:
+        ended = self.stop.task_ended
+        listen, probe_listen = self.settings.listen, self.settings.probe_listen
+        address = bound_address(listen, await self.server.bind(listen, keeper_ended=ended))
+        more = {}
+        if self.probe is not None:
+            port = await self.probe.bind(probe_listen, keeper_ended=ended)
+            more = {"probe_address": bound_address(probe_listen, port)}
+        log.info("service.listening", address=address, max_connections=self.max_connections, **more)
 
     async def _report_containment(self) -> None:
         """Log what the probe proved. Policy `strict` refuses the start if that is too little."""
@@ -339,6 +346,8 @@ class Service:
         await self._step("threads", asyncio.to_thread(work.threads.shutdown))
         if not isinstance(self.stop.failure, Fenced | LeaseLost | StoreLost):
             await self._step("lease", self.ownership.resign())
+        if self.probe is not None:
+            await self._step("probe", self.probe.stop(grace_s=0.0))
         await self._step("storage", asyncio.to_thread(self.ownership.storage.close))
         log.info("service.stopped", epoch=self.ownership.owner.epoch)
 

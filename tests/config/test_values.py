@@ -131,6 +131,8 @@ def test_a_lease_may_last_from_three_seconds_to_an_hour(load: Load, text: str) -
         ("listen = '127.0.0.1:65536'", "listen", "the port must be from 0"),
         ("listen = '127.0.0.1:http'", "listen", "the port must be from 0"),
         ("listen = 'unix:'", "listen", "needs a path"),
+        ("probe_listen = 'unix:/a'", "probe_listen", "a probe needs TCP"),
+        ("probe_listen = 'a'", "probe_listen", "must be HOST:PORT"),
         ("lease_ttl_s = 2.9", "lease_ttl_s", "must be from 3 to 3600 seconds, not 2.9"),
         ("lease_ttl_s = 3601", "lease_ttl_s", "must be from 3 to 3600 seconds, not 3601"),
         ("lease_ttl_s = '15s'", "lease_ttl_s", "must be a number of seconds"),
@@ -237,10 +239,13 @@ def test_an_address_of_this_machine_only_needs_no_permission(load: Load, listen:
     "listen",
     ["0.0.0.0:1", "[::]:1", "10.0.0.1:1", "example.com:1", "127.0.0.1.nip.io:1", "127.1:1"],
 )
-def test_an_address_that_other_machines_can_reach_needs_insecure_listen(
+def test_an_address_that_other_machines_can_reach_needs_tls_and_callers_or_insecure_listen(
     load: Load, problems: Problems, listen: str
 ) -> None:
-    (problem,) = problems(flags={"listen": listen})
+    said = "flag --listen: {} can be reached from other machines, and there is no {}; add what"
+    for toml, missing in (("", "[tls] and no [[callers]]"), (TLS, "[[callers]]"), (CALLER, "[tls]")):
+        (problem,) = problems(toml, flags={"listen": listen})
+        assert problem.startswith(said.format(listen, missing))
 
-    assert problem.startswith(f"flag --listen: {listen} can be reached from other machines")
+    assert listen == load(TLS + CALLER, flags={"listen": listen}).listen
     assert listen == load("insecure_listen = true", flags={"listen": listen}).listen

@@ -196,10 +196,13 @@ def _read(layer: _Layer, problems: list[str]) -> dict[str, object]:
 
 def _contradictions(settings: Settings, places: Mapping[str, str]) -> Iterator[str]:
     """Yield the problems of values that are valid alone and not together."""
-    if not settings.insecure_listen and not values.is_loopback(settings.listen):
+    missing = [] if settings.tls else ["[tls]"]
+    missing += [] if settings.callers else ["[[callers]]"]
+    if missing and not settings.insecure_listen and not values.is_loopback(settings.listen):
         yield (
-            f"{places['listen']}: {settings.listen} can be reached from other machines and the"
-            " connection is not encrypted; listen on 127.0.0.1, or set insecure_listen = true"
+            f"{places['listen']}: {settings.listen} can be reached from other machines, and there"
+            f" is no {' and no '.join(missing)}; add what is missing, listen on 127.0.0.1, or set"
+            " insecure_listen = true"
         )
     for index, caller in enumerate(settings.callers):
         place = f"{places['callers']}[{index}]"

@@ -191,7 +191,8 @@ class Settings:
 
     Attributes:
         listen: HOST:PORT (port 0: any free one), [IPV6]:PORT or unix:PATH.
-        insecure_listen: allow `listen` to be reached from other machines, without encryption.
+        insecure_listen: allow `listen` to be reached from other machines without TLS or callers.
+        probe_listen: HOST:PORT that answers health checks only, in plaintext. Empty: none.
         data_dir: outputs, workspaces, the lock, and the SQLite database unless `database` names
             another place.
         database: empty: SQLite in `data_dir`; else `postgresql://…` or `sqlite:///path`.
@@ -240,6 +241,7 @@ class Settings:
 
     listen: Annotated[str, values.listen] = defaults.LISTEN
     insecure_listen: Annotated[bool, values.boolean] = False
+    probe_listen: Annotated[str, values.probe_listen] = ""
     data_dir: Annotated[Path, values.path] = Path("./runrecovery-data")
     database: Annotated[str, values.database] = field(default="", repr=False)
     instance: Annotated[str, values.name] = "default"

@@ -165,6 +165,13 @@ def listen(value: object) -> str:
     return address
 
 
+def probe_listen(value: object) -> str:
+    address = text(value)
+    if _is_socket_file(address):
+        raise InvalidValue("must be empty, HOST:PORT or [IPV6]:PORT: a probe needs TCP")
+    return listen(address) if address else ""
+
+
 def _is_socket_file(address: str) -> bool:
     return address.startswith(("unix:", "unix-abstract:"))
 

@@ -50,6 +50,10 @@ MIN_PING_INTERVAL_MS: Final = 9_000
 """Clients that ping more often are disconnected. The docs allow a ping every 10 s; the margin is
 for pings that are delayed on their way. The Python client pings every 30 s."""
 
+IDLE_S: Final = 300.0
+PROBE_REQUEST_BYTES: Final = 4096
+"""A health request has a name."""
+
 CHECK_INTERVAL_S: Final = 0.2
 """How often the server is checked for having ended by itself."""
 STOP_CHECK_S: Final = 0.01
@@ -75,7 +79,7 @@ class ServerLimits:
     stall_s: float
     max_request_bytes: int
     max_connections: int = 10_000
-    idle_s: float = 300.0
+    idle_s: float = IDLE_S
 
 
 class GrpcServer:
@@ -90,14 +94,22 @@ class GrpcServer:
     def __init__(
         self,
         build: Callable[[], grpc.aio.Server],
-        gate: Gate,
-        wrapper: MethodWrapper,
+        calls: OpenCalls,
+        *,
+        gate: Gate | None = None,
         tls: ServerTls | None = None,
     ) -> None:
+        """Make the server; it does not listen yet.
+
+        Args:
+            calls: the calls that a stop waits for.
+            gate: told whether the address is the service's. None: health does not depend on it.
+            tls: None: connections are not encrypted.
+        """
         self._build = build
         self._tls = tls
         self._gate = gate
-        self._calls = wrapper.calls
+        self._calls = calls
         self._server = build()
         self._sockets: ServerSockets | None = None
         self._address: ListenAddress | None = None
@@ -216,9 +228,10 @@ class GrpcServer:
         """
         if holder is Holder.NOBODY:
             log.error("rpc.address_lost", holder="nobody")
-        elif holder is Holder.ANOTHER and self._gate.listens:
-            log.error("rpc.address_lost", holder="another service")
-        self._gate.set_listens(listens=holder is not Holder.ANOTHER)
+        elif self._gate is not None:
+            if holder is Holder.ANOTHER and self._gate.listens:
+                log.error("rpc.address_lost", holder="another service")
+            self._gate.set_listens(listens=holder is not Holder.ANOTHER)
         return holder is Holder.NOBODY
 
     async def _wait_for_end(self, seconds: float) -> Exception | None:
@@ -300,7 +313,26 @@ def build_server(
         server.add_generic_rpc_handlers(all_handlers)
         return server
 
-    return GrpcServer(build, gate, wrapper, tls)
+    return GrpcServer(build, wrapper.calls, gate=gate, tls=tls)
+
+
+def build_probe_server(gate: Gate, *, max_connections: int) -> GrpcServer:
+    """Return a server that answers health checks only, in plaintext; it does not listen yet."""
+    calls = OpenCalls()
+    limits = ServerLimits(
+        max_concurrent_calls=max_connections,
+        max_concurrent_streams=max_connections,
+        stall_s=IDLE_S,
+        max_request_bytes=PROBE_REQUEST_BYTES,
+        max_connections=max_connections,
+    )
+
+    def build() -> grpc.aio.Server:
+        server = grpc.aio.server(options=_options(limits))
+        server.add_generic_rpc_handlers((health_handlers(HealthServicer(gate), calls),))
+        return server
+
+    return GrpcServer(build, calls)
 
 
 def handlers(

@@ -1,0 +1,61 @@
+"""How callers get in: TLS, who they are, and how many connections they may have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from runrecovery_service.access_setup import read_callers, tls_files
+from runrecovery_service.config.settings import Settings
+from runrecovery_service.process.open_files import OpenFiles
+from runrecovery_service.rpc.callers import CallerGuard, CallerTable
+from runrecovery_service.rpc.gate import Gate
+from runrecovery_service.rpc.listen_address import count_addresses
+from runrecovery_service.rpc.server import GrpcServer, build_probe_server
+from runrecovery_service.rpc.tls import ServerTls
+
+PROBE_CONNECTIONS: Final = 16
+"""Connections to `probe_listen`. They are taken from those of callers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entrance:
+    """How callers get in.
+
+    Attributes:
+        connections: the most connections of all addresses of `listen` together.
+        per_address: the most of each of them.
+        probe_connections: the most of each address of `probe_listen`; 0: there is none.
+        tls: None: connections are not encrypted.
+        guard: None: whoever connects may do everything.
+    """
+
+    connections: int
+    per_address: int
+    probe_connections: int
+    tls: ServerTls | None
+    guard: CallerGuard | None
+
+    @classmethod
+    def make(cls, settings: Settings, open_files: OpenFiles) -> Entrance:
+        """Read the files of TLS and the tokens.
+
+        Raises:
+            TlsRefused, CallersRefused: they cannot be used.
+        """
+        files, known = tls_files(settings), read_callers(settings)
+        probing = PROBE_CONNECTIONS if settings.probe_listen else 0
+        connections = open_files.connections - probing
+        return cls(
+            connections=connections,
+            per_address=connections // count_addresses(settings.listen),
+            probe_connections=probing and probing // count_addresses(settings.probe_listen),
+            tls=None if files is None else ServerTls(files),
+            guard=CallerGuard(CallerTable(known)) if known else None,
+        )
+
+    def probe(self, gate: Gate) -> GrpcServer | None:
+        """Return the server of `probe_listen`, if there is one."""
+        if not self.probe_connections:
+            return None
+        return build_probe_server(gate, max_connections=self.probe_connections)

@@ -1,0 +1,49 @@
+"""The address for probes: health checks in plaintext, whatever protects the other one."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from contextlib import closing
+
+import grpc
+from support.api import Api, refused
+from support.callers import caller
+from support.certificates import Authority
+from support.service import Home
+
+NewHome = Callable[..., Home]
+
+
+def test_probes_are_answered_in_plaintext_beside_tls_and_callers(new_home: NewHome) -> None:
+    authority = Authority()
+    home = new_home(
+        probe_listen="127.0.0.1:0",
+        callers=[caller("a", "operator")],
+        credentials=authority.trust(),
+    )
+    certificate, key = authority.issue("127.0.0.1").write(home.path, "server")
+    home.write_config(tls={"certificate": str(certificate), "key": str(key)})
+    service, api = home.start()
+    listening = service.until_event("service.listening")
+
+    with closing((probe := Api(listening["probe_address"])).channel):
+        names = ("", "liveness", "runrecovery.v1.RecoveryService")
+        assert [probe.health_of(name) for name in names] == ["SERVING"] * 3
+        assert refused(lambda: probe.get("r")).code is grpc.StatusCode.UNIMPLEMENTED
+    assert api.health_of() == "SERVING"
+    assert service.stop() == 0
+
+
+def test_a_taken_address_for_probes_ends_the_start_with_5(new_home: NewHome) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        home = new_home(probe_listen=address)
+
+        service = home.spawn()
+
+        assert service.exit_code() == 5
+        assert f"cannot listen on {address}" in service.text
+        assert not home.database.exists()
