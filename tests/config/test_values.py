@@ -243,7 +243,11 @@ def test_an_address_that_other_machines_can_reach_needs_tls_and_callers_or_insec
     load: Load, problems: Problems, listen: str
 ) -> None:
     said = "flag --listen: {} can be reached from other machines, and there is no {}; add what"
-    for toml, missing in (("", "[tls] and no [[callers]]"), (TLS, "[[callers]]"), (CALLER, "[tls]")):
+    for toml, missing in (
+        ("", "[tls] and no [[callers]]"),
+        (TLS, "[[callers]]"),
+        (CALLER, "[tls]"),
+    ):
         (problem,) = problems(toml, flags={"listen": listen})
         assert problem.startswith(said.format(listen, missing))
 

@@ -236,6 +236,8 @@ def test_every_field_of_the_contract_can_be_filled() -> None:
         resume_count=1,
         resume_at=AT,
         session_timeout_s=1.5,
+        created_by="a",
+        canceled_by="b",
         usage=USAGE,
         budget=Budget(max_tokens=7, max_cost_nanos=500_000_000),
     )

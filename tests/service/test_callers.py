@@ -16,6 +16,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 from runrecovery.v1 import recovery_service_pb2 as recovery_pb
 from runrecovery.v1 import run_service_pb2 as pb
+from runrecovery.v1.run_pb2 import RunEventKind
 from support.api import Api, Refusal, refusal_of, refused
 from support.callers import caller, digest_of, token_of
 from support.service import Home, ServiceProcess
@@ -236,6 +237,37 @@ def test_wrong_tokens_lock_nobody_out_and_write_one_line(
     lines = [event for event in service.events("rpc.call_refused") if event["caller"] == ""]
     assert len(lines) == 1
     assert token_of("wrong") not in service.text
+
+
+# -- what is recorded ----------------------------------------------------------------------------
+
+
+def test_every_change_records_its_caller(connect: Connect, service: ServiceProcess) -> None:
+    creator, replier = connect("creator"), connect("replier")
+    run = creator.create("resumable", {"questions": [{"prompt": "a"}, {"prompt": "b"}]})
+    assert (run.created_by, run.canceled_by) == ("creator", "")
+    creator.until_status(run.run_id, "WAITING_USER")
+    replier.reply(run.run_id, 1, "yes")
+    until(lambda: replier.get(run.run_id).interaction_count == 2, "the second question is asked")
+    creator.until_status(run.run_id, "WAITING_USER")
+    canceled = connect("operator").cancel(run.run_id)
+    again = connect("replier").cancel(run.run_id)
+
+    assert (canceled.created_by, canceled.canceled_by) == ("creator", "operator")
+    assert again.canceled_by == "operator"
+    first, second = replier.interactions(run.run_id)
+    assert (first.replied_by, second.replied_by) == ("replier", "")
+    watch = creator.runs.WatchRun(pb.WatchRunRequest(run_id=run.run_id, after_sequence=0))
+    assert [
+        (RunEventKind.Name(update.event.kind).removeprefix("RUN_EVENT_KIND_"), update.event.caller)
+        for update in watch
+        if update.event.caller
+    ] == [("CREATED", "creator"), ("ANSWERED", "replier"), ("CANCELED", "operator")]
+    logged = [event for event in service.events("audit.changed") if event["run_id"] == run.run_id]
+    assert [(event["caller"], event["method"]) for event in logged] == [
+        ("creator", "CreateRun"), ("replier", "SubmitReply"), ("operator", "CancelRun"),
+        ("replier", "CancelRun"),
+    ]  # fmt: skip
 
 
 # -- engines -------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from runrecovery_service.domain.errors import (
 )
 from runrecovery_service.domain.run import RecoveryState, Run, RunStatus
 from runrecovery_service.domain.turn import Succeeded
-from runrecovery_service.storage import deadlines, decisions, interactions, reopening
+from runrecovery_service.storage import deadlines, decisions, events, interactions, reopening
 from storage.service_store import REOPEN_S, ServiceStore, receipt
 
 ENGINE_WAIT_S = 90.0
@@ -69,6 +69,16 @@ def test_the_question_of_a_reopened_run_waits_as_long_as_its_engine_says(
 
     assert back.pending is not None
     assert back.pending.wait_deadline_at == store.now + timedelta(seconds=ENGINE_WAIT_S)
+
+
+def test_the_caller_that_reopened_a_run_is_in_its_events(store: ServiceStore) -> None:
+    back = reopen(store, lost(store), caller="ops")
+
+    found = events.events_after(store.db, back, 0)
+
+    assert [(event.kind, event.caller) for event in found[-2:]] == [
+        ("RECOVERED", None), ("REOPENED", "ops"),
+    ]  # fmt: skip
 
 
 def test_a_candidate_shows_no_handle(store: ServiceStore) -> None:

@@ -607,6 +607,7 @@ class Interaction(_message.Message):
     REPLIED_AT_FIELD_NUMBER: _builtins.int
     AUTO_DECIDED_FIELD_NUMBER: _builtins.int
     TOOL_CALL_FIELD_NUMBER: _builtins.int
+    REPLIED_BY_FIELD_NUMBER: _builtins.int
     interaction_id: _builtins.int
     """OUTPUT_ONLY. Number of the question in its run, from 1."""
     kind: Global___InteractionKind.ValueType
@@ -616,6 +617,10 @@ class Interaction(_message.Message):
     auto_decided: _builtins.bool
     """OUTPUT_ONLY. True when nobody answered in time, so that the service answered with null.
     The engine is told this and decides by itself; a call that waits for permission is denied.
+    """
+    replied_by: _builtins.str
+    """OUTPUT_ONLY. The caller that answered; empty without an answer, when it was decided
+    automatically, and where no callers are configured.
     """
     @_builtins.property
     def options(self) -> _containers.RepeatedCompositeFieldContainer[Global___InteractionOption]:
@@ -651,10 +656,11 @@ class Interaction(_message.Message):
         replied_at: _timestamp_pb2.Timestamp | None = ...,
         auto_decided: _builtins.bool = ...,
         tool_call: Global___ToolCall | None = ...,
+        replied_by: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["asked_at", b"asked_at", "replied_at", b"replied_at", "response", b"response", "tool_call", b"tool_call"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked_at", b"asked_at", "auto_decided", b"auto_decided", "interaction_id", b"interaction_id", "kind", b"kind", "options", b"options", "prompt", b"prompt", "replied_at", b"replied_at", "response", b"response", "tool_call", b"tool_call"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked_at", b"asked_at", "auto_decided", b"auto_decided", "interaction_id", b"interaction_id", "kind", b"kind", "options", b"options", "prompt", b"prompt", "replied_at", b"replied_at", "replied_by", b"replied_by", "response", b"response", "tool_call", b"tool_call"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -839,6 +845,8 @@ class Run(_message.Message):
     USAGE_FIELD_NUMBER: _builtins.int
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     MAX_COST_USD_FIELD_NUMBER: _builtins.int
+    CREATED_BY_FIELD_NUMBER: _builtins.int
+    CANCELED_BY_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """OUTPUT_ONLY. The id of the run: `[a-z0-9][a-z0-9_-]{0,63}`."""
     engine: _builtins.str
@@ -873,6 +881,12 @@ class Run(_message.Message):
     """
     max_cost_usd: _builtins.float
     """OUTPUT_ONLY. The same for usage.cost_usd."""
+    created_by: _builtins.str
+    """OUTPUT_ONLY. The caller that created the run; empty where no callers are configured."""
+    canceled_by: _builtins.str
+    """OUTPUT_ONLY. The caller whose cancel was accepted; empty before, and where no callers are
+    configured.
+    """
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """OUTPUT_ONLY. The caller's own labels."""
@@ -979,10 +993,12 @@ class Run(_message.Message):
         usage: Global___Usage | None = ...,
         max_tokens: _builtins.int | None = ...,
         max_cost_usd: _builtins.float | None = ...,
+        created_by: _builtins.str = ...,
+        canceled_by: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_cost_usd", b"_max_cost_usd", "_max_tokens", b"_max_tokens", "created_at", b"created_at", "ended_at", b"ended_at", "error", b"error", "input", b"input", "interactive_profile", b"interactive_profile", "max_cost_usd", b"max_cost_usd", "max_tokens", b"max_tokens", "output", b"output", "pending_interaction", b"pending_interaction", "recovery", b"recovery", "reopenable_until", b"reopenable_until", "resume_at", b"resume_at", "run_deadline_at", b"run_deadline_at", "session", b"session", "started_at", b"started_at", "updated_at", b"updated_at", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_cost_usd", b"_max_cost_usd", "_max_tokens", b"_max_tokens", "attempt", b"attempt", "auto_decided_count", b"auto_decided_count", "cancel_requested", b"cancel_requested", "created_at", b"created_at", "ended_at", b"ended_at", "engine", b"engine", "error", b"error", "etag", b"etag", "holds_slot", b"holds_slot", "input", b"input", "interaction_count", b"interaction_count", "interactive_profile", b"interactive_profile", "labels", b"labels", "max_cost_usd", b"max_cost_usd", "max_tokens", b"max_tokens", "output", b"output", "pending_interaction", b"pending_interaction", "recovery", b"recovery", "reopenable_until", b"reopenable_until", "restart_policy", b"restart_policy", "resume_at", b"resume_at", "resume_count", b"resume_count", "run_deadline_at", b"run_deadline_at", "run_id", b"run_id", "session", b"session", "started_at", b"started_at", "status", b"status", "updated_at", b"updated_at", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_cost_usd", b"_max_cost_usd", "_max_tokens", b"_max_tokens", "attempt", b"attempt", "auto_decided_count", b"auto_decided_count", "cancel_requested", b"cancel_requested", "canceled_by", b"canceled_by", "created_at", b"created_at", "created_by", b"created_by", "ended_at", b"ended_at", "engine", b"engine", "error", b"error", "etag", b"etag", "holds_slot", b"holds_slot", "input", b"input", "interaction_count", b"interaction_count", "interactive_profile", b"interactive_profile", "labels", b"labels", "max_cost_usd", b"max_cost_usd", "max_tokens", b"max_tokens", "output", b"output", "pending_interaction", b"pending_interaction", "recovery", b"recovery", "reopenable_until", b"reopenable_until", "restart_policy", b"restart_policy", "resume_at", b"resume_at", "resume_count", b"resume_count", "run_deadline_at", b"run_deadline_at", "run_id", b"run_id", "session", b"session", "started_at", b"started_at", "status", b"status", "updated_at", b"updated_at", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_cost_usd: _TypeAlias = _typing.Literal["max_cost_usd"]  # noqa: Y015
     _WhichOneofArgType__max_cost_usd: _TypeAlias = _typing.Literal["_max_cost_usd", b"_max_cost_usd"]  # noqa: Y015
@@ -1011,6 +1027,7 @@ class RunEvent(_message.Message):
     RUN_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    CALLER_FIELD_NUMBER: _builtins.int
     kind: Global___RunEventKind.ValueType
     """OUTPUT_ONLY. What happened."""
     status: Global___RunStatus.ValueType
@@ -1024,6 +1041,10 @@ class RunEvent(_message.Message):
     message: _builtins.str
     """OUTPUT_ONLY. What the agent reported, for people; set for RETRYING only. Not stable; do not
     parse it.
+    """
+    caller: _builtins.str
+    """OUTPUT_ONLY. The caller that caused the event, for CREATED, ANSWERED, CANCEL_REQUESTED,
+    CANCELED at once, and REOPENED; empty where no callers are configured.
     """
     @_builtins.property
     def happened_at(self) -> _timestamp_pb2.Timestamp:
@@ -1059,10 +1080,11 @@ class RunEvent(_message.Message):
         run: Global___Run | None = ...,
         usage: Global___Usage | None = ...,
         message: _builtins.str = ...,
+        caller: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["happened_at", b"happened_at", "recovery", b"recovery", "run", b"run", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "error_code", b"error_code", "happened_at", b"happened_at", "interaction_id", b"interaction_id", "kind", b"kind", "message", b"message", "recovery", b"recovery", "run", b"run", "status", b"status", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "caller", b"caller", "error_code", b"error_code", "happened_at", b"happened_at", "interaction_id", b"interaction_id", "kind", b"kind", "message", b"message", "recovery", b"recovery", "run", b"run", "status", b"status", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

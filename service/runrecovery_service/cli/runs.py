@@ -413,6 +413,7 @@ def update_line(update: run_service_pb2.WatchRunResponse) -> str:
         f"→ {word(event, 'status')}",
         f"attempt {event.attempt}" if event.attempt else "",
         f"question {event.interaction_id}" if event.interaction_id else "",
+        f"by {event.caller}" if event.caller else "",
         event.error_code,
         event.recovery.recovery_reason,
         event.message,
@@ -458,7 +459,8 @@ def describe(run: run_pb2.Run) -> str:
         ("reopenable until", _if_set(run, "reopenable_until")),
         ("processes ended", decided.processes_ended or ""),
         ("report", decided.reconciliation_id),
-        ("created", time(run.created_at)),
+        ("created", time(run.created_at) + (f" by {run.created_by}" if run.created_by else "")),
+        ("canceled by", run.canceled_by),
         ("updated", time(run.updated_at)),
         ("ended", _if_set(run, "ended_at")),
     )

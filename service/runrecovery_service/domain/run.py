@@ -169,6 +169,7 @@ class Interaction:
     `response` is valid only if `replied_at` is set. `wait_deadline_at` is the end of the wait, None
     if the wait has no end. `auto_decided`: no answer came by then, so the service answered null.
     `tool_call`: the call that the question asks permission for; None: it asks something else.
+    `replied_by` is the caller that answered, None if no caller did or none are configured.
     """
 
     interaction_id: int
@@ -182,6 +183,7 @@ class Interaction:
     wait_deadline_at: datetime | None = None
     auto_decided: bool = False
     tool_call: ToolCall | None = None
+    replied_by: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,6 +243,7 @@ class Run:
         usage: what its turns have used so far; None until the first report.
         budget: what its turns may use.
         input: None if the view omits it.
+        created_by, canceled_by: the callers that did so. None: none did, or none are configured.
     """
 
     key: int
@@ -280,6 +283,8 @@ class Run:
     resume_at: datetime | None = None
     usage: Usage | None = None
     budget: Budget = UNLIMITED
+    created_by: str | None = None
+    canceled_by: str | None = None
 
     @property
     def holds_slot(self) -> bool:
@@ -317,6 +322,7 @@ class NewRun:
     max_resumes: int = 0
     budget: Budget = UNLIMITED
     input: JsonObject
+    created_by: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -330,6 +336,7 @@ class RunEvent:
         recovery: the decision, for RECOVERED and REOPENED.
         usage: what the turn that ended with the event has used, if its agent reported that.
         message: what the agent reported, for RETRYING.
+        caller: the caller that caused it. None: no caller did, or none are configured.
     """
 
     sequence: int
@@ -342,6 +349,7 @@ class RunEvent:
     recovery: RecoveryInfo | None = None
     usage: Usage | None = None
     message: str = ""
+    caller: str | None = None
 
 
 class View(StrEnum):

@@ -32,6 +32,12 @@ LOG_INTERVAL_S: Final = 60.0
 CALLER: Final[ContextVar[Caller]] = ContextVar("caller", default=ANYONE)
 """The caller of the call that the present task handles. gRPC makes a task for each call."""
 
+
+def caller_name() -> str | None:
+    """Return the name of the present caller; None where no callers are configured."""
+    return CALLER.get().name or None
+
+
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 log = structlog.get_logger()

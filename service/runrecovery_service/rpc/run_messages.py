@@ -48,6 +48,10 @@ def fill_run(to: run_pb2.Run, run: Run) -> None:
     if run.labels:
         to.labels.update(run.labels)
     fill_recovery_info(to.recovery, run.recovery)
+    if run.created_by:
+        to.created_by = run.created_by
+    if run.canceled_by:
+        to.canceled_by = run.canceled_by
     _fill_optional_fields(to, run)
 
 
@@ -134,6 +138,7 @@ def fill_interaction(to: run_pb2.Interaction, question: Interaction) -> None:
         write_time(to.replied_at, question.replied_at)
         write_value(to.response, question.response)
         to.auto_decided = question.auto_decided
+        to.replied_by = question.replied_by or ""
 
 
 def fill_event(to: run_pb2.RunEvent, event: RunEvent) -> None:
@@ -144,6 +149,7 @@ def fill_event(to: run_pb2.RunEvent, event: RunEvent) -> None:
     to.attempt = event.attempt
     to.interaction_id = event.interaction_id
     to.error_code = event.error_code or ""
+    to.caller = event.caller or ""
     if event.recovery is not None:
         fill_recovery_info(to.recovery, event.recovery)
     if event.message:

@@ -8,8 +8,10 @@ import secrets
 from collections.abc import AsyncGenerator, Coroutine
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import TypeVar
 
+import structlog
 from runrecovery.v1 import run_pb2
 from runrecovery.v1 import run_service_pb2 as pb
 
@@ -24,7 +26,7 @@ from runrecovery_service.domain.session_check import REASON_TEXTS, StoredHandle
 from runrecovery_service.domain.usage import Budget, cost_to_nanos
 from runrecovery_service.engines.catalog import Catalog, Engine
 from runrecovery_service.rpc import enums, json_values, paging, run_messages, times, validation
-from runrecovery_service.rpc.callers import CALLER
+from runrecovery_service.rpc.callers import CALLER, caller_name
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.output_reader import OutputReader
 from runrecovery_service.rpc.uuid7 import RANDOM_BYTES, uuid7
@@ -35,6 +37,8 @@ from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.reopening import ReopenCandidate
 from runrecovery_service.storage.requests import Receipt
+
+log = structlog.get_logger()
 
 MutationT = TypeVar(
     "MutationT",
@@ -93,7 +97,7 @@ class RunService:
             now=now,
         )
         response = pb.CreateRunResponse()
-        run_messages.fill_run(response.run, await self._commit(write))
+        run_messages.fill_run(response.run, await self._commit("CreateRun", write))
         return response
 
     async def get_run(self, request: pb.GetRunRequest) -> pb.GetRunResponse:
@@ -134,9 +138,10 @@ class RunService:
             etag=request.etag or None,
             receipt=make_receipt(request),
             now=self._deps.clock.now(),
+            caller=caller_name(),
         )
         response = pb.SubmitReplyResponse()
-        run_messages.fill_run(response.run, await self._commit(write))
+        run_messages.fill_run(response.run, await self._commit("SubmitReply", write))
         return response
 
     async def cancel_run(self, request: pb.CancelRunRequest) -> pb.CancelRunResponse:
@@ -150,9 +155,10 @@ class RunService:
             etag=request.etag or None,
             receipt=make_receipt(request),
             now=self._deps.clock.now(),
+            caller=caller_name(),
         )
         response = pb.CancelRunResponse()
-        run_messages.fill_run(response.run, await self._commit(write))
+        run_messages.fill_run(response.run, await self._commit("CancelRun", write))
         return response
 
     def watch_run(self, request: pb.WatchRunRequest) -> AsyncGenerator[pb.WatchRunResponse, None]:
@@ -179,9 +185,10 @@ class RunService:
             due_in=self._deps.clock.due_in,
             steady=self._deps.clock.steady(),
             now=self._deps.clock.now(),
+            caller=caller_name(),
         )
         response = pb.ReopenRunResponse()
-        run_messages.fill_run(response.run, await self._commit(write))
+        run_messages.fill_run(response.run, await self._commit("ReopenRun", write))
         return response
 
     async def _check_session_usable(self, found: ReopenCandidate, supplied: str | None) -> None:
@@ -253,19 +260,22 @@ class RunService:
             max_run_s=engine.max_run_time_s,
             budget=engine.budget.narrowed(_budget(request)),
             input=json_values.read_struct(request.input),
+            created_by=caller_name(),
         )
 
-    async def _commit(self, write: Coroutine[object, object, Run]) -> Run:
-        """Finish the write even if the caller cancels its call."""
+    async def _commit(self, method: str, write: Coroutine[object, object, Run]) -> Run:
+        """Finish the write, and log its caller, even if the caller cancels its call."""
         task = asyncio.create_task(write)
         self._committing.add(task)
-        task.add_done_callback(self._forget_commit)
+        task.add_done_callback(partial(self._end_commit, method, caller_name()))
         return await asyncio.shield(task)
 
-    def _forget_commit(self, task: asyncio.Task[Run]) -> None:
+    def _end_commit(self, method: str, caller: str | None, task: asyncio.Task[Run]) -> None:
         self._committing.discard(task)
-        if not task.cancelled():
-            task.exception()  # marked as seen: the caller has it, unless the call was cancelled
+        # Asking for the error marks it as seen: the caller has it, unless the call was cancelled.
+        failed = task.cancelled() or task.exception() is not None
+        if caller is not None and not failed:
+            log.info("audit.changed", caller=caller, method=method, run_id=task.result().run_id)
 
 
 def _budget(request: pb.CreateRunRequest) -> Budget:

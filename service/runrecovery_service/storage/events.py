@@ -42,6 +42,7 @@ _ADD = Statement(
             _V.interaction: param("interaction"),
             _V.error_code: param("error_code"),
             _V.happened_at: param("now"),
+            _V.caller: param("caller"),
         }
     )
 )
@@ -57,6 +58,7 @@ _OWN = Statement(
             _V.error_code,
             _V.usage,
             _V.message,
+            _V.caller,
         )
         .where((_V.run == param("run")) & (_V.no > param("after")) & (_V.no <= param("last")))
         .order_by(_V.no)
@@ -64,7 +66,7 @@ _OWN = Statement(
 )
 _DECISIONS = Statement(
     lambda: (
-        _E.select(_E.sequence, _E.attempt, *RECOVERY_COLUMNS)
+        _E.select(_E.sequence, _E.attempt, _E.caller, *RECOVERY_COLUMNS)
         .join(_C, on=(_C.id == _E.reconciliation))
         .where(
             (_E.run == param("run"))
@@ -85,6 +87,7 @@ def record_event(
     attempt: object,
     interaction_id: int,
     error_code: object,
+    caller: object,
     now: datetime,
 ) -> None:
     """Record the next event of a run, in the caller's transaction.
@@ -92,6 +95,7 @@ def record_event(
     Args:
         run: as read before the change.
         attempt, error_code: the columns of these names after the change.
+        caller: the caller that caused the event.
     """
     number = run.event_count + 1
     _ADD.run(
@@ -103,6 +107,7 @@ def record_event(
         attempt=attempt,
         interaction=interaction_id,
         error_code=error_code,
+        caller=caller,
         now=to_us(now),
     )
     if number > EVENTS_KEPT:
@@ -155,7 +160,10 @@ def events_after(db: Database, run: Run, after: int) -> tuple[RunEvent, ...]:
 
 
 def _event_from_row(row: Row) -> RunEvent:
-    sequence, kind, happened_at, status, attempt, interaction_id, error_code, usage, message = row
+    (
+        sequence, kind, happened_at, status, attempt, interaction_id, error_code, usage, message,
+        caller,
+    ) = row  # fmt: skip
     return RunEvent(
         sequence=sequence,
         kind=enum_from_text(RunEventKind, kind),
@@ -166,11 +174,12 @@ def _event_from_row(row: Row) -> RunEvent:
         error_code=error_code,
         usage=usage_from_json(usage),
         message=message or "",
+        caller=caller,
     )
 
 
 def _decision_from_row(row: Row) -> RunEvent:
-    sequence, attempt, *columns = row
+    sequence, attempt, caller, *columns = row
     decision = recovery_from_row(tuple(columns))
     assert decision is not None  # noqa: S101 - its columns are not NULL, and the join is an inner one
     reopened = decision.recovery_reason == REOPEN_RULE
@@ -183,6 +192,7 @@ def _decision_from_row(row: Row) -> RunEvent:
         interaction_id=0,
         error_code=decision.error_code,
         recovery=decision,
+        caller=caller,
     )
 
 
@@ -195,4 +205,5 @@ def _created(run: Run) -> RunEvent:
         attempt=0,
         interaction_id=0,
         error_code=None,
+        caller=run.created_by,
     )

@@ -59,6 +59,7 @@ def reply(
     etag: str | None,
     receipt: Receipt | None,
     now: datetime,
+    caller: str | None = None,
 ) -> Run:
     """Accept the reply to the open question. An accepted reply is never lost.
 
@@ -79,7 +80,7 @@ def reply(
         _demand_open(run, interaction_id)
         runs.demand_etag(run, etag)
         _demand_answer(run, response)
-        accept(db, run, response, owner=owner, now=now)
+        accept(db, run, response, owner=owner, now=now, caller=caller)
     requests.record_effect(db, receipt, run_key=run.key, now=now)
     db.mark_changed(run.key)
     return runs.get_by_key(db, run.key)
@@ -119,11 +120,13 @@ def accept(
     owner: Owner,
     now: datetime,
     auto_decided: bool = False,
+    caller: str | None = None,
 ) -> None:
     """Record the reply to the open question of a waiting run, in the caller's transaction.
 
     Args:
         auto_decided: the deadline has passed, and the service replies itself.
+        caller: the caller that replies.
     """
     resumable = run.profile is Profile.RESUMABLE
     runs.change(
@@ -134,18 +137,21 @@ def accept(
         status=RunStatus.QUEUED if resumable else RunStatus.RUNNING,
         event=RunEventKind.AUTO_DECIDED if auto_decided else RunEventKind.ANSWERED,
         about=run.interaction_count,
+        caller=caller,
         queued_at=to_us(now),
         resume_count=0,
         auto_decided_count=run.auto_decided_count + auto_decided,
     )
     answered = db.execute(
-        "UPDATE interaction SET state = ?, response = ?, replied_at = ?, auto_decided = ?"
+        "UPDATE interaction SET state = ?, response = ?, replied_at = ?, auto_decided = ?,"
+        " replied_by = ?"
         " WHERE run = ? AND no = ? AND state = 'OPEN'",
         (
             InteractionState.ANSWERED.value,
             to_json(response),
             to_us(now),
             int(auto_decided),
+            caller,
             run.key,
             run.interaction_count,
         ),

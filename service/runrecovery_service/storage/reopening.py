@@ -96,6 +96,7 @@ def reopen(
     due_in: DueIn,
     steady: SteadyTime,
     now: datetime,
+    caller: str | None = None,
 ) -> Run:
     """Reopen a failed run, with new deadlines.
 
@@ -129,6 +130,7 @@ def reopen(
             due_in=due_in,
             steady=steady,
             now=now,
+            caller=caller,
         )
     requests.record_effect(db, receipt, run_key=run.key, now=now)
     return runs.get_by_key(db, run.key)
@@ -162,6 +164,7 @@ def _reopen_failed(
     due_in: DueIn,
     steady: SteadyTime,
     now: datetime,
+    caller: str | None,
 ) -> None:
     kept = _kept(db, run, steady)
     runs.demand_own(
@@ -190,7 +193,7 @@ def _reopen_failed(
         raise Stale
     db.mark_changed(run.key)
     _put_question_back(db, run, question, becomes, wait)
-    _add_to_history(db, run, kept, becomes, now)
+    _add_to_history(db, run, kept, becomes, now=now, caller=caller)
 
 
 def _reopened(
@@ -252,12 +255,14 @@ def _kept(db: Database, run: Run, steady: SteadyTime) -> _Kept:
     return _Kept(*kept)
 
 
-def _add_to_history(db: Database, run: Run, kept: _Kept, becomes: RunStatus, now: datetime) -> None:
+def _add_to_history(
+    db: Database, run: Run, kept: _Kept, becomes: RunStatus, *, now: datetime, caller: str | None
+) -> None:
     """Add the reopening to the history, under the report of the decision that it undoes."""
     db.execute(
         "INSERT INTO recovery_event (run, no, reconciliation, rule, facts, status_before,"
         " status_after, recovery_state, recovered_at, processes_ended, sequence, profile, attempt,"
-        " interaction) VALUES (?, ?, ?, ?, 0, 'FAILED', ?, ?, ?, 0, ?, ?, ?, ?)",
+        " interaction, caller) VALUES (?, ?, ?, ?, 0, 'FAILED', ?, ?, ?, 0, ?, ?, ?, ?, ?)",
         (
             run.key,
             kept.decisions + 1,
@@ -270,6 +275,7 @@ def _add_to_history(db: Database, run: Run, kept: _Kept, becomes: RunStatus, now
             None if run.profile is None else run.profile.value,
             run.attempt,
             run.interaction_count,
+            caller,
         ),
     )
 

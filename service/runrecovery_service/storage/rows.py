@@ -133,13 +133,13 @@ RUN_COLUMNS: Final[tuple[pw.Field, ...]] = (
     _R.started_at, _R.updated_at, _R.ended_at, _R.recovery_state, _R.recovery_count,
     _R.event_count, _R.session_timeout_us, _R.require_user_reply, _R.max_run_us,
     _R.auto_decided_count, _R.run_deadline_at, _R.reopenable_until, _R.max_resumes,
-    _R.resume_count, _R.resume_at, _R.input_tokens, _R.cached_input_tokens,
-    _R.cache_write_input_tokens, _R.output_tokens, _R.reasoning_output_tokens, _R.cost_nanos,
-    _R.model, _R.max_tokens, _R.max_cost_nanos,
+    _R.resume_count, _R.resume_at, _R.created_by, _R.canceled_by, _R.input_tokens,
+    _R.cached_input_tokens, _R.cache_write_input_tokens, _R.output_tokens,
+    _R.reasoning_output_tokens, _R.cost_nanos, _R.model, _R.max_tokens, _R.max_cost_nanos,
 )  # fmt: skip
 INTERACTION_COLUMNS: Final[tuple[pw.Field, ...]] = (
     _I.no, _I.kind, _I.prompt, _I.options, _I.state, _I.asked_at, _I.replied_at, _I.response,
-    _I.wait_deadline_at, _I.auto_decided, _I.tool_call,
+    _I.wait_deadline_at, _I.auto_decided, _I.tool_call, _I.replied_by,
 )  # fmt: skip
 RECOVERY_COLUMNS: Final = (
     _E.recovery_state, _E.recovered_at, _E.rule, _E.status_before, _E.status_after,
@@ -169,7 +169,7 @@ def run_from_row(row: Row) -> Run:
         started_at, updated_at, ended_at, recovery_state, recovery_count,
         event_count, session_timeout_us, require_user_reply, max_run_us,
         auto_decided_count, run_deadline_at, reopenable_until, max_resumes,
-        resume_count, resume_at, *usage, max_tokens, max_cost_nanos,
+        resume_count, resume_at, created_by, canceled_by, *usage, max_tokens, max_cost_nanos,
     ) = row[:_INTERACTION_AT]  # fmt: skip
     quarantined = recovery_state == RecoveryState.QUARANTINED
     waiting = status == RunStatus.WAITING_USER and row[_INTERACTION_AT] is not None
@@ -212,6 +212,8 @@ def run_from_row(row: Row) -> Run:
         resume_at=from_us_or_none(resume_at),
         usage=usage_from_columns(*usage),
         budget=Budget(max_tokens=max_tokens, max_cost_nanos=max_cost_nanos),
+        created_by=created_by,
+        canceled_by=canceled_by,
     )
 
 
@@ -306,7 +308,7 @@ def interaction_from_row(row: Row) -> Interaction:
     """Return the question in INTERACTION_COLUMNS."""
     (
         no, kind, prompt, options, state, asked_at, replied_at, response,
-        wait_deadline_at, auto_decided, tool_call,
+        wait_deadline_at, auto_decided, tool_call, replied_by,
     ) = row  # fmt: skip
     return Interaction(
         interaction_id=no,
@@ -320,6 +322,7 @@ def interaction_from_row(row: Row) -> Interaction:
         wait_deadline_at=from_us_or_none(wait_deadline_at),
         auto_decided=bool(auto_decided),
         tool_call=None if tool_call is None else tool_call_from_json(tool_call),
+        replied_by=replied_by,
     )
 
 

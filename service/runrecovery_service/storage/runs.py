@@ -219,6 +219,7 @@ _INSERT = Statement(
                 _R.recovery_count: 0,
                 _R.event_count: 1,
                 _R.auto_decided_count: 0,
+                _R.created_by: param("created_by"),
             }
         )
         .on_conflict_ignore()
@@ -274,6 +275,7 @@ def create(
         max_run_us=_us(new.max_run_s),
         max_resumes=new.max_resumes,
         **asdict(new.budget),
+        created_by=new.created_by,
         owner=owner.instance,
         epoch=owner.epoch,
         now=to_us(now),
@@ -315,6 +317,7 @@ def change(
     status: RunStatus | None = None,
     event: RunEventKind | None = None,
     about: int = 0,
+    caller: object = None,
     **columns: object,
 ) -> None:
     """Change columns of a run if its row is still the one that was read in this transaction.
@@ -327,6 +330,7 @@ def change(
         status: the new status; None: keep the status.
         event: the event to record; None: the event of the new status, if there is one.
         about: the interaction_id that the event is about.
+        caller: the caller that causes the event.
 
     Raises:
         Stale: the row has changed meanwhile. `retried` starts the use case again.
@@ -354,6 +358,7 @@ def change(
             attempt=columns.get("attempt", run.attempt),
             interaction_id=about,
             error_code=columns.get("error_code"),
+            caller=caller,
             now=now,
         )
     if status is not None and status.is_terminal:
@@ -429,6 +434,7 @@ def cancel(
     etag: str | None,
     receipt: Receipt | None,
     now: datetime,
+    caller: str | None = None,
 ) -> Run:
     """Accept a cancel. Idempotent.
 
@@ -458,7 +464,9 @@ def cancel(
             now=now,
             status=None if has_process else RunStatus.CANCELED,
             event=RunEventKind.CANCEL_REQUESTED if has_process else RunEventKind.CANCELED,
+            caller=caller,
             cancel_requested_at=to_us(now),
+            canceled_by=caller,
         )
     requests.record_effect(db, receipt, run_key=run.key, now=now)
     db.mark_changed(run.key)

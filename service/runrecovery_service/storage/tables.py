@@ -117,6 +117,8 @@ class Run(pw.Model):
     session_usage = pw.TextField(null=True)
     max_tokens = pw.BigIntegerField(null=True)
     max_cost_nanos = pw.BigIntegerField(null=True)
+    created_by = pw.TextField(null=True)
+    canceled_by = pw.TextField(null=True)
 
     class Meta:
         table_name = "run"
@@ -137,6 +139,7 @@ class Interaction(pw.Model):
     response = pw.TextField(null=True)
     auto_decided = pw.BigIntegerField()
     tool_call = pw.TextField(null=True)
+    replied_by = pw.TextField(null=True)
 
     class Meta:
         table_name = "interaction"
@@ -160,6 +163,7 @@ class RunEvent(pw.Model):
     happened_at = pw.BigIntegerField()
     usage = pw.TextField(null=True)
     message = pw.TextField(null=True)
+    caller = pw.TextField(null=True)
 
     class Meta:
         table_name = "run_event"
@@ -203,6 +207,7 @@ class RecoveryEvent(pw.Model):
     session_verdict = pw.TextField(null=True)
     session_reason = pw.TextField(null=True)
     resumes = pw.BigIntegerField(null=True)
+    caller = pw.TextField(null=True)
 
     class Meta:
         table_name = "recovery_event"
