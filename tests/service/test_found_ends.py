@@ -28,6 +28,9 @@ print(json.dumps({"type": "session", "value": "s"}), flush=True)
 while not os.path.exists(task["input"]["go"]):
     time.sleep(0.01)
 print(json.dumps(task["input"]["says"]), flush=True)
+if "uses" in task["input"]:
+    used = {"input_tokens": task["input"]["uses"], "output_tokens": 1}
+    print(json.dumps({"type": "usage", **used}), flush=True)
 sys.exit(int(task["input"].get("code", 0)))
 """
 )
@@ -35,7 +38,7 @@ RESULT: Final = {"type": "result", "output": {"done": True}}
 QUESTION: Final = {"type": "ask", "kind": "confirm", "prompt": "Ship?"}
 RUNS: Final[dict[str, dict[str, Any]]] = {
     "succeeds": {"says": RESULT},
-    "asks": {"says": QUESTION},
+    "asks": {"says": QUESTION, "uses": 40},
     "fails": {"says": RESULT, "code": 3},
     "canceled": {"says": RESULT},
 }
@@ -106,6 +109,7 @@ def test_results_and_questions_of_agents_that_ended_before_the_kill_are_found(
     assert run.recovery.recovery_state == run_pb2.RECOVERY_STATE_SUCCEEDED_RECONCILED
     asks = api.get("asks")
     assert (status_word(asks), asks.pending_interaction.prompt) == ("WAITING_USER", "Ship?")
+    assert (asks.usage.input_tokens, asks.usage.output_tokens) == (40, 1)
     api.reply("asks", 1, "yes")
     assert MessageToDict(api.until_status("asks", "SUCCEEDED").output) == {"reply": "yes"}
     assert status_word(api.get("fails")) == "FAILED"

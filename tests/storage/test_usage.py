@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 from runrecovery_service.domain.errors import Fenced
+from runrecovery_service.domain.found_end import FoundEnd
 from runrecovery_service.domain.run import RestartPolicy, Run, RunError, RunEventKind, RunStatus
 from runrecovery_service.domain.turn import Asked, Succeeded
 from runrecovery_service.domain.usage import Budget, SessionUsage, TurnUsage, Usage
 from runrecovery_service.storage import events, turns, usage
+from runrecovery_service.storage.database import Stale
 from runrecovery_service.storage.turns import Turn
 from storage.service_store import QUESTION, ServiceStore
 
@@ -166,6 +168,19 @@ def test_a_superseded_epoch_records_no_usage(store: ServiceStore) -> None:
     assert usage.by_engine(store.db) == []
 
 
+def test_a_run_that_another_epoch_takes_over_in_the_middle_of_a_write_is_not_written(
+    store: ServiceStore,
+) -> None:
+    turn, owner = store.running(**RESUME), store.owner
+    read_before = store.get(turn.run)
+    store.recover()
+
+    with pytest.raises(Stale), store.db.transaction():
+        usage.record(store.db, read_before, turn.launch, used(1), owner=owner)
+
+    assert store.get(turn.run).usage is None
+
+
 def test_a_usage_that_nobody_can_read_does_not_stop_a_turn(store: ServiceStore) -> None:
     turn = store.running()
     store.set(turn.run, session_usage="[1")
@@ -208,3 +223,18 @@ def test_a_retry_is_an_event_that_changes_no_status(store: ServiceStore) -> None
         (RunEventKind.RETRYING, RunStatus.RUNNING, "m", None),
         (RunEventKind.SUCCEEDED, RunStatus.SUCCEEDED, "", tokens(1)),
     ]
+
+
+def test_the_usage_of_a_found_end_completes_what_was_on_record(store: ServiceStore) -> None:
+    turn = store.running()
+    store.keep_session(turn)
+    report(store, turn, used(2))
+    found = FoundEnd(end=Asked(QUESTION), used=used(3, session=3))
+
+    for _ in range(2):
+        store.recover(found={turn.run.key: found})
+
+    run = store.get(turn.run)
+    assert (run.status, run.usage) == (RunStatus.WAITING_USER, tokens(3))
+    assert of_engine(store) == (1, tokens(3, model=""))
+    assert usage.of_session(store.db, run.key) == SessionUsage(total=tokens(3))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from runrecovery_service.domain.recovery_matrix import Fact
 from runrecovery_service.domain.turn import Asked, Succeeded
+from runrecovery_service.domain.usage import TurnUsage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,10 +15,12 @@ class FoundEnd:
 
     Attributes:
         wait_s: how long the question waits; None: without a limit.
+        used: what the turn has used, if its agent reported that.
     """
 
     end: Asked | Succeeded
     wait_s: float | None = None
+    used: TurnUsage | None = None
 
     @property
     def fact(self) -> Fact:

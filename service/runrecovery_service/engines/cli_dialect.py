@@ -161,14 +161,16 @@ class CliDialect:
             return None
         return DeferredCalls(permissions=self.permissions, run=run, has_prompt=has_prompt)
 
-    def reread(self, handle: str | None, *, resumed: bool) -> KeptListener:
+    def reread(
+        self, handle: str | None, *, resumed: bool, used_before: SessionUsage | None
+    ) -> KeptListener:
         """Return a listener that puts the handle back where the kept output hides it.
 
         It knows no deferred tool call: a turn that ended with one is left to the restart policy.
         """
         if handle is not None and not _HANDLE.fullmatch(handle):
             raise HandleUnusable
-        return KeptListener(self, handle, resumed=resumed)
+        return KeptListener(self, handle, resumed=resumed, used_before=used_before)
 
     def reply(self, reply: Interaction) -> bytes:
         """Raise ProtocolError: a CLI exits after its question, so no process can get a reply."""

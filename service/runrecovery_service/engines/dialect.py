@@ -246,12 +246,15 @@ class Dialect(Protocol):
         """
         ...
 
-    def reread(self, handle: str | None, *, resumed: bool) -> Listener:
+    def reread(
+        self, handle: str | None, *, resumed: bool, used_before: SessionUsage | None
+    ) -> Listener:
         """Return a listener for the kept output of a process, in which the handle is hidden.
 
         Args:
             handle: of the session on record; None: none is.
             resumed: the process resumed this session.
+            used_before: what processes of the session have reported as used.
 
         Raises:
             HandleUnusable: this engine cannot have named the session's handle.

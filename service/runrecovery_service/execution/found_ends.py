@@ -17,6 +17,7 @@ from runrecovery_service.agents.workspaces import Workspaces
 from runrecovery_service.domain.errors import UnknownEngine
 from runrecovery_service.domain.found_end import FoundEnd
 from runrecovery_service.domain.turn import Asked, ProcessEnd, Succeeded, is_repeated, judge
+from runrecovery_service.domain.usage import TurnUsage
 from runrecovery_service.engines.catalog import Catalog
 from runrecovery_service.engines.dialect import Dialect, HandleUnusable, Listener, ProtocolError
 from runrecovery_service.execution.turn_state import (
@@ -57,7 +58,7 @@ class EndFinder:
     def find(self, turn: OpenTurn) -> FoundEnd | None:
         """Return the end of a turn whose process had exited with 0; None if nothing proves it."""
         try:
-            end = self._find(turn)
+            end, used = self._find(turn)
             wait_s = turn.session_timeout_s or self.catalog.get(turn.engine).session_timeout_s
         except (NothingFound, ProtocolError, HandleUnusable, UnknownEngine, OSError):
             return None
@@ -65,9 +66,9 @@ class EndFinder:
             kind = type(error).__name__
             log.warning("recovery.output_not_read", run_id=turn.run_id, error=kind, exc_info=True)
             return None
-        return FoundEnd(end=end, wait_s=None if turn.require_user_reply else wait_s)
+        return FoundEnd(end=end, wait_s=None if turn.require_user_reply else wait_s, used=used)
 
-    def _find(self, turn: OpenTurn) -> Asked | Succeeded:
+    def _find(self, turn: OpenTurn) -> tuple[Asked | Succeeded, TurnUsage | None]:
         if turn.boot_id != self.boot_id:  # a crash of the machine may have lost the last output
             raise NothingFound
         journal = self.workspaces.shim_journal(turn.run_key, turn.attempt, turn.turn)
@@ -81,8 +82,10 @@ class EndFinder:
         return end_of_output(kept.data, self.catalog.get(turn.engine).dialect, turn)
 
 
-def end_of_output(output: bytes, dialect: Dialect, turn: OpenTurn) -> Asked | Succeeded:
-    """Return the result or question with which the whole output of a process ends.
+def end_of_output(
+    output: bytes, dialect: Dialect, turn: OpenTurn
+) -> tuple[Asked | Succeeded, TurnUsage | None]:
+    """Return the result or question with which the whole output of a process ends, and its usage.
 
     Raises:
         NothingFound, ProtocolError, HandleUnusable: a living process with this output would not
@@ -93,7 +96,7 @@ def end_of_output(output: bytes, dialect: Dialect, turn: OpenTurn) -> Asked | Su
         raise HandleUnusable
     is_resumed = session is not None and session.turn < turn.turn
     handle = None if session is None else session.handle
-    listener = dialect.reread(handle, resumed=is_resumed)
+    listener = dialect.reread(handle, resumed=is_resumed, used_before=turn.session_usage)
     rules = TurnRules(
         profile=turn.profile,
         resumes=session is not None,
@@ -110,7 +113,7 @@ def end_of_output(output: bytes, dialect: Dialect, turn: OpenTurn) -> Asked | Su
     # The session that the process named last must be the one on record.
     if isinstance(end, Asked) and sessions_named > (session is not None and not is_resumed):
         raise NothingFound
-    return end
+    return end, state.used
 
 
 def _lines(output: bytes) -> list[bytes]:

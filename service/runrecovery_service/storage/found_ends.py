@@ -10,12 +10,15 @@ from runrecovery_service.domain.found_end import FoundEnd
 from runrecovery_service.domain.recovery_matrix import QUESTION_RULE, RESULT_RULE
 from runrecovery_service.domain.run import InteractionState, Profile, Question, RunStatus, Session
 from runrecovery_service.domain.turn import Asked, Succeeded
+from runrecovery_service.domain.usage import SessionUsage
+from runrecovery_service.storage import usage
 from runrecovery_service.storage.database import Database, Row
 from runrecovery_service.storage.recovery_scope import ApplyScope, RecoveryScope
 from runrecovery_service.storage.rows import (
     enum_from_text,
     options_to_json,
     session_from_columns,
+    session_usage_from_json,
     to_json,
     to_us,
 )
@@ -34,6 +37,7 @@ class OpenTurn:
         boot_id: the boot of the machine in which the process was launched.
         shim: pid and start ticks of its shim.
         session_timeout_s: how long a question of the run waits; None: the engine's setting.
+        session_usage: what processes of the session have reported as used.
     """
 
     run_key: int
@@ -47,6 +51,7 @@ class OpenTurn:
     shim: tuple[int, int]
     session_timeout_s: float | None
     require_user_reply: bool
+    session_usage: SessionUsage | None = None
 
 
 def open_turns(
@@ -56,7 +61,7 @@ def open_turns(
     rows = db.fetch_all(
         "SELECT r.id, r.run_id, r.engine, r.profile, r.attempt, r.turn, r.session_type,"
         " r.session_value, r.session_turn, l.boot_id, l.pid, l.start_ticks, r.session_timeout_us,"
-        " r.require_user_reply FROM run r"
+        " r.require_user_reply, r.session_usage FROM run r"
         " JOIN process_lease l ON l.run = r.id AND l.attempt = r.attempt AND l.turn = r.turn"
         f" WHERE r.status = '{RunStatus.RUNNING}' AND {live('r.')} AND r.owner = ?"
         " AND r.owner_epoch < ? AND r.id BETWEEN ? AND ? AND r.cancel_requested_at IS NULL"
@@ -67,7 +72,8 @@ def open_turns(
 
 
 def _open_turn(row: Row) -> OpenTurn:
-    key, run_id, engine, profile, attempt, turn, *session, boot_id, pid, ticks, wait_us, must = row
+    key, run_id, engine, profile, attempt, turn, *rest = row
+    *session, boot_id, pid, ticks, wait_us, must, used = rest
     return OpenTurn(
         run_key=key,
         run_id=run_id,
@@ -80,6 +86,7 @@ def _open_turn(row: Row) -> OpenTurn:
         shim=(pid, ticks),
         session_timeout_s=None if wait_us is None else wait_us / 1e6,
         require_user_reply=must != 0,
+        session_usage=session_usage_from_json(used),
     )
 
 
@@ -99,6 +106,8 @@ def record_batch(db: Database, scope: ApplyScope, *, first: int, last: int) -> N
     )
     for key, questions in rows:
         found = scope.found[key]
+        if found.used is not None:
+            usage.record_found(db, key, found.used, owner=scope.owner)
         match found.end:
             case Succeeded(output):
                 db.execute("UPDATE run SET output = ? WHERE id = ?", (to_json(output), key))

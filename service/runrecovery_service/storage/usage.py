@@ -40,33 +40,61 @@ def record(db: Database, run: Run, launch: LaunchRecord, used: TurnUsage, *, own
     Raises:
         Stale: another epoch has taken the run over meanwhile.
     """
-    known = usage_from_json(launch_records.swap_usage(db, launch, usage_to_json(used.turn)))
-    grown = used.turn if known is None else used.turn.minus(known)
-    amounts: dict[str, int] = {name: getattr(grown, name) for name in TOKEN_FIELDS}
-    if grown.cost_nanos is not None:
-        amounts["cost_nanos"] = grown.cost_nanos
+    before = usage_from_json(launch_records.swap_usage(db, launch, usage_to_json(used.turn)))
+    if not _add_to_run(db, run.key, used, before, owner=owner):
+        raise Stale
+    _add_to_engine(db, run.engine, used, before, owner=owner)
+
+
+def record_found(db: Database, run_key: int, used: TurnUsage, *, owner: Owner) -> None:
+    """Record what the latest turn of a run has used, in the transaction that recovers the run."""
+    row = db.fetch_one(
+        "SELECT l.id, l.usage, r.engine FROM run r JOIN process_lease l"
+        " ON l.run = r.id AND l.attempt = r.attempt AND l.turn = r.turn WHERE r.id = ?",
+        (run_key,),
+    )
+    if row is None:
+        return
+    launch_key, known, engine = row
+    before, now = usage_from_json(known), usage_to_json(used.turn)
+    db.execute("UPDATE process_lease SET usage = ? WHERE id = ?", (now, launch_key))
+    if _add_to_run(db, run_key, used, before, owner=owner):
+        _add_to_engine(db, engine, used, before, owner=owner)
+
+
+def _add_to_run(
+    db: Database, run_key: int, used: TurnUsage, before: Usage | None, *, owner: Owner
+) -> bool:
+    """Return False, and change nothing, if a newer epoch has the run."""
+    amounts = _amounts(used, before)
     sums = ", ".join(f"{name} = COALESCE({name}, 0) + ?" for name in amounts)
-    changed = db.execute(
-        f"UPDATE run SET {sums}, model = ?, session_usage = COALESCE(?, session_usage)"
-        " WHERE id = ? AND owner = ? AND owner_epoch = ?",
+    changed: int = db.execute(
+        f"UPDATE run SET {sums}, model = COALESCE(?, model, ''),"
+        " session_usage = COALESCE(?, session_usage)"
+        " WHERE id = ? AND owner = ? AND owner_epoch <= ?",
         (
             *amounts.values(),
-            used.turn.model or (run.usage.model if run.usage else ""),
+            used.turn.model or None,
             usage_to_json(used.session),
-            run.key,
+            run_key,
             owner.instance,
             owner.epoch,
         ),
     ).rowcount
-    if changed != 1:
-        raise Stale
-    _add_to_engine(db, run.engine, amounts, turns=int(known is None), owner=owner)
+    return changed == 1
+
+
+def _amounts(used: TurnUsage, before: Usage | None) -> dict[str, int]:
+    """Return what has come since the report before, by column."""
+    grown = used.turn if before is None else used.turn.minus(before)
+    amounts: dict[str, int] = {name: getattr(grown, name) for name in TOKEN_FIELDS}
+    return amounts if grown.cost_nanos is None else amounts | {"cost_nanos": grown.cost_nanos}
 
 
 def _add_to_engine(
-    db: Database, engine: str, amounts: dict[str, int], *, turns: int, owner: Owner
+    db: Database, engine: str, used: TurnUsage, before: Usage | None, *, owner: Owner
 ) -> None:
-    columns = {"turns": turns} | amounts
+    columns = {"turns": int(before is None)} | _amounts(used, before)
     sums = ", ".join(f"{name} = COALESCE(engine_usage.{name}, 0) + ?" for name in columns)
     db.execute(
         f"INSERT INTO engine_usage (engine, instance, {', '.join(columns)})"
