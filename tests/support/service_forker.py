@@ -24,6 +24,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
@@ -192,11 +193,16 @@ def _import_all() -> None:
     """Import what `runrecovery serve` and the commands without a service import."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # as the command does
     sys.path.remove(str(Path(__file__).parent))
-    import psycopg  # noqa: F401
     import runrecovery_service.app
     import runrecovery_service.cli.local
-    import runrecovery_service.offline  # noqa: F401
+    import runrecovery_service.logs
+    import runrecovery_service.offline  # noqa: F401 - only imported
+    from runrecovery_service.config import reading
 
+    for late in ("encodings.idna", "playhouse.migrations", "psycopg"):
+        import_module(late)
+
+    reading._converter()  # it imports cattrs, and is kept
     gc.collect()
     gc.freeze()  # a collection in a child copies no page of what was imported here
 
