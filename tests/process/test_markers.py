@@ -396,13 +396,31 @@ NAMES = st.binary(min_size=1, max_size=15).filter(lambda name: b"\0" not in name
 
 @given(NAMES, st.integers(1, 2**22), st.integers(0, 2**63), st.sampled_from("RSDZTtXI"))
 def test_a_name_never_changes_what_is_read(name: bytes, ppid: int, ticks: int, state: str) -> None:
-    fields = [state, ppid, 3, 4, *["0"] * 13, 2, 0, ticks, *["0"] * 30]
+    fields = [state, ppid, 3, 4, 0, -1, 0x400100, *["0"] * 10, 2, 0, ticks, *["0"] * 30]
     line = b"9 (" + name + b") " + " ".join(map(str, fields)).encode() + b"\n"
 
     found = procfs._parse(9, line)
 
     assert (found.pid, found.ppid, found.group, found.session) == (9, ppid, 3, 4)
     assert (found.state, found.threads, found.start_ticks) == (state, 2, ticks)
+
+
+KTHREADD = b"2 (kthreadd) S 0 0 0 0 -1 2129984 0 0 0 0 0 3 0 0 20 0 1 0 30 0 0 1844674407370955161"
+BASH = b"2 (bash) S 1 2 2 34816 2 4194560 0 0 0 0 0 3 0 0 20 0 1 0 30 0 0 18446744073709551615"
+
+
+@pytest.mark.parametrize(
+    ("line", "markers_read"), [(KTHREADD, 0), (BASH, 2)], ids=["kernel", "bash"]
+)
+def test_no_marker_of_a_thread_of_the_kernel_is_read(
+    monkeypatch: pytest.MonkeyPatch, line: bytes, markers_read: int
+) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(procfs, "read", lambda path, **_: read.append(path) or b"")
+    index = MarkerIndex([replace(lease(), watermark=MARK)])
+
+    assert index.find_member(procfs._parse(2, line)) is None
+    assert len(read) == markers_read
 
 
 def test_start_ticks_never_change() -> None:

@@ -135,7 +135,7 @@ class MarkerIndex:
     def _candidates(self, proc: Proc) -> Iterator[tuple[int | None, Proof]]:
         """Yield a launch key for each kind of marker, lazily, the cheapest and strongest first."""
         yield self._shims.get(proc.identity), Proof.SHIM
-        if proc.dead:
+        if proc.dead or proc.of_kernel:
             return
         watermark = procfs.watermark(proc.pid) if self._watermarks else None
         yield None if watermark is None else self._watermarks.get(watermark), Proof.WATERMARK

@@ -13,14 +13,19 @@ RLIMIT_LOCKS = 10
 inherits and shows this limit but does not enforce it."""
 MAX_ENVIRONMENT_BYTES = 2 << 20
 """Exec takes no larger environment by default. A process may claim any size afterwards."""
+_PF_KTHREAD = 0x200000
+"""The flag of a thread of the kernel (include/linux/sched.h)."""
 _LOCKS = b"\nMax file locks"
 _PIECE = 65536
 
 
 class Proc:
-    """One line of the process table. `start_ticks` counts 10 ms ticks since boot, raw."""
+    """One line of the process table. `start_ticks` counts 10 ms ticks since boot, raw.
 
-    __slots__ = ("group", "pid", "ppid", "session", "start_ticks", "state", "threads")
+    `of_kernel` says that it is a thread of the kernel. Those run no program and carry no marker.
+    """
+
+    __slots__ = ("group", "of_kernel", "pid", "ppid", "session", "start_ticks", "state", "threads")
 
     def __init__(
         self,
@@ -32,6 +37,7 @@ class Proc:
         start_ticks: int,
         state: str,
         threads: int,
+        of_kernel: bool = False,
     ) -> None:
         self.pid = pid
         self.ppid = ppid
@@ -40,6 +46,7 @@ class Proc:
         self.start_ticks = start_ticks
         self.state = state
         self.threads = threads
+        self.of_kernel = of_kernel
 
     @property
     def identity(self) -> tuple[int, int]:
@@ -173,6 +180,7 @@ def _parse(pid: int, raw: bytes) -> Proc:
         ppid=int(fields[1]),
         group=int(fields[2]),
         session=int(fields[3]),
+        of_kernel=bool(int(fields[6]) & _PF_KTHREAD),
         threads=int(fields[17]),
         start_ticks=int(fields[19]),
     )
