@@ -229,33 +229,42 @@ def test_the_session_id_is_in_no_output_and_no_log(
         assert secret not in service.text
 
 
+DAMAGES: Final[Mapping[str, Callable[[bytes], bytes]]] = {
+    "none": lambda whole: whole,
+    "cut_in_half": lambda whole: whole[: len(whole) // 2],
+    "cut_at_a_line": lambda whole: b"".join(whole.splitlines(keepends=True)[:-1]),
+    "last_byte": lambda whole: whole[:-1],
+}
+
+
 @every_cli
-@pytest.mark.parametrize("damage", ["removed", "cut_in_half", "cut_at_a_line", "last_byte"])
-def test_a_restart_fails_a_waiting_run_whose_session_is_damaged(
-    new_home: NewHome, tmp_path: Path, cli: str, damage: str
+def test_a_restart_fails_each_waiting_run_whose_session_is_damaged(
+    new_home: NewHome, tmp_path: Path, cli: str
 ) -> None:
     setup = PretendCliSetup(new_home, tmp_path, cli)
     service, api = setup.home.start()
-    setup.run_until_question(api)
+    files: dict[str, Path] = {}
+    for damage in ("removed", *DAMAGES):
+        api.create(cli, TASK, run_id=damage)
+        api.until_status(damage, "WAITING_USER")
+        (files[damage],) = set(setup.sessions) - set(files.values())
     service.kill()
-    whole = setup.session.read_bytes()
-    cut = {
-        "removed": None,
-        "cut_in_half": whole[: len(whole) // 2],
-        "cut_at_a_line": b"".join(whole.splitlines(keepends=True)[:-1]),
-        "last_byte": whole[:-1],
-    }[damage]
-    if cut is None:
-        setup.session.unlink()
-    else:
-        setup.session.write_bytes(cut)
+    files.pop("removed").unlink()
+    for damage, file in files.items():
+        file.write_bytes(DAMAGES[damage](file.read_bytes()))
     _, api = setup.home.start()
 
-    failed = api.get("r")
+    lost, kept = ("FAILED", "session_handle_lost"), ("WAITING_USER", "resumable_waiting_preserved")
+    runs = {damage: api.get(damage) for damage in ("removed", *DAMAGES)}
 
-    assert (status_word(failed), failed.error.code) == ("FAILED", "SESSION_RESUME_FAILED")
-    assert failed.recovery.recovery_reason == "session_handle_lost"
-    assert setup.user_settings_are_unchanged()
+    assert {
+        damage: (status_word(run), run.recovery.recovery_reason) for damage, run in runs.items()
+    } == dict.fromkeys(runs, lost) | {"none": kept}
+    codes = {run.error.code for damage, run in runs.items() if damage != "none"}
+    assert codes == {"SESSION_RESUME_FAILED"}
+    api.cancel("none")
+    api.until_ended("none")
+    until(setup.user_settings_are_unchanged, "no trust is left")
 
 
 @every_cli

@@ -415,8 +415,13 @@ BASH = b"2 (bash) S 1 2 2 34816 2 4194560 0 0 0 0 0 3 0 0 20 0 1 0 30 0 0 184467
 def test_no_marker_of_a_thread_of_the_kernel_is_read(
     monkeypatch: pytest.MonkeyPatch, line: bytes, markers_read: int
 ) -> None:
-    read: list[str] = []
-    monkeypatch.setattr(procfs, "read", lambda path, **_: read.append(path) or b"")
+    read = []
+
+    def note(path: str, **_: int) -> bytes:
+        read.append(path)
+        return b""
+
+    monkeypatch.setattr(procfs, "read", note)
     index = MarkerIndex([replace(lease(), watermark=MARK)])
 
     assert index.find_member(procfs._parse(2, line)) is None
