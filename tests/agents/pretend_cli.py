@@ -272,6 +272,8 @@ class ClaudeTools:
                 self._answer(call, kinds["deny"]["permissionDecisionReason"], is_lost=is_lost)
             elif "defer" in kinds:
                 deferred = call
+                marker = {"type": "hook_deferred_tool", "toolUseID": call["id"]}
+                append_lines(self.path, {"type": "attachment", "attachment": marker, **self.seen})
             else:
                 given = kinds.get("allow", {}).get("updatedInput", call["input"])
                 ran = subprocess.run(
@@ -319,12 +321,7 @@ class ClaudeTools:
         print_event({"type": "user", "message": message})
 
     def _defer(self, call: dict[str, Any]) -> None:
-        marker = {"type": "hook_deferred_tool", "toolUseID": call["id"]}
-        append_lines(
-            self.path,
-            {"type": "attachment", "attachment": marker, **self.seen},
-            {"type": "last-prompt", "sessionId": self.seen["sessionId"]},
-        )
+        append_lines(self.path, {"type": "last-prompt", "sessionId": self.seen["sessionId"]})
         held = {name: call[name] for name in ("id", "name", "input")}
         print_event(
             {"type": "result", "subtype": "success", "is_error": False, "result": "",

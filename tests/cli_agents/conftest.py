@@ -25,9 +25,10 @@ NewSetup = Callable[..., RealCliSetup]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run every test once per CLI and round."""
+    """Run every test once per CLI and round. A module can name its CLIs in `TRIED`."""
     if "cli" in metafunc.fixturenames:
-        metafunc.parametrize("cli", CLIS, ids=lambda cli: cli.name)
+        tried = getattr(metafunc.module, "TRIED", CLIS)
+        metafunc.parametrize("cli", tried, ids=lambda cli: cli.name)
     if "round_number" in metafunc.fixturenames:
         metafunc.parametrize("round_number", range(1, ROUNDS + 1))
 

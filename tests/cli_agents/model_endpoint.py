@@ -48,6 +48,7 @@ class Reply:
         text: the text of the answer.
         hangs: the endpoint sends only the first half, and keeps the connection open.
         command: a shell command for the CLI, instead of a text.
+        more: further commands in the same message, of Anthropic's model only.
         refusal: the message of an error, instead of an answer.
         status: the HTTP status of the refusal.
     """
@@ -55,6 +56,7 @@ class Reply:
     text: str = ""
     hangs: bool = False
     command: str | None = None
+    more: tuple[str, ...] = ()
     refusal: str | None = None
     status: int = 400
 
@@ -357,22 +359,38 @@ def anthropic(reply: Reply) -> list[str]:
         "stop_sequence": None,
         "usage": {"input_tokens": 6, "cache_read_input_tokens": 4, "output_tokens": 1},
     }
-    block: Json = {"type": "text", "text": ""}
-    deltas = [{"type": "text_delta", "text": half} for half in _halves(reply.text)]
-    reason = "end_turn"
-    if reply.command is not None:
-        block = {"type": "tool_use", "id": _new_id("toolu"), "name": "Bash", "input": {}}
-        given = json.dumps({"command": reply.command, "description": "as asked"})
-        deltas = [{"type": "input_json_delta", "partial_json": given}]
-        reason = "tool_use"
+    commands = [] if reply.command is None else [reply.command, *reply.more]
+    blocks = [_anthropic_call(command) for command in commands] or [_anthropic_text(reply.text)]
+    reason = "tool_use" if commands else "end_turn"
     ended = {"stop_reason": reason, "stop_sequence": None}
     return [
         _event({"type": "message_start", "message": message}),
-        _event({"type": "content_block_start", "index": 0, "content_block": block}),
-        *(_event({"type": "content_block_delta", "index": 0, "delta": delta}) for delta in deltas),
-        _event({"type": "content_block_stop", "index": 0}),
+        *(
+            _event({**event, "index": index})
+            for index, block in enumerate(blocks)
+            for event in block
+        ),
         _event({"type": "message_delta", "delta": ended, "usage": {"output_tokens": 5}}),
         _event({"type": "message_stop"}),
+    ]
+
+
+def _anthropic_text(text: str) -> list[Json]:
+    deltas: list[Json] = [{"type": "text_delta", "text": half} for half in _halves(text)]
+    return _anthropic_block({"type": "text", "text": ""}, deltas)
+
+
+def _anthropic_call(command: str) -> list[Json]:
+    block: Json = {"type": "tool_use", "id": _new_id("toolu"), "name": "Bash", "input": {}}
+    given = json.dumps({"command": command, "description": "as asked"})
+    return _anthropic_block(block, [{"type": "input_json_delta", "partial_json": given}])
+
+
+def _anthropic_block(block: Json, deltas: list[Json]) -> list[Json]:
+    return [
+        {"type": "content_block_start", "content_block": block},
+        *({"type": "content_block_delta", "delta": delta} for delta in deltas),
+        {"type": "content_block_stop"},
     ]
 
 

@@ -92,6 +92,8 @@ def test_a_permission_question_survives_restarts_and_its_call_runs_once(
     assert api.get("r").pending_interaction == asked
     assert (processes_below(setup.attempt), setup.effects) == ([], [])
 
+    assert all(not each.events("execution.session_not_seen") for each in setup.home.services)
+
     refusal = refused(lambda: api.reply("r", 1, "yes"))
     assert (refusal.code.name, refusal.fields) == ("INVALID_ARGUMENT", ("response",))
     api.reply("r", 1, "allow")
@@ -148,6 +150,7 @@ def test_of_several_calls_in_one_message_one_is_asked_for_and_no_result_is_lost(
     setup = Asking(new_home, tmp_path, calls=calls)
     service, api = setup.home.start()
     asked = setup.ask(api).pending_interaction.tool_call
+    assert not service.events("execution.session_not_seen")
     service.kill()
     service, api = setup.home.start()
     name = MessageToDict(asked)["input"]["command"].split()[1]

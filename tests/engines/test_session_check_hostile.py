@@ -139,6 +139,9 @@ def test_a_defect_leaves_only_the_session_that_met_it_unknown(
         def is_end_of_turn(self, line: object) -> bool:
             return True
 
+        def may_follow_end(self, line: object) -> bool:
+            return False
+
     store = CliSessions(session.home.path, Defective, Defective())
     fine = StoredHandle(handle=session.handle, workspace=session.workspace)
     bad = replace(fine, handle=session.home.new_id(2))

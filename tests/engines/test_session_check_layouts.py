@@ -188,3 +188,46 @@ def test_notes_of_claude_after_the_answer_are_no_user_message(tmp_path: Path, no
     with file.open("ab") as opened:
         opened.write(text_of([line]))
     assert home.check(handle, tmp_path / "w") == FOUND[SessionReason.CUT_OFF]
+
+
+def test_a_session_of_claude_that_ends_with_a_deferred_call_is_whole(tmp_path: Path) -> None:
+    # The results of other calls of the same message follow the deferral.
+    home, handle = SessionHome("claude", tmp_path), session_id(1, version=4)
+    file = home.write(handle, tmp_path / "w")
+
+    def add(kind: str, **more: object) -> None:
+        with file.open("ab") as opened:
+            opened.write(text_of([{"type": kind, "sessionId": handle, **more}]))
+
+    def message(role: str, block: object) -> dict[str, object]:
+        return {"role": role, "content": [block]}
+
+    add("assistant", message=message("assistant", {"type": "tool_use", "id": "a"}))
+    add("assistant", message=message("assistant", {"type": "tool_use", "id": "b"}))
+    assert home.check(handle, tmp_path / "w") == FOUND[SessionReason.CUT_OFF]
+    add("attachment", attachment={"type": "hook_success"})
+    assert home.check(handle, tmp_path / "w") == FOUND[SessionReason.CUT_OFF]
+    add("attachment", attachment={"type": "hook_deferred_tool", "toolUseID": "a"})
+    assert home.check(handle, tmp_path / "w") == FOUND[SessionReason.WHOLE]
+    add("user", message=message("user", {"type": "tool_result", "tool_use_id": "b"}))
+    add("last-prompt")
+    assert home.check(handle, tmp_path / "w") == FOUND[SessionReason.WHOLE]
+    add("assistant", message=message("assistant", {"type": "tool_use", "id": "c"}))
+    add("user", message=message("user", {"type": "tool_result", "tool_use_id": "c"}))
+    assert home.check(handle, tmp_path / "w") == FOUND[SessionReason.CUT_OFF]
+
+
+def test_a_session_of_claude_that_ends_with_a_long_result_is_cut_off(tmp_path: Path) -> None:
+    home, handle = SessionHome("claude", tmp_path), session_id(1, version=4)
+    file = home.write(handle, tmp_path / "w")
+    call = {"role": "assistant", "content": [{"type": "tool_use", "id": "c"}]}
+    result = {"type": "tool_result", "tool_use_id": "c", "content": "x" * 100_000}
+    answer = {"role": "user", "content": [result]}
+    lines = [
+        {"type": "assistant", "sessionId": handle, "message": call},
+        {"type": "user", "sessionId": handle, "message": answer},
+    ]
+    with file.open("ab") as opened:
+        opened.write(text_of(lines))
+
+    assert home.check(handle, tmp_path / "w") == FOUND[SessionReason.CUT_OFF]

@@ -84,6 +84,13 @@ class ClaudeLayout:
         own = fields["sessionId"] == stored.handle and fields.get("cwd", workspace) == workspace
         return None if own else SessionReason.ELSEWHERE
 
+    def may_follow_end(self, line: JsonObject) -> bool:
+        """Return True for a result of a tool. A call may have been deferred before it."""
+        match line.get("message"):
+            case {"content": [{"type": "tool_result"}, *_]}:
+                return True
+        return False
+
     def is_end_of_turn(self, line: JsonObject) -> bool | None:
         """Return whether a turn ends with the line. None for subagents and notes (`isMeta`)."""
         if line.get("isSidechain") or line.get("isMeta"):

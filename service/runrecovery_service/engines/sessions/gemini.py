@@ -109,6 +109,10 @@ class GeminiLayout:
         own = (session_id, project) == (stored.handle, hash_of(stored.workspace))
         return None if own else SessionReason.ELSEWHERE
 
+    def may_follow_end(self, line: JsonObject) -> bool:
+        """Return False."""
+        return False
+
     def is_end_of_turn(self, line: JsonObject) -> bool | None:
         """Return whether a turn ends with the line, or None if the line does not tell.
 

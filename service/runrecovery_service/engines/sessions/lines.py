@@ -69,6 +69,9 @@ class Layout(Protocol):
         """Return True for a line that ends a turn, False for one that others must follow (a
         user's message, a tool call), None for a line that does not tell."""
 
+    def may_follow_end(self, line: JsonObject) -> bool:
+        """Return True for a line that others must follow unless the turn has ended before it."""
+
 
 def is_uuid(handle: str) -> bool:
     """Return True for a session id. The CLIs take another word for a keyword ("latest"), a number
@@ -113,12 +116,15 @@ def _judge_end(excerpt: Excerpt, layout: Layout) -> SessionReason:
         return SessionReason.CUT_OFF if rest else SessionReason.NOT_KNOWN
     if json_object(lines[-1]) is None:
         return SessionReason.CUT_OFF
+    is_open = excerpt.tail_is_all
     for line in reversed(lines):
         parsed = json_object(line)
         ended = None if parsed is None else layout.is_end_of_turn(parsed)
-        if ended is not None:
+        if parsed is not None and ended is False and layout.may_follow_end(parsed):
+            is_open = True
+        elif ended is not None:
             return SessionReason.WHOLE if ended else SessionReason.CUT_OFF
-    return SessionReason.CUT_OFF if excerpt.tail_is_all else SessionReason.WHOLE
+    return SessionReason.CUT_OFF if is_open else SessionReason.WHOLE
 
 
 def json_object(line: bytes) -> JsonObject | None:
