@@ -44,7 +44,7 @@ from runrecovery_service.lifecycle import (
     store_kept,
 )
 from runrecovery_service.locks import ServiceLocks
-from runrecovery_service.machine_limits import open_cgroup_parent, plan_open_files
+from runrecovery_service.machine_limits import agent_share, open_cgroup_parent, plan_open_files
 from runrecovery_service.ownership import (
     LeaseRenewal,
     Ownership,
@@ -213,7 +213,7 @@ class _App:
             cgroups=self.cgroups,
             environ=dict(os.environ),
             cancel_grace_s=self.settings.cancel_grace_s,
-            soft_open_files=self.open_files.agents_soft,
+            share=agent_share(self.settings, self.open_files),
         )
 
     def _dispatcher(self, launcher: Launcher) -> Dispatcher:

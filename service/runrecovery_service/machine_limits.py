@@ -1,4 +1,4 @@
-"""What a start takes from the machine: the limit on open files and a delegated cgroup."""
+"""What a start takes from the machine: open files, pipes and a delegated cgroup."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from runrecovery_service.config.settings import Settings
 from runrecovery_service.domain.start_errors import CgroupRefused, OpenFilesRefused
 from runrecovery_service.process.cgroup import CgroupParent, CgroupUnusable
 from runrecovery_service.process.open_files import OpenFiles, TooFewOpenFiles
+from runrecovery_service.process.pipe_size import stdout_pipe_bytes
+from runrecovery_service.process.resource_limits import AgentShare
 
 
 def plan_open_files(settings: Settings) -> OpenFiles:
@@ -23,6 +25,11 @@ def plan_open_files(settings: Settings) -> OpenFiles:
         return OpenFiles.plan(runs=runs, connections=wanted)
     except TooFewOpenFiles as error:
         raise OpenFilesRefused(error.limit, error.needed, runs) from error
+
+
+def agent_share(settings: Settings, open_files: OpenFiles) -> AgentShare:
+    """Return what each agent gets of the machine."""
+    return AgentShare(open_files.agents_soft, stdout_pipe_bytes(settings.capacity))
 
 
 def open_cgroup_parent(settings: Settings) -> CgroupParent | None:

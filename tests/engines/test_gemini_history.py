@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import os
+import resource
+import signal
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -129,6 +132,16 @@ def test_a_call_in_the_content_of_a_message_without_a_response_gets_one() -> Non
     assert gemini_violations(as_resumed([*lines, added])) == []
 
 
+def test_an_image_beside_a_response_stays() -> None:
+    image = {"inlineData": {"mimeType": "image/png", "data": "AA=="}}
+    both = (response("a"), image, response("b"))
+    lines = [HEAD, TASK, model("g1", tool("a", *both), tool("b", response("b"))), ANSWER]
+
+    added = corrected(*lines)
+
+    assert added[0] == model("g1", tool("a", response("a"), image), tool("b", response("b")))
+
+
 def test_a_response_without_a_call_is_removed() -> None:
     lines = [HEAD, TASK, user("u2", response("a"), {"text": "and more"}), ANSWER]
 
@@ -219,7 +232,7 @@ def test_a_file_keeps_every_byte_and_is_repaired_once(tmp_path: Path) -> None:
     path = tmp_path / "session.jsonl"
     before = write(path, HEAD, *DOUBLED)
 
-    done = repair(path, GeminiHistory())
+    done = repair(path, GeminiHistory(), threading.Event())
 
     assert done == Repair(lines=2, after=len(before))
     after = path.read_bytes()
@@ -228,7 +241,7 @@ def test_a_file_keeps_every_byte_and_is_repaired_once(tmp_path: Path) -> None:
         model("g1", tool("a")),
         ANSWER,
     ]
-    assert repair(path, GeminiHistory()) is None
+    assert repair(path, GeminiHistory(), threading.Event()) is None
     assert path.read_bytes() == after
 
 
@@ -237,21 +250,21 @@ def test_a_line_that_a_kill_has_cut_off_does_not_swallow_the_repair(tmp_path: Pa
     before = write(path, HEAD, *DOUBLED) + b'{"id": "g10", "ty'
     path.write_bytes(before)
 
-    assert repair(path, GeminiHistory()) == Repair(lines=2, after=len(before))
+    assert repair(path, GeminiHistory(), threading.Event()) == Repair(lines=2, after=len(before))
 
     assert path.read_bytes().startswith(before + b"\n{")
-    assert repair(path, GeminiHistory()) is None
+    assert repair(path, GeminiHistory(), threading.Event()) is None
 
 
 def test_a_repair_that_was_cut_off_is_completed_by_the_next(tmp_path: Path) -> None:
     path = tmp_path / "session.jsonl"
     before = write(path, HEAD, *DOUBLED)
-    repair(path, GeminiHistory())
+    repair(path, GeminiHistory(), threading.Event())
     whole = path.read_bytes()
 
     for size in range(len(before), len(whole)):
         path.write_bytes(whole[:size])
-        repair(path, GeminiHistory())
+        repair(path, GeminiHistory(), threading.Event())
         lines = [json.loads(line) for line in path.read_bytes().splitlines() if valid(line)]
         assert gemini_violations(as_resumed(lines)) == []
 
@@ -271,9 +284,9 @@ def test_what_is_no_file_is_not_written(tmp_path: Path) -> None:
     os.mkfifo(pipe)
 
     with pytest.raises(OSError):  # noqa: PT011 - ELOOP has no class of its own
-        repair(link, GeminiHistory())
+        repair(link, GeminiHistory(), threading.Event())
     with pytest.raises(NotRepairable, match="not_a_file"):
-        repair(pipe, GeminiHistory())
+        repair(pipe, GeminiHistory(), threading.Event())
 
     assert target.read_bytes() == before
 
@@ -281,7 +294,35 @@ def test_what_is_no_file_is_not_written(tmp_path: Path) -> None:
 def test_a_file_that_is_too_long_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "session.jsonl"
     write(path, HEAD, *DOUBLED)
-    os.truncate(path, 256 * 1024**2 + 1)  # sparse
+    os.truncate(path, 64 * 1024**2 + 1)  # sparse
 
     with pytest.raises(NotRepairable, match="too_long"):
-        repair(path, GeminiHistory())
+        repair(path, GeminiHistory(), threading.Event())
+
+
+def test_a_repair_that_nobody_waits_for_any_more_writes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "session.jsonl"
+    before = write(path, HEAD, *DOUBLED)
+    given_up = threading.Event()
+    given_up.set()
+
+    with pytest.raises(NotRepairable, match="too_late"):
+        repair(path, GeminiHistory(), given_up)
+
+    assert path.read_bytes() == before
+
+
+def test_a_repair_that_does_not_fit_on_the_disk_leaves_no_half_line(tmp_path: Path) -> None:
+    path = tmp_path / "session.jsonl"
+    before = write(path, HEAD, *DOUBLED)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            repair(path, GeminiHistory(), threading.Event())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+
+    assert path.read_bytes() == before

@@ -20,6 +20,7 @@ from runrecovery_service.process import launch, procfs, wire
 from runrecovery_service.process.agent_command import agent_environment, launch_problem
 from runrecovery_service.process.launch_errors import LaunchFailed
 from runrecovery_service.process.markers import COOKIE_VARIABLE
+from runrecovery_service.process.pipe_size import stdout_pipe_bytes
 from runrecovery_service.process.shim_events import (
     Empty,
     EndsItself,
@@ -90,23 +91,44 @@ def test_the_pipe_of_standard_output_takes_a_mebibyte(start: Start) -> None:
     assert fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ) == 1 << 20
 
 
-@pytest.mark.parametrize(("allowed", "expected"), [(300_000, 262_144), (0, 65_536)])
-def test_a_user_whose_pipes_are_used_up_gets_the_largest_pipe_that_is_left(
-    start: Start, monkeypatch: pytest.MonkeyPatch, allowed: int, expected: int
+def test_a_pipe_that_the_kernel_does_not_widen_is_used_as_it_is(
+    start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernel refuses like that beyond fs.pipe-user-pages-soft; root is never refused."""
     change = fcntl.fcntl
 
-    def limited(descriptor: int, command: int, size: int = 0) -> int:
-        if command == fcntl.F_SETPIPE_SZ and size > allowed:
+    def refused(descriptor: int, command: int, size: int = 0) -> int:
+        if command == fcntl.F_SETPIPE_SZ:
             raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
         return change(descriptor, command, size)
 
-    monkeypatch.setattr(fcntl, "fcntl", limited)
+    monkeypatch.setattr(fcntl, "fcntl", refused)
     tree = start([*CODE, "print('here')"])
 
-    assert change(tree.process.stdout.fileno(), fcntl.F_GETPIPE_SZ) == expected
+    assert change(tree.process.stdout.fileno(), fcntl.F_GETPIPE_SZ) == 65_536
     assert tree.process.stdout.read() == b"here\n"
+
+
+@pytest.mark.parametrize(
+    ("pages", "processes", "expected"),
+    [
+        ("16384\n", 1, 1_048_576),
+        ("16384\n", 32, 1_048_576),
+        ("16384\n", 33, 524_288),
+        ("16384\n", 64, 524_288),
+        ("16384\n", 257, 65_536),
+        ("16384\n", 10_000, 65_536),
+        ("0\n", 10_000, 1_048_576),
+        ("", 1, 65_536),
+    ],
+)
+def test_all_pipes_together_take_half_of_what_the_kernel_grants_a_user(
+    tmp_path: Path, pages: str, processes: int, expected: int
+) -> None:
+    limit = tmp_path / "pipe-user-pages-soft"
+    limit.write_text(pages)
+
+    assert stdout_pipe_bytes(processes, limit=limit) == expected
 
 
 def test_finds_the_command_on_the_agents_path(start: Start, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import asyncio
+import threading
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from runrecovery_service import daemon_threads
@@ -35,6 +37,7 @@ class SessionChecker:
     catalog: Catalog
     workspaces: Workspaces
     timeout_s: float = SESSION_TIMEOUT_S
+    _one_repair: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
 
     async def check(
         self,
@@ -65,8 +68,14 @@ class SessionChecker:
         Raises:
             NotRepairable, OSError, NotKnown: a file is left as it is. TimeoutError is an OSError.
         """
-        stored = self._stored(run, handle)
-        return await daemon_threads.run_within(self.timeout_s, lambda: sessions.repair(stored))
+        stored, given_up = self._stored(run, handle), threading.Event()
+        async with self._one_repair:  # each holds a whole file in memory
+            try:
+                return await daemon_threads.run_within(
+                    self.timeout_s, lambda: sessions.repair(stored, given_up)
+                )
+            finally:
+                given_up.set()
 
     def _stored(
         self, run: Run, handle: str, fingerprint: SessionFingerprint | None = None

@@ -13,7 +13,8 @@ from runrecovery_service.process.agent_command import find_program
 from runrecovery_service.process.launch_errors import LaunchFailed
 
 VERSION_TIMEOUT_S: Final = 60.0
-_VERSION: Final = re.compile(r"\b(\d{1,9})\.(\d{1,9})\.(\d{1,9})\b")
+_VERSION: Final = re.compile(r"^(\d{1,9})\.(\d{1,9})\.(\d{1,9})\S* \(Claude Code\)$", re.MULTILINE)
+"""What Claude Code prints. A wrapper may print other versions before it."""
 
 
 def write_files(files: Mapping[Path, bytes]) -> None:

@@ -42,7 +42,7 @@ from runrecovery_service.process.launch_errors import (
 )
 from runrecovery_service.process.markers import COOKIE_VARIABLE, Identity, LaunchMarkers
 from runrecovery_service.process.procfs import read_proc
-from runrecovery_service.process.resource_limits import ResourceLimits
+from runrecovery_service.process.resource_limits import AgentShare, ResourceLimits
 from runrecovery_service.process.shim_events import ShimEvent
 from runrecovery_service.process.shim_journal import killed_by_shim
 from runrecovery_service.process.shimmed_process import ShimmedProcess
@@ -81,7 +81,7 @@ class Launcher:
         cgroups: the parent of the cgroups of the launches; None if cgroups are not used.
         environ: the service's environment, of which agents get a part.
         cancel_grace_s: seconds between SIGTERM and SIGKILL.
-        soft_open_files: agents' soft limit on open files; None: the service's own.
+        share: what the machine leaves for each agent.
     """
 
     workspaces: Workspaces
@@ -91,7 +91,7 @@ class Launcher:
     cgroups: CgroupParent | None
     environ: Mapping[str, str]
     cancel_grace_s: float
-    soft_open_files: int | None = None
+    share: AgentShare = field(default_factory=AgentShare)
 
     def end_trees(
         self, markers: Sequence[LaunchMarkers], *, why: str, deadline_s: float
@@ -309,7 +309,8 @@ class Launch:
                 max_memory=engine.max_memory,
                 max_open_files=engine.max_open_files,
                 max_processes=engine.max_processes,
-                soft_open_files=self.launcher.soft_open_files,
+                soft_open_files=self.launcher.share.soft_open_files,
+                stdout_pipe_bytes=self.launcher.share.stdout_pipe_bytes,
             ),
             cgroup_procs=self._make_cgroup(),
         )

@@ -7,7 +7,6 @@ the agent never runs.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from runrecovery_service.process import wire
 from runrecovery_service.process.agent_command import find_program
 from runrecovery_service.process.launch_errors import LaunchFailed, launch_error
 from runrecovery_service.process.markers import COOKIE_VARIABLE, LaunchMarkers
+from runrecovery_service.process.pipe_size import widen_pipe
 from runrecovery_service.process.procfs import read_proc
 from runrecovery_service.process.resource_limits import ResourceLimits
 from runrecovery_service.process.safe_open import open_regular
@@ -27,9 +27,6 @@ from runrecovery_service.process.shim_events import Gated
 from runrecovery_service.process.shimmed_process import SHIM_TIMEOUT_S, ShimmedProcess
 
 SHIM: Final = str(Path(__file__).with_name("shim_main.py"))
-STDOUT_PIPE_BYTES: Final = 1 << 20
-"""What an agent's standard output takes while the service does not read, as by fs.pipe-max-size."""
-USUAL_PIPE_BYTES: Final = 1 << 16
 
 
 def prepare(
@@ -62,6 +59,7 @@ def prepare(
     """
     if read_proc(os.getpid()) is None:
         raise LaunchFailed("a launch needs /proc to record the new process")
+    limits = limits or ResourceLimits()
     try:
         order = wire.pack(
             wire.Order(
@@ -71,12 +69,12 @@ def prepare(
                 argv=list(command),
                 env=dict(env),
                 cwd=str(cwd),
-                confinement=_confinement(limits or ResourceLimits(), cgroup_procs),
+                confinement=_confinement(limits, cgroup_procs),
             )
         )
     except ValueError as error:  # a NUL in a word
         raise LaunchFailed(f"{command[0]}: {error}") from error
-    process = _spawn(markers, journal)
+    process = _spawn(markers, journal, limits.stdout_pipe_bytes)
     try:
         process.send_order(order)
         event = process.next_event()
@@ -99,7 +97,7 @@ def _confinement(limits: ResourceLimits, cgroup_procs: Path | None) -> wire.Conf
     )
 
 
-def _spawn(markers: LaunchMarkers, journal: Path | None) -> ShimmedProcess:
+def _spawn(markers: LaunchMarkers, journal: Path | None, pipe_bytes: int) -> ShimmedProcess:
     for_shim: list[int] = []
     for_service: list[int] = []
     try:
@@ -131,7 +129,7 @@ def _spawn(markers: LaunchMarkers, journal: Path | None) -> ShimmedProcess:
             os.close(fd)
     try:
         assert popen.stdout is not None  # noqa: S101 - it is a pipe
-        widen_pipe(popen.stdout.fileno())
+        widen_pipe(popen.stdout.fileno(), pipe_bytes)
         return _describe(popen, gate=for_service[0], report=for_service[1])
     except BaseException:  # an open gate would keep the shim waiting at it
         for fd in for_service:
@@ -140,23 +138,6 @@ def _spawn(markers: LaunchMarkers, journal: Path | None) -> ShimmedProcess:
             if pipe is not None:
                 pipe.close()
         raise
-
-
-def widen_pipe(descriptor: int) -> None:
-    """Let a pipe take `STDOUT_PIPE_BYTES`, or as much of it as the system allows.
-
-    Agent CLIs exit without writing the rest of their output to a full pipe. The kernel limits the
-    sum of all pipes of an ordinary user (fs.pipe-user-pages-soft, 64 MiB). A pipe that is not
-    widened is no reason to refuse a launch.
-    """
-    size = STDOUT_PIPE_BYTES
-    while size > USUAL_PIPE_BYTES:
-        try:
-            fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, size)
-        except OSError:
-            size //= 2
-        else:
-            return
 
 
 def _open_journal(journal: Path | None) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import resource
 from dataclasses import dataclass
 
+from runrecovery_service.process.pipe_size import LARGEST_BYTES
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResourceLimits:
@@ -18,6 +20,7 @@ class ResourceLimits:
             exempt.
         soft_open_files: the soft limit on descriptors, if `max_open_files` is None although the
             service has raised its own limit.
+        stdout_pipe_bytes: what standard output takes while the service does not read.
     """
 
     niceness: int = 0
@@ -25,6 +28,7 @@ class ResourceLimits:
     max_open_files: int | None = None
     max_processes: int | None = None
     soft_open_files: int | None = None
+    stdout_pipe_bytes: int = LARGEST_BYTES
 
     @property
     def rlimits(self) -> dict[int, int]:
@@ -35,3 +39,15 @@ class ResourceLimits:
             resource.RLIMIT_NPROC: self.max_processes,
         }
         return {key: value for key, value in wanted.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class AgentShare:
+    """What the machine leaves for each agent, whatever its engine.
+
+    Attributes:
+        soft_open_files, stdout_pipe_bytes: as in `ResourceLimits`.
+    """
+
+    soft_open_files: int | None = None
+    stdout_pipe_bytes: int = LARGEST_BYTES

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -148,8 +149,8 @@ class CliSessions:
         """Check one session and return its fingerprint too. No process may write to it now."""
         return self._new_batch().observe(stored)
 
-    def repair(self, stored: StoredHandle) -> list[Repair]:
-        """Repair the files of one session. No process may write to them now.
+    def repair(self, stored: StoredHandle, given_up: threading.Event) -> list[Repair]:
+        """Repair the files of one session. No process may write to them until `given_up` is set.
 
         Raises:
             NotRepairable, OSError, NotKnown: a file is left as it is.
@@ -157,7 +158,7 @@ class CliSessions:
         if self.history is None or self.finder is None or not is_uuid(stored.handle):
             return []
         stored = replace(stored, workspace=Path(os.path.realpath(stored.workspace)))
-        repairs = [repair(path, self.history) for path in self.finder().paths(stored)]
+        repairs = [repair(path, self.history, given_up) for path in self.finder().paths(stored)]
         return [each for each in repairs if each is not None]
 
     def _new_batch(self) -> _Batch:

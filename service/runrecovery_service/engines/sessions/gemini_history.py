@@ -107,14 +107,17 @@ def _close(
 
 
 def _with_response(tool: JsonObject, key: str) -> JsonObject:
-    """Return the call of a tool with its own response alone."""
+    """Return the call of a tool without responses to others."""
     result = tool.get("result")
     if isinstance(result, str) and result:
         return tool
-    responses = [part for part in _objects(result) if _is_response_to(part, key)]
+    parts = _objects(result)
+    responses = [part for part in parts if _is_response_to(part, key)][:1]
+    others = [part for part in parts if "functionResponse" not in part]  # images, for example
     unknown: JsonObject = {"id": key, "name": tool.get("name")}
     unknown["response"] = {"error": NO_RESPONSE}
-    return {**tool, "result": list[JsonValue](responses[:1] or [{"functionResponse": unknown}])}
+    responses = responses or [{"functionResponse": unknown}]
+    return {**tool, "result": list[JsonValue](responses + others)}
 
 
 def _without_response(tool: JsonObject) -> JsonObject:

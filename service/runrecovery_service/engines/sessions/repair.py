@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,8 @@ from typing import Final, Protocol
 from runrecovery_service.domain.run import JsonObject
 from runrecovery_service.engines.sessions.lines import json_object
 
-MOST_BYTES: Final = 256 * 1024**2
-"""A longer file is not read into memory."""
+MOST_BYTES: Final = 64 * 1024**2
+"""A longer file is not read. Reading this one takes some 200 MiB of memory and 2 s."""
 
 
 class History(Protocol):
@@ -39,14 +40,17 @@ class Repair:
     after: int
 
 
-def repair(path: Path, history: History) -> Repair | None:
+def repair(path: Path, history: History, given_up: threading.Event) -> Repair | None:
     """Append to a session file what its history lacks, or return None if it lacks nothing.
 
     No process may write to the file meanwhile. An interrupted repair leaves the file usable, and
     the next one completes it.
 
+    Args:
+        given_up: set once the caller no longer waits, so that its CLI may write to the file.
+
     Raises:
-        NotRepairable: the file is too long or no file, or its history stays wrong.
+        NotRepairable: the file is too long or no file, or it changes, or its history stays wrong.
         OSError: the file cannot be read or written.
     """
     # Agents can write where the file is: no link at its end, and no waiting for a pipe.
@@ -63,8 +67,14 @@ def repair(path: Path, history: History) -> Repair | None:
             return None
         begin = b"" if data.endswith(b"\n") else b"\n"  # a process may have been killed in a line
         added = begin + b"".join(json.dumps(line).encode() + b"\n" for line in corrections)
-        while added:
-            added = added[file.write(added) :]
+        if given_up.is_set() or os.fstat(file.fileno()).st_size != len(data):
+            raise NotRepairable("too_late")
+        try:
+            while added:
+                added = added[file.write(added) :]
+        except OSError:  # a full disk: the CLI would append to half a line
+            file.truncate(len(data))
+            raise
         return Repair(len(corrections), len(data))
 
 
