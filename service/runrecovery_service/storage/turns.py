@@ -130,7 +130,7 @@ def _take(
         launch=launch,
         reply=reply,
         interruption=interruption,
-        session_usage=usage.of_session(db, run.key),
+        session_usage=usage.of_session(db, run.key) if reply or interruption else None,
     )
 
 
