@@ -90,7 +90,9 @@ def _read_tokens(file: Path) -> Iterator[bytes]:
             data = opened.read(MAX_TOKEN_FILE_BYTES + 1)
     except OSError as error:
         raise _TokenFileRefused(error.strerror) from error
-    tokens = [line.strip() for line in data.decode("utf-8", "replace").splitlines() if line.strip()]
+    tokens = [
+        line.strip() for line in data.decode("utf-8-sig", "replace").splitlines() if line.strip()
+    ]
     if not 1 <= len(tokens) <= MAX_TOKENS or len(data) > MAX_TOKEN_FILE_BYTES:
         raise _TokenFileRefused(f"must hold one token, or {MAX_TOKENS}, each on its own line")
     for token in tokens:

@@ -44,6 +44,15 @@ def read(
             return found
 
 
+def test_decisions_about_other_engines_are_left_out(store: ServiceStore) -> None:
+    runs = [store.waiting(engine=engine) for engine in ("a", "b", "a")]
+    recover(store)
+
+    told = [one.run_id for one in read(store, wanted=RecoveredFilter(engines=frozenset({"a"})))]
+
+    assert told == [runs[0].run_id, runs[2].run_id]
+
+
 def test_decisions_come_in_the_order_of_restarts_and_runs(store: ServiceStore) -> None:
     runs = [store.waiting() for _ in range(5)]
     recover(store)

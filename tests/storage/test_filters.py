@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -50,6 +51,30 @@ def test_a_label_filter_pages_without_gap_or_repeat(store: ServiceStore) -> None
             break
 
     assert seen == [run.run_id for run in reversed(made) if run.labels["n"] == "x"]
+
+
+def test_lists_of_some_engines_have_full_pages_of_their_runs_only(store: ServiceStore) -> None:
+    made = [store.waiting(engine="a" if number % 2 else "b") for number in range(6)]
+    store.recover()
+    mine = [run.run_id for run in reversed(made) if run.engine == "a"]
+    engines = frozenset({"a", "none"})
+    found: dict[str, list[list[str]]] = {"runs": [], "recovered": []}
+    pages = {
+        "runs": partial(runs.page, store.db, RunFilter(engines=engines), limit=2),
+        "recovered": partial(
+            decisions.recovered_page, store.db, RecoveredFilter(engines=engines), limit=2
+        ),
+    }
+    for name, page_after in pages.items():
+        page = page_after(after=None)
+        found[name].append(ids(list(page.rows)))
+        while page.after is not None:
+            page = page_after(after=page.after)
+            found[name].append(ids(list(page.rows)))
+
+    assert found == {name: [mine[:2], mine[2:]] for name in pages}
+    assert listed(store, engines=frozenset({"none"})) == []
+    assert listed(store, engines=engines, engine="b") == []
 
 
 def test_a_quarantined_run_is_found_by_no_status(store: ServiceStore) -> None:
