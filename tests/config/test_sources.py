@@ -186,3 +186,17 @@ def test_variables_of_others_with_the_same_prefix_are_ignored(load: Load) -> Non
 def test_settings_cannot_be_changed() -> None:
     with pytest.raises(FrozenInstanceError):
         Settings().listen = "x"  # type: ignore[misc]
+
+
+def test_variables_of_commands_that_call_a_service_are_no_misspelt_keys(load: Load) -> None:
+    words = (
+        "SERVER",
+        "TLS",
+        "TLS_CA",
+        "TLS_CERTIFICATE",
+        "TLS_KEY",
+        "TLS_SERVER_NAME",
+        "TOKEN_FILE",
+    )
+
+    assert load(environ={f"RUNRECOVERY_{word}": "x" for word in words}) == Settings()

@@ -206,6 +206,16 @@ def test_a_client_ca_that_holds_no_certificate_refuses_a_start(
         ServerTls(found)
 
 
+def test_a_bundle_may_have_comments_in_any_encoding(files: Files, authority: Authority) -> None:
+    found = files(client_ca=authority)
+    assert found.client_ca is not None
+    found.client_ca.write_bytes("# Autorité é\n".encode() + b"# \xff\n" + authority.certificate)
+    own = authority.issue(common_name="ci")
+
+    with serving(ServerTls(found).credentials()) as server:
+        assert server.answer(authority.trust(own)) is UNIMPLEMENTED
+
+
 # -- files that change ---------------------------------------------------------------------------
 
 

@@ -102,15 +102,15 @@ def _read(file: Path) -> bytes:
 
 def _server_context(files: TlsFiles, chain: bytes, key: bytes) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    # Loading takes a path only. What was read is tried, not what the path holds by then.
-    memory = os.memfd_create("certificate")
     try:
-        os.write(memory, chain + b"\n" + key)
-        context.load_cert_chain(f"/proc/self/fd/{memory}")
+        # Loading takes a path only. What was read is tried, not what the path holds by then.
+        with open(os.memfd_create("certificate"), "wb", buffering=0) as memory:  # noqa: PTH123
+            memory.write(chain + b"\n" + key)
+            context.load_cert_chain(f"/proc/self/fd/{memory.fileno()}")
     except ssl.SSLError as error:
         raise TlsUnusable(f"{files.certificate}, {files.key}: {_reason(error)}") from error
-    finally:
-        os.close(memory)
+    except OSError as error:  # no descriptor is left, for example
+        raise TlsUnusable(f"{files.certificate}: {error.strerror}") from error
     return context
 
 
@@ -120,7 +120,8 @@ def _client_context(file: Path, trusted: bytes) -> ssl.SSLContext:
     # The certificate itself is trusted, so that only its own validity is tried.
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     try:
-        context.load_verify_locations(cadata=trusted.decode("ascii"))
+        # Between the certificates may be comments in any encoding.
+        context.load_verify_locations(cadata=trusted.decode("ascii", "ignore"))
     except (ValueError, ssl.SSLError) as error:
         raise TlsUnusable(f"{file}: holds no certificate in PEM") from error
     return context
