@@ -215,8 +215,8 @@ def test_the_usage_of_a_run_is_what_the_model_sent(
         used = run.usage
         assert (used.input_tokens, used.cached_input_tokens) == (10 * calls, 4 * calls), run
         assert used.output_tokens == 5 * calls
-        assert used.reasoning_output_tokens == (0 if cli.name == "claude" else 2 * calls)
-        assert used.HasField("cost_usd") is (cli.name == "claude")
+        assert used.reasoning_output_tokens == (0 if cli.preset == "claude" else 2 * calls)
+        assert used.HasField("cost_usd") is (cli.preset == "claude")
     assert first < len(endpoint.requests)
 
 
@@ -227,14 +227,14 @@ def test_the_calls_of_a_killed_turn_count_as_far_as_the_cli_reports_them(
     service, api = setup.home.start()
     setup.create_run(api, f"{SHELL} [ -e once ] || {{ touch once; sleep 60; }}\n")
     until(lambda: [*setup.home.data.rglob("once")], "the command runs", timeout_s=90.0)
-    if cli.name == "claude":
+    if cli.preset == "claude":
         until(lambda: api.get(setup.run_id).HasField("usage"), "the first call is on record")
     killed = len(endpoint.requests)
     service.kill()
     _, api = setup.home.start()
     ended = setup.until(api, "SUCCEEDED", "FAILED")
 
-    counted = len(endpoint.requests) - (0 if cli.name == "claude" else killed)
+    counted = len(endpoint.requests) - (0 if cli.preset == "claude" else killed)
     assert status_word(ended) == "SUCCEEDED", ended
     assert ended.usage.input_tokens == 10 * counted
 
@@ -248,7 +248,7 @@ def test_refused_credentials_end_the_turn(cli: Cli, new_setup: NewSetup) -> None
 
     # Codex and Gemini CLI give up by themselves.
     assert failed.error.code in {"ENGINE_UNAUTHENTICATED", "ENGINE_FAILED"}
-    assert cli.name != "claude" or failed.error.code == "ENGINE_UNAUTHENTICATED", failed
+    assert cli.preset != "claude" or failed.error.code == "ENGINE_UNAUTHENTICATED", failed
     assert not setup.processes()
 
 
