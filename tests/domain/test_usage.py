@@ -71,6 +71,7 @@ def test_a_report_keeps_its_numbers() -> None:
         ({"model": 4}, "model is not a text of at most 200 characters"),
         ({"model": "m" * 201}, "model is not a text of at most 200 characters"),
         ({"model": "m\0"}, "model is not a text of at most 200 characters"),
+        ({"model": "m\ud800"}, "model is not a text of at most 200 characters"),
         (
             {"cached": 60, "cache_write": 41},
             "cached tokens are more than input_tokens, which includes them",

@@ -214,7 +214,7 @@ CLAUDE_RETRY: JsonObject = {
         ),
         (
             GEMINI,
-            [],
+            [{"type": "init", "session_id": ID, "model": "m"}],
             "Attempt 4 failed with status 429.\nAttempt 5 failed with status 429. Retrying",
             "Attempt 5 failed with status 429",
         ),
@@ -226,9 +226,10 @@ def test_the_latest_retry_of_a_cli_is_known(
     dialect: CliDialect, events: list[JsonObject], stderr: str, retry: str | None
 ) -> None:
     listener = CliListener(dialect, ID, resumed=False)
+    listener.hear_stderr(stderr)  # may be read before the first event
     messages_of(listener, events)
 
-    assert listener.retry(stderr) == retry
+    assert listener.retry() == retry
 
 
 def claude_retry(status: int, attempt: int = 1) -> JsonObject:
@@ -243,7 +244,11 @@ WORK: JsonObject = {"type": "assistant", "message": {"content": []}}
     [
         (CLAUDE, [claude_retry(401), claude_retry(401)], [False, True]),
         (CLAUDE, [claude_retry(403), claude_retry(401)], [False, True]),
-        (CLAUDE, [claude_retry(401, attempt=8)], [True]),
+        (
+            CLAUDE,
+            [claude_retry(529), claude_retry(529, attempt=2), claude_retry(401, attempt=3)],
+            [False] * 3,
+        ),
         (CLAUDE, [claude_retry(429), claude_retry(429, attempt=2)], [False, False]),
         (CLAUDE, [claude_retry(401), claude_retry(529), claude_retry(401)], [False] * 3),
         (CLAUDE, [claude_retry(401), WORK, claude_retry(401)], [False, False]),
@@ -271,24 +276,62 @@ def test_credentials_that_are_refused_twice_in_a_row_are_hopeless(
 
 def test_retries_on_standard_error_are_reported_once_and_whole() -> None:
     listener = CliListener(GEMINI, ID, resumed=False)
-    tails = [
+    pieces = [
         "Attempt 1 failed with status 4",
-        "Attempt 1 failed with status 429. Retrying",
-        "Attempt 1 failed with status 429. Retrying\nmore",
-        f"Attempt 2 failed with status 401 {ID}",
-        "Attempt 3 failed with status 401",
+        "29. Retrying",
+        "\nmore",
+        "\nAttempt 1 failed with status 429. Retrying",  # of the next call
+        f"\nAttempt 2 failed with status 401. {'error ' * 1000}Attempt 3 failed",
+        " with status 401",
     ]
 
-    found = [listener.hear_stderr(tail) for tail in tails]
+    found = [listener.hear_stderr(piece) for piece in pieces]
 
     assert found == [
         (),
         (RetryMessage(message="Attempt 1 failed with status 429"),),
         (),
+        (RetryMessage(message="Attempt 1 failed with status 429"),),
         (RetryMessage(message="Attempt 2 failed with status 401"),),
         (RetryMessage(message="Attempt 3 failed with status 401", is_hopeless=True),),
     ]
-    assert CliListener(CODEX, ID, resumed=False).hear_stderr(tails[1]) == ()
+    assert CliListener(CODEX, ID, resumed=False).hear_stderr(pieces[3]) == ()
+
+
+def test_every_wording_of_a_retry_of_gemini_is_known() -> None:
+    listener = CliListener(GEMINI, ID, resumed=False)
+    text = """
+Attempt 1 failed. Retrying with backoff... Error: fetch failed
+Attempt 2 failed with 429 error (no Retry-After header). Retrying with backoff...
+Attempt 3 failed with 5xx error. Retrying with backoff...
+Attempt 4 failed: You have exhausted your capacity. Retrying after 5512ms...
+Attempt 401 failed with status 503. Retrying with backoff...
+"""
+
+    assert listener.hear_stderr(text) == (
+        RetryMessage(message="Attempt 1 failed"),
+        RetryMessage(message="Attempt 2 failed with 429"),
+        RetryMessage(message="Attempt 3 failed with 5xx"),
+        RetryMessage(message="Attempt 4 failed"),
+        RetryMessage(message="Attempt 401 failed with status 503"),
+    )
+
+
+def test_a_report_that_cannot_be_stored_is_stored_with_another_character() -> None:
+    listener = CliListener(CLAUDE, ID, resumed=False)
+    failed: JsonObject = {"type": "result", "is_error": True, "result": "no \0 \udfff"}
+
+    (retry,) = messages_of(listener, [CLAUDE_RETRY | {"error": "bad \ud800"}])
+    messages_of(listener, [failed])
+    error = listener.failure(1, "")
+
+    known = "attempt 8 to call the model failed with status 401"
+    assert retry == RetryMessage(message=f"{known} (bad \N{REPLACEMENT CHARACTER})")
+    assert listener.retry() == f"{known} (bad \N{REPLACEMENT CHARACTER})"
+    assert error is not None
+    assert error.message == (
+        "The agent failed (exit code 1): no \N{REPLACEMENT CHARACTER} \N{REPLACEMENT CHARACTER}"
+    )
 
 
 def test_a_cli_that_gives_up_after_refusals_was_refused() -> None:
@@ -312,4 +355,4 @@ def test_work_after_a_retry_shows_that_it_has_succeeded() -> None:
 
     messages_of(listener, [CLAUDE_RETRY, {"type": "assistant", "message": {"content": []}}])
 
-    assert listener.retry("") is None
+    assert listener.retry() is None

@@ -122,8 +122,17 @@ def test_a_call_that_others_followed_is_marked() -> None:
         deferred(given={"command": "rm " + "x" * 300_000}),
         deferred(given={"command": "rm \ud800"}),
         deferred("toolu_old"),
+        deferred("toolu_\ud800"),
     ],
-    ids=["another tool", "another command", "names the session", "long", "no text", "earlier"],
+    ids=[
+        "another tool",
+        "another command",
+        "names the session",
+        "long",
+        "no text",
+        "earlier",
+        "no text as its id",
+    ],
 )
 def test_a_call_that_our_hook_cannot_have_deferred_fails_the_turn(event: JsonObject) -> None:
     reply = resumed(ASKS, permission_answer("allow", given=RM))

@@ -11,6 +11,7 @@ import pytest
 from runrecovery_service.agents.output import OutputChannel
 from runrecovery_service.domain.run import Profile, RunStatus
 from runrecovery_service.engines.catalog import Engine
+from runrecovery_service.engines.gemini import GEMINI
 from runrecovery_service.execution import agent_io, supervisor
 from runrecovery_service.execution.agent_io import AgentIO
 from runrecovery_service.execution.pipes import READ_BYTES, bytes_held
@@ -69,16 +70,27 @@ while True:
 )
 
 
-def hasty(script: str) -> Engine:
-    return Engine(
-        name="hasty",
-        command=(sys.executable, "-I", "-S", "-c", script),
-        profile=Profile.RESUMABLE,
-        env_allow=("PATH",),
-        max_concurrent=None,
-        session_file=None,
-        session_timeout_s=600.0,
-    )
+RETRIES: Final = """
+import sys, time
+sys.stdin.read()
+for attempt in range(50):
+    print(f"Attempt {attempt} failed with status 429. Retrying", file=sys.stderr)
+print("." * 40, file=sys.stderr)
+time.sleep(600)
+"""
+
+
+def hasty(script: str, **changes: Any) -> Engine:
+    facts: dict[str, Any] = {
+        "name": "hasty",
+        "command": (sys.executable, "-I", "-S", "-c", script),
+        "profile": Profile.RESUMABLE,
+        "env_allow": ("PATH",),
+        "max_concurrent": None,
+        "session_file": None,
+        "session_timeout_s": 600.0,
+    }
+    return Engine(**facts | changes)
 
 
 class HeldParser:
@@ -218,4 +230,37 @@ async def test_the_parser_runs_ahead_of_the_supervisor_only_up_to_a_bound(
     may_take.set()
 
     assert parsed_bytes <= 3 * READ_BYTES
+    assert (await execution.until_ended(run_id)).status is RunStatus.CANCELED
+
+
+async def test_retries_on_standard_error_do_not_pile_up_while_the_store_does_not_answer(
+    new_execution: NewExecution, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take, may_take = supervisor.TurnSupervisor._take, asyncio.Event()
+    keep, kept = AgentIO._keep_stderr, bytearray()
+    waiting: list[int] = []
+
+    async def held(self: supervisor.TurnSupervisor, engine: Engine, event: TurnEvent) -> None:
+        await may_take.wait()
+        await take(self, engine, event)
+
+    async def noted(self: AgentIO, text: bytes) -> None:
+        await keep(self, text)
+        kept.extend(text)
+        waiting.append(self.events.qsize())
+
+    monkeypatch.setattr(supervisor.TurnSupervisor, "_take", held)
+    monkeypatch.setattr(AgentIO, "_keep_stderr", noted)
+    monkeypatch.setattr(agent_io, "UNTAKEN_EVENTS", 10)
+    execution = await new_execution(more=[hasty(RETRIES, dialect=GEMINI)])
+    run_id = await execution.create("hasty")
+
+    async def is_all_kept() -> bool:
+        return b"Attempt 49 failed with status 429" in kept
+
+    await until(is_all_kept)
+    await execution.cancel(run_id)
+    may_take.set()
+
+    assert waiting[-1] == 11
     assert (await execution.until_ended(run_id)).status is RunStatus.CANCELED

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import pytest
 from runrecovery_service.domain.run import JsonObject, Profile, Run, RunStatus
+from runrecovery_service.engines import cli_dialect
 from runrecovery_service.engines.catalog import Engine
 from runrecovery_service.engines.claude import CLAUDE
 from runrecovery_service.engines.cli_dialect import CliDialect
@@ -100,6 +101,22 @@ Turn = Callable[[str], list[JsonObject]]
 
 
 # -- agent CLIs --------------------------------------------------------------------------------
+
+
+BAD_RETRY: Final[JsonObject] = {"type": "system", "subtype": "api_retry", "error": "bad \ud800"}
+
+
+@pytest.mark.parametrize("is_mended", [True, False])
+async def test_a_text_that_cannot_be_stored_does_not_keep_a_run_alive(
+    new_execution: NewExecution, monkeypatch: pytest.MonkeyPatch, *, is_mended: bool
+) -> None:
+    if not is_mended:  # so that the store refuses the text
+        monkeypatch.setattr(cli_dialect, "storable", lambda text: text)
+    script = say(BAD_RETRY, *claude_turn(DONE))
+
+    run = await end_of(new_execution, engine(script, CLAUDE))
+
+    assert code_of(run) == (None if is_mended else "INTERNAL_ERROR")
 
 
 @EVERY_CLI

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from runrecovery_service.domain.errors import StorageBusy, StorageFull, StorageU
 from runrecovery_service.domain.start_errors import DatabaseOutOfReach, DatabaseRefused
 from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.driver_errors import is_unstorable
 from runrecovery_service.storage.refusals import refusing
 from runrecovery_service.storage.sql_dialects import DatabaseKind
 from storage.service_store import ServiceStore
@@ -147,6 +149,25 @@ def test_a_start_and_check_report_the_text_that_callers_get(
 
     assert type(refused.value) is refusal
     assert str(refused.value).startswith(f"/data/x.db: {said} (disk I/O error)")
+
+
+async def test_a_value_that_can_never_be_stored_is_told_from_a_failure_of_the_database(
+    store: ServiceStore, storage: Storage
+) -> None:
+    turn = store.running()
+    impossible: list[dict[str, object]] = [{"output": "\ud800"}, {"version": 2**70}]
+    if store.db.dialect.kind is DatabaseKind.POSTGRESQL:
+        impossible.append({"output": "\0"})
+
+    def write(columns: dict[str, object]) -> Awaitable[None]:
+        return storage.write_own(lambda _: store.set(turn.run, **columns))
+
+    errors = await asyncio.gather(*map(write, impossible), return_exceptions=True)
+
+    assert [isinstance(error, Exception) and is_unstorable(error) for error in errors] == (
+        [True] * len(impossible)
+    )
+    assert not is_unstorable(StorageFull(cause="no room"))
 
 
 def test_a_failed_rollback_does_not_hide_the_first_error() -> None:

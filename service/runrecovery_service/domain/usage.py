@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Final
 
+from runrecovery_service.domain.storable_text import is_storable
+
 MAX_TOKENS: Final = 10**12
 """The most tokens that one report can have; sums of reports fit 64 bits."""
 MAX_COST_USD: Final = 10_000.0
@@ -133,7 +135,7 @@ def _cost_nanos(value: object) -> int | None:
 
 
 def _model(value: object) -> str:
-    if not isinstance(value, str) or len(value) > MAX_MODEL_CHARS or "\0" in value:
+    if not isinstance(value, str) or len(value) > MAX_MODEL_CHARS or not is_storable(value):
         raise InvalidUsage(f"model is not a text of at most {MAX_MODEL_CHARS} characters")
     return value
 

@@ -109,7 +109,6 @@ def _retry(event: JsonObject) -> RetryReported:
     return RetryReported(
         f"{tried} to call the model failed{answered}{named}",
         is_refused=status in REFUSED,
-        attempt=attempt if isinstance(attempt, int) else 1,
     )
 
 

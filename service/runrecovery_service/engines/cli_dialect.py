@@ -16,6 +16,7 @@ from typing import Final
 from uuid import uuid4
 
 from runrecovery_service.domain.run import ErrorCode, Interaction, JsonObject, RunError
+from runrecovery_service.domain.storable_text import storable
 from runrecovery_service.domain.usage import SessionUsage
 from runrecovery_service.engines import final_message, prompts
 from runrecovery_service.engines.cli_events import (
@@ -62,6 +63,8 @@ MAX_LINE_BYTES: Final = 4 << 20
 MAX_TEXT_CHARS: Final = 2 * final_message.MAX_BYTES
 """How much of the latest text is kept: its end."""
 MAX_MESSAGE_CHARS: Final = 2000
+MAX_RETRY_CHARS: Final = 200
+"""Longest report of a retry on standard error that is found when it comes in pieces."""
 MAX_TASKS: Final = 1000
 """Background tasks whose names are remembered."""
 HANDLE_CHARS: Final = 36
@@ -87,7 +90,8 @@ class CliDialect:
         read: yields the meaning of one event.
         read_usage: returns what an event reports as used.
         says_lost: returns whether the failure of a resumed turn means a lost session.
-        retry_on_stderr: finds reports of retries on standard error. None: the events have them.
+        retry_on_stderr: finds reports of retries on standard error; its group is the HTTP status.
+            None: the events have them.
         chooses_handle: the service chooses the handle, a UUID.
         when_trusted: further arguments if the operator lets the CLI trust the workspace.
         trusted: whether the operator lets the CLI trust the workspace.
@@ -233,9 +237,8 @@ class CliListener:
         self._resumed_another = False
         self._warning: str | None = None
         self._retry: RetryReported | None = None
-        self._stderr_retry: str | None = None
+        self._stderr_rest = ""
         self._is_refused = False
-        self._has_worked = False
 
     @property
     def buffered_bytes(self) -> int:
@@ -255,14 +258,18 @@ class CliListener:
         at_work = self._at_work if self._at_work is None else self._at_work or bool(self._tasks)
         return Heard(self.redact(line), tuple(messages), at_work)
 
-    def hear_stderr(self, tail: str) -> tuple[Message, ...]:
-        """Return the latest retry that standard error reports, if it is another than before."""
-        report = self._latest_on_stderr(tail)
-        if report is None or report == self._stderr_retry:
+    def hear_stderr(self, text: str) -> tuple[Message, ...]:
+        """Return the retries that the next piece of standard error reports."""
+        if self._cli.retry_on_stderr is None:
             return ()
-        self._stderr_retry = report
-        is_refused = report.endswith(tuple(map(str, REFUSED)))
-        return (self._note_retry(RetryReported(report, is_refused=is_refused)),)
+        text, end = self._stderr_rest + text, 0
+        messages = []
+        for found in self._cli.retry_on_stderr.finditer(text):
+            end = found.end()
+            is_refused = found[1] in map(str, REFUSED)
+            messages.append(self._note_retry(RetryReported(found[0], is_refused=is_refused)))
+        self._stderr_rest = text[end:][-MAX_RETRY_CHARS:]  # a report may come in two pieces
+        return tuple(messages)
 
     def redact(self, text: bytes) -> bytes:
         """Return the text without the handle, or without every UUID until the handle is known."""
@@ -283,36 +290,27 @@ class CliListener:
         if failure is None and not lost and self._warning is None:
             return None  # the general message for a bad exit code is just as good
         code = "" if exit_code is None else f" (exit code {exit_code})"
-        reason = self._redact_text(text.strip()).replace("\0", "") or "it gave no reason"
+        reason = self._shown(text) or "it gave no reason"
         refused = ErrorCode.ENGINE_UNAUTHENTICATED if self._is_refused else ErrorCode.ENGINE_FAILED
         return RunError(
             code=ErrorCode.SESSION_RESUME_FAILED if lost else refused,
-            message=f"The agent failed{code}: {reason[:MAX_MESSAGE_CHARS]}",
+            message=f"The agent failed{code}: {reason}",
         )
 
-    def retry(self, stderr_tail: str) -> str | None:
+    def retry(self) -> str | None:
         """Return the latest reported retry that no work followed, or None."""
-        found = None if self._retry is None else self._retry.message
-        # Nothing tells whether a line of standard error came before the work or after it.
-        if found is None and not self._has_worked:
-            found = self._latest_on_stderr(stderr_tail)
-        return found and self._retry_text(found)
+        return None if self._retry is None else self._shown(self._retry.message)
 
-    def _latest_on_stderr(self, tail: str) -> str | None:
-        if self._cli.retry_on_stderr is None:
-            return None
-        reports: list[str] = self._cli.retry_on_stderr.findall(tail)
-        return reports[-1] if reports else None
-
-    def _retry_text(self, report: str) -> str:
-        return self._redact_text(report.strip()).replace("\0", "")[:MAX_MESSAGE_CHARS]
+    def _shown(self, text: str) -> str:
+        """Return a text of the CLI as it may be stored and shown in a message."""
+        return storable(self._redact_text(text.strip()))[:MAX_MESSAGE_CHARS]
 
     # -- events --------------------------------------------------------------------------------
 
     def _handle_event(self, event: CliEvent) -> Iterable[Message]:
         match event:
-            case SessionNamed(handle):
-                self._note_work()
+            case SessionNamed(handle):  # comes before the first call of the model
+                self._note_activity()
                 yield from self._name_session(handle)
             case TextWritten(text, is_piece):
                 self._note_work()
@@ -325,7 +323,6 @@ class CliListener:
             case WarningShown(message):
                 self._warning = message
             case RetryReported():
-                self._retry = event
                 yield self._note_retry(event)
             case ToolCalled(call_id):
                 self._last_call = call_id
@@ -350,9 +347,9 @@ class CliListener:
         The first refusal may be of a token that was out of date, which the CLI renews. The second
         one in a row is final.
         """
-        is_hopeless = retry.is_refused and (self._is_refused or retry.attempt > 1)
-        self._is_refused = retry.is_refused
-        return RetryMessage(message=self._retry_text(retry.message), is_hopeless=is_hopeless)
+        is_hopeless = retry.is_refused and self._is_refused
+        self._retry, self._is_refused = retry, retry.is_refused
+        return RetryMessage(message=self._shown(retry.message), is_hopeless=is_hopeless)
 
     def _defer(self, event: TurnDeferred) -> Iterable[Message]:
         """End the turn with the question about the deferred call, or as failed."""
@@ -369,7 +366,10 @@ class CliListener:
             yield AskMessage(question=question)
 
     def _note_work(self) -> None:
-        self._retry, self._has_worked, self._is_refused = None, True, False
+        self._retry, self._is_refused = None, False
+        self._note_activity()
+
+    def _note_activity(self) -> None:
         if self._at_work is not None:
             self._at_work = True
 

@@ -66,14 +66,11 @@ class WarningShown:
 class RetryReported:
     """The CLI waits and calls its model again. Unless work follows, that is what it waits for.
 
-    Attributes:
-        is_refused: the model refused the credentials of the CLI.
-        attempt: how often this call has failed.
+    `is_refused`: the model refused the credentials of the CLI.
     """
 
     message: str
     is_refused: bool = False
-    attempt: int = 1
 
 
 @dataclass(frozen=True, slots=True)

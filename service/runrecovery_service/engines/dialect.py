@@ -155,8 +155,8 @@ class Listener(Protocol):
         """
         ...
 
-    def hear_stderr(self, tail: str) -> tuple[Message, ...]:
-        """Return what is new in the last lines of standard error, without secrets."""
+    def hear_stderr(self, text: str) -> tuple[Message, ...]:
+        """Return the meaning of the next piece of standard error, which has no secrets."""
         ...
 
     @property
@@ -182,12 +182,8 @@ class Listener(Protocol):
         """
         ...
 
-    def retry(self, stderr_tail: str) -> str | None:
-        """Return what the process was trying again when it had to be ended, or None.
-
-        Args:
-            stderr_tail: the last lines of standard error.
-        """
+    def retry(self) -> str | None:
+        """Return what the process was trying again when it had to be ended, or None."""
         ...
 
 

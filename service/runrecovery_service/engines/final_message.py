@@ -12,6 +12,7 @@ import re
 from typing import Final
 
 from runrecovery_service.domain.run import InteractionKind, JsonObject, JsonValue, Question
+from runrecovery_service.domain.storable_text import storable
 from runrecovery_service.engines import questions
 from runrecovery_service.engines.dialect import AskMessage, ProtocolError, ResultMessage
 from runrecovery_service.engines.strict_json import read_first_object
@@ -25,7 +26,6 @@ TRIES: Final = 4
 _BEGINNING: Final = re.compile(r'\{\s*"(?:ask_user|result)"\s*:')
 _FENCE: Final = "`~ \t\r\n"
 """Characters that may follow the object: the end of a code block."""
-_NOT_STORABLE: Final = re.compile("[\0\ud800-\udfff]")
 
 
 def parse(text: str) -> AskMessage | ResultMessage:
@@ -75,7 +75,7 @@ def _question(asked: JsonValue) -> Question | None:
 
 def _as_output(text: str) -> JsonObject:
     """Return the text as an output that can be stored. A long text loses its beginning."""
-    data = _NOT_STORABLE.sub("\N{REPLACEMENT CHARACTER}", text[-MAX_BYTES:]).encode()
+    data = storable(text[-MAX_BYTES:]).encode()
     if len(data) <= MAX_BYTES and len(text) <= MAX_BYTES:
         return {"text": data.decode()}
     return {"text": data[-MAX_BYTES:].decode("utf-8", "ignore"), "truncated": True}

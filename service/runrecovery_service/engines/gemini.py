@@ -25,6 +25,7 @@ _SESSION_LOST: Final = "Error resuming session"
 _STOPPED_BY_HOOK: Final = "A hook stopped the agent in the middle of its turn."
 _STOPPED: Final = ("Loop detected", "Agent execution")
 """Beginnings of warnings after which Gemini CLI stops but reports success."""
+_RETRY: Final = re.compile(r"Attempt \d+ failed(?: with (?:status )?(\d{3}|5xx)\b|(?=[.:]))")
 
 
 def read(event: JsonObject) -> Iterator[CliEvent]:
@@ -66,5 +67,5 @@ GEMINI: Final = CliDialect(
     read=read,
     read_usage=cli_usage.gemini,
     says_lost=says_lost,
-    retry_on_stderr=re.compile(r"Attempt \d+ failed with status \d{3}"),
+    retry_on_stderr=_RETRY,
 )

@@ -223,7 +223,7 @@ class JsonLines:
         message = parse(line)
         return Heard(SESSION_SHOWN if isinstance(message, SessionMessage) else line, (message,))
 
-    def hear_stderr(self, tail: str) -> tuple[Message, ...]:
+    def hear_stderr(self, text: str) -> tuple[Message, ...]:
         """Return nothing: the protocol has no messages on standard error."""
         return ()
 
@@ -235,7 +235,7 @@ class JsonLines:
         """Return None: the protocol has neither failure messages nor exit codes with a meaning."""
         return None
 
-    def retry(self, stderr_tail: str) -> str | None:
+    def retry(self) -> str | None:
         """Return None: the protocol has no message for retries."""
         return None
 

@@ -22,6 +22,7 @@ from runrecovery_service.domain.run import (
     Question,
     ToolCall,
 )
+from runrecovery_service.domain.storable_text import is_storable
 from runrecovery_service.engines.cli_events import TurnDeferred
 from runrecovery_service.engines.dialect import Resumed, RunContext
 from runrecovery_service.engines.permission_hook import BLOCK, can_be_shown
@@ -115,6 +116,8 @@ class DeferredCalls:
             is_last: no other call followed the call in its message.
         """
         if event.call_id in self.run.deferred or not can_be_shown(event.input, session):
+            return None
+        if not is_storable(event.call_id + event.tool):
             return None
         pattern = first_match(self.permissions.patterns, event.tool, event.input)
         if pattern is None:

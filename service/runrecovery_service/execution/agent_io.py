@@ -220,8 +220,9 @@ class AgentIO:
     async def _keep_stderr(self, text: bytes) -> None:
         self._stderr_tail = (self._stderr_tail + text)[-STDERR_TAIL_BYTES:]
         await self._keep(OutputChannel.STDERR, text)
-        for message in self.listener.hear_stderr(self.stderr_tail):
-            self.events.put_nowait(message)
+        for message in self.listener.hear_stderr(text.decode("utf-8", "replace")):
+            if self.events.qsize() <= UNTAKEN_EVENTS:  # the supervisor may wait for the store
+                self.events.put_nowait(message)
 
     async def _keep(self, channel: OutputChannel, data: bytes) -> None:
         run = self.log.run

@@ -415,7 +415,7 @@ class TurnSupervisor:
         process = ProcessEnd(
             exit_code=exit_code,
             failure=opening.listener.failure(exit_code, tail),
-            retry=opening.listener.retry(tail),
+            retry=opening.listener.retry(),
             stderr_tail=tail,
         )
         resumes = self.turn.run.restart_policy is RestartPolicy.RESUME

@@ -12,6 +12,7 @@ import structlog
 from runrecovery_service.domain.errors import Fenced, error_facts, is_outage
 from runrecovery_service.domain.run import Run
 from runrecovery_service.periodic import Backoff
+from runrecovery_service.storage.driver_errors import is_unstorable
 
 log = structlog.get_logger()
 
@@ -47,6 +48,7 @@ async def retry_until_done(do: Callable[[], Awaitable[R]], turn_log: TurnLog) ->
 
     Raises:
         Fenced: a newer epoch owns the run.
+        Exception: an error of which `is_unstorable` is true. A repetition could never succeed.
     """
     backoff = Backoff(RETRY_FIRST_S, RETRY_MOST_S)
     while True:
@@ -54,7 +56,9 @@ async def retry_until_done(do: Callable[[], Awaitable[R]], turn_log: TurnLog) ->
             return await do()
         except Fenced:
             raise
-        except Exception as error:  # noqa: BLE001 - giving up would leave a run half recorded
+        except Exception as error:
+            if is_unstorable(error):
+                raise
             known = is_outage(error)
             turn_log.warning("execution.write_retried", **error_facts(error), exc_info=not known)
         await asyncio.sleep(backoff.next_s())

@@ -198,6 +198,11 @@ def is_damage(error: BaseException) -> bool:
     return fault_of(error) is _DAMAGED
 
 
+def is_unstorable(error: BaseException) -> bool:
+    """Return True when a value can never be stored: its text, number or size is impossible."""
+    return isinstance(error, UnicodeError | OverflowError | pw.DataError)
+
+
 def error_chain(error: BaseException) -> Iterator[BaseException]:
     """Yield an error, its causes and its contexts."""
     seen: set[int] = set()
