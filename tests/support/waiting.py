@@ -14,6 +14,7 @@ MOST_PAUSE_S: Final = 0.05
 LOOKS_SHARE: Final = 4
 """A pause is this many times as long as the look before it: what is waited for needs the processor
 too."""
+MOST_PAUSE_AFTER_LONG_LOOK_S: Final = 0.2
 WAITED_SHARE: Final = 5
 """A pause is this part of the time waited so far: looks are few, and none comes a quarter late."""
 
@@ -55,4 +56,5 @@ async def until_async(condition: Callable[[], Awaitable[object]], what: str) -> 
 def _pause_s(started: float, began: float) -> float:
     """Return the pause after a look that began at `began`."""
     look_s, waited_s = time.monotonic() - began, began - started
-    return min(MOST_PAUSE_S, max(LEAST_PAUSE_S, LOOKS_SHARE * look_s, waited_s / WAITED_SHARE))
+    for_look_s = min(MOST_PAUSE_AFTER_LONG_LOOK_S, LOOKS_SHARE * look_s)
+    return max(LEAST_PAUSE_S, for_look_s, min(MOST_PAUSE_S, waited_s / WAITED_SHARE))
