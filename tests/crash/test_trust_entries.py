@@ -202,7 +202,7 @@ def test_a_workspace_is_not_trusted_after_its_run_failed(codex: Trusted) -> None
 
     assert api.until_ended("r").error.code == "ENGINE_FAILED"
     assert codex.text == USERS["codex"]
-    assert "trust.entry_removed" in codex.home.logs()
+    until(lambda: "trust.entry_removed" in codex.home.logs(), "the removal is logged")
 
 
 def test_a_workspace_is_not_trusted_after_its_running_run_was_canceled(codex: Trusted) -> None:
