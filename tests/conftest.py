@@ -28,11 +28,17 @@ from support.postgres_pool import PostgresPool
 from support.service import Home
 from support.waiting import until
 
-from bench.postgres import START_S, ScratchPostgres, start_keeper
+from bench.postgres import START_S, ScratchPostgres, memory_place, start_keeper
 
 # All workers share one server: databases are named by worker, and connections are enough for all.
-# Durability is PostgreSQL's own; without it the tests need a fraction of the time.
-_SETTINGS: Final = ("max_connections=400", "fsync=off", "full_page_writes=off")
+# Durability is PostgreSQL's own; without it the tests need a fraction of the time. Its log may be
+# in memory.
+_SETTINGS: Final = (
+    "max_connections=400",
+    "fsync=off",
+    "full_page_writes=off",
+    "max_wal_size=256MB",
+)
 _WORKER: Final = os.environ.get("PYTEST_XDIST_WORKER", "main")
 _NAMES: Final = (f"{_WORKER}_{number}" for number in itertools.count(1))
 _TEMPLATE: Final = f"{_WORKER}_migrated"
@@ -88,7 +94,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def _start_postgres(config: pytest.Config) -> None:
     if _KEEPER not in config.stash:
         with _folder_file(config).open("wb") as output:
-            config.stash[_KEEPER] = start_keeper(_SETTINGS, output)
+            config.stash[_KEEPER] = start_keeper(_SETTINGS, output, place=memory_place())
 
 
 def _wanted_file(config: pytest.Config) -> Path:

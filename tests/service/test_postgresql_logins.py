@@ -9,7 +9,7 @@ import pytest
 from support.service import Home
 from support.service_forker import run_command
 
-from bench.postgres import ScratchPostgres, scratch_postgres
+from bench.postgres import ScratchPostgres, memory_place, scratch_postgres
 
 HBA = """
 local all postgres trust
@@ -22,7 +22,7 @@ local runs rejected reject
 @pytest.fixture(scope="module")
 def server() -> Iterator[ScratchPostgres]:
     """A server with roles whose password is `right`."""
-    with scratch_postgres("fsync=off") as server:
+    with scratch_postgres("fsync=off", place=memory_place()) as server:
         server.create("runs")
         with psycopg.connect(server.url("runs"), autocommit=True) as connection:
             for role in ("scram", "rejected", "unlisted"):

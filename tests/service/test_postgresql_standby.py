@@ -14,7 +14,7 @@ from support.service import Home, ServiceProcess
 from support.service_forker import run_command
 from support.waiting import until
 
-from bench.postgres import ScratchPostgres, run_postgres, run_standby
+from bench.postgres import ScratchPostgres, memory_place, run_postgres, run_standby
 
 READ_ONLY = "it is a standby, or default_transaction_read_only is set"
 HOLDS = "import time; input(); time.sleep(600)"
@@ -63,7 +63,7 @@ def test_a_failover_to_a_standby_ends_the_service_and_loses_no_run(
     new_home: Callable[..., Home],
 ) -> None:
     with (
-        run_postgres("fsync=off") as primary,
+        run_postgres("fsync=off", place=memory_place()) as primary,
         run_standby(primary, "fsync=off") as standby,
         proxied(primary.create("runs")) as proxy,
     ):
