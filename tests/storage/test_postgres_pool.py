@@ -65,6 +65,19 @@ CHANGES = (
 )
 
 
+def test_a_key_that_a_refused_row_has_used_is_used_again(pool: PostgresPool) -> None:
+    with (
+        pool.database() as first,
+        psycopg.connect(first) as connection,
+        pytest.raises(psycopg.errors.NotNullViolation),
+    ):
+        connection.execute(INSERT.replace("(1,", "(NULL,").encode())
+
+    with pool.database() as second:
+        assert first == second
+        assert insert(second) == 1
+
+
 def test_every_change_of_a_database_is_noticed(pool: PostgresPool) -> None:
     missed = []
     with pool.database() as url, psycopg.connect(url) as connection:
