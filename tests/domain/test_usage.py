@@ -135,6 +135,43 @@ def test_the_calls_of_a_killed_turn_are_counted_once_whether_the_total_has_them_
     assert found.input_tokens == part
 
 
+def test_a_number_of_which_the_total_lacks_a_part_does_not_make_the_rest_count_twice() -> None:
+    session = SessionUsage(total=BEFORE, calls=Usage(input_tokens=20, output_tokens=3))
+    total = Usage(input_tokens=170, cached_input_tokens=60, output_tokens=13, cost_nanos=9)
+
+    found = session.since(total, at_least=Usage(input_tokens=45, output_tokens=2))
+
+    assert found == Usage(input_tokens=50, output_tokens=2, cost_nanos=4)
+
+
+IN_TURN = Usage(input_tokens=7, output_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("after", "before"),
+    [
+        (SessionUsage(total=BEFORE.plus(IN_TURN)), SessionUsage(total=BEFORE)),
+        (SessionUsage(total=BEFORE, calls=IN_TURN), SessionUsage(total=BEFORE)),
+        (
+            SessionUsage(total=BEFORE, calls=Usage(input_tokens=9, output_tokens=3)),
+            SessionUsage(total=BEFORE, calls=Usage(input_tokens=2, output_tokens=1)),
+        ),
+        (
+            SessionUsage(
+                total=BEFORE.plus(Usage(input_tokens=4)),
+                calls=Usage(input_tokens=3, output_tokens=2),
+            ),
+            SessionUsage(total=BEFORE),
+        ),
+        (SessionUsage(calls=IN_TURN), SessionUsage()),
+    ],
+)
+def test_what_was_known_of_a_session_before_a_turn_is_found_again(
+    after: SessionUsage, before: SessionUsage
+) -> None:
+    assert after.before(IN_TURN) == before
+
+
 @pytest.mark.parametrize(
     ("budget", "used", "why"),
     [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from engines.agent_cli_turns import ID, messages_of
@@ -135,6 +135,24 @@ def test_a_claude_that_counts_over_the_session_is_told_from_one_that_does_not() 
     assert after_a_kill.turn == claude_usage(3, 750_000_000)
 
 
+def test_a_claude_that_counts_its_subagents_over_the_process_counts_them_all() -> None:
+    models: JsonObject = {
+        "opus": {"inputTokens": 6000, "outputTokens": 0, "thinkingTokens": 0},
+        "haiku": {"inputTokens": 60_000, "outputTokens": 0},
+    }
+    result = RESULT | {
+        "total_cost_usd": 0.2,
+        "usage": {"input_tokens": 6000, "output_tokens": 0},
+        "modelUsage": models,
+    }
+    total = Usage(input_tokens=66_000, cost_nanos=200_000_000, model="haiku")
+
+    before = Usage(input_tokens=5000, cost_nanos=50_000_000)
+    assert reported(CLAUDE, result, before=before) == [
+        TurnUsage(turn=total, session=SessionUsage(total=total))
+    ]
+
+
 def test_claude_without_models_reports_its_process() -> None:
     result = claude_result(1, of_process=1, cost=0.25)
     del result["modelUsage"]
@@ -183,6 +201,31 @@ def test_claude_reports_each_call_until_its_result_replaces_them() -> None:
     assert middle.turn == claude_usage(3, 750_000_000)
     assert middle.session == SessionUsage(total=claude_usage(5, 1_250_000_000))
     assert last.turn == middle.turn.plus(Usage(input_tokens=4, output_tokens=1))
+
+
+@pytest.mark.parametrize(
+    ("content", "is_answering"),
+    [
+        ([{"type": "text", "text": "Done."}], True),
+        ([{"type": "text"}, {"type": "tool_use", "id": "toolu_1"}], False),
+        ("text", True),
+        ([None], True),
+    ],
+)
+def test_a_call_of_claude_without_a_tool_call_may_be_the_answer(
+    content: Any, *, is_answering: bool
+) -> None:
+    call = claude_call("a", 7)
+    call["message"] = {**cast("JsonObject", call["message"]), "content": content}
+    listener = CliListener(CLAUDE, ID, resumed=False)
+
+    (call_used,) = messages_of(listener, [call])
+    *_, used = messages_of(listener, [claude_result(1, of_process=1, cost=1.0)])
+
+    assert isinstance(call_used, UsageMessage)
+    assert call_used.is_answering is is_answering
+    assert isinstance(used, UsageMessage)
+    assert not used.is_answering
 
 
 JSON: st.SearchStrategy[Any] = st.recursive(

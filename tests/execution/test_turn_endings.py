@@ -103,6 +103,31 @@ Turn = Callable[[str], list[JsonObject]]
 # -- agent CLIs --------------------------------------------------------------------------------
 
 
+USES: Final[JsonObject] = {"type": "usage", "input_tokens": 1, "output_tokens": 1}
+
+
+@pytest.mark.parametrize("ends", [False, True])
+async def test_the_latest_usage_of_a_turn_that_prints_no_more_is_recorded(
+    new_execution: NewExecution, monkeypatch: pytest.MonkeyPatch, *, ends: bool
+) -> None:
+    if not ends:
+        monkeypatch.setattr(turn_state, "USAGE_RECORDED_EVERY_S", 0.2)
+    between: list[JsonObject] = [{"type": "result", "output": {}}] if ends else []
+    script = say(USES, *between, USES | {"input_tokens": 7})
+    execution = await new_execution(more=[engine(f"{script}\nexec sleep 600")])
+    run_id = await execution.create("agent")
+
+    async def is_recorded() -> bool:
+        usage = (await execution.get(run_id)).usage
+        return usage is not None and usage.input_tokens == 7
+
+    await until(is_recorded)
+
+    assert (await execution.get(run_id)).status is RunStatus.RUNNING
+    await execution.cancel(run_id)
+    await execution.until_ended(run_id)
+
+
 BAD_RETRY: Final[JsonObject] = {"type": "system", "subtype": "api_retry", "error": "bad \ud800"}
 
 

@@ -60,6 +60,7 @@ RESUMING: Final = replace(RULES, resumes=True)
 QUESTION: Final = Question(kind=InteractionKind.CONFIRM, prompt="Go on?")
 ASKED, RESULT, OTHER = Asked(QUESTION), Succeeded({"a": 1}), Succeeded({"a": 2})
 USED: Final = TurnUsage(turn=Usage(input_tokens=2, output_tokens=1))
+MOST: Final = TurnUsage(turn=Usage(input_tokens=2, output_tokens=3, cost_nanos=7, model="m"))
 HOPELESS: Final = RetryMessage(message="m", is_hopeless=True)
 REFUSED: Final = RunError(
     code="ENGINE_UNAUTHENTICATED",
@@ -94,13 +95,38 @@ TABLE: Final[list[tuple[Facts, TurnEvent, TurnRules, Facts, object]]] = [
         {}, UnknownMessage(type="t", problem="p"), RULES,
         {"unknown_types": frozenset({"t"})}, ReportUnknown("t", "p"),
     ),
-    # -- usage is recorded every 5 s, and at the end
+    # -- usage is recorded every 5 s, right after the last word, and at the end
     (
         {}, UsageMessage(used=USED), RULES,
         {"used": USED, "usage_due_s": 1005.0}, RecordUsage(USED),
     ),
-    ({"usage_due_s": 1000.5}, UsageMessage(used=USED), RULES, {"used": USED}, None),
-    ({"last_word": RESULT}, UsageMessage(used=USED), RULES, {"used": USED}, None),
+    (
+        {"usage_due_s": 1000.5}, UsageMessage(used=USED), RULES,
+        {"used": USED, "is_usage_new": True}, None,
+    ),
+    (
+        {"used": USED, "is_usage_new": True, "usage_due_s": 1000.0}, Signal.USAGE_DUE, RULES,
+        {"is_usage_new": False, "usage_due_s": 1005.0}, RecordUsage(USED),
+    ),
+    ({}, Signal.USAGE_DUE, RULES, {}, None),
+    (
+        {"last_word": RESULT}, UsageMessage(used=USED), RULES,
+        {"used": USED, "usage_due_s": 1005.0}, RecordUsage(USED),
+    ),
+    (
+        {"usage_due_s": 1004.0}, ResultMessage(output={"a": 1}), RULES,
+        {"last_word": RESULT, "usage_due_s": 0.0}, None,
+    ),
+    (
+        {"usage_due_s": 1004.0, "last_word": RESULT}, ResultMessage(output={"a": 2}), LAST_COUNTS,
+        {"last_word": OTHER}, None,
+    ),
+    # -- no number of it falls
+    (
+        {"used": TurnUsage(turn=Usage(input_tokens=1, output_tokens=3, cost_nanos=7, model="m"))},
+        UsageMessage(used=USED), RULES,
+        {"used": MOST, "usage_due_s": 1005.0}, RecordUsage(MOST),
+    ),
     # -- retries are recorded 20 times; the second refusal of the credentials ends the turn
     ({}, RetryMessage(message="m"), RULES, {"retries": 1}, RecordRetry("m")),
     ({"retries": 20}, RetryMessage(message="m"), RULES, {}, None),
@@ -114,6 +140,11 @@ TABLE: Final[list[tuple[Facts, TurnEvent, TurnRules, Facts, object]]] = [
     # -- a budget ends a turn that goes on, and never one that is at its end
     ({"used": USED}, LineRead(None), TIGHT, {"stopped": USED_UP}, None),
     ({"used": USED}, LineRead(None), replace(TIGHT, used_before=None), {}, None),
+    (
+        {"usage_due_s": 1004.0}, UsageMessage(used=USED, is_answering=True), TIGHT,
+        {"used": USED, "is_usage_new": True, "is_answering": True}, None,
+    ),
+    ({"used": USED, "is_answering": True}, LineRead(None), TIGHT, {}, None),
     (
         {"used": USED, "last_word": RESULT}, LineRead(None), TIGHT,
         {"exit_due_s": GRACE_S}, None,
@@ -257,6 +288,25 @@ def test_a_turn_is_over_when_its_process_has_ended_or_must_be_killed(
     facts: Facts, *, is_over: bool
 ) -> None:
     assert replace(NEW, **facts).is_over is is_over
+
+
+@pytest.mark.parametrize(
+    ("facts", "wake_s", "to_record"),
+    [
+        ({}, None, False),
+        ({"usage_due_s": 4.0}, None, False),
+        ({"usage_due_s": 4.0, "is_usage_new": True}, 4.0, True),
+        ({"usage_due_s": 4.0, "is_usage_new": True, "exit_due_s": 5.0}, 4.0, True),
+        ({"usage_due_s": 4.0, "is_usage_new": True, "exit_due_s": 3.0}, 3.0, False),
+        ({"usage_due_s": 4.0, "exit_due_s": 5.0}, 5.0, False),
+    ],
+)
+def test_a_turn_without_events_wakes_for_what_is_due_first(
+    facts: Facts, wake_s: float | None, *, to_record: bool
+) -> None:
+    state = replace(NEW, **facts)
+
+    assert (state.wake_s, state.wakes_to_record) == (wake_s, to_record)
 
 
 def test_reasons_to_end_a_process_tree_have_this_order() -> None:

@@ -20,9 +20,11 @@ from runrecovery_service.domain.run import (
     Session,
 )
 from runrecovery_service.domain.turn import Asked, Succeeded
-from runrecovery_service.storage import found_ends, interactions, launch_records
+from runrecovery_service.domain.usage import SessionUsage, TurnUsage, Usage
+from runrecovery_service.storage import found_ends, interactions, launch_records, turns
 from runrecovery_service.storage.found_ends import OpenTurn
 from runrecovery_service.storage.recovery_scope import RecoveryScope
+from runrecovery_service.storage.rows import usage_to_json
 from runrecovery_service.storage.turns import Turn
 from storage.service_store import QUESTION, Crash, CrashingDatabase, ServiceStore
 
@@ -182,6 +184,18 @@ def test_a_run_that_left_its_turn_meanwhile_is_decided_by_its_status(store: Serv
 def open_turns(store: ServiceStore, **span: int) -> list[OpenTurn]:
     scope = RecoveryScope(owner=store.owner, before=store.owner.epoch + 1)
     return found_ends.open_turns(store.db, scope, **span)
+
+
+def test_the_usage_of_the_session_is_that_from_before_the_turn(store: ServiceStore) -> None:
+    before, own = Usage(input_tokens=50), Usage(input_tokens=7, output_tokens=2)
+    turn = in_turn(store)
+    store.set(turn.run, session_usage=usage_to_json(SessionUsage(total=before)))
+    assert [one.session_usage for one in open_turns(store)] == [SessionUsage(total=before)]
+    used = TurnUsage(turn=own, session=SessionUsage(total=before.plus(own)))
+
+    turns.record_usage(store.db, turn, owner=store.owner, used=used)
+
+    assert [one.session_usage for one in open_turns(store)] == [SessionUsage(total=before)]
 
 
 def test_the_turns_to_read_are_those_that_run_with_a_process(store: ServiceStore) -> None:

@@ -61,6 +61,13 @@ class Usage:
         """Return the difference, in which numbers may be negative, with the model of this one."""
         return replace(self._combine(part, -1), model=self.model)
 
+    def at_least(self, floor: Usage) -> Usage:
+        """Return the greater of both numbers for each member, with the model of this one."""
+        costs = [cost for cost in (self.cost_nanos, floor.cost_nanos) if cost is not None]
+        tokens = {name: max(getattr(self, name), getattr(floor, name)) for name in TOKEN_FIELDS}
+        cost = max(costs, default=None)
+        return Usage(**tokens, cost_nanos=cost, model=self.model or floor.model)
+
     def covers(self, part: Usage) -> bool:
         """Return True if no number of `part` is greater than the one here."""
         rest = self.minus(part)
@@ -147,7 +154,7 @@ class SessionUsage:
     Attributes:
         total: the latest total of the session; None: none.
         calls: what processes have used since, whose turn was cut off before its total. The next
-            total may have this or not: the CLIs seen so far do not, but nothing promises it.
+            total may have this or not. It is on record, so it must not count twice.
     """
 
     total: Usage | None = None
@@ -164,15 +171,23 @@ class SessionUsage:
             at_least: what the process has certainly used; None: not known.
 
         Returns:
-            The difference to what is known. The whole total if the difference cannot be: a number
-            is negative or below `at_least`, so the process does not count over the session.
+            The difference to the latest total, also without `calls`, but no number below that of
+            `at_least`. The whole total if the difference to the latest one cannot be: a number is
+            negative or below `at_least`, so the process does not count over the session.
         """
-        known = self.total or Usage()
-        for before in (known if self.calls is None else known.plus(self.calls), known):
-            part = total.minus(before)
-            if part.covers(at_least or Usage()):
-                return part
-        return total
+        least = at_least or Usage()
+        part = total.minus(self.total or Usage())
+        if not part.covers(least):
+            return total
+        return part if self.calls is None else part.minus(self.calls).at_least(least)
+
+    def before(self, turn: Usage) -> SessionUsage:
+        """Return what was known before a turn whose usage so far is in this already."""
+        calls = self.calls or Usage()
+        if calls.covers(turn):
+            left = calls.minus(turn)
+            return replace(self, calls=left if left.total_tokens else None)
+        return SessionUsage(total=(self.total or Usage()).plus(calls).minus(turn))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,6 +23,7 @@ from runrecovery_service.engines.cli_events import (
     REFUSED,
     BackgroundTask,
     BackgroundTasks,
+    CallReported,
     CliEvent,
     IsSessionLost,
     OtherActivity,
@@ -254,7 +255,8 @@ class CliListener:
         event = _event(line)
         messages = [each for one in self._cli.read(event) for each in self._handle_event(one)]
         if (used := self._cli.read_usage(event)) is not None:  # after the result that it is for
-            messages.append(UsageMessage(used=self._usage.add(used)))
+            is_answering = isinstance(used, CallReported) and not used.calls_tool
+            messages.append(UsageMessage(used=self._usage.add(used), is_answering=is_answering))
         at_work = self._at_work if self._at_work is None else self._at_work or bool(self._tasks)
         return Heard(self.redact(line), tuple(messages), at_work)
 

@@ -80,22 +80,26 @@ class UsageReported:
     Attributes:
         total: of the session if `spans_session`, else of the process.
         of_process: the part of the process, as far as the CLI reports that beside the total.
+        is_of_process: `total` has nothing of earlier processes.
     """
 
     total: Usage
     spans_session: bool = False
     of_process: Usage | None = None
+    is_of_process: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class CallReported:
     """The CLI reported what one call of a model has used so far, before the report of the turn.
 
-    A later event of the same `call` replaces the one before.
+    A later event of the same `call` replaces the one before. `calls_tool`: the event has a tool
+    call of the model, after which the turn goes on.
     """
 
     call: str
     usage: Usage
+    calls_tool: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ docs/agents.md says which CLI counts what, and from when on.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import reduce
 from typing import Final
 
@@ -59,7 +60,9 @@ class UsageCounter:
     def _report(self, said: UsageReported) -> TurnUsage:
         if not said.spans_session:
             return TurnUsage(turn=said.total)
-        turn = self._before.since(said.total, at_least=said.of_process)
+        turn = said.total
+        if not said.is_of_process:
+            turn = self._before.since(said.total, at_least=said.of_process)
         return TurnUsage(turn=turn, session=SessionUsage(total=said.total))
 
 
@@ -107,13 +110,15 @@ def claude(event: JsonObject) -> UsageReported | CallReported | None:
     """Return the usage in an event of Claude Code: of a call, or of a turn at its end.
 
     `modelUsage` has every model and agrees with the cost. Newer versions count it over the whole
-    session, older ones over the process; `usage`, of the main model in the process, tells which.
+    session, older ones over the process. `usage`, of the main model in the process, tells which:
+    if a model has just that in `modelUsage`, the report is of the process.
     """
     try:
         match event:
             case {"type": "assistant", "message": {"id": str(call), "usage": dict(said), **more}}:
                 named = usage_of(input_tokens=0, output_tokens=0, model=more.get("model", ""))
-                return CallReported(call, _claude_tokens(said).plus(named))
+                used = _claude_tokens(said).plus(named)
+                return CallReported(call, used, calls_tool=_calls_tool(more.get("content")))
             case {"type": "result"}:
                 return _claude_turn(event)
     except InvalidUsage:
@@ -121,14 +126,25 @@ def claude(event: JsonObject) -> UsageReported | CallReported | None:
     return None
 
 
+def _calls_tool(content: object) -> bool:
+    blocks = content if isinstance(content, list) else []
+    return any(isinstance(block, dict) and block.get("type") == "tool_use" for block in blocks)
+
+
 def _claude_turn(event: JsonObject) -> UsageReported | None:
     by_model, said = event.get("modelUsage"), event.get("usage")
     process = _claude_tokens(said) if isinstance(said, dict) else None
     priced = usage_of(input_tokens=0, output_tokens=0, cost_usd=event.get("total_cost_usd"))
     if isinstance(by_model, dict) and by_model:
-        total = reduce(Usage.plus, _claude_models(by_model), priced)
+        models = list(_claude_models(by_model))
+        total = reduce(Usage.plus, models, priced)
         named = Usage(model=_largest(by_model, "inputTokens"))
-        return UsageReported(total.plus(named), spans_session=True, of_process=process)
+        return UsageReported(
+            total.plus(named),
+            spans_session=True,
+            of_process=process,
+            is_of_process=process in [replace(one, reasoning_output_tokens=0) for one in models],
+        )
     return None if process is None else UsageReported(process.plus(priced))
 
 

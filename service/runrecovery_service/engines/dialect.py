@@ -60,6 +60,8 @@ class UsageMessage:
     """What the turn has used so far. It replaces the report before."""
 
     used: TurnUsage
+    is_answering: bool = False
+    """The model has called no tool in its latest answer, so that this may be the last one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

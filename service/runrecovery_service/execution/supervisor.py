@@ -294,12 +294,15 @@ class TurnSupervisor:
     async def _take_events(self, engine: Engine, io: AgentIO) -> None:
         while not self.state.is_over:
             try:
-                async with asyncio.timeout_at(self.state.exit_due_s):
+                async with asyncio.timeout_at(self.state.wake_s):
                     event = await self._events.get()
             except TimeoutError:
-                if not io.has_unread_output():
+                if self.state.wakes_to_record:
+                    await self._take(engine, Signal.USAGE_DUE)
+                elif io.has_unread_output():
+                    self._advance(Signal.OUTPUT_UNREAD)
+                else:
                     return
-                self._advance(Signal.OUTPUT_UNREAD)
                 continue
             await self._take(engine, event)
             self._events.task_done()

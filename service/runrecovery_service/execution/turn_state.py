@@ -37,7 +37,8 @@ from runrecovery_service.process.shim_events import (
 LAST_OUTPUT_S: Final = 1.0
 """How long a process that has exited may leave its output open: a child may hold it."""
 USAGE_RECORDED_EVERY_S: Final = 5.0
-"""Between two records of what a turn under way has used. Its end records the last report."""
+"""Between two records of what a turn under way has used. The first report after the question or
+result of the turn does not wait for it: the exit of an agent CLI can take seconds."""
 RETRIES_RECORDED: Final = 20
 """Retries of one turn that become events of the run."""
 UNKNOWN_TYPES: Final = 100
@@ -70,6 +71,8 @@ class Signal(Enum):
     """The process closed its input before it had read the reply."""
     REPLY_ACCEPTED = auto()
     """The open question of a sticky process has its reply, which is about to be written."""
+    USAGE_DUE = auto()
+    """The latest report of the usage has waited long enough for its record."""
     OUTPUT_UNREAD = auto()
     """The process should have ended, and its output is not read and parsed yet."""
 
@@ -192,8 +195,10 @@ class TurnState(TurnFacts):
         has_session: the process has named its session.
         open_outputs: how many of stdout and stderr are open.
         exit_due_s: the loop's time by which the process must have ended; None: any time.
-        used: the latest report of what the turn has used.
-        usage_due_s: the loop's time from which such a report is recorded before the end.
+        used: the most that the turn has reported as used, for each number of the report.
+        is_usage_new: `used` is not on record yet.
+        usage_due_s: the loop's time from which `used` is recorded before the end.
+        is_answering: no tool call has followed the latest report, so that the end may.
         retries: how many retries were recorded.
         unknown_types: message types that were reported as unknown.
     """
@@ -205,7 +210,9 @@ class TurnState(TurnFacts):
     open_outputs: int = 2
     exit_due_s: float | None = None
     used: TurnUsage | None = None
+    is_usage_new: bool = False
     usage_due_s: float = 0.0
+    is_answering: bool = False
     retries: int = 0
     unknown_types: frozenset[str] = frozenset()
 
@@ -218,6 +225,17 @@ class TurnState(TurnFacts):
         is_stopped = self.is_canceled or self.deadline_passed is not None
         is_stopped |= self.stopped is not None
         return has_ended or is_lost or is_stopped or self.protocol_error is not None
+
+    @property
+    def wakes_to_record(self) -> bool:
+        """True when the record of the usage is due before the exit."""
+        is_first = self.exit_due_s is None or self.usage_due_s <= self.exit_due_s
+        return self.is_usage_new and is_first
+
+    @property
+    def wake_s(self) -> float | None:
+        """The loop's time at which something is due without an event; None: nothing."""
+        return self.usage_due_s if self.wakes_to_record else self.exit_due_s
 
     @property
     def end_reason(self) -> str:
@@ -249,14 +267,16 @@ def advance(state: TurnState, event: TurnEvent, rules: TurnRules, *, now_s: floa
             return replace(state, protocol_error=how), None
         case DeadlinePassed(kind):
             return replace(state, deadline_passed=kind), None
+        case Signal.USAGE_DUE:
+            return _record_usage(state, now_s)
         case Signal():
             return _signal(state, event, rules, now_s), None
         case Exited() | EndsItself() | Empty():
             return _shim_event(state, event, now_s), None
         case Gated() | Started() | NotStarted():
             return state, None  # the launch has waited for these
-        case UsageMessage(used=used):
-            return _usage(state, used, now_s)
+        case UsageMessage():
+            return _usage(state, event, now_s)
         case _:
             return _message(state, event, rules)
 
@@ -299,14 +319,23 @@ def _last_word(state: TurnState, said: Asked | Succeeded, rules: TurnRules) -> S
         return replace(state, protocol_error=RESULT_WHILE_WAITING), None
     if state.last_word is not None and rules.ends_once:
         return state, CompareEnds(state.last_word, said)
-    return replace(state, last_word=said), None
+    usage_due_s = 0.0 if state.last_word is None else state.usage_due_s
+    return replace(state, last_word=said, usage_due_s=usage_due_s), None
 
 
-def _usage(state: TurnState, used: TurnUsage, now_s: float) -> Step:
-    state = replace(state, used=used)
-    if state.last_word is not None or now_s < state.usage_due_s:
+def _usage(state: TurnState, message: UsageMessage, now_s: float) -> Step:
+    used = message.used
+    if state.used is not None:  # counters never fall
+        used = replace(used, turn=used.turn.at_least(state.used.turn))
+    state = replace(state, used=used, is_usage_new=True, is_answering=message.is_answering)
+    return (state, None) if now_s < state.usage_due_s else _record_usage(state, now_s)
+
+
+def _record_usage(state: TurnState, now_s: float) -> Step:
+    if state.used is None:
         return state, None
-    return replace(state, usage_due_s=now_s + USAGE_RECORDED_EVERY_S), RecordUsage(used)
+    due_s = now_s + USAGE_RECORDED_EVERY_S
+    return replace(state, is_usage_new=False, usage_due_s=due_s), RecordUsage(state.used)
 
 
 def _retry(state: TurnState, retry: RetryMessage) -> Step:
@@ -337,7 +366,7 @@ def _line_read(
     """
     if state.exited is not None or not state.open_outputs:
         return replace(state, is_at_work=at_work is True)
-    goes_on = state.last_word is None or at_work is True
+    goes_on = (state.last_word is None or at_work is True) and not state.is_answering
     if goes_on and state.used is not None and (why := rules.why_used_up(state.used)) is not None:
         return replace(state, stopped=RunError(code=ErrorCode.BUDGET_EXCEEDED, message=why))
     if at_work is True:
@@ -369,6 +398,8 @@ def _signal(state: TurnState, signal: Signal, rules: TurnRules, now_s: float) ->
             return replace(state, is_unsupervised=state.exited is None)
         case Signal.OUTPUT_UNREAD:
             return replace(state, exit_due_s=soon_s)
+        case Signal.USAGE_DUE:
+            return state
 
 
 def _shim_event(state: TurnState, event: Exited | EndsItself | Empty, now_s: float) -> TurnState:

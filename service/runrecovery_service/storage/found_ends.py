@@ -21,6 +21,7 @@ from runrecovery_service.storage.rows import (
     session_usage_from_json,
     to_json,
     to_us,
+    usage_from_json,
 )
 from runrecovery_service.storage.tables import live, sql_words
 
@@ -37,7 +38,7 @@ class OpenTurn:
         boot_id: the boot of the machine in which the process was launched.
         shim: pid and start ticks of its shim.
         session_timeout_s: how long a question of the run waits; None: the engine's setting.
-        session_usage: what processes of the session have reported as used.
+        session_usage: what processes of the session had reported as used before this turn.
     """
 
     run_key: int
@@ -61,7 +62,7 @@ def open_turns(
     rows = db.fetch_all(
         "SELECT r.id, r.run_id, r.engine, r.profile, r.attempt, r.turn, r.session_type,"
         " r.session_value, r.session_turn, l.boot_id, l.pid, l.start_ticks, r.session_timeout_us,"
-        " r.require_user_reply, r.session_usage FROM run r"
+        " r.require_user_reply, r.session_usage, l.usage FROM run r"
         " JOIN process_lease l ON l.run = r.id AND l.attempt = r.attempt AND l.turn = r.turn"
         f" WHERE r.status = '{RunStatus.RUNNING}' AND {live('r.')} AND r.owner = ?"
         " AND r.owner_epoch < ? AND r.id BETWEEN ? AND ? AND r.cancel_requested_at IS NULL"
@@ -73,7 +74,10 @@ def open_turns(
 
 def _open_turn(row: Row) -> OpenTurn:
     key, run_id, engine, profile, attempt, turn, *rest = row
-    *session, boot_id, pid, ticks, wait_us, must, used = rest
+    *session, boot_id, pid, ticks, wait_us, must, used, used_in_turn = rest
+    session_usage, in_turn = session_usage_from_json(used), usage_from_json(used_in_turn)
+    if session_usage is not None and in_turn is not None:
+        session_usage = session_usage.before(in_turn)
     return OpenTurn(
         run_key=key,
         run_id=run_id,
@@ -86,7 +90,7 @@ def _open_turn(row: Row) -> OpenTurn:
         shim=(pid, ticks),
         session_timeout_s=None if wait_us is None else wait_us / 1e6,
         require_user_reply=must != 0,
-        session_usage=session_usage_from_json(used),
+        session_usage=session_usage,
     )
 
 
