@@ -153,6 +153,17 @@ def test_a_claude_that_counts_its_subagents_over_the_process_counts_them_all() -
     ]
 
 
+def test_a_claude_that_fails_before_its_first_call_has_used_nothing() -> None:
+    result = claude_result(2, of_process=0, cost=0.5)
+    result["modelUsage"] = {
+        **cast("JsonObject", result["modelUsage"]), "new": {"inputTokens": 0, "outputTokens": 0}
+    }  # fmt: skip
+
+    (used,) = reported(CLAUDE, result, before=claude_usage(2, 500_000_000))
+
+    assert used.turn == Usage(cost_nanos=0, model="big")
+
+
 def test_claude_without_models_reports_its_process() -> None:
     result = claude_result(1, of_process=1, cost=0.25)
     del result["modelUsage"]

@@ -238,3 +238,20 @@ def test_the_usage_of_a_found_end_completes_what_was_on_record(store: ServiceSto
     assert (run.status, run.usage) == (RunStatus.WAITING_USER, tokens(3))
     assert of_engine(store) == (1, tokens(3, model=""))
     assert usage.of_session(store.db, run.key) == SessionUsage(total=tokens(3))
+
+
+def test_the_answer_to_a_found_question_fails_a_run_whose_budget_is_used_up(
+    store: ServiceStore,
+) -> None:
+    turn = store.running(budget=Budget(max_tokens=28))
+    store.keep_session(turn)
+    store.recover(found={turn.run.key: FoundEnd(end=Asked(QUESTION), used=used(2))})
+    run = store.get(turn.run)
+    assert run.status is RunStatus.WAITING_USER
+    store.reply(run)
+
+    assert store.take() is None
+
+    assert store.get(run).error == RunError(
+        code="BUDGET_EXCEEDED", message="The run has used 28 of its 28 tokens."
+    )

@@ -143,7 +143,8 @@ def _claude_turn(event: JsonObject) -> UsageReported | None:
             total.plus(named),
             spans_session=True,
             of_process=process,
-            is_of_process=process in [replace(one, reasoning_output_tokens=0) for one in models],
+            is_of_process=process != Usage()
+            and process in [replace(one, reasoning_output_tokens=0) for one in models],
         )
     return None if process is None else UsageReported(process.plus(priced))
 
