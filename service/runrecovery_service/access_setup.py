@@ -39,7 +39,7 @@ def read_callers(settings: Settings) -> list[Credentials]:
         try:
             found.append(_credentials(caller))
         except _TokenFileRefused as error:
-            problems.append(f"caller {caller.name!r}: {caller.token_file}: {error}")
+            problems.append(f"caller {caller.name!r}: {error}")
     problems += _shared_tokens(found)
     if problems:
         raise CallersRefused(tuple(problems))
@@ -64,7 +64,7 @@ def access_problems(settings: Settings) -> list[str]:
 
 
 class _TokenFileRefused(Exception):
-    """A token file cannot be used. The text never quotes it."""
+    """A token file cannot be used. The text names the file, and never quotes a token."""
 
 
 def _credentials(settings: CallerSettings) -> Credentials:
@@ -89,15 +89,19 @@ def _read_tokens(file: Path) -> Iterator[bytes]:
         with file.open("rb") as opened:
             data = opened.read(MAX_TOKEN_FILE_BYTES + 1)
     except OSError as error:
-        raise _TokenFileRefused(error.strerror) from error
+        # The value may be a token by mistake. A path that looks like one is not quoted either.
+        shown = "token_file" if token_problem(str(file)) is None else file
+        raise _TokenFileRefused(f"{shown}: {error.strerror}") from error
     tokens = [
         line.strip() for line in data.decode("utf-8-sig", "replace").splitlines() if line.strip()
     ]
     if not 1 <= len(tokens) <= MAX_TOKENS or len(data) > MAX_TOKEN_FILE_BYTES:
-        raise _TokenFileRefused(f"must hold one token, or {MAX_TOKENS}, each on its own line")
+        raise _TokenFileRefused(
+            f"{file}: must hold one token, or {MAX_TOKENS}, each on its own line"
+        )
     for token in tokens:
         if problem := token_problem(token):
-            raise _TokenFileRefused(f"a token {problem}")
+            raise _TokenFileRefused(f"{file}: a token {problem}")
         yield sha256(token.encode()).digest()
 
 

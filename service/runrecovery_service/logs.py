@@ -3,7 +3,8 @@
 Every event is one line on standard error: a JSON object, or for a terminal a coloured line. Events
 of the standard library's loggers (grpc, asyncio) are written in the same way.
 
-No secret is passed to a log call. As a last defence, the values of keys that end in one of
+No secret is passed to a log call of the service; gRPC logs metadata that are not UTF-8, and
+`_UndecodableMetadata` removes them. As a last defence, the values of keys that end in one of
 `SECRET_WORDS`, and passwords inside URLs, are redacted here, also inside exceptions.
 """
 
@@ -15,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, suppress
 from io import TextIOBase
+from time import monotonic
 from typing import Any, Final, TextIO, cast
 
 from runrecovery_service.background_stream import BackgroundStream
@@ -75,6 +77,35 @@ _QUOTED_VALUE: Final = re.compile(r"[\n\"'«„“「].*", re.DOTALL)
 # At DEBUG peewee logs every statement with its values: prompts, replies and session handles.
 _NEVER_DEBUG: Final = ("peewee", "peewee.pool")
 _WARNINGS_ONLY: Final = ("peewee.migrations",)  # `storage.migrated` reports migrations
+
+_GRPC: Final = "grpc._cython.cygrpc"
+_UNDECODABLE: Final = "Invalid encoding on"
+UNDECODABLE_INTERVAL_S: Final = 60.0
+
+
+class _UndecodableMetadata(logging.Filter):
+    """Removes the value and the traceback from gRPC's line about metadata that are not UTF-8.
+
+    The value can be a token. Anybody who connects can cause such lines, so one a minute is kept.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._next_s = 0.0
+        self._lines = 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not str(record.msg).startswith(_UNDECODABLE):
+            return True
+        now_s = monotonic()
+        self._lines += 1
+        if now_s < self._next_s:
+            return False
+        self._next_s = now_s + UNDECODABLE_INTERVAL_S
+        record.msg = f"{_UNDECODABLE} metadata ({self._lines} values since the line before)"
+        record.args, record.exc_info = (), None
+        self._lines = 0
+        return True
 
 
 class Unfailing(TextIOBase):
@@ -146,6 +177,7 @@ def configure(
         out.report_loss = _loss_report([*common, *form])
     logging.basicConfig(handlers=[handler], level=number, force=True)
     logging.captureWarnings(capture=True)
+    logging.getLogger(_GRPC).filters = [_UndecodableMetadata()]
     for name in _NEVER_DEBUG:
         logging.getLogger(name).setLevel(max(number, logging.INFO))
     for name in _WARNINGS_ONLY:

@@ -82,6 +82,13 @@ def test_a_lease_may_last_from_three_seconds_to_an_hour(load: Load, text: str) -
         (CALLER + "token_file = 'f'", "callers[0].token_file", "excludes token_sha256"),
         (CALLER.replace(DIGEST, "secret"), "callers[0].token_sha256", "64 hexadecimal digits"),
         (
+            CALLER.replace(
+                DIGEST, "E3B0C44298FC1C149AFBF4C8996FB92427AE41E4649B934CA495991B7852B855"
+            ),
+            "callers[0].token_sha256",
+            "is the SHA-256 of an empty text",
+        ),
+        (
             CALLER.replace(f"'{DIGEST}'", f"{[DIGEST] * 3}"),
             "callers[0].token_sha256",
             "a list of at most 2",

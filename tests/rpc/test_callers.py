@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextvars import Context
 from hashlib import sha256
 from typing import Any, NoReturn, cast
 
@@ -85,6 +86,14 @@ async def test_a_table_is_replaced_at_once_and_calls_in_progress_still_count() -
         ({"peer_uri": [SPIFFE.encode()], "x509_common_name": [b"ci"]}, "uri"),
         ({"peer_dns": [b"CI.example"]}, "UNAUTHENTICATED"),
         ({"x509_common_name": [b"\xff"]}, "UNAUTHENTICATED"),
+        ({"peer_uri": [b"urn:x"], "x509_common_name": [b"ci"]}, "UNAUTHENTICATED"),
+        ({"peer_dns": [b"x.example"], "x509_common_name": [b"ci"]}, "UNAUTHENTICATED"),
+        ({"peer_email": [b"a@x.example"], "x509_common_name": [b"ci"]}, "common"),
+        ({"peer_dns": [SPIFFE.encode()]}, "UNAUTHENTICATED"),
+        ({"x509_common_name": [SPIFFE.encode()]}, "UNAUTHENTICATED"),
+        ({"peer_uri": [SPIFFE.encode()], "peer_dns": [b"ci.example"]}, "UNAUTHENTICATED"),
+        ({"peer_dns": [b"ci.example", b"ci"]}, "UNAUTHENTICATED"),
+        ({"peer_dns": [b"ci.example", b"ci.example"]}, "dns"),
         ({"peer_email": [b"ci"]}, "UNAUTHENTICATED"),
         ({}, "UNAUTHENTICATED"),
     ],
@@ -107,6 +116,21 @@ async def test_a_wrong_token_is_refused_whatever_the_certificate() -> None:
     assert await admitted(guard, FakeContext(certificate=certificate)) == "a"
     assert await admitted(guard, FakeContext("wrong", certificate)) == "UNAUTHENTICATED"
     assert await admitted(guard, FakeContext("", certificate)) == "UNAUTHENTICATED"
+
+
+@pytest.mark.parametrize("token", ["", "hunter2", "ab" * 32, "a token"])
+async def test_a_weak_token_admits_nobody_even_if_its_digest_is_configured(token: str) -> None:
+    digest = sha256(token.encode()).digest()
+    guard = CallerGuard(CallerTable([credentials("a", tokens=(digest,))]))
+
+    assert await admitted(guard, FakeContext(token)) == "UNAUTHENTICATED"
+
+
+def test_code_that_no_call_runs_sees_no_run() -> None:
+    caller = Context().run(CALLER.get)
+
+    assert caller.role < Role.REPLIER
+    assert not caller.sees("reviewer")
 
 
 async def test_ten_thousand_wrong_tokens_write_one_line_a_minute_and_hide_no_other_caller(

@@ -414,7 +414,7 @@ def test_token_files_that_cannot_be_used_refuse_a_start_with_every_problem(
             f"{tmp_path}/same: a token must have at least 128 random bits",
             f"{tmp_path}/three: must hold one token, or 2, each on its own line",
             f"{tmp_path}/empty: must hold one token",
-            f"{tmp_path}/gone: No such file or directory",
+            "caller 'gone': token_file: No such file or directory",
             "callers 'shared' and 'again' have the same token",
         )
         if reason not in service.text

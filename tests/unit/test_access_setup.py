@@ -71,6 +71,14 @@ def test_every_problem_is_reported_at_once_and_no_token_is_quoted(tmp_path: Path
     ]
 
 
+def test_a_token_in_the_place_of_a_token_file_is_not_quoted() -> None:
+    token = token_of("ci")
+
+    assert access_problems(Settings(callers=(caller("ci", Path(token)),))) == [
+        "caller 'ci': token_file: No such file or directory"
+    ]
+
+
 @pytest.mark.parametrize("content", ["{}\n{}\n", "{}\r\n\r\n{}", "\ufeff{}\n{}"])
 def test_a_token_file_holds_two_tokens_however_its_lines_end(tmp_path: Path, content: str) -> None:
     file = tmp_path / "tokens"

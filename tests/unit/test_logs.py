@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import io
 import json
@@ -16,10 +17,12 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import grpc
 import peewee
 import psycopg
 import pytest
 import structlog
+from fuzz.sieges import OPENING, call, headers, message
 from hypothesis import given
 from hypothesis import strategies as st
 from runrecovery_service import logs
@@ -144,6 +147,23 @@ def test_no_secret_is_logged_at_any_depth(form: LogFormat) -> None:
 
     assert CANARY not in stream.getvalue()
     assert "a.b" in stream.getvalue()
+
+
+async def test_a_token_that_is_not_utf8_is_not_logged_and_writes_one_line() -> None:
+    stream, _ = configured(level=LogLevel.WARNING)
+    server = grpc.aio.server()
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    for _ in range(2):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        head = headers(authorization=f"Bearer {CANARY}".encode() + b"\xff")
+        writer.write(OPENING + call(head, message()))
+        await reader.readuntil(b"grpc-status")
+        writer.close()
+    await server.stop(None)
+
+    assert only(stream)["event"] == "Invalid encoding on metadata (1 values since the line before)"
+    assert CANARY not in stream.getvalue()
 
 
 JSON_VALUES = st.recursive(

@@ -170,7 +170,8 @@ class CallerSettings:
         token_sha256: the SHA-256 of the token in hexadecimal, or a list of at most two, so that a
             token can be replaced.
         token_file: a file with the token on a line of its own, or with at most two, instead.
-        certificate_name: a URI or DNS name, or the common name, in the caller's certificate.
+        certificate_name: a URI or DNS name in the caller's certificate, or the common name of one
+            that has neither.
         engines: the engines whose runs the caller may create, see and change. Without this key all.
         max_calls: calls and streams of the caller at one time. Without this key only the limits of
             the service apply.

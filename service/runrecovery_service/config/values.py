@@ -9,6 +9,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Final, TypeAlias, TypeVar
 
+from runrecovery_service.domain.caller import NO_TOKEN_DIGEST
 from runrecovery_service.engines.presets import Preset
 from runrecovery_service.engines.tool_patterns import MAX_PATTERNS, pattern_problem
 
@@ -239,7 +240,10 @@ def token_digests(value: object) -> tuple[str, ...]:
         raise InvalidValue(f"must be one digest, or a list of at most {MAX_TOKENS}")
     if not all(_SHA256.fullmatch(digest) for digest in found):
         raise InvalidValue("must be the SHA-256 of the token: 64 hexadecimal digits")
-    return tuple(digest.lower() for digest in found)
+    digests = tuple(digest.lower() for digest in found)
+    if NO_TOKEN_DIGEST in digests:
+        raise InvalidValue("is the SHA-256 of an empty text; hash the token")
+    return digests
 
 
 def variables(value: object) -> tuple[str, ...]:

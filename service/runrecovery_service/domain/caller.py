@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from enum import IntEnum
+from hashlib import sha256
 from typing import Final
 
 from runrecovery_service.domain.errors import EngineNotAllowed, RoleNotSufficient, RunNotFound
@@ -21,6 +22,10 @@ _ALPHABETS: Final = (
     (re.compile(r"[0-9a-f]*|[0-9A-F]*"), 16),
     (re.compile(r"[0-9a-z]*|[0-9A-Z]*"), 36),
 )
+
+
+NO_TOKEN_DIGEST: Final = sha256(b"").hexdigest()
+"""What `sha256sum` prints of an empty file: the digest of no token."""
 
 
 class Role(IntEnum):
@@ -74,6 +79,9 @@ class Caller:
 ANYONE: Final = Caller(name="", role=Role.OPERATOR)
 """The caller of every request where no callers are configured."""
 
+NOBODY: Final = Caller(name="", role=Role.VIEWER, engines=frozenset(), max_calls=0)
+"""The caller of code that no call runs, and of a call before it is admitted: sees no run."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Credentials:
@@ -81,7 +89,8 @@ class Credentials:
 
     Attributes:
         tokens: the SHA-256 of each token.
-        certificate_name: a URI or DNS name, or the common name, of the caller's certificate.
+        certificate_name: a URI or DNS name of the caller's certificate, or the common name of a
+            certificate that has neither.
     """
 
     caller: Caller

@@ -21,7 +21,7 @@ from typing import Any, Final, TypeAlias
 import grpc
 import structlog
 
-from runrecovery_service.domain.caller import ANYONE, Caller, Credentials, Role
+from runrecovery_service.domain.caller import NOBODY, Caller, Credentials, Role, token_problem
 from runrecovery_service.domain.errors import CallerOverloaded, CallerUnknown, Denied
 from runrecovery_service.rpc import errors
 
@@ -29,7 +29,7 @@ AUTHORIZATION: Final = "authorization"
 LOG_INTERVAL_S: Final = 60.0
 """Refused calls of one caller are logged once in this time, with their number."""
 
-CALLER: Final[ContextVar[Caller]] = ContextVar("caller", default=ANYONE)
+CALLER: Final[ContextVar[Caller]] = ContextVar("caller", default=NOBODY)
 """The caller of the call that the present task handles. gRPC makes a task for each call."""
 
 
@@ -61,19 +61,34 @@ class CallerTable:
         """True if a certificate identifies some caller."""
         return bool(self._by_certificate)
 
-    def of_token(self, token: bytes) -> Caller | None:
-        """Return the caller with this token."""
-        digest = sha256(token).digest()
+    def of_token(self, token: str) -> Caller | None:
+        """Return the caller with this token. A token that a file could not hold is nobody's.
+
+        So a weak token, or none, admits nobody, also where only its digest is configured.
+        """
+        if token_problem(token) is not None:
+            return None
+        digest = sha256(token.encode()).digest()
         found = self._by_token.get(self._place(digest))
         return found[1] if found is not None and hmac.compare_digest(found[0], digest) else None
 
     def of_certificate(self, names: Mapping[str, Iterable[bytes]]) -> Caller | None:
-        """Return the caller by the names in a certificate, as gRPC gives them."""
-        for kind in ("peer_uri", "peer_dns", "x509_common_name"):
-            for name in names.get(kind, ()):
-                if found := self._by_certificate.get(name.decode("utf-8", "replace")):
-                    return found
-        return None
+        """Return the caller by the names in a certificate, as gRPC gives them.
+
+        The common name counts only in a certificate without URIs and DNS names, because an
+        authority may let applicants choose it. Only a URI is compared with a name like a URI.
+
+        Raises:
+            CallerUnknown: the certificate names more than one caller.
+        """
+        uris, hosts = names.get("peer_uri", ()), names.get("peer_dns", ())
+        others = hosts if uris or hosts else names.get("x509_common_name", ())
+        given = [_text(uri) for uri in uris]
+        given += [name for name in map(_text, others) if "://" not in name]
+        found = {self._by_certificate[name] for name in given if name in self._by_certificate}
+        if len(found) > 1:
+            raise CallerUnknown("the certificate of the call names more than one caller")
+        return found.pop() if found else None
 
     def _place(self, digest: bytes) -> bytes:
         return blake2b(digest, key=self._key, digest_size=16).digest()
@@ -134,7 +149,7 @@ class CallerGuard:
         if len(given) > 1:
             raise CallerUnknown("the call has more than one authorization")
         scheme, _, token = _text(given[0]).partition(" ")
-        caller = table.of_token(token.encode()) if scheme.lower() == "bearer" else None
+        caller = table.of_token(token) if scheme.lower() == "bearer" else None
         if caller is None:
             raise CallerUnknown("the token of the call is not valid")
         return caller

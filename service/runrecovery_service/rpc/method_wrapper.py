@@ -18,7 +18,7 @@ import grpc
 import structlog
 from google.protobuf.message import DecodeError, Message
 
-from runrecovery_service.domain.caller import Role
+from runrecovery_service.domain.caller import ANYONE, Caller, Role
 from runrecovery_service.domain.errors import (
     FieldViolation,
     InvalidFields,
@@ -27,7 +27,7 @@ from runrecovery_service.domain.errors import (
     SlowReader,
 )
 from runrecovery_service.rpc import errors
-from runrecovery_service.rpc.callers import CallerGuard
+from runrecovery_service.rpc.callers import CALLER, CallerGuard
 from runrecovery_service.rpc.gate import Access, Gate, ServiceState
 from runrecovery_service.rpc.open_calls import OpenCalls
 
@@ -82,13 +82,13 @@ class MethodWrapper:
     def unary(self, method: Method, respond: Unary) -> Callable[[bytes, Context], Awaitable[bytes]]:
         """Return the handler of a method with one response."""
         gate, access, parse = self._gate, method.access, method.request.FromString
-        guard, weight = self._guard, 0 if access is Access.ALWAYS else 1
+        weight = 0 if access is Access.ALWAYS else 1
         serving = ServiceState.SERVING
 
         async def call(payload: bytes, context: Context) -> bytes:
             self.calls.track(context)
             # Before the limits: a refused call must not take the place of another caller's.
-            caller = None if guard is None else await guard.admit(context, method.name, method.role)
+            caller = await self._admit(context, method)
             self._open_unary += weight
             try:
                 self._check_call_limit(weight)
@@ -100,8 +100,7 @@ class MethodWrapper:
                 await _abort(context, method, error)
             finally:
                 self._open_unary -= weight
-                if guard is not None and caller is not None:
-                    guard.release(caller)
+                self._release(caller)
 
         return call
 
@@ -110,12 +109,11 @@ class MethodWrapper:
     ) -> Callable[[bytes, Context], Awaitable[None]]:
         """Return the handler of a method with a stream of responses."""
         gate, access, parse = self._gate, method.access, method.request.FromString
-        guard = self._guard
 
         async def call(payload: bytes, context: Context) -> None:
             self.calls.track(context)
             # Before the limits: a refused call must not take the place of another caller's.
-            caller = None if guard is None else await guard.admit(context, method.name, method.role)
+            caller = await self._admit(context, method)
             self._open_streams += 1
             try:
                 self._check_stream_limit()
@@ -131,10 +129,19 @@ class MethodWrapper:
                 await _abort(context, method, error)
             finally:
                 self._open_streams -= 1
-                if guard is not None and caller is not None:
-                    guard.release(caller)
+                self._release(caller)
 
         return call
+
+    async def _admit(self, context: Context, method: Method) -> Caller:
+        if self._guard is not None:
+            return await self._guard.admit(context, method.name, method.role)
+        CALLER.set(ANYONE)
+        return ANYONE
+
+    def _release(self, caller: Caller) -> None:
+        if self._guard is not None:
+            self._guard.release(caller)
 
     async def _send(self, context: Context, data: bytes, *, first: bool) -> None:
         """Send a response. This waits while flow control does: the reader's buffers are full."""
