@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -76,8 +77,11 @@ class Hook:
             text=True,
         )
         assert process.stdin is not None
-        process.stdin.write(text)
-        process.stdin.close()
+        with suppress(BrokenPipeError):  # a hook that cannot run reads nothing
+            process.stdin.write(text)
+            process.stdin.flush()
+        with suppress(BrokenPipeError):
+            process.stdin.close()
         process.stdin = None
         return process
 

@@ -162,7 +162,7 @@ def test_a_taken_socket_file_is_not_serving_until_it_is_free_again(new_home: New
 
     service.until_event("rpc.server_replaced")
 
-    assert health(service.address) == "SERVING"
+    until(lambda: health(service.address) == "SERVING", "it serves again")
 
 
 def test_a_stop_leaves_the_socket_file_of_another(new_home: NewHome) -> None:
