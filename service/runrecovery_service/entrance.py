@@ -14,8 +14,8 @@ from runrecovery_service.rpc.listen_address import count_addresses
 from runrecovery_service.rpc.server import GrpcServer, build_probe_server
 from runrecovery_service.rpc.tls import ServerTls
 
-PROBE_CONNECTIONS: Final = 16
-"""Connections to `probe_listen`. They are taken from those of callers."""
+PROBE_CONNECTIONS: Final = 64
+"""Connections to `probe_listen`, taken from those of callers; at most half of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,8 @@ class Entrance:
             TlsRefused, CallersRefused: they cannot be used.
         """
         files, known = tls_files(settings), read_callers(settings)
-        probing = PROBE_CONNECTIONS if settings.probe_listen else 0
+        most = min(PROBE_CONNECTIONS, open_files.connections // 2)
+        probing = most if settings.probe_listen else 0
         connections = open_files.connections - probing
         return cls(
             connections=connections,

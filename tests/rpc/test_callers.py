@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from contextvars import Context
 from hashlib import sha256
@@ -11,11 +12,11 @@ import grpc
 import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool
 from runrecovery_service.domain.caller import Caller, Credentials, Role
-from runrecovery_service.rpc import callers
 from runrecovery_service.rpc.callers import CALLER, CallerGuard, CallerTable
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.method_wrapper import MethodWrapper
-from runrecovery_service.rpc.server import handlers
+from runrecovery_service.rpc.open_calls import OpenCalls
+from runrecovery_service.rpc.server import GrpcServer, handlers
 from structlog.testing import capture_logs
 from support.callers import token_of
 
@@ -133,26 +134,45 @@ def test_code_that_no_call_runs_sees_no_run() -> None:
     assert not caller.sees("reviewer")
 
 
-async def test_ten_thousand_wrong_tokens_write_one_line_a_minute_and_hide_no_other_caller(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_ten_thousand_wrong_tokens_write_two_lines_and_hide_no_other_caller() -> None:
     guard = CallerGuard(CallerTable([credentials("a")]))
-    now = 1000.0
-    monkeypatch.setattr(callers, "monotonic", lambda: now)
     with capture_logs() as logged:
         for number in range(10_000):
             assert await admitted(guard, FakeContext(f"wrong{number}")) == "UNAUTHENTICATED"
         assert await admitted(guard, FakeContext(token_of("a"))) == "a"
         denied = FakeContext(token_of("a"))
         assert await admitted(guard, denied, Role.OPERATOR) == "PERMISSION_DENIED"
-        now += 60
-        await admitted(guard, FakeContext("wrong"))
+        guard.log_refusals()
+        guard.log_refusals()
 
     assert [(event["caller"], event["calls"]) for event in logged] == [
-        ("", 1), ("a", 1), ("", 10_000),
+        ("", 1), ("a", 1), ("", 9_999),
     ]  # fmt: skip
     assert {event["event"] for event in logged} == {"rpc.call_refused"}
     assert not any("wrong" in str(event) for event in logged)
+
+
+async def test_refused_calls_are_logged_when_their_interval_ends_without_another() -> None:
+    guard = CallerGuard(CallerTable([credentials("a")]), log_interval_s=0.01)
+    with capture_logs() as logged:
+        for _ in range(3):
+            await admitted(guard, FakeContext("wrong"))
+        async with asyncio.timeout(20):
+            while len(logged) < 2:  # noqa: ASYNC110 - log lines announce nothing
+                await asyncio.sleep(0.01)
+
+    assert [event["calls"] for event in logged] == [1, 2]
+
+
+async def test_a_stop_logs_the_refused_calls_that_were_not_logged_yet() -> None:
+    guard = CallerGuard(CallerTable([credentials("a")]))
+    server = GrpcServer(grpc.aio.server, OpenCalls(), guard=guard)
+    with capture_logs() as logged:
+        for _ in range(3):
+            await admitted(guard, FakeContext("wrong"))
+        await server.stop(grace_s=0)
+
+    assert [event["calls"] for event in logged] == [1, 2]
 
 
 def test_a_method_without_a_row_fails_the_start() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -12,7 +13,9 @@ from runrecovery_service.rpc import server
 LIMITS = server.ServerLimits(
     max_concurrent_calls=1, max_concurrent_streams=1, stall_s=1.0, max_request_bytes=1
 )
-NAMES = sorted({name for name, _ in (*server._options(LIMITS), *channel_options())})
+PROBED = server.probe_limits(8)
+SET = (*server._options(LIMITS), *server._options(PROBED), *channel_options())
+NAMES = sorted({name for name, _ in SET})
 
 
 @pytest.fixture(scope="module")
@@ -31,3 +34,21 @@ def test_a_client_may_ping_every_10_s() -> None:
     least_ms = dict(server._options(LIMITS))["grpc.http2.min_ping_interval_without_data_ms"]
 
     assert least_ms < 10_000
+
+
+def test_a_connection_has_room_for_1000_watches_and_100_calls_and_not_for_more() -> None:
+    many = dict(server._options(replace(LIMITS, max_concurrent_streams=5_000)))
+    few = dict(server._options(replace(LIMITS, max_concurrent_streams=10)))
+
+    assert many["grpc.max_concurrent_streams"] == 1_100
+    assert few["grpc.max_concurrent_streams"] == 110
+
+
+def test_a_connection_to_the_probe_address_ends_soon_whatever_it_does() -> None:
+    options = dict(server._options(PROBED))
+
+    assert options["grpc.max_concurrent_streams"] == 4
+    assert options["grpc.max_connection_idle_ms"] == 5_000
+    assert options["grpc.max_connection_age_ms"] == 10_000
+    assert options["grpc.max_connection_age_grace_ms"] == 5_000
+    assert options["grpc.server_handshake_timeout_ms"] == 5_000

@@ -14,13 +14,14 @@ from typing import Any, TypeAlias
 import grpc
 import pytest
 from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from runrecovery_service.domain.start_errors import TlsRefused
 from runrecovery_service.rpc import certificates, tls
 from runrecovery_service.rpc.certificates import TlsFiles
 from runrecovery_service.rpc.tls import ServerTls
 from structlog.testing import capture_logs
 from support.api import Api
-from support.certificates import DAY, Authority, Pair, old_client, self_signed
+from support.certificates import DAY, Authority, Key, Pair, old_client, self_signed
 
 HOST = "127.0.0.1"
 EXPIRED: dict[str, Any] = {"begins": -2 * DAY, "ends": -DAY}
@@ -185,6 +186,38 @@ def test_files_that_cannot_be_used_refuse_a_start(files: Files, authority: Autho
     for reason, bad in cases.items():
         with pytest.raises(TlsRefused, match=f": {reason.strip()}"):
             ServerTls(files(bad))
+
+
+@pytest.mark.parametrize(
+    ("make", "answer"),
+    [
+        (lambda: ec.generate_private_key(ec.SECP256R1()), UNIMPLEMENTED),
+        (lambda: ec.generate_private_key(ec.SECP384R1()), UNIMPLEMENTED),
+        (lambda: rsa.generate_private_key(65_537, 2048), UNIMPLEMENTED),
+        (lambda: ec.generate_private_key(ec.SECP521R1()), UNAVAILABLE),
+        (ed25519.Ed25519PrivateKey.generate, UNAVAILABLE),
+    ],
+)
+def test_a_key_that_grpc_cannot_use_refuses_a_start(
+    files: Files, authority: Authority, make: Callable[[], Key], answer: grpc.StatusCode
+) -> None:
+    pair = authority.issue(HOST, key=make())
+    with serving(grpc.ssl_server_credentials([(pair.key, pair.certificate)])) as server:
+        assert server.answer(authority.trust()) is answer
+
+    if answer is UNIMPLEMENTED:
+        ServerTls(files(pair))
+    else:
+        with pytest.raises(TlsRefused, match=r"needs a key of RSA with at least 2048 bits, or of"):
+            ServerTls(files(pair))
+
+
+def test_a_short_rsa_key_refuses_a_start(files: Files, authority: Authority) -> None:
+    short = rsa.generate_private_key(65_537, 1024)  # noqa: S505 - such a key is to be refused
+    pair = authority.issue(HOST, key=short)
+
+    with pytest.raises(TlsRefused, match=r"server\.pem"):
+        ServerTls(files(pair))
 
 
 def test_a_missing_file_refuses_a_start(files: Files) -> None:

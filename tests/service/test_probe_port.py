@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import closing
 
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from support.api import Api, refused
 from support.callers import caller
 from support.certificates import Authority
@@ -31,6 +32,11 @@ def test_probes_are_answered_in_plaintext_beside_tls_and_callers(new_home: NewHo
         names = ("", "liveness", "runrecovery.v1.RecoveryService")
         assert [probe.health_of(name) for name in names] == ["SERVING"] * 3
         assert refused(lambda: probe.get("r")).code is grpc.StatusCode.UNIMPLEMENTED
+        watch = health_pb2_grpc.HealthStub(probe.channel).Watch
+        assert (
+            refused(lambda: next(watch(health_pb2.HealthCheckRequest()))).code
+            is grpc.StatusCode.UNIMPLEMENTED
+        )
     assert api.health_of() == "SERVING"
     assert service.stop() == 0
 

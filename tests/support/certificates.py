@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 import grpc
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import NameOID
 
+Key: TypeAlias = ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | rsa.RSAPrivateKey
 DAY: Final = timedelta(days=1)
 
 
@@ -51,13 +52,15 @@ class Authority:
         common_name: str = "",
         begins: timedelta = -DAY,
         ends: timedelta = DAY,
+        key: Key | None = None,
     ) -> Pair:
         """Return a certificate for DNS names, IP addresses and URIs.
 
         Args:
             begins, ends: when it is valid, from now.
+            key: None: a new one of the curve P-256.
         """
-        key = ec.generate_private_key(ec.SECP256R1())
+        key = key or ec.generate_private_key(ec.SECP256R1())
         builder = _builder(_named(common_name), self._name, key, begins, ends)
         if names:
             alternative = x509.SubjectAlternativeName([_general_name(name) for name in names])
@@ -104,7 +107,7 @@ def _named(common_name: str) -> x509.Name:
 def _builder(
     subject: x509.Name,
     issuer: x509.Name,
-    key: ec.EllipticCurvePrivateKey,
+    key: Key,
     begins: timedelta,
     ends: timedelta,
 ) -> x509.CertificateBuilder:
@@ -129,7 +132,7 @@ def _general_name(name: str) -> x509.GeneralName:
         return x509.DNSName(name)
 
 
-def _pair(signed: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> Pair:
+def _pair(signed: x509.Certificate, key: Key) -> Pair:
     return Pair(
         certificate=signed.public_bytes(serialization.Encoding.PEM),
         key=key.private_bytes(

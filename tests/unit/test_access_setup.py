@@ -15,6 +15,8 @@ from runrecovery_service.config.settings import (
     TlsSettings,
 )
 from runrecovery_service.domain.caller import Role
+from runrecovery_service.entrance import Entrance
+from runrecovery_service.process.open_files import OpenFiles
 from support.callers import token_of
 from support.certificates import DAY, Authority, Pair
 
@@ -77,6 +79,17 @@ def test_a_token_in_the_place_of_a_token_file_is_not_quoted() -> None:
     assert access_problems(Settings(callers=(caller("ci", Path(token)),))) == [
         "caller 'ci': token_file: No such file or directory"
     ]
+
+
+@pytest.mark.parametrize(("all_", "callers", "probes"), [(6_000, 5_936, 64), (32, 16, 16)])
+def test_probes_have_64_connections_and_never_more_than_callers(
+    all_: int, callers: int, probes: int
+) -> None:
+    files = OpenFiles(limit=100_000, connections=all_, agents_soft=1024)
+
+    entrance = Entrance.make(Settings(probe_listen="127.0.0.1:0"), files)
+
+    assert (entrance.connections, entrance.probe_connections) == (callers, probes)
 
 
 @pytest.mark.parametrize("content", ["{}\n{}\n", "{}\r\n\r\n{}", "\ufeff{}\n{}"])

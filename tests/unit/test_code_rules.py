@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import dedent
 
 ROOT = Path(__file__).parents[2]
 SERVICE = ROOT / "service" / "runrecovery_service"
@@ -124,6 +126,17 @@ def test_no_pattern_is_possessive() -> None:
     }
 
     assert found == set()
+
+
+def test_the_kubernetes_manifest_gives_agents_no_token_and_strangers_no_probe_port() -> None:
+    parts = (ROOT / "deploy" / "kubernetes.yaml").read_text("utf-8").split("\n---\n")
+    (policy,) = (part for part in parts if "kind: NetworkPolicy" in part)
+    (text,) = (part.partition("runrecovery.toml: |\n")[2] for part in parts if ".toml: |" in part)
+
+    callers = tomllib.loads(dedent(text))["callers"]
+
+    assert [sorted(caller) for caller in callers] == [["name", "role", "token_sha256"]]
+    assert re.findall(r"\bport: (\d+)", policy) == ["50051"]
 
 
 def test_every_deployment_bounds_the_arenas_of_glibc() -> None:

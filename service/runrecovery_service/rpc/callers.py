@@ -9,13 +9,13 @@ of this process, so that the time of a lookup says nothing about the stored ones
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import secrets
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from hashlib import blake2b, sha256
-from time import monotonic
 from typing import Any, Final, TypeAlias
 
 import grpc
@@ -102,10 +102,15 @@ class CallerGuard:
             are not ended.
     """
 
-    def __init__(self, table: CallerTable) -> None:
+    def __init__(self, table: CallerTable, *, log_interval_s: float = LOG_INTERVAL_S) -> None:
+        """Make the guard.
+
+        Args:
+            log_interval_s: how often refused calls of one caller are logged.
+        """
         self.table = table
         self._in_progress: Counter[str] = Counter()
-        self._refusals = RefusalLog()
+        self._refusals = RefusalLog(log_interval_s)
 
     async def admit(self, context: Context, method: str, needed: Role) -> Caller:
         """Return the caller, as `CALLER` of this task too, or end the call with its status.
@@ -126,6 +131,10 @@ class CallerGuard:
         CALLER.set(caller)
         self._in_progress[caller.name] += 1
         return caller
+
+    def log_refusals(self) -> None:
+        """Log the refused calls that wait for the end of their minute."""
+        self._refusals.flush()
 
     def release(self, caller: Caller) -> None:
         """Record that a call of the caller has ended."""
@@ -160,18 +169,35 @@ def _text(value: str | bytes) -> str:
 
 
 class RefusalLog:
-    """Logs refused calls: of one caller, or of all unknown ones, at most once a minute."""
+    """Logs refused calls: of one caller, or of all unknown ones, at most once in `interval_s`."""
 
-    def __init__(self) -> None:
-        self._next_s: dict[str, float] = {}
-        self._unlogged: Counter[str] = Counter()
+    def __init__(self, interval_s: float = LOG_INTERVAL_S) -> None:
+        self._interval_s = interval_s
+        self._waiting: dict[str, asyncio.TimerHandle] = {}
+        self._calls: Counter[str] = Counter()
+        self._latest: dict[str, dict[str, str]] = {}
 
     def record(self, caller: str, **facts: str) -> None:
-        """Log a refused call, or count it for the next line about this caller."""
-        now_s = monotonic()
-        self._unlogged[caller] += 1
-        if now_s < self._next_s.get(caller, now_s):
-            return
-        self._next_s[caller] = now_s + LOG_INTERVAL_S
-        calls = self._unlogged.pop(caller)
+        """Log a refused call, or count it for the line that ends the present interval."""
+        self._calls[caller] += 1
+        self._latest[caller] = facts
+        if caller not in self._waiting:
+            self._write(caller)
+
+    def flush(self) -> None:
+        """Log the calls that are counted and not logged yet."""
+        for caller in list(self._calls):
+            self._waiting.pop(caller).cancel()
+            self._write(caller)
+
+    def _end_interval(self, caller: str) -> None:
+        del self._waiting[caller]
+        if caller in self._calls:
+            self._write(caller)
+
+    def _write(self, caller: str) -> None:
+        self._waiting[caller] = asyncio.get_running_loop().call_later(
+            self._interval_s, self._end_interval, caller
+        )
+        calls, facts = self._calls.pop(caller), self._latest.pop(caller)
         log.warning("rpc.call_refused", caller=caller, calls=calls, **facts)

@@ -12,6 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
+from runrecovery_service.rpc.certificate_key import key_problem
+
 MAX_FILE_BYTES: Final = 1_048_576
 _HANDSHAKE_STEPS: Final = 10
 """More than any handshake takes in memory: three."""
@@ -61,7 +63,8 @@ def read_certificate(files: TlsFiles) -> Certificate:
     """Read the files and try them.
 
     Raises:
-        TlsUnusable: a file cannot be read, holds something else, or key and certificate differ.
+        TlsUnusable: a file cannot be read, holds something else, key and certificate differ, or
+            gRPC cannot use such a key.
     """
     chain, key = _read(files.certificate), _read(files.key)
     roots = None
@@ -71,6 +74,8 @@ def read_certificate(files: TlsFiles) -> Certificate:
     if b"ENCRYPTED" in key:
         raise TlsUnusable(f"{files.key}: the key has a password; give one without")
     server = _server_context(files, chain, key)
+    if problem := key_problem(chain):
+        raise TlsUnusable(f"{files.certificate}: {problem}")
     expires = invalid = ""
     try:
         expires = _handshake(server, _client_context(files.certificate, chain))

@@ -40,8 +40,11 @@ HEALTH: Final = health_pb2.DESCRIPTOR.services_by_name["Health"]
 ALWAYS_OPEN: Final = frozenset({"GetRecoveryStatus", "ListReconciliations", "GetReconciliation"})
 """Methods of RecoveryService that answer in every state of the service."""
 
-HANDSHAKE_TIMEOUT_MS: Final = 20_000
+HANDSHAKE_S: Final = 20.0
 """A new connection that has not finished its handshake by then is closed."""
+MAX_WATCHES_PER_CONNECTION: Final = 1_000
+CALLS_PER_CONNECTION: Final = 100
+"""Calls on one connection beside its watches. A client waits with further ones."""
 KEEPALIVE_MS: Final = 60_000
 """A connection that was silent for this long is pinged."""
 KEEPALIVE_TIMEOUT_MS: Final = 20_000
@@ -53,6 +56,10 @@ for pings that are delayed on their way. The Python client pings every 30 s."""
 IDLE_S: Final = 300.0
 PROBE_REQUEST_BYTES: Final = 4096
 """A health request has a name."""
+PROBE_CALLS_PER_CONNECTION: Final = 4
+PROBE_IDLE_S: Final = 5.0
+PROBE_MAX_AGE_S: Final = 10.0
+"""A probe connects, calls and is done. Whoever stays would take the place of the next probe."""
 
 CHECK_INTERVAL_S: Final = 0.2
 """How often the server is checked for having ended by itself."""
@@ -72,6 +79,10 @@ class ServerLimits:
         stall_s: a stream is closed when its reader has taken nothing for so many seconds.
         max_connections: concurrent connections.
         idle_s: a connection without calls is closed after so many seconds.
+        handshake_s: a connection without a finished handshake is closed after so many seconds.
+        calls_per_connection: calls and streams of one connection at one time. None: from the limit
+            of streams.
+        max_age_s: every connection is closed after so many seconds. None: it may stay.
     """
 
     max_concurrent_calls: int
@@ -80,6 +91,9 @@ class ServerLimits:
     max_request_bytes: int
     max_connections: int = 10_000
     idle_s: float = IDLE_S
+    handshake_s: float = HANDSHAKE_S
+    calls_per_connection: int | None = None
+    max_age_s: float | None = None
 
 
 class GrpcServer:
@@ -98,6 +112,7 @@ class GrpcServer:
         *,
         gate: Gate | None = None,
         tls: ServerTls | None = None,
+        guard: CallerGuard | None = None,
     ) -> None:
         """Make the server; it does not listen yet.
 
@@ -105,8 +120,10 @@ class GrpcServer:
             calls: the calls that a stop waits for.
             gate: told whether the address is the service's. None: health does not depend on it.
             tls: None: connections are not encrypted.
+            guard: logs at a stop which calls it has refused.
         """
         self._build = build
+        self._guard = guard
         self._tls = tls
         self._gate = gate
         self._calls = calls
@@ -157,6 +174,8 @@ class GrpcServer:
             try:
                 await self._end()
             finally:
+                if self._guard is not None:
+                    self._guard.log_refusals()
                 if self._address is not None:
                     self._address.release()
 
@@ -313,26 +332,40 @@ def build_server(
         server.add_generic_rpc_handlers(all_handlers)
         return server
 
-    return GrpcServer(build, wrapper.calls, gate=gate, tls=tls)
+    return GrpcServer(build, wrapper.calls, gate=gate, tls=tls, guard=guard)
 
 
 def build_probe_server(gate: Gate, *, max_connections: int) -> GrpcServer:
-    """Return a server that answers health checks only, in plaintext; it does not listen yet."""
-    calls = OpenCalls()
-    limits = ServerLimits(
-        max_concurrent_calls=max_connections,
-        max_concurrent_streams=max_connections,
-        stall_s=IDLE_S,
-        max_request_bytes=PROBE_REQUEST_BYTES,
-        max_connections=max_connections,
-    )
+    """Return a server that answers health checks only, in plaintext; it does not listen yet.
+
+    It has no Watch, and closes each connection after `PROBE_MAX_AGE_S`.
+    """
+    calls, limits = OpenCalls(), probe_limits(max_connections)
 
     def build() -> grpc.aio.Server:
         server = grpc.aio.server(options=_options(limits))
-        server.add_generic_rpc_handlers((health_handlers(HealthServicer(gate), calls),))
+        # A watch stays open: a few strangers with one each would keep every probe out.
+        server.add_generic_rpc_handlers(
+            (health_handlers(HealthServicer(gate), calls, watch=False),)
+        )
         return server
 
     return GrpcServer(build, calls)
+
+
+def probe_limits(max_connections: int) -> ServerLimits:
+    """Return the limits of a server that is probed."""
+    return ServerLimits(
+        max_concurrent_calls=max_connections,
+        max_concurrent_streams=max_connections,
+        stall_s=PROBE_IDLE_S,
+        max_request_bytes=PROBE_REQUEST_BYTES,
+        max_connections=max_connections,
+        idle_s=PROBE_IDLE_S,
+        handshake_s=PROBE_IDLE_S,
+        calls_per_connection=PROBE_CALLS_PER_CONNECTION,
+        max_age_s=PROBE_MAX_AGE_S,
+    )
 
 
 def handlers(
@@ -354,16 +387,18 @@ def handlers(
     )
 
 
-def health_handlers(servicer: HealthServicer, calls: OpenCalls) -> grpc.GenericRpcHandler:
-    """Return the methods of grpc.health.v1.Health."""
-    return grpc.method_handlers_generic_handler(
-        HEALTH.full_name,
-        {
-            "Check": standard_handlers.unary(calls, health_pb2.HealthCheckRequest, servicer.Check),
-            "List": standard_handlers.unary(calls, health_pb2.HealthListRequest, servicer.List),
-            "Watch": standard_handlers.stream(calls, health_pb2.HealthCheckRequest, servicer.Watch),
-        },
-    )
+def health_handlers(
+    servicer: HealthServicer, calls: OpenCalls, *, watch: bool = True
+) -> grpc.GenericRpcHandler:
+    """Return the methods of grpc.health.v1.Health, with or without Watch."""
+    check, named = health_pb2.HealthCheckRequest, health_pb2.HealthListRequest
+    found = {
+        "Check": standard_handlers.unary(calls, check, servicer.Check),
+        "List": standard_handlers.unary(calls, named, servicer.List),
+    }
+    if watch:
+        found["Watch"] = standard_handlers.stream(calls, check, servicer.Watch)
+    return grpc.method_handlers_generic_handler(HEALTH.full_name, found)
 
 
 def reflection_handlers(
@@ -418,6 +453,18 @@ def _to_snake_case(name: str) -> str:
 
 
 def _options(limits: ServerLimits) -> tuple[tuple[str, int], ...]:
+    calls = limits.calls_per_connection
+    if calls is None:
+        watches = min(limits.max_concurrent_streams, MAX_WATCHES_PER_CONNECTION)
+        calls = watches + CALLS_PER_CONNECTION
+    age = (
+        ()
+        if limits.max_age_s is None
+        else (
+            ("grpc.max_connection_age_ms", int(limits.max_age_s * 1000)),
+            ("grpc.max_connection_age_grace_ms", int(limits.idle_s * 1000)),
+        )
+    )
     return (
         # By default a second server silently shares a taken port.
         ("grpc.so_reuseport", 0),
@@ -427,10 +474,13 @@ def _options(limits: ServerLimits) -> tuple[tuple[str, int], ...]:
         ("grpc.max_receive_message_length", limits.max_request_bytes),
         # Further connections are closed at once, so that descriptors remain for runs and database.
         ("grpc.max_allowed_incoming_connections", limits.max_connections),
-        ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
+        ("grpc.server_handshake_timeout_ms", int(limits.handshake_s * 1000)),
+        # gRPC receives requests before the service sees a token: unfinished ones take memory.
+        ("grpc.max_concurrent_streams", calls),
         # Idle connections and those of dead callers would use up max_connections.
         ("grpc.max_connection_idle_ms", int(limits.idle_s * 1000)),
         ("grpc.keepalive_time_ms", KEEPALIVE_MS),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
         ("grpc.http2.max_pings_without_data", 0),  # a watch may be silent without a limit
+        *age,
     )
