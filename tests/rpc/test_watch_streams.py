@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 from runrecovery.v1 import recovery_service_pb2 as recovery_pb
 from runrecovery.v1 import run_service_pb2 as pb
+from runrecovery_service.domain.caller import ANYONE
 from runrecovery_service.domain.deadline import Due, SteadyTime
 from runrecovery_service.domain.reconciliation import Cause, RecoveredFilter
 from runrecovery_service.domain.run import NewRun, Profile, RestartPolicy
 from runrecovery_service.rpc import watch_streams
+from runrecovery_service.rpc.callers import CALLER
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.watch_streams import RecoveredWatcher, RunWatcher
 from runrecovery_service.storage import (
@@ -210,6 +212,7 @@ async def test_an_event_during_the_read_of_a_run_watcher_is_sent(
         return found
 
     monkeypatch.setattr(storage, "read_row", read_then_cancel)
+    CALLER.set(ANYONE)
     stream = RunWatcher(storage, Gate()).stream(pb.WatchRunRequest(run_id="mine"))
 
     async with aclosing(stream), asyncio.timeout(20):

@@ -101,7 +101,8 @@ LEAVES: Final[Mapping[str, frozenset[str]]] = {
     "SUCCEEDED": frozenset({"SUCCEEDED"}),
     "FAILED": frozenset({"FAILED"}),
     "CANCELED": frozenset({"CANCELED"}),
-    "RECOVERED": frozenset({"QUEUED", "WAITING_USER", "FAILED", "CANCELED"}),
+    # SUCCEEDED: its result was found in the kept output.
+    "RECOVERED": frozenset({"QUEUED", "WAITING_USER", "SUCCEEDED", "FAILED", "CANCELED"}),
 }
 
 
