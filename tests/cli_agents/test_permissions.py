@@ -165,7 +165,8 @@ def test_a_call_that_was_allowed_and_killed_is_not_run_again(
     run.ask(api)
     api.reply(run.setup.run_id, 1, "allow")
     until(lambda: run.effects, "the call has begun", timeout_s=PATIENCE_S)
-    time.sleep(0.5)  # so that the service has it on record
+    recorded = "SELECT 1 FROM interaction WHERE state = 'DELIVERED'"
+    until(lambda: run.setup.home.rows(recorded), "the service has it on record")
     service.kill()
     _, api = run.setup.home.start()
 
