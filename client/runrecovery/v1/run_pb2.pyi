@@ -461,7 +461,7 @@ Global___InteractionOption: _TypeAlias = InteractionOption  # noqa: Y015
 @_typing.final
 class ToolCall(_message.Message):
     """The call of a tool for which a permission question asks (`permissions = "ask"`,
-    docs/agents.md). SubmitReply answers it with "allow", "deny",
+    docs/permissions.md). SubmitReply answers it with "allow", "deny",
     {"decision": "allow", "input": {…}} (changed arguments) or
     {"decision": "deny", "reason": "…"}; any other response is refused.
     """

@@ -1,6 +1,6 @@
 """Permission questions of Claude Code: the hook of a launch, and the question about a call. Pure.
 
-`permission_hook.py` is the hook itself. docs/agents.md says how both work together.
+`permission_hook.py` is the hook itself. docs/permissions.md says how both work together.
 """
 
 from __future__ import annotations

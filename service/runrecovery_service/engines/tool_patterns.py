@@ -1,4 +1,4 @@
-"""Patterns of tool calls: `NAME` or `NAME(ARGUMENT)`. docs/agents.md defines them.
+"""Patterns of tool calls: `NAME` or `NAME(ARGUMENT)`. docs/permissions.md defines them.
 
 The permission hook imports this module in a process of its own, so it imports nothing.
 """
