@@ -68,10 +68,10 @@ class Tls:
     """TLS of a connection. The files are in PEM, and are read once, when the client is made.
 
     Attributes:
-        ca: the certificates that sign that of the service. None: the roots that gRPC trusts.
+        ca: the certificates that sign the service's. None: the roots that gRPC trusts.
         certificate: the client's own certificate, if the service demands one.
         key: the private key of `certificate`.
-        server_name: the name in the certificate of the service, if the target has another one.
+        server_name: the name in the service's certificate, if it differs from the target's.
     """
 
     ca: str | PathLike[str] | None = None
@@ -135,7 +135,7 @@ def channel_options(
 
 
 def is_on_this_machine(target: str) -> bool:
-    """Return whether a gRPC target names loopback addresses or a Unix socket only."""
+    """Return True if a gRPC target names only loopback addresses or a Unix socket."""
     scheme, _, rest = target.partition(":")
     if scheme in {"unix", "unix-abstract"}:
         return True
@@ -171,7 +171,7 @@ def secured(
     tls: Tls | bool,
     credentials: grpc.ChannelCredentials | None,
 ) -> tuple[grpc.ChannelCredentials | None, list[ChannelOption]]:
-    """Return the credentials of a channel, None for plaintext, and its options."""
+    """Return the credentials (None: plaintext) and the options of a channel."""
     if not tls:
         return credentials, list(options)
     if credentials is not None:

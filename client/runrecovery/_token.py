@@ -67,6 +67,6 @@ def _checked(text: str, source: str) -> str:
 
 
 def demand_encrypted(token: BearerToken, target: str) -> None:
-    """Raise ValueError if a plaintext channel to the target would carry a token to elsewhere."""
+    """Raise ValueError if a plaintext channel would carry the token to another machine."""
     if token.is_given and not is_on_this_machine(target):
         raise ValueError(f"a token would be sent to {target} without encryption; give tls=")

@@ -115,7 +115,7 @@ class Wait(Generic[ValueT]):
             self._failure = failure
 
     def attempt_timeout_s(self, usual_s: float) -> float:
-        """Return the deadline of one try: the usual one, or the remaining time if less."""
+        """Return the deadline of one try: the usual one, or the remaining time if that is less."""
         left = self._pacer.left_s()
         return usual_s if left is None else min(usual_s, max(left, _LAST_TRY_S))
 

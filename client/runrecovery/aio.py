@@ -217,7 +217,7 @@ class AsyncRuns:
         request_id: str | None = None,
         timeout_s: float | None = None,
     ) -> run_pb2.Run:
-        """Answer the open question of a waiting run; the same answer again changes nothing."""
+        """Answer the open question of a waiting run. Repeating the same answer changes nothing."""
         call = requests.submit_reply(
             run_id, interaction_id, response, etag=etag, request_id=request_id
         )
@@ -244,7 +244,7 @@ class AsyncRuns:
         request_id: str | None = None,
         timeout_s: float | None = None,
     ) -> run_pb2.Run:
-        """Set back a run that a recovery failed because its session was lost."""
+        """Reopen a run that a recovery failed because its session was lost."""
         call = requests.reopen_run(
             run_id, session_handle=session_handle, etag=etag, request_id=request_id
         )

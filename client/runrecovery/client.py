@@ -152,10 +152,10 @@ class Runs:
                 the policy of the engine.
             interactive_profile: the engine's own profile, or unset.
             session_timeout_s: seconds that one question waits, at most the engine's own timeout.
-            require_user_reply: False: a question without an answer in that time is decided
+            require_user_reply: False: a question without an answer in this time is decided
                 automatically. None: the setting of the engine.
             max_tokens: tokens that the run may use, input and output together; at most the limit
-                of the engine, which is the default. Then the run fails with BUDGET_EXCEEDED.
+                of the engine, which is the default. At the limit it fails with BUDGET_EXCEEDED.
             max_cost_usd: the same for the cost that the agent reports.
             request_id: a UUID that makes the call safe to repeat. None: the client makes one for
                 the retries of this call only.
@@ -243,8 +243,8 @@ class Runs:
                 event, without a snapshot. 0 means every event since the creation.
             include_bookmarks: return bookmarks as well; the service sends one after 15 s without
                 an event.
-            reconnect_s: how many seconds without a message a broken stream is reopened; None:
-                without a limit. A service that does not run yet counts as a broken stream.
+            reconnect_s: seconds for which a broken stream is reopened while no message arrives;
+                None: no limit. A service that does not run yet counts as a broken stream.
             timeout_s: seconds for the whole watch; None: no limit.
 
         Raises:
@@ -271,7 +271,7 @@ class Runs:
         request_id: str | None = None,
         timeout_s: float | None = None,
     ) -> run_pb2.Run:
-        """Answer the open question of a waiting run; the same answer again changes nothing.
+        """Answer the open question of a waiting run. Repeating the same answer changes nothing.
 
         Args:
             run_id: the waiting run.
@@ -315,7 +315,7 @@ class Runs:
         request_id: str | None = None,
         timeout_s: float | None = None,
     ) -> run_pb2.Run:
-        """Set back a run that a recovery failed because its session was lost.
+        """Reopen a run that a recovery failed because its session was lost.
 
         The run becomes WAITING_USER again; or QUEUED, if a reply had been accepted.
 
@@ -366,7 +366,7 @@ class Runs:
             offset: bytes to skip.
             follow: wait for more output until the run is terminal; False: end after the present
                 output.
-            reconnect_s: how many seconds without a new piece a broken stream is reopened.
+            reconnect_s: seconds for which a broken stream is reopened while no piece arrives.
             timeout_s: seconds for reading everything; None: no limit.
 
         Raises:
@@ -462,8 +462,8 @@ class Recovery:
                 is, after the first bookmark.
             include_bookmarks: return bookmarks as well. The first response of every stream is a
                 bookmark, so you get a cursor before the first decision.
-            reconnect_s: how many seconds without a message a broken stream is reopened; None:
-                without a limit.
+            reconnect_s: seconds for which a broken stream is reopened while no message arrives;
+                None: no limit.
             timeout_s: seconds for the whole watch; None: no limit.
 
         Raises:
@@ -557,19 +557,19 @@ class RunRecoveryClient:
     Args:
         target: `host:port` or any gRPC target.
         channel: your own channel instead of a target (see `channel_options`). You close it.
-        tls: how the connection is encrypted: a `Tls`, or True for the roots that gRPC trusts and
-            no certificate of the client. False: not encrypted, unless `credentials` are given.
+        tls: how the connection is encrypted. True: with the roots that gRPC trusts, and without a
+            certificate of the client. False: not encrypted, unless `credentials` are given.
         credentials: any other credentials of gRPC, instead of `tls`.
         token: the caller's bearer token. It is never sent to another machine without encryption.
-        token_file: the file that holds the token instead. It is read for each call, so that the
-            token can be replaced.
+        token_file: the file that holds the token, instead of `token`. It is read for each call, so
+            that the token can be replaced.
         timeout_s: default deadline of unary calls, in seconds.
         max_receive_bytes: size of the largest response to accept.
         options: further gRPC channel options; they override the client's own.
 
     Raises:
         OSError: a file of `tls` cannot be read.
-        ValueError: the token is not one, or would be sent to another machine unencrypted.
+        ValueError: the token is malformed, or would be sent to another machine unencrypted.
     """
 
     def __init__(

@@ -137,7 +137,7 @@ class PageTokenInvalid(InvalidRequest):
 class WatchCursorInvalid(InvalidRequest):
     """`after_cursor` does not come from `recovery.watch_recovered` of this service.
 
-    Start a new watch without it; `recovery.recovered` lists the decisions in between.
+    Start a new watch without a cursor; `recovery.recovered` lists the decisions in between.
     """
 
 
@@ -175,7 +175,7 @@ class RunOfAnotherInstance(RunRecoveryClientError):
 
 
 class RunNotReopenable(RunRecoveryClientError):
-    """It is too late to reopen the run, or the run did not fail because its session was lost."""
+    """The time to reopen the run is over, or its failure had another cause than a lost session."""
 
 
 class SessionNotResumable(RunRecoveryClientError):
@@ -210,8 +210,8 @@ class WatchHistoryPruned(RunRecoveryClientError):
 class WatchSequenceUnknown(RunRecoveryClientError):
     """`after_sequence` is greater than the sequence of the run's latest event.
 
-    It is of another database, or the database was restored from a backup. Start a new watch without
-    `after_sequence`, and discard the events that you have.
+    The sequence is of another database, or the database was restored from a backup. Start a new
+    watch without `after_sequence`, and discard the events that you have.
     """
 
     @property
@@ -266,7 +266,7 @@ class StorageFull(ResourceExhausted):
 
 
 class SlowReader(ResourceExhausted):
-    """The caller read its stream too slowly. The iterators of this client resume it."""
+    """The caller read its stream too slowly. The iterators of this client resume the stream."""
 
 
 class Unauthenticated(RunRecoveryClientError):

@@ -1,4 +1,4 @@
-"""From settings to who may connect and call, for a start and for `runrecovery check`."""
+"""Builds TLS and the callers from the settings, for a start and for `runrecovery check`."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def read_callers(settings: Settings) -> list[Credentials]:
 
 
 def access_problems(settings: Settings) -> list[str]:
-    """Return why a start would refuse TLS or callers, or clients the certificate."""
+    """Return why a start would refuse TLS or callers, or clients would refuse the certificate."""
     problems: list[str] = []
     try:
         read_callers(settings)

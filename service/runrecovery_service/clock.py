@@ -24,7 +24,7 @@ class Clock:
         return datetime.now(UTC)
 
     def steady(self) -> SteadyTime:
-        """Return the time of the clock that nobody sets.
+        """Return the time of a clock that cannot be set.
 
         It runs from the boot of the machine, also while the machine sleeps, and through restarts
         of the service.

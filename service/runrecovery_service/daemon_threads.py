@@ -15,9 +15,9 @@ from runrecovery_service.steady_thread_pool import SteadyThreadPool
 R = TypeVar("R")
 
 NO_THREAD_PAUSE_S: Final = 0.1
-"""Between two tries to start a thread that the system refuses."""
+"""Pause between two tries to start a thread that the system refuses."""
 EXECUTOR_THREADS: Final = 16
-"""For blocking work that is no step of a turn: reading outputs, removing what a turn left."""
+"""Threads for blocking work outside of turns: reading outputs, removing what a turn left."""
 
 
 class _NeverAwaited(SteadyThreadPool):
@@ -61,7 +61,7 @@ async def run(work: Callable[[], R]) -> R:
     while True:
         try:
             future = start(work)
-        except RuntimeError:  # from the start of the thread: the future has errors of the work
+        except RuntimeError:  # The thread was refused; an error of the work would be in the future.
             await asyncio.sleep(NO_THREAD_PAUSE_S)
         else:
             return await asyncio.wrap_future(future)
@@ -71,7 +71,7 @@ async def run_within(seconds: float, work: Callable[[], R]) -> R:
     """Return the result of the work.
 
     Raises:
-        TimeoutError: the work takes longer; its thread goes on alone.
+        TimeoutError: the work takes longer; its thread continues.
     """
     async with asyncio.timeout(seconds):
         return await run(work)

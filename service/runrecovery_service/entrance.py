@@ -23,9 +23,9 @@ class Entrance:
     """How callers get in.
 
     Attributes:
-        connections: the most connections of all addresses of `listen` together.
-        per_address: the most of each of them.
-        probe_connections: the most of each address of `probe_listen`; 0: there is none.
+        connections: the most connections to all addresses of `listen` together.
+        per_address: the most connections to one address of `listen`.
+        probe_connections: the most connections to one address of `probe_listen`; 0: there is none.
         tls: None: connections are not encrypted.
         guard: None: whoever connects may do everything.
     """

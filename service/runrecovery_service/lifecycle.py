@@ -51,9 +51,9 @@ log = structlog.get_logger()
 
 RECOVERY_BACKOFF_MOST_S: Final = 30.0
 TWICE_REPORTED_S: Final = 0.05
-"""How long a signal that was held may still be reported by the loop as well."""
+"""How long after its start the loop may report a signal that was held already."""
 HANG_UP_SETTLES_S: Final = 0.5
-"""From SIGHUP until the system has taken the terminal away, if the terminal was closed."""
+"""How long after SIGHUP the system takes the terminal away, if the terminal was closed."""
 FINISH_POLL_S: Final = 0.1
 STEP_S: Final = 30.0
 """The most that a step of a stop may take, on top of the graces that are configured for it."""
@@ -97,7 +97,7 @@ def _store_lost(db: Database) -> StoreLost | None:
         db.demand_in_place()
     except StoreLost as error:
         return error
-    except OSError:  # the system cannot tell
+    except OSError:  # the system does not say whether the files are in place
         pass
     return None
 
@@ -130,8 +130,8 @@ class Signals:
     def _receive_stop(self, number: int) -> None:
         """Handle a stop signal, unless it was held already.
 
-        The loop's descriptor is told of signals a moment before the loop's handlers replace the
-        ones that hold. A signal in between is reported by both, and must count once.
+        The loop's descriptor receives signals a moment before the loop's handlers replace the
+        holding ones. A signal in between is reported by both, and must count once.
         """
         if number in self._were_held:
             self._were_held.discard(number)
@@ -330,9 +330,9 @@ class Service:
         self.gate.drain()
         await self._step("deadlines", work.deadlines.stop())
         if self.stop.failure is not None:
-            # Another instance may own the runs already: first of all end our processes.
+            # Another instance may own the runs already, so our processes end first.
             await self._step("processes", work.dispatcher.stop(), grace_s=grace_s * 2)
-        elif self.gate.recovered:  # otherwise no load balancer sends calls here
+        elif self.gate.recovered:  # before, health was NOT_SERVING: no load balancer sends calls
             await asyncio.sleep(self.settings.drain_delay_s - (monotonic() - begun_s))
         self.gate.close()
         await self._step("server", self.server.stop(grace_s=stop_grace_s), grace_s=stop_grace_s)

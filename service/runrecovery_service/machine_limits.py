@@ -28,7 +28,7 @@ def plan_open_files(settings: Settings) -> OpenFiles:
 
 
 def agent_share(settings: Settings, open_files: OpenFiles) -> AgentShare:
-    """Return what each agent gets of the machine."""
+    """Return the share of the machine's resources that each agent gets."""
     return AgentShare(open_files.agents_soft, stdout_pipe_bytes(settings.capacity))
 
 

@@ -31,26 +31,26 @@ from runrecovery_service.storage.instances import Owner
 log = structlog.get_logger()
 
 RENEWALS_PER_LEASE: Final = 5
-"""Renewals, and trials of the statements, in the time of one lease."""
+"""How many renewals, and how many trials of the statements, fall into the time of one lease."""
 SELF_FENCE_SHARE: Final = 2 / 3
-"""An instance that cannot renew its lease for this share of it stops before the lease ends.
+"""An instance stops once it could not renew its lease for this share of the lease's time.
 
 Not on SQLite: the lock on the file fences there, and a full disk is no reason to stop."""
 RENEWAL_TRY_SHARE: Final = 0.3
-"""The share of the lease that one try to renew it may take."""
+"""One try to renew the lease may take this share of the lease's time."""
 TREES_BEFORE_LEASE_S: Final = 1.0
-"""Process trees end so long before the lease of a service that does not renew it. An instance that
+"""If the lease is not renewed, process trees end this long before the lease does. An instance that
 takes over then finds no process alive."""
 LEASES_PER_WRITE_TRIAL: Final = 2
-"""On PostgreSQL a write is tried once in so many leases: each trial uses up keys."""
+"""On PostgreSQL a write is tried once in the time of this many leases: a trial uses up keys."""
 FAILURES_IN_A_ROW: Final = 2
-"""Health says NOT_SERVING after so many failed trials in a row."""
+"""Health says NOT_SERVING after this many failed trials in a row."""
 FILE_CHECK_S: Final = 1.0
 """How soon a removed lock or SQLite file is noticed without a write."""
 SHARED_POLL_S: Final = 1.0
 """How soon watchers are woken by a change of another instance."""
 FILE_CHECK_TIMEOUT_S: Final = 5.0
-"""A file system that does not answer a check for so long is logged."""
+"""A file system that does not answer a check for this long is logged."""
 
 
 def tree_deadline_ns(lease_ttl_s: float, renewed_ns: int) -> int:
@@ -69,7 +69,7 @@ class StorageHealthReporter:
     _unanswered: set[str] = field(default_factory=set)
 
     def note(self, part: str, *, answers: bool) -> None:
-        """Note whether one part answers. Health says SERVING only if all parts do."""
+        """Record whether one part answers. Health says SERVING only if all parts do."""
         if answers:
             self._unanswered.discard(part)
         else:
@@ -82,7 +82,7 @@ class LeaseRenewal:
     """Renews the lease for ever, and fences this service when it may no longer be the owner.
 
     Attributes:
-        unrenewed: set while the lease could not be renewed for `SELF_FENCE_SHARE` of it.
+        unrenewed: set once the lease could not be renewed for `SELF_FENCE_SHARE` of its time.
     """
 
     lease_ttl_s: float
@@ -101,11 +101,11 @@ class LeaseRenewal:
 
     @property
     def interval_s(self) -> float:
-        """The usual pause between two renewals."""
+        """Seconds between two renewals while they succeed."""
         return self.lease_ttl_s / RENEWALS_PER_LEASE
 
     def tasks(self) -> list[PeriodicTask]:
-        """Return the renewal and, where no instance can take over, what lets trees live on."""
+        """Return the renewal and, where no instance can take over, the loop of the heartbeats."""
         renewal = PeriodicTask(
             name="lease-renewal",
             step=self.renew,
@@ -306,7 +306,7 @@ def file_watch(demand_in_place: Callable[[], None], stop: StopSignal) -> Periodi
 
 
 def shared_poll(storage: Storage, stop: StopSignal) -> PeriodicTask:
-    """Return the loop that looks for the changes of other instances in a shared store."""
+    """Return the loop that polls for the changes of other instances in a shared store."""
     return PeriodicTask(
         name="shared-poll",
         step=storage.poll_shared,

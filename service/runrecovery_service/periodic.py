@@ -95,7 +95,7 @@ class PeriodicTask:
 
     @property
     def is_stopping(self) -> bool:
-        """True once `finish` was called: a long step may leave the rest to later."""
+        """True once `finish` was called: a long step should end early."""
         return self._stopping.is_set()
 
     def start(self) -> asyncio.Task[None]:
@@ -104,7 +104,7 @@ class PeriodicTask:
         return self._task
 
     async def finish(self) -> None:
-        """Stop the loop, after a step that is under way."""
+        """Stop the loop, after the present step if there is one."""
         self._stopping.set()
         if self._task is not None:
             await self._task

@@ -1,4 +1,4 @@
-"""A thread pool that works on with fewer threads when the system refuses new ones."""
+"""A thread pool that continues with fewer threads when the system refuses new ones."""
 
 from __future__ import annotations
 

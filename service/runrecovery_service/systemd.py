@@ -22,8 +22,8 @@ log = structlog.get_logger()
 INTERVAL_S: Final = 5.0
 """The longest pause between two messages."""
 EXTENSION_S: Final = 30.0
-"""A start or a stop may take so much longer after each message, whatever time the unit allows. A
-service that hangs sends none, and systemd ends it after this time."""
+"""After each message a start or a stop may take this much longer, whatever time the unit allows. A
+service that hangs sends no message, and systemd ends it after this time."""
 
 _STATUS: Final[Mapping[ServiceState, str]] = {
     ServiceState.RECOVERING: "recovering the runs of earlier starts",
@@ -35,13 +35,13 @@ _STATUS: Final[Mapping[ServiceState, str]] = {
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class SystemdNotifier:
-    """Sends the state of the gate at each change, and at least every few seconds.
+    """Sends the state of the gate at each change, and at least every `INTERVAL_S`.
 
     The messages come from the event loop, so that systemd's watchdog notices a loop that hangs.
 
     Attributes:
-        address: the socket of systemd; empty: nobody is told.
-        watchdog_s: systemd ends the service after so many seconds without a message; None: never.
+        address: the socket of systemd; empty: no message is sent.
+        watchdog_s: systemd ends the service after this many seconds without a message; None: never.
     """
 
     gate: Gate
@@ -62,7 +62,7 @@ class SystemdNotifier:
 
     @property
     def _path(self) -> str:
-        """The address as the system knows it: an abstract one begins with a NUL."""
+        """The address in the form of the `socket` module: an abstract one begins with a NUL."""
         return f"\0{self.address[1:]}" if self.address.startswith("@") else self.address
 
     def start(self) -> None:

@@ -22,7 +22,7 @@ class LaunchEnder:
         cgroups: the parent of the cgroups of the launches; None if cgroups are not used.
         why: the purpose, for the log.
         grace_s: seconds between SIGTERM and SIGKILL.
-        deadline_s: seconds after which what is still alive is left to a later try.
+        deadline_s: seconds after which surviving processes are left to a later try.
     """
 
     workspaces: Workspaces
@@ -35,7 +35,7 @@ class LaunchEnder:
         """End every process of these launches, and remove their cgroups.
 
         Returns:
-            By launch key, what was ended here, and before by the launch's own shim.
+            By launch key, the processes that this call or the launch's own shim has ended.
         """
         endings = end_trees(
             [launch_markers(launch) for launch in launches],

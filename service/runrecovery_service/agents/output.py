@@ -31,7 +31,7 @@ _TRUNCATED: Final = ".truncated"
 
 
 class OutputFiles:
-    """The output files of all attempts. Every method blocks shortly: call it in a thread."""
+    """The output files of all attempts. Every method blocks briefly: call it in a thread."""
 
     def __init__(self, workspaces: Workspaces, *, max_bytes: int) -> None:
         self._workspaces = workspaces
@@ -52,7 +52,7 @@ class OutputFiles:
             size = os.fstat(descriptor).st_size
             room = max(0, self._max_bytes - size)
             left = memoryview(data)[:room]
-            while left:  # a full disk takes a part, and refuses the next write
+            while left:  # a full disk stores a part, and refuses the next write
                 left = left[os.write(descriptor, left) :]
             if len(data) > room:
                 path.with_name(path.name + _TRUNCATED).touch(mode=0o600)
@@ -64,7 +64,7 @@ class OutputFiles:
     def read(
         self, run_key: int, attempt: int, channel: OutputChannel, offset: int, limit: int
     ) -> OutputPiece:
-        """Return up to `limit` bytes from `offset`; no data at or behind the end.
+        """Return up to `limit` bytes from `offset`; no data at or after the end.
 
         Raises:
             FileNotFoundError: the attempt has written nothing on this channel.

@@ -47,17 +47,17 @@ class SessionChecker:
         *,
         in_turn: bool = False,
     ) -> SessionFinding | None:
-        """Return what the check finds of a run's session; None: its engine has no check.
+        """Return the finding about a run's session; None: its engine has no check.
 
         Args:
-            fingerprint: of the session file when its question was recorded, if one was taken.
+            fingerprint: the state of the session file when its question was recorded, if known.
             in_turn: the agent was killed in its turn, so the end of the file may be incomplete.
         """
         stored = replace(self._stored(run, handle, fingerprint), in_turn=in_turn)
         return await check_session(self.catalog.get(run.engine), stored, timeout_s=self.timeout_s)
 
     async def fingerprint(self, run: Run, sessions: CliSessions, handle: str) -> SessionObservation:
-        """Return what is seen of a run's session now, with its fingerprint."""
+        """Return the present finding about a run's session, with its fingerprint."""
         return await fingerprint_session(
             sessions, self._stored(run, handle), timeout_s=self.timeout_s
         )
@@ -114,7 +114,7 @@ async def check_session(
 async def fingerprint_session(
     sessions: CliSessions, stored: StoredHandle, *, timeout_s: float
 ) -> SessionObservation:
-    """Return what is seen of a session, with its fingerprint."""
+    """Return the present finding about a session, with its fingerprint."""
     try:
         return await daemon_threads.run_within(timeout_s, lambda: sessions.observe(stored))
     except TimeoutError:

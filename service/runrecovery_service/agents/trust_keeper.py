@@ -3,7 +3,7 @@
 The order is always the same: first the lock of the CLI's file, then the store. No file is edited
 within a transaction. An entry is recorded before it is in the file, and its row is marked after the
 entry is out of the file, both under that lock. A crash leaves at most a row without an entry.
-What is removed from a file, and how its rows change by that, is decided in `trust_removal.py`.
+`trust_removal.py` decides what is removed from a file, and how the rows change.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ from runrecovery_service.trust.errors import FolderUnusable, TrustError, TrustFi
 log = structlog.get_logger()
 
 MOST_NAME_BYTES: Final = 2000
-"""Of the paths of a file and a folder together: PostgreSQL allows no much longer keys."""
+"""Limit for the paths of a file and a folder together, which are a key: PostgreSQL limits keys."""
 ADD_LOCK_WAIT_S: Final = 5.0
-"""For the lock of a file at a launch, which then logs that it waits, and waits again. Many launches
-may begin at once, and the edit of a large file takes seconds."""
+"""How long a launch waits for the lock of a file before it logs that, and waits again. Many
+launches may begin at once, and the edit of a large file takes seconds."""
 RESTART_LOCK_WAIT_S: Final = 5.0
-"""For the lock of a file at a restart."""
+"""How long a restart waits for the lock of a file."""
 RUN_END_LOCK_WAIT_S: Final = 2.0
-"""For the lock of a file at the end of a run: a caller may wait for that end."""
+"""How long the end of a run, for which a caller may wait, waits for the lock of a file."""
 FIRST_CHUNK, CHUNK = 100, 500
-"""Entries that one edit removes: at first, and at most."""
+"""How many entries the first edit removes, and how many any edit at most."""
 QUICK_S: Final = 2.0
-"""After a quicker edit, the next one removes more. In some files each entry takes long, in others
-the reading does."""
+"""After an edit that takes less time, the next edit removes more entries. In some files each entry
+takes long, in others the reading."""
 LEFT: Final = "there was not enough time; the next sweep removes the other entries"
 
 ReportRemovals = Callable[[Database, tuple[TrustRemoval, ...]], object]
@@ -100,7 +100,7 @@ class TrustKeeper:
         """Make a CLI with this environment trust a run's workspace. Repeating it changes nothing.
 
         Args:
-            pause: waits while others hold the file. What it raises is raised; the file is then
+            pause: waits while others hold the file. Its exceptions are passed on; the file is then
                 unchanged.
 
         Raises:
@@ -189,7 +189,7 @@ class TrustKeeper:
     def remove_stale_on(
         self, db: Database, report: ReportRemovals, should_stop: Callable[[], bool]
     ) -> TrustClearing:
-        """Do as `remove_stale`, on the connection of a recovery, which has one of its own."""
+        """Do as `remove_stale`, but use the connection that a recovery has of its own."""
         keeper = replace(self, store=ConnectionStore(db), report=report)
         return keeper.remove_stale(should_stop)
 
@@ -246,9 +246,10 @@ class _Addition:
     _recorded: Mapping[str, Added] = field(default_factory=dict, init=False)
 
     def begin(self, place: str | None) -> None:
-        """Read once which entries of the file are this service's.
+        """Read, once, which entries of the file are this service's.
 
-        Not again after `record`: an entry that a user makes in between would count as ours.
+        They are not read again after `record`: an entry that a user has made in between would
+        count as ours.
         """
         self._place = place or ""
         self._recorded = self.keeper.recorded_entries(self.file, self._place)
@@ -310,7 +311,7 @@ class _Removal:
         return TrustClearing(removals=removed.removals, kept=removed.kept)
 
     def begin(self, place: str | None) -> None:
-        """Keep the token of the place that the file is in."""
+        """Remember the token of the place that the file is in."""
         self._place = place
 
     def decide(self, text: bytes | None) -> FileRemoval:

@@ -1,8 +1,8 @@
-"""Decides which trust entries are removed from a file, and how their rows change by that.
+"""Decides which trust entries are removed from a file, and how their rows change.
 
 An entry counts as gone only if that is proved: the file can be read, and lies at the place where
 the entry was added. A file system may be unmounted, an editor may have moved the file away. An
-entry that cannot be found then stays on record, and is reported once. A removed entry is looked for
+entry that cannot be found then stays on record, and is reported once. A removed entry is searched
 again later: a CLI that had read the file before may write the entry back.
 """
 
@@ -25,15 +25,15 @@ log = structlog.get_logger()
 
 FIRST_CHECK: Final = timedelta(seconds=5)
 LAST_CHECK: Final = timedelta(seconds=60)
-"""After a removal: whether a process has written the entry back."""
+"""When, after a removal, the file is checked for an entry that a process has written back."""
 AWAY_CHECK: Final = timedelta(seconds=10)
-"""Between two checks for a file or place that is not there."""
+"""Time between two checks for a file or place that is not there."""
 RECORD_CHECK: Final = timedelta(seconds=60)
-"""Between two tries with an entry that fails by itself."""
+"""Time between two tries to remove an entry whose own record prevents the removal."""
 FILE_GONE: Final = timedelta(seconds=60)
-"""A file that is missing for so long is not just being replaced."""
+"""A file that is missing for this long is not just being replaced."""
 PLACE_GONE: Final = timedelta(days=7)
-"""A file system that is missing for so long will not be mounted again."""
+"""A file system that is missing for this long will not be mounted again."""
 _BOM: Final = b"\xef\xbb\xbf"
 _AWAY_TEXTS: Final = {
     NotRemoved.PLACE: "its folder, or the lock that was beside it, is not there",
@@ -147,7 +147,7 @@ class _FileRemovalBuilder:
     # -- entries that are not there ------------------------------------------------------------
 
     def add_missing(self, entry: TrustEntry, away: NotRemoved) -> None:
-        """Keep the row of an entry whose file is missing: not for ever, and not once removed."""
+        """Keep the row of an entry whose file is missing, unless it was removed or is long gone."""
         if entry.removed_at is not None:
             self._check_again(entry, entry.removed_at)
             return
@@ -178,7 +178,7 @@ class _FileRemovalBuilder:
     # -- entries that may be there -------------------------------------------------------------
 
     def remove(self, cli: config_files.AgentCli, entries: Mapping[TrustEntry, Added]) -> None:
-        """Remove entries of one CLI. An entry that leads to a failure does not hold up the others.
+        """Remove entries of one CLI. A failing entry does not prevent the removal of the others.
 
         Raises:
             TrustFileUnusable: the text cannot be edited safely.

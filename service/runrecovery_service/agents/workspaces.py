@@ -35,7 +35,7 @@ class Workspaces:
         return self.attempt(run_key, attempt) / "permissions"
 
     def prepare(self, run_key: int, attempt: int, *, fresh: bool) -> Path:
-        """Make the folder that the agent works in, and return it. Blocking, shortly.
+        """Make the folder that the agent works in, and return it. Blocks briefly.
 
         Args:
             fresh: the attempt begins. An existing folder then belongs to another run, from before

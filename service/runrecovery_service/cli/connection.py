@@ -120,7 +120,7 @@ _OPTIONS: Final = (
         envvar="RUNRECOVERY_TLS",
         help="Encrypt, and trust the roots that gRPC trusts. Any other --tls option implies it.",
     ),
-    _file_option("--tls-ca", "Certificates (PEM) that sign that of the service."),
+    _file_option("--tls-ca", "Certificates (PEM) that sign the service's."),
     _file_option("--tls-certificate", "Own certificate (PEM), if the service demands one."),
     _file_option("--tls-key", "Private key (PEM) of --tls-certificate."),
     click.option(
@@ -168,7 +168,7 @@ def with_service(
 
 
 def _connect(server: str, timeout_s: float, given: dict[str, Any]) -> RunRecoveryClient:
-    """Return a client by the options for TLS and the token, which are taken out of `given`."""
+    """Return a client for the options about TLS and the token. Remove them from `given`."""
     named = {key: given.pop(f"tls_{key}") for key in ("ca", "certificate", "key", "server_name")}
     wants_tls, token_file = given.pop("tls"), given.pop("token_file")
     try:
@@ -181,7 +181,7 @@ def _connect(server: str, timeout_s: float, given: dict[str, Any]) -> RunRecover
 
 
 def _as_flags(text: str) -> str:
-    """Return a message about arguments of the client in words of the command line."""
+    """Return a message of the client with the command's options instead of argument names."""
     return {
         "give certificate and key, or neither": "give --tls-certificate and --tls-key, or neither"
     }.get(text, text.replace("give tls=", "give --tls-ca or --tls"))

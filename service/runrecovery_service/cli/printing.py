@@ -1,4 +1,4 @@
-"""How any message of the contract is printed: as a line of JSON, as a table, as names and values.
+"""Prints messages of the contract: as a line of JSON, as a table, or as names and values.
 
 `cli/runs.py` and `cli/recovery.py` choose the columns and the values.
 """
@@ -95,7 +95,7 @@ def print_table(rows: Iterable[MessageT], columns: Columns[MessageT]) -> None:
     if sys.stdout.isatty():
         _draw(headings, cells)
         return
-    first = next(cells, None)  # before the headings: a call that fails has no table
+    first = next(cells, None)  # may raise: a call that fails prints no headings
     click.echo("\t".join(headings))
     for line in () if first is None else chain([first], cells):
         click.echo("\t".join(line))

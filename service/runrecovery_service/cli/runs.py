@@ -326,7 +326,7 @@ def cancel(service: ServiceConnection, run_id: str) -> None:
     " handle.",
 )
 def reopen(service: ServiceConnection, run_id: str, session_handle: str | None) -> None:
-    """Set back a run that a recovery failed because its session was lost."""
+    """Reopen a run that a recovery failed because its session was lost."""
     service.show(service.client.runs.reopen(run_id, session_handle=session_handle), describe)
 
 

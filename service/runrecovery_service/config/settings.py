@@ -169,7 +169,7 @@ class CallerSettings:
         role: what the caller may do: `"viewer"`, `"replier"`, `"creator"` or `"operator"`.
         token_sha256: the SHA-256 of the token in hexadecimal, or a list of at most two, so that a
             token can be replaced.
-        token_file: a file with the token on a line of its own, or with at most two, instead.
+        token_file: a file with one token, or two, each on its own line; instead of `token_sha256`.
         certificate_name: a URI or DNS name in the caller's certificate, or the common name of one
             that has neither.
         engines: the engines whose runs the caller may create, see and change. Without this key all.
@@ -202,7 +202,7 @@ class Settings:
         max_queued: runs that may wait for a slot; one more is refused as OVERLOADED.
         max_attempts: how often a run is started from the beginning, restarts included.
         max_request_bytes: the largest request that is accepted.
-        max_output_bytes: bytes that are kept of each stream of one attempt.
+        max_output_bytes: the most bytes that are kept of stdout, and of stderr, of one attempt.
         max_concurrent_calls: calls in progress; health checks and streams are not counted.
         max_concurrent_streams: watches and followed outputs open at one time.
         watch_stall_s: the time after which a stream is cut off whose reader reads nothing.
@@ -231,7 +231,7 @@ class Settings:
             a process that hides.
         cgroup_parent: a delegated cgroup (v2) in which each launch gets a cgroup of its own;
             empty: none.
-        retry_hint_s: the time after which callers that come too early are told to retry.
+        retry_hint_s: the time after which callers that are refused for now should retry.
         log_level: `debug`, `info`, `warning` or `error`.
         log_format: `auto`, `json` or `console`.
         tls: encrypts `listen`. Without it connections are not encrypted.

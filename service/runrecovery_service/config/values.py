@@ -1,4 +1,4 @@
-"""Reads one value of the configuration as it was written, and refuses one that is invalid."""
+"""Converts single values of the configuration, and refuses invalid ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _UNITS: Final = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
 T = TypeVar("T")
 E = TypeVar("E", bound=StrEnum)
 Reader: TypeAlias = Callable[[object], T]
-"""Returns the meaning of a value as it was written, or raises `InvalidValue`."""
+"""Converts a value from a file, a flag or the environment, or raises `InvalidValue`."""
 
 
 class InvalidValue(ValueError):
@@ -190,7 +190,8 @@ def is_loopback(address: str) -> bool:
         ip = ip_address(host)
     except ValueError:
         return host == "localhost"
-    return (getattr(ip, "ipv4_mapped", None) or ip).is_loopback  # not before Python 3.13 by itself
+    # Before Python 3.13, `is_loopback` does not know IPv4-mapped addresses.
+    return (getattr(ip, "ipv4_mapped", None) or ip).is_loopback
 
 
 def strings(value: object) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from runrecovery_service.domain.errors import EngineNotAllowed, RoleNotSufficien
 
 MIN_TOKEN_BITS: Final = 128
 MIN_DISTINCT_CHARS: Final = 8
-"""A random token of enough bits has more; `aaaa…` and `12341234…` do not."""
+"""A random token has at least so many different characters; `aaaa…` and `12341234…` do not."""
 
 _TOKEN: Final = re.compile(r"[A-Za-z0-9._~+/-]+=*")
 """The characters of RFC 6750."""
@@ -80,7 +80,7 @@ ANYONE: Final = Caller(name="", role=Role.OPERATOR)
 """The caller of every request where no callers are configured."""
 
 NOBODY: Final = Caller(name="", role=Role.VIEWER, engines=frozenset(), max_calls=0)
-"""The caller of code that no call runs, and of a call before it is admitted: sees no run."""
+"""The caller of code outside of calls, and of a call that is not admitted yet. Sees no run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

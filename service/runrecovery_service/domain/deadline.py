@@ -2,7 +2,7 @@
 
 A deadline is stored twice: as a time of the wall clock, for display, and as a time of a steady
 clock, which decides when the deadline passes. The steady clock counts from the machine's boot.
-After another boot, or on another machine, only the wall clock tells how much time is left.
+After another boot, or on another machine, only the wall clock shows how much time is left.
 """
 
 from __future__ import annotations

@@ -220,7 +220,7 @@ class EtagMismatch(RunRecoveryError):
 
 @dataclass(eq=False)
 class CallerUnknown(RunRecoveryError):
-    """The request has no valid token, and no certificate of a known caller. Never has a token."""
+    """The request has no valid token or certificate of a known caller. The text quotes no token."""
 
     why: str
 
@@ -367,7 +367,7 @@ class WatchHistoryPruned(OutOfRange):
 
 @dataclass(eq=False)
 class WatchSequenceUnknown(OutOfRange):
-    """A watch should resume after an event that has not happened."""
+    """A watch was asked to resume after an event that has not happened."""
 
     latest: int
 

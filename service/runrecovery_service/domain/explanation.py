@@ -48,13 +48,13 @@ class RecordedDecision:
     """A recorded decision and the facts that it was based on.
 
     Attributes:
-        interaction_id: of the run's latest question. 0: the run had asked none. None: an earlier
+        interaction_id: the run's latest question. 0: the run had asked none. None: an earlier
             version did not record it.
         session_turn: the turn that named the handle. None: there was no handle, or the turn is not
             recorded.
         session_finding: the result of the session check. None: the session was not checked.
         resumes: how often the interrupted turn had been resumed.
-        restart_policy, max_attempts, max_resumes, canceled_at: of the run.
+        restart_policy, max_attempts, max_resumes, canceled_at: the run's.
     """
 
     info: RecoveryInfo

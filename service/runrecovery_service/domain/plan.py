@@ -61,7 +61,7 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """Runs, and the work that they stand for.
+    """A number of runs, and the work that they have done.
 
     Attributes:
         tokens: what all their turns have used, as far as it was reported.

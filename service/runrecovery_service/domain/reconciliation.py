@@ -69,7 +69,7 @@ class DecisionCount:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OrphanCounts:
-    """Processes of earlier epochs: found alive, ended, not ended; and launches without any left."""
+    """Processes of earlier epochs: found alive, ended, not ended; and launches with none left."""
 
     found: int = 0
     ended: int = 0

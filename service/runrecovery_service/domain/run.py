@@ -167,7 +167,7 @@ class Interaction:
 
     `interaction_id` counts the run's questions from 1. `kind` is None if the stored one is unknown.
     `response` is valid only if `replied_at` is set. `wait_deadline_at` is the end of the wait, None
-    if the wait has no end. `auto_decided`: no answer came by then, so the service answered null.
+    if the wait has no end. `auto_decided`: no answer came in time, so the service answered null.
     `tool_call`: the call that the question asks permission for; None: it asks something else.
     `replied_by` is the caller that answered, None if no caller did or none are configured.
     """

@@ -157,7 +157,7 @@ class TlsRefused(StartRefused):
 
 @dataclass(eq=False)
 class CallersRefused(StartRefused):
-    """The tokens of the configured callers cannot be used. No text has a token."""
+    """The tokens of the configured callers cannot be used. The text quotes no token."""
 
     problems: tuple[str, ...]
 

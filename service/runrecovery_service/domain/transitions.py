@@ -34,7 +34,7 @@ NEXT: Final = MappingProxyType(
 REOPENED: Final = MappingProxyType(
     {RunStatus.FAILED: frozenset({RunStatus.WAITING_USER, RunStatus.QUEUED})}
 )
-"""For a run that a recovery failed, when a caller reopens it in time."""
+"""The changes of a run that a recovery failed, when a caller reopens it in time."""
 
 
 def is_legal(before: RunStatus, after: RunStatus) -> bool:

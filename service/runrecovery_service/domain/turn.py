@@ -42,7 +42,7 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Interrupted:
-    """The service's own trouble ended the process. The recovery matrix decides on the run."""
+    """A fault or stop of the service ended the process. The recovery matrix decides on the run."""
 
     because: str
     cause: InterruptionCause = InterruptionCause.SUSPENSION
@@ -68,7 +68,7 @@ class TurnFacts:
         protocol_error: how the process broke the protocol; None: it did not.
         interrupted: why the shim killed the process; None: the shim did not.
         is_unsupervised: the shim was gone or stopped before the process ended.
-        deadline_passed: the deadline for which the process is ended; None: none has passed.
+        deadline_passed: the passed deadline that ends the process; None: none has passed.
         is_waiting: the process waits for the reply to its question.
         is_reply_lost: the process closed its input before it had read the reply.
         stopped: why the service ends a process that would have gone on; None: it does not.
@@ -104,7 +104,7 @@ class ProcessEnd:
 
     @property
     def is_clean(self) -> bool:
-        """True if the process did not fail, or had to be ended."""
+        """True if the process reported no failure and no bad exit code, or had to be ended."""
         return self.exit_code in {None, 0} and self.failure is None
 
 
@@ -150,7 +150,7 @@ def judge(turn: TurnFacts, process: ProcessEnd, *, resumes: bool = False) -> Tur
 
 
 def _ended_by_service(turn: TurnFacts, process: ProcessEnd) -> TurnEnd | None:
-    """Return the end of a process that could not go on; None: it could have."""
+    """Return the end of a process that the service had to end; None: it had not."""
     if turn.protocol_error is not None:
         return _failed(ErrorCode.ENGINE_PROTOCOL_ERROR, turn.protocol_error)
     if turn.deadline_passed is not None:
@@ -171,7 +171,7 @@ def end_of_budget(end: TurnEnd, used_up: str | None) -> TurnEnd:
 
 
 def _silent(turn: TurnFacts, process: ProcessEnd) -> TurnEnd:
-    """Return the end of a process without a bad exit code that said nothing."""
+    """Return the end of a process that printed no result or question and has no bad exit code."""
     if turn.is_reply_lost:
         return _failed(
             ErrorCode.REPLY_NOT_DELIVERED,

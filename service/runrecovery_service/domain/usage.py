@@ -18,7 +18,7 @@ NANOS: Final = 10**9
 
 
 class InvalidUsage(ValueError):
-    """A report has a number that cannot be. The text says which and quotes nothing."""
+    """A report has an impossible number. The text names the number and quotes nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +62,7 @@ class Usage:
         return replace(self._combine(part, -1), model=self.model)
 
     def at_least(self, floor: Usage) -> Usage:
-        """Return the greater of both numbers for each member, with the model of this one."""
+        """Return, for each number, the greater one of both. The model is that of this one."""
         costs = [cost for cost in (self.cost_nanos, floor.cost_nanos) if cost is not None]
         tokens = {name: max(getattr(self, name), getattr(floor, name)) for name in TOKEN_FIELDS}
         cost = max(costs, default=None)
@@ -97,7 +97,7 @@ def usage_of(
     cost_usd: object = None,
     model: object = "",
 ) -> Usage:
-    """Return a report whose parts come from an agent and can be anything.
+    """Return the report of an agent. Its parts are checked, because an agent may send anything.
 
     Raises:
         InvalidUsage: a number is missing, negative or too large, is none, or a part is larger than
@@ -149,31 +149,31 @@ def _model(value: object) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionUsage:
-    """What the processes of a session have reported, for a next one that reports a total.
+    """The usage that a session's processes have reported. The next process may report a total.
 
     Attributes:
         total: the latest total of the session; None: none.
-        calls: what processes have used since, whose turn was cut off before its total. The next
-            total may have this or not. It is on record, so it must not count twice.
+        calls: the usage since then of turns that were cut off before they reported a total. The
+            next total may include this usage or not. It is recorded, so it must not count twice.
     """
 
     total: Usage | None = None
     calls: Usage | None = None
 
     def plus_calls(self, calls: Usage) -> SessionUsage:
-        """Return this with more calls of a turn that is not at its end."""
+        """Return a copy that has more calls, of a turn that has not reported its total."""
         return replace(self, calls=calls if self.calls is None else self.calls.plus(calls))
 
     def since(self, total: Usage, *, at_least: Usage | None = None) -> Usage:
-        """Return the part of a new process in the total that the process reports.
+        """Return the usage of a new process by the total of the session that it reports.
 
         Args:
             at_least: what the process has certainly used; None: not known.
 
         Returns:
-            The difference to the latest total, also without `calls`, but no number below that of
-            `at_least`. The whole total if the difference to the latest one cannot be: a number is
-            negative or below `at_least`, so the process does not count over the session.
+            The difference to the latest total, less `calls`, but no number below `at_least`. Or
+            the whole total, if the difference is impossible: if one of its numbers is negative or
+            below `at_least`, the process does not count over the session.
         """
         least = at_least or Usage()
         part = total.minus(self.total or Usage())
@@ -182,7 +182,7 @@ class SessionUsage:
         return part if self.calls is None else part.minus(self.calls).at_least(least)
 
     def before(self, turn: Usage) -> SessionUsage:
-        """Return what was known before a turn whose usage so far is in this already."""
+        """Return a copy without the usage of a turn that this one already includes."""
         calls = self.calls or Usage()
         if calls.covers(turn):
             left = calls.minus(turn)
@@ -216,7 +216,7 @@ class Budget:
         return None if self.max_cost_nanos is None else self.max_cost_nanos / NANOS
 
     def narrowed(self, wanted: Budget) -> Budget:
-        """Return the limits that are in `wanted`, and the own ones elsewhere."""
+        """Return the limits of `wanted`. Where it has none, the limits of this budget remain."""
         tokens, cost = wanted.max_tokens, wanted.max_cost_nanos
         return Budget(
             max_tokens=self.max_tokens if tokens is None else tokens,
@@ -239,5 +239,5 @@ UNLIMITED: Final = Budget()
 
 
 def cost_to_nanos(usd: float) -> int:
-    """Return US dollars in 10⁻⁹ US dollars, at least 1: a limit of 0 would be none."""
+    """Return US dollars in 10⁻⁹ US dollars, at least 1: a limit of 0 would be no limit."""
     return max(1, round(usd * NANOS))

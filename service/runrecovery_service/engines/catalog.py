@@ -35,7 +35,7 @@ class Engine:
     Attributes:
         command: the words of its command. The first word is searched in the engine's own PATH.
         profile: the profile of its runs. CreateRun may repeat it, but not name another.
-        dialect: the protocol of its processes.
+        dialect: how its processes communicate with the service.
         env_allow: names of the service's environment variables that its processes get.
         env: further variables of its processes, which override those of `env_allow`.
         max_concurrent: its processes at one time. None: only the service's own limit applies.
@@ -45,8 +45,8 @@ class Engine:
         unknown_session: how a session counts when its check could not decide.
         session_timeout_s: how long a question of a sticky process waits, and any question that
             does not require a reply of its user.
-        require_user_reply: False: a question is decided automatically after that time.
-        restart_policy: that of its runs, unless CreateRun names another one.
+        require_user_reply: False: a question is decided automatically after `session_timeout_s`.
+        restart_policy: the policy of its runs, unless CreateRun names another one.
         max_resumes: how often one turn may be resumed after an interruption. 0: the engine cannot
             be resumed in the middle of a turn.
         max_run_time_s: the longest time of a run since its first launch. None: no limit.

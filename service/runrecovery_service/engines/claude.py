@@ -34,7 +34,7 @@ def read(event: JsonObject) -> Iterator[CliEvent]:
         case {"type": "system", "subtype": "init", "session_id": str(handle)}:
             yield SessionNamed(handle)
         case {"type": "assistant" | "user" | "stream_event"}:
-            if event.get("parent_tool_use_id") is None:  # otherwise of a background task
+            if event.get("parent_tool_use_id") is None:  # otherwise a background task did it
                 yield OtherActivity()
                 yield from _read_calls(event)
         case {"type": "system", "subtype": "api_retry"}:
@@ -123,7 +123,7 @@ def _failure_text(event: JsonObject) -> str | None:
 def says_lost(_: int | None, text: str) -> bool:
     """Return True for a lost session, which Claude Code reports at the beginning of its text.
 
-    A session without the call that has its answer counts as lost: something has changed the file.
+    A session without the call that the user has answered counts as lost: its file was changed.
     """
     return text.startswith((_SESSION_LOST, _CALL_LOST))
 

@@ -71,7 +71,7 @@ MAX_TASKS: Final = 1000
 HANDLE_CHARS: Final = 36
 SECRET: Final = b"[secret]"
 UNRECORDED_HANDLE: Final = "00000000-0000-0000-0000-000000000000"
-"""Takes the place of a handle that only the kept output had, where it is hidden."""
+"""Stands for a handle that was never recorded, and that the kept output hides."""
 
 _HANDLE: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 """A UUID, which is the session id of every supported CLI. A CLI could take another word for a
@@ -149,7 +149,7 @@ class CliDialect:
         return self._completed(opening, run, resumed)
 
     def _completed(self, opening: Opening, run: RunContext, resumed: Resumed | None) -> Opening:
-        """Return the opening with the arguments and files that do not depend on its kind."""
+        """Add the arguments and files that every opening needs, for trust and permissions."""
         more = self.when_trusted if self.trusted else ()
         hook = None if self.permissions is None else self.permissions.prepare(run, resumed)
         if hook is None:
@@ -183,7 +183,7 @@ class CliDialect:
 
 
 def deferred_text(tool: str | None) -> str:
-    """Return why a turn failed that a hook of the user ended. `tool`: its name, if it is known."""
+    """Return the error of a turn that a user's hook has ended. `tool`: its name, if known."""
     call = "tool call" if tool is None else f"call of the tool {tool}"
     return f"A hook deferred its {call}, so the turn ended unfinished."
 
@@ -254,7 +254,7 @@ class CliListener:
         """
         event = _event(line)
         messages = [each for one in self._cli.read(event) for each in self._handle_event(one)]
-        if (used := self._cli.read_usage(event)) is not None:  # after the result that it is for
+        if (used := self._cli.read_usage(event)) is not None:  # after the result of the same event
             is_answering = isinstance(used, CallReported) and not used.calls_tool
             messages.append(UsageMessage(used=self._usage.add(used), is_answering=is_answering))
         at_work = self._at_work if self._at_work is None else self._at_work or bool(self._tasks)
@@ -354,7 +354,7 @@ class CliListener:
         return RetryMessage(message=self._shown(retry.message), is_hopeless=is_hopeless)
 
     def _defer(self, event: TurnDeferred) -> Iterable[Message]:
-        """End the turn with the question about the deferred call, or as failed."""
+        """End the turn: with the question about the deferred call, or as failed."""
         if self._calls is not None and self._calls.is_repeated(event):
             return  # the CLI returned to a call of an earlier turn, and reads its prompt next
         question = None

@@ -64,7 +64,7 @@ class WarningShown:
 
 @dataclass(frozen=True, slots=True)
 class RetryReported:
-    """The CLI waits and calls its model again. Unless work follows, that is what it waits for.
+    """The CLI waits and calls its model again. Unless work follows, it still does.
 
     `is_refused`: the model refused the credentials of the CLI.
     """
@@ -78,9 +78,9 @@ class UsageReported:
     """The CLI reported what it has used.
 
     Attributes:
-        total: of the session if `spans_session`, else of the process.
+        total: the usage of the session if `spans_session`, else of the process.
         of_process: the part of the process, as far as the CLI reports that beside the total.
-        is_of_process: `total` has nothing of earlier processes.
+        is_of_process: `total` excludes earlier processes.
     """
 
     total: Usage
@@ -94,7 +94,7 @@ class CallReported:
     """The CLI reported what one call of a model has used so far, before the report of the turn.
 
     A later event of the same `call` replaces the one before. `calls_tool`: the event has a tool
-    call of the model, after which the turn goes on.
+    call of the model, after which the turn continues.
     """
 
     call: str
@@ -138,5 +138,5 @@ ReadEvent: TypeAlias = Callable[[JsonObject], Iterable[CliEvent]]
 IsSessionLost: TypeAlias = Callable[[int | None, str], bool]
 """Returns from a resumed turn's exit code and error text whether the session is lost."""
 ReadUsage: TypeAlias = Callable[[JsonObject], UsageReported | CallReported | None]
-"""Returns what an output line reports as used; None: nothing, or numbers that cannot be. It must
-not raise either."""
+"""Returns what an output line reports as used; None: nothing, or impossible numbers. It must not
+raise either."""

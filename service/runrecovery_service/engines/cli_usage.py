@@ -1,6 +1,6 @@
-"""What the agent CLIs report as used, in the one meaning that `Usage` has.
+"""Converts the usage that agent CLIs report into `Usage`, whose numbers have one meaning.
 
-docs/agents.md says which CLI counts what, and from when on.
+docs/agents.md says what each CLI counts, and since which moment.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ def claude(event: JsonObject) -> UsageReported | CallReported | None:
     """Return the usage in an event of Claude Code: of a call, or of a turn at its end.
 
     `modelUsage` has every model and agrees with the cost. Newer versions count it over the whole
-    session, older ones over the process. `usage`, of the main model in the process, tells which:
-    if a model has just that in `modelUsage`, the report is of the process.
+    session, older ones over the process. `usage` has the main model's numbers in the process: if
+    `modelUsage` has the same numbers for a model, the report is of the process.
     """
     try:
         match event:

@@ -54,7 +54,7 @@ class Stop(Exception):
 
 def main() -> int:
     """Run one turn (sticky: the whole run) for the message on stdin; return the exit code."""
-    signal.alarm(LIFETIME_S)  # ends the process by default, whatever it does
+    signal.alarm(LIFETIME_S)  # SIGALRM ends the process, even if the agent hangs
     try:
         (_resumable if _profile() == "resumable" else _sticky)(_read_first())
     except Stop as stop:

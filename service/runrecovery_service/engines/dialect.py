@@ -70,7 +70,7 @@ class RetryMessage:
 
     Attributes:
         message: why, as the agent reports it.
-        is_hopeless: the model refuses the agent's credentials, again.
+        is_hopeless: the model has refused the agent's credentials twice in a row.
     """
 
     message: str
@@ -117,7 +117,7 @@ class RunContext:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resumed:
-    """The session that a process resumes, and what for.
+    """The session that a process resumes, and the reason.
 
     Attributes:
         reply: the reply to the session's last question, which the process gets.
@@ -138,7 +138,7 @@ class Heard:
     Attributes:
         redacted: the line without the handle, so that it may be stored and shown.
         at_work: the agent has resumed work after the end of a turn. None: no turn has ended, or the
-            dialect cannot tell.
+            dialect does not show it.
     """
 
     redacted: bytes
@@ -198,7 +198,7 @@ class Opening:
         input: the beginning of standard input.
         handle: the session handle if the service chooses it, a secret. None: the process names it.
         files: the contents of files that must exist before the process starts.
-        least_version: the first version of the engine's program that may be started so. None: any.
+        least_version: the first version of the engine's program that supports this. None: any.
         listener: parses the output of this process only.
     """
 
@@ -250,7 +250,7 @@ class Dialect(Protocol):
         """Return a listener for the kept output of a process, in which the handle is hidden.
 
         Args:
-            handle: of the session on record; None: none is.
+            handle: the recorded session's handle; None: no session is recorded.
             resumed: the process resumed this session.
             used_before: what processes of the session have reported as used.
 

@@ -18,7 +18,7 @@ import sys
 
 from runrecovery_service.engines.tool_patterns import first_match
 
-TYPE_CHECKING = False  # that of `typing` costs an import of some milliseconds
+TYPE_CHECKING = False  # importing `typing` for its constant takes some milliseconds
 if TYPE_CHECKING:
     from typing import Any, TypeAlias
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 BLOCK = 2
 """The exit code after which Claude Code does not run the call. It ignores every other failure."""
 MAX_INPUT_CHARS = 250_000
-"""The longest input of a call, as JSON, that can be asked for. Claude Code was tried with as much;
-it looks for a deferred call only near the end of its session."""
+"""The longest input of a call, as JSON, for which the user can be asked. Claude Code was tried with
+this length; it searches for a deferred call only near the end of its session."""
 MAX_DEPTH = 24
 """The deepest input of a call that a question can show."""
 

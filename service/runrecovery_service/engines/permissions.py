@@ -31,7 +31,7 @@ from runrecovery_service.engines.tool_patterns import first_match
 LEAST_VERSION: Final = (2, 1, 89)
 """The first version of Claude Code that can defer a call. 2.1.88 ignores that and runs the tool."""
 HOOK_TIMEOUT_S: Final = 86_400
-"""After this time Claude Code goes on without the hook's answer. The hook takes milliseconds."""
+"""After this time Claude Code continues without the hook's answer. The hook takes milliseconds."""
 SHOWN_CHARS: Final = 4000
 REFUSED: Final = "The user refused this call"
 NOBODY_ANSWERED: Final = (
@@ -48,7 +48,7 @@ class PreparedHook:
     """What a launch needs for the hook.
 
     Attributes:
-        arguments: of the CLI.
+        arguments: further arguments of the CLI.
         files: the contents of files that must exist before the CLI starts.
     """
 
@@ -78,7 +78,7 @@ class Permissions:
         }
         folder = Path(run.permissions)
         hook = [sys.executable, "-I", "-S", str(_PROGRAM), str(folder), str(run.turn)]
-        # A shell runs the command. Every failure must become the one that blocks the call.
+        # A shell runs the command. Every failure must end with the exit code that blocks the call.
         command = f"{shlex.join(hook)} || exit {BLOCK}"
         entry = {"type": "command", "command": command, "timeout": HOOK_TIMEOUT_S}
         settings = {
@@ -189,7 +189,7 @@ def _granted(
 
 
 def _hook_answer(reply: Interaction) -> JsonObject:
-    """Return the answer in the words of Claude Code. What is not an answer denies."""
+    """Return the answer in the words of Claude Code. A response that is no answer denies."""
     match parse_answer(reply.response):
         case Allow(input=None):
             return {"permissionDecision": "allow"}

@@ -38,7 +38,7 @@ def read_object(line: bytes) -> JsonObject:
 
 
 def read_first_object(text: str, begin: int) -> tuple[JsonObject, int]:
-    """Return the JSON object that begins at `begin`, and the position behind it.
+    """Return the JSON object that begins at `begin`, and the position after it.
 
     Raises:
         ProtocolError: there is no JSON object, or a value cannot be stored exactly.

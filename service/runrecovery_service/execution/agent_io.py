@@ -37,12 +37,12 @@ LONG_LINE_BYTES: Final = 16384
 STDERR_TAIL_BYTES: Final = 2000
 UTF8_CONTINUATION: Final = bytes(range(0x80, 0xC0))
 OVERTIME_BYTES: Final = 16 << 20
-"""Output that is still parsed after a deadline; a descendant may write for ever."""
+"""How much output is still parsed after a deadline; a descendant may write for ever."""
 BACKLOG_BYTES: Final = 4 << 20
-"""Output of one process that may wait to be parsed. Beyond it, the process waits in its pipe."""
+"""How much output of one process may wait to be parsed. Beyond it, the pipe makes it wait."""
 UNTAKEN_BYTES: Final = 1 << 20
 UNTAKEN_EVENTS: Final = 1000
-"""Lines and events that are parsed ahead of the supervisor, which may wait for the store."""
+"""Bytes of lines, and events, parsed ahead of the supervisor, which may wait for the store."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -53,9 +53,9 @@ class AgentIO:
         listener: parses the lines of this process.
         max_line_bytes: a longer line breaks the protocol.
         events: takes what the process and its shim report.
-        threads: for what blocks.
-        log: of the turn; its run names the files that the output is kept in.
-        journal: of the launch. It gets a record once all of standard output is kept.
+        threads: the pool for blocking work.
+        log: the log of the turn. Its run names the files that keep the output.
+        journal: the journal of the launch. It gets a record once all of standard output is kept.
     """
 
     process: ShimmedProcess
@@ -93,8 +93,8 @@ class AgentIO:
     def has_unread_output(self) -> bool:
         """Return True while output is unread or unparsed.
 
-        The supervisor then extends the agent's time, because our own reading takes it. After
-        `OVERTIME_BYTES` of such output the answer is False.
+        The supervisor then gives the agent more time, because it is this service that reads
+        slowly. After `OVERTIME_BYTES` of such output this returns False.
         """
         if self._overtime_from is None:
             self._overtime_from = self._parsed_bytes

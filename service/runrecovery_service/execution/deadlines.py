@@ -33,12 +33,12 @@ _TOGETHER: Final = {
     DueKind.RESUME: deadlines.end_pauses,
     DueKind.REOPEN: deadlines.end_reopening,
 }
-"""Deadlines that only change their rows, many in one write. Data to be forgotten comes last."""
+"""Deadlines that only change their rows, many in one write. The deletion of data comes last."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Deadlines:
-    """Checks for deadlines that have passed, until it is stopped."""
+    """Carries out deadlines that have passed, until it is stopped."""
 
     storage: Storage
     owner: Owner
@@ -63,7 +63,7 @@ class Deadlines:
         self._loop.start()
 
     async def stop(self) -> None:
-        """Stop checking. The store may still carry out what it was given."""
+        """Stop checking. The store may still carry out deadlines that were passed to it."""
         await self._loop.cancel()
 
     async def check(self) -> None:

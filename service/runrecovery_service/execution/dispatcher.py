@@ -24,9 +24,9 @@ from runrecovery_service.storage.turns import Turn
 log = structlog.get_logger()
 
 FINISH_S: Final = 5.0
-"""At a stop, for turns that have ended and are only to be recorded."""
+"""How long a stop waits for turns that have ended and are only to be recorded."""
 CHECK_INTERVAL_S = 5.0
-"""The queue is checked when something changes, and this often besides."""
+"""The queue is checked when something changes, and at least this often."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -35,8 +35,8 @@ class Dispatcher:
 
     Attributes:
         capacity: processes at one time. Only a running turn holds a slot: the count cannot leak.
-        failing_s: the time from the first to the last of the checks of the queue that failed in a
-            row. Not their number: checks that follow changes may fail within a moment.
+        failing_s: the time from the first to the last of the queue's failed checks in a row. A
+            time and not their number, because many changes cause many checks within a moment.
     """
 
     queue: RunQueue
@@ -220,10 +220,10 @@ class Dispatcher:
         self.check_queue()
 
     async def _end_after_defect(self, supervisor: TurnSupervisor) -> None:
-        """End what a supervisor that met a defect leaves behind."""
+        """End the processes that a supervisor leaves when it meets a defect."""
         try:
             await supervisor.end_after_defect()
         except Fenced as error:
             self.stop_signal.fail(error)
-        except Exception:  # the edge of this task, again; without heartbeats the shim ends the tree
+        except Exception:  # the edge of this task; without heartbeats the shim ends the tree
             log.exception("execution.session_failed", run_id=supervisor.turn.run.run_id)

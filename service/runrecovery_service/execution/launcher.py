@@ -1,4 +1,4 @@
-"""Launches the process of one turn behind a shim, and ends its tree.
+"""Launches the process of one turn below a shim, and ends its tree.
 
 Each state of the launch record is written before the process that it describes can act. What the
 process prints and reads meanwhile is in `agent_io.py`.
@@ -52,12 +52,12 @@ from runrecovery_service.trust.errors import TrustFileBusy
 R = TypeVar("R")
 
 DELAY_FIRST_S, DELAY_MOST_S = 0.1, 2.0
-"""Between two tries of a launch for which the system has no resources."""
+"""The first and the longest pause between two tries of a launch that lacks resources."""
 LOST_SHIMS_MOST: Final = 5
-"""So many shims may be lost at the gate, in a row, before the launch fails. A shim that the system
-gave no descriptor or memory cannot report that; nor can a shim that was killed."""
+"""This many shims may be lost at the gate, in a row, before the launch fails. A shim that gets no
+descriptor or memory from the system, or is killed, cannot report that."""
 ENDING_DEADLINE_S: Final = 30.0
-"""On top of the grace, for ending one tree. A tree that lives on is recorded as KILL_PENDING."""
+"""Time after the grace for ending one tree. A tree that survives is recorded as KILL_PENDING."""
 
 
 class LeaseOver(Exception):
@@ -102,7 +102,7 @@ class Launcher:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Launch:
-    """One launch: call `start`, and then `end_tree` and `release`, whatever came of the start.
+    """One launch: call `start`, then `end_tree` and `release`, even if the start failed.
 
     Attributes:
         markers: prove which processes belong to the launch, as far as they are known.
@@ -142,7 +142,7 @@ class Launch:
 
     @property
     def is_shim_gone(self) -> bool:
-        """True when the shim has ended, which it does once its tree has."""
+        """True when the shim has ended. A shim ends once its tree has ended."""
         shim = None if self._process is None else read_proc(self._process.pid)
         return shim is None or shim.dead
 

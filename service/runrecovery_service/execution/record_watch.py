@@ -1,4 +1,4 @@
-"""Passes on to running turns what callers had accepted for their runs: cancels and replies."""
+"""Passes the accepted cancels and replies of callers on to running turns."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from runrecovery_service.storage.changes import Subscription
 from runrecovery_service.storage.instances import Owner
 
 CHECK_INTERVAL_S: Final = 5.0
-"""On a shared store, all records are read this often, whatever changes are announced."""
+"""How often all records are read on a shared store, where some changes are not announced."""
 RETRY_S: Final = 0.5
-"""After a read that failed."""
+"""Pause after a read that failed."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

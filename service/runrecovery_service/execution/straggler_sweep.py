@@ -31,11 +31,11 @@ from runrecovery_service.storage.launch_records import LaunchEnd, LaunchRecord
 log = structlog.get_logger()
 
 SWEEP_INTERVAL_S: Final = 2.0
-"""Between two sweeps; one takes some 30 ms if there are launches to search for, otherwise none."""
+"""Pause between sweeps. One takes some 30 ms if there are launches to search for, else no time."""
 CLOSED_WITHIN_S: Final = 60.0
-"""How long a closed launch is searched for."""
+"""How long sweeps search for processes of a launch after it was closed."""
 SWEEP_DEADLINE_S: Final = 10.0
-"""On top of the grace, for ending what a sweep finds."""
+"""Time after the grace for ending the processes that a sweep finds."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -73,7 +73,7 @@ class StragglerSweep:
         await self.sweep()
 
     async def sweep(self) -> None:
-        """Search once for every launch that is over and is not known to be gone for good."""
+        """Search once for processes of every launch that is over and may still have some."""
         found = await self.storage.read(
             launch_records.launches_to_sweep,
             self.owner,

@@ -80,7 +80,7 @@ from runrecovery_service.storage.turns import Turn
 log = structlog.get_logger()
 
 UNGUARDED_CHECKS: Final = 2
-"""Checks, 2 s apart, that must find a shim stopped or gone. One may find it at its normal end."""
+"""How many checks, 2 s apart, must find a shim stopped or gone. At its normal end, one may."""
 HANDLE_UNUSABLE: Final = "The session's handle is none that this engine could have named."
 
 
@@ -89,7 +89,7 @@ class TurnSupervisor:
     """The supervisor of one turn. `follow` is its whole life; the rest may be called meanwhile.
 
     Attributes:
-        is_ending: it is decided how the turn ended. The tree is being ended, the end recorded.
+        is_ending: the end of the turn is decided. The tree is being ended and the end recorded.
     """
 
     records: TurnRecords
@@ -169,10 +169,10 @@ class TurnSupervisor:
         release = partial(self.launch.release, gone=ending.gone)
         for event in await run_blocking(self.threads, release):
             self._advance(event)
-        # Before anything is done about the end: the instance that took the run over may have
-        # ended its process. The write checks the owner again, in its transaction.
+        # Checked before any effect of the end: another instance may have taken the run over, and
+        # have ended its process. The write checks the owner again, in its transaction.
         await self.records.demand_owned()
-        await self.permissions.record_if_used()  # the process may have ended at once
+        await self.permissions.record_if_used()  # the process may have ended before this was seen
         if self._ends_run(end):  # a caller that sees the end finds no trust left
             await self.launch.remove_trust()
         await self._record(end, self._ended(ending))
@@ -204,7 +204,7 @@ class TurnSupervisor:
             self._advance(Signal.SHIM_USELESS)
             return self._judge(opening)
         except Withdrawn:
-            while not self._events.empty():  # why; a cancel may be only on record
+            while not self._events.empty():  # they say why, unless a cancel is only on record
                 await self._take(engine, self._events.get_nowait())
             return self._judge(opening)
         return await self._follow_process(engine, process, opening)
@@ -308,7 +308,7 @@ class TurnSupervisor:
             self._events.task_done()
 
     def _advance(self, event: TurnEvent) -> Action | None:
-        """Change the state by an event, and return what is to be done about it."""
+        """Change the state by an event, and return the action to carry out."""
         assert self._rules is not None  # noqa: S101 - `_open` comes before every event
         now_s = asyncio.get_running_loop().time()
         self.state, action = advance(self.state, event, self._rules, now_s=now_s)
@@ -373,7 +373,7 @@ class TurnSupervisor:
         while True:
             await self._reply_accepted.wait()
             self._reply_accepted.clear()
-            if self.state.is_waiting:  # otherwise the task held the reply, or it was sent before
+            if self.state.is_waiting:  # otherwise the process has the reply already
                 await self._send_reply(engine, io)
 
     async def _send_reply(self, engine: Engine, io: AgentIO) -> None:
@@ -390,7 +390,7 @@ class TurnSupervisor:
             self._events.put_nowait(Signal.REPLY_LOST)
 
     async def _watch_replies(self, io: AgentIO) -> None:
-        """Notice a sticky process that closes its input with a reply in it.
+        """Notice a sticky process that closes its input before it has read a reply.
 
         In a task of its own: a process may read a reply long after its next question.
         """
@@ -405,7 +405,7 @@ class TurnSupervisor:
 
     async def _end_tree(self) -> Ending:
         if self.state.is_tree_empty and not self.state.is_unsupervised:
-            ending = NOTHING_LEFT  # the kernel has reported that to the shim
+            ending = NOTHING_LEFT  # proved: by the kernel, through the shim
         else:
             ending = await self.launch.end_tree(why=self.state.end_reason)
         if self.state.interrupted is None:

@@ -24,7 +24,7 @@ class SupervisorFactory:
     """Makes the supervisor of each turn.
 
     Attributes:
-        exit_grace_s: how long a process may live on after its end or its last output.
+        exit_grace_s: how long a process may run after its end or its last output.
     """
 
     storage: Storage

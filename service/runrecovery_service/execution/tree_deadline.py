@@ -29,7 +29,7 @@ class TreeDeadline:
         self._moved.set()
 
     async def wait_until_ahead(self) -> None:
-        """Return at once, or when the deadline is moved: a tree launched past it would end."""
+        """Return once the deadline is in the future: a tree that is launched past it would end."""
         while not self.is_ahead:
             self._moved.clear()
             await self._moved.wait()

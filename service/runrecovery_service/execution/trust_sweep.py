@@ -23,11 +23,11 @@ from runrecovery_service.stop_signal import StopSignal
 log = structlog.get_logger()
 
 SWEEP_INTERVAL_S: Final = 2.0
-"""Between two sweeps; one takes less than a millisecond if there is nothing to remove."""
+"""Pause between sweeps. One takes less than a millisecond if there is nothing to remove."""
 LOCK_WAIT_S: Final = 1.0
-"""For the lock of one file; the next sweep comes soon."""
+"""How long a sweep waits for the lock of one file; the next sweep comes soon."""
 PAUSE_FIRST_S, PAUSE_MOST_S = 4.0, 60.0
-"""Between two tries with a file that could not be edited."""
+"""The first and the longest pause after which a file that could not be edited is tried again."""
 
 
 @dataclass(slots=True)
@@ -67,7 +67,7 @@ class TrustSweep:
         await self._loop.finish()
 
     async def sweep(self) -> None:
-        """Remove once what no run needs any more."""
+        """Remove, once, the entries that no run needs any more."""
         found = await run_blocking(self.threads, self.keeper.stale_files)
         now = self.time()
         self._delays = {file: delay for file, delay in self._delays.items() if file in found}

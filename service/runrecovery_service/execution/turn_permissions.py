@@ -1,7 +1,7 @@
-"""The answer to a permission question in the turn that resumes with it: whether it was used.
+"""Finds out whether the answer to a permission question was used in the turn that got it.
 
-The agent's input is empty. Its permission hook gives the answer, and says so by a file, before the
-call of the tool can begin. So the file, not the pipe, proves that the process has the answer.
+The agent's input is empty. Its permission hook gives the answer, and creates a file before the call
+of the tool can begin. So this file, not the pipe, proves that the process has the answer.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class TurnPermissions:
         return self.workspaces.permissions(run.key, run.attempt)
 
     def deferred(self) -> frozenset[str]:
-        """Return the ids of the calls that were deferred in earlier turns. Blocking, shortly."""
+        """Return the ids of the calls that were deferred in earlier turns. Blocks briefly."""
         return deferred_calls(self.folder, self.records.turn.run.turn)
 
     @property
     def answer(self) -> Interaction | None:
-        """The reply of the turn if the hook gives it, and not a prompt."""
+        """The reply of the turn if the hook passes it to the agent; None if a prompt does."""
         reply = self.records.turn.reply
         return reply if returns_to_call(reply) else None
 

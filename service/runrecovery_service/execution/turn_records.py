@@ -94,7 +94,7 @@ class TurnRecords:
         )
 
     async def record_reply_read(self, number: int) -> None:
-        """Record that the process has the accepted reply: a sticky one may yet have to read it."""
+        """Record that the process has the accepted reply; a sticky process may read it later."""
         await self._write(turns.record_delivered, self.turn, owner=self.owner, number=number)
 
     async def record_reply_unread(self, number: int) -> None:
@@ -114,7 +114,7 @@ class TurnRecords:
 
         Args:
             due: the deadline of the wait that may begin now; None: it has none.
-            fingerprint: of the session file, if one could be taken.
+            fingerprint: the fingerprint of the session file, if one could be taken.
             used: what the turn has used, if its agent reported that.
         """
         return await self._write(

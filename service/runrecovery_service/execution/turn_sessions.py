@@ -24,7 +24,7 @@ from runrecovery_service.execution.turn_records import TurnRecords
 
 NOT_ENDED: Final = "not_ended"
 HOME_CHECK_S: Final = 1.0
-"""Between two checks for the home of a CLI that is not there."""
+"""Pause between two checks for a CLI's home that is missing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,9 +81,9 @@ class TurnSessions:
     async def _check(
         self, handle: str, fingerprint: SessionFingerprint | None
     ) -> SessionFinding | None:
-        """Return what the check finds once the CLI's home is there.
+        """Return the finding about the session, once the CLI's home is there.
 
-        A CLI that is launched before would make another, empty home, without any session.
+        A CLI that is launched before that would create another, empty home without any session.
         """
         turn = self.records.turn
         is_reported = False

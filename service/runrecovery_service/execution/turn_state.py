@@ -37,12 +37,12 @@ from runrecovery_service.process.shim_events import (
 LAST_OUTPUT_S: Final = 1.0
 """How long a process that has exited may leave its output open: a child may hold it."""
 USAGE_RECORDED_EVERY_S: Final = 5.0
-"""Between two records of what a turn under way has used. The first report after the question or
-result of the turn does not wait for it: the exit of an agent CLI can take seconds."""
+"""Time between two records of a running turn's usage. The first report after the turn's question or
+result is recorded at once, because the exit of an agent CLI can take seconds."""
 RETRIES_RECORDED: Final = 20
-"""Retries of one turn that become events of the run."""
+"""How many retries of one turn become events of the run."""
 UNKNOWN_TYPES: Final = 100
-"""Unknown message types of one turn that are remembered, and so reported once."""
+"""How many unknown message types of one turn are remembered, so that each is reported once."""
 UNAUTHENTICATED: Final = "The model refuses the agent's credentials, but the agent tries again:"
 SECOND_END: Final = "The agent gave a second, different result or question."
 ASKED_WITHOUT_SESSION: Final = "The agent asked without having named a session to resume."
@@ -113,7 +113,7 @@ class RecordSession:
 
 @dataclass(frozen=True, slots=True)
 class RecordQuestion:
-    """Record the question of a sticky process, which lives on."""
+    """Record the question of a sticky process, which keeps running."""
 
     question: Question
 
@@ -161,10 +161,10 @@ class TurnRules:
     """What does not change during a turn.
 
     Attributes:
-        profile: how the run waits for a reply; None: an unknown way, of a later version.
-        resumes: the process goes on with a session that is on record.
+        profile: how the run waits for a reply; None: in a way that only a later version knows.
+        resumes: the process resumes a session that is on record.
         ends_once: a second, different result or question breaks the protocol.
-        exit_grace_s: how long a process may live on after its end or its last output.
+        exit_grace_s: how long a process may run after its end or its last output.
         budget: what the run may use.
         used_before: what the run had used before this turn.
     """
@@ -177,7 +177,7 @@ class TurnRules:
     used_before: Usage | None = None
 
     def why_used_up(self, used: TurnUsage | None) -> str | None:
-        """Return why the run may not go on after this usage of the turn; None: it may."""
+        """Return why the run may not continue after this usage of the turn; None: it may."""
         before = self.used_before
         if used is None:
             return self.budget.why_used_up(before)
@@ -198,7 +198,7 @@ class TurnState(TurnFacts):
         used: the most that the turn has reported as used, for each number of the report.
         is_usage_new: `used` is not on record yet.
         usage_due_s: the loop's time from which `used` is recorded before the end.
-        is_answering: no tool call has followed the latest report, so that the end may.
+        is_answering: the latest report was of an answer without a tool call, so the end may follow.
         retries: how many retries were recorded.
         unknown_types: message types that were reported as unknown.
     """
@@ -255,7 +255,7 @@ Step: TypeAlias = "tuple[TurnState, Action | None]"
 
 
 def advance(state: TurnState, event: TurnEvent, rules: TurnRules, *, now_s: float) -> Step:
-    """Return the state after an event, and what is to be done before the next event.
+    """Return the state after an event, and the action to carry out before the next event.
 
     Args:
         now_s: the loop's time.
@@ -274,7 +274,7 @@ def advance(state: TurnState, event: TurnEvent, rules: TurnRules, *, now_s: floa
         case Exited() | EndsItself() | Empty():
             return _shim_event(state, event, now_s), None
         case Gated() | Started() | NotStarted():
-            return state, None  # the launch has waited for these
+            return state, None  # the launch waits for these itself
         case UsageMessage():
             return _usage(state, event, now_s)
         case _:
@@ -360,9 +360,9 @@ def _unknown(state: TurnState, message: UnknownMessage) -> Step:
 def _line_read(
     state: TurnState, rules: TurnRules, now_s: float, *, at_work: bool | None
 ) -> TurnState:
-    """After the end of a turn the exit has to follow, within a time that restarts with each line.
+    """Restart the time within which the process must exit, if its turn has ended.
 
-    An agent that works on another turn of its own has no such limit.
+    An agent that has begun another turn of its own has no such limit.
     """
     if state.exited is not None or not state.open_outputs:
         return replace(state, is_at_work=at_work is True)
@@ -383,7 +383,7 @@ def _signal(state: TurnState, signal: Signal, rules: TurnRules, now_s: float) ->
             return replace(state, is_canceled=True)
         case Signal.REPLY_ACCEPTED:
             return replace(state, is_waiting=False)
-        case Signal.REPLY_LOST:  # the process may be at its end
+        case Signal.REPLY_LOST:  # the process may be exiting
             return replace(state, is_reply_lost=True, exit_due_s=soon_s)
         case Signal.STDOUT_ENDED:
             due_s = now_s + rules.exit_grace_s
@@ -408,7 +408,7 @@ def _shim_event(state: TurnState, event: Exited | EndsItself | Empty, now_s: flo
         case Exited():
             return replace(state, exited=event, exit_due_s=soon_s)
         case EndsItself():
-            # An exit before that counts: the agent may have ended well.
+            # An exit before the shim's kill counts: the agent may have ended well.
             interrupted = SUSPENDED if state.exited is None else None
             return replace(state, interrupted=interrupted, exit_due_s=soon_s)
         case Empty():

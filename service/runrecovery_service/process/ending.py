@@ -50,4 +50,4 @@ class Ending:
 
 
 NOTHING_LEFT: Final = Ending(gone=True)
-"""For a launch whose processes had all gone before the first scan."""
+"""The ending of a launch whose processes had all gone before the first scan."""

@@ -1,4 +1,4 @@
-"""Starting one agent behind a shim. Linux only.
+"""Starts one agent below a shim, which guards it. Linux only.
 
 `prepare` spawns the shim, which stops at its gate. Once the launch is recorded,
 `ShimmedProcess.release` starts the agent. If the service crashes before that, the shim exits and
@@ -131,7 +131,7 @@ def _spawn(markers: LaunchMarkers, journal: Path | None, pipe_bytes: int) -> Shi
         assert popen.stdout is not None  # noqa: S101 - it is a pipe
         widen_pipe(popen.stdout.fileno(), pipe_bytes)
         return _describe(popen, gate=for_service[0], report=for_service[1])
-    except BaseException:  # an open gate would keep the shim waiting at it
+    except BaseException:  # while the gate is open the shim waits, so it must be closed
         for fd in for_service:
             os.close(fd)
         for pipe in (popen.stdin, popen.stdout, popen.stderr):

@@ -21,10 +21,10 @@ from runrecovery_service.process.markers import (
 TICK_S: Final = 0.02
 """Time between two scans while no process of the launches is known to live."""
 CERTAIN_SCANS, CERTAIN_S = 5, 0.1
-"""Empty scans, and the time they span, after which a launch with processes counts as ended. One
+"""How many empty scans, over how many seconds, prove the end of a launch that had processes. One
 scan is not atomic: a process that forks fast enough can evade it."""
 UNTOUCHED_SCANS, UNTOUCHED_S = 2, TICK_S
-"""The same for a launch of which no process was ever found."""
+"""How many empty scans, over how many seconds, are enough if no process was ever found."""
 _SIGNAL_ORDER: Final = (signal.SIGTERM, signal.SIGCONT, signal.SIGSTOP, signal.SIGKILL)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 BASE: Final = 80
-"""Streams, locks, event loop and gRPC: some 50 in an idle service."""
+"""Descriptors for streams, locks, event loop and gRPC: some 50 in an idle service."""
 STORE: Final = 64
 """Up to eleven threads with one connection each. SQLite opens three files per connection."""
 PER_RUN: Final = 20

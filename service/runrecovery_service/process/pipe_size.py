@@ -20,7 +20,7 @@ SOFT_LIMIT: Final = Path("/proc/sys/fs/pipe-user-pages-soft")
 
 
 def stdout_pipe_bytes(processes: int, *, limit: Path = SOFT_LIMIT) -> int:
-    """Return how large each of so many pipes may be: a power of two, at least the usual size.
+    """Return how large the pipe of each process may be: a power of two, at least the usual size.
 
     Args:
         limit: the file with the kernel's limit in pages; 0 means none.
@@ -36,7 +36,7 @@ def stdout_pipe_bytes(processes: int, *, limit: Path = SOFT_LIMIT) -> int:
 
 
 def widen_pipe(descriptor: int, size: int) -> None:
-    """Let a pipe take so many bytes. If the kernel refuses that, the pipe stays as it is."""
+    """Let a pipe hold this many bytes. If the kernel refuses, the pipe stays as it is."""
     if size > USUAL_BYTES:
         with suppress(OSError):
             fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, size)

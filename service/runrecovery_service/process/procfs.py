@@ -172,7 +172,7 @@ def read(path: str, *, most: int = sys.maxsize) -> bytes:
 
 def _parse(pid: int, raw: bytes) -> Proc:
     # The second field is a name that the program chose. It may contain parentheses and spaces, so
-    # the next fields begin behind the last ")". proc(5) counts them from 3.
+    # the next fields begin after the last ")". proc(5) counts them from 3.
     fields = raw[raw.rindex(b")") + 1 :].split(None, 20)
     return Proc(
         pid=pid,

@@ -20,7 +20,7 @@ class ResourceLimits:
             exempt.
         soft_open_files: the soft limit on descriptors, if `max_open_files` is None although the
             service has raised its own limit.
-        stdout_pipe_bytes: what standard output takes while the service does not read.
+        stdout_pipe_bytes: how much standard output the pipe holds while the service does not read.
     """
 
     niceness: int = 0
@@ -43,7 +43,7 @@ class ResourceLimits:
 
 @dataclass(frozen=True, slots=True)
 class AgentShare:
-    """What the machine leaves for each agent, whatever its engine.
+    """The share of the machine's resources that each agent gets, whatever its engine.
 
     Attributes:
         soft_open_files, stdout_pipe_bytes: as in `ResourceLimits`.

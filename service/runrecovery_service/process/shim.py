@@ -6,8 +6,8 @@ every descendant that loses its parent, reports how the agent ended, and exits w
 left.
 
 The shim kills its whole tree at once if the gate closes (the service died) or if no heartbeat comes
-before the deadline (the service hangs or was cut off from its database). The service may be unable
-to do that.
+before the deadline (the service hangs or was cut off from its database). In both cases the service
+may be unable to kill the tree.
 
 `shim_main.py` runs it with three inherited descriptors: two pipes (`wire.py`) and the journal. It
 imports only light modules of the standard library.
@@ -29,7 +29,7 @@ also passes while it sleeps."""
 _IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 """Signals that may be sent to the whole tree. The shim has to outlive them."""
 _FREEZES = 10
-"""Rounds of SIGSTOP that look for new processes before SIGKILL is sent regardless."""
+"""Rounds of SIGSTOP that search for new processes before SIGKILL is sent in any case."""
 _KILL_TICK_S = 0.002
 _BLIND_S = 0.1
 _MAX_BARRED_S = 60.0

@@ -23,7 +23,7 @@ class RecordedEnd:
 
     Attributes:
         exit_code: negative for the signal that killed it.
-        begin, end: where its standard output lies in the kept output of its attempt, in bytes.
+        begin, end: the part of the attempt's kept output that is its own, in bytes.
     """
 
     exit_code: int
@@ -73,7 +73,9 @@ def read_end(journal: Path, shim: Identity) -> RecordedEnd | None:
 
 
 def _entry(line: str, shim: Identity) -> Mapping[str, object] | None:
-    """Return an entry about the launch of this shim. An older database may have had another one."""
+    """Return the entry in a line; None if it is about another shim.
+
+    A journal can have such entries after an older database was restored."""
     try:
         entry = json.loads(line)
         return entry if (entry["by"], entry["by_start_ticks"]) == shim else None

@@ -1,4 +1,4 @@
-"""An agent process behind its shim, with the pipes to both."""
+"""An agent process and the shim that guards it, with the pipes to both."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ SHIM_TIMEOUT_S: Final = 20.0
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class ShimmedProcess:
-    """An agent behind its shim, with pipes to the agent's standard streams.
+    """An agent and its shim, with pipes to the agent's standard streams.
 
     The pipes are unbuffered, and blocking until an event loop first uses them. `close` and
     `dispose` close all of them.
 
     Attributes:
         popen: the shim, which leads a session of its own. The agent leads another one.
-        start_ticks: of the shim.
+        start_ticks: the shim's start ticks.
         gate, report: the service's ends of the shim's two pipes.
         watermarked: the tree carries the launch's watermark.
         agent: the event of the agent's start, None before it.
-        unread_events: events that arrived together with one that a caller waited for.
+        unread_events: events that arrived together with the event that a caller waited for.
     """
 
     popen: subprocess.Popen[bytes]

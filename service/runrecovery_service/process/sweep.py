@@ -48,7 +48,7 @@ _LISTINGS, _MIN_LISTINGS, LISTING_S = 30, 3, 0.2
 """How often one scan lists the pids while new processes appear: at most 30 times, and after the
 third only within this time, because other programs may fork as fast as the machine allows."""
 _FREEZES: Final = 10
-"""Rounds of SIGSTOP that look for new processes before SIGKILL is sent regardless."""
+"""Rounds of SIGSTOP that search for new processes before SIGKILL is sent in any case."""
 
 
 def end_trees(

@@ -1,7 +1,7 @@
 """Checks in bulk which sessions of agents can still be resumed.
 
-A check reads files, and their storage may not answer. Each bulk has a time limit. Sessions without
-an answer by then count as not answered, and the check of that engine is not called again.
+A check reads files, and their storage may not answer. Each bulk has a time limit. Sessions that
+have no answer by then count as not answered, and the check of that engine is not called again.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class _Totals:
 class Rows:
     """The rows of one snapshot: a page of runs and, for the first page, the totals of all runs.
 
-    `turns` are the turns under way of the page, or of all runs where there are totals.
+    `turns` are the running turns of the page; on the first page those of all runs.
     """
 
     page: Sequence[PreviewedRun] = field(repr=False)

@@ -62,9 +62,10 @@ class CallerTable:
         return bool(self._by_certificate)
 
     def of_token(self, token: str) -> Caller | None:
-        """Return the caller with this token. A token that a file could not hold is nobody's.
+        """Return the caller with this token. A malformed, weak or empty token belongs to no caller.
 
-        So a weak token, or none, admits nobody, also where only its digest is configured.
+        This is checked here as well, because a configured digest does not show how weak its token
+        is.
         """
         if token_problem(token) is not None:
             return None

@@ -1,7 +1,8 @@
 """Says why gRPC cannot use the public key of a certificate.
 
-Python's OpenSSL takes more kinds of keys than the TLS of gRPC, and shows none of a certificate's
-key. So the key is read from the certificate's DER (RFC 5280), which OpenSSL has accepted before.
+Python's OpenSSL accepts more kinds of keys than the TLS of gRPC, and does not expose the key of a
+certificate. So this module reads the key from the certificate's DER (RFC 5280), which OpenSSL has
+accepted before.
 """
 
 from __future__ import annotations

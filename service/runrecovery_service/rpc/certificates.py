@@ -30,7 +30,7 @@ class TlsFiles:
     Attributes:
         certificate: its certificate, followed by the intermediate ones.
         key: the private key of the certificate, without a password.
-        client_ca: whoever connects needs a certificate that one of these signed. None: nobody does.
+        client_ca: certificates that sign those of clients. None: clients need no certificate.
     """
 
     certificate: Path
@@ -44,7 +44,7 @@ class TlsFiles:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Certificate:
-    """What the files held when they were read and tried.
+    """The content of the files when they were read and tried.
 
     Attributes:
         chain, key, roots: the content of `certificate`, `key` and `client_ca`.
@@ -108,7 +108,7 @@ def _read(file: Path) -> bytes:
 def _server_context(files: TlsFiles, chain: bytes, key: bytes) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        # Loading takes a path only. What was read is tried, not what the path holds by then.
+        # Loading takes only a path. A copy is loaded, so that exactly what was read is tried.
         with open(os.memfd_create("certificate"), "wb", buffering=0) as memory:  # noqa: PTH123
             memory.write(chain + b"\n" + key)
             context.load_cert_chain(f"/proc/self/fd/{memory.fileno()}")
@@ -154,7 +154,7 @@ def _handshake(server: ssl.SSLContext, client: ssl.SSLContext) -> str:
 
 
 def _advanced(side: ssl.SSLObject) -> bool:
-    """Go on with the handshake of a side; return whether it is done."""
+    """Continue the handshake of a side; return whether it is done."""
     try:
         side.do_handshake()
     except ssl.SSLWantReadError:

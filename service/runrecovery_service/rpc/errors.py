@@ -84,7 +84,7 @@ def status_of(error: RunRecoveryError) -> CallStatus:
 
 
 def _pushback_ms(error: RunRecoveryError) -> int:
-    # A pushback of 0 makes gRPC clients give up instead of retrying.
+    # A pushback of 0 makes gRPC clients fail instead of retrying.
     return max(1, math.ceil(_retry_after_s(error) * 1000))
 
 

@@ -27,12 +27,12 @@ class Access(Enum):
     READ = auto()
     """From the commit of recovery until the server closes."""
     MUTATION = auto()
-    """From the commit of recovery until the service drains; not before the turns have ended that
-    it lets end."""
+    """From the commit of recovery until the service drains. A service that lets turns end drains
+    once they have ended."""
 
 
 class Gate:
-    """Holds the state of the service and wakes those who wait for a change. Not thread-safe.
+    """Holds the state of the service, and wakes tasks that wait for a change. Not thread-safe.
 
     The first state is RECOVERING. DRAINING is final: a recovery that ends later changes nothing.
 

@@ -171,7 +171,7 @@ class MethodWrapper:
 async def _close_slow_stream(context: Context, method: Method, error: SlowReader) -> None:
     """End a stream whose reader is too slow.
 
-    gRPC keeps the status behind the unread messages; the reader finds it if it reads on.
+    gRPC sends the status after the unread messages; the reader gets it if it continues to read.
     """
     log.warning("rpc.slow_reader_cut", method=method.name)
     with suppress(TimeoutError, grpc.aio.InternalError):  # InternalError: the reader has gone

@@ -20,7 +20,7 @@ from runrecovery_service.storage.async_storage import Storage
 
 PIECE_BYTES: Final = 65_536
 FOLLOW_POLL_S: Final = 0.2
-"""How often more output is looked for while an attempt runs."""
+"""How often the service checks for more output while an attempt runs."""
 
 _CHANNELS: Final = {
     pb.OUTPUT_CHANNEL_UNSPECIFIED: OutputChannel.STDOUT,
@@ -63,7 +63,7 @@ class OutputReader:
         cursor: _Cursor | None = None
         while True:
             change = self._gate.change
-            # The run is read before the output. If it has ended by then, all its output is there.
+            # Read before the output: if the run has ended, all of its output is there.
             run = await self._storage.read_row(runs.get, request.run_id)
             if cursor is None or not cursor.attempt:
                 cursor = _cursor(run, request)

@@ -166,7 +166,7 @@ class RunService:
         return self._watcher.stream(request)
 
     async def reopen_run(self, request: pb.ReopenRunRequest) -> pb.ReopenRunResponse:
-        """Set back a run that a recovery failed because its session was lost."""
+        """Reopen a run that a recovery failed because its session was lost."""
         validation.require_valid(validation.reopen_run(request))
         await demand_visible(self._storage, request.run_id)
         handle = request.session_handle or None
@@ -194,7 +194,7 @@ class RunService:
     async def _check_session_usable(self, found: ReopenCandidate, supplied: str | None) -> None:
         """Raise SessionNotResumable if the session check finds the session lost.
 
-        A run that cannot be reopened at all is not checked here: the write refuses it with the
+        A run that is not reopenable is not checked here: the write refuses it with the
         right reason.
         """
         run, handle = found.run, supplied or found.handle

@@ -41,14 +41,14 @@ ALWAYS_OPEN: Final = frozenset({"GetRecoveryStatus", "ListReconciliations", "Get
 """Methods of RecoveryService that answer in every state of the service."""
 
 HANDSHAKE_S: Final = 20.0
-"""A new connection that has not finished its handshake by then is closed."""
+"""A new connection that has not finished its handshake after this time is closed."""
 MAX_WATCHES_PER_CONNECTION: Final = 1_000
 CALLS_PER_CONNECTION: Final = 100
-"""Calls on one connection beside its watches. A client waits with further ones."""
+"""How many calls one connection may have beside its watches. Further calls wait in the client."""
 KEEPALIVE_MS: Final = 60_000
 """A connection that was silent for this long is pinged."""
 KEEPALIVE_TIMEOUT_MS: Final = 20_000
-"""A connection whose ping is not answered by then is closed."""
+"""A connection whose ping is not answered within this time is closed."""
 MIN_PING_INTERVAL_MS: Final = 9_000
 """Clients that ping more often are disconnected. The docs allow a ping every 10 s; the margin is
 for pings that are delayed on their way. The Python client pings every 30 s."""
@@ -59,12 +59,12 @@ PROBE_REQUEST_BYTES: Final = 4096
 PROBE_CALLS_PER_CONNECTION: Final = 4
 PROBE_IDLE_S: Final = 5.0
 PROBE_MAX_AGE_S: Final = 10.0
-"""A probe connects, calls and is done. Whoever stays would take the place of the next probe."""
+"""A probe connects, calls and leaves. One that stays would take the place of the next probe."""
 
 CHECK_INTERVAL_S: Final = 0.2
 """How often the server is checked for having ended by itself."""
 STOP_CHECK_S: Final = 0.01
-"""The same at a stop."""
+"""How often a server that stops is checked."""
 FLUSH_S: Final = 0.05
 """Time for gRPC to send the last responses before the connections are closed."""
 
@@ -76,13 +76,13 @@ class ServerLimits:
     """Limits of the server.
 
     Attributes:
-        stall_s: a stream is closed when its reader has taken nothing for so many seconds.
+        stall_s: a stream is closed when its reader has taken nothing for this many seconds.
         max_connections: concurrent connections.
-        idle_s: a connection without calls is closed after so many seconds.
-        handshake_s: a connection without a finished handshake is closed after so many seconds.
+        idle_s: a connection without calls is closed after this many seconds.
+        handshake_s: a connection without a finished handshake is closed after this many seconds.
         calls_per_connection: calls and streams of one connection at one time. None: from the limit
             of streams.
-        max_age_s: every connection is closed after so many seconds. None: it may stay.
+        max_age_s: every connection is closed after this many seconds. None: it may stay.
     """
 
     max_concurrent_calls: int
@@ -118,7 +118,7 @@ class GrpcServer:
 
         Args:
             calls: the calls that a stop waits for.
-            gate: told whether the address is the service's. None: health does not depend on it.
+            gate: is informed whether the address is the service's. None: nothing is.
             tls: None: connections are not encrypted.
             guard: logs at a stop which calls it has refused.
         """
@@ -344,7 +344,7 @@ def build_probe_server(gate: Gate, *, max_connections: int) -> GrpcServer:
 
     def build() -> grpc.aio.Server:
         server = grpc.aio.server(options=_options(limits))
-        # A watch stays open: a few strangers with one each would keep every probe out.
+        # A watch stays open, so a few of them would use up the connections that probes need.
         server.add_generic_rpc_handlers(
             (health_handlers(HealthServicer(gate), calls, watch=False),)
         )

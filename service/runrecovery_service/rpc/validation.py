@@ -28,7 +28,7 @@ MIN_SESSION_TIMEOUT_S: Final = 0.1
 _SESSION_TIMEOUT: Final = "interactive_profile.session_timeout"
 MAX_LABEL_CHARS: Final = 256
 MAX_NAME_CHARS: Final = 200
-"""For names of engines and rules, and for etags: longer than any that exists."""
+"""Limit for names of engines and rules, and for etags: longer than any that exists."""
 
 Violations = Iterator[FieldViolation]
 
@@ -150,7 +150,7 @@ def watch_run(request: run_pb.WatchRunRequest) -> Violations:
 
 
 def reopen_run(request: run_pb.ReopenRunRequest) -> Violations:
-    """Check a request to set a failed run back."""
+    """Check a request to reopen a failed run."""
     yield from run_id_violations(request.run_id)
     match request.WhichOneof("session"):
         case "keep_session":

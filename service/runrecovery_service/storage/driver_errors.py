@@ -108,7 +108,7 @@ _SQLITE: Final[dict[int, Fault]] = {
         lasts=True,
     ),
 }
-"""By extended result code, else by primary one."""
+"""The faults of SQLite by extended result code, else by primary code."""
 
 _READ_ONLY: Final = Fault(
     meaning=StorageUnavailable,
@@ -158,14 +158,14 @@ _SQLSTATES: Final[dict[str, Fault]] = {
         lasts=True,
     ),
 }
-"""By SQLSTATE, else by its first two letters, the class."""
+"""The faults of PostgreSQL by SQLSTATE, else by its first two characters, the class."""
 
 UNREACHABLE: Final = Fault(
     meaning=StorageUnavailable, what="does not answer, or refuses the connection"
 )
 """PostgreSQL's driver gives no SQLSTATE when there is no connection."""
 UNREACHABLE_REMEDY: Final = "repair what this names, or start again"
-"""For an operator, after the driver's message."""
+"""What an operator reads after the driver's message."""
 
 
 def fault_of(error: BaseException) -> Fault | None:

@@ -1,4 +1,4 @@
-"""Watches the files of a SQLite store: a service must not go on with files that are gone.
+"""Watches the files of a SQLite store: a service must not continue with files that are gone.
 
 SQLite does not notice when a file is removed or replaced: open connections keep the old files, and
 new connections use the new files. Nor does SQLite notice when a file is overwritten in place.

@@ -34,7 +34,7 @@ class OpenTurn:
     """A turn that is RUNNING on record, and its launch.
 
     Attributes:
-        session: of the run; its handle is a secret.
+        session: the session of the run; its handle is a secret.
         boot_id: the boot of the machine in which the process was launched.
         shim: pid and start ticks of its shim.
         session_timeout_s: how long a question of the run waits; None: the engine's setting.
@@ -127,9 +127,10 @@ def _ask(
     question: Question,
     wait_s: float | None,
 ) -> None:
-    """Record a question as open. A run with deadlines of another clock loses that clock.
+    """Record a question as open.
 
-    The recovery converts all of its deadlines together, later.
+    If the run's deadlines are of another clock, its `due_clock` is cleared: the recovery then
+    converts all of its deadlines together.
     """
     now_us, wait_us = to_us(scope.now), None if wait_s is None else round(wait_s * 1e6)
     due_us = None if wait_us is None else scope.steady.us + wait_us

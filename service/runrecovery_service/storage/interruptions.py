@@ -41,8 +41,9 @@ def columns(
 def record_batch(db: Database, scope: ApplyScope, *, first: int, last: int) -> None:
     """Record the interruption of the runs of a batch that a recovery has just decided to resume.
 
-    A run that was QUEUED already keeps the interruption that it waits for. A run with deadlines of
-    another clock loses that clock: the recovery converts all of its deadlines together, later.
+    A run that was QUEUED already keeps the interruption that it waits for. If the run's deadlines
+    are of another clock, its `due_clock` is cleared: the recovery then converts all of its
+    deadlines together.
     """
     delay_us = _resume_delay_us_sql()
     db.execute(

@@ -49,7 +49,7 @@ class LaunchRecord:
     Attributes:
         cookie, watermark: markers that are secret.
         cgroup: the launch's own cgroup; None: no cgroups.
-        pid, start_ticks: of the shim; None until the state GATED.
+        pid, start_ticks: the shim's; None until the state GATED.
         unended: the turn is over, but a process could not be killed yet.
     """
 

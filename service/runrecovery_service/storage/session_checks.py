@@ -19,7 +19,7 @@ class StoredSession:
     """The session that a run would be resumed with. `handle` is a secret.
 
     Attributes:
-        fingerprint: of the session file when the latest question was recorded; None: not recorded.
+        fingerprint: that of the session file at the latest question; None: not recorded.
         finding: the result of the latest check; None: not checked.
         in_turn: an interrupted turn of the run is to be resumed.
     """

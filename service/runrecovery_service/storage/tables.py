@@ -24,7 +24,7 @@ def live(of: str = "") -> str:
     The partial index has the same text; otherwise the database would not use the index.
 
     Args:
-        of: a prefix of the columns, like `r.`.
+        of: a prefix of the columns, for example `r.`.
     """
     return (
         f"{of}status NOT IN ({sql_words(frozenset(TERMINAL))})"

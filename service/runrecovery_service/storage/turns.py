@@ -267,7 +267,7 @@ def record_sticky_question(
     due: Due,
     now: datetime,
 ) -> Run:
-    """Record the question of a sticky process: the run becomes WAITING_USER, the process lives on.
+    """Record the question of a sticky process, which keeps running; the run becomes WAITING_USER.
 
     Args:
         number: the question's interaction_id. A question that is recorded is not recorded again.
@@ -390,7 +390,8 @@ def _interrupt(
     """Apply the decision that a restart would make now. A run that fails is not reopenable."""
     facts = facts_of_run(db, run.key)
     if end.cause is InterruptionCause.SHIM_LOST and Fact.REPLY in facts:
-        # A reply is delivered without a limit: a shim that is lost each time would have none.
+        # The matrix delivers a reply again without a limit. If each process that gets the reply
+        # lost its shim, this would never end.
         _fail(
             db,
             run,

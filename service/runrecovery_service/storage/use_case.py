@@ -32,9 +32,9 @@ T = TypeVar("T")
 UseCase = Callable[Concatenate[Database, P], R]
 
 TRIES: Final = 8
-"""How often a use case starts, when other writers keep changing its rows (PostgreSQL only)."""
+"""How often a use case is tried while other writers change its rows (PostgreSQL only)."""
 CONFLICT_TRIES: Final = 6
-"""How often a transaction starts, when PostgreSQL keeps rolling it back over a conflict."""
+"""How often a transaction is tried while PostgreSQL rolls it back because of a conflict."""
 CONFLICT_PAUSE_S: Final = 0.01
 PAGE_CHARS: Final = 600_000
 """The characters of text in one page. JSON lists of numbers, the worst case, take 5.5 times as many

@@ -5,7 +5,7 @@ TrustError
 ├── FolderUnusable      the folder's name cannot be an entry
 ├── TrustFileBusy       others hold the lock or write the file too often; retry later
 ├── TrustFileOutOfReach the system refused: permission, a full disk, a read-only folder
-└── HomeUnknown         the environment does not tell where the file is
+└── HomeUnknown         the environment does not say where the file is
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class TrustFileBusy(TrustError):
 
 @dataclass(eq=False)
 class TrustFileOutOfReach(TrustError):
-    """The system refused an operation on the file. `errno` tells why."""
+    """The system refused an operation on the file. `errno` says why."""
 
     path: Path
     errno: int

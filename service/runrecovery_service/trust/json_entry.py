@@ -114,7 +114,7 @@ class JsonEditor:
             return self._restore(source, before, trail, added.previous)
         depth = self._emptied_from(trail, added)
         if trail.is_repeated(depth):
-            # Without our entry an earlier one with the same name would apply, which is not ours.
+            # Without our entry an earlier entry of the same name would apply, which is not ours.
             return Removal(text=text, outcome=Outcome.CHANGED)
         expected = _without(before, trail.path[: depth + 1])
         done = _proved(source, (Splice(*trail.cut(depth)),), expected)

@@ -73,7 +73,7 @@ class JsonMember:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Object:
-    """An object. `start` is its opening brace, `end` is behind its closing brace."""
+    """An object. `start` is its opening brace, `end` is after its closing brace."""
 
     start: int
     end: int

@@ -193,7 +193,7 @@ def is_blank(text: str) -> bool:
 
 
 def _skip_filler(body: str, at: int) -> int:
-    """Return the position behind white space and comments."""
+    """Return the position after white space and comments."""
     found = _FILLER.match(body, at)
     assert found is not None  # noqa: S101 - it matches nothing as well
     return found.end()
@@ -232,7 +232,7 @@ def _read_field(
 
 
 def _read_key(body: str, at: int) -> tuple[tuple[Part, ...], int]:
-    """Return the parts of a dotted key, and the position behind it and its white space."""
+    """Return the parts of a dotted key, and the position after it and its white space."""
     parts: list[Part] = []
     while True:
         found = _KEY.match(body, at)
@@ -261,7 +261,7 @@ def _unquoted(raw: str) -> str:
 
 
 def _skip_value(body: str, at: int) -> int:
-    """Return the position behind the value at `at`."""
+    """Return the position after the value at `at`."""
     if body[at : at + 1] in {"[", "{"}:
         return _skip_nested(body, at)
     found = _STRING.match(body, at)
@@ -276,7 +276,7 @@ def _skip_value(body: str, at: int) -> int:
 
 
 def _skip_nested(body: str, at: int) -> int:
-    """Return the position behind an array or an inline table.
+    """Return the position after an array or an inline table.
 
     Its content is only scanned. tomllib finds everything in it that is not TOML.
     """

@@ -107,7 +107,7 @@ class CodexLayout:
         return False
 
     def is_end_of_turn(self, line: JsonObject) -> bool | None:
-        """Return whether a turn ends with the line, or None if the line does not tell."""
+        """Return whether a turn ends with the line, or None if the line does not show it."""
         payload = line.get("payload")
         kind = payload.get("type") if isinstance(payload, dict) else None
         if not isinstance(payload, dict) or not isinstance(kind, str):

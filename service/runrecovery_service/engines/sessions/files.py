@@ -112,7 +112,7 @@ class SessionObservation:
 
     Attributes:
         finding: the result of the check.
-        fingerprint: of the file now. None: there is no file, or a check would refuse it.
+        fingerprint: that of the file now. None: there is no file, or a check would refuse it.
     """
 
     finding: SessionFinding
@@ -131,7 +131,7 @@ class CliSessions:
     Attributes:
         home: the home folder of the CLI; None: not known.
         finder: returns a finder for one batch; None: `home` is not known.
-        history: repairs a session before it is resumed; None: the CLI resumes any that it has.
+        history: repairs a session before it is resumed; None: sessions of this CLI need no repair.
     """
 
     home: Path | None

@@ -25,7 +25,7 @@ def home_of(env: Mapping[str, str], variable: str, below_home: str) -> Path | No
 
 
 class NotKnown(Exception):
-    """The file that tells where sessions are has an unknown format."""
+    """The file that lists the folders of sessions has an unknown format."""
 
 
 def is_away(home: Path) -> bool:

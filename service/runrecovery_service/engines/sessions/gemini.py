@@ -114,7 +114,7 @@ class GeminiLayout:
         return False
 
     def is_end_of_turn(self, line: JsonObject) -> bool | None:
-        """Return whether a turn ends with the line, or None if the line does not tell.
+        """Return whether a turn ends with the line, or None if the line does not show it.
 
         A line may also contain all messages so far.
         """

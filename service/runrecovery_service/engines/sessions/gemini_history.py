@@ -20,7 +20,7 @@ class GeminiHistory:
     """The conversation in a session file of Gemini CLI."""
 
     def corrections(self, lines: Iterable[JsonObject]) -> list[JsonObject]:
-        """Return the lines to append so that each call has one response; none if it has.
+        """Return the lines to append so that each call has one response; none if each has.
 
         The last one repeats the last message, so that the file still ends with it.
         """
@@ -77,7 +77,7 @@ def _correct(messages: Mapping[str, JsonObject]) -> dict[str, JsonObject]:
 
 
 def _is_wanted(part: JsonObject, calls: dict[str, JsonObject]) -> bool:
-    """Return False for a response without a call. A response is taken off the open calls."""
+    """Return False for a response without a call. Remove the call of a response from `calls`."""
     response = part.get("functionResponse")
     if not isinstance(response, dict) or not _text(response, "id"):
         return True
@@ -130,7 +130,7 @@ def _is_response_to(part: JsonObject, key: str) -> bool:
 
 
 def _calls(message: JsonObject) -> dict[str, JsonObject]:
-    """Return the calls that the CLI sends of a message: those in its content, else `toolCalls`."""
+    """Return the calls of a message that the CLI sends: those in its content, else `toolCalls`."""
     parts = _objects(message.get("content"))
     calls = [part["functionCall"] for part in parts if isinstance(part.get("functionCall"), dict)]
     if not calls and not any(part.get("thought") for part in parts):
@@ -139,7 +139,7 @@ def _calls(message: JsonObject) -> dict[str, JsonObject]:
 
 
 def _is_sent(message: JsonObject) -> bool:
-    """Return whether the CLI sends a message of the model at all: not if it is empty."""
+    """Return False for an empty message of the model, which the CLI does not send."""
     return any(message.get(name) for name in ("content", "thoughts", "toolCalls"))
 
 

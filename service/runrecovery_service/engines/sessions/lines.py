@@ -67,7 +67,7 @@ class Layout(Protocol):
 
     def is_end_of_turn(self, line: JsonObject) -> bool | None:
         """Return True for a line that ends a turn, False for one that others must follow (a
-        user's message, a tool call), None for a line that does not tell."""
+        user's message, a tool call), None for a line that does not show it."""
 
     def may_follow_end(self, line: JsonObject) -> bool:
         """Return True for a line that others must follow unless the turn has ended before it."""

@@ -50,7 +50,7 @@ def repair(path: Path, history: History, given_up: threading.Event) -> Repair | 
         given_up: set once the caller no longer waits, so that its CLI may write to the file.
 
     Raises:
-        NotRepairable: the file is too long or no file, or it changes, or its history stays wrong.
+        NotRepairable: the file is too long, not a file or changing, or its history stays invalid.
         OSError: the file cannot be read or written.
     """
     # Agents can write where the file is: no link at its end, and no waiting for a pipe.
