@@ -29,10 +29,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_RECONCILIATION_NOT_FOUND: _ErrorReason.ValueType  # 2
     """NOT_FOUND. No reconciliation has this id. ResourceInfo names it."""
     ERROR_REASON_INVALID_FIELD: _ErrorReason.ValueType  # 3
-    """INVALID_ARGUMENT. BadRequest lists every bad field, at most 20."""
+    """INVALID_ARGUMENT. BadRequest lists the invalid fields, at most 20."""
     ERROR_REASON_UNKNOWN_ENGINE: _ErrorReason.ValueType  # 4
-    """INVALID_ARGUMENT. No engine has this name; metadata `known_engines`
-    lists them, separated by commas.
+    """INVALID_ARGUMENT. No engine has this name; metadata `known_engines` lists the
+    configured ones, separated by commas.
     """
     ERROR_REASON_PAGE_TOKEN_INVALID: _ErrorReason.ValueType  # 5
     """INVALID_ARGUMENT. The page token does not come from this service."""
@@ -78,7 +78,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     ERROR_REASON_RUN_NOT_REOPENABLE: _ErrorReason.ValueType  # 23
     """FAILED_PRECONDITION. ReopenRun applies only to a run whose session a recovery found
-    lost, and only until `reopenable_until`. PreconditionFailure says which is not met.
+    lost, and only until `reopenable_until`. PreconditionFailure says which of the two
+    conditions is not met.
     """
     ERROR_REASON_SESSION_NOT_RESUMABLE: _ErrorReason.ValueType  # 24
     """FAILED_PRECONDITION. The run has no stored session handle, or the session check of
@@ -86,7 +87,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     ERROR_REASON_WATCH_HISTORY_PRUNED: _ErrorReason.ValueType  # 25
     """OUT_OF_RANGE. Events after after_sequence have been deleted; metadata
-    `oldest_sequence` is the first that is left. Start a new watch with a snapshot.
+    `oldest_sequence` is the oldest one left. Start a new watch with a snapshot.
     """
     ERROR_REASON_WATCH_SEQUENCE_UNKNOWN: _ErrorReason.ValueType  # 26
     """OUT_OF_RANGE. after_sequence is greater than the sequence of the run's latest event,
@@ -105,12 +106,12 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     database. Only that instance, named in metadata `instance`, can change the run.
     """
     ERROR_REASON_CALLER_UNKNOWN: _ErrorReason.ValueType  # 30
-    """UNAUTHENTICATED. The call has no valid token, and its connection no certificate of a
-    known caller (configuration `callers`).
+    """UNAUTHENTICATED. The call has no valid token, and its connection has no certificate of
+    a known caller (configuration `callers`).
     """
     ERROR_REASON_ROLE_NOT_SUFFICIENT: _ErrorReason.ValueType  # 31
-    """PERMISSION_DENIED. The call needs another role; metadata `role` is the caller's own,
-    `needed_role` the one that it needs.
+    """PERMISSION_DENIED. The call needs another role; metadata `role` is the caller's,
+    `needed_role` is the least role that the call needs.
     """
     ERROR_REASON_ENGINE_NOT_ALLOWED: _ErrorReason.ValueType  # 32
     """PERMISSION_DENIED. The caller may not create runs of this engine, which is metadata
@@ -133,10 +134,10 @@ ERROR_REASON_RUN_NOT_FOUND: ErrorReason.ValueType  # 1
 ERROR_REASON_RECONCILIATION_NOT_FOUND: ErrorReason.ValueType  # 2
 """NOT_FOUND. No reconciliation has this id. ResourceInfo names it."""
 ERROR_REASON_INVALID_FIELD: ErrorReason.ValueType  # 3
-"""INVALID_ARGUMENT. BadRequest lists every bad field, at most 20."""
+"""INVALID_ARGUMENT. BadRequest lists the invalid fields, at most 20."""
 ERROR_REASON_UNKNOWN_ENGINE: ErrorReason.ValueType  # 4
-"""INVALID_ARGUMENT. No engine has this name; metadata `known_engines`
-lists them, separated by commas.
+"""INVALID_ARGUMENT. No engine has this name; metadata `known_engines` lists the
+configured ones, separated by commas.
 """
 ERROR_REASON_PAGE_TOKEN_INVALID: ErrorReason.ValueType  # 5
 """INVALID_ARGUMENT. The page token does not come from this service."""
@@ -182,7 +183,8 @@ nothing. CreateRun is refused until the next restart. RetryInfo says when to ret
 """
 ERROR_REASON_RUN_NOT_REOPENABLE: ErrorReason.ValueType  # 23
 """FAILED_PRECONDITION. ReopenRun applies only to a run whose session a recovery found
-lost, and only until `reopenable_until`. PreconditionFailure says which is not met.
+lost, and only until `reopenable_until`. PreconditionFailure says which of the two
+conditions is not met.
 """
 ERROR_REASON_SESSION_NOT_RESUMABLE: ErrorReason.ValueType  # 24
 """FAILED_PRECONDITION. The run has no stored session handle, or the session check of
@@ -190,7 +192,7 @@ its engine found the session lost.
 """
 ERROR_REASON_WATCH_HISTORY_PRUNED: ErrorReason.ValueType  # 25
 """OUT_OF_RANGE. Events after after_sequence have been deleted; metadata
-`oldest_sequence` is the first that is left. Start a new watch with a snapshot.
+`oldest_sequence` is the oldest one left. Start a new watch with a snapshot.
 """
 ERROR_REASON_WATCH_SEQUENCE_UNKNOWN: ErrorReason.ValueType  # 26
 """OUT_OF_RANGE. after_sequence is greater than the sequence of the run's latest event,
@@ -209,12 +211,12 @@ ERROR_REASON_RUN_OF_ANOTHER_INSTANCE: ErrorReason.ValueType  # 29
 database. Only that instance, named in metadata `instance`, can change the run.
 """
 ERROR_REASON_CALLER_UNKNOWN: ErrorReason.ValueType  # 30
-"""UNAUTHENTICATED. The call has no valid token, and its connection no certificate of a
-known caller (configuration `callers`).
+"""UNAUTHENTICATED. The call has no valid token, and its connection has no certificate of
+a known caller (configuration `callers`).
 """
 ERROR_REASON_ROLE_NOT_SUFFICIENT: ErrorReason.ValueType  # 31
-"""PERMISSION_DENIED. The call needs another role; metadata `role` is the caller's own,
-`needed_role` the one that it needs.
+"""PERMISSION_DENIED. The call needs another role; metadata `role` is the caller's,
+`needed_role` is the least role that the call needs.
 """
 ERROR_REASON_ENGINE_NOT_ALLOWED: ErrorReason.ValueType  # 32
 """PERMISSION_DENIED. The caller may not create runs of this engine, which is metadata

@@ -61,9 +61,9 @@ class _ContainmentLevelEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Cont
     CONTAINMENT_LEVEL_NONE: _ContainmentLevel.ValueType  # 1
     """The probe did not find its own process again."""
     CONTAINMENT_LEVEL_COOKIE: _ContainmentLevel.ValueType  # 2
-    """Found while a process keeps its environment, or its parent lives."""
+    """A process is found while it keeps its environment or its parent lives."""
     CONTAINMENT_LEVEL_WATERMARK: _ContainmentLevel.ValueType  # 3
-    """Found whatever a process does, unless it raises its own limits with privileges."""
+    """A process is found unless it raises its own limits with privileges."""
 
 class ContainmentLevel(_ContainmentLevel, metaclass=_ContainmentLevelEnumTypeWrapper):
     """How reliably the service finds processes of a run after their supervisor died."""
@@ -73,9 +73,9 @@ CONTAINMENT_LEVEL_UNSPECIFIED: ContainmentLevel.ValueType  # 0
 CONTAINMENT_LEVEL_NONE: ContainmentLevel.ValueType  # 1
 """The probe did not find its own process again."""
 CONTAINMENT_LEVEL_COOKIE: ContainmentLevel.ValueType  # 2
-"""Found while a process keeps its environment, or its parent lives."""
+"""A process is found while it keeps its environment or its parent lives."""
 CONTAINMENT_LEVEL_WATERMARK: ContainmentLevel.ValueType  # 3
-"""Found whatever a process does, unless it raises its own limits with privileges."""
+"""A process is found unless it raises its own limits with privileges."""
 Global___ContainmentLevel: _TypeAlias = ContainmentLevel  # noqa: Y015
 
 class _ReconciliationState:
@@ -87,12 +87,12 @@ class _ReconciliationStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_R
     RECONCILIATION_STATE_UNSPECIFIED: _ReconciliationState.ValueType  # 0
     """Not set."""
     RECONCILIATION_STATE_RUNNING: _ReconciliationState.ValueType  # 1
-    """In progress; or the service died during it and has not started again."""
+    """In progress. Or the service died meanwhile and has not started again."""
     RECONCILIATION_STATE_COMPLETED: _ReconciliationState.ValueType  # 2
     """Every run has its decision and the report is final."""
     RECONCILIATION_STATE_FAILED: _ReconciliationState.ValueType  # 3
-    """It ended early; error says why. Its committed decisions remain valid, and the next
-    reconciliation makes the others.
+    """The reconciliation ended early; error says why. Its committed decisions remain valid,
+    and the next reconciliation makes the others.
     """
 
 class ReconciliationState(_ReconciliationState, metaclass=_ReconciliationStateEnumTypeWrapper):
@@ -101,12 +101,12 @@ class ReconciliationState(_ReconciliationState, metaclass=_ReconciliationStateEn
 RECONCILIATION_STATE_UNSPECIFIED: ReconciliationState.ValueType  # 0
 """Not set."""
 RECONCILIATION_STATE_RUNNING: ReconciliationState.ValueType  # 1
-"""In progress; or the service died during it and has not started again."""
+"""In progress. Or the service died meanwhile and has not started again."""
 RECONCILIATION_STATE_COMPLETED: ReconciliationState.ValueType  # 2
 """Every run has its decision and the report is final."""
 RECONCILIATION_STATE_FAILED: ReconciliationState.ValueType  # 3
-"""It ended early; error says why. Its committed decisions remain valid, and the next
-reconciliation makes the others.
+"""The reconciliation ended early; error says why. Its committed decisions remain valid,
+and the next reconciliation makes the others.
 """
 Global___ReconciliationState: _TypeAlias = ReconciliationState  # noqa: Y015
 
@@ -214,7 +214,7 @@ class DecisionCount(_message.Message):
     recovery_state: _run_pb2.RecoveryState.ValueType
     """OUTPUT_ONLY. The state that the rule leads to."""
     count: _builtins.int
-    """OUTPUT_ONLY. Number of runs that it decided in this reconciliation."""
+    """OUTPUT_ONLY. Number of runs that the rule decided in this reconciliation."""
     def __init__(
         self,
         *,
@@ -270,7 +270,7 @@ Global___OrphanCounts: _TypeAlias = OrphanCounts  # noqa: Y015
 
 @_typing.final
 class BindingCounts(_message.Message):
-    """What the reconciliation released because its run had ended."""
+    """How many things of ended runs the reconciliation released."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -321,9 +321,10 @@ class TrustRemoval(_message.Message):
     folder: _builtins.str
     """OUTPUT_ONLY. The path of the workspace."""
     outcome: _builtins.str
-    """OUTPUT_ONLY. `removed`: the entry was removed. `restored`: it has its earlier value
-    again. `gone`: it had been removed already. `changed`: somebody had changed it, so it
-    was left. `not_ours`: the CLI had trusted the workspace before, so it was left.
+    """OUTPUT_ONLY. `removed`: the entry was removed. `restored`: the entry has its earlier
+    value again. `gone`: the entry had been removed already. `changed`: somebody had changed
+    the entry, so it stays. `not_ours`: the CLI had trusted the workspace before, so the
+    entry stays.
     """
     def __init__(
         self,
@@ -370,11 +371,11 @@ class Reconciliation(_message.Message):
     reconciliation_id: _builtins.str
     """OUTPUT_ONLY. Its id."""
     instance: _builtins.str
-    """OUTPUT_ONLY. The instance that ran it."""
+    """OUTPUT_ONLY. The instance that did the recovery."""
     epoch: _builtins.int
     """OUTPUT_ONLY. That instance's boot counter."""
     trigger: Global___ReconciliationTrigger.ValueType
-    """OUTPUT_ONLY. What started it."""
+    """OUTPUT_ONLY. Whether a start or a planned stop caused the recovery."""
     state: Global___ReconciliationState.ValueType
     """OUTPUT_ONLY. Its progress."""
     quarantined: _builtins.int
@@ -392,7 +393,7 @@ class Reconciliation(_message.Message):
     records decisions: until the next restart nothing is launched and CreateRun is refused.
     """
     error: _builtins.str
-    """OUTPUT_ONLY. Why it FAILED; empty otherwise."""
+    """OUTPUT_ONLY. Why the recovery FAILED; empty in other states."""
     @_builtins.property
     def started_at(self) -> _timestamp_pb2.Timestamp:
         """OUTPUT_ONLY. When it began."""
@@ -417,7 +418,7 @@ class Reconciliation(_message.Message):
 
     @_builtins.property
     def bindings(self) -> Global___BindingCounts:
-        """OUTPUT_ONLY. What was released."""
+        """OUTPUT_ONLY. What was released of ended runs."""
 
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:

@@ -39,16 +39,16 @@ class _PlannedOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Planne
     """The interrupted turn is completed by a new process, in its session."""
     PLANNED_OUTCOME_RESTARTED: _PlannedOutcome.ValueType  # 4
     """The run starts from the beginning: what it has done so far is done again. A run that was
-    QUEUED for its first turn only waits on.
+    QUEUED for its first turn has done nothing yet, and stays in the queue.
     """
     PLANNED_OUTCOME_FAILED: _PlannedOutcome.ValueType  # 5
     """The run fails: what it has done so far is lost."""
     PLANNED_OUTCOME_CANCELED: _PlannedOutcome.ValueType  # 6
     """The run is canceled, as its caller wanted."""
     PLANNED_OUTCOME_QUARANTINED: _PlannedOutcome.ValueType  # 7
-    """The run is set aside, because its record is damaged."""
+    """The run is quarantined, because its record is damaged."""
     PLANNED_OUTCOME_SUCCEEDED: _PlannedOutcome.ValueType  # 8
-    """The run has succeeded: its process has ended well, and its result was not recorded yet."""
+    """The run succeeds: its process exited with 0, and its result was not recorded yet."""
 
 class PlannedOutcome(_PlannedOutcome, metaclass=_PlannedOutcomeEnumTypeWrapper):
     """What a restart would make of a run, for people who decide about a deploy."""
@@ -63,16 +63,16 @@ PLANNED_OUTCOME_RESUMED: PlannedOutcome.ValueType  # 3
 """The interrupted turn is completed by a new process, in its session."""
 PLANNED_OUTCOME_RESTARTED: PlannedOutcome.ValueType  # 4
 """The run starts from the beginning: what it has done so far is done again. A run that was
-QUEUED for its first turn only waits on.
+QUEUED for its first turn has done nothing yet, and stays in the queue.
 """
 PLANNED_OUTCOME_FAILED: PlannedOutcome.ValueType  # 5
 """The run fails: what it has done so far is lost."""
 PLANNED_OUTCOME_CANCELED: PlannedOutcome.ValueType  # 6
 """The run is canceled, as its caller wanted."""
 PLANNED_OUTCOME_QUARANTINED: PlannedOutcome.ValueType  # 7
-"""The run is set aside, because its record is damaged."""
+"""The run is quarantined, because its record is damaged."""
 PLANNED_OUTCOME_SUCCEEDED: PlannedOutcome.ValueType  # 8
-"""The run has succeeded: its process has ended well, and its result was not recorded yet."""
+"""The run succeeds: its process exited with 0, and its result was not recorded yet."""
 Global___PlannedOutcome: _TypeAlias = PlannedOutcome  # noqa: Y015
 
 @_typing.final
@@ -319,15 +319,15 @@ class GetRecoveryStatusResponse(_message.Message):
 
     @_builtins.property
     def unended_launches(self) -> _containers.RepeatedCompositeFieldContainer[Global___UnendedLaunch]:
-        """Ended launches of which a process is still alive, oldest first, at most 100. The service
-        keeps trying to end these processes. Where callers are configured, only an operator gets
-        them.
+        """Launches that are over although one of their processes is alive, oldest first, at most
+        100. The service keeps trying to end these processes. Where callers are configured, only
+        an operator gets them.
         """
 
     @_builtins.property
     def engine_usage(self) -> _containers.RepeatedCompositeFieldContainer[Global___EngineUsage]:
-        """What the runs of each engine have used since the database was made, by engine. Engines
-        without a report are absent.
+        """What the runs of each engine have used since the database was made, by engine. An engine
+        whose agents reported nothing is absent.
         """
 
     def __init__(
@@ -361,7 +361,7 @@ class EngineUsage(_message.Message):
     engine: _builtins.str
     """OUTPUT_ONLY. The engine."""
     turns: _builtins.int
-    """OUTPUT_ONLY. Number of turns whose agent reported something."""
+    """OUTPUT_ONLY. Number of turns whose agent reported tokens or cost."""
     @_builtins.property
     def usage(self) -> _run_pb2.Usage:
         """OUTPUT_ONLY. The sum, without a model. It never falls, also when runs are deleted."""
@@ -383,7 +383,7 @@ Global___EngineUsage: _TypeAlias = EngineUsage  # noqa: Y015
 
 @_typing.final
 class UnendedLaunch(_message.Message):
-    """An ended launch of which a process could not be ended."""
+    """A launch that is over although one of its processes could not be ended."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -393,10 +393,10 @@ class UnendedLaunch(_message.Message):
     run_id: _builtins.str
     """OUTPUT_ONLY. Its run, which is not launched again while the process is alive."""
     attempt: _builtins.int
-    """OUTPUT_ONLY. The attempt that it belonged to."""
+    """OUTPUT_ONLY. The attempt of the launch."""
     @_builtins.property
     def launched_at(self) -> _timestamp_pb2.Timestamp:
-        """OUTPUT_ONLY. When it was launched."""
+        """OUTPUT_ONLY. When the process was launched."""
 
     def __init__(
         self,
@@ -555,7 +555,7 @@ class WatchRecoveredResponse(_message.Message):
     DECISION_FIELD_NUMBER: _builtins.int
     BOOKMARK_FIELD_NUMBER: _builtins.int
     cursor: _builtins.str
-    """The position of this response; after_cursor of a watch that resumes after it."""
+    """The position of this response. A watch with this after_cursor resumes after it."""
     @_builtins.property
     def decision(self) -> Global___RecoveredRun:
         """One decision. Decisions come in the order of the restarts, and within one restart in
@@ -699,7 +699,7 @@ class RecoveryExplanation(_message.Message):
     FACTS_FIELD_NUMBER: _builtins.int
     PROCESSES_FIELD_NUMBER: _builtins.int
     because: _builtins.str
-    """OUTPUT_ONLY. What its rule means, as a sentence for people."""
+    """OUTPUT_ONLY. What the rule of the decision means, as a sentence for people."""
     profile: _run_pb2.InteractiveProfileKind.ValueType
     """OUTPUT_ONLY. The run's profile at the decision; UNSPECIFIED when none was recorded."""
     @_builtins.property
@@ -745,8 +745,8 @@ class RecoveryFact(_message.Message):
     HELD_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """OUTPUT_ONLY. PENDING, HANDLE, CANCEL, REPLY or REQUEUE; docs/recovery.md explains
-    them.
+    """OUTPUT_ONLY. The name of the fact, for example PENDING or HANDLE; docs/recovery.md
+    lists all of them.
     """
     held: _builtins.bool
     """OUTPUT_ONLY. Whether the fact was true."""
@@ -781,19 +781,19 @@ class OrphanedProcess(_message.Message):
     ENDED_FIELD_NUMBER: _builtins.int
     ENDED_BY_FIELD_NUMBER: _builtins.int
     pid: _builtins.int
-    """OUTPUT_ONLY. Its process id, as the service on its host saw it."""
+    """OUTPUT_ONLY. The process id, as the service on the host of the process saw it."""
     attempt: _builtins.int
-    """OUTPUT_ONLY. The attempt of the run that launched it."""
+    """OUTPUT_ONLY. The attempt of the run that launched the process."""
     turn: _builtins.int
     """OUTPUT_ONLY. The turn of that attempt."""
     evidence: _builtins.str
-    """OUTPUT_ONLY. What proved that it belongs to the run: `watermark`, `cookie`,
+    """OUTPUT_ONLY. What proved that the process belongs to the run: `watermark`, `cookie`,
     `cgroup`, `shim` or `descent`; docs/processes.md explains them.
     """
     ended: _builtins.bool
     """OUTPUT_ONLY. True when the process was found dead afterwards."""
     ended_by: _builtins.str
-    """OUTPUT_ONLY. Who ended it: `service`, or `shim`, the supervisor of one launch that
+    """OUTPUT_ONLY. Who ended the process: `service`, or `shim`. The shim guards one launch, and
     ends its processes when the service is gone.
     """
     @_builtins.property
@@ -905,8 +905,8 @@ class RecoveryPlan(_message.Message):
 
     @_builtins.property
     def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlannedGroup]:
-        """OUTPUT_ONLY. What would become of all runs_total runs and of the work that they stand for,
-        in the order of PlannedOutcome. Groups without a run are absent.
+        """OUTPUT_ONLY. All runs_total runs, grouped by what would become of them, in the order of
+        PlannedOutcome. Groups without a run are absent.
         """
 
     def __init__(
@@ -929,7 +929,7 @@ Global___RecoveryPlan: _TypeAlias = RecoveryPlan  # noqa: Y015
 
 @_typing.final
 class PlannedGroup(_message.Message):
-    """The runs that a restart would treat alike, and the work that they stand for."""
+    """The runs that a restart would treat alike, and the work that they have done."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -947,8 +947,8 @@ class PlannedGroup(_message.Message):
     """
     @_builtins.property
     def running_time(self) -> _duration_pb2.Duration:
-        """OUTPUT_ONLY. How long the processes that the restart would end have been running for these
-        runs, added up.
+        """OUTPUT_ONLY. The sum of the times for which those processes of these runs have been running
+        that the restart would end.
         """
 
     def __init__(

@@ -99,24 +99,24 @@ class RecoveryServiceServicer(object):
 
     def WatchRecovered(self, request, context):
         """Streams decisions as they are committed, each with a cursor. A caller whose stream broke
-        resumes with after_cursor, also after a restart, and misses none of its decisions. The
-        stream never ends by itself.
+        resumes with after_cursor, also after a restart, and misses no decision. The stream never
+        ends by itself.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ExplainRecovery(self, request, context):
-        """Returns for each decision about one run the rule, each fact that was examined with its
-        source, and what was done to which process.
+        """Returns, for each decision about one run: the rule; each fact that was examined, with its
+        source; and each process that outlived the service, with what was done to it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PlanRecovery(self, request, context):
-        """Pages through the decisions that a restart of this instance would make now, in its
-        order and by the same rules. Changes nothing.
+        """Pages through the decisions that a restart of this instance would make now, by the same
+        rules and in the same order. Changes nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -41,16 +41,16 @@ class RecoveryServiceStub:
     """Pages through recovered runs, newest decision first."""
     WatchRecovered: _grpc.UnaryStreamMultiCallable[_recovery_service_pb2.WatchRecoveredRequest, _recovery_service_pb2.WatchRecoveredResponse]
     """Streams decisions as they are committed, each with a cursor. A caller whose stream broke
-    resumes with after_cursor, also after a restart, and misses none of its decisions. The
-    stream never ends by itself.
+    resumes with after_cursor, also after a restart, and misses no decision. The stream never
+    ends by itself.
     """
     ExplainRecovery: _grpc.UnaryUnaryMultiCallable[_recovery_service_pb2.ExplainRecoveryRequest, _recovery_service_pb2.ExplainRecoveryResponse]
-    """Returns for each decision about one run the rule, each fact that was examined with its
-    source, and what was done to which process.
+    """Returns, for each decision about one run: the rule; each fact that was examined, with its
+    source; and each process that outlived the service, with what was done to it.
     """
     PlanRecovery: _grpc.UnaryUnaryMultiCallable[_recovery_service_pb2.PlanRecoveryRequest, _recovery_service_pb2.PlanRecoveryResponse]
-    """Pages through the decisions that a restart of this instance would make now, in its
-    order and by the same rules. Changes nothing.
+    """Pages through the decisions that a restart of this instance would make now, by the same
+    rules and in the same order. Changes nothing.
     """
     GetRecoveryStatus: _grpc.UnaryUnaryMultiCallable[_recovery_service_pb2.GetRecoveryStatusRequest, _recovery_service_pb2.GetRecoveryStatusResponse]
     """Returns the state of the service and the report of this start so far."""
@@ -72,16 +72,16 @@ class RecoveryServiceAsyncStub(RecoveryServiceStub):
     """Pages through recovered runs, newest decision first."""
     WatchRecovered: _aio.UnaryStreamMultiCallable[_recovery_service_pb2.WatchRecoveredRequest, _recovery_service_pb2.WatchRecoveredResponse]  # type: ignore[assignment]
     """Streams decisions as they are committed, each with a cursor. A caller whose stream broke
-    resumes with after_cursor, also after a restart, and misses none of its decisions. The
-    stream never ends by itself.
+    resumes with after_cursor, also after a restart, and misses no decision. The stream never
+    ends by itself.
     """
     ExplainRecovery: _aio.UnaryUnaryMultiCallable[_recovery_service_pb2.ExplainRecoveryRequest, _recovery_service_pb2.ExplainRecoveryResponse]  # type: ignore[assignment]
-    """Returns for each decision about one run the rule, each fact that was examined with its
-    source, and what was done to which process.
+    """Returns, for each decision about one run: the rule; each fact that was examined, with its
+    source; and each process that outlived the service, with what was done to it.
     """
     PlanRecovery: _aio.UnaryUnaryMultiCallable[_recovery_service_pb2.PlanRecoveryRequest, _recovery_service_pb2.PlanRecoveryResponse]  # type: ignore[assignment]
-    """Pages through the decisions that a restart of this instance would make now, in its
-    order and by the same rules. Changes nothing.
+    """Pages through the decisions that a restart of this instance would make now, by the same
+    rules and in the same order. Changes nothing.
     """
     GetRecoveryStatus: _aio.UnaryUnaryMultiCallable[_recovery_service_pb2.GetRecoveryStatusRequest, _recovery_service_pb2.GetRecoveryStatusResponse]  # type: ignore[assignment]
     """Returns the state of the service and the report of this start so far."""
@@ -118,8 +118,8 @@ class RecoveryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_recovery_service_pb2.WatchRecoveredResponse], _abc.AsyncIterator[_recovery_service_pb2.WatchRecoveredResponse]]:
         """Streams decisions as they are committed, each with a cursor. A caller whose stream broke
-        resumes with after_cursor, also after a restart, and misses none of its decisions. The
-        stream never ends by itself.
+        resumes with after_cursor, also after a restart, and misses no decision. The stream never
+        ends by itself.
         """
 
     @_abc_1.abstractmethod
@@ -128,8 +128,8 @@ class RecoveryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _recovery_service_pb2.ExplainRecoveryRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_recovery_service_pb2.ExplainRecoveryResponse, _abc.Awaitable[_recovery_service_pb2.ExplainRecoveryResponse]]:
-        """Returns for each decision about one run the rule, each fact that was examined with its
-        source, and what was done to which process.
+        """Returns, for each decision about one run: the rule; each fact that was examined, with its
+        source; and each process that outlived the service, with what was done to it.
         """
 
     @_abc_1.abstractmethod
@@ -138,8 +138,8 @@ class RecoveryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _recovery_service_pb2.PlanRecoveryRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_recovery_service_pb2.PlanRecoveryResponse, _abc.Awaitable[_recovery_service_pb2.PlanRecoveryResponse]]:
-        """Pages through the decisions that a restart of this instance would make now, in its
-        order and by the same rules. Changes nothing.
+        """Pages through the decisions that a restart of this instance would make now, by the same
+        rules and in the same order. Changes nothing.
         """
 
     @_abc_1.abstractmethod

@@ -48,8 +48,8 @@ class _RunStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RunStatus.V
     """Terminal: a cancel was accepted before any other end was recorded."""
 
 class RunStatus(_RunStatus, metaclass=_RunStatusEnumTypeWrapper):
-    """The status of a run. SUCCEEDED, FAILED and CANCELED are terminal: a run with one of
-    them keeps it, except that ReopenRun can set back one kind of FAILED run.
+    """The status of a run. SUCCEEDED, FAILED and CANCELED are terminal: they never change.
+    The one exception: ReopenRun can reopen a run that FAILED because its session was lost.
     """
 
 RUN_STATUS_UNSPECIFIED: RunStatus.ValueType  # 0
@@ -83,7 +83,7 @@ class _InteractiveProfileKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper
     stored profile is missing or unknown.
     """
     INTERACTIVE_PROFILE_KIND_RESUMABLE: _InteractiveProfileKind.ValueType  # 1
-    """The process exits when it has asked. The next turn is a new process that resumes the
+    """The process exits after its question. The next turn is a new process that resumes the
     session by its handle. Such a wait survives a restart.
     """
     INTERACTIVE_PROFILE_KIND_STICKY_PROCESS: _InteractiveProfileKind.ValueType  # 2
@@ -99,7 +99,7 @@ INTERACTIVE_PROFILE_KIND_UNSPECIFIED: InteractiveProfileKind.ValueType  # 0
 stored profile is missing or unknown.
 """
 INTERACTIVE_PROFILE_KIND_RESUMABLE: InteractiveProfileKind.ValueType  # 1
-"""The process exits when it has asked. The next turn is a new process that resumes the
+"""The process exits after its question. The next turn is a new process that resumes the
 session by its handle. Such a wait survives a restart.
 """
 INTERACTIVE_PROFILE_KIND_STICKY_PROCESS: InteractiveProfileKind.ValueType  # 2
@@ -123,10 +123,10 @@ class _RestartPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Restart
     attempts (configuration).
     """
     RESTART_POLICY_RESUME: _RestartPolicy.ValueType  # 3
-    """A turn that was interrupted is completed by a new process, which resumes the agent's
-    session and is told what happened; the same turn at most `max_resumes` times
-    (configuration). Without a session to resume: as REQUEUE. Only for engines that can be
-    resumed in the middle of a turn.
+    """A new process completes the interrupted turn. It resumes the agent's session and gets a
+    notice of the interruption. A turn is resumed at most `max_resumes` times (configuration).
+    Without a session to resume: as REQUEUE. Only for engines that can be resumed in the
+    middle of a turn.
     """
 
 class RestartPolicy(_RestartPolicy, metaclass=_RestartPolicyEnumTypeWrapper):
@@ -141,10 +141,10 @@ RESTART_POLICY_REQUEUE: RestartPolicy.ValueType  # 2
 attempts (configuration).
 """
 RESTART_POLICY_RESUME: RestartPolicy.ValueType  # 3
-"""A turn that was interrupted is completed by a new process, which resumes the agent's
-session and is told what happened; the same turn at most `max_resumes` times
-(configuration). Without a session to resume: as REQUEUE. Only for engines that can be
-resumed in the middle of a turn.
+"""A new process completes the interrupted turn. It resumes the agent's session and gets a
+notice of the interruption. A turn is resumed at most `max_resumes` times (configuration).
+Without a session to resume: as REQUEUE. Only for engines that can be resumed in the
+middle of a turn.
 """
 Global___RestartPolicy: _TypeAlias = RestartPolicy  # noqa: Y015
 
@@ -196,7 +196,7 @@ class _RecoveryStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Recover
     """No restart has decided about the run."""
     RECOVERY_STATE_RECOVERED_WAITING: _RecoveryState.ValueType  # 2
     """The run waits for its user: reply and cancel work as before. Its question was open before
-    the restart, or was found in the kept output of a process that had ended well.
+    the restart, or was found in the kept output of a process that had exited with 0.
     """
     RECOVERY_STATE_FAILED_RECONCILED: _RecoveryState.ValueType  # 3
     """The run could not continue and was ended as FAILED; error says why."""
@@ -211,16 +211,16 @@ class _RecoveryStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Recover
     launched for the run, and no other run is affected.
     """
     RECOVERY_STATE_REOPENED: _RecoveryState.ValueType  # 7
-    """A recovery had failed the run because its session was lost, and ReopenRun has set the
-    run back. This is not a decision of a restart.
+    """A recovery had failed the run because its session was lost, and a caller has reopened it
+    by ReopenRun. This is not a decision of a restart.
     """
     RECOVERY_STATE_SUCCEEDED_RECONCILED: _RecoveryState.ValueType  # 8
-    """The process of the run had ended well before the restart, and its result was found in its
-    kept output. The run was ended as SUCCEEDED.
+    """The process of the run had exited with 0 before the restart, and its result was found in
+    its kept output. The run was ended as SUCCEEDED.
     """
 
 class RecoveryState(_RecoveryState, metaclass=_RecoveryStateEnumTypeWrapper):
-    """What the last restart that decided about a run decided."""
+    """The latest decision of a restart about a run."""
 
 RECOVERY_STATE_UNSPECIFIED: RecoveryState.ValueType  # 0
 """Not set: as a filter, any state."""
@@ -228,7 +228,7 @@ RECOVERY_STATE_NONE: RecoveryState.ValueType  # 1
 """No restart has decided about the run."""
 RECOVERY_STATE_RECOVERED_WAITING: RecoveryState.ValueType  # 2
 """The run waits for its user: reply and cancel work as before. Its question was open before
-the restart, or was found in the kept output of a process that had ended well.
+the restart, or was found in the kept output of a process that had exited with 0.
 """
 RECOVERY_STATE_FAILED_RECONCILED: RecoveryState.ValueType  # 3
 """The run could not continue and was ended as FAILED; error says why."""
@@ -243,12 +243,12 @@ RECOVERY_STATE_QUARANTINED: RecoveryState.ValueType  # 6
 launched for the run, and no other run is affected.
 """
 RECOVERY_STATE_REOPENED: RecoveryState.ValueType  # 7
-"""A recovery had failed the run because its session was lost, and ReopenRun has set the
-run back. This is not a decision of a restart.
+"""A recovery had failed the run because its session was lost, and a caller has reopened it
+by ReopenRun. This is not a decision of a restart.
 """
 RECOVERY_STATE_SUCCEEDED_RECONCILED: RecoveryState.ValueType  # 8
-"""The process of the run had ended well before the restart, and its result was found in its
-kept output. The run was ended as SUCCEEDED.
+"""The process of the run had exited with 0 before the restart, and its result was found in
+its kept output. The run was ended as SUCCEEDED.
 """
 Global___RecoveryState: _TypeAlias = RecoveryState  # noqa: Y015
 
@@ -313,11 +313,11 @@ class _RunEventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RunEvent
     RUN_EVENT_KIND_CANCELED: _RunEventKind.ValueType  # 10
     """The run was canceled."""
     RUN_EVENT_KIND_RECOVERED: _RunEventKind.ValueType  # 11
-    """A restart decided about the run; recovery holds the decision. The status may be
+    """A restart decided about the run; recovery has the decision. The status may be
     terminal from then on.
     """
     RUN_EVENT_KIND_REOPENED: _RunEventKind.ValueType  # 12
-    """ReopenRun set the run back; recovery holds the details."""
+    """A caller reopened the run by ReopenRun; recovery has the details."""
     RUN_EVENT_KIND_RETRYING: _RunEventKind.ValueType  # 13
     """The agent waits and calls its model again; message says why. At most 20 of these events
     for each turn. The status does not change.
@@ -351,11 +351,11 @@ RUN_EVENT_KIND_FAILED: RunEventKind.ValueType  # 9
 RUN_EVENT_KIND_CANCELED: RunEventKind.ValueType  # 10
 """The run was canceled."""
 RUN_EVENT_KIND_RECOVERED: RunEventKind.ValueType  # 11
-"""A restart decided about the run; recovery holds the decision. The status may be
+"""A restart decided about the run; recovery has the decision. The status may be
 terminal from then on.
 """
 RUN_EVENT_KIND_REOPENED: RunEventKind.ValueType  # 12
-"""ReopenRun set the run back; recovery holds the details."""
+"""A caller reopened the run by ReopenRun; recovery has the details."""
 RUN_EVENT_KIND_RETRYING: RunEventKind.ValueType  # 13
 """The agent waits and calls its model again; message says why. At most 20 of these events
 for each turn. The status does not change.
@@ -381,7 +381,7 @@ class InteractiveProfile(_message.Message):
     @_builtins.property
     def session_timeout(self) -> _duration_pb2.Duration:
         """OPTIONAL on CreateRun, OUTPUT_ONLY on Run. How long one question waits: at least 0.1 s,
-        at most the engine's own time, which is the default.
+        at most the engine's session_timeout_s, which is the default.
         PendingInteraction.wait_deadline_at says what happens then.
         """
 
@@ -576,7 +576,7 @@ class Session(_message.Message):
     has_handle: _builtins.bool
     """OUTPUT_ONLY. True while a handle is stored."""
     turn: _builtins.int
-    """OUTPUT_ONLY. The turn that created it; 1 is the first process of the attempt."""
+    """OUTPUT_ONLY. The turn that named the handle; 1 is the first process of the attempt."""
     def __init__(
         self,
         *,
@@ -616,11 +616,11 @@ class Interaction(_message.Message):
     """OUTPUT_ONLY. The question in the engine's words."""
     auto_decided: _builtins.bool
     """OUTPUT_ONLY. True when nobody answered in time, so that the service answered with null.
-    The engine is told this and decides by itself; a call that waits for permission is denied.
+    The engine is informed and decides by itself; a call that waits for permission is denied.
     """
     replied_by: _builtins.str
-    """OUTPUT_ONLY. The caller that answered; empty without an answer, when it was decided
-    automatically, and where no callers are configured.
+    """OUTPUT_ONLY. The caller that answered; empty without an answer, after an automatic
+    decision, and where no callers are configured.
     """
     @_builtins.property
     def options(self) -> _containers.RepeatedCompositeFieldContainer[Global___InteractionOption]:
@@ -735,7 +735,7 @@ Global___RecoveryInfo: _TypeAlias = RecoveryInfo  # noqa: Y015
 @_typing.final
 class Usage(_message.Message):
     """Tokens and cost of an agent's model calls, as the agent reported them. The numbers mean the
-    same for every engine: what an agent CLI counts in another way is converted.
+    same for every engine: the service converts those of agent CLIs that count in another way.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -748,7 +748,9 @@ class Usage(_message.Message):
     COST_USD_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     input_tokens: _builtins.int
-    """OUTPUT_ONLY. Every token that the model read, those from and for its prompt cache included."""
+    """OUTPUT_ONLY. Every token that the model read, including those that were read from its
+    prompt cache or written to it.
+    """
     cached_input_tokens: _builtins.int
     """OUTPUT_ONLY. The part of input_tokens that was read from the prompt cache."""
     cache_write_input_tokens: _builtins.int
@@ -766,8 +768,8 @@ class Usage(_message.Message):
     knows no prices.
     """
     model: _builtins.str
-    """OUTPUT_ONLY. The model of the latest report, as the agent named it; of several models the
-    one with the most tokens. Empty when the agent named none.
+    """OUTPUT_ONLY. The model of the latest report, as the agent named it. If the report has
+    several models: the one with the most tokens. Empty when the agent named none.
     """
     def __init__(
         self,
@@ -876,11 +878,11 @@ class Run(_message.Message):
     """OUTPUT_ONLY. How often the latest turn was resumed after an interruption."""
     max_tokens: _builtins.int
     """OUTPUT_ONLY. The most tokens (usage.input_tokens and usage.output_tokens together) that
-    the run may use. It fails with BUDGET_EXCEEDED before a next turn, or in the middle of a
-    turn whose agent reports so many. Absent: no limit.
+    the run may use. At the limit the run fails with BUDGET_EXCEEDED: before a next turn, or
+    in the middle of a turn whose agent reports its usage then. Absent: no limit.
     """
     max_cost_usd: _builtins.float
-    """OUTPUT_ONLY. The same for usage.cost_usd."""
+    """OUTPUT_ONLY. The highest usage.cost_usd of the run, as max_tokens limits tokens."""
     created_by: _builtins.str
     """OUTPUT_ONLY. The caller that created the run; empty where no callers are configured."""
     canceled_by: _builtins.str
@@ -939,20 +941,20 @@ class Run(_message.Message):
 
     @_builtins.property
     def run_deadline_at(self) -> _timestamp_pb2.Timestamp:
-        """OUTPUT_ONLY. When the run fails with RUN_TIMEOUT, whatever its status. Absent before its
-        first launch, and for engines without `max_run_time_s`.
+        """OUTPUT_ONLY. The time at which the run fails with RUN_TIMEOUT, in any status that is not
+        terminal. Absent before its first launch, and for engines without `max_run_time_s`.
         """
 
     @_builtins.property
     def reopenable_until(self) -> _timestamp_pb2.Timestamp:
-        """OUTPUT_ONLY. Until when ReopenRun can set the run back; absent when it cannot. A time
-        in the past means that it is too late.
+        """OUTPUT_ONLY. Until when ReopenRun can reopen the run; absent if it never can. A time in
+        the past means that it is too late.
         """
 
     @_builtins.property
     def resume_at(self) -> _timestamp_pb2.Timestamp:
-        """OUTPUT_ONLY. The interrupted turn is not resumed before this time: it has been resumed
-        before. Absent when there is no such pause. In the past: the run waits for a slot.
+        """OUTPUT_ONLY. The end of the pause before a turn that was interrupted again is resumed.
+        Absent when there is no pause. A time in the past: the run waits for a slot.
         """
 
     @_builtins.property
@@ -1043,8 +1045,9 @@ class RunEvent(_message.Message):
     parse it.
     """
     caller: _builtins.str
-    """OUTPUT_ONLY. The caller that caused the event, for CREATED, ANSWERED, CANCEL_REQUESTED,
-    CANCELED at once, and REOPENED; empty where no callers are configured.
+    """OUTPUT_ONLY. The caller that caused the event: CREATED, ANSWERED, CANCEL_REQUESTED,
+    REOPENED, or CANCELED if the cancel ended the run at once. Empty for other events, and
+    where no callers are configured.
     """
     @_builtins.property
     def happened_at(self) -> _timestamp_pb2.Timestamp:
@@ -1056,15 +1059,15 @@ class RunEvent(_message.Message):
 
     @_builtins.property
     def run(self) -> Global___Run:
-        """OUTPUT_ONLY. The run after this event. Only the latest event of the run has it: absent
-        when another event had followed before this one was sent.
+        """OUTPUT_ONLY. The run after this event. Absent if another event had followed before this
+        event was sent.
         """
 
     @_builtins.property
     def usage(self) -> Global___Usage:
         """OUTPUT_ONLY. What the turn that ended with this event has used. Absent when no turn ended
-        or its agent reported nothing, and for RECOVERED: Run.usage then holds what a turn had
-        reported before it was interrupted.
+        or its agent reported nothing. Also absent for RECOVERED: Run.usage then includes what the
+        interrupted turn had reported.
         """
 
     def __init__(
@@ -1092,7 +1095,7 @@ Global___RunEvent: _TypeAlias = RunEvent  # noqa: Y015
 
 @_typing.final
 class WatchBookmark(_message.Message):
-    """Sent when a stream has nothing to report, so that the caller knows it is alive."""
+    """Sent when a stream has nothing to report, so that the caller knows that the stream is alive."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -100,8 +100,9 @@ class CreateRunRequest(_message.Message):
     engine's own limit, which is the default.
     """
     max_cost_usd: _builtins.float
-    """OPTIONAL. The same for the cost that its agent reports (Run.max_cost_usd), above 0. Refused
-    for an engine that is known to report no cost.
+    """OPTIONAL. The highest cost of the run, as its agent reports (Run.max_cost_usd): above 0, and
+    at most the engine's own limit, which is the default. Refused for an engine that is known
+    to report no cost.
     """
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
@@ -117,8 +118,8 @@ class CreateRunRequest(_message.Message):
 
     @_builtins.property
     def interactive_profile(self) -> _run_pb2.InteractiveProfile:
-        """OPTIONAL. Overrides the engine's profile: kind must be the engine's own kind or unset,
-        and session_timeout at most the engine's own.
+        """OPTIONAL. How the run waits for its user. Kind must be the engine's own kind or unset;
+        session_timeout must be at most the engine's own.
         """
 
     def __init__(
@@ -585,7 +586,7 @@ class StreamOutputResponse(_message.Message):
     DATA_FIELD_NUMBER: _builtins.int
     TRUNCATED_FIELD_NUMBER: _builtins.int
     attempt: _builtins.int
-    """The attempt that wrote it."""
+    """The attempt that wrote the output."""
     offset: _builtins.int
     """Position of the first byte of data."""
     data: _builtins.bytes
@@ -652,7 +653,7 @@ class WatchRunResponse(_message.Message):
     EVENT_FIELD_NUMBER: _builtins.int
     BOOKMARK_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
-    """The sequence of this response; after_sequence of a watch that resumes after it."""
+    """The sequence of this response. A watch with this after_sequence resumes after it."""
     @_builtins.property
     def snapshot(self) -> _run_pb2.Run:
         """The run in its present state: the first response of a watch without after_sequence."""
@@ -687,7 +688,7 @@ Global___WatchRunResponse: _TypeAlias = WatchRunResponse  # noqa: Y015
 
 @_typing.final
 class ReopenRunRequest(_message.Message):
-    """A request to set a failed run back."""
+    """A request to reopen a failed run."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -701,7 +702,7 @@ class ReopenRunRequest(_message.Message):
     keep_session: _builtins.bool
     """True: by the stored handle. The caller confirms that the session is usable again."""
     session_handle: _builtins.str
-    """By another handle, of at most 4096 characters. It is never shown or logged."""
+    """By another handle, of at most 4096 characters. The handle is never shown or logged."""
     etag: _builtins.str
     """OPTIONAL. The etag of the run that the caller saw; ABORTED if the run has changed."""
     request_id: _builtins.str
@@ -727,7 +728,7 @@ Global___ReopenRunRequest: _TypeAlias = ReopenRunRequest  # noqa: Y015
 
 @_typing.final
 class ReopenRunResponse(_message.Message):
-    """The run that was set back."""
+    """The reopened run."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

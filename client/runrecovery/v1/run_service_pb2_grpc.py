@@ -136,7 +136,7 @@ class RunServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ReopenRun(self, request, context):
-        """Sets back a run that a recovery failed because its session was lost
+        """Reopens a run that a recovery failed because its session was lost
         (SESSION_RESUME_FAILED). The run's question and handle are stored for
         `reopen_window_s` (configuration). The run becomes WAITING_USER again. If a reply had
         been accepted, it becomes QUEUED and resumes with that reply.

@@ -56,7 +56,7 @@ class RunServiceStub:
     ended first. Canceling a CANCELED run returns OK.
     """
     ReopenRun: _grpc.UnaryUnaryMultiCallable[_run_service_pb2.ReopenRunRequest, _run_service_pb2.ReopenRunResponse]
-    """Sets back a run that a recovery failed because its session was lost
+    """Reopens a run that a recovery failed because its session was lost
     (SESSION_RESUME_FAILED). The run's question and handle are stored for
     `reopen_window_s` (configuration). The run becomes WAITING_USER again. If a reply had
     been accepted, it becomes QUEUED and resumes with that reply.
@@ -96,7 +96,7 @@ class RunServiceAsyncStub(RunServiceStub):
     ended first. Canceling a CANCELED run returns OK.
     """
     ReopenRun: _aio.UnaryUnaryMultiCallable[_run_service_pb2.ReopenRunRequest, _run_service_pb2.ReopenRunResponse]  # type: ignore[assignment]
-    """Sets back a run that a recovery failed because its session was lost
+    """Reopens a run that a recovery failed because its session was lost
     (SESSION_RESUME_FAILED). The run's question and handle are stored for
     `reopen_window_s` (configuration). The run becomes WAITING_USER again. If a reply had
     been accepted, it becomes QUEUED and resumes with that reply.
@@ -175,7 +175,7 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _run_service_pb2.ReopenRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_run_service_pb2.ReopenRunResponse, _abc.Awaitable[_run_service_pb2.ReopenRunResponse]]:
-        """Sets back a run that a recovery failed because its session was lost
+        """Reopens a run that a recovery failed because its session was lost
         (SESSION_RESUME_FAILED). The run's question and handle are stored for
         `reopen_window_s` (configuration). The run becomes WAITING_USER again. If a reply had
         been accepted, it becomes QUEUED and resumes with that reply.
