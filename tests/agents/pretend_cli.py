@@ -127,7 +127,7 @@ def codex(arguments: list[str], prompt: str) -> None:
     )  # fmt: skip
     if "FAIL" in prompt:
         print_event(
-            {"type": "turn.failed", "error": {"message": "unexpected status 401 Unauthorized"}}
+            {"type": "turn.failed", "error": {"message": "unexpected status 400 Bad Request"}}
         )
         sys.exit(1)
     for attempt in refused_attempts(prompt):
@@ -188,9 +188,9 @@ def gemini(arguments: list[str], prompt: str) -> None:
     print_event({"type": "message", "role": "user", "content": prompt})
     append_lines(path, {"id": "u", "type": "user", "content": [{"text": prompt}]})
     if "FAIL" in prompt:
-        error = {"type": "FatalAuthenticationError", "message": "unexpected status 401"}
+        error = {"type": "unknown", "message": "unexpected status 400"}
         print_event({"type": "result", "status": "error", "error": error})
-        sys.exit(41)
+        sys.exit(144)
     for attempt in refused_attempts(prompt):
         print(f"Attempt {attempt} failed with status 401. Retrying", file=sys.stderr, flush=True)
     if "TOOL" in prompt:
@@ -376,7 +376,7 @@ def claude(arguments: list[str], prompt: str) -> None:
     append_lines(path, {"type": "user", "message": {"role": "user", "content": prompt}, **seen})
     if "FAIL" in prompt:
         print_event({"type": "result", "subtype": "success", "is_error": True, "session_id": handle,
-             "result": "API Error: unexpected status 401"})  # fmt: skip
+             "result": "API Error: unexpected status 400"})  # fmt: skip
         sys.exit(1)
     for attempt in refused_attempts(prompt):
         print_event({"type": "system", "subtype": "api_retry", "attempt": attempt,

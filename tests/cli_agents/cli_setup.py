@@ -54,7 +54,13 @@ class RealCliSetup(AgentCliSetup):
         agent_home, service = folder / "agent-home", folder / "service"
         self.settings = cli.prepare(agent_home, endpoint.url)
         service.mkdir()
-        env = {**cli.environment(endpoint.url), "HOME": str(folder)}
+        temporary = folder / "tmp"  # Gemini CLI leaves a report of each error there
+        temporary.mkdir()
+        env = {
+            **cli.environment(endpoint.url),
+            "HOME": str(folder),
+            "TMPDIR": str(temporary),
+        }
         command = (str(cli.program), *cli.options, *(cli.unattended if unattended else ()))
         super().__init__(cli.preset, command, agent_home, partial(Home, service, env=env), **keys)
 

@@ -37,6 +37,7 @@ REFUSAL: Final = "the model is not for you"
 QUESTION: Final = "Which port?"
 OPTIONS: Final = ["Ostend", "Hull"]
 HANG_S: Final = 120.0
+NO_HEADERS: Final[Mapping[str, str]] = {}
 BEAT_S: Final = 0.2
 
 
@@ -51,6 +52,8 @@ class Reply:
         more: further commands in the same message, of Anthropic's model only.
         refusal: the message of an error, instead of an answer.
         status: the HTTP status of the refusal.
+        retry_after_s: the refusal's header of that name; None: it has none.
+        is_cut: the endpoint sends only the first half, and closes the connection.
     """
 
     text: str = ""
@@ -59,6 +62,8 @@ class Reply:
     more: tuple[str, ...] = ()
     refusal: str | None = None
     status: int = 400
+    retry_after_s: int | None = None
+    is_cut: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,11 +145,13 @@ class Vendor:
         conversation: the key of the conversation in a request.
         events: builds the events of an answer.
         violations: returns how a conversation breaks the vendor's rules.
+        whole: builds an answer that is no stream, for a CLI that asks for such.
     """
 
     conversation: str
     events: Callable[[Reply], list[str]]
     violations: Callable[[Sequence[Json]], list[str]]
+    whole: Callable[[Reply], Json] | None = None
 
 
 class ModelEndpoint:
@@ -215,11 +222,12 @@ class _Handler(BaseHTTPRequestHandler):
         for ending, vendor in VENDORS.items():
             if path.endswith(ending):
                 reply = self.endpoint.answer(path, body, vendor)
-                if reply.refusal is None:
-                    self._stream(vendor.events(reply), hangs=reply.hangs)
+                if reply.refusal is not None:
+                    self._refuse(reply)
+                elif vendor.whole is not None and not body.get("stream"):
+                    self._json(vendor.whole(reply))
                 else:
-                    error = {"message": reply.refusal, "code": reply.status}
-                    self._json({"error": error}, status=reply.status)
+                    self._stream(vendor.events(reply), reply)
                 return
         self.endpoint.unknown.append(f"POST {path}")
         self._json({}, status=404)
@@ -242,26 +250,39 @@ class _Handler(BaseHTTPRequestHandler):
         body: Json = json.loads(data)
         return body
 
-    def _json(self, value: object, *, status: int = 200) -> None:
+    def _refuse(self, reply: Reply) -> None:
+        error = {"message": reply.refusal, "code": reply.status}
+        after = {} if reply.retry_after_s is None else {"retry-after": str(reply.retry_after_s)}
+        self._json({"error": error}, status=reply.status, headers=after)
+
+    def _json(
+        self, value: object, *, status: int = 200, headers: Mapping[str, str] = NO_HEADERS
+    ) -> None:
         data = json.dumps(value).encode()
         self.send_response(status)
+        for name, value_of_header in headers.items():
+            self.send_header(name, value_of_header)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(data)))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data)
 
-    def _stream(self, events: list[str], *, hangs: bool) -> None:
-        """Send server-sent events. If `hangs`, send the first half of them, then only comments."""
+    def _stream(self, events: list[str], reply: Reply) -> None:
+        """Send server-sent events, or the first half of them if the reply hangs or is cut."""
+        is_half = reply.hangs or reply.is_cut
         self.send_response(200)
         self.send_header("content-type", "text/event-stream")
         self.send_header("transfer-encoding", "chunked")
         self.end_headers()
         try:
-            for event in events[: len(events) // 2] if hangs else events:
+            for event in events[: len(events) // 2] if is_half else events:
                 self._chunk(event)
+            if reply.is_cut:
+                self.close_connection = True
+                return
             ends = time.monotonic() + HANG_S
-            while hangs and time.monotonic() < ends and not self.endpoint.ending.wait(BEAT_S):
+            while reply.hangs and time.monotonic() < ends and not self.endpoint.ending.wait(BEAT_S):
                 self._chunk(": still there\n\n")
             self.wfile.write(b"0\r\n\r\n")
         except OSError:  # the CLI was killed
@@ -349,16 +370,7 @@ def gemini(reply: Reply) -> list[str]:
 
 def anthropic(reply: Reply) -> list[str]:
     """Return the events of an answer of Anthropic's Messages API."""
-    message: Json = {
-        "id": _new_id("msg"),
-        "type": "message",
-        "role": "assistant",
-        "model": "model",
-        "content": [],
-        "stop_reason": None,
-        "stop_sequence": None,
-        "usage": {"input_tokens": 6, "cache_read_input_tokens": 4, "output_tokens": 1},
-    }
+    message = _anthropic_message([], None, output_tokens=1)
     commands = [] if reply.command is None else [reply.command, *reply.more]
     blocks = [_anthropic_call(command) for command in commands] or [_anthropic_text(reply.text)]
     reason = "tool_use" if commands else "end_turn"
@@ -373,6 +385,25 @@ def anthropic(reply: Reply) -> list[str]:
         _event({"type": "message_delta", "delta": ended, "usage": {"output_tokens": 5}}),
         _event({"type": "message_stop"}),
     ]
+
+
+def anthropic_whole(reply: Reply) -> Json:
+    """Return an answer of Anthropic's Messages API that is a text."""
+    return _anthropic_message([{"type": "text", "text": reply.text}], "end_turn", output_tokens=5)
+
+
+def _anthropic_message(content: list[Json], reason: str | None, *, output_tokens: int) -> Json:
+    used = {"input_tokens": 6, "cache_read_input_tokens": 4, "output_tokens": output_tokens}
+    return {
+        "id": _new_id("msg"),
+        "type": "message",
+        "role": "assistant",
+        "model": "model",
+        "content": content,
+        "stop_reason": reason,
+        "stop_sequence": None,
+        "usage": used,
+    }
 
 
 def _anthropic_text(text: str) -> list[Json]:
@@ -397,6 +428,6 @@ def _anthropic_block(block: Json, deltas: list[Json]) -> list[Json]:
 VENDORS: Final[Mapping[str, Vendor]] = {
     "/responses": Vendor("input", openai, openai_violations),
     ":streamGenerateContent": Vendor("contents", gemini, gemini_violations),
-    "/messages": Vendor("messages", anthropic, anthropic_violations),
+    "/messages": Vendor("messages", anthropic, anthropic_violations, anthropic_whole),
 }
 """The vendor of a request, by the end of its path."""

@@ -423,7 +423,7 @@ def test_the_clis_error_message_is_the_error_of_the_run(
     failed = api.until_ended("r")
 
     assert failed.error.code == "ENGINE_FAILED"
-    assert "unexpected status 401" in failed.error.message
+    assert "unexpected status 400" in failed.error.message
     assert setup.user_settings_are_unchanged()
 
 

@@ -49,7 +49,7 @@ def test_a_lost_session_has_its_own_error_code_and_its_message_hides_the_handle(
 @pytest.mark.parametrize(
     ("dialect", "event", "message"),
     [
-        (CODEX, {"type": "turn.failed", "error": {"message": "401 Unauthorized"}}, "401"),
+        (CODEX, {"type": "turn.failed", "error": {"message": "400 Bad Request"}}, "400"),
         (CODEX, {"type": "turn.failed"}, "noise on stderr"),
         (GEMINI, {"type": "result", "status": "error", "error": {"message": "quota"}}, "quota"),
         (GEMINI, {"type": "result", "status": "error"}, "noise on stderr"),
@@ -345,6 +345,35 @@ def test_a_cli_that_gives_up_after_refusals_was_refused() -> None:
     )
 
     error = listener.failure(1, "")
+
+    assert error is not None
+    assert error.code == ErrorCode.ENGINE_UNAUTHENTICATED
+
+
+@pytest.mark.parametrize(
+    ("dialect", "exit_code", "event"),
+    [
+        (CODEX, 1, {"type": "turn.failed", "error": {"message": "status 403 Forbidden: no"}}),
+        (GEMINI, 145, {"type": "result", "status": "error", "error": {"message": "no"}}),
+        (GEMINI, 147, {"type": "result", "status": "error", "error": {"message": "no"}}),
+        (
+            CLAUDE,
+            1,
+            {
+                "type": "result",
+                "is_error": True,
+                "result": "Failed to authenticate. API Error: 403 no",
+            },
+        ),
+    ],
+)
+def test_a_cli_that_gives_up_at_the_first_refusal_was_refused(
+    dialect: CliDialect, exit_code: int, event: JsonObject
+) -> None:
+    listener = CliListener(dialect, ID, resumed=False)
+    messages_of(listener, [event])
+
+    error = listener.failure(exit_code, "")
 
     assert error is not None
     assert error.code == ErrorCode.ENGINE_UNAUTHENTICATED

@@ -25,6 +25,7 @@ from runrecovery_service.engines.permissions import Permissions
 
 _OUTPUT: Final = ("--print", "--verbose", "--output-format", "stream-json")
 _SESSION_LOST: Final = "No conversation found with session ID"
+_REFUSED: Final = "Failed to authenticate. API Error: "
 _CALL_LOST: Final = "Error: No deferred tool marker found"
 
 
@@ -128,6 +129,11 @@ def says_lost(_: int | None, text: str) -> bool:
     return text.startswith((_SESSION_LOST, _CALL_LOST))
 
 
+def says_refused(_: int | None, text: str) -> bool:
+    """Return True for refused credentials, which Claude Code reports at the beginning too."""
+    return text.startswith(_REFUSED)
+
+
 CLAUDE: Final = CliDialect(
     session_type="claude",
     first=lambda handle: (*_OUTPUT, "--session-id", handle or ""),
@@ -136,6 +142,7 @@ CLAUDE: Final = CliDialect(
     read_usage=cli_usage.claude,
     reports_cost=True,
     says_lost=says_lost,
+    says_refused=says_refused,
     chooses_handle=True,
     permissions=Permissions(),
 )

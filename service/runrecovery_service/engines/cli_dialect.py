@@ -25,9 +25,9 @@ from runrecovery_service.engines.cli_events import (
     BackgroundTasks,
     CallReported,
     CliEvent,
-    IsSessionLost,
     OtherActivity,
     ReadEvent,
+    ReadsFailure,
     ReadUsage,
     RetryReported,
     SessionNamed,
@@ -92,6 +92,7 @@ class CliDialect:
         read_usage: returns what an event reports as used.
         says_lost: returns whether the failure of a resumed turn means a lost session.
         retry_on_stderr: finds reports of retries on standard error; its group is the HTTP status.
+        says_refused: returns whether a failure means refused credentials.
             None: the events have them.
         chooses_handle: the service chooses the handle, a UUID.
         when_trusted: further arguments if the operator lets the CLI trust the workspace.
@@ -105,7 +106,8 @@ class CliDialect:
     resume: Callable[[str], tuple[str, ...]]
     read: ReadEvent
     read_usage: ReadUsage
-    says_lost: IsSessionLost
+    says_lost: ReadsFailure
+    says_refused: ReadsFailure
     chooses_handle: bool = False
     when_trusted: tuple[str, ...] = ()
     trusted: bool = False
@@ -293,9 +295,10 @@ class CliListener:
             return None  # the general message for a bad exit code is just as good
         code = "" if exit_code is None else f" (exit code {exit_code})"
         reason = self._shown(text) or "it gave no reason"
-        refused = ErrorCode.ENGINE_UNAUTHENTICATED if self._is_refused else ErrorCode.ENGINE_FAILED
+        refused = self._is_refused or self._cli.says_refused(exit_code, text)
+        failed = ErrorCode.ENGINE_UNAUTHENTICATED if refused else ErrorCode.ENGINE_FAILED
         return RunError(
-            code=ErrorCode.SESSION_RESUME_FAILED if lost else refused,
+            code=ErrorCode.SESSION_RESUME_FAILED if lost else failed,
             message=f"The agent failed{code}: {reason}",
         )
 

@@ -135,8 +135,8 @@ CliEvent: TypeAlias = (
 )
 ReadEvent: TypeAlias = Callable[[JsonObject], Iterable[CliEvent]]
 """Yields what one output line of a CLI means. It must not raise, whatever the line contains."""
-IsSessionLost: TypeAlias = Callable[[int | None, str], bool]
-"""Returns from a resumed turn's exit code and error text whether the session is lost."""
+ReadsFailure: TypeAlias = Callable[[int | None, str], bool]
+"""Returns from exit code and error text of a failed turn whether it failed for a certain reason."""
 ReadUsage: TypeAlias = Callable[[JsonObject], UsageReported | CallReported | None]
 """Returns what an output line reports as used; None: nothing, or impossible numbers. It must not
 raise either."""

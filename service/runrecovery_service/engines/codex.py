@@ -53,6 +53,11 @@ def says_lost(_: int | None, text: str) -> bool:
     return _SESSION_LOST in text
 
 
+def says_refused(_: int | None, text: str) -> bool:
+    """Return True for refused credentials."""
+    return _REFUSED.search(text) is not None
+
+
 CODEX: Final = CliDialect(
     session_type="codex",
     first=lambda _: ("exec", "--json", "-"),
@@ -62,4 +67,5 @@ CODEX: Final = CliDialect(
     read=read,
     read_usage=cli_usage.codex,
     says_lost=says_lost,
+    says_refused=says_refused,
 )

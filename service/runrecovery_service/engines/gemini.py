@@ -10,6 +10,7 @@ from runrecovery_service.domain.run import JsonObject
 from runrecovery_service.engines import cli_usage
 from runrecovery_service.engines.cli_dialect import CliDialect
 from runrecovery_service.engines.cli_events import (
+    REFUSED,
     CliEvent,
     OtherActivity,
     SessionNamed,
@@ -21,6 +22,7 @@ from runrecovery_service.engines.cli_events import (
 
 _OUTPUT: Final = ("--output-format", "stream-json")
 _BAD_INPUT: Final = 42
+_REFUSED: Final = frozenset(status & 0xFF for status in REFUSED)
 _SESSION_LOST: Final = "Error resuming session"
 _STOPPED_BY_HOOK: Final = "A hook stopped the agent in the middle of its turn."
 _STOPPED: Final = ("Loop detected", "Agent execution")
@@ -60,6 +62,11 @@ def says_lost(exit_code: int | None, text: str) -> bool:
     return exit_code == _BAD_INPUT and _SESSION_LOST in text
 
 
+def says_refused(exit_code: int | None, _: str) -> bool:
+    """Return True for refused credentials, by the low eight bits of the HTTP status."""
+    return exit_code in _REFUSED
+
+
 GEMINI: Final = CliDialect(
     session_type="gemini",
     first=lambda _: _OUTPUT,
@@ -67,5 +74,6 @@ GEMINI: Final = CliDialect(
     read=read,
     read_usage=cli_usage.gemini,
     says_lost=says_lost,
+    says_refused=says_refused,
     retry_on_stderr=_RETRY,
 )
