@@ -331,7 +331,7 @@ def test_an_output_that_is_too_long_is_not_read(
     attempt.keep(RESULT)
     attempt.close_output()
     attempt.exit()
-    monkeypatch.setattr(found_ends, "REREAD_BYTES", attempt.size - 1)
+    most = {"REREAD_BYTES": attempt.size, "REREAD_LINES": 2}[bound]
 
     assert attempt.find() is None
 
@@ -399,6 +399,7 @@ async def test_nothing_is_found_if_a_part_of_the_output_could_not_be_kept(
 
     def failing(self: OutputFiles, *args: Any) -> int | None:
         appended.append(1)
+@pytest.mark.parametrize("bound", ["REREAD_BYTES", "REREAD_LINES"])
         if len(appended) == lost + 1:
             raise OSError(errno.ENOSPC, "the disk is full for a moment")
         return append(self, *args)

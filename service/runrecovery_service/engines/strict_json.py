@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable
 from itertools import count
 from typing import Final, NoReturn
 
@@ -73,6 +74,7 @@ def _unique(pairs: list[tuple[str, JsonValue]]) -> JsonObject:
 
 _DECODER: Final = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_unique)
 _BLANKS: Final = " \t\r\n"
+_HALF_OF_PAIR: Final = re.compile("[\ud800-\udfff]")
 
 
 def _too_deep() -> ProtocolError:
@@ -80,33 +82,37 @@ def _too_deep() -> ProtocolError:
 
 
 def _check(root: JsonObject) -> None:
-    """Raise ProtocolError for a value that cannot be stored. Iterative: input may be deep."""
-    level: list[JsonValue] = [root]
+    """Raise ProtocolError for a value that cannot be stored. Iterative: input may be deep.
+
+    Every line of every agent comes here, so it avoids what is slow: generators, unions of types.
+    """
+    level: list[JsonObject | list[JsonValue]] = [root]
     for depth in count(1):
-        inside = [value for value in level if isinstance(value, dict | list)]
-        for value in level:
-            if not isinstance(value, dict | list):
-                _check_leaf(value)
-        if not inside:
+        below: list[JsonObject | list[JsonValue]] = []
+        for container in level:
+            for value in _parts(container):
+                if type(value) is dict or type(value) is list:
+                    below.append(value)
+                else:
+                    _check_leaf(value)
+        if not below:
             return
-        if depth > MAX_DEPTH:
+        if depth == MAX_DEPTH:
             raise _too_deep()
-        level = [part for value in inside for part in _parts(value)]
+        level = below
 
 
-def _parts(value: JsonObject | list[JsonValue]) -> Iterator[JsonValue]:
-    yield from value
-    if isinstance(value, dict):
-        yield from value.values()
+def _parts(container: JsonObject | list[JsonValue]) -> Iterable[JsonValue]:
+    return [*container, *container.values()] if isinstance(container, dict) else container
 
 
-def _check_leaf(value: float | str | None) -> None:
+def _check_leaf(value: JsonValue) -> None:
     if isinstance(value, str):
         if "\0" in value:
             raise ProtocolError("a text holds a NUL character")
-        if any("\ud800" <= char <= "\udfff" for char in value):
+        if not value.isascii() and _HALF_OF_PAIR.search(value):
             raise ProtocolError("a text holds half of a surrogate pair")
-    elif value is not None and not _fits_double(value):
+    elif isinstance(value, int | float) and not _fits_double(value):
         raise ProtocolError("a number is out of range")
 
 

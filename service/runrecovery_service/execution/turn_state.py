@@ -326,7 +326,7 @@ def _last_word(state: TurnState, said: Asked | Succeeded, rules: TurnRules) -> S
 def _usage(state: TurnState, message: UsageMessage, now_s: float) -> Step:
     used = message.used
     if state.used is not None:  # counters never fall
-        used = replace(used, turn=used.turn.at_least(state.used.turn))
+        used = TurnUsage(turn=used.turn.at_least(state.used.turn), session=used.session)
     state = replace(state, used=used, is_usage_new=True, is_answering=message.is_answering)
     return (state, None) if now_s < state.usage_due_s else _record_usage(state, now_s)
 
