@@ -21,6 +21,7 @@ from runrecovery_service.domain.run import (
     Run,
     RunStatus,
     Session,
+    ToolCall,
 )
 from runrecovery_service.domain.turn import Asked, Succeeded
 from runrecovery_service.engines.catalog import Catalog, Engine
@@ -29,6 +30,7 @@ from runrecovery_service.engines.codex import CODEX
 from runrecovery_service.engines.dialect import Dialect
 from runrecovery_service.engines.gemini import GEMINI
 from runrecovery_service.engines.jsonl import JSON_LINES
+from runrecovery_service.engines.permissions import Permissions
 from runrecovery_service.execution import found_ends
 from runrecovery_service.execution.found_ends import EndFinder
 from runrecovery_service.process.shim_journal import record_kept
@@ -237,6 +239,53 @@ def test_a_question_that_need_not_be_answered_has_its_wait(
     assert attempt.find(**changes) == FoundEnd(end=ASKED, wait_s=wait_s)
 
 
+BASH: Final[JsonObject] = {"command": "make ship"}
+ASKING: Final = replace(CLAUDE, permissions=Permissions(patterns=("Bash",)))
+"""Claude Code that asks before it calls Bash."""
+
+
+def deferral(call: str, tool: str = "Bash", given: JsonObject = BASH) -> list[JsonObject]:
+    held: JsonObject = {"id": call, "name": tool, "input": given}
+    return [
+        {"type": "system", "subtype": "init", "session_id": HIDDEN},
+        {"type": "assistant", "message": {"content": [{"type": "tool_use", **held}]}},
+        {"type": "result", "stop_reason": "tool_deferred", "deferred_tool_use": held},
+    ]
+
+
+def defer_before(attempt: Attempt, *, turn: int, call: str) -> None:
+    """Leave the file with which the hook of a turn notes the call that it has deferred."""
+    folder = attempt.workspaces.permissions(1, 1)
+    folder.mkdir(exist_ok=True)
+    (folder / f"{turn}.asked").write_text(call)
+
+
+def test_a_question_for_permission_is_found_with_its_call(attempt: Attempt) -> None:
+    defer_before(attempt, turn=1, call="c1")
+
+    end = found(attempt, deferral("c1"), ASKING)
+
+    assert isinstance(end, Asked)
+    assert end.question.kind is InteractionKind.RISK_ACK
+    assert end.question.tool_call == ToolCall(
+        id="c1",
+        tool="Bash",
+        input=BASH,
+        workspace=str(attempt.workspaces.workspace(1, 1)),
+        pattern="Bash",
+        is_last=True,
+    )
+
+
+def test_a_result_after_a_call_that_was_deferred_in_an_earlier_turn_is_found(
+    attempt: Attempt,
+) -> None:
+    attempt.journal = attempt.workspaces.shim_journal(1, 1, 2)
+    defer_before(attempt, turn=1, call="c1")
+
+    assert found(attempt, [*deferral("c1"), *claude(DONE)], ASKING, turn=2) == SUCCEEDED
+
+
 # -- what does not -------------------------------------------------------------------------------
 
 
@@ -258,6 +307,31 @@ def test_an_output_that_a_living_process_would_fail_with_has_no_end(
     attempt: Attempt, dialect: Dialect, events: list[JsonObject | str]
 ) -> None:
     assert found(attempt, events, dialect) is None
+
+
+@pytest.mark.parametrize(
+    ("dialect", "events"),
+    [
+        (CLAUDE, deferral("c1")),
+        (ASKING, deferral("c1", "Read")),
+        (ASKING, deferral("c1", given={"command": f"cat {HIDDEN}"})),
+    ],
+    ids=["does not ask", "asks for another tool", "shows the session"],
+)
+def test_a_deferred_call_that_is_no_question_of_ours_has_no_end(
+    attempt: Attempt, dialect: Dialect, events: list[JsonObject | str]
+) -> None:
+    assert found(attempt, events, dialect) is None
+
+
+@pytest.mark.parametrize("turn", [1, 2])
+def test_a_call_is_asked_for_once(attempt: Attempt, turn: int) -> None:
+    attempt.journal = attempt.workspaces.shim_journal(1, 1, turn)
+    defer_before(attempt, turn=1, call="c1")
+
+    end = found(attempt, deferral("c1"), ASKING, turn=turn)
+
+    assert isinstance(end, Asked) is (turn == 1)
 
 
 def test_a_turn_that_resumed_another_session_has_failed(attempt: Attempt) -> None:
@@ -325,14 +399,18 @@ def test_an_output_that_was_cut_has_no_end(attempt: Attempt) -> None:
     assert attempt.find() is None
 
 
+@pytest.mark.parametrize("bound", ["REREAD_BYTES", "REREAD_LINES"])
 def test_an_output_that_is_too_long_is_not_read(
-    attempt: Attempt, monkeypatch: pytest.MonkeyPatch
+    attempt: Attempt, monkeypatch: pytest.MonkeyPatch, bound: str
 ) -> None:
-    attempt.keep(RESULT)
+    attempt.keep(SESSION, RESULT)
     attempt.close_output()
     attempt.exit()
     most = {"REREAD_BYTES": attempt.size, "REREAD_LINES": 2}[bound]
 
+    monkeypatch.setattr(found_ends, bound, most)
+    assert attempt.find() == FoundEnd(end=SUCCEEDED)
+    monkeypatch.setattr(found_ends, bound, most - 1)
     assert attempt.find() is None
 
 
@@ -399,7 +477,6 @@ async def test_nothing_is_found_if_a_part_of_the_output_could_not_be_kept(
 
     def failing(self: OutputFiles, *args: Any) -> int | None:
         appended.append(1)
-@pytest.mark.parametrize("bound", ["REREAD_BYTES", "REREAD_LINES"])
         if len(appended) == lost + 1:
             raise OSError(errno.ENOSPC, "the disk is full for a moment")
         return append(self, *args)

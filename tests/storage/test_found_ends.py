@@ -18,6 +18,7 @@ from runrecovery_service.domain.run import (
     Run,
     RunStatus,
     Session,
+    ToolCall,
 )
 from runrecovery_service.domain.turn import Asked, Succeeded
 from runrecovery_service.domain.usage import SessionUsage, TurnUsage, Usage
@@ -88,6 +89,18 @@ def test_a_run_whose_question_is_found_waits_for_its_user(
     assert run.recovery is not None
     assert run.recovery.recovery_reason == "question_found_in_output"
     assert store.column(run, "wait_due_us") is None
+
+
+def test_a_question_for_permission_that_is_found_has_its_call(store: ServiceStore) -> None:
+    call = ToolCall(
+        id="c1", tool="Bash", input={"command": "ä"}, workspace="/w", pattern="Bash", is_last=False
+    )
+    asked = FoundEnd(end=Asked(replace(QUESTION, tool_call=call)))
+
+    run = recovered(store, in_turn(store), asked)
+
+    assert run.pending is not None
+    assert run.pending.tool_call == call
 
 
 def test_the_reply_to_a_found_question_resumes_the_session(store: ServiceStore) -> None:

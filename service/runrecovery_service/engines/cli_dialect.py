@@ -43,6 +43,7 @@ from runrecovery_service.engines.dialect import (
     AskMessage,
     HandleUnusable,
     Heard,
+    KeptTurn,
     Message,
     Opening,
     ProtocolError,
@@ -91,8 +92,8 @@ class CliDialect:
         read: yields the meaning of one event.
         read_usage: returns what an event reports as used.
         says_lost: returns whether the failure of a resumed turn means a lost session.
-        retry_on_stderr: finds reports of retries on standard error; its group is the HTTP status.
         says_refused: returns whether a failure means refused credentials.
+        retry_on_stderr: finds reports of retries on standard error; its group is the HTTP status.
             None: the events have them.
         chooses_handle: the service chooses the handle, a UUID.
         when_trusted: further arguments if the operator lets the CLI trust the workspace.
@@ -163,21 +164,29 @@ class CliDialect:
             least_version=LEAST_VERSION,
         )
 
-    def _calls(self, run: RunContext, *, has_prompt: bool = True) -> DeferredCalls | None:
+    def _calls(
+        self, run: RunContext | KeptTurn, *, has_prompt: bool = True
+    ) -> DeferredCalls | None:
         if self.permissions is None:
             return None
-        return DeferredCalls(permissions=self.permissions, run=run, has_prompt=has_prompt)
+        return DeferredCalls(
+            permissions=self.permissions,
+            workspace=run.workspace,
+            deferred=run.deferred,
+            has_prompt=has_prompt,
+        )
 
-    def reread(
-        self, handle: str | None, *, resumed: bool, used_before: SessionUsage | None
-    ) -> KeptListener:
-        """Return a listener that puts the handle back where the kept output hides it.
-
-        It knows no deferred tool call: a turn that ended with one is left to the restart policy.
-        """
-        if handle is not None and not _HANDLE.fullmatch(handle):
+    def reread(self, turn: KeptTurn) -> KeptListener:
+        """Return a listener that puts the handle back where the kept output hides it."""
+        if turn.handle is not None and not _HANDLE.fullmatch(turn.handle):
             raise HandleUnusable
-        return KeptListener(self, handle, resumed=resumed, used_before=used_before)
+        return KeptListener(
+            self,
+            turn.handle,
+            resumed=turn.is_resumed,
+            used_before=turn.used_before,
+            calls=self._calls(turn),
+        )
 
     def reply(self, reply: Interaction) -> bytes:
         """Raise ProtocolError: a CLI exits after its question, so no process can get a reply."""

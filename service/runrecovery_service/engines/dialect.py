@@ -131,6 +131,24 @@ class Resumed:
     usage: SessionUsage | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptTurn:
+    """A turn whose process has ended, and whose kept output is parsed again.
+
+    Attributes:
+        handle: the recorded session's handle, a secret; None: no session is recorded.
+        is_resumed: the process resumed this session.
+        used_before: what processes of the session had reported as used.
+        workspace, deferred: as in `RunContext`.
+    """
+
+    handle: str | None = field(default=None, repr=False)
+    is_resumed: bool = False
+    used_before: SessionUsage | None = None
+    workspace: str = ""
+    deferred: frozenset[str] = frozenset()
+
+
 @dataclass(frozen=True, slots=True)
 class Heard:
     """The meaning of a line.
@@ -244,15 +262,8 @@ class Dialect(Protocol):
         """
         ...
 
-    def reread(
-        self, handle: str | None, *, resumed: bool, used_before: SessionUsage | None
-    ) -> Listener:
+    def reread(self, turn: KeptTurn) -> Listener:
         """Return a listener for the kept output of a process, in which the handle is hidden.
-
-        Args:
-            handle: the recorded session's handle; None: no session is recorded.
-            resumed: the process resumed this session.
-            used_before: what processes of the session have reported as used.
 
         Raises:
             HandleUnusable: this engine cannot have named the session's handle.

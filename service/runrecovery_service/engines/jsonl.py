@@ -14,11 +14,12 @@ from runrecovery_service.domain.run import (
     Question,
     RunError,
 )
-from runrecovery_service.domain.usage import InvalidUsage, SessionUsage, TurnUsage, usage_of
+from runrecovery_service.domain.usage import InvalidUsage, TurnUsage, usage_of
 from runrecovery_service.engines import prompts, questions
 from runrecovery_service.engines.dialect import (
     AskMessage,
     Heard,
+    KeptTurn,
     Message,
     Opening,
     ProgressMessage,
@@ -206,9 +207,7 @@ class JsonLines:
             return Opening(input=start_message(run), listener=self)
         return Opening(input=resume_message(run, resumed), listener=self)
 
-    def reread(
-        self, handle: str | None, *, resumed: bool, used_before: SessionUsage | None
-    ) -> JsonLines:
+    def reread(self, turn: KeptTurn) -> JsonLines:
         """Return the listener of every process: only `session` lines are hidden."""
         return self
 

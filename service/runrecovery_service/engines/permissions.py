@@ -96,17 +96,20 @@ class DeferredCalls:
     """Asks about the calls that the hook of one process has deferred.
 
     Attributes:
+        workspace, deferred: as in `RunContext`.
         has_prompt: the process gets a prompt. When it resumes, it first returns to a call that is
-            still deferred, and the hook defers that again.
+            still deferred, and the hook defers that again. If the process has ended, True is right
+            in any case: without a prompt, a call that is deferred again is no question either.
     """
 
     permissions: Permissions
-    run: RunContext
+    workspace: str
+    deferred: frozenset[str]
     has_prompt: bool
 
     def is_repeated(self, event: TurnDeferred) -> bool:
         """Return whether the call is of an earlier turn, so that the prompt is read next."""
-        return self.has_prompt and event.call_id in self.run.deferred
+        return self.has_prompt and event.call_id in self.deferred
 
     def question(self, event: TurnDeferred, *, session: str, is_last: bool) -> Question | None:
         """Return the question; None if another hook has deferred the call.
@@ -115,7 +118,7 @@ class DeferredCalls:
             session: the session's handle, a secret.
             is_last: no other call followed the call in its message.
         """
-        if event.call_id in self.run.deferred or not can_be_shown(event.input, session):
+        if event.call_id in self.deferred or not can_be_shown(event.input, session):
             return None
         if not is_storable(event.call_id + event.tool):
             return None
@@ -126,7 +129,7 @@ class DeferredCalls:
             id=event.call_id,
             tool=event.tool,
             input=event.input,
-            workspace=self.run.workspace,
+            workspace=self.workspace,
             pattern=pattern,
             is_last=is_last,
         )

@@ -19,7 +19,14 @@ from runrecovery_service.domain.found_end import FoundEnd
 from runrecovery_service.domain.turn import Asked, ProcessEnd, Succeeded, is_repeated, judge
 from runrecovery_service.domain.usage import TurnUsage
 from runrecovery_service.engines.catalog import Catalog
-from runrecovery_service.engines.dialect import Dialect, HandleUnusable, Listener, ProtocolError
+from runrecovery_service.engines.dialect import (
+    Dialect,
+    HandleUnusable,
+    KeptTurn,
+    Listener,
+    ProtocolError,
+)
+from runrecovery_service.engines.permissions import deferred_calls
 from runrecovery_service.execution.turn_state import (
     CompareEnds,
     LineRead,
@@ -81,11 +88,22 @@ class EndFinder:
         kept = self.output.read(turn.run_key, turn.attempt, OutputChannel.STDOUT, ended.begin, size)
         if len(kept.data) != size or kept.data.count(b"\n") > REREAD_LINES:
             raise NothingFound
-        return end_of_output(kept.data, self.catalog.get(turn.engine).dialect, turn)
+        dialect = self.catalog.get(turn.engine).dialect
+        return end_of_output(kept.data, dialect, turn, self._kept(turn))
+
+    def _kept(self, turn: OpenTurn) -> KeptTurn:
+        session, place = turn.session, (turn.run_key, turn.attempt)
+        return KeptTurn(
+            handle=None if session is None else session.handle,
+            is_resumed=session is not None and session.turn < turn.turn,
+            used_before=turn.session_usage,
+            workspace=str(self.workspaces.workspace(*place)),
+            deferred=deferred_calls(self.workspaces.permissions(*place), turn.turn),
+        )
 
 
 def end_of_output(
-    output: bytes, dialect: Dialect, turn: OpenTurn
+    output: bytes, dialect: Dialect, turn: OpenTurn, kept: KeptTurn
 ) -> tuple[Asked | Succeeded, TurnUsage | None]:
     """Return the result or question with which the whole output of a process ends, and its usage.
 
@@ -96,9 +114,7 @@ def end_of_output(
     session = turn.session
     if session is not None and session.type != dialect.session_type:
         raise HandleUnusable
-    is_resumed = session is not None and session.turn < turn.turn
-    handle = None if session is None else session.handle
-    listener = dialect.reread(handle, resumed=is_resumed, used_before=turn.session_usage)
+    listener = dialect.reread(kept)
     rules = TurnRules(
         profile=turn.profile,
         resumes=session is not None,
@@ -113,7 +129,7 @@ def end_of_output(
     if state.is_at_work or not isinstance(end, Asked | Succeeded):
         raise NothingFound
     # The session that the process named last must be the one on record.
-    if isinstance(end, Asked) and sessions_named > (session is not None and not is_resumed):
+    if isinstance(end, Asked) and sessions_named > (session is not None and not kept.is_resumed):
         raise NothingFound
     return end, state.used
 

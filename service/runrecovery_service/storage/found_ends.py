@@ -21,6 +21,7 @@ from runrecovery_service.storage.rows import (
     session_usage_from_json,
     to_json,
     to_us,
+    tool_call_to_json,
     usage_from_json,
 )
 from runrecovery_service.storage.tables import live, sql_words
@@ -141,7 +142,8 @@ def _ask(
     )
     db.execute(
         "INSERT INTO interaction (run, no, kind, prompt, options, state, asked_at,"
-        f" wait_deadline_at) VALUES (?, ?, ?, ?, ?, '{InteractionState.OPEN}', ?, ?)",
+        " wait_deadline_at, tool_call)"
+        f" VALUES (?, ?, ?, ?, ?, '{InteractionState.OPEN}', ?, ?, ?)",
         (
             run_key,
             number,
@@ -150,5 +152,6 @@ def _ask(
             options_to_json(question.options),
             now_us,
             None if wait_us is None else now_us + wait_us,
+            tool_call_to_json(question.tool_call),
         ),
     )
