@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 
 import structlog
 
-from runrecovery_service import early_signals
+from runrecovery_service import early_signals, logs
 from runrecovery_service.agents.blocking_store import LoopStore
 from runrecovery_service.agents.end_launches import LaunchEnder
 from runrecovery_service.agents.output import OutputFiles
@@ -22,8 +24,10 @@ from runrecovery_service.clock import Clock
 from runrecovery_service.config.settings import Settings
 from runrecovery_service.daemon_threads import new_event_loop
 from runrecovery_service.domain.reconciliation import Cause, Containment
+from runrecovery_service.domain.session_check import SessionCheck
 from runrecovery_service.domain.start_errors import ContainmentRefused
 from runrecovery_service.engine_setup import build_catalog
+from runrecovery_service.engines.catalog import Catalog
 from runrecovery_service.entrance import Entrance
 from runrecovery_service.execution.deadlines import Deadlines
 from runrecovery_service.execution.dispatcher import Dispatcher
@@ -63,6 +67,7 @@ from runrecovery_service.recovery.bulk_session_check import BulkSessionCheck
 from runrecovery_service.recovery.plan import Planner
 from runrecovery_service.recovery.reconcile import Recovery, RecoveryLimits
 from runrecovery_service.recovery.status import RecoveryStatus
+from runrecovery_service.reload import ReloadablePart, Reloader
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.listen_address import parse_listen_address
 from runrecovery_service.rpc.recovery_service import RecoveryDeps
@@ -84,8 +89,11 @@ from runrecovery_service.systemd import SystemdNotifier
 log = structlog.get_logger()
 
 
-def serve(settings: Settings) -> None:
+def serve(settings: Settings, load: Callable[[], Settings]) -> None:
     """Run the service until a signal or an error stops it.
+
+    Args:
+        load: reads the settings again, for a reload.
 
     Raises:
         StartRefused: the start is refused, or every try of the recovery failed.
@@ -109,20 +117,21 @@ def serve(settings: Settings) -> None:
         db = open_database(settings.database, locks.data_dir, locks=locks.locks)
         try:
             with store_kept(db), asyncio.Runner(loop_factory=new_event_loop) as runner:
-                runner.run(_run(settings, locks, db, probe, open_files, entrance))
+                runner.run(_run(settings, load, locks, db, probe, open_files, entrance))
         finally:
             db.close()
 
 
 async def _run(
     settings: Settings,
+    load: Callable[[], Settings],
     locks: ServiceLocks,
     db: Database,
     probe: Future[Containment],
     open_files: OpenFiles,
     entrance: Entrance,
 ) -> None:
-    await _App(settings, locks, db, probe, open_files).service(entrance).run()
+    await _App(settings, locks, db, probe, open_files).service(entrance, load).run()
 
 
 class _App:
@@ -185,12 +194,13 @@ class _App:
             checks=session_checks(self.catalog), workspace=self.workspaces.workspace
         )
 
-    def service(self, entrance: Entrance) -> Service:
+    def service(self, entrance: Entrance, load: Callable[[], Settings]) -> Service:
         """Return the service."""
         launcher = self._launcher()
         dispatcher = self._dispatcher(launcher)
         ownership = self._ownership(dispatcher)
         self.db.guard(ownership.lease.demand_current)
+        systemd = SystemdNotifier.from_environment(self.gate, os.environ)
         return Service(
             settings=self.settings,
             stop=self.stop,
@@ -199,10 +209,42 @@ class _App:
             ownership=ownership,
             recovery_runner=self._recovery_runner(),
             work=self._background_work(launcher, dispatcher),
-            systemd=SystemdNotifier.from_environment(self.gate, os.environ),
+            systemd=systemd,
+            reloader=Reloader(
+                settings=self.settings,
+                load=load,
+                parts=self._reloadable_parts(entrance, dispatcher),
+                systemd=systemd,
+            ),
             max_connections=entrance.connections,
             probe=entrance.probe(self.gate),
         )
+
+    def _reloadable_parts(
+        self, entrance: Entrance, dispatcher: Dispatcher
+    ) -> tuple[ReloadablePart, ...]:
+        """Return the parts that follow the configuration, one for each key of `RELOADABLE`."""
+
+        def prepare_engines(settings: Settings) -> Callable[[], None]:
+            catalog = build_catalog(settings)
+            return partial(self._replace_engines, catalog, session_checks(catalog), dispatcher)
+
+        return (
+            ReloadablePart(key="engines", prepare=prepare_engines),
+            ReloadablePart(key="callers", prepare=entrance.prepare_callers, has_files=True),
+            ReloadablePart(key="tls", prepare=entrance.prepare_tls),
+            ReloadablePart(
+                key="log_level",
+                prepare=lambda settings: partial(logs.set_level, settings.log_level),
+            ),
+        )
+
+    def _replace_engines(
+        self, catalog: Catalog, checks: Mapping[str, SessionCheck], dispatcher: Dispatcher
+    ) -> None:
+        self.catalog.replace(catalog)
+        self.sessions.replace_checks(checks)
+        dispatcher.check_queue()  # the limit of an engine may have been raised
 
     def _launcher(self) -> Launcher:
         return Launcher(
@@ -231,7 +273,7 @@ class _App:
                 catalog=self.catalog,
                 launcher=launcher,
                 output=self.output,
-                sessions=SessionChecker(catalog=self.catalog, workspaces=self.workspaces),
+                sessions=SessionChecker(workspaces=self.workspaces),
                 exit_grace_s=self.settings.exit_grace_s,
             ),
             launcher=launcher,

@@ -16,7 +16,7 @@ from typing import Final
 
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 HARMLESS_SIGNALS: Final = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""Tools send these to services, to reload or to reopen the log. Without a handler they kill."""
+"""They end no service: SIGHUP reloads. Without a handler they kill."""
 INTERRUPTED: Final = 130
 
 NO_TERMINAL: Final = frozenset({errno.ENXIO, errno.EIO, errno.ENOENT})

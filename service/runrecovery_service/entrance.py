@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from runrecovery_service.access_setup import read_callers, tls_files
+from runrecovery_service.config.reading import ConfigError
 from runrecovery_service.config.settings import Settings
+from runrecovery_service.domain.start_errors import CallersRefused
 from runrecovery_service.process.open_files import OpenFiles
 from runrecovery_service.rpc.callers import CallerGuard, CallerTable
+from runrecovery_service.rpc.certificates import TlsUnusable
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.listen_address import count_addresses
 from runrecovery_service.rpc.server import GrpcServer, build_probe_server
@@ -27,14 +32,14 @@ class Entrance:
         per_address: the most connections to one address of `listen`.
         probe_connections: the most connections to one address of `probe_listen`; 0: there is none.
         tls: None: connections are not encrypted.
-        guard: None: whoever connects may do everything.
+        guard: admits callers. Without any in its table, whoever connects may do everything.
     """
 
     connections: int
     per_address: int
     probe_connections: int
     tls: ServerTls | None
-    guard: CallerGuard | None
+    guard: CallerGuard
 
     @classmethod
     def make(cls, settings: Settings, open_files: OpenFiles) -> Entrance:
@@ -52,8 +57,36 @@ class Entrance:
             per_address=connections // count_addresses(settings.listen),
             probe_connections=probing and probing // count_addresses(settings.probe_listen),
             tls=None if files is None else ServerTls(files),
-            guard=CallerGuard(CallerTable(known)) if known else None,
+            guard=CallerGuard(CallerTable(known)),
         )
+
+    def prepare_callers(self, settings: Settings) -> Callable[[], None] | None:
+        """Return what puts the callers of other settings in place; None if they are the same.
+
+        Raises:
+            ConfigError: they cannot be used.
+        """
+        try:
+            table = CallerTable(read_callers(settings))
+        except CallersRefused as error:
+            raise ConfigError(error.problems) from error
+        if table.known == self.guard.table.known:
+            return None
+        return partial(self.guard.replace_table, table)
+
+    def prepare_tls(self, settings: Settings) -> Callable[[], None] | None:
+        """Return what puts the files of other settings in place.
+
+        Raises:
+            ConfigError: they cannot be used.
+        """
+        files = tls_files(settings)
+        if self.tls is None or files is None:
+            return None
+        try:
+            return self.tls.prepare(files)
+        except TlsUnusable as error:
+            raise ConfigError((f"tls: {error}",)) from error
 
     def probe(self, gate: Gate) -> GrpcServer | None:
         """Return the server of `probe_listen`, if there is one."""

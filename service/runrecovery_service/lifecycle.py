@@ -7,7 +7,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,6 +37,7 @@ from runrecovery_service.periodic import Backoff
 from runrecovery_service.process import prctl
 from runrecovery_service.recovery.reconcile import Recovery
 from runrecovery_service.recovery.status import RecoveryStatus
+from runrecovery_service.reload import Reloader
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.listen_address import bound_address
 from runrecovery_service.rpc.server import GrpcServer
@@ -110,6 +111,7 @@ class Signals:
     """The signal handlers of a running service."""
 
     stop: StopSignal
+    request_reload: Callable[[], bool]
     _stops_requested: int = 0
     _were_held: set[int] = field(default_factory=set)
     _had_terminal: bool = field(default_factory=early_signals.had_terminal)
@@ -121,9 +123,10 @@ class Signals:
             loop.add_signal_handler(number, self._receive_stop, number)
         for number in early_signals.HARMLESS_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
-                loop.add_signal_handler(number, self._ignore, number)
+                loop.add_signal_handler(number, self._receive_harmless, number)
         for kept in early_signals.take_held():
-            (self._request_stop if kept in early_signals.STOP_SIGNALS else self._ignore)(kept)
+            stops = kept in early_signals.STOP_SIGNALS
+            (self._request_stop if stops else self._receive_harmless)(kept)
             self._were_held.add(kept)
         loop.call_later(TWICE_REPORTED_S, self._were_held.clear)
 
@@ -147,17 +150,23 @@ class Signals:
             os._exit(128 + number)  # at once; the next start recovers what is left
         self.stop.request()
 
-    def _ignore(self, number: int) -> None:
-        """Ignore a harmless signal, unless it says that the terminal was closed."""
-        if number == signal.SIGHUP and self._had_terminal:
+    def _receive_harmless(self, number: int) -> None:
+        """Reload at SIGHUP, unless it says that the terminal was closed. Ignore other signals."""
+        if number != signal.SIGHUP:
+            log.info("service.signal_ignored", signal=signal.Signals(number).name)
+        elif self._had_terminal:
             asyncio.get_running_loop().call_later(HANG_UP_SETTLES_S, self._stop_if_hung_up)
         else:
-            log.info("service.signal_ignored", signal=signal.Signals(number).name)
+            self._reload()
+
+    def _reload(self) -> None:
+        if not self.request_reload():
+            log.info("service.signal_ignored", signal=signal.SIGHUP.name)
 
     def _stop_if_hung_up(self) -> None:
         """Stop a service whose terminal was closed: no user could see it or press Ctrl-C."""
         if early_signals.has_terminal():
-            log.info("service.signal_ignored", signal=signal.SIGHUP.name)
+            self._reload()
         elif not self.stop.is_set():
             # Not counted: a single SIGTERM that follows must not cut the stop short.
             times = self._stops_requested
@@ -261,6 +270,7 @@ class Service:
     recovery_runner: RecoveryRunner
     work: BackgroundWork
     systemd: SystemdNotifier
+    reloader: Reloader
     max_connections: int
     probe: GrpcServer | None
 
@@ -270,8 +280,9 @@ class Service:
         Raises:
             Exception: the error that stopped the service, if not a signal did.
         """
-        Signals(self.stop).handle()
+        Signals(self.stop, self.reloader.request).handle()
         self.systemd.start()
+        self.reloader.start()
         self.ownership.start()
         try:
             await self._listen()
@@ -336,6 +347,7 @@ class Service:
             await asyncio.sleep(self.settings.drain_delay_s - (monotonic() - begun_s))
         self.gate.close()
         await self._step("server", self.server.stop(grace_s=stop_grace_s), grace_s=stop_grace_s)
+        await self._step("reload", self.reloader.stop())
         await self._step("patrol", work.straggler_sweep.stop(), grace_s=grace_s)
         await self._step("trust", work.trust_sweep.stop())
         if self.stop.failure is None and self.gate.recovered:

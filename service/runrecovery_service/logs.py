@@ -157,12 +157,10 @@ def configure(
     """
     out = _never_failing(stream or sys.stderr)
     people = out.isatty() if format is LogFormat.AUTO else format is LogFormat.CONSOLE
-    number = logging.getLevelNamesMapping()[level.upper()]
     common = _common()
     form = _for_people(colors=out.isatty()) if people else _for_programs()
     structlog.configure(
         processors=[structlog.contextvars.merge_contextvars, *common, *form],
-        wrapper_class=structlog.make_filtering_bound_logger(number),
         logger_factory=structlog.WriteLoggerFactory(file=cast("TextIO", out)),
         cache_logger_on_first_use=False,  # or a second configure would not reach old loggers
     )
@@ -175,9 +173,17 @@ def configure(
     )
     if isinstance(out, BackgroundStream):
         out.report_loss = _loss_report([*common, *form])
-    logging.basicConfig(handlers=[handler], level=number, force=True)
+    logging.basicConfig(handlers=[handler], force=True)
     logging.captureWarnings(capture=True)
     logging.getLogger(_GRPC).filters = [_UndecodableMetadata()]
+    set_level(level)
+
+
+def set_level(level: LogLevel) -> None:
+    """Drop less important events than these from now on."""
+    number = logging.getLevelNamesMapping()[level.upper()]
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(number))
+    logging.getLogger().setLevel(number)
     for name in _NEVER_DEBUG:
         logging.getLogger(name).setLevel(max(number, logging.INFO))
     for name in _WARNINGS_ONLY:

@@ -11,6 +11,7 @@ import socket
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from time import CLOCK_MONOTONIC, clock_gettime_ns
 from typing import Final, Self
 
 import structlog
@@ -48,8 +49,10 @@ class SystemdNotifier:
     address: str
     watchdog_s: float | None
     _task: asyncio.Task[None] | None = field(default=None, init=False)
+    _channel: socket.socket | None = field(default=None, init=False)
     _ready: bool = field(default=False, init=False)
     _failed: bool = field(default=False, init=False)
+    _reload_refused: bool = field(default=False, init=False)
 
     @classmethod
     def from_environment(cls, gate: Gate, environ: Mapping[str, str]) -> Self:
@@ -68,6 +71,9 @@ class SystemdNotifier:
     def start(self) -> None:
         """Send messages from now on, if systemd waits for them."""
         if self.address:
+            # Kept open: the watchdog must be told when no descriptor is left, too.
+            self._channel = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            self._channel.settimeout(0)
             self._task = asyncio.create_task(self._run(), name="systemd")
 
     async def stop(self) -> None:
@@ -75,15 +81,29 @@ class SystemdNotifier:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+
+    def begin_reload(self) -> None:
+        """Say that the configuration is being reloaded."""
+        # Before the service serves, and at a stop, the unit is in another state than active.
+        if self._ready and self.gate.state is ServiceState.SERVING:
+            now_us = clock_gettime_ns(CLOCK_MONOTONIC) // 1000
+            self._send([f"RELOADING=1\nMONOTONIC_USEC={now_us}"])
+
+    def end_reload(self, *, refused: bool) -> None:
+        """Say that the reload has ended, and in the status whether it was refused."""
+        self._reload_refused = refused
+        if self._ready and not self.gate.draining:
+            self._send([*self.message(), "READY=1"])
 
     async def _run(self) -> None:
         interval_s = min(INTERVAL_S, (self.watchdog_s or INTERVAL_S) / 2)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
-            channel.settimeout(0)
-            while True:
-                change = self.gate.change
-                self._send(channel, "\n".join(self.message()))
-                await self.gate.wait(change, timeout_s=interval_s)
+        while True:
+            change = self.gate.change
+            self._send(self.message())
+            await self.gate.wait(change, timeout_s=interval_s)
 
     def message(self) -> list[str]:
         """Return the assignments of the next message."""
@@ -106,13 +126,17 @@ class SystemdNotifier:
             return f"{status}; the database does not answer"
         if state is ServiceState.SERVING and not self.gate.listens:
             return f"{status}; another process has the listen address"
+        if state is ServiceState.SERVING and self._reload_refused:
+            return f"{status}; the last reload was refused, and the log says why"
         if state is ServiceState.DRAINING and not self.gate.ends_streams:
             return f"{status}; turns under way may end by themselves"
         return status
 
-    def _send(self, channel: socket.socket, message: str) -> None:
+    def _send(self, lines: list[str]) -> None:
+        if self._channel is None:
+            return
         try:
-            channel.sendto(message.encode(), self._path)
+            self._channel.sendto("\n".join(lines).encode(), self._path)
         except OSError as error:  # systemd may be replaced, or its socket full
             if not self._failed:
                 log.warning("service.systemd_not_notified", error=error.strerror)

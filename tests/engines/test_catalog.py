@@ -50,6 +50,16 @@ def test_an_engine_is_found_by_its_name() -> None:
     assert catalog.names == ("a", "b")
 
 
+def test_engines_are_replaced_at_once_and_a_snapshot_keeps_the_ones_before() -> None:
+    catalog = Catalog([engine("a"), engine("b", None)])
+    before = catalog.snapshot()
+
+    catalog.replace(Catalog([engine("a", None), engine("c")]))
+
+    assert (catalog.get("a"), catalog.names) == (engine("a", None), ("a", "c"))
+    assert (before.get("a"), before.names) == (engine("a"), ("a", "b"))
+
+
 def test_an_unknown_engine_is_refused_with_the_known_names() -> None:
     with pytest.raises(UnknownEngine) as caught:
         Catalog([engine("b"), engine("a")]).get("c")

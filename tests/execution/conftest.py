@@ -323,9 +323,7 @@ async def running_execution(
                 catalog=catalog,
                 launcher=launcher,
                 output=output,
-                sessions=SessionChecker(
-                    catalog=catalog, workspaces=workspaces, timeout_s=session_check_s
-                ),
+                sessions=SessionChecker(workspaces=workspaces, timeout_s=session_check_s),
                 exit_grace_s=1.0,
             ),
             launcher=launcher,

@@ -12,6 +12,7 @@ import grpc
 import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool
 from runrecovery_service.domain.caller import Caller, Credentials, Role
+from runrecovery_service.domain.errors import CallerUnknown
 from runrecovery_service.rpc.callers import CALLER, CallerGuard, CallerTable
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.method_wrapper import MethodWrapper
@@ -69,7 +70,7 @@ async def test_a_table_is_replaced_at_once_and_calls_in_progress_still_count() -
     guard = CallerGuard(CallerTable([credentials("a", max_calls=1), credentials("b")]))
     first = await guard.admit(cast("Any", FakeContext(token_of("a"))), "s.M", Role.VIEWER)
 
-    guard.table = CallerTable([credentials("a", max_calls=1)])
+    guard.replace_table(CallerTable([credentials("a", max_calls=1)]))
 
     assert await admitted(guard, FakeContext(token_of("b"))) == "UNAUTHENTICATED"
     assert await admitted(guard, FakeContext(token_of("a"))) == "RESOURCE_EXHAUSTED"
@@ -192,3 +193,76 @@ def test_a_method_without_a_row_fails_the_start() -> None:
     wrapper = MethodWrapper(Gate(), max_calls=1, max_streams=1, stall_s=1)
     with pytest.raises(LookupError, match=r"unlisted\.Service\.Forgotten has no row in rpc/roles"):
         handlers(service, Servicer(), wrapper)
+
+
+async def test_a_table_without_callers_admits_everyone_until_it_is_replaced() -> None:
+    guard = CallerGuard(CallerTable([]))
+    anyone = await guard.admit(cast("Any", FakeContext("wrong")), "s.M", Role.OPERATOR)
+
+    guard.replace_table(CallerTable([credentials("a")]))
+
+    assert anyone.name == ""
+    assert await admitted(guard, FakeContext("wrong")) == "UNAUTHENTICATED"
+
+
+NEW = token_of("new")
+
+
+@pytest.mark.parametrize(
+    ("after", "goes_on"),
+    [
+        (credentials("a"), True),
+        (credentials("a", max_calls=7), True),
+        (credentials("b"), False),
+        (credentials("a", tokens=(sha256(NEW.encode()).digest(),)), False),
+        (
+            Credentials(caller=Caller(name="a", role=Role.CREATOR), tokens=credentials("a").tokens),
+            False,
+        ),
+        (
+            Credentials(
+                caller=Caller(name="a", role=Role.VIEWER, engines=frozenset({"e"})),
+                tokens=credentials("a").tokens,
+            ),
+            False,
+        ),
+    ],
+    ids=["same", "limit", "removed", "token", "role", "engines"],
+)
+async def test_a_stream_ends_once_its_caller_was_removed_or_changed(
+    *, after: Credentials, goes_on: bool
+) -> None:
+    guard = CallerGuard(CallerTable([credentials("a")]))
+    context = cast("Any", FakeContext(token_of("a")))
+    caller = await guard.admit(context, "s.M", Role.VIEWER)
+    opened, release = asyncio.Event(), asyncio.Event()
+
+    async def stream() -> str:
+        try:
+            async with guard.while_admitted(context, caller):
+                opened.set()
+                await release.wait()
+        except CallerUnknown as error:
+            return str(error)
+        return "went on"
+
+    task = asyncio.create_task(stream())
+    await opened.wait()
+    guard.replace_table(CallerTable([after]))
+    if goes_on:
+        release.set()
+
+    ended = await asyncio.wait_for(task, 20)
+    assert ended == (
+        "went on" if goes_on else "the caller of the call was removed or changed; call again"
+    )
+
+
+async def test_a_time_limit_inside_a_stream_is_not_taken_for_another_table() -> None:
+    guard = CallerGuard(CallerTable([credentials("a")]))
+    context = cast("Any", FakeContext(token_of("a")))
+    caller = await guard.admit(context, "s.M", Role.VIEWER)
+
+    with pytest.raises(TimeoutError):
+        async with guard.while_admitted(context, caller):
+            raise TimeoutError

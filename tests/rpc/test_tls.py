@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from runrecovery_service.domain.start_errors import TlsRefused
 from runrecovery_service.rpc import certificates, tls
-from runrecovery_service.rpc.certificates import TlsFiles
+from runrecovery_service.rpc.certificates import TlsFiles, TlsUnusable
 from runrecovery_service.rpc.tls import ServerTls
 from structlog.testing import capture_logs
 from support.api import Api
@@ -376,3 +376,63 @@ def test_clients_of_an_authority_that_is_removed_get_no_new_connection(
         after = server.answer(authority.trust(revoked)), server.answer(authority.trust(kept))
 
     assert (before, after) == ((UNIMPLEMENTED, UNAVAILABLE), (UNAVAILABLE, UNIMPLEMENTED))
+
+
+def test_a_removed_authority_is_followed_while_the_own_pair_is_refused(
+    files: Files, authority: Authority
+) -> None:
+    first, second = Authority("first"), Authority("second")
+    revoked, kept = first.issue(common_name="a"), second.issue(common_name="b")
+    pair = authority.issue(HOST)
+    half = Pair(certificate=pair.certificate, key=authority.issue(HOST).key)
+    found = files(pair, client_ca=first)
+    with capture_logs() as logged, serving(ServerTls(found).credentials()) as server:
+        before = server.answer(authority.trust(revoked)), server.answer(authority.trust(kept))
+        files(half, client_ca=second)
+        after = server.answer(authority.trust(revoked)), server.answer(authority.trust(kept))
+
+    assert (before, after) == ((UNIMPLEMENTED, UNAVAILABLE), (UNAVAILABLE, UNIMPLEMENTED))
+    assert [one["event"] for one in logged] == [
+        "rpc.certificate_loaded",
+        "rpc.certificate_refused",
+        "rpc.client_ca_loaded",
+    ]
+
+
+def test_a_client_ca_that_is_damaged_beside_a_refused_pair_keeps_the_one_before(
+    files: Files, authority: Authority
+) -> None:
+    clients = Authority("clients")
+    own, pair = authority.trust(clients.issue(common_name="a")), authority.issue(HOST)
+    found = files(pair, client_ca=clients)
+    with serving(ServerTls(found).credentials()) as server:
+        found.key.write_bytes(b"damaged")
+        assert found.client_ca is not None
+        found.client_ca.write_bytes(b"damaged")
+
+        assert server.answer(own) == UNIMPLEMENTED
+
+
+def test_other_files_are_used_by_new_connections_and_followed_from_then_on(
+    files: Files, authority: Authority, tmp_path: Path
+) -> None:
+    tls = ServerTls(files())
+    other, newest = authority.issue(HOST), authority.issue(HOST)
+    certificate, key = other.write(tmp_path, "other")
+    with serving(tls.credentials()) as server:
+        tls.prepare(TlsFiles(certificate=certificate, key=key, client_ca=None))()
+        seen = [server.certificate()]
+        newest.write(tmp_path, "other")
+        seen.append(server.certificate())
+
+    assert seen == [other.certificate, newest.certificate]
+
+
+def test_other_files_are_refused_when_clients_would_refuse_them(
+    files: Files, authority: Authority, tmp_path: Path
+) -> None:
+    tls = ServerTls(files())
+    certificate, key = authority.issue(HOST, **EXPIRED).write(tmp_path, "other")
+
+    with pytest.raises(TlsUnusable, match="certificate has expired"):
+        tls.prepare(TlsFiles(certificate=certificate, key=key, client_ca=None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -118,6 +119,31 @@ def test_the_status_says_what_keeps_a_service_from_serving_calls() -> None:
     assert failed == ["STATUS=the recovery failed, and will be tried again", MORE_TIME]
     assert no_database == ["STATUS=serving; the database does not answer", "READY=1"]
     assert notifier.message() == ["STATUS=serving; another process has the listen address"]
+
+
+@pytest.mark.parametrize("address", ["path"], indirect=True)
+def test_a_reload_says_when_it_begins_and_ends_and_whether_it_was_refused(
+    new_home: NewHome, systemd: Systemd, address: str
+) -> None:
+    home = new_home(env={"NOTIFY_SOCKET": address})
+    service, _ = home.start()
+    until(lambda: systemd.got("READY=1"), "it is ready")
+    before = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+    home.config.write_text("bad")
+    service.popen.send_signal(signal.SIGHUP)
+    refused = "STATUS=serving; the last reload was refused, and the log says why"
+    until(lambda: systemd.got(refused), "the reload was refused")
+    after = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+    home.write_config()
+    seen = len(systemd.read())
+    service.popen.send_signal(signal.SIGHUP)
+    until(lambda: ["STATUS=serving", "READY=1"] in systemd.read()[seen:], "the file is good")
+    assert service.stop() == 0
+
+    (begun, *_) = [each for each in systemd.messages if "RELOADING=1" in each]
+    assert begun[0] == "RELOADING=1"
+    assert before <= int(begun[1].removeprefix("MONOTONIC_USEC=")) <= after
+    assert systemd.messages[systemd.messages.index(begun) + 1] == [refused, "READY=1"]
 
 
 @pytest.mark.parametrize("address", ["path"], indirect=True)

@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -341,6 +342,25 @@ def test_one_engine_that_does_not_answer_takes_no_time_of_another(store: Service
         release.set()
     assert clock == [100.0]
     assert list(bulk.hanging) == ["hangs"]
+
+
+def test_a_copy_keeps_its_checks_when_engines_are_reloaded() -> None:
+    one = StoredSession(run_key=1, attempt=1, handle="h", fingerprint=None, finding=None)
+
+    def finds(reason: SessionReason) -> SessionCheck:
+        return SessionCheck(lambda handles: [FOUND[reason] for _ in handles])
+
+    bulk = BulkSessionCheck(
+        checks={"demo": finds(SessionReason.WHOLE)}, workspace=lambda key, attempt: Path("/")
+    )
+    bulk.hanging["demo"] = Future()
+    plan = replace(bulk, hanging={})
+
+    bulk.replace_checks({"demo": finds(SessionReason.NOT_ANSWERED)})
+
+    assert plan.check_all("demo", [one]) == [FOUND[SessionReason.WHOLE]]
+    assert bulk.check_all("demo", [one]) == [FOUND[SessionReason.NOT_ANSWERED]]
+    assert not bulk.hanging
 
 
 def test_a_defect_in_a_check_is_not_taken_for_a_timeout(store: ServiceStore) -> None:

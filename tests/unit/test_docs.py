@@ -19,6 +19,7 @@ from runrecovery.v1 import errors_pb2, recovery_service_pb2, run_pb2, run_servic
 from runrecovery_service.cli import COMMANDS
 from runrecovery_service.cli.exit_codes import ExitCode
 from runrecovery_service.config import reading
+from runrecovery_service.config.reloading import RELOADABLE
 from runrecovery_service.config.settings import (
     CallerSettings,
     EngineSettings,
@@ -112,6 +113,17 @@ def test_every_configuration_key_is_documented_with_its_default() -> None:
     assert {key: text.strip("`") for key, text in told.items()} == {
         key.name: _shown(getattr(settings, key.name)) for key in fields(Settings)
     }
+
+
+def test_the_pages_name_the_keys_that_a_reload_takes_over() -> None:
+    sentence = re.search(
+        r"takes over changes of these keys at a .*: (.*)\. Every", _page("docs/configuration.md")
+    )
+    rows = _rows(_section(_page("docs/operations.md"), "## Reload"))
+
+    assert sentence is not None
+    assert set(re.findall(r"`(\w+)`", sentence[1])) == RELOADABLE
+    assert rows.keys() - {"key"} == RELOADABLE
 
 
 def test_every_engine_key_is_documented_with_its_default() -> None:

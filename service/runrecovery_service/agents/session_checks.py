@@ -34,27 +34,27 @@ class SessionChecker:
         timeout_s: how long the files of a session may take to answer.
     """
 
-    catalog: Catalog
     workspaces: Workspaces
     timeout_s: float = SESSION_TIMEOUT_S
     _one_repair: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
 
     async def check(
         self,
+        engine: Engine,
         run: Run,
         handle: str,
         fingerprint: SessionFingerprint | None,
         *,
         in_turn: bool = False,
     ) -> SessionFinding | None:
-        """Return the finding about a run's session; None: its engine has no check.
+        """Return an engine's finding about a run's session; None: the engine has no check.
 
         Args:
             fingerprint: the state of the session file when its question was recorded, if known.
             in_turn: the agent was killed in its turn, so the end of the file may be incomplete.
         """
         stored = replace(self._stored(run, handle, fingerprint), in_turn=in_turn)
-        return await check_session(self.catalog.get(run.engine), stored, timeout_s=self.timeout_s)
+        return await check_session(engine, stored, timeout_s=self.timeout_s)
 
     async def fingerprint(self, run: Run, sessions: CliSessions, handle: str) -> SessionObservation:
         """Return the present finding about a run's session, with its fingerprint."""

@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, Final
 
@@ -75,6 +75,8 @@ HINTS: Final[Mapping[type, str]] = {
 
 CONFIGURATION_FILE: Final = f"{__name__}.configuration_file"
 """Key in click's context: the configuration file that was read, or would have been."""
+LOAD: Final = f"{__name__}.load"
+"""Key in click's context: a function that reads the settings again from the same sources."""
 
 _STORE_OPTIONS: Final = (
     click.option(
@@ -99,10 +101,11 @@ def _with_settings(function: Callable[..., ExitCode]) -> Callable[..., ExitCode]
             streams.write_messages_in_background()
         path = parameters.pop("path")
         flags = {key: parameters.pop(key) for key in SCALARS if key in parameters}
-        settings = _load(path, flags)
-        click.get_current_context().meta[CONFIGURATION_FILE] = str(
-            reading.configuration_file(path, os.environ)
-        )
+        load = partial(reading.load, path=path, flags=flags, environ=os.environ)
+        settings = _load(load)
+        meta = click.get_current_context().meta
+        meta[CONFIGURATION_FILE] = str(reading.configuration_file(path, os.environ))
+        meta[LOAD] = load
         # Before `app`, because importing it first keeps the import of structlog short.
         from runrecovery_service import logs
 
@@ -115,9 +118,9 @@ def _with_settings(function: Callable[..., ExitCode]) -> Callable[..., ExitCode]
     return call
 
 
-def _load(path: Path | None, flags: dict[str, object]) -> Settings:
+def _load(load: Callable[[], Settings]) -> Settings:
     try:
-        return reading.load(path=path, flags=flags, environ=os.environ)
+        return load()
     except ConfigError as error:
         listed = "".join(f"\n  {problem}" for problem in error.problems)
         raise Failure(f"the configuration is refused:{listed}", code=ExitCode.USAGE) from error
@@ -143,7 +146,10 @@ def _refusals() -> Iterator[None]:
 @click.option("--log-format", type=click.Choice([form.value for form in LogFormat]))
 @click.option("--log-level", type=click.Choice([level.value for level in LogLevel]))
 def serve(settings: Settings) -> ExitCode:
-    """Run the service until SIGTERM or Ctrl-C; a second signal stops it at once."""
+    """Run the service until SIGTERM or Ctrl-C; a second signal stops it at once.
+
+    SIGHUP reloads the configuration.
+    """
     import structlog
 
     from runrecovery_service import app
@@ -153,7 +159,7 @@ def serve(settings: Settings) -> ExitCode:
         file = click.get_current_context().meta[CONFIGURATION_FILE]
         structlog.get_logger().warning("service.no_engines", file=file)
     try:
-        app.serve(settings)
+        app.serve(settings, click.get_current_context().meta[LOAD])
     except ListenFailed as error:
         hint = "choose another address with --listen, or free this one"
         raise Failure(str(error), code=ExitCode.LISTEN, hint=hint) from error

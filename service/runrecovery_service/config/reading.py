@@ -86,7 +86,7 @@ def load(*, path: Path | None, flags: Mapping[str, object], environ: Mapping[str
         merged |= read
         places |= {key: layer.place(key) for key in read}
     settings = Settings(**merged)  # type: ignore[arg-type] # the reader of each key returned its value
-    problems += _contradictions(settings, places)
+    problems += contradictions(settings, places)
     if problems:
         raise ConfigError(tuple(problems))
     return settings
@@ -194,25 +194,30 @@ def _read(layer: _Layer, problems: list[str]) -> dict[str, object]:
     return {key: getattr(settings, key) for key in good}
 
 
-def _contradictions(settings: Settings, places: Mapping[str, str]) -> Iterator[str]:
-    """Yield the problems of values that are valid alone and not together."""
+def contradictions(settings: Settings, places: Mapping[str, str]) -> Iterator[str]:
+    """Yield the problems of values that are valid alone and not together.
+
+    Args:
+        places: how a message names a key. A key that is not in it is named by itself.
+    """
     missing = [] if settings.tls else ["[tls]"]
     missing += [] if settings.callers else ["[[callers]]"]
     if missing and not settings.insecure_listen and not values.is_loopback(settings.listen):
+        place = places.get("listen", "listen")
         yield (
-            f"{places['listen']}: {settings.listen} can be reached from other machines, and there"
+            f"{place}: {settings.listen} can be reached from other machines, and there"
             f" is no {' and no '.join(missing)}; add what is missing, listen on 127.0.0.1, or set"
             " insecure_listen = true"
         )
     for index, caller in enumerate(settings.callers):
-        place = f"{places['callers']}[{index}]"
+        place = f"{places.get('callers', 'callers')}[{index}]"
         for name in set(caller.engines or ()) - settings.engines.keys():
             yield f"{place}.engines: no engine {values.quote(name)} is configured"
         has_certificates = settings.tls and settings.tls.client_auth is ClientAuth.REQUIRE
         if caller.certificate_name is not None and not has_certificates:
             yield f'{place}.certificate_name: needs tls.client_auth = "require"'
     if settings.orphan_deadline_s < settings.orphan_grace_s:
-        place = places.get("orphan_deadline_s") or places["orphan_grace_s"]
+        place = places.get("orphan_deadline_s") or places.get("orphan_grace_s", "orphan_grace_s")
         yield (
             f"{place}: orphan_deadline_s ({settings.orphan_deadline_s:g}) must not be less than"
             f" orphan_grace_s ({settings.orphan_grace_s:g})"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from hashlib import sha256
 from typing import Final
@@ -60,6 +60,10 @@ class Caller:
         """Raise RoleNotSufficient unless the caller has this role."""
         if self.role < needed:
             raise RoleNotSufficient(self.name, role=self.role.name, needed=needed.name)
+
+    def has_rights_of(self, other: Caller) -> bool:
+        """Return whether this is the same caller, and may do the same."""
+        return replace(self, max_calls=None) == replace(other, max_calls=None)
 
     def sees(self, engine: str) -> bool:
         """Return whether the caller may see the runs of this engine."""

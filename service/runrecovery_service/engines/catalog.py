@@ -125,10 +125,18 @@ def check_sessions(
 
 
 class Catalog:
-    """The configured engines, by name."""
+    """The configured engines, by name. Thread-safe: `replace` puts all engines in place at once."""
 
     def __init__(self, engines: Iterable[Engine]) -> None:
         self._engines = {engine.name: engine for engine in engines}
+
+    def replace(self, other: Catalog) -> None:
+        """Take over the engines of another catalog. Snapshots keep theirs."""
+        self._engines = other._engines
+
+    def snapshot(self) -> Catalog:
+        """Return the present engines, for work that must not see others until its end."""
+        return Catalog(self._engines.values())
 
     @property
     def names(self) -> tuple[str, ...]:

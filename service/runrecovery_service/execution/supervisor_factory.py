@@ -37,7 +37,11 @@ class SupervisorFactory:
     exit_grace_s: float
 
     def supervise(self, turn: Turn) -> TurnSupervisor:
-        """Return a supervisor for a turn that was taken from the queue; it does nothing yet."""
+        """Return a supervisor for a turn that was taken from the queue; it does nothing yet.
+
+        The turn keeps the engines of this moment, whatever is reloaded later.
+        """
+        catalog = self.catalog.snapshot()
         records = TurnRecords(
             storage=self.storage,
             owner=self.owner,
@@ -49,9 +53,9 @@ class SupervisorFactory:
         return TurnSupervisor(
             records=records,
             launch=launch,
-            catalog=self.catalog,
+            catalog=catalog,
             sessions=TurnSessions(
-                records=records, launch=launch, catalog=self.catalog, checker=self.sessions
+                records=records, launch=launch, catalog=catalog, checker=self.sessions
             ),
             permissions=TurnPermissions(records=records, workspaces=self.launcher.workspaces),
             output=self.output,

@@ -50,7 +50,7 @@ class TurnSessions:
         if resumed is None or engine.sessions is None:
             return None
         fingerprint = await self.records.read_fingerprint()
-        finding = await self._check(resumed.session.handle, fingerprint)
+        finding = await self._check(engine, resumed.session.handle, fingerprint)
         if finding is None or finding.reason is None:
             return None
         if finding.reason is SessionReason.NOT_ANSWERED:
@@ -79,7 +79,7 @@ class TurnSessions:
                 log.info("execution.session_repaired", lines=each.lines, after_bytes=each.after)
 
     async def _check(
-        self, handle: str, fingerprint: SessionFingerprint | None
+        self, engine: Engine, handle: str, fingerprint: SessionFingerprint | None
     ) -> SessionFinding | None:
         """Return the finding about the session, once the CLI's home is there.
 
@@ -89,7 +89,7 @@ class TurnSessions:
         is_reported = False
         while True:
             finding = await self.checker.check(
-                turn.run, handle, fingerprint, in_turn=turn.interruption is not None
+                engine, turn.run, handle, fingerprint, in_turn=turn.interruption is not None
             )
             is_away = (
                 finding is not None and finding.reason is SessionReason.HOME_AWAY and finding.holds

@@ -32,9 +32,11 @@ WorkspaceOf = Callable[[int, int], Path]
 """Returns the workspace of a run key and an attempt."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class BulkSessionCheck:
     """Calls the session checks of all engines for one recovery, or for one plan.
+
+    A recovery and a plan use a copy, so that `replace_checks` does not change theirs midway.
 
     Attributes:
         checks: the check of each engine that has one.
@@ -50,6 +52,10 @@ class BulkSessionCheck:
     check_s: float = CHECK_S
     monotonic: Callable[[], float] = time.monotonic
     hanging: dict[str, Future[None]] = field(default_factory=dict)
+
+    def replace_checks(self, checks: Mapping[str, SessionCheck]) -> None:
+        """Use the checks of reloaded engines from now on."""
+        self.checks, self.hanging = checks, {}
 
     def check_all(self, engine: str, stored: Sequence[StoredSession]) -> list[SessionFinding]:
         """Return one finding for each session.

@@ -81,6 +81,10 @@ class Planner:
     clock: Clock
     find_end: FindEnd = find_no_end
 
+    def pinned(self) -> Planner:
+        """Return a planner that keeps the present session checks, for one plan."""
+        return replace(self, sessions=replace(self.sessions))
+
     @property
     def _reach(self) -> RecoveryScope:
         return RecoveryScope(owner=self.owner, before=self.owner.epoch + 1)

@@ -13,21 +13,31 @@ import asyncio
 import hmac
 import secrets
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from hashlib import blake2b, sha256
 from typing import Any, Final, TypeAlias
 
 import grpc
 import structlog
 
-from runrecovery_service.domain.caller import NOBODY, Caller, Credentials, Role, token_problem
+from runrecovery_service.domain.caller import (
+    ANYONE,
+    NOBODY,
+    Caller,
+    Credentials,
+    Role,
+    token_problem,
+)
 from runrecovery_service.domain.errors import CallerOverloaded, CallerUnknown, Denied
 from runrecovery_service.rpc import errors
 
 AUTHORIZATION: Final = "authorization"
 LOG_INTERVAL_S: Final = 60.0
 """Refused calls of one caller are logged once in this time, with their number."""
+CHANGED: Final = "the caller of the call was removed or changed; call again"
 
 CALLER: Final[ContextVar[Caller]] = ContextVar("caller", default=NOBODY)
 """The caller of the call that the present task handles. gRPC makes a task for each call."""
@@ -44,13 +54,20 @@ log = structlog.get_logger()
 
 
 class CallerTable:
-    """All callers, by token and by certificate. Immutable: a change makes a new table."""
+    """All callers, by token and by certificate. Immutable: a change makes a new table.
+
+    A table without callers admits everyone, as `ANYONE`.
+
+    Attributes:
+        known: the credentials that the table was made of.
+    """
 
     def __init__(self, known: Iterable[Credentials]) -> None:
+        self.known = tuple(known)
         self._key = secrets.token_bytes(32)
         self._by_token: dict[bytes, tuple[bytes, Caller]] = {}
         self._by_certificate: dict[str, Caller] = {}
-        for each in known:
+        for each in self.known:
             for digest in each.tokens:
                 self._by_token[self._place(digest)] = (digest, each.caller)
             if each.certificate_name is not None:
@@ -95,13 +112,17 @@ class CallerTable:
         return blake2b(digest, key=self._key, digest_size=16).digest()
 
 
-class CallerGuard:
-    """Admits calls. Use it on the event loop.
+@dataclass(slots=True, eq=False)
+class _OpenStream:
+    """A stream, its caller, and the limit that ends it."""
 
-    Attributes:
-        table: the callers; assign another table to replace all of them at once. Calls in progress
-            are not ended.
-    """
+    context: Context
+    caller: Caller
+    limit: asyncio.Timeout
+
+
+class CallerGuard:
+    """Admits calls. Use it on the event loop."""
 
     def __init__(self, table: CallerTable, *, log_interval_s: float = LOG_INTERVAL_S) -> None:
         """Make the guard.
@@ -109,9 +130,51 @@ class CallerGuard:
         Args:
             log_interval_s: how often refused calls of one caller are logged.
         """
-        self.table = table
+        self._table = table
         self._in_progress: Counter[str] = Counter()
+        self._streams: set[_OpenStream] = set()
         self._refusals = RefusalLog(log_interval_s)
+
+    @property
+    def table(self) -> CallerTable:
+        """The callers."""
+        return self._table
+
+    def replace_table(self, table: CallerTable) -> None:
+        """Admit the callers of another table from now on.
+
+        Streams end whose caller was removed or has other rights now, or whose token or certificate
+        is its caller's no more. Calls with one response finish.
+        """
+        self._table = table
+        now_s = asyncio.get_running_loop().time()
+        for stream in self._streams:
+            try:
+                is_kept = self._identify(stream.context).has_rights_of(stream.caller)
+            except CallerUnknown:
+                is_kept = False
+            if not is_kept:
+                stream.limit.reschedule(now_s)
+
+    @asynccontextmanager
+    async def while_admitted(self, context: Context, caller: Caller) -> AsyncIterator[None]:
+        """Let a stream go on until another table ends it.
+
+        Raises:
+            CallerUnknown: another table has ended the stream.
+        """
+        limit = asyncio.timeout(None)
+        stream = _OpenStream(context, caller, limit)
+        try:
+            async with limit:
+                self._streams.add(stream)
+                yield
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise CallerUnknown(CHANGED) from None
+        finally:
+            self._streams.discard(stream)
 
     async def admit(self, context: Context, method: str, needed: Role) -> Caller:
         """Return the caller, as `CALLER` of this task too, or end the call with its status.
@@ -146,10 +209,12 @@ class CallerGuard:
             raise CallerOverloaded(caller.name)
 
     def _identify(self, context: Context) -> Caller:
+        table = self._table
+        if not table.known:
+            return ANYONE
         given = [
             value for key, value in context.invocation_metadata() or () if key == AUTHORIZATION
         ]
-        table = self.table
         if not given:
             names = context.auth_context() if table.reads_certificates else {}
             caller = table.of_certificate(names)

@@ -67,10 +67,7 @@ def read_certificate(files: TlsFiles) -> Certificate:
             gRPC cannot use such a key.
     """
     chain, key = _read(files.certificate), _read(files.key)
-    roots = None
-    if files.client_ca is not None:
-        roots = _read(files.client_ca)
-        _client_context(files.client_ca, roots)
+    roots = read_client_ca(files)
     if b"ENCRYPTED" in key:
         raise TlsUnusable(f"{files.key}: the key has a password; give one without")
     server = _server_context(files, chain, key)
@@ -84,6 +81,19 @@ def read_certificate(files: TlsFiles) -> Certificate:
     except ssl.SSLError as error:
         raise TlsUnusable(f"{files.certificate}: {_reason(error)}") from error
     return Certificate(chain=chain, key=key, roots=roots, expires=expires, invalid=invalid)
+
+
+def read_client_ca(files: TlsFiles) -> bytes | None:
+    """Return the content of `client_ca`, if there is one.
+
+    Raises:
+        TlsUnusable: the file cannot be read, or holds no certificate.
+    """
+    if files.client_ca is None:
+        return None
+    roots = _read(files.client_ca)
+    _client_context(files.client_ca, roots)
+    return roots
 
 
 def _stamp(file: Path) -> tuple[int, ...] | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing, suppress
+from contextlib import AbstractAsyncContextManager, aclosing, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Final, NoReturn, TypeAlias
 
@@ -20,6 +20,7 @@ from google.protobuf.message import DecodeError, Message
 
 from runrecovery_service.domain.caller import ANYONE, Caller, Role
 from runrecovery_service.domain.errors import (
+    CallerUnknown,
     FieldViolation,
     InvalidFields,
     Overloaded,
@@ -118,13 +119,10 @@ class MethodWrapper:
             try:
                 self._check_stream_limit()
                 gate.check_access(access)
-                is_first = True
-                async with aclosing(respond(parse(payload))) as responses:
-                    async for response in responses:
-                        await self._send(context, response.SerializeToString(), first=is_first)
-                        is_first = False
-            except SlowReader as error:
-                await _close_slow_stream(context, method, error)
+                async with self._while_admitted(context, caller):
+                    await self._send_all(context, respond(parse(payload)))
+            except (CallerUnknown, SlowReader) as error:
+                await _cut_off(context, method, error)
             except Exception as error:  # noqa: BLE001 - last handler: every error gets a status
                 await _abort(context, method, error)
             finally:
@@ -142,6 +140,18 @@ class MethodWrapper:
     def _release(self, caller: Caller) -> None:
         if self._guard is not None:
             self._guard.release(caller)
+
+    def _while_admitted(
+        self, context: Context, caller: Caller
+    ) -> AbstractAsyncContextManager[None]:
+        return nullcontext() if self._guard is None else self._guard.while_admitted(context, caller)
+
+    async def _send_all(self, context: Context, responses: AsyncGenerator[Message, None]) -> None:
+        is_first = True
+        async with aclosing(responses):
+            async for response in responses:
+                await self._send(context, response.SerializeToString(), first=is_first)
+                is_first = False
 
     async def _send(self, context: Context, data: bytes, *, first: bool) -> None:
         """Send a response. This waits while flow control does: the reader's buffers are full."""
@@ -168,12 +178,13 @@ class MethodWrapper:
             raise Overloaded
 
 
-async def _close_slow_stream(context: Context, method: Method, error: SlowReader) -> None:
-    """End a stream whose reader is too slow.
+async def _cut_off(context: Context, method: Method, error: CallerUnknown | SlowReader) -> None:
+    """End a stream while its reader may read nothing.
 
     gRPC sends the status after the unread messages; the reader gets it if it continues to read.
     """
-    log.warning("rpc.slow_reader_cut", method=method.name)
+    if isinstance(error, SlowReader):
+        log.warning("rpc.slow_reader_cut", method=method.name)
     with suppress(TimeoutError, grpc.aio.InternalError):  # InternalError: the reader has gone
         async with asyncio.timeout(ABORT_TIMEOUT_S):
             await _abort(context, method, error)

@@ -136,9 +136,10 @@ class RecoveryService:
     async def _plan(
         self, after: tuple[int, ...] | None, limit: int
     ) -> tuple[Page[PlannedDecision], RecoveryPlan | None]:
-        rows = await self._storage.read(self._planner.read, after=after, limit=limit)
+        planner = self._planner.pinned()
+        rows = await self._storage.read(planner.read, after=after, limit=limit)
         # A file system may hang, and must not block a thread of the pool.
-        return await daemon_threads.run(lambda: self._planner.decide(rows))
+        return await daemon_threads.run(lambda: planner.decide(rows))
 
     def _end_planning(
         self, planning: asyncio.Task[tuple[Page[PlannedDecision], RecoveryPlan | None]]

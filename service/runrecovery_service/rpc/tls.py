@@ -3,13 +3,14 @@
 gRPC asks for the certificate before each handshake, on a thread of its own. A changed file is
 noticed there: all files are read together and tried (`certificates.py`), and used only if that
 succeeds. A pair of which only one file was replaced fails, so the pair before it stays in use until
-the other file is replaced as well.
+the other file is replaced as well. Only `client_ca` is followed nevertheless.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Final
 
@@ -22,12 +23,22 @@ from runrecovery_service.rpc.certificates import (
     TlsFiles,
     TlsUnusable,
     read_certificate,
+    read_client_ca,
 )
 
 RETRY_S: Final = 5.0
 """How often unchanged files that were refused are tried again: a certificate may become valid."""
 
 log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """Files of a configuration, and what they held."""
+
+    files: TlsFiles
+    stamp: tuple[object, ...]
+    found: Certificate
 
 
 class ServerTls:
@@ -42,8 +53,7 @@ class ServerTls:
         Raises:
             TlsRefused: the files cannot be used.
         """
-        self._files = files
-        self._stamp = files.stamp()  # before the files are read, so that no change is missed
+        stamp = files.stamp()  # before the files are read, so that no change is missed
         try:
             found = read_certificate(files)
         except TlsUnusable as error:
@@ -53,10 +63,9 @@ class ServerTls:
                 "rpc.certificate_invalid", file=str(files.certificate), reason=found.invalid
             )
         else:
-            log.info("rpc.certificate_loaded", file=str(files.certificate), expires=found.expires)
-        self._configuration = _configuration(found)
-        self._refused = ""
-        self._retry_at = 0.0
+            _log_loaded(files, found)
+        self._given = _Given(files, stamp, found)
+        self._use(self._given)
         self._lock = threading.Lock()
 
     def credentials(self) -> grpc.ServerCredentials:
@@ -66,6 +75,25 @@ class ServerTls:
             self._updates(self._configuration),  # type: ignore[arg-type] # the stub forgets None
             require_client_authentication=self._files.client_ca is not None,
         )
+
+    def prepare(self, files: TlsFiles) -> Callable[[], None]:
+        """Read other files, which name a `client_ca` if and only if the present ones do.
+
+        Returns:
+            A function that replaces the present files; it does not block.
+
+        Raises:
+            TlsUnusable: the other files cannot be used, or clients would refuse the certificate.
+        """
+        stamp = files.stamp()
+        found = _read_valid(files)
+
+        def replace_files() -> None:
+            # Not under the lock: a handshake that reads from a disk that hangs may hold the lock.
+            self._given = _Given(files, stamp, found)
+            _log_loaded(files, found)
+
+        return replace_files
 
     def _updates(
         self, given: grpc.ServerCertificateConfiguration
@@ -83,27 +111,61 @@ class ServerTls:
 
         return newer
 
+    def _use(self, given: _Given) -> None:
+        self._taken = given
+        self._files, self._stamp, self._found = given.files, given.stamp, given.found
+        self._configuration = _configuration(given.found)
+        self._refused, self._retry_at = "", 0.0
+
     def _follow_files(self) -> None:
+        if self._given is not self._taken:
+            self._use(self._given)
         stamp = self._files.stamp()
         if stamp == self._stamp and not (self._refused and monotonic() >= self._retry_at):
             return
         self._stamp = stamp
         try:
-            found = read_certificate(self._files)
+            found = _read_valid(self._files)
         except TlsUnusable as error:
             self._refuse(str(error))
+            self._follow_client_ca()
             return
-        if found.invalid:
-            self._refuse(f"{self._files.certificate}: {found.invalid}")
+        self._found, self._refused = found, ""
+        self._configuration = _configuration(found)
+        _log_loaded(self._files, found)
+
+    def _follow_client_ca(self) -> None:
+        """Follow `client_ca` alone: a refused pair must not let a removed authority in."""
+        try:
+            roots = read_client_ca(self._files)
+        except TlsUnusable:  # the refusal names it, unless the pair is refused for another reason
             return
-        self._configuration, self._refused = _configuration(found), ""
-        log.info("rpc.certificate_loaded", file=str(self._files.certificate), expires=found.expires)
+        if roots != self._found.roots:
+            self._found = replace(self._found, roots=roots)
+            self._configuration = _configuration(self._found)
+            log.info("rpc.client_ca_loaded", file=str(self._files.client_ca))
 
     def _refuse(self, reason: str) -> None:
         self._retry_at = monotonic() + RETRY_S
         if reason != self._refused:
             self._refused = reason
             log.warning("rpc.certificate_refused", reason=reason)
+
+
+def _read_valid(files: TlsFiles) -> Certificate:
+    """Read the files.
+
+    Raises:
+        TlsUnusable: they cannot be used, or clients would refuse the certificate now.
+    """
+    found = read_certificate(files)
+    if found.invalid:
+        raise TlsUnusable(f"{files.certificate}: {found.invalid}")
+    return found
+
+
+def _log_loaded(files: TlsFiles, found: Certificate) -> None:
+    log.info("rpc.certificate_loaded", file=str(files.certificate), expires=found.expires)
 
 
 def _configuration(found: Certificate) -> grpc.ServerCertificateConfiguration:

@@ -1,0 +1,137 @@
+"""Reloads the configuration of a running service. A configuration is refused as a whole."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, TypeAlias
+
+import structlog
+
+from runrecovery_service import daemon_threads
+from runrecovery_service.config.reading import ConfigError
+from runrecovery_service.config.reloading import RELOADABLE, ReloadPlan, plan_reload
+from runrecovery_service.config.settings import Settings
+from runrecovery_service.systemd import SystemdNotifier
+
+log = structlog.get_logger()
+
+READ_S: Final = 30.0
+"""How long the files may take to answer, of the configuration, the tokens and the certificates."""
+
+Apply: TypeAlias = Callable[[], None]
+"""Puts a new part in the place of the old one. It neither blocks nor fails."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReloadablePart:
+    """A part of the service that follows one key of the configuration.
+
+    Attributes:
+        key: of `Settings`, and of `config.reloading.RELOADABLE`.
+        prepare: builds the new part without any effect, in a thread that may block. It returns what
+            puts the part in place, None if the part stays, or raises ConfigError.
+        has_files: `prepare` is called although the key is the same, because its files may differ.
+    """
+
+    key: str
+    prepare: Callable[[Settings], Apply | None]
+    has_files: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    plan: ReloadPlan
+    changes: dict[str, Apply]
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Reloader:
+    """Reloads when it is requested to. Requests during a reload lead to one more.
+
+    Attributes:
+        settings: the present settings.
+        load: reads the configuration again, with the flags and variables of this start.
+    """
+
+    settings: Settings
+    load: Callable[[], Settings]
+    parts: Sequence[ReloadablePart]
+    systemd: SystemdNotifier
+    _requested: asyncio.Event = field(default_factory=asyncio.Event, init=False)
+    _task: asyncio.Task[None] | None = field(default=None, init=False)
+    _is_stopped: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        if {part.key for part in self.parts} != RELOADABLE:
+            raise LookupError("each key of config.reloading.RELOADABLE needs one part")
+
+    def request(self) -> bool:
+        """Request a reload; return False if the service stops, and none will come."""
+        self._requested.set()
+        return not self._is_stopped
+
+    def start(self) -> None:
+        """Carry out requests from now on."""
+        self._task = asyncio.create_task(self._run(), name="reload")
+
+    async def stop(self) -> None:
+        """Carry out no more requests."""
+        self._is_stopped = True
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        while True:
+            await self._requested.wait()
+            self._requested.clear()
+            self.systemd.begin_reload()
+            self.systemd.end_reload(refused=not await self.reload())
+
+    async def reload(self) -> bool:
+        """Read the configuration, and put all changes in place at once; return False if refused."""
+        try:
+            prepared = await daemon_threads.run_within(READ_S, self._prepare)
+        except ConfigError as error:
+            log.error("service.reload_refused", problems=list(error.problems))  # noqa: TRY400 - no defect
+            return False
+        except TimeoutError:
+            problem = f"the files of the configuration did not answer within {READ_S:g} s"
+            log.error("service.reload_refused", problems=[problem])  # noqa: TRY400 - no defect
+            return False
+        except Exception:  # the edge of this task: the service goes on with the present settings
+            log.exception("service.reload_failed")
+            return False
+        for apply in prepared.changes.values():  # without a pause: no call sees a half
+            apply()
+        plan = prepared.plan
+        self.settings = plan.settings
+        taken_over, needs_restart = list(prepared.changes), list(plan.needs_restart)
+        if needs_restart:
+            log.warning("service.reloaded", changed=taken_over, needs_restart=needs_restart)
+        else:
+            log.info("service.reloaded", changed=taken_over, needs_restart=[])
+        return True
+
+    def _prepare(self) -> _Prepared:
+        """Build every new part without any effect.
+
+        Raises:
+            ConfigError: with the problems of all parts.
+        """
+        plan = plan_reload(self.settings, self.load())
+        problems: list[str] = []
+        changes: dict[str, Apply] = {}
+        for part in self.parts:
+            if part.key in plan.changed or part.has_files:
+                try:
+                    change = part.prepare(plan.settings)
+                except ConfigError as error:
+                    problems += error.problems
+                else:
+                    changes |= {} if change is None else {part.key: change}
+        if problems:
+            raise ConfigError(tuple(problems))
+        return _Prepared(plan, changes)
