@@ -42,6 +42,7 @@ BY_REASON: Mapping[str, type[RunRecoveryClientError]] = {
     "OVERLOADED": errors.Overloaded,
     "STORAGE_FULL": errors.StorageFull,
     "SLOW_READER": errors.SlowReader,
+    "OUTPUT_REMOVED": errors.OutputRemoved,
     "OUTPUT_OUT_OF_RANGE": errors.OutputOutOfRange,
     "WATCH_HISTORY_PRUNED": errors.WatchHistoryPruned,
     "WATCH_SEQUENCE_UNKNOWN": errors.WatchSequenceUnknown,

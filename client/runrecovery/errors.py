@@ -1,7 +1,7 @@
 """The errors of failed calls, one class each.
 
 RunRecoveryClientError
-├── NotFound: RunNotFound, ReconciliationNotFound
+├── NotFound: RunNotFound, OutputRemoved, ReconciliationNotFound
 ├── InvalidRequest: UnknownEngine, PageTokenInvalid, WatchCursorInvalid
 ├── RunAlreadyExists
 ├── RequestIdReused
@@ -107,6 +107,10 @@ class RunNotFound(NotFound):
     """No run has this id."""
 
 
+class OutputRemoved(NotFound):
+    """The run is kept, and its output was removed because of its age."""
+
+
 class ReconciliationNotFound(NotFound):
     """No reconciliation has this id."""
 
@@ -198,7 +202,8 @@ class OutputOutOfRange(RunRecoveryClientError):
 class WatchHistoryPruned(RunRecoveryClientError):
     """Events after `after_sequence` have been deleted.
 
-    Start a new watch without `after_sequence`; it begins with a snapshot of the run.
+    Start a new watch without `after_sequence`; it begins with a snapshot of the run. From
+    `watch_recovered`: the report of the cursor was removed. Start without a cursor.
     """
 
     @property

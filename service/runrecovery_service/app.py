@@ -8,8 +8,9 @@ import secrets
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -85,6 +86,9 @@ from runrecovery_service.storage.refusals import refusing
 from runrecovery_service.storage.sql_dialects import DatabaseKind
 from runrecovery_service.storage.use_case import retry_conflicts
 from runrecovery_service.systemd import SystemdNotifier
+
+if TYPE_CHECKING:
+    from runrecovery_service.retention.sweep import RetentionSweep
 
 log = structlog.get_logger()
 
@@ -392,6 +396,7 @@ class _App:
 
     def _background_work(self, launcher: Launcher, dispatcher: Dispatcher) -> BackgroundWork:
         return BackgroundWork(
+            retention=self._retention(),
             dispatcher=dispatcher,
             straggler_sweep=StragglerSweep(
                 storage=self.storage,
@@ -410,6 +415,24 @@ class _App:
             ),
             trust_sweep=TrustSweep(keeper=self.trust, threads=self.threads, stop_signal=self.stop),
             threads=self.threads,
+        )
+
+    def _retention(self) -> RetentionSweep | None:
+        settings = self.settings.retention
+        if settings is None:
+            return None
+        # Imported here: a start without retention needs none of it.
+        from runrecovery_service.domain.retention import RetentionPolicy  # noqa: PLC0415
+        from runrecovery_service.retention.files import RunFiles  # noqa: PLC0415
+        from runrecovery_service.retention.sweep import RetentionSweep  # noqa: PLC0415
+
+        return RetentionSweep(
+            policy=RetentionPolicy(**asdict(settings)),
+            storage=self.storage,
+            owner=self.owner,
+            clock=self.clock,
+            files=RunFiles(self.workspaces.runs),
+            stop_signal=self.stop,
         )
 
 

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import structlog
 
@@ -47,6 +47,9 @@ from runrecovery_service.storage import backup
 from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.database import Database
 from runrecovery_service.systemd import SystemdNotifier
+
+if TYPE_CHECKING:
+    from runrecovery_service.retention.sweep import RetentionSweep
 
 log = structlog.get_logger()
 
@@ -242,15 +245,18 @@ class BackgroundWork:
     straggler_sweep: StragglerSweep
     deadlines: Deadlines
     trust_sweep: TrustSweep
+    retention: RetentionSweep | None
     threads: SteadyThreadPool
 
     def start(self, *, safe_mode: bool) -> None:
-        """Start the sweeps; outside safe mode also the dispatcher and the run deadlines."""
+        """Start the sweeps; outside safe mode also all that launches runs, ends or removes them."""
         self.straggler_sweep.start()
         self.trust_sweep.start()
         if not safe_mode:
             self.dispatcher.start()
             self.deadlines.start()
+            if self.retention is not None:
+                self.retention.start()
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -350,6 +356,8 @@ class Service:
         await self._step("reload", self.reloader.stop())
         await self._step("patrol", work.straggler_sweep.stop(), grace_s=grace_s)
         await self._step("trust", work.trust_sweep.stop())
+        if work.retention is not None:
+            await self._step("retention", work.retention.stop())
         if self.stop.failure is None and self.gate.recovered:
             # Without a time limit: there may be many runs. But the store has to answer.
             await self._step("runs", self._decide_on_runs(), grace_s=math.inf)

@@ -25,11 +25,31 @@ def test_a_lease_may_last_from_three_seconds_to_an_hour(load: Load, text: str) -
 
 
 @pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("60s", 60), ("1m", 60), ("90m", 5_400), ("12h", 43_200), ("30d", 2_592_000)],
+)
+def test_an_age_is_a_number_with_its_unit(load: Load, text: str, seconds: float) -> None:
+    settings = load(f"[retention]\nended_runs = '{text}'").retention
+
+    assert settings is not None
+    assert (settings.ended_runs, settings.outputs) == (seconds, None)
+
+
+@pytest.mark.parametrize(
     ("toml", "place", "message"),
     [
         ("listn = 'a'", "listn", 'unknown key (did you mean "listen"?)'),
         ("zzz = 1", "zzz", "unknown key"),
         ("[engine.x]", "engine", 'did you mean "engines"'),
+        ("retention = '30d'", "retention", 'must be a table, not "30d"'),
+        ("[retention]\nended = '30d'", "retention.ended", 'did you mean "ended_runs"'),
+        ("[retention]\noutputs = 30", "retention.outputs", 'a text like "30d", "12h" or "90m"'),
+        ("[retention]\noutputs = '-1d'", "retention.outputs", 'a text like "30d"'),
+        ("[retention]\noutputs = '1w'", "retention.outputs", 'not "1w"'),
+        ("[retention]\noutputs = '1.5d'", "retention.outputs", 'not "1.5d"'),
+        ("[retention]\noutputs = '59s'", "retention.outputs", "from 1 minutes to 36500 days"),
+        ("[retention]\nreports = '36501d'", "retention.reports", "from 1 minutes to 36500 days"),
+        ("[retention]\nmax_ended_runs = -1", "retention.max_ended_runs", "from 0 to 1000000000"),
         ("engines = 3", "engines", "must be a table of engines, not 3"),
         ("engines.x = 3", "engines.x", "must be a table, not 3"),
         (ENGINE + "profil = 'x'", "engines.reviewer.profil", 'did you mean "profile"'),

@@ -13,6 +13,9 @@ from runrecovery_service.rpc import errors
 
 EXAMPLES: tuple[RunRecoveryError, ...] = (
     domain.RunNotFound("r1"),
+    domain.RequestedRunRemoved("q1"),
+    domain.OutputRemoved("r1"),
+    domain.DecisionsPruned(),
     domain.ReconciliationNotFound("c1"),
     domain.InvalidFields((FieldViolation("run_id", "is required"),)),
     domain.UnknownEngine("x", ("demo", "reviewer")),
@@ -198,6 +201,9 @@ TOLD = {
     "Fenced": ("UNAVAILABLE", "SHUTTING_DOWN", True),
     "InteractionSuperseded": ("FAILED_PRECONDITION", "INTERACTION_SUPERSEDED", False),
     "InvalidFields": ("INVALID_ARGUMENT", "INVALID_FIELD", False),
+    "OutputRemoved": ("NOT_FOUND", "OUTPUT_REMOVED", False),
+    "RequestedRunRemoved": ("NOT_FOUND", "RUN_NOT_FOUND", False),
+    "DecisionsPruned": ("OUT_OF_RANGE", "WATCH_HISTORY_PRUNED", False),
     "OutputOutOfRange": ("OUT_OF_RANGE", "OUTPUT_OUT_OF_RANGE", False),
     "Overloaded": ("RESOURCE_EXHAUSTED", "OVERLOADED", True),
     "PageTokenInvalid": ("INVALID_ARGUMENT", "PAGE_TOKEN_INVALID", False),

@@ -35,7 +35,7 @@ from runrecovery_service.rpc.output_reader import PIECE_BYTES
 from runrecovery_service.rpc.recovery_service import RecoveryDeps
 from runrecovery_service.rpc.run_service import RunDeps, RunLimits
 from runrecovery_service.rpc.server import GrpcServer, ServerLimits, build_server
-from runrecovery_service.storage import launch_records
+from runrecovery_service.storage import launch_records, retention
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.launch_records import UnendedLaunch
 from structlog.testing import capture_logs
@@ -71,8 +71,11 @@ class FakeStorage:
     committed: asyncio.Event = field(default_factory=asyncio.Event)
     looks: int = 0
     looked: asyncio.Event = field(default_factory=asyncio.Event)
+    output_removed: bool = False
 
-    async def read_row(self, *_: Any) -> Run:
+    async def read_row(self, use: Any, *_: Any) -> Any:
+        if use is retention.is_output_removed:
+            return self.output_removed
         self.looks += 1
         self.looked.set()
         return self.run
@@ -362,6 +365,21 @@ async def test_an_attempt_or_offset_without_output_is_out_of_range(
 
     assert caught.value.code() is grpc.StatusCode.OUT_OF_RANGE
     assert reason(caught.value) == "OUTPUT_OUT_OF_RANGE"
+
+
+@pytest.mark.parametrize("offset", [0, 2, 9])
+async def test_output_that_was_removed_is_said_to_be_removed(
+    offset: int, served: FakedServer
+) -> None:
+    """Also to a caller that was reading it: what it has got may not be all."""
+    served.storage.run = run(status=RunStatus.SUCCEEDED)
+    served.storage.output_removed = True
+
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await output(served, offset=offset)
+
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    assert reason(caught.value) == "OUTPUT_REMOVED"
 
 
 async def test_an_offset_at_the_end_of_the_output_is_in_range(served: FakedServer) -> None:

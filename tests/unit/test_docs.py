@@ -23,6 +23,7 @@ from runrecovery_service.config.reloading import RELOADABLE
 from runrecovery_service.config.settings import (
     CallerSettings,
     EngineSettings,
+    RetentionSettings,
     Settings,
     TlsSettings,
 )
@@ -84,7 +85,10 @@ def _shown(default: object) -> str:
     return f'"./{default}"' if isinstance(default, Path) else f'"{default}"'
 
 
-@pytest.mark.parametrize(("heading", "kind"), [("TLS", TlsSettings), ("Callers", CallerSettings)])
+@pytest.mark.parametrize(
+    ("heading", "kind"),
+    [("TLS", TlsSettings), ("Callers", CallerSettings), ("Retention", RetentionSettings)],
+)
 def test_every_key_of_a_table_is_documented_with_its_default(heading: str, kind: type) -> None:
     told = _rows(_section(_page("docs/configuration.md"), f"## {heading}"))
 

@@ -88,6 +88,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_WATCH_HISTORY_PRUNED: _ErrorReason.ValueType  # 25
     """OUT_OF_RANGE. Events after after_sequence have been deleted; metadata
     `oldest_sequence` is the oldest one left. Start a new watch with a snapshot.
+    WatchRecovered: the report of after_cursor was removed, without metadata. Start a new
+    watch without a cursor.
     """
     ERROR_REASON_WATCH_SEQUENCE_UNKNOWN: _ErrorReason.ValueType  # 26
     """OUT_OF_RANGE. after_sequence is greater than the sequence of the run's latest event,
@@ -121,6 +123,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """RESOURCE_EXHAUSTED. The caller has as many calls and streams in progress as it may have
     (`max_calls` of the caller). RetryInfo says when to retry.
     """
+    ERROR_REASON_OUTPUT_REMOVED: _ErrorReason.ValueType  # 34
+    """NOT_FOUND. The run is kept, and its output was removed (configuration `retention`)."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Every error of the service carries a google.rpc.ErrorInfo. Its `reason` is one of
@@ -193,6 +197,8 @@ its engine found the session lost.
 ERROR_REASON_WATCH_HISTORY_PRUNED: ErrorReason.ValueType  # 25
 """OUT_OF_RANGE. Events after after_sequence have been deleted; metadata
 `oldest_sequence` is the oldest one left. Start a new watch with a snapshot.
+WatchRecovered: the report of after_cursor was removed, without metadata. Start a new
+watch without a cursor.
 """
 ERROR_REASON_WATCH_SEQUENCE_UNKNOWN: ErrorReason.ValueType  # 26
 """OUT_OF_RANGE. after_sequence is greater than the sequence of the run's latest event,
@@ -226,4 +232,6 @@ ERROR_REASON_CALLER_OVERLOADED: ErrorReason.ValueType  # 33
 """RESOURCE_EXHAUSTED. The caller has as many calls and streams in progress as it may have
 (`max_calls` of the caller). RetryInfo says when to retry.
 """
+ERROR_REASON_OUTPUT_REMOVED: ErrorReason.ValueType  # 34
+"""NOT_FOUND. The run is kept, and its output was removed (configuration `retention`)."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

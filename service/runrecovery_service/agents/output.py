@@ -28,6 +28,10 @@ class OutputPiece:
 
 
 _TRUNCATED: Final = ".truncated"
+OUTPUT_NAMES: Final = frozenset(
+    f"{channel}.log{suffix}" for channel in OutputChannel for suffix in ("", _TRUNCATED)
+)
+"""The names of all files with output, in the folder of an attempt."""
 
 
 class OutputFiles:

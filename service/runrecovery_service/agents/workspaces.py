@@ -16,11 +16,11 @@ class Workspaces:
     """The folders of all attempts below one data directory."""
 
     def __init__(self, data_dir: Path) -> None:
-        self._runs = data_dir / "runs"
+        self.runs = data_dir / "runs"
 
     def attempt(self, run_key: int, attempt: int) -> Path:
         """Return the folder that holds everything of an attempt; it may not exist yet."""
-        return self._runs / str(run_key) / str(attempt)
+        return self.runs / str(run_key) / str(attempt)
 
     def workspace(self, run_key: int, attempt: int) -> Path:
         """Return the folder that the agent works in; it may not exist yet."""

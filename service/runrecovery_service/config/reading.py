@@ -23,6 +23,7 @@ from runrecovery_service.config.settings import (
     CallerSettings,
     ClientAuth,
     EngineSettings,
+    RetentionSettings,
     RoleName,
     Settings,
     TlsSettings,
@@ -257,6 +258,11 @@ def _tls(value: object) -> TlsSettings:
     return settings
 
 
+def _retention(value: object) -> RetentionSettings:
+    settings: RetentionSettings = _converter().structure(_table(value), RetentionSettings)
+    return settings
+
+
 def _callers(value: object) -> tuple[CallerSettings, ...]:
     if not isinstance(value, list):
         raise InvalidValue("must be a list of tables, each under [[callers]]")
@@ -362,6 +368,7 @@ def _resume_contradictions(settings: EngineSettings) -> Iterator[InvalidValue]:
 _TABLES: Final[Mapping[str, Reader[object]]] = {
     "tls": _tls,
     "callers": _callers,
+    "retention": _retention,
     "engines": _engines,
 }
 """The readers of the keys of `Settings` with tables of their own."""
@@ -382,7 +389,7 @@ def _converter() -> Converter:
     def hook(read: Reader[object]) -> Callable[[Any, Any], object]:
         return lambda value, _: read(value)
 
-    for kind in (EngineSettings, TlsSettings, CallerSettings, Settings):
+    for kind in (EngineSettings, TlsSettings, CallerSettings, RetentionSettings, Settings):
         hints = get_type_hints(kind, include_extras=True)
         tables = _TABLES if kind is Settings else {}
         readers = {

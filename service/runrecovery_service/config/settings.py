@@ -187,6 +187,29 @@ class CallerSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RetentionSettings:
+    """The `[retention]` table: ages as text, like "30d". What has no age is kept for ever.
+
+    Attributes:
+        ended_runs: from the end of a run until everything of it is removed.
+        max_ended_runs: ended runs that are kept; the oldest of more are removed.
+        outputs: from the end of a run until its output is removed.
+        workspaces: from the end of a run until its workspaces are removed.
+        events: from the end of a run until its events are removed.
+        receipts: from a request until its request_id is forgotten.
+        reports: from a recovery until its report is removed, unless a run that is kept names it.
+    """
+
+    ended_runs: Annotated[float | None, values.age(60, 36_500 * _DAY_S)] = None
+    max_ended_runs: Annotated[int | None, values.whole(0, 1_000_000_000)] = None
+    outputs: Annotated[float | None, values.age(60, 36_500 * _DAY_S)] = None
+    workspaces: Annotated[float | None, values.age(60, 36_500 * _DAY_S)] = None
+    events: Annotated[float | None, values.age(60, 36_500 * _DAY_S)] = None
+    receipts: Annotated[float | None, values.age(60, 36_500 * _DAY_S)] = None
+    reports: Annotated[float | None, values.age(60, 36_500 * _DAY_S)] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """The whole configuration. Relative paths start from the working directory.
 
@@ -237,6 +260,7 @@ class Settings:
         tls: encrypts `listen`. Without it connections are not encrypted.
         public_reflection: reflection needs no caller.
         callers: who may call, and what. Without any, whoever connects may do everything.
+        retention: how long ended runs and their files are kept. Without it for ever.
         engines: the engines that runs may use, by name.
     """
 
@@ -279,6 +303,7 @@ class Settings:
     public_reflection: Annotated[bool, values.boolean] = False
     tls: TlsSettings | None = None
     callers: tuple[CallerSettings, ...] = ()
+    retention: RetentionSettings | None = None
     engines: Mapping[str, EngineSettings] = field(default_factory=dict)
 
     @property
@@ -287,7 +312,7 @@ class Settings:
         return self.max_concurrent or machine_capacity()
 
 
-TABLES: Final = frozenset({"tls", "callers", "engines"})
+TABLES: Final = frozenset({"tls", "callers", "retention", "engines"})
 """The keys with tables of their own, which only a file can hold."""
 SCALARS: Final = tuple(key.name for key in fields(Settings) if key.name not in TABLES)
 """The keys that a flag or an environment variable may set."""

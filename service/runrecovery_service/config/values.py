@@ -20,6 +20,8 @@ _SIZE: Final = re.compile(r"([0-9]{1,12}) ?([KMGT]?)(?:iB|B)?", re.IGNORECASE)
 _SHA256: Final = re.compile(r"[0-9a-fA-F]{64}")
 MAX_TOKENS: Final = 2
 """Tokens of one caller: the present one, and the one that replaces it."""
+_AGE: Final = re.compile(r"([0-9]{1,9}) ?([dhms])")
+_AGE_UNITS: Final = {"d": 86_400, "h": 3_600, "m": 60, "s": 1}
 _UNITS: Final = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
 
 T = TypeVar("T")
@@ -96,6 +98,22 @@ def size_bytes(least: int, most: int) -> Reader[int]:
         elif isinstance(value, str):
             raise InvalidValue(f'must be bytes, or a text like "512M" or "2G", not {quote(value)}')
         return whole(least, most)(value)
+
+    return read
+
+
+def age(least: float, most: float) -> Reader[float]:
+    def read(value: object) -> float:
+        found = _AGE.fullmatch(value) if isinstance(value, str) else None
+        if found is None:
+            raise InvalidValue(f'must be a text like "30d", "12h" or "90m", not {quote(value)}')
+        seconds = int(found[1]) * _AGE_UNITS[found[2]]
+        if not least <= seconds <= most:
+            raise InvalidValue(
+                f"must be from {least / 60:.0f} minutes to {most / 86_400:.0f} days, not"
+                f" {quote(value)}"
+            )
+        return float(seconds)
 
     return read
 

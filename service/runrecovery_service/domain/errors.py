@@ -4,7 +4,7 @@ The text that callers get is in `__str__` of each class. Texts about fields of a
 `rpc/validation.py`, reasons of a refusal where the error is raised.
 
 RunRecoveryError
-├── NotFound: RunNotFound, ReconciliationNotFound
+├── NotFound: RunNotFound, RequestedRunRemoved, ReconciliationNotFound, OutputRemoved
 ├── Invalid: InvalidFields, UnknownEngine, PageTokenInvalid, PageTokenMismatch,
 │   WatchCursorInvalid
 ├── Conflict: RunAlreadyExists, RequestIdReused
@@ -16,6 +16,7 @@ RunRecoveryError
 ├── NotNow: ReconciliationInProgress, ShuttingDown, SafeMode, StorageBusy, StorageUnavailable
 ├── Exhausted: Overloaded, CallerOverloaded, StorageFull, SlowReader
 ├── OutOfRange: OutputOutOfRange, WatchHistoryPruned, WatchSequenceUnknown
+├── DecisionsPruned
 └── Fenced: ClaimLost, RunGone
 
 `start_errors.py` has the errors that end the service.
@@ -41,7 +42,20 @@ class RunNotFound(NotFound):
     run_id: str
 
     def __str__(self) -> str:
-        return f"no run has the id {self.run_id!r}"
+        return f"no run has the id {self.run_id!r}; retention may have removed it"
+
+
+@dataclass(eq=False)
+class RequestedRunRemoved(NotFound):
+    """The request was carried out before, and its run was removed since."""
+
+    request_id: str
+
+    def __str__(self) -> str:
+        return (
+            f"request_id {self.request_id} was carried out before, and retention has removed its"
+            " run; use a new request_id"
+        )
 
 
 @dataclass(eq=False)
@@ -51,7 +65,18 @@ class ReconciliationNotFound(NotFound):
     reconciliation_id: str
 
     def __str__(self) -> str:
-        return f"no reconciliation has the id {self.reconciliation_id!r}"
+        wanted = self.reconciliation_id
+        return f"no reconciliation has the id {wanted!r}; retention may have removed it"
+
+
+@dataclass(eq=False)
+class OutputRemoved(NotFound):
+    """The output of the run was removed; the run itself is kept."""
+
+    run_id: str
+
+    def __str__(self) -> str:
+        return f"retention has removed the output of run {self.run_id!r}"
 
 
 class Invalid(RunRecoveryError):
@@ -375,6 +400,16 @@ class WatchSequenceUnknown(OutOfRange):
         return (
             f"the latest event of run {self.run_id!r} has the sequence {self.latest}; resume after"
             " that event at most"
+        )
+
+
+class DecisionsPruned(RunRecoveryError):
+    """Decisions after the cursor of a watch may have been removed."""
+
+    def __str__(self) -> str:
+        return (
+            "retention has removed the report of this cursor, and perhaps decisions after it; start"
+            " again without a cursor, and list the recovered runs"
         )
 
 

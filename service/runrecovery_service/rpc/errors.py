@@ -164,7 +164,7 @@ def _engine(error: errors.UnknownEngine) -> Any:
     return bad_request((FieldViolation("engine", f"no engine {clip(error.engine, 80)!r}"),))
 
 
-def _run(error: errors.RunNotFound | errors.RunAlreadyExists) -> Any:
+def _run(error: errors.RunNotFound | errors.RunAlreadyExists | errors.OutputRemoved) -> Any:
     return error_details_pb2.ResourceInfo(
         resource_type="runrecovery.v1.Run",
         resource_name=clip(error.run_id),
@@ -207,6 +207,14 @@ TABLE: Final[Mapping[type[RunRecoveryError], ErrorMapping]] = MappingProxyType(
     {
         errors.RunNotFound: ErrorMapping(
             _Code.NOT_FOUND, Reason.ERROR_REASON_RUN_NOT_FOUND, (_run,)
+        ),
+        errors.RequestedRunRemoved: ErrorMapping(
+            _Code.NOT_FOUND,
+            Reason.ERROR_REASON_RUN_NOT_FOUND,
+            metadata=lambda error: {"request_id": error.request_id},
+        ),
+        errors.OutputRemoved: ErrorMapping(
+            _Code.NOT_FOUND, Reason.ERROR_REASON_OUTPUT_REMOVED, (_run,)
         ),
         errors.ReconciliationNotFound: ErrorMapping(
             _Code.NOT_FOUND, Reason.ERROR_REASON_RECONCILIATION_NOT_FOUND, (_reconciliation,)
@@ -337,6 +345,9 @@ TABLE: Final[Mapping[type[RunRecoveryError], ErrorMapping]] = MappingProxyType(
             _Code.OUT_OF_RANGE,
             Reason.ERROR_REASON_WATCH_SEQUENCE_UNKNOWN,
             metadata=lambda error: {"latest_sequence": str(error.latest)},
+        ),
+        errors.DecisionsPruned: ErrorMapping(
+            _Code.OUT_OF_RANGE, Reason.ERROR_REASON_WATCH_HISTORY_PRUNED
         ),
         errors.OutputOutOfRange: ErrorMapping(
             _Code.OUT_OF_RANGE, Reason.ERROR_REASON_OUTPUT_OUT_OF_RANGE

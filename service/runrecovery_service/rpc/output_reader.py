@@ -10,12 +10,12 @@ from typing import Final
 from runrecovery.v1 import run_service_pb2 as pb
 
 from runrecovery_service.agents.output import OutputChannel, OutputFiles
-from runrecovery_service.domain.errors import OutputOutOfRange, ShuttingDown
+from runrecovery_service.domain.errors import OutputOutOfRange, OutputRemoved, ShuttingDown
 from runrecovery_service.domain.run import Run
 from runrecovery_service.rpc import validation
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.visibility import demand_visible
-from runrecovery_service.storage import runs
+from runrecovery_service.storage import retention, runs
 from runrecovery_service.storage.async_storage import Storage
 
 PIECE_BYTES: Final = 65_536
@@ -55,7 +55,7 @@ class OutputReader:
         """Yield the output in pieces.
 
         Raises:
-            InvalidFields, RunNotFound, OutputOutOfRange: see each.
+            InvalidFields, RunNotFound, OutputOutOfRange, OutputRemoved: see each.
             ShuttingDown: only when following; the caller can resume by its offset.
         """
         validation.require_valid(validation.stream_output(request))
@@ -67,10 +67,12 @@ class OutputReader:
             run = await self._storage.read_row(runs.get, request.run_id)
             if cursor is None or not cursor.attempt:
                 cursor = _cursor(run, request)
+                await self._demand_kept(run)
                 await self._check_offset(run, cursor, follow=request.follow)
             following = request.follow and _may_write_more(run, cursor)
             async for piece in self._read_pieces(cursor):
                 yield piece
+            await self._demand_kept(run)  # otherwise pieces may be missing without notice
             if not following or cursor.at_limit:
                 return
             if self._gate.ends_streams:
@@ -102,6 +104,11 @@ class OutputReader:
             )
             cursor.offset += len(piece.data)
 
+    async def _demand_kept(self, run: Run) -> None:
+        """Raise OutputRemoved if the output of the run was removed."""
+        if _has_ended(run) and await self._storage.read_row(retention.is_output_removed, run):
+            raise OutputRemoved(run.run_id)
+
     async def _check_offset(self, run: Run, cursor: _Cursor, *, follow: bool) -> None:
         """Raise OutputOutOfRange for an offset that the output will never reach."""
         if not cursor.offset or (follow and _may_write_more(run, cursor)):
@@ -130,5 +137,8 @@ def _cursor(run: Run, request: pb.StreamOutputRequest) -> _Cursor:
 
 def _may_write_more(run: Run, cursor: _Cursor) -> bool:
     """True while the attempt may still write output."""
-    has_ended = run.status is None or run.status.is_terminal or run.quarantined
-    return not has_ended and cursor.attempt == run.attempt
+    return not _has_ended(run) and cursor.attempt == run.attempt
+
+
+def _has_ended(run: Run) -> bool:
+    return run.status is None or run.status.is_terminal or run.quarantined

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Final
 
-from runrecovery_service.domain.errors import WatchCursorInvalid
+from runrecovery_service.domain.errors import DecisionsPruned, WatchCursorInvalid
 from runrecovery_service.domain.reconciliation import RecoveredFilter
 from runrecovery_service.domain.recovery_matrix import REOPEN_RULE
 from runrecovery_service.domain.run import RecoveryInfo
@@ -97,15 +97,20 @@ def demand_valid(db: Database, cursor: FeedCursor) -> None:
     """Raise if a cursor is not from this store, or is from before the store was restored.
 
     Raises:
-        WatchCursorInvalid: there is no such report, or another report has its key.
+        WatchCursorInvalid: no report has had this key, or another report has it.
+        DecisionsPruned: the report was removed; there are later ones.
     """
     if cursor.report == 0:
         return
     row = db.fetch_one(
         "SELECT reconciliation_id FROM reconciliation WHERE id = ?", (cursor.report,)
     )
-    if row is None or stamp_of(row[0]) != cursor.stamp:
-        raise WatchCursorInvalid
+    if row is not None and stamp_of(row[0]) == cursor.stamp:
+        return
+    later = db.fetch_one("SELECT 1 FROM reconciliation WHERE id > ? LIMIT 1", (cursor.report,))
+    if row is None and later is not None:
+        raise DecisionsPruned
+    raise WatchCursorInvalid
 
 
 def decisions_after(

@@ -2,11 +2,13 @@
 
 The sequence of an event is the run's new `event_count`, so that there is no gap. The creation, 1,
 is derived from the run itself. The decisions of recoveries are in their own table. A run keeps only
-its latest events, so that an endless conversation does not grow without bound.
+its latest events, so that an endless conversation does not grow without bound. Retention may
+remove those of an ended run.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Final
 
@@ -154,9 +156,20 @@ def events_after(db: Database, run: Run, after: int) -> tuple[RunEvent, ...]:
         found.append(_created(run))
     found.sort(key=lambda event: event.sequence)
     if [event.sequence for event in found] != list(range(after + 1, last + 1)):
-        # Events were deleted between the two queries, or are missing. Report every gap.
-        raise WatchHistoryPruned(run.run_id, oldest)
+        # Retention has deleted events, or an event was deleted between the two queries. Every gap
+        # is reported.
+        raise WatchHistoryPruned(run.run_id, _oldest_without_gap(found, last))
     return tuple(found)
+
+
+def _oldest_without_gap(found: Sequence[RunEvent], last: int) -> int:
+    """Return the first sequence from which on no event is missing up to `last`."""
+    oldest = last + 1
+    for event in reversed(found):
+        if event.sequence != oldest - 1:
+            break
+        oldest -= 1
+    return oldest
 
 
 def _event_from_row(row: Row) -> RunEvent:

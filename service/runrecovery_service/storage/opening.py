@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from pathlib import Path
 from typing import Final
@@ -124,6 +125,10 @@ def _create_sqlite(path: Path) -> None:
     for stale in (new, new.with_name(new.name + "-wal"), new.with_name(new.name + "-shm")):
         stale.unlink(missing_ok=True)
     new.touch(mode=0o600)
+    with contextlib.closing(sqlite3.connect(new)) as made:
+        # The journal mode writes the first page, after which this would need a VACUUM.
+        made.execute("PRAGMA auto_vacuum = INCREMENTAL")
+        made.execute("PRAGMA journal_mode = WAL")
     db = connect_sqlite(new)
     try:
         db.execute(f"PRAGMA application_id = {APPLICATION_ID}")

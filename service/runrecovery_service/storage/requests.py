@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
-from runrecovery_service.domain.errors import RequestIdReused
+from runrecovery_service.domain.errors import RequestedRunRemoved, RequestIdReused
 from runrecovery_service.storage import tables
 from runrecovery_service.storage.database import Database, Stale
 from runrecovery_service.storage.rows import to_us
@@ -44,6 +44,7 @@ def find_effect(db: Database, receipt: Receipt | None) -> int | None:
 
     Raises:
         RequestIdReused: the id was used with another method or payload.
+        RequestedRunRemoved: retention has removed that run.
     """
     if receipt is None:
         return None
@@ -53,6 +54,8 @@ def find_effect(db: Database, receipt: Receipt | None) -> int | None:
     method, fingerprint, run_key = row
     if (method, fingerprint) != (receipt.method, receipt.fingerprint.hex()):
         raise RequestIdReused(receipt.request_id)
+    if db.fetch_one("SELECT 1 FROM run WHERE id = ?", (run_key,)) is None:
+        raise RequestedRunRemoved(receipt.request_id)
     return int(run_key)
 
 

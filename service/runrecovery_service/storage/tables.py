@@ -45,7 +45,7 @@ class Run(pw.Model):
     `questions_before` is the `interaction_count` at the start of the latest attempt.
     `…_tokens`, `cost_nanos` and `model` are the sum of what the turns have used; `model` is NULL
     until the first report. `session_usage` is what the next process of the session subtracts from
-    the total that it reports.
+    the total that it reports. `…_removed_at` is when retention removed that part of an ended run.
 
     `status`, `profile` and `restart_policy` have no CHECK constraint. A newer version that runs
     beside this one may write an unknown word; recovery quarantines such a row and does not fail.
@@ -119,6 +119,9 @@ class Run(pw.Model):
     max_cost_nanos = pw.BigIntegerField(null=True)
     created_by = pw.TextField(null=True)
     canceled_by = pw.TextField(null=True)
+    output_removed_at = pw.BigIntegerField(null=True)
+    workspace_removed_at = pw.BigIntegerField(null=True)
+    events_removed_at = pw.BigIntegerField(null=True)
 
     class Meta:
         table_name = "run"

@@ -1,0 +1,76 @@
+"""How long the service keeps what ended runs leave, and what it has removed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+
+
+class RetentionKind(StrEnum):
+    """What can be removed; each kind has an age of its own."""
+
+    RUNS = "runs"
+    """Ended runs: every row and every file."""
+    OUTPUTS = "outputs"
+    """The kept output of ended runs."""
+    WORKSPACES = "workspaces"
+    """The other files of ended runs: workspaces, and what launches left."""
+    EVENTS = "events"
+    """The events of ended runs."""
+    RECEIPTS = "receipts"
+    """The proofs that requests were carried out."""
+    REPORTS = "reports"
+    """The reports of recoveries that no run names any more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetentionPolicy:
+    """Ages in seconds, counted from the end of the run, the request or the recovery.
+
+    Attributes:
+        max_ended_runs: ended runs that are kept; the oldest are removed first.
+
+    None: kept for ever.
+    """
+
+    ended_runs: float | None = None
+    outputs: float | None = None
+    workspaces: float | None = None
+    events: float | None = None
+    receipts: float | None = None
+    reports: float | None = None
+    max_ended_runs: int | None = None
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class RunPosition:
+    """The position of a run in the order of the ends of runs: time in µs, then key."""
+
+    ended_us: int
+    key: int
+
+
+FIRST = RunPosition(-1, 0)
+"""Before every run."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class RetentionTotals:
+    """What was removed since the start of the service.
+
+    Attributes:
+        removed: how many of each kind.
+        bytes_freed: the sizes of the removed files.
+        pages_freed: pages that SQLite gave back to the file system.
+        not_removed: files and folders that the system did not let the service remove.
+        swept_at, sweep_s: when the latest sweep ended, and how long it took.
+    """
+
+    removed: Counter[RetentionKind] = field(default_factory=Counter)
+    bytes_freed: int = 0
+    pages_freed: int = 0
+    not_removed: int = 0
+    swept_at: datetime | None = None
+    sweep_s: float = 0.0

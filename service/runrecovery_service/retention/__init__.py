@@ -1,0 +1,1 @@
+"""Removes what ended runs leave, when it has reached its age."""

@@ -1,0 +1,195 @@
+"""Removes files of ended runs. It follows no link, and never leaves the data directory.
+
+What is to go is first renamed into `runs/.removed/`, at once, and emptied there afterwards. After a
+crash the next sweep empties the rest. Agents may have left anything: links, deep trees, folders
+without permissions, mounts. A folder is emptied by renaming its folders beside it, so that neither
+the depth of a tree nor a link matters. What the system refuses stays, and is reported.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from runrecovery_service.agents.output import OUTPUT_NAMES
+from runrecovery_service.domain.retention import RetentionKind
+
+REMOVED: Final = ".removed"
+_FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+@dataclass(slots=True)
+class Emptied:
+    """What was removed for good, and the problems that the system had with the rest."""
+
+    size: int = 0
+    problems: dict[str, str] = field(default_factory=dict)
+
+
+class RunFiles:
+    """The files of all runs below one data directory. Every method blocks: call it in a thread."""
+
+    def __init__(self, runs: Path) -> None:
+        self._runs = runs
+
+    def remove(self, kind: RetentionKind, key: int) -> None:
+        """Take the files of this kind out of the folder of a run, if it has any.
+
+        Raises:
+            OSError: the system refuses it.
+        """
+        with self._open() as runs, suppress(FileNotFoundError):
+            if kind is RetentionKind.RUNS:
+                self._move(str(key), runs)
+                return
+            try:
+                run = _open_folder(str(key), runs)
+            except NotADirectoryError:  # a link, or a file: not made by the service
+                return
+            try:
+                self._remove_part(kind, run)
+            finally:
+                os.close(run)
+            with suppress(OSError):  # it has other parts
+                os.rmdir(str(key), dir_fd=runs)
+
+    def _remove_part(self, kind: RetentionKind, run: int) -> None:
+        for attempt in _names(run):
+            try:
+                folder = _open_folder(attempt, run)
+            except NotADirectoryError:
+                continue
+            try:
+                for name in _names(folder):
+                    if (name in OUTPUT_NAMES) is (kind is RetentionKind.OUTPUTS):
+                        self._move(name, folder)
+            finally:
+                os.close(folder)
+            with suppress(OSError):
+                os.rmdir(attempt, dir_fd=run)
+
+    def empty(self, *, should_stop: Callable[[], bool]) -> Emptied:
+        """Delete what was renamed, and return its size. What the system refuses stays."""
+        emptied = Emptied()
+        with self._open() as runs, suppress(FileNotFoundError):
+            removed = os.open(REMOVED, _FOLDER, dir_fd=runs)
+            try:
+                # A folder that is emptied puts its own folders here.
+                while names := set(_names(removed)) - emptied.problems.keys():
+                    for name in names:
+                        if should_stop():
+                            return emptied
+                        try:
+                            self._delete(name, removed, emptied)
+                        except OSError as error:
+                            emptied.problems[name] = error.strerror or type(error).__name__
+            finally:
+                os.close(removed)
+        return emptied
+
+    def run_keys(self) -> list[int]:
+        """Return the keys of all folders of runs. Read them before their rows."""
+        with self._open() as runs, os.scandir(runs) as entries:
+            return sorted(
+                int(entry.name)
+                for entry in entries
+                if entry.name.isdecimal() and entry.is_dir(follow_symlinks=False)
+            )
+
+    def changed_at(self, key: int) -> float:
+        """Return when something in the folder of a run, or of its attempts, was last changed."""
+        folder = self._runs / str(key)
+        attempts = [path for path in folder.iterdir() if _is_folder(path)]
+        inside = [path for attempt in attempts for path in attempt.iterdir()]
+        return max(path.lstat().st_mtime for path in (folder, *attempts, *inside))
+
+    @contextmanager
+    def _open(self) -> Iterator[int]:
+        self._runs.mkdir(mode=0o700, exist_ok=True)
+        runs = os.open(self._runs, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            yield runs
+        finally:
+            os.close(runs)
+
+    def _move(self, name: str, folder: int) -> None:
+        """Rename an entry of a folder into `.removed`."""
+        with self._open() as runs:
+            with suppress(FileExistsError):
+                os.mkdir(REMOVED, 0o700, dir_fd=runs)
+            removed = os.open(REMOVED, _FOLDER, dir_fd=runs)
+            try:
+                _rename(name, folder, removed)
+            finally:
+                os.close(removed)
+
+    def _delete(self, name: str, removed: int, emptied: Emptied) -> None:
+        found = os.stat(name, dir_fd=removed, follow_symlinks=False)
+        if not stat.S_ISDIR(found.st_mode):
+            os.unlink(name, dir_fd=removed)
+            emptied.size += _freed(found)
+            return
+        folder = _open_folder(name, removed)
+        refused: OSError | None = None
+        try:
+            for entry in _names(folder):
+                try:
+                    _delete_or_rename(entry, folder, removed, emptied)
+                except OSError as error:
+                    refused = error
+        finally:
+            os.close(folder)
+        if refused is not None:
+            raise refused
+        os.rmdir(name, dir_fd=removed)
+
+
+def _delete_or_rename(name: str, folder: int, removed: int, emptied: Emptied) -> None:
+    found = os.stat(name, dir_fd=folder, follow_symlinks=False)
+    if stat.S_ISDIR(found.st_mode):
+        _rename(name, folder, removed)
+    else:
+        os.unlink(name, dir_fd=folder)
+        emptied.size += _freed(found)
+
+
+def _rename(name: str, folder: int, removed: int) -> None:
+    with suppress(NotADirectoryError):
+        _grant(name, folder)  # a folder that changes its parent must be writable
+    os.rename(name, secrets.token_hex(8), src_dir_fd=folder, dst_dir_fd=removed)
+
+
+def _names(folder: int) -> list[str]:
+    return os.listdir(folder)
+
+
+def _open_folder(name: str, parent: int) -> int:
+    _grant(name, parent)
+    return os.open(name, _FOLDER, dir_fd=parent)
+
+
+def _grant(name: str, folder: int) -> None:
+    """Give the service's user all rights to a folder that belongs to it."""
+    descriptor = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
+    try:
+        mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+        if mode & stat.S_IRWXU != stat.S_IRWXU:
+            # By descriptor, so that no link is followed; `fchmod` refuses one of O_PATH.
+            os.chmod(f"/proc/self/fd/{descriptor}", mode | stat.S_IRWXU)  # noqa: PTH101 - as above
+    finally:
+        os.close(descriptor)
+
+
+def _freed(found: os.stat_result) -> int:
+    """Return the size of a removed file; 0 while another name of it exists."""
+    return found.st_size if stat.S_ISREG(found.st_mode) and found.st_nlink == 1 else 0
+
+
+def _is_folder(path: Path) -> bool:
+    return stat.S_ISDIR(path.lstat().st_mode)

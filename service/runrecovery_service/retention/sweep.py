@@ -1,0 +1,289 @@
+"""Removes, in small batches and beside everything else, what has reached its age."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from time import monotonic
+from typing import Final, TypeVar
+
+import structlog
+
+from runrecovery_service import daemon_threads
+from runrecovery_service.clock import Clock
+from runrecovery_service.domain.retention import (
+    FIRST,
+    RetentionKind,
+    RetentionPolicy,
+    RetentionTotals,
+    RunPosition,
+)
+from runrecovery_service.periodic import PeriodicTask
+from runrecovery_service.retention.files import RunFiles
+from runrecovery_service.stop_signal import StopSignal
+from runrecovery_service.storage import retention
+from runrecovery_service.storage.async_storage import Storage
+from runrecovery_service.storage.instances import Owner
+from runrecovery_service.storage.rows import to_us
+
+log = structlog.get_logger()
+
+R = TypeVar("R")
+
+SWEEP_INTERVAL_S: Final = 60.0
+BATCH: Final = 100
+"""Runs of one transaction: some 10 ms on SQLite, for which callers' writes may wait."""
+SHARE: Final = 4.0
+"""The pause after a batch, in times that the batch took. A batch that waits behind the writes of
+callers takes long, so a busy store gets long pauses."""
+PAUSE_MOST_S: Final = 5.0
+PAGES: Final = 256
+"""Pages of a SQLite file that one transaction gives back. As many stay free for new rows."""
+UNKNOWN_LEAST_S: Final = 7 * 86_400.0
+"""The least age of a folder whose run the store does not know: lost commits may be restored."""
+
+PARTS: Final = (RetentionKind.OUTPUTS, RetentionKind.WORKSPACES, RetentionKind.EVENTS)
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class RetentionSweep:
+    """Sweeps until it is stopped. Each start also compares the folders with the store, once.
+
+    Attributes:
+        policy: what is removed; it may be replaced between two sweeps.
+        pause: waits between two batches.
+    """
+
+    policy: RetentionPolicy
+    storage: Storage
+    owner: Owner
+    clock: Clock
+    files: RunFiles
+    stop_signal: StopSignal
+    totals: RetentionTotals = field(default_factory=RetentionTotals)
+    pause: Callable[[float], Awaitable[object]] = asyncio.sleep
+    _loop: PeriodicTask = field(init=False)
+    _compared: bool = field(default=False, init=False)
+    _reported: set[str] = field(default_factory=set, init=False)
+
+    def __post_init__(self) -> None:
+        self._loop = PeriodicTask(
+            name="retention",
+            step=self.sweep,
+            interval_s=SWEEP_INTERVAL_S,
+            failure_event="retention.sweep_failed",
+            stop_signal=self.stop_signal,
+        )
+
+    def start(self) -> None:
+        """Start to sweep."""
+        self._loop.start()
+
+    async def stop(self) -> None:
+        """Stop after the batch that is under way."""
+        await self._loop.finish()
+
+    async def sweep(self) -> None:
+        """Remove once what has reached its age."""
+        begun, before = monotonic(), self.totals.removed.copy()
+        if not self._compared:
+            await self._compare_folders()
+            self._compared = True
+        await self._remove_runs()
+        for kind, age in (
+            (RetentionKind.OUTPUTS, self.policy.outputs),
+            (RetentionKind.WORKSPACES, self.policy.workspaces),
+            (RetentionKind.EVENTS, self.policy.events),
+        ):
+            if age is not None:
+                await self._remove_part(kind, age)
+        await self._remove_receipts_and_reports()
+        await self._empty()
+        await self._give_back_pages()
+        self.totals.swept_at, self.totals.sweep_s = self.clock.now(), monotonic() - begun
+        if removed := self.totals.removed - before:
+            counts = {kind.value: count for kind, count in removed.items()}
+            log.info("retention.swept", seconds=round(self.totals.sweep_s, 3), **counts)
+
+    # -- rows and files ------------------------------------------------------------------------
+
+    async def _remove_runs(self) -> None:
+        upto = await self._newest_to_remove()
+        after = FIRST
+        while after < upto and not self._loop.is_stopping:
+            begun = monotonic()
+            found = await self.storage.read(
+                retention.removable_runs,
+                self.owner,
+                after=after,
+                upto=upto,
+                now=self.clock.now(),
+                limit=BATCH,
+            )
+            if not found:
+                return
+            after = found[-1].position  # a run whose files stay must not stop the others
+            keys = [run.key for run in found]
+            # Files first: a crash in between leaves rows without files.
+            moved = await self._move(RetentionKind.RUNS, keys)
+            if moved:
+                removed = await self.storage.write_own(
+                    retention.remove_runs, moved, owner=self.owner, now=self.clock.now()
+                )
+                self.totals.removed[RetentionKind.RUNS] += removed
+            await self._empty()
+            await self._rest(begun)
+
+    async def _newest_to_remove(self) -> RunPosition:
+        """Return the position of the newest run that is too old, or one too many."""
+        upto = FIRST
+        if self.policy.ended_runs is not None:
+            # Before the first key: what ended at that very moment is not older.
+            upto = RunPosition(to_us(self._before(self.policy.ended_runs)), 0)
+        if self.policy.max_ended_runs is not None:
+            surplus = await self.storage.read(
+                retention.position_of_surplus, self.owner, kept=self.policy.max_ended_runs
+            )
+            upto = max(upto, surplus or FIRST)
+        return upto
+
+    async def _remove_part(self, kind: RetentionKind, age: float) -> None:
+        while not self._loop.is_stopping:
+            begun = monotonic()
+            keys = await self.storage.write_own(
+                retention.mark_removed,
+                kind,
+                owner=self.owner,
+                ended_before=self._before(age),
+                now=self.clock.now(),
+                limit=BATCH,
+            )
+            self.totals.removed[kind] += len(keys)
+            if keys and kind is not RetentionKind.EVENTS:
+                await self._move(kind, keys)
+                await self._empty()
+            if len(keys) < BATCH:
+                return
+            await self._rest(begun)
+
+    async def _remove_receipts_and_reports(self) -> None:
+        receipts, reports = self.policy.receipts, self.policy.reports
+        if receipts is not None:
+            await self._remove_rows(
+                RetentionKind.RECEIPTS,
+                lambda: self.storage.write_own(
+                    retention.remove_receipts,
+                    owner=self.owner,
+                    created_before=self._before(receipts),
+                    limit=BATCH,
+                ),
+            )
+        if reports is not None:
+            await self._remove_rows(
+                RetentionKind.REPORTS,
+                lambda: self.storage.write_own(
+                    retention.remove_reports,
+                    owner=self.owner,
+                    started_before=self._before(reports),
+                    limit=BATCH,
+                ),
+            )
+
+    async def _remove_rows(self, kind: RetentionKind, remove: Callable[[], Awaitable[int]]) -> None:
+        while not self._loop.is_stopping:
+            begun = monotonic()
+            removed = await remove()
+            self.totals.removed[kind] += removed
+            if removed < BATCH:
+                return
+            await self._rest(begun)
+
+    async def _give_back_pages(self) -> None:
+        free = await self.storage.read(retention.free_pages)
+        while free > PAGES and not self._loop.is_stopping:
+            begun = monotonic()
+            left = await self.storage.write_own(
+                retention.give_back_pages, owner=self.owner, pages=PAGES
+            )
+            if left >= free:
+                return
+            self.totals.pages_freed += free - left
+            free = left
+            await self._rest(begun)
+
+    def _before(self, age: float) -> datetime:
+        return self.clock.now() - timedelta(seconds=age)
+
+    async def _rest(self, begun: float) -> None:
+        await self.pause(min(PAUSE_MOST_S, (monotonic() - begun) * SHARE))
+
+    # -- files ---------------------------------------------------------------------------------
+
+    async def _move(self, kind: RetentionKind, keys: list[int]) -> list[int]:
+        """Take files out of their folders; return the runs for which that succeeded."""
+
+        def move() -> tuple[list[int], dict[str, str]]:
+            moved, problems = [], {}
+            for key in keys:
+                try:
+                    self.files.remove(kind, key)
+                    moved.append(key)
+                except OSError as error:
+                    problems[str(key)] = error.strerror or type(error).__name__
+            return moved, problems
+
+        moved, problems = await daemon_threads.run(move)
+        self._report(problems)
+        return moved
+
+    async def _empty(self) -> None:
+        emptied = await daemon_threads.run(
+            lambda: self.files.empty(should_stop=lambda: self._loop.is_stopping)
+        )
+        self.totals.bytes_freed += emptied.size
+        self._report({f".removed/{name}": why for name, why in emptied.problems.items()})
+
+    def _report(self, problems: dict[str, str]) -> None:
+        for place, reason in problems.items():
+            if place not in self._reported:  # once, not with every sweep
+                self._reported.add(place)
+                self.totals.not_removed += 1
+                log.warning("retention.not_removed", place=f"runs/{place}", reason=reason)
+
+    async def _compare_folders(self) -> None:
+        """Remove folders of runs that the store does not know, and parts that are marked as gone.
+
+        Nothing of a run of another instance is touched.
+        """
+        keys = await daemon_threads.run(self.files.run_keys)
+        for start in range(0, len(keys), BATCH):
+            if self._loop.is_stopping:
+                return
+            begun, some = monotonic(), keys[start : start + BATCH]
+            stored = await self.storage.read(retention.stored_runs, self.owner, some)
+            for kind in (RetentionKind.OUTPUTS, RetentionKind.WORKSPACES):
+                marked = [key for key, run in stored.items() if run.own and kind in run.removed]
+                if marked:  # the service died between the mark and the removal
+                    await self._move(kind, marked)
+            if unknown := [key for key in some if key not in stored]:
+                await self._remove_unknown(unknown)
+            await self._rest(begun)
+
+    async def _remove_unknown(self, keys: list[int]) -> None:
+        before = self._before(max(UNKNOWN_LEAST_S, self.policy.ended_runs or 0.0)).timestamp()
+
+        def old() -> list[int]:
+            found = []
+            for key in keys:
+                try:
+                    if self.files.changed_at(key) < before:
+                        found.append(key)
+                except OSError:  # it is gone, or unreadable
+                    continue
+            return found
+
+        if found := await daemon_threads.run(old):
+            removed = await self._move(RetentionKind.RUNS, found)
+            log.info("retention.unknown_removed", folders=len(removed))

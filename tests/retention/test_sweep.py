@@ -1,0 +1,327 @@
+"""A sweep removes what the policy names, in batches, and converges after a crash at any step."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+from runrecovery_service.domain.retention import RetentionKind, RetentionPolicy
+from runrecovery_service.domain.run import Run, RunStatus
+from runrecovery_service.domain.turn import Succeeded
+from runrecovery_service.retention import sweep as sweep_module
+from runrecovery_service.retention.files import RunFiles
+from runrecovery_service.retention.sweep import RetentionSweep
+from runrecovery_service.stop_signal import StopSignal
+from runrecovery_service.storage import instances, retention
+from runrecovery_service.storage.async_storage import Storage
+from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.opening import open_database
+from storage.service_store import ServiceStore, boot
+from support.clock import FakeClock
+
+DAY_S = 86_400.0
+
+
+@dataclass
+class Machine:
+    """A store, the files of its runs, and sweeps over both."""
+
+    store: ServiceStore
+    storage: Storage
+    runs: Path
+    pauses: list[float] = field(default_factory=list)
+
+    def sweep(self, files: RunFiles | None = None, **policy: Any) -> RetentionSweep:
+        """Make a sweep, as a start does."""
+
+        async def pause(seconds: float) -> None:
+            self.pauses.append(seconds)
+
+        return RetentionSweep(
+            policy=RetentionPolicy(**policy),
+            storage=self.storage,
+            owner=self.store.owner,
+            clock=FakeClock(wall=self.store.now),
+            files=files or RunFiles(self.runs),
+            stop_signal=StopSignal(),
+            pause=pause,
+        )
+
+    def ended(self, count: int = 1) -> list[Run]:
+        """Make ended runs with files."""
+        made = [self.store.end(self.store.running(), Succeeded(output={})) for _ in range(count)]
+        for run in made:
+            workspace = self.runs / str(run.key) / "1" / "workspace"
+            workspace.mkdir(parents=True)
+            (workspace / "file").write_bytes(b"x" * 100)
+            (workspace.parent / "stdout.log").write_bytes(b"x" * 10)
+        return made
+
+    def age(self, seconds: float) -> None:
+        """Let time pass; another run and launch are the newest."""
+        self.store.waiting()
+        self.store.advance(seconds)
+
+    @property
+    def folders(self) -> list[str]:
+        """The names in `runs/`."""
+        return sorted(path.name for path in self.runs.iterdir() if path.name != ".removed")
+
+    @property
+    def rows(self) -> list[str]:
+        """The keys of ended runs, as text."""
+        found = self.store.rows("SELECT id FROM run WHERE ended_at IS NOT NULL ORDER BY id")
+        return sorted(str(key) for (key,) in found)
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Machine]:
+    db = open_database("", tmp_path)
+    owner = instances.claim(db, boot(), now=ServiceStore.now)
+    storage = Storage(db)
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    yield Machine(store=ServiceStore(db=db, owner=owner), storage=storage, runs=runs)
+    storage.close()
+
+
+async def test_only_what_has_reached_its_age_goes(machine: Machine) -> None:
+    old = machine.ended(3)
+    machine.age(DAY_S)
+    young = machine.ended(2)
+    machine.age(retention.SETTLES_S + 1)
+    sweep = machine.sweep(ended_runs=DAY_S)
+
+    await sweep.sweep()
+
+    assert machine.rows == machine.folders == [str(run.key) for run in young]
+    assert sweep.totals.removed == {RetentionKind.RUNS: len(old)}
+    assert (sweep.totals.bytes_freed, sweep.totals.not_removed) == (330, 0)
+    assert sweep.totals.swept_at == machine.store.now
+
+
+async def test_the_oldest_of_too_many_go(machine: Machine) -> None:
+    made = machine.ended(5)
+    machine.age(retention.SETTLES_S + 1)
+
+    await machine.sweep(max_ended_runs=2).sweep()
+
+    assert machine.rows == machine.folders == [str(run.key) for run in made[3:]]
+
+
+async def test_without_a_policy_everything_stays(machine: Machine) -> None:
+    machine.ended(2)
+    machine.age(1000 * DAY_S)
+    before = machine.store.dump()
+
+    await machine.sweep().sweep()
+
+    assert (machine.store.dump(), len(machine.folders)) == (before, 2)
+
+
+async def test_parts_go_and_their_runs_stay(machine: Machine) -> None:
+    (run,) = machine.ended()
+    machine.age(DAY_S)
+
+    await machine.sweep(outputs=DAY_S / 2).sweep()
+    attempt = machine.runs / str(run.key) / "1"
+    assert [path.name for path in attempt.iterdir()] == ["workspace"]
+    await machine.sweep(workspaces=DAY_S / 2, events=DAY_S / 2).sweep()
+
+    assert (machine.folders, machine.rows) == ([], [str(run.key)])
+    assert machine.store.rows("SELECT * FROM run_event WHERE run = ?", run.key) == []
+
+
+async def test_a_batch_is_followed_by_a_pause_that_grows_with_it(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep_module, "BATCH", 2)
+    machine.ended(6)
+    machine.age(DAY_S)
+    seconds = iter(range(1000))
+    monkeypatch.setattr(sweep_module, "monotonic", lambda: float(next(seconds)))
+
+    await machine.sweep(ended_runs=60.0).sweep()
+
+    assert machine.rows == []
+    assert machine.pauses[:3] == [4.0, 4.0, 4.0]
+
+
+class Killed(BaseException):
+    """The service is killed here."""
+
+
+class KilledFiles(RunFiles):
+    """Files whose service is killed before, or in the middle of, step number `at`."""
+
+    def __init__(self, runs: Path, at: int) -> None:
+        super().__init__(runs)
+        self.left = at
+
+    def _step(self) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise Killed
+
+    def remove(self, kind: RetentionKind, key: int) -> None:
+        self._step()
+        super().remove(kind, key)
+
+    def _move(self, name: str, folder: int) -> None:
+        super()._move(name, folder)
+        self._step()
+
+    def _delete(self, name: str, removed: int, emptied: Any) -> None:
+        self._step()
+        super()._delete(name, removed, emptied)
+
+
+POLICY: dict[str, Any] = {"ended_runs": 3 * DAY_S, "outputs": DAY_S / 2, "workspaces": DAY_S / 2}
+
+
+async def test_a_kill_at_any_step_leaves_no_file_without_a_row_after_the_next_sweep(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep_module, "BATCH", 1)
+    kills = 0
+    for at in range(1000):
+        machine.ended(2)
+        machine.age(2 * DAY_S)
+        kept = machine.ended(2)
+        machine.age(1.5 * DAY_S)
+        try:
+            await machine.sweep(KilledFiles(machine.runs, at), **POLICY).sweep()
+        except Killed:
+            kills += 1
+        assert set(machine.folders) <= set(machine.rows)  # rows without files, never files alone
+
+        machine.store.restart()
+        await machine.sweep(**POLICY).sweep()
+
+        assert machine.rows == sorted(str(run.key) for run in kept)
+        assert [path for path in machine.runs.rglob("*") if path.name != ".removed"] == []
+        if kills == at:
+            break
+    assert kills > 20
+
+
+async def test_a_failed_commit_keeps_the_rows_and_the_next_sweep_removes_them(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.ended(3)
+    machine.age(DAY_S)
+    sweep = machine.sweep(ended_runs=60.0)
+    with monkeypatch.context() as broken:
+
+        def fail(*_: object, **__: object) -> int:
+            raise OSError("no disk")
+
+        broken.setattr(retention, "remove_runs", fail)
+        with pytest.raises(OSError, match="no disk"):
+            await sweep.sweep()
+    assert (len(machine.rows), machine.folders) == (3, [])
+
+    await sweep.sweep()
+
+    assert machine.rows == []
+
+
+async def test_a_folder_that_stays_keeps_its_row_and_stops_no_other(machine: Machine) -> None:
+    made = machine.ended(3)
+    machine.age(DAY_S)
+
+    class Refusing(RunFiles):
+        def remove(self, kind: RetentionKind, key: int) -> None:
+            if key == made[0].key:
+                raise PermissionError(1, os.strerror(1))
+            super().remove(kind, key)
+
+    sweep = machine.sweep(Refusing(machine.runs), ended_runs=60.0)
+
+    with structlog.testing.capture_logs() as told:
+        for _ in range(3):
+            await sweep.sweep()
+
+    assert machine.rows == machine.folders == [str(made[0].key)]
+    assert [line for line in told if line["event"] == "retention.not_removed"] == [
+        {
+            "event": "retention.not_removed", "log_level": "warning",
+            "place": f"runs/{made[0].key}", "reason": "Operation not permitted",
+        }
+    ]  # fmt: skip
+    assert sweep.totals.not_removed == 1
+
+
+def set_age(folder: Path, seconds_since_epoch: float) -> None:
+    for path in (folder, *folder.rglob("*")):
+        os.utime(path, (seconds_since_epoch, seconds_since_epoch))
+
+
+async def test_folders_of_unknown_runs_go_when_they_are_old(machine: Machine) -> None:
+    (known,) = machine.ended()
+    now = machine.store.now.timestamp()
+    for key, age in ((1001, 8 * DAY_S), (1002, 6 * DAY_S)):
+        (machine.runs / str(key) / "1").mkdir(parents=True)
+        set_age(machine.runs / str(key), now - age)
+    set_age(machine.runs / str(known.key), now - 100 * DAY_S)
+
+    await machine.sweep(receipts=DAY_S).sweep()
+
+    assert machine.folders == ["1", "1002"]
+
+
+async def test_rows_are_flat_and_nothing_alive_goes_over_many_rounds(machine: Machine) -> None:
+    waiting = machine.store.waiting()
+    sizes: list[int] = []
+    sweep = machine.sweep(ended_runs=DAY_S)
+    for _ in range(4):
+        machine.ended(20)
+        machine.store.advance(2 * DAY_S)
+        sweep.clock = FakeClock(wall=machine.store.now)
+        await sweep.sweep()
+        sizes.append(sum(len(rows) for rows in machine.store.dump().values()))
+
+    assert machine.store.get(waiting).status is RunStatus.WAITING_USER
+    assert sizes == [sizes[0]] * 4
+
+
+async def test_a_new_sqlite_file_gives_its_free_pages_back(machine: Machine) -> None:
+    for run in machine.ended(50):
+        machine.store.set(run, output="x" * 40_000)
+    machine.age(DAY_S)
+    before = pages(machine.store.db)
+
+    sweep = machine.sweep(ended_runs=60.0)
+    await sweep.sweep()
+
+    assert sweep.totals.pages_freed == before - pages(machine.store.db)
+    assert retention.free_pages(machine.store.db) <= sweep_module.PAGES
+    assert pages(machine.store.db) < before - 200
+
+
+async def test_an_older_file_keeps_its_pages_until_it_is_vacuumed(machine: Machine) -> None:
+    db = machine.store.db
+    db.execute("PRAGMA auto_vacuum = NONE")
+    db.execute("VACUUM")
+    for run in machine.ended(50):
+        machine.store.set(run, output="x" * 40_000)
+    machine.age(DAY_S)
+    await machine.sweep(ended_runs=60.0).sweep()
+    assert retention.free_pages(db) == 0
+
+    # The commands of docs/operations.md, while the service is stopped.
+    db.execute("PRAGMA auto_vacuum = INCREMENTAL")
+    db.execute("VACUUM")
+
+    (mode,) = db.fetch_all("PRAGMA auto_vacuum")
+    assert mode == (retention.AUTO_VACUUM_INCREMENTAL,)
+
+
+def pages(db: Database) -> int:
+    ((count,),) = db.fetch_all("PRAGMA page_count")
+    return int(count)

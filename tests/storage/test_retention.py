@@ -1,0 +1,428 @@
+"""What has reached its age is removed with all its rows; what may go on is never removed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, Final
+
+import pytest
+from runrecovery_service.domain.errors import (
+    DecisionsPruned,
+    RequestedRunRemoved,
+    RunNotFound,
+    WatchCursorInvalid,
+    WatchHistoryPruned,
+)
+from runrecovery_service.domain.reconciliation import RecoveredFilter
+from runrecovery_service.domain.retention import FIRST, RetentionKind, RunPosition
+from runrecovery_service.domain.run import Profile, Run, RunFilter
+from runrecovery_service.domain.turn import Succeeded
+from runrecovery_service.storage import decision_feed, events, instances, reports, retention, runs
+from runrecovery_service.storage.decision_feed import START
+from runrecovery_service.storage.launch_records import LaunchEnd
+from runrecovery_service.storage.rows import to_us
+from runrecovery_service.storage.sql_dialects import DatabaseKind
+from storage.service_store import ServiceStore, boot, receipt
+
+CHILDREN: Final = (
+    "interaction", "run_event", "run_label", "recovery_event", "process_lease", "quarantine",
+)  # fmt: skip
+ALIVE: Final = LaunchEnd(exit_code=None, processes_ended=0, gone=False)
+
+
+def removable(store: ServiceStore, *, limit: int = 100) -> list[int]:
+    upto = RunPosition(to_us(store.now), 0)
+    found = retention.removable_runs(
+        store.db, store.owner, after=FIRST, upto=upto, now=store.now, limit=limit
+    )
+    return [run.key for run in found]
+
+
+def remove(store: ServiceStore, *made: Run) -> int:
+    keys = [run.key for run in made]
+    return retention.remove_runs(store.db, keys, owner=store.owner, now=store.now)
+
+
+def mark(store: ServiceStore, kind: RetentionKind, *, limit: int = 100) -> list[int]:
+    return retention.mark_removed(
+        store.db, kind, owner=store.owner, ended_before=store.now, now=store.now, limit=limit
+    )
+
+
+def succeeded(store: ServiceStore, **changes: object) -> Run:
+    return store.end(store.running(**changes), Succeeded(output={}))
+
+
+def settle(store: ServiceStore) -> None:
+    """Let enough time pass, and let a later run and launch be the newest ones."""
+    store.running()
+    store.advance(retention.SETTLES_S + 1)
+
+
+def lost(store: ServiceStore) -> Run:
+    """A run that a recovery failed over its session, and that can be reopened."""
+    run = store.waiting()
+    store.set(run, session_verdict="INVALID")
+    store.recover()
+    return store.get(run)
+
+
+# -- runs --------------------------------------------------------------------------------------
+
+
+def test_a_removed_run_leaves_no_row_and_others_keep_theirs(store: ServiceStore) -> None:
+    gone, kept = lost(store), lost(store)
+    store.set(gone, reopen_due_us=None)
+    settle(store)
+    before = store.dump("run", *CHILDREN)
+
+    assert remove(store, gone, kept) == 1
+
+    after = store.dump("run", *CHILDREN)
+    assert after == {
+        table: [row for row in rows if row["id" if table == "run" else "run"] != gone.key]
+        for table, rows in before.items()
+    }
+    assert [len(before[table]) - len(after[table]) for table in ("run", *CHILDREN[:5])] == [
+        1, 1, 2, 1, 1, 1,
+    ]  # fmt: skip
+    with pytest.raises(RunNotFound):
+        store.get(gone)
+
+
+def may_be_reopened(store: ServiceStore) -> Run:
+    return lost(store)
+
+
+def waits(store: ServiceStore) -> Run:
+    return store.waiting()
+
+
+def waits_with_its_process(store: ServiceStore) -> Run:
+    return store.waiting(profile=Profile.STICKY_PROCESS)
+
+
+def works(store: ServiceStore) -> Run:
+    return store.running().run
+
+
+def has_a_living_process(store: ServiceStore) -> Run:
+    return store.end(store.running(), Succeeded(output={}), ended=ALIVE)
+
+
+def is_quarantined(store: ServiceStore) -> Run:
+    run = succeeded(store)
+    store.set(run, recovery_state="QUARANTINED")
+    return run
+
+
+def has_a_trust_entry(store: ServiceStore) -> Run:
+    run = succeeded(store)
+    with store.db.transaction():
+        store.db.execute(
+            "INSERT INTO trust_entry (file, folder, place, host_id, cli, run, attempt, instance,"
+            " added, created_at) VALUES ('f', 'w', 'p', 'h', 'codex', ?, 1, 'default', '', 0)",
+            (run.key,),
+        )
+    return run
+
+
+def has_an_unknown_status(store: ServiceStore) -> Run:
+    run = succeeded(store)
+    store.set(run, status="LINGERING")
+    return run
+
+
+KEPT: Final = (
+    may_be_reopened, waits, waits_with_its_process, works, has_a_living_process, is_quarantined,
+    has_a_trust_entry, has_an_unknown_status,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("make", KEPT, ids=lambda make: make.__name__)
+def test_nothing_is_removed_of_a_run_that(
+    store: ServiceStore, make: Callable[[ServiceStore], Run]
+) -> None:
+    run, ended = make(store), succeeded(store)
+    settle(store)
+    before = store.dump()
+
+    assert removable(store) == [ended.key]
+    assert remove(store, run) == 0
+    assert [key for kind in retention.MARKS for key in mark(store, kind) if key == run.key] == []
+    changed = {"run", "run_event"}  # of the other run
+    assert store.dump(*before.keys() - changed) == {
+        table: rows for table, rows in before.items() if table not in changed
+    }
+    assert [row for row in before["run"] if row["id"] == run.key] == [
+        row for row in store.dump("run")["run"] if row["id"] == run.key
+    ]
+
+
+def test_a_run_is_kept_while_its_closed_launch_is_still_searched_for(store: ServiceStore) -> None:
+    ended = succeeded(store)
+    store.running()
+    store.advance(60)
+
+    early = removable(store)
+    store.advance(retention.SETTLES_S)
+
+    assert (early, removable(store)) == ([], [ended.key])
+
+
+def test_a_late_kill_keeps_its_run_for_that_time_again(store: ServiceStore) -> None:
+    ended = succeeded(store)
+    settle(store)
+    with store.db.transaction():
+        store.db.execute(
+            "UPDATE process_lease SET closed_at = ? WHERE run = ?", (to_us(store.now), ended.key)
+        )
+
+    assert removable(store) == []
+
+
+def test_the_newest_run_stays_so_that_its_key_is_not_given_out_again(store: ServiceStore) -> None:
+    """SQLite gives the highest key out again; files, receipts and cursors would be mixed up."""
+    first, newest = succeeded(store), succeeded(store)
+    store.advance(retention.SETTLES_S + 1)
+
+    assert removable(store) == [first.key]
+    assert remove(store, first, newest) == 1
+    assert store.create().key == newest.key + 1
+
+
+def test_runs_of_another_instance_are_its_own_on_postgresql(store: ServiceStore) -> None:
+    ended = succeeded(store)
+    settle(store)
+    store.owner = instances.claim(store.db, boot("other"), now=store.now)
+    adopts = store.db.dialect.kind is DatabaseKind.SQLITE
+
+    assert removable(store) == ([ended.key] if adopts else [])
+    assert remove(store, ended) == int(adopts)
+    assert retention.stored_runs(store.db, store.owner, [ended.key]) == (
+        {} if adopts else {ended.key: retention.StoredRun(own=False, removed=frozenset())}
+    )
+
+
+def test_the_surplus_begins_behind_the_newest_ended_runs(store: ServiceStore) -> None:
+    ended = [succeeded(store) for _ in range(4)]
+    store.waiting()
+
+    surplus = [
+        retention.position_of_surplus(store.db, store.owner, kept=kept) for kept in (0, 1, 3, 4)
+    ]
+
+    assert [None if at is None else at.key for at in surplus] == [
+        ended[3].key, ended[2].key, ended[0].key, None,
+    ]  # fmt: skip
+
+
+def test_a_list_goes_on_when_the_run_of_its_cursor_is_removed(store: ServiceStore) -> None:
+    made = [succeeded(store) for _ in range(4)]
+    settle(store)
+    everything = RunFilter()
+    page = runs.page(store.db, everything, after=None, limit=3)
+    assert page.rows[-1].key == made[2].key
+
+    remove(store, made[2], made[1])
+
+    rest = runs.page(store.db, everything, after=page.after, limit=3)
+    assert [run.key for run in rest.rows] == [made[0].key]
+
+
+# -- requests ----------------------------------------------------------------------------------
+
+
+def test_a_request_whose_run_was_removed_creates_no_second_run(store: ServiceStore) -> None:
+    run = store.create(with_receipt=receipt("r1"))
+    store.cancel(run)
+    settle(store)
+    remove(store, run)
+
+    with pytest.raises(RequestedRunRemoved, match="request_id r1 was carried out before"):
+        store.create(with_receipt=receipt("r1"))
+
+
+def test_a_request_is_new_once_its_receipt_was_removed(store: ServiceStore) -> None:
+    old = [store.create(with_receipt=receipt(f"r{number}")) for number in range(3)]
+    cut = store.now
+    kept = store.create(with_receipt=receipt("young"))
+
+    removed = [
+        retention.remove_receipts(store.db, owner=store.owner, created_before=cut, limit=2)
+        for _ in range(3)
+    ]
+
+    assert removed == [2, 1, 0]
+    assert store.create(with_receipt=receipt("young")).key == kept.key
+    assert store.create(with_receipt=receipt("r0")).key not in {run.key for run in old}
+
+
+# -- parts of runs -----------------------------------------------------------------------------
+
+
+def test_a_part_is_recorded_once_oldest_runs_first(store: ServiceStore) -> None:
+    made = [succeeded(store) for _ in range(3)]
+    settle(store)
+
+    marked = [mark(store, RetentionKind.OUTPUTS, limit=2) for _ in range(3)]
+
+    assert [sorted(keys) for keys in marked] == [
+        [made[0].key, made[1].key], [made[2].key], [],
+    ]  # fmt: skip
+    assert retention.is_output_removed(store.db, made[0])
+    assert store.column(made[0], "workspace_removed_at") is None
+    assert store.get(made[0]).etag == made[0].etag
+
+
+def test_a_watch_behind_removed_events_is_told_where_it_can_go_on(store: ServiceStore) -> None:
+    run = succeeded(store)
+    settle(store)
+    assert len(events.events_after(store.db, run, 0)) == run.event_count
+
+    mark(store, RetentionKind.EVENTS)
+
+    with pytest.raises(WatchHistoryPruned) as caught:
+        events.events_after(store.db, run, 0)
+    assert caught.value.oldest == run.event_count + 1
+    assert events.events_after(store.db, run, run.event_count) == ()
+
+
+def test_decisions_stay_when_events_are_removed(store: ServiceStore) -> None:
+    run = lost(store)
+    store.set(run, reopen_due_us=None)
+    settle(store)
+
+    mark(store, RetentionKind.EVENTS)
+
+    with pytest.raises(WatchHistoryPruned) as caught:
+        events.events_after(store.db, run, 1)
+    last = caught.value.oldest - 1
+    assert [event.kind for event in events.events_after(store.db, run, last)] == ["RECOVERED"]
+
+
+# -- reports -----------------------------------------------------------------------------------
+
+
+def report_ids(store: ServiceStore) -> list[int]:
+    return [row[0] for row in store.rows("SELECT id FROM reconciliation ORDER BY id")]
+
+
+def close_report(store: ServiceStore, decisions: str = "{}") -> int:
+    key = store.open_report().reconciliation_key
+    with store.db.transaction():
+        store.db.execute(
+            "UPDATE reconciliation SET state = 'COMPLETED', decisions = ? WHERE id = ?",
+            (decisions, key),
+        )
+    return key
+
+
+def remove_reports(store: ServiceStore, before: timedelta = timedelta()) -> int:
+    return retention.remove_reports(
+        store.db, owner=store.owner, started_before=store.now - before, limit=100
+    )
+
+
+def test_only_reports_that_nothing_names_are_removed(store: ServiceStore) -> None:
+    lost(store)  # its decision names its report
+    named = report_ids(store)
+    idle = [close_report(store) for _ in range(3)]
+    latest_with_decisions = close_report(store, '{"a": 1}')
+    running = store.open_report().reconciliation_key
+
+    assert remove_reports(store) == len(idle)
+    assert report_ids(store) == [*named, latest_with_decisions, running]
+
+
+def test_the_newest_report_stays_at_any_age(store: ServiceStore) -> None:
+    made = [close_report(store) for _ in range(2)]
+    store.advance(10**9)
+
+    assert (remove_reports(store), report_ids(store)) == (1, made[1:])
+
+
+def test_a_young_report_stays(store: ServiceStore) -> None:
+    for _ in range(2):
+        close_report(store)
+
+    assert remove_reports(store, timedelta(hours=1)) == 0
+
+
+def test_a_report_is_removable_once_the_runs_that_name_it_are_gone(store: ServiceStore) -> None:
+    run = lost(store)
+    store.set(run, reopen_due_us=None)
+    (named,) = report_ids(store)
+    for _ in range(2):
+        close_report(store, '{"a": 1}')
+    settle(store)
+
+    remove_reports(store)
+    assert named in report_ids(store)
+
+    remove(store, run)
+
+    assert remove_reports(store) == 1
+    assert named not in report_ids(store)
+
+
+def test_a_reader_of_decisions_whose_report_is_gone_is_told_so(store: ServiceStore) -> None:
+    run = lost(store)
+    cursor = decision_feed.end_cursor(store.db)
+    store.set(run, reopen_due_us=None)
+    for _ in range(2):
+        close_report(store, '{"a": 1}')
+    settle(store)
+    remove(store, run)
+    remove_reports(store)
+
+    with pytest.raises(DecisionsPruned):
+        decision_feed.demand_valid(store.db, cursor)
+    with pytest.raises(WatchCursorInvalid):
+        decision_feed.demand_valid(store.db, decision_feed.FeedCursor(10**6, 1, 1))
+
+
+def test_a_reader_of_decisions_passes_over_removed_runs(store: ServiceStore) -> None:
+    first, second = store.waiting(), store.waiting()
+    for run in (first, second):
+        store.set(run, session_verdict="INVALID")
+    store.recover()
+    store.set(first, reopen_due_us=None)
+    settle(store)
+
+    remove(store, first)
+
+    page = decision_feed.decisions_after(store.db, START, RecoveredFilter(), limit=10)
+    assert [decided.run_id for decided in page.decided] == [second.run_id]
+    assert reports.report_page(store.db, after=None, limit=10).rows != ()
+
+
+# -- the store ---------------------------------------------------------------------------------
+
+
+def test_what_is_removed_is_found_by_partial_indexes(store: ServiceStore) -> None:
+    """Reading every ended run for each batch would take minutes with a million of them."""
+    if store.db.dialect.kind is not DatabaseKind.SQLITE:
+        pytest.skip("PostgreSQL chooses its plans by the size of the tables")
+    asked: list[str] = []
+    execute = store.db.execute
+
+    def note(sql: str, params: Sequence[object] = ()) -> Any:
+        asked.extend(row[3] for row in execute(f"EXPLAIN QUERY PLAN {sql}", params).fetchall())
+        return execute(sql, params)
+
+    succeeded(store)
+    settle(store)
+    store.db.execute = note  # type: ignore[method-assign]
+    removable(store)
+    retention.position_of_surplus(store.db, store.owner, kept=1)
+    for kind in retention.MARKS:
+        mark(store, kind)
+    retention.remove_receipts(store.db, owner=store.owner, created_before=store.now, limit=1)
+
+    searches = [plan for plan in asked if plan.startswith("SEARCH r ")]
+    assert {plan.partition("INDEX ")[2].split(" ")[0] for plan in searches} == {
+        "run_ended", "run_with_output", "run_with_workspace", "run_with_events",
+    }  # fmt: skip
+    assert [plan for plan in asked if plan.startswith("SCAN")] == []
