@@ -10,18 +10,21 @@ from typing import Any, NoReturn, cast
 
 import grpc
 import pytest
-from google.protobuf import descriptor_pb2, descriptor_pool
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf.message import Message
+from runrecovery.v1 import run_service_pb2
 from runrecovery_service.domain.caller import Caller, Credentials, Role
-from runrecovery_service.domain.errors import CallerUnknown
+from runrecovery_service.domain.errors import CallerUnknown, EngineNotAllowed
 from runrecovery_service.rpc.callers import CALLER, CallerGuard, CallerTable
-from runrecovery_service.rpc.gate import Gate
-from runrecovery_service.rpc.method_wrapper import MethodWrapper
+from runrecovery_service.rpc.gate import Access, Gate
+from runrecovery_service.rpc.method_wrapper import Method, MethodWrapper
 from runrecovery_service.rpc.open_calls import OpenCalls
 from runrecovery_service.rpc.server import GrpcServer, handlers
 from structlog.testing import capture_logs
 from support.callers import token_of
 
 SPIFFE = "spiffe://example.org/ci"
+GET_RUN = run_service_pb2.DESCRIPTOR.services_by_name["RunService"].methods_by_name["GetRun"]
 
 
 def credentials(name: str, **more: Any) -> Credentials:
@@ -50,6 +53,9 @@ class FakeContext:
 
     def auth_context(self) -> Mapping[str, list[bytes]]:
         return self._certificate
+
+    def add_done_callback(self, _: object) -> None:
+        pass
 
     def peer(self) -> str:
         return "ipv4:10.0.0.1:1234"
@@ -151,6 +157,30 @@ async def test_ten_thousand_wrong_tokens_write_two_lines_and_hide_no_other_calle
     ]  # fmt: skip
     assert {event["event"] for event in logged} == {"rpc.call_refused"}
     assert not any("wrong" in str(event) for event in logged)
+
+
+async def test_a_refused_engine_is_logged_like_other_refused_calls() -> None:
+    gate, described = Gate(), GET_RUN
+    gate.open()
+    guard = CallerGuard(CallerTable([credentials("a")]))
+    wrapper = MethodWrapper(gate, max_calls=1, max_streams=1, stall_s=1, guard=guard)
+    method = Method(
+        name=described.full_name,
+        role=Role.VIEWER,
+        access=Access.READ,
+        request=message_factory.GetMessageClass(described.input_type),
+    )
+
+    async def refuse(_: Message) -> Message:
+        raise EngineNotAllowed("a", "e")
+
+    with capture_logs() as logged, pytest.raises(Aborted, match="PERMISSION_DENIED"):
+        await wrapper.unary(method, refuse)(b"", cast("Any", FakeContext(token_of("a"))))
+
+    assert [(one["event"], one["caller"], one["method"]) for one in logged] == [
+        ("rpc.call_refused", "a", "runrecovery.v1.RunService.GetRun")
+    ]
+    assert logged[0]["reason"] == "caller 'a' may not create runs of engine 'e'"
 
 
 async def test_refused_calls_are_logged_when_their_interval_ends_without_another() -> None:

@@ -80,9 +80,15 @@ def boot(instance: str = "default", **changes: Any) -> InstanceStart:
     return InstanceStart(instance=instance, **given)
 
 
-def receipt(request_id: str = "request", *, payload: bytes = b"p", method: str = "M") -> Receipt:
+def receipt(
+    request_id: str = "request",
+    *,
+    payload: bytes = b"p",
+    method: str = "M",
+    caller: str | None = None,
+) -> Receipt:
     """Return the receipt of a request."""
-    return Receipt(request_id=request_id, method=method, fingerprint=payload)
+    return Receipt(request_id=request_id, method=method, fingerprint=payload, caller=caller)
 
 
 @dataclass

@@ -90,6 +90,33 @@ def test_a_request_id_with_another_request_is_refused(store: ServiceStore, other
     assert before == store.dump()
 
 
+def test_callers_do_not_meet_each_others_request_ids(store: ServiceStore) -> None:
+    first = store.create(with_receipt=receipt(caller="a"))
+    other = store.create(with_receipt=receipt(caller="b", payload=b"other"))
+
+    assert store.create(with_receipt=receipt(caller="a")) == first
+    assert store.create(with_receipt=receipt(caller="b", payload=b"other")) == other
+    assert first.run_id != other.run_id
+
+
+def test_a_request_id_that_was_used_before_there_were_callers_counts_for_each(
+    store: ServiceStore,
+) -> None:
+    first = store.create(with_receipt=receipt())
+
+    assert store.create(with_receipt=receipt(caller="a")) == first
+    with pytest.raises(RequestIdReused):
+        store.create(with_receipt=receipt(caller="a", payload=b"other"))
+
+
+def test_a_callers_own_request_id_counts_before_one_without_a_caller(store: ServiceStore) -> None:
+    own = store.create(with_receipt=receipt(caller="a"))
+    without = store.create(with_receipt=receipt(payload=b"other"))
+
+    assert store.create(with_receipt=receipt(caller="a")) == own
+    assert store.create(with_receipt=receipt(payload=b"other")) == without
+
+
 def test_fifty_callers_with_one_request_id_create_one_run(store: ServiceStore) -> None:
     uses = [partial(store.create, run_id=f"r{n}", with_receipt=receipt()) for n in range(50)]
 

@@ -188,13 +188,19 @@ class CallerGuard:
             caller.demand_role(needed)
             self._demand_room(caller)
         except (CallerUnknown, Denied, CallerOverloaded) as error:
-            name = "" if isinstance(error, CallerUnknown) else error.caller
-            self._refusals.record(name, method=method, peer=context.peer(), reason=str(error))
+            self.record_refusal(context, method, error)
             status = errors.status_of(error)
             await context.abort(status.code, status.message, trailing_metadata=status.trailers)
         CALLER.set(caller)
         self._in_progress[caller.name] += 1
         return caller
+
+    def record_refusal(
+        self, context: Context, method: str, error: CallerUnknown | Denied | CallerOverloaded
+    ) -> None:
+        """Log a refused call, or count it for the next line about this caller."""
+        name = "" if isinstance(error, CallerUnknown) else error.caller
+        self._refusals.record(name, method=method, peer=context.peer(), reason=str(error))
 
     def log_refusals(self) -> None:
         """Log the refused calls that wait for the end of their minute."""

@@ -21,6 +21,7 @@ from google.protobuf.message import DecodeError, Message
 from runrecovery_service.domain.caller import ANYONE, Caller, Role
 from runrecovery_service.domain.errors import (
     CallerUnknown,
+    Denied,
     FieldViolation,
     InvalidFields,
     Overloaded,
@@ -98,7 +99,7 @@ class MethodWrapper:
                 response = await respond(parse(payload))
                 return response.SerializeToString()
             except Exception as error:  # noqa: BLE001 - last handler: every error gets a status
-                await _abort(context, method, error)
+                await self._fail(context, method, error)
             finally:
                 self._open_unary -= weight
                 self._release(caller)
@@ -124,7 +125,7 @@ class MethodWrapper:
             except (CallerUnknown, SlowReader) as error:
                 await _cut_off(context, method, error)
             except Exception as error:  # noqa: BLE001 - last handler: every error gets a status
-                await _abort(context, method, error)
+                await self._fail(context, method, error)
             finally:
                 self._open_streams -= 1
                 self._release(caller)
@@ -140,6 +141,11 @@ class MethodWrapper:
     def _release(self, caller: Caller) -> None:
         if self._guard is not None:
             self._guard.release(caller)
+
+    async def _fail(self, context: Context, method: Method, error: Exception) -> NoReturn:
+        if self._guard is not None and isinstance(error, Denied):
+            self._guard.record_refusal(context, method.name, error)
+        await _abort(context, method, error)
 
     def _while_admitted(
         self, context: Context, caller: Caller

@@ -309,6 +309,7 @@ def make_receipt(request: MutationT) -> Receipt | None:
     payload.ClearField("request_id")
     return Receipt(
         request_id=request.request_id.lower(),
+        caller=caller_name(),
         method=request.DESCRIPTOR.name.removesuffix("Request"),
         fingerprint=hashlib.sha256(payload.SerializeToString(deterministic=True)).digest(),
     )

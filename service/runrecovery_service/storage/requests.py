@@ -16,15 +16,32 @@ _T = tables.RequestReceipt
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
-    """A request_id, the method it was sent to, and a digest of the rest of the request."""
+    """A request_id, its caller and method, and a digest of the rest of the request.
+
+    Attributes:
+        request_id: a UUID in lower case.
+        caller: None: no callers are configured.
+    """
 
     request_id: str
     method: str
     fingerprint: bytes
+    caller: str | None = None
+
+    @property
+    def key(self) -> str:
+        """What the receipt is stored under: callers cannot meet each other's receipts."""
+        return self.request_id if self.caller is None else f"{self.request_id}/{self.caller}"
 
 
 _FIND = Statement(
-    lambda: _T.select(_T.method, _T.fingerprint, _T.run).where(_T.request_id == param("request_id"))
+    # The caller's own receipt before one without a caller, which counts for every caller: it was
+    # recorded before callers were configured.
+    lambda: (
+        _T.select(_T.method, _T.fingerprint, _T.run)
+        .where(_T.request_id.in_((param("key"), param("request_id"))))
+        .order_by(_T.request_id.desc())
+    )
 )
 _ADD = Statement(
     lambda: _T.insert(
@@ -48,7 +65,7 @@ def find_effect(db: Database, receipt: Receipt | None) -> int | None:
     """
     if receipt is None:
         return None
-    row = _FIND.run(db, request_id=receipt.request_id).fetchone()
+    row = _FIND.run(db, key=receipt.key, request_id=receipt.request_id).fetchone()
     if row is None:
         return None
     method, fingerprint, run_key = row
@@ -69,7 +86,7 @@ def record_effect(db: Database, receipt: Receipt | None, *, run_key: int, now: d
         return
     added = _ADD.run(
         db,
-        request_id=receipt.request_id,
+        request_id=receipt.key,
         method=receipt.method,
         fingerprint=receipt.fingerprint.hex(),
         run=run_key,
