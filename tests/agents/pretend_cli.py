@@ -13,9 +13,15 @@ line, and runs the hooks of `--settings`. Its quirks with deferred calls are tho
 
 Words in a prompt: HANG never ends (60 s at most), HANG_UNNAMED neither, and does not report its
 session; HANG_ONCE ends in the turn that is told of the interruption. FAIL fails. REFUSED calls a
-model that refuses its credentials, for ever. Gemini with TOOL calls a tool, stores its response
-twice as the real CLI does, and does not resume a session with two responses to a call. Codex with
-FAR_FUTURE reports a session id with a time beyond all clocks.
+model that refuses its credentials, for ever. Gemini with TOOL calls a tool. Codex with FAR_FUTURE
+reports a session id with a time beyond all clocks.
+
+`STEPS FOLDER` has the CLI run three commands, one for each step whose result it does not find in
+its session; `steps` says what they leave in the folder, and where a turn stops. A kill leaves in
+the session what it leaves with the real CLIs: as the id is printed, nothing, and with Gemini a
+session that it does not resume; in a tool, no trace of the call, and with Codex the call as
+aborted; after the result of a tool, the call and its result, and with Gemini the result twice.
+Gemini does not resume a session with two responses to a call.
 """
 
 from __future__ import annotations
@@ -30,7 +36,8 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn
@@ -74,6 +81,49 @@ def refused_attempts(prompt: str) -> Iterator[int]:
             time.sleep(0.05)
 
 
+def stop_if_wanted(prompt: str, moment: str) -> None:
+    """Wait for a kill, if the test wants one at this moment. See `steps`."""
+    wanted = re.search(r"STEPS (\S+)", prompt)
+    if wanted and (Path(wanted[1]) / f"stop-{moment}").exists():
+        (Path(wanted[1]) / "stopped").touch()
+        time.sleep(60)
+
+
+def steps(
+    task: str, prompt: str, seen: list[str], store: Callable[[str, str, str], None]
+) -> str | None:
+    """Run the commands of the steps that are not `seen`; return the last text of the model.
+
+    Each call has an id of its own, which its command appends to the file `begun`, and to `ended`
+    when it ends. The turn stops at a moment if the folder has a file of that name: `stop-id`,
+    `stop-tool` (in step 2), `stop-result` (after step 1).
+
+    Args:
+        seen: the results in the session.
+        store: takes the id, the command and the result of a call.
+    """
+    wanted = re.search(r"STEPS (\S+)", task)
+    if wanted is None:
+        return None
+    folder = wanted[1]
+    for step in "123":
+        if f"finished {step}" in seen:
+            continue
+        call = f"{step}-{secrets.token_hex(8)}"
+        stop = f"test -e {folder}/stop-tool && touch {folder}/stopped && exec sleep 60;"
+        command = (
+            f"echo {call} >> {folder}/begun; {stop if step == '2' else ''}"
+            f" echo {call} >> {folder}/ended; printf 'finished {step}'"
+        )
+        ran = subprocess.run(["/bin/sh", "-c", command], stdout=subprocess.PIPE, check=False)
+        if ran.returncode:  # a kill ends the command first, and this process next
+            time.sleep(60)
+        store(call, command, ran.stdout.decode())
+        if step == "1":
+            stop_if_wanted(task, "result")
+    return json.dumps({"result": {"steps": 3, "notified": "your process was found" in prompt}})
+
+
 def answer_of_model(prompt: str, earlier: str | None) -> str:
     if "HANG" in prompt and not ("HANG_ONCE" in prompt and "your process was found" in prompt):
         time.sleep(60)
@@ -111,13 +161,15 @@ def codex(arguments: list[str], prompt: str) -> None:
         handle = BEYOND if "FAR_FUTURE" in prompt else handle
         day, now = time.strftime("%Y/%m/%d"), time.strftime("%Y-%m-%dT%H-%M-%S")
         path = home / "sessions" / day / f"rollout-{now}-{handle}.jsonl"
+    write_handle_to_stderr(handle)
+    print_event({"type": "thread.started", "thread_id": handle})
+    if earlier is None:
+        stop_if_wanted(prompt, "id")
         append_lines(
             path,
             {"ordinal": 0, "type": "session_meta",
              "payload": {"session_id": handle, "id": handle, "cwd": CWD}},
         )  # fmt: skip
-    write_handle_to_stderr(handle)
-    print_event({"type": "thread.started", "thread_id": handle})
     print_event({"type": "turn.started"})
     append_lines(
         path,
@@ -132,7 +184,7 @@ def codex(arguments: list[str], prompt: str) -> None:
         sys.exit(1)
     for attempt in refused_attempts(prompt):
         print_event({"type": "error", "message": f"Reconnecting... {attempt}/5 (401 Unauthorized)"})
-    text = answer_of_model(prompt, earlier)
+    text = codex_steps(path, earlier or prompt, prompt) or answer_of_model(prompt, earlier)
     append_lines(
         path,
         {"type": "response_item",
@@ -148,16 +200,59 @@ def codex(arguments: list[str], prompt: str) -> None:
     print_event({"type": "turn.completed", "usage": total})
 
 
-TOOL_CALL: dict[str, Any] = {"id": "call", "name": "run_shell_command", "args": {}}
-TOOL_RESPONSE = {"functionResponse": {"id": "call", "name": "run_shell_command"}}
+def codex_steps(path: Path, task: str, prompt: str) -> str | None:
+    """Run the steps of a task. A call is in the session before it runs, its output afterwards."""
+    payloads = [line["payload"] for line in lines_of(path)]
+    called = {each["call_id"] for each in payloads if each.get("type") == "function_call"}
+    outputs = [each for each in payloads if each.get("type") == "function_call_output"]
+    for key in called - {each["call_id"] for each in outputs}:
+        aborted = {"type": "function_call_output", "call_id": key, "output": "aborted"}
+        append_lines(path, {"type": "response_item", "payload": aborted})
+
+    def store(call: str, command: str, result: str) -> None:
+        asked = {"type": "function_call", "call_id": call, "arguments": command}
+        told = {"type": "function_call_output", "call_id": call, "output": result}
+        append_lines(path, *({"type": "response_item", "payload": one} for one in (asked, told)))
+
+    return steps(task, prompt, [each["output"] for each in outputs], store)
 
 
-def gemini_responses(path: Path) -> int:
-    """Return how often the response of the tool is in the history."""
-    messages = {line["id"]: line for line in lines_of(path) if "id" in line}
-    with_call = messages.get("g-tool", {}).get("toolCalls", [])
-    by_user = messages.get("u-tool", {}).get("content", [])
-    return sum("result" in call for call in with_call) + len(by_user)
+def gemini_messages(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the messages of a session. A later line with the same id replaces the one before."""
+    return {line["id"]: line for line in lines_of(path) if "id" in line}
+
+
+def gemini_steps(path: Path, task: str, prompt: str) -> str | None:
+    """Run the steps of a task. The session gets each response twice."""
+    messages = gemini_messages(path).values()
+    told = [part for each in messages if each["type"] == "user" for part in each["content"]]
+    found = [each["functionResponse"] for each in told if "functionResponse" in each]
+
+    outputs = [each["response"]["output"] for each in found]
+    return steps(task, prompt, outputs, partial(store_gemini_call, path))
+
+
+def store_gemini_call(path: Path, call: str, command: str, result: str) -> None:
+    response = {"id": call, "name": "run_shell_command", "response": {"output": result}}
+    content = [{"functionResponse": response}]
+    asked = {"id": call, "name": "run_shell_command", "args": {"command": command}}
+    append_lines(
+        path,
+        {"id": f"g-{call}", "type": "gemini", "content": "",
+         "toolCalls": [{**asked, "result": content}]},
+        {"id": f"u-{call}", "type": "user", "content": content},
+    )  # fmt: skip
+
+
+def gemini_has_two_responses(path: Path) -> bool:
+    """Return whether a call in the session has more than one response."""
+    messages = gemini_messages(path)
+    calls = [call for each in messages.values() for call in each.get("toolCalls", [])]
+    by_user = {call["id"]: messages.get(f"u-{call['id']}", {}) for call in calls}
+    return any(
+        len(call.get("result", [])) + len(by_user[call["id"]].get("content", [])) > 1
+        for call in calls
+    )
 
 
 def gemini(arguments: list[str], prompt: str) -> None:
@@ -176,7 +271,7 @@ def gemini(arguments: list[str], prompt: str) -> None:
             refuse(42, "Error resuming session: No previous sessions found for this project.")
         path = found[0]
         earlier = lines_of(path)[1]["content"][0]["text"]
-        if gemini_responses(path) > 1:
+        if gemini_has_two_responses(path):
             refuse(144, "function response parts must equal function call parts")
     else:
         handle = str(uuid.uuid4())
@@ -185,6 +280,8 @@ def gemini(arguments: list[str], prompt: str) -> None:
         append_lines(path, {"sessionId": handle, "projectHash": digest, "kind": "main"})
     write_handle_to_stderr(handle)
     print_event({"type": "init", "session_id": handle, "model": "m"})
+    if earlier is None:
+        stop_if_wanted(prompt, "id")
     print_event({"type": "message", "role": "user", "content": prompt})
     append_lines(path, {"id": "u", "type": "user", "content": [{"text": prompt}]})
     if "FAIL" in prompt:
@@ -194,13 +291,8 @@ def gemini(arguments: list[str], prompt: str) -> None:
     for attempt in refused_attempts(prompt):
         print(f"Attempt {attempt} failed with status 401. Retrying", file=sys.stderr, flush=True)
     if "TOOL" in prompt:
-        called = [TOOL_CALL | {"result": [TOOL_RESPONSE]}]
-        append_lines(
-            path,
-            {"id": "g-tool", "type": "gemini", "content": "", "toolCalls": called},
-            {"id": "u-tool", "type": "user", "content": [TOOL_RESPONSE]},
-        )
-    text = answer_of_model(prompt, earlier)
+        store_gemini_call(path, "tool", "true", "done")
+    text = gemini_steps(path, earlier or prompt, prompt) or answer_of_model(prompt, earlier)
     append_lines(
         path, {"id": "g", "type": "gemini", "content": text}, {"$set": {"lastUpdated": "now"}}
     )
@@ -334,6 +426,17 @@ class ClaudeTools:
         lost = {"content": "[Tool result missing due to internal error]"}
         return [each["message"]["content"][0] | (lost if each["lost"] else {}) for each in found]
 
+    def steps(self, task: str, prompt: str) -> str | None:
+        """Run the steps of a task. The session gets call and result together."""
+
+        def store(call: str, command: str, result: str) -> None:
+            used = {"type": "tool_use", "id": call, "name": "Bash", "input": {"command": command}}
+            message = {"role": "assistant", "content": [used]}
+            append_lines(self.path, {"type": "assistant", "message": message, **self.seen})
+            self._answer(used, result, is_lost=False)
+
+        return steps(task, prompt, self.results(), store)
+
     def results(self) -> list[str]:
         """Return the results that the model sees."""
         return [each["content"] for each in self._results()]
@@ -373,6 +476,7 @@ def claude(arguments: list[str], prompt: str) -> None:
         return
     prompt = prompt or "Continue from where you left off."
     print_event({"type": "system", "subtype": "init", "cwd": CWD, "session_id": handle})
+    stop_if_wanted(prompt if resumed is None else "", "id")
     append_lines(path, {"type": "user", "message": {"role": "user", "content": prompt}, **seen})
     if "FAIL" in prompt:
         print_event({"type": "result", "subtype": "success", "is_error": True, "session_id": handle,
@@ -385,8 +489,10 @@ def claude(arguments: list[str], prompt: str) -> None:
     wanted = [line.partition("CALLS: ")[2].split(" | ") for line in task if "CALLS: " in line]
     if wanted and not tools.make_calls(wanted, prompt):
         return
-    results = json.dumps({"result": {"results": tools.results()}})
-    text = results if wanted else answer_of_model(prompt, earlier)
+    if wanted:
+        text = json.dumps({"result": {"results": tools.results()}})
+    else:
+        text = tools.steps(earlier or prompt, prompt) or answer_of_model(prompt, earlier)
     message = {"role": "assistant", "content": [{"type": "text", "text": text}]}
     append_lines(
         path,
