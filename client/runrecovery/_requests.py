@@ -166,7 +166,7 @@ def watch_run(run_id: str, *, after_sequence: int | None) -> Call[run_service_pb
         path=_RUNS + "WatchRun",
         request=run_service_pb2.WatchRunRequest(run_id=run_id, after_sequence=after_sequence),
         decode=run_service_pb2.WatchRunResponse.FromString,
-        wait_for_ready=False,  # as in stream_output
+        wait_for_ready=False,  # no deadline, see stream_output
     )
 
 
@@ -297,7 +297,7 @@ def watch_recovered(
             filter=chosen, after_cursor=after_cursor
         ),
         decode=recovery_service_pb2.WatchRecoveredResponse.FromString,
-        wait_for_ready=False,  # as in stream_output
+        wait_for_ready=False,  # no deadline, see stream_output
     )
 
 

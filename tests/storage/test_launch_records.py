@@ -12,12 +12,17 @@ from runrecovery_service.domain.errors import Fenced
 from runrecovery_service.domain.turn import Succeeded
 from runrecovery_service.storage import instances, launch_records
 from runrecovery_service.storage.instances import Owner
-from runrecovery_service.storage.launch_records import LaunchEnd, LaunchRecord, LaunchSite, Usage
+from runrecovery_service.storage.launch_records import (
+    LaunchEnd,
+    LaunchRecord,
+    LaunchSite,
+    ResourceUse,
+)
 from runrecovery_service.storage.turns import Turn
 from storage.service_store import GONE, ServiceStore, boot
 
 LEFT = LaunchEnd(exit_code=None, processes_ended=2, gone=False)
-USAGE = Usage(user_us=12, system_us=34, max_rss_kib=56)
+RESOURCES = ResourceUse(user_us=12, system_us=34, max_rss_kib=56)
 MANY = 2 * launch_records.CLOSED_PER_COMMIT + 17
 
 
@@ -199,7 +204,7 @@ def test_the_markers_of_a_launch_are_in_no_repr(store: ServiceStore) -> None:
 
 def test_the_end_of_a_turn_records_what_its_process_used(store: ServiceStore) -> None:
     turn = store.running()
-    ended = LaunchEnd(exit_code=-9, processes_ended=3, gone=True, usage=USAGE)
+    ended = LaunchEnd(exit_code=-9, processes_ended=3, gone=True, resources=RESOURCES)
 
     store.end(turn, Succeeded({}), ended=ended)
     store.end(turn, Succeeded({}), ended=ended)  # an answer was lost
@@ -212,7 +217,7 @@ def test_the_end_of_a_turn_records_what_its_process_used(store: ServiceStore) ->
 
 def test_a_second_close_keeps_the_facts_of_the_first(store: ServiceStore) -> None:
     turn = store.running()
-    close(store, turn, LaunchEnd(exit_code=7, processes_ended=2, gone=False, usage=USAGE))
+    close(store, turn, LaunchEnd(exit_code=7, processes_ended=2, gone=False, resources=RESOURCES))
 
     close(store, turn, LaunchEnd(exit_code=None, processes_ended=1, gone=True), report=5)
 

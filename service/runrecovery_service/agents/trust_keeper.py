@@ -294,7 +294,7 @@ class _Removal:
     _place: str | None = field(default=None, init=False)
 
     def run(self, lock_wait_s: float) -> TrustClearing:
-        """Remove the entries. A failure is returned, and its entries stay."""
+        """Remove the entries. Return a failure; the entries that it concerns stay."""
         try:
             removed = files.edit(
                 Path(self.file),

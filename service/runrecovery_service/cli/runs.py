@@ -376,7 +376,7 @@ def _is_ending(run: run_pb2.Run) -> bool:
     return run.cancel_requested and not run.HasField("ended_at")
 
 
-def _if_set(message: Any, field: str) -> str:  # the stubs type each message's fields apart
+def _if_set(message: Any, field: str) -> str:  # Any: of each message other names are valid
     return time(getattr(message, field)) if message.HasField(field) else ""
 
 

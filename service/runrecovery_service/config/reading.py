@@ -326,8 +326,8 @@ def _preset_values(word: object) -> dict[str, object]:
     if word is None:
         return {}
     if not isinstance(word, str) or word not in set(Preset):
-        # The reader of `preset` reports the word. These values prevent further reports, of keys
-        # that a valid preset would have given.
+        # The reader of `preset` reports the invalid name. Without these values, keys that a valid
+        # preset gives would be reported as missing.
         return {"command": ["?"], "profile": Profile.RESUMABLE.value.lower()}
     preset = PRESETS[Preset(word)]
     return {

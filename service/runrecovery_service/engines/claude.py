@@ -49,7 +49,7 @@ def read(event: JsonObject) -> Iterator[CliEvent]:
             "result": "",
             "origin": {"kind": "task-notification"},
         }:
-            # A resumed session first reports the tasks that ended with the process before.
+            # A resumed session first reports the tasks that ended with the previous process.
             yield TurnFinished("")
             yield OtherActivity()
         case {"type": "result", "stop_reason": "tool_deferred"}:

@@ -255,7 +255,7 @@ class Dialect(Protocol):
         ...
 
     def open(self, run: RunContext, resumed: Resumed | None) -> Opening:
-        """Return arguments and input of a process. Without `resumed` it begins the run.
+        """Return arguments and input of a process. Without `resumed` the process begins the run.
 
         Raises:
             HandleUnusable: this engine cannot have named the session's handle.

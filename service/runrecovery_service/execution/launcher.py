@@ -182,7 +182,7 @@ class Launch:
     async def demand_wanted(self) -> None:
         """Raise Withdrawn if the run was ended meanwhile.
 
-        A cancel that was accepted before this launch was known is only on record.
+        Of a cancel that was accepted before the turn had a supervisor, only the store knows.
         """
         self._pause(0)
         if (await self.records.read_run()).cancel_requested:

@@ -74,7 +74,7 @@ from runrecovery_service.execution.turn_state import (
 from runrecovery_service.process.ending import NOTHING_LEFT, Ending
 from runrecovery_service.process.launch_errors import LaunchFailed
 from runrecovery_service.process.shimmed_process import ShimmedProcess
-from runrecovery_service.storage.launch_records import LaunchEnd, Usage
+from runrecovery_service.storage.launch_records import LaunchEnd, ResourceUse
 from runrecovery_service.storage.turns import Turn
 
 log = structlog.get_logger()
@@ -426,19 +426,19 @@ class TurnSupervisor:
 
     async def _record(self, end: TurnEnd, ended: LaunchEnd) -> None:
         fingerprint = await self.sessions.fingerprint(end, gone=ended.gone)
-        # A resumable wait ends only where an automatic decision ends it.
+        # The wait of a resumable run has a deadline only if no reply is required.
         due = None if self.turn.run.require_user_reply else self._wait_due()
         used = self.state.used
         run = await self.records.record_end(end, ended, due=due, fingerprint=fingerprint, used=used)
-        usage, tokens = ended.usage, None if used is None else used.turn
+        resources, tokens = ended.resources, None if used is None else used.turn
         self.records.log.info(
             "execution.turn_ended",
             status=run.status.value if run.status else None,
             error_code=run.error.code if run.error else None,
             exit_code=ended.exit_code,
             processes_ended=ended.processes_ended,
-            cpu_s=None if usage is None else round((usage.user_us + usage.system_us) / 1e6, 3),
-            max_rss_kib=None if usage is None else usage.max_rss_kib,
+            cpu_s=None if resources is None else round(resources.cpu_s, 3),
+            max_rss_kib=None if resources is None else resources.max_rss_kib,
             input_tokens=None if tokens is None else tokens.input_tokens,
             output_tokens=None if tokens is None else tokens.output_tokens,
             cost_usd=None if tokens is None else tokens.cost_usd,
@@ -448,11 +448,14 @@ class TurnSupervisor:
         exited = self.state.exited
         if exited is None:
             return LaunchEnd(exit_code=None, processes_ended=ending.ended, gone=ending.gone)
-        usage = Usage(
+        resources = ResourceUse(
             user_us=exited.user_us, system_us=exited.system_us, max_rss_kib=exited.max_rss_kib
         )
         return LaunchEnd(
-            exit_code=exited.code, processes_ended=ending.ended, gone=ending.gone, usage=usage
+            exit_code=exited.code,
+            processes_ended=ending.ended,
+            gone=ending.gone,
+            resources=resources,
         )
 
 

@@ -131,7 +131,7 @@ def _spawn(markers: LaunchMarkers, journal: Path | None, pipe_bytes: int) -> Shi
         assert popen.stdout is not None  # noqa: S101 - it is a pipe
         widen_pipe(popen.stdout.fileno(), pipe_bytes)
         return _describe(popen, gate=for_service[0], report=for_service[1])
-    except BaseException:  # while the gate is open the shim waits, so it must be closed
+    except BaseException:  # the shim waits as long as its gate is open: close the gate
         for fd in for_service:
             os.close(fd)
         for pipe in (popen.stdin, popen.stdout, popen.stderr):

@@ -133,7 +133,7 @@ class Shim:
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         try:
             own = procfs.read_proc(os.getpid())
-        except OSError:  # no descriptor or memory now; then no later start finds the exit code
+        except OSError:  # no descriptor or memory now: a later start will not find the exit code
             own = None
         self._start_ticks = own.start_ticks if own else 0
         os.set_blocking(self._wake_read, False)
@@ -220,7 +220,8 @@ class Shim:
                 return True
             if pid == self._agent:
                 code = os.waitstatus_to_exitcode(status)
-                self._record_exit(code)  # first: what the service knows can be proved later
+                # Before the report: a restart can then prove every exit that the service knew.
+                self._record_exit(code)
                 user_us, system_us = int(usage.ru_utime * 1e6), int(usage.ru_stime * 1e6)
                 self._report_event(f"{wire.EXITED} {code} {user_us} {system_us} {usage.ru_maxrss}")
 

@@ -203,7 +203,7 @@ class CallerGuard:
         self._refusals.record(name, method=method, peer=context.peer(), reason=str(error))
 
     def log_refusals(self) -> None:
-        """Log the refused calls that wait for the end of their minute."""
+        """Log now the refused calls that would be logged at the end of a minute."""
         self._refusals.flush()
 
     def release(self, caller: Caller) -> None:

@@ -122,10 +122,10 @@ class RecoveryService:
             paging.page_size(request.page_size),
         )
         response = pb.PlanRecoveryResponse()
-        await self._planning.acquire()  # one at a time: it reads every run, and files
+        await self._planning.acquire()  # one plan at a time: each reads every run, and files
         planning = asyncio.create_task(self._plan(after, limit))
         planning.add_done_callback(self._end_planning)
-        page, plan = await asyncio.shield(planning)  # its thread outlives a call that is cancelled
+        page, plan = await asyncio.shield(planning)  # its thread continues if the call ends
         if plan is not None:
             recovery_messages.fill_plan(response.plan, plan)
         response.next_page_token = paging.encode(scope, page.after)
@@ -146,7 +146,8 @@ class RecoveryService:
     ) -> None:
         self._planning.release()
         if not planning.cancelled():
-            planning.exception()  # marked as seen: the caller has it, unless its call was cancelled
+            # Asking for the error marks it as seen: the caller has it, unless its call ended.
+            planning.exception()
 
     async def get_recovery_status(
         self, _request: pb.GetRecoveryStatusRequest

@@ -104,7 +104,7 @@ def _stream_sockets() -> Iterator[socket.socket]:
             continue
         try:
             one = socket.socket(fileno=descriptor)
-        except OSError:  # it is a file by now, left open for its locks
+        except OSError:  # now a file has this number; it stays open, to keep its locks
             continue
         if one.type == socket.SOCK_STREAM:
             yield one

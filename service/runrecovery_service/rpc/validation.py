@@ -332,7 +332,8 @@ def _time_range(
     for name in (after, before):
         try:
             if times.read_optional_time(wanted, name) is not None:
-                stamp = getattr(wanted, name)  # rounded times of two bounds may be equal
+                # Compared exactly: the rounded times of two different bounds may be equal.
+                stamp = getattr(wanted, name)
                 bounds.append((stamp.seconds, stamp.nanos))
         except ValueError as error:
             yield FieldViolation(f"filter.{name}", str(error))

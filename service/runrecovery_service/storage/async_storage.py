@@ -150,7 +150,7 @@ class Storage:
         **kwargs: P.kwargs,
     ) -> R:
         def noted(db: Database) -> tuple[R, frozenset[int]]:
-            db.take_changed_runs()  # left over from a use that was rolled back
+            db.take_changed_runs()  # forget the runs of a use case that was rolled back
             return use(db, *args, **kwargs), db.take_changed_runs()
 
         writing = (self._submit if self._writer is None else self._writer.submit)(noted)
@@ -239,7 +239,7 @@ class Storage:
 
     def _run_exclusive(self, use: Callable[[Database], R]) -> R:
         try:
-            self._db.decode_leniently()  # a started recovery is not repeated over damaged text
+            self._db.decode_leniently()  # damaged text must not interrupt a recovery
             return run_use_case(self._db, use)
         finally:
             self._db.close()

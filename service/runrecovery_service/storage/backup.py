@@ -43,7 +43,7 @@ def backup_sqlite(path: Path, destination: Path) -> dict[str, int]:
         raise DatabaseRefused(str(path), "does not exist")
     with refusing(str(path)):
         check_header(path)
-        if reason := lost_commits(path):  # before a connection that may change the log
+        if reason := lost_commits(path):  # checked before any connection, which may change the log
             raise DatabaseRefused(str(path), reason)
     _make_backup_file(destination, path)
     try:

@@ -63,7 +63,7 @@ def claim(db: Database, boot: InstanceStart, *, now: datetime, ttl_s: float = LE
     """
     until = _lease_until(db, ttl_s)
     with db.transaction():
-        # Before the wait for the writers of a living instance.
+        # Checked first: a refused start must not wait for the writers of a living instance.
         _demand_free(db, _registered(db, boot), boot)
         # Inserted first, so that concurrent starts of a new instance wait here too.
         db.execute(

@@ -78,12 +78,17 @@ _IDENTITY: Final = "id = ? AND cookie = ?"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Usage:
+class ResourceUse:
     """What the agent's own process used: processor time in µs, and peak memory in KiB."""
 
     user_us: int
     system_us: int
     max_rss_kib: int
+
+    @property
+    def cpu_s(self) -> float:
+        """Processor time in seconds."""
+        return (self.user_us + self.system_us) / 1e6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +96,7 @@ class LaunchEnd:
     """The end of a launch.
 
     Attributes:
-        exit_code, usage: None when no service was running to observe the exit.
+        exit_code, resources: None when no service was running to observe the exit.
         gone: False while a process could not be killed.
         orphans: what a recovery did to each process.
     """
@@ -99,7 +104,7 @@ class LaunchEnd:
     exit_code: int | None
     processes_ended: int
     gone: bool
-    usage: Usage | None = None
+    resources: ResourceUse | None = None
     orphans: tuple[Orphan, ...] = ()
 
 
@@ -231,7 +236,7 @@ def close(
     reconciliation_key: int | None = None,
 ) -> None:
     """Record the end of a launch: CLOSED, or KILL_PENDING while a process is alive."""
-    usage = ended.usage
+    used = ended.resources
     with db.transaction():
         db.execute(
             "UPDATE process_lease SET state = ?, exit_code = COALESCE(?, exit_code),"
@@ -242,9 +247,9 @@ def close(
             (
                 "CLOSED" if ended.gone else "KILL_PENDING",
                 ended.exit_code,
-                None if usage is None else usage.user_us,
-                None if usage is None else usage.system_us,
-                None if usage is None else usage.max_rss_kib,
+                None if used is None else used.user_us,
+                None if used is None else used.system_us,
+                None if used is None else used.max_rss_kib,
                 _orphans_to_json(ended.orphans),
                 reconciliation_key,
                 ended.processes_ended,

@@ -291,8 +291,8 @@ def _lock_rows(db: Database, bounds: tuple[int, int, str, int]) -> None:
 def _adopt_unchanged(db: Database, scope: ApplyScope, bounds: tuple[int, int, str, int]) -> int:
     """Move runs whose earlier decision still holds into this epoch, and return their number.
 
-    At a planned stop the epoch of newly decided runs is below the bound too; the report's key
-    excludes them.
+    At a planned stop, runs that were decided just now also have an epoch below the bound. The key
+    of the report excludes them.
     """
     adopted: int = db.execute(
         f"UPDATE run SET owner_epoch = ? WHERE id BETWEEN ? AND ? AND {LIVE}"
