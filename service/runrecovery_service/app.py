@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import structlog
 
-from runrecovery_service import early_signals, logs
+from runrecovery_service import early_signals
 from runrecovery_service.agents.blocking_store import LoopStore
 from runrecovery_service.agents.end_launches import LaunchEnder
 from runrecovery_service.agents.output import OutputFiles
@@ -25,10 +24,8 @@ from runrecovery_service.clock import Clock
 from runrecovery_service.config.settings import Settings
 from runrecovery_service.daemon_threads import new_event_loop
 from runrecovery_service.domain.reconciliation import Cause, Containment
-from runrecovery_service.domain.session_check import SessionCheck
 from runrecovery_service.domain.start_errors import ContainmentRefused
 from runrecovery_service.engine_setup import build_catalog
-from runrecovery_service.engines.catalog import Catalog
 from runrecovery_service.entrance import Entrance
 from runrecovery_service.execution.deadlines import Deadlines
 from runrecovery_service.execution.dispatcher import Dispatcher
@@ -68,7 +65,8 @@ from runrecovery_service.recovery.bulk_session_check import BulkSessionCheck
 from runrecovery_service.recovery.plan import Planner
 from runrecovery_service.recovery.reconcile import Recovery, RecoveryLimits
 from runrecovery_service.recovery.status import RecoveryStatus
-from runrecovery_service.reload import ReloadablePart, Reloader
+from runrecovery_service.reload import Reloader
+from runrecovery_service.reload_setup import reloadable_parts, retention_policy
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.listen_address import parse_listen_address
 from runrecovery_service.rpc.recovery_service import RecoveryDeps
@@ -204,6 +202,7 @@ class _App:
         dispatcher = self._dispatcher(launcher)
         ownership = self._ownership(dispatcher)
         self.db.guard(ownership.lease.demand_current)
+        work = self._background_work(launcher, dispatcher)
         systemd = SystemdNotifier.from_environment(self.gate, os.environ)
         return Service(
             settings=self.settings,
@@ -212,43 +211,23 @@ class _App:
             server=self._server(entrance),
             ownership=ownership,
             recovery_runner=self._recovery_runner(),
-            work=self._background_work(launcher, dispatcher),
+            work=work,
             systemd=systemd,
             reloader=Reloader(
                 settings=self.settings,
                 load=load,
-                parts=self._reloadable_parts(entrance, dispatcher),
+                parts=reloadable_parts(
+                    entrance=entrance,
+                    catalog=self.catalog,
+                    sessions=self.sessions,
+                    dispatcher=dispatcher,
+                    retention=work.retention,
+                ),
                 systemd=systemd,
             ),
             max_connections=entrance.connections,
             probe=entrance.probe(self.gate),
         )
-
-    def _reloadable_parts(
-        self, entrance: Entrance, dispatcher: Dispatcher
-    ) -> tuple[ReloadablePart, ...]:
-        """Return the parts that follow the configuration, one for each key of `RELOADABLE`."""
-
-        def prepare_engines(settings: Settings) -> Callable[[], None]:
-            catalog = build_catalog(settings)
-            return partial(self._replace_engines, catalog, session_checks(catalog), dispatcher)
-
-        return (
-            ReloadablePart(key="engines", prepare=prepare_engines),
-            ReloadablePart(key="callers", prepare=entrance.prepare_callers, has_files=True),
-            ReloadablePart(key="tls", prepare=entrance.prepare_tls),
-            ReloadablePart(
-                key="log_level",
-                prepare=lambda settings: partial(logs.set_level, settings.log_level),
-            ),
-        )
-
-    def _replace_engines(
-        self, catalog: Catalog, checks: Mapping[str, SessionCheck], dispatcher: Dispatcher
-    ) -> None:
-        self.catalog.replace(catalog)
-        self.sessions.replace_checks(checks)
-        dispatcher.check_queue()  # the limit of an engine may have been raised
 
     def _launcher(self) -> Launcher:
         return Launcher(
@@ -422,12 +401,11 @@ class _App:
         if settings is None:
             return None
         # Imported here: a start without retention needs none of it.
-        from runrecovery_service.domain.retention import RetentionPolicy  # noqa: PLC0415
         from runrecovery_service.retention.files import RunFiles  # noqa: PLC0415
         from runrecovery_service.retention.sweep import RetentionSweep  # noqa: PLC0415
 
         return RetentionSweep(
-            policy=RetentionPolicy(**asdict(settings)),
+            policy=retention_policy(settings),
             storage=self.storage,
             owner=self.owner,
             clock=self.clock,

@@ -79,4 +79,20 @@ def test_a_change_that_contradicts_what_needs_a_restart_is_refused(load: Load) -
 
 
 def test_these_keys_are_reloadable() -> None:
-    assert {"log_level", "tls", "callers", "engines"} == RELOADABLE
+    assert {"log_level", "tls", "callers", "retention", "engines"} == RELOADABLE
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "changed", "needs_restart"),
+    [
+        ('[retention]\noutputs = "7d"\n', '[retention]\noutputs = "8d"\n', ("retention",), ()),
+        ("", '[retention]\noutputs = "8d"\n', (), ("retention",)),
+        ('[retention]\noutputs = "7d"\n', "", (), ("retention",)),
+    ],
+)
+def test_ages_of_retention_can_be_changed_and_its_table_neither_added_nor_removed(
+    load: Load, before: str, after: str, changed: tuple[str, ...], needs_restart: tuple[str, ...]
+) -> None:
+    plan = plan_reload(load(before), load(after))
+
+    assert (plan.changed, plan.needs_restart) == (changed, needs_restart)

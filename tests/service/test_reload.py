@@ -225,7 +225,7 @@ def test_callers_are_replaced_under_load_and_the_streams_of_removed_ones_end(
 def test_a_service_reloads_while_it_recovers_and_while_it_lets_turns_end(
     new_home: NewHome,
 ) -> None:
-    home = new_home(finish_s=LONG_S)
+    home = new_home(finish_s=LONG_S, retention={"outputs": "7d"})
     service, api = home.start()
     holds = {"hold": True, "ignore_sigterm": True}
     orphan = api.create("resumable", holds).run_id
@@ -246,8 +246,8 @@ def test_a_service_reloads_while_it_recovers_and_while_it_lets_turns_end(
     until(lambda: home.agents_of(run_id), "it works")
     service.terminate()
     service.until_event("service.finishing")
-    home.write_config(log_level="debug")
-    assert reloaded(service) == (["log_level"], [])
+    home.write_config(log_level="debug", retention={"outputs": "8d"})
+    assert reloaded(service) == (["retention", "log_level"], [])
     api.cancel(run_id)
 
     assert service.exit_code() == 0

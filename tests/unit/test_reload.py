@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from runrecovery_service import reload
 from runrecovery_service.config.reading import ConfigError
 from runrecovery_service.config.reloading import RELOADABLE
-from runrecovery_service.config.settings import LogLevel, Settings
+from runrecovery_service.config.settings import LogLevel, RetentionSettings, Settings
+from runrecovery_service.domain.retention import RetentionPolicy
 from runrecovery_service.reload import ReloadablePart, Reloader
+from runrecovery_service.reload_setup import reloadable_parts
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.systemd import SystemdNotifier
 from structlog.testing import capture_logs
@@ -51,7 +54,7 @@ async def test_all_parts_are_replaced_and_the_log_names_them() -> None:
     with capture_logs() as logged:
         assert await reloader.reload()
 
-    assert parts.applied == ["callers", "engines", "log_level", "tls"]
+    assert parts.applied == ["callers", "engines", "log_level", "retention", "tls"]
     assert reloader.settings == DEBUG
     assert logged == [
         {
@@ -152,3 +155,19 @@ async def test_requests_during_a_reload_lead_to_exactly_one_more() -> None:
 def test_every_reloadable_key_needs_a_part() -> None:
     with pytest.raises(LookupError, match="RELOADABLE"):
         Parts().reloader(Settings, parts=[])
+
+
+def test_the_sweep_of_old_rows_gets_the_new_ages() -> None:
+    sweep: Any = SimpleNamespace(policy=RetentionPolicy(outputs=1.0))
+    other: Any = SimpleNamespace(prepare_callers=None, prepare_tls=None)
+    parts = reloadable_parts(
+        entrance=other, catalog=other, sessions=other, dispatcher=other, retention=sweep
+    )
+    (part,) = (part for part in parts if part.key == "retention")
+
+    apply = part.prepare(Settings(retention=RetentionSettings(outputs=60.0, max_ended_runs=7)))
+    assert sweep.policy == RetentionPolicy(outputs=1.0)
+    assert apply is not None
+    apply()
+
+    assert sweep.policy == RetentionPolicy(outputs=60.0, max_ended_runs=7)

@@ -8,7 +8,7 @@ from typing import Final
 from runrecovery_service.config.reading import ConfigError, contradictions
 from runrecovery_service.config.settings import Settings, TlsSettings
 
-RELOADABLE: Final = frozenset({"log_level", "tls", "callers", "engines"})
+RELOADABLE: Final = frozenset({"log_level", "tls", "callers", "retention", "engines"})
 """The keys that a reload takes over. All others need a restart."""
 NEVER_EMPTIED: Final = frozenset({"callers", "engines"})
 """A reload does not remove the last of them: an empty file is mostly one that is being written."""
@@ -55,10 +55,11 @@ def _needs_restart(key: str, present: Settings, read: Settings) -> str:
     """Return the name of what needs a restart, empty if nothing does."""
     if key not in RELOADABLE or (key in NEVER_EMPTIED and not getattr(read, key)):
         return key
+    if getattr(present, key) is None or getattr(read, key) is None:
+        return key  # a table that is added or removed
     return _tls_needs_restart(present.tls, read.tls) if key == "tls" else ""
 
 
 def _tls_needs_restart(present: TlsSettings | None, read: TlsSettings | None) -> str:
-    if present is None or read is None:
-        return "tls"
-    return "" if present.client_auth is read.client_auth else "tls.client_auth"
+    is_same = present is None or read is None or present.client_auth is read.client_auth
+    return "" if is_same else "tls.client_auth"
