@@ -52,7 +52,7 @@ class Frame(IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """What came of one measurement. `server_cpu_us`: processor time of the server, per call."""
+    """The result of one measurement. `server_cpu_us`: processor time of the server, per call."""
 
     calls_per_s: float
     p50_ms: float
@@ -106,7 +106,7 @@ class Connection:
         )
 
     def run(self, callers: int, seconds: float) -> list[float]:
-        """Keep `callers` calls under way for so long; return how long each took, in seconds."""
+        """Keep `callers` calls in progress for this time; return the seconds that each took."""
         took: list[float] = []
         end = time.perf_counter() + seconds
         self._socket.sendall(b"".join(self._call() for _ in range(callers)))
@@ -186,7 +186,7 @@ def generate(
 
 
 def main() -> None:
-    """Measure, and print what came of it."""
+    """Measure, and print the result."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -49,7 +49,7 @@ def memory_kib(pid: int) -> list[int]:
 
 
 async def do_runs(client: AsyncRunRecoveryClient, count: int) -> None:
-    """Create so many runs and wait for the end of each, `CALLERS` at a time."""
+    """Create this many runs and wait for the end of each, `CALLERS` at a time."""
     free = asyncio.Semaphore(CALLERS)
 
     async def do_one() -> None:

@@ -1,15 +1,16 @@
-"""What launching behind a shim costs, and how long the ending of many trees takes.
+"""What a launch below a shim costs, and how long the ending of many trees takes.
 
-    python bench/processes.py --rounds 5 --trees 200 --leases 10000
+    python bench/processes.py --rounds 5 --trees 200 --launches 10000
 
 launch  An agent through the gate: the shim comes to it, two commits record it (SQLite), the agent
         is executed. Floor: `subprocess.Popen` of the same program.
 end     `end_trees` of many trees of three processes, some of which ignore SIGTERM, beside their
         grace and 0.5 s. Floor: SIGKILL through a pidfd each and a poll, for as many processes.
-check   `end_trees` of many leases of which nothing is alive. Floor: one bare look at all of /proc
-        (stat, limits, environ); what is beyond it is the leases' own.
+check   `end_trees` of many launches without a living process. Floor: one plain scan of all of /proc
+        (stat, limits, environ); the time beyond it is the cost of the launches.
 
-Ours and floor take turns. Nothing is left behind, and nothing lives longer than two minutes.
+The service (ours) and the floor are measured in turns. No process is left, and none lives longer
+than two minutes.
 """
 
 from __future__ import annotations
@@ -55,11 +56,11 @@ from runrecovery_service.storage.opening import open_database
 
 LIFETIME_S: Final = 120
 LAUNCHES: Final = 20
-"""Launches a round."""
+"""Launches in one round."""
 STUBBORN_SHARE: Final = 0.1
 GRACE_S: Final = 0.5
 ALLOWED_S: Final = 0.5
-"""On top of the grace, for ending everything and being certain of it."""
+"""Time after the grace for ending every process, and for the proof that none is left."""
 DEADLINE_S: Final = 30.0
 PROCESSES_A_TREE: Final = 3
 DESCRIPTORS_A_TREE: Final = 12
@@ -68,8 +69,8 @@ TREE: Final = f"sleep {LIFETIME_S} & sleep {LIFETIME_S} & wait"
 STUBBORN_TREE: Final = f"trap '' TERM; {TREE}"
 
 
-class Ledger:
-    """A SQLite store that launches are recorded in, as a service does."""
+class LaunchStore:
+    """A SQLite store in which launches are recorded as a service records them."""
 
     def __init__(self, db: Database) -> None:
         here = Host.here()
@@ -82,49 +83,49 @@ class Ledger:
         )
         self._db = db
         self._owner: Owner = instances.claim(db, boot, now=Clock().now())
-        self._place = LaunchSite(
+        self._site = LaunchSite(
             host_id=here.host_id,
             boot_id=here.boot_id,
             pid_namespace=here.pid_namespace,
             watermark_bits=watermark_bits(),
         )
         self._runs = 0
-        self._leases: dict[int, LaunchRecord] = {}
+        self._launches: dict[int, LaunchRecord] = {}
 
     def intend(self) -> LaunchMarkers:
-        """Record a launch of a run that there is not; a lease needs no more of it than this."""
+        """Record a launch. No run is stored, because a launch record needs only these fields."""
         self._runs += 1
         run = cast(Run, SimpleNamespace(key=self._runs, attempt=1, turn=1))
         with self._db.transaction():
-            lease = launch_records.record_launch(
-                self._db, run, owner=self._owner, site=self._place, now=Clock().now()
+            launch = launch_records.record_launch(
+                self._db, run, owner=self._owner, site=self._site, now=Clock().now()
             )
-        self._leases[lease.key] = lease
+        self._launches[launch.key] = launch
         return replace(
-            nobody(), launch_key=lease.key, cookie=lease.cookie, watermark=lease.watermark
+            dead_launch(), launch_key=launch.key, cookie=launch.cookie, watermark=launch.watermark
         )
 
-    def record(self, lease: LaunchMarkers, process: ShimmedProcess) -> None:
-        """Commit what a service commits before it opens the gate."""
-        made, owner = self._leases.pop(lease.launch_key), self._owner
+    def record(self, markers: LaunchMarkers, process: ShimmedProcess) -> None:
+        """Commit the records that a service commits before it opens the gate."""
+        made, owner = self._launches.pop(markers.launch_key), self._owner
         ticks = process.start_ticks
         launch_records.record_gated(self._db, made, owner=owner, pid=process.pid, start_ticks=ticks)
         launch_records.record_running(self._db, made, owner=owner)
 
 
 @contextmanager
-def ledger() -> Iterator[Ledger]:
+def launch_store() -> Iterator[LaunchStore]:
     """A store of our own in a temporary directory."""
     with tempfile.TemporaryDirectory(prefix="runrecovery-bench-") as place:
         db = open_database("", Path(place))
         try:
-            yield Ledger(db)
+            yield LaunchStore(db)
         finally:
             db.close()
 
 
-def nobody() -> LaunchMarkers:
-    """Return a lease of this host of which nothing is alive."""
+def dead_launch() -> LaunchMarkers:
+    """Return the markers of a launch on this host that has no living process."""
     here = Host.here()
     return LaunchMarkers(
         launch_key=1,
@@ -137,9 +138,9 @@ def nobody() -> LaunchMarkers:
     )
 
 
-def many(leases: int) -> list[LaunchMarkers]:
-    """Return so many leases of which nothing is alive. Their shims' pids are nobody's."""
-    pattern, beyond = nobody(), int(Path("/proc/sys/kernel/pid_max").read_text()) + 1
+def dead_launches(launches: int) -> list[LaunchMarkers]:
+    """Return the markers of this many launches without a process. No process has their pids."""
+    pattern, beyond = dead_launch(), int(Path("/proc/sys/kernel/pid_max").read_text()) + 1
     return [
         replace(
             pattern,
@@ -149,7 +150,7 @@ def many(leases: int) -> list[LaunchMarkers]:
             pid=beyond + key,
             start_ticks=key,
         )
-        for key in range(1, leases + 1)
+        for key in range(1, launches + 1)
     ]
 
 
@@ -157,10 +158,10 @@ def _deadline_ns() -> int:
     return boot_time_ns() + LIFETIME_S * 10**9
 
 
-def _prepare(command: Sequence[str], lease: LaunchMarkers) -> ShimmedProcess:
+def _prepare(command: Sequence[str], markers: LaunchMarkers) -> ShimmedProcess:
     return prepare(
         command,
-        markers=lease,
+        markers=markers,
         cwd=Path("/"),
         env={"PATH": os.defpath},
         deadline_ns=_deadline_ns(),
@@ -176,13 +177,13 @@ def _peak_kib(pid: int) -> int:
 # -- launch --------------------------------------------------------------------------------------
 
 
-def launch_ours(book: Ledger, peaks: list[int]) -> float:
+def launch_ours(records: LaunchStore, peaks: list[int]) -> float:
     """Return the seconds of one launch through the gate; note the most memory of its shim."""
-    lease = book.intend()
+    markers = records.intend()
     begun = time.perf_counter()
-    process = _prepare(PROGRAM, lease)
+    process = _prepare(PROGRAM, markers)
     try:
-        book.record(lease, process)
+        records.record(markers, process)
         process.release(_deadline_ns())
         took = time.perf_counter() - begun
         peaks.append(_peak_kib(process.pid))
@@ -192,7 +193,7 @@ def launch_ours(book: Ledger, peaks: list[int]) -> float:
 
 
 def launch_bare() -> float:
-    """Return the seconds of one bare launch."""
+    """Return the seconds of one launch without a shim."""
     begun = time.perf_counter()
     popen = _popen()
     took = time.perf_counter() - begun
@@ -217,19 +218,19 @@ def _popen() -> subprocess.Popen[bytes]:
 
 
 def end_ours(trees: int) -> float:
-    """Return the seconds that the ending of so many trees takes, every tenth of them stubborn."""
+    """Return the seconds that the ending of these trees takes; a tenth of them ignore SIGTERM."""
     grown: list[tuple[LaunchMarkers, ShimmedProcess]] = []
     stubborn = round(trees * STUBBORN_SHARE)
     try:
-        for lease in many(trees):
-            code = STUBBORN_TREE if lease.launch_key <= stubborn else TREE
-            process = _prepare(["/bin/sh", "-c", code], lease)
-            known = replace(lease, pid=process.pid, start_ticks=process.start_ticks)
+        for markers in dead_launches(trees):
+            code = STUBBORN_TREE if markers.launch_key <= stubborn else TREE
+            process = _prepare(["/bin/sh", "-c", code], markers)
+            known = replace(markers, pid=process.pid, start_ticks=process.start_ticks)
             grown.append((known, process))
             process.release(_deadline_ns())
         begun = time.perf_counter()
         endings = end_trees(
-            [lease for lease, _ in grown], why="bench", grace_s=GRACE_S, deadline_s=DEADLINE_S
+            [markers for markers, _ in grown], why="bench", grace_s=GRACE_S, deadline_s=DEADLINE_S
         )
         took = time.perf_counter() - begun
         assert all(ending.gone for ending in endings.values())
@@ -240,7 +241,7 @@ def end_ours(trees: int) -> float:
 
 
 def end_bare(count: int) -> float:
-    """Return the seconds that killing so many bare processes takes, until all are dead."""
+    """Return the seconds that killing this many single processes takes, until all are dead."""
     popens = [subprocess.Popen(PROGRAM, start_new_session=True) for _ in range(count)]
     pidfds = [os.pidfd_open(popen.pid) for popen in popens]
     poll = select.poll()
@@ -263,17 +264,17 @@ def end_bare(count: int) -> float:
 # -- check ---------------------------------------------------------------------------------------
 
 
-def check_ours(leases: Sequence[LaunchMarkers]) -> float:
-    """Return the seconds in which it is certain that nothing of these leases is alive."""
+def check_ours(launches: Sequence[LaunchMarkers]) -> float:
+    """Return the seconds of the proof that no process of these launches is alive."""
     begun = time.perf_counter()
-    endings = end_trees(leases, why="bench", grace_s=GRACE_S, deadline_s=DEADLINE_S)
+    endings = end_trees(launches, why="bench", grace_s=GRACE_S, deadline_s=DEADLINE_S)
     took = time.perf_counter() - begun
     assert all(ending.gone and not ending.found for ending in endings.values())
     return took
 
 
-def look_bare() -> float:
-    """Return the seconds that one look at everybody takes."""
+def scan_bare() -> float:
+    """Return the seconds that one plain scan of all processes takes."""
     begun = time.perf_counter()
     for pid in [name for name in os.listdir("/proc") if name.isdigit()]:  # noqa: PTH208 - a floor
         for what in ("stat", "limits", "environ"):
@@ -284,7 +285,7 @@ def look_bare() -> float:
 def _read(path: str) -> bytes:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:  # gone, or not to be looked into
+    except OSError:  # the process has ended, or may not be read
         return b""
     try:
         return os.read(fd, 1 << 20)
@@ -323,8 +324,8 @@ def show(title: str, ours: list[float], floor: list[float], *notes: str) -> None
 def bench_launch(rounds: int) -> None:
     """Measure launches."""
     peaks: list[int] = []
-    with ledger() as book:
-        ours, floor = in_turns(rounds * LAUNCHES, lambda: launch_ours(book, peaks), launch_bare)
+    with launch_store() as records:
+        ours, floor = in_turns(rounds * LAUNCHES, lambda: launch_ours(records, peaks), launch_bare)
     python = statistics.median(start_python() for _ in range(LAUNCHES))
     peak = f"a shim's most memory: {statistics.median(peaks) / 1024:.1f} MiB median"
     show(
@@ -351,16 +352,16 @@ def bench_end(rounds: int, trees: int) -> None:
 
 
 def bench_check(rounds: int, count: int) -> None:
-    """Measure checks of leases of which nothing is alive."""
-    leases = many(count)
-    ours, floor = in_turns(rounds, lambda: check_ours(leases), look_bare)
+    """Measure checks of launches without a living process."""
+    launches = dead_launches(count)
+    ours, floor = in_turns(rounds, lambda: check_ours(launches), scan_bare)
     beyond = [one - other for one, other in zip(ours, floor, strict=True)]
-    note = f"beyond one look: {statistics.median(beyond):.3f} s median, {max(beyond):.3f} s most"
-    show(f"Checking {count} leases of which nothing is alive", ours, floor, note)
+    note = f"beyond one scan: {statistics.median(beyond):.3f} s median, {max(beyond):.3f} s most"
+    show(f"Checking {count} launches without a living process", ours, floor, note)
 
 
 def fitting(trees: int) -> int:
-    """Return so many trees, or as many as our descriptors allow."""
+    """Return this number of trees, or fewer if the limit on descriptors allows no more."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = 1 << 20 if hard == resource.RLIM_INFINITY else hard
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(most, 1 << 16)), hard))
@@ -377,13 +378,13 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--trees", type=int, default=200)
-    parser.add_argument("--leases", type=int, default=10_000)
+    parser.add_argument("--launches", type=int, default=10_000)
     args = parser.parse_args()
-    # The audit is made, and thrown away: a service's goes to wherever its log goes.
+    # Log lines are rendered and discarded, because a service renders them too.
     structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
     bench_launch(args.rounds)
     bench_end(args.rounds, fitting(args.trees))
-    bench_check(args.rounds, args.leases)
+    bench_check(args.rounds, args.launches)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ FLOOR: Final = (_REMEMBER, _CLOSE, _APPLY)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """One run of one way: seconds in all, of its longest transaction, and MiB of memory grown."""
+    """One measurement: seconds in all and of the longest transaction, and MiB that memory grew."""
 
     seconds: float
     longest_s: float
@@ -135,7 +135,7 @@ def floor(db: Database, _data_dir: Path) -> None:
 
 
 def stand_in(db: Database, _data_dir: Path) -> None:
-    """Load a run as an object, decide in Python, save it; a history row each."""
+    """Load each run as an object, decide in Python, save it, and add a row to the history."""
     with db.peewee.bind_ctx([tables.Run, tables.RecoveryEvent]):
         after, now = 0, int(time.time() * 1e6)
         while keys := db.fetch_all(
@@ -231,7 +231,7 @@ class Stores:
     made: int = field(default=0, init=False)
 
     def seeded(self, name: str, runs: int) -> str:
-        """Make a store with so many live runs and return its name."""
+        """Make a store with this many live runs and return its name."""
         (self.top / name).mkdir()
         url = self.server.create(name) if self.server else ""
         db = open_database(url, self.top / name)
@@ -262,7 +262,7 @@ class Stores:
 
 @contextmanager
 def stores(database: str) -> Iterator[Stores]:
-    """Make a place for stores that is gone afterwards."""
+    """Make a folder for stores, which is removed afterwards."""
     with ExitStack() as stack:
         top = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="runrecovery-bench-")))
         start = scratch_postgres("max_wal_size=4GB")

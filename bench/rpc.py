@@ -1,10 +1,10 @@
-"""How many calls the service answers, beside the least that a server of its kind must do.
+"""How many calls the service answers, beside the least work that such a server must do.
 
     python bench/rpc.py --seconds 3 --rounds 3 --rows 100000
 
-get      GetRun by random ids out of a store of so many rows, all of which a restart has recovered,
+get      GetRun by random ids from a store of `--rows` runs, all of which a restart has recovered,
          with 1 and 16 callers. Floor: a grpc.aio server on uvloop, in a process of its own, that
-         gives the same bytes to every call; no row is read, nothing guards it.
+         gives the same bytes to every call. It reads no row and checks no access.
 page     A page of 50 of ListRecovered, at the start and at the far end. Floor: the start.
 create   CreateRun, each durable when it is answered. Floor: a process that inserts one row of
          that size at a time into SQLite with synchronous=FULL, a commit each.
@@ -94,7 +94,7 @@ Measure = Callable[[], Load]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """A floor and ours, each measured once a round."""
+    """The floor and the service, each measured once a round."""
 
     name: str
     floor: list[Load]
@@ -129,7 +129,7 @@ def compare(name: str, *, rounds: int, floor: Measure, ours: Measure) -> Compari
 
 
 def seed(data_dir: Path, rows: int) -> list[str]:
-    """Make a store with so many runs for a restart to recover; return some of their ids."""
+    """Make a store with this many runs for a restart to recover; return some of their ids."""
     db = open_database("", data_dir)
     owner = claim(db, instance="default", data_dir=data_dir)
     seeding = Seeding(runs=rows, mix=DEFAULT_MIX, input_bytes=INPUT_BYTES)
@@ -159,7 +159,7 @@ class Bench:
     rounds: int
 
     def payloads(self, name: str, payloads: list[bytes]) -> Path:
-        """Write requests down for the generator."""
+        """Write the requests into a file for the generator."""
         file = self.top / f"{name}.payloads"
         file.write_text("\n".join(payload.hex() for payload in payloads))
         return file

@@ -36,7 +36,7 @@ ROWS_PER_INSERT: Final = 5000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """What the runs of one word of the mix look like."""
+    """The columns of the runs of one kind of the mix."""
 
     status: str
     profile: str = "RESUMABLE"
@@ -57,7 +57,7 @@ SHAPES: Final = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seeding:
-    """How many runs to make, and of which kind. `mix` holds weights by the words of SHAPES."""
+    """How many runs to make, and of which kinds. `mix` has the weight of each kind of SHAPES."""
 
     runs: int
     mix: Mapping[str, int]
@@ -65,7 +65,7 @@ class Seeding:
     input_bytes: int = 200
 
     def words(self) -> Iterator[str]:
-        """The word of each run: the mix in proportion, and well shuffled."""
+        """The kind of each run: the mix in proportion, and well shuffled."""
         deck = [word for word, weight in self.mix.items() for _ in range(weight)]
         # 7919 is a prime that no deck of cards divides, so that each round deals every card once.
         return (deck[number * 7919 % len(deck)] for number in range(self.runs))
@@ -94,7 +94,7 @@ _COLUMNS: Final = (
 
 
 def fill(db: Database, owner: Owner, seeding: Seeding, *, now: datetime) -> dict[str, int]:
-    """Insert the runs and their open questions; return how many there are of each word."""
+    """Insert the runs and their open questions; return how many there are of each kind."""
     row = db.fetch_one("SELECT COALESCE(max(id), 0) FROM run")
     before = row[0] if row else 0
     words = Counter[str]()
@@ -180,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Seed the store that the command line names and print what was made, as JSON."""
     args = _parser().parse_args()
-    # The log goes where it does not mix with the JSON.
+    # The log goes to standard error, so that it does not mix with the JSON.
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(file=sys.stderr))
     args.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     data_dir = args.data_dir.resolve()

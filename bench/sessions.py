@@ -1,15 +1,15 @@
-"""How many sessions a second a restart checks, beside the least that reads such files.
+"""How many sessions a restart checks in a second, beside the least work that reads such files.
 
     python bench/sessions.py --files 2000 --rounds 3
 
 Files as the CLIs write them, of 200 KiB to 1 MiB, in a home of each CLI. Three ways, in turns:
 
-floor      For each file, its path known: open, stat, read 4 KiB of its beginning and of its end.
-read       Our check without a mark: find the file, judge its first and last lines.
-unchanged  Our check with a mark: find the file, compare its size and time.
+floor      Each file, whose path is known: open, stat, read 4 KiB of its beginning and of its end.
+read       Our check without a fingerprint: find the file, judge its first and last lines.
+unchanged  Our check with a fingerprint: find the file, compare its size and time.
 
-And once more `read` and `unchanged` as a restart does them: handles from the store, findings into
-it.
+Then `read` and `unchanged` as a restart does them: it reads handles from the store, and writes
+findings into it.
 """
 
 from __future__ import annotations
@@ -53,15 +53,15 @@ WAYS: Final = ("floor", "read", "unchanged", "read, restart", "unchanged, restar
 
 @dataclass(frozen=True, slots=True)
 class Sessions:
-    """Sessions of one CLI, and where they lie."""
+    """Sessions of one CLI, and their files."""
 
     home: SessionHome
     handles: Sequence[StoredHandle]
     files: Sequence[Path]
 
     @property
-    def marked(self) -> list[StoredHandle]:
-        """The handles, each with what its file is now."""
+    def fingerprinted(self) -> list[StoredHandle]:
+        """The handles, each with the present fingerprint of its file."""
         stats = [file.stat() for file in self.files]
         return [
             replace(stored, fingerprint=SessionFingerprint(found.st_size, found.st_mtime_ns))
@@ -84,7 +84,7 @@ def make(preset: str, top: Path, count: int) -> Sessions:
 
 
 def floor(sessions: Sessions) -> int:
-    """Look at every file, and think nothing of it."""
+    """Read the beginning and the end of every file, and judge nothing."""
     seen = 0
     for path in sessions.files:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -103,7 +103,7 @@ def check(sessions: Sessions, handles: Sequence[StoredHandle]) -> None:
 
 
 def restart(sessions: Sessions, handles: Sequence[StoredHandle], top: Path) -> float:
-    """Check them as a restart does, and return its seconds."""
+    """Check the handles as a restart does, and return the seconds that it takes."""
     with tempfile.TemporaryDirectory(dir=top) as folder:
         db = open_database("", Path(folder))
         first = claim(db, instance=INSTANCE, data_dir=top)
@@ -146,7 +146,7 @@ def _store(
 
 
 def seconds_of(do: Callable[[], object]) -> float:
-    """Return how long it takes."""
+    """Return how many seconds the call takes."""
     begun = time.perf_counter()
     do()
     return time.perf_counter() - begun
@@ -154,14 +154,14 @@ def seconds_of(do: Callable[[], object]) -> float:
 
 def measure(sessions: Sessions, top: Path, *, rounds: int) -> dict[str, list[float]]:
     """Measure all ways in turns; return the seconds of each round."""
-    marked = sessions.marked
+    fingerprinted = sessions.fingerprinted
     floor(sessions)  # all of it is in memory from here on
     ways: dict[str, Callable[[], float]] = {
         "floor": lambda: seconds_of(lambda: floor(sessions)),
         "read": lambda: seconds_of(lambda: check(sessions, sessions.handles)),
-        "unchanged": lambda: seconds_of(lambda: check(sessions, marked)),
+        "unchanged": lambda: seconds_of(lambda: check(sessions, fingerprinted)),
         "read, restart": lambda: restart(sessions, sessions.handles, top),
-        "unchanged, restart": lambda: restart(sessions, marked, top),
+        "unchanged, restart": lambda: restart(sessions, fingerprinted, top),
     }
     measured: dict[str, list[float]] = {way: [] for way in WAYS}
     for _ in range(rounds):

@@ -1,13 +1,13 @@
-"""What many watchers cost: memory, the calls beside them, the time until all of them know.
+"""What many watchers cost: memory, calls beside them, the time until all have an event.
 
     python bench/watch.py --rounds 5 --seconds 2 --watchers 1000
 
-memory   What the service grows by with so many idle watches open: on one connection, on 50, and on
-         one each (WatchRun), and on 50 (WatchRecovered). Every line begins with a fresh process.
+memory   How much the service grows with `--watchers` idle watches open: on one connection, on 50,
+         and on one each (WatchRun), and on 50 (WatchRecovered). A new process for each row.
          Floor: a grpc.aio server whose handlers write one answer and wait.
 get      GetRun by 16 callers with the watches open. Floor: the same service without them.
 health   Health.Check, one every few ms: without watchers, beside the idle ones, while all of them
-         are told an event at once, and beside 50 that read nothing. Floor: without watchers.
+         get an event at once, and beside 50 that read nothing. Floor: without watchers.
 all      From the acceptance of a reply to a run that all watch, until the last of them has the
          event. Floor: a grpc.aio server that writes as many bytes to as many streams.
 
@@ -115,14 +115,14 @@ uvloop.run(main())
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What a process has in memory, in MiB: resident, and its proportional share of that."""
+    """The memory of a process in MiB: resident, and its proportional share of shared pages."""
 
     rss: float
     pss: float
 
     @classmethod
     def of(cls, pid: int) -> Memory:
-        """Look at a process."""
+        """Read the memory of a process."""
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
         kib = {
             name: int(rest.split()[0]) for name, _, rest in (x.partition(":") for x in lines[1:])
@@ -180,7 +180,7 @@ class Bench:
     ids: Sequence[str]
 
     def payloads(self, name: str, requests: Sequence[bytes]) -> Path:
-        """Write requests down for a generator."""
+        """Write the requests into a file for a generator."""
         file = self.top / f"{name}.payloads"
         file.write_text("".join(f"{request.hex()}\n" for request in requests))
         return file
@@ -199,7 +199,7 @@ class Bench:
         )  # fmt: skip
 
     def growth(self, server: Server, method: str, payloads: Path, connections: int) -> Memory:
-        """Return what a server grows by with the watches open."""
+        """Return how much a server grows with the watches open."""
         warm = watching(server.address, method, payloads, streams=1, connections=1)
         with warm:
             before = Memory.of(server.pid)
@@ -218,7 +218,7 @@ class Bench:
         return checks.took_ms
 
     def fan_out(self, server: Server, run_id: str) -> tuple[float, list[float]]:
-        """Return the seconds until all who watch a run have an event, and health meanwhile."""
+        """Return the seconds until all watchers of a run have an event, and health meanwhile."""
         request = pb.WatchRunRequest(run_id=run_id).SerializeToString()
         watches = watching(
             server.address, WATCH_RUN, self.payloads("one", [request]),
@@ -238,7 +238,7 @@ class Bench:
         return told - begun, checks.took_ms
 
     def unread(self, server: Server) -> list[float]:
-        """Check health while some read nothing of what they asked for."""
+        """Check health while some watchers read nothing."""
         everything = recovery_pb.WatchRecoveredRequest(after_cursor=paging.encode_cursor(START))
         payloads = self.payloads("everything", [everything.SerializeToString()])
         watches = watching(
@@ -305,7 +305,7 @@ def take_slot(server: Server) -> None:
 
 
 def fits(watchers: int) -> bool:
-    """Raise our limit of open files as far as it goes; true if so many connections fit."""
+    """Raise this process's limit on open files; return True if the connections fit."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if hard in {resource.RLIM_INFINITY, -1} or hard >= watchers + DESCRIPTORS_OF_OTHERS:
@@ -318,7 +318,7 @@ def fits(watchers: int) -> bool:
 
 
 def store(top: Path, *, runs: int) -> tuple[Path, list[str]]:
-    """Make a store of waiting runs; return its place and their ids."""
+    """Make a store of waiting runs; return its folder and their ids."""
     data_dir = top / "data"
     data_dir.mkdir(mode=0o700)
     db = open_database("", data_dir)
@@ -333,7 +333,7 @@ def store(top: Path, *, runs: int) -> tuple[Path, list[str]]:
 
 
 def show(found: Findings, watchers: int) -> None:
-    """Print what was found, and what of it is more than is allowed."""
+    """Print the results, and mark those that exceed what is allowed."""
     console = Console(width=120)
     if found.memory:
         console.print(_memory(found, watchers))

@@ -42,12 +42,12 @@ from bench.load import (
 )
 
 EVENT_BYTES: Final = 100
-"""An event is longer than this, with the run that it brings; a bookmark is not."""
+"""An event, which carries its run, is longer than this; a bookmark is not."""
 UNREAD_BUFFER_BYTES: Final = 4096
 
 
 class Watcher:
-    """A connection with streams on it. `opened` and `told` grow with those that have spoken."""
+    """A connection with streams. `opened` and `told` count the streams that have sent something."""
 
     def __init__(self, address: str, *, unread: bool) -> None:
         host, _, port = address.rpartition(":")
@@ -81,7 +81,7 @@ class Watcher:
         self.socket.sendall(b"".join(to_send))
 
     def receive(self) -> None:
-        """Read once and note who has spoken."""
+        """Read once, and note which streams have sent something."""
         received = self.socket.recv(1 << 20)
         if not received:
             raise ConnectionError("the server closed the connection")
@@ -110,7 +110,7 @@ class Watcher:
 
 
 def follow(watchers: Sequence[Watcher], streams: int) -> None:
-    """Read from all of them until stdin is closed, and say what `main` promises."""
+    """Read from all streams until stdin is closed, and print the lines that `main` describes."""
     selector = selectors.DefaultSelector()
     selector.register(sys.stdin, selectors.EVENT_READ, None)
     for watcher in watchers:
@@ -134,7 +134,7 @@ class Watching:
         self._popen = popen
 
     def said(self) -> float:
-        """Wait for the next line that they say."""
+        """Wait for the next line that the process prints."""
         line = self._popen.stdout.readline() if self._popen.stdout else b""
         if not line:
             raise ChildProcessError("the watchers ended")
@@ -146,7 +146,7 @@ def watching(
     address: str, method: str, payloads: Path, *, streams: int, connections: int,
     unread: bool = False,
 ) -> Iterator[Watching]:  # fmt: skip
-    """Keep so many watchers open; they have all told something, unless they read nothing."""
+    """Keep this many watchers open; each has received something, unless it reads nothing."""
     command = [
         sys.executable, __file__, "--address", address, "--method", method,
         "--payloads", str(payloads), "--streams", str(streams),
@@ -162,7 +162,7 @@ def watching(
 
 
 def main() -> None:
-    """Open the streams, and stay."""
+    """Open the streams, and keep them open."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

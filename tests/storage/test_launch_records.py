@@ -436,3 +436,9 @@ def test_a_launch_whose_run_is_gone_is_listed_by_its_key(store: ServiceStore) ->
     (left,) = launch_records.unended_launches(store.db, store.owner, limit=10)
 
     assert left.run_id == f"#{turn.run.key}"
+
+
+def test_the_processor_time_of_a_process_is_its_own_and_that_for_the_system() -> None:
+    used = ResourceUse(user_us=1_500_000, system_us=250_000, max_rss_kib=1)
+
+    assert used.cpu_s == 1.75
