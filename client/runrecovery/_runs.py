@@ -270,7 +270,7 @@ class Runs:
             timeout_s: seconds for reading everything; None: no limit.
 
         Raises:
-            RunNotFound, OutputOutOfRange, DeadlineExceeded: see each.
+            RunNotFound, OutputRemoved, OutputOutOfRange, DeadlineExceeded: see each.
             Unavailable, Overloaded, SlowReader: the last failure, once `reconnect_s` is over.
         """
         asked = run_service_pb2.StreamOutputRequest(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import secrets
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack
@@ -20,11 +19,12 @@ from runrecovery_service.agents.output import OutputFiles
 from runrecovery_service.agents.session_checks import SessionChecker, session_checks
 from runrecovery_service.agents.trust_keeper import TrustKeeper
 from runrecovery_service.agents.workspaces import Workspaces
+from runrecovery_service.claim import claim_epoch, this_host, this_start
 from runrecovery_service.clock import Clock
 from runrecovery_service.config.settings import Settings
 from runrecovery_service.daemon_threads import new_event_loop
+from runrecovery_service.disk_floor import DiskFloor
 from runrecovery_service.domain.reconciliation import Cause, Containment
-from runrecovery_service.domain.start_errors import ContainmentRefused
 from runrecovery_service.engine_setup import build_catalog
 from runrecovery_service.entrance import Entrance
 from runrecovery_service.execution.deadlines import Deadlines
@@ -45,7 +45,7 @@ from runrecovery_service.lifecycle import (
     prepare_process,
     store_kept,
 )
-from runrecovery_service.locks import ServiceLocks
+from runrecovery_service.locks import ServiceLocks, sqlite_file
 from runrecovery_service.machine_limits import agent_share, open_cgroup_parent, plan_open_files
 from runrecovery_service.ownership import (
     LeaseRenewal,
@@ -74,15 +74,10 @@ from runrecovery_service.rpc.run_service import RunDeps, RunLimits
 from runrecovery_service.rpc.server import GrpcServer, ServerLimits, build_server, start_grpc
 from runrecovery_service.steady_thread_pool import SteadyThreadPool
 from runrecovery_service.stop_signal import StopSignal
-from runrecovery_service.storage import instances
 from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.database import Database
-from runrecovery_service.storage.instances import InstanceStart, Owner
 from runrecovery_service.storage.launch_records import LaunchSite
 from runrecovery_service.storage.opening import open_database
-from runrecovery_service.storage.refusals import refusing
-from runrecovery_service.storage.sql_dialects import DatabaseKind
-from runrecovery_service.storage.use_case import retry_conflicts
 from runrecovery_service.systemd import SystemdNotifier
 
 if TYPE_CHECKING:
@@ -161,20 +156,20 @@ class _App:
         self.stop, self.clock = StopSignal(), Clock()
         self.status = RecoveryStatus(probe)
         self.gate = Gate(retry_after_s=settings.retry_hint_s)
-        self.host = _host()
+        self.host = this_host()
         self.cgroups = open_cgroup_parent(settings)
         # Before the claim: processes must end before the lease does.
         deadline_ns = tree_deadline_ns(settings.lease_ttl_s, boot_time_ns())
         self.tree_deadline = TreeDeadline(deadline_ns)
         # Before the claim as well: a start that gets no thread must leave no lease behind.
         start_grpc()
-        boot = _boot(settings, locks, self.host)
+        boot = this_start(settings, locks, self.host)
         with ExitStack() as made:  # a refused start ends at once: no thread may be left
             self.storage = Storage(db)
             made.callback(self.storage.close)
             self.threads = SteadyThreadPool(settings.capacity * 4 + 4, thread_name_prefix="process")
             made.callback(self.threads.shutdown)
-            self.owner = _claim(db, boot, self.clock, settings.lease_ttl_s)
+            self.owner = claim_epoch(db, boot, self.clock, settings.lease_ttl_s)
             made.pop_all()
         self.catalog = build_catalog(settings)
         self.workspaces = Workspaces(locks.data_dir)
@@ -376,6 +371,7 @@ class _App:
     def _background_work(self, launcher: Launcher, dispatcher: Dispatcher) -> BackgroundWork:
         return BackgroundWork(
             retention=self._retention(),
+            disk_floor=self._disk_floor(dispatcher),
             dispatcher=dispatcher,
             straggler_sweep=StragglerSweep(
                 storage=self.storage,
@@ -396,6 +392,18 @@ class _App:
             threads=self.threads,
         )
 
+    def _disk_floor(self, dispatcher: Dispatcher) -> DiskFloor | None:
+        if not self.settings.min_free_bytes:
+            return None
+        file = sqlite_file(self.settings, self.locks.data_dir)
+        return DiskFloor(
+            places=(self.locks.data_dir, *([] if file is None else [file.parent])),
+            min_free_bytes=self.settings.min_free_bytes,
+            gate=self.gate,
+            dispatcher=dispatcher,
+            stop_signal=self.stop,
+        )
+
     def _retention(self) -> RetentionSweep | None:
         settings = self.settings.retention
         if settings is None:
@@ -412,37 +420,6 @@ class _App:
             files=RunFiles(self.workspaces.runs),
             stop_signal=self.stop,
         )
-
-
-def _claim(db: Database, boot: InstanceStart, clock: Clock, ttl_s: float) -> Owner:
-    with refusing(db.name):
-        owner = retry_conflicts(lambda: instances.claim(db, boot, now=clock.now(), ttl_s=ttl_s))
-    if db.dialect.kind is DatabaseKind.SQLITE:
-        db.watch_files()  # the connection of this thread stays open, which keeps the log
-    else:
-        db.close()
-    log.info("service.epoch_claimed", instance=owner.instance, epoch=owner.epoch)
-    return owner
-
-
-def _host() -> Host:
-    try:
-        return Host.here()
-    except OSError as error:
-        reason = f"the service needs Linux with a mounted /proc ({error.strerror})"
-        raise ContainmentRefused(reason) from error
-
-
-def _boot(settings: Settings, locks: ServiceLocks, host: Host) -> InstanceStart:
-    return InstanceStart(
-        instance=settings.instance,
-        boot_token=secrets.token_hex(16),
-        host_id=host.host_id,
-        data_dir=str(locks.data_dir),
-        pid=os.getpid(),
-        # One boot of a kernel has one table of locks, and one number for each device.
-        lock_id=f"{host.boot_id}/{locks.locks[0].name}",
-    )
 
 
 def _launch_site(host: Host, cgroups: CgroupParent | None) -> LaunchSite:

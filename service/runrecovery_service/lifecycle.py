@@ -19,6 +19,7 @@ import structlog
 from runrecovery_service import early_signals
 from runrecovery_service.background_stream import drain_stderr
 from runrecovery_service.config.settings import ContainmentPolicy, Settings
+from runrecovery_service.disk_floor import DiskFloor
 from runrecovery_service.domain.errors import Fenced, StorageUnavailable, error_facts, is_outage
 from runrecovery_service.domain.reconciliation import Containment, Reconciliation
 from runrecovery_service.domain.start_errors import (
@@ -246,12 +247,15 @@ class BackgroundWork:
     deadlines: Deadlines
     trust_sweep: TrustSweep
     retention: RetentionSweep | None
+    disk_floor: DiskFloor | None
     threads: SteadyThreadPool
 
     def start(self, *, safe_mode: bool) -> None:
         """Start the sweeps; outside safe mode also all that launches runs, ends or removes them."""
         self.straggler_sweep.start()
         self.trust_sweep.start()
+        if self.disk_floor is not None:
+            self.disk_floor.start()
         if not safe_mode:
             self.dispatcher.start()
             self.deadlines.start()
@@ -356,6 +360,8 @@ class Service:
         await self._step("reload", self.reloader.stop())
         await self._step("patrol", work.straggler_sweep.stop(), grace_s=grace_s)
         await self._step("trust", work.trust_sweep.stop())
+        if work.disk_floor is not None:
+            await self._step("disk", work.disk_floor.stop())
         if work.retention is not None:
             await self._step("retention", work.retention.stop())
         if self.stop.failure is None and self.gate.recovered:

@@ -194,6 +194,7 @@ BOUNDS: Final[dict[str, tuple[float, float]]] = {
     "max_attempts": (1, 1_000),
     "max_request_bytes": (1024, 67_108_864),
     "max_output_bytes": (65_536, 1_099_511_627_776),
+    "min_free_bytes": (0, 2**60),
     "max_concurrent_calls": (1, 1_000_000),
     "max_concurrent_streams": (1, 1_000_000),
     "watch_stall_s": (0.1, 3_600),

@@ -41,6 +41,23 @@ async def test_many_short_runs_at_once_all_succeed(execution: Execution) -> None
     assert [run.error for run in ended if run.error] == []
 
 
+async def test_a_held_dispatcher_launches_nothing_until_it_is_released(
+    execution: Execution,
+) -> None:
+    working = await execution.create("holds")
+    await execution.until_status(working, RunStatus.RUNNING)
+    execution.dispatcher.hold(held=True)
+    waiting = await execution.create("quick")
+    for _ in range(3):
+        await execution.dispatcher._launch_what_fits()
+    assert (await execution.get(waiting)).status is RunStatus.QUEUED
+
+    execution.dispatcher.hold(held=False)
+
+    assert (await execution.until_ended(waiting)).status is RunStatus.SUCCEEDED
+    assert (await execution.get(working)).status is RunStatus.RUNNING
+
+
 @pytest.mark.parametrize(
     "error", [pw.InternalError("never seen"), StorageUnavailable(), OSError(24, "EMFILE")]
 )

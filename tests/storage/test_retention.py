@@ -184,12 +184,17 @@ def test_a_late_kill_keeps_its_run_for_that_time_again(store: ServiceStore) -> N
 
 def test_the_newest_run_stays_so_that_its_key_is_not_given_out_again(store: ServiceStore) -> None:
     """SQLite gives the highest key out again; files, receipts and cursors would be mixed up."""
-    first, newest = succeeded(store), succeeded(store)
+    first = succeeded(store)
+    launched_last, newest = store.create(), store.cancel(store.create())
+    turn = store.take()
+    assert turn is not None
+    store.end(turn, Succeeded(output={}))
     store.advance(retention.SETTLES_S + 1)
 
     assert removable(store) == [first.key]
-    assert remove(store, first, newest) == 1
-    assert store.create().key == newest.key + 1
+    assert remove(store, first, launched_last, newest) == 1
+    taken = store.running()
+    assert (taken.run.key, taken.launch.key) == (newest.key + 1, turn.launch.key + 1)
 
 
 def test_runs_of_another_instance_are_its_own_on_postgresql(store: ServiceStore) -> None:

@@ -226,6 +226,7 @@ class Settings:
         max_attempts: how often a run is started from the beginning, restarts included.
         max_request_bytes: the largest request that is accepted.
         max_output_bytes: the most bytes that are kept of stdout, and of stderr, of one attempt.
+        min_free_bytes: free bytes of the disk below which nothing is launched or created; 0: any.
         max_concurrent_calls: calls in progress; health checks and streams are not counted.
         max_concurrent_streams: watches and followed outputs open at one time.
         watch_stall_s: the time after which a stream is cut off whose reader reads nothing.
@@ -275,6 +276,7 @@ class Settings:
     max_attempts: Annotated[int, values.whole(1, 1_000)] = 3
     max_request_bytes: Annotated[int, values.whole(1024, 64 * 1024**2)] = 1024**2
     max_output_bytes: Annotated[int, values.whole(64 * 1024, 1024**4)] = 16 * 1024**2
+    min_free_bytes: Annotated[int, values.size_bytes(0, 2**60)] = 128 * 1024**2
     max_concurrent_calls: Annotated[int, values.whole(1, 1_000_000)] = 1_000
     max_concurrent_streams: Annotated[int, values.whole(1, 1_000_000)] = 5_000
     watch_stall_s: Annotated[float, values.seconds(0.1, 3_600)] = 30.0

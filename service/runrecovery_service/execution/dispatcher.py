@@ -48,6 +48,7 @@ class Dispatcher:
     failing_s: float = field(default=0.0, init=False)
     _failing_since: float | None = field(default=None, init=False)
     _is_taking: bool = field(default=True, init=False)
+    _is_held: bool = field(default=False, init=False)
     _is_take_under_way: bool = field(default=False, init=False)
     _is_take_in_doubt: bool = field(default=False, init=False)
     _changes: Subscription | None = field(default=None, init=False)
@@ -88,6 +89,11 @@ class Dispatcher:
     def pause(self) -> None:
         """Take no run from the queue any more; turns under way continue."""
         self._is_taking = False
+
+    def hold(self, *, held: bool) -> None:
+        """Take no run from the queue while it is held; turns under way continue."""
+        self._is_held = held
+        self.check_queue()
 
     # -- stopping ------------------------------------------------------------------------------
 
@@ -168,7 +174,7 @@ class Dispatcher:
     async def _launch_what_fits(self) -> None:
         if self._is_take_in_doubt:
             await self._give_back()
-        while self._is_taking and self.slots_in_use < self.capacity:
+        while self._may_take and self.slots_in_use < self.capacity:
             self._is_take_under_way = True
             try:
                 turn = await self.queue.take_next(self._busy_engines())
@@ -179,6 +185,10 @@ class Dispatcher:
             self._demand_new(turn)
             supervisor = self.supervisors.supervise(turn)
             self.turns.add(supervisor, asyncio.create_task(self._follow(supervisor)))
+
+    @property
+    def _may_take(self) -> bool:
+        return self._is_taking and not self._is_held
 
     def _demand_new(self, turn: Turn) -> None:
         """Launch nothing for a key that a living process has: its files have that key too.

@@ -6,8 +6,19 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from enum import Enum, StrEnum, auto
+from typing import Final
 
-from runrecovery_service.domain.errors import ReconciliationInProgress, SafeMode, ShuttingDown
+from runrecovery_service.domain.errors import (
+    ReconciliationInProgress,
+    SafeMode,
+    ShuttingDown,
+    StorageFull,
+)
+
+DISK_LOW: Final = (
+    "the disk of the service has less room than min_free_bytes, so no run is started; retry later"
+)
+DISK_LOW_RETRY_S: Final = 30.0
 
 
 class ServiceState(StrEnum):
@@ -46,6 +57,7 @@ class Gate:
         self._recovered = False
         self._storage_answers = True
         self._safe_mode = False
+        self._disk_low = False
         self._finishing = False
         self._closed = False
         self._listens = True
@@ -129,6 +141,11 @@ class Gate:
             self._listens = listens
             self._notify_all()
 
+    def set_disk_low(self, *, low: bool) -> None:
+        """Record whether the disk has less room than `min_free_bytes`. Health does not depend on
+        it: replies, cancels and reads are answered."""
+        self._disk_low = low
+
     def check_access(self, access: Access) -> None:
         """Raise unless a method with this access may be called now.
 
@@ -151,11 +168,14 @@ class Gate:
         Raises:
             SafeMode: this start launches nothing.
             ShuttingDown: the service waits for the turns under way and launches nothing else.
+            StorageFull: the disk has less room than `min_free_bytes`.
         """
         if self._finishing:
             raise ShuttingDown(retry_after_s=self._retry_after_s)
         if self._safe_mode:
             raise SafeMode(retry_after_s=self._retry_after_s)
+        if self._disk_low:
+            raise StorageFull(DISK_LOW, retry_after_s=DISK_LOW_RETRY_S)
 
     @contextmanager
     def notify(self, event: asyncio.Event) -> Iterator[None]:

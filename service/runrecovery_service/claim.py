@@ -1,0 +1,64 @@
+"""How a start identifies itself, and claims the next epoch of its instance."""
+
+from __future__ import annotations
+
+import os
+import secrets
+
+import structlog
+
+from runrecovery_service.clock import Clock
+from runrecovery_service.config.settings import Settings
+from runrecovery_service.domain.start_errors import ContainmentRefused
+from runrecovery_service.locks import ServiceLocks
+from runrecovery_service.process.host import Host
+from runrecovery_service.storage import instances
+from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.instances import InstanceStart, Owner
+from runrecovery_service.storage.refusals import refusing
+from runrecovery_service.storage.sql_dialects import DatabaseKind
+from runrecovery_service.storage.use_case import retry_conflicts
+
+log = structlog.get_logger()
+
+
+def this_host() -> Host:
+    """Return the identity of this machine and its boot.
+
+    Raises:
+        ContainmentRefused: this is no Linux with /proc.
+    """
+    try:
+        return Host.here()
+    except OSError as error:
+        reason = f"the service needs Linux with a mounted /proc ({error.strerror})"
+        raise ContainmentRefused(reason) from error
+
+
+def this_start(settings: Settings, locks: ServiceLocks, host: Host) -> InstanceStart:
+    """Return the identity of this start."""
+    return InstanceStart(
+        instance=settings.instance,
+        boot_token=secrets.token_hex(16),
+        host_id=host.host_id,
+        data_dir=str(locks.data_dir),
+        pid=os.getpid(),
+        # One boot of a kernel has one table of locks, and one number for each device.
+        lock_id=f"{host.boot_id}/{locks.locks[0].name}",
+    )
+
+
+def claim_epoch(db: Database, start: InstanceStart, clock: Clock, ttl_s: float) -> Owner:
+    """Claim the next epoch of the instance, with a lease of `ttl_s`.
+
+    Raises:
+        Held: an instance of this name is alive elsewhere.
+    """
+    with refusing(db.name):
+        owner = retry_conflicts(lambda: instances.claim(db, start, now=clock.now(), ttl_s=ttl_s))
+    if db.dialect.kind is DatabaseKind.SQLITE:
+        db.watch_files()  # the connection of this thread stays open, which keeps the log
+    else:
+        db.close()
+    log.info("service.epoch_claimed", instance=owner.instance, epoch=owner.epoch)
+    return owner

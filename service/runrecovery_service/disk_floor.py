@@ -1,0 +1,88 @@
+"""Starts no runs while the disk has little room, so that those that exist can end in order."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from runrecovery_service import daemon_threads
+from runrecovery_service.execution.dispatcher import Dispatcher
+from runrecovery_service.periodic import PeriodicTask
+from runrecovery_service.rpc.gate import Gate
+from runrecovery_service.stop_signal import StopSignal
+
+log = structlog.get_logger()
+
+CHECK_INTERVAL_S: Final = 2.0
+ANSWER_S: Final = 5.0
+"""How long the file system may take to answer. Until it does, the last answer counts."""
+ENOUGH: Final = 1.25
+"""There is room again at so many times the floor: a limit that is crossed back and forth would
+start and stop launches each time."""
+
+
+def free_bytes(place: Path) -> int:
+    """Return the bytes that the service's user can still write below a directory."""
+    found = os.statvfs(place)
+    return found.f_bavail * found.f_frsize
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class DiskFloor:
+    """Checks the free space until it is stopped. Below the floor nothing is launched or created.
+
+    Attributes:
+        places: directories that the service writes into.
+        min_free_bytes: the floor of each.
+    """
+
+    places: Sequence[Path]
+    min_free_bytes: int
+    gate: Gate
+    dispatcher: Dispatcher
+    stop_signal: StopSignal
+    free_bytes: Callable[[Path], int] = free_bytes
+    is_low: bool = field(default=False, init=False)
+    _loop: PeriodicTask = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._loop = PeriodicTask(
+            name="disk-floor",
+            step=self.check,
+            interval_s=CHECK_INTERVAL_S,
+            failure_event="service.disk_not_seen",
+            stop_signal=self.stop_signal,
+            waits_first=False,
+        )
+
+    def start(self) -> None:
+        """Start to check."""
+        self._loop.start()
+
+    async def stop(self) -> None:
+        """Stop checking."""
+        await self._loop.cancel()
+
+    async def check(self) -> None:
+        """Check once."""
+        free = await daemon_threads.run_within(ANSWER_S, self._free)
+        place = min(free, key=lambda place: free[place])
+        enough = self.min_free_bytes * (ENOUGH if self.is_low else 1.0)
+        if self.is_low is (free[place] < enough):
+            return
+        self.is_low = not self.is_low
+        self.gate.set_disk_low(low=self.is_low)
+        self.dispatcher.hold(held=self.is_low)
+        facts = {"place": str(place), "free_bytes": free[place]}
+        if self.is_low:
+            log.warning("service.disk_low", min_free_bytes=self.min_free_bytes, **facts)
+        else:
+            log.info("service.disk_has_room", **facts)
+
+    def _free(self) -> dict[Path, int]:
+        return {place: self.free_bytes(place) for place in self.places}
