@@ -8,7 +8,8 @@ that on a machine of two cores the server is what limits, not its client. A call
 stream has ended with an answer on it; a call without one ends the measurement with an error.
 
 `--payloads` names a file with a serialized request on each line, in hexadecimal; callers take
-them in turns. Prints a `Load` as JSON.
+them in turns. `--ca` names the certificate that TLS trusts, `--token` is sent with each call.
+Prints a `Load` as JSON.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import itertools
 import json
 import os
 import socket
+import ssl
 import statistics
 import struct
 import subprocess
@@ -71,15 +73,44 @@ def _text(text: str) -> bytes:
     return bytes([len(text)]) + text.encode()
 
 
-def header_block(address: str, method: str) -> bytes:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """What is called, and how.
+
+    Attributes:
+        ca: the certificate that TLS trusts; None: plaintext.
+        token: the bearer token of each call; empty: none.
+    """
+
+    address: str
+    method: str
+    ca: Path | None = None
+    token: str = ""
+
+    def connect(self) -> socket.socket:
+        """Return a connection."""
+        host, _, port = self.address.rpartition(":")
+        plain = socket.create_connection((host, int(port)), timeout=ANSWER_S)
+        plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self.ca is None:
+            return plain
+        context = ssl.create_default_context(cafile=str(self.ca))
+        context.set_alpn_protocols(["h2"])
+        return context.wrap_socket(plain, server_hostname=host)
+
+
+def header_block(target: Target) -> bytes:
     """Return a call's headers: names by the numbers of HPACK's static table, nothing indexed."""
+    token = b"" if not target.token else b"\x0f\x08" + _text(f"Bearer {target.token}")
     return b"".join(
         (
-            b"\x83\x86",  # :method POST, :scheme http
-            b"\x04" + _text(method),  # :path
-            b"\x01" + _text(address),  # :authority
+            b"\x83",  # :method POST
+            b"\x86" if target.ca is None else b"\x87",  # :scheme http or https
+            b"\x04" + _text(target.method),  # :path
+            b"\x01" + _text(target.address),  # :authority
             b"\x00" + _text("te") + _text("trailers"),
             b"\x0f\x10" + _text("application/grpc"),  # content-type
+            token,  # authorization
         )
     )
 
@@ -87,11 +118,9 @@ def header_block(address: str, method: str) -> bytes:
 class Connection:
     """A connection with calls on it, each on a stream of its own."""
 
-    def __init__(self, address: str, method: str, payloads: list[bytes]) -> None:
-        host, _, port = address.rpartition(":")
-        self._socket = socket.create_connection((host, int(port)), timeout=ANSWER_S)
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._headers = header_block(address, method)
+    def __init__(self, target: Target, payloads: list[bytes]) -> None:
+        self._socket = target.connect()
+        self._headers = header_block(target)
         self._messages = itertools.cycle(
             struct.pack(">BI", 0, len(payload)) + payload for payload in payloads
         )
@@ -169,15 +198,15 @@ def cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def generate(
-    address: str, method: str, payloads: Path, *, callers: int, seconds: float, pid: int
-) -> Load:
+def generate(target: Target, payloads: Path, *, callers: int, seconds: float, pid: int) -> Load:
     """Measure in a process of its own. `pid` is the server's."""
+    secured = [] if target.ca is None else ["--ca", str(target.ca)]
+    secured += ["--token", target.token] if target.token else []
     answer = subprocess.run(
         [
-            sys.executable, __file__, "--address", address, "--method", method,
+            sys.executable, __file__, "--address", target.address, "--method", target.method,
             "--payloads", payloads, "--callers", str(callers), "--seconds", str(seconds),
-            "--pid", str(pid),
+            "--pid", str(pid), *secured,
         ],
         check=True,
         stdout=subprocess.PIPE,
@@ -196,9 +225,12 @@ def main() -> None:
     parser.add_argument("--callers", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--pid", type=int, required=True, help="of the server")
+    parser.add_argument("--ca", type=Path)
+    parser.add_argument("--token", default="")
     args = parser.parse_args()
     payloads = [bytes.fromhex(line) for line in args.payloads.read_text().splitlines()]
-    connection = Connection(args.address, args.method, payloads)
+    target = Target(address=args.address, method=args.method, ca=args.ca, token=args.token)
+    connection = Connection(target, payloads)
     connection.run(args.callers, WARM_UP_S)
     used_s, begun = cpu_s(args.pid), time.perf_counter()
     took = connection.run(args.callers, args.seconds)

@@ -6,6 +6,7 @@ get      GetRun by random ids from a store of `--rows` runs, all of which a rest
          with 1 and 16 callers. Floor: a grpc.aio server on uvloop, in a process of its own, that
          gives the same bytes to every call. It reads no row and checks no access.
 page     A page of 50 of ListRecovered, at the start and at the far end. Floor: the start.
+secure   GetRun with TLS and a token. Floor: the same service on a copy of the store, without.
 create   CreateRun, each durable when it is answered. Floor: a process that inserts one row of
          that size at a time into SQLite with synchronous=FULL, a commit each.
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import shutil
 import sqlite3
 import statistics
 import subprocess
@@ -40,9 +42,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from runrecovery_service.storage.opening import open_database
 
-from bench.load import Load, generate
+from bench.load import Load, Target, generate
 from bench.seed import DEFAULT_MIX, Seeding, claim, fill
-from bench.servers import Server, floor, service
+from bench.servers import Server, floor, secure_config, service
 
 CALLERS: Final = (1, 16)
 IDS: Final = 5000
@@ -166,8 +168,9 @@ class Bench:
 
     def load(self, server: Server, method: str, payloads: Path, callers: int) -> Measure:
         """Return a measurement of a server."""
+        target = Target(address=server.address, method=method, ca=server.ca, token=server.token)
         return lambda: generate(
-            server.address, method, payloads, callers=callers, seconds=self.seconds, pid=server.pid
+            target, payloads, callers=callers, seconds=self.seconds, pid=server.pid
         )
 
     # -- the comparisons -----------------------------------------------------------------------
@@ -189,6 +192,21 @@ class Bench:
                 )
                 for callers in CALLERS
             ]
+
+    def secure(self, plain: Server, secured: Server, ids: list[str]) -> list[Comparison]:
+        """GetRun with TLS and a token beside the same without."""
+        payloads = self.payloads(
+            "secure", [pb.GetRunRequest(run_id=run_id).SerializeToString() for run_id in ids]
+        )
+        return [
+            compare(
+                f"GetRun with TLS and a token, {callers} callers",
+                rounds=self.rounds,
+                floor=self.load(plain, GET, payloads, callers),
+                ours=self.load(secured, GET, payloads, callers),
+            )
+            for callers in CALLERS
+        ]
 
     def page(self, ours: Server, rows: int) -> Comparison:
         """The far end of ListRecovered beside its start."""
@@ -267,17 +285,22 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, default=100_000)
-    parser.add_argument("--only", choices=("get", "page", "create"))
+    parser.add_argument("--only", choices=("get", "secure", "page", "create"))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="runrecovery-bench-") as top:
         bench = Bench(Path(top), args.seconds, args.rounds)
         data_dir = Path(top, "data")
         data_dir.mkdir(mode=0o700)
         ids = seed(data_dir, args.rows)
+        copy = Path(shutil.copytree(data_dir, Path(top, "copy")))
         comparisons: list[Comparison] = []
         with service(data_dir, until="service.serving") as ours:
             if args.only in {None, "get"}:
                 comparisons += bench.get(ours, ids)
+            if args.only in {None, "secure"}:
+                config = secure_config(Path(top))
+                with service(copy, config=config, until="service.serving") as secured:
+                    comparisons += bench.secure(ours, secured, ids)
             if args.only in {None, "page"}:
                 comparisons.append(bench.page(ours, args.rows))
             if args.only in {None, "create"}:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import IO, Final
 
 STOP_S: Final = 15.0
 
 # One agent that does nothing holds the only slot, so that runs which are created stay queued.
+CERTIFICATE: Final = "bench.pem"
+TOKEN: Final = secrets.token_hex(32)
 CONFIG: Final = """\
 max_concurrent = 1
 max_queued = 10000000
@@ -34,10 +38,36 @@ _WITHOUT: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A server that answers at `address`."""
+    """A server that answers at `address`.
+
+    Attributes:
+        ca: the certificate that clients trust; None: plaintext.
+        token: of the one caller; empty: everyone may call.
+    """
 
     address: str
     pid: int
+    ca: Path | None = None
+    token: str = ""
+
+
+def secure_config(folder: Path) -> str:
+    """Return a configuration with TLS and one caller, whose certificate is in the folder."""
+    certificate, key = folder / CERTIFICATE, folder / "bench.key"
+    subprocess.run(
+        [
+            "openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
+            "-nodes", "-days", "1", "-subj", "/CN=bench", "-addext", "subjectAltName=IP:127.0.0.1",
+            "-keyout", key, "-out", certificate,
+        ],
+        check=True,
+        capture_output=True,
+    )  # fmt: skip
+    digest = sha256(TOKEN.encode()).hexdigest()
+    return (
+        f'{CONFIG}\n[tls]\ncertificate = "{certificate}"\nkey = "{key}"\n\n[[callers]]\n'
+        f'name = "bench"\nrole = "operator"\ntoken_sha256 = "{digest}"\n'
+    )
 
 
 def service_command(*, hidden: Sequence[str] = ()) -> list[str]:
@@ -70,7 +100,10 @@ def service(
             raise ChildProcessError(f"the service ended before {until}")
         # A log that nobody reads would stop the service once the pipe is full.
         threading.Thread(target=_drain, args=(popen.stderr,), daemon=True).start()
-        yield Server(address, popen.pid)
+        if "[tls]" in config:
+            yield Server(address, popen.pid, ca=data_dir.parent / CERTIFICATE, token=TOKEN)
+        else:
+            yield Server(address, popen.pid)
 
 
 def _drain(stream: IO[bytes] | None) -> None:

@@ -43,7 +43,7 @@ from runrecovery_service.rpc import paging
 from runrecovery_service.storage.decision_feed import START
 from runrecovery_service.storage.opening import open_database
 
-from bench.load import Connection, Load, generate
+from bench.load import Connection, Load, Target, generate
 from bench.seed import Seeding, claim, fill
 from bench.servers import Server, floor, service
 from bench.watchers import watching
@@ -135,7 +135,7 @@ class Checks(threading.Thread):
 
     def __init__(self, server: Server) -> None:
         super().__init__()
-        self._connection = Connection(server.address, CHECK, [b""])
+        self._connection = Connection(Target(address=server.address, method=CHECK), [b""])
         self._over = threading.Event()
         self.took_ms: list[float] = []
 
@@ -194,8 +194,8 @@ class Bench:
         """GetRun by many callers."""
         requests = [pb.GetRunRequest(run_id=run_id).SerializeToString() for run_id in self.ids]
         return generate(
-            ours.address, GET, self.payloads("get", requests), callers=CALLERS,
-            seconds=self.seconds, pid=ours.pid,
+            Target(address=ours.address, method=GET), self.payloads("get", requests),
+            callers=CALLERS, seconds=self.seconds, pid=ours.pid,
         )  # fmt: skip
 
     def growth(self, server: Server, method: str, payloads: Path, connections: int) -> Memory:

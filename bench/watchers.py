@@ -37,6 +37,7 @@ from bench.load import (
     FIRST_WINDOW,
     LARGEST_WINDOW,
     Frame,
+    Target,
     frame,
     header_block,
 )
@@ -71,7 +72,7 @@ class Watcher:
 
     def open(self, method: str, payloads: Sequence[bytes]) -> None:
         """Open a stream for each of these requests."""
-        headers = header_block(self._address, method)
+        headers = header_block(Target(address=self._address, method=method))
         to_send = []
         for payload in payloads:
             stream = next(self._streams)
