@@ -29,7 +29,7 @@ class ReloadablePart:
     """A part of the service that follows one key of the configuration.
 
     Attributes:
-        key: of `Settings`, and of `config.reloading.RELOADABLE`.
+        key: the key in `Settings` and in `config.reloading.RELOADABLE`.
         prepare: builds the new part without any effect, in a thread that may block. It returns what
             puts the part in place, None if the part stays, or raises ConfigError.
         has_files: `prepare` is called although the key is the same, because its files may differ.
@@ -68,7 +68,7 @@ class Reloader:
             raise LookupError("each key of config.reloading.RELOADABLE needs one part")
 
     def request(self) -> bool:
-        """Request a reload; return False if the service stops, and none will come."""
+        """Request a reload; return False if the service is stopping, so that it will not reload."""
         self._requested.set()
         return not self._is_stopped
 
@@ -101,10 +101,10 @@ class Reloader:
             problem = f"the files of the configuration did not answer within {READ_S:g} s"
             log.error("service.reload_refused", problems=[problem])  # noqa: TRY400 - no defect
             return False
-        except Exception:  # the edge of this task: the service goes on with the present settings
+        except Exception:  # the edge of this task: the present settings stay
             log.exception("service.reload_failed")
             return False
-        for apply in prepared.changes.values():  # without a pause: no call sees a half
+        for apply in prepared.changes.values():  # without an await: no call sees half of it
             apply()
         plan = prepared.plan
         self.settings = plan.settings

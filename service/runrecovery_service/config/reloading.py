@@ -11,7 +11,7 @@ from runrecovery_service.config.settings import Settings, TlsSettings
 RELOADABLE: Final = frozenset({"log_level", "tls", "callers", "retention", "engines"})
 """The keys that a reload takes over. All others need a restart."""
 NEVER_EMPTIED: Final = frozenset({"callers", "engines"})
-"""A reload does not remove the last of them: an empty file is mostly one that is being written."""
+"""A reload does not remove the last caller or engine: a file without any is mostly half written."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,6 @@
 """Removes files of ended runs. It follows no link, and never leaves the data directory.
 
-What is to go is first renamed into `runs/.removed/`, at once, and emptied there afterwards. After a
+Files to remove are first renamed into `runs/.removed/`, and deleted there afterwards. After a
 crash the next sweep empties the rest. Agents may have left anything: links, deep trees, folders
 without permissions, mounts. A folder is emptied by renaming its folders beside it, so that neither
 the depth of a tree nor a link matters. What the system refuses stays, and is reported.
@@ -56,7 +56,7 @@ class RunFiles:
                 self._remove_part(kind, run)
             finally:
                 os.close(run)
-            with suppress(OSError):  # it has other parts
+            with suppress(OSError):  # other parts of the run are left in it
                 os.rmdir(str(key), dir_fd=runs)
 
     def _remove_part(self, kind: RetentionKind, run: int) -> None:

@@ -1,4 +1,4 @@
-"""Removes, in small batches and beside everything else, what has reached its age."""
+"""Removes what has reached its age, in small batches, while the service works."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ R = TypeVar("R")
 
 SWEEP_INTERVAL_S: Final = 60.0
 BATCH: Final = 100
-"""Runs of one transaction: some 10 ms on SQLite, for which callers' writes may wait."""
+"""Runs of one transaction. It takes some 10 ms on SQLite, and writes of callers wait for it."""
 SHARE: Final = 4.0
-"""The pause after a batch, in times that the batch took. A batch that waits behind the writes of
-callers takes long, so a busy store gets long pauses."""
+"""The pause after a batch, as a multiple of the time that the batch took. A batch that waits for
+writes of callers takes long, so a busy store gets long pauses."""
 PAUSE_MOST_S: Final = 5.0
 PAGES: Final = 256
-"""Pages of a SQLite file that one transaction gives back. As many stay free for new rows."""
+"""Pages of a SQLite file that one transaction gives back. As many stay free, for new rows."""
 UNKNOWN_LEAST_S: Final = 7 * 86_400.0
 """The least age of a folder whose run the store does not know: lost commits may be restored."""
 
