@@ -41,7 +41,7 @@ POSTGRESQL_DRIVERS: Final = ("psycopg", "psycopg2", "psycopg2cffi")
 IMPORTS: Final = """
 import sys
 sys.modules.update(dict.fromkeys(sys.argv[1:]))
-import grpc, grpc.aio, uvloop, peewee, structlog, cattrs, click
+import grpc, grpc.aio, uvloop, peewee, structlog, click
 import grpc_health.v1.health_pb2_grpc, grpc_reflection.v1alpha.reflection_pb2
 import google.rpc.error_details_pb2, google.rpc.status_pb2
 import runrecovery.v1.run_service_pb2, runrecovery.v1.recovery_service_pb2

@@ -238,6 +238,6 @@ def test_the_agent_imports_no_heavy_library() -> None:
     ).stdout.split()
 
     assert "runrecovery_service" in loaded
-    heavy = {"asyncio", "grpc", "google", "peewee", "structlog", "cattrs"}
+    heavy = {"asyncio", "grpc", "google", "peewee", "structlog"}
     heavy |= {"argparse", "pathlib", "subprocess", "typing", "uuid"}
     assert not heavy & set(loaded)

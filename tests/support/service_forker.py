@@ -197,12 +197,9 @@ def _import_all() -> None:
     import runrecovery_service.cli.local
     import runrecovery_service.logs
     import runrecovery_service.offline  # noqa: F401 - only imported
-    from runrecovery_service.config import reading
 
     for late in ("encodings.idna", "playhouse.migrations", "psycopg"):
         import_module(late)
-
-    reading._converter()  # it imports cattrs, and is kept
     gc.collect()
     gc.freeze()  # a collection in a child copies no page of what was imported here
 

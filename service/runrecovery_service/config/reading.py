@@ -9,11 +9,11 @@ import codecs
 import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, get_type_hints
+from typing import Any, Final, TypeVar, get_type_hints
 
 from runrecovery_service.config import values
 from runrecovery_service.config.permissions import permission_contradictions
@@ -32,8 +32,7 @@ from runrecovery_service.config.values import InvalidValue, Reader
 from runrecovery_service.domain.run import Profile, RestartPolicy
 from runrecovery_service.engines.presets import PRESETS, Preset
 
-if TYPE_CHECKING:
-    from cattrs import Converter
+T = TypeVar("T", EngineSettings, TlsSettings, CallerSettings, RetentionSettings)
 
 FILE_NAME: Final = "runrecovery.toml"
 ENVIRONMENT_PREFIX: Final = "RUNRECOVERY_"
@@ -181,18 +180,9 @@ def _defaults() -> Mapping[str, object]:
 
 def _read(layer: _Layer, problems: list[str]) -> dict[str, object]:
     """Return the valid values of a layer, and add its invalid ones to `problems`."""
-    if not layer.values:
-        return {}
-    good = dict(layer.values)
-    try:
-        settings = _converter().structure(good, Settings)
-    except ExceptionGroup as error:
-        leaves = list(_leaves(error, ""))
-        problems += [f"{layer.place(at)}: {text}" for at, text in leaves]
-        bad = {re.split(r"[.\[]", at, maxsplit=1)[0] for at, _ in leaves}
-        good = {key: value for key, value in good.items() if key not in bad}
-        settings = _converter().structure(good, Settings)
-    return {key: getattr(settings, key) for key in good}
+    read, found = _read_table(Settings, layer.values)
+    problems += [f"{layer.place(problem.below)}: {problem}" for problem in found]
+    return read
 
 
 def contradictions(settings: Settings, places: Mapping[str, str]) -> Iterator[str]:
@@ -232,12 +222,12 @@ def _engines(value: object) -> Mapping[str, EngineSettings]:
     if not isinstance(value, dict):
         raise InvalidValue(f"must be a table of engines, not {values.quote(value)}")
     engines: dict[str, EngineSettings] = {}
-    problems: list[Exception] = []
+    problems: list[InvalidValue] = []
     for name, table in value.items():
         try:
             engines[values.name(name)] = _engine(table)
         except (ValueError, ExceptionGroup) as error:
-            problems += [InvalidValue(text, below=at) for at, text in _leaves(error, name)]
+            problems += _problems_at(name, error)
     if problems:
         raise ExceptionGroup("engines", problems)
     return engines
@@ -250,7 +240,7 @@ def _table(table: object) -> dict[str, object]:
 
 
 def _tls(value: object) -> TlsSettings:
-    settings: TlsSettings = _converter().structure(_table(value), TlsSettings)
+    settings = _structure(TlsSettings, _table(value))
     if settings.client_auth is ClientAuth.REQUIRE and settings.client_ca is None:
         raise InvalidValue('is missing; client_auth = "require" needs it', below="client_ca")
     if settings.client_auth is ClientAuth.NONE and settings.client_ca is not None:
@@ -259,21 +249,19 @@ def _tls(value: object) -> TlsSettings:
 
 
 def _retention(value: object) -> RetentionSettings:
-    settings: RetentionSettings = _converter().structure(_table(value), RetentionSettings)
-    return settings
+    return _structure(RetentionSettings, _table(value))
 
 
 def _callers(value: object) -> tuple[CallerSettings, ...]:
     if not isinstance(value, list):
         raise InvalidValue("must be a list of tables, each under [[callers]]")
     callers: list[CallerSettings] = []
-    problems: list[Exception] = []
+    problems: list[InvalidValue] = []
     for index, table in enumerate(value):
         try:
             callers.append(_caller(table))
         except (ValueError, ExceptionGroup) as error:
-            at = f"[{index}]"
-            problems += [InvalidValue(text, below=where) for where, text in _leaves(error, at)]
+            problems += _problems_at(f"[{index}]", error)
     problems += _repeated(callers)
     if problems:
         raise ExceptionGroup("callers", problems)
@@ -281,7 +269,7 @@ def _callers(value: object) -> tuple[CallerSettings, ...]:
 
 
 def _caller(value: object) -> CallerSettings:
-    settings: CallerSettings = _converter().structure(_table(value), CallerSettings)
+    settings = _structure(CallerSettings, _table(value))
     problems = []
     if settings.token_sha256 and settings.token_file:
         problems.append(InvalidValue("excludes token_sha256", below="token_file"))
@@ -308,9 +296,7 @@ def _repeated(callers: Sequence[CallerSettings]) -> Iterator[InvalidValue]:
 
 def _engine(value: object) -> EngineSettings:
     table = _table(value)
-    settings: EngineSettings = _converter().structure(
-        _preset_values(table.get("preset")) | table, EngineSettings
-    )
+    settings = _structure(EngineSettings, _preset_values(table.get("preset")) | table)
     problems = [
         *_preset_contradictions(settings, table),
         *_resume_contradictions(settings),
@@ -374,58 +360,58 @@ _TABLES: Final[Mapping[str, Reader[object]]] = {
 """The readers of the keys of `Settings` with tables of their own."""
 
 
-# -- cattrs ------------------------------------------------------------------------------------
+# -- reading a table ---------------------------------------------------------------------------
+
+
+def _structure(kind: type[T], table: Mapping[str, object]) -> T:
+    """Return the settings in a table.
+
+    Raises:
+        ExceptionGroup: of an InvalidValue for each problem.
+    """
+    read, problems = _read_table(kind, table)
+    problems += [
+        InvalidValue("is missing", below=key.name)
+        for key in fields(kind)
+        if key.default is MISSING and key.default_factory is MISSING and key.name not in table
+    ]
+    if problems:
+        raise ExceptionGroup(kind.__name__, problems)
+    return kind(**read)
+
+
+def _read_table(
+    kind: type, table: Mapping[str, object]
+) -> tuple[dict[str, Any], list[InvalidValue]]:
+    """Return the valid values of a table, and its problems."""
+    read: dict[str, Any] = {}  # Any: each value has the type of its key
+    problems: list[InvalidValue] = []
+    readers = _readers(kind)
+    for key in filter(table.__contains__, readers):
+        try:
+            read[key] = readers[key](table[key])
+        except (ValueError, ExceptionGroup) as error:
+            problems += _problems_at(key, error)
+    for key in sorted(table.keys() - readers.keys()):
+        problems.append(InvalidValue(f"unknown key{_suggestion(key, list(readers))}", below=key))
+    return read, problems
 
 
 @cache
-def _converter() -> Converter:
-    # Imported here: the import takes longer than all other imports of this module, and the
-    # commands that only call a service do not need cattrs.
-    from cattrs import Converter  # noqa: PLC0415
-    from cattrs.gen import make_dict_structure_fn, override  # noqa: PLC0415
-
-    converter = Converter(forbid_extra_keys=True, detailed_validation=True)
-
-    def hook(read: Reader[object]) -> Callable[[Any, Any], object]:
-        return lambda value, _: read(value)
-
-    for kind in (EngineSettings, TlsSettings, CallerSettings, RetentionSettings, Settings):
-        hints = get_type_hints(kind, include_extras=True)
-        tables = _TABLES if kind is Settings else {}
-        readers = {
-            key: override(struct_hook=hook(tables.get(key) or hint.__metadata__[0]))
-            for key, hint in hints.items()
-        }
-        # mypy cannot see that `readers` holds no other keyword of that function.
-        structure = make_dict_structure_fn(kind, converter, **readers)  # type: ignore[arg-type]
-        converter.register_structure_hook(kind, structure)
-    return converter
+def _readers(kind: type) -> Mapping[str, Reader[object]]:
+    """Return the reader of each key: that of its annotation, or that of its table."""
+    tables = _TABLES if kind is Settings else {}
+    hints = get_type_hints(kind, include_extras=True)
+    return {key: tables.get(key) or hint.__metadata__[0] for key, hint in hints.items()}
 
 
-def _leaves(error: Exception, at: str) -> Iterator[tuple[str, str]]:
-    """Yield place and text of every problem in an error of cattrs."""
-    from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError  # noqa: PLC0415
-
-    match error:
-        case ClassValidationError():
-            noted, rest = error.group_exceptions()
-            for inner, note in noted:
-                yield from _leaves(inner, _below(at, note.name))
-            for inner in rest:
-                yield from _leaves(inner, at)
-        case ExceptionGroup():
-            for inner in error.exceptions:
-                yield from _leaves(inner, at)
-        case ForbiddenExtraKeysError():
-            known = [key.name for key in fields(error.cl)]
-            for name in sorted(error.extra_fields, key=str):
-                yield _below(at, name), f"unknown key{_suggestion(name, known)}"
-        case KeyError():
-            yield at, "is missing"
-        case InvalidValue():
-            yield _below(at, error.below), str(error)
-        case _:
-            yield at, str(error)
+def _problems_at(key: str, error: ValueError | ExceptionGroup[Any]) -> list[InvalidValue]:
+    """Return the problems of the value of a key, each with its place from this key on."""
+    problems = error.exceptions if isinstance(error, ExceptionGroup) else (error,)
+    return [
+        InvalidValue(str(problem), below=_below(key, getattr(problem, "below", "")))
+        for problem in problems
+    ]
 
 
 def _below(at: str, name: str) -> str:
