@@ -291,7 +291,7 @@ def test_the_explanation_of_an_orphaned_tree_names_each_process_and_who_killed_i
         "The service restarted while the run was running.",
     )
     assert one.profile == run_pb2.INTERACTIVE_PROFILE_KIND_RESUMABLE
-    assert [fact.name for fact in one.facts] == [*FACTS, "RESULT", "QUESTION"]
+    assert [fact.name for fact in one.facts] == [*FACTS, "RESULT", "QUESTION", "OVER_BUDGET"]
     # The demo agent names its session before it works.
     assert [fact.name for fact in one.facts if fact.held] == ["HANDLE"]
     assert all(fact.source.endswith(".") for fact in one.facts)

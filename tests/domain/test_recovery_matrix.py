@@ -41,9 +41,10 @@ FACTS: Final = tuple(Fact(bits) for bits in range(2 ** len(Fact)))
 Case = tuple[RunStatus, Profile | None, Fact]
 EVERYTHING: Final = tuple(product(LIVE, PROFILES, FACTS))
 EXCLUSIVE: Final = (
-    Fact.PENDING | Fact.REPLY, Fact.REQUEUE | Fact.RESUME, Fact.RESULT | Fact.QUESTION
+    Fact.PENDING | Fact.REPLY, Fact.REQUEUE | Fact.RESUME, Fact.RESULT | Fact.QUESTION,
+    Fact.RESULT | Fact.OVER_BUDGET, Fact.QUESTION | Fact.OVER_BUDGET,
 )  # fmt: skip
-IN_OUTPUT: Final = Fact.RESULT | Fact.QUESTION
+IN_OUTPUT: Final = Fact.RESULT | Fact.QUESTION | Fact.OVER_BUDGET
 RESULT: Final = Succeeded({"done": True})
 QUESTION: Final = Asked(Question(kind=InteractionKind.CONFIRM, prompt="Ship?", options=()))
 OF_RESUME: Final = Fact.RESUME_LEFT | Fact.RESTART_LEFT
@@ -145,7 +146,14 @@ def store(db: Database, owner: Owner, cases: tuple[Case, ...]) -> None:
 
 def found_in(cases: tuple[Case, ...]) -> dict[int, FoundEnd]:
     """Return the ends that are found in the kept output of these runs."""
-    ends = {Fact.RESULT: FoundEnd(end=RESULT), Fact.QUESTION: FoundEnd(end=QUESTION)}
+    ends = {
+        each.fact: each
+        for each in (
+            FoundEnd(end=RESULT),
+            FoundEnd(end=QUESTION),
+            FoundEnd(end=QUESTION, is_last=True),
+        )
+    }
     return {
         key: ends[facts & IN_OUTPUT]
         for key, (_, _, facts) in enumerate(cases, 1)

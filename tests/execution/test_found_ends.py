@@ -24,6 +24,7 @@ from runrecovery_service.domain.run import (
     ToolCall,
 )
 from runrecovery_service.domain.turn import Asked, Succeeded
+from runrecovery_service.domain.usage import Budget, Usage
 from runrecovery_service.engines.catalog import Catalog, Engine
 from runrecovery_service.engines.claude import CLAUDE
 from runrecovery_service.engines.codex import CODEX
@@ -284,6 +285,24 @@ def test_a_result_after_a_call_that_was_deferred_in_an_earlier_turn_is_found(
     defer_before(attempt, turn=1, call="c1")
 
     assert found(attempt, [*deferral("c1"), *claude(DONE)], ASKING, turn=2) == SUCCEEDED
+
+
+@pytest.mark.parametrize(
+    ("most", "is_last"),
+    [(Budget(), False), (Budget(max_tokens=10), True), (Budget(max_tokens=11), False)],
+)
+def test_a_question_of_a_run_that_has_reached_its_budget_is_its_last(
+    attempt: Attempt, *, most: Budget, is_last: bool
+) -> None:
+    used: JsonObject = {"type": "usage", "input_tokens": 3, "output_tokens": 1}
+    attempt.keep(SESSION, used, QUESTION)
+    attempt.close_output()
+    attempt.exit()
+
+    end = attempt.find(budget=most, used_before=Usage(input_tokens=5, output_tokens=1))
+
+    assert end is not None
+    assert (end.end, end.is_last) == (ASKED, is_last)
 
 
 # -- what does not -------------------------------------------------------------------------------

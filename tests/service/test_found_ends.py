@@ -39,12 +39,14 @@ QUESTION: Final = {"type": "ask", "kind": "confirm", "prompt": "Ship?"}
 RUNS: Final[dict[str, dict[str, Any]]] = {
     "succeeds": {"says": RESULT},
     "asks": {"says": QUESTION, "uses": 40},
+    "asks-in-vain": {"says": QUESTION, "uses": 40},
     "fails": {"says": RESULT, "code": 3},
     "canceled": {"says": RESULT},
 }
 EXPECTED: Final = {
     "succeeds": "result_found_in_output",
     "asks": "question_found_in_output",
+    "asks-in-vain": "budget_used_up",
     "fails": "running_interrupted",
     "canceled": "cancel_completed",
 }
@@ -79,7 +81,8 @@ def test_results_and_questions_of_agents_that_ended_before_the_kill_are_found(
     home, go = new_home(engines={"says": SAYS}, max_concurrent=len(RUNS)), tmp_path / "go"
     service, api = home.start()
     for run_id, given in RUNS.items():
-        api.create("says", {**given, "go": str(go)}, run_id=run_id)
+        budget = {"max_tokens": 41} if run_id == "asks-in-vain" else {}
+        api.create("says", {**given, "go": str(go)}, run_id=run_id, **budget)
     in_turn(home, go)
     with writes_locked(home):
         go.touch()
@@ -103,6 +106,7 @@ def test_results_and_questions_of_agents_that_ended_before_the_kill_are_found(
     counts = {one.rule: one.count for one in page.plan.decisions}
     assert counts == {
         "result_found_in_output": 2, "question_found_in_output": 1, "running_interrupted": 1,
+        "budget_used_up": 1,
     }  # fmt: skip
     run = api.get("succeeds")
     assert (status_word(run), MessageToDict(run.output)) == ("SUCCEEDED", {"done": True})
@@ -113,6 +117,7 @@ def test_results_and_questions_of_agents_that_ended_before_the_kill_are_found(
     api.reply("asks", 1, "yes")
     assert MessageToDict(api.until_status("asks", "SUCCEEDED").output) == {"reply": "yes"}
     assert status_word(api.get("fails")) == "FAILED"
+    assert api.get("asks-in-vain").error.code == "BUDGET_EXCEEDED"
     assert explained(api, "succeeds") == {
         "RESULT": "The shim had recorded exit code 0, and the whole output was kept: it has a"
         " result.",

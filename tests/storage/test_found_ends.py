@@ -11,6 +11,7 @@ from runrecovery_service.domain.found_end import FoundEnd
 from runrecovery_service.domain.reconciliation import Cause
 from runrecovery_service.domain.recovery_matrix import Fact
 from runrecovery_service.domain.run import (
+    ErrorCode,
     InteractionState,
     Profile,
     RecoveryState,
@@ -21,7 +22,7 @@ from runrecovery_service.domain.run import (
     ToolCall,
 )
 from runrecovery_service.domain.turn import Asked, Succeeded
-from runrecovery_service.domain.usage import SessionUsage, TurnUsage, Usage
+from runrecovery_service.domain.usage import Budget, SessionUsage, TurnUsage, Usage
 from runrecovery_service.storage import found_ends, interactions, launch_records, turns
 from runrecovery_service.storage.found_ends import OpenTurn
 from runrecovery_service.storage.recovery_scope import RecoveryScope
@@ -89,6 +90,22 @@ def test_a_run_whose_question_is_found_waits_for_its_user(
     assert run.recovery is not None
     assert run.recovery.recovery_reason == "question_found_in_output"
     assert store.column(run, "wait_due_us") is None
+
+
+def test_a_run_that_has_used_up_its_budget_is_not_asked_a_question_that_is_found(
+    store: ServiceStore,
+) -> None:
+    turn = in_turn(store, restart_policy=RestartPolicy.RESUME, max_resumes=3)
+    used = TurnUsage(turn=Usage(input_tokens=7))
+
+    run = recovered(store, turn, replace(ASKED, used=used, is_last=True))
+
+    assert (run.status, run.pending, run.interaction_count) == (RunStatus.FAILED, None, 0)
+    assert run.error is not None
+    assert run.error.code == ErrorCode.BUDGET_EXCEEDED
+    assert run.recovery is not None
+    assert run.recovery.recovery_reason == "budget_used_up"
+    assert run.usage == Usage(input_tokens=7)
 
 
 def test_a_question_for_permission_that_is_found_has_its_call(store: ServiceStore) -> None:
@@ -209,6 +226,21 @@ def test_the_usage_of_the_session_is_that_from_before_the_turn(store: ServiceSto
     turns.record_usage(store.db, turn, owner=store.owner, used=used)
 
     assert [one.session_usage for one in open_turns(store)] == [SessionUsage(total=before)]
+
+
+def test_the_usage_before_a_turn_has_nothing_of_the_turn(store: ServiceStore) -> None:
+    before, own = Usage(input_tokens=50, model="m"), Usage(input_tokens=7, output_tokens=2)
+    first = in_turn(store, budget=Budget(max_tokens=60))
+    turns.record_usage(store.db, first, owner=store.owner, used=TurnUsage(turn=before))
+    store.reply(store.end(first, Asked(QUESTION)))
+    turn = store.take()
+    assert turn is not None
+    launch_records.record_gated(store.db, turn.launch, owner=store.owner, pid=7, start_ticks=9)
+    turns.record_usage(store.db, turn, owner=store.owner, used=TurnUsage(turn=own))
+
+    (found,) = open_turns(store)
+
+    assert (found.used_before, found.budget) == (before, Budget(max_tokens=60))
 
 
 def test_the_turns_to_read_are_those_that_run_with_a_process(store: ServiceStore) -> None:

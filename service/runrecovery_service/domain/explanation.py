@@ -184,6 +184,12 @@ def _question(_: RecordedDecision, held: bool) -> str:  # noqa: FBT001
     return _end_in_output("question", held=held)
 
 
+def _over_budget(_: RecordedDecision, held: bool) -> str:  # noqa: FBT001
+    if held:
+        return f"{_end_in_output('question', held=True)} The run has used up its budget."
+    return "No question was found in the output of a run that has used up its budget."
+
+
 def _end_in_output(end: str, *, held: bool) -> str:
     if held:
         return f"The shim had recorded exit code 0, and the whole output was kept: it has a {end}."
@@ -207,9 +213,10 @@ _SOURCES: Final[Mapping[Fact, Callable[[RecordedDecision, bool], str]]] = Mappin
         Fact.RESTART_LEFT: _restart_left,
         Fact.RESULT: _result,
         Fact.QUESTION: _question,
+        Fact.OVER_BUDGET: _over_budget,
     }
 )
 _OF_RESUME: Final = Fact.RESUME | Fact.RESUME_LEFT | Fact.RESTART_LEFT
 """The facts that only the rules of the restart policy RESUME use."""
-_OF_OUTPUT: Final = Fact.RESULT | Fact.QUESTION
+_OF_OUTPUT: Final = Fact.RESULT | Fact.QUESTION | Fact.OVER_BUDGET
 """The facts that only rules for RUNNING runs use."""

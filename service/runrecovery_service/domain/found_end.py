@@ -16,13 +16,17 @@ class FoundEnd:
     Attributes:
         wait_s: how long the question waits; None: without a limit.
         used: what the turn has used, if its agent reported that.
+        is_last: the run has used up its budget, so no turn may follow.
     """
 
     end: Asked | Succeeded
     wait_s: float | None = None
     used: TurnUsage | None = None
+    is_last: bool = False
 
     @property
     def fact(self) -> Fact:
         """The fact by which the recovery matrix decides."""
-        return Fact.QUESTION if isinstance(self.end, Asked) else Fact.RESULT
+        if not isinstance(self.end, Asked):
+            return Fact.RESULT
+        return Fact.OVER_BUDGET if self.is_last else Fact.QUESTION

@@ -37,6 +37,8 @@ class Fact(Flag):
     """The process had exited with 0, and its result lies complete in the kept output."""
     QUESTION = auto()
     """The process had exited with 0, and its question lies complete in the kept output."""
+    OVER_BUDGET = auto()
+    """As QUESTION, but the run has used up its budget, so that no turn may follow."""
 
 
 NOTHING: Final = Fact(0)
@@ -90,6 +92,8 @@ RESULT_RULE: Final = "result_found_in_output"
 QUESTION_RULE: Final = "question_found_in_output"
 """The recovery_reason of a run whose process had ended well, with a result or a question, before
 the service could record that."""
+BUDGET_RULE: Final = "budget_used_up"
+"""The same for a question that cannot be asked any more."""
 
 RESUMED_RULE: Final = "interrupted_turn_resumed"
 """The recovery_reason of a run whose next turn resumes its session with a notice."""
@@ -122,6 +126,17 @@ MATRIX: Final[tuple[Rule, ...]] = (
         keeps=True,
         because="The process had exited with 0 before the restart, and its whole output was kept."
         " It ends with a question, and its session is intact.",
+    ),
+    Rule(
+        name=BUDGET_RULE,
+        statuses=(RunStatus.RUNNING,),
+        profiles=(Profile.RESUMABLE,),
+        needs=Fact.OVER_BUDGET,
+        becomes=RunStatus.FAILED,
+        error=ErrorCode.BUDGET_EXCEEDED,
+        state=RecoveryState.FAILED_RECONCILED,
+        because="The process had exited with 0 before the restart, with a question. The run has"
+        " used up its budget, so no turn can follow.",
     ),
     Rule(
         # RUNNING too: until the process has received the reply, the acknowledged reply exists

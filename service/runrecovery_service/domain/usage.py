@@ -234,6 +234,12 @@ class Budget:
             return f"The run has cost {cost:.6f} of its {most:.6f} US dollars."
         return None
 
+    def why_used_up_by(self, used: TurnUsage | None, *, before: Usage | None) -> str | None:
+        """Return the same for a run that had used `before` when the turn began."""
+        if used is None:
+            return self.why_used_up(before)
+        return self.why_used_up(used.turn if before is None else before.plus(used.turn))
+
 
 UNLIMITED: Final = Budget()
 

@@ -75,7 +75,12 @@ class EndFinder:
             kind = type(error).__name__
             log.warning("recovery.output_not_read", run_id=turn.run_id, error=kind, exc_info=True)
             return None
-        return FoundEnd(end=end, wait_s=None if turn.require_user_reply else wait_s, used=used)
+        return FoundEnd(
+            end=end,
+            wait_s=None if turn.require_user_reply else wait_s,
+            used=used,
+            is_last=turn.budget.why_used_up_by(used, before=turn.used_before) is not None,
+        )
 
     def _find(self, turn: OpenTurn) -> tuple[Asked | Succeeded, TurnUsage | None]:
         if turn.boot_id != self.boot_id:  # a crash of the machine may have lost the last output

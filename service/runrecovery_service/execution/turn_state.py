@@ -178,10 +178,7 @@ class TurnRules:
 
     def why_used_up(self, used: TurnUsage | None) -> str | None:
         """Return why the run may not continue after this usage of the turn; None: it may."""
-        before = self.used_before
-        if used is None:
-            return self.budget.why_used_up(before)
-        return self.budget.why_used_up(used.turn if before is None else before.plus(used.turn))
+        return self.budget.why_used_up_by(used, before=self.used_before)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

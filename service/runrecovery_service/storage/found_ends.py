@@ -7,10 +7,16 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from runrecovery_service.domain.found_end import FoundEnd
-from runrecovery_service.domain.recovery_matrix import QUESTION_RULE, RESULT_RULE
+from runrecovery_service.domain.recovery_matrix import BUDGET_RULE, QUESTION_RULE, RESULT_RULE
 from runrecovery_service.domain.run import InteractionState, Profile, Question, RunStatus, Session
 from runrecovery_service.domain.turn import Asked, Succeeded
-from runrecovery_service.domain.usage import SessionUsage
+from runrecovery_service.domain.usage import (
+    TOKEN_FIELDS,
+    UNLIMITED,
+    Budget,
+    SessionUsage,
+    Usage,
+)
 from runrecovery_service.storage import usage
 from runrecovery_service.storage.database import Database, Row
 from runrecovery_service.storage.recovery_scope import ApplyScope, RecoveryScope
@@ -22,11 +28,13 @@ from runrecovery_service.storage.rows import (
     to_json,
     to_us,
     tool_call_to_json,
+    usage_from_columns,
     usage_from_json,
 )
 from runrecovery_service.storage.tables import live, sql_words
 
-RULES: Final = frozenset({RESULT_RULE, QUESTION_RULE})
+_USED: Final = ", ".join(f"r.{name}" for name in (*TOKEN_FIELDS, "cost_nanos", "model"))
+RULES: Final = frozenset({RESULT_RULE, QUESTION_RULE, BUDGET_RULE})
 LAST_KEY: Final = (1 << 63) - 1
 
 
@@ -40,6 +48,8 @@ class OpenTurn:
         shim: pid and start ticks of its shim.
         session_timeout_s: how long a question of the run waits; None: the engine's setting.
         session_usage: what processes of the session had reported as used before this turn.
+        budget: what the run may use.
+        used_before: what the run had used before this turn.
     """
 
     run_key: int
@@ -54,6 +64,8 @@ class OpenTurn:
     session_timeout_s: float | None
     require_user_reply: bool
     session_usage: SessionUsage | None = None
+    budget: Budget = UNLIMITED
+    used_before: Usage | None = None
 
 
 def open_turns(
@@ -63,7 +75,8 @@ def open_turns(
     rows = db.fetch_all(
         "SELECT r.id, r.run_id, r.engine, r.profile, r.attempt, r.turn, r.session_type,"
         " r.session_value, r.session_turn, l.boot_id, l.pid, l.start_ticks, r.session_timeout_us,"
-        " r.require_user_reply, r.session_usage, l.usage FROM run r"
+        " r.require_user_reply, r.session_usage, l.usage, r.max_tokens, r.max_cost_nanos,"
+        f" {_USED} FROM run r"
         " JOIN process_lease l ON l.run = r.id AND l.attempt = r.attempt AND l.turn = r.turn"
         f" WHERE r.status = '{RunStatus.RUNNING}' AND {live('r.')} AND r.owner = ?"
         " AND r.owner_epoch < ? AND r.id BETWEEN ? AND ? AND r.cancel_requested_at IS NULL"
@@ -75,8 +88,10 @@ def open_turns(
 
 def _open_turn(row: Row) -> OpenTurn:
     key, run_id, engine, profile, attempt, turn, *rest = row
-    *session, boot_id, pid, ticks, wait_us, must, used, used_in_turn = rest
+    *session, boot_id, pid, ticks, wait_us, must = rest[:8]
+    used, used_in_turn, max_tokens, max_cost_nanos, *of_run = rest[8:]
     session_usage, in_turn = session_usage_from_json(used), usage_from_json(used_in_turn)
+    total = usage_from_columns(*of_run)
     if session_usage is not None and in_turn is not None:
         session_usage = session_usage.before(in_turn)
     return OpenTurn(
@@ -92,6 +107,8 @@ def _open_turn(row: Row) -> OpenTurn:
         session_timeout_s=None if wait_us is None else wait_us / 1e6,
         require_user_reply=must != 0,
         session_usage=session_usage,
+        budget=Budget(max_tokens=max_tokens, max_cost_nanos=max_cost_nanos),
+        used_before=total if total is None or in_turn is None else total.minus(in_turn),
     )
 
 
@@ -116,7 +133,7 @@ def record_batch(db: Database, scope: ApplyScope, *, first: int, last: int) -> N
         match found.end:
             case Succeeded(output):
                 db.execute("UPDATE run SET output = ? WHERE id = ?", (to_json(output), key))
-            case Asked(question):
+            case Asked(question) if not found.is_last:
                 _ask(db, scope, key, questions + 1, question, found.wait_s)
 
 
