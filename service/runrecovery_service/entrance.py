@@ -75,7 +75,7 @@ class Entrance:
         return partial(self.guard.replace_table, table)
 
     def prepare_tls(self, settings: Settings) -> Callable[[], None] | None:
-        """Return what puts the files of other settings in place.
+        """Return a function that puts the TLS files of other settings in place; None without TLS.
 
         Raises:
             ConfigError: they cannot be used.

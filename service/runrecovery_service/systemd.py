@@ -71,7 +71,7 @@ class SystemdNotifier:
     def start(self) -> None:
         """Send messages from now on, if systemd waits for them."""
         if self.address:
-            # Kept open: the watchdog must be told when no descriptor is left, too.
+            # Kept open: messages to the watchdog must not stop when no descriptor is left.
             self._channel = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             self._channel.settimeout(0)
             self._task = asyncio.create_task(self._run(), name="systemd")

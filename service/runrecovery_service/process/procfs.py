@@ -55,7 +55,7 @@ class Proc:
 
     @property
     def dead(self) -> bool:
-        """True for a zombie. While other threads live, only the first thread has ended: False."""
+        """True for a zombie, unless only its first thread has ended and other threads live."""
         return self.state in "ZXx" and self.threads <= 1
 
     def __repr__(self) -> str:
@@ -161,7 +161,7 @@ def read(path: str, *, most: int = sys.maxsize) -> bytes:
         while most > 0:
             pieces.append(piece := os.read(fd, _PIECE))
             most -= len(piece)
-            if len(piece) < _PIECE:  # the end: /proc fills what it is given
+            if len(piece) < _PIECE:  # the end of the file: otherwise /proc fills the whole buffer
                 break
     except (ProcessLookupError, PermissionError):
         return b""
