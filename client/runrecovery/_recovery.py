@@ -160,6 +160,19 @@ class Recovery:
         call = requests.get_reconciliation(reconciliation_id)
         return self._wire.unary(call, timeout_s=timeout_s)
 
+    def prune(
+        self, *, dry_run: bool = False, timeout_s: float | None = None
+    ) -> recovery_service_pb2.PruneResponse:
+        """Remove what has reached its age by the service's `[retention]`.
+
+        One call works for some 5 seconds. Repeat it until `done`.
+
+        Args:
+            dry_run: remove nothing, and return what would be removed. It may take minutes for
+                many runs: give it a `timeout_s`.
+        """
+        return self._wire.unary(requests.prune(dry_run=dry_run), timeout_s=timeout_s)
+
 
 class AsyncRecovery:
     """RecoveryService; see `Recovery`."""
@@ -270,3 +283,9 @@ class AsyncRecovery:
         """Return one report; raise ReconciliationNotFound if there is none."""
         call = requests.get_reconciliation(reconciliation_id)
         return await self._wire.unary(call, timeout_s=timeout_s)
+
+    async def prune(
+        self, *, dry_run: bool = False, timeout_s: float | None = None
+    ) -> recovery_service_pb2.PruneResponse:
+        """Remove what has reached its age. See `Recovery.prune`."""
+        return await self._wire.unary(requests.prune(dry_run=dry_run), timeout_s=timeout_s)

@@ -350,6 +350,14 @@ def get_reconciliation(reconciliation_id: str) -> Call[recovery_pb2.Reconciliati
     )
 
 
+def prune(*, dry_run: bool) -> Call[recovery_service_pb2.PruneResponse]:
+    return Call(
+        path=_RECOVERY + "Prune",
+        request=recovery_service_pb2.PruneRequest(dry_run=dry_run),
+        decode=recovery_service_pb2.PruneResponse.FromString,
+    )
+
+
 def check_health(service: str) -> Call[ServingStatus]:
     """Return a health check that needs no grpcio-health-checking.
 

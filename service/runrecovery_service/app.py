@@ -69,7 +69,7 @@ from runrecovery_service.reload import Reloader
 from runrecovery_service.reload_setup import reloadable_parts, retention_policy
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.listen_address import parse_listen_address
-from runrecovery_service.rpc.recovery_service import RecoveryDeps
+from runrecovery_service.rpc.recovery_service import Prune, RecoveryDeps
 from runrecovery_service.rpc.run_service import RunDeps, RunLimits
 from runrecovery_service.rpc.server import GrpcServer, ServerLimits, build_server, start_grpc
 from runrecovery_service.steady_thread_pool import SteadyThreadPool
@@ -203,7 +203,7 @@ class _App:
             settings=self.settings,
             stop=self.stop,
             gate=self.gate,
-            server=self._server(entrance),
+            server=self._server(entrance, work.retention),
             ownership=ownership,
             recovery_runner=self._recovery_runner(),
             work=work,
@@ -288,7 +288,7 @@ class _App:
             stop=self.stop,
         )
 
-    def _server(self, entrance: Entrance) -> GrpcServer:
+    def _server(self, entrance: Entrance, retention: RetentionSweep | None) -> GrpcServer:
         settings = self.settings
         return build_server(
             self.gate,
@@ -313,6 +313,7 @@ class _App:
                     clock=self.clock,
                     find_end=self.ends.find,
                 ),
+                prune=_pruning(retention),
             ),
             limits=ServerLimits(
                 max_concurrent_calls=settings.max_concurrent_calls,
@@ -420,6 +421,14 @@ class _App:
             files=RunFiles(self.workspaces.runs),
             stop_signal=self.stop,
         )
+
+
+def _pruning(sweep: RetentionSweep | None) -> Prune | None:
+    if sweep is None:
+        return None
+    from runrecovery_service.retention.prune import Pruner  # noqa: PLC0415 - as the sweep
+
+    return Pruner(sweep=sweep).prune
 
 
 def _launch_site(host: Host, cgroups: CgroupParent | None) -> LaunchSite:

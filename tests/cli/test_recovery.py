@@ -6,6 +6,8 @@ import pytest
 from google.protobuf import json_format
 from google.protobuf.duration_pb2 import Duration
 from runrecovery.v1 import recovery_pb2, recovery_service_pb2, run_pb2
+from runrecovery_service.cli import prune
+from runrecovery_service.cli.connection import ServiceConnection
 from runrecovery_service.cli.exit_codes import ExitCode
 
 from .conftest import FixedAnswers, Run, script_watch
@@ -199,3 +201,50 @@ def test_a_service_without_a_report_is_not_found(run: Run, server: FixedAnswers)
     server.answers["ListReconciliations"] = [recovery_service_pb2.ListReconciliationsResponse()]
 
     assert run("recovery", "show", "--server", server.address).code == ExitCode.NOT_FOUND
+
+
+def pruned(*counts: tuple[str, int, int], done: bool = True) -> recovery_service_pb2.PruneResponse:
+    return recovery_service_pb2.PruneResponse(
+        kinds=[
+            recovery_service_pb2.PrunedKind(kind=kind, count=count, file_bytes=size)
+            for kind, count, size in counts
+        ],
+        done=done,
+    )
+
+
+def test_a_dry_run_shows_what_would_be_removed(run: Run, server: FixedAnswers) -> None:
+    server.answers["Prune"] = [pruned(("runs", 12, 4096), ("receipts", 3, 0))]
+
+    ended = run("prune", "--dry-run", "--server", server.address)
+
+    assert ended.out.splitlines() == [
+        "would be removed:",
+        "KIND      COUNT  FILE BYTES",
+        "runs      12     4096",
+        "receipts  3      0",
+        "oldest ended run that is kept: none",
+    ]
+
+
+def test_a_prune_without_retention_says_so(run: Run, server: FixedAnswers) -> None:
+    server.answers["Prune"] = [pruned()]
+
+    ended = run("prune", "--server", server.address)
+
+    assert ended.out == "nothing is removed: the service has no [retention]\n"
+
+
+def test_a_prune_calls_until_it_is_done_and_shows_the_sums() -> None:
+    answers = iter([pruned(("runs", 5, 100), done=False), pruned(("runs", 2, 10))])
+
+    class Recovery:
+        def prune(self) -> recovery_service_pb2.PruneResponse:
+            return next(answers)
+
+    class Client:
+        recovery = Recovery()
+
+    service = ServiceConnection(client=Client(), timeout_s=1.0, as_json=False)  # type: ignore[arg-type]
+
+    assert prune.remove_all(service) == pruned(("runs", 7, 110))

@@ -108,6 +108,18 @@ UNTIL = "2026-11-25T10:00:00Z"
             {"runId": "r"},
         ),
         (
+            "prune --dry-run",
+            recovery_pb.PruneRequest,
+            recovery_pb.PruneResponse(done=True),
+            {"dryRun": True},
+        ),
+        (
+            "prune",
+            recovery_pb.PruneRequest,
+            recovery_pb.PruneResponse(done=True),
+            {},
+        ),
+        (
             "recovery show a-report",
             recovery_pb.GetReconciliationRequest,
             recovery_pb.GetReconciliationResponse(),

@@ -180,6 +180,7 @@ async def test_reaches_every_method_of_the_contract(
     await caller.collect("recovery.watch_recovered")
     await caller.call("recovery.explain", "r")
     await caller.call("recovery.plan")
+    await caller.call("recovery.prune")
 
     assert {name for name, _ in server.calls} == {method.name for method in METHODS.values()}
 
@@ -199,6 +200,10 @@ async def test_returns_the_recovery_messages(caller: Caller, server: ScriptedSer
         "GetReconciliation", recovery_service_pb2.GetReconciliationResponse(reconciliation=report)
     )
 
+    pruned = recovery_service_pb2.PruneResponse(done=True)
+    server.on("Prune", pruned)
+
+    assert await caller.call("recovery.prune", dry_run=True) == pruned
     assert await caller.call("recovery.info", "r") == info
     assert await caller.call("recovery.status") == status
     assert await caller.call("recovery.reconciliation", "x") == report

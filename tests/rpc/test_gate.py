@@ -129,6 +129,7 @@ def test_every_method_of_the_contract_has_an_access_rule() -> None:
         "SubmitReply",
         "CancelRun",
         "ReopenRun",
+        "Prune",
     }
 
 
@@ -181,7 +182,7 @@ class FakeRecovery:
     get_recovery_info = list_recovered = list_reconciliations = get_reconciliation = (
         get_recovery_status
     )
-    watch_recovered = explain_recovery = plan_recovery = get_recovery_status
+    watch_recovered = explain_recovery = plan_recovery = prune = get_recovery_status
 
 
 @asynccontextmanager

@@ -46,6 +46,7 @@ EXPECTED = {
     f"{RECOVERY}/GetRecoveryStatus": ROLES,
     f"{RECOVERY}/ListReconciliations": ("operator",),
     f"{RECOVERY}/GetReconciliation": ("operator",),
+    f"{RECOVERY}/Prune": ("operator",),
     f"{REFLECTION[0]}/ServerReflectionInfo": ROLES,
     f"{REFLECTION[1]}/ServerReflectionInfo": ROLES,
     "grpc.health.v1.Health/Check": ("nobody", "stranger", *ROLES),

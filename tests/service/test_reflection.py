@@ -42,6 +42,7 @@ EVERY_METHOD: Final = {
     f"{RECOVERY}/PlanRecovery",
     f"{RECOVERY}/WatchRecovered",
     f"{RECOVERY}/GetReconciliation",
+    f"{RECOVERY}/Prune",
     f"{RECOVERY}/GetRecoveryInfo",
     f"{RECOVERY}/GetRecoveryStatus",
     f"{RECOVERY}/ListReconciliations",
@@ -215,6 +216,7 @@ def drive_every_method(api: Api, call: Call, first: Call) -> set[str]:
     assert report["reconciliationId"] == report_id
     got = ask(f"{RECOVERY}/GetReconciliation", {"reconciliationId": report_id})
     assert got["reconciliation"] == report
+    assert ask(f"{RECOVERY}/Prune", {"dryRun": True}) == {"done": True}
     return called
 
 

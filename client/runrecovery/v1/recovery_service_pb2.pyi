@@ -1018,3 +1018,95 @@ class PlannedDecision(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PlannedDecision: _TypeAlias = PlannedDecision  # noqa: Y015
+
+@_typing.final
+class PruneRequest(_message.Message):
+    """A request to remove what has reached its age."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DRY_RUN_FIELD_NUMBER: _builtins.int
+    dry_run: _builtins.bool
+    """OPTIONAL. Remove nothing, and say what would be removed."""
+    def __init__(
+        self,
+        *,
+        dry_run: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dry_run", b"dry_run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PruneRequest: _TypeAlias = PruneRequest  # noqa: Y015
+
+@_typing.final
+class PruneResponse(_message.Message):
+    """What was removed, or would be."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KINDS_FIELD_NUMBER: _builtins.int
+    OLDEST_KEPT_AT_FIELD_NUMBER: _builtins.int
+    DONE_FIELD_NUMBER: _builtins.int
+    done: _builtins.bool
+    """OUTPUT_ONLY. False: there is more to remove; call again."""
+    @_builtins.property
+    def kinds(self) -> _containers.RepeatedCompositeFieldContainer[Global___PrunedKind]:
+        """OUTPUT_ONLY. The kinds that have an age. Empty: the service removes nothing, because
+        `retention` is not configured.
+        """
+
+    @_builtins.property
+    def oldest_kept_at(self) -> _timestamp_pb2.Timestamp:
+        """OUTPUT_ONLY. When the oldest ended run that is kept ended; absent if none is kept."""
+
+    def __init__(
+        self,
+        *,
+        kinds: _abc.Iterable[Global___PrunedKind] | None = ...,
+        oldest_kept_at: _timestamp_pb2.Timestamp | None = ...,
+        done: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["oldest_kept_at", b"oldest_kept_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "kinds", b"kinds", "oldest_kept_at", b"oldest_kept_at"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PruneResponse: _TypeAlias = PruneResponse  # noqa: Y015
+
+@_typing.final
+class PrunedKind(_message.Message):
+    """How much of one kind was removed, or would be."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    FILE_BYTES_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    """OUTPUT_ONLY. `runs`, `outputs`, `workspaces`, `events`, `receipts` or `reports`. More may
+    come.
+    """
+    count: _builtins.int
+    """OUTPUT_ONLY. Number of runs, receipts or reports. A run that is removed as a whole counts
+    among `runs` only.
+    """
+    file_bytes: _builtins.int
+    """OUTPUT_ONLY. The size of their files."""
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        count: _builtins.int = ...,
+        file_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "file_bytes", b"file_bytes", "kind", b"kind"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrunedKind: _TypeAlias = PrunedKind  # noqa: Y015

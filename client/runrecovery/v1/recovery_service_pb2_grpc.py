@@ -76,6 +76,11 @@ class RecoveryServiceStub(object):
                 request_serializer=runrecovery_dot_v1_dot_recovery__service__pb2.GetReconciliationRequest.SerializeToString,
                 response_deserializer=runrecovery_dot_v1_dot_recovery__service__pb2.GetReconciliationResponse.FromString,
                 _registered_method=True)
+        self.Prune = channel.unary_unary(
+                '/runrecovery.v1.RecoveryService/Prune',
+                request_serializer=runrecovery_dot_v1_dot_recovery__service__pb2.PruneRequest.SerializeToString,
+                response_deserializer=runrecovery_dot_v1_dot_recovery__service__pb2.PruneResponse.FromString,
+                _registered_method=True)
 
 
 class RecoveryServiceServicer(object):
@@ -143,6 +148,15 @@ class RecoveryServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Prune(self, request, context):
+        """Removes what has reached its age by the configuration `retention`, now and not only at the
+        next sweep. One call works for some 5 seconds; repeat it until `done`. With dry_run it says
+        what would be removed, and removes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RecoveryServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -185,6 +199,11 @@ def add_RecoveryServiceServicer_to_server(servicer, server):
                     servicer.GetReconciliation,
                     request_deserializer=runrecovery_dot_v1_dot_recovery__service__pb2.GetReconciliationRequest.FromString,
                     response_serializer=runrecovery_dot_v1_dot_recovery__service__pb2.GetReconciliationResponse.SerializeToString,
+            ),
+            'Prune': grpc.unary_unary_rpc_method_handler(
+                    servicer.Prune,
+                    request_deserializer=runrecovery_dot_v1_dot_recovery__service__pb2.PruneRequest.FromString,
+                    response_serializer=runrecovery_dot_v1_dot_recovery__service__pb2.PruneResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -405,6 +424,33 @@ class RecoveryService(object):
             '/runrecovery.v1.RecoveryService/GetReconciliation',
             runrecovery_dot_v1_dot_recovery__service__pb2.GetReconciliationRequest.SerializeToString,
             runrecovery_dot_v1_dot_recovery__service__pb2.GetReconciliationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Prune(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/runrecovery.v1.RecoveryService/Prune',
+            runrecovery_dot_v1_dot_recovery__service__pb2.PruneRequest.SerializeToString,
+            runrecovery_dot_v1_dot_recovery__service__pb2.PruneResponse.FromString,
             options,
             channel_credentials,
             insecure,

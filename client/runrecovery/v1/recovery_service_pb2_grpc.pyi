@@ -58,6 +58,11 @@ class RecoveryServiceStub:
     """Pages through reports, newest first."""
     GetReconciliation: _grpc.UnaryUnaryMultiCallable[_recovery_service_pb2.GetReconciliationRequest, _recovery_service_pb2.GetReconciliationResponse]
     """Returns one report."""
+    Prune: _grpc.UnaryUnaryMultiCallable[_recovery_service_pb2.PruneRequest, _recovery_service_pb2.PruneResponse]
+    """Removes what has reached its age by the configuration `retention`, now and not only at the
+    next sweep. One call works for some 5 seconds; repeat it until `done`. With dry_run it says
+    what would be removed, and removes nothing.
+    """
 
 @_typing.type_check_only
 class RecoveryServiceAsyncStub(RecoveryServiceStub):
@@ -89,6 +94,11 @@ class RecoveryServiceAsyncStub(RecoveryServiceStub):
     """Pages through reports, newest first."""
     GetReconciliation: _aio.UnaryUnaryMultiCallable[_recovery_service_pb2.GetReconciliationRequest, _recovery_service_pb2.GetReconciliationResponse]  # type: ignore[assignment]
     """Returns one report."""
+    Prune: _aio.UnaryUnaryMultiCallable[_recovery_service_pb2.PruneRequest, _recovery_service_pb2.PruneResponse]  # type: ignore[assignment]
+    """Removes what has reached its age by the configuration `retention`, now and not only at the
+    next sweep. One call works for some 5 seconds; repeat it until `done`. With dry_run it says
+    what would be removed, and removes nothing.
+    """
 
 class RecoveryServiceServicer(metaclass=_abc_1.ABCMeta):
     """Shows what restarts decided and why. GetRecoveryStatus, ListReconciliations and
@@ -165,5 +175,16 @@ class RecoveryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_recovery_service_pb2.GetReconciliationResponse, _abc.Awaitable[_recovery_service_pb2.GetReconciliationResponse]]:
         """Returns one report."""
+
+    @_abc_1.abstractmethod
+    def Prune(
+        self,
+        request: _recovery_service_pb2.PruneRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_recovery_service_pb2.PruneResponse, _abc.Awaitable[_recovery_service_pb2.PruneResponse]]:
+        """Removes what has reached its age by the configuration `retention`, now and not only at the
+        next sweep. One call works for some 5 seconds; repeat it until `done`. With dry_run it says
+        what would be removed, and removes nothing.
+        """
 
 def add_RecoveryServiceServicer_to_server(servicer: RecoveryServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

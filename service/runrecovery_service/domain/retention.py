@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -43,6 +44,19 @@ class RetentionPolicy:
     reports: float | None = None
     max_ended_runs: int | None = None
 
+    @property
+    def kinds(self) -> tuple[RetentionKind, ...]:
+        """The kinds of which something is removed."""
+        ages = {
+            RetentionKind.RUNS: self.max_ended_runs if self.ended_runs is None else self.ended_runs,
+            RetentionKind.OUTPUTS: self.outputs,
+            RetentionKind.WORKSPACES: self.workspaces,
+            RetentionKind.EVENTS: self.events,
+            RetentionKind.RECEIPTS: self.receipts,
+            RetentionKind.REPORTS: self.reports,
+        }
+        return tuple(kind for kind, age in ages.items() if age is not None)
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class RunPosition:
@@ -56,20 +70,37 @@ FIRST = RunPosition(-1, 0)
 """Before every run."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PruneResult:
+    """What was removed, or what would be.
+
+    Attributes:
+        counts: how many of each kind, for the kinds that have an age.
+        sizes: the bytes of their files, by kind.
+        oldest_kept: when the oldest ended run that is kept ended; None: no ended run is kept.
+        done: False if more is to be removed.
+    """
+
+    counts: Mapping[RetentionKind, int]
+    sizes: Mapping[RetentionKind, int]
+    oldest_kept: datetime | None
+    done: bool
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class RetentionTotals:
     """What was removed since the start of the service.
 
     Attributes:
         removed: how many of each kind.
-        bytes_freed: the sizes of the removed files.
+        bytes_freed: the sizes of the removed files, by kind.
         pages_freed: pages that SQLite gave back to the file system.
         not_removed: files and folders that the system did not let the service remove.
         swept_at, sweep_s: when the latest sweep ended, and how long it took.
     """
 
     removed: Counter[RetentionKind] = field(default_factory=Counter)
-    bytes_freed: int = 0
+    bytes_freed: Counter[RetentionKind] = field(default_factory=Counter)
     pages_freed: int = 0
     not_removed: int = 0
     swept_at: datetime | None = None

@@ -93,6 +93,19 @@ class RunFiles:
                 os.close(removed)
         return emptied
 
+    def size(self, kind: RetentionKind, key: int) -> int:
+        """Return the bytes of the files that `remove` would take out of the folder of a run."""
+        run = self._runs / str(key)
+        if kind is RetentionKind.EVENTS or not _is_folder(run):
+            return 0
+        return sum(
+            _freed(path.lstat())
+            for attempt, _, names in os.walk(run)
+            for path in (Path(attempt, name) for name in names)
+            if kind is RetentionKind.RUNS
+            or (_is_output(path.relative_to(run)) is (kind is RetentionKind.OUTPUTS))
+        )
+
     def run_keys(self) -> list[int]:
         """Return the keys of all folders of runs. Read them before their rows."""
         with self._open() as runs, os.scandir(runs) as entries:
@@ -192,4 +205,12 @@ def _freed(found: os.stat_result) -> int:
 
 
 def _is_folder(path: Path) -> bool:
-    return stat.S_ISDIR(path.lstat().st_mode)
+    try:
+        return stat.S_ISDIR(path.lstat().st_mode)
+    except FileNotFoundError:
+        return False
+
+
+def _is_output(path: Path) -> bool:
+    """Return whether a path below the folder of a run is output of one of its attempts."""
+    return len(path.parts) == 2 and path.name in OUTPUT_NAMES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -65,13 +66,15 @@ class RetentionSweep:
     totals: RetentionTotals = field(default_factory=RetentionTotals)
     pause: Callable[[float], Awaitable[object]] = asyncio.sleep
     _loop: PeriodicTask = field(init=False)
+    _one_at_a_time: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
+    _ends_s: float = field(default=math.inf, init=False)
     _compared: bool = field(default=False, init=False)
     _reported: set[str] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:
         self._loop = PeriodicTask(
             name="retention",
-            step=self.sweep,
+            step=self._step,
             interval_s=SWEEP_INTERVAL_S,
             failure_event="retention.sweep_failed",
             stop_signal=self.stop_signal,
@@ -84,13 +87,33 @@ class RetentionSweep:
     async def stop(self) -> None:
         """Stop after the batch that is under way."""
         await self._loop.finish()
+        async with self._one_at_a_time:  # also a sweep that an operator asked for
+            pass
 
-    async def sweep(self) -> None:
-        """Remove once what has reached its age."""
+    async def _step(self) -> None:
+        await self.sweep()
+
+    async def sweep(self, *, within_s: float = math.inf) -> bool:
+        """Remove once what has reached its age; return False if that was cut short.
+
+        Args:
+            within_s: begin no further batch after this time, and do not compare the folders with
+                the store, which takes long.
+        """
+        async with self._one_at_a_time:
+            self._ends_s = monotonic() + within_s
+            if not self._compared and within_s == math.inf:
+                await self._compare_folders()
+                self._compared = not self._must_end
+            await self._sweep()
+            return not self._must_end
+
+    @property
+    def _must_end(self) -> bool:
+        return self._loop.is_stopping or monotonic() > self._ends_s
+
+    async def _sweep(self) -> None:
         begun, before = monotonic(), self.totals.removed.copy()
-        if not self._compared:
-            await self._compare_folders()
-            self._compared = True
         await self._remove_runs()
         for kind, age in (
             (RetentionKind.OUTPUTS, self.policy.outputs),
@@ -100,7 +123,7 @@ class RetentionSweep:
             if age is not None:
                 await self._remove_part(kind, age)
         await self._remove_receipts_and_reports()
-        await self._empty()
+        await self._empty(RetentionKind.RUNS)
         await self._give_back_pages()
         self.totals.swept_at, self.totals.sweep_s = self.clock.now(), monotonic() - begun
         if removed := self.totals.removed - before:
@@ -110,9 +133,9 @@ class RetentionSweep:
     # -- rows and files ------------------------------------------------------------------------
 
     async def _remove_runs(self) -> None:
-        upto = await self._newest_to_remove()
+        upto = await self.newest_to_remove()
         after = FIRST
-        while after < upto and not self._loop.is_stopping:
+        while after < upto and not self._must_end:
             begun = monotonic()
             found = await self.storage.read(
                 retention.removable_runs,
@@ -133,15 +156,15 @@ class RetentionSweep:
                     retention.remove_runs, moved, owner=self.owner, now=self.clock.now()
                 )
                 self.totals.removed[RetentionKind.RUNS] += removed
-            await self._empty()
+            await self._empty(RetentionKind.RUNS)
             await self._rest(begun)
 
-    async def _newest_to_remove(self) -> RunPosition:
+    async def newest_to_remove(self) -> RunPosition:
         """Return the position of the newest run that is too old, or one too many."""
         upto = FIRST
         if self.policy.ended_runs is not None:
             # Before the first key: what ended at that very moment is not older.
-            upto = RunPosition(to_us(self._before(self.policy.ended_runs)), 0)
+            upto = RunPosition(to_us(self.before(self.policy.ended_runs)), 0)
         if self.policy.max_ended_runs is not None:
             surplus = await self.storage.read(
                 retention.position_of_surplus, self.owner, kept=self.policy.max_ended_runs
@@ -150,20 +173,20 @@ class RetentionSweep:
         return upto
 
     async def _remove_part(self, kind: RetentionKind, age: float) -> None:
-        while not self._loop.is_stopping:
+        while not self._must_end:
             begun = monotonic()
             keys = await self.storage.write_own(
                 retention.mark_removed,
                 kind,
                 owner=self.owner,
-                ended_before=self._before(age),
+                ended_before=self.before(age),
                 now=self.clock.now(),
                 limit=BATCH,
             )
             self.totals.removed[kind] += len(keys)
             if keys and kind is not RetentionKind.EVENTS:
                 await self._move(kind, keys)
-                await self._empty()
+                await self._empty(kind)
             if len(keys) < BATCH:
                 return
             await self._rest(begun)
@@ -176,7 +199,7 @@ class RetentionSweep:
                 lambda: self.storage.write_own(
                     retention.remove_receipts,
                     owner=self.owner,
-                    created_before=self._before(receipts),
+                    created_before=self.before(receipts),
                     limit=BATCH,
                 ),
             )
@@ -186,13 +209,13 @@ class RetentionSweep:
                 lambda: self.storage.write_own(
                     retention.remove_reports,
                     owner=self.owner,
-                    started_before=self._before(reports),
+                    started_before=self.before(reports),
                     limit=BATCH,
                 ),
             )
 
     async def _remove_rows(self, kind: RetentionKind, remove: Callable[[], Awaitable[int]]) -> None:
-        while not self._loop.is_stopping:
+        while not self._must_end:
             begun = monotonic()
             removed = await remove()
             self.totals.removed[kind] += removed
@@ -202,7 +225,7 @@ class RetentionSweep:
 
     async def _give_back_pages(self) -> None:
         free = await self.storage.read(retention.free_pages)
-        while free > PAGES and not self._loop.is_stopping:
+        while free > PAGES and not self._must_end:
             begun = monotonic()
             left = await self.storage.write_own(
                 retention.give_back_pages, owner=self.owner, pages=PAGES
@@ -213,7 +236,8 @@ class RetentionSweep:
             free = left
             await self._rest(begun)
 
-    def _before(self, age: float) -> datetime:
+    def before(self, age: float) -> datetime:
+        """Return the time before which something has reached an age."""
         return self.clock.now() - timedelta(seconds=age)
 
     async def _rest(self, begun: float) -> None:
@@ -238,11 +262,12 @@ class RetentionSweep:
         self._report(problems)
         return moved
 
-    async def _empty(self) -> None:
+    async def _empty(self, kind: RetentionKind) -> None:
         emptied = await daemon_threads.run(
-            lambda: self.files.empty(should_stop=lambda: self._loop.is_stopping)
+            lambda: self.files.empty(should_stop=lambda: self._must_end)
         )
-        self.totals.bytes_freed += emptied.size
+        if emptied.size:
+            self.totals.bytes_freed[kind] += emptied.size
         self._report({f".removed/{name}": why for name, why in emptied.problems.items()})
 
     def _report(self, problems: dict[str, str]) -> None:
@@ -259,7 +284,7 @@ class RetentionSweep:
         """
         keys = await daemon_threads.run(self.files.run_keys)
         for start in range(0, len(keys), BATCH):
-            if self._loop.is_stopping:
+            if self._must_end:
                 return
             begun, some = monotonic(), keys[start : start + BATCH]
             stored = await self.storage.read(retention.stored_runs, self.owner, some)
@@ -272,7 +297,7 @@ class RetentionSweep:
             await self._rest(begun)
 
     async def _remove_unknown(self, keys: list[int]) -> None:
-        before = self._before(max(UNKNOWN_LEAST_S, self.policy.ended_runs or 0.0)).timestamp()
+        before = self.before(max(UNKNOWN_LEAST_S, self.policy.ended_runs or 0.0)).timestamp()
 
         def old() -> list[int]:
             found = []

@@ -9,6 +9,7 @@ from runrecovery.v1 import recovery_pb2, recovery_service_pb2, run_pb2
 from runrecovery_service.domain.explanation import RecordedDecision, explain_facts, explain_rule
 from runrecovery_service.domain.plan import PlannedDecision, RecoveryPlan
 from runrecovery_service.domain.reconciliation import Containment, DecisionCount, Reconciliation
+from runrecovery_service.domain.retention import PruneResult
 from runrecovery_service.domain.run import RecoveryInfo
 from runrecovery_service.domain.usage import Usage
 from runrecovery_service.rpc.enums import (
@@ -203,3 +204,12 @@ def fill_status(
         write_time(left.launched_at, launch.launched_at)
     for one in used:
         fill_usage(to.engine_usage.add(engine=one.engine, turns=one.turns).usage, one.usage)
+
+
+def fill_pruned(to: recovery_service_pb2.PruneResponse, pruned: PruneResult) -> None:
+    """Fill a message with what was removed, or would be."""
+    for kind, count in pruned.counts.items():
+        to.kinds.add(kind=kind.value, count=count, file_bytes=pruned.sizes.get(kind, 0))
+    if pruned.oldest_kept is not None:
+        write_time(to.oldest_kept_at, pruned.oldest_kept)
+    to.done = pruned.done

@@ -6,14 +6,16 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
+import structlog
 from runrecovery.v1 import recovery_service_pb2 as pb
 
 from runrecovery_service import daemon_threads
 from runrecovery_service.domain.caller import Role
 from runrecovery_service.domain.plan import PlannedDecision, RecoveryPlan
 from runrecovery_service.domain.reconciliation import RecoveredFilter
+from runrecovery_service.domain.retention import PruneResult, RetentionKind
 from runrecovery_service.domain.run import Page
 from runrecovery_service.recovery.plan import Planner
 from runrecovery_service.recovery.status import RecoveryStatus
@@ -25,7 +27,7 @@ from runrecovery_service.rpc import (
     times,
     validation,
 )
-from runrecovery_service.rpc.callers import CALLER
+from runrecovery_service.rpc.callers import CALLER, caller_name
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.visibility import demand_visible, visible_engines
 from runrecovery_service.rpc.watch_streams import RecoveredWatcher
@@ -33,18 +35,32 @@ from runrecovery_service.storage import decisions, launch_records, reports, usag
 from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.instances import Owner
 
+log = structlog.get_logger()
+
+
+class Prune(Protocol):
+    """Removes what has reached its age; with `dry_run` it only says what that is."""
+
+    async def __call__(self, *, dry_run: bool) -> PruneResult: ...
+
+
 MAX_UNENDED_LAUNCHES: Final = 100
 MAX_EXPLANATIONS: Final = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecoveryDeps:
-    """The dependencies of RecoveryService."""
+    """The dependencies of RecoveryService.
+
+    Attributes:
+        prune: removes what has reached its age; None: nothing has an age.
+    """
 
     storage: Storage
     owner: Owner
     status: RecoveryStatus
     planner: Planner
+    prune: Prune | None = None
 
 
 class RecoveryService:
@@ -55,6 +71,7 @@ class RecoveryService:
         self._owner = deps.owner
         self._status = deps.status
         self._planner = deps.planner
+        self._prune = deps.prune
         self._planning = asyncio.Lock()
         self._gate = gate
         self._watcher = RecoveredWatcher(deps.storage, gate)
@@ -208,6 +225,18 @@ class RecoveryService:
         report = await self._storage.read_row(reports.get_report, wanted.lower())
         response = pb.GetReconciliationResponse()
         recovery_messages.fill_reconciliation(response.reconciliation, report)
+        return response
+
+    async def prune(self, request: pb.PruneRequest) -> pb.PruneResponse:
+        """Remove what has reached its age, or say what that is."""
+        response = pb.PruneResponse(done=True)
+        if self._prune is None:
+            return response
+        pruned = await self._prune(dry_run=request.dry_run)
+        recovery_messages.fill_pruned(response, pruned)
+        if caller_name() is not None and not request.dry_run:
+            runs = pruned.counts.get(RetentionKind.RUNS, 0)
+            log.info("audit.pruned", caller=caller_name(), runs=runs)
         return response
 
 

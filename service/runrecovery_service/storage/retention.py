@@ -17,7 +17,7 @@ from runrecovery_service.storage import instances
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.reports import own_reports
-from runrecovery_service.storage.rows import json_object, to_us
+from runrecovery_service.storage.rows import from_us, json_object, to_us
 from runrecovery_service.storage.sql_dialects import DatabaseKind
 from runrecovery_service.storage.tables import sql_words
 
@@ -111,6 +111,44 @@ def removable_runs(
     return [EndedRun(key=key, position=RunPosition(ended_us, key)) for key, ended_us in rows]
 
 
+def removable_parts(
+    db: Database,
+    owner: Owner,
+    kind: RetentionKind,
+    *,
+    after: RunPosition,
+    ended_before: datetime,
+    now: datetime,
+    limit: int,
+) -> list[EndedRun]:
+    """Return the oldest ended runs after a position of which a part can be removed."""
+    rows = db.fetch_all(
+        f"SELECT r.id, r.ended_at FROM run r WHERE {_own(db)} AND r.ended_at IS NOT NULL"
+        f" AND r.{MARKS[kind]} IS NULL AND (r.ended_at, r.id) > (?, ?) AND r.ended_at <= ?"
+        f" AND {_SETTLED} ORDER BY r.ended_at, r.id LIMIT ?",
+        (
+            owner.instance,
+            after.ended_us,
+            after.key,
+            to_us(ended_before),
+            *_settled_before(now),
+            limit,
+        ),
+    )
+    return [EndedRun(key=key, position=RunPosition(ended_us, key)) for key, ended_us in rows]
+
+
+def oldest_kept(db: Database, owner: Owner, *, upto: RunPosition, now: datetime) -> datetime | None:
+    """Return when the oldest ended run ended that stays when runs up to a position are removed."""
+    row = db.fetch_one(
+        f"SELECT r.ended_at FROM run r WHERE {_own(db)} AND r.ended_at IS NOT NULL"
+        f" AND NOT ((r.ended_at, r.id) <= (?, ?) AND {_SETTLED} AND {_NOT_NEWEST})"
+        " ORDER BY r.ended_at, r.id LIMIT 1",
+        (owner.instance, upto.ended_us, upto.key, *_settled_before(now)),
+    )
+    return None if row is None else from_us(row[0])
+
+
 def remove_runs(db: Database, keys: Sequence[int], *, owner: Owner, now: datetime) -> int:
     """Remove every row of runs whose files are gone, and return how many runs were removed.
 
@@ -171,6 +209,14 @@ def is_output_removed(db: Database, run: Run) -> bool:
     return row is None or row[0] is not None
 
 
+def count_receipts(db: Database, *, created_before: datetime) -> int:
+    """Return how many receipts are older."""
+    row = db.fetch_one(
+        "SELECT count(*) FROM request_receipt WHERE created_at <= ?", (to_us(created_before),)
+    )
+    return 0 if row is None else int(row[0])
+
+
 def remove_receipts(db: Database, *, owner: Owner, created_before: datetime, limit: int) -> int:
     """Remove the oldest receipts, at most `limit`, and return their number."""
     with db.transaction():
@@ -183,23 +229,39 @@ def remove_receipts(db: Database, *, owner: Owner, created_before: datetime, lim
     return removed
 
 
-def remove_reports(db: Database, *, owner: Owner, started_before: datetime, limit: int) -> int:
-    """Remove the oldest reports that nothing names, at most `limit`, and return their number.
+def _unnamed_reports(db: Database) -> str:
+    """Return a query for old reports that nothing names. Parameters: the time, the instance.
 
-    The newest report of each instance stays, and the newest one with decisions: a reader of the
-    decisions that has read all of them holds its cursor.
+    The newest report of each instance is not among them, nor the newest one with decisions: a
+    reader of the decisions that has read all of them holds its cursor.
     """
+    return (
+        f"SELECT c.id FROM reconciliation c WHERE c.started_at <= ? AND c.state <> 'RUNNING'"
+        f" AND {own_reports(db.dialect)}"
+        " AND c.id NOT IN (SELECT max(id) FROM reconciliation GROUP BY instance)"
+        " AND c.id <> (SELECT COALESCE(max(id), 0) FROM reconciliation WHERE decisions <> '{}')"
+        " AND NOT EXISTS (SELECT 1 FROM recovery_event e WHERE e.reconciliation = c.id)"
+        " AND NOT EXISTS (SELECT 1 FROM process_lease l WHERE l.ended_by = c.id)"
+        " AND NOT EXISTS (SELECT 1 FROM quarantine q WHERE q.reconciliation = c.id)"
+    )
+
+
+def count_reports(db: Database, owner: Owner, *, started_before: datetime) -> int:
+    """Return how many reports can be removed."""
+    row = db.fetch_one(
+        f"SELECT count(*) FROM ({_unnamed_reports(db)}) AS unnamed",
+        (to_us(started_before), owner.instance),
+    )
+    return 0 if row is None else int(row[0])
+
+
+def remove_reports(db: Database, *, owner: Owner, started_before: datetime, limit: int) -> int:
+    """Remove the oldest reports that nothing names, at most `limit`, and return their number."""
     with db.transaction():
         instances.demand_current(db, owner)
         removed: int = db.execute(
-            "DELETE FROM reconciliation WHERE id IN (SELECT c.id FROM reconciliation c"
-            f" WHERE c.started_at <= ? AND c.state <> 'RUNNING' AND {own_reports(db.dialect)}"
-            " AND c.id NOT IN (SELECT max(id) FROM reconciliation GROUP BY instance)"
-            " AND c.id <> (SELECT COALESCE(max(id), 0) FROM reconciliation WHERE decisions <> '{}')"
-            " AND NOT EXISTS (SELECT 1 FROM recovery_event e WHERE e.reconciliation = c.id)"
-            " AND NOT EXISTS (SELECT 1 FROM process_lease l WHERE l.ended_by = c.id)"
-            " AND NOT EXISTS (SELECT 1 FROM quarantine q WHERE q.reconciliation = c.id)"
-            " ORDER BY c.id LIMIT ?)",
+            "DELETE FROM reconciliation WHERE id IN"
+            f" ({_unnamed_reports(db)} ORDER BY c.id LIMIT ?)",
             (to_us(started_before), owner.instance, limit),
         ).rowcount
     return removed
