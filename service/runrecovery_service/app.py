@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import replace
@@ -79,9 +79,12 @@ from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.launch_records import LaunchSite
 from runrecovery_service.storage.opening import open_database
 from runrecovery_service.systemd import SystemdNotifier
+from runrecovery_service.webhook_setup import build_endpoints
+from runrecovery_service.webhooks.webhooks import Webhooks
 
 if TYPE_CHECKING:
     from runrecovery_service.retention.sweep import RetentionSweep
+    from runrecovery_service.webhooks.endpoint import Endpoint
 
 log = structlog.get_logger()
 
@@ -102,6 +105,7 @@ def serve(settings: Settings, load: Callable[[], Settings]) -> None:
     open_files.apply()
     # Before anything is claimed: a name server that does not answer takes long.
     entrance = Entrance.make(settings, open_files)
+    endpoints = build_endpoints(settings)
     with ServiceLocks.acquire(settings) as locks, SteadyThreadPool(1, "probe") as prober:
         early_signals.hold()
         # Before the store is migrated and an epoch is claimed: a start that no client could reach
@@ -114,7 +118,7 @@ def serve(settings: Settings, load: Callable[[], Settings]) -> None:
         db = open_database(settings.database, locks.data_dir, locks=locks.locks)
         try:
             with store_kept(db), asyncio.Runner(loop_factory=new_event_loop) as runner:
-                runner.run(_run(settings, load, locks, db, probe, open_files, entrance))
+                runner.run(_run(settings, load, locks, db, probe, open_files, entrance, endpoints))
         finally:
             db.close()
 
@@ -127,8 +131,10 @@ async def _run(
     probe: Future[Containment],
     open_files: OpenFiles,
     entrance: Entrance,
+    endpoints: Sequence[Endpoint],
 ) -> None:
-    await _App(settings, locks, db, probe, open_files).service(entrance, load).run()
+    app = _App(settings, locks, db, probe, open_files, endpoints)
+    await app.service(entrance, load).run()
 
 
 class _App:
@@ -144,6 +150,7 @@ class _App:
         db: Database,
         probe: Future[Containment],
         open_files: OpenFiles,
+        endpoints: Sequence[Endpoint],
     ) -> None:
         """Claim the next epoch, and build what the larger parts have in common.
 
@@ -153,6 +160,7 @@ class _App:
         """
         self.settings, self.locks, self.db = settings, locks, db
         self.open_files = open_files
+        db.webhooks = tuple(endpoint.filter for endpoint in endpoints)
         self.stop, self.clock = StopSignal(), Clock()
         self.status = RecoveryStatus(probe)
         self.gate = Gate(retry_after_s=settings.retry_hint_s)
@@ -190,6 +198,14 @@ class _App:
         self.sessions = BulkSessionCheck(
             checks=session_checks(self.catalog), workspace=self.workspaces.workspace
         )
+        self.webhooks = Webhooks(
+            db=db,
+            storage=self.storage,
+            owner=self.owner,
+            clock=self.clock,
+            stop_signal=self.stop,
+            endpoints=endpoints,
+        )
 
     def service(self, entrance: Entrance, load: Callable[[], Settings]) -> Service:
         """Return the service."""
@@ -217,6 +233,7 @@ class _App:
                     sessions=self.sessions,
                     dispatcher=dispatcher,
                     retention=work.retention,
+                    webhooks=self.webhooks,
                 ),
                 systemd=systemd,
             ),
@@ -391,6 +408,7 @@ class _App:
             ),
             trust_sweep=TrustSweep(keeper=self.trust, threads=self.threads, stop_signal=self.stop),
             threads=self.threads,
+            webhooks=self.webhooks,
         )
 
     def _disk_floor(self, dispatcher: Dispatcher) -> DiskFloor | None:

@@ -12,7 +12,7 @@ from runrecovery_service.config.settings import Settings
 from runrecovery_service.domain.start_errors import ContainmentRefused
 from runrecovery_service.locks import ServiceLocks
 from runrecovery_service.process.host import Host
-from runrecovery_service.storage import instances
+from runrecovery_service.storage import instances, webhook_outbox
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import InstanceStart, Owner
 from runrecovery_service.storage.refusals import refusing
@@ -56,6 +56,7 @@ def claim_epoch(db: Database, start: InstanceStart, clock: Clock, ttl_s: float) 
     """
     with refusing(db.name):
         owner = retry_conflicts(lambda: instances.claim(db, start, now=clock.now(), ttl_s=ttl_s))
+        webhook_outbox.forget_removed(db, owner.instance, [each.name for each in db.webhooks])
     if db.dialect.kind is DatabaseKind.SQLITE:
         db.watch_files()  # the connection of this thread stays open, which keeps the log
     else:

@@ -48,6 +48,7 @@ from runrecovery_service.storage import backup
 from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.database import Database
 from runrecovery_service.systemd import SystemdNotifier
+from runrecovery_service.webhooks.webhooks import Webhooks
 
 if TYPE_CHECKING:
     from runrecovery_service.retention.sweep import RetentionSweep
@@ -249,13 +250,15 @@ class BackgroundWork:
     retention: RetentionSweep | None
     disk_floor: DiskFloor | None
     threads: SteadyThreadPool
+    webhooks: Webhooks
 
     def start(self, *, safe_mode: bool) -> None:
-        """Start the sweeps; outside safe mode also all that launches runs, ends or removes them."""
+        """Start sweeps and webhooks; outside safe mode also all that changes or removes runs."""
         self.straggler_sweep.start()
         self.trust_sweep.start()
         if self.disk_floor is not None:
             self.disk_floor.start()
+        self.webhooks.start()
         if not safe_mode:
             self.dispatcher.start()
             self.deadlines.start()
@@ -368,6 +371,7 @@ class Service:
             # Without a time limit: there may be many runs. But the store has to answer.
             await self._step("runs", self._decide_on_runs(), grace_s=math.inf)
         await self._step("processes", work.dispatcher.stop(), grace_s=grace_s * 2)
+        await self._step("webhooks", work.webhooks.stop())  # after the last end of a run
         await self.ownership.stop_tasks()
         await self._step("threads", asyncio.to_thread(work.threads.shutdown))
         if not isinstance(self.stop.failure, Fenced | LeaseLost | StoreLost):

@@ -22,7 +22,7 @@ def plan_open_files(settings: Settings) -> OpenFiles:
     # Each call and each stream may use a connection of its own.
     wanted = settings.max_concurrent_calls + settings.max_concurrent_streams
     try:
-        return OpenFiles.plan(runs=runs, connections=wanted)
+        return OpenFiles.plan(runs=runs, connections=wanted, webhooks=len(settings.webhooks))
     except TooFewOpenFiles as error:
         raise OpenFilesRefused(error.limit, error.needed, runs) from error
 

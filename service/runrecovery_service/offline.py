@@ -27,6 +27,7 @@ from runrecovery_service.storage.migrate import applied_migrations
 from runrecovery_service.storage.opening import open_database, postgresql_problems
 from runrecovery_service.storage.refusals import refusing
 from runrecovery_service.storage.sqlite_file import install_marker
+from runrecovery_service.webhook_setup import webhook_problems
 
 
 def migrate(settings: Settings) -> list[str]:
@@ -81,6 +82,7 @@ def check(settings: Settings) -> list[str]:
     problems += _containment_problems(settings)
     problems += _open_files_problems(settings)
     problems += access_problems(settings)
+    problems += webhook_problems(settings)
     problems += _store_problems(settings)
     return problems
 

@@ -16,6 +16,8 @@ from runrecovery_service.entrance import Entrance
 from runrecovery_service.execution.dispatcher import Dispatcher
 from runrecovery_service.recovery.bulk_session_check import BulkSessionCheck
 from runrecovery_service.reload import Apply, ReloadablePart
+from runrecovery_service.webhook_setup import prepare_webhooks
+from runrecovery_service.webhooks.webhooks import Webhooks
 
 if TYPE_CHECKING:
     from runrecovery_service.domain.retention import RetentionPolicy
@@ -29,6 +31,7 @@ def reloadable_parts(
     sessions: BulkSessionCheck,
     dispatcher: Dispatcher,
     retention: RetentionSweep | None,
+    webhooks: Webhooks,
 ) -> tuple[ReloadablePart, ...]:
     """Return one part for each key of `config.reloading.RELOADABLE`."""
     return (
@@ -36,6 +39,7 @@ def reloadable_parts(
         ReloadablePart(key="callers", prepare=entrance.prepare_callers, has_files=True),
         ReloadablePart(key="tls", prepare=entrance.prepare_tls),
         ReloadablePart(key="retention", prepare=partial(_prepare_retention, retention)),
+        ReloadablePart(key="webhooks", prepare=partial(prepare_webhooks, webhooks), has_files=True),
         ReloadablePart(key="log_level", prepare=lambda new: partial(logs.set_level, new.log_level)),
     )
 

@@ -79,7 +79,7 @@ def test_a_change_that_contradicts_what_needs_a_restart_is_refused(load: Load) -
 
 
 def test_these_keys_are_reloadable() -> None:
-    assert {"log_level", "tls", "callers", "retention", "engines"} == RELOADABLE
+    assert {"log_level", "tls", "callers", "retention", "engines", "webhooks"} == RELOADABLE
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from runrecovery_service.config.settings import (
     RetentionSettings,
     Settings,
     TlsSettings,
+    WebhookSettings,
 )
 from runrecovery_service.domain.recovery_matrix import MATRIX, QUARANTINE_RULE
 from runrecovery_service.domain.run import ErrorCode
@@ -87,7 +88,12 @@ def _shown(default: object) -> str:
 
 @pytest.mark.parametrize(
     ("heading", "kind"),
-    [("TLS", TlsSettings), ("Callers", CallerSettings), ("Retention", RetentionSettings)],
+    [
+        ("TLS", TlsSettings),
+        ("Callers", CallerSettings),
+        ("Retention", RetentionSettings),
+        ("Webhooks", WebhookSettings),
+    ],
 )
 def test_every_key_of_a_table_is_documented_with_its_default(heading: str, kind: type) -> None:
     told = _rows(_section(_page("docs/configuration.md"), f"## {heading}"))

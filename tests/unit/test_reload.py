@@ -54,7 +54,7 @@ async def test_all_parts_are_replaced_and_the_log_names_them() -> None:
     with capture_logs() as logged:
         assert await reloader.reload()
 
-    assert parts.applied == ["callers", "engines", "log_level", "retention", "tls"]
+    assert parts.applied == ["callers", "engines", "log_level", "retention", "tls", "webhooks"]
     assert reloader.settings == DEBUG
     assert logged == [
         {
@@ -161,7 +161,12 @@ def test_the_sweep_of_old_rows_gets_the_new_ages() -> None:
     sweep: Any = SimpleNamespace(policy=RetentionPolicy(outputs=1.0))
     other: Any = SimpleNamespace(prepare_callers=None, prepare_tls=None)
     parts = reloadable_parts(
-        entrance=other, catalog=other, sessions=other, dispatcher=other, retention=sweep
+        entrance=other,
+        catalog=other,
+        sessions=other,
+        dispatcher=other,
+        retention=sweep,
+        webhooks=other,
     )
     (part,) = (part for part in parts if part.key == "retention")
 

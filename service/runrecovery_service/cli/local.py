@@ -37,6 +37,7 @@ from runrecovery_service.domain.start_errors import (
     StoreLost,
     ThreadsRefused,
     TlsRefused,
+    WebhooksRefused,
 )
 
 START_EXIT_CODES: Final[Mapping[type, ExitCode]] = {
@@ -52,6 +53,7 @@ START_EXIT_CODES: Final[Mapping[type, ExitCode]] = {
     CgroupRefused: ExitCode.USAGE,
     TlsRefused: ExitCode.USAGE,
     CallersRefused: ExitCode.USAGE,
+    WebhooksRefused: ExitCode.USAGE,
     ContainmentRefused: ExitCode.CONTAINMENT,
     Fenced: ExitCode.FENCED,
     ClaimLost: ExitCode.FENCED,

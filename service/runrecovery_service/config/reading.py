@@ -8,7 +8,7 @@ from __future__ import annotations
 import codecs
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
 from functools import cache
@@ -27,12 +27,15 @@ from runrecovery_service.config.settings import (
     RoleName,
     Settings,
     TlsSettings,
+    WebhookSettings,
 )
 from runrecovery_service.config.values import InvalidValue, Reader
+from runrecovery_service.config.webhooks import webhook_contradictions, webhooks_together
 from runrecovery_service.domain.run import Profile, RestartPolicy
 from runrecovery_service.engines.presets import PRESETS, Preset
 
-T = TypeVar("T", EngineSettings, TlsSettings, CallerSettings, RetentionSettings)
+T = TypeVar("T", EngineSettings, TlsSettings, CallerSettings, RetentionSettings, WebhookSettings)
+S = TypeVar("S")
 
 FILE_NAME: Final = "runrecovery.toml"
 ENVIRONMENT_PREFIX: Final = "RUNRECOVERY_"
@@ -200,10 +203,17 @@ def contradictions(settings: Settings, places: Mapping[str, str]) -> Iterator[st
             f" is no {' and no '.join(missing)}; add what is missing, listen on 127.0.0.1, or set"
             " insecure_listen = true"
         )
+    named: dict[str, Sequence[CallerSettings | WebhookSettings]] = {
+        "callers": settings.callers,
+        "webhooks": settings.webhooks,
+    }
+    for key, tables in named.items():
+        for index, table in enumerate(tables):
+            for name in set(table.engines or ()) - settings.engines.keys():
+                place = f"{places.get(key, key)}[{index}].engines"
+                yield f"{place}: no engine {values.quote(name)} is configured"
     for index, caller in enumerate(settings.callers):
         place = f"{places.get('callers', 'callers')}[{index}]"
-        for name in set(caller.engines or ()) - settings.engines.keys():
-            yield f"{place}.engines: no engine {values.quote(name)} is configured"
         has_certificates = settings.tls and settings.tls.client_auth is ClientAuth.REQUIRE
         if caller.certificate_name is not None and not has_certificates:
             yield f'{place}.certificate_name: needs tls.client_auth = "require"'
@@ -253,19 +263,33 @@ def _retention(value: object) -> RetentionSettings:
 
 
 def _callers(value: object) -> tuple[CallerSettings, ...]:
+    return _tables(value, "callers", _caller, _repeated)
+
+
+def _tables(
+    value: object,
+    key: str,
+    read: Callable[[object], S],
+    check: Callable[[Sequence[S]], Iterable[InvalidValue]],
+) -> tuple[S, ...]:
+    """Return what a list of tables means.
+
+    Args:
+        check: yields the problems of the valid tables together.
+    """
     if not isinstance(value, list):
-        raise InvalidValue("must be a list of tables, each under [[callers]]")
-    callers: list[CallerSettings] = []
+        raise InvalidValue(f"must be a list of tables, each under [[{key}]]")
+    found: list[S] = []
     problems: list[InvalidValue] = []
     for index, table in enumerate(value):
         try:
-            callers.append(_caller(table))
+            found.append(read(table))
         except (ValueError, ExceptionGroup) as error:
             problems += _problems_at(f"[{index}]", error)
-    problems += _repeated(callers)
+    problems += check(found)
     if problems:
-        raise ExceptionGroup("callers", problems)
-    return tuple(callers)
+        raise ExceptionGroup(key, problems)
+    return tuple(found)
 
 
 def _caller(value: object) -> CallerSettings:
@@ -292,6 +316,18 @@ def _repeated(callers: Sequence[CallerSettings]) -> Iterator[InvalidValue]:
     for key, found in own.items():
         for _ in {value for value in found if value is not None and found.count(value) > 1}:
             yield InvalidValue(f"two callers have the same {key}")
+
+
+def _webhooks(value: object) -> tuple[WebhookSettings, ...]:
+    return _tables(value, "webhooks", _webhook, webhooks_together)
+
+
+def _webhook(value: object) -> WebhookSettings:
+    settings = _structure(WebhookSettings, _table(value))
+    problems = list(webhook_contradictions(settings))
+    if problems:
+        raise ExceptionGroup("webhook", problems)
+    return settings
 
 
 def _engine(value: object) -> EngineSettings:
@@ -356,6 +392,7 @@ _TABLES: Final[Mapping[str, Reader[object]]] = {
     "callers": _callers,
     "retention": _retention,
     "engines": _engines,
+    "webhooks": _webhooks,
 }
 """The readers of the keys of `Settings` with tables of their own."""
 

@@ -8,7 +8,7 @@ from typing import Final
 from runrecovery_service.config.reading import ConfigError, contradictions
 from runrecovery_service.config.settings import Settings, TlsSettings
 
-RELOADABLE: Final = frozenset({"log_level", "tls", "callers", "retention", "engines"})
+RELOADABLE: Final = frozenset({"log_level", "tls", "callers", "retention", "engines", "webhooks"})
 """The keys that a reload takes over. All others need a restart."""
 NEVER_EMPTIED: Final = frozenset({"callers", "engines"})
 """A reload does not remove the last caller or engine: a file without any is mostly half written."""

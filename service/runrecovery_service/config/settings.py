@@ -14,6 +14,7 @@ from runrecovery_service.domain.lease import LEASE_TTL_S
 from runrecovery_service.domain.run import Profile, RestartPolicy
 from runrecovery_service.domain.session_check import UnknownSession
 from runrecovery_service.domain.usage import MAX_BUDGET_TOKENS, MAX_BUDGET_USD
+from runrecovery_service.domain.webhook import WebhookEvent
 from runrecovery_service.engines.presets import Preset
 
 DEFAULT_ENV_ALLOW: Final = ("PATH", "HOME", "LANG", "LC_ALL", "TZ")
@@ -210,6 +211,37 @@ class RetentionSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WebhookSettings:
+    """One `[[webhooks]]` table: an address that gets events of runs.
+
+    Attributes:
+        name: in the log and in `runrecovery webhooks`. Deliveries that are due belong to this name.
+        url: gets a POST for each event. `http://` goes to private addresses only.
+        secret_file: a file with the secret on a line of its own, or with at most two secrets:
+            `whsec_…`, as Standard Webhooks defines it.
+        events: `"WAITING_USER"`, `"ENDED"`, `"RECOVERED"`.
+        engines: the engines whose runs count. Without this key all.
+        allow_private: addresses and networks that are not public and may be called; true: all.
+        insecure_http: plain HTTP may go to public addresses.
+        ca_file: certificates in PEM that sign the certificate of the host. Without this key those
+            of the system.
+        timeout_s: the time of one try.
+        give_up_s: the age of an event after which a failed delivery is given up.
+    """
+
+    name: Annotated[str, values.name]
+    url: Annotated[str, values.webhook_url] = field(repr=False)
+    secret_file: Annotated[Path, values.path]
+    events: Annotated[tuple[WebhookEvent, ...], values.words_of(WebhookEvent)] = tuple(WebhookEvent)
+    engines: Annotated[tuple[str, ...] | None, values.names] = None
+    allow_private: Annotated[tuple[values.Network, ...], values.networks] = ()
+    insecure_http: Annotated[bool, values.boolean] = False
+    ca_file: Annotated[Path | None, values.path] = None
+    timeout_s: Annotated[float, values.seconds(0.1, 300)] = 15.0
+    give_up_s: Annotated[float, values.seconds(60, 30 * _DAY_S)] = 3 * _DAY_S
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """The whole configuration. Relative paths start from the working directory.
 
@@ -263,6 +295,7 @@ class Settings:
         callers: who may call, and what. Without any, whoever connects may do everything.
         retention: how long ended runs and their files are kept. Without it for ever.
         engines: the engines that runs may use, by name.
+        webhooks: addresses that get events of runs.
     """
 
     listen: Annotated[str, values.listen] = defaults.LISTEN
@@ -307,6 +340,7 @@ class Settings:
     callers: tuple[CallerSettings, ...] = ()
     retention: RetentionSettings | None = None
     engines: Mapping[str, EngineSettings] = field(default_factory=dict)
+    webhooks: tuple[WebhookSettings, ...] = ()
 
     @property
     def capacity(self) -> int:
@@ -314,7 +348,7 @@ class Settings:
         return self.max_concurrent or machine_capacity()
 
 
-TABLES: Final = frozenset({"tls", "callers", "retention", "engines"})
+TABLES: Final = frozenset({"tls", "callers", "retention", "engines", "webhooks"})
 """The keys with tables of their own, which only a file can hold."""
 SCALARS: Final = tuple(key.name for key in fields(Settings) if key.name not in TABLES)
 """The keys that a flag or an environment variable may set."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from enum import StrEnum
-from ipaddress import ip_address
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Final, TypeAlias, TypeVar
+from urllib.parse import urlsplit
 
 from runrecovery_service.domain.caller import NO_TOKEN_DIGEST
 from runrecovery_service.engines.presets import Preset
@@ -23,6 +24,13 @@ MAX_TOKENS: Final = 2
 _AGE: Final = re.compile(r"([0-9]{1,9}) ?([dhms])")
 _AGE_UNITS: Final = {"d": 86_400, "h": 3_600, "m": 60, "s": 1}
 _UNITS: Final = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
+
+_HOST: Final = re.compile(
+    r"[a-z0-9_]([a-z0-9_-]{0,62})(\.[a-z0-9_][a-z0-9_-]{0,62})*", re.IGNORECASE
+)
+_URL: Final = re.compile(r"[!-~]{1,2048}")
+Network: TypeAlias = IPv4Network | IPv6Network
+EVERYWHERE: Final[tuple[Network, ...]] = (IPv4Network("0.0.0.0/0"), IPv6Network("::/0"))
 
 T = TypeVar("T")
 E = TypeVar("E", bound=StrEnum)
@@ -308,3 +316,55 @@ def trust(value: object) -> str | None:
         words = ", ".join(f'"{preset}"' for preset in Preset)
         raise InvalidValue(f'must be {words} or "none", not {quote(value)}')
     return value
+
+
+def words_of(kind: type[E]) -> Reader[tuple[E, ...]]:
+    def read(value: object) -> tuple[E, ...]:
+        found = strings(value)
+        if not found:
+            raise InvalidValue("must not be empty")
+        for index, word in enumerate(found):
+            if word not in set(kind):
+                known = ", ".join(f'"{member}"' for member in kind)
+                raise InvalidValue(f"must be one of {known}, not {quote(word)}", below=f"[{index}]")
+        return tuple(map(kind, dict.fromkeys(found)))
+
+    return read
+
+
+def webhook_url(value: object) -> str:
+    # No message quotes the value: path and query of a webhook may be secret.
+    url = filled(value)
+    if not _URL.fullmatch(url):
+        raise InvalidValue("must be a URL of at most 2048 visible ASCII characters")
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        raise InvalidValue("must be a URL with a valid host and port") from None
+    if parts.scheme not in {"https", "http"}:
+        raise InvalidValue("must begin with https:// or http://")
+    if parts.username is not None or parts.password is not None:
+        raise InvalidValue("must not hold a user or a password; deliveries are signed")
+    if parts.fragment:
+        raise InvalidValue("must not have a fragment (#…)")
+    if port == 0 or not (":" in (parts.hostname or "") or _HOST.fullmatch(parts.hostname or "")):
+        raise InvalidValue("must name a host, in ASCII, and a port above 0 if it names one")
+    return url
+
+
+def networks(value: object) -> tuple[Network, ...]:
+    if isinstance(value, bool):
+        return EVERYWHERE if value else ()
+    if isinstance(value, str):
+        raise InvalidValue("must be true, false, or a list of addresses and networks")
+    found: list[Network] = []
+    for index, each in enumerate(strings(value)):
+        try:
+            found.append(ip_network(each))
+        except ValueError:
+            raise InvalidValue(
+                f'must be an address, or a network like "10.0.0.0/8", not {quote(each)}',
+                below=f"[{index}]",
+            ) from None
+    return tuple(found)

@@ -5,7 +5,7 @@ StartRefused
 ├── DatabaseRefused: StoreLost, DatabaseOutOfReach
 ├── BackupRefused, DataDirRefused
 ├── ThreadsRefused, OpenFilesRefused, CgroupRefused, ContainmentRefused
-├── TlsRefused, CallersRefused
+├── TlsRefused, CallersRefused, WebhooksRefused
 └── RecoveryGaveUp, RecoveryInterrupted
 """
 
@@ -158,6 +158,16 @@ class TlsRefused(StartRefused):
 @dataclass(eq=False)
 class CallersRefused(StartRefused):
     """The tokens of the configured callers cannot be used. The text quotes no token."""
+
+    problems: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "; ".join(self.problems)
+
+
+@dataclass(eq=False)
+class WebhooksRefused(StartRefused):
+    """The configured webhooks cannot be used. No text has a secret."""
 
     problems: tuple[str, ...]
 

@@ -16,6 +16,8 @@ STORE: Final = 64
 """Up to eleven threads with one connection each. SQLite opens three files per connection."""
 PER_RUN: Final = 20
 """Five pipes while the agent lives, ten more during its launch, four for its output files."""
+PER_WEBHOOK: Final = 10
+"""Eight connections, and two names that are looked up."""
 LEAST_CONNECTIONS: Final = 32
 
 
@@ -48,20 +50,21 @@ class OpenFiles:
     agents_soft: int
 
     @classmethod
-    def plan(cls, *, runs: int, connections: int) -> OpenFiles:
+    def plan(cls, *, runs: int, connections: int, webhooks: int = 0) -> OpenFiles:
         """Return how to divide the limit of this process.
 
         Args:
             runs: the highest number of runs at one time.
             connections: the wanted number of client connections.
+            webhooks: the number of configured webhooks.
 
         Raises:
             TooFewOpenFiles: the limit is too low for the runs and a few connections.
         """
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = _limit_for(runs, connections)
+        wanted = (_reserved(runs, webhooks) + connections) * 4 // 3 + 1
         limit = max(soft, min(wanted, hard))
-        found = connections_within(limit, runs=runs)
+        found = connections_within(limit, runs=runs, webhooks=webhooks)
         return cls(limit=limit, connections=min(found, connections), agents_soft=soft)
 
     def apply(self) -> None:
@@ -70,22 +73,19 @@ class OpenFiles:
         resource.setrlimit(resource.RLIMIT_NOFILE, (self.limit, hard))
 
 
-def connections_within(limit: int, *, runs: int) -> int:
+def connections_within(limit: int, *, runs: int, webhooks: int = 0) -> int:
     """Return how many client connections a limit on open files leaves.
 
     Raises:
         TooFewOpenFiles: fewer than `LEAST_CONNECTIONS`.
     """
-    left = limit - _reserved(runs)
+    reserved = _reserved(runs, webhooks)
+    left = limit - reserved
     if left < LEAST_CONNECTIONS:
-        raise TooFewOpenFiles(limit, _reserved(runs) + LEAST_CONNECTIONS)
+        raise TooFewOpenFiles(limit, reserved + LEAST_CONNECTIONS)
     # A sweep may use a quarter of all descriptors: one for each process that it ends.
     return max(LEAST_CONNECTIONS, left - limit // 4)
 
 
-def _reserved(runs: int) -> int:
-    return BASE + STORE + PER_RUN * runs
-
-
-def _limit_for(runs: int, connections: int) -> int:
-    return (_reserved(runs) + connections) * 4 // 3 + 1
+def _reserved(runs: int, webhooks: int) -> int:
+    return BASE + STORE + PER_RUN * runs + PER_WEBHOOK * webhooks

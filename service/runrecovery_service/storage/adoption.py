@@ -85,6 +85,8 @@ def adopt(
         )
         for (name,) in others
     ]
+    for (name,) in others:
+        renaming.rename_deliveries(name)
     with db.transaction():
         instances.demand_current(db, owner)
         for table in ("instance", "instance_epoch"):
@@ -113,6 +115,10 @@ class _Renaming:
     def rename_launches(self, other: str) -> int:
         """Rename an instance's launches that are not CLOSED, and return their number."""
         return self._rename("process_lease", "instance", other, "state <> 'CLOSED'")
+
+    def rename_deliveries(self, other: str) -> None:
+        """Rename the deliveries of webhooks that an instance has not made."""
+        self._rename("webhook_delivery", "instance", other, "1 = 1")
 
     def _rename(self, table: str, column: str, other: str, which: str) -> int:
         found = f"SELECT id FROM {table} WHERE {column} = ? AND {which} LIMIT ?"

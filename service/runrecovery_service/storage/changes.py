@@ -89,6 +89,7 @@ class Changes:
     def __init__(self) -> None:
         self._by_run: dict[int, set[asyncio.Event]] = {}
         self._of_decisions: set[asyncio.Event] = set()
+        self._of_all_runs: set[asyncio.Event] = set()
         self._subscriptions: set[Subscription] = set()
 
     @property
@@ -112,6 +113,15 @@ class Changes:
             waiting.discard(event)
             if not waiting and self._by_run.get(run_key) is waiting:
                 del self._by_run[run_key]
+
+    @contextmanager
+    def of_all_runs(self, event: asyncio.Event) -> Iterator[None]:
+        """Set the event with every change of any run."""
+        self._of_all_runs.add(event)
+        try:
+            yield
+        finally:
+            self._of_all_runs.discard(event)
 
     @contextmanager
     def of_decisions(self, event: asyncio.Event) -> Iterator[None]:
@@ -142,6 +152,9 @@ class Changes:
         """Wake the watchers of these runs, and no subscriber."""
         for key in run_keys:
             for event in self._by_run.get(key, ()):
+                event.set()
+        if run_keys:
+            for event in self._of_all_runs:
                 event.set()
 
     def announce_decisions(self) -> None:

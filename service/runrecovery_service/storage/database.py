@@ -13,6 +13,7 @@ import peewee as pw
 
 from runrecovery_service.domain.errors import StorageUnavailable
 from runrecovery_service.domain.start_errors import StoreLost
+from runrecovery_service.domain.webhook import WebhookFilter
 from runrecovery_service.storage import commit_count, postgresql
 from runrecovery_service.storage.commit_count import CommitMarker
 from runrecovery_service.storage.driver_errors import DRIVER_ERRORS
@@ -53,6 +54,7 @@ class Database:
 
     Attributes:
         name: names the database in errors: the path of the file, or "the PostgreSQL database".
+        webhooks: the webhooks whose deliveries are recorded with the events of runs.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Database:
         self._changed_runs = _ChangedRuns()
         self._rolled_back = _RolledBack()
         self._guard: Callable[[Database], object] | None = None
+        self.webhooks: tuple[WebhookFilter, ...] = ()
 
     def guard(self, check: Callable[[Database], object]) -> None:
         """Begin every later transaction with this check. An error of the check rolls it back."""

@@ -16,7 +16,7 @@ from runrecovery_service.domain.errors import WatchHistoryPruned, WatchSequenceU
 from runrecovery_service.domain.recovery_matrix import REOPEN_RULE
 from runrecovery_service.domain.run import Run, RunEvent, RunEventKind, RunStatus
 from runrecovery_service.domain.usage import Usage
-from runrecovery_service.storage import tables
+from runrecovery_service.storage import tables, webhook_outbox
 from runrecovery_service.storage.database import Database, Row
 from runrecovery_service.storage.rows import (
     RECOVERY_COLUMNS,
@@ -112,6 +112,7 @@ def record_event(
         caller=caller,
         now=to_us(now),
     )
+    webhook_outbox.record_event(db, run, kind=kind, status=status, error_code=error_code, now=now)
     if number > EVENTS_KEPT:
         db.execute(
             "DELETE FROM run_event WHERE run = ? AND no <= ?", (run.key, number - EVENTS_KEPT)

@@ -21,7 +21,7 @@ from runrecovery_service.domain.recovery_matrix import (
     RESUMED_RULE,
 )
 from runrecovery_service.domain.run import Profile, RecoveryState, RunStatus
-from runrecovery_service.storage import found_ends, interruptions
+from runrecovery_service.storage import found_ends, interruptions, webhook_outbox
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.driver_errors import DRIVER_ERRORS, to_domain_error
 from runrecovery_service.storage.instances import Owner
@@ -243,6 +243,12 @@ def _apply_range(db: Database, scope: ApplyScope, batch: Batch) -> Tally:
         " WHERE d.stands = 0",
         bounds,
     )
+    webhook_outbox.record_decisions(
+        db,
+        owner.instance,
+        which=f"{IN_RANGE} AND e.reconciliation = ? AND e.no = r.recovery_count + 1",
+        params=(*bounds, scope.reconciliation_key),
+    )
     decided = _count_decisions(db, scope, bounds)
     quarantined = decided.decisions.get(QUARANTINE_RULE, 0)
     damaged = _record_damaged(db, scope, bounds) if quarantined else ()
@@ -421,6 +427,12 @@ def _quarantine(db: Database, scope: ApplyScope, batch: Batch, detail: str) -> T
             now,
             sequence,
         ),
+    )
+    webhook_outbox.record_decisions(
+        db,
+        scope.owner.instance,
+        which="e.run = ? AND e.no = ?",
+        params=(batch.first, number),
     )
     db.execute(
         "UPDATE run SET event_count = ?, recovery_state = ?, recovered_at = ?,"

@@ -15,11 +15,19 @@ from runrecovery_service.domain.run import (
     InteractionState,
     RecoveryState,
     Run,
+    RunEventKind,
     RunStatus,
 )
 from runrecovery_service.domain.session_check import SessionFingerprint
 from runrecovery_service.domain.transitions import REOPENED
-from runrecovery_service.storage import instances, interactions, requests, runs, use_case
+from runrecovery_service.storage import (
+    instances,
+    interactions,
+    requests,
+    runs,
+    use_case,
+    webhook_outbox,
+)
 from runrecovery_service.storage.database import Database, Stale
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.requests import Receipt
@@ -277,6 +285,9 @@ def _add_to_history(
             run.interaction_count,
             caller,
         ),
+    )
+    webhook_outbox.record_event(
+        db, run, kind=RunEventKind.REOPENED, status=becomes, error_code=None, now=now
     )
 
 

@@ -386,6 +386,30 @@ class RequestReceipt(pw.Model):
         table_name = "request_receipt"
 
 
+class WebhookDelivery(pw.Model):
+    """One event that one webhook has not got yet.
+
+    `instance` delivers it: the owner of the run at the event. `given_up_at` is the time since when
+    it is no longer tried.
+    """
+
+    id = pw.BigAutoField()
+    webhook = pw.TextField()
+    instance = pw.TextField()
+    run = pw.BigIntegerField()
+    run_id = pw.TextField()
+    engine = pw.TextField()
+    sequence = pw.BigIntegerField()
+    event = pw.TextField()
+    status = pw.TextField()
+    error_code = pw.TextField(null=True)
+    created_at = pw.BigIntegerField()
+    given_up_at = pw.BigIntegerField(null=True)
+
+    class Meta:
+        table_name = "webhook_delivery"
+
+
 EVERY: Final = (
     Run,
     Interaction,
@@ -400,4 +424,5 @@ EVERY: Final = (
     EngineUsage,
     TrustEntry,
     RequestReceipt,
+    WebhookDelivery,
 )

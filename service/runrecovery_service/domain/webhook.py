@@ -1,0 +1,53 @@
+"""Which events of runs a webhook gets, and under which name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from runrecovery_service.domain.run import RunEventKind, RunStatus
+
+
+class WebhookEvent(StrEnum):
+    """What a delivery reports."""
+
+    WAITING_USER = "WAITING_USER"
+    """The run has a new question, or waits again after it was reopened."""
+    ENDED = "ENDED"
+    RECOVERED = "RECOVERED"
+    """A recovery has decided on the run, whatever it decided."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WebhookFilter:
+    """The events that one webhook gets.
+
+    Attributes:
+        name: the name of the webhook.
+        engines: the engines whose runs count; None: all.
+    """
+
+    name: str
+    events: frozenset[WebhookEvent]
+    engines: frozenset[str] | None = None
+
+    def select(self, kind: RunEventKind, status: RunStatus, engine: str) -> WebhookEvent | None:
+        """Return as what the webhook gets an event of a run; None: not at all.
+
+        The decisions of a recovery are selected in bulk, by `storage/webhook_outbox.py`.
+
+        Args:
+            status: the status of the run after the event.
+        """
+        if self.engines is not None and engine not in self.engines:
+            return None
+        event = _event_of(kind, status)
+        return event if event in self.events else None
+
+
+def _event_of(kind: RunEventKind, status: RunStatus) -> WebhookEvent | None:
+    if status.is_terminal:
+        return WebhookEvent.ENDED
+    # A cancel of a sticky run that waits has the status WAITING_USER too, and is no question.
+    asks = kind in {RunEventKind.ASKED, RunEventKind.REOPENED}
+    return WebhookEvent.WAITING_USER if asks and status is RunStatus.WAITING_USER else None

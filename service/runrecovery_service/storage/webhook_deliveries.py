@@ -1,0 +1,160 @@
+"""The deliveries of webhooks that are due or given up. `webhook_outbox.py` records them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final
+
+from runrecovery_service.domain.webhook import WebhookEvent
+from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.rows import from_us, from_us_or_none, to_us
+
+ROWS_PER_RUN: Final = 8
+"""How many due rows are read for each run that is wanted: a run may have several."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivery:
+    """One event that a webhook has not got yet.
+
+    Attributes:
+        key: the key of the row.
+        sequence: the number of the event among those of the run.
+        status: of the run after the event. A text: a damaged run may have any.
+    """
+
+    key: int
+    run_id: str
+    engine: str
+    sequence: int
+    event: WebhookEvent
+    status: str
+    error_code: str | None
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backlog:
+    """What one webhook has not got.
+
+    Attributes:
+        due: deliveries that are still tried.
+        oldest_at: the time of the oldest event among them.
+        given_up: deliveries that are no longer tried, and still kept.
+    """
+
+    due: int = 0
+    oldest_at: datetime | None = None
+    given_up: int = 0
+
+
+def due_runs(
+    db: Database, instance: str, webhook: str, *, without: Collection[int], limit: int
+) -> list[int]:
+    """Return the keys of runs with due deliveries, those with the oldest delivery first.
+
+    Args:
+        without: keys of runs to leave out.
+        limit: the most runs. Fewer may be returned although more have due deliveries.
+    """
+    others = f" AND run NOT IN ({_marks(without)})" if without else ""
+    rows = db.fetch_all(
+        "SELECT run FROM webhook_delivery WHERE instance = ? AND webhook = ?"
+        f" AND given_up_at IS NULL{others} ORDER BY id LIMIT ?",
+        (instance, webhook, *without, limit * ROWS_PER_RUN),
+    )
+    return list(dict.fromkeys(run for (run,) in rows))[:limit]
+
+
+def next_delivery(db: Database, instance: str, webhook: str, run_key: int) -> Delivery | None:
+    """Return the first due delivery of a run."""
+    row = db.fetch_one(
+        "SELECT id, run_id, engine, sequence, event, status, error_code, created_at"
+        " FROM webhook_delivery WHERE run = ? AND webhook = ? AND instance = ?"
+        " AND given_up_at IS NULL ORDER BY sequence LIMIT 1",
+        (run_key, webhook, instance),
+    )
+    if row is None:
+        return None
+    key, run_id, engine, sequence, event, status, error_code, created_at = row
+    return Delivery(
+        key=key,
+        run_id=run_id,
+        engine=engine,
+        sequence=sequence,
+        event=WebhookEvent(event),
+        status=status,
+        error_code=error_code,
+        created_at=from_us(created_at),
+    )
+
+
+def remove_delivered(db: Database, key: int) -> None:
+    """Delete a delivery that the webhook has got."""
+    with db.transaction():
+        db.execute("DELETE FROM webhook_delivery WHERE id = ?", (key,))
+
+
+def give_up(
+    db: Database,
+    instance: str,
+    webhook: str,
+    *,
+    before: datetime,
+    runs: Sequence[int] | None,
+    now: datetime,
+) -> int:
+    """Stop trying the deliveries of events from before a time, and return their number.
+
+    Args:
+        runs: the keys of the runs; None: all.
+    """
+    of_runs = "" if runs is None else f" AND run IN ({_marks(runs)})"
+    with db.transaction():
+        given_up: int = db.execute(
+            "UPDATE webhook_delivery SET given_up_at = ? WHERE instance = ? AND webhook = ?"
+            f" AND given_up_at IS NULL AND created_at < ?{of_runs}",
+            (to_us(now), instance, webhook, to_us(before), *(runs or ())),
+        ).rowcount
+    return given_up
+
+
+def forget_given_up(db: Database, instance: str, webhook: str, *, before: datetime) -> int:
+    """Delete the deliveries that were given up before a time, and return their number."""
+    with db.transaction():
+        deleted: int = db.execute(
+            "DELETE FROM webhook_delivery WHERE instance = ? AND webhook = ? AND given_up_at < ?",
+            (instance, webhook, to_us(before)),
+        ).rowcount
+    return deleted
+
+
+def try_again(db: Database, instance: str, webhook: str) -> int:
+    """Make the deliveries that were given up due again, and return their number."""
+    with db.transaction():
+        revived: int = db.execute(
+            "UPDATE webhook_delivery SET given_up_at = NULL WHERE instance = ? AND webhook = ?"
+            " AND given_up_at IS NOT NULL",
+            (instance, webhook),
+        ).rowcount
+    return revived
+
+
+def backlogs(db: Database, instance: str) -> dict[str, Backlog]:
+    """Return what each webhook has not got, by name, for those that lack anything."""
+    rows = db.fetch_all(
+        "SELECT webhook, count(*) - count(given_up_at), count(given_up_at),"
+        " min(CASE WHEN given_up_at IS NULL THEN created_at END)"
+        " FROM webhook_delivery WHERE instance = ? GROUP BY webhook",
+        (instance,),
+    )
+    return {
+        webhook: Backlog(due=due, given_up=given_up, oldest_at=from_us_or_none(oldest))
+        for webhook, due, given_up, oldest in rows
+    }
+
+
+def _marks(values: Collection[object]) -> str:
+    return ", ".join("?" for _ in values)

@@ -1,0 +1,108 @@
+"""Records deliveries of webhooks in the transaction of the event that they report.
+
+A row of `webhook_delivery` is one event that one webhook has not got yet. The row holds all that is
+sent: events and runs may be removed while their deliveries are still due.
+
+Why rows and no cursor into the events: events have an order within their run only, and PostgreSQL
+commits in another order than it counts, so a reader of one common number could skip events.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from datetime import datetime
+from typing import Final
+
+from runrecovery_service.domain.run import Run, RunEventKind, RunStatus
+from runrecovery_service.domain.webhook import WebhookEvent, WebhookFilter
+from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.rows import to_us
+from runrecovery_service.storage.tables import sql_words
+
+_COLUMNS: Final = (
+    "webhook, instance, run, run_id, engine, sequence, event, status, error_code, created_at"
+)
+_TERMINAL: Final = sql_words(tuple(s.value for s in RunStatus if s.is_terminal))
+_ENDS: Final = f"e.status_after IN ({_TERMINAL}) AND e.status_before <> e.status_after"
+_ASKS: Final = f"e.status_after = '{RunStatus.WAITING_USER}' AND e.status_before <> e.status_after"
+
+
+def record_event(
+    db: Database,
+    run: Run,
+    *,
+    kind: RunEventKind,
+    status: RunStatus,
+    error_code: object,
+    now: datetime,
+) -> None:
+    """Record the next event of a run for each webhook that gets it.
+
+    Args:
+        run: as read before the change.
+        status, error_code: of the run after the change.
+    """
+    for webhook in db.webhooks:
+        event = webhook.select(kind, status, run.engine)
+        if event is not None:
+            db.execute(
+                f"INSERT INTO webhook_delivery ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    webhook.name,
+                    run.owner,
+                    run.key,
+                    run.run_id,
+                    run.engine,
+                    run.event_count + 1,
+                    event.value,
+                    status.value,
+                    error_code,
+                    to_us(now),
+                ),
+            )
+
+
+def record_decisions(db: Database, instance: str, *, which: str, params: Sequence[object]) -> None:
+    """Record decisions of a recovery for each webhook that gets them.
+
+    Args:
+        instance: the instance that delivers them.
+        which: the condition for decisions `e` of runs `r`, with `params` as its parameters.
+    """
+    for webhook in db.webhooks:
+        for event, condition in _decisions_of(webhook):
+            engines = sorted(webhook.engines or ())
+            of_engine = "" if webhook.engines is None else f" AND r.engine IN ({_marks(engines)})"
+            db.execute(
+                f"INSERT INTO webhook_delivery ({_COLUMNS})"
+                " SELECT ?, ?, r.id, r.run_id, r.engine, e.sequence, ?, e.status_after,"
+                " e.error_code, e.recovered_at FROM recovery_event e JOIN run r ON r.id = e.run"
+                f" WHERE {which} AND {condition}{of_engine} ORDER BY r.id",
+                (webhook.name, instance, event.value, *params, *engines),
+            )
+
+
+def _decisions_of(webhook: WebhookFilter) -> Iterator[tuple[WebhookEvent, str]]:
+    """Yield as what, and on which condition, a webhook gets a decision: once, or not at all."""
+    if WebhookEvent.RECOVERED in webhook.events:
+        yield WebhookEvent.RECOVERED, "1 = 1"
+        return
+    if WebhookEvent.ENDED in webhook.events:
+        yield WebhookEvent.ENDED, _ENDS
+    if WebhookEvent.WAITING_USER in webhook.events:
+        yield WebhookEvent.WAITING_USER, _ASKS
+
+
+def forget_removed(db: Database, instance: str, webhooks: Collection[str]) -> int:
+    """Delete the deliveries of webhooks that are no longer configured; return their number."""
+    names = sorted(webhooks)
+    others = f" AND webhook NOT IN ({_marks(names)})" if names else ""
+    with db.transaction():
+        deleted: int = db.execute(
+            f"DELETE FROM webhook_delivery WHERE instance = ?{others}", (instance, *names)
+        ).rowcount
+    return deleted
+
+
+def _marks(values: Sequence[object]) -> str:
+    return ", ".join("?" for _ in values)

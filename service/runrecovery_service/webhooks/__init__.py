@@ -1,0 +1,1 @@
+"""Delivers events of runs to the webhooks that the operator has configured."""

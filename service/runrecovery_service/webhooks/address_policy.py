@@ -1,0 +1,40 @@
+"""Decides to which addresses deliveries may go."""
+
+from __future__ import annotations
+
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from typing import Final, TypeAlias
+
+Address: TypeAlias = IPv4Address | IPv6Address
+Network: TypeAlias = IPv4Network | IPv6Network
+
+_NAT64: Final = IPv6Network("64:ff9b::/96")
+
+
+def address_problem(
+    text: str, *, is_encrypted: bool, private: tuple[Network, ...], insecure_http: bool
+) -> str | None:
+    """Return why a delivery may not go to a resolved address, or None.
+
+    Args:
+        private: the networks below which private addresses are allowed.
+        insecure_http: plain HTTP may go to public addresses.
+    """
+    address = _real(ip_address(text.partition("%")[0]))
+    if address.is_multicast or address.is_unspecified:
+        return f"{address} is no address of a host"
+    if not address.is_global:
+        is_allowed = any(address in network for network in private)
+        return None if is_allowed else f"{address} is private, and allow_private does not name it"
+    if not is_encrypted and not insecure_http:
+        return f"{address} is public, and plain HTTP goes to private addresses only"
+    return None
+
+
+def _real(address: Address) -> Address:
+    """Return the IPv4 address that an IPv6 address stands for, or the address itself."""
+    if isinstance(address, IPv4Address):
+        return address
+    if address in _NAT64:
+        return IPv4Address(int(address) & 0xFFFFFFFF)
+    return address.ipv4_mapped or address.sixtofour or address

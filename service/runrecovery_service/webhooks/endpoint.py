@@ -1,0 +1,50 @@
+"""A webhook as the operator has configured it, ready to be called."""
+
+from __future__ import annotations
+
+import ssl
+from dataclasses import dataclass, field
+
+from runrecovery_service.domain.webhook import WebhookFilter
+from runrecovery_service.webhooks.address_policy import Network
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """Where and how the deliveries of one webhook go.
+
+    Attributes:
+        filter: its name, and the events that it gets.
+        host, port, target: parts of its URL; the target is path and query, which may be secret.
+        tls: verifies the certificate of the host; None: plain HTTP.
+        authorities: the certificates in PEM by which `tls` verifies; None: those of the system.
+        keys: the keys that sign, of one or two secrets.
+        private: the networks below which private addresses are allowed.
+        insecure_http: plain HTTP may go to public addresses.
+        timeout_s: the time of one try, from the name of the host to the status.
+        give_up_s: the age of an event after which a failed delivery is given up.
+    """
+
+    filter: WebhookFilter
+    host: str
+    port: int
+    target: str = field(repr=False)
+    tls: ssl.SSLContext | None = field(compare=False)
+    authorities: str | None = field(default=None, repr=False)
+    keys: tuple[bytes, ...] = field(repr=False)
+    private: tuple[Network, ...] = ()
+    insecure_http: bool = False
+    timeout_s: float
+    give_up_s: float
+
+    @property
+    def name(self) -> str:
+        """The name of the webhook."""
+        return self.filter.name
+
+    @property
+    def origin(self) -> str:
+        """The URL without its path and query."""
+        scheme, default = ("https", 443) if self.tls else ("http", 80)
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{scheme}://{host}" if self.port == default else f"{scheme}://{host}:{self.port}"

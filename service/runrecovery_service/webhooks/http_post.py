@@ -1,0 +1,173 @@
+"""Sends one POST over a connection of its own, to an address that was checked.
+
+Whole HTTP clients resolve the name themselves when they connect: a name that was checked before
+could then lead to another address. h11 parses the answer; it is small and has no dependencies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import ssl
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import Final, TypeAlias
+
+import h11
+
+from runrecovery_service import daemon_threads
+from runrecovery_service.webhooks.address_policy import address_problem
+from runrecovery_service.webhooks.endpoint import Endpoint
+
+CONNECT_S: Final = 5.0
+"""The most that the name, the connection and the TLS handshake of one address may take."""
+ADDRESSES_TRIED: Final = 4
+READ_BYTES: Final = 8192
+HEAD_BYTES: Final = 64 * 1024
+"""The most that an answer may have before its status is complete."""
+
+Resolve: TypeAlias = Callable[[str, int], list[str]]
+"""Returns the addresses of a host."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What an endpoint has answered. Its body is not read.
+
+    Attributes:
+        retry_after: the header of this name; None: there is none.
+    """
+
+    status: int
+    retry_after: str | None = None
+
+
+class PostFailed(Exception):
+    """There was no answer. The text says why, and holds nothing secret."""
+
+
+def resolve(host: str, port: int) -> list[str]:
+    """Return the addresses of a host, best first. Blocks."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(address[0]) for *_, address in found))
+
+
+async def post(
+    endpoint: Endpoint, headers: Mapping[str, str], body: bytes, *, resolve: Resolve = resolve
+) -> Answer:
+    """Send the body and return the answer. Redirects are not followed.
+
+    Raises:
+        PostFailed: no address is allowed, the host cannot be reached, its certificate is not valid,
+            or it gave no answer within `timeout_s`.
+    """
+    with _failures():
+        async with asyncio.timeout(endpoint.timeout_s):
+            reader, writer = await _connect(endpoint, await _addresses(endpoint, resolve))
+            try:
+                return await _exchange(endpoint, headers, body, reader, writer)
+            finally:
+                writer.transport.abort()  # the rest of the answer, however long, is not read
+
+
+@contextmanager
+def _failures() -> Iterator[None]:
+    try:
+        yield
+    except TimeoutError as error:
+        raise PostFailed("no answer in time") from error
+    except ssl.SSLCertVerificationError as error:
+        raise PostFailed(f"the certificate is not valid: {error.verify_message}") from error
+    except ssl.SSLError as error:
+        raise PostFailed(f"TLS failed: {error.reason}") from error
+    except socket.gaierror as error:
+        raise PostFailed(f"the name of the host was not found: {error.strerror}") from error
+    except UnicodeError as error:
+        raise PostFailed("the name of the host is not valid") from error
+    except OSError as error:
+        why = os.strerror(error.errno) if error.errno else "the connection failed"
+        raise PostFailed(why) from error
+    except h11.RemoteProtocolError as error:
+        raise PostFailed("the answer is not HTTP") from error
+
+
+async def _addresses(endpoint: Endpoint, resolve: Resolve) -> list[str]:
+    """Return the allowed addresses of the endpoint."""
+    host, port = endpoint.host, endpoint.port
+    with suppress(ValueError):
+        return _allowed(endpoint, [str(ip_address(host))])
+    found = await daemon_threads.run_within(CONNECT_S, lambda: resolve(host, port))
+    return _allowed(endpoint, found)
+
+
+def _allowed(endpoint: Endpoint, addresses: list[str]) -> list[str]:
+    problems = {
+        address: address_problem(
+            address,
+            is_encrypted=endpoint.tls is not None,
+            private=endpoint.private,
+            insecure_http=endpoint.insecure_http,
+        )
+        for address in addresses
+    }
+    allowed = [address for address, problem in problems.items() if problem is None]
+    if not allowed:
+        raise PostFailed(next(filter(None, problems.values()), "the host has no address"))
+    return allowed[:ADDRESSES_TRIED]
+
+
+async def _connect(
+    endpoint: Endpoint, addresses: list[str]
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Connect to the first address that answers."""
+    for index, address in enumerate(addresses):
+        try:
+            async with asyncio.timeout(CONNECT_S):
+                return await asyncio.open_connection(
+                    address,
+                    endpoint.port,
+                    ssl=endpoint.tls,
+                    server_hostname=endpoint.host if endpoint.tls else None,
+                    limit=READ_BYTES,
+                )
+        except OSError:  # TimeoutError is one
+            if index == len(addresses) - 1:
+                raise
+    raise AssertionError
+
+
+async def _exchange(
+    endpoint: Endpoint,
+    headers: Mapping[str, str],
+    body: bytes,
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+) -> Answer:
+    connection = h11.Connection(h11.CLIENT)
+    own = {
+        "host": endpoint.origin.partition("://")[2],
+        "content-length": str(len(body)),
+        "connection": "close",
+    }
+    request = h11.Request(
+        method="POST", target=endpoint.target, headers=[*own.items(), *headers.items()]
+    )
+    for part in (request, h11.Data(data=body), h11.EndOfMessage()):
+        writer.write(connection.send(part) or b"")
+    await writer.drain()
+    received = 0
+    while not isinstance(event := connection.next_event(), h11.Response):
+        if event is h11.NEED_DATA:
+            data = await reader.read(READ_BYTES)
+            received += len(data)
+            if not data:
+                raise PostFailed("the connection was closed without an answer")
+            if received > HEAD_BYTES:
+                raise PostFailed("the head of the answer is too long")
+            connection.receive_data(data)
+    found = dict(event.headers).get(b"retry-after")
+    retry_after = None if found is None else found.decode("latin-1")
+    return Answer(status=event.status_code, retry_after=retry_after)

@@ -1,0 +1,38 @@
+"""Decides when a failed delivery is tried again."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from email.utils import parsedate_to_datetime
+from typing import Final
+
+FIRST_PAUSE_S: Final = 1.0
+LONGEST_PAUSE_S: Final = 300.0
+"""An endpoint that is back gets everything at the latest after this time."""
+LONGEST_RETRY_AFTER_S: Final = 3_600.0
+"""The longest pause that an endpoint can ask for."""
+
+
+def pause_s(failures: int, *, jitter: float, retry_after_s: float = 0.0) -> float:
+    """Return the seconds until the next try.
+
+    Args:
+        failures: how often the delivery has failed in a row, at least 1.
+        jitter: from 0 to 1; each pause is shortened by up to half, so that the tries of many runs
+            do not come together.
+        retry_after_s: what the endpoint has asked for.
+    """
+    longest = min(FIRST_PAUSE_S * 2.0 ** min(failures - 1, 20), LONGEST_PAUSE_S)
+    return max(longest * (1 - jitter / 2), min(retry_after_s, LONGEST_RETRY_AFTER_S))
+
+
+def retry_after_s(header: str | None, *, now: datetime) -> float:
+    """Return the seconds that a Retry-After header names; 0 without a valid one."""
+    if header is None:
+        return 0.0
+    if header.isascii() and header.isdigit():
+        return float(min(int(header[:10]), LONGEST_RETRY_AFTER_S))
+    try:
+        return max(0.0, (parsedate_to_datetime(header) - now).total_seconds())
+    except (ValueError, TypeError):  # not a date, or a date without a zone
+        return 0.0

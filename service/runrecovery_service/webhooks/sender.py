@@ -1,0 +1,303 @@
+"""Delivers the events of one webhook: in order for each run, and to several runs' events at once.
+
+Each run with due deliveries has a task, which makes them one after another. A run whose delivery
+fails pauses alone. At most `RUNS_AT_ONCE` runs have a task: when so many fail, further runs wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Final, TypeAlias
+
+import structlog
+
+from runrecovery_service.clock import Clock, wait_within
+from runrecovery_service.domain.errors import Fenced
+from runrecovery_service.periodic import FailureLog, PeriodicTask
+from runrecovery_service.stop_signal import StopSignal
+from runrecovery_service.storage import webhook_deliveries
+from runrecovery_service.storage.async_storage import Storage
+from runrecovery_service.storage.instances import Owner
+from runrecovery_service.storage.webhook_deliveries import Delivery
+from runrecovery_service.webhooks import message
+from runrecovery_service.webhooks.endpoint import Endpoint
+from runrecovery_service.webhooks.http_post import Answer, PostFailed, post
+from runrecovery_service.webhooks.retries import pause_s, retry_after_s
+
+log = structlog.get_logger()
+
+RUNS_AT_ONCE: Final = 64
+POSTS_AT_ONCE: Final = 8
+LOOK_PAUSE_S: Final = 0.1
+"""Between two queries for runs with due deliveries, however many events there are."""
+POLL_S: Final = 30.0
+STORE_PAUSE_S: Final = 1.0
+"""After a query that failed."""
+TIDY_S: Final = 600.0
+FAILING_S: Final = 3_600.0
+"""Deliveries are given up only after tries have failed for so long: a service that was down for
+days must try first."""
+KEPT_DAYS: Final = 30
+"""How long a delivery that was given up is kept, for `retry`."""
+STOP_S: Final = 2.0
+"""How long tries that are under way may take at a stop."""
+GONE: Final = 410
+
+Post: TypeAlias = Callable[[Endpoint, Mapping[str, str], bytes], Awaitable[Answer]]
+Pause: TypeAlias = Callable[[asyncio.Event, float], Awaitable[bool]]
+
+
+@dataclass(slots=True, kw_only=True)
+class SenderState:
+    """What a sender has done and met since the start of the service.
+
+    Attributes:
+        tries: their number by outcome: `delivered`, or `failed`.
+        given_up: the number of deliveries that it has given up.
+        is_disabled: the endpoint has answered 410 Gone.
+        failing_since: the first failed try since the last delivery; None: the last try succeeded.
+        last_delivery_at, last_failure: the time of the latest delivery; why the latest failed try
+            did.
+    """
+
+    tries: Counter[str] = field(default_factory=Counter)
+    given_up: int = 0
+    is_disabled: bool = False
+    failing_since: datetime | None = None
+    last_delivery_at: datetime | None = None
+    last_failure: str = ""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class WebhookSender:
+    """The deliveries of one webhook.
+
+    Attributes:
+        post: sends one request.
+        pause: waits for an event, or for some seconds.
+    """
+
+    endpoint: Endpoint
+    storage: Storage
+    owner: Owner
+    clock: Clock
+    stop_signal: StopSignal
+    post: Post = post
+    pause: Pause = wait_within
+    state: SenderState = field(default_factory=SenderState, init=False)
+    _runs: dict[int, asyncio.Task[None]] = field(default_factory=dict, init=False)
+    _failing_runs: dict[int, datetime] = field(default_factory=dict, init=False)
+    _posts: asyncio.Semaphore = field(init=False)
+    _woken: asyncio.Event = field(default_factory=asyncio.Event, init=False)
+    _at_once: asyncio.Event = field(default_factory=asyncio.Event, init=False)
+    _is_stopping: bool = field(default=False, init=False)
+    _task: asyncio.Task[None] | None = field(default=None, init=False)
+    _tidying: PeriodicTask = field(init=False)
+    _failures: FailureLog = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._posts = asyncio.Semaphore(POSTS_AT_ONCE)
+        self._failures = FailureLog(failure_event="webhook.store_failed")
+        self._tidying = PeriodicTask(
+            name=f"webhook-tidying-{self.endpoint.name}",
+            step=self.tidy,
+            interval_s=TIDY_S,
+            failure_event="webhook.store_failed",
+            stop_signal=self.stop_signal,
+        )
+
+    # -- the life of a sender -----------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start to deliver what is due."""
+        self._task = asyncio.create_task(self._work(), name=f"webhook-{self.endpoint.name}")
+        self._task.add_done_callback(self.stop_signal.task_ended)
+        self._tidying.start()
+
+    async def stop(self) -> None:
+        """Stop. The next start repeats a try that takes longer than `STOP_S`."""
+        self._is_stopping = True
+        self._hurry()
+        if self._task is not None:
+            self._task.cancel()
+        await self._tidying.cancel()
+        runs = set(self._runs.values())
+        if runs:
+            await asyncio.wait(runs, timeout=STOP_S)
+        for task in runs:
+            task.cancel()
+        await asyncio.gather(*runs, *filter(None, [self._task]), return_exceptions=True)
+
+    async def try_again(self) -> int:
+        """Try everything at once, and return how many given-up deliveries are due again."""
+        revived: int = await self.storage.write(
+            webhook_deliveries.try_again, self.owner.instance, self.endpoint.name
+        )
+        self.state.is_disabled = False
+        self._hurry()
+        return revived
+
+    def _hurry(self) -> None:
+        """End every pause."""
+        self._at_once.set()
+        self._at_once = asyncio.Event()
+        self._woken.set()
+
+    # -- runs -----------------------------------------------------------------------------------
+
+    async def _work(self) -> None:
+        with self.storage.changes.of_all_runs(self._woken):
+            while True:
+                self._woken.clear()
+                try:
+                    await self._start_runs()
+                    self._failures.note_success()
+                except Fenced as error:
+                    self.stop_signal.fail(error)
+                    return
+                except Exception as error:  # noqa: BLE001 - logged; the next round tries again
+                    self._failures.report(error)
+                await asyncio.sleep(LOOK_PAUSE_S)
+                await wait_within(self._woken, POLL_S)
+
+    async def _start_runs(self) -> None:
+        """Start a task for each run with due deliveries, as far as there is room."""
+        free = RUNS_AT_ONCE - len(self._runs)
+        if not free or self.state.is_disabled or self._is_stopping:
+            return
+        keys = await self.storage.read(
+            webhook_deliveries.due_runs,
+            self.owner.instance,
+            self.endpoint.name,
+            without=list(self._runs),
+            limit=free,
+        )
+        for key in keys:
+            self._runs[key] = asyncio.create_task(self._follow(key), name=f"webhook-run-{key}")
+
+    async def _follow(self, run_key: int) -> None:
+        """Make the deliveries of a run, until none is due."""
+        try:
+            await self._deliver_all(run_key)
+        except Fenced as error:
+            self.stop_signal.fail(error)
+        except Exception as error:  # noqa: BLE001 - logged; the run gets another task
+            self._failures.report(error)
+            await self.pause(self._at_once, STORE_PAUSE_S)
+        finally:
+            self._failing_runs.pop(run_key, None)
+            del self._runs[run_key]
+            self._woken.set()
+
+    async def _deliver_all(self, run_key: int) -> None:
+        failures = 0
+        while not self._is_stopping and not self.state.is_disabled:
+            delivery = await self.storage.read_row(
+                webhook_deliveries.next_delivery,
+                self.owner.instance,
+                self.endpoint.name,
+                run_key,
+            )
+            if delivery is None:
+                return
+            at_once = self._at_once  # before the try: a `try_again` during it counts
+            asked_s = await self._try(delivery)
+            if asked_s is None:
+                failures = 0
+                self._failing_runs.pop(run_key, None)
+                await self.storage.write_own(webhook_deliveries.remove_delivered, delivery.key)
+                continue
+            failures += 1
+            self._failing_runs.setdefault(run_key, self.clock.now())
+            jitter = random.random()  # noqa: S311 - no secret
+            await self.pause(at_once, pause_s(failures, jitter=jitter, retry_after_s=asked_s))
+
+    # -- one try --------------------------------------------------------------------------------
+
+    async def _try(self, delivery: Delivery) -> float | None:
+        """Send a delivery once. Return None if it arrived, else the pause that was asked for."""
+        content = message.body(delivery)
+        async with self._posts:
+            now = self.clock.now()
+            headers = message.headers(delivery, content, keys=self.endpoint.keys, now=now)
+            try:
+                answer = await self.post(self.endpoint, headers, content)
+            except PostFailed as error:
+                self._note_failure(delivery, str(error))
+                return 0.0
+        if 200 <= answer.status < 300:
+            self._note_success(delivery)
+            return None
+        self._note_failure(delivery, f"the answer has the status {answer.status}")
+        if answer.status == GONE:
+            self._disable()
+        return retry_after_s(answer.retry_after, now=now)
+
+    def _note_success(self, delivery: Delivery) -> None:
+        state = self.state
+        if state.failing_since is not None:
+            log.info("webhook.works_again", webhook=self.endpoint.name)
+        state.failing_since, state.last_delivery_at = None, self.clock.now()
+        state.tries["delivered"] += 1
+        log.debug(
+            "webhook.delivered",
+            webhook=self.endpoint.name,
+            run_id=delivery.run_id,
+            sequence=delivery.sequence,
+        )
+
+    def _note_failure(self, delivery: Delivery, reason: str) -> None:
+        """Count a failed try; log the first since a delivery, and each with a new reason."""
+        state = self.state
+        if state.failing_since is None or state.last_failure != reason:
+            log.warning(
+                "webhook.failed",
+                webhook=self.endpoint.name,
+                run_id=delivery.run_id,
+                sequence=delivery.sequence,
+                reason=reason,
+            )
+        state.failing_since = state.failing_since or self.clock.now()
+        state.last_failure = reason
+        state.tries["failed"] += 1
+
+    def _disable(self) -> None:
+        if not self.state.is_disabled:
+            self.state.is_disabled = True
+            log.error("webhook.disabled", webhook=self.endpoint.name)
+            self._hurry()
+
+    # -- what takes too long --------------------------------------------------------------------
+
+    async def tidy(self) -> None:
+        """Give up old deliveries that keep failing, and forget those given up long ago."""
+        now, name = self.clock.now(), self.endpoint.name
+        begun_by = now - timedelta(seconds=FAILING_S)
+        since = self.state.failing_since
+        runs = None
+        if not self.state.is_disabled and (since is None or since > begun_by):
+            runs = [key for key, begun in self._failing_runs.items() if begun <= begun_by]
+        given_up = 0
+        if runs is None or runs:
+            given_up = await self.storage.write_own(
+                webhook_deliveries.give_up,
+                self.owner.instance,
+                name,
+                before=now - timedelta(seconds=self.endpoint.give_up_s),
+                runs=runs,
+                now=now,
+            )
+        if given_up:
+            self.state.given_up += given_up
+            log.error("webhook.given_up", webhook=name, deliveries=given_up)
+        await self.storage.write_own(
+            webhook_deliveries.forget_given_up,
+            self.owner.instance,
+            name,
+            before=now - timedelta(days=KEPT_DAYS),
+        )

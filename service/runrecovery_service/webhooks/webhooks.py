@@ -1,0 +1,106 @@
+"""All webhooks of this instance: starts, replaces and stops their senders, and reports on them.
+
+What a sender needs is imported once there is a webhook: a start without one must not pay for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from runrecovery_service.clock import Clock
+from runrecovery_service.stop_signal import StopSignal
+from runrecovery_service.storage.async_storage import Storage
+from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.instances import Owner
+
+if TYPE_CHECKING:
+    from runrecovery_service.webhooks.endpoint import Endpoint
+    from runrecovery_service.webhooks.sender import WebhookSender
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Webhooks:
+    """The webhooks that are configured, and a sender for each.
+
+    Attributes:
+        endpoints: the configured webhooks.
+        senders: by the name of the webhook; empty until `start`.
+    """
+
+    db: Database
+    storage: Storage
+    owner: Owner
+    clock: Clock
+    stop_signal: StopSignal
+    endpoints: Sequence[Endpoint]
+    senders: dict[str, WebhookSender] = field(default_factory=dict, init=False)
+    _is_started: bool = field(default=False, init=False)
+    _adjusting: asyncio.Task[None] | None = field(default=None, init=False)
+    _lock: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
+
+    def start(self) -> None:
+        """Start a sender for each webhook."""
+        self._is_started = True
+        self._start_missing()
+
+    def follows(self, endpoints: Sequence[Endpoint]) -> bool:
+        """Return True if these webhooks are the present ones, and none is disabled."""
+        return tuple(endpoints) == tuple(self.endpoints) and not any(
+            sender.state.is_disabled for sender in self.senders.values()
+        )
+
+    def replace(self, endpoints: Sequence[Endpoint]) -> None:
+        """Follow other webhooks from now on. A disabled one that is still there starts anew."""
+        self.endpoints = endpoints
+        self.db.webhooks = tuple(endpoint.filter for endpoint in endpoints)
+        if self._is_started:
+            self._adjusting = asyncio.create_task(self._adjust(), name="webhooks")
+            self._adjusting.add_done_callback(self.stop_signal.task_ended)
+
+    async def stop(self) -> None:
+        """Stop every sender."""
+        self._is_started = False
+        async with self._lock:
+            await self._stop(self.senders)
+
+    async def _adjust(self) -> None:
+        """Stop the senders that do not fit the webhooks, then start those that are missing.
+
+        Two senders of one webhook would break the order of deliveries.
+        """
+        async with self._lock:
+            wanted = {endpoint.name: endpoint for endpoint in self.endpoints}
+            await self._stop(
+                {
+                    name: sender
+                    for name, sender in self.senders.items()
+                    if sender.state.is_disabled or wanted.get(name) != sender.endpoint
+                }
+            )
+            if self._is_started:
+                self._start_missing()
+
+    async def _stop(self, senders: dict[str, WebhookSender]) -> None:
+        await asyncio.gather(*(sender.stop() for sender in senders.values()))
+        for name in list(senders):
+            del self.senders[name]
+
+    def _start_missing(self) -> None:
+        for endpoint in self.endpoints:
+            if endpoint.name not in self.senders:
+                self.senders[endpoint.name] = sender = self._new_sender(endpoint)
+                sender.start()
+
+    def _new_sender(self, endpoint: Endpoint) -> WebhookSender:
+        from runrecovery_service.webhooks.sender import WebhookSender  # noqa: PLC0415 - see above
+
+        return WebhookSender(
+            endpoint=endpoint,
+            storage=self.storage,
+            owner=self.owner,
+            clock=self.clock,
+            stop_signal=self.stop_signal,
+        )

@@ -1,0 +1,462 @@
+"""One webhook's deliveries: order, retries, bounds, faults of the endpoint and of the store."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runrecovery_service.clock import Clock
+from runrecovery_service.domain.errors import Fenced, StorageUnavailable
+from runrecovery_service.domain.run import Run
+from runrecovery_service.stop_signal import StopSignal
+from runrecovery_service.storage import instances, webhook_deliveries
+from runrecovery_service.storage.async_storage import Storage
+from runrecovery_service.storage.database import Database
+from runrecovery_service.webhooks import sender as sender_module
+from runrecovery_service.webhooks.endpoint import Endpoint
+from runrecovery_service.webhooks.http_post import Answer, PostFailed
+from runrecovery_service.webhooks.sender import WebhookSender
+from standardwebhooks import Webhook
+from storage.service_store import ServiceStore, boot
+from support.clock import FakeClock
+from support.waiting import until_async
+from support.webhook_receiver import SECRET, status
+
+from .conftest import EVERY, NewReceiver, endpoint
+
+HOUR = 3600.0
+
+
+@dataclass
+class Receiving:
+    """Stands in for `post`: answers as it is told, and keeps what has arrived.
+
+    Attributes:
+        behave: returns the status for a run and a sequence, or raises.
+    """
+
+    behave: Callable[[str], int] = lambda _: 204
+    tried: list[str] = field(default_factory=list)
+    arrived: list[str] = field(default_factory=list)
+    headers: list[Mapping[str, str]] = field(default_factory=list)
+    hanging: asyncio.Event | None = None
+    at_once: int = 0
+    most_at_once: int = 0
+
+    async def post(self, _: Endpoint, headers: Mapping[str, str], __: bytes) -> Answer:
+        event = headers["webhook-id"].rsplit("_", 1)[0]
+        self.tried.append(event)
+        self.headers.append(headers)
+        self.at_once += 1
+        self.most_at_once = max(self.most_at_once, self.at_once)
+        try:
+            if self.hanging is not None:
+                await self.hanging.wait()
+            code = self.behave(event)
+        finally:
+            self.at_once -= 1
+        if 200 <= code < 300:
+            self.arrived.append(event)
+        return Answer(status=code, retry_after="7" if code == 429 else None)
+
+
+@dataclass
+class Bench:
+    """A store with a webhook, the sender of the webhook, and its receiver.
+
+    Attributes:
+        pauses: the pauses of the sender. The clock advances by each; no time passes.
+    """
+
+    store: ServiceStore
+    storage: Storage
+    clock: FakeClock
+    receiving: Receiving
+    stop_signal: StopSignal
+    pauses: list[float] = field(default_factory=list)
+
+    def new_sender(self, **changes: Any) -> WebhookSender:
+        given: dict[str, Any] = {
+            "endpoint": endpoint(),
+            "storage": self.storage,
+            "owner": self.store.owner,
+            "clock": self.clock,
+            "stop_signal": self.stop_signal,
+            "post": self.receiving.post,
+            "pause": self.pause,
+        }
+        return WebhookSender(**(given | changes))
+
+    async def pause(self, _: asyncio.Event, seconds: float) -> bool:
+        self.pauses.append(seconds)
+        self.clock.advance(seconds)
+        await asyncio.sleep(0)
+        return False
+
+    async def until_arrived(self, count: int) -> list[str]:
+        async def have_arrived() -> bool:
+            return len(self.receiving.arrived) >= count
+
+        await until_async(have_arrived, f"{count} deliveries arrive")
+        return self.receiving.arrived
+
+    def left(self) -> int:
+        return len(self.store.rows("SELECT 1 FROM webhook_delivery"))
+
+    async def until_left(self, count: int) -> None:
+        async def are_left() -> bool:
+            return self.left() == count
+
+        await until_async(are_left, f"{count} deliveries are left")
+
+    async def write(self, use: Callable[[], Run]) -> Run:
+        """Change a run as callers do."""
+        return await self.storage.write(lambda db: use())
+
+
+@pytest.fixture
+def database_kind() -> str:
+    """The queries are tried on both databases elsewhere."""
+    return "sqlite"
+
+
+@pytest.fixture
+async def bench(database: Database, tmp_path: Path) -> AsyncIterator[Bench]:
+    database.webhooks = (EVERY,)
+    owner = instances.claim(database, boot(), now=datetime(2026, 11, 24, 11, tzinfo=UTC))
+    storage = Storage(database)
+    clock = FakeClock(wall=datetime(2026, 11, 24, 12, tzinfo=UTC))
+    yield Bench(ServiceStore(db=database, owner=owner), storage, clock, Receiving(), StopSignal())
+    await asyncio.to_thread(storage.close)
+
+
+@pytest.fixture
+async def sender(bench: Bench) -> AsyncIterator[WebhookSender]:
+    """A sender that a test starts."""
+    sender = bench.new_sender()
+    yield sender
+    await sender.stop()
+
+
+def canceled(bench: Bench) -> Run:
+    """A run with two deliveries: it asked (3), and was canceled (4)."""
+    return bench.store.cancel(bench.store.waiting())
+
+
+async def test_what_was_due_at_the_start_and_what_comes_later_is_delivered_in_order(
+    bench: Bench, sender: WebhookSender
+) -> None:
+    canceled(bench)
+    sender.start()
+    await bench.until_arrived(2)
+    waiting = await bench.write(bench.store.waiting)
+    await bench.until_arrived(3)
+    await bench.write(lambda: bench.store.cancel(waiting))
+
+    assert await bench.until_arrived(4) == [
+        "run-0001_3", "run-0001_4", "run-0002_3", "run-0002_4",
+    ]  # fmt: skip
+    await bench.until_left(0)
+    assert sender.state.tries == Counter(delivered=4)
+
+
+async def test_a_failed_delivery_is_tried_again_with_its_id_before_later_ones_of_its_run(
+    bench: Bench, sender: WebhookSender
+) -> None:
+    codes = iter([500, 302, 404, 100, 204, 204])
+    bench.receiving.behave = lambda _: next(codes)
+    canceled(bench)
+    sender.start()
+
+    assert await bench.until_arrived(2) == ["run-0001_3", "run-0001_4"]
+    assert bench.receiving.tried == [*["run-0001_3"] * 5, "run-0001_4"]
+    assert len({headers["webhook-id"] for headers in bench.receiving.headers[:5]}) == 1
+    assert [0.5 * 2**n <= pause <= 2**n for n, pause in enumerate(bench.pauses)] == [True] * 4
+
+
+async def test_the_pause_begins_anew_with_each_delivery_and_honours_retry_after(
+    bench: Bench, sender: WebhookSender
+) -> None:
+    codes = iter([500, 500, 500, 204, 429, 204])
+    bench.receiving.behave = lambda _: next(codes)
+    canceled(bench)
+    sender.start()
+    await bench.until_arrived(2)
+
+    assert (len(bench.pauses), bench.pauses[3]) == (4, 7.0)
+
+
+async def test_an_endpoint_that_was_away_for_an_hour_gets_everything_in_order(
+    bench: Bench, sender: WebhookSender
+) -> None:
+    back_at = bench.clock.wall + timedelta(hours=1)
+
+    def away(_: str) -> int:
+        if bench.clock.wall < back_at:
+            raise PostFailed("Connection refused")
+        return 200
+
+    bench.receiving.behave = away
+    for _ in range(3):
+        canceled(bench)
+    sender.start()
+
+    arrived = await bench.until_arrived(6)
+    for run in ("run-0001", "run-0002", "run-0003"):
+        assert [event for event in arrived if event.startswith(run)] == [f"{run}_3", f"{run}_4"]
+    assert sender.state.tries["failed"] < 200
+    assert (sender.state.failing_since, sender.state.last_failure) == (None, "Connection refused")
+
+
+async def test_a_run_whose_delivery_fails_does_not_delay_other_runs(
+    bench: Bench, sender: WebhookSender
+) -> None:
+    bench.receiving.behave = lambda event: 500 if event.startswith("run-0001") else 204
+    for _ in range(3):
+        canceled(bench)
+    sender.start()
+
+    assert set(await bench.until_arrived(4)) == {
+        "run-0002_3", "run-0002_4", "run-0003_3", "run-0003_4",
+    }  # fmt: skip
+    assert set(bench.receiving.tried) & {"run-0001_4"} == set()
+
+
+async def test_when_too_many_runs_fail_the_others_wait_until_one_gets_through(
+    bench: Bench, sender: WebhookSender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sender_module, "RUNS_AT_ONCE", 2)
+    paused = asyncio.Event()
+
+    async def pause(_: asyncio.Event, __: float) -> bool:
+        return await paused.wait()
+
+    sender.pause = pause
+    bench.receiving.behave = lambda event: 500 if not paused.is_set() else 204
+    for _ in range(3):
+        canceled(bench)
+    sender.start()
+
+    async def have_failed() -> bool:
+        return sender.state.tries["failed"] == 2
+
+    await until_async(have_failed, "two runs have failed")
+    assert bench.receiving.tried == ["run-0001_3", "run-0002_3"]
+    paused.set()
+    assert len(await bench.until_arrived(6)) == 6
+
+
+async def test_tries_at_one_time_are_bounded(bench: Bench, sender: WebhookSender) -> None:
+    bench.receiving.hanging = asyncio.Event()
+    for _ in range(20):
+        canceled(bench)
+    sender.start()
+
+    async def hang() -> bool:
+        return bench.receiving.at_once == 8
+
+    await until_async(hang, "eight tries hang")
+    bench.receiving.hanging.set()
+    await bench.until_arrived(40)
+    assert bench.receiving.most_at_once == 8
+
+
+async def test_a_dead_endpoint_does_not_delay_another_webhook(
+    bench: Bench, sender: WebhookSender
+) -> None:
+    other = replace(EVERY, name="other")
+    bench.store.db.webhooks = (EVERY, other)
+    well = Receiving()
+    second = bench.new_sender(endpoint=endpoint(filter=other), post=well.post)
+    bench.receiving.hanging = asyncio.Event()
+    canceled(bench)
+    sender.start()
+    second.start()
+
+    async def has_arrived() -> bool:
+        return len(well.arrived) == 2
+
+    try:
+        await until_async(has_arrived, "the other webhook has its deliveries")
+        assert bench.receiving.arrived == []
+    finally:
+        bench.receiving.hanging.set()
+        await second.stop()
+
+
+async def test_gone_disables_the_webhook_until_it_is_told_to_try_again(
+    bench: Bench, sender: WebhookSender
+) -> None:
+    bench.receiving.behave = lambda _: 410
+    canceled(bench)
+    sender.start()
+
+    async def is_disabled() -> bool:
+        return sender.state.is_disabled and not sender._runs
+
+    await until_async(is_disabled, "the webhook is disabled")
+    waiting = await bench.write(bench.store.waiting)
+    await bench.write(lambda: bench.store.cancel(waiting))
+    assert (bench.receiving.tried, bench.left()) == (["run-0001_3"], 4)
+
+    bench.receiving.behave = lambda _: 200
+    assert await sender.try_again() == 0
+    assert len(await bench.until_arrived(4)) == 4
+
+
+async def test_deliveries_of_a_dead_endpoint_are_given_up_after_their_time_and_kept(
+    bench: Bench, sender: WebhookSender
+) -> None:
+    canceled(bench)
+    sender.state.failing_since = bench.clock.now()
+
+    async def left_due(hours: float) -> int:
+        bench.clock.advance(hours * HOUR)
+        await sender.tidy()
+        backlog = webhook_deliveries.backlogs(bench.store.db, "default")["chat"]
+        return backlog.due
+
+    assert [await left_due(hours) for hours in (71, 0.9, 0.2)] == [2, 2, 0]
+    assert (sender.state.given_up, bench.left()) == (2, 2)
+    bench.receiving.behave = lambda _: 204
+    sender.start()
+    assert await sender.try_again() == 2
+    assert await bench.until_arrived(2) == ["run-0001_3", "run-0001_4"]
+
+
+async def test_after_days_without_the_service_each_delivery_is_tried_for_an_hour(
+    bench: Bench, sender: WebhookSender
+) -> None:
+    canceled(bench)
+    bench.clock.advance(100 * HOUR)
+
+    await sender.tidy()
+    sender.state.failing_since = bench.clock.now()
+    bench.clock.advance(0.9 * HOUR)
+    await sender.tidy()
+
+    assert sender.state.given_up == 0
+    bench.clock.advance(0.2 * HOUR)
+    await sender.tidy()
+    assert sender.state.given_up == 2
+
+
+async def test_a_run_that_fails_alone_is_given_up_alone(
+    bench: Bench, sender: WebhookSender
+) -> None:
+    first, second = canceled(bench), canceled(bench)
+    sender._failing_runs[first.key] = bench.clock.now()
+    bench.clock.advance(100 * HOUR)
+
+    await sender.tidy()
+
+    due = bench.store.rows("SELECT DISTINCT run FROM webhook_delivery WHERE given_up_at IS NULL")
+    assert due == [(second.key,)]
+
+
+async def test_what_was_given_up_is_deleted_after_thirty_days(
+    bench: Bench, sender: WebhookSender
+) -> None:
+    canceled(bench)
+    sender.state.is_disabled = True
+    bench.clock.advance(73 * HOUR)
+    await sender.tidy()
+    bench.clock.advance(29.9 * 24 * HOUR)
+    await sender.tidy()
+    assert bench.left() == 2
+
+    bench.clock.advance(0.2 * 24 * HOUR)
+    await sender.tidy()
+    assert bench.left() == 0
+
+
+async def test_a_delivery_whose_removal_fails_is_repeated_with_its_id(
+    bench: Bench, sender: WebhookSender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove, failed = webhook_deliveries.remove_delivered, list[int]()
+
+    def fail_once(db: Any, key: int) -> None:
+        if not failed:
+            failed.append(key)
+            raise StorageUnavailable
+        remove(db, key)
+
+    monkeypatch.setattr(webhook_deliveries, "remove_delivered", fail_once)
+    canceled(bench)
+    sender.start()
+
+    await bench.until_left(0)
+    assert bench.receiving.arrived == ["run-0001_3", "run-0001_3", "run-0001_4"]
+    assert bench.receiving.headers[0]["webhook-id"] == bench.receiving.headers[1]["webhook-id"]
+
+
+async def test_a_superseded_instance_stops(
+    bench: Bench, sender: WebhookSender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(db: Any, key: int) -> None:
+        raise Fenced("instance 'default'")
+
+    monkeypatch.setattr(webhook_deliveries, "remove_delivered", refuse)
+    canceled(bench)
+    sender.start()
+    await bench.stop_signal.wait()
+
+    assert isinstance(bench.stop_signal.failure, Fenced)
+
+
+async def test_a_stop_lets_a_try_end_and_cuts_one_that_hangs(
+    bench: Bench, sender: WebhookSender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.receiving.hanging = asyncio.Event()
+    canceled(bench)
+    sender.start()
+
+    async def hangs() -> bool:
+        return bench.receiving.at_once == 1
+
+    await until_async(hangs, "a try is under way")
+    stopping = asyncio.create_task(sender.stop())
+    await asyncio.sleep(0)
+    bench.receiving.hanging.set()
+    await stopping
+    assert (bench.receiving.arrived, bench.left()) == (["run-0001_3"], 1)
+
+    monkeypatch.setattr(sender_module, "STOP_S", 0.01)
+    bench.receiving.hanging = asyncio.Event()
+    second = bench.new_sender()
+    second.start()
+    await until_async(hangs, "another try is under way")
+    await second.stop()
+    assert (bench.receiving.at_once, bench.left()) == (0, 1)
+
+
+async def test_a_real_receiver_gets_what_the_library_verifies(
+    bench: Bench, new_receiver: NewReceiver
+) -> None:
+    receiver = new_receiver(status(200))
+    given: dict[str, Any] = {"endpoint": endpoint(receiver.port)}
+    sender = WebhookSender(
+        storage=bench.storage,
+        owner=bench.store.owner,
+        clock=Clock(),
+        stop_signal=bench.stop_signal,
+        **given,
+    )
+    canceled(bench)
+    sender.start()
+    try:
+        await bench.until_left(0)
+    finally:
+        await sender.stop()
+
+    facts = [Webhook(SECRET).verify(got.body, dict(got.headers)) for got in receiver.received]
+    assert [(fact["type"], fact["status"]) for fact in facts] == [
+        ("WAITING_USER", "WAITING_USER"),
+        ("ENDED", "CANCELED"),
+    ]
