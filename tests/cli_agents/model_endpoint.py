@@ -27,11 +27,9 @@ Json: TypeAlias = dict[str, Any]
 ASK: Final = "ASK"
 HANG: Final = "HANG"
 REFUSE: Final = "REFUSE"
-LOCKED: Final = "LOCKED"
 SHELL: Final = "SHELL:"
 """Words in a prompt. ASK: the model asks a question. HANG: its answer does not end. REFUSE: it
-answers with an error. LOCKED: it refuses the credentials. SHELL: it has the CLI run the rest of the
-line as a shell command."""
+answers with an error. SHELL: it has the CLI run the rest of the line as a shell command."""
 TOOL_ANSWERS: Final = ("function_call_output", "functionResponse", "tool_result")
 REFUSAL: Final = "the model is not for you"
 QUESTION: Final = "Which port?"
@@ -50,6 +48,7 @@ class Reply:
         hangs: the endpoint sends only the first half, and keeps the connection open.
         command: a shell command for the CLI, instead of a text.
         more: further commands in the same message, of Anthropic's model only.
+        errand: the prompt of a subagent that the CLI starts, of Anthropic's model only.
         refusal: the message of an error, instead of an answer.
         status: the HTTP status of the refusal.
         retry_after_s: the refusal's header of that name; None: it has none.
@@ -60,6 +59,7 @@ class Reply:
     hangs: bool = False
     command: str | None = None
     more: tuple[str, ...] = ()
+    errand: str | None = None
     refusal: str | None = None
     status: int = 400
     retry_after_s: int | None = None
@@ -99,8 +99,6 @@ def question_then_result(request: ModelRequest) -> Reply:
     """Return a question for the first turn and a result for the next, or what the prompt wants."""
     if request.contains(REFUSE):
         return Reply(refusal=REFUSAL)
-    if request.contains(LOCKED):
-        return Reply(refusal=REFUSAL, status=401)
     if command := command_in(request):
         return Reply(command=command)
     if request.contains(HANG):
@@ -372,8 +370,11 @@ def anthropic(reply: Reply) -> list[str]:
     """Return the events of an answer of Anthropic's Messages API."""
     message = _anthropic_message([], None, output_tokens=1)
     commands = [] if reply.command is None else [reply.command, *reply.more]
-    blocks = [_anthropic_call(command) for command in commands] or [_anthropic_text(reply.text)]
-    reason = "tool_use" if commands else "end_turn"
+    calls = [_anthropic_call(command) for command in commands]
+    if reply.errand is not None:
+        calls.append(_anthropic_errand(reply.errand))
+    blocks = calls or [_anthropic_text(reply.text)]
+    reason = "tool_use" if calls else "end_turn"
     ended = {"stop_reason": reason, "stop_sequence": None}
     return [
         _event({"type": "message_start", "message": message}),
@@ -412,9 +413,18 @@ def _anthropic_text(text: str) -> list[Json]:
 
 
 def _anthropic_call(command: str) -> list[Json]:
-    block: Json = {"type": "tool_use", "id": _new_id("toolu"), "name": "Bash", "input": {}}
-    given = json.dumps({"command": command, "description": "as asked"})
-    return _anthropic_block(block, [{"type": "input_json_delta", "partial_json": given}])
+    return _anthropic_tool("Bash", {"command": command, "description": "as asked"})
+
+
+def _anthropic_errand(prompt: str) -> list[Json]:
+    given = {"description": "an errand", "prompt": prompt, "subagent_type": "general-purpose"}
+    return _anthropic_tool("Agent", {**given, "run_in_background": False})
+
+
+def _anthropic_tool(name: str, given: Json) -> list[Json]:
+    block: Json = {"type": "tool_use", "id": _new_id("toolu"), "name": name, "input": {}}
+    delta = {"type": "input_json_delta", "partial_json": json.dumps(given)}
+    return _anthropic_block(block, [delta])
 
 
 def _anthropic_block(block: Json, deltas: list[Json]) -> list[Json]:

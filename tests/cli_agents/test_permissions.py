@@ -13,8 +13,8 @@ from typing import Any, Final
 import pytest
 from cli_agents.cli_setup import PATIENCE_S, RealCliSetup
 from cli_agents.clis import CLAUDE, CLAUDE_NEWEST, Cli
-from cli_agents.model_endpoint import ModelEndpoint
-from cli_agents.tool_calls import CallingModel
+from cli_agents.model_endpoint import ModelEndpoint, Script
+from cli_agents.tool_calls import CallingModel, DelegatingModel
 from google.protobuf.json_format import MessageToDict
 from runrecovery.v1 import run_pb2
 from support.api import Api, status_word
@@ -41,9 +41,15 @@ def steps(request: pytest.FixtureRequest) -> list[list[str]]:
 
 
 @pytest.fixture
-def endpoint(steps: list[list[str]]) -> Iterator[ModelEndpoint]:
+def model(request: pytest.FixtureRequest, steps: list[list[str]]) -> Script:
+    """The model of the endpoint."""
+    return getattr(request, "param", CallingModel(steps))
+
+
+@pytest.fixture
+def endpoint(model: Script) -> Iterator[ModelEndpoint]:
     """An endpoint with that model."""
-    with ModelEndpoint(CallingModel(steps)) as endpoint:
+    with ModelEndpoint(model) as endpoint:
         yield endpoint
 
 
@@ -192,6 +198,21 @@ def test_a_kill_at_a_random_moment_after_the_reply_runs_no_call_twice(
     assert status_word(ended) == "SUCCEEDED", ended
     assert run.effects in ([], ["a"])  # none: it was allowed, and killed before it began
     assert run.setup.endpoint.violations == []
+
+
+@pytest.mark.parametrize("model", [DelegatingModel(appends("a"))], indirect=True)
+def test_a_call_of_a_subagent_is_denied_and_the_main_agent_learns_why(
+    cli: Cli, new_setup: NewSetup, round_number: int
+) -> None:
+    run = Asking(new_setup)
+    _, api = run.setup.home.start()
+    run.setup.create_run(api)
+
+    (result,) = run.results(api)
+
+    assert "which only the main agent can ask for" in result
+    assert run.effects == []
+    assert api.interactions(run.setup.run_id) == []
 
 
 def test_a_hook_that_fails_blocks_a_call_that_the_options_allow(

@@ -10,6 +10,7 @@ from typing import Any, Final
 from cli_agents.model_endpoint import ModelRequest, Reply
 
 AGAIN: Final = "with exactly this input:\n\n"
+ERRAND: Final = "Run your command."
 NOT_RUN: Final = "This call was not run."
 
 
@@ -51,6 +52,25 @@ class CallingModel:
         ran = {command for key, command in _calls(blocks) if NOT_RUN not in shown.get(key, "")}
         repeated = [command for command in dict.fromkeys(called) if command not in ran]
         return repeated[:1]
+
+
+@dataclass(frozen=True, slots=True)
+class DelegatingModel:
+    """Has a subagent call a command, and reports what the subagent reports."""
+
+    command: str
+
+    def __call__(self, request: ModelRequest) -> Reply:
+        """Return the errand, the call of the subagent, or the report of either."""
+        if not request.offers_tools:
+            return Reply("A title")
+        messages = json.loads(request.raw)
+        blocks = [each for message in messages for each in _content(message)]
+        results = [each for _, each in _results([b for b in blocks if isinstance(b, dict)])]
+        is_subagent = request.contains(ERRAND)
+        if not results:
+            return Reply(command=self.command) if is_subagent else Reply(errand=ERRAND)
+        return Reply(results[-1] if is_subagent else json.dumps({"result": {"results": results}}))
 
 
 def _content(message: dict[str, Any]) -> list[Any]:
