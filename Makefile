@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CODEGEN := .venv-codegen
 CODEGEN_READY := $(CODEGEN)/.ready
+DEPLOY := .venv-deploy
+DEPLOY_READY := $(DEPLOY)/.ready
 GENERATED := client/runrecovery/v1
 DESCRIPTORS := service/runrecovery_service/rpc/contract.binpb
 AGENT_CLIS := .agent-clis
@@ -23,7 +25,7 @@ MUTANT_CASES ?= 3000
 ROUNDS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test serve proto docs verify lint types imports breaking packaging bench lock clean \
+.PHONY: help demo test serve proto docs verify lint types imports breaking packaging manifests sbom audit bench lock clean \
 	campaign-processes fuzz interpreters test-agents
 
 help: ## Show these targets
@@ -45,6 +47,12 @@ $(CODEGEN_READY): requirements/codegen.txt
 	@rm -rf $(CODEGEN)
 	@$(PYTHON) -m venv $(CODEGEN)
 	@$(CODEGEN)/bin/python -m pip install --quiet --require-hashes -r requirements/codegen.txt
+	@touch $@
+
+$(DEPLOY_READY): requirements/deploy.txt
+	@rm -rf $(DEPLOY)
+	@$(PYTHON) -m venv $(DEPLOY)
+	@$(DEPLOY)/bin/python -m pip install --quiet --require-hashes -r requirements/deploy.txt
 	@touch $@
 
 # Without npm there is nothing to install; the tests then say by name what they skip.
@@ -109,6 +117,17 @@ imports: $(READY) ## The import rules of the house
 packaging: $(READY) $(NODE_CLIENT_READY) ## Try the wheels, the client's alone at its oldest and newest dependencies, and docs/clients.md
 	@$(BIN)/python -m pytest tests/packaging
 
+manifests: $(DEPLOY_READY) ## Check the files of deploy/ against the schemas of Kubernetes, and by systemd
+	@.ci/manifests $(DEPLOY)/bin
+
+sbom: $(DEPLOY_READY) ## Write dist/runrecovery.cdx.json, which names every locked dependency of the service
+	@mkdir -p dist
+	@PYTHONWARNINGS=ignore $(DEPLOY)/bin/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible \
+		--output-file dist/runrecovery.cdx.json requirements/service.txt
+
+audit: $(DEPLOY_READY) ## Ask the advisory database about the locked dependencies of the service; needs the internet
+	@$(DEPLOY)/bin/pip-audit --require-hashes --disable-pip -r requirements/service.txt
+
 interpreters: $(READY) ## Try every Python >= 3.11 of this machine, and an ordinary user
 	@.ci/interpreters
 
@@ -132,7 +151,7 @@ bench: $(READY) ## Short form of every benchmark, as ratios
 	@$(BIN)/python bench/memory.py --runs 400 --every 200
 
 lock: $(READY) ## Recompile the hash-pinned requirements
-	@for name in codegen service dev client-floor client-latest; do \
+	@for name in codegen service dev deploy client-floor client-latest; do \
 		$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-config \
 			--custom-compile-command 'make lock' requirements/$$name.in -o requirements/$$name.txt; done
 
