@@ -37,6 +37,7 @@ from runrecovery_service.execution.straggler_sweep import StragglerSweep
 from runrecovery_service.execution.supervisor_factory import SupervisorFactory
 from runrecovery_service.execution.tree_deadline import TreeDeadline
 from runrecovery_service.execution.trust_sweep import TrustSweep
+from runrecovery_service.extras import demand_packages
 from runrecovery_service.lifecycle import (
     RECOVERY_BACKOFF_MOST_S,
     BackgroundWork,
@@ -47,6 +48,7 @@ from runrecovery_service.lifecycle import (
 )
 from runrecovery_service.locks import ServiceLocks, sqlite_file
 from runrecovery_service.machine_limits import agent_share, open_cgroup_parent, plan_open_files
+from runrecovery_service.meters import Meters
 from runrecovery_service.ownership import (
     LeaseRenewal,
     Ownership,
@@ -67,6 +69,7 @@ from runrecovery_service.recovery.reconcile import Recovery, RecoveryLimits
 from runrecovery_service.recovery.status import RecoveryStatus
 from runrecovery_service.reload import Reloader
 from runrecovery_service.reload_setup import reloadable_parts, retention_policy
+from runrecovery_service.rpc.call_meter import CallMeter
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.listen_address import parse_listen_address
 from runrecovery_service.rpc.recovery_service import Prune, RecoveryDeps
@@ -83,6 +86,7 @@ from runrecovery_service.webhook_setup import build_endpoints
 from runrecovery_service.webhooks.webhooks import Webhooks
 
 if TYPE_CHECKING:
+    from runrecovery_service.metrics.http_server import MetricsServer
     from runrecovery_service.retention.sweep import RetentionSweep
     from runrecovery_service.webhooks.endpoint import Endpoint
 
@@ -103,6 +107,7 @@ def serve(settings: Settings, load: Callable[[], Settings]) -> None:
     prepare_process()
     open_files = plan_open_files(settings)
     open_files.apply()
+    demand_packages(settings)
     # Before anything is claimed: a name server that does not answer takes long.
     entrance = Entrance.make(settings, open_files)
     endpoints = build_endpoints(settings)
@@ -111,8 +116,8 @@ def serve(settings: Settings, load: Callable[[], Settings]) -> None:
         # Before the store is migrated and an epoch is claimed: a start that no client could reach
         # must change nothing, and must not count as a start without a finished recovery.
         parse_listen_address(settings.listen).check_bindable()
-        if settings.probe_listen:
-            parse_listen_address(settings.probe_listen).check_bindable()
+        for listen in filter(None, (settings.probe_listen, settings.metrics_listen)):
+            parse_listen_address(listen).check_bindable()
         # Beside the rest of the start: the probe waits some 30 ms for processes.
         probe = prober.submit(prove_containment, watermark_bits())
         db = open_database(settings.database, locks.data_dir, locks=locks.locks)
@@ -162,6 +167,8 @@ class _App:
         self.open_files = open_files
         db.webhooks = tuple(endpoint.filter for endpoint in endpoints)
         self.stop, self.clock = StopSignal(), Clock()
+        self.meters = Meters()
+        self.calls = CallMeter(self.meters) if settings.metrics_listen else None
         self.status = RecoveryStatus(probe)
         self.gate = Gate(retry_after_s=settings.retry_hint_s)
         self.host = this_host()
@@ -173,7 +180,7 @@ class _App:
         start_grpc()
         boot = this_start(settings, locks, self.host)
         with ExitStack() as made:  # a refused start ends at once: no thread may be left
-            self.storage = Storage(db)
+            self.storage = Storage(db, self.meters if settings.metrics_listen else None)
             made.callback(self.storage.close)
             self.threads = SteadyThreadPool(settings.capacity * 4 + 4, thread_name_prefix="process")
             made.callback(self.threads.shutdown)
@@ -239,7 +246,27 @@ class _App:
             ),
             max_connections=entrance.connections,
             probe=entrance.probe(self.gate),
+            metrics=self._metrics(ownership.lease, entrance.metrics_connections),
         )
+
+    def _metrics(self, lease: LeaseRenewal, max_connections: int) -> MetricsServer | None:
+        if self.calls is None:
+            return None
+        # Imported here: prometheus-client takes some 0.05 s.
+        from runrecovery_service.metrics.setup import Sources, build_metrics  # noqa: PLC0415
+
+        sources = Sources(
+            storage=self.storage,
+            owner=self.owner,
+            catalog=self.catalog,
+            gate=self.gate,
+            turns=self.turns,
+            slots=self.settings.capacity,
+            lease=lease,
+            status=self.status,
+            calls=self.calls,
+        )
+        return build_metrics(sources, self.clock, max_connections=max_connections)
 
     def _launcher(self) -> Launcher:
         return Launcher(
@@ -269,6 +296,7 @@ class _App:
                 launcher=launcher,
                 output=self.output,
                 sessions=SessionChecker(workspaces=self.workspaces),
+                meters=self.meters,
                 exit_grace_s=self.settings.exit_grace_s,
             ),
             launcher=launcher,
@@ -342,6 +370,7 @@ class _App:
             tls=entrance.tls,
             guard=entrance.guard,
             public_reflection=settings.public_reflection,
+            meter=self.calls,
         )
 
     def _recovery_runner(self) -> RecoveryRunner:

@@ -19,6 +19,8 @@ from runrecovery_service.rpc.listen_address import count_addresses
 from runrecovery_service.rpc.server import GrpcServer, build_probe_server
 from runrecovery_service.rpc.tls import ServerTls
 
+METRICS_CONNECTIONS: Final = 32
+"""Connections to `metrics_listen`, taken from those of callers; at most half of them."""
 PROBE_CONNECTIONS: Final = 64
 """Connections to `probe_listen`, taken from those of callers; at most half of them."""
 
@@ -30,6 +32,7 @@ class Entrance:
     Attributes:
         connections: the most connections to all addresses of `listen` together.
         per_address: the most connections to one address of `listen`.
+        metrics_connections: the most connections to `metrics_listen`; 0: there is none.
         probe_connections: the most connections to one address of `probe_listen`; 0: there is none.
         tls: None: connections are not encrypted.
         guard: admits callers. Without any in its table, whoever connects may do everything.
@@ -37,6 +40,7 @@ class Entrance:
 
     connections: int
     per_address: int
+    metrics_connections: int
     probe_connections: int
     tls: ServerTls | None
     guard: CallerGuard
@@ -49,12 +53,15 @@ class Entrance:
             TlsRefused, CallersRefused: they cannot be used.
         """
         files, known = tls_files(settings), read_callers(settings)
-        most = min(PROBE_CONNECTIONS, open_files.connections // 2)
-        probing = most if settings.probe_listen else 0
-        connections = open_files.connections - probing
+        connections = open_files.connections
+        probing = min(PROBE_CONNECTIONS, connections // 2) if settings.probe_listen else 0
+        connections -= probing
+        scraping = min(METRICS_CONNECTIONS, connections // 2) if settings.metrics_listen else 0
+        connections -= scraping
         return cls(
             connections=connections,
             per_address=connections // count_addresses(settings.listen),
+            metrics_connections=scraping,
             probe_connections=probing and probing // count_addresses(settings.probe_listen),
             tls=None if files is None else ServerTls(files),
             guard=CallerGuard(CallerTable(known)),

@@ -50,7 +50,8 @@ from runrecovery_service.storage.database import Database
 from runrecovery_service.systemd import SystemdNotifier
 from runrecovery_service.webhooks.webhooks import Webhooks
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the imports would slow down starts without these features
+    from runrecovery_service.metrics.http_server import MetricsServer
     from runrecovery_service.retention.sweep import RetentionSweep
 
 log = structlog.get_logger()
@@ -273,6 +274,7 @@ class Service:
     Attributes:
         max_connections: client connections at one time, for the log.
         probe: answers health checks on an address of their own.
+        metrics: answers scrapes; None: metrics are off.
     """
 
     settings: Settings
@@ -286,6 +288,7 @@ class Service:
     reloader: Reloader
     max_connections: int
     probe: GrpcServer | None
+    metrics: MetricsServer | None
 
     async def run(self) -> None:
         """Bind, recover, serve until a stop, and stop in order.
@@ -314,10 +317,13 @@ class Service:
         ended = self.stop.task_ended
         listen, probe_listen = self.settings.listen, self.settings.probe_listen
         address = bound_address(listen, await self.server.bind(listen, keeper_ended=ended))
-        more = {}
+        more: dict[str, str] = {}
         if self.probe is not None:
             port = await self.probe.bind(probe_listen, keeper_ended=ended)
-            more = {"probe_address": bound_address(probe_listen, port)}
+            more["probe_address"] = bound_address(probe_listen, port)
+        if self.metrics is not None:
+            port = await self.metrics.bind(self.settings.metrics_listen)
+            more["metrics_address"] = bound_address(self.settings.metrics_listen, port)
         log.info("service.listening", address=address, max_connections=self.max_connections, **more)
 
     async def _report_containment(self) -> None:
@@ -378,6 +384,8 @@ class Service:
             await self._step("lease", self.ownership.resign())
         if self.probe is not None:
             await self._step("probe", self.probe.stop(grace_s=0.0))
+        if self.metrics is not None:
+            await self._step("metrics", self.metrics.stop())
         await self._step("storage", asyncio.to_thread(self.ownership.storage.close))
         log.info("service.stopped", epoch=self.ownership.owner.epoch)
 

@@ -21,6 +21,7 @@ from typing import Any, Final, TextIO, cast
 
 from runrecovery_service.background_stream import BackgroundStream
 from runrecovery_service.config.settings import LogFormat, LogLevel
+from runrecovery_service.meters import SharedCounter
 
 
 @contextmanager
@@ -81,6 +82,12 @@ _WARNINGS_ONLY: Final = ("peewee.migrations",)  # `storage.migrated` reports mig
 _GRPC: Final = "grpc._cython.cygrpc"
 _UNDECODABLE: Final = "Invalid encoding on"
 UNDECODABLE_INTERVAL_S: Final = 60.0
+
+LOGGED_EVENTS: Final = SharedCounter(
+    "runrecovery_log_events_total", "Warnings and errors that were logged.", "event", "level"
+)
+"""Of the process, as the log is. Events of other libraries are texts, and are not counted."""
+LOGGED_LINES: Final = SharedCounter("runrecovery_log_lines_total", "The same, together.", "level")
 
 
 class _UndecodableMetadata(logging.Filter):
@@ -160,7 +167,7 @@ def configure(
     common = _common()
     form = _for_people(colors=out.isatty()) if people else _for_programs()
     structlog.configure(
-        processors=[structlog.contextvars.merge_contextvars, *common, *form],
+        processors=[structlog.contextvars.merge_contextvars, *common, _count, *form],
         logger_factory=structlog.WriteLoggerFactory(file=cast("TextIO", out)),
         cache_logger_on_first_use=False,  # or a second configure would not reach old loggers
     )
@@ -209,6 +216,14 @@ def _common() -> list[structlog.typing.Processor]:
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
+
+
+def _count(_logger: object, _method: str, event: Event) -> Event:
+    """Count an event that is more than news (a structlog processor)."""
+    if event["level"] in {"warning", "error"}:
+        LOGGED_EVENTS.add(event["event"], event["level"])
+        LOGGED_LINES.add(event["level"])
+    return event
 
 
 def _for_programs() -> list[structlog.typing.Processor]:

@@ -9,6 +9,7 @@ from runrecovery_service import paths
 from runrecovery_service.access_setup import access_problems
 from runrecovery_service.agents.trust_keeper import trust_problem
 from runrecovery_service.config.settings import ContainmentPolicy, Settings
+from runrecovery_service.config.values import is_loopback
 from runrecovery_service.domain.start_errors import (
     CgroupRefused,
     DatabaseRefused,
@@ -16,6 +17,7 @@ from runrecovery_service.domain.start_errors import (
     OpenFilesRefused,
 )
 from runrecovery_service.engine_setup import environment_of
+from runrecovery_service.extras import missing_packages
 from runrecovery_service.locks import ServiceLocks, sqlite_file
 from runrecovery_service.machine_limits import open_cgroup_parent, plan_open_files
 from runrecovery_service.process.agent_command import launch_problem
@@ -83,12 +85,17 @@ def check(settings: Settings) -> list[str]:
     problems += _open_files_problems(settings)
     problems += access_problems(settings)
     problems += webhook_problems(settings)
+    problems += missing_packages(settings)
     problems += _store_problems(settings)
     return problems
 
 
 def check_notes(settings: Settings) -> list[str]:
     """Return what an operator should know although it prevents no start, one sentence each."""
+    return [*_data_dir_notes(settings), *_metrics_notes(settings)]
+
+
+def _data_dir_notes(settings: Settings) -> list[str]:
     try:
         data_dir = paths.absolute(settings.data_dir)
         others = paths.others_who_may_write(data_dir)
@@ -98,6 +105,13 @@ def check_notes(settings: Settings) -> list[str]:
     ):  # `check` reports the problem, or the directory does not exist yet
         return []
     return [] if others is None else [f"{data_dir}: may also be changed by {others}"]
+
+
+def _metrics_notes(settings: Settings) -> list[str]:
+    if not settings.metrics_listen or is_loopback(settings.metrics_listen):
+        return []
+    place = f"metrics_listen = {settings.metrics_listen}"
+    return [f"{place}: whoever reaches it can read the names of engines, and how much each works"]
 
 
 def _open_files_problems(settings: Settings) -> list[str]:

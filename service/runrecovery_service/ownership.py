@@ -104,6 +104,11 @@ class LeaseRenewal:
         """Seconds between two renewals while they succeed."""
         return self.lease_ttl_s / RENEWALS_PER_LEASE
 
+    @property
+    def left_s(self) -> float:
+        """Seconds until the lease ends, if it is not renewed. Below 0: it has ended."""
+        return self._renewed_s + self.lease_ttl_s - boot_time_ns() / 1e9
+
     def tasks(self) -> list[PeriodicTask]:
         """Return the renewal and, where no instance can take over, the loop of the heartbeats."""
         renewal = PeriodicTask(

@@ -172,6 +172,7 @@ def test_a_kind_of_error_that_is_not_listed_has_the_exit_code_of_its_parent(
 def test_every_error_that_ends_a_service_has_its_documented_exit_code() -> None:
     assert {kind.__name__: int(code) for kind, code in local.START_EXIT_CODES.items()} == {
         "CgroupRefused": 2,
+        "PackagesMissing": 2,
         "TlsRefused": 2,
         "CallersRefused": 2,
         "Held": 3,

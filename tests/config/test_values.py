@@ -158,7 +158,7 @@ def test_an_age_is_a_number_with_its_unit(load: Load, text: str, seconds: float)
         ("listen = '127.0.0.1:65536'", "listen", "the port must be from 0"),
         ("listen = '127.0.0.1:http'", "listen", "the port must be from 0"),
         ("listen = 'unix:'", "listen", "needs a path"),
-        ("probe_listen = 'unix:/a'", "probe_listen", "a probe needs TCP"),
+        ("probe_listen = 'unix:/a'", "probe_listen", "it needs TCP"),
         ("probe_listen = 'a'", "probe_listen", "must be HOST:PORT"),
         ("lease_ttl_s = 2.9", "lease_ttl_s", "must be from 3 to 3600 seconds, not 2.9"),
         ("lease_ttl_s = 3601", "lease_ttl_s", "must be from 3 to 3600 seconds, not 3601"),

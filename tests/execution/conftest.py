@@ -29,6 +29,7 @@ from runrecovery_service.execution.running_turns import RunningTurns
 from runrecovery_service.execution.straggler_sweep import StragglerSweep
 from runrecovery_service.execution.supervisor_factory import SupervisorFactory
 from runrecovery_service.execution.tree_deadline import TreeDeadline
+from runrecovery_service.meters import Meters
 from runrecovery_service.process.boot_clock import boot_time_ns
 from runrecovery_service.process.host import Host
 from runrecovery_service.process.watermark import watermark_bits
@@ -324,6 +325,7 @@ async def running_execution(
                 launcher=launcher,
                 output=output,
                 sessions=SessionChecker(workspaces=workspaces, timeout_s=session_check_s),
+                meters=Meters(),
                 exit_grace_s=1.0,
             ),
             launcher=launcher,

@@ -30,6 +30,10 @@ from runrecovery_service.config.settings import (
 )
 from runrecovery_service.domain.recovery_matrix import MATRIX, QUARANTINE_RULE
 from runrecovery_service.domain.run import ErrorCode
+from runrecovery_service.logs import LOGGED_EVENTS, LOGGED_LINES
+from runrecovery_service.meters import Meters
+from runrecovery_service.metrics.exposition import render
+from runrecovery_service.metrics.gauges import GAUGES
 from runrecovery_service.rpc import errors
 from runrecovery_service.rpc.health import NAMES
 from runrecovery_service.rpc.roles import ROLES
@@ -228,6 +232,19 @@ def test_events_in_the_code_are_the_events_on_the_page() -> None:
     told = {name for name in _rows(_page("docs/events.md")) if EVENT.fullmatch(name)}
 
     assert told == set(_events())
+
+
+def test_metrics_in_the_code_are_the_metrics_on_the_page_with_their_labels() -> None:
+    meters = (*Meters(), LOGGED_EVENTS, LOGGED_LINES)
+    made = {meter.name: meter.labels for meter in (*meters, *GAUGES)}
+    process = re.findall(r"^runrecovery_process_\w+", render([]).decode(), re.MULTILINE)
+    cells = re.findall(
+        r"^\| `(runrecovery_\w+)` \| \w+ \|([^|]*)\|", _page("docs/metrics.md"), re.MULTILINE
+    )
+
+    assert {name: tuple(re.findall(r"`(\w+)`", labels)) for name, labels in cells} == (
+        made | dict.fromkeys(process, ())
+    )
 
 
 def test_every_exit_code_is_documented() -> None:

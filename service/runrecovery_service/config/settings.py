@@ -249,6 +249,7 @@ class Settings:
         listen: HOST:PORT (port 0: any free one), [IPV6]:PORT or unix:PATH.
         insecure_listen: allow `listen` to be reached from other machines without TLS or callers.
         probe_listen: HOST:PORT that answers health checks only, in plaintext. Empty: none.
+        metrics_listen: HOST:PORT where Prometheus reads metrics, in plaintext. Empty: no metrics.
         data_dir: outputs, workspaces, the lock, and the SQLite database unless `database` names
             another place.
         database: empty: SQLite in `data_dir`; else `postgresql://…` or `sqlite:///path`.
@@ -300,7 +301,8 @@ class Settings:
 
     listen: Annotated[str, values.listen] = defaults.LISTEN
     insecure_listen: Annotated[bool, values.boolean] = False
-    probe_listen: Annotated[str, values.probe_listen] = ""
+    probe_listen: Annotated[str, values.tcp_listen] = ""
+    metrics_listen: Annotated[str, values.tcp_listen] = ""
     data_dir: Annotated[Path, values.path] = Path("./runrecovery-data")
     database: Annotated[str, values.database] = field(default="", repr=False)
     instance: Annotated[str, values.name] = "default"

@@ -192,10 +192,10 @@ def listen(value: object) -> str:
     return address
 
 
-def probe_listen(value: object) -> str:
+def tcp_listen(value: object) -> str:
     address = text(value)
     if _is_socket_file(address):
-        raise InvalidValue("must be empty, HOST:PORT or [IPV6]:PORT: a probe needs TCP")
+        raise InvalidValue("must be empty, HOST:PORT or [IPV6]:PORT: it needs TCP")
     return listen(address) if address else ""
 
 

@@ -5,7 +5,7 @@ StartRefused
 ├── DatabaseRefused: StoreLost, DatabaseOutOfReach
 ├── BackupRefused, DataDirRefused
 ├── ThreadsRefused, OpenFilesRefused, CgroupRefused, ContainmentRefused
-├── TlsRefused, CallersRefused, WebhooksRefused
+├── TlsRefused, CallersRefused, WebhooksRefused, PackagesMissing
 └── RecoveryGaveUp, RecoveryInterrupted
 """
 
@@ -168,6 +168,16 @@ class CallersRefused(StartRefused):
 @dataclass(eq=False)
 class WebhooksRefused(StartRefused):
     """The configured webhooks cannot be used. No text has a secret."""
+
+    problems: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "; ".join(self.problems)
+
+
+@dataclass(eq=False)
+class PackagesMissing(StartRefused):
+    """The configuration needs packages that are not installed."""
 
     problems: tuple[str, ...]
 

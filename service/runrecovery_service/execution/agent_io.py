@@ -234,7 +234,7 @@ class AgentIO:
                 self.threads, self.output.append, run.key, run.attempt, channel, data
             )
         except OSError as error:
-            self.log.warning("execution.output_lost", channel=channel.value, error=error.strerror)
+            self.log.output_lost(channel=channel.value, error=error.strerror)
         if channel is OutputChannel.STDOUT:
             self._note_kept(len(data), size)
 

@@ -229,9 +229,7 @@ class Launch:
         await self.demand_wanted()
         await self._run_to_end(self._open_gate)
         agent = process.agent
-        self.records.log.info(
-            "execution.launched", pid=None if agent is None else agent.pid, shim=process.pid
-        )
+        self.records.log.launched(pid=None if agent is None else agent.pid, shim=process.pid)
 
     async def _run_to_end(self, do: Callable[[], R]) -> R:
         """Run a step in a thread, and wait for its end even when cancelled.

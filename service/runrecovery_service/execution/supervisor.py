@@ -431,9 +431,8 @@ class TurnSupervisor:
         used = self.state.used
         run = await self.records.record_end(end, ended, due=due, fingerprint=fingerprint, used=used)
         resources, tokens = ended.resources, None if used is None else used.turn
-        self.records.log.info(
-            "execution.turn_ended",
-            status=run.status.value if run.status else None,
+        self.records.log.turn_ended(
+            status=run.status,
             error_code=run.error.code if run.error else None,
             exit_code=ended.exit_code,
             processes_ended=ended.processes_ended,

@@ -14,6 +14,7 @@ from runrecovery_service.execution.turn_log import TurnLog
 from runrecovery_service.execution.turn_permissions import TurnPermissions
 from runrecovery_service.execution.turn_records import TurnRecords
 from runrecovery_service.execution.turn_sessions import TurnSessions
+from runrecovery_service.meters import Meters
 from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.turns import Turn
@@ -34,6 +35,7 @@ class SupervisorFactory:
     launcher: Launcher
     output: OutputFiles
     sessions: SessionChecker
+    meters: Meters
     exit_grace_s: float
 
     def supervise(self, turn: Turn) -> TurnSupervisor:
@@ -47,7 +49,7 @@ class SupervisorFactory:
             owner=self.owner,
             clock=self.clock,
             turn=turn,
-            log=TurnLog(turn.run),
+            log=TurnLog(turn.run, self.meters),
         )
         launch = Launch(launcher=self.launcher, records=records)
         return TurnSupervisor(

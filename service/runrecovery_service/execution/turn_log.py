@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from time import monotonic
 from typing import TypeVar
 
 import structlog
 
 from runrecovery_service.domain.errors import Fenced, error_facts, is_outage
-from runrecovery_service.domain.run import Run
+from runrecovery_service.domain.run import Run, RunStatus
+from runrecovery_service.meters import Meters
 from runrecovery_service.periodic import Backoff
 from runrecovery_service.storage.driver_errors import is_unstorable
 
@@ -23,9 +25,16 @@ RETRY_FIRST_S, RETRY_MOST_S = 0.2, 5.0
 
 @dataclass(frozen=True, slots=True)
 class TurnLog:
-    """Logs for one turn: each line names the run, the attempt and the turn."""
+    """Logs for one turn, and counts: each line names the run, the attempt and the turn.
+
+    Attributes:
+        meters: get what is counted.
+        begun_s: when the turn got its slot, by `monotonic`.
+    """
 
     run: Run
+    meters: Meters = field(default_factory=Meters)
+    begun_s: float = field(default_factory=monotonic)
 
     def info(self, event: str, **facts: object) -> None:
         """Log a line."""
@@ -34,6 +43,22 @@ class TurnLog:
     def warning(self, event: str, **facts: object) -> None:
         """Log a warning."""
         log.warning(event, **self._turn, **facts)
+
+    def launched(self, *, pid: int | None, shim: int) -> None:
+        """Log that the agent has started."""
+        self.info("execution.launched", pid=pid, shim=shim)
+        self.meters.launch_seconds.observe(monotonic() - self.begun_s, self.run.engine)
+
+    def output_lost(self, *, channel: str, error: str | None) -> None:
+        """Log that a piece of output could not be kept."""
+        self.warning("execution.output_lost", channel=channel, error=error)
+        self.meters.output_lost.add(self.run.engine)
+
+    def turn_ended(self, *, status: RunStatus | None, **facts: object) -> None:
+        """Log how the turn has ended, once that is on record."""
+        self.info("execution.turn_ended", status=status and status.value, **facts)
+        took_s = monotonic() - self.begun_s
+        self.meters.turn_seconds.observe(took_s, self.run.engine, status or "UNKNOWN")
 
     @property
     def _turn(self) -> dict[str, object]:

@@ -172,6 +172,7 @@ class Recovery:
         except Exception as error:
             self._fail(db, report, error)
             raise
+        status.report = completed
         _log_completed(report, completed)
         return completed
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from runrecovery_service.domain.reconciliation import Containment
+from runrecovery_service.domain.reconciliation import Containment, Reconciliation
 
 
 @dataclass(slots=True)
@@ -14,11 +14,13 @@ class RecoveryStatus:
 
     Attributes:
         probe: the probe of containment, which runs beside the start; None at a planned stop.
+        report: the report, once it is committed.
         report_id: the reconciliation_id of the report; None until the store has the report.
     """
 
     probe: Future[Containment] | None = None
     report_id: str | None = None
+    report: Reconciliation | None = None
 
     @property
     def containment(self) -> Containment | None:

@@ -80,6 +80,11 @@ class Gate:
         return self._listens
 
     @property
+    def disk_low(self) -> bool:
+        """True while a disk has less room than the floor."""
+        return self._disk_low
+
+    @property
     def draining(self) -> bool:
         """True once the service is shutting down."""
         return self._state is ServiceState.DRAINING

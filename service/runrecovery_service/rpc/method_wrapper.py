@@ -29,6 +29,7 @@ from runrecovery_service.domain.errors import (
     SlowReader,
 )
 from runrecovery_service.rpc import errors
+from runrecovery_service.rpc.call_meter import CallMeter
 from runrecovery_service.rpc.callers import CALLER, CallerGuard
 from runrecovery_service.rpc.gate import Access, Gate, ServiceState
 from runrecovery_service.rpc.open_calls import OpenCalls
@@ -61,6 +62,7 @@ class MethodWrapper:
         max_streams: concurrent streams; they are mostly idle, so they have their own limit.
         stall_s: seconds after which a stream is closed if its reader has taken nothing.
         guard: admits callers; None: everyone may call everything.
+        meter: counts and times calls; None: nobody reads that.
     """
 
     def __init__(
@@ -71,8 +73,10 @@ class MethodWrapper:
         max_streams: int,
         stall_s: float,
         guard: CallerGuard | None = None,
+        meter: CallMeter | None = None,
     ) -> None:
         self._gate = gate
+        self._meter = meter
         self._guard = guard
         self._max_calls = max_calls
         self._max_streams = max_streams
@@ -104,7 +108,7 @@ class MethodWrapper:
                 self._open_unary -= weight
                 self._release(caller)
 
-        return call
+        return call if self._meter is None else self._meter.unary(method.name, call)
 
     def stream(
         self, method: Method, respond: Stream
@@ -123,6 +127,8 @@ class MethodWrapper:
                 async with self._while_admitted(context, caller):
                     await self._send_all(context, respond(parse(payload)))
             except (CallerUnknown, SlowReader) as error:
+                if self._meter is not None and isinstance(error, SlowReader):
+                    self._meter.note_cut(method.name)
                 await _cut_off(context, method, error)
             except Exception as error:  # noqa: BLE001 - last handler: every error gets a status
                 await self._fail(context, method, error)
@@ -130,7 +136,7 @@ class MethodWrapper:
                 self._open_streams -= 1
                 self._release(caller)
 
-        return call
+        return call if self._meter is None else self._meter.stream(method.name, call)
 
     async def _admit(self, context: Context, method: Method) -> Caller:
         if self._guard is not None:

@@ -21,6 +21,7 @@ from runrecovery.v1 import recovery_service_pb2, run_service_pb2
 
 from runrecovery_service.domain.start_errors import ThreadsRefused
 from runrecovery_service.rpc import standard_handlers
+from runrecovery_service.rpc.call_meter import CallMeter
 from runrecovery_service.rpc.callers import CallerGuard
 from runrecovery_service.rpc.gate import Access, Gate
 from runrecovery_service.rpc.health import HealthServicer
@@ -300,6 +301,7 @@ def build_server(
     tls: ServerTls | None = None,
     guard: CallerGuard | None = None,
     public_reflection: bool = False,
+    meter: CallMeter | None = None,
 ) -> GrpcServer:
     """Return the server with every service; it does not listen yet.
 
@@ -307,6 +309,7 @@ def build_server(
         tls: None: connections are not encrypted.
         guard: admits callers; None: everyone may call everything.
         public_reflection: reflection needs no caller.
+        meter: counts and times the calls of the contract; None: nobody reads that.
     """
     wrapper = MethodWrapper(
         gate,
@@ -314,6 +317,7 @@ def build_server(
         max_streams=limits.max_concurrent_streams,
         stall_s=limits.stall_s,
         guard=guard,
+        meter=meter,
     )
     services = (RUN_SERVICE.full_name, RECOVERY_SERVICE.full_name, HEALTH.full_name)
     all_handlers = (

@@ -15,7 +15,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from threading import get_ident
 from time import monotonic
 from typing import Final, ParamSpec, TypeVar
@@ -24,6 +24,7 @@ import structlog
 
 from runrecovery_service import daemon_threads
 from runrecovery_service.domain.errors import NotNow, RunRecoveryError
+from runrecovery_service.meters import Meters
 from runrecovery_service.steady_thread_pool import SteadyThreadPool
 from runrecovery_service.storage.changes import (
     Changes,
@@ -37,6 +38,7 @@ from runrecovery_service.storage.postgresql import PostgreSQL, cut
 from runrecovery_service.storage.reports import close_abandoned
 from runrecovery_service.storage.reserved_connection import ReservedConnection
 from runrecovery_service.storage.sql_dialects import DatabaseKind
+from runrecovery_service.storage.store_timer import StoreTimer
 from runrecovery_service.storage.use_case import UseCase, run_use_case
 
 P = ParamSpec("P")
@@ -55,8 +57,14 @@ log = structlog.get_logger()
 class Storage:
     """Runs use cases for the event loop: reads, durable writes, and long exclusive work."""
 
-    def __init__(self, db: Database) -> None:
+    def __init__(self, db: Database, meters: Meters | None = None) -> None:
+        """Start the threads.
+
+        Args:
+            meters: get the times and errors of the store; None: nobody reads them.
+        """
         self._db = db
+        self._meters = meters
         self._inline = db.dialect.kind is DatabaseKind.SQLITE
         self._writer: GroupCommitWriter | None = None
         self._reserved: ReservedConnection | None = None
@@ -68,7 +76,9 @@ class Storage:
             )
             made.callback(self._pool.shutdown)
             if self._inline:
-                self._writer = GroupCommitWriter(db)
+                self._writer = GroupCommitWriter(
+                    db, None if meters is None else meters.commit_writes
+                )
                 made.callback(self._writer.close)
             else:
                 self._reserved = ReservedConnection(db)
@@ -87,13 +97,20 @@ class Storage:
 
     async def read_row(self, use: UseCase[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Run a read of a row or two."""
-        if self._inline:
+        if not self._inline:
+            return await self.read(use, *args, **kwargs)
+        if self._meters is None:
             return run_use_case(self._db, use, *args, **kwargs)
-        return await self.read(use, *args, **kwargs)
+        with StoreTimer(self._meters, "read_row"):
+            return run_use_case(self._db, use, *args, **kwargs)
 
     async def read(self, use: UseCase[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Run a read of many rows."""
-        return await asyncio.wrap_future(self._submit(lambda db: use(db, *args, **kwargs)))
+        with self._timed("read"):
+            return await asyncio.wrap_future(self._submit(lambda db: use(db, *args, **kwargs)))
+
+    def _timed(self, operation: str) -> AbstractContextManager[object]:
+        return nullcontext() if self._meters is None else StoreTimer(self._meters, operation)
 
     def _submit(self, use: Callable[[Database], R]) -> Future[R]:
         def noted(db: Database) -> R:
@@ -155,10 +172,13 @@ class Storage:
 
         writing = (self._submit if self._writer is None else self._writer.submit)(noted)
         try:
-            result, touched = await asyncio.wrap_future(writing)
+            with self._timed("write"):
+                result, touched = await asyncio.wrap_future(writing)
         except asyncio.CancelledError:  # it may be committed even so
             self._announce_once_done(writing, announce)
             raise
+        if self._writer is None and self._meters is not None:
+            self._meters.commit_writes.observe(1)
         announce(touched)
         return result
 
@@ -199,7 +219,10 @@ class Storage:
         self._cut_hanging()
         reserved = self._replaced(self._reserved)
         try:
-            return await asyncio.wrap_future(reserved.submit(lambda db: use(db, *args, **kwargs)))
+            with self._timed("renewal"):
+                return await asyncio.wrap_future(
+                    reserved.submit(lambda db: use(db, *args, **kwargs))
+                )
         except asyncio.CancelledError:  # too slow: the network may drop packets
             if self._replacement is None:
                 self._replacement = ReservedConnection(self._db)

@@ -10,6 +10,7 @@ from typing import Final, TypeVar
 import structlog
 
 from runrecovery_service.domain.errors import RunRecoveryError
+from runrecovery_service.meters import Histogram
 from runrecovery_service.required_threads import start_thread
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.driver_errors import DRIVER_ERRORS
@@ -29,8 +30,14 @@ class GroupCommitWriter:
     tried again in a transaction of its own: one bad write cannot fail the others.
     """
 
-    def __init__(self, db: Database) -> None:
+    def __init__(self, db: Database, commit_writes: Histogram | None = None) -> None:
+        """Start the thread.
+
+        Args:
+            commit_writes: counts the writes of each commit.
+        """
         self._db = db
+        self._commit_writes = commit_writes
         self._waiting: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
         self._thread = start_thread(self._work, "storage-writer")
 
@@ -76,11 +83,17 @@ class GroupCommitWriter:
             except SHARED_COMMIT_ERRORS:
                 log.info("storage.shared_commit_failed", writes=len(batch))
             else:
+                self._note_commit(len(batch))
                 for write in batch:
                     write.resolve()
                 return
         for write in batch:
             write.perform(self._db)
+            self._note_commit(1)
+
+    def _note_commit(self, writes: int) -> None:
+        if self._commit_writes is not None:
+            self._commit_writes.observe(writes)
 
 
 class _MayHaveEnded(Exception):

@@ -1,0 +1,33 @@
+"""The packages that only some configurations need: which of them are missing."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from runrecovery_service.config.settings import Settings
+from runrecovery_service.domain.start_errors import PackagesMissing
+
+
+def missing_packages(settings: Settings) -> list[str]:
+    """Return a sentence for each key whose packages are not installed."""
+    problems = []
+    if settings.metrics_listen and not _is_installed("prometheus_client"):
+        problems.append("metrics_listen: needs `pip install runrecovery-service[metrics]`")
+    return problems
+
+
+def demand_packages(settings: Settings) -> None:
+    """Raise if the configuration needs a package that is not installed.
+
+    Raises:
+        PackagesMissing: with every such key.
+    """
+    if problems := missing_packages(settings):
+        raise PackagesMissing(tuple(problems))
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except (ValueError, ModuleNotFoundError):  # a test hides it
+        return False

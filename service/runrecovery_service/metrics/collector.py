@@ -1,0 +1,110 @@
+"""Answers scrapes: gathers the numbers on the event loop, and writes them in a thread.
+
+All scrapes of one second get one text. The store is read at most every `STORE_READ_S` seconds, and
+one read at a time is under way, however many scrapes there are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+from datetime import datetime
+from time import monotonic
+from typing import Final
+
+from runrecovery_service.clock import Clock
+from runrecovery_service.metrics.families import Family
+from runrecovery_service.periodic import FailureLog
+from runrecovery_service.storage.run_counts import RunCount
+
+TEXT_KEPT_S: Final = 1.0
+STORE_READ_S: Final = 5.0
+STORE_WAIT_S: Final = 0.5
+"""A scrape waits so long for the store. Then it is answered with what was read before."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class StoredRuns:
+    """The unfinished runs, as the store answered last.
+
+    Attributes:
+        read: reads the store.
+        counts: None until the store has answered.
+        read_at: when the store has answered.
+    """
+
+    read: Callable[[], Awaitable[list[RunCount]]]
+    clock: Clock
+    counts: list[RunCount] | None = field(default=None, init=False)
+    read_at: datetime | None = field(default=None, init=False)
+    _next_read_s: float = field(default=0.0, init=False)
+    _reading: asyncio.Task[None] | None = field(default=None, init=False)
+    _failures: FailureLog = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._failures = FailureLog(failure_event="metrics.runs_not_read")
+
+    async def refresh(self) -> None:
+        """Read the store if that is due, and wait for the answer, `STORE_WAIT_S` at most."""
+        if self._reading is None and monotonic() >= self._next_read_s:
+            self._next_read_s = monotonic() + STORE_READ_S
+            self._reading = asyncio.create_task(self._read(), name="metrics-store")
+        if self._reading is not None:
+            await asyncio.wait({self._reading}, timeout=STORE_WAIT_S)
+
+    async def _read(self) -> None:
+        try:
+            self.counts = await self.read()
+            self.read_at = self.clock.now()
+            self._failures.note_success()
+        except Exception as error:  # noqa: BLE001 - the edge of this task: the next scrape tries again
+            self._failures.report(error)
+        finally:
+            self._reading = None
+
+    def stop(self) -> None:
+        """Wait for the store no more."""
+        if self._reading is not None:
+            self._reading.cancel()
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Collector:
+    """Returns the text for a scrape.
+
+    Attributes:
+        families: returns every metric as it is now, on the event loop.
+        render: writes them; it takes milliseconds, and is called in a thread.
+    """
+
+    runs: StoredRuns
+    families: Callable[[], Iterable[Family]]
+    render: Callable[[Iterable[Family]], bytes]
+    _text: bytes = field(default=b"", init=False)
+    _until_s: float = field(default=0.0, init=False)
+    _making: asyncio.Task[None] | None = field(default=None, init=False)
+
+    async def text(self) -> bytes:
+        """Return the metrics, at most `TEXT_KEPT_S` old."""
+        if monotonic() >= self._until_s:
+            if self._making is None:
+                self._making = asyncio.create_task(self._make(), name="metrics-text")
+            # Shielded: a client that goes away must not take the text from the others.
+            await asyncio.shield(self._making)
+        return self._text
+
+    async def _make(self) -> None:
+        try:
+            await self.runs.refresh()
+            families = list(self.families())
+            self._text = await asyncio.to_thread(self.render, families)
+            self._until_s = monotonic() + TEXT_KEPT_S
+        finally:
+            self._making = None
+
+    def stop(self) -> None:
+        """Stop what is under way."""
+        self.runs.stop()
+        if self._making is not None:
+            self._making.cancel()

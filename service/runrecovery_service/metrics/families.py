@@ -1,0 +1,60 @@
+"""Metrics at one moment, in plain values: what the collector takes from the service."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import TypeAlias
+
+from runrecovery_service.meters import Counter, Histogram, Meters
+
+Labels: TypeAlias = tuple[str, ...]
+
+
+class Kind(Enum):
+    """What Prometheus may do with the numbers."""
+
+    COUNTER = auto()
+    GAUGE = auto()
+    HISTOGRAM = auto()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """One metric, with a value for each combination of its labels.
+
+    Attributes:
+        numbers: one number. Of a histogram: the count of each bucket, and the sum.
+        bounds: the upper bounds of the buckets of a histogram.
+    """
+
+    kind: Kind
+    name: str
+    help: str
+    labels: Labels
+    numbers: Mapping[Labels, tuple[float, ...]]
+    bounds: tuple[float, ...] = ()
+
+
+def families_of(meters: Meters, *more: Counter) -> Iterator[Family]:
+    """Yield the counters and histograms as they are now. Call it on the event loop."""
+    for meter in (*meters, *more):
+        if isinstance(meter, Histogram):
+            yield Family(
+                kind=Kind.HISTOGRAM,
+                name=meter.name,
+                help=meter.help,
+                labels=meter.labels,
+                # Copied at once: another thread may add a series meanwhile.
+                numbers={labels: tuple(series) for labels, series in list(meter.series.items())},
+                bounds=meter.bounds,
+            )
+        else:
+            yield Family(
+                kind=Kind.COUNTER,
+                name=meter.name,
+                help=meter.help,
+                labels=meter.labels,
+                numbers={labels: (count,) for labels, count in list(meter.values.items())},
+            )

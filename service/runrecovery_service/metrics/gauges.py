@@ -1,0 +1,243 @@
+"""The gauges: what the service has now. Each is read when somebody scrapes, and counted nowhere."""
+
+from __future__ import annotations
+
+from collections import Counter as Count
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final
+
+from runrecovery_service.domain.reconciliation import Reconciliation
+from runrecovery_service.domain.recovery_matrix import MATRIX, QUARANTINE_RULE
+from runrecovery_service.domain.run import TERMINAL, RunStatus
+from runrecovery_service.metrics.families import Family, Kind, Labels
+from runrecovery_service.rpc.gate import ServiceState
+from runrecovery_service.storage.run_counts import RunCount
+
+Numbers = dict[Labels, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Present:
+    """The service at one moment.
+
+    Attributes:
+        state: of the service as a whole.
+        is_healthy: what health says: SERVING or not.
+        is_disk_low: a disk has less room than the floor.
+        engines: the configured engines.
+        engines_in_use: turns under way, by engine.
+        lease_left_s: until the lease ends, if it is not renewed.
+        open_streams: by method.
+        report: of the recovery of this start; None until it is committed.
+        runs: unfinished runs, as the store answered last; None: it has not answered yet.
+        runs_read_at: when the store answered last.
+    """
+
+    version: str
+    instance: str
+    epoch: int
+    now: datetime
+    state: ServiceState
+    is_healthy: bool
+    is_disk_low: bool
+    engines: tuple[str, ...]
+    engines_in_use: Mapping[str, int]
+    slots: int
+    lease_left_s: float
+    open_streams: Mapping[str, int]
+    report: Reconciliation | None
+    runs: list[RunCount] | None
+    runs_read_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Gauge:
+    """One gauge, and how it is read. No numbers: it is not known."""
+
+    name: str
+    help: str
+    labels: Labels
+    read: Callable[[Present], Numbers]
+
+
+def families_of(present: Present) -> Iterator[Family]:
+    """Yield every gauge."""
+    for gauge in GAUGES:
+        yield Family(
+            kind=Kind.GAUGE,
+            name=gauge.name,
+            help=gauge.help,
+            labels=gauge.labels,
+            numbers={labels: (number,) for labels, number in gauge.read(present).items()},
+        )
+
+
+def _one(number: float | None) -> Numbers:
+    return {} if number is None else {(): number}
+
+
+def _info(present: Present) -> Numbers:
+    return {(present.version, present.instance): 1.0}
+
+
+def _state(present: Present) -> Numbers:
+    return {(state.value,): float(state is present.state) for state in ServiceState}
+
+
+def _runs(present: Present) -> Numbers:
+    """Return a number for each unfinished status of each engine, so that no series disappears."""
+    if present.runs is None:
+        return {}
+    statuses = [status.value for status in RunStatus if status not in TERMINAL]
+    zeros: Numbers = {(engine, status): 0.0 for engine in present.engines for status in statuses}
+    return zeros | {(one.engine, one.status.value): float(one.runs) for one in present.runs}
+
+
+def _oldest(status: RunStatus) -> Callable[[Present], Numbers]:
+    def read(present: Present) -> Numbers:
+        if present.runs is None:
+            return {}
+        ages: Numbers = {
+            (one.engine,): max(0.0, (present.now - one.oldest_since).total_seconds())
+            for one in present.runs
+            if one.status is status and one.oldest_since is not None
+        }
+        zeros: Numbers = {(engine,): 0.0 for engine in present.engines}
+        return zeros | ages
+
+    return read
+
+
+def _age_of_runs(present: Present) -> Numbers:
+    if present.runs_read_at is None:
+        return {}
+    return _one(max(0.0, (present.now - present.runs_read_at).total_seconds()))
+
+
+def _slots_used(present: Present) -> Numbers:
+    in_use = Count(present.engines_in_use)
+    return {(engine,): float(in_use[engine]) for engine in {*present.engines, *in_use}}
+
+
+def _open_streams(present: Present) -> Numbers:
+    return {(method,): float(count) for method, count in present.open_streams.items()}
+
+
+def _of_report(read: Callable[[Reconciliation], Numbers]) -> Callable[[Present], Numbers]:
+    return lambda present: {} if present.report is None else read(present.report)
+
+
+def _duration(report: Reconciliation) -> Numbers:
+    if report.finished_at is None:
+        return {}
+    return _one((report.finished_at - report.started_at).total_seconds())
+
+
+def _decisions(report: Reconciliation) -> Numbers:
+    zeros: Numbers = {(rule,): 0.0 for rule in (*(rule.name for rule in MATRIX), QUARANTINE_RULE)}
+    return zeros | {(made.rule,): float(made.count) for made in report.decisions}
+
+
+def _orphans(report: Reconciliation) -> Numbers:
+    orphans = report.orphans
+    return {
+        ("ended",): float(orphans.ended),
+        ("already_gone",): float(orphans.already_gone),
+        ("refused",): float(orphans.refused),
+    }
+
+
+GAUGES: Final = (
+    Gauge(
+        "runrecovery_info",
+        "1. The labels name the version and the instance.",
+        ("version", "instance_name"),
+        _info,
+    ),
+    Gauge("runrecovery_epoch", "Epoch of this start.", (), lambda it: _one(it.epoch)),
+    Gauge("runrecovery_state", "1 for the state of the service.", ("state",), _state),
+    Gauge(
+        "runrecovery_healthy",
+        "1 while health says SERVING.",
+        (),
+        lambda it: _one(float(it.is_healthy)),
+    ),
+    Gauge(
+        "runrecovery_disk_low",
+        "1 while a disk has less room than the floor.",
+        (),
+        lambda it: _one(float(it.is_disk_low)),
+    ),
+    Gauge("runrecovery_runs", "Unfinished runs.", ("engine", "status"), _runs),
+    Gauge(
+        "runrecovery_queue_oldest_seconds",
+        "How long the run that is queued longest has been queued.",
+        ("engine",),
+        _oldest(RunStatus.QUEUED),
+    ),
+    Gauge(
+        "runrecovery_wait_oldest_seconds",
+        "How long the question that is open longest has been open.",
+        ("engine",),
+        _oldest(RunStatus.WAITING_USER),
+    ),
+    Gauge(
+        "runrecovery_runs_age_seconds",
+        "Since when the store has not answered how many runs there are.",
+        (),
+        _age_of_runs,
+    ),
+    Gauge("runrecovery_slots", "Processes at one time.", (), lambda it: _one(it.slots)),
+    Gauge("runrecovery_slots_used", "Turns under way.", ("engine",), _slots_used),
+    Gauge(
+        "runrecovery_lease_left_seconds",
+        "Until the lease of the instance ends, if it is not renewed.",
+        (),
+        lambda it: _one(it.lease_left_s),
+    ),
+    Gauge("runrecovery_streams_open", "Open streams.", ("method",), _open_streams),
+    Gauge(
+        "runrecovery_recovery_duration_seconds",
+        "Duration of the recovery of this start.",
+        (),
+        _of_report(_duration),
+    ),
+    Gauge(
+        "runrecovery_recovery_phase_seconds",
+        "Duration of each phase of that recovery.",
+        ("phase",),
+        _of_report(lambda it: {(phase.name,): phase.duration_s for phase in it.phases}),
+    ),
+    Gauge(
+        "runrecovery_recovery_decisions",
+        "Runs that the recovery of this start decided, by rule.",
+        ("rule",),
+        _of_report(_decisions),
+    ),
+    Gauge(
+        "runrecovery_recovery_orphans",
+        "Processes and launches of earlier epochs, by what became of them.",
+        ("outcome",),
+        _of_report(_orphans),
+    ),
+    Gauge(
+        "runrecovery_recovery_quarantined",
+        "Runs that the recovery of this start quarantined.",
+        (),
+        _of_report(lambda it: _one(it.quarantined)),
+    ),
+    Gauge(
+        "runrecovery_recovery_warnings",
+        "Warnings in the report of this start.",
+        (),
+        _of_report(lambda it: _one(len(it.warnings))),
+    ),
+    Gauge(
+        "runrecovery_safe_mode",
+        "1 when this start launches nothing.",
+        (),
+        _of_report(lambda it: _one(float(it.safe_mode))),
+    ),
+)

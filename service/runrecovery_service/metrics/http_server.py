@@ -1,0 +1,134 @@
+"""Serves the metrics over HTTP, to whoever connects.
+
+Not the server of prometheus-client: it starts a thread for each connection, without a limit, and
+waits for ever for a client that sends nothing. This one reads one small request of each connection,
+answers and closes, within a time limit, with a limit on connections.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from typing import Final, Protocol
+
+import structlog
+
+from runrecovery_service.rpc.listen_address import ListenFailed
+
+REQUEST_S: Final = 5.0
+"""A connection is closed after this time, in any case."""
+MAX_REQUEST_BYTES: Final = 8192
+PATH: Final = "/metrics"
+
+log = structlog.get_logger()
+
+
+class Page(Protocol):
+    """What is served."""
+
+    async def text(self) -> bytes:
+        """Return the page as it is now."""
+        ...
+
+    def stop(self) -> None:
+        """Stop what is under way for the page."""
+        ...
+
+
+class MetricsServer:
+    """A server of one page.
+
+    Args:
+        content_type: of the page.
+        max_connections: further ones are closed at once.
+    """
+
+    def __init__(self, page: Page, *, content_type: str, max_connections: int) -> None:
+        self._page = page
+        self._content_type = content_type
+        self._max_connections = max_connections
+        self._server: asyncio.Server | None = None
+        self._connections: set[asyncio.Task[None]] = set()
+
+    async def bind(self, listen: str) -> int:
+        """Listen on the address and answer from now on; return the port.
+
+        Raises:
+            ListenFailed: the address does not exist, is taken, or is not permitted.
+        """
+        host, _, port = listen.rpartition(":")
+        try:
+            self._server = await asyncio.start_server(
+                self._accept, host.strip("[]"), int(port), limit=MAX_REQUEST_BYTES
+            )
+        except OSError as error:
+            raise ListenFailed(listen, error.strerror or str(error)) from error
+        bound: int = self._server.sockets[0].getsockname()[1]
+        return bound
+
+    async def stop(self) -> None:
+        """Close the address and every connection."""
+        if self._server is not None:
+            self._server.close()
+        for task in self._connections:
+            task.cancel()
+        await asyncio.gather(*self._connections, return_exceptions=True)
+        self._page.stop()
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if len(self._connections) >= self._max_connections:
+            writer.transport.abort()
+            return
+        task = asyncio.create_task(self._serve(reader, writer))
+        self._connections.add(task)
+        task.add_done_callback(self._connections.discard)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # `drain` then waits until the system has taken everything.
+        writer.transport.set_write_buffer_limits(high=0)
+        try:
+            async with asyncio.timeout(REQUEST_S):
+                writer.write(await self._answer(reader))
+                await writer.drain()
+                writer.close()
+                await writer.wait_closed()
+        except (TimeoutError, OSError, asyncio.IncompleteReadError):
+            pass  # the client is too slow, or has gone
+        except Exception:  # the edge of this task: nobody else would report the defect
+            log.exception("metrics.defect")
+        finally:
+            writer.transport.abort()
+
+    async def _answer(self, reader: asyncio.StreamReader) -> bytes:
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+        except asyncio.LimitOverrunError:
+            return _response("431 Request Header Fields Too Large")
+        method, target, version = _request_line(head)
+        if not version.startswith("HTTP/1."):
+            return _response("400 Bad Request")
+        if target.partition("?")[0] != PATH:
+            return _response("404 Not Found")
+        if method not in {"GET", "HEAD"}:
+            return _response("405 Method Not Allowed", "Allow: GET, HEAD")
+        body = await self._page.text()
+        response = _response("200 OK", f"Content-Type: {self._content_type}", body=body)
+        return response if method == "GET" else response.removesuffix(body)
+
+
+def _request_line(head: bytes) -> tuple[str, str, str]:
+    with suppress(ValueError):
+        method, target, version = head.split(b"\r\n", 1)[0].decode("latin-1").split(" ")
+        return method, target, version
+    return "", "", ""
+
+
+def _response(status: str, *headers: str, body: bytes = b"") -> bytes:
+    lines = (
+        f"HTTP/1.1 {status}",
+        *headers,
+        f"Content-Length: {len(body)}",
+        "Connection: close",
+        "X-Content-Type-Options: nosniff",
+    )
+    return "\r\n".join((*lines, "", "")).encode("latin-1") + body

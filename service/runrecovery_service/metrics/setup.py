@@ -1,0 +1,115 @@
+"""Builds the metrics of a service. Imported only when `metrics_listen` is set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from runrecovery_service import __version__
+from runrecovery_service.clock import Clock
+from runrecovery_service.engines.catalog import Catalog
+from runrecovery_service.execution.running_turns import RunningTurns
+from runrecovery_service.logs import LOGGED_EVENTS, LOGGED_LINES
+from runrecovery_service.meters import Meters
+from runrecovery_service.metrics import families, gauges
+from runrecovery_service.metrics.collector import Collector, StoredRuns
+from runrecovery_service.metrics.exposition import CONTENT_TYPE, render
+from runrecovery_service.metrics.families import Family
+from runrecovery_service.metrics.gauges import Present
+from runrecovery_service.metrics.http_server import MetricsServer
+from runrecovery_service.recovery.status import RecoveryStatus
+from runrecovery_service.rpc.call_meter import CallMeter
+from runrecovery_service.rpc.gate import Gate
+from runrecovery_service.rpc.health import NAMES
+from runrecovery_service.storage.async_storage import Storage
+from runrecovery_service.storage.instances import Owner
+from runrecovery_service.storage.run_counts import count_unfinished
+from runrecovery_service.storage.store_timer import OPERATIONS, STORE_ERRORS
+
+ALERTED_EVENTS: Final = (
+    "recovery.orphan_refused",
+    "recovery.safe_mode",
+    "recovery.warning",
+    "storage.failed",
+    "service.disk_low",
+    "service.lease_not_renewed",
+    "service.reloaded",
+    "service.containment",
+    "execution.tree_not_ended",
+    "execution.straggler_ended",
+)
+"""The warnings that are worth an alert (docs/operations.md#watch)."""
+
+
+class Lease(Protocol):
+    """The lease of the instance."""
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until the lease ends, if it is not renewed."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sources:
+    """The rooms whose numbers are shown."""
+
+    storage: Storage
+    owner: Owner
+    catalog: Catalog
+    gate: Gate
+    turns: RunningTurns
+    slots: int
+    lease: Lease
+    status: RecoveryStatus
+    calls: CallMeter
+
+    def present(self, runs: StoredRuns) -> Present:
+        """Return the service as it is now. Call it on the event loop."""
+        return Present(
+            version=__version__,
+            instance=self.owner.instance,
+            epoch=self.owner.epoch,
+            now=runs.clock.now(),
+            state=self.gate.state,
+            is_healthy=NAMES[""](self.gate),
+            is_disk_low=self.gate.disk_low,
+            engines=tuple(sorted(self.catalog.names)),
+            engines_in_use=self.turns.engines_in_use,
+            slots=self.slots,
+            lease_left_s=self.lease.left_s,
+            open_streams=dict(self.calls.open_streams),
+            report=self.status.report,
+            runs=runs.counts,
+            runs_read_at=runs.read_at,
+        )
+
+
+def build_metrics(sources: Sources, clock: Clock, *, max_connections: int) -> MetricsServer:
+    """Return the server of the metrics; it does not listen yet."""
+    _show_zeros(sources.calls.meters)
+    runs = StoredRuns(
+        read=lambda: sources.storage.read(count_unfinished, sources.owner), clock=clock
+    )
+
+    def all_families() -> Iterator[Family]:
+        yield from gauges.families_of(sources.present(runs))
+        yield from families.families_of(sources.calls.meters, LOGGED_EVENTS, LOGGED_LINES)
+
+    return MetricsServer(
+        Collector(runs=runs, families=all_families, render=render),
+        content_type=CONTENT_TYPE,
+        max_connections=max_connections,
+    )
+
+
+def _show_zeros(meters: Meters) -> None:
+    """Show 0 for what alerts look at."""
+    for event in ALERTED_EVENTS:
+        LOGGED_EVENTS.show_zero(event, "warning")
+    for level in ("error", "warning"):
+        LOGGED_LINES.show_zero(level)
+    for operation in OPERATIONS:
+        for error in STORE_ERRORS:
+            meters.storage_errors.show_zero(operation, error.__name__)

@@ -1,0 +1,92 @@
+"""Counts and times the calls of registered methods.
+
+Calls of other methods never come here: gRPC refuses them. So a caller cannot make a new label.
+"""
+
+from __future__ import annotations
+
+from collections import Counter as Count
+from collections.abc import Awaitable, Callable
+from time import perf_counter
+from typing import Final, TypeAlias
+
+import grpc
+
+from runrecovery_service.meters import Meters
+
+Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
+
+OK: Final = grpc.StatusCode.OK
+CODES: Final = {code.value[0]: code.name for code in grpc.StatusCode}
+"""The name of each code, by its number: grpc.aio gives the number of the code that was sent."""
+
+
+class CallMeter:
+    """Wraps handlers, and counts their calls. Use it on the event loop.
+
+    Attributes:
+        meters: get the numbers.
+        open_streams: streams that are open now, by method.
+    """
+
+    def __init__(self, meters: Meters) -> None:
+        self.meters = meters
+        self.open_streams: Count[str] = Count()
+
+    def unary(
+        self, method: str, respond: Callable[[bytes, Context], Awaitable[bytes]]
+    ) -> Callable[[bytes, Context], Awaitable[bytes]]:
+        """Return the handler of a method with one response, counted and timed."""
+        calls, seconds = self.meters.calls, self.meters.call_seconds
+        calls.show_zero(method, "OK")
+
+        async def call(payload: bytes, context: Context) -> bytes:
+            begun = perf_counter()
+            code = "OK"
+            try:
+                return await respond(payload, context)
+            except BaseException:
+                code = _code_of(context)
+                raise
+            finally:
+                calls.add(method, code)
+                seconds.observe(perf_counter() - begun, method)
+
+        return call
+
+    def stream(
+        self, method: str, respond: Callable[[bytes, Context], Awaitable[None]]
+    ) -> Callable[[bytes, Context], Awaitable[None]]:
+        """Return the handler of a method with a stream of responses, counted."""
+        self.open_streams[method] = 0
+        self.meters.streams_cut.show_zero(method)
+
+        async def call(payload: bytes, context: Context) -> None:
+            code = ""
+            self.open_streams[method] += 1
+            try:
+                await respond(payload, context)
+            except BaseException:
+                code = _code_of(context)
+                raise
+            finally:
+                self.open_streams[method] -= 1
+                self.meters.calls.add(method, code or _sent_code(context))
+
+        return call
+
+    def note_cut(self, method: str) -> None:
+        """Count a stream that is cut off from a slow reader."""
+        self.meters.streams_cut.add(method)
+
+
+def _code_of(context: Context) -> str:
+    """Return the code of a call that was aborted; CANCELLED if its caller has gone."""
+    code = _sent_code(context)
+    return "CANCELLED" if code == "OK" else code
+
+
+def _sent_code(context: Context) -> str:
+    code = context.code()
+    number = code.value[0] if isinstance(code, grpc.StatusCode) else code
+    return CODES.get(number, "UNKNOWN")

@@ -1,0 +1,40 @@
+"""Times one request to the store, and counts it if the store failed."""
+
+from __future__ import annotations
+
+from time import perf_counter
+from types import TracebackType
+from typing import Final
+
+from runrecovery_service.domain.errors import StorageBusy, StorageFull, StorageUnavailable
+from runrecovery_service.meters import Meters
+
+OPERATIONS: Final = ("read_row", "read", "write", "renewal")
+STORE_ERRORS: Final = (StorageBusy, StorageFull, StorageUnavailable)
+
+
+class StoreTimer:
+    """A context manager around one request. On the event loop only.
+
+    Args:
+        operation: one of `OPERATIONS`.
+    """
+
+    __slots__ = ("_begun", "_meters", "_operation")
+
+    def __init__(self, meters: Meters, operation: str) -> None:
+        self._meters = meters
+        self._operation = operation
+
+    def __enter__(self) -> None:
+        self._begun = perf_counter()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._meters.storage_seconds.observe(perf_counter() - self._begun, self._operation)
+        if isinstance(error, STORE_ERRORS):
+            self._meters.storage_errors.add(self._operation, type(error).__name__)

@@ -1,0 +1,144 @@
+"""Scrapes are answered from one text a second and one read of the store in five seconds."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+
+import pytest
+import structlog
+from runrecovery_service.domain.errors import StorageUnavailable
+from runrecovery_service.domain.run import RunStatus
+from runrecovery_service.meters import Meters, SharedCounter
+from runrecovery_service.metrics import collector
+from runrecovery_service.metrics.collector import Collector, StoredRuns
+from runrecovery_service.metrics.exposition import render
+from runrecovery_service.metrics.families import Family, families_of
+from runrecovery_service.storage.run_counts import RunCount
+from support.clock import FakeClock
+
+COUNTS = [RunCount(status=RunStatus.QUEUED, engine="a", runs=1, oldest_since=None)]
+
+
+class Store:
+    """Answers when it may, and counts what it is asked."""
+
+    def __init__(self) -> None:
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
+        self.error: Exception | None = None
+        self.reads = 0
+
+    async def read(self) -> list[RunCount]:
+        self.reads += 1
+        await self.may_answer.wait()
+        if self.error is not None:
+            raise self.error
+        return COUNTS
+
+
+class Renders:
+    """Counts the texts that are made."""
+
+    texts = 0
+
+    def __call__(self, _: Iterable[Family]) -> bytes:
+        self.texts += 1
+        return b"text %d" % self.texts
+
+
+async def test_a_hundred_scrapes_at_once_cost_one_text_and_one_read() -> None:
+    store, renders = Store(), Renders()
+    made = Collector(
+        runs=StoredRuns(read=store.read, clock=FakeClock()), families=list, render=renders
+    )
+
+    texts = await asyncio.gather(*(made.text() for _ in range(100)))
+    texts += [await made.text() for _ in range(100)]
+
+    assert (set(texts), store.reads, renders.texts) == ({b"text 1"}, 1, 1)
+
+
+async def test_an_old_text_is_made_again_without_reading_the_store(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(collector, "TEXT_KEPT_S", 0.0)
+    store, renders = Store(), Renders()
+    made = Collector(
+        runs=StoredRuns(read=store.read, clock=FakeClock()), families=list, render=renders
+    )
+
+    texts = [await made.text() for _ in range(3)]
+
+    assert (texts, store.reads) == ([b"text 1", b"text 2", b"text 3"], 1)
+
+
+async def test_a_store_that_hangs_delays_no_scrape_for_long_and_is_asked_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(collector, "STORE_READ_S", 0.0)
+    monkeypatch.setattr(collector, "STORE_WAIT_S", 0.01)
+    store, clock = Store(), FakeClock()
+    runs = StoredRuns(read=store.read, clock=clock)
+    await runs.refresh()
+    read_at = runs.read_at
+    store.may_answer.clear()
+    clock.advance(60)
+
+    for _ in range(5):
+        await runs.refresh()
+
+    assert (runs.counts, runs.read_at, store.reads) == (COUNTS, read_at, 2)
+    store.may_answer.set()
+    await runs.refresh()
+    assert runs.read_at == clock.wall
+
+
+async def test_a_store_that_fails_is_logged_once_and_read_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(collector, "STORE_READ_S", 0.0)
+    store = Store()
+    store.error = StorageUnavailable()
+    runs = StoredRuns(read=store.read, clock=FakeClock())
+
+    with structlog.testing.capture_logs() as logs:
+        for _ in range(3):
+            await runs.refresh()
+    store.error = None
+    await runs.refresh()
+
+    assert [line["event"] for line in logs] == ["metrics.runs_not_read"]
+    assert (runs.counts, store.reads) == (COUNTS, 4)
+
+
+async def test_a_scraper_that_goes_away_takes_the_text_from_no_other() -> None:
+    store = Store()
+    store.may_answer.clear()
+    made = Collector(
+        runs=StoredRuns(read=store.read, clock=FakeClock()), families=list, render=Renders()
+    )
+    first, second = asyncio.create_task(made.text()), asyncio.create_task(made.text())
+    await asyncio.sleep(0)
+
+    first.cancel()
+    store.may_answer.set()
+
+    assert await second == b"text 1"
+
+
+def test_the_text_has_cumulated_buckets_and_the_names_as_they_are() -> None:
+    meters, shared = Meters(), SharedCounter("runrecovery_x_total", "X.", "level")
+    shared.add("error")
+    for writes in (1, 3, 100):
+        meters.commit_writes.observe(writes)
+
+    text = render(families_of(meters, shared)).decode()
+
+    assert '\nrunrecovery_x_total{level="error"} 1.0\n' in text
+    assert '\nrunrecovery_commit_size_writes_bucket{le="1.0"} 1.0\n' in text
+    assert '\nrunrecovery_commit_size_writes_bucket{le="4.0"} 2.0\n' in text
+    assert '\nrunrecovery_commit_size_writes_bucket{le="+Inf"} 3.0\n' in text
+    assert "\nrunrecovery_commit_size_writes_count 3.0\n" in text
+    assert "\nrunrecovery_commit_size_writes_sum 104.0\n" in text
+    assert "\nrunrecovery_process_open_fds " in text
