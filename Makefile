@@ -131,12 +131,12 @@ audit: $(DEPLOY_READY) ## Ask the advisory database about the locked dependencie
 interpreters: $(READY) ## Try every Python >= 3.11 of this machine, and an ordinary user
 	@.ci/interpreters
 
-campaign-processes: $(READY) ## Kill services over TRIALS=100 hostile process trees; find mutants of it out
+campaign-processes: $(READY) ## Kill services over TRIALS=100 hostile process trees; detect mutants of it
 	@$(BIN)/python tests/campaign/processes.py --trials $(TRIALS)
 	@for mutant in killpg no-watermark no-recheck close-on-failure; do \
 		$(BIN)/python tests/campaign/processes.py --trials $(MUTANT_TRIALS) --mutate $$mutant; done
 
-fuzz: $(READY) ## Hostile input, CASES=50000, against a real service; find mutants of it out
+fuzz: $(READY) ## Hostile input, CASES=50000, against a real service; detect mutants of it
 	@$(BIN)/python tests/fuzz/hostile.py --cases $(CASES)
 	@printf '%s\n' unknown writes path handle labels pages verbose hoard | xargs -P 2 -I MUTANT \
 		$(BIN)/python tests/fuzz/hostile.py --mutate MUTANT --seed 1 --cases $(MUTANT_CASES)

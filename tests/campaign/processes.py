@@ -2,7 +2,7 @@
 
     python tests/campaign/processes.py --trials 100
     python tests/campaign/processes.py --seed 1234 --trials 1 --verbose     one trial again
-    python tests/campaign/processes.py --mutate killpg --trials 5           must be found out
+    python tests/campaign/processes.py --mutate killpg --trials 5           must be detected
 
 A trial starts a service with two to four agents, whose trees follow from a seed (`plans.py`). Then
 the trial kills the service and its shims, and starts the service again. From SERVING on no process
@@ -10,7 +10,7 @@ of the trees may live, and each run must have its reason. Innocent processes tha
 run beside the trees (`look_alikes.py`). The trial finds living processes by words among their
 arguments, which the service does not know (`scan.py`).
 
-Exit code 0: no fault was found, or the mutant was found out, or this system cannot try the mutant.
+Exit code 0: no fault was found, or the mutant was detected, or this system cannot try the mutant.
 Exit code 1: otherwise.
 """
 
@@ -202,7 +202,7 @@ def run_trials(
     return summary
 
 
-def is_found_out(mutant: str, first: int, trials: int) -> bool | None:
+def is_detected(mutant: str, first: int, trials: int) -> bool | None:
     """Return whether the campaign finds a mutant out, or None if that needs root."""
     if mutant == NO_RECHECK:
         spared = take_over("--no-recheck")
@@ -228,10 +228,10 @@ def _tell(outcome: Outcome, *, verbose: bool) -> None:
 
 
 def _mutate(mutant: str, first: int, trials: int) -> bool:
-    found_out = is_found_out(mutant, first, trials)
-    words = {None: "skipped (needs root)", True: "found out", False: "NOT FOUND OUT"}
-    click.echo(f"mutant {mutant:<17} {words[found_out]}")
-    return found_out is not False
+    detected = is_detected(mutant, first, trials)
+    words = {None: "skipped (needs root)", True: "detected", False: "NOT DETECTED"}
+    click.echo(f"mutant {mutant:<17} {words[detected]}")
+    return detected is not False
 
 
 def _play(first: int, trials: int, *, verbose: bool) -> bool:

@@ -1,4 +1,4 @@
-"""A short campaign. `make campaign-processes` plays more trials, and finds every mutant out."""
+"""A short campaign. `make campaign-processes` plays more trials, and detects every mutant."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from campaign.processes import (
     NO_RECHECK,
     SEEDS,
     Summary,
-    is_found_out,
+    is_detected,
     run_trials,
     take_over,
 )
@@ -46,12 +46,12 @@ def test_an_innocent_process_that_takes_over_a_pid_is_spared() -> None:
     assert all(spared.values()), spared
 
 
-def test_a_service_that_does_not_read_the_proof_again_is_found_out() -> None:
-    found_out = is_found_out(NO_RECHECK, 0, 1)
+def test_a_service_that_does_not_read_the_proof_again_is_detected() -> None:
+    detected = is_detected(NO_RECHECK, 0, 1)
 
-    if found_out is None:
+    if detected is None:
         pytest.skip(f"only root can try {NO_RECHECK}")
-    assert found_out
+    assert detected
 
 
 def test_a_seed_determines_its_trial() -> None:

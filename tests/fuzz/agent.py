@@ -1,4 +1,4 @@
-"""The agent of the fuzzed service: harmless, quick, and at rest until somebody acts on its run.
+"""The agent of the fuzzed service: harmless, quick, and idle until a call acts on its run.
 
 `input.act`: `hold` waits until it is ended, `ask` asks one question, `fail` exits with 3; anything
 else, whatever a hostile caller put there, is a result at once.
@@ -23,7 +23,7 @@ def say(**message: object) -> None:
 
 
 def main(profile: str) -> int:
-    """Play one process."""
+    """Run one process of the agent."""
     message: dict[str, Any] = json.loads(sys.stdin.readline())
     given = message["input"]
     act = given.get("act") if message["type"] == "start" else None

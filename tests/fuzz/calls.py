@@ -34,7 +34,7 @@ Failed: TypeAlias = Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """How a call ended. `code` is None when the client library did not let it through."""
+    """How a call ended. `code` is None when the client library did not send the call."""
 
     code: grpc.StatusCode | None
     message: str = ""
@@ -58,11 +58,11 @@ class Caller:
         self._channel.close()
 
     def call(self, case: Case, payload: bytes, *, patient: bool = False) -> Outcome:
-        """Call and return how it ended.
+        """Make the call, and return how it ended.
 
         Args:
-            payload: the case's own, with the target's words in it.
-            patient: wait for the end of a stream too, because it must have one.
+            payload: the payload of the case, with the ids and tokens of the target in it.
+            patient: wait for the end of a stream too, because the stream must have one.
         """
         method = METHODS.get(case.method)
         streams = method is not None and method.server_streaming
@@ -70,7 +70,11 @@ class Caller:
             return (self._stream if streams else self._unary)(case, payload, patient)
         except grpc.RpcError as error:
             return _failed(error)
-        except (ValueError, TypeError, UnicodeError) as error:  # not even a call
+        except (
+            ValueError,
+            TypeError,
+            UnicodeError,
+        ) as error:  # the client library refuses to make the call
             return Outcome(code=None, message=str(error))
 
     def _unary(self, case: Case, payload: bytes, _: bool) -> Outcome:  # noqa: FBT001 - see _stream
@@ -94,7 +98,7 @@ class Caller:
         answers: list[bytes] = []
         try:
             if case.manner is Manner.UNREAD:
-                call.initial_metadata()  # it has begun
+                call.initial_metadata()  # the stream has begun
             if case.manner not in {Manner.UNREAD, Manner.CANCELED}:
                 answers += (answer for _, answer in zip(range(ANSWERS_READ), call, strict=False))
         except grpc.RpcError as error:

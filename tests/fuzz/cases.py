@@ -1,7 +1,7 @@
 """What is sent: hypothesis strategies over every request message, from its descriptor.
 
-A case holds placeholders where its target has its own words: ids and etags of
-runs, page tokens, cursors (`lexicon.py`). A seed therefore gives the same cases everywhere.
+A case holds placeholders for what each target has of its own: ids and etags of runs, page tokens,
+cursors (`lexicon.py`). A seed therefore gives the same cases everywhere.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Case:
         printer.text(repr(self))
 
     def command(self) -> str:
-        """Return the words of hostile.py that make the call again."""
+        """Return the arguments of hostile.py that repeat the call."""
         told = [f"--replay {self.method.removeprefix('/')} {self._told_payload()}"]
         if self.manner is not Manner.PLAIN:
             told.append(f"--manner {self.manner}")
@@ -85,7 +85,7 @@ class Case:
 
     @property
     def size(self) -> int:
-        """How much there is to it."""
+        """The size of the case, by which the smallest failing one is found."""
         return len(self.payload) + sum(len(key) + len(value) for key, value in self.metadata)
 
 
@@ -186,7 +186,7 @@ def _bad_values() -> tuple[bytes, ...]:
     return (
         *(wire.double(wire.NUMBER, number) for number in NUMBERS),
         *(wire.sized(wire.TEXT, text) for text in TEXTS),
-        b"",  # no kind
+        b"",  # a Value without a kind
         wire.number(wire.NULL, 7),
         wire.number(wire.NULL, -1),
         wire.number(wire.BOOL, 2**63),
@@ -267,7 +267,9 @@ def _spoiled(
         part = draw(ill if at in spoiled else st.one_of(well, well, st.just(b"")))
         parts.append(part)
     if draw(st.booleans()):
-        parts.append(draw(bad[draw(st.sampled_from(sorted(spoiled)))]))  # once more, elsewhere
+        parts.append(
+            draw(bad[draw(st.sampled_from(sorted(spoiled)))])
+        )  # the same field again, at another place
     return b"".join(parts)
 
 

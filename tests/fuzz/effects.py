@@ -10,7 +10,7 @@ from fuzz import wire
 from fuzz.calls import Outcome
 from fuzz.cases import OURS, Case, changes
 from fuzz.lexicon import run_id
-from fuzz.oracle import Fault, Found, Oracle, parsed, wrongs
+from fuzz.oracle import Fault, Found, Oracle, parsed, request_problems
 from fuzz.store import changed
 from fuzz.target import Target
 from google.protobuf.message import Message
@@ -21,8 +21,8 @@ MAX_PAGE, DEFAULT_PAGE = 1000, 50
 Code = grpc.StatusCode
 
 
-class Referee:
-    """Plays cases against a target."""
+class EffectChecker:
+    """Plays cases against a target, and checks their effects."""
 
     def __init__(self, target: Target) -> None:
         self._target = target
@@ -57,7 +57,7 @@ class Referee:
         return changed(before, self._rows)
 
     def _left(self, case: Case, request: Message | None, outcome: Outcome) -> Iterator[Found]:
-        """Yield what is in the store and should not be."""
+        """Yield what the store contains and should not contain."""
         is_unsure = outcome.code in {Code.CANCELLED, Code.DEADLINE_EXCEEDED}
         method = OURS.get(case.method)
         if method is None or not changes(method) or not (outcome.is_ok or is_unsure):
@@ -126,7 +126,7 @@ def _why_bad(case: Case, request: Message | None) -> str | None:
         return None
     if request is None:
         return "bytes that are no message"
-    return next(wrongs(request), None)
+    return next(request_problems(request), None)
 
 
 def _named(request: Message | None, outcome: Outcome, case: Case) -> list[str]:
@@ -138,7 +138,7 @@ def _named(request: Message | None, outcome: Outcome, case: Case) -> list[str]:
 
 
 def _plain(value: Any) -> object:
-    """Return a Struct or Value as plain JSON; every null is one, whatever its number."""
+    """Return a Struct or Value as plain JSON. Every null counts, whatever number it has."""
     if value.DESCRIPTOR.name == "Struct":
         return {key: _plain(item) for key, item in value.fields.items()}
     kind = value.WhichOneof("kind")

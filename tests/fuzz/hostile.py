@@ -3,14 +3,14 @@
     python tests/fuzz/hostile.py --cases 50000
     python tests/fuzz/hostile.py --seed 7 --cases 250          the same cases again
     python tests/fuzz/hostile.py --replay runrecovery.v1.RunService/GetRun 0a0161
-    python tests/fuzz/hostile.py --mutate unknown --cases 500  must be found out
+    python tests/fuzz/hostile.py --mutate unknown --cases 500  must be detected
 
-Cases come from the descriptors (`cases.py`), what is no call at all from `sieges.py`. Each answer
-must be a documented one (`oracle.py` reads docs/api.md), tell nothing internal, and leave the store
-as it was unless it is an OK that changes something (`effects.py`). At the end the service serves,
-holds no more memory than allowed, has no defect in its log, and leaves no process.
+Cases come from the descriptors (`cases.py`), and hostile connections from `attacks.py`. Each answer
+must be a documented one (`oracle.py` reads docs/api.md) and disclose nothing internal. The store
+must not change, unless the call was to change it and was answered OK (`effects.py`). At the end the
+service serves, has no more memory than allowed, has no defect in its log, and leaves no process.
 
-Exit code 0: all held, or the mutant was found out; 1: not so.
+Exit code 0: every claim held, or the mutant was detected. 1: otherwise.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import click
 import grpc
-from fuzz import sieges
+from fuzz import attacks
 from fuzz.cases import METHODS, OURS, Case, Manner, cases, changes
-from fuzz.effects import Referee
+from fuzz.effects import EffectChecker
 from fuzz.mutants import MUTANTS
 from fuzz.oracle import Fault, Found
 from fuzz.target import Target, start_target
@@ -42,14 +42,14 @@ from hypothesis import seed as seeded
 
 SEEDS: Final = 2**32
 ROUND: Final = 250
-"""Cases of one seed; then comes a siege."""
+"""How many cases of one seed are played before one attack."""
 WARM: Final = 500
 """Cases until the service's memory is measured first."""
 GROWTH_MIB: Final = 64.0
 """What it may grow by afterwards: four times what was seen (docs/development.md)."""
 
 
-class Guilty(Exception):
+class FaultFound(Exception):
     """A case has found a fault."""
 
 
@@ -59,7 +59,7 @@ class Summary:
 
     seed: int
     played: int = 0
-    sieges: Counter[str] = field(default_factory=Counter)
+    attacks: Counter[str] = field(default_factory=Counter)
     statuses: Counter[str] = field(default_factory=Counter)
     methods: Counter[str] = field(default_factory=Counter)
     changes: int = 0
@@ -77,7 +77,7 @@ class Summary:
         yield f"cases              {self.played}, of {len(self.methods)} methods"
         yield "answers            " + ", ".join(f"{n} {c}" for c, n in self.statuses.most_common())
         yield f"effects            {self.changes}, each looked at"
-        yield f"sieges             {self.sieges.total()} of {len(self.sieges)} kinds"
+        yield f"attacks            {self.attacks.total()} of {len(self.attacks)} kinds"
         yield f"memory             {self.warm_mib:.0f} MiB warm, {self.end_mib:.0f} MiB at the end"
         for fault, what in self.found:
             yield f"FOUND              {fault}: {what}"
@@ -87,22 +87,22 @@ class Summary:
 
 
 class Campaign:
-    """Plays cases and sieges against one target."""
+    """Plays cases and attacks against one target."""
 
     def __init__(self, target: Target, seed: int, *, shrinks: bool) -> None:
         self.summary = Summary(seed)
         self._target = target
-        self._referee = Referee(target)
+        self._effects = EffectChecker(target)
         self._phases = (Phase.generate, Phase.shrink) if shrinks else (Phase.generate,)
 
-    def run(self, total: int, *, besieged: bool = True) -> Summary:
+    def run(self, total: int, *, with_attacks: bool = True) -> Summary:
         """Play `total` cases, or until one finds a fault."""
         summary = self.summary
         number = 0
         while summary.played < total and not summary.found:
             self._round(number, min(ROUND, total - summary.played))
-            if besieged and not summary.found:
-                self._siege(number)
+            if with_attacks and not summary.found:
+                self._attack(number)
             if not summary.warm_mib and summary.played >= min(WARM, total // 2):
                 summary.warm_mib = self._target.resident_mib()
             number += 1
@@ -114,7 +114,7 @@ class Campaign:
         summary = self.summary
         summary.played += 1
         try:
-            outcome, found = self._referee.play(case)
+            outcome, found = self._effects.play(case)
         except (AssertionError, grpc.RpcError) as error:
             return [(Fault.HEALTH, f"{type(error).__name__}: {error}"[:500])]
         if case.method in METHODS:
@@ -140,25 +140,27 @@ class Campaign:
             if found := self.play(case):
                 if self.summary.guilty is None or case.size <= self.summary.guilty.size:
                     self.summary.guilty, self.summary.found = case, found
-                raise Guilty(found)
+                raise FaultFound(found)
 
         try:
             play()
-        except Exception:  # also what hypothesis makes of a fault that does not come again
+        except (
+            Exception
+        ):  # also the error of hypothesis for a fault that a repetition does not show
             if not self.summary.found:
                 raise
 
-    def _siege(self, number: int) -> None:
-        self.summary.sieges[sieges.name(number)] += 1
+    def _attack(self, number: int) -> None:
+        self.summary.attacks[attacks.name(number)] += 1
         try:
-            self.summary.found += sieges.lay(
+            self.summary.found += attacks.attack(
                 number, self.summary.seed, self._target.service.address, self._target.serves
             )
             self._target.service.until_serving()
         except (AssertionError, OSError, grpc.RpcError) as error:
-            told = f"siege {sieges.name(number)!r}: {type(error).__name__}: {error}"
+            told = f"attack {attacks.name(number)!r}: {type(error).__name__}: {error}"
             self.summary.found.append((Fault.HEALTH, told[:500]))
-        self.summary.found += self._referee.unchanged()
+        self.summary.found += self._effects.unchanged()
 
 
 def _ending(target: Target, summary: Summary) -> list[Found]:
@@ -197,18 +199,18 @@ def _defects(log: str) -> list[str]:
 # -- the command -----------------------------------------------------------------------------------
 
 
-def run_cases(seed: int, total: int, *, mutant: str = "", besieged: bool = True) -> Summary:
-    """Play cases against a target of their own; against a mutant without sieges and shrinking."""
+def run_cases(seed: int, total: int, *, mutant: str = "", with_attacks: bool = True) -> Summary:
+    """Play cases against a target of their own; against a mutant without attacks and shrinking."""
     with (
         tempfile.TemporaryDirectory(prefix="runrecovery-fuzz-") as place,
         start_target(Path(place), mutant=mutant) as target,
     ):
-        return Campaign(target, seed, shrinks=not mutant).run(total, besieged=besieged)
+        return Campaign(target, seed, shrinks=not mutant).run(total, with_attacks=with_attacks)
 
 
-def is_found_out(mutant: str, seed: int, total: int) -> bool:
-    """Return whether the campaign finds a broken service out, by the fault that it has."""
-    summary = run_cases(seed, total, mutant=mutant, besieged=False)
+def is_detected(mutant: str, seed: int, total: int) -> bool:
+    """Return whether the campaign detects a broken service, by the fault that the service has."""
+    summary = run_cases(seed, total, mutant=mutant, with_attacks=False)
     return not MUTANTS[mutant].faults.isdisjoint(fault.name for fault in summary.kinds())
 
 
@@ -258,8 +260,8 @@ def main(
         case = Case(method=f"/{again[0]}", payload=payload, manner=Manner(manner), metadata=pairs)
         held = _told(replay(case))
     elif mutate is not None:
-        held = is_found_out(mutate, first, total)
-        click.echo(f"mutant {mutate:<17} {'found out' if held else 'NOT FOUND OUT'} (seed {first})")
+        held = is_detected(mutate, first, total)
+        click.echo(f"mutant {mutate:<17} {'detected' if held else 'NOT DETECTED'} (seed {first})")
     else:
         click.echo(f"first seed         {first}")
         summary = run_cases(first, total)

@@ -29,7 +29,7 @@ def etag_slot(role: str) -> bytes:
 
 @dataclass(slots=True)
 class Lexicon:
-    """Placeholders and what they stand for now.
+    """Placeholders, and the ids and tokens that they stand for now.
 
     Attributes:
         meant: by placeholder.
@@ -47,11 +47,11 @@ class Lexicon:
     etags: Sequence[bytes] = tuple(etag_slot(role) for role in ROLES)
 
     def all_words(self) -> list[bytes]:
-        """Every word, for a field where it does not belong."""
+        """Every id and token, for fields in which they do not belong."""
         return [*self.run_ids, *self.etags, *self.tokens, *self.report_ids, *REQUEST_IDS]
 
     def add(self, kind: str, value: bytes) -> bytes:
-        """Keep a word and return its placeholder."""
+        """Keep an id or token, and return its placeholder."""
         number = sum(slot.startswith(b"@" + kind.encode()) for slot in self.meant)
         slot = f"@{kind}{number:02}".encode().ljust(len(value), b"@")
         self.meant[slot] = value
@@ -63,7 +63,7 @@ class Lexicon:
             self.meant[slot] = value
 
     def fill(self, payload: bytes) -> bytes:
-        """Put the words in."""
+        """Return the payload with ids and tokens in place of the placeholders."""
         for slot, value in self.meant.items():
             payload = payload.replace(slot, value)
         return payload

@@ -2,7 +2,7 @@
 
     python mutants.py NAME PYTHON -m runrecovery_service serve …
 
-A campaign that does not find out which one was broken is worth nothing.
+A campaign that does not detect each of them proves nothing.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from typing import Any, Final
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mutant:
-    """How to break the service, and the names of the faults (`oracle.Fault`) that tell of it."""
+    """How to break the service, and the names of the faults (`oracle.Fault`) that reveal it."""
 
     breaks: Callable[[], None]
     faults: frozenset[str]
 
 
 def _break(owner: object, name: str, broken: Callable[..., Any]) -> None:
-    """Put something broken in the place of what is there, and must be."""
+    """Replace an attribute, which must exist, by a broken one."""
     getattr(owner, name)
     setattr(owner, name, broken)
 
 
 def let_escape() -> None:
-    """Let what goes wrong escape to gRPC, which tells it as UNKNOWN."""
+    """Let every error escape to gRPC, which answers UNKNOWN."""
     from runrecovery_service.rpc import method_wrapper
 
     async def escape(_: object, __: object, error: Exception) -> None:
@@ -38,7 +38,7 @@ def let_escape() -> None:
 
 
 def write_when_refused() -> None:
-    """Leave a trace of a cancel that is refused."""
+    """Write to the store although a cancel is refused."""
     from runrecovery_service.domain.errors import RunRecoveryError
     from runrecovery_service.rpc.run_service import RunService
 
@@ -69,7 +69,7 @@ def tell_a_path() -> None:
 
 
 def tell_handles() -> None:
-    """Show what a session is resumed by."""
+    """Show session handles."""
     from runrecovery_service.rpc import run_messages
 
     put = run_messages._fill_optional_fields
@@ -91,7 +91,7 @@ def forget_labels() -> None:
 
 
 def take_any_page_size() -> None:
-    """Believe every size of a page."""
+    """Accept every page size."""
     from runrecovery_service.rpc import paging, validation
 
     _break(validation, "_page_size", lambda _: iter(()))
@@ -99,14 +99,14 @@ def take_any_page_size() -> None:
 
 
 def talk_too_much() -> None:
-    """Tell of every bad field, however many there are."""
+    """Report every invalid field, without a limit."""
     from runrecovery_service.rpc import errors
 
     errors.MAX_VIOLATIONS = errors.MAX_VIOLATIONS_BYTES = 1_000_000  # type: ignore[misc]
 
 
 def hoard() -> None:
-    """Keep something of every call."""
+    """Keep memory for every call, for ever."""
     from runrecovery_service.rpc.method_wrapper import MethodWrapper
 
     kept: list[bytes] = []

@@ -1,4 +1,4 @@
-"""What the service may answer: read off its documentation and contract, not off its code."""
+"""What the service may answer, as its pages and contract say and not as its code does."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ INTERNAL is a defect."""
 
 
 class Fault(StrEnum):
-    """What can be wrong."""
+    """The kinds of faults."""
 
     STATUS = "a status that is not documented for this"
     DETAILS = "details that are missing, wrong or too large"
-    LEAK = "something internal is told"
-    ACCEPTED = "what cannot be meant is not refused as such"
+    LEAK = "something internal is disclosed"
+    ACCEPTED = "an invalid request is not refused as invalid"
     STATE = "a call without effect changed the state"
     EFFECT = "the effect is not what was asked for"
     HEALTH = "the service does not serve"
@@ -69,7 +69,7 @@ class Documented:
 
 
 def documented() -> Documented:
-    """Read docs/api.md and docs/errors.md, and see that errors.proto says the same of each code."""
+    """Read docs/api.md and docs/errors.md; demand that errors.proto has the same codes."""
     page = (REPOSITORY / "docs" / "api.md").read_text("utf-8")
     errors = (REPOSITORY / "docs" / "errors.md").read_text("utf-8")
     rows = re.findall(r"^\| `([A-Z_]+)` \| ([A-Z_]+) \|[^|]*\|([^|]*)\|$", errors, re.MULTILINE)
@@ -108,15 +108,15 @@ _SECONDS: Final = {
 
 
 def parsed(case: Case, payload: bytes) -> Message | None:
-    """Return the request as the contract reads it; None when it is none."""
+    """Return the request as a message of the contract; None if it is not one."""
     try:
         return GetMessageClass(METHODS[case.method].input_type).FromString(payload)
     except DecodeError:
         return None
 
 
-def wrongs(message: Message) -> Iterator[str]:
-    """Yield what no method may accept, wherever it stands."""
+def request_problems(message: Message) -> Iterator[str]:
+    """Yield each part of a request that no method may accept, at any depth."""
     for field, value in message.ListFields():
         values = _values(field, value)
         if field.name == "labels" and len(value) > _MAX_LABELS:
@@ -146,7 +146,7 @@ def _wrong(field: FieldDescriptor, value: Any) -> Iterator[str]:
             if not _is_json(value):
                 yield field.name
         else:
-            yield from wrongs(value)
+            yield from request_problems(value)
     elif field.enum_type is not None:
         if value not in field.enum_type.values_by_number:
             yield field.name
@@ -161,7 +161,7 @@ def _wrong_time(field: FieldDescriptor, value: Any) -> Iterator[str]:
 
 
 def _is_json(value: Any, depth: int = 1) -> bool:
-    """True for what can be kept: finite, no NUL, every value of a kind, 32 levels at most."""
+    """True for JSON that can be stored: finite, no NUL, each value with a kind, up to 32 levels."""
     if value.DESCRIPTOR.name == "Value":
         kind = value.WhichOneof("kind")
         if kind == "string_value":
@@ -182,7 +182,7 @@ def _is_json(value: Any, depth: int = 1) -> bool:
 
 
 def own_refusal(case: Case, payload: bytes, outcome: Outcome, *, patient: bool) -> str | None:
-    """Return the name of a refusal that gRPC itself may give here, before or beside our code."""
+    """Return the name of a refusal that gRPC itself may give here, without our code."""
     headers = sum(len(key) + len(value) + 32 for key, value in case.metadata)
     names = {key.lower() for key, _ in case.metadata}
     streams = case.method in METHODS and METHODS[case.method].server_streaming
@@ -220,7 +220,7 @@ _REASONS: Final = frozenset(errors_pb2.ErrorReason.keys())
 
 
 def leaks(texts: list[str], request: bytes) -> Iterator[str]:
-    """Yield what looks internal and was not sent by the caller himself."""
+    """Yield text that looks internal and that the caller did not send."""
     for text in texts:
         for hit in _LEAKS.finditer(_ALLOWED.sub("", text)):
             if hit[0].encode("utf-8", "replace") not in request:
@@ -236,7 +236,7 @@ class Oracle:
     def judge(
         self, case: Case, payload: bytes, outcome: Outcome, *, bad: str | None
     ) -> Iterator[Found]:
-        """Yield what is wrong with an answer by itself. `bad`: why the request cannot be meant."""
+        """Yield the faults of an answer by itself. `bad`: why the request is invalid."""
         trailers = dict(outcome.trailers)
         yield from self._told(case, payload, outcome)
         if outcome.is_ok:
@@ -269,7 +269,7 @@ class Oracle:
         self, case: Case, outcome: Outcome, reason: str, bad: str | None
     ) -> Iterator[Found]:
         name = OURS[case.method].name
-        # tests/unit/test_docs.py fails for a call that the page does not tell of.
+        # tests/unit/test_docs.py fails for a call that the page does not name.
         named = self._documented.reasons.get(name, frozenset(self._documented.codes))
         allowed = (named | EVERYWHERE) - NEVER
         told = f"{outcome.code} {reason or 'without a reason'}: {outcome.message[:200]}"

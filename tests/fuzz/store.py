@@ -1,4 +1,4 @@
-"""What the service's store holds, read beside it from the SQLite file."""
+"""Reads the store of a running service from its SQLite file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Rows: TypeAlias = dict[Key, tuple[object, int]]
 
 
 class Store:
-    """The file of a running service, to read only."""
+    """The SQLite file of a running service, opened for reading only."""
 
     def __init__(self, path: Path) -> None:
         self._connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5.0)
@@ -47,7 +47,7 @@ class Store:
         }
 
     def keys_of(self, *run_ids: str) -> set[int]:
-        """Return the keys of those runs that there are."""
+        """Return the keys of those of these runs that exist."""
         marks = ", ".join("?" * len(run_ids))
         found = self._all(f"SELECT id FROM run WHERE run_id IN ({marks})", *run_ids)  # noqa: S608
         return {int(key) for (key,) in found}

@@ -109,7 +109,7 @@ class Target:
         ]
         filled = {role for role, status in STATUSES.items() if now[role] == status}
         if "running" in vacant:
-            filled.discard("queued")  # it gets the slot that is free
+            filled.discard("queued")  # the new run gets the free slot
         unwanted = self.store.restless().keys() - {self._run_in_role(role) for role in filled}
         unwanted -= {
             run_id(role, spare)
@@ -136,7 +136,7 @@ class Target:
         return word if word in AT_REST or not run.cancel_requested else "ENDING"
 
     def _fill(self, role: str) -> None:
-        """Put another run into a role, as long as there is one for it."""
+        """Put another run into a role: a new one, or a spare one while spares are left."""
         number = self._numbers.get(role, -1) + 1
         if role not in SPARES:
             run = create_for(self.api, role, number)
@@ -218,7 +218,7 @@ def _is_first(role: str, number: int) -> bool:
 
 
 def _canned() -> Mapping[str, Sequence[bytes]]:
-    """Return requests with an effect, and the one that prepared the target with its effect."""
+    """Return requests with an effect, and the one that has prepared the target."""
     answer = {"interaction_id": 1, "response": {"string_value": "yes"}}
     created = {
         "engine": "quick", "input": {"act": "end"}, "run_id": run_id("succeeded"),

@@ -1,4 +1,4 @@
-"""A short campaign of hostile input. `make fuzz` plays more cases, and finds every mutant out."""
+"""A short campaign of hostile input. `make fuzz` plays more cases, and detects every mutant."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Final
 import pytest
 from fuzz import wire
 from fuzz.cases import METHODS, OURS, Case, cases
-from fuzz.hostile import SEEDS, is_found_out, run_cases
+from fuzz.hostile import SEEDS, is_detected, run_cases
 from fuzz.lexicon import Lexicon
 from fuzz.mutants import MUTANTS
-from fuzz.oracle import documented, leaks, parsed, wrongs
+from fuzz.oracle import documented, leaks, parsed, request_problems
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
 from runrecovery.v1 import errors_pb2
@@ -49,7 +49,7 @@ def test_no_input_gets_more_than_a_documented_refusal() -> None:
 
 
 def test_the_campaign_finds_the_fault_of_a_broken_service() -> None:
-    assert is_found_out(QUICK_MUTANT, 1, MUTANT_CASES)
+    assert is_detected(QUICK_MUTANT, 1, MUTANT_CASES)
 
 
 def test_a_seed_gives_the_same_cases_again() -> None:
@@ -96,7 +96,7 @@ def test_the_oracle_finds_what_is_wrong_with_an_invalid_request(payload: bytes) 
     request = parsed(Case(method=CREATE, payload=payload), payload)
 
     assert request is not None
-    assert list(wrongs(request))
+    assert list(request_problems(request))
 
 
 def test_the_oracle_finds_nothing_wrong_with_a_valid_request() -> None:
@@ -105,7 +105,7 @@ def test_the_oracle_finds_nothing_wrong_with_a_valid_request() -> None:
     request = parsed(Case(method=CREATE, payload=payload), payload)
 
     assert request is not None
-    assert list(wrongs(request)) == []
+    assert list(request_problems(request)) == []
 
 
 def test_bytes_that_are_no_message_are_parsed_as_none() -> None:

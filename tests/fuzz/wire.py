@@ -1,4 +1,4 @@
-"""Protobuf's wire format by hand: also what no library would write."""
+"""Writes protobuf's wire format by hand, also in forms that no library would write."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def varint(number: int) -> bytes:
 
 
 def tag(field: int, wire: Wire) -> bytes:
-    """Write what begins a field."""
+    """Write the tag of a field: its number and its wire type."""
     return varint(field << 3 | wire)
 
 
@@ -84,7 +84,7 @@ def json_value(of: object) -> bytes:
 
 
 def json_struct(items: Iterable[tuple[str, object]]) -> bytes:
-    """Write a Struct, with a key as often as it is there."""
+    """Write a Struct. A key that is given twice is written twice."""
     return b"".join(
         entry(1, key.encode("utf-8", "surrogatepass"), json_value(value)) for key, value in items
     )
@@ -92,7 +92,7 @@ def json_struct(items: Iterable[tuple[str, object]]) -> bytes:
 
 @lru_cache(maxsize=64)
 def deep_value(depth: int, *, lists: bool) -> bytes:
-    """Write a Value that is so many objects (or lists) deep."""
+    """Write a Value of nested objects or lists, this many levels deep."""
     value = sized(TEXT, b"bottom")
     for _ in range(depth):
         value = sized(LIST, sized(1, value)) if lists else sized(OBJECT, entry(1, b"k", value))

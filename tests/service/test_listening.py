@@ -10,7 +10,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from fuzz.sieges import OPENING, call, headers, message
+from fuzz.attacks import OPENING, call, headers, message
 from support.api import Api
 from support.service import Home, ServiceProcess
 from support.waiting import until

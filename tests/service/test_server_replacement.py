@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import grpc
 import pytest
-from fuzz.sieges import OPENING, call, headers, message
+from fuzz.attacks import OPENING, call, headers, message
 from runrecovery.v1 import run_service_pb2 as pb
 from support.api import Api, refused
 from support.service import Home, ServiceProcess

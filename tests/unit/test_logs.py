@@ -22,7 +22,7 @@ import peewee
 import psycopg
 import pytest
 import structlog
-from fuzz.sieges import OPENING, call, headers, message
+from fuzz.attacks import OPENING, call, headers, message
 from hypothesis import given
 from hypothesis import strategies as st
 from runrecovery_service import logs

@@ -1,6 +1,6 @@
-"""What is no call: garbage on the port, half a protocol, floods, and streams that nobody reads.
+"""Hostile connections: garbage on the port, half a protocol, floods, and streams nobody reads.
 
-Everything is bounded, on loopback, and closed again. The bytes are of the given dice alone.
+Everything is bounded, on loopback, and closed again. The seed alone decides which bytes are sent.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def headers(path: bytes = b"/runrecovery.v1.RunService/GetRun", **other: bytes) 
 
 
 def message(payload: bytes = b"", *, flag: int = 0, size: int | None = None) -> bytes:
-    """Write a message of gRPC, with a length that may be a lie."""
+    """Write a message of gRPC, with a length that may be wrong."""
     return struct.pack(">BI", flag, len(payload) if size is None else size) + payload
 
 
@@ -177,7 +177,7 @@ BURSTS: Final[tuple[Callable[[random.Random], bytes], ...]] = (
 
 
 def _burst(port: int, data: bytes) -> Iterator[Found]:
-    """Send it, say that there is no more, and read until the server lets go."""
+    """Send the bytes and the end of the stream, and read until the server closes the connection."""
     try:
         told = _exchange(port, data)
     except TimeoutError:
@@ -197,7 +197,7 @@ def _exchange(port: int, data: bytes) -> bytes:
                 told += piece
         except TimeoutError:
             raise
-        except OSError:  # it has let go before all was sent
+        except OSError:  # the server closed the connection before all was sent
             return told
     return told
 
@@ -206,7 +206,7 @@ def _exchange(port: int, data: bytes) -> bytes:
 
 
 def _half_open(port: int, serves: Callable[[], bool]) -> Iterator[Found]:
-    """Begin many calls and connections, and ask for health while none goes on."""
+    """Begin many calls and connections that never continue, and check health meanwhile."""
     begun = b"".join(
         frame(HEADERS, headers(), flags=END_HEADERS, stream=2 * at + 1) for at in range(STREAMS)
     )
@@ -219,7 +219,7 @@ def _half_open(port: int, serves: Callable[[], bool]) -> Iterator[Found]:
 
 
 def _unread(address: str, serves: Callable[[], bool]) -> Iterator[Found]:
-    """Open many streams of every method that streams, read none, and leave them."""
+    """Open many streams of every streaming method, read none, and abandon them."""
     with grpc.insecure_channel(address, options=OPTIONS) as channel:
         calls = [stream for _ in range(STREAMS // 5) for stream in _streams(channel)]
         for left in calls[::2]:
@@ -245,8 +245,8 @@ def _streams(channel: grpc.Channel) -> Iterator[Any]:
 KINDS: Final = len(BURSTS) + 2
 
 
-def lay(number: int, seed: int, address: str, serves: Callable[[], bool]) -> list[Found]:
-    """Lay one siege; `KINDS` numbers in a row lay one of each."""
+def attack(number: int, seed: int, address: str, serves: Callable[[], bool]) -> list[Found]:
+    """Make one attack. `KINDS` consecutive numbers make one of each kind."""
     port = int(address.rpartition(":")[2])
     kind = number % KINDS
     if kind < len(BURSTS):
@@ -258,6 +258,6 @@ def lay(number: int, seed: int, address: str, serves: Callable[[], bool]) -> lis
 
 
 def name(number: int) -> str:
-    """Return what a siege is called."""
+    """Return the name of an attack."""
     kinds = [burst.__name__ for burst in BURSTS] + ["_half_open", "_unread"]
     return kinds[number % KINDS].strip("_").replace("_", " ")
