@@ -133,7 +133,8 @@ def _named(request: Message | None, outcome: Outcome, case: Case) -> list[str]:
     named = [getattr(request, "run_id", "")]
     for answer in outcome.answers:
         response: Any = GetMessageClass(OURS[case.method].output_type).FromString(answer)
-        named.append(response.run.run_id)
+        if "run" in response.DESCRIPTOR.fields_by_name:
+            named.append(response.run.run_id)
     return [name for name in named if name]
 
 
