@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -11,6 +12,7 @@ from runrecovery_service.config.settings import CallerSettings, Settings
 from runrecovery_service.config.values import MAX_TOKENS
 from runrecovery_service.domain.caller import Caller, Credentials, Role, token_problem
 from runrecovery_service.domain.start_errors import CallersRefused
+from runrecovery_service.process.safe_open import open_regular
 from runrecovery_service.rpc.certificates import TlsFiles, TlsUnusable, read_certificate
 
 MAX_TOKEN_FILE_BYTES: Final = 4096
@@ -86,7 +88,8 @@ def _credentials(settings: CallerSettings) -> Credentials:
 def _read_tokens(file: Path) -> Iterator[bytes]:
     """Yield the SHA-256 of each token of a file."""
     try:
-        with file.open("rb") as opened:
+        # A Secret is mounted as links. A pipe could block for ever.
+        with open(open_regular(file.resolve(), os.O_RDONLY), "rb") as opened:  # noqa: PTH123 - safely
             data = opened.read(MAX_TOKEN_FILE_BYTES + 1)
     except OSError as error:
         # The value may be a token by mistake. A path that looks like one is not quoted either.

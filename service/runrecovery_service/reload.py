@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, TypeAlias
 
 import structlog
@@ -88,7 +88,13 @@ class Reloader:
             await self._requested.wait()
             self._requested.clear()
             self.systemd.begin_reload()
-            self.systemd.end_reload(refused=not await self.reload())
+            is_done = False
+            try:
+                is_done = await self.reload()
+            except Exception:  # the edge of this task: later requests must be carried out
+                log.exception("service.reload_failed")
+            finally:
+                self.systemd.end_reload(refused=not is_done)
 
     async def reload(self) -> bool:
         """Read the configuration, and put all changes in place at once; return False if refused."""
@@ -101,19 +107,34 @@ class Reloader:
             problem = f"the files of the configuration did not answer within {READ_S:g} s"
             log.error("service.reload_refused", problems=[problem])  # noqa: TRY400 - no defect
             return False
-        except Exception:  # the edge of this task: the present settings stay
-            log.exception("service.reload_failed")
-            return False
-        for apply in prepared.changes.values():  # without an await: no call sees half of it
-            apply()
+        failed = self._apply(prepared)
         plan = prepared.plan
-        self.settings = plan.settings
+        # A part that failed differs at the next reload too, and is tried again.
+        left = {key: getattr(self.settings, key) for key in failed}
+        self.settings = replace(plan.settings, **left)
+        if failed:
+            return False
         taken_over, needs_restart = list(prepared.changes), list(plan.needs_restart)
         if needs_restart:
             log.warning("service.reloaded", changed=taken_over, needs_restart=needs_restart)
         else:
             log.info("service.reloaded", changed=taken_over, needs_restart=[])
         return True
+
+    def _apply(self, prepared: _Prepared) -> list[str]:
+        """Put all changes in place, without an await: no call sees half of it.
+
+        Returns:
+            The keys of the parts that failed.
+        """
+        failed = []
+        for key, apply in prepared.changes.items():
+            try:
+                apply()
+            except Exception:  # a defect, which must not keep the other parts from being replaced
+                log.exception("service.reload_failed", part=key)
+                failed.append(key)
+        return failed
 
     def _prepare(self) -> _Prepared:
         """Build every new part without any effect.

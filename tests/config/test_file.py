@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
@@ -19,6 +20,16 @@ def test_an_endless_file_is_refused_at_the_size_limit() -> None:
         reading.load(path=Path("/dev/zero"), flags={}, environ={})
 
     assert caught.value.problems == ("/dev/zero: has more than 1048576 bytes",)
+
+
+def test_a_pipe_is_not_waited_for_at_a_reload(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+
+    with pytest.raises(ConfigError) as refused:
+        reading.load(path=pipe, flags={}, environ={}, waits=False)
+
+    assert refused.value.problems == (f"{pipe}: is a pipe, which cannot be read again",)
 
 
 @pytest.mark.parametrize(("spaces", "refused"), [(1_048_576, False), (1_048_577, True)])

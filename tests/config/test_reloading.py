@@ -75,6 +75,23 @@ def test_a_change_that_contradicts_what_needs_a_restart_is_refused(load: Load) -
 
     assert refused.value.problems == (
         'callers[0].certificate_name: needs tls.client_auth = "require"',
+        "a reload leaves these as they are: tls.client_auth; restart",
+    )
+
+
+def test_callers_without_the_tls_that_comes_with_them_are_refused(load: Load) -> None:
+    insecure = 'listen = "10.0.0.1:1"\ninsecure_listen = true\n'
+    secure = 'listen = "10.0.0.1:1"\n' + TLS.format("a") + CI
+
+    with pytest.raises(ConfigError) as refused:
+        plan_reload(load(insecure), load(secure))
+
+    assert refused.value.problems == (
+        (
+            "listen: 10.0.0.1:1 can be reached from other machines, and there is no [tls]; add what"
+            " is missing, listen on 127.0.0.1, or set insecure_listen = true"
+        ),
+        "a reload leaves these as they are: insecure_listen, tls; restart",
     )
 
 

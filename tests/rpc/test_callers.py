@@ -288,6 +288,35 @@ async def test_a_stream_ends_once_its_caller_was_removed_or_changed(
     )
 
 
+async def test_a_stream_that_still_unwinds_is_in_no_other_tables_way() -> None:
+    guard = CallerGuard(CallerTable([credentials("a"), credentials("b")]))
+    unwinds = asyncio.Event()
+    refusals = []
+
+    async def stream(name: str) -> None:
+        context = cast("Any", FakeContext(token_of(name)))
+        caller = await guard.admit(context, "s.M", Role.VIEWER)
+        try:
+            async with guard.while_admitted(context, caller):
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    unwinds.set()
+                    await asyncio.sleep(0)
+                    await asyncio.sleep(0)
+        except CallerUnknown:
+            refusals.append(name)
+
+    tasks = [asyncio.create_task(stream(name)) for name in "ab"]
+    await asyncio.sleep(0)
+    guard.replace_table(CallerTable([credentials("b")]))
+    await unwinds.wait()
+    guard.replace_table(CallerTable([credentials("c")]))
+    await asyncio.wait_for(asyncio.gather(*tasks), 20)
+
+    assert sorted(refusals) == ["a", "b"]
+
+
 async def test_a_time_limit_inside_a_stream_is_not_taken_for_another_table() -> None:
     guard = CallerGuard(CallerTable([credentials("a")]))
     context = cast("Any", FakeContext(token_of("a")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from hashlib import sha256
 from pathlib import Path
 
@@ -79,6 +80,28 @@ def test_a_token_in_the_place_of_a_token_file_is_not_quoted() -> None:
     assert access_problems(Settings(callers=(caller("ci", Path(token)),))) == [
         "caller 'ci': token_file: No such file or directory"
     ]
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path) -> None:
+    pipe = tmp_path / "a pipe"  # the blank: no token, which would not be quoted
+    os.mkfifo(pipe)
+    settings = Settings(tls=TlsSettings(certificate=pipe, key=pipe), callers=(caller("a", pipe),))
+
+    assert access_problems(settings) == [
+        f"caller 'a': {pipe}: not a regular file",
+        f"tls: {pipe}: not a regular file",
+    ]
+
+
+def test_a_token_file_may_be_a_link_as_in_a_mounted_secret(tmp_path: Path) -> None:
+    (tmp_path / "..data").mkdir()
+    (tmp_path / "..data" / "token").write_text(token_of("ci"))
+    link = tmp_path / "token"
+    link.symlink_to("..data/token")
+
+    (found,) = read_callers(Settings(callers=(caller("ci", link),)))
+
+    assert found.tokens == (sha256(token_of("ci").encode()).digest(),)
 
 
 @pytest.mark.parametrize(("all_", "callers", "probes"), [(6_000, 5_936, 64), (32, 16, 16)])

@@ -113,15 +113,53 @@ async def test_files_that_do_not_answer_end_neither_the_service_nor_later_reload
     assert reloader.settings == DEBUG
 
 
-async def test_a_defect_leaves_the_present_parts_in_place() -> None:
+async def outcomes_of(
+    reloader: Reloader, monkeypatch: pytest.MonkeyPatch, times: int
+) -> list[bool]:
+    """Request so many reloads one after another; return what systemd is told: refused or not."""
+    told: list[bool] = []
+    monkeypatch.setattr(SystemdNotifier, "end_reload", lambda _, *, refused: told.append(refused))
+    reloader.start()
+    try:
+        for number in range(times):
+            reloader.request()
+            async with asyncio.timeout(20):
+                while len(told) == number:  # noqa: ASYNC110 - a reload announces nothing
+                    await asyncio.sleep(0.01)
+    finally:
+        await reloader.stop()
+    return told
+
+
+async def test_a_part_that_cannot_be_put_in_place_keeps_no_other_part_back_and_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    parts, others = Parts(), sorted(RELOADABLE - {"log_level"})
+    broken = ReloadablePart(key="log_level", prepare=lambda _: fail)
+    reloader = parts.reloader(lambda: DEBUG, parts=[broken, *map(parts.part, others)])
+    with capture_logs() as logged:
+        told = await outcomes_of(reloader, monkeypatch, times=2)
+
+    assert told == [True, True]
+    failed = [("service.reload_failed", "log_level")]
+    assert [(one["event"], one["part"]) for one in logged] == failed * 2
+    assert parts.applied == others * 2
+    assert reloader.settings == Settings()
+
+
+async def test_a_defect_while_parts_are_built_leaves_the_present_ones_in_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     parts = Parts()
     parts.problems = {"tls": ZeroDivisionError()}
-
     with capture_logs() as logged:
-        assert not await parts.reloader(lambda: DEBUG).reload()
+        told = await outcomes_of(parts.reloader(lambda: DEBUG), monkeypatch, times=2)
 
-    assert [one["event"] for one in logged] == ["service.reload_failed"]
-    assert parts.applied == []
+    assert [one["event"] for one in logged] == ["service.reload_failed"] * 2
+    assert (parts.applied, told) == ([], [True, True])
 
 
 async def test_requests_during_a_reload_lead_to_exactly_one_more() -> None:

@@ -109,7 +109,7 @@ def _with_settings(function: Callable[..., ExitCode]) -> Callable[..., ExitCode]
         settings = _load(load)
         meta = click.get_current_context().meta
         meta[CONFIGURATION_FILE] = str(reading.configuration_file(path, os.environ))
-        meta[LOAD] = load
+        meta[LOAD] = partial(load, waits=False)
         # Before `app`, because importing it first keeps the import of structlog short.
         from runrecovery_service import logs
 

@@ -6,6 +6,7 @@ A value comes from a flag, else from the environment, else from the file, else f
 from __future__ import annotations
 
 import codecs
+import errno
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -68,7 +69,13 @@ class _Layer:
     place: Callable[[str], str]
 
 
-def load(*, path: Path | None, flags: Mapping[str, object], environ: Mapping[str, str]) -> Settings:
+def load(
+    *,
+    path: Path | None,
+    flags: Mapping[str, object],
+    environ: Mapping[str, str],
+    waits: bool = True,
+) -> Settings:
     """Read the configuration.
 
     Args:
@@ -76,12 +83,13 @@ def load(*, path: Path | None, flags: Mapping[str, object], environ: Mapping[str
             `runrecovery.toml` in the working directory if that file exists.
         flags: values of flags by key; None is the value of a flag that was not given.
         environ: the environment of the process.
+        waits: read a pipe too, which can block for ever.
 
     Raises:
         ConfigError: any source is invalid; the error lists every problem of all sources.
     """
     problems: list[str] = []
-    file_layer = _file_layer(path, environ, problems)
+    file_layer = _file_layer(path, environ, problems, waits=waits)
     merged: dict[str, object] = {}
     places: dict[str, str] = {}
     for layer in (file_layer, _environment_layer(environ, problems), _flag_layer(flags)):
@@ -100,13 +108,15 @@ def configuration_file(path: Path | None, environ: Mapping[str, str]) -> Path:
     return path or Path(environ.get("RUNRECOVERY_CONFIG") or FILE_NAME)
 
 
-def _file_layer(path: Path | None, environ: Mapping[str, str], problems: list[str]) -> _Layer:
+def _file_layer(
+    path: Path | None, environ: Mapping[str, str], problems: list[str], *, waits: bool
+) -> _Layer:
     source = configuration_file(path, environ)
     may_be_absent = path is None and not environ.get("RUNRECOVERY_CONFIG")
     values: Mapping[str, object] = {}
     try:
         if not may_be_absent or source.exists():
-            values = tomllib.loads(_read_text(source))
+            values = tomllib.loads(_read_text(source, waits=waits))
     except UnicodeDecodeError as error:
         wide = error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         found = "UTF-16" if wide else "not valid UTF-8"
@@ -126,7 +136,9 @@ class _FileTooLarge(Exception):
     """The configuration file has more than `MAX_FILE_BYTES` bytes."""
 
 
-def _read_text(source: Path) -> str:
+def _read_text(source: Path, *, waits: bool) -> str:
+    if not waits and source.is_fifo():
+        raise OSError(errno.EINVAL, "is a pipe, which cannot be read again")
     with source.open("rb") as file:
         data = file.read(MAX_FILE_BYTES + 1)
     if len(data) > MAX_FILE_BYTES:

@@ -34,14 +34,18 @@ def plan_reload(present: Settings, read: Settings) -> ReloadPlan:
     """Return what a reload does with the configuration that was read.
 
     Raises:
-        ConfigError: what it would take over contradicts a value that needs a restart.
+        ConfigError: what it would take over contradicts what needs a restart.
     """
     differ = [key.name for key in fields(Settings) if _differ(present, read, key.name)]
     needs_restart = {key: told for key in differ if (told := _needs_restart(key, present, read))}
     changed = tuple(key for key in differ if key not in needs_restart)
     settings = replace(present, **{key: getattr(read, key) for key in changed})
-    if problems := tuple(contradictions(settings, {})):
-        raise ConfigError(problems)
+    # `insecure_listen` as it is read: tokens must not be sent in plaintext because the TLS that
+    # comes with them waits for a restart.
+    judged = replace(settings, insecure_listen=read.insecure_listen)
+    if problems := list(contradictions(judged, {})):
+        waits = ", ".join(needs_restart.values())
+        raise ConfigError((*problems, f"a reload leaves these as they are: {waits}; restart"))
     return ReloadPlan(
         settings=settings, changed=changed, needs_restart=tuple(needs_restart.values())
     )

@@ -114,11 +114,12 @@ class CallerTable:
 
 @dataclass(slots=True, eq=False)
 class _OpenStream:
-    """A stream, its caller, and the limit that ends it."""
+    """A stream, its caller, and the limit that ends it. A limit ends a stream only once."""
 
     context: Context
     caller: Caller
     limit: asyncio.Timeout
+    is_ended: bool = False
 
 
 class CallerGuard:
@@ -149,11 +150,14 @@ class CallerGuard:
         self._table = table
         now_s = asyncio.get_running_loop().time()
         for stream in self._streams:
+            if stream.is_ended:  # and may still unwind
+                continue
             try:
                 is_kept = self._identify(stream.context).has_rights_of(stream.caller)
             except CallerUnknown:
                 is_kept = False
             if not is_kept:
+                stream.is_ended = True
                 stream.limit.reschedule(now_s)
 
     @asynccontextmanager
@@ -170,7 +174,7 @@ class CallerGuard:
                 self._streams.add(stream)
                 yield
         except TimeoutError:
-            if not limit.expired():
+            if not stream.is_ended:
                 raise
             raise CallerUnknown(CHANGED) from None
         finally:

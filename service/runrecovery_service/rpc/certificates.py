@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
+from runrecovery_service.process.safe_open import open_regular
 from runrecovery_service.rpc.certificate_key import key_problem
 
 MAX_FILE_BYTES: Final = 1_048_576
@@ -106,7 +107,8 @@ def _stamp(file: Path) -> tuple[int, ...] | None:
 
 def _read(file: Path) -> bytes:
     try:
-        with file.open("rb") as opened:
+        # A Secret is mounted as links. A pipe could block for ever.
+        with open(open_regular(file.resolve(), os.O_RDONLY), "rb") as opened:  # noqa: PTH123 - safely
             data = opened.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise TlsUnusable(f"{file}: {error.strerror}") from error
