@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterable, Iterator, Mapping
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from datetime import datetime
 
 from runrecovery import _requests as requests
@@ -173,6 +181,23 @@ class Recovery:
         """
         return self._wire.unary(requests.prune(dry_run=dry_run), timeout_s=timeout_s)
 
+    def webhooks(self, *, timeout_s: float | None = None) -> Sequence[recovery_service_pb2.Webhook]:
+        """Return the webhooks of the instance, and what each has not got yet."""
+        return self._wire.unary(requests.list_webhooks(), timeout_s=timeout_s)
+
+    def retry_webhook(self, name: str, *, timeout_s: float | None = None) -> int:
+        """Try the deliveries of a webhook at once, those that were given up included.
+
+        A webhook that has answered 410 Gone is switched on again.
+
+        Returns:
+            The number of deliveries that had been given up, and are tried again.
+
+        Raises:
+            InvalidRequest: no webhook has this name.
+        """
+        return self._wire.unary(requests.retry_webhook(name), timeout_s=timeout_s)
+
 
 class AsyncRecovery:
     """RecoveryService; see `Recovery`."""
@@ -289,3 +314,13 @@ class AsyncRecovery:
     ) -> recovery_service_pb2.PruneResponse:
         """Remove what has reached its age. See `Recovery.prune`."""
         return await self._wire.unary(requests.prune(dry_run=dry_run), timeout_s=timeout_s)
+
+    async def webhooks(
+        self, *, timeout_s: float | None = None
+    ) -> Sequence[recovery_service_pb2.Webhook]:
+        """Return the webhooks of the instance, and what each has not got yet."""
+        return await self._wire.unary(requests.list_webhooks(), timeout_s=timeout_s)
+
+    async def retry_webhook(self, name: str, *, timeout_s: float | None = None) -> int:
+        """Try the deliveries of a webhook at once. See `Recovery.retry_webhook`."""
+        return await self._wire.unary(requests.retry_webhook(name), timeout_s=timeout_s)

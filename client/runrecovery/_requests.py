@@ -358,6 +358,22 @@ def prune(*, dry_run: bool) -> Call[recovery_service_pb2.PruneResponse]:
     )
 
 
+def list_webhooks() -> Call[Sequence[recovery_service_pb2.Webhook]]:
+    return Call(
+        path=_RECOVERY + "ListWebhooks",
+        request=recovery_service_pb2.ListWebhooksRequest(),
+        decode=lambda data: recovery_service_pb2.ListWebhooksResponse.FromString(data).webhooks,
+    )
+
+
+def retry_webhook(name: str) -> Call[int]:
+    return Call(
+        path=_RECOVERY + "RetryWebhook",
+        request=recovery_service_pb2.RetryWebhookRequest(name=name),
+        decode=lambda data: recovery_service_pb2.RetryWebhookResponse.FromString(data).revived,
+    )
+
+
 def check_health(service: str) -> Call[ServingStatus]:
     """Return a health check that needs no grpcio-health-checking.
 

@@ -359,6 +359,7 @@ class _App:
                     find_end=self.ends.find,
                 ),
                 prune=_pruning(retention),
+                webhooks=self.webhooks,
             ),
             limits=ServerLimits(
                 max_concurrent_calls=settings.max_concurrent_calls,

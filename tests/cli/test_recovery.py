@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from google.protobuf import json_format
 from google.protobuf.duration_pb2 import Duration
@@ -248,3 +250,43 @@ def test_a_prune_calls_until_it_is_done_and_shows_the_sums() -> None:
     service = ServiceConnection(client=Client(), timeout_s=1.0, as_json=False)  # type: ignore[arg-type]
 
     assert prune.remove_all(service) == pruned(("runs", 7, 110))
+
+
+def test_webhooks_are_shown_with_what_they_lack(run: Run, server: FixedAnswers) -> None:
+    failing = recovery_service_pb2.Webhook(
+        name="chat", origin="https://chat.example", due=3, given_up=1, delivered=9, failed=4,
+        last_failure="no answer in time",
+    )  # fmt: skip
+    failing.oldest_due_at.FromJsonString("2026-11-25T10:00:00Z")
+    failing.failing_since.FromJsonString("2026-11-25T10:00:01Z")
+    off = recovery_service_pb2.Webhook(name="off", origin="http://10.0.0.1:8080", disabled=True)
+    server.answers["ListWebhooks"] = [
+        recovery_service_pb2.ListWebhooksResponse(webhooks=[failing, off])
+    ]
+
+    ended = run("webhooks", "list", "--server", server.address)
+
+    rows = [re.split("  +", line.strip()) for line in ended.out.splitlines()]
+    assert rows == [
+        ["NAME", "TO", "STATE", "DUE", "OLDEST DUE", "GIVEN UP", "DELIVERED", "FAILED",
+         "LAST FAILURE"],
+        ["chat", "https://chat.example", "failing", "3", "2026-11-25 10:00:00Z", "1", "9", "4",
+         "no answer in time"],
+        ["off", "http://10.0.0.1:8080", "disabled", "0", "-", "0", "0", "0", "-"],
+    ]  # fmt: skip
+
+
+def test_a_service_without_webhooks_says_so(run: Run, server: FixedAnswers) -> None:
+    server.answers["ListWebhooks"] = [recovery_service_pb2.ListWebhooksResponse()]
+
+    ended = run("webhooks", "list", "--server", server.address)
+
+    assert ended.out == "the service has no [[webhooks]]\n"
+
+
+def test_a_retry_says_how_many_had_been_given_up(run: Run, server: FixedAnswers) -> None:
+    server.answers["RetryWebhook"] = [recovery_service_pb2.RetryWebhookResponse(revived=7)]
+
+    ended = run("webhooks", "retry", "chat", "--server", server.address)
+
+    assert ended.out == "tried at once; given up before: 7\n"

@@ -120,6 +120,18 @@ UNTIL = "2026-11-25T10:00:00Z"
             {},
         ),
         (
+            "webhooks list",
+            recovery_pb.ListWebhooksRequest,
+            recovery_pb.ListWebhooksResponse(),
+            {},
+        ),
+        (
+            "webhooks retry chat",
+            recovery_pb.RetryWebhookRequest,
+            recovery_pb.RetryWebhookResponse(),
+            {"name": "chat"},
+        ),
+        (
             "recovery show a-report",
             recovery_pb.GetReconciliationRequest,
             recovery_pb.GetReconciliationResponse(),

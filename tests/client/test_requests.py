@@ -181,6 +181,8 @@ async def test_reaches_every_method_of_the_contract(
     await caller.call("recovery.explain", "r")
     await caller.call("recovery.plan")
     await caller.call("recovery.prune")
+    await caller.call("recovery.webhooks")
+    await caller.call("recovery.retry_webhook", "chat")
 
     assert {name for name, _ in server.calls} == {method.name for method in METHODS.values()}
 
@@ -203,6 +205,12 @@ async def test_returns_the_recovery_messages(caller: Caller, server: ScriptedSer
     pruned = recovery_service_pb2.PruneResponse(done=True)
     server.on("Prune", pruned)
 
+    webhooks = [recovery_service_pb2.Webhook(name="chat", due=3)]
+    server.on("ListWebhooks", recovery_service_pb2.ListWebhooksResponse(webhooks=webhooks))
+    server.on("RetryWebhook", recovery_service_pb2.RetryWebhookResponse(revived=7))
+
+    assert list(await caller.call("recovery.webhooks")) == webhooks
+    assert await caller.call("recovery.retry_webhook", "chat") == 7
     assert await caller.call("recovery.prune", dry_run=True) == pruned
     assert await caller.call("recovery.info", "r") == info
     assert await caller.call("recovery.status") == status

@@ -130,6 +130,7 @@ def test_every_method_of_the_contract_has_an_access_rule() -> None:
         "CancelRun",
         "ReopenRun",
         "Prune",
+        "RetryWebhook",
     }
 
 
@@ -183,6 +184,7 @@ class FakeRecovery:
         get_recovery_status
     )
     watch_recovered = explain_recovery = plan_recovery = prune = get_recovery_status
+    list_webhooks = retry_webhook = get_recovery_status
 
 
 @asynccontextmanager

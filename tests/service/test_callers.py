@@ -47,6 +47,8 @@ EXPECTED = {
     f"{RECOVERY}/ListReconciliations": ("operator",),
     f"{RECOVERY}/GetReconciliation": ("operator",),
     f"{RECOVERY}/Prune": ("operator",),
+    f"{RECOVERY}/ListWebhooks": ("operator",),
+    f"{RECOVERY}/RetryWebhook": ("operator",),
     f"{REFLECTION[0]}/ServerReflectionInfo": ROLES,
     f"{REFLECTION[1]}/ServerReflectionInfo": ROLES,
     "grpc.health.v1.Health/Check": ("nobody", "stranger", *ROLES),

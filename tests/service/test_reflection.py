@@ -20,7 +20,9 @@ from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.json_format import MessageToDict, ParseDict
 from grpc_reflection.v1alpha import reflection_pb2
 from support.api import CALL_TIMEOUT_S, NO_RETRY, Api
+from support.engines import GOOD_ENGINES
 from support.service import Home
+from support.webhook_receiver import SECRET
 
 BUF: Final = Path(sys.executable).with_name("buf")
 RUNS: Final = "runrecovery.v1.RunService"
@@ -43,6 +45,8 @@ EVERY_METHOD: Final = {
     f"{RECOVERY}/WatchRecovered",
     f"{RECOVERY}/GetReconciliation",
     f"{RECOVERY}/Prune",
+    f"{RECOVERY}/ListWebhooks",
+    f"{RECOVERY}/RetryWebhook",
     f"{RECOVERY}/GetRecoveryInfo",
     f"{RECOVERY}/GetRecoveryStatus",
     f"{RECOVERY}/ListReconciliations",
@@ -54,6 +58,22 @@ QUESTION: Final = {"kind": "confirm", "prompt": "Go on?"}
 
 Json = dict[str, Any]
 Call = Callable[[str, Json], list[Json]]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
+    """A home with a webhook that gets nothing: no recovery decides on any run."""
+    path = tmp_path_factory.mktemp("reflected")
+    (path / "secret").write_text(SECRET)
+    webhook = {
+        "name": "chat",
+        "url": "http://127.0.0.1:9/hidden",
+        "secret_file": str(path / "secret"),
+        "events": ["RECOVERED"],
+        "allow_private": True,
+    }
+    with Home(path, engines=GOOD_ENGINES, webhooks=[webhook]) as home:
+        yield home
 
 
 class Stranger:
@@ -217,6 +237,9 @@ def drive_every_method(api: Api, call: Call, first: Call) -> set[str]:
     got = ask(f"{RECOVERY}/GetReconciliation", {"reconciliationId": report_id})
     assert got["reconciliation"] == report
     assert ask(f"{RECOVERY}/Prune", {"dryRun": True}) == {"done": True}
+    (webhook,) = ask(f"{RECOVERY}/ListWebhooks", {})["webhooks"]
+    assert (webhook["name"], webhook["origin"]) == ("chat", "http://127.0.0.1:9")
+    assert ask(f"{RECOVERY}/RetryWebhook", {"name": "chat"}) == {}
     return called
 
 

@@ -279,6 +279,7 @@ def test_old_deliveries_are_given_up_and_can_be_tried_again(store: ServiceStore)
         )
 
     assert (give_up([young.key, old.key]), due(store)) == (1, [other.key, young.key])
+    assert webhook_deliveries.next_delivery(store.db, "default", "chat", old.key) is None
     assert (give_up(None), due(store)) == (1, [young.key])
     assert webhook_deliveries.backlogs(store.db, "default") == {
         "chat": Backlog(due=1, oldest_at=young.updated_at, given_up=2)

@@ -11,9 +11,10 @@ import pytest
 from runrecovery_service.clock import Clock
 from runrecovery_service.domain.webhook import WebhookFilter
 from runrecovery_service.stop_signal import StopSignal
-from runrecovery_service.storage import instances
+from runrecovery_service.storage import instances, webhook_deliveries
 from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.webhook_deliveries import Backlog
 from runrecovery_service.webhooks.webhooks import Webhooks
 from storage.service_store import ServiceStore, boot
 from support.waiting import until_async
@@ -156,3 +157,35 @@ def test_webhooks_are_the_same_only_with_the_same_filter_url_and_secrets() -> No
     assert endpoint(keys=(b"other",)) != same
     assert endpoint(target="/other") != same
     assert endpoint(filter=WebhookFilter(name="chat", events=frozenset())) != same
+
+
+async def test_an_operator_sees_what_a_webhook_lacks_and_has_it_tried_at_once(
+    store: ServiceStore, webhooks: Webhooks, new_receiver: NewReceiver
+) -> None:
+    receiver = new_receiver(status(500))
+    webhooks.replace((endpoint(receiver.port),))
+    run = store.waiting()
+    webhooks.start()
+    await until_received(receiver, 1)
+
+    async def has_failed() -> bool:
+        return webhooks.senders["chat"].state.tries["failed"] > 0
+
+    await until_async(has_failed, "a try has failed")
+    await webhooks.storage.write(
+        webhook_deliveries.give_up, "default", "chat", before=store.tick(), runs=None, now=store.now
+    )
+    (lacking,) = await webhooks.statuses()
+    receiver.behave = status(204)
+
+    assert await webhooks.retry("chat") == 1
+    await until_received(receiver, 2)
+
+    async def has_arrived() -> bool:
+        return webhooks.senders["chat"].state.tries["delivered"] == 1
+
+    await until_async(has_arrived, "the delivery has arrived")
+    assert lacking.backlog == Backlog(due=0, oldest_at=None, given_up=1)
+    assert lacking.endpoint.origin == f"http://127.0.0.1:{receiver.port}"
+    assert receiver.received[-1].facts["run_id"] == run.run_id
+    assert await webhooks.retry("other") is None

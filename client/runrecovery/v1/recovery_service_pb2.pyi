@@ -1110,3 +1110,158 @@ class PrunedKind(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PrunedKind: _TypeAlias = PrunedKind  # noqa: Y015
+
+@_typing.final
+class ListWebhooksRequest(_message.Message):
+    """A request for the webhooks."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListWebhooksRequest: _TypeAlias = ListWebhooksRequest  # noqa: Y015
+
+@_typing.final
+class ListWebhooksResponse(_message.Message):
+    """The webhooks."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WEBHOOKS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def webhooks(self) -> _containers.RepeatedCompositeFieldContainer[Global___Webhook]:
+        """OUTPUT_ONLY. All webhooks, in the order of the configuration; at most 16."""
+
+    def __init__(
+        self,
+        *,
+        webhooks: _abc.Iterable[Global___Webhook] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["webhooks", b"webhooks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListWebhooksResponse: _TypeAlias = ListWebhooksResponse  # noqa: Y015
+
+@_typing.final
+class Webhook(_message.Message):
+    """A webhook, what it has not got yet, and what its tries met since the start of the service."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ORIGIN_FIELD_NUMBER: _builtins.int
+    DISABLED_FIELD_NUMBER: _builtins.int
+    DUE_FIELD_NUMBER: _builtins.int
+    OLDEST_DUE_AT_FIELD_NUMBER: _builtins.int
+    GIVEN_UP_FIELD_NUMBER: _builtins.int
+    DELIVERED_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    LAST_DELIVERED_AT_FIELD_NUMBER: _builtins.int
+    FAILING_SINCE_FIELD_NUMBER: _builtins.int
+    LAST_FAILURE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """OUTPUT_ONLY. Its name in the configuration."""
+    origin: _builtins.str
+    """OUTPUT_ONLY. Its URL without path and query, which may be secret."""
+    disabled: _builtins.bool
+    """OUTPUT_ONLY. It has answered 410 Gone, and nothing is sent to it."""
+    due: _builtins.int
+    """OUTPUT_ONLY. Number of deliveries that are still tried."""
+    given_up: _builtins.int
+    """OUTPUT_ONLY. Number of deliveries that are no longer tried, and still kept."""
+    delivered: _builtins.int
+    """OUTPUT_ONLY. Number of tries that arrived."""
+    failed: _builtins.int
+    """OUTPUT_ONLY. Number of tries that failed."""
+    last_failure: _builtins.str
+    """OUTPUT_ONLY. Why the latest failed try failed; empty if none did."""
+    @_builtins.property
+    def oldest_due_at(self) -> _timestamp_pb2.Timestamp:
+        """OUTPUT_ONLY. The time of the oldest event among them; absent if there is none."""
+
+    @_builtins.property
+    def last_delivered_at(self) -> _timestamp_pb2.Timestamp:
+        """OUTPUT_ONLY. When the latest delivery arrived; absent if none did."""
+
+    @_builtins.property
+    def failing_since(self) -> _timestamp_pb2.Timestamp:
+        """OUTPUT_ONLY. The first failed try since the latest delivery; absent if the latest try
+        arrived.
+        """
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        origin: _builtins.str = ...,
+        disabled: _builtins.bool = ...,
+        due: _builtins.int = ...,
+        oldest_due_at: _timestamp_pb2.Timestamp | None = ...,
+        given_up: _builtins.int = ...,
+        delivered: _builtins.int = ...,
+        failed: _builtins.int = ...,
+        last_delivered_at: _timestamp_pb2.Timestamp | None = ...,
+        failing_since: _timestamp_pb2.Timestamp | None = ...,
+        last_failure: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failing_since", b"failing_since", "last_delivered_at", b"last_delivered_at", "oldest_due_at", b"oldest_due_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delivered", b"delivered", "disabled", b"disabled", "due", b"due", "failed", b"failed", "failing_since", b"failing_since", "given_up", b"given_up", "last_delivered_at", b"last_delivered_at", "last_failure", b"last_failure", "name", b"name", "oldest_due_at", b"oldest_due_at", "origin", b"origin"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Webhook: _TypeAlias = Webhook  # noqa: Y015
+
+@_typing.final
+class RetryWebhookRequest(_message.Message):
+    """A request to try the deliveries of a webhook at once."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """REQUIRED. The name of the webhook."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RetryWebhookRequest: _TypeAlias = RetryWebhookRequest  # noqa: Y015
+
+@_typing.final
+class RetryWebhookResponse(_message.Message):
+    """What is tried again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVIVED_FIELD_NUMBER: _builtins.int
+    revived: _builtins.int
+    """OUTPUT_ONLY. Number of deliveries that had been given up, and are tried again."""
+    def __init__(
+        self,
+        *,
+        revived: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["revived", b"revived"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RetryWebhookResponse: _TypeAlias = RetryWebhookResponse  # noqa: Y015

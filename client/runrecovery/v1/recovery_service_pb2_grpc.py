@@ -81,6 +81,16 @@ class RecoveryServiceStub(object):
                 request_serializer=runrecovery_dot_v1_dot_recovery__service__pb2.PruneRequest.SerializeToString,
                 response_deserializer=runrecovery_dot_v1_dot_recovery__service__pb2.PruneResponse.FromString,
                 _registered_method=True)
+        self.ListWebhooks = channel.unary_unary(
+                '/runrecovery.v1.RecoveryService/ListWebhooks',
+                request_serializer=runrecovery_dot_v1_dot_recovery__service__pb2.ListWebhooksRequest.SerializeToString,
+                response_deserializer=runrecovery_dot_v1_dot_recovery__service__pb2.ListWebhooksResponse.FromString,
+                _registered_method=True)
+        self.RetryWebhook = channel.unary_unary(
+                '/runrecovery.v1.RecoveryService/RetryWebhook',
+                request_serializer=runrecovery_dot_v1_dot_recovery__service__pb2.RetryWebhookRequest.SerializeToString,
+                response_deserializer=runrecovery_dot_v1_dot_recovery__service__pb2.RetryWebhookResponse.FromString,
+                _registered_method=True)
 
 
 class RecoveryServiceServicer(object):
@@ -157,6 +167,21 @@ class RecoveryServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListWebhooks(self, request, context):
+        """Returns the webhooks of this instance, and what each has not got yet.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RetryWebhook(self, request, context):
+        """Tries the deliveries of a webhook at once, those that were given up included. Switches a
+        webhook on again that has answered 410 Gone.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RecoveryServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -204,6 +229,16 @@ def add_RecoveryServiceServicer_to_server(servicer, server):
                     servicer.Prune,
                     request_deserializer=runrecovery_dot_v1_dot_recovery__service__pb2.PruneRequest.FromString,
                     response_serializer=runrecovery_dot_v1_dot_recovery__service__pb2.PruneResponse.SerializeToString,
+            ),
+            'ListWebhooks': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListWebhooks,
+                    request_deserializer=runrecovery_dot_v1_dot_recovery__service__pb2.ListWebhooksRequest.FromString,
+                    response_serializer=runrecovery_dot_v1_dot_recovery__service__pb2.ListWebhooksResponse.SerializeToString,
+            ),
+            'RetryWebhook': grpc.unary_unary_rpc_method_handler(
+                    servicer.RetryWebhook,
+                    request_deserializer=runrecovery_dot_v1_dot_recovery__service__pb2.RetryWebhookRequest.FromString,
+                    response_serializer=runrecovery_dot_v1_dot_recovery__service__pb2.RetryWebhookResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -451,6 +486,60 @@ class RecoveryService(object):
             '/runrecovery.v1.RecoveryService/Prune',
             runrecovery_dot_v1_dot_recovery__service__pb2.PruneRequest.SerializeToString,
             runrecovery_dot_v1_dot_recovery__service__pb2.PruneResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListWebhooks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/runrecovery.v1.RecoveryService/ListWebhooks',
+            runrecovery_dot_v1_dot_recovery__service__pb2.ListWebhooksRequest.SerializeToString,
+            runrecovery_dot_v1_dot_recovery__service__pb2.ListWebhooksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RetryWebhook(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/runrecovery.v1.RecoveryService/RetryWebhook',
+            runrecovery_dot_v1_dot_recovery__service__pb2.RetryWebhookRequest.SerializeToString,
+            runrecovery_dot_v1_dot_recovery__service__pb2.RetryWebhookResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -63,6 +63,12 @@ class RecoveryServiceStub:
     next sweep. One call works for some 5 seconds; repeat it until `done`. With dry_run it says
     what would be removed, and removes nothing.
     """
+    ListWebhooks: _grpc.UnaryUnaryMultiCallable[_recovery_service_pb2.ListWebhooksRequest, _recovery_service_pb2.ListWebhooksResponse]
+    """Returns the webhooks of this instance, and what each has not got yet."""
+    RetryWebhook: _grpc.UnaryUnaryMultiCallable[_recovery_service_pb2.RetryWebhookRequest, _recovery_service_pb2.RetryWebhookResponse]
+    """Tries the deliveries of a webhook at once, those that were given up included. Switches a
+    webhook on again that has answered 410 Gone.
+    """
 
 @_typing.type_check_only
 class RecoveryServiceAsyncStub(RecoveryServiceStub):
@@ -98,6 +104,12 @@ class RecoveryServiceAsyncStub(RecoveryServiceStub):
     """Removes what has reached its age by the configuration `retention`, now and not only at the
     next sweep. One call works for some 5 seconds; repeat it until `done`. With dry_run it says
     what would be removed, and removes nothing.
+    """
+    ListWebhooks: _aio.UnaryUnaryMultiCallable[_recovery_service_pb2.ListWebhooksRequest, _recovery_service_pb2.ListWebhooksResponse]  # type: ignore[assignment]
+    """Returns the webhooks of this instance, and what each has not got yet."""
+    RetryWebhook: _aio.UnaryUnaryMultiCallable[_recovery_service_pb2.RetryWebhookRequest, _recovery_service_pb2.RetryWebhookResponse]  # type: ignore[assignment]
+    """Tries the deliveries of a webhook at once, those that were given up included. Switches a
+    webhook on again that has answered 410 Gone.
     """
 
 class RecoveryServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -185,6 +197,24 @@ class RecoveryServiceServicer(metaclass=_abc_1.ABCMeta):
         """Removes what has reached its age by the configuration `retention`, now and not only at the
         next sweep. One call works for some 5 seconds; repeat it until `done`. With dry_run it says
         what would be removed, and removes nothing.
+        """
+
+    @_abc_1.abstractmethod
+    def ListWebhooks(
+        self,
+        request: _recovery_service_pb2.ListWebhooksRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_recovery_service_pb2.ListWebhooksResponse, _abc.Awaitable[_recovery_service_pb2.ListWebhooksResponse]]:
+        """Returns the webhooks of this instance, and what each has not got yet."""
+
+    @_abc_1.abstractmethod
+    def RetryWebhook(
+        self,
+        request: _recovery_service_pb2.RetryWebhookRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_recovery_service_pb2.RetryWebhookResponse, _abc.Awaitable[_recovery_service_pb2.RetryWebhookResponse]]:
+        """Tries the deliveries of a webhook at once, those that were given up included. Switches a
+        webhook on again that has answered 410 Gone.
         """
 
 def add_RecoveryServiceServicer_to_server(servicer: RecoveryServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -27,6 +27,7 @@ from runrecovery_service.rpc.times import write_duration, write_time
 from runrecovery_service.storage.decision_feed import FeedDecision
 from runrecovery_service.storage.launch_records import UnendedLaunch
 from runrecovery_service.storage.usage import EngineUsage
+from runrecovery_service.webhooks.webhooks import WebhookStatus
 
 
 def fill_recovery_info(to: run_pb2.RecoveryInfo, recovery: RecoveryInfo | None) -> None:
@@ -213,3 +214,18 @@ def fill_pruned(to: recovery_service_pb2.PruneResponse, pruned: PruneResult) -> 
     if pruned.oldest_kept is not None:
         write_time(to.oldest_kept_at, pruned.oldest_kept)
     to.done = pruned.done
+
+
+def fill_webhook(to: recovery_service_pb2.Webhook, status: WebhookStatus) -> None:
+    """Fill a message with a webhook, what it has not got, and what its tries met."""
+    state, backlog = status.state, status.backlog
+    to.name, to.origin = status.endpoint.name, status.endpoint.origin
+    to.disabled, to.last_failure = state.is_disabled, state.last_failure
+    to.due, to.given_up = backlog.due, backlog.given_up
+    to.delivered, to.failed = state.tries["delivered"], state.tries["failed"]
+    if backlog.oldest_at is not None:
+        write_time(to.oldest_due_at, backlog.oldest_at)
+    if state.last_delivery_at is not None:
+        write_time(to.last_delivered_at, state.last_delivery_at)
+    if state.failing_since is not None:
+        write_time(to.failing_since, state.failing_since)

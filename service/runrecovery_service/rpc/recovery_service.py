@@ -13,6 +13,7 @@ from runrecovery.v1 import recovery_service_pb2 as pb
 
 from runrecovery_service import daemon_threads
 from runrecovery_service.domain.caller import Role
+from runrecovery_service.domain.errors import FieldViolation, InvalidFields
 from runrecovery_service.domain.plan import PlannedDecision, RecoveryPlan
 from runrecovery_service.domain.reconciliation import RecoveredFilter
 from runrecovery_service.domain.retention import PruneResult, RetentionKind
@@ -34,6 +35,7 @@ from runrecovery_service.rpc.watch_streams import RecoveredWatcher
 from runrecovery_service.storage import decisions, launch_records, reports, usage
 from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.instances import Owner
+from runrecovery_service.webhooks.webhooks import Webhooks
 
 log = structlog.get_logger()
 
@@ -54,6 +56,7 @@ class RecoveryDeps:
 
     Attributes:
         prune: removes what has reached its age; None: nothing has an age.
+        webhooks: the webhooks of this instance; None: there are none.
     """
 
     storage: Storage
@@ -61,6 +64,7 @@ class RecoveryDeps:
     status: RecoveryStatus
     planner: Planner
     prune: Prune | None = None
+    webhooks: Webhooks | None = None
 
 
 class RecoveryService:
@@ -72,6 +76,7 @@ class RecoveryService:
         self._status = deps.status
         self._planner = deps.planner
         self._prune = deps.prune
+        self._webhooks = deps.webhooks
         self._planning = asyncio.Lock()
         self._gate = gate
         self._watcher = RecoveredWatcher(deps.storage, gate)
@@ -238,6 +243,23 @@ class RecoveryService:
             runs = pruned.counts.get(RetentionKind.RUNS, 0)
             log.info("audit.pruned", caller=caller_name(), runs=runs)
         return response
+
+    async def list_webhooks(self, request: pb.ListWebhooksRequest) -> pb.ListWebhooksResponse:
+        """Return the webhooks, and what each has not got."""
+        response = pb.ListWebhooksResponse()
+        for status in [] if self._webhooks is None else await self._webhooks.statuses():
+            recovery_messages.fill_webhook(response.webhooks.add(), status)
+        return response
+
+    async def retry_webhook(self, request: pb.RetryWebhookRequest) -> pb.RetryWebhookResponse:
+        """Try the deliveries of a webhook at once."""
+        name = request.name
+        revived = None if self._webhooks is None else await self._webhooks.retry(name)
+        if revived is None:
+            raise InvalidFields((FieldViolation("name", "no webhook has this name"),))
+        if caller_name() is not None:
+            log.info("audit.webhook_retried", caller=caller_name(), webhook=name, revived=revived)
+        return pb.RetryWebhookResponse(revived=revived)
 
 
 def _to_domain_filter(asked: pb.RecoveredFilter) -> RecoveredFilter:

@@ -35,6 +35,8 @@ ROLES: Final[Mapping[str, Role | None]] = MappingProxyType(
         f"{_RECOVERY}.ListReconciliations": Role.OPERATOR,
         f"{_RECOVERY}.GetReconciliation": Role.OPERATOR,
         f"{_RECOVERY}.Prune": Role.OPERATOR,
+        f"{_RECOVERY}.ListWebhooks": Role.OPERATOR,
+        f"{_RECOVERY}.RetryWebhook": Role.OPERATOR,
         "grpc.reflection.v1.ServerReflection.ServerReflectionInfo": Role.VIEWER,
         "grpc.reflection.v1alpha.ServerReflection.ServerReflectionInfo": Role.VIEWER,
         "grpc.health.v1.Health.Check": None,

@@ -17,8 +17,18 @@ from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner
 
 if TYPE_CHECKING:
+    from runrecovery_service.storage.webhook_deliveries import Backlog
     from runrecovery_service.webhooks.endpoint import Endpoint
-    from runrecovery_service.webhooks.sender import WebhookSender
+    from runrecovery_service.webhooks.sender import SenderState, WebhookSender
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WebhookStatus:
+    """A webhook, what it has not got yet, and what its tries met."""
+
+    endpoint: Endpoint
+    state: SenderState
+    backlog: Backlog
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -59,6 +69,31 @@ class Webhooks:
         if self._is_started:
             self._adjusting = asyncio.create_task(self._adjust(), name="webhooks")
             self._adjusting.add_done_callback(self.stop_signal.task_ended)
+
+    async def statuses(self) -> list[WebhookStatus]:
+        """Return the status of every webhook, in the order of the configuration."""
+        if not self.senders:
+            return []
+        from runrecovery_service.storage import webhook_deliveries  # noqa: PLC0415 - see above
+
+        found = await self.storage.read(webhook_deliveries.backlogs, self.owner.instance)
+        return [
+            WebhookStatus(
+                endpoint=endpoint,
+                state=sender.state,
+                backlog=found.get(endpoint.name) or webhook_deliveries.Backlog(),
+            )
+            for endpoint in self.endpoints
+            if (sender := self.senders.get(endpoint.name)) is not None
+        ]
+
+    async def retry(self, name: str) -> int | None:
+        """Try the deliveries of a webhook at once; return how many given-up ones are due again.
+
+        None: there is no such webhook.
+        """
+        sender = self.senders.get(name)
+        return None if sender is None else await sender.try_again()
 
     async def stop(self) -> None:
         """Stop every sender."""
