@@ -1,4 +1,4 @@
-"""`runrecovery prune`: removes what has reached its age, or says what that is."""
+"""`runrecovery prune`: removes what has reached its age, or shows what would be removed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from runrecovery_service.cli.connection import ServiceConnection, with_service
 from runrecovery_service.cli.printing import Columns, table, time
 
 DRY_RUN_S: Final = 600.0
-"""A dry run reads the sizes of all files that would go."""
+"""The deadline of a dry run, which reads the sizes of all files that would be removed."""
 COLUMNS: Final[Columns[recovery_service_pb2.PrunedKind]] = (
     ("KIND", lambda kind: kind.kind),
     ("COUNT", lambda kind: str(kind.count)),

@@ -32,7 +32,7 @@ class WebhookFilter:
     engines: frozenset[str] | None = None
 
     def select(self, kind: RunEventKind, status: RunStatus, engine: str) -> WebhookEvent | None:
-        """Return as what the webhook gets an event of a run; None: not at all.
+        """Return the type under which the webhook gets an event; None: it does not get the event.
 
         The decisions of a recovery are selected in bulk, by `storage/webhook_outbox.py`.
 

@@ -1,4 +1,4 @@
-"""Removes at once what retention would remove, or says what that would be."""
+"""Removes at once what retention would remove, or reports what it would remove."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Pruner:
     async def prune(self, *, dry_run: bool) -> PruneResult:
         """Return what was removed within `PRUNE_S`; with `dry_run`, what can be removed now.
 
-        A sweep goes on when its caller gives up.
+        A sweep continues if its caller stops waiting.
         """
         if dry_run:
             return await self._preview()

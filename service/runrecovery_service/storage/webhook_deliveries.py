@@ -22,7 +22,7 @@ class Delivery:
     Attributes:
         key: the key of the row.
         sequence: the number of the event among those of the run.
-        status: of the run after the event. A text: a damaged run may have any.
+        status: the status of the run after the event, as text: a damaged run may have any.
     """
 
     key: int

@@ -40,7 +40,7 @@ def record_event(
 
     Args:
         run: as read before the change.
-        status, error_code: of the run after the change.
+        status, error_code: those of the run after the change.
     """
     for webhook in db.webhooks:
         event = webhook.select(kind, status, run.engine)
@@ -83,7 +83,7 @@ def record_decisions(db: Database, instance: str, *, which: str, params: Sequenc
 
 
 def _decisions_of(webhook: WebhookFilter) -> Iterator[tuple[WebhookEvent, str]]:
-    """Yield as what, and on which condition, a webhook gets a decision: once, or not at all."""
+    """Yield the types under which a webhook gets decisions, each with the condition for them."""
     if WebhookEvent.RECOVERED in webhook.events:
         yield WebhookEvent.RECOVERED, "1 = 1"
         return

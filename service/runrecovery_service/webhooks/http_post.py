@@ -23,11 +23,11 @@ from runrecovery_service.webhooks.address_policy import address_problem
 from runrecovery_service.webhooks.endpoint import Endpoint
 
 CONNECT_S: Final = 5.0
-"""The most that the name, the connection and the TLS handshake of one address may take."""
+"""The time limit for resolving the name, and for connecting to one address, TLS included."""
 ADDRESSES_TRIED: Final = 4
 READ_BYTES: Final = 8192
 HEAD_BYTES: Final = 64 * 1024
-"""The most that an answer may have before its status is complete."""
+"""How many bytes an answer may have before its status is complete."""
 
 Resolve: TypeAlias = Callable[[str, int], list[str]]
 """Returns the addresses of a host."""

@@ -43,7 +43,7 @@ def headers(
 
     Args:
         content: the body.
-        keys: of the webhook's secrets; each signs.
+        keys: the keys of the webhook's secrets; each of them signs.
     """
     identity, timestamp = message_id(delivery), int(now.timestamp())
     return {

@@ -8,7 +8,7 @@ from typing import Final
 
 FIRST_PAUSE_S: Final = 1.0
 LONGEST_PAUSE_S: Final = 300.0
-"""An endpoint that is back gets everything at the latest after this time."""
+"""The longest pause: an endpoint that is back gets every delivery within this time."""
 LONGEST_RETRY_AFTER_S: Final = 3_600.0
 """The longest pause that an endpoint can ask for."""
 

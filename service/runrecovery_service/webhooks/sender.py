@@ -34,13 +34,13 @@ log = structlog.get_logger()
 RUNS_AT_ONCE: Final = 64
 POSTS_AT_ONCE: Final = 8
 LOOK_PAUSE_S: Final = 0.1
-"""Between two queries for runs with due deliveries, however many events there are."""
+"""The shortest pause between two queries for runs with due deliveries."""
 POLL_S: Final = 30.0
 STORE_PAUSE_S: Final = 1.0
-"""After a query that failed."""
+"""The pause after a query that failed."""
 TIDY_S: Final = 600.0
 FAILING_S: Final = 3_600.0
-"""Deliveries are given up only after tries have failed for so long: a service that was down for
+"""Deliveries are given up only after tries have failed for this long: a service that was down for
 days must try first."""
 KEPT_DAYS: Final = 30
 """How long a delivery that was given up is kept, for `retry`."""
@@ -54,15 +54,15 @@ Pause: TypeAlias = Callable[[asyncio.Event, float], Awaitable[bool]]
 
 @dataclass(slots=True, kw_only=True)
 class SenderState:
-    """What a sender has done and met since the start of the service.
+    """The state of a sender, and its counts since the start of the service.
 
     Attributes:
-        tries: their number by outcome: `delivered`, or `failed`.
+        tries: the number of tries by outcome: `delivered` or `failed`.
         given_up: the number of deliveries that it has given up.
         is_disabled: the endpoint has answered 410 Gone.
         failing_since: the first failed try since the last delivery; None: the last try succeeded.
-        last_delivery_at, last_failure: the time of the latest delivery; why the latest failed try
-            did.
+        last_delivery_at: the time of the latest delivery.
+        last_failure: why the latest failed try failed.
     """
 
     tries: Counter[str] = field(default_factory=Counter)
