@@ -105,7 +105,7 @@ def test_a_refused_start_has_its_own_exit_code(
 ) -> None:
     from runrecovery_service import app
 
-    def refuse(_settings: object) -> None:
+    def refuse(_settings: object, _load: object) -> None:
         raise START_ERRORS[code]
 
     monkeypatch.setattr(app, "serve", refuse)
@@ -136,7 +136,7 @@ def test_flags_reach_the_service(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
     from runrecovery_service import app
 
     taken: list[Any] = []
-    monkeypatch.setattr(app, "serve", taken.append)
+    monkeypatch.setattr(app, "serve", lambda settings, _load: taken.append(settings))
 
     assert (
         run("serve", "--listen", "127.0.0.1:0", "--data-dir", "d", "--log-level", "error").code == 0
@@ -161,7 +161,7 @@ def test_a_kind_of_error_that_is_not_listed_has_the_exit_code_of_its_parent(
     class DatabaseTooNew(start_errors.DatabaseRefused):
         pass
 
-    def refuse(_settings: object) -> None:
+    def refuse(_settings: object, _load: object) -> None:
         raise DatabaseTooNew("/d/x.db", "was migrated by a newer version")
 
     monkeypatch.setattr(app, "serve", refuse)
@@ -173,6 +173,7 @@ def test_every_error_that_ends_a_service_has_its_documented_exit_code() -> None:
     assert {kind.__name__: int(code) for kind, code in local.START_EXIT_CODES.items()} == {
         "CgroupRefused": 2,
         "PackagesMissing": 2,
+        "WebhooksRefused": 2,
         "TlsRefused": 2,
         "CallersRefused": 2,
         "Held": 3,

@@ -140,6 +140,7 @@ def test_a_migration_keeps_everything_that_the_first_version_stored(
         ("interaction", "replied_by", None),
         ("run", "created_by", None),
         ("run", "canceled_by", None),
+        ("run", "traceparent", None),
         ("run", "event_count", 1),
         ("run", "auto_decided_count", 0),
         ("run", "max_resumes", 0),

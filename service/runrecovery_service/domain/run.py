@@ -243,6 +243,7 @@ class Run:
         usage: what its turns have used so far; None until the first report.
         budget: what its turns may use.
         input: None if the view omits it.
+        traceparent: the trace of the call that created the run. None: the call named none.
         created_by, canceled_by: the callers that did so. None: none did, or none are configured.
     """
 
@@ -285,6 +286,7 @@ class Run:
     budget: Budget = UNLIMITED
     created_by: str | None = None
     canceled_by: str | None = None
+    traceparent: str | None = None
 
     @property
     def holds_slot(self) -> bool:
@@ -323,6 +325,7 @@ class NewRun:
     budget: Budget = UNLIMITED
     input: JsonObject
     created_by: str | None = None
+    traceparent: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -84,14 +84,11 @@ class MetricsServer:
         task.add_done_callback(self._connections.discard)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        # `drain` then waits until the system has taken everything.
-        writer.transport.set_write_buffer_limits(high=0)
         try:
             async with asyncio.timeout(REQUEST_S):
                 writer.write(await self._answer(reader))
-                await writer.drain()
                 writer.close()
-                await writer.wait_closed()
+                await writer.wait_closed()  # until the system has taken everything
         except (TimeoutError, OSError, asyncio.IncompleteReadError):
             pass  # the client is too slow, or has gone
         except Exception:  # the edge of this task: nobody else would report the defect

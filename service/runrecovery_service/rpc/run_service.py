@@ -29,6 +29,7 @@ from runrecovery_service.rpc import enums, json_values, paging, run_messages, ti
 from runrecovery_service.rpc.callers import CALLER, caller_name
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.output_reader import OutputReader
+from runrecovery_service.rpc.trace_context import TRACEPARENT
 from runrecovery_service.rpc.uuid7 import RANDOM_BYTES, uuid7
 from runrecovery_service.rpc.visibility import demand_visible, visible_engines
 from runrecovery_service.rpc.watch_streams import RunWatcher
@@ -261,6 +262,7 @@ class RunService:
             budget=engine.budget.narrowed(_budget(request)),
             input=json_values.read_struct(request.input),
             created_by=caller_name(),
+            traceparent=TRACEPARENT.get(),
         )
 
     async def _commit(self, method: str, write: Coroutine[object, object, Run]) -> Run:

@@ -34,6 +34,7 @@ from runrecovery_service.rpc.roles import role_of
 from runrecovery_service.rpc.run_service import RunDeps, RunService
 from runrecovery_service.rpc.server_sockets import ServerSockets
 from runrecovery_service.rpc.tls import ServerTls
+from runrecovery_service.rpc.trace_context import with_trace
 
 RUN_SERVICE: Final = run_service_pb2.DESCRIPTOR.services_by_name["RunService"]
 RECOVERY_SERVICE: Final = recovery_service_pb2.DESCRIPTOR.services_by_name["RecoveryService"]
@@ -41,6 +42,8 @@ HEALTH: Final = health_pb2.DESCRIPTOR.services_by_name["Health"]
 ALWAYS_OPEN: Final = frozenset({"GetRecoveryStatus", "ListReconciliations", "GetReconciliation"})
 """Methods of RecoveryService that answer in every state of the service."""
 
+TRACED: Final = frozenset({"CreateRun"})
+"""Methods that read the trace of their call. For all others that would only cost time."""
 HANDSHAKE_S: Final = 20.0
 """A new connection that has not finished its handshake after this time is closed."""
 MAX_WATCHES_PER_CONNECTION: Final = 1_000
@@ -440,7 +443,10 @@ def _handler(
     # No (de)serializers: the wrapper parses and serializes, so that it also maps their errors.
     if described.server_streaming:
         return grpc.unary_stream_rpc_method_handler(wrapper.stream(method, answer))
-    return grpc.unary_unary_rpc_method_handler(wrapper.unary(method, answer))
+    handler = wrapper.unary(method, answer)
+    if described.name in TRACED:
+        handler = with_trace(handler)
+    return grpc.unary_unary_rpc_method_handler(handler)
 
 
 def access_of(described: MethodDescriptor) -> Access:

@@ -132,7 +132,7 @@ RUN_COLUMNS: Final[tuple[pw.Field, ...]] = (
     _R.started_at, _R.updated_at, _R.ended_at, _R.recovery_state, _R.recovery_count,
     _R.event_count, _R.session_timeout_us, _R.require_user_reply, _R.max_run_us,
     _R.auto_decided_count, _R.run_deadline_at, _R.reopenable_until, _R.max_resumes,
-    _R.resume_count, _R.resume_at, _R.created_by, _R.canceled_by, _R.input_tokens,
+    _R.resume_count, _R.resume_at, _R.created_by, _R.canceled_by, _R.traceparent, _R.input_tokens,
     _R.cached_input_tokens, _R.cache_write_input_tokens, _R.output_tokens,
     _R.reasoning_output_tokens, _R.cost_nanos, _R.model, _R.max_tokens, _R.max_cost_nanos,
 )  # fmt: skip
@@ -168,7 +168,8 @@ def run_from_row(row: Row) -> Run:
         started_at, updated_at, ended_at, recovery_state, recovery_count,
         event_count, session_timeout_us, require_user_reply, max_run_us,
         auto_decided_count, run_deadline_at, reopenable_until, max_resumes,
-        resume_count, resume_at, created_by, canceled_by, *usage, max_tokens, max_cost_nanos,
+        resume_count, resume_at, created_by, canceled_by, traceparent, *usage, max_tokens,
+        max_cost_nanos,
     ) = row[:_INTERACTION_AT]  # fmt: skip
     quarantined = recovery_state == RecoveryState.QUARANTINED
     waiting = status == RunStatus.WAITING_USER and row[_INTERACTION_AT] is not None
@@ -213,6 +214,7 @@ def run_from_row(row: Row) -> Run:
         budget=Budget(max_tokens=max_tokens, max_cost_nanos=max_cost_nanos),
         created_by=created_by,
         canceled_by=canceled_by,
+        traceparent=traceparent,
     )
 
 

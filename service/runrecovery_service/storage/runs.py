@@ -220,6 +220,7 @@ _INSERT = Statement(
                 _R.event_count: 1,
                 _R.auto_decided_count: 0,
                 _R.created_by: param("created_by"),
+                _R.traceparent: param("traceparent"),
             }
         )
         .on_conflict_ignore()
@@ -276,6 +277,7 @@ def create(
         max_resumes=new.max_resumes,
         **asdict(new.budget),
         created_by=new.created_by,
+        traceparent=new.traceparent,
         owner=owner.instance,
         epoch=owner.epoch,
         now=to_us(now),

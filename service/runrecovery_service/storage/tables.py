@@ -119,6 +119,7 @@ class Run(pw.Model):
     max_cost_nanos = pw.BigIntegerField(null=True)
     created_by = pw.TextField(null=True)
     canceled_by = pw.TextField(null=True)
+    traceparent = pw.TextField(null=True)
     output_removed_at = pw.BigIntegerField(null=True)
     workspace_removed_at = pw.BigIntegerField(null=True)
     events_removed_at = pw.BigIntegerField(null=True)
