@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -139,7 +140,10 @@ async def _run(
     endpoints: Sequence[Endpoint],
 ) -> None:
     app = _App(settings, locks, db, probe, open_files, endpoints)
-    await app.service(entrance, load).run()
+    service = app.service(entrance, load)
+    gc.freeze()  # later collections need not look at what every start imports and makes
+    gc.enable()  # see `cli.main`
+    await service.run()
 
 
 class _App:

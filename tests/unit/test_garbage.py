@@ -1,0 +1,39 @@
+"""A start makes no garbage; a service that runs does."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import inspect
+from typing import Any
+
+import pytest
+from runrecovery_service import app
+
+
+class Built:
+    """Stands for everything that a start builds, and for the service."""
+
+    collects: bool | None = None
+
+    def service(self, *_: object) -> Built:
+        return self
+
+    async def run(self) -> None:
+        self.collects = gc.isenabled()
+
+
+def test_garbage_is_collected_from_the_moment_in_which_the_service_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    built = Built()
+    monkeypatch.setattr(app, "_App", lambda *_: built)
+    arguments: list[Any] = [None] * len(inspect.signature(app._run).parameters)
+    gc.disable()  # as `runrecovery serve` does
+    try:
+        asyncio.run(app._run(*arguments))
+
+        assert built.collects
+    finally:
+        gc.enable()
+        gc.unfreeze()
