@@ -11,14 +11,17 @@ from runrecovery_service.engines.catalog import Catalog, Engine
 from runrecovery_service.engines.dialect import Dialect
 from runrecovery_service.engines.jsonl import JSON_LINES
 from runrecovery_service.engines.permissions import Permissions
-from runrecovery_service.engines.presets import PRESETS
+from runrecovery_service.engines.presets import PRESETS, dialect_of
 from runrecovery_service.engines.sessions import sessions_of
 from runrecovery_service.engines.sessions.files import CliSessions
 from runrecovery_service.process.agent_command import agent_environment
+from runrecovery_service.trust.config_files import AgentCli, editor_of
 
 
 def build_catalog(settings: Settings) -> Catalog:
     """Return the catalog of all configured engines."""
+    for cli in {engine.trust for engine in settings.engines.values() if engine.trust is not None}:
+        editor_of(AgentCli(cli))  # imported now, and not by the first launch
     return Catalog(build_engine(name, engine) for name, engine in settings.engines.items())
 
 
@@ -60,7 +63,7 @@ def _budget(settings: EngineSettings) -> Budget:
 def _dialect(settings: EngineSettings) -> Dialect:
     if settings.preset is None:
         return JSON_LINES
-    dialect = PRESETS[settings.preset].dialect
+    dialect = dialect_of(settings.preset)
     if dialect.permissions is not None:
         dialect = replace(dialect, permissions=Permissions(patterns=settings.ask_for))
     return replace(dialect, trusted=settings.trust == settings.preset)

@@ -14,7 +14,7 @@ from runrecovery_service.config.settings import (
     Settings,
 )
 from runrecovery_service.domain.run import Profile
-from runrecovery_service.engines.presets import PRESETS, Preset
+from runrecovery_service.engines.presets import PRESETS, Preset, dialect_of
 from runrecovery_service.trust.config_files import AgentCli
 
 Load: TypeAlias = Callable[..., Settings]
@@ -56,6 +56,11 @@ def test_an_unknown_preset_is_the_only_problem_that_is_reported(load: Load) -> N
 
     (problem,) = caught.value.problems
     assert 'must be "codex", "gemini" or "claude"' in problem
+
+
+@pytest.mark.parametrize("preset", Preset)
+def test_a_preset_and_its_dialect_agree_on_reported_costs(preset: Preset) -> None:
+    assert PRESETS[preset].reports_cost == dialect_of(preset).reports_cost
 
 
 @pytest.mark.parametrize("preset", Preset)

@@ -200,6 +200,9 @@ def _import_all() -> None:
 
     for late in ("encodings.idna", "playhouse.migrations", "psycopg"):
         import_module(late)
+    for folder in ("engines", "engines.sessions", "trust"):
+        for cli in ("claude", "codex", "gemini"):
+            import_module(f"runrecovery_service.{folder}.{cli}")
     gc.collect()
     gc.freeze()  # a collection in a child copies no page of what was imported here
 

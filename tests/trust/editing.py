@@ -24,12 +24,12 @@ from runrecovery_service.trust.errors import TrustFileBusy
 
 
 def add_entry(path: Path, kind: str, folder: str, record: Callable[[Edit], object]) -> Edit:
-    editor = config_files.EDITORS[config_files.AgentCli(kind)]
+    editor = config_files.editor_of(config_files.AgentCli(kind))
     return files.edit(path, lambda text: editor.add(text, folder), record=record)
 
 
 def remove_entry(path: Path, kind: str, folder: str, added: Added) -> Removal:
-    editor = config_files.EDITORS[config_files.AgentCli(kind)]
+    editor = config_files.editor_of(config_files.AgentCli(kind))
     return files.edit(path, lambda text: editor.remove(text, folder, added))
 
 
@@ -57,7 +57,7 @@ def toggle(path: Path, kind: str, folder: str) -> None:
 
 def dying(path: Path, kind: str, folder: str) -> None:
     # Imports now what it imports late.
-    config_files.EDITORS[config_files.AgentCli(kind)].add(b"", folder)
+    config_files.editor_of(config_files.AgentCli(kind)).add(b"", folder)
     for line in sys.stdin:
         child = os.fork()
         if child == 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from runrecovery_service.trust.config_files import EDITORS, AgentCli, config_file
+from runrecovery_service.trust.config_files import AgentCli, config_file, editor_of
 from runrecovery_service.trust.errors import HomeUnknown
 
 FILES = [
@@ -40,5 +40,7 @@ def test_a_home_that_depends_on_the_working_directory_is_refused(
     assert refused.value.variable == variable
 
 
-def test_every_cli_has_an_editor() -> None:
-    assert set(EDITORS) == set(AgentCli)
+def test_every_cli_has_an_editor_of_its_own() -> None:
+    editors = [editor_of(cli) for cli in AgentCli]
+
+    assert len({id(editor) for editor in editors}) == len(AgentCli)

@@ -256,7 +256,7 @@ class _Addition:
 
     def decide(self, text: bytes | None) -> Edit:
         """Return the file with the entry."""
-        return config_files.EDITORS[self.cli].add(text, self.folder, self._recorded)
+        return config_files.editor_of(self.cli).add(text, self.folder, self._recorded)
 
     def record(self, edit: Edit) -> None:
         """Record the entry."""
@@ -359,7 +359,7 @@ def trust_problem(cli: str, env: Mapping[str, str]) -> str | None:
     except TrustError as error:
         return str(error)
     try:
-        config_files.EDITORS[config_files.AgentCli(cli)].add(_read(file), "/some/workspace")
+        config_files.editor_of(config_files.AgentCli(cli)).add(_read(file), "/some/workspace")
     except (TrustError, OSError) as error:
         return describe_error(str(file), error)
     folders = Path(os.path.realpath(file)).parents

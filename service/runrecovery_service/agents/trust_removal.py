@@ -96,7 +96,7 @@ def _parse(entry: TrustEntry) -> tuple[config_files.AgentCli | None, Added | Non
     except ValueError:
         return None, None
     added = parse_added(entry.added)
-    return cli, added if added is not None and config_files.EDITORS[cli].accepts(added) else None
+    return cli, added if added is not None and config_files.editor_of(cli).accepts(added) else None
 
 
 def parse_added(text: str) -> Added | None:
@@ -185,7 +185,7 @@ class _FileRemovalBuilder:
         """
         by_folder = {entry.folder: added for entry, added in entries.items()}
         try:
-            removals = config_files.EDITORS[cli].remove_all(self.text, by_folder)
+            removals = config_files.editor_of(cli).remove_all(self.text, by_folder)
         except Exception as error:
             is_about_file = isinstance(error, TrustError) and not _is_defect(error)
             if is_about_file:

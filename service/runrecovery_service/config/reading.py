@@ -384,7 +384,7 @@ def _preset_contradictions(
         yield InvalidValue('must be "resumable" with a preset', below="profile")
     if settings.trust not in {settings.preset, None}:
         yield InvalidValue(f'must be "{settings.preset}" or "none" with this preset', below="trust")
-    if settings.max_cost_usd is not None and not PRESETS[settings.preset].dialect.reports_cost:
+    if settings.max_cost_usd is not None and not PRESETS[settings.preset].reports_cost:
         yield InvalidValue(
             "would never be reached: this CLI reports no cost; set max_tokens", below="max_cost_usd"
         )

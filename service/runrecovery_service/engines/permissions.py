@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from runrecovery_service.domain.permission import Allow, Deny, parse_answer
 from runrecovery_service.domain.run import (
@@ -23,10 +23,12 @@ from runrecovery_service.domain.run import (
     ToolCall,
 )
 from runrecovery_service.domain.storable_text import is_storable
-from runrecovery_service.engines.cli_events import TurnDeferred
 from runrecovery_service.engines.dialect import Resumed, RunContext
 from runrecovery_service.engines.permission_hook import BLOCK, can_be_shown
 from runrecovery_service.engines.tool_patterns import first_match
+
+if TYPE_CHECKING:
+    from runrecovery_service.engines.cli_events import TurnDeferred
 
 LEAST_VERSION: Final = (2, 1, 89)
 """The first version of Claude Code that can defer a call. 2.1.88 ignores that and runs the tool."""

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from runrecovery_service.engines.claude import CLAUDE
-from runrecovery_service.engines.cli_dialect import CliDialect
-from runrecovery_service.engines.codex import CODEX
-from runrecovery_service.engines.gemini import GEMINI
+if TYPE_CHECKING:
+    from runrecovery_service.engines.cli_dialect import CliDialect
 
 
 class Preset(StrEnum):
@@ -26,17 +24,17 @@ class CliDescription:
     """What the service knows about a CLI.
 
     Attributes:
-        dialect: its dialect.
         program: its command, as its npm package installs it.
         home_variable: the variable with the folder of its configuration and sessions.
         variables: variables of the service's environment that the CLI may need, for example for
             model endpoints and API keys.
+        reports_cost: it reports what its calls of a model cost.
     """
 
-    dialect: CliDialect
     program: str
     home_variable: str
     variables: tuple[str, ...]
+    reports_cost: bool = False
 
 
 _NETWORK: Final = (
@@ -56,13 +54,11 @@ _NETWORK: Final = (
 
 PRESETS: Final[Mapping[Preset, CliDescription]] = {
     Preset.CODEX: CliDescription(
-        dialect=CODEX,
         program="codex",
         home_variable="CODEX_HOME",
         variables=("CODEX_HOME", "CODEX_API_KEY", "OPENAI_API_KEY", "OPENAI_BASE_URL", *_NETWORK),
     ),
     Preset.GEMINI: CliDescription(
-        dialect=GEMINI,
         program="gemini",
         home_variable="GEMINI_CLI_HOME",
         variables=(
@@ -80,7 +76,6 @@ PRESETS: Final[Mapping[Preset, CliDescription]] = {
         ),
     ),
     Preset.CLAUDE: CliDescription(
-        dialect=CLAUDE,
         program="claude",
         home_variable="CLAUDE_CONFIG_DIR",
         variables=(
@@ -96,5 +91,24 @@ PRESETS: Final[Mapping[Preset, CliDescription]] = {
             "DISABLE_TELEMETRY",
             *_NETWORK,
         ),
+        reports_cost=True,
     ),
 }
+
+
+def dialect_of(preset: Preset) -> CliDialect:
+    """Return the dialect of a CLI."""
+    # Imported here: a start without an engine of the CLI does not wait for the imports.
+    match preset:
+        case Preset.CODEX:
+            from runrecovery_service.engines.codex import CODEX
+
+            return CODEX
+        case Preset.GEMINI:
+            from runrecovery_service.engines.gemini import GEMINI
+
+            return GEMINI
+        case Preset.CLAUDE:
+            from runrecovery_service.engines.claude import CLAUDE
+
+            return CLAUDE

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
-from importlib.resources import files
+from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 import grpc
@@ -64,7 +64,7 @@ def _v1_file() -> descriptor_pb2.FileDescriptorProto:
 
 def contract_files() -> dict[str, bytes]:
     """Return the contract's files and their imports by name, with comments and JSON names."""
-    data = files("runrecovery_service.rpc").joinpath(CONTRACT).read_bytes()
+    data = Path(__file__).with_name(CONTRACT).read_bytes()
     described = descriptor_pb2.FileDescriptorSet.FromString(data)
     return {file.name: file.SerializeToString() for file in described.file}
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Final
 
-from runrecovery_service.trust import claude, codex, gemini
 from runrecovery_service.trust.entry import Editor
 from runrecovery_service.trust.errors import HomeUnknown
 
@@ -20,11 +18,22 @@ class AgentCli(Enum):
     CLAUDE = "claude"
 
 
-EDITORS: Final[Mapping[AgentCli, Editor]] = {
-    AgentCli.CODEX: codex.EDITOR,
-    AgentCli.GEMINI: gemini.EDITOR,
-    AgentCli.CLAUDE: claude.EDITOR,
-}
+def editor_of(cli: AgentCli) -> Editor:
+    """Return the editor of the file of a CLI."""
+    # Imported here: a start without trust entries of the CLI does not wait for the imports.
+    match cli:
+        case AgentCli.CODEX:
+            from runrecovery_service.trust import codex
+
+            return codex.EDITOR
+        case AgentCli.GEMINI:
+            from runrecovery_service.trust import gemini
+
+            return gemini.EDITOR
+        case AgentCli.CLAUDE:
+            from runrecovery_service.trust import claude
+
+            return claude.EDITOR
 
 
 def config_file(cli: AgentCli, env: Mapping[str, str]) -> Path:

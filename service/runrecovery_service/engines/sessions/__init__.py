@@ -2,20 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import Final
+from collections.abc import Mapping
 
-from runrecovery_service.engines.sessions import claude, codex, gemini
 from runrecovery_service.engines.sessions.files import CliSessions
-
-_SESSIONS: Final[Mapping[str, Callable[[Mapping[str, str]], CliSessions]]] = MappingProxyType(
-    {
-        "codex": codex.sessions,
-        "gemini": gemini.sessions,
-        "claude": claude.sessions,
-    }
-)
 
 
 def sessions_of(preset: str, env: Mapping[str, str]) -> CliSessions:
@@ -28,4 +17,18 @@ def sessions_of(preset: str, env: Mapping[str, str]) -> CliSessions:
     Raises:
         KeyError: there is no such preset.
     """
-    return _SESSIONS[preset](env)
+    # Imported here: a start without an engine of the CLI does not wait for the imports.
+    match preset:
+        case "codex":
+            from runrecovery_service.engines.sessions import codex
+
+            return codex.sessions(env)
+        case "gemini":
+            from runrecovery_service.engines.sessions import gemini
+
+            return gemini.sessions(env)
+        case "claude":
+            from runrecovery_service.engines.sessions import claude
+
+            return claude.sessions(env)
+    raise KeyError(preset)
