@@ -265,6 +265,7 @@ class Storage:
             self._db.decode_leniently()  # damaged text must not interrupt a recovery
             return run_use_case(self._db, use)
         finally:
+            self._db.queue_counts.clear()  # a recovery queues runs without marking them
             self._db.close()
 
     def demand_in_place(self) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
@@ -55,6 +56,8 @@ class Database:
     Attributes:
         name: names the database in errors: the path of the file, or "the PostgreSQL database".
         webhooks: the webhooks whose deliveries are recorded with the events of runs.
+        queue_counts: for each instance how many of its runs were queued when `queue_room.py` last
+            counted them, and the `next_mark` of that moment.
     """
 
     def __init__(
@@ -68,6 +71,8 @@ class Database:
         self._watching_thread: int | None = None
         self._commits: CommitMarker | None = None
         self._changed_runs = _ChangedRuns()
+        self._marks = count()
+        self.queue_counts: dict[str, tuple[int, int]] = {}
         self._rolled_back = _RolledBack()
         self._guard: Callable[[Database], object] | None = None
         self.webhooks: tuple[WebhookFilter, ...] = ()
@@ -79,6 +84,11 @@ class Database:
     def mark_changed(self, run_key: int) -> None:
         """Record that the calling thread's transaction changes a run; the commit announces it."""
         self._changed_runs.keys.add(run_key)
+        self.next_mark()
+
+    def next_mark(self) -> int:
+        """Return a number that rises with each `mark_changed` of any thread, and with each call."""
+        return next(self._marks)
 
     def take_changed_runs(self) -> frozenset[int]:
         """Return and forget the runs that the calling thread has marked as changed."""

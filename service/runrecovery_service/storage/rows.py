@@ -145,6 +145,7 @@ RECOVERY_COLUMNS: Final = (
     _E.error_code, _E.no, _E.processes_ended, _C.reconciliation_id, _C.instance, _C.epoch,
 )  # fmt: skip
 
+_NOTHING_JOINED: Final = (None,) * (len(INTERACTION_COLUMNS) + len(RECOVERY_COLUMNS))
 _INTERACTION_AT: Final = len(RUN_COLUMNS)
 _RECOVERY_AT: Final = _INTERACTION_AT + len(INTERACTION_COLUMNS)
 _RULE_AT: Final = _RECOVERY_AT + 2
@@ -216,6 +217,11 @@ def run_from_row(row: Row) -> Run:
         canceled_by=canceled_by,
         traceparent=traceparent,
     )
+
+
+def new_run_from_row(row: Row) -> Run:
+    """Return the run in a row of RUN_COLUMNS that has neither a question nor a decision yet."""
+    return run_from_row((*row, *_NOTHING_JOINED))
 
 
 def _seconds(us: int | None) -> float | None:

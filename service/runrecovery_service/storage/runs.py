@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
 from datetime import datetime
 from itertools import chain
 from typing import Final, NamedTuple
@@ -13,7 +12,6 @@ import peewee as pw
 from runrecovery_service.domain.errors import (
     EtagMismatch,
     Fenced,
-    Overloaded,
     RunAlreadyExists,
     RunAlreadyTerminal,
     RunNotFound,
@@ -42,12 +40,14 @@ from runrecovery_service.storage import (
 )
 from runrecovery_service.storage.database import Database, Row, Stale
 from runrecovery_service.storage.instances import Owner
+from runrecovery_service.storage.queue_room import demand_room
 from runrecovery_service.storage.requests import Receipt
 from runrecovery_service.storage.rows import (
     INTERACTION_COLUMNS,
     LARGE_COLUMNS,
     RECOVERY_COLUMNS,
     RUN_COLUMNS,
+    new_run_from_row,
     run_from_row,
     to_json,
     to_us,
@@ -224,7 +224,7 @@ _INSERT = Statement(
             }
         )
         .on_conflict_ignore()
-        .returning(_R.id)
+        .returning(*RUN_COLUMNS)
     )
 )
 
@@ -261,7 +261,7 @@ def create(
     if earlier is not None:
         return get_by_key(db, earlier)
     instances.demand_current(db, owner)
-    _demand_room(db, owner, max_queued)
+    demand_room(db, owner, max_queued)
     row = _INSERT.run(
         db,
         run_id=new.run_id,
@@ -275,7 +275,8 @@ def create(
         require_user_reply=int(new.require_user_reply),
         max_run_us=_us(new.max_run_s),
         max_resumes=new.max_resumes,
-        **asdict(new.budget),
+        max_tokens=new.budget.max_tokens,
+        max_cost_nanos=new.budget.max_cost_nanos,
         created_by=new.created_by,
         traceparent=new.traceparent,
         owner=owner.instance,
@@ -286,25 +287,16 @@ def create(
         if requests.find_effect(db, receipt) is not None:  # another caller sent the same request
             raise Stale
         raise RunAlreadyExists(new.run_id)
+    run = new_run_from_row(row)
     for key, value in new.labels.items():
-        _LABEL.run(db, key=key, value=value, run=row[0])
-    requests.record_effect(db, receipt, run_key=row[0], now=now)
-    db.mark_changed(row[0])
-    return get_by_key(db, row[0])
+        _LABEL.run(db, key=key, value=value, run=run.key)
+    requests.record_effect(db, receipt, run_key=run.key, now=now)
+    db.mark_changed(run.key)
+    return run
 
 
 def _us(seconds: float | None) -> int | None:
     return None if seconds is None else round(seconds * 1e6)
-
-
-def _demand_room(db: Database, owner: Owner, max_queued: int) -> None:
-    full = db.fetch_one(
-        "SELECT 1 FROM run WHERE owner = ? AND status = 'QUEUED'"
-        f" AND recovery_state <> '{RecoveryState.QUARANTINED}' LIMIT 1 OFFSET ?",
-        (owner.instance, max_queued - 1),
-    )
-    if full is not None:
-        raise Overloaded
 
 
 # -- changing ----------------------------------------------------------------------------------
