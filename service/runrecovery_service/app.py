@@ -20,7 +20,7 @@ from runrecovery_service.agents.output import OutputFiles
 from runrecovery_service.agents.session_checks import SessionChecker, session_checks
 from runrecovery_service.agents.trust_keeper import TrustKeeper
 from runrecovery_service.agents.workspaces import Workspaces
-from runrecovery_service.claim import claim_epoch, this_host, this_start
+from runrecovery_service.claim import claim_epoch, launch_site, this_host, this_start
 from runrecovery_service.clock import Clock
 from runrecovery_service.config.settings import Settings
 from runrecovery_service.daemon_threads import new_event_loop
@@ -59,8 +59,6 @@ from runrecovery_service.ownership import (
 )
 from runrecovery_service.periodic import Backoff
 from runrecovery_service.process.boot_clock import boot_time_ns
-from runrecovery_service.process.cgroup import CgroupParent
-from runrecovery_service.process.host import Host
 from runrecovery_service.process.open_files import OpenFiles
 from runrecovery_service.process.probe import prove_containment
 from runrecovery_service.process.watermark import watermark_bits
@@ -80,7 +78,6 @@ from runrecovery_service.steady_thread_pool import SteadyThreadPool
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.database import Database
-from runrecovery_service.storage.launch_records import LaunchSite
 from runrecovery_service.storage.opening import open_database
 from runrecovery_service.systemd import SystemdNotifier
 from runrecovery_service.webhook_setup import build_endpoints
@@ -216,6 +213,7 @@ class _App:
             clock=self.clock,
             stop_signal=self.stop,
             endpoints=endpoints,
+            meters=self.meters,
         )
 
     def service(self, entrance: Entrance, load: Callable[[], Settings]) -> Service:
@@ -269,6 +267,7 @@ class _App:
             lease=lease,
             status=self.status,
             calls=self.calls,
+            webhooks=self.webhooks,
         )
         return build_metrics(sources, self.clock, max_connections=max_connections)
 
@@ -290,7 +289,7 @@ class _App:
                 storage=self.storage,
                 owner=self.owner,
                 clock=self.clock,
-                site=_launch_site(self.host, self.cgroups),
+                site=launch_site(self.host, self.cgroups),
             ),
             supervisors=SupervisorFactory(
                 storage=self.storage,
@@ -481,16 +480,6 @@ def _pruning(sweep: RetentionSweep | None) -> Prune | None:
     from runrecovery_service.retention.prune import Pruner  # noqa: PLC0415 - as the sweep
 
     return Pruner(sweep=sweep).prune
-
-
-def _launch_site(host: Host, cgroups: CgroupParent | None) -> LaunchSite:
-    return LaunchSite(
-        host_id=host.host_id,
-        boot_id=host.boot_id,
-        pid_namespace=host.pid_namespace,
-        watermark_bits=watermark_bits(),
-        cgroup_parent=None if cgroups is None else cgroups.below,
-    )
 
 
 def _recovery_limits(settings: Settings) -> RecoveryLimits:

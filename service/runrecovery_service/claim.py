@@ -11,10 +11,13 @@ from runrecovery_service.clock import Clock
 from runrecovery_service.config.settings import Settings
 from runrecovery_service.domain.start_errors import ContainmentRefused
 from runrecovery_service.locks import ServiceLocks
+from runrecovery_service.process.cgroup import CgroupParent
 from runrecovery_service.process.host import Host
+from runrecovery_service.process.watermark import watermark_bits
 from runrecovery_service.storage import instances, webhook_outbox
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import InstanceStart, Owner
+from runrecovery_service.storage.launch_records import LaunchSite
 from runrecovery_service.storage.refusals import refusing
 from runrecovery_service.storage.sql_dialects import DatabaseKind
 from runrecovery_service.storage.use_case import retry_conflicts
@@ -45,6 +48,17 @@ def this_start(settings: Settings, locks: ServiceLocks, host: Host) -> InstanceS
         pid=os.getpid(),
         # One boot of a kernel has one table of locks, and one number for each device.
         lock_id=f"{host.boot_id}/{locks.locks[0].name}",
+    )
+
+
+def launch_site(host: Host, cgroups: CgroupParent | None) -> LaunchSite:
+    """Return where this start launches processes."""
+    return LaunchSite(
+        host_id=host.host_id,
+        boot_id=host.boot_id,
+        pid_namespace=host.pid_namespace,
+        watermark_bits=watermark_bits(),
+        cgroup_parent=None if cgroups is None else cgroups.below,
     )
 
 

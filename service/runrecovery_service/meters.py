@@ -124,6 +124,12 @@ class Meters:
         self.output_lost = Counter(
             "runrecovery_output_lost_total", "Pieces of output that could not be kept.", "engine"
         )
+        self.webhook_tries = Counter(
+            "runrecovery_webhook_tries_total",
+            "Tries of deliveries to webhooks.",
+            "webhook",
+            "outcome",
+        )
         self.storage_seconds = Histogram(
             "runrecovery_storage_duration_seconds",
             "From a request of the service to the answer of the store.",

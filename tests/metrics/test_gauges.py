@@ -33,6 +33,7 @@ PRESENT = Present(
     slots=4,
     lease_left_s=12.5,
     open_streams={"Watch": 1},
+    webhooks_failing_since={},
     report=None,
     runs=None,
     runs_read_at=None,
@@ -107,6 +108,20 @@ def test_runs_are_shown_with_zeros_and_ages_grow_while_the_store_is_silent() -> 
     assert found["runrecovery_queue_oldest_seconds"] == {("a",): 90, ("b",): 0}
     assert found["runrecovery_wait_oldest_seconds"] == {("a",): 0, ("b",): 0, ("gone",): 90}
     assert found["runrecovery_runs_age_seconds"] == {(): 90}
+
+
+def test_a_webhook_shows_how_long_it_fails_and_0_while_it_works() -> None:
+    since = {
+        "chat": NOW - timedelta(seconds=90),
+        "works": None,
+        "ahead": NOW + timedelta(seconds=5),
+    }
+
+    found = shown(replace(PRESENT, webhooks_failing_since=since))
+
+    assert found["runrecovery_webhook_failing_seconds"] == {
+        ("chat",): 90, ("works",): 0, ("ahead",): 0
+    }  # fmt: skip
 
 
 def test_no_age_is_negative_when_the_wall_clock_is_set_back() -> None:

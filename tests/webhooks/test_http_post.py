@@ -14,6 +14,7 @@ import pytest
 from runrecovery_service.webhooks.endpoint import Endpoint
 from runrecovery_service.webhooks.http_post import Answer, PostFailed, post
 from support.certificates import Authority
+from support.waiting import patience_s
 from support.webhook_receiver import Behave, Received, answer, status
 
 from .conftest import NewReceiver, endpoint
@@ -24,8 +25,9 @@ HEADERS = {"webhook-id": "x"}
 
 async def failure(target: Endpoint, **named: Any) -> str:
     """Return why a POST gets no answer."""
-    with pytest.raises(PostFailed) as failed:
-        await post(target, HEADERS, BODY, **named)
+    async with asyncio.timeout(patience_s()):  # TimeoutError is no PostFailed
+        with pytest.raises(PostFailed) as failed:
+            await post(target, HEADERS, BODY, **named)
     assert "hidden" not in str(failed.value)
     return str(failed.value)
 

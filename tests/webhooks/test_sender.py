@@ -177,6 +177,7 @@ async def test_a_failed_delivery_is_tried_again_with_its_id_before_later_ones_of
     assert await bench.until_arrived(2) == ["run-0001_3", "run-0001_4"]
     assert bench.receiving.tried == [*["run-0001_3"] * 5, "run-0001_4"]
     assert len({headers["webhook-id"] for headers in bench.receiving.headers[:5]}) == 1
+    assert sender.meters.webhook_tries.values == {("chat", "failed"): 4, ("chat", "delivered"): 2}
     assert [0.5 * 2**n <= pause <= 2**n for n, pause in enumerate(bench.pauses)] == [True] * 4
 
 

@@ -176,6 +176,8 @@ async def test_an_operator_sees_what_a_webhook_lacks_and_has_it_tried_at_once(
         webhook_deliveries.give_up, "default", "chat", before=store.tick(), runs=None, now=store.now
     )
     (lacking,) = await webhooks.statuses()
+    assert webhooks.failing_since == {"chat": lacking.state.failing_since}
+    assert lacking.state.failing_since is not None
     receiver.behave = status(204)
 
     assert await webhooks.retry("chat") == 1

@@ -30,6 +30,7 @@ class Present:
         engines_in_use: turns under way, by engine.
         lease_left_s: until the lease ends, if it is not renewed.
         open_streams: by method.
+        webhooks_failing_since: since when each webhook fails; None: its latest try arrived.
         report: of the recovery of this start; None until it is committed.
         runs: unfinished runs, as the store answered last; None: it has not answered yet.
         runs_read_at: when the store answered last.
@@ -47,6 +48,7 @@ class Present:
     slots: int
     lease_left_s: float
     open_streams: Mapping[str, int]
+    webhooks_failing_since: Mapping[str, datetime | None]
     report: Reconciliation | None
     runs: list[RunCount] | None
     runs_read_at: datetime | None
@@ -125,6 +127,13 @@ def _open_streams(present: Present) -> Numbers:
     return {(method,): float(count) for method, count in present.open_streams.items()}
 
 
+def _webhooks_failing(present: Present) -> Numbers:
+    return {
+        (name,): 0.0 if since is None else max(0.0, (present.now - since).total_seconds())
+        for name, since in present.webhooks_failing_since.items()
+    }
+
+
 def _of_report(read: Callable[[Reconciliation], Numbers]) -> Callable[[Present], Numbers]:
     return lambda present: {} if present.report is None else read(present.report)
 
@@ -196,6 +205,12 @@ GAUGES: Final = (
         "Until the lease of the instance ends, if it is not renewed.",
         (),
         lambda it: _one(it.lease_left_s),
+    ),
+    Gauge(
+        "runrecovery_webhook_failing_seconds",
+        "How long the tries of a webhook have failed without a delivery.",
+        ("webhook",),
+        _webhooks_failing,
     ),
     Gauge("runrecovery_streams_open", "Open streams.", ("method",), _open_streams),
     Gauge(

@@ -26,6 +26,7 @@ from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.run_counts import count_unfinished
 from runrecovery_service.storage.store_timer import OPERATIONS, STORE_ERRORS
+from runrecovery_service.webhooks.webhooks import Webhooks
 
 ALERTED_EVENTS: Final = (
     "recovery.orphan_refused",
@@ -64,6 +65,7 @@ class Sources:
     lease: Lease
     status: RecoveryStatus
     calls: CallMeter
+    webhooks: Webhooks
 
     def present(self, runs: StoredRuns) -> Present:
         """Return the service as it is now. Call it on the event loop."""
@@ -80,6 +82,7 @@ class Sources:
             slots=self.slots,
             lease_left_s=self.lease.left_s,
             open_streams=dict(self.calls.open_streams),
+            webhooks_failing_since=self.webhooks.failing_since,
             report=self.status.report,
             runs=runs.counts,
             runs_read_at=runs.read_at,

@@ -18,6 +18,7 @@ import structlog
 
 from runrecovery_service.clock import Clock, wait_within
 from runrecovery_service.domain.errors import Fenced
+from runrecovery_service.meters import Meters
 from runrecovery_service.periodic import FailureLog, PeriodicTask
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import webhook_deliveries
@@ -78,6 +79,7 @@ class WebhookSender:
     """The deliveries of one webhook.
 
     Attributes:
+        meters: get what is counted.
         post: sends one request.
         pause: waits for an event, or for some seconds.
     """
@@ -87,6 +89,7 @@ class WebhookSender:
     owner: Owner
     clock: Clock
     stop_signal: StopSignal
+    meters: Meters = field(default_factory=Meters)
     post: Post = post
     pause: Pause = wait_within
     state: SenderState = field(default_factory=SenderState, init=False)
@@ -244,6 +247,7 @@ class WebhookSender:
             log.info("webhook.works_again", webhook=self.endpoint.name)
         state.failing_since, state.last_delivery_at = None, self.clock.now()
         state.tries["delivered"] += 1
+        self.meters.webhook_tries.add(self.endpoint.name, "delivered")
         log.debug(
             "webhook.delivered",
             webhook=self.endpoint.name,
@@ -265,6 +269,7 @@ class WebhookSender:
         state.failing_since = state.failing_since or self.clock.now()
         state.last_failure = reason
         state.tries["failed"] += 1
+        self.meters.webhook_tries.add(self.endpoint.name, "failed")
 
     def _disable(self) -> None:
         if not self.state.is_disabled:

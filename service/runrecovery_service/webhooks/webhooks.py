@@ -8,9 +8,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 from runrecovery_service.clock import Clock
+from runrecovery_service.meters import Meters
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.database import Database
@@ -37,6 +39,7 @@ class Webhooks:
 
     Attributes:
         endpoints: the configured webhooks.
+        meters: get what is counted.
         senders: by the name of the webhook; empty until `start`.
     """
 
@@ -46,6 +49,7 @@ class Webhooks:
     clock: Clock
     stop_signal: StopSignal
     endpoints: Sequence[Endpoint]
+    meters: Meters = field(default_factory=Meters)
     senders: dict[str, WebhookSender] = field(default_factory=dict, init=False)
     _is_started: bool = field(default=False, init=False)
     _adjusting: asyncio.Task[None] | None = field(default=None, init=False)
@@ -86,6 +90,11 @@ class Webhooks:
             for endpoint in self.endpoints
             if (sender := self.senders.get(endpoint.name)) is not None
         ]
+
+    @property
+    def failing_since(self) -> dict[str, datetime | None]:
+        """Since when each webhook fails, by name; None: its latest try arrived."""
+        return {name: sender.state.failing_since for name, sender in self.senders.items()}
 
     async def retry(self, name: str) -> int | None:
         """Try the deliveries of a webhook at once; return how many given-up ones are due again.
@@ -138,4 +147,5 @@ class Webhooks:
             owner=self.owner,
             clock=self.clock,
             stop_signal=self.stop_signal,
+            meters=self.meters,
         )
