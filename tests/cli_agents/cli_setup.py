@@ -25,6 +25,9 @@ from support.waiting import until
 PATIENCE_S: Final = 90.0
 """How long a CLI may take to start and to answer while other CLIs run."""
 
+TEMPORARY: Final = "temporary"
+"""The folder for temporary files of the CLI."""
+
 
 def pids_of_sleep(duration: str) -> list[int]:
     """Return the pid of every `sleep DURATION` of this machine."""
@@ -54,7 +57,7 @@ class RealCliSetup(AgentCliSetup):
         agent_home, service = folder / "agent-home", folder / "service"
         self.settings = cli.prepare(agent_home, endpoint.url)
         service.mkdir()
-        temporary = folder / "tmp"  # Gemini CLI leaves a report of each error there
+        temporary = folder / TEMPORARY  # Gemini CLI leaves a report of each error there
         temporary.mkdir()
         env = {
             **cli.environment(endpoint.url),
@@ -138,7 +141,13 @@ class RealCliSetup(AgentCliSetup):
     def copy_to(self, folder: Path) -> None:
         """Copy logs, store, agent home and the model's requests, for the analysis of a failure."""
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(self.home.path.parent, folder, symlinks=True, ignore_dangling_symlinks=True)
+        shutil.copytree(
+            self.home.path.parent,
+            folder,
+            symlinks=True,
+            ignore=shutil.ignore_patterns(TEMPORARY),  # sockets in it cannot be copied
+            ignore_dangling_symlinks=True,
+        )
         requests = [{"path": each.path, "texts": each.texts} for each in self.endpoint.requests]
         record = {
             "requests": requests,
