@@ -9,6 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from textwrap import dedent
 
+import pytest
+from runrecovery_service.config import reading
+from runrecovery_service.config.reading import ConfigError
+from runrecovery_service.config.settings import Settings
+
 ROOT = Path(__file__).parents[2]
 SERVICE = ROOT / "service" / "runrecovery_service"
 SENDERS = {
@@ -137,7 +142,27 @@ def test_the_kubernetes_manifest_gives_agents_no_token_and_strangers_no_probe_po
     callers = tomllib.loads(dedent(text))["callers"]
 
     assert [sorted(caller) for caller in callers] == [["name", "role", "token_sha256"]]
-    assert re.findall(r"\bport: (\d+)", policy) == ["50051"]
+    assert re.findall(r"\bport: (\d+)", policy) == ["50051", "9464"]
+
+
+def test_the_configuration_of_the_kubernetes_manifest_is_accepted_once_it_has_a_digest(
+    tmp_path: Path,
+) -> None:
+    manifest = (ROOT / "deploy" / "kubernetes.yaml").read_text("utf-8")
+    text = dedent(manifest.partition("runrecovery.toml: |\n")[2].partition("\n---\n")[0])
+    file = tmp_path / "runrecovery.toml"
+
+    def load() -> Settings:
+        return reading.load(path=file, flags={}, environ={})
+
+    file.write_text(text)
+    with pytest.raises(ConfigError, match="must be the SHA-256 of the token"):
+        load()
+    file.write_text(text.replace("SHA-256 OF THE TOKEN", "a" * 64))
+    settings = load()
+
+    ports = re.findall(r"name: (probe|metrics), containerPort: (\d+)", manifest)
+    assert [settings.probe_listen, settings.metrics_listen] == [f"0.0.0.0:{n}" for _, n in ports]
 
 
 def test_every_deployment_bounds_the_arenas_of_glibc() -> None:
