@@ -25,7 +25,7 @@ MUTANT_CASES ?= 3000
 ROUNDS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test serve proto docs verify lint types imports breaking packaging manifests sbom audit bench lock clean \
+.PHONY: help demo test serve proto docs verify lint types imports breaking packaging manifests sbom audit bench soak lock clean \
 	campaign-processes fuzz interpreters test-agents
 
 help: ## Show these targets
@@ -140,6 +140,9 @@ fuzz: $(READY) ## Hostile input, CASES=50000, against a real service; detect mut
 	@$(BIN)/python tests/fuzz/hostile.py --cases $(CASES)
 	@printf '%s\n' unknown writes path handle labels pages verbose hoard | xargs -P 2 -I MUTANT \
 		$(BIN)/python tests/fuzz/hostile.py --mutate MUTANT --seed 1 --cases $(MUTANT_CASES)
+
+soak: $(READY) ## 20,000 runs of 3 years under retention: rows, disk and memory must stay flat
+	@$(BIN)/python bench/soak.py --runs 20000 --years 3
 
 bench: $(READY) ## Short form of every benchmark, as ratios
 	@$(BIN)/python bench/recovery.py --runs 20000 --rounds 3
