@@ -24,6 +24,7 @@ from runrecovery_service.claim import claim_epoch, launch_site, this_host, this_
 from runrecovery_service.clock import Clock
 from runrecovery_service.config.settings import Settings
 from runrecovery_service.daemon_threads import new_event_loop
+from runrecovery_service.data_dir_store import demand_own_store
 from runrecovery_service.disk_floor import DiskFloor
 from runrecovery_service.domain.reconciliation import Cause, Containment
 from runrecovery_service.engine_setup import build_catalog
@@ -120,6 +121,7 @@ def serve(settings: Settings, load: Callable[[], Settings]) -> None:
         probe = prober.submit(prove_containment, watermark_bits())
         db = open_database(settings.database, locks.data_dir, locks=locks.locks)
         try:
+            demand_own_store(db, locks.data_dir)
             with store_kept(db), asyncio.Runner(loop_factory=new_event_loop) as runner:
                 runner.run(_run(settings, load, locks, db, probe, open_files, entrance, endpoints))
         finally:

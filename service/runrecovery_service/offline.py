@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from runrecovery_service import paths
+from runrecovery_service import data_dir_store, paths
 from runrecovery_service.access_setup import access_problems
 from runrecovery_service.agents.trust_keeper import trust_problem
 from runrecovery_service.config.settings import ContainmentPolicy, Settings
@@ -138,7 +138,10 @@ def _store_problems(settings: Settings) -> list[str]:
     elif reason := paths.database_problem(path, data_dir):
         problems.append(f"{paths.shown(path)}: {reason}")
     elif path.exists():
-        problems += integrity_problems(path)
+        damaged = integrity_problems(path)
+        problems += damaged
+        if not damaged and (reason := data_dir_store.sqlite_problem(path, data_dir)):
+            problems.append(reason)
     elif install_marker(path).exists():
         problems.append(f"{path}: is gone; restore a backup")
     return problems

@@ -229,6 +229,16 @@ def test_a_dry_run_shows_what_would_be_removed(run: Run, server: FixedAnswers) -
     ]
 
 
+def test_a_dry_run_names_the_folders_of_unknown_runs(run: Run, server: FixedAnswers) -> None:
+    answer = pruned(("runs", 1, 0))
+    answer.unknown_folders = 2
+    server.answers["Prune"] = [answer]
+
+    ended = run("prune", "--dry-run", "--server", server.address)
+
+    assert ended.out.splitlines()[-1] == "folders of unknown runs, which are never removed: 2"
+
+
 def test_a_prune_without_retention_says_so(run: Run, server: FixedAnswers) -> None:
     server.answers["Prune"] = [pruned()]
 

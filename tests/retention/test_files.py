@@ -207,13 +207,3 @@ def test_folders_of_runs_are_listed_by_key(runs: Path, tmp_path: Path) -> None:
     (runs / "notes").mkdir()
 
     assert RunFiles(runs).run_keys() == [9, 10]
-
-
-def test_the_age_of_a_folder_is_that_of_its_latest_change(runs: Path) -> None:
-    run = make_run(runs)
-    for path in (*run.rglob("*"), run):
-        os.utime(path, (1000, 1000))
-    old = RunFiles(runs).changed_at(7)
-    os.utime(run / "1" / "stdout.log", (5000, 5000))
-
-    assert (old, RunFiles(runs).changed_at(7)) == (1000, 5000)

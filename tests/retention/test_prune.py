@@ -63,6 +63,16 @@ async def test_a_dry_run_says_what_a_prune_removes_and_removes_nothing(machine: 
     assert told(await pruner.prune(dry_run=True))["counts"] == dict.fromkeys(expected.counts, 0)
 
 
+async def test_a_dry_run_counts_the_folders_of_unknown_runs(machine: Machine) -> None:
+    machine.ended(2)
+    for name in ("1001", "1002", "20260101x"):
+        (machine.runs / name).mkdir()
+
+    pruned = await Pruner(sweep=machine.sweep(ended_runs=DAY_S)).prune(dry_run=True)
+
+    assert pruned.unknown_folders == 2
+
+
 async def test_a_kind_without_an_age_is_not_named(machine: Machine) -> None:
     machine.ended(2)
     machine.age(DAY_S)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,20 @@ async def test_the_oldest_of_too_many_go(machine: Machine) -> None:
     await machine.sweep(max_ended_runs=2).sweep()
 
     assert machine.rows == machine.folders == [str(run.key) for run in made[3:]]
+
+
+async def test_runs_that_ended_while_the_clock_was_ahead_take_no_place_of_newer_ones(
+    machine: Machine,
+) -> None:
+    machine.store.step_wall_clock(timedelta(days=365))
+    ahead = machine.ended(3)
+    machine.store.step_wall_clock(-timedelta(days=365))
+    newer = machine.ended(3)
+    machine.age(retention.SETTLES_S + 1)
+
+    await machine.sweep(max_ended_runs=2).sweep()
+
+    assert machine.rows == sorted(str(run.key) for run in (*ahead, *newer[1:]))
 
 
 async def test_without_a_policy_everything_stays(machine: Machine) -> None:
@@ -186,22 +201,44 @@ async def test_a_folder_that_stays_keeps_its_row_and_stops_no_other(machine: Mac
     assert sweep.totals.not_removed == 1
 
 
-def set_age(folder: Path, seconds_since_epoch: float) -> None:
-    for path in (folder, *folder.rglob("*")):
-        os.utime(path, (seconds_since_epoch, seconds_since_epoch))
-
-
-async def test_folders_of_unknown_runs_go_when_they_are_old(machine: Machine) -> None:
-    (known,) = machine.ended()
-    now = machine.store.now.timestamp()
-    for key, age in ((1001, 8 * DAY_S), (1002, 6 * DAY_S)):
+async def test_folders_of_unknown_runs_stay_at_any_age_and_are_reported_once(
+    machine: Machine,
+) -> None:
+    """They belong to a newer state of the store, or to another store: their runs may be alive."""
+    machine.ended()
+    for key in (1001, 1002):
         (machine.runs / str(key) / "1").mkdir(parents=True)
-        set_age(machine.runs / str(key), now - age)
-    set_age(machine.runs / str(known.key), now - 100 * DAY_S)
+        os.utime(machine.runs / str(key), (1000, 1000))
+    machine.age(1000 * DAY_S)
+    sweep = machine.sweep(ended_runs=DAY_S)
 
-    await machine.sweep(receipts=DAY_S).sweep()
+    with structlog.testing.capture_logs() as told:
+        for _ in range(2):
+            await sweep.sweep()
 
-    assert machine.folders == ["1", "1002"]
+    assert machine.folders == ["1001", "1002"]
+    assert [line for line in told if line["event"] == "retention.unknown_folders"] == [
+        {
+            "event": "retention.unknown_folders", "log_level": "warning",
+            "folders": 2, "examples": ["runs/1001", "runs/1002"],
+        }
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", ["0", "007", "\u0663", "9" * 20, str(2**63), "-1", "+1", "1_0", "x"]
+)
+async def test_a_folder_whose_name_is_no_key_is_not_of_a_run(machine: Machine, name: str) -> None:
+    for _ in range(3):
+        machine.ended()
+    machine.age(2 * DAY_S)
+    (machine.runs / name).mkdir()
+
+    with structlog.testing.capture_logs() as told:
+        await machine.sweep(ended_runs=DAY_S).sweep()
+
+    assert (machine.rows, machine.folders) == ([], [name])
+    assert [line["event"] for line in told] == ["retention.swept"]
 
 
 async def test_rows_are_flat_and_nothing_alive_goes_over_many_rounds(machine: Machine) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 import pytest
@@ -199,6 +200,25 @@ def test_a_removed_database_ends_the_start_with_4_and_is_not_created_again(
     code, _ = refused_start(home)
 
     assert (code, home.database.exists()) == (4, False)
+
+
+def test_another_database_for_the_data_directory_ends_the_start_with_4_and_changes_no_run(
+    new_home: NewHome, tmp_path: Path
+) -> None:
+    home = new_home(retention={"ended_runs": "1m"})
+    service, api = home.start()
+    api.create("resumable", {"questions": [QUESTION]}, run_id="waits")
+    api.until_status("waits", "WAITING_USER")
+    assert service.stop() == 0
+    before = sorted((home.data / "runs").rglob("*"))
+
+    code, said = refused_start(home, "--database", f"sqlite:///{tmp_path}/other.db")
+
+    assert (code, sorted((home.data / "runs").rglob("*"))) == (4, before)
+    assert "`data_dir` and `database` do not belong together" in said
+    _, api = home.start()
+    api.reply("waits", 1, "done")
+    api.until_ended("waits")
 
 
 def test_all_mistakes_of_a_configuration_are_reported_at_once_and_nothing_is_created(

@@ -30,7 +30,7 @@ def write_until_killed(directory: Path, told: int) -> None:
     while True:
         with db.transaction():
             key = os.urandom(8).hex()
-            db.execute("INSERT INTO request_receipt VALUES (?, 'm', 'f', 1, 1)", (key,))
+            db.execute("INSERT INTO request_receipt VALUES (?, 'm', 'f', 1, 1, '')", (key,))
         os.write(told, b".")
 
 

@@ -18,7 +18,7 @@ from runrecovery_service.storage.refusals import refusing
 from runrecovery_service.storage.sql_dialects import DatabaseKind
 from storage.service_store import ServiceStore
 
-ADD = "INSERT INTO request_receipt VALUES ('r', 'm', 'f', 1, 1)"
+ADD = "INSERT INTO request_receipt VALUES ('r', 'm', 'f', 1, 1, '')"
 MENDING = "docs/operations.md, *A damaged database*, tells how to mend it"
 NO_ROOM = "cannot be written to: its disk is full"
 
@@ -98,7 +98,7 @@ async def test_each_sqlstate_of_postgresql_has_its_domain_error(
          ("the database cannot be opened; its files must be there, and be the service's to read and"
          " to write")),
         (["PRAGMA max_page_count = 1",
-          "INSERT INTO request_receipt VALUES ('r', hex(zeroblob(9999)), 'f', 1, 1)"],
+          "INSERT INTO request_receipt VALUES ('r', hex(zeroblob(9999)), 'f', 1, 1, '')"],
          StorageFull,
          "the database cannot be written to: its disk is full; make room"),
     ],

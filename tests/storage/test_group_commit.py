@@ -48,7 +48,7 @@ def add(name: str) -> Callable[[Database], str]:
     """A write that leaves a trace."""
 
     def use(db: Database) -> str:
-        db.execute("INSERT INTO request_receipt VALUES (?, 'm', 'f', 1, 1)", (name,))
+        db.execute("INSERT INTO request_receipt VALUES (?, 'm', 'f', 1, 1, '')", (name,))
         return name
 
     return use

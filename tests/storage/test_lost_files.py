@@ -88,7 +88,7 @@ def db(tmp_path: Path) -> Iterator[Database]:
 
 
 def add(db: Database, name: str) -> None:
-    db.execute("INSERT INTO request_receipt VALUES (?, 'm', 'f', 1, 1)", (name,))
+    db.execute("INSERT INTO request_receipt VALUES (?, 'm', 'f', 1, 1, '')", (name,))
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -22,7 +22,7 @@ KILLED_WRITER = Path(__file__).with_name("killed_writer.py")
 
 
 def add(db: Database, name: str) -> None:
-    db.execute("INSERT INTO request_receipt VALUES (?, 'm', 'f', 1, 1)", (name,))
+    db.execute("INSERT INTO request_receipt VALUES (?, 'm', 'f', 1, 1, '')", (name,))
 
 
 def receipts(db: Database) -> int:

@@ -215,7 +215,8 @@ def test_the_surplus_begins_behind_the_newest_ended_runs(store: ServiceStore) ->
     store.waiting()
 
     surplus = [
-        retention.position_of_surplus(store.db, store.owner, kept=kept) for kept in (0, 1, 3, 4)
+        retention.position_of_surplus(store.db, store.owner, kept=kept, now=store.now)
+        for kept in (0, 1, 3, 4)
     ]
 
     assert [None if at is None else at.key for at in surplus] == [
@@ -262,6 +263,29 @@ def test_a_request_is_new_once_its_receipt_was_removed(store: ServiceStore) -> N
     assert removed == [2, 1, 0]
     assert store.create(with_receipt=receipt("young")).key == kept.key
     assert store.create(with_receipt=receipt("r0")).key not in {run.key for run in old}
+
+
+def test_receipts_of_another_instance_are_its_own_on_postgresql(store: ServiceStore) -> None:
+    """Otherwise a request that another instance has carried out would be carried out twice."""
+    run = store.create(with_receipt=receipt("r1"))
+    store.cancel(run)
+    settle(store)
+    remove(store, run)  # the receipt outlives its run
+    first, store.owner = store.owner, instances.claim(store.db, boot("other"), now=store.now)
+    own = store.db.dialect.kind is DatabaseKind.SQLITE
+
+    def receipts() -> tuple[int, int]:
+        return (
+            retention.count_receipts(store.db, store.owner, created_before=store.now),
+            retention.remove_receipts(
+                store.db, owner=store.owner, created_before=store.now, limit=9
+            ),
+        )
+
+    assert receipts() == (int(own), int(own))
+    if not own:
+        store.owner = first
+        assert receipts() == (1, 1)
 
 
 # -- parts of runs -----------------------------------------------------------------------------
@@ -421,7 +445,7 @@ def test_what_is_removed_is_found_by_partial_indexes(store: ServiceStore) -> Non
     settle(store)
     store.db.execute = note  # type: ignore[method-assign]
     removable(store)
-    retention.position_of_surplus(store.db, store.owner, kept=1)
+    retention.position_of_surplus(store.db, store.owner, kept=1, now=store.now)
     for kind in retention.MARKS:
         mark(store, kind)
     retention.remove_receipts(store.db, owner=store.owner, created_before=store.now, limit=1)

@@ -1050,8 +1050,13 @@ class PruneResponse(_message.Message):
     KINDS_FIELD_NUMBER: _builtins.int
     OLDEST_KEPT_AT_FIELD_NUMBER: _builtins.int
     DONE_FIELD_NUMBER: _builtins.int
+    UNKNOWN_FOLDERS_FIELD_NUMBER: _builtins.int
     done: _builtins.bool
     """OUTPUT_ONLY. False: there is more to remove; call again."""
+    unknown_folders: _builtins.int
+    """OUTPUT_ONLY. With `dry_run`: folders of runs that the store does not know. Prune never removes
+    one.
+    """
     @_builtins.property
     def kinds(self) -> _containers.RepeatedCompositeFieldContainer[Global___PrunedKind]:
         """OUTPUT_ONLY. The kinds that have an age. Empty: the service removes nothing, because
@@ -1068,10 +1073,11 @@ class PruneResponse(_message.Message):
         kinds: _abc.Iterable[Global___PrunedKind] | None = ...,
         oldest_kept_at: _timestamp_pb2.Timestamp | None = ...,
         done: _builtins.bool = ...,
+        unknown_folders: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["oldest_kept_at", b"oldest_kept_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "kinds", b"kinds", "oldest_kept_at", b"oldest_kept_at"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "kinds", b"kinds", "oldest_kept_at", b"oldest_kept_at", "unknown_folders", b"unknown_folders"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -53,10 +53,11 @@ def describe_pruned(pruned: recovery_service_pb2.PruneResponse, *, dry_run: bool
     if not pruned.kinds:
         return "nothing is removed: the service has no [retention]"
     kept = time(pruned.oldest_kept_at) if pruned.HasField("oldest_kept_at") else "none"
-    return "\n".join(
-        [
-            "would be removed:" if dry_run else "removed:",
-            table(pruned.kinds, COLUMNS),
-            f"oldest ended run that is kept: {kept}",
-        ]
-    )
+    lines = [
+        "would be removed:" if dry_run else "removed:",
+        table(pruned.kinds, COLUMNS),
+        f"oldest ended run that is kept: {kept}",
+    ]
+    if pruned.unknown_folders:
+        lines.append(f"folders of unknown runs, which are never removed: {pruned.unknown_folders}")
+    return "\n".join(lines)

@@ -79,12 +79,15 @@ class PruneResult:
         sizes: the bytes of their files, by kind.
         oldest_kept: when the oldest ended run that is kept ended; None: no ended run is kept.
         done: False if more is to be removed.
+        unknown_folders: folders of runs that the store does not know, counted by a dry run. They
+            are never removed.
     """
 
     counts: Mapping[RetentionKind, int]
     sizes: Mapping[RetentionKind, int]
     oldest_kept: datetime | None
     done: bool
+    unknown_folders: int = 0
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -9,6 +9,7 @@ the depth of a tree nor a link matters. What the system refuses stays, and is re
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import stat
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ from runrecovery_service.agents.output import OUTPUT_NAMES
 from runrecovery_service.domain.retention import RetentionKind
 
 REMOVED: Final = ".removed"
+_KEY: Final = re.compile(r"[1-9][0-9]{0,18}")
+_LARGEST_KEY: Final = 2**63 - 1
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -107,20 +110,17 @@ class RunFiles:
         )
 
     def run_keys(self) -> list[int]:
-        """Return the keys of all folders of runs. Read them before their rows."""
+        """Return the keys of all folders of runs. Read them before their rows.
+
+        A folder whose name is no key was not made by the service.
+        """
         with self._open() as runs, os.scandir(runs) as entries:
-            return sorted(
+            keys = [
                 int(entry.name)
                 for entry in entries
-                if entry.name.isdecimal() and entry.is_dir(follow_symlinks=False)
-            )
-
-    def changed_at(self, key: int) -> float:
-        """Return when something in the folder of a run, or of its attempts, was last changed."""
-        folder = self._runs / str(key)
-        attempts = [path for path in folder.iterdir() if _is_folder(path)]
-        inside = [path for attempt in attempts for path in attempt.iterdir()]
-        return max(path.lstat().st_mtime for path in (folder, *attempts, *inside))
+                if _KEY.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
+            ]
+        return sorted(key for key in keys if key <= _LARGEST_KEY)
 
     @contextmanager
     def _open(self) -> Iterator[int]:

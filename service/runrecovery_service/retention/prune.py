@@ -76,6 +76,7 @@ class Pruner:
                 retention.oldest_kept, sweep.owner, upto=upto, now=sweep.clock.now()
             ),
             done=True,
+            unknown_folders=await sweep.unknown_folders(),
         )
 
     async def _pages(self, kind: RetentionKind, upto: RunPosition) -> AsyncIterator[list[EndedRun]]:
@@ -118,7 +119,9 @@ class Pruner:
         policy, sweep, found = self.sweep.policy, self.sweep, {}
         if policy.receipts is not None:
             found[RetentionKind.RECEIPTS] = await sweep.storage.read(
-                retention.count_receipts, created_before=sweep.before(policy.receipts)
+                retention.count_receipts,
+                sweep.owner,
+                created_before=sweep.before(policy.receipts),
             )
         if policy.reports is not None:
             found[RetentionKind.REPORTS] = await sweep.storage.read(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from time import monotonic
@@ -27,6 +27,7 @@ from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import retention
 from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.instances import Owner
+from runrecovery_service.storage.retention import StoredRun
 from runrecovery_service.storage.rows import to_us
 
 log = structlog.get_logger()
@@ -42,8 +43,7 @@ writes of callers takes long, so a busy store gets long pauses."""
 PAUSE_MOST_S: Final = 5.0
 PAGES: Final = 256
 """Pages of a SQLite file that one transaction gives back. As many stay free, for new rows."""
-UNKNOWN_LEAST_S: Final = 7 * 86_400.0
-"""The least age of a folder whose run the store does not know: lost commits may be restored."""
+UNKNOWN_SHOWN: Final = 10
 
 PARTS: Final = (RetentionKind.OUTPUTS, RetentionKind.WORKSPACES, RetentionKind.EVENTS)
 
@@ -167,7 +167,10 @@ class RetentionSweep:
             upto = RunPosition(to_us(self.before(self.policy.ended_runs)), 0)
         if self.policy.max_ended_runs is not None:
             surplus = await self.storage.read(
-                retention.position_of_surplus, self.owner, kept=self.policy.max_ended_runs
+                retention.position_of_surplus,
+                self.owner,
+                kept=self.policy.max_ended_runs,
+                now=self.clock.now(),
             )
             upto = max(upto, surplus or FIRST)
         return upto
@@ -278,37 +281,36 @@ class RetentionSweep:
                 log.warning("retention.not_removed", place=f"runs/{place}", reason=reason)
 
     async def _compare_folders(self) -> None:
-        """Remove folders of runs that the store does not know, and parts that are marked as gone.
+        """Remove parts that are marked as gone, and report folders of unknown runs.
 
         Nothing of a run of another instance is touched.
         """
-        keys = await daemon_threads.run(self.files.run_keys)
-        for start in range(0, len(keys), BATCH):
+        unknown: list[int] = []
+        async for keys, stored in self._folders():
             if self._must_end:
                 return
-            begun, some = monotonic(), keys[start : start + BATCH]
-            stored = await self.storage.read(retention.stored_runs, self.owner, some)
+            begun = monotonic()
             for kind in (RetentionKind.OUTPUTS, RetentionKind.WORKSPACES):
                 marked = [key for key, run in stored.items() if run.own and kind in run.removed]
                 if marked:  # the service died between the mark and the removal
                     await self._move(kind, marked)
-            if unknown := [key for key in some if key not in stored]:
-                await self._remove_unknown(unknown)
+            unknown += [key for key in keys if key not in stored]
             await self._rest(begun)
+        if unknown:
+            examples = [f"runs/{key}" for key in unknown[:UNKNOWN_SHOWN]]
+            log.warning("retention.unknown_folders", folders=len(unknown), examples=examples)
 
-    async def _remove_unknown(self, keys: list[int]) -> None:
-        before = self.before(max(UNKNOWN_LEAST_S, self.policy.ended_runs or 0.0)).timestamp()
+    async def unknown_folders(self) -> int:
+        """Return how many folders belong to runs that the store does not know.
 
-        def old() -> list[int]:
-            found = []
-            for key in keys:
-                try:
-                    if self.files.changed_at(key) < before:
-                        found.append(key)
-                except OSError:  # it is gone, or unreadable
-                    continue
-            return found
+        The service never leaves one. It comes from a restored backup or by mistake, and the run
+        may be alive elsewhere, so that only an operator can decide to remove the folder.
+        """
+        return sum([len(keys) - len(stored) async for keys, stored in self._folders()])
 
-        if found := await daemon_threads.run(old):
-            removed = await self._move(RetentionKind.RUNS, found)
-            log.info("retention.unknown_removed", folders=len(removed))
+    async def _folders(self) -> AsyncIterator[tuple[list[int], dict[int, StoredRun]]]:
+        """Yield keys of folders, with what the store says about them."""
+        keys = await daemon_threads.run(self.files.run_keys)
+        for start in range(0, len(keys), BATCH):
+            some = keys[start : start + BATCH]
+            yield some, await self.storage.read(retention.stored_runs, self.owner, some)

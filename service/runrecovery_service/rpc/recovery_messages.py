@@ -214,6 +214,7 @@ def fill_pruned(to: recovery_service_pb2.PruneResponse, pruned: PruneResult) -> 
     if pruned.oldest_kept is not None:
         write_time(to.oldest_kept_at, pruned.oldest_kept)
     to.done = pruned.done
+    to.unknown_folders = pruned.unknown_folders
 
 
 def fill_webhook(to: recovery_service_pb2.Webhook, status: WebhookStatus) -> None:

@@ -51,6 +51,7 @@ _ADD = Statement(
             _T.fingerprint: param("fingerprint"),
             _T.run: param("run"),
             _T.created_at: param("now"),
+            _T.owner: tables.Run.select(tables.Run.owner).where(tables.Run.id == param("run")),
         }
     ).on_conflict_ignore()
 )

@@ -69,17 +69,28 @@ def _own(db: Database) -> str:
     return "? IS NOT NULL" if db.dialect.kind is DatabaseKind.SQLITE else "r.owner = ?"
 
 
+def _own_receipt(db: Database) -> str:
+    """Return the condition for receipts of this service. Parameter: the instance."""
+    return "? IS NOT NULL" if db.dialect.kind is DatabaseKind.SQLITE else "owner = ?"
+
+
 def _settled_before(now: datetime) -> tuple[int, int]:
     latest = to_us(now - timedelta(seconds=SETTLES_S))
     return latest, latest
 
 
-def position_of_surplus(db: Database, owner: Owner, *, kept: int) -> RunPosition | None:
-    """Return the newest ended run behind the `kept` newest ones; None: there are no more."""
+def position_of_surplus(
+    db: Database, owner: Owner, *, kept: int, now: datetime
+) -> RunPosition | None:
+    """Return the newest ended run behind the `kept` newest ones; None: there are no more.
+
+    Runs that ended while the clock was ahead are not counted: they would take the places of newer
+    ones.
+    """
     row = db.fetch_one(
-        f"SELECT r.ended_at, r.id FROM run r WHERE {_own(db)} AND r.ended_at IS NOT NULL"
+        f"SELECT r.ended_at, r.id FROM run r WHERE {_own(db)} AND r.ended_at <= ?"
         " ORDER BY r.ended_at DESC, r.id DESC LIMIT 1 OFFSET ?",
-        (owner.instance, kept),
+        (owner.instance, to_us(now), kept),
     )
     return None if row is None else RunPosition(*row)
 
@@ -209,10 +220,11 @@ def is_output_removed(db: Database, run: Run) -> bool:
     return row is None or row[0] is not None
 
 
-def count_receipts(db: Database, *, created_before: datetime) -> int:
+def count_receipts(db: Database, owner: Owner, *, created_before: datetime) -> int:
     """Return how many receipts are older."""
     row = db.fetch_one(
-        "SELECT count(*) FROM request_receipt WHERE created_at <= ?", (to_us(created_before),)
+        f"SELECT count(*) FROM request_receipt WHERE {_own_receipt(db)} AND created_at <= ?",
+        (owner.instance, to_us(created_before)),
     )
     return 0 if row is None else int(row[0])
 
@@ -223,8 +235,9 @@ def remove_receipts(db: Database, *, owner: Owner, created_before: datetime, lim
         instances.demand_current(db, owner)
         removed: int = db.execute(
             "DELETE FROM request_receipt WHERE request_id IN (SELECT request_id FROM"
-            " request_receipt WHERE created_at <= ? ORDER BY created_at LIMIT ?)",
-            (to_us(created_before), limit),
+            f" request_receipt WHERE {_own_receipt(db)} AND created_at <= ?"
+            " ORDER BY created_at LIMIT ?)",
+            (owner.instance, to_us(created_before), limit),
         ).rowcount
     return removed
 

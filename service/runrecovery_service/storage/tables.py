@@ -375,13 +375,17 @@ class TrustEntry(pw.Model):
 
 
 class RequestReceipt(pw.Model):
-    """The proof that a request was carried out, committed with its effect."""
+    """The proof that a request was carried out, committed with its effect.
+
+    `owner` is the instance whose run it is; the receipt may outlive the run.
+    """
 
     request_id = pw.TextField(primary_key=True)
     method = pw.TextField()
     fingerprint = pw.TextField()
     run = pw.BigIntegerField()
     created_at = pw.BigIntegerField()
+    owner = pw.TextField(default="")
 
     class Meta:
         table_name = "request_receipt"
@@ -411,6 +415,16 @@ class WebhookDelivery(pw.Model):
         table_name = "webhook_delivery"
 
 
+class StoreIdentity(pw.Model):
+    """One row with the id of the store, which `runs/.store` in each data directory names."""
+
+    id = pw.IntegerField(primary_key=True)
+    store_id = pw.TextField()
+
+    class Meta:
+        table_name = "store_identity"
+
+
 EVERY: Final = (
     Run,
     Interaction,
@@ -426,4 +440,5 @@ EVERY: Final = (
     TrustEntry,
     RequestReceipt,
     WebhookDelivery,
+    StoreIdentity,
 )
