@@ -172,8 +172,9 @@ def test_what_the_system_refuses_stays_and_the_rest_goes(
     RunFiles(runs).remove(RUNS, 7)
     emptied = empty(runs)
 
-    ((_, reason),) = emptied.problems.items()
+    ((name, reason),) = emptied.problems.items()
     assert reason == "Device or resource busy"
+    assert name.startswith("7-")  # the run
     assert [path.name for path in runs.rglob("precious")] == ["precious"]
     assert emptied.size == 133
 
@@ -207,3 +208,23 @@ def test_folders_of_runs_are_listed_by_key(runs: Path, tmp_path: Path) -> None:
     (runs / "notes").mkdir()
 
     assert RunFiles(runs).run_keys() == [9, 10]
+
+
+@pytest.mark.parametrize("foreign", ["link", "file"])
+def test_what_is_in_the_place_of_the_folder_for_removed_files_is_renamed(
+    runs: Path, tmp_path: Path, foreign: str
+) -> None:
+    make_run(runs)
+    (tmp_path / "precious").touch()
+    if foreign == "link":
+        (runs / ".removed").symlink_to(tmp_path)
+    else:
+        (runs / ".removed").write_text("precious")
+
+    RunFiles(runs).remove(RUNS, 7)
+    emptied = empty(runs)
+
+    assert (emptied.size, emptied.problems) == (133, {})
+    (found,) = runs.glob(".removed.found-*")
+    assert found.is_symlink() == (foreign == "link")
+    assert (tmp_path / "precious").exists()

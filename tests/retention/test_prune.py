@@ -86,7 +86,7 @@ async def test_a_call_is_bounded_and_says_that_there_is_more(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sweep_module, "BATCH", 1)
-    monkeypatch.setattr(prune_module, "PRUNE_S", 3.5)
+    monkeypatch.setattr(prune_module, "PRUNE_S", 12.5)
     machine.ended(5)
     machine.age(DAY_S)
     seconds = iter(range(1000))
@@ -96,7 +96,7 @@ async def test_a_call_is_bounded_and_says_that_there_is_more(
     found: list[PruneResult] = []
     while not found or not found[-1].done:
         found.append(await pruner.prune(dry_run=False))
-        monkeypatch.setattr(prune_module, "PRUNE_S", 100.0)
+        monkeypatch.setattr(prune_module, "PRUNE_S", 1000.0)
 
     assert [result.done for result in found] == [False, True]
     assert sum(result.counts[RetentionKind.RUNS] for result in found) == 5

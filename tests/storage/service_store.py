@@ -55,9 +55,9 @@ QUESTION = Question(
 WAIT_S = 1200.0
 REOPEN_S = 3600.0
 TABLES = (
-    "run", "run_event", "run_label", "interaction", "recovery_event", "reconciliation",
-    "quarantine", "instance", "instance_epoch", "process_lease", "request_receipt",
-    "engine_usage",
+    "run", "run_event", "run_label", "removed_part", "interaction", "recovery_event",
+    "reconciliation", "quarantine", "instance", "instance_epoch", "process_lease",
+    "request_receipt", "engine_usage",
 )  # fmt: skip
 
 DECIDED = ("run", "interaction", "recovery_event", "quarantine")

@@ -164,9 +164,6 @@ def test_a_migration_keeps_everything_that_the_first_version_stored(
         *(
             ("run", name, None)
             for name in (
-                "output_removed_at",
-                "workspace_removed_at",
-                "events_removed_at",
                 "session_timeout_us",
                 "require_user_reply",
                 "max_run_us",

@@ -86,12 +86,11 @@ def test_runs_are_updated_only_in_the_files_that_compare_and_set() -> None:
     # storage/deadlines.py updates deadlines only; it ends runs through storage/runs.py.
     # storage/interruptions.py and storage/found_ends.py add to the runs of a batch that
     # storage/recovery_apply.py decides.
-    # storage/retention.py marks parts of ended runs as removed, which callers see by no field.
     # storage/usage.py adds to counters, which are no part of a run's state, and names the epoch.
     assert writers == {
         "storage/runs.py", "storage/recovery_apply.py", "storage/reopening.py",
         "storage/deadlines.py", "storage/session_checks.py", "storage/interruptions.py",
-        "storage/usage.py", "storage/found_ends.py", "storage/retention.py",
+        "storage/usage.py", "storage/found_ends.py",
     }  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Removes files of ended runs. It follows no link, and never leaves the data directory.
 
-Files to remove are first renamed into `runs/.removed/`, and deleted there afterwards. After a
-crash the next sweep empties the rest. Agents may have left anything: links, deep trees, folders
+Files to remove are first renamed into `runs/.removed/<key>-…`, and deleted there afterwards. After
+a crash the next sweep empties the rest. Agents may have left anything: links, deep trees, folders
 without permissions, mounts. A folder is emptied by renaming its folders beside it, so that neither
 the depth of a tree nor a link matters. What the system refuses stays, and is reported.
 """
@@ -49,20 +49,20 @@ class RunFiles:
         """
         with self._open() as runs, suppress(FileNotFoundError):
             if kind is RetentionKind.RUNS:
-                self._move(str(key), runs)
+                self._move(str(key), runs, key)
                 return
             try:
                 run = _open_folder(str(key), runs)
             except NotADirectoryError:  # a link, or a file: not made by the service
                 return
             try:
-                self._remove_part(kind, run)
+                self._remove_part(kind, run, key)
             finally:
                 os.close(run)
             with suppress(OSError):  # other parts of the run are left in it
                 os.rmdir(str(key), dir_fd=runs)
 
-    def _remove_part(self, kind: RetentionKind, run: int) -> None:
+    def _remove_part(self, kind: RetentionKind, run: int, key: int) -> None:
         for attempt in _names(run):
             try:
                 folder = _open_folder(attempt, run)
@@ -71,7 +71,7 @@ class RunFiles:
             try:
                 for name in _names(folder):
                     if (name in OUTPUT_NAMES) is (kind is RetentionKind.OUTPUTS):
-                        self._move(name, folder)
+                        self._move(name, folder, key)
             finally:
                 os.close(folder)
             with suppress(OSError):
@@ -80,8 +80,8 @@ class RunFiles:
     def empty(self, *, should_stop: Callable[[], bool]) -> Emptied:
         """Delete what was renamed, and return its size. What the system refuses stays."""
         emptied = Emptied()
-        with self._open() as runs, suppress(FileNotFoundError):
-            removed = os.open(REMOVED, _FOLDER, dir_fd=runs)
+        with self._open() as runs:
+            removed = _open_removed(runs)
             try:
                 # A folder that is emptied puts its own folders here.
                 while names := set(_names(removed)) - emptied.problems.keys():
@@ -131,14 +131,12 @@ class RunFiles:
         finally:
             os.close(runs)
 
-    def _move(self, name: str, folder: int) -> None:
-        """Rename an entry of a folder into `.removed`."""
+    def _move(self, name: str, folder: int, key: int) -> None:
+        """Rename an entry of a folder of a run into `.removed`."""
         with self._open() as runs:
-            with suppress(FileExistsError):
-                os.mkdir(REMOVED, 0o700, dir_fd=runs)
-            removed = os.open(REMOVED, _FOLDER, dir_fd=runs)
+            removed = _open_removed(runs)
             try:
-                _rename(name, folder, removed)
+                _rename(name, folder, removed, str(key))
             finally:
                 os.close(removed)
 
@@ -153,7 +151,7 @@ class RunFiles:
         try:
             for entry in _names(folder):
                 try:
-                    _delete_or_rename(entry, folder, removed, emptied)
+                    _delete_or_rename(entry, folder, removed, name.partition("-")[0], emptied)
                 except OSError as error:
                     refused = error
         finally:
@@ -163,19 +161,33 @@ class RunFiles:
         os.rmdir(name, dir_fd=removed)
 
 
-def _delete_or_rename(name: str, folder: int, removed: int, emptied: Emptied) -> None:
+def _open_removed(runs: int) -> int:
+    """Open `.removed`, which is made if it does not exist."""
+    with suppress(FileExistsError):
+        os.mkdir(REMOVED, 0o700, dir_fd=runs)
+    try:
+        return os.open(REMOVED, _FOLDER, dir_fd=runs)
+    except NotADirectoryError:  # a link or a file, which the service has not made
+        found = f"{REMOVED}.found-{secrets.token_hex(8)}"
+        os.rename(REMOVED, found, src_dir_fd=runs, dst_dir_fd=runs)
+    os.mkdir(REMOVED, 0o700, dir_fd=runs)
+    return os.open(REMOVED, _FOLDER, dir_fd=runs)
+
+
+def _delete_or_rename(name: str, folder: int, removed: int, key: str, emptied: Emptied) -> None:
     found = os.stat(name, dir_fd=folder, follow_symlinks=False)
     if stat.S_ISDIR(found.st_mode):
-        _rename(name, folder, removed)
+        _rename(name, folder, removed, key)
     else:
         os.unlink(name, dir_fd=folder)
         emptied.size += _freed(found)
 
 
-def _rename(name: str, folder: int, removed: int) -> None:
+def _rename(name: str, folder: int, removed: int, key: str) -> None:
     with suppress(NotADirectoryError):
         _grant(name, folder)  # a folder that changes its parent must be writable
-    os.rename(name, secrets.token_hex(8), src_dir_fd=folder, dst_dir_fd=removed)
+    # With the key of the run: what the system does not let the service remove stays here.
+    os.rename(name, f"{key}-{secrets.token_hex(8)}", src_dir_fd=folder, dst_dir_fd=removed)
 
 
 def _names(folder: int) -> list[str]:

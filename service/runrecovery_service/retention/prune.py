@@ -17,7 +17,6 @@ from runrecovery_service.domain.retention import (
 )
 from runrecovery_service.retention.sweep import RetentionSweep
 from runrecovery_service.storage import retention
-from runrecovery_service.storage.retention import EndedRun
 
 PRUNE_S: Final = 5.0
 """How long one call removes; the caller repeats it until nothing is left."""
@@ -65,7 +64,7 @@ class Pruner:
                 counts[kind] += len(page)
                 sizes[kind] += await daemon_threads.run(
                     lambda kind=kind, page=page: sum(  # type: ignore[misc]
-                        sweep.files.size(kind, run.key) for run in page
+                        sweep.files.size(kind, key) for key in page
                     )
                 )
         counts |= await self._rows()
@@ -79,7 +78,7 @@ class Pruner:
             unknown_folders=await sweep.unknown_folders(),
         )
 
-    async def _pages(self, kind: RetentionKind, upto: RunPosition) -> AsyncIterator[list[EndedRun]]:
+    async def _pages(self, kind: RetentionKind, upto: RunPosition) -> AsyncIterator[list[int]]:
         """Yield the runs that would be removed, or the others that would lose a part."""
         policy, sweep = self.sweep.policy, self.sweep
         ages = {
@@ -110,10 +109,10 @@ class Pruner:
                 )
             else:  # rows that belong to no run
                 return
-            if not page:
+            if page.last is None:
                 return
-            yield page
-            after = page[-1].position
+            yield page.keys
+            after = page.last
 
     async def _rows(self) -> dict[RetentionKind, int]:
         policy, sweep, found = self.sweep.policy, self.sweep, {}

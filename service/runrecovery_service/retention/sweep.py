@@ -7,6 +7,7 @@ import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import partial
 from time import monotonic
 from typing import Final, TypeVar
 
@@ -23,11 +24,12 @@ from runrecovery_service.domain.retention import (
 )
 from runrecovery_service.periodic import PeriodicTask
 from runrecovery_service.retention.files import RunFiles
+from runrecovery_service.retention.time_check import TimeCheck
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import retention
 from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.instances import Owner
-from runrecovery_service.storage.retention import StoredRun
+from runrecovery_service.storage.retention import Progress, StoredRun
 from runrecovery_service.storage.rows import to_us
 
 log = structlog.get_logger()
@@ -36,13 +38,20 @@ R = TypeVar("R")
 
 SWEEP_INTERVAL_S: Final = 60.0
 BATCH: Final = 100
-"""Runs of one transaction. It takes some 10 ms on SQLite, and writes of callers wait for it."""
+"""Runs that are found together, and rows without a run that one transaction removes."""
+WRITE_S: Final = 0.02
+"""How long a transaction may remove; every other write on SQLite waits for it."""
 SHARE: Final = 4.0
 """The pause after a batch, as a multiple of the time that the batch took. A batch that waits for
 writes of callers takes long, so a busy store gets long pauses."""
 PAUSE_MOST_S: Final = 5.0
 PAGES: Final = 256
-"""Pages of a SQLite file that one transaction gives back. As many stay free, for new rows."""
+"""Pages of a SQLite file that stay free, for new rows, and that one transaction gives back."""
+GIVE_BACK_S: Final = 15.0
+"""How long a sweep gives pages back, with its pauses: the next sweep must come."""
+WHOLE_EVERY: Final = 60
+"""Every so many sweeps each part is searched for from the oldest run on. The others go on after the
+latest run of the sweep before them: runs before it that were kept may be removable by now."""
 UNKNOWN_SHOWN: Final = 10
 
 PARTS: Final = (RetentionKind.OUTPUTS, RetentionKind.WORKSPACES, RetentionKind.EVENTS)
@@ -65,13 +74,19 @@ class RetentionSweep:
     stop_signal: StopSignal
     totals: RetentionTotals = field(default_factory=RetentionTotals)
     pause: Callable[[float], Awaitable[object]] = asyncio.sleep
+    time: TimeCheck = field(init=False)
     _loop: PeriodicTask = field(init=False)
     _one_at_a_time: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
     _ends_s: float = field(default=math.inf, init=False)
     _compared: bool = field(default=False, init=False)
+    _rested_at: float = field(default=0.0, init=False)
+    _sweeps: int = field(default=0, init=False)
+    _passed: dict[RetentionKind, RunPosition] = field(default_factory=dict, init=False)
+    _left: dict[RetentionKind, set[int]] = field(default_factory=dict, init=False)
     _reported: set[str] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:
+        self.time = TimeCheck(storage=self.storage, owner=self.owner, clock=self.clock)
         self._loop = PeriodicTask(
             name="retention",
             step=self._step,
@@ -91,7 +106,8 @@ class RetentionSweep:
             pass
 
     async def _step(self) -> None:
-        await self.sweep()
+        if await self.time.is_confirmed():
+            await self.sweep()
 
     async def sweep(self, *, within_s: float = math.inf) -> bool:
         """Remove once what has reached its age; return False if that was cut short.
@@ -101,10 +117,14 @@ class RetentionSweep:
                 the store, which takes long.
         """
         async with self._one_at_a_time:
-            self._ends_s = monotonic() + within_s
+            self._rested_at = monotonic()
+            self._ends_s = self._rested_at + within_s
             if not self._compared and within_s == math.inf:
                 await self._compare_folders()
                 self._compared = not self._must_end
+            if within_s < math.inf or self._sweeps % WHOLE_EVERY == 0:
+                self._passed.clear()
+            self._sweeps += 1
             await self._sweep()
             return not self._must_end
 
@@ -114,6 +134,9 @@ class RetentionSweep:
 
     async def _sweep(self) -> None:
         begun, before = monotonic(), self.totals.removed.copy()
+        for kind, keys in self._left.items():
+            if keys:
+                await self._move(kind, sorted(keys))
         await self._remove_runs()
         for kind, age in (
             (RetentionKind.OUTPUTS, self.policy.outputs),
@@ -136,7 +159,6 @@ class RetentionSweep:
         upto = await self.newest_to_remove()
         after = FIRST
         while after < upto and not self._must_end:
-            begun = monotonic()
             found = await self.storage.read(
                 retention.removable_runs,
                 self.owner,
@@ -145,19 +167,33 @@ class RetentionSweep:
                 now=self.clock.now(),
                 limit=BATCH,
             )
-            if not found:
+            if found.last is None:
                 return
-            after = found[-1].position  # a run whose files stay must not stop the others
-            keys = [run.key for run in found]
+            after = found.last  # a run whose files stay must not stop the others
+            marked = await self._mark((RetentionKind.OUTPUTS, RetentionKind.WORKSPACES), found.keys)
             # Files first: a crash in between leaves rows without files.
-            moved = await self._move(RetentionKind.RUNS, keys)
-            if moved:
-                removed = await self.storage.write_own(
-                    retention.remove_runs, moved, owner=self.owner, now=self.clock.now()
-                )
-                self.totals.removed[RetentionKind.RUNS] += removed
+            moved = await self._move(RetentionKind.RUNS, marked)
+            removed = await self._in_pieces(retention.remove_runs, moved)
+            self.totals.removed[RetentionKind.RUNS] += len(removed)
             await self._empty(RetentionKind.RUNS)
-            await self._rest(begun)
+            await self._rest()
+
+    async def _mark(self, kinds: tuple[RetentionKind, ...], keys: list[int]) -> list[int]:
+        """Record that parts of runs are removed, and return the runs that still permit it."""
+        return await self._in_pieces(partial(retention.mark_removed, kinds=kinds), keys)
+
+    async def _in_pieces(self, write: Callable[..., Progress], keys: list[int]) -> list[int]:
+        """Carry a write out in short transactions, and return the runs that it changed."""
+        changed: list[int] = []
+        while keys and not self._must_end:
+            progress = await self.storage.write_own(
+                write, keys=keys, owner=self.owner, now=self.clock.now(), within_s=WRITE_S
+            )
+            changed += progress.changed
+            keys = keys[progress.handled :]
+            if keys:
+                await self._rest()
+        return changed
 
     async def newest_to_remove(self) -> RunPosition:
         """Return the position of the newest run that is too old, or one too many."""
@@ -177,22 +213,25 @@ class RetentionSweep:
 
     async def _remove_part(self, kind: RetentionKind, age: float) -> None:
         while not self._must_end:
-            begun = monotonic()
-            keys = await self.storage.write_own(
-                retention.mark_removed,
+            found = await self.storage.read(
+                retention.removable_parts,
+                self.owner,
                 kind,
-                owner=self.owner,
+                after=self._passed.get(kind, FIRST),
                 ended_before=self.before(age),
                 now=self.clock.now(),
                 limit=BATCH,
             )
-            self.totals.removed[kind] += len(keys)
-            if keys and kind is not RetentionKind.EVENTS:
-                await self._move(kind, keys)
-                await self._empty(kind)
-            if len(keys) < BATCH:
+            if found.last is None:
                 return
-            await self._rest(begun)
+            marked = await self._mark((kind,), found.keys)
+            self.totals.removed[kind] += len(marked)
+            if marked and kind is not RetentionKind.EVENTS:
+                await self._move(kind, marked)
+                await self._empty(kind)
+            if not self._must_end:
+                self._passed[kind] = found.last
+            await self._rest()
 
     async def _remove_receipts_and_reports(self) -> None:
         receipts, reports = self.policy.receipts, self.policy.reports
@@ -219,32 +258,34 @@ class RetentionSweep:
 
     async def _remove_rows(self, kind: RetentionKind, remove: Callable[[], Awaitable[int]]) -> None:
         while not self._must_end:
-            begun = monotonic()
             removed = await remove()
             self.totals.removed[kind] += removed
             if removed < BATCH:
                 return
-            await self._rest(begun)
+            await self._rest()
 
     async def _give_back_pages(self) -> None:
-        free = await self.storage.read(retention.free_pages)
+        free, ends = await self.storage.read(retention.free_pages), monotonic() + GIVE_BACK_S
         while free > PAGES and not self._must_end:
-            begun = monotonic()
+            if monotonic() > ends:
+                return
             left = await self.storage.write_own(
-                retention.give_back_pages, owner=self.owner, pages=PAGES
+                retention.give_back_pages, owner=self.owner, pages=PAGES, within_s=WRITE_S
             )
             if left >= free:
                 return
             self.totals.pages_freed += free - left
             free = left
-            await self._rest(begun)
+            await self._rest()
 
     def before(self, age: float) -> datetime:
         """Return the time before which something has reached an age."""
         return self.clock.now() - timedelta(seconds=age)
 
-    async def _rest(self, begun: float) -> None:
-        await self.pause(min(PAUSE_MOST_S, (monotonic() - begun) * SHARE))
+    async def _rest(self) -> None:
+        """Pause for a multiple of the time since the last pause."""
+        await self.pause(min(PAUSE_MOST_S, (monotonic() - self._rested_at) * SHARE))
+        self._rested_at = monotonic()
 
     # -- files ---------------------------------------------------------------------------------
 
@@ -262,6 +303,10 @@ class RetentionSweep:
             return moved, problems
 
         moved, problems = await daemon_threads.run(move)
+        if kind is not RetentionKind.RUNS:  # these are found again: their rows stay
+            left = self._left.setdefault(kind, set())
+            left.difference_update(moved)
+            left.update(set(keys) - set(moved))  # the next sweep tries again
         self._report(problems)
         return moved
 
@@ -289,13 +334,12 @@ class RetentionSweep:
         async for keys, stored in self._folders():
             if self._must_end:
                 return
-            begun = monotonic()
             for kind in (RetentionKind.OUTPUTS, RetentionKind.WORKSPACES):
                 marked = [key for key, run in stored.items() if run.own and kind in run.removed]
                 if marked:  # the service died between the mark and the removal
                     await self._move(kind, marked)
             unknown += [key for key in keys if key not in stored]
-            await self._rest(begun)
+            await self._rest()
         if unknown:
             examples = [f"runs/{key}" for key in unknown[:UNKNOWN_SHOWN]]
             log.warning("retention.unknown_folders", folders=len(unknown), examples=examples)

@@ -1,20 +1,24 @@
 """Finds and removes what has reached its age. A run that could go on is never touched.
 
-Files of a whole run go before its rows: a crash in between leaves rows without files. For a part of
-a run, the row is marked first, so that readers get the right answer from then on.
+A part is first recorded as removed, so that readers get the right answer from then on. Then its
+files go. The rows of a whole run go last: a crash in between leaves rows without files.
+
+A transaction that removes is short, because every other write on SQLite waits for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from time import monotonic
 from typing import Final
 
 from runrecovery_service.domain.retention import RetentionKind, RunPosition
 from runrecovery_service.domain.run import TERMINAL, RecoveryState, Run
 from runrecovery_service.storage import instances
-from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.database import Database, Row
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.reports import own_reports
 from runrecovery_service.storage.rows import from_us, json_object, to_us
@@ -24,41 +28,63 @@ from runrecovery_service.storage.tables import sql_words
 SETTLES_S: Final = 120.0
 """How long a run and its launches must have ended: a closed launch is searched for 60 s more."""
 
-MARKS: Final[Mapping[RetentionKind, str]] = {
-    RetentionKind.OUTPUTS: "output_removed_at",
-    RetentionKind.WORKSPACES: "workspace_removed_at",
-    RetentionKind.EVENTS: "events_removed_at",
-}
-"""The column that says that a part of a run was removed. Each has a partial index."""
+PIECE: Final = 20
+"""Rows of a run that one statement deletes. One row may have 64 KiB."""
 
-_CHILDREN: Final = (
-    "interaction", "run_event", "recovery_event", "process_lease", "quarantine",
-)  # fmt: skip
+_CHILDREN: Final = {
+    "interaction": "no",
+    "run_event": "no",
+    "recovery_event": "no",
+    "process_lease": "id",
+    "quarantine": "id",
+    # The last one: until the run is gone, readers of its output must get the right answer.
+    "removed_part": "part",
+}
+"""The tables with rows of a run, and the column that tells its rows apart."""
 _SETTLED: Final = (
     f"r.status IN ({sql_words(frozenset(TERMINAL))})"
     f" AND r.recovery_state <> '{RecoveryState.QUARANTINED}'"
     # Set until the window for ReopenRun has passed.
     " AND r.reopen_due_us IS NULL AND r.ended_at <= ?"
-    " AND NOT EXISTS (SELECT 1 FROM process_lease l WHERE l.run = r.id"
-    " AND (l.state <> 'CLOSED' OR l.closed_at IS NULL OR l.closed_at > ?))"
+    # An aggregate and not EXISTS, which PostgreSQL would answer by reading all launches.
+    " AND COALESCE((SELECT max(CASE WHEN l.state = 'CLOSED' AND l.closed_at IS NOT NULL"
+    " THEN l.closed_at ELSE 9223372036854775807 END)"
+    " FROM process_lease l WHERE l.run = r.id), 0) <= ?"
     " AND NOT EXISTS (SELECT 1 FROM trust_entry t WHERE t.run = r.id)"
 )
 """The run has ended for good. Parameters: twice the latest time at which that may have happened."""
 # SQLite gives the key of the newest row out again if that row is deleted. Files, receipts and
 # cursors of the old row would then be those of the new one.
 _NOT_NEWEST: Final = (
-    "r.id < (SELECT max(id) FROM run)"
-    " AND NOT EXISTS (SELECT 1 FROM process_lease l WHERE l.run = r.id"
-    " AND l.id = (SELECT max(id) FROM process_lease))"
+    "r.id < (SELECT max(id) FROM run) AND r.id <> COALESCE((SELECT l.run FROM process_lease l"
+    " WHERE l.id = (SELECT max(id) FROM process_lease)), 0)"
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EndedRun:
-    """A run that may be removed, or of which a part may be removed."""
+class Found:
+    """A page of ended runs.
 
-    key: int
-    position: RunPosition
+    Attributes:
+        keys: those of the page that may be removed, or may lose a part.
+        last: the position of the last run of the page; None: there are no more pages.
+    """
+
+    keys: list[int]
+    last: RunPosition | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """What a transaction did before its time was over.
+
+    Attributes:
+        handled: how many of the given runs, from the first on, need nothing more.
+        changed: the runs among them that were changed.
+    """
+
+    handled: int
+    changed: list[int]
 
 
 def _own(db: Database) -> str:
@@ -103,23 +129,15 @@ def removable_runs(
     upto: RunPosition,
     now: datetime,
     limit: int,
-) -> list[EndedRun]:
-    """Return the oldest ended runs in a range that nothing needs any more, at most `limit`."""
+) -> Found:
+    """Return a page of the ended runs in a range: those that nothing needs any more."""
     rows = db.fetch_all(
         f"SELECT r.id, r.ended_at FROM run r WHERE {_own(db)} AND r.ended_at IS NOT NULL"
         " AND (r.ended_at, r.id) > (?, ?) AND (r.ended_at, r.id) <= (?, ?)"
-        f" AND {_SETTLED} AND {_NOT_NEWEST} ORDER BY r.ended_at, r.id LIMIT ?",
-        (
-            owner.instance,
-            after.ended_us,
-            after.key,
-            upto.ended_us,
-            upto.key,
-            *_settled_before(now),
-            limit,
-        ),
+        " ORDER BY r.ended_at, r.id LIMIT ?",
+        (owner.instance, after.ended_us, after.key, upto.ended_us, upto.key, limit),
     )
-    return [EndedRun(key=key, position=RunPosition(ended_us, key)) for key, ended_us in rows]
+    return _found(db, rows, f"{_SETTLED} AND {_NOT_NEWEST}", now)
 
 
 def removable_parts(
@@ -131,22 +149,36 @@ def removable_parts(
     ended_before: datetime,
     now: datetime,
     limit: int,
-) -> list[EndedRun]:
-    """Return the oldest ended runs after a position of which a part can be removed."""
+) -> Found:
+    """Return a page of the ended runs after a position that have a part which can be removed."""
     rows = db.fetch_all(
         f"SELECT r.id, r.ended_at FROM run r WHERE {_own(db)} AND r.ended_at IS NOT NULL"
-        f" AND r.{MARKS[kind]} IS NULL AND (r.ended_at, r.id) > (?, ?) AND r.ended_at <= ?"
-        f" AND {_SETTLED} ORDER BY r.ended_at, r.id LIMIT ?",
-        (
-            owner.instance,
-            after.ended_us,
-            after.key,
-            to_us(ended_before),
-            *_settled_before(now),
-            limit,
-        ),
+        " AND (r.ended_at, r.id) > (?, ?) AND r.ended_at <= ?"
+        " AND NOT EXISTS (SELECT 1 FROM removed_part p WHERE p.run = r.id AND p.part = ?)"
+        " ORDER BY r.ended_at, r.id LIMIT ?",
+        (owner.instance, after.ended_us, after.key, to_us(ended_before), kind.value, limit),
     )
-    return [EndedRun(key=key, position=RunPosition(ended_us, key)) for key, ended_us in rows]
+    return _found(db, rows, _SETTLED, now)
+
+
+def _found(db: Database, rows: Sequence[Row], which: str, now: datetime) -> Found:
+    """Return the runs of a page for which a condition holds.
+
+    A query of its own: the page itself is read from an index, however large its runs are.
+    """
+    if not rows:
+        return Found(keys=[], last=None)
+    keys = [key for key, _ in rows]
+    marks = ", ".join("?" for _ in keys)
+    held = {
+        key
+        for (key,) in db.fetch_all(
+            f"SELECT r.id FROM run r WHERE r.id IN ({marks}) AND {which}",
+            (*keys, *_settled_before(now)),
+        )
+    }
+    last_key, last_us = rows[-1]
+    return Found(keys=[key for key in keys if key in held], last=RunPosition(last_us, last_key))
 
 
 def oldest_kept(db: Database, owner: Owner, *, upto: RunPosition, now: datetime) -> datetime | None:
@@ -160,64 +192,108 @@ def oldest_kept(db: Database, owner: Owner, *, upto: RunPosition, now: datetime)
     return None if row is None else from_us(row[0])
 
 
-def remove_runs(db: Database, keys: Sequence[int], *, owner: Owner, now: datetime) -> int:
-    """Remove every row of runs whose files are gone, and return how many runs were removed.
-
-    Their receipts stay until they have reached their own age: a repeated request must not create
-    the run again.
-    """
-    with db.transaction():
-        instances.demand_current(db, owner)
-        marks = ", ".join("?" for _ in keys)
-        rows = db.fetch_all(
-            f"SELECT r.id, r.labels FROM run r WHERE {_own(db)} AND r.id IN ({marks})"
-            f" AND {_SETTLED} AND {_NOT_NEWEST}",
-            (owner.instance, *keys, *_settled_before(now)),
-        )
-        if not rows:
-            return 0
-        found = tuple(key for key, _ in rows)
-        marks = ", ".join("?" for _ in found)
-        for key, labels in rows:
-            for name, value in json_object(labels).items():
-                db.execute(
-                    "DELETE FROM run_label WHERE key = ? AND value = ? AND run = ?",
-                    (name, str(value), key),
-                )
-        for table in _CHILDREN:
-            db.execute(f"DELETE FROM {table} WHERE run IN ({marks})", found)
-        db.execute(f"DELETE FROM run WHERE id IN ({marks})", found)
-    return len(found)
-
-
 def mark_removed(
-    db: Database, kind: RetentionKind, *, owner: Owner, ended_before: datetime, now: datetime,
-    limit: int,
-) -> list[int]:  # fmt: skip
-    """Record that a part of the oldest ended runs is removed, and return the keys of the runs.
+    db: Database,
+    kinds: Sequence[RetentionKind],
+    keys: Sequence[int],
+    *,
+    owner: Owner,
+    now: datetime,
+    within_s: float,
+) -> Progress:
+    """Record that parts of ended runs are removed. Call again for those that were not handled.
 
-    The caller removes the files. Events are rows, and are removed here.
+    The caller then removes the files. Events are rows, and are removed here.
+
+    Args:
+        within_s: begin no further row after this time: other writes wait for this transaction.
     """
-    column = MARKS[kind]
+    ends, changed = monotonic() + within_s, list[int]()
     with db.transaction():
         instances.demand_current(db, owner)
-        rows = db.fetch_all(
-            f"UPDATE run SET {column} = ? WHERE id IN (SELECT r.id FROM run r WHERE {_own(db)}"
-            f" AND r.ended_at IS NOT NULL AND r.{column} IS NULL AND r.ended_at <= ?"
-            f" AND {_SETTLED} ORDER BY r.ended_at, r.id LIMIT ?) RETURNING id",
-            (to_us(now), owner.instance, to_us(ended_before), *_settled_before(now), limit),
+        for number, key in enumerate(keys):
+            if number and monotonic() >= ends:
+                return Progress(handled=number, changed=changed)
+            if not _holds(db, owner, key, _SETTLED, now):
+                continue
+            if RetentionKind.EVENTS in kinds and not _remove_rows(db, "run_event", key, ends):
+                return Progress(handled=number, changed=changed)
+            for kind in kinds:
+                db.execute(
+                    "INSERT INTO removed_part (run, part) VALUES (?, ?) ON CONFLICT DO NOTHING",
+                    (key, kind.value),
+                )
+            changed.append(key)
+    return Progress(handled=len(keys), changed=changed)
+
+
+def remove_runs(
+    db: Database, keys: Sequence[int], *, owner: Owner, now: datetime, within_s: float
+) -> Progress:
+    """Remove every row of runs whose files are gone. Call again for those that were not handled.
+
+    The row of the run goes last, after a transaction or more for its other rows. Receipts stay
+    until they have reached their own age: a repeated request must not create the run again.
+
+    Args:
+        within_s: begin no further row after this time: other writes wait for this transaction.
+    """
+    ends, changed = monotonic() + within_s, list[int]()
+    with db.transaction():
+        instances.demand_current(db, owner)
+        for number, key in enumerate(keys):
+            if number and monotonic() >= ends:
+                return Progress(handled=number, changed=changed)
+            if not _holds(db, owner, key, f"{_SETTLED} AND {_NOT_NEWEST}", now):
+                continue
+            if not all(_remove_rows(db, table, key, ends) for table in _CHILDREN):
+                return Progress(handled=number, changed=changed)
+            _remove_labels(db, key)
+            db.execute("DELETE FROM run WHERE id = ?", (key,))
+            changed.append(key)
+    return Progress(handled=len(keys), changed=changed)
+
+
+def _holds(db: Database, owner: Owner, key: int, which: str, now: datetime) -> bool:
+    row = db.fetch_one(
+        f"SELECT 1 FROM run r WHERE {_own(db)} AND r.id = ? AND {which}",
+        (owner.instance, key, *_settled_before(now)),
+    )
+    return row is not None
+
+
+def _remove_rows(db: Database, table: str, key: int, ends: float) -> bool:
+    """Delete a run's rows of a table; return False if time was over after some of them."""
+    column = _CHILDREN[table]
+    while True:
+        deleted = db.execute(
+            f"DELETE FROM {table} WHERE run = ? AND {column} IN"
+            f" (SELECT {column} FROM {table} WHERE run = ? LIMIT {PIECE})",
+            (key, key),
+        ).rowcount
+        if deleted and monotonic() >= ends:
+            return False
+        if deleted < PIECE:
+            return True
+
+
+def _remove_labels(db: Database, key: int) -> None:
+    row = db.fetch_one("SELECT labels FROM run WHERE id = ?", (key,))
+    for name, value in json_object(row[0] if row else None).items():
+        db.execute(
+            "DELETE FROM run_label WHERE key = ? AND value = ? AND run = ?",
+            (name, str(value), key),
         )
-        keys = [key for (key,) in rows]
-        if kind is RetentionKind.EVENTS and keys:
-            marks = ", ".join("?" for _ in keys)
-            db.execute(f"DELETE FROM run_event WHERE run IN ({marks})", keys)
-    return keys
 
 
 def is_output_removed(db: Database, run: Run) -> bool:
     """Return True once the output of a run was removed."""
-    row = db.fetch_one("SELECT output_removed_at FROM run WHERE id = ?", (run.key,))
-    return row is None or row[0] is not None
+    row = db.fetch_one(
+        "SELECT 1 FROM run r WHERE r.id = ? AND NOT EXISTS"
+        " (SELECT 1 FROM removed_part p WHERE p.run = r.id AND p.part = ?)",
+        (run.key, RetentionKind.OUTPUTS.value),
+    )
+    return row is None
 
 
 def count_receipts(db: Database, owner: Owner, *, created_before: datetime) -> int:
@@ -280,6 +356,30 @@ def remove_reports(db: Database, *, owner: Owner, started_before: datetime, limi
     return removed
 
 
+# -- the time ----------------------------------------------------------------------------------
+
+
+def confirmed_time(db: Database, owner: Owner) -> datetime | None:
+    """Return the latest time that was confirmed, or else when the latest run ended."""
+    row = db.fetch_one(
+        "SELECT COALESCE(time_confirmed_at,"
+        f" (SELECT max(r.ended_at) FROM run r WHERE {_own(db)} AND r.ended_at IS NOT NULL))"
+        " FROM instance WHERE name = ?",
+        (owner.instance, owner.instance),
+    )
+    return None if row is None or row[0] is None else from_us(row[0])
+
+
+def confirm_time(db: Database, *, owner: Owner, now: datetime) -> None:
+    """Record that the wall clock is right, for a later start to compare with."""
+    with db.transaction():
+        instances.demand_current(db, owner)
+        db.execute(
+            "UPDATE instance SET time_confirmed_at = ? WHERE name = ?",
+            (to_us(now), owner.instance),
+        )
+
+
 # -- the files of runs -------------------------------------------------------------------------
 
 
@@ -299,21 +399,16 @@ class StoredRun:
 def stored_runs(db: Database, owner: Owner, keys: Sequence[int]) -> dict[int, StoredRun]:
     """Return what is stored of the runs with these keys; nothing for an unknown key."""
     marks = ", ".join("?" for _ in keys)
-    columns = ", ".join(f"r.{column}" for column in MARKS.values())
+    removed = defaultdict[int, set[RetentionKind]](set)
+    for key, part in db.fetch_all(
+        f"SELECT run, part FROM removed_part WHERE run IN ({marks})", tuple(keys)
+    ):
+        removed[key].add(RetentionKind(part))
     rows = db.fetch_all(
-        f"SELECT r.id, CASE WHEN {_own(db)} THEN 1 ELSE 0 END, {columns} FROM run r"
-        f" WHERE r.id IN ({marks})",
+        f"SELECT r.id, CASE WHEN {_own(db)} THEN 1 ELSE 0 END FROM run r WHERE r.id IN ({marks})",
         (owner.instance, *keys),
     )
-    return {
-        key: StoredRun(
-            own=bool(own),
-            removed=frozenset(
-                part for part, at in zip(MARKS, times, strict=True) if at is not None
-            ),
-        )
-        for key, own, *times in rows
-    }
+    return {key: StoredRun(own=bool(own), removed=frozenset(removed[key])) for key, own in rows}
 
 
 # -- the size of the store ---------------------------------------------------------------------
@@ -335,9 +430,18 @@ def free_pages(db: Database) -> int:
     return int(free[0])
 
 
-def give_back_pages(db: Database, *, owner: Owner, pages: int) -> int:
-    """Give free pages of a SQLite file back to the file system, and return how many are left."""
+def give_back_pages(db: Database, *, owner: Owner, pages: int, within_s: float) -> int:
+    """Give free pages of a SQLite file back to the file system, and return how many are left.
+
+    Args:
+        within_s: give no further page back after this time: other writes wait.
+    """
+    ends = monotonic() + within_s
     with db.transaction():
         instances.demand_current(db, owner)
-        db.fetch_all(f"PRAGMA incremental_vacuum({int(pages)})")  # each row that is read frees one
+        for _ in range(pages):
+            # Page by page: Python's driver makes one step of this statement, which frees one page.
+            db.execute("PRAGMA incremental_vacuum(1)").fetchall()
+            if monotonic() >= ends:
+                break
     return free_pages(db)

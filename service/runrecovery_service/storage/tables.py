@@ -45,7 +45,7 @@ class Run(pw.Model):
     `questions_before` is the `interaction_count` at the start of the latest attempt.
     `…_tokens`, `cost_nanos` and `model` are the sum of what the turns have used; `model` is NULL
     until the first report. `session_usage` is what the next process of the session subtracts from
-    the total that it reports. `…_removed_at` is when retention removed that part of an ended run.
+    the total that it reports.
 
     `status`, `profile` and `restart_policy` have no CHECK constraint. A newer version that runs
     beside this one may write an unknown word; recovery quarantines such a row and does not fail.
@@ -120,9 +120,6 @@ class Run(pw.Model):
     created_by = pw.TextField(null=True)
     canceled_by = pw.TextField(null=True)
     traceparent = pw.TextField(null=True)
-    output_removed_at = pw.BigIntegerField(null=True)
-    workspace_removed_at = pw.BigIntegerField(null=True)
-    events_removed_at = pw.BigIntegerField(null=True)
 
     class Meta:
         table_name = "run"
@@ -172,6 +169,20 @@ class RunEvent(pw.Model):
     class Meta:
         table_name = "run_event"
         primary_key = pw.CompositeKey("run", "no")
+
+
+class RemovedPart(pw.Model):
+    """A part of a run that retention has removed: outputs, workspaces or events.
+
+    Not a column of the run: SQLite would write the whole row again, which may have a megabyte.
+    """
+
+    run = pw.BigIntegerField()
+    part = pw.TextField()
+
+    class Meta:
+        table_name = "removed_part"
+        primary_key = pw.CompositeKey("run", "part")
 
 
 class RunLabel(pw.Model):
@@ -262,7 +273,10 @@ class Quarantine(pw.Model):
 
 
 class Instance(pw.Model):
-    """A configured replica of the service. `epoch` counts its starts."""
+    """A configured replica of the service. `epoch` counts its starts.
+
+    `time_confirmed_at` is the latest time of the wall clock by which retention has removed.
+    """
 
     name = pw.TextField(primary_key=True)
     epoch = pw.BigIntegerField()
@@ -273,6 +287,7 @@ class Instance(pw.Model):
     lock_id = pw.TextField(null=True)
     lease_until = pw.BigIntegerField()
     started_at = pw.BigIntegerField()
+    time_confirmed_at = pw.BigIntegerField(null=True)
 
     class Meta:
         table_name = "instance"
@@ -430,6 +445,7 @@ EVERY: Final = (
     Interaction,
     RunEvent,
     RunLabel,
+    RemovedPart,
     RecoveryEvent,
     Reconciliation,
     Quarantine,
