@@ -250,26 +250,25 @@ class _App:
             ),
             max_connections=entrance.connections,
             probe=entrance.probe(self.gate),
-            metrics=self._metrics(ownership.lease, entrance.metrics_connections),
+            metrics=self._metrics(ownership, work, entrance.metrics_connections),
         )
 
-    def _metrics(self, lease: LeaseRenewal, max_connections: int) -> MetricsServer | None:
+    def _metrics(
+        self, ownership: Ownership, work: BackgroundWork, max_connections: int
+    ) -> MetricsServer | None:
         if self.calls is None:
             return None
         # Imported here: prometheus-client takes some 0.05 s.
         from runrecovery_service.metrics.setup import Sources, build_metrics  # noqa: PLC0415
 
         sources = Sources(
-            storage=self.storage,
-            owner=self.owner,
-            catalog=self.catalog,
+            ownership=ownership,
             gate=self.gate,
-            turns=self.turns,
-            slots=self.settings.capacity,
-            lease=lease,
+            dispatcher=work.dispatcher,
             status=self.status,
             calls=self.calls,
             webhooks=self.webhooks,
+            retention=work.retention,
         )
         return build_metrics(sources, self.clock, max_connections=max_connections)
 

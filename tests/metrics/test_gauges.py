@@ -35,6 +35,7 @@ PRESENT = Present(
     open_streams={"Watch": 1},
     webhooks_failing_since={},
     report=None,
+    removed={"runs": 2, "reports": 0},
     runs=None,
     runs_read_at=None,
 )
@@ -87,6 +88,7 @@ def test_the_service_itself_is_shown_before_the_store_has_answered() -> None:
         "runrecovery_slots_used": {("a",): 2, ("b",): 0, ("gone",): 1},
         "runrecovery_lease_left_seconds": {(): 12.5},
         "runrecovery_streams_open": {("Watch",): 1},
+        "runrecovery_retention_removed_total": {("runs",): 2, ("reports",): 0},
     }  # fmt: skip
 
 

@@ -95,6 +95,7 @@ def test_metrics_tell_what_happened_and_are_right_over_a_kill(new_home: NewHome)
     assert value(running, "runrecovery_turn_duration_seconds_count", **asked) == 1
     assert value(running, "runrecovery_launch_duration_seconds_count", engine="resumable") == 2
     assert value(running, "runrecovery_slots") == 4
+    assert value(running, "runrecovery_retention_removed_total", kind="runs") == 0
     assert (value(running, "runrecovery_wait_oldest_seconds", engine="resumable") or 0) > 0
     assert (value(running, "runrecovery_commit_size_writes_sum") or 0) >= 10
     assert (value(running, "runrecovery_lease_left_seconds") or 0) > 5

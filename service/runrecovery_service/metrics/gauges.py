@@ -1,4 +1,4 @@
-"""The gauges: what the service has now. Each is read when somebody scrapes, and counted nowhere."""
+"""What the service has now, and what its rooms have counted themselves: read at each scrape."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ class Present:
         open_streams: by method.
         webhooks_failing_since: since when each webhook fails; None: its latest try arrived.
         report: of the recovery of this start; None until it is committed.
+        removed: what retention has removed, by kind.
         runs: unfinished runs, as the store answered last; None: it has not answered yet.
         runs_read_at: when the store answered last.
     """
@@ -50,25 +51,27 @@ class Present:
     open_streams: Mapping[str, int]
     webhooks_failing_since: Mapping[str, datetime | None]
     report: Reconciliation | None
+    removed: Mapping[str, int]
     runs: list[RunCount] | None
     runs_read_at: datetime | None
 
 
 @dataclass(frozen=True, slots=True)
 class Gauge:
-    """One gauge, and how it is read. No numbers: it is not known."""
+    """One metric, and how it is read. No numbers: it is not known."""
 
     name: str
     help: str
     labels: Labels
     read: Callable[[Present], Numbers]
+    kind: Kind = Kind.GAUGE
 
 
 def families_of(present: Present) -> Iterator[Family]:
-    """Yield every gauge."""
+    """Yield every metric of `GAUGES`."""
     for gauge in GAUGES:
         yield Family(
-            kind=Kind.GAUGE,
+            kind=gauge.kind,
             name=gauge.name,
             help=gauge.help,
             labels=gauge.labels,
@@ -254,5 +257,12 @@ GAUGES: Final = (
         "1 when this start launches nothing.",
         (),
         _of_report(lambda it: _one(float(it.safe_mode))),
+    ),
+    Gauge(
+        "runrecovery_retention_removed_total",
+        "What retention has removed: runs, parts of runs, reports, receipts.",
+        ("kind",),
+        lambda it: {(kind,): float(count) for kind, count in it.removed.items()},
+        Kind.COUNTER,
     ),
 )

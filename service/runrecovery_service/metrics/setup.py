@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from runrecovery_service import __version__
 from runrecovery_service.clock import Clock
-from runrecovery_service.engines.catalog import Catalog
-from runrecovery_service.execution.running_turns import RunningTurns
+from runrecovery_service.domain.retention import RetentionKind
+from runrecovery_service.execution.dispatcher import Dispatcher
 from runrecovery_service.logs import LOGGED_EVENTS, LOGGED_LINES
 from runrecovery_service.meters import Meters
 from runrecovery_service.metrics import families, gauges
@@ -27,6 +27,9 @@ from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.run_counts import count_unfinished
 from runrecovery_service.storage.store_timer import OPERATIONS, STORE_ERRORS
 from runrecovery_service.webhooks.webhooks import Webhooks
+
+if TYPE_CHECKING:  # not imported where retention is off
+    from runrecovery_service.retention.sweep import RetentionSweep
 
 ALERTED_EVENTS: Final = (
     "recovery.orphan_refused",
@@ -52,38 +55,58 @@ class Lease(Protocol):
         ...
 
 
+class Owns(Protocol):
+    """What keeps this service the owner of its runs."""
+
+    @property
+    def owner(self) -> Owner:
+        """The instance and its epoch."""
+        ...
+
+    @property
+    def storage(self) -> Storage:
+        """The store."""
+        ...
+
+    @property
+    def lease(self) -> Lease:
+        """The lease."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sources:
     """The rooms whose numbers are shown."""
 
-    storage: Storage
-    owner: Owner
-    catalog: Catalog
+    ownership: Owns
     gate: Gate
-    turns: RunningTurns
-    slots: int
-    lease: Lease
+    dispatcher: Dispatcher
     status: RecoveryStatus
     calls: CallMeter
     webhooks: Webhooks
+    retention: RetentionSweep | None
 
     def present(self, runs: StoredRuns) -> Present:
         """Return the service as it is now. Call it on the event loop."""
         return Present(
             version=__version__,
-            instance=self.owner.instance,
-            epoch=self.owner.epoch,
+            instance=self.ownership.owner.instance,
+            epoch=self.ownership.owner.epoch,
             now=runs.clock.now(),
             state=self.gate.state,
             is_healthy=NAMES[""](self.gate),
             is_disk_low=self.gate.disk_low,
-            engines=tuple(sorted(self.catalog.names)),
-            engines_in_use=self.turns.engines_in_use,
-            slots=self.slots,
-            lease_left_s=self.lease.left_s,
+            engines=tuple(sorted(self.dispatcher.supervisors.catalog.names)),
+            engines_in_use=self.dispatcher.turns.engines_in_use,
+            slots=self.dispatcher.capacity,
+            lease_left_s=self.ownership.lease.left_s,
             open_streams=dict(self.calls.open_streams),
             webhooks_failing_since=self.webhooks.failing_since,
             report=self.status.report,
+            removed={
+                kind.value: 0 if self.retention is None else self.retention.totals.removed[kind]
+                for kind in RetentionKind
+            },
             runs=runs.counts,
             runs_read_at=runs.read_at,
         )
@@ -92,9 +115,8 @@ class Sources:
 def build_metrics(sources: Sources, clock: Clock, *, max_connections: int) -> MetricsServer:
     """Return the server of the metrics; it does not listen yet."""
     _show_zeros(sources.calls.meters)
-    runs = StoredRuns(
-        read=lambda: sources.storage.read(count_unfinished, sources.owner), clock=clock
-    )
+    store, owner = sources.ownership.storage, sources.ownership.owner
+    runs = StoredRuns(read=lambda: store.read(count_unfinished, owner), clock=clock)
 
     def all_families() -> Iterator[Family]:
         yield from gauges.families_of(sources.present(runs))
