@@ -12,12 +12,9 @@ from runrecovery_service import app
 
 
 class Built:
-    """Stands for everything that a start builds, and for the service."""
+    """Stands for the service that a start builds."""
 
     collects: bool | None = None
-
-    def service(self, *_: object) -> Built:
-        return self
 
     async def run(self) -> None:
         self.collects = gc.isenabled()
@@ -27,7 +24,8 @@ def test_garbage_is_collected_from_the_moment_in_which_the_service_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     built = Built()
-    monkeypatch.setattr(app, "_App", lambda *_: built)
+    monkeypatch.setattr(app, "SharedParts", lambda *_: None)
+    monkeypatch.setattr(app, "_service", lambda *_: built)
     arguments: list[Any] = [None] * len(inspect.signature(app._run).parameters)
     gc.disable()  # as `runrecovery serve` does
     try:

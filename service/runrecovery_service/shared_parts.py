@@ -1,0 +1,116 @@
+"""The parts that several larger parts of a service share."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from runrecovery_service.agents.blocking_store import LoopStore
+from runrecovery_service.agents.output import OutputFiles
+from runrecovery_service.agents.session_checks import session_checks
+from runrecovery_service.agents.trust_keeper import TrustKeeper
+from runrecovery_service.agents.workspaces import Workspaces
+from runrecovery_service.claim import claim_epoch, this_host, this_start
+from runrecovery_service.clock import Clock
+from runrecovery_service.config.settings import Settings
+from runrecovery_service.domain.reconciliation import Containment
+from runrecovery_service.engine_setup import build_catalog
+from runrecovery_service.execution.found_ends import EndFinder
+from runrecovery_service.execution.running_turns import RunningTurns
+from runrecovery_service.execution.tree_deadline import TreeDeadline
+from runrecovery_service.locks import ServiceLocks
+from runrecovery_service.machine_limits import open_cgroup_parent
+from runrecovery_service.meters import Meters
+from runrecovery_service.ownership import tree_deadline_ns
+from runrecovery_service.process.boot_clock import boot_time_ns
+from runrecovery_service.process.open_files import OpenFiles
+from runrecovery_service.recovery.bulk_session_check import BulkSessionCheck
+from runrecovery_service.recovery.status import RecoveryStatus
+from runrecovery_service.rpc.call_meter import CallMeter
+from runrecovery_service.rpc.gate import Gate
+from runrecovery_service.rpc.server import start_grpc
+from runrecovery_service.steady_thread_pool import SteadyThreadPool
+from runrecovery_service.stop_signal import StopSignal
+from runrecovery_service.storage.async_storage import Storage
+from runrecovery_service.storage.database import Database
+from runrecovery_service.webhooks.webhooks import Webhooks
+
+if TYPE_CHECKING:
+    from runrecovery_service.webhooks.endpoint import Endpoint
+
+
+class SharedParts:
+    """What recovery, execution, upkeep and calls have in common.
+
+    Nothing runs yet. Make this object on the event loop.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        locks: ServiceLocks,
+        db: Database,
+        probe: Future[Containment],
+        open_files: OpenFiles,
+        endpoints: Sequence[Endpoint],
+    ) -> None:
+        """Claim the next epoch, and build what the larger parts have in common.
+
+        Raises:
+            Held: an instance of this name is alive elsewhere.
+            ContainmentRefused: processes cannot be contained on this system.
+        """
+        self.settings, self.locks, self.db = settings, locks, db
+        self.open_files = open_files
+        db.webhooks = tuple(endpoint.filter for endpoint in endpoints)
+        self.stop, self.clock = StopSignal(), Clock()
+        self.meters = Meters()
+        self.calls = CallMeter(self.meters) if settings.metrics_listen else None
+        self.status = RecoveryStatus(probe)
+        self.gate = Gate(retry_after_s=settings.retry_hint_s)
+        self.host = this_host()
+        self.cgroups = open_cgroup_parent(settings)
+        # Before the claim: processes must end before the lease does.
+        deadline_ns = tree_deadline_ns(settings.lease_ttl_s, boot_time_ns())
+        self.tree_deadline = TreeDeadline(deadline_ns)
+        # Before the claim as well: a start that gets no thread must leave no lease behind.
+        start_grpc()
+        boot = this_start(settings, locks, self.host)
+        with ExitStack() as made:  # a refused start ends at once: no thread may be left
+            self.storage = Storage(db, self.meters if settings.metrics_listen else None)
+            made.callback(self.storage.close)
+            self.threads = SteadyThreadPool(settings.capacity * 4 + 4, thread_name_prefix="process")
+            made.callback(self.threads.shutdown)
+            self.owner = claim_epoch(db, boot, self.clock, settings.lease_ttl_s)
+            made.pop_all()
+        self.catalog = build_catalog(settings)
+        self.workspaces = Workspaces(locks.data_dir)
+        self.output = OutputFiles(self.workspaces, max_bytes=settings.max_output_bytes)
+        self.ends = EndFinder(
+            catalog=self.catalog,
+            workspaces=self.workspaces,
+            output=self.output,
+            boot_id=self.host.boot_id,
+        )
+        self.trust = TrustKeeper(
+            host_id=self.host.host_id,
+            owner=self.owner,
+            store=LoopStore(self.storage, asyncio.get_running_loop()),
+            clock=self.clock,
+        )
+        self.turns = RunningTurns(tree_deadline=self.tree_deadline)
+        self.sessions = BulkSessionCheck(
+            checks=session_checks(self.catalog), workspace=self.workspaces.workspace
+        )
+        self.webhooks = Webhooks(
+            db=db,
+            storage=self.storage,
+            owner=self.owner,
+            clock=self.clock,
+            stop_signal=self.stop,
+            endpoints=endpoints,
+            meters=self.meters,
+        )

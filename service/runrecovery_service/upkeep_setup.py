@@ -1,0 +1,57 @@
+"""Builds what keeps the disk from filling up: retention and the disk floor."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from runrecovery_service.disk_floor import DiskFloor
+from runrecovery_service.execution.dispatcher import Dispatcher
+from runrecovery_service.locks import sqlite_file
+from runrecovery_service.reload_setup import retention_policy
+from runrecovery_service.rpc.recovery_service import Prune
+from runrecovery_service.shared_parts import SharedParts
+
+if TYPE_CHECKING:
+    from runrecovery_service.retention.sweep import RetentionSweep
+
+
+def build_disk_floor(parts: SharedParts, dispatcher: Dispatcher) -> DiskFloor | None:
+    """Return the check of free space, if one is configured."""
+    if not parts.settings.min_free_bytes:
+        return None
+    file = sqlite_file(parts.settings, parts.locks.data_dir)
+    return DiskFloor(
+        places=(parts.locks.data_dir, *([] if file is None else [file.parent])),
+        min_free_bytes=parts.settings.min_free_bytes,
+        gate=parts.gate,
+        dispatcher=dispatcher,
+        stop_signal=parts.stop,
+    )
+
+
+def build_retention(parts: SharedParts) -> RetentionSweep | None:
+    """Return what removes old rows and files, if that is configured."""
+    settings = parts.settings.retention
+    if settings is None:
+        return None
+    # Imported here: a start without retention needs none of it.
+    from runrecovery_service.retention.files import RunFiles  # noqa: PLC0415
+    from runrecovery_service.retention.sweep import RetentionSweep  # noqa: PLC0415
+
+    return RetentionSweep(
+        policy=retention_policy(settings),
+        storage=parts.storage,
+        owner=parts.owner,
+        clock=parts.clock,
+        files=RunFiles(parts.workspaces.runs),
+        stop_signal=parts.stop,
+    )
+
+
+def build_prune(sweep: RetentionSweep | None) -> Prune | None:
+    """Return what removes at once, if there is a retention."""
+    if sweep is None:
+        return None
+    from runrecovery_service.retention.prune import Pruner  # noqa: PLC0415 - as the sweep
+
+    return Pruner(sweep=sweep).prune
