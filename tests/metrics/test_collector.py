@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import structlog
@@ -125,6 +127,24 @@ async def test_a_scraper_that_goes_away_takes_the_text_from_no_other() -> None:
     store.may_answer.set()
 
     assert await second == b"text 1"
+
+
+async def test_a_scrape_is_answered_while_other_work_hangs_in_every_shared_thread() -> None:
+    hangs = threading.Event()
+    made = Collector(
+        runs=StoredRuns(read=Store().read, clock=FakeClock()), families=list, render=Renders()
+    )
+    with ThreadPoolExecutor(1) as threads:
+        asyncio.get_running_loop().set_default_executor(threads)
+        hanging = asyncio.create_task(asyncio.to_thread(hangs.wait))
+        await asyncio.sleep(0)
+        try:
+            async with asyncio.timeout(10):
+                assert await made.text() == b"text 1"
+            assert not hanging.done()
+        finally:
+            hangs.set()
+        await hanging
 
 
 def test_the_text_has_cumulated_buckets_and_the_names_as_they_are() -> None:

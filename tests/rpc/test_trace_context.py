@@ -15,11 +15,13 @@ VALID = f"00-{TRACE}-{SPAN}-01"
         (VALID, VALID),
         (f" {VALID}\t", VALID),
         (f"00-{TRACE}-{SPAN}-00", f"00-{TRACE}-{SPAN}-00"),
+        (f"00-{TRACE}-{SPAN}-02", f"00-{TRACE}-{SPAN}-00"),
+        (f"00-{TRACE}-{SPAN}-ff", VALID),
         (f"cc-{TRACE}-{SPAN}-01", VALID),
         (f"cc-{TRACE}-{SPAN}-01-what-comes-later", VALID),
     ],
 )
-def test_a_valid_value_is_read_as_version_00(sent: str, read: str) -> None:
+def test_a_valid_value_is_read_as_version_00_with_no_flag_but_sampled(sent: str, read: str) -> None:
     assert read_traceparent([("x", "y"), ("traceparent", sent)]) == read
 
 

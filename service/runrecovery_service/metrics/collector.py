@@ -13,6 +13,7 @@ from datetime import datetime
 from time import monotonic
 from typing import Final
 
+from runrecovery_service import daemon_threads
 from runrecovery_service.clock import Clock
 from runrecovery_service.metrics.families import Family
 from runrecovery_service.periodic import FailureLog
@@ -75,7 +76,7 @@ class Collector:
 
     Attributes:
         families: returns every metric as it is now, on the event loop.
-        render: writes them; it takes milliseconds, and is called in a thread.
+        render: writes them; it takes milliseconds, and is called in a thread of its own.
     """
 
     runs: StoredRuns
@@ -98,7 +99,8 @@ class Collector:
         try:
             await self.runs.refresh()
             families = list(self.families())
-            self._text = await asyncio.to_thread(self.render, families)
+            # Not in the shared threads: work on a disk that hangs may occupy all of them.
+            self._text = await daemon_threads.run(lambda: self.render(families))
             self._until_s = monotonic() + TEXT_KEPT_S
         finally:
             self._making = None

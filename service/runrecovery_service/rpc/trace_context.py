@@ -20,6 +20,7 @@ TRACEPARENT: Final[ContextVar[str | None]] = ContextVar("traceparent", default=N
 """The trace of the call that this task answers. None: its caller sent none that is valid."""
 
 MAX_CHARS: Final = 512
+SAMPLED: Final = 1
 _FORM: Final = re.compile(
     r"(?!ff)([0-9a-f]{2})-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(-.*)?"
 )
@@ -33,7 +34,8 @@ def read_traceparent(metadata: Iterable[tuple[str, str | bytes]]) -> str | None:
     found = _FORM.fullmatch(values[0].strip(" \t"))
     if found is None or (found[1] == "00" and found[5] is not None):
         return None
-    return f"00-{found[2]}-{found[3]}-{found[4]}"
+    # Version 00 has one flag, "sampled". The other bits mean nothing that agents may rely on.
+    return f"00-{found[2]}-{found[3]}-{int(found[4], 16) & SAMPLED:02x}"
 
 
 def with_trace(respond: Handler) -> Handler:
