@@ -360,8 +360,11 @@ class Service:
         self.gate.drain()
         await self._step("deadlines", work.deadlines.stop())
         if self.stop.failure is not None:
-            # Another instance may own the runs already, so our processes end first.
-            await self._step("processes", work.dispatcher.stop(), grace_s=grace_s * 2)
+            # Another instance may own the runs already: first our processes and deliveries end.
+            await asyncio.gather(
+                self._step("processes", work.dispatcher.stop(), grace_s=grace_s * 2),
+                self._step("webhooks", work.webhooks.stop()),
+            )
         elif self.gate.recovered:  # before, health was NOT_SERVING: no load balancer sends calls
             await asyncio.sleep(self.settings.drain_delay_s - (monotonic() - begun_s))
         self.gate.close()

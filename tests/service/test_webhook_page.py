@@ -22,6 +22,8 @@ from support.webhook_receiver import OTHER_SECRET, SECRET
 
 DELIVERY = Delivery(
     key=1,
+    webhook="chat",
+    run=1,
     run_id="nightly-review",
     engine="reviewer",
     sequence=6,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -60,7 +61,7 @@ def deliver(store: ServiceStore, run: Run, name: str = "chat") -> int:
     """Take the next delivery of a run as arrived, and return its sequence."""
     found = webhook_deliveries.next_delivery(store.db, store.owner.instance, name, run.key)
     assert found is not None
-    webhook_deliveries.remove_delivered(store.db, found.key)
+    webhook_deliveries.remove_delivered(store.db, found)
     return found.sequence
 
 
@@ -264,7 +265,22 @@ def test_a_superseded_epoch_removes_no_delivery(store: ServiceStore) -> None:
     store.db.guard(lambda db: instances.demand_current(db, owner))
 
     with pytest.raises(Fenced):
-        webhook_deliveries.remove_delivered(store.db, found.key)
+        webhook_deliveries.remove_delivered(store.db, found)
+
+
+def test_an_event_that_has_got_the_key_of_a_delivered_one_is_not_removed(
+    store: ServiceStore,
+) -> None:
+    run = store.waiting()
+    found = webhook_deliveries.next_delivery(store.db, "default", "chat", run.key)
+    assert found is not None
+    other: dict[str, Any] = {"run": run.key + 1, "sequence": 4, "webhook": "other"}
+    for column, value in other.items():
+        webhook_deliveries.remove_delivered(store.db, replace(found, **{column: value}))
+
+    assert len(of_run(store, run)) == 1
+    webhook_deliveries.remove_delivered(store.db, found)
+    assert of_run(store, run) == []
 
 
 def test_old_deliveries_are_given_up_and_can_be_tried_again(store: ServiceStore) -> None:

@@ -19,6 +19,8 @@ NewReceiver: TypeAlias = Callable[..., Receiver]
 EVERY = WebhookFilter(name="chat", events=frozenset(WebhookEvent))
 DELIVERY = Delivery(
     key=1,
+    webhook="chat",
+    run=1,
     run_id="run-1",
     engine="demo",
     sequence=4,

@@ -56,6 +56,12 @@ async def test_a_post_has_its_body_headers_and_target_and_returns_the_status(
     }
 
 
+async def test_a_header_that_is_not_http_is_a_failure(new_receiver: NewReceiver) -> None:
+    headers = {"webhook-id": "run\n_3"}
+    with pytest.raises(PostFailed, match="the request would not be HTTP"):
+        await post(endpoint(new_receiver().port), headers, BODY)
+
+
 async def test_a_redirect_is_an_answer_and_is_not_followed(new_receiver: NewReceiver) -> None:
     other = new_receiver()
     receiver = new_receiver(status(307, f"Location: {other.url}", "Content-Length: 0"))

@@ -36,6 +36,8 @@ def test_an_endpoint_can_ask_for_an_hour_and_no_more() -> None:
         ("Tue, 24 Nov 2026 12:01:30 GMT", 90),
         ("Tue, 24 Nov 2026 11:00:00 GMT", 0),
         ("Tue, 24 Nov 2026 12:01:30", 0),
+        ("Mon, 01 Jan 99999999999 00:00:00 GMT", 0),
+        ("Tue, 24 Nov 2026 12:01:30 +99999999999999999999", 0),
         ("-5", 0),
         ("1.5", 0),
         ("soon", 0),

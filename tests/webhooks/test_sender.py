@@ -14,16 +14,19 @@ import pytest
 from runrecovery_service.clock import Clock
 from runrecovery_service.domain.errors import Fenced, StorageUnavailable
 from runrecovery_service.domain.run import Run
+from runrecovery_service.domain.start_errors import LeaseLost
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import instances, webhook_deliveries
 from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.webhook_deliveries import Delivery
 from runrecovery_service.webhooks import sender as sender_module
 from runrecovery_service.webhooks.endpoint import Endpoint
 from runrecovery_service.webhooks.http_post import Answer, PostFailed
 from runrecovery_service.webhooks.sender import WebhookSender
 from standardwebhooks import Webhook
 from storage.service_store import ServiceStore, boot
+from structlog.testing import capture_logs
 from support.clock import FakeClock
 from support.waiting import until_async
 from support.webhook_receiver import SECRET, status
@@ -377,38 +380,105 @@ async def test_what_was_given_up_is_deleted_after_thirty_days(
     assert bench.left() == 0
 
 
-async def test_a_delivery_whose_removal_fails_is_repeated_with_its_id(
+async def test_a_delivery_whose_removal_fails_is_not_sent_again(
     bench: Bench, sender: WebhookSender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    remove, failed = webhook_deliveries.remove_delivered, list[int]()
+    remove, failed = webhook_deliveries.remove_delivered, list[Delivery]()
 
-    def fail_once(db: Any, key: int) -> None:
-        if not failed:
-            failed.append(key)
+    def fail_at_first(db: Any, delivery: Delivery) -> None:
+        if len(failed) < 5:
+            failed.append(delivery)
             raise StorageUnavailable
-        remove(db, key)
+        remove(db, delivery)
 
-    monkeypatch.setattr(webhook_deliveries, "remove_delivered", fail_once)
+    monkeypatch.setattr(webhook_deliveries, "remove_delivered", fail_at_first)
     canceled(bench)
-    sender.start()
+    with capture_logs() as logs:
+        sender.start()
+        await bench.until_left(0)
 
-    await bench.until_left(0)
-    assert bench.receiving.arrived == ["run-0001_3", "run-0001_3", "run-0001_4"]
-    assert bench.receiving.headers[0]["webhook-id"] == bench.receiving.headers[1]["webhook-id"]
+    assert bench.receiving.tried == ["run-0001_3", "run-0001_4"]
+    assert sender.state.tries == Counter(delivered=2)
+    assert bench.pauses == [1, 2, 4, 8, 16]
+    assert [line["event"] for line in logs].count("webhook.store_failed") == 1
 
 
-async def test_a_superseded_instance_stops(
+async def test_a_superseded_instance_stops_and_tries_nothing_more(
     bench: Bench, sender: WebhookSender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(db: Any, key: int) -> None:
+    def refuse(db: Any, delivery: Delivery) -> None:
         raise Fenced("instance 'default'")
 
     monkeypatch.setattr(webhook_deliveries, "remove_delivered", refuse)
-    canceled(bench)
+    for _ in range(10):
+        canceled(bench)
     sender.start()
-    await bench.stop_signal.wait()
+    assert sender._task is not None
+    await sender._task
 
     assert isinstance(bench.stop_signal.failure, Fenced)
+    assert len(set(bench.receiving.tried)) == len(bench.receiving.tried)
+
+
+async def test_a_service_that_fails_starts_no_more_tries(
+    bench: Bench, sender: WebhookSender
+) -> None:
+    bench.receiving.hanging = asyncio.Event()
+    for _ in range(20):
+        canceled(bench)
+    sender.start()
+
+    async def hang() -> bool:
+        return len(sender._runs) == 20 and bench.receiving.at_once == 8
+
+    await until_async(hang, "eight tries hang, and more wait for their turn")
+    bench.stop_signal.fail(LeaseLost("default", 15.0))
+    bench.receiving.hanging.set()
+    await asyncio.gather(*sender._runs.values())
+    assert sender._task is not None
+    await sender._task
+
+    assert len(bench.receiving.tried) == 8
+
+
+async def test_an_unexpected_error_of_a_try_is_a_failed_try_with_its_pause(
+    bench: Bench, sender: WebhookSender
+) -> None:
+    outcomes = iter([ValueError("hidden"), OverflowError("hidden")])
+
+    def fail_twice(_: str) -> int:
+        if (error := next(outcomes, None)) is not None:
+            raise error
+        return 204
+
+    bench.receiving.behave = fail_twice
+    canceled(bench)
+    with capture_logs() as logs:
+        sender.start()
+        await bench.until_arrived(2)
+
+    assert sender.state.tries == Counter(failed=2, delivered=2)
+    assert len(bench.pauses) == 2
+    assert sender.state.last_failure == "the service failed: OverflowError"
+    assert "hidden" not in str(logs)
+
+
+async def test_a_damaged_delivery_is_set_aside_and_later_ones_of_its_run_follow(
+    bench: Bench, sender: WebhookSender
+) -> None:
+    canceled(bench)
+    with bench.store.db.transaction():
+        bench.store.db.execute("UPDATE webhook_delivery SET event = '?' WHERE sequence = 3")
+    with capture_logs() as logs:
+        sender.start()
+        assert await bench.until_arrived(1) == ["run-0001_4"]
+        await bench.until_left(1)
+
+    assert [line["log_level"] for line in logs if line["event"] == "webhook.delivery_damaged"] == [
+        "error"
+    ]
+    assert bench.store.rows("SELECT given_up_at IS NULL FROM webhook_delivery") == [(0,)]
+    assert sender.state.given_up == 1
 
 
 async def test_a_stop_lets_a_try_end_and_cuts_one_that_hangs(

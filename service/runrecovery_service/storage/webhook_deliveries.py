@@ -20,12 +20,15 @@ class Delivery:
     """One event that a webhook has not got yet.
 
     Attributes:
-        key: the key of the row.
+        key: the key of the row. SQLite uses the key of a deleted row again.
+        webhook, run: the webhook, and the key of the run.
         sequence: the number of the event among those of the run.
         status: the status of the run after the event, as text: a damaged run may have any.
     """
 
     key: int
+    webhook: str
+    run: int
     run_id: str
     engine: str
     sequence: int
@@ -33,6 +36,10 @@ class Delivery:
     status: str
     error_code: str | None
     created_at: datetime
+
+
+class Unreadable(Exception):
+    """The first due delivery of a run has an event that this service does not know."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +76,11 @@ def due_runs(
 
 
 def next_delivery(db: Database, instance: str, webhook: str, run_key: int) -> Delivery | None:
-    """Return the first due delivery of a run."""
+    """Return the first due delivery of a run.
+
+    Raises:
+        Unreadable: its event is not known. The row is damaged, or of a newer service.
+    """
     row = db.fetch_one(
         "SELECT id, run_id, engine, sequence, event, status, error_code, created_at"
         " FROM webhook_delivery WHERE run = ? AND webhook = ? AND instance = ?"
@@ -79,22 +90,43 @@ def next_delivery(db: Database, instance: str, webhook: str, run_key: int) -> De
     if row is None:
         return None
     key, run_id, engine, sequence, event, status, error_code, created_at = row
+    try:
+        known = WebhookEvent(event)
+    except ValueError as error:
+        raise Unreadable from error
     return Delivery(
         key=key,
+        webhook=webhook,
+        run=run_key,
         run_id=run_id,
         engine=engine,
         sequence=sequence,
-        event=WebhookEvent(event),
+        event=known,
         status=status,
         error_code=error_code,
         created_at=from_us(created_at),
     )
 
 
-def remove_delivered(db: Database, key: int) -> None:
+def set_aside(db: Database, instance: str, webhook: str, run_key: int, *, now: datetime) -> None:
+    """Give up the first due delivery of a run."""
+    with db.transaction():
+        db.execute(
+            "UPDATE webhook_delivery SET given_up_at = ? WHERE id = (SELECT id"
+            " FROM webhook_delivery WHERE run = ? AND webhook = ? AND instance = ?"
+            " AND given_up_at IS NULL ORDER BY sequence LIMIT 1)",
+            (to_us(now), run_key, webhook, instance),
+        )
+
+
+def remove_delivered(db: Database, delivery: Delivery) -> None:
     """Delete a delivery that the webhook has got."""
     with db.transaction():
-        db.execute("DELETE FROM webhook_delivery WHERE id = ?", (key,))
+        db.execute(
+            "DELETE FROM webhook_delivery"
+            " WHERE id = ? AND webhook = ? AND run = ? AND sequence = ?",
+            (delivery.key, delivery.webhook, delivery.run, delivery.sequence),
+        )
 
 
 def give_up(

@@ -62,7 +62,7 @@ async def post(
 
     Raises:
         PostFailed: no address is allowed, the host cannot be reached, its certificate is not valid,
-            or it gave no answer within `timeout_s`.
+            it gave no answer within `timeout_s`, or what is sent would not be HTTP.
     """
     with _failures():
         async with asyncio.timeout(endpoint.timeout_s):
@@ -90,6 +90,8 @@ def _failures() -> Iterator[None]:
     except OSError as error:
         why = os.strerror(error.errno) if error.errno else "the connection failed"
         raise PostFailed(why) from error
+    except h11.LocalProtocolError as error:
+        raise PostFailed("the request would not be HTTP") from error
     except h11.RemoteProtocolError as error:
         raise PostFailed("the answer is not HTTP") from error
 

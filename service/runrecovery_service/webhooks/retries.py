@@ -34,5 +34,5 @@ def retry_after_s(header: str | None, *, now: datetime) -> float:
         return float(min(int(header[:10]), LONGEST_RETRY_AFTER_S))
     try:
         return max(0.0, (parsedate_to_datetime(header) - now).total_seconds())
-    except (ValueError, TypeError):  # not a date, or a date without a zone
+    except (ValueError, TypeError, OverflowError):  # not a date, without a zone, out of range
         return 0.0

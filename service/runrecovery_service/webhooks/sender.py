@@ -24,7 +24,7 @@ from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import webhook_deliveries
 from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.instances import Owner
-from runrecovery_service.storage.webhook_deliveries import Delivery
+from runrecovery_service.storage.webhook_deliveries import Delivery, Unreadable
 from runrecovery_service.webhooks import message
 from runrecovery_service.webhooks.endpoint import Endpoint
 from runrecovery_service.webhooks.http_post import Answer, PostFailed, post
@@ -102,10 +102,12 @@ class WebhookSender:
     _task: asyncio.Task[None] | None = field(default=None, init=False)
     _tidying: PeriodicTask = field(init=False)
     _failures: FailureLog = field(init=False)
+    _run_failures: FailureLog = field(init=False)
 
     def __post_init__(self) -> None:
         self._posts = asyncio.Semaphore(POSTS_AT_ONCE)
         self._failures = FailureLog(failure_event="webhook.store_failed")
+        self._run_failures = FailureLog(failure_event="webhook.store_failed")
         self._tidying = PeriodicTask(
             name=f"webhook-tidying-{self.endpoint.name}",
             step=self.tidy,
@@ -151,11 +153,23 @@ class WebhookSender:
         self._at_once = asyncio.Event()
         self._woken.set()
 
+    @property
+    def _is_over(self) -> bool:
+        """True once this sender is to stop, or the service because of an error.
+
+        Another instance may own the deliveries after such an error.
+        """
+        return self._is_stopping or self.stop_signal.failure is not None
+
+    @property
+    def _may_try(self) -> bool:
+        return not self._is_over and not self.state.is_disabled
+
     # -- runs -----------------------------------------------------------------------------------
 
     async def _work(self) -> None:
         with self.storage.changes.of_all_runs(self._woken):
-            while True:
+            while not self._is_over:
                 self._woken.clear()
                 try:
                     await self._start_runs()
@@ -171,7 +185,7 @@ class WebhookSender:
     async def _start_runs(self) -> None:
         """Start a task for each run with due deliveries, as far as there is room."""
         free = RUNS_AT_ONCE - len(self._runs)
-        if not free or self.state.is_disabled or self._is_stopping:
+        if not free or not self._may_try:
             return
         keys = await self.storage.read(
             webhook_deliveries.due_runs,
@@ -190,7 +204,7 @@ class WebhookSender:
         except Fenced as error:
             self.stop_signal.fail(error)
         except Exception as error:  # noqa: BLE001 - logged; the run gets another task
-            self._failures.report(error)
+            self._run_failures.report(error)
             await self.pause(self._at_once, STORE_PAUSE_S)
         finally:
             self._failing_runs.pop(run_key, None)
@@ -199,40 +213,83 @@ class WebhookSender:
 
     async def _deliver_all(self, run_key: int) -> None:
         failures = 0
-        while not self._is_stopping and not self.state.is_disabled:
-            delivery = await self.storage.read_row(
-                webhook_deliveries.next_delivery,
-                self.owner.instance,
-                self.endpoint.name,
-                run_key,
-            )
+        while self._may_try:
+            try:
+                delivery = await self.storage.read_row(
+                    webhook_deliveries.next_delivery,
+                    self.owner.instance,
+                    self.endpoint.name,
+                    run_key,
+                )
+            except Unreadable as error:
+                await self._set_aside(run_key, error)
+                continue
             if delivery is None:
                 return
-            at_once = self._at_once  # before the try: a `try_again` during it counts
-            asked_s = await self._try(delivery)
+            async with self._posts:
+                if not self._may_try:
+                    return
+                at_once = self._at_once  # before the try: a `try_again` during it counts
+                asked_s = await self._try(delivery)
             if asked_s is None:
                 failures = 0
                 self._failing_runs.pop(run_key, None)
-                await self.storage.write_own(webhook_deliveries.remove_delivered, delivery.key)
+                await self._remove(delivery)
                 continue
             failures += 1
             self._failing_runs.setdefault(run_key, self.clock.now())
             jitter = random.random()  # noqa: S311 - no secret
             await self.pause(at_once, pause_s(failures, jitter=jitter, retry_after_s=asked_s))
 
+    async def _remove(self, delivery: Delivery) -> None:
+        """Remove a delivery that has arrived. While the store fails, only this is tried again."""
+        failures = 0
+        while True:
+            at_once = self._at_once
+            try:
+                await self.storage.write_own(webhook_deliveries.remove_delivered, delivery)
+            except Fenced:
+                raise
+            except Exception as error:  # noqa: BLE001 - logged; tried again
+                self._run_failures.report(error)
+            else:
+                self._run_failures.note_success()
+                return
+            if self._is_over:
+                return
+            failures += 1
+            await self.pause(at_once, pause_s(failures, jitter=0.0))
+
+    async def _set_aside(self, run_key: int, error: Unreadable) -> None:
+        """Give up a delivery that cannot be read: it must not block the later ones of its run."""
+        await self.storage.write_own(
+            webhook_deliveries.set_aside,
+            self.owner.instance,
+            self.endpoint.name,
+            run_key,
+            now=self.clock.now(),
+        )
+        self.state.given_up += 1
+        log.error(
+            "webhook.delivery_damaged", webhook=self.endpoint.name, reason=str(error.__cause__)
+        )
+
     # -- one try --------------------------------------------------------------------------------
 
     async def _try(self, delivery: Delivery) -> float | None:
         """Send a delivery once. Return None if it arrived, else the pause that was asked for."""
-        content = message.body(delivery)
-        async with self._posts:
-            now = self.clock.now()
+        now = self.clock.now()
+        try:
+            content = message.body(delivery)
             headers = message.headers(delivery, content, keys=self.endpoint.keys, now=now)
-            try:
-                answer = await self.post(self.endpoint, headers, content)
-            except PostFailed as error:
-                self._note_failure(delivery, str(error))
-                return 0.0
+            answer = await self.post(self.endpoint, headers, content)
+        except PostFailed as error:
+            self._note_failure(delivery, str(error))
+            return 0.0
+        except Exception as error:  # noqa: BLE001 - logged; a defect must not skip the pause
+            # Its text may hold the URL.
+            self._note_failure(delivery, f"the service failed: {type(error).__name__}")
+            return 0.0
         if 200 <= answer.status < 300:
             self._note_success(delivery)
             return None
