@@ -13,13 +13,14 @@ from runrecovery_service.domain.errors import StorageUnavailable
 from runrecovery_service.domain.run import RunStatus
 from runrecovery_service.meters import Meters, SharedCounter
 from runrecovery_service.metrics import collector
-from runrecovery_service.metrics.collector import Collector, StoredRuns
+from runrecovery_service.metrics.collector import Collector, Counts, StoredCounts
 from runrecovery_service.metrics.exposition import render
 from runrecovery_service.metrics.families import Family, families_of
 from runrecovery_service.storage.run_counts import RunCount
 from support.clock import FakeClock
 
-COUNTS = [RunCount(status=RunStatus.QUEUED, engine="a", runs=1, oldest_since=None)]
+RUNS = [RunCount(status=RunStatus.QUEUED, engine="a", runs=1, oldest_since=None)]
+COUNTS = Counts(runs=RUNS, backlogs={})
 
 
 class Store:
@@ -31,7 +32,7 @@ class Store:
         self.error: Exception | None = None
         self.reads = 0
 
-    async def read(self) -> list[RunCount]:
+    async def read(self) -> Counts:
         self.reads += 1
         await self.may_answer.wait()
         if self.error is not None:
@@ -52,7 +53,7 @@ class Renders:
 async def test_a_hundred_scrapes_at_once_cost_one_text_and_one_read() -> None:
     store, renders = Store(), Renders()
     made = Collector(
-        runs=StoredRuns(read=store.read, clock=FakeClock()), families=list, render=renders
+        stored=StoredCounts(read=store.read, clock=FakeClock()), families=list, render=renders
     )
 
     texts = await asyncio.gather(*(made.text() for _ in range(100)))
@@ -67,7 +68,7 @@ async def test_an_old_text_is_made_again_without_reading_the_store(
     monkeypatch.setattr(collector, "TEXT_KEPT_S", 0.0)
     store, renders = Store(), Renders()
     made = Collector(
-        runs=StoredRuns(read=store.read, clock=FakeClock()), families=list, render=renders
+        stored=StoredCounts(read=store.read, clock=FakeClock()), families=list, render=renders
     )
 
     texts = [await made.text() for _ in range(3)]
@@ -78,47 +79,78 @@ async def test_an_old_text_is_made_again_without_reading_the_store(
 async def test_a_store_that_hangs_delays_no_scrape_for_long_and_is_asked_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(collector, "STORE_READ_S", 0.0)
+    monkeypatch.setattr(collector, "STORE_READ_MOST_S", 0.0)
     monkeypatch.setattr(collector, "STORE_WAIT_S", 0.01)
     store, clock = Store(), FakeClock()
-    runs = StoredRuns(read=store.read, clock=clock)
-    await runs.refresh()
-    read_at = runs.read_at
+    stored = StoredCounts(read=store.read, clock=clock)
+    await stored.refresh()
+    read_at = stored.read_at
     store.may_answer.clear()
     clock.advance(60)
 
     for _ in range(5):
-        await runs.refresh()
+        await stored.refresh()
 
-    assert (runs.counts, runs.read_at, store.reads) == (COUNTS, read_at, 2)
+    assert (stored.counts, stored.read_at, store.reads) == (COUNTS, read_at, 2)
     store.may_answer.set()
-    await runs.refresh()
-    assert runs.read_at == clock.wall
+    await stored.refresh()
+    assert stored.read_at == clock.wall
 
 
 async def test_a_store_that_fails_is_logged_once_and_read_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(collector, "STORE_READ_S", 0.0)
+    monkeypatch.setattr(collector, "STORE_READ_MOST_S", 0.0)
     store = Store()
     store.error = StorageUnavailable()
-    runs = StoredRuns(read=store.read, clock=FakeClock())
+    stored = StoredCounts(read=store.read, clock=FakeClock())
 
     with structlog.testing.capture_logs() as logs:
         for _ in range(3):
-            await runs.refresh()
+            await stored.refresh()
     store.error = None
-    await runs.refresh()
+    await stored.refresh()
 
     assert [line["event"] for line in logs] == ["metrics.runs_not_read"]
-    assert (runs.counts, store.reads) == (COUNTS, 4)
+    assert (stored.counts, store.reads) == (COUNTS, 4)
+
+
+@pytest.mark.parametrize(
+    ("read_s", "pause_s"), [(0.0, 5.0), (0.5, 5.0), (0.75, 6.75), (2.0, 18.0), (60.0, 30.0)]
+)
+@pytest.mark.parametrize("error", [None, StorageUnavailable()])
+async def test_the_pause_after_a_read_begins_with_its_end_and_grows_with_its_duration(
+    monkeypatch: pytest.MonkeyPatch, read_s: float, pause_s: float, error: Exception | None
+) -> None:
+    now_s, reads = 1_000.0, 0
+
+    async def read() -> Counts:
+        nonlocal now_s, reads
+        reads += 1
+        now_s += read_s
+        if error is not None:
+            raise error
+        return COUNTS
+
+    monkeypatch.setattr(collector, "monotonic", lambda: now_s)
+    stored = StoredCounts(read=read, clock=FakeClock())
+    await stored.refresh()
+    ended_s = now_s
+
+    await stored.refresh()
+    now_s = ended_s + pause_s - 0.1
+    await stored.refresh()
+    assert reads == 1
+    now_s = ended_s + pause_s
+    await stored.refresh()
+    assert reads == 2
 
 
 async def test_a_scraper_that_goes_away_takes_the_text_from_no_other() -> None:
     store = Store()
     store.may_answer.clear()
     made = Collector(
-        runs=StoredRuns(read=store.read, clock=FakeClock()), families=list, render=Renders()
+        stored=StoredCounts(read=store.read, clock=FakeClock()), families=list, render=Renders()
     )
     first, second = asyncio.create_task(made.text()), asyncio.create_task(made.text())
     await asyncio.sleep(0)
@@ -132,7 +164,7 @@ async def test_a_scraper_that_goes_away_takes_the_text_from_no_other() -> None:
 async def test_a_scrape_is_answered_while_other_work_hangs_in_every_shared_thread() -> None:
     hangs = threading.Event()
     made = Collector(
-        runs=StoredRuns(read=Store().read, clock=FakeClock()), families=list, render=Renders()
+        stored=StoredCounts(read=Store().read, clock=FakeClock()), families=list, render=Renders()
     )
     with ThreadPoolExecutor(1) as threads:
         asyncio.get_running_loop().set_default_executor(threads)

@@ -18,6 +18,7 @@ from runrecovery_service.domain.run import RecoveryState, RunStatus
 from runrecovery_service.metrics.gauges import Present, families_of
 from runrecovery_service.rpc.gate import ServiceState
 from runrecovery_service.storage.run_counts import RunCount
+from runrecovery_service.storage.webhook_deliveries import Backlog
 
 NOW = datetime(2026, 11, 29, 12, tzinfo=UTC)
 PRESENT = Present(
@@ -37,7 +38,8 @@ PRESENT = Present(
     report=None,
     removed={"runs": 2, "reports": 0},
     runs=None,
-    runs_read_at=None,
+    backlogs=None,
+    counted_at=None,
 )
 REPORT = Reconciliation(
     reconciliation_id="r",
@@ -100,7 +102,7 @@ def test_runs_are_shown_with_zeros_and_ages_grow_while_the_store_is_silent() -> 
     ]
     later = NOW + timedelta(seconds=90)
 
-    found = shown(replace(PRESENT, runs=runs, runs_read_at=NOW, now=later))
+    found = shown(replace(PRESENT, runs=runs, counted_at=NOW, now=later))
 
     assert found["runrecovery_runs"] == {
         ("a", "QUEUED"): 3, ("a", "RUNNING"): 2, ("a", "WAITING_USER"): 0,
@@ -126,10 +128,28 @@ def test_a_webhook_shows_how_long_it_fails_and_0_while_it_works() -> None:
     }  # fmt: skip
 
 
+def test_a_webhook_shows_what_it_lacks_with_zeros_once_the_store_has_answered() -> None:
+    since = {"late": None, "works": None, "given-up": None}
+    backlogs = {
+        "late": Backlog(due=3, oldest_at=NOW - timedelta(seconds=90), given_up=1),
+        "given-up": Backlog(due=0, oldest_at=None, given_up=2),
+        "removed": Backlog(due=7, oldest_at=NOW),
+    }
+
+    silent = shown(replace(PRESENT, webhooks_failing_since=since))
+    found = shown(replace(PRESENT, webhooks_failing_since=since, backlogs=backlogs))
+
+    assert silent["runrecovery_webhook_due"] == {}
+    assert found["runrecovery_webhook_due"] == {("late",): 3, ("works",): 0, ("given-up",): 0}
+    assert found["runrecovery_webhook_oldest_seconds"] == {
+        ("late",): 90, ("works",): 0, ("given-up",): 0
+    }  # fmt: skip
+
+
 def test_no_age_is_negative_when_the_wall_clock_is_set_back() -> None:
     runs = [RunCount(status=RunStatus.QUEUED, engine="a", runs=1, oldest_since=NOW)]
 
-    found = shown(replace(PRESENT, runs=runs, runs_read_at=NOW, now=NOW - timedelta(seconds=60)))
+    found = shown(replace(PRESENT, runs=runs, counted_at=NOW, now=NOW - timedelta(seconds=60)))
 
     assert found["runrecovery_queue_oldest_seconds"][("a",)] == 0
     assert found["runrecovery_runs_age_seconds"] == {(): 0}

@@ -20,8 +20,13 @@ class Page:
     def __init__(self) -> None:
         self.first: list[bytes] = []
         self.stopped = False
+        self.readers = 0
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
 
     async def text(self) -> bytes:
+        self.readers += 1
+        await self.may_answer.wait()
         return self.first.pop() if self.first else b"a 1\n"
 
     def stop(self) -> None:
@@ -112,22 +117,48 @@ async def test_a_client_that_does_not_read_is_closed(
     writer.close()
 
 
-async def test_a_connection_above_the_limit_is_closed_at_once_and_the_others_are_served(
+async def test_a_connection_above_the_limit_replaces_the_oldest_that_has_sent_no_request(
     port: int,
 ) -> None:
-    opened = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
+    oldest, *others = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
 
-    async def further_one_is_closed() -> bool:
-        try:
-            return await ask(port, b"GET /metrics HTTP/1.1\r\n\r\n") == b""
-        except ConnectionResetError:
-            return True
+    assert await ask(port, b"GET /metrics HTTP/1.1\r\n\r\n") == OK + b"a 1\n"
 
-    await until_async(further_one_is_closed, "a further connection is closed")
-    for reader, writer in opened:
+    with pytest.raises((ConnectionResetError, asyncio.IncompleteReadError)):
+        await oldest[0].readexactly(1)
+    for reader, writer in others:
         writer.write(b"GET /metrics HTTP/1.1\r\n\r\n")
         assert await reader.read() == OK + b"a 1\n"
+    for _, writer in (oldest, *others):
         writer.close()
+
+
+async def test_connections_that_come_again_and_again_keep_no_scrape_away(port: int) -> None:
+    for _ in range(20):
+        silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
+        assert await ask(port, b"GET /metrics HTTP/1.1\r\n\r\n") == OK + b"a 1\n"
+        for _, writer in silent:
+            writer.close()
+
+
+async def test_a_connection_above_the_limit_is_closed_at_once_while_all_others_are_answered(
+    port: int, page: Page
+) -> None:
+    page.may_answer.clear()
+    asked = [asyncio.create_task(ask(port, b"GET /metrics HTTP/1.1\r\n\r\n")) for _ in range(3)]
+
+    async def all_are_answered() -> bool:
+        return page.readers == 3
+
+    await until_async(all_are_answered, "three requests have come")
+    try:
+        refused = await ask(port, b"GET /metrics HTTP/1.1\r\n\r\n")
+    except ConnectionResetError:
+        refused = b""
+    page.may_answer.set()
+
+    assert refused == b""
+    assert await asyncio.gather(*asked) == [OK + b"a 1\n"] * 3
 
 
 async def test_a_taken_address_is_refused_by_its_name(port: int, page: Page) -> None:

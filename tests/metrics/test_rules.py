@@ -111,4 +111,4 @@ def test_every_alert_has_its_case() -> None:
     cases = (ROOT / "tests" / "metrics" / "alerts_test.yaml").read_text("utf-8")
     alerts = re.findall(r"- alert: (\w+)", ALERTS.read_text("utf-8"))
 
-    assert sorted(re.findall(r'alertname="(\w+)"', cases)) == sorted(alerts)
+    assert set(re.findall(r'alertname="(\w+)"', cases)) == set(alerts)

@@ -24,6 +24,7 @@ from runrecovery_service.offline import check, check_notes
 from support.api import refused
 from support.service import Home, ServiceProcess
 from support.waiting import until
+from support.webhook_receiver import SECRET
 
 NewHome = Callable[..., Home]
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -68,8 +69,25 @@ def until_shown(service: ServiceProcess, name: str, expected: float, **labels: s
     return found
 
 
-def test_metrics_tell_what_happened_and_are_right_over_a_kill(new_home: NewHome) -> None:
-    home = new_home(metrics_listen="127.0.0.1:0")
+@pytest.fixture
+def nobody(tmp_path: Path) -> Iterator[Mapping[str, object]]:
+    """Yield a webhook whose receiver refuses every connection."""
+    secret_file = tmp_path / "secret"
+    secret_file.write_text(SECRET)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        yield {
+            "name": "nobody",
+            "url": f"http://127.0.0.1:{silent.getsockname()[1]}/",
+            "secret_file": str(secret_file),
+            "allow_private": ["127.0.0.1"],
+        }
+
+
+def test_metrics_tell_what_happened_and_are_right_over_a_kill(
+    new_home: NewHome, nobody: Mapping[str, object]
+) -> None:
+    home = new_home(metrics_listen="127.0.0.1:0", webhooks=[nobody])
     service, api = home.start()
     secret = "words-of-a-caller"  # noqa: S105 - no secret
     api.create("resumable", {"questions": [{"prompt": secret}]}, run_id=secret)
@@ -94,6 +112,12 @@ def test_metrics_tell_what_happened_and_are_right_over_a_kill(new_home: NewHome)
     asked = {"engine": "resumable", "status": "WAITING_USER"}
     assert value(running, "runrecovery_turn_duration_seconds_count", **asked) == 1
     assert value(running, "runrecovery_launch_duration_seconds_count", engine="resumable") == 2
+    assert value(running, "runrecovery_webhook_due", webhook="nobody") == 2
+    assert (value(running, "runrecovery_webhook_oldest_seconds", webhook="nobody") or 0) > 0
+    delivered = {"webhook": "nobody", "outcome": "delivered"}
+    assert value(running, "runrecovery_webhook_tries_total", **delivered) == 0
+    disabled = {"event": "webhook.disabled", "level": "error"}
+    assert value(running, "runrecovery_log_events_total", **disabled) == 0
     assert value(running, "runrecovery_slots") == 4
     assert value(running, "runrecovery_retention_removed_total", kind="runs") == 0
     assert (value(running, "runrecovery_wait_oldest_seconds", engine="resumable") or 0) > 0

@@ -1,17 +1,17 @@
 """Answers scrapes: gathers the numbers on the event loop, and writes them in a thread.
 
-All scrapes of one second get one text. The store is read at most every `STORE_READ_S` seconds, and
-one read at a time is under way, however many scrapes there are.
+All scrapes of one second get one text. One read of the store at a time is under way, however many
+scrapes there are. `STORE_READ_S` seconds pass between two reads, and more if a read takes long.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from time import monotonic
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from runrecovery_service import daemon_threads
 from runrecovery_service.clock import Clock
@@ -19,15 +19,35 @@ from runrecovery_service.metrics.families import Family
 from runrecovery_service.periodic import FailureLog
 from runrecovery_service.storage.run_counts import RunCount
 
+if TYPE_CHECKING:  # not imported where there is no webhook
+    from runrecovery_service.storage.webhook_deliveries import Backlog
+
 TEXT_KEPT_S: Final = 1.0
 STORE_READ_S: Final = 5.0
+STORE_READ_MOST_S: Final = 30.0
+"""The shortest and the longest pause between two reads."""
+READ_PAUSES: Final = 9
+"""So many times the duration of a read passes before the next: reads take a tenth of the time."""
 STORE_WAIT_S: Final = 0.5
 """A scrape waits so long for the store. Then it is answered with what was read before."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """What only the store knows.
+
+    Attributes:
+        runs: the unfinished runs.
+        backlogs: what each webhook has not got, by name, for those that lack anything.
+    """
+
+    runs: list[RunCount]
+    backlogs: Mapping[str, Backlog]
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
-class StoredRuns:
-    """The unfinished runs, as the store answered last.
+class StoredCounts:
+    """The counts, as the store answered last.
 
     Attributes:
         read: reads the store.
@@ -35,9 +55,9 @@ class StoredRuns:
         read_at: when the store has answered.
     """
 
-    read: Callable[[], Awaitable[list[RunCount]]]
+    read: Callable[[], Awaitable[Counts]]
     clock: Clock
-    counts: list[RunCount] | None = field(default=None, init=False)
+    counts: Counts | None = field(default=None, init=False)
     read_at: datetime | None = field(default=None, init=False)
     _next_read_s: float = field(default=0.0, init=False)
     _reading: asyncio.Task[None] | None = field(default=None, init=False)
@@ -49,12 +69,12 @@ class StoredRuns:
     async def refresh(self) -> None:
         """Read the store if that is due, and wait for the answer, `STORE_WAIT_S` at most."""
         if self._reading is None and monotonic() >= self._next_read_s:
-            self._next_read_s = monotonic() + STORE_READ_S
             self._reading = asyncio.create_task(self._read(), name="metrics-store")
         if self._reading is not None:
             await asyncio.wait({self._reading}, timeout=STORE_WAIT_S)
 
     async def _read(self) -> None:
+        begun_s = monotonic()
         try:
             self.counts = await self.read()
             self.read_at = self.clock.now()
@@ -62,6 +82,9 @@ class StoredRuns:
         except Exception as error:  # noqa: BLE001 - the edge of this task: the next scrape tries again
             self._failures.report(error)
         finally:
+            ended_s = monotonic()
+            pause_s = max(STORE_READ_S, READ_PAUSES * (ended_s - begun_s))
+            self._next_read_s = ended_s + min(pause_s, STORE_READ_MOST_S)
             self._reading = None
 
     def stop(self) -> None:
@@ -79,7 +102,7 @@ class Collector:
         render: writes them; it takes milliseconds, and is called in a thread of its own.
     """
 
-    runs: StoredRuns
+    stored: StoredCounts
     families: Callable[[], Iterable[Family]]
     render: Callable[[Iterable[Family]], bytes]
     _text: bytes = field(default=b"", init=False)
@@ -97,7 +120,7 @@ class Collector:
 
     async def _make(self) -> None:
         try:
-            await self.runs.refresh()
+            await self.stored.refresh()
             families = list(self.families())
             # Not in the shared threads: work on a disk that hangs may occupy all of them.
             self._text = await daemon_threads.run(lambda: self.render(families))
@@ -107,6 +130,6 @@ class Collector:
 
     def stop(self) -> None:
         """Stop what is under way."""
-        self.runs.stop()
+        self.stored.stop()
         if self._making is not None:
             self._making.cancel()

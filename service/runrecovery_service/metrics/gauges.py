@@ -6,7 +6,7 @@ from collections import Counter as Count
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from runrecovery_service.domain.reconciliation import Reconciliation
 from runrecovery_service.domain.recovery_matrix import MATRIX, QUARANTINE_RULE
@@ -14,6 +14,9 @@ from runrecovery_service.domain.run import TERMINAL, RunStatus
 from runrecovery_service.metrics.families import Family, Kind, Labels
 from runrecovery_service.rpc.gate import ServiceState
 from runrecovery_service.storage.run_counts import RunCount
+
+if TYPE_CHECKING:  # not imported where there is no webhook
+    from runrecovery_service.storage.webhook_deliveries import Backlog
 
 Numbers = dict[Labels, float]
 
@@ -34,7 +37,9 @@ class Present:
         report: of the recovery of this start; None until it is committed.
         removed: what retention has removed, by kind.
         runs: unfinished runs, as the store answered last; None: it has not answered yet.
-        runs_read_at: when the store answered last.
+        backlogs: what each webhook has not got, by name, for those that lack anything, as the
+            store answered last; None: it has not answered yet.
+        counted_at: when the store answered last.
     """
 
     version: str
@@ -53,7 +58,8 @@ class Present:
     report: Reconciliation | None
     removed: Mapping[str, int]
     runs: list[RunCount] | None
-    runs_read_at: datetime | None
+    backlogs: Mapping[str, Backlog] | None
+    counted_at: datetime | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +89,11 @@ def _one(number: float | None) -> Numbers:
     return {} if number is None else {(): number}
 
 
+def _age(present: Present, since: datetime) -> float:
+    # The wall clock may be set back.
+    return max(0.0, (present.now - since).total_seconds())
+
+
 def _info(present: Present) -> Numbers:
     return {(present.version, present.instance): 1.0}
 
@@ -105,7 +116,7 @@ def _oldest(status: RunStatus) -> Callable[[Present], Numbers]:
         if present.runs is None:
             return {}
         ages: Numbers = {
-            (one.engine,): max(0.0, (present.now - one.oldest_since).total_seconds())
+            (one.engine,): _age(present, one.oldest_since)
             for one in present.runs
             if one.status is status and one.oldest_since is not None
         }
@@ -116,9 +127,9 @@ def _oldest(status: RunStatus) -> Callable[[Present], Numbers]:
 
 
 def _age_of_runs(present: Present) -> Numbers:
-    if present.runs_read_at is None:
+    if present.counted_at is None:
         return {}
-    return _one(max(0.0, (present.now - present.runs_read_at).total_seconds()))
+    return _one(_age(present, present.counted_at))
 
 
 def _slots_used(present: Present) -> Numbers:
@@ -132,9 +143,29 @@ def _open_streams(present: Present) -> Numbers:
 
 def _webhooks_failing(present: Present) -> Numbers:
     return {
-        (name,): 0.0 if since is None else max(0.0, (present.now - since).total_seconds())
+        (name,): 0.0 if since is None else _age(present, since)
         for name, since in present.webhooks_failing_since.items()
     }
+
+
+def _webhooks(read: Callable[[Present, Backlog], float]) -> Callable[[Present], Numbers]:
+    """Return a number for each webhook, 0 for one that lacks nothing."""
+
+    def read_all(present: Present) -> Numbers:
+        if present.backlogs is None:
+            return {}
+        lacking: Numbers = {
+            (name,): read(present, backlog)
+            for name, backlog in present.backlogs.items()
+            if name in present.webhooks_failing_since
+        }
+        return {(name,): 0.0 for name in present.webhooks_failing_since} | lacking
+
+    return read_all
+
+
+def _age_of_backlog(present: Present, backlog: Backlog) -> float:
+    return 0.0 if backlog.oldest_at is None else _age(present, backlog.oldest_at)
 
 
 def _of_report(read: Callable[[Reconciliation], Numbers]) -> Callable[[Present], Numbers]:
@@ -214,6 +245,18 @@ GAUGES: Final = (
         "How long the tries of a webhook have failed without a delivery.",
         ("webhook",),
         _webhooks_failing,
+    ),
+    Gauge(
+        "runrecovery_webhook_due",
+        "Deliveries that a webhook has not got, and that are still tried.",
+        ("webhook",),
+        _webhooks(lambda _, backlog: float(backlog.due)),
+    ),
+    Gauge(
+        "runrecovery_webhook_oldest_seconds",
+        "How old the oldest event among them is.",
+        ("webhook",),
+        _webhooks(_age_of_backlog),
     ),
     Gauge("runrecovery_streams_open", "Open streams.", ("method",), _open_streams),
     Gauge(

@@ -2,7 +2,8 @@
 
 Not the server of prometheus-client: it starts a thread for each connection, without a limit, and
 waits for ever for a client that sends nothing. This one reads one small request of each connection,
-answers and closes, within a time limit, with a limit on connections.
+answers and closes, within a time limit, with a limit on connections. Connections that send nothing
+give way to new ones: somebody who opens them again and again must not keep Prometheus away.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class MetricsServer:
 
     Args:
         content_type: of the page.
-        max_connections: further ones are closed at once.
+        max_connections: a further one replaces the oldest that has sent no request. If all have
+            sent theirs, the further one is closed at once.
     """
 
     def __init__(self, page: Page, *, content_type: str, max_connections: int) -> None:
@@ -49,6 +51,7 @@ class MetricsServer:
         self._max_connections = max_connections
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
+        self._silent: dict[asyncio.StreamWriter, None] = {}  # no whole request yet; oldest first
 
     async def bind(self, listen: str) -> int:
         """Listen on the address and answer from now on; return the port.
@@ -77,8 +80,12 @@ class MetricsServer:
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if len(self._connections) >= self._max_connections:
-            writer.transport.abort()
-            return
+            oldest = next(iter(self._silent), writer)
+            self._silent.pop(oldest, None)
+            oldest.transport.abort()
+            if oldest is writer:
+                return
+        self._silent[writer] = None
         task = asyncio.create_task(self._serve(reader, writer))
         self._connections.add(task)
         task.add_done_callback(self._connections.discard)
@@ -86,7 +93,9 @@ class MetricsServer:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             async with asyncio.timeout(REQUEST_S):
-                writer.write(await self._answer(reader))
+                head = await self._head(reader)
+                self._silent.pop(writer, None)
+                writer.write(await self._answer(head))
                 writer.close()
                 await writer.wait_closed()  # until the system has taken everything
         except (TimeoutError, OSError, asyncio.IncompleteReadError):
@@ -94,12 +103,19 @@ class MetricsServer:
         except Exception:  # the edge of this task: nobody else would report the defect
             log.exception("metrics.defect")
         finally:
+            self._silent.pop(writer, None)
             writer.transport.abort()
 
-    async def _answer(self, reader: asyncio.StreamReader) -> bytes:
+    @staticmethod
+    async def _head(reader: asyncio.StreamReader) -> bytes | None:
+        """Return a request up to its body; None if it is too large."""
         try:
-            head = await reader.readuntil(b"\r\n\r\n")
+            return await reader.readuntil(b"\r\n\r\n")
         except asyncio.LimitOverrunError:
+            return None
+
+    async def _answer(self, head: bytes | None) -> bytes:
+        if head is None:
             return _response("431 Request Header Fields Too Large")
         method, target, version = _request_line(head)
         if not version.startswith("HTTP/1."):

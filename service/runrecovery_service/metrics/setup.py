@@ -13,7 +13,7 @@ from runrecovery_service.execution.dispatcher import Dispatcher
 from runrecovery_service.logs import LOGGED_EVENTS, LOGGED_LINES
 from runrecovery_service.meters import Meters
 from runrecovery_service.metrics import families, gauges
-from runrecovery_service.metrics.collector import Collector, StoredRuns
+from runrecovery_service.metrics.collector import Collector, Counts, StoredCounts
 from runrecovery_service.metrics.exposition import CONTENT_TYPE, render
 from runrecovery_service.metrics.families import Family
 from runrecovery_service.metrics.gauges import Present
@@ -23,6 +23,7 @@ from runrecovery_service.rpc.call_meter import CallMeter
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.health import NAMES
 from runrecovery_service.storage.async_storage import Storage
+from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.run_counts import count_unfinished
 from runrecovery_service.storage.store_timer import OPERATIONS, STORE_ERRORS
@@ -44,6 +45,10 @@ ALERTED_EVENTS: Final = (
     "execution.straggler_ended",
 )
 """The warnings that are worth an alert (docs/operations.md#watch)."""
+
+WEBHOOK_ERRORS: Final = ("webhook.disabled", "webhook.given_up", "webhook.delivery_damaged")
+"""Errors about one receiver. They are no reason to page anybody: the service works."""
+TRY_OUTCOMES: Final = ("delivered", "failed")
 
 
 class Lease(Protocol):
@@ -86,13 +91,13 @@ class Sources:
     webhooks: Webhooks
     retention: RetentionSweep | None
 
-    def present(self, runs: StoredRuns) -> Present:
+    def present(self, stored: StoredCounts) -> Present:
         """Return the service as it is now. Call it on the event loop."""
         return Present(
             version=__version__,
             instance=self.ownership.owner.instance,
             epoch=self.ownership.owner.epoch,
-            now=runs.clock.now(),
+            now=stored.clock.now(),
             state=self.gate.state,
             is_healthy=NAMES[""](self.gate),
             is_disk_low=self.gate.disk_low,
@@ -107,8 +112,9 @@ class Sources:
                 kind.value: 0 if self.retention is None else self.retention.totals.removed[kind]
                 for kind in RetentionKind
             },
-            runs=runs.counts,
-            runs_read_at=runs.read_at,
+            runs=None if stored.counts is None else stored.counts.runs,
+            backlogs=None if stored.counts is None else stored.counts.backlogs,
+            counted_at=stored.read_at,
         )
 
 
@@ -116,23 +122,41 @@ def build_metrics(sources: Sources, clock: Clock, *, max_connections: int) -> Me
     """Return the server of the metrics; it does not listen yet."""
     _show_zeros(sources.calls.meters)
     store, owner = sources.ownership.storage, sources.ownership.owner
-    runs = StoredRuns(read=lambda: store.read(count_unfinished, owner), clock=clock)
+    stored = StoredCounts(
+        read=lambda: store.read(_count, owner, with_webhooks=bool(sources.webhooks.senders)),
+        clock=clock,
+    )
 
     def all_families() -> Iterator[Family]:
-        yield from gauges.families_of(sources.present(runs))
+        present = sources.present(stored)
+        for webhook in present.webhooks_failing_since:  # a reload may add some
+            for outcome in TRY_OUTCOMES:
+                sources.calls.meters.webhook_tries.show_zero(webhook, outcome)
+        yield from gauges.families_of(present)
         yield from families.families_of(sources.calls.meters, LOGGED_EVENTS, LOGGED_LINES)
 
     return MetricsServer(
-        Collector(runs=runs, families=all_families, render=render),
+        Collector(stored=stored, families=all_families, render=render),
         content_type=CONTENT_TYPE,
         max_connections=max_connections,
     )
+
+
+def _count(db: Database, owner: Owner, *, with_webhooks: bool) -> Counts:
+    runs = count_unfinished(db, owner)
+    if not with_webhooks:
+        return Counts(runs=runs, backlogs={})
+    from runrecovery_service.storage.webhook_deliveries import backlogs  # noqa: PLC0415 - see Counts
+
+    return Counts(runs=runs, backlogs=backlogs(db, owner.instance))
 
 
 def _show_zeros(meters: Meters) -> None:
     """Show 0 for what alerts look at."""
     for event in ALERTED_EVENTS:
         LOGGED_EVENTS.show_zero(event, "warning")
+    for event in WEBHOOK_ERRORS:
+        LOGGED_EVENTS.show_zero(event, "error")
     for level in ("error", "warning"):
         LOGGED_LINES.show_zero(level)
     for operation in OPERATIONS:
