@@ -14,7 +14,7 @@ from runrecovery_service.locks import ServiceLocks
 from runrecovery_service.process.cgroup import CgroupParent
 from runrecovery_service.process.host import Host
 from runrecovery_service.process.watermark import watermark_bits
-from runrecovery_service.storage import instances, webhook_outbox
+from runrecovery_service.storage import instances
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import InstanceStart, Owner
 from runrecovery_service.storage.launch_records import LaunchSite
@@ -70,7 +70,6 @@ def claim_epoch(db: Database, start: InstanceStart, clock: Clock, ttl_s: float) 
     """
     with refusing(db.name):
         owner = retry_conflicts(lambda: instances.claim(db, start, now=clock.now(), ttl_s=ttl_s))
-        webhook_outbox.forget_removed(db, owner.instance, [each.name for each in db.webhooks])
     if db.dialect.kind is DatabaseKind.SQLITE:
         db.watch_files()  # the connection of this thread stays open, which keeps the log
     else:

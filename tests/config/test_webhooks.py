@@ -191,9 +191,12 @@ def test_a_secret_in_place_of_its_file_is_not_quoted(load: Load) -> None:
     )
 
 
-def test_a_ca_file_without_certificates_refuses_the_start(load: Load, tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["no certificate", "", "\n"])
+def test_a_ca_file_without_certificates_refuses_the_start(
+    load: Load, tmp_path: Path, text: str
+) -> None:
     (tmp_path / "secret").write_text(SECRET)
-    (tmp_path / "ca").write_text("no certificate")
+    (tmp_path / "ca").write_text(text)
     settings = load(table(secret_file=f'"{tmp_path}/secret"', ca_file=f'"{tmp_path}/ca"'))
 
     assert webhook_setup.webhook_problems(settings) == (

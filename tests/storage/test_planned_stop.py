@@ -6,6 +6,7 @@ import json
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from runrecovery_service.domain.reconciliation import (
 )
 from runrecovery_service.domain.run import RunStatus
 from runrecovery_service.domain.turn import Succeeded
+from runrecovery_service.domain.webhook import WebhookEvent, WebhookFilter
 from runrecovery_service.process.ending import Ending
 from runrecovery_service.recovery import reconcile
 from runrecovery_service.recovery.bulk_session_check import BulkSessionCheck
@@ -40,6 +42,7 @@ from runrecovery_service.storage import (
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.launch_records import LaunchRecord
 from runrecovery_service.storage.recovery_apply import Tally
+from runrecovery_service.storage.sql_dialects import DatabaseKind
 from storage.service_store import (
     DECIDED,
     REASONS,
@@ -244,6 +247,24 @@ def recovered(store: ServiceStore, cause: Cause, **changes: Any) -> Reconciliati
     probe.set_result(PROVED)
     status = RecoveryStatus(None if cause is Cause.SHUTDOWN else probe)
     return make_recovery(store, cause, **changes).run(store.db, status)
+
+
+def test_a_start_forgets_adopted_deliveries_of_webhooks_that_are_not_configured(
+    store: ServiceStore,
+) -> None:
+    if store.db.dialect.kind is not DatabaseKind.SQLITE:
+        pytest.skip("nothing is adopted there")
+    every = WebhookFilter(name="kept", events=frozenset(WebhookEvent))
+    store.db.webhooks = (every, replace(every, name="renamed"))
+    store.cancel(store.create())
+    store.db.webhooks = (every,)
+    store.owner = instances.claim(store.db, boot("other"), now=store.tick())
+    with structlog.testing.capture_logs() as logs:
+        recovered(store, Cause.STARTUP)
+
+    assert store.rows("SELECT webhook, instance FROM webhook_delivery") == [("kept", "other")]
+    (told,) = [line for line in logs if line["event"] == "webhook.forgotten"]
+    assert (told["log_level"], told["webhook"], told["deliveries"]) == ("warning", "renamed", 1)
 
 
 def fail_to_sweep(leases: Sequence[LaunchRecord]) -> Mapping[int, Ending]:

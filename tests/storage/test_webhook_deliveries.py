@@ -12,6 +12,7 @@ from runrecovery_service.domain.errors import Fenced
 from runrecovery_service.domain.found_end import FoundEnd
 from runrecovery_service.domain.reconciliation import Cause
 from runrecovery_service.domain.run import Profile, RestartPolicy, Run, RunStatus
+from runrecovery_service.domain.start_errors import RecoveryInterrupted
 from runrecovery_service.domain.turn import Asked, Succeeded
 from runrecovery_service.domain.webhook import WebhookEvent, WebhookFilter
 from runrecovery_service.storage import (
@@ -238,15 +239,16 @@ def test_deliveries_of_a_run_are_due_in_order_until_they_arrive(store: ServiceSt
     assert webhook_deliveries.next_delivery(store.db, "default", "chat", run.key) is None
 
 
-def test_runs_are_due_by_their_oldest_delivery(store: ServiceStore) -> None:
+def test_each_run_is_due_once_in_turn(store: ServiceStore) -> None:
     first, second, third = (store.waiting() for _ in range(3))
     store.cancel(first)
 
     assert due(store) == [first.key, second.key, third.key]
     assert due(store, without=[first.key]) == [second.key, third.key]
     assert due(store, limit=1) == [first.key]
-    deliver(store, first)
-    assert due(store) == [second.key, third.key, first.key]
+    assert due(store, after=first.key) == [second.key, third.key, first.key]
+    assert due(store, after=first.key, limit=2, without=[third.key]) == [second.key, first.key]
+    assert due(store, after=third.key) == [first.key, second.key, third.key]
 
 
 def test_an_instance_delivers_only_what_is_its_own(store: ServiceStore) -> None:
@@ -314,23 +316,51 @@ def test_deliveries_that_were_given_up_long_ago_are_forgotten(store: ServiceStor
     )
     store.waiting()
 
-    def forget(before: timedelta) -> int:
+    def forget_after(before: timedelta) -> int:
         return webhook_deliveries.forget_given_up(
             store.db, "default", "chat", before=given_up_at + before
         )
 
-    assert [forget(timedelta(0)), forget(timedelta(seconds=1))] == [0, 2]
+    assert [forget_after(timedelta(0)), forget_after(timedelta(seconds=1))] == [0, 2]
     assert len(due(store)) == 1
 
 
-def test_the_deliveries_of_a_removed_webhook_are_forgotten(store: ServiceStore) -> None:
-    store.db.webhooks = (webhook("kept"), webhook("removed"))
-    run = store.waiting()
+def forget(store: ServiceStore, **named: Any) -> dict[str, int]:
+    """Delete the deliveries of webhooks that are not configured."""
+    given: dict[str, Any] = {"stopping": lambda: False} | named
+    return webhook_outbox.forget_removed(store.db, store.owner, **given)
 
-    assert webhook_outbox.forget_removed(store.db, "other", []) == 0
-    assert webhook_outbox.forget_removed(store.db, "default", ["kept"]) == 1
+
+def test_the_deliveries_of_removed_webhooks_are_forgotten_in_short_transactions(
+    store: ServiceStore,
+) -> None:
+    store.db.webhooks = (webhook("kept"), webhook("removed"), webhook("renamed"))
+    run = store.waiting()
+    store.cancel(run)
+    webhook_deliveries.give_up(
+        store.db, "default", "renamed", before=store.tick(), runs=None, now=store.now
+    )
+    store.db.webhooks = (webhook("kept"),)
+
+    assert forget(store, rows=1) == {"removed": 2, "renamed": 2}
     assert (due(store, "kept"), due(store, "removed")) == ([run.key], [])
-    assert webhook_outbox.forget_removed(store.db, "default", []) == 1
+    assert forget(store) == {}
+    store.db.webhooks = ()
+    assert forget(store) == {"kept": 2}
+
+
+def test_a_stop_or_a_newer_epoch_ends_the_forgetting(store: ServiceStore) -> None:
+    store.waiting()
+    store.db.webhooks = ()
+    with pytest.raises(RecoveryInterrupted):
+        forget(store, stopping=lambda: True)
+    owner = store.owner
+    store.restart()
+    store.owner = owner
+    with pytest.raises(Fenced):
+        forget(store)
+
+    assert len(store.rows("SELECT * FROM webhook_delivery")) >= 1
 
 
 def test_another_instance_name_adopts_the_deliveries_of_a_sqlite_store(

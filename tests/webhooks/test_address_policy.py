@@ -27,6 +27,20 @@ PRIVATE = (
     "64:ff9b::7f00:1",
     "64:ff9b::a9fe:a9fe",
     "2002:7f00:1::",
+    "192.0.0.9",
+    "fec0::1",
+    "64:ff9b:1::1",
+    "::10.0.0.1",
+    "::8.8.8.8",
+    "::ffff:0:10.0.0.1",
+    "1000::1",
+    "4000::1",
+    "5f00::1",
+    "3fff::1",
+    "2001::1",
+    "2001:1::1",
+    "2001:20::1",
+    "2001:db8::1",
 )
 PUBLIC = ("8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808")
 NO_HOST = ("0.0.0.0", "::", "224.0.0.1", "ff02::1", "::ffff:0.0.0.0")  # noqa: S104 - not bound
@@ -46,7 +60,7 @@ def test_a_private_address_is_called_only_if_it_is_named(
         )
 
     assert (problem() or "").endswith("is private, and allow_private does not name it")
-    assert (problem("192.0.2.0/24", "2001:db8::/32") or "").endswith("does not name it")
+    assert (problem("192.0.2.0/24", "2001:db8:1::/48") or "").endswith("does not name it")
     assert problem("0.0.0.0/0", "::/0") is None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 from runrecovery_service.webhooks.endpoint import Endpoint
-from runrecovery_service.webhooks.http_post import Answer, PostFailed, post
+from runrecovery_service.webhooks.http_post import Answer, PostFailed, Resolver, post
 from support.certificates import Authority
 from support.waiting import patience_s
 from support.webhook_receiver import Behave, Received, answer, status
@@ -60,6 +61,25 @@ async def test_a_header_that_is_not_http_is_a_failure(new_receiver: NewReceiver)
     headers = {"webhook-id": "run\n_3"}
     with pytest.raises(PostFailed, match="the request would not be HTTP"):
         await post(endpoint(new_receiver().port), headers, BODY)
+
+
+async def test_tries_at_one_time_share_one_resolution_and_later_ones_resolve_again() -> None:
+    resolutions, may_end = list[str](), threading.Event()
+
+    def resolve(host: str, port: int) -> list[str]:
+        resolutions.append(host)
+        assert may_end.wait(patience_s())
+        return [f"127.0.0.{len(resolutions)}"]
+
+    resolver = Resolver(resolve)
+    waiting = [asyncio.create_task(resolver.addresses("hooks.example", 443)) for _ in range(48)]
+    await asyncio.sleep(0)
+    waiting.pop().cancel()
+    may_end.set()
+
+    assert await asyncio.gather(*waiting) == [["127.0.0.1"]] * 47
+    assert await resolver.addresses("hooks.example", 443) == ["127.0.0.2"]
+    assert len(resolutions) == 2
 
 
 async def test_a_redirect_is_an_answer_and_is_not_followed(new_receiver: NewReceiver) -> None:
@@ -146,7 +166,7 @@ async def test_a_name_that_leads_to_a_private_address_is_not_called(
     receiver = new_receiver()
     target = endpoint(receiver.port, host="hooks.example", private=())
 
-    why = await failure(target, resolve=lambda host, port: ["127.0.0.1"])
+    why = await failure(target, resolver=Resolver(lambda host, port: ["127.0.0.1"]))
 
     assert why == "127.0.0.1 is private, and allow_private does not name it"
     assert receiver.received == []
@@ -165,7 +185,8 @@ async def test_the_connection_goes_to_the_address_that_was_checked(
     monkeypatch.setattr(asyncio, "open_connection", connect)
     target = endpoint(receiver.port, host="hooks.example", insecure_http=True, private=())
 
-    assert await failure(target, resolve=lambda *_: resolutions.pop(0)) == "Connection refused"
+    resolver = Resolver(lambda *_: resolutions.pop(0))
+    assert await failure(target, resolver=resolver) == "Connection refused"
     assert (connected, resolutions) == (["8.8.8.8"], [["127.0.0.1"]])
 
 
@@ -173,7 +194,8 @@ async def test_the_next_address_is_tried_when_one_refuses(new_receiver: NewRecei
     receiver = new_receiver()
     target = endpoint(receiver.port, host="hooks.example")
 
-    found = await post(target, HEADERS, BODY, resolve=lambda *_: ["127.8.8.8", "127.0.0.1"])
+    resolver = Resolver(lambda *_: ["127.8.8.8", "127.0.0.1"])
+    found = await post(target, HEADERS, BODY, resolver=resolver)
 
     assert found.status == 204
     assert receiver.received[0].headers["host"] == f"hooks.example:{receiver.port}"
@@ -190,7 +212,8 @@ async def test_a_name_that_does_not_resolve_is_a_failure(error: Exception, why: 
     def resolve(host: str, port: int) -> list[str]:
         raise error
 
-    assert (await failure(endpoint(host="hooks.example"), resolve=resolve)).startswith(why)
+    found = await failure(endpoint(host="hooks.example"), resolver=Resolver(resolve))
+    assert found.startswith(why)
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +240,7 @@ async def test_a_certificate_of_the_host_from_a_trusted_authority_is_accepted(
     receiver = new_receiver(tls=serving(authority, tmp_path, "hooks.example"))
     target = endpoint(receiver.port, host="hooks.example", tls=trusting(authority))
 
-    found = await post(target, HEADERS, BODY, resolve=lambda *_: ["127.0.0.1"])
+    found = await post(target, HEADERS, BODY, resolver=Resolver(lambda *_: ["127.0.0.1"]))
 
     assert (found.status, len(receiver.received)) == (204, 1)
 
@@ -245,7 +268,7 @@ async def test_nothing_is_sent_to_a_host_without_a_valid_certificate(
     receiver = new_receiver(tls=serving(authority, tmp_path, name))
     target = endpoint(receiver.port, host="hooks.example", tls=context(authority))
 
-    assert (await failure(target, resolve=lambda *_: ["127.0.0.1"])).startswith(why)
+    assert (await failure(target, resolver=Resolver(lambda *_: ["127.0.0.1"]))).startswith(why)
     assert receiver.received == []
 
 

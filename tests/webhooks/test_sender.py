@@ -31,9 +31,16 @@ from support.clock import FakeClock
 from support.waiting import until_async
 from support.webhook_receiver import SECRET, status
 
-from .conftest import EVERY, NewReceiver, endpoint
+from .conftest import DELIVERY, EVERY, NewReceiver, endpoint
 
 HOUR = 3600.0
+MORE = (
+    "INSERT INTO webhook_delivery (webhook, instance, run, run_id, engine, sequence, event, status,"
+    " created_at) WITH RECURSIVE n(i) AS (SELECT 100 UNION ALL SELECT i + 1 FROM n WHERE i < 699)"
+    " SELECT webhook, instance, run, run_id, engine, i, event, status, created_at"
+    " FROM webhook_delivery, n WHERE run = ? AND sequence = 3"
+)
+"""Gives a run 600 more deliveries."""
 
 
 @dataclass
@@ -318,7 +325,7 @@ async def test_deliveries_of_a_dead_endpoint_are_given_up_after_their_time_and_k
     bench: Bench, sender: WebhookSender
 ) -> None:
     canceled(bench)
-    sender.state.failing_since = bench.clock.now()
+    sender._note_failure(DELIVERY, "Connection refused")
 
     async def left_due(hours: float) -> int:
         bench.clock.advance(hours * HOUR)
@@ -341,7 +348,7 @@ async def test_after_days_without_the_service_each_delivery_is_tried_for_an_hour
     bench.clock.advance(100 * HOUR)
 
     await sender.tidy()
-    sender.state.failing_since = bench.clock.now()
+    sender._note_failure(DELIVERY, "Connection refused")
     bench.clock.advance(0.9 * HOUR)
     await sender.tidy()
 
@@ -351,11 +358,86 @@ async def test_after_days_without_the_service_each_delivery_is_tried_for_an_hour
     assert sender.state.given_up == 2
 
 
+async def test_a_wall_clock_that_jumps_does_not_end_the_hour(
+    bench: Bench, sender: WebhookSender
+) -> None:
+    failing = canceled(bench)
+    sender._note_failure(DELIVERY, "Connection refused")
+    sender._failing_runs[failing.key] = bench.clock.steady().us
+    bench.clock.wall += timedelta(hours=100)
+
+    await sender.tidy()
+
+    assert sender.state.given_up == 0
+    bench.clock.wall -= timedelta(hours=20)
+    bench.clock.advance(1.1 * HOUR)
+    await sender.tidy()
+    assert sender.state.given_up == 2
+
+
+async def test_an_endpoint_that_is_gone_is_given_up_after_the_hour_too(
+    bench: Bench, sender: WebhookSender
+) -> None:
+    bench.receiving.behave = lambda _: 410
+    canceled(bench)
+    bench.clock.advance(100 * HOUR)
+    sender.start()
+
+    async def is_disabled() -> bool:
+        return sender.state.is_disabled and not sender._runs
+
+    await until_async(is_disabled, "the webhook is disabled")
+    await sender.tidy()
+    assert sender.state.given_up == 0
+
+    bench.clock.advance(1.1 * HOUR)
+    await sender.tidy()
+    assert sender.state.given_up == 2
+
+
+async def test_many_deliveries_are_given_up_revived_and_forgotten_in_short_transactions(
+    bench: Bench, sender: WebhookSender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webhook_deliveries, "ROWS", 1)
+    for _ in range(3):
+        canceled(bench)
+    sender._note_failure(DELIVERY, "Connection refused")
+    bench.clock.advance(73 * HOUR)
+
+    await sender.tidy()
+    assert sender.state.given_up == 6
+    assert await sender.try_again() == 6
+    await sender.tidy()
+    bench.clock.advance(31 * 24 * HOUR)
+    await sender.tidy()
+    assert bench.left() == 0
+
+
+async def test_runs_with_many_deliveries_leave_room_for_others(
+    bench: Bench, sender: WebhookSender
+) -> None:
+    bench.receiving.hanging = asyncio.Event()
+    first = canceled(bench)
+    with bench.store.db.transaction():
+        bench.store.db.execute(MORE, (first.key,))
+    for _ in range(7):
+        canceled(bench)
+    sender.start()
+
+    async def hang() -> bool:
+        return bench.receiving.at_once == 8
+
+    await until_async(hang, "a try of each run is under way")
+    assert sorted(bench.receiving.tried) == [f"run-000{n}_3" for n in range(1, 9)]
+    bench.receiving.hanging.set()
+    await bench.until_arrived(20)
+
+
 async def test_a_run_that_fails_alone_is_given_up_alone(
     bench: Bench, sender: WebhookSender
 ) -> None:
     first, second = canceled(bench), canceled(bench)
-    sender._failing_runs[first.key] = bench.clock.now()
+    sender._failing_runs[first.key] = bench.clock.steady().us
     bench.clock.advance(100 * HOUR)
 
     await sender.tidy()
@@ -368,7 +450,7 @@ async def test_what_was_given_up_is_deleted_after_thirty_days(
     bench: Bench, sender: WebhookSender
 ) -> None:
     canceled(bench)
-    sender.state.is_disabled = True
+    sender._note_failure(DELIVERY, "Connection refused")
     bench.clock.advance(73 * HOUR)
     await sender.tidy()
     bench.clock.advance(29.9 * 24 * HOUR)

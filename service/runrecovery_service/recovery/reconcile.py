@@ -52,6 +52,7 @@ from runrecovery_service.storage import (
     recovery_apply,
     reports,
     session_checks,
+    webhook_outbox,
 )
 from runrecovery_service.storage.adoption import Adopted
 from runrecovery_service.storage.database import Database
@@ -181,6 +182,7 @@ class Recovery:
         is_start = self.cause is Cause.STARTUP
         if is_start:
             self._adopt(db, report)
+            self._forget_removed_webhooks(db)
         with report.phase("orphans"):
             self._end_orphans(db, report)
         scope = ApplyScope(
@@ -236,6 +238,12 @@ class Recovery:
                 runs=previous.runs,
                 launches=previous.launches,
             )
+
+    def _forget_removed_webhooks(self, db: Database) -> None:
+        """Delete the deliveries, adopted ones too, of webhooks that are not configured."""
+        forgotten = webhook_outbox.forget_removed(db, self.owner, stopping=self.stop.is_set)
+        for name, deliveries in forgotten.items():
+            log.warning("webhook.forgotten", webhook=name, deliveries=deliveries)
 
     # -- orphans -------------------------------------------------------------------------------
 

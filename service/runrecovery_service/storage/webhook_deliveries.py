@@ -11,8 +11,19 @@ from runrecovery_service.domain.webhook import WebhookEvent
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.rows import from_us, from_us_or_none, to_us
 
-ROWS_PER_RUN: Final = 8
-"""How many due rows are read for each run that is wanted: a run may have several."""
+ROWS: Final = 5_000
+"""The most rows that one transaction changes. Renewals of the lease run between transactions."""
+
+# Finds each run by one step in the index, however many deliveries it has.
+_DUE: Final = (
+    "SELECT min(run) AS run FROM webhook_delivery"
+    " WHERE instance = ? AND webhook = ? AND given_up_at IS NULL AND run > "
+)
+_DUE_RUNS: Final = (
+    f"WITH RECURSIVE due AS ({_DUE}? UNION ALL"
+    f" SELECT ({_DUE}due.run) FROM due WHERE due.run IS NOT NULL)"
+    " SELECT run FROM due WHERE run IS NOT NULL"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,21 +69,31 @@ class Backlog:
 
 
 def due_runs(
-    db: Database, instance: str, webhook: str, *, without: Collection[int], limit: int
+    db: Database,
+    instance: str,
+    webhook: str,
+    *,
+    without: Collection[int],
+    limit: int,
+    after: int = 0,
 ) -> list[int]:
-    """Return the keys of runs with due deliveries, those with the oldest delivery first.
+    """Return the keys of runs with due deliveries: those behind `after`, then those before.
 
     Args:
         without: keys of runs to leave out.
-        limit: the most runs. Fewer may be returned although more have due deliveries.
+        limit: the most runs.
     """
     others = f" AND run NOT IN ({_marks(without)})" if without else ""
-    rows = db.fetch_all(
-        "SELECT run FROM webhook_delivery WHERE instance = ? AND webhook = ?"
-        f" AND given_up_at IS NULL{others} ORDER BY id LIMIT ?",
-        (instance, webhook, *without, limit * ROWS_PER_RUN),
-    )
-    return list(dict.fromkeys(run for (run,) in rows))[:limit]
+    of = (instance, webhook)
+
+    def behind(key: int) -> list[int]:
+        found = db.fetch_all(f"{_DUE_RUNS}{others} LIMIT ?", (*of, key, *of, *without, limit))
+        return [run for (run,) in found]
+
+    runs = behind(after)
+    if after and len(runs) < limit:
+        runs += behind(0)
+    return list(dict.fromkeys(runs))[:limit]
 
 
 def next_delivery(db: Database, instance: str, webhook: str, run_key: int) -> Delivery | None:
@@ -138,7 +159,7 @@ def give_up(
     runs: Sequence[int] | None,
     now: datetime,
 ) -> int:
-    """Stop trying the deliveries of events from before a time, and return their number.
+    """Stop trying deliveries of events from before a time. Return their number, at most `ROWS`.
 
     Args:
         runs: the keys of the runs; None: all.
@@ -146,30 +167,33 @@ def give_up(
     of_runs = "" if runs is None else f" AND run IN ({_marks(runs)})"
     with db.transaction():
         given_up: int = db.execute(
-            "UPDATE webhook_delivery SET given_up_at = ? WHERE instance = ? AND webhook = ?"
-            f" AND given_up_at IS NULL AND created_at < ?{of_runs}",
-            (to_us(now), instance, webhook, to_us(before), *(runs or ())),
+            "UPDATE webhook_delivery SET given_up_at = ? WHERE id IN (SELECT id"
+            " FROM webhook_delivery WHERE instance = ? AND webhook = ?"
+            f" AND given_up_at IS NULL AND created_at < ?{of_runs} LIMIT ?)",
+            (to_us(now), instance, webhook, to_us(before), *(runs or ()), ROWS),
         ).rowcount
     return given_up
 
 
 def forget_given_up(db: Database, instance: str, webhook: str, *, before: datetime) -> int:
-    """Delete the deliveries that were given up before a time, and return their number."""
+    """Delete deliveries that were given up before a time. Return their number, at most `ROWS`."""
     with db.transaction():
         deleted: int = db.execute(
-            "DELETE FROM webhook_delivery WHERE instance = ? AND webhook = ? AND given_up_at < ?",
-            (instance, webhook, to_us(before)),
+            "DELETE FROM webhook_delivery WHERE id IN (SELECT id FROM webhook_delivery"
+            " WHERE instance = ? AND webhook = ? AND given_up_at < ? LIMIT ?)",
+            (instance, webhook, to_us(before), ROWS),
         ).rowcount
     return deleted
 
 
 def try_again(db: Database, instance: str, webhook: str) -> int:
-    """Make the deliveries that were given up due again, and return their number."""
+    """Make deliveries that were given up due again. Return their number, at most `ROWS`."""
     with db.transaction():
         revived: int = db.execute(
-            "UPDATE webhook_delivery SET given_up_at = NULL WHERE instance = ? AND webhook = ?"
-            " AND given_up_at IS NOT NULL",
-            (instance, webhook),
+            "UPDATE webhook_delivery SET given_up_at = NULL WHERE id IN (SELECT id"
+            " FROM webhook_delivery WHERE instance = ? AND webhook = ?"
+            " AND given_up_at IS NOT NULL LIMIT ?)",
+            (instance, webhook, ROWS),
         ).rowcount
     return revived
 

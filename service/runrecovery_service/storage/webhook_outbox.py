@@ -9,16 +9,20 @@ commits in another order than it counts, so a reader of one common number could 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from typing import Final
 
 from runrecovery_service.domain.run import Run, RunEventKind, RunStatus
+from runrecovery_service.domain.start_errors import RecoveryInterrupted
 from runrecovery_service.domain.webhook import WebhookEvent, WebhookFilter
+from runrecovery_service.storage import instances
 from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.rows import to_us
 from runrecovery_service.storage.tables import sql_words
 
+FORGOTTEN_AT_ONCE: Final = 5_000
 _COLUMNS: Final = (
     "webhook, instance, run, run_id, engine, sequence, event, status, error_code, created_at"
 )
@@ -93,14 +97,44 @@ def _decisions_of(webhook: WebhookFilter) -> Iterator[tuple[WebhookEvent, str]]:
         yield WebhookEvent.WAITING_USER, _ASKS
 
 
-def forget_removed(db: Database, instance: str, webhooks: Collection[str]) -> int:
-    """Delete the deliveries of webhooks that are no longer configured; return their number."""
-    names = sorted(webhooks)
-    others = f" AND webhook NOT IN ({_marks(names)})" if names else ""
-    with db.transaction():
-        deleted: int = db.execute(
-            f"DELETE FROM webhook_delivery WHERE instance = ?{others}", (instance, *names)
-        ).rowcount
+def forget_removed(
+    db: Database, owner: Owner, *, stopping: Callable[[], bool], rows: int = FORGOTTEN_AT_ONCE
+) -> dict[str, int]:
+    """Delete the deliveries of webhooks that are not configured; return their number by name.
+
+    Args:
+        rows: the most rows of one transaction. Renewals of the lease run between transactions.
+
+    Raises:
+        Fenced: a newer epoch of this instance has started.
+        RecoveryInterrupted: the service is to stop.
+    """
+    kept = [webhook.name for webhook in db.webhooks]
+    others = f" AND webhook NOT IN ({_marks(kept)})" if kept else ""
+    names = db.fetch_all(
+        f"SELECT DISTINCT webhook FROM webhook_delivery WHERE instance = ?{others} ORDER BY 1",
+        (owner.instance, *kept),
+    )
+    return {name: _forget(db, owner, name, stopping, rows) for (name,) in names}
+
+
+def _forget(
+    db: Database, owner: Owner, webhook: str, stopping: Callable[[], bool], rows: int
+) -> int:
+    deleted = 0
+    for which in ("given_up_at IS NULL", "given_up_at IS NOT NULL"):  # each has an index
+        found = f"SELECT id FROM webhook_delivery WHERE instance = ? AND webhook = ? AND {which}"
+        count = rows
+        while count:
+            if stopping():
+                raise RecoveryInterrupted
+            with db.transaction():
+                instances.demand_current(db, owner)
+                count = db.execute(
+                    f"DELETE FROM webhook_delivery WHERE id IN ({found} LIMIT ?)",
+                    (owner.instance, webhook, rows),
+                ).rowcount
+            deleted += count
     return deleted
 
 

@@ -9,6 +9,15 @@ Address: TypeAlias = IPv4Address | IPv6Address
 Network: TypeAlias = IPv4Network | IPv6Network
 
 _NAT64: Final = IPv6Network("64:ff9b::/96")
+_UNICAST: Final = IPv6Network("2000::/3")
+"""All that is public in IPv6. Outside of it are also ranges that stand for IPv4 addresses."""
+_RESERVED: Final[tuple[Network, ...]] = (
+    IPv4Network("192.0.0.0/24"),
+    IPv6Network("2001::/23"),
+    IPv6Network("2001:db8::/32"),
+    IPv6Network("3fff::/20"),
+)
+"""Ranges about which releases of Python differ in `is_global`."""
 
 
 def address_problem(
@@ -23,12 +32,18 @@ def address_problem(
     address = _real(ip_address(text.partition("%")[0]))
     if address.is_multicast or address.is_unspecified:
         return f"{address} is no address of a host"
-    if not address.is_global:
+    if not _is_public(address):
         is_allowed = any(address in network for network in private)
         return None if is_allowed else f"{address} is private, and allow_private does not name it"
     if not is_encrypted and not insecure_http:
         return f"{address} is public, and plain HTTP goes to private addresses only"
     return None
+
+
+def _is_public(address: Address) -> bool:
+    if isinstance(address, IPv6Address) and address not in _UNICAST:
+        return False
+    return address.is_global and not any(address in network for network in _RESERVED)
 
 
 def _real(address: Address) -> Address:

@@ -11,8 +11,9 @@ import os
 import socket
 import ssl
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import Final, TypeAlias
 
@@ -55,10 +56,39 @@ def resolve(host: str, port: int) -> list[str]:
     return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
+@dataclass(slots=True, eq=False)
+class Resolver:
+    """Resolves the name of one endpoint. Tries at one time share one resolution.
+
+    A resolution can hang: it has a thread of its own, which nothing can end.
+    """
+
+    resolve: Resolve = resolve
+    _under_way: Future[list[str]] | None = field(default=None, init=False)
+
+    async def addresses(self, host: str, port: int) -> list[str]:
+        """Return the addresses of the host of the endpoint.
+
+        Raises:
+            TimeoutError: there is no result within `CONNECT_S`.
+        """
+        if self._under_way is None or self._under_way.done():
+            self._under_way = daemon_threads.start(lambda: self.resolve(host, port))
+        async with asyncio.timeout(CONNECT_S):
+            return await asyncio.wrap_future(self._under_way)
+
+
 async def post(
-    endpoint: Endpoint, headers: Mapping[str, str], body: bytes, *, resolve: Resolve = resolve
+    endpoint: Endpoint,
+    headers: Mapping[str, str],
+    body: bytes,
+    *,
+    resolver: Resolver | None = None,
 ) -> Answer:
     """Send the body and return the answer. Redirects are not followed.
+
+    Args:
+        resolver: that of the endpoint; None: a new one.
 
     Raises:
         PostFailed: no address is allowed, the host cannot be reached, its certificate is not valid,
@@ -66,7 +96,9 @@ async def post(
     """
     with _failures():
         async with asyncio.timeout(endpoint.timeout_s):
-            reader, writer = await _connect(endpoint, await _addresses(endpoint, resolve))
+            reader, writer = await _connect(
+                endpoint, await _addresses(endpoint, resolver or Resolver())
+            )
             try:
                 return await _exchange(endpoint, headers, body, reader, writer)
             finally:
@@ -96,13 +128,12 @@ def _failures() -> Iterator[None]:
         raise PostFailed("the answer is not HTTP") from error
 
 
-async def _addresses(endpoint: Endpoint, resolve: Resolve) -> list[str]:
+async def _addresses(endpoint: Endpoint, resolver: Resolver) -> list[str]:
     """Return the allowed addresses of the endpoint."""
     host, port = endpoint.host, endpoint.port
     with suppress(ValueError):
         return _allowed(endpoint, [str(ip_address(host))])
-    found = await daemon_threads.run_within(CONNECT_S, lambda: resolve(host, port))
-    return _allowed(endpoint, found)
+    return _allowed(endpoint, await resolver.addresses(host, port))
 
 
 def _allowed(endpoint: Endpoint, addresses: list[str]) -> list[str]:

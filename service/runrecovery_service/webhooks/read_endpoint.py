@@ -53,8 +53,9 @@ def _read_authorities(file: Path) -> str:
     """Return the certificates of a file in PEM."""
     try:
         text = file.read_bytes().decode("ascii", "replace")
-        ssl.create_default_context(cadata=text)
-    except ssl.SSLError as error:
+        # Not `create_default_context`: for an empty text it trusts the authorities of the system.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=text)
+    except (ValueError, ssl.SSLError) as error:
         raise FileRefused(f"{file}: holds no certificates in PEM") from error
     except OSError as error:
         raise FileRefused(f"{file}: {error.strerror}") from error

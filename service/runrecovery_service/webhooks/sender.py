@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Final, TypeAlias
 
 import structlog
@@ -27,7 +28,7 @@ from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.webhook_deliveries import Delivery, Unreadable
 from runrecovery_service.webhooks import message
 from runrecovery_service.webhooks.endpoint import Endpoint
-from runrecovery_service.webhooks.http_post import Answer, PostFailed, post
+from runrecovery_service.webhooks.http_post import Answer, PostFailed, Resolver, post
 from runrecovery_service.webhooks.retries import pause_s, retry_after_s
 
 log = structlog.get_logger()
@@ -40,7 +41,7 @@ POLL_S: Final = 30.0
 STORE_PAUSE_S: Final = 1.0
 """The pause after a query that failed."""
 TIDY_S: Final = 600.0
-FAILING_S: Final = 3_600.0
+FAILING_S: Final = 3_600
 """Deliveries are given up only after tries have failed for this long: a service that was down for
 days must try first."""
 KEPT_DAYS: Final = 30
@@ -90,11 +91,13 @@ class WebhookSender:
     clock: Clock
     stop_signal: StopSignal
     meters: Meters = field(default_factory=Meters)
-    post: Post = post
+    post: Post = field(default_factory=lambda: partial(post, resolver=Resolver()))
     pause: Pause = wait_within
     state: SenderState = field(default_factory=SenderState, init=False)
     _runs: dict[int, asyncio.Task[None]] = field(default_factory=dict, init=False)
-    _failing_runs: dict[int, datetime] = field(default_factory=dict, init=False)
+    _latest_run: int = field(default=0, init=False)
+    _failing_runs: dict[int, int] = field(default_factory=dict, init=False)
+    _failing_us: int | None = field(default=None, init=False)
     _posts: asyncio.Semaphore = field(init=False)
     _woken: asyncio.Event = field(default_factory=asyncio.Event, init=False)
     _at_once: asyncio.Event = field(default_factory=asyncio.Event, init=False)
@@ -140,12 +143,18 @@ class WebhookSender:
 
     async def try_again(self) -> int:
         """Try everything at once, and return how many given-up deliveries are due again."""
-        revived: int = await self.storage.write(
-            webhook_deliveries.try_again, self.owner.instance, self.endpoint.name
-        )
+        revived = await self._in_steps(webhook_deliveries.try_again)
         self.state.is_disabled = False
         self._hurry()
         return revived
+
+    async def _in_steps(self, change: Callable[..., int], **named: object) -> int:
+        """Repeat a change of at most `ROWS` rows until none is left. Return the number of rows."""
+        instance, name = self.owner.instance, self.endpoint.name
+        rows = 0
+        while changed := await self.storage.write_own(change, instance, name, **named):
+            rows += changed
+        return rows
 
     def _hurry(self) -> None:
         """End every pause."""
@@ -193,8 +202,10 @@ class WebhookSender:
             self.endpoint.name,
             without=list(self._runs),
             limit=free,
+            after=self._latest_run,
         )
         for key in keys:
+            self._latest_run = key
             self._runs[key] = asyncio.create_task(self._follow(key), name=f"webhook-run-{key}")
 
     async def _follow(self, run_key: int) -> None:
@@ -237,7 +248,7 @@ class WebhookSender:
                 await self._remove(delivery)
                 continue
             failures += 1
-            self._failing_runs.setdefault(run_key, self.clock.now())
+            self._failing_runs.setdefault(run_key, self.clock.steady().us)
             jitter = random.random()  # noqa: S311 - no secret
             await self.pause(at_once, pause_s(failures, jitter=jitter, retry_after_s=asked_s))
 
@@ -303,6 +314,7 @@ class WebhookSender:
         if state.failing_since is not None:
             log.info("webhook.works_again", webhook=self.endpoint.name)
         state.failing_since, state.last_delivery_at = None, self.clock.now()
+        self._failing_us = None
         state.tries["delivered"] += 1
         self.meters.webhook_tries.add(self.endpoint.name, "delivered")
         log.debug(
@@ -323,7 +335,8 @@ class WebhookSender:
                 sequence=delivery.sequence,
                 reason=reason,
             )
-        state.failing_since = state.failing_since or self.clock.now()
+        if state.failing_since is None:
+            state.failing_since, self._failing_us = self.clock.now(), self.clock.steady().us
         state.last_failure = reason
         state.tries["failed"] += 1
         self.meters.webhook_tries.add(self.endpoint.name, "failed")
@@ -338,28 +351,21 @@ class WebhookSender:
 
     async def tidy(self) -> None:
         """Give up old deliveries that keep failing, and forget those given up long ago."""
-        now, name = self.clock.now(), self.endpoint.name
-        begun_by = now - timedelta(seconds=FAILING_S)
-        since = self.state.failing_since
+        now = self.clock.now()
+        # By the steady clock: a wall clock that jumps must not end the hour.
+        begun_by = self.clock.steady().us - FAILING_S * 1_000_000
         runs = None
-        if not self.state.is_disabled and (since is None or since > begun_by):
+        if self._failing_us is None or self._failing_us > begun_by:
             runs = [key for key, begun in self._failing_runs.items() if begun <= begun_by]
         given_up = 0
         if runs is None or runs:
-            given_up = await self.storage.write_own(
-                webhook_deliveries.give_up,
-                self.owner.instance,
-                name,
-                before=now - timedelta(seconds=self.endpoint.give_up_s),
-                runs=runs,
-                now=now,
+            before = now - timedelta(seconds=self.endpoint.give_up_s)
+            given_up = await self._in_steps(
+                webhook_deliveries.give_up, before=before, runs=runs, now=now
             )
         if given_up:
             self.state.given_up += given_up
-            log.error("webhook.given_up", webhook=name, deliveries=given_up)
-        await self.storage.write_own(
-            webhook_deliveries.forget_given_up,
-            self.owner.instance,
-            name,
-            before=now - timedelta(days=KEPT_DAYS),
+            log.error("webhook.given_up", webhook=self.endpoint.name, deliveries=given_up)
+        await self._in_steps(
+            webhook_deliveries.forget_given_up, before=now - timedelta(days=KEPT_DAYS)
         )
