@@ -28,7 +28,7 @@ from standardwebhooks import Webhook
 from storage.service_store import ServiceStore, boot
 from structlog.testing import capture_logs
 from support.clock import FakeClock
-from support.waiting import until_async
+from support.waiting import patience_s, until_async
 from support.webhook_receiver import SECRET, status
 
 from .conftest import DELIVERY, EVERY, NewReceiver, endpoint
@@ -413,6 +413,20 @@ async def test_many_deliveries_are_given_up_revived_and_forgotten_in_short_trans
     assert bench.left() == 0
 
 
+async def test_a_run_with_new_deliveries_goes_behind_those_that_wait(
+    bench: Bench, sender: WebhookSender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sender_module, "RUNS_AT_ONCE", 1)
+    first, _, _ = (canceled(bench) for _ in range(3))
+    sender._latest_run = first.key  # it was at work before, and has new deliveries
+    sender.start()
+
+    assert [event[:8] for event in await bench.until_arrived(6)] == [
+        "run-0002", "run-0002", "run-0003", "run-0003", "run-0001", "run-0001",
+    ]  # fmt: skip
+    assert sender._latest_run == first.key
+
+
 async def test_runs_with_many_deliveries_leave_room_for_others(
     bench: Bench, sender: WebhookSender
 ) -> None:
@@ -485,6 +499,13 @@ async def test_a_delivery_whose_removal_fails_is_not_sent_again(
     assert [line["event"] for line in logs].count("webhook.store_failed") == 1
 
 
+async def ended(sender: WebhookSender) -> None:
+    """Wait until the sender has ended by itself."""
+    assert sender._task is not None
+    async with asyncio.timeout(patience_s()):
+        await asyncio.gather(sender._task, *sender._runs.values())
+
+
 async def test_a_superseded_instance_stops_and_tries_nothing_more(
     bench: Bench, sender: WebhookSender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -495,8 +516,7 @@ async def test_a_superseded_instance_stops_and_tries_nothing_more(
     for _ in range(10):
         canceled(bench)
     sender.start()
-    assert sender._task is not None
-    await sender._task
+    await ended(sender)
 
     assert isinstance(bench.stop_signal.failure, Fenced)
     assert len(set(bench.receiving.tried)) == len(bench.receiving.tried)
@@ -516,9 +536,7 @@ async def test_a_service_that_fails_starts_no_more_tries(
     await until_async(hang, "eight tries hang, and more wait for their turn")
     bench.stop_signal.fail(LeaseLost("default", 15.0))
     bench.receiving.hanging.set()
-    await asyncio.gather(*sender._runs.values())
-    assert sender._task is not None
-    await sender._task
+    await ended(sender)
 
     assert len(bench.receiving.tried) == 8
 
