@@ -196,10 +196,10 @@ def no_defects(request: pytest.FixtureRequest) -> Iterator[None]:
             found.append(f"{defect} in {event['event']}")
         return event
 
-    before = structlog.get_config()["processors"]
-    structlog.configure(processors=[note, *before])
+    before = structlog.get_config()
+    structlog.configure(processors=[note, *before["processors"]])
     yield
-    structlog.configure(processors=before)
+    structlog.configure(**before)  # all of it: some tests run what configures the log
     marker = request.node.get_closest_marker("expects_defects")
     expected = () if marker is None else marker.args
     assert [one for one in found if one.split()[0] not in expected] == []

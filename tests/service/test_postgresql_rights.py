@@ -21,9 +21,8 @@ def role(postgresql_url: str) -> Iterator[str]:
     name = f"app_{uuid.uuid4().hex[:12]}"
     with psycopg.connect(postgresql_url, autocommit=True) as server:
         server.execute(f"CREATE ROLE {name} LOGIN".encode())
-        server.execute(
-            f"GRANT SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA public TO {name}".encode()
-        )
+        privileges = "SELECT, INSERT, UPDATE, DELETE"
+        server.execute(f"GRANT {privileges} ON ALL TABLES IN SCHEMA public TO {name}".encode())
     yield name
     with psycopg.connect(postgresql_url, autocommit=True) as server:
         server.execute(f"DROP OWNED BY {name}".encode())

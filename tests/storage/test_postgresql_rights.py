@@ -121,7 +121,7 @@ def test_a_role_with_the_documented_privileges_is_accepted(
     administer(
         postgresql_url,
         f"GRANT SELECT ON schema_migration, migration_checksum TO {role}",
-        f"GRANT SELECT, INSERT, UPDATE ON {names} TO {role}",
+        f"GRANT SELECT, INSERT, UPDATE, DELETE ON {names} TO {role}",
     )
 
     assert postgresql_problems(url_of(role, postgresql_url)) == []
@@ -133,6 +133,7 @@ def test_a_role_with_the_documented_privileges_is_accepted(
     [
         ("SELECT ON quarantine", "SELECT on the table `quarantine`"),
         ("INSERT, UPDATE ON run", "INSERT, UPDATE on the table `run`"),
+        ("DELETE ON webhook_delivery", "DELETE on the table `webhook_delivery`"),
     ],
 )
 def test_a_start_reports_each_missing_privilege(

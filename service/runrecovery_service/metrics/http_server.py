@@ -91,6 +91,7 @@ class MetricsServer:
         task.add_done_callback(self._connections.discard)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        is_answered = False
         try:
             async with asyncio.timeout(REQUEST_S):
                 head = await self._head(reader)
@@ -98,13 +99,15 @@ class MetricsServer:
                 writer.write(await self._answer(head))
                 writer.close()
                 await writer.wait_closed()  # until the system has taken everything
+                is_answered = True
         except (TimeoutError, OSError, asyncio.IncompleteReadError):
             pass  # the client is too slow, or has gone
         except Exception:  # the edge of this task: nobody else would report the defect
             log.exception("metrics.defect")
         finally:
             self._silent.pop(writer, None)
-            writer.transport.abort()
+            if not is_answered:  # asyncio's own transport cannot be aborted once it has closed
+                writer.transport.abort()
 
     @staticmethod
     async def _head(reader: asyncio.StreamReader) -> bytes | None:

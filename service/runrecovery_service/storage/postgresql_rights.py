@@ -34,7 +34,8 @@ SELECT c.relname, pg_has_role(c.relowner, 'USAGE'),
   CASE WHEN c.relkind IN ('r', 'p') THEN concat_ws(',',
     CASE WHEN NOT has_table_privilege(c.oid, 'SELECT') THEN 'SELECT' END,
     CASE WHEN NOT has_table_privilege(c.oid, 'INSERT') THEN 'INSERT' END,
-    CASE WHEN NOT has_table_privilege(c.oid, 'UPDATE') THEN 'UPDATE' END
+    CASE WHEN NOT has_table_privilege(c.oid, 'UPDATE') THEN 'UPDATE' END,
+    CASE WHEN NOT has_table_privilege(c.oid, 'DELETE') THEN 'DELETE' END
   ) ELSE '' END
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE n.nspname = current_schema() ORDER BY c.relname"""
