@@ -78,14 +78,7 @@ class SharedParts:
         self.tree_deadline = TreeDeadline(deadline_ns)
         # Before the claim as well: a start that gets no thread must leave no lease behind.
         start_grpc()
-        boot = this_start(settings, locks, self.host)
-        with ExitStack() as made:  # a refused start ends at once: no thread may be left
-            self.storage = Storage(db, self.meters if settings.metrics_listen else None)
-            made.callback(self.storage.close)
-            self.threads = SteadyThreadPool(settings.capacity * 4 + 4, thread_name_prefix="process")
-            made.callback(self.threads.shutdown)
-            self.owner = claim_epoch(db, boot, self.clock, settings.lease_ttl_s)
-            made.pop_all()
+        self._claim()
         self.catalog = build_catalog(settings)
         self.workspaces = Workspaces(locks.data_dir)
         self.output = OutputFiles(self.workspaces, max_bytes=settings.max_output_bytes)
@@ -114,3 +107,15 @@ class SharedParts:
             endpoints=endpoints,
             meters=self.meters,
         )
+
+    def _claim(self) -> None:
+        """Open the storage, start the threads, and claim the next epoch."""
+        settings, is_metered = self.settings, self.calls is not None
+        start = this_start(settings, self.locks, self.host)
+        with ExitStack() as made:  # a refused start ends at once: no thread may be left
+            self.storage = Storage(self.db, self.meters if is_metered else None)
+            made.callback(self.storage.close)
+            self.threads = SteadyThreadPool(settings.capacity * 4 + 4, thread_name_prefix="process")
+            made.callback(self.threads.shutdown)
+            self.owner = claim_epoch(self.db, start, self.clock, settings.lease_ttl_s)
+            made.pop_all()
