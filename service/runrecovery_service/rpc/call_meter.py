@@ -88,5 +88,7 @@ def _code_of(context: Context) -> str:
 
 def _sent_code(context: Context) -> str:
     code = context.code()
+    if code is None:  # gRPC has set none yet: the handler ended well, or was cancelled
+        return "OK"
     number = code.value[0] if isinstance(code, grpc.StatusCode) else code
     return CODES.get(number, "UNKNOWN")
