@@ -4,8 +4,8 @@
         --payloads FILE --streams 1000 --connections 50
 
 It opens the streams, each with the next line of `--payloads` (a serialized request in hexadecimal),
-and says on stdout, a line each: how many are open once every stream has told something, and, as
-CLOCK_MONOTONIC, when the last of them had told an event. It stays until its stdin is closed.
+and says on stdout, a line each: how many are open once every stream has sent something, and, as
+CLOCK_MONOTONIC, when the last of them had sent an event. It stays until its stdin is closed.
 
 `--unread`: it reads nothing, not even what the connection itself needs, and grants no more than the
 window that every stream begins with. It says that the streams are open when they were asked for.
@@ -48,7 +48,12 @@ UNREAD_BUFFER_BYTES: Final = 4096
 
 
 class Watcher:
-    """A connection with streams. `opened` and `told` count the streams that have sent something."""
+    """A connection with streams.
+
+    Attributes:
+        opened: the streams that have sent a message of any kind.
+        with_event: the streams that have sent an event.
+    """
 
     def __init__(self, address: str, *, unread: bool) -> None:
         host, _, port = address.rpartition(":")
@@ -61,7 +66,7 @@ class Watcher:
         self._streams = itertools.count(1, 2)
         self._unread = b""
         self.opened: set[int] = set()
-        self.told: set[int] = set()
+        self.with_event: set[int] = set()
         settings = b"" if unread else struct.pack(">HIHI", 2, 0, 4, LARGEST_WINDOW)
         preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(Frame.SETTINGS, 0, 0, settings)
         if not unread:
@@ -99,9 +104,9 @@ class Watcher:
     def _take(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
         if kind == Frame.DATA:
             if stream in self.opened and len(payload) > EVENT_BYTES:
-                self.told.add(stream)
+                self.with_event.add(stream)
             self.opened.add(stream)
-        elif kind == Frame.HEADERS and flags & END_STREAM and stream not in self.told:
+        elif kind == Frame.HEADERS and flags & END_STREAM and stream not in self.with_event:
             raise ConnectionError(f"a watch failed: {payload!r}")
         elif kind in {Frame.RST_STREAM, Frame.GOAWAY}:
             raise ConnectionError(f"the server ended the watches: {payload!r}")
@@ -116,7 +121,7 @@ def follow(watchers: Sequence[Watcher], streams: int) -> None:
     selector.register(sys.stdin, selectors.EVENT_READ, None)
     for watcher in watchers:
         selector.register(watcher.socket, selectors.EVENT_READ, watcher)
-    opened = told = 0
+    opened = seen = 0
     while True:
         for key, _ in selector.select():
             if key.data is None:
@@ -124,7 +129,7 @@ def follow(watchers: Sequence[Watcher], streams: int) -> None:
             key.data.receive()
         if opened < streams and (opened := sum(len(one.opened) for one in watchers)) == streams:
             print(json.dumps(opened), flush=True)
-        if told < streams and (told := sum(len(one.told) for one in watchers)) == streams:
+        if seen < streams and (seen := sum(len(one.with_event) for one in watchers)) == streams:
             print(json.dumps(time.monotonic()), flush=True)
 
 

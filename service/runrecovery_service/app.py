@@ -113,7 +113,7 @@ async def _run(
 ) -> None:
     parts = SharedParts(settings, locks, db, probe, open_files, endpoints)
     service = _service(parts, entrance, load)
-    gc.freeze()  # later collections need not look at what every start imports and makes
+    gc.freeze()  # later collections skip what a start has imported and built
     gc.enable()  # see `cli.main`
     await service.run()
 

@@ -37,7 +37,7 @@ def plan_reload(present: Settings, read: Settings) -> ReloadPlan:
         ConfigError: what it would take over contradicts what needs a restart.
     """
     differ = [key.name for key in fields(Settings) if _differ(present, read, key.name)]
-    needs_restart = {key: told for key in differ if (told := _needs_restart(key, present, read))}
+    needs_restart = {key: name for key in differ if (name := _needs_restart(key, present, read))}
     changed = tuple(key for key in differ if key not in needs_restart)
     settings = replace(present, **{key: getattr(read, key) for key in changed})
     # `insecure_listen` as it is read: tokens must not be sent in plaintext because the TLS that
