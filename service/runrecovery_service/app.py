@@ -45,6 +45,7 @@ from runrecovery_service.recovery.plan import Planner
 from runrecovery_service.recovery_setup import build_recovery
 from runrecovery_service.reload import Reloader
 from runrecovery_service.reload_setup import reloadable_parts
+from runrecovery_service.rpc.call_tracer import CallTracer
 from runrecovery_service.rpc.listen_address import parse_listen_address
 from runrecovery_service.rpc.recovery_service import RecoveryDeps
 from runrecovery_service.rpc.run_service import RunDeps, RunLimits
@@ -151,6 +152,7 @@ def _service(parts: SharedParts, entrance: Entrance, load: Callable[[], Settings
         max_connections=entrance.connections,
         probe=entrance.probe(parts.gate),
         metrics=_metrics(parts, ownership, work, entrance.metrics_connections),
+        tracer=parts.tracer,
     )
 
 
@@ -240,4 +242,5 @@ def _server(parts: SharedParts, entrance: Entrance, retention: RetentionSweep | 
         guard=entrance.guard,
         public_reflection=settings.public_reflection,
         meter=parts.calls,
+        tracer=None if parts.tracer is None else CallTracer(parts.tracer),
     )

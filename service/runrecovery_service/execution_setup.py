@@ -51,6 +51,7 @@ def build_dispatcher(parts: SharedParts, launcher: Launcher) -> Dispatcher:
             output=parts.output,
             sessions=SessionChecker(workspaces=parts.workspaces),
             meters=parts.meters,
+            tracer=parts.tracer,
             exit_grace_s=parts.settings.exit_grace_s,
         ),
         launcher=launcher,

@@ -42,6 +42,7 @@ from runrecovery_service.reload import Reloader
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.listen_address import bound_address
 from runrecovery_service.rpc.server import GrpcServer
+from runrecovery_service.spans import Tracer
 from runrecovery_service.steady_thread_pool import SteadyThreadPool
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import backup
@@ -275,6 +276,7 @@ class Service:
         max_connections: client connections at one time, for the log.
         probe: answers health checks on an address of their own.
         metrics: answers scrapes; None: metrics are off.
+        tracer: sends spans; None: traces are off.
     """
 
     settings: Settings
@@ -289,6 +291,7 @@ class Service:
     max_connections: int
     probe: GrpcServer | None
     metrics: MetricsServer | None
+    tracer: Tracer | None
 
     async def run(self) -> None:
         """Bind, recover, serve until a stop, and stop in order.
@@ -389,6 +392,8 @@ class Service:
             await self._step("probe", self.probe.stop(grace_s=0.0))
         if self.metrics is not None:
             await self._step("metrics", self.metrics.stop())
+        if self.tracer is not None:
+            await self._step("traces", self.tracer.stop())
         await self._step("storage", asyncio.to_thread(self.ownership.storage.close))
         log.info("service.stopped", epoch=self.ownership.owner.epoch)
 

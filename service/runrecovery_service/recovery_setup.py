@@ -29,6 +29,7 @@ def build_recovery(parts: SharedParts) -> RecoveryRunner:
         ),
         trust=parts.trust,
         find_end=parts.ends.find,
+        tracer=parts.tracer,
     )
     grace_s = settings.cancel_grace_s
     at_stop = replace(

@@ -17,6 +17,7 @@ from runrecovery_service.claim import claim_epoch, this_host, this_start
 from runrecovery_service.clock import Clock
 from runrecovery_service.config.settings import Settings
 from runrecovery_service.domain.reconciliation import Containment
+from runrecovery_service.domain.start_errors import ThreadsRefused
 from runrecovery_service.engine_setup import build_catalog
 from runrecovery_service.execution.found_ends import EndFinder
 from runrecovery_service.execution.running_turns import RunningTurns
@@ -32,6 +33,7 @@ from runrecovery_service.recovery.status import RecoveryStatus
 from runrecovery_service.rpc.call_meter import CallMeter
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.server import start_grpc
+from runrecovery_service.spans import Tracer
 from runrecovery_service.steady_thread_pool import SteadyThreadPool
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage.async_storage import Storage
@@ -117,5 +119,18 @@ class SharedParts:
             made.callback(self.storage.close)
             self.threads = SteadyThreadPool(settings.capacity * 4 + 4, thread_name_prefix="process")
             made.callback(self.threads.shutdown)
+            self.tracer = _tracer(settings)
             self.owner = claim_epoch(self.db, start, self.clock, settings.lease_ttl_s)
             made.pop_all()
+
+
+def _tracer(settings: Settings) -> Tracer | None:
+    if settings.traces is None:
+        return None
+    # Imported here: OpenTelemetry's packages take some 0.2 s.
+    from runrecovery_service.traces.setup import build_tracer  # noqa: PLC0415
+
+    try:
+        return build_tracer(settings.traces, instance=settings.instance)
+    except RuntimeError as error:
+        raise ThreadsRefused(str(error)) from error

@@ -26,6 +26,7 @@ from runrecovery_service.config.settings import (
     RetentionSettings,
     Settings,
     TlsSettings,
+    TraceSettings,
     WebhookSettings,
 )
 from runrecovery_service.domain.recovery_matrix import MATRIX, QUARANTINE_RULE
@@ -96,6 +97,7 @@ def _shown(default: object) -> str:
         ("TLS", TlsSettings),
         ("Callers", CallerSettings),
         ("Retention", RetentionSettings),
+        ("Traces", TraceSettings),
         ("Webhooks", WebhookSettings),
     ],
 )

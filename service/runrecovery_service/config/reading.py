@@ -28,6 +28,7 @@ from runrecovery_service.config.settings import (
     RoleName,
     Settings,
     TlsSettings,
+    TraceSettings,
     WebhookSettings,
 )
 from runrecovery_service.config.values import InvalidValue, Reader
@@ -35,7 +36,15 @@ from runrecovery_service.config.webhooks import webhook_contradictions, webhooks
 from runrecovery_service.domain.run import Profile, RestartPolicy
 from runrecovery_service.engines.presets import PRESETS, Preset
 
-T = TypeVar("T", EngineSettings, TlsSettings, CallerSettings, RetentionSettings, WebhookSettings)
+T = TypeVar(
+    "T",
+    EngineSettings,
+    TlsSettings,
+    CallerSettings,
+    RetentionSettings,
+    TraceSettings,
+    WebhookSettings,
+)
 S = TypeVar("S")
 
 FILE_NAME: Final = "runrecovery.toml"
@@ -274,6 +283,10 @@ def _retention(value: object) -> RetentionSettings:
     return _structure(RetentionSettings, _table(value))
 
 
+def _traces(value: object) -> TraceSettings:
+    return _structure(TraceSettings, _table(value))
+
+
 def _callers(value: object) -> tuple[CallerSettings, ...]:
     return _tables(value, "callers", _caller, _repeated)
 
@@ -403,6 +416,7 @@ _TABLES: Final[Mapping[str, Reader[object]]] = {
     "tls": _tls,
     "callers": _callers,
     "retention": _retention,
+    "traces": _traces,
     "engines": _engines,
     "webhooks": _webhooks,
 }

@@ -242,6 +242,22 @@ class WebhookSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TraceSettings:
+    """The `[traces]` table.
+
+    Attributes:
+        endpoint: the collector, which speaks OTLP over HTTP; spans go to `/v1/traces` below it.
+        sample_ratio: the part of the traces that is recorded, from 0 to 1.
+        sample_by_caller: a caller that sends `traceparent` decides whether its calls, and the runs
+            it creates, are recorded. False: `sample_ratio` decides for every trace.
+    """
+
+    endpoint: Annotated[str, values.collector_url]
+    sample_ratio: Annotated[float, values.ratio] = 1.0
+    sample_by_caller: Annotated[bool, values.boolean] = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """The whole configuration. Relative paths start from the working directory.
 
@@ -295,6 +311,7 @@ class Settings:
         public_reflection: reflection needs no caller.
         callers: who may call, and what. Without any, whoever connects may do everything.
         retention: how long ended runs and their files are kept. Without it for ever.
+        traces: where spans are sent. Without it none are made.
         engines: the engines that runs may use, by name.
         webhooks: addresses that get events of runs.
     """
@@ -341,6 +358,7 @@ class Settings:
     tls: TlsSettings | None = None
     callers: tuple[CallerSettings, ...] = ()
     retention: RetentionSettings | None = None
+    traces: TraceSettings | None = None
     engines: Mapping[str, EngineSettings] = field(default_factory=dict)
     webhooks: tuple[WebhookSettings, ...] = ()
 
@@ -350,7 +368,7 @@ class Settings:
         return self.max_concurrent or machine_capacity()
 
 
-TABLES: Final = frozenset({"tls", "callers", "retention", "engines", "webhooks"})
+TABLES: Final = frozenset({"tls", "callers", "retention", "traces", "engines", "webhooks"})
 """The keys with tables of their own, which only a file can hold."""
 SCALARS: Final = tuple(key.name for key in fields(Settings) if key.name not in TABLES)
 """The keys that a flag or an environment variable may set."""

@@ -333,6 +333,23 @@ def words_of(kind: type[E]) -> Reader[tuple[E, ...]]:
 
 
 def webhook_url(value: object) -> str:
+    return _http_url(value, instead="deliveries are signed")
+
+
+def collector_url(value: object) -> str:
+    url = _http_url(value, instead="headers come from the environment")
+    if urlsplit(url).query:
+        raise InvalidValue("must not have a query (?…)")
+    return url
+
+
+def ratio(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise InvalidValue(f"must be a number from 0 to 1, not {quote(value)}")
+    return float(value)
+
+
+def _http_url(value: object, *, instead: str) -> str:
     # No message quotes the value: path and query of a webhook may be secret.
     url = filled(value)
     if not _URL.fullmatch(url):
@@ -345,7 +362,7 @@ def webhook_url(value: object) -> str:
     if parts.scheme not in {"https", "http"}:
         raise InvalidValue("must begin with https:// or http://")
     if parts.username is not None or parts.password is not None:
-        raise InvalidValue("must not hold a user or a password; deliveries are signed")
+        raise InvalidValue(f"must not hold a user or a password; {instead}")
     if parts.fragment:
         raise InvalidValue("must not have a fragment (#…)")
     if port == 0 or not (":" in (parts.hostname or "") or _HOST.fullmatch(parts.hostname or "")):

@@ -219,7 +219,11 @@ class Dispatcher:
     async def _follow(self, supervisor: TurnSupervisor) -> None:
         try:
             await supervisor.follow()
+        except asyncio.CancelledError:
+            supervisor.records.log.left()
+            raise
         except Fenced as error:
+            supervisor.records.log.left()
             self.stop_signal.fail(error)
             return  # its process is left to `stop`, which comes next
         except Exception:  # the edge of this task: no caller would get the error

@@ -252,8 +252,8 @@ class Launch:
             "RUNRECOVERY_RUN_ID": run.run_id,
             "RUNRECOVERY_ATTEMPT": str(run.attempt),
         }
-        if run.traceparent is not None:
-            extra["TRACEPARENT"] = run.traceparent
+        if (traceparent := self.records.log.traceparent) is not None:
+            extra["TRACEPARENT"] = traceparent
         return agent_environment(engine.env_allow, self.launcher.environ, extra)
 
     def _make_workspace(self) -> Path:

@@ -14,7 +14,9 @@ from runrecovery_service.execution.turn_log import TurnLog
 from runrecovery_service.execution.turn_permissions import TurnPermissions
 from runrecovery_service.execution.turn_records import TurnRecords
 from runrecovery_service.execution.turn_sessions import TurnSessions
+from runrecovery_service.execution.turn_spans import begin_spans
 from runrecovery_service.meters import Meters
+from runrecovery_service.spans import Tracer
 from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.turns import Turn
@@ -25,6 +27,7 @@ class SupervisorFactory:
     """Makes the supervisor of each turn.
 
     Attributes:
+        tracer: gets the spans of turns; None: traces are off.
         exit_grace_s: how long a process may run after its end or its last output.
     """
 
@@ -36,6 +39,7 @@ class SupervisorFactory:
     output: OutputFiles
     sessions: SessionChecker
     meters: Meters
+    tracer: Tracer | None = None
     exit_grace_s: float
 
     def supervise(self, turn: Turn) -> TurnSupervisor:
@@ -44,12 +48,13 @@ class SupervisorFactory:
         The turn keeps the engines of this moment, whatever is reloaded later.
         """
         catalog = self.catalog.snapshot()
+        spans = None if self.tracer is None else begin_spans(turn, self.tracer)
         records = TurnRecords(
             storage=self.storage,
             owner=self.owner,
             clock=self.clock,
             turn=turn,
-            log=TurnLog(turn.run, self.meters),
+            log=TurnLog(turn.run, spans, self.meters),
         )
         launch = Launch(launcher=self.launcher, records=records)
         return TurnSupervisor(

@@ -12,6 +12,7 @@ import structlog
 
 from runrecovery_service.domain.errors import Fenced, error_facts, is_outage
 from runrecovery_service.domain.run import Run, RunStatus
+from runrecovery_service.execution.turn_spans import TurnSpans
 from runrecovery_service.meters import Meters
 from runrecovery_service.periodic import Backoff
 from runrecovery_service.storage.driver_errors import is_unstorable
@@ -28,11 +29,13 @@ class TurnLog:
     """Logs for one turn, and counts: each line names the run, the attempt and the turn.
 
     Attributes:
+        spans: end with what they stand for; None: nothing is traced.
         meters: get what is counted.
         begun_s: when the turn got its slot, by `monotonic`.
     """
 
     run: Run
+    spans: TurnSpans | None = None
     meters: Meters = field(default_factory=Meters)
     begun_s: float = field(default_factory=monotonic)
 
@@ -47,6 +50,8 @@ class TurnLog:
     def launched(self, *, pid: int | None, shim: int) -> None:
         """Log that the agent has started."""
         self.info("execution.launched", pid=pid, shim=shim)
+        if self.spans is not None:
+            self.spans.launched()
         self.meters.launch_seconds.observe(monotonic() - self.begun_s, self.run.engine)
 
     def output_lost(self, *, channel: str, error: str | None) -> None:
@@ -54,11 +59,30 @@ class TurnLog:
         self.warning("execution.output_lost", channel=channel, error=error)
         self.meters.output_lost.add(self.run.engine)
 
-    def turn_ended(self, *, status: RunStatus | None, **facts: object) -> None:
+    def turn_ended(
+        self, *, status: RunStatus | None, error_code: str | None, **facts: object
+    ) -> None:
         """Log how the turn has ended, once that is on record."""
-        self.info("execution.turn_ended", status=status and status.value, **facts)
+        self.info(
+            "execution.turn_ended",
+            status=status and status.value,
+            error_code=error_code,
+            **facts,
+        )
+        if self.spans is not None:
+            self.spans.ended(status, error_code)
         took_s = monotonic() - self.begun_s
         self.meters.turn_seconds.observe(took_s, self.run.engine, status or "UNKNOWN")
+
+    def left(self) -> None:
+        """End the spans: the service stops, and the turn is left to the recovery."""
+        if self.spans is not None:
+            self.spans.left()
+
+    @property
+    def traceparent(self) -> str | None:
+        """The context that the agent gets."""
+        return self.run.traceparent if self.spans is None else self.spans.traceparent
 
     @property
     def _turn(self) -> dict[str, object]:

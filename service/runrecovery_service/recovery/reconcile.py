@@ -41,8 +41,10 @@ from runrecovery_service.process.ending import Ending
 from runrecovery_service.recovery import report_warnings
 from runrecovery_service.recovery.bulk_session_check import BulkSessionCheck, changed_findings
 from runrecovery_service.recovery.find_end import FindEnd, find_no_end
+from runrecovery_service.recovery.recovery_spans import begin_spans
 from runrecovery_service.recovery.report import ReportBuilder
 from runrecovery_service.recovery.status import RecoveryStatus
+from runrecovery_service.spans import Tracer
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import (
     adoption,
@@ -122,6 +124,7 @@ class Recovery:
         cause: the start or the planned stop.
         stop: interrupts the recovery.
         find_end: finds the ends of turns in their kept output.
+        tracer: gets the spans of the recovery; None: traces are off.
     """
 
     owner: Owner
@@ -133,6 +136,7 @@ class Recovery:
     launches: EndsLaunches
     trust: TrustCleaner
     find_end: FindEnd = find_no_end
+    tracer: Tracer | None = None
 
     @property
     def before_epoch(self) -> int:
@@ -157,6 +161,13 @@ class Recovery:
             clock=self.clock,
         )
         report.open(db)
+        if self.tracer is not None:
+            report.spans = begin_spans(
+                self.tracer,
+                self.owner,
+                cause=self.cause,
+                reconciliation_id=report.reconciliation_id,
+            )
         status.report_id = report.reconciliation_id
         log.info(
             "recovery.started",
@@ -174,6 +185,8 @@ class Recovery:
             self._fail(db, report, error)
             raise
         status.report = completed
+        if report.spans is not None:
+            report.spans.completed(completed)
         _log_completed(report, completed)
         return completed
 
@@ -218,6 +231,8 @@ class Recovery:
         interrupted = isinstance(error, RecoveryInterrupted)
         reason = reports.INTERRUPTED if interrupted else type(error).__name__
         log.error("recovery.failed", **_identity(report), error=reason)
+        if report.spans is not None:
+            report.spans.failed(reason)
         try:
             report.fail(db, reason)
         except Exception:  # noqa: BLE001 - the store may have failed; the next start closes the report

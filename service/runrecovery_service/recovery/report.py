@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import starmap
@@ -21,6 +21,7 @@ from runrecovery_service.domain.reconciliation import (
     ReconciliationState,
     TrustRemoval,
 )
+from runrecovery_service.recovery.recovery_spans import RecoverySpans
 from runrecovery_service.recovery.report_warnings import run_quarantined
 from runrecovery_service.storage import reports
 from runrecovery_service.storage.database import Database
@@ -34,6 +35,7 @@ class ReportBuilder:
     """Collects the counts, phases and warnings of a recovery.
 
     Attributes:
+        spans: of the recovery and its phases; None: traces are off.
         key: the primary key of the report, once `open` has written it.
         tally: the counts of all committed batches.
     """
@@ -43,6 +45,7 @@ class ReportBuilder:
     cause: Cause
     safe_mode: bool
     clock: Clock
+    spans: RecoverySpans | None = None
     key: int = field(default=0, init=False)
     started_at: datetime = field(init=False)
     runs_total: int = field(default=0, init=False)
@@ -69,7 +72,8 @@ class ReportBuilder:
     def phase(self, name: str) -> Iterator[None]:
         """Record the duration of one phase of the recovery."""
         begun = time.monotonic()
-        yield
+        with nullcontext() if self.spans is None else self.spans.phase(name):
+            yield
         self.phases.append(Phase(name=name, duration_s=round(time.monotonic() - begun, 6)))
 
     def write(self, db: Database, batch: Tally | None = None) -> None:

@@ -46,7 +46,7 @@ class CallMeter:
             try:
                 return await respond(payload, context)
             except BaseException:
-                code = _code_of(context)
+                code = code_of(context)
                 raise
             finally:
                 calls.add(method, code)
@@ -67,11 +67,11 @@ class CallMeter:
             try:
                 await respond(payload, context)
             except BaseException:
-                code = _code_of(context)
+                code = code_of(context)
                 raise
             finally:
                 self.open_streams[method] -= 1
-                self.meters.calls.add(method, code or _sent_code(context))
+                self.meters.calls.add(method, code or sent_code(context))
 
         return call
 
@@ -80,13 +80,14 @@ class CallMeter:
         self.meters.streams_cut.add(method)
 
 
-def _code_of(context: Context) -> str:
+def code_of(context: Context) -> str:
     """Return the code of a call that was aborted; CANCELLED if its caller has gone."""
-    code = _sent_code(context)
+    code = sent_code(context)
     return "CANCELLED" if code == "OK" else code
 
 
-def _sent_code(context: Context) -> str:
+def sent_code(context: Context) -> str:
+    """Return the name of the code that was sent, OK if none was."""
     code = context.code()
     if code is None:  # gRPC has set none yet: the handler ended well, or was cancelled
         return "OK"

@@ -30,6 +30,7 @@ from runrecovery_service.domain.errors import (
 )
 from runrecovery_service.rpc import errors
 from runrecovery_service.rpc.call_meter import CallMeter
+from runrecovery_service.rpc.call_tracer import CallTracer
 from runrecovery_service.rpc.callers import CALLER, CallerGuard
 from runrecovery_service.rpc.gate import Access, Gate, ServiceState
 from runrecovery_service.rpc.open_calls import OpenCalls
@@ -63,6 +64,7 @@ class MethodWrapper:
         stall_s: seconds after which a stream is closed if its reader has taken nothing.
         guard: admits callers; None: everyone may call everything.
         meter: counts and times calls; None: nobody reads that.
+        tracer: reports calls as spans; None: traces are off.
     """
 
     def __init__(
@@ -74,9 +76,11 @@ class MethodWrapper:
         stall_s: float,
         guard: CallerGuard | None = None,
         meter: CallMeter | None = None,
+        tracer: CallTracer | None = None,
     ) -> None:
         self._gate = gate
         self._meter = meter
+        self._tracer = tracer
         self._guard = guard
         self._max_calls = max_calls
         self._max_streams = max_streams
@@ -108,7 +112,8 @@ class MethodWrapper:
                 self._open_unary -= weight
                 self._release(caller)
 
-        return call if self._meter is None else self._meter.unary(method.name, call)
+        traced = call if self._tracer is None else self._tracer.wrap(method.name, call)
+        return traced if self._meter is None else self._meter.unary(method.name, traced)
 
     def stream(
         self, method: Method, respond: Stream
@@ -136,7 +141,8 @@ class MethodWrapper:
                 self._open_streams -= 1
                 self._release(caller)
 
-        return call if self._meter is None else self._meter.stream(method.name, call)
+        traced = call if self._tracer is None else self._tracer.wrap(method.name, call)
+        return traced if self._meter is None else self._meter.stream(method.name, traced)
 
     async def _admit(self, context: Context, method: Method) -> Caller:
         if self._guard is not None:

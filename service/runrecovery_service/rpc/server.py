@@ -22,6 +22,7 @@ from runrecovery.v1 import recovery_service_pb2, run_service_pb2
 from runrecovery_service.domain.start_errors import ThreadsRefused
 from runrecovery_service.rpc import standard_handlers
 from runrecovery_service.rpc.call_meter import CallMeter
+from runrecovery_service.rpc.call_tracer import CallTracer
 from runrecovery_service.rpc.callers import CallerGuard
 from runrecovery_service.rpc.gate import Access, Gate
 from runrecovery_service.rpc.health import HealthServicer
@@ -305,6 +306,7 @@ def build_server(
     guard: CallerGuard | None = None,
     public_reflection: bool = False,
     meter: CallMeter | None = None,
+    tracer: CallTracer | None = None,
 ) -> GrpcServer:
     """Return the server with every service; it does not listen yet.
 
@@ -312,7 +314,7 @@ def build_server(
         tls: None: connections are not encrypted.
         guard: admits callers; None: everyone may call everything.
         public_reflection: reflection needs no caller.
-        meter: counts and times the calls of the contract; None: nobody reads that.
+        meter, tracer: of the calls of the contract; None: metrics or traces are off.
     """
     wrapper = MethodWrapper(
         gate,
@@ -321,6 +323,7 @@ def build_server(
         stall_s=limits.stall_s,
         guard=guard,
         meter=meter,
+        tracer=tracer,
     )
     services = (RUN_SERVICE.full_name, RECOVERY_SERVICE.full_name, HEALTH.full_name)
     all_handlers = (

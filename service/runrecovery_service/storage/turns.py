@@ -61,6 +61,7 @@ class Turn:
         reply: the accepted reply with which the process resumes the session.
         interruption: the interruption after which the process resumes the session.
         session_usage: what earlier processes of the session have reported.
+        queued_at: the last change of the run before it was taken.
     """
 
     run: Run
@@ -68,6 +69,7 @@ class Turn:
     reply: Interaction | None = None
     interruption: Interruption | None = None
     session_usage: SessionUsage | None = None
+    queued_at: datetime | None = None
 
 
 @use_case.retried
@@ -106,6 +108,7 @@ def _take(
     reply = last if last is not None and last.state is InteractionState.ANSWERED else None
     interruption = interruptions.pending(db, run, last) if reply is None else None
     columns: dict[str, object] = {"turn": run.turn + 1, "resume_at": None}
+    queued_at = run.updated_at
     if interruption is None:
         columns |= {**interruptions.NONE, **(_first_turn(run, now) if reply is None else {})}
     if run.max_run_s is not None and run.run_deadline_at is None:
@@ -131,6 +134,7 @@ def _take(
         reply=reply,
         interruption=interruption,
         session_usage=usage.of_session(db, run.key) if reply or interruption else None,
+        queued_at=queued_at,
     )
 
 

@@ -1,0 +1,58 @@
+"""The spans of one turn: its wait for a slot, its launch, and the turn itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from runrecovery_service.domain.run import RunStatus
+from runrecovery_service.spans import NO_FACTS, Span, Tracer
+from runrecovery_service.storage.turns import Turn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnSpans:
+    """The spans of a turn that has its slot. All are in the trace that is stored with the run.
+
+    Attributes:
+        turn: the span of the turn.
+        launch: the span of the launch, which is below that of the turn.
+    """
+
+    turn: Span
+    launch: Span
+
+    @property
+    def traceparent(self) -> str | None:
+        """The context that the agent gets."""
+        return self.turn.traceparent
+
+    def launched(self) -> None:
+        """End the launch: the agent has started."""
+        self.launch.end()
+
+    def ended(self, status: RunStatus | None, error: str | None) -> None:
+        """End the turn, with the status of the run then, and with the error of the run."""
+        facts = NO_FACTS if status is None else {"runrecovery.status": status.value}
+        self.launch.end(error=error or "NOT_LAUNCHED")  # unless the agent has started
+        self.turn.end(facts, error=error)
+
+    def left(self) -> None:
+        """End the turn as far as it is known: the service stops while it runs."""
+        self.launch.end(error="SERVICE_STOPPED")
+        self.turn.end(error="SERVICE_STOPPED")
+
+
+def begin_spans(turn: Turn, tracer: Tracer) -> TurnSpans:
+    """Begin the spans of a turn that got its slot now."""
+    run = turn.run
+    facts: dict[str, str | int] = {
+        "runrecovery.run_id": run.run_id,
+        "runrecovery.engine": run.engine,
+        "runrecovery.attempt": run.attempt,
+        "runrecovery.turn": run.turn,
+    }
+    if turn.queued_at is not None:
+        waited_from_ns = round(turn.queued_at.timestamp() * 1e6) * 1000
+        tracer.start("queue", run.traceparent, facts, start_ns=waited_from_ns).end()
+    span = tracer.start("turn", run.traceparent, facts)
+    return TurnSpans(turn=span, launch=tracer.start("launch", span.traceparent, facts))

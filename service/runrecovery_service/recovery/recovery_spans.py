@@ -1,0 +1,59 @@
+"""The spans of one recovery: the recovery itself, and each of its phases."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from runrecovery_service.domain.reconciliation import Cause, Reconciliation
+from runrecovery_service.spans import Span, Tracer
+from runrecovery_service.storage.instances import Owner
+
+
+@dataclass(frozen=True, slots=True)
+class RecoverySpans:
+    """The spans of a recovery that has begun. They are a trace of their own."""
+
+    tracer: Tracer
+    recovery: Span
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Report one phase as a span."""
+        span, error = self.tracer.start(name, self.recovery.traceparent), None
+        try:
+            yield
+        except BaseException as raised:
+            error = type(raised).__name__
+            raise
+        finally:
+            span.end(error=error)
+
+    def completed(self, report: Reconciliation) -> None:
+        """End the recovery with what its report counts."""
+        self.recovery.end(
+            {
+                "runrecovery.runs_scanned": report.runs_scanned,
+                "runrecovery.quarantined": report.quarantined,
+                "runrecovery.orphans_ended": report.orphans.ended,
+                "runrecovery.safe_mode": report.safe_mode,
+            }
+        )
+
+    def failed(self, reason: str) -> None:
+        """End a recovery that failed."""
+        self.recovery.end(error=reason)
+
+
+def begin_spans(
+    tracer: Tracer, owner: Owner, *, cause: Cause, reconciliation_id: str
+) -> RecoverySpans:
+    """Begin the spans of a recovery."""
+    facts: dict[str, str | int] = {
+        "runrecovery.reconciliation_id": reconciliation_id,
+        "runrecovery.cause": cause.value,
+        "runrecovery.instance": owner.instance,
+        "runrecovery.epoch": owner.epoch,
+    }
+    return RecoverySpans(tracer, tracer.start("recovery", None, facts))

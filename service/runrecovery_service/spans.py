@@ -1,0 +1,64 @@
+"""What the service reports to a trace: spans, without any tracing library.
+
+A room that gets a `Tracer` starts spans; while traces are off it gets none. `traces/` sends spans
+to a collector. No span has an input, an output, a reply, a session handle or a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum, auto
+from typing import Final, Protocol, TypeAlias
+
+Facts: TypeAlias = Mapping[str, str | int | float | bool]
+
+NO_FACTS: Final[Facts] = {}
+
+
+class SpanKind(Enum):
+    """Whether a span answers a call of another program."""
+
+    INTERNAL = auto()
+    SERVER = auto()
+
+
+class Span(Protocol):
+    """A piece of work that has begun."""
+
+    @property
+    def traceparent(self) -> str | None:
+        """The context in which work below this span reports (W3C `traceparent`)."""
+        ...
+
+    def end(self, facts: Facts = NO_FACTS, *, error: str | None = None) -> None:
+        """End the span. A span that has ended is left as it is.
+
+        Args:
+            error: the kind of the failure, a word of few values.
+        """
+        ...
+
+
+class Tracer(Protocol):
+    """Starts spans. It may be used by every thread, never waits, and never raises."""
+
+    def start(
+        self,
+        name: str,
+        parent: str | None,
+        facts: Facts = NO_FACTS,
+        *,
+        kind: SpanKind = SpanKind.INTERNAL,
+        start_ns: int | None = None,
+    ) -> Span:
+        """Return a new span.
+
+        Args:
+            parent: a W3C `traceparent`; None: the span begins a trace.
+            start_ns: the start in nanoseconds since 1970, if it was not now.
+        """
+        ...
+
+    async def stop(self) -> None:
+        """Send the spans that have ended, for a bounded time."""
+        ...

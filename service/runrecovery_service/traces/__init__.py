@@ -1,0 +1,1 @@
+"""Sends spans to a collector. Imported only when `[traces]` is set."""

@@ -1,0 +1,70 @@
+"""Builds what sends spans to the collector of `[traces]`, with OpenTelemetry's SDK."""
+
+from __future__ import annotations
+
+import logging
+from typing import Final
+
+import requests
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.sampling import ParentBased, Sampler, TraceIdRatioBased
+
+from runrecovery_service import __version__
+from runrecovery_service.config.settings import TraceSettings
+from runrecovery_service.traces.otel_tracer import OtelTracer
+from runrecovery_service.traces.reporting_exporter import ReportingExporter
+
+QUEUE_SPANS: Final = 4096
+"""Ended spans that wait for the collector. More replace the oldest."""
+BATCH_SPANS: Final = 512
+DELAY_MS: Final = 1000
+EXPORT_S: Final = 5.0
+"""Time to send one batch, with every retry."""
+
+
+def build_tracer(settings: TraceSettings, *, instance: str) -> OtelTracer:
+    """Return the tracer. It starts the thread that sends."""
+    # The SDK logs every retry. `ReportingExporter` reports the failures once.
+    logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
+    provider = TracerProvider(
+        sampler=sampler(settings),
+        resource=Resource(
+            {
+                "service.name": "runrecovery",
+                "service.version": __version__,
+                "service.instance.id": instance,
+            }
+        ),
+        shutdown_on_exit=False,  # the exit of the process would wait for a collector that hangs
+    )
+    session = requests.Session()
+    session.trust_env = False  # no proxy, and no password of ~/.netrc
+    exporter = OTLPSpanExporter(
+        endpoint=traces_url(settings.endpoint), timeout=EXPORT_S, session=session
+    )
+    provider.add_span_processor(
+        BatchSpanProcessor(
+            ReportingExporter(exporter),
+            max_queue_size=QUEUE_SPANS,
+            max_export_batch_size=BATCH_SPANS,
+            schedule_delay_millis=DELAY_MS,
+        )
+    )
+    return OtelTracer(provider)
+
+
+def traces_url(endpoint: str) -> str:
+    """Return where spans are sent: `/v1/traces` below the endpoint, as OTLP defines it."""
+    return f"{endpoint.rstrip('/')}/v1/traces"
+
+
+def sampler(settings: TraceSettings) -> Sampler:
+    """Return what decides which traces are recorded."""
+    by_ratio = TraceIdRatioBased(settings.sample_ratio)
+    if settings.sample_by_caller:
+        return ParentBased(by_ratio)
+    # By the trace id alone, so that all spans of a run are recorded, or none.
+    return by_ratio

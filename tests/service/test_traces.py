@@ -1,0 +1,159 @@
+"""With `[traces]` the service sends spans to a collector, and no collector can slow it down."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+
+from google.protobuf.json_format import MessageToDict
+from runrecovery.v1 import run_service_pb2 as pb
+from support.api import struct
+from support.engines import script
+from support.service import Home
+from support.trace_collector import Collected, Collector
+from support.waiting import until
+
+TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+HIDDEN = "hidden-from-traces"
+ASKS = """
+import json, os, sys
+message = json.loads(sys.stdin.readline())
+found = os.environ.get("TRACEPARENT")
+if message["type"] == "resume":
+    print(json.dumps({"type": "result", "output": {"found": found}}), flush=True)
+else:
+    print(json.dumps({"type": "session", "value": "hidden-from-traces"}), flush=True)
+    print(json.dumps({"type": "ask", "kind": "open_text", "prompt": str(found)}), flush=True)
+"""
+
+
+def test_the_spans_of_a_run_join_the_trace_of_its_caller_over_a_kill(
+    new_home: Callable[..., Home],
+) -> None:
+    with Collector() as collector:
+        home = new_home(engines={"asks": script(ASKS)}, traces={"endpoint": collector.endpoint})
+        service, api = home.start()
+        request = pb.CreateRunRequest(engine="asks", run_id="r", input=struct({"x": HIDDEN}))
+        metadata = (("traceparent", f"00-{TRACE}-{CALLER}-01"),)
+        api.runs.CreateRun(request, metadata=metadata, timeout=30)
+        asked = api.until_status("r", "WAITING_USER").pending_interaction.prompt
+        until(lambda: collector.named("turn"), "the first turn is exported")
+        service.kill()
+        service, api = home.start()
+        api.reply("r", 1, HIDDEN)
+        found = MessageToDict(api.until_ended("r").output)["found"]
+        service.stop()
+
+        spans = [span for span in collector.spans if span.trace_id == TRACE]
+        [call] = [span for span in spans if span.name == "runrecovery.v1.RunService/CreateRun"]
+        turns = [span for span in spans if span.name == "turn"]
+        assert call.parent_id == CALLER
+        assert call.facts["rpc.response.status_code"] == "OK"
+        assert [facts(turn) for turn in turns] == [
+            ("r", "asks", 1, 1, "WAITING_USER"),
+            ("r", "asks", 1, 2, "SUCCEEDED"),
+        ]
+        assert {turn.parent_id for turn in turns} == {call.span_id}
+        assert [asked, found] == [f"00-{TRACE}-{turn.span_id}-01" for turn in turns]
+        launches = [span for span in spans if span.name == "launch"]
+        assert [launch.parent_id for launch in launches] == [turn.span_id for turn in turns]
+        queues = [span for span in spans if span.name == "queue"]
+        assert [queue.parent_id for queue in queues] == [call.span_id] * 2
+        assert all(
+            queue.start_ns <= queue.end_ns <= turn.end_ns
+            for queue, turn in zip(queues, turns, strict=True)
+        )
+        assert not any(span.has_failed for span in spans)
+        assert HIDDEN.encode() not in b"".join(collector.bodies)
+        phases = {span.name for span in collector.spans if span.parent_id == recoveries(collector)}
+        assert phases == {
+            "orphans", "sessions", "converge", "bindings", "trust", "deadlines", "containment"
+        }  # fmt: skip
+
+
+def facts(turn: Collected) -> tuple[object, ...]:
+    keys = ("run_id", "engine", "attempt", "turn", "status")
+    return tuple(turn.facts[f"runrecovery.{key}"] for key in keys)
+
+
+def recoveries(collector: Collector) -> str:
+    """Return the span of the second start's recovery."""
+    [found] = [
+        span.span_id
+        for span in collector.named("recovery")
+        if (span.facts["runrecovery.epoch"], span.facts["runrecovery.cause"]) == (2, "STARTUP")
+    ]
+    return found
+
+
+def test_a_turn_that_a_stop_interrupts_is_exported_before_the_service_ends(
+    new_home: Callable[..., Home],
+) -> None:
+    with Collector() as collector:
+        home = new_home(
+            engines={"works": script("import time; print(flush=True); time.sleep(600)")},
+            traces={"endpoint": collector.endpoint},
+        )
+        service, api = home.start()
+        api.create("works", run_id="r")
+        service.until_event("execution.launched")
+        service.stop()
+
+        [turn] = collector.named("turn")
+        assert turn.has_failed
+        assert turn.facts["error.type"] == "SERVICE_STOPPED"
+
+
+def test_a_caller_that_does_not_sample_gets_no_span_unless_the_ratio_decides(
+    new_home: Callable[..., Home],
+) -> None:
+    names = []
+    for by_caller in (True, False):
+        with Collector() as collector:
+            traces = {"endpoint": collector.endpoint, "sample_by_caller": by_caller}
+            service, api = new_home(traces=traces).start()
+            metadata = (("traceparent", f"00-{TRACE}-{CALLER}-00"),)
+            api.runs.ListRuns(pb.ListRunsRequest(), metadata=metadata, timeout=30)
+            service.stop()
+            names.append([span.name for span in collector.spans if span.trace_id == TRACE])
+
+    assert names == [[], ["runrecovery.v1.RunService/ListRuns"]]
+
+
+def test_a_collector_that_hangs_neither_stops_calls_nor_the_stop(
+    new_home: Callable[..., Home],
+) -> None:
+    with Collector(answers=False) as collector:
+        service, api = new_home(traces={"endpoint": collector.endpoint}).start()
+        until(collector.asked.is_set, "the collector hangs")
+        api.runs.ListRuns(pb.ListRunsRequest(), timeout=30)
+        service.popen.send_signal(signal.SIGTERM)
+
+        assert service.popen.wait(60) == 0
+        assert [event["seconds"] for event in service.events("traces.not_flushed")] == [3.0]
+        assert not service.events("service.stop_step_failed")
+
+
+def test_a_collector_that_is_away_is_reported_once(new_home: Callable[..., Home]) -> None:
+    with Collector() as collector:
+        endpoint = collector.endpoint
+    service, api = new_home(traces={"endpoint": endpoint}).start()
+    service.until_event("traces.not_exported")
+    api.runs.ListRuns(pb.ListRunsRequest(), timeout=30)
+    service.stop()
+
+    assert len(service.events("traces.not_exported")) == 1
+    assert [e["event"] for e in service.events() if "opentelemetry" in str(e)] == []
+
+
+def test_a_start_without_traces_imports_nothing_of_them() -> None:
+    code = (
+        "import sys, runrecovery_service.app;"
+        " print([name for name in sys.modules"
+        " if name.startswith(('runrecovery_service.traces', 'opentelemetry'))])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout.strip() == "[]"
