@@ -7,6 +7,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+import grpc
+import pytest
 from google.protobuf.json_format import MessageToDict
 from runrecovery.v1 import run_service_pb2 as pb
 from support.api import struct
@@ -88,7 +90,7 @@ def recoveries(collector: Collector) -> str:
     return found
 
 
-def test_a_turn_that_a_stop_interrupts_is_exported_before_the_service_ends(
+def test_a_stop_exports_turns_that_it_interrupts_and_calls_with_their_codes(
     new_home: Callable[..., Home],
 ) -> None:
     with Collector() as collector:
@@ -99,11 +101,20 @@ def test_a_turn_that_a_stop_interrupts_is_exported_before_the_service_ends(
         service, api = home.start()
         api.create("works", run_id="r")
         service.until_event("execution.launched")
+        with pytest.raises(grpc.RpcError):
+            api.get("missing")
+        watched = api.runs.WatchRun(pb.WatchRunRequest(run_id="r"), timeout=30)
+        next(watched)
+        watched.cancel()
         service.stop()
 
         [turn] = collector.named("turn")
         assert turn.has_failed
         assert turn.facts["error.type"] == "SERVICE_STOPPED"
+        [get] = collector.named("runrecovery.v1.RunService/GetRun")
+        assert (get.facts["rpc.response.status_code"], get.has_failed) == ("NOT_FOUND", False)
+        [watch] = collector.named("runrecovery.v1.RunService/WatchRun")
+        assert (watch.facts["rpc.response.status_code"], watch.has_failed) == ("CANCELLED", False)
 
 
 def test_a_caller_that_does_not_sample_gets_no_span_unless_the_ratio_decides(
@@ -136,7 +147,9 @@ def test_a_collector_that_hangs_neither_stops_calls_nor_the_stop(
         assert not service.events("service.stop_step_failed")
 
 
-def test_a_collector_that_is_away_is_reported_once(new_home: Callable[..., Home]) -> None:
+def test_a_collector_that_is_away_is_reported_by_the_service_alone(
+    new_home: Callable[..., Home],
+) -> None:
     with Collector() as collector:
         endpoint = collector.endpoint
     service, api = new_home(traces={"endpoint": endpoint}).start()
@@ -144,7 +157,6 @@ def test_a_collector_that_is_away_is_reported_once(new_home: Callable[..., Home]
     api.runs.ListRuns(pb.ListRunsRequest(), timeout=30)
     service.stop()
 
-    assert len(service.events("traces.not_exported")) == 1
     assert [e["event"] for e in service.events() if "opentelemetry" in str(e)] == []
 
 

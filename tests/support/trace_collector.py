@@ -37,23 +37,27 @@ class Collector:
 
     Attributes:
         bodies: every request.
-        answers: False: it accepts connections, and never answers.
+        asked: set by the first request.
     """
 
     def __init__(self, *, answers: bool = True) -> None:
+        """Listen.
+
+        Args:
+            answers: False: accept requests, and answer none before `answer`.
+        """
         self.bodies: list[bytes] = []
-        self.answers = answers
         self.asked = threading.Event()
-        self._closed = threading.Event()
+        self._may_answer = threading.Event()
+        if answers:
+            self._may_answer.set()
         collector = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["content-length"]))
                 collector.asked.set()
-                if not collector.answers:
-                    collector._closed.wait()
-                    return
+                collector._may_answer.wait()
                 if self.path == PATH:
                     collector.bodies.append(body)
                 self.send_response(200 if self.path == PATH else 404)
@@ -66,6 +70,10 @@ class Collector:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
         self._thread.start()
+
+    def answer(self) -> None:
+        """Answer every request from now on, and those that wait."""
+        self._may_answer.set()
 
     @property
     def endpoint(self) -> str:
@@ -93,7 +101,7 @@ class Collector:
     def __exit__(
         self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None
     ) -> None:
-        self._closed.set()
+        self.answer()
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from runrecovery_service.config.reloading import plan_reload
 from runrecovery_service.config.settings import Settings, TraceSettings
@@ -15,7 +16,10 @@ from runrecovery_service.domain.start_errors import PackagesMissing
 from runrecovery_service.extras import demand_packages
 from runrecovery_service.offline import check
 from runrecovery_service.traces.otel_tracer import OtelTracer
-from runrecovery_service.traces.setup import sampler, traces_url
+from runrecovery_service.traces.reporting_exporter import ReportingExporter
+from runrecovery_service.traces.setup import QUEUE_SPANS, build_tracer, sampler, traces_url
+from structlog.testing import capture_logs
+from support.trace_collector import Collector
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 URL = "http://127.0.0.1:4318"
@@ -77,6 +81,49 @@ def test_the_first_end_of_a_span_counts() -> None:
         "runrecovery.status": "FAILED",
         "error.type": "AGENT_FAILED",
     }
+
+
+class Exports(SpanExporter):
+    """Has one result after the other; None raises."""
+
+    def __init__(self, *results: SpanExportResult | None) -> None:
+        self.results = list(results)
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        result = self.results.pop(0)
+        if result is None:
+            raise ConnectionError
+        return result
+
+
+def test_an_outage_of_the_collector_is_reported_at_its_begin_and_its_end() -> None:
+    done, failed = SpanExportResult.SUCCESS, SpanExportResult.FAILURE
+    exporter = ReportingExporter(Exports(done, failed, None, done, done, failed))
+    spans = (ReadableSpan("a"), ReadableSpan("b"))
+
+    with capture_logs() as logged:
+        for _ in range(6):
+            exporter.export(spans)
+
+    assert [(line["event"], line.get("spans_lost")) for line in logged] == [
+        ("traces.not_exported", None),
+        ("traces.exported_again", 4),
+        ("traces.not_exported", None),
+    ]
+
+
+async def test_the_oldest_spans_are_lost_when_too_many_wait_for_the_collector() -> None:
+    with Collector(answers=False) as collector:
+        start = build_tracer(TraceSettings(endpoint=collector.endpoint), instance="i")
+        start.start("first", None).end()
+        assert collector.asked.wait(30)
+        for number in range(QUEUE_SPANS + 10):
+            start.start(str(number), None).end()
+        collector.answer()
+        await start.stop()
+
+        names = [span.name for span in collector.spans]
+        assert names == ["first", *map(str, range(10, QUEUE_SPANS + 10))]
 
 
 @pytest.mark.parametrize("endpoint", [URL, f"{URL}/"])

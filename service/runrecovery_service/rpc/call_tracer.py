@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import TypeAlias, TypeVar
+from typing import Final, TypeAlias, TypeVar
 
 import grpc
 
@@ -13,6 +13,12 @@ from runrecovery_service.spans import SpanKind, Tracer
 
 Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
 R = TypeVar("R")
+
+FAULTS: Final = frozenset(
+    {"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"}
+)
+"""Codes that are failures of a server. The others are matters of its callers (OpenTelemetry's
+semantic conventions for RPC)."""
 
 
 class CallTracer:
@@ -40,6 +46,6 @@ class CallTracer:
                 code = code_of(context)
                 raise
             finally:
-                span.end({"rpc.response.status_code": code}, error=None if code == "OK" else code)
+                span.end({"rpc.response.status_code": code}, error=code if code in FAULTS else None)
 
         return call
