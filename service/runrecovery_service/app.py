@@ -45,7 +45,6 @@ from runrecovery_service.recovery.plan import Planner
 from runrecovery_service.recovery_setup import build_recovery
 from runrecovery_service.reload import Reloader
 from runrecovery_service.reload_setup import reloadable_parts
-from runrecovery_service.rpc.call_tracer import CallTracer
 from runrecovery_service.rpc.listen_address import parse_listen_address
 from runrecovery_service.rpc.recovery_service import RecoveryDeps
 from runrecovery_service.rpc.run_service import RunDeps, RunLimits
@@ -61,6 +60,8 @@ from runrecovery_service.webhook_setup import build_endpoints
 if TYPE_CHECKING:
     from runrecovery_service.metrics.http_server import MetricsServer
     from runrecovery_service.retention.sweep import RetentionSweep
+    from runrecovery_service.rpc.call_tracer import CallTracer
+    from runrecovery_service.spans import Tracer
     from runrecovery_service.webhooks.endpoint import Endpoint
 
 log = structlog.get_logger()
@@ -242,5 +243,13 @@ def _server(parts: SharedParts, entrance: Entrance, retention: RetentionSweep | 
         guard=entrance.guard,
         public_reflection=settings.public_reflection,
         meter=parts.calls,
-        tracer=None if parts.tracer is None else CallTracer(parts.tracer),
+        tracer=_call_tracer(parts.tracer),
     )
+
+
+def _call_tracer(tracer: Tracer | None) -> CallTracer | None:
+    if tracer is None:
+        return None
+    from runrecovery_service.rpc.call_tracer import CallTracer  # noqa: PLC0415 - only for traces
+
+    return CallTracer(tracer)

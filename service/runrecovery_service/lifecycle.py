@@ -42,7 +42,6 @@ from runrecovery_service.reload import Reloader
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.listen_address import bound_address
 from runrecovery_service.rpc.server import GrpcServer
-from runrecovery_service.spans import Tracer
 from runrecovery_service.steady_thread_pool import SteadyThreadPool
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import backup
@@ -54,6 +53,7 @@ from runrecovery_service.webhooks.webhooks import Webhooks
 if TYPE_CHECKING:  # the imports would slow down starts without these features
     from runrecovery_service.metrics.http_server import MetricsServer
     from runrecovery_service.retention.sweep import RetentionSweep
+    from runrecovery_service.spans import Tracer
 
 log = structlog.get_logger()
 

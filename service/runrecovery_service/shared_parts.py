@@ -33,7 +33,6 @@ from runrecovery_service.recovery.status import RecoveryStatus
 from runrecovery_service.rpc.call_meter import CallMeter
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.server import start_grpc
-from runrecovery_service.spans import Tracer
 from runrecovery_service.steady_thread_pool import SteadyThreadPool
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage.async_storage import Storage
@@ -41,6 +40,7 @@ from runrecovery_service.storage.database import Database
 from runrecovery_service.webhooks.webhooks import Webhooks
 
 if TYPE_CHECKING:
+    from runrecovery_service.spans import Tracer
     from runrecovery_service.webhooks.endpoint import Endpoint
 
 

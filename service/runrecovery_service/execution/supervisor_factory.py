@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from runrecovery_service.agents.output import OutputFiles
 from runrecovery_service.agents.session_checks import SessionChecker
@@ -14,12 +15,14 @@ from runrecovery_service.execution.turn_log import TurnLog
 from runrecovery_service.execution.turn_permissions import TurnPermissions
 from runrecovery_service.execution.turn_records import TurnRecords
 from runrecovery_service.execution.turn_sessions import TurnSessions
-from runrecovery_service.execution.turn_spans import begin_spans
 from runrecovery_service.meters import Meters
-from runrecovery_service.spans import Tracer
 from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.turns import Turn
+
+if TYPE_CHECKING:  # not imported where traces are off
+    from runrecovery_service.execution.turn_spans import TurnSpans
+    from runrecovery_service.spans import Tracer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,13 +51,12 @@ class SupervisorFactory:
         The turn keeps the engines of this moment, whatever is reloaded later.
         """
         catalog = self.catalog.snapshot()
-        spans = None if self.tracer is None else begin_spans(turn, self.tracer)
         records = TurnRecords(
             storage=self.storage,
             owner=self.owner,
             clock=self.clock,
             turn=turn,
-            log=TurnLog(turn.run, spans, self.meters),
+            log=TurnLog(turn.run, self._begin_spans(turn), self.meters),
         )
         launch = Launch(launcher=self.launcher, records=records)
         return TurnSupervisor(
@@ -69,3 +71,10 @@ class SupervisorFactory:
             threads=self.launcher.threads,
             exit_grace_s=self.exit_grace_s,
         )
+
+    def _begin_spans(self, turn: Turn) -> TurnSpans | None:
+        if self.tracer is None:
+            return None
+        from runrecovery_service.execution.turn_spans import begin_spans  # noqa: PLC0415 - see above
+
+        return begin_spans(turn, self.tracer)

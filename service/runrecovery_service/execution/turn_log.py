@@ -6,16 +6,18 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import structlog
 
 from runrecovery_service.domain.errors import Fenced, error_facts, is_outage
 from runrecovery_service.domain.run import Run, RunStatus
-from runrecovery_service.execution.turn_spans import TurnSpans
 from runrecovery_service.meters import Meters
 from runrecovery_service.periodic import Backoff
 from runrecovery_service.storage.driver_errors import is_unstorable
+
+if TYPE_CHECKING:  # not imported where traces are off
+    from runrecovery_service.execution.turn_spans import TurnSpans
 
 log = structlog.get_logger()
 

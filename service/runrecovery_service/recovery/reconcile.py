@@ -22,7 +22,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import structlog
 
@@ -41,10 +41,8 @@ from runrecovery_service.process.ending import Ending
 from runrecovery_service.recovery import report_warnings
 from runrecovery_service.recovery.bulk_session_check import BulkSessionCheck, changed_findings
 from runrecovery_service.recovery.find_end import FindEnd, find_no_end
-from runrecovery_service.recovery.recovery_spans import begin_spans
 from runrecovery_service.recovery.report import ReportBuilder
 from runrecovery_service.recovery.status import RecoveryStatus
-from runrecovery_service.spans import Tracer
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import (
     adoption,
@@ -63,6 +61,9 @@ from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.launch_records import LaunchEnd, LaunchRecord
 from runrecovery_service.storage.recovery_apply import Batch
 from runrecovery_service.storage.recovery_scope import ApplyScope
+
+if TYPE_CHECKING:  # not imported where traces are off
+    from runrecovery_service.spans import Tracer
 
 log = structlog.get_logger()
 
@@ -162,6 +163,8 @@ class Recovery:
         )
         report.open(db)
         if self.tracer is not None:
+            from runrecovery_service.recovery.recovery_spans import begin_spans  # noqa: PLC0415 - see above
+
             report.spans = begin_spans(
                 self.tracer,
                 self.owner,

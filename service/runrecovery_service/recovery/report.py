@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import starmap
+from typing import TYPE_CHECKING
 
 from runrecovery_service.clock import Clock
 from runrecovery_service.domain.reconciliation import (
@@ -21,13 +22,15 @@ from runrecovery_service.domain.reconciliation import (
     ReconciliationState,
     TrustRemoval,
 )
-from runrecovery_service.recovery.recovery_spans import RecoverySpans
 from runrecovery_service.recovery.report_warnings import run_quarantined
 from runrecovery_service.storage import reports
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.recovery_apply import Tally
 from runrecovery_service.storage.reports import RULE_STATES
+
+if TYPE_CHECKING:  # not imported where traces are off
+    from runrecovery_service.recovery.recovery_spans import RecoverySpans
 
 
 @dataclass(slots=True, kw_only=True)

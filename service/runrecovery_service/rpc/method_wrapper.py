@@ -12,7 +12,7 @@ import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Final, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Final, NoReturn, TypeAlias
 
 import grpc
 import structlog
@@ -30,10 +30,12 @@ from runrecovery_service.domain.errors import (
 )
 from runrecovery_service.rpc import errors
 from runrecovery_service.rpc.call_meter import CallMeter
-from runrecovery_service.rpc.call_tracer import CallTracer
 from runrecovery_service.rpc.callers import CALLER, CallerGuard
 from runrecovery_service.rpc.gate import Access, Gate, ServiceState
 from runrecovery_service.rpc.open_calls import OpenCalls
+
+if TYPE_CHECKING:  # not imported where traces are off
+    from runrecovery_service.rpc.call_tracer import CallTracer
 
 Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
 Unary: TypeAlias = Callable[[Message], Awaitable[Message]]

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 import structlog
@@ -22,7 +22,6 @@ from runrecovery.v1 import recovery_service_pb2, run_service_pb2
 from runrecovery_service.domain.start_errors import ThreadsRefused
 from runrecovery_service.rpc import standard_handlers
 from runrecovery_service.rpc.call_meter import CallMeter
-from runrecovery_service.rpc.call_tracer import CallTracer
 from runrecovery_service.rpc.callers import CallerGuard
 from runrecovery_service.rpc.gate import Access, Gate
 from runrecovery_service.rpc.health import HealthServicer
@@ -35,7 +34,10 @@ from runrecovery_service.rpc.roles import role_of
 from runrecovery_service.rpc.run_service import RunDeps, RunService
 from runrecovery_service.rpc.server_sockets import ServerSockets
 from runrecovery_service.rpc.tls import ServerTls
-from runrecovery_service.rpc.trace_context import with_trace
+from runrecovery_service.rpc.trace_context import TRACED, with_trace
+
+if TYPE_CHECKING:  # not imported where traces are off
+    from runrecovery_service.rpc.call_tracer import CallTracer
 
 RUN_SERVICE: Final = run_service_pb2.DESCRIPTOR.services_by_name["RunService"]
 RECOVERY_SERVICE: Final = recovery_service_pb2.DESCRIPTOR.services_by_name["RecoveryService"]
@@ -43,8 +45,6 @@ HEALTH: Final = health_pb2.DESCRIPTOR.services_by_name["Health"]
 ALWAYS_OPEN: Final = frozenset({"GetRecoveryStatus", "ListReconciliations", "GetReconciliation"})
 """Methods of RecoveryService that answer in every state of the service."""
 
-TRACED: Final = frozenset({"CreateRun"})
-"""Methods that read the trace of their call. For all others that would only cost time."""
 HANDSHAKE_S: Final = 20.0
 """A new connection that has not finished its handshake after this time is closed."""
 MAX_WATCHES_PER_CONNECTION: Final = 1_000

@@ -19,6 +19,10 @@ Handler: TypeAlias = Callable[[bytes, Context], Awaitable[bytes]]
 TRACEPARENT: Final[ContextVar[str | None]] = ContextVar("traceparent", default=None)
 """The trace of the call that this task answers. None: its caller sent none that is valid."""
 
+TRACED: Final = frozenset({"CreateRun"})
+"""Methods that read the trace of their call. For all others that would only cost time
+while traces are off."""
+
 MAX_CHARS: Final = 512
 SAMPLED: Final = 1
 _FORM: Final = re.compile(
