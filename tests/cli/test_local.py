@@ -173,6 +173,7 @@ def test_every_error_that_ends_a_service_has_its_documented_exit_code() -> None:
     assert {kind.__name__: int(code) for kind, code in local.START_EXIT_CODES.items()} == {
         "CgroupRefused": 2,
         "PackagesMissing": 2,
+        "TracesRefused": 2,
         "WebhooksRefused": 2,
         "TlsRefused": 2,
         "CallersRefused": 2,

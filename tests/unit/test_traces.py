@@ -12,7 +12,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, Sp
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from runrecovery_service.config.reloading import plan_reload
 from runrecovery_service.config.settings import Settings, TraceSettings
-from runrecovery_service.domain.start_errors import PackagesMissing
+from runrecovery_service.domain.start_errors import PackagesMissing, TracesRefused
 from runrecovery_service.extras import demand_packages
 from runrecovery_service.offline import check
 from runrecovery_service.traces.otel_tracer import OtelTracer
@@ -143,6 +143,15 @@ def test_without_the_package_a_start_and_check_say_what_to_install(
 
     assert str(caught.value) == sentence
     assert sentence in check(settings)
+
+
+def test_a_bad_variable_of_opentelemetry_refuses_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "nonsense")
+
+    with pytest.raises(TracesRefused, match=r"^traces: a variable OTEL_… cannot be used: "):
+        build_tracer(TraceSettings(endpoint=URL), instance="i")
 
 
 def test_a_reload_leaves_traces_to_a_restart() -> None:

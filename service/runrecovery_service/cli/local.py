@@ -38,6 +38,7 @@ from runrecovery_service.domain.start_errors import (
     StoreLost,
     ThreadsRefused,
     TlsRefused,
+    TracesRefused,
     WebhooksRefused,
 )
 
@@ -55,6 +56,7 @@ START_EXIT_CODES: Final[Mapping[type, ExitCode]] = {
     TlsRefused: ExitCode.USAGE,
     CallersRefused: ExitCode.USAGE,
     WebhooksRefused: ExitCode.USAGE,
+    TracesRefused: ExitCode.USAGE,
     PackagesMissing: ExitCode.USAGE,
     ContainmentRefused: ExitCode.CONTAINMENT,
     Fenced: ExitCode.FENCED,

@@ -5,7 +5,7 @@ StartRefused
 ├── DatabaseRefused: StoreLost, DatabaseOutOfReach
 ├── BackupRefused, DataDirRefused
 ├── ThreadsRefused, OpenFilesRefused, CgroupRefused, ContainmentRefused
-├── TlsRefused, CallersRefused, WebhooksRefused, PackagesMissing
+├── TlsRefused, CallersRefused, WebhooksRefused, TracesRefused, PackagesMissing
 └── RecoveryGaveUp, RecoveryInterrupted
 """
 
@@ -173,6 +173,16 @@ class WebhooksRefused(StartRefused):
 
     def __str__(self) -> str:
         return "; ".join(self.problems)
+
+
+@dataclass(eq=False)
+class TracesRefused(StartRefused):
+    """Traces cannot be sent with the variables of OpenTelemetry in the environment."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return f"traces: a variable OTEL_… cannot be used: {self.reason}"
 
 
 @dataclass(eq=False)

@@ -14,6 +14,7 @@ from opentelemetry.sdk.trace.sampling import ParentBased, Sampler, TraceIdRatioB
 
 from runrecovery_service import __version__
 from runrecovery_service.config.settings import TraceSettings
+from runrecovery_service.domain.start_errors import TracesRefused
 from runrecovery_service.traces.otel_tracer import OtelTracer
 from runrecovery_service.traces.reporting_exporter import ReportingExporter
 
@@ -26,9 +27,21 @@ EXPORT_S: Final = 5.0
 
 
 def build_tracer(settings: TraceSettings, *, instance: str) -> OtelTracer:
-    """Return the tracer. It starts the thread that sends."""
+    """Return the tracer. It starts the thread that sends.
+
+    Raises:
+        TracesRefused: OpenTelemetry refuses a variable of its own in the environment.
+        RuntimeError: the system refuses a thread.
+    """
     # The SDK logs every retry. `ReportingExporter` reports the failures once.
     logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
+    try:
+        return OtelTracer(_provider(settings, instance))
+    except ValueError as error:
+        raise TracesRefused(str(error)) from error
+
+
+def _provider(settings: TraceSettings, instance: str) -> TracerProvider:
     provider = TracerProvider(
         sampler=sampler(settings),
         resource=Resource(
@@ -53,7 +66,7 @@ def build_tracer(settings: TraceSettings, *, instance: str) -> OtelTracer:
             schedule_delay_millis=DELAY_MS,
         )
     )
-    return OtelTracer(provider)
+    return provider
 
 
 def traces_url(endpoint: str) -> str:
