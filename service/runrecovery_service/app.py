@@ -48,7 +48,9 @@ from runrecovery_service.reload_setup import reloadable_parts
 from runrecovery_service.rpc.listen_address import parse_listen_address
 from runrecovery_service.rpc.recovery_service import RecoveryDeps
 from runrecovery_service.rpc.run_service import RunDeps, RunLimits
-from runrecovery_service.rpc.server import GrpcServer, ServerLimits, build_server
+from runrecovery_service.rpc.server import GrpcServer
+from runrecovery_service.rpc.server_limits import ServerLimits
+from runrecovery_service.rpc.server_setup import build_server
 from runrecovery_service.shared_parts import SharedParts
 from runrecovery_service.steady_thread_pool import SteadyThreadPool
 from runrecovery_service.storage.database import Database

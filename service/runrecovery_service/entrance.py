@@ -16,7 +16,8 @@ from runrecovery_service.rpc.callers import CallerGuard, CallerTable
 from runrecovery_service.rpc.certificates import TlsUnusable
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.listen_address import count_addresses
-from runrecovery_service.rpc.server import GrpcServer, build_probe_server
+from runrecovery_service.rpc.server import GrpcServer
+from runrecovery_service.rpc.server_setup import build_probe_server
 from runrecovery_service.rpc.tls import ServerTls
 
 METRICS_CONNECTIONS: Final = 32

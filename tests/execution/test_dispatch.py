@@ -12,7 +12,7 @@ from runrecovery_service.domain.errors import StorageUnavailable
 from runrecovery_service.domain.run import RunStatus
 from runrecovery_service.execution import dispatcher, launcher
 from runrecovery_service.process import sweep
-from runrecovery_service.storage import turns
+from runrecovery_service.storage import turn_ends, turn_starts
 
 from .conftest import Execution, until
 
@@ -64,7 +64,7 @@ async def test_a_held_dispatcher_launches_nothing_until_it_is_released(
 async def test_an_end_that_could_not_be_recorded_is_recorded_by_a_retry(
     execution: Execution, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    monkeypatch.setattr(turns, "record_end", failing_first(2, error, turns.record_end))
+    monkeypatch.setattr(turn_ends, "record_end", failing_first(2, error, turn_ends.record_end))
 
     run = await execution.until_ended(await execution.create("quick"))
 
@@ -86,7 +86,7 @@ async def test_a_defect_while_taking_a_run_does_not_end_the_dispatcher(
     execution: Execution, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error = OverflowError("a damaged row")
-    monkeypatch.setattr(turns, "take_next", failing_first(1, error, turns.take_next))
+    monkeypatch.setattr(turn_starts, "take_next", failing_first(1, error, turn_starts.take_next))
     first = await execution.create("quick")
     second = await execution.create("quick")
 
@@ -101,7 +101,7 @@ async def test_the_dispatcher_reports_for_how_long_the_queue_cannot_be_read(
     looks: list[None] = []
     time_s = [100.0]
     fails = [True]
-    take = turns.take_next
+    take = turn_starts.take_next
 
     def take_next(*args: Any, **kwargs: Any) -> Any:
         looks.append(None)
@@ -122,7 +122,7 @@ async def test_the_dispatcher_reports_for_how_long_the_queue_cannot_be_read(
         return execution.dispatcher.failing_s
 
     monkeypatch.setattr(dispatcher, "monotonic", lambda: time_s[0])
-    monkeypatch.setattr(turns, "take_next", take_next)
+    monkeypatch.setattr(turn_starts, "take_next", take_next)
 
     within_a_moment = await failing_s_after_a_look()
     time_s[0] = 107.0
@@ -136,7 +136,7 @@ async def test_the_dispatcher_reports_for_how_long_the_queue_cannot_be_read(
 async def test_a_run_whose_take_was_committed_without_an_answer_is_taken_again(
     execution: Execution, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    take = turns.take_next
+    take = turn_starts.take_next
     lost: list[Any] = []
 
     def take_and_lose_the_answer(*args: Any, **kwargs: Any) -> Any:
@@ -155,7 +155,7 @@ async def test_a_run_whose_take_was_committed_without_an_answer_is_taken_again(
 
         return call
 
-    monkeypatch.setattr(turns, "take_next", take_and_lose_the_answer)
+    monkeypatch.setattr(turn_starts, "take_next", take_and_lose_the_answer)
     write_own = write_and_lose_the_answer(execution.storage.write_own)
     monkeypatch.setattr(execution.storage, "write_own", write_own)
     run = await execution.until_ended(await execution.create("quick"))

@@ -18,7 +18,7 @@ from runrecovery_service.process import launch
 from runrecovery_service.process.launch_errors import LaunchDelayed, ShimLost, launch_error
 from runrecovery_service.process.shim_events import NotStarted, parse_event
 from runrecovery_service.process.shimmed_process import ShimmedProcess
-from runrecovery_service.storage import runs, turns
+from runrecovery_service.storage import runs, turn_starts
 from runrecovery_service.trust import files
 
 from .conftest import QUICK, Execution, NewExecution, until
@@ -147,7 +147,7 @@ async def test_a_run_whose_cancel_came_before_its_turn_was_known_never_starts(
     execution: Execution, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The turn is taken and canceled in one commit, so the cancel is only on record."""
-    take, release = turns.take_next, ShimmedProcess.release
+    take, release = turn_starts.take_next, ShimmedProcess.release
     released: list[ShimmedProcess] = []
 
     def take_and_cancel(db: Any, **named: Any) -> Any:
@@ -167,7 +167,7 @@ async def test_a_run_whose_cancel_came_before_its_turn_was_known_never_starts(
         released.append(process)
         release(process, deadline_ns)
 
-    monkeypatch.setattr(turns, "take_next", take_and_cancel)
+    monkeypatch.setattr(turn_starts, "take_next", take_and_cancel)
     monkeypatch.setattr(ShimmedProcess, "release", record)
 
     run = await execution.until_ended(await execution.create("holds"))

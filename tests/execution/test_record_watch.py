@@ -11,7 +11,7 @@ from runrecovery_service.clock import Clock
 from runrecovery_service.domain.errors import StorageUnavailable
 from runrecovery_service.domain.run import RunStatus
 from runrecovery_service.execution import dispatcher, record_watch
-from runrecovery_service.storage import interactions, runs, turns
+from runrecovery_service.storage import interactions, runs, turn_starts, turns
 from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.requests import Receipt
 
@@ -203,7 +203,7 @@ async def test_a_queue_that_cannot_be_written_is_tried_once_after_each_change_an
         tries.append(None)
         raise StorageUnavailable
 
-    monkeypatch.setattr(turns, "take_next", fail)
+    monkeypatch.setattr(turn_starts, "take_next", fail)
     with structlog.testing.capture_logs() as logs:
         for number in range(5):
             await execution.create("quick")

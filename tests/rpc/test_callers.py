@@ -17,9 +17,10 @@ from runrecovery_service.domain.caller import Caller, Credentials, Role
 from runrecovery_service.domain.errors import CallerUnknown, EngineNotAllowed
 from runrecovery_service.rpc.callers import CALLER, CallerGuard, CallerTable
 from runrecovery_service.rpc.gate import Access, Gate
+from runrecovery_service.rpc.method_handlers import handlers
 from runrecovery_service.rpc.method_wrapper import Method, MethodWrapper
 from runrecovery_service.rpc.open_calls import OpenCalls
-from runrecovery_service.rpc.server import GrpcServer, handlers
+from runrecovery_service.rpc.server import GrpcServer
 from structlog.testing import capture_logs
 from support.callers import token_of
 

@@ -8,13 +8,17 @@ from pathlib import Path
 import grpc
 import pytest
 from runrecovery import channel_options
-from runrecovery_service.rpc import server
+from runrecovery_service.rpc.server_limits import ServerLimits, probe_limits, server_options
 
-LIMITS = server.ServerLimits(
+LIMITS = ServerLimits(
     max_concurrent_calls=1, max_concurrent_streams=1, stall_s=1.0, max_request_bytes=1
 )
-PROBED = server.probe_limits(8)
-SET = (*server._options(LIMITS), *server._options(PROBED), *channel_options())
+PROBED = probe_limits(8)
+SET = (
+    *server_options(LIMITS),
+    *server_options(PROBED),
+    *channel_options(),
+)
 NAMES = sorted({name for name, _ in SET})
 
 
@@ -31,21 +35,21 @@ def test_grpc_knows_every_option_that_is_set(library: bytes, name: str) -> None:
 
 
 def test_a_client_may_ping_every_10_s() -> None:
-    least_ms = dict(server._options(LIMITS))["grpc.http2.min_ping_interval_without_data_ms"]
+    least_ms = dict(server_options(LIMITS))["grpc.http2.min_ping_interval_without_data_ms"]
 
     assert least_ms < 10_000
 
 
 def test_a_connection_has_room_for_1000_watches_and_100_calls_and_not_for_more() -> None:
-    many = dict(server._options(replace(LIMITS, max_concurrent_streams=5_000)))
-    few = dict(server._options(replace(LIMITS, max_concurrent_streams=10)))
+    many = dict(server_options(replace(LIMITS, max_concurrent_streams=5_000)))
+    few = dict(server_options(replace(LIMITS, max_concurrent_streams=10)))
 
     assert many["grpc.max_concurrent_streams"] == 1_100
     assert few["grpc.max_concurrent_streams"] == 110
 
 
 def test_a_connection_to_the_probe_address_ends_soon_whatever_it_does() -> None:
-    options = dict(server._options(PROBED))
+    options = dict(server_options(PROBED))
 
     assert options["grpc.max_concurrent_streams"] == 4
     assert options["grpc.max_connection_idle_ms"] == 5_000

@@ -22,8 +22,13 @@ from runrecovery_service.domain.errors import (
     ShuttingDown,
 )
 from runrecovery_service.rpc.gate import Access, Gate, ServiceState
+from runrecovery_service.rpc.method_handlers import (
+    RECOVERY_SERVICE,
+    RUN_SERVICE,
+    access_of,
+    handlers,
+)
 from runrecovery_service.rpc.method_wrapper import MethodWrapper
-from runrecovery_service.rpc.server import RECOVERY_SERVICE, RUN_SERVICE, access_of, handlers
 
 # -- the gate ----------------------------------------------------------------------------------
 

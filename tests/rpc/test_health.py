@@ -9,8 +9,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.health import HealthServicer
+from runrecovery_service.rpc.method_handlers import health_handlers
 from runrecovery_service.rpc.open_calls import OpenCalls
-from runrecovery_service.rpc.server import health_handlers
 
 RUNS = "runrecovery.v1.RunService"
 RECOVERY = "runrecovery.v1.RecoveryService"

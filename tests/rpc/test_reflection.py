@@ -21,6 +21,12 @@ from runrecovery.v1 import (
 )
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.health import HealthServicer
+from runrecovery_service.rpc.method_handlers import (
+    RECOVERY_SERVICE,
+    RUN_SERVICE,
+    health_handlers,
+    reflection_handlers,
+)
 from runrecovery_service.rpc.open_calls import OpenCalls
 from runrecovery_service.rpc.reflection import (
     V1,
@@ -28,12 +34,6 @@ from runrecovery_service.rpc.reflection import (
     ReflectionServicer,
     contract_files,
     with_json_names,
-)
-from runrecovery_service.rpc.server import (
-    RECOVERY_SERVICE,
-    RUN_SERVICE,
-    health_handlers,
-    reflection_handlers,
 )
 from support.api import refusal_of
 

@@ -34,7 +34,9 @@ from runrecovery_service.rpc.listen_address import ListenFailed
 from runrecovery_service.rpc.output_reader import PIECE_BYTES
 from runrecovery_service.rpc.recovery_service import RecoveryDeps
 from runrecovery_service.rpc.run_service import RunDeps, RunLimits
-from runrecovery_service.rpc.server import GrpcServer, ServerLimits, build_server
+from runrecovery_service.rpc.server import GrpcServer
+from runrecovery_service.rpc.server_limits import ServerLimits
+from runrecovery_service.rpc.server_setup import build_server
 from runrecovery_service.storage import launch_records, retention
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.launch_records import UnendedLaunch

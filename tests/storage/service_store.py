@@ -32,6 +32,8 @@ from runrecovery_service.storage import (
     recovery_apply,
     reports,
     runs,
+    turn_ends,
+    turn_starts,
     turns,
 )
 from runrecovery_service.storage.database import Database
@@ -186,7 +188,7 @@ class ServiceStore:
         self, *, busy: tuple[str, ...] = (), owner: Owner | None = None, site: LaunchSite = SITE
     ) -> Turn | None:
         """Take the next run from the queue."""
-        return turns.take_next(
+        return turn_starts.take_next(
             self.db,
             owner=owner or self.owner,
             busy_engines=busy,
@@ -214,7 +216,7 @@ class ServiceStore:
         used: TurnUsage | None = None,
     ) -> Run:
         """End a turn."""
-        return turns.record_end(
+        return turn_ends.record_end(
             self.db,
             turn,
             owner=self.owner,

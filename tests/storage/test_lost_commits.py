@@ -9,7 +9,7 @@ import pytest
 from runrecovery_service.domain.errors import Fenced, RunGone
 from runrecovery_service.domain.run import Profile, RunError, Session
 from runrecovery_service.domain.turn import Asked, Failed, Interrupted, Succeeded, TurnEnd
-from runrecovery_service.storage import launch_records, trust, turns
+from runrecovery_service.storage import launch_records, trust, turn_ends, turn_starts, turns
 from runrecovery_service.storage.trust import TrustEntry
 from runrecovery_service.storage.turns import Turn
 from storage.service_store import GONE, QUESTION, ServiceStore
@@ -82,7 +82,7 @@ def test_a_turn_whose_run_was_lost_writes_nothing(
         partial(launch_records.record_running, store.db, turn.launch, owner=owner),
         *(
             partial(
-                turns.record_end, store.db, turn, owner=owner, end=end, ended=GONE, due=due,
+                turn_ends.record_end, store.db, turn, owner=owner, end=end, ended=GONE, due=due,
                 due_in=store.due_in, now=now,
             )
             for end in ENDS
@@ -155,7 +155,7 @@ def test_a_supervised_launch_is_identified_by_its_cookie_when_lost_takes_are_und
     followed = store.running()
     give_key_away(store, followed)
 
-    count = turns.requeue_unlaunched(
+    count = turn_starts.requeue_unlaunched(
         store.db, owner=store.owner, held=[followed.launch.cookie], now=store.now
     )
 
@@ -169,7 +169,7 @@ def test_a_canceled_run_is_not_queued_again_when_its_lost_take_is_undone(
     turn = store.running()
     store.cancel(turn.run)
 
-    count = turns.requeue_unlaunched(store.db, owner=store.owner, held=[], now=store.now)
+    count = turn_starts.requeue_unlaunched(store.db, owner=store.owner, held=[], now=store.now)
 
     assert count == 1
     assert store.rows("SELECT status FROM run") == [("CANCELED",)]

@@ -26,7 +26,7 @@ from runrecovery_service.domain.turn import (
     SessionGone,
     Succeeded,
 )
-from runrecovery_service.storage import deadlines, interactions, launch_records, turns
+from runrecovery_service.storage import deadlines, interactions, launch_records, turn_starts, turns
 from runrecovery_service.storage.turns import Turn
 from storage.service_store import QUESTION, ServiceStore
 
@@ -381,7 +381,7 @@ def test_a_lost_taking_of_a_resumed_turn_is_taken_back_whole(store: ServiceStore
     run = interrupted(store)
     taken(store)
 
-    turns.requeue_unlaunched(store.db, owner=store.owner, held=[], now=store.tick())
+    turn_starts.requeue_unlaunched(store.db, owner=store.owner, held=[], now=store.tick())
 
     assert store.get(run).resume_count == 0
     again = taken(store)

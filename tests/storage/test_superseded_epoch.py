@@ -23,6 +23,8 @@ from runrecovery_service.storage import (
     reports,
     session_checks,
     trust,
+    turn_ends,
+    turn_starts,
     turns,
 )
 from runrecovery_service.storage.database import Database
@@ -86,7 +88,7 @@ def _turn(prepared: Prepared, use: Callable[..., Any], **facts: Any) -> Any:
 
 def _end(prepared: Prepared, end: Any) -> Any:
     return _turn(
-        prepared, turns.record_end, end=end, ended=GONE, due=None, due_in=prepared.store.due_in,
+        prepared, turn_ends.record_end, end=end, ended=GONE, due=None, due_in=prepared.store.due_in,
         now=prepared.store.now,
     )  # fmt: skip
 
@@ -131,7 +133,7 @@ WRITES: dict[str, Callable[[Prepared], object]] = {
     "cancel a running run": lambda p: p.store.cancel(p.gated.run),
     "reopen": _reopen,
     "take a run": lambda p: p.store.take(),
-    "give runs back": lambda p: turns.requeue_unlaunched(
+    "give runs back": lambda p: turn_starts.requeue_unlaunched(
         p.store.db, owner=p.store.owner, held=(), now=p.store.now
     ),
     "keep a session": lambda p: _turn(

@@ -19,7 +19,7 @@ from runrecovery_service.domain.run import (
     Session,
 )
 from runrecovery_service.domain.turn import Asked, Failed, Interrupted, Succeeded, TurnEnd
-from runrecovery_service.storage import deadlines, interactions, launch_records, turns
+from runrecovery_service.storage import deadlines, interactions, launch_records, turn_ends, turns
 from runrecovery_service.storage.launch_records import LaunchEnd
 from runrecovery_service.storage.turns import Turn
 from storage.service_store import GONE, QUESTION, WAIT_S, ServiceStore
@@ -229,7 +229,7 @@ def test_a_superseded_epoch_is_refused_by_every_step_of_a_turn(store: ServiceSto
         ),
         *(
             partial(
-                turns.record_end, store.db, turn, owner=old, end=end,
+                turn_ends.record_end, store.db, turn, owner=old, end=end,
                 ended=GONE, due=None, due_in=store.due_in, now=now,
             )
             for end in ENDS

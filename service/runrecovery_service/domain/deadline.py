@@ -7,6 +7,7 @@ After another boot, or on another machine, only the wall clock shows how much ti
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -27,6 +28,10 @@ class Due:
     at: datetime
     clock: str
     us: int
+
+
+DueIn = Callable[[float], Due]
+"""Returns the deadline that is this many seconds away."""
 
 
 class DueKind(StrEnum):

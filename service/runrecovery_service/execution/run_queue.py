@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from runrecovery_service.clock import Clock
-from runrecovery_service.storage import turns
+from runrecovery_service.storage import turn_starts
 from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.launch_records import LaunchSite
@@ -29,7 +29,7 @@ class RunQueue:
     async def take_next(self, busy_engines: Sequence[str]) -> Turn | None:
         """Take the longest-waiting run whose engine is not busy; None if there is none."""
         return await self.storage.write_own(
-            turns.take_next,
+            turn_starts.take_next,
             owner=self.owner,
             busy_engines=busy_engines,
             site=self.site,
@@ -45,5 +45,5 @@ class RunQueue:
             supervised: cookies of the launches that have a supervisor.
         """
         return await self.storage.write_own(
-            turns.requeue_unlaunched, owner=self.owner, held=supervised, now=self.clock.now()
+            turn_starts.requeue_unlaunched, owner=self.owner, held=supervised, now=self.clock.now()
         )

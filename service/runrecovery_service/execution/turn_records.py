@@ -13,7 +13,7 @@ from runrecovery_service.domain.session_check import SessionFingerprint
 from runrecovery_service.domain.turn import TurnEnd
 from runrecovery_service.domain.usage import TurnUsage
 from runrecovery_service.execution.turn_log import TurnLog, retry_until_done
-from runrecovery_service.storage import instances, interactions, launch_records, turns
+from runrecovery_service.storage import instances, interactions, launch_records, turn_ends, turns
 from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner
@@ -118,7 +118,7 @@ class TurnRecords:
             used: what the turn has used, if its agent reported that.
         """
         return await self._write(
-            turns.record_end,
+            turn_ends.record_end,
             self.turn,
             owner=self.owner,
             end=end,

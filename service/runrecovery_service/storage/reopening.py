@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Final
 
-from runrecovery_service.domain.deadline import Due, SteadyTime
+from runrecovery_service.domain.deadline import Due, DueIn, SteadyTime
 from runrecovery_service.domain.errors import RunNotReopenable, RunQuarantined, SessionNotResumable
 from runrecovery_service.domain.recovery_matrix import REOPEN_RULE, REOPENABLE
 from runrecovery_service.domain.run import (
@@ -32,7 +32,6 @@ from runrecovery_service.storage.database import Database, Stale
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.requests import Receipt
 from runrecovery_service.storage.rows import to_us
-from runrecovery_service.storage.turns import DueIn
 
 NO_SESSION_LOST: Final = "no recovery failed it for want of its session"
 WINDOW_OVER: Final = "the window for that is over"

@@ -13,15 +13,14 @@ from typing import Final
 
 import structlog
 
-from runrecovery_service.domain.deadline import SteadyTime
+from runrecovery_service.domain.deadline import DueIn, SteadyTime
 from runrecovery_service.domain.errors import StorageUnavailable
 from runrecovery_service.domain.run import NewRun, Profile, RestartPolicy, RunFilter
-from runrecovery_service.storage import runs, turns
+from runrecovery_service.storage import runs, turn_starts
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.launch_records import LaunchSite
 from runrecovery_service.storage.postgresql_rights import missing_for_work
-from runrecovery_service.storage.turns import DueIn
 
 _NOWHERE: Final = LaunchSite(host_id="trial", boot_id="", pid_namespace=0)
 _UNBOUNDED: Final = 2**40
@@ -64,7 +63,7 @@ def try_create_and_take(
     )
     with suppress(_Undo), db.transaction():
         runs.create(db, new, owner=owner, max_queued=_UNBOUNDED, receipt=None, now=now)
-        turns.take_next(
+        turn_starts.take_next(
             db,
             owner=owner,
             busy_engines=(),

@@ -1,0 +1,138 @@
+"""The end of a turn: what it makes of its run."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from runrecovery_service.domain.deadline import Due, DueIn
+from runrecovery_service.domain.interruption import InterruptionCause
+from runrecovery_service.domain.recovery_matrix import RESUMED_RULE, Fact, Rule, decide
+from runrecovery_service.domain.run import ErrorCode, Run, RunError, RunEventKind, RunStatus
+from runrecovery_service.domain.session_check import SessionFingerprint
+from runrecovery_service.domain.turn import Asked, Interrupted, SessionGone, Succeeded, TurnEnd
+from runrecovery_service.domain.usage import TurnUsage
+from runrecovery_service.storage import (
+    events,
+    interruptions,
+    launch_records,
+    runs,
+    turns,
+    usage,
+    use_case,
+)
+from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.instances import Owner
+from runrecovery_service.storage.launch_records import LaunchEnd
+from runrecovery_service.storage.recovery_sql import facts_of_run
+from runrecovery_service.storage.rows import to_json, to_us
+from runrecovery_service.storage.turns import Turn
+
+
+@use_case.retried
+def record_end(
+    db: Database,
+    turn: Turn,
+    *,
+    owner: Owner,
+    end: TurnEnd,
+    ended: LaunchEnd,
+    due: Due | None,
+    due_in: DueIn,
+    mark: SessionFingerprint | None = None,
+    used: TurnUsage | None = None,
+    now: datetime,
+) -> Run:
+    """Record the end of a turn and of its launch in one transaction. An accepted cancel wins.
+
+    A repetition is safe when the answer to the commit was lost: the run may be in a later turn.
+
+    Args:
+        due: the deadline of the wait that begins, if one does; None: no deadline.
+        due_in: gives the end of the pause before an interrupted turn is resumed.
+        mark: the session fingerprint, taken after the process has ended; None: not taken.
+        used: the last report of the turn's usage; None: there was none.
+    """
+    run = turns.own(db, turn, owner)
+    if launch_records.is_over(db, turn.launch):
+        return run
+    launch_records.close(db, turn.launch, ended, now=now)
+    if used is not None:
+        usage.record(db, run, turn.launch, used, owner=owner)
+    if run.cancel_requested:
+        runs.change(db, run, owner=owner, now=now, status=RunStatus.CANCELED)
+    elif isinstance(end, Asked):
+        turns.ask(db, run, end.question, owner=owner, now=now, due=due, mark=mark)
+    elif isinstance(end, Succeeded):
+        runs.change(
+            db,
+            run,
+            owner=owner,
+            now=now,
+            status=RunStatus.SUCCEEDED,
+            output=to_json(end.output),
+        )
+    elif isinstance(end, Interrupted):
+        _interrupt(db, run, end, owner=owner, due_in=due_in, now=now)
+    elif isinstance(end, SessionGone):
+        _start_over(db, run, end, owner=owner, now=now)
+    else:
+        turns.fail(db, run, end.error, owner=owner, now=now)
+    if used is not None:
+        events.add_to_event(db, run, usage=used.turn)
+    return runs.get_by_key(db, run.key)
+
+
+def _interrupt(
+    db: Database, run: Run, end: Interrupted, *, owner: Owner, due_in: DueIn, now: datetime
+) -> None:
+    """Apply the decision that a restart would make now. A run that fails is not reopenable."""
+    facts = facts_of_run(db, run.key)
+    if end.cause is InterruptionCause.SHIM_LOST and Fact.REPLY in facts:
+        # The matrix delivers a reply again without a limit. If each process that gets the reply
+        # lost its shim, this would never end.
+        turns.fail(
+            db,
+            run,
+            RunError(code=ErrorCode.SUPERVISION_LOST, message=end.because),
+            owner=owner,
+            now=now,
+        )
+        return
+    rule = _rule(run, facts)
+    if rule.error is not None:
+        because = f"{end.because} {rule.because}" if rule.needs & Fact.RESUME else end.because
+        turns.fail(db, run, RunError(code=rule.error, message=because), owner=owner, now=now)
+        return
+    columns: dict[str, object] = {}
+    if rule.name == RESUMED_RULE:
+        columns |= interruptions.columns(run, end.cause, due_in=due_in, now=now)
+    _apply_rule(db, run, rule, owner=owner, now=now, **columns)
+
+
+def _start_over(db: Database, run: Run, end: SessionGone, *, owner: Owner, now: datetime) -> None:
+    """Apply the decision of the recovery matrix on an interrupted run without a session."""
+    rule = _rule(run, facts_of_run(db, run.key) & ~Fact.HANDLE)
+    if rule.error is None:
+        _apply_rule(db, run, rule, owner=owner, now=now)
+    else:
+        error = RunError(code=end.error.code, message=f"{end.error.message} {rule.because}")
+        turns.fail(db, run, error, owner=owner, now=now)
+
+
+def _rule(run: Run, facts: Fact) -> Rule:
+    assert run.status is not None  # noqa: S101 - `_own` has refused such a run
+    return decide(run.status, run.profile, facts)
+
+
+def _apply_rule(
+    db: Database, run: Run, rule: Rule, *, owner: Owner, now: datetime, **columns: object
+) -> None:
+    """Change the run to what a rule without an error makes of it."""
+    if not rule.keeps:
+        columns |= {"session_type": None, "session_value": None}
+    if rule.becomes is RunStatus.QUEUED:
+        columns["queued_at"] = to_us(now)
+    event = RunEventKind(rule.becomes)
+    runs.change(db, run, owner=owner, now=now, status=rule.becomes, event=event, about=0, **columns)
+    if not rule.keeps:
+        runs.close_questions(db, run)
