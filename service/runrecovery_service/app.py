@@ -54,7 +54,7 @@ from runrecovery_service.rpc.server_setup import build_server
 from runrecovery_service.shared_parts import SharedParts
 from runrecovery_service.steady_thread_pool import SteadyThreadPool
 from runrecovery_service.storage.database import Database
-from runrecovery_service.storage.opening import open_database
+from runrecovery_service.storage.opening import open_database, open_direct
 from runrecovery_service.systemd import SystemdNotifier
 from runrecovery_service.upkeep_setup import build_prune
 from runrecovery_service.webhook_setup import build_endpoints
@@ -99,6 +99,8 @@ def serve(settings: Settings, load: Callable[[], Settings]) -> None:
         db = open_database(settings.database, locks.data_dir, locks=locks.locks)
         try:
             demand_own_store(db, locks.data_dir)
+            if settings.database_direct:
+                open_direct(settings.database_direct, db)
             with store_kept(db), asyncio.Runner(loop_factory=new_event_loop) as runner:
                 runner.run(_run(settings, load, locks, db, probe, open_files, entrance, endpoints))
         finally:

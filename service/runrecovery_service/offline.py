@@ -132,7 +132,7 @@ def _store_problems(settings: Settings) -> list[str]:
     if reason := paths.directory_problem(data_dir):
         problems.append(f"{paths.shown(data_dir)}: {reason}")
     if path is None:
-        problems += postgresql_problems(settings.database)
+        problems += postgresql_problems(settings.database, settings.database_direct)
     elif problems and path.parent == data_dir:
         pass  # without the directory nothing is known of the file
     elif reason := paths.database_problem(path, data_dir):

@@ -27,7 +27,7 @@ SECRET_URLS = [
 
 @pytest.mark.parametrize("url", SECRET_URLS)
 def test_the_password_of_a_database_url_is_never_shown(url: str) -> None:
-    settings = Settings(database=url)
+    settings = Settings(database=url, database_direct=url)
 
     assert PASSWORD not in repr(settings) + str(settings)
 
@@ -36,7 +36,11 @@ def test_the_password_of_a_database_url_is_never_shown(url: str) -> None:
 def test_the_password_of_a_refused_database_url_is_never_shown(
     problems: Problems, url: str
 ) -> None:
-    found = problems(f"database = '{url}'", environ={"RUNRECOVERY_DATABASE": url})
+    keys = ("database", "database_direct")
+    found = problems(
+        "\n".join(f"{key} = '{url}'" for key in keys),
+        environ={f"RUNRECOVERY_{key.upper()}": url for key in keys},
+    )
 
-    assert len(found) == 2
+    assert len(found) == 4
     assert PASSWORD not in "".join(found)

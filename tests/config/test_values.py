@@ -151,6 +151,12 @@ def test_an_age_is_a_number_with_its_unit(load: Load, text: str, seconds: float)
         ("database = 'mysql://h/d'", "database", "must be empty, postgresql://… or sqlite:///path"),
         ("database = 'sqlite://x.db'", "database", "sqlite:////absolute/path"),
         ("database = 'sqlite:///'", "database", "sqlite:////absolute/path"),
+        ("database_direct = 'sqlite:///x'", "database_direct", "must be empty or postgresql://…"),
+        (
+            "database_direct = 'postgresql://h/d'",
+            "database_direct",
+            "needs a postgresql://… URL as `database`",
+        ),
         ("listen = '50051'", "listen", "must be HOST:PORT"),
         ("listen = ':50051'", "listen", "must be HOST:PORT"),
         ("listen = '::1:50051'", "listen", "must be HOST:PORT"),

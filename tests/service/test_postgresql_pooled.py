@@ -52,14 +52,23 @@ def check(home: Home) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("pool_mode", ["session", "transaction"])
+@pytest.mark.parametrize(
+    ("pool_mode", "is_direct"),
+    [("session", False), ("transaction", False), ("transaction", True)],
+)
 def test_a_service_works_and_recovers_behind_a_pooler_that_ignores_its_options(
-    new_home: Callable[..., Home], postgresql_url: str, tmp_path: Path, pool_mode: str
+    new_home: Callable[..., Home],
+    postgresql_url: str,
+    tmp_path: Path,
+    pool_mode: str,
+    *,
+    is_direct: bool,
 ) -> None:
     set_what_is_needed(postgresql_url)
     settings = {"pool_mode": pool_mode, "ignore_startup_parameters": "options"}
     with pooled(postgresql_url, tmp_path, **settings) as url:
-        home = new_home(engines=ENGINES, database=url)
+        direct = postgresql_url if is_direct else ""
+        home = new_home(engines=ENGINES, database=url, database_direct=direct)
         service, api = home.start()
         answered, interrupted = api.create("asks"), api.create("asks")
         api.until_status(answered.run_id, "WAITING_USER")

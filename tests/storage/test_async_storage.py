@@ -10,17 +10,24 @@ from pathlib import Path
 
 import peewee as pw
 import pytest
+from psycopg.conninfo import conninfo_to_dict
 from runrecovery_service.domain.errors import (
     RunNotFound,
     StorageBusy,
     StorageFull,
     StorageUnavailable,
 )
+from runrecovery_service.domain.start_errors import DatabaseRefused
 from runrecovery_service.storage import async_storage, postgresql, runs
 from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.database import Database
-from runrecovery_service.storage.opening import open_database
+from runrecovery_service.storage.opening import (
+    open_database,
+    open_direct,
+    postgresql_problems,
+)
 from runrecovery_service.storage.sql_dialects import DatabaseKind
+from runrecovery_service.storage.store_identity import store_id
 from storage.service_store import ServiceStore
 from support.pg_proxy import proxied
 
@@ -173,6 +180,58 @@ async def test_a_connection_that_does_not_answer_is_replaced(
 
 
 PID = "SELECT pg_backend_pid()"
+
+
+async def test_the_lease_is_renewed_over_the_direct_url_while_the_pooler_does_not_answer(
+    postgresql_url: str, tmp_path: Path
+) -> None:
+    with proxied(postgresql_url) as pooler:
+        db = open_database(pooler.url, tmp_path)
+        open_direct(postgresql_url, db)
+        db.close()
+        storage = Storage(db)
+        await storage.renew(lambda db: db.fetch_one(PID))
+        pooler.refusing = True
+        pooler.cut()
+
+        with pytest.raises(StorageUnavailable):
+            await storage.read(traces)
+        renewed = await storage.renew(lambda db: db.fetch_one("SELECT 1"))
+
+        assert renewed == (1,)
+        await asyncio.to_thread(storage.close)
+
+
+async def test_an_abandoned_database_is_cut_on_its_direct_connection_too(
+    postgresql_url: str, tmp_path: Path
+) -> None:
+    db = open_database(postgresql_url, tmp_path)
+    open_direct(postgresql_url, db)
+    db.close()
+    storage = Storage(db)
+    await storage.renew(lambda db: db.fetch_one(PID))
+
+    storage.abandon()
+
+    with pytest.raises(StorageUnavailable):
+        await storage.renew(lambda db: db.fetch_one(PID))
+    await asyncio.to_thread(storage.close)
+
+
+def test_a_direct_url_to_another_database_is_refused(postgresql_url: str, tmp_path: Path) -> None:
+    db = open_database(postgresql_url, tmp_path)
+    store_id(db, new="one")
+    folder = conninfo_to_dict(postgresql_url)["host"]
+    other_url = f"postgresql://postgres@/postgres?host={folder}"
+
+    with pytest.raises(DatabaseRefused) as refusal:
+        open_direct(other_url, db)
+
+    assert str(refusal.value) == (
+        "the PostgreSQL database of `database_direct`: is not the one that `database` leads to"
+    )
+    assert postgresql_problems(postgresql_url, other_url) == [str(refusal.value)]
+    db.close()
 
 
 async def test_the_renewals_connection_is_kept_while_no_new_one_can_be_opened(

@@ -224,6 +224,9 @@ def contradictions(settings: Settings, places: Mapping[str, str]) -> Iterator[st
             f" is no {' and no '.join(missing)}; add what is missing, listen on 127.0.0.1, or set"
             " insecure_listen = true"
         )
+    if settings.database_direct and not settings.database.startswith("postgresql://"):
+        place = places.get("database_direct", "database_direct")
+        yield f"{place}: needs a postgresql://… URL as `database`"
     named: dict[str, Sequence[CallerSettings | WebhookSettings]] = {
         "callers": settings.callers,
         "webhooks": settings.webhooks,

@@ -269,6 +269,7 @@ class Settings:
         data_dir: outputs, workspaces, the lock, and the SQLite database unless `database` names
             another place.
         database: empty: SQLite in `data_dir`; else `postgresql://…` or `sqlite:///path`.
+        database_direct: a `postgresql://…` URL of the same database that leads around a pooler.
         instance: the name of this copy of the service; a start recovers the runs of its name.
         max_concurrent: processes at one time; 0: computed from the cores and memory of the machine.
         max_queued: runs that may wait for a slot; one more is refused as OVERLOADED.
@@ -322,6 +323,7 @@ class Settings:
     metrics_listen: Annotated[str, values.tcp_listen] = ""
     data_dir: Annotated[Path, values.path] = Path("./runrecovery-data")
     database: Annotated[str, values.database] = field(default="", repr=False)
+    database_direct: Annotated[str, values.database_direct] = field(default="", repr=False)
     instance: Annotated[str, values.name] = "default"
     max_concurrent: Annotated[int, values.whole(0, 10_000)] = 0
     max_queued: Annotated[int, values.whole(1, 10_000_000)] = 10_000

@@ -177,6 +177,13 @@ def database(value: object) -> str:
     return url
 
 
+def database_direct(value: object) -> str:
+    url = text(value)
+    if url and not url.startswith("postgresql://"):
+        raise InvalidValue("must be empty or postgresql://…")
+    return url
+
+
 def listen(value: object) -> str:
     address = filled(value)
     if _is_socket_file(address):

@@ -81,7 +81,7 @@ class Storage:
                 )
                 made.callback(self._writer.close)
             else:
-                self._reserved = ReservedConnection(db)
+                self._reserved = ReservedConnection(db.direct or db)
                 made.callback(self._reserved.close)
                 self._reserved.open()  # before other clients take the last connection
             self._trials = ReservedConnection(db, "storage-trial")
@@ -225,7 +225,7 @@ class Storage:
                 )
         except asyncio.CancelledError:  # too slow: the network may drop packets
             if self._replacement is None:
-                self._replacement = ReservedConnection(self._db)
+                self._replacement = ReservedConnection(self._db.direct or self._db)
                 self._replacement.open()
             raise
 

@@ -55,6 +55,8 @@ class Database:
 
     Attributes:
         name: names the database in errors: the path of the file, or "the PostgreSQL database".
+        direct: the same PostgreSQL database by a way around a pooler; None: no such way is
+            configured.
         webhooks: the webhooks whose deliveries are recorded with the events of runs.
         queue_counts: for each instance how many of its runs were queued when `queue_room.py` last
             counted them, and the `next_mark` of that moment.
@@ -75,6 +77,7 @@ class Database:
         self.queue_counts: dict[str, tuple[int, int]] = {}
         self._rolled_back = _RolledBack()
         self._guard: Callable[[Database], object] | None = None
+        self.direct: Database | None = None
         self.webhooks: tuple[WebhookFilter, ...] = ()
 
     def guard(self, check: Callable[[Database], object]) -> None:
@@ -240,6 +243,8 @@ class Database:
         """Cut every connection to PostgreSQL, and open no new one. Callable from any thread."""
         if isinstance(self.peewee, postgresql.PostgreSQL):
             self.peewee.abandon()
+        if self.direct is not None:
+            self.direct.abandon()
 
     def close(self) -> None:
         """Close the calling thread's connection.

@@ -25,9 +25,11 @@ from runrecovery_service.storage.sqlite_file import (
     sqlite_path,
 )
 from runrecovery_service.storage.sqlite_header import APPLICATION_ID, check_header
+from runrecovery_service.storage.store_identity import stored_id
 
 SQLITE_FLOOR: Final = (3, 37, 0)  # STRICT tables
 POSTGRESQL_NAME: Final = "the PostgreSQL database"
+DIRECT_NAME: Final = "the PostgreSQL database of `database_direct`"
 
 
 def open_database(url: str, data_dir: Path, *, locks: list[Lock] | None = None) -> Database:
@@ -63,15 +65,36 @@ def _demand_sound(db: Database) -> None:
         raise DatabaseRefused(db.name, f"is damaged ({found}); {REPAIR_HINT}")
 
 
-def _open_postgresql(url: str) -> Database:
+def open_direct(url: str, db: Database) -> None:
+    """Open another way to the open PostgreSQL database `db`, as its `direct`.
+
+    Raises:
+        DatabaseRefused: the URL leads to another database, or to an unfit one.
+        DatabaseOutOfReach: the database does not answer in time. A later start may succeed.
+    """
+    with refusing(DIRECT_NAME):
+        direct = _open_postgresql(url, DIRECT_NAME)
+        try:
+            if _store_of(direct) != _store_of(db):
+                raise DatabaseRefused(DIRECT_NAME, "is not the one that `database` leads to")
+        finally:
+            direct.close()
+    db.direct = direct
+
+
+def _store_of(db: Database) -> str | None:
+    return stored_id(db) if db.peewee.table_exists("store_identity") else None
+
+
+def _open_postgresql(url: str, name: str = POSTGRESQL_NAME) -> Database:
     if postgresql.PSYCOPG is None:  # an extra
         raise DatabaseRefused("postgresql", "needs `pip install runrecovery-service[postgres]`")
     try:
         peewee = postgresql.prepare(url)
     except postgresql.Unreadable:
         reason = "its URL cannot be read; are special characters of the password percent-encoded?"
-        raise DatabaseRefused(POSTGRESQL_NAME, reason) from None
-    db = Database(peewee, POSTGRESQL, POSTGRESQL_NAME)
+        raise DatabaseRefused(name, reason) from None
+    db = Database(peewee, POSTGRESQL, name)
     try:
         _check_postgresql(db)
     except BaseException:
@@ -88,11 +111,16 @@ def _check_postgresql(db: Database) -> None:
         raise DatabaseRefused(db.name, reason)
 
 
-def postgresql_problems(url: str) -> list[str]:
+def postgresql_problems(url: str, direct_url: str = "") -> list[str]:
     """Return why a start on this PostgreSQL database would be refused. Nothing is changed."""
     try:
         with refusing(POSTGRESQL_NAME):
-            _open_postgresql(url).close()
+            db = _open_postgresql(url)
+        try:
+            if direct_url:
+                open_direct(direct_url, db)
+        finally:
+            db.close()
     except DatabaseRefused as error:
         return [str(error)]
     return []

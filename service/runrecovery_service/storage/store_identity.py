@@ -12,14 +12,14 @@ from runrecovery_service.storage.sqlite_file import connect_read_only
 
 def store_id(db: Database, *, new: str) -> str:
     """Return the id of the store, which becomes `new` if the store has none."""
-    if (found := _find(db)) is not None:
+    if (found := stored_id(db)) is not None:
         return found
     with db.transaction():
         db.execute(
             "INSERT INTO store_identity (id, store_id) VALUES (1, ?) ON CONFLICT (id) DO NOTHING",
             (new,),
         )
-    return _find(db) or new
+    return stored_id(db) or new
 
 
 def sqlite_store_id(path: Path) -> str | None:
@@ -32,6 +32,7 @@ def sqlite_store_id(path: Path) -> str | None:
     return None if row is None else str(row[0])
 
 
-def _find(db: Database) -> str | None:
+def stored_id(db: Database) -> str | None:
+    """Return the id of the store; None if it has none yet."""
     row = db.fetch_one("SELECT store_id FROM store_identity")
     return None if row is None else str(row[0])
