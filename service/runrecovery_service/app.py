@@ -13,6 +13,7 @@ import structlog
 
 from runrecovery_service import early_signals
 from runrecovery_service.config.settings import Settings
+from runrecovery_service.control import Control, prepare_process
 from runrecovery_service.daemon_threads import new_event_loop
 from runrecovery_service.data_dir_store import demand_own_store
 from runrecovery_service.domain.reconciliation import Containment
@@ -24,12 +25,8 @@ from runrecovery_service.execution_setup import (
     build_launcher,
 )
 from runrecovery_service.extras import demand_packages
-from runrecovery_service.lifecycle import (
-    BackgroundWork,
-    Service,
-    prepare_process,
-    store_kept,
-)
+from runrecovery_service.lifecycle import Service, store_kept
+from runrecovery_service.listeners import Listeners
 from runrecovery_service.locks import ServiceLocks
 from runrecovery_service.machine_limits import plan_open_files
 from runrecovery_service.ownership import (
@@ -43,7 +40,7 @@ from runrecovery_service.process.probe import prove_containment
 from runrecovery_service.process.watermark import watermark_bits
 from runrecovery_service.recovery.plan import Planner
 from runrecovery_service.recovery_setup import build_recovery
-from runrecovery_service.reload import Reloader
+from runrecovery_service.reload import ReloadablePart, Reloader
 from runrecovery_service.reload_setup import reloadable_parts
 from runrecovery_service.rpc.listen_address import parse_listen_address
 from runrecovery_service.rpc.recovery_service import RecoveryDeps
@@ -56,7 +53,7 @@ from runrecovery_service.steady_thread_pool import SteadyThreadPool
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.opening import open_database, open_direct
 from runrecovery_service.systemd import SystemdNotifier
-from runrecovery_service.upkeep_setup import build_prune
+from runrecovery_service.upkeep_setup import build_prune, build_retention
 from runrecovery_service.webhook_setup import build_endpoints
 
 if TYPE_CHECKING:
@@ -121,48 +118,64 @@ async def _run(
     service = _service(parts, entrance, load)
     gc.freeze()  # later collections skip what a start has imported and built
     gc.enable()  # see `cli.main`
-    await service.run()
+    try:
+        await service.run()
+    finally:
+        if parts.tracer is not None:  # last: the stop reports spans as well
+            await parts.tracer.stop()
 
 
 def _service(parts: SharedParts, entrance: Entrance, load: Callable[[], Settings]) -> Service:
     """Return the service."""
     launcher = build_launcher(parts)
     dispatcher = build_dispatcher(parts, launcher)
+    retention = build_retention(parts)
     ownership = _ownership(parts, dispatcher)
     parts.db.guard(ownership.lease.demand_current)
-    work = build_background_work(parts, launcher, dispatcher)
-    systemd = SystemdNotifier.from_environment(parts.gate, os.environ)
+    reloadable = reloadable_parts(
+        entrance=entrance,
+        catalog=parts.catalog,
+        sessions=parts.sessions,
+        dispatcher=dispatcher,
+        retention=retention,
+        webhooks=parts.webhooks,
+    )
+    metrics = _metrics(parts, ownership, dispatcher, retention, entrance.metrics_connections)
     return Service(
         settings=parts.settings,
         stop=parts.stop,
         gate=parts.gate,
-        server=_server(parts, entrance, work.retention),
+        control=_control(parts, load, reloadable),
+        listeners=Listeners(
+            settings=parts.settings,
+            server=_server(parts, entrance, retention),
+            max_connections=entrance.connections,
+            probe=entrance.probe(parts.gate),
+            metrics=metrics,
+        ),
         ownership=ownership,
         recovery_runner=build_recovery(parts),
-        work=work,
+        work=build_background_work(parts, launcher, dispatcher, retention),
+    )
+
+
+def _control(
+    parts: SharedParts, load: Callable[[], Settings], reloadable: Sequence[ReloadablePart]
+) -> Control:
+    systemd = SystemdNotifier.from_environment(parts.gate, os.environ)
+    return Control(
+        stop_signal=parts.stop,
+        reloader=Reloader(settings=parts.settings, load=load, parts=reloadable, systemd=systemd),
         systemd=systemd,
-        reloader=Reloader(
-            settings=parts.settings,
-            load=load,
-            parts=reloadable_parts(
-                entrance=entrance,
-                catalog=parts.catalog,
-                sessions=parts.sessions,
-                dispatcher=dispatcher,
-                retention=work.retention,
-                webhooks=parts.webhooks,
-            ),
-            systemd=systemd,
-        ),
-        max_connections=entrance.connections,
-        probe=entrance.probe(parts.gate),
-        metrics=_metrics(parts, ownership, work, entrance.metrics_connections),
-        tracer=parts.tracer,
     )
 
 
 def _metrics(
-    parts: SharedParts, ownership: Ownership, work: BackgroundWork, max_connections: int
+    parts: SharedParts,
+    ownership: Ownership,
+    dispatcher: Dispatcher,
+    retention: RetentionSweep | None,
+    max_connections: int,
 ) -> MetricsServer | None:
     if parts.calls is None:
         return None
@@ -172,11 +185,11 @@ def _metrics(
     sources = Sources(
         ownership=ownership,
         gate=parts.gate,
-        dispatcher=work.dispatcher,
+        dispatcher=dispatcher,
         status=parts.status,
         calls=parts.calls,
         webhooks=parts.webhooks,
-        retention=work.retention,
+        retention=retention,
     )
     return build_metrics(sources, parts.clock, max_connections=max_connections)
 

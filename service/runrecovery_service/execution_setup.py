@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 from runrecovery_service.agents.session_checks import SessionChecker
+from runrecovery_service.background_work import BackgroundWork, Sweep
 from runrecovery_service.claim import launch_site
 from runrecovery_service.execution.deadlines import Deadlines
 from runrecovery_service.execution.dispatcher import Dispatcher
@@ -13,10 +15,12 @@ from runrecovery_service.execution.run_queue import RunQueue
 from runrecovery_service.execution.straggler_sweep import StragglerSweep
 from runrecovery_service.execution.supervisor_factory import SupervisorFactory
 from runrecovery_service.execution.trust_sweep import TrustSweep
-from runrecovery_service.lifecycle import BackgroundWork
 from runrecovery_service.machine_limits import agent_share
 from runrecovery_service.shared_parts import SharedParts
-from runrecovery_service.upkeep_setup import build_disk_floor, build_retention
+from runrecovery_service.upkeep_setup import build_disk_floor
+
+if TYPE_CHECKING:  # not imported where retention is off
+    from runrecovery_service.retention.sweep import RetentionSweep
 
 
 def build_launcher(parts: SharedParts) -> Launcher:
@@ -62,21 +66,14 @@ def build_dispatcher(parts: SharedParts, launcher: Launcher) -> Dispatcher:
 
 
 def build_background_work(
-    parts: SharedParts, launcher: Launcher, dispatcher: Dispatcher
+    parts: SharedParts,
+    launcher: Launcher,
+    dispatcher: Dispatcher,
+    retention: RetentionSweep | None,
 ) -> BackgroundWork:
     """Return what works beside the calls."""
     return BackgroundWork(
-        retention=build_retention(parts),
-        disk_floor=build_disk_floor(parts, dispatcher),
         dispatcher=dispatcher,
-        straggler_sweep=StragglerSweep(
-            storage=parts.storage,
-            owner=parts.owner,
-            clock=parts.clock,
-            turns=parts.turns,
-            launcher=launcher,
-            stop_signal=parts.stop,
-        ),
         deadlines=Deadlines(
             storage=parts.storage,
             owner=parts.owner,
@@ -84,7 +81,36 @@ def build_background_work(
             turns=parts.turns,
             stop_signal=parts.stop,
         ),
-        trust_sweep=TrustSweep(keeper=parts.trust, threads=parts.threads, stop_signal=parts.stop),
-        threads=parts.threads,
+        sweeps=_sweeps(parts, launcher, dispatcher, retention),
         webhooks=parts.webhooks,
+        threads=parts.threads,
     )
+
+
+def _sweeps(
+    parts: SharedParts,
+    launcher: Launcher,
+    dispatcher: Dispatcher,
+    retention: RetentionSweep | None,
+) -> list[Sweep]:
+    stragglers = StragglerSweep(
+        storage=parts.storage,
+        owner=parts.owner,
+        clock=parts.clock,
+        turns=parts.turns,
+        launcher=launcher,
+        stop_signal=parts.stop,
+    )
+    trust = TrustSweep(keeper=parts.trust, threads=parts.threads, stop_signal=parts.stop)
+    disk_floor = build_disk_floor(parts, dispatcher)
+    grace_s = parts.settings.cancel_grace_s
+    return [
+        Sweep(name="stragglers", sweeper=stragglers, stop_grace_s=grace_s),
+        Sweep(name="trust", sweeper=trust),
+        *([] if disk_floor is None else [Sweep(name="disk", sweeper=disk_floor)]),
+        *(
+            []
+            if retention is None
+            else [Sweep(name="retention", sweeper=retention, in_safe_mode=False)]
+        ),
+    ]

@@ -7,9 +7,9 @@ from dataclasses import replace
 from runrecovery_service.agents.end_launches import LaunchEnder
 from runrecovery_service.config.settings import Settings
 from runrecovery_service.domain.reconciliation import Cause
-from runrecovery_service.lifecycle import RECOVERY_BACKOFF_MOST_S, RecoveryRunner
 from runrecovery_service.periodic import Backoff
 from runrecovery_service.recovery.reconcile import Recovery, RecoveryLimits
+from runrecovery_service.recovery_runner import RECOVERY_BACKOFF_MOST_S, RecoveryRunner
 from runrecovery_service.shared_parts import SharedParts
 from runrecovery_service.stop_signal import StopSignal
 
