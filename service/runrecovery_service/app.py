@@ -202,6 +202,7 @@ def _ownership(parts: SharedParts, dispatcher: Dispatcher) -> Ownership:
             lease_ttl_s=ttl_s,
             storage=parts.storage,
             owner=parts.owner,
+            catalog=parts.catalog,
             turns=parts.turns,
             health=health,
             stop=parts.stop,

@@ -7,6 +7,7 @@ import secrets
 
 import structlog
 
+from runrecovery_service import __version__
 from runrecovery_service.clock import Clock
 from runrecovery_service.config.settings import Settings
 from runrecovery_service.domain.start_errors import ContainmentRefused
@@ -48,6 +49,9 @@ def this_start(settings: Settings, locks: ServiceLocks, host: Host) -> InstanceS
         pid=os.getpid(),
         # One boot of a kernel has one table of locks, and one number for each device.
         lock_id=f"{host.boot_id}/{locks.locks[0].name}",
+        engines=tuple(settings.engines),
+        max_running=settings.capacity,
+        version=__version__,
     )
 
 

@@ -16,6 +16,7 @@ from runrecovery_service import daemon_threads
 from runrecovery_service.clock import Clock
 from runrecovery_service.domain.errors import Exhausted, Fenced, NotNow, error_facts
 from runrecovery_service.domain.start_errors import LeaseLost, StartRefused
+from runrecovery_service.engines.catalog import Catalog
 from runrecovery_service.execution.dispatcher import Dispatcher
 from runrecovery_service.execution.running_turns import RunningTurns
 from runrecovery_service.locks import ServiceLocks
@@ -82,12 +83,14 @@ class LeaseRenewal:
     """Renews the lease for ever, and fences this service when it may no longer be the owner.
 
     Attributes:
+        catalog: the engines, whose names each renewal tells the other instances.
         unrenewed: set once the lease could not be renewed for `SELF_FENCE_SHARE` of its time.
     """
 
     lease_ttl_s: float
     storage: Storage
     owner: Owner
+    catalog: Catalog
     turns: RunningTurns
     health: StorageHealthReporter
     stop: StopSignal
@@ -162,7 +165,12 @@ class LeaseRenewal:
         pause_s = None
         try:
             async with asyncio.timeout(self._try_limit_s(begun_s)):
-                await self.storage.renew(instances.renew, self.owner, ttl_s=self.lease_ttl_s)
+                await self.storage.renew(
+                    instances.renew,
+                    self.owner,
+                    ttl_s=self.lease_ttl_s,
+                    engines=self.catalog.names,
+                )
         except Fenced:
             raise
         except Exception as error:  # noqa: BLE001 - after any error the lease is not renewed

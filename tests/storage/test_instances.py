@@ -24,6 +24,51 @@ def test_every_start_takes_the_next_epoch(store: ServiceStore) -> None:
     assert [store.restart().epoch, store.restart().epoch] == [2, 3]
 
 
+TOLD = (
+    "SELECT engines, max_running, version, stopped_at, taken_over_by, taken_over_at,"
+    " takeover_done_at, host_return_until FROM instance"
+)
+
+
+def test_a_start_tells_its_peers_engines_slots_and_version(store: ServiceStore) -> None:
+    instances.claim(
+        store.db,
+        boot(engines=("demo", "codex"), max_running=4, version="0.2.0"),
+        now=store.now,
+    )
+
+    assert store.rows(TOLD) == [('["codex","demo"]', 4, "0.2.0", None, None, None, None, None)]
+
+
+def test_a_renewal_replaces_the_engines_that_the_start_told(store: ServiceStore) -> None:
+    instances.renew(store.db, store.owner, engines=("new", "demo"))
+
+    assert store.rows("SELECT engines FROM instance") == [('["demo","new"]',)]
+
+
+def test_a_planned_stop_is_recorded_by_the_clock_of_the_database(store: ServiceStore) -> None:
+    now_us = store.db.dialect.now_us
+    instances.resign(store.db, store.owner)
+
+    assert store.rows(
+        f"SELECT lease_until, CASE WHEN stopped_at BETWEEN {now_us} - 60000000 AND {now_us}"  # noqa: S608
+        " THEN 1 ELSE 0 END FROM instance"
+    ) == [(0, 1)]
+
+
+def test_a_start_forgets_the_stop_and_the_takeover_of_the_epoch_before(
+    store: ServiceStore,
+) -> None:
+    store.db.execute(
+        "UPDATE instance SET stopped_at = 1, taken_over_by = 'b', taken_over_at = 2,"
+        " takeover_done_at = 3, host_return_until = 4"
+    )
+
+    store.restart()
+
+    assert store.rows(TOLD) == [("[]", 0, "", None, None, None, None, None)]
+
+
 ELSEWHERE = {"lock_id": "another boot/1:2"}
 LOST, AGAIN = {"boot_token": "lost"}, {"boot_token": "again"}
 

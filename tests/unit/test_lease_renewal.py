@@ -11,6 +11,8 @@ from runrecovery_service.ownership import LeaseRenewal
 from runrecovery_service.process.boot_clock import boot_time_ns
 from runrecovery_service.stop_signal import StopSignal
 
+DEMO_ENGINES: Any = SimpleNamespace(names=("demo", "other"))
+
 
 @pytest.mark.parametrize("is_shared", [True, False], ids=["PostgreSQL", "SQLite"])
 async def test_the_lease_is_renewed_and_trees_live_on_five_times_in_its_time(
@@ -22,6 +24,7 @@ async def test_the_lease_is_renewed_and_trees_live_on_five_times_in_its_time(
         lease_ttl_s=15.0,
         storage=storage,
         owner=unused,
+        catalog=unused,
         turns=unused,
         health=unused,
         stop=StopSignal(),
@@ -46,6 +49,7 @@ async def test_on_sqlite_a_slow_renewal_succeeds_however_late_it_is(unrenewed_s:
         lease_ttl_s=15.0,
         storage=storage,
         owner=unused,
+        catalog=DEMO_ENGINES,
         turns=unused,
         health=health,
         stop=StopSignal(),
@@ -55,3 +59,30 @@ async def test_on_sqlite_a_slow_renewal_succeeds_however_late_it_is(unrenewed_s:
     await renewal.renew()
 
     assert noted == [("lease", True)]
+
+
+async def test_each_renewal_tells_the_engines_that_are_configured_now() -> None:
+    told: list[object] = []
+
+    async def renew(*_: object, engines: object, **__: object) -> None:
+        told.append(engines)
+
+    unused: Any = None
+    catalog: Any = SimpleNamespace(names=("demo",))
+    storage: Any = SimpleNamespace(is_shared=False, renew=renew)
+    health: Any = SimpleNamespace(note=lambda *_, **__: None)
+    renewal = LeaseRenewal(
+        lease_ttl_s=15.0,
+        storage=storage,
+        owner=unused,
+        catalog=catalog,
+        turns=unused,
+        health=health,
+        stop=StopSignal(),
+    )
+    await renewal.renew()
+    catalog.names = ("demo", "another")  # a reload
+
+    await renewal.renew()
+
+    assert told == [("demo",), ("demo", "another")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -9,7 +10,7 @@ from runrecovery_service.domain.errors import ClaimLost, Fenced
 from runrecovery_service.domain.lease import LEASE_TTL_S
 from runrecovery_service.domain.start_errors import Held
 from runrecovery_service.storage.database import Database, Row
-from runrecovery_service.storage.rows import to_us
+from runrecovery_service.storage.rows import to_json, to_us
 from runrecovery_service.storage.sql_dialects import DatabaseKind
 
 
@@ -33,6 +34,9 @@ class InstanceStart:
 
     Attributes:
         lock_id: identifies the locked file of this start across hosts; None: no locked file.
+        engines: the names of the configured engines.
+        max_running: the number of slots.
+        version: the version of the service.
     """
 
     instance: str
@@ -41,6 +45,9 @@ class InstanceStart:
     data_dir: str
     pid: int
     lock_id: str | None = None
+    engines: Collection[str] = ()
+    max_running: int = 0
+    version: str = ""
 
 
 def _lease_until(db: Database, ttl_s: float) -> str:
@@ -75,33 +82,46 @@ def claim(db: Database, boot: InstanceStart, *, now: datetime, ttl_s: float = LE
         row = _registered(db, boot, lock)
         _demand_free(db, row, boot)
         epoch = _next_epoch(db, row)
-        values = (
-            epoch,
-            boot.boot_token,
-            boot.host_id,
-            boot.data_dir,
-            boot.pid,
-            boot.lock_id,
-            to_us(now),
-            boot.instance,
-        )
+        columns = _columns(boot, epoch, now)
         if row is None:
+            marks = ", ".join("?" for _ in columns)
             db.execute(
-                "INSERT INTO instance (epoch, boot_token, host_id, data_dir, pid, lock_id,"
-                f" started_at, name, lease_until) VALUES (?, ?, ?, ?, ?, ?, ?, ?, {until})",
-                values,
+                f"INSERT INTO instance ({', '.join(columns)}, name, lease_until)"
+                f" VALUES ({marks}, ?, {until})",
+                (*columns.values(), boot.instance),
             )
         else:
+            changes = ", ".join(f"{name} = ?" for name in columns)
             db.execute(
-                "UPDATE instance SET epoch = ?, boot_token = ?, host_id = ?, data_dir = ?,"
-                f" pid = ?, lock_id = ?, started_at = ?, lease_until = {until} WHERE name = ?",
-                values,
+                f"UPDATE instance SET {changes}, lease_until = {until} WHERE name = ?",
+                (*columns.values(), boot.instance),
             )
         db.execute(
             "UPDATE instance_epoch SET epoch = ?, boot_token = ? WHERE name = ?",
             (epoch, boot.boot_token, boot.instance),
         )
     return Owner(boot.instance, epoch, boot.boot_token)
+
+
+def _columns(boot: InstanceStart, epoch: int, now: datetime) -> dict[str, object]:
+    return {
+        "epoch": epoch,
+        "boot_token": boot.boot_token,
+        "host_id": boot.host_id,
+        "data_dir": boot.data_dir,
+        "pid": boot.pid,
+        "lock_id": boot.lock_id,
+        "started_at": to_us(now),
+        "engines": to_json([*sorted(boot.engines)]),
+        "max_running": boot.max_running,
+        "version": boot.version,
+        # These were about the epoch before.
+        "stopped_at": None,
+        "taken_over_by": None,
+        "taken_over_at": None,
+        "takeover_done_at": None,
+        "host_return_until": None,
+    }
 
 
 def _registered(db: Database, boot: InstanceStart, lock: str = "") -> Row | None:
@@ -129,8 +149,17 @@ def _next_epoch(db: Database, own: Row | None) -> int:
     return 1 if own is None else own[0] + 1
 
 
-def renew(db: Database, owner: Owner, *, ttl_s: float = LEASE_TTL_S) -> None:
+def renew(
+    db: Database,
+    owner: Owner,
+    *,
+    ttl_s: float = LEASE_TTL_S,
+    engines: Collection[str] = (),
+) -> None:
     """Renew the lease until `ttl_s` from now.
+
+    Args:
+        engines: the names of the engines that are configured now: a reload may have changed them.
 
     Raises:
         Fenced: another start has claimed the instance.
@@ -138,9 +167,9 @@ def renew(db: Database, owner: Owner, *, ttl_s: float = LEASE_TTL_S) -> None:
     """
     with db.transaction():
         changed = db.execute(
-            f"UPDATE instance SET lease_until = {_lease_until(db, ttl_s)}"
+            f"UPDATE instance SET lease_until = {_lease_until(db, ttl_s)}, engines = ?"
             " WHERE name = ? AND epoch = ? AND boot_token = ?",
-            (owner.instance, owner.epoch, owner.boot_token),
+            (to_json([*sorted(engines)]), owner.instance, owner.epoch, owner.boot_token),
         ).rowcount
         if changed != 1:
             raise _fence(db, owner)
@@ -176,9 +205,10 @@ def _fence(db: Database, owner: Owner) -> Fenced:
 
 
 def resign(db: Database, owner: Owner) -> None:
-    """Release the lease at the end of a planned stop."""
+    """Release the lease at the end of a planned stop, and record the stop."""
     with db.transaction():
         db.execute(
-            "UPDATE instance SET lease_until = 0 WHERE name = ? AND epoch = ? AND boot_token = ?",
+            f"UPDATE instance SET lease_until = 0, stopped_at = {db.dialect.now_us}"
+            " WHERE name = ? AND epoch = ? AND boot_token = ?",
             (owner.instance, owner.epoch, owner.boot_token),
         )

@@ -275,6 +275,11 @@ class Quarantine(pw.Model):
 class Instance(pw.Model):
     """A configured replica of the service. `epoch` counts its starts.
 
+    `engines` is a JSON list of names. `max_running` is the number of its slots, `version` that of
+    its software. `stopped_at` is the planned stop that ended the epoch. `taken_over_…` and
+    `takeover_done_at` are about the takeover of this epoch by another instance: `taken_over_by` is
+    the name of that one. Runs that wait for the host of the instance wait until
+    `host_return_until`. These times and `lease_until` are of the database's clock.
     `time_confirmed_at` is the latest time of the wall clock by which retention has removed.
     """
 
@@ -288,6 +293,14 @@ class Instance(pw.Model):
     lease_until = pw.BigIntegerField()
     started_at = pw.BigIntegerField()
     time_confirmed_at = pw.BigIntegerField(null=True)
+    engines = pw.TextField(default="[]")
+    max_running = pw.BigIntegerField(default=0)
+    version = pw.TextField(default="")
+    stopped_at = pw.BigIntegerField(null=True)
+    taken_over_by = pw.TextField(null=True)
+    taken_over_at = pw.BigIntegerField(null=True)
+    takeover_done_at = pw.BigIntegerField(null=True)
+    host_return_until = pw.BigIntegerField(null=True)
 
     class Meta:
         table_name = "instance"
