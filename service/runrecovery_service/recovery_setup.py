@@ -8,6 +8,7 @@ from runrecovery_service.agents.end_launches import LaunchEnder
 from runrecovery_service.config.settings import Settings
 from runrecovery_service.domain.reconciliation import Cause
 from runrecovery_service.periodic import Backoff
+from runrecovery_service.recovery.killed_usage import KilledUsage
 from runrecovery_service.recovery.reconcile import Recovery, RecoveryLimits
 from runrecovery_service.recovery_runner import RECOVERY_BACKOFF_MOST_S, RecoveryRunner
 from runrecovery_service.shared_parts import SharedParts
@@ -30,6 +31,7 @@ def build_recovery(parts: SharedParts) -> RecoveryRunner:
         trust=parts.trust,
         find_end=parts.ends.find,
         tracer=parts.tracer,
+        usage=KilledUsage(catalog=parts.catalog, workspace=parts.workspaces.workspace),
     )
     grace_s = settings.cancel_grace_s
     at_stop = replace(

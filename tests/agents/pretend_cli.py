@@ -185,6 +185,7 @@ def codex(arguments: list[str], prompt: str) -> None:
     for attempt in refused_attempts(prompt):
         print_event({"type": "error", "message": f"Reconnecting... {attempt}/5 (401 Unauthorized)"})
     text = codex_steps(path, earlier or prompt, prompt) or answer_of_model(prompt, earlier)
+    store_codex_usage(path)
     append_lines(
         path,
         {"type": "response_item",
@@ -193,11 +194,29 @@ def codex(arguments: list[str], prompt: str) -> None:
     )  # fmt: skip
     item = {"id": "item_1", "type": "agent_message", "text": text}
     print_event({"type": "item.completed", "item": item})
-    calls = sum(line["payload"].get("type") == "task_complete" for line in lines_of(path))
+    print_event({"type": "turn.completed", "usage": codex_usage(codex_calls(path))})
+
+
+def codex_usage(calls: int) -> dict[str, int]:
     used = {"input_tokens": 100, "cached_input_tokens": 60, "cache_write_input_tokens": 0,
             "output_tokens": 10, "reasoning_output_tokens": 4}  # fmt: skip
-    total = {name: calls * tokens for name, tokens in used.items()}
-    print_event({"type": "turn.completed", "usage": total})
+    return {name: calls * tokens for name, tokens in used.items()}
+
+
+def codex_calls(path: Path) -> int:
+    """Return how many calls of the model are in the session."""
+    return sum(line["type"] == "token_usage_record" for line in lines_of(path))
+
+
+def store_codex_usage(path: Path) -> None:
+    """Add a call of the model to both totals of the session."""
+    total = codex_usage(codex_calls(path) + 1)
+    told = {"type": "token_count", "info": {"total_token_usage": total}}
+    append_lines(
+        path,
+        {"type": "token_usage_record", "payload": {"thread_token_usage": total}},
+        {"type": "event_msg", "payload": told},
+    )
 
 
 def codex_steps(path: Path, task: str, prompt: str) -> str | None:
@@ -213,8 +232,17 @@ def codex_steps(path: Path, task: str, prompt: str) -> str | None:
         asked = {"type": "function_call", "call_id": call, "arguments": command}
         told = {"type": "function_call_output", "call_id": call, "output": result}
         append_lines(path, *({"type": "response_item", "payload": one} for one in (asked, told)))
+        store_codex_usage(path)
 
     return steps(task, prompt, [each["output"] for each in outputs], store)
+
+
+GEMINI_TOKENS = {"input": 100, "output": 6, "cached": 60, "thoughts": 4, "tool": 0, "total": 110}
+
+
+def gemini_calls(path: Path) -> int:
+    """Return how many calls of the model are in the session."""
+    return sum("tokens" in each for each in gemini_messages(path).values())
 
 
 def gemini_messages(path: Path) -> dict[str, dict[str, Any]]:
@@ -238,7 +266,7 @@ def store_gemini_call(path: Path, call: str, command: str, result: str) -> None:
     asked = {"id": call, "name": "run_shell_command", "args": {"command": command}}
     append_lines(
         path,
-        {"id": f"g-{call}", "type": "gemini", "content": "",
+        {"id": f"g-{call}", "type": "gemini", "content": "", "tokens": GEMINI_TOKENS,
          "toolCalls": [{**asked, "result": content}]},
         {"id": f"u-{call}", "type": "user", "content": content},
     )  # fmt: skip
@@ -292,13 +320,14 @@ def gemini(arguments: list[str], prompt: str) -> None:
         print(f"Attempt {attempt} failed with status 401. Retrying", file=sys.stderr, flush=True)
     if "TOOL" in prompt:
         store_gemini_call(path, "tool", "true", "done")
+    calls_before = gemini_calls(path)
     text = gemini_steps(path, earlier or prompt, prompt) or answer_of_model(prompt, earlier)
-    append_lines(
-        path, {"id": "g", "type": "gemini", "content": text}, {"$set": {"lastUpdated": "now"}}
-    )
+    answer = {"id": f"g-{secrets.token_hex(8)}", "type": "gemini", "content": text}
+    append_lines(path, {**answer, "tokens": GEMINI_TOKENS}, {"$set": {"lastUpdated": "now"}})
     for piece in (text[:9], text[9:]):
         print_event({"type": "message", "role": "assistant", "content": piece, "delta": True})
-    used = {"total_tokens": 110, "input_tokens": 100, "output_tokens": 6, "cached": 60, "input": 40}
+    one = {"total_tokens": 110, "input_tokens": 100, "output_tokens": 6, "cached": 60, "input": 40}
+    used = {name: (gemini_calls(path) - calls_before) * tokens for name, tokens in one.items()}
     stats = {**used, "duration_ms": 1, "tool_calls": 0, "models": {"m": used}}
     print_event({"type": "result", "status": "success", "stats": stats})
 

@@ -160,6 +160,7 @@ class ModelEndpoint:
         self.outside: list[str] = []
         self.unknown: list[str] = []
         self.violations: list[str] = []
+        self.answered: list[str] = []
         self.ending = threading.Event()
         self._script = script
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -282,6 +283,8 @@ class _Handler(BaseHTTPRequestHandler):
             ends = time.monotonic() + HANG_S
             while reply.hangs and time.monotonic() < ends and not self.endpoint.ending.wait(BEAT_S):
                 self._chunk(": still there\n\n")
+            if not reply.hangs:
+                self.endpoint.answered.append(self.path)
             self.wfile.write(b"0\r\n\r\n")
         except OSError:  # the CLI was killed
             self.close_connection = True

@@ -94,6 +94,10 @@ def test_a_turn_that_is_killed_is_completed_in_its_session(
         assert (run.attempt, run.resume_count) == (1, 1)
         assert setup.endpoint.got(setup.task, NOTICE)
     assert not setup.trusts()
+    if cli.preset in {"codex", "gemini"}:  # Claude Code reports fewer tokens of a killed turn
+        answers = len(setup.endpoint.answered)
+        used = (run.usage.input_tokens, run.usage.cached_input_tokens, run.usage.output_tokens)
+        assert used == (10 * answers, 4 * answers, 5 * answers)
 
 
 def test_a_turn_that_is_killed_as_its_session_begins_is_completed(

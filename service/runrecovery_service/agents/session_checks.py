@@ -18,6 +18,7 @@ from runrecovery_service.domain.session_check import (
     StoredHandle,
     apply_policy,
 )
+from runrecovery_service.domain.usage import StoredUsage
 from runrecovery_service.engines.catalog import Catalog, Engine, check_sessions
 from runrecovery_service.engines.sessions.files import CliSessions, SessionObservation
 from runrecovery_service.engines.sessions.repair import Repair
@@ -36,7 +37,7 @@ class SessionChecker:
 
     workspaces: Workspaces
     timeout_s: float = SESSION_TIMEOUT_S
-    _one_repair: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
+    _one_file: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
 
     async def check(
         self,
@@ -69,13 +70,25 @@ class SessionChecker:
             NotRepairable, OSError, NotKnown: a file is left as it is. TimeoutError is an OSError.
         """
         stored, given_up = self._stored(run, handle), threading.Event()
-        async with self._one_repair:  # each holds a whole file in memory
+        async with self._one_file:  # each holds a whole file in memory
             try:
                 return await daemon_threads.run_within(
                     self.timeout_s, lambda: sessions.repair(stored, given_up)
                 )
             finally:
                 given_up.set()
+
+    async def read_usage(self, run: Run, sessions: CliSessions, handle: str) -> StoredUsage:
+        """Return the usage that a run's session proves.
+
+        Raises:
+            UsageNotKnown, OSError, NotKnown: it proves nothing. TimeoutError is an OSError.
+        """
+        stored = self._stored(run, handle)
+        async with self._one_file:  # it holds a whole file in memory, too
+            return await daemon_threads.run_within(
+                self.timeout_s, lambda: sessions.read_usage(stored)
+            )
 
     def _stored(
         self, run: Run, handle: str, fingerprint: SessionFingerprint | None = None

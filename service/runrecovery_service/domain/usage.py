@@ -49,6 +49,11 @@ class Usage:
         return self.input_tokens + self.output_tokens
 
     @property
+    def fits_report(self) -> bool:
+        """True if one report can have these tokens."""
+        return max(self.input_tokens, self.output_tokens) <= MAX_TOKENS
+
+    @property
     def cost_usd(self) -> float | None:
         """The cost in US dollars; None: no cost was reported."""
         return None if self.cost_nanos is None else self.cost_nanos / NANOS
@@ -155,10 +160,13 @@ class SessionUsage:
         total: the latest total of the session; None: none.
         calls: the usage since then of turns that were cut off before they reported a total. The
             next total may include this usage or not. It is recorded, so it must not count twice.
+        stored: the usage of all calls that the session file had at the end of the latest turn.
+            None: not known.
     """
 
     total: Usage | None = None
     calls: Usage | None = None
+    stored: Usage | None = None
 
     def plus_calls(self, calls: Usage) -> SessionUsage:
         """Return a copy that has more calls, of a turn that has not reported its total."""
@@ -187,7 +195,7 @@ class SessionUsage:
         if calls.covers(turn):
             left = calls.minus(turn)
             return replace(self, calls=left if left.total_tokens else None)
-        return SessionUsage(total=(self.total or Usage()).plus(calls).minus(turn))
+        return replace(self, total=(self.total or Usage()).plus(calls).minus(turn), calls=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,6 +209,60 @@ class TurnUsage:
 
     turn: Usage
     session: SessionUsage | None = None
+
+    @property
+    def is_of_session(self) -> bool:
+        """True if only the session's usage is new: no call of the turn is known."""
+        return self.turn == Usage() and self.session is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredUsage:
+    """The usage that a session file proves.
+
+    Attributes:
+        calls: the usage of all calls since the session began.
+        total: the total to which the next process of the session adds. None: each process reports
+            only its own usage.
+    """
+
+    calls: Usage
+    total: Usage | None = None
+
+
+def at_end_of_turn(
+    reported: TurnUsage | None,
+    stored: StoredUsage | None,
+    *,
+    before: SessionUsage | None,
+    is_first: bool,
+) -> TurnUsage | None:
+    """Return the usage of a turn that has ended, whose session file proves `stored`.
+
+    A report of the agent counts as it is. Without one, the calls count that the file has gained
+    since the turn began. If one of their numbers is negative, they do not count.
+
+    Args:
+        reported: what the agent reported; None: nothing, because it was killed.
+        stored: None: the file could not be read.
+        before: what was known of the session when the turn began.
+        is_first: the session began in this turn.
+    """
+    session = (reported and reported.session) or before or SessionUsage()
+    if stored is None:
+        if reported is None and session.stored is None:
+            return None
+        turn = Usage() if reported is None else reported.turn
+        return TurnUsage(turn=turn, session=replace(session, stored=None))
+    if reported is not None:
+        return TurnUsage(turn=reported.turn, session=replace(session, stored=stored.calls))
+    known = Usage() if is_first else session.stored
+    gained = Usage() if known is None else stored.calls.minus(known)
+    total = session.total if stored.total is None else stored.total
+    return TurnUsage(
+        turn=gained if gained.covers(Usage()) else Usage(),
+        session=SessionUsage(total=total, calls=session.calls, stored=stored.calls),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -63,7 +63,8 @@ class UsageCounter:
         turn = said.total
         if not said.is_of_process:
             turn = self._before.since(said.total, at_least=said.of_process)
-        return TurnUsage(turn=turn, session=SessionUsage(total=said.total))
+        session = SessionUsage(total=said.total, stored=self._before.stored)
+        return TurnUsage(turn=turn, session=session)
 
 
 def codex(event: JsonObject) -> UsageReported | None:
@@ -71,17 +72,25 @@ def codex(event: JsonObject) -> UsageReported | None:
     match event:
         case {"type": "turn.completed", "usage": dict(said)}:
             try:
-                total = usage_of(
-                    input_tokens=said.get("input_tokens"),
-                    output_tokens=said.get("output_tokens"),
-                    cached=said.get("cached_input_tokens", 0),
-                    cache_write=said.get("cache_write_input_tokens", 0),
-                    reasoning=said.get("reasoning_output_tokens", 0),
-                )
+                return UsageReported(codex_tokens(said), spans_session=True)
             except InvalidUsage:
                 return None
-            return UsageReported(total, spans_session=True)
     return None
+
+
+def codex_tokens(said: JsonObject) -> Usage:
+    """Return the tokens that Codex counts, in its events and in its session files.
+
+    Raises:
+        InvalidUsage: as `usage_of`.
+    """
+    return usage_of(
+        input_tokens=said.get("input_tokens"),
+        output_tokens=said.get("output_tokens"),
+        cached=said.get("cached_input_tokens", 0),
+        cache_write=said.get("cache_write_input_tokens", 0),
+        reasoning=said.get("reasoning_output_tokens", 0),
+    )
 
 
 def gemini(event: JsonObject) -> UsageReported | None:
@@ -89,21 +98,50 @@ def gemini(event: JsonObject) -> UsageReported | None:
     match event:
         case {"type": "result", "stats": dict(said)}:
             try:
-                read, written = said.get("input_tokens"), _whole(said.get("output_tokens"))
-                # `output_tokens` has the answers alone; what the total has more is reasoning.
-                beyond = _whole(said.get("total_tokens")) - _whole(read) - written
-                reasoning = max(0, beyond)
-                total = usage_of(
-                    input_tokens=read,
-                    output_tokens=written + reasoning,
-                    cached=said.get("cached", 0),
-                    reasoning=reasoning,
+                total = _gemini_tokens(
+                    said,
+                    read=said.get("input_tokens"),
+                    written=said.get("output_tokens"),
+                    total=said.get("total_tokens"),
                     model=_largest(said.get("models"), "total_tokens"),
                 )
             except InvalidUsage:
                 return None
             return UsageReported(total)
     return None
+
+
+def gemini_call(message: JsonObject) -> Usage | None:
+    """Return the tokens of a message in a session file of Gemini CLI; None: it has none.
+
+    Raises:
+        InvalidUsage: as `usage_of`.
+    """
+    match message:
+        case {"type": "gemini", "tokens": dict(said)}:
+            return _gemini_tokens(
+                said,
+                read=said.get("input"),
+                written=said.get("output"),
+                total=said.get("total"),
+                model=message.get("model", ""),
+            )
+    return None
+
+
+def _gemini_tokens(
+    said: JsonObject, *, read: JsonValue, written: JsonValue, total: JsonValue, model: JsonValue
+) -> Usage:
+    # `written` has the answers alone; what the total has more is reasoning.
+    answers = _whole(written)
+    reasoning = max(0, _whole(total) - _whole(read) - answers)
+    return usage_of(
+        input_tokens=read,
+        output_tokens=answers + reasoning,
+        cached=said.get("cached", 0),
+        reasoning=reasoning,
+        model=model,
+    )
 
 
 def claude(event: JsonObject) -> UsageReported | CallReported | None:

@@ -428,9 +428,12 @@ class TurnSupervisor:
         fingerprint = await self.sessions.fingerprint(end, gone=ended.gone)
         # The wait of a resumable run has a deadline only if no reply is required.
         due = None if self.turn.run.require_user_reply else self._wait_due()
-        used = self.state.used
+        used = await self.sessions.usage(
+            self.state.used, gone=ended.gone, is_last=self._ends_run(end)
+        )
         run = await self.records.record_end(end, ended, due=due, fingerprint=fingerprint, used=used)
-        resources, tokens = ended.resources, None if used is None else used.turn
+        resources = ended.resources
+        tokens = None if used is None or used.is_of_session else used.turn
         self.records.log.turn_ended(
             status=run.status,
             error_code=run.error.code if run.error else None,

@@ -15,10 +15,13 @@ from runrecovery_service.domain.session_check import (
     SessionReason,
 )
 from runrecovery_service.domain.turn import Asked, TurnEnd
+from runrecovery_service.domain.usage import TurnUsage, at_end_of_turn
 from runrecovery_service.engines.catalog import Catalog, Engine
 from runrecovery_service.engines.dialect import Resumed
+from runrecovery_service.engines.sessions.files import CliSessions
 from runrecovery_service.engines.sessions.folders import NotKnown
 from runrecovery_service.engines.sessions.repair import NotRepairable
+from runrecovery_service.engines.sessions.stored_usage import UsageNotKnown
 from runrecovery_service.execution.launcher import Launch
 from runrecovery_service.execution.turn_records import TurnRecords
 
@@ -111,8 +114,7 @@ class TurnSessions:
         Args:
             gone: all processes of the turn have ended.
         """
-        name = self.records.turn.run.engine
-        sessions = self.catalog.get(name).sessions if name in self.catalog.names else None
+        sessions = self._cli_sessions()
         if sessions is None or not isinstance(end, Asked):
             return None
         if not gone:
@@ -125,6 +127,36 @@ class TurnSessions:
         if seen.fingerprint is None:
             self._warn_not_seen((seen.finding.reason or SessionReason.NOT_ANSWERED).value)
         return seen.fingerprint
+
+    async def usage(self, used: TurnUsage | None, *, gone: bool, is_last: bool) -> TurnUsage | None:
+        """Return the usage of the turn, with the calls in its session if the agent reported none.
+
+        Args:
+            used: what the agent reported.
+            gone: all processes of the turn have ended.
+            is_last: no turn follows that has to know what the session has used.
+        """
+        sessions = self._cli_sessions()
+        if sessions is None or sessions.ledger is None or (is_last and used is not None):
+            return used
+        run = await self.records.read_run()
+        if run.session is None:
+            return used
+        handle, stored, reason = run.session.handle, None, NOT_ENDED
+        if gone:
+            try:
+                stored = await self.checker.read_usage(run, sessions, handle)
+            except (OSError, UsageNotKnown, NotKnown) as error:
+                reason = str(error) if isinstance(error, UsageNotKnown) else type(error).__name__
+        if stored is None:
+            self.records.log.warning("execution.session_usage_not_read", reason=reason)
+        turn = self.records.turn
+        is_first = run.session.turn == turn.run.turn
+        return at_end_of_turn(used, stored, before=turn.session_usage, is_first=is_first)
+
+    def _cli_sessions(self) -> CliSessions | None:
+        name = self.records.turn.run.engine
+        return self.catalog.get(name).sessions if name in self.catalog.names else None
 
     def _warn_not_seen(self, reason: str) -> None:
         self.records.log.warning("execution.session_not_seen", reason=reason)

@@ -41,6 +41,7 @@ from runrecovery_service.process.ending import Ending
 from runrecovery_service.recovery import report_warnings
 from runrecovery_service.recovery.bulk_session_check import BulkSessionCheck, changed_findings
 from runrecovery_service.recovery.find_end import FindEnd, find_no_end
+from runrecovery_service.recovery.killed_usage import KilledUsage, with_counted
 from runrecovery_service.recovery.report import ReportBuilder
 from runrecovery_service.recovery.status import RecoveryStatus
 from runrecovery_service.stop_signal import StopSignal
@@ -57,6 +58,7 @@ from runrecovery_service.storage import (
 from runrecovery_service.storage.adoption import Adopted
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.driver_errors import DRIVER_ERRORS, to_domain_error
+from runrecovery_service.storage.found_ends import OpenTurn
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.launch_records import LaunchEnd, LaunchRecord
 from runrecovery_service.storage.recovery_apply import Batch
@@ -126,6 +128,7 @@ class Recovery:
         stop: interrupts the recovery.
         find_end: finds the ends of turns in their kept output.
         tracer: gets the spans of the recovery; None: traces are off.
+        usage: counts the calls of killed turns; None: they do not count.
     """
 
     owner: Owner
@@ -138,6 +141,7 @@ class Recovery:
     trust: TrustCleaner
     find_end: FindEnd = find_no_end
     tracer: Tracer | None = None
+    usage: KilledUsage | None = None
 
     @property
     def before_epoch(self) -> int:
@@ -212,8 +216,12 @@ class Recovery:
         with report.phase("sessions"):
             self._check_sessions(db, report, scope)
         with report.phase("converge"):
-            found = self._find_ends(db, scope)
-            self._decide_runs(db, report, replace(scope, found=found))
+            turns = found_ends.open_turns(db, scope)
+            found = self._find_ends(turns)
+            counted = self.usage.count(turns, found, self.stop) if self.usage else {}
+            found = with_counted(found, counted)
+            others = {key: used for key, used in counted.items() if key not in found}
+            self._decide_runs(db, report, replace(scope, found=found, counted=others))
         with report.phase("bindings"):
             report.tally += recovery_apply.clear_stale_bindings(db, self.owner)
         with report.phase("trust"):
@@ -299,10 +307,10 @@ class Recovery:
 
     # -- results and questions in the kept output ----------------------------------------------
 
-    def _find_ends(self, db: Database, scope: ApplyScope) -> dict[int, FoundEnd]:
+    def _find_ends(self, turns: Sequence[OpenTurn]) -> dict[int, FoundEnd]:
         """Return the ends of turns that their service did not record, by run key."""
         found: dict[int, FoundEnd] = {}
-        for turn in found_ends.open_turns(db, scope):
+        for turn in turns:
             if self.stop.is_set():
                 raise RecoveryInterrupted
             end = self.find_end(turn)

@@ -15,6 +15,7 @@ from runrecovery_service.domain.usage import (
     UNLIMITED,
     Budget,
     SessionUsage,
+    TurnUsage,
     Usage,
 )
 from runrecovery_service.storage import usage
@@ -50,6 +51,7 @@ class OpenTurn:
         session_usage: what processes of the session had reported as used before this turn.
         budget: what the run may use.
         used_before: what the run had used before this turn.
+        reported: what this turn has used, as it was recorded; None: nothing was.
     """
 
     run_key: int
@@ -66,6 +68,7 @@ class OpenTurn:
     session_usage: SessionUsage | None = None
     budget: Budget = UNLIMITED
     used_before: Usage | None = None
+    reported: TurnUsage | None = None
 
 
 def open_turns(
@@ -92,6 +95,7 @@ def _open_turn(row: Row) -> OpenTurn:
     used, used_in_turn, max_tokens, max_cost_nanos, *of_run = rest[8:]
     session_usage, in_turn = session_usage_from_json(used), usage_from_json(used_in_turn)
     total = usage_from_columns(*of_run)
+    reported = None if in_turn is None else TurnUsage(turn=in_turn, session=session_usage)
     if session_usage is not None and in_turn is not None:
         session_usage = session_usage.before(in_turn)
     return OpenTurn(
@@ -109,6 +113,7 @@ def _open_turn(row: Row) -> OpenTurn:
         session_usage=session_usage,
         budget=Budget(max_tokens=max_tokens, max_cost_nanos=max_cost_nanos),
         used_before=total if total is None or in_turn is None else total.minus(in_turn),
+        reported=reported,
     )
 
 
@@ -135,6 +140,17 @@ def record_batch(db: Database, scope: ApplyScope, *, first: int, last: int) -> N
                 db.execute("UPDATE run SET output = ? WHERE id = ?", (to_json(output), key))
             case Asked(question) if not found.is_last:
                 _ask(db, scope, key, questions + 1, question, found.wait_s)
+
+
+def record_counted(db: Database, scope: ApplyScope, *, first: int, last: int) -> None:
+    """Record the usage of killed turns, of runs that a recovery has just decided."""
+    rows = db.fetch_all(
+        "SELECT run FROM recovery_event WHERE reconciliation = ? AND run BETWEEN ? AND ?",
+        (scope.reconciliation_key, first, last),
+    )
+    for (key,) in rows:
+        if key in scope.counted:
+            usage.record_found(db, key, scope.counted[key], owner=scope.owner)
 
 
 def _ask(

@@ -259,6 +259,8 @@ def _apply_range(db: Database, scope: ApplyScope, batch: Batch) -> Tally:
         interruptions.record_batch(db, scope, first=batch.first, last=batch.last)
     if found_ends.RULES & decided.decisions.keys():
         found_ends.record_batch(db, scope, first=batch.first, last=batch.last)
+    if any(batch.first <= key <= batch.last for key in scope.counted):
+        found_ends.record_counted(db, scope, first=batch.first, last=batch.last)
     changed = sum(decided.decisions.values())
     all_decided = changed == batch.rows
     report = (scope.reconciliation_key,)

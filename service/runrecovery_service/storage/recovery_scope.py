@@ -8,6 +8,7 @@ from datetime import datetime
 
 from runrecovery_service.domain.deadline import Due, SteadyTime
 from runrecovery_service.domain.found_end import FoundEnd
+from runrecovery_service.domain.usage import TurnUsage
 from runrecovery_service.storage.instances import Owner
 
 
@@ -37,6 +38,7 @@ class ApplyScope(RecoveryScope):
         reopen: until when a run that fails for want of its session can be reopened.
         now, steady: the time of every decision, by the wall clock and by the steady clock.
         found: the ends of turns that were found in the kept output, by run key.
+        counted: what other turns have used, by run key, where their sessions prove it.
     """
 
     reconciliation_key: int
@@ -44,3 +46,4 @@ class ApplyScope(RecoveryScope):
     now: datetime
     steady: SteadyTime
     found: Mapping[int, FoundEnd] = field(default_factory=dict)
+    counted: Mapping[int, TurnUsage] = field(default_factory=dict)

@@ -7,7 +7,7 @@ does not fail a whole response. Recovery finds damaged rows and quarantines them
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any, Final, TypeVar
@@ -278,7 +278,10 @@ def session_usage_from_json(text: str | None) -> SessionUsage | None:
     stored = json_value(text)
     if not isinstance(stored, dict):
         return None
-    return SessionUsage(total=_usage(stored.get("total")), calls=_usage(stored.get("calls")))
+    return SessionUsage(**{name: _usage(stored.get(name)) for name in SESSION_FIELDS})
+
+
+SESSION_FIELDS: Final = tuple(each.name for each in fields(SessionUsage))
 
 
 def _usage(stored: Any) -> Usage | None:  # Any: each member has its own type

@@ -77,7 +77,7 @@ def record_end(
         _start_over(db, run, end, owner=owner, now=now)
     else:
         turns.fail(db, run, end.error, owner=owner, now=now)
-    if used is not None:
+    if used is not None and not used.is_of_session:
         events.add_to_event(db, run, usage=used.turn)
     return runs.get_by_key(db, run.key)
 

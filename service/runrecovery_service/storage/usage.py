@@ -40,6 +40,10 @@ def record(db: Database, run: Run, launch: LaunchRecord, used: TurnUsage, *, own
     Raises:
         Stale: another epoch has taken the run over meanwhile.
     """
+    if used.is_of_session:
+        if not _record_session(db, run.key, used, owner=owner):
+            raise Stale
+        return
     before = usage_from_json(launch_records.swap_usage(db, launch, usage_to_json(used.turn)))
     if not _add_to_run(db, run.key, used, before, owner=owner):
         raise Stale
@@ -55,11 +59,23 @@ def record_found(db: Database, run_key: int, used: TurnUsage, *, owner: Owner) -
     )
     if row is None:
         return
+    if used.is_of_session:
+        _record_session(db, run_key, used, owner=owner)
+        return
     launch_key, known, engine = row
     before, now = usage_from_json(known), usage_to_json(used.turn)
     db.execute("UPDATE process_lease SET usage = ? WHERE id = ?", (now, launch_key))
     if _add_to_run(db, run_key, used, before, owner=owner):
         _add_to_engine(db, engine, used, before, owner=owner)
+
+
+def _record_session(db: Database, run_key: int, used: TurnUsage, *, owner: Owner) -> bool:
+    """Return False, and change nothing, if a newer epoch has the run."""
+    changed: int = db.execute(
+        "UPDATE run SET session_usage = ? WHERE id = ? AND owner = ? AND owner_epoch <= ?",
+        (usage_to_json(used.session), run_key, owner.instance, owner.epoch),
+    ).rowcount
+    return changed == 1
 
 
 def _add_to_run(

@@ -7,7 +7,7 @@ is a `task_complete`. Codex may compress old files (`.zst`), which are found but
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,6 +15,8 @@ from typing import Final
 
 from runrecovery_service.domain.run import JsonObject
 from runrecovery_service.domain.session_check import SessionReason, StoredHandle
+from runrecovery_service.domain.usage import StoredUsage, Usage
+from runrecovery_service.engines.cli_usage import codex_tokens
 from runrecovery_service.engines.sessions.files import CliSessions
 from runrecovery_service.engines.sessions.folders import Cache, home_of, names_in
 
@@ -32,7 +34,9 @@ def sessions(env: Mapping[str, str]) -> CliSessions:
     home = home_of(env, "CODEX_HOME", ".codex")
     if home is None:
         return CliSessions(None, None, CodexLayout())
-    return CliSessions(home, lambda: CodexFinder(home / "sessions"), CodexLayout())
+    return CliSessions(
+        home, lambda: CodexFinder(home / "sessions"), CodexLayout(), ledger=CodexLedger()
+    )
 
 
 def days_of(session_id: str) -> list[str]:
@@ -119,3 +123,34 @@ class CodexLayout:
         if kind == "message":
             return {"assistant": True, "user": False}.get(str(payload.get("role")))
         return False if kind.endswith(("_call", "_output")) else None
+
+
+class CodexLedger:
+    """The calls in a session file of Codex, which has two totals of the session.
+
+    `token_usage_record` comes with the answer of each call. `token_count` comes after the tools of
+    that answer, and a resumed process adds to its total. So a call whose tool was interrupted is
+    missing in every later `token_count`, and in the usage that Codex prints.
+    """
+
+    marks = (b'"token_usage_record"', b'"token_count"')
+
+    def sum(self, lines: Iterable[JsonObject]) -> StoredUsage:
+        """Return the latest of both totals. Older versions have only `token_count`."""
+        calls = total = None
+        for line in lines:
+            match line:
+                case {
+                    "type": "token_usage_record",
+                    "payload": {"thread_token_usage": dict(said)},
+                }:
+                    calls = codex_tokens(said)
+                case {
+                    "type": "event_msg",
+                    "payload": {
+                        "type": "token_count",
+                        "info": {"total_token_usage": dict(said)},
+                    },
+                }:
+                    total = codex_tokens(said)
+        return StoredUsage(calls=calls or total or Usage(), total=total)

@@ -23,6 +23,7 @@ from runrecovery_service.domain.session_check import (
     SessionVerdict,
     StoredHandle,
 )
+from runrecovery_service.domain.usage import StoredUsage
 from runrecovery_service.engines.sessions.folders import Cache, NotKnown, is_away
 from runrecovery_service.engines.sessions.lines import (
     FOUND,
@@ -32,6 +33,7 @@ from runrecovery_service.engines.sessions.lines import (
     judge_excerpt,
 )
 from runrecovery_service.engines.sessions.repair import History, Repair, repair
+from runrecovery_service.engines.sessions.stored_usage import Ledger, UsageNotKnown, UsageReader
 
 FIRST_READ: Final = 32 * 1024
 """Bytes that are read at the beginning and at the end. Codex begins with some 21 KiB."""
@@ -132,12 +134,14 @@ class CliSessions:
         home: the home folder of the CLI; None: not known.
         finder: returns a finder for one batch; None: `home` is not known.
         history: repairs a session before it is resumed; None: sessions of this CLI need no repair.
+        ledger: the usage in the files; None: the CLI prints the usage of each call.
     """
 
     home: Path | None
     finder: Callable[[], Finder] | None
     layout: Layout
     history: History | None = None
+    ledger: Ledger | None = None
 
     def check(self, handles: Sequence[StoredHandle]) -> Iterator[SessionFinding]:
         """Find and check each file. A file with an unchanged fingerprint is not read."""
@@ -160,6 +164,17 @@ class CliSessions:
         stored = replace(stored, workspace=Path(os.path.realpath(stored.workspace)))
         repairs = [repair(path, self.history, given_up) for path in self.finder().paths(stored)]
         return [each for each in repairs if each is not None]
+
+    def read_usage(self, stored: StoredHandle) -> StoredUsage:
+        """Return the usage that a session proves. No process may write to its files.
+
+        Raises:
+            UsageNotKnown, OSError, NotKnown: the session proves nothing.
+        """
+        if self.ledger is None or self.finder is None or not is_uuid(stored.handle):
+            raise UsageNotKnown("unusable")
+        stored = replace(stored, workspace=Path(os.path.realpath(stored.workspace)))
+        return UsageReader(self.layout, self.ledger).read(self.finder().paths(stored), stored)
 
     def _new_batch(self) -> _Batch:
         return _Batch(self.home, self.finder() if self.finder else None, self.layout)

@@ -10,14 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Final
 
 from runrecovery_service.domain.run import JsonObject
 from runrecovery_service.domain.session_check import SessionReason, StoredHandle
+from runrecovery_service.domain.usage import StoredUsage, Usage
+from runrecovery_service.engines.cli_usage import gemini_call
 from runrecovery_service.engines.sessions.files import CliSessions
 from runrecovery_service.engines.sessions.folders import (
     Cache,
@@ -40,7 +43,7 @@ def sessions(env: Mapping[str, str]) -> CliSessions:
         return CliSessions(None, None, GeminiLayout())
     own = home if env.get("GEMINI_CLI_HOME") else home / ".gemini"
     layout, history = GeminiLayout(), GeminiHistory()
-    return CliSessions(own, lambda: GeminiFinder(home / ".gemini"), layout, history)
+    return CliSessions(own, lambda: GeminiFinder(home / ".gemini"), layout, history, GeminiLedger())
 
 
 def is_of_session(name: str, session_id: str) -> bool:
@@ -134,3 +137,30 @@ class GeminiLayout:
 def hash_of(folder: Path) -> str:
     """Return the hash that stands for a folder in a session."""
     return hashlib.sha256(os.fsencode(folder)).hexdigest()
+
+
+class GeminiLedger:
+    """The calls in the session files of Gemini CLI: the messages of the model.
+
+    A message with the same `id` may stand in several lines and files. It is one call.
+    """
+
+    marks = (b'"tokens"',)
+
+    def sum(self, lines: Iterable[JsonObject]) -> StoredUsage:
+        """Return the sum over all messages, those that the CLI has removed from the history too."""
+        calls: dict[str, Usage] = {}
+        for message in _messages(lines):
+            key, used = message.get("id"), gemini_call(message)
+            if isinstance(key, str) and used is not None:
+                calls[key] = used
+        return StoredUsage(calls=reduce(Usage.plus, calls.values(), Usage()))
+
+
+def _messages(lines: Iterable[JsonObject]) -> Iterator[JsonObject]:
+    for line in lines:
+        changed = line.get("$set")
+        within = changed.get("messages") if isinstance(changed, dict) else line.get("messages")
+        yield line
+        if isinstance(within, list):
+            yield from (each for each in within if isinstance(each, dict))

@@ -1,0 +1,111 @@
+"""Reads from session files which calls of the model their CLI has stored.
+
+A killed CLI prints no usage. Its session file has the usage of each call whose answer was complete.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+from runrecovery_service.domain.run import JsonObject
+from runrecovery_service.domain.session_check import StoredHandle
+from runrecovery_service.domain.usage import InvalidUsage, StoredUsage
+from runrecovery_service.engines.sessions.lines import Layout, json_object
+
+MOST_BYTES: Final = 64 * 1024**2
+"""A session with longer files is not read."""
+
+
+class UsageNotKnown(Exception):
+    """A session does not prove what it has used. The text says why."""
+
+
+class Ledger(Protocol):
+    """The calls in the session files of a CLI.
+
+    Attributes:
+        marks: a line without any of these texts has no usage, and is not parsed.
+    """
+
+    @property
+    def marks(self) -> tuple[bytes, ...]: ...
+
+    def sum(self, lines: Iterable[JsonObject]) -> StoredUsage:
+        """Return the usage in the lines of all files of a session, the oldest file first.
+
+        Raises:
+            InvalidUsage: a number is impossible.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class UsageReader:
+    """Reads the usage of sessions. No process may write to a session meanwhile."""
+
+    layout: Layout
+    ledger: Ledger
+    most_bytes: int = MOST_BYTES
+
+    def read(self, paths: Iterable[Path], stored: StoredHandle) -> StoredUsage:
+        """Return the usage that the files of a session prove.
+
+        Raises:
+            UsageNotKnown: a file is damaged, too long or of another session, or there is none.
+            OSError: a file cannot be read.
+        """
+        lines: list[JsonObject] = []
+        left, is_found = self.most_bytes, False
+        for path in paths:
+            if path.suffix != ".jsonl":
+                raise UsageNotKnown("not_known")
+            size, found = self._read_file(path, stored, left)
+            left, is_found = left - size, True
+            lines += found
+        if not is_found:
+            raise UsageNotKnown("missing")
+        try:
+            usage = self.ledger.sum(lines)
+        except InvalidUsage as error:
+            raise UsageNotKnown("broken") from error
+        if not usage.calls.fits_report:  # agents can write what they like
+            raise UsageNotKnown("broken")
+        return usage
+
+    def _read_file(
+        self, path: Path, stored: StoredHandle, most: int
+    ) -> tuple[int, list[JsonObject]]:
+        # Agents can write where the file is: no waiting for a pipe.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode):
+                raise UsageNotKnown("not_a_file")
+            if found.st_size > most:
+                raise UsageNotKnown("too_long")
+            # Not beyond this size, if the file grows all the same.
+            data = file.read(found.st_size)
+        return found.st_size, list(self._lines(data, stored))
+
+    def _lines(self, data: bytes, stored: StoredHandle) -> Iterator[JsonObject]:
+        """Yield the lines that may have usage.
+
+        The last line may be incomplete, because its process was killed. Every other one must be
+        whole.
+        """
+        first, *more = data.split(b"\n")[:-1] or [b""]
+        named = json_object(first)
+        if named is None:
+            raise UsageNotKnown("broken")
+        if self.layout.identify(iter([named]), stored) is not None:
+            raise UsageNotKnown("elsewhere")
+        for line in more:
+            if any(mark in line for mark in self.ledger.marks):
+                parsed = json_object(line)
+                if parsed is None:
+                    raise UsageNotKnown("broken")
+                yield parsed

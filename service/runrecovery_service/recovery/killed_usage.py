@@ -1,0 +1,123 @@
+"""Counts the calls of turns that were killed, by what their sessions prove.
+
+The files of a session may not answer. All sessions of a recovery together have a time limit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, replace
+from typing import Final
+
+import structlog
+
+from runrecovery_service import daemon_threads
+from runrecovery_service.domain.found_end import FoundEnd
+from runrecovery_service.domain.session_check import StoredHandle
+from runrecovery_service.domain.start_errors import RecoveryInterrupted
+from runrecovery_service.domain.turn import Asked
+from runrecovery_service.domain.usage import StoredUsage, TurnUsage, at_end_of_turn
+from runrecovery_service.engines.catalog import Catalog
+from runrecovery_service.engines.sessions.files import CliSessions
+from runrecovery_service.engines.sessions.folders import NotKnown
+from runrecovery_service.engines.sessions.stored_usage import UsageNotKnown
+from runrecovery_service.recovery.bulk_session_check import STOP_POLL_S, WorkspaceOf
+from runrecovery_service.stop_signal import StopSignal
+from runrecovery_service.storage.found_ends import OpenTurn
+
+log = structlog.get_logger()
+
+COUNT_S: Final = 30.0
+"""The time limit of one recovery. Turns that are not counted by then have no usage."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KilledUsage:
+    """Counts the calls of the turns that a recovery finds.
+
+    Attributes:
+        monotonic: the clock of the time limit.
+    """
+
+    catalog: Catalog
+    workspace: WorkspaceOf
+    monotonic: Callable[[], float] = time.monotonic
+
+    def count(
+        self, turns: Iterable[OpenTurn], found: Mapping[int, FoundEnd], stop: StopSignal
+    ) -> dict[int, TurnUsage]:
+        """Return the usage of turns by run key, where it differs from what is known without it.
+
+        Raises:
+            RecoveryInterrupted: the service is to stop.
+        """
+        deadline = self.monotonic() + COUNT_S
+        counted: dict[int, TurnUsage] = {}
+        for turn in turns:
+            end = found.get(turn.run_key)
+            reported = turn.reported if end is None else end.used
+            sessions = self._sessions(turn)
+            is_last = end is not None and (end.is_last or not isinstance(end.end, Asked))
+            if sessions is None or turn.session is None or (is_last and reported is not None):
+                continue
+            used = at_end_of_turn(
+                reported,
+                self._read(turn, sessions, turn.session.handle, deadline, stop),
+                before=turn.session_usage,
+                is_first=turn.session.turn == turn.turn,
+            )
+            if used is not None:
+                counted[turn.run_key] = used
+        return counted
+
+    def _sessions(self, turn: OpenTurn) -> CliSessions | None:
+        known = turn.engine in self.catalog.names
+        sessions = self.catalog.get(turn.engine).sessions if known else None
+        return None if sessions is None or sessions.ledger is None else sessions
+
+    def _read(
+        self,
+        turn: OpenTurn,
+        sessions: CliSessions,
+        handle: str,
+        deadline: float,
+        stop: StopSignal,
+    ) -> StoredUsage | None:
+        workspace = self.workspace(turn.run_key, turn.attempt)
+        stored = StoredHandle(handle=handle, workspace=workspace)
+        try:
+            reading = daemon_threads.start(lambda: sessions.read_usage(stored))
+            self._wait(reading, deadline, stop)
+            return reading.result()
+        except RecoveryInterrupted:
+            raise
+        except UsageNotKnown as error:
+            reason = str(error)
+        except NotKnown:
+            reason = "not_known"
+        except Exception as error:  # noqa: BLE001 - no file of an agent may prevent a start
+            reason = type(error).__name__
+        log.warning("recovery.session_usage_not_read", run_id=turn.run_id, reason=reason)
+        return None
+
+    def _wait(self, reading: Future[StoredUsage], deadline: float, stop: StopSignal) -> None:
+        """Wait until the session is read.
+
+        Raises:
+            RecoveryInterrupted: the service is to stop.
+            TimeoutError: the time of the recovery is over.
+        """
+        while not wait([reading], STOP_POLL_S).done:
+            if stop.is_set():
+                raise RecoveryInterrupted
+            if self.monotonic() >= deadline:
+                raise TimeoutError
+
+
+def with_counted(
+    found: Mapping[int, FoundEnd], counted: Mapping[int, TurnUsage]
+) -> dict[int, FoundEnd]:
+    """Return the ends that were found, with the usage that was counted."""
+    return {key: replace(end, used=counted.get(key, end.used)) for key, end in found.items()}
