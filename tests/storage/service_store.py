@@ -309,9 +309,11 @@ class ServiceStore:
         report: recovery_apply.WriteProgress | None = None,
         cause: Cause = Cause.STARTUP,
         found: Mapping[int, FoundEnd] | None = None,
+        counted: Mapping[int, TurnUsage] | None = None,
     ) -> Tally:
         """Decide every run in scope, in batches of `rows`."""
-        scope, tally, after = replace(self.open_report(cause), found=found or {}), Tally(), 0
+        scope, tally, after = self.open_report(cause), Tally(), 0
+        scope = replace(scope, found=found or {}, counted=counted or {})
         while batch := recovery_apply.next_batch(self.db, scope, after=after, rows=rows):
             tally += recovery_apply.apply_batch(
                 self.db, scope, batch, report=report or (lambda db, tally: None)
