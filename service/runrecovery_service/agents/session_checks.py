@@ -85,10 +85,8 @@ class SessionChecker:
             UsageNotKnown, OSError, NotKnown: it proves nothing. TimeoutError is an OSError.
         """
         stored = self._stored(run, handle)
-        async with self._one_file:  # it holds a whole file in memory, too
-            return await daemon_threads.run_within(
-                self.timeout_s, lambda: sessions.read_usage(stored)
-            )
+        async with asyncio.timeout(self.timeout_s), self._one_file:  # the end of a turn waits
+            return await daemon_threads.run(lambda: sessions.read_usage(stored))
 
     def _stored(
         self, run: Run, handle: str, fingerprint: SessionFingerprint | None = None
