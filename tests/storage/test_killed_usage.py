@@ -242,6 +242,23 @@ def test_a_session_that_cannot_be_read_counts_nothing_and_the_log_says_why(
     assert line["reason"] in {"missing", "broken"}
 
 
+def test_a_session_that_has_lost_calls_counts_nothing_and_the_log_says_so(
+    killed: Killed, store: ServiceStore
+) -> None:
+    turn = killed.begin(**RESUME)
+    killed.call(3)
+    killed.recover()
+    killed.next_turn()
+    killed.call(2)
+
+    with structlog.testing.capture_logs() as logged:
+        killed.recover()
+
+    assert store.get(turn.run).usage == tokens(3)
+    reasons = [each["reason"] for each in logged if each["log_level"] == "warning"]
+    assert reasons == ["fewer_calls"]
+
+
 class Hanging:
     """A search for a session that does not answer until it is released."""
 

@@ -229,6 +229,11 @@ class StoredUsage:
     calls: Usage
     total: Usage | None = None
 
+    def lacks_calls(self, before: SessionUsage | None) -> bool:
+        """Return True if the file had more calls before, so that it was changed or replaced."""
+        known = None if before is None else before.stored
+        return known is not None and not self.calls.covers(known)
+
 
 def at_end_of_turn(
     reported: TurnUsage | None,

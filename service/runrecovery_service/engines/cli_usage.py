@@ -63,8 +63,7 @@ class UsageCounter:
         turn = said.total
         if not said.is_of_process:
             turn = self._before.since(said.total, at_least=said.of_process)
-        session = SessionUsage(total=said.total, stored=self._before.stored)
-        return TurnUsage(turn=turn, session=session)
+        return TurnUsage(turn=turn, session=SessionUsage(total=said.total))
 
 
 def codex(event: JsonObject) -> UsageReported | None:

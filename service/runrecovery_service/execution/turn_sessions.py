@@ -21,7 +21,7 @@ from runrecovery_service.engines.dialect import Resumed
 from runrecovery_service.engines.sessions.files import CliSessions
 from runrecovery_service.engines.sessions.folders import NotKnown
 from runrecovery_service.engines.sessions.repair import NotRepairable
-from runrecovery_service.engines.sessions.stored_usage import UsageNotKnown
+from runrecovery_service.engines.sessions.stored_usage import FEWER_CALLS, UsageNotKnown
 from runrecovery_service.execution.launcher import Launch
 from runrecovery_service.execution.turn_records import TurnRecords
 
@@ -142,15 +142,16 @@ class TurnSessions:
         run = await self.records.read_run()
         if run.session is None:
             return used
-        handle, stored, reason = run.session.handle, None, NOT_ENDED
+        turn, stored, reason = self.records.turn, None, "" if gone else NOT_ENDED
         if gone:
             try:
-                stored = await self.checker.read_usage(run, sessions, handle)
+                stored = await self.checker.read_usage(run, sessions, run.session.handle)
             except (OSError, UsageNotKnown, NotKnown) as error:
                 reason = str(error) if isinstance(error, UsageNotKnown) else type(error).__name__
-        if stored is None:
+        if stored is not None and stored.lacks_calls(turn.session_usage):
+            reason = FEWER_CALLS
+        if reason:
             self.records.log.warning("execution.session_usage_not_read", reason=reason)
-        turn = self.records.turn
         is_first = run.session.turn == turn.run.turn
         return at_end_of_turn(used, stored, before=turn.session_usage, is_first=is_first)
 

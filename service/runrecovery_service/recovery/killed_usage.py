@@ -22,7 +22,7 @@ from runrecovery_service.domain.usage import StoredUsage, TurnUsage, at_end_of_t
 from runrecovery_service.engines.catalog import Catalog
 from runrecovery_service.engines.sessions.files import CliSessions
 from runrecovery_service.engines.sessions.folders import NotKnown
-from runrecovery_service.engines.sessions.stored_usage import UsageNotKnown
+from runrecovery_service.engines.sessions.stored_usage import FEWER_CALLS, UsageNotKnown
 from runrecovery_service.recovery.bulk_session_check import STOP_POLL_S, WorkspaceOf
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage.found_ends import OpenTurn
@@ -90,7 +90,10 @@ class KilledUsage:
         try:
             reading = daemon_threads.start(lambda: sessions.read_usage(stored))
             self._wait(reading, deadline, stop)
-            return reading.result()
+            found = reading.result()
+            if not found.lacks_calls(turn.session_usage):
+                return found
+            reason = FEWER_CALLS
         except RecoveryInterrupted:
             raise
         except UsageNotKnown as error:

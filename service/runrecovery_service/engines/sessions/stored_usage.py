@@ -19,6 +19,8 @@ from runrecovery_service.engines.sessions.lines import Layout, json_object
 
 MOST_BYTES: Final = 64 * 1024**2
 """A session with longer files is not read."""
+FEWER_CALLS: Final = "fewer_calls"
+"""Why a session counts nothing that had more calls before."""
 
 
 class UsageNotKnown(Exception):
