@@ -6,8 +6,8 @@ to 5 and commits its report, so that its next start finds nothing to decide.
 0. Adopt what another instance name left in a SQLite store. The steps below then cover it.
 1. Kill orphans, before any state changes: an orphan may still write to a run that is about to fail.
 2. Check the sessions of engines that have a session check.
-3. Find the results and questions of turns that had ended before their end could be recorded, and
-   decide on every run of an earlier epoch, in batches.
+3. Find the results and questions of turns that had ended before their end could be recorded, count
+   the calls of the turns that were killed, and decide on every run of an earlier epoch, in batches.
 4. Clear the bindings of ended runs.
 5. Remove trust entries that no run needs from the files of agent CLIs. No failure of this step
    prevents a start.

@@ -45,7 +45,7 @@ class Run(pw.Model):
     `questions_before` is the `interaction_count` at the start of the latest attempt.
     `…_tokens`, `cost_nanos` and `model` are the sum of what the turns have used; `model` is NULL
     until the first report. `session_usage` is what the next process of the session subtracts from
-    the total that it reports.
+    the total that it reports, and from the calls in its session file if it is killed.
 
     `status`, `profile` and `restart_policy` have no CHECK constraint. A newer version that runs
     beside this one may write an unknown word; recovery quarantines such a row and does not fail.
