@@ -41,9 +41,9 @@ class Counter:
         self.labels = labels
         self.values: dict[tuple[str, ...], int] = {} if labels else {(): 0}
 
-    def add(self, *labels: str) -> None:
-        """Count one."""
-        self.values[labels] = self.values.get(labels, 0) + 1
+    def add(self, *labels: str, many: int = 1) -> None:
+        """Count one, or many."""
+        self.values[labels] = self.values.get(labels, 0) + many
 
     def show_zero(self, *labels: str) -> None:
         """Show 0 until the first is counted: Prometheus does not see a series begin with 1."""
@@ -57,10 +57,10 @@ class SharedCounter(Counter):
         super().__init__(name, help, *labels)
         self._lock = threading.Lock()
 
-    def add(self, *labels: str) -> None:
-        """Count one."""
+    def add(self, *labels: str, many: int = 1) -> None:
+        """Count one, or many."""
         with self._lock:
-            super().add(*labels)
+            super().add(*labels, many=many)
 
 
 class Histogram:
@@ -144,6 +144,12 @@ class Meters:
         )
         self.commit_writes = Histogram(
             "runrecovery_commit_size_writes", "Writes in one commit.", bounds=COMMIT_BOUNDS
+        )
+        self.spans = SharedCounter(
+            "runrecovery_spans_total", "Spans of traces that have ended.", "outcome"
+        )
+        self.span_exports = Counter(
+            "runrecovery_span_exports_total", "Requests to the collector of traces.", "outcome"
         )
 
     def __iter__(self) -> Iterator[Counter | Histogram]:

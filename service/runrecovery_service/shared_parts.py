@@ -119,18 +119,18 @@ class SharedParts:
             made.callback(self.storage.close)
             self.threads = SteadyThreadPool(settings.capacity * 4 + 4, thread_name_prefix="process")
             made.callback(self.threads.shutdown)
-            self.tracer = _tracer(settings)
+            self.tracer = _tracer(settings, self.meters)
             self.owner = claim_epoch(self.db, start, self.clock, settings.lease_ttl_s)
             made.pop_all()
 
 
-def _tracer(settings: Settings) -> Tracer | None:
+def _tracer(settings: Settings, meters: Meters) -> Tracer | None:
     if settings.traces is None:
         return None
     # Imported here: OpenTelemetry's packages take some 0.2 s.
     from runrecovery_service.traces.setup import build_tracer  # noqa: PLC0415
 
     try:
-        return build_tracer(settings.traces, instance=settings.instance)
+        return build_tracer(settings.traces, instance=settings.instance, meters=meters)
     except RuntimeError as error:
         raise ThreadsRefused(str(error)) from error

@@ -7,12 +7,15 @@ to a collector. No span has an input, an output, a reply, a session handle or a 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 from enum import Enum, auto
 from typing import Final, Protocol, TypeAlias
 
 Facts: TypeAlias = Mapping[str, str | int | float | bool]
 
 NO_FACTS: Final[Facts] = {}
+TURN: Final = "turn"
+"""The span of a turn. The execution ends it, or the recovery if the service ended before."""
 
 
 class SpanKind(Enum):
@@ -49,16 +52,29 @@ class Tracer(Protocol):
         facts: Facts = NO_FACTS,
         *,
         kind: SpanKind = SpanKind.INTERNAL,
-        start_ns: int | None = None,
+        started_at: datetime | None = None,
+        key: str | None = None,
     ) -> Span:
         """Return a new span.
 
         Args:
             parent: a W3C `traceparent`; None: the span begins a trace.
-            start_ns: the start in nanoseconds since 1970, if it was not now.
+            started_at: None: now.
+            key: the same key gives the same span, whoever starts it. It may be a secret: only a
+                digest of it is sent. None: the span is a new one.
         """
         ...
 
     async def stop(self) -> None:
         """Send the spans that have ended, for a bounded time."""
         ...
+
+
+def turn_facts(*, run_id: str, engine: str, attempt: int, turn: int) -> dict[str, str | int]:
+    """Return the facts of every span of a turn."""
+    return {
+        "runrecovery.run_id": run_id,
+        "runrecovery.engine": engine,
+        "runrecovery.attempt": attempt,
+        "runrecovery.turn": turn,
+    }

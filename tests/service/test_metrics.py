@@ -16,44 +16,18 @@ from urllib.parse import quote
 
 import grpc
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 from runrecovery_service.config.settings import Settings
 from runrecovery_service.domain.start_errors import PackagesMissing
 from runrecovery_service.extras import demand_packages
 from runrecovery_service.offline import check, check_notes
 from support.api import refused
+from support.scraping import Samples, get, scrape, value
 from support.service import Home, ServiceProcess
 from support.waiting import until
 from support.webhook_receiver import SECRET
 
 NewHome = Callable[..., Home]
-Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 GET: Final = "runrecovery.v1.RunService.GetRun"
-
-
-def get(address: str, path: str) -> tuple[int, bytes]:
-    connection = HTTPConnection(address, timeout=30)
-    try:
-        connection.request("GET", path)
-        response = connection.getresponse()
-        return response.status, response.read()
-    finally:
-        connection.close()
-
-
-def scrape(service: ServiceProcess) -> Samples:
-    address = service.until_event("service.listening")["metrics_address"]
-    status, body = get(address, "/metrics")
-    assert status == 200
-    return {
-        (sample.name, frozenset(sample.labels.items())): sample.value
-        for family in text_string_to_metric_families(body.decode())
-        for sample in family.samples
-    }
-
-
-def value(samples: Samples, name: str, **labels: str) -> float | None:
-    return samples.get((name, frozenset(labels.items())))
 
 
 def until_shown(service: ServiceProcess, name: str, expected: float, **labels: str) -> Samples:

@@ -13,7 +13,8 @@ from google.protobuf.json_format import MessageToDict
 from runrecovery.v1 import run_service_pb2 as pb
 from support.api import struct
 from support.engines import script
-from support.service import Home
+from support.scraping import scrape
+from support.service import Home, ServiceProcess
 from support.trace_collector import Collected, Collector
 from support.waiting import until
 
@@ -28,6 +29,7 @@ if message["type"] == "resume":
 else:
     print(json.dumps({"type": "session", "value": "hidden-from-traces"}), flush=True)
     print(json.dumps({"type": "ask", "kind": "open_text", "prompt": str(found)}), flush=True)
+    sys.stdin.readline()  # a sticky process waits here
 """
 
 
@@ -75,6 +77,36 @@ def test_the_spans_of_a_run_join_the_trace_of_its_caller_over_a_kill(
         }  # fmt: skip
 
 
+def test_a_turn_that_a_kill_cut_off_is_reported_by_the_recovery_as_the_parent_of_its_agent(
+    new_home: Callable[..., Home],
+) -> None:
+    with Collector() as collector:
+        engine = script(ASKS, profile="sticky_process")
+        home = new_home(engines={"asks": engine}, traces={"endpoint": collector.endpoint})
+        service, api = home.start()
+        metadata = (("traceparent", f"00-{TRACE}-{CALLER}-01"),)
+        api.runs.CreateRun(
+            pb.CreateRunRequest(engine="asks", run_id="r"), metadata=metadata, timeout=30
+        )
+        asked = api.until_status("r", "WAITING_USER").pending_interaction.prompt
+        until(lambda: collector.named("launch"), "the launch is exported")
+        service.kill()
+        service, _ = home.start()
+        service.stop()
+
+        [turn] = collector.named("turn")
+        [launch] = collector.named("launch")
+        [call] = collector.named("runrecovery.v1.RunService/CreateRun")
+        assert asked == f"00-{TRACE}-{turn.span_id}-01"
+        assert (turn.trace_id, turn.parent_id) == (TRACE, call.span_id)
+        assert launch.parent_id == turn.span_id
+        assert turn.start_ns <= launch.end_ns <= turn.end_ns
+        assert turn.has_failed
+        assert facts(turn) == ("r", "asks", 1, 1, "FAILED")
+        assert turn.facts["runrecovery.rule"] == "sticky_process_lost"
+        assert turn.facts["error.type"] == "sticky_process_lost"
+
+
 def facts(turn: Collected) -> tuple[object, ...]:
     keys = ("run_id", "engine", "attempt", "turn", "status")
     return tuple(turn.facts[f"runrecovery.{key}"] for key in keys)
@@ -90,7 +122,7 @@ def recoveries(collector: Collector) -> str:
     return found
 
 
-def test_a_stop_exports_turns_that_it_interrupts_and_calls_with_their_codes(
+def test_a_stop_exports_turns_that_it_cuts_off_and_calls_with_their_codes(
     new_home: Callable[..., Home],
 ) -> None:
     with Collector() as collector:
@@ -110,7 +142,8 @@ def test_a_stop_exports_turns_that_it_interrupts_and_calls_with_their_codes(
 
         [turn] = collector.named("turn")
         assert turn.has_failed
-        assert turn.facts["error.type"] == "SERVICE_STOPPED"
+        assert facts(turn) == ("r", "works", 1, 1, "FAILED")
+        assert turn.facts["error.type"] == "running_interrupted"
         [get] = collector.named("runrecovery.v1.RunService/GetRun")
         assert (get.facts["rpc.response.status_code"], get.has_failed) == ("NOT_FOUND", False)
         [watch] = collector.named("runrecovery.v1.RunService/WatchRun")
@@ -147,17 +180,26 @@ def test_a_collector_that_hangs_neither_stops_calls_nor_the_stop(
         assert not service.events("service.stop_step_failed")
 
 
-def test_a_collector_that_is_away_is_reported_by_the_service_alone(
+def test_spans_that_no_collector_takes_are_counted_and_reported_by_the_service_alone(
     new_home: Callable[..., Home],
 ) -> None:
     with Collector() as collector:
         endpoint = collector.endpoint
-    service, api = new_home(traces={"endpoint": endpoint}).start()
-    service.until_event("traces.not_exported")
+    home = new_home(traces={"endpoint": endpoint}, metrics_listen="127.0.0.1:0")
+    service, api = home.start()
+    lost = service.until_event("traces.spans_lost")
+    until(lambda: spans(service)["not_exported"] >= lost["spans"], "a scrape shows the loss")
     api.runs.ListRuns(pb.ListRunsRequest(), timeout=30)
     service.stop()
 
+    assert lost["reason"] == "not_exported"
     assert [e["event"] for e in service.events() if "opentelemetry" in str(e)] == []
+
+
+def spans(service: ServiceProcess) -> dict[str, float]:
+    samples = scrape(service)
+    outcomes = ("sent", "queue_full", "not_exported")
+    return {it: samples["runrecovery_spans_total", frozenset({("outcome", it)})] for it in outcomes}
 
 
 def test_a_start_without_traces_imports_nothing_of_them() -> None:

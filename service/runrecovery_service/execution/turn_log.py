@@ -77,7 +77,7 @@ class TurnLog:
         self.meters.turn_seconds.observe(took_s, self.run.engine, status or "UNKNOWN")
 
     def left(self) -> None:
-        """End the spans: the service stops, and the turn is left to the recovery."""
+        """Leave the turn to the recovery: the service stops."""
         if self.spans is not None:
             self.spans.left()
 

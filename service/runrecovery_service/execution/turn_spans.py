@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from runrecovery_service.domain.run import RunStatus
-from runrecovery_service.spans import NO_FACTS, Span, Tracer
+from runrecovery_service.spans import NO_FACTS, TURN, Span, Tracer, turn_facts
 from runrecovery_service.storage.turns import Turn
 
 
@@ -37,22 +37,15 @@ class TurnSpans:
         self.turn.end(facts, error=error)
 
     def left(self) -> None:
-        """End the turn as far as it is known: the service stops while it runs."""
+        """End the launch: the service stops. The recovery reports the turn, which it decides."""
         self.launch.end(error="SERVICE_STOPPED")
-        self.turn.end(error="SERVICE_STOPPED")
 
 
 def begin_spans(turn: Turn, tracer: Tracer) -> TurnSpans:
     """Begin the spans of a turn that got its slot now."""
     run = turn.run
-    facts: dict[str, str | int] = {
-        "runrecovery.run_id": run.run_id,
-        "runrecovery.engine": run.engine,
-        "runrecovery.attempt": run.attempt,
-        "runrecovery.turn": run.turn,
-    }
+    facts = turn_facts(run_id=run.run_id, engine=run.engine, attempt=run.attempt, turn=run.turn)
     if turn.queued_at is not None:
-        waited_from_ns = round(turn.queued_at.timestamp() * 1e6) * 1000
-        tracer.start("queue", run.traceparent, facts, start_ns=waited_from_ns).end()
-    span = tracer.start("turn", run.traceparent, facts)
+        tracer.start("queue", run.traceparent, facts, started_at=turn.queued_at).end()
+    span = tracer.start(TURN, run.traceparent, facts, key=turn.launch.cookie)
     return TurnSpans(turn=span, launch=tracer.start("launch", span.traceparent, facts))

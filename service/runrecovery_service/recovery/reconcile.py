@@ -47,6 +47,7 @@ from runrecovery_service.recovery.status import RecoveryStatus
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import (
     adoption,
+    cut_turns,
     deadlines,
     found_ends,
     launch_records,
@@ -65,6 +66,7 @@ from runrecovery_service.storage.recovery_apply import Batch
 from runrecovery_service.storage.recovery_scope import ApplyScope
 
 if TYPE_CHECKING:  # not imported where traces are off
+    from runrecovery_service.recovery.recovery_spans import RecoverySpans
     from runrecovery_service.spans import Tracer
 
 log = structlog.get_logger()
@@ -74,6 +76,9 @@ TRUST_S: Final = 10.0
 """Time for the files of agent CLIs. A sweep removes the rest while the service runs."""
 DECISIONS_LOGGED: Final = 1000
 """Decisions of one recovery that get a log line of their own. The history has all decisions."""
+
+CUT_TURNS_REPORTED: Final = 1000
+"""Spans of one batch for turns that ended with their service. There are no more than slots."""
 
 RecordRemovals = Callable[[Database, tuple[TrustRemoval, ...]], object]
 """Records removals in the transaction that deletes their rows."""
@@ -354,7 +359,7 @@ class Recovery:
                 raise RecoveryInterrupted
             begun = time.monotonic()
             try:
-                recovery_apply.apply_batch(
+                tally = recovery_apply.apply_batch(
                     db, scope, batch, report=report.write, on_commit=report.add
                 )
             except DRIVER_ERRORS as error:
@@ -368,6 +373,8 @@ class Recovery:
                 most=self.limits.batch_rows,
                 batch_s=self.limits.batch_s,
             )
+            if report.spans is not None and tally.slots:
+                _report_cut_turns(db, report.spans, report.key, batch)
             logged += _log_decisions(db, report, batch, limit=max(DECISIONS_LOGGED - logged, 0))
             log.info(
                 "recovery.progress",
@@ -417,6 +424,11 @@ def _log_decisions(db: Database, report: ReportBuilder, batch: Batch, *, limit: 
             status_after=status_after,
         )
     return len(decided)
+
+
+def _report_cut_turns(db: Database, spans: RecoverySpans, report_key: int, batch: Batch) -> None:
+    for turn in cut_turns.cut_turns(db, report_key, batch, limit=CUT_TURNS_REPORTED):
+        spans.turn_cut(turn)
 
 
 def _log_completed(report: ReportBuilder, completed: Reconciliation) -> None:

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from runrecovery_service.domain.reconciliation import Cause, Reconciliation
-from runrecovery_service.spans import Span, Tracer
+from runrecovery_service.spans import TURN, Span, Tracer, turn_facts
+from runrecovery_service.storage.cut_turns import CutTurn
 from runrecovery_service.storage.instances import Owner
 
 
@@ -29,6 +30,19 @@ class RecoverySpans:
             raise
         finally:
             span.end(error=error)
+
+    def turn_cut(self, turn: CutTurn) -> None:
+        """Report a turn that ended with its service, as the span that its agent has as parent."""
+        facts = turn_facts(
+            run_id=turn.run_id, engine=turn.engine, attempt=turn.attempt, turn=turn.turn
+        )
+        span = self.tracer.start(
+            TURN, turn.traceparent, facts, started_at=turn.launched_at, key=turn.cookie
+        )
+        span.end(
+            {"runrecovery.status": turn.status, "runrecovery.rule": turn.rule},
+            error=turn.rule if turn.has_failed else None,
+        )
 
     def completed(self, report: Reconciliation) -> None:
         """End the recovery with what its report counts."""

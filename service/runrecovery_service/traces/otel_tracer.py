@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
+from datetime import datetime
+from hashlib import sha256
 from typing import Final
 
 import structlog
 from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from opentelemetry.trace import (
     NonRecordingSpan,
     SpanContext,
@@ -25,6 +29,28 @@ log = structlog.get_logger()
 FLUSH_S: Final = 3.0
 """Time of a stop to send what has ended. What is left then is lost."""
 KINDS: Final = {SpanKind.INTERNAL: trace.SpanKind.INTERNAL, SpanKind.SERVER: trace.SpanKind.SERVER}
+
+
+_KEY: Final[ContextVar[str | None]] = ContextVar("span_key", default=None)
+"""The key of the span that is being started. None: its ids are random."""
+
+
+class KeyedIds(RandomIdGenerator):
+    """Makes the ids of spans: random ones, or from the key of the span."""
+
+    def generate_trace_id(self) -> int:
+        """Return the id of a trace that begins."""
+        key = _KEY.get()
+        return super().generate_trace_id() if key is None else _digest(key, 0, 16)
+
+    def generate_span_id(self) -> int:
+        """Return the id of a span."""
+        key = _KEY.get()
+        return super().generate_span_id() if key is None else _digest(key, 16, 24)
+
+
+def _digest(key: str, begin: int, end: int) -> int:
+    return int.from_bytes(sha256(key.encode()).digest()[begin:end])
 
 
 class OtelSpan:
@@ -66,16 +92,21 @@ class OtelTracer:
         facts: Facts = NO_FACTS,
         *,
         kind: SpanKind = SpanKind.INTERNAL,
-        start_ns: int | None = None,
+        started_at: datetime | None = None,
+        key: str | None = None,
     ) -> OtelSpan:
         """Return a new span."""
-        span = self._tracer.start_span(
-            name,
-            context=_to_context(parent),
-            kind=KINDS[kind],
-            attributes=facts,
-            start_time=start_ns,
-        )
+        token = _KEY.set(key)
+        try:
+            span = self._tracer.start_span(
+                name,
+                context=_to_context(parent),
+                kind=KINDS[kind],
+                attributes=facts,
+                start_time=None if started_at is None else _to_ns(started_at),
+            )
+        finally:
+            _KEY.reset(token)
         return OtelSpan(span, parent)
 
     async def stop(self) -> None:
@@ -100,6 +131,10 @@ def _to_context(parent: str | None) -> Context:
     except ValueError:  # none, or a damaged row of the store, which must not stop a launch
         return Context()
     return set_span_in_context(NonRecordingSpan(context), Context())
+
+
+def _to_ns(time: datetime) -> int:
+    return round(time.timestamp() * 1e6) * 1000
 
 
 def _to_traceparent(context: SpanContext) -> str:

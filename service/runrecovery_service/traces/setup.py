@@ -15,8 +15,13 @@ from opentelemetry.sdk.trace.sampling import ParentBased, Sampler, TraceIdRatioB
 from runrecovery_service import __version__
 from runrecovery_service.config.settings import TraceSettings
 from runrecovery_service.domain.start_errors import TracesRefused
-from runrecovery_service.traces.otel_tracer import OtelTracer
-from runrecovery_service.traces.reporting_exporter import ReportingExporter
+from runrecovery_service.meters import Meters
+from runrecovery_service.traces.otel_tracer import KeyedIds, OtelTracer
+from runrecovery_service.traces.span_outcomes import (
+    CountingExporter,
+    QueueCounter,
+    SpanOutcomes,
+)
 
 QUEUE_SPANS: Final = 4096
 """Ended spans that wait for the collector. More replace the oldest."""
@@ -26,24 +31,28 @@ EXPORT_S: Final = 5.0
 """Time to send one batch, with every retry."""
 
 
-def build_tracer(settings: TraceSettings, *, instance: str) -> OtelTracer:
+def build_tracer(settings: TraceSettings, *, instance: str, meters: Meters) -> OtelTracer:
     """Return the tracer. It starts the thread that sends.
+
+    Args:
+        meters: get what becomes of the spans.
 
     Raises:
         TracesRefused: OpenTelemetry refuses a variable of its own in the environment.
         RuntimeError: the system refuses a thread.
     """
-    # The SDK logs every retry. `ReportingExporter` reports the failures once.
+    # The SDK logs every retry. `SpanOutcomes` reports what is lost.
     logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
     try:
-        return OtelTracer(_provider(settings, instance))
+        return OtelTracer(_provider(settings, instance, meters))
     except ValueError as error:
         raise TracesRefused(str(error)) from error
 
 
-def _provider(settings: TraceSettings, instance: str) -> TracerProvider:
+def _provider(settings: TraceSettings, instance: str, meters: Meters) -> TracerProvider:
     provider = TracerProvider(
         sampler=sampler(settings),
+        id_generator=KeyedIds(),
         resource=Resource(
             {
                 "service.name": "runrecovery",
@@ -58,9 +67,11 @@ def _provider(settings: TraceSettings, instance: str) -> TracerProvider:
     exporter = OTLPSpanExporter(
         endpoint=traces_url(settings.endpoint), timeout=EXPORT_S, session=session
     )
+    outcomes = SpanOutcomes(meters=meters, queue_spans=QUEUE_SPANS)
+    provider.add_span_processor(QueueCounter(outcomes))
     provider.add_span_processor(
         BatchSpanProcessor(
-            ReportingExporter(exporter),
+            CountingExporter(exporter, outcomes),
             max_queue_size=QUEUE_SPANS,
             max_export_batch_size=BATCH_SPANS,
             schedule_delay_millis=DELAY_MS,

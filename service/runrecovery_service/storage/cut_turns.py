@@ -1,0 +1,72 @@
+"""Turns that ended with their service, as a recovery has decided on their runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Final
+
+from runrecovery_service.domain.recovery_matrix import QUESTION_RULE, RESULT_RULE
+from runrecovery_service.domain.run import Profile, RunStatus
+from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.recovery_apply import Batch
+from runrecovery_service.storage.rows import from_us
+
+_CUT_TURNS: Final = (
+    "SELECT r.run_id, r.engine, l.attempt, l.turn, r.traceparent, l.cookie, l.created_at, e.rule,"
+    " e.status_after FROM recovery_event e JOIN run r ON r.id = e.run JOIN process_lease l"
+    " ON l.run = r.id AND l.attempt = r.attempt AND l.turn = r.turn"
+    " WHERE e.reconciliation = ? AND e.run BETWEEN ? AND ?"
+    # All other runs had no process: their latest turn had ended before.
+    f" AND (e.status_before = '{RunStatus.RUNNING}' OR (e.status_before ="
+    f" '{RunStatus.WAITING_USER}' AND e.profile = '{Profile.STICKY_PROCESS}'))"
+    " ORDER BY e.run LIMIT ?"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CutTurn:
+    """A turn whose end no service has recorded.
+
+    Attributes:
+        cookie: the secret marker of its launch.
+        traceparent: the trace that is stored with the run.
+        rule: the rule that decided on the run.
+        status: of the run since then.
+    """
+
+    run_id: str
+    engine: str
+    attempt: int
+    turn: int
+    traceparent: str | None
+    cookie: str = field(repr=False)
+    launched_at: datetime
+    rule: str
+    status: str
+
+    @property
+    def has_failed(self) -> bool:
+        """False if the agent had done its work, or if the run was to be cancelled."""
+        return self.rule not in {RESULT_RULE, QUESTION_RULE} and self.status != RunStatus.CANCELED
+
+
+def cut_turns(db: Database, reconciliation_key: int, batch: Batch, *, limit: int) -> list[CutTurn]:
+    """Return the turns of a batch that a reconciliation decided, `limit` at most."""
+    rows = db.fetch_all(_CUT_TURNS, (reconciliation_key, batch.first, batch.last, limit))
+    return [
+        CutTurn(
+            run_id=run_id,
+            engine=engine,
+            attempt=attempt,
+            turn=turn,
+            traceparent=traceparent,
+            cookie=cookie,
+            launched_at=from_us(created_at),
+            rule=rule,
+            status=status,
+        )
+        for (
+            run_id, engine, attempt, turn, traceparent, cookie, created_at, rule, status
+        ) in rows
+    ]  # fmt: skip
