@@ -125,6 +125,21 @@ def test_commands_of_the_tutorial_show_the_decisions_that_it_promises(terminals:
     watched = terminals.printed["runrecovery runs watch second --from-start"]
     assert ["RECOVERED" in watched, "SUCCEEDED" in watched] == [True, True]
     assert "RECOVERED_QUEUED" in terminals.printed["runrecovery runs get fourth"]
+    assert lines_not_printed("docs/tutorial.md", terminals.printed) == []
+
+
+def lines_not_printed(page: str, printed: dict[str, str]) -> list[str]:
+    """Return the lines that a page shows as output and that no command has printed.
+
+    Spaces do not matter. Lines with times, and the line of a process, are not compared.
+    """
+    real = {" ".join(line.split()) for shown in printed.values() for line in shown.splitlines()}
+    samples = [
+        " ".join(line.split())
+        for block in code_blocks(page, language="text")
+        for line in block.splitlines()
+    ]
+    return [line for line in samples if line not in real and not re.search(r":\d\d|^\d{5} ", line)]
 
 
 def test_quick_start_of_the_readme_works(terminals: Terminals) -> None:

@@ -29,7 +29,7 @@ from runrecovery_service.config.settings import (
     TraceSettings,
     WebhookSettings,
 )
-from runrecovery_service.domain.recovery_matrix import MATRIX, QUARANTINE_RULE
+from runrecovery_service.domain.recovery_matrix import MATRIX, QUARANTINE_RULE, Fact
 from runrecovery_service.domain.run import ErrorCode
 from runrecovery_service.logs import LOGGED_EVENTS, LOGGED_LINES
 from runrecovery_service.meters import Meters
@@ -209,6 +209,12 @@ def test_every_rule_error_code_and_recovery_state_is_documented() -> None:
 
     assert [word for word in words if word not in page] == []
     assert [code for code in ErrorCode if code not in codes] == []
+
+
+def test_every_fact_of_the_matrix_is_explained() -> None:
+    page = _page("docs/recovery.md")
+
+    assert [fact.name for fact in Fact if f"**{fact.name}**" not in page] == []
 
 
 def test_every_health_name_is_documented() -> None:
