@@ -267,7 +267,7 @@ class Overloaded(ResourceExhausted):
 
 
 class StorageFull(ResourceExhausted):
-    """The disk of the service's database is full."""
+    """The disk of the service's database is full, or has less room than its `min_free_bytes`."""
 
 
 class SlowReader(ResourceExhausted):

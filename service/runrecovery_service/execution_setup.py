@@ -13,7 +13,7 @@ from runrecovery_service.execution.dispatcher import Dispatcher
 from runrecovery_service.execution.launcher import Launcher
 from runrecovery_service.execution.run_queue import RunQueue
 from runrecovery_service.execution.straggler_sweep import StragglerSweep
-from runrecovery_service.execution.supervisor_factory import SupervisorFactory
+from runrecovery_service.execution.supervisor_factory import SupervisorFactory, TurnRecordsFactory
 from runrecovery_service.execution.trust_sweep import TrustSweep
 from runrecovery_service.machine_limits import agent_share
 from runrecovery_service.shared_parts import SharedParts
@@ -47,15 +47,17 @@ def build_dispatcher(parts: SharedParts, launcher: Launcher) -> Dispatcher:
             site=launch_site(parts.host, parts.cgroups),
         ),
         supervisors=SupervisorFactory(
-            storage=parts.storage,
-            owner=parts.owner,
-            clock=parts.clock,
+            records=TurnRecordsFactory(
+                storage=parts.storage,
+                owner=parts.owner,
+                clock=parts.clock,
+                meters=parts.meters,
+                tracer=parts.tracer,
+            ),
             catalog=parts.catalog,
             launcher=launcher,
             output=parts.output,
             sessions=SessionChecker(workspaces=parts.workspaces),
-            meters=parts.meters,
-            tracer=parts.tracer,
             exit_grace_s=parts.settings.exit_grace_s,
         ),
         launcher=launcher,

@@ -27,7 +27,7 @@ from runrecovery_service.execution.launcher import Launcher
 from runrecovery_service.execution.run_queue import RunQueue
 from runrecovery_service.execution.running_turns import RunningTurns
 from runrecovery_service.execution.straggler_sweep import StragglerSweep
-from runrecovery_service.execution.supervisor_factory import SupervisorFactory
+from runrecovery_service.execution.supervisor_factory import SupervisorFactory, TurnRecordsFactory
 from runrecovery_service.execution.tree_deadline import TreeDeadline
 from runrecovery_service.meters import Meters
 from runrecovery_service.process.boot_clock import boot_time_ns
@@ -318,14 +318,13 @@ async def running_execution(
         dispatcher = Dispatcher(
             queue=RunQueue(storage=storage, owner=owner, clock=clock, site=site),
             supervisors=SupervisorFactory(
-                storage=storage,
-                owner=owner,
-                clock=clock,
+                records=TurnRecordsFactory(
+                    storage=storage, owner=owner, clock=clock, meters=Meters()
+                ),
                 catalog=catalog,
                 launcher=launcher,
                 output=output,
                 sessions=SessionChecker(workspaces=workspaces, timeout_s=session_check_s),
-                meters=Meters(),
                 exit_grace_s=1.0,
             ),
             launcher=launcher,

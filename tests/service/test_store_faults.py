@@ -16,7 +16,7 @@ from support.waiting import until
 
 NewHome = Callable[..., Home]
 PAGE = 4096
-DAMAGED = "the database is damaged; docs/operations.md, *A damaged database*, tells how to mend it"
+DAMAGED = "the database is damaged; docs/operations.md, *A damaged database*, says how to repair it"
 NOT_WRITTEN = (
     "the database cannot be written to: the system reports an I/O error; see to the disk, a"
     " read-only mount, a quota, or a limit on file sizes (ulimit -f)"

@@ -15,7 +15,7 @@ from support.service import Home
 from support.service_forker import run_command
 
 NewHome = Callable[..., Home]
-MENDING: Final = "docs/operations.md, *A damaged database*, tells how to mend it"
+MENDING: Final = "docs/operations.md, *A damaged database*, says how to repair it"
 
 
 def run(folder: Path, *words: str) -> tuple[int, str]:

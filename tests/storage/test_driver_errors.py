@@ -19,7 +19,7 @@ from runrecovery_service.storage.sql_dialects import DatabaseKind
 from storage.service_store import ServiceStore
 
 ADD = "INSERT INTO request_receipt VALUES ('r', 'm', 'f', 1, 1, '')"
-MENDING = "docs/operations.md, *A damaged database*, tells how to mend it"
+MENDING = "docs/operations.md, *A damaged database*, says how to repair it"
 NO_ROOM = "cannot be written to: its disk is full"
 
 

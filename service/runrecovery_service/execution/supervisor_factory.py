@@ -1,4 +1,4 @@
-"""Makes the supervisor of each turn that the dispatcher takes from the queue."""
+"""Makes what follows each turn that the dispatcher takes from the queue."""
 
 from __future__ import annotations
 
@@ -26,23 +26,51 @@ if TYPE_CHECKING:  # not imported where traces are off
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SupervisorFactory:
-    """Makes the supervisor of each turn.
+class TurnRecordsFactory:
+    """Makes the records of each turn, with its log and its spans.
 
     Attributes:
+        meters: get what is counted.
         tracer: gets the spans of turns; None: traces are off.
-        exit_grace_s: how long a process may run after its end or its last output.
     """
 
     storage: Storage
     owner: Owner
     clock: Clock
+    meters: Meters
+    tracer: Tracer | None = None
+
+    def records_of(self, turn: Turn) -> TurnRecords:
+        """Return the records of a turn that was taken from the queue; its spans begin now."""
+        return TurnRecords(
+            storage=self.storage,
+            owner=self.owner,
+            clock=self.clock,
+            turn=turn,
+            log=TurnLog(turn.run, self._begin_spans(turn), self.meters),
+        )
+
+    def _begin_spans(self, turn: Turn) -> TurnSpans | None:
+        if self.tracer is None:
+            return None
+        from runrecovery_service.execution.turn_spans import begin_spans  # noqa: PLC0415 - see above
+
+        return begin_spans(turn, self.tracer)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SupervisorFactory:
+    """Makes the supervisor of each turn.
+
+    Attributes:
+        exit_grace_s: how long a process may run after its end or its last output.
+    """
+
+    records: TurnRecordsFactory
     catalog: Catalog
     launcher: Launcher
     output: OutputFiles
     sessions: SessionChecker
-    meters: Meters
-    tracer: Tracer | None = None
     exit_grace_s: float
 
     def supervise(self, turn: Turn) -> TurnSupervisor:
@@ -51,13 +79,7 @@ class SupervisorFactory:
         The turn keeps the engines of this moment, whatever is reloaded later.
         """
         catalog = self.catalog.snapshot()
-        records = TurnRecords(
-            storage=self.storage,
-            owner=self.owner,
-            clock=self.clock,
-            turn=turn,
-            log=TurnLog(turn.run, self._begin_spans(turn), self.meters),
-        )
+        records = self.records.records_of(turn)
         launch = Launch(launcher=self.launcher, records=records)
         return TurnSupervisor(
             records=records,
@@ -71,10 +93,3 @@ class SupervisorFactory:
             threads=self.launcher.threads,
             exit_grace_s=self.exit_grace_s,
         )
-
-    def _begin_spans(self, turn: Turn) -> TurnSpans | None:
-        if self.tracer is None:
-            return None
-        from runrecovery_service.execution.turn_spans import begin_spans  # noqa: PLC0415 - see above
-
-        return begin_spans(turn, self.tracer)

@@ -63,9 +63,9 @@ class TurnSessions:
         return f"The session cannot be resumed: {REASON_TEXTS[finding.reason]}."
 
     async def repair(self, engine: Engine, resumed: Resumed | None) -> None:
-        """Repair the session that is about to be resumed. Without success the CLI gets it as it is.
+        """Repair the session that is about to be resumed.
 
-        Its CLI may be another version, which can resume it.
+        If that fails, the CLI gets the session as it is: its version may be able to resume it.
         """
         if resumed is None or engine.sessions is None:
             return

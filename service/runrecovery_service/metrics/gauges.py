@@ -1,4 +1,4 @@
-"""What the service has now, and what its rooms have counted themselves: read at each scrape."""
+"""What the service has now, and what its parts have counted themselves: read at each scrape."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ class Owns(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sources:
-    """The rooms whose numbers are shown."""
+    """The objects whose numbers are shown."""
 
     ownership: Owns
     gate: Gate
@@ -152,7 +152,7 @@ def _count(db: Database, owner: Owner, *, with_webhooks: bool) -> Counts:
 
 
 def _show_zeros(meters: Meters) -> None:
-    """Show 0 for what alerts look at."""
+    """Show 0 for every event and level that an alert reads."""
     for event in ALERTED_EVENTS:
         LOGGED_EVENTS.show_zero(event, "warning")
     for event in WEBHOOK_ERRORS:

@@ -341,7 +341,7 @@ class Recovery:
     # -- deadlines -----------------------------------------------------------------------------
 
     def _rearm_deadlines(self, db: Database, report: ReportBuilder) -> None:
-        """Set deadlines by the clock that runs now: the machine may be booted anew, or another."""
+        """Set deadlines by the clock that runs now: it may be another machine, or another boot."""
         count = deadlines.move_to_clock(
             db, self.owner, now=self.clock.now(), steady=self.clock.steady()
         )

@@ -50,8 +50,8 @@ PAGES: Final = 256
 GIVE_BACK_S: Final = 15.0
 """How long a sweep gives pages back, with its pauses: the next sweep must come."""
 WHOLE_EVERY: Final = 60
-"""Every so many sweeps each part is searched for from the oldest run on. The others go on after the
-latest run of the sweep before them: runs before it that were kept may be removable by now."""
+"""Every so many sweeps each part is searched for from the oldest run on: runs that were kept
+may be removable by now. The other sweeps continue after the latest run of the sweep before them."""
 UNKNOWN_SHOWN: Final = 10
 
 PARTS: Final = (RetentionKind.OUTPUTS, RetentionKind.WORKSPACES, RetentionKind.EVENTS)

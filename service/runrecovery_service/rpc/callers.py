@@ -162,7 +162,7 @@ class CallerGuard:
 
     @asynccontextmanager
     async def while_admitted(self, context: Context, caller: Caller) -> AsyncIterator[None]:
-        """Let a stream go on until another table ends it.
+        """Let a stream continue until another table ends it.
 
         Raises:
             CallerUnknown: another table has ended the stream.

@@ -98,6 +98,14 @@ def _fill_usage_and_budget(to: run_pb2.Run, run: Run) -> None:
 
 
 def _fill_pending(to: run_pb2.PendingInteraction, question: Interaction) -> None:
+    _fill_question(to, question)
+    if question.wait_deadline_at is not None:
+        write_time(to.wait_deadline_at, question.wait_deadline_at)
+
+
+def _fill_question(
+    to: run_pb2.PendingInteraction | run_pb2.Interaction, question: Interaction
+) -> None:
     to.interaction_id = question.interaction_id
     to.kind = INTERACTION_KIND_TO_PROTO[question.kind]
     to.prompt = question.prompt
@@ -106,8 +114,6 @@ def _fill_pending(to: run_pb2.PendingInteraction, question: Interaction) -> None
     if question.tool_call is not None:
         _fill_tool_call(to.tool_call, question.tool_call)
     write_time(to.asked_at, question.asked_at)
-    if question.wait_deadline_at is not None:
-        write_time(to.wait_deadline_at, question.wait_deadline_at)
 
 
 def _fill_option(to: run_pb2.InteractionOption, option: Option) -> None:
@@ -126,14 +132,7 @@ def _fill_tool_call(to: run_pb2.ToolCall, call: ToolCall) -> None:
 
 def fill_interaction(to: run_pb2.Interaction, question: Interaction) -> None:
     """Fill a message with a question and its answer."""
-    to.interaction_id = question.interaction_id
-    to.kind = INTERACTION_KIND_TO_PROTO[question.kind]
-    to.prompt = question.prompt
-    for option in question.options:
-        _fill_option(to.options.add(), option)
-    if question.tool_call is not None:
-        _fill_tool_call(to.tool_call, question.tool_call)
-    write_time(to.asked_at, question.asked_at)
+    _fill_question(to, question)
     if question.replied_at is not None:
         write_time(to.replied_at, question.replied_at)
         write_value(to.response, question.response)

@@ -1,6 +1,6 @@
 """The trace that a call belongs to, from its metadata (W3C Trace Context, `traceparent`).
 
-Nothing of a damaged value is kept, and the call goes on without it: a tracing library of a caller
+Nothing of a damaged value is kept, and the call continues without it: a tracing library of a caller
 must not be able to fail a call. `tracestate` is not read.
 """
 

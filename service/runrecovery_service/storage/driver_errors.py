@@ -22,7 +22,7 @@ DRIVER_ERRORS: Final[tuple[type[Exception], ...]] = (
     *((postgresql.PSYCOPG.Error,) if postgresql.PSYCOPG is not None else ()),
 )
 StorageError = StorageBusy | StorageFull | StorageUnavailable
-REPAIR_HINT: Final = "docs/operations.md, *A damaged database*, tells how to mend it"
+REPAIR_HINT: Final = "docs/operations.md, *A damaged database*, says how to repair it"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Finds and removes what has reached its age. A run that could go on is never touched.
+"""Finds and removes what has reached its age. A run that could continue is never touched.
 
 A part is first recorded as removed, so that readers get the right answer from then on. Then its
 files go. The rows of a whole run go last: a crash in between leaves rows without files.

@@ -67,7 +67,7 @@ class Webhooks:
         )
 
     def replace(self, endpoints: Sequence[Endpoint]) -> None:
-        """Follow other webhooks from now on. A disabled one that is still there starts anew."""
+        """Follow other webhooks from now on. A disabled one starts again if it is still there."""
         self.endpoints = endpoints
         self.db.webhooks = tuple(endpoint.filter for endpoint in endpoints)
         if self._is_started:

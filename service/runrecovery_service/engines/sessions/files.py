@@ -296,7 +296,7 @@ def _end(descriptor: int, size: int, fingerprint: SessionFingerprint | None) -> 
     """Return where the file ended when its fingerprint was recorded, else its size.
 
     Later lines belong to an interrupted turn and may be incomplete. If no line ends at the recorded
-    size, the file was written anew.
+    size, the file was written again as a whole.
     """
     if fingerprint is None or fingerprint.size >= size:
         return size
