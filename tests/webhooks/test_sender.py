@@ -563,19 +563,36 @@ async def test_an_unexpected_error_of_a_try_is_a_failed_try_with_its_pause(
     assert "hidden" not in str(logs)
 
 
+@pytest.mark.parametrize(
+    ("column", "damage", "reason"),
+    [
+        ("event", "'?'", "event is not known"),
+        ("run_id", "CAST(x'61ff62' AS TEXT)", "run_id is damaged"),
+        ("engine", "CAST(x'61ff62' AS TEXT)", "engine is damaged"),
+        ("status", "''", "status is damaged"),
+        ("error_code", "char(0)", "error_code is damaged"),
+    ],
+)
 async def test_a_damaged_delivery_is_set_aside_and_later_ones_of_its_run_follow(
-    bench: Bench, sender: WebhookSender
+    bench: Bench, sender: WebhookSender, column: str, damage: str, reason: str
 ) -> None:
     canceled(bench)
     with bench.store.db.transaction():
-        bench.store.db.execute("UPDATE webhook_delivery SET event = '?' WHERE sequence = 3")
+        bench.store.db.execute(
+            f"UPDATE webhook_delivery SET {column} = {damage} WHERE sequence = 3"  # noqa: S608
+        )
     with capture_logs() as logs:
         sender.start()
         assert await bench.until_arrived(1) == ["run-0001_4"]
         await bench.until_left(1)
 
-    assert [line["log_level"] for line in logs if line["event"] == "webhook.delivery_damaged"] == [
-        "error"
+    assert [line for line in logs if line["event"] == "webhook.delivery_damaged"] == [
+        {
+            "event": "webhook.delivery_damaged",
+            "log_level": "error",
+            "webhook": "chat",
+            "reason": reason,
+        }
     ]
     assert bench.store.rows("SELECT given_up_at IS NULL FROM webhook_delivery") == [(0,)]
     assert sender.state.given_up == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,6 +14,9 @@ from runrecovery_service.storage.rows import from_us, from_us_or_none, to_us
 
 ROWS: Final = 5_000
 """The most rows that one transaction changes. Renewals of the lease run between transactions."""
+
+_WORD: Final = re.compile(r"[!-~]+")
+"""Every text of a delivery is such a word: a name, an id or a code."""
 
 # Finds each run by one step in the index, however many deliveries it has.
 _DUE: Final = (
@@ -50,7 +54,7 @@ class Delivery:
 
 
 class Unreadable(Exception):
-    """The first due delivery of a run has an event that this service does not know."""
+    """The first due delivery of a run is damaged, or of a newer service."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +104,7 @@ def next_delivery(db: Database, instance: str, webhook: str, run_key: int) -> De
     """Return the first due delivery of a run.
 
     Raises:
-        Unreadable: its event is not known. The row is damaged, or of a newer service.
+        Unreadable: its event is not known, or a text is damaged.
     """
     row = db.fetch_one(
         "SELECT id, run_id, engine, sequence, event, status, error_code, created_at"
@@ -111,10 +115,12 @@ def next_delivery(db: Database, instance: str, webhook: str, run_key: int) -> De
     if row is None:
         return None
     key, run_id, engine, sequence, event, status, error_code, created_at = row
-    try:
-        known = WebhookEvent(event)
-    except ValueError as error:
-        raise Unreadable from error
+    texts = {"run_id": run_id, "engine": engine, "status": status, "error_code": error_code or "-"}
+    for column, text in texts.items():
+        if not _WORD.fullmatch(text):
+            raise Unreadable(f"{column} is damaged")
+    if event not in set(WebhookEvent):
+        raise Unreadable("event is not known")
     return Delivery(
         key=key,
         webhook=webhook,
@@ -122,7 +128,7 @@ def next_delivery(db: Database, instance: str, webhook: str, run_key: int) -> De
         run_id=run_id,
         engine=engine,
         sequence=sequence,
-        event=known,
+        event=WebhookEvent(event),
         status=status,
         error_code=error_code,
         created_at=from_us(created_at),

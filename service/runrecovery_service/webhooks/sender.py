@@ -281,9 +281,7 @@ class WebhookSender:
             now=self.clock.now(),
         )
         self.state.given_up += 1
-        log.error(
-            "webhook.delivery_damaged", webhook=self.endpoint.name, reason=str(error.__cause__)
-        )
+        log.error("webhook.delivery_damaged", webhook=self.endpoint.name, reason=str(error))
 
     # -- one try --------------------------------------------------------------------------------
 
