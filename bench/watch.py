@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import resource
+import secrets
 import statistics
 import sys
 import tempfile
@@ -39,9 +40,10 @@ from runrecovery.v1 import run_service_pb2_grpc as pb_grpc
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from runrecovery_service.rpc import paging
+from runrecovery_service.rpc.paging import PageTokens
 from runrecovery_service.storage.decision_feed import START
 from runrecovery_service.storage.opening import open_database
+from runrecovery_service.storage.store_identity import store_id
 
 from bench.load import Connection, Load, Target, generate
 from bench.seed import Seeding, claim, fill
@@ -178,6 +180,7 @@ class Bench:
     watchers: int
     seconds: float
     ids: Sequence[str]
+    start_cursor: str
 
     def payloads(self, name: str, requests: Sequence[bytes]) -> Path:
         """Write the requests into a file for a generator."""
@@ -239,7 +242,7 @@ class Bench:
 
     def unread(self, server: Server) -> list[float]:
         """Check health while some watchers read nothing."""
-        everything = recovery_pb.WatchRecoveredRequest(after_cursor=paging.encode_cursor(START))
+        everything = recovery_pb.WatchRecoveredRequest(after_cursor=self.start_cursor)
         payloads = self.payloads("everything", [everything.SerializeToString()])
         watches = watching(
             server.address, WATCH_RECOVERED, payloads, streams=UNREADING, connections=UNREADING,
@@ -317,8 +320,8 @@ def fits(watchers: int) -> bool:
 # -- the store -----------------------------------------------------------------------------------
 
 
-def store(top: Path, *, runs: int) -> tuple[Path, list[str]]:
-    """Make a store of waiting runs; return its folder and their ids."""
+def store(top: Path, *, runs: int) -> tuple[Path, list[str], str]:
+    """Make a store of waiting runs; return its folder, their ids, and the cursor of the start."""
     data_dir = top / "data"
     data_dir.mkdir(mode=0o700)
     db = open_database("", data_dir)
@@ -326,7 +329,9 @@ def store(top: Path, *, runs: int) -> tuple[Path, list[str]]:
         owner = claim(db, instance="default", data_dir=data_dir)
         fill(db, owner, Seeding(runs=runs, mix={"waiting": 1}), now=datetime.now(UTC))
         ids = [row[0] for row in db.fetch_all("SELECT run_id FROM run ORDER BY id")]
-    return data_dir, ids
+        store_id(db, new=secrets.token_hex(16))
+        cursor = PageTokens.of_store(db).encode_bookmark(START)
+    return data_dir, ids, cursor
 
 
 # -- the tables ----------------------------------------------------------------------------------
@@ -440,8 +445,14 @@ def main() -> None:
     args = parser.parse_args()
     found = Findings()
     with tempfile.TemporaryDirectory(prefix="runrecovery-bench-") as top:
-        data_dir, ids = store(Path(top), runs=max(RUNS, args.watchers))
-        bench = Bench(top=Path(top), watchers=args.watchers, seconds=args.seconds, ids=ids)
+        data_dir, ids, cursor = store(Path(top), runs=max(RUNS, args.watchers))
+        bench = Bench(
+            top=Path(top),
+            watchers=args.watchers,
+            seconds=args.seconds,
+            ids=ids,
+            start_cursor=cursor,
+        )
         if args.only in {None, "memory"}:
             measure_memory(bench, data_dir, found)
         if args.only in {None, "calls"}:

@@ -43,6 +43,7 @@ from runrecovery_service.recovery_setup import build_recovery
 from runrecovery_service.reload import ReloadablePart, Reloader
 from runrecovery_service.reload_setup import reloadable_parts
 from runrecovery_service.rpc.listen_address import parse_listen_address
+from runrecovery_service.rpc.paging import PageTokens
 from runrecovery_service.rpc.recovery_service import RecoveryDeps
 from runrecovery_service.rpc.run_service import RunDeps, RunLimits
 from runrecovery_service.rpc.server import GrpcServer
@@ -226,6 +227,7 @@ def _ownership(parts: SharedParts, dispatcher: Dispatcher) -> Ownership:
 
 def _server(parts: SharedParts, entrance: Entrance, retention: RetentionSweep | None) -> GrpcServer:
     settings = parts.settings
+    page_tokens = PageTokens.of_store(parts.db)
     return build_server(
         parts.gate,
         run_deps=RunDeps(
@@ -236,6 +238,7 @@ def _server(parts: SharedParts, entrance: Entrance, retention: RetentionSweep | 
             output=parts.output,
             limits=RunLimits(max_queued=settings.max_queued, max_attempts=settings.max_attempts),
             clock=parts.clock,
+            page_tokens=page_tokens,
         ),
         recovery_deps=RecoveryDeps(
             storage=parts.storage,
@@ -247,6 +250,7 @@ def _server(parts: SharedParts, entrance: Entrance, retention: RetentionSweep | 
                 clock=parts.clock,
                 find_end=parts.ends.find,
             ),
+            page_tokens=page_tokens,
             prune=build_prune(retention),
             webhooks=parts.webhooks,
         ),

@@ -32,6 +32,7 @@ from runrecovery_service.recovery.status import RecoveryStatus
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.listen_address import ListenFailed
 from runrecovery_service.rpc.output_reader import PIECE_BYTES
+from runrecovery_service.rpc.paging import PageTokens
 from runrecovery_service.rpc.recovery_service import RecoveryDeps
 from runrecovery_service.rpc.run_service import RunDeps, RunLimits
 from runrecovery_service.rpc.server import GrpcServer
@@ -142,6 +143,7 @@ def deps(storage: FakeStorage, workspaces: Workspaces) -> tuple[RunDeps, Recover
             output=OutputFiles(workspaces, max_bytes=MAX_OUTPUT_BYTES),
             limits=RunLimits(max_queued=7, max_attempts=2),
             clock=FakeClock(wall=AT),
+            page_tokens=PageTokens(key=b"key"),
         ),
         RecoveryDeps(
             storage=cast("Any", storage),
@@ -152,6 +154,7 @@ def deps(storage: FakeStorage, workspaces: Workspaces) -> tuple[RunDeps, Recover
                 sessions=BulkSessionCheck(checks={}, workspace=workspaces.workspace),
                 clock=FakeClock(wall=AT),
             ),
+            page_tokens=PageTokens(key=b"key"),
         ),
     )
 

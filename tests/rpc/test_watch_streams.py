@@ -18,6 +18,7 @@ from runrecovery_service.domain.run import NewRun, Profile, RestartPolicy
 from runrecovery_service.rpc import watch_streams
 from runrecovery_service.rpc.callers import CALLER
 from runrecovery_service.rpc.gate import Gate
+from runrecovery_service.rpc.paging import PageTokens
 from runrecovery_service.rpc.watch_streams import RecoveredWatcher, RunWatcher
 from runrecovery_service.storage import (
     decision_feed,
@@ -238,7 +239,7 @@ async def test_a_decision_during_the_read_of_a_watcher_is_sent(
         return found
 
     monkeypatch.setattr(storage, "read", read_then_restart)
-    stream = RecoveredWatcher(storage, Gate()).stream(
+    stream = RecoveredWatcher(storage, Gate(), PageTokens(key=b"key")).stream(
         recovery_pb.WatchRecoveredRequest(), RecoveredFilter()
     )
 

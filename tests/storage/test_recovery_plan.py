@@ -32,6 +32,7 @@ from runrecovery_service.recovery.bulk_session_check import (
 from runrecovery_service.recovery.plan import Planner
 from runrecovery_service.recovery.status import RecoveryStatus
 from runrecovery_service.rpc.gate import Gate
+from runrecovery_service.rpc.paging import PageTokens
 from runrecovery_service.rpc.recovery_service import RecoveryDeps, RecoveryService
 from runrecovery_service.storage import (
     recovery_apply,
@@ -386,6 +387,7 @@ async def test_a_plan_that_waits_for_session_files_holds_no_thread_of_the_storag
         owner=store.owner,
         status=RecoveryStatus(),
         planner=planner(store, {"hangs": SessionCheck(hang)}, check_s=600.0),
+        page_tokens=PageTokens(key=b"key"),
     )
     service = RecoveryService(deps, Gate())
     plans = [
@@ -427,6 +429,7 @@ async def test_a_plan_waits_for_the_thread_of_a_plan_whose_call_was_cancelled(
         owner=store.owner,
         status=RecoveryStatus(),
         planner=planner(store, {"hangs": SessionCheck(hang)}, check_s=600.0),
+        page_tokens=PageTokens(key=b"key"),
     )
     service = RecoveryService(deps, Gate())
     first = asyncio.create_task(service.plan_recovery(pb.PlanRecoveryRequest()))

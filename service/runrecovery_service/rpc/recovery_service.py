@@ -30,6 +30,7 @@ from runrecovery_service.rpc import (
 )
 from runrecovery_service.rpc.callers import CALLER, caller_name
 from runrecovery_service.rpc.gate import Gate
+from runrecovery_service.rpc.paging import PageTokens
 from runrecovery_service.rpc.visibility import demand_visible, visible_engines
 from runrecovery_service.rpc.watch_streams import RecoveredWatcher
 from runrecovery_service.storage import decisions, launch_records, reports, usage
@@ -63,6 +64,7 @@ class RecoveryDeps:
     owner: Owner
     status: RecoveryStatus
     planner: Planner
+    page_tokens: PageTokens
     prune: Prune | None = None
     webhooks: Webhooks | None = None
 
@@ -75,11 +77,12 @@ class RecoveryService:
         self._owner = deps.owner
         self._status = deps.status
         self._planner = deps.planner
+        self._page_tokens = deps.page_tokens
         self._prune = deps.prune
         self._webhooks = deps.webhooks
         self._planning = asyncio.Lock()
         self._gate = gate
-        self._watcher = RecoveredWatcher(deps.storage, gate)
+        self._watcher = RecoveredWatcher(deps.storage, gate, deps.page_tokens)
 
     async def get_recovery_info(
         self, request: pb.GetRecoveryInfoRequest
@@ -101,11 +104,13 @@ class RecoveryService:
         page = await self._storage.read(
             decisions.recovered_page,
             _to_domain_filter(request.filter),
-            after=paging.decode(scope, request.page_token),
+            after=self._page_tokens.decode(scope, request.page_token),
             limit=paging.page_size(request.page_size),
             view=enums.VIEW_FROM_PROTO[request.view],
         )
-        response = pb.ListRecoveredResponse(next_page_token=paging.encode(scope, page.after))
+        response = pb.ListRecoveredResponse(
+            next_page_token=self._page_tokens.encode(scope, page.after)
+        )
         for run in page.rows:
             run_messages.fill_run(response.runs.add(), run)
         return response
@@ -140,7 +145,7 @@ class RecoveryService:
         validation.require_valid(validation.plan_recovery(request))
         scope = paging.token_scope(request, width=1)
         after, limit = (
-            paging.decode(scope, request.page_token),
+            self._page_tokens.decode(scope, request.page_token),
             paging.page_size(request.page_size),
         )
         response = pb.PlanRecoveryResponse()
@@ -150,7 +155,7 @@ class RecoveryService:
         page, plan = await asyncio.shield(planning)  # its thread continues if the call ends
         if plan is not None:
             recovery_messages.fill_plan(response.plan, plan)
-        response.next_page_token = paging.encode(scope, page.after)
+        response.next_page_token = self._page_tokens.encode(scope, page.after)
         for planned in page.rows:
             recovery_messages.fill_planned_decision(response.decisions.add(), planned)
         return response
@@ -213,10 +218,12 @@ class RecoveryService:
         scope = paging.token_scope(request, width=1)
         page = await self._storage.read(
             reports.report_page,
-            after=paging.decode(scope, request.page_token),
+            after=self._page_tokens.decode(scope, request.page_token),
             limit=paging.page_size(request.page_size),
         )
-        response = pb.ListReconciliationsResponse(next_page_token=paging.encode(scope, page.after))
+        response = pb.ListReconciliationsResponse(
+            next_page_token=self._page_tokens.encode(scope, page.after)
+        )
         for report in page.rows:
             recovery_messages.fill_reconciliation(response.reconciliations.add(), report)
         return response

@@ -29,6 +29,7 @@ from runrecovery_service.rpc import enums, json_values, paging, run_messages, ti
 from runrecovery_service.rpc.callers import CALLER, caller_name
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.output_reader import OutputReader
+from runrecovery_service.rpc.paging import PageTokens
 from runrecovery_service.rpc.trace_context import TRACEPARENT
 from runrecovery_service.rpc.uuid7 import RANDOM_BYTES, uuid7
 from runrecovery_service.rpc.visibility import demand_visible, visible_engines
@@ -69,6 +70,7 @@ class RunDeps:
     output: OutputFiles
     limits: RunLimits
     clock: Clock
+    page_tokens: PageTokens
 
 
 class RunService:
@@ -117,11 +119,13 @@ class RunService:
         page = await self._storage.read(
             runs.page,
             _to_domain_filter(request.filter),
-            after=paging.decode(scope, request.page_token),
+            after=self._deps.page_tokens.decode(scope, request.page_token),
             limit=paging.page_size(request.page_size),
             view=enums.VIEW_FROM_PROTO[request.view],
         )
-        response = pb.ListRunsResponse(next_page_token=paging.encode(scope, page.after))
+        response = pb.ListRunsResponse(
+            next_page_token=self._deps.page_tokens.encode(scope, page.after)
+        )
         for run in page.rows:
             run_messages.fill_run(response.runs.add(), run)
         return response
@@ -227,10 +231,12 @@ class RunService:
         page = await self._storage.read(
             interactions.page,
             request.run_id,
-            after=paging.decode(scope, request.page_token),
+            after=self._deps.page_tokens.decode(scope, request.page_token),
             limit=paging.page_size(request.page_size),
         )
-        response = pb.ListInteractionsResponse(next_page_token=paging.encode(scope, page.after))
+        response = pb.ListInteractionsResponse(
+            next_page_token=self._deps.page_tokens.encode(scope, page.after)
+        )
         for question in page.rows:
             run_messages.fill_interaction(response.interactions.add(), question)
         return response

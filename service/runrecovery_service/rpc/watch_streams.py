@@ -20,9 +20,10 @@ from runrecovery.v1 import run_service_pb2 as pb
 from runrecovery_service.domain.errors import ShuttingDown
 from runrecovery_service.domain.reconciliation import RecoveredFilter
 from runrecovery_service.domain.run import Run, RunEvent
-from runrecovery_service.rpc import paging, recovery_messages, run_messages, validation
+from runrecovery_service.rpc import recovery_messages, run_messages, validation
 from runrecovery_service.rpc.fair_wakeup import FairWakeup
 from runrecovery_service.rpc.gate import Gate
+from runrecovery_service.rpc.paging import PageTokens
 from runrecovery_service.rpc.visibility import demand_visible
 from runrecovery_service.storage import decision_feed, events, runs
 from runrecovery_service.storage.async_storage import Storage
@@ -153,9 +154,10 @@ def _event_response(event: RunEvent, state: _CachedRun) -> pb.WatchRunResponse:
 class RecoveredWatcher:
     """Streams the decisions of restarts to each caller of WatchRecovered."""
 
-    def __init__(self, storage: Storage, gate: Gate) -> None:
+    def __init__(self, storage: Storage, gate: Gate, page_tokens: PageTokens) -> None:
         self._storage = storage
         self._gate = gate
+        self._page_tokens = page_tokens
         self._wakeup = FairWakeup()
 
     async def stream(
@@ -169,7 +171,7 @@ class RecoveredWatcher:
         """
         woken = asyncio.Event()
         with self._storage.changes.of_decisions(woken), self._gate.notify(woken):
-            place = paging.decode_cursor(request.after_cursor)
+            place = self._page_tokens.decode_cursor(request.after_cursor)
             if place is None:
                 place = await self._storage.read(decision_feed.end_cursor)
             else:
@@ -180,7 +182,7 @@ class RecoveredWatcher:
                 if self._gate.ends_streams:
                     raise ShuttingDown
                 if not timer.left_s:
-                    yield _bookmark(place)
+                    yield self._bookmark(place)
                     timer.restart()
                 woken.clear()
                 stretch = await self._storage.read(
@@ -189,7 +191,7 @@ class RecoveredWatcher:
                 for decided in stretch.decided:
                     await self._wakeup.wait_turn()
                     response = recovery_pb.WatchRecoveredResponse(
-                        cursor=paging.encode_cursor(decided.cursor)
+                        cursor=self._page_tokens.encode_cursor(decided.cursor)
                     )
                     recovery_messages.fill_recovered_run(response.decision, decided)
                     yield response
@@ -198,8 +200,7 @@ class RecoveredWatcher:
                 if not stretch.more:
                     await timer.wait(woken)
 
-
-def _bookmark(place: FeedCursor) -> recovery_pb.WatchRecoveredResponse:
-    return recovery_pb.WatchRecoveredResponse(
-        cursor=paging.encode_cursor(place), bookmark=run_pb2.WatchBookmark()
-    )
+    def _bookmark(self, place: FeedCursor) -> recovery_pb.WatchRecoveredResponse:
+        return recovery_pb.WatchRecoveredResponse(
+            cursor=self._page_tokens.encode_bookmark(place), bookmark=run_pb2.WatchBookmark()
+        )

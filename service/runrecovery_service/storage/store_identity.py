@@ -1,8 +1,9 @@
-"""The id of a store. A backup keeps it."""
+"""The id of a store, and keys that are made from it. A backup keeps it."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import sqlite3
 from pathlib import Path
 
@@ -20,6 +21,19 @@ def store_id(db: Database, *, new: str) -> str:
             (new,),
         )
     return stored_id(db) or new
+
+
+def store_key(db: Database, purpose: str) -> bytes:
+    """Return a secret key: the same for every instance on the store, and after every restart.
+
+    It is made from the store's id, which is random and given to no caller.
+
+    Raises:
+        LookupError: the store has no id yet.
+    """
+    if (found := _find(db)) is None:
+        raise LookupError("the store has no id")
+    return hashlib.blake2b(purpose.encode(), key=found.encode(), digest_size=32).digest()
 
 
 def sqlite_store_id(path: Path) -> str | None:
