@@ -16,7 +16,7 @@ from runrecovery_service.process.safe_open import read_start
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.durable_files import durably_write
 from runrecovery_service.storage.refusals import refusing
-from runrecovery_service.storage.store_identity import sqlite_store_id, store_id
+from runrecovery_service.storage.store_identity import store_id
 
 STORE_FILE: Final = ".store"
 ANOTHER: Final = (
@@ -47,14 +47,18 @@ def demand_own_store(db: Database, data_dir: Path) -> None:
         raise DataDirRefused(str(place), ANOTHER)
 
 
-def sqlite_problem(path: Path, data_dir: Path) -> str | None:
-    """Return why a start would find the folders of another store, None if it would not."""
+def foreign_folders(store: str | None, data_dir: Path) -> str | None:
+    """Return why a start would find the folders of another store, None if it would not.
+
+    Args:
+        store: the id of the store; None: it has none yet.
+    """
     place = Workspaces(data_dir).runs / STORE_FILE
     try:
         found = _read(place)
     except OSError as error:
         return f"{place}: {error.strerror or 'cannot be used'}"
-    return f"{place}: {ANOTHER}" if found and found != sqlite_store_id(path) else None
+    return f"{place}: {ANOTHER}" if found and found != store else None
 
 
 def _read(place: Path) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from runrecovery_service import data_dir_store, paths
+from runrecovery_service import paths
 from runrecovery_service.access_setup import access_problems
 from runrecovery_service.agents.trust_keeper import trust_problem
 from runrecovery_service.config.settings import ContainmentPolicy, Settings
 from runrecovery_service.config.values import is_loopback
+from runrecovery_service.data_dir_store import foreign_folders
 from runrecovery_service.domain.start_errors import (
     CgroupRefused,
     DatabaseRefused,
@@ -26,9 +27,14 @@ from runrecovery_service.process.watermark import watermark_bits
 from runrecovery_service.storage.backup import backup_sqlite
 from runrecovery_service.storage.integrity import integrity_problems
 from runrecovery_service.storage.migrate import applied_migrations
-from runrecovery_service.storage.opening import open_database, postgresql_problems
+from runrecovery_service.storage.opening import (
+    open_database,
+    postgresql_problems,
+    postgresql_store_id,
+)
 from runrecovery_service.storage.refusals import refusing
 from runrecovery_service.storage.sqlite_file import install_marker
+from runrecovery_service.storage.store_identity import sqlite_store_id
 from runrecovery_service.webhook_setup import webhook_problems
 
 
@@ -132,7 +138,7 @@ def _store_problems(settings: Settings) -> list[str]:
     if reason := paths.directory_problem(data_dir):
         problems.append(f"{paths.shown(data_dir)}: {reason}")
     if path is None:
-        problems += postgresql_problems(settings.database, settings.database_direct)
+        problems += _postgresql_problems(settings, data_dir)
     elif problems and path.parent == data_dir:
         pass  # without the directory nothing is known of the file
     elif reason := paths.database_problem(path, data_dir):
@@ -140,11 +146,20 @@ def _store_problems(settings: Settings) -> list[str]:
     elif path.exists():
         damaged = integrity_problems(path)
         problems += damaged
-        if not damaged and (reason := data_dir_store.sqlite_problem(path, data_dir)):
+        if not damaged and (reason := foreign_folders(sqlite_store_id(path), data_dir)):
             problems.append(reason)
     elif install_marker(path).exists():
         problems.append(f"{path}: is gone; restore a backup")
+    elif reason := foreign_folders(None, data_dir):
+        problems.append(reason)
     return problems
+
+
+def _postgresql_problems(settings: Settings, data_dir: Path) -> list[str]:
+    if problems := postgresql_problems(settings.database, settings.database_direct):
+        return problems
+    reason = foreign_folders(postgresql_store_id(settings.database), data_dir)
+    return [] if reason is None else [reason]
 
 
 def _trust_problems(settings: Settings) -> list[str]:

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from runrecovery_service import data_dir_store
+from runrecovery_service.config.settings import Settings
 from runrecovery_service.data_dir_store import demand_own_store
 from runrecovery_service.domain.start_errors import DataDirRefused
+from runrecovery_service.offline import check
 from runrecovery_service.storage.backup import backup_sqlite
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.opening import open_database
@@ -80,8 +81,38 @@ def test_a_check_finds_what_a_start_refuses(data_dir: Path, tmp_path: Path) -> N
         demand_own_store(db, data_dir if name == "own" else tmp_path)
         db.close()
 
-    assert data_dir_store.sqlite_problem(files["own"], data_dir) is None
-    assert "names another database" in str(data_dir_store.sqlite_problem(files["other"], data_dir))
+    assert checked(f"sqlite:///{files['own']}", data_dir) == []
+    (problem,) = checked(f"sqlite:///{files['other']}", data_dir)
+    assert problem.startswith(f"{data_dir}/runs/.store: names another database")
+
+
+def test_a_check_finds_what_a_start_on_postgresql_refuses(
+    postgresql_url: str, data_dir: Path
+) -> None:
+    db = open_database(postgresql_url, data_dir)
+    demand_own_store(db, data_dir)
+    assert checked(postgresql_url, data_dir) == []
+
+    db.execute("UPDATE store_identity SET store_id = 'x'")
+    db.close()
+    (problem,) = checked(postgresql_url, data_dir)
+    assert problem.startswith(f"{data_dir}/runs/.store: names another database")
+
+
+def test_a_check_on_a_new_database_finds_folders_of_another(
+    empty_database_url: str, data_dir: Path
+) -> None:
+    assert checked(empty_database_url, data_dir) == []
+
+    (data_dir / "runs").mkdir()
+    (data_dir / "runs" / ".store").write_text("of another\n")
+
+    (problem,) = checked(empty_database_url, data_dir)
+    assert problem.startswith(f"{data_dir}/runs/.store: names another database")
+
+
+def checked(url: str, data_dir: Path) -> list[str]:
+    return check(Settings(data_dir=data_dir, database=url))
 
 
 def test_an_id_that_was_not_written_to_its_end_is_written_again(

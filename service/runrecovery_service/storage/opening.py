@@ -126,6 +126,16 @@ def postgresql_problems(url: str, direct_url: str = "") -> list[str]:
     return []
 
 
+def postgresql_store_id(url: str) -> str | None:
+    """Return the id of a PostgreSQL store, None if it has none yet. Nothing is changed.
+
+    Raises:
+        DatabaseRefused: a start would be refused.
+    """
+    with refusing(POSTGRESQL_NAME), contextlib.closing(_open_postgresql(url)) as db:
+        return _store_of(db)
+
+
 def _open_sqlite(path: Path, locks: list[Lock] | None) -> Database:
     if sqlite3.sqlite_version_info < SQLITE_FLOOR:
         raise DatabaseRefused(str(path), "SQLite 3.37 or newer is needed")

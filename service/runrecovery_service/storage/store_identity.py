@@ -31,7 +31,7 @@ def store_key(db: Database, purpose: str) -> bytes:
     Raises:
         LookupError: the store has no id yet.
     """
-    if (found := _find(db)) is None:
+    if (found := stored_id(db)) is None:
         raise LookupError("the store has no id")
     return hashlib.blake2b(purpose.encode(), key=found.encode(), digest_size=32).digest()
 
