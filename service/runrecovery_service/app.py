@@ -28,6 +28,7 @@ from runrecovery_service.extras import demand_packages
 from runrecovery_service.lifecycle import Service, store_kept
 from runrecovery_service.listeners import Listeners
 from runrecovery_service.locks import ServiceLocks
+from runrecovery_service.lost_commits import losses_noted
 from runrecovery_service.machine_limits import plan_open_files
 from runrecovery_service.ownership import (
     LeaseRenewal,
@@ -51,6 +52,7 @@ from runrecovery_service.rpc.server_limits import ServerLimits
 from runrecovery_service.rpc.server_setup import build_server
 from runrecovery_service.shared_parts import SharedParts
 from runrecovery_service.steady_thread_pool import SteadyThreadPool
+from runrecovery_service.storage.commit_history import CommitHistory
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.opening import open_database, open_direct
 from runrecovery_service.systemd import SystemdNotifier
@@ -99,7 +101,11 @@ def serve(settings: Settings, load: Callable[[], Settings]) -> None:
             demand_own_store(db, locks.data_dir)
             if settings.database_direct:
                 open_direct(settings.database_direct, db)
-            with store_kept(db), asyncio.Runner(loop_factory=new_event_loop) as runner:
+            with (
+                losses_noted(locks.data_dir),
+                store_kept(db),
+                asyncio.Runner(loop_factory=new_event_loop) as runner,
+            ):
                 runner.run(_run(settings, load, locks, db, probe, open_files, entrance, endpoints))
         finally:
             db.close()
@@ -132,7 +138,8 @@ def _service(parts: SharedParts, entrance: Entrance, load: Callable[[], Settings
     dispatcher = build_dispatcher(parts, launcher)
     retention = build_retention(parts)
     ownership = _ownership(parts, dispatcher)
-    parts.db.guard(ownership.lease.demand_current)
+    lease = ownership.lease
+    parts.db.guard(lease.demand_current, acknowledged=lease.commits.note)
     reloadable = reloadable_parts(
         entrance=entrance,
         catalog=parts.catalog,
@@ -207,6 +214,7 @@ def _ownership(parts: SharedParts, dispatcher: Dispatcher) -> Ownership:
             turns=parts.turns,
             health=health,
             stop=parts.stop,
+            commits=CommitHistory(parts.owner.instance, ttl_s),
         ),
         trials=StatementTrials(
             lease_ttl_s=ttl_s,

@@ -19,6 +19,7 @@ from runrecovery_service.domain.errors import Fenced, StorageUnavailable, error_
 from runrecovery_service.domain.reconciliation import Reconciliation
 from runrecovery_service.domain.start_errors import LeaseLost, StoreLost
 from runrecovery_service.listeners import Listeners
+from runrecovery_service.lost_commits import forget_loss
 from runrecovery_service.ownership import Ownership
 from runrecovery_service.recovery_runner import RecoveryRunner
 from runrecovery_service.rpc.gate import Gate
@@ -103,6 +104,7 @@ class Service:
             raise self.stop.failure
 
     def _serve(self, report: Reconciliation) -> None:
+        forget_loss(self.settings.data_dir)
         self.gate.open(safe_mode=report.safe_mode)
         log.info("service.serving", epoch=self.ownership.owner.epoch)
         self.work.start(safe_mode=report.safe_mode)

@@ -26,6 +26,7 @@ from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import instances, trial
 from runrecovery_service.storage.async_storage import Storage
+from runrecovery_service.storage.commit_history import CommitHistory, LogPlace
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner
 
@@ -84,6 +85,7 @@ class LeaseRenewal:
 
     Attributes:
         catalog: the engines, whose names each renewal tells the other instances.
+        commits: what the database has acknowledged to this start.
         unrenewed: set once the lease could not be renewed for `SELF_FENCE_SHARE` of its time.
     """
 
@@ -94,10 +96,12 @@ class LeaseRenewal:
     turns: RunningTurns
     health: StorageHealthReporter
     stop: StopSignal
+    commits: CommitHistory
     unrenewed: asyncio.Event = field(default_factory=asyncio.Event, init=False)
     _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop, init=False)
     _renewed_s: float = field(init=False)
     _last_try_s: float = field(init=False)
+    _acknowledged_us: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self._renewed_s = self._last_try_s = boot_time_ns() / 1e9
@@ -136,25 +140,34 @@ class LeaseRenewal:
         )
         return [renewal, trees]
 
-    def demand_current(self, db: Database) -> None:
+    def demand_current(self, db: Database) -> LogPlace | None:
         """Fence the transaction that begins, on any thread, and stop a superseded service.
 
-        The lease alone would reveal the new epoch only at the next renewal.
+        The lease alone would reveal the new epoch, or lost commits, only at the next renewal.
+
+        Returns:
+            the place of the transaction in the database's log, if the database tells it.
 
         Raises:
             Fenced: a newer epoch of this instance has started.
+            CommitsLost: the database lacks commits that it had acknowledged.
         """
+        before = self.commits.acknowledged
         try:
-            instances.demand_current(db, self.owner)
+            place = instances.demand_current(db, self.owner)
+            if place is not None:
+                self.commits.demand_kept(db, before, place)
         except Fenced as error:
             self._loop.call_soon_threadsafe(self.stop.fail, error)
             raise
+        return place
 
     async def renew(self) -> float | None:
         """Try once to renew the lease, and return the pause until the next try; None: `interval_s`.
 
         Raises:
             Fenced: a newer epoch of this instance has started.
+            CommitsLost: the database lacks commits that it had acknowledged.
             LeaseLost: the lease could not be renewed for too long, and other instances may take it.
         """
         begun_ns = boot_time_ns()
@@ -165,10 +178,11 @@ class LeaseRenewal:
         pause_s = None
         try:
             async with asyncio.timeout(self._try_limit_s(begun_s)):
-                await self.storage.renew(
+                until_us = await self.storage.renew(
                     instances.renew,
                     self.owner,
                     ttl_s=self.lease_ttl_s,
+                    acknowledged_us=self._acknowledged_us,
                     engines=self.catalog.names,
                 )
         except Fenced:
@@ -179,6 +193,8 @@ class LeaseRenewal:
             pause_s = self.interval_s / 3
         else:
             self._note_renewed(begun_ns)
+            if self.storage.is_shared:
+                self._acknowledged_us = until_us
         self._demand_recent_renewal()
         return pause_s
 

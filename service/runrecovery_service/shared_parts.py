@@ -23,6 +23,7 @@ from runrecovery_service.execution.found_ends import EndFinder
 from runrecovery_service.execution.running_turns import RunningTurns
 from runrecovery_service.execution.tree_deadline import TreeDeadline
 from runrecovery_service.locks import ServiceLocks
+from runrecovery_service.lost_commits import noted_loss
 from runrecovery_service.machine_limits import open_cgroup_parent
 from runrecovery_service.meters import Meters
 from runrecovery_service.ownership import tree_deadline_ns
@@ -71,7 +72,7 @@ class SharedParts:
         self.stop, self.clock = StopSignal(), Clock()
         self.meters = Meters()
         self.calls = CallMeter(self.meters) if settings.metrics_listen else None
-        self.status = RecoveryStatus(probe)
+        self.status = RecoveryStatus(probe, lost_commits=noted_loss(locks.data_dir))
         self.gate = Gate(retry_after_s=settings.retry_hint_s)
         self.host = this_host()
         self.cgroups = open_cgroup_parent(settings)

@@ -188,6 +188,7 @@ def test_every_error_that_ends_a_service_has_its_documented_exit_code() -> None:
         "RecoveryGaveUp": 9,
         "Fenced": 10,
         "ClaimLost": 10,
+        "CommitsLost": 10,
         "RunGone": 10,
         "LeaseLost": 10,
         "ContainmentRefused": 11,

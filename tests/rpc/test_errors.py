@@ -49,6 +49,7 @@ EXAMPLES: tuple[RunRecoveryError, ...] = (
     domain.CallerOverloaded("ci"),
     domain.Fenced("instance 'secret'"),
     domain.ClaimLost("instance 'secret'"),
+    domain.CommitsLost("secret"),
     domain.RunGone("run 'secret'"),
 )
 
@@ -75,7 +76,7 @@ def details_of(failure: errors.CallStatus) -> dict[str, Any]:
 
 
 def test_every_domain_error_is_in_the_table() -> None:
-    assert {*leaves(), domain.Fenced} == set(errors.TABLE)
+    assert {*leaves(), domain.Fenced, domain.CommitsLost} == set(errors.TABLE)
     assert {type(example) for example in EXAMPLES} == set(errors.TABLE)
 
 
@@ -177,6 +178,7 @@ def test_a_fenced_instance_does_not_say_what_it_lost() -> None:
     [
         (domain.Fenced, "this instance was superseded and is stopping"),
         (domain.ClaimLost, "the database lost this instance's claim; the instance is stopping"),
+        (domain.CommitsLost, "the database lost commits; this instance is stopping"),
         (domain.RunGone, "the database lost a commit; this instance is stopping"),
     ],
 )
@@ -193,6 +195,7 @@ def test_long_text_is_clipped_within_its_limit() -> None:
 
 TOLD = {
     "ClaimLost": ("UNAVAILABLE", "SHUTTING_DOWN", True),
+    "CommitsLost": ("UNAVAILABLE", "SHUTTING_DOWN", True),
     "EtagMismatch": ("ABORTED", "ETAG_MISMATCH", False),
     "CallerUnknown": ("UNAUTHENTICATED", "CALLER_UNKNOWN", False),
     "RoleNotSufficient": ("PERMISSION_DENIED", "ROLE_NOT_SUFFICIENT", False),

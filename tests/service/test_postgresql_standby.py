@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
+import grpc
 import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 from runrecovery.v1 import run_pb2
+from support.api import Api, refusal_of, refused
 from support.engines import script
 from support.pg_proxy import proxied
 from support.service import Home, ServiceProcess
 from support.service_forker import run_command
+from support.stores import query
 from support.waiting import until
 
 from bench.postgres import ScratchPostgres, memory_place, run_postgres, run_standby
@@ -91,4 +95,70 @@ def test_a_failover_to_a_standby_ends_the_service_and_loses_no_run(
         interrupted = api.get(running.run_id)
         assert interrupted.error.code == "ORCHESTRATOR_RESTART_INTERRUPTED"
         api.until_status(queued.run_id, "RUNNING")
+        assert service.stop() == 0
+
+
+def stop_receiving(standby: ScratchPostgres) -> None:
+    """Let a standby get nothing more of its primary."""
+    with psycopg.connect(standby.url("runs"), autocommit=True) as connection:
+        connection.execute("ALTER SYSTEM SET primary_conninfo = ''")
+        connection.execute("SELECT pg_reload_conf()")
+        receivers = "SELECT count(*) FROM pg_stat_wal_receiver"
+        until(lambda: connection.execute(receivers).fetchone() == (0,), "the standby is cut off")
+
+
+def outcome_of_create(api: Api) -> str | None:
+    """Create a run; return "created", or why not; None while connections are the old ones."""
+    try:
+        api.create("holds")
+    except grpc.RpcError as error:
+        reason = refusal_of(error).reason
+        return None if reason == "STORAGE_UNAVAILABLE" else reason
+    return "created"
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("lost", [0, 64])
+def test_a_promoted_standby_is_used_unless_it_lacks_acknowledged_commits(
+    new_home: Callable[..., Home], lost: int
+) -> None:
+    with (
+        run_postgres("fsync=off", place=memory_place()) as primary,
+        run_standby(primary, "fsync=off") as standby,
+        proxied(primary.create("runs")) as proxy,
+    ):
+        home = new_home(
+            database=proxy.url, engines={"holds": script(HOLDS)}, max_concurrent=1, lease_ttl_s=600
+        )
+        service, api = home.start()
+        running = api.create("holds")
+        until(lambda: home.agents_of(running.run_id), "the agent lives, and its launch is recorded")
+        kept = api.create("holds")
+        until(lambda: has_run(standby, kept.run_id), "the standby has both runs")
+        stop_receiving(standby)
+        gone = [api.create("holds").run_id for _ in range(lost)]
+
+        with psycopg.connect(standby.url("runs"), autocommit=True) as connection:
+            connection.execute("SELECT pg_promote()")
+        proxy.direct_to(standby.url("runs"))
+
+        outcome = until(lambda: outcome_of_create(api), "the promoted standby answers")
+        if not lost:
+            assert outcome == "created"
+            (failover,) = service.events("storage.failover")
+            assert (failover["before"], failover["after"]) == (1, 2)
+            assert api.get(running.run_id).status == run_pb2.RUN_STATUS_RUNNING
+            assert service.stop() == 0
+            return
+        assert outcome == "SHUTTING_DOWN"
+        assert service.exit_code() == 10
+        (loss,) = service.events("storage.commits_lost")
+        assert str(loss["reason"]).startswith("the database has lost commits that it acknowledged")
+        service, api = home.start()
+        ((warnings,),) = query(home, "SELECT warnings FROM reconciliation ORDER BY id DESC LIMIT 1")
+        warning = f"an earlier start of this instance ended: {loss['reason']}"
+        assert json.loads(warnings) == [f"{warning}; see docs/postgresql.md#failover"]
+        assert query(home, "SELECT count(*) FROM run") == [(2,)]
+        assert refused(lambda: api.get(gone[0])).code is grpc.StatusCode.NOT_FOUND
+        assert not (home.data / ".lost-commits").exists()
         assert service.stop() == 0

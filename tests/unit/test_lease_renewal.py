@@ -10,6 +10,7 @@ import pytest
 from runrecovery_service.ownership import LeaseRenewal
 from runrecovery_service.process.boot_clock import boot_time_ns
 from runrecovery_service.stop_signal import StopSignal
+from runrecovery_service.storage.commit_history import CommitHistory
 
 DEMO_ENGINES: Any = SimpleNamespace(names=("demo", "other"))
 
@@ -28,6 +29,7 @@ async def test_the_lease_is_renewed_and_trees_live_on_five_times_in_its_time(
         turns=unused,
         health=unused,
         stop=StopSignal(),
+        commits=CommitHistory("default", 15.0),
     )
 
     pauses = {task.name: task.interval_s for task in renewal.tasks()}
@@ -53,6 +55,7 @@ async def test_on_sqlite_a_slow_renewal_succeeds_however_late_it_is(unrenewed_s:
         turns=unused,
         health=health,
         stop=StopSignal(),
+        commits=CommitHistory("default", 15.0),
     )
     renewal._renewed_s = boot_time_ns() / 1e9 - unrenewed_s
 

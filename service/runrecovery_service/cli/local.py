@@ -20,7 +20,7 @@ from runrecovery_service.cli.plain_text import safe
 from runrecovery_service.config import reading
 from runrecovery_service.config.reading import ConfigError
 from runrecovery_service.config.settings import SCALARS, LogFormat, LogLevel, Settings
-from runrecovery_service.domain.errors import ClaimLost, Fenced, RunGone
+from runrecovery_service.domain.errors import ClaimLost, CommitsLost, Fenced, RunGone
 from runrecovery_service.domain.start_errors import (
     BackupRefused,
     CallersRefused,
@@ -60,6 +60,7 @@ START_EXIT_CODES: Final[Mapping[type, ExitCode]] = {
     PackagesMissing: ExitCode.USAGE,
     ContainmentRefused: ExitCode.CONTAINMENT,
     Fenced: ExitCode.FENCED,
+    CommitsLost: ExitCode.FENCED,
     ClaimLost: ExitCode.FENCED,
     RunGone: ExitCode.FENCED,
     LeaseLost: ExitCode.FENCED,
@@ -74,6 +75,7 @@ HINTS: Final[Mapping[type, str]] = {
     RecoveryGaveUp: "the log says why; every changed run has a recorded decision",
     ContainmentRefused: "docs/processes.md says what is missing, and what best_effort means",
     Fenced: "another service runs under this instance's name, and continues",
+    CommitsLost: "docs/postgresql.md, *Failover*, says what to do",
     ClaimLost: "no newer start is known; start again, and the recorded runs are recovered",
     RunGone: "its processes were ended; start again, and the recorded runs are recovered",
     LeaseLost: "no other service is known; service.lease_not_renewed in the log says why",

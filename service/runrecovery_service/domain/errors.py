@@ -17,7 +17,8 @@ RunRecoveryError
 ├── Exhausted: Overloaded, CallerOverloaded, StorageFull, SlowReader
 ├── OutOfRange: OutputOutOfRange, WatchHistoryPruned, WatchSequenceUnknown
 ├── DecisionsPruned
-└── Fenced: ClaimLost, RunGone
+└── Fenced
+    └── CommitsLost: ClaimLost, RunGone
 
 `start_errors.py` has the errors that end the service.
 """
@@ -25,6 +26,7 @@ RunRecoveryError
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import datetime
 
 
 class RunRecoveryError(Exception):
@@ -450,7 +452,31 @@ class Fenced(RunRecoveryError):
 
 
 @dataclass(eq=False)
-class ClaimLost(Fenced):
+class CommitsLost(Fenced):
+    """The database lacks commits that it had acknowledged: a failover or a restored copy lost them.
+
+    What this service has in memory no longer agrees with the database.
+
+    Attributes:
+        since: the latest time whose commits are certainly there; None: not known.
+        until: the time of the latest acknowledged commit.
+    """
+
+    what: str = "the database"
+    since: datetime | None = None
+    until: datetime | None = None
+
+    def __str__(self) -> str:
+        times = [
+            f"{word} {time:%Y-%m-%d %H:%M:%S} UTC"
+            for word, time in (("after", self.since), ("until", self.until))
+            if time is not None
+        ]
+        return " ".join(["the database has lost commits that it acknowledged", *times])
+
+
+@dataclass(eq=False)
+class ClaimLost(CommitsLost):
     """The database has neither this start's claim nor a newer one.
 
     A failover lost the claim, or another instance name adopted the database.
@@ -461,7 +487,7 @@ class ClaimLost(Fenced):
 
 
 @dataclass(eq=False)
-class RunGone(Fenced):
+class RunGone(CommitsLost):
     """The database has no row of a run or launch that this service has committed.
 
     Commits were lost, for example by a failover to a standby that lagged behind. Another run may

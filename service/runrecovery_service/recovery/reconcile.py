@@ -171,6 +171,8 @@ class Recovery:
             clock=self.clock,
         )
         report.open(db)
+        if status.lost_commits is not None:
+            report.warnings.append(report_warnings.commits_lost(status.lost_commits))
         if self.tracer is not None:
             from runrecovery_service.recovery.recovery_spans import begin_spans  # noqa: PLC0415 - see above
 

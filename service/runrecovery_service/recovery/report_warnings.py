@@ -13,6 +13,11 @@ def adopted(previous: Adopted) -> str:
     )
 
 
+def commits_lost(reason: str) -> str:
+    """Return the warning that an earlier start ended because the database had lost commits."""
+    return f"an earlier start of this instance ended: {reason}; see docs/postgresql.md#failover"
+
+
 def orphan_refused(run_id: str, reason: str) -> str:
     """Return the warning that a process of a run could not be killed."""
     return f"run {run_id}: {reason}"

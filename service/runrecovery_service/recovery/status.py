@@ -13,6 +13,7 @@ class RecoveryStatus:
     """Written by the recovery, and read by GetRecoveryStatus.
 
     Attributes:
+        lost_commits: what an earlier start has noted about commits that the database lost.
         probe: the probe of containment, which runs beside the start; None at a planned stop.
         report: the report, once it is committed.
         report_id: the reconciliation_id of the report; None until the store has the report.
@@ -21,6 +22,7 @@ class RecoveryStatus:
     probe: Future[Containment] | None = None
     report_id: str | None = None
     report: Reconciliation | None = None
+    lost_commits: str | None = None
 
     @property
     def containment(self) -> Containment | None:

@@ -294,6 +294,12 @@ TABLE: Final[Mapping[type[RunRecoveryError], ErrorMapping]] = MappingProxyType(
             (retry_info,),
             message="this instance was superseded and is stopping",
         ),
+        errors.CommitsLost: ErrorMapping(
+            _Code.UNAVAILABLE,
+            Reason.ERROR_REASON_SHUTTING_DOWN,
+            (retry_info,),
+            message="the database lost commits; this instance is stopping",
+        ),
         errors.ClaimLost: ErrorMapping(
             _Code.UNAVAILABLE,
             Reason.ERROR_REASON_SHUTTING_DOWN,

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import peewee as pw
 
@@ -27,6 +27,7 @@ FILES_LOST: Final = (
 )
 FILES_UNSEEN: Final = "the system does not say whether the files of the database are in place"
 
+T = TypeVar("T")
 Row = tuple[Any, ...]  # the columns of a query; each value is typed where it is decoded
 
 
@@ -77,12 +78,23 @@ class Database:
         self.queue_counts: dict[str, tuple[int, int]] = {}
         self._rolled_back = _RolledBack()
         self._guard: Callable[[Database], object] | None = None
+        self._note_acknowledged: Callable[[Any], object] | None = None
         self.direct: Database | None = None
         self.webhooks: tuple[WebhookFilter, ...] = ()
 
-    def guard(self, check: Callable[[Database], object]) -> None:
-        """Begin every later transaction with this check. An error of the check rolls it back."""
-        self._guard = check
+    def guard(
+        self,
+        check: Callable[[Database], T | None],
+        *,
+        acknowledged: Callable[[T], object] | None = None,
+    ) -> None:
+        """Begin every later transaction with this check. An error of the check rolls it back.
+
+        Args:
+            acknowledged: gets what the check returned, once a transaction that changed something is
+                committed.
+        """
+        self._guard, self._note_acknowledged = check, acknowledged
 
     def mark_changed(self, run_key: int) -> None:
         """Record that the calling thread's transaction changes a run; the commit announces it."""
@@ -124,14 +136,16 @@ class Database:
         self.demand_files()
         with self.peewee.transaction() as transaction:
             before, rolled_back = self._changes(), self._rolled_back.rows
-            if self._guard is not None:
-                self._guard(self)
+            checked = None if self._guard is None else self._guard(self)
             yield
-            count = self._count_commit() if self._changes() != before else None
-            if count is None and self._rolled_back.rows != rolled_back:
+            has_changed = self._changes() != before
+            count = self._count_commit() if has_changed and self._commits is not None else None
+            if not has_changed and self._rolled_back.rows != rolled_back:
                 # SQLite would write and sync pages that were changed and then changed back.
                 transaction.rollback()
         self.demand_files()
+        if has_changed and checked is not None and self._note_acknowledged is not None:
+            self._note_acknowledged(checked)
         if count is not None and self._commits is not None:
             self._commits.write(count)
 
@@ -147,8 +161,10 @@ class Database:
     def _changes(self) -> int:
         """Return the number of row changes of this thread that were not rolled back.
 
-        0 while commits are not counted.
+        0 while the commits of a SQLite store are not counted.
         """
+        if isinstance(self.peewee, postgresql.PostgreSQL):
+            return self.peewee.changed_rows - self._rolled_back.rows
         if self._commits is None:
             return 0
         return int(self.peewee.connection().total_changes) - self._rolled_back.rows

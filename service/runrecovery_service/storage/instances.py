@@ -6,11 +6,12 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
 
-from runrecovery_service.domain.errors import ClaimLost, Fenced
+from runrecovery_service.domain.errors import ClaimLost, CommitsLost, Fenced
 from runrecovery_service.domain.lease import LEASE_TTL_S
 from runrecovery_service.domain.start_errors import Held
+from runrecovery_service.storage.commit_history import LogPlace, place_of
 from runrecovery_service.storage.database import Database, Row
-from runrecovery_service.storage.rows import to_json, to_us
+from runrecovery_service.storage.rows import from_us, to_json, to_us
 from runrecovery_service.storage.sql_dialects import DatabaseKind
 
 
@@ -155,30 +156,46 @@ def renew(
     *,
     ttl_s: float = LEASE_TTL_S,
     engines: Collection[str] = (),
-) -> None:
-    """Renew the lease until `ttl_s` from now.
+    acknowledged_us: int = 0,
+) -> int:
+    """Renew the lease until `ttl_s` from now, and return its end in microseconds.
 
     Args:
         engines: the names of the engines that are configured now: a reload may have changed them.
+        acknowledged_us: what the last acknowledged renewal returned; 0: do not check that the
+            store still has it.
 
     Raises:
         Fenced: another start has claimed the instance.
         ClaimLost: the store has lost this epoch.
+        CommitsLost: the store has lost the last acknowledged renewal.
     """
+    own = (owner.instance, owner.epoch, owner.boot_token)
     with db.transaction():
-        changed = db.execute(
+        renewed = db.fetch_all(
             f"UPDATE instance SET lease_until = {_lease_until(db, ttl_s)}, engines = ?"
-            " WHERE name = ? AND epoch = ? AND boot_token = ?",
-            (to_json([*sorted(engines)]), owner.instance, owner.epoch, owner.boot_token),
-        ).rowcount
-        if changed != 1:
+            " WHERE name = ? AND epoch = ? AND boot_token = ? AND lease_until >= ?"
+            " RETURNING lease_until",
+            (to_json([*sorted(engines)]), *own, acknowledged_us),
+        )
+        if renewed:
+            return int(renewed[0][0])
+        found = db.fetch_one(
+            "SELECT lease_until FROM instance WHERE name = ? AND epoch = ? AND boot_token = ?", own
+        )
+        if found is None:
             raise _fence(db, owner)
+        since, until = (from_us(us - int(ttl_s * 1e6)) for us in (found[0], acknowledged_us))
+        raise CommitsLost(since=since, until=until)
 
 
-def demand_current(db: Database, owner: Owner) -> None:
+def demand_current(db: Database, owner: Owner) -> LogPlace | None:
     """Keep other starts from claiming the instance until the caller's transaction ends.
 
     The lease is in another row, and can be renewed meanwhile.
+
+    Returns:
+        the place in the database's write-ahead log, if it tells its places.
 
     Raises:
         Fenced: another start has claimed the instance.
@@ -186,11 +203,13 @@ def demand_current(db: Database, owner: Owner) -> None:
     """
     share = " FOR SHARE" if db.dialect.kind is DatabaseKind.POSTGRESQL else ""
     current = db.fetch_one(
-        f"SELECT 1 FROM instance_epoch WHERE name = ? AND epoch = ? AND boot_token = ?{share}",
+        f"SELECT {db.dialect.log_place} FROM instance_epoch"
+        f" WHERE name = ? AND epoch = ? AND boot_token = ?{share}",
         (owner.instance, owner.epoch, owner.boot_token),
     )
     if current is None:
         raise _fence(db, owner)
+    return place_of(current)
 
 
 def _fence(db: Database, owner: Owner) -> Fenced:

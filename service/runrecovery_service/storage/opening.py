@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from runrecovery_service.domain.start_errors import DatabaseRefused
 from runrecovery_service.storage import postgresql, postgresql_rights, quick_check
 from runrecovery_service.storage.commit_count import MARKER_TEXT
+from runrecovery_service.storage.commit_history import has_places
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.driver_errors import REPAIR_HINT
 from runrecovery_service.storage.durable_files import durably_write, sync_directory
@@ -17,7 +19,7 @@ from runrecovery_service.storage.file_locks import DatabaseLock, Lock
 from runrecovery_service.storage.integrity import NO_TABLES
 from runrecovery_service.storage.migrate import migrate
 from runrecovery_service.storage.refusals import refusing
-from runrecovery_service.storage.sql_dialects import POSTGRESQL
+from runrecovery_service.storage.sql_dialects import NO_PLACE, POSTGRESQL
 from runrecovery_service.storage.sqlite_file import (
     connect_sqlite,
     install_marker,
@@ -97,6 +99,8 @@ def _open_postgresql(url: str, name: str = POSTGRESQL_NAME) -> Database:
     db = Database(peewee, POSTGRESQL, name)
     try:
         _check_postgresql(db)
+        if not has_places(db):
+            db.dialect = replace(POSTGRESQL, log_place=NO_PLACE)
     except BaseException:
         db.close()
         raise

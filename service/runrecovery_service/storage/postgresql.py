@@ -58,6 +58,10 @@ class Unreadable(Exception):
     """The URL cannot be parsed. The error does not quote it: it may hold a password."""
 
 
+class _ChangedRows(threading.local):
+    rows = 0
+
+
 class PostgreSQL(pw.PostgresqlDatabase):
     """A database that can cut its connections, when they hang in a silent network."""
 
@@ -69,6 +73,7 @@ class PostgreSQL(pw.PostgresqlDatabase):
         self._connections: WeakKeyDictionary[Any, float] = WeakKeyDictionary()
         self._listed = threading.Lock()
         self._is_abandoned = False
+        self._changed = _ChangedRows()
 
     def _connect(self) -> Any:
         self._demand_not_abandoned()
@@ -84,7 +89,15 @@ class PostgreSQL(pw.PostgresqlDatabase):
         connection = self.connection()  # type: ignore[no-untyped-call]
         with self._listed:
             self._connections[connection] = monotonic()
-        return super().execute_sql(sql, params)  # type: ignore[no-untyped-call]
+        cursor = super().execute_sql(sql, params)  # type: ignore[no-untyped-call]
+        if cursor.rowcount > 0 and not cursor.statusmessage.startswith("SELECT"):
+            self._changed.rows += cursor.rowcount
+        return cursor
+
+    @property
+    def changed_rows(self) -> int:
+        """Return how many rows the statements of the calling thread have changed so far."""
+        return self._changed.rows
 
     def last_begun(self, connection: Any) -> float:
         """Return when (`monotonic`) the last statement of a connection began."""

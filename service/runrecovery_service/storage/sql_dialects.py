@@ -22,11 +22,13 @@ class SqlDialect:
         param: the driver's mark for a parameter.
         now_us: microseconds UTC by the database's clock. PostgreSQL's clock moves on within a
             transaction.
+        log_place: the columns that `commit_history.place_of` reads.
     """
 
     kind: DatabaseKind
     param: str
     now_us: str
+    log_place: str
 
     def is_json(self, expression: str) -> str:
         """Return a condition that is true when a text column can be parsed as JSON."""
@@ -35,13 +37,19 @@ class SqlDialect:
         return f"({expression}) IS JSON"
 
 
+NO_PLACE: Final = "'', 0, 0"
+"""Stands for `SqlDialect.log_place` where the database does not tell its places."""
 SQLITE: Final = SqlDialect(
     kind=DatabaseKind.SQLITE,
     param="?",
     now_us="CAST((julianday('now') - 2440587.5) * 86400000000 AS INTEGER)",
+    log_place=NO_PLACE,
 )
+_POSTGRESQL_NOW_US: Final = "CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS BIGINT)"
 POSTGRESQL: Final = SqlDialect(
     kind=DatabaseKind.POSTGRESQL,
     param="%s",
-    now_us="CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS BIGINT)",
+    now_us=_POSTGRESQL_NOW_US,
+    log_place="pg_walfile_name(pg_current_wal_insert_lsn()),"
+    f" CAST(pg_current_wal_insert_lsn() - '0/0' AS BIGINT), {_POSTGRESQL_NOW_US}",
 )

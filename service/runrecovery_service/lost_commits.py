@@ -1,0 +1,53 @@
+"""Keeps the news that the database has lost commits, until a report of a start has it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from runrecovery_service.domain.errors import CommitsLost
+from runrecovery_service.process.safe_open import read_start
+from runrecovery_service.storage.durable_files import durably_write
+
+NOTE_FILE: Final = ".lost-commits"
+
+log = structlog.get_logger()
+
+
+@contextmanager
+def losses_noted(data_dir: Path) -> Iterator[None]:
+    """Note in the data directory why the service ends, if the database has lost commits."""
+    try:
+        yield
+    except CommitsLost as error:
+        log.critical("storage.commits_lost", reason=str(error))
+        try:
+            durably_write(data_dir / NOTE_FILE, f"{error}\n".encode())
+        except OSError as failure:
+            log.warning("storage.loss_not_noted", error=failure.strerror)
+        raise
+
+
+def noted_loss(data_dir: Path) -> str | None:
+    """Return the note of an earlier start, None if there is none."""
+    place = data_dir / NOTE_FILE
+    try:
+        return read_start(place).decode("utf-8", "replace").strip() or None
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return f"{place} cannot be read: {error.strerror}"
+
+
+def forget_loss(data_dir: Path) -> None:
+    """Remove the note: a report has it."""
+    if os.path.lexists(place := data_dir / NOTE_FILE):
+        try:
+            place.unlink()
+        except OSError as error:  # the next report has it too
+            log.warning("storage.loss_not_noted", error=error.strerror)

@@ -1,0 +1,111 @@
+"""A place in PostgreSQL's log below an acknowledged one shows that commits were lost."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import pytest
+from runrecovery_service.domain.errors import CommitsLost
+from runrecovery_service.storage import instances
+from runrecovery_service.storage.commit_history import CommitHistory, LogPlace, place_of
+from runrecovery_service.storage.sql_dialects import NO_PLACE, DatabaseKind
+from storage.service_store import ServiceStore
+
+FAR = 2**60
+"""Beyond every place of a real server."""
+AT_US = 1_764_460_800_000_000
+AT = "2025-11-30 00:00:00 UTC"
+
+
+@pytest.fixture
+def history(store: ServiceStore) -> CommitHistory:
+    """The history of a start that has acknowledged a place on timeline 5 of the test's server."""
+    if store.db.dialect.kind is not DatabaseKind.POSTGRESQL:
+        pytest.skip("places of PostgreSQL")
+    history = CommitHistory(store.owner.instance, 15.0)
+    history.demand_kept(store.db, history.acknowledged, LogPlace(5, FAR, AT_US))
+    return history
+
+
+def meet(store: ServiceStore, history: CommitHistory, timeline: int, position: int) -> None:
+    """Begin and commit a transaction at a place."""
+    before, place = history.acknowledged, LogPlace(timeline, position, AT_US)
+    history.demand_kept(store.db, before, place)
+    history.note(place)
+
+
+@pytest.mark.parametrize("place", [(5, FAR), (5, FAR + 1), (6, FAR), (7, FAR + 9)])
+def test_a_server_that_has_what_it_acknowledged_is_used(
+    store: ServiceStore, history: CommitHistory, place: tuple[int, int]
+) -> None:
+    meet(store, history, *place)
+
+    assert history.acknowledged[:2] == place
+
+
+@pytest.mark.parametrize("place", [(5, FAR - 1), (6, FAR - 1), (4, FAR + 1)])
+def test_a_server_that_lacks_what_it_acknowledged_is_refused(
+    store: ServiceStore, history: CommitHistory, place: tuple[int, int]
+) -> None:
+    with pytest.raises(CommitsLost, match=f"until {AT}"):
+        meet(store, history, *place)
+
+    assert history.acknowledged == (5, FAR, AT_US)
+
+
+def test_a_transaction_that_was_slower_than_others_is_no_loss(
+    store: ServiceStore, history: CommitHistory
+) -> None:
+    before = history.acknowledged
+    meet(store, history, 5, FAR + 100)
+
+    history.demand_kept(store.db, before, LogPlace(5, FAR + 50, AT_US))
+
+
+def test_places_of_another_server_are_not_compared(
+    store: ServiceStore, history: CommitHistory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(history, "_system", "another")
+
+    meet(store, history, 1, 7)
+
+    assert history.acknowledged == (1, 7, AT_US)
+
+
+def test_each_transaction_reads_its_place_on_the_timeline_of_the_server(
+    store: ServiceStore, history: CommitHistory
+) -> None:
+    places = []
+    for _ in range(2):
+        with store.db.transaction():
+            places.append(instances.demand_current(store.db, store.owner))
+
+    first, second = places
+    assert first is not None
+    assert second is not None
+    assert first.timeline == second.timeline == 1
+    assert 0 < first.position < second.position
+    assert first.at_us < second.at_us
+
+
+def test_a_database_that_tells_no_place_has_none(store: ServiceStore) -> None:
+    row = store.db.fetch_one(f"SELECT {NO_PLACE}")
+
+    assert row is not None
+    assert place_of(row) is None
+
+
+def test_a_renewal_that_the_store_has_lost_is_said_with_the_times(store: ServiceStore) -> None:
+    first_us, second_us = (instances.renew(store.db, store.owner, ttl_s=15) for _ in range(2))
+    instances.renew(store.db, store.owner, ttl_s=15, acknowledged_us=second_us)
+    store.db.execute("UPDATE instance SET lease_until = ?", (AT_US + 15_000_000,))
+
+    with pytest.raises(CommitsLost) as lost:
+        instances.renew(store.db, store.owner, ttl_s=15, acknowledged_us=second_us)
+
+    assert first_us < second_us
+    until = datetime.fromtimestamp(second_us / 1e6 - 15, UTC)
+    assert str(lost.value) == (
+        "the database has lost commits that it acknowledged"
+        f" after {AT} until {until:%Y-%m-%d %H:%M:%S} UTC"
+    )
