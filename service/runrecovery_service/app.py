@@ -54,6 +54,7 @@ from runrecovery_service.shared_parts import SharedParts
 from runrecovery_service.steady_thread_pool import SteadyThreadPool
 from runrecovery_service.storage.commit_history import CommitHistory
 from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.newer_words import demand_known_words
 from runrecovery_service.storage.opening import open_database, open_direct
 from runrecovery_service.systemd import SystemdNotifier
 from runrecovery_service.upkeep_setup import build_prune, build_retention
@@ -98,6 +99,7 @@ def serve(settings: Settings, load: Callable[[], Settings]) -> None:
         probe = prober.submit(prove_containment, watermark_bits())
         db = open_database(settings.database, locks.data_dir, locks=locks.locks)
         try:
+            demand_known_words(db, settings.instance)
             demand_own_store(db, locks.data_dir)
             if settings.database_direct:
                 open_direct(settings.database_direct, db)

@@ -82,6 +82,7 @@ async def test_each_renewal_tells_the_engines_that_are_configured_now() -> None:
         turns=unused,
         health=health,
         stop=StopSignal(),
+        commits=CommitHistory("default", 15.0),
     )
     await renewal.renew()
     catalog.names = ("demo", "another")  # a reload

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -18,6 +19,9 @@ from runrecovery_service.storage.sqlite_header import APPLICATION_ID
 log = structlog.get_logger()
 
 MIGRATIONS: Final = Path(__file__).parent / "migrations"
+COMPATIBLE_SINCE: Final = re.compile(rb'^COMPATIBLE_SINCE: Final = "(\w+)"$', re.MULTILINE)
+"""What a step declares: versions whose last step is this one, or a later one, can work with a store
+that has the step, although they do not know it."""
 HISTORY: Final = ("migration_checksum", "schema_migration")
 """The tables that record the applied steps."""
 APPLIED_SQL: Final = (
@@ -44,6 +48,8 @@ def migrate(db: Database) -> list[str]:
     missing = [name for name in known if name not in applied]
     if missing:
         _apply_missing(db, known)
+    if newer := sorted(applied.keys() - known.keys()):
+        log.warning("storage.newer_version", steps=newer)
     return missing
 
 
@@ -51,8 +57,8 @@ def demand_known(db: Database, known: dict[str, str]) -> dict[str, str]:
     """Return the name and checksum of every applied step.
 
     Raises:
-        DatabaseRefused: a newer version used the store, a released step was edited since, or the
-            record of a step is lost.
+        DatabaseRefused: a newer version used the store, and its steps do not allow this version;
+            a released step was edited since; or the record of a step is lost.
     """
     applied = _recorded_migrations(db)
     if reason := describe_misfit(applied, known, has_runs=db.peewee.table_exists("run")):
@@ -61,15 +67,23 @@ def demand_known(db: Database, known: dict[str, str]) -> dict[str, str]:
 
 
 def describe_misfit(
-    applied: dict[str, str], known: dict[str, str], *, has_runs: bool
+    applied: Mapping[str, str], known: Mapping[str, str], *, has_runs: bool
 ) -> str | None:
-    """Return why the applied steps do not fit the known ones, None if they fit."""
-    for name, checksum in applied.items():
+    """Return why the applied steps do not fit the known ones, None if they fit.
+
+    Args:
+        applied: for each step its checksum and, after a space, what it declares as
+            `COMPATIBLE_SINCE`.
+    """
+    for name, recorded in applied.items():
+        checksum, _, since = recorded.partition(" ")
         if name not in known:
+            if since and since <= max(known):
+                continue
             return f"was made by a newer version (step {name})"
         if checksum not in {known[name], ""}:
             return f"step {name} is not what was applied here"
-    last = max(applied, default="")
+    last = max(applied.keys() & known.keys(), default="")
     lost = next((name for name in known if name < last and name not in applied), None)
     if not applied and has_runs:
         lost = min(known)
@@ -81,6 +95,12 @@ def describe_misfit(
 def applied_migrations(db: Database) -> list[str]:
     """Return the names of the applied steps, in order."""
     return sorted(_recorded_migrations(db))
+
+
+def is_newer(db: Database) -> bool:
+    """Return True if a newer version has migrated the store, at its start or since."""
+    known = {file.stem for file in MIGRATIONS.glob("[0-9]*.py")}
+    return not _recorded_migrations(db).keys() <= known
 
 
 def _recorded_migrations(db: Database) -> dict[str, str]:
@@ -99,7 +119,9 @@ def _apply_missing(db: Database, known: dict[str, str]) -> None:
         )
         applied = Runner(db.peewee, directory=str(MIGRATIONS)).up()
         for name in applied:
-            db.execute("INSERT INTO migration_checksum VALUES (?, ?)", (name, known[name]))
+            since = COMPATIBLE_SINCE.search((MIGRATIONS / f"{name}.py").read_bytes())
+            recorded = known[name] if since is None else f"{known[name]} {since[1].decode()}"
+            db.execute("INSERT INTO migration_checksum VALUES (?, ?)", (name, recorded))
             log.info("storage.migrated", step=name)
 
 

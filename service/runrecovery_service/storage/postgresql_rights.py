@@ -112,7 +112,7 @@ def missing_for_start(db: Database) -> str | None:
         if reason := rights.cannot_use(name, ("SELECT",)):
             return reason
     known = known_migrations()
-    if demand_known(db, known).keys() != known.keys():
+    if known.keys() - demand_known(db, known).keys():
         return rights.cannot_migrate((*HISTORY, *TABLES))
     return _unusable_table(rights)
 

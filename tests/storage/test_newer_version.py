@@ -1,0 +1,113 @@
+"""A version works on a store that a newer one has migrated, if each new step allows it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from runrecovery_service.domain.start_errors import DatabaseRefused
+from runrecovery_service.storage import migrate
+from runrecovery_service.storage.migrate import describe_misfit
+from runrecovery_service.storage.newer_words import demand_known_words, has_newer_words
+from runrecovery_service.storage.opening import open_database
+from storage.service_store import ServiceStore
+
+KNOWN = {"0001_a": "a", "0002_b": "b"}
+STEP = """
+from typing import Final
+
+{declared}
+
+
+def up(migrator: object, db: object) -> None:
+    db.execute_sql("ALTER TABLE run ADD COLUMN mood TEXT")
+"""
+
+
+@pytest.mark.parametrize(
+    ("recorded", "problem"),
+    [
+        ("c 0002_b", None),
+        ("c 0001_a", None),
+        ("c 0003_c", "was made by a newer version (step 0004_d)"),
+        ("c", "was made by a newer version (step 0004_d)"),
+        ("", "was made by a newer version (step 0004_d)"),
+    ],
+)
+def test_an_unknown_step_is_accepted_if_it_allows_versions_with_the_last_known_one(
+    recorded: str, problem: str | None
+) -> None:
+    applied = {**KNOWN, "0004_d": recorded}
+
+    assert describe_misfit(applied, KNOWN, has_runs=True) == problem
+
+
+def test_a_lost_record_of_a_known_step_is_refused_beside_an_accepted_one() -> None:
+    applied = {"0002_b": "b", "0003_c": "c 0001_a"}
+
+    assert "no record of the migration step 0001_a" in str(
+        describe_misfit(applied, KNOWN, has_runs=True)
+    )
+
+
+def migrated_by_newer(
+    url: str, folder: Path, monkeypatch: pytest.MonkeyPatch, declared: str = ""
+) -> None:
+    """Migrate a store as a version does that has one more step."""
+    steps = folder / "newer"
+    shutil.copytree(migrate.MIGRATIONS, steps)
+    (steps / "9999_newer.py").write_text(STEP.format(declared=declared))
+    with monkeypatch.context() as patch:
+        patch.setattr(migrate, "MIGRATIONS", steps)
+        open_database(url, folder).close()
+
+
+def declaration() -> str:
+    return f'COMPATIBLE_SINCE: Final = "{max(migrate.known_migrations())}"'
+
+
+def test_a_store_with_a_compatible_newer_step_is_opened_and_a_later_start_keeps_it(
+    empty_database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    migrated_by_newer(empty_database_url, tmp_path, monkeypatch, declaration())
+
+    db = open_database(empty_database_url, tmp_path)
+
+    assert migrate.is_newer(db)
+    assert migrate.applied_migrations(db)[-1] == "9999_newer"
+    db.close()
+
+
+def test_a_store_with_a_newer_step_that_declares_nothing_is_refused(
+    empty_database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    migrated_by_newer(empty_database_url, tmp_path, monkeypatch)
+
+    with pytest.raises(DatabaseRefused, match=r"was made by a newer version \(step 9999_newer\)"):
+        open_database(empty_database_url, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "words", ["status = 'PAUSED'", "restart_policy = 'LATER'"], ids=["status", "policy"]
+)
+def test_a_start_leaves_runs_with_words_of_a_newer_version_alone(
+    store: ServiceStore, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.create()
+    store.db.execute(f"UPDATE run SET {words}")  # noqa: S608
+    assert not has_newer_words(store.db, store.owner.instance)  # damage: the recovery quarantines
+    before = store.dump("run")
+    *older, _ = sorted(migrate.MIGRATIONS.glob("[0-9]*.py"))
+    for step in older:
+        shutil.copy(step, tmp_path)
+    monkeypatch.setattr(migrate, "MIGRATIONS", tmp_path)
+
+    assert has_newer_words(store.db, store.owner.instance)
+    assert not has_newer_words(store.db, "another")
+    with pytest.raises(DatabaseRefused) as refusal:
+        demand_known_words(store.db, store.owner.instance)
+    assert str(refusal.value).endswith(
+        "has runs of instance 'default' that a newer version wrote; start that one"
+    )
+    assert before == store.dump("run")
