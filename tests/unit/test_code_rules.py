@@ -13,6 +13,7 @@ import pytest
 from runrecovery_service.config import reading
 from runrecovery_service.config.reading import ConfigError
 from runrecovery_service.config.settings import Settings
+from support.syntax_trees import syntax_tree, syntax_trees
 
 ROOT = Path(__file__).parents[2]
 SERVICE = ROOT / "service" / "runrecovery_service"
@@ -38,19 +39,19 @@ def names_called(tree: ast.AST) -> Iterator[str]:
             yield node.func.id
 
 
-def sources() -> Iterator[tuple[str, ast.AST]]:
-    for path in SERVICE.rglob("*.py"):
-        yield str(path.relative_to(SERVICE)), ast.parse(path.read_text("utf-8"))
+def sources(*words: str) -> Iterator[tuple[str, ast.AST]]:
+    for path, tree in syntax_trees(SERVICE, *words):
+        yield str(path.relative_to(SERVICE)), tree
 
 
 def test_signals_are_sent_in_one_place_only() -> None:
-    senders = {name for name, tree in sources() if SENDERS & set(calls(tree))}
+    senders = {name for name, tree in sources(*SENDERS) if SENDERS & set(calls(tree))}
 
     assert senders == SENDS_SIGNALS
 
 
 def test_only_send_which_demands_markers_calls_the_one_function_that_sends_signals() -> None:
-    tree = ast.parse((SERVICE / "process" / "signals.py").read_text("utf-8"))
+    tree = syntax_tree((SERVICE / "process" / "signals.py").read_text("utf-8"))
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     senders = [node.name for node in functions if SENDERS & set(calls(node))]
     callers = [node.name for node in functions if "_send" in set(names_called(node))]
@@ -76,7 +77,7 @@ def test_no_other_code_sends_signals_by_another_way() -> None:
 def test_runs_are_updated_only_in_the_files_that_compare_and_set() -> None:
     writers = {
         name
-        for name, tree in sources()
+        for name, tree in sources("UPDATE run ")
         for node in ast.walk(tree)
         if isinstance(node, ast.Constant)
         and isinstance(node.value, str)
@@ -126,8 +127,8 @@ def test_no_pattern_is_possessive() -> None:
     found = {
         str(path.relative_to(ROOT))
         for folder in ("service", "client", "tests", "bench")
-        for path in (ROOT / folder).rglob("*.py")
-        if any(map(is_possessive, patterns(ast.parse(path.read_text("utf-8")))))
+        for path, tree in syntax_trees(ROOT / folder, "import re\n")
+        if any(map(is_possessive, patterns(tree)))
     }
 
     assert found == set()

@@ -38,6 +38,7 @@ from runrecovery_service.metrics.gauges import GAUGES
 from runrecovery_service.rpc import errors
 from runrecovery_service.rpc.health import NAMES
 from runrecovery_service.rpc.roles import ROLES
+from support.syntax_trees import syntax_trees
 
 ROOT: Final = Path(__file__).parents[2]
 SERVICE: Final = ROOT / "service" / "runrecovery_service"
@@ -225,8 +226,8 @@ def test_every_health_name_is_documented() -> None:
 
 def _events() -> Iterator[str]:
     """Yield the event of every call that logs, and of every periodic task that may fail."""
-    for file in SERVICE.rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for _, tree in syntax_trees(SERVICE, "log", "failure_event"):
+        for node in ast.walk(tree):
             match node:
                 case ast.Call(
                     func=ast.Attribute(attr=attribute), args=[ast.Constant(value=str(name)), *_]
