@@ -156,6 +156,19 @@ def _ask(db: Database, *, after: int, now: datetime) -> None:
     )
 
 
+def seed_store(
+    url: str, data_dir: Path, seeding: Seeding, *, instance: str
+) -> tuple[Owner, dict[str, int]]:
+    """Fill a store, which is made as needed. Return the owner of the runs, and `fill`'s counts."""
+    data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    db = open_database(url, data_dir)
+    try:
+        owner = claim(db, instance=instance, data_dir=data_dir)
+        return owner, fill(db, owner, seeding, now=datetime.now(UTC))
+    finally:
+        db.close()
+
+
 def mix_from_text(text: str) -> dict[str, int]:
     """Parse `waiting=30,queued=70`."""
     mix = {word: int(weight) for word, _, weight in (p.partition("=") for p in text.split(","))}
@@ -182,17 +195,12 @@ def main() -> None:
     args = _parser().parse_args()
     # The log goes to standard error, so that it does not mix with the JSON.
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(file=sys.stderr))
-    args.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    data_dir = args.data_dir.resolve()
-    db = open_database(args.database, data_dir)
-    try:
-        owner = claim(db, instance=args.instance, data_dir=data_dir)
-        seeding = Seeding(
-            runs=args.runs, mix=args.mix, engine=args.engine, input_bytes=args.input_bytes
-        )
-        words = fill(db, owner, seeding, now=datetime.now(UTC))
-    finally:
-        db.close()
+    seeding = Seeding(
+        runs=args.runs, mix=args.mix, engine=args.engine, input_bytes=args.input_bytes
+    )
+    owner, words = seed_store(
+        args.database, args.data_dir.resolve(), seeding, instance=args.instance
+    )
     print(json.dumps({"instance": owner.instance, "epoch": owner.epoch, "runs": words}))
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +23,7 @@ import uvloop
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.opening import open_database
 from support.defects import defect_in
+from support.migrated_store import copy_migrated_store
 from support.postgres_pool import PostgresPool
 from support.service import Home
 from support.waiting import until
@@ -38,6 +38,7 @@ _SETTINGS: Final = (
     "fsync=off",
     "full_page_writes=off",
     "max_wal_size=256MB",
+    "autovacuum=off",
 )
 _WORKER: Final = os.environ.get("PYTEST_XDIST_WORKER", "main")
 _NAMES: Final = (f"{_WORKER}_{number}" for number in itertools.count(1))
@@ -47,9 +48,13 @@ _TEMPLATE: Final = f"{_WORKER}_migrated"
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# The time of an example depends on the load of the machine, so no test fails because of it.
+# The time of an example depends on the load of the machine, so no test fails because of it. Each
+# session tries other examples.
 hypothesis.settings.register_profile(
-    "any load", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    "any load",
+    deadline=None,
+    max_examples=50,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("any load")
 
@@ -57,6 +62,14 @@ hypothesis.settings.load_profile("any load")
 # they keep the compiled ones, as pip does where it installs.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+
+# By default, structlog prints an exception with the values of all variables, which takes a second.
+structlog.configure(
+    processors=[
+        structlog.processors.add_log_level,
+        structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback),
+    ]
+)
 
 _KEEPER: Final = pytest.StashKey[subprocess.Popen[bytes]]()
 
@@ -124,14 +137,6 @@ def _postgres(
 def _postgres_pool(_postgres: ScratchPostgres) -> PostgresPool:
     """Databases for tests of this process, one after another."""
     return PostgresPool(_postgres, _NAMES, _TEMPLATE)
-
-
-@pytest.fixture(scope="session")
-def _sqlite_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data directory with a migrated SQLite store, to be copied."""
-    folder = tmp_path_factory.mktemp("template")
-    open_database("", folder).close()
-    return folder
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -231,8 +236,7 @@ def new_database(
         def make(folder: Path) -> Database:
             url = ""
             if database_kind == "sqlite":
-                template: Path = request.getfixturevalue("_sqlite_folder")
-                shutil.copytree(template, folder, dirs_exist_ok=True)
+                copy_migrated_store(folder)
             else:
                 pool: PostgresPool = request.getfixturevalue("_postgres_pool")
                 url = stack.enter_context(pool.database())

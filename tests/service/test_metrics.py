@@ -199,7 +199,7 @@ def test_a_taken_address_for_metrics_ends_the_start_with_5(new_home: NewHome) ->
         other.bind(("127.0.0.1", 0))
         other.listen()
         address = f"127.0.0.1:{other.getsockname()[1]}"
-        home = new_home(metrics_listen=address)
+        home = new_home(may_fork=False, metrics_listen=address)
 
         service = home.spawn()
 

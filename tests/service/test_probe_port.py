@@ -46,7 +46,7 @@ def test_a_taken_address_for_probes_ends_the_start_with_5(new_home: NewHome) -> 
         other.bind(("127.0.0.1", 0))
         other.listen()
         address = f"127.0.0.1:{other.getsockname()[1]}"
-        home = new_home(probe_listen=address)
+        home = new_home(may_fork=False, probe_listen=address)
 
         service = home.spawn()
 

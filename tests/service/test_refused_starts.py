@@ -224,7 +224,7 @@ def test_another_database_for_the_data_directory_ends_the_start_with_4_and_chang
 def test_all_mistakes_of_a_configuration_are_reported_at_once_and_nothing_is_created(
     new_home: NewHome,
 ) -> None:
-    home = new_home(max_concurent=3, colour="red", max_queued=0)
+    home = new_home(may_fork=False, max_concurent=3, colour="red", max_queued=0)
 
     code, said = refused_start(home)
 

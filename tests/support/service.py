@@ -23,9 +23,11 @@ from typing import Any, Final, Self, TypeAlias
 
 import grpc
 
-from support.api import CALL_TIMEOUT_S, Api
+from bench.seed import DEFAULT_MIX, Seeding, mix_from_text, seed_store
+from support.api import Api
 from support.defects import defect_in
-from support.engines import GOOD_ENGINES, REPOSITORY, EngineSpec
+from support.engines import GOOD_ENGINES, EngineSpec
+from support.migrated_store import copy_migrated_store
 from support.processes import (
     ProcessIdentity,
     are_dead,
@@ -184,7 +186,8 @@ class Home:
 
         Args:
             prefix: words before the command of each service, of a program that becomes it.
-            may_fork: whether services may start without their imports (`service_forker.py`).
+            may_fork: whether services may start without their imports (`service_forker.py`), and
+                the first one with a store (`migrated_store.py`).
             credentials, token: of the tests' channels to its services.
         """
         self.credentials, self.token = credentials, token
@@ -238,6 +241,7 @@ class Home:
     ) -> subprocess.Popen[bytes] | ForkedService:
         env = {**os.environ, **self.env}
         if self.may_fork and not self.prefix and can_be_forked(self.env):
+            self._lay_out_store(words)
             return fork_service(words, cwd=self.path, env=env, streams=streams)
         stdin, stdout, stderr = streams
         return subprocess.Popen(
@@ -249,6 +253,11 @@ class Home:
             env=env,
             start_new_session=True,
         )
+
+    def _lay_out_store(self, words: Sequence[str]) -> None:
+        elsewhere = self.settings.get("database") or "--database" in words
+        if not elsewhere and not self.data.exists():
+            copy_migrated_store(self.data)
 
     def listen(self, *arguments: str) -> ServiceProcess:
         """Start the service and wait until its port answers."""
@@ -266,16 +275,11 @@ class Home:
 
         Their engine, `seeded`, is not configured, so that their sessions are not looked for.
         """
-        subprocess.run(
-            [
-                sys.executable, str(REPOSITORY / "bench" / "seed.py"),
-                "--data-dir", str(self.data), "--runs", str(runs), "--instance", instance,
-                "--engine", "seeded", *(["--mix", mix] if mix else []),
-            ],
-            check=True,
-            stdout=subprocess.DEVNULL,
-            timeout=CALL_TIMEOUT_S + patience_s(),
-        )  # fmt: skip
+        if not self.data.exists():
+            copy_migrated_store(self.data)
+        weights = mix_from_text(mix) if mix else DEFAULT_MIX
+        seeding = Seeding(runs=runs, mix=weights, engine="seeded")
+        seed_store("", self.data, seeding, instance=instance)
 
     def agents(self) -> list[int]:
         """Return the living processes whose working directory is below the runs' folder."""

@@ -33,6 +33,7 @@ COMMAND_S: Final = 60.0
 _MAX_REQUEST: Final = 1 << 20
 _CANNOT_BE_SET_LATER: Final = ("GRPC_", "PYTHON", "LD_", "MALLOC_", "GLIBC_")
 """Environment variables that the interpreter and libraries read once, before `main` runs."""
+_EXAMPLE: Final = Path(__file__).parents[2] / "runrecovery.example.toml"
 
 
 # -- in the test -----------------------------------------------------------------------------------
@@ -195,14 +196,17 @@ def _import_all() -> None:
     sys.path.remove(str(Path(__file__).parent))
     import runrecovery_service.app
     import runrecovery_service.cli.local
+    import runrecovery_service.config.reading
     import runrecovery_service.logs
-    import runrecovery_service.offline  # noqa: F401 - only imported
+    import runrecovery_service.offline
 
     for late in ("encodings.idna", "playhouse.migrations", "psycopg"):
         import_module(late)
     for folder in ("engines", "engines.sessions", "trust"):
         for cli in ("claude", "codex", "gemini"):
             import_module(f"runrecovery_service.{folder}.{cli}")
+    # Reads the type hints of the keys, which are the same for each configuration.
+    runrecovery_service.config.reading.load(path=_EXAMPLE, flags={}, environ={})
     gc.collect()
     gc.freeze()  # a collection in a child copies no page of what was imported here
 
