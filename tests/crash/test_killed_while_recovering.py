@@ -18,7 +18,8 @@ from support.waiting import until
 
 NewHome = Callable[..., Home]
 
-SEEDED: Final = 20_000
+SEEDED: Final = 4_000
+BATCH: Final = 20
 KILLS: Final = 20
 OUTCOMES: Final = {
     ("WAITING_USER", "RECOVERED_WAITING", None, "OPEN", 1),
@@ -71,15 +72,15 @@ def kill_during_recovery(home: Home, decisions: int, delay_s: float = 0.0) -> Se
 
 
 @pytest.mark.timeout(300)  # 21 starts of a service; on a machine that is busy they take long
-def test_twenty_kills_in_a_recovery_of_20000_runs_leave_one_decision_each(
+def test_twenty_kills_in_a_recovery_of_200_batches_leave_one_decision_each(
     new_home: NewHome,
 ) -> None:
-    home = new_home(recovery_batch_rows=100, safe_mode_after=0, log_level="info")
+    home = new_home(recovery_batch_rows=BATCH, safe_mode_after=0, log_level="info")
     home.seed(SEEDED)
     dice = random.Random(os_seed())  # noqa: S311 - moments, not secrets
     progress = [0]
     for _ in range(KILLS):
-        service = kill_during_recovery(home, dice.randrange(1200), dice.uniform(0, 0.01))
+        service = kill_during_recovery(home, dice.randrange(12 * BATCH), dice.uniform(0, 0.01))
         progress.append(decided(home))
         assert not service.events("service.serving")
         assert_no_half_decision(home)

@@ -47,6 +47,8 @@ EXCLUSIVE: Final = (
 IN_OUTPUT: Final = Fact.RESULT | Fact.QUESTION | Fact.OVER_BUDGET
 RESULT: Final = Succeeded({"done": True})
 QUESTION: Final = Asked(Question(kind=InteractionKind.CONFIRM, prompt="Ship?", options=()))
+ROWS: Final = 200
+"""Of one INSERT."""
 OF_RESUME: Final = Fact.RESUME_LEFT | Fact.RESTART_LEFT
 
 
@@ -123,25 +125,36 @@ def owner_of(db: Database) -> Owner:
 
 def store(db: Database, owner: Owner, cases: tuple[Case, ...]) -> None:
     """Write a run for each case, with its real question, session, cancel and policy."""
+    numbered = list(enumerate(cases, 1))
     with db.transaction():
-        for key, (status, profile, facts) in enumerate(cases, 1):
-            _store_run(db, owner, key, status, profile, facts)
-            if facts & (Fact.PENDING | Fact.REPLY):
-                state = "OPEN" if Fact.PENDING in facts else "ANSWERED"
-                response = "true" if Fact.REPLY in facts else None
-                db.execute(
-                    "INSERT INTO interaction (run, no, kind, prompt, options, state, asked_at,"
-                    " response) VALUES (?, 1, 'confirm', 'Go on.', '[]', ?, 1, ?)",
-                    (key, state, response),
-                )
-            if facts & IN_OUTPUT:
-                db.execute(
-                    "INSERT INTO process_lease (run, attempt, turn, instance, epoch, host_id,"
-                    " boot_id, pid_namespace, cookie, pid, start_ticks, state, created_at)"
-                    " SELECT id, attempt, turn, owner, owner_epoch, 'h', 'b', 1, run_id, 1, 1,"
-                    " 'CLOSED', 1 FROM run WHERE id = ?",
-                    (key,),
-                )
+        insert(db, "run", [_run(owner, key, *case) for key, case in numbered])
+        insert(
+            db,
+            "interaction",
+            [
+                {
+                    "run": key, "no": 1, "kind": "confirm", "prompt": "Go on.", "options": "[]",
+                    "state": "OPEN" if Fact.PENDING in facts else "ANSWERED", "asked_at": 1,
+                    "response": "true" if Fact.REPLY in facts else None,
+                }
+                for key, (_, _, facts) in numbered
+                if facts & (Fact.PENDING | Fact.REPLY)
+            ],
+        )  # fmt: skip
+        insert(
+            db,
+            "process_lease",
+            [_launch(owner, key, facts) for key, (_, _, facts) in numbered if facts & IN_OUTPUT],
+        )
+
+
+def insert(db: Database, table: str, rows: list[dict[str, object]]) -> None:
+    """Insert rows that have the same columns, many by one statement."""
+    columns = ", ".join(rows[0])
+    for some in (rows[at : at + ROWS] for at in range(0, len(rows), ROWS)):
+        marks = ", ".join(f"({', '.join('?' for _ in row)})" for row in some)
+        values = tuple(value for row in some for value in row.values())
+        db.execute(f"INSERT INTO {table} ({columns}) VALUES {marks}", values)  # noqa: S608
 
 
 def found_in(cases: tuple[Case, ...]) -> dict[int, FoundEnd]:
@@ -167,23 +180,33 @@ def _policy(facts: Fact) -> str:
     return "REQUEUE" if Fact.REQUEUE in facts else "FAIL"
 
 
-def _store_run(
-    db: Database, owner: Owner, key: int, status: RunStatus, profile: Profile | None, facts: Fact
-) -> None:
+def _attempt(facts: Fact) -> int:
+    return 1 if facts & (Fact.REQUEUE | Fact.RESTART_LEFT) else 2
+
+
+def _launch(owner: Owner, key: int, facts: Fact) -> dict[str, object]:
+    return {
+        "run": key, "attempt": _attempt(facts), "turn": 1, "instance": owner.instance,
+        "epoch": owner.epoch, "host_id": "h", "boot_id": "b", "pid_namespace": 1,
+        "cookie": f"run-{key}", "pid": 1, "start_ticks": 1, "state": "CLOSED", "created_at": 1,
+    }  # fmt: skip
+
+
+def _run(
+    owner: Owner, key: int, status: RunStatus, profile: Profile | None, facts: Fact
+) -> dict[str, object]:
     session = ("demo", "handle") if Fact.HANDLE in facts else (None, None)
-    row: dict[str, object] = {
+    return {
         "id": key, "run_id": f"run-{key}", "engine": "demo", "labels": "{}", "input": "{}",
         "status": status.value, "profile": profile.value if profile else None,
         "restart_policy": _policy(facts), "max_attempts": 2,
-        "attempt": 1 if facts & (Fact.REQUEUE | Fact.RESTART_LEFT) else 2, "turn": 1,
+        "attempt": _attempt(facts), "turn": 1,
         "resume_count": 1, "max_resumes": 2 if Fact.RESUME_LEFT in facts else 1,
         "interaction_count": 1, "session_type": session[0],
         "session_value": session[1], "owner": owner.instance, "owner_epoch": owner.epoch,
         "cancel_requested_at": 1 if Fact.CANCEL in facts else None,
         "version": 5, "queued_at": 1, "created_at": 1, "updated_at": 1,
     }  # fmt: skip
-    marks = ", ".join("?" for _ in row)
-    db.execute(f"INSERT INTO run ({', '.join(row)}) VALUES ({marks})", tuple(row.values()))  # noqa: S608
 
 
 def recovered(db: Database) -> Iterator[tuple[object, ...]]:

@@ -23,7 +23,7 @@ def test_a_bulk_check_returns_its_findings_in_order(preset: str, tmp_path: Path)
     stored: list[StoredHandle] = []
     expected: list[SessionFinding] = []
     workspaces = [tmp_path / str(at) for at in range(50)]
-    for at in range(5000):
+    for at in range(1000):
         handle, workspace = home.new_id(at), workspaces[at % len(workspaces)]
         reason = chosen.choice(
             [

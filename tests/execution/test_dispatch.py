@@ -16,7 +16,7 @@ from runrecovery_service.storage import turn_ends, turn_starts
 
 from .conftest import Execution, until
 
-MANY = 150
+MANY = 48
 
 
 def failing_first(times: int, error: Exception, use: Callable[..., Any]) -> Callable[..., Any]:

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
 from runrecovery.v1 import errors_pb2
 
-CASES: Final = 200
+CASES: Final = 120
 MUTANT_CASES: Final = 400
 QUICK_MUTANT: Final = "unknown"
 """Found out within a few dozen cases."""

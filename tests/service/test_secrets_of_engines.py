@@ -39,6 +39,9 @@ if given["fails"]:
 say(type="result", output={{"result": given["result"]}})
 """
 PRESETS: Final = ("codex", "gemini", "claude")
+ENGINES: Final = ("resumable", "sticky_process", *PRESETS)
+TURNS: Final = 3
+"""The fewest turns of an engine's runs."""
 GIVEN: Final = (
     "input", "stderr", "progress", "unknown", "handle", "prompt", "label", "option", "result",
 )  # fmt: skip
@@ -92,15 +95,43 @@ def converse(api: Api, name: str, told: Secrets, *, fails: bool) -> str:
     return status_word(ended)
 
 
-@pytest.mark.parametrize("form", ["json", "console"])
-@pytest.mark.parametrize("name", ["resumable", "sticky_process", *PRESETS])
+@dataclass(frozen=True, slots=True)
+class Conversations:
+    """The runs of one engine with the service, and the words in them."""
+
+    name: str
+    told: Secrets
+
+    def live(self, api: Api) -> str:
+        """Play one run that succeeds, one that fails, and return one that waits."""
+        assert converse(api, self.name, self.told, fails=False) == "SUCCEEDED"
+        assert converse(api, self.name, self.told, fails=True) == "FAILED"
+        given = {word: self.told.words[word] for word in GIVEN} | {"fails": False}
+        waits = api.create(self.name, given)
+        api.until_status(waits.run_id, "WAITING_USER")
+        return waits.run_id
+
+    def end(self, api: Api, run_id: str) -> str:
+        """Answer after a restart; return the status of the run at its end."""
+        if self.name != "sticky_process":  # its question is lost with its process
+            api.reply(run_id, 1, self.told.words["reply"])
+        return status_word(api.until_ended(run_id))
+
+
+# The forms differ in how they show an event, the engines in which events there are.
+@pytest.mark.parametrize(
+    ("form", "engines"), [("json", ENGINES), ("console", ("resumable", "sticky_process"))]
+)
 def test_no_message_to_or_from_an_engine_is_in_the_log(
-    new_home: NewHome, tmp_path: Path, name: str, form: str
+    new_home: NewHome, tmp_path: Path, form: str, engines: tuple[str, ...]
 ) -> None:
-    told = Secrets.make()
+    token = Secrets.make().words["token"]
+    every = [
+        Conversations(name, Secrets({**Secrets.make().words, "token": token})) for name in engines
+    ]
     home = new_home(
-        engines={name: engine(name, tmp_path / "agent")},
-        env={"CANARY_TOKEN": told.words["token"]},
+        engines={name: engine(name, tmp_path / f"agent-{name}") for name in engines},
+        env={"CANARY_TOKEN": token},
         log_level="debug",
     )
     address = f"unix:{home.path / 'socket'}"
@@ -111,22 +142,17 @@ def test_no_message_to_or_from_an_engine_is_in_the_log(
         return service.until_serving(), service.kill
 
     api, kill = start()
-    assert converse(api, name, told, fails=False) == "SUCCEEDED"
-    assert converse(api, name, told, fails=True) == "FAILED"
-    given = {word: told.words[word] for word in GIVEN} | {"fails": False}
-    waits = api.create(name, given)
-    api.until_status(waits.run_id, "WAITING_USER")
+    waiting = {one.name: one.live(api) for one in every}
     kill()
     api, kill = start()
-    if name == "sticky_process":  # its question is lost with its process
-        assert status_word(api.get(waits.run_id)) == "FAILED"
-    else:
-        api.reply(waits.run_id, 1, told.words["reply"])
-        assert status_word(api.until_ended(waits.run_id)) == "SUCCEEDED"
+    ends = {one.name: one.end(api, waiting[one.name]) for one in every}
     kill()
 
-    assert "execution.turn_ended" in home.logs()
-    assert told.in_text(home.logs()) == set()
+    lost = {"sticky_process": "FAILED"} if "sticky_process" in engines else {}
+    assert ends == {**dict.fromkeys(engines, "SUCCEEDED"), **lost}
+    assert home.logs().count("execution.turn_ended") >= TURNS * len(engines)
+    assert [one.name for one in every if one.told.in_text(home.logs())] == []
     kept = "".join(path.read_text("utf-8", "replace") for path in files_below(home.data / "runs"))
-    if name not in PRESETS:  # the engine did use the words, so that they could have been logged
-        assert {"stderr", "progress", "token", "prompt", "result"} <= told.in_text(kept)
+    for one in every:
+        if one.name not in PRESETS:  # the engine did use the words: they could have been logged
+            assert {"stderr", "progress", "token", "prompt", "result"} <= one.told.in_text(kept)

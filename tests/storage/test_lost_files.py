@@ -446,7 +446,7 @@ def test_heavy_writing_with_small_checkpoints_is_not_taken_for_damage(
             looking = [pool.submit(look) for _ in range(2)]
             db.execute(f"PRAGMA wal_autocheckpoint = {pages}")
             db.execute("PRAGMA journal_size_limit = 20000")
-            for n in range(150):
+            for n in range(100):
                 with db.transaction():
                     for row in range(20):
                         add(db, f"{n}-{row}-{'x' * 500}")

@@ -157,7 +157,7 @@ def _is_open(text: bytes, path: tuple[str, ...]) -> bool:
     return not isinstance(found, dict | list)
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(json_files(), several)
 def test_entries_in_any_gemini_file_can_be_added_and_removed(
     before: bytes, some: tuple[list[str], list[str]]
@@ -167,7 +167,7 @@ def test_entries_in_any_gemini_file_can_be_added_and_removed(
         _means(KINDS["gemini"], before, some[0][0])
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(json_files(), several)
 def test_entries_in_any_claude_file_can_be_added_and_removed(
     before: bytes, some: tuple[list[str], list[str]]
@@ -181,7 +181,7 @@ def test_entries_in_any_claude_file_can_be_added_and_removed(
 @example(before=b'[projects."/0"]', some=(["/", "/0"], ["/", "/0"]))
 @example(before=b'x = 1\r\n[projects."/0"]', some=(["/", "/0"], ["/", "/0"]))
 @example(before=b'[projects."/0"]', some=(["/", "/0", "/1"], ["/1", "/", "/0"]))
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(toml_files(), several)
 def test_entries_in_any_codex_file_can_be_added_and_removed(
     before: bytes, some: tuple[list[str], list[str]]
@@ -190,7 +190,7 @@ def test_entries_in_any_codex_file_can_be_added_and_removed(
     _means(KINDS["codex"], before, some[0][0])
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(toml_files())
 def test_an_entry_in_any_codex_file_that_has_the_folder_can_be_added_and_removed(
     before: bytes,
