@@ -120,6 +120,7 @@ class Soak:
             (workspace / "notes").write_bytes(b"x" * 500)
             (workspace.parent / "stdout.log").write_bytes(b"x" * 1000)
             self.store.advance(span.total_seconds() / ROUND)
+        self.store.db.take_changed_runs()  # as the service does after each write
         if not number % 20:
             self.store.recover()
             self.sweep.owner = self.store.owner
