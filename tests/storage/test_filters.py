@@ -13,7 +13,7 @@ from runrecovery_service.domain.reconciliation import RecoveredFilter
 from runrecovery_service.domain.run import Option, Page, Question, Run, RunFilter, RunStatus, View
 from runrecovery_service.domain.turn import Asked
 from runrecovery_service.rpc import run_messages
-from runrecovery_service.storage import decisions, label_filter, runs
+from runrecovery_service.storage import decisions, label_filter, run_pages
 from runrecovery_service.storage.sql_dialects import DatabaseKind
 from storage.service_store import QUESTION, ServiceStore
 
@@ -21,7 +21,7 @@ CLIENTS_TAKE = 4 * 1024 * 1024
 
 
 def listed(store: ServiceStore, view: View = View.FULL, **wanted: Any) -> list[Run]:
-    page = runs.page(store.db, RunFilter(**wanted), after=None, limit=100, view=view)
+    page = run_pages.page(store.db, RunFilter(**wanted), after=None, limit=100, view=view)
     return list(page.rows)
 
 
@@ -44,7 +44,7 @@ def test_a_label_filter_pages_without_gap_or_repeat(store: ServiceStore) -> None
     made = [store.create(labels={"n": "x" if number % 3 else "y"}) for number in range(12)]
     wanted, after, seen = RunFilter(labels={"n": "x"}), None, list[str]()
     while True:
-        page = runs.page(store.db, wanted, after=after, limit=3)
+        page = run_pages.page(store.db, wanted, after=after, limit=3)
         seen += ids(list(page.rows))
         after = page.after
         if after is None:
@@ -60,7 +60,7 @@ def test_lists_of_some_engines_have_full_pages_of_their_runs_only(store: Service
     engines = frozenset({"a", "none"})
     found: dict[str, list[list[str]]] = {"runs": [], "recovered": []}
     pages = {
-        "runs": partial(runs.page, store.db, RunFilter(engines=engines), limit=2),
+        "runs": partial(run_pages.page, store.db, RunFilter(engines=engines), limit=2),
         "recovered": partial(
             decisions.recovered_page, store.db, RecoveredFilter(engines=engines), limit=2
         ),
@@ -171,7 +171,7 @@ def test_the_basic_view_omits_large_fields(store: ServiceStore, listing: str) ->
 
     def page(view: View) -> Page[Run]:
         if listing == "runs":
-            return runs.page(store.db, RunFilter(), after=None, limit=9, view=view)
+            return run_pages.page(store.db, RunFilter(), after=None, limit=9, view=view)
         return decisions.recovered_page(store.db, RecoveredFilter(), after=None, limit=9, view=view)
 
     (basic,), (full,) = page(View.BASIC).rows, page(View.FULL).rows
@@ -190,7 +190,7 @@ def test_a_page_of_the_largest_runs_fits_into_one_message(store: ServiceStore) -
     for _ in range(12):
         store.create(input={"n": numbers}, labels={"l": "ß" * 256})
 
-    page = runs.page(store.db, RunFilter(), after=None, limit=1000)
+    page = run_pages.page(store.db, RunFilter(), after=None, limit=1000)
     response = run_service_pb2.ListRunsResponse(next_page_token="t" * 60)
     for run in page.rows:
         run_messages.fill_run(response.runs.add(), run)
@@ -204,7 +204,7 @@ def test_a_thousand_runs_in_the_basic_view_are_one_page(store: ServiceStore) -> 
     for _ in range(1000):
         store.create(input={"text": "x" * 2000}, labels={"team": "red", "tier": "1"})
 
-    page = runs.page(store.db, RunFilter(), after=None, limit=1000, view=View.BASIC)
+    page = run_pages.page(store.db, RunFilter(), after=None, limit=1000, view=View.BASIC)
     response = run_service_pb2.ListRunsResponse()
     for run in page.rows:
         run_messages.fill_run(response.runs.add(), run)
@@ -226,10 +226,69 @@ def test_runs_are_found_by_label_through_an_index(
         return execute(query)
 
     monkeypatch.setattr(store.db.peewee, "execute", note)
-    runs.page(store.db, RunFilter(labels={"team": "red", "n": "1"}), after=(9,), limit=5)
+    run_pages.page(store.db, RunFilter(labels={"team": "red", "n": "1"}), after=(9,), limit=5)
     ((sql, params),) = asked
 
     plan = [row[3] for row in store.db.fetch_all(f"EXPLAIN QUERY PLAN {sql}", params)]
 
     assert "USING PRIMARY KEY (key=? AND value=? AND run<?)" in plan[0]
     assert not any("TEMP B-TREE" in step or step.startswith("SCAN") for step in plan), plan
+
+
+@pytest.mark.parametrize("merged", [100, 1])
+def test_lists_of_engines_follow_every_other_filter(
+    store: ServiceStore, monkeypatch: pytest.MonkeyPatch, merged: int
+) -> None:
+    monkeypatch.setattr(run_pages, "ENGINES_MERGED", merged)
+    made = [store.create(engine="abc"[number % 3]) for number in range(9)]
+    for run in made[3:6]:
+        store.cancel(run)
+    names = {run.run_id: name for run, name in zip(made, "123456789", strict=True)}
+
+    def pages(limit: int = 2, **wanted: Any) -> list[str]:
+        found, after = [], None
+        while True:
+            page = run_pages.page(store.db, RunFilter(**wanted), after=after, limit=limit)
+            found.append("".join(names[run.run_id] for run in page.rows))
+            if page.after is None:
+                return found
+            after = page.after
+
+    both = frozenset({"a", "b"})
+    assert pages(engines=both) == ["87", "54", "21"]
+    assert pages(engines=both, engine="b") == ["85", "2"]
+    assert pages(engines=both, engine="c") == [""]
+    assert pages(engines=frozenset()) == [""]
+    assert pages(engine="c") == ["96", "3"]
+    assert pages(engines=both, statuses=frozenset({RunStatus.CANCELED})) == ["54"]
+    assert pages(engines=both, statuses=frozenset({RunStatus.QUEUED})) == ["87", "21"]
+    assert pages(engines=both, after=made[4].created_at) == ["87", "5"]
+    assert pages(engines=both, before=made[4].created_at, limit=9) == ["421"]
+    assert pages(engines=both, labels={"none": "x"}) == [""]
+
+
+def test_runs_of_some_engines_are_found_through_an_index_that_nothing_else_reads(
+    store: ServiceStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if store.db.dialect.kind is not DatabaseKind.SQLITE:
+        pytest.skip("PostgreSQL plans by its statistics")
+    asked: list[tuple[str, Any]] = []
+    execute: Callable[[Any], Any] = store.db.peewee.execute
+
+    def note(query: Any) -> Any:
+        asked.append(query.sql())
+        return execute(query)
+
+    monkeypatch.setattr(store.db.peewee, "execute", note)
+    engines = frozenset({"a", "b"})
+    run_pages.page(store.db, RunFilter(engines=engines), after=(9,), limit=5)
+    decisions.recovered_page(store.db, RecoveredFilter(engines=engines), after=None, limit=5)
+    of_list, of_recovered = (
+        [row[3] for row in store.db.fetch_all(f"EXPLAIN QUERY PLAN {sql}", params)]
+        for sql, params in asked
+    )
+
+    found = [step for step in of_list if "run_engine (engine=? AND id<?)" in step]
+    assert len(found) == 2, of_list
+    assert not any(step.startswith("SCAN") and " run" in step for step in of_list), of_list
+    assert not any("run_engine" in step for step in of_recovered), of_recovered

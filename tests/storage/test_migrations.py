@@ -11,7 +11,15 @@ import peewee as pw
 import pytest
 from runrecovery_service.domain.reconciliation import Cause, ReconciliationState
 from runrecovery_service.domain.run import RunEventKind, RunFilter, RunStatus
-from runrecovery_service.storage import events, instances, launch_records, migrate, reports, runs
+from runrecovery_service.storage import (
+    events,
+    instances,
+    launch_records,
+    migrate,
+    reports,
+    run_pages,
+    runs,
+)
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.launch_records import LaunchEnd
@@ -200,7 +208,7 @@ def test_a_living_service_of_the_first_version_is_current_after_a_migration(
 
 
 def test_runs_of_the_first_version_are_found_by_label(store: ServiceStore) -> None:
-    found = runs.page(store.db, RunFilter(labels={"team": "red"}), after=None, limit=9)
+    found = run_pages.page(store.db, RunFilter(labels={"team": "red"}), after=None, limit=9)
 
     assert [run.run_id for run in found.rows] == ["run-1"]
     keys = store.rows("SELECT run, key FROM run_label ORDER BY run")

@@ -14,7 +14,14 @@ from runrecovery_service.domain.run import RecoveryState, RestartPolicy, Run, Ru
 from runrecovery_service.domain.session_check import SessionReason
 from runrecovery_service.domain.turn import Succeeded
 from runrecovery_service.engines.sessions.lines import FOUND
-from runrecovery_service.storage import decisions, instances, recovery_apply, runs, session_checks
+from runrecovery_service.storage import (
+    decisions,
+    instances,
+    recovery_apply,
+    run_pages,
+    runs,
+    session_checks,
+)
 from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.recovery_apply import Batch, Tally
@@ -535,7 +542,7 @@ async def test_text_that_is_not_utf8_stops_neither_recovery_nor_lists(store: Ser
     )
     await storage.run_exclusive(lambda _: store.apply_recovery())
     one = await storage.read_row(runs.get, damaged.run_id)
-    page = await storage.read(runs.page, RunFilter(), after=None, limit=10)
+    page = await storage.read(run_pages.page, RunFilter(), after=None, limit=10)
     storage.close()
 
     assert [session.run_key for session in sessions] == [sound.key, damaged.key]

@@ -19,7 +19,14 @@ from runrecovery_service.domain.reconciliation import RecoveredFilter
 from runrecovery_service.domain.retention import FIRST, RetentionKind, RunPosition
 from runrecovery_service.domain.run import Profile, Run, RunFilter
 from runrecovery_service.domain.turn import Succeeded
-from runrecovery_service.storage import decision_feed, events, instances, reports, retention, runs
+from runrecovery_service.storage import (
+    decision_feed,
+    events,
+    instances,
+    reports,
+    retention,
+    run_pages,
+)
 from runrecovery_service.storage.decision_feed import START
 from runrecovery_service.storage.launch_records import LaunchEnd
 from runrecovery_service.storage.rows import to_us
@@ -242,12 +249,12 @@ def test_a_list_goes_on_when_the_run_of_its_cursor_is_removed(store: ServiceStor
     made = [succeeded(store) for _ in range(4)]
     settle(store)
     everything = RunFilter()
-    page = runs.page(store.db, everything, after=None, limit=3)
+    page = run_pages.page(store.db, everything, after=None, limit=3)
     assert page.rows[-1].key == made[2].key
 
     remove(store, made[2], made[1])
 
-    rest = runs.page(store.db, everything, after=page.after, limit=3)
+    rest = run_pages.page(store.db, everything, after=page.after, limit=3)
     assert [run.key for run in rest.rows] == [made[0].key]
 
 

@@ -26,7 +26,7 @@ from runrecovery_service.domain.run import (
     RunStatus,
 )
 from runrecovery_service.domain.turn import Failed, Succeeded
-from runrecovery_service.storage import instances, runs
+from runrecovery_service.storage import instances, run_pages, runs
 from storage.service_store import ServiceStore, boot, receipt
 
 FAILED = Failed(RunError(code="ENGINE_FAILED", message="m"))
@@ -162,7 +162,7 @@ def test_a_repeated_create_is_answered_when_the_queue_is_full(store: ServiceStor
 
 def test_pages_are_newest_first_and_not_disturbed_by_new_runs(store: ServiceStore) -> None:
     ids = [store.create().run_id for _ in range(7)]
-    page = partial(runs.page, store.db, RunFilter(), limit=3)
+    page = partial(run_pages.page, store.db, RunFilter(), limit=3)
 
     first = page(after=None)
     store.create()
@@ -179,7 +179,7 @@ def test_a_full_last_page_has_no_next_page(store: ServiceStore) -> None:
     for _ in range(3):
         store.create()
 
-    page = runs.page(store.db, RunFilter(), after=None, limit=3)
+    page = run_pages.page(store.db, RunFilter(), after=None, limit=3)
 
     assert (len(page.rows), page.after) == (3, None)
 
@@ -191,7 +191,7 @@ def test_pages_filter_by_status_and_engine(store: ServiceStore) -> None:
 
     def listed(statuses: frozenset[RunStatus], engine: str | None) -> list[str]:
         wanted = RunFilter(statuses=statuses, engine=engine)
-        page = runs.page(store.db, wanted, after=None, limit=9)
+        page = run_pages.page(store.db, wanted, after=None, limit=9)
         return [run.run_id for run in page.rows]
 
     assert [running.run_id] == listed(frozenset({RunStatus.RUNNING}), None)
@@ -229,8 +229,8 @@ def test_a_quarantined_run_is_listed_under_no_status(store: ServiceStore) -> Non
     store.set(run, recovery_state="QUARANTINED")
 
     waits = RunFilter(statuses=frozenset({RunStatus.QUEUED}))
-    queued = runs.page(store.db, waits, after=None, limit=9)
-    every = runs.page(store.db, RunFilter(), after=None, limit=9)
+    queued = run_pages.page(store.db, waits, after=None, limit=9)
+    every = run_pages.page(store.db, RunFilter(), after=None, limit=9)
 
     assert (queued.rows, [row.status for row in every.rows]) == ((), [None])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -361,6 +361,25 @@ def test_a_stop_or_a_newer_epoch_ends_the_forgetting(store: ServiceStore) -> Non
         forget(store)
 
     assert len(store.rows("SELECT * FROM webhook_delivery")) >= 1
+
+
+def test_a_backlog_is_counted_by_indexes(store: ServiceStore) -> None:
+    """Each scrape counts it: reading 100,000 rows would take a tenth of a second."""
+    if store.db.dialect.kind is not DatabaseKind.SQLITE:
+        pytest.skip("PostgreSQL chooses its plans by the size of the tables")
+    asked: list[str] = []
+    execute = store.db.execute
+
+    def note(sql: str, params: Sequence[object] = ()) -> Any:
+        asked.extend(row[3] for row in execute(f"EXPLAIN QUERY PLAN {sql}", params).fetchall())
+        return execute(sql, params)
+
+    store.db.execute = note  # type: ignore[method-assign]
+    webhook_deliveries.backlogs(store.db, "default")
+
+    found = [plan for plan in asked if "webhook_delivery" in plan]
+    assert len(found) == 3
+    assert all(plan.startswith("SEARCH webhook_delivery USING ") for plan in found), found
 
 
 def test_another_instance_name_adopts_the_deliveries_of_a_sqlite_store(

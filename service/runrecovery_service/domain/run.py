@@ -377,6 +377,13 @@ class RunFilter:
     after: datetime | None = None
     before: datetime | None = None
 
+    @property
+    def engines_listed(self) -> tuple[str, ...] | None:
+        """The engines whose runs are listed: none, or some; None: all."""
+        if self.engine is None:
+            return None if self.engines is None else tuple(sorted(self.engines))
+        return (self.engine,) if self.engines is None or self.engine in self.engines else ()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Page(Generic[T]):

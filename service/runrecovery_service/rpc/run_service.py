@@ -34,7 +34,7 @@ from runrecovery_service.rpc.trace_context import TRACEPARENT
 from runrecovery_service.rpc.uuid7 import RANDOM_BYTES, uuid7
 from runrecovery_service.rpc.visibility import demand_visible, visible_engines
 from runrecovery_service.rpc.watch_streams import RunWatcher
-from runrecovery_service.storage import interactions, reopening, requests, runs
+from runrecovery_service.storage import interactions, reopening, requests, run_pages, runs
 from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.reopening import ReopenCandidate
@@ -117,7 +117,7 @@ class RunService:
         validation.require_valid(validation.list_runs(request))
         scope = paging.token_scope(request, width=1)
         page = await self._storage.read(
-            runs.page,
+            run_pages.page,
             _to_domain_filter(request.filter),
             after=self._deps.page_tokens.decode(scope, request.page_token),
             limit=paging.page_size(request.page_size),

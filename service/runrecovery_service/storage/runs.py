@@ -25,7 +25,6 @@ from runrecovery_service.domain.run import (
     RecoveryState,
     Run,
     RunEventKind,
-    RunFilter,
     RunStatus,
     View,
 )
@@ -33,7 +32,6 @@ from runrecovery_service.domain.transitions import is_legal
 from runrecovery_service.storage import (
     events,
     instances,
-    label_filter,
     requests,
     tables,
     use_case,
@@ -136,34 +134,6 @@ def progress(db: Database, key: int) -> RunProgress | None:
     """Return the counters of a run; None if there is no such run."""
     row = _PROGRESS.run(db, key=key).fetchone()
     return None if row is None else RunProgress(*row)
-
-
-def page(
-    db: Database,
-    wanted: RunFilter,
-    *,
-    after: tuple[int, ...] | None,
-    limit: int,
-    view: View = View.FULL,
-) -> Page[Run]:
-    """Return a page of runs, newest first."""
-    query, key = label_filter.filter_by_labels(db, select(view), wanted.labels, by_run=True)
-    if wanted.statuses:
-        query = query.where(
-            _R.status.in_([status.value for status in wanted.statuses])
-            & (_R.recovery_state != RecoveryState.QUARANTINED.value)
-        )
-    if wanted.engine is not None:
-        query = query.where(_R.engine == wanted.engine)
-    if wanted.engines is not None:
-        query = query.where(_R.engine.in_(sorted(wanted.engines)))
-    if wanted.after is not None:
-        query = query.where(_R.created_at >= to_us(wanted.after))
-    if wanted.before is not None:
-        query = query.where(_R.created_at < to_us(wanted.before))
-    if after is not None:
-        query = query.where(key < after[0])
-    return page_of(db, [query.order_by(key.desc())], limit, lambda row: (row[0],))
 
 
 def page_of(

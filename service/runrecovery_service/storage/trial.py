@@ -16,7 +16,7 @@ import structlog
 from runrecovery_service.domain.deadline import DueIn, SteadyTime
 from runrecovery_service.domain.errors import StorageUnavailable
 from runrecovery_service.domain.run import NewRun, Profile, RestartPolicy, RunFilter
-from runrecovery_service.storage import runs, turn_starts
+from runrecovery_service.storage import run_pages, runs, turn_starts
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.launch_records import LaunchSite
@@ -34,7 +34,7 @@ class _Undo(Exception):
 
 def read_newest_run(db: Database) -> None:
     """Read the newest runs, as ListRuns does."""
-    runs.page(db, RunFilter(), after=None, limit=1)
+    run_pages.page(db, RunFilter(), after=None, limit=1)
 
 
 def demand_rights(db: Database) -> None:

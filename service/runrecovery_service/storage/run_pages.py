@@ -1,0 +1,95 @@
+"""Pages of runs, newest first."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from functools import reduce
+from typing import Any, Final
+
+import peewee as pw
+
+from runrecovery_service.domain.run import Page, RecoveryState, Run, RunFilter, View
+from runrecovery_service.storage import runs, tables
+from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.label_filter import filter_by_labels
+from runrecovery_service.storage.rows import to_us
+
+_R = tables.Run
+
+ENGINES_MERGED: Final = 100
+"""The most engines whose runs are read from the index. SQLite merges 500 queries at most."""
+
+
+def page(
+    db: Database,
+    wanted: RunFilter,
+    *,
+    after: tuple[int, ...] | None,
+    limit: int,
+    view: View = View.FULL,
+) -> Page[Run]:
+    """Return a page of runs, newest first."""
+    engines = wanted.engines_listed
+    if engines == ():
+        return Page(rows=(), after=None)
+    query, key = filter_by_labels(db, runs.select(view), wanted.labels, by_run=True)
+    if engines is not None and _reads_index(wanted, len(engines)):
+        conditions = [_R.id.in_(_newest(wanted, engines, after, limit))]
+    else:
+        conditions = _conditions(_R, wanted)
+        if engines is not None:
+            conditions.append(_R.engine.in_(engines))
+    if after is not None:
+        conditions.append(key < after[0])
+    if conditions:
+        query = query.where(*conditions)
+    query = query.order_by(key.desc())
+    return runs.page_of(db, [query], limit, lambda row: (row[0],))
+
+
+def _reads_index(wanted: RunFilter, engines: int) -> bool:
+    """Return whether the newest runs of each engine are soon found by the index of engines.
+
+    With a status they may not be: an engine can have many ended runs, and none that waits.
+    """
+    return engines <= ENGINES_MERGED and not wanted.labels and not wanted.statuses
+
+
+def _newest(
+    wanted: RunFilter, engines: Sequence[str], after: tuple[int, ...] | None, limit: int
+) -> pw.SelectQuery:
+    """Return a query for the keys of a page and of one more run, and perhaps of older ones.
+
+    It reads the newest runs of each engine from an index. Otherwise a page of few engines would
+    walk the runs of all others.
+    """
+    run = tables.Run.alias()
+    # The condition of the index, which no other statement repeats: the index is not meant for them.
+    conditions = [pw.SQL("run_id <> ''"), *_conditions(run, wanted)]
+    if after is not None:
+        conditions.append(run.id < after[0])
+    parts = [
+        run.select(run.id)
+        .where(run.engine == engine, *conditions)
+        .order_by(run.id.desc())
+        .limit(limit + 1)
+        for engine in engines
+    ]
+    keys = [pw.Select((part.alias("newest"),), (pw.SQL("newest.id"),)) for part in parts]
+    return reduce(operator.add, keys)
+
+
+def _conditions(run: Any, wanted: RunFilter) -> list[Any]:  # Any: an alias has no type of its own
+    """Return the conditions of a filter, without engines and labels."""
+    conditions: list[Any] = []
+    if wanted.statuses:
+        conditions += [
+            run.status.in_([status.value for status in wanted.statuses]),
+            run.recovery_state != RecoveryState.QUARANTINED.value,
+        ]
+    if wanted.after is not None:
+        conditions.append(run.created_at >= to_us(wanted.after))
+    if wanted.before is not None:
+        conditions.append(run.created_at < to_us(wanted.before))
+    return conditions
