@@ -152,6 +152,30 @@ def test_a_service_that_opens_its_store_stops_in_order(new_home: NewHome, number
     assert not service.events("service.serving")
 
 
+def test_a_reload_that_is_asked_for_during_a_migration_follows_once_the_service_runs(
+    new_home: NewHome,
+) -> None:
+    home = new_home(may_fork=False)
+    service, _ = home.start()
+    assert service.stop() == 0
+    with home.store(writable=True) as other:
+        other.execute("DROP INDEX run_engine")
+        for table in ("schema_migration", "migration_checksum"):
+            other.execute(f"DELETE FROM {table} WHERE name = '0022_run_engine'")  # noqa: S608
+        other.commit()
+        other.execute("BEGIN EXCLUSIVE")
+        service = home.spawn()
+        until(lambda: has_locked(service, home.database), "it opens its store")
+
+        home.write_config(log_level="debug")
+        service.popen.send_signal(signal.SIGHUP)
+        other.rollback()
+
+    assert service.until_event("storage.migrated")["step"] == "0022_run_engine"
+    assert service.until_event("service.reloaded")["changed"] == ["log_level"]
+    assert service.stop() == 0
+
+
 @pytest.mark.parametrize("module", ["click", "grpc"])
 @pytest.mark.parametrize("command", ["health", "runs list"])
 def test_another_command_that_only_imports_ends_by_ctrl_c_with_130(
