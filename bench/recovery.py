@@ -41,7 +41,7 @@ from runrecovery_service.clock import Clock
 from runrecovery_service.domain.reconciliation import Cause, TrustClearing
 from runrecovery_service.process.ending import Ending
 from runrecovery_service.recovery.bulk_session_check import BulkSessionCheck
-from runrecovery_service.recovery.reconcile import Recovery, RecoveryLimits
+from runrecovery_service.recovery.reconcile import Leftovers, Recovery, RecoveryLimits
 from runrecovery_service.recovery.status import RecoveryStatus
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import tables
@@ -192,9 +192,11 @@ def ours(db: Database, data_dir: Path) -> None:
                 reopen_window_s=3600,
             ),
             stop=StopSignal(),
-            sessions=BulkSessionCheck(checks={}, workspace=lambda key, attempt: data_dir),
-            launches=Nothing(),
-            trust=Nothing(),
+            leftovers=Leftovers(
+                sessions=BulkSessionCheck(checks={}, workspace=lambda key, attempt: data_dir),
+                launches=Nothing(),
+                trust=Nothing(),
+            ),
         ).run(db, RecoveryStatus())
 
 

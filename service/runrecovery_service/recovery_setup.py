@@ -9,7 +9,7 @@ from runrecovery_service.config.settings import Settings
 from runrecovery_service.domain.reconciliation import Cause
 from runrecovery_service.periodic import Backoff
 from runrecovery_service.recovery.killed_usage import KilledUsage
-from runrecovery_service.recovery.reconcile import Recovery, RecoveryLimits
+from runrecovery_service.recovery.reconcile import Leftovers, Recovery, RecoveryLimits
 from runrecovery_service.recovery_runner import RECOVERY_BACKOFF_MOST_S, RecoveryRunner
 from runrecovery_service.shared_parts import SharedParts
 from runrecovery_service.stop_signal import StopSignal
@@ -24,21 +24,26 @@ def build_recovery(parts: SharedParts) -> RecoveryRunner:
         clock=parts.clock,
         limits=_recovery_limits(settings),
         stop=parts.stop,
-        sessions=parts.sessions,
-        launches=_launch_ender(
-            parts, "orphan", settings.orphan_grace_s, settings.orphan_deadline_s
+        leftovers=Leftovers(
+            sessions=parts.sessions,
+            launches=_launch_ender(
+                parts, "orphan", settings.orphan_grace_s, settings.orphan_deadline_s
+            ),
+            trust=parts.trust,
+            find_end=parts.ends.find,
+            usage=KilledUsage(catalog=parts.catalog, workspace=parts.workspaces.workspace),
         ),
-        trust=parts.trust,
-        find_end=parts.ends.find,
         tracer=parts.tracer,
-        usage=KilledUsage(catalog=parts.catalog, workspace=parts.workspaces.workspace),
     )
     grace_s = settings.cancel_grace_s
     at_stop = replace(
         at_start,
         cause=Cause.SHUTDOWN,
         stop=StopSignal(),  # never set: only a second signal interrupts a stop, by an exit
-        launches=_launch_ender(parts, "stop", grace_s, grace_s + settings.orphan_deadline_s),
+        leftovers=replace(
+            at_start.leftovers,
+            launches=_launch_ender(parts, "stop", grace_s, grace_s + settings.orphan_deadline_s),
+        ),
     )
     return RecoveryRunner(
         storage=parts.storage,

@@ -28,7 +28,12 @@ from runrecovery_service.domain.webhook import WebhookEvent, WebhookFilter
 from runrecovery_service.process.ending import Ending
 from runrecovery_service.recovery import reconcile
 from runrecovery_service.recovery.bulk_session_check import BulkSessionCheck
-from runrecovery_service.recovery.reconcile import RecordRemovals, Recovery, RecoveryLimits
+from runrecovery_service.recovery.reconcile import (
+    Leftovers,
+    RecordRemovals,
+    Recovery,
+    RecoveryLimits,
+)
 from runrecovery_service.recovery.status import RecoveryStatus
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import (
@@ -225,9 +230,11 @@ def make_recovery(
         clock=store.ticking_clock,
         limits=limits or limits_of(3),
         stop=StopSignal(),
-        sessions=BulkSessionCheck(checks={}, workspace=lambda key, attempt: Path("/nowhere")),
-        launches=FakeLaunchEnder(sweep),
-        trust=FakeTrustCleaner(clear_trust),
+        leftovers=Leftovers(
+            sessions=BulkSessionCheck(checks={}, workspace=lambda key, attempt: Path("/nowhere")),
+            launches=FakeLaunchEnder(sweep),
+            trust=FakeTrustCleaner(clear_trust),
+        ),
     )
 
 

@@ -30,7 +30,7 @@ from runrecovery_service.engines.sessions.lines import FOUND
 from runrecovery_service.recovery import bulk_session_check
 from runrecovery_service.recovery.bulk_session_check import CHECK_S, BulkSessionCheck
 from runrecovery_service.recovery.plan import Planner
-from runrecovery_service.recovery.reconcile import Recovery, RecoveryLimits
+from runrecovery_service.recovery.reconcile import Leftovers, Recovery, RecoveryLimits
 from runrecovery_service.recovery.status import RecoveryStatus
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import decisions, reopening, turns
@@ -100,9 +100,11 @@ class OneEngineService:
             clock=self.store.ticking_clock,
             limits=limits,
             stop=stop or StopSignal(),
-            sessions=replace(self.sessions, check_s=check_s),
-            launches=FakeLaunchEnder(),
-            trust=FakeTrustCleaner(),
+            leftovers=Leftovers(
+                sessions=replace(self.sessions, check_s=check_s),
+                launches=FakeLaunchEnder(),
+                trust=FakeTrustCleaner(),
+            ),
         ).run(self.store.db, RecoveryStatus())
 
     def planned(self) -> tuple[dict[str, str], dict[str, int]]:

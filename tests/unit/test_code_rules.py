@@ -44,6 +44,48 @@ def sources(*words: str) -> Iterator[tuple[str, ast.AST]]:
         yield str(path.relative_to(SERVICE)), tree
 
 
+def parts(made: ast.ClassDef) -> list[str]:
+    """Return the names of what a caller passes to make an object."""
+    for node in made.body:
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+            return [arg.arg for arg in (*node.args.args[1:], *node.args.kwonlyargs)]
+    return [
+        ast.unparse(node.target)
+        for node in made.body
+        if isinstance(node, ast.AnnAssign) and "init=False" not in ast.unparse(node)
+    ]
+
+
+def is_value(made: ast.ClassDef) -> bool:
+    """Return whether an object only holds facts: it is frozen, and cannot reach clock or store."""
+    frozen = any("frozen=True" in ast.unparse(decorator) for decorator in made.decorator_list)
+    return frozen and {"clock", "storage", "db"}.isdisjoint(parts(made))
+
+
+def test_an_object_that_is_no_value_is_made_of_at_most_eight_parts() -> None:
+    assert [
+        f"{name}: {node.name}"
+        for name, tree in sources()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef) and len(parts(node)) > 8 and not is_value(node)
+    ] == []
+
+
+def test_no_file_has_more_than_500_lines_and_no_function_more_than_60() -> None:
+    long = [
+        str(path) for path in SERVICE.rglob("*.py") if path.read_text("utf-8").count("\n") > 500
+    ]
+    functions = [
+        f"{name}: {node.name}"
+        for name, tree in sources()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (node.end_lineno or 0) - node.lineno >= 60
+    ]
+
+    assert (long, functions) == ([], [])
+
+
 def test_signals_are_sent_in_one_place_only() -> None:
     senders = {name for name, tree in sources(*SENDERS) if SENDERS & set(calls(tree))}
 

@@ -125,15 +125,32 @@ class RecoveryLimits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Leftovers:
+    """Deals with what the agents of earlier turns have left on this machine.
+
+    Attributes:
+        launches: kills processes.
+        sessions: checks sessions.
+        trust: removes trust entries.
+        find_end: finds the ends of turns in their kept output.
+        usage: counts the calls of killed turns; None: they do not count.
+    """
+
+    launches: EndsLaunches
+    sessions: BulkSessionCheck
+    trust: TrustCleaner
+    find_end: FindEnd = find_no_end
+    usage: KilledUsage | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recovery:
     """The recovery of one start, or of one planned stop.
 
     Attributes:
         cause: the start or the planned stop.
         stop: interrupts the recovery.
-        find_end: finds the ends of turns in their kept output.
         tracer: gets the spans of the recovery; None: traces are off.
-        usage: counts the calls of killed turns; None: they do not count.
     """
 
     owner: Owner
@@ -141,12 +158,8 @@ class Recovery:
     clock: Clock
     limits: RecoveryLimits
     stop: StopSignal
-    sessions: BulkSessionCheck
-    launches: EndsLaunches
-    trust: TrustCleaner
-    find_end: FindEnd = find_no_end
+    leftovers: Leftovers
     tracer: Tracer | None = None
-    usage: KilledUsage | None = None
 
     @property
     def before_epoch(self) -> int:
@@ -225,7 +238,9 @@ class Recovery:
         with report.phase("converge"):
             turns = found_ends.open_turns(db, scope)
             found = self._find_ends(turns)
-            counted = self.usage.count(turns, found, self.stop) if self.usage else {}
+            counted = (
+                self.leftovers.usage.count(turns, found, self.stop) if self.leftovers.usage else {}
+            )
             found = with_counted(found, counted)
             others = {key: used for key, used in counted.items() if key not in found}
             self._decide_runs(db, report, replace(scope, found=found, counted=others))
@@ -284,7 +299,7 @@ class Recovery:
         launches = launch_records.unclosed_launches(db, self.owner, before=self.before_epoch)
         if not launches:
             return
-        endings = self.launches.end(launches)
+        endings = self.leftovers.launches.end(launches)
         ended = [(launch, _ended(endings[launch.key])) for launch in launches]
         launch_records.close_all(db, ended, now=self.clock.now(), reconciliation_key=report.key)
         for launch in launches:
@@ -303,7 +318,7 @@ class Recovery:
 
     def _check_sessions(self, db: Database, report: ReportBuilder, scope: ApplyScope) -> None:
         # A new `hanging`: each try of a recovery calls every check again.
-        bulk = replace(self.sessions, hanging={}, stop=self.stop)
+        bulk = replace(self.leftovers.sessions, hanging={}, stop=self.stop)
         for findings in changed_findings(db, scope, bulk):
             if self.stop.is_set():
                 raise RecoveryInterrupted
@@ -320,7 +335,7 @@ class Recovery:
         for turn in turns:
             if self.stop.is_set():
                 raise RecoveryInterrupted
-            end = self.find_end(turn)
+            end = self.leftovers.find_end(turn)
             if end is not None:
                 found[turn.run_key] = end
         return found
@@ -334,7 +349,7 @@ class Recovery:
             return self.stop.is_set() or time.monotonic() >= deadline
 
         try:
-            clearing = self.trust.remove_stale_on(db, report.record_removals, is_over)
+            clearing = self.leftovers.trust.remove_stale_on(db, report.record_removals, is_over)
         except Exception as error:  # noqa: BLE001 - no file of an agent CLI may prevent a start
             log.warning("trust.not_cleared", **_identity(report), **error_facts(error))
             clearing = TrustClearing(failures=(type(error).__name__,))
