@@ -28,6 +28,8 @@ FILED = token_of("filed")
 RUNS, RECOVERY = "runrecovery.v1.RunService", "runrecovery.v1.RecoveryService"
 REFLECTION = ("grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection")
 
+UNKNOWN = (grpc.StatusCode.UNAUTHENTICATED, "CALLER_UNKNOWN")
+DENIED = (grpc.StatusCode.PERMISSION_DENIED, "ROLE_NOT_SUFFICIENT")
 EXPECTED = {
     f"{RUNS}/CreateRun": ("creator", "operator"),
     f"{RUNS}/GetRun": ROLES,
@@ -114,8 +116,18 @@ def connect(service: ServiceProcess) -> Iterator[Connect]:
         api.channel.close()
 
 
-def refusal(api: Api, path: str) -> Refusal | None:
-    """Call a method with an empty request; return how it was refused, None for an answer."""
+def refusal(
+    api: Api,
+    path: str,
+    *,
+    metadata: tuple[tuple[str, str | bytes], ...] = (),
+    raw: bytes | None = None,
+) -> Refusal | None:
+    """Call a method with an empty request; return how it was refused, None for an answer.
+
+    Args:
+        raw: what is sent instead of the request.
+    """
     method = METHODS[path]
     serializer = message_factory.GetMessageClass(method.input_type)
     kind = (
@@ -125,16 +137,19 @@ def refusal(api: Api, path: str) -> Refusal | None:
         if method.server_streaming
         else api.channel.unary_unary
     )
-    invoke: Any = kind(f"/{path}", request_serializer=lambda request: request.SerializeToString())
+    invoke: Any = kind(
+        f"/{path}",
+        request_serializer=lambda request: request.SerializeToString() if raw is None else raw,
+    )
     try:
         if method.client_streaming:
-            list(invoke(iter([serializer(list_services="")]), timeout=10))
+            list(invoke(iter([serializer(list_services="")]), timeout=10, metadata=metadata))
         elif method.server_streaming:
-            stream = invoke(serializer(), timeout=10)
+            stream = invoke(serializer(), timeout=10, metadata=metadata)
             next(stream)
             stream.cancel()
         else:
-            invoke(serializer(), timeout=10)
+            invoke(serializer(), timeout=10, metadata=metadata)
     except grpc.RpcError as error:
         return refusal_of(error)
     return None
@@ -197,6 +212,54 @@ def test_a_call_without_one_valid_token_is_refused(
 
     assert (found.code, found.reason) == (grpc.StatusCode.UNAUTHENTICATED, "CALLER_UNKNOWN")
     assert found.message == message
+
+
+NEED_A_CALLER = [path for path, roles in EXPECTED.items() if "nobody" not in roles]
+NO_ONE = {
+    "two callers": [f"Bearer {token_of('operator')}", f"Bearer {token_of('viewer')}"],
+    "a valid one twice": [f"Bearer {token_of('operator')}"] * 2,
+    "a valid one, then nonsense": [f"Bearer {token_of('operator')}", "x"],
+    "two in one value": [f"Bearer {token_of('operator')}, Bearer {token_of('operator')}"],
+    "spaces": [f"Bearer  {token_of('operator')}"],
+    "no scheme": [token_of("operator")],
+    "empty": [""],
+    "long": ["Bearer " + "a" * 3000],
+    "its upper case": [f"Bearer {token_of('operator').upper()}"],
+}
+BESIDE = (
+    ("authorization-bin", b"\xff\0" + token_of("operator").encode()),
+    ("x-authorization", f"Bearer {token_of('operator')}"),
+    ("cookie", f"authorization=Bearer {token_of('operator')}"),
+    ("grpc-trace-bin", b"\xff" * 40),
+    ("traceparent", "00-" + "g" * 32 + "-zz-ff"),
+    ("x-odd", "a" * 2000),
+)
+"""Metadata that are no credentials. Some have the token of an operator."""
+ANSWERED = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.INTERNAL}
+"""Requests that cannot be parsed: by this service, and by the health and reflection of gRPC."""
+
+
+def test_no_method_takes_odd_credentials_for_a_caller(connect: Connect) -> None:
+    for path, (name, values) in product(NEED_A_CALLER, NO_ONE.items()):
+        given = tuple(("authorization", value) for value in values)
+        found = refusal(connect("nobody"), path, metadata=given)
+        assert found is not None, (path, name)
+        assert (found.code, found.reason) == UNKNOWN, (path, name)
+
+
+def test_odd_metadata_and_requests_give_no_role_more_than_the_table_says(connect: Connect) -> None:
+    for path, role in product(EXPECTED, ("nobody", *ROLES)):
+        found = refusal(connect(role), path, metadata=BESIDE, raw=b"\xff\xff")
+        if role in EXPECTED[path]:
+            assert found is None or (found.code, found.reason) not in {UNKNOWN, DENIED}, (
+                path,
+                role,
+            )
+        else:
+            # Before the request is parsed: it is not valid.
+            assert found is not None, (path, role)
+            refused_as = UNKNOWN if role == "nobody" else DENIED
+            assert (found.code, found.reason) == refused_as, (path, role)
 
 
 def test_the_scheme_may_be_written_in_any_case(connect: Connect) -> None:
