@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 from typing import Final
 
 import grpc
+from runrecovery.v1 import recovery_service_pb2 as recovery_pb
 from runrecovery.v1 import run_pb2
 from runrecovery.v1 import run_service_pb2 as pb
-from support.api import Api, refused
+from support.api import Api, refusal_of, refused
 from support.service import Home
 from support.service_forker import run_command
 from support.stores import change, key_of
@@ -67,7 +70,83 @@ def test_an_operator_prunes_a_running_service(new_home: NewHome) -> None:
     assert watch_all(api, "young")[0].event.kind == run_pb2.RUN_EVENT_KIND_CREATED
 
 
+def test_runs_are_removed_while_callers_page_watch_and_create(new_home: NewHome) -> None:
+    home = new_home(max_concurrent=1, retention={"ended_runs": "2d"})
+    service, api = home.start()
+    api.create("resumable", {"hold": True}, run_id="holds")
+    ids = [f"run-{number:02}" for number in range(18)]
+    for run_id in ids:  # newest first in the list: run-17
+        api.create("resumable", run_id=run_id)
+        api.cancel(run_id)
+    service.stop()
+    old = {run_id for number, run_id in enumerate(ids) if number % 3}
+    for run_id in old:
+        make_old(home, run_id, hours=72)
+    service, api = home.start()
+    api.create("resumable", {"questions": [QUESTION]}, run_id="waits")
+    api.until_status("waits", "WAITING_USER")
+    paged = Paged(api)
+
+    over = Event()
+    with ThreadPoolExecutor(2) as beside:
+        watched = beside.submit(watch_all, api, "waits")
+        before = paged.next()
+        made = beside.submit(create_until, api, over)
+        before += paged.next()
+        prune = recovery_pb.PruneRequest()
+        while not api.recovery.Prune(prune, timeout=60).done:
+            pass
+        after = paged.rest()
+        api.reply("waits", 1, "done")
+        events = watched.result(timeout=60)
+        over.set()
+        created = made.result(timeout=60)
+
+    assert before == ["waits", "run-17", "run-16", "run-15", "run-14", "run-13"]
+    assert after == ["run-12", "run-09", "run-06", "run-03", "run-00", "holds"]
+    assert {run_id for run_id in ids if is_gone(api, run_id)} == old
+    assert events[-1].event.kind == run_pb2.RUN_EVENT_KIND_SUCCEEDED
+    assert [event.sequence for event in events] == [*range(1, len(events) + 1)]
+    assert not any(is_gone(api, run_id) for run_id in created)
+
+
+class Paged:
+    """Reads the list of runs page by page, three to a page."""
+
+    def __init__(self, api: Api) -> None:
+        self.api, self.token = api, ""
+
+    def next(self) -> list[str]:
+        request = pb.ListRunsRequest(page_size=3, page_token=self.token)
+        answer = self.api.runs.ListRuns(request, timeout=60)
+        self.token = answer.next_page_token
+        return [run.run_id for run in answer.runs]
+
+    def rest(self) -> list[str]:
+        found = self.next()
+        while self.token:
+            found += self.next()
+        return found
+
+
+def create_until(api: Api, over: Event) -> list[str]:
+    """Create and cancel runs."""
+    made: list[str] = []
+    while not over.is_set() and len(made) < 60:
+        made.append(api.create("resumable").run_id)
+        api.cancel(made[-1])
+    return made
+
+
+def is_gone(api: Api, run_id: str) -> bool:
+    try:
+        api.get(run_id)
+    except grpc.RpcError as error:
+        return refusal_of(error).reason == "RUN_NOT_FOUND"
+    return False
+
+
 def watch_all(api: Api, run_id: str) -> list[pb.WatchRunResponse]:
     """Return every event of an ended run."""
     request = pb.WatchRunRequest(run_id=run_id, after_sequence=0)
-    return list(api.runs.WatchRun(request, timeout=10))
+    return list(api.runs.WatchRun(request, timeout=60))
