@@ -1,8 +1,8 @@
 """What the service counts and times: every counter and histogram, in one place.
 
-Every room counts in plain numbers, whether or not metrics are on. `metrics/` turns the numbers into
-Prometheus' form when somebody scrapes. A counter or histogram is written by one thread only, except
-`SharedCounter`: so there is no lock on the event loop.
+Every package counts in plain numbers, whether or not metrics are on. `metrics/` turns the numbers
+into Prometheus' form when somebody scrapes. A counter or histogram is written by one thread only,
+except `SharedCounter`: so there is no lock on the event loop.
 """
 
 from __future__ import annotations

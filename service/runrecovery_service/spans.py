@@ -1,7 +1,7 @@
 """What the service reports to a trace: spans, without any tracing library.
 
-A room that gets a `Tracer` starts spans; while traces are off it gets none. `traces/` sends spans
-to a collector. No span has an input, an output, a reply, a session handle or a token.
+An object that gets a `Tracer` starts spans; while traces are off it gets none. `traces/` sends
+spans to a collector. No span has an input, an output, a reply, a session handle or a token.
 """
 
 from __future__ import annotations

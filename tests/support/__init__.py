@@ -1,1 +1,1 @@
-"""What several rooms of tests share."""
+"""What several folders of tests share."""

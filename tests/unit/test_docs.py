@@ -134,7 +134,8 @@ def test_every_configuration_key_is_documented_with_its_default() -> None:
 
 def test_the_pages_name_the_keys_that_a_reload_takes_over() -> None:
     sentence = re.search(
-        r"takes over changes of these keys at a .*: (.*)\. Every", _page("docs/configuration.md")
+        r"takes over changes of these keys at a [^:]*: ([^.]*)\. Every",
+        _page("docs/configuration.md"),
     )
     rows = _rows(_section(_page("docs/operations.md"), "## Reload"))
 

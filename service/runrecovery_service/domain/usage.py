@@ -67,7 +67,7 @@ class Usage:
         return replace(self._combine(part, -1), model=self.model)
 
     def at_least(self, floor: Usage) -> Usage:
-        """Return, for each number, the greater one of both. The model is that of this one."""
+        """Return the greater one of each two numbers, with the model of this usage."""
         costs = [cost for cost in (self.cost_nanos, floor.cost_nanos) if cost is not None]
         tokens = {name: max(getattr(self, name), getattr(floor, name)) for name in TOKEN_FIELDS}
         cost = max(costs, default=None)

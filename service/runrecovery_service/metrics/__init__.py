@@ -1,1 +1,1 @@
-"""What monitoring can read: the numbers of every room, on an address of their own."""
+"""What monitoring can read: the numbers of the service, on an address of their own."""
