@@ -27,7 +27,7 @@ from runrecovery_service.execution_setup import (
 from runrecovery_service.extras import demand_packages
 from runrecovery_service.lifecycle import Service, store_kept
 from runrecovery_service.listeners import Listeners
-from runrecovery_service.locks import ServiceLocks
+from runrecovery_service.locks import ServiceLocks, runs_dir
 from runrecovery_service.lost_commits import losses_noted
 from runrecovery_service.machine_limits import plan_open_files
 from runrecovery_service.ownership import (
@@ -100,7 +100,7 @@ def serve(settings: Settings, load: Callable[[], Settings]) -> None:
         db = open_database(settings.database, locks.data_dir, locks=locks.locks)
         try:
             demand_known_words(db, settings.instance)
-            demand_own_store(db, locks.data_dir)
+            demand_own_store(db, runs_dir(settings, locks.data_dir))
             if settings.database_direct:
                 open_direct(settings.database_direct, db)
             with (

@@ -1,4 +1,4 @@
-"""Ties a data directory to its store: only the integer key of a run says which folder is its own.
+"""Ties folders of runs to their store: only the integer key of a run says which folder is its own.
 
 With another database, the folders of living runs would be those of ended or unknown runs.
 """
@@ -10,7 +10,6 @@ import secrets
 from pathlib import Path
 from typing import Final
 
-from runrecovery_service.agents.workspaces import Workspaces
 from runrecovery_service.domain.start_errors import DataDirRefused
 from runrecovery_service.process.safe_open import read_start
 from runrecovery_service.storage.database import Database
@@ -26,8 +25,8 @@ ANOTHER: Final = (
 )
 
 
-def demand_own_store(db: Database, data_dir: Path) -> None:
-    """Record in the data directory which store its runs are in, or check that.
+def demand_own_store(db: Database, runs: Path) -> None:
+    """Record in the folder of the runs which store they are in, or check that.
 
     Raises:
         DataDirRefused: the folders of runs belong to another store, or the system refuses access.
@@ -35,7 +34,7 @@ def demand_own_store(db: Database, data_dir: Path) -> None:
     """
     with refusing(db.name):
         own = store_id(db, new=secrets.token_hex(16))
-    place = Workspaces(data_dir).runs / STORE_FILE
+    place = runs / STORE_FILE
     try:
         found = _read(place)
         if not found:
@@ -47,13 +46,13 @@ def demand_own_store(db: Database, data_dir: Path) -> None:
         raise DataDirRefused(str(place), ANOTHER)
 
 
-def foreign_folders(store: str | None, data_dir: Path) -> str | None:
+def foreign_folders(store: str | None, runs: Path) -> str | None:
     """Return why a start would find the folders of another store, None if it would not.
 
     Args:
         store: the id of the store; None: it has none yet.
     """
-    place = Workspaces(data_dir).runs / STORE_FILE
+    place = runs / STORE_FILE
     try:
         found = _read(place)
     except OSError as error:

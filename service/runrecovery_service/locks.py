@@ -22,25 +22,46 @@ LOCK_NAME: Final = "lock"
 
 
 def prepare_data_dir(settings: Settings) -> Path:
-    """Return the absolute path of the data directory, which is created if it does not exist.
+    """Return the absolute path of the data directory; create it, and `runs_dir` if that is set.
 
     Raises:
         DataDirRefused: the directory cannot be created or written to.
         DatabaseRefused: the configured path cannot have a SQLite store.
     """
     data_dir = paths.absolute(settings.data_dir)
-    if reason := paths.directory_problem(data_dir):
-        raise DataDirRefused(paths.shown(data_dir), reason)
+    _demand_usable(data_dir)
     database = sqlite_file(settings, data_dir)
     if database is not None and (reason := paths.database_problem(database, data_dir)):
         raise DatabaseRefused(paths.shown(database), reason)
-    try:
-        paths.make_directory(data_dir)
-    except OSError as error:
-        raise DataDirRefused(str(data_dir), error.strerror or "cannot be made") from error
-    if others := paths.others_who_may_write(data_dir):
-        log.warning("service.data_dir_shared", place=str(data_dir), writable_by=others)
+    for place in (data_dir, *([runs_dir(settings, data_dir)] if settings.runs_dir else [])):
+        _make(place)
+        if others := paths.others_who_may_write(place):
+            log.warning("service.data_dir_shared", place=str(place), writable_by=others)
     return data_dir
+
+
+def _demand_usable(place: Path) -> None:
+    if reason := paths.directory_problem(place):
+        raise DataDirRefused(paths.shown(place), reason)
+
+
+def _make(place: Path) -> None:
+    _demand_usable(place)
+    try:
+        paths.make_directory(place)
+    except OSError as error:
+        raise DataDirRefused(str(place), error.strerror or "cannot be made") from error
+
+
+def runs_dir(settings: Settings, data_dir: Path) -> Path:
+    """Return the absolute path of the folder with the folders of the runs.
+
+    Raises:
+        DataDirRefused: the path is relative, and the working directory was removed.
+    """
+    if not settings.runs_dir:
+        return data_dir / "runs"
+    return paths.absolute(Path(settings.runs_dir))
 
 
 def sqlite_file(settings: Settings, data_dir: Path) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from runrecovery_service import paths
@@ -19,7 +20,7 @@ from runrecovery_service.domain.start_errors import (
 )
 from runrecovery_service.engine_setup import environment_of
 from runrecovery_service.extras import missing_packages
-from runrecovery_service.locks import ServiceLocks, sqlite_file
+from runrecovery_service.locks import ServiceLocks, runs_dir, sqlite_file
 from runrecovery_service.machine_limits import open_cgroup_parent, plan_open_files
 from runrecovery_service.process.agent_command import launch_problem
 from runrecovery_service.process.probe import prove_containment
@@ -102,15 +103,14 @@ def check_notes(settings: Settings) -> list[str]:
 
 
 def _data_dir_notes(settings: Settings) -> list[str]:
-    try:
-        data_dir = paths.absolute(settings.data_dir)
-        others = paths.others_who_may_write(data_dir)
-    except (
-        DataDirRefused,
-        OSError,
-    ):  # `check` reports the problem, or the directory does not exist yet
-        return []
-    return [] if others is None else [f"{data_dir}: may also be changed by {others}"]
+    notes = []
+    for configured in (settings.data_dir, *([Path(settings.runs_dir)] if settings.runs_dir else [])):
+        # `check` reports a problem, or the directory does not exist yet.
+        with suppress(DataDirRefused, OSError):
+            place = paths.absolute(configured)
+            if others := paths.others_who_may_write(place):
+                notes.append(f"{place}: may also be changed by {others}")
+    return notes
 
 
 def _metrics_notes(settings: Settings) -> list[str]:
@@ -131,14 +131,16 @@ def _open_files_problems(settings: Settings) -> list[str]:
 def _store_problems(settings: Settings) -> list[str]:
     try:
         data_dir = paths.absolute(settings.data_dir)
-        path = sqlite_file(settings, data_dir)
+        path, runs = sqlite_file(settings, data_dir), runs_dir(settings, data_dir)
     except DataDirRefused as error:
         return [str(error)]
-    problems = []
-    if reason := paths.directory_problem(data_dir):
-        problems.append(f"{paths.shown(data_dir)}: {reason}")
+    problems = [
+        f"{paths.shown(place)}: {reason}"
+        for place in (data_dir, *([runs] if settings.runs_dir else []))
+        if (reason := paths.directory_problem(place))
+    ]
     if path is None:
-        problems += _postgresql_problems(settings, data_dir)
+        problems += _postgresql_problems(settings, runs)
     elif problems and path.parent == data_dir:
         pass  # without the directory nothing is known of the file
     elif reason := paths.database_problem(path, data_dir):
@@ -146,19 +148,19 @@ def _store_problems(settings: Settings) -> list[str]:
     elif path.exists():
         damaged = integrity_problems(path)
         problems += damaged
-        if not damaged and (reason := foreign_folders(sqlite_store_id(path), data_dir)):
+        if not damaged and (reason := foreign_folders(sqlite_store_id(path), runs)):
             problems.append(reason)
     elif install_marker(path).exists():
         problems.append(f"{path}: is gone; restore a backup")
-    elif reason := foreign_folders(None, data_dir):
+    elif reason := foreign_folders(None, runs):
         problems.append(reason)
     return problems
 
 
-def _postgresql_problems(settings: Settings, data_dir: Path) -> list[str]:
+def _postgresql_problems(settings: Settings, runs: Path) -> list[str]:
     if problems := postgresql_problems(settings.database, settings.database_direct):
         return problems
-    reason = foreign_folders(postgresql_store_id(settings.database), data_dir)
+    reason = foreign_folders(postgresql_store_id(settings.database), runs)
     return [] if reason is None else [reason]
 
 

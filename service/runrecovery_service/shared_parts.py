@@ -22,7 +22,7 @@ from runrecovery_service.engine_setup import build_catalog
 from runrecovery_service.execution.found_ends import EndFinder
 from runrecovery_service.execution.running_turns import RunningTurns
 from runrecovery_service.execution.tree_deadline import TreeDeadline
-from runrecovery_service.locks import ServiceLocks
+from runrecovery_service.locks import ServiceLocks, runs_dir
 from runrecovery_service.lost_commits import noted_loss
 from runrecovery_service.machine_limits import open_cgroup_parent
 from runrecovery_service.meters import Meters
@@ -83,7 +83,7 @@ class SharedParts:
         start_grpc()
         self._claim()
         self.catalog = build_catalog(settings)
-        self.workspaces = Workspaces(locks.data_dir)
+        self.workspaces = Workspaces(runs_dir(settings, locks.data_dir))
         self.output = OutputFiles(self.workspaces, max_bytes=settings.max_output_bytes)
         self.ends = EndFinder(
             catalog=self.catalog,

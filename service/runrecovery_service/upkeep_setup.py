@@ -21,7 +21,11 @@ def build_disk_floor(parts: SharedParts, dispatcher: Dispatcher) -> DiskFloor | 
         return None
     file = sqlite_file(parts.settings, parts.locks.data_dir)
     return DiskFloor(
-        places=(parts.locks.data_dir, *([] if file is None else [file.parent])),
+        places=(
+            parts.locks.data_dir,
+            *([parts.workspaces.runs] if parts.settings.runs_dir else []),
+            *([] if file is None else [file.parent]),
+        ),
         min_free_bytes=parts.settings.min_free_bytes,
         gate=parts.gate,
         dispatcher=dispatcher,

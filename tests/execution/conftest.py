@@ -296,7 +296,7 @@ async def running_execution(
             )
             for name, (profile, command) in ENGINES.items()
         ]
-        catalog, clock, workspaces = Catalog([*engines, *more]), Clock(), Workspaces(path)
+        catalog, clock, workspaces = Catalog([*engines, *more]), Clock(), Workspaces(path / "runs")
         output = OutputFiles(workspaces, max_bytes=1 << 20)
         store = LoopStore(storage, asyncio.get_running_loop())
         launcher = Launcher(

@@ -75,7 +75,7 @@ class Attempt:
     """The files of one attempt, as a service and its shim leave them."""
 
     def __init__(self, place: Path) -> None:
-        self.workspaces = Workspaces(place)
+        self.workspaces = Workspaces(place / "runs")
         self.workspaces.prepare(1, 1, fresh=True)
         self.output = OutputFiles(self.workspaces, max_bytes=1 << 20)
         self.journal = self.workspaces.shim_journal(1, 1, 1)

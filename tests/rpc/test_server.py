@@ -161,7 +161,7 @@ def deps(storage: FakeStorage, workspaces: Workspaces) -> tuple[RunDeps, Recover
 
 @pytest.fixture
 async def served(tmp_path: Path) -> AsyncIterator[FakedServer]:
-    gate, storage, workspaces = Gate(), FakeStorage(), Workspaces(tmp_path)
+    gate, storage, workspaces = Gate(), FakeStorage(), Workspaces(tmp_path / "runs")
     run_deps, recovery_deps = deps(storage, workspaces)
     server = build_server(
         gate,
@@ -199,7 +199,7 @@ def reason(error: grpc.aio.AioRpcError) -> str:
 
 
 async def test_taken_port_is_refused(served: FakedServer, tmp_path: Path) -> None:
-    run_deps, recovery_deps = deps(served.storage, Workspaces(tmp_path))
+    run_deps, recovery_deps = deps(served.storage, Workspaces(tmp_path / "runs"))
     second = build_server(
         Gate(),
         run_deps=run_deps,
@@ -536,7 +536,7 @@ async def test_removed_socket_is_bound_again_after_it_could_not_be_checked(
 ) -> None:
     folder, aside = tmp_path / "f", tmp_path / "g"
     folder.mkdir()
-    run_deps, recovery_deps = deps(FakeStorage(), Workspaces(tmp_path))
+    run_deps, recovery_deps = deps(FakeStorage(), Workspaces(tmp_path / "runs"))
     server = build_server(
         Gate(),
         run_deps=run_deps,
@@ -564,7 +564,7 @@ async def until(holds: Callable[[], bool]) -> None:
 
 
 async def test_idle_connection_makes_room_for_another(tmp_path: Path) -> None:
-    run_deps, recovery_deps = deps(FakeStorage(), Workspaces(tmp_path))
+    run_deps, recovery_deps = deps(FakeStorage(), Workspaces(tmp_path / "runs"))
     server = build_server(
         Gate(),
         run_deps=run_deps,

@@ -264,6 +264,21 @@ def test_only_the_owner_can_read_the_data_directory(new_home: Callable[..., Home
     assert status_word(run) == "SUCCEEDED"
 
 
+def test_the_folders_of_runs_lie_below_runs_dir_and_are_of_its_owner_only(
+    new_home: Callable[..., Home], tmp_path: Path
+) -> None:
+    place = tmp_path / "volume" / "runs"
+    home = new_home(runs_dir=str(place))
+    _, api = home.start()
+    run = api.until_ended(api.create("resumable", {}).run_id)
+
+    names = {str(path.relative_to(place)) for path in place.rglob("*")}
+    assert {".store", "1/1/workspace", "1/1/stdout.log"} <= names
+    assert mode_of(place) == "0o700"
+    assert not (home.data / "runs").exists()
+    assert status_word(run) == "SUCCEEDED"
+
+
 def test_only_the_owner_can_read_the_cookie_of_a_launch(home: Home, api: Api) -> None:
     run = api.create("sticky", {"questions": [QUESTION]})
     api.until_status(run.run_id, "WAITING_USER")

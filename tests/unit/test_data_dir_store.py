@@ -31,9 +31,9 @@ def test_a_first_start_adopts_the_folders_and_later_starts_find_them(
 ) -> None:
     (data_dir / "runs" / "7" / "1").mkdir(parents=True)
 
-    demand_own_store(database, data_dir)
+    demand_own_store(database, data_dir / "runs")
     adopted = (data_dir / "runs" / ".store").read_text()
-    demand_own_store(database, data_dir)
+    demand_own_store(database, data_dir / "runs")
 
     assert (data_dir / "runs" / ".store").read_text() == adopted
     assert len(adopted) == 33
@@ -43,24 +43,24 @@ def test_the_folders_of_another_store_refuse_the_start(
     new_database: NewDatabase, tmp_path: Path, data_dir: Path
 ) -> None:
     first, second = new_database(tmp_path / "first"), new_database(tmp_path / "second")
-    demand_own_store(first, data_dir)
+    demand_own_store(first, data_dir / "runs")
 
     with pytest.raises(
         DataDirRefused, match=r"/runs/\.store: names another database: .* move runs/"
     ):
-        demand_own_store(second, data_dir)
+        demand_own_store(second, data_dir / "runs")
 
-    demand_own_store(first, data_dir)
+    demand_own_store(first, data_dir / "runs")
     (tmp_path / "away").mkdir()
     shutil.move(data_dir / "runs", tmp_path / "away" / "runs")
-    demand_own_store(second, data_dir)
+    demand_own_store(second, data_dir / "runs")
     ids = [(folder / "runs" / ".store").read_text() for folder in (tmp_path / "away", data_dir)]
     assert ids[0] != ids[1]
 
 
 def test_a_restored_backup_keeps_its_folders(data_dir: Path, tmp_path: Path) -> None:
     db = open_database("", data_dir)
-    demand_own_store(db, data_dir)
+    demand_own_store(db, data_dir / "runs")
     db.close()
     copy = tmp_path / "copy.db"
     backup_sqlite(data_dir / "runrecovery.db", copy)
@@ -70,7 +70,7 @@ def test_a_restored_backup_keeps_its_folders(data_dir: Path, tmp_path: Path) -> 
 
     restored = open_database("", data_dir)
 
-    demand_own_store(restored, data_dir)
+    demand_own_store(restored, data_dir / "runs")
     restored.close()
 
 
@@ -78,7 +78,7 @@ def test_a_check_finds_what_a_start_refuses(data_dir: Path, tmp_path: Path) -> N
     files = {name: tmp_path / f"{name}.db" for name in ("own", "other")}
     for name, file in files.items():
         db = open_database(f"sqlite:///{file}", data_dir)
-        demand_own_store(db, data_dir if name == "own" else tmp_path)
+        demand_own_store(db, (data_dir if name == "own" else tmp_path) / "runs")
         db.close()
 
     assert checked(f"sqlite:///{files['own']}", data_dir) == []
@@ -90,7 +90,7 @@ def test_a_check_finds_what_a_start_on_postgresql_refuses(
     postgresql_url: str, data_dir: Path
 ) -> None:
     db = open_database(postgresql_url, data_dir)
-    demand_own_store(db, data_dir)
+    demand_own_store(db, data_dir / "runs")
     assert checked(postgresql_url, data_dir) == []
 
     db.execute("UPDATE store_identity SET store_id = 'x'")
@@ -118,11 +118,11 @@ def checked(url: str, data_dir: Path) -> list[str]:
 def test_an_id_that_was_not_written_to_its_end_is_written_again(
     database: Database, data_dir: Path
 ) -> None:
-    demand_own_store(database, data_dir)
+    demand_own_store(database, data_dir / "runs")
     whole = (data_dir / "runs" / ".store").read_text()
     (data_dir / "runs" / ".store").write_text(whole[:7])
 
-    demand_own_store(database, data_dir)
+    demand_own_store(database, data_dir / "runs")
 
     assert (data_dir / "runs" / ".store").read_text() == whole
 
@@ -134,4 +134,4 @@ def test_a_pipe_in_the_place_of_the_id_refuses_the_start_at_once(
     os.mkfifo(data_dir / "runs" / ".store")
 
     with pytest.raises(DataDirRefused, match="not a regular file"):
-        demand_own_store(database, data_dir)
+        demand_own_store(database, data_dir / "runs")

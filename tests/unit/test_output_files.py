@@ -29,7 +29,7 @@ def files_on_a_small_disk(
         return written
 
     monkeypatch.setattr(output, "os", SimpleNamespace(**{**vars(os), "write": write}))
-    workspaces = Workspaces(path)
+    workspaces = Workspaces(path / "runs")
     workspaces.prepare(1, 1, fresh=True)
     return OutputFiles(workspaces, max_bytes=max_bytes)
 

@@ -1,9 +1,9 @@
 """Where the files of each attempt lie.
 
-<data_dir>/runs/<run key>/<attempt>/workspace/      the agent's own folder, 0700
-<data_dir>/runs/<run key>/<attempt>/stdout.log      and stderr.log, 0600 (`output.py`)
-<data_dir>/runs/<run key>/<attempt>/permissions/    the files of the permission hook, 0700
-<data_dir>/runs/<run key>/<attempt>/shim-<turn>.log the journal of a launch, 0600
+<runs_dir>/<run key>/<attempt>/workspace/      the agent's own folder, 0700
+<runs_dir>/<run key>/<attempt>/stdout.log      and stderr.log, 0600 (`output.py`)
+<runs_dir>/<run key>/<attempt>/permissions/    the files of the permission hook, 0700
+<runs_dir>/<run key>/<attempt>/shim-<turn>.log the journal of a launch, 0600
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from pathlib import Path
 
 
 class Workspaces:
-    """The folders of all attempts below one data directory."""
+    """The folders of all attempts below `runs`."""
 
-    def __init__(self, data_dir: Path) -> None:
-        self.runs = data_dir / "runs"
+    def __init__(self, runs: Path) -> None:
+        self.runs = runs
 
     def attempt(self, run_key: int, attempt: int) -> Path:
         """Return the folder that holds everything of an attempt; it may not exist yet."""

@@ -268,6 +268,7 @@ class Settings:
         metrics_listen: HOST:PORT where Prometheus reads metrics, in plaintext. Empty: no metrics.
         data_dir: outputs, workspaces, the lock, and the SQLite database unless `database` names
             another place.
+        runs_dir: the folders of the runs; empty: `runs` in `data_dir`.
         database: empty: SQLite in `data_dir`; else `postgresql://…` or `sqlite:///path`.
         database_direct: a `postgresql://…` URL of the same database that leads around a pooler.
         instance: the name of this copy of the service; a start recovers the runs of its name.
@@ -322,6 +323,7 @@ class Settings:
     probe_listen: Annotated[str, values.tcp_listen] = ""
     metrics_listen: Annotated[str, values.tcp_listen] = ""
     data_dir: Annotated[Path, values.path] = Path("./runrecovery-data")
+    runs_dir: Annotated[str, values.text] = ""
     database: Annotated[str, values.database] = field(default="", repr=False)
     database_direct: Annotated[str, values.database_direct] = field(default="", repr=False)
     instance: Annotated[str, values.name] = "default"
