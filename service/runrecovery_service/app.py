@@ -40,7 +40,7 @@ from runrecovery_service.process.open_files import OpenFiles
 from runrecovery_service.process.probe import prove_containment
 from runrecovery_service.process.watermark import watermark_bits
 from runrecovery_service.recovery.plan import Planner
-from runrecovery_service.recovery_setup import build_recovery
+from runrecovery_service.recovery_setup import build_recovery, build_takeovers
 from runrecovery_service.reload import ReloadablePart, Reloader
 from runrecovery_service.reload_setup import reloadable_parts
 from runrecovery_service.rpc.listen_address import parse_listen_address
@@ -139,6 +139,7 @@ def _service(parts: SharedParts, entrance: Entrance, load: Callable[[], Settings
     launcher = build_launcher(parts)
     dispatcher = build_dispatcher(parts, launcher)
     retention = build_retention(parts)
+    recovery = build_recovery(parts)
     ownership = _ownership(parts, dispatcher)
     lease = ownership.lease
     parts.db.guard(lease.demand_current, acknowledged=lease.commits.note)
@@ -164,8 +165,10 @@ def _service(parts: SharedParts, entrance: Entrance, load: Callable[[], Settings
             metrics=metrics,
         ),
         ownership=ownership,
-        recovery_runner=build_recovery(parts),
-        work=build_background_work(parts, launcher, dispatcher, retention),
+        recovery_runner=recovery,
+        work=build_background_work(
+            parts, launcher, dispatcher, retention, build_takeovers(parts, dispatcher, recovery)
+        ),
     )
 
 

@@ -19,7 +19,8 @@ from runrecovery_service.machine_limits import agent_share
 from runrecovery_service.shared_parts import SharedParts
 from runrecovery_service.upkeep_setup import build_disk_floor
 
-if TYPE_CHECKING:  # not imported where retention is off
+if TYPE_CHECKING:  # not imported where they are off
+    from runrecovery_service.recovery.takeover import TakeoverLoop
     from runrecovery_service.retention.sweep import RetentionSweep
 
 
@@ -72,6 +73,7 @@ def build_background_work(
     launcher: Launcher,
     dispatcher: Dispatcher,
     retention: RetentionSweep | None,
+    takeovers: TakeoverLoop | None,
 ) -> BackgroundWork:
     """Return what works beside the calls."""
     return BackgroundWork(
@@ -83,7 +85,7 @@ def build_background_work(
             turns=parts.turns,
             stop_signal=parts.stop,
         ),
-        sweeps=_sweeps(parts, launcher, dispatcher, retention),
+        sweeps=_sweeps(parts, launcher, dispatcher, retention, takeovers),
         webhooks=parts.webhooks,
         threads=parts.threads,
     )
@@ -94,6 +96,7 @@ def _sweeps(
     launcher: Launcher,
     dispatcher: Dispatcher,
     retention: RetentionSweep | None,
+    takeovers: TakeoverLoop | None,
 ) -> list[Sweep]:
     stragglers = StragglerSweep(
         storage=parts.storage,
@@ -107,6 +110,11 @@ def _sweeps(
     disk_floor = build_disk_floor(parts, dispatcher)
     grace_s = parts.settings.cancel_grace_s
     return [
+        *(
+            []
+            if takeovers is None
+            else [Sweep(name="takeover", sweeper=takeovers, in_safe_mode=False)]
+        ),
         Sweep(name="stragglers", sweeper=stragglers, stop_grace_s=grace_s),
         Sweep(name="trust", sweeper=trust),
         *([] if disk_floor is None else [Sweep(name="disk", sweeper=disk_floor)]),

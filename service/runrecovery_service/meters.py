@@ -45,6 +45,10 @@ class Counter:
         """Count one, or many."""
         self.values[labels] = self.values.get(labels, 0) + many
 
+    def add_many(self, count: int, *labels: str) -> None:
+        """Count several at once."""
+        self.values[labels] = self.values.get(labels, 0) + count
+
     def show_zero(self, *labels: str) -> None:
         """Show 0 until the first is counted: Prometheus does not see a series begin with 1."""
         self.values.setdefault(labels, 0)
@@ -129,6 +133,14 @@ class Meters:
             "Tries of deliveries to webhooks.",
             "webhook",
             "outcome",
+        )
+        self.takeovers = Counter(
+            "runrecovery_takeovers_total", "Takeovers of dead instances.", "outcome"
+        )
+        self.takeover_runs = Counter(
+            "runrecovery_takeover_runs_total",
+            "Decisions of completed takeovers on runs of dead instances.",
+            "rule",
         )
         self.storage_seconds = Histogram(
             "runrecovery_storage_duration_seconds",

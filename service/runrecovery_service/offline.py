@@ -104,7 +104,8 @@ def check_notes(settings: Settings) -> list[str]:
 
 def _data_dir_notes(settings: Settings) -> list[str]:
     notes = []
-    for configured in (settings.data_dir, *([Path(settings.runs_dir)] if settings.runs_dir else [])):
+    runs = [Path(settings.runs_dir)] if settings.runs_dir else []
+    for configured in (settings.data_dir, *runs):
         # `check` reports a problem, or the directory does not exist yet.
         with suppress(DataDirRefused, OSError):
             place = paths.absolute(configured)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from runrecovery_service.agents.end_launches import LaunchEnder
 from runrecovery_service.config.settings import Settings
 from runrecovery_service.domain.reconciliation import Cause
+from runrecovery_service.execution.dispatcher import Dispatcher
 from runrecovery_service.periodic import Backoff
 from runrecovery_service.recovery.killed_usage import KilledUsage
 from runrecovery_service.recovery.reconcile import Leftovers, Recovery, RecoveryLimits
 from runrecovery_service.recovery_runner import RECOVERY_BACKOFF_MOST_S, RecoveryRunner
 from runrecovery_service.shared_parts import SharedParts
 from runrecovery_service.stop_signal import StopSignal
+
+if TYPE_CHECKING:
+    from runrecovery_service.recovery.takeover import TakeoverLoop
 
 
 def build_recovery(parts: SharedParts) -> RecoveryRunner:
@@ -54,6 +59,35 @@ def build_recovery(parts: SharedParts) -> RecoveryRunner:
         stop=parts.stop,
         tries=settings.recovery_tries,
         backoff=Backoff(settings.recovery_backoff_s, RECOVERY_BACKOFF_MOST_S),
+    )
+
+
+def build_takeovers(
+    parts: SharedParts, dispatcher: Dispatcher, runner: RecoveryRunner
+) -> TakeoverLoop | None:
+    """Return what takes over dead instances, where a store has several."""
+    if not parts.storage.is_shared:
+        return None
+    # Imported here: a start on SQLite needs none of it.
+    from runrecovery_service.recovery.takeover import TakeoverLoop  # noqa: PLC0415
+    from runrecovery_service.storage.takeover import TakeoverRules  # noqa: PLC0415
+
+    host, settings = parts.host, parts.settings
+    here = (host.host_id, host.boot_id, host.pid_namespace)
+    return TakeoverLoop(
+        storage=parts.storage,
+        rules=TakeoverRules(
+            owner=parts.owner,
+            shares_workspaces=settings.shared_workspaces,
+            lease_ttl_s=settings.lease_ttl_s,
+            host_return_s=settings.host_return_s,
+        ),
+        recovery=replace(runner.at_start, cause=Cause.TAKEOVER),
+        engines=lambda: parts.catalog.names,
+        is_here=lambda launch: (launch.host_id, launch.boot_id, launch.pid_namespace) == here,
+        on_taken=dispatcher.check_queue,
+        meters=parts.meters,
+        stop_signal=parts.stop,
     )
 
 

@@ -15,7 +15,14 @@ from runrecovery_service.domain.deadline import Due, SteadyTime
 from runrecovery_service.domain.found_end import FoundEnd
 from runrecovery_service.domain.plan import RecoveryPlan
 from runrecovery_service.domain.reconciliation import Cause
-from runrecovery_service.domain.recovery_matrix import MATRIX, QUARANTINE_RULE, Fact, Rule, decide
+from runrecovery_service.domain.recovery_matrix import (
+    MATRIX,
+    NOTHING,
+    QUARANTINE_RULE,
+    Fact,
+    Rule,
+    decide,
+)
 from runrecovery_service.domain.run import (
     TERMINAL,
     ErrorCode,
@@ -37,9 +44,18 @@ from runrecovery_service.storage.recovery_scope import ApplyScope
 
 LIVE: Final = tuple(status for status in RunStatus if status not in TERMINAL)
 PROFILES: Final = (*Profile, None)
-FACTS: Final = tuple(Fact(bits) for bits in range(2 ** len(Fact)))
+OF_START: Final = tuple(Fact(bits) for bits in range(Fact.ELSEWHERE.value))
+OF_TAKEOVER: Final = tuple(
+    facts | elsewhere
+    for facts in (Fact(bits) for bits in range(Fact.RESULT.value))
+    for elsewhere in (Fact.ELSEWHERE, Fact.ELSEWHERE | Fact.HOST_LOST)
+    if Fact.HANDLE in facts
+)
+"""A takeover that lacks the session has no output to read either."""
 Case = tuple[RunStatus, Profile | None, Fact]
-EVERYTHING: Final = tuple(product(LIVE, PROFILES, FACTS))
+AT_START: Final = tuple(product(LIVE, PROFILES, OF_START))
+IN_TAKEOVER: Final = tuple(product(LIVE, PROFILES, OF_TAKEOVER))
+EVERYTHING: Final = AT_START + IN_TAKEOVER
 EXCLUSIVE: Final = (
     Fact.PENDING | Fact.REPLY, Fact.REQUEUE | Fact.RESUME, Fact.RESULT | Fact.QUESTION,
     Fact.RESULT | Fact.OVER_BUDGET, Fact.QUESTION | Fact.OVER_BUDGET,
@@ -62,7 +78,7 @@ def can_be_stored(facts: Fact) -> bool:
     return Fact.RESUME in facts or not facts & OF_RESUME
 
 
-CAN_BE_STORED: Final = tuple(case for case in EVERYTHING if can_be_stored(case[2]))
+CAN_BE_STORED: Final = tuple(case for case in AT_START if can_be_stored(case[2]))
 NOW: Final = datetime(2026, 11, 24, tzinfo=UTC)
 REOPEN: Final = Due(at=NOW, clock="boot", us=1)
 
@@ -75,7 +91,7 @@ def test_every_unfinished_run_has_exactly_one_first_rule() -> None:
 
 
 def test_every_rule_is_first_for_some_run() -> None:
-    assert set(MATRIX) == {decide(*case) for case in CAN_BE_STORED}
+    assert set(MATRIX) == {decide(*case) for case in CAN_BE_STORED + IN_TAKEOVER}
 
 
 def test_every_decision_is_a_legal_transition() -> None:
@@ -83,7 +99,7 @@ def test_every_decision_is_a_legal_transition() -> None:
 
 
 def test_no_rule_decides_an_ended_run() -> None:
-    for status, profile, facts in product(TERMINAL, PROFILES, FACTS):
+    for status, profile, facts in product(TERMINAL, PROFILES, OF_START):
         with pytest.raises(ValueError, match="no rule"):
             decide(status, profile, facts)
 
@@ -92,6 +108,7 @@ def test_no_rule_decides_an_ended_run() -> None:
 def test_the_parts_of_a_rule_agree(rule: Rule) -> None:
     assert (rule.error is not None) == (rule.becomes is RunStatus.FAILED)
     assert rule.keeps <= (rule.becomes not in TERMINAL)
+    assert rule.stays == (Fact.ELSEWHERE in rule.needs)
     assert (rule.state is RecoveryState.RECOVERED_WAITING) == (
         rule.becomes is RunStatus.WAITING_USER
     )
@@ -150,6 +167,8 @@ def store(db: Database, owner: Owner, cases: tuple[Case, ...]) -> None:
 
 def insert(db: Database, table: str, rows: list[dict[str, object]]) -> None:
     """Insert rows that have the same columns, many by one statement."""
+    if not rows:
+        return
     columns = ", ".join(rows[0])
     for some in (rows[at : at + ROWS] for at in range(0, len(rows), ROWS)):
         marks = ", ".join(f"({', '.join('?' for _ in row)})" for row in some)
@@ -263,6 +282,49 @@ def test_sql_and_python_decide_alike(database: Database) -> None:
     assert [expected(case) for case in CAN_BE_STORED] == became
 
 
+def needs_its_session(status: RunStatus, profile: Profile | None, facts: Fact) -> bool:
+    """Return whether the next turn of a run resumes a session."""
+    if Fact.HANDLE not in facts:
+        return False
+    if status is RunStatus.WAITING_USER:
+        return profile is Profile.RESUMABLE and Fact.PENDING in facts
+    return Fact.RESUME_LEFT in facts or (profile is Profile.RESUMABLE and Fact.REPLY in facts)
+
+
+@pytest.mark.parametrize("elsewhere", [Fact.ELSEWHERE, Fact.ELSEWHERE | Fact.HOST_LOST])
+def test_in_a_takeover_sql_and_python_decide_alike_and_runs_keep_the_owner_of_their_session(
+    database: Database, elsewhere: Fact
+) -> None:
+    cases = tuple(case for case in CAN_BE_STORED if not case[2] & IN_OUTPUT)
+    dead = owner_of(database)
+    store(database, dead, cases)
+    dead = owner_of(database)
+    scope = ApplyScope(
+        owner=Owner("rescuer", 7, ""),
+        before=dead.epoch,
+        taken_from=dead,
+        reconciliation_key=1,
+        reopen=REOPEN,
+        now=NOW,
+        steady=SteadyTime("boot-1", 0),
+        elsewhere=elsewhere,
+    )
+    batch = recovery_apply.next_batch(database, scope, after=0, rows=100_000)
+    assert batch is not None
+
+    recovery_apply.apply_batch(database, scope, batch, report=lambda db, tally: None)
+
+    became = database.fetch_all(
+        "SELECT r.recovery_reason, e.facts, r.status, r.owner, r.owner_epoch"
+        " FROM run r JOIN recovery_event e ON e.run = r.id ORDER BY r.id"
+    )
+    for (status, profile, stored), got in zip(cases, became, strict=True):
+        facts = stored | (elsewhere if needs_its_session(status, profile, stored) else NOTHING)
+        rule = decide(status, profile, facts)
+        owner = ("default", 2) if rule.stays else ("rescuer", 7)
+        assert tuple(got) == (rule.name, facts.value, rule.becomes.value, *owner)
+
+
 def test_a_restart_does_what_its_plan_said(database: Database) -> None:
     before = owner_of(database)
     store(database, before, CAN_BE_STORED)
@@ -320,6 +382,6 @@ def test_every_applied_rule_is_counted(database: Database) -> None:
     )
 
     rules = [decide(*case) for case in CAN_BE_STORED]
-    assert {rule.name: rules.count(rule) for rule in MATRIX} == tally.decisions
+    assert Counter(rule.name for rule in rules) == tally.decisions
     assert len(CAN_BE_STORED) == tally.scanned
     assert [tally] == tallies

@@ -138,6 +138,7 @@ def test_a_migration_keeps_everything_that_the_first_version_stored(
         ("interaction", "wait_deadline_at", None),
         ("reconciliation", "cause", "STARTUP"),
         ("reconciliation", "containment", None),
+        ("reconciliation", "recovered_instance", None),
         ("reconciliation", "trust_removals", None),
         *(
             ("process_lease", name, None)

@@ -21,6 +21,7 @@ from runrecovery_service.storage import (
     run_pages,
     runs,
     session_checks,
+    stale_bindings,
 )
 from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.database import Database
@@ -451,12 +452,12 @@ def test_sessions_and_questions_of_ended_runs_are_cleared(store: ServiceStore) -
     store.set(ended, session_value="left", session_type="demo")
     store.db.execute("UPDATE interaction SET state = 'OPEN'")
 
-    tally = recovery_apply.clear_stale_bindings(store.db, store.owner)
+    tally = stale_bindings.clear_stale_bindings(store.db, store.owner)
 
     assert (tally.sessions, tally.questions) == (1, 1)
     assert store.get(alive) == alive
     assert None is store.column(ended, "session_value")
-    assert Tally() == recovery_apply.clear_stale_bindings(store.db, store.owner)
+    assert Tally() == stale_bindings.clear_stale_bindings(store.db, store.owner)
 
 
 def test_sessions_to_check_are_paged_by_engine_and_their_verdicts_decide(
@@ -487,14 +488,12 @@ def test_decisions_of_a_batch_are_listed_up_to_a_limit(store: ServiceStore) -> N
     assert batch is not None
     recovery_apply.apply_batch(store.db, scope, batch, report=lambda db, tally: None)
 
-    told = recovery_apply.decisions_of_batch(store.db, scope.reconciliation_key, batch, limit=3)
+    told = decisions.decisions_of_batch(store.db, scope.reconciliation_key, batch, limit=3)
 
     assert [(run.run_id, rule) for run, rule in zip(made, REASONS, strict=True)][:3] == [
         (row[0], row[1]) for row in told
     ]
-    assert (
-        recovery_apply.decisions_of_batch(store.db, scope.reconciliation_key, batch, limit=0) == []
-    )
+    assert decisions.decisions_of_batch(store.db, scope.reconciliation_key, batch, limit=0) == []
 
 
 def test_live_runs_are_found_by_an_index_without_a_table_scan(store: ServiceStore) -> None:
@@ -516,7 +515,7 @@ def test_live_runs_are_found_by_an_index_without_a_table_scan(store: ServiceStor
     store.db = Explaining(store.db.peewee, store.db.dialect, store.db.name)
 
     store.apply_recovery()
-    recovery_apply.clear_stale_bindings(store.db, store.owner)
+    stale_bindings.clear_stale_bindings(store.db, store.owner)
 
     tables = "run|r|interaction|i|recovery_event|e|process_lease"
     walk = re.compile(rf"SCAN ({tables})\b|SEARCH (run|r) USING INTEGER PRIMARY KEY \(rowid>")

@@ -22,6 +22,7 @@ from runrecovery_service.storage import (
     reopening,
     reports,
     session_checks,
+    stale_bindings,
     trust,
     turn_ends,
     turn_starts,
@@ -172,7 +173,7 @@ WRITES: dict[str, Callable[[Prepared], object]] = {
     "a report that ends": lambda p: p.report.complete(p.store.db),
     "reports of the dead": lambda p: reports.close_abandoned(p.store.db),
     "decisions": _converge,
-    "bindings": lambda p: recovery_apply.clear_stale_bindings(p.store.db, p.store.owner),
+    "bindings": lambda p: stale_bindings.clear_stale_bindings(p.store.db, p.store.owner),
     "checks of sessions": lambda p: session_checks.record_findings(
         p.store.db, p.scope, {p.asked.key: SessionFinding(SessionVerdict.INVALID, None)}
     ),

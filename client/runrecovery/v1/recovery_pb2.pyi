@@ -36,6 +36,10 @@ class _ReconciliationTriggerEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[
     """A planned stop. It decides what the next start would otherwise decide, so that
     callers see the decisions at once.
     """
+    RECONCILIATION_TRIGGER_TAKEOVER: _ReconciliationTrigger.ValueType  # 3
+    """Another instance on the same PostgreSQL database was dead: its lease had run out.
+    The instance that noticed it decided on the runs of the dead one.
+    """
 
 class ReconciliationTrigger(_ReconciliationTrigger, metaclass=_ReconciliationTriggerEnumTypeWrapper):
     """What started a reconciliation."""
@@ -47,6 +51,10 @@ RECONCILIATION_TRIGGER_STARTUP: ReconciliationTrigger.ValueType  # 1
 RECONCILIATION_TRIGGER_SHUTDOWN: ReconciliationTrigger.ValueType  # 2
 """A planned stop. It decides what the next start would otherwise decide, so that
 callers see the decisions at once.
+"""
+RECONCILIATION_TRIGGER_TAKEOVER: ReconciliationTrigger.ValueType  # 3
+"""Another instance on the same PostgreSQL database was dead: its lease had run out.
+The instance that noticed it decided on the runs of the dead one.
 """
 Global___ReconciliationTrigger: _TypeAlias = ReconciliationTrigger  # noqa: Y015
 
@@ -368,6 +376,7 @@ class Reconciliation(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     CONTAINMENT_FIELD_NUMBER: _builtins.int
     TRUST_REMOVALS_FIELD_NUMBER: _builtins.int
+    RECOVERED_INSTANCE_FIELD_NUMBER: _builtins.int
     reconciliation_id: _builtins.str
     """OUTPUT_ONLY. Its id."""
     instance: _builtins.str
@@ -375,7 +384,7 @@ class Reconciliation(_message.Message):
     epoch: _builtins.int
     """OUTPUT_ONLY. That instance's boot counter."""
     trigger: Global___ReconciliationTrigger.ValueType
-    """OUTPUT_ONLY. Whether a start or a planned stop caused the recovery."""
+    """OUTPUT_ONLY. Whether a start, a planned stop or a takeover caused the recovery."""
     state: Global___ReconciliationState.ValueType
     """OUTPUT_ONLY. Its progress."""
     quarantined: _builtins.int
@@ -394,6 +403,10 @@ class Reconciliation(_message.Message):
     """
     error: _builtins.str
     """OUTPUT_ONLY. Why the recovery FAILED; empty in other states."""
+    recovered_instance: _builtins.str
+    """OUTPUT_ONLY. In a takeover the dead instance, on whose runs `instance` decided; otherwise
+    empty.
+    """
     @_builtins.property
     def started_at(self) -> _timestamp_pb2.Timestamp:
         """OUTPUT_ONLY. When it began."""
@@ -427,7 +440,7 @@ class Reconciliation(_message.Message):
     @_builtins.property
     def containment(self) -> Global___Containment:
         """OUTPUT_ONLY. What the containment probe of this start proved; absent until the probe
-        has ended, and in the report of a stop.
+        has ended, and in the report of a stop or a takeover.
         """
 
     @_builtins.property
@@ -459,10 +472,11 @@ class Reconciliation(_message.Message):
         error: _builtins.str = ...,
         containment: Global___Containment | None = ...,
         trust_removals: _abc.Iterable[Global___TrustRemoval] | None = ...,
+        recovered_instance: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["bindings", b"bindings", "containment", b"containment", "finished_at", b"finished_at", "orphans", b"orphans", "started_at", b"started_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bindings", b"bindings", "containment", b"containment", "decisions", b"decisions", "epoch", b"epoch", "error", b"error", "finished_at", b"finished_at", "instance", b"instance", "orphans", b"orphans", "phases", b"phases", "quarantined", b"quarantined", "reconciliation_id", b"reconciliation_id", "runs_scanned", b"runs_scanned", "runs_total", b"runs_total", "runs_unchanged", b"runs_unchanged", "safe_mode", b"safe_mode", "started_at", b"started_at", "state", b"state", "trigger", b"trigger", "trust_removals", b"trust_removals", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bindings", b"bindings", "containment", b"containment", "decisions", b"decisions", "epoch", b"epoch", "error", b"error", "finished_at", b"finished_at", "instance", b"instance", "orphans", b"orphans", "phases", b"phases", "quarantined", b"quarantined", "reconciliation_id", b"reconciliation_id", "recovered_instance", b"recovered_instance", "runs_scanned", b"runs_scanned", "runs_total", b"runs_total", "runs_unchanged", b"runs_unchanged", "safe_mode", b"safe_mode", "started_at", b"started_at", "state", b"state", "trigger", b"trigger", "trust_removals", b"trust_removals", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -404,6 +404,7 @@ def describe_report(report: recovery_pb2.Reconciliation) -> str:
         ("state", word(report, "state") + (" (safe mode)" if report.safe_mode else "")),
         ("error", report.error),
         ("instance", f"{report.instance}, epoch {report.epoch}"),
+        *([("took over", report.recovered_instance)] if report.recovered_instance else []),
         ("started", time(report.started_at)),
         ("finished", time(report.finished_at)),
         (

@@ -241,6 +241,11 @@ def contradictions(settings: Settings, places: Mapping[str, str]) -> Iterator[st
         has_certificates = settings.tls and settings.tls.client_auth is ClientAuth.REQUIRE
         if caller.certificate_name is not None and not has_certificates:
             yield f'{place}.certificate_name: needs tls.client_auth = "require"'
+    if settings.shared_workspaces and not (
+        settings.runs_dir and settings.database.startswith("postgres")
+    ):
+        place = places.get("shared_workspaces", "shared_workspaces")
+        yield f"{place}: needs runs_dir, which all instances share, and a PostgreSQL database"
     if settings.orphan_deadline_s < settings.orphan_grace_s:
         place = places.get("orphan_deadline_s") or places.get("orphan_grace_s", "orphan_grace_s")
         yield (

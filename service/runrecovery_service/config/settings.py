@@ -293,6 +293,10 @@ class Settings:
         orphan_grace_s: from SIGTERM to SIGKILL for processes of earlier epochs.
         orphan_deadline_s: time to kill all of them together; survivors are reported. A planned
             stop has this time after `cancel_grace_s` for the processes of its own epoch.
+        shared_workspaces: every instance on the PostgreSQL database has the same `runs_dir` and the
+            same homes of agent CLIs, so that a takeover can go on with sessions.
+        host_return_s: without it, how long runs wait for the host of a dead instance that has their
+            session.
         recovery_batch_rows: most runs that one transaction decides.
         recovery_batch_s: target duration of one such transaction.
         recovery_tries: failed recoveries after which the service exits.
@@ -344,6 +348,8 @@ class Settings:
     stop_grace_s: Annotated[float, values.seconds(0, 3_600)] = 5.0
     orphan_grace_s: Annotated[float, values.seconds(0, 3_600)] = 2.0
     orphan_deadline_s: Annotated[float, values.seconds(0.1, 3_600)] = 10.0
+    shared_workspaces: Annotated[bool, values.boolean] = False
+    host_return_s: Annotated[float, values.seconds(1, 365 * _DAY_S)] = _DAY_S
     recovery_batch_rows: Annotated[int, values.whole(1, 1_000_000)] = 20_000
     recovery_batch_s: Annotated[float, values.seconds(0.01, 60)] = 0.5
     recovery_tries: Annotated[int, values.whole(1, 1_000)] = 5

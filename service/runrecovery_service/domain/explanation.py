@@ -101,6 +101,8 @@ def _is_used(fact: Fact, decision: RecordedDecision) -> bool:
     """Return whether a rule for such a run uses the fact."""
     if fact in _OF_OUTPUT:
         return decision.info.status_before is RunStatus.RUNNING
+    if fact in _OF_TAKEOVER:
+        return Fact.ELSEWHERE in decision.facts
     return fact not in _OF_RESUME or decision.restart_policy is RestartPolicy.RESUME
 
 
@@ -190,6 +192,18 @@ def _over_budget(_: RecordedDecision, held: bool) -> str:  # noqa: FBT001
     return "No question was found in the output of a run that has used up its budget."
 
 
+def _elsewhere(_: RecordedDecision, held: bool) -> str:  # noqa: FBT001
+    if held:
+        return "The instance was dead, and the files of the session are on its host."
+    return "The next turn needed no session whose files are on the host of a dead instance."
+
+
+def _host_lost(_: RecordedDecision, held: bool) -> str:  # noqa: FBT001
+    if held:
+        return "The host had not returned within host_return_s after the takeover."
+    return "host_return_s had not passed since the takeover."
+
+
 def _end_in_output(end: str, *, held: bool) -> str:
     if held:
         return f"The shim had recorded exit code 0, and the whole output was kept: it has a {end}."
@@ -214,9 +228,13 @@ _SOURCES: Final[Mapping[Fact, Callable[[RecordedDecision, bool], str]]] = Mappin
         Fact.RESULT: _result,
         Fact.QUESTION: _question,
         Fact.OVER_BUDGET: _over_budget,
+        Fact.ELSEWHERE: _elsewhere,
+        Fact.HOST_LOST: _host_lost,
     }
 )
 _OF_RESUME: Final = Fact.RESUME | Fact.RESUME_LEFT | Fact.RESTART_LEFT
 """The facts that only the rules of the restart policy RESUME use."""
 _OF_OUTPUT: Final = Fact.RESULT | Fact.QUESTION | Fact.OVER_BUDGET
 """The facts that only rules for RUNNING runs use."""
+_OF_TAKEOVER: Final = Fact.ELSEWHERE | Fact.HOST_LOST
+"""The facts that are true only in a takeover."""

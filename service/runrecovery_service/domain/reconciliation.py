@@ -16,6 +16,8 @@ class Cause(StrEnum):
     STARTUP = "STARTUP"
     SHUTDOWN = "SHUTDOWN"
     """A planned stop, which makes the decisions that the next start would make."""
+    TAKEOVER = "TAKEOVER"
+    """An instance decides on the runs of another one, whose lease has run out."""
 
 
 class ContainmentLevel(StrEnum):
@@ -152,11 +154,12 @@ class TrustClearing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reconciliation:
-    """The report of one restart, complete or still in progress.
+    """The report of one recovery, complete or still in progress.
 
     `runs_scanned` of `runs_total` are decided; `runs_unchanged` of these kept the decision of an
     earlier restart. `decisions` are in the order of the matrix. `containment` is None until the
-    probe has ended, and in the report of a stop. `trust_removals` are the first 100.
+    probe has ended, and in the report of a stop or takeover. `trust_removals` are the first 100.
+    `recovered_instance` is the instance that was taken over; None: `instance` itself.
     """
 
     reconciliation_id: str
@@ -179,6 +182,7 @@ class Reconciliation:
     containment: Containment | None
     error: str | None
     trust_removals: tuple[TrustRemoval, ...] = ()
+    recovered_instance: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

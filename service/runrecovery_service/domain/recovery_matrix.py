@@ -39,6 +39,10 @@ class Fact(Flag):
     """The process had exited with 0, and its question lies complete in the kept output."""
     OVER_BUDGET = auto()
     """As QUESTION, but the run has used up its budget, so that no turn may follow."""
+    ELSEWHERE = auto()
+    """The next turn resumes a session, whose files are on the host of an instance that is dead."""
+    HOST_LOST = auto()
+    """As ELSEWHERE, and that host did not return within `host_return_s`."""
 
 
 NOTHING: Final = Fact(0)
@@ -63,6 +67,7 @@ class Rule:
             because no process can use them.
         reopenable: the run failed only because its session is lost. Its question and handle are
             kept for a while, so that ReopenRun can reopen the run.
+        stays: in a takeover the run keeps its owner, because only the owner's host has its session.
         because: one sentence: the message of the run's error, and the text of the docs.
     """
 
@@ -76,6 +81,7 @@ class Rule:
     state: RecoveryState
     keeps: bool = False
     reopenable: bool = False
+    stays: bool = False
     because: str
 
     def matches(self, status: RunStatus, profile: Profile | None, facts: Fact) -> bool:
@@ -97,6 +103,8 @@ BUDGET_RULE: Final = "budget_used_up"
 
 RESUMED_RULE: Final = "interrupted_turn_resumed"
 """The recovery_reason of a run whose next turn resumes its session with a notice."""
+QUEUED_FOR_HOST_RULE: Final = "queued_for_its_host"
+"""The recovery_reason of a run whose next turn waits for the host that has its session."""
 
 MATRIX: Final[tuple[Rule, ...]] = (
     Rule(
@@ -106,6 +114,40 @@ MATRIX: Final[tuple[Rule, ...]] = (
         becomes=RunStatus.CANCELED,
         state=RecoveryState.CANCELED_RECONCILED,
         because="A cancel was accepted before the restart. A cancel wins over every other end.",
+    ),
+    Rule(
+        name="host_did_not_return",
+        statuses=_LIVE,
+        needs=Fact.ELSEWHERE | Fact.HOST_LOST,
+        becomes=RunStatus.FAILED,
+        error=ErrorCode.SESSION_RESUME_FAILED,
+        state=RecoveryState.FAILED_RECONCILED,
+        reopenable=True,
+        stays=True,
+        because="The session of the run is on the host of a dead instance, and that host did not"
+        " return within host_return_s.",
+    ),
+    Rule(
+        name="waiting_for_its_host",
+        statuses=(RunStatus.WAITING_USER,),
+        needs=Fact.ELSEWHERE,
+        becomes=RunStatus.WAITING_USER,
+        state=RecoveryState.RECOVERED_WAITING,
+        keeps=True,
+        stays=True,
+        because="The session of the run is on the host of a dead instance. A reply is accepted, and"
+        " delivered once that instance has started again.",
+    ),
+    Rule(
+        name=QUEUED_FOR_HOST_RULE,
+        statuses=(RunStatus.QUEUED, RunStatus.RUNNING),
+        needs=Fact.ELSEWHERE,
+        becomes=RunStatus.QUEUED,
+        state=RecoveryState.RECOVERED_QUEUED,
+        keeps=True,
+        stays=True,
+        because="The session of the run is on the host of a dead instance. The next turn resumes it"
+        " once that instance has started again.",
     ),
     Rule(
         name=RESULT_RULE,

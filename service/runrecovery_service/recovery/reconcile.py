@@ -1,7 +1,8 @@
-"""The order of a recovery: at a start, and for its own epoch at a planned stop.
+"""The order of a recovery: at a start, at a planned stop for its own epoch, and in a takeover.
 
 A crash may cut off any step; the next start then does the step again. A planned stop does steps 1
-to 5 and commits its report, so that its next start finds nothing to decide.
+to 5 and commits its report, so that its next start finds nothing to decide. A takeover does steps 1
+to 3 for the runs of a dead instance, while this service serves.
 
 0. Adopt what another instance name left in a SQLite store. The steps below then cover it.
 1. Kill orphans, before any state changes: an orphan may still write to a run that is about to fail.
@@ -20,6 +21,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Final, Protocol
@@ -36,12 +38,14 @@ from runrecovery_service.domain.reconciliation import (
     TrustClearing,
     TrustRemoval,
 )
+from runrecovery_service.domain.recovery_matrix import NOTHING, Fact
 from runrecovery_service.domain.start_errors import RecoveryInterrupted
 from runrecovery_service.process.ending import Ending
 from runrecovery_service.recovery import report_warnings
 from runrecovery_service.recovery.bulk_session_check import BulkSessionCheck, changed_findings
 from runrecovery_service.recovery.find_end import FindEnd, find_no_end
 from runrecovery_service.recovery.killed_usage import KilledUsage, with_counted
+from runrecovery_service.recovery.recovery_log import identity, log_completed, log_decisions
 from runrecovery_service.recovery.report import ReportBuilder
 from runrecovery_service.recovery.status import RecoveryStatus
 from runrecovery_service.stop_signal import StopSignal
@@ -54,6 +58,7 @@ from runrecovery_service.storage import (
     recovery_apply,
     reports,
     session_checks,
+    stale_bindings,
     webhook_outbox,
 )
 from runrecovery_service.storage.adoption import Adopted
@@ -144,13 +149,33 @@ class Leftovers:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recovery:
-    """The recovery of one start, or of one planned stop.
+class DeadInstance:
+    """The instance whose runs a takeover decides on.
 
     Attributes:
-        cause: the start or the planned stop.
+        owner: the instance, with the epoch of the takeover.
+        demand_current: begins each transaction that decides, and raises once the instance has come
+            back.
+        is_here: whether a launch was on this boot of this host.
+        elsewhere: what is true of runs whose next turn resumes a session, if the sessions of the
+            instance cannot be read here; else nothing.
+    """
+
+    owner: Owner
+    demand_current: Callable[[Database], object]
+    is_here: Callable[[LaunchRecord], bool]
+    elsewhere: Fact
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recovery:
+    """The recovery of one start, of one planned stop, or of one takeover.
+
+    Attributes:
+        cause: the start, the planned stop or the takeover.
         stop: interrupts the recovery.
         tracer: gets the spans of the recovery; None: traces are off.
+        dead: the instance that is taken over; None: no takeover.
     """
 
     owner: Owner
@@ -160,11 +185,17 @@ class Recovery:
     stop: StopSignal
     leftovers: Leftovers
     tracer: Tracer | None = None
+    dead: DeadInstance | None = None
+
+    @property
+    def recovered(self) -> Owner:
+        """The instance on whose runs the recovery decides."""
+        return self.owner if self.dead is None else self.dead.owner
 
     @property
     def before_epoch(self) -> int:
         """The epoch below which the recovery decides on runs and kills processes."""
-        return self.owner.epoch + (1 if self.cause is Cause.SHUTDOWN else 0)
+        return self.recovered.epoch + (1 if self.cause is Cause.SHUTDOWN else 0)
 
     def run(self, db: Database, status: RecoveryStatus) -> Reconciliation:
         """Recover, and return the completed report. This blocks.
@@ -182,6 +213,7 @@ class Recovery:
             cause=self.cause,
             safe_mode=self._is_safe_mode(db),
             clock=self.clock,
+            recovered_instance=None if self.dead is None else self.dead.owner.instance,
         )
         report.open(db)
         if status.lost_commits is not None:
@@ -198,23 +230,24 @@ class Recovery:
         status.report_id = report.reconciliation_id
         log.info(
             "recovery.started",
-            **_identity(report),
+            **identity(report),
             cause=report.cause.value,
             safe_mode=report.safe_mode,
         )
         try:
-            self._reconcile(db, report)
-            if status.probe is not None:
-                with report.phase("containment"):
-                    report.containment = status.probe.result()
-            completed = report.complete(db)
+            with self._guarded(db):
+                self._reconcile(db, report)
+                if status.probe is not None:
+                    with report.phase("containment"):
+                        report.containment = status.probe.result()
+                completed = report.complete(db)
         except Exception as error:
             self._fail(db, report, error)
             raise
         status.report = completed
         if report.spans is not None:
             report.spans.completed(completed)
-        _log_completed(report, completed)
+        log_completed(report, completed)
         return completed
 
     def _reconcile(self, db: Database, report: ReportBuilder) -> None:
@@ -225,18 +258,13 @@ class Recovery:
             self._forget_removed_webhooks(db)
         with report.phase("orphans"):
             self._end_orphans(db, report)
-        scope = ApplyScope(
-            owner=self.owner,
-            before=self.before_epoch,
-            reconciliation_key=report.key,
-            reopen=self.clock.due_in(self.limits.reopen_window_s),
-            now=self.clock.now(),
-            steady=self.clock.steady(),
-        )
+        scope = self._scope(report)
+        are_files_here = not scope.elsewhere  # of sessions and of kept output
         with report.phase("sessions"):
-            self._check_sessions(db, report, scope)
+            if are_files_here:
+                self._check_sessions(db, report, scope)
         with report.phase("converge"):
-            turns = found_ends.open_turns(db, scope)
+            turns = found_ends.open_turns(db, scope) if are_files_here else []
             found = self._find_ends(turns)
             counted = (
                 self.leftovers.usage.count(turns, found, self.stop) if self.leftovers.usage else {}
@@ -245,16 +273,35 @@ class Recovery:
             others = {key: used for key, used in counted.items() if key not in found}
             self._decide_runs(db, report, replace(scope, found=found, counted=others))
         with report.phase("bindings"):
-            report.tally += recovery_apply.clear_stale_bindings(db, self.owner)
+            report.tally += stale_bindings.clear_stale_bindings(db, self.recovered)
+        if self.dead is not None:
+            return  # the sweeps of this service remove trust entries, and deadlines have moved
         with report.phase("trust"):
             self._clear_trust(db, report)
         if is_start:
             with report.phase("deadlines"):
                 self._rearm_deadlines(db, report)
 
+    def _guarded(self, db: Database) -> AbstractContextManager[object]:
+        if self.dead is None:
+            return nullcontext()
+        return db.guarded_by(self.dead.demand_current)
+
+    def _scope(self, report: ReportBuilder) -> ApplyScope:
+        return ApplyScope(
+            owner=self.owner,
+            before=self.before_epoch,
+            taken_from=None if self.dead is None else self.dead.owner,
+            reconciliation_key=report.key,
+            reopen=self.clock.due_in(self.limits.reopen_window_s),
+            now=self.clock.now(),
+            steady=self.clock.steady(),
+            elsewhere=NOTHING if self.dead is None else self.dead.elsewhere,
+        )
+
     def _is_safe_mode(self, db: Database) -> bool:
         limits = self.limits
-        if not limits.safe_mode_after or self.cause is Cause.SHUTDOWN:
+        if not limits.safe_mode_after or self.cause is not Cause.STARTUP:
             return False
         since = self.clock.now() - timedelta(seconds=limits.safe_mode_window_s)
         unfinished = reports.count_unfinished_starts(db, self.owner, since)
@@ -263,13 +310,13 @@ class Recovery:
     def _fail(self, db: Database, report: ReportBuilder, error: Exception) -> None:
         interrupted = isinstance(error, RecoveryInterrupted)
         reason = reports.INTERRUPTED if interrupted else type(error).__name__
-        log.error("recovery.failed", **_identity(report), error=reason)
+        log.error("recovery.failed", **identity(report), error=reason)
         if report.spans is not None:
             report.spans.failed(reason)
         try:
             report.fail(db, reason)
         except Exception:  # noqa: BLE001 - the store may have failed; the next start closes the report
-            log.warning("recovery.report_not_closed", **_identity(report))
+            log.warning("recovery.report_not_closed", **identity(report))
 
     # -- adoption ------------------------------------------------------------------------------
 
@@ -281,7 +328,7 @@ class Recovery:
         for previous in adoption.adopt(db, self.owner, record=record, stopping=self.stop.is_set):
             log.warning(
                 "recovery.adopted",
-                **_identity(report),
+                **identity(report),
                 previous_instance=previous.instance,
                 runs=previous.runs,
                 launches=previous.launches,
@@ -296,15 +343,21 @@ class Recovery:
     # -- orphans -------------------------------------------------------------------------------
 
     def _end_orphans(self, db: Database, report: ReportBuilder) -> None:
-        launches = launch_records.unclosed_launches(db, self.owner, before=self.before_epoch)
+        launches = launch_records.unclosed_launches(db, self.recovered, before=self.before_epoch)
+        if self.dead is not None:
+            unclosed, launches = launches, list(filter(self.dead.is_here, launches))
+            if away := len(unclosed) - len(launches):
+                report.warnings.append(report_warnings.launches_elsewhere(away))
         if not launches:
             return
         endings = self.leftovers.launches.end(launches)
         ended = [(launch, _ended(endings[launch.key])) for launch in launches]
         launch_records.close_all(db, ended, now=self.clock.now(), reconciliation_key=report.key)
+        if self.dead is not None:
+            launch_records.take_unended(db, launches, self.owner)
         for launch in launches:
             for reason in endings[launch.key].refused:
-                log.warning("recovery.orphan_refused", **_identity(report), run_id=launch.run_id)
+                log.warning("recovery.orphan_refused", **identity(report), run_id=launch.run_id)
                 report.warnings.append(report_warnings.orphan_refused(launch.run_id, reason))
         report.orphans = OrphanCounts(
             found=sum(ending.found for ending in endings.values()),
@@ -351,7 +404,7 @@ class Recovery:
         try:
             clearing = self.leftovers.trust.remove_stale_on(db, report.record_removals, is_over)
         except Exception as error:  # noqa: BLE001 - no file of an agent CLI may prevent a start
-            log.warning("trust.not_cleared", **_identity(report), **error_facts(error))
+            log.warning("trust.not_cleared", **identity(report), **error_facts(error))
             clearing = TrustClearing(failures=(type(error).__name__,))
         report.warnings.extend(map(report_warnings.trust_entry_kept, clearing.warnings))
 
@@ -363,11 +416,17 @@ class Recovery:
             db, self.owner, now=self.clock.now(), steady=self.clock.steady()
         )
         if count:
-            log.info("recovery.deadlines_rearmed", **_identity(report), runs=count)
+            log.info("recovery.deadlines_rearmed", **identity(report), runs=count)
 
     # -- decisions -----------------------------------------------------------------------------
 
     def _decide_runs(self, db: Database, report: ReportBuilder, scope: ApplyScope) -> None:
+        """Decide on the runs in batches, by their keys.
+
+        A batch whose rows are locked for too long does not keep the others from their decisions.
+        Its error is raised at the end, and a later try decides on it.
+        """
+        busy: Exception | None = None
         report.runs_total = recovery_apply.count_runs(db, scope)
         report.write(db)
         rows, logged, after = self.limits.batch_rows, 0, 0
@@ -380,9 +439,12 @@ class Recovery:
                     db, scope, batch, report=report.write, on_commit=report.add
                 )
             except DRIVER_ERRORS as error:
-                if rows <= SMALLEST_BATCH or not isinstance(to_domain_error(error), StorageBusy):
+                if not isinstance(to_domain_error(error), StorageBusy):
                     raise
-                rows //= 2  # the batch took longer than the statement timeout of the database
+                if rows > SMALLEST_BATCH:
+                    rows //= 2  # the batch took longer than the statement timeout of the database
+                else:
+                    busy, after = busy or error, batch.last
                 continue
             rows = next_batch_rows(
                 rows,
@@ -392,14 +454,16 @@ class Recovery:
             )
             if report.spans is not None and tally.slots:
                 _report_cut_turns(db, report.spans, report.key, batch)
-            logged += _log_decisions(db, report, batch, limit=max(DECISIONS_LOGGED - logged, 0))
+            logged += log_decisions(db, report, batch, limit=max(DECISIONS_LOGGED - logged, 0))
             log.info(
                 "recovery.progress",
-                **_identity(report),
+                **identity(report),
                 runs_scanned=report.tally.scanned,
                 runs_total=report.runs_total,
             )
             after = batch.last
+        if busy is not None:
+            raise busy
 
 
 def next_batch_rows(rows: int, elapsed_s: float, *, most: int, batch_s: float) -> int:
@@ -420,48 +484,6 @@ def _ended(ending: Ending) -> LaunchEnd:
     )
 
 
-def _identity(report: ReportBuilder) -> dict[str, object]:
-    return {
-        "reconciliation_id": report.reconciliation_id,
-        "instance": report.owner.instance,
-        "epoch": report.owner.epoch,
-    }
-
-
-def _log_decisions(db: Database, report: ReportBuilder, batch: Batch, *, limit: int) -> int:
-    """Log the decisions of a batch, at most `limit`, and return how many."""
-    decided = recovery_apply.decisions_of_batch(db, report.key, batch, limit=limit)
-    for run_id, rule, status_before, status_after in decided:
-        log.info(
-            "recovery.run_decided",
-            **_identity(report),
-            run_id=run_id,
-            rule=rule,
-            status_before=status_before,
-            status_after=status_after,
-        )
-    return len(decided)
-
-
 def _report_cut_turns(db: Database, spans: RecoverySpans, report_key: int, batch: Batch) -> None:
     for turn in cut_turns.cut_turns(db, report_key, batch, limit=CUT_TURNS_REPORTED):
         spans.turn_cut(turn)
-
-
-def _log_completed(report: ReportBuilder, completed: Reconciliation) -> None:
-    log.info(
-        "recovery.completed",
-        **_identity(report),
-        cause=report.cause.value,
-        decisions={count.rule: count.count for count in completed.decisions},
-        runs_scanned=completed.runs_scanned,
-        runs_unchanged=completed.runs_unchanged,
-        quarantined=completed.quarantined,
-        orphans_ended=completed.orphans.ended,
-        orphans_refused=completed.orphans.refused,
-        seconds=round(sum(phase.duration_s for phase in completed.phases), 3),
-    )
-    if completed.safe_mode:
-        log.warning("recovery.safe_mode", **_identity(report))
-    for warning in completed.warnings:
-        log.warning("recovery.warning", **_identity(report), warning=warning)

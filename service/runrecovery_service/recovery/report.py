@@ -49,6 +49,7 @@ class ReportBuilder:
     safe_mode: bool
     clock: Clock
     spans: RecoverySpans | None = None
+    recovered_instance: str | None = None
     key: int = field(default=0, init=False)
     started_at: datetime = field(init=False)
     runs_total: int = field(default=0, init=False)
@@ -69,6 +70,7 @@ class ReportBuilder:
             cause=self.cause,
             safe_mode=self.safe_mode,
             now=self.started_at,
+            recovered_instance=self.recovered_instance,
         )
 
     @contextmanager
@@ -146,4 +148,5 @@ class ReportBuilder:
             containment=self.containment,
             error=None,
             trust_removals=self.trust_removals,
+            recovered_instance=self.recovered_instance,
         )

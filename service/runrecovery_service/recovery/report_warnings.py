@@ -23,6 +23,14 @@ def orphan_refused(run_id: str, reason: str) -> str:
     return f"run {run_id}: {reason}"
 
 
+def launches_elsewhere(count: int) -> str:
+    """Return the warning that launches of a dead instance are on another host."""
+    return (
+        f"{count} launches of the instance are on another host or boot; their records stay open"
+        " until the instance starts there again"
+    )
+
+
 def run_quarantined(run_id: str, reason: str) -> str:
     """Return the warning that no rule may decide on a run."""
     return f"run {run_id} is quarantined: {reason}"

@@ -124,6 +124,7 @@ TRIGGER_TO_PROTO: Final = MappingProxyType[Cause, recovery_pb2.ReconciliationTri
     {
         Cause.STARTUP: recovery_pb2.RECONCILIATION_TRIGGER_STARTUP,
         Cause.SHUTDOWN: recovery_pb2.RECONCILIATION_TRIGGER_SHUTDOWN,
+        Cause.TAKEOVER: recovery_pb2.RECONCILIATION_TRIGGER_TAKEOVER,
     }
 )
 

@@ -153,6 +153,7 @@ def fill_reconciliation(to: recovery_pb2.Reconciliation, report: Reconciliation)
     to.error = report.error or ""
     if report.containment is not None:
         fill_containment(to.containment, report.containment)
+    to.recovered_instance = report.recovered_instance or ""
     _fill_counts(to, report)
     to.trust_removals.extend(
         recovery_pb2.TrustRemoval(

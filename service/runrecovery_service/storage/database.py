@@ -51,6 +51,12 @@ class _RolledBack(threading.local):
     rows = 0
 
 
+class _ThreadGuard(threading.local):
+    """The check of the thread's transactions, beside that of all threads."""
+
+    check: Callable[[Database], object] | None = None
+
+
 class Database:
     """An open database. Each thread that uses it gets a connection of its own.
 
@@ -80,6 +86,7 @@ class Database:
         self._guard: Callable[[Database], object] | None = None
         self._note_acknowledged: Callable[[Any], object] | None = None
         self.direct: Database | None = None
+        self._thread_guard = _ThreadGuard()
         self.webhooks: tuple[WebhookFilter, ...] = ()
 
     def guard(
@@ -95,6 +102,15 @@ class Database:
                 committed.
         """
         self._guard, self._note_acknowledged = check, acknowledged
+
+    @contextlib.contextmanager
+    def guarded_by(self, check: Callable[[Database], object]) -> Iterator[None]:
+        """Begin the transactions of the calling thread with this check too, inside the context."""
+        self._thread_guard.check = check
+        try:
+            yield
+        finally:
+            self._thread_guard.check = None
 
     def mark_changed(self, run_key: int) -> None:
         """Record that the calling thread's transaction changes a run; the commit announces it."""
@@ -137,6 +153,8 @@ class Database:
         with self.peewee.transaction() as transaction:
             before, rolled_back = self._changes(), self._rolled_back.rows
             checked = None if self._guard is None else self._guard(self)
+            if self._thread_guard.check is not None:
+                self._thread_guard.check(self)
             yield
             has_changed = self._changes() != before
             count = self._count_commit() if has_changed and self._commits is not None else None

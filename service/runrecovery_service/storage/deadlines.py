@@ -19,6 +19,7 @@ from runrecovery_service.domain.turn import RUN_TIMEOUT
 from runrecovery_service.storage import instances, interactions, runs, use_case
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner
+from runrecovery_service.storage.recovery_scope import ApplyScope
 from runrecovery_service.storage.rows import to_us
 
 RUNS_PER_COMMIT: Final = 1000
@@ -51,35 +52,62 @@ def move_to_clock(db: Database, owner: Owner, *, now: datetime, steady: SteadyTi
     It takes several transactions. Until the end, no other code may set or apply a deadline of
     these runs.
     """
+    count = 0
+    while keys := _of_another_clock(db, owner, steady):
+        marks = ", ".join("?" for _ in keys)
+        with db.transaction():
+            count += _move(db, owner, f"id IN ({marks})", tuple(keys), now=now, steady=steady)
+    with db.transaction():
+        _limit_pauses(db, owner, "1 = 1", (), steady=steady)
+    return count
+
+
+def move_range(db: Database, scope: ApplyScope, *, first: int, last: int) -> None:
+    """Convert the deadlines of a batch to the current clock, in the caller's transaction."""
+    which, keys = "id BETWEEN ? AND ?", (first, last)
+    _move(db, scope.owner, which, keys, now=scope.now, steady=scope.steady)
+    _limit_pauses(db, scope.owner, which, keys, steady=scope.steady)
+
+
+def _move(
+    db: Database,
+    owner: Owner,
+    which: str,
+    params: tuple[object, ...],
+    *,
+    now: datetime,
+    steady: SteadyTime,
+) -> int:
     offset_us = steady.us - to_us(now)
     moved = ", ".join(
         # A deadline without a wall time counts as passed. Otherwise it would never pass.
         f"{column} = CASE WHEN {column} IS NOT NULL THEN COALESCE({_WALL[kind]} + ?, 0) END"
         for kind, column in _COLUMNS.items()
     )
-    count = 0
-    while keys := _of_another_clock(db, owner, steady):
-        marks = ", ".join("?" for _ in keys)
-        with db.transaction():
-            count += db.execute(
-                f"UPDATE run SET {moved}, due_clock = ? WHERE owner = ? AND id IN ({marks})"
-                " AND COALESCE(due_clock, '') <> ?",
-                (
-                    *(offset_us for _ in _COLUMNS),
-                    steady.clock,
-                    owner.instance,
-                    *keys,
-                    steady.clock,
-                ),
-            ).rowcount
-    # A wall clock that was set back must not prolong a pause.
-    longest_us = steady.us + round(LONGEST_DELAY_S * 1e6)
-    with db.transaction():
-        db.execute(
-            "UPDATE run SET resume_due_us = ? WHERE owner = ? AND resume_due_us > ?",
-            (longest_us, owner.instance, longest_us),
-        )
+    some = " OR ".join(f"{column} IS NOT NULL" for column in _COLUMNS.values())
+    count: int = db.execute(
+        f"UPDATE run SET {moved}, due_clock = ? WHERE owner = ? AND {which} AND ({some})"
+        " AND COALESCE(due_clock, '') <> ?",
+        (
+            *(offset_us for _ in _COLUMNS),
+            steady.clock,
+            owner.instance,
+            *params,
+            steady.clock,
+        ),
+    ).rowcount
     return count
+
+
+def _limit_pauses(
+    db: Database, owner: Owner, which: str, params: tuple[object, ...], *, steady: SteadyTime
+) -> None:
+    """Shorten pauses that a wall clock has prolonged that was set back."""
+    longest_us = steady.us + round(LONGEST_DELAY_S * 1e6)
+    db.execute(
+        f"UPDATE run SET resume_due_us = ? WHERE owner = ? AND {which} AND resume_due_us > ?",
+        (longest_us, owner.instance, *params, longest_us),
+    )
 
 
 def _of_another_clock(db: Database, owner: Owner, steady: SteadyTime) -> list[int]:

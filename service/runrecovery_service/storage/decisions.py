@@ -20,6 +20,7 @@ from runrecovery_service.storage import runs, tables
 from runrecovery_service.storage.database import Database, Row
 from runrecovery_service.storage.label_filter import filter_by_labels
 from runrecovery_service.storage.launch_records import orphans_from_json
+from runrecovery_service.storage.recovery_apply import Batch
 from runrecovery_service.storage.rows import (
     RECOVERY_COLUMNS,
     enum_from_text,
@@ -159,3 +160,20 @@ def _recovered_key(row: Row) -> tuple[int, ...]:
     if run.recovery is None:  # its report is gone; the row still needs a position
         return (0, run.key)
     return (to_us(run.recovery.recovered_at), run.key)
+
+
+def decisions_of_batch(
+    db: Database, reconciliation_key: int, batch: Batch, *, limit: int
+) -> list[tuple[str, str, str, str]]:
+    """Return (run_id, rule, status before, status after) of decisions in a batch, for the log."""
+    if limit <= 0:
+        return []
+    return db.fetch_all(
+        "SELECT r.run_id, e.rule, e.status_before, e.status_after"
+        " FROM run r JOIN recovery_event e ON e.run = r.id AND e.no = r.recovery_count"
+        # `+ 0` selects the index of recovered runs: the range may hold many long-ended runs.
+        " WHERE (r.id + 0) BETWEEN ? AND ? AND e.reconciliation = ? AND r.recovered_at >="
+        " (SELECT c.started_at FROM reconciliation c WHERE c.id = ?)"
+        " ORDER BY r.recovered_at, r.id LIMIT ?",
+        (batch.first, batch.last, reconciliation_key, reconciliation_key, limit),
+    )

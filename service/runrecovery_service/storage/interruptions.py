@@ -13,7 +13,7 @@ from runrecovery_service.domain.interruption import (
     InterruptionCause,
     resume_delay_s,
 )
-from runrecovery_service.domain.recovery_matrix import RESUMED_RULE
+from runrecovery_service.domain.recovery_matrix import QUEUED_FOR_HOST_RULE, RESUMED_RULE, Fact
 from runrecovery_service.domain.run import Interaction, InteractionState, Run, RunStatus
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.recovery_scope import ApplyScope
@@ -53,7 +53,9 @@ def record_batch(db: Database, scope: ApplyScope, *, first: int, last: int) -> N
         # An empty clock is none, so that the deadlines are converted by the wall clock.
         " due_clock = CASE WHEN COALESCE(due_clock, ?) = ? THEN ? ELSE '' END"
         " WHERE id IN (SELECT e.run FROM recovery_event e WHERE e.reconciliation = ?"
-        f" AND e.run BETWEEN ? AND ? AND e.rule = '{RESUMED_RULE}'"
+        f" AND e.run BETWEEN ? AND ? AND e.rule IN ('{RESUMED_RULE}', '{QUEUED_FOR_HOST_RULE}')"
+        # With a reply the next turn is no resumed one.
+        f" AND (e.facts & {Fact.REPLY.value}) = 0"
         f" AND e.status_before = '{RunStatus.RUNNING}')",
         (
             to_us(scope.now),

@@ -314,6 +314,17 @@ def unclosed_launches(db: Database, owner: Owner, *, before: int) -> list[Launch
     return [_record_from_row(row) for row in rows]
 
 
+def take_unended(db: Database, launches: Iterable[LaunchRecord], owner: Owner) -> None:
+    """Make `owner` sweep for the processes of launches that could not all be killed."""
+    with db.transaction():
+        for launch in launches:
+            db.execute(
+                "UPDATE process_lease SET instance = ?, epoch = ?"
+                f" WHERE {_IDENTITY} AND state = 'KILL_PENDING'",
+                (owner.instance, owner.epoch, *launch.identity),
+            )
+
+
 def launches_to_sweep(
     db: Database, owner: Owner, *, now: datetime, closed_within_s: float
 ) -> list[LaunchRecord]:

@@ -17,14 +17,14 @@ from typing import Final
 from runrecovery_service.domain.recovery_matrix import (
     MATRIX,
     QUARANTINE_RULE,
+    QUEUED_FOR_HOST_RULE,
     REOPENABLE,
     RESUMED_RULE,
 )
 from runrecovery_service.domain.run import Profile, RecoveryState, RunStatus
-from runrecovery_service.storage import found_ends, interruptions, webhook_outbox
+from runrecovery_service.storage import deadlines, found_ends, interruptions, webhook_outbox
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.driver_errors import DRIVER_ERRORS, to_domain_error
-from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.recovery_scope import ApplyScope, RecoveryScope
 from runrecovery_service.storage.recovery_sql import IN_RANGE, damage_sql, decisions_sql
 from runrecovery_service.storage.reports import own_reports
@@ -131,18 +131,34 @@ _APPLIED: Final = {
     "recovery_reason": "e.rule",
     "recovery_count": "e.no",
     "reconciliation": "e.reconciliation",
-    "owner_epoch": "?",
 }
+_STAYING: Final = sql_words(tuple(rule.name for rule in MATRIX if rule.stays))
 _EVENT: Final = (
     "FROM recovery_event e WHERE e.run = run.id AND e.no = run.recovery_count + 1"
     " AND e.reconciliation = ?"
 )
 
 
-def _apply_sql(dialect: SqlDialect, batch: Batch, *, all_decided: bool) -> str:
+def _new_owner(scope: ApplyScope, rule: str) -> tuple[dict[str, str], tuple[object, ...]]:
+    """Return the columns for the owner of a decided run as expressions, and their parameters.
+
+    Args:
+        rule: the column with the rule that decided.
+    """
+    to, dead = scope.owner, scope.taken_from
+    if dead is None:
+        return {"owner_epoch": "?"}, (to.epoch,)
+    which = f"CASE WHEN {rule} IN ({_STAYING}) THEN ? ELSE ? END"
+    values = (dead.epoch, to.epoch, dead.instance, to.instance)
+    return {"owner_epoch": which, "owner": which}, values
+
+
+def _apply_sql(
+    dialect: SqlDialect, batch: Batch, columns: dict[str, str], *, all_decided: bool
+) -> str:
     """Return the UPDATE that changes a batch's runs to what their newest event says.
 
-    Parameters: the recovery's epoch, report, first and last key, instance, epoch; and the report
+    Parameters: those of `columns`, report, first and last key, instance, epoch; and the report
     again unless `all_decided`. A run whose earlier decision still holds has no new event.
 
     A subquery reads the event of each row: a join would first copy every new row.
@@ -152,7 +168,7 @@ def _apply_sql(dialect: SqlDialect, batch: Batch, *, all_decided: bool) -> str:
     dense = batch.rows * 4 >= batch.last - batch.first + 1
     column = "+run." if dense and dialect.kind is DatabaseKind.SQLITE else "run."
     return (
-        f"UPDATE run SET ({', '.join(_APPLIED)}) = (SELECT {', '.join(_APPLIED.values())} {_EVENT})"
+        f"UPDATE run SET ({', '.join(columns)}) = (SELECT {', '.join(columns.values())} {_EVENT})"
         f" WHERE run.id BETWEEN ? AND ? AND {live(column)} AND run.owner = ?"
         " AND run.owner_epoch < ?" + ("" if all_decided else f" AND EXISTS (SELECT 1 {_EVENT})")
     )
@@ -239,7 +255,7 @@ def _apply_range(db: Database, scope: ApplyScope, batch: Batch) -> Tally:
         f" d.recovery_no, {scope.reconciliation_key}, d.rule, d.facts, d.status, d.becomes,"
         f" d.error_code, d.recovery_state, {now}, 0, d.sequence, d.profile, d.attempt,"
         " d.interaction, d.session_turn, d.session_verdict, d.session_reason, d.resumes"
-        f" FROM ({decisions_sql(db.dialect, found)}) AS d"
+        f" FROM ({decisions_sql(db.dialect, found, scope.elsewhere)}) AS d"
         " WHERE d.stands = 0",
         bounds,
     )
@@ -255,7 +271,7 @@ def _apply_range(db: Database, scope: ApplyScope, batch: Batch) -> Tally:
     questions = _close_questions(db, scope, batch)
     if REOPENABLE & decided.decisions.keys():
         _retire_sessions(db, scope, batch)
-    if RESUMED_RULE in decided.decisions:
+    if {RESUMED_RULE, QUEUED_FOR_HOST_RULE} & decided.decisions.keys():
         interruptions.record_batch(db, scope, first=batch.first, last=batch.last)
     if found_ends.RULES & decided.decisions.keys():
         found_ends.record_batch(db, scope, first=batch.first, last=batch.last)
@@ -264,12 +280,16 @@ def _apply_range(db: Database, scope: ApplyScope, batch: Batch) -> Tally:
     changed = sum(decided.decisions.values())
     all_decided = changed == batch.rows
     report = (scope.reconciliation_key,)
+    owned_by, values = _new_owner(scope, "e.rule")
     db.execute(
-        _apply_sql(db.dialect, batch, all_decided=all_decided),
-        (owner.epoch, *report, *bounds, *(() if all_decided else report)),
+        _apply_sql(db.dialect, batch, _APPLIED | owned_by, all_decided=all_decided),
+        (*values, *report, *bounds, *(() if all_decided else report)),
     )
     _record_killed_processes(db, scope, batch)
     unchanged = 0 if all_decided else _adopt_unchanged(db, scope, bounds)
+    if scope.taken_from is not None:
+        # In this transaction: from the commit on, this service sets and applies their deadlines.
+        deadlines.move_range(db, scope, first=batch.first, last=batch.last)
     return Tally(
         scanned=changed + unchanged,
         unchanged=unchanged,
@@ -297,15 +317,17 @@ def _lock_rows(db: Database, bounds: tuple[int, int, str, int]) -> None:
 
 
 def _adopt_unchanged(db: Database, scope: ApplyScope, bounds: tuple[int, int, str, int]) -> int:
-    """Move runs whose earlier decision still holds into this epoch, and return their number.
+    """Move runs whose earlier decision still holds to the new owner, and return their number.
 
     At a planned stop, runs that were decided just now also have an epoch below the bound. The key
     of the report excludes them.
     """
+    owned_by, values = _new_owner(scope, "recovery_reason")
     adopted: int = db.execute(
-        f"UPDATE run SET owner_epoch = ? WHERE id BETWEEN ? AND ? AND {LIVE}"
+        f"UPDATE run SET {', '.join(f'{name} = {value}' for name, value in owned_by.items())}"
+        f" WHERE id BETWEEN ? AND ? AND {LIVE}"
         " AND owner = ? AND owner_epoch < ? AND COALESCE(reconciliation, 0) <> ?",
-        (scope.owner.epoch, *bounds, scope.reconciliation_key),
+        (*values, *bounds, scope.reconciliation_key),
     ).rowcount
     return adopted
 
@@ -439,7 +461,7 @@ def _quarantine(db: Database, scope: ApplyScope, batch: Batch, detail: str) -> T
     db.execute(
         "UPDATE run SET event_count = ?, recovery_state = ?, recovered_at = ?,"
         " recovery_reason = ?, recovery_count = ?, recovered_version = version,"
-        " reconciliation = ?, owner_epoch = ?"
+        " reconciliation = ?, owner = ?, owner_epoch = ?"
         " WHERE id = ? AND owner = ? AND owner_epoch < ?",
         (
             sequence,
@@ -448,6 +470,7 @@ def _quarantine(db: Database, scope: ApplyScope, batch: Batch, detail: str) -> T
             QUARANTINE_RULE,
             number,
             scope.reconciliation_key,
+            scope.owner.instance,
             scope.owner.epoch,
             batch.first,
             *scope.params,
@@ -459,42 +482,3 @@ def _quarantine(db: Database, scope: ApplyScope, batch: Batch, detail: str) -> T
         decisions={QUARANTINE_RULE: 1},
         damaged=((run_id, "convergence_refused"),),
     )
-
-
-def decisions_of_batch(
-    db: Database, reconciliation_key: int, batch: Batch, *, limit: int
-) -> list[tuple[str, str, str, str]]:
-    """Return (run_id, rule, status before, status after) of decisions in a batch, for the log."""
-    if limit <= 0:
-        return []
-    return db.fetch_all(
-        "SELECT r.run_id, e.rule, e.status_before, e.status_after"
-        " FROM run r JOIN recovery_event e ON e.run = r.id AND e.no = r.recovery_count"
-        # `+ 0` selects the index of recovered runs: the range may hold many long-ended runs.
-        " WHERE (r.id + 0) BETWEEN ? AND ? AND e.reconciliation = ? AND r.recovered_at >="
-        " (SELECT c.started_at FROM reconciliation c WHERE c.id = ?)"
-        " ORDER BY r.recovered_at, r.id LIMIT ?",
-        (batch.first, batch.last, reconciliation_key, reconciliation_key, limit),
-    )
-
-
-def clear_stale_bindings(db: Database, owner: Owner) -> Tally:
-    """Clear sessions and open questions of ended runs.
-
-    Every end of a run clears them already. This repairs rows that were changed by hand; it finds
-    them through indexes that are otherwise empty.
-    """
-    ended = f"status IN ({_TERMINAL})"
-    with db.transaction():
-        sessions = db.execute(
-            "UPDATE run SET session_type = NULL, session_value = NULL"
-            f" WHERE owner = ? AND session_value IS NOT NULL AND {ended}",
-            (owner.instance,),
-        ).rowcount
-        questions = db.execute(
-            "UPDATE interaction SET state = 'CLOSED' WHERE state IN ('OPEN', 'ANSWERED')"
-            f" AND EXISTS (SELECT 1 FROM run r WHERE r.id = interaction.run AND r.{ended}"
-            " AND r.owner = ?)",
-            (owner.instance,),
-        ).rowcount
-    return Tally(sessions=sessions, questions=questions)

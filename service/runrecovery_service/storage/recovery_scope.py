@@ -8,25 +8,31 @@ from datetime import datetime
 
 from runrecovery_service.domain.deadline import Due, SteadyTime
 from runrecovery_service.domain.found_end import FoundEnd
+from runrecovery_service.domain.recovery_matrix import NOTHING, Fact
 from runrecovery_service.domain.usage import TurnUsage
 from runrecovery_service.storage.instances import Owner
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecoveryScope:
-    """The runs of `owner` whose epoch is below `before`.
+    """The runs of `owner`, or of `taken_from`, whose epoch is below `before`.
 
     At a start, `before` is the owner's own epoch. A planned stop and a plan use the next epoch,
     because they decide what the next start would decide.
+
+    Attributes:
+        taken_from: the instance that is taken over, with the epoch of the takeover. `owner` then
+            gets its runs. None: no takeover.
     """
 
     owner: Owner
     before: int
+    taken_from: Owner | None = None
 
     @property
     def params(self) -> tuple[str, int]:
         """The parameters of `owner = ? AND owner_epoch < ?`."""
-        return self.owner.instance, self.before
+        return (self.taken_from or self.owner).instance, self.before
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +45,8 @@ class ApplyScope(RecoveryScope):
         now, steady: the time of every decision, by the wall clock and by the steady clock.
         found: the ends of turns that were found in the kept output, by run key.
         counted: what other turns have used, by run key, where their sessions prove it.
+        elsewhere: what is true of runs whose next turn resumes a session, when the files of the
+            sessions are on another host.
     """
 
     reconciliation_key: int
@@ -47,3 +55,4 @@ class ApplyScope(RecoveryScope):
     steady: SteadyTime
     found: Mapping[int, FoundEnd] = field(default_factory=dict)
     counted: Mapping[int, TurnUsage] = field(default_factory=dict)
+    elsewhere: Fact = NOTHING

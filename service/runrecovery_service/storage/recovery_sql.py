@@ -11,7 +11,13 @@ from collections.abc import Mapping
 from typing import Final
 
 from runrecovery_service.domain.found_end import FoundEnd
-from runrecovery_service.domain.recovery_matrix import MATRIX, QUARANTINE_RULE, Fact, Rule
+from runrecovery_service.domain.recovery_matrix import (
+    MATRIX,
+    NOTHING,
+    QUARANTINE_RULE,
+    Fact,
+    Rule,
+)
 from runrecovery_service.domain.run import (
     InteractionKind,
     InteractionState,
@@ -51,7 +57,7 @@ def fact_conditions(dialect: SqlDialect) -> dict[Fact, str]:
         Fact.RESUME_LEFT: f"{resumes} AND r.resume_count < r.max_resumes",
         Fact.RESTART_LEFT: f"{resumes} AND r.attempt < r.max_attempts",
     }
-    # RESULT and QUESTION are not in the store: `found_ends.facts_sql` adds them.
+    # Not in the store: RESULT, QUESTION (`found_ends.facts_sql` adds them), and where sessions are.
 
 
 def facts_sql(dialect: SqlDialect) -> str:
@@ -60,6 +66,21 @@ def facts_sql(dialect: SqlDialect) -> str:
         f"CASE WHEN {condition} THEN {fact.value} ELSE 0 END"
         for fact, condition in fact_conditions(dialect).items()
     )
+
+
+def _elsewhere_sql(dialect: SqlDialect, elsewhere: Fact) -> str:
+    """Return an expression for the facts of a run whose session is on another host, as bits."""
+    if not elsewhere:
+        return "0"
+    facts = fact_conditions(dialect)
+    resumable = f"r.profile = '{Profile.RESUMABLE}'"
+    resumes = (
+        f"r.status = '{RunStatus.WAITING_USER}' AND {resumable} AND {facts[Fact.PENDING]}",
+        f"r.status <> '{RunStatus.WAITING_USER}' AND {resumable} AND {facts[Fact.REPLY]}",
+        f"r.status <> '{RunStatus.WAITING_USER}' AND {facts[Fact.RESUME_LEFT]}",
+    )
+    needed = " OR ".join(f"({condition})" for condition in resumes)
+    return f"CASE WHEN {facts[Fact.HANDLE]} AND ({needed}) THEN {elsewhere.value} ELSE 0 END"
 
 
 def facts_of_run(db: Database, run_key: int) -> Fact:
@@ -129,11 +150,14 @@ def _matrix_values() -> str:
     return ", ".join(rows)
 
 
-def decisions_sql(dialect: SqlDialect, found: Mapping[int, FoundEnd]) -> str:
+def decisions_sql(
+    dialect: SqlDialect, found: Mapping[int, FoundEnd], elsewhere: Fact = NOTHING
+) -> str:
     """Return the query that decides every run of a range.
 
     Args:
         found: the ends that were found in the kept output of these runs, by run key.
+        elsewhere: see `ApplyScope`.
 
     Parameters: as `IN_RANGE`. Columns: id, recovery_no, status, rule, facts, becomes, error_code,
     recovery_state, damage, stands (1 when the run already has this decision and has not changed
@@ -147,7 +171,8 @@ def decisions_sql(dialect: SqlDialect, found: Mapping[int, FoundEnd]) -> str:
         " r.recovered_version, r.version, r.recovery_count, r.event_count, r.attempt,"
         " r.interaction_count, r.session_turn, r.session_verdict, r.session_reason,"
         " r.resume_count,"
-        f" {facts_sql(dialect)} + {found_ends.facts_sql(found)} AS facts,"
+        f" {facts_sql(dialect)} + {found_ends.facts_sql(found)}"
+        f" + {_elsewhere_sql(dialect, elsewhere)} AS facts,"
         f" {damage_sql(dialect)} AS damage"
         f" {WITH_LATEST_QUESTION} WHERE {IN_RANGE}),"
         f" judged AS MATERIALIZED (SELECT seen.*, {rule_sql()} AS number FROM seen)"

@@ -1,4 +1,4 @@
-"""The reports of recoveries: one row per start or planned stop."""
+"""The reports of recoveries: one row per start, planned stop or takeover."""
 
 from __future__ import annotations
 
@@ -62,8 +62,9 @@ def open_report(
     cause: Cause,
     safe_mode: bool,
     now: datetime,
+    recovered_instance: str | None = None,
 ) -> int:
-    """Open the report of a start or planned stop, and return its key.
+    """Open the report of a recovery, and return its key.
 
     Reports of earlier epochs that are still RUNNING are closed as FAILED: their service ended
     first. Their decisions remain.
@@ -82,8 +83,8 @@ def open_report(
         row = db.fetch_one(
             "INSERT INTO reconciliation (reconciliation_id, instance, epoch, cause, state,"
             " started_at, phases, decisions, orphans, bindings, warnings, quarantined,"
-            " runs_scanned, runs_total, runs_unchanged, safe_mode)"
-            " VALUES (?, ?, ?, ?, 'RUNNING', ?, '[]', '{}', '{}', '{}', '[]', 0, 0, 0, 0, ?)"
+            " runs_scanned, runs_total, runs_unchanged, safe_mode, recovered_instance)"
+            " VALUES (?, ?, ?, ?, 'RUNNING', ?, '[]', '{}', '{}', '{}', '[]', 0, 0, 0, 0, ?, ?)"
             " RETURNING id",
             (
                 reconciliation_id,
@@ -92,6 +93,7 @@ def open_report(
                 cause.value,
                 to_us(now),
                 int(safe_mode),
+                recovered_instance,
             ),
         )
     assert row is not None  # noqa: S101 - RETURNING gives the row that was inserted
@@ -196,7 +198,7 @@ _REPORT_COLUMNS: Final = (
     _C.id, _C.reconciliation_id, _C.instance, _C.epoch, _C.cause, _C.state, _C.started_at,
     _C.finished_at, _C.phases, _C.decisions, _C.orphans, _C.bindings, _C.warnings, _C.quarantined,
     _C.runs_scanned, _C.runs_total, _C.runs_unchanged, _C.safe_mode, _C.containment,
-    _C.error, _C.trust_removals,
+    _C.error, _C.trust_removals, _C.recovered_instance,
 )  # fmt: skip
 
 
@@ -230,7 +232,7 @@ def _report_from_row(row: Row) -> Reconciliation:
     (
         _, reconciliation_id, instance, epoch, cause, state, started_at, finished_at,
         phases, decisions, orphans, bindings, warnings, quarantined,
-        scanned, total, unchanged, safe_mode, containment, error, removals,
+        scanned, total, unchanged, safe_mode, containment, error, removals, recovered_instance,
     ) = row  # fmt: skip
     counted: dict[str, int] = json.loads(decisions)
     return Reconciliation(
@@ -258,6 +260,7 @@ def _report_from_row(row: Row) -> Reconciliation:
         containment=None if containment is None else _containment_from_json(containment),
         error=error,
         trust_removals=() if removals is None else _removals_from_json(removals),
+        recovered_instance=recovered_instance,
     )
 
 

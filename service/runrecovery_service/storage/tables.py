@@ -253,6 +253,7 @@ class Reconciliation(pw.Model):
     containment = pw.TextField(null=True)
     error = pw.TextField(null=True)
     trust_removals = pw.TextField(null=True)
+    recovered_instance = pw.TextField(null=True)
 
     class Meta:
         table_name = "reconciliation"

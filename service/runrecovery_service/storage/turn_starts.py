@@ -106,9 +106,10 @@ def _next_in_queue(
         " AND recovery_state <> 'QUARANTINED'"
         " AND (run_due_us IS NULL OR run_due_us > ?)"
         " AND resume_due_us IS NULL"
-        # A new process must not run beside an earlier one that could not be killed.
+        # A new process must not run beside an earlier one that could not be killed. One of an
+        # instance that was taken over is on another host, whose shim has killed it.
         " AND NOT EXISTS (SELECT 1 FROM process_lease l"
-        " WHERE l.run = run.id AND l.state = 'KILL_PENDING')"
+        " WHERE l.run = run.id AND l.state = 'KILL_PENDING' AND l.instance = run.owner)"
         + (f" AND engine NOT IN ({marks})" if marks else "")
         + " ORDER BY queued_at, id LIMIT 1",
         (owner.instance, owner.epoch, steady.us, *busy_engines),

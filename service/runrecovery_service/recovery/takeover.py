@@ -1,0 +1,173 @@
+"""Takes over instances that are dead, while this service serves. PostgreSQL only.
+
+An instance is dead once its lease has run out by the clock of the database. Its runs then get the
+decisions of a restart, in a report of their own. `storage/takeover.py` has the statements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+import structlog
+
+from runrecovery_service.domain.errors import Fenced, error_facts, is_outage
+from runrecovery_service.domain.reconciliation import Reconciliation
+from runrecovery_service.domain.recovery_matrix import NOTHING, Fact
+from runrecovery_service.domain.start_errors import RecoveryInterrupted
+from runrecovery_service.meters import Meters
+from runrecovery_service.periodic import PeriodicTask
+from runrecovery_service.recovery.reconcile import DeadInstance, Recovery
+from runrecovery_service.recovery.status import RecoveryStatus
+from runrecovery_service.stop_signal import StopSignal
+from runrecovery_service.storage import takeover
+from runrecovery_service.storage.async_storage import Storage
+from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.launch_records import LaunchRecord
+from runrecovery_service.storage.newer_words import has_newer_words
+from runrecovery_service.storage.takeover import Takeover, TakeoverFenced, TakeoverRules
+
+log = structlog.get_logger()
+
+SEARCHES_PER_LEASE: Final = 5
+"""How often, in the time of one lease, this service searches for dead instances."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class TakeoverLoop:
+    """Searches for dead instances and takes them over, until it is stopped.
+
+    Attributes:
+        recovery: the recovery of a takeover, without its instance.
+        engines: returns the names of the engines that are configured here.
+        is_here: whether a launch was on this boot of this host.
+        on_taken: called when runs may have been queued here.
+    """
+
+    storage: Storage
+    rules: TakeoverRules
+    recovery: Recovery
+    engines: Callable[[], Collection[str]]
+    is_here: Callable[[LaunchRecord], bool]
+    on_taken: Callable[[], object]
+    meters: Meters
+    stop_signal: StopSignal
+    _loop: PeriodicTask = field(init=False)
+    _refused: set[str] = field(default_factory=set, init=False)
+
+    def __post_init__(self) -> None:
+        for outcome in ("completed", "failed", "fenced"):
+            self.meters.takeovers.show_zero(outcome)
+        self._loop = PeriodicTask(
+            name="takeover",
+            step=self.search,
+            interval_s=self.rules.lease_ttl_s / SEARCHES_PER_LEASE,
+            failure_event="takeover.search_failed",
+            stop_signal=self.stop_signal,
+            waits_first=False,
+        )
+
+    def start(self) -> None:
+        """Start to search."""
+        self._loop.start()
+
+    async def stop(self) -> None:
+        """Stop, and interrupt a takeover that is under way. A later search continues it."""
+        await self._loop.finish()
+
+    @property
+    def _is_stopping(self) -> bool:
+        return self._loop.is_stopping or self.stop_signal.is_set()
+
+    async def search(self) -> None:
+        """Take over every instance that is dead now. The failure of one does not delay others.
+
+        Raises:
+            Fenced: a newer epoch of this service has started.
+        """
+        if await self.storage.read(takeover.has_deliveries, self.rules.owner):
+            await self.storage.run_exclusive(self._take_deliveries)
+        for name in await self.storage.read(takeover.overdue, self.rules):
+            if self._is_stopping:
+                return
+            try:
+                await self._take_over(name)
+            except RecoveryInterrupted:
+                return
+            except Fenced:
+                raise
+            except Exception as error:  # the edge of one takeover; the instance stays overdue
+                self.meters.takeovers.add("failed")
+                log.error(  # noqa: TRY400 - an outage needs no traceback
+                    "takeover.failed",
+                    recovered_instance=name,
+                    **error_facts(error),
+                    exc_info=not is_outage(error),
+                )
+
+    async def _take_over(self, name: str) -> None:
+        if not await self._can_decide(name):
+            return
+        taken = await self.storage.write_own(takeover.begin, self.rules, name)
+        if taken is None:
+            return
+        log.warning(
+            "takeover.started",
+            recovered_instance=name,
+            recovered_epoch=taken.dead.epoch,
+            host_lost=taken.host_lost,
+        )
+        try:
+            report = await self.storage.run_exclusive(lambda db: self._recover(db, taken))
+        except TakeoverFenced:
+            self.meters.takeovers.add("fenced")
+            log.warning("takeover.fenced", recovered_instance=name)
+            return
+        finally:
+            self.on_taken()
+        self.meters.takeovers.add("completed")
+        for decided in report.decisions:
+            self.meters.takeover_runs.add_many(decided.count, decided.rule)
+        log.info("takeover.completed", recovered_instance=name, runs=report.runs_scanned)
+
+    async def _can_decide(self, name: str) -> bool:
+        """Return whether this service knows the engines and every word of an instance's runs."""
+        missing = await self.storage.read(takeover.engines_of, name) - set(self.engines())
+        is_newer = await self.storage.read(has_newer_words, name)
+        if not missing and not is_newer:
+            self._refused.discard(name)
+            return True
+        if name not in self._refused:
+            self._refused.add(name)
+            log.warning(
+                "takeover.refused",
+                recovered_instance=name,
+                engines=sorted(missing),
+                newer_version=is_newer,
+            )
+        return False
+
+    def _recover(self, db: Database, taken: Takeover) -> Reconciliation:
+        """Decide on the runs of the dead instance, and take its deliveries of webhooks first.
+
+        The receiver of a webhook then gets the events of a run in their order.
+        """
+        self._take_deliveries(db)
+        dead = DeadInstance(
+            owner=taken.dead,
+            demand_current=taken.demand_current,
+            is_here=self.is_here,
+            elsewhere=self._elsewhere(taken),
+        )
+        report = replace(self.recovery, dead=dead).run(db, RecoveryStatus())
+        takeover.finish(db, taken, self.rules.owner)
+        return report
+
+    def _take_deliveries(self, db: Database) -> int:
+        return takeover.take_deliveries(db, self.rules.owner, stopping=lambda: self._is_stopping)
+
+    def _elsewhere(self, taken: Takeover) -> Fact:
+        if self.rules.shares_workspaces:
+            return NOTHING
+        return Fact.ELSEWHERE | Fact.HOST_LOST if taken.host_lost else Fact.ELSEWHERE

@@ -1,0 +1,208 @@
+"""Takes over the runs of an instance whose lease has run out. PostgreSQL only.
+
+A takeover bumps the epoch of the dead instance, which fences it. From then on its runs are those of
+an earlier epoch, as at its own start. The lease stays in the past: the dead instance may start at
+any time, which bumps its epoch again and fences the takeover. An unfinished takeover whose rescuer
+is dead too is overdue again.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from runrecovery_service.domain.errors import Fenced
+from runrecovery_service.domain.start_errors import RecoveryInterrupted
+from runrecovery_service.storage import instances
+from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.instances import Owner
+from runrecovery_service.storage.rows import json_value
+from runrecovery_service.storage.tables import LIVE
+
+DELIVERIES_AT_ONCE: Final = 5_000
+
+
+class TakeoverFenced(Exception):
+    """The dead instance has started again, or another instance goes on with its takeover."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TakeoverRules:
+    """How this instance takes over.
+
+    Attributes:
+        owner: this instance.
+        shares_workspaces: the sessions of other instances can be read here.
+        lease_ttl_s: how long after a planned stop an instance may start again by itself.
+        host_return_s: how long runs wait for the host that has their session.
+    """
+
+    owner: Owner
+    shares_workspaces: bool
+    lease_ttl_s: float
+    host_return_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Takeover:
+    """A takeover under way.
+
+    Attributes:
+        dead: the dead instance, with the epoch and the boot token of the takeover.
+        host_lost: the host of the dead instance did not return in time.
+    """
+
+    dead: Owner
+    host_lost: bool
+
+    def demand_current(self, db: Database) -> None:
+        """Keep others from fencing the takeover until the caller's transaction ends.
+
+        Raises:
+            TakeoverFenced: the takeover is over.
+        """
+        try:
+            instances.demand_current(db, self.dead)
+        except Fenced as error:
+            raise TakeoverFenced(self.dead.instance) from error
+
+
+def _overdue(db: Database, rules: TakeoverRules) -> tuple[str, tuple[object, ...]]:
+    """Return the condition for instances `i` that are to be taken over, and its parameters."""
+    now = db.dialect.now_us
+    rescuer_lives = (
+        "SELECT 1 FROM instance r WHERE r.name = i.taken_over_by AND r.name <> ?"
+        f" AND r.lease_until > {now}"
+    )
+    # After a finished takeover only runs are left that wait for their host.
+    waits_no_more = (
+        f"(i.taken_over_by IS NULL OR i.host_return_until <= {now}"
+        + (" OR 1 = 1" if rules.shares_workspaces else "")
+        + ")"
+    )
+    has_work = (
+        f"(EXISTS (SELECT 1 FROM run WHERE owner = i.name AND {LIVE}) OR (i.taken_over_by IS NULL"
+        " AND EXISTS (SELECT 1 FROM webhook_delivery d WHERE d.instance = i.name)))"
+    )
+    condition = (
+        f"i.name <> ? AND i.lease_until <= {now} AND COALESCE(i.stopped_at, 0) + ? <= {now}"
+        " AND CASE WHEN i.taken_over_by IS NOT NULL AND i.takeover_done_at IS NULL"
+        f" THEN NOT EXISTS ({rescuer_lives}) ELSE {waits_no_more} AND {has_work} END"
+    )
+    me = rules.owner.instance
+    return condition, (me, round(rules.lease_ttl_s * 1e6), me)
+
+
+def overdue(db: Database, rules: TakeoverRules) -> list[str]:
+    """Return the names of the instances that are to be taken over."""
+    condition, params = _overdue(db, rules)
+    rows = db.fetch_all(
+        f"SELECT i.name FROM instance i WHERE {condition} ORDER BY i.lease_until, i.name", params
+    )
+    return [name for (name,) in rows]
+
+
+def engines_of(db: Database, instance: str) -> frozenset[str]:
+    """Return the engines of the unfinished runs of an instance."""
+    row = db.fetch_one("SELECT engines FROM instance WHERE name = ?", (instance,))
+    told = json_value(row[0]) if row else None
+    if isinstance(told, list) and told:
+        return frozenset(map(str, told))
+    rows = db.fetch_all(f"SELECT DISTINCT engine FROM run WHERE owner = ? AND {LIVE}", (instance,))
+    return frozenset(engine for (engine,) in rows)
+
+
+def begin(db: Database, rules: TakeoverRules, instance: str) -> Takeover | None:
+    """Begin to take over an instance, and return the takeover; None if there is no need any more.
+
+    Transactions of the dead instance that have begun are waited for; later ones are fenced.
+    """
+    condition, params = _overdue(db, rules)
+    token, now = secrets.token_hex(16), db.dialect.now_us
+    until = (
+        "NULL"
+        if rules.shares_workspaces
+        else f"COALESCE(i.host_return_until, {now} + {round(rules.host_return_s * 1e6)})"
+    )
+    with db.transaction():
+        db.fetch_one("SELECT 1 FROM instance_epoch WHERE name = ? FOR UPDATE", (instance,))
+        # The lease again, in the statement that writes: it may be renewed at the last moment.
+        row = db.fetch_one(
+            "UPDATE instance AS i SET epoch = i.epoch + 1, boot_token = ?, taken_over_by = ?,"
+            f" taken_over_at = {now}, takeover_done_at = NULL, host_return_until = {until}"
+            f" WHERE i.name = ? AND {condition}"
+            f" RETURNING i.epoch, COALESCE(i.host_return_until, {now} + 1) <= {now}",
+            (token, rules.owner.instance, instance, *params),
+        )
+        if row is None:
+            return None
+        epoch, host_lost = row
+        db.execute(
+            "UPDATE instance_epoch SET epoch = ?, boot_token = ? WHERE name = ?",
+            (epoch, token, instance),
+        )
+    return Takeover(dead=Owner(instance, epoch, token), host_lost=bool(host_lost))
+
+
+def finish(db: Database, takeover: Takeover, rescuer: Owner) -> None:
+    """Record that a takeover is complete.
+
+    The rescuer also answers for the instances that the dead one had taken over.
+    """
+    with db.transaction():
+        takeover.demand_current(db)
+        dead = takeover.dead
+        db.execute(
+            f"UPDATE instance SET takeover_done_at = {db.dialect.now_us}"
+            " WHERE name = ? AND epoch = ? AND boot_token = ?",
+            (dead.instance, dead.epoch, dead.boot_token),
+        )
+        db.execute(
+            "UPDATE instance SET taken_over_by = ?"
+            " WHERE taken_over_by = ? AND takeover_done_at IS NOT NULL",
+            (rescuer.instance, dead.instance),
+        )
+
+
+def _deliveries(db: Database) -> str:
+    """Return the source of deliveries that a rescuer is to take. Parameter: the rescuer."""
+    return (
+        "FROM webhook_delivery d JOIN instance i ON i.name = d.instance"
+        f" WHERE i.taken_over_by = ? AND i.lease_until <= {db.dialect.now_us}"
+    )
+
+
+def has_deliveries(db: Database, rescuer: Owner) -> bool:
+    """Return whether instances that were taken over have deliveries of webhooks."""
+    return db.fetch_one(f"SELECT 1 {_deliveries(db)} LIMIT 1", (rescuer.instance,)) is not None
+
+
+def take_deliveries(
+    db: Database, rescuer: Owner, *, stopping: Callable[[], bool], rows: int = DELIVERIES_AT_ONCE
+) -> int:
+    """Take the deliveries of webhooks from the instances that were taken over.
+
+    Args:
+        rows: the most rows of one transaction.
+
+    Returns:
+        The number of these deliveries.
+
+    Raises:
+        RecoveryInterrupted: the service is to stop.
+    """
+    found = f"SELECT d.id {_deliveries(db)} LIMIT ?"
+    taken = 0
+    while True:
+        if stopping():
+            raise RecoveryInterrupted
+        with db.transaction():
+            count: int = db.execute(
+                f"UPDATE webhook_delivery SET instance = ? WHERE id IN ({found})",
+                (rescuer.instance, rescuer.instance, rows),
+            ).rowcount
+        if not count:
+            return taken
+        taken += count

@@ -1,0 +1,702 @@
+"""An instance whose lease has run out is taken over once, and never after it has come back."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any
+
+import pytest
+from replicas.dead_instance import HOST_RETURN_S, Pair, set_lease
+from runrecovery_service.domain.errors import Fenced
+from runrecovery_service.domain.reconciliation import Cause, ReconciliationState
+from runrecovery_service.domain.run import Profile, RestartPolicy, RunStatus
+from runrecovery_service.domain.turn import Succeeded
+from runrecovery_service.process.ending import Ending
+from runrecovery_service.recovery import report_warnings
+from runrecovery_service.storage import (
+    decisions,
+    instances,
+    launch_records,
+    recovery_apply,
+    reports,
+    takeover,
+)
+from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.driver_errors import DRIVER_ERRORS
+from runrecovery_service.storage.takeover import TakeoverFenced
+from storage.service_store import GONE, Crash, boot, one_of_each
+from support.recovery import FakeLaunchEnder
+from support.waiting import until
+
+AGAIN: dict[str, Any] = {"restart_policy": RestartPolicy.REQUEUE, "max_attempts": 2}
+RESUMES: dict[str, Any] = {
+    "restart_policy": RestartPolicy.RESUME,
+    "max_resumes": 2,
+    "max_attempts": 2,
+}
+BLOCKED = (
+    "SELECT 1 FROM pg_locks w WHERE NOT w.granted"
+    " AND pg_backend_pid() = ANY(pg_blocking_pids(w.pid))"
+)
+
+
+def rules_of(pair: Pair) -> list[tuple[Any, ...]]:
+    """Return rule, owner and status of each run."""
+    return pair.dead.rows(
+        "SELECT COALESCE(recovery_reason, ''), owner, status FROM run ORDER BY id"
+    )
+
+
+def until_blocked(db: Database, thread: threading.Thread) -> None:
+    """Wait until another session waits for a lock of this one, or the thread has ended."""
+    until(
+        lambda: not thread.is_alive() or db.fetch_all(BLOCKED),
+        "the other transaction waits for a lock, or has ended",
+    )
+
+
+# -- whom ----------------------------------------------------------------------------------------
+
+
+def test_an_instance_is_overdue_once_its_lease_has_run_out_by_the_clock_of_the_database(
+    pair: Pair,
+) -> None:
+    pair.dead.create()
+    set_lease(pair.dead.db, "a", 3_600_000_000)
+    alive = takeover.overdue(pair.db, pair.rules)
+
+    pair.expire()
+
+    assert (alive, takeover.overdue(pair.db, pair.rules)) == ([], ["a"])
+
+
+def test_an_instance_without_work_is_left_alone(pair: Pair) -> None:
+    pair.dead.end(pair.dead.running(), Succeeded({}))
+    pair.expire()
+
+    assert takeover.overdue(pair.db, pair.rules) == []
+
+
+def test_an_instance_that_was_stopped_may_start_again_for_the_time_of_a_lease(pair: Pair) -> None:
+    pair.dead.waiting()
+    instances.resign(pair.dead.db, pair.dead.owner)
+    stopped = takeover.overdue(pair.db, pair.rules)
+
+    pair.dead.db.execute("UPDATE instance SET stopped_at = stopped_at - 16000000 WHERE name = 'a'")
+
+    assert (stopped, takeover.overdue(pair.db, pair.rules)) == ([], ["a"])
+
+
+def test_no_instance_takes_itself_over(pair: Pair) -> None:
+    pair.dead.create(owner=pair.owner)
+    pair.expire("b")
+
+    assert takeover.overdue(pair.db, pair.rules) == []
+    assert takeover.begin(pair.db, pair.rules, "b") is None
+
+
+def test_an_instance_that_lacks_an_engine_sees_which_ones_are_needed(pair: Pair) -> None:
+    pair.dead.create(engine="other")
+    pair.dead.create()
+
+    unknown = takeover.engines_of(pair.db, "a")
+    instances.renew(pair.dead.db, pair.dead.owner, engines=("demo",))
+
+    assert unknown == {"demo", "other"}
+    assert takeover.engines_of(pair.db, "a") == {"demo"}
+
+
+# -- the beginning -------------------------------------------------------------------------------
+
+
+def begin_beside(pair: Pair) -> tuple[list[object], threading.Thread]:
+    """Return a thread that begins the takeover, and the list that gets the result."""
+    begun: list[object] = []
+
+    def begin() -> None:
+        begun.append(takeover.begin(pair.db, pair.rules, "a"))
+        pair.db.close()
+
+    return begun, threading.Thread(target=begin)
+
+
+def test_a_lease_that_is_renewed_at_the_last_moment_prevents_the_takeover(pair: Pair) -> None:
+    """The renewal has not committed yet when the takeover reads the lease."""
+    pair.dead.waiting()
+    pair.expire()
+    assert takeover.overdue(pair.db, pair.rules) == ["a"]
+    begun, thread = begin_beside(pair)
+
+    with pair.dead.db.transaction():
+        instances.renew(pair.dead.db, pair.dead.owner, ttl_s=60.0)
+        thread.start()
+        until_blocked(pair.dead.db, thread)
+    thread.join()
+
+    assert begun == [None]
+    instances.demand_current(pair.dead.db, pair.dead.owner)
+
+
+def test_a_lease_that_runs_out_within_the_transaction_counts_as_run_out(pair: Pair) -> None:
+    """The clock of a transaction stands still in `now()`, and moves on in `clock_timestamp()`."""
+    pair.dead.waiting()
+    set_lease(pair.dead.db, "a", 200_000)
+    past = f"lease_until < {pair.db.dialect.now_us}"
+    now = f"SELECT 1 FROM instance WHERE name = 'a' AND {past}"  # noqa: S608
+
+    with pair.db.transaction():
+        early = takeover.begin(pair.db, pair.rules, "a")
+        until(lambda: pair.db.fetch_all(now), "the lease has run out")
+        late = takeover.begin(pair.db, pair.rules, "a")
+
+    assert early is None
+    assert late is not None
+
+
+def test_of_many_rescuers_at_once_one_takes_over(pair: Pair) -> None:
+    pair.dead.waiting()
+    pair.expire()
+    rescuers = [pair, *(pair.third(f"c{number}") for number in range(4))]
+    together = threading.Barrier(len(rescuers))
+
+    def begin(one: Pair) -> object:
+        together.wait()
+        try:
+            return takeover.begin(one.db, one.rules, "a")
+        finally:
+            one.db.close()
+
+    with ThreadPoolExecutor(len(rescuers)) as pool:
+        begun = list(pool.map(begin, rescuers))
+
+    assert sum(one is not None for one in begun) == 1
+    assert pair.dead.rows("SELECT epoch FROM instance_epoch WHERE name = 'a'") == [(2,)]
+
+
+def test_a_takeover_waits_for_a_write_of_the_dead_instance_and_fences_the_next(pair: Pair) -> None:
+    """The dead instance is only slow: its transaction has begun before its lease ran out."""
+    run = pair.dead.create()
+    pair.dead.create()
+    pair.expire()
+    pair.dead.db.guard(partial(instances.demand_current, owner=pair.dead.owner))
+    begun, thread = begin_beside(pair)
+
+    with pair.dead.db.transaction():
+        pair.dead.cancel(run)
+        thread.start()
+        until_blocked(pair.dead.db, thread)
+        assert begun == []
+    thread.join()
+
+    assert begun != [None]
+    assert pair.dead.get(run).status is RunStatus.CANCELED
+    with pytest.raises(Fenced):
+        pair.dead.create()
+
+
+# -- the decisions -------------------------------------------------------------------------------
+
+
+def test_runs_that_need_no_session_go_on_at_the_rescuer_in_a_report_of_its_own(pair: Pair) -> None:
+    pair.keep_history()
+    pair.dead.running(**AGAIN)
+    pair.dead.running()
+    pair.dead.waiting(profile=Profile.STICKY_PROCESS)
+    pair.dead.create(**AGAIN)
+    pair.expire()
+
+    report = pair.take_over()
+
+    assert rules_of(pair) == [
+        ("requeued", "b", "QUEUED"),
+        ("running_interrupted", "b", "FAILED"),
+        ("sticky_process_lost", "b", "FAILED"),
+        ("requeued", "b", "QUEUED"),
+    ]
+    assert pair.dead.rows("SELECT DISTINCT owner_epoch FROM run") == [(pair.owner.epoch,)]
+    assert (report.cause, report.instance, report.recovered_instance, report.state) == (
+        Cause.TAKEOVER, "b", "a", ReconciliationState.COMPLETED,
+    )  # fmt: skip
+    assert reports.get_report(pair.db, report.reconciliation_id) == report
+    assert takeover.overdue(pair.db, pair.rules) == []
+    assert pair.stale_writes() == []
+    turn = pair.dead.take(owner=pair.owner)
+    assert turn is not None
+    assert turn.run.attempt == 2
+
+
+def test_runs_whose_session_is_elsewhere_wait_for_their_host_with_their_old_owner(
+    pair: Pair,
+) -> None:
+    pair.keep_history()
+    pair.dead.waiting()
+    pair.dead.keep_session(pair.dead.running(**RESUMES))
+    pair.dead.running(**RESUMES)
+    pair.dead.reply(pair.dead.waiting())
+    pair.expire()
+
+    pair.take_over()
+
+    assert rules_of(pair) == [
+        ("waiting_for_its_host", "a", "WAITING_USER"),
+        ("queued_for_its_host", "a", "QUEUED"),
+        ("interrupted_before_session", "b", "QUEUED"),
+        ("queued_for_its_host", "a", "QUEUED"),
+    ]
+    assert takeover.overdue(pair.db, pair.rules) == []
+    assert pair.dead.rows(
+        "SELECT host_return_until - taken_over_at BETWEEN ? AND ?, takeover_done_at IS NOT NULL"
+        " FROM instance WHERE name = 'a'",
+        int(HOST_RETURN_S * 1e6) - 1_000_000,
+        int(HOST_RETURN_S * 1e6) + 1_000_000,
+    ) == [(True, True)]
+    assert pair.stale_writes() == []
+
+
+def test_nobody_launches_a_run_that_waits_for_its_host(pair: Pair) -> None:
+    pair.dead.reply(pair.dead.waiting())
+    pair.expire()
+    pair.take_over()
+
+    assert pair.dead.take(owner=pair.owner) is None
+
+
+def test_the_host_that_returns_goes_on_with_the_runs_that_wait_for_it(pair: Pair) -> None:
+    waiting, interrupted = pair.dead.waiting(), pair.dead.running(**RESUMES)
+    pair.dead.keep_session(interrupted)
+    pair.expire()
+    pair.take_over()
+
+    tally = pair.dead.recover()
+
+    assert tally.decisions == {"resumable_waiting_preserved": 1, "interrupted_turn_resumed": 1}
+    assert rules_of(pair) == [
+        ("resumable_waiting_preserved", "a", "WAITING_USER"),
+        ("interrupted_turn_resumed", "a", "QUEUED"),
+    ]
+    assert pair.dead.get(waiting).etag == waiting.etag
+    turn = pair.dead.take()
+    assert turn is not None
+    assert turn.interruption is not None, "the turn is resumed, and not started over"
+    assert pair.dead.rows(
+        "SELECT taken_over_by, host_return_until FROM instance ORDER BY name"
+    ) == [
+        (None, None),
+        (None, None),
+    ]
+
+
+def test_a_host_that_does_not_return_in_time_fails_its_runs_which_can_be_reopened(
+    pair: Pair,
+) -> None:
+    run = pair.dead.waiting()
+    pair.dead.reply(pair.dead.waiting())
+    pair.expire()
+    pair.take_over()
+    pair.dead.db.execute("UPDATE instance SET host_return_until = 1 WHERE name = 'a'")
+    assert takeover.overdue(pair.db, pair.rules) == ["a"]
+
+    report = pair.take_over()
+
+    assert rules_of(pair) == [("host_did_not_return", "a", "FAILED")] * 2
+    assert report.cause is Cause.TAKEOVER
+    got = pair.dead.get(run)
+    assert got.error is not None
+    assert got.error.code == "SESSION_RESUME_FAILED"
+    assert pair.dead.column(run, "retired_value") == "secret"
+    assert takeover.overdue(pair.db, pair.rules) == []
+
+
+def test_with_shared_workspaces_every_run_goes_on_at_the_rescuer(pair: Pair) -> None:
+    pair.keep_history()
+    pair.shares_workspaces = True
+    waiting = pair.dead.waiting()
+    pair.dead.keep_session(pair.dead.running(**RESUMES))
+    pair.dead.reply(pair.dead.waiting())
+    pair.expire()
+
+    pair.take_over()
+
+    assert rules_of(pair) == [
+        ("resumable_waiting_preserved", "b", "WAITING_USER"),
+        ("interrupted_turn_resumed", "b", "QUEUED"),
+        ("accepted_reply_redriven", "b", "QUEUED"),
+    ]
+    assert pair.dead.get(waiting).etag == waiting.etag
+    assert pair.dead.rows("SELECT host_return_until FROM instance WHERE name = 'a'") == [(None,)]
+    assert pair.stale_writes() == []
+
+
+def test_runs_that_waited_for_their_host_go_on_once_workspaces_are_shared(pair: Pair) -> None:
+    pair.dead.waiting()
+    pair.expire()
+    pair.take_over()
+    pair.shares_workspaces = True
+    assert takeover.overdue(pair.db, pair.rules) == ["a"]
+
+    pair.take_over()
+
+    assert rules_of(pair) == [("resumable_waiting_preserved", "b", "WAITING_USER")]
+    assert takeover.overdue(pair.db, pair.rules) == []
+
+
+def test_a_run_that_keeps_its_earlier_decision_still_changes_its_owner(pair: Pair) -> None:
+    pair.shares_workspaces = True
+    run = pair.dead.waiting()
+    pair.dead.recover()
+    pair.expire()
+
+    report = pair.take_over()
+
+    assert (report.runs_scanned, report.runs_unchanged) == (1, 1)
+    assert rules_of(pair) == [("resumable_waiting_preserved", "b", "WAITING_USER")]
+    assert pair.dead.reply(run, owner=pair.owner).status is RunStatus.QUEUED
+
+
+@pytest.mark.parametrize("rows", [1, 2, 1000])
+def test_runs_that_stay_with_their_owner_keep_no_later_page_from_its_decisions(
+    pair: Pair, rows: int
+) -> None:
+    for _ in range(3):
+        pair.dead.waiting()
+    pair.dead.create(**AGAIN)
+    pair.expire()
+
+    report = pair.take_over(batch_rows=rows)
+
+    assert report.runs_scanned == 4
+    assert rules_of(pair) == [
+        *[("waiting_for_its_host", "a", "WAITING_USER")] * 3,
+        ("requeued", "b", "QUEUED"),
+    ]
+
+
+def test_a_damaged_run_is_quarantined_at_the_rescuer(pair: Pair) -> None:
+    damaged = pair.dead.create()
+    pair.dead.set(damaged, labels="{")
+    pair.dead.create(**AGAIN)
+    pair.expire()
+
+    report = pair.take_over()
+
+    assert report.quarantined == 1
+    assert rules_of(pair) == [("record_damaged", "b", "QUEUED"), ("requeued", "b", "QUEUED")]
+    assert takeover.overdue(pair.db, pair.rules) == []
+
+
+def test_deadlines_of_a_moved_run_are_those_of_the_rescuers_clock(pair: Pair) -> None:
+    """The two hosts were booted at different times."""
+    moved = pair.dead.running(**AGAIN, max_run_s=600.0).run
+    stays = pair.dead.waiting(session_timeout_s=300.0, require_user_reply=False)
+    pair.expire()
+    wall = pair.dead.column(moved, "run_deadline_at")
+    pair.dead.reboot(100)
+
+    pair.take_over()
+
+    due, clock = pair.dead.column(moved, "run_due_us"), pair.dead.column(moved, "due_clock")
+    ahead_us = due - pair.dead.steady_us
+    assert clock == "boot-1+"
+    assert abs(ahead_us - (wall - int(pair.dead.now.timestamp() * 1e6))) < 30_000_000
+    assert pair.dead.column(stays, "due_clock") == "boot-1"
+
+
+# -- the middle ----------------------------------------------------------------------------------
+
+
+def in_the_middle(patch: pytest.MonkeyPatch, happens: Callable[[], object]) -> None:
+    """Let something happen after the first batch of a takeover, before the second one."""
+    apply, batches = recovery_apply.apply_batch, iter(range(1000))
+
+    def apply_or_more(*args: Any, **named: Any) -> Any:
+        if next(batches) == 1:
+            happens()
+        return apply(*args, **named)
+
+    patch.setattr(recovery_apply, "apply_batch", apply_or_more)
+
+
+def crash(*_: object, **__: object) -> None:
+    raise Crash
+
+
+def test_a_takeover_that_is_cut_off_stays_overdue_and_the_next_rescuer_completes_it(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was not decided stays claimable: nothing is logged and skipped."""
+    pair.keep_history()
+    one_of_each(pair.dead)
+    pair.dead.create(owner=pair.owner)
+    pair.expire()
+    in_the_middle(monkeypatch, crash)
+    with pytest.raises(Crash):
+        pair.take_over()
+    third = pair.third()
+    assert takeover.overdue(pair.db, pair.rules) == ["a"], "the rescuer tries again"
+    assert takeover.overdue(third.db, third.rules) == [], "no other one disturbs it"
+    pair.expire("b")
+    assert sorted(takeover.overdue(third.db, third.rules)) == ["a", "b"]
+
+    third.take_over()
+    third.recover(third.begin("b"))
+
+    assert takeover.overdue(third.db, third.rules) == []
+    decided = "SELECT count(DISTINCT run) FROM recovery_event"
+    assert pair.dead.rows(decided) == [(11,)]
+    assert pair.dead.rows("SELECT count(*) FROM run WHERE owner = 'b' AND ended_at IS NULL") == [
+        (0,)
+    ]
+    assert pair.stale_writes() == []
+
+
+@contextmanager
+def locked(pair: Pair, run_key: int) -> Iterator[None]:
+    """Let another session hold the lock of a run."""
+    holds, enough = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with pair.dead.db.transaction():
+            pair.dead.db.fetch_one("SELECT 1 FROM run WHERE id = ? FOR UPDATE", (run_key,))
+            holds.set()
+            enough.wait()
+        pair.dead.db.close()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    holds.wait()
+    try:
+        yield
+    finally:
+        enough.set()
+        thread.join()
+
+
+def test_a_locked_batch_keeps_no_other_batch_from_its_decisions(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = [pair.dead.create(**AGAIN) for _ in range(5)]
+    pair.expire()
+    pair.db.execute("SET lock_timeout = '50ms'")
+
+    with locked(pair, made[0].key), pytest.raises(DRIVER_ERRORS):
+        pair.take_over(batch_rows=2)
+
+    assert [owner for _, owner, _ in rules_of(pair)] == ["a", "a", "b", "b", "b"]
+    assert takeover.overdue(pair.db, pair.rules) == ["a"]
+    pair.take_over(batch_rows=2)
+    assert [owner for _, owner, _ in rules_of(pair)] == ["b"] * 5
+
+
+def test_a_rescuer_that_is_taken_over_hands_on_what_it_answers_for(pair: Pair) -> None:
+    pair.dead.waiting()
+    pair.expire()
+    pair.take_over()
+    third = pair.third()
+    pair.dead.create(owner=pair.owner)
+    pair.expire("b")
+
+    third.recover(third.begin("b"))
+
+    assert pair.dead.rows("SELECT name, taken_over_by FROM instance ORDER BY name") == [
+        ("a", "c"), ("b", "c"), ("c", None),
+    ]  # fmt: skip
+
+
+def test_the_own_restart_of_the_dead_instance_fences_the_takeover_and_not_the_rescuer(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It needs no lease, even on another host: the epoch is enough."""
+    pair.keep_history()
+    for _ in range(5):
+        pair.dead.create(**AGAIN)
+    pair.expire()
+
+    def restart() -> None:
+        elsewhere = boot("a", lock_id="another boot/1:2")
+        pair.dead.owner = instances.claim(pair.dead.db, elsewhere, now=pair.dead.now)
+
+    in_the_middle(monkeypatch, restart)
+
+    with pytest.raises(TakeoverFenced):
+        pair.take_over()
+    tally = pair.dead.apply_recovery()
+
+    assert tally.decisions == {"requeued": 2}
+    assert [owner for _, owner, _ in rules_of(pair)] == ["b", "b", "b", "a", "a"]
+    states = "SELECT cause, state FROM reconciliation ORDER BY id"
+    assert pair.dead.rows(states)[0] == ("TAKEOVER", "FAILED"), "no open report blocks the feed"
+    assert pair.dead.take(owner=pair.owner) is not None
+    assert pair.stale_writes() == []
+
+
+def test_the_own_restart_waits_for_the_batch_that_is_under_way(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fence that is only read, and not locked, would let both write the same run."""
+    pair.dead.create(**AGAIN)
+    pair.expire()
+    done: list[str] = []
+
+    def claim() -> None:
+        instances.claim(pair.dead.db, boot("a"), now=pair.dead.now)
+        done.append("claimed")
+        pair.dead.db.close()
+
+    thread = threading.Thread(target=claim)
+
+    def while_under_way(db: Database, _: object) -> None:
+        thread.start()
+        until_blocked(db, thread)
+        done.append("decided")
+
+    apply = recovery_apply.apply_batch
+    monkeypatch.setattr(
+        recovery_apply,
+        "apply_batch",
+        lambda *args, **named: apply(*args, **(named | {"report": while_under_way})),
+    )
+    with suppress(TakeoverFenced):  # after its batch, the takeover is over
+        pair.take_over()
+    thread.join()
+
+    assert done == ["decided", "claimed"]
+
+
+WRITES: dict[str, Callable[[Pair, Any], object]] = {
+    "create": lambda pair, _: pair.dead.create(),
+    "take": lambda pair, _: pair.dead.take(),
+    "an end": lambda pair, turn: pair.dead.end(turn, Succeeded({})),
+    "a session": lambda pair, turn: pair.dead.keep_session(turn),
+    "a gate": lambda pair, turn: launch_records.record_gated(
+        pair.dead.db, turn.launch, owner=pair.dead.owner, pid=1, start_ticks=1
+    ),
+    "a renewal": lambda pair, _: instances.renew(pair.dead.db, pair.dead.owner),
+}
+
+
+@pytest.mark.parametrize("what", WRITES)
+def test_a_dead_instance_that_wakes_up_writes_nothing(pair: Pair, what: str) -> None:
+    turn = pair.dead.running(**AGAIN)
+    pair.dead.create(**AGAIN)
+    pair.dead.db.guard(partial(instances.demand_current, owner=pair.dead.owner))
+    pair.expire()
+    pair.take_over()
+    before = pair.dead.dump()
+
+    with pytest.raises(Fenced):
+        WRITES[what](pair, turn)
+
+    assert pair.dead.dump() == before
+
+
+# -- what belongs to runs ------------------------------------------------------------------------
+
+
+def test_launches_on_another_host_stay_on_record_and_the_report_says_so(pair: Pair) -> None:
+    pair.dead.running(**AGAIN)
+    pair.expire()
+
+    report = pair.take_over()
+
+    assert pair.dead.rows("SELECT instance, state FROM process_lease") == [("a", "INTENT")]
+    assert report.warnings == (report_warnings.launches_elsewhere(1),)
+    assert pair.dead.take(owner=pair.owner) is not None
+
+
+def test_launches_on_this_host_are_ended_before_any_run_is_decided(pair: Pair) -> None:
+    run = pair.dead.running(**AGAIN).run
+    pair.expire()
+    taken = pair.begin()
+    seen: list[object] = []
+
+    def end(launches: Any) -> dict[int, Ending]:
+        seen.append(pair.dead.get(run).status)
+        return {one.key: Ending(found=1, ended=1, gone=True) for one in launches}
+
+    report = pair.recover(taken, launches=FakeLaunchEnder(end), is_here=True)
+
+    assert seen == [RunStatus.RUNNING]
+    assert (report.orphans.found, report.orphans.ended, report.warnings) == (1, 1, ())
+    assert pair.dead.rows("SELECT state FROM process_lease") == [("CLOSED",)]
+
+
+def test_a_process_that_cannot_be_killed_is_swept_by_the_rescuer_and_holds_its_run_back(
+    pair: Pair,
+) -> None:
+    pair.dead.running(**AGAIN)
+    pair.expire()
+    taken = pair.begin()
+    pair.recover(
+        taken,
+        launches=FakeLaunchEnder(
+            lambda launches: {one.key: Ending(found=1, ended=0, gone=False) for one in launches}
+        ),
+        is_here=True,
+    )
+
+    (stuck,) = launch_records.launches_to_sweep(
+        pair.db, pair.owner, now=pair.dead.now, closed_within_s=60.0
+    )
+    assert stuck.unended
+    assert pair.dead.take(owner=pair.owner) is None
+    launch_records.record_late_end(pair.db, [(stuck, GONE)], now=pair.dead.now)
+    assert pair.dead.take(owner=pair.owner) is not None
+
+
+def test_deliveries_of_webhooks_go_to_the_rescuer_also_those_of_later_events(pair: Pair) -> None:
+    run = pair.dead.waiting()
+    deliver = (
+        "INSERT INTO webhook_delivery (webhook, instance, run, run_id, engine, sequence, event,"
+        " status, created_at) VALUES ('w', 'a', ?, ?, 'demo', ?, 'ENDED', 'FAILED', 1)"
+    )
+    pair.dead.db.execute(deliver, (run.key, run.run_id, 1))
+    pair.expire()
+    pair.take_over()
+    taken = takeover.take_deliveries(pair.db, pair.owner, stopping=lambda: False)
+    pair.dead.db.execute(deliver, (run.key, run.run_id, 2))
+
+    later = takeover.take_deliveries(pair.db, pair.owner, stopping=lambda: False, rows=1)
+
+    assert (taken, later) == (1, 1)
+    assert pair.dead.rows("SELECT DISTINCT instance FROM webhook_delivery") == [("b",)]
+
+
+def test_an_instance_that_has_only_deliveries_left_is_taken_over(pair: Pair) -> None:
+    run = pair.dead.running().run
+    pair.dead.db.execute("UPDATE run SET status = 'FAILED'")
+    pair.dead.db.execute(
+        "INSERT INTO webhook_delivery (webhook, instance, run, run_id, engine, sequence, event,"
+        " status, created_at) VALUES ('w', 'a', ?, ?, 'demo', 1, 'ENDED', 'FAILED', 1)",
+        (run.key, run.run_id),
+    )
+    pair.expire()
+
+    assert takeover.overdue(pair.db, pair.rules) == ["a"]
+
+
+def test_a_takeover_is_no_start_in_the_count_for_safe_mode(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair.dead.create()
+    pair.expire()
+    monkeypatch.setattr(recovery_apply, "apply_batch", crash)
+    for _ in range(3):
+        with pytest.raises(Crash):
+            pair.take_over()
+
+    since = pair.dead.now.replace(year=2020)
+    assert reports.count_unfinished_starts(pair.db, pair.owner, since) == 0
+
+
+def test_a_decision_of_a_takeover_names_rescuer_and_facts(pair: Pair) -> None:
+    run = pair.dead.waiting()
+    pair.expire()
+    pair.take_over()
+
+    (info,) = decisions.history(pair.db, run.run_id)
+
+    assert (info.recovery_reason, info.instance) == ("waiting_for_its_host", "b")
