@@ -6,7 +6,8 @@ get      GetRun by random ids from a store of `--rows` runs, all of which a rest
          with 1 and 16 callers. Floor: a grpc.aio server on uvloop, in a process of its own, that
          gives the same bytes to every call. It reads no row and checks no access.
 page     A page of 50 of ListRecovered, at the start and at the far end. Floor: the start.
-secure   GetRun with TLS and a token. Floor: the same service on a copy of the store, without.
+secure   GetRun with TLS, a token and metrics. Floor: the same service without, on a copy of the
+         store.
 create   CreateRun, each durable when it is answered. Floor: a process that inserts one row of
          that size at a time into SQLite with synchronous=FULL, a commit each.
 
@@ -194,13 +195,13 @@ class Bench:
             ]
 
     def secure(self, plain: Server, secured: Server, ids: list[str]) -> list[Comparison]:
-        """GetRun with TLS and a token beside the same without."""
+        """GetRun with TLS, a token and metrics beside the same without."""
         payloads = self.payloads(
             "secure", [pb.GetRunRequest(run_id=run_id).SerializeToString() for run_id in ids]
         )
         return [
             compare(
-                f"GetRun with TLS and a token, {callers} callers",
+                f"GetRun with TLS, a token and metrics, {callers} callers",
                 rounds=self.rounds,
                 floor=self.load(plain, GET, payloads, callers),
                 ours=self.load(secured, GET, payloads, callers),

@@ -52,7 +52,10 @@ class Server:
 
 
 def secure_config(folder: Path) -> str:
-    """Return a configuration with TLS and one caller, whose certificate is in the folder."""
+    """Return a configuration with TLS, one caller and metrics.
+
+    The certificate is in the folder.
+    """
     certificate, key = folder / CERTIFICATE, folder / "bench.key"
     subprocess.run(
         [
@@ -65,7 +68,8 @@ def secure_config(folder: Path) -> str:
     )  # fmt: skip
     digest = sha256(TOKEN.encode()).hexdigest()
     return (
-        f'{CONFIG}\n[tls]\ncertificate = "{certificate}"\nkey = "{key}"\n\n[[callers]]\n'
+        f'metrics_listen = "127.0.0.1:0"\n{CONFIG}\n'
+        f'[tls]\ncertificate = "{certificate}"\nkey = "{key}"\n\n[[callers]]\n'
         f'name = "bench"\nrole = "operator"\ntoken_sha256 = "{digest}"\n'
     )
 

@@ -54,7 +54,7 @@ log = structlog.get_logger()
 
 
 class CallerTable:
-    """All callers, by token and by certificate. Immutable: a change makes a new table.
+    """All callers, by token and by certificate. A change makes a new table.
 
     A table without callers admits everyone, as `ANYONE`.
 
@@ -67,6 +67,7 @@ class CallerTable:
         self._key = secrets.token_bytes(32)
         self._by_token: dict[bytes, tuple[bytes, Caller]] = {}
         self._by_certificate: dict[str, Caller] = {}
+        self._strong: set[bytes] = set()
         for each in self.known:
             for digest in each.tokens:
                 self._by_token[self._place(digest)] = (digest, each.caller)
@@ -82,13 +83,17 @@ class CallerTable:
         """Return the caller with this token. A malformed, weak or empty token belongs to no caller.
 
         This is checked here as well, because a configured digest does not show how weak its token
-        is.
+        is. Each token is checked once: the check takes as long as the rest of this method.
         """
-        if token_problem(token) is not None:
-            return None
         digest = sha256(token.encode()).digest()
         found = self._by_token.get(self._place(digest))
-        return found[1] if found is not None and hmac.compare_digest(found[0], digest) else None
+        if found is None or not hmac.compare_digest(found[0], digest):
+            return None
+        if digest not in self._strong:
+            if token_problem(token) is not None:
+                return None
+            self._strong.add(digest)
+        return found[1]
 
     def of_certificate(self, names: Mapping[str, Iterable[bytes]]) -> Caller | None:
         """Return the caller by the names in a certificate, as gRPC gives them.
