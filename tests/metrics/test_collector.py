@@ -20,7 +20,7 @@ from runrecovery_service.storage.run_counts import RunCount
 from support.clock import FakeClock
 
 RUNS = [RunCount(status=RunStatus.QUEUED, engine="a", runs=1, oldest_since=None)]
-COUNTS = Counts(runs=RUNS, backlogs={})
+COUNTS = Counts(runs=RUNS, usage=[], backlogs={})
 
 
 class Store:

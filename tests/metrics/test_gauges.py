@@ -15,9 +15,11 @@ from runrecovery_service.domain.reconciliation import (
     ReconciliationState,
 )
 from runrecovery_service.domain.run import RecoveryState, RunStatus
+from runrecovery_service.domain.usage import Usage
 from runrecovery_service.metrics.gauges import Present, families_of
 from runrecovery_service.rpc.gate import ServiceState
 from runrecovery_service.storage.run_counts import RunCount
+from runrecovery_service.storage.usage import EngineUsage
 from runrecovery_service.storage.webhook_deliveries import Backlog
 
 NOW = datetime(2026, 11, 29, 12, tzinfo=UTC)
@@ -38,6 +40,7 @@ PRESENT = Present(
     report=None,
     removed={"runs": 2, "reports": 0},
     runs=None,
+    usage=[],
     backlogs=None,
     counted_at=None,
 )
@@ -169,3 +172,39 @@ def test_the_report_of_the_start_is_shown_with_every_rule() -> None:
     assert found["runrecovery_recovery_quarantined"] == {(): 1}
     assert found["runrecovery_recovery_warnings"] == {(): 2}
     assert found["runrecovery_safe_mode"] == {(): 1}
+
+
+def test_usage_is_shown_by_engine_and_model_and_cost_where_it_was_reported() -> None:
+    used = [
+        EngineUsage(
+            engine="a",
+            turns=2,
+            usage=Usage(
+                input_tokens=100,
+                cached_input_tokens=70,
+                cache_write_input_tokens=10,
+                output_tokens=9,
+                reasoning_output_tokens=3,
+                cost_nanos=1_500_000_000,
+                model="m",
+            ),
+        ),
+        EngineUsage(engine="b", turns=1, usage=Usage(input_tokens=5)),
+    ]
+
+    found = shown(replace(PRESENT, usage=used))
+
+    assert found["runrecovery_usage_turns_total"] == {("a", "m"): 2, ("b", ""): 1}
+    assert found["runrecovery_usage_tokens_total"] == {
+        ("a", "m", "input"): 100, ("a", "m", "output"): 9,
+        ("b", "", "input"): 5, ("b", "", "output"): 0,
+    }  # fmt: skip
+    assert found["runrecovery_usage_part_tokens_total"] == {
+        ("a", "m", "cached_input"): 70,
+        ("a", "m", "cache_write_input"): 10,
+        ("a", "m", "reasoning_output"): 3,
+        ("b", "", "cached_input"): 0,
+        ("b", "", "cache_write_input"): 0,
+        ("b", "", "reasoning_output"): 0,
+    }
+    assert found["runrecovery_usage_cost_usd_total"] == {("a", "m"): 1.5}

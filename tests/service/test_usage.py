@@ -11,7 +11,8 @@ from runrecovery.v1 import run_pb2
 from runrecovery.v1 import run_service_pb2 as pb
 from support.api import Api, refused, status_word
 from support.engines import GOOD_ENGINES, EngineSpec, script
-from support.service import Home
+from support.scraping import scrape
+from support.service import Home, ServiceProcess
 from support.waiting import until
 
 NewHome = Callable[..., Home]
@@ -47,7 +48,7 @@ def used(run: run_pb2.Run) -> tuple[int, int, float]:
 
 
 def test_a_killed_turn_counts_as_far_as_it_was_reported(new_home: NewHome) -> None:
-    home = new_home(engines=engines())
+    home = new_home(engines=engines(), metrics_listen="127.0.0.1:0")
     service, api = home.start()
     run_id = api.create("counting", {"reports": [70], "works": True, "at_end": 30}).run_id
     until(lambda: used(api.get(run_id)) == (70, 1, 0.7), "the first report is on record")
@@ -72,8 +73,29 @@ def test_a_killed_turn_counts_as_far_as_it_was_reported(new_home: NewHome) -> No
         (run_pb2.RUN_EVENT_KIND_SUCCEEDED, 30)
     ]
     service.kill()
-    _, api = home.start()
+    service, api = home.start()
     assert used(api.get(run_id)) == (100, 2, 0.7)
+    until(lambda: shown(service), "the store is read for metrics")
+    assert shown(service) == {
+        ("runrecovery_usage_turns_total", ""): 2,
+        ("runrecovery_usage_tokens_total", "input"): 100,
+        ("runrecovery_usage_tokens_total", "output"): 2,
+        ("runrecovery_usage_part_tokens_total", "cached_input"): 0,
+        ("runrecovery_usage_part_tokens_total", "cache_write_input"): 0,
+        ("runrecovery_usage_part_tokens_total", "reasoning_output"): 0,
+        ("runrecovery_usage_cost_usd_total", ""): 0.7,
+    }
+
+
+def shown(service: ServiceProcess) -> dict[tuple[str, str], float]:
+    """Return the metrics of usage, by name and kind."""
+    found = {}
+    for (name, labels), number in scrape(service).items():
+        if name.startswith("runrecovery_usage_"):
+            kinds = dict(labels)
+            assert (kinds.pop("engine"), kinds.pop("model")) == ("counting", "")
+            found[name, "".join(kinds.values())] = number
+    return found
 
 
 def failed_over_budget(api: Api, run_id: str) -> str:

@@ -59,7 +59,7 @@ REOPEN_S = 3600.0
 TABLES = (
     "run", "run_event", "run_label", "removed_part", "interaction", "recovery_event",
     "reconciliation", "quarantine", "instance", "instance_epoch", "process_lease",
-    "request_receipt", "engine_usage",
+    "request_receipt", "engine_usage", "model_usage",
 )  # fmt: skip
 
 DECIDED = ("run", "interaction", "recovery_event", "quarantine")

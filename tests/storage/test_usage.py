@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -79,6 +80,47 @@ def test_a_run_has_the_sum_of_its_turns_and_each_end_its_own_part(store: Service
         (RunEventKind.SUCCEEDED, tokens(2, model="")),
     ]
     assert of_engine(store) == (2, tokens(3, cost=5, model=""))
+
+
+def by_model(store: ServiceStore) -> list[tuple[str, int, Usage]]:
+    return [(one.engine, one.turns, one.usage) for one in usage.by_model(store.db, store.owner)]
+
+
+def test_each_report_counts_for_the_model_that_it_names(store: ServiceStore) -> None:
+    turn = store.running()
+    report(store, turn, TurnUsage(turn=tokens(1, model="")))
+    report(store, turn, TurnUsage(turn=tokens(3, model="first", cost=9)))
+    report(store, turn, TurnUsage(turn=tokens(4, model="", cost=9)))
+    store.end(turn, DONE, used=TurnUsage(turn=tokens(6, model="second", cost=10)))
+    store.end(store.running(), DONE, used=TurnUsage(turn=tokens(2, model="first")))
+
+    assert by_model(store) == [
+        ("demo", 1, tokens(1, model="")),
+        ("demo", 1, tokens(5, model="first", cost=9)),
+        ("demo", 0, tokens(2, model="second", cost=1)),
+    ]
+    assert of_engine(store) == (2, tokens(8, model="", cost=10))
+
+
+def test_twenty_models_of_an_engine_are_told_apart_and_the_others_are_one(
+    store: ServiceStore,
+) -> None:
+    names = [f"m{number:02}" for number in range(22)]
+    for name in (*names, "m07", "two lines\n", "x" * 101, "ä"):
+        store.end(store.running(), DONE, used=TurnUsage(turn=tokens(1, model=name)))
+
+    twice = {"m07": 2, "other": 5}
+    assert by_model(store) == [
+        ("demo", twice.get(name, 1), tokens(twice.get(name, 1), model=name))
+        for name in (*names[:20], "other")
+    ]
+
+
+def test_the_usage_of_another_instance_is_not_counted_by_model(store: ServiceStore) -> None:
+    store.end(store.running(), DONE, used=used(1))
+    other = replace(store.owner, instance="other")
+
+    assert usage.by_model(store.db, other) == []
 
 
 def test_a_run_without_a_report_has_no_usage(store: ServiceStore) -> None:

@@ -18,6 +18,7 @@ from runrecovery_service.clock import Clock
 from runrecovery_service.metrics.families import Family
 from runrecovery_service.periodic import FailureLog
 from runrecovery_service.storage.run_counts import RunCount
+from runrecovery_service.storage.usage import EngineUsage
 
 if TYPE_CHECKING:  # not imported where there is no webhook
     from runrecovery_service.storage.webhook_deliveries import Backlog
@@ -38,10 +39,12 @@ class Counts:
 
     Attributes:
         runs: the unfinished runs.
+        usage: what turns have used, by engine and model.
         backlogs: what each webhook has not got, by name, for those that lack anything.
     """
 
     runs: list[RunCount]
+    usage: list[EngineUsage]
     backlogs: Mapping[str, Backlog]
 
 

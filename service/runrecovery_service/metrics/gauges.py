@@ -14,6 +14,7 @@ from runrecovery_service.domain.run import TERMINAL, RunStatus
 from runrecovery_service.metrics.families import Family, Kind, Labels
 from runrecovery_service.rpc.gate import ServiceState
 from runrecovery_service.storage.run_counts import RunCount
+from runrecovery_service.storage.usage import EngineUsage
 
 if TYPE_CHECKING:  # not imported where there is no webhook
     from runrecovery_service.storage.webhook_deliveries import Backlog
@@ -37,6 +38,7 @@ class Present:
         report: of the recovery of this start; None until it is committed.
         removed: what retention has removed, by kind.
         runs: unfinished runs, as the store answered last; None: it has not answered yet.
+        usage: what turns have used, by engine and model, as the store answered last.
         backlogs: what each webhook has not got, by name, for those that lack anything, as the
             store answered last; None: it has not answered yet.
         counted_at: when the store answered last.
@@ -58,6 +60,7 @@ class Present:
     report: Reconciliation | None
     removed: Mapping[str, int]
     runs: list[RunCount] | None
+    usage: list[EngineUsage]
     backlogs: Mapping[str, Backlog] | None
     counted_at: datetime | None
 
@@ -122,6 +125,25 @@ def _oldest(status: RunStatus) -> Callable[[Present], Numbers]:
         }
         zeros: Numbers = {(engine,): 0.0 for engine in present.engines}
         return zeros | ages
+
+    return read
+
+
+def _used(present: Present, read: Callable[[EngineUsage], float | None]) -> Numbers:
+    """Return a number for each engine and model of which it is known."""
+    numbers = {(one.engine, one.usage.model): read(one) for one in present.usage}
+    return {labels: number for labels, number in numbers.items() if number is not None}
+
+
+def _tokens(**kinds: str) -> Callable[[Present], Numbers]:
+    """Return numbers of tokens. Each kind is a field of `Usage`."""
+
+    def read(present: Present) -> Numbers:
+        return {
+            (one.engine, one.usage.model, kind): float(getattr(one.usage, field))
+            for one in present.usage
+            for kind, field in kinds.items()
+        }
 
     return read
 
@@ -300,6 +322,38 @@ GAUGES: Final = (
         "1 when this start launches nothing.",
         (),
         _of_report(lambda it: _one(float(it.safe_mode))),
+    ),
+    Gauge(
+        "runrecovery_usage_turns_total",
+        "Turns whose agents have reported what they used.",
+        ("engine", "model"),
+        lambda it: _used(it, lambda one: one.turns),
+        Kind.COUNTER,
+    ),
+    Gauge(
+        "runrecovery_usage_tokens_total",
+        "Tokens that models have read and written.",
+        ("engine", "model", "kind"),
+        _tokens(input="input_tokens", output="output_tokens"),
+        Kind.COUNTER,
+    ),
+    Gauge(
+        "runrecovery_usage_part_tokens_total",
+        "Those of them that came from a cache, were written to one, or were reasoning.",
+        ("engine", "model", "part"),
+        _tokens(
+            cached_input="cached_input_tokens",
+            cache_write_input="cache_write_input_tokens",
+            reasoning_output="reasoning_output_tokens",
+        ),
+        Kind.COUNTER,
+    ),
+    Gauge(
+        "runrecovery_usage_cost_usd_total",
+        "Cost in US dollars, as agents reported it.",
+        ("engine", "model"),
+        lambda it: _used(it, lambda one: one.usage.cost_usd),
+        Kind.COUNTER,
     ),
     Gauge(
         "runrecovery_retention_removed_total",

@@ -22,6 +22,7 @@ from runrecovery_service.recovery.status import RecoveryStatus
 from runrecovery_service.rpc.call_meter import CallMeter
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.health import NAMES
+from runrecovery_service.storage import usage
 from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner
@@ -113,6 +114,7 @@ class Sources:
                 for kind in RetentionKind
             },
             runs=None if stored.counts is None else stored.counts.runs,
+            usage=[] if stored.counts is None else stored.counts.usage,
             backlogs=None if stored.counts is None else stored.counts.backlogs,
             counted_at=stored.read_at,
         )
@@ -143,12 +145,12 @@ def build_metrics(sources: Sources, clock: Clock, *, max_connections: int) -> Me
 
 
 def _count(db: Database, owner: Owner, *, with_webhooks: bool) -> Counts:
-    runs = count_unfinished(db, owner)
+    runs, used = count_unfinished(db, owner), usage.by_model(db, owner)
     if not with_webhooks:
-        return Counts(runs=runs, backlogs={})
+        return Counts(runs=runs, usage=used, backlogs={})
     from runrecovery_service.storage.webhook_deliveries import backlogs  # noqa: PLC0415 - see Counts
 
-    return Counts(runs=runs, backlogs=backlogs(db, owner.instance))
+    return Counts(runs=runs, usage=used, backlogs=backlogs(db, owner.instance))
 
 
 def _show_zeros(meters: Meters) -> None:

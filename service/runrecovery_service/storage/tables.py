@@ -375,6 +375,25 @@ class EngineUsage(pw.Model):
         primary_key = pw.CompositeKey("engine", "instance")
 
 
+class ModelUsage(pw.Model):
+    """The same by model: as agents name it, '' for none, 'other' if there are too many."""
+
+    engine = pw.TextField()
+    instance = pw.TextField()
+    model = pw.TextField()
+    turns = pw.BigIntegerField()
+    input_tokens = pw.BigIntegerField()
+    cached_input_tokens = pw.BigIntegerField()
+    cache_write_input_tokens = pw.BigIntegerField()
+    output_tokens = pw.BigIntegerField()
+    reasoning_output_tokens = pw.BigIntegerField()
+    cost_nanos = pw.BigIntegerField(null=True)
+
+    class Meta:
+        table_name = "model_usage"
+        primary_key = pw.CompositeKey("engine", "instance", "model")
+
+
 class TrustEntry(pw.Model):
     """A trust entry of the service in a file of an agent CLI.
 
@@ -467,6 +486,7 @@ EVERY: Final = (
     InstanceEpoch,
     ProcessLease,
     EngineUsage,
+    ModelUsage,
     TrustEntry,
     RequestReceipt,
     WebhookDelivery,

@@ -1,11 +1,13 @@
-"""What turns have used: written to the launch, the run and its engine in one transaction.
+"""What turns have used: written to the launch, the run, its engine and model in one transaction.
 
-A launch has the whole usage of its turn, so that a repeated write changes nothing. The run and the
-engine get the difference to what the launch had before.
+A launch has the whole usage of its turn, so that a repeated write changes nothing. The others
+get the difference to what the launch had before.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -21,10 +23,22 @@ from runrecovery_service.storage.rows import (
     usage_to_json,
 )
 
+MODELS_MOST: Final = 20
+"""How many models of an engine are told apart. The names come from agents."""
+OTHER_MODEL: Final = "other"
+"""All further models of an engine, and those with odd names."""
+_MODEL: Final = re.compile(r"[A-Za-z0-9._:/@+\[\]-]{1,100}")
+ROWS_MOST: Final = 1_000
+"""Engines are few. This bounds what a store with damaged names can make of them."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineUsage:
-    """What the turns of one engine have used. `turns`: those that reported something."""
+    """What the turns of one engine, or of one of its models, have used.
+
+    Attributes:
+        turns: those that reported something.
+    """
 
     engine: str
     turns: int
@@ -110,14 +124,35 @@ def _amounts(used: TurnUsage, before: Usage | None) -> dict[str, int]:
 def _add_to_engine(
     db: Database, engine: str, used: TurnUsage, before: Usage | None, *, owner: Owner
 ) -> None:
-    columns = {"turns": int(before is None)} | _amounts(used, before)
-    sums = ", ".join(f"{name} = COALESCE(engine_usage.{name}, 0) + ?" for name in columns)
+    amounts = {"turns": int(before is None)} | _amounts(used, before)
+    keys = {"engine": engine, "instance": owner.instance}
+    model = used.turn.model or ("" if before is None else before.model)
+    _add(db, "engine_usage", keys, amounts)
+    _add(db, "model_usage", keys | {"model": _counted_model(db, engine, model, owner)}, amounts)
+
+
+def _add(db: Database, table: str, keys: Mapping[str, str], amounts: Mapping[str, int]) -> None:
+    sums = ", ".join(f"{name} = COALESCE({table}.{name}, 0) + ?" for name in amounts)
     db.execute(
-        f"INSERT INTO engine_usage (engine, instance, {', '.join(columns)})"
-        f" VALUES (?, ?, {', '.join('?' for _ in columns)})"
-        f" ON CONFLICT (engine, instance) DO UPDATE SET {sums}",
-        (engine, owner.instance, *columns.values(), *columns.values()),
+        f"INSERT INTO {table} ({', '.join((*keys, *amounts))})"
+        f" VALUES ({', '.join('?' for _ in (*keys, *amounts))})"
+        f" ON CONFLICT ({', '.join(keys)}) DO UPDATE SET {sums}",
+        (*keys.values(), *amounts.values(), *amounts.values()),
     )
+
+
+def _counted_model(db: Database, engine: str, model: str, owner: Owner) -> str:
+    """Return the model under which a report is counted: few of an engine have their own."""
+    if not model:
+        return ""
+    if not _MODEL.fullmatch(model):
+        return OTHER_MODEL
+    rows = db.fetch_all(
+        "SELECT model FROM model_usage WHERE engine = ? AND instance = ?", (engine, owner.instance)
+    )
+    known = {row[0] for row in rows}
+    has_room = len(known - {"", OTHER_MODEL}) < MODELS_MOST
+    return model if model in known or has_room else OTHER_MODEL
 
 
 def of_session(db: Database, run_key: int) -> SessionUsage | None:
@@ -135,7 +170,17 @@ def by_engine(db: Database) -> list[EngineUsage]:
     return [_engine_usage(row) for row in rows]
 
 
-def _engine_usage(row: Row) -> EngineUsage:
+def by_model(db: Database, owner: Owner) -> list[EngineUsage]:
+    """Return what the turns of the instance have used, by engine and model, sorted by both."""
+    rows = db.fetch_all(
+        f"SELECT engine, turns, {', '.join((*TOKEN_FIELDS, 'cost_nanos'))}, model FROM model_usage"
+        f" WHERE instance = ? ORDER BY engine, model LIMIT {ROWS_MOST}",
+        (owner.instance,),
+    )
+    return [_engine_usage(tuple(row), model) for *row, model in rows]
+
+
+def _engine_usage(row: Row, model: str = "") -> EngineUsage:
     engine, turns, *sums = row
     # A sum is a Decimal in PostgreSQL.
     read, cached, stored, written, reasoned, cost = (None if n is None else int(n) for n in sums)
@@ -146,5 +191,6 @@ def _engine_usage(row: Row) -> EngineUsage:
         output_tokens=written or 0,
         reasoning_output_tokens=reasoned or 0,
         cost_nanos=cost,
+        model=model,
     )
     return EngineUsage(engine=engine, turns=int(turns), usage=usage)
