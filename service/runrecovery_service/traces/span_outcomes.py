@@ -106,9 +106,8 @@ class QueueCounter(SpanProcessor):
         self._outcomes = outcomes
 
     def on_end(self, span: ReadableSpan) -> None:
-        """Count a span. Those that are not recorded for the collector are not put there."""
-        if span.context is not None and span.context.trace_flags.sampled:
-            self._outcomes.note_ended()
+        """Count a span. Spans that are not recorded do not come here."""
+        self._outcomes.note_ended()
 
 
 class CountingExporter(SpanExporter):
