@@ -51,7 +51,6 @@ from runrecovery_service.recovery.status import RecoveryStatus
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import (
     adoption,
-    cut_turns,
     deadlines,
     found_ends,
     launch_records,
@@ -67,11 +66,9 @@ from runrecovery_service.storage.driver_errors import DRIVER_ERRORS, to_domain_e
 from runrecovery_service.storage.found_ends import OpenTurn
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.launch_records import LaunchEnd, LaunchRecord
-from runrecovery_service.storage.recovery_apply import Batch
 from runrecovery_service.storage.recovery_scope import ApplyScope
 
 if TYPE_CHECKING:  # not imported where traces are off
-    from runrecovery_service.recovery.recovery_spans import RecoverySpans
     from runrecovery_service.spans import Tracer
 
 log = structlog.get_logger()
@@ -81,9 +78,6 @@ TRUST_S: Final = 10.0
 """Time for the files of agent CLIs. A sweep removes the rest while the service runs."""
 DECISIONS_LOGGED: Final = 1000
 """Decisions of one recovery that get a log line of their own. The history has all decisions."""
-
-CUT_TURNS_REPORTED: Final = 1000
-"""Spans of one batch for turns that ended with their service. There are no more than slots."""
 
 RecordRemovals = Callable[[Database, tuple[TrustRemoval, ...]], object]
 """Records removals in the transaction that deletes their rows."""
@@ -453,7 +447,7 @@ class Recovery:
                 batch_s=self.limits.batch_s,
             )
             if report.spans is not None and tally.slots:
-                _report_cut_turns(db, report.spans, report.key, batch)
+                report.spans.report_cut_turns(db, report.key, batch)
             logged += log_decisions(db, report, batch, limit=max(DECISIONS_LOGGED - logged, 0))
             log.info(
                 "recovery.progress",
@@ -482,8 +476,3 @@ def _ended(ending: Ending) -> LaunchEnd:
         gone=ending.gone,
         orphans=ending.orphans,
     )
-
-
-def _report_cut_turns(db: Database, spans: RecoverySpans, report_key: int, batch: Batch) -> None:
-    for turn in cut_turns.cut_turns(db, report_key, batch, limit=CUT_TURNS_REPORTED):
-        spans.turn_cut(turn)

@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Final
 
 from runrecovery_service.domain.reconciliation import Cause, Reconciliation
 from runrecovery_service.spans import TURN, Span, Tracer, turn_facts
-from runrecovery_service.storage.cut_turns import CutTurn
+from runrecovery_service.storage.cut_turns import CutTurn, cut_turns
+from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner
+from runrecovery_service.storage.recovery_apply import Batch
+
+CUT_TURNS_REPORTED: Final = 1000
+"""Turns of one batch that are reported. There are no more than slots, unless rows are damaged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +37,13 @@ class RecoverySpans:
         finally:
             span.end(error=error)
 
-    def turn_cut(self, turn: CutTurn) -> None:
-        """Report a turn that ended with its service, as the span that its agent has as parent."""
+    def report_cut_turns(self, db: Database, report_key: int, batch: Batch) -> None:
+        """Report the turns of a batch that ended with their service."""
+        for turn in cut_turns(db, report_key, batch, limit=CUT_TURNS_REPORTED):
+            self._report_cut_turn(turn)
+
+    def _report_cut_turn(self, turn: CutTurn) -> None:
+        """Report a turn as the span that its agent has as its parent."""
         facts = turn_facts(
             run_id=turn.run_id, engine=turn.engine, attempt=turn.attempt, turn=turn.turn
         )
