@@ -37,7 +37,7 @@ $(READY): requirements/dev.txt
 	@echo "  1 of 3: creating the environment"
 	@rm -rf $(VENV)
 	@$(PYTHON) -m venv $(VENV)
-	@echo "  2 of 3: downloading and installing the packages of requirements/dev.txt (370 MB; some 40 s, or minutes on a slow network)"
+	@echo "  2 of 3: downloading and installing the packages of requirements/dev.txt (400 MB; some 40 s, or minutes on a slow network)"
 	@$(BIN)/python -m pip install --quiet --require-hashes -r requirements/dev.txt
 	@echo "  3 of 3: installing runrecovery itself"
 	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e client -e .

@@ -65,7 +65,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     open. RetryInfo says when to retry.
     """
     ERROR_REASON_STORAGE_FULL: _ErrorReason.ValueType  # 19
-    """RESOURCE_EXHAUSTED. The disk of the database is full. RetryInfo says when to retry."""
+    """RESOURCE_EXHAUSTED. The disk of the database is full. CreateRun also when a disk of the
+    service has less room than its floor (configuration `min_free_bytes`). RetryInfo says when
+    to retry.
+    """
     ERROR_REASON_OUTPUT_OUT_OF_RANGE: _ErrorReason.ValueType  # 20
     """OUT_OF_RANGE. The output ends before the offset, or the run has no such attempt."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 21
@@ -174,7 +177,10 @@ ERROR_REASON_OVERLOADED: ErrorReason.ValueType  # 18
 open. RetryInfo says when to retry.
 """
 ERROR_REASON_STORAGE_FULL: ErrorReason.ValueType  # 19
-"""RESOURCE_EXHAUSTED. The disk of the database is full. RetryInfo says when to retry."""
+"""RESOURCE_EXHAUSTED. The disk of the database is full. CreateRun also when a disk of the
+service has less room than its floor (configuration `min_free_bytes`). RetryInfo says when
+to retry.
+"""
 ERROR_REASON_OUTPUT_OUT_OF_RANGE: ErrorReason.ValueType  # 20
 """OUT_OF_RANGE. The output ends before the offset, or the run has no such attempt."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 21

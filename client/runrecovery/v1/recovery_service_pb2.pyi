@@ -947,8 +947,8 @@ class PlannedGroup(_message.Message):
     """
     @_builtins.property
     def running_time(self) -> _duration_pb2.Duration:
-        """OUTPUT_ONLY. The sum of the times for which those processes of these runs have been running
-        that the restart would end.
+        """OUTPUT_ONLY. How long the processes that the restart would end have been running, all
+        together.
         """
 
     def __init__(

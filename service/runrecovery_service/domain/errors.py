@@ -357,7 +357,7 @@ class CallerOverloaded(Exhausted):
 
 @dataclass(eq=False)
 class StorageFull(Exhausted):
-    """The database's disk is full."""
+    """The disk of the database is full, or a disk has less room than `min_free_bytes`."""
 
     cause: str = "the disk of the database is full; retry later"
 
