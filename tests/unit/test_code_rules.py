@@ -219,3 +219,9 @@ def test_every_deployment_bounds_the_arenas_of_glibc() -> None:
         "runrecovery.service": ["MALLOC_ARENA_MAX=2"],
         "Containerfile": ["MALLOC_ARENA_MAX=2"],
     }
+
+
+def test_migrations_are_numbered_without_gaps_and_repetitions() -> None:
+    names = sorted(file.name for file in (SERVICE / "storage" / "migrations").glob("[0-9]*.py"))
+
+    assert [name[:4] for name in names] == [f"{number:04}" for number in range(1, len(names) + 1)]
