@@ -8,12 +8,14 @@ from typing import Any, Final, TypeAlias
 
 import grpc
 from fuzz.cases import METHODS, Case, Manner
+from support.callers import token_of
 
 PATIENCE_S: Final = 20.0
 """For an answer. Nothing here takes a hundredth of it."""
 GLANCE_S: Final = 0.1
 """For a stream that may have nothing to tell: it is then left."""
 HURRY_S: Final = 0.001
+AUTHORIZATION: Final = "authorization"
 ANSWERS_READ: Final = 3
 OPTIONS: Final = (
     ("grpc.enable_retries", 0),
@@ -115,9 +117,12 @@ class Caller:
 
 def _options(case: Case, timeout_s: float) -> dict[str, Any]:
     gzip = case.manner is Manner.GZIP
+    metadata = case.metadata
+    if AUTHORIZATION not in {key for key, _ in metadata}:
+        metadata += ((AUTHORIZATION, f"Bearer {token_of('operator')}"),)
     return {
         "timeout": HURRY_S if case.manner is Manner.HURRIED else timeout_s,
-        "metadata": case.metadata or None,
+        "metadata": metadata,
         "compression": grpc.Compression.Gzip if gzip else None,
         "wait_for_ready": True,
     }

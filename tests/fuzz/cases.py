@@ -25,6 +25,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 from runrecovery.v1 import recovery_service_pb2, run_service_pb2
+from support.callers import token_of
 
 MAX_REQUEST_BYTES: Final = 1 << 20
 """The service's own default."""
@@ -450,10 +451,27 @@ _pair: Final[SearchStrategy[Pair]] = st.one_of(
 )
 
 
+ROLES: Final = ("viewer", "replier", "creator", "operator")
+_TOKENS: Final = (*map(token_of, ROLES), token_of("nobody"), "", "x" * 64)
+_credential: Final = st.tuples(
+    st.just("authorization"),
+    st.builds(
+        "{}{}".format,
+        st.sampled_from((*["Bearer "] * 6, "bEARER ", "Bearer  ", "Basic ", "")),
+        st.sampled_from(_TOKENS),
+    ),
+)
+
+
 @st.composite
 def _metadata(draw: DrawFn) -> tuple[Pair, ...]:
-    if draw(st.integers(0, 19)) < 18:
+    """Return metadata. Without `authorization` the call is one of an operator."""
+    kind = draw(st.integers(0, 19))
+    if kind < 14:
         return ()
+    if kind < 18:
+        most = draw(st.sampled_from((1, 1, 2)))
+        return tuple(draw(st.lists(_credential, min_size=1, max_size=most)))
     pairs = draw(st.lists(_pair, min_size=1, max_size=6))
     return tuple(pairs) * draw(st.sampled_from((1, 1, 1, 20)))
 

@@ -12,13 +12,14 @@ from typing import Any, Final
 
 import grpc
 from fuzz.agent import HANDLE
-from fuzz.calls import Outcome
-from fuzz.cases import MAX_REQUEST_BYTES, METHODS, OURS, Case, Manner
+from fuzz.calls import AUTHORIZATION, Outcome
+from fuzz.cases import MAX_REQUEST_BYTES, METHODS, OURS, ROLES, Case, Manner
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 from google.rpc import error_details_pb2, status_pb2
 from runrecovery.v1 import errors_pb2
+from support.callers import token_of
 
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
 Code = grpc.StatusCode
@@ -61,11 +62,18 @@ Found = tuple[Fault, str]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Documented:
-    """The pages: codes and details by reason (docs/errors.md), reasons by method (docs/api.md)."""
+    """What the pages say.
+
+    Attributes:
+        codes, details: by reason (docs/errors.md).
+        reasons: by method (docs/api.md).
+        roles: the least role by the full name of the method (docs/security.md).
+    """
 
     codes: dict[str, grpc.StatusCode]
     details: dict[str, str]
     reasons: dict[str, frozenset[str]]
+    roles: dict[str, str]
 
 
 def documented() -> Documented:
@@ -86,7 +94,16 @@ def documented() -> Documented:
         codes=said | codes,
         details={reason: more for reason, _, more in rows},
         reasons={name: _named(text, frozenset(said)) for name, text in sections.items()},
+        roles=_least_roles((REPOSITORY / "docs" / "security.md").read_text("utf-8")),
     )
+
+
+def _least_roles(page: str) -> dict[str, str]:
+    rows = re.findall(r"^\| `([\w.]+)` \|([ yes|]*)\|$", page, re.MULTILINE)
+    return {
+        name: ROLES[[cell.strip() for cell in cells.split("|")].index("yes")]
+        for name, cells in rows
+    }
 
 
 def _named(section: str, reasons: frozenset[str]) -> frozenset[str]:
@@ -178,6 +195,21 @@ def _is_json(value: Any, depth: int = 1) -> bool:
     return all("\0" not in key and _is_json(item, depth + 1) for key, item in value.fields.items())
 
 
+# -- who calls -------------------------------------------------------------------------------------
+
+UNKNOWN: Final = "CALLER_UNKNOWN"
+_ROLE_OF: Final = {token_of(role): role for role in ROLES}
+
+
+def role_of(case: Case) -> str | None:
+    """Return the role of the caller; None if the metadata make nobody a caller."""
+    given = [value for key, value in case.metadata if key == AUTHORIZATION]
+    if not given:
+        return "operator"  # see `calls.py`
+    scheme, _, token = str(given[0]).partition(" ")
+    return _ROLE_OF.get(token) if len(given) == 1 and scheme.lower() == "bearer" else None
+
+
 # -- gRPC's own refusals ---------------------------------------------------------------------------
 
 
@@ -237,8 +269,17 @@ class Oracle:
         self, case: Case, payload: bytes, outcome: Outcome, *, bad: str | None
     ) -> Iterator[Found]:
         """Yield the faults of an answer by itself. `bad`: why the request is invalid."""
-        trailers = dict(outcome.trailers)
         yield from self._told(case, payload, outcome)
+        if (refusal := self._refusal(case)) is not None:
+            yield from self._refused(case, payload, outcome, refusal)
+        else:
+            yield from self._admitted(case, payload, outcome, bad)
+
+    def _admitted(
+        self, case: Case, payload: bytes, outcome: Outcome, bad: str | None
+    ) -> Iterator[Found]:
+        """Yield the faults of an answer to a caller who may make the call."""
+        trailers = dict(outcome.trailers)
         if outcome.is_ok:
             if bad is not None:
                 yield Fault.ACCEPTED, f"OK, in spite of {bad}"
@@ -264,6 +305,27 @@ class Oracle:
                 yield Fault.DETAILS, f"{reason} without {name}"
         if "pushback" in wanted and PUSHBACK not in trailers:
             yield Fault.DETAILS, f"{reason} without pushback"
+
+    def _refusal(self, case: Case) -> str | None:
+        """Return the reason for which a caller must be refused, whatever is asked."""
+        least = self._documented.roles.get(case.method.removeprefix("/").replace("/", "."))
+        if least is None or case.method.startswith("/grpc.health."):
+            return None
+        role = role_of(case)
+        if role is None:
+            return UNKNOWN
+        return "ROLE_NOT_SUFFICIENT" if ROLES.index(role) < ROLES.index(least) else None
+
+    def _refused(
+        self, case: Case, payload: bytes, outcome: Outcome, wanted: str
+    ) -> Iterator[Found]:
+        if outcome.is_ok:
+            yield Fault.ACCEPTED, f"OK, where {wanted} is due"
+        elif own_refusal(case, payload, outcome, patient=False) is None:
+            status = status_pb2.Status()
+            status.ParseFromString(dict(outcome.trailers).get(STATUS_TRAILER, b""))
+            if (_details(status)[0], outcome.code) != (wanted, self._documented.codes[wanted]):
+                yield Fault.STATUS, f"{outcome.code} where {wanted} is due: {outcome.message[:200]}"
 
     def _reason(
         self, case: Case, outcome: Outcome, reason: str, bad: str | None

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import grpc
 from fuzz.calls import Caller
-from fuzz.cases import OURS, Case, changes
+from fuzz.cases import OURS, ROLES, Case, changes
 from fuzz.lexicon import REQUEST_IDS, Lexicon, etag_slot, run_id
 from fuzz.store import AT_REST, Store
 from google.protobuf.descriptor import FieldDescriptor
@@ -24,6 +24,7 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from runrecovery.v1 import run_pb2
 from support.api import Api, status_word
+from support.callers import caller, token_of
 from support.engines import EngineSpec
 from support.service import Home, ServiceProcess
 from support.waiting import until
@@ -257,7 +258,10 @@ def _canned() -> Mapping[str, Sequence[bytes]]:
 @contextmanager
 def start_target(place: Path, *, mutant: str = "") -> Iterator[Target]:
     """Start a service in a directory of its own, after a kill and a restart."""
-    with Home(place, engines=ENGINES, max_concurrent=8) as home:
+    callers = [caller(role, role) for role in ROLES]
+    with Home(
+        place, engines=ENGINES, max_concurrent=8, callers=callers, token=token_of("operator")
+    ) as home:
         home.seed(SEEDED)
         _create_runs_to_recover(home)
         if mutant:
