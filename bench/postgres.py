@@ -143,6 +143,21 @@ def run_standby(primary: ScratchPostgres, *settings: str) -> Iterator[ScratchPos
             yield ScratchPostgres(top)
 
 
+def crash(server: ScratchPostgres) -> None:
+    """End a server of `run_postgres` as a crash does: no session ends in order."""
+    pid = int((server.folder / "data" / "postmaster.pid").read_text().split()[0])
+    os.kill(pid, signal.SIGQUIT)
+
+
+@contextmanager
+def start_again(server: ScratchPostgres, *settings: str) -> Iterator[None]:
+    """Start a crashed server of `run_postgres` again, on the same data and socket."""
+    top = server.folder
+    account = _unprivileged() if os.geteuid() == 0 else None
+    with _server(_binaries(top, account), top, account, settings):
+        yield
+
+
 @contextmanager
 def _folder(place: Path | None) -> Iterator[tuple[Path, pwd.struct_passwd | None]]:
     """Make a folder, and return it with the account that shall own it; None: this process's."""
@@ -181,7 +196,7 @@ def _copied(install: Path, target: Path) -> Path:
     for folder in (install, package.with_name(f"{package.name}.libs")):
         if folder.exists():
             copy = target / folder.relative_to(package.parent)
-            shutil.copytree(folder, copy, symlinks=True)
+            shutil.copytree(folder, copy, symlinks=True, dirs_exist_ok=True)
     return target / install.relative_to(package.parent)
 
 
