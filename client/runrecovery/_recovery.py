@@ -154,6 +154,12 @@ class Recovery:
         """Return the state of the service; works during a recovery as well."""
         return self._wire.unary(requests.get_recovery_status(), timeout_s=timeout_s)
 
+    def instances(
+        self, *, timeout_s: float | None = None
+    ) -> Sequence[recovery_service_pb2.Instance]:
+        """Return the instances that use the database; works during a recovery as well."""
+        return self._wire.unary(requests.get_instances(), timeout_s=timeout_s)
+
     def reconciliations(
         self, *, page_size: int = DEFAULT_PAGE_SIZE, timeout_s: float | None = None
     ) -> Iterator[recovery_pb2.Reconciliation]:
@@ -294,6 +300,12 @@ class AsyncRecovery:
     ) -> recovery_service_pb2.GetRecoveryStatusResponse:
         """Return the state of the service; works during a recovery as well."""
         return await self._wire.unary(requests.get_recovery_status(), timeout_s=timeout_s)
+
+    async def instances(
+        self, *, timeout_s: float | None = None
+    ) -> Sequence[recovery_service_pb2.Instance]:
+        """Return the instances that use the database; works during a recovery as well."""
+        return await self._wire.unary(requests.get_instances(), timeout_s=timeout_s)
 
     def reconciliations(
         self, *, page_size: int = DEFAULT_PAGE_SIZE, timeout_s: float | None = None

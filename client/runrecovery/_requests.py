@@ -329,6 +329,14 @@ def get_recovery_status() -> Call[recovery_service_pb2.GetRecoveryStatusResponse
     )
 
 
+def get_instances() -> Call[Sequence[recovery_service_pb2.Instance]]:
+    return Call(
+        path=_RECOVERY + "GetInstances",
+        request=recovery_service_pb2.GetInstancesRequest(),
+        decode=lambda data: recovery_service_pb2.GetInstancesResponse.FromString(data).instances,
+    )
+
+
 def list_reconciliations(*, page_size: int) -> Listing[recovery_pb2.Reconciliation]:
     return _listing(
         _RECOVERY + "ListReconciliations",

@@ -181,8 +181,8 @@ class Runs:
             request_id: as in `create`.
 
         Raises:
-            RunNotFound, RunNotWaiting, InteractionSuperseded, RunOfAnotherInstance,
-                RunQuarantined, EtagMismatch, RequestIdReused, InvalidRequest: see each.
+            RunNotFound, RunNotWaiting, InteractionSuperseded, RunQuarantined, EtagMismatch,
+                RequestIdReused, InvalidRequest: see each.
         """
         call = requests.submit_reply(
             run_id, interaction_id, response, etag=etag, request_id=request_id
@@ -200,8 +200,8 @@ class Runs:
         """Cancel a run. A live process is ended first: see `cancel_requested`.
 
         Raises:
-            RunNotFound, RunAlreadyTerminal, RunOfAnotherInstance, RunQuarantined, EtagMismatch,
-                RequestIdReused: see each. Canceling a CANCELED run raises nothing.
+            RunNotFound, RunAlreadyTerminal, RunQuarantined, EtagMismatch, RequestIdReused: see
+                each. Canceling a CANCELED run raises nothing.
         """
         call = requests.cancel_run(run_id, etag=etag, request_id=request_id)
         return self._wire.unary(call, timeout_s=timeout_s)
@@ -271,6 +271,7 @@ class Runs:
 
         Raises:
             RunNotFound, OutputRemoved, OutputOutOfRange, DeadlineExceeded: see each.
+            RunOfAnotherInstance: the files are at another instance on the same database.
             Unavailable, Overloaded, SlowReader: the last failure, once `reconnect_s` is over.
         """
         asked = run_service_pb2.StreamOutputRequest(

@@ -170,7 +170,7 @@ class RunQuarantined(RunRecoveryClientError):
 
 
 class RunOfAnotherInstance(RunRecoveryClientError):
-    """The run belongs to another instance on the same database; send the call to that instance."""
+    """Another instance on the same database has what the call needs; send the call to that one."""
 
     @property
     def instance(self) -> str:

@@ -132,6 +132,12 @@ UNTIL = "2026-11-25T10:00:00Z"
             {"name": "chat"},
         ),
         (
+            "instances",
+            recovery_pb.GetInstancesRequest,
+            recovery_pb.GetInstancesResponse(),
+            {},
+        ),
+        (
             "recovery show a-report",
             recovery_pb.GetReconciliationRequest,
             recovery_pb.GetReconciliationResponse(),

@@ -94,3 +94,23 @@ async def test_a_run_that_is_out_of_time_fails_and_its_processes_end(
     assert run.error is not None
     assert (run.status, run.error.code) == (RunStatus.FAILED, "RUN_TIMEOUT")
     assert launch.tree() == []
+
+
+async def test_deadlines_that_a_peer_has_set_are_converted_and_then_carried_out(
+    execution: Execution,
+) -> None:
+    run_id = await execution.create(
+        "resumable", ASKS, require_user_reply=False, session_timeout_s=600.0
+    )
+    run = await execution.until_status(run_id, RunStatus.WAITING_USER)
+
+    def as_a_peer_leaves_it(db: Any) -> None:
+        db.execute(
+            "UPDATE run SET wait_due_us = 0, due_clock = NULL, version = version + 1 WHERE id = ?",
+            (run.key,),
+        )
+        db.execute("UPDATE interaction SET wait_deadline_at = 1 WHERE run = ?", (run.key,))
+
+    await execution.storage.write(as_a_peer_leaves_it)
+
+    assert (await execution.until_ended(run_id)).auto_decided_count == 1

@@ -126,6 +126,7 @@ def test_every_method_of_the_contract_has_an_access_rule() -> None:
 
     assert {name for name, when in access.items() if when is Access.ALWAYS} == {
         "GetRecoveryStatus",
+        "GetInstances",
         "ListReconciliations",
         "GetReconciliation",
     }
@@ -189,7 +190,7 @@ class FakeRecovery:
         get_recovery_status
     )
     watch_recovered = explain_recovery = plan_recovery = prune = get_recovery_status
-    list_webhooks = retry_webhook = get_recovery_status
+    list_webhooks = retry_webhook = get_instances = get_recovery_status
 
 
 @asynccontextmanager

@@ -46,6 +46,7 @@ EXPECTED = {
     f"{RECOVERY}/ExplainRecovery": ROLES,
     f"{RECOVERY}/PlanRecovery": ("operator",),
     f"{RECOVERY}/GetRecoveryStatus": ROLES,
+    f"{RECOVERY}/GetInstances": ("operator",),
     f"{RECOVERY}/ListReconciliations": ("operator",),
     f"{RECOVERY}/GetReconciliation": ("operator",),
     f"{RECOVERY}/Prune": ("operator",),

@@ -47,6 +47,7 @@ EVERY_METHOD: Final = {
     f"{RECOVERY}/Prune",
     f"{RECOVERY}/ListWebhooks",
     f"{RECOVERY}/RetryWebhook",
+    f"{RECOVERY}/GetInstances",
     f"{RECOVERY}/GetRecoveryInfo",
     f"{RECOVERY}/GetRecoveryStatus",
     f"{RECOVERY}/ListReconciliations",
@@ -231,6 +232,8 @@ def drive_every_method(api: Api, call: Call, first: Call) -> set[str]:
     assert first(f"{RECOVERY}/WatchRecovered", {})[0]["bookmark"] == {}
     status = ask(f"{RECOVERY}/GetRecoveryStatus", {})
     assert status["state"] == "SERVICE_STATE_SERVING"
+    (instance,) = ask(f"{RECOVERY}/GetInstances", {})["instances"]
+    assert (instance["name"], instance["alive"]) == (status["instance"], True)
     report_id = status["reconciliation"]["reconciliationId"]
     (report,) = ask(f"{RECOVERY}/ListReconciliations", {})["reconciliations"]
     assert report["reconciliationId"] == report_id

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from runrecovery_service.storage import instances
 from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.sql_dialects import DatabaseKind
 from storage.service_store import ServiceStore, boot
 from storage.trust_host import ORIGINAL, CliHost
 
@@ -19,6 +20,14 @@ def store(database: Database) -> ServiceStore:
     """A store with the first epoch of instance `default`."""
     owner = instances.claim(database, boot(), now=datetime(2026, 11, 24, 11, tzinfo=UTC))
     return ServiceStore(db=database, owner=owner)
+
+
+@pytest.fixture
+def shared(store: ServiceStore) -> ServiceStore:
+    """A store that many connections, and several instances, use at once."""
+    if store.db.dialect.kind is not DatabaseKind.POSTGRESQL:
+        pytest.skip("SQLite has one writer and one instance at a time")
+    return store
 
 
 @pytest.fixture

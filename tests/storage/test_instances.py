@@ -225,14 +225,6 @@ def test_the_lease_ends_by_the_clock_of_the_database(
 # -- who waits for whom on PostgreSQL ------------------------------------------------------------
 
 
-@pytest.fixture
-def shared(store: ServiceStore) -> ServiceStore:
-    """A store whose store has many connections at once."""
-    if store.db.dialect.kind is not DatabaseKind.POSTGRESQL:
-        pytest.skip("SQLite has one writer at a time")
-    return store
-
-
 @contextmanager
 def in_threads(
     store: ServiceStore, count: int

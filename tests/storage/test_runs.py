@@ -14,7 +14,6 @@ from runrecovery_service.domain.errors import (
     RunAlreadyExists,
     RunAlreadyTerminal,
     RunNotFound,
-    RunOfAnotherInstance,
     RunQuarantined,
 )
 from runrecovery_service.domain.run import (
@@ -361,15 +360,6 @@ def test_a_superseded_epoch_may_not_write_a_run_that_a_newer_one_has_taken_over(
     assert store.take(owner=old) is None
 
     assert before == store.dump()
-
-
-def test_another_instance_may_not_write_a_run(store: ServiceStore) -> None:
-    run = store.waiting()
-    other = instances.claim(store.db, boot("other"), now=store.now)
-
-    for refused in (store.cancel, store.reply):
-        with pytest.raises(RunOfAnotherInstance, match="belongs to instance 'default'"):
-            refused(run, owner=other)
 
 
 def test_a_forbidden_transition_is_not_written(store: ServiceStore) -> None:

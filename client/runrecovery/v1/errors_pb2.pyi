@@ -108,7 +108,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     ERROR_REASON_RUN_OF_ANOTHER_INSTANCE: _ErrorReason.ValueType  # 29
     """FAILED_PRECONDITION. The run belongs to another instance of the service on the same
-    database. Only that instance, named in metadata `instance`, can change the run.
+    database. Only that instance, named in metadata `instance`, has its output files.
     """
     ERROR_REASON_CALLER_UNKNOWN: _ErrorReason.ValueType  # 30
     """UNAUTHENTICATED. The call has no valid token, and its connection has no certificate of
@@ -220,7 +220,7 @@ or offset received. RetryInfo says when to retry.
 """
 ERROR_REASON_RUN_OF_ANOTHER_INSTANCE: ErrorReason.ValueType  # 29
 """FAILED_PRECONDITION. The run belongs to another instance of the service on the same
-database. Only that instance, named in metadata `instance`, can change the run.
+database. Only that instance, named in metadata `instance`, has its output files.
 """
 ERROR_REASON_CALLER_UNKNOWN: ErrorReason.ValueType  # 30
 """UNAUTHENTICATED. The call has no valid token, and its connection has no certificate of

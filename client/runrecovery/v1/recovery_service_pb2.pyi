@@ -414,6 +414,175 @@ class UnendedLaunch(_message.Message):
 Global___UnendedLaunch: _TypeAlias = UnendedLaunch  # noqa: Y015
 
 @_typing.final
+class GetInstancesRequest(_message.Message):
+    """A request for the instances."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetInstancesRequest: _TypeAlias = GetInstancesRequest  # noqa: Y015
+
+@_typing.final
+class GetInstancesResponse(_message.Message):
+    """The instances."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INSTANCES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def instances(self) -> _containers.RepeatedCompositeFieldContainer[Global___Instance]:
+        """OUTPUT_ONLY. The instances that are alive first, then the latest starts; at most 1000."""
+
+    def __init__(
+        self,
+        *,
+        instances: _abc.Iterable[Global___Instance] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["instances", b"instances"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetInstancesResponse: _TypeAlias = GetInstancesResponse  # noqa: Y015
+
+@_typing.final
+class Instance(_message.Message):
+    """A configured replica of the service. Its lease, and the times of its stop and its takeover, are
+    by the clock of the database.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    ALIVE_FIELD_NUMBER: _builtins.int
+    LEASE_UNTIL_FIELD_NUMBER: _builtins.int
+    HOST_ID_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    ENGINES_FIELD_NUMBER: _builtins.int
+    MAX_RUNNING_FIELD_NUMBER: _builtins.int
+    SLOTS_HELD_FIELD_NUMBER: _builtins.int
+    RUNS_FIELD_NUMBER: _builtins.int
+    STARTED_AT_FIELD_NUMBER: _builtins.int
+    STOPPED_AT_FIELD_NUMBER: _builtins.int
+    TAKEN_OVER_BY_FIELD_NUMBER: _builtins.int
+    TAKEN_OVER_AT_FIELD_NUMBER: _builtins.int
+    TAKEOVER_DONE_AT_FIELD_NUMBER: _builtins.int
+    HOST_RETURN_UNTIL_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """OUTPUT_ONLY. Its configured name."""
+    epoch: _builtins.int
+    """OUTPUT_ONLY. Its boot counter. A takeover counts as well."""
+    alive: _builtins.bool
+    """OUTPUT_ONLY. Whether its lease runs."""
+    host_id: _builtins.str
+    """OUTPUT_ONLY. The host of its latest start."""
+    version: _builtins.str
+    """OUTPUT_ONLY. The version of its software; empty for a version that did not tell it."""
+    max_running: _builtins.int
+    """OUTPUT_ONLY. The number of its slots."""
+    slots_held: _builtins.int
+    """OUTPUT_ONLY. The number of its slots that runs hold."""
+    taken_over_by: _builtins.str
+    """OUTPUT_ONLY. The name of the instance that has taken it over since its latest start; empty if
+    none has.
+    """
+    @_builtins.property
+    def lease_until(self) -> _timestamp_pb2.Timestamp:
+        """OUTPUT_ONLY. When its lease ends, or ended; absent once it has given the lease up."""
+
+    @_builtins.property
+    def engines(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """OUTPUT_ONLY. The names of its engines."""
+
+    @_builtins.property
+    def runs(self) -> _containers.RepeatedCompositeFieldContainer[Global___OwnedRuns]:
+        """OUTPUT_ONLY. Its unfinished runs by status, without those that are quarantined."""
+
+    @_builtins.property
+    def started_at(self) -> _timestamp_pb2.Timestamp:
+        """OUTPUT_ONLY. When it was last started, by the clock of its host."""
+
+    @_builtins.property
+    def stopped_at(self) -> _timestamp_pb2.Timestamp:
+        """OUTPUT_ONLY. When it stopped in order; absent if it did not since its latest start."""
+
+    @_builtins.property
+    def taken_over_at(self) -> _timestamp_pb2.Timestamp:
+        """OUTPUT_ONLY. When that takeover began."""
+
+    @_builtins.property
+    def takeover_done_at(self) -> _timestamp_pb2.Timestamp:
+        """OUTPUT_ONLY. When that takeover had decided on every run; absent before."""
+
+    @_builtins.property
+    def host_return_until(self) -> _timestamp_pb2.Timestamp:
+        """OUTPUT_ONLY. Until when some of its runs wait for the return of its host; absent if none does."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        alive: _builtins.bool = ...,
+        lease_until: _timestamp_pb2.Timestamp | None = ...,
+        host_id: _builtins.str = ...,
+        version: _builtins.str = ...,
+        engines: _abc.Iterable[_builtins.str] | None = ...,
+        max_running: _builtins.int = ...,
+        slots_held: _builtins.int = ...,
+        runs: _abc.Iterable[Global___OwnedRuns] | None = ...,
+        started_at: _timestamp_pb2.Timestamp | None = ...,
+        stopped_at: _timestamp_pb2.Timestamp | None = ...,
+        taken_over_by: _builtins.str = ...,
+        taken_over_at: _timestamp_pb2.Timestamp | None = ...,
+        takeover_done_at: _timestamp_pb2.Timestamp | None = ...,
+        host_return_until: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["host_return_until", b"host_return_until", "lease_until", b"lease_until", "started_at", b"started_at", "stopped_at", b"stopped_at", "taken_over_at", b"taken_over_at", "takeover_done_at", b"takeover_done_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "engines", b"engines", "epoch", b"epoch", "host_id", b"host_id", "host_return_until", b"host_return_until", "lease_until", b"lease_until", "max_running", b"max_running", "name", b"name", "runs", b"runs", "slots_held", b"slots_held", "started_at", b"started_at", "stopped_at", b"stopped_at", "taken_over_at", b"taken_over_at", "taken_over_by", b"taken_over_by", "takeover_done_at", b"takeover_done_at", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Instance: _TypeAlias = Instance  # noqa: Y015
+
+@_typing.final
+class OwnedRuns(_message.Message):
+    """How many runs of an instance have one status."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATUS_FIELD_NUMBER: _builtins.int
+    RUNS_FIELD_NUMBER: _builtins.int
+    status: _run_pb2.RunStatus.ValueType
+    """OUTPUT_ONLY. The status."""
+    runs: _builtins.int
+    """OUTPUT_ONLY. The number of runs."""
+    def __init__(
+        self,
+        *,
+        status: _run_pb2.RunStatus.ValueType = ...,
+        runs: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["runs", b"runs", "status", b"status"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OwnedRuns: _TypeAlias = OwnedRuns  # noqa: Y015
+
+@_typing.final
 class ListReconciliationsRequest(_message.Message):
     """A request for a page of reports."""
 

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class RecoveryServiceStub(object):
-    """Shows what restarts decided and why. GetRecoveryStatus, ListReconciliations and
+    """Shows what restarts decided and why. GetRecoveryStatus, GetInstances, ListReconciliations and
     GetReconciliation also answer during a recovery.
     """
 
@@ -66,6 +66,11 @@ class RecoveryServiceStub(object):
                 request_serializer=runrecovery_dot_v1_dot_recovery__service__pb2.GetRecoveryStatusRequest.SerializeToString,
                 response_deserializer=runrecovery_dot_v1_dot_recovery__service__pb2.GetRecoveryStatusResponse.FromString,
                 _registered_method=True)
+        self.GetInstances = channel.unary_unary(
+                '/runrecovery.v1.RecoveryService/GetInstances',
+                request_serializer=runrecovery_dot_v1_dot_recovery__service__pb2.GetInstancesRequest.SerializeToString,
+                response_deserializer=runrecovery_dot_v1_dot_recovery__service__pb2.GetInstancesResponse.FromString,
+                _registered_method=True)
         self.ListReconciliations = channel.unary_unary(
                 '/runrecovery.v1.RecoveryService/ListReconciliations',
                 request_serializer=runrecovery_dot_v1_dot_recovery__service__pb2.ListReconciliationsRequest.SerializeToString,
@@ -94,7 +99,7 @@ class RecoveryServiceStub(object):
 
 
 class RecoveryServiceServicer(object):
-    """Shows what restarts decided and why. GetRecoveryStatus, ListReconciliations and
+    """Shows what restarts decided and why. GetRecoveryStatus, GetInstances, ListReconciliations and
     GetReconciliation also answer during a recovery.
     """
 
@@ -139,6 +144,13 @@ class RecoveryServiceServicer(object):
 
     def GetRecoveryStatus(self, request, context):
         """Returns the state of the service and the report of this start so far.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetInstances(self, request, context):
+        """Returns the instances that use this database, and what each owns. SQLite has one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -215,6 +227,11 @@ def add_RecoveryServiceServicer_to_server(servicer, server):
                     request_deserializer=runrecovery_dot_v1_dot_recovery__service__pb2.GetRecoveryStatusRequest.FromString,
                     response_serializer=runrecovery_dot_v1_dot_recovery__service__pb2.GetRecoveryStatusResponse.SerializeToString,
             ),
+            'GetInstances': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetInstances,
+                    request_deserializer=runrecovery_dot_v1_dot_recovery__service__pb2.GetInstancesRequest.FromString,
+                    response_serializer=runrecovery_dot_v1_dot_recovery__service__pb2.GetInstancesResponse.SerializeToString,
+            ),
             'ListReconciliations': grpc.unary_unary_rpc_method_handler(
                     servicer.ListReconciliations,
                     request_deserializer=runrecovery_dot_v1_dot_recovery__service__pb2.ListReconciliationsRequest.FromString,
@@ -249,7 +266,7 @@ def add_RecoveryServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class RecoveryService(object):
-    """Shows what restarts decided and why. GetRecoveryStatus, ListReconciliations and
+    """Shows what restarts decided and why. GetRecoveryStatus, GetInstances, ListReconciliations and
     GetReconciliation also answer during a recovery.
     """
 
@@ -405,6 +422,33 @@ class RecoveryService(object):
             '/runrecovery.v1.RecoveryService/GetRecoveryStatus',
             runrecovery_dot_v1_dot_recovery__service__pb2.GetRecoveryStatusRequest.SerializeToString,
             runrecovery_dot_v1_dot_recovery__service__pb2.GetRecoveryStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetInstances(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/runrecovery.v1.RecoveryService/GetInstances',
+            runrecovery_dot_v1_dot_recovery__service__pb2.GetInstancesRequest.SerializeToString,
+            runrecovery_dot_v1_dot_recovery__service__pb2.GetInstancesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class RecoveryServiceStub:
-    """Shows what restarts decided and why. GetRecoveryStatus, ListReconciliations and
+    """Shows what restarts decided and why. GetRecoveryStatus, GetInstances, ListReconciliations and
     GetReconciliation also answer during a recovery.
     """
 
@@ -54,6 +54,8 @@ class RecoveryServiceStub:
     """
     GetRecoveryStatus: _grpc.UnaryUnaryMultiCallable[_recovery_service_pb2.GetRecoveryStatusRequest, _recovery_service_pb2.GetRecoveryStatusResponse]
     """Returns the state of the service and the report of this start so far."""
+    GetInstances: _grpc.UnaryUnaryMultiCallable[_recovery_service_pb2.GetInstancesRequest, _recovery_service_pb2.GetInstancesResponse]
+    """Returns the instances that use this database, and what each owns. SQLite has one."""
     ListReconciliations: _grpc.UnaryUnaryMultiCallable[_recovery_service_pb2.ListReconciliationsRequest, _recovery_service_pb2.ListReconciliationsResponse]
     """Pages through reports, newest first."""
     GetReconciliation: _grpc.UnaryUnaryMultiCallable[_recovery_service_pb2.GetReconciliationRequest, _recovery_service_pb2.GetReconciliationResponse]
@@ -72,7 +74,7 @@ class RecoveryServiceStub:
 
 @_typing.type_check_only
 class RecoveryServiceAsyncStub(RecoveryServiceStub):
-    """Shows what restarts decided and why. GetRecoveryStatus, ListReconciliations and
+    """Shows what restarts decided and why. GetRecoveryStatus, GetInstances, ListReconciliations and
     GetReconciliation also answer during a recovery.
     """
 
@@ -96,6 +98,8 @@ class RecoveryServiceAsyncStub(RecoveryServiceStub):
     """
     GetRecoveryStatus: _aio.UnaryUnaryMultiCallable[_recovery_service_pb2.GetRecoveryStatusRequest, _recovery_service_pb2.GetRecoveryStatusResponse]  # type: ignore[assignment]
     """Returns the state of the service and the report of this start so far."""
+    GetInstances: _aio.UnaryUnaryMultiCallable[_recovery_service_pb2.GetInstancesRequest, _recovery_service_pb2.GetInstancesResponse]  # type: ignore[assignment]
+    """Returns the instances that use this database, and what each owns. SQLite has one."""
     ListReconciliations: _aio.UnaryUnaryMultiCallable[_recovery_service_pb2.ListReconciliationsRequest, _recovery_service_pb2.ListReconciliationsResponse]  # type: ignore[assignment]
     """Pages through reports, newest first."""
     GetReconciliation: _aio.UnaryUnaryMultiCallable[_recovery_service_pb2.GetReconciliationRequest, _recovery_service_pb2.GetReconciliationResponse]  # type: ignore[assignment]
@@ -113,7 +117,7 @@ class RecoveryServiceAsyncStub(RecoveryServiceStub):
     """
 
 class RecoveryServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Shows what restarts decided and why. GetRecoveryStatus, ListReconciliations and
+    """Shows what restarts decided and why. GetRecoveryStatus, GetInstances, ListReconciliations and
     GetReconciliation also answer during a recovery.
     """
 
@@ -171,6 +175,14 @@ class RecoveryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_recovery_service_pb2.GetRecoveryStatusResponse, _abc.Awaitable[_recovery_service_pb2.GetRecoveryStatusResponse]]:
         """Returns the state of the service and the report of this start so far."""
+
+    @_abc_1.abstractmethod
+    def GetInstances(
+        self,
+        request: _recovery_service_pb2.GetInstancesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_recovery_service_pb2.GetInstancesResponse, _abc.Awaitable[_recovery_service_pb2.GetInstancesResponse]]:
+        """Returns the instances that use this database, and what each owns. SQLite has one."""
 
     @_abc_1.abstractmethod
     def ListReconciliations(

@@ -89,5 +89,9 @@ class OutputFiles:
         except FileNotFoundError:
             return 0
 
+    def has_attempt(self, run_key: int, attempt: int) -> bool:
+        """Return True if this service has the folder of the attempt."""
+        return self._workspaces.attempt(run_key, attempt).is_dir()
+
     def _file(self, run_key: int, attempt: int, channel: OutputChannel) -> Path:
         return self._workspaces.attempt(run_key, attempt) / f"{channel}.log"

@@ -41,6 +41,7 @@ COMMANDS: Final[Mapping[str, _Entry]] = {
     "recovery": _Entry("recovery", "recovery", "Show what restarts decided, and why."),
     "prune": _Entry("prune", "prune", "Remove old runs, files and reports now."),
     "webhooks": _Entry("webhooks", "webhooks", "Show webhooks, and try their deliveries at once."),
+    "instances": _Entry("instances", "instances", "Show the instances that use the database."),
     "health": _Entry("health", "health", "Check whether the service is SERVING."),
     "check": _Entry("local", "check", "Check configuration, engines and database."),
     "migrate": _Entry("local", "migrate", "Migrate the database of a stopped service."),

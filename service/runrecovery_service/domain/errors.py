@@ -203,7 +203,7 @@ class RunQuarantined(Refused):
 
 @dataclass(eq=False)
 class RunOfAnotherInstance(Refused):
-    """The run belongs to another instance on the same database. Only that instance changes it."""
+    """The run belongs to another instance on the same database. Only that one can do this."""
 
     instance: str
 

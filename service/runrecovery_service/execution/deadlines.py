@@ -71,6 +71,14 @@ class Deadlines:
         found = await self.storage.read_row(
             deadlines.passed_deadlines, self.owner, steady=self.clock.steady(), limit=PER_CHECK
         )
+        if not all(one.is_of_clock for one in found):  # a peer has reopened a run
+            await self.storage.write_own(
+                deadlines.move_to_clock,
+                self.owner,
+                now=self.clock.now(),
+                steady=self.clock.steady(),
+            )
+            found = [one for one in found if one.is_of_clock]
         async with asyncio.TaskGroup() as group:
             for one in found:
                 if one.kind not in _TOGETHER:

@@ -27,6 +27,8 @@ FINISH_S: Final = 5.0
 """How long a stop waits for turns that have ended and are only to be recorded."""
 CHECK_INTERVAL_S = 5.0
 """The queue is checked when something changes, and at least this often."""
+SHARED_CHECK_INTERVAL_S: Final = 2.0
+"""On a shared store at least this often: a reply through a peer queues a run without notice."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -163,7 +165,9 @@ class Dispatcher:
                 except Exception:  # the edge of this task: nothing would be launched any more
                     self._note_failure()
                     log.exception("execution.dispatch_failed")
-                await changes.next(CHECK_INTERVAL_S)
+                await changes.next(
+                    SHARED_CHECK_INTERVAL_S if self.queue.storage.is_shared else CHECK_INTERVAL_S
+                )
 
     def _note_failure(self) -> None:
         now = monotonic()

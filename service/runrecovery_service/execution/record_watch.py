@@ -15,11 +15,12 @@ from runrecovery_service.periodic import FailureLog
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import turns
 from runrecovery_service.storage.async_storage import Storage
-from runrecovery_service.storage.changes import Subscription
+from runrecovery_service.storage.changes import SharedPoll, Subscription, event_counts
 from runrecovery_service.storage.instances import Owner
 
-CHECK_INTERVAL_S: Final = 5.0
-"""How often all records are read on a shared store, where some changes are not announced."""
+CHECK_INTERVAL_S: Final = 2.0
+"""How often a shared store is asked which runs peers have changed: their commits announce nothing
+here."""
 RETRY_S: Final = 0.5
 """Pause after a read that failed."""
 
@@ -29,7 +30,8 @@ class RecordWatch:
     """Reads the record of each running turn whose run has changed, and informs its supervisor.
 
     A change in doubt, whose COMMIT answer was lost, makes it read the records of all turns at once:
-    a cancel or a reply may be committed although its caller got an error.
+    a cancel or a reply may be committed although its caller got an error. On a shared store it also
+    asks regularly, in one query for all turns, which runs have had events.
     """
 
     storage: Storage
@@ -39,7 +41,9 @@ class RecordWatch:
     _task: asyncio.Task[None] | None = field(default=None, init=False)
     _due_keys: set[int] = field(default_factory=set, init=False)
     _all_due: bool = field(default=False, init=False)
-    _full_read_due_s: float = field(default=0.0, init=False)
+    _poll: SharedPoll = field(default_factory=SharedPoll, init=False)
+    _is_poll_due: bool = field(default=False, init=False)
+    _poll_due_s: float = field(default=0.0, init=False)
     _failures: FailureLog = field(init=False)
 
     def __post_init__(self) -> None:
@@ -57,7 +61,7 @@ class RecordWatch:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def _work(self, changes: Subscription) -> None:
-        self._schedule_full_read()
+        self._schedule_poll()
         with changes:
             while True:
                 await self._wait(changes)
@@ -67,24 +71,27 @@ class RecordWatch:
                     self.stop_signal.fail(error)
                     return
 
-    def _schedule_full_read(self) -> None:
-        self._full_read_due_s = monotonic() + CHECK_INTERVAL_S
+    def _schedule_poll(self) -> None:
+        self._poll_due_s = monotonic() + CHECK_INTERVAL_S
 
     async def _wait(self, changes: Subscription) -> None:
         """Return at a change, or when it is time to read without one."""
-        pause_s = max(0.0, self._full_read_due_s - monotonic())
+        pause_s = max(0.0, self._poll_due_s - monotonic())
         if self._due_keys:
             pause_s = min(pause_s, RETRY_S)
         change = await changes.next(pause_s)
         if change is not None:
             self._due_keys |= change.run_keys
             self._all_due = change.in_doubt
-        if monotonic() >= self._full_read_due_s:
-            self._all_due = self._all_due or self.storage.is_shared  # another process may write
-            self._schedule_full_read()
+        if monotonic() >= self._poll_due_s:
+            self._is_poll_due = self.storage.is_shared
+            self._schedule_poll()
 
     async def _inform(self) -> None:
         """Read what is due, and inform the supervisors. A run that could not be read stays due."""
+        if self._is_poll_due:
+            self._is_poll_due = False
+            self._due_keys |= await self._changed_by_peers()
         due_keys, self._due_keys = self._due_keys, set()
         all_due, self._all_due = self._all_due, False
         for supervisor in self.turns.supervisors:
@@ -95,6 +102,19 @@ class RecordWatch:
                 self._due_keys.add(key)
         if not self._due_keys:
             self._failures.note_success()
+
+    async def _changed_by_peers(self) -> set[int]:
+        """Return the runs with a turn that have had events since the last poll, or may have had."""
+        keys = {supervisor.turn.run.key for supervisor in self.turns.supervisors}
+        if not keys:
+            return keys
+        try:
+            counts = await self.storage.read(event_counts, keys)
+        except Exception as error:  # noqa: BLE001 - the records themselves are tried, again and again
+            self._failures.report(error)
+            return keys
+        gone = keys - counts.keys()  # a failover has lost them; reading the record says so
+        return {*self._poll.changed(counts), *gone}
 
     async def _could_inform(self, supervisor: TurnSupervisor) -> bool:
         """Return False, and log why, if the run could not be read.

@@ -27,7 +27,9 @@ from runrecovery_service.rpc.trace_context import TRACED, with_trace
 RUN_SERVICE: Final = run_service_pb2.DESCRIPTOR.services_by_name["RunService"]
 RECOVERY_SERVICE: Final = recovery_service_pb2.DESCRIPTOR.services_by_name["RecoveryService"]
 HEALTH: Final = health_pb2.DESCRIPTOR.services_by_name["Health"]
-ALWAYS_OPEN: Final = frozenset({"GetRecoveryStatus", "ListReconciliations", "GetReconciliation"})
+ALWAYS_OPEN: Final = frozenset(
+    {"GetRecoveryStatus", "GetInstances", "ListReconciliations", "GetReconciliation"}
+)
 """Methods of RecoveryService that answer in every state of the service."""
 
 

@@ -10,7 +10,12 @@ from typing import Final
 from runrecovery.v1 import run_service_pb2 as pb
 
 from runrecovery_service.agents.output import OutputChannel, OutputFiles
-from runrecovery_service.domain.errors import OutputOutOfRange, OutputRemoved, ShuttingDown
+from runrecovery_service.domain.errors import (
+    OutputOutOfRange,
+    OutputRemoved,
+    RunOfAnotherInstance,
+    ShuttingDown,
+)
 from runrecovery_service.domain.run import Run
 from runrecovery_service.rpc import validation
 from runrecovery_service.rpc.gate import Gate
@@ -44,8 +49,9 @@ class _Cursor:
 class OutputReader:
     """Reads the output of one attempt to its present end, or follows it."""
 
-    def __init__(self, storage: Storage, output: OutputFiles, gate: Gate) -> None:
+    def __init__(self, storage: Storage, output: OutputFiles, gate: Gate, *, instance: str) -> None:
         self._storage = storage
+        self._instance = instance
         self._output = output
         self._gate = gate
 
@@ -56,6 +62,7 @@ class OutputReader:
 
         Raises:
             InvalidFields, RunNotFound, OutputOutOfRange, OutputRemoved: see each.
+            RunOfAnotherInstance: another instance has the files.
             ShuttingDown: only when following; the caller can resume by its offset.
         """
         validation.require_valid(validation.stream_output(request))
@@ -68,6 +75,7 @@ class OutputReader:
             if cursor is None or not cursor.attempt:
                 cursor = _cursor(run, request)
                 await self._demand_kept(run)
+                await self._demand_here(run, cursor)
                 await self._check_offset(run, cursor, follow=request.follow)
             following = request.follow and _may_write_more(run, cursor)
             async for piece in self._read_pieces(cursor):
@@ -108,6 +116,13 @@ class OutputReader:
         """Raise OutputRemoved if the output of the run was removed."""
         if _has_ended(run) and await self._storage.read_row(retention.is_output_removed, run):
             raise OutputRemoved(run.run_id)
+
+    async def _demand_here(self, run: Run, cursor: _Cursor) -> None:
+        """Raise RunOfAnotherInstance if the folder of the attempt is at another instance."""
+        if not self._storage.is_shared or run.owner == self._instance or not cursor.attempt:
+            return
+        if not await asyncio.to_thread(self._output.has_attempt, cursor.run_key, cursor.attempt):
+            raise RunOfAnotherInstance(run.run_id, run.owner)
 
     async def _check_offset(self, run: Run, cursor: _Cursor, *, follow: bool) -> None:
         """Raise OutputOutOfRange for an offset that the output will never reach."""

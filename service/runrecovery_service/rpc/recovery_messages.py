@@ -7,6 +7,7 @@ from collections.abc import MutableSequence, Sequence
 from runrecovery.v1 import recovery_pb2, recovery_service_pb2, run_pb2
 
 from runrecovery_service.domain.explanation import RecordedDecision, explain_facts, explain_rule
+from runrecovery_service.domain.instance import InstanceState
 from runrecovery_service.domain.plan import PlannedDecision, RecoveryPlan
 from runrecovery_service.domain.reconciliation import Containment, DecisionCount, Reconciliation
 from runrecovery_service.domain.retention import PruneResult
@@ -231,3 +232,24 @@ def fill_webhook(to: recovery_service_pb2.Webhook, status: WebhookStatus) -> Non
         write_time(to.last_delivered_at, state.last_delivery_at)
     if state.failing_since is not None:
         write_time(to.failing_since, state.failing_since)
+
+
+def fill_instance(to: recovery_service_pb2.Instance, state: InstanceState) -> None:
+    """Fill a message with an instance, its lease, and what it owns."""
+    to.name, to.epoch, to.alive = state.name, state.epoch, state.is_alive
+    to.host_id, to.version = state.host_id, state.version
+    to.engines.extend(state.engines)
+    to.max_running, to.slots_held = state.max_running, state.slots_held
+    for status, runs in state.runs.items():
+        to.runs.add(status=STATUS_TO_PROTO[status], runs=runs)
+    to.taken_over_by = state.taken_over_by or ""
+    write_time(to.started_at, state.started_at)
+    for field, at in (
+        (to.lease_until, state.lease_until),
+        (to.stopped_at, state.stopped_at),
+        (to.taken_over_at, state.taken_over_at),
+        (to.takeover_done_at, state.takeover_done_at),
+        (to.host_return_until, state.host_return_until),
+    ):
+        if at is not None:
+            write_time(field, at)

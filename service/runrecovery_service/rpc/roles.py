@@ -32,6 +32,7 @@ ROLES: Final[Mapping[str, Role | None]] = MappingProxyType(
         f"{_RECOVERY}.ExplainRecovery": Role.VIEWER,
         f"{_RECOVERY}.PlanRecovery": Role.OPERATOR,
         f"{_RECOVERY}.GetRecoveryStatus": Role.VIEWER,
+        f"{_RECOVERY}.GetInstances": Role.OPERATOR,
         f"{_RECOVERY}.ListReconciliations": Role.OPERATOR,
         f"{_RECOVERY}.GetReconciliation": Role.OPERATOR,
         f"{_RECOVERY}.Prune": Role.OPERATOR,

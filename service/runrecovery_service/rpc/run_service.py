@@ -200,11 +200,14 @@ class RunService:
         """Raise SessionNotResumable if the session check finds the session lost.
 
         A run that is not reopenable is not checked here: the write refuses it with the
-        right reason.
+        right reason. The session of another instance's run may be on another host: its next
+        turn checks it there.
         """
         run, handle = found.run, supplied or found.handle
         rule = None if run.recovery is None else run.recovery.recovery_reason
         if run.status is not RunStatus.FAILED or rule not in REOPENABLE or handle is None:
+            return
+        if self._storage.is_shared and run.owner != self._deps.owner.instance:
             return
         if run.engine not in self._deps.catalog.names:
             return  # without its engine the session cannot be checked, as in a restart
@@ -245,7 +248,10 @@ class RunService:
         self, request: pb.StreamOutputRequest
     ) -> AsyncGenerator[pb.StreamOutputResponse, None]:
         """Stream what the processes of one attempt wrote."""
-        return OutputReader(self._storage, self._deps.output, self._gate).stream(request)
+        reader = OutputReader(
+            self._storage, self._deps.output, self._gate, instance=self._deps.owner.instance
+        )
+        return reader.stream(request)
 
     def _new_run(self, request: pb.CreateRunRequest, engine: Engine, now: datetime) -> NewRun:
         requested = request.interactive_profile

@@ -204,6 +204,7 @@ class Storage:
 
     async def poll_shared(self) -> None:
         """Wake the watchers of what other instances have changed in a shared store."""
+        self._db.queue_counts.clear()
         if keys := self.changes.runs_watched:
             counts = await self.read(event_counts, keys)
             self.changes.wake_watchers(self._poll.changed(counts))

@@ -2,12 +2,13 @@
 
 Deadlines are measured on the steady clock of one boot of the machine; see `domain.deadline`. After
 a reboot, or on another machine, a start converts them to the current clock. The conversion uses the
-time that is left by the wall clock.
+time that is left by the wall clock. A peer that sets deadlines of a run leaves the clock out; the
+owner converts them once it finds them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
@@ -40,17 +41,27 @@ _WALL: Final = {
 
 @dataclass(frozen=True, slots=True)
 class PassedDeadline:
-    """A deadline that has passed."""
+    """A deadline that has passed.
+
+    Attributes:
+        is_of_clock: False: it is of another clock, and must be converted first.
+    """
 
     run_key: int
     kind: DueKind
+    is_of_clock: bool = True
+
+
+def without_clock(columns: Mapping[str, object]) -> dict[str, object]:
+    """Return the changes that let the owner of a run convert these deadlines to its own clock."""
+    due = {name: 0 for name in _COLUMNS.values() if columns.get(name) is not None}
+    return {**due, "due_clock": None}
 
 
 def move_to_clock(db: Database, owner: Owner, *, now: datetime, steady: SteadyTime) -> int:
     """Convert deadlines of other clocks to the current clock, and return the number of runs.
 
-    It takes several transactions. Until the end, no other code may set or apply a deadline of
-    these runs.
+    It takes several transactions. A deadline applies only once it is of the current clock.
     """
     count = 0
     while keys := _of_another_clock(db, owner, steady):
@@ -122,19 +133,26 @@ def _of_another_clock(db: Database, owner: Owner, steady: SteadyTime) -> list[in
     return []
 
 
+_PASSED: Final = " UNION ALL ".join(
+    f"SELECT * FROM (SELECT '{kind.value}', id, due_clock FROM run"
+    f" WHERE owner = ? AND {column} IS NOT NULL AND {column} <= ?"
+    f" ORDER BY {column} LIMIT ?) AS {kind.name.lower()}_passed"
+    for kind, column in _COLUMNS.items()
+)
+
+
 def passed_deadlines(
     db: Database, owner: Owner, *, steady: SteadyTime, limit: int
 ) -> list[PassedDeadline]:
-    """Return the passed deadlines, the oldest first, at most `limit` of each kind."""
-    found = []
-    for kind, column in _COLUMNS.items():
-        rows = db.fetch_all(
-            f"SELECT id FROM run WHERE owner = ? AND {column} IS NOT NULL AND {column} <= ?"
-            f" AND due_clock = ? ORDER BY {column} LIMIT ?",
-            (owner.instance, steady.us, steady.clock, limit),
-        )
-        found += [PassedDeadline(run_key, kind) for (run_key,) in rows]
-    return found
+    """Return the passed deadlines, the oldest first of each kind, at most `limit` of each kind.
+
+    One that is of another clock may not have passed: `is_of_clock` is False.
+    """
+    rows = db.fetch_all(_PASSED, (owner.instance, steady.us, limit) * len(_COLUMNS))
+    return [
+        PassedDeadline(run_key, DueKind(kind), is_of_clock=clock == steady.clock)
+        for kind, run_key, clock in rows
+    ]
 
 
 @use_case.retried

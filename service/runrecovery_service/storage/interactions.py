@@ -65,10 +65,11 @@ def reply(
 
     A resumable run becomes QUEUED for its next turn. A sticky run becomes RUNNING. A reply that is
     already recorded returns the run unchanged, and is announced again: the turn may have missed it.
+    On PostgreSQL the run may be another instance's, which passes the reply to the agent.
 
     Raises:
-        RunNotFound, RunNotWaiting, InteractionSuperseded, RunOfAnotherInstance, RunQuarantined,
-        EtagMismatch, RequestIdReused.
+        RunNotFound, RunNotWaiting, InteractionSuperseded, RunQuarantined, EtagMismatch,
+        RequestIdReused.
         InvalidFields: the response does not answer the permission question that is open.
     """
     earlier = requests.find_effect(db, receipt)
@@ -80,7 +81,7 @@ def reply(
         _demand_open(run, interaction_id)
         runs.demand_etag(run, etag)
         _demand_answer(run, response)
-        accept(db, run, response, owner=owner, now=now, caller=caller)
+        accept(db, run, response, owner=owner, now=now, caller=caller, by_caller=True)
     requests.record_effect(db, receipt, run_key=run.key, now=now)
     db.mark_changed(run.key)
     return runs.get_by_key(db, run.key)
@@ -121,12 +122,14 @@ def accept(
     now: datetime,
     auto_decided: bool = False,
     caller: str | None = None,
+    by_caller: bool = False,
 ) -> None:
     """Record the reply to the open question of a waiting run, in the caller's transaction.
 
     Args:
         auto_decided: the deadline has passed, and the service replies itself.
-        caller: the caller that replies.
+        caller: the caller that replies; None: it has no name.
+        by_caller: see `runs.change`.
     """
     resumable = run.profile is Profile.RESUMABLE
     runs.change(
@@ -138,6 +141,7 @@ def accept(
         event=RunEventKind.AUTO_DECIDED if auto_decided else RunEventKind.ANSWERED,
         about=run.interaction_count,
         caller=caller,
+        by_caller=by_caller,
         queued_at=to_us(now),
         resume_count=0,
         auto_decided_count=run.auto_decided_count + auto_decided,

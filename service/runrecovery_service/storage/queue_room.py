@@ -11,9 +11,10 @@ from runrecovery_service.storage.instances import Owner
 def demand_room(db: Database, owner: Owner, max_queued: int) -> None:
     """Raise Overloaded if `max_queued` runs of the instance are queued.
 
-    A count takes 0.5 ms for 10,000 queued runs. Only this process queues runs of its instance, and
-    it marks each of them as changed. So no more runs are queued than were counted last, and one
-    for each mark since then. The queue is counted again when that could be too many.
+    A count takes 0.5 ms for 10,000 queued runs. This process marks each run that it queues as
+    changed. So no more runs are queued than were counted last, and one for each mark since then.
+    The queue is counted again when that could be too many. Peers on PostgreSQL queue runs of this
+    instance too, by replies of their callers: `Storage.poll_shared` forgets the counts.
     """
     mark = db.next_mark()
     queued, counted_at = db.queue_counts.get(owner.instance, (max_queued, mark))

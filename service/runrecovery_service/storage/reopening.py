@@ -8,7 +8,12 @@ from datetime import datetime
 from typing import Final
 
 from runrecovery_service.domain.deadline import Due, DueIn, SteadyTime
-from runrecovery_service.domain.errors import RunNotReopenable, RunQuarantined, SessionNotResumable
+from runrecovery_service.domain.errors import (
+    RunNotReopenable,
+    RunOfAnotherInstance,
+    RunQuarantined,
+    SessionNotResumable,
+)
 from runrecovery_service.domain.recovery_matrix import REOPEN_RULE, REOPENABLE
 from runrecovery_service.domain.run import (
     Interaction,
@@ -21,6 +26,7 @@ from runrecovery_service.domain.run import (
 from runrecovery_service.domain.session_check import SessionFingerprint
 from runrecovery_service.domain.transitions import REOPENED
 from runrecovery_service.storage import (
+    deadlines,
     instances,
     interactions,
     requests,
@@ -108,7 +114,8 @@ def reopen(
     """Reopen a failed run, with new deadlines.
 
     The run becomes WAITING_USER with its question open, or QUEUED if its reply was accepted. A run
-    that was already reopened by the same request is returned unchanged.
+    that was already reopened by the same request is returned unchanged. On PostgreSQL the run may
+    be another instance's, which converts the new deadlines to its own clock.
 
     Args:
         handle: the handle to resume with; None: the handle that was kept.
@@ -173,10 +180,11 @@ def _reopen_failed(
     now: datetime,
     caller: str | None,
 ) -> None:
-    kept = _kept(db, run, steady)
-    runs.demand_own(
-        run, owner
-    )  # after the window: an ended run keeps the name of its last instance
+    is_of_peer = runs.is_of_peer(db, run, owner)
+    kept = _kept(db, run, None if is_of_peer else steady, now)
+    if not is_of_peer:
+        # After the window: an ended run keeps the name of its last instance.
+        runs.demand_own(run, owner)
     if not (handle or kept.handle):
         raise SessionNotResumable(run.run_id, NO_HANDLE)
     question = interactions.find(db, run.key, run.interaction_count)
@@ -189,12 +197,14 @@ def _reopen_failed(
     wait = None if waits_for_ever else due_in(wait_s_of(run))
     columns = _reopened(run, kept, becomes, handle, wait=wait, due_in=due_in, now=now) | {
         "session_type": kept.session_type or session_type_of(run.engine),
-        "owner_epoch": owner.epoch,
+        "owner_epoch": _current_epoch(db, run) if is_of_peer else owner.epoch,
     }
+    if is_of_peer:
+        columns |= deadlines.without_clock(columns)
     changed = db.execute(
         f"UPDATE run SET {', '.join(f'{name} = ?' for name in columns)}"
         " WHERE id = ? AND owner = ? AND owner_epoch = ? AND status = 'FAILED' AND version = ?",
-        (*columns.values(), run.key, owner.instance, run.owner_epoch, run.version),
+        (*columns.values(), run.key, run.owner, run.owner_epoch, run.version),
     ).rowcount
     if changed != 1:
         raise Stale
@@ -243,8 +253,24 @@ def _reopened(
     }
 
 
-def _kept(db: Database, run: Run, steady: SteadyTime) -> _Kept:
+def _current_epoch(db: Database, run: Run) -> int:
+    """Return the epoch of the run's owner, which takes no other run from its queue.
+
+    Raises:
+        RunOfAnotherInstance: the database does not know the owner.
+    """
+    row = db.fetch_one("SELECT epoch FROM instance_epoch WHERE name = ? FOR SHARE", (run.owner,))
+    if row is None:
+        raise RunOfAnotherInstance(run.run_id, run.owner)
+    return int(row[0])
+
+
+def _kept(db: Database, run: Run, steady: SteadyTime | None, now: datetime) -> _Kept:
     """Return what was kept of a run.
+
+    Args:
+        steady: the clock of the run's deadlines; None: that is a clock of another host, and the
+            wall clock decides.
 
     Raises:
         RunNotReopenable: the window has passed.
@@ -257,7 +283,12 @@ def _kept(db: Database, run: Run, steady: SteadyTime) -> _Kept:
     if row is None:
         raise Stale
     due_us, clock, *kept = row
-    if due_us is None or clock != steady.clock or due_us <= steady.us:
+    if steady is None:
+        until = run.reopenable_until
+        is_over = until is None or until <= now
+    else:
+        is_over = clock != steady.clock or due_us is None or due_us <= steady.us
+    if due_us is None or is_over:
         raise RunNotReopenable(run.run_id, WINDOW_OVER)
     return _Kept(*kept)
 

@@ -50,6 +50,7 @@ from runrecovery_service.storage.rows import (
     to_json,
     to_us,
 )
+from runrecovery_service.storage.sql_dialects import DatabaseKind
 from runrecovery_service.storage.statements import Statement, param
 from runrecovery_service.storage.use_case import retried
 
@@ -282,6 +283,7 @@ def change(
     event: RunEventKind | None = None,
     about: int = 0,
     caller: object = None,
+    by_caller: object = False,
     **columns: object,
 ) -> None:
     """Change columns of a run if its row is still the one that was read in this transaction.
@@ -295,12 +297,15 @@ def change(
         event: the event to record; None: the event of the new status, if there is one.
         about: the interaction_id that the event is about.
         caller: the caller that causes the event.
+        by_caller: a caller asks for the change. Then the run may be another instance's on
+            PostgreSQL, and stays that instance's.
 
     Raises:
         Stale: the row has changed meanwhile. `retried` starts the use case again.
         RunOfAnotherInstance, Fenced: see `demand_own`.
     """
-    demand_own(run, owner)
+    if not (by_caller and is_of_peer(db, run, owner)):
+        demand_own(run, owner)
     if run.status is None:
         raise RunQuarantined(run.run_id)
     if status is not None:
@@ -312,7 +317,7 @@ def change(
     if event is not None:
         columns["event_count"] = run.event_count + 1
     columns |= {"updated_at": to_us(now), "version": run.version + 1}
-    _compare_and_set(db, run, run.status, owner, columns)
+    _compare_and_set(db, run, run.status, columns)
     if event is not None:
         events.record_event(
             db,
@@ -331,8 +336,10 @@ def change(
 
 
 def _compare_and_set(
-    db: Database, run: Run, status: RunStatus, owner: Owner, columns: Mapping[str, object]
+    db: Database, run: Run, status: RunStatus, columns: Mapping[str, object]
 ) -> None:
+    # The owner and its epoch are part of the comparison: a recovery or a takeover may move a run to
+    # another epoch or instance without a new version.
     assignments = ", ".join(f"{name} = ?" for name in columns)
     changed = db.execute(
         f"UPDATE run SET {assignments}"
@@ -340,7 +347,7 @@ def _compare_and_set(
         (
             *columns.values(),
             run.key,
-            owner.instance,
+            run.owner,
             run.owner_epoch,
             status.value,
             run.version,
@@ -349,6 +356,11 @@ def _compare_and_set(
     if changed != 1:
         raise Stale
     db.mark_changed(run.key)
+
+
+def is_of_peer(db: Database, run: Run, owner: Owner) -> bool:
+    """Return True if another instance on the same PostgreSQL database owns the run."""
+    return db.dialect.kind is DatabaseKind.POSTGRESQL and run.owner != owner.instance
 
 
 def demand_own(run: Run, owner: Owner) -> None:
@@ -404,10 +416,10 @@ def cancel(
 
     A run without a process becomes CANCELED at once. A run with a process becomes CANCELED when
     the process has ended. A repeated cancel is announced again: the turn may have missed the first.
+    On PostgreSQL the run may be another instance's, which ends the process.
 
     Raises:
-        RunNotFound, RunAlreadyTerminal, RunOfAnotherInstance, RunQuarantined, EtagMismatch,
-        RequestIdReused.
+        RunNotFound, RunAlreadyTerminal, RunQuarantined, EtagMismatch, RequestIdReused.
     """
     earlier = requests.find_effect(db, receipt)
     if earlier is not None:
@@ -429,6 +441,7 @@ def cancel(
             status=None if has_process else RunStatus.CANCELED,
             event=RunEventKind.CANCEL_REQUESTED if has_process else RunEventKind.CANCELED,
             caller=caller,
+            by_caller=True,
             cancel_requested_at=to_us(now),
             canceled_by=caller,
         )

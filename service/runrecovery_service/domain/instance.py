@@ -1,0 +1,43 @@
+"""An instance as its peers see it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+
+from runrecovery_service.domain.run import RunStatus
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceState:
+    """An instance, its lease, and what it owns.
+
+    Attributes:
+        is_alive: its lease runs, by the clock of the database.
+        lease_until: None once it has given its lease up.
+        version: the version of its software; empty: it did not tell.
+        max_running: the number of its slots.
+        slots_held: the number of its slots that runs hold.
+        runs: the number of its unfinished runs by status, without quarantined runs.
+        stopped_at: when it stopped in order since its latest start.
+        taken_over_by: the instance that has taken it over since its latest start; None: none.
+        host_return_until: until when runs wait for its host; None: no run does.
+    """
+
+    name: str
+    epoch: int
+    is_alive: bool
+    lease_until: datetime | None
+    host_id: str
+    version: str
+    engines: tuple[str, ...]
+    max_running: int
+    slots_held: int
+    runs: Mapping[RunStatus, int]
+    started_at: datetime
+    stopped_at: datetime | None
+    taken_over_by: str | None
+    taken_over_at: datetime | None
+    takeover_done_at: datetime | None
+    host_return_until: datetime | None
