@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 from runrecovery_service.domain.start_errors import DatabaseRefused
-from runrecovery_service.storage import migrate
+from runrecovery_service.storage import instances, migrate, takeover
 from runrecovery_service.storage.migrate import describe_misfit
 from runrecovery_service.storage.newer_words import demand_known_words, has_newer_words
 from runrecovery_service.storage.opening import open_database
-from storage.service_store import ServiceStore
+from runrecovery_service.storage.sql_dialects import DatabaseKind
+from runrecovery_service.storage.takeover import TakeoverRules
+from storage.service_store import ServiceStore, boot
 
 KNOWN = {"0001_a": "a", "0002_b": "b"}
 STEP = """
@@ -88,6 +90,14 @@ def test_a_store_with_a_newer_step_that_declares_nothing_is_refused(
         open_database(empty_database_url, tmp_path)
 
 
+def become_older(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget the last step, as a version does that is older than the store."""
+    *older, _ = sorted(migrate.MIGRATIONS.glob("[0-9]*.py"))
+    for step in older:
+        shutil.copy(step, folder)
+    monkeypatch.setattr(migrate, "MIGRATIONS", folder)
+
+
 @pytest.mark.parametrize(
     "words", ["status = 'PAUSED'", "restart_policy = 'LATER'"], ids=["status", "policy"]
 )
@@ -98,10 +108,7 @@ def test_a_start_leaves_runs_with_words_of_a_newer_version_alone(
     store.db.execute(f"UPDATE run SET {words}")  # noqa: S608
     assert not has_newer_words(store.db, store.owner.instance)  # damage: the recovery quarantines
     before = store.dump("run")
-    *older, _ = sorted(migrate.MIGRATIONS.glob("[0-9]*.py"))
-    for step in older:
-        shutil.copy(step, tmp_path)
-    monkeypatch.setattr(migrate, "MIGRATIONS", tmp_path)
+    become_older(tmp_path, monkeypatch)
 
     assert has_newer_words(store.db, store.owner.instance)
     assert not has_newer_words(store.db, "another")
@@ -111,3 +118,24 @@ def test_a_start_leaves_runs_with_words_of_a_newer_version_alone(
         "has runs of instance 'default' that a newer version wrote; start that one"
     )
     assert before == store.dump("run")
+
+
+def test_an_instance_whose_runs_a_newer_version_has_written_is_not_taken_over(
+    store: ServiceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if store.db.dialect.kind is not DatabaseKind.POSTGRESQL:
+        pytest.skip("takeovers need PostgreSQL")
+    dead = instances.claim(store.db, boot("dead"), now=store.now)
+    store.create(owner=dead)
+    store.db.execute("UPDATE run SET status = 'PAUSED'")
+    store.db.execute("UPDATE instance SET lease_until = 1 WHERE name = 'dead'")
+    rules = TakeoverRules(
+        owner=store.owner, shares_workspaces=False, lease_ttl_s=15.0, host_return_s=60.0
+    )
+    before = store.dump("run", "instance", "instance_epoch")
+    with monkeypatch.context() as patch:
+        become_older(tmp_path, patch)
+
+        assert takeover.begin(store.db, rules, "dead") is None
+        assert before == store.dump("run", "instance", "instance_epoch")
+    assert takeover.begin(store.db, rules, "dead") is not None

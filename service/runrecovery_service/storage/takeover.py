@@ -18,6 +18,7 @@ from runrecovery_service.domain.start_errors import RecoveryInterrupted
 from runrecovery_service.storage import instances
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner
+from runrecovery_service.storage.newer_words import has_newer_words
 from runrecovery_service.storage.rows import json_value
 from runrecovery_service.storage.tables import LIVE
 
@@ -128,6 +129,8 @@ def begin(db: Database, rules: TakeoverRules, instance: str) -> Takeover | None:
     )
     with db.transaction():
         db.fetch_one("SELECT 1 FROM instance_epoch WHERE name = ? FOR UPDATE", (instance,))
+        if has_newer_words(db, instance):  # for a replica of the newer version to take over
+            return None
         # The lease again, in the statement that writes: it may be renewed at the last moment.
         row = db.fetch_one(
             "UPDATE instance AS i SET epoch = i.epoch + 1, boot_token = ?, taken_over_by = ?,"
