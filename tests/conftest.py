@@ -134,9 +134,11 @@ def _postgres(
 
 
 @pytest.fixture(scope="session")
-def _postgres_pool(_postgres: ScratchPostgres) -> PostgresPool:
+def _postgres_pool(_postgres: ScratchPostgres) -> Iterator[PostgresPool]:
     """Databases for tests of this process, one after another."""
-    return PostgresPool(_postgres, _NAMES, _TEMPLATE)
+    pool = PostgresPool(_postgres, _NAMES, _TEMPLATE)
+    yield pool
+    pool.close()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

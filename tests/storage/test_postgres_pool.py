@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import psycopg
 import pytest
@@ -18,9 +19,11 @@ INSERT = (
 
 
 @pytest.fixture
-def pool(_postgres_pool: PostgresPool, _postgres: ScratchPostgres) -> PostgresPool:
+def pool(_postgres_pool: PostgresPool, _postgres: ScratchPostgres) -> Iterator[PostgresPool]:
     """A pool that has lent nothing yet."""
-    return PostgresPool(_postgres, NAMES, _postgres_pool.template)
+    pool = PostgresPool(_postgres, NAMES, _postgres_pool.template)
+    yield pool
+    pool.close()
 
 
 def insert(url: str) -> int:
@@ -110,3 +113,14 @@ def test_connections_to_a_database_end_before_it_is_lent_again(pool: PostgresPoo
         with pytest.raises(psycopg.OperationalError):
             left.execute("SELECT 1")
     left.close()
+
+
+def test_a_database_whose_connections_a_test_ended_is_not_lent_again(pool: PostgresPool) -> None:
+    with pool.database() as first, psycopg.connect(first) as connection:
+        connection.execute(
+            "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+
+    with pool.database() as second:
+        assert first != second

@@ -1,13 +1,14 @@
 """Databases of the shared PostgreSQL that tests use one after another.
 
 A copy of the template and its removal cost more CPU time than most tests. To empty the tables of a
-test costs a few milliseconds.
+test costs a few milliseconds, on a connection that stays open: a new one reads the catalogs anew.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import psycopg
@@ -46,6 +47,15 @@ def definition_of(connection: psycopg.Connection[Any]) -> list[Any]:
     return connection.execute(_DEFINITION).fetchall()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Lent:
+    """A database, a connection to it, and its definition when it was lent."""
+
+    name: str
+    connection: psycopg.Connection[Any]
+    definition: list[Any]
+
+
 class PostgresPool:
     """The databases of one worker.
 
@@ -57,32 +67,44 @@ class PostgresPool:
         self._server = server
         self._names = names
         self.template = template
-        self._free: list[tuple[str, list[Any]]] = []
+        self._free: list[_Lent] = []
 
     @contextmanager
     def database(self) -> Iterator[str]:
         """Lend the URL of a migrated database without a row. It lasts as long as the server."""
-        name, definition = self._free.pop() if self._free else self._make()
-        yield self._server.url(name)
-        if (emptied := self._emptied(name, definition)) is not None:
-            self._free.append((name, emptied))
+        lent = self._free.pop() if self._free else self._make()
+        yield self._server.url(lent.name)
+        if (emptied := _emptied(lent)) is not None:
+            self._free.append(emptied)
         else:
-            self._server.drop(name)
+            lent.connection.close()
+            self._server.drop(lent.name)
 
-    def _make(self) -> tuple[str, list[Any]]:
+    def close(self) -> None:
+        """Close the connections to the databases that are not lent."""
+        for free in self._free:
+            free.connection.close()
+
+    def _make(self) -> _Lent:
         name = next(self._names)
-        with psycopg.connect(self._server.create(name, template=self.template)) as connection:
-            filled = connection.execute(_USED_TABLES).fetchall()
-            assert filled == [], "a migration fills a table, which would be emptied"
-            return name, definition_of(connection)
+        url = self._server.create(name, template=self.template)
+        connection = psycopg.connect(url, autocommit=True)
+        filled = connection.execute(_USED_TABLES).fetchall()
+        assert filled == [], "a migration fills a table, which would be emptied"
+        return _Lent(name, connection, definition_of(connection))
 
-    def _emptied(self, name: str, definition: list[Any]) -> list[Any] | None:
-        """Remove the rows of a database; return its definition, None if that is not as it was."""
-        with psycopg.connect(self._server.url(name), autocommit=True) as connection:
-            connection.execute(_END_OTHERS)
-            if definition_of(connection) != definition:
-                return None
-            if used := [table for (table,) in connection.execute(_USED_TABLES)]:
-                connection.execute(f"TRUNCATE {', '.join(used)}".encode())
-            connection.execute(_RESTART_KEYS)  # also those of rows that were refused
-            return definition_of(connection)  # a table that was emptied has another file
+
+def _emptied(lent: _Lent) -> _Lent | None:
+    """Remove the rows of a database; return it, None if its definition is not as it was."""
+    connection = lent.connection
+    try:
+        connection.execute(_END_OTHERS)
+        if definition_of(connection) != lent.definition:
+            return None
+        if used := [table for (table,) in connection.execute(_USED_TABLES)]:
+            connection.execute(f"TRUNCATE {', '.join(used)}".encode())
+        connection.execute(_RESTART_KEYS)  # also those of rows that were refused
+        # A table that was emptied has another file.
+        return replace(lent, definition=definition_of(connection))
+    except psycopg.OperationalError:  # the test has ended the connection
+        return None

@@ -10,7 +10,7 @@ from typing import Final, TypeVar
 
 PATIENCE_S: Final = 15.0
 LEAST_PAUSE_S: Final = 0.005
-MOST_PAUSE_S: Final = 0.05
+MOST_PAUSE_S: Final = 0.1
 LOOKS_SHARE: Final = 4
 """A pause is this many times as long as the look before it: what is waited for needs the processor
 too."""
