@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator
 
 import psycopg
@@ -11,7 +12,8 @@ from support.postgres_pool import PostgresPool, definition_of
 
 from bench.postgres import ScratchPostgres
 
-NAMES = (f"pool_{number}" for number in itertools.count())
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")
+NAMES = (f"{WORKER}_pool_{number}" for number in itertools.count())
 INSERT = (
     "INSERT INTO quarantine (run, reconciliation, reason, detail, quarantined_at)"
     " VALUES (1, 1, '', '', 1) RETURNING id"
