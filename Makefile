@@ -138,7 +138,7 @@ campaign-processes: $(READY) ## Kill services over TRIALS=100 hostile process tr
 
 fuzz: $(READY) ## Hostile input, CASES=50000, against a real service; detect mutants of it
 	@$(BIN)/python tests/fuzz/hostile.py --cases $(CASES)
-	@printf '%s\n' unknown writes path handle labels pages verbose hoard | xargs -P 2 -I MUTANT \
+	@printf '%s\n' unknown writes path handle labels pages verbose roles hoard | xargs -P 2 -I MUTANT \
 		$(BIN)/python tests/fuzz/hostile.py --mutate MUTANT --seed 1 --cases $(MUTANT_CASES)
 
 soak: $(READY) ## 20,000 runs of 3 years under retention: rows, disk and memory must stay flat

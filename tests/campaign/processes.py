@@ -33,6 +33,7 @@ from typing import Final
 
 import click
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # bench
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from campaign.home import CampaignHome, is_root

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Final
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # the client's complaints about what it sends
+sys.path.insert(0, str(Path(__file__).parents[2]))  # bench
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import click

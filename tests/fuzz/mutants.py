@@ -119,6 +119,13 @@ def hoard() -> None:
     _break(MethodWrapper, "_check_call_limit", check_and_keep)
 
 
+def let_every_role_in() -> None:
+    """Let each caller make every call."""
+    from runrecovery_service.domain.caller import Caller
+
+    _break(Caller, "demand_role", lambda *_: None)
+
+
 MUTANTS: Final[dict[str, Mutant]] = {
     "unknown": Mutant(breaks=let_escape, faults=frozenset({"STATUS"})),
     "writes": Mutant(breaks=write_when_refused, faults=frozenset({"STATE"})),
@@ -127,6 +134,7 @@ MUTANTS: Final[dict[str, Mutant]] = {
     "labels": Mutant(breaks=forget_labels, faults=frozenset({"EFFECT"})),
     "pages": Mutant(breaks=take_any_page_size, faults=frozenset({"ACCEPTED"})),
     "verbose": Mutant(breaks=talk_too_much, faults=frozenset({"DETAILS", "STATUS"})),
+    "roles": Mutant(breaks=let_every_role_in, faults=frozenset({"ACCEPTED", "STATUS"})),
     "hoard": Mutant(breaks=hoard, faults=frozenset({"MEMORY"})),
 }
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import secrets
+import subprocess
+import sys
+from pathlib import Path
 from typing import Final
 
 import pytest
@@ -46,6 +50,18 @@ def test_no_input_gets_more_than_a_documented_refusal() -> None:
 
     assert list(summary.found) == [], [*summary.lines()]
     assert summary.played >= CASES
+
+
+@pytest.mark.parametrize("script", ["fuzz/hostile.py", "campaign/processes.py"])
+def test_the_command_of_a_campaign_starts(script: str) -> None:
+    path = Path(__file__).parents[1] / script
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    done = subprocess.run(
+        [sys.executable, path, "--help"], capture_output=True, check=False, env=environ
+    )
+
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_the_campaign_finds_the_fault_of_a_broken_service() -> None:
