@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import structlog
 
@@ -29,6 +29,9 @@ from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.commit_history import CommitHistory, LogPlace
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner
+
+if TYPE_CHECKING:  # not imported with SQLite
+    from runrecovery_service.storage.peer_notices import PeerNotices
 
 log = structlog.get_logger()
 
@@ -51,6 +54,10 @@ FILE_CHECK_S: Final = 1.0
 """How soon a removed lock or SQLite file is noticed without a write."""
 SHARED_POLL_S: Final = 1.0
 """How soon watchers are woken by a change of another instance."""
+NOTICE_PAUSE_S: Final = 0.05
+"""Hints of this time are sent together."""
+LISTEN_AGAIN_S: Final = 5.0
+"""The pause before a lost connection for hints is replaced. Meanwhile polls find all changes."""
 FILE_CHECK_TIMEOUT_S: Final = 5.0
 """A file system that does not answer a check for this long is logged."""
 
@@ -346,6 +353,29 @@ def shared_poll(storage: Storage, stop: StopSignal) -> PeriodicTask:
     )
 
 
+def notice_loops(notices: PeerNotices, stop: StopSignal) -> list[PeriodicTask]:
+    """Return the loops that send hints to other instances, and hear theirs."""
+    return [
+        PeriodicTask(
+            name="peer-notices",
+            step=notices.send,
+            interval_s=NOTICE_PAUSE_S,
+            failure_event="storage.notices_not_sent",
+            stop_signal=stop,
+            retried=(NotNow, Exhausted),
+        ),
+        PeriodicTask(
+            name="peer-listener",
+            step=notices.listen,
+            interval_s=LISTEN_AGAIN_S,
+            failure_event="storage.notices_not_heard",
+            stop_signal=stop,
+            waits_first=False,
+            retried=(NotNow, Exhausted),
+        ),
+    ]
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class Ownership:
     """Everything that keeps this service the owner of its runs, until `stop_tasks`."""
@@ -360,11 +390,13 @@ class Ownership:
 
     def start(self) -> None:
         """Start all loops. A defect in any of them stops the service."""
+        notices = self.storage.notices
         loops = [
             *self.lease.tasks(),
             self.trials.task(),
             file_watch(self._demand_in_place, self.stop),
             *([shared_poll(self.storage, self.stop)] if self.storage.is_shared else []),
+            *([] if notices is None else notice_loops(notices, self.stop)),
         ]
         self._tasks = [loop.start() for loop in loops]
         for task in self._tasks:

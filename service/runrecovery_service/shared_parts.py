@@ -122,6 +122,7 @@ class SharedParts:
             made.callback(self.threads.shutdown)
             self.tracer = _tracer(settings, self.meters)
             self.owner = claim_epoch(self.db, start, self.clock, settings.lease_ttl_s)
+            self.storage.hear_peers(self.owner.instance)
             made.pop_all()
 
 

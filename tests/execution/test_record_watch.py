@@ -139,6 +139,23 @@ async def test_on_a_shared_store_all_records_are_read_in_time_although_other_run
     await until(has_ended)
 
 
+async def test_on_a_shared_store_a_run_that_a_peer_has_queued_is_launched_in_time(
+    new_execution: NewExecution, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatcher, "SHARED_CHECK_INTERVAL_S", 0.2)
+    monkeypatch.setattr(Storage, "is_shared", True)
+    execution = await new_execution()
+    run_id = await execution.create("resumable", {"questions": [{"prompt": "So?"}]})
+    await execution.until_status(run_id, RunStatus.WAITING_USER)
+
+    # Announced to watchers only, as by another process.
+    await execution.storage.write_own(
+        interactions.reply, run_id, 1, "yes", **same_request(execution, None)
+    )
+
+    assert (await execution.until_ended(run_id)).status is RunStatus.SUCCEEDED
+
+
 async def test_a_run_that_cannot_be_read_does_not_keep_another_from_its_cancel(
     execution: Execution, monkeypatch: pytest.MonkeyPatch
 ) -> None:

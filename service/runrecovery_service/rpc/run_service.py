@@ -287,9 +287,14 @@ class RunService:
     def _end_commit(self, method: str, caller: str | None, task: asyncio.Task[Run]) -> None:
         self._committing.discard(task)
         # Asking for the error marks it as seen: the caller has it, unless the call was cancelled.
-        failed = task.cancelled() or task.exception() is not None
-        if caller is not None and not failed:
-            log.info("audit.changed", caller=caller, method=method, run_id=task.result().run_id)
+        if task.cancelled() or task.exception() is not None:
+            return
+        run = task.result()
+        if caller is not None:
+            log.info("audit.changed", caller=caller, method=method, run_id=run.run_id)
+        notices = self._storage.notices
+        if notices is not None and run.owner != self._deps.owner.instance:
+            notices.announce(run.owner, run.key)
 
 
 def _budget(request: pb.CreateRunRequest) -> Budget:

@@ -18,7 +18,7 @@ from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from threading import get_ident
 from time import monotonic
-from typing import Final, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Final, ParamSpec, TypeVar
 
 import structlog
 
@@ -41,6 +41,9 @@ from runrecovery_service.storage.sql_dialects import DatabaseKind
 from runrecovery_service.storage.store_timer import StoreTimer
 from runrecovery_service.storage.use_case import UseCase, run_use_case
 
+if TYPE_CHECKING:
+    from runrecovery_service.storage.peer_notices import PeerNotices
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -58,7 +61,7 @@ class Storage:
     """Runs use cases for the event loop: reads, durable writes, and long exclusive work."""
 
     def __init__(self, db: Database, meters: Meters | None = None) -> None:
-        """Start the threads.
+        """Start the threads. `hear_peers` follows, once the instance is known.
 
         Args:
             meters: get the times and errors of the store; None: nobody reads them.
@@ -88,7 +91,16 @@ class Storage:
             made.pop_all()
         self._under_way: dict[int, tuple[float, object]] = {}
         self.changes = Changes()
+        self.notices: PeerNotices | None = None
         self._poll = SharedPoll()
+
+    def hear_peers(self, instance: str) -> None:
+        """Exchange hints with the other instances of a shared store, by `notices`."""
+        if self.is_shared:
+            # Imported here: SQLite has no peers.
+            from runrecovery_service.storage.peer_notices import PeerNotices  # noqa: PLC0415
+
+            self.notices = PeerNotices(self._db, self, instance)
 
     @property
     def is_shared(self) -> bool:

@@ -94,6 +94,13 @@ class PostgreSQL(pw.PostgresqlDatabase):
             self._changed.rows += cursor.rowcount
         return cursor
 
+    async def connect_async(self) -> Any:
+        """Return a new connection for the event loop, with the settings of all connections."""
+        from psycopg import AsyncConnection  # noqa: PLC0415 - an extra
+
+        self._demand_not_abandoned()
+        return await AsyncConnection.connect(self.database, autocommit=True, **self.connect_params)
+
     @property
     def changed_rows(self) -> int:
         """Return how many rows the statements of the calling thread have changed so far."""
