@@ -145,12 +145,14 @@ def test_a_lease_that_runs_out_within_the_transaction_counts_as_run_out(pair: Pa
     """The clock of a transaction stands still in `now()`, and moves on in `clock_timestamp()`."""
     pair.dead.waiting()
     set_lease(pair.dead.db, "a", 200_000)
-    past = f"lease_until < {pair.db.dialect.now_us}"
-    now = f"SELECT 1 FROM instance WHERE name = 'a' AND {past}"  # noqa: S608
+    over = (
+        "SELECT 1 FROM instance WHERE name = 'a'"
+        " AND lease_until < extract(epoch FROM clock_timestamp()) * 1000000"
+    )
 
     with pair.db.transaction():
         early = takeover.begin(pair.db, pair.rules, "a")
-        until(lambda: pair.db.fetch_all(now), "the lease has run out")
+        until(lambda: pair.db.fetch_all(over), "the lease has run out")
         late = takeover.begin(pair.db, pair.rules, "a")
 
     assert early is None
