@@ -46,6 +46,8 @@ def build_dispatcher(parts: SharedParts, launcher: Launcher) -> Dispatcher:
             owner=parts.owner,
             clock=parts.clock,
             site=launch_site(parts.host, parts.cgroups),
+            catalog=parts.catalog,
+            shares_workspaces=parts.settings.shared_workspaces,
         ),
         supervisors=SupervisorFactory(
             records=TurnRecordsFactory(

@@ -18,11 +18,13 @@ from runrecovery_service.domain.start_errors import (
     RecoveryInterrupted,
 )
 from runrecovery_service.periodic import Backoff
+from runrecovery_service.recovery.hand_over import HandOver
 from runrecovery_service.recovery.reconcile import Recovery
 from runrecovery_service.recovery.status import RecoveryStatus
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage.async_storage import Storage
+from runrecovery_service.storage.database import Database
 
 log = structlog.get_logger()
 
@@ -34,12 +36,14 @@ class RecoveryRunner:
     """The recovery of this start, with its retries, and the recovery of a planned stop.
 
     Attributes:
+        hand_over: hands runs over at a planned stop; None: there are no peers.
         tries: failed recoveries after which the service ends.
     """
 
     storage: Storage
     at_start: Recovery
     at_stop: Recovery
+    hand_over: HandOver | None
     status: RecoveryStatus
     gate: Gate
     stop: StopSignal
@@ -93,8 +97,19 @@ class RecoveryRunner:
         self.gate.set_recovery_failed()
 
     async def decide_at_stop(self) -> None:
-        """Decide on every run, as the next start would."""
-        await self.storage.run_exclusive(lambda db: self.at_stop.run(db, RecoveryStatus()))
+        """Decide on every run, as the next start would.
+
+        What peers can go on with is handed over: before, because the decisions fail a queued run
+        whose policy is FAIL; and after, because they queue runs.
+        """
+        await self.storage.run_exclusive(self._decide_at_stop)
+
+    def _decide_at_stop(self, db: Database) -> None:
+        if self.hand_over is not None:
+            self.hand_over.run(db)
+        self.at_stop.run(db, RecoveryStatus())
+        if self.hand_over is not None:
+            self.hand_over.run(db)
 
 
 def _log_containment(probe: Future[Containment]) -> None:

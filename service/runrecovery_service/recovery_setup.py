@@ -10,6 +10,7 @@ from runrecovery_service.config.settings import Settings
 from runrecovery_service.domain.reconciliation import Cause
 from runrecovery_service.execution.dispatcher import Dispatcher
 from runrecovery_service.periodic import Backoff
+from runrecovery_service.recovery.hand_over import HandOver
 from runrecovery_service.recovery.killed_usage import KilledUsage
 from runrecovery_service.recovery.reconcile import Leftovers, Recovery, RecoveryLimits
 from runrecovery_service.recovery_runner import RECOVERY_BACKOFF_MOST_S, RecoveryRunner
@@ -54,11 +55,22 @@ def build_recovery(parts: SharedParts) -> RecoveryRunner:
         storage=parts.storage,
         at_start=at_start,
         at_stop=at_stop,
+        hand_over=_hand_over(parts),
         status=parts.status,
         gate=parts.gate,
         stop=parts.stop,
         tries=settings.recovery_tries,
         backoff=Backoff(settings.recovery_backoff_s, RECOVERY_BACKOFF_MOST_S),
+    )
+
+
+def _hand_over(parts: SharedParts) -> HandOver | None:
+    if not parts.storage.is_shared:
+        return None
+    return HandOver(
+        owner=parts.owner,
+        clock=parts.clock,
+        shares_workspaces=parts.settings.shared_workspaces,
     )
 
 

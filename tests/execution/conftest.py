@@ -316,7 +316,7 @@ async def running_execution(
             watermark_bits=watermark_bits(),
         )
         dispatcher = Dispatcher(
-            queue=RunQueue(storage=storage, owner=owner, clock=clock, site=site),
+            queue=RunQueue(storage=storage, owner=owner, clock=clock, site=site, catalog=catalog),
             supervisors=SupervisorFactory(
                 records=TurnRecordsFactory(
                     storage=storage, owner=owner, clock=clock, meters=Meters()

@@ -20,7 +20,7 @@ print(json.dumps({"type": "ask", "kind": "open_text", "prompt": "What?"}), flush
 answer = json.loads(input())["response"]
 print(json.dumps({"type": "result", "output": {"answer": answer}}), flush=True)
 """
-HOLDS: Final = "import time; input(); print('begun', flush=True); time.sleep(600)"
+HOLDS: Final = "import time; input(); time.sleep(600)"
 ENGINES: Final = {
     "resumable": GOOD_ENGINES["resumable"],
     "asks": script(ASKS, profile="sticky_process"),
@@ -95,3 +95,29 @@ def test_every_service_shows_all_instances(services: tuple[Api, Api]) -> None:
             "owner": (True, ["asks", "holds", "resumable"], 4, 1),
             "peer": (True, ["asks", "holds", "resumable"], 4, 0),
         }
+
+
+def test_an_idle_service_starts_what_a_busy_one_has_queued_and_gets_the_rest_at_its_stop(
+    postgresql_url: str, new_home: Callable[..., Home]
+) -> None:
+    busy_home, idle_home = (
+        new_home(engines=ENGINES, database=postgresql_url, instance=name, max_concurrent=1)
+        for name in ("busy", "idle")
+    )
+    busy_service, busy = busy_home.start()
+    held = busy.create("holds")
+    busy.until_status(held.run_id, "RUNNING")
+    _, idle = idle_home.start()
+
+    taken = busy.create("resumable")
+    assert busy.until_ended(taken.run_id).status == run_pb2.RUN_STATUS_SUCCEEDED
+
+    held_there = idle.create("holds")  # now no service has a free slot
+    idle.until_status(held_there.run_id, "RUNNING")
+    queued = busy.create("resumable")
+    assert busy_service.stop() == 0
+
+    idle.cancel(held_there.run_id)
+    assert idle.until_ended(queued.run_id).status == run_pb2.RUN_STATUS_SUCCEEDED
+    assert idle.output(queued.run_id)
+    assert idle.get(held.run_id).status == run_pb2.RUN_STATUS_FAILED

@@ -27,8 +27,9 @@ FINISH_S: Final = 5.0
 """How long a stop waits for turns that have ended and are only to be recorded."""
 CHECK_INTERVAL_S = 5.0
 """The queue is checked when something changes, and at least this often."""
-SHARED_CHECK_INTERVAL_S: Final = 2.0
-"""On a shared store at least this often: a reply through a peer queues a run without notice."""
+SHARED_CHECK_INTERVAL_S: Final = 1.0
+"""On a shared store at least this often: peers queue runs, and have runs to take, without
+notice."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -1,33 +1,78 @@
-"""The queue of runs, as this instance takes from it."""
+"""The queue of runs, as this instance takes from it.
+
+On a shared store an instance whose own queue has nothing to start takes runs of its peers.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Final
+
+import structlog
 
 from runrecovery_service.clock import Clock
-from runrecovery_service.storage import turn_starts
+from runrecovery_service.engines.catalog import Catalog
+from runrecovery_service.storage import sharing, turn_starts
 from runrecovery_service.storage.async_storage import Storage
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.launch_records import LaunchSite
 from runrecovery_service.storage.turns import Turn
 
+log = structlog.get_logger()
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+PEERS_INTERVAL_S: Final = 0.5
+"""The time between two searches for runs of peers that found none."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
 class RunQueue:
-    """Takes queued runs of one owner.
+    """Takes queued runs of one owner, and of its peers.
 
     Attributes:
         site: where the processes of the runs are launched.
+        catalog: the engines of which runs of peers are taken.
+        shares_workspaces: sessions of peers can be resumed here.
     """
 
     storage: Storage
     owner: Owner
     clock: Clock
     site: LaunchSite
+    catalog: Catalog
+    shares_workspaces: bool = False
+    _search_due_s: float = field(default=0.0, init=False)
 
     async def take_next(self, busy_engines: Sequence[str]) -> Turn | None:
         """Take the longest-waiting run whose engine is not busy; None if there is none."""
+        turn = await self._take_own(busy_engines)
+        if turn is None and await self._moved_from_peer(busy_engines):
+            turn = await self._take_own(busy_engines)
+        return turn
+
+    async def _moved_from_peer(self, busy_engines: Sequence[str]) -> bool:
+        """Move a run of a peer into this queue; return False if there is none to take."""
+        if not self.storage.is_shared or monotonic() < self._search_due_s:
+            return False
+        engines = set(self.catalog.names) - set(busy_engines)
+        if not engines:
+            return False
+        taker = sharing.Taker(
+            owner=self.owner, engines=engines, shares_workspaces=self.shares_workspaces
+        )
+        peer = await self.storage.read(sharing.find_peer, taker, now=self.clock.now())
+        if peer is None:
+            self._search_due_s = monotonic() + PEERS_INTERVAL_S
+            return False
+        run_id = await self.storage.write_own(
+            sharing.take_from, taker, peer, now=self.clock.now(), steady=self.clock.steady()
+        )
+        if run_id is not None:
+            log.info("execution.taken_from_peer", run_id=run_id, peer=peer)
+        return run_id is not None
+
+    async def _take_own(self, busy_engines: Sequence[str]) -> Turn | None:
         return await self.storage.write_own(
             turn_starts.take_next,
             owner=self.owner,

@@ -20,7 +20,6 @@ from runrecovery_service.domain.turn import RUN_TIMEOUT
 from runrecovery_service.storage import instances, interactions, runs, use_case
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner
-from runrecovery_service.storage.recovery_scope import ApplyScope
 from runrecovery_service.storage.rows import to_us
 
 RUNS_PER_COMMIT: Final = 1000
@@ -39,6 +38,11 @@ _WALL: Final = {
 }
 
 
+DUE_COLUMNS: Final = tuple(_COLUMNS.values())
+"""The columns of deadlines. An instance that cannot know the clock of a run's owner writes 0 into
+those that are set, and no `due_clock`; the owner then converts them."""
+
+
 @dataclass(frozen=True, slots=True)
 class PassedDeadline:
     """A deadline that has passed.
@@ -54,7 +58,7 @@ class PassedDeadline:
 
 def without_clock(columns: Mapping[str, object]) -> dict[str, object]:
     """Return the changes that let the owner of a run convert these deadlines to its own clock."""
-    due = {name: 0 for name in _COLUMNS.values() if columns.get(name) is not None}
+    due = {name: 0 for name in DUE_COLUMNS if columns.get(name) is not None}
     return {**due, "due_clock": None}
 
 
@@ -73,11 +77,13 @@ def move_to_clock(db: Database, owner: Owner, *, now: datetime, steady: SteadyTi
     return count
 
 
-def move_range(db: Database, scope: ApplyScope, *, first: int, last: int) -> None:
-    """Convert the deadlines of a batch to the current clock, in the caller's transaction."""
+def move_range(
+    db: Database, owner: Owner, *, first: int, last: int, now: datetime, steady: SteadyTime
+) -> None:
+    """Convert deadlines of a range of runs to the current clock, in the caller's transaction."""
     which, keys = "id BETWEEN ? AND ?", (first, last)
-    _move(db, scope.owner, which, keys, now=scope.now, steady=scope.steady)
-    _limit_pauses(db, scope.owner, which, keys, steady=scope.steady)
+    _move(db, owner, which, keys, now=now, steady=steady)
+    _limit_pauses(db, owner, which, keys, steady=steady)
 
 
 def _move(

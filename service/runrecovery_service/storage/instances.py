@@ -223,6 +223,16 @@ def _fence(db: Database, owner: Owner) -> Fenced:
     return (Fenced if is_superseded else ClaimLost)(f"instance {owner.instance!r}")
 
 
+def announce_stop(db: Database, owner: Owner) -> None:
+    """Record that a planned stop is under way: peers hand nothing over to this instance."""
+    with db.transaction():
+        db.execute(
+            f"UPDATE instance SET stopped_at = {db.dialect.now_us}"
+            " WHERE name = ? AND epoch = ? AND boot_token = ?",
+            (owner.instance, owner.epoch, owner.boot_token),
+        )
+
+
 def resign(db: Database, owner: Owner) -> None:
     """Release the lease at the end of a planned stop, and record the stop."""
     with db.transaction():

@@ -289,7 +289,14 @@ def _apply_range(db: Database, scope: ApplyScope, batch: Batch) -> Tally:
     unchanged = 0 if all_decided else _adopt_unchanged(db, scope, bounds)
     if scope.taken_from is not None:
         # In this transaction: from the commit on, this service sets and applies their deadlines.
-        deadlines.move_range(db, scope, first=batch.first, last=batch.last)
+        deadlines.move_range(
+            db,
+            scope.owner,
+            first=batch.first,
+            last=batch.last,
+            now=scope.now,
+            steady=scope.steady,
+        )
     return Tally(
         scanned=changed + unchanged,
         unchanged=unchanged,

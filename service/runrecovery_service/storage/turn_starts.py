@@ -28,6 +28,7 @@ from runrecovery_service.storage.database import Database, Stale
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.launch_records import LaunchSite
 from runrecovery_service.storage.rows import to_us
+from runrecovery_service.storage.sql_dialects import DatabaseKind
 from runrecovery_service.storage.turns import Turn
 
 
@@ -111,7 +112,9 @@ def _next_in_queue(
         " AND NOT EXISTS (SELECT 1 FROM process_lease l"
         " WHERE l.run = run.id AND l.state = 'KILL_PENDING' AND l.instance = run.owner)"
         + (f" AND engine NOT IN ({marks})" if marks else "")
-        + " ORDER BY queued_at, id LIMIT 1",
+        + " ORDER BY queued_at, id LIMIT 1"
+        # Peers take from this queue too: a run that one of them is taking is passed over.
+        + (" FOR UPDATE SKIP LOCKED" if db.dialect.kind is DatabaseKind.POSTGRESQL else ""),
         (owner.instance, owner.epoch, steady.us, *busy_engines),
     )
     return None if row is None else int(row[0])
