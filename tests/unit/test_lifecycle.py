@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Generator
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn, TypeAlias
 
@@ -169,6 +170,7 @@ class Journal:
         return Service(
             settings=part(
                 "settings",
+                data_dir=Path("/nowhere"),
                 containment=ContainmentPolicy.BEST_EFFORT,
                 cancel_grace_s=0.0,
                 stop_grace_s=0.0,
