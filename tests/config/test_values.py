@@ -210,6 +210,7 @@ BOUNDS: Final[dict[str, tuple[float, float]]] = {
     "finish_s": (0, 604_800),
     "drain_delay_s": (0, 3_600),
     "stop_grace_s": (0, 3_600),
+    "host_return_s": (1, 31_536_000),
     "orphan_grace_s": (0, 3_600),
     "orphan_deadline_s": (0.1, 3_600),
     "recovery_batch_rows": (1, 1_000_000),
@@ -251,6 +252,21 @@ def test_the_bounds_of_a_number_are_accepted_and_nothing_beyond(
 
     assert accepted == [least, most]
     assert [len(found) for found in refused] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "beside", ["", "runs_dir = '/volume'", "database = 'postgresql://db.example/runs'"]
+)
+def test_shared_workspaces_need_a_folder_that_is_shared_and_postgresql(
+    load: Load, problems: Problems, beside: str
+) -> None:
+    (found,) = problems(f"shared_workspaces = true\n{beside}")
+
+    assert found.endswith(
+        "shared_workspaces: needs runs_dir, which all instances share, and a PostgreSQL database"
+    )
+    both = "runs_dir = '/volume'\ndatabase = 'postgresql://db.example/runs'"
+    assert load(f"shared_workspaces = true\n{both}").shared_workspaces
 
 
 def test_the_orphan_grace_may_be_as_long_as_the_orphan_deadline_and_no_longer(

@@ -90,3 +90,35 @@ async def test_each_renewal_tells_the_engines_that_are_configured_now() -> None:
     await renewal.renew()
 
     assert told == [("demo",), ("demo", "another")]
+
+
+async def test_trees_live_by_the_start_of_a_renewal_and_not_by_its_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The database counts the lease from a moment between the two."""
+    seconds = [100]
+    monkeypatch.setattr("runrecovery_service.ownership.boot_time_ns", lambda: seconds[0] * 10**9)
+    heartbeats: list[int] = []
+
+    async def renew(*_: object, **__: object) -> None:
+        seconds[0] += 4
+
+    unused: Any = None
+    storage: Any = SimpleNamespace(is_shared=True, renew=renew)
+    turns: Any = SimpleNamespace(heartbeat=heartbeats.append)
+    health: Any = SimpleNamespace(note=lambda *_, **__: None)
+    renewal = LeaseRenewal(
+        lease_ttl_s=15.0,
+        storage=storage,
+        owner=unused,
+        catalog=DEMO_ENGINES,
+        turns=turns,
+        health=health,
+        stop=StopSignal(),
+        commits=CommitHistory("default", 15.0),
+    )
+
+    await renewal.renew()
+
+    assert heartbeats == [114 * 10**9]
+    assert renewal.left_s == 11.0
