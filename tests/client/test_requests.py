@@ -183,6 +183,7 @@ async def test_reaches_every_method_of_the_contract(
     await caller.call("recovery.prune")
     await caller.call("recovery.webhooks")
     await caller.call("recovery.retry_webhook", "chat")
+    await caller.call("recovery.instances")
 
     assert {name for name, _ in server.calls} == {method.name for method in METHODS.values()}
 

@@ -349,6 +349,7 @@ def test_every_field_of_a_report_is_sent() -> None:
         safe_mode=True,
         containment=Containment(level=ContainmentLevel.COOKIE, detail="no watermark here"),
         error="StorageBusy",
+        recovered_instance="there",
         trust_removals=(
             TrustRemoval(run_id="r", file="/home/config.toml", folder="/work", outcome="removed"),
         ),

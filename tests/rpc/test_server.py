@@ -66,6 +66,8 @@ class FakeStorage:
         looks: how many reads there were; each sets `looked`.
     """
 
+    is_shared = False
+
     run: Run = field(default_factory=run)
     unended: list[UnendedLaunch] = field(default_factory=list)
     writes: list[tuple[Any, ...]] = field(default_factory=list)

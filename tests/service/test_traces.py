@@ -138,6 +138,9 @@ def test_a_stop_exports_turns_that_it_cuts_off_and_calls_with_their_codes(
         watched = api.runs.WatchRun(pb.WatchRunRequest(run_id="r"), timeout=30)
         next(watched)
         watched.cancel()
+        # Otherwise the stop may end the stream before the service has seen the cancel.
+        watch_span = "runrecovery.v1.RunService/WatchRun"
+        until(lambda: collector.named(watch_span), "the canceled watch has ended")
         service.stop()
 
         [turn] = collector.named("turn")
@@ -146,7 +149,7 @@ def test_a_stop_exports_turns_that_it_cuts_off_and_calls_with_their_codes(
         assert turn.facts["error.type"] == "running_interrupted"
         [get] = collector.named("runrecovery.v1.RunService/GetRun")
         assert (get.facts["rpc.response.status_code"], get.has_failed) == ("NOT_FOUND", False)
-        [watch] = collector.named("runrecovery.v1.RunService/WatchRun")
+        [watch] = collector.named(watch_span)
         assert (watch.facts["rpc.response.status_code"], watch.has_failed) == ("CANCELLED", False)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ def test_garbage_is_collected_from_the_moment_in_which_the_service_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     built = Built()
-    monkeypatch.setattr(app, "SharedParts", lambda *_: None)
+    monkeypatch.setattr(app, "SharedParts", lambda *_: SimpleNamespace(tracer=None))
     monkeypatch.setattr(app, "_service", lambda *_: built)
     arguments: list[Any] = [None] * len(inspect.signature(app._run).parameters)
     gc.disable()  # as `runrecovery serve` does
