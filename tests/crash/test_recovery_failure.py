@@ -57,7 +57,8 @@ def test_a_recovery_on_a_locked_database_fails_and_succeeds_after_the_lock(
     killed_with_an_orphan(home)
     home.seed(2000)
     with start_that_is_locked_out(home) as (service, api):
-        until(lambda: api.status().state == FAILED, "it says that recovery failed")
+        # Several writes may each wait for the lock, for 5 s.
+        until(lambda: api.status().state == FAILED, "it says that recovery failed", timeout_s=60)
         words = [api.health_of(), api.health_of("runrecovery.v1.RunService")]
         refusal = refused(lambda: api.get("orphan"))
 

@@ -67,6 +67,7 @@ from runrecovery_service.storage.found_ends import OpenTurn
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.launch_records import LaunchEnd, LaunchRecord
 from runrecovery_service.storage.recovery_scope import ApplyScope
+from runrecovery_service.storage.sql_dialects import DatabaseKind
 
 if TYPE_CHECKING:  # not imported where traces are off
     from runrecovery_service.spans import Tracer
@@ -437,8 +438,10 @@ class Recovery:
                     raise
                 if rows > SMALLEST_BATCH:
                     rows //= 2  # the batch took longer than the statement timeout of the database
-                else:
-                    busy, after = busy or error, batch.last
+                    continue
+                if db.dialect.kind is DatabaseKind.SQLITE:  # one lock is of all rows
+                    raise
+                busy, after = busy or error, batch.last
                 continue
             rows = next_batch_rows(
                 rows,

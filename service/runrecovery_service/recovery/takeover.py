@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Final, TypeVar
 
 import structlog
 
@@ -27,6 +27,8 @@ from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.launch_records import LaunchRecord
 from runrecovery_service.storage.newer_words import has_newer_words
 from runrecovery_service.storage.takeover import Takeover, TakeoverFenced, TakeoverRules
+
+R = TypeVar("R")
 
 log = structlog.get_logger()
 
@@ -55,6 +57,7 @@ class TakeoverLoop:
     stop_signal: StopSignal
     _loop: PeriodicTask = field(init=False)
     _refused: set[str] = field(default_factory=set, init=False)
+    _is_deciding: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         for outcome in ("completed", "failed", "fenced"):
@@ -73,8 +76,11 @@ class TakeoverLoop:
         self._loop.start()
 
     async def stop(self) -> None:
-        """Stop, and interrupt a takeover that is under way. A later search continues it."""
-        await self._loop.finish()
+        """Stop, and interrupt a takeover that is under way. A later search continues it.
+
+        A search is cut off: the database may not answer it.
+        """
+        await (self._loop.finish() if self._is_deciding else self._loop.cancel())
 
     @property
     def _is_stopping(self) -> bool:
@@ -87,7 +93,7 @@ class TakeoverLoop:
             Fenced: a newer epoch of this service has started.
         """
         if await self.storage.read(takeover.has_deliveries, self.rules.owner):
-            await self.storage.run_exclusive(self._take_deliveries)
+            await self._decide(self._take_deliveries)
         for name in await self.storage.read(takeover.overdue, self.rules):
             if self._is_stopping:
                 return
@@ -119,7 +125,7 @@ class TakeoverLoop:
             host_lost=taken.host_lost,
         )
         try:
-            report = await self.storage.run_exclusive(lambda db: self._recover(db, taken))
+            report = await self._decide(lambda db: self._recover(db, taken))
         except TakeoverFenced:
             self.meters.takeovers.add("fenced")
             log.warning("takeover.fenced", recovered_instance=name)
@@ -130,6 +136,14 @@ class TakeoverLoop:
         for decided in report.decisions:
             self.meters.takeover_runs.add_many(decided.count, decided.rule)
         log.info("takeover.completed", recovered_instance=name, runs=report.runs_scanned)
+
+    async def _decide(self, work: Callable[[Database], R]) -> R:
+        """Run work that ends early once this loop is to stop."""
+        self._is_deciding = True
+        try:
+            return await self.storage.run_exclusive(work)
+        finally:
+            self._is_deciding = False
 
     async def _can_decide(self, name: str) -> bool:
         """Return whether this service knows the engines and every word of an instance's runs."""
