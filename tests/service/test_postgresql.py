@@ -177,7 +177,9 @@ def test_a_question_from_an_outage_waits_for_its_answer(
         (home.path / "go").touch()
         until(lambda: not home.agents_of(run.run_id), "the agent has ended")
         # The patrol looks at shims every 2 s, and misses one at the second look.
-        until(lambda: retried_for_s(service) > 5, "writes are retried for longer than two looks")
+        # On a locked SQLite file each try waits for 5 s.
+        retried = "writes are retried for longer than two looks"
+        until(lambda: retried_for_s(service) > 5, retried, timeout_s=60)
 
     assert api.until_status(run.run_id, "WAITING_USER").attempt == 1
     assert service.stop() == 0
