@@ -91,7 +91,7 @@ class LeaseRenewal:
     """Renews the lease for ever, and fences this service when it may no longer be the owner.
 
     Attributes:
-        catalog: the engines, whose names each renewal tells the other instances.
+        catalog: the configured engines. Each renewal writes their names into the instance's row.
         commits: what the database has acknowledged to this start.
         unrenewed: set once the lease could not be renewed for `SELF_FENCE_SHARE` of its time.
     """

@@ -243,28 +243,9 @@ def _clip(db: Database, scope: ApplyScope, part: Batch, last: int) -> Batch:
 
 
 def _apply_range(db: Database, scope: ApplyScope, batch: Batch) -> Tally:
-    owner, now = scope.owner, to_us(scope.now)
     bounds = (batch.first, batch.last, *scope.params)
     _lock_rows(db, bounds)
-    found = {key: end for key, end in scope.found.items() if batch.first <= key <= batch.last}
-    db.execute(
-        "INSERT INTO recovery_event (run, no, reconciliation, rule, facts, status_before,"
-        " status_after, error_code, recovery_state, recovered_at, processes_ended, sequence,"
-        " profile, attempt, interaction, session_turn, session_verdict, session_reason, resumes)"
-        " SELECT d.id,"
-        f" d.recovery_no, {scope.reconciliation_key}, d.rule, d.facts, d.status, d.becomes,"
-        f" d.error_code, d.recovery_state, {now}, 0, d.sequence, d.profile, d.attempt,"
-        " d.interaction, d.session_turn, d.session_verdict, d.session_reason, d.resumes"
-        f" FROM ({decisions_sql(db.dialect, found, scope.elsewhere)}) AS d"
-        " WHERE d.stands = 0",
-        bounds,
-    )
-    webhook_outbox.record_decisions(
-        db,
-        owner.instance,
-        which=f"{IN_RANGE} AND e.reconciliation = ? AND e.no = r.recovery_count + 1",
-        params=(*bounds, scope.reconciliation_key),
-    )
+    _record_decisions(db, scope, batch, bounds)
     decided = _count_decisions(db, scope, bounds)
     quarantined = decided.decisions.get(QUARANTINE_RULE, 0)
     damaged = _record_damaged(db, scope, bounds) if quarantined else ()
@@ -306,6 +287,31 @@ def _apply_range(db: Database, scope: ApplyScope, batch: Batch) -> Tally:
         questions=questions,
         decisions=decided.decisions,
         damaged=damaged,
+    )
+
+
+def _record_decisions(
+    db: Database, scope: ApplyScope, batch: Batch, bounds: tuple[int, int, str, int]
+) -> None:
+    """Decide on the runs of the batch, and add the decisions to their histories and webhooks."""
+    found = {key: end for key, end in scope.found.items() if batch.first <= key <= batch.last}
+    db.execute(
+        "INSERT INTO recovery_event (run, no, reconciliation, rule, facts, status_before,"
+        " status_after, error_code, recovery_state, recovered_at, processes_ended, sequence,"
+        " profile, attempt, interaction, session_turn, session_verdict, session_reason, resumes)"
+        " SELECT d.id,"
+        f" d.recovery_no, {scope.reconciliation_key}, d.rule, d.facts, d.status, d.becomes,"
+        f" d.error_code, d.recovery_state, {to_us(scope.now)}, 0, d.sequence, d.profile, d.attempt,"
+        " d.interaction, d.session_turn, d.session_verdict, d.session_reason, d.resumes"
+        f" FROM ({decisions_sql(db.dialect, found, scope.elsewhere)}) AS d"
+        " WHERE d.stands = 0",
+        bounds,
+    )
+    webhook_outbox.record_decisions(
+        db,
+        scope.owner.instance,
+        which=f"{IN_RANGE} AND e.reconciliation = ? AND e.no = r.recovery_count + 1",
+        params=(*bounds, scope.reconciliation_key),
     )
 
 
