@@ -17,13 +17,7 @@ from runrecovery_service.control import Control, prepare_process
 from runrecovery_service.daemon_threads import new_event_loop
 from runrecovery_service.data_dir_store import demand_own_store
 from runrecovery_service.domain.reconciliation import Containment
-from runrecovery_service.entrance import Entrance
 from runrecovery_service.execution.dispatcher import Dispatcher
-from runrecovery_service.execution_setup import (
-    build_background_work,
-    build_dispatcher,
-    build_launcher,
-)
 from runrecovery_service.extras import demand_packages
 from runrecovery_service.lifecycle import Service, store_kept
 from runrecovery_service.listeners import Listeners
@@ -40,9 +34,7 @@ from runrecovery_service.process.open_files import OpenFiles
 from runrecovery_service.process.probe import prove_containment
 from runrecovery_service.process.watermark import watermark_bits
 from runrecovery_service.recovery.plan import Planner
-from runrecovery_service.recovery_setup import build_recovery, build_takeovers
 from runrecovery_service.reload import ReloadablePart, Reloader
-from runrecovery_service.reload_setup import reloadable_parts
 from runrecovery_service.rpc.listen_address import parse_listen_address
 from runrecovery_service.rpc.paging import PageTokens
 from runrecovery_service.rpc.recovery_service import RecoveryDeps
@@ -50,15 +42,23 @@ from runrecovery_service.rpc.run_service import RunDeps, RunLimits
 from runrecovery_service.rpc.server import GrpcServer
 from runrecovery_service.rpc.server_limits import ServerLimits
 from runrecovery_service.rpc.server_setup import build_server
-from runrecovery_service.shared_parts import SharedParts
+from runrecovery_service.setup.entrance import Entrance
+from runrecovery_service.setup.execution import (
+    build_background_work,
+    build_dispatcher,
+    build_launcher,
+)
+from runrecovery_service.setup.recovery import build_recovery, build_takeovers
+from runrecovery_service.setup.reload import reloadable_parts
+from runrecovery_service.setup.shared_parts import SharedParts
+from runrecovery_service.setup.upkeep import build_prune, build_retention
+from runrecovery_service.setup.webhooks import build_endpoints
 from runrecovery_service.steady_thread_pool import SteadyThreadPool
 from runrecovery_service.storage.commit_history import CommitHistory
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.newer_words import demand_known_words
 from runrecovery_service.storage.opening import open_database, open_direct
 from runrecovery_service.systemd import SystemdNotifier
-from runrecovery_service.upkeep_setup import build_prune, build_retention
-from runrecovery_service.webhook_setup import build_endpoints
 
 if TYPE_CHECKING:
     from runrecovery_service.metrics.http_server import MetricsServer

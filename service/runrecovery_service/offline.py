@@ -7,7 +7,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from runrecovery_service import paths
-from runrecovery_service.access_setup import access_problems
 from runrecovery_service.agents.trust_keeper import trust_problem
 from runrecovery_service.config.settings import ContainmentPolicy, Settings
 from runrecovery_service.config.values import is_loopback
@@ -18,13 +17,15 @@ from runrecovery_service.domain.start_errors import (
     DataDirRefused,
     OpenFilesRefused,
 )
-from runrecovery_service.engine_setup import environment_of
 from runrecovery_service.extras import missing_packages
 from runrecovery_service.locks import ServiceLocks, runs_dir, sqlite_file
 from runrecovery_service.machine_limits import open_cgroup_parent, plan_open_files
 from runrecovery_service.process.agent_command import launch_problem
 from runrecovery_service.process.probe import prove_containment
 from runrecovery_service.process.watermark import watermark_bits
+from runrecovery_service.setup.access import access_problems
+from runrecovery_service.setup.engines import environment_of
+from runrecovery_service.setup.webhooks import webhook_problems
 from runrecovery_service.storage.backup import backup_sqlite
 from runrecovery_service.storage.integrity import integrity_problems
 from runrecovery_service.storage.migrate import applied_migrations
@@ -36,7 +37,6 @@ from runrecovery_service.storage.opening import (
 from runrecovery_service.storage.refusals import refusing
 from runrecovery_service.storage.sqlite_file import install_marker
 from runrecovery_service.storage.store_identity import sqlite_store_id
-from runrecovery_service.webhook_setup import webhook_problems
 
 
 def migrate(settings: Settings) -> list[str]:

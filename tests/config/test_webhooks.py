@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TypeAlias
 
 import pytest
-from runrecovery_service import offline, webhook_setup
+from runrecovery_service import offline
 from runrecovery_service.cli.exit_codes import ExitCode, of_class
 from runrecovery_service.cli.local import START_EXIT_CODES
 from runrecovery_service.config.settings import Settings
 from runrecovery_service.domain.start_errors import WebhooksRefused
 from runrecovery_service.domain.webhook import WebhookEvent
+from runrecovery_service.setup import webhooks as webhook_setup
 from support.webhook_receiver import OTHER_SECRET, SECRET
 
 Load: TypeAlias = Callable[..., Settings]
@@ -217,7 +218,8 @@ def test_without_the_extra_a_start_says_what_to_install(
 
 def test_a_service_without_webhooks_imports_nothing_that_sends(load: Load) -> None:
     code = (
-        "import sys; from runrecovery_service import app, webhook_setup;"
+        "import sys; from runrecovery_service import app;"
+        "from runrecovery_service.setup import webhooks as webhook_setup;"
         "from runrecovery_service.config.settings import Settings;"
         "assert webhook_setup.build_endpoints(Settings()) == ();"
         "print(sorted(n for n in sys.modules if n == 'h11' or '_service.webhooks' in n))"

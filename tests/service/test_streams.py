@@ -258,16 +258,17 @@ def test_memory_does_not_grow_with_cut_off_readers(new_home: NewHome) -> None:
     home = new_home(engines=ENGINES, max_output_bytes=2 * FLOOD_BYTES, watch_stall_s=0.1)
     service, api = home.start()
     run_id, at_once, cut = flooded(api), 100, 0
-    grown = []
-    for rounds in (3, 5):  # the first hundreds leave behind what those after them use again
-        for _ in range(rounds):
-            cut += at_once
-            with silent_readers(service, run_id, at_once):
-                until_cuts(service, cut)
-        grown.append(resident_kib(service.pid))
+    resident = []
+    for _ in range(12):
+        cut += at_once
+        with silent_readers(service, run_id, at_once):
+            until_cuts(service, cut)
+        resident.append(resident_kib(service.pid))
 
-    everything_unread_kib = 5 * at_once * FIRST_WINDOW_BYTES // 1024
-    assert grown[1] - grown[0] < everything_unread_kib / 2
+    # The allocator gives memory back now and then, so peaks are compared. The first readers leave
+    # behind what later ones use again.
+    unread_by_the_later_kib = 8 * at_once * FIRST_WINDOW_BYTES // 1024
+    assert max(resident[4:]) - max(resident[:4]) < unread_by_the_later_kib / 2
     assert errors(service) == []
 
 

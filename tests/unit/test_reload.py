@@ -15,8 +15,8 @@ from runrecovery_service.config.reloading import RELOADABLE
 from runrecovery_service.config.settings import LogLevel, RetentionSettings, Settings
 from runrecovery_service.domain.retention import RetentionPolicy
 from runrecovery_service.reload import ReloadablePart, Reloader
-from runrecovery_service.reload_setup import reloadable_parts
 from runrecovery_service.rpc.gate import Gate
+from runrecovery_service.setup.reload import reloadable_parts
 from runrecovery_service.systemd import SystemdNotifier
 from structlog.testing import capture_logs
 

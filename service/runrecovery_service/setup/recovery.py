@@ -14,7 +14,7 @@ from runrecovery_service.recovery.hand_over import HandOver
 from runrecovery_service.recovery.killed_usage import KilledUsage
 from runrecovery_service.recovery.reconcile import Leftovers, Recovery, RecoveryLimits
 from runrecovery_service.recovery_runner import RECOVERY_BACKOFF_MOST_S, RecoveryRunner
-from runrecovery_service.shared_parts import SharedParts
+from runrecovery_service.setup.shared_parts import SharedParts
 from runrecovery_service.stop_signal import StopSignal
 
 if TYPE_CHECKING:

@@ -7,7 +7,6 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from runrecovery_service.access_setup import access_problems, read_callers, tls_files
 from runrecovery_service.config.settings import (
     CallerSettings,
     ClientAuth,
@@ -16,8 +15,9 @@ from runrecovery_service.config.settings import (
     TlsSettings,
 )
 from runrecovery_service.domain.caller import Role
-from runrecovery_service.entrance import Entrance
 from runrecovery_service.process.open_files import OpenFiles
+from runrecovery_service.setup.access import access_problems, read_callers, tls_files
+from runrecovery_service.setup.entrance import Entrance
 from support.callers import token_of
 from support.certificates import DAY, Authority, Pair
 

@@ -18,7 +18,6 @@ from runrecovery_service.clock import Clock
 from runrecovery_service.config.settings import Settings
 from runrecovery_service.domain.reconciliation import Containment
 from runrecovery_service.domain.start_errors import ThreadsRefused
-from runrecovery_service.engine_setup import build_catalog
 from runrecovery_service.execution.found_ends import EndFinder
 from runrecovery_service.execution.running_turns import RunningTurns
 from runrecovery_service.execution.tree_deadline import TreeDeadline
@@ -34,6 +33,7 @@ from runrecovery_service.recovery.status import RecoveryStatus
 from runrecovery_service.rpc.call_meter import CallMeter
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.server import start_grpc
+from runrecovery_service.setup.engines import build_catalog
 from runrecovery_service.steady_thread_pool import SteadyThreadPool
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage.async_storage import Storage

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 from runrecovery_service import logs
 from runrecovery_service.agents.session_checks import session_checks
 from runrecovery_service.config.settings import RetentionSettings, Settings
-from runrecovery_service.engine_setup import build_catalog
 from runrecovery_service.engines.catalog import Catalog
-from runrecovery_service.entrance import Entrance
 from runrecovery_service.execution.dispatcher import Dispatcher
 from runrecovery_service.recovery.bulk_session_check import BulkSessionCheck
 from runrecovery_service.reload import Apply, ReloadablePart
-from runrecovery_service.webhook_setup import prepare_webhooks
+from runrecovery_service.setup.engines import build_catalog
+from runrecovery_service.setup.entrance import Entrance
+from runrecovery_service.setup.webhooks import prepare_webhooks
 from runrecovery_service.webhooks.webhooks import Webhooks
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from runrecovery_service.execution.straggler_sweep import StragglerSweep
 from runrecovery_service.execution.supervisor_factory import SupervisorFactory, TurnRecordsFactory
 from runrecovery_service.execution.trust_sweep import TrustSweep
 from runrecovery_service.machine_limits import agent_share
-from runrecovery_service.shared_parts import SharedParts
-from runrecovery_service.upkeep_setup import build_disk_floor
+from runrecovery_service.setup.shared_parts import SharedParts
+from runrecovery_service.setup.upkeep import build_disk_floor
 
 if TYPE_CHECKING:  # not imported where they are off
     from runrecovery_service.recovery.takeover import TakeoverLoop

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from runrecovery_service.access_setup import read_callers, tls_files
 from runrecovery_service.config.reading import ConfigError
 from runrecovery_service.config.settings import Settings
 from runrecovery_service.domain.start_errors import CallersRefused
@@ -19,6 +18,7 @@ from runrecovery_service.rpc.listen_address import count_addresses
 from runrecovery_service.rpc.server import GrpcServer
 from runrecovery_service.rpc.server_setup import build_probe_server
 from runrecovery_service.rpc.tls import ServerTls
+from runrecovery_service.setup.access import read_callers, tls_files
 
 METRICS_CONNECTIONS: Final = 32
 """Connections to `metrics_listen`, taken from those of callers; at most half of them."""

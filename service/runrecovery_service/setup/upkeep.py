@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from runrecovery_service.disk_floor import DiskFloor
 from runrecovery_service.execution.dispatcher import Dispatcher
 from runrecovery_service.locks import sqlite_file
-from runrecovery_service.reload_setup import retention_policy
 from runrecovery_service.rpc.recovery_service import Prune
-from runrecovery_service.shared_parts import SharedParts
+from runrecovery_service.setup.reload import retention_policy
+from runrecovery_service.setup.shared_parts import SharedParts
 
 if TYPE_CHECKING:
     from runrecovery_service.retention.sweep import RetentionSweep
