@@ -71,21 +71,37 @@ def kill_during_recovery(home: Home, decisions: int, delay_s: float = 0.0) -> Se
     return service
 
 
+def kill_many_recoveries(home: Home, dice: random.Random) -> list[int]:
+    """Kill recoveries of one store; return how many runs were decided after each kill.
+
+    The list is shorter than KILLS when a recovery ended before its kill: the machine was so busy
+    that the test did not run for that long.
+    """
+    home.seed(SEEDED)
+    progress: list[int] = []
+    while len(progress) < KILLS:
+        service = kill_during_recovery(home, dice.randrange(12 * BATCH), dice.uniform(0, 0.01))
+        assert_no_half_decision(home)
+        if service.events("service.serving"):
+            break
+        progress.append(decided(home))
+    return progress
+
+
 @pytest.mark.timeout(300)  # 21 starts of a service; on a machine that is busy they take long
 def test_twenty_kills_in_a_recovery_of_200_batches_leave_one_decision_each(
     new_home: NewHome,
 ) -> None:
-    home = new_home(recovery_batch_rows=BATCH, safe_mode_after=0, log_level="info")
-    home.seed(SEEDED)
     dice = random.Random(os_seed())  # noqa: S311 - moments, not secrets
-    progress = [0]
-    for _ in range(KILLS):
-        service = kill_during_recovery(home, dice.randrange(12 * BATCH), dice.uniform(0, 0.01))
-        progress.append(decided(home))
-        assert not service.events("service.serving")
-        assert_no_half_decision(home)
+    for _ in range(5):
+        home = new_home(recovery_batch_rows=BATCH, safe_mode_after=0, log_level="info")
+        progress = kill_many_recoveries(home, dice)
+        if len(progress) == KILLS:
+            break
 
     _, api = home.start()
+
+    assert len(progress) == KILLS
 
     assert progress == sorted(progress)
     assert 0 < progress[-1] < SEEDED, progress
