@@ -25,7 +25,7 @@ MUTANT_CASES ?= 3000
 ROUNDS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test serve proto docs verify lint types imports breaking packaging manifests sbom audit bench soak lock clean \
+.PHONY: help demo demo-replicas test serve proto docs verify lint types imports breaking packaging manifests sbom audit bench soak lock clean \
 	campaign-processes fuzz interpreters test-agents
 
 help: ## Show these targets
@@ -74,6 +74,9 @@ $(NODE_CLIENT_READY): tests/packaging/npm/package-lock.json
 
 demo: $(READY) ## Watch runs survive a kill -9, explained run by run (under a minute)
 	@$(BIN)/runrecovery demo
+
+demo-replicas: $(READY) ## Watch three replicas on one PostgreSQL: one dies, one freezes, one stops (under a minute)
+	@$(BIN)/python -m demo.replicas
 
 test: $(READY) ## Run the tests
 	@$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal --ignore=tests/packaging --ignore=tests/cli_agents $(ARGS)

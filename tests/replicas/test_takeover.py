@@ -59,6 +59,33 @@ def until_blocked(db: Database, thread: threading.Thread) -> None:
     )
 
 
+def test_a_takeover_gets_past_a_transaction_that_a_frozen_instance_has_left_open(
+    pair: Pair,
+) -> None:
+    pair.dead.create()
+    pair.expire()
+    has_begun, is_over = threading.Event(), threading.Event()
+
+    def freeze() -> None:
+        with pair.dead.db.transaction():
+            instances.demand_current(pair.dead.db, pair.dead.owner)
+            has_begun.set()
+            is_over.wait(60)
+            instances.demand_current(pair.dead.db, pair.dead.owner)
+
+    with ThreadPoolExecutor(1) as pool:
+        frozen = pool.submit(freeze)
+        assert has_begun.wait(60)
+        try:
+            taken = takeover.begin(pair.db, pair.rules, "a")
+        finally:
+            is_over.set()
+        with pytest.raises(DRIVER_ERRORS):  # the server has closed the connection
+            frozen.result()
+
+    assert taken is not None
+
+
 # -- whom ----------------------------------------------------------------------------------------
 
 

@@ -29,7 +29,7 @@ NEEDED = {
     "TimeZone": "UTC",
     "statement_timeout": "60s",
     "lock_timeout": "10s",
-    "idle_in_transaction_session_timeout": "60s",
+    "idle_in_transaction_session_timeout": "5s",
 }
 
 
@@ -107,7 +107,7 @@ def test_a_pooler_that_refuses_the_options_is_quoted(
     [
         ("statement_timeout", "1min"),
         ("lock_timeout", "10s"),
-        ("idle_in_transaction_session_timeout", "1min"),
+        ("idle_in_transaction_session_timeout", "5s"),
     ],
 )
 def test_a_pooler_that_drops_the_options_is_refused_by_the_setting_that_is_missing(

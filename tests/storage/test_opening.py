@@ -420,7 +420,7 @@ def test_postgresql_commits_are_durable_and_bounded(database: Database) -> None:
                 "idle_in_transaction_session_timeout", "timezone",
             ),
         )
-    ) == ("on", "1min", "10s", "1min", "UTC")  # fmt: skip
+    ) == ("on", "1min", "10s", "5s", "UTC")  # fmt: skip
 
 
 @pytest.fixture

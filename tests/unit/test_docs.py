@@ -318,7 +318,17 @@ def test_pages_that_texts_name_exist() -> None:
     """Messages, comments, the contract and deploy/ name pages by their path."""
     texts = [
         path
-        for folder in ("service", "client", "proto", "deploy", "tests", "bench", "docs", ".ci")
+        for folder in (
+            "service",
+            "client",
+            "proto",
+            "deploy",
+            "tests",
+            "bench",
+            "demo",
+            "docs",
+            ".ci",
+        )
         for path in (ROOT / folder).rglob("*")
         if path.is_file() and path.suffix != ".pyc"
     ]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial, wraps
@@ -222,13 +220,9 @@ def backup(settings: Settings, dest: Path) -> ExitCode:
 def demo() -> ExitCode:
     """Watch runs survive a kill -9, explained run by run. Leaves nothing behind."""
     from runrecovery_service.cli.demo import steps
+    from runrecovery_service.cli.demo.signals import exit_on_termination
 
-    for number in (
-        signal.SIGTERM,
-        signal.SIGHUP,
-    ):  # so that the demo cleans up
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGHUP is under nohup
-            signal.signal(number, lambda number, _: sys.exit(128 + number))
+    exit_on_termination()
     try:
         return ExitCode(steps.run_demo())
     except OSError as error:

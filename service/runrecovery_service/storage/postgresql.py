@@ -26,7 +26,8 @@ CONNECTION_SETTINGS: Final = {
     "TimeZone": "UTC",
     "statement_timeout": "1min",
     "lock_timeout": "10s",
-    "idle_in_transaction_session_timeout": "1min",
+    # Below lock_timeout, so that a takeover gets the locks of a frozen service.
+    "idle_in_transaction_session_timeout": "5s",
 }
 """The settings that every connection sets, over those of the server, the database and the role.
 The values are written as the server shows them."""
