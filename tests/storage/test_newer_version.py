@@ -98,6 +98,19 @@ def become_older(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(migrate, "MIGRATIONS", folder)
 
 
+def test_what_a_step_declares_is_not_undone_by_another_step_after_that_version() -> None:
+    declared = {
+        step.stem: since[1].decode() if since else None
+        for step in sorted(migrate.MIGRATIONS.glob("[0-9]*.py"))
+        for since in [migrate.COMPATIBLE_SINCE.search(step.read_bytes())]
+    }
+
+    for since in filter(None, declared.values()):
+        assert since in declared
+        later = {step: known for step, known in declared.items() if step > since}
+        assert not [step for step, known in later.items() if known is None or known > since]
+
+
 @pytest.mark.parametrize(
     "words", ["status = 'PAUSED'", "restart_policy = 'LATER'"], ids=["status", "policy"]
 )

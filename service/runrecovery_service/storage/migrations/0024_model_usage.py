@@ -4,8 +4,6 @@ from typing import Any, Final
 
 from peewee import SqliteDatabase
 
-COMPATIBLE_SINCE: Final = "0020_webhook_indexes"
-
 BOTH: Final = """
 CREATE TABLE model_usage (
   engine TEXT NOT NULL,
