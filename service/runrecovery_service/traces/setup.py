@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from typing import Final
 
-import requests
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
@@ -16,6 +15,7 @@ from runrecovery_service import __version__
 from runrecovery_service.config.settings import TraceSettings
 from runrecovery_service.domain.start_errors import TracesRefused
 from runrecovery_service.meters import Meters
+from runrecovery_service.traces.collector_session import CollectorSession
 from runrecovery_service.traces.otel_tracer import KeyedIds, OtelTracer
 from runrecovery_service.traces.span_outcomes import (
     CountingExporter,
@@ -62,10 +62,10 @@ def _provider(settings: TraceSettings, instance: str, meters: Meters) -> TracerP
         ),
         shutdown_on_exit=False,  # the exit of the process would wait for a collector that hangs
     )
-    session = requests.Session()
-    session.trust_env = False  # no proxy, and no password of ~/.netrc
     exporter = OTLPSpanExporter(
-        endpoint=traces_url(settings.endpoint), timeout=EXPORT_S, session=session
+        endpoint=traces_url(settings.endpoint),
+        timeout=EXPORT_S,
+        session=CollectorSession(EXPORT_S),
     )
     outcomes = SpanOutcomes(meters=meters, queue_spans=QUEUE_SPANS)
     provider.add_span_processor(QueueCounter(outcomes))
