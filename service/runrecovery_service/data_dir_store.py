@@ -1,6 +1,7 @@
-"""Ties folders of runs to their store: only the integer key of a run says which folder is its own.
+"""Ties the folder of the runs to one database, by an id in a file.
 
-With another database, the folders of living runs would be those of ended or unknown runs.
+The folder of a run is named by the integer key of its row. In another database the same key belongs
+to another run, and the service would use or remove the wrong folders.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ ANOTHER: Final = (
 
 
 def demand_own_store(db: Database, runs: Path) -> None:
-    """Record in the folder of the runs which store they are in, or check that.
+    """Record the id of the store in the folder of the runs, or check the id that is there.
 
     Raises:
         DataDirRefused: the folders of runs belong to another store, or the system refuses access.
@@ -47,7 +48,7 @@ def demand_own_store(db: Database, runs: Path) -> None:
 
 
 def foreign_folders(store: str | None, runs: Path) -> str | None:
-    """Return why a start would find the folders of another store, None if it would not.
+    """Return the problem if the folders of runs belong to another store; None if they do not.
 
     Args:
         store: the id of the store; None: it has none yet.
@@ -61,7 +62,7 @@ def foreign_folders(store: str | None, runs: Path) -> str | None:
 
 
 def _read(place: Path) -> str:
-    """Return the id in the file; nothing if the file was not written to its end."""
+    """Return the id in the file; empty if the file is missing or was cut short."""
     if not os.path.lexists(place):
         return ""
     text = read_start(place).decode("ascii", "replace")

@@ -1,4 +1,4 @@
-"""Keeps the news that the database has lost commits, until a report of a start has it."""
+"""Keeps a note on disk that the database has lost commits, until a recovery report contains it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = structlog.get_logger()
 
 @contextmanager
 def losses_noted(data_dir: Path) -> Iterator[None]:
-    """Note in the data directory why the service ends, if the database has lost commits."""
+    """Write the note to the data directory if the block raises `CommitsLost`."""
     try:
         yield
     except CommitsLost as error:
@@ -34,7 +34,7 @@ def losses_noted(data_dir: Path) -> Iterator[None]:
 
 
 def noted_loss(data_dir: Path) -> str | None:
-    """Return the note of an earlier start, None if there is none."""
+    """Return the note of an earlier start; None if there is none."""
     place = data_dir / NOTE_FILE
     try:
         return read_start(place).decode("utf-8", "replace").strip() or None
@@ -45,9 +45,9 @@ def noted_loss(data_dir: Path) -> str | None:
 
 
 def forget_loss(data_dir: Path) -> None:
-    """Remove the note: a report has it."""
+    """Remove the note. Call this once a committed report contains it."""
     if os.path.lexists(place := data_dir / NOTE_FILE):
         try:
             place.unlink()
-        except OSError as error:  # the next report has it too
+        except OSError as error:  # the next report repeats the note
             log.warning("storage.loss_not_noted", error=error.strerror)

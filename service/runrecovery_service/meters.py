@@ -1,4 +1,4 @@
-"""What the service counts and times: every counter and histogram, in one place.
+"""Every counter and histogram of the service.
 
 Every package counts in plain numbers, whether or not metrics are on. `metrics/` turns the numbers
 into Prometheus' form when somebody scrapes. A counter or histogram is written by one thread only,
@@ -55,7 +55,7 @@ class Counter:
 
 
 class SharedCounter(Counter):
-    """A counter that several threads write. Only for what is rare: it takes a lock."""
+    """A counter that several threads write. Use it only for rare events: each takes a lock."""
 
     def __init__(self, name: str, help: str, *labels: str) -> None:  # noqa: A002 - Prometheus' word
         super().__init__(name, help, *labels)

@@ -118,7 +118,7 @@ def _metrics_notes(settings: Settings) -> list[str]:
     if not settings.metrics_listen or is_loopback(settings.metrics_listen):
         return []
     place = f"metrics_listen = {settings.metrics_listen}"
-    return [f"{place}: whoever reaches it can read the names of engines, and how much each works"]
+    return [f"{place}: anyone who connects can read the names of engines, and the load of each"]
 
 
 def _open_files_problems(settings: Settings) -> list[str]:

@@ -26,7 +26,7 @@ from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.stop_signal import StopSignal
 from runrecovery_service.storage import instances, trial
 from runrecovery_service.storage.async_storage import Storage
-from runrecovery_service.storage.commit_history import CommitHistory, LogPlace
+from runrecovery_service.storage.commit_history import CommitHistory, LogPosition
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner
 
@@ -147,13 +147,15 @@ class LeaseRenewal:
         )
         return [renewal, trees]
 
-    def demand_current(self, db: Database) -> LogPlace | None:
-        """Fence the transaction that begins, on any thread, and stop a superseded service.
+    def demand_current(self, db: Database) -> LogPosition | None:
+        """Check the epoch at the beginning of a transaction; stop the service if it is superseded.
+
+        Any thread may call this.
 
         The lease alone would reveal the new epoch, or lost commits, only at the next renewal.
 
         Returns:
-            the place of the transaction in the database's log, if the database tells it.
+            The end of the write-ahead log; None if the database does not report positions.
 
         Raises:
             Fenced: a newer epoch of this instance has started.
@@ -161,13 +163,13 @@ class LeaseRenewal:
         """
         before = self.commits.acknowledged
         try:
-            place = instances.demand_current(db, self.owner)
-            if place is not None:
-                self.commits.demand_kept(db, before, place)
+            position = instances.demand_current(db, self.owner)
+            if position is not None:
+                self.commits.demand_kept(db, before, position)
         except Fenced as error:
             self._loop.call_soon_threadsafe(self.stop.fail, error)
             raise
-        return place
+        return position
 
     async def renew(self) -> float | None:
         """Try once to renew the lease, and return the pause until the next try; None: `interval_s`.

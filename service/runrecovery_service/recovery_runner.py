@@ -99,8 +99,8 @@ class RecoveryRunner:
     async def decide_at_stop(self) -> None:
         """Decide on every run, as the next start would.
 
-        What peers can go on with is handed over: before, because the decisions fail a queued run
-        whose policy is FAIL; and after, because they queue runs.
+        Runs that peers can continue are handed over twice: before the decisions, which fail a
+        queued run whose policy is FAIL; and after them, because they queue runs.
         """
         await self.storage.run_exclusive(self._decide_at_stop)
 

@@ -1,7 +1,8 @@
-"""What the service reports to a trace: spans, without any tracing library.
+"""The interface of tracing: `Tracer` and `Span`, without any tracing library.
 
-An object that gets a `Tracer` starts spans; while traces are off it gets none. `traces/` sends
-spans to a collector. No span has an input, an output, a reply, a session handle or a token.
+An object that reports spans gets a `Tracer`, or None while traces are off. `traces/` implements
+both and sends spans to a collector. No span has an input, an output, a reply, a session handle or
+a token.
 """
 
 from __future__ import annotations
@@ -15,35 +16,35 @@ Facts: TypeAlias = Mapping[str, str | int | float | bool]
 
 NO_FACTS: Final[Facts] = {}
 TURN: Final = "turn"
-"""The span of a turn. The execution ends it, or the recovery if the service ended before."""
+"""The name of the span of a turn. Recovery ends the span if the service died during the turn."""
 
 
 class SpanKind(Enum):
-    """Whether a span answers a call of another program."""
+    """SERVER: the span answers a call of another program. INTERNAL: all others."""
 
     INTERNAL = auto()
     SERVER = auto()
 
 
 class Span(Protocol):
-    """A piece of work that has begun."""
+    """The record of one piece of work under way."""
 
     @property
     def traceparent(self) -> str | None:
-        """The context in which work below this span reports (W3C `traceparent`)."""
+        """The W3C `traceparent` that makes other spans children of this one."""
         ...
 
     def end(self, facts: Facts = NO_FACTS, *, error: str | None = None) -> None:
-        """End the span. A span that has ended is left as it is.
+        """End the span. A second call has no effect.
 
         Args:
-            error: the kind of the failure, a word of few values.
+            error: the kind of the failure, from a small fixed set; None: no failure.
         """
         ...
 
 
 class Tracer(Protocol):
-    """Starts spans. It may be used by every thread, never waits, and never raises."""
+    """Starts spans. Thread-safe. `start` never blocks and never raises."""
 
     def start(
         self,
@@ -60,8 +61,8 @@ class Tracer(Protocol):
         Args:
             parent: a W3C `traceparent`; None: the span begins a trace.
             started_at: None: now.
-            key: the same key gives the same span, whoever starts it. It may be a secret: only a
-                digest of it is sent. None: the span is a new one.
+            key: determines the ids of the span, so that another process can report the same span.
+                It may be a secret: only a digest is sent. None: random ids.
         """
         ...
 
@@ -71,7 +72,7 @@ class Tracer(Protocol):
 
 
 def turn_facts(*, run_id: str, engine: str, attempt: int, turn: int) -> dict[str, str | int]:
-    """Return the facts of every span of a turn."""
+    """Return the attributes that every span of a turn has."""
     return {
         "runrecovery.run_id": run_id,
         "runrecovery.engine": engine,

@@ -300,7 +300,7 @@ def test_in_a_takeover_sql_and_python_decide_alike_and_runs_keep_the_owner_of_th
     store(database, dead, cases)
     dead = owner_of(database)
     scope = ApplyScope(
-        owner=Owner("rescuer", 7, ""),
+        owner=Owner("successor", 7, ""),
         before=dead.epoch,
         taken_from=dead,
         reconciliation_key=1,
@@ -321,7 +321,7 @@ def test_in_a_takeover_sql_and_python_decide_alike_and_runs_keep_the_owner_of_th
     for (status, profile, stored), got in zip(cases, became, strict=True):
         facts = stored | (elsewhere if needs_its_session(status, profile, stored) else NOTHING)
         rule = decide(status, profile, facts)
-        owner = ("default", 2) if rule.stays else ("rescuer", 7)
+        owner = ("default", 2) if rule.stays else ("successor", 7)
         assert tuple(got) == (rule.name, facts.value, rule.becomes.value, *owner)
 
 

@@ -1,4 +1,4 @@
-"""A dead instance and its rescuer, on one PostgreSQL database."""
+"""A dead instance and its successor, on one PostgreSQL database."""
 
 from __future__ import annotations
 

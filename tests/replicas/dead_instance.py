@@ -118,7 +118,7 @@ class Pair:
         """Return the recovery of a takeover.
 
         Args:
-            is_here: the launches of the dead instance were on the host of the rescuer.
+            is_here: the launches of the dead instance were on the host of the successor.
         """
         away = Fact.ELSEWHERE | Fact.HOST_LOST if taken.host_lost else Fact.ELSEWHERE
         return Recovery(
@@ -177,7 +177,7 @@ def set_lease(db: Database, name: str, left_us: int) -> None:
 
 
 def make_pair(database: Database, **changes: Any) -> Pair:
-    """Return a dead instance and its rescuer."""
+    """Return a dead instance and its successor."""
     dead = instances.claim(database, boot("a"), now=ServiceStore.now)
     store = ServiceStore(db=database, owner=dead)
     db = Database(database.peewee, database.dialect, database.name)

@@ -186,11 +186,11 @@ def test_a_lease_that_runs_out_within_the_transaction_counts_as_run_out(pair: Pa
     assert late is not None
 
 
-def test_of_many_rescuers_at_once_one_takes_over(pair: Pair) -> None:
+def test_of_many_successors_at_once_one_takes_over(pair: Pair) -> None:
     pair.dead.waiting()
     pair.expire()
-    rescuers = [pair, *(pair.third(f"c{number}") for number in range(4))]
-    together = threading.Barrier(len(rescuers))
+    successors = [pair, *(pair.third(f"c{number}") for number in range(4))]
+    together = threading.Barrier(len(successors))
 
     def begin(one: Pair) -> object:
         together.wait()
@@ -199,8 +199,8 @@ def test_of_many_rescuers_at_once_one_takes_over(pair: Pair) -> None:
         finally:
             one.db.close()
 
-    with ThreadPoolExecutor(len(rescuers)) as pool:
-        begun = list(pool.map(begin, rescuers))
+    with ThreadPoolExecutor(len(successors)) as pool:
+        begun = list(pool.map(begin, successors))
 
     assert sum(one is not None for one in begun) == 1
     assert pair.dead.rows("SELECT epoch FROM instance_epoch WHERE name = 'a'") == [(2,)]
@@ -230,7 +230,9 @@ def test_a_takeover_waits_for_a_write_of_the_dead_instance_and_fences_the_next(p
 # -- the decisions -------------------------------------------------------------------------------
 
 
-def test_runs_that_need_no_session_go_on_at_the_rescuer_in_a_report_of_its_own(pair: Pair) -> None:
+def test_runs_that_need_no_session_move_to_the_successor_in_a_report_of_its_own(
+    pair: Pair,
+) -> None:
     pair.keep_history()
     pair.dead.running(**AGAIN)
     pair.dead.running()
@@ -340,7 +342,7 @@ def test_a_host_that_does_not_return_in_time_fails_its_runs_which_can_be_reopene
     assert takeover.overdue(pair.db, pair.rules) == []
 
 
-def test_with_shared_workspaces_every_run_goes_on_at_the_rescuer(pair: Pair) -> None:
+def test_with_shared_workspaces_every_run_goes_on_at_the_successor(pair: Pair) -> None:
     pair.keep_history()
     pair.shares_workspaces = True
     waiting = pair.dead.waiting()
@@ -404,7 +406,7 @@ def test_runs_that_stay_with_their_owner_keep_no_later_page_from_its_decisions(
     ]
 
 
-def test_a_damaged_run_is_quarantined_at_the_rescuer(pair: Pair) -> None:
+def test_a_damaged_run_is_quarantined_at_the_successor(pair: Pair) -> None:
     damaged = pair.dead.create()
     pair.dead.set(damaged, labels="{")
     pair.dead.create(**AGAIN)
@@ -417,7 +419,7 @@ def test_a_damaged_run_is_quarantined_at_the_rescuer(pair: Pair) -> None:
     assert takeover.overdue(pair.db, pair.rules) == []
 
 
-def test_deadlines_of_a_moved_run_are_those_of_the_rescuers_clock(pair: Pair) -> None:
+def test_deadlines_of_a_moved_run_are_those_of_the_successors_clock(pair: Pair) -> None:
     """The two hosts were booted at different times."""
     moved = pair.dead.running(**AGAIN, max_run_s=600.0).run
     stays = pair.dead.waiting(session_timeout_s=300.0, require_user_reply=False)
@@ -453,7 +455,7 @@ def crash(*_: object, **__: object) -> None:
     raise Crash
 
 
-def test_a_takeover_that_is_cut_off_stays_overdue_and_the_next_rescuer_completes_it(
+def test_a_takeover_that_is_cut_off_stays_overdue_and_the_next_successor_completes_it(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that was not decided stays claimable: nothing is logged and skipped."""
@@ -465,7 +467,7 @@ def test_a_takeover_that_is_cut_off_stays_overdue_and_the_next_rescuer_completes
     with pytest.raises(Crash):
         pair.take_over()
     third = pair.third()
-    assert takeover.overdue(pair.db, pair.rules) == ["a"], "the rescuer tries again"
+    assert takeover.overdue(pair.db, pair.rules) == ["a"], "the successor tries again"
     assert takeover.overdue(third.db, third.rules) == [], "no other one disturbs it"
     pair.expire("b")
     assert sorted(takeover.overdue(third.db, third.rules)) == ["a", "b"]
@@ -520,7 +522,7 @@ def test_a_locked_batch_keeps_no_other_batch_from_its_decisions(
     assert [owner for _, owner, _ in rules_of(pair)] == ["b"] * 5
 
 
-def test_a_rescuer_that_is_taken_over_hands_on_what_it_answers_for(pair: Pair) -> None:
+def test_a_successor_that_is_taken_over_hands_on_what_it_answers_for(pair: Pair) -> None:
     pair.dead.waiting()
     pair.expire()
     pair.take_over()
@@ -535,7 +537,7 @@ def test_a_rescuer_that_is_taken_over_hands_on_what_it_answers_for(pair: Pair) -
     ]  # fmt: skip
 
 
-def test_the_own_restart_of_the_dead_instance_fences_the_takeover_and_not_the_rescuer(
+def test_the_own_restart_of_the_dead_instance_fences_the_takeover_and_not_the_successor(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It needs no lease, even on another host: the epoch is enough."""
@@ -653,7 +655,7 @@ def test_launches_on_this_host_are_ended_before_any_run_is_decided(pair: Pair) -
     assert pair.dead.rows("SELECT state FROM process_lease") == [("CLOSED",)]
 
 
-def test_a_process_that_cannot_be_killed_is_swept_by_the_rescuer_and_holds_its_run_back(
+def test_a_process_that_cannot_be_killed_is_swept_by_the_successor_and_holds_its_run_back(
     pair: Pair,
 ) -> None:
     pair.dead.running(**AGAIN)
@@ -676,7 +678,7 @@ def test_a_process_that_cannot_be_killed_is_swept_by_the_rescuer_and_holds_its_r
     assert pair.dead.take(owner=pair.owner) is not None
 
 
-def test_deliveries_of_webhooks_go_to_the_rescuer_also_those_of_later_events(pair: Pair) -> None:
+def test_deliveries_of_webhooks_go_to_the_successor_also_those_of_later_events(pair: Pair) -> None:
     run = pair.dead.waiting()
     deliver = (
         "INSERT INTO webhook_delivery (webhook, instance, run, run_id, engine, sequence, event,"
@@ -721,7 +723,7 @@ def test_a_takeover_is_no_start_in_the_count_for_safe_mode(
     assert reports.count_unfinished_starts(pair.db, pair.owner, since) == 0
 
 
-def test_a_decision_of_a_takeover_names_rescuer_and_facts(pair: Pair) -> None:
+def test_a_decision_of_a_takeover_names_successor_and_facts(pair: Pair) -> None:
     run = pair.dead.waiting()
     pair.expire()
     pair.take_over()

@@ -24,7 +24,7 @@ AGAIN: dict[str, Any] = {"restart_policy": "REQUEUE", "max_attempts": 2}
 
 @pytest.fixture
 async def new_loop(pair: Pair) -> AsyncIterator[Callable[..., TakeoverLoop]]:
-    """Make loops of the rescuer."""
+    """Make loops of the successor."""
     storage = Storage(pair.db)
 
     def make(*, engines: tuple[str, ...] = ("demo",), **changes: Any) -> TakeoverLoop:

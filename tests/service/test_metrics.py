@@ -228,7 +228,7 @@ def test_check_names_an_address_that_other_machines_reach(tmp_path: Path) -> Non
 
     (note,) = check_notes(Settings(metrics_listen="0.0.0.0:9464", data_dir=data_dir))
 
-    assert note.startswith("metrics_listen = 0.0.0.0:9464: whoever reaches it")
+    assert note.startswith("metrics_listen = 0.0.0.0:9464: anyone who connects")
     assert check_notes(Settings(metrics_listen="127.0.0.1:9464", data_dir=data_dir)) == []
 
 

@@ -128,7 +128,7 @@ def test_a_cancel_through_a_peer_leaves_the_process_to_its_owner(
 # -- fencing ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("moved", [{"owner_epoch": 2}, {"owner": "rescuer"}])
+@pytest.mark.parametrize("moved", [{"owner_epoch": 2}, {"owner": "successor"}])
 def test_a_write_through_a_peer_names_owner_and_epoch_of_the_row_that_was_read(
     shared: ServiceStore, peer: Owner, moved: dict[str, object]
 ) -> None:

@@ -7,8 +7,8 @@ from datetime import UTC, datetime
 import pytest
 from runrecovery_service.domain.errors import CommitsLost
 from runrecovery_service.storage import instances
-from runrecovery_service.storage.commit_history import CommitHistory, LogPlace, place_of
-from runrecovery_service.storage.sql_dialects import NO_PLACE, DatabaseKind
+from runrecovery_service.storage.commit_history import CommitHistory, LogPosition, position_of
+from runrecovery_service.storage.sql_dialects import NO_POSITION, DatabaseKind
 from storage.service_store import ServiceStore
 
 FAR = 2**60
@@ -23,13 +23,13 @@ def history(store: ServiceStore) -> CommitHistory:
     if store.db.dialect.kind is not DatabaseKind.POSTGRESQL:
         pytest.skip("places of PostgreSQL")
     history = CommitHistory(store.owner.instance, 15.0)
-    history.demand_kept(store.db, history.acknowledged, LogPlace(5, FAR, AT_US))
+    history.demand_kept(store.db, history.acknowledged, LogPosition(5, FAR, AT_US))
     return history
 
 
 def meet(store: ServiceStore, history: CommitHistory, timeline: int, position: int) -> None:
     """Begin and commit a transaction at a place."""
-    before, place = history.acknowledged, LogPlace(timeline, position, AT_US)
+    before, place = history.acknowledged, LogPosition(timeline, position, AT_US)
     history.demand_kept(store.db, before, place)
     history.note(place)
 
@@ -59,7 +59,7 @@ def test_a_transaction_that_was_slower_than_others_is_no_loss(
     before = history.acknowledged
     meet(store, history, 5, FAR + 100)
 
-    history.demand_kept(store.db, before, LogPlace(5, FAR + 50, AT_US))
+    history.demand_kept(store.db, before, LogPosition(5, FAR + 50, AT_US))
 
 
 def test_places_of_another_server_are_not_compared(
@@ -84,15 +84,15 @@ def test_each_transaction_reads_its_place_on_the_timeline_of_the_server(
     assert first is not None
     assert second is not None
     assert first.timeline == second.timeline == 1
-    assert 0 < first.position < second.position
+    assert 0 < first.lsn < second.lsn
     assert first.at_us < second.at_us
 
 
-def test_a_database_that_tells_no_place_has_none(store: ServiceStore) -> None:
-    row = store.db.fetch_one(f"SELECT {NO_PLACE}")
+def test_a_database_that_reports_no_position_has_none(store: ServiceStore) -> None:
+    row = store.db.fetch_one(f"SELECT {NO_POSITION}")
 
     assert row is not None
-    assert place_of(row) is None
+    assert position_of(row) is None
 
 
 def test_a_renewal_that_the_store_has_lost_is_said_with_the_times(store: ServiceStore) -> None:

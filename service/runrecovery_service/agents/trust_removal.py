@@ -100,7 +100,7 @@ def _parse(entry: TrustEntry) -> tuple[config_files.AgentCli | None, Added | Non
 
 
 def parse_added(text: str) -> Added | None:
-    """Return what a row says of its entry; None: the row is damaged."""
+    """Return the trust entry of a row; None: the row is damaged."""
     try:
         return Added.from_json(text)
     except (ValueError, TypeError, RecursionError):

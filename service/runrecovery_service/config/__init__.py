@@ -1,1 +1,1 @@
-"""The configuration: what can be set (settings), and how it is read from its sources (reading)."""
+"""The configuration: its keys (`settings`), its sources (`reading`), and reloads (`reloading`)."""

@@ -1,4 +1,4 @@
-"""How many agent processes this machine can run at one time."""
+"""Computes the default number of slots from the cores and the memory of this machine."""
 
 from __future__ import annotations
 
@@ -60,5 +60,5 @@ def cgroup_limits(membership: str, root: Path) -> CgroupLimits:
 def _words(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="ascii").split()
-    except OSError:  # not mounted, not v2, or the root, which has no limits
+    except OSError:  # not mounted, not v2, or the root cgroup, which has no limits
         return []

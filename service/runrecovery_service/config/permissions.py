@@ -1,4 +1,4 @@
-"""Which engines can ask their user for permission, and why the others cannot."""
+"""Refuses `permissions` and `ask_for` on engines that cannot ask their user for permission."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _WHY_NOT_ASKED: Final[Mapping[Preset | None, str]] = {
 
 
 def permission_contradictions(settings: EngineSettings) -> Iterator[InvalidValue]:
-    """Yield the problems of `permissions` and `ask_for` together with the other keys."""
+    """Yield the contradictions between `permissions`, `ask_for` and the other keys of an engine."""
     if settings.permissions is not PermissionPolicy.ASK:
         if settings.ask_for:
             yield InvalidValue('is for engines with permissions = "ask"', below="ask_for")

@@ -92,7 +92,7 @@ def load(
             `runrecovery.toml` in the working directory if that file exists.
         flags: values of flags by key; None is the value of a flag that was not given.
         environ: the environment of the process.
-        waits: read a pipe too, which can block for ever.
+        waits: also read from a pipe, which can block for ever.
 
     Raises:
         ConfigError: any source is invalid; the error lists every problem of all sources.
@@ -113,7 +113,7 @@ def load(
 
 
 def configuration_file(path: Path | None, environ: Mapping[str, str]) -> Path:
-    """Return the file that is read: that of `--config`, of the environment, or the default one."""
+    """Return the file to read: from `--config`, else from the environment, else the default."""
     return path or Path(environ.get("RUNRECOVERY_CONFIG") or FILE_NAME)
 
 
@@ -163,11 +163,11 @@ def _environment_layer(environ: Mapping[str, str], problems: list[str]) -> _Laye
         if not variable.startswith(ENVIRONMENT_PREFIX) or variable != _variable(key):
             continue
         if not environ[variable]:
-            continue  # not set: `${MAX_QUEUED:-}` in a compose file gives an empty variable
+            continue  # counts as not set: `${MAX_QUEUED:-}` in a compose file makes it empty
         if key in SCALARS:
             values[key] = _from_text(environ[variable], key)
-        # Kubernetes, for a service of this name, and the service itself, for its processes, use
-        # the prefix as well. Only a name that looks like a misspelt key is refused.
+        # Other variables have the prefix too: Kubernetes sets some for a Service of this name, and
+        # the service sets some for its agents. Only a name close to a key is refused.
         elif near := get_close_matches(key, SCALARS, n=1, cutoff=0.8):
             problems.append(f"environment {variable}: unknown (did you mean {_variable(near[0])}?)")
     return _Layer(values=values, place=lambda key: f"environment {_variable(key)}")
@@ -210,10 +210,10 @@ def _read(layer: _Layer, problems: list[str]) -> dict[str, object]:
 
 
 def contradictions(settings: Settings, places: Mapping[str, str]) -> Iterator[str]:
-    """Yield the problems of values that are valid alone and not together.
+    """Yield the problems of values that are valid alone but contradict each other.
 
     Args:
-        places: how a message names a key. A key that is not in it is named by itself.
+        places: the source and name of each key, for messages. A missing key is named by itself.
     """
     missing = [] if settings.tls else ["[tls]"]
     missing += [] if settings.callers else ["[[callers]]"]
@@ -305,7 +305,7 @@ def _tables(
     read: Callable[[object], S],
     check: Callable[[Sequence[S]], Iterable[InvalidValue]],
 ) -> tuple[S, ...]:
-    """Return what a list of tables means.
+    """Read a list of tables.
 
     Args:
         check: yields the problems of the valid tables together.
@@ -340,7 +340,7 @@ def _caller(value: object) -> CallerSettings:
 
 
 def _repeated(callers: Sequence[CallerSettings]) -> Iterator[InvalidValue]:
-    """Yield a problem for everything that must belong to one caller and belongs to several."""
+    """Yield a problem for each name, certificate or token that several callers have."""
     own: dict[str, list[str | None]] = {
         "name": [caller.name for caller in callers],
         "certificate_name": [caller.certificate_name for caller in callers],
@@ -381,8 +381,8 @@ def _preset_values(word: object) -> dict[str, object]:
     if word is None:
         return {}
     if not isinstance(word, str) or word not in set(Preset):
-        # The reader of `preset` reports the invalid name. Without these values, keys that a valid
-        # preset gives would be reported as missing.
+        # The reader of `preset` reports the invalid name. These values prevent further reports of
+        # missing keys, which a valid preset would set.
         return {"command": ["?"], "profile": Profile.RESUMABLE.value.lower()}
     preset = PRESETS[Preset(word)]
     return {
@@ -428,7 +428,7 @@ _TABLES: Final[Mapping[str, Reader[object]]] = {
     "engines": _engines,
     "webhooks": _webhooks,
 }
-"""The readers of the keys of `Settings` with tables of their own."""
+"""The readers of the keys of `Settings` that are tables."""
 
 
 # -- reading a table ---------------------------------------------------------------------------
@@ -470,14 +470,14 @@ def _read_table(
 
 @cache
 def _readers(kind: type) -> Mapping[str, Reader[object]]:
-    """Return the reader of each key: that of its annotation, or that of its table."""
+    """Return the reader of each key: from `_TABLES`, else from its annotation."""
     tables = _TABLES if kind is Settings else {}
     hints = get_type_hints(kind, include_extras=True)
     return {key: tables.get(key) or hint.__metadata__[0] for key, hint in hints.items()}
 
 
 def _problems_at(key: str, error: ValueError | ExceptionGroup[Any]) -> list[InvalidValue]:
-    """Return the problems of the value of a key, each with its place from this key on."""
+    """Return the problems of the value of a key, and prefix each place with the key."""
     problems = error.exceptions if isinstance(error, ExceptionGroup) else (error,)
     return [
         InvalidValue(str(problem), below=_below(key, getattr(problem, "below", "")))

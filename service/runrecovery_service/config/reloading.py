@@ -1,4 +1,4 @@
-"""Decides which changes of the configuration a running service takes over."""
+"""Decides which changes of the configuration a reload applies."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from runrecovery_service.config.reading import ConfigError, contradictions
 from runrecovery_service.config.settings import Settings, TlsSettings
 
 RELOADABLE: Final = frozenset({"log_level", "tls", "callers", "retention", "engines", "webhooks"})
-"""The keys that a reload takes over. All others need a restart."""
+"""The keys that a reload applies. All others need a restart."""
 NEVER_EMPTIED: Final = frozenset({"callers", "engines"})
-"""A reload does not remove the last caller or engine: a file without any is mostly half written."""
+"""A reload does not remove the last caller or engine: such a file is probably half written."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,10 +19,9 @@ class ReloadPlan:
     """What a reload does.
 
     Attributes:
-        settings: the settings from now on.
-        changed: the keys that differ from the present settings.
-        needs_restart: the keys with another value in the configuration, which a running service
-            does not take over.
+        settings: the settings after the reload.
+        changed: the keys that the reload changes.
+        needs_restart: the keys that have changed in the configuration, and need a restart.
     """
 
     settings: Settings
@@ -31,17 +30,17 @@ class ReloadPlan:
 
 
 def plan_reload(present: Settings, read: Settings) -> ReloadPlan:
-    """Return what a reload does with the configuration that was read.
+    """Plan the reload of a configuration that was read.
 
     Raises:
-        ConfigError: what it would take over contradicts what needs a restart.
+        ConfigError: the keys to apply contradict the present values of keys that need a restart.
     """
     differ = [key.name for key in fields(Settings) if _differ(present, read, key.name)]
     needs_restart = {key: name for key in differ if (name := _needs_restart(key, present, read))}
     changed = tuple(key for key in differ if key not in needs_restart)
     settings = replace(present, **{key: getattr(read, key) for key in changed})
-    # `insecure_listen` as it is read: tokens must not be sent in plaintext because the TLS that
-    # comes with them waits for a restart.
+    # Checked with the new `insecure_listen`: if new callers come with new TLS, which needs a
+    # restart, a reload of the callers alone would send their tokens in plaintext.
     judged = replace(settings, insecure_listen=read.insecure_listen)
     if problems := list(contradictions(judged, {})):
         waits = ", ".join(needs_restart.values())
@@ -56,7 +55,7 @@ def _differ(present: Settings, read: Settings, key: str) -> bool:
 
 
 def _needs_restart(key: str, present: Settings, read: Settings) -> str:
-    """Return the name of what needs a restart, empty if nothing does."""
+    """Return the name of the key that needs a restart; empty if a reload can apply the change."""
     if key not in RELOADABLE or (key in NEVER_EMPTIED and not getattr(read, key)):
         return key
     if getattr(present, key) is None or getattr(read, key) is None:

@@ -1,4 +1,4 @@
-"""What can be configured: every key, its default and its meaning."""
+"""The configuration: every key, its default and its meaning."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _DAY_S: Final = 86_400.0
 
 
 class LogLevel(StrEnum):
-    """The least important event that is logged."""
+    """The lowest severity that is logged."""
 
     DEBUG = "debug"
     INFO = "info"
@@ -31,7 +31,7 @@ class LogLevel(StrEnum):
 
 
 class LogFormat(StrEnum):
-    """How events are written; AUTO is CONSOLE on a terminal and JSON elsewhere."""
+    """The format of log lines. AUTO means CONSOLE on a terminal, and JSON elsewhere."""
 
     AUTO = "auto"
     JSON = "json"
@@ -46,7 +46,7 @@ class ClientAuth(StrEnum):
 
 
 class RoleName(StrEnum):
-    """The role of a caller, as it is written; `domain/caller.py` says what each may do."""
+    """The configured name of a role. `domain/caller.py` defines what each role may do."""
 
     VIEWER = "viewer"
     REPLIER = "replier"
@@ -64,7 +64,7 @@ class PermissionPolicy(StrEnum):
 
 
 class ContainmentPolicy(StrEnum):
-    """What a start does when its probe cannot prove that every process can be found."""
+    """The reaction of a start if its probe cannot prove that hidden processes are found."""
 
     BEST_EFFORT = "best_effort"
     """Log a warning and start."""
@@ -82,7 +82,8 @@ class EngineSettings:
             preset the engine speaks the JSON-lines protocol.
         command: the words of the command, the program first; no shell reads them. A preset
             appends its own arguments.
-        profile: how its runs wait for their user: `"resumable"` or `"sticky_process"`.
+        profile: how the runs of the engine wait for their user: `"resumable"` or
+            `"sticky_process"`.
         agent_home: the folder of the preset's CLI for its configuration and its sessions. Without
             this key the variable or the default of the CLI applies.
         trust: the CLI that trusts the workspace of each run while the run is alive: `"codex"`,
@@ -102,9 +103,10 @@ class EngineSettings:
             which is then killed, or if `require_user_reply` is false.
         require_user_reply: false: a question that waited for `session_timeout_s` is decided
             automatically, and the run continues.
-        restart_policy: what a restart does with a queued or running run of the engine, unless the
-            caller says: `"fail"`, `"requeue"` (start again from the beginning) or `"resume"` (tell
-            the agent in its session what happened, so that it completes its turn).
+        restart_policy: what a restart does with a queued or running run of the engine, unless
+            CreateRun sets a policy: `"fail"`, `"requeue"` (start again from the
+            beginning) or `"resume"` (the agent completes its turn in its session, and is told of
+            the interruption).
         max_resumes: how often one turn may be resumed after an interruption.
         resumes_interrupted: the engine understands a `resume` message with `interrupted`. With a
             preset the default is true.
@@ -112,7 +114,7 @@ class EngineSettings:
             Without this key a run may take any time.
         max_tokens: tokens that a run may use, input and output together. Then it fails.
         max_cost_usd: what a run may cost, as its agent reports.
-        nice: added to the niceness of the service.
+        nice: the niceness of processes, added to that of the service.
         max_memory: private writable memory of each process (RLIMIT_DATA), in bytes or "512M".
         max_open_files: descriptors of each process (RLIMIT_NOFILE).
         max_processes: processes and threads of the service's user as a whole (RLIMIT_NPROC; root
@@ -189,16 +191,17 @@ class CallerSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetentionSettings:
-    """The `[retention]` table: ages as text, like "30d". What has no age is kept for ever.
+    """The `[retention]` table: ages as text, like "30d". Data without an age is kept for ever.
 
     Attributes:
-        ended_runs: from the end of a run until everything of it is removed.
-        max_ended_runs: ended runs that are kept; the oldest of more are removed.
+        ended_runs: from the end of a run until its rows and files are removed.
+        max_ended_runs: the most ended runs that are kept. Beyond this number the oldest are
+            removed.
         outputs: from the end of a run until its output is removed.
         workspaces: from the end of a run until its workspaces are removed.
         events: from the end of a run until its events are removed.
         receipts: from a request until its request_id is forgotten.
-        reports: from a recovery until its report is removed, unless a run that is kept names it.
+        reports: from a recovery until its report is removed. A report that a kept run names stays.
     """
 
     ended_runs: Annotated[float | None, values.age(60, 36_500 * _DAY_S)] = None
@@ -215,17 +218,18 @@ class WebhookSettings:
     """One `[[webhooks]]` table: an address that gets events of runs.
 
     Attributes:
-        name: in the log and in `runrecovery webhooks`. Deliveries that are due belong to this name.
+        name: the name in the log and in `runrecovery webhooks`. Waiting deliveries belong to the
+            name, also after a change of the other keys.
         url: gets a POST for each event. `http://` goes to private addresses only.
         secret_file: a file with the secret on a line of its own, or with at most two secrets:
             `whsec_…`, as Standard Webhooks defines it.
         events: `"WAITING_USER"`, `"ENDED"`, `"RECOVERED"`.
-        engines: the engines whose runs count. Without this key all.
-        allow_private: addresses and networks that are not public and may be called; true: all.
-        insecure_http: plain HTTP may go to public addresses.
-        ca_file: certificates in PEM that sign the certificate of the host. Without this key those
-            of the system.
-        timeout_s: the time of one try.
+        engines: the engines whose runs send events. Without this key all.
+        allow_private: private addresses and networks that may be called; true: all.
+        insecure_http: allow plain HTTP to public addresses.
+        ca_file: certificates in PEM that sign the certificate of the host. Without this key the
+            service uses the certificates of the system.
+        timeout_s: the time limit of one try.
         give_up_s: the age of an event after which a failed delivery is given up.
     """
 
@@ -263,7 +267,7 @@ class Settings:
 
     Attributes:
         listen: HOST:PORT (port 0: any free one), [IPV6]:PORT or unix:PATH.
-        insecure_listen: allow `listen` to be reached from other machines without TLS or callers.
+        insecure_listen: allow a `listen` that other machines can reach without TLS or callers.
         probe_listen: HOST:PORT that answers health checks only, in plaintext. Empty: none.
         metrics_listen: HOST:PORT where Prometheus reads metrics, in plaintext. Empty: no metrics.
         data_dir: outputs, workspaces, the lock, and the SQLite database unless `database` names
@@ -272,15 +276,17 @@ class Settings:
         database: empty: SQLite in `data_dir`; else `postgresql://…` or `sqlite:///path`.
         database_direct: a `postgresql://…` URL of the same database that leads around a pooler.
         instance: the name of this copy of the service; a start recovers the runs of its name.
-        max_concurrent: processes at one time; 0: computed from the cores and memory of the machine.
-        max_queued: runs that may wait for a slot; one more is refused as OVERLOADED.
+        max_concurrent: the most processes at one time; 0: computed from the cores and the memory
+            of the machine.
+        max_queued: the most runs that wait for a slot. A further one is refused as OVERLOADED.
         max_attempts: how often a run is started from the beginning, restarts included.
         max_request_bytes: the largest request that is accepted.
         max_output_bytes: the most bytes that are kept of stdout, and of stderr, of one attempt.
-        min_free_bytes: free bytes of the disk below which nothing is launched or created; 0: any.
+        min_free_bytes: below this many free bytes on the disk, no process is launched and no run
+            is created; 0: no limit.
         max_concurrent_calls: calls in progress; health checks and streams are not counted.
         max_concurrent_streams: watches and followed outputs open at one time.
-        watch_stall_s: the time after which a stream is cut off whose reader reads nothing.
+        watch_stall_s: a stream is cut off if its client has read nothing for this time.
         reopen_window_s: how long a run that lost its session in a restart can be reopened; the
             store keeps its question and handle for this time.
         cancel_grace_s: from SIGTERM to SIGKILL when the service ends a process: after a cancel, a
@@ -291,23 +297,25 @@ class Settings:
         drain_delay_s: from NOT_SERVING until the service accepts no more calls, for load balancers.
         stop_grace_s: time that calls in progress have to finish at a stop.
         orphan_grace_s: from SIGTERM to SIGKILL for processes of earlier epochs.
-        orphan_deadline_s: time to kill all of them together; survivors are reported. A planned
-            stop has this time after `cancel_grace_s` for the processes of its own epoch.
+        orphan_deadline_s: the time limit to kill all processes of earlier epochs. Survivors are
+            reported. A planned stop has this time after `cancel_grace_s`, for the processes of
+            its own epoch.
         shared_workspaces: every instance on the PostgreSQL database has the same `runs_dir` and the
-            same homes of agent CLIs, so that a takeover can go on with sessions.
-        host_return_s: without it, how long runs wait for the host of a dead instance that has their
-            session.
+            same homes of agent CLIs, so that a takeover can resume sessions.
+        host_return_s: without shared workspaces, how long a run whose session is on the host of a
+            dead instance waits for that host.
         recovery_batch_rows: most runs that one transaction decides.
         recovery_batch_s: target duration of one such transaction.
         recovery_tries: failed recoveries after which the service exits.
-        recovery_backoff_s: pause after the first of them; each further pause is twice as long.
+        recovery_backoff_s: the pause after the first failed recovery. Each further pause is twice
+            as long.
         safe_mode_after: starts without a finished recovery after which a start launches nothing;
             0: never.
         safe_mode_window_s: the time within which such starts are counted.
         lease_ttl_s: how long the lease of the instance, and every process tree, lasts after the
             last renewal. The lease is renewed five times in this time.
-        containment: `best_effort`, or `strict`: refuse to start where the service could not find
-            a process that hides.
+        containment: `best_effort`, or `strict`: refuse to start if the probe cannot prove that
+            hidden processes are found.
         cgroup_parent: a delegated cgroup (v2) in which each launch gets a cgroup of its own;
             empty: none.
         retry_hint_s: the time after which callers that are refused for now should retry.
@@ -315,9 +323,10 @@ class Settings:
         log_format: `auto`, `json` or `console`.
         tls: encrypts `listen`. Without it connections are not encrypted.
         public_reflection: reflection needs no caller.
-        callers: who may call, and what. Without any, whoever connects may do everything.
-        retention: how long ended runs and their files are kept. Without it for ever.
-        traces: where spans are sent. Without it none are made.
+        callers: the callers and their roles. Without any, every connection may make every call.
+        retention: how long ended runs and their files are kept. Without it they are kept for
+            ever.
+        traces: the collector of spans. Without it no spans are made.
         engines: the engines that runs may use, by name.
         webhooks: addresses that get events of runs.
     """

@@ -1,4 +1,4 @@
-"""Converts single values of the configuration, and refuses invalid ones."""
+"""Converts single values of the configuration, and refuses invalid values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PORT: Final = re.compile(r"[0-9]{1,5}")
 _SIZE: Final = re.compile(r"([0-9]{1,12}) ?([KMGT]?)(?:iB|B)?", re.IGNORECASE)
 _SHA256: Final = re.compile(r"[0-9a-fA-F]{64}")
 MAX_TOKENS: Final = 2
-"""Tokens of one caller: the present one, and the one that replaces it."""
+"""The most tokens of one caller: the present token, and its replacement."""
 _AGE: Final = re.compile(r"([0-9]{1,9}) ?([dhms])")
 _AGE_UNITS: Final = {"d": 86_400, "h": 3_600, "m": 60, "s": 1}
 _UNITS: Final = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}

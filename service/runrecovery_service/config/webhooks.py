@@ -1,4 +1,4 @@
-"""Refuses values of `[[webhooks]]` that are valid alone and not together."""
+"""Refuses values of `[[webhooks]]` that are valid alone but contradict each other."""
 
 from __future__ import annotations
 

@@ -203,7 +203,7 @@ class Listener(Protocol):
         ...
 
     def retry(self) -> str | None:
-        """Return what the process was trying again when it had to be ended, or None."""
+        """Return the model call that the process was retrying when it was ended, or None."""
         ...
 
 

@@ -194,7 +194,7 @@ def _granted(
 
 
 def _hook_answer(reply: Interaction) -> JsonObject:
-    """Return the answer in the words of Claude Code. A response that is no answer denies."""
+    """Return the answer in the words of Claude Code. Any other response denies the call."""
     match parse_answer(reply.response):
         case Allow(input=None):
             return {"permissionDecision": "allow"}

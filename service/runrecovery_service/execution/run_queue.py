@@ -1,6 +1,6 @@
-"""The queue of runs, as this instance takes from it.
+"""Takes runs from the queue of this instance.
 
-On a shared store an instance whose own queue has nothing to start takes runs of its peers.
+On a shared store, an instance that finds no run in its own queue takes one from a peer.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from runrecovery_service.storage.turns import Turn
 log = structlog.get_logger()
 
 PEERS_INTERVAL_S: Final = 0.5
-"""The time between two searches for runs of peers that found none."""
+"""The pause after a search that found no run of a peer."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class RunQueue:
-    """Takes queued runs of one owner, and of its peers.
+    """The queued runs of one instance. If none can start, a run of a peer is moved here.
 
     Attributes:
-        site: where the processes of the runs are launched.
-        catalog: the engines of which runs of peers are taken.
-        shares_workspaces: sessions of peers can be resumed here.
+        site: the host and boot on which processes are launched.
+        catalog: a run of a peer is taken only if its engine is in this catalog.
+        shares_workspaces: this instance can resume the sessions of its peers.
     """
 
     storage: Storage
@@ -52,7 +52,7 @@ class RunQueue:
         return turn
 
     async def _moved_from_peer(self, busy_engines: Sequence[str]) -> bool:
-        """Move a run of a peer into this queue; return False if there is none to take."""
+        """Move a run of a peer into this queue; return False if no run was moved."""
         if not self.storage.is_shared or monotonic() < self._search_due_s:
             return False
         engines = set(self.catalog.names) - set(busy_engines)
@@ -84,7 +84,7 @@ class RunQueue:
         )
 
     async def give_back(self, supervised: Collection[str]) -> int:
-        """Requeue runs whose taking was committed without an answer; return how many.
+        """Requeue runs that were taken by a commit whose answer was lost; return their number.
 
         Args:
             supervised: cookies of the launches that have a supervisor.

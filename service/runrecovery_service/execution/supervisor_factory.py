@@ -30,7 +30,7 @@ class TurnRecordsFactory:
     """Makes the records of each turn, with its log and its spans.
 
     Attributes:
-        meters: get what is counted.
+        meters: the counters to update.
         tracer: gets the spans of turns; None: traces are off.
     """
 

@@ -32,7 +32,7 @@ class TurnLog:
 
     Attributes:
         spans: end with what they stand for; None: nothing is traced.
-        meters: get what is counted.
+        meters: the counters to update.
         begun_s: when the turn got its slot, by `monotonic`.
     """
 

@@ -1,4 +1,4 @@
-"""Serves the metrics over HTTP, to whoever connects.
+"""Serves the metrics over HTTP, without authentication.
 
 Not the server of prometheus-client: it starts a thread for each connection, without a limit, and
 waits for ever for a client that sends nothing. This one reads one small request of each connection,

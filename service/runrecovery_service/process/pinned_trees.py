@@ -154,7 +154,7 @@ class PinnedTrees:
         return self._trees[launch_key].pinned[identity].proved
 
     def read_proof(self, pinned: PinnedProcess) -> str | None:
-        """Return what proves a pinned process now, or None.
+        """Return the marker that proves a pinned process now, or None.
 
         A process that was proved under this pidfd stays proved while the pid is still this
         process, because a process can remove its own markers.

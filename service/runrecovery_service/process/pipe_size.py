@@ -1,8 +1,8 @@
-"""How large the pipe of an agent's standard output is made.
+"""Chooses the size of the pipe for the standard output of an agent.
 
-Agent CLIs exit without writing the rest of their output to a full pipe. The kernel counts the sizes
-of all pipes of an ordinary user. Beyond `fs.pipe-user-pages-soft` each new pipe of that user holds
-only two pages, also those of the agents. So the service leaves half of that to others.
+The pipe is large, because agent CLIs exit without writing the rest of their output to a full pipe.
+But the kernel adds up the pipes of each ordinary user. Once they reach `fs.pipe-user-pages-soft`,
+every new pipe of that user holds only two pages. So the service uses at most half of that limit.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SOFT_LIMIT: Final = Path("/proc/sys/fs/pipe-user-pages-soft")
 
 
 def stdout_pipe_bytes(processes: int, *, limit: Path = SOFT_LIMIT) -> int:
-    """Return how large the pipe of each process may be: a power of two, at least the usual size.
+    """Return the size of each pipe in bytes: a power of two, at least the usual size.
 
     Args:
         limit: the file with the kernel's limit in pages; 0 means none.

@@ -1,4 +1,4 @@
-"""Hands runs over to peers at a planned stop, around the decisions of the stop. PostgreSQL only."""
+"""Hands runs over to peers at a planned stop, before and after its decisions. PostgreSQL only."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class HandOver:
     shares_workspaces: bool
 
     def run(self, db: Database) -> None:
-        """Hand over what peers can go on with. After an error the runs stay, as without peers.
+        """Hand over the runs that peers can continue. After an error the rest keep their owner.
 
         Raises:
             Fenced: a newer epoch of this instance has started.
@@ -43,7 +43,7 @@ class HandOver:
             )
         except Fenced:
             raise
-        except Exception as error:  # noqa: BLE001 - the decisions of the stop come next
+        except Exception as error:  # noqa: BLE001 - an error must not prevent the decisions of the stop
             log.warning("handover.failed", **error_facts(error))
             return
         if handed:

@@ -1,6 +1,7 @@
-"""Counts the calls of turns that were killed, by what their sessions prove.
+"""Counts the model calls of killed turns from their session files.
 
-The files of a session may not answer. All sessions of a recovery together have a time limit.
+Reading a session file can hang, for example on a network file system. So all sessions of a recovery
+together have a time limit.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ from runrecovery_service.storage.found_ends import OpenTurn
 log = structlog.get_logger()
 
 COUNT_S: Final = 30.0
-"""The time limit of one recovery. Turns that are not counted by then have no usage."""
+"""The time limit of one recovery. Later turns keep the usage that they had reported."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KilledUsage:
-    """Counts the calls of the turns that a recovery finds.
+    """Counts the model calls of the unfinished turns that a recovery finds.
 
     Attributes:
         monotonic: the clock of the time limit.
@@ -48,7 +49,7 @@ class KilledUsage:
     def count(
         self, turns: Iterable[OpenTurn], found: Mapping[int, FoundEnd], stop: StopSignal
     ) -> dict[int, TurnUsage]:
-        """Return the usage of turns by run key, where it differs from what is known without it.
+        """Return the usage of the turns by run key. Turns whose session adds nothing are left out.
 
         Raises:
             RecoveryInterrupted: the service is to stop.
@@ -122,5 +123,5 @@ class KilledUsage:
 def with_counted(
     found: Mapping[int, FoundEnd], counted: Mapping[int, TurnUsage]
 ) -> dict[int, FoundEnd]:
-    """Return the ends that were found, with the usage that was counted."""
+    """Return the found ends, each with its counted usage if there is one."""
     return {key: replace(end, used=counted.get(key, end.used)) for key, end in found.items()}

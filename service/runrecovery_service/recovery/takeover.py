@@ -1,7 +1,7 @@
-"""Takes over instances that are dead, while this service serves. PostgreSQL only.
+"""Takes over dead instances while this service serves. PostgreSQL only.
 
-An instance is dead once its lease has run out by the clock of the database. Its runs then get the
-decisions of a restart, in a report of their own. `storage/takeover.py` has the statements.
+An instance is dead once its lease has run out by the clock of the database. A takeover makes the
+decisions of a restart for its runs, in a separate report. `storage/takeover.py` has the SQL.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ R = TypeVar("R")
 log = structlog.get_logger()
 
 SEARCHES_PER_LEASE: Final = 5
-"""How often, in the time of one lease, this service searches for dead instances."""
+"""The number of searches for dead instances in the time of one lease."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -41,10 +41,10 @@ class TakeoverLoop:
     """Searches for dead instances and takes them over, until it is stopped.
 
     Attributes:
-        recovery: the recovery of a takeover, without its instance.
+        recovery: the template for recoveries: `dead` is set for each takeover.
         engines: returns the names of the engines that are configured here.
-        is_here: whether a launch was on this boot of this host.
-        on_taken: called when runs may have been queued here.
+        is_here: returns whether a launch was on this boot of this host.
+        on_taken: called after each takeover, which may have queued runs here.
     """
 
     storage: Storage
@@ -72,13 +72,13 @@ class TakeoverLoop:
         )
 
     def start(self) -> None:
-        """Start to search."""
+        """Start the searches."""
         self._loop.start()
 
     async def stop(self) -> None:
         """Stop, and interrupt a takeover that is under way. A later search continues it.
 
-        A search is cut off: the database may not answer it.
+        A search is cancelled at once, because the database may not answer.
         """
         await (self._loop.finish() if self._is_deciding else self._loop.cancel())
 
@@ -87,7 +87,7 @@ class TakeoverLoop:
         return self._loop.is_stopping or self.stop_signal.is_set()
 
     async def search(self) -> None:
-        """Take over every instance that is dead now. The failure of one does not delay others.
+        """Take over every dead instance. A failed takeover does not delay the others.
 
         Raises:
             Fenced: a newer epoch of this service has started.
@@ -103,7 +103,7 @@ class TakeoverLoop:
                 return
             except Fenced:
                 raise
-            except Exception as error:  # the edge of one takeover; the instance stays overdue
+            except Exception as error:  # the next search tries this takeover again
                 self.meters.takeovers.add("failed")
                 log.error(  # noqa: TRY400 - an outage needs no traceback
                     "takeover.failed",
@@ -138,7 +138,7 @@ class TakeoverLoop:
         log.info("takeover.completed", recovered_instance=name, runs=report.runs_scanned)
 
     async def _decide(self, work: Callable[[Database], R]) -> R:
-        """Run work that ends early once this loop is to stop."""
+        """Run work that checks `_is_stopping`. `stop` waits for it instead of cancelling it."""
         self._is_deciding = True
         try:
             return await self.storage.run_exclusive(work)
@@ -146,7 +146,7 @@ class TakeoverLoop:
             self._is_deciding = False
 
     async def _can_decide(self, name: str) -> bool:
-        """Return whether this service knows the engines and every word of an instance's runs."""
+        """Return whether this service has the engines, and knows every stored word, of the runs."""
         missing = await self.storage.read(takeover.engines_of, name) - set(self.engines())
         is_newer = await self.storage.read(has_newer_words, name)
         if not missing and not is_newer:
@@ -163,9 +163,9 @@ class TakeoverLoop:
         return False
 
     def _recover(self, db: Database, taken: Takeover) -> Reconciliation:
-        """Decide on the runs of the dead instance, and take its deliveries of webhooks first.
+        """Take the webhook deliveries of the dead instance, then decide on its runs.
 
-        The receiver of a webhook then gets the events of a run in their order.
+        In this order, a webhook receives the events of each run in sequence.
         """
         self._take_deliveries(db)
         dead = DeadInstance(

@@ -1,6 +1,6 @@
 """Counts and times the calls of registered methods.
 
-Calls of other methods never come here: gRPC refuses them. So a caller cannot make a new label.
+gRPC itself refuses calls of unknown methods, so a caller cannot create a new label.
 """
 
 from __future__ import annotations

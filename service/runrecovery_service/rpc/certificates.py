@@ -39,7 +39,7 @@ class TlsFiles:
     client_ca: Path | None
 
     def stamp(self) -> tuple[object, ...]:
-        """Return what changes when a file is written or replaced."""
+        """Return values that change when a file is written or replaced."""
         return tuple(_stamp(file) for file in (self.certificate, self.key, self.client_ca) if file)
 
 

@@ -1,7 +1,7 @@
 """Page tokens: opaque to callers, bound to method and filter, refused when altered.
 
 A token holds keys of rows, and these count the runs of all engines. So it is encrypted, and the
-same keys give another text each time: a caller who may see some engines learns nothing of others.
+same keys give another text each time: a caller of some engines learns nothing of others.
 Only the cursor of a decision is always the same.
 
 A token is urlsafe base64 without padding of: version (1 byte), tag (16), and encrypted: random

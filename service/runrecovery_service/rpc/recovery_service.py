@@ -182,7 +182,7 @@ class RecoveryService:
         """Return the state of the service.
 
         An operator also gets the report of this start and the launches that are still alive, which
-        are about the runs of all engines. Others get what the engines have used that they may see.
+        are about the runs of all engines. Other callers get the usage of their engines.
         """
         current = self._status.report_id
         is_operator = CALLER.get().role is Role.OPERATOR

@@ -1,1 +1,1 @@
-"""Builds the objects of one part of the service each; app.py joins them."""
+"""Builds the parts of the service, one part in each module. `app.py` joins the parts."""

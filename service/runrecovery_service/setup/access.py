@@ -30,11 +30,11 @@ def tls_files(settings: Settings) -> TlsFiles | None:
 
 
 def read_callers(settings: Settings) -> list[Credentials]:
-    """Return how each configured caller is recognised. Read the token files.
+    """Return the credentials of every configured caller. Reads the token files.
 
     Raises:
-        CallersRefused: with every problem. No caller is left out instead: a typo in one file must
-            not lock a caller out, or in.
+        CallersRefused: with every problem. A caller with a problem is not skipped: a typo in one
+            file must not quietly lock a caller out.
     """
     found, problems = [], []
     for caller in settings.callers:
@@ -49,7 +49,7 @@ def read_callers(settings: Settings) -> list[Credentials]:
 
 
 def access_problems(settings: Settings) -> list[str]:
-    """Return why a start would refuse TLS or callers, or clients would refuse the certificate."""
+    """Return the problems of TLS and callers, for which a start or a client would refuse them."""
     problems: list[str] = []
     try:
         read_callers(settings)
@@ -88,11 +88,11 @@ def _credentials(settings: CallerSettings) -> Credentials:
 def _read_tokens(file: Path) -> Iterator[bytes]:
     """Yield the SHA-256 of each token of a file."""
     try:
-        # A Secret is mounted as links. A pipe could block for ever.
+        # Kubernetes mounts a Secret as links, so links are resolved. A pipe could block.
         with open(open_regular(file.resolve(), os.O_RDONLY), "rb") as opened:  # noqa: PTH123 - safely
             data = opened.read(MAX_TOKEN_FILE_BYTES + 1)
     except OSError as error:
-        # The value may be a token by mistake. A path that looks like one is not quoted either.
+        # The value may be a token by mistake: a path that looks like a token is not quoted.
         shown = "token_file" if token_problem(str(file)) is None else file
         raise _TokenFileRefused(f"{shown}: {error.strerror}") from error
     tokens = [

@@ -21,7 +21,7 @@ from runrecovery_service.trust.config_files import AgentCli, editor_of
 def build_catalog(settings: Settings) -> Catalog:
     """Return the catalog of all configured engines."""
     for cli in {engine.trust for engine in settings.engines.values() if engine.trust is not None}:
-        editor_of(AgentCli(cli))  # imported now, and not by the first launch
+        editor_of(AgentCli(cli))  # imported now, not at the first launch
     return Catalog(build_engine(name, engine) for name, engine in settings.engines.items())
 
 

@@ -1,4 +1,4 @@
-"""How callers get in: TLS, who they are, and how many connections they may have."""
+"""Builds access for callers: TLS, credentials, limits on connections."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ from runrecovery_service.rpc.tls import ServerTls
 from runrecovery_service.setup.access import read_callers, tls_files
 
 METRICS_CONNECTIONS: Final = 32
-"""Connections to `metrics_listen`, taken from those of callers; at most half of them."""
+"""The most connections to `metrics_listen`. They reduce those of callers, by at most half."""
 PROBE_CONNECTIONS: Final = 64
-"""Connections to `probe_listen`, taken from those of callers; at most half of them."""
+"""The most connections to `probe_listen`. They reduce those of callers, by at most half."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entrance:
-    """How callers get in.
+    """Access for callers.
 
     Attributes:
         connections: the most connections to all addresses of `listen` together.
         per_address: the most connections to one address of `listen`.
-        metrics_connections: the most connections to `metrics_listen`; 0: there is none.
-        probe_connections: the most connections to one address of `probe_listen`; 0: there is none.
+        metrics_connections: the most connections to `metrics_listen`; 0: it is not configured.
+        probe_connections: the most connections to one address of `probe_listen`; 0: it is not
+            configured.
         tls: None: connections are not encrypted.
-        guard: admits callers. Without any in its table, whoever connects may do everything.
+        guard: admits callers. With an empty table, every connection may make every call.
     """
 
     connections: int
@@ -51,7 +52,7 @@ class Entrance:
         """Read the files of TLS and the tokens.
 
         Raises:
-            TlsRefused, CallersRefused: they cannot be used.
+            TlsRefused, CallersRefused: the files of TLS, or the callers, cannot be used.
         """
         files, known = tls_files(settings), read_callers(settings)
         connections = open_files.connections
@@ -69,10 +70,10 @@ class Entrance:
         )
 
     def prepare_callers(self, settings: Settings) -> Callable[[], None] | None:
-        """Return what puts the callers of other settings in place; None if they are the same.
+        """Return a function that replaces the callers by those of new settings; None: no change.
 
         Raises:
-            ConfigError: they cannot be used.
+            ConfigError: the callers cannot be used.
         """
         try:
             table = CallerTable(read_callers(settings))
@@ -83,10 +84,10 @@ class Entrance:
         return partial(self.guard.replace_table, table)
 
     def prepare_tls(self, settings: Settings) -> Callable[[], None] | None:
-        """Return a function that puts the TLS files of other settings in place; None without TLS.
+        """Return a function that replaces the TLS files by those of new settings; None without TLS.
 
         Raises:
-            ConfigError: they cannot be used.
+            ConfigError: the files cannot be used.
         """
         files = tls_files(settings)
         if self.tls is None or files is None:
@@ -97,7 +98,7 @@ class Entrance:
             raise ConfigError((f"tls: {error}",)) from error
 
     def probe(self, gate: Gate) -> GrpcServer | None:
-        """Return the server of `probe_listen`, if there is one."""
+        """Return the server of `probe_listen`; None if it is not configured."""
         if not self.probe_connections:
             return None
         return build_probe_server(gate, max_connections=self.probe_connections)

@@ -1,4 +1,4 @@
-"""Builds what launches and follows processes."""
+"""Builds the launcher, the dispatcher and the background work."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from runrecovery_service.machine_limits import agent_share
 from runrecovery_service.setup.shared_parts import SharedParts
 from runrecovery_service.setup.upkeep import build_disk_floor
 
-if TYPE_CHECKING:  # not imported where they are off
+if TYPE_CHECKING:  # a start imports them only if they are configured
     from runrecovery_service.recovery.takeover import TakeoverLoop
     from runrecovery_service.retention.sweep import RetentionSweep
 
 
 def build_launcher(parts: SharedParts) -> Launcher:
-    """Return what launches processes."""
+    """Return the launcher of processes."""
     return Launcher(
         workspaces=parts.workspaces,
         trust=parts.trust,
@@ -39,7 +39,7 @@ def build_launcher(parts: SharedParts) -> Launcher:
 
 
 def build_dispatcher(parts: SharedParts, launcher: Launcher) -> Dispatcher:
-    """Return what takes runs from the queue."""
+    """Return the dispatcher, which takes runs from the queue."""
     return Dispatcher(
         queue=RunQueue(
             storage=parts.storage,
@@ -77,7 +77,7 @@ def build_background_work(
     retention: RetentionSweep | None,
     takeovers: TakeoverLoop | None,
 ) -> BackgroundWork:
-    """Return what works beside the calls."""
+    """Return the deadlines and the sweeps that run in the background."""
     return BackgroundWork(
         dispatcher=dispatcher,
         deadlines=Deadlines(

@@ -1,4 +1,4 @@
-"""Builds what decides on runs at a start and at a stop."""
+"""Builds the recoveries of a start, of a stop and of takeovers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def build_recovery(parts: SharedParts) -> RecoveryRunner:
-    """Return the recoveries of this start and of its stop."""
+    """Return the runner of the recovery at this start, and of the decisions at its stop."""
     settings = parts.settings
     at_start = Recovery(
         owner=parts.owner,
@@ -45,7 +45,7 @@ def build_recovery(parts: SharedParts) -> RecoveryRunner:
     at_stop = replace(
         at_start,
         cause=Cause.SHUTDOWN,
-        stop=StopSignal(),  # never set: only a second signal interrupts a stop, by an exit
+        stop=StopSignal(),  # never set: nothing interrupts a stop but the exit at a second signal
         leftovers=replace(
             at_start.leftovers,
             launches=_launch_ender(parts, "stop", grace_s, grace_s + settings.orphan_deadline_s),
@@ -77,7 +77,7 @@ def _hand_over(parts: SharedParts) -> HandOver | None:
 def build_takeovers(
     parts: SharedParts, dispatcher: Dispatcher, runner: RecoveryRunner
 ) -> TakeoverLoop | None:
-    """Return what takes over dead instances, where a store has several."""
+    """Return the loop that takes over dead instances; None on a store that is not shared."""
     if not parts.storage.is_shared:
         return None
     # Imported here: a start on SQLite needs none of it.

@@ -1,4 +1,4 @@
-"""From settings to the parts of a running service that a reload replaces."""
+"""Builds the parts of a running service that a reload replaces."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def reloadable_parts(
 
 
 def retention_policy(settings: RetentionSettings) -> RetentionPolicy:
-    """Return what the table `[retention]` says."""
+    """Return the policy of the table `[retention]`."""
     # Imported here: a start without retention needs none of it.
     from runrecovery_service.domain.retention import RetentionPolicy  # noqa: PLC0415
 

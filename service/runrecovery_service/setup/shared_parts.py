@@ -1,4 +1,4 @@
-"""The parts that several larger parts of a service share."""
+"""Builds the objects that several parts of the service share: storage, owner, catalog, gate."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ if TYPE_CHECKING:
 
 
 class SharedParts:
-    """What recovery, execution, upkeep and calls have in common.
+    """The objects that recovery, execution, upkeep and RPCs share.
 
-    Nothing runs yet. Make this object on the event loop.
+    Building them starts no loop and no server. Make this object on the event loop.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class SharedParts:
         open_files: OpenFiles,
         endpoints: Sequence[Endpoint],
     ) -> None:
-        """Claim the next epoch, and build what the larger parts have in common.
+        """Claim the next epoch, and build the shared objects.
 
         Raises:
             Held: an instance of this name is alive elsewhere.
@@ -115,7 +115,7 @@ class SharedParts:
         """Open the storage, start the threads, and claim the next epoch."""
         settings, is_metered = self.settings, self.calls is not None
         start = this_start(settings, self.locks, self.host)
-        with ExitStack() as made:  # a refused start ends at once: no thread may be left
+        with ExitStack() as made:  # a refused start leaves no thread behind
             self.storage = Storage(self.db, self.meters if is_metered else None)
             made.callback(self.storage.close)
             self.threads = SteadyThreadPool(settings.capacity * 4 + 4, thread_name_prefix="process")

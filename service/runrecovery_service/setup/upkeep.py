@@ -1,4 +1,4 @@
-"""Builds what keeps the disk from filling up: retention and the disk floor."""
+"""Builds retention and the disk floor, which keep the disk from filling up."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def build_disk_floor(parts: SharedParts, dispatcher: Dispatcher) -> DiskFloor | None:
-    """Return the check of free space, if one is configured."""
+    """Return the check of free disk space; None if it is not configured."""
     if not parts.settings.min_free_bytes:
         return None
     file = sqlite_file(parts.settings, parts.locks.data_dir)
@@ -34,7 +34,7 @@ def build_disk_floor(parts: SharedParts, dispatcher: Dispatcher) -> DiskFloor | 
 
 
 def build_retention(parts: SharedParts) -> RetentionSweep | None:
-    """Return what removes old rows and files, if that is configured."""
+    """Return the sweep that removes old rows and files; None without `[retention]`."""
     settings = parts.settings.retention
     if settings is None:
         return None
@@ -53,9 +53,9 @@ def build_retention(parts: SharedParts) -> RetentionSweep | None:
 
 
 def build_prune(sweep: RetentionSweep | None) -> Prune | None:
-    """Return what removes at once, if there is a retention."""
+    """Return the function of the RPC Prune; None without `[retention]`."""
     if sweep is None:
         return None
-    from runrecovery_service.retention.prune import Pruner  # noqa: PLC0415 - as the sweep
+    from runrecovery_service.retention.prune import Pruner  # noqa: PLC0415 - only with a retention
 
     return Pruner(sweep=sweep).prune

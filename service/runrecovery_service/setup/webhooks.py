@@ -1,6 +1,6 @@
-"""From settings to webhooks, for a start, a reload and `runrecovery check`.
+"""Builds the webhooks from the settings, for a start, a reload and `runrecovery check`.
 
-What webhooks need is imported once there is one: a start without them must not pay for it.
+Modules that only webhooks need are imported when one is configured, so that other starts stay fast.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def build_endpoints(settings: Settings) -> tuple[Endpoint, ...]:
-    """Return the configured webhooks. Read their secrets and certificates.
+    """Return the configured webhooks. Reads their secrets and certificates.
 
     Raises:
         WebhooksRefused: with every problem.
@@ -43,10 +43,10 @@ def build_endpoints(settings: Settings) -> tuple[Endpoint, ...]:
 
 
 def prepare_webhooks(webhooks: Webhooks, settings: Settings) -> Callable[[], None] | None:
-    """Return what puts the webhooks of other settings in place; None if they are the same.
+    """Return a function that replaces the webhooks by those of new settings; None: no change.
 
     Raises:
-        ConfigError: they cannot be used.
+        ConfigError: the webhooks cannot be used.
     """
     try:
         endpoints = build_endpoints(settings)
@@ -56,7 +56,7 @@ def prepare_webhooks(webhooks: Webhooks, settings: Settings) -> Callable[[], Non
 
 
 def webhook_problems(settings: Settings) -> Sequence[str]:
-    """Return why a start would refuse the webhooks."""
+    """Return the problems for which a start would refuse the webhooks."""
     try:
         build_endpoints(settings)
     except WebhooksRefused as error:

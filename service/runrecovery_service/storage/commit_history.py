@@ -1,8 +1,8 @@
-"""What PostgreSQL has acknowledged to this start, and whether it still has it after a failover.
+"""Detects acknowledged commits that PostgreSQL has lost, for example in a failover.
 
-Every transaction begins with a read of its place in the server's write-ahead log. The places of
-acknowledged transactions only rise, on one server. A standby that lacked the last commits when it
-was promoted began its timeline at a lower place.
+Every transaction begins by reading the end of the server's write-ahead log. On one server, the
+positions that acknowledged transactions have read only rise. If a promoted standby lacks the last
+commits, its timeline begins below the last acknowledged position.
 """
 
 from __future__ import annotations
@@ -22,38 +22,41 @@ _SERVER_SQL: Final = (
     "SELECT s.system_identifier::text, c.timeline_id, (c.redo_lsn - '0/0')::BIGINT"
     " FROM pg_control_system() s, pg_control_checkpoint() c"
 )
-"""Identifies the server, and says where its last checkpoint began: not before its timeline."""
+"""Identifies the server, and reads the position of its last checkpoint.
+
+A checkpoint of a timeline is never before the beginning of that timeline.
+"""
 
 log = structlog.get_logger()
 
 
-class LogPlace(NamedTuple):
-    """A place in the write-ahead log of a server.
+class LogPosition(NamedTuple):
+    """A position in the write-ahead log of a server.
 
     Attributes:
-        timeline: rises with each promotion of a standby.
-        position: bytes, which rise on a timeline.
-        at_us: when the log was at this place, by the database's clock.
+        timeline: its number. Each promotion of a standby begins a higher one.
+        lsn: the log sequence number, in bytes.
+        at_us: when the log ended here, in microseconds UTC by the database's clock.
     """
 
     timeline: int
-    position: int
+    lsn: int
     at_us: int
 
 
-def place_of(row: Row) -> LogPlace | None:
-    """Return the place in the columns `SqlDialect.log_place`; None if the database has none."""
-    file, position, at_us = row
-    return LogPlace(int(file[:8], 16), position, at_us) if file else None
+def position_of(row: Row) -> LogPosition | None:
+    """Parse the columns `SqlDialect.log_position`; None if the database reports no positions."""
+    file, lsn, at_us = row
+    return LogPosition(int(file[:8], 16), lsn, at_us) if file else None
 
 
-def has_places(db: Database) -> bool:
-    """Return True if the database tells its places.
+def reports_positions(db: Database) -> bool:
+    """Return whether the database reports positions of its write-ahead log.
 
     Some databases that speak PostgreSQL's protocol do not.
     """
     try:
-        db.fetch_one(f"SELECT {db.dialect.log_place}")
+        db.fetch_one(f"SELECT {db.dialect.log_position}")
         db.fetch_one(_SERVER_SQL)
     except DRIVER_ERRORS:
         return False
@@ -61,54 +64,55 @@ def has_places(db: Database) -> bool:
 
 
 class CommitHistory:
-    """The latest place that PostgreSQL has acknowledged to this start. Threads may share it."""
+    """The highest log position of an acknowledged transaction of this start. Thread-safe."""
 
     def __init__(self, instance: str, lease_ttl_s: float) -> None:
         self._instance = instance
         self._lease_ttl = timedelta(seconds=lease_ttl_s)
         self._lock = threading.Lock()
         self._system: str | None = None
-        self.acknowledged = LogPlace(0, 0, 0)
+        self.acknowledged = LogPosition(0, 0, 0)
 
-    def note(self, place: LogPlace) -> None:
-        """Record that a transaction that began at this place was acknowledged."""
+    def note(self, position: LogPosition) -> None:
+        """Record that a transaction that began at this position was acknowledged."""
         with self._lock:
-            self.acknowledged = max(self.acknowledged, place)
+            self.acknowledged = max(self.acknowledged, position)
 
-    def demand_kept(self, db: Database, before: LogPlace, place: LogPlace) -> None:
-        """Check at the beginning of a transaction that the server has what it acknowledged.
+    def demand_kept(self, db: Database, before: LogPosition, position: LogPosition) -> None:
+        """Check at the beginning of a transaction that the server has every acknowledged commit.
 
         Args:
-            before: `acknowledged` before `place` was read. Later transactions of other threads may
-                have been acknowledged since.
+            before: the value of `acknowledged` from before `position` was read. Other threads may
+                have raised `acknowledged` since.
+            position: the end of the log that this transaction has read.
 
         Raises:
             CommitsLost: the server lacks an acknowledged transaction.
         """
-        if before.timeline == place.timeline and before.position <= place.position:
+        if before.timeline == position.timeline and before.lsn <= position.lsn:
             return
         with self._lock:
-            self._compare(db, before, place)
+            self._compare(db, before, position)
 
-    def _compare(self, db: Database, before: LogPlace, place: LogPlace) -> None:
+    def _compare(self, db: Database, before: LogPosition, position: LogPosition) -> None:
         system, checkpoint_timeline, checkpoint = db.fetch_all(_SERVER_SQL)[0]
         if self._system != system:
-            if self._system is not None:  # places of different servers cannot be compared
+            if self._system is not None:  # positions of different servers cannot be compared
                 log.warning("storage.server_changed", before=self._system, after=system)
-            self._system, self.acknowledged = system, place
+            self._system, self.acknowledged = system, position
             return
-        begins = place.position
-        if checkpoint_timeline == place.timeline:
+        begins = position.lsn
+        if checkpoint_timeline == position.timeline:
             begins = min(begins, checkpoint)
-        if place.timeline <= before.timeline or begins < before.position:
+        if position.timeline <= before.timeline or begins < before.lsn:
             raise self._lost(db, before)
-        if self.acknowledged.timeline < place.timeline:
-            log.warning("storage.failover", before=before.timeline, after=place.timeline)
-            self.acknowledged = place
+        if self.acknowledged.timeline < position.timeline:
+            log.warning("storage.failover", before=before.timeline, after=position.timeline)
+            self.acknowledged = position
 
-    def _lost(self, db: Database, before: LogPlace) -> CommitsLost:
+    def _lost(self, db: Database, before: LogPosition) -> CommitsLost:
         row = db.fetch_one("SELECT lease_until FROM instance WHERE name = ?", (self._instance,))
-        # What was there at the last renewal that the server has is not lost.
+        # Commits from before the last renewal that the server still has are not lost.
         renewed = None if row is None else from_us(row[0]) - self._lease_ttl
         until = from_us(before.at_us)
         return CommitsLost(since=renewed and min(renewed, until), until=until)

@@ -9,7 +9,7 @@ from datetime import datetime
 from runrecovery_service.domain.errors import ClaimLost, CommitsLost, Fenced
 from runrecovery_service.domain.lease import LEASE_TTL_S
 from runrecovery_service.domain.start_errors import Held
-from runrecovery_service.storage.commit_history import LogPlace, place_of
+from runrecovery_service.storage.commit_history import LogPosition, position_of
 from runrecovery_service.storage.database import Database, Row
 from runrecovery_service.storage.rows import from_us, to_json, to_us
 from runrecovery_service.storage.sql_dialects import DatabaseKind
@@ -116,7 +116,7 @@ def _columns(boot: InstanceStart, epoch: int, now: datetime) -> dict[str, object
         "engines": to_json([*sorted(boot.engines)]),
         "max_running": boot.max_running,
         "version": boot.version,
-        # These were about the epoch before.
+        # These columns were about the previous epoch.
         "stopped_at": None,
         "taken_over_by": None,
         "taken_over_at": None,
@@ -162,8 +162,8 @@ def renew(
 
     Args:
         engines: the names of the engines that are configured now: a reload may have changed them.
-        acknowledged_us: what the last acknowledged renewal returned; 0: do not check that the
-            store still has it.
+        acknowledged_us: the result of the last acknowledged renewal. The store must still have
+            this renewal. 0: do not check.
 
     Raises:
         Fenced: another start has claimed the instance.
@@ -189,13 +189,13 @@ def renew(
         raise CommitsLost(since=since, until=until)
 
 
-def demand_current(db: Database, owner: Owner) -> LogPlace | None:
+def demand_current(db: Database, owner: Owner) -> LogPosition | None:
     """Keep other starts from claiming the instance until the caller's transaction ends.
 
     The lease is in another row, and can be renewed meanwhile.
 
     Returns:
-        the place in the database's write-ahead log, if it tells its places.
+        The end of the write-ahead log; None if the database does not report positions.
 
     Raises:
         Fenced: another start has claimed the instance.
@@ -203,13 +203,13 @@ def demand_current(db: Database, owner: Owner) -> LogPlace | None:
     """
     share = " FOR SHARE" if db.dialect.kind is DatabaseKind.POSTGRESQL else ""
     current = db.fetch_one(
-        f"SELECT {db.dialect.log_place} FROM instance_epoch"
+        f"SELECT {db.dialect.log_position} FROM instance_epoch"
         f" WHERE name = ? AND epoch = ? AND boot_token = ?{share}",
         (owner.instance, owner.epoch, owner.boot_token),
     )
     if current is None:
         raise _fence(db, owner)
-    return place_of(current)
+    return position_of(current)
 
 
 def _fence(db: Database, owner: Owner) -> Fenced:
@@ -224,7 +224,7 @@ def _fence(db: Database, owner: Owner) -> Fenced:
 
 
 def announce_stop(db: Database, owner: Owner) -> None:
-    """Record that a planned stop is under way: peers hand nothing over to this instance."""
+    """Record that a planned stop is under way, so that peers hand no runs over to this instance."""
     with db.transaction():
         db.execute(
             f"UPDATE instance SET stopped_at = {db.dialect.now_us}"

@@ -18,7 +18,7 @@ _POLICIES = sql_words(tuple(policy.value for policy in RestartPolicy))
 
 
 def has_newer_words(db: Database, instance: str) -> bool:
-    """Return True if a newer version has written a run of the instance that is not ended."""
+    """Return whether a newer version has written an unfinished run of the instance."""
     if not is_newer(db):  # an unknown word is damage
         return False
     found = db.fetch_one(

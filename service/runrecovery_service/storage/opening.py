@@ -11,7 +11,7 @@ from typing import Final
 from runrecovery_service.domain.start_errors import DatabaseRefused
 from runrecovery_service.storage import postgresql, postgresql_rights, quick_check
 from runrecovery_service.storage.commit_count import MARKER_TEXT
-from runrecovery_service.storage.commit_history import has_places
+from runrecovery_service.storage.commit_history import reports_positions
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.driver_errors import REPAIR_HINT
 from runrecovery_service.storage.durable_files import durably_write, sync_directory
@@ -19,7 +19,7 @@ from runrecovery_service.storage.file_locks import DatabaseLock, Lock
 from runrecovery_service.storage.integrity import NO_TABLES
 from runrecovery_service.storage.migrate import migrate
 from runrecovery_service.storage.refusals import refusing
-from runrecovery_service.storage.sql_dialects import NO_PLACE, POSTGRESQL
+from runrecovery_service.storage.sql_dialects import NO_POSITION, POSTGRESQL
 from runrecovery_service.storage.sqlite_file import (
     connect_sqlite,
     install_marker,
@@ -99,8 +99,8 @@ def _open_postgresql(url: str, name: str = POSTGRESQL_NAME) -> Database:
     db = Database(peewee, POSTGRESQL, name)
     try:
         _check_postgresql(db)
-        if not has_places(db):
-            db.dialect = replace(POSTGRESQL, log_place=NO_PLACE)
+        if not reports_positions(db):
+            db.dialect = replace(POSTGRESQL, log_position=NO_POSITION)
     except BaseException:
         db.close()
         raise

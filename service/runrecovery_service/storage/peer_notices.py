@@ -1,11 +1,11 @@
 """Hints between the instances of one PostgreSQL database, by NOTIFY.
 
-A hint tells the owner of a run that a caller has changed the run through another instance. It saves
-the wait for the next poll, and nothing relies on it: a hint may be lost with its connection, and a
-pooler may not pass it on.
+A hint says that a caller has changed a run through an instance that does not own the run. The owner
+then reads the run at once instead of at its next poll. Nothing relies on hints: a hint may be lost
+with its connection, and a pooler may drop it.
 
-Hints are sent by a task beside the calls: PostgreSQL takes a lock of the whole server for each
-commit that notifies.
+A background task sends the hints, not the transactions that change runs: PostgreSQL takes a lock of
+the whole server for each commit that notifies.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _LOST: Final[tuple[type[Exception], ...]] = (*DRIVER_ERRORS, OSError)
 
 
 class PeerNotices:
-    """Sends hints to the owners of runs, and hears those for this instance."""
+    """Sends hints to the owners of runs, and receives the hints for this instance."""
 
     def __init__(self, db: Database, storage: Storage, instance: str) -> None:
         self._db = db
@@ -40,12 +40,12 @@ class PeerNotices:
         self._woken = asyncio.Event()
 
     def announce(self, owner: str, run_key: int) -> None:
-        """Let the owner of a run know that a caller has changed the run here."""
+        """Queue a hint for the owner of a run that a caller has changed here."""
         self._due.setdefault(owner, set()).add(run_key)
         self._woken.set()
 
     async def send(self) -> None:
-        """Wait for a hint, and send all that are due."""
+        """Wait for a hint, and send every queued one."""
         await self._woken.wait()
         self._woken.clear()
         due, self._due = self._due, {}
@@ -66,14 +66,14 @@ class PeerNotices:
         try:
             async with await peewee.connect_async() as connection:
                 await connection.execute(f"LISTEN {CHANNEL}")
-                self._storage.changes.announce_doubt()  # hints were missed before
+                self._storage.changes.announce_doubt()  # earlier hints were missed
                 async for notice in connection.notifies():
                     self._hear(notice.payload)
         except _LOST as error:
             raise StorageUnavailable from error
 
     def _hear(self, payload: str) -> None:
-        """Announce the runs of a hint. Every role on the database may send one."""
+        """Announce the runs of a hint, whose text is not trusted: any role can send a hint."""
         try:
             owner, run_keys = json.loads(payload)
             keys = frozenset(map(int, run_keys))

@@ -1,4 +1,4 @@
-"""The instances that use one database, as each of them sees the others."""
+"""Lists the instances that use one database."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from runrecovery_service.storage.rows import from_us, from_us_or_none, json_valu
 from runrecovery_service.storage.tables import LIVE
 
 INSTANCES_MOST: Final = 1_000
-"""Names of former instances stay. The latest starts are the ones of interest."""
+"""The most instances in a list. Former names are never removed; the latest starts come first."""
 
 
 def list_instances(db: Database) -> list[InstanceState]:

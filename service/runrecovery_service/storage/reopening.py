@@ -266,7 +266,7 @@ def _current_epoch(db: Database, run: Run) -> int:
 
 
 def _kept(db: Database, run: Run, steady: SteadyTime | None, now: datetime) -> _Kept:
-    """Return what was kept of a run.
+    """Return the question and the session that were kept of a run.
 
     Args:
         steady: the clock of the run's deadlines; None: that is a clock of another host, and the

@@ -1,11 +1,11 @@
 """Moves runs between the instances on one PostgreSQL database.
 
-An idle instance takes queued runs of a busy one. An instance that stops hands over what its peers
-can go on with. Each move compares the owner and the epoch in the row, so a run that its owner
-starts at the same moment stays there.
+An idle instance takes queued runs of a busy one. An instance that stops hands runs over to its
+peers. Each move compares the owner and the epoch in the row: a run that its owner starts at the
+same moment does not move.
 
-A run that goes on with a session needs the files of its host. Unless instances share their
-workspaces, only runs move whose next turn starts from the beginning, in an empty workspace.
+A run that resumes a session needs the files of its host. If instances do not share workspaces, a
+run moves only if its next turn starts from the beginning, in an empty workspace.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from runrecovery_service.storage.rows import json_value, to_us
 from runrecovery_service.storage.tables import sql_words
 
 OWNER_FIRST_S: Final = 1.0
-"""For so long only its owner starts a run that was queued, or moved to it."""
+"""Peers may take a run only when it has been in its owner's queue for this long."""
 ROWS_AT_ONCE: Final = 500
 
 _FROM_BEGINNING: Final = (
@@ -40,7 +40,8 @@ _FROM_BEGINNING: Final = (
 )
 _QUEUED: Final = (
     f"r.status = '{RunStatus.QUEUED}' AND r.recovery_state <> 'QUARANTINED'"
-    # A newer version may have written other words. Its own instances start such a run.
+    # A newer version may have stored a policy that this one does not know. Instances of the newer
+    # version start such a run.
     f" AND r.restart_policy IN ({sql_words(frozenset(RestartPolicy))})"
     # A process of the run may still live on the host of its owner.
     " AND NOT EXISTS (SELECT 1 FROM process_lease l WHERE l.run = r.id AND l.state <> 'CLOSED')"
@@ -63,8 +64,8 @@ class Taker:
     """An instance with a free slot.
 
     Attributes:
-        engines: the engines that have a free slot here.
-        shares_workspaces: sessions of other instances can be resumed here.
+        engines: the engines for which the instance has a free slot.
+        shares_workspaces: the instance can resume sessions of other instances.
     """
 
     owner: Owner
@@ -73,7 +74,7 @@ class Taker:
 
 
 def find_peer(db: Database, taker: Taker, *, now: datetime) -> str | None:
-    """Return the peer whose run has been queued longest; None if there is no run to take."""
+    """Return the owner of the longest-queued run of all peers; None if no run can be taken."""
     which, params = _takeable(taker, now)
     row = db.fetch_one(
         "SELECT i.name FROM instance i CROSS JOIN LATERAL (SELECT r.id, r.queued_at FROM run r"
@@ -112,9 +113,9 @@ def take_from(
 
 
 def _gives(db: Database) -> str:
-    """Return the condition for instances `i` that give runs: alive, or stopped in order.
+    """Return the condition for instances `i` whose runs may be taken.
 
-    A takeover decides on the runs of a dead one.
+    They are alive, or have completed a planned stop. A takeover decides on the runs of dead ones.
     """
     return (
         "i.taken_over_by IS NULL"
@@ -125,8 +126,8 @@ def _gives(db: Database) -> str:
 def _takeable(taker: Taker, now: datetime) -> tuple[str, tuple[object, ...]]:
     """Return the condition for runs `r` of an instance `i` that may be taken, and its parameters.
 
-    A run of an earlier epoch is left to the recovery of its owner, and one that pauses before it
-    is resumed to the owner's deadlines.
+    Not taken: runs of an earlier epoch, which their owner's recovery decides; and runs that pause
+    before they are resumed, which their owner's deadlines queue.
     """
     condition = (
         f"{_QUEUED} AND r.owner_epoch = i.epoch AND r.resume_due_us IS NULL"
@@ -139,7 +140,7 @@ def _takeable(taker: Taker, now: datetime) -> tuple[str, tuple[object, ...]]:
 
 
 def _move_deliveries(db: Database, instance: str, run_keys: Collection[int]) -> None:
-    """Let the new owner deliver the earlier events of the runs too, so that their order stays."""
+    """Give the new owner the waiting deliveries of the runs, so that their order is kept."""
     db.execute(
         f"UPDATE webhook_delivery SET instance = ? WHERE run IN ({_marks(run_keys)})",
         (instance, *run_keys),
@@ -154,8 +155,8 @@ class Peer:
     """A living peer.
 
     Attributes:
-        slots: how many processes it runs at one time.
-        load: its runs that are queued or running, with those that were handed over to it.
+        slots: the most processes that it runs at one time.
+        load: the number of its queued and running runs, handed-over runs included.
     """
 
     name: str
@@ -166,17 +167,17 @@ class Peer:
 
     @property
     def load_per_slot(self) -> float:
-        """How busy the peer is, compared with others."""
+        """The load per slot, by which peers are compared."""
         return self.load / max(self.slots, 1)
 
 
 @dataclass(slots=True, kw_only=True)
 class Spread:
-    """Which peer gets which runs.
+    """The assignment of one page of runs to peers.
 
     Attributes:
-        keys: the keys of the runs for each peer, by its name.
-        after: the key of the last run, from which the next page begins.
+        keys: the keys of the runs for each peer, by the name of the peer.
+        after: the key of the last run of the page. The next page begins after it.
     """
 
     keys: dict[str, list[int]] = field(default_factory=dict)
@@ -184,9 +185,12 @@ class Spread:
 
 
 def spread(runs: Iterable[tuple[int, str]], peers: Collection[Peer]) -> Spread:
-    """Give each run, a key and an engine, to the least busy peer that has the engine.
+    """Assign each run to the least busy peer that has its engine, and raise the peer's load.
 
-    The loads of the peers rise accordingly. A run whose engine no peer has stays.
+    A run is not assigned if no peer has its engine.
+
+    Args:
+        runs: the key and the engine of each run.
     """
     result = Spread()
     for key, engine in runs:
@@ -200,7 +204,7 @@ def spread(runs: Iterable[tuple[int, str]], peers: Collection[Peer]) -> Spread:
 
 
 def living_peers(db: Database, owner: Owner) -> list[Peer]:
-    """Return the peers whose lease runs and that do not stop."""
+    """Return the peers that hold a lease and are not stopping."""
     rows = db.fetch_all(
         "SELECT i.name, i.epoch, i.engines, i.max_running, (SELECT count(*) FROM run r"
         f" WHERE r.owner = i.name AND r.status IN ('{RunStatus.QUEUED}', '{RunStatus.RUNNING}'))"
@@ -227,13 +231,13 @@ def hand_over(
     now: datetime,
     rows: int = ROWS_AT_ONCE,
 ) -> Mapping[str, int]:
-    """Hand the runs without a process over to living peers, and return how many each peer got.
+    """Hand runs without a process over to living peers, and return the number for each peer.
 
-    The owner must not take runs from its queue any more.
+    The owner must have stopped taking runs from its queue.
 
     Args:
-        shares_workspaces: also runs that wait for a reply, or go on with their session.
-        rows: the most runs of one transaction.
+        shares_workspaces: also hand over runs that wait for a reply, or will resume a session.
+        rows: the most runs that one transaction moves.
     """
     handed: Counter[str] = Counter()
     peers, after = living_peers(db, owner), 0
@@ -265,10 +269,10 @@ def _hand_over_page(
     now: datetime,
     rows: int,
 ) -> Spread | None:
-    """Hand over the next runs; None after the last page.
+    """Hand over the next page of runs; None if no run is left.
 
     Raises:
-        Stale: a peer has ended meanwhile, and is no longer among `peers`.
+        Stale: a peer has ended meanwhile, and was removed from `peers`. Try the page again.
     """
     which = f"{_QUEUED} AND {_FROM_BEGINNING}"
     if shares_workspaces:
@@ -292,7 +296,7 @@ def _hand_over_page(
 
 def _move(db: Database, owner: Owner, peer: Peer, keys: Collection[int], *, now: datetime) -> bool:
     """Make a peer the owner of these runs; return False if the peer has ended."""
-    # The peer's epoch cannot change before the commit: its next start will find the runs.
+    # FOR SHARE: the peer's epoch cannot change before the commit, so its next start finds the runs.
     alive = db.fetch_one(
         "SELECT 1 FROM instance_epoch WHERE name = ? AND epoch = ? FOR SHARE",
         (peer.name, peer.epoch),

@@ -22,13 +22,13 @@ class SqlDialect:
         param: the driver's mark for a parameter.
         now_us: microseconds UTC by the database's clock. PostgreSQL's clock moves on within a
             transaction.
-        log_place: the columns that `commit_history.place_of` reads.
+        log_position: the columns that `commit_history.position_of` parses.
     """
 
     kind: DatabaseKind
     param: str
     now_us: str
-    log_place: str
+    log_position: str
 
     def is_json(self, expression: str) -> str:
         """Return a condition that is true when a text column can be parsed as JSON."""
@@ -37,19 +37,19 @@ class SqlDialect:
         return f"({expression}) IS JSON"
 
 
-NO_PLACE: Final = "'', 0, 0"
-"""Stands for `SqlDialect.log_place` where the database does not tell its places."""
+NO_POSITION: Final = "'', 0, 0"
+"""The value of `SqlDialect.log_position` where the database does not report positions."""
 SQLITE: Final = SqlDialect(
     kind=DatabaseKind.SQLITE,
     param="?",
     now_us="CAST((julianday('now') - 2440587.5) * 86400000000 AS INTEGER)",
-    log_place=NO_PLACE,
+    log_position=NO_POSITION,
 )
 _POSTGRESQL_NOW_US: Final = "CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS BIGINT)"
 POSTGRESQL: Final = SqlDialect(
     kind=DatabaseKind.POSTGRESQL,
     param="%s",
     now_us=_POSTGRESQL_NOW_US,
-    log_place="pg_walfile_name(pg_current_wal_insert_lsn()),"
+    log_position="pg_walfile_name(pg_current_wal_insert_lsn()),"
     f" CAST(pg_current_wal_insert_lsn() - '0/0' AS BIGINT), {_POSTGRESQL_NOW_US}",
 )

@@ -1,9 +1,11 @@
 """Takes over the runs of an instance whose lease has run out. PostgreSQL only.
 
-A takeover bumps the epoch of the dead instance, which fences it. From then on its runs are those of
-an earlier epoch, as at its own start. The lease stays in the past: the dead instance may start at
-any time, which bumps its epoch again and fences the takeover. An unfinished takeover whose rescuer
-is dead too is overdue again.
+A takeover raises the epoch of the dead instance. That fences the dead instance, and makes its runs
+those of an earlier epoch, as its own start would. The lease is not renewed, so the dead instance
+may start at any time. Its start raises the epoch again, and fences the takeover.
+
+The *successor* is the instance that takes over. If it dies as well, another instance repeats the
+takeover.
 """
 
 from __future__ import annotations
@@ -26,17 +28,18 @@ DELIVERIES_AT_ONCE: Final = 5_000
 
 
 class TakeoverFenced(Exception):
-    """The dead instance has started again, or another instance goes on with its takeover."""
+    """The dead instance has started again, or another instance continues its takeover."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TakeoverRules:
-    """How this instance takes over.
+    """The settings of takeovers by one instance.
 
     Attributes:
-        owner: this instance.
-        shares_workspaces: the sessions of other instances can be read here.
-        lease_ttl_s: how long after a planned stop an instance may start again by itself.
+        owner: the successor.
+        shares_workspaces: the successor can read the sessions of other instances.
+        lease_ttl_s: after a planned stop, the instance has this time to start again before a
+            takeover.
         host_return_s: how long runs wait for the host that has their session.
     """
 
@@ -51,7 +54,7 @@ class Takeover:
     """A takeover under way.
 
     Attributes:
-        dead: the dead instance, with the epoch and the boot token of the takeover.
+        dead: the dead instance, with the epoch and the boot token that the takeover gave it.
         host_lost: the host of the dead instance did not return in time.
     """
 
@@ -59,7 +62,7 @@ class Takeover:
     host_lost: bool
 
     def demand_current(self, db: Database) -> None:
-        """Keep others from fencing the takeover until the caller's transaction ends.
+        """Check the takeover, and block its fencing until the caller's transaction ends.
 
         Raises:
             TakeoverFenced: the takeover is over.
@@ -71,13 +74,13 @@ class Takeover:
 
 
 def _overdue(db: Database, rules: TakeoverRules) -> tuple[str, tuple[object, ...]]:
-    """Return the condition for instances `i` that are to be taken over, and its parameters."""
+    """Return the condition for instances `i` that need a takeover, and its parameters."""
     now = db.dialect.now_us
-    rescuer_lives = (
+    successor_lives = (
         "SELECT 1 FROM instance r WHERE r.name = i.taken_over_by AND r.name <> ?"
         f" AND r.lease_until > {now}"
     )
-    # After a finished takeover only runs are left that wait for their host.
+    # After a finished takeover, all runs that are left wait for their host.
     waits_no_more = (
         f"(i.taken_over_by IS NULL OR i.host_return_until <= {now}"
         + (" OR 1 = 1" if rules.shares_workspaces else "")
@@ -90,7 +93,7 @@ def _overdue(db: Database, rules: TakeoverRules) -> tuple[str, tuple[object, ...
     condition = (
         f"i.name <> ? AND i.lease_until <= {now} AND COALESCE(i.stopped_at, 0) + ? <= {now}"
         " AND CASE WHEN i.taken_over_by IS NOT NULL AND i.takeover_done_at IS NULL"
-        f" THEN NOT EXISTS ({rescuer_lives}) ELSE {waits_no_more} AND {has_work} END"
+        f" THEN NOT EXISTS ({successor_lives}) ELSE {waits_no_more} AND {has_work} END"
     )
     me = rules.owner.instance
     return condition, (me, round(rules.lease_ttl_s * 1e6), me)
@@ -116,9 +119,9 @@ def engines_of(db: Database, instance: str) -> frozenset[str]:
 
 
 def begin(db: Database, rules: TakeoverRules, instance: str) -> Takeover | None:
-    """Begin to take over an instance, and return the takeover; None if there is no need any more.
+    """Begin the takeover of an instance, and return it; None if it is not needed any more.
 
-    Transactions of the dead instance that have begun are waited for; later ones are fenced.
+    The function waits for open transactions of the dead instance. Later ones are fenced.
     """
     condition, params = _overdue(db, rules)
     token, now = secrets.token_hex(16), db.dialect.now_us
@@ -129,9 +132,9 @@ def begin(db: Database, rules: TakeoverRules, instance: str) -> Takeover | None:
     )
     with db.transaction():
         db.fetch_one("SELECT 1 FROM instance_epoch WHERE name = ? FOR UPDATE", (instance,))
-        if has_newer_words(db, instance):  # for a replica of the newer version to take over
+        if has_newer_words(db, instance):  # a replica of the newer version will take over
             return None
-        # The lease again, in the statement that writes: it may be renewed at the last moment.
+        # This statement checks the lease again: the instance may have renewed it since the search.
         row = db.fetch_one(
             "UPDATE instance AS i SET epoch = i.epoch + 1, boot_token = ?, taken_over_by = ?,"
             f" taken_over_at = {now}, takeover_done_at = NULL, host_return_until = {until}"
@@ -149,10 +152,10 @@ def begin(db: Database, rules: TakeoverRules, instance: str) -> Takeover | None:
     return Takeover(dead=Owner(instance, epoch, token), host_lost=bool(host_lost))
 
 
-def finish(db: Database, takeover: Takeover, rescuer: Owner) -> None:
+def finish(db: Database, takeover: Takeover, successor: Owner) -> None:
     """Record that a takeover is complete.
 
-    The rescuer also answers for the instances that the dead one had taken over.
+    The successor also becomes the successor of the instances that the dead one had taken over.
     """
     with db.transaction():
         takeover.demand_current(db)
@@ -165,33 +168,33 @@ def finish(db: Database, takeover: Takeover, rescuer: Owner) -> None:
         db.execute(
             "UPDATE instance SET taken_over_by = ?"
             " WHERE taken_over_by = ? AND takeover_done_at IS NOT NULL",
-            (rescuer.instance, dead.instance),
+            (successor.instance, dead.instance),
         )
 
 
 def _deliveries(db: Database) -> str:
-    """Return the source of deliveries that a rescuer is to take. Parameter: the rescuer."""
+    """Return the FROM clause of deliveries for a successor. Parameter: the successor's name."""
     return (
         "FROM webhook_delivery d JOIN instance i ON i.name = d.instance"
         f" WHERE i.taken_over_by = ? AND i.lease_until <= {db.dialect.now_us}"
     )
 
 
-def has_deliveries(db: Database, rescuer: Owner) -> bool:
-    """Return whether instances that were taken over have deliveries of webhooks."""
-    return db.fetch_one(f"SELECT 1 {_deliveries(db)} LIMIT 1", (rescuer.instance,)) is not None
+def has_deliveries(db: Database, successor: Owner) -> bool:
+    """Return whether the successor's dead instances still have webhook deliveries."""
+    return db.fetch_one(f"SELECT 1 {_deliveries(db)} LIMIT 1", (successor.instance,)) is not None
 
 
 def take_deliveries(
-    db: Database, rescuer: Owner, *, stopping: Callable[[], bool], rows: int = DELIVERIES_AT_ONCE
+    db: Database, successor: Owner, *, stopping: Callable[[], bool], rows: int = DELIVERIES_AT_ONCE
 ) -> int:
-    """Take the deliveries of webhooks from the instances that were taken over.
+    """Move the webhook deliveries of the successor's dead instances to the successor.
 
     Args:
-        rows: the most rows of one transaction.
+        rows: the most rows that one transaction moves.
 
     Returns:
-        The number of these deliveries.
+        The number of deliveries that were moved.
 
     Raises:
         RecoveryInterrupted: the service is to stop.
@@ -204,7 +207,7 @@ def take_deliveries(
         with db.transaction():
             count: int = db.execute(
                 f"UPDATE webhook_delivery SET instance = ? WHERE id IN ({found})",
-                (rescuer.instance, rescuer.instance, rows),
+                (successor.instance, successor.instance, rows),
             ).rowcount
         if not count:
             return taken

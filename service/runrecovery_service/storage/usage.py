@@ -115,7 +115,7 @@ def _add_to_run(
 
 
 def _amounts(used: TurnUsage, before: Usage | None) -> dict[str, int]:
-    """Return what has come since the report before, by column."""
+    """Return the increase since the previous report, by column."""
     grown = used.turn if before is None else used.turn.minus(before)
     amounts: dict[str, int] = {name: getattr(grown, name) for name in TOKEN_FIELDS}
     return amounts if grown.cost_nanos is None else amounts | {"cost_nanos": grown.cost_nanos}
@@ -156,7 +156,7 @@ def _counted_model(db: Database, engine: str, model: str, owner: Owner) -> str:
 
 
 def of_session(db: Database, run_key: int) -> SessionUsage | None:
-    """Return what earlier processes of the run's session have reported; None: nothing."""
+    """Return the usage that earlier processes of the run's session reported; None: none."""
     row = db.fetch_one("SELECT session_usage FROM run WHERE id = ?", (run_key,))
     return None if row is None else session_usage_from_json(row[0])
 
@@ -165,13 +165,13 @@ _SUMS: Final = ", ".join(f"sum({name})" for name in ("turns", *TOKEN_FIELDS, "co
 
 
 def by_engine(db: Database) -> list[EngineUsage]:
-    """Return what the turns of each engine have used, sorted by engine."""
+    """Return the usage of each engine, sorted by engine."""
     rows = db.fetch_all(f"SELECT engine, {_SUMS} FROM engine_usage GROUP BY engine ORDER BY engine")
     return [_engine_usage(row) for row in rows]
 
 
 def by_model(db: Database, owner: Owner) -> list[EngineUsage]:
-    """Return what the turns of the instance have used, by engine and model, sorted by both."""
+    """Return the usage of the instance, by engine and model, sorted by both."""
     rows = db.fetch_all(
         f"SELECT engine, turns, {', '.join((*TOKEN_FIELDS, 'cost_nanos'))}, model FROM model_usage"
         f" WHERE instance = ? ORDER BY engine, model LIMIT {ROWS_MOST}",

@@ -213,7 +213,7 @@ def try_again(db: Database, instance: str, webhook: str) -> int:
 
 
 def backlogs(db: Database, instance: str) -> dict[str, Backlog]:
-    """Return what each configured webhook has not got, by name, for those that lack anything."""
+    """Return the waiting and given-up deliveries of the webhooks that have any, by name."""
     found = {}
     for name in (webhook.name for webhook in db.webhooks):
         due, oldest, given_up = db.fetch_all(_BACKLOG, (instance, name) * 3)[0]

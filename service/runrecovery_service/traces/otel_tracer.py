@@ -27,24 +27,24 @@ from runrecovery_service.spans import NO_FACTS, Facts, SpanKind
 log = structlog.get_logger()
 
 FLUSH_S: Final = 3.0
-"""Time of a stop to send what has ended. What is left then is lost."""
+"""The time that a stop gives to ended spans. Spans not sent by then are lost."""
 KINDS: Final = {SpanKind.INTERNAL: trace.SpanKind.INTERNAL, SpanKind.SERVER: trace.SpanKind.SERVER}
 
 
 _KEY: Final[ContextVar[str | None]] = ContextVar("span_key", default=None)
-"""The key of the span that is being started. None: its ids are random."""
+"""The key of the span that is being started; None: the span gets random ids."""
 
 
 class KeyedIds(RandomIdGenerator):
-    """Makes the ids of spans: random ones, or from the key of the span."""
+    """Makes the ids of a span: from the key of the span, or random ones without a key."""
 
     def generate_trace_id(self) -> int:
-        """Return the id of a trace that begins."""
+        """Return the id of a new trace."""
         key = _KEY.get()
         return super().generate_trace_id() if key is None else _digest(key, 0, 16)
 
     def generate_span_id(self) -> int:
-        """Return the id of a span."""
+        """Return the id of a new span."""
         key = _KEY.get()
         return super().generate_span_id() if key is None else _digest(key, 16, 24)
 
@@ -57,7 +57,7 @@ class OtelSpan:
     """One span.
 
     Attributes:
-        traceparent: the context of the span; that of its parent if the SDK is disabled.
+        traceparent: the context of the span. If the SDK is disabled, the context of its parent.
     """
 
     def __init__(self, span: trace.Span, parent: str | None) -> None:
@@ -67,7 +67,7 @@ class OtelSpan:
         self._has_ended = False
 
     def end(self, facts: Facts = NO_FACTS, *, error: str | None = None) -> None:
-        """End the span. A span that has ended is left as it is."""
+        """End the span. A second call has no effect."""
         if self._has_ended:
             return
         self._has_ended = True
@@ -119,7 +119,7 @@ class OtelTracer:
 
 
 def _to_context(parent: str | None) -> Context:
-    """Return the context of a `traceparent` of version 00."""
+    """Parse a `traceparent` of version 00; an empty context without one."""
     try:
         _, trace_id, span_id, flags = (parent or "").split("-")
         context = SpanContext(
@@ -128,7 +128,7 @@ def _to_context(parent: str | None) -> Context:
             is_remote=True,
             trace_flags=TraceFlags(int(flags, 16)),
         )
-    except ValueError:  # none, or a damaged row of the store, which must not stop a launch
+    except ValueError:  # no parent, or a damaged row of the store: it must not stop a launch
         return Context()
     return set_span_in_context(NonRecordingSpan(context), Context())
 

@@ -1,4 +1,4 @@
-"""Builds what sends spans to the collector of `[traces]`, with OpenTelemetry's SDK."""
+"""Builds the tracer that sends spans to the collector of `[traces]`, with OpenTelemetry's SDK."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from runrecovery_service.traces.span_outcomes import (
 )
 
 QUEUE_SPANS: Final = 4096
-"""Ended spans that wait for the collector. More replace the oldest."""
+"""The most ended spans that wait for the collector. A further one replaces the oldest."""
 BATCH_SPANS: Final = 512
 DELAY_MS: Final = 1000
 EXPORT_S: Final = 5.0
-"""Time to send one batch, with every retry."""
+"""The time limit for one batch, retries included."""
 
 
 def build_tracer(settings: TraceSettings, *, instance: str, meters: Meters) -> OtelTracer:
     """Return the tracer. It starts the thread that sends.
 
     Args:
-        meters: get what becomes of the spans.
+        meters: count sent and lost spans.
 
     Raises:
         TracesRefused: OpenTelemetry refuses a variable of its own in the environment.
@@ -81,12 +81,12 @@ def _provider(settings: TraceSettings, instance: str, meters: Meters) -> TracerP
 
 
 def traces_url(endpoint: str) -> str:
-    """Return where spans are sent: `/v1/traces` below the endpoint, as OTLP defines it."""
+    """Return the URL for spans: `/v1/traces` below the endpoint, as OTLP defines it."""
     return f"{endpoint.rstrip('/')}/v1/traces"
 
 
 def sampler(settings: TraceSettings) -> Sampler:
-    """Return what decides which traces are recorded."""
+    """Return the sampler, which decides which traces are recorded."""
     by_ratio = TraceIdRatioBased(settings.sample_ratio)
     if settings.sample_by_caller:
         return ParentBased(by_ratio)

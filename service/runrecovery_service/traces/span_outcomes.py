@@ -1,4 +1,4 @@
-"""Counts what becomes of spans, and reports in the log when some are lost."""
+"""Counts sent and lost spans, and logs the losses."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ log = structlog.get_logger()
 SENT: Final = "sent"
 QUEUE_FULL: Final = "queue_full"
 NOT_EXPORTED: Final = "not_exported"
-"""What becomes of a span."""
+"""The outcomes of a span."""
 FAILED: Final = "failed"
-"""What becomes of a request to the collector that does not take its spans."""
+"""The outcome of a request whose spans the collector did not accept."""
 REPORT_S: Final = 60.0
 """The time between two log lines about the same kind of loss."""
 
 
 @dataclass(slots=True)
 class _Losses:
-    """Spans lost for one reason. The first are logged at once, more every `REPORT_S` at most."""
+    """Spans lost for one reason. The first loss is logged at once, later ones every `REPORT_S`."""
 
     reason: str
     spans: int = 0
@@ -46,10 +46,10 @@ class _Losses:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class SpanOutcomes:
-    """What becomes of the spans of the service.
+    """Counts the outcomes of spans and of the requests that carry them.
 
     Attributes:
-        queue_spans: how many ended spans may wait for the collector. More replace the oldest.
+        queue_spans: the most ended spans that wait. A further one replaces the oldest.
     """
 
     meters: Meters
@@ -69,7 +69,7 @@ class SpanOutcomes:
             self.meters.span_exports.show_zero(outcome)
 
     def note_ended(self) -> None:
-        """Count a span that is put into the queue now. Any thread may call this."""
+        """Count a span that enters the queue. Any thread may call this."""
         with self._lock:
             if self._waiting < self.queue_spans:
                 self._waiting += 1
@@ -80,14 +80,14 @@ class SpanOutcomes:
     def note_taken(self, count: int) -> None:
         """Count spans that have left the queue.
 
-        They left it a moment ago. A span that another thread ended within that moment counts as
-        lost if the queue had been full.
+        The queue has shrunk a moment before this call. If it was full, a span that another thread
+        ends in between counts as lost, although the queue keeps the span.
         """
         with self._lock:
             self._waiting -= count
 
     def note_exported(self, count: int, *, is_taken: bool) -> None:
-        """Count the spans of a request, and whether the collector took them."""
+        """Count the spans of a request to the collector, by whether the collector accepted them."""
         self.meters.spans.add(SENT if is_taken else NOT_EXPORTED, many=count)
         self.meters.span_exports.add(SENT if is_taken else FAILED)
         if not is_taken:
@@ -100,33 +100,33 @@ class SpanOutcomes:
 
 
 class QueueCounter(SpanProcessor):
-    """Counts the spans that are put into the queue."""
+    """Counts the spans that enter the queue."""
 
     def __init__(self, outcomes: SpanOutcomes) -> None:
         self._outcomes = outcomes
 
     def on_end(self, span: ReadableSpan) -> None:
-        """Count a span. Spans that are not recorded do not come here."""
+        """Count a span. The SDK calls this for recorded spans only."""
         self._outcomes.note_ended()
 
 
 class CountingExporter(SpanExporter):
-    """Sends through another exporter. Only the thread that sends calls `export`."""
+    """Sends spans by another exporter, and counts them. One thread calls `export`."""
 
     def __init__(self, exporter: SpanExporter, outcomes: SpanOutcomes) -> None:
         self._exporter = exporter
         self._outcomes = outcomes
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        """Send spans. Spans that cannot be sent are lost."""
+        """Send spans, once. Spans of a failed request are lost."""
         self._outcomes.note_taken(len(spans))
         try:
             result = self._exporter.export(spans)
-        except Exception:  # noqa: BLE001 - whatever the exporter raises, the spans are lost
+        except Exception:  # noqa: BLE001 - after any error the spans are lost
             result = SpanExportResult.FAILURE
         self._outcomes.note_exported(len(spans), is_taken=result is SpanExportResult.SUCCESS)
         return result
 
     def shutdown(self) -> None:
-        """Let a batch that is being sent end without another retry."""
+        """Shut the exporter down: a batch under way is not retried any more."""
         self._exporter.shutdown()

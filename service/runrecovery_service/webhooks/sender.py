@@ -80,7 +80,7 @@ class WebhookSender:
     """The deliveries of one webhook.
 
     Attributes:
-        meters: get what is counted.
+        meters: the counters to update.
         post: sends one request.
         pause: waits for an event, or for some seconds.
     """

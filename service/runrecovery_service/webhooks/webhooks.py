@@ -39,7 +39,7 @@ class Webhooks:
 
     Attributes:
         endpoints: the configured webhooks.
-        meters: get what is counted.
+        meters: the counters to update.
         senders: by the name of the webhook; empty until `start`.
     """
 

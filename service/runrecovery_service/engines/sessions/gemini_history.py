@@ -52,7 +52,7 @@ def _read(lines: Iterable[JsonObject]) -> dict[str, JsonObject]:
 
 
 def _rewind(messages: dict[str, JsonObject], first: str) -> None:
-    """Remove a message and all later ones; all, if there is no such message."""
+    """Remove a message and all later ones. If the message is missing, remove every message."""
     ids = list(messages)
     for each in ids[ids.index(first) if first in messages else 0 :]:
         del messages[each]

@@ -1,4 +1,4 @@
-"""What an instance tells its peers: engines, slots, version, planned stop; and who took it over."""
+"""Columns of instances for their peers: engines, slots, version, planned stop, takeover."""
 
 from typing import Any
 
