@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from runrecovery_service import paths
@@ -23,10 +25,11 @@ from runrecovery_service.machine_limits import open_cgroup_parent, plan_open_fil
 from runrecovery_service.process.agent_command import launch_problem
 from runrecovery_service.process.probe import prove_containment
 from runrecovery_service.process.watermark import watermark_bits
+from runrecovery_service.runs_backup import RunsCopy, runs_copy_of
 from runrecovery_service.setup.access import access_problems
 from runrecovery_service.setup.engines import environment_of
 from runrecovery_service.setup.webhooks import webhook_problems
-from runrecovery_service.storage.backup import backup_sqlite
+from runrecovery_service.storage.backup import backup_sqlite, run_keys, waiting_runs
 from runrecovery_service.storage.integrity import integrity_problems
 from runrecovery_service.storage.migrate import applied_migrations
 from runrecovery_service.storage.opening import (
@@ -60,21 +63,65 @@ def migrate(settings: Settings) -> list[str]:
             db.close()
 
 
-def backup(settings: Settings, destination: Path) -> dict[str, int]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backup:
+    """What a backup holds.
+
+    Attributes:
+        runs: the number of runs in the copy, by instance.
+        folders: how many runs have a folder in the copy; None: the backup is without folders.
+        size: the bytes of the files in them.
+        waiting: how many resumable runs wait for a reply in the copy.
+        changed: the run_ids of those whose folder may be newer or older than the database.
+    """
+
+    runs: Mapping[str, int]
+    folders: int | None = None
+    size: int = 0
+    waiting: int = 0
+    changed: tuple[str, ...] = ()
+
+
+def backup(settings: Settings, destination: Path, *, with_runs: bool = False) -> Backup:
     """Copy the SQLite store of a running or stopped service, and check the copy.
 
-    Returns:
-        The number of runs of each instance in the copy.
+    Args:
+        with_runs: also copy the folders of the runs that the copy has.
 
     Raises:
         DatabaseRefused: the store is not SQLite, does not exist, or its copy is damaged.
+        BackupRefused: a name of the backup exists.
+        DataDirRefused: a file of a run could not be copied. Nothing of the backup is left.
     """
-    path = sqlite_file(settings, paths.absolute(settings.data_dir))
+    data_dir = paths.absolute(settings.data_dir)
+    path = sqlite_file(settings, data_dir)
     if path is None:
         raise DatabaseRefused(
             "PostgreSQL", "this command copies SQLite only; use PostgreSQL's own tools (pg_dump)"
         )
-    return backup_sqlite(path, destination)
+    if not with_runs:
+        return Backup(runs=backup_sqlite(path, destination))
+    copy = RunsCopy(runs_dir(settings, data_dir), runs_copy_of(destination))
+    copy.begin()
+    try:
+        runs = backup_sqlite(path, destination)
+        try:
+            copy.copy(run_keys(destination))
+            in_copy, now = waiting_runs(destination), waiting_runs(path)
+        except BaseException:
+            destination.unlink()
+            raise
+    except BaseException:
+        copy.undo()
+        raise
+    changed = [run[0] for key, run in in_copy.items() if now.get(key) != run or key in copy.changed]
+    return Backup(
+        runs=runs,
+        folders=copy.folders,
+        size=copy.size,
+        waiting=len(in_copy),
+        changed=tuple(changed),
+    )
 
 
 def check(settings: Settings) -> list[str]:

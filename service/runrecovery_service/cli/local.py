@@ -204,15 +204,22 @@ def check(settings: Settings) -> ExitCode:
 
 @click.command()
 @_with_settings
+@click.option("--with-runs", is_flag=True, help="Also copy the folders of the runs, to DEST.runs.")
 @click.argument("dest", type=click.Path(path_type=Path))
-def backup(settings: Settings, dest: Path) -> ExitCode:
+def backup(settings: Settings, dest: Path, *, with_runs: bool) -> ExitCode:
     """Back up the SQLite database to DEST, also while the service runs."""
     from runrecovery_service import offline
 
-    runs = offline.backup(settings, dest)
-    kept = ", ".join(f"{count} of instance {name!r}" for name, count in runs.items()) or "none"
+    made = offline.backup(settings, dest, with_runs=with_runs)
+    kept = ", ".join(f"{count} of instance {name!r}" for name, count in made.runs.items()) or "none"
     size = dest.stat().st_size
     click.echo(f"copied to {dest} ({size} bytes) and verified; runs: {kept}")
+    if made.folders is not None:
+        click.echo(f"copied to {dest}.runs: {made.folders} folders of runs ({made.size} bytes)")
+        fit = made.waiting - len(made.changed)
+        click.echo(f"runs that wait: {made.waiting}, of which {fit} have the files of that moment")
+    for run_id in made.changed:
+        click.echo(safe(f"changed while it was copied: {run_id}"))
     return ExitCode.OK
 
 

@@ -11,6 +11,7 @@ from typing import Final
 
 import structlog
 
+from runrecovery_service.domain.run import Profile, RunStatus
 from runrecovery_service.domain.start_errors import BackupRefused, DatabaseRefused
 from runrecovery_service.storage import commit_count
 from runrecovery_service.storage.commit_count import CommitMarker
@@ -57,6 +58,23 @@ def backup_sqlite(path: Path, destination: Path) -> dict[str, int]:
         destination.unlink(missing_ok=True)
         raise
     return {name: count for (table, name), count in sorted(rows.items()) if table == "run"}
+
+
+def run_keys(path: Path) -> list[int]:
+    """Return the key of every run of a SQLite store, in order."""
+    with refusing(str(path)), contextlib.closing(sqlite3.connect(path)) as store:
+        return [key for (key,) in store.execute("SELECT id FROM run ORDER BY id")]
+
+
+def waiting_runs(path: Path) -> dict[int, tuple[str, int]]:
+    """Return each run of a SQLite store that waits without a process: its run_id and version.
+
+    While such a run keeps its version, nothing of the service changes its files.
+    """
+    waiting = "SELECT id, run_id, version FROM run WHERE status = ? AND profile = ?"
+    words = (RunStatus.WAITING_USER.value, Profile.RESUMABLE.value)
+    with refusing(str(path)), contextlib.closing(sqlite3.connect(path)) as store:
+        return {key: (run_id, version) for key, run_id, version in store.execute(waiting, words)}
 
 
 def _copy_and_prove(path: Path, destination: Path) -> dict[tuple[str, str], int]:
