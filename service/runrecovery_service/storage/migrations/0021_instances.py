@@ -1,4 +1,4 @@
-"""Columns of instances for their peers: engines, slots, version, planned stop, takeover."""
+"""What an instance tells its peers: engines, slots, version, planned stop; and who took it over."""
 
 from typing import Any
 
