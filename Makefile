@@ -120,8 +120,8 @@ imports: $(READY) ## The import rules of the house
 packaging: $(READY) $(NODE_CLIENT_READY) ## Try the wheels, the client's alone at its oldest and newest dependencies, and docs/clients.md
 	@$(BIN)/python -m pytest tests/packaging
 
-manifests: $(DEPLOY_READY) ## Check the files of deploy/ against the schemas of Kubernetes, and by systemd
-	@.ci/manifests $(DEPLOY)/bin
+manifests: $(READY) $(DEPLOY_READY) ## Check the files of deploy/: schemas of Kubernetes, stops and names of replicas, systemd
+	@.ci/manifests $(DEPLOY)/bin $(BIN)
 
 sbom: $(DEPLOY_READY) ## Write dist/runrecovery.cdx.json, which names every locked dependency of the service
 	@mkdir -p dist

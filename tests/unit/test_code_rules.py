@@ -179,8 +179,16 @@ def test_no_pattern_is_possessive() -> None:
     assert found == set()
 
 
-def test_the_kubernetes_manifest_gives_agents_no_token_and_strangers_no_probe_port() -> None:
-    parts = (ROOT / "deploy" / "kubernetes.yaml").read_text("utf-8").split("\n---\n")
+KUBERNETES = [path.name for path in sorted((ROOT / "deploy").glob("kubernetes*.yaml"))]
+
+
+def test_the_manifests_of_kubernetes_are_these() -> None:
+    assert KUBERNETES == ["kubernetes-replicas.yaml", "kubernetes-shared.yaml", "kubernetes.yaml"]
+
+
+@pytest.mark.parametrize("name", KUBERNETES)
+def test_a_kubernetes_manifest_gives_agents_no_token_and_strangers_no_probe_port(name: str) -> None:
+    parts = (ROOT / "deploy" / name).read_text("utf-8").split("\n---\n")
     (policy,) = (part for part in parts if "kind: NetworkPolicy" in part)
     (text,) = (part.partition("runrecovery.toml: |\n")[2] for part in parts if ".toml: |" in part)
 
@@ -190,15 +198,17 @@ def test_the_kubernetes_manifest_gives_agents_no_token_and_strangers_no_probe_po
     assert re.findall(r"\bport: (\d+)", policy) == ["50051", "9464"]
 
 
-def test_the_configuration_of_the_kubernetes_manifest_is_accepted_once_it_has_a_digest(
-    tmp_path: Path,
+@pytest.mark.parametrize("name", KUBERNETES)
+def test_the_configuration_of_a_kubernetes_manifest_is_accepted_once_it_has_a_digest(
+    tmp_path: Path, name: str
 ) -> None:
-    manifest = (ROOT / "deploy" / "kubernetes.yaml").read_text("utf-8")
+    manifest = (ROOT / "deploy" / name).read_text("utf-8")
     text = dedent(manifest.partition("runrecovery.toml: |\n")[2].partition("\n---\n")[0])
     file = tmp_path / "runrecovery.toml"
 
     def load() -> Settings:
-        return reading.load(path=file, flags={}, environ={})
+        secret = {"RUNRECOVERY_DATABASE": "postgresql://db/runrecovery"}
+        return reading.load(path=file, flags={}, environ=secret if "DATABASE" in manifest else {})
 
     file.write_text(text)
     with pytest.raises(ConfigError, match="must be the SHA-256 of the token"):
