@@ -262,6 +262,8 @@ def test_lists_of_engines_follow_every_other_filter(
     assert pages(engine="c") == ["96", "3"]
     assert pages(engines=both, statuses=frozenset({RunStatus.CANCELED})) == ["54"]
     assert pages(engines=both, statuses=frozenset({RunStatus.QUEUED})) == ["87", "21"]
+    assert pages(engine="a", statuses=frozenset({RunStatus.QUEUED})) == ["71"]
+    assert pages(engine="b", statuses=frozenset({RunStatus.CANCELED})) == ["5"]
     assert pages(engines=both, after=made[4].created_at) == ["87", "5"]
     assert pages(engines=both, before=made[4].created_at, limit=9) == ["421"]
     assert pages(engines=both, labels={"none": "x"}) == [""]
@@ -282,13 +284,19 @@ def test_runs_of_some_engines_are_found_through_an_index_that_nothing_else_reads
     monkeypatch.setattr(store.db.peewee, "execute", note)
     engines = frozenset({"a", "b"})
     run_pages.page(store.db, RunFilter(engines=engines), after=(9,), limit=5)
+    waiting = frozenset({RunStatus.WAITING_USER})
+    for listed in (frozenset({"a"}), engines):
+        wanted = RunFilter(engines=listed, statuses=waiting)
+        run_pages.page(store.db, wanted, after=(9,), limit=5)
     decisions.recovered_page(store.db, RecoveredFilter(engines=engines), after=None, limit=5)
-    of_list, of_recovered = (
+    of_list, of_one_waiting, of_several_waiting, of_recovered = (
         [row[3] for row in store.db.fetch_all(f"EXPLAIN QUERY PLAN {sql}", params)]
         for sql, params in asked
     )
 
-    found = [step for step in of_list if "run_engine (engine=? AND id<?)" in step]
-    assert len(found) == 2, of_list
-    assert not any(step.startswith("SCAN") and " run" in step for step in of_list), of_list
+    by_index = "run_engine (engine=? AND id<?)"
+    for plan, engines_read in ((of_list, 2), (of_one_waiting, 1)):
+        assert len([step for step in plan if by_index in step]) == engines_read, plan
+        assert not any(step.startswith("SCAN") and " run" in step for step in plan), plan
+    assert not any("run_engine" in step for step in of_several_waiting), of_several_waiting
     assert not any("run_engine" in step for step in of_recovered), of_recovered

@@ -51,9 +51,13 @@ def page(
 def _reads_index(wanted: RunFilter, engines: int) -> bool:
     """Return whether the newest runs of each engine are soon found by the index of engines.
 
-    With a status they may not be: an engine can have many ended runs, and none that waits.
+    With a status and several engines they may not be: one engine can have many ended runs and none
+    that waits, and all of its runs would be read, although another engine fills the page. Of one
+    engine the index always has fewer runs to read than the table.
     """
-    return engines <= ENGINES_MERGED and not wanted.labels and not wanted.statuses
+    if wanted.labels or engines > ENGINES_MERGED:
+        return False
+    return engines == 1 or not wanted.statuses
 
 
 def _newest(
