@@ -90,7 +90,11 @@ def stop_if_wanted(prompt: str, moment: str) -> None:
 
 
 def steps(
-    task: str, prompt: str, seen: list[str], store: Callable[[str, str, str], None]
+    task: str,
+    prompt: str,
+    seen: list[str],
+    store: Callable[[str, str, str], None],
+    begin: Callable[[str], None] = lambda call: None,
 ) -> str | None:
     """Run the commands of the steps that are not `seen`; return the last text of the model.
 
@@ -101,6 +105,7 @@ def steps(
     Args:
         seen: the results in the session.
         store: takes the id, the command and the result of a call.
+        begin: takes the id of a call before its command runs.
     """
     wanted = re.search(r"STEPS (\S+)", task)
     if wanted is None:
@@ -115,6 +120,7 @@ def steps(
             f"echo {call} >> {folder}/begun; {stop if step == '2' else ''}"
             f" echo {call} >> {folder}/ended; printf 'finished {step}'"
         )
+        begin(call)
         ran = subprocess.run(["/bin/sh", "-c", command], stdout=subprocess.PIPE, check=False)
         if ran.returncode:  # a kill ends the command first, and this process next
             time.sleep(60)
@@ -456,19 +462,41 @@ class ClaudeTools:
         return [each["message"]["content"][0] | (lost if each["lost"] else {}) for each in found]
 
     def steps(self, task: str, prompt: str) -> str | None:
-        """Run the steps of a task. The session gets call and result together."""
+        """Run the steps of a task. The session gets call and result together, the output before."""
+
+        def begin(call: str) -> None:
+            content = [{"type": "tool_use", "id": call, "name": "Bash", "input": {}}]
+            message = {**claude_answer(call, output_tokens=1), "content": content}
+            print_event({"type": "assistant", "message": message, **self.printed})
 
         def store(call: str, command: str, result: str) -> None:
             used = {"type": "tool_use", "id": call, "name": "Bash", "input": {"command": command}}
-            message = {"role": "assistant", "content": [used]}
+            message = {**claude_answer(call), "content": [used]}
             append_lines(self.path, {"type": "assistant", "message": message, **self.seen})
             self._answer(used, result, is_lost=False)
 
-        return steps(task, prompt, self.results(), store)
+        return steps(task, prompt, self.results(), store, begin)
+
+    @property
+    def printed(self) -> dict[str, str]:
+        """Return what each printed event has."""
+        return {"session_id": self.seen["sessionId"]}
 
     def results(self) -> list[str]:
         """Return the results that the model sees."""
         return [each["content"] for each in self._results()]
+
+
+def claude_calls(path: Path) -> int:
+    """Return how many answers of the model are in the session."""
+    return sum(line["type"] == "assistant" for line in lines_of(path)) if path.exists() else 0
+
+
+def claude_answer(call: str, output_tokens: int = 10) -> dict[str, Any]:
+    """Return a message of the model, which has the same id wherever it stands."""
+    used = {"input_tokens": 40, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 60,
+            "output_tokens": output_tokens}  # fmt: skip
+    return {"id": f"msg_{call}", "role": "assistant", "model": "m", "usage": used}
 
 
 def claude(arguments: list[str], prompt: str) -> None:
@@ -501,6 +529,7 @@ def claude(arguments: list[str], prompt: str) -> None:
     write_handle_to_stderr(handle or "")
     seen = {"cwd": CWD, "sessionId": handle}
     tools = ClaudeTools(arguments, path, seen)
+    before = claude_calls(path)
     if resumed is not None and not tools.return_to_deferred_call() and not prompt:
         return
     prompt = prompt or "Continue from where you left off."
@@ -522,16 +551,19 @@ def claude(arguments: list[str], prompt: str) -> None:
         text = json.dumps({"result": {"results": tools.results()}})
     else:
         text = tools.steps(earlier or prompt, prompt) or answer_of_model(prompt, earlier)
-    message = {"role": "assistant", "content": [{"type": "text", "text": text}]}
+    answer = secrets.token_hex(8)
+    message = {**claude_answer(answer), "content": [{"type": "text", "text": text}]}
     append_lines(
         path,
         {"type": "assistant", "message": message, **seen},
         {"type": "last-prompt", "lastPrompt": prompt, "sessionId": handle},
     )
-    print_event({"type": "assistant", "message": message, "session_id": handle})
-    calls = sum(line["type"] == "assistant" for line in lines_of(path))
-    used = {"input_tokens": 40, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 60,
-            "output_tokens": 10}  # fmt: skip
+    usage = claude_answer(answer, output_tokens=1)["usage"]
+    print_event({"type": "assistant", "message": {**message, "usage": usage}, **tools.printed})
+    calls = claude_calls(path)
+    own = calls - before
+    used = {"input_tokens": 40 * own, "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": 60 * own, "output_tokens": 10 * own}  # fmt: skip
     total = {"inputTokens": 40 * calls, "cacheReadInputTokens": 60 * calls,
              "cacheCreationInputTokens": 0, "outputTokens": 10 * calls}  # fmt: skip
     print_event({"type": "result", "subtype": "success", "is_error": False, "result": text,

@@ -11,11 +11,12 @@ records the destination in `outside`.
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Final, Self, TypeAlias
@@ -37,6 +38,8 @@ OPTIONS: Final = ["Ostend", "Hull"]
 HANG_S: Final = 120.0
 NO_HEADERS: Final[Mapping[str, str]] = {}
 BEAT_S: Final = 0.2
+MOST_SHARES: Final = 14
+"""How many answers have a share of their own. Greater ones would not fit a report of usage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,7 @@ class Reply:
         status: the HTTP status of the refusal.
         retry_after_s: the refusal's header of that name; None: it has none.
         is_cut: the endpoint sends only the first half, and closes the connection.
+        share: what its tokens are multiplied with; `Answer` says how.
     """
 
     text: str = ""
@@ -64,6 +68,22 @@ class Reply:
     status: int = 400
     retry_after_s: int | None = None
     is_cut: bool = False
+    share: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer that the endpoint has sent whole.
+
+    Attributes:
+        share: the answer has `10 * share` tokens of input, `4 * share` of them cached, and
+            `5 * share` of output. It is another power of 4 for each answer, so the usage of a run
+            shows which answers were counted, and how often.
+        command: the command that it had the CLI run; None: none.
+    """
+
+    share: int
+    command: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,9 +180,11 @@ class ModelEndpoint:
         self.outside: list[str] = []
         self.unknown: list[str] = []
         self.violations: list[str] = []
-        self.answered: list[str] = []
+        self.answered: list[Answer] = []
         self.ending = threading.Event()
+        self._lock = threading.Lock()
         self._script = script
+        self._shares = (4 ** min(number, MOST_SHARES) for number in itertools.count())
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
 
@@ -200,7 +222,9 @@ class ModelEndpoint:
         if violations := vendor.violations(messages):
             self.violations += violations
             return Reply(refusal="; ".join(violations))
-        return self._script(request)
+        reply = self._script(request)
+        with self._lock:
+            return replace(reply, share=next(self._shares))
 
     def got(self, *words: str) -> bool:
         """Return whether one request contained all of these words."""
@@ -284,7 +308,7 @@ class _Handler(BaseHTTPRequestHandler):
             while reply.hangs and time.monotonic() < ends and not self.endpoint.ending.wait(BEAT_S):
                 self._chunk(": still there\n\n")
             if not reply.hangs:
-                self.endpoint.answered.append(self.path)
+                self.endpoint.answered.append(Answer(reply.share, reply.command))
             self.wfile.write(b"0\r\n\r\n")
         except OSError:  # the CLI was killed
             self.close_connection = True
@@ -316,10 +340,11 @@ def _new_id(prefix: str) -> str:
 def openai(reply: Reply) -> list[str]:
     """Return the events of an answer of OpenAI's Responses API."""
     response, message = _new_id("resp"), _new_id("msg")
-    usage = {"input_tokens": 10, "output_tokens": 5, "total_tokens": 15}
+    part = reply.share
+    usage = {"input_tokens": 10 * part, "output_tokens": 5 * part, "total_tokens": 15 * part}
     details = {
-        "input_tokens_details": {"cached_tokens": 4},
-        "output_tokens_details": {"reasoning_tokens": 2},
+        "input_tokens_details": {"cached_tokens": 4 * part},
+        "output_tokens_details": {"reasoning_tokens": 2 * part},
     }
     ended = {"id": response, "usage": {**usage, **details}}
     if reply.command is None:
@@ -350,11 +375,11 @@ def _openai_text(message: str, text: str) -> list[str]:
 def gemini(reply: Reply) -> list[str]:
     """Return the events of an answer of the Gemini API."""
     usage = {
-        "promptTokenCount": 10,
-        "cachedContentTokenCount": 4,
-        "candidatesTokenCount": 3,
-        "thoughtsTokenCount": 2,
-        "totalTokenCount": 15,
+        "promptTokenCount": 10 * reply.share,
+        "cachedContentTokenCount": 4 * reply.share,
+        "candidatesTokenCount": 3 * reply.share,
+        "thoughtsTokenCount": 2 * reply.share,
+        "totalTokenCount": 15 * reply.share,
     }
     parts: list[Json] = [{"text": half} for half in _halves(reply.text)]
     if reply.command is not None:
@@ -371,7 +396,7 @@ def gemini(reply: Reply) -> list[str]:
 
 def anthropic(reply: Reply) -> list[str]:
     """Return the events of an answer of Anthropic's Messages API."""
-    message = _anthropic_message([], None, output_tokens=1)
+    message = _anthropic_message(reply.share, [], None, output_tokens=1)
     commands = [] if reply.command is None else [reply.command, *reply.more]
     calls = [_anthropic_call(command) for command in commands]
     if reply.errand is not None:
@@ -386,18 +411,24 @@ def anthropic(reply: Reply) -> list[str]:
             for index, block in enumerate(blocks)
             for event in block
         ),
-        _event({"type": "message_delta", "delta": ended, "usage": {"output_tokens": 5}}),
+        _event(
+            {"type": "message_delta", "delta": ended, "usage": {"output_tokens": 5 * reply.share}}
+        ),
         _event({"type": "message_stop"}),
     ]
 
 
 def anthropic_whole(reply: Reply) -> Json:
     """Return an answer of Anthropic's Messages API that is a text."""
-    return _anthropic_message([{"type": "text", "text": reply.text}], "end_turn", output_tokens=5)
+    text = [{"type": "text", "text": reply.text}]
+    return _anthropic_message(reply.share, text, "end_turn", output_tokens=5 * reply.share)
 
 
-def _anthropic_message(content: list[Json], reason: str | None, *, output_tokens: int) -> Json:
-    used = {"input_tokens": 6, "cache_read_input_tokens": 4, "output_tokens": output_tokens}
+def _anthropic_message(
+    share: int, content: list[Json], reason: str | None, *, output_tokens: int
+) -> Json:
+    read = {"input_tokens": 6 * share, "cache_read_input_tokens": 4 * share}
+    used = {**read, "output_tokens": output_tokens}
     return {
         "id": _new_id("msg"),
         "type": "message",

@@ -204,19 +204,19 @@ def test_the_usage_of_a_run_is_what_the_model_sent(
     setup = new_setup()
     service, api = setup.home.start()
     waiting = setup.run_until_question(api)
-    first = len(endpoint.requests)
+    first = len(endpoint.answered)
     service.kill()
     service, api = setup.home.start()
     api.reply(setup.run_id, 1, "Ostend")
     ended = setup.until(api, "SUCCEEDED", "FAILED")
 
-    for run, calls in ((waiting, first), (ended, len(endpoint.requests))):
-        used = run.usage
+    for run, answers in ((waiting, endpoint.answered[:first]), (ended, endpoint.answered)):
+        used, calls = run.usage, sum(each.share for each in answers)
         assert (used.input_tokens, used.cached_input_tokens) == (10 * calls, 4 * calls), run
         assert used.output_tokens == 5 * calls
         assert used.reasoning_output_tokens == (0 if cli.preset == "claude" else 2 * calls)
         assert used.HasField("cost_usd") is (cli.preset == "claude")
-    assert first < len(endpoint.requests)
+    assert first < len(endpoint.answered)
 
 
 def test_the_calls_of_a_killed_turn_count(
@@ -226,14 +226,12 @@ def test_the_calls_of_a_killed_turn_count(
     service, api = setup.home.start()
     setup.create_run(api, f"{SHELL} [ -e once ] || {{ touch once; sleep 60; }}\n")
     until(lambda: [*setup.home.data.rglob("once")], "the command runs", timeout_s=90.0)
-    if cli.preset == "claude":
-        until(lambda: api.get(setup.run_id).HasField("usage"), "the first call is on record")
     service.kill()
     _, api = setup.home.start()
     ended = setup.until(api, "SUCCEEDED", "FAILED")
 
     assert status_word(ended) == "SUCCEEDED", ended
-    assert ended.usage.input_tokens == 10 * len(endpoint.requests)
+    assert ended.usage.input_tokens == 10 * sum(each.share for each in endpoint.answered)
 
 
 def test_the_clis_error_message_is_the_error_of_the_run(cli: Cli, new_setup: NewSetup) -> None:

@@ -1,6 +1,7 @@
 """The calls that a session file proves, of a CLI that was killed before it printed its usage.
 
-The lines are those of codex-cli 0.171.0 and gemini-cli 0.61.0, cut to what matters.
+The lines are those of codex-cli 0.171.0, gemini-cli 0.61.0 and claude-code 2.1.332, cut to what
+matters.
 """
 
 from __future__ import annotations
@@ -76,6 +77,29 @@ def gemini_usage(calls: int) -> Usage:
     )
 
 
+def claude_line(key: str, *, output_tokens: int = 20, **more: object) -> Line:
+    """Return a line with a part of an answer, as Claude Code stores and prints it."""
+    used = {
+        "input_tokens": 50,
+        "cache_creation_input_tokens": 10,
+        "cache_read_input_tokens": 40,
+        "output_tokens": output_tokens,
+    }
+    message = {"id": key, "model": "model", "content": [{"type": "text"}], "usage": used}
+    return {"type": "assistant", "message": {**message, **more}}
+
+
+def claude_usage(calls: int, *, output_tokens: int = 20) -> Usage:
+    """Return the tokens of so many such answers."""
+    return Usage(
+        input_tokens=100 * calls,
+        cached_input_tokens=40 * calls,
+        cache_write_input_tokens=10 * calls,
+        output_tokens=output_tokens * calls,
+        model="model",
+    )
+
+
 def session(preset: str, folder: Path, lines: Sequence[Line] = ()) -> StoredSession:
     """Write a session whose first turn was killed after these lines."""
     made = StoredSession.write(preset, folder)
@@ -87,7 +111,12 @@ def session(preset: str, folder: Path, lines: Sequence[Line] = ()) -> StoredSess
 def read(made: StoredSession) -> StoredUsage:
     """Return the usage that the session proves."""
     stored = StoredHandle(handle=made.handle, workspace=made.workspace)
-    return made.home.store.read_usage(stored)
+    return made.home.store.read_usage(stored, output_of(made))
+
+
+def output_of(made: StoredSession) -> Path:
+    """Return the file with what the CLI has printed."""
+    return made.workspace.parent / "stdout.log"
 
 
 def assert_proves_nothing(made: StoredSession, reason: str) -> None:
@@ -154,10 +183,11 @@ def test_messages_of_gemini_whose_sum_is_impossible_prove_nothing(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("preset", "line"), [("codex", codex_record(1)), ("gemini", gemini_message("a"))]
+    ("preset", "line"),
+    [("codex", codex_record(1)), ("gemini", gemini_message("a")), ("claude", claude_line("a"))],
 )
-class TestOfBoth:
-    """What is true for both CLIs."""
+class TestOfEach:
+    """What is true for each CLI."""
 
     def test_a_last_line_that_the_kill_has_cut_does_not_count(
         self, tmp_path: Path, preset: str, line: Line
@@ -180,7 +210,7 @@ class TestOfBoth:
     def test_an_impossible_number_proves_nothing(
         self, tmp_path: Path, preset: str, line: Line
     ) -> None:
-        text = text_of([line]).replace(b":100,", b":-100,")
+        text = text_of([line]).replace(b":100,", b":-100,").replace(b":50,", b":-50,")
 
         made = session(preset, tmp_path)
         with made.file.open("ab") as file:
@@ -224,8 +254,50 @@ class TestOfBoth:
         assert_proves_nothing(made, "not_a_file")
 
 
-def test_claude_code_needs_no_file_because_it_prints_the_usage_of_each_call(tmp_path: Path) -> None:
-    made = StoredSession.write("claude", tmp_path)
+def test_an_answer_of_claude_counts_once_however_many_lines_it_has(tmp_path: Path) -> None:
+    lines = [
+        claude_line("a", output_tokens=1),
+        claude_line("a", output_tokens=20),
+        claude_line("b"),
+        claude_line("00000000-0000-0000-0000-000000000000", model="<synthetic>"),
+    ]
 
-    assert made.home.store.ledger is None
-    assert_proves_nothing(made, "unusable")
+    made = session("claude", tmp_path, lines)
+
+    assert read(made) == StoredUsage(calls=claude_usage(2), is_open=True)
+
+
+def test_what_claude_has_printed_adds_the_answers_that_its_file_lacks(tmp_path: Path) -> None:
+    made = session("claude", tmp_path, [claude_line("a")])
+    printed = [claude_line("a", output_tokens=1), claude_line("b", output_tokens=1)]
+    output_of(made).write_bytes(b'a warning about "usage"\n' + text_of(printed) + b'{"usage')
+
+    expected = claude_usage(2, output_tokens=0).plus(Usage(output_tokens=21))
+    assert read(made).calls == expected
+
+    made.file.unlink()  # it was killed before it had saved its session
+    assert read(made).calls == claude_usage(2, output_tokens=1)
+
+
+def test_the_output_of_other_clis_proves_nothing(tmp_path: Path) -> None:
+    made = session("codex", tmp_path, [codex_record(1)])
+    output_of(made).write_bytes(text_of([codex_record(2)]))
+
+    assert read(made).calls == codex_usage(1)
+
+
+def test_an_output_that_is_no_file_or_too_long_proves_nothing(tmp_path: Path) -> None:
+    made = session("claude", tmp_path, [claude_line("a")])
+    os.mkfifo(output_of(made))
+    assert_proves_nothing(made, "not_a_file")
+
+    output_of(made).unlink()
+    output_of(made).write_bytes(text_of([claude_line("b")]))
+    store = made.home.store
+    assert store.ledger is not None
+    both = made.file.stat().st_size + output_of(made).stat().st_size
+    reader = UsageReader(store.layout, store.ledger, most_bytes=both)
+    stored = StoredHandle(handle=made.handle, workspace=made.workspace)
+    assert reader.read([made.file], stored, output_of(made)).calls == claude_usage(2)
+    with pytest.raises(UsageNotKnown, match="too_long"):
+        replace(reader, most_bytes=both - 1).read([made.file], stored, output_of(made))

@@ -92,6 +92,7 @@ class Killed:
         counts = KilledUsage(
             catalog=Catalog([engine]),
             workspace=lambda key, attempt: self.session.workspace,
+            output=lambda key, attempt: self.session.workspace / "stdout.log",
             monotonic=iter(range(0, 1000, 20)).__next__,
         )
         turns = found_ends.open_turns(self.store.db, self.store.scope())

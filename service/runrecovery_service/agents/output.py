@@ -94,4 +94,4 @@ class OutputFiles:
         return self._workspaces.attempt(run_key, attempt).is_dir()
 
     def _file(self, run_key: int, attempt: int, channel: OutputChannel) -> Path:
-        return self._workspaces.attempt(run_key, attempt) / f"{channel}.log"
+        return self._workspaces.output(run_key, attempt, channel)

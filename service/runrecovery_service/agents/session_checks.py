@@ -85,8 +85,9 @@ class SessionChecker:
             UsageNotKnown, OSError, NotKnown: it proves nothing. TimeoutError is an OSError.
         """
         stored = self._stored(run, handle)
+        output = self.workspaces.output(run.key, run.attempt)
         async with asyncio.timeout(self.timeout_s), self._one_file:  # the end of a turn waits
-            return await daemon_threads.run(lambda: sessions.read_usage(stored))
+            return await daemon_threads.run(lambda: sessions.read_usage(stored, output))
 
     def _stored(
         self, run: Run, handle: str, fingerprint: SessionFingerprint | None = None

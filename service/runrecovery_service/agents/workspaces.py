@@ -26,6 +26,10 @@ class Workspaces:
         """Return the folder that the agent works in; it may not exist yet."""
         return self.attempt(run_key, attempt) / "workspace"
 
+    def output(self, run_key: int, attempt: int, channel: str = "stdout") -> Path:
+        """Return the file with what the agent of an attempt has printed."""
+        return self.attempt(run_key, attempt) / f"{channel}.log"
+
     def shim_journal(self, run_key: int, attempt: int, turn: int) -> Path:
         """Return the journal of the launch of a turn (`process/shim_journal.py`)."""
         return self.attempt(run_key, attempt) / f"shim-{turn}.log"

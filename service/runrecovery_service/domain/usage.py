@@ -213,7 +213,12 @@ class TurnUsage:
     @property
     def is_of_session(self) -> bool:
         """True if only the session's usage is new: no call of the turn is known."""
-        return self.turn == Usage() and self.session is not None
+        return replace(self.turn, model="") == Usage() and self.session is not None
+
+    @property
+    def is_of_calls(self) -> bool:
+        """True if the agent reported calls of the turn, and no total since."""
+        return self.session is not None and self.session.calls is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,11 +228,13 @@ class StoredUsage:
     Attributes:
         calls: the usage of all calls since the session began.
         total: the total to which the next process of the session adds. None: each process reports
-            only its own usage.
+            only its own usage, or `is_open`.
+        is_open: the next total of the session may include the calls of killed turns, or not.
     """
 
     calls: Usage
     total: Usage | None = None
+    is_open: bool = False
 
     def lacks_calls(self, before: SessionUsage | None) -> bool:
         """Return True if the file had more calls before, so that it was changed or replaced."""
@@ -244,30 +251,32 @@ def at_end_of_turn(
 ) -> TurnUsage | None:
     """Return the usage of a turn that has ended, whose session file proves `stored`.
 
-    A report of the agent counts as it is. Without one, the calls count that the file has gained
-    since the turn began. If one of their numbers is negative, they do not count.
+    A total that the agent reported counts as it is. Without one, the calls count that the file has
+    gained since the turn began, at least those that the agent reported. If one number of the gained
+    calls is negative, they do not count.
 
     Args:
-        reported: what the agent reported; None: nothing, because it was killed.
+        reported: what the agent reported: a total, or calls because it was killed; None: nothing.
         stored: None: the file could not be read.
         before: what was known of the session when the turn began.
         is_first: the session began in this turn.
     """
     session = (reported and reported.session) or before or SessionUsage()
+    least = Usage() if reported is None else reported.turn
     if stored is None:
         if reported is None and session.stored is None:
             return None
-        turn = Usage() if reported is None else reported.turn
-        return TurnUsage(turn=turn, session=replace(session, stored=None))
-    if reported is not None:
-        return TurnUsage(turn=reported.turn, session=replace(session, stored=stored.calls))
+        return TurnUsage(turn=least, session=replace(session, stored=None))
+    if reported is not None and not reported.is_of_calls:
+        return TurnUsage(turn=least, session=replace(session, stored=stored.calls))
     known = Usage() if is_first else session.stored
     gained = Usage() if known is None else stored.calls.minus(known)
+    turn = (gained if gained.covers(Usage()) else Usage()).at_least(least)
+    calls = session.calls
+    if stored.is_open and turn.total_tokens:
+        calls = turn if calls is None else calls.plus(turn.minus(least))
     total = session.total if stored.total is None else stored.total
-    return TurnUsage(
-        turn=gained if gained.covers(Usage()) else Usage(),
-        session=SessionUsage(total=total, calls=session.calls, stored=stored.calls),
-    )
+    return TurnUsage(turn=turn, session=SessionUsage(total=total, calls=calls, stored=stored.calls))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

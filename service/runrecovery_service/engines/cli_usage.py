@@ -152,14 +152,31 @@ def claude(event: JsonObject) -> UsageReported | CallReported | None:
     """
     try:
         match event:
-            case {"type": "assistant", "message": {"id": str(call), "usage": dict(said), **more}}:
-                named = usage_of(input_tokens=0, output_tokens=0, model=more.get("model", ""))
-                used = _claude_tokens(said).plus(named)
-                return CallReported(call, used, calls_tool=_calls_tool(more.get("content")))
+            case {"type": "assistant"}:
+                return claude_call(event)
             case {"type": "result"}:
                 return _claude_turn(event)
     except InvalidUsage:
         pass
+    return None
+
+
+def claude_call(line: JsonObject) -> CallReported | None:
+    """Return the usage of a call of Claude Code's model; None: the line has none.
+
+    Its events and its session files have the same messages. A message that the CLI wrote itself is
+    no call.
+
+    Raises:
+        InvalidUsage: as `usage_of`.
+    """
+    match line:
+        case {"type": "assistant", "message": {"id": str(call), "usage": dict(said), **more}}:
+            if more.get("model") == "<synthetic>":
+                return None
+            named = usage_of(input_tokens=0, output_tokens=0, model=more.get("model", ""))
+            used = _claude_tokens(said).plus(named)
+            return CallReported(call, used, calls_tool=_calls_tool(more.get("content")))
     return None
 
 

@@ -129,7 +129,7 @@ class TurnSessions:
         return seen.fingerprint
 
     async def usage(self, used: TurnUsage | None, *, gone: bool, is_last: bool) -> TurnUsage | None:
-        """Return the usage of the turn, with the calls in its session if the agent reported none.
+        """Return the usage of the turn, by the calls in its session if the agent reported no total.
 
         Args:
             used: what the agent reported.
@@ -137,7 +137,9 @@ class TurnSessions:
             is_last: no turn follows that has to know what the session has used.
         """
         sessions = self._cli_sessions()
-        if sessions is None or sessions.ledger is None or (is_last and used is not None):
+        if sessions is None or sessions.ledger is None:
+            return used
+        if is_last and used is not None and not used.is_of_calls:
             return used
         run = await self.records.read_run()
         if run.session is None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final
 
 import structlog
@@ -30,6 +31,8 @@ from runrecovery_service.storage.found_ends import OpenTurn
 
 log = structlog.get_logger()
 
+OutputOf = Callable[[int, int], Path]
+"""Returns a file of an attempt of a run, given the key of the run and the attempt."""
 COUNT_S: Final = 30.0
 """The time limit of one recovery. Later turns keep the usage that they had reported."""
 
@@ -39,11 +42,13 @@ class KilledUsage:
     """Counts the model calls of the unfinished turns that a recovery finds.
 
     Attributes:
+        output: the file with what the agent of an attempt has printed.
         monotonic: the clock of the time limit.
     """
 
     catalog: Catalog
     workspace: WorkspaceOf
+    output: OutputOf
     monotonic: Callable[[], float] = time.monotonic
 
     def count(
@@ -89,7 +94,8 @@ class KilledUsage:
         workspace = self.workspace(turn.run_key, turn.attempt)
         stored = StoredHandle(handle=handle, workspace=workspace)
         try:
-            reading = daemon_threads.start(lambda: sessions.read_usage(stored))
+            output = self.output(turn.run_key, turn.attempt)
+            reading = daemon_threads.start(lambda: sessions.read_usage(stored, output))
             self._wait(reading, deadline, stop)
             found = reading.result()
             if not found.lacks_calls(turn.session_usage):

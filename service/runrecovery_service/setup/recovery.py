@@ -37,7 +37,11 @@ def build_recovery(parts: SharedParts) -> RecoveryRunner:
             ),
             trust=parts.trust,
             find_end=parts.ends.find,
-            usage=KilledUsage(catalog=parts.catalog, workspace=parts.workspaces.workspace),
+            usage=KilledUsage(
+                catalog=parts.catalog,
+                workspace=parts.workspaces.workspace,
+                output=parts.workspaces.output,
+            ),
         ),
         tracer=parts.tracer,
     )

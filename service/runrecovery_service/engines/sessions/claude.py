@@ -8,13 +8,16 @@ session id. Lines with messages also contain the workspace.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Final
 
 from runrecovery_service.domain.run import JsonObject
 from runrecovery_service.domain.session_check import SessionReason, StoredHandle
+from runrecovery_service.domain.usage import StoredUsage, Usage
+from runrecovery_service.engines.cli_usage import claude_call
 from runrecovery_service.engines.sessions.files import CliSessions
 from runrecovery_service.engines.sessions.folders import home_of
 
@@ -28,7 +31,9 @@ def sessions(env: Mapping[str, str]) -> CliSessions:
     home = home_of(env, "CLAUDE_CONFIG_DIR", ".claude")
     if home is None:
         return CliSessions(None, None, ClaudeLayout())
-    return CliSessions(home, lambda: ClaudeFinder(home / "projects"), ClaudeLayout())
+    return CliSessions(
+        home, lambda: ClaudeFinder(home / "projects"), ClaudeLayout(), ledger=ClaudeLedger()
+    )
 
 
 def folder_of(workspace: str) -> str:
@@ -116,3 +121,23 @@ def _calls_tool(message: JsonObject) -> bool:
     content = message.get("content")
     last = content[-1] if isinstance(content, list) and content else None
     return isinstance(last, dict) and last.get("type") == "tool_use"
+
+
+class ClaudeLedger:
+    """The calls in the session files of Claude Code, and in its output.
+
+    Each line with a part of an answer has the id of the answer and its usage. The file has the
+    whole usage, but is written up to some seconds later than the output, whose usage has too few
+    output tokens.
+    """
+
+    marks = (b'"usage"',)
+    is_in_output = True
+
+    def sum(self, lines: Iterable[JsonObject]) -> StoredUsage:
+        """Return the sum over all answers, each with the greatest numbers of its lines."""
+        calls: dict[str, Usage] = {}
+        for line in lines:
+            if (said := claude_call(line)) is not None:
+                calls[said.call] = said.usage.at_least(calls.get(said.call, Usage()))
+        return StoredUsage(calls=reduce(Usage.plus, calls.values(), Usage()), is_open=True)

@@ -134,6 +134,7 @@ class CodexLedger:
     """
 
     marks = (b'"token_usage_record"', b'"token_count"')
+    is_in_output = False
 
     def sum(self, lines: Iterable[JsonObject]) -> StoredUsage:
         """Return the latest of both totals. Older versions have only `token_count`."""

@@ -134,7 +134,7 @@ class CliSessions:
         home: the home folder of the CLI; None: not known.
         finder: returns a finder for one batch; None: `home` is not known.
         history: repairs a session before it is resumed; None: sessions of this CLI need no repair.
-        ledger: the usage in the files; None: the CLI prints the usage of each call.
+        ledger: the usage in the files; None: not known.
     """
 
     home: Path | None
@@ -165,8 +165,11 @@ class CliSessions:
         repairs = [repair(path, self.history, given_up) for path in self.finder().paths(stored)]
         return [each for each in repairs if each is not None]
 
-    def read_usage(self, stored: StoredHandle) -> StoredUsage:
+    def read_usage(self, stored: StoredHandle, output: Path) -> StoredUsage:
         """Return the usage that a session proves. No process may write to its files.
+
+        Args:
+            output: what the CLI has written to its standard output in all turns of the session.
 
         Raises:
             UsageNotKnown, OSError, NotKnown: the session proves nothing.
@@ -174,7 +177,8 @@ class CliSessions:
         if self.ledger is None or self.finder is None or not is_uuid(stored.handle):
             raise UsageNotKnown("unusable")
         stored = replace(stored, workspace=Path(os.path.realpath(stored.workspace)))
-        return UsageReader(self.layout, self.ledger).read(self.finder().paths(stored), stored)
+        reader = UsageReader(self.layout, self.ledger)
+        return reader.read(self.finder().paths(stored), stored, output)
 
     def _new_batch(self) -> _Batch:
         return _Batch(self.home, self.finder() if self.finder else None, self.layout)

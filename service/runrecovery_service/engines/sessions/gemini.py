@@ -146,6 +146,7 @@ class GeminiLedger:
     """
 
     marks = (b'"tokens"',)
+    is_in_output = False
 
     def sum(self, lines: Iterable[JsonObject]) -> StoredUsage:
         """Return the sum over all messages, those that the CLI has removed from the history too."""

@@ -1,6 +1,7 @@
 """Reads from session files which calls of the model their CLI has stored.
 
-A killed CLI prints no usage. Its session file has the usage of each call whose answer was complete.
+A killed CLI prints no total. Its session file has the usage of each call whose answer was complete.
+Claude Code writes that file late, so what it printed is read as well.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
@@ -32,13 +34,19 @@ class Ledger(Protocol):
 
     Attributes:
         marks: a line without any of these texts has no usage, and is not parsed.
+        is_in_output: the CLI prints the same lines to its standard output.
     """
 
     @property
     def marks(self) -> tuple[bytes, ...]: ...
 
+    @property
+    def is_in_output(self) -> bool: ...
+
     def sum(self, lines: Iterable[JsonObject]) -> StoredUsage:
         """Return the usage in the lines of all files of a session, the oldest file first.
+
+        The lines of the output follow.
 
         Raises:
             InvalidUsage: a number is impossible.
@@ -53,8 +61,10 @@ class UsageReader:
     ledger: Ledger
     most_bytes: int = MOST_BYTES
 
-    def read(self, paths: Iterable[Path], stored: StoredHandle) -> StoredUsage:
-        """Return the usage that the files of a session prove.
+    def read(
+        self, paths: Iterable[Path], stored: StoredHandle, output: Path | None = None
+    ) -> StoredUsage:
+        """Return the usage that the files of a session prove, and its kept output.
 
         Raises:
             UsageNotKnown: a file is damaged, too long or of another session, or there is none.
@@ -65,9 +75,16 @@ class UsageReader:
         for path in paths:
             if path.suffix != ".jsonl":
                 raise UsageNotKnown("not_known")
-            size, found = self._read_file(path, stored, left)
-            left, is_found = left - size, True
-            lines += found
+            try:
+                data = _read_file(path, left)
+            except FileNotFoundError:
+                continue
+            left, is_found = left - len(data), True
+            lines += self._lines(data, stored)
+        if self.ledger.is_in_output and output is not None:
+            with suppress(FileNotFoundError):  # a process that has printed nothing
+                lines += self._output_lines(_read_file(output, left))
+                is_found = True  # a CLI that was killed early may not have made its file
         if not is_found:
             raise UsageNotKnown("missing")
         try:
@@ -77,21 +94,6 @@ class UsageReader:
         if not usage.calls.fits_report:  # agents can write what they like
             raise UsageNotKnown("broken")
         return usage
-
-    def _read_file(
-        self, path: Path, stored: StoredHandle, most: int
-    ) -> tuple[int, list[JsonObject]]:
-        # Agents can write where the file is: no waiting for a pipe.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(descriptor, "rb") as file:
-            found = os.fstat(descriptor)
-            if not stat.S_ISREG(found.st_mode):
-                raise UsageNotKnown("not_a_file")
-            if found.st_size > most:
-                raise UsageNotKnown("too_long")
-            # Not beyond this size, if the file grows all the same.
-            data = file.read(found.st_size)
-        return found.st_size, list(self._lines(data, stored))
 
     def _lines(self, data: bytes, stored: StoredHandle) -> Iterator[JsonObject]:
         """Yield the lines that may have usage.
@@ -111,3 +113,24 @@ class UsageReader:
                 if parsed is None:
                     raise UsageNotKnown("broken")
                 yield parsed
+
+    def _output_lines(self, data: bytes) -> Iterator[JsonObject]:
+        """Yield the same of the output, in which any other text may stand."""
+        for line in data.split(b"\n"):
+            if any(mark in line for mark in self.ledger.marks):
+                parsed = json_object(line)
+                if parsed is not None:
+                    yield parsed
+
+
+def _read_file(path: Path, most: int) -> bytes:
+    # Agents can write where the file is: no waiting for a pipe.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise UsageNotKnown("not_a_file")
+        if found.st_size > most:
+            raise UsageNotKnown("too_long")
+        # Not beyond this size, if the file grows all the same.
+        return file.read(found.st_size)
