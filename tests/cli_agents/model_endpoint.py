@@ -38,8 +38,8 @@ OPTIONS: Final = ["Ostend", "Hull"]
 HANG_S: Final = 120.0
 NO_HEADERS: Final[Mapping[str, str]] = {}
 BEAT_S: Final = 0.2
-MOST_SHARES: Final = 14
-"""How many answers have a share of their own. Greater ones would not fit a report of usage."""
+MOST_SHARES: Final = 8
+"""How many answers have a share of their own. A CLI compacts a conversation with more tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class Answer:
 
     Attributes:
         share: the answer has `10 * share` tokens of input, `4 * share` of them cached, and
-            `5 * share` of output. It is another power of 4 for each answer, so the usage of a run
+            `5 * share` of output. It is another power of 3 for each answer, so the usage of a run
             shows which answers were counted, and how often.
         command: the command that it had the CLI run; None: none.
     """
@@ -184,7 +184,7 @@ class ModelEndpoint:
         self.ending = threading.Event()
         self._lock = threading.Lock()
         self._script = script
-        self._shares = (4 ** min(number, MOST_SHARES) for number in itertools.count())
+        self._shares = (3 ** min(number, MOST_SHARES) for number in itertools.count())
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
 

@@ -77,11 +77,11 @@ def shares_sent(setup: RealCliSetup) -> list[int]:
 def counted_answers(run: run_pb2.Run) -> set[int]:
     """Return the shares of the answers in the usage of a run, each of which counts once.
 
-    A share is a power of 4, so the digits of their sum show how often each one counts.
+    A share is a power of 3, so the digits of their sum show how often each one counts.
     """
     total, rest = divmod(run.usage.input_tokens, 10)
     assert (rest, run.usage.cached_input_tokens) == (0, 4 * total)
-    digits = {4**place: total // 4**place % 4 for place in range(total.bit_length())}
+    digits = {3**place: total // 3**place % 3 for place in range(total.bit_length())}
     assert set(digits.values()) <= {0, 1}, f"an answer counts twice: {digits}"
     return {share for share, times in digits.items() if times}
 
