@@ -64,7 +64,7 @@ class PlanPage(Page[recovery_service_pb2.PlannedDecision]):
 
 @dataclass(frozen=True, slots=True)
 class Plan(Generic[DecisionsT_co]):
-    """What a restart would decide now.
+    """The decisions that a restart would make now.
 
     Attributes:
         totals: the numbers of the whole plan.

@@ -1,4 +1,4 @@
-"""Positions of stream readers, and when a broken stream is reopened. No I/O."""
+"""Tracks the position of a stream, and decides when to reopen a broken one. No I/O."""
 
 from __future__ import annotations
 

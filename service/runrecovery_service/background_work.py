@@ -1,4 +1,4 @@
-"""What works on runs beside the calls, while the service serves."""
+"""Runs the background tasks of the service: dispatcher, deadlines, sweeps, webhooks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Sweeper(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sweep:
-    """A sweeper, and when it works.
+    """A sweeper, with the conditions under which it runs.
 
     Attributes:
         name: names its step in the log of a stop.

@@ -1,4 +1,4 @@
-"""How a start identifies itself, and claims the next epoch of its instance."""
+"""Identifies this start, and claims the next epoch of its instance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the machine controls the service: signals, reloads, and the messages to systemd."""
+"""Connects the service to the machine: signals, reloads, messages to systemd."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a start takes from the machine: open files, pipes and a delegated cgroup."""
+"""Sets up the limits of the machine at a start: open files, pipes, a delegated cgroup."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What recovery, execution and rpc share: agent output, workspaces, session checks, trust."""
+"""Code that recovery, execution and rpc share: agent output, workspaces, session checks, trust."""

@@ -1,4 +1,4 @@
-"""What agents wrote to stdout and stderr: kept per attempt, up to a limit."""
+"""Keeps the stdout and stderr of agents, per attempt and up to a limit."""
 
 from __future__ import annotations
 

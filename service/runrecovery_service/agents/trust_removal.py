@@ -66,7 +66,7 @@ def remove_entries(
     """Remove entries from the text of one file, if they are known to be in this file.
 
     Args:
-        place: the token of the place that the file is in.
+        place: the identity of the file's lock, as in `TrustEntry.place`.
 
     Raises:
         TrustFileUnusable: the text cannot be edited safely.

@@ -1,4 +1,4 @@
-"""Where the files of each attempt lie.
+"""Locates the files of each attempt.
 
 <runs_dir>/<run key>/<attempt>/workspace/      the agent's own folder, 0700
 <runs_dir>/<run key>/<attempt>/stdout.log      and stderr.log, 0600 (`output.py`)

@@ -16,7 +16,7 @@ NEVER_EMPTIED: Final = frozenset({"callers", "engines"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReloadPlan:
-    """What a reload does.
+    """The result of comparing a new configuration with the present one.
 
     Attributes:
         settings: the settings after the reload.

@@ -39,7 +39,7 @@ class LogFormat(StrEnum):
 
 
 class ClientAuth(StrEnum):
-    """Whether clients need a certificate of their own."""
+    """NONE: clients need no certificate. REQUIRE: each client needs one."""
 
     NONE = "none"
     REQUIRE = "require"
@@ -55,7 +55,7 @@ class RoleName(StrEnum):
 
 
 class PermissionPolicy(StrEnum):
-    """Who decides whether an agent CLI may run a tool."""
+    """The decision maker for calls of tools by an agent CLI."""
 
     CLI = "cli"
     """The CLI itself, by its options and settings."""

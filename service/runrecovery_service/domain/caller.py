@@ -29,7 +29,7 @@ NO_TOKEN_DIGEST: Final = sha256(b"").hexdigest()
 
 
 class Role(IntEnum):
-    """What a caller may do. Each role includes the ones before it."""
+    """The rights of a caller. Each role includes the ones before it."""
 
     VIEWER = 1
     """Read runs, their questions, events and output, and the decisions about them."""
@@ -89,7 +89,7 @@ NOBODY: Final = Caller(name="", role=Role.VIEWER, engines=frozenset(), max_calls
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Credentials:
-    """How a caller is recognised.
+    """The tokens and the certificate name by which a caller is recognised.
 
     Attributes:
         tokens: the SHA-256 of each token.

@@ -14,7 +14,7 @@ LONGEST_DELAY_S: Final = 300.0
 
 
 class InterruptionCause(StrEnum):
-    """What ended the process of the turn."""
+    """The cause that ended the process of the turn."""
 
     RESTART = "RESTART"
     """The service was restarted or stopped."""

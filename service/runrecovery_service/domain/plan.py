@@ -37,7 +37,7 @@ class Situation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """What a restart would decide. `unchanged`: its latest decision was the same."""
+    """A decision that a restart would make. `unchanged`: the latest decision was the same."""
 
     rule: str
     becomes: RunStatus | None
@@ -47,7 +47,7 @@ class Decision:
 
 
 class Outcome(StrEnum):
-    """What a restart would make of a run, for people who decide about a deploy."""
+    """The effect of a restart on a run, for people who decide about a deploy."""
 
     KEPT_WAITING = "KEPT_WAITING"
     REPLY_DELIVERED = "REPLY_DELIVERED"

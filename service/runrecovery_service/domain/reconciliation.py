@@ -62,7 +62,7 @@ class Phase:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecisionCount:
-    """How many runs one rule decided."""
+    """The number of runs that one rule decided."""
 
     rule: str
     recovery_state: RecoveryState
@@ -99,7 +99,7 @@ class Orphan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BindingCounts:
-    """What ended runs still held. All of it was cleared."""
+    """The stale bindings of ended runs, by kind. All were cleared."""
 
     sessions: int = 0
     pending_interactions: int = 0
@@ -187,7 +187,7 @@ class Reconciliation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecoveredFilter:
-    """Which recovered runs to list: after <= recovered_at < before. Empty fields do not filter.
+    """Selects recovered runs: after <= recovered_at < before. Empty fields do not filter.
 
     `engines` are those that the caller may see; None: all.
     """

@@ -1,4 +1,4 @@
-"""How long the service keeps what ended runs leave, and what it has removed."""
+"""Retention: the ages at which data of ended runs is removed, and counts of removals."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from enum import StrEnum
 
 
 class RetentionKind(StrEnum):
-    """What can be removed; each kind has an age of its own."""
+    """A kind of data that retention removes. Each kind has an age of its own."""
 
     RUNS = "runs"
     """Ended runs: every row and every file."""
@@ -72,7 +72,7 @@ FIRST = RunPosition(-1, 0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PruneResult:
-    """What was removed, or what would be.
+    """The counts of one prune; of a dry run, the counts that a prune would have.
 
     Attributes:
         counts: how many of each kind, for the kinds that have an age.
@@ -92,7 +92,7 @@ class PruneResult:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class RetentionTotals:
-    """What was removed since the start of the service.
+    """The counts of removals since the start of the service.
 
     Attributes:
         removed: how many of each kind.

@@ -43,7 +43,7 @@ class Profile(StrEnum):
 
 
 class RestartPolicy(StrEnum):
-    """What a restart does with a QUEUED or RUNNING run."""
+    """The action of a restart on a QUEUED or RUNNING run."""
 
     FAIL = "FAIL"
     REQUEUE = "REQUEUE"
@@ -356,7 +356,7 @@ class RunEvent:
 
 
 class View(StrEnum):
-    """How much of a run to read."""
+    """Selects the parts of a run to read."""
 
     BASIC = "BASIC"
     """Everything but input, output, and the question's prompt and options."""
@@ -365,7 +365,7 @@ class View(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFilter:
-    """Which runs to list: after <= created_at < before. Empty fields do not filter.
+    """Selects runs: after <= created_at < before. Empty fields do not filter.
 
     `engines` are those that the caller may see; None: all.
     """

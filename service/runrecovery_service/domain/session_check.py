@@ -14,7 +14,7 @@ _FINGERPRINT: Final = re.compile(r"([0-9]{1,19}) (-?[0-9]{1,19})")
 
 
 class SessionVerdict(StrEnum):
-    """Whether a run can be resumed by its session, as it is recorded."""
+    """The recorded answer to the question whether the session of a run can be resumed."""
 
     VALID = "VALID"
     INVALID = "INVALID"
@@ -33,14 +33,14 @@ LOST: Final = frozenset({SessionVerdict.INVALID, SessionVerdict.UNKNOWN_REFUSED}
 
 
 class UnknownSession(StrEnum):
-    """How a session counts when its check could not decide."""
+    """The policy for a session whose check could not decide."""
 
     KEEP = "keep"
     FAIL = "fail"
 
 
 class SessionReason(StrEnum):
-    """What a check found. It contains no part of the session or of its handle."""
+    """The reason for a verdict. It contains no part of the session or of its handle."""
 
     PRESENT = "present"
     UNCHANGED = "unchanged"

@@ -1,4 +1,4 @@
-"""Which texts every store and every message can hold: those without NUL and lone surrogates."""
+"""Checks that every store and message can hold a text: it has no NUL and no lone surrogate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How one turn of a run, the life of one process, can end.
+"""The possible ends of a turn, which is the life of one process of a run.
 
 A cancel is not among these ends. It is accepted independently of the turn and wins over its end.
 """
@@ -60,7 +60,7 @@ TurnEnd: TypeAlias = Asked | Succeeded | Failed | Interrupted | SessionGone
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnFacts:
-    """What is known of a turn that decides how it ends.
+    """The facts that determine the end of a turn.
 
     Attributes:
         last_word: the latest question or result that the process printed; None: neither.
@@ -87,7 +87,7 @@ class TurnFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessEnd:
-    """How the process of a turn ended.
+    """The end of the process of a turn.
 
     Attributes:
         exit_code: None if the process was alive and had to be ended; negative for a signal.

@@ -45,7 +45,7 @@ class Usage:
 
     @property
     def total_tokens(self) -> int:
-        """What a limit on tokens counts: the whole input and the whole output."""
+        """Return the tokens that a limit counts: the whole input and the whole output."""
         return self.input_tokens + self.output_tokens
 
     @property
@@ -200,7 +200,7 @@ class SessionUsage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnUsage:
-    """What a turn has used so far.
+    """The usage of a turn so far.
 
     Attributes:
         turn: the part of the turn, since the start of its process.
@@ -281,7 +281,7 @@ def at_end_of_turn(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """What a run may use. None: no limit."""
+    """The limits on the usage of a run. None: no limit."""
 
     max_tokens: int | None = None
     max_cost_nanos: int | None = None

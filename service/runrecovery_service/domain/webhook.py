@@ -1,4 +1,4 @@
-"""Which events of runs a webhook gets, and under which name."""
+"""The events of runs that webhooks can receive, and the filter of each webhook."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from runrecovery_service.domain.run import RunEventKind, RunStatus
 
 
 class WebhookEvent(StrEnum):
-    """What a delivery reports."""
+    """The kind of event that a delivery reports."""
 
     WAITING_USER = "WAITING_USER"
     """The run has a new question, or waits again after it was reopened."""

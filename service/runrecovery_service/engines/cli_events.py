@@ -1,4 +1,4 @@
-"""What one output event of an agent CLI can mean. Each CLI's own module reads its events."""
+"""The possible meanings of an output event of an agent CLI. The module of each CLI parses them."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class ResultMessage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UsageMessage:
-    """What the turn has used so far. It replaces the report before."""
+    """The usage of the turn so far. It replaces the previous report."""
 
     used: TurnUsage
     is_answering: bool = False
@@ -97,7 +97,7 @@ Message: TypeAlias = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunContext:
-    """What every process of a run receives.
+    """The facts that every process of a run receives.
 
     Attributes:
         turn: the number of the process in its attempt.

@@ -47,7 +47,7 @@ _OPTIONS: Final = (Option(label="Allow", value="allow"), Option(label="Deny", va
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedHook:
-    """What a launch needs for the hook.
+    """The files and arguments of a launch that install the hook.
 
     Attributes:
         arguments: further arguments of the CLI.
@@ -60,7 +60,7 @@ class PreparedHook:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Permissions:
-    """Which calls of tools need the permission of the user. Empty `patterns`: none."""
+    """The calls of tools that need the permission of the user. Empty `patterns`: none."""
 
     patterns: tuple[str, ...] = ()
 

@@ -21,7 +21,7 @@ class Preset(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CliDescription:
-    """What the service knows about a CLI.
+    """The properties of a CLI that its preset uses.
 
     Attributes:
         program: its command, as its npm package installs it.

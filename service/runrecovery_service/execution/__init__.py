@@ -1,1 +1,1 @@
-"""What happens after a start: runs are taken from the queue, launched, supervised and ended."""
+"""Executes runs while the service serves: queue, launch, supervision, end."""

@@ -239,7 +239,7 @@ class AgentIO:
             self._note_kept(len(data), size)
 
     def _note_kept(self, added: int, size: int | None) -> None:
-        """Note where standard output is kept; `size` is that of the file, None if some is lost."""
+        """Record the file of standard output. `size`: its size; None: output was lost."""
         if size is None:
             self._is_all_kept = False
         elif self._kept_from is None:

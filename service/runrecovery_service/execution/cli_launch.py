@@ -1,4 +1,4 @@
-"""What the launch of an agent CLI needs beside its command: files, and a CLI that is new enough."""
+"""Prepares the launch of an agent CLI: writes its files, and checks its version."""
 
 from __future__ import annotations
 

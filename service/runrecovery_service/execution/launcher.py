@@ -74,7 +74,7 @@ class Withdrawn(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launcher:
-    """What every launch of this service uses.
+    """Launches processes, with the resources that all launches share.
 
     Attributes:
         threads: the pool for blocking work.

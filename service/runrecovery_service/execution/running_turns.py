@@ -53,7 +53,7 @@ class RunningTurns:
 
     @property
     def at_work(self) -> int:
-        """How many turns do not wait for their user."""
+        """The number of turns that do not wait for their user."""
         return sum(not supervisor.state.is_waiting for supervisor in self._tasks)
 
     @property
@@ -63,7 +63,7 @@ class RunningTurns:
 
     @property
     def engines_in_use(self) -> Counter[str]:
-        """How many turns each engine has."""
+        """The number of turns of each engine."""
         return Counter(supervisor.turn.run.engine for supervisor in self._tasks)
 
     def time_out(self, run_id: str, kind: DueKind) -> None:

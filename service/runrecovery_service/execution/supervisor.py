@@ -181,7 +181,7 @@ class TurnSupervisor:
         return self.state.is_canceled or not isinstance(end, Asked | Interrupted | SessionGone)
 
     async def _run_process(self) -> TurnEnd:
-        """Launch the process and follow it until it has ended or must be; return how it ended."""
+        """Launch the process, supervise it until the end of the turn, and return this end."""
         try:
             engine = self._engine()
             opening = self._open(engine)
@@ -272,7 +272,7 @@ class TurnSupervisor:
         return self._judge(opening)
 
     async def _converse(self, engine: Engine, io: AgentIO, opening: Opening) -> None:
-        """Take events until the process has ended or must be ended."""
+        """Handle events until the process has ended, or the service must end it."""
         async with asyncio.TaskGroup() as group:
             tasks = [
                 group.create_task(io.read_stdout()),

@@ -1,4 +1,4 @@
-"""What is known of a turn under way, and what each event changes. Pure: no I/O, no clock.
+"""The state of a turn under way, and the change by each event. Pure: no I/O, no clock.
 
 `advance` takes the state and one event and returns the next state, with what the supervisor has to
 do about it before the next event. `tests/execution/test_turn_state.py` has the table.
@@ -158,7 +158,7 @@ Action: TypeAlias = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnRules:
-    """What does not change during a turn.
+    """The inputs of a turn that do not change.
 
     Attributes:
         profile: how the run waits for a reply; None: in a way that only a later version knows.
@@ -183,7 +183,7 @@ class TurnRules:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnState(TurnFacts):
-    """What is known of a turn under way.
+    """The state of a turn under way.
 
     Attributes:
         exited: how the agent's own process ended; None: it lives.

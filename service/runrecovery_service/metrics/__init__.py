@@ -1,1 +1,1 @@
-"""What monitoring can read: the numbers of the service, on an address of their own."""
+"""Serves the metrics of the service, on an address of their own."""

@@ -35,7 +35,7 @@ STORE_WAIT_S: Final = 0.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
-    """What only the store knows.
+    """The counts that are read from the store.
 
     Attributes:
         runs: the unfinished runs.

@@ -31,7 +31,7 @@ class _Given(Collector):
 
 
 def render(families: Iterable[Family]) -> bytes:
-    """Return the metrics, and those of the process (CPU time, memory, descriptors), as text."""
+    """Return the metrics of the service and its process (CPU time, memory, descriptors) as text."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Given(families))
     ProcessCollector(namespace="runrecovery", registry=registry)

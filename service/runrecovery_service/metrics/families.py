@@ -13,7 +13,7 @@ Labels: TypeAlias = tuple[str, ...]
 
 
 class Kind(Enum):
-    """What Prometheus may do with the numbers."""
+    """The type of a metric in Prometheus."""
 
     COUNTER = auto()
     GAUGE = auto()

@@ -1,4 +1,4 @@
-"""What the service has now, and what its parts have counted themselves: read at each scrape."""
+"""Metrics that are read at each scrape: present values, and counters that other objects keep."""
 
 from __future__ import annotations
 

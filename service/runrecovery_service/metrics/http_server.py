@@ -25,7 +25,7 @@ log = structlog.get_logger()
 
 
 class Page(Protocol):
-    """What is served."""
+    """A page of the HTTP server."""
 
     async def text(self) -> bytes:
         """Return the page as it is now."""

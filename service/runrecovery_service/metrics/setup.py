@@ -62,7 +62,7 @@ class Lease(Protocol):
 
 
 class Owns(Protocol):
-    """What keeps this service the owner of its runs."""
+    """The part of `Ownership` that the metrics read."""
 
     @property
     def owner(self) -> Owner:

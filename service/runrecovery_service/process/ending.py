@@ -13,7 +13,7 @@ BY_SERVICE, BY_SHIM = "service", "shim"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ending:
-    """How many of a launch's processes were found and ended. The recorded shim is not counted.
+    """The numbers of found and ended processes of a launch, without the recorded shim.
 
     Attributes:
         found: processes that were alive when they were found.

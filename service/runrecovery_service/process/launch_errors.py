@@ -1,4 +1,4 @@
-"""How a launch can fail."""
+"""The errors of a launch."""
 
 from __future__ import annotations
 

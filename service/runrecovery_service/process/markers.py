@@ -1,4 +1,4 @@
-"""Which processes belong to which launch. This module decides and signals nothing. Linux only.
+"""Finds the processes that belong to each launch. It makes no decision and sends no signal.
 
 A launch has up to four markers, strongest first:
 
@@ -38,7 +38,7 @@ Identity: TypeAlias = tuple[int, int]
 
 
 class Proof(StrEnum):
-    """How a process was proved to belong to a launch."""
+    """The marker that proves that a process belongs to a launch."""
 
     SHIM = "shim"
     """Its pid and start ticks are those of the recorded shim."""

@@ -1,4 +1,4 @@
-"""How the limit on open files is divided between runs, the database and client connections.
+"""Divides the limit on open files between runs, the database and client connections.
 
 A client connection must not take the descriptors that a launch or a database connection needs.
 So client connections get the rest.
@@ -37,7 +37,7 @@ class TooFewOpenFiles(Exception):
 
 @dataclass(frozen=True, slots=True)
 class OpenFiles:
-    """How the limit on open files is divided.
+    """The shares of the limit on open files.
 
     Attributes:
         limit: the soft limit that the service needs, as far as the hard limit allows it.

@@ -20,9 +20,10 @@ _PIECE = 65536
 
 
 class Proc:
-    """One line of the process table. `start_ticks` counts 10 ms ticks since boot, raw.
+    """One process, as /proc describes it.
 
-    `of_kernel` says that it is a thread of the kernel. Those run no program and carry no marker.
+    `start_ticks` is the raw start time, in 10 ms ticks since boot. `of_kernel` is True for a thread
+    of the kernel, which runs no program and carries no marker.
     """
 
     __slots__ = ("group", "of_kernel", "pid", "ppid", "session", "start_ticks", "state", "threads")
@@ -50,7 +51,7 @@ class Proc:
 
     @property
     def identity(self) -> tuple[int, int]:
-        """Pid and start ticks, which differ from those of a later process with the same pid."""
+        """The pid and start ticks. A later process with the same pid has other start ticks."""
         return self.pid, self.start_ticks
 
     @property

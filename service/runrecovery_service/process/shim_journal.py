@@ -88,7 +88,7 @@ def _lines(journal: Path) -> list[str]:
 
 
 def killed_by_shim(journal: Path) -> frozenset[Identity]:
-    """Return the processes that a shim killed by itself; none if there is no journal."""
+    """Return the processes that a shim killed by itself; empty without a journal."""
     try:
         lines = _lines(journal)
     except OSError:

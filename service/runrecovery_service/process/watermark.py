@@ -1,4 +1,4 @@
-"""How large a watermark this process may give to its launches."""
+"""Computes the size of the watermark that this process can give to its launches."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class Confinement:
 
 
 class Order:
-    """What the shim launches.
+    """The order to the shim: the agent to launch.
 
     Attributes:
         deadline_ns: CLOCK_BOOTTIME at which the shim kills everything unless a heartbeat moves it.

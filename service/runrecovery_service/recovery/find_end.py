@@ -1,4 +1,4 @@
-"""How a recovery and a plan find the ends of turns in kept output; `execution/` implements it."""
+"""The interface that finds the ends of turns in kept output. `execution/` implements it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far the recovery of this start has come, while it runs and afterwards."""
+"""The progress of the recovery of this start, while it runs and afterwards."""
 
 from __future__ import annotations
 
@@ -26,5 +26,5 @@ class RecoveryStatus:
 
     @property
     def containment(self) -> Containment | None:
-        """What the probe proved; None while the probe runs."""
+        """The result of the probe; None while the probe runs."""
         return self.probe.result() if self.probe is not None and self.probe.done() else None

@@ -29,7 +29,7 @@ _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 @dataclass(slots=True)
 class Emptied:
-    """What was removed for good, and the problems that the system had with the rest."""
+    """The size of the files that were removed for good, and the errors for the rest."""
 
     size: int = 0
     problems: dict[str, str] = field(default_factory=dict)

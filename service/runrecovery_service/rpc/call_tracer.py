@@ -30,7 +30,7 @@ class CallTracer:
     def wrap(
         self, method: str, respond: Callable[[bytes, Context], Awaitable[R]]
     ) -> Callable[[bytes, Context], Awaitable[R]]:
-        """Return the handler of a method, whose `TRACEPARENT` is that of its span."""
+        """Return the handler of a method, wrapped in a span that sets its `TRACEPARENT`."""
         service, _, name = method.rpartition(".")
         span_name = f"{service}/{name}"
         facts = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": name}

@@ -31,7 +31,7 @@ class ServiceState(StrEnum):
 
 
 class Access(Enum):
-    """When a method may be called."""
+    """The states of the service in which a method may be called."""
 
     ALWAYS = auto()
     """In every state, and outside the limit of concurrent calls."""

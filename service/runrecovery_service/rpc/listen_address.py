@@ -47,7 +47,7 @@ class ListenFailed(OSError):
 
 
 class Holder(Enum):
-    """Which process has an address that this service has bound."""
+    """The present holder of an address that this service had bound."""
 
     OURS = auto()
     NOBODY = auto()

@@ -1,4 +1,4 @@
-"""Which runs the caller of the present call may see.
+"""Limits the present call to the runs that its caller may see.
 
 A run of another engine is answered as if it did not exist. Its engine never changes, so that one
 read before the call's own is enough.

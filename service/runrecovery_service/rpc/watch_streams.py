@@ -36,7 +36,7 @@ DECISIONS_PER_READ: Final = 500
 
 
 class _BookmarkTimer:
-    """When the next bookmark of a stream is due.
+    """Computes the time of the next bookmark of a stream.
 
     Args:
         sent: True when a response has just been sent; False makes a bookmark due at once.

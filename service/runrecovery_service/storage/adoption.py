@@ -20,7 +20,7 @@ from runrecovery_service.storage.tables import LIVE
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adopted:
-    """What was adopted from one instance name.
+    """The runs and launches that were adopted from one instance name.
 
     Attributes:
         runs: the number of runs that had not ended.

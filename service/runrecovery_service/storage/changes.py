@@ -25,7 +25,7 @@ KEYS_PER_QUERY: Final = 500
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What was committed since the last `Subscription.next`.
+    """The changes that were committed since the last `Subscription.next`.
 
     Attributes:
         run_keys: the runs that have changed.
@@ -185,7 +185,7 @@ def decisions_stamp(db: Database) -> tuple[int, int]:
 
 
 class SharedPoll:
-    """What the last poll of a shared store has found."""
+    """The result of the last poll of a shared store."""
 
     def __init__(self) -> None:
         self._counts: Mapping[int, int] = {}

@@ -52,7 +52,7 @@ class _RolledBack(threading.local):
 
 
 class _ThreadGuard(threading.local):
-    """The check of the thread's transactions, beside that of all threads."""
+    """The extra check for transactions of this thread. `Database.guard` is for all threads."""
 
     check: Callable[[Database], object] | None = None
 

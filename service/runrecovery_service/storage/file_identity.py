@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def identity(path: str | Path) -> tuple[int, int] | None:
-    """Return the device and inode of the file at a path, None if there is no file."""
+    """Return the device and inode of the file at a path; None without a file."""
     try:
         return identity_of(os.stat(path))  # noqa: PTH116 - a third of the time, at every transaction
     except (FileNotFoundError, NotADirectoryError):

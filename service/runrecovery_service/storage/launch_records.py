@@ -28,7 +28,7 @@ ORPHANS_KEPT: Final = 100
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchSite:
-    """Where processes are launched: a boot of a host, and a pid namespace.
+    """The place of launches: a boot of a host, and a pid namespace.
 
     Attributes:
         watermark_bits: the length of a watermark; 0: watermarks cannot be set here.
@@ -79,7 +79,7 @@ _IDENTITY: Final = "id = ? AND cookie = ?"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResourceUse:
-    """What the agent's own process used: processor time in µs, and peak memory in KiB."""
+    """The resources that the agent's own process used: processor time in µs, peak memory in KiB."""
 
     user_us: int
     system_us: int

@@ -1,4 +1,4 @@
-"""Which runs a recovery decides on, and the values that applying the decisions writes."""
+"""Selects the runs of a recovery, with the values that its decisions write."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class ReopenCandidate:
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """What the store keeps of a failed run so that it can be reopened.
+    """The data of a failed run that the store keeps for ReopenRun.
 
     Attributes:
         decisions: how many decisions its history has.

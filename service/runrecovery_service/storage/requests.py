@@ -30,7 +30,7 @@ class Receipt:
 
     @property
     def key(self) -> str:
-        """What the receipt is stored under: callers cannot meet each other's receipts."""
+        """Return the key of a receipt. It includes the caller: callers never share a receipt."""
         return self.request_id if self.caller is None else f"{self.request_id}/{self.caller}"
 
 

@@ -76,7 +76,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """What a transaction did before its time was over.
+    """The progress of a transaction at the end of its time.
 
     Attributes:
         handled: how many of the given runs, from the first on, need nothing more.
@@ -385,7 +385,7 @@ def confirm_time(db: Database, *, owner: Owner, now: datetime) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredRun:
-    """What the store says about a run whose folder exists.
+    """The row of a run whose folder exists.
 
     Attributes:
         own: False for a run of another instance on the same database.

@@ -229,7 +229,7 @@ def _seconds(us: int | None) -> float | None:
 
 
 def _error(code: str, message: str | None, row: Row) -> RunError:
-    """Return the stored error. A recovery stores no message: the message is that of its rule."""
+    """Return the stored error. A recovery stores no message: its rule has the message."""
     return RunError(code=code, message=message or BECAUSE.get(row[_RULE_AT]) or "")
 
 

@@ -132,7 +132,7 @@ _PROGRESS = Statement(lambda: _R.select(_R.version, _R.event_count).where(_R.id 
 
 
 def progress(db: Database, key: int) -> RunProgress | None:
-    """Return the counters of a run; None if there is no such run."""
+    """Return the counters of a run; None if the run does not exist."""
     row = _PROGRESS.run(db, key=key).fetchone()
     return None if row is None else RunProgress(*row)
 

@@ -53,8 +53,10 @@ def install_marker(path: Path) -> Path:
 
 
 class _Sqlite(pw.SqliteDatabase):
-    """Runs a check before each new connection: one to a store without its log would begin a new
-    log."""
+    """Runs a check before each new connection.
+
+    If the write-ahead log was removed, a new connection would create an empty one.
+    """
 
     before_connecting: Callable[[], None] | None = None
 

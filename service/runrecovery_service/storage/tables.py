@@ -174,7 +174,7 @@ class RunEvent(pw.Model):
 class RemovedPart(pw.Model):
     """A part of a run that retention has removed: outputs, workspaces or events.
 
-    Not a column of the run: SQLite would write the whole row again, which may have a megabyte.
+    A table of its own: to change a column of a run, SQLite rewrites the row, up to a megabyte.
     """
 
     run = pw.BigIntegerField()
@@ -358,7 +358,7 @@ class ProcessLease(pw.Model):
 
 
 class EngineUsage(pw.Model):
-    """What the turns of one engine, supervised by one instance, have used. It only grows."""
+    """The total usage of one engine, in turns that one instance supervised. It only grows."""
 
     engine = pw.TextField()
     instance = pw.TextField()

@@ -1,4 +1,4 @@
-"""What turns have used: written to the launch, the run, its engine and model in one transaction.
+"""Records the usage of turns: for the launch, the run, its engine and model, in one transaction.
 
 A launch has the whole usage of its turn, so that a repeated write changes nothing. The others
 get the difference to what the launch had before.
@@ -34,7 +34,7 @@ ROWS_MOST: Final = 1_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineUsage:
-    """What the turns of one engine, or of one of its models, have used.
+    """The total usage of one engine, or of one of its models.
 
     Attributes:
         turns: those that reported something.
@@ -84,7 +84,7 @@ def record_found(db: Database, run_key: int, used: TurnUsage, *, owner: Owner) -
 
 
 def _record_session(db: Database, run_key: int, used: TurnUsage, *, owner: Owner) -> bool:
-    """Return False, and change nothing, if a newer epoch has the run."""
+    """Store the usage. Return False, and change nothing, if a newer epoch owns the run."""
     changed: int = db.execute(
         "UPDATE run SET session_usage = ? WHERE id = ? AND owner = ? AND owner_epoch <= ?",
         (usage_to_json(used.session), run_key, owner.instance, owner.epoch),
@@ -95,7 +95,7 @@ def _record_session(db: Database, run_key: int, used: TurnUsage, *, owner: Owner
 def _add_to_run(
     db: Database, run_key: int, used: TurnUsage, before: Usage | None, *, owner: Owner
 ) -> bool:
-    """Return False, and change nothing, if a newer epoch has the run."""
+    """Store the usage. Return False, and change nothing, if a newer epoch owns the run."""
     amounts = _amounts(used, before)
     sums = ", ".join(f"{name} = COALESCE({name}, 0) + ?" for name in amounts)
     changed: int = db.execute(

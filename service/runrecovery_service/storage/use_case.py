@@ -1,4 +1,4 @@
-"""What every use case shares: retries, translation of driver errors, and paging.
+"""Code that every use case shares: retries, translation of driver errors, paging.
 
 A use case is a function whose first argument is the database. It is one transaction unless its
 docstring says otherwise.

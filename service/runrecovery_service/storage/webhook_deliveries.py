@@ -67,7 +67,7 @@ class Unreadable(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backlog:
-    """What one webhook has not got.
+    """The deliveries that one webhook has not received.
 
     Attributes:
         due: deliveries that are still tried.

@@ -32,7 +32,7 @@ service created it, so that the removal of the last entry also removes the conta
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Added:
-    """What `add` did for one folder. Store it, because `remove` needs it.
+    """The edit that `add` made for one folder. Store it, because `remove` needs it.
 
     Attributes:
         owned: the service added the entry. False: the folder was already trusted, so `remove` does

@@ -11,17 +11,17 @@ from runrecovery_service.webhooks.address_policy import Network
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
-    """Where and how the deliveries of one webhook go.
+    """The address, the secrets and the limits of one webhook.
 
     Attributes:
-        filter: its name, and the events that it gets.
+        filter: the name of the webhook, and the events that it receives.
         host, port, target: parts of its URL; the target is path and query, which may be secret.
         tls: verifies the certificate of the host; None: plain HTTP.
         authorities: the certificates in PEM by which `tls` verifies; None: those of the system.
-        keys: the keys that sign, of one or two secrets.
+        keys: the signing keys, one for each of at most two secrets.
         private: the networks below which private addresses are allowed.
-        insecure_http: plain HTTP may go to public addresses.
-        timeout_s: the time of one try, from the name of the host to the status.
+        insecure_http: plain HTTP to public addresses is allowed.
+        timeout_s: the time limit of one try, from the resolution of the host to the status.
         give_up_s: the age of an event after which a failed delivery is given up.
     """
 

@@ -36,7 +36,7 @@ Resolve: TypeAlias = Callable[[str, int], list[str]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What an endpoint has answered. Its body is not read.
+    """The answer of an endpoint, without its body.
 
     Attributes:
         retry_after: the header of this name; None: there is none.

@@ -1,4 +1,4 @@
-"""What a delivery sends: the id, the body, and the headers with the signature."""
+"""Builds the request of a delivery: its id, its body, its headers with the signature."""
 
 from __future__ import annotations
 

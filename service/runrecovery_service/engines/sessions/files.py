@@ -110,7 +110,7 @@ class NamedFiles:
 
 @dataclass(frozen=True, slots=True)
 class SessionObservation:
-    """What was observed of a session.
+    """The observed state of a session.
 
     Attributes:
         finding: the result of the check.

@@ -44,7 +44,7 @@ def is_away(home: Path) -> bool:
 
 
 def names_in(folder: Path) -> list[str]:
-    """Return the sorted names in a folder; none if there is no such folder.
+    """Return the sorted names in a folder; empty if the folder does not exist.
 
     Raises:
         OSError: the folder cannot be read.

@@ -1,4 +1,4 @@
-"""What Gemini CLI reads from a session file, and the messages that make its history valid. Pure.
+"""Computes the history that Gemini CLI reads from a session file, and its corrections. Pure.
 
 The Gemini API refuses a conversation in which a call of a tool has no response, or two. Gemini CLI
 0.61.0 stores a response twice, in the message with the call and as a message of the user, and sends

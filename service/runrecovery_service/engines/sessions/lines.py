@@ -128,7 +128,7 @@ def _judge_end(excerpt: Excerpt, layout: Layout) -> SessionReason:
 
 
 def json_object(line: bytes) -> JsonObject | None:
-    """Return the object of a line, or None if the line is no JSON object."""
+    """Return the JSON object of a line; None if the line has another content."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError

@@ -34,7 +34,7 @@ class NotRepairable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Repair:
-    """What was appended to a session file: so many lines, after so many bytes."""
+    """The repair of a session file: the number of appended lines, and the size before."""
 
     lines: int
     after: int
