@@ -99,7 +99,19 @@ async def test_a_lost_connection_is_replaced_and_what_it_has_missed_counts_as_in
 
 
 @pytest.mark.parametrize(
-    "noise", ["", "no JSON", "7", '["owner"]', '["owner", 7]', '["owner", ["x"]]']
+    "noise",
+    [
+        "",
+        "no JSON",
+        "7",
+        '["owner"]',
+        '["owner", 7]',
+        '["owner", ["x"]]',
+        '["owner", [1e999]]',
+        '["owner", [NaN]]',
+        "[" * 7_000,
+    ],
+    ids=lambda noise: noise[:20],
 )
 async def test_a_hint_that_no_instance_has_sent_is_ignored(
     postgresql_url: str, tmp_path: Path, noise: str

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 import pytest
 from replicas.dead_instance import Pair, set_lease
-from runrecovery_service.domain.errors import Fenced
+from runrecovery_service.domain.errors import Fenced, StorageUnavailable
 from runrecovery_service.domain.run import Profile, Run
 from runrecovery_service.recovery.hand_over import HandOver
 from runrecovery_service.storage import instances, sharing
@@ -17,6 +17,16 @@ from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.sharing import Peer, Taker
 from storage.service_store import Crash, ServiceStore, boot
 from structlog.testing import capture_logs
+
+ONE_DEADLOCK: Final = (
+    "CREATE SEQUENCE moves",
+    """CREATE FUNCTION fail_once() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+      IF nextval('moves') = 1 THEN RAISE 'first' USING ERRCODE = 'deadlock_detected'; END IF;
+      RETURN NEW; END $$""",
+    """CREATE TRIGGER fail_once BEFORE UPDATE OF owner ON run FOR EACH ROW
+      EXECUTE FUNCTION fail_once()""",
+)
+"""The first move of a run to another owner is rolled back as by a deadlock. (A sequence is not.)"""
 
 
 @pytest.fixture
@@ -329,11 +339,33 @@ def test_a_hand_over_that_fails_prevents_no_stop_but_a_fenced_one_does(
     monkeypatch.setattr(sharing, "hand_over", fail(Crash()))
     with capture_logs() as logs:
         stopping(idle)
-    assert [line["event"] for line in logs] == ["handover.failed"]
+    (line,) = logs
+    assert (line["event"], line["log_level"], line["exc_info"]) == (
+        "handover.failed",
+        "error",
+        True,
+    )
+
+    monkeypatch.setattr(sharing, "hand_over", fail(StorageUnavailable()))
+    with capture_logs() as logs:
+        stopping(idle)
+    (line,) = logs
+    assert (line["log_level"], line["exc_info"]) == ("error", False)
 
     monkeypatch.setattr(sharing, "hand_over", fail(Fenced("a")))
     with pytest.raises(Fenced):
         stopping(idle)
+
+
+def test_a_conflict_with_another_transaction_does_not_end_a_hand_over(idle: Pair) -> None:
+    run = idle.dead.create()
+    for statement in ONE_DEADLOCK:
+        idle.dead.db.execute(statement)
+
+    stopping(idle)
+
+    assert idle.dead.rows("SELECT last_value FROM moves") == [(2,)]
+    assert owner_of(idle, run) == ("b", idle.owner.epoch)
 
 
 def test_the_least_busy_peer_that_has_the_engine_gets_the_next_run() -> None:

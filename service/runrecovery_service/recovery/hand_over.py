@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import structlog
 
 from runrecovery_service.clock import Clock
-from runrecovery_service.domain.errors import Fenced, error_facts
-from runrecovery_service.storage import instances, sharing
+from runrecovery_service.domain.errors import Fenced, error_facts, is_outage
+from runrecovery_service.storage import instances, sharing, use_case
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner
 
@@ -30,21 +31,27 @@ class HandOver:
     def run(self, db: Database) -> None:
         """Hand over the runs that peers can continue. After an error the rest keep their owner.
 
+        No run is lost by that: the decisions of the stop include it, peers take it from the queue
+        of a stopped instance, and the next start or a takeover finds it.
+
         Raises:
             Fenced: a newer epoch of this instance has started.
         """
         try:
-            instances.announce_stop(db, self.owner)
-            handed = sharing.hand_over(
-                db,
-                self.owner,
-                shares_workspaces=self.shares_workspaces,
-                now=self.clock.now(),
-            )
+            # A boundary of its own: a conflict repeats the hand-over, and not the decisions.
+            handed = use_case.run_use_case(db, self._hand_over)
         except Fenced:
             raise
-        except Exception as error:  # noqa: BLE001 - an error must not prevent the decisions of the stop
-            log.warning("handover.failed", **error_facts(error))
+        except Exception as error:  # an error must not prevent the decisions of the stop
+            log.error(  # noqa: TRY400 - an outage needs no traceback
+                "handover.failed", **error_facts(error), exc_info=not is_outage(error)
+            )
             return
         if handed:
             log.info("handover.done", runs=sum(handed.values()), peers=dict(handed))
+
+    def _hand_over(self, db: Database) -> Mapping[str, int]:
+        instances.announce_stop(db, self.owner)
+        return sharing.hand_over(
+            db, self.owner, shares_workspaces=self.shares_workspaces, now=self.clock.now()
+        )

@@ -27,6 +27,8 @@ CHANNEL: Final = "runrecovery"
 KEYS_PER_NOTICE: Final = 300
 """PostgreSQL refuses a payload of 8000 bytes. A key has at most 19 digits."""
 _LOST: Final[tuple[type[Exception], ...]] = (*DRIVER_ERRORS, OSError)
+_UNREADABLE: Final = (ValueError, TypeError, OverflowError, RecursionError)
+"""No JSON, other JSON, a number that is infinite, and lists that are nested too deeply."""
 
 
 class PeerNotices:
@@ -77,7 +79,7 @@ class PeerNotices:
         try:
             owner, run_keys = json.loads(payload)
             keys = frozenset(map(int, run_keys))
-        except (ValueError, TypeError):
+        except _UNREADABLE:
             return
         if owner == self._instance:
             self._storage.changes.announce(keys)

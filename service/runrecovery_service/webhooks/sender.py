@@ -38,6 +38,9 @@ POSTS_AT_ONCE: Final = 8
 LOOK_PAUSE_S: Final = 0.1
 """The shortest pause between two queries for runs with due deliveries."""
 POLL_S: Final = 30.0
+SHARED_POLL_S: Final = 3.0
+"""On a shared store, where other instances record events of this one's runs. Their hints may be
+lost."""
 STORE_PAUSE_S: Final = 1.0
 """The pause after a query that failed."""
 TIDY_S: Final = 600.0
@@ -177,6 +180,7 @@ class WebhookSender:
     # -- runs -----------------------------------------------------------------------------------
 
     async def _work(self) -> None:
+        poll_s = SHARED_POLL_S if self.storage.is_shared else POLL_S
         with self.storage.changes.of_all_runs(self._woken):
             while not self._is_over:
                 self._woken.clear()
@@ -189,7 +193,7 @@ class WebhookSender:
                 except Exception as error:  # noqa: BLE001 - logged; the next round tries again
                     self._failures.report(error)
                 await asyncio.sleep(LOOK_PAUSE_S)
-                await wait_within(self._woken, POLL_S)
+                await wait_within(self._woken, poll_s)
 
     async def _start_runs(self) -> None:
         """Start a task for each run with due deliveries, as far as there is room."""
