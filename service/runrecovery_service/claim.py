@@ -56,7 +56,7 @@ def this_start(settings: Settings, locks: ServiceLocks, host: Host) -> InstanceS
 
 
 def launch_site(host: Host, cgroups: CgroupParent | None) -> LaunchSite:
-    """Return where this start launches processes."""
+    """Return the launch site of this start."""
     return LaunchSite(
         host_id=host.host_id,
         boot_id=host.boot_id,

@@ -145,7 +145,7 @@ def check(settings: Settings) -> list[str]:
 
 
 def check_notes(settings: Settings) -> list[str]:
-    """Return what an operator should know although it prevents no start, one sentence each."""
+    """Return the warnings that prevent no start, one sentence each."""
     return [*_data_dir_notes(settings), *_metrics_notes(settings)]
 
 

@@ -78,7 +78,7 @@ def make_directory(path: Path) -> None:
 
 
 def others_who_may_write(path: Path) -> str | None:
-    """Return which other users may change an existing data directory; None: no other user."""
+    """Return the other users who may change an existing data directory; None: no other user."""
     found = path.stat()
     mode = found.st_mode
     others = [

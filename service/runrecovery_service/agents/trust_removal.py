@@ -250,7 +250,7 @@ def _is_defect(error: TrustError) -> bool:
 
 
 def describe_error(file: str, error: Exception) -> str:
-    """Return what failed with a file, as a sentence that names the file.
+    """Return the failure of a file, as a sentence that names the file.
 
     Of an error that is not about the file, such as one of a database driver, only the class is
     named.

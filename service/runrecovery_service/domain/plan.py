@@ -110,7 +110,7 @@ class RecoveryPlan:
 
 
 def preview_decision(run: Situation) -> Decision:
-    """Return what a restart would decide for a run."""
+    """Return the decision that a restart would make for a run."""
     if run.damaged or run.status is None:
         return Decision(
             rule=QUARANTINE_RULE,
@@ -130,7 +130,7 @@ def preview_decision(run: Situation) -> Decision:
 
 
 def outcome_of(decision: Decision) -> Outcome:
-    """Return what a decision makes of a run."""
+    """Return the outcome of a decision for a run."""
     if decision.state is not RecoveryState.RECOVERED_QUEUED:
         return _OUTCOMES[decision.state]
     if decision.rule == RESUMED_RULE:

@@ -120,7 +120,7 @@ def _canonical(output: JsonObject) -> str:
 
 
 def judge(turn: TurnFacts, process: ProcessEnd, *, resumes: bool = False) -> TurnEnd:
-    """Return how the turn ended.
+    """Return the end of the turn.
 
     What the service did to the process takes precedence over what the process said last. One
     exception: a result that arrived before the deadline is kept, unless the process had resumed

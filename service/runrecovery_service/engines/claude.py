@@ -102,7 +102,7 @@ def _task_name(task: JsonValue) -> str | None:
 
 
 def _retry(event: JsonObject) -> RetryReported:
-    """Return what failed, by the status and the name of the error if the event has them."""
+    """Return the failure, with the status and the name of the error if the event has them."""
     attempt, status, error = (event.get(key) for key in ("attempt", "error_status", "error"))
     tried = f"attempt {attempt}" if isinstance(attempt, int) else "an attempt"
     answered = f" with status {status}" if isinstance(status, int) else ""

@@ -39,7 +39,7 @@ class UsageCounter:
         self._sum = Usage()
 
     def add(self, said: UsageReported | CallReported) -> TurnUsage:
-        """Return what the turn has used, with this report.
+        """Return the usage of the turn, with this report.
 
         Calls count on top of the latest report of the turn, until the next one replaces them.
         """

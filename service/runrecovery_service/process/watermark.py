@@ -14,7 +14,7 @@ LEAST_WATERMARK_BITS: Final = 40
 
 
 def watermark_bits() -> int:
-    """Return how many random bits a watermark may have; 0 if too few for a unique one.
+    """Return the number of random bits of a watermark; 0 if too few for a unique one.
 
     The watermark is a limit on file locks, which an unprivileged process cannot raise. An existing
     hard limit (`ulimit -x`, another service's watermark) therefore reduces the bits.

@@ -406,7 +406,7 @@ class Recovery:
     # -- deadlines -----------------------------------------------------------------------------
 
     def _rearm_deadlines(self, db: Database, report: ReportBuilder) -> None:
-        """Set deadlines by the clock that runs now: it may be another machine, or another boot."""
+        """Convert deadlines to the present clock: this may be another machine, or another boot."""
         count = deadlines.move_to_clock(
             db, self.owner, now=self.clock.now(), steady=self.clock.steady()
         )

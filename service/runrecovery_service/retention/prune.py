@@ -31,7 +31,7 @@ class Pruner:
     _asked: set[asyncio.Task[PruneResult]] = field(default_factory=set, init=False)
 
     async def prune(self, *, dry_run: bool) -> PruneResult:
-        """Return what was removed within `PRUNE_S`; with `dry_run`, what can be removed now.
+        """Return the counts of removals within `PRUNE_S`; with `dry_run`, of possible removals now.
 
         A sweep continues if its caller stops waiting.
         """

@@ -78,7 +78,7 @@ class ListenAddress(ABC):
         """
 
     def holder(self) -> Holder:
-        """Return which process has the address now. OURS where no other process can take it."""
+        """Return the holder of the address now. OURS where no other process can take it."""
         return Holder.OURS
 
     def release(self) -> None:

@@ -108,7 +108,7 @@ def _handler(
 
 
 def access_of(described: MethodDescriptor) -> Access:
-    """Return when a method may be called; READ for methods that the contract marks as such."""
+    """Return the access of a method; READ for methods that the contract marks as such."""
     if described.name in ALWAYS_OPEN:
         return Access.ALWAYS
     if described.GetOptions().idempotency_level == MethodOptions.NO_SIDE_EFFECTS:

@@ -141,7 +141,7 @@ class RecoveryService:
         return response
 
     async def plan_recovery(self, request: pb.PlanRecoveryRequest) -> pb.PlanRecoveryResponse:
-        """Return what a restart would decide now; the first page has the totals."""
+        """Return the decisions that a restart would make now; the first page has the totals."""
         validation.require_valid(validation.plan_recovery(request))
         scope = paging.token_scope(request, width=1)
         after, limit = (

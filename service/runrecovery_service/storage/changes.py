@@ -54,9 +54,9 @@ class Subscription:
         self._subscriptions.discard(self)
 
     async def next(self, timeout_s: float) -> Change | None:
-        """Return what has changed, as soon as something has; None after `timeout_s` seconds.
+        """Wait for changes and return them; None if there are none within `timeout_s` seconds.
 
-        A call of `wake` makes it return an empty change.
+        After a call of `wake`, return an empty change.
         """
         try:
             async with asyncio.timeout(timeout_s):

@@ -278,7 +278,7 @@ def _orphans_to_json(orphans: tuple[Orphan, ...]) -> str | None:
 
 
 def orphans_from_json(text: str | None) -> tuple[Orphan, ...]:
-    """Return what a recovery did to the processes of a launch; nothing for unreadable text."""
+    """Return the actions of a recovery on the processes of a launch; empty for unreadable text."""
     stored: Any = json_value(text)
     try:
         return tuple(

@@ -95,7 +95,7 @@ class Rights:
 
 
 def missing_for_start(db: Database) -> str | None:
-    """Return what the role lacks to apply the missing migrations and to work, or None.
+    """Return the missing privileges for the migrations and for the service, or None.
 
     A start and the command `check` use this function, so that `check` reports what would refuse a
     start.
@@ -118,7 +118,7 @@ def missing_for_start(db: Database) -> str | None:
 
 
 def missing_for_work(db: Database) -> str | None:
-    """Return what the role lacks to work on a migrated PostgreSQL database; None on SQLite."""
+    """Return the missing privileges on a migrated PostgreSQL database; None on SQLite."""
     if db.dialect.kind is DatabaseKind.SQLITE:
         return None
     rights = Rights(db.fetch_all)

@@ -182,7 +182,7 @@ def _found(db: Database, rows: Sequence[Row], which: str, now: datetime) -> Foun
 
 
 def oldest_kept(db: Database, owner: Owner, *, upto: RunPosition, now: datetime) -> datetime | None:
-    """Return when the oldest ended run ended that stays when runs up to a position are removed."""
+    """Return the end time of the oldest run that stays if runs up to a position are removed."""
     row = db.fetch_one(
         f"SELECT r.ended_at FROM run r WHERE {_own(db)} AND r.ended_at IS NOT NULL"
         f" AND NOT ((r.ended_at, r.id) <= (?, ?) AND {_SETTLED} AND {_NOT_NEWEST})"
@@ -397,7 +397,7 @@ class StoredRun:
 
 
 def stored_runs(db: Database, owner: Owner, keys: Sequence[int]) -> dict[int, StoredRun]:
-    """Return what is stored of the runs with these keys; nothing for an unknown key."""
+    """Return the stored runs with these keys; nothing for an unknown key."""
     marks = ", ".join("?" for _ in keys)
     removed = defaultdict[int, set[RetentionKind]](set)
     for key, part in db.fetch_all(

@@ -71,7 +71,7 @@ class Finder(Protocol):
 
 
 def reason_of(error: OSError) -> SessionReason:
-    """Return what an error means for a session: NOT_ANSWERED if it is not about the session."""
+    """Return the reason for an error: NOT_ANSWERED if the error is not about the session."""
     return _REASON_OF.get(error.errno or 0, SessionReason.NOT_ANSWERED)
 
 
@@ -297,7 +297,7 @@ def _head(descriptor: int, size: int) -> bytes:
 
 
 def _end(descriptor: int, size: int, fingerprint: SessionFingerprint | None) -> int:
-    """Return where the file ended when its fingerprint was recorded, else its size.
+    """Return the size of the file when its fingerprint was recorded, else its present size.
 
     Later lines belong to an interrupted turn and may be incomplete. If no line ends at the recorded
     size, the file was written again as a whole.
