@@ -15,7 +15,7 @@ import pytest
 from cli_agents.cli_setup import PATIENCE_S, RealCliSetup
 from cli_agents.clis import Cli
 from cli_agents.model_endpoint import ModelEndpoint
-from cli_agents.three_steps import TASK, Moment, ThreeSteps
+from cli_agents.three_steps import STEP_S, TASK, Moment, ThreeSteps
 from google.protobuf.json_format import MessageToDict
 from runrecovery.v1 import run_pb2
 from support.api import Api, status_word
@@ -24,7 +24,7 @@ from support.waiting import until
 NOTICE: Final = "The service that runs you was restarted."
 START_S: Final = 2.0
 """An idle machine needs about this time until the slowest of the CLIs calls its model."""
-LATER_S: Final = 0.5
+LATER_S: Final = 0.8 * STEP_S
 """The longest pause between a step of the turn and the kill."""
 
 NewSetup = Callable[..., RealCliSetup]
@@ -156,6 +156,7 @@ def test_a_turn_that_is_killed_at_a_random_moment_is_completed(
     _, api = setup.home.start()
 
     run = assert_finished_well(setup, api, model)
+    assert run.attempt + run.resume_count > 1, "the kill came after the turn"
     counted = counted_answers(run)
     assert all(share in counted for share in shares_sent(setup)[-1:]), "the result is not counted"
     assert counted <= set(shares_sent(setup)), "an answer counts twice, or was never sent"

@@ -12,6 +12,8 @@ from typing import Final
 from cli_agents.model_endpoint import ModelRequest, Reply, question_then_result
 
 STEPS: Final = (1, 2, 3)
+STEP_S: Final = 0.5
+"""How long a command takes if the turn stops nowhere. So a kill comes before the turn's end."""
 TASK: Final = "THREE STEPS"
 """Words in the prompt of a run that this model works on."""
 
@@ -78,5 +80,7 @@ class ThreeSteps:
         hang = ""
         if self._moment is Moment.IN_A_TOOL and step == 2:
             hang = f"test -e {in_tool} || {{ touch {in_tool}; sleep 300; }}; "
+        elif self._moment is Moment.NOWHERE:
+            hang = f"sleep {STEP_S}; "
         print_it = f"printf '%s step %s' finished {step}"
         return f"echo {call} >> {begun}; {hang}echo {call} >> {ended}; {print_it}"
