@@ -70,7 +70,10 @@ class DiskFloor:
 
     async def check(self) -> None:
         """Check once."""
-        free = await daemon_threads.run_within(ANSWER_S, self._free)
+        try:
+            free = await daemon_threads.run_within(ANSWER_S, self._free)
+        except TimeoutError as error:
+            raise TimeoutError("the file system did not answer in time") from error
         place = min(free, key=lambda place: free[place])
         enough = self.min_free_bytes * (ENOUGH if self.is_low else 1.0)
         if self.is_low is (free[place] < enough):

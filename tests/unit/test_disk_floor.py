@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
 import structlog
+from runrecovery_service import disk_floor
 from runrecovery_service.disk_floor import DiskFloor
-from runrecovery_service.domain.errors import StorageFull
+from runrecovery_service.domain.errors import StorageFull, error_facts
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.stop_signal import StopSignal
 
@@ -100,6 +102,31 @@ async def test_a_disk_that_gives_no_answer_changes_nothing() -> None:
         await disk.floor.check()
 
     assert (disk.floor.is_low, disk.dispatcher.held) == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("said", "cause"),
+    [
+        ("the file system did not answer in time", "the file system did not answer in time"),
+        ("", "the database did not answer in time"),
+    ],
+)
+def test_the_log_of_a_timeout_names_what_did_not_answer(said: str, cause: str) -> None:
+    assert error_facts(TimeoutError(said)) == {"error": "TimeoutError", "cause": cause}
+
+
+async def test_a_disk_that_hangs_is_not_taken_for_the_database(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hangs, disk = threading.Event(), Disk()
+    monkeypatch.setattr(disk_floor, "ANSWER_S", 0.01)
+    disk.floor.free_bytes = lambda _: int(hangs.wait(60))
+
+    try:
+        with pytest.raises(TimeoutError, match=r"^the file system did not answer in time$"):
+            await disk.floor.check()
+    finally:
+        hangs.set()
 
 
 def test_the_refusal_says_why_and_when_to_retry() -> None:
