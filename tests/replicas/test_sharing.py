@@ -379,3 +379,24 @@ def test_the_least_busy_peer_that_has_the_engine_gets_the_next_run() -> None:
     assert result.keys == {"small": [1, 3], "large": [2]}
     assert result.after == 5
     assert [peer.load for peer in peers] == [5, 2]
+
+
+def test_the_load_of_peers_is_counted_in_the_index_of_live_runs(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, tuple[Any, ...]]] = []
+
+    def note(sql: str, params: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+        asked.append((sql, params))
+        return []
+
+    monkeypatch.setattr(pair.db, "fetch_all", note)
+    sharing.living_peers(pair.db, pair.owner)
+    monkeypatch.undo()
+
+    (sql, params), *_ = asked
+    with pair.db.transaction():
+        pair.db.execute("SET LOCAL enable_seqscan = off")
+        plan = "\n".join(line for (line,) in pair.db.fetch_all(f"EXPLAIN {sql}", params))
+
+    assert "run_live" in plan

@@ -27,7 +27,7 @@ from runrecovery_service.storage import deadlines, use_case
 from runrecovery_service.storage.database import Database, Stale
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.rows import json_value, to_us
-from runrecovery_service.storage.tables import sql_words
+from runrecovery_service.storage.tables import live, sql_words
 
 OWNER_FIRST_S: Final = 1.0
 """Peers may take a run only when it has been in its owner's queue for this long."""
@@ -207,7 +207,8 @@ def living_peers(db: Database, owner: Owner) -> list[Peer]:
     """Return the peers that hold a lease and are not stopping."""
     rows = db.fetch_all(
         "SELECT i.name, i.epoch, i.engines, i.max_running, (SELECT count(*) FROM run r"
-        f" WHERE r.owner = i.name AND r.status IN ('{RunStatus.QUEUED}', '{RunStatus.RUNNING}'))"
+        f" WHERE r.owner = i.name AND r.status IN ('{RunStatus.QUEUED}', '{RunStatus.RUNNING}')"
+        f" AND {live('r.')})"  # for the partial index: ended runs are not read
         f" FROM instance i WHERE i.name <> ? AND i.lease_until > {db.dialect.now_us}"
         " AND i.stopped_at IS NULL AND i.taken_over_by IS NULL ORDER BY i.name",
         (owner.instance,),
