@@ -8,6 +8,7 @@ import sqlite3
 from pathlib import Path
 
 from runrecovery_service.storage.database import Database
+from runrecovery_service.storage.refusals import refusing
 from runrecovery_service.storage.sqlite_file import connect_read_only
 
 
@@ -30,8 +31,11 @@ def store_key(db: Database, purpose: str) -> bytes:
 
     Raises:
         LookupError: the store has no id yet.
+        DatabaseRefused, DatabaseOutOfReach: see `refusing`; a start is what makes keys.
     """
-    if (found := stored_id(db)) is None:
+    with refusing(db.name):
+        found = stored_id(db)
+    if found is None:
         raise LookupError("the store has no id")
     return hashlib.blake2b(purpose.encode(), key=found.encode(), digest_size=32).digest()
 
