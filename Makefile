@@ -26,7 +26,7 @@ ROUNDS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo demo-replicas test serve proto docs verify lint types imports breaking packaging manifests sbom audit bench soak lock clean \
-	campaign-processes fuzz interpreters test-agents
+	campaign-processes campaign-replicas fuzz interpreters test-agents
 
 help: ## Show these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -138,6 +138,9 @@ campaign-processes: $(READY) ## Kill services over TRIALS=100 hostile process tr
 	@$(BIN)/python tests/campaign/processes.py --trials $(TRIALS)
 	@for mutant in killpg no-watermark no-recheck close-on-failure; do \
 		$(BIN)/python tests/campaign/processes.py --trials $(MUTANT_TRIALS) --mutate $$mutant; done
+
+campaign-replicas: $(READY) ## Break 3 replicas, their network and PostgreSQL under load for SECONDS=60, from a SEED
+	@$(BIN)/python tests/campaign/replicas.py --seconds $(or $(SECONDS),60) $(if $(SEED),--seed $(SEED))
 
 fuzz: $(READY) ## Hostile input, CASES=50000, against a real service; detect mutants of it
 	@$(BIN)/python tests/fuzz/hostile.py --cases $(CASES)

@@ -24,41 +24,13 @@ from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.takeover import Takeover, TakeoverRules
 from storage.service_store import ServiceStore, boot
+from support.owner_history import HISTORY, STALE_WRITES
 from support.recovery import FakeLaunchEnder, FakeTrustCleaner
 
 TTL_S: Final = 15.0
 HOST_RETURN_S: Final = 3600.0
 
 NO_LAUNCHES: Final = FakeLaunchEnder()
-HISTORY: Final = (
-    """CREATE TABLE owner_history (id BIGSERIAL PRIMARY KEY, run BIGINT, owner_before TEXT,
-      epoch_before BIGINT, owner_after TEXT, epoch_after BIGINT, version_before BIGINT,
-      version_after BIGINT, status_after TEXT, current_epoch BIGINT, claimed_epoch BIGINT)""",
-    """CREATE FUNCTION note_owner() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-      INSERT INTO owner_history (run, owner_before, epoch_before, owner_after, epoch_after,
-        version_before, version_after, status_after, current_epoch, claimed_epoch)
-      VALUES (OLD.id, OLD.owner, OLD.owner_epoch, NEW.owner, NEW.owner_epoch, OLD.version,
-        NEW.version, NEW.status,
-        (SELECT epoch FROM instance_epoch WHERE name = OLD.owner),
-        (SELECT epoch FROM instance_epoch WHERE name = NEW.owner));
-      RETURN NEW; END $$""",
-    "CREATE TRIGGER owner_history AFTER UPDATE ON run FOR EACH ROW EXECUTE FUNCTION note_owner()",
-)
-"""An append-only history of every change of a run, with the epochs that were current then."""
-
-STALE_WRITES: Final = (
-    "SELECT run, owner_before, epoch_before, owner_after, epoch_after, current_epoch"
-    " FROM owner_history WHERE"
-    # A run changes its owner only after its old owner was fenced.
-    " (owner_before <> owner_after AND epoch_before >= current_epoch)"
-    # It gets the epoch that is current, or keeps the one that it has.
-    " OR (epoch_after <> claimed_epoch AND (owner_before, epoch_before)"
-    " IS DISTINCT FROM (owner_after, epoch_after))"
-    # The execution writes no run of a fenced epoch.
-    " OR (owner_before = owner_after AND epoch_before = epoch_after"
-    " AND epoch_before < current_epoch AND version_after > version_before)"
-)
-"""No row may match."""
 
 
 @dataclass

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import pytest
-from replicas.dead_instance import HISTORY, STALE_WRITES
 from runrecovery.v1 import recovery_pb2, recovery_service_pb2, run_pb2
 from support.api import CALL_TIMEOUT_S, Api, status_word
 from support.engines import GOOD_ENGINES, script
+from support.owner_history import HISTORY, OVERLAPPING, STALE_WRITES
 from support.service import Home
 from support.stores import change, query
 from support.waiting import until
@@ -28,11 +28,6 @@ LAUNCHES: Final = (
     "SELECT l.attempt, l.instance, l.state, l.closed_at FROM process_lease l"
     " JOIN run r ON r.id = l.run WHERE r.run_id = ? ORDER BY l.id"
 )
-OVERLAPPING: Final = (
-    "SELECT a.run FROM process_lease a JOIN process_lease b ON b.run = a.run AND b.id > a.id"
-    " WHERE COALESCE(a.closed_at, b.created_at + 1) > b.created_at"
-)
-"""Launches of one run at the same time. All replicas are on one host, so every launch is closed."""
 
 
 def keep_history(home: Home) -> None:

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import psycopg
 import pytest
-from psycopg import sql
-from psycopg.conninfo import conninfo_to_dict
 from support.engines import script
-from support.pgbouncer import PROGRAM, pooled
+from support.pgbouncer import PROGRAM, pooled, set_what_is_needed
 from support.service import Home
 from support.service_forker import run_command
 
@@ -24,26 +21,6 @@ input()
 print(json.dumps({"type": "result", "output": {"done": True}}), flush=True)
 """
 ENGINES = {"asks": script(ASKS, profile="sticky_process")}
-# Those of docs/postgresql.md that are not the server's defaults anyway.
-NEEDED = {
-    "TimeZone": "UTC",
-    "statement_timeout": "60s",
-    "lock_timeout": "10s",
-    "idle_in_transaction_session_timeout": "5s",
-}
-
-
-def set_what_is_needed(url: str, *, but: str = "") -> None:
-    """Set the settings that the service needs on the test's database, except `but`."""
-    name = str(conninfo_to_dict(url)["dbname"])
-    with psycopg.connect(url, autocommit=True) as connection:
-        for setting, value in NEEDED.items():
-            statement = sql.SQL("ALTER DATABASE {} SET {} = {}").format(
-                sql.Identifier(name),
-                sql.Identifier(setting),
-                sql.Literal("0" if setting == but else value),
-            )
-            connection.execute(statement)
 
 
 def check(home: Home) -> tuple[int, str]:

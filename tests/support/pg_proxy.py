@@ -24,6 +24,8 @@ class _End:
         self.saw_mark = False
         self.is_committing = False
         self.is_stalled = False
+        self.chunks = 0
+        self.held: list[bytes] | None = None
 
 
 _Key: TypeAlias = "_End | None"
@@ -38,12 +40,13 @@ class Proxy:
         refusing: close new connections at once.
         refused: how many were closed in that way.
         lost: set when the answer to a COMMIT was lost; see `lose_answer_after`.
+        holding: set while bytes of a transaction are held; see `hold_in_transaction`.
     """
 
     def __init__(self, url: str) -> None:
-        """Listen on loopback for the server of a URL that names a socket directory."""
+        """Listen on loopback for the server of a URL, by a socket directory or an address."""
         named = conninfo_to_dict(url)
-        self._server = _socket_of(url)
+        self._server = _address_of(url)
         self._listener = socket.create_server(("127.0.0.1", 0))
         port = self._listener.getsockname()[1]
         self.url = f"postgresql://{named['user']}@127.0.0.1:{port}/{named['dbname']}"
@@ -53,6 +56,9 @@ class Proxy:
         self.lost = threading.Event()
         self._mark: bytes | None = None
         self._silencing_mark: bytes | None = None
+        self._hold_at = 0
+        self._releasing = False
+        self.holding = threading.Event()
         self._wake, self._woken = socket.socketpair()
         self._cutting = self._ending = False
         self._selector = selectors.DefaultSelector()
@@ -70,6 +76,16 @@ class Proxy:
         """Become silent as soon as `mark` is sent, which the server does not get."""
         self._silencing_mark = mark.encode()
 
+    def hold_in_transaction(self, statement: int) -> None:
+        """Once, hold a client's bytes from this statement of a transaction on, until `release`."""
+        self.holding.clear()
+        self._hold_at = statement
+
+    def release(self) -> None:
+        """Forward what is held, and hold nothing more."""
+        self._releasing = True
+        self._wake.send(b"x")
+
     def stall(self) -> None:
         """Swallow the bytes of existing connections; new ones work."""
         for end in list(self._ends):
@@ -82,7 +98,7 @@ class Proxy:
 
     def direct_to(self, url: str) -> None:
         """Close every connection, and lead new ones to another server."""
-        self._server = _socket_of(url)
+        self._server = _address_of(url)
         self.cut()
 
     def close(self) -> None:
@@ -105,6 +121,9 @@ class Proxy:
                     if self._cutting:
                         self._cutting = False
                         self._drop_all()
+                    if self._releasing:
+                        self._releasing = False
+                        self._forward_held()
                 elif isinstance(key.data, _End) and key.data in self._ends:
                     self._forward(key.data)
         self._drop_all()
@@ -118,13 +137,48 @@ class Proxy:
             client.close()
             self.refused += 1
             return
-        server = socket.socket(socket.AF_UNIX)
-        server.connect(self._server)
+        try:
+            server = self._connect()
+        except OSError:  # the server is away
+            client.close()
+            return
         ends = _End(client, is_client=True), _End(server, is_client=False)
         for end, peer in (ends, ends[::-1]):
             end.peer = peer
             self._ends.add(end)
             self._selector.register(end.socket, selectors.EVENT_READ, end)
+
+    def _connect(self) -> socket.socket:
+        if isinstance(self._server, tuple):
+            return socket.create_connection(self._server)
+        server = socket.socket(socket.AF_UNIX)
+        try:
+            server.connect(self._server)
+        except OSError:
+            server.close()
+            raise
+        return server
+
+    def _forward_held(self) -> None:
+        self._hold_at = 0
+        self.holding.clear()
+        for end in list(self._ends):
+            held, end.held = end.held or (), None
+            with suppress(OSError):
+                end.peer.socket.sendall(b"".join(held))
+
+    def _holds(self, end: _End, data: bytes) -> bool:
+        if end.held is not None:
+            end.held.append(data)
+            return True
+        if not end.is_client or not self._hold_at:
+            return False
+        end.chunks = 0 if b"BEGIN" in data else end.chunks + 1
+        if end.chunks < self._hold_at or self.holding.is_set():
+            return False
+        end.held = [data]
+        self.holding.set()
+        return True
 
     def _forward(self, end: _End) -> None:
         try:
@@ -133,7 +187,7 @@ class Proxy:
             data = b""
         if not data:
             self._drop(end)
-        elif self.silent or end.is_stalled:
+        elif self.silent or end.is_stalled or self._holds(end, data):
             return
         elif end.is_client and self._silencing_mark is not None and self._silencing_mark in data:
             self.silent, self._silencing_mark = True, None
@@ -167,8 +221,10 @@ class Proxy:
             self._drop(end)
 
 
-def _socket_of(url: str) -> str:
-    return f"{conninfo_to_dict(url)['host']}/.s.PGSQL.5432"
+def _address_of(url: str) -> str | tuple[str, int]:
+    named = conninfo_to_dict(url)
+    host = str(named["host"])
+    return f"{host}/.s.PGSQL.5432" if host.startswith("/") else (host, int(str(named["port"])))
 
 
 @contextmanager

@@ -13,11 +13,33 @@ from pathlib import Path
 from typing import Final
 
 import psycopg
+from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
 from support.waiting import until
 
 PROGRAM: Final = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
+
+# Those of docs/postgresql.md that are not the server's defaults anyway.
+NEEDED: Final = {
+    "TimeZone": "UTC",
+    "statement_timeout": "60s",
+    "lock_timeout": "10s",
+    "idle_in_transaction_session_timeout": "5s",
+}
+
+
+def set_what_is_needed(url: str, *, but: str = "") -> None:
+    """Set the settings that the service needs on the test's database, except `but`."""
+    name = str(conninfo_to_dict(url)["dbname"])
+    with psycopg.connect(url, autocommit=True) as connection:
+        for setting, value in NEEDED.items():
+            statement = sql.SQL("ALTER DATABASE {} SET {} = {}").format(
+                sql.Identifier(name),
+                sql.Identifier(setting),
+                sql.Literal("0" if setting == but else value),
+            )
+            connection.execute(statement)
 
 
 @contextmanager

@@ -1,0 +1,75 @@
+"""Replicas with one thing broken, without a change of their files.
+
+python replica_mutants.py NAME PYTHON -m runrecovery_service serve …
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, Final
+
+
+def fence_by_exists() -> None:
+    """Check the epoch by a plain read of another row, and no epoch and version in the run's row."""
+    from runrecovery_service.domain.errors import Fenced
+    from runrecovery_service.storage import instances, runs
+    from runrecovery_service.storage.database import Stale
+
+    def demand_current(db: Any, owner: Any) -> None:
+        found = db.fetch_one(
+            "SELECT 1 WHERE EXISTS (SELECT 1 FROM instance_epoch"
+            " WHERE name = ? AND epoch = ? AND boot_token = ?)",
+            (owner.instance, owner.epoch, owner.boot_token),
+        )
+        if found is None:
+            raise Fenced(owner.instance)
+
+    def compare_and_set(db: Any, run: Any, _: Any, columns: Any) -> None:
+        assignments = ", ".join(f"{name} = ?" for name in columns)
+        changed = db.execute(
+            f"UPDATE run SET {assignments} WHERE id = ?",  # noqa: S608 - the service's own names
+            (*columns.values(), run.key),
+        ).rowcount
+        if changed != 1:
+            raise Stale
+        db.mark_changed(run.key)
+
+    instances.demand_current = demand_current
+    runs._compare_and_set = compare_and_set  # type: ignore[assignment]
+
+
+def take_again_in_drain() -> None:
+    """Take queued runs of peers again after the hand-over of a stop."""
+    from runrecovery_service.recovery.hand_over import HandOver
+    from runrecovery_service.storage import sharing
+
+    hand_over = HandOver.run
+
+    def hand_over_and_take(self: Any, db: Any) -> None:
+        hand_over(self, db)
+        row = db.fetch_one("SELECT engines FROM instance WHERE name = ?", (self.owner.instance,))
+        taker = sharing.Taker(
+            owner=self.owner,
+            engines=sharing._names(row[0]),
+            shares_workspaces=self.shares_workspaces,
+        )
+        now, steady = self.clock.now(), self.clock.steady()
+        while (peer := sharing.find_peer(db, taker, now=now)) is not None:
+            if sharing.take_from(db, taker, peer, now=now, steady=steady) is None:
+                break
+
+    HandOver.run = hand_over_and_take  # type: ignore[method-assign]
+
+
+MUTANTS: Final[dict[str, Callable[[], None]]] = {
+    "exists": fence_by_exists,
+    "drain": take_again_in_drain,
+}
+
+if __name__ == "__main__":
+    from runrecovery_service.cli import main
+
+    name, _, _, _, *arguments = sys.argv[1:]  # of the service: python -m runrecovery_service
+    MUTANTS[name]()
+    main(arguments)
