@@ -21,6 +21,7 @@ from runrecovery_service.storage import (
     decisions,
     instances,
     launch_records,
+    newer_words,
     recovery_apply,
     reports,
     takeover,
@@ -225,6 +226,25 @@ def test_a_takeover_waits_for_a_write_of_the_dead_instance_and_fences_the_next(p
     assert pair.dead.get(run).status is RunStatus.CANCELED
     with pytest.raises(Fenced):
         pair.dead.create()
+
+
+def test_a_takeover_sees_what_a_newer_version_has_written_until_the_fence(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(newer_words, "is_newer", lambda _: True)
+    run = pair.dead.create()
+    pair.expire()
+    pair.dead.db.guard(partial(instances.demand_current, owner=pair.dead.owner))
+    begun, thread = begin_beside(pair)
+
+    with pair.dead.db.transaction():
+        pair.dead.set(run, status="PAUSED")
+        thread.start()
+        until_blocked(pair.dead.db, thread)
+    thread.join()
+
+    assert begun == [None]
+    assert pair.dead.rows("SELECT epoch FROM instance_epoch WHERE name = 'a'") == [(1,)]
 
 
 # -- the decisions -------------------------------------------------------------------------------
