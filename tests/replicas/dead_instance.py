@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from runrecovery_service.domain.reconciliation import Cause, Reconciliation
 from runrecovery_service.domain.recovery_matrix import NOTHING, Fact
+from runrecovery_service.domain.run import RestartPolicy
 from runrecovery_service.recovery.bulk_session_check import BulkSessionCheck
 from runrecovery_service.recovery.reconcile import (
     DeadInstance,
@@ -23,12 +24,19 @@ from runrecovery_service.storage import instances, takeover
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.takeover import Takeover, TakeoverRules
-from storage.service_store import ServiceStore, boot
+from storage.service_store import Crash, ServiceStore, boot
 from support.owner_history import HISTORY, STALE_WRITES
 from support.recovery import FakeLaunchEnder, FakeTrustCleaner
 
 TTL_S: Final = 15.0
 HOST_RETURN_S: Final = 3600.0
+
+AGAIN: Final[dict[str, Any]] = {"restart_policy": RestartPolicy.REQUEUE, "max_attempts": 2}
+RESUMES: Final[dict[str, Any]] = {
+    "restart_policy": RestartPolicy.RESUME,
+    "max_resumes": 2,
+    "max_attempts": 2,
+}
 
 NO_LAUNCHES: Final = FakeLaunchEnder()
 
@@ -159,3 +167,14 @@ def make_pair(database: Database, **changes: Any) -> Pair:
 
 
 NewPair = Callable[..., Pair]
+
+
+def rules_of(pair: Pair) -> list[tuple[Any, ...]]:
+    """Return rule, owner and status of each run."""
+    return pair.dead.rows(
+        "SELECT COALESCE(recovery_reason, ''), owner, status FROM run ORDER BY id"
+    )
+
+
+def crash(*_: object, **__: object) -> None:
+    raise Crash
