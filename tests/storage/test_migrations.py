@@ -27,6 +27,7 @@ from runrecovery_service.storage.migrate import applied_migrations
 from runrecovery_service.storage.opening import open_database
 from storage.service_store import ServiceStore, boot
 
+CHECKSUMS = Path(__file__).with_name("migration_checksums.txt")
 LEASE_STATES = ("INTENT", "RUNNING", "KILL_PENDING", "CLOSED")
 LABELS = ('"no object"', '{"team": "red", "n": 1}', '{"a": "1", "a": "1"}', "{}")
 """The first and third only damage can make; they must not stop a start."""
@@ -300,3 +301,12 @@ def test_a_second_launch_of_one_turn_is_refused_after_a_migration(store: Service
             "process_lease",
             {**FIRST_LEASE, "run": 1, "cookie": "x", "state": "INTENT"},
         )
+
+
+def test_a_step_that_databases_may_have_is_not_edited_any_more() -> None:
+    """A database that has a step refuses every other text of it. A new step needs a new line."""
+    lines = CHECKSUMS.read_text().splitlines()
+
+    assert migrate.known_migrations() == {
+        name: checksum for checksum, name in (line.split() for line in lines)
+    }

@@ -135,17 +135,14 @@ class Journal:
 
     Attributes:
         answers: how a call ends that does not just succeed.
-        on_note: gets each call before the call begins.
     """
 
     answers: dict[str, Answer] = field(default_factory=dict)
-    on_note: Callable[[str], None] = lambda _: None
     done: list[str] = field(default_factory=list)
     stop: StopSignal = field(default_factory=StopSignal)
     unrenewed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def note(self, call: str) -> Call:
-        self.on_note(call)
         self.done.append(call)
         return Call(self.answers.get(call, succeed))
 
@@ -340,10 +337,14 @@ async def test_a_step_that_fails_prevents_no_other(call: str, step: str) -> None
 async def test_a_step_that_hangs_prevents_no_other(
     monkeypatch: pytest.MonkeyPatch, call: str, step: str
 ) -> None:
-    def limit_of(noted: str) -> None:
-        monkeypatch.setattr(lifecycle, "STEP_S", 0.01 if noted == call else 3600.0)
+    bounded = lifecycle._step
 
-    journal = Journal({call: hang}, on_note=limit_of)
+    async def limited(name: str, work: Awaitable[object], **grace: float) -> None:
+        monkeypatch.setattr(lifecycle, "STEP_S", 0.01 if name == step else 3600.0)
+        await bounded(name, work, **grace)
+
+    monkeypatch.setattr(lifecycle, "_step", limited)
+    journal = Journal({call: hang})
 
     with capture_logs() as logs:
         done = await stop(journal.service(), journal)
