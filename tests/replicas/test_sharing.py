@@ -89,6 +89,20 @@ def test_an_idle_instance_takes_the_run_that_waits_longest_and_starts_it(idle: P
     assert turn.run.run_id == first.run_id
 
 
+def test_a_run_that_has_moved_has_been_in_the_queue_since_its_create(idle: Pair) -> None:
+    taken = late(idle)
+    assert take(idle) == taken.run_id
+    handed = idle.dead.create()
+    stopping(idle)
+
+    turns = [idle.dead.take(owner=idle.owner) for _ in range(2)]
+
+    assert [turn and (turn.run.key, turn.queued_at) for turn in turns] == [
+        (taken.key, taken.created_at),
+        (handed.key, handed.created_at),
+    ]
+
+
 def test_a_run_is_left_to_its_owner_at_first(idle: Pair) -> None:
     idle.dead.create()
 

@@ -51,6 +51,8 @@ def test_runs_that_need_no_session_move_to_the_successor_in_a_report_of_its_own(
     turn = pair.dead.take(owner=pair.owner)
     assert turn is not None
     assert turn.run.attempt == 2
+    assert turn.run.recovery is not None
+    assert turn.queued_at == turn.run.recovery.recovered_at
 
 
 def test_runs_whose_session_is_elsewhere_wait_for_their_host_with_their_old_owner(

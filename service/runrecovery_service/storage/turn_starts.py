@@ -27,7 +27,7 @@ from runrecovery_service.storage import (
 from runrecovery_service.storage.database import Database, Stale
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.launch_records import LaunchSite
-from runrecovery_service.storage.rows import to_us
+from runrecovery_service.storage.rows import from_us, to_us
 from runrecovery_service.storage.sql_dialects import DatabaseKind
 from runrecovery_service.storage.turns import Turn
 
@@ -49,26 +49,34 @@ def take_next(
     launch starts the deadline of the whole run. A run whose deadline has passed is not taken, and
     one whose budget is used up is failed.
     """
-    while (key := _next_in_queue(db, owner, busy_engines, steady)) is not None:
+    while (found := _next_in_queue(db, owner, busy_engines, steady)) is not None:
+        key, queued_at = found
         run = runs.get_by_key(db, key)
         if run.status is not RunStatus.QUEUED:
             raise Stale
         used_up = run.budget.why_used_up(run.usage)
         if used_up is None:
-            return _take(db, run, owner=owner, site=site, due_in=due_in, now=now)
+            entered = _latest_entry(run, queued_at)
+            return _take(db, run, owner=owner, site=site, due_in=due_in, queued_at=entered, now=now)
         error = RunError(code=ErrorCode.BUDGET_EXCEEDED, message=used_up)
         turns.fail(db, run, error, owner=owner, now=now)
     return None
 
 
 def _take(
-    db: Database, run: Run, *, owner: Owner, site: LaunchSite, due_in: DueIn, now: datetime
+    db: Database,
+    run: Run,
+    *,
+    owner: Owner,
+    site: LaunchSite,
+    due_in: DueIn,
+    queued_at: datetime,
+    now: datetime,
 ) -> Turn:
     last = interactions.find(db, run.key, run.interaction_count)
     reply = last if last is not None and last.state is InteractionState.ANSWERED else None
     interruption = interruptions.pending(db, run, last) if reply is None else None
     columns: dict[str, object] = {"turn": run.turn + 1, "resume_at": None}
-    queued_at = run.updated_at
     if interruption is None:
         columns |= {**interruptions.NONE, **(_first_turn(run, now) if reply is None else {})}
     if run.max_run_s is not None and run.run_deadline_at is None:
@@ -98,12 +106,21 @@ def _take(
     )
 
 
+def _latest_entry(run: Run, queued_at: datetime) -> datetime:
+    """Return when the run last entered the queue. A move to another instance changes nothing.
+
+    Args:
+        queued_at: the place in the queue, which a run keeps when a recovery queues it again.
+    """
+    return queued_at if run.recovery is None else max(queued_at, run.recovery.recovered_at)
+
+
 def _next_in_queue(
     db: Database, owner: Owner, busy_engines: Sequence[str], steady: SteadyTime
-) -> int | None:
+) -> tuple[int, datetime] | None:
     marks = ", ".join("?" for _ in busy_engines)
     row = db.fetch_one(
-        "SELECT id FROM run WHERE owner = ? AND status = 'QUEUED' AND owner_epoch = ?"
+        "SELECT id, queued_at FROM run WHERE owner = ? AND status = 'QUEUED' AND owner_epoch = ?"
         " AND recovery_state <> 'QUARANTINED'"
         " AND (run_due_us IS NULL OR run_due_us > ?)"
         " AND resume_due_us IS NULL"
@@ -117,7 +134,7 @@ def _next_in_queue(
         + (" FOR UPDATE SKIP LOCKED" if db.dialect.kind is DatabaseKind.POSTGRESQL else ""),
         (owner.instance, owner.epoch, steady.us, *busy_engines),
     )
-    return None if row is None else int(row[0])
+    return None if row is None else (int(row[0]), from_us(row[1]))
 
 
 def _first_turn(run: Run, now: datetime) -> dict[str, object]:

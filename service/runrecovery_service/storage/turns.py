@@ -41,7 +41,7 @@ class Turn:
         reply: the accepted reply with which the process resumes the session.
         interruption: the interruption after which the process resumes the session.
         session_usage: what earlier processes of the session have reported.
-        queued_at: the last change of the run before it was taken.
+        queued_at: when the run last entered the queue, of this or of another instance.
     """
 
     run: Run
