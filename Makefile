@@ -25,7 +25,7 @@ MUTANT_CASES ?= 3000
 ROUNDS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo demo-replicas test serve proto docs verify lint types imports breaking packaging manifests sbom audit bench soak lock clean \
+.PHONY: help demo demo-replicas test serve proto docs schema verify lint types imports breaking packaging manifests sbom audit bench soak lock clean \
 	campaign-processes campaign-replicas fuzz interpreters test-agents
 
 help: ## Show these targets
@@ -98,6 +98,9 @@ proto: $(CODEGEN_READY) ## Regenerate client/runrecovery/v1 and the served descr
 
 docs: $(READY) ## Regenerate the tables in docs/recovery.md and docs/security.md
 	@$(BIN)/python docs/generate.py
+
+schema: $(READY) ## Write what creates a new SQLite store, from the migrations
+	@PYTHONPATH=tests $(BIN)/python -m support.new_store
 
 verify: proto docs ## Prove that the generated code and pages are current
 	@git diff --exit-code -- $(GENERATED) $(DESCRIPTORS) docs/recovery.md docs/security.md

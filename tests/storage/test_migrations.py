@@ -23,9 +23,10 @@ from runrecovery_service.storage import (
 from runrecovery_service.storage.database import Database
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.launch_records import LaunchEnd
-from runrecovery_service.storage.migrate import applied_migrations
+from runrecovery_service.storage.migrate import NEW_SQLITE_STORE, applied_migrations
 from runrecovery_service.storage.opening import open_database
 from storage.service_store import ServiceStore, boot
+from support.new_store import contents, migrate_step_by_step, new_store_script
 
 CHECKSUMS = Path(__file__).with_name("migration_checksums.txt")
 LEASE_STATES = ("INTENT", "RUNNING", "KILL_PENDING", "CLOSED")
@@ -301,6 +302,27 @@ def test_a_second_launch_of_one_turn_is_refused_after_a_migration(store: Service
             "process_lease",
             {**FIRST_LEASE, "run": 1, "cookie": "x", "state": "INTENT"},
         )
+
+
+def test_a_first_start_makes_what_the_steps_make(tmp_path: Path) -> None:
+    open_database("", tmp_path).close()
+    by_steps = tmp_path / "by_steps"
+    migrate_step_by_step(by_steps)
+
+    tables, rows = contents(tmp_path / "runrecovery.db")
+    expected_tables, expected_rows = contents(by_steps)
+
+    assert tables.pop("migration_checksum") is not None
+    assert tables.pop("sqlite_autoindex_migration_checksum_1") is None
+    assert tables == expected_tables
+    assert {name: checksum for name, checksum in rows.pop("migration_checksum")} == (  # noqa: C416
+        migrate.known_migrations()
+    )
+    assert [row[1] for row in rows.pop("schema_migration")] == [
+        row[1] for row in expected_rows.pop("schema_migration")
+    ]
+    assert rows == expected_rows
+    assert NEW_SQLITE_STORE.read_text() == new_store_script()
 
 
 def test_a_step_that_databases_may_have_is_not_edited_any_more() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
@@ -19,6 +20,9 @@ from runrecovery_service.storage.sqlite_header import APPLICATION_ID
 log = structlog.get_logger()
 
 MIGRATIONS: Final = Path(__file__).parent / "migrations"
+NEW_SQLITE_STORE: Final = MIGRATIONS / "new_sqlite_store.sql"
+"""Makes in an empty SQLite file what the steps make, up to the one that the first line names.
+`make schema` writes it. It keeps a first start from growing slower with each new step."""
 COMPATIBLE_SINCE: Final = re.compile(rb'^COMPATIBLE_SINCE: Final = "(\w+)"$', re.MULTILINE)
 """What a step declares: versions whose last step is this one, or a later one, can work with a store
 that has the step, although they do not know it."""
@@ -110,19 +114,42 @@ def _recorded_migrations(db: Database) -> dict[str, str]:
 
 
 def _apply_missing(db: Database, known: dict[str, str]) -> None:
-    from playhouse.migrations import Runner  # noqa: PLC0415 - slow to import, seldom needed
-
     with _migration_lock(db):
+        is_empty = db.dialect.kind is DatabaseKind.SQLITE and not db.peewee.get_tables()
         db.execute(
             "CREATE TABLE IF NOT EXISTS migration_checksum"
             " (name TEXT NOT NULL PRIMARY KEY, checksum TEXT NOT NULL)"
         )
-        applied = Runner(db.peewee, directory=str(MIGRATIONS)).up()
+        applied = _create_at_once(db, list(known)) if is_empty else []
+        if len(applied) < len(known):
+            applied += _apply_steps(db)
         for name in applied:
             since = COMPATIBLE_SINCE.search((MIGRATIONS / f"{name}.py").read_bytes())
             recorded = known[name] if since is None else f"{known[name]} {since[1].decode()}"
             db.execute("INSERT INTO migration_checksum VALUES (?, ?)", (name, recorded))
             log.info("storage.migrated", step=name)
+
+
+def _create_at_once(db: Database, known: Sequence[str]) -> list[str]:
+    """Make the tables of an empty SQLite file, and return the steps that this saves."""
+    first_line, _, script = NEW_SQLITE_STORE.read_text(encoding="utf-8").partition("\n")
+    last = first_line.split()[-1]
+    if last not in known:
+        return []
+    for statement in script.split(";\n")[:-1]:
+        db.execute(statement)
+    saved = [name for name in known if name <= last]
+    now = str(datetime.now(UTC).replace(tzinfo=None))
+    for name in saved:
+        db.execute("INSERT INTO schema_migration (name, applied) VALUES (?, ?)", (name, now))
+    return saved
+
+
+def _apply_steps(db: Database) -> list[str]:
+    from playhouse.migrations import Runner  # noqa: PLC0415 - slow to import, seldom needed
+
+    applied: list[str] = Runner(db.peewee, directory=str(MIGRATIONS)).up()
+    return applied
 
 
 @contextlib.contextmanager
