@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
@@ -141,3 +142,43 @@ def test_with_shared_workspaces_a_peer_answers_for_the_waiting_runs_of_a_killed_
     assert status_word(through_peer.until_ended("asks")) == "SUCCEEDED"
     assert [row[:2] for row in query(first, LAUNCHES, "asks")] == [(1, "a"), (1, "b")]
     assert query(first, STALE_WRITES) == []
+
+
+def test_a_planned_stop_hands_its_queue_and_its_waiting_runs_over_without_waiting_for_a_lease(
+    new_home: NewHome, postgresql_url: str, tmp_path: Path
+) -> None:
+    first, second = (
+        new_home(
+            database=postgresql_url,
+            instance=name,
+            engines=ENGINES,
+            max_concurrent=1,
+            lease_ttl_s=600.0,  # a takeover would come too late for this test
+            shared_workspaces=True,
+            runs_dir=str(tmp_path / "volume"),
+        )
+        for name in ("a", "b")
+    )
+    service, api = first.start()
+    api.create("resumable", {"questions": [QUESTION]}, run_id="asks")
+    api.until_status("asks", "WAITING_USER")
+    _, through_peer = second.start()
+    for replica, held in ((api, "held-a"), (through_peer, "held-b")):
+        replica.create("works", run_id=held, restart_policy=REQUEUE)
+        replica.until_status(held, "RUNNING")
+    api.create("resumable", run_id="queued")
+    through_peer.reply("asks", 1, "yes")  # queued at its owner: no service has a free slot
+
+    assert service.stop() == 0
+
+    owners = query(first, "SELECT run_id, owner, status FROM run ORDER BY run_id")
+    assert owners == [
+        ("asks", "b", "QUEUED"), ("held-a", "b", "QUEUED"),
+        ("held-b", "b", "RUNNING"), ("queued", "b", "QUEUED"),
+    ]  # fmt: skip
+    through_peer.cancel("held-b")
+    through_peer.until_status("held-a", "RUNNING")  # a run keeps its place in the queue
+    through_peer.cancel("held-a")
+    assert status_word(through_peer.until_ended("queued")) == "SUCCEEDED"
+    assert status_word(through_peer.until_ended("asks")) == "SUCCEEDED"
+    assert query(first, OVERLAPPING) == []

@@ -14,7 +14,7 @@ from runrecovery_service.domain.run import Profile, Run
 from runrecovery_service.recovery.hand_over import HandOver
 from runrecovery_service.storage import instances, sharing
 from runrecovery_service.storage.instances import Owner
-from runrecovery_service.storage.sharing import Peer, Taker
+from runrecovery_service.storage.sharing import Peer, Spread, Taker, spread
 from storage.service_store import Crash, ServiceStore, boot
 from structlog.testing import capture_logs
 
@@ -51,6 +51,14 @@ def take(pair: Pair, *, now: datetime | None = None, **changes: Any) -> str | No
     if peer is None:
         return None
     return sharing.take_from(pair.db, wanted, peer, now=now, steady=pair.dead.steady)
+
+
+def take_and_close(pair: Pair, *, now: datetime) -> str | None:
+    """Take a run of a peer in a thread of its own."""
+    try:
+        return take(pair, now=now)
+    finally:
+        pair.db.close()
 
 
 def late(pair: Pair, **changes: Any) -> Run:
@@ -263,6 +271,27 @@ def test_a_stop_hands_queued_runs_over_to_a_peer_that_knows_the_engine(idle: Pai
     assert [(line["event"], line["runs"], line["peers"]) for line in logs] == [
         ("handover.done", 1, {"b": 1})
     ]
+
+
+def test_a_run_that_is_being_handed_over_is_not_taken_from_the_stopping_instance_too(
+    idle: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, third = late(idle), idle.third()
+    set_lease(idle.dead.db, "c", 60_000_000)
+    taken: list[str | None] = []
+
+    def take_meanwhile(*given: Any) -> Spread:
+        with ThreadPoolExecutor(1) as other:
+            taken.append(other.submit(take_and_close, third, now=idle.dead.now).result())
+        return spread(*given)
+
+    idle.dead.db.execute("UPDATE instance SET engines = '[]' WHERE name = 'c'")
+    monkeypatch.setattr(sharing, "spread", take_meanwhile)
+
+    stopping(idle)
+
+    assert taken == [None]
+    assert owner_of(idle, run) == ("b", idle.owner.epoch)
 
 
 def test_a_stop_keeps_its_runs_where_no_peer_lives(idle: Pair) -> None:

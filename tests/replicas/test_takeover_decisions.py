@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from replicas.dead_instance import AGAIN, HOST_RETURN_S, RESUMES, Pair, crash, rules_of
-from runrecovery_service.domain.reconciliation import Cause, ReconciliationState
+from runrecovery_service.domain.reconciliation import Cause, Reconciliation, ReconciliationState
 from runrecovery_service.domain.run import Profile, RunStatus
 from runrecovery_service.process.ending import Ending
 from runrecovery_service.recovery import report_warnings
@@ -15,9 +16,10 @@ from runrecovery_service.storage import (
     launch_records,
     recovery_apply,
     reports,
+    runs,
     takeover,
 )
-from storage.service_store import GONE, Crash
+from storage.service_store import GONE, Crash, ServiceStore
 from support.recovery import FakeLaunchEnder
 
 # -- the decisions -------------------------------------------------------------------------------
@@ -154,6 +156,38 @@ def test_with_shared_workspaces_every_run_goes_on_at_the_successor(pair: Pair) -
     ]
     assert pair.dead.get(waiting).etag == waiting.etag
     assert pair.dead.rows("SELECT host_return_until FROM instance WHERE name = 'a'") == [(None,)]
+    assert pair.stale_writes() == []
+
+
+def test_a_cancel_through_a_third_instance_that_meets_a_takeover_reads_the_run_again(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The takeover keeps the version of a waiting run. Its owner and epoch have changed."""
+    pair.shares_workspaces = True
+    pair.keep_history()
+    run, third, demand_etag = pair.dead.waiting(), pair.third(), runs.demand_etag
+    pair.expire()
+    taken: list[Reconciliation] = []
+
+    def take_over() -> None:
+        taken.append(pair.take_over())
+        pair.db.close()
+
+    def after_a_takeover(*given: Any) -> None:
+        if not taken:
+            with ThreadPoolExecutor(1) as other:
+                other.submit(take_over).result()
+        demand_etag(*given)
+
+    monkeypatch.setattr(runs, "demand_etag", after_a_takeover)
+
+    canceled = ServiceStore(db=third.db, owner=third.owner, now=pair.dead.now).cancel(run)
+
+    assert (canceled.status, canceled.owner) == (RunStatus.CANCELED, "b")
+    assert canceled.event_count == run.event_count + 2  # the decision and the cancel
+    assert pair.dead.rows(
+        "SELECT no FROM run_event UNION ALL SELECT sequence FROM recovery_event ORDER BY 1"
+    ) == [(2,), (3,), (4,), (5,)]  # without that of the create, which the row of the run implies
     assert pair.stale_writes() == []
 
 
