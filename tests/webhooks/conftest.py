@@ -1,50 +1,26 @@
-"""Endpoints, deliveries and receivers."""
+"""Receivers, and a sender with its store."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any, TypeAlias
 
 import pytest
-from runrecovery_service.config.values import EVERYWHERE
-from runrecovery_service.domain.webhook import WebhookEvent, WebhookFilter
-from runrecovery_service.storage.webhook_deliveries import Delivery
-from runrecovery_service.webhooks.endpoint import Endpoint
-from runrecovery_service.webhooks.signature import read_secret
-from support.webhook_receiver import SECRET, Behave, Receiver
+from runrecovery_service.stop_signal import StopSignal
+from runrecovery_service.storage import instances
+from runrecovery_service.storage.async_storage import Storage
+from runrecovery_service.storage.database import Database
+from runrecovery_service.webhooks.sender import WebhookSender
+from storage.service_store import ServiceStore, boot
+from support.clock import FakeClock
+from support.webhook_receiver import Behave, Receiver
+
+from .samples import EVERY
+from .sender_bench import Bench, Receiving
 
 NewReceiver: TypeAlias = Callable[..., Receiver]
-
-EVERY = WebhookFilter(name="chat", events=frozenset(WebhookEvent))
-DELIVERY = Delivery(
-    key=1,
-    webhook="chat",
-    run=1,
-    run_id="run-1",
-    engine="demo",
-    sequence=4,
-    event=WebhookEvent.ENDED,
-    status="FAILED",
-    error_code="ENGINE_FAILED",
-    created_at=datetime(2026, 11, 24, 12, 0, 0, 123, tzinfo=UTC),
-)
-
-
-def endpoint(port: int = 9, **changes: Any) -> Endpoint:
-    """Return an endpoint on 127.0.0.1."""
-    given: dict[str, Any] = {
-        "filter": EVERY,
-        "host": "127.0.0.1",
-        "port": port,
-        "target": "/hook?key=hidden",
-        "tls": None,
-        "keys": (read_secret(SECRET),),
-        "private": EVERYWHERE,
-        "timeout_s": 10.0,
-        "give_up_s": 259_200.0,
-    }
-    return Endpoint(**(given | changes))
 
 
 @pytest.fixture
@@ -59,3 +35,27 @@ def new_receiver() -> Iterator[NewReceiver]:
     yield make
     for receiver in made:
         receiver.close()
+
+
+@pytest.fixture
+def database_kind() -> str:
+    """Return SQLite alone: tests/storage tries the queries on both databases."""
+    return "sqlite"
+
+
+@pytest.fixture
+async def bench(database: Database) -> AsyncIterator[Bench]:
+    database.webhooks = (EVERY,)
+    owner = instances.claim(database, boot(), now=datetime(2026, 11, 24, 11, tzinfo=UTC))
+    storage = Storage(database)
+    clock = FakeClock(wall=datetime(2026, 11, 24, 12, tzinfo=UTC))
+    yield Bench(ServiceStore(db=database, owner=owner), storage, clock, Receiving(), StopSignal())
+    await asyncio.to_thread(storage.close)
+
+
+@pytest.fixture
+async def sender(bench: Bench) -> AsyncIterator[WebhookSender]:
+    """A sender that a test starts."""
+    sender = bench.new_sender()
+    yield sender
+    await sender.stop()

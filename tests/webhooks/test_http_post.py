@@ -18,7 +18,8 @@ from support.certificates import Authority
 from support.waiting import patience_s
 from support.webhook_receiver import Behave, Received, answer, status
 
-from .conftest import NewReceiver, endpoint
+from .conftest import NewReceiver
+from .samples import endpoint
 
 BODY = b'{"a":1}'
 HEADERS = {"webhook-id": "x"}

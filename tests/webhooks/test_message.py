@@ -11,7 +11,7 @@ from runrecovery_service.webhooks.signature import read_secret
 from standardwebhooks import Webhook, WebhookVerificationError
 from support.webhook_receiver import OTHER_SECRET, SECRET
 
-from .conftest import DELIVERY
+from .samples import DELIVERY
 
 KEYS = (read_secret(SECRET), read_secret(OTHER_SECRET))
 

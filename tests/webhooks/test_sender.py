@@ -4,34 +4,27 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
+from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import pytest
 from runrecovery_service.clock import Clock
 from runrecovery_service.domain.errors import Fenced, StorageUnavailable
-from runrecovery_service.domain.run import Run
 from runrecovery_service.domain.start_errors import LeaseLost
-from runrecovery_service.stop_signal import StopSignal
-from runrecovery_service.storage import instances, webhook_deliveries
-from runrecovery_service.storage.async_storage import Storage
-from runrecovery_service.storage.database import Database
+from runrecovery_service.storage import webhook_deliveries
 from runrecovery_service.storage.webhook_deliveries import Delivery
 from runrecovery_service.webhooks import sender as sender_module
-from runrecovery_service.webhooks.endpoint import Endpoint
-from runrecovery_service.webhooks.http_post import Answer, PostFailed
+from runrecovery_service.webhooks.http_post import PostFailed
 from runrecovery_service.webhooks.sender import WebhookSender
 from standardwebhooks import Webhook
-from storage.service_store import ServiceStore, boot
 from structlog.testing import capture_logs
-from support.clock import FakeClock
 from support.waiting import patience_s, until_async
 from support.webhook_receiver import SECRET, status
 
-from .conftest import DELIVERY, EVERY, NewReceiver, endpoint
+from .conftest import NewReceiver
+from .samples import EVERY, endpoint
+from .sender_bench import Bench, Receiving, canceled
 
 HOUR = 3600.0
 MORE = (
@@ -41,122 +34,6 @@ MORE = (
     " FROM webhook_delivery, n WHERE run = ? AND sequence = 3"
 )
 """Gives a run 600 more deliveries."""
-
-
-@dataclass
-class Receiving:
-    """Stands in for `post`: answers as it is told, and keeps what has arrived.
-
-    Attributes:
-        behave: returns the status for a run and a sequence, or raises.
-    """
-
-    behave: Callable[[str], int] = lambda _: 204
-    tried: list[str] = field(default_factory=list)
-    arrived: list[str] = field(default_factory=list)
-    headers: list[Mapping[str, str]] = field(default_factory=list)
-    hanging: asyncio.Event | None = None
-    at_once: int = 0
-    most_at_once: int = 0
-
-    async def post(self, _: Endpoint, headers: Mapping[str, str], __: bytes) -> Answer:
-        event = headers["webhook-id"].rsplit("_", 1)[0]
-        self.tried.append(event)
-        self.headers.append(headers)
-        self.at_once += 1
-        self.most_at_once = max(self.most_at_once, self.at_once)
-        try:
-            if self.hanging is not None:
-                await self.hanging.wait()
-            code = self.behave(event)
-        finally:
-            self.at_once -= 1
-        if 200 <= code < 300:
-            self.arrived.append(event)
-        return Answer(status=code, retry_after="7" if code == 429 else None)
-
-
-@dataclass
-class Bench:
-    """A store with a webhook, the sender of the webhook, and its receiver.
-
-    Attributes:
-        pauses: the pauses of the sender. The clock advances by each; no time passes.
-    """
-
-    store: ServiceStore
-    storage: Storage
-    clock: FakeClock
-    receiving: Receiving
-    stop_signal: StopSignal
-    pauses: list[float] = field(default_factory=list)
-
-    def new_sender(self, **changes: Any) -> WebhookSender:
-        given: dict[str, Any] = {
-            "endpoint": endpoint(),
-            "storage": self.storage,
-            "owner": self.store.owner,
-            "clock": self.clock,
-            "stop_signal": self.stop_signal,
-            "post": self.receiving.post,
-            "pause": self.pause,
-        }
-        return WebhookSender(**(given | changes))
-
-    async def pause(self, _: asyncio.Event, seconds: float) -> bool:
-        self.pauses.append(seconds)
-        self.clock.advance(seconds)
-        await asyncio.sleep(0)
-        return False
-
-    async def until_arrived(self, count: int) -> list[str]:
-        async def have_arrived() -> bool:
-            return len(self.receiving.arrived) >= count
-
-        await until_async(have_arrived, f"{count} deliveries arrive")
-        return self.receiving.arrived
-
-    def left(self) -> int:
-        return len(self.store.rows("SELECT 1 FROM webhook_delivery"))
-
-    async def until_left(self, count: int) -> None:
-        async def are_left() -> bool:
-            return self.left() == count
-
-        await until_async(are_left, f"{count} deliveries are left")
-
-    async def write(self, use: Callable[[], Run]) -> Run:
-        """Change a run as callers do."""
-        return await self.storage.write(lambda db: use())
-
-
-@pytest.fixture
-def database_kind() -> str:
-    """The queries are tried on both databases elsewhere."""
-    return "sqlite"
-
-
-@pytest.fixture
-async def bench(database: Database, tmp_path: Path) -> AsyncIterator[Bench]:
-    database.webhooks = (EVERY,)
-    owner = instances.claim(database, boot(), now=datetime(2026, 11, 24, 11, tzinfo=UTC))
-    storage = Storage(database)
-    clock = FakeClock(wall=datetime(2026, 11, 24, 12, tzinfo=UTC))
-    yield Bench(ServiceStore(db=database, owner=owner), storage, clock, Receiving(), StopSignal())
-    await asyncio.to_thread(storage.close)
-
-
-@pytest.fixture
-async def sender(bench: Bench) -> AsyncIterator[WebhookSender]:
-    """A sender that a test starts."""
-    sender = bench.new_sender()
-    yield sender
-    await sender.stop()
-
-
-def canceled(bench: Bench) -> Run:
-    """A run with two deliveries: it asked (3), and was canceled (4)."""
-    return bench.store.cancel(bench.store.waiting())
 
 
 async def test_what_was_due_at_the_start_and_what_comes_later_is_delivered_in_order(
@@ -301,118 +178,6 @@ async def test_a_dead_endpoint_does_not_delay_another_webhook(
         await second.stop()
 
 
-async def test_gone_disables_the_webhook_until_it_is_told_to_try_again(
-    bench: Bench, sender: WebhookSender
-) -> None:
-    bench.receiving.behave = lambda _: 410
-    canceled(bench)
-    sender.start()
-
-    async def is_disabled() -> bool:
-        return sender.state.is_disabled and not sender._runs
-
-    await until_async(is_disabled, "the webhook is disabled")
-    waiting = await bench.write(bench.store.waiting)
-    await bench.write(lambda: bench.store.cancel(waiting))
-    assert (bench.receiving.tried, bench.left()) == (["run-0001_3"], 4)
-
-    bench.receiving.behave = lambda _: 200
-    assert await sender.try_again() == 0
-    assert len(await bench.until_arrived(4)) == 4
-
-
-async def test_deliveries_of_a_dead_endpoint_are_given_up_after_their_time_and_kept(
-    bench: Bench, sender: WebhookSender
-) -> None:
-    canceled(bench)
-    sender._note_failure(DELIVERY, "Connection refused")
-
-    async def left_due(hours: float) -> int:
-        bench.clock.advance(hours * HOUR)
-        await sender.tidy()
-        backlog = webhook_deliveries.backlogs(bench.store.db, "default")["chat"]
-        return backlog.due
-
-    assert [await left_due(hours) for hours in (71, 0.9, 0.2)] == [2, 2, 0]
-    assert (sender.state.given_up, bench.left()) == (2, 2)
-    bench.receiving.behave = lambda _: 204
-    sender.start()
-    assert await sender.try_again() == 2
-    assert await bench.until_arrived(2) == ["run-0001_3", "run-0001_4"]
-
-
-async def test_after_days_without_the_service_each_delivery_is_tried_for_an_hour(
-    bench: Bench, sender: WebhookSender
-) -> None:
-    canceled(bench)
-    bench.clock.advance(100 * HOUR)
-
-    await sender.tidy()
-    sender._note_failure(DELIVERY, "Connection refused")
-    bench.clock.advance(0.9 * HOUR)
-    await sender.tidy()
-
-    assert sender.state.given_up == 0
-    bench.clock.advance(0.2 * HOUR)
-    await sender.tidy()
-    assert sender.state.given_up == 2
-
-
-async def test_a_wall_clock_that_jumps_does_not_end_the_hour(
-    bench: Bench, sender: WebhookSender
-) -> None:
-    failing = canceled(bench)
-    sender._note_failure(DELIVERY, "Connection refused")
-    sender._failing_runs[failing.key] = bench.clock.steady().us
-    bench.clock.wall += timedelta(hours=100)
-
-    await sender.tidy()
-
-    assert sender.state.given_up == 0
-    bench.clock.wall -= timedelta(hours=20)
-    bench.clock.advance(1.1 * HOUR)
-    await sender.tidy()
-    assert sender.state.given_up == 2
-
-
-async def test_an_endpoint_that_is_gone_is_given_up_after_the_hour_too(
-    bench: Bench, sender: WebhookSender
-) -> None:
-    bench.receiving.behave = lambda _: 410
-    canceled(bench)
-    bench.clock.advance(100 * HOUR)
-    sender.start()
-
-    async def is_disabled() -> bool:
-        return sender.state.is_disabled and not sender._runs
-
-    await until_async(is_disabled, "the webhook is disabled")
-    await sender.tidy()
-    assert sender.state.given_up == 0
-
-    bench.clock.advance(1.1 * HOUR)
-    await sender.tidy()
-    assert sender.state.given_up == 2
-
-
-async def test_many_deliveries_are_given_up_revived_and_forgotten_in_short_transactions(
-    bench: Bench, sender: WebhookSender, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(webhook_deliveries, "ROWS", 1)
-    for _ in range(3):
-        canceled(bench)
-    sender._note_failure(DELIVERY, "Connection refused")
-    bench.clock.advance(73 * HOUR)
-
-    await sender.tidy()
-    assert sender.state.given_up == 6
-    assert await sender.try_again() == 6
-    await sender.tidy()
-    bench.clock.advance(31 * 24 * HOUR)
-    await sender.tidy()
-    assert bench.left() == 0
-
-
 async def test_a_run_with_new_deliveries_goes_behind_those_that_wait(
     bench: Bench, sender: WebhookSender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -445,35 +210,6 @@ async def test_runs_with_many_deliveries_leave_room_for_others(
     assert sorted(bench.receiving.tried) == [f"run-000{n}_3" for n in range(1, 9)]
     bench.receiving.hanging.set()
     await bench.until_arrived(20)
-
-
-async def test_a_run_that_fails_alone_is_given_up_alone(
-    bench: Bench, sender: WebhookSender
-) -> None:
-    first, second = canceled(bench), canceled(bench)
-    sender._failing_runs[first.key] = bench.clock.steady().us
-    bench.clock.advance(100 * HOUR)
-
-    await sender.tidy()
-
-    due = bench.store.rows("SELECT DISTINCT run FROM webhook_delivery WHERE given_up_at IS NULL")
-    assert due == [(second.key,)]
-
-
-async def test_what_was_given_up_is_deleted_after_thirty_days(
-    bench: Bench, sender: WebhookSender
-) -> None:
-    canceled(bench)
-    sender._note_failure(DELIVERY, "Connection refused")
-    bench.clock.advance(73 * HOUR)
-    await sender.tidy()
-    bench.clock.advance(29.9 * 24 * HOUR)
-    await sender.tidy()
-    assert bench.left() == 2
-
-    bench.clock.advance(0.2 * 24 * HOUR)
-    await sender.tidy()
-    assert bench.left() == 0
 
 
 async def test_a_delivery_whose_removal_fails_is_not_sent_again(

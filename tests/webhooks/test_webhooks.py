@@ -20,13 +20,8 @@ from storage.service_store import ServiceStore, boot
 from support.waiting import until_async
 from support.webhook_receiver import Receiver, status
 
-from .conftest import EVERY, NewReceiver, endpoint
-
-
-@pytest.fixture
-def database_kind() -> str:
-    """The queries are tried on both databases elsewhere."""
-    return "sqlite"
+from .conftest import NewReceiver
+from .samples import EVERY, endpoint
 
 
 @pytest.fixture
