@@ -66,8 +66,10 @@ WRONG_MOVES: Final = (
     " WHERE (owner_before, epoch_before) IS DISTINCT FROM (owner_after, epoch_after) AND ("
     # A run gets the epoch that is current.
     " epoch_after <> claimed_epoch"
-    # Its owner hands it over, or its new owner takes it.
-    " OR split_part(writer, '-', 1) NOT IN (owner_before, owner_after)"
+    # Its owner hands it over, or its new owner takes it. What waits for the host of a dead owner
+    # gets the epoch of the fence from the successor.
+    " OR (split_part(writer, '-', 1) NOT IN (owner_before, owner_after)"
+    " AND NOT (owner_before = owner_after AND epoch_before < current_epoch))"
     # Of a living owner, others take only what is queued.
     " OR (split_part(writer, '-', 1) <> owner_before AND epoch_before >= current_epoch"
     " AND status_after <> 'QUEUED'))"
