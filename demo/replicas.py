@@ -219,7 +219,7 @@ def _freeze(stage: Stage) -> None:
     )
     agents = _give_runs(stage, "b")
     epoch = _instance(stage, "c", "b").epoch
-    # The clients are not told: their calls at b end by their deadlines.
+    # The clients do not know of the freeze: their calls at b end by their deadlines.
     stage.replica("b").freeze()
     _check_takeover(stage, "b", through="c", since=epoch, agents=agents)
     _print_runs(stage, "b")

@@ -51,7 +51,7 @@ class Journal:
         runs: the engine and the nonce of each acknowledged run, by run_id.
         replies: the acknowledged reply for each question, by run_id and interaction_id.
         cancels: the runs with an acknowledged cancel.
-        violations: what a client was told that must not be.
+        violations: answers that a client must not get, one sentence each.
     """
 
     def __init__(self) -> None:

@@ -81,8 +81,8 @@ held = open(os.path.join({locks!r}, mine), "w")
 try:
     fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
 except OSError:
-    with open(os.path.join({locks!r}, "violations"), "a") as told:
-        told.write(mine + "\\n")
+    with open(os.path.join({locks!r}, "violations"), "a") as file:
+        file.write(mine + "\\n")
 """
 WORKS: Final = """
 import json, sys, time
@@ -135,8 +135,8 @@ class Replica:
             if service is not None:
                 self._end(service, code or 0)
             self.spawn()
-        elif not service.address and (told := service.events("service.listening")):
-            service.address = told[0]["address"]
+        elif not service.address and (listening := service.events("service.listening")):
+            service.address = listening[0]["address"]
             self.api = Api(service.address, timeout_s=4.0)
 
     def _end(self, service: ServiceProcess, code: int) -> None:
@@ -326,8 +326,8 @@ class Campaign:
         for name, sql in JUDGES.items():
             yield from (f"{name}: {row}" for row in self.rows(sql))
         yield from (f"not ended: {row}" for row in self.rows(UNENDED))
-        if (told := locks / "violations").exists():
-            yield from (f"two agents at a time: {run}" for run in told.read_text().split())
+        if (violations := locks / "violations").exists():
+            yield from (f"two agents at a time: {run}" for run in violations.read_text().split())
         yield from problems_of(self.journal, self.replicas[0].api or self.apis()[0])
 
     def lines(self) -> Iterator[str]:

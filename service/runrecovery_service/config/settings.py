@@ -105,8 +105,8 @@ class EngineSettings:
             automatically, and the run continues.
         restart_policy: what a restart does with a queued or running run of the engine, unless
             CreateRun sets a policy: `"fail"`, `"requeue"` (start again from the
-            beginning) or `"resume"` (the agent completes its turn in its session, and is told of
-            the interruption).
+            beginning) or `"resume"` (the agent completes its turn in its session, and gets a
+            notice of the interruption).
         max_resumes: how often one turn may be resumed after an interruption.
         resumes_interrupted: the engine understands a `resume` message with `interrupted`. With a
             preset the default is true.
