@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -66,6 +66,7 @@ class Stage:
     folder: Path
     run_ids: dict[str, str] = field(default_factory=dict)
     processes: dict[str, list[int]] = field(default_factory=dict)
+    stopped_shims: list[Shim] = field(default_factory=list)
 
     def print_heading(self, text: str) -> None:
         """Print the heading of a step."""
@@ -117,10 +118,10 @@ def _run_steps(stage: Stage) -> None:
             _create_runs(stage, client)
             _print_runs(stage)
             stage.print_heading("2. kill -9 of the service, and of the shims of two runs")
-            stopped_shims = _stop_shims(stage)
+            _stop_shims(stage)
     finally:
         service.crash()
-    _check_orphans(stage, stopped_shims)
+    _check_orphans(stage)
     stage.print_heading("3. The service starts again")
     service = ServiceProcess.start(stage.folder, 2)
     try:
@@ -159,12 +160,13 @@ def _create_runs(stage: Stage, client: RunRecoveryClient) -> None:
         if planned.name == SESSION_LOST:
             for session in set(data.rglob("session-*.json")) - sessions:
                 session.unlink()
-    _wait_until(lambda: _process_tree_is_complete(stage), "the process tree is complete")
     running = [planned.name for planned in RUNS if planned.at_crash == pb.RUN_STATUS_RUNNING]
     _wait_until(
         lambda: all(client.runs.get(name).session.has_handle for name in running),
         "the running agents have named their sessions",
     )
+    # After that: an agent that has named its session is past its start.
+    _wait_until(lambda: _process_tree_is_complete(stage), "the process tree is complete")
 
 
 def _process_tree_is_complete(stage: Stage) -> bool:
@@ -200,7 +202,7 @@ def _print_runs(stage: Stage) -> None:
 # -- 2. kill -9 --------------------------------------------------------------------------------
 
 
-def _stop_shims(stage: Stage) -> list[Shim]:
+def _stop_shims(stage: Stage) -> None:
     """Suspend the shims that are to die with the service.
 
     A shim that still ran when the service died would end the processes of its run.
@@ -208,18 +210,18 @@ def _stop_shims(stage: Stage) -> list[Shim]:
     shims = [find_shim(name, stage.processes[name]) for name in SHIM_KILLED]
     for shim in shims:
         shim.send(signal.SIGSTOP)
-    return shims
+        stage.stopped_shims.append(shim)
 
 
-def _check_orphans(stage: Stage, stopped_shims: list[Shim]) -> None:
+def _check_orphans(stage: Stage) -> None:
     started = time.monotonic()
     guarded = [name for name in stage.run_ids if stage.processes[name] and name not in SHIM_KILLED]
     _wait_until(
         lambda: not _count_processes(stage, guarded), "the shims ended the processes of their runs"
     )
     milliseconds = (time.monotonic() - started) * 1000
-    for shim in stopped_shims:
-        shim.send(signal.SIGKILL)
+    while stage.stopped_shims:
+        stage.stopped_shims.pop().send(signal.SIGKILL)
     stage.claims.check(
         f"{', '.join(guarded)}: ended by their shims, {milliseconds:.0f} ms after the service",
         holds=True,
@@ -350,6 +352,11 @@ def _check_nothing_changed(
 
 
 def _check_nothing_left(stage: Stage) -> None:
+    for shim in stage.stopped_shims:  # the demo failed; a shim that continues ends its processes
+        with suppress(DemoFailed):
+            shim.send(signal.SIGCONT)
+    with suppress(DemoFailed):
+        _wait_until(lambda: not _count_processes(stage, stage.run_ids), "every process has ended")
     left = [pid for pids in stage.find_processes().values() for pid in pids]
     for pid in left:
         stage.console.print(f"  [red]left alive: pid {pid}[/]")
