@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, Final
 
 from runrecovery_service.domain.reconciliation import Cause, Reconciliation
 from runrecovery_service.domain.recovery_matrix import NOTHING, Fact
-from runrecovery_service.domain.run import RestartPolicy
+from runrecovery_service.domain.run import RestartPolicy, Run
 from runrecovery_service.recovery.bulk_session_check import BulkSessionCheck
 from runrecovery_service.recovery.reconcile import (
     DeadInstance,
@@ -27,6 +28,7 @@ from runrecovery_service.storage.takeover import Takeover, TakeoverRules
 from storage.service_store import Crash, ServiceStore, boot
 from support.owner_history import HISTORY, STALE_WRITES
 from support.recovery import FakeLaunchEnder, FakeTrustCleaner
+from support.waiting import until
 
 TTL_S: Final = 15.0
 HOST_RETURN_S: Final = 3600.0
@@ -39,6 +41,10 @@ RESUMES: Final[dict[str, Any]] = {
 }
 
 NO_LAUNCHES: Final = FakeLaunchEnder()
+BLOCKED: Final = (
+    "SELECT 1 FROM pg_locks w WHERE NOT w.granted"
+    " AND pg_backend_pid() = ANY(pg_blocking_pids(w.pid))"
+)
 
 
 @dataclass
@@ -156,6 +162,15 @@ def set_lease(db: Database, name: str, left_us: int) -> None:
     )
 
 
+def deliver(pair: Pair, run: Run, sequence: int, *, instance: str = "a") -> None:
+    """Record an event of a run, which the webhook `w` has not got yet."""
+    pair.dead.db.execute(
+        "INSERT INTO webhook_delivery (webhook, instance, run, run_id, engine, sequence, event,"
+        " status, created_at) VALUES ('w', ?, ?, ?, 'demo', ?, 'ENDED', 'FAILED', 1)",
+        (instance, run.key, run.run_id, sequence),
+    )
+
+
 def make_pair(database: Database, **changes: Any) -> Pair:
     """Return a dead instance and its successor."""
     dead = instances.claim(database, boot("a"), now=ServiceStore.now)
@@ -178,3 +193,11 @@ def rules_of(pair: Pair) -> list[tuple[Any, ...]]:
 
 def crash(*_: object, **__: object) -> None:
     raise Crash
+
+
+def until_blocked(db: Database, thread: threading.Thread) -> None:
+    """Wait until another session waits for a lock of this one, or the thread has ended."""
+    until(
+        lambda: not thread.is_alive() or db.fetch_all(BLOCKED),
+        "the other transaction waits for a lock, or has ended",
+    )

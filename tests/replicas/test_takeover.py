@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from replicas.dead_instance import AGAIN, Pair, crash, rules_of, set_lease
+from replicas.dead_instance import AGAIN, Pair, crash, rules_of, set_lease, until_blocked
 from runrecovery_service.domain.errors import Fenced
 from runrecovery_service.domain.run import RunStatus
 from runrecovery_service.domain.turn import Succeeded
@@ -26,19 +26,6 @@ from runrecovery_service.storage.driver_errors import DRIVER_ERRORS
 from runrecovery_service.storage.takeover import TakeoverFenced
 from storage.service_store import Crash, boot, one_of_each
 from support.waiting import until
-
-BLOCKED = (
-    "SELECT 1 FROM pg_locks w WHERE NOT w.granted"
-    " AND pg_backend_pid() = ANY(pg_blocking_pids(w.pid))"
-)
-
-
-def until_blocked(db: Database, thread: threading.Thread) -> None:
-    """Wait until another session waits for a lock of this one, or the thread has ended."""
-    until(
-        lambda: not thread.is_alive() or db.fetch_all(BLOCKED),
-        "the other transaction waits for a lock, or has ended",
-    )
 
 
 def test_a_takeover_gets_past_a_transaction_that_a_frozen_instance_has_left_open(

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from replicas.dead_instance import AGAIN, HOST_RETURN_S, RESUMES, Pair, crash, rules_of
+from replicas.dead_instance import AGAIN, HOST_RETURN_S, RESUMES, Pair, crash, deliver, rules_of
 from runrecovery_service.domain.reconciliation import Cause, Reconciliation, ReconciliationState
 from runrecovery_service.domain.run import Profile, RunStatus
 from runrecovery_service.process.ending import Ending
@@ -321,15 +321,11 @@ def test_a_process_that_cannot_be_killed_is_swept_by_the_successor_and_holds_its
 
 def test_deliveries_of_webhooks_go_to_the_successor_also_those_of_later_events(pair: Pair) -> None:
     run = pair.dead.waiting()
-    deliver = (
-        "INSERT INTO webhook_delivery (webhook, instance, run, run_id, engine, sequence, event,"
-        " status, created_at) VALUES ('w', 'a', ?, ?, 'demo', ?, 'ENDED', 'FAILED', 1)"
-    )
-    pair.dead.db.execute(deliver, (run.key, run.run_id, 1))
+    deliver(pair, run, 1)
     pair.expire()
     pair.take_over()
     taken = takeover.take_deliveries(pair.db, pair.owner, stopping=lambda: False)
-    pair.dead.db.execute(deliver, (run.key, run.run_id, 2))
+    deliver(pair, run, 2)
 
     later = takeover.take_deliveries(pair.db, pair.owner, stopping=lambda: False, rows=1)
 
@@ -340,11 +336,7 @@ def test_deliveries_of_webhooks_go_to_the_successor_also_those_of_later_events(p
 def test_an_instance_that_has_only_deliveries_left_is_taken_over(pair: Pair) -> None:
     run = pair.dead.running().run
     pair.dead.db.execute("UPDATE run SET status = 'FAILED'")
-    pair.dead.db.execute(
-        "INSERT INTO webhook_delivery (webhook, instance, run, run_id, engine, sequence, event,"
-        " status, created_at) VALUES ('w', 'a', ?, ?, 'demo', 1, 'ENDED', 'FAILED', 1)",
-        (run.key, run.run_id),
-    )
+    deliver(pair, run, 1)
     pair.expire()
 
     assert takeover.overdue(pair.db, pair.rules) == ["a"]

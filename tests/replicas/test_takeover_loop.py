@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
-from replicas.dead_instance import Pair, set_lease
+from replicas.dead_instance import Pair, deliver, set_lease
+from runrecovery_service.domain.errors import StorageBusy
 from runrecovery_service.domain.reconciliation import Cause
 from runrecovery_service.meters import Meters
 from runrecovery_service.process.ending import Ending
@@ -136,3 +137,28 @@ async def test_runs_that_only_a_newer_version_can_read_are_left_to_it(
     await new_loop().search()
 
     assert owners(pair) == ["a", "a"]
+
+
+async def test_deliveries_that_cannot_be_taken_delay_no_takeover(
+    pair: Pair, new_loop: Callable[..., TakeoverLoop]
+) -> None:
+    run = pair.dead.waiting()
+    pair.expire()
+    pair.take_over()
+    deliver(pair, run, 1)
+    other = instances.claim(pair.dead.db, boot("d"), now=pair.dead.now)
+    pair.dead.create(owner=other)
+    set_lease(pair.dead.db, "d", -1)
+    for statement in (
+        """CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+          IF OLD.instance = 'a' THEN RAISE 'no' USING ERRCODE = 'lock_not_available'; END IF;
+          RETURN NEW; END $$""",
+        """CREATE TRIGGER refuse BEFORE UPDATE ON webhook_delivery FOR EACH ROW
+          EXECUTE FUNCTION refuse()""",
+    ):
+        pair.dead.db.execute(statement)
+
+    with pytest.raises(StorageBusy):
+        await new_loop().search()
+
+    assert owners(pair) == ["a", "b"]

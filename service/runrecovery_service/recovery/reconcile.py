@@ -250,7 +250,7 @@ class Recovery:
         is_start = self.cause is Cause.STARTUP
         if is_start:
             self._adopt(db, report)
-            self._forget_removed_webhooks(db)
+            self._collect_deliveries(db)
         with report.phase("orphans"):
             self._end_orphans(db, report)
         scope = self._scope(report)
@@ -329,8 +329,13 @@ class Recovery:
                 launches=previous.launches,
             )
 
-    def _forget_removed_webhooks(self, db: Database) -> None:
-        """Delete the deliveries, adopted ones too, of webhooks that are not configured."""
+    def _collect_deliveries(self, db: Database) -> None:
+        """Take deliveries back from successors; delete those of webhooks that are not configured.
+
+        Adopted deliveries are deleted too.
+        """
+        if db.dialect.kind is DatabaseKind.POSTGRESQL:
+            webhook_outbox.take_back(db, self.owner, stopping=self.stop.is_set)
         forgotten = webhook_outbox.forget_removed(db, self.owner, stopping=self.stop.is_set)
         for name, deliveries in forgotten.items():
             log.warning("webhook.forgotten", webhook=name, deliveries=deliveries)

@@ -7,6 +7,7 @@ decisions of a restart for its runs, in a separate report. `storage/takeover.py`
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Final, TypeVar
 
@@ -89,11 +90,12 @@ class TakeoverLoop:
     async def search(self) -> None:
         """Take over every dead instance. A failed takeover does not delay the others.
 
+        Afterwards take what peers have recorded meanwhile for the webhooks of dead instances. A
+        failure of this step delays no takeover.
+
         Raises:
             Fenced: a newer epoch of this service has started.
         """
-        if await self.storage.read(takeover.has_deliveries, self.rules.owner):
-            await self._decide(self._take_deliveries)
         for name in await self.storage.read(takeover.overdue, self.rules):
             if self._is_stopping:
                 return
@@ -111,6 +113,9 @@ class TakeoverLoop:
                     **error_facts(error),
                     exc_info=not is_outage(error),
                 )
+        if await self.storage.read(takeover.has_deliveries, self.rules.owner):
+            with suppress(RecoveryInterrupted):
+                await self._decide(self._take_deliveries)
 
     async def _take_over(self, name: str) -> None:
         if not await self._can_decide(name):
@@ -167,7 +172,7 @@ class TakeoverLoop:
 
         In this order, a webhook receives the events of each run in sequence.
         """
-        self._take_deliveries(db)
+        self._take_deliveries(db, taken.dead.instance)
         dead = DeadInstance(
             owner=taken.dead,
             demand_current=taken.demand_current,
@@ -178,8 +183,10 @@ class TakeoverLoop:
         takeover.finish(db, taken, self.rules.owner)
         return report
 
-    def _take_deliveries(self, db: Database) -> int:
-        return takeover.take_deliveries(db, self.rules.owner, stopping=lambda: self._is_stopping)
+    def _take_deliveries(self, db: Database, dead: str | None = None) -> int:
+        return takeover.take_deliveries(
+            db, self.rules.owner, dead=dead, stopping=lambda: self._is_stopping
+        )
 
     def _elsewhere(self, taken: Takeover) -> Fact:
         if self.rules.shares_workspaces:

@@ -186,11 +186,17 @@ def has_deliveries(db: Database, successor: Owner) -> bool:
 
 
 def take_deliveries(
-    db: Database, successor: Owner, *, stopping: Callable[[], bool], rows: int = DELIVERIES_AT_ONCE
+    db: Database,
+    successor: Owner,
+    *,
+    dead: str | None = None,
+    stopping: Callable[[], bool],
+    rows: int = DELIVERIES_AT_ONCE,
 ) -> int:
     """Move the webhook deliveries of the successor's dead instances to the successor.
 
     Args:
+        dead: the name of the only instance whose deliveries are moved; None: all of them.
         rows: the most rows that one transaction moves.
 
     Returns:
@@ -199,15 +205,27 @@ def take_deliveries(
     Raises:
         RecoveryInterrupted: the service is to stop.
     """
-    found = f"SELECT d.id {_deliveries(db)} LIMIT ?"
+    params: tuple[str, ...] = (successor.instance,)
+    which = ""
+    if dead is not None:
+        params, which = (*params, dead), " AND i.name = ?"
+    dead_names = f"SELECT i.name FROM instance i WHERE i.taken_over_by = ?{which}"
+    found = f"SELECT d.id {_deliveries(db)}{which} LIMIT ?"
     taken = 0
     while True:
         if stopping():
             raise RecoveryInterrupted
         with db.transaction():
+            # A dead instance that starts waits until the commit, and then takes its deliveries
+            # back. The next statement sees the instances that have started before.
+            db.fetch_all(
+                f"SELECT 1 FROM instance_epoch WHERE name IN ({dead_names})"
+                " ORDER BY name FOR SHARE",
+                params,
+            )
             count: int = db.execute(
                 f"UPDATE webhook_delivery SET instance = ? WHERE id IN ({found})",
-                (successor.instance, successor.instance, rows),
+                (successor.instance, *params, rows),
             ).rowcount
         if not count:
             return taken

@@ -22,7 +22,8 @@ from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.rows import to_us
 from runrecovery_service.storage.tables import sql_words
 
-FORGOTTEN_AT_ONCE: Final = 5_000
+ROWS_AT_ONCE: Final = 5_000
+"""The most rows that one transaction changes. Renewals of the lease run between transactions."""
 _COLUMNS: Final = (
     "webhook, instance, run, run_id, engine, sequence, event, status, error_code, created_at"
 )
@@ -97,13 +98,43 @@ def _decisions_of(webhook: WebhookFilter) -> Iterator[tuple[WebhookEvent, str]]:
         yield WebhookEvent.WAITING_USER, _ASKS
 
 
+def take_back(
+    db: Database, owner: Owner, *, stopping: Callable[[], bool], rows: int = ROWS_AT_ONCE
+) -> int:
+    """Move the deliveries of this instance's runs back from its successors. PostgreSQL only.
+
+    A takeover moves all deliveries, also those of runs that wait for this instance. Its later
+    events of such a run must not be delivered before them.
+
+    Returns:
+        The number of deliveries that were moved.
+
+    Raises:
+        RecoveryInterrupted: the service is to stop.
+    """
+    taken = 0
+    while True:
+        if stopping():
+            raise RecoveryInterrupted
+        with db.transaction():
+            count: int = db.execute(
+                "UPDATE webhook_delivery SET instance = ? WHERE id IN (SELECT d.id"
+                " FROM webhook_delivery d JOIN run r ON r.id = d.run"
+                " WHERE d.instance <> ? AND r.owner = ? LIMIT ?)",
+                (owner.instance, owner.instance, owner.instance, rows),
+            ).rowcount
+        if not count:
+            return taken
+        taken += count
+
+
 def forget_removed(
-    db: Database, owner: Owner, *, stopping: Callable[[], bool], rows: int = FORGOTTEN_AT_ONCE
+    db: Database, owner: Owner, *, stopping: Callable[[], bool], rows: int = ROWS_AT_ONCE
 ) -> dict[str, int]:
     """Delete the deliveries of webhooks that are not configured; return their number by name.
 
     Args:
-        rows: the most rows of one transaction. Renewals of the lease run between transactions.
+        rows: the most rows of one transaction.
 
     Raises:
         Fenced: a newer epoch of this instance has started.
