@@ -39,7 +39,7 @@ class Proxy:
             that drops packets.
         refusing: close new connections at once.
         refused: how many were closed in that way.
-        lost: set when the answer to a COMMIT was lost; see `lose_answer_after`.
+        lost: set when a COMMIT or its answer was lost; see `lose_answer_after`.
         holding: set while bytes of a transaction are held; see `hold_in_transaction`.
     """
 
@@ -55,6 +55,7 @@ class Proxy:
         self.refused = 0
         self.lost = threading.Event()
         self._mark: bytes | None = None
+        self._loses_commit = self._stalls_answer = False
         self._silencing_mark: bytes | None = None
         self._hold_at = 0
         self._releasing = False
@@ -69,8 +70,21 @@ class Proxy:
     def lose_answer_after(self, mark: str) -> None:
         """Once, end a connection instead of forwarding the answer to the COMMIT of a transaction
         in which `mark` was sent. The server has committed it."""
-        self._mark = mark.encode()
+        self._arm(mark)
+
+    def lose_commit_after(self, mark: str) -> None:
+        """The same, but end the connection instead of forwarding the COMMIT itself."""
+        self._loses_commit = True
+        self._arm(mark)
+
+    def stall_answer_after(self, mark: str) -> None:
+        """The same as `lose_answer_after`, but leave the connection open and silent."""
+        self._stalls_answer = True
+        self._arm(mark)
+
+    def _arm(self, mark: str) -> None:
         self.lost.clear()
+        self._mark = mark.encode()
 
     def silence_after(self, mark: str) -> None:
         """Become silent as soon as `mark` is sent, which the server does not get."""
@@ -192,22 +206,35 @@ class Proxy:
         elif end.is_client and self._silencing_mark is not None and self._silencing_mark in data:
             self.silent, self._silencing_mark = True, None
         elif not end.is_client and end.peer.is_committing:
+            self._lose_answer(end)
+        elif self._is_commit_lost(end, data):
+            self._loses_commit = False
             self.lost.set()
             self._drop(end)
         else:
-            self._watch(end, data)
             with suppress(OSError):
                 end.peer.socket.sendall(data)
 
-    def _watch(self, end: _End, data: bytes) -> None:
+    def _lose_answer(self, end: _End) -> None:
+        self.lost.set()
+        if self._stalls_answer:
+            end.is_stalled = end.peer.is_stalled = True
+            self._stalls_answer = False
+        else:
+            self._drop(end)
+
+    def _is_commit_lost(self, end: _End, data: bytes) -> bool:
+        """Watch for the mark and its COMMIT; return True if the COMMIT is not to be forwarded."""
         if self._mark is None or not end.is_client:
-            return
+            return False
         if b"BEGIN" in data:
             end.saw_mark = False
         end.saw_mark = end.saw_mark or self._mark in data
-        if end.saw_mark and b"COMMIT" in data:
-            end.is_committing = True
-            self._mark = None
+        if not end.saw_mark or b"COMMIT" not in data:
+            return False
+        end.is_committing = not self._loses_commit
+        self._mark = None
+        return self._loses_commit
 
     def _drop(self, end: _End) -> None:
         for each in (end, end.peer):

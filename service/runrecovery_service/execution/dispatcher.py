@@ -182,7 +182,9 @@ class Dispatcher:
         while self._may_take and self.slots_in_use < self.capacity:
             self._is_take_under_way = True
             try:
-                turn = await self.queue.take_next(self._busy_engines())
+                turn = await self.queue.take_next(
+                    self._busy_engines(), ending_runs=self.turns.ending_runs
+                )
             finally:
                 self._is_take_under_way = False
             if turn is None:

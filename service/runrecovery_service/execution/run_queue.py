@@ -44,11 +44,18 @@ class RunQueue:
     shares_workspaces: bool = False
     _search_due_s: float = field(default=0.0, init=False)
 
-    async def take_next(self, busy_engines: Sequence[str]) -> Turn | None:
-        """Take the longest-waiting run whose engine is not busy; None if there is none."""
-        turn = await self._take_own(busy_engines)
+    async def take_next(
+        self, busy_engines: Sequence[str], *, ending_runs: Collection[int]
+    ) -> Turn | None:
+        """Take the longest-waiting run whose engine is not busy; None if there is none.
+
+        Args:
+            ending_runs: the keys of runs whose latest turn has a supervisor that does not know yet
+                whether its end is on record. They are not taken.
+        """
+        turn = await self._take_own(busy_engines, ending_runs)
         if turn is None and await self._moved_from_peer(busy_engines):
-            turn = await self._take_own(busy_engines)
+            turn = await self._take_own(busy_engines, ending_runs)
         return turn
 
     async def _moved_from_peer(self, busy_engines: Sequence[str]) -> bool:
@@ -72,7 +79,9 @@ class RunQueue:
             log.info("execution.taken_from_peer", run_id=run_id, peer=peer)
         return run_id is not None
 
-    async def _take_own(self, busy_engines: Sequence[str]) -> Turn | None:
+    async def _take_own(
+        self, busy_engines: Sequence[str], ending_runs: Collection[int]
+    ) -> Turn | None:
         return await self.storage.write_own(
             turn_starts.take_next,
             owner=self.owner,
@@ -81,6 +90,7 @@ class RunQueue:
             due_in=self.clock.due_in,
             steady=self.clock.steady(),
             now=self.clock.now(),
+            without=ending_runs,
         )
 
     async def give_back(self, supervised: Collection[str]) -> int:

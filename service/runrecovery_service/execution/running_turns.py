@@ -52,6 +52,15 @@ class RunningTurns:
         return [task for supervisor, task in self._tasks.items() if supervisor.is_ending]
 
     @property
+    def ending_runs(self) -> frozenset[int]:
+        """The keys of the runs whose turn is over.
+
+        The end may be on record although its supervisor does not know it yet: the answer to the
+        COMMIT is late, or was lost.
+        """
+        return frozenset(one.turn.run.key for one in self._tasks if one.is_ending)
+
+    @property
     def at_work(self) -> int:
         """The number of turns that do not wait for their user."""
         return sum(not supervisor.state.is_waiting for supervisor in self._tasks)

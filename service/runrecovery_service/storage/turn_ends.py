@@ -44,7 +44,8 @@ def record_end(
 ) -> Run:
     """Record the end of a turn and of its launch in one transaction. An accepted cancel wins.
 
-    A repetition is safe when the answer to the commit was lost: the run may be in a later turn.
+    A repetition is safe when the answer to the commit was lost: the run may be in a later turn, or
+    a peer may have taken it.
 
     Args:
         due: the deadline of the wait that begins, if one does; None: no deadline.
@@ -52,9 +53,9 @@ def record_end(
         mark: the session fingerprint, taken after the process has ended; None: not taken.
         used: the last report of the turn's usage; None: there was none.
     """
-    run = turns.own(db, turn, owner)
     if launch_records.is_over(db, turn.launch):
-        return run
+        return turns.current_run(db, turn, owner=owner)
+    run = turns.own(db, turn, owner)
     launch_records.close(db, turn.launch, ended, now=now)
     if used is not None:
         usage.record(db, run, turn.launch, used, owner=owner)

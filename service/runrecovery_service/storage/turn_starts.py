@@ -42,14 +42,18 @@ def take_next(
     due_in: DueIn,
     steady: SteadyTime,
     now: datetime,
+    without: Collection[int] = (),
 ) -> Turn | None:
     """Take the run that has been queued longest, of an engine that is not busy; None for none.
 
     The run becomes RUNNING and its launch is recorded before the process is spawned. The first
     launch starts the deadline of the whole run. A run whose deadline has passed is not taken, and
     one whose budget is used up is failed.
+
+    Args:
+        without: the keys of runs that are not taken.
     """
-    while (found := _next_in_queue(db, owner, busy_engines, steady)) is not None:
+    while (found := _next_in_queue(db, owner, busy_engines, steady, without)) is not None:
         key, queued_at = found
         run = runs.get_by_key(db, key)
         if run.status is not RunStatus.QUEUED:
@@ -116,9 +120,12 @@ def _latest_entry(run: Run, queued_at: datetime) -> datetime:
 
 
 def _next_in_queue(
-    db: Database, owner: Owner, busy_engines: Sequence[str], steady: SteadyTime
+    db: Database,
+    owner: Owner,
+    busy_engines: Sequence[str],
+    steady: SteadyTime,
+    without: Collection[int],
 ) -> tuple[int, datetime] | None:
-    marks = ", ".join("?" for _ in busy_engines)
     row = db.fetch_one(
         "SELECT id, queued_at FROM run WHERE owner = ? AND status = 'QUEUED' AND owner_epoch = ?"
         " AND recovery_state <> 'QUARANTINED'"
@@ -128,13 +135,19 @@ def _next_in_queue(
         # instance that was taken over is on another host, whose shim has killed it.
         " AND NOT EXISTS (SELECT 1 FROM process_lease l"
         " WHERE l.run = run.id AND l.state = 'KILL_PENDING' AND l.instance = run.owner)"
-        + (f" AND engine NOT IN ({marks})" if marks else "")
+        + _not_in("engine", busy_engines)
+        + _not_in("id", without)
         + " ORDER BY queued_at, id LIMIT 1"
         # Peers take from this queue too: a run that one of them is taking is passed over.
         + (" FOR UPDATE SKIP LOCKED" if db.dialect.kind is DatabaseKind.POSTGRESQL else ""),
-        (owner.instance, owner.epoch, steady.us, *busy_engines),
+        (owner.instance, owner.epoch, steady.us, *busy_engines, *without),
     )
     return None if row is None else (int(row[0]), from_us(row[1]))
+
+
+def _not_in(column: str, values: Collection[object]) -> str:
+    marks = ", ".join("?" for _ in values)
+    return f" AND {column} NOT IN ({marks})" if marks else ""
 
 
 def _first_turn(run: Run, now: datetime) -> dict[str, object]:

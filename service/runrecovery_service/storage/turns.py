@@ -143,7 +143,7 @@ def record_retry(db: Database, turn: Turn, *, owner: Owner, message: str, now: d
 
 
 def current_run(db: Database, turn: Turn, *, owner: Owner) -> Run:
-    """Return the current run of a turn.
+    """Return the current run of a turn; once the turn is over, also if a peer has taken the run.
 
     The run is found by its run_id and the launch by its cookie. A database that lost commits gives
     out integer keys again; run_ids and cookies are unique.
@@ -158,7 +158,8 @@ def current_run(db: Database, turn: Turn, *, owner: Owner) -> Run:
         raise RunGone(f"run {turn.run.run_id!r}") from None
     if run.key != turn.run.key or not launch_records.is_recorded(db, turn.launch):
         raise RunGone(f"the launch of run {turn.run.run_id!r}")
-    demand_owned(run, owner)
+    if run.owner == owner.instance or not launch_records.is_over(db, turn.launch):
+        demand_owned(run, owner)
     return run
 
 
@@ -170,6 +171,7 @@ def own(db: Database, turn: Turn, owner: Owner) -> Run:
         RunQuarantined: the run is damaged.
     """
     run = current_run(db, turn, owner=owner)
+    demand_owned(run, owner)
     if run.status is None:
         raise RunQuarantined(run.run_id)
     return run
