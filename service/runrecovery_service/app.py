@@ -40,8 +40,7 @@ from runrecovery_service.rpc.paging import PageTokens
 from runrecovery_service.rpc.recovery_service import RecoveryDeps
 from runrecovery_service.rpc.run_service import RunDeps, RunLimits
 from runrecovery_service.rpc.server import GrpcServer
-from runrecovery_service.rpc.server_limits import ServerLimits
-from runrecovery_service.rpc.server_setup import build_server
+from runrecovery_service.rpc.server_setup import Contract, build_contract, build_server
 from runrecovery_service.setup.entrance import Entrance
 from runrecovery_service.setup.execution import (
     build_background_work,
@@ -61,6 +60,7 @@ from runrecovery_service.storage.opening import open_database, open_direct
 from runrecovery_service.systemd import SystemdNotifier
 
 if TYPE_CHECKING:
+    from runrecovery_service.http.server import HttpServer
     from runrecovery_service.metrics.http_server import MetricsServer
     from runrecovery_service.retention.sweep import RetentionSweep
     from runrecovery_service.rpc.call_tracer import CallTracer
@@ -93,7 +93,8 @@ def serve(settings: Settings, load: Callable[[], Settings]) -> None:
         # Before the store is migrated and an epoch is claimed: a start that no client could reach
         # must change nothing, and must not count as a start without a finished recovery.
         parse_listen_address(settings.listen).check_bindable()
-        for listen in filter(None, (settings.probe_listen, settings.metrics_listen)):
+        others = (settings.http_listen, settings.probe_listen, settings.metrics_listen)
+        for listen in filter(None, others):
             parse_listen_address(listen).check_bindable()
         # Beside the rest of the start: the probe waits some 30 ms for processes.
         probe = prober.submit(prove_containment, watermark_bits())
@@ -152,6 +153,7 @@ def _service(parts: SharedParts, entrance: Entrance, load: Callable[[], Settings
         webhooks=parts.webhooks,
     )
     metrics = _metrics(parts, ownership, dispatcher, retention, entrance.metrics_connections)
+    contract = _contract(parts, entrance, retention)
     return Service(
         settings=parts.settings,
         stop=parts.stop,
@@ -159,7 +161,8 @@ def _service(parts: SharedParts, entrance: Entrance, load: Callable[[], Settings
         control=_control(parts, load, reloadable),
         listeners=Listeners(
             settings=parts.settings,
-            server=_server(parts, entrance, retention),
+            server=_server(parts, entrance, contract),
+            http=_http(parts, entrance, contract),
             max_connections=entrance.connections,
             probe=entrance.probe(parts.gate),
             metrics=metrics,
@@ -238,10 +241,10 @@ def _ownership(parts: SharedParts, dispatcher: Dispatcher) -> Ownership:
     )
 
 
-def _server(parts: SharedParts, entrance: Entrance, retention: RetentionSweep | None) -> GrpcServer:
+def _contract(parts: SharedParts, entrance: Entrance, retention: RetentionSweep | None) -> Contract:
     settings = parts.settings
     page_tokens = PageTokens.of_store(parts.db)
-    return build_server(
+    return build_contract(
         parts.gate,
         run_deps=RunDeps(
             storage=parts.storage,
@@ -267,18 +270,36 @@ def _server(parts: SharedParts, entrance: Entrance, retention: RetentionSweep | 
             prune=build_prune(retention),
             webhooks=parts.webhooks,
         ),
-        limits=ServerLimits(
-            max_concurrent_calls=settings.max_concurrent_calls,
-            max_concurrent_streams=settings.max_concurrent_streams,
-            stall_s=settings.watch_stall_s,
-            max_request_bytes=settings.max_request_bytes,
-            max_connections=entrance.per_address,
-        ),
-        tls=entrance.tls,
+        limits=entrance.limits(settings),
         guard=entrance.guard,
-        public_reflection=settings.public_reflection,
         meter=parts.calls,
         tracer=_call_tracer(parts.tracer),
+    )
+
+
+def _server(parts: SharedParts, entrance: Entrance, contract: Contract) -> GrpcServer:
+    return build_server(
+        parts.gate,
+        contract,
+        limits=entrance.limits(parts.settings),
+        tls=entrance.tls,
+        guard=entrance.guard,
+        public_reflection=parts.settings.public_reflection,
+    )
+
+
+def _http(parts: SharedParts, entrance: Entrance, contract: Contract) -> HttpServer | None:
+    if not parts.settings.http_listen:
+        return None
+    # Imported here: uvicorn takes some 0.1 s.
+    from runrecovery_service.setup.http import build_http  # noqa: PLC0415
+
+    return build_http(
+        parts.settings,
+        contract,
+        parts.gate,
+        tls=entrance.tls,
+        max_connections=entrance.http_connections,
     )
 
 

@@ -13,6 +13,8 @@ def missing_packages(settings: Settings) -> list[str]:
     problems = []
     if settings.metrics_listen and not _is_installed("prometheus_client"):
         problems.append("metrics_listen: needs `pip install runrecovery-service[metrics]`")
+    if settings.http_listen and not (_is_installed("uvicorn") and _is_installed("starlette")):
+        problems.append("http_listen: needs `pip install runrecovery-service[http]`")
     if settings.traces and not _is_installed("opentelemetry.exporter.otlp.proto.http"):
         problems.append("traces: needs `pip install runrecovery-service[traces]`")
     return problems

@@ -13,7 +13,8 @@ from runrecovery_service.config.settings import Settings
 from runrecovery_service.rpc.listen_address import bound_address
 from runrecovery_service.rpc.server import GrpcServer
 
-if TYPE_CHECKING:  # not imported where metrics are off
+if TYPE_CHECKING:  # not imported where they are off
+    from runrecovery_service.http.server import HttpServer
     from runrecovery_service.metrics.http_server import MetricsServer
 
 log = structlog.get_logger()
@@ -25,6 +26,7 @@ class Listeners:
 
     Attributes:
         max_connections: client connections at one time, for the log.
+        http: answers the contract as JSON over HTTP; None: HTTP is off.
         probe: answers health checks on an address of its own; None: there is no such address.
         metrics: answers scrapes; None: metrics are off.
     """
@@ -32,6 +34,7 @@ class Listeners:
     settings: Settings
     server: GrpcServer
     max_connections: int
+    http: HttpServer | None
     probe: GrpcServer | None
     metrics: MetricsServer | None
 
@@ -47,6 +50,9 @@ class Listeners:
         settings = self.settings
         port = await self.server.bind(settings.listen, keeper_ended=keeper_ended)
         addresses = {"address": bound_address(settings.listen, port)}
+        if self.http is not None:
+            port = await self.http.bind(settings.http_listen, keeper_ended=keeper_ended)
+            addresses["http_address"] = bound_address(settings.http_listen, port)
         if self.probe is not None:
             port = await self.probe.bind(settings.probe_listen, keeper_ended=keeper_ended)
             addresses["probe_address"] = bound_address(settings.probe_listen, port)
@@ -57,7 +63,10 @@ class Listeners:
 
     async def stop_calls(self, *, grace_s: float) -> None:
         """Wait up to `grace_s` seconds for open calls, and answer no more."""
-        await self.server.stop(grace_s=grace_s)
+        servers = [self.server.stop(grace_s=grace_s)]
+        if self.http is not None:
+            servers.append(self.http.stop(grace_s=grace_s))
+        await asyncio.gather(*servers)
 
     async def stop_probes(self) -> None:
         """Answer no more probes on their own address."""

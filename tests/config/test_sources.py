@@ -40,7 +40,7 @@ def test_every_default_may_be_written_in_the_file(load: Load) -> None:
 
 def test_every_default_may_be_given_by_the_environment(load: Load) -> None:
     environ = {
-        f"RUNRECOVERY_{key.upper()}": toml_of(getattr(Settings(), key)).strip('"')
+        f"RUNRECOVERY_{key.upper()}": toml_of(getattr(Settings(), key)).strip('"[]')
         for key in SCALARS
     }
 

@@ -17,7 +17,7 @@ from runrecovery_service.domain.caller import Caller, Credentials, Role
 from runrecovery_service.domain.errors import CallerUnknown, EngineNotAllowed
 from runrecovery_service.rpc.callers import CALLER, CallerGuard, CallerTable
 from runrecovery_service.rpc.gate import Access, Gate
-from runrecovery_service.rpc.method_handlers import handlers
+from runrecovery_service.rpc.method_handlers import contract_methods, grpc_handlers
 from runrecovery_service.rpc.method_wrapper import Method, MethodWrapper
 from runrecovery_service.rpc.open_calls import OpenCalls
 from runrecovery_service.rpc.server import GrpcServer
@@ -224,7 +224,7 @@ def test_a_method_without_a_row_fails_the_start() -> None:
 
     wrapper = MethodWrapper(Gate(), max_calls=1, max_streams=1, stall_s=1)
     with pytest.raises(LookupError, match=r"unlisted\.Service\.Forgotten has no row in rpc/roles"):
-        handlers(service, Servicer(), wrapper)
+        grpc_handlers(contract_methods(service, Servicer(), wrapper))
 
 
 async def test_a_table_without_callers_admits_everyone_until_it_is_replaced() -> None:

@@ -26,7 +26,8 @@ from runrecovery_service.rpc.method_handlers import (
     RECOVERY_SERVICE,
     RUN_SERVICE,
     access_of,
-    handlers,
+    contract_methods,
+    grpc_handlers,
 )
 from runrecovery_service.rpc.method_wrapper import MethodWrapper
 
@@ -200,7 +201,10 @@ async def serving(
     server = grpc.aio.server()
     wrapper = MethodWrapper(gate, max_calls=max_calls, max_streams=10, stall_s=60)
     server.add_generic_rpc_handlers(
-        (handlers(RUN_SERVICE, runs, wrapper), handlers(RECOVERY_SERVICE, FakeRecovery(), wrapper))
+        (
+            grpc_handlers(contract_methods(RUN_SERVICE, runs, wrapper)),
+            grpc_handlers(contract_methods(RECOVERY_SERVICE, FakeRecovery(), wrapper)),
+        )
     )
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

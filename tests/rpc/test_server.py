@@ -37,7 +37,7 @@ from runrecovery_service.rpc.recovery_service import RecoveryDeps
 from runrecovery_service.rpc.run_service import RunDeps, RunLimits
 from runrecovery_service.rpc.server import GrpcServer
 from runrecovery_service.rpc.server_limits import ServerLimits
-from runrecovery_service.rpc.server_setup import build_server
+from runrecovery_service.rpc.server_setup import build_contract, build_server
 from runrecovery_service.storage import launch_records, retention
 from runrecovery_service.storage.instances import Owner
 from runrecovery_service.storage.launch_records import UnendedLaunch
@@ -161,14 +161,21 @@ def deps(storage: FakeStorage, workspaces: Workspaces) -> tuple[RunDeps, Recover
     )
 
 
+def server_with(
+    gate: Gate, run_deps: RunDeps, recovery_deps: RecoveryDeps, limits: ServerLimits
+) -> GrpcServer:
+    contract = build_contract(gate, run_deps=run_deps, recovery_deps=recovery_deps, limits=limits)
+    return build_server(gate, contract, limits=limits)
+
+
 @pytest.fixture
 async def served(tmp_path: Path) -> AsyncIterator[FakedServer]:
     gate, storage, workspaces = Gate(), FakeStorage(), Workspaces(tmp_path / "runs")
     run_deps, recovery_deps = deps(storage, workspaces)
-    server = build_server(
+    server = server_with(
         gate,
-        run_deps=run_deps,
-        recovery_deps=recovery_deps,
+        run_deps,
+        recovery_deps,
         limits=limits(max_concurrent_calls=10, max_request_bytes=100_000),
     )
     port = await server.bind("127.0.0.1:0")
@@ -202,10 +209,10 @@ def reason(error: grpc.aio.AioRpcError) -> str:
 
 async def test_taken_port_is_refused(served: FakedServer, tmp_path: Path) -> None:
     run_deps, recovery_deps = deps(served.storage, Workspaces(tmp_path / "runs"))
-    second = build_server(
+    second = server_with(
         Gate(),
-        run_deps=run_deps,
-        recovery_deps=recovery_deps,
+        run_deps,
+        recovery_deps,
         limits=limits(max_concurrent_calls=1, max_request_bytes=1000),
     )
 
@@ -539,10 +546,10 @@ async def test_removed_socket_is_bound_again_after_it_could_not_be_checked(
     folder, aside = tmp_path / "f", tmp_path / "g"
     folder.mkdir()
     run_deps, recovery_deps = deps(FakeStorage(), Workspaces(tmp_path / "runs"))
-    server = build_server(
+    server = server_with(
         Gate(),
-        run_deps=run_deps,
-        recovery_deps=recovery_deps,
+        run_deps,
+        recovery_deps,
         limits=limits(max_concurrent_calls=1, max_request_bytes=1000),
     )
     await server.bind(f"unix:{folder}/s")
@@ -567,10 +574,10 @@ async def until(holds: Callable[[], bool]) -> None:
 
 async def test_idle_connection_makes_room_for_another(tmp_path: Path) -> None:
     run_deps, recovery_deps = deps(FakeStorage(), Workspaces(tmp_path / "runs"))
-    server = build_server(
+    server = server_with(
         Gate(),
-        run_deps=run_deps,
-        recovery_deps=recovery_deps,
+        run_deps,
+        recovery_deps,
         limits=replace(
             limits(max_concurrent_calls=1, max_request_bytes=1000), max_connections=1, idle_s=0.5
         ),

@@ -149,6 +149,7 @@ def _refusals() -> Iterator[None]:
 @click.command()
 @_with_settings
 @click.option("--listen", metavar="ADDRESS", help="HOST:PORT, [IPV6]:PORT or unix:PATH.")
+@click.option("--http-listen", metavar="ADDRESS", help="HOST:PORT of HTTP, or empty for none.")
 @click.option("--log-format", type=click.Choice([form.value for form in LogFormat]))
 @click.option("--log-level", type=click.Choice([level.value for level in LogLevel]))
 def serve(settings: Settings) -> ExitCode:

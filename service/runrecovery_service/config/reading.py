@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar, get_type_hints
 
 from runrecovery_service.config import values
+from runrecovery_service.config.contradictions import contradictions
 from runrecovery_service.config.permissions import permission_contradictions
 from runrecovery_service.config.settings import (
     DEFAULT_ENV_ALLOW,
@@ -207,51 +208,6 @@ def _read(layer: _Layer, problems: list[str]) -> dict[str, object]:
     read, found = _read_table(Settings, layer.values)
     problems += [f"{layer.place(problem.below)}: {problem}" for problem in found]
     return read
-
-
-def contradictions(settings: Settings, places: Mapping[str, str]) -> Iterator[str]:
-    """Yield the problems of values that are valid alone but contradict each other.
-
-    Args:
-        places: the source and name of each key, for messages. A missing key is named by itself.
-    """
-    missing = [] if settings.tls else ["[tls]"]
-    missing += [] if settings.callers else ["[[callers]]"]
-    if missing and not settings.insecure_listen and not values.is_loopback(settings.listen):
-        place = places.get("listen", "listen")
-        yield (
-            f"{place}: {settings.listen} can be reached from other machines, and there"
-            f" is no {' and no '.join(missing)}; add what is missing, listen on 127.0.0.1, or set"
-            " insecure_listen = true"
-        )
-    if settings.database_direct and not settings.database.startswith("postgresql://"):
-        place = places.get("database_direct", "database_direct")
-        yield f"{place}: needs a postgresql://… URL as `database`"
-    named: dict[str, Sequence[CallerSettings | WebhookSettings]] = {
-        "callers": settings.callers,
-        "webhooks": settings.webhooks,
-    }
-    for key, tables in named.items():
-        for index, table in enumerate(tables):
-            for name in set(table.engines or ()) - settings.engines.keys():
-                place = f"{places.get(key, key)}[{index}].engines"
-                yield f"{place}: no engine {values.quote(name)} is configured"
-    for index, caller in enumerate(settings.callers):
-        place = f"{places.get('callers', 'callers')}[{index}]"
-        has_certificates = settings.tls and settings.tls.client_auth is ClientAuth.REQUIRE
-        if caller.certificate_name is not None and not has_certificates:
-            yield f'{place}.certificate_name: needs tls.client_auth = "require"'
-    if settings.shared_workspaces and not (
-        settings.runs_dir and settings.database.startswith("postgres")
-    ):
-        place = places.get("shared_workspaces", "shared_workspaces")
-        yield f"{place}: needs runs_dir, which all instances share, and a PostgreSQL database"
-    if settings.orphan_deadline_s < settings.orphan_grace_s:
-        place = places.get("orphan_deadline_s") or places.get("orphan_grace_s", "orphan_grace_s")
-        yield (
-            f"{place}: orphan_deadline_s ({settings.orphan_deadline_s:g}) must not be less than"
-            f" orphan_grace_s ({settings.orphan_grace_s:g})"
-        )
 
 
 # -- tables -----------------------------------------------------------------------------

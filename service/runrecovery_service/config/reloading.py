@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Final
 
-from runrecovery_service.config.reading import ConfigError, contradictions
+from runrecovery_service.config.contradictions import contradictions
+from runrecovery_service.config.reading import ConfigError
 from runrecovery_service.config.settings import Settings, TlsSettings
 
 RELOADABLE: Final = frozenset({"log_level", "tls", "callers", "retention", "engines", "webhooks"})

@@ -267,9 +267,14 @@ class Settings:
 
     Attributes:
         listen: HOST:PORT (port 0: any free one), [IPV6]:PORT or unix:PATH.
-        insecure_listen: allow a `listen` that other machines can reach without TLS or callers.
+        insecure_listen: allow a `listen` or `http_listen` that other machines can reach without
+            TLS or callers.
         probe_listen: HOST:PORT that answers health checks only, in plaintext. Empty: none.
         metrics_listen: HOST:PORT where Prometheus reads metrics, in plaintext. Empty: no metrics.
+        http_listen: HOST:PORT of the contract as JSON over HTTP, and of the console. Empty: none.
+        http_origins: origins whose pages may call the contract in a browser.
+        http_hosts: names by which clients may address `http_listen`, beside its own and localhost.
+        console: pages for people on `http_listen`.
         data_dir: outputs, workspaces, the lock, and the SQLite database unless `database` names
             another place.
         runs_dir: the folders of the runs; empty: `runs` in `data_dir`.
@@ -335,6 +340,10 @@ class Settings:
     insecure_listen: Annotated[bool, values.boolean] = False
     probe_listen: Annotated[str, values.tcp_listen] = ""
     metrics_listen: Annotated[str, values.tcp_listen] = ""
+    http_listen: Annotated[str, values.tcp_listen] = ""
+    http_origins: Annotated[tuple[str, ...], values.http_origins] = ()
+    http_hosts: Annotated[tuple[str, ...], values.http_hosts] = ()
+    console: Annotated[bool, values.boolean] = True
     data_dir: Annotated[Path, values.path] = Path("./runrecovery-data")
     runs_dir: Annotated[str, values.text] = ""
     database: Annotated[str, values.database] = field(default="", repr=False)

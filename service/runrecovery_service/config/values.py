@@ -350,6 +350,41 @@ def collector_url(value: object) -> str:
     return url
 
 
+def http_origins(value: object) -> tuple[str, ...]:
+    return tuple(_http_origin(each) for each in _comma_separated(value))
+
+
+def http_hosts(value: object) -> tuple[str, ...]:
+    found = tuple(name.lower() for name in _comma_separated(value))
+    for index, each in enumerate(found):
+        if not _HOST.fullmatch(each):
+            raise InvalidValue(
+                f"must be a host name in ASCII, without a port, not {quote(each)}",
+                below=f"[{index}]",
+            )
+    return found
+
+
+def _http_origin(value: str) -> str:
+    """Return an origin as browsers write it."""
+    origin = value.lower()
+    scheme, separator, authority = origin.partition("://")
+    host, _, port = authority.partition(":")
+    if scheme not in {"http", "https"} or not separator or not _HOST.fullmatch(host):
+        raise InvalidValue(f'must be an origin like "https://app.example", not {quote(value)}')
+    if ":" in authority and not (_PORT.fullmatch(port) and 0 < int(port) <= 65_535):
+        raise InvalidValue(f"the port must be from 1 to 65535, not {quote(port)}")
+    default = ":443" if scheme == "https" else ":80"
+    return origin.removesuffix(default)
+
+
+def _comma_separated(value: object) -> tuple[str, ...]:
+    """Return a list of strings; the text of an environment variable is split at commas."""
+    if isinstance(value, str):
+        return tuple(each.strip() for each in value.split(","))
+    return strings(value)
+
+
 def ratio(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
         raise InvalidValue(f"must be a number from 0 to 1, not {quote(value)}")

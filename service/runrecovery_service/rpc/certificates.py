@@ -84,6 +84,24 @@ def read_certificate(files: TlsFiles) -> Certificate:
     return Certificate(chain=chain, key=key, roots=roots, expires=expires, invalid=invalid)
 
 
+def ssl_context(found: Certificate) -> ssl.SSLContext:
+    """Return the context of a server that uses Python's TLS.
+
+    Raises:
+        OSError: no descriptor is left.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.set_alpn_protocols(["http/1.1"])
+    # A session that is resumed would pass by a certificate or an authority that was removed.
+    context.num_tickets = 0
+    context.options |= ssl.OP_NO_TICKET
+    _load_chain(context, found.chain, found.key)
+    if found.roots is not None:
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_verify_locations(cadata=found.roots.decode("ascii", "ignore"))
+    return context
+
+
 def read_client_ca(files: TlsFiles) -> bytes | None:
     """Return the content of `client_ca`, if there is one.
 
@@ -120,15 +138,19 @@ def _read(file: Path) -> bytes:
 def _server_context(files: TlsFiles, chain: bytes, key: bytes) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        # Loading takes only a path. A copy is loaded, so that exactly what was read is tried.
-        with open(os.memfd_create("certificate"), "wb", buffering=0) as memory:  # noqa: PTH123
-            memory.write(chain + b"\n" + key)
-            context.load_cert_chain(f"/proc/self/fd/{memory.fileno()}")
+        _load_chain(context, chain, key)
     except ssl.SSLError as error:
         raise TlsUnusable(f"{files.certificate}, {files.key}: {_reason(error)}") from error
     except OSError as error:  # no descriptor is left, for example
         raise TlsUnusable(f"{files.certificate}: {error.strerror}") from error
     return context
+
+
+def _load_chain(context: ssl.SSLContext, chain: bytes, key: bytes) -> None:
+    # Loading takes only a path. A copy is loaded, so that exactly what was read is tried.
+    with open(os.memfd_create("certificate"), "wb", buffering=0) as memory:  # noqa: PTH123
+        memory.write(chain + b"\n" + key)
+        context.load_cert_chain(f"/proc/self/fd/{memory.fileno()}")
 
 
 def _client_context(file: Path, trusted: bytes) -> ssl.SSLContext:

@@ -15,7 +15,7 @@ import socket
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from enum import Enum, auto
 from ipaddress import ip_address
 from pathlib import Path
@@ -30,6 +30,7 @@ BindPort: TypeAlias = Callable[[str], int]
 SocketAddress: TypeAlias = tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]
 """An address as in `socket`; the last form is of a Python without IPv6."""
 
+BACKLOG: Final = 1024
 LOCK_TRIES: Final = 100
 LOCK_PAUSE_S: Final = 0.02
 MAX_PATH_BYTES: Final = 100
@@ -147,6 +148,46 @@ class HostAndPort(ListenAddress):
             if error.errno in NO_SUCH_ADDRESS:
                 return
         raise ListenFailed(self._listen, f"{host} could not be bound as well")
+
+
+def bind_sockets(listen: str) -> list[socket.socket]:
+    """Return listening sockets for all addresses of `host:port`, for a server that is not gRPC's.
+
+    Raises:
+        ListenFailed: an address is taken or not permitted, or this machine has none of them.
+    """
+    host, _, port_text = listen.rpartition(":")
+    port = int(port_text)
+    with ExitStack() as bound:
+        sockets: list[socket.socket] = []
+        for family, address in _socket_addresses(host.strip("[]"), port):
+            try:
+                sock = bound.enter_context(_listening_socket(family, (str(address[0]), port)))
+            except OSError as error:
+                if error.errno in NO_SUCH_ADDRESS:
+                    continue
+                raise ListenFailed(listen, error.strerror or str(error)) from error
+            sockets.append(sock)
+            port = sock.getsockname()[1]
+        if not sockets:
+            raise ListenFailed(listen, "this machine has no such address")
+        bound.pop_all()
+    return sockets
+
+
+def _listening_socket(family: int, address: tuple[str, int]) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)  # noqa: FBT003 - its signature
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:  # `[::]` takes IPv4 as well, as with gRPC
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(address[0] != "::"))
+        sock.bind(address)
+        sock.listen(BACKLOG)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 async def _hosts(name: str) -> set[str]:

@@ -1,7 +1,9 @@
-"""Builds the gRPC servers: the one for callers, and the one for probes."""
+"""Builds the methods of the contract, and the gRPC servers: for callers, and for probes."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import grpc
@@ -14,7 +16,9 @@ from runrecovery_service.rpc.method_handlers import (
     HEALTH,
     RECOVERY_SERVICE,
     RUN_SERVICE,
-    handlers,
+    ContractMethod,
+    contract_methods,
+    grpc_handlers,
     health_handlers,
     reflection_handlers,
 )
@@ -31,25 +35,34 @@ if TYPE_CHECKING:  # not imported where traces are off
     from runrecovery_service.rpc.call_tracer import CallTracer
 
 
-def build_server(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contract:
+    """The methods of the contract, whose limits, callers and counts are those of all servers.
+
+    Attributes:
+        methods: by path, `runrecovery.v1.RunService/GetRun`.
+        calls: the calls in progress, of every server.
+    """
+
+    methods: Mapping[str, ContractMethod]
+    calls: OpenCalls
+
+
+def build_contract(
     gate: Gate,
     *,
     run_deps: RunDeps,
     recovery_deps: RecoveryDeps,
     limits: ServerLimits,
-    tls: ServerTls | None = None,
     guard: CallerGuard | None = None,
-    public_reflection: bool = False,
     meter: CallMeter | None = None,
     tracer: CallTracer | None = None,
-) -> GrpcServer:
-    """Return the server with every service; it does not listen yet.
+) -> Contract:
+    """Return the methods of the contract.
 
     Args:
-        tls: None: connections are not encrypted.
         guard: admits callers; None: everyone may call everything.
-        public_reflection: reflection needs no caller.
-        meter, tracer: of the calls of the contract; None: metrics or traces are off.
+        meter, tracer: of the calls; None: metrics or traces are off.
     """
     wrapper = MethodWrapper(
         gate,
@@ -60,14 +73,36 @@ def build_server(
         meter=meter,
         tracer=tracer,
     )
+    methods = (
+        *contract_methods(RUN_SERVICE, RunService(run_deps, gate), wrapper),
+        *contract_methods(RECOVERY_SERVICE, RecoveryService(recovery_deps, gate), wrapper),
+    )
+    return Contract(methods={method.path: method for method in methods}, calls=wrapper.calls)
+
+
+def build_server(
+    gate: Gate,
+    contract: Contract,
+    *,
+    limits: ServerLimits,
+    tls: ServerTls | None = None,
+    guard: CallerGuard | None = None,
+    public_reflection: bool = False,
+) -> GrpcServer:
+    """Return the server with every service; it does not listen yet.
+
+    Args:
+        tls: None: connections are not encrypted.
+        guard: admits callers of reflection, and logs what it refused; None: everyone may call.
+        public_reflection: reflection needs no caller.
+    """
     services = (RUN_SERVICE.full_name, RECOVERY_SERVICE.full_name, HEALTH.full_name)
     all_handlers = (
-        handlers(RUN_SERVICE, RunService(run_deps, gate), wrapper),
-        handlers(RECOVERY_SERVICE, RecoveryService(recovery_deps, gate), wrapper),
-        health_handlers(HealthServicer(gate), wrapper.calls),
+        grpc_handlers(contract.methods.values()),
+        health_handlers(HealthServicer(gate), contract.calls),
         *reflection_handlers(
             ReflectionServicer(services, gate),
-            wrapper.calls,
+            contract.calls,
             guard=None if public_reflection else guard,
         ),
     )
@@ -77,7 +112,7 @@ def build_server(
         server.add_generic_rpc_handlers(all_handlers)
         return server
 
-    return GrpcServer(build, wrapper.calls, gate=gate, tls=tls, guard=guard)
+    return GrpcServer(build, contract.calls, gate=gate, tls=tls, guard=guard)
 
 
 def build_probe_server(gate: Gate, *, max_connections: int) -> GrpcServer:

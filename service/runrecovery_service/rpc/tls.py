@@ -64,9 +64,9 @@ class ServerTls:
             )
         else:
             _log_loaded(files, found)
+        self._lock = threading.Lock()
         self._given = _Given(files, stamp, found)
         self._use(self._given)
-        self._lock = threading.Lock()
 
     def credentials(self) -> grpc.ServerCredentials:
         """Return the credentials of one server."""
@@ -75,6 +75,12 @@ class ServerTls:
             self._updates(self._configuration),  # type: ignore[arg-type] # the stub forgets None
             require_client_authentication=self._files.client_ca is not None,
         )
+
+    def present(self) -> Certificate:
+        """Return what the files hold, as it is used now. This may block: call it in a thread."""
+        with self._lock:
+            self._follow_files()
+            return self._found
 
     def prepare(self, files: TlsFiles) -> Callable[[], None]:
         """Read other files, which name a `client_ca` if and only if the present ones do.

@@ -16,10 +16,13 @@ from runrecovery_service.rpc.certificates import TlsUnusable
 from runrecovery_service.rpc.gate import Gate
 from runrecovery_service.rpc.listen_address import count_addresses
 from runrecovery_service.rpc.server import GrpcServer
+from runrecovery_service.rpc.server_limits import ServerLimits
 from runrecovery_service.rpc.server_setup import build_probe_server
 from runrecovery_service.rpc.tls import ServerTls
 from runrecovery_service.setup.access import read_callers, tls_files
 
+HTTP_CONNECTIONS: Final = 2_000
+"""The most connections to `http_listen`. They reduce those of callers, by at most half."""
 METRICS_CONNECTIONS: Final = 32
 """The most connections to `metrics_listen`. They reduce those of callers, by at most half."""
 PROBE_CONNECTIONS: Final = 64
@@ -33,6 +36,7 @@ class Entrance:
     Attributes:
         connections: the most connections to all addresses of `listen` together.
         per_address: the most connections to one address of `listen`.
+        http_connections: the most connections to `http_listen`; 0: it is not configured.
         metrics_connections: the most connections to `metrics_listen`; 0: it is not configured.
         probe_connections: the most connections to one address of `probe_listen`; 0: it is not
             configured.
@@ -42,6 +46,7 @@ class Entrance:
 
     connections: int
     per_address: int
+    http_connections: int
     metrics_connections: int
     probe_connections: int
     tls: ServerTls | None
@@ -60,13 +65,26 @@ class Entrance:
         connections -= probing
         scraping = min(METRICS_CONNECTIONS, connections // 2) if settings.metrics_listen else 0
         connections -= scraping
+        http = min(HTTP_CONNECTIONS, connections // 2) if settings.http_listen else 0
+        connections -= http
         return cls(
             connections=connections,
             per_address=connections // count_addresses(settings.listen),
+            http_connections=http,
             metrics_connections=scraping,
             probe_connections=probing and probing // count_addresses(settings.probe_listen),
             tls=None if files is None else ServerTls(files),
             guard=CallerGuard(CallerTable(known)),
+        )
+
+    def limits(self, settings: Settings) -> ServerLimits:
+        """Return the limits of the gRPC server, and of calls over every server."""
+        return ServerLimits(
+            max_concurrent_calls=settings.max_concurrent_calls,
+            max_concurrent_streams=settings.max_concurrent_streams,
+            stall_s=settings.watch_stall_s,
+            max_request_bytes=settings.max_request_bytes,
+            max_connections=self.per_address,
         )
 
     def prepare_callers(self, settings: Settings) -> Callable[[], None] | None:
