@@ -72,10 +72,10 @@ $(NODE_CLIENT_READY): tests/packaging/npm/package-lock.json
 		echo "Installing the Node packages of docs/clients.md into $(NODE_CLIENT) (once; 80 MB)…"; \
 		cd $(NODE_CLIENT) && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error && touch .ready; fi
 
-demo: $(READY) ## Watch runs survive a kill -9, explained run by run (under a minute)
+demo: $(READY) ## Kill a service under nine runs and explain each decision (under a minute)
 	@$(BIN)/runrecovery demo
 
-demo-replicas: $(READY) ## Watch three replicas on one PostgreSQL: one dies, one freezes, one stops (under a minute)
+demo-replicas: $(READY) ## Kill, freeze and stop three replicas on one PostgreSQL (under a minute)
 	@$(BIN)/python -m demo.replicas
 
 test: $(READY) ## Run the tests

@@ -1,5 +1,5 @@
-"""`make demo-replicas`: of three replicas on one PostgreSQL one dies, one freezes, one stops.
+"""`make demo-replicas`: three replicas on one PostgreSQL, of which one dies and one freezes.
 
-Separate from the service's package, because it needs a PostgreSQL server from the development
-requirements.
+The third one makes a planned stop. This package is separate from the service's, because it needs a
+PostgreSQL server from the development requirements.
 """

@@ -61,11 +61,11 @@ class Replica:
             client.wait_until_ready(READY_TIMEOUT_S)
 
     def freeze(self) -> None:
-        """Suspend the process, as a hypervisor or a full swap would."""
+        """Suspend the process, as a hypervisor does that pauses a virtual machine."""
         self.running.popen.send_signal(signal.SIGSTOP)
 
     def wake(self) -> None:
-        """Let the process go on."""
+        """Let the process continue."""
         self.running.popen.send_signal(signal.SIGCONT)
 
     def connect(self, *, timeout_s: float = 10.0) -> RunRecoveryClient:
@@ -86,13 +86,13 @@ class Cluster:
         self.in_use.add(name)
 
     def address(self, name: str) -> str:
-        """Return where a replica listens."""
+        """Return the address of a replica."""
         return self.replicas[name].running.address
 
 
 @contextmanager
 def three_replicas(folder: Path, database: str) -> Iterator[Cluster]:
-    """Prepare three replicas that work below `folder`; kill what runs of them at the end."""
+    """Prepare three replicas with their data below `folder`; kill those that run at the end."""
     cluster = Cluster()
     for name in NAMES:
         own = folder / name

@@ -1,6 +1,6 @@
-"""What happened to each run, as the database itself recorded it: a trigger that no replica knows.
+"""The changes of each run, recorded by a trigger of the database that no replica knows.
 
-The service has no part in this record, so the record can contradict the service.
+The service does not write this record, so the record can show faults of the service.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SETUP: Final = (
 )
 
 # A write under an epoch that was over: either the row keeps an owner whose epoch has passed, or it
-# gets an epoch that is not its new owner's.
+# gets an epoch that its new owner does not have.
 _STALE_WRITES: Final = """
     SELECT run_id FROM demo_history
     WHERE (owner_before = owner_after AND epoch_before = epoch_after
@@ -42,7 +42,7 @@ _OVERLAPPING_LAUNCHES: Final = """
 
 
 class History:
-    """Reads and judges the record of the database at `url`."""
+    """Reads the record of the database at `url`, and finds violations in it."""
 
     def __init__(self, url: str) -> None:
         self._connection = psycopg.connect(url, autocommit=True)

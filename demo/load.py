@@ -1,4 +1,4 @@
-"""Clients that create runs and answer their questions, each call at another replica.
+"""Clients that create runs and answer their questions, and use another replica for each call.
 
 A call that gets no answer is repeated at the next replica with the same `request_id`, so it takes
 effect once. The journal of what was acknowledged is kept here, outside of the service.
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 class AnyReplica:
-    """Calls whichever replica answers, beginning with another one each time."""
+    """Calls any replica that answers, beginning with another one each time."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
@@ -78,9 +78,9 @@ class Load:
 
     Attributes:
         created: runs whose creation was acknowledged.
-        replied: those whose reply was acknowledged.
-        repeated: calls that were repeated at another replica.
-        errors: what clients could not go on after.
+        replied: runs whose reply was acknowledged.
+        repeated: the number of calls that were repeated at another replica.
+        errors: failures after which a client could not continue.
     """
 
     cluster: Cluster

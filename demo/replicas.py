@@ -1,4 +1,4 @@
-"""The story of `make demo-replicas`, step by step. `python -m demo.replicas` plays it.
+"""The steps of `make demo-replicas`. `python -m demo.replicas` runs them.
 
 It checks every claim that it prints: exit code 1 when one does not hold, 0 otherwise.
 """
@@ -43,11 +43,11 @@ QUESTION: Final = {"kind": "confirm", "prompt": "Deploy to production?", "option
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planned:
-    """One run that a replica has when something happens to the replica.
+    """One run that a replica has when it is killed, frozen or stopped.
 
     Attributes:
         rule: the rule that should decide.
-        after: the status that the decision should give it.
+        after: the status that the decision should give the run.
     """
 
     name: str
@@ -87,16 +87,16 @@ PLANNED: Final = (
         after=pb.RUN_STATUS_QUEUED,
     ),
 )
-"""What each of the three replicas has: a waiting run, and three at work with different policies."""
+"""The runs of each replica: one that waits, and three at work with different restart policies."""
 HANDED_OVER: Final = "Handed over as it was: its question and session are intact."
 
 
 @dataclass(slots=True)
 class Stage:
-    """What the steps share.
+    """The objects that the steps share.
 
     Attributes:
-        run_ids: the planned runs that were created so far, by the replica that they began at.
+        run_ids: the planned runs that were created so far, by the replica at which they began.
     """
 
     console: Console
@@ -140,7 +140,7 @@ def main() -> int:
             prefix="runrecovery-demo-replicas-", ignore_cleanup_errors=True
         ) as name:
             folder = Path(name)
-            # What a crash of PostgreSQL itself would lose is not the subject.
+            # The demo does not crash PostgreSQL itself.
             with scratch_postgres("fsync=off") as postgres:
                 _play(console, claims, folder, postgres.create("demo"))
             _check_nothing_left(claims, folder)
@@ -219,7 +219,7 @@ def _freeze(stage: Stage) -> None:
     )
     agents = _give_runs(stage, "b")
     epoch = _instance(stage, "c", "b").epoch
-    # The clients do not know of the freeze: their calls at b end by their deadlines.
+    # The clients do not know of the freeze: their calls to b end by their deadlines.
     stage.replica("b").freeze()
     _check_takeover(stage, "b", through="c", since=epoch, agents=agents)
     _print_runs(stage, "b")

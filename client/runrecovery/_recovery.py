@@ -22,7 +22,7 @@ from runrecovery.v1 import recovery_pb2, recovery_service_pb2, run_pb2
 
 
 class Recovery:
-    """RecoveryService: what restarts decided, and why. Errors and `timeout_s` as in `Runs`."""
+    """RecoveryService: the decisions of restarts. Errors and `timeout_s` are as in `Runs`."""
 
     def __init__(self, wire: Wire) -> None:
         self._wire = wire
@@ -177,24 +177,24 @@ class Recovery:
     def prune(
         self, *, dry_run: bool = False, timeout_s: float | None = None
     ) -> recovery_service_pb2.PruneResponse:
-        """Remove what has reached its age by the service's `[retention]`.
+        """Remove all data that has reached its age by the service's `[retention]`.
 
-        One call works for some 5 seconds. Repeat it until `done`.
+        One call works for about 5 seconds. Repeat it until `done`.
 
         Args:
-            dry_run: remove nothing, and return what would be removed. It may take minutes for
-                many runs: give it a `timeout_s`.
+            dry_run: remove nothing, and return what would be removed. A dry run may take minutes
+                if there are many runs: give it a `timeout_s`.
         """
         return self._wire.unary(requests.prune(dry_run=dry_run), timeout_s=timeout_s)
 
     def webhooks(self, *, timeout_s: float | None = None) -> Sequence[recovery_service_pb2.Webhook]:
-        """Return the webhooks of the instance, and what each has not got yet."""
+        """Return the webhooks of the instance, with the number of their waiting deliveries."""
         return self._wire.unary(requests.list_webhooks(), timeout_s=timeout_s)
 
     def retry_webhook(self, name: str, *, timeout_s: float | None = None) -> int:
-        """Try the deliveries of a webhook at once, those that were given up included.
+        """Try all deliveries of a webhook at once, also those that were given up.
 
-        A webhook that has answered 410 Gone is switched on again.
+        A webhook that has answered 410 Gone is enabled again.
 
         Returns:
             The number of deliveries that had been given up, and are tried again.
@@ -324,13 +324,13 @@ class AsyncRecovery:
     async def prune(
         self, *, dry_run: bool = False, timeout_s: float | None = None
     ) -> recovery_service_pb2.PruneResponse:
-        """Remove what has reached its age. See `Recovery.prune`."""
+        """Remove all data that has reached its age. See `Recovery.prune`."""
         return await self._wire.unary(requests.prune(dry_run=dry_run), timeout_s=timeout_s)
 
     async def webhooks(
         self, *, timeout_s: float | None = None
     ) -> Sequence[recovery_service_pb2.Webhook]:
-        """Return the webhooks of the instance, and what each has not got yet."""
+        """Return the webhooks of the instance, with the number of their waiting deliveries."""
         return await self._wire.unary(requests.list_webhooks(), timeout_s=timeout_s)
 
     async def retry_webhook(self, name: str, *, timeout_s: float | None = None) -> int:

@@ -131,9 +131,10 @@ class Runs:
     ) -> Generator[run_service_pb2.WatchRunResponse, None, None]:
         """Iterate over the events of a run: a snapshot, then every event once and in order.
 
-        The watch resumes by itself after the last update that it returned: after a broken
-        connection, a restart of the service, too slow a reader, and 45 s without any message. It
-        ends after the event that made the run terminal or quarantined it.
+        The watch resumes by itself after the last update that it returned. It does so after a
+        broken connection, after a restart of the service, if the caller read too slowly, and after
+        45 s without any message. It ends after the event that made the run terminal or quarantined
+        it.
 
         If you leave the loop early, wrap the iterator in `contextlib.closing` to end the stream.
 
@@ -143,8 +144,9 @@ class Runs:
                 event, without a snapshot. 0 means every event since the creation.
             include_bookmarks: return bookmarks as well; the service sends one after 15 s without
                 an event.
-            reconnect_s: seconds for which a broken stream is reopened while no message arrives;
-                None: no limit. A service that does not run yet counts as a broken stream.
+            reconnect_s: if a stream broke and no message arrives for so many seconds, the last
+                failure is raised; None: no limit. A service that does not run yet counts as a
+                broken stream.
             timeout_s: seconds for the whole watch; None: no limit.
 
         Raises:
@@ -222,7 +224,7 @@ class Runs:
         Args:
             run_id: the run, FAILED with SESSION_RESUME_FAILED; see its `reopenable_until`.
             session_handle: the handle that resumes the session, a secret that is never shown or
-                logged. None: the stored handle, whose session is usable again.
+                logged. None: the stored handle; use it if its session is usable again.
             etag: the etag of the run that you saw; EtagMismatch if the run has changed since.
             request_id: as in `create`.
 

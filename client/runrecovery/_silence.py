@@ -15,7 +15,7 @@ class SilenceTimeout:
 
     It uses a thread, because a blocking read has no timeout.
 
-    Only waiting for a message counts, not the time that the caller spends between two messages.
+    Only the time that the reader waits for a message counts, not the time between two reads.
 
     Args:
         silence_s: seconds of waiting after which the stream is cancelled.

@@ -170,7 +170,7 @@ class RunQuarantined(RunRecoveryClientError):
 
 
 class RunOfAnotherInstance(RunRecoveryClientError):
-    """Another instance on the same database has what the call needs; send the call to that one."""
+    """Only another instance on the same database can answer, for example with output files."""
 
     @property
     def instance(self) -> str:
@@ -250,7 +250,7 @@ class ShuttingDown(Unavailable):
 
 
 class SafeMode(Unavailable):
-    """Several recoveries in a row did not finish, so this start launches and accepts no runs."""
+    """The service is in safe mode after repeated unfinished recoveries: it accepts no new runs."""
 
 
 class ResourceExhausted(RunRecoveryClientError):

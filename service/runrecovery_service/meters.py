@@ -1,8 +1,8 @@
 """Every counter and histogram of the service.
 
 Every package counts in plain numbers, whether or not metrics are on. `metrics/` turns the numbers
-into Prometheus' form when somebody scrapes. A counter or histogram is written by one thread only,
-except `SharedCounter`: so there is no lock on the event loop.
+into Prometheus' form at each scrape. Only one thread writes to a counter or histogram, except to a
+`SharedCounter`, so that the event loop needs no lock.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ COMMIT_BOUNDS: Final = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 
 
 class Counter:
-    """Counts by the values of labels. No value may come from a caller or name a run.
+    """Counts by the values of labels. No such value may come from a caller or name a run.
 
     Attributes:
         name: the name of the metric, which ends in `_total`.
@@ -42,15 +42,15 @@ class Counter:
         self.values: dict[tuple[str, ...], int] = {} if labels else {(): 0}
 
     def add(self, *labels: str, many: int = 1) -> None:
-        """Count one, or many."""
+        """Count one event, or `many` events."""
         self.values[labels] = self.values.get(labels, 0) + many
 
     def add_many(self, count: int, *labels: str) -> None:
-        """Count several at once."""
+        """Count several events at once."""
         self.values[labels] = self.values.get(labels, 0) + count
 
     def show_zero(self, *labels: str) -> None:
-        """Show 0 until the first is counted: Prometheus does not see a series begin with 1."""
+        """Show 0 until the first event: Prometheus does not notice a series that begins with 1."""
         self.values.setdefault(labels, 0)
 
 
@@ -62,7 +62,7 @@ class SharedCounter(Counter):
         self._lock = threading.Lock()
 
     def add(self, *labels: str, many: int = 1) -> None:
-        """Count one, or many."""
+        """Count one event, or `many` events."""
         with self._lock:
             super().add(*labels, many=many)
 
@@ -102,6 +102,12 @@ class Meters:
     """Every counter and histogram of one service. docs/metrics.md lists each by its name."""
 
     def __init__(self) -> None:
+        self._add_calls()
+        self._add_runs()
+        self._add_store()
+        self._add_traces()
+
+    def _add_calls(self) -> None:
         self.calls = Counter("runrecovery_calls_total", "Calls that have ended.", "method", "code")
         self.call_seconds = Histogram(
             "runrecovery_call_duration_seconds",
@@ -112,6 +118,8 @@ class Meters:
         self.streams_cut = Counter(
             "runrecovery_streams_cut_total", "Streams cut off from a slow reader.", "method"
         )
+
+    def _add_runs(self) -> None:
         self.launch_seconds = Histogram(
             "runrecovery_launch_duration_seconds",
             "From the slot of a turn to the start of its agent.",
@@ -142,6 +150,8 @@ class Meters:
             "Decisions of completed takeovers on runs of dead instances.",
             "rule",
         )
+
+    def _add_store(self) -> None:
         self.storage_seconds = Histogram(
             "runrecovery_storage_duration_seconds",
             "From a request of the service to the answer of the store.",
@@ -157,6 +167,8 @@ class Meters:
         self.commit_writes = Histogram(
             "runrecovery_commit_size_writes", "Writes in one commit.", bounds=COMMIT_BOUNDS
         )
+
+    def _add_traces(self) -> None:
         self.spans = SharedCounter(
             "runrecovery_spans_total", "Spans of traces that have ended.", "outcome"
         )

@@ -1,4 +1,4 @@
-"""`runrecovery instances` shows who uses the database, and in which state each is."""
+"""`runrecovery instances` shows the instances that use the database, with their states."""
 
 from __future__ import annotations
 

@@ -262,7 +262,7 @@ def test_a_prune_calls_until_it_is_done_and_shows_the_sums() -> None:
     assert prune.remove_all(service) == pruned(("runs", 7, 110))
 
 
-def test_webhooks_are_shown_with_what_they_lack(run: Run, server: FixedAnswers) -> None:
+def test_webhooks_are_shown_with_their_waiting_deliveries(run: Run, server: FixedAnswers) -> None:
     failing = recovery_service_pb2.Webhook(
         name="chat", origin="https://chat.example", due=3, given_up=1, delivered=9, failed=4,
         last_failure="no answer in time",

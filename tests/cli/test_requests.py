@@ -146,7 +146,7 @@ UNTIL = "2026-11-25T10:00:00Z"
     ],
     ids=lambda value: value.split(" -")[0] if isinstance(value, str) else "",
 )
-def test_what_the_command_line_says_is_what_the_service_is_asked(
+def test_every_option_of_the_command_line_is_in_the_request(
     run: Run,
     server: FixedAnswers,
     command: str,

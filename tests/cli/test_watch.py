@@ -73,7 +73,7 @@ def test_a_watch_in_json_prints_an_update_per_line(run: Run, server: FixedAnswer
         (run_pb2.RUN_STATUS_SUCCEEDED, ExitCode.OK),
         (run_pb2.RUN_STATUS_FAILED, ExitCode.FAILED),
         (run_pb2.RUN_STATUS_CANCELED, ExitCode.FAILED),
-        (run_pb2.RUN_STATUS_WAITING_USER, ExitCode.FAILED),  # set aside
+        (run_pb2.RUN_STATUS_WAITING_USER, ExitCode.FAILED),  # quarantined
     ],
 )
 @pytest.mark.parametrize("seen_before", [True, False])

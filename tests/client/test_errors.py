@@ -1,4 +1,4 @@
-"""Which error a failed call raises, and what the error has."""
+"""The error class that a failed call raises, and the attributes of the error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The events of one turn of each agent CLI, and shorthands for the tests of the dialects.
+"""The events of one turn of each agent CLI, and helpers for the tests of the dialects.
 
 The lines are of codex-cli 0.171.0, gemini-cli 0.61.0 and claude-code 2.1.197, shortened.
 """

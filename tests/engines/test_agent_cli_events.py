@@ -1,4 +1,4 @@
-"""What the events of the agent CLIs mean, and what is redacted from them."""
+"""The messages that the events of the agent CLIs become, and the redaction of handles."""
 
 from __future__ import annotations
 

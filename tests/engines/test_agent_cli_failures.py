@@ -1,4 +1,4 @@
-"""How a failed turn of an agent CLI is recognised, and what its error says."""
+"""How a failed turn of an agent CLI is recognised, and the code and message of its error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Permission questions of Claude Code: how it is called, and what a deferred call becomes."""
+"""Permission questions of Claude Code: its arguments, and the question of a deferred call."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def listener_of(opening: Opening) -> CliListener:
 
 
 def asked(*events: JsonObject) -> list[Message]:
-    """Return what a first turn makes of events."""
+    """Return the messages of a first turn with these events."""
     return messages_of(listener_of(ASKS.open(task({"prompt": "x"}), None)), events)
 
 

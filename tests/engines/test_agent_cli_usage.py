@@ -32,7 +32,7 @@ CODEX_TOTAL: JsonObject = {
 def reported(
     dialect: CliDialect, *events: JsonObject, before: Usage | None = None
 ) -> list[TurnUsage]:
-    """Return what a turn reports as used; it resumes a session that had used `before`."""
+    """Return the usage that a turn reports. It resumes a session that had used `before`."""
     session = None if before is None else SessionUsage(total=before)
     listener = CliListener(dialect, ID, resumed=before is not None, used_before=session)
     return [m.used for m in messages_of(listener, events) if isinstance(m, UsageMessage)]
@@ -123,7 +123,7 @@ def test_claude_counts_every_model_and_its_cache_as_input() -> None:
     ]
 
 
-def test_a_claude_that_counts_over_the_session_is_told_from_one_that_does_not() -> None:
+def test_usage_of_claude_over_the_session_and_over_the_process_are_distinguished() -> None:
     before = claude_usage(2, 500_000_000)
 
     (over_session,) = reported(CLAUDE, claude_result(5, of_process=3, cost=1.25), before=before)
@@ -254,7 +254,7 @@ JSON: st.SearchStrategy[Any] = st.recursive(
     ],
 )
 @given(data=st.data())
-def test_numbers_that_cannot_be_are_no_report_and_no_failure(
+def test_impossible_numbers_are_ignored_and_do_not_fail_the_turn(
     dialect: CliDialect, event: JsonObject, part: str, data: st.DataObject
 ) -> None:
     names = [

@@ -1,4 +1,4 @@
-"""What an agent is told when a new process completes its interrupted turn."""
+"""The prompt of a new process that completes an interrupted turn."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def prompt_of(interruption: Interruption, task: RunContext = TASK) -> str:
         (InterruptionCause.SHIM_LOST, "The process that supervised you was lost."),
     ],
 )
-def test_the_notice_says_what_happened_and_what_to_look_at(
+def test_the_notice_names_the_cause_and_what_to_check(
     cause: InterruptionCause, begins: str
 ) -> None:
     assert prompts.interruption_notice(replace(ONCE, cause=cause)) == begins + FOUND + GO_ON

@@ -1,4 +1,4 @@
-"""Where each CLI keeps a session, and what is special in its files."""
+"""The path of a session of each CLI, and the special cases of its files."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_newer_gemini_file_without_a_turn_is_not_taken_for_the_session(tmp_pat
     assert home.check(handle, tmp_path / "w") == FOUND[SessionReason.CUT_OFF]
 
 
-def test_gemini_sessions_whose_ids_begin_alike_are_told_apart(tmp_path: Path) -> None:
+def test_gemini_sessions_whose_ids_begin_alike_are_distinguished(tmp_path: Path) -> None:
     home = SessionHome("gemini", tmp_path)
     one, other = session_id(1), session_id(2)
     assert one[:8] == other[:8]

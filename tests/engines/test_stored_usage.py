@@ -1,4 +1,4 @@
-"""The calls that a session file proves, of a CLI that was killed before it printed its usage.
+"""The calls in the session file of a CLI that was killed before it printed its usage.
 
 The lines are those of codex-cli 0.171.0, gemini-cli 0.61.0 and claude-code 2.1.332, cut to what
 matters.
@@ -109,13 +109,13 @@ def session(preset: str, folder: Path, lines: Sequence[Line] = ()) -> StoredSess
 
 
 def read(made: StoredSession) -> StoredUsage:
-    """Return the usage that the session proves."""
+    """Return the usage in the session file."""
     stored = StoredHandle(handle=made.handle, workspace=made.workspace)
     return made.home.store.read_usage(stored, output_of(made))
 
 
 def output_of(made: StoredSession) -> Path:
-    """Return the file with what the CLI has printed."""
+    """Return the file with the kept output of the CLI."""
     return made.workspace.parent / "stdout.log"
 
 
@@ -187,7 +187,7 @@ def test_messages_of_gemini_whose_sum_is_impossible_prove_nothing(tmp_path: Path
     [("codex", codex_record(1)), ("gemini", gemini_message("a")), ("claude", claude_line("a"))],
 )
 class TestOfEach:
-    """What is true for each CLI."""
+    """Claims that hold for each CLI."""
 
     def test_a_last_line_that_the_kill_has_cut_does_not_count(
         self, tmp_path: Path, preset: str, line: Line
@@ -267,7 +267,7 @@ def test_an_answer_of_claude_counts_once_however_many_lines_it_has(tmp_path: Pat
     assert read(made) == StoredUsage(calls=claude_usage(2), is_open=True)
 
 
-def test_what_claude_has_printed_adds_the_answers_that_its_file_lacks(tmp_path: Path) -> None:
+def test_the_output_of_claude_adds_the_answers_that_its_file_lacks(tmp_path: Path) -> None:
     made = session("claude", tmp_path, [claude_line("a")])
     printed = [claude_line("a", output_tokens=1), claude_line("b", output_tokens=1)]
     output_of(made).write_bytes(b'a warning about "usage"\n' + text_of(printed) + b'{"usage')

@@ -24,7 +24,7 @@ COUNTS = Counts(runs=RUNS, usage=[], backlogs={})
 
 
 class Store:
-    """Answers when it may, and counts what it is asked."""
+    """A store that answers when the test lets it, and counts its reads."""
 
     def __init__(self) -> None:
         self.may_answer = asyncio.Event()
@@ -41,7 +41,7 @@ class Store:
 
 
 class Renders:
-    """Counts the texts that are made."""
+    """A renderer that counts the texts that it makes."""
 
     texts = 0
 
@@ -146,7 +146,7 @@ async def test_the_pause_after_a_read_begins_with_its_end_and_grows_with_its_dur
     assert reads == 2
 
 
-async def test_a_scraper_that_goes_away_takes_the_text_from_no_other() -> None:
+async def test_other_scrapes_get_their_text_when_one_client_disconnects() -> None:
     store = Store()
     store.may_answer.clear()
     made = Collector(

@@ -131,7 +131,7 @@ def test_a_webhook_shows_how_long_it_fails_and_0_while_it_works() -> None:
     }  # fmt: skip
 
 
-def test_a_webhook_shows_what_it_lacks_with_zeros_once_the_store_has_answered() -> None:
+def test_waiting_deliveries_of_a_webhook_are_shown_with_zeros_once_the_store_has_answered() -> None:
     since = {"late": None, "works": None, "given-up": None}
     backlogs = {
         "late": Backlog(due=3, oldest_at=NOW - timedelta(seconds=90), given_up=1),

@@ -1,4 +1,4 @@
-"""The HTTP server answers one page, and bounds everybody who connects."""
+"""The HTTP server answers requests for one page, and bounds the time and number of connections."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ async def test_a_client_that_does_not_read_is_closed(
         return not server._connections
 
     await until_async(its_answer_has_begun, "the page was read")
-    await until_async(it_was_cut_off, "the server cuts off who does not read")
+    await until_async(it_was_cut_off, "the server cuts off the client that does not read")
     writer.transport.resume_reading()  # type: ignore[attr-defined]
     with pytest.raises((ConnectionResetError, asyncio.IncompleteReadError)):
         await reader.readexactly(len(LARGE))
@@ -139,7 +139,7 @@ async def test_a_connection_above_the_limit_replaces_the_oldest_that_has_sent_no
         writer.close()
 
 
-async def test_connections_that_come_again_and_again_keep_no_scrape_away(port: int) -> None:
+async def test_new_idle_connections_all_the_time_do_not_keep_a_scrape_out(port: int) -> None:
     for _ in range(20):
         silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
         assert await ask(port, b"GET /metrics HTTP/1.1\r\n\r\n") == OK + b"a 1\n"

@@ -142,7 +142,7 @@ else:
     os.pidfd_open = swapping_open
     gone = end_trees([agent], why="test", grace_s=float(grace_s), deadline_s=2)[1].gone
 
-if ("SIGKILL", signals.SENT) in lines:  # then whoever has the pid is dying
+if ("SIGKILL", signals.SENT) in lines:  # then the process with this pid is dying
     os.waitid(os.P_PID, ours.pid, os.WEXITED | os.WNOWAIT)
 now = procfs.read_proc(ours.pid)
 sys.stdout.write(

@@ -29,7 +29,7 @@ elif sys.argv[2:]:
     os.setgroups([])
     os.setgid(int(sys.argv[2]))
     os.setuid(int(sys.argv[2]))
-    ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)  # as a service is that had always been him
+    ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)  # as in a service of this user
 ending = end_trees([lease], why="test", grace_s=1, deadline_s=5)[lease.launch_key]
 told = {**dataclasses.asdict(ending), "dead": sorted(ending.dead)}
 sys.stderr.write(json.dumps(told))

@@ -54,7 +54,7 @@ def descriptors() -> set[str]:
     return set(os.listdir("/proc/self/fd"))  # noqa: PTH208
 
 
-# -- what the agent is given -------------------------------------------------------------------
+# -- what the agent gets ------------------------------------------------------------------------
 
 
 def test_the_agent_gets_exactly_this_environment_and_directory(
@@ -64,7 +64,7 @@ def test_the_agent_gets_exactly_this_environment_and_directory(
     tree = start([*CODE, code], env={"A": "1", "B": "x=y"})
     environment, cwd = json.loads(tree.process.stdout.readline())
 
-    environment.pop("LC_CTYPE", None)  # Python's own doing
+    environment.pop("LC_CTYPE", None)  # set by Python itself
     assert environment == {"A": "1", "B": "x=y", COOKIE_VARIABLE: tree.lease.token}
     assert cwd == str(tmp_path)
 
@@ -77,7 +77,7 @@ def test_the_agent_gets_its_arguments_unchanged(start: Start) -> None:
     assert tree.process.stdout.read() == repr(words).encode()
 
 
-def test_talks_through_its_pipes(start: Start) -> None:
+def test_the_agent_reads_and_writes_its_pipes(start: Start) -> None:
     tree = start([*CODE, "import sys; print(input()); print('oops', file=sys.stderr)"])
     tree.process.stdin.write(b"hello\n")
 
@@ -94,7 +94,7 @@ def test_the_pipe_of_standard_output_takes_a_mebibyte(start: Start) -> None:
 def test_a_pipe_that_the_kernel_does_not_widen_is_used_as_it_is(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kernel refuses like that beyond fs.pipe-user-pages-soft; root is never refused."""
+    """The kernel refuses a wider pipe beyond fs.pipe-user-pages-soft, except to root."""
     change = fcntl.fcntl
 
     def refused(descriptor: int, command: int, size: int = 0) -> int:
@@ -283,7 +283,7 @@ def test_dispose_of_a_waiting_or_running_launch_leaves_nothing(start: Start) -> 
         assert processes_with_watermark(tree.lease) == []
 
 
-# -- the words on the pipes --------------------------------------------------------------------
+# -- messages between service and shim -----------------------------------------------------------
 
 # Whatever bytes the system has, as Python shows them: undecodable ones become surrogates.
 WORDS = st.binary(max_size=20).filter(lambda word: b"\0" not in word).map(os.fsdecode)
@@ -306,7 +306,7 @@ ORDERS = st.builds(
 )
 
 
-def told(order: wire.Order) -> Mapping[str, object]:
+def fields_of(order: wire.Order) -> Mapping[str, object]:
     confinement = {name: getattr(order.confinement, name) for name in wire.Confinement.__slots__}
     return {name: getattr(order, name) for name in wire.Order.__slots__} | {
         "confinement": confinement
@@ -329,7 +329,7 @@ def test_an_order_arrives_as_it_was_given(order: wire.Order) -> None:
     length, _, body = wire.pack(order).partition(b"\n")
 
     assert int(length) == len(body)
-    assert told(wire.unpack(body)) == told(order)
+    assert fields_of(wire.unpack(body)) == fields_of(order)
 
 
 @pytest.mark.parametrize("place", ["argv", "env", "cwd", "program", "cgroup_procs"])

@@ -100,9 +100,9 @@ def test_the_shim_reaps_orphans(grow: Grow) -> None:
 
 
 def test_the_agents_streams_are_its_own(start: Start) -> None:
-    """The shim holds neither end: the service hears the end of the output, the agent of its input.
+    """The shim keeps neither end open, so the service and the agent notice the end of a stream.
 
-    The last process of the agent's that has the pipe open decides, and never the shim.
+    Only the agent's processes keep a pipe open, and never the shim.
     """
     close = "import os, time; os.close(1); os.close(2); os.read(0, 1); time.sleep(60)"
     tree = start([*CODE, close])
@@ -154,11 +154,11 @@ def test_the_shim_has_the_cookie_alone_and_stays_at_the_root(start: Start) -> No
 
 
 def test_no_other_user_can_read_the_shim_in_proc(tmp_path: Path) -> None:
-    """What is not dumpable belongs to root's user *and* group in /proc, whosever it is."""
+    """In /proc a process that is not dumpable belongs to the user *and* the group of root."""
     script = Path(__file__).with_name("launch_once.py")
     said = subprocess.run(
         [sys.executable, script, "look", str(tmp_path / "journal")],
-        group=65534 if ROOT else None,  # so that root's own processes are told from closed ones
+        group=65534 if ROOT else None,  # so that an undumpable process differs from one of root
         extra_groups=[] if ROOT else None,
         capture_output=True,
         timeout=PATIENCE_S,

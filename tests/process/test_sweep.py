@@ -73,7 +73,7 @@ def test_a_scrubbed_orphan_without_a_watermark_is_not_touched(grow: Grow, signal
 
 
 def test_neither_group_nor_session_proves_anything(grow: Grow, signals: Signals) -> None:
-    """The renegade is in the agent's group and session, and nothing but that speaks against it."""
+    """The renegade is in the agent's group and session, but has no marker."""
     tree = grow("renegade")
     tree.kill_shim()
     leader, renegade = tree.procs["leader"], tree.procs["renegade"]
@@ -161,7 +161,7 @@ def test_finds_a_process_that_a_scrubbed_one_forks_during_the_grace(
 def test_a_pinned_process_still_proves_its_children_after_its_own_proof_is_gone(
     grow: Grow, signals: Signals
 ) -> None:
-    # At the SIGTERM it wipes off its watermark, the only thing that ties it to us, and forks.
+    # At the SIGTERM it removes its watermark, its only marker, and forks.
     tree = orphaned(grow("turncoat-hydra"))
     hydra = tree.procs["turncoat-hydra"].pid
     del tree.procs["leader"]
@@ -222,7 +222,7 @@ def test_a_stopped_shim_is_killed_after_its_whole_tree(
 
 
 def test_a_gated_shim_is_killed(start: Start, signals: Signals) -> None:
-    """Nobody holds it any more but a service that hangs: it guards nothing, and must go."""
+    """Its service hangs, so the shim would wait for ever. It guards no agent yet."""
     tree = start(["/bin/true"], release=False)
 
     assert end(tree.lease) == Ending(gone=True)

@@ -104,7 +104,7 @@ def test_an_unreaped_shim_is_dead(grow: Grow, signals: Signals) -> None:
 
 
 def scans(monkeypatch: pytest.MonkeyPatch, note: Callable[[], object]) -> None:
-    """Call `note` before each look at everybody."""
+    """Call `note` before each scan of all processes."""
     real = sweep._Sweep._scan
 
     def scan(self: sweep._Sweep) -> tuple[dict[int, Proc], dict[int, Any]]:

@@ -270,5 +270,5 @@ def test_one_of_two_checks_is_enough_to_spare_an_innocent(left_out: str) -> None
     ids=["asked", "frozen", "shim"],
 )
 def test_without_both_checks_an_innocent_dies(words: tuple[str, ...]) -> None:
-    """Or the tests above could not fail."""
+    """Otherwise the tests above could not fail."""
     assert race(*words)["state"] == "Z"

@@ -112,7 +112,7 @@ def lose_first_thread(role: str) -> None:
 
 
 def rest_in_thread(role: str) -> None:
-    """Wait until the first thread has ended, then say so."""
+    """Wait until the first thread has ended, then print the role."""
     stat = f"/proc/{os.getpid()}/stat"
     while True:
         with open(stat, "rb") as file:  # noqa: PTH123 - as little as possible in this thread

@@ -32,13 +32,13 @@ def until(holds: Callable[[], object]) -> None:
 
 
 def alive(proc: Proc) -> bool:
-    """Return whether that very process lives."""
+    """Return whether this process lives, and not a later one with its pid."""
     now = procfs.read_proc(proc.pid)
     return now is not None and now.identity == proc.identity and not now.dead
 
 
 def send_signal(proc: Proc, number: int) -> None:
-    """Send a signal to that very process; fail if it is dead."""
+    """Send a signal to this process, and not to a later one with its pid; fail if it is dead."""
     pidfd = os.pidfd_open(proc.pid)
     try:
         assert alive(proc)
@@ -63,7 +63,7 @@ class Tree:
     procs: dict[str, Proc] = field(default_factory=dict)
 
     def alive(self, role: str) -> bool:
-        """Return whether that very process lives."""
+        """Return whether this process lives, and not a later one with its pid."""
         return alive(self.procs[role])
 
     def end_leader(self) -> None:

@@ -136,7 +136,7 @@ async def test_a_weak_token_admits_nobody_even_if_its_digest_is_configured(token
         assert await admitted(guard, FakeContext(token)) == "UNAUTHENTICATED"
 
 
-def test_code_that_no_call_runs_sees_no_run() -> None:
+def test_code_outside_of_a_call_sees_no_run() -> None:
     caller = Context().run(CALLER.get)
 
     assert caller.role < Role.REPLIER
@@ -290,7 +290,7 @@ async def test_a_stream_ends_once_its_caller_was_removed_or_changed(
     )
 
 
-async def test_a_stream_that_still_unwinds_is_in_no_other_tables_way() -> None:
+async def test_a_stream_that_still_unwinds_does_not_disturb_the_next_change_of_the_table() -> None:
     guard = CallerGuard(CallerTable([credentials("a"), credentials("b")]))
     unwinds = asyncio.Event()
     refusals = []

@@ -215,7 +215,7 @@ async def serving(
     await server.stop(None)
 
 
-def told(error: grpc.aio.AioRpcError) -> dict[str, Any]:
+def details_of(error: grpc.aio.AioRpcError) -> dict[str, Any]:
     packed = dict(error.trailing_metadata())["grpc-status-details-bin"]
     assert isinstance(packed, bytes)
     found = {}
@@ -233,8 +233,8 @@ async def test_closed_gate_refuses_with_a_retry_hint_and_status_still_answers() 
         await RecoveryServiceStub(channel).GetRecoveryStatus(recovery_pb.GetRecoveryStatusRequest())
 
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-    assert told(caught.value)["ErrorInfo"].reason == "RECONCILIATION_IN_PROGRESS"
-    assert told(caught.value)["RetryInfo"].retry_delay.seconds == 1
+    assert details_of(caught.value)["ErrorInfo"].reason == "RECONCILIATION_IN_PROGRESS"
+    assert details_of(caught.value)["RetryInfo"].retry_delay.seconds == 1
     assert dict(caught.value.trailing_metadata())["grpc-retry-pushback-ms"] == "1000"
 
 
@@ -244,7 +244,7 @@ async def test_draining_service_answers_reads_and_refuses_changes() -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await RunServiceStub(channel).CancelRun(run_pb.CancelRunRequest())
 
-    assert told(caught.value)["ErrorInfo"].reason == "SHUTTING_DOWN"
+    assert details_of(caught.value)["ErrorInfo"].reason == "SHUTTING_DOWN"
 
 
 async def test_domain_error_becomes_its_status() -> None:
@@ -255,7 +255,7 @@ async def test_domain_error_becomes_its_status() -> None:
             await RunServiceStub(channel).GetRun(run_pb.GetRunRequest(run_id="r1"))
 
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
-    assert told(caught.value)["ResourceInfo"].resource_name == "r1"
+    assert details_of(caught.value)["ResourceInfo"].resource_name == "r1"
 
 
 async def test_a_defect_is_logged_with_its_id_and_only_the_id_is_sent() -> None:
@@ -266,7 +266,7 @@ async def test_a_defect_is_logged_with_its_id_and_only_the_id_is_sent() -> None:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await RunServiceStub(channel).GetRun(run_pb.GetRunRequest())
 
-    error_id = told(caught.value)["ErrorInfo"].metadata["error_id"]
+    error_id = details_of(caught.value)["ErrorInfo"].metadata["error_id"]
     (line,) = logs
     assert (line["event"], line["error_id"]) == ("rpc.internal_error", error_id)
     assert line["method"] == "runrecovery.v1.RunService.GetRun"
@@ -286,7 +286,7 @@ async def test_a_failed_stream_delivers_its_messages_and_then_its_error() -> Non
             await anext(aiter(stream))
 
     assert first.data == b"first"
-    assert told(caught.value)["ErrorInfo"].reason == "SHUTTING_DOWN"
+    assert details_of(caught.value)["ErrorInfo"].reason == "SHUTTING_DOWN"
 
 
 async def test_stream_is_refused_while_the_gate_is_closed() -> None:
@@ -294,7 +294,7 @@ async def test_stream_is_refused_while_the_gate_is_closed() -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await anext(aiter(RunServiceStub(channel).StreamOutput(run_pb.StreamOutputRequest())))
 
-    assert told(caught.value)["ErrorInfo"].reason == "RECONCILIATION_IN_PROGRESS"
+    assert details_of(caught.value)["ErrorInfo"].reason == "RECONCILIATION_IN_PROGRESS"
 
 
 async def test_a_malformed_request_is_an_invalid_argument() -> None:
@@ -306,7 +306,7 @@ async def test_a_malformed_request_is_an_invalid_argument() -> None:
             await call(b"\x0a\xff")
 
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    (violation,) = told(caught.value)["BadRequest"].field_violations
+    (violation,) = details_of(caught.value)["BadRequest"].field_violations
     assert violation.field == "GetRunRequest"
     assert violation.description == "not a valid message of this type"
     assert caught.value.details() == "GetRunRequest: not a valid message of this type"
@@ -325,7 +325,7 @@ async def test_call_over_the_limit_is_refused_and_status_still_answers() -> None
         await RunServiceStub(channel).GetRun(run_pb.GetRunRequest())
 
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert told(caught.value)["ErrorInfo"].reason == "OVERLOADED"
+    assert details_of(caught.value)["ErrorInfo"].reason == "OVERLOADED"
 
 
 async def test_a_cancelled_call_no_longer_counts_against_the_limit() -> None:

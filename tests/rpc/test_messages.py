@@ -258,14 +258,14 @@ def test_every_field_of_the_contract_can_be_filled() -> None:
     }
 
 
-def test_a_report_of_nothing_is_a_report_and_no_cost_is_no_cost() -> None:
+def test_a_usage_of_zero_tokens_is_sent_and_an_absent_cost_is_not() -> None:
     used = message(replace(BARE, usage=Usage()))
 
     assert used.HasField("usage")
     assert not used.usage.HasField("cost_usd")
 
 
-def test_unreadable_enum_words_become_unspecified() -> None:
+def test_unknown_stored_values_become_unspecified() -> None:
     found = message(replace(BARE, status=None, profile=None))
 
     assert found.status == run_pb2.RUN_STATUS_UNSPECIFIED
@@ -297,7 +297,7 @@ def test_decision_on_an_unreadable_status_leaves_it_unspecified() -> None:
         (enums.CONTAINMENT_LEVEL_TO_PROTO, ContainmentLevel, recovery_pb2.ContainmentLevel),
     ],
 )
-def test_every_word_has_its_number_and_every_number_its_word(
+def test_every_enum_value_has_its_number_and_every_number_its_value(
     words: dict[Any, int], kind: Any, enum: Any
 ) -> None:
     named = {word: enum.Name(number) for word, number in words.items() if word is not None}
@@ -375,7 +375,7 @@ def test_every_field_of_a_report_is_sent() -> None:
     )
 
 
-def test_a_bare_report_has_its_counts_and_no_end() -> None:
+def test_an_unfinished_report_has_its_counts_and_no_end() -> None:
     to = recovery_pb2.Reconciliation()
     recovery_messages.fill_reconciliation(to, BARE_REPORT)
 

@@ -63,7 +63,7 @@ class FakeStorage:
     """A storage with one run. A write waits for `commit` and returns the run.
 
     Attributes:
-        looks: how many reads there were; each sets `looked`.
+        reads: the number of reads so far. Each one sets `has_read`.
     """
 
     is_shared = False
@@ -74,19 +74,19 @@ class FakeStorage:
     began: asyncio.Event = field(default_factory=asyncio.Event)
     commit: asyncio.Event = field(default_factory=asyncio.Event)
     committed: asyncio.Event = field(default_factory=asyncio.Event)
-    looks: int = 0
-    looked: asyncio.Event = field(default_factory=asyncio.Event)
+    reads: int = 0
+    has_read: asyncio.Event = field(default_factory=asyncio.Event)
     output_removed: bool = False
 
     async def read_row(self, use: Any, *_: Any) -> Any:
         if use is retention.is_output_removed:
             return self.output_removed
-        self.looks += 1
-        self.looked.set()
+        self.reads += 1
+        self.has_read.set()
         return self.run
 
     async def read(self, use: Any, *_: Any, **__: Any) -> list[UnendedLaunch]:
-        self.looked.set()
+        self.has_read.set()
         return self.unended if use is launch_records.unended_launches else []
 
     async def write(self, *arguments: Any, **keywords: Any) -> Run:
@@ -382,10 +382,10 @@ async def test_an_attempt_or_offset_without_output_is_out_of_range(
 
 
 @pytest.mark.parametrize("offset", [0, 2, 9])
-async def test_output_that_was_removed_is_said_to_be_removed(
+async def test_reading_removed_output_fails_with_output_removed(
     offset: int, served: FakedServer
 ) -> None:
-    """Also to a caller that was reading it: what it has got may not be all."""
+    """A caller that was reading the output gets the error too, because pieces may be missing."""
     served.storage.run = run(status=RunStatus.SUCCEEDED)
     served.storage.output_removed = True
 
@@ -407,13 +407,13 @@ async def test_follower_gets_all_output_that_was_written_before_the_run_ended(
 ) -> None:
     served.storage.run = run(attempt=0, status=RunStatus.QUEUED)
     following = asyncio.create_task(output(served, follow=True))
-    await served.storage.looked.wait()
+    await served.storage.has_read.wait()
     served.write(b"one")
     served.storage.run = run()
-    looks = served.storage.looks
-    while served.storage.looks < looks + 2:
-        served.storage.looked.clear()
-        await asyncio.wait_for(served.storage.looked.wait(), 10)
+    reads_before = served.storage.reads
+    while served.storage.reads < reads_before + 2:
+        served.storage.has_read.clear()
+        await asyncio.wait_for(served.storage.has_read.wait(), 10)
     served.write(b"two")
     served.storage.run = run(status=RunStatus.SUCCEEDED)
 
@@ -424,7 +424,7 @@ async def test_follower_gets_all_output_that_was_written_before_the_run_ended(
 
 async def test_drain_ends_the_streams_of_followers(served: FakedServer) -> None:
     following = asyncio.create_task(output(served, follow=True))
-    await served.storage.looked.wait()
+    await served.storage.has_read.wait()
     served.gate.drain()
 
     with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -481,7 +481,7 @@ async def test_stop_waits_for_an_answer_that_is_still_being_sent(served: FakedSe
         await asyncio.wait_for(channel.channel_ready(), 20)
         reads.clear()
         call = RunServiceStub(channel).GetRun(pb.GetRunRequest(run_id="r1"))
-        await asyncio.wait_for(served.storage.looked.wait(), 10)
+        await asyncio.wait_for(served.storage.has_read.wait(), 10)
 
         stop = asyncio.create_task(served.grpc_server.stop(grace_s=30))
         await asyncio.wait({stop}, timeout=0.5)
@@ -505,7 +505,7 @@ async def test_stop_waits_for_answers_of_calls_that_pass_a_closed_gate(served: F
         call = RecoveryServiceStub(channel).GetRecoveryStatus(
             recovery_pb.GetRecoveryStatusRequest()
         )
-        await asyncio.wait_for(served.storage.looked.wait(), 10)
+        await asyncio.wait_for(served.storage.has_read.wait(), 10)
 
         stop = asyncio.create_task(served.grpc_server.stop(grace_s=30))
         await asyncio.wait({stop}, timeout=0.5)

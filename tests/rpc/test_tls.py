@@ -122,7 +122,9 @@ def test_a_client_refuses_a_certificate(files: Files, authority: Authority, bad:
         assert server.answer(authority.trust()) is UNAVAILABLE
 
 
-def test_plaintext_and_tls_do_not_meet(files: Files, authority: Authority) -> None:
+def test_neither_plaintext_on_a_tls_port_nor_tls_on_a_plaintext_port_works(
+    files: Files, authority: Authority
+) -> None:
     with serving(ServerTls(files()).credentials()) as encrypted:
         assert encrypted.answer(None) is UNAVAILABLE
     with serving(None) as plain:
@@ -252,7 +254,7 @@ def test_a_bundle_may_have_comments_in_any_encoding(files: Files, authority: Aut
 # -- files that change ---------------------------------------------------------------------------
 
 
-def test_new_connections_get_the_pair_that_replaced_the_old_one_and_old_ones_go_on(
+def test_new_connections_get_the_pair_that_replaced_the_old_one_and_old_ones_keep_theirs(
     files: Files, authority: Authority
 ) -> None:
     old, new = authority.issue(HOST), authority.issue(HOST)
@@ -309,7 +311,7 @@ def test_a_new_pair_that_is_broken_keeps_the_old_one(
 def test_a_pair_that_becomes_valid_later_is_used_then(
     files: Files, authority: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its files do not change then, so that they are tried again."""
+    """Files that were refused are tried again although they have not changed."""
     old, new = authority.issue(HOST), authority.issue(HOST)
     read, waiting = certificates.read_certificate, True
 

@@ -36,41 +36,41 @@ from runrecovery_service.storage.recovery_scope import ApplyScope
 
 RUN, OTHER = 7, 8
 
-Waiting = Callable[[asyncio.Event], AbstractContextManager[None]]
-Telling = Callable[[], None]
+Subscribe = Callable[[asyncio.Event], AbstractContextManager[None]]
+Announce = Callable[[], None]
 
 
-def of_run() -> tuple[Waiting, Telling]:
+def of_run() -> tuple[Subscribe, Announce]:
     changes = Changes()
     return lambda event: changes.of_run(RUN, event), lambda: changes.announce([OTHER, RUN])
 
 
-def of_decisions() -> tuple[Waiting, Telling]:
+def of_decisions() -> tuple[Subscribe, Announce]:
     changes = Changes()
     return changes.of_decisions, changes.announce_decisions
 
 
-def of_gate() -> tuple[Waiting, Telling]:
+def of_gate() -> tuple[Subscribe, Announce]:
     gate = Gate()
     return gate.notify, gate.drain
 
 
 @pytest.mark.parametrize("make", [of_run, of_decisions, of_gate])
 async def test_a_change_wakes_a_waiter_and_not_a_cancelled_one(
-    make: Callable[[], tuple[Waiting, Telling]],
+    make: Callable[[], tuple[Subscribe, Announce]],
 ) -> None:
-    waits_for, tell = make()
+    subscribe, announce = make()
     stays, goes = asyncio.Event(), asyncio.Event()
 
     async def wait(event: asyncio.Event) -> None:
-        with waits_for(event):
+        with subscribe(event):
             await event.wait()
 
     staying, going = (asyncio.create_task(wait(event)) for event in (stays, goes))
     await asyncio.sleep(0)
     going.cancel()
     await ended(going)
-    tell()
+    announce()
 
     await asyncio.wait_for(staying, 10)
     assert (stays.is_set(), goes.is_set()) == (True, False)
@@ -135,7 +135,7 @@ def test_a_poll_of_a_shared_store_announces_new_events_and_runs_that_are_newly_w
     assert told == [[RUN], [], [RUN, OTHER], [], [OTHER]]
 
 
-# -- what happens while one looks ----------------------------------------------------------------
+# -- changes during a read -----------------------------------------------------------------------
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
 NEVER_S = 3600.0

@@ -1,4 +1,4 @@
-"""A backup with the folders of the runs, of a running service: what it holds continues."""
+"""Backups of a running service with the folders of its runs, which continue after a restore."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_restored_backup_with_runs_continues_them_in_their_sessions(
     assert api.until_ended("first").output["kept"] == "what the agent knows"
 
 
-def test_runs_that_were_answered_during_the_copy_and_later_runs_are_told_apart(
+def test_a_run_that_was_answered_during_the_copy_is_named_and_a_later_run_is_not_copied(
     home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     api, real = home.services[0].api(), RunsCopy.copy

@@ -1,4 +1,4 @@
-"""What callers see from the bind of the port until the service serves."""
+"""The answers to callers from the bind of the port until the service is SERVING."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_a_health_watch_sees_recovery_serving_and_drain_in_order(new_home: NewHo
 def test_a_stop_in_the_middle_of_a_recovery_leaves_the_rest_to_the_next_start(
     new_home: NewHome,
 ) -> None:
-    home = new_home(recovery_batch_rows=100, drain_delay_s=3600.0)  # no caller has to leave yet
+    home = new_home(recovery_batch_rows=100, drain_delay_s=3600.0)  # outlasts the test
     home.seed(5000)
     service = home.listen()
     service.until_event("recovery.progress")

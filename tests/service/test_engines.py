@@ -1,4 +1,4 @@
-"""Agents that misbehave, and what every agent gets and leaves, seen through the API and /proc."""
+"""Agents that misbehave; the environment and limits of agents; their output and leftovers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PROTOCOL_BREAKERS: Final = (
     "asks_without_session",
     "asks_badly",
 )
-TELL_ENVIRONMENT: Final = """
+REPORT_ENVIRONMENT: Final = """
 import json, os, sys
 sys.stdin.readline()
 links = {fd: os.readlink("/proc/self/fd/" + fd) for fd in os.listdir("/proc/self/fd")
@@ -40,7 +40,7 @@ output = {"env": dict(os.environ), "fds": links, "cwd": os.getcwd(),
           "session": os.getsid(0) == os.getpid(), "umask": os.umask(0)}
 print(json.dumps({"type": "result", "output": output}), flush=True)
 """
-TELL_LIMITS: Final = """
+REPORT_LIMITS: Final = """
 import json, os, resource, sys
 sys.stdin.readline()
 output = {name: list(resource.getrlimit(getattr(resource, "RLIMIT_" + name)))
@@ -212,7 +212,7 @@ def test_a_sticky_process_gets_every_answer_once(api: Api) -> None:
 def test_an_engine_gets_the_variables_that_are_allowed_and_no_descriptor_of_the_service(
     new_home: Callable[..., Home],
 ) -> None:
-    tells = script(TELL_ENVIRONMENT, env_allow=["PATH", "WANTED"])
+    tells = script(REPORT_ENVIRONMENT, env_allow=["PATH", "WANTED"])
     env = {"WANTED": "yes", "AWS_SECRET_ACCESS_KEY": "canary", "RUNRECOVERY_LEASE": "0.stranger"}
     home = new_home(engines={"tells": tells}, env=env)
     _, api = home.start()
@@ -386,7 +386,7 @@ def test_the_configured_limits_reach_the_agent(
     hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
     processes = 50_000 if hard == resource.RLIM_INFINITY else hard - 1
     bounded = script(
-        TELL_LIMITS, nice=3, max_memory="512M", max_open_files=77, max_processes=processes
+        REPORT_LIMITS, nice=3, max_memory="512M", max_open_files=77, max_processes=processes
     )
     home = new_home(engines={"bounded": bounded})
     _, api = home.start()

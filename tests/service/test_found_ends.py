@@ -119,10 +119,9 @@ def test_results_and_questions_of_agents_that_ended_before_the_kill_are_found(
     assert status_word(api.get("fails")) == "FAILED"
     assert api.get("asks-in-vain").error.code == "BUDGET_EXCEEDED"
     assert explained(api, "succeeds") == {
-        "RESULT": "The shim had recorded exit code 0, and the whole output was kept: it has a"
-        " result.",
-        "QUESTION": "No output that was kept to its end, of a process with exit code 0, has a"
-        " question.",
+        "RESULT": "The process had exited with 0. Its whole output was kept and has a result.",
+        "QUESTION": "No question was found in completely kept output of a process that had exited"
+        " with 0.",
     }
 
 

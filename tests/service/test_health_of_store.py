@@ -1,4 +1,4 @@
-"""Health is SERVING only while the store answers the statements of the work."""
+"""Health is SERVING only while the store answers the statements that runs need."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from support.waiting import until
 NewHome = Callable[..., Home]
 
 
-def test_health_follows_the_statements_of_the_work(
+def test_health_follows_the_statements_that_runs_need(
     new_database_url: Callable[[], str], new_home: NewHome
 ) -> None:
     home = new_home(database=new_database_url(), lease_ttl_s=3.0)

@@ -1,4 +1,4 @@
-"""Metrics of a whole service: as its clients, its store and its restarts make them."""
+"""Metrics of a whole service, after calls, errors of the store and restarts."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def until_shown(service: ServiceProcess, name: str, expected: float, **labels: s
 
 
 @pytest.fixture
-def nobody(tmp_path: Path) -> Iterator[Mapping[str, object]]:
+def refusing_webhook(tmp_path: Path) -> Iterator[Mapping[str, object]]:
     """Yield a webhook whose receiver refuses every connection."""
     secret_file = tmp_path / "secret"
     secret_file.write_text(SECRET)
@@ -58,10 +58,10 @@ def nobody(tmp_path: Path) -> Iterator[Mapping[str, object]]:
         }
 
 
-def test_metrics_tell_what_happened_and_are_right_over_a_kill(
-    new_home: NewHome, nobody: Mapping[str, object]
+def test_metrics_count_what_happened_and_are_correct_after_a_kill(
+    new_home: NewHome, refusing_webhook: Mapping[str, object]
 ) -> None:
-    home = new_home(metrics_listen="127.0.0.1:0", webhooks=[nobody])
+    home = new_home(metrics_listen="127.0.0.1:0", webhooks=[refusing_webhook])
     service, api = home.start()
     secret = "words-of-a-caller"  # noqa: S105 - no secret
     api.create("resumable", {"questions": [{"prompt": secret}]}, run_id=secret)
@@ -192,20 +192,6 @@ def test_fifty_scrapes_at_once_and_clients_that_say_nothing_delay_no_call(
         connection.close()
     reads = {"operation": "read"}
     assert value(scrape(service), "runrecovery_storage_duration_seconds_count", **reads) == 1
-
-
-def test_a_taken_address_for_metrics_ends_the_start_with_5(new_home: NewHome) -> None:
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        address = f"127.0.0.1:{other.getsockname()[1]}"
-        home = new_home(may_fork=False, metrics_listen=address)
-
-        service = home.spawn()
-
-        assert service.exit_code() == 5
-        assert f"cannot listen on {address}" in service.text
-        assert not home.database.exists()
 
 
 def test_without_the_package_a_start_and_check_say_what_to_install(

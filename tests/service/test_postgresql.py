@@ -176,9 +176,9 @@ def test_a_question_from_an_outage_waits_for_its_answer(
     with outage(home, proxy):
         (home.path / "go").touch()
         until(lambda: not home.agents_of(run.run_id), "the agent has ended")
-        # The patrol looks at shims every 2 s, and misses one at the second look.
+        # The straggler sweep checks shims every 2 s, and treats one as lost at the second check.
         # On a locked SQLite file each try waits for 5 s.
-        retried = "writes are retried for longer than two looks"
+        retried = "writes are retried for longer than two checks"
         until(lambda: retried_for_s(service) > 5, retried, timeout_s=60)
 
     assert api.until_status(run.run_id, "WAITING_USER").attempt == 1
@@ -212,7 +212,7 @@ def test_a_server_without_a_free_connection_ends_no_service_that_has_its_own(
     api.until_status(run.run_id, "RUNNING")
 
     proxy.refusing = True
-    home.settings["database"] = postgresql_url  # the test's own way
+    home.settings["database"] = postgresql_url  # the test itself does not use the proxy
     renewals(home, service, 12)
 
     assert service.events("service.lease_not_renewed") == []

@@ -91,6 +91,6 @@ def test_nothing_is_lost_when_the_network_returns_before_the_end_of_the_lease(
 
     assert api.until_status(run_id, "SUCCEEDED").attempt == 1
     assert api.until_status(other_id, "SUCCEEDED").attempt == 1
-    home.settings["database"] = postgresql_url  # the test's own way
+    home.settings["database"] = postgresql_url  # the test itself does not use the proxy
     assert query(home, "SELECT count(*) FROM run") == [(2,)]
     assert service.stop() == 0

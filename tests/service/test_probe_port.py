@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 from contextlib import closing
 
@@ -39,17 +38,3 @@ def test_probes_are_answered_in_plaintext_beside_tls_and_callers(new_home: NewHo
         )
     assert api.health_of() == "SERVING"
     assert service.stop() == 0
-
-
-def test_a_taken_address_for_probes_ends_the_start_with_5(new_home: NewHome) -> None:
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        address = f"127.0.0.1:{other.getsockname()[1]}"
-        home = new_home(may_fork=False, probe_listen=address)
-
-        service = home.spawn()
-
-        assert service.exit_code() == 5
-        assert f"cannot listen on {address}" in service.text
-        assert not home.database.exists()

@@ -1,4 +1,4 @@
-"""Invalid requests have their documented answers and change nothing."""
+"""Invalid requests get their documented refusals and change nothing."""
 
 from __future__ import annotations
 
@@ -50,18 +50,18 @@ def raw_call(api: Api, method: str) -> Callable[[bytes], object]:
     return lambda request: call(request, timeout=TIMEOUT_S)
 
 
-def assert_told(refusal: Refusal, code: grpc.StatusCode, reason: str) -> None:
+def assert_refused_as(refusal: Refusal, code: grpc.StatusCode, reason: str) -> None:
     assert (refusal.code, refusal.reason) == (code, reason), refusal
     assert refusal.domain == "runrecovery"
     assert refusal.message
 
 
 def assert_bad(refusal: Refusal, *fields: str) -> None:
-    assert_told(refusal, Code.INVALID_ARGUMENT, "INVALID_FIELD")
+    assert_refused_as(refusal, Code.INVALID_ARGUMENT, "INVALID_FIELD")
     assert refusal.fields == fields
 
 
-# -- what there is not -------------------------------------------------------------------------
+# -- unknown objects ----------------------------------------------------------------------------
 
 
 def test_every_method_answers_not_found_for_an_unknown_run(api: Api) -> None:
@@ -77,7 +77,7 @@ def test_every_method_answers_not_found_for_an_unknown_run(api: Api) -> None:
 
     for call in calls:
         refusal = refused(call)
-        assert_told(refusal, Code.NOT_FOUND, "RUN_NOT_FOUND")
+        assert_refused_as(refusal, Code.NOT_FOUND, "RUN_NOT_FOUND")
         assert refusal.resource == run_id
 
 
@@ -87,7 +87,7 @@ def test_an_unknown_report_is_not_found(api: Api) -> None:
 
     refusal = refused(lambda: api.recovery.GetReconciliation(request, timeout=TIMEOUT_S))
 
-    assert_told(refusal, Code.NOT_FOUND, "RECONCILIATION_NOT_FOUND")
+    assert_refused_as(refusal, Code.NOT_FOUND, "RECONCILIATION_NOT_FOUND")
     assert refusal.resource == wanted
 
 
@@ -96,7 +96,7 @@ def test_an_unknown_engine_is_refused_with_the_names_that_are_known(api: Api, ho
 
     refusal = refused(create(api, run_id=run_id, engine="gpt-9"))
 
-    assert_told(refusal, Code.INVALID_ARGUMENT, "UNKNOWN_ENGINE")
+    assert_refused_as(refusal, Code.INVALID_ARGUMENT, "UNKNOWN_ENGINE")
     assert refusal.metadata["known_engines"].split(",") == sorted(home.engines)
     assert refused(lambda: api.get(run_id)).reason == "RUN_NOT_FOUND"
 
@@ -107,7 +107,7 @@ def test_an_unknown_method_is_unimplemented(api: Api) -> None:
     assert refused(lambda: call(b"")).code is Code.UNIMPLEMENTED
 
 
-# -- what cannot be meant ------------------------------------------------------------------------
+# -- invalid requests ---------------------------------------------------------------------------
 
 
 def test_all_bad_fields_are_reported_at_once(api: Api) -> None:
@@ -187,7 +187,7 @@ def test_an_input_of_any_depth_is_refused_and_the_service_lives_on(api: Api, dep
 
     refusal = refused(lambda: call(request))
 
-    assert_told(refusal, Code.INVALID_ARGUMENT, "INVALID_FIELD")
+    assert_refused_as(refusal, Code.INVALID_ARGUMENT, "INVALID_FIELD")
     assert api.health_of() == "SERVING"
 
 
@@ -204,7 +204,7 @@ def test_a_malformed_message_is_refused(api: Api) -> None:
 
     refusal = refused(lambda: call(b"\xff\xff\xff\xff"))
 
-    assert_told(refusal, Code.INVALID_ARGUMENT, "INVALID_FIELD")
+    assert_refused_as(refusal, Code.INVALID_ARGUMENT, "INVALID_FIELD")
     assert refusal.fields == ("GetRunRequest",)
 
 
@@ -261,7 +261,7 @@ def test_a_run_id_can_be_used_once(api: Api) -> None:
 
     refusal = refused(lambda: api.create("sticky", {}, run_id=run.run_id))
 
-    assert_told(refusal, Code.ALREADY_EXISTS, "RUN_ALREADY_EXISTS")
+    assert_refused_as(refusal, Code.ALREADY_EXISTS, "RUN_ALREADY_EXISTS")
     assert refusal.resource == run.run_id
     assert api.get(run.run_id) == run
 
@@ -286,7 +286,7 @@ def test_a_page_token_is_for_its_own_filter_only(api: Api) -> None:
 
     refusal = refused(lambda: page(api, page_token=token, filter=pb.RunFilter(engine="sticky")))
 
-    assert_told(refusal, Code.INVALID_ARGUMENT, "PAGE_TOKEN_MISMATCH")
+    assert_refused_as(refusal, Code.INVALID_ARGUMENT, "PAGE_TOKEN_MISMATCH")
     assert refusal.fields == ("page_token",)
 
 
@@ -296,7 +296,7 @@ def test_a_page_token_is_for_its_own_method_only(api: Api) -> None:
 
     refusal = refused(lambda: api.recovery.ListReconciliations(request, timeout=TIMEOUT_S))
 
-    assert_told(refusal, Code.INVALID_ARGUMENT, "PAGE_TOKEN_MISMATCH")
+    assert_refused_as(refusal, Code.INVALID_ARGUMENT, "PAGE_TOKEN_MISMATCH")
 
 
 def test_a_page_token_goes_on_with_another_page_size(api: Api) -> None:
@@ -316,7 +316,7 @@ def test_every_altered_page_token_is_refused(api: Api) -> None:
 
     for altered in [text.rstrip("=") for text in flipped] + others:
         refusal = refused(partial(page, api, page_token=altered))
-        assert_told(refusal, Code.INVALID_ARGUMENT, "PAGE_TOKEN_INVALID")
+        assert_refused_as(refusal, Code.INVALID_ARGUMENT, "PAGE_TOKEN_INVALID")
 
 
 def test_a_negative_page_size_is_refused_by_every_listing(api: Api) -> None:
@@ -373,18 +373,18 @@ def test_an_offset_or_attempt_without_output_is_out_of_range(api: Api) -> None:
 
     for wanted in ({"attempt": 2}, {"offset": 10_000_000}, {"offset": 2**63 - 1}):
         refusal = refused(partial(api.output, run.run_id, **wanted))
-        assert_told(refusal, Code.OUT_OF_RANGE, "OUTPUT_OUT_OF_RANGE")
+        assert_refused_as(refusal, Code.OUT_OF_RANGE, "OUTPUT_OUT_OF_RANGE")
     assert_bad(refused(lambda: api.output(run.run_id, attempt=-1, offset=-1)), "attempt", "offset")
     assert_bad(refused(lambda: api.output(run.run_id, channel=9)), "channel")
 
 
-# -- what the run does not allow -------------------------------------------------------------------
+# -- refusals by the state of the run ------------------------------------------------------------
 
 
 def test_a_reply_to_a_run_that_does_not_wait_is_refused(api: Api) -> None:
     for run in (succeeded(api), api.create("resumable", {"hold": True})):
         refusal = refused(partial(api.reply, run.run_id, 1, "yes"))
-        assert_told(refusal, Code.FAILED_PRECONDITION, "RUN_NOT_WAITING")
+        assert_refused_as(refusal, Code.FAILED_PRECONDITION, "RUN_NOT_WAITING")
         assert "PreconditionFailure" in refusal.details
     api.cancel(run.run_id)
 
@@ -399,9 +399,9 @@ def test_a_reply_to_a_question_that_is_not_open_is_refused(api: Api) -> None:
     second = api.get(run.run_id)
     old = refused(lambda: api.reply(run.run_id, 1, "changed my mind"))
 
-    assert_told(future, Code.FAILED_PRECONDITION, "INTERACTION_SUPERSEDED")
+    assert_refused_as(future, Code.FAILED_PRECONDITION, "INTERACTION_SUPERSEDED")
     assert unchanged == run
-    assert_told(old, Code.FAILED_PRECONDITION, "INTERACTION_SUPERSEDED")
+    assert_refused_as(old, Code.FAILED_PRECONDITION, "INTERACTION_SUPERSEDED")
     assert second.pending_interaction.interaction_id == 2
     assert api.get(run.run_id) == second
 
@@ -430,7 +430,7 @@ def test_the_same_answer_twice_is_accepted_once(api: Api, answer: object) -> Non
 
     assert again == ended
     assert ended.output.fields["answers"].list_value.values[0] == value(answer)
-    assert_told(other, Code.FAILED_PRECONDITION, "INTERACTION_SUPERSEDED")
+    assert_refused_as(other, Code.FAILED_PRECONDITION, "INTERACTION_SUPERSEDED")
     (asked,) = api.interactions(run.run_id)
     assert asked.response == value(answer)
 
@@ -445,7 +445,7 @@ def test_a_run_can_be_canceled_again_and_again(api: Api) -> None:
     assert second == first
     assert not first.HasField("session")
     assert not first.HasField("pending_interaction")
-    assert_told(
+    assert_refused_as(
         refused(lambda: api.reply(run.run_id, 1, "yes")),
         Code.FAILED_PRECONDITION,
         "RUN_NOT_WAITING",
@@ -457,7 +457,7 @@ def test_a_run_that_ended_cannot_be_canceled(api: Api) -> None:
 
     refusal = refused(lambda: api.cancel(run.run_id))
 
-    assert_told(refusal, Code.FAILED_PRECONDITION, "RUN_ALREADY_TERMINAL")
+    assert_refused_as(refusal, Code.FAILED_PRECONDITION, "RUN_ALREADY_TERMINAL")
     assert api.get(run.run_id) == run
 
 
@@ -470,13 +470,13 @@ def test_an_old_etag_changes_nothing_and_the_answer_holds_the_new_one(api: Api) 
 
     for call in calls:
         refusal = refused(call)
-        assert_told(refusal, Code.ABORTED, "ETAG_MISMATCH")
+        assert_refused_as(refusal, Code.ABORTED, "ETAG_MISMATCH")
         assert refusal.metadata == {"current_etag": run.etag}
         assert api.get(run.run_id) == run
     api.reply(run.run_id, 1, "yes", etag=run.etag)
 
 
-# -- requests that come twice ----------------------------------------------------------------------
+# -- repeated requests --------------------------------------------------------------------------
 
 
 def test_the_same_create_twice_gives_one_run(api: Api) -> None:
@@ -500,7 +500,7 @@ def test_a_request_id_is_for_one_payload_and_one_method(api: Api) -> None:
         lambda: api.cancel(run.run_id, request_id=request_id),
         lambda: api.reply(run.run_id, 1, "yes", request_id=request_id),
     ):
-        assert_told(refused(call), Code.ALREADY_EXISTS, "REQUEST_ID_REUSED")
+        assert_refused_as(refused(call), Code.ALREADY_EXISTS, "REQUEST_ID_REUSED")
 
 
 def test_a_reply_and_a_cancel_can_be_repeated_by_their_request_id(api: Api) -> None:
@@ -513,14 +513,14 @@ def test_a_reply_and_a_cancel_can_be_repeated_by_their_request_id(api: Api) -> N
     again = api.cancel(other.run_id, etag=other.etag, request_id=canceled)
 
     assert status_word(again) == "CANCELED"
-    assert_told(
+    assert_refused_as(
         refused(lambda: api.reply(run.run_id, 1, "no", request_id=answered)),
         Code.ALREADY_EXISTS,
         "REQUEST_ID_REUSED",
     )
 
 
-# -- what needs a service of its own ---------------------------------------------------------------
+# -- tests with a service of their own ------------------------------------------------------------
 
 
 def test_a_request_id_is_remembered_after_a_kill(new_home: Callable[..., Home]) -> None:
@@ -537,7 +537,7 @@ def test_a_request_id_is_remembered_after_a_kill(new_home: Callable[..., Home]) 
     other = refused(lambda: api.create("resumable", {}, request_id=request_id))
 
     assert again.run_id == run.run_id
-    assert_told(other, Code.ALREADY_EXISTS, "REQUEST_ID_REUSED")
+    assert_refused_as(other, Code.ALREADY_EXISTS, "REQUEST_ID_REUSED")
     assert len(page(api).runs) == 1
 
 

@@ -1,4 +1,4 @@
-"""Starts that are refused, each with its exit code; and starts that look alike and are not."""
+"""Refused starts, each with its exit code; and similar starts that must not be refused."""
 
 from __future__ import annotations
 
@@ -33,6 +33,23 @@ def test_a_taken_port_ends_the_start_with_5(new_home: NewHome) -> None:
 
     assert code == 5
     assert address in said
+
+
+@pytest.mark.parametrize("key", ["probe_listen", "metrics_listen"])
+def test_a_taken_address_for_probes_or_metrics_ends_the_start_with_5(
+    new_home: NewHome, key: str
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        home = new_home(may_fork=False, **{key: address})
+
+        code, said = refused_start(home)
+
+    assert code == 5
+    assert f"cannot listen on {address}" in said
+    assert not home.database.exists()
 
 
 def test_a_second_service_on_a_data_directory_exits_with_3_and_names_the_first(

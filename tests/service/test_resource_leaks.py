@@ -1,4 +1,4 @@
-"""A service closes at its end whatever it has opened."""
+"""A service closes everything that it has opened before it ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RESTART_POLICY_RESUME with real processes: what interrupts a turn does not fail its run."""
+"""RESTART_POLICY_RESUME with real processes: an interrupted turn does not fail its run."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_planned_stop_in_the_middle_of_many_turns_fails_none(new_home: NewHome
         assert (run.attempt, output["interrupted"]["times"]) == (1, 1)
 
 
-def test_the_reply_of_the_interrupted_turn_is_told_again(new_home: NewHome) -> None:
+def test_the_reply_of_the_interrupted_turn_is_sent_again(new_home: NewHome) -> None:
     home = new_home(engines=ENGINES)
     service, api = home.start()
     run = api.create("resumed", {"asks": True})

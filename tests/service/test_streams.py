@@ -305,7 +305,7 @@ def test_a_reader_that_leaves_during_a_write_is_no_error(new_home: NewHome) -> N
     assert errors(service) == []
 
 
-# -- places --------------------------------------------------------------------------------------
+# -- the limit of streams -----------------------------------------------------------------------
 
 
 def test_streams_have_a_limit_of_their_own_and_one_too_many_is_refused(new_home: NewHome) -> None:

@@ -1,4 +1,4 @@
-"""What the service tells systemd, at a socket that stands in for systemd's."""
+"""The messages of the service to systemd, read from a socket in the place of systemd's."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_stop_that_lets_turns_end_asks_for_more_time(
     assert [waiting, "STOPPING=1", MORE_TIME] in systemd.read()
 
 
-def test_a_watchdog_of_another_process_is_not_told() -> None:
+def test_a_watchdog_of_another_process_gets_no_message() -> None:
     environ = {"NOTIFY_SOCKET": "/n", "WATCHDOG_USEC": "1000000", "WATCHDOG_PID": "1"}
 
     assert SystemdNotifier.from_environment(Gate(), environ).watchdog_s is None

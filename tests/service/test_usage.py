@@ -1,4 +1,4 @@
-"""What agents use is shown, adds up over kills, and is limited by budgets."""
+"""The usage of agents is shown, adds up over kills, and is limited by budgets."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class Kind:
     value: object
 
     def means(self, data: bytes | None) -> Any:
-        """Return what the file means; no file and an empty one mean nothing is there."""
+        """Return the parsed file; empty if there is no file or only white space."""
         text = (data or b"").removeprefix(b"\xef\xbb\xbf")
         return self.load(text) if text.strip() else {}
 
@@ -40,7 +40,7 @@ class Kind:
         return found
 
     def with_entry(self, data: bytes | None, folder: str) -> Any:
-        """Return what the file has to mean once the folder is trusted."""
+        """Return the parsed file with the entry of the folder added."""
         wanted = copy.deepcopy(self.means(data))
         *above, last = self.path(folder)
         found = wanted

@@ -1,4 +1,4 @@
-"""The simplest edit of a file, and what it leaves in the folder."""
+"""The simplest edit of a file, and the files that it leaves beside it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where each CLI has the file that trust entries go into."""
+"""The path of the file into which trust entries of each CLI are written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When an edit calls `begin`, `record` and `done`, and with what."""
+"""The moments and arguments with which an edit calls `begin`, `record` and `done`."""
 
 from __future__ import annotations
 

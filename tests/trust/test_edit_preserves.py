@@ -1,4 +1,4 @@
-"""An edit changes only the text of a file. It keeps earlier versions of that."""
+"""An edit changes only the text of a file, and keeps backups of earlier texts."""
 
 from __future__ import annotations
 

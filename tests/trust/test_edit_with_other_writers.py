@@ -1,4 +1,4 @@
-"""An edit of a file that other programs write meanwhile loses nothing of theirs."""
+"""An edit loses no text that other programs write to the file meanwhile."""
 
 from __future__ import annotations
 

@@ -257,8 +257,8 @@ class OrphanCounts(_message.Message):
     already_gone: _builtins.int
     """OUTPUT_ONLY. Recorded launches whose processes were all dead already."""
     refused: _builtins.int
-    """OUTPUT_ONLY. Processes that were not ended, because they are not certainly ours,
-    may not be signalled, or cannot be killed. The warnings name them.
+    """OUTPUT_ONLY. Processes that were not ended, because the service was not sure that they
+    belong to a run, may not signal them, or could not kill them. The warnings name them.
     """
     def __init__(
         self,
@@ -278,7 +278,7 @@ Global___OrphanCounts: _TypeAlias = OrphanCounts  # noqa: Y015
 
 @_typing.final
 class BindingCounts(_message.Message):
-    """How many things of ended runs the reconciliation released."""
+    """Numbers of things that the reconciliation released because their runs had ended."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -312,8 +312,8 @@ Global___BindingCounts: _TypeAlias = BindingCounts  # noqa: Y015
 
 @_typing.final
 class TrustRemoval(_message.Message):
-    """An entry in a file of an agent CLI that made the CLI trust the workspace of a run, and
-    what a restart did with it.
+    """An entry in a file of an agent CLI that made the CLI trust the workspace of a run, and the
+    outcome of its removal.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -323,7 +323,7 @@ class TrustRemoval(_message.Message):
     FOLDER_FIELD_NUMBER: _builtins.int
     OUTCOME_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
-    """OUTPUT_ONLY. The run that needed the entry; empty when that run does not exist."""
+    """OUTPUT_ONLY. The run that needed the entry; empty when that run does not exist any more."""
     file: _builtins.str
     """OUTPUT_ONLY. The CLI's file."""
     folder: _builtins.str

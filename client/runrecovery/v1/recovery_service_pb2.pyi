@@ -51,7 +51,7 @@ class _PlannedOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Planne
     """The run succeeds: its process exited with 0, and its result was not recorded yet."""
 
 class PlannedOutcome(_PlannedOutcome, metaclass=_PlannedOutcomeEnumTypeWrapper):
-    """What a restart would make of a run, for people who decide about a deploy."""
+    """The outcome of a restart for a run, for people who decide about a deploy."""
 
 PLANNED_OUTCOME_UNSPECIFIED: PlannedOutcome.ValueType  # 0
 """Not set."""
@@ -326,8 +326,8 @@ class GetRecoveryStatusResponse(_message.Message):
 
     @_builtins.property
     def engine_usage(self) -> _containers.RepeatedCompositeFieldContainer[Global___EngineUsage]:
-        """What the runs of each engine have used since the database was made, by engine. An engine
-        whose agents reported nothing is absent.
+        """The usage of the runs of each engine since the database was made. An engine whose agents
+        reported nothing is absent.
         """
 
     def __init__(
@@ -351,7 +351,7 @@ Global___GetRecoveryStatusResponse: _TypeAlias = GetRecoveryStatusResponse  # no
 
 @_typing.final
 class EngineUsage(_message.Message):
-    """What the runs of one engine have used."""
+    """The usage of the runs of one engine."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -487,7 +487,7 @@ class Instance(_message.Message):
     host_id: _builtins.str
     """OUTPUT_ONLY. The host of its latest start."""
     version: _builtins.str
-    """OUTPUT_ONLY. The version of its software; empty for a version that did not tell it."""
+    """OUTPUT_ONLY. The version of its software; empty for a version that did not record it."""
     max_running: _builtins.int
     """OUTPUT_ONLY. The number of its slots."""
     slots_held: _builtins.int
@@ -498,7 +498,7 @@ class Instance(_message.Message):
     """
     @_builtins.property
     def lease_until(self) -> _timestamp_pb2.Timestamp:
-        """OUTPUT_ONLY. When its lease ends, or ended; absent once it has given the lease up."""
+        """OUTPUT_ONLY. When its lease ends, or ended; absent once it has released the lease."""
 
     @_builtins.property
     def engines(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -514,7 +514,7 @@ class Instance(_message.Message):
 
     @_builtins.property
     def stopped_at(self) -> _timestamp_pb2.Timestamp:
-        """OUTPUT_ONLY. When it stopped in order; absent if it did not since its latest start."""
+        """OUTPUT_ONLY. When its planned stop ended; absent if there was none since its latest start."""
 
     @_builtins.property
     def taken_over_at(self) -> _timestamp_pb2.Timestamp:
@@ -526,7 +526,9 @@ class Instance(_message.Message):
 
     @_builtins.property
     def host_return_until(self) -> _timestamp_pb2.Timestamp:
-        """OUTPUT_ONLY. Until when some of its runs wait for the return of its host; absent if none does."""
+        """OUTPUT_ONLY. The time until which some of its runs wait for the return of its host; absent if
+        no run does.
+        """
 
     def __init__(
         self,
@@ -858,7 +860,7 @@ Global___ExplainRecoveryResponse: _TypeAlias = ExplainRecoveryResponse  # noqa: 
 
 @_typing.final
 class RecoveryExplanation(_message.Message):
-    """Why one decision was made, and what was done to processes."""
+    """Why one decision was made, and which processes were killed."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -883,8 +885,8 @@ class RecoveryExplanation(_message.Message):
 
     @_builtins.property
     def processes(self) -> _containers.RepeatedCompositeFieldContainer[Global___OrphanedProcess]:
-        """OUTPUT_ONLY. Processes of the run that outlived their service, and what was done to
-        them; at most 100 for each launch.
+        """OUTPUT_ONLY. Processes of the run that outlived their service, with the signals that they
+        got; at most 100 for each launch.
         """
 
     def __init__(
@@ -967,7 +969,7 @@ class OrphanedProcess(_message.Message):
     """
     @_builtins.property
     def signals(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """OUTPUT_ONLY. The signals that it was sent, in order, for example SIGTERM."""
+        """OUTPUT_ONLY. The signals that the process got, in order, for example SIGTERM."""
 
     def __init__(
         self,
@@ -1074,8 +1076,8 @@ class RecoveryPlan(_message.Message):
 
     @_builtins.property
     def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlannedGroup]:
-        """OUTPUT_ONLY. All runs_total runs, grouped by what would become of them, in the order of
-        PlannedOutcome. Groups without a run are absent.
+        """OUTPUT_ONLY. All runs_total runs, grouped by their outcome, in the order of PlannedOutcome.
+        Groups without a run are absent.
         """
 
     def __init__(
@@ -1098,7 +1100,7 @@ Global___RecoveryPlan: _TypeAlias = RecoveryPlan  # noqa: Y015
 
 @_typing.final
 class PlannedGroup(_message.Message):
-    """The runs that a restart would treat alike, and the work that they have done."""
+    """The runs with the same outcome, and the work that they have done."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1107,12 +1109,12 @@ class PlannedGroup(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     RUNNING_TIME_FIELD_NUMBER: _builtins.int
     outcome: Global___PlannedOutcome.ValueType
-    """OUTPUT_ONLY. What the restart would make of these runs."""
+    """OUTPUT_ONLY. The outcome of the restart for these runs."""
     runs: _builtins.int
     """OUTPUT_ONLY. Number of runs."""
     tokens: _builtins.int
-    """OUTPUT_ONLY. What these runs have used in all their turns, as far as their agents have
-    reported it: Run.usage.input_tokens and output_tokens together.
+    """OUTPUT_ONLY. The tokens that these runs have used in all their turns, as far as their agents
+    have reported them: Run.usage.input_tokens and output_tokens together.
     """
     @_builtins.property
     def running_time(self) -> _duration_pb2.Duration:
@@ -1190,13 +1192,13 @@ Global___PlannedDecision: _TypeAlias = PlannedDecision  # noqa: Y015
 
 @_typing.final
 class PruneRequest(_message.Message):
-    """A request to remove what has reached its age."""
+    """A request to remove the data that has reached its age."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     DRY_RUN_FIELD_NUMBER: _builtins.int
     dry_run: _builtins.bool
-    """OPTIONAL. Remove nothing, and say what would be removed."""
+    """OPTIONAL. True: remove nothing, and return what would be removed."""
     def __init__(
         self,
         *,
@@ -1212,7 +1214,7 @@ Global___PruneRequest: _TypeAlias = PruneRequest  # noqa: Y015
 
 @_typing.final
 class PruneResponse(_message.Message):
-    """What was removed, or would be."""
+    """The data that was removed, or that would be removed in a dry run."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1234,7 +1236,7 @@ class PruneResponse(_message.Message):
 
     @_builtins.property
     def oldest_kept_at(self) -> _timestamp_pb2.Timestamp:
-        """OUTPUT_ONLY. When the oldest ended run that is kept ended; absent if none is kept."""
+        """OUTPUT_ONLY. The end of the oldest ended run that is kept; absent if none is kept."""
 
     def __init__(
         self,
@@ -1254,7 +1256,7 @@ Global___PruneResponse: _TypeAlias = PruneResponse  # noqa: Y015
 
 @_typing.final
 class PrunedKind(_message.Message):
-    """How much of one kind was removed, or would be."""
+    """The amount of one kind of data that was removed, or that would be removed in a dry run."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1329,7 +1331,7 @@ Global___ListWebhooksResponse: _TypeAlias = ListWebhooksResponse  # noqa: Y015
 
 @_typing.final
 class Webhook(_message.Message):
-    """A webhook, what it has not got yet, and what its tries met since the start of the service."""
+    """A webhook, its waiting deliveries, and the results of its tries since the start of the service."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1349,11 +1351,11 @@ class Webhook(_message.Message):
     origin: _builtins.str
     """OUTPUT_ONLY. Its URL without path and query, which may be secret."""
     disabled: _builtins.bool
-    """OUTPUT_ONLY. It has answered 410 Gone, and nothing is sent to it."""
+    """OUTPUT_ONLY. True: it has answered 410 Gone, and nothing is sent to it."""
     due: _builtins.int
-    """OUTPUT_ONLY. Number of deliveries that are still tried."""
+    """OUTPUT_ONLY. Number of deliveries that are still to be made."""
     given_up: _builtins.int
-    """OUTPUT_ONLY. Number of deliveries that are no longer tried, and still kept."""
+    """OUTPUT_ONLY. Number of deliveries that were given up and are still kept."""
     delivered: _builtins.int
     """OUTPUT_ONLY. Number of tries that arrived."""
     failed: _builtins.int
@@ -1362,7 +1364,7 @@ class Webhook(_message.Message):
     """OUTPUT_ONLY. Why the latest failed try failed; empty if none did."""
     @_builtins.property
     def oldest_due_at(self) -> _timestamp_pb2.Timestamp:
-        """OUTPUT_ONLY. The time of the oldest event among them; absent if there is none."""
+        """OUTPUT_ONLY. The time of the oldest event of these deliveries; absent if there is none."""
 
     @_builtins.property
     def last_delivered_at(self) -> _timestamp_pb2.Timestamp:
@@ -1370,8 +1372,8 @@ class Webhook(_message.Message):
 
     @_builtins.property
     def failing_since(self) -> _timestamp_pb2.Timestamp:
-        """OUTPUT_ONLY. The first failed try since the latest delivery; absent if the latest try
-        arrived.
+        """OUTPUT_ONLY. The time of the first failed try since the latest delivery; absent if the latest
+        try arrived.
         """
 
     def __init__(
@@ -1421,7 +1423,7 @@ Global___RetryWebhookRequest: _TypeAlias = RetryWebhookRequest  # noqa: Y015
 
 @_typing.final
 class RetryWebhookResponse(_message.Message):
-    """What is tried again."""
+    """The deliveries that are tried again."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

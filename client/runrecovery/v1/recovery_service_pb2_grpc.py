@@ -128,7 +128,7 @@ class RecoveryServiceServicer(object):
 
     def ExplainRecovery(self, request, context):
         """Returns, for each decision about one run: the rule; each fact that was examined, with its
-        source; and each process that outlived the service, with what was done to it.
+        source; and each process that outlived the service, with the signals that it got.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -150,7 +150,7 @@ class RecoveryServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetInstances(self, request, context):
-        """Returns the instances that use this database, and what each owns. SQLite has one.
+        """Returns the instances that use this database, with their runs and slots. SQLite has one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -171,24 +171,24 @@ class RecoveryServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Prune(self, request, context):
-        """Removes what has reached its age by the configuration `retention`, now and not only at the
-        next sweep. One call works for some 5 seconds; repeat it until `done`. With dry_run it says
-        what would be removed, and removes nothing.
+        """Removes at once all data that has reached its age by the configuration `retention`, without
+        waiting for the next sweep. One call works for about 5 seconds; repeat it until `done`. With
+        dry_run it removes nothing, and returns what would be removed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListWebhooks(self, request, context):
-        """Returns the webhooks of this instance, and what each has not got yet.
+        """Returns the webhooks of this instance, with their waiting deliveries.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RetryWebhook(self, request, context):
-        """Tries the deliveries of a webhook at once, those that were given up included. Switches a
-        webhook on again that has answered 410 Gone.
+        """Tries all deliveries of a webhook at once, also those that were given up. A webhook that
+        has answered 410 Gone is enabled again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -46,7 +46,7 @@ class RecoveryServiceStub:
     """
     ExplainRecovery: _grpc.UnaryUnaryMultiCallable[_recovery_service_pb2.ExplainRecoveryRequest, _recovery_service_pb2.ExplainRecoveryResponse]
     """Returns, for each decision about one run: the rule; each fact that was examined, with its
-    source; and each process that outlived the service, with what was done to it.
+    source; and each process that outlived the service, with the signals that it got.
     """
     PlanRecovery: _grpc.UnaryUnaryMultiCallable[_recovery_service_pb2.PlanRecoveryRequest, _recovery_service_pb2.PlanRecoveryResponse]
     """Pages through the decisions that a restart of this instance would make now, by the same
@@ -55,21 +55,21 @@ class RecoveryServiceStub:
     GetRecoveryStatus: _grpc.UnaryUnaryMultiCallable[_recovery_service_pb2.GetRecoveryStatusRequest, _recovery_service_pb2.GetRecoveryStatusResponse]
     """Returns the state of the service and the report of this start so far."""
     GetInstances: _grpc.UnaryUnaryMultiCallable[_recovery_service_pb2.GetInstancesRequest, _recovery_service_pb2.GetInstancesResponse]
-    """Returns the instances that use this database, and what each owns. SQLite has one."""
+    """Returns the instances that use this database, with their runs and slots. SQLite has one."""
     ListReconciliations: _grpc.UnaryUnaryMultiCallable[_recovery_service_pb2.ListReconciliationsRequest, _recovery_service_pb2.ListReconciliationsResponse]
     """Pages through reports, newest first."""
     GetReconciliation: _grpc.UnaryUnaryMultiCallable[_recovery_service_pb2.GetReconciliationRequest, _recovery_service_pb2.GetReconciliationResponse]
     """Returns one report."""
     Prune: _grpc.UnaryUnaryMultiCallable[_recovery_service_pb2.PruneRequest, _recovery_service_pb2.PruneResponse]
-    """Removes what has reached its age by the configuration `retention`, now and not only at the
-    next sweep. One call works for some 5 seconds; repeat it until `done`. With dry_run it says
-    what would be removed, and removes nothing.
+    """Removes at once all data that has reached its age by the configuration `retention`, without
+    waiting for the next sweep. One call works for about 5 seconds; repeat it until `done`. With
+    dry_run it removes nothing, and returns what would be removed.
     """
     ListWebhooks: _grpc.UnaryUnaryMultiCallable[_recovery_service_pb2.ListWebhooksRequest, _recovery_service_pb2.ListWebhooksResponse]
-    """Returns the webhooks of this instance, and what each has not got yet."""
+    """Returns the webhooks of this instance, with their waiting deliveries."""
     RetryWebhook: _grpc.UnaryUnaryMultiCallable[_recovery_service_pb2.RetryWebhookRequest, _recovery_service_pb2.RetryWebhookResponse]
-    """Tries the deliveries of a webhook at once, those that were given up included. Switches a
-    webhook on again that has answered 410 Gone.
+    """Tries all deliveries of a webhook at once, also those that were given up. A webhook that
+    has answered 410 Gone is enabled again.
     """
 
 @_typing.type_check_only
@@ -90,7 +90,7 @@ class RecoveryServiceAsyncStub(RecoveryServiceStub):
     """
     ExplainRecovery: _aio.UnaryUnaryMultiCallable[_recovery_service_pb2.ExplainRecoveryRequest, _recovery_service_pb2.ExplainRecoveryResponse]  # type: ignore[assignment]
     """Returns, for each decision about one run: the rule; each fact that was examined, with its
-    source; and each process that outlived the service, with what was done to it.
+    source; and each process that outlived the service, with the signals that it got.
     """
     PlanRecovery: _aio.UnaryUnaryMultiCallable[_recovery_service_pb2.PlanRecoveryRequest, _recovery_service_pb2.PlanRecoveryResponse]  # type: ignore[assignment]
     """Pages through the decisions that a restart of this instance would make now, by the same
@@ -99,21 +99,21 @@ class RecoveryServiceAsyncStub(RecoveryServiceStub):
     GetRecoveryStatus: _aio.UnaryUnaryMultiCallable[_recovery_service_pb2.GetRecoveryStatusRequest, _recovery_service_pb2.GetRecoveryStatusResponse]  # type: ignore[assignment]
     """Returns the state of the service and the report of this start so far."""
     GetInstances: _aio.UnaryUnaryMultiCallable[_recovery_service_pb2.GetInstancesRequest, _recovery_service_pb2.GetInstancesResponse]  # type: ignore[assignment]
-    """Returns the instances that use this database, and what each owns. SQLite has one."""
+    """Returns the instances that use this database, with their runs and slots. SQLite has one."""
     ListReconciliations: _aio.UnaryUnaryMultiCallable[_recovery_service_pb2.ListReconciliationsRequest, _recovery_service_pb2.ListReconciliationsResponse]  # type: ignore[assignment]
     """Pages through reports, newest first."""
     GetReconciliation: _aio.UnaryUnaryMultiCallable[_recovery_service_pb2.GetReconciliationRequest, _recovery_service_pb2.GetReconciliationResponse]  # type: ignore[assignment]
     """Returns one report."""
     Prune: _aio.UnaryUnaryMultiCallable[_recovery_service_pb2.PruneRequest, _recovery_service_pb2.PruneResponse]  # type: ignore[assignment]
-    """Removes what has reached its age by the configuration `retention`, now and not only at the
-    next sweep. One call works for some 5 seconds; repeat it until `done`. With dry_run it says
-    what would be removed, and removes nothing.
+    """Removes at once all data that has reached its age by the configuration `retention`, without
+    waiting for the next sweep. One call works for about 5 seconds; repeat it until `done`. With
+    dry_run it removes nothing, and returns what would be removed.
     """
     ListWebhooks: _aio.UnaryUnaryMultiCallable[_recovery_service_pb2.ListWebhooksRequest, _recovery_service_pb2.ListWebhooksResponse]  # type: ignore[assignment]
-    """Returns the webhooks of this instance, and what each has not got yet."""
+    """Returns the webhooks of this instance, with their waiting deliveries."""
     RetryWebhook: _aio.UnaryUnaryMultiCallable[_recovery_service_pb2.RetryWebhookRequest, _recovery_service_pb2.RetryWebhookResponse]  # type: ignore[assignment]
-    """Tries the deliveries of a webhook at once, those that were given up included. Switches a
-    webhook on again that has answered 410 Gone.
+    """Tries all deliveries of a webhook at once, also those that were given up. A webhook that
+    has answered 410 Gone is enabled again.
     """
 
 class RecoveryServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -155,7 +155,7 @@ class RecoveryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_recovery_service_pb2.ExplainRecoveryResponse, _abc.Awaitable[_recovery_service_pb2.ExplainRecoveryResponse]]:
         """Returns, for each decision about one run: the rule; each fact that was examined, with its
-        source; and each process that outlived the service, with what was done to it.
+        source; and each process that outlived the service, with the signals that it got.
         """
 
     @_abc_1.abstractmethod
@@ -182,7 +182,7 @@ class RecoveryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _recovery_service_pb2.GetInstancesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_recovery_service_pb2.GetInstancesResponse, _abc.Awaitable[_recovery_service_pb2.GetInstancesResponse]]:
-        """Returns the instances that use this database, and what each owns. SQLite has one."""
+        """Returns the instances that use this database, with their runs and slots. SQLite has one."""
 
     @_abc_1.abstractmethod
     def ListReconciliations(
@@ -206,9 +206,9 @@ class RecoveryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _recovery_service_pb2.PruneRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_recovery_service_pb2.PruneResponse, _abc.Awaitable[_recovery_service_pb2.PruneResponse]]:
-        """Removes what has reached its age by the configuration `retention`, now and not only at the
-        next sweep. One call works for some 5 seconds; repeat it until `done`. With dry_run it says
-        what would be removed, and removes nothing.
+        """Removes at once all data that has reached its age by the configuration `retention`, without
+        waiting for the next sweep. One call works for about 5 seconds; repeat it until `done`. With
+        dry_run it removes nothing, and returns what would be removed.
         """
 
     @_abc_1.abstractmethod
@@ -217,7 +217,7 @@ class RecoveryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _recovery_service_pb2.ListWebhooksRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_recovery_service_pb2.ListWebhooksResponse, _abc.Awaitable[_recovery_service_pb2.ListWebhooksResponse]]:
-        """Returns the webhooks of this instance, and what each has not got yet."""
+        """Returns the webhooks of this instance, with their waiting deliveries."""
 
     @_abc_1.abstractmethod
     def RetryWebhook(
@@ -225,8 +225,8 @@ class RecoveryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _recovery_service_pb2.RetryWebhookRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_recovery_service_pb2.RetryWebhookResponse, _abc.Awaitable[_recovery_service_pb2.RetryWebhookResponse]]:
-        """Tries the deliveries of a webhook at once, those that were given up included. Switches a
-        webhook on again that has answered 410 Gone.
+        """Tries all deliveries of a webhook at once, also those that were given up. A webhook that
+        has answered 410 Gone is enabled again.
         """
 
 def add_RecoveryServiceServicer_to_server(servicer: RecoveryServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

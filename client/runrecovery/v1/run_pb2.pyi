@@ -125,8 +125,8 @@ class _RestartPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Restart
     RESTART_POLICY_RESUME: _RestartPolicy.ValueType  # 3
     """A new process completes the interrupted turn. It resumes the agent's session and gets a
     notice of the interruption. A turn is resumed at most `max_resumes` times (configuration).
-    Without a session to resume: as REQUEUE. Only for engines that can be resumed in the
-    middle of a turn.
+    Without a session to resume, the run starts again as with REQUEUE. Only for engines that can
+    be resumed in the middle of a turn.
     """
 
 class RestartPolicy(_RestartPolicy, metaclass=_RestartPolicyEnumTypeWrapper):
@@ -143,8 +143,8 @@ attempts (configuration).
 RESTART_POLICY_RESUME: RestartPolicy.ValueType  # 3
 """A new process completes the interrupted turn. It resumes the agent's session and gets a
 notice of the interruption. A turn is resumed at most `max_resumes` times (configuration).
-Without a session to resume: as REQUEUE. Only for engines that can be resumed in the
-middle of a turn.
+Without a session to resume, the run starts again as with REQUEUE. Only for engines that can
+be resumed in the middle of a turn.
 """
 Global___RestartPolicy: _TypeAlias = RestartPolicy  # noqa: Y015
 
@@ -947,8 +947,8 @@ class Run(_message.Message):
 
     @_builtins.property
     def reopenable_until(self) -> _timestamp_pb2.Timestamp:
-        """OUTPUT_ONLY. Until when ReopenRun can reopen the run; absent if it never can. A time in
-        the past means that it is too late.
+        """OUTPUT_ONLY. The time until which ReopenRun can reopen the run; absent if it never can. A time
+        in the past means that it is too late.
         """
 
     @_builtins.property
@@ -959,7 +959,7 @@ class Run(_message.Message):
 
     @_builtins.property
     def usage(self) -> Global___Usage:
-        """OUTPUT_ONLY. What all turns of all attempts have used so far, as far as it was reported.
+        """OUTPUT_ONLY. The usage of all turns of all attempts so far, as far as agents reported it.
         Absent until the first report. A report alone does not change the etag.
         """
 
@@ -1065,9 +1065,9 @@ class RunEvent(_message.Message):
 
     @_builtins.property
     def usage(self) -> Global___Usage:
-        """OUTPUT_ONLY. What the turn that ended with this event has used. Absent when no turn ended
-        or its agent reported nothing. Also absent for RECOVERED: Run.usage then includes what the
-        interrupted turn had reported.
+        """OUTPUT_ONLY. The usage of the turn that ended with this event. Absent when no turn ended or
+        its agent reported nothing. Also absent for RECOVERED: Run.usage then includes the usage that
+        the interrupted turn had reported.
         """
 
     def __init__(

@@ -590,7 +590,7 @@ class StreamOutputResponse(_message.Message):
     offset: _builtins.int
     """Position of the first byte of data."""
     data: _builtins.bytes
-    """At most 64 KiB; may end within a character."""
+    """At most 64 KiB; may end in the middle of a UTF-8 character."""
     truncated: _builtins.bool
     """True on the last piece when the processes wrote more than is stored (configuration
     `max_output_bytes`).

@@ -36,7 +36,7 @@ class _Entry:
 
 COMMANDS: Final[Mapping[str, _Entry]] = {
     "serve": _Entry("local", "serve", "Run the service until SIGTERM or Ctrl-C."),
-    "demo": _Entry("local", "demo", "Watch runs survive a kill -9, explained run by run."),
+    "demo": _Entry("local", "demo", "Kill a service under nine runs, and explain each decision."),
     "runs": _Entry("runs", "runs", "Create, show, watch, answer and cancel runs."),
     "recovery": _Entry("recovery", "recovery", "Show what restarts decided, and why."),
     "prune": _Entry("prune", "prune", "Remove old runs, files and reports now."),
@@ -80,8 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     serves = (sys.argv[1:] if arguments is None else arguments)[:1] == ["serve"]
     if serves:
-        # A start makes objects that stay: collections meanwhile cost time and find nothing. `app`
-        # enables them again.
+        # A start makes objects that stay, so garbage collections would cost time and find nothing.
+        # `app` enables them again.
         gc.disable()
     try:
         if not serves:

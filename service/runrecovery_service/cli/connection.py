@@ -1,4 +1,4 @@
-"""Common to commands that call a running service: options, client, errors as exit codes."""
+"""What commands that call a running service share: options, client, errors as exit codes."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ COLUMNS: Final[Columns[recovery_service_pb2.Instance]] = (
 @click.command()
 @with_service
 def instances(service: ServiceConnection) -> None:
-    """Show the instances that use the database of the service, and what each owns."""
+    """Show the instances that use the database of the service, with their runs and slots."""
     answer = recovery_service_pb2.GetInstancesResponse(
         instances=service.client.recovery.instances()
     )

@@ -186,7 +186,7 @@ def migrate(settings: Settings) -> ExitCode:
 @click.command()
 @_with_settings
 def check(settings: Settings) -> ExitCode:
-    """Check configuration, engines and database. Changes nothing."""
+    """Check configuration, engines and database. Change nothing."""
     from runrecovery_service import offline
 
     problems = offline.check(settings)
@@ -226,7 +226,7 @@ def backup(settings: Settings, dest: Path, *, with_runs: bool) -> ExitCode:
 
 @click.command()
 def demo() -> ExitCode:
-    """Watch runs survive a kill -9, explained run by run. Leaves nothing behind."""
+    """Kill a service under nine runs, and explain each decision. Leaves nothing behind."""
     from runrecovery_service.cli.demo import steps
     from runrecovery_service.cli.demo.signals import exit_on_termination
 

@@ -1,4 +1,4 @@
-"""`runrecovery prune`: removes what has reached its age, or shows what would be removed."""
+"""`runrecovery prune`: removes data that has reached its age, or counts it in a dry run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COLUMNS: Final[Columns[recovery_service_pb2.PrunedKind]] = (
 @with_service
 @click.option("--dry-run", is_flag=True, help="Remove nothing, and show what would be removed.")
 def prune(service: ServiceConnection, *, dry_run: bool) -> None:
-    """Remove now what has reached its age by the service's [retention]."""
+    """Remove at once all data that has reached its age by the service's [retention]."""
     if dry_run:
         timeout_s = max(service.timeout_s, DRY_RUN_S)
         pruned = service.client.recovery.prune(dry_run=True, timeout_s=timeout_s)
@@ -49,7 +49,7 @@ def remove_all(service: ServiceConnection) -> recovery_service_pb2.PruneResponse
 
 
 def describe_pruned(pruned: recovery_service_pb2.PruneResponse, *, dry_run: bool) -> str:
-    """Return for people what was removed, or would be."""
+    """Return the counts of a removal or of a dry run, for people."""
     if not pruned.kinds:
         return "nothing is removed: the service has no [retention]"
     kept = time(pruned.oldest_kept_at) if pruned.HasField("oldest_kept_at") else "none"

@@ -276,7 +276,7 @@ def watch(
 @with_service
 @click.argument("run_id")
 def explain(service: ServiceConnection, run_id: str) -> None:
-    """Explain every decision about one run: rule, facts, and what was done to processes."""
+    """Explain every decision about one run: rule, facts, and the processes that were killed."""
     service.show(service.client.recovery.explain(run_id), describe_explanations)
 
 
@@ -284,7 +284,7 @@ def explain(service: ServiceConnection, run_id: str) -> None:
 @with_service
 @parameters.limit_rows
 def plan(service: ServiceConnection, limit: int) -> None:
-    """Show what a restart would decide now. Changes nothing."""
+    """Show what a restart would decide now. Change nothing."""
     planned = service.client.recovery.plan()
     service.show(planned.totals, describe_totals)
     service.show_rows(planned.decisions, PLAN_COLUMNS, limit=limit)

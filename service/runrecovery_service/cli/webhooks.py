@@ -43,7 +43,7 @@ def webhooks() -> None:
 @webhooks.command("list")
 @with_service
 def list_webhooks(service: ServiceConnection) -> None:
-    """Show each webhook, and what it has not got yet."""
+    """Show each webhook with its waiting deliveries."""
     answer = recovery_service_pb2.ListWebhooksResponse(webhooks=service.client.recovery.webhooks())
     service.show(answer, lambda shown: _described(shown.webhooks))
 
@@ -56,7 +56,7 @@ def _described(found: Sequence[recovery_service_pb2.Webhook]) -> str:
 @with_service
 @click.argument("name")
 def retry(service: ServiceConnection, name: str) -> None:
-    """Try the deliveries of a webhook at once, those that were given up included."""
+    """Try all deliveries of a webhook at once, also those that were given up."""
     revived = service.client.recovery.retry_webhook(name)
     answer = recovery_service_pb2.RetryWebhookResponse(revived=revived)
     service.show(answer, lambda shown: f"tried at once; given up before: {shown.revived}")

@@ -14,11 +14,11 @@ _AGAINST_HOOKS: Final = frozenset({"--settings", "--bare"})
 _WHY_NOT_ASKED: Final[Mapping[Preset | None, str]] = {
     None: 'needs preset = "claude"',
     Preset.CODEX: (
-        "does not work with Codex: its hooks can refuse a call, but not put it off until the user"
+        "does not work with Codex: its hooks can refuse a call, but not delay it until the user"
         ' has answered; use preset = "claude"'
     ),
     Preset.GEMINI: (
-        "does not work with Gemini CLI: its hooks can refuse a call, but not put it off until the"
+        "does not work with Gemini CLI: its hooks can refuse a call, but not delay it until the"
         ' user has answered; use preset = "claude"'
     ),
 }

@@ -93,7 +93,7 @@ def load(
             `runrecovery.toml` in the working directory if that file exists.
         flags: values of flags by key; None is the value of a flag that was not given.
         environ: the environment of the process.
-        waits: also read from a pipe, which can block for ever.
+        waits: accept a pipe as the file. Reading from a pipe can block for ever.
 
     Raises:
         ConfigError: any source is invalid; the error lists every problem of all sources.
@@ -433,7 +433,7 @@ def _readers(kind: type) -> Mapping[str, Reader[object]]:
 
 
 def _problems_at(key: str, error: ValueError | ExceptionGroup[Any]) -> list[InvalidValue]:
-    """Return the problems of the value of a key, and prefix each place with the key."""
+    """Return the problems of a key's value, with the key in front of each place."""
     problems = error.exceptions if isinstance(error, ExceptionGroup) else (error,)
     return [
         InvalidValue(str(problem), below=_below(key, getattr(problem, "below", "")))

@@ -64,7 +64,7 @@ class PermissionPolicy(StrEnum):
 
 
 class ContainmentPolicy(StrEnum):
-    """The reaction of a start if its probe cannot prove that hidden processes are found."""
+    """What a start does if its probe cannot prove that hidden processes are found."""
 
     BEST_EFFORT = "best_effort"
     """Log a warning and start."""
@@ -88,8 +88,9 @@ class EngineSettings:
             this key the variable or the default of the CLI applies.
         trust: the CLI that trusts the workspace of each run while the run is alive: `"codex"`,
             `"gemini"`, `"claude"`, or `"none"`.
-        permissions: who decides whether the CLI may run a tool: `"cli"`, by its own options and
-            settings, or `"ask"`: calls that match `ask_for` end the turn with a question.
+        permissions: who decides whether the CLI may run a tool. `"cli"`: the CLI, by its own
+            options and settings. `"ask"`: the user; calls that match `ask_for` end the turn with a
+            question.
         ask_for: patterns of calls of tools: `"NAME"` or `"NAME(ARGUMENT)"`, with `*` for any
             characters.
         env_allow: the environment variables of the service that processes of the engine inherit.
@@ -112,8 +113,8 @@ class EngineSettings:
             preset the default is true.
         max_run_time_s: the time from the first launch, waits included, after which a run fails.
             Without this key a run may take any time.
-        max_tokens: tokens that a run may use, input and output together. Then it fails.
-        max_cost_usd: what a run may cost, as its agent reports.
+        max_tokens: tokens that a run may use, input and output together. At this limit it fails.
+        max_cost_usd: the cost at which a run fails, as its agent reports it.
         nice: the niceness of processes, added to that of the service.
         max_memory: private writable memory of each process (RLIMIT_DATA), in bytes or "512M".
         max_open_files: descriptors of each process (RLIMIT_NOFILE).
@@ -165,7 +166,7 @@ class TlsSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallerSettings:
-    """One `[[callers]]` table. Either tokens or a certificate are enough.
+    """One `[[callers]]` table. A token or a certificate is enough.
 
     Attributes:
         name: recorded with everything that the caller changes.
@@ -294,14 +295,16 @@ class Settings:
         watch_stall_s: a stream is cut off if its client has read nothing for this time.
         reopen_window_s: how long a run that lost its session in a restart can be reopened; the
             store keeps its question and handle for this time.
-        cancel_grace_s: from SIGTERM to SIGKILL when the service ends a process: after a cancel, a
-            deadline or an error of the agent, and at a stop.
-        exit_grace_s: from a question, a result or a closed stdout to the exit of the process.
+        cancel_grace_s: seconds from SIGTERM to SIGKILL when the service ends a process: after a
+            cancel, a deadline or an error of the agent, and at a stop.
+        exit_grace_s: the longest time from a question, a result or a closed stdout to the exit of
+            the process. A process that lives longer is killed.
         finish_s: at a stop, time that turns under way have to end by themselves; then they are
             interrupted. Nothing is launched meanwhile.
-        drain_delay_s: from NOT_SERVING until the service accepts no more calls, for load balancers.
+        drain_delay_s: seconds from NOT_SERVING until the service refuses calls, for load
+            balancers.
         stop_grace_s: time that calls in progress have to finish at a stop.
-        orphan_grace_s: from SIGTERM to SIGKILL for processes of earlier epochs.
+        orphan_grace_s: seconds from SIGTERM to SIGKILL for processes of earlier epochs.
         orphan_deadline_s: the time limit to kill all processes of earlier epochs. Survivors are
             reported. A planned stop has this time after `cancel_grace_s`, for the processes of
             its own epoch.
@@ -314,8 +317,8 @@ class Settings:
         recovery_tries: failed recoveries after which the service exits.
         recovery_backoff_s: the pause after the first failed recovery. Each further pause is twice
             as long.
-        safe_mode_after: starts without a finished recovery after which a start launches nothing;
-            0: never.
+        safe_mode_after: the number of starts in a row without a finished recovery after which a
+            start launches nothing; 0: never.
         safe_mode_window_s: the time within which such starts are counted.
         lease_ttl_s: how long the lease of the instance, and every process tree, lasts after the
             last renewal. The lease is renewed five times in this time.

@@ -9,7 +9,8 @@ from runrecovery_service.config.settings import WebhookSettings
 from runrecovery_service.config.values import InvalidValue
 
 MAX_WEBHOOKS: Final = 16
-"""Each has connections of its own, and adds a row to the transaction of an event."""
+"""The most webhooks. Each one has its own connections, and adds a row to each event's
+transaction."""
 
 
 def webhook_contradictions(settings: WebhookSettings) -> Iterator[InvalidValue]:

@@ -13,7 +13,7 @@ from runrecovery_service.domain.errors import EngineNotAllowed, RoleNotSufficien
 
 MIN_TOKEN_BITS: Final = 128
 MIN_DISTINCT_CHARS: Final = 8
-"""A random token has at least so many different characters; `aaaa…` and `12341234…` do not."""
+"""The fewest different characters of a random token; `aaaa…` and `12341234…` have fewer."""
 
 _TOKEN: Final = re.compile(r"[A-Za-z0-9._~+/-]+=*")
 """The characters of RFC 6750."""

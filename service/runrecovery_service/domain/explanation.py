@@ -1,4 +1,4 @@
-"""Explains a recorded decision: each fact, and what it was read from, in words. Pure."""
+"""Explains a recorded decision in words: each fact, and its source. Pure."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class RecordedDecision:
             recorded.
         session_finding: the result of the session check. None: the session was not checked.
         resumes: how often the interrupted turn had been resumed.
-        restart_policy, max_attempts, max_resumes, canceled_at: the run's.
+        restart_policy, max_attempts, max_resumes, canceled_at: those of the run.
     """
 
     info: RecoveryInfo
@@ -74,7 +74,7 @@ class RecordedDecision:
 
 @dataclass(frozen=True, slots=True)
 class ExplainedFact:
-    """One fact: whether it was true, and what it was read from."""
+    """One fact: whether it was true, and its source as a sentence."""
 
     name: str
     held: bool
@@ -98,7 +98,7 @@ def explain_facts(decision: RecordedDecision) -> tuple[ExplainedFact, ...]:
 
 
 def _is_used(fact: Fact, decision: RecordedDecision) -> bool:
-    """Return whether a rule for such a run uses the fact."""
+    """Return whether the rules for this run can use the fact."""
     if fact in _OF_OUTPUT:
         return decision.info.status_before is RunStatus.RUNNING
     if fact in _OF_TAKEOVER:
@@ -133,7 +133,7 @@ def _found(finding: SessionFinding) -> str:
     )
     unknown = finding.verdict in {SessionVerdict.UNKNOWN, SessionVerdict.UNKNOWN_REFUSED}
     if unknown and reason is not None and reason not in INCONCLUSIVE:
-        found += ", which proves little because the session had not been seen whole before"
+        found += ", which proves little because the session had never been seen intact"
     match finding.verdict:
         case SessionVerdict.UNKNOWN:
             return f'{found}; the session counted as valid because of unknown_session = "keep"'
@@ -175,7 +175,7 @@ def _resume_left(decision: RecordedDecision, held: bool) -> str:  # noqa: FBT001
 
 
 def _restart_left(decision: RecordedDecision, held: bool) -> str:  # noqa: FBT001
-    return f"To start from the beginning, {_attempts_left(decision, held)}."
+    return f"For a start from the beginning, {_attempts_left(decision, held)}."
 
 
 def _result(_: RecordedDecision, held: bool) -> str:  # noqa: FBT001
@@ -189,7 +189,7 @@ def _question(_: RecordedDecision, held: bool) -> str:  # noqa: FBT001
 def _over_budget(_: RecordedDecision, held: bool) -> str:  # noqa: FBT001
     if held:
         return f"{_end_in_output('question', held=True)} The run has used up its budget."
-    return "No question was found in the output of a run that has used up its budget."
+    return "No question was found in the output, or the run had not used up its budget."
 
 
 def _elsewhere(_: RecordedDecision, held: bool) -> str:  # noqa: FBT001
@@ -206,8 +206,8 @@ def _host_lost(_: RecordedDecision, held: bool) -> str:  # noqa: FBT001
 
 def _end_in_output(end: str, *, held: bool) -> str:
     if held:
-        return f"The shim had recorded exit code 0, and the whole output was kept: it has a {end}."
-    return f"No output that was kept to its end, of a process with exit code 0, has a {end}."
+        return f"The process had exited with 0. Its whole output was kept and has a {end}."
+    return f"No {end} was found in completely kept output of a process that had exited with 0."
 
 
 def _attempts_left(decision: RecordedDecision, held: bool) -> str:  # noqa: FBT001
@@ -233,7 +233,7 @@ _SOURCES: Final[Mapping[Fact, Callable[[RecordedDecision, bool], str]]] = Mappin
     }
 )
 _OF_RESUME: Final = Fact.RESUME | Fact.RESUME_LEFT | Fact.RESTART_LEFT
-"""The facts that only the rules of the restart policy RESUME use."""
+"""The facts that only rules for the restart policy RESUME use."""
 _OF_OUTPUT: Final = Fact.RESULT | Fact.QUESTION | Fact.OVER_BUDGET
 """The facts that only rules for RUNNING runs use."""
 _OF_TAKEOVER: Final = Fact.ELSEWHERE | Fact.HOST_LOST

@@ -11,11 +11,11 @@ from runrecovery_service.domain.usage import TurnUsage
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoundEnd:
-    """The result or question with which a process ended that had exited with 0.
+    """The result or question at the end of the kept output of a process that exited with 0.
 
     Attributes:
         wait_s: how long the question waits; None: without a limit.
-        used: what the turn has used, if its agent reported that.
+        used: the usage of the turn; None: its agent reported none.
         is_last: the run has used up its budget, so no turn may follow.
     """
 

@@ -15,14 +15,15 @@ class InstanceState:
 
     Attributes:
         is_alive: its lease runs, by the clock of the database.
-        lease_until: None once it has given its lease up.
-        version: the version of its software; empty: it did not tell.
+        lease_until: None once it has released its lease.
+        version: the version of its software; empty: it has recorded none.
         max_running: the number of its slots.
         slots_held: the number of its slots that runs hold.
         runs: the number of its unfinished runs by status, without quarantined runs.
-        stopped_at: when it stopped in order since its latest start.
-        taken_over_by: the instance that has taken it over since its latest start; None: none.
-        host_return_until: until when runs wait for its host; None: no run does.
+        stopped_at: when its planned stop ended; None: no planned stop since its latest start.
+        taken_over_by: the instance that has taken it over since its latest start; None: no
+            instance has.
+        host_return_until: the time until which runs wait for its host; None: no run does.
     """
 
     name: str

@@ -43,8 +43,8 @@ class Interruption:
 def resume_delay_s(resumes: int) -> float:
     """Return how long to wait before a turn that was resumed `resumes` times is resumed again.
 
-    The first time does not wait: most restarts are planned. A turn that is interrupted again and
-    again may be what ends the service.
+    The first resume does not wait, because most restarts are planned. A turn that is interrupted
+    again and again may itself be the cause of the restarts.
     """
     if resumes <= 0:
         return 0.0

@@ -13,7 +13,7 @@ FORMS: Final = (
     'must be "allow", "deny", {"decision": "allow", "input": {…}} or'
     ' {"decision": "deny", "reason": "…"}: the question asks for permission to call a tool'
 )
-"""What an answer must look like, as the text of a violation."""
+"""The accepted forms of an answer, as the text of a violation."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ class Situation:
     """The facts about a run that a restart would base its decision on.
 
     Attributes:
-        status: None when the stored word is unknown.
+        status: None when the stored status is unknown.
         damaged: a part of the run's record cannot be read.
         last_rule: the rule of the latest decision, if the run has not changed since.
     """
@@ -64,7 +64,7 @@ class Work:
     """A number of runs, and the work that they have done.
 
     Attributes:
-        tokens: what all their turns have used, as far as it was reported.
+        tokens: the tokens that all their turns have used, as far as agents reported them.
         running_us: how long their present processes have been running, in microseconds.
     """
 
@@ -99,7 +99,7 @@ class PlannedDecision:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecoveryPlan:
-    """The numbers of a plan, as the restart's report would have them, and the work at stake."""
+    """The numbers that the report of the restart would have, and the work of each outcome."""
 
     decisions: tuple[DecisionCount, ...]
     runs_total: int
@@ -149,7 +149,7 @@ _OUTCOMES: Final = {
 
 
 def sum_decisions(decisions: Iterable[tuple[Decision, Work]], *, launches: int) -> RecoveryPlan:
-    """Return the plan for pairs of a decision and its runs."""
+    """Return the plan for decisions, each with the work of its runs."""
     states = {rule.name: rule.state for rule in MATRIX}
     counts: dict[str, int] = dict.fromkeys((*states, QUARANTINE_RULE), 0)
     groups = dict.fromkeys(Outcome, Work())

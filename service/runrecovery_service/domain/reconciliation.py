@@ -71,7 +71,10 @@ class DecisionCount:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OrphanCounts:
-    """Processes of earlier epochs: found alive, ended, not ended; and launches with none left."""
+    """Numbers of processes of earlier epochs: found alive, ended, and refused (not ended).
+
+    `already_gone` is the number of launches that had no process left.
+    """
 
     found: int = 0
     ended: int = 0
@@ -99,7 +102,7 @@ class Orphan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BindingCounts:
-    """The stale bindings of ended runs, by kind. All were cleared."""
+    """The numbers of things that a recovery released because their runs had ended, by kind."""
 
     sessions: int = 0
     pending_interactions: int = 0
@@ -121,7 +124,7 @@ class TrustRemoval:
 
     @property
     def changed_file(self) -> bool:
-        """True if the file was changed. False: it held no entry of this service."""
+        """True if the removal changed the file. False: the file had no entry of the service."""
         return self.outcome in {"removed", "restored"}
 
 

@@ -34,9 +34,9 @@ class Fact(Flag):
     RESTART_LEFT = auto()
     """restart_policy is RESUME and attempts are left."""
     RESULT = auto()
-    """The process had exited with 0, and its result lies complete in the kept output."""
+    """The process had exited with 0, and the kept output has its complete result."""
     QUESTION = auto()
-    """The process had exited with 0, and its question lies complete in the kept output."""
+    """The process had exited with 0, and the kept output has its complete question."""
     OVER_BUDGET = auto()
     """As QUESTION, but the run has used up its budget, so that no turn may follow."""
     ELSEWHERE = auto()
@@ -85,7 +85,7 @@ class Rule:
     because: str
 
     def matches(self, status: RunStatus, profile: Profile | None, facts: Fact) -> bool:
-        """Return True if the rule applies to such a run."""
+        """Return True if the rule applies to a run with this status, profile and facts."""
         return (
             status in self.statuses
             and (not self.profiles or profile in self.profiles)
@@ -96,10 +96,10 @@ class Rule:
 
 RESULT_RULE: Final = "result_found_in_output"
 QUESTION_RULE: Final = "question_found_in_output"
-"""The recovery_reason of a run whose process had ended well, with a result or a question, before
-the service could record that."""
+"""The recovery_reasons of a run whose process had exited with 0 after a result or a question,
+before the service could record its end."""
 BUDGET_RULE: Final = "budget_used_up"
-"""The same for a question that cannot be asked any more."""
+"""The same after a question, for a run that has used up its budget."""
 
 RESUMED_RULE: Final = "interrupted_turn_resumed"
 """The recovery_reason of a run whose next turn resumes its session with a notice."""

@@ -30,10 +30,10 @@ class RetentionKind(StrEnum):
 class RetentionPolicy:
     """Ages in seconds, counted from the end of the run, the request or the recovery.
 
-    Attributes:
-        max_ended_runs: ended runs that are kept; the oldest are removed first.
+    An age of None: this kind of data is kept for ever.
 
-    None: kept for ever.
+    Attributes:
+        max_ended_runs: ended runs that are kept; the oldest are removed first. None: no limit.
     """
 
     ended_runs: float | None = None
@@ -46,7 +46,7 @@ class RetentionPolicy:
 
     @property
     def kinds(self) -> tuple[RetentionKind, ...]:
-        """The kinds of which something is removed."""
+        """The kinds of data that have an age or a limit."""
         ages = {
             RetentionKind.RUNS: self.max_ended_runs if self.ended_runs is None else self.ended_runs,
             RetentionKind.OUTPUTS: self.outputs,
@@ -60,14 +60,14 @@ class RetentionPolicy:
 
 @dataclass(frozen=True, slots=True, order=True)
 class RunPosition:
-    """The position of a run in the order of the ends of runs: time in µs, then key."""
+    """The position of a run when runs are ordered by their end (µs since 1970), then by key."""
 
     ended_us: int
     key: int
 
 
 FIRST = RunPosition(-1, 0)
-"""Before every run."""
+"""The position before every run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

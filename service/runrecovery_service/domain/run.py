@@ -1,4 +1,4 @@
-"""The types of runs and what belongs to them. Times are aware UTC datetimes."""
+"""Runs with their questions, sessions, events and errors. Times are aware UTC datetimes."""
 
 from __future__ import annotations
 
@@ -229,22 +229,23 @@ class Run:
 
     Attributes:
         key: the row's integer key. It is internal and never sent to a caller.
-        status, profile: None if the stored word is unknown.
+        status, profile: None if the stored value is unknown.
         attempt: number of starts from the beginning; 0 before the first launch.
         turn: number of processes in this attempt; 0 before the first launch.
         owner_epoch: the only epoch that may write the row.
         version: rises with every change. The etag contains it.
         event_count: the sequence of the latest event.
         session_timeout_s: how long a question waits. None: the engine's setting decides.
-        max_run_s: the longest time of the whole run. None: no limit.
+        max_run_s: the time limit of the whole run, in seconds. None: no limit.
         max_resumes: how often one interrupted turn may be resumed; 0: never.
         resume_count: how often the latest turn was resumed.
         resume_at: before that time no process is launched for the run. None: no such time.
-        usage: what its turns have used so far; None until the first report.
-        budget: what its turns may use.
+        usage: the usage of its turns so far; None until the first report.
+        budget: the limits on this usage.
         input: None if the view omits it.
         traceparent: the trace of the call that created the run. None: the call named none.
-        created_by, canceled_by: the callers that did so. None: none did, or none are configured.
+        created_by, canceled_by: the callers that created and canceled the run. None: not
+            canceled, or no callers are configured.
     """
 
     key: int
@@ -334,11 +335,12 @@ class RunEvent:
 
     Attributes:
         sequence: counts the run's events from 1 without a gap.
-        kind, status: None if the stored word is unknown.
+        kind, status: None if the stored value is unknown.
         interaction_id: the question of the event; 0: none.
         recovery: the decision, for RECOVERED and REOPENED.
-        usage: what the turn that ended with the event has used, if its agent reported that.
-        message: what the agent reported, for RETRYING.
+        usage: the usage of the turn that ended with the event. None: no turn ended, or its agent
+            reported none.
+        message: the text that the agent reported, for RETRYING.
         caller: the caller that caused it. None: no caller did, or none are configured.
     """
 
@@ -379,7 +381,7 @@ class RunFilter:
 
     @property
     def engines_listed(self) -> tuple[str, ...] | None:
-        """The engines whose runs are listed: none, or some; None: all."""
+        """The engines whose runs are listed. Empty: no run is; None: runs of all engines are."""
         if self.engine is None:
             return None if self.engines is None else tuple(sorted(self.engines))
         return (self.engine,) if self.engines is None or self.engine in self.engines else ()

@@ -71,7 +71,7 @@ class TurnFacts:
         deadline_passed: the passed deadline that ends the process; None: none has passed.
         is_waiting: the process waits for the reply to its question.
         is_reply_lost: the process closed its input before it had read the reply.
-        stopped: why the service ends a process that would have gone on; None: it does not.
+        stopped: why the service kills a process that would have continued; None: it does not.
     """
 
     last_word: Asked | Succeeded | None = None
@@ -90,10 +90,11 @@ class ProcessEnd:
     """The end of the process of a turn.
 
     Attributes:
-        exit_code: None if the process was alive and had to be ended; negative for a signal.
+        exit_code: negative for a signal; None if the process did not exit and had to be killed.
         failure: the failure that the process reported, if its dialect can report one. It takes
             precedence over the last question or result.
-        retry: what the process was trying again and again when it had to be ended, if it said so.
+        retry: the latest retry that the process reported, if the service had to kill it; None: it
+            reported none.
         stderr_tail: the last lines of standard error.
     """
 
@@ -104,7 +105,7 @@ class ProcessEnd:
 
     @property
     def is_clean(self) -> bool:
-        """True if the process reported no failure and no bad exit code, or had to be ended."""
+        """True if the process reported no failure, and exited with 0 or had to be killed."""
         return self.exit_code in {None, 0} and self.failure is None
 
 
@@ -122,9 +123,9 @@ def _canonical(output: JsonObject) -> str:
 def judge(turn: TurnFacts, process: ProcessEnd, *, resumes: bool = False) -> TurnEnd:
     """Return the end of the turn.
 
-    What the service did to the process takes precedence over what the process said last. One
-    exception: a result that arrived before the deadline is kept, unless the process had resumed
-    work after it.
+    If the service killed the process, the reason for this takes precedence over the last question
+    or result. One exception: a result that arrived before the deadline is kept, unless the process
+    had resumed work after it.
 
     The result of a process that did not exit by itself is kept. The result of a process with a bad
     exit code is not.
@@ -150,7 +151,7 @@ def judge(turn: TurnFacts, process: ProcessEnd, *, resumes: bool = False) -> Tur
 
 
 def _ended_by_service(turn: TurnFacts, process: ProcessEnd) -> TurnEnd | None:
-    """Return the end of a process that the service had to end; None: it had not."""
+    """Return the end of a turn whose process the service killed; None: it did not kill it."""
     if turn.protocol_error is not None:
         return _failed(ErrorCode.ENGINE_PROTOCOL_ERROR, turn.protocol_error)
     if turn.deadline_passed is not None:
@@ -161,9 +162,12 @@ def _ended_by_service(turn: TurnFacts, process: ProcessEnd) -> TurnEnd | None:
 
 
 def end_of_budget(end: TurnEnd, used_up: str | None) -> TurnEnd:
-    """Return the end of a turn after which no other turn may follow, if `used_up` says why.
+    """Return the end of a turn of a run that may have used up its budget.
 
-    A result is kept: it needs no other turn.
+    A result and a failure stay as they are, because no other turn follows them.
+
+    Args:
+        used_up: why no other turn may follow, as a sentence; None: budget is left.
     """
     if used_up is None or isinstance(end, Succeeded | Failed):
         return end
@@ -171,7 +175,7 @@ def end_of_budget(end: TurnEnd, used_up: str | None) -> TurnEnd:
 
 
 def _silent(turn: TurnFacts, process: ProcessEnd) -> TurnEnd:
-    """Return the end of a process that printed no result or question and has no bad exit code."""
+    """Return the end of a turn whose process printed no result or question, but did not fail."""
     if turn.is_reply_lost:
         return _failed(
             ErrorCode.REPLY_NOT_DELIVERED,

@@ -67,7 +67,7 @@ class Usage:
         return replace(self._combine(part, -1), model=self.model)
 
     def at_least(self, floor: Usage) -> Usage:
-        """Return the greater one of each two numbers, with the model of this usage."""
+        """Return the greater of both values for each number, with the model of this usage."""
         costs = [cost for cost in (self.cost_nanos, floor.cost_nanos) if cost is not None]
         tokens = {name: max(getattr(self, name), getattr(floor, name)) for name in TOKEN_FIELDS}
         cost = max(costs, default=None)
@@ -105,8 +105,8 @@ def usage_of(
     """Return the report of an agent. Its parts are checked, because an agent may send anything.
 
     Raises:
-        InvalidUsage: a number is missing, negative or too large, is none, or a part is larger than
-            its whole.
+        InvalidUsage: a number is missing, negative, too large or not a number, or a part is larger
+            than its whole.
     """
     usage = Usage(
         input_tokens=_tokens("input_tokens", input_tokens),
@@ -154,10 +154,10 @@ def _model(value: object) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionUsage:
-    """The usage that a session's processes have reported. The next process may report a total.
+    """The usage of a session so far, to compute the part of the next process from its total.
 
     Attributes:
-        total: the latest total of the session; None: none.
+        total: the latest total that a process of the session reported; None: no total yet.
         calls: the usage since then of turns that were cut off before they reported a total. The
             next total may include this usage or not. It is recorded, so it must not count twice.
         stored: the usage of all calls that the session file had at the end of the latest turn.
@@ -204,7 +204,8 @@ class TurnUsage:
 
     Attributes:
         turn: the part of the turn, since the start of its process.
-        session: what the next process of the session has to know; None: nothing new.
+        session: the usage of the session, by which the next process's part is computed; None: it
+            has not changed.
     """
 
     turn: Usage
@@ -223,7 +224,7 @@ class TurnUsage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredUsage:
-    """The usage that a session file proves.
+    """The usage of the calls that are in a session file.
 
     Attributes:
         calls: the usage of all calls since the session began.
@@ -249,16 +250,17 @@ def at_end_of_turn(
     before: SessionUsage | None,
     is_first: bool,
 ) -> TurnUsage | None:
-    """Return the usage of a turn that has ended, whose session file proves `stored`.
+    """Return the usage of a turn that has ended.
 
-    A total that the agent reported counts as it is. Without one, the calls count that the file has
-    gained since the turn began, at least those that the agent reported. If one number of the gained
-    calls is negative, they do not count.
+    A total that the agent reported counts as it is. Without a total, the calls count that were
+    added to the session file since the turn began, and at least those that the agent reported. If
+    the file has fewer calls than before, only the reported ones count.
 
     Args:
-        reported: what the agent reported: a total, or calls because it was killed; None: nothing.
-        stored: None: the file could not be read.
-        before: what was known of the session when the turn began.
+        reported: the report of the agent: a total, or single calls if it was killed; None: no
+            report.
+        stored: the usage in the session file; None: the file could not be read.
+        before: the usage of the session when the turn began; None: not known.
         is_first: the session began in this turn.
     """
     session = (reported and reported.session) or before or SessionUsage()
@@ -300,7 +302,7 @@ class Budget:
         )
 
     def why_used_up(self, used: Usage | None) -> str | None:
-        """Return in a sentence which limit is reached; None: none is."""
+        """Return a sentence that names the reached limit; None: no limit is reached."""
         if used is None:
             return None
         if self.max_tokens is not None and used.total_tokens >= self.max_tokens:
@@ -311,7 +313,7 @@ class Budget:
         return None
 
     def why_used_up_by(self, used: TurnUsage | None, *, before: Usage | None) -> str | None:
-        """Return the same for a run that had used `before` when the turn began."""
+        """Do the same as `why_used_up` for a run that had used `before` when the turn began."""
         if used is None:
             return self.why_used_up(before)
         return self.why_used_up(used.turn if before is None else before.plus(used.turn))

@@ -15,7 +15,7 @@ class WebhookEvent(StrEnum):
     """The run has a new question, or waits again after it was reopened."""
     ENDED = "ENDED"
     RECOVERED = "RECOVERED"
-    """A recovery has decided on the run, whatever it decided."""
+    """A recovery has decided on the run, with any outcome."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -50,7 +50,7 @@ class Engine:
         max_resumes: how often one turn may be resumed after an interruption. 0: the engine cannot
             be resumed in the middle of a turn.
         max_run_time_s: the longest time of a run since its first launch. None: no limit.
-        budget: what one of its runs may use, unless CreateRun names less.
+        budget: the limits on the usage of one of its runs, unless CreateRun names lower ones.
         niceness, max_memory, max_open_files, max_processes: limits of its processes
             (`process.resource_limits`). None: the service sets no limit.
         trust: the CLI (`trust.config_files.AgentCli`) that shall trust the workspaces of its
@@ -131,11 +131,11 @@ class Catalog:
         self._engines = {engine.name: engine for engine in engines}
 
     def replace(self, other: Catalog) -> None:
-        """Take over the engines of another catalog. Snapshots keep theirs."""
+        """Replace the engines by those of another catalog. Earlier snapshots keep theirs."""
         self._engines = other._engines
 
     def snapshot(self) -> Catalog:
-        """Return the present engines, for work that must not see others until its end."""
+        """Return the present engines, for work that must use the same engines until its end."""
         return Catalog(self._engines.values())
 
     @property
@@ -145,7 +145,7 @@ class Catalog:
 
     @property
     def limits(self) -> dict[str, int]:
-        """The limit of each engine that has one of its own."""
+        """The `max_concurrent` of each engine that has one."""
         return {
             name: engine.max_concurrent
             for name, engine in self._engines.items()
@@ -158,10 +158,10 @@ class Catalog:
         return JSON_LINES.session_type if engine is None else engine.dialect.session_type
 
     def wait_s(self, run: Run) -> float:
-        """Return how long a question of the run waits: as the run says, or else its engine.
+        """Return how many seconds a question of the run waits, by the run or else by its engine.
 
         Raises:
-            UnknownEngine: the run does not say it, and the configuration has no such engine.
+            UnknownEngine: the run has no time of its own, and its engine is not configured.
         """
         return run.session_timeout_s or self.get(run.engine).session_timeout_s
 

@@ -130,7 +130,7 @@ def says_lost(_: int | None, text: str) -> bool:
 
 
 def says_refused(_: int | None, text: str) -> bool:
-    """Return True for refused credentials, which Claude Code reports at the beginning too."""
+    """Return True for refused credentials, also reported at the beginning of the text."""
     return text.startswith(_REFUSED)
 
 

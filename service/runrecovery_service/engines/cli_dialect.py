@@ -72,7 +72,7 @@ MAX_TASKS: Final = 1000
 HANDLE_CHARS: Final = 36
 SECRET: Final = b"[secret]"
 UNRECORDED_HANDLE: Final = "00000000-0000-0000-0000-000000000000"
-"""Stands for a handle that was never recorded, and that the kept output hides."""
+"""Used in place of a handle that was never recorded and is hidden in the kept output."""
 
 _HANDLE: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 """A UUID, which is the session id of every supported CLI. A CLI could take another word for a
@@ -90,7 +90,7 @@ class CliDialect:
             None if the CLI chooses the handle.
         resume: returns the arguments of a later turn, given the handle.
         read: yields the meaning of one event.
-        read_usage: returns what an event reports as used.
+        read_usage: returns the usage that an event reports.
         says_lost: returns whether the failure of a resumed turn means a lost session.
         says_refused: returns whether a failure means refused credentials.
         retry_on_stderr: finds reports of retries on standard error; its group is the HTTP status.
@@ -218,7 +218,7 @@ class CliListener:
     Args:
         handle: the session's handle, if it is known before the process names it.
         resumed: the process resumes this session.
-        used_before: what earlier processes of this session have reported.
+        used_before: the usage that earlier processes of this session have reported.
         calls: asks about calls that the permission hook has deferred. None: the CLI has no hook.
     """
 
@@ -312,11 +312,11 @@ class CliListener:
         )
 
     def retry(self) -> str | None:
-        """Return the latest reported retry that no work followed, or None."""
+        """Return the latest reported retry; None if there was none, or if work followed it."""
         return None if self._retry is None else self._shown(self._retry.message)
 
     def _shown(self, text: str) -> str:
-        """Return a text of the CLI as it may be stored and shown in a message."""
+        """Return a text of the CLI without secrets and short enough for a message."""
         return storable(self._redact_text(text.strip()))[:MAX_MESSAGE_CHARS]
 
     # -- events --------------------------------------------------------------------------------

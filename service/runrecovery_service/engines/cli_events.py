@@ -64,7 +64,7 @@ class WarningShown:
 
 @dataclass(frozen=True, slots=True)
 class RetryReported:
-    """The CLI waits and calls its model again. Unless work follows, it still does.
+    """The CLI waits and calls its model again, until a later event shows work.
 
     `is_refused`: the model refused the credentials of the CLI.
     """
@@ -75,11 +75,11 @@ class RetryReported:
 
 @dataclass(frozen=True, slots=True)
 class UsageReported:
-    """The CLI reported what it has used.
+    """The CLI reported its usage.
 
     Attributes:
         total: the usage of the session if `spans_session`, else of the process.
-        of_process: the part of the process, as far as the CLI reports that beside the total.
+        of_process: the usage of the process alone, if the CLI reports this beside the total.
         is_of_process: `total` excludes earlier processes.
     """
 
@@ -91,10 +91,10 @@ class UsageReported:
 
 @dataclass(frozen=True, slots=True)
 class CallReported:
-    """The CLI reported what one call of a model has used so far, before the report of the turn.
+    """The CLI reported the usage of one call of a model so far, before the report of the turn.
 
-    A later event of the same `call` replaces the one before. `calls_tool`: the event has a tool
-    call of the model, after which the turn continues.
+    A later event of the same `call` replaces this one. `calls_tool`: the event has a tool call of
+    the model, so the turn continues.
     """
 
     call: str
@@ -134,9 +134,9 @@ CliEvent: TypeAlias = (
     " | WarningShown | RetryReported | TurnFinished | TurnDeferred | TurnFailed"
 )
 ReadEvent: TypeAlias = Callable[[JsonObject], Iterable[CliEvent]]
-"""Yields what one output line of a CLI means. It must not raise, whatever the line contains."""
+"""Yields the events in one output line of a CLI. It must not raise, whatever the line contains."""
 ReadsFailure: TypeAlias = Callable[[int | None, str], bool]
 """Returns from exit code and error text of a failed turn whether it failed for a certain reason."""
 ReadUsage: TypeAlias = Callable[[JsonObject], UsageReported | CallReported | None]
-"""Returns what an output line reports as used; None: nothing, or impossible numbers. It must not
+"""Returns the usage that an output line reports; None: no usage, or impossible numbers. It must not
 raise either."""

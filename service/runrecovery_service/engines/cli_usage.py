@@ -25,10 +25,10 @@ MAX_CALLS: Final = 10_000
 
 
 class UsageCounter:
-    """Turns the reports of one process into what its turn has used so far.
+    """Computes the usage of a turn so far from the reports of its process.
 
     Args:
-        before: what earlier processes of the session have reported; None: nothing.
+        before: the usage that earlier processes of the session have reported; None: nothing.
     """
 
     def __init__(self, before: SessionUsage | None) -> None:
@@ -67,7 +67,7 @@ class UsageCounter:
 
 
 def codex(event: JsonObject) -> UsageReported | None:
-    """Return the usage in an event of Codex: of the whole thread, earlier processes included."""
+    """Return the usage in an event of Codex: the total of all processes of the session."""
     match event:
         case {"type": "turn.completed", "usage": dict(said)}:
             try:
@@ -93,7 +93,7 @@ def codex_tokens(said: JsonObject) -> Usage:
 
 
 def gemini(event: JsonObject) -> UsageReported | None:
-    """Return the usage in an event of Gemini CLI: of the process."""
+    """Return the usage in an event of Gemini CLI: the total of the process."""
     match event:
         case {"type": "result", "stats": dict(said)}:
             try:
@@ -144,7 +144,7 @@ def _gemini_tokens(
 
 
 def claude(event: JsonObject) -> UsageReported | CallReported | None:
-    """Return the usage in an event of Claude Code: of a call, or of a turn at its end.
+    """Return the usage in an event of Claude Code: that of a call, or of a turn at its end.
 
     `modelUsage` has every model and agrees with the cost. Newer versions count it over the whole
     session, older ones over the process. `usage` has the main model's numbers in the process: if

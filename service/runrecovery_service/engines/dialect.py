@@ -69,7 +69,7 @@ class RetryMessage:
     """The agent waits and calls its model again.
 
     Attributes:
-        message: why, as the agent reports it.
+        message: the reason, as the agent reports it.
         is_hopeless: the model has refused the agent's credentials twice in a row.
     """
 
@@ -121,8 +121,8 @@ class Resumed:
 
     Attributes:
         reply: the reply to the session's last question, which the process gets.
-        interruption: what interrupted the process before, if this process is to complete its turn.
-        usage: what earlier processes of the session have reported.
+        interruption: the interruption of the turn that this process completes; None: there is none.
+        usage: the usage that earlier processes of the session have reported.
     """
 
     session: Session
@@ -138,7 +138,7 @@ class KeptTurn:
     Attributes:
         handle: the recorded session's handle, a secret; None: no session is recorded.
         is_resumed: the process resumed this session.
-        used_before: what processes of the session had reported as used.
+        used_before: the usage that earlier processes of the session had reported.
         workspace, deferred: as in `RunContext`.
     """
 
@@ -251,7 +251,7 @@ class Dialect(Protocol):
 
     @property
     def reports_cost(self) -> bool:
-        """False: an engine never reports what it has cost."""
+        """False: an engine with this dialect never reports a cost."""
         ...
 
     def open(self, run: RunContext, resumed: Resumed | None) -> Opening:

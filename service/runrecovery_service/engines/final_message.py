@@ -18,10 +18,10 @@ from runrecovery_service.engines.dialect import AskMessage, ProtocolError, Resul
 from runrecovery_service.engines.strict_json import read_first_object
 
 MAX_BYTES: Final = 1 << 20
-"""How much of a text is kept: its end. The limit is that of a JSON-lines engine's line, so every
-run's output fits into one gRPC message."""
+"""The most bytes of a text that are kept, from its end. A line of a JSON-lines engine has the same
+limit, so every run's output fits into one gRPC message."""
 TRIES: Final = 4
-"""How many possible beginnings of the object are tried: the first ones, then the last ones."""
+"""How many `{` are tried as the beginning of the object: the first ones, then the last ones."""
 
 _BEGINNING: Final = re.compile(r'\{\s*"(?:ask_user|result)"\s*:')
 _FENCE: Final = "`~ \t\r\n"

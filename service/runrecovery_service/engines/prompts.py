@@ -92,7 +92,7 @@ def permission_prompt(reply: Interaction, call: ToolCall) -> str:
 
 
 def resume_prompt(run_input: JsonObject, resumed: Resumed) -> str:
-    """Return the prompt that resumes a session: the reply, or what happened to the turn before."""
+    """Return the prompt that resumes a session: the reply, or the notice of an interruption."""
     if resumed.interruption is not None:
         return _after_interruption(run_input, resumed.interruption)
     assert resumed.reply is not None  # noqa: S101 - a session is resumed for one of the two

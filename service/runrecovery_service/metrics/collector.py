@@ -1,7 +1,8 @@
-"""Answers scrapes: gathers the numbers on the event loop, and writes them in a thread.
+"""Answers scrapes: gathers the numbers on the event loop, and writes them as text in a thread.
 
-All scrapes of one second get one text. One read of the store at a time is under way, however many
-scrapes there are. `STORE_READ_S` seconds pass between two reads, and more if a read takes long.
+All scrapes of one second get the same text. At most one read of the store is under way, however
+many scrapes there are. At least `STORE_READ_S` seconds pass between two reads, and more if a read
+takes long.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ STORE_READ_S: Final = 5.0
 STORE_READ_MOST_S: Final = 30.0
 """The shortest and the longest pause between two reads."""
 READ_PAUSES: Final = 9
-"""So many times the duration of a read passes before the next: reads take a tenth of the time."""
+"""The pause after a read, as a multiple of its duration. So reads take a tenth of the time."""
 STORE_WAIT_S: Final = 0.5
-"""A scrape waits so long for the store. Then it is answered with what was read before."""
+"""How long a scrape waits for the store. After that, its answer has the counts of the last read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,8 +40,8 @@ class Counts:
 
     Attributes:
         runs: the unfinished runs.
-        usage: what turns have used, by engine and model.
-        backlogs: what each webhook has not got, by name, for those that lack anything.
+        usage: the usage of turns, by engine and model.
+        backlogs: the waiting deliveries of each webhook that has any, by the webhook's name.
     """
 
     runs: list[RunCount]
@@ -50,12 +51,12 @@ class Counts:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class StoredCounts:
-    """The counts, as the store answered last.
+    """The counts of the latest read of the store.
 
     Attributes:
         read: reads the store.
-        counts: None until the store has answered.
-        read_at: when the store has answered.
+        counts: None until the first answer of the store.
+        read_at: the time of the latest answer.
     """
 
     read: Callable[[], Awaitable[Counts]]
@@ -70,7 +71,7 @@ class StoredCounts:
         self._failures = FailureLog(failure_event="metrics.runs_not_read")
 
     async def refresh(self) -> None:
-        """Read the store if that is due, and wait for the answer, `STORE_WAIT_S` at most."""
+        """Start a read of the store if one is due, and wait at most `STORE_WAIT_S` for its end."""
         if self._reading is None and monotonic() >= self._next_read_s:
             self._reading = asyncio.create_task(self._read(), name="metrics-store")
         if self._reading is not None:
@@ -91,7 +92,7 @@ class StoredCounts:
             self._reading = None
 
     def stop(self) -> None:
-        """Wait for the store no more."""
+        """Cancel the read of the store that is under way."""
         if self._reading is not None:
             self._reading.cancel()
 
@@ -102,7 +103,7 @@ class Collector:
 
     Attributes:
         families: returns every metric as it is now, on the event loop.
-        render: writes them; it takes milliseconds, and is called in a thread of its own.
+        render: writes the metrics as text. It takes milliseconds, and is called in its own thread.
     """
 
     stored: StoredCounts
@@ -117,7 +118,7 @@ class Collector:
         if monotonic() >= self._until_s:
             if self._making is None:
                 self._making = asyncio.create_task(self._make(), name="metrics-text")
-            # Shielded: a client that goes away must not take the text from the others.
+            # Shielded: other clients need the text even if this client disconnects.
             await asyncio.shield(self._making)
         return self._text
 
@@ -132,7 +133,7 @@ class Collector:
             self._making = None
 
     def stop(self) -> None:
-        """Stop what is under way."""
+        """Cancel the read and the text that are under way."""
         self.stored.stop()
         if self._making is not None:
             self._making.cancel()

@@ -19,7 +19,7 @@ from prometheus_client.utils import floatToGoString
 from runrecovery_service.metrics.families import Family, Kind
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
-"""The one form that is offered. Every version of Prometheus reads it."""
+"""The only format that is offered. Every version of Prometheus reads it."""
 
 
 class _Given(Collector):

@@ -1,4 +1,4 @@
-"""Metrics at one moment, in plain values: what the collector takes from the service."""
+"""Metrics at one moment as plain values, which the collector passes to its thread."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class Family:
     """One metric, with a value for each combination of its labels.
 
     Attributes:
-        numbers: one number. Of a histogram: the count of each bucket, and the sum.
+        numbers: by the values of the labels: one number; for a histogram the count of each bucket,
+            and then the sum.
         bounds: the upper bounds of the buckets of a histogram.
     """
 

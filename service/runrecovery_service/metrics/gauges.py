@@ -27,21 +27,19 @@ class Present:
     """The service at one moment.
 
     Attributes:
-        state: of the service as a whole.
-        is_healthy: what health says: SERVING or not.
+        state: the state of the service as a whole.
+        is_healthy: health says SERVING.
         is_disk_low: a disk has less room than the floor.
         engines: the configured engines.
         engines_in_use: turns under way, by engine.
-        lease_left_s: until the lease ends, if it is not renewed.
-        open_streams: by method.
-        webhooks_failing_since: since when each webhook fails; None: its latest try arrived.
-        report: of the recovery of this start; None until it is committed.
-        removed: what retention has removed, by kind.
-        runs: unfinished runs, as the store answered last; None: it has not answered yet.
-        usage: what turns have used, by engine and model, as the store answered last.
-        backlogs: what each webhook has not got, by name, for those that lack anything, as the
-            store answered last; None: it has not answered yet.
-        counted_at: when the store answered last.
+        lease_left_s: seconds until the lease ends unless it is renewed.
+        open_streams: the number of open streams, by method.
+        webhooks_failing_since: the first failed try of each webhook since its latest delivery;
+            None: its latest try arrived.
+        report: the report of the recovery of this start; None until it is committed.
+        removed: the number of removals by retention, by kind.
+        runs, usage, backlogs: as in `collector.Counts`; None: the store has not answered yet.
+        counted_at: the time of the latest answer of the store.
     """
 
     version: str
@@ -67,7 +65,8 @@ class Present:
 
 @dataclass(frozen=True, slots=True)
 class Gauge:
-    """One metric, and how it is read. No numbers: it is not known."""
+    """One metric, and the function that reads it. The function returns no numbers if none is
+    known."""
 
     name: str
     help: str
@@ -130,7 +129,7 @@ def _oldest(status: RunStatus) -> Callable[[Present], Numbers]:
 
 
 def _used(present: Present, read: Callable[[EngineUsage], float | None]) -> Numbers:
-    """Return a number for each engine and model of which it is known."""
+    """Return a number for each engine and model for which it is known."""
     numbers = {(one.engine, one.usage.model): read(one) for one in present.usage}
     return {labels: number for labels, number in numbers.items() if number is not None}
 
@@ -171,7 +170,7 @@ def _webhooks_failing(present: Present) -> Numbers:
 
 
 def _webhooks(read: Callable[[Present, Backlog], float]) -> Callable[[Present], Numbers]:
-    """Return a number for each webhook, 0 for one that lacks nothing."""
+    """Return a number for each webhook, 0 for one without waiting deliveries."""
 
     def read_all(present: Present) -> Numbers:
         if present.backlogs is None:
@@ -238,19 +237,19 @@ GAUGES: Final = (
     Gauge("runrecovery_runs", "Unfinished runs.", ("engine", "status"), _runs),
     Gauge(
         "runrecovery_queue_oldest_seconds",
-        "How long the run that is queued longest has been queued.",
+        "How long the oldest entry of the queue has been waiting.",
         ("engine",),
         _oldest(RunStatus.QUEUED),
     ),
     Gauge(
         "runrecovery_wait_oldest_seconds",
-        "How long the question that is open longest has been open.",
+        "How long the oldest open question has been waiting for its answer.",
         ("engine",),
         _oldest(RunStatus.WAITING_USER),
     ),
     Gauge(
         "runrecovery_runs_age_seconds",
-        "Since when the store has not answered how many runs there are.",
+        "Seconds since the store was last asked successfully how many runs there are.",
         (),
         _age_of_runs,
     ),
@@ -258,7 +257,7 @@ GAUGES: Final = (
     Gauge("runrecovery_slots_used", "Turns under way.", ("engine",), _slots_used),
     Gauge(
         "runrecovery_lease_left_seconds",
-        "Until the lease of the instance ends, if it is not renewed.",
+        "Time until the lease of the instance ends unless it is renewed.",
         (),
         lambda it: _one(it.lease_left_s),
     ),
@@ -270,13 +269,13 @@ GAUGES: Final = (
     ),
     Gauge(
         "runrecovery_webhook_due",
-        "Deliveries that a webhook has not got, and that are still tried.",
+        "Deliveries that are still to be made to a webhook.",
         ("webhook",),
         _webhooks(lambda _, backlog: float(backlog.due)),
     ),
     Gauge(
         "runrecovery_webhook_oldest_seconds",
-        "How old the oldest event among them is.",
+        "How old the oldest event of the deliveries is that are still to be made.",
         ("webhook",),
         _webhooks(_age_of_backlog),
     ),
@@ -289,7 +288,7 @@ GAUGES: Final = (
     ),
     Gauge(
         "runrecovery_recovery_phase_seconds",
-        "Duration of each phase of that recovery.",
+        "Duration of each phase of the recovery of this start.",
         ("phase",),
         _of_report(lambda it: {(phase.name,): phase.duration_s for phase in it.phases}),
     ),
@@ -301,7 +300,7 @@ GAUGES: Final = (
     ),
     Gauge(
         "runrecovery_recovery_orphans",
-        "Processes and launches of earlier epochs, by what became of them.",
+        "Processes and launches of earlier epochs, by outcome.",
         ("outcome",),
         _of_report(_orphans),
     ),
@@ -325,7 +324,7 @@ GAUGES: Final = (
     ),
     Gauge(
         "runrecovery_usage_turns_total",
-        "Turns whose agents have reported what they used.",
+        "Turns whose agents have reported their usage.",
         ("engine", "model"),
         lambda it: _used(it, lambda one: one.turns),
         Kind.COUNTER,
@@ -339,7 +338,7 @@ GAUGES: Final = (
     ),
     Gauge(
         "runrecovery_usage_part_tokens_total",
-        "Those of them that came from a cache, were written to one, or were reasoning.",
+        "Tokens that were read from a prompt cache, written to one, or were reasoning.",
         ("engine", "model", "part"),
         _tokens(
             cached_input="cached_input_tokens",
@@ -357,7 +356,7 @@ GAUGES: Final = (
     ),
     Gauge(
         "runrecovery_retention_removed_total",
-        "What retention has removed: runs, parts of runs, reports, receipts.",
+        "Removals by retention: runs, parts of runs, reports, receipts.",
         ("kind",),
         lambda it: {(kind,): float(count) for kind, count in it.removed.items()},
         Kind.COUNTER,

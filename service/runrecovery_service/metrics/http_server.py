@@ -1,9 +1,9 @@
 """Serves the metrics over HTTP, without authentication.
 
-Not the server of prometheus-client: it starts a thread for each connection, without a limit, and
-waits for ever for a client that sends nothing. This one reads one small request of each connection,
-answers and closes, within a time limit, with a limit on connections. Connections that send nothing
-give way to new ones: somebody who opens them again and again must not keep Prometheus away.
+The server of prometheus-client is not used, because it starts a thread for each connection without
+a limit, and waits for ever for a client that sends nothing. This server reads one small request
+from each connection, answers and closes, within a time limit, and limits the number of connections.
+A new connection replaces one that has sent nothing, so that idle ones cannot keep Prometheus out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import structlog
 from runrecovery_service.rpc.listen_address import ListenFailed
 
 REQUEST_S: Final = 5.0
-"""A connection is closed after this time, in any case."""
+"""Every connection is closed after this time."""
 MAX_REQUEST_BYTES: Final = 8192
 PATH: Final = "/metrics"
 
@@ -32,7 +32,7 @@ class Page(Protocol):
         ...
 
     def stop(self) -> None:
-        """Stop what is under way for the page."""
+        """Cancel the work that is under way for the page."""
         ...
 
 
@@ -40,9 +40,10 @@ class MetricsServer:
     """A server of one page.
 
     Args:
-        content_type: of the page.
-        max_connections: a further one replaces the oldest that has sent no request. If all have
-            sent theirs, the further one is closed at once.
+        content_type: the content type of the page.
+        max_connections: the most connections. A further one replaces the oldest connection that
+            has sent no request yet. If every connection has sent its request, the further one is
+            closed at once.
     """
 
     def __init__(self, page: Page, *, content_type: str, max_connections: int) -> None:
@@ -102,7 +103,7 @@ class MetricsServer:
                 is_answered = True
         except (TimeoutError, OSError, asyncio.IncompleteReadError):
             pass  # the client is too slow, or has gone
-        except Exception:  # the edge of this task: nobody else would report the defect
+        except Exception:  # the edge of this task: no other code would report the defect
             log.exception("metrics.defect")
         finally:
             self._silent.pop(writer, None)

@@ -48,7 +48,7 @@ ALERTED_EVENTS: Final = (
 """The warnings that are worth an alert (docs/operations.md#watch)."""
 
 WEBHOOK_ERRORS: Final = ("webhook.disabled", "webhook.given_up", "webhook.delivery_damaged")
-"""Errors about one receiver. They are no reason to page anybody: the service works."""
+"""Errors about one receiver. No alert pages for them, because the service works."""
 TRY_OUTCOMES: Final = ("delivered", "failed")
 
 
@@ -57,7 +57,7 @@ class Lease(Protocol):
 
     @property
     def left_s(self) -> float:
-        """Seconds until the lease ends, if it is not renewed."""
+        """Seconds until the lease ends unless it is renewed."""
         ...
 
 
@@ -82,7 +82,7 @@ class Owns(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sources:
-    """The objects whose numbers are shown."""
+    """The objects from which the metrics are read."""
 
     ownership: Owns
     gate: Gate

@@ -1,4 +1,4 @@
-"""The clock of heartbeats."""
+"""The clock of the deadlines of process trees, which heartbeats move."""
 
 from __future__ import annotations
 

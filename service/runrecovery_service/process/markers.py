@@ -64,7 +64,7 @@ class LaunchMarkers:
         cookie: 128 random bits, 32 hex digits. A secret: never log it.
         watermark: a random number of up to 62 bits; None for a launch without one.
         cgroup: path of the launch's own cgroup below the mount; None for a launch without one.
-        pid, start_ticks: the shim's; None when the launch ended before they were recorded.
+        pid, start_ticks: those of the shim; None if the launch ended before they were recorded.
         host: the host, boot and pid namespace of the launch.
     """
 

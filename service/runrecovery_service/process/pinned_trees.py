@@ -74,7 +74,7 @@ class PinnedTrees:
     def find_direct_member(self, proc: Proc, known: Mapping[Identity, int]) -> Member | None:
         """Return the process as a member if it was pinned before (`known`) or carries a marker.
 
-        None otherwise. The descendants of members are found separately.
+        Otherwise return None. The descendants of members are found separately.
         """
         key = known.get(proc.identity)
         if key is not None:

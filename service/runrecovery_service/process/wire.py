@@ -68,7 +68,7 @@ class Order:
     Attributes:
         deadline_ns: CLOCK_BOOTTIME at which the shim kills everything unless a heartbeat moves it.
         watermark: the limit on file locks to set; 0: none can be set here.
-        program, argv, env, cwd: the agent's.
+        program, argv, env, cwd: those of the agent.
         confinement: the limits of the agent's processes.
     """
 

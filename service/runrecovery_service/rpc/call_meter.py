@@ -25,7 +25,7 @@ class CallMeter:
     """Wraps handlers, and counts their calls. Use it on the event loop.
 
     Attributes:
-        meters: get the numbers.
+        meters: the counters and histograms that get the numbers.
         open_streams: streams that are open now, by method.
     """
 

@@ -17,8 +17,8 @@ R = TypeVar("R")
 FAULTS: Final = frozenset(
     {"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"}
 )
-"""Codes that are failures of a server. The others are matters of its callers (OpenTelemetry's
-semantic conventions for RPC)."""
+"""Codes that are failures of a server. All others are failures of its callers, by OpenTelemetry's
+semantic conventions for RPC."""
 
 
 class CallTracer:

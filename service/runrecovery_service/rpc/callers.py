@@ -1,7 +1,7 @@
-"""Finds out which caller sends a request, and whether the caller may send it.
+"""Identifies the caller of each request, and checks whether the caller may send it.
 
-A call carries a bearer token as metadata, or comes on a connection with a certificate. A token that
-is given decides: a call with a wrong token is refused whatever its certificate.
+A call carries a bearer token as metadata, or comes on a connection with a certificate. If a call
+has a token, only the token counts: a call with a wrong token is refused, whatever its certificate.
 
 Tokens are compared by their SHA-256, in constant time. The digests are looked up under a random key
 of this process, so that the time of a lookup says nothing about the stored ones.
@@ -149,8 +149,8 @@ class CallerGuard:
     def replace_table(self, table: CallerTable) -> None:
         """Admit the callers of another table from now on.
 
-        Streams end whose caller was removed or has other rights now, or whose token or certificate
-        is its caller's no more. Calls with one response finish.
+        A stream ends if its caller was removed or has other rights now, or if its token or
+        certificate no longer belongs to its caller. Calls with one response finish.
         """
         self._table = table
         now_s = asyncio.get_running_loop().time()
@@ -186,11 +186,11 @@ class CallerGuard:
             self._streams.discard(stream)
 
     async def admit(self, context: Context, method: str, needed: Role) -> Caller:
-        """Return the caller, as `CALLER` of this task too, or end the call with its status.
+        """Return the caller and set `CALLER` of this task to it; or end the call with its status.
 
-        `release` must follow. A call is ended when neither its token nor its certificate is a
-        caller's, when the caller's role is less than `needed`, and when the caller has as many
-        calls in progress as it may have.
+        Call `release` afterwards. The call is ended when neither its token nor its certificate
+        belongs to a caller, when the caller's role is less than `needed`, and when the caller has
+        reached its limit of calls in progress.
         """
         try:
             caller = self._identify(context)

@@ -1,4 +1,4 @@
-"""Paces tasks that are woken at the same time, so that other calls get their share of the loop."""
+"""Paces tasks that wake at the same time, so that other calls get their share of the event loop."""
 
 from __future__ import annotations
 

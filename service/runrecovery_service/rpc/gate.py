@@ -38,8 +38,8 @@ class Access(Enum):
     READ = auto()
     """From the commit of recovery until the server closes."""
     MUTATION = auto()
-    """From the commit of recovery until the service drains. A service that lets turns end drains
-    once they have ended."""
+    """From the commit of recovery until the service drains. With `finish_s` the service drains only
+    after it has waited for the turns under way."""
 
 
 class Gate:
@@ -91,7 +91,7 @@ class Gate:
 
     @property
     def ends_streams(self) -> bool:
-        """True once streams are to end: not while the turns under way may still end."""
+        """True once streams must end. False while a stop still waits for turns under way."""
         return self.draining and not self._finishing
 
     @property

@@ -1,7 +1,7 @@
 """Listen addresses: bind all of an address, check who has it, and release it.
 
-gRPC alone does less. It binds only one address of `localhost` if the other is taken, and it removes
-any socket that it finds at a path: when it binds, and again when it ends.
+gRPC itself is not enough: it binds only one address of `localhost` if the other is taken. And it
+removes any socket that it finds at a path, when it binds and again when it ends.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class ListenAddress(ABC):
 
     @abstractmethod
     async def bind(self, bind_port: BindPort) -> tuple[int, ServerSockets]:
-        """BindPort the whole address; return the port and the server's sockets.
+        """Bind the whole address; return the port and the server's sockets.
 
         Can be called again for the server that replaces one that ended.
 

@@ -65,7 +65,7 @@ class MethodWrapper:
         max_streams: concurrent streams; they are mostly idle, so they have their own limit.
         stall_s: seconds after which a stream is closed if its reader has taken nothing.
         guard: admits callers; None: everyone may call everything.
-        meter: counts and times calls; None: nobody reads that.
+        meter: counts and times calls; None: metrics are off.
         tracer: reports calls as spans; None: traces are off.
     """
 

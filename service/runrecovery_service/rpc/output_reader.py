@@ -80,7 +80,7 @@ class OutputReader:
             following = request.follow and _may_write_more(run, cursor)
             async for piece in self._read_pieces(cursor):
                 yield piece
-            await self._demand_kept(run)  # otherwise pieces may be missing without notice
+            await self._demand_kept(run)  # otherwise the caller would not notice missing pieces
             if not following or cursor.at_limit:
                 return
             if self._gate.ends_streams:

@@ -1,7 +1,7 @@
 """Page tokens: opaque to callers, bound to method and filter, refused when altered.
 
-A token holds keys of rows, and these count the runs of all engines. So it is encrypted, and the
-same keys give another text each time: a caller of some engines learns nothing of others.
+A token holds keys of rows, which show how many runs all engines have. So tokens are encrypted, and
+the same keys give another text each time: a caller of some engines learns nothing about the others.
 Only the cursor of a decision is always the same.
 
 A token is urlsafe base64 without padding of: version (1 byte), tag (16), and encrypted: random
@@ -45,7 +45,7 @@ _MAX_TOKEN_CHARS: Final = 100  # three keys take 76
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenScope:
-    """The method and filter that a token belongs to. The keys of its rows are `width` numbers."""
+    """The method and filter that a token belongs to. Each key of its rows has `width` numbers."""
 
     digest: bytes
     width: int
@@ -114,13 +114,14 @@ class PageTokens:
         return struct.unpack(f">{scope.width}q", content[_HEAD_BYTES:])
 
     def encode_cursor(self, decision: FeedCursor) -> str:
-        """Return the cursor of a decision: always the same. It is bound to no filter."""
+        """Return the cursor of a decision, always the same text. It is not bound to a filter."""
         return self._encrypted(bytes(_RANDOM_BYTES), _CURSOR_SCOPE, _keys(decision))
 
     def encode_bookmark(self, place: FeedCursor) -> str:
-        """Return a cursor of a place that may be the decision of a run that the caller cannot see.
+        """Return a cursor of a place in the feed of decisions, as another text each time.
 
-        Another text each time: otherwise a change would show that there was such a decision.
+        At this place may be the decision on a run that the caller cannot see. If the text changed
+        only with the place, the caller could notice such decisions.
         """
         return self.encode(_CURSOR_SCOPE, _keys(place))
 

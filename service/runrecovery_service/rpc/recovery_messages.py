@@ -72,7 +72,7 @@ def fill_recovered_run(to: recovery_service_pb2.RecoveredRun, decided: FeedDecis
 
 
 def fill_explanation(to: recovery_service_pb2.RecoveryExplanation, seen: RecordedDecision) -> None:
-    """Fill a message with a decision, its rule and facts, and what was done to processes."""
+    """Fill a message with a decision, its rule and facts, and the processes that were killed."""
     fill_recovery_info(to.decision, seen.info)
     to.because = explain_rule(seen.info.recovery_reason)
     to.profile = PROFILE_TO_PROTO[seen.profile]
@@ -193,9 +193,12 @@ def fill_status(
     unended: Sequence[UnendedLaunch],
     used: Sequence[EngineUsage],
 ) -> None:
-    """Fill a message with the state of the service, and what its launches left and used.
+    """Fill a message with the state of the service.
 
-    A report and a containment that are None stay unset.
+    Args:
+        report, containment: None: the field stays unset.
+        unended: launches with processes that are still alive.
+        used: the usage of each engine.
     """
     to.state = SERVICE_STATE_TO_PROTO[state]
     if report is not None:
@@ -210,7 +213,7 @@ def fill_status(
 
 
 def fill_pruned(to: recovery_service_pb2.PruneResponse, pruned: PruneResult) -> None:
-    """Fill a message with what was removed, or would be."""
+    """Fill a message with the counts of a removal or of a dry run."""
     for kind, count in pruned.counts.items():
         to.kinds.add(kind=kind.value, count=count, file_bytes=pruned.sizes.get(kind, 0))
     if pruned.oldest_kept is not None:
@@ -220,7 +223,7 @@ def fill_pruned(to: recovery_service_pb2.PruneResponse, pruned: PruneResult) -> 
 
 
 def fill_webhook(to: recovery_service_pb2.Webhook, status: WebhookStatus) -> None:
-    """Fill a message with a webhook, what it has not got, and what its tries met."""
+    """Fill a message with a webhook, its waiting deliveries, and the results of its tries."""
     state, backlog = status.state, status.backlog
     to.name, to.origin = status.endpoint.name, status.endpoint.origin
     to.disabled, to.last_failure = state.is_disabled, state.last_failure

@@ -42,7 +42,7 @@ log = structlog.get_logger()
 
 
 class Prune(Protocol):
-    """Removes what has reached its age; with `dry_run` it only says what that is."""
+    """Removes the data that has reached its age; with `dry_run` it only counts this data."""
 
     async def __call__(self, *, dry_run: bool) -> PruneResult: ...
 
@@ -56,7 +56,7 @@ class RecoveryDeps:
     """The dependencies of RecoveryService.
 
     Attributes:
-        prune: removes what has reached its age; None: nothing has an age.
+        prune: removes data that has reached its age; None: no kind of data has an age.
         webhooks: the webhooks of this instance; None: there are none.
     """
 
@@ -129,7 +129,7 @@ class RecoveryService:
     async def explain_recovery(
         self, request: pb.ExplainRecoveryRequest
     ) -> pb.ExplainRecoveryResponse:
-        """Return why each decision about a run was made, and what was done to processes."""
+        """Return the explanation of each decision about a run."""
         validation.require_run_id(request.run_id)
         await demand_visible(self._storage, request.run_id)
         explained = await self._storage.read(
@@ -247,7 +247,7 @@ class RecoveryService:
         return response
 
     async def prune(self, request: pb.PruneRequest) -> pb.PruneResponse:
-        """Remove what has reached its age, or say what that is."""
+        """Remove the data that has reached its age; in a dry run only count it."""
         response = pb.PruneResponse(done=True)
         if self._prune is None:
             return response
@@ -259,7 +259,7 @@ class RecoveryService:
         return response
 
     async def list_webhooks(self, request: pb.ListWebhooksRequest) -> pb.ListWebhooksResponse:
-        """Return the webhooks, and what each has not got."""
+        """Return the webhooks with their waiting deliveries."""
         response = pb.ListWebhooksResponse()
         for status in [] if self._webhooks is None else await self._webhooks.statuses():
             recovery_messages.fill_webhook(response.webhooks.add(), status)

@@ -51,7 +51,7 @@ class GrpcServer:
 
         Args:
             calls: the calls that a stop waits for.
-            gate: is informed whether the address is the service's. None: nothing is.
+            gate: informed whether the service still has its address. None: no gate is informed.
             tls: None: connections are not encrypted.
             guard: logs at a stop which calls it has refused.
         """

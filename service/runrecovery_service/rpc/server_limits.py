@@ -53,7 +53,7 @@ class ServerLimits:
 
 
 def probe_limits(max_connections: int) -> ServerLimits:
-    """Return the limits of a server that is probed."""
+    """Return the limits of the server for health probes."""
     return ServerLimits(
         max_concurrent_calls=max_connections,
         max_concurrent_streams=max_connections,

@@ -1,7 +1,7 @@
 """Handlers for gRPC's standard services: health and reflection, which are not in our contract.
 
-They parse requests themselves. gRPC would respond an invalid message with UNKNOWN, the name of a
-protobuf class and a traceback in the log; these handlers respond INVALID_ARGUMENT.
+They parse requests themselves, and answer an invalid message with INVALID_ARGUMENT. gRPC would
+answer with UNKNOWN and the name of a protobuf class, and would log a traceback.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 gRPC asks for the certificate before each handshake, on a thread of its own. A changed file is
 noticed there: all files are read together and tried (`certificates.py`), and used only if that
-succeeds. A pair of which only one file was replaced fails, so the pair before it stays in use until
-the other file is replaced as well. Only `client_ca` is followed nevertheless.
+succeeds. A pair of which only one file was replaced fails, so the previous pair stays in use until
+the other file is replaced as well. A changed `client_ca` is used even while the pair is refused.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class _Given:
-    """Files of a configuration, and what they held."""
+    """Files of a configuration, and their content."""
 
     files: TlsFiles
     stamp: tuple[object, ...]
@@ -104,7 +104,7 @@ class ServerTls:
     def _updates(
         self, given: grpc.ServerCertificateConfiguration
     ) -> Callable[[], grpc.ServerCertificateConfiguration | None]:
-        """Return gRPC's question for a newer configuration than the one that it was given."""
+        """Return the function that gRPC calls for a newer configuration than the given one."""
 
         def newer() -> grpc.ServerCertificateConfiguration | None:
             nonlocal given

@@ -20,8 +20,7 @@ TRACEPARENT: Final[ContextVar[str | None]] = ContextVar("traceparent", default=N
 """The trace of the call that this task answers. None: its caller sent none that is valid."""
 
 TRACED: Final = frozenset({"CreateRun"})
-"""Methods that read the trace of their call. For all others that would only cost time
-while traces are off."""
+"""The methods that need the trace of their call even while traces are off."""
 
 MAX_CHARS: Final = 512
 SAMPLED: Final = 1
@@ -38,7 +37,7 @@ def read_traceparent(metadata: Iterable[tuple[str, str | bytes]]) -> str | None:
     found = _FORM.fullmatch(values[0].strip(" \t"))
     if found is None or (found[1] == "00" and found[5] is not None):
         return None
-    # Version 00 has one flag, "sampled". The other bits mean nothing that agents may rely on.
+    # Version 00 has one flag, "sampled". Agents must not rely on the other bits.
     return f"00-{found[2]}-{found[3]}-{int(found[4], 16) & SAMPLED:02x}"
 
 

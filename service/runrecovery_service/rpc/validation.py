@@ -84,7 +84,7 @@ def _session_timeout(span: Duration) -> Violations:
 
 
 def fits_engine(request: run_pb.CreateRunRequest, engine: Engine) -> Violations:
-    """Check what the request asks for against what the engine can do."""
+    """Check that the engine supports the options of the request."""
     yield from _fits_profile(request.interactive_profile, engine)
     if request.restart_policy == run_pb2.RESTART_POLICY_RESUME and not engine.max_resumes:
         yield FieldViolation(

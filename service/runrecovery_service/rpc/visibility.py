@@ -1,7 +1,7 @@
 """Limits the present call to the runs that its caller may see.
 
-A run of another engine is answered as if it did not exist. Its engine never changes, so that one
-read before the call's own is enough.
+For a run of another engine the call gets the same answer as for a run that does not exist. The
+engine of a run never changes, so one read before the call's own read or write is enough.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Builds the parts of a running service that a reload replaces."""
+"""Builds one part of the service for each key that a reload can change."""
 
 from __future__ import annotations
 

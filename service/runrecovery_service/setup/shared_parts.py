@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 class SharedParts:
     """The objects that recovery, execution, upkeep and RPCs share.
 
-    Building them starts no loop and no server. Make this object on the event loop.
+    Building them starts no background task and no server. Make this object on the event loop.
     """
 
     def __init__(

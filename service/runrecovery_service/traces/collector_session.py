@@ -8,21 +8,21 @@ from typing import Any, Final
 import requests
 
 ANSWER_BYTES: Final = 64 * 1024
-"""How much of an answer is read, so that its connection can be used again. Those of OTLP are much
-smaller."""
+"""The most bytes of an answer that are read, so that its connection can be used again. Answers by
+OTLP are much smaller."""
 
 
 class CollectorSession(requests.Session):
     """Sends requests to the collector, without proxies and passwords of the environment.
 
-    The status of an answer counts. Its body does not: it may be cut, or never end.
+    Only the status of an answer counts. Its body may be cut, or never end.
     """
 
     def __init__(self, limit_s: float) -> None:
-        """Make it.
+        """Make the session.
 
         Args:
-            limit_s: the time for an answer. A body that takes longer is not read to its end.
+            limit_s: the time limit of an answer, in seconds. A longer body is not read to its end.
         """
         super().__init__()
         self.trust_env = False  # no proxy, and no password of ~/.netrc
@@ -32,7 +32,7 @@ class CollectorSession(requests.Session):
         """Send a request and return the answer, without its body.
 
         Args:
-            options: those of `requests`. Their timeout is shortened to the time of this session.
+            options: those of `requests`. Their timeout is shortened to the limit of this session.
 
         Raises:
             requests.RequestException: there was no answer; or it was a redirect, which

@@ -19,7 +19,7 @@ log = structlog.get_logger()
 SENT: Final = "sent"
 QUEUE_FULL: Final = "queue_full"
 NOT_EXPORTED: Final = "not_exported"
-"""The outcomes of a span."""
+"""The outcomes of a span: sent, or lost for one of two reasons."""
 FAILED: Final = "failed"
 """The outcome of a request whose spans the collector did not accept."""
 REPORT_S: Final = 60.0

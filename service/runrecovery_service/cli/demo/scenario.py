@@ -31,7 +31,7 @@ class DemoRun:
     """One run of the demo.
 
     Attributes:
-        agent_input: what the demo agent does.
+        agent_input: the input, which says what the demo agent does.
         at_crash: the status that the run has when the service is killed.
         after_restart: the status that the restart should give it.
         rule: the rule that should decide; empty for a run that needs no decision.

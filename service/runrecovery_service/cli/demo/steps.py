@@ -59,7 +59,10 @@ class Claims:
 
 @dataclass(slots=True)
 class Stage:
-    """What the steps share: output, folder, and the runs with their processes before the crash."""
+    """The objects that the steps share: output, folder, and each run with its processes.
+
+    The processes are those from before the crash.
+    """
 
     console: Console
     claims: Claims

@@ -166,13 +166,13 @@ class CliSessions:
         return [each for each in repairs if each is not None]
 
     def read_usage(self, stored: StoredHandle, output: Path) -> StoredUsage:
-        """Return the usage that a session proves. No process may write to its files.
+        """Return the usage of the calls that a session has stored. No process may write to it.
 
         Args:
-            output: what the CLI has written to its standard output in all turns of the session.
+            output: the kept standard output of the CLI from all turns of the session.
 
         Raises:
-            UsageNotKnown, OSError, NotKnown: the session proves nothing.
+            UsageNotKnown, OSError, NotKnown: the usage cannot be read.
         """
         if self.ledger is None or self.finder is None or not is_uuid(stored.handle):
             raise UsageNotKnown("unusable")

@@ -85,7 +85,7 @@ def is_folder_name(name: object) -> bool:
 
 
 def judge_excerpt(excerpt: Excerpt, stored: StoredHandle, layout: Layout) -> SessionReason:
-    """Return WHOLE, or what is wrong. Only complete lines are parsed."""
+    """Return WHOLE, or the reason for another finding. Only complete lines are parsed."""
     first, newline, _ = excerpt.head.partition(b"\n")
     if not newline and not excerpt.tail_is_all:
         return SessionReason.NOT_KNOWN  # the first line is too long

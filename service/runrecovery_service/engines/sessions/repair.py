@@ -41,7 +41,7 @@ class Repair:
 
 
 def repair(path: Path, history: History, given_up: threading.Event) -> Repair | None:
-    """Append to a session file what its history lacks, or return None if it lacks nothing.
+    """Append the corrections that a session file needs; return None if it needs none.
 
     No process may write to the file meanwhile. An interrupted repair leaves the file usable, and
     the next one completes it.

@@ -1,7 +1,7 @@
 """Reads from session files which calls of the model their CLI has stored.
 
 A killed CLI prints no total. Its session file has the usage of each call whose answer was complete.
-Claude Code writes that file late, so what it printed is read as well.
+Claude Code writes that file late, so its kept output is read as well.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from runrecovery_service.engines.sessions.lines import Layout, json_object
 MOST_BYTES: Final = 64 * 1024**2
 """A session with longer files is not read."""
 FEWER_CALLS: Final = "fewer_calls"
-"""Why a session counts nothing that had more calls before."""
+"""The reason for a session whose calls do not count because it had more calls before."""
 
 
 class UsageNotKnown(Exception):
-    """A session does not prove what it has used. The text says why."""
+    """The usage of a session cannot be read. The text says why."""
 
 
 class Ledger(Protocol):
@@ -64,7 +64,7 @@ class UsageReader:
     def read(
         self, paths: Iterable[Path], stored: StoredHandle, output: Path | None = None
     ) -> StoredUsage:
-        """Return the usage that the files of a session prove, and its kept output.
+        """Return the usage of the calls in the files of a session and in its kept output.
 
         Raises:
             UsageNotKnown: a file is damaged, too long or of another session, or there is none.
@@ -115,7 +115,7 @@ class UsageReader:
                 yield parsed
 
     def _output_lines(self, data: bytes) -> Iterator[JsonObject]:
-        """Yield the same of the output, in which any other text may stand."""
+        """Yield the lines of the output that may have usage, among lines of any other content."""
         for line in data.split(b"\n"):
             if any(mark in line for mark in self.ledger.marks):
                 parsed = json_object(line)
