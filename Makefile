@@ -20,6 +20,7 @@ PYTEST_WORKERS ?= 4
 CONFIG ?= runrecovery.example.toml
 TRIALS ?= 100
 MUTANT_TRIALS ?= 5
+REPLICA_MUTANTS ?= exists drain renewal
 CASES ?= 50000
 MUTANT_CASES ?= 3000
 ROUNDS ?= 1
@@ -142,8 +143,10 @@ campaign-processes: $(READY) ## Kill services over TRIALS=100 hostile process tr
 	@for mutant in killpg no-watermark no-recheck close-on-failure; do \
 		$(BIN)/python tests/campaign/processes.py --trials $(MUTANT_TRIALS) --mutate $$mutant; done
 
-campaign-replicas: $(READY) ## Break 3 replicas, their network and PostgreSQL under load for SECONDS=60, from a SEED
+campaign-replicas: $(READY) ## Break 3 replicas, their network and PostgreSQL under load for SECONDS=60, from a SEED; detect mutants
 	@$(BIN)/python tests/campaign/replicas.py --seconds $(or $(SECONDS),60) $(if $(SEED),--seed $(SEED))
+	@for mutant in $(REPLICA_MUTANTS); do \
+		$(BIN)/python tests/campaign/replicas.py --seconds 120 --mutate $$mutant; done
 
 fuzz: $(READY) ## Hostile input, CASES=50000, against a real service; detect mutants of it
 	@$(BIN)/python tests/fuzz/hostile.py --cases $(CASES)

@@ -6,7 +6,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from random import Random
 from typing import Any, Final, TypeAlias
 
@@ -98,12 +98,19 @@ class Client(threading.Thread):
     """Calls random replicas until `stop` is set."""
 
     def __init__(
-        self, number: int, seed: int, journal: Journal, apis: Callable[[], Sequence[Api]]
+        self,
+        number: int,
+        seed: int,
+        journal: Journal,
+        apis: Callable[[], Sequence[Api]],
+        *,
+        tries: int = TRIES,
     ) -> None:
         super().__init__(name=f"client-{number}", daemon=True)
         self._random = Random(f"{seed}-{number}")  # noqa: S311 - a plan, no secret
         self._journal = journal
         self._apis = apis
+        self._tries = tries
         self.stop = threading.Event()
 
     def run(self) -> None:
@@ -118,7 +125,7 @@ class Client(threading.Thread):
 
     def _call(self, name: str, call: Call) -> Any:
         """Return the answer of a call that is repeated through other replicas; None: none."""
-        for _ in range(TRIES):
+        for _ in range(self._tries):
             apis = self._apis()
             if not apis:
                 self.stop.wait(RETRY_S)
@@ -144,18 +151,26 @@ class Client(threading.Thread):
         return None
 
     def create(self) -> None:
-        """Create a run."""
-        engine, given = self._random.choice(INPUTS)
+        """Create a run of any engine."""
+        self.create_run(*self._random.choice(INPUTS))
+
+    def create_run(self, engine: str, given: Mapping[str, Any]) -> bool:
+        """Create a run of an engine; return whether it was acknowledged."""
         nonce, request_id = uuid.uuid4().hex, str(uuid.uuid4())
         policy = self._random.choice((run_pb2.RESTART_POLICY_REQUEUE, run_pb2.RESTART_POLICY_FAIL))
         run = self._call(
             "create",
             lambda api: api.create(
-                engine, given, labels={"nonce": nonce}, request_id=request_id, restart_policy=policy
+                engine,
+                dict(given),
+                labels={"nonce": nonce},
+                request_id=request_id,
+                restart_policy=policy,
             ),
         )
         if run is not None:
             self._journal.add_run(run.run_id, engine, nonce)
+        return run is not None
 
     def reply(self) -> None:
         """Answer the open question of a run."""
@@ -163,18 +178,16 @@ class Client(threading.Thread):
             return
         run = self.get(run_id)
         if run is not None and run.status == run_pb2.RUN_STATUS_WAITING_USER:
-            self.reply_to(run)
+            self.reply_to(run_id, run.pending_interaction.interaction_id)
 
-    def reply_to(self, run: run_pb2.Run) -> bool:
-        """Answer the open question of a run; return whether the reply was acknowledged."""
-        nonce, question = str(uuid.uuid4()), run.pending_interaction.interaction_id
+    def reply_to(self, run_id: str, question: int) -> None:
+        """Answer a question of a run."""
+        nonce = str(uuid.uuid4())
         answered = self._call(
-            "reply",
-            lambda api: api.reply(run.run_id, question, nonce, request_id=nonce),
+            "reply", lambda api: api.reply(run_id, question, nonce, request_id=nonce)
         )
         if answered is not None:
-            self._journal.add_reply(run.run_id, question, nonce)
-        return answered is not None
+            self._journal.add_reply(run_id, question, nonce)
 
     def cancel(self) -> None:
         """Cancel a run."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final
 
 
@@ -62,14 +63,53 @@ def take_again_in_drain() -> None:
     HandOver.run = hand_over_and_take  # type: ignore[method-assign]
 
 
-MUTANTS: Final[dict[str, Callable[[], None]]] = {
-    "exists": fence_by_exists,
-    "drain": take_again_in_drain,
+def trust_from_the_answer() -> None:
+    """Trust the lease from the answer to its renewal, and not from the renewal's start."""
+    from runrecovery_service.ownership import LeaseRenewal
+    from runrecovery_service.process.boot_clock import boot_time_ns
+
+    note_renewed = LeaseRenewal._note_renewed
+
+    def note_renewed_now(self: LeaseRenewal, begun_ns: int) -> None:
+        note_renewed(self, max(begun_ns, boot_time_ns()))
+
+    LeaseRenewal._note_renewed = note_renewed_now  # type: ignore[method-assign]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mutant:
+    """A broken replica, and how the campaign must detect it.
+
+    Attributes:
+        kind: the kind of violation that the mutant causes.
+        fault: the fault that provokes the violation: a method of `Faults`.
+        lease_ttl_s: the time of a lease in which the violation shows.
+    """
+
+    break_service: Callable[[], None]
+    kind: str
+    fault: str
+    lease_ttl_s: float = 3.0
+
+
+MUTANTS: Final = {
+    "exists": Mutant(
+        break_service=fence_by_exists, kind="stale write", fault="freeze_in_transaction"
+    ),
+    "drain": Mutant(
+        break_service=take_again_in_drain, kind="taken while stopping", fault="stop_with_queues"
+    ),
+    "renewal": Mutant(
+        break_service=trust_from_the_answer,
+        kind="agent outlived its lease",
+        fault="freeze_after_slow_renewal",
+        lease_ttl_s=10.0,  # a renewal may take 3 s then, and agents end 1 s before the lease
+    ),
 }
 
 if __name__ == "__main__":
     from runrecovery_service.cli import main
 
     name, _, _, _, *arguments = sys.argv[1:]  # of the service: python -m runrecovery_service
-    MUTANTS[name]()
+    MUTANTS[name].break_service()
     main(arguments)

@@ -73,10 +73,10 @@ def owner_of(pair: Pair, run: Run) -> tuple[str, int]:
     return now.owner, now.owner_epoch
 
 
-def stopping(pair: Pair, *, shares_workspaces: bool = False) -> None:
-    """Let `a` hand over, as a planned stop does."""
+def stopping(pair: Pair, *, owner: Owner | None = None, shares_workspaces: bool = False) -> None:
+    """Let an instance, `a` by default, hand over, as a planned stop does."""
     HandOver(
-        owner=pair.dead.owner,
+        owner=owner or pair.dead.owner,
         clock=pair.dead.ticking_clock,
         shares_workspaces=shares_workspaces,
     ).run(pair.dead.db)
@@ -304,8 +304,8 @@ def test_a_stop_keeps_its_runs_where_no_peer_lives(idle: Pair) -> None:
 
 
 def test_a_stop_hands_nothing_over_to_a_peer_that_stops_too(idle: Pair) -> None:
+    stopping(idle, owner=idle.owner)
     run = idle.dead.create()
-    instances.announce_stop(idle.db, idle.owner)
 
     stopping(idle)
 

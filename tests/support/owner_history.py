@@ -14,7 +14,7 @@ HISTORY: Final = (
       version_after BIGINT, status_after TEXT, current_epoch BIGINT, claimed_epoch BIGINT,
       writer TEXT, writer_epoch BIGINT, is_stopping BOOLEAN)""",
     """CREATE TABLE epoch_history (id BIGSERIAL PRIMARY KEY, writer TEXT, name TEXT,
-      epoch BIGINT)""",
+      epoch BIGINT, at FLOAT DEFAULT extract(epoch FROM clock_timestamp()))""",
     """CREATE FUNCTION note_owner() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
       INSERT INTO owner_history (run, owner_before, epoch_before, owner_after, epoch_after,
         version_before, version_after, status_after, current_epoch, claimed_epoch, writer,
@@ -87,3 +87,9 @@ OVERLAPPING: Final = (
     " WHERE COALESCE(a.closed_at, b.created_at + 1) > b.created_at"
 )
 """Launches of one run at the same time, if all replicas are on one host: every launch is closed."""
+
+FENCED_LAUNCHES: Final = (
+    "SELECT l.id, min(h.at) FROM process_lease l JOIN epoch_history h ON h.name = l.instance"
+    " AND h.epoch > l.epoch AND split_part(h.writer, '-', 1) <> l.instance GROUP BY l.id"
+)
+"""The launches of instances that were taken over, and when: no process may live then."""

@@ -7,11 +7,21 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from enum import Enum, auto
 from typing import Final, TypeAlias
 
 from psycopg.conninfo import conninfo_to_dict
 
 CHUNK: Final = 65536
+
+
+class _Fate(Enum):
+    """What happens to the COMMIT of a transaction with the mark, or to its answer."""
+
+    LOSE_COMMIT = auto()
+    LOSE_ANSWER = auto()
+    STALL_ANSWER = auto()
+    HOLD_ANSWER = auto()
 
 
 class _End:
@@ -24,7 +34,6 @@ class _End:
         self.saw_mark = False
         self.is_committing = False
         self.is_stalled = False
-        self.chunks = 0
         self.held: list[bytes] | None = None
 
 
@@ -40,7 +49,7 @@ class Proxy:
         refusing: close new connections at once.
         refused: how many were closed in that way.
         lost: set when a COMMIT or its answer was lost; see `lose_answer_after`.
-        holding: set while bytes of a transaction are held; see `hold_in_transaction`.
+        holding: set while bytes are held; see `hold_before` and `hold_answer_after`.
     """
 
     def __init__(self, url: str) -> None:
@@ -55,9 +64,9 @@ class Proxy:
         self.refused = 0
         self.lost = threading.Event()
         self._mark: bytes | None = None
-        self._loses_commit = self._stalls_answer = False
+        self._fate = _Fate.LOSE_ANSWER
         self._silencing_mark: bytes | None = None
-        self._hold_at = 0
+        self._held_mark: bytes | None = None
         self._releasing = False
         self.holding = threading.Event()
         self._wake, self._woken = socket.socketpair()
@@ -70,35 +79,49 @@ class Proxy:
     def lose_answer_after(self, mark: str) -> None:
         """Once, end a connection instead of forwarding the answer to the COMMIT of a transaction
         in which `mark` was sent. The server has committed it."""
-        self._arm(mark)
+        self._arm(mark, _Fate.LOSE_ANSWER)
 
     def lose_commit_after(self, mark: str) -> None:
         """The same, but end the connection instead of forwarding the COMMIT itself."""
-        self._loses_commit = True
-        self._arm(mark)
+        self._arm(mark, _Fate.LOSE_COMMIT)
 
     def stall_answer_after(self, mark: str) -> None:
         """The same as `lose_answer_after`, but leave the connection open and silent."""
-        self._stalls_answer = True
-        self._arm(mark)
+        self._arm(mark, _Fate.STALL_ANSWER)
 
-    def _arm(self, mark: str) -> None:
+    def hold_answer_after(self, mark: str) -> None:
+        """The same as `lose_answer_after`, but hold the answer until `release`."""
+        self.holding.clear()
+        self._arm(mark, _Fate.HOLD_ANSWER)
+
+    def _arm(self, mark: str, fate: _Fate) -> None:
         self.lost.clear()
+        self._fate = fate
         self._mark = mark.encode()
 
     def silence_after(self, mark: str) -> None:
         """Become silent as soon as `mark` is sent, which the server does not get."""
         self._silencing_mark = mark.encode()
 
-    def hold_in_transaction(self, statement: int) -> None:
-        """Once, hold a client's bytes from this statement of a transaction on, until `release`."""
+    def hold_before(self, mark: str) -> None:
+        """Once, hold a client's bytes from those with `mark` on, until `release`."""
         self.holding.clear()
-        self._hold_at = statement
+        self._held_mark = mark.encode()
 
     def release(self) -> None:
         """Forward what is held, and hold nothing more."""
+        self._held_mark = None
+        if self._fate is _Fate.HOLD_ANSWER:
+            self._mark = None
         self._releasing = True
         self._wake.send(b"x")
+
+    def mend(self) -> None:
+        """End every fault, and close every connection: some may have lost bytes."""
+        self.silent = self.refusing = False
+        self._mark = self._silencing_mark = None
+        self.release()
+        self.cut()
 
     def stall(self) -> None:
         """Swallow the bytes of existing connections; new ones work."""
@@ -174,25 +197,31 @@ class Proxy:
         return server
 
     def _forward_held(self) -> None:
-        self._hold_at = 0
         self.holding.clear()
         for end in list(self._ends):
+            if self._fate is _Fate.HOLD_ANSWER:
+                end.is_committing = False
             held, end.held = end.held or (), None
             with suppress(OSError):
                 end.peer.socket.sendall(b"".join(held))
 
     def _holds(self, end: _End, data: bytes) -> bool:
-        if end.held is not None:
-            end.held.append(data)
-            return True
-        if not end.is_client or not self._hold_at:
+        if end.held is None and self._begins_hold(end, data):
+            end.held = []
+            self.holding.set()
+        if end.held is None:
             return False
-        end.chunks = 0 if b"BEGIN" in data else end.chunks + 1
-        if end.chunks < self._hold_at or self.holding.is_set():
-            return False
-        end.held = [data]
-        self.holding.set()
+        end.held.append(data)
         return True
+
+    def _begins_hold(self, end: _End, data: bytes) -> bool:
+        if end.is_client and self._held_mark is not None and self._held_mark in data:
+            self._held_mark = None
+            return True
+        if not end.is_client and end.peer.is_committing and self._fate is _Fate.HOLD_ANSWER:
+            end.peer.is_committing = False
+            return True
+        return False
 
     def _forward(self, end: _End) -> None:
         try:
@@ -208,7 +237,6 @@ class Proxy:
         elif not end.is_client and end.peer.is_committing:
             self._lose_answer(end)
         elif self._is_commit_lost(end, data):
-            self._loses_commit = False
             self.lost.set()
             self._drop(end)
         else:
@@ -217,9 +245,8 @@ class Proxy:
 
     def _lose_answer(self, end: _End) -> None:
         self.lost.set()
-        if self._stalls_answer:
+        if self._fate is _Fate.STALL_ANSWER:
             end.is_stalled = end.peer.is_stalled = True
-            self._stalls_answer = False
         else:
             self._drop(end)
 
@@ -232,9 +259,9 @@ class Proxy:
         end.saw_mark = end.saw_mark or self._mark in data
         if not end.saw_mark or b"COMMIT" not in data:
             return False
-        end.is_committing = not self._loses_commit
         self._mark = None
-        return self._loses_commit
+        end.is_committing = self._fate is not _Fate.LOSE_COMMIT
+        return not end.is_committing
 
     def _drop(self, end: _End) -> None:
         for each in (end, end.peer):

@@ -48,6 +48,7 @@ LINK: Final = re.compile(r"\]\((?!https?:)([^)#]*)(#[^)]*)?\)")
 FILE_NAME: Final = re.compile(r"\.(py|md|proto|toml|txt|json|svg|binpb)$")
 CODE_BLOCK: Final = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 NAMED_PAGE: Final = re.compile(r"\b(docs/\w+\.md)\b(#[\w-]+)?")
+NAMED_TEST: Final = re.compile(r"`(test_[a-z_0-9]+)`")
 NAMED_SECTION: Final = re.compile(r"(docs/\w+\.md), \*([^*]+)\*")
 METHODS: Final = [
     method
@@ -381,6 +382,14 @@ def test_files_that_the_tour_names_exist() -> None:
         and not (SERVICE / "engines" / name).exists()  # sessions/ in the tree
     ] == []
     assert {"execution/supervisor.py", "recovery/reconcile.py", "trust/"} <= set(named)
+
+
+def test_tests_that_the_tour_names_exist() -> None:
+    named = set(NAMED_TEST.findall((ROOT / "docs/development.md").read_text()))
+    code = "\n".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
+
+    assert named
+    assert {name for name in named if f"def {name}(" not in code} == set()
 
 
 def test_picture_shows_what_the_matrix_decides() -> None:

@@ -1,0 +1,58 @@
+"""What must not be after faults of replicas: each judge finds one kind of violation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final, NamedTuple, TypeAlias
+
+from campaign.replica_process import ALIVE, OVERLAPS
+from support.owner_history import (
+    FENCED_LAUNCHES,
+    OVERLAPPING,
+    STALE_WRITERS,
+    TAKEN_WHILE_STOPPING,
+    WRONG_MOVES,
+)
+
+Rows: TypeAlias = Callable[[str], list[tuple[Any, ...]]]
+
+STALE_WRITE: Final = "stale write"
+TAKEN_BY_STOPPING: Final = "taken while stopping"
+OUTLIVED: Final = "agent outlived its lease"
+UNENDED: Final = "SELECT run_id, status, owner FROM run WHERE ended_at IS NULL"
+TWICE: Final = "SELECT labels, count(*) FROM run GROUP BY labels HAVING count(*) > 1"
+QUERIES: Final = {
+    STALE_WRITE: STALE_WRITERS,
+    "wrong move": WRONG_MOVES,
+    TAKEN_BY_STOPPING: TAKEN_WHILE_STOPPING,
+    "overlapping launches": OVERLAPPING,
+    "created twice": TWICE,
+}
+
+
+class Violation(NamedTuple):
+    """Something that must not be, and the judge that found it."""
+
+    kind: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.text}"
+
+
+def violations_now(rows: Rows, folder: Path) -> Iterator[Violation]:
+    """Yield what must not be at any time, also amid the faults.
+
+    Args:
+        rows: returns the rows of a query.
+        folder: where agents lock their runs.
+    """
+    for kind, sql in QUERIES.items():
+        yield from (Violation(kind, str(row)) for row in rows(sql))
+    if (overlaps := folder / OVERLAPS).exists():
+        yield from (Violation("two agents at a time", run) for run in overlaps.read_text().split())
+    for launch, fenced_at in rows(FENCED_LAUNCHES):
+        alive = folder / f"{ALIVE}{launch}"
+        if alive.exists() and (late_s := float(alive.read_text() or 0) - fenced_at) > 0:
+            yield Violation(OUTLIVED, f"launch {launch} by at least {late_s:.3f} s")
